@@ -1,0 +1,14 @@
+"""Gated activations of an MLP."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch.nn.functional import gelu, silu
+
+
+def gated(gate_up: torch.Tensor, activation: Literal["silu", "gelu_tanh"]) -> torch.Tensor:
+    """act(gate) * up. gate_up: [T, 2 * size], gate first. Returns [T, size]."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return (silu(gate) if activation == "silu" else gelu(gate, approximate="tanh")) * up

@@ -1,0 +1,120 @@
+"""From a checkpoint to the runtime: what it must hold by the parameter table, and reading it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from llmkit.checkpoint.errors import InputError
+from llmkit.checkpoint.formats import format_of
+from llmkit.checkpoint.quantized import PackedTensor, QuantizationConfig
+from llmkit.checkpoint.source import Checkpoint
+from llmkit.model.decoder import Decoder
+from llmkit.model.families import model_spec
+from llmkit.model.layout import Parameter, Part, ignored_tensor, parameters
+from llmkit.model.spec import ModelSpec
+
+FLOATS = ("F32", "F16", "BF16")
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor that a checkpoint of a spec and a quantization must have."""
+
+    name: str
+    dtype: str | None  # as in a safetensors header; None: any of FLOATS
+    shape: tuple[int, ...]
+    parameter: Parameter
+    parts: tuple[Part, ...]  # the parts of the parameter that lie in it, by their rows of the dense tensor
+    dense: tuple[int, ...]  # the shape of the dense tensor it stands for
+    packed: PackedTensor | None = None  # None: it is that dense tensor
+
+
+def is_quantized(parameter: Parameter, tensor: str, quantization: QuantizationConfig | None) -> bool:
+    """Whether this checkpoint tensor of the parameter is stored in the quantized format."""
+    if quantization is None or not parameter.linear:
+        return False
+    module = tensor.removesuffix(".weight")
+    return not any(module == name or module.endswith(f".{name}") for name in quantization.ignore)
+
+
+def stored_tensors(spec: ModelSpec, quantization: QuantizationConfig | None) -> dict[str, StoredTensor]:
+    """Every tensor of the checkpoint by name, in the table's order."""
+    stored: dict[str, StoredTensor] = {}
+    for parameter in parameters(spec):
+        for tensor in parameter.tensors:
+            parts = tuple(part for part in parameter.parts if part.tensor == tensor)
+            dense = (sum(part.shape[0] for part in parts), *parts[0].shape[1:])
+            if quantization is None or not is_quantized(parameter, tensor, quantization):
+                stored[tensor] = StoredTensor(tensor, None, dense, parameter, parts, dense)
+                continue
+            module = tensor.removesuffix(".weight")
+            for packed in format_of(quantization).tensors(quantization, dense[0], dense[1]):
+                name = f"{module}.{packed.suffix}"
+                stored[name] = StoredTensor(name, packed.dtype, packed.shape, parameter, parts, dense, packed)
+    return stored
+
+
+def check_checkpoint(checkpoint: Checkpoint, spec: ModelSpec) -> None:
+    """Raises InputError unless the checkpoint has exactly the table's tensors, with their shapes and dtypes."""
+    expected = stored_tensors(spec, checkpoint.quantization)
+    missing = [name for name in expected if name not in checkpoint.tensors]
+    if missing:
+        raise InputError(
+            f"{checkpoint.reference} lacks {_some(missing)}",
+            f"All {len(expected)} tensors of a {spec.architecture}",
+            "Download the checkpoint again, or check that config.json belongs to it",
+        )
+    extra = [name for name in checkpoint.tensors if name not in expected and not ignored_tensor(spec, name)]
+    if extra:
+        raise InputError(
+            f"{checkpoint.reference} has {_some(extra)} that no part of a {spec.architecture} uses",
+            "Only tensors of the architecture",
+            "Check that config.json belongs to it",
+        )
+    for name, want in expected.items():
+        got = checkpoint.tensors[name]
+        if got.shape != want.shape:
+            raise InputError(f"tensor {name} has shape {list(got.shape)}", f"Shape {list(want.shape)}")
+        dtypes = FLOATS if want.dtype is None or want.dtype in FLOATS else (want.dtype,)
+        if got.dtype not in dtypes:
+            raise InputError(f"tensor {name} has dtype {got.dtype}", f"Dtype {' or '.join(dtypes)}")
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return f"{len(names)} tensor{'s' * (len(names) > 1)} ({', '.join(names[:5])}{more})"
+
+
+def read_parameter(
+    checkpoint: Checkpoint,
+    parameter: Parameter,
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+) -> torch.Tensor:
+    """One runtime tensor: its parts dequantized, fused in order and cast."""
+    dense = {tensor: _read_dense(checkpoint, parameter, tensor, device) for tensor in parameter.tensors}
+    parts = [dense[part.tensor][part.row : part.row + part.shape[0]] for part in parameter.parts]
+    return (parts[0] if len(parts) == 1 else torch.cat(parts)).to(dtype)
+
+
+def _read_dense(checkpoint: Checkpoint, parameter: Parameter, tensor: str, device: torch.device | str) -> torch.Tensor:
+    quantization = checkpoint.quantization
+    if quantization is None or not is_quantized(parameter, tensor, quantization):
+        return checkpoint.read(tensor).to(device)
+    layout, module = format_of(quantization), tensor.removesuffix(".weight")
+    rows = sum(part.shape[0] for part in parameter.parts if part.tensor == tensor)
+    columns = parameter.parts[0].shape[1]
+    packed = layout.tensors(quantization, rows, columns)
+    read = {p.suffix: checkpoint.read(f"{module}.{p.suffix}").to(device) for p in packed}
+    return layout.unpack(quantization, read).dequantize()
+
+
+def load_model(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device | str = "cpu") -> Decoder:
+    """The whole model on one device. Raises InputError when the checkpoint does not fit its own config."""
+    spec = model_spec(checkpoint.config)
+    check_checkpoint(checkpoint, spec)
+    tensors = {row.name: read_parameter(checkpoint, row, dtype, device) for row in parameters(spec)}
+    return Decoder(spec, tensors)

@@ -1,0 +1,33 @@
+"""Positions to the cosines and sines of every rotary embedding a model has, once per step."""
+
+from __future__ import annotations
+
+import torch
+
+from llmkit.model.spec import ModelSpec, RopeSpec
+
+Rotation = tuple[torch.Tensor, torch.Tensor]  # cos, sin: float32 [T, R]
+
+
+class Rope:
+    """One rotary embedding on a device."""
+
+    def __init__(self, spec: RopeSpec, max_positions: int, device: torch.device) -> None:
+        self.scale, self.max_positions = spec.scale, max_positions
+        self.short = torch.tensor(spec.frequencies, dtype=torch.float32, device=device)
+        self.long = torch.tensor(spec.long_frequencies, dtype=torch.float32, device=device)
+
+    def __call__(self, positions: torch.Tensor) -> Rotation:
+        """positions: int64 [T]; from `max_positions` on they mean the long factors (ModelSpec.rope_offset)."""
+        if len(self.long):
+            long = (positions >= self.max_positions)[:, None]
+            turn = (positions % self.max_positions)[:, None].float()
+            angles = turn * torch.where(long, self.long, self.short)
+        else:
+            angles = positions[:, None].float() * self.short
+        return angles.cos() * self.scale, angles.sin() * self.scale
+
+
+def make_ropes(spec: ModelSpec, device: torch.device) -> dict[str, Rope]:
+    """The model's rotary embeddings by name."""
+    return {name: Rope(rope, spec.max_positions, device) for name, rope in spec.ropes.items()}

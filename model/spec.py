@@ -1,0 +1,92 @@
+"""`ModelSpec`: everything the decoder, the parameter table and the planners need to know of a model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class RopeSpec:
+    """One rotary embedding: radians per position of each rotated pair of dimensions.
+
+    Only the first 2 * len(frequencies) dimensions of a head are rotated. LongRoPE (arXiv 2402.13753) has a
+    second set of frequencies for requests longer than `original_positions` tokens.
+    """
+
+    frequencies: tuple[float, ...]
+    scale: float = 1.0  # multiplies cos and sin
+    long_frequencies: tuple[float, ...] = ()
+    original_positions: int = 0
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """What differs from layer to layer."""
+
+    window: int | None = None  # sliding window in tokens; None: the whole context
+    rope: str | None = "global"  # key into ModelSpec.ropes; None: no position encoding
+    moe: bool = False
+
+
+@dataclass(frozen=True)
+class ExpertSpec:
+    """A mixture of experts; the tensor names are those of the family's checkpoints."""
+
+    count: int
+    per_token: int
+    intermediate: int
+    normalize: bool  # the chosen experts' probabilities are made to add up to one
+    block: str  # "mlp" or "block_sparse_moe"
+    gate: str  # an expert's tensors: "gate_proj" or "w1", ...
+    up: str
+    down: str
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """A decoder-only transformer. Sizes are in elements, positions in tokens."""
+
+    architecture: str
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    intermediate: int
+    vocab: int
+    max_positions: int
+    layers: tuple[LayerSpec, ...]
+    ropes: dict[str, RopeSpec] = field(hash=False)
+    norm_eps: float = 1e-6
+    norm_offset: float = 0.0  # Gemma multiplies by (1 + weight)
+    norm_before: bool = True  # a norm on what a block reads
+    norm_after: bool = False  # a norm on what a block adds
+    qk_norm: Literal["none", "head", "full"] = "none"  # over head_dim, or over all heads at once
+    activation: Literal["silu", "gelu_tanh"] = "silu"
+    qkv_bias: bool = False
+    output_bias: bool = False
+    mlp_bias: bool = False
+    fused_checkpoint: bool = False  # the checkpoint itself stores qkv_proj and gate_up_proj (Phi-3)
+    tied: bool = False
+    attention_scale: float = 1.0
+    attention_softcap: float | None = None
+    logit_softcap: float | None = None
+    embedding_scale: float = 1.0
+    residual_scale: float = 1.0
+    logit_scale: float = 1.0
+    experts: ExpertSpec | None = None
+
+    @property
+    def kv_elements_per_token(self) -> int:
+        """Elements of K and V one token needs over all layers (multiply by the cache's element size)."""
+        return 2 * len(self.layers) * self.kv_heads * self.head_dim
+
+    def rope_offset(self, total_tokens: int) -> int:
+        """What to add to the positions of a request that will reach `total_tokens`, prompt and output.
+
+        Positions from `max_positions` on stand for the long factors of LongRoPE; 0 for other models.
+        """
+        for rope in self.ropes.values():
+            if rope.long_frequencies and total_tokens > rope.original_positions:
+                return self.max_positions
+        return 0

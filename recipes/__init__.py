@@ -1,0 +1,1 @@
+"""YAML recipes, one file per outcome, found through `importlib.resources`."""
