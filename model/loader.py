@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from llmkit.checkpoint.errors import InputError
-from llmkit.checkpoint.formats import format_of
+from llmkit.checkpoint.formats import format_of, is_ignored
 from llmkit.checkpoint.quantized import PackedTensor, QuantizationConfig
 from llmkit.checkpoint.source import Checkpoint
 from llmkit.model.decoder import Decoder
@@ -36,8 +36,7 @@ def is_quantized(parameter: Parameter, tensor: str, quantization: QuantizationCo
     """Whether this checkpoint tensor of the parameter is stored in the quantized format."""
     if quantization is None or not parameter.linear:
         return False
-    module = tensor.removesuffix(".weight")
-    return not any(module == name or module.endswith(f".{name}") for name in quantization.ignore)
+    return not is_ignored(quantization, tensor.removesuffix(".weight"))
 
 
 def stored_tensors(spec: ModelSpec, quantization: QuantizationConfig | None) -> dict[str, StoredTensor]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 
 from llmkit.kernels.attention import AttentionBatch
@@ -27,6 +29,7 @@ def hidden_states(model: Decoder, sequences: list[torch.Tensor]) -> torch.Tensor
 
 
 @torch.inference_mode()
-def logits_of(model: Decoder, tokens: torch.Tensor) -> torch.Tensor:
-    """Logits float32 [n, vocab] of one sequence of token ids [n]."""
-    return model.logits(hidden_states(model, [tokens]))
+def logits_of(model: Decoder, windows: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Logits float32 [L, vocab] of each window of token ids [n, L], one at a time."""
+    for window in windows:
+        yield model.logits(hidden_states(model, [window]))

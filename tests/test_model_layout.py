@@ -7,13 +7,14 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from tiny import tiny_checkpoint
+
 from llmkit.checkpoint.errors import InputError
 from llmkit.checkpoint.source import open_checkpoint
 from llmkit.model.families import SUPPORTED, model_spec
 from llmkit.model.layout import Split, parameters
 from llmkit.model.loader import check_checkpoint, load_model, stored_tensors
-from safetensors.torch import load_file, save_file
-from tiny import tiny_checkpoint
 
 
 @pytest.fixture
