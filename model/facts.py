@@ -7,7 +7,7 @@ from collections import Counter
 from typing import Any
 
 from llmkit.checkpoint.quantized import QuantizationConfig
-from llmkit.checkpoint.safetensors_header import tensor_bytes
+from llmkit.checkpoint.safetensors_header import byte_count
 from llmkit.checkpoint.source import Checkpoint
 from llmkit.model.families import model_spec
 from llmkit.model.layout import parameters
@@ -78,4 +78,4 @@ def weight_bytes(spec: ModelSpec) -> dict[str, int]:
 
 def _stored_bytes(spec: ModelSpec, quantization: QuantizationConfig) -> int:
     stored = stored_tensors(spec, quantization).values()
-    return sum(tensor_bytes(tensor.dtype or "BF16", tensor.shape) for tensor in stored)
+    return sum(byte_count(tensor.dtype or "BF16", tensor.shape) for tensor in stored)

@@ -204,7 +204,7 @@ def _activation(name: str) -> str:
 
 
 def _uniform_layers(config: Any, window: int | None, moe: bool = False) -> tuple[LayerSpec, ...]:
-    return (LayerSpec(window, moe=moe),) * config.num_hidden_layers
+    return tuple(LayerSpec(window, moe=moe) for _ in range(config.num_hidden_layers))
 
 
 def _typed_layers(config: Any) -> tuple[LayerSpec, ...]:
