@@ -24,7 +24,7 @@ class AttentionBatch:
 
     query_lens: list[int]  # new tokens of each sequence, in the order of the step's tokens
     context_lens: list[int]  # tokens in the cache after this step, the new ones included
-    block_tables: torch.Tensor  # int32 [S, most blocks of a sequence], padded with 0
+    block_tables: torch.Tensor  # int32 [S, most blocks of a sequence], padded with its last block
     slots: torch.Tensor  # int64 [T]: block * block_size + offset of each new token
     block_size: int
     masks: dict[object, torch.Tensor] = field(default_factory=dict)  # made on first use, shared by the layers
@@ -40,7 +40,8 @@ class AttentionBatch:
     ) -> AttentionBatch:
         """From plain lists; `block_tables[s]` covers at least `context_lens[s]` tokens."""
         widest = max(-(-context // block_size) for context in context_lens)
-        rows = [list(table[:widest]) + [0] * (widest - len(table)) for table in block_tables]
+        # Padded with a sequence's own last block: what is masked there can then never be another sequence's NaN.
+        rows = [[*table[:widest], *[table[-1]] * (widest - len(table))] for table in block_tables]
         tables = torch.tensor(rows, dtype=torch.int32)
         where = torch.repeat_interleave(torch.arange(len(query_lens)), torch.tensor(query_lens))
         position = torch.cat([torch.arange(c - q, c) for q, c in zip(query_lens, context_lens, strict=True)])

@@ -1,0 +1,84 @@
+"""What goes into the engine and what comes out: token ids and plain data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from llmkit.checkpoint.errors import LlmkitError
+
+FinishReason = Literal["stop", "length", "error"]
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How a request's tokens are chosen, and when it ends."""
+
+    temperature: float = 1.0  # 0: the most probable token
+    top_k: int = 0  # 0: all tokens
+    top_p: float = 1.0
+    min_p: float = 0.0  # relative to the most probable token
+    seed: int | None = None  # None: drawn by the engine
+    max_tokens: int = 16
+    ignore_eos: bool = False
+    stop_token_ids: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Request:
+    """A prompt of token ids; `id` is the caller's and unique among the requests under way."""
+
+    id: str
+    prompt: list[int]
+    sampling: SamplingParams
+
+
+@dataclass(frozen=True)
+class TokenOutput:
+    """What one step did for one request."""
+
+    request_id: str
+    token_ids: list[int]  # new ones; a token that ends the request is included
+    finish_reason: FinishReason | None  # None: it goes on
+    error: str | None  # with finish_reason "error"
+    prompt_tokens: int
+    cached_tokens: int  # of the prompt, found in the prefix cache
+
+
+class RequestError(LlmkitError):
+    """A request that can never be answered; `code` and `param` are those of the OpenAI API."""
+
+    exit_code = 3
+
+    def __init__(self, code: str, message: str, param: str) -> None:
+        super().__init__(message)
+        self.code, self.message, self.param = code, message, param
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """Sizes of an engine, after the memory plan."""
+
+    max_model_len: int  # tokens of a request, prompt and output
+    num_blocks: int  # of the KV cache
+    device: torch.device
+    dtype: torch.dtype
+    max_num_seqs: int = 256
+    max_num_batched_tokens: int = 8192
+    block_size: int = 16
+
+
+@dataclass(frozen=True)
+class EngineStats:
+    """Gauges of this moment and counters since the start."""
+
+    running: int
+    waiting: int
+    kv_used_blocks: int
+    kv_total_blocks: int
+    prompt_tokens_total: int
+    generation_tokens_total: int
+    preemptions_total: int
+    steps_total: int
