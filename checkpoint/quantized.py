@@ -52,7 +52,7 @@ class QuantizedWeight:
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """The dense weight [out, in], computed in float32 and cast to `dtype`."""
-        rows, columns = self.codes.shape
+        _, columns = self.codes.shape
         size = columns if self.group_size == -1 else self.group_size
         index = torch.arange(columns, device=self.codes.device) // size
         scales = self.scales.float()[:, index]

@@ -1,0 +1,168 @@
+"""What is measured: the metrics by name, and how a scenario's figures follow from its requests' timelines."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from statistics import fmean, median
+from typing import Literal
+
+from llmkit.checkpoint.errors import InputError
+
+
+@dataclass(frozen=True)
+class Metric:
+    """How a figure is called, in which unit it is stored and which direction is better."""
+
+    name: str  # in gates and JSON
+    title: str  # in tables
+    unit: str
+    better: Literal["higher", "lower", "neither"]
+    headline: bool = True  # shown in the table; the others are in the JSON report only
+
+
+@dataclass(frozen=True)
+class RequestTimeline:
+    """One request as its client saw it. Times are seconds of one monotonic clock.
+
+    `arrivals_s` has one entry for each message that brought tokens; `output_tokens` is what the server counted.
+    """
+
+    id: str
+    sent_s: float
+    arrivals_s: tuple[float, ...] = ()
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    output_tokens: int = 0
+    error: str | None = None  # why it failed; None: it is complete
+
+    @property
+    def ttft_s(self) -> float:
+        """Time to first token: the first arrival after sending."""
+        return self.arrivals_s[0] - self.sent_s
+
+    @property
+    def e2e_s(self) -> float:
+        """End-to-end latency: the last token's arrival after sending."""
+        return self.arrivals_s[-1] - self.sent_s
+
+    @property
+    def tpot_s(self) -> float | None:
+        """Time per output token after the first; None for a single token."""
+        return (self.e2e_s - self.ttft_s) / (self.output_tokens - 1) if self.output_tokens > 1 else None
+
+    @property
+    def gaps_s(self) -> list[float]:
+        """Inter-token latencies: the gaps between arrivals."""
+        return [later - earlier for earlier, later in pairwise(self.arrivals_s)]
+
+
+_STATISTICS = {"mean": None, "p50": 50.0, "p90": 90.0, "p95": 95.0, "p99": 99.0}
+_LATENCIES = {
+    "ttft": "time to first token",
+    "tpot": "time per output token",
+    "itl": "gap between tokens",
+    "e2e": "whole request",
+}
+_HEADLINE_LATENCIES = {"ttft_p50_ms", "ttft_p99_ms", "tpot_mean_ms", "itl_p99_ms", "e2e_p99_ms"}
+
+
+def _latency_metrics() -> list[Metric]:
+    metrics = []
+    for kind, title in _LATENCIES.items():
+        for statistic in _STATISTICS:
+            name = f"{kind}_{statistic}_ms"
+            metrics.append(Metric(name, f"{title}, {statistic}", "ms", "lower", name in _HEADLINE_LATENCIES))
+    return metrics
+
+
+SPEED_METRICS: dict[str, Metric] = {
+    metric.name: metric
+    for metric in (
+        Metric("output_tps", "output", "tokens/s", "higher"),
+        Metric("total_tps", "prompt and output", "tokens/s", "higher", headline=False),
+        Metric("request_rate", "requests", "1/s", "higher"),
+        *_latency_metrics(),
+        Metric("wall_s", "wall time", "s", "lower", headline=False),
+        Metric("requests", "requests", "", "neither", headline=False),
+        Metric("prompt_tokens", "prompt", "tokens", "neither", headline=False),
+        Metric("cached_tokens", "prompt, from the cache", "tokens", "neither", headline=False),
+        Metric("output_tokens", "output", "tokens", "neither", headline=False),
+    )
+}
+"""Measured once for each scenario; a gate may say `online.output_tps` for one scenario alone."""
+
+TARGET_METRICS: dict[str, Metric] = {
+    metric.name: metric
+    for metric in (
+        Metric("perplexity", "perplexity", "", "lower"),
+        Metric("mean_kl", "KL divergence from baseline, mean", "nats/token", "lower"),
+        Metric("p99_kl", "KL divergence from baseline, p99", "nats/token", "lower"),
+        Metric("top1", "same token as baseline", "share", "higher"),
+        Metric("checkpoint_bytes", "checkpoint", "bytes", "lower"),
+        Metric("load_s", "loading the model", "s", "lower"),
+        Metric("ready_s", "from start to ready", "s", "lower"),
+        Metric("peak_memory_bytes", "peak host memory", "bytes", "lower"),
+    )
+}
+"""Measured once for each target."""
+
+
+def percentile(values: Sequence[float], percent: float) -> float:
+    """The percentile of one or more values, linearly interpolated between the two nearest ranks."""
+    ordered = sorted(values)
+    rank = (len(ordered) - 1) * percent / 100
+    low = math.floor(rank)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (ordered[high] - ordered[low]) * (rank - low)
+
+
+def summarize(timelines: Sequence[RequestTimeline], wall_s: float) -> dict[str, float]:
+    """The figures of one run of a scenario that took `wall_s` seconds; SPEED_METRICS says what each is.
+
+    Every request must be complete (`require_complete`). Latencies with no sample, such as the gaps of requests for
+    one token, are left out.
+    """
+    assert timelines and all(timeline.error is None and timeline.arrivals_s for timeline in timelines)
+    prompt_tokens = sum(timeline.prompt_tokens for timeline in timelines)
+    output_tokens = sum(timeline.output_tokens for timeline in timelines)
+    figures: dict[str, float] = {
+        "output_tps": output_tokens / wall_s,
+        "total_tps": (prompt_tokens + output_tokens) / wall_s,
+        "request_rate": len(timelines) / wall_s,
+    }
+    samples: dict[str, list[float]] = {
+        "ttft": [timeline.ttft_s for timeline in timelines],
+        "tpot": [tpot for timeline in timelines if (tpot := timeline.tpot_s) is not None],
+        "itl": [gap for timeline in timelines for gap in timeline.gaps_s],
+        "e2e": [timeline.e2e_s for timeline in timelines],
+    }
+    for kind, seconds in samples.items():
+        for statistic, percent in _STATISTICS.items() if seconds else ():
+            value = fmean(seconds) if percent is None else percentile(seconds, percent)
+            figures[f"{kind}_{statistic}_ms"] = 1000 * value
+    return figures | {
+        "wall_s": wall_s,
+        "requests": len(timelines),
+        "prompt_tokens": prompt_tokens,
+        "cached_tokens": sum(timeline.cached_tokens for timeline in timelines),
+        "output_tokens": output_tokens,
+    }
+
+
+def medians(rounds: Sequence[dict[str, float]]) -> dict[str, float]:
+    """The median of each figure over rounds of the same work."""
+    return {name: median(figures[name] for figures in rounds if name in figures) for name in rounds[0]}
+
+
+def require_complete(timelines: Sequence[RequestTimeline], target: str, scenario: str) -> None:
+    """Raises InputError with the counts when a request failed: figures of what was left would flatter the target."""
+    failed = [timeline for timeline in timelines if timeline.error is not None]
+    if failed:
+        raise InputError(
+            f"{len(failed)} of {len(timelines)} requests of scenario {scenario} failed at {target}"
+            f" (the first, {failed[0].id}: {failed[0].error})",
+            "Speed is only reported when all requests complete",
+        )

@@ -1,0 +1,110 @@
+"""A checkpoint measured inside this process: the engine alone, without HTTP, text or a second process."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from llmkit.bench.metrics import RequestTimeline
+from llmkit.bench.workload import WorkloadRequest
+from llmkit.runtime.engine.engine import Engine
+from llmkit.runtime.engine.load import EngineOptions, load_engine
+from llmkit.runtime.engine.types import Request, RequestError, SamplingParams, TokenOutput
+
+
+@dataclass
+class _Progress:
+    """A request on its way through the engine."""
+
+    request: WorkloadRequest
+    sent_s: float
+    arrivals_s: list[float] = field(default_factory=list)
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    output_tokens: int = 0
+    error: str | None = None
+    finished: bool = False
+
+    def take(self, output: TokenOutput, now_s: float) -> None:
+        """Record what one step brought."""
+        if output.token_ids:
+            self.arrivals_s.append(now_s)
+            self.output_tokens += len(output.token_ids)
+        self.prompt_tokens, self.cached_tokens = output.prompt_tokens, output.cached_tokens
+        if output.finish_reason is not None:
+            self.finished = True
+            if output.finish_reason in ("error", "cancelled"):
+                self.error = output.error or output.finish_reason
+            elif self.output_tokens != self.request.max_tokens:
+                self.error = f"{self.output_tokens} tokens came, {self.request.max_tokens} were asked for"
+
+    def timeline(self) -> RequestTimeline:
+        return RequestTimeline(
+            self.request.id,
+            self.sent_s,
+            tuple(self.arrivals_s),
+            self.prompt_tokens or len(self.request.prompt),
+            self.cached_tokens,
+            self.output_tokens,
+            self.error,
+        )
+
+
+class OfflineTarget:
+    """See `SpeedTarget`. A token arrives when the step that sampled it returns."""
+
+    def __init__(self, name: str, reference: str, context_tokens: int, options: EngineOptions) -> None:
+        self.name, self.reference, self.options = name, reference, options
+        self.model_context_tokens = context_tokens
+        self.engine: Engine | None = None
+
+    @property
+    def context_tokens(self) -> int | None:
+        """The model's context; once started, what the engine has of it."""
+        return self.engine.config.max_model_len if self.engine else self.model_context_tokens
+
+    def start(self) -> dict[str, float]:
+        """Load the model: load_s. Raises what `load_engine` raises."""
+        started = time.perf_counter()
+        self.engine = load_engine(self.reference, self.options)
+        return {"load_s": time.perf_counter() - started}
+
+    def run(self, requests: Sequence[WorkloadRequest], clients: int) -> tuple[float, list[RequestTimeline]]:
+        """See `SpeedTarget.run`."""
+        assert self.engine
+        return run_engine(self.engine, requests, clients)
+
+    def stop(self) -> dict[str, float]:
+        """Let go of the model."""
+        self.engine = None
+        return {}
+
+
+def run_engine(
+    engine: Engine, requests: Sequence[WorkloadRequest], clients: int
+) -> tuple[float, list[RequestTimeline]]:
+    """Run the requests through an idle engine, `clients` of them in flight: wall time in seconds, timelines in order."""
+    progress: dict[str, _Progress] = {}
+    waiting = deque(requests)
+    running = 0
+    started = time.perf_counter()
+    while waiting or running:
+        while waiting and running < clients:
+            request = waiting.popleft()
+            entry = progress[request.id] = _Progress(request, time.perf_counter())
+            sampling = SamplingParams(temperature=0.0, max_tokens=request.max_tokens, ignore_eos=True)
+            try:
+                engine.add(Request(request.id, list(request.prompt), sampling))
+                running += 1
+            except RequestError as error:
+                entry.error = error.message
+        outputs = engine.step() if running else []
+        now = time.perf_counter()
+        for output in outputs:
+            entry = progress[output.request_id]
+            entry.take(output, now)
+            running -= entry.finished
+    wall_s = time.perf_counter() - started
+    return wall_s, [progress[request.id].timeline() for request in requests]

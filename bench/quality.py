@@ -1,0 +1,135 @@
+"""What a checkpoint gets right: perplexity, and how far its predictions are from the baseline's."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from llmkit.checkpoint.errors import InputError
+from llmkit.checkpoint.progress import Progress
+from llmkit.checkpoint.source import Checkpoint
+from llmkit.checkpoint.tokenizer import Tokenizer
+from llmkit.model.decoder import Decoder
+from llmkit.model.families import model_spec
+from llmkit.model.loader import load_model
+from llmkit.quant.quality import Quality, score
+from llmkit.quant.text import BUILTIN, load_text, split_builtin, windows, windows_sha256
+
+MIN_WINDOW = 16  # tokens; shorter ones say nothing of a model
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The token windows [n, L] all checkpoints are scored on, and where they are from."""
+
+    windows: torch.Tensor
+    text: str
+    text_sha256: str
+
+    def describe(self) -> dict[str, str | int]:
+        """What the report says of it; two reports with the same `sha256` scored the same tokens."""
+        count, length = self.windows.shape
+        return {
+            "text": self.text,
+            "text_sha256": self.text_sha256,
+            "windows": count,
+            "window_tokens": length,
+            "sha256": windows_sha256(self.windows),
+        }
+
+
+def evaluation(tokenizer: Tokenizer, source: str, count: int, length: int, seed: int) -> Evaluation:
+    """Cut up to `count` windows of `length` tokens from a text; of the builtin one, from the part held out.
+
+    A tokenizer that begins texts with a BOS token begins each window with it. Raises InputError when the text does
+    not fill one window, and as `load_text` does.
+    """
+    text = load_text(source)
+    beginning = tokenizer.encode("")[:1]
+    prefix = beginning if beginning and beginning[0] == tokenizer.bos_id else []
+    ids = [id for document in text.documents for id in tokenizer.encode(document, add_special_tokens=False)]
+    tokens = torch.tensor(ids, dtype=torch.int64)
+    if source == BUILTIN:
+        _, tokens = split_builtin(tokens)
+    if length < MIN_WINDOW or len(tokens) < length:
+        raise InputError(
+            f"evaluation text {source} has {len(tokens)} tokens and windows are {length} long",
+            f"At least one full window, of {MIN_WINDOW} tokens or more, is needed",
+        )
+    cut = windows(tokens, count, length - len(prefix), seed)
+    if prefix:
+        cut = torch.cat([torch.full((len(cut), 1), prefix[0]), cut], dim=1)
+    return Evaluation(cut, source, text.sha256)
+
+
+def score_checkpoints(
+    checkpoints: Mapping[str, Checkpoint],
+    baseline: str | None,
+    tokens: torch.Tensor,
+    dtype: torch.dtype,
+    device: str,
+    progress: Progress,
+) -> dict[str, dict[str, float]]:
+    """Score checkpoints by name on windows [n, L], those other than the baseline against it.
+
+    baseline: one of the names, or None. Two models are in memory at a time. Returns for each name perplexity, load_s
+    and, against a baseline, mean_kl, p99_kl and top1. Raises InputError for a model whose vocabulary is not the
+    baseline's.
+    """
+    progress.start("quality", len(checkpoints), "models")
+    figures: dict[str, dict[str, float]] = {name: {} for name in checkpoints}
+    reference: Decoder | None = None
+    if baseline is not None:
+        _require_same_vocabulary(checkpoints, baseline)
+        reference = _load(checkpoints[baseline], dtype, device, figures[baseline])
+    for name, checkpoint in checkpoints.items():
+        if name == baseline:
+            continue
+        model = _load(checkpoint, dtype, device, figures[name])
+        quality = score(model, reference, tokens)
+        figures[name] |= _figures(quality)
+        if baseline is not None and quality.reference_perplexity is not None:
+            figures[baseline]["perplexity"] = quality.reference_perplexity
+        del model
+        gc.collect()
+        progress.advance(1, name)
+    if reference is not None and baseline is not None:
+        if "perplexity" not in figures[baseline]:
+            figures[baseline] |= _figures(score(reference, None, tokens))
+        progress.advance(1, baseline)
+    progress.finish()
+    return figures
+
+
+def _load(checkpoint: Checkpoint, dtype: torch.dtype, device: str, figures: dict[str, float]) -> Decoder:
+    started = time.perf_counter()
+    model = load_model(checkpoint, dtype, device)
+    if device != "cpu":
+        torch.cuda.synchronize()
+    figures["load_s"] = time.perf_counter() - started
+    return model
+
+
+def _figures(quality: Quality) -> dict[str, float]:
+    values = {
+        "perplexity": quality.perplexity,
+        "mean_kl": quality.mean_kl,
+        "p99_kl": quality.p99_kl,
+        "top1": quality.top1,
+    }
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _require_same_vocabulary(checkpoints: Mapping[str, Checkpoint], baseline: str) -> None:
+    sizes = {name: model_spec(checkpoint.config).vocab for name, checkpoint in checkpoints.items()}
+    for name, size in sizes.items():
+        if size != sizes[baseline]:
+            raise InputError(
+                f"{name} has a vocabulary of {size} tokens and the baseline {baseline} one of {sizes[baseline]}",
+                "Predictions are compared token by token",
+                "Bench them without quality, or against another baseline",
+            )

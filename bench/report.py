@@ -1,0 +1,196 @@
+"""The result of a run: what was measured, on what, and how it compares; as JSON and as one table."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llmkit.bench.gates import GateResult
+from llmkit.checkpoint.errors import GateError, InputError
+
+if TYPE_CHECKING:
+    from rich.console import Group
+
+FORMAT_VERSION = 1
+
+
+@dataclass
+class TargetReport:
+    """The figures of one target. Names and units are those of TARGET_METRICS and SPEED_METRICS."""
+
+    name: str  # unique in a report
+    reference: str  # as the user gave it
+    kind: str  # "offline", "served", "url", or "checkpoint" when no speed was measured
+    metrics: dict[str, float] = field(default_factory=dict)
+    scenarios: dict[str, dict[str, float]] = field(default_factory=dict)  # medians over the rounds
+    rounds: dict[str, list[dict[str, float]]] = field(default_factory=dict)  # what the medians are of
+
+    def figures(self) -> dict[str, float]:
+        """All figures by full name: "perplexity", "online.output_tps"."""
+        speed = {f"{name}.{metric}": v for name, figures in self.scenarios.items() for metric, v in figures.items()}
+        return self.metrics | speed
+
+
+@dataclass
+class BenchReport:
+    """Everything a run of `bench` found. `to_json` and `from_json` are inverses."""
+
+    targets: list[TargetReport]
+    baseline: str | None = None  # the name of the target that ratios refer to
+    environment: dict[str, Any] = field(default_factory=dict)
+    command: str = ""
+    workload: dict[str, Any] = field(default_factory=dict)  # sha256, seed, rounds, scenarios; empty: no speed
+    evaluation: dict[str, Any] = field(default_factory=dict)  # text, windows, sha256; empty: no quality
+    gates: list[GateResult] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def target(self, name: str) -> TargetReport:
+        """The target of that name, which must exist."""
+        return next(target for target in self.targets if target.name == name)
+
+    def subjects(self) -> list[TargetReport]:
+        """The targets under test: all but the baseline, or the only one."""
+        return [target for target in self.targets if target.name != self.baseline] or self.targets
+
+    def require_gates(self) -> None:
+        """Raises GateError, which names every figure that is worse than its gate allows."""
+        failed = [result for result in self.gates if not result.passed]
+        if failed:
+            told = "; ".join(f"{r.target}: {r.metric} is {r.value:.6g} ({r.gate}, limit {r.limit:.6g})" for r in failed)
+            raise GateError(f"{len(failed)} of {len(self.gates)} gate checks failed: {told}")
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON-ready document; infinite and undefined figures are the strings "Infinity" and "NaN"."""
+        document: dict[str, Any] = _encode({"format_version": FORMAT_VERSION, **asdict(self)})
+        return document
+
+    @staticmethod
+    def from_json(document: Mapping[str, Any]) -> BenchReport:
+        """The inverse of `to_json`. Raises InputError for anything else."""
+        try:
+            if document["format_version"] != FORMAT_VERSION:
+                raise InputError(
+                    f"the report has format version {document['format_version']}", f"Version {FORMAT_VERSION} is read"
+                )
+            report = BenchReport(
+                targets=[_target(entry) for entry in document["targets"]],
+                baseline=document["baseline"],
+                environment=dict(document["environment"]),
+                command=str(document["command"]),
+                workload=dict(document["workload"]),
+                evaluation=dict(document["evaluation"]),
+                gates=[
+                    GateResult(**{**entry, "value": float(entry["value"]), "limit": float(entry["limit"])})
+                    for entry in document["gates"]
+                ],
+                notes=[str(note) for note in document["notes"]],
+            )
+            names = [target.name for target in report.targets]
+            if not names or len(set(names)) < len(names) or report.baseline not in {None, *names}:
+                raise ValueError(f"targets {names}, baseline {report.baseline}")
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise InputError(
+                f"this is no report of llmkit bench ({type(error).__name__}: {error})",
+                todo="Write one with `llmkit bench … --json`",
+            ) from error
+        return report
+
+    def renderable(self) -> Group:
+        """The table, the gates if there are any, and the notes, to be printed by rich."""
+        from llmkit.bench.tables import render
+
+        return render(self)
+
+
+def read_report(path: str | Path) -> BenchReport:
+    """Read a JSON report. Raises InputError when it is missing or none."""
+    try:
+        document = json.loads(Path(path).read_bytes())
+    except OSError as error:
+        raise InputError(f"report {path} cannot be read ({error.strerror})") from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"report {path} is not JSON ({error})", "Expected what `llmkit bench … --json` writes") from error
+    try:
+        return BenchReport.from_json(document)
+    except InputError as error:
+        raise InputError(f"{path}: {error.what}", error.expected, error.todo) from error
+
+
+def single_target(report: BenchReport, source: str) -> TargetReport:
+    """The one target a saved report is about. Raises InputError when there are several."""
+    subjects = report.subjects()
+    if len(subjects) != 1:
+        raise InputError(
+            f"{source} holds {len(subjects)} targets ({', '.join(target.name for target in subjects)})",
+            "A baseline is one target",
+        )
+    return subjects[0]
+
+
+def compare_reports(a: BenchReport, b: BenchReport) -> BenchReport:
+    """Both reports' targets side by side, with the first of `a` as the baseline; notes say what does not compare.
+
+    A name that both reports have is marked with " (a)" and " (b)".
+    """
+    shared = {target.name for target in a.targets} & {target.name for target in b.targets}
+    targets = []
+    for report, mark in ((a, "a"), (b, "b")):
+        for target in report.targets:
+            name = f"{target.name} ({mark})" if target.name in shared else target.name
+            targets.append(TargetReport(**{**vars(target), "name": name}))
+    index = [target.name for target in a.targets].index(a.baseline) if a.baseline else 0
+    same_work = a.workload.get("sha256") == b.workload.get("sha256")
+    return BenchReport(
+        targets,
+        baseline=targets[index].name,
+        environment=a.environment if a.environment == b.environment else {},
+        workload=a.workload if same_work else {},
+        evaluation=a.evaluation if a.evaluation == b.evaluation else {},
+        notes=differences(a, b),
+    )
+
+
+def differences(a: BenchReport, b: BenchReport) -> list[str]:
+    """Why figures of two reports do not compare, a sentence each."""
+    notes = []
+    if a.workload and b.workload and a.workload["sha256"] != b.workload["sha256"]:
+        notes.append("the workloads differ: speed does not compare")
+    if a.evaluation and b.evaluation and a.evaluation["sha256"] != b.evaluation["sha256"]:
+        notes.append("the evaluation windows differ: quality does not compare")
+    for name in ("cpu", "cores", "gpu", "torch", "dtype", "device"):
+        ours, theirs = a.environment.get(name), b.environment.get(name)
+        if ours != theirs:
+            notes.append(f"{name} differs ({ours} and {theirs}): speed does not compare")
+    if a.workload and b.workload:
+        notes.append("measured at different times: on a machine that others share, trust one run of bench with both")
+    return notes
+
+
+def _target(entry: Mapping[str, Any]) -> TargetReport:
+    return TargetReport(
+        name=str(entry["name"]),
+        reference=str(entry["reference"]),
+        kind=str(entry["kind"]),
+        metrics=_floats(entry["metrics"]),
+        scenarios={str(name): _floats(figures) for name, figures in entry["scenarios"].items()},
+        rounds={str(name): [_floats(figures) for figures in rounds] for name, rounds in entry["rounds"].items()},
+    )
+
+
+def _floats(figures: Mapping[str, Any]) -> dict[str, float]:
+    return {str(name): value if isinstance(value, int) else float(value) for name, value in figures.items()}
+
+
+def _encode(value: Any) -> Any:
+    """JSON has no word for infinities and NaN; as strings `float` reads them back."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    if isinstance(value, Mapping):
+        return {name: _encode(item) for name, item in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [_encode(item) for item in value]
+    return value

@@ -1,0 +1,122 @@
+"""How a report looks on a terminal."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from rich.console import Group
+from rich.markup import escape
+from rich.table import Table
+
+from llmkit.bench.metrics import SPEED_METRICS, TARGET_METRICS, Metric
+
+if TYPE_CHECKING:
+    from llmkit.bench.report import BenchReport
+
+_ALIKE = 0.02  # ratios this close to one are not coloured
+
+
+def render(report: BenchReport) -> Group:
+    """The table of figures, the gates if there are any, and the notes."""
+    gates = [gate_table(report)] if report.gates else []
+    return Group(figure_table(report), *gates, *(escape(f"Note: {note}.") for note in report.notes))
+
+
+def figure_table(report: BenchReport) -> Table:
+    """One table: metrics as rows, targets as columns, each but the baseline with its ratio to it."""
+    table = Table(title="llmkit bench", title_justify="left", caption=_caption(report), caption_justify="left")
+    table.add_column("metric")
+    table.add_column("unit")
+    base = report.target(report.baseline).figures() if report.baseline else None
+    for target in report.targets:
+        table.add_column(escape(target.name), justify="right", overflow="fold")
+        if base is not None and target.name != report.baseline:
+            table.add_column("vs base", justify="right")
+    figures = [(target.name, target.figures()) for target in report.targets]
+    for title, rows in _sections(report):
+        table.add_section()
+        if title:
+            table.add_row(f"[bold]{escape(title)}[/bold]")
+        for key, metric in rows:
+            unit, scale = _unit(metric, max(values[key] for _, values in figures if key in values))
+            cells = []
+            for name, values in figures:
+                value = values.get(key)
+                cells.append("-" if value is None else _number(value / scale))
+                if base is not None and name != report.baseline:
+                    cells.append(_ratio(value, base.get(key), metric))
+            table.add_row(metric.title, unit, *cells)
+    return table
+
+
+def gate_table(report: BenchReport) -> Table:
+    """Every gate check with its figure and limit, the failed ones first."""
+    table = Table(title="gates", title_justify="left")
+    for column in ("gate", "target", "metric", "value", "limit", "result"):
+        table.add_column(column, justify="right" if column in ("value", "limit") else "left")
+    for result in sorted(report.gates, key=lambda result: result.passed):
+        word = "[green]pass[/green]" if result.passed else "[bold red]FAIL[/bold red]"
+        figures = _number(result.value), _number(result.limit)
+        table.add_row(escape(result.gate), escape(result.target), result.metric, *figures, word)
+    return table
+
+
+def _sections(report: BenchReport) -> Iterator[tuple[str, list[tuple[str, Metric]]]]:
+    """Headline figures that some target has: first those of the targets, then scenario by scenario."""
+    present = {key for target in report.targets for key in target.figures()}
+    yield "", [(name, metric) for name, metric in TARGET_METRICS.items() if name in present]
+    for scenario in dict.fromkeys(name for target in report.targets for name in target.scenarios):
+        rows = [
+            (f"{scenario}.{name}", metric)
+            for name, metric in SPEED_METRICS.items()
+            if metric.headline and f"{scenario}.{name}" in present
+        ]
+        yield f"{scenario}{_shape(report, scenario)}", rows
+
+
+def _shape(report: BenchReport, scenario: str) -> str:
+    for entry in report.workload.get("scenarios", ()):
+        if entry["name"] == scenario:
+            return f": {entry['requests']} requests, {entry['clients']} at a time"
+    return ""
+
+
+def _caption(report: BenchReport) -> str:
+    environment, parts = report.environment, []
+    if environment:
+        parts.append(f"{environment.get('gpu') or environment.get('cpu')}, {environment.get('cores')} cores")
+    if report.baseline and len(report.targets) > 1:
+        parts.append(f"base: {report.baseline}")
+    if report.workload:
+        rounds = report.workload["rounds"]
+        parts.append(f"medians of {rounds} rounds" if rounds > 1 else "one round")
+        parts.append(f"workload {report.workload['sha256'][:12]}")
+    return escape("; ".join(parts))
+
+
+def _unit(metric: Metric, largest: float) -> tuple[str, float]:
+    """The unit a row is shown in, and how many stored units it is."""
+    if metric.unit == "bytes":
+        return ("GiB", 2.0**30) if largest >= 2**30 else ("MiB", 2.0**20)
+    if metric.unit == "share":
+        return "%", 0.01
+    return metric.unit, 1.0
+
+
+def _number(value: float) -> str:
+    """Four significant digits; whole numbers from a thousand on."""
+    return f"{value:,.0f}" if math.isfinite(value) and abs(value) >= 1000 else f"{value:.4g}"
+
+
+def _ratio(value: float | None, base: float | None, metric: Metric) -> str:
+    """How many times the baseline's figure, in green where that is better; blank where it says nothing."""
+    if value is None or not base or not math.isfinite(value / base):
+        return ""
+    ratio = value / base
+    text = f"{ratio:.2f}x"
+    if metric.better == "neither" or abs(ratio - 1) <= _ALIKE:
+        return text
+    color = "green" if (ratio > 1) == (metric.better == "higher") else "red"
+    return f"[{color}]{text}[/{color}]"

@@ -1,0 +1,227 @@
+"""What can be measured for speed: a server that runs already, or a checkpoint that is served for the purpose."""
+
+from __future__ import annotations
+
+import http.client
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+import psutil
+
+from llmkit.bench.load import API_KEY_VARIABLE, Server, find_server, run_load
+from llmkit.bench.metrics import RequestTimeline
+from llmkit.bench.workload import WorkloadRequest
+from llmkit.checkpoint.errors import GateError, InputError, LlmkitError, OutputError, ShortageError, UsageError
+
+READY_TIMEOUT_S = 900.0
+STOP_TIMEOUT_S = 30.0
+_POLL_S = 0.02
+_MEMORY_INTERVAL_S = 0.5
+_LOOPBACK = "127.0.0.1"
+_EXIT_ERRORS: dict[int, type[LlmkitError]] = {
+    error.exit_code: error for error in (GateError, UsageError, InputError, ShortageError, OutputError)
+}
+
+
+class SpeedTarget(Protocol):
+    """Something that answers requests. Used as start, any number of runs, stop; stop also follows a failed start."""
+
+    name: str
+
+    @property
+    def context_tokens(self) -> int | None:
+        """The longest prompt and output together that it takes, in tokens; None while unknown."""
+
+    def start(self) -> dict[str, float]:
+        """Make it ready; the figures of TARGET_METRICS that starting shows."""
+
+    def run(self, requests: Sequence[WorkloadRequest], clients: int) -> tuple[float, list[RequestTimeline]]:
+        """Answer the requests, `clients` at a time: the wall time in seconds and their timelines."""
+
+    def stop(self) -> dict[str, float]:
+        """Give back what `start` took; the figures of TARGET_METRICS that are known only now."""
+
+
+class UrlTarget:
+    """A server somebody else started. It was asked for its models once already, so it can be reached."""
+
+    def __init__(self, name: str, server: Server) -> None:
+        self.name, self.server = name, server
+
+    @property
+    def context_tokens(self) -> int | None:
+        """What its model list says, if anything."""
+        return self.server.context_tokens
+
+    def start(self) -> dict[str, float]:
+        """Nothing to do."""
+        return {}
+
+    def run(self, requests: Sequence[WorkloadRequest], clients: int) -> tuple[float, list[RequestTimeline]]:
+        """See `SpeedTarget.run`."""
+        return run_load(self.server, requests, clients)
+
+    def stop(self) -> dict[str, float]:
+        """Nothing to do."""
+        return {}
+
+
+class ServedTarget:
+    """A checkpoint behind its own `llmkit serve` on a free loopback port, as a user would run it."""
+
+    def __init__(self, name: str, reference: str, context_tokens: int, options: Sequence[str] = ()) -> None:
+        """options: further arguments for `llmkit serve`."""
+        self.name, self.reference, self.options = name, reference, list(options)
+        self.model_context_tokens = context_tokens
+        self.server: Server | None = None
+        self._process: subprocess.Popen[bytes] | None = None
+        self._peak_bytes = 0
+        self._log = tempfile.TemporaryFile()
+
+    @property
+    def context_tokens(self) -> int | None:
+        """The model's context; once started, what the server has of it."""
+        served = self.server.context_tokens if self.server else None
+        return served or self.model_context_tokens
+
+    def start(self) -> dict[str, float]:
+        """Start the server and wait until it is healthy: ready_s.
+
+        Raises the error the server ended with, or ShortageError when it does not get ready.
+        """
+        port = _free_port()
+        command = [sys.executable, "-m", "llmkit.cli.main", "serve", self.reference, "--host", _LOOPBACK]
+        command += ["--port", str(port), *self.options]
+        # The key is for the servers of others, and the settings file may be that of `bench`.
+        environment = {k: v for k, v in os.environ.items() if k not in (API_KEY_VARIABLE, "LLMKIT_CONFIG")}
+        started = time.perf_counter()
+        self._process = subprocess.Popen(  # noqa: S603
+            command, stdin=subprocess.DEVNULL, stdout=self._log, stderr=self._log, env=environment,
+            start_new_session=True,  # Ctrl-C is for bench, which then stops the server
+        )  # fmt: skip
+        sampled = 0.0
+        while not _healthy(port):
+            elapsed = time.perf_counter() - started
+            if self._process.poll() is not None:
+                raise self._failure()
+            if elapsed > READY_TIMEOUT_S:
+                raise ShortageError(f"the server of {self.name} was not ready after {READY_TIMEOUT_S:g} s")
+            if elapsed - sampled >= _MEMORY_INTERVAL_S:
+                self._sample_memory()
+                sampled = elapsed
+            time.sleep(_POLL_S)
+        ready_s = time.perf_counter() - started
+        self._sample_memory()
+        self.server = find_server(f"http://{_LOOPBACK}:{port}")
+        return {"ready_s": ready_s}
+
+    def run(self, requests: Sequence[WorkloadRequest], clients: int) -> tuple[float, list[RequestTimeline]]:
+        """See `SpeedTarget.run`. Raises the server's own error when it ended meanwhile."""
+        assert self.server and self._process
+        result = run_load(self.server, requests, clients)
+        if self._process.poll() is not None:
+            raise self._failure()
+        self._sample_memory()
+        return result
+
+    def stop(self) -> dict[str, float]:
+        """Stop the server, by force only when it does not stop itself: peak_memory_bytes."""
+        if self._process is not None:
+            family = _family(self._process.pid)
+            if self._process.poll() is None:
+                self._process.send_signal(signal.SIGTERM)
+            try:
+                self._process.wait(STOP_TIMEOUT_S)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+                self._process.wait()
+            for orphan in family:
+                if orphan.is_running():  # compares start times: a reused process id is left alone
+                    orphan.kill()
+            self._process = None
+        self._log.close()
+        return {"peak_memory_bytes": self._peak_bytes} if self._peak_bytes else {}
+
+    def _sample_memory(self) -> None:
+        """Between runs, never during one: reading the memory map of a process holds it up."""
+        assert self._process
+        self._peak_bytes = max(self._peak_bytes, memory_bytes(self._process.pid))
+
+    def _failure(self) -> LlmkitError:
+        """The error the server ended with, in its words and with its exit code."""
+        assert self._process
+        code = self._process.returncode
+        self._log.seek(0)
+        lines = [line.strip() for line in self._log.read().decode("utf-8", "replace").splitlines() if line.strip()]
+        told = [line for line in lines if line.startswith("llmkit serve: error: ")]
+        reason = told[-1].removeprefix("llmkit serve: error: ") if told else f"{lines[-1] if lines else 'no output'}"
+        error = _EXIT_ERRORS.get(code, LlmkitError)
+        return error(f"the server of {self.name} ended with code {code}: {reason}")
+
+
+def memory_bytes(pid: int) -> int:
+    """Host memory of a process and its descendants: proportional set size, resident size where there is none."""
+    total = 0
+    for process in _family(pid):
+        try:
+            info = process.memory_full_info()
+            total += getattr(info, "pss", info.rss)
+        except psutil.AccessDenied:
+            total += process.memory_info().rss
+        except psutil.NoSuchProcess:
+            continue
+    return total
+
+
+def _family(pid: int) -> list[psutil.Process]:
+    try:
+        process = psutil.Process(pid)
+        return [process, *process.children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return []
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind((_LOOPBACK, 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def _healthy(port: int) -> bool:
+    connection = http.client.HTTPConnection(_LOOPBACK, port, timeout=5)
+    try:
+        connection.request("GET", "/health")
+        return connection.getresponse().status == 200
+    except (OSError, http.client.HTTPException):
+        return False
+    finally:
+        connection.close()
+
+
+def is_url(target: str) -> bool:
+    """Whether a target is a server's address.
+
+    Raises UsageError for a scheme other than http and https, and for a password, which would end up in the report.
+    """
+    scheme, separator, rest = target.partition("://")
+    if separator and scheme not in ("http", "https"):
+        raise UsageError(f"{target} is neither a model nor an address", "Addresses begin with http:// or https://")
+    if "@" in rest.partition("/")[0]:
+        raise UsageError("an address holds a user or a password", todo=f"Give a key with {API_KEY_VARIABLE} instead")
+    return bool(separator)
+
+
+def short_name(target: str) -> str:
+    """What a column is headed with: the end of a path or a hub id, host and port of an address."""
+    if is_url(target):
+        return target.split("://", 1)[1].split("/", 1)[0]
+    return Path(target.rstrip("/")).name or target

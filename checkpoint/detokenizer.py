@@ -1,0 +1,94 @@
+"""Token ids to text as they come, in time linear in their number and without ever cutting a character in two.
+
+A token is a string of bytes; only where UTF-8 says that a character is complete is text given out. Invalid
+bytes become U+FFFD, one for each maximal invalid sequence, as when the whole text is decoded at once.
+"""
+
+from __future__ import annotations
+
+import codecs
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from llmkit.checkpoint.errors import InputError
+
+
+def _byte_level_alphabet() -> dict[str, int]:
+    """GPT-2's printable character for each byte: itself where it is printable, else the next from U+0100 on."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in set(printable)]
+    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+
+_ALPHABET = _byte_level_alphabet()
+
+
+def _byte_level(token: str) -> bytes:
+    try:
+        return bytes([_ALPHABET[character] for character in token])
+    except KeyError:  # an added token, which is plain text
+        return token.encode()
+
+
+def _with_spaces(token: str) -> bytes:
+    return token.replace("\u2581", " ").encode()
+
+
+def _byte_fallback(token: str) -> bytes:
+    match = re.fullmatch(r"<0x([0-9A-Fa-f]{2})>", token)
+    return bytes([int(match[1], 16)]) if match else _with_spaces(token)
+
+
+class TokenBytes:
+    """The bytes of every token of a tokenizer, and whether a text loses its first space.
+
+    `decoder` is the decoder of the tokenizer.json. Raises InputError for decoders other than ByteLevel,
+    Metaspace and the SentencePiece sequence (Replace, ByteFallback, Fuse, Strip).
+    """
+
+    def __init__(self, tokenizer: Tokenizer, decoder: Mapping[str, Any] | None) -> None:
+        steps = [decoder or {}]
+        if steps[0].get("type") == "Sequence":
+            steps = list(steps[0]["decoders"])
+        kinds = [step.get("type") for step in steps]
+        convert: Callable[[str], bytes]
+        if kinds == ["ByteLevel"]:
+            convert, self.strips_space = _byte_level, False
+        elif kinds == ["Metaspace"]:
+            convert, self.strips_space = _with_spaces, steps[0].get("prepend_scheme", "always") != "never"
+        elif kinds[:3] == ["Replace", "ByteFallback", "Fuse"] and kinds[3:] in ([], ["Strip"]):
+            convert, self.strips_space = _byte_fallback, kinds[3:] == ["Strip"]
+        else:
+            raise InputError(
+                f"The tokenizer has the decoder {' + '.join(map(str, kinds))}",
+                "ByteLevel, Metaspace or Replace + ByteFallback + Fuse was expected",
+            )
+        self.bytes_of = {index: convert(token) for token, index in tokenizer.get_vocab().items()}
+
+
+class Detokenizer:
+    """One text. The pieces that `add` and the final `flush` return, joined, are the decoded tokens."""
+
+    def __init__(self, tokens: TokenBytes, skipped_ids: frozenset[int] = frozenset()) -> None:
+        self._bytes_of = tokens.bytes_of
+        self._skipped = skipped_ids
+        self._strip = tokens.strips_space
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def add(self, ids: Iterable[int]) -> str:
+        """The text that these tokens complete; may be empty. Ids without a token add nothing."""
+        data = b"".join([self._bytes_of.get(i, b"") for i in ids if i not in self._skipped])
+        return self._start(self._decoder.decode(data))
+
+    def flush(self) -> str:
+        """What is left of an unfinished character, as U+FFFD; the text is over."""
+        return self._start(self._decoder.decode(b"", final=True))
+
+    def _start(self, text: str) -> str:
+        if self._strip and text:
+            self._strip = False
+            return text.removeprefix(" ")
+        return text

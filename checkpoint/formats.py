@@ -1,0 +1,66 @@
+"""The quantized formats by name. How codes are chosen is `llmkit.quant`'s; here is how they are stored."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import torch
+
+from llmkit.checkpoint.compressed_tensors import CompressedTensorsFormat
+from llmkit.checkpoint.errors import InputError
+from llmkit.checkpoint.gptq import GptqFormat
+from llmkit.checkpoint.quantized import PackedTensor, QuantizationConfig, QuantizedWeight
+
+
+class QuantizedFormat(Protocol):
+    """How one format stores the dense weight [out, in] of a linear module M, as the tensors `M.<suffix>`."""
+
+    def tensors(self, config: QuantizationConfig, out: int, in_: int) -> tuple[PackedTensor, ...]:
+        """What is stored for an [out, in_] weight. Raises InputError when the sizes cannot be packed."""
+
+    def pack(self, config: QuantizationConfig, weight: QuantizedWeight) -> dict[str, torch.Tensor]:
+        """The stored tensors by suffix. Raises InputError for what the format cannot hold."""
+
+    def unpack(self, config: QuantizationConfig, tensors: Mapping[str, torch.Tensor]) -> QuantizedWeight:
+        """The weight from its stored tensors by suffix. Raises InputError when they disagree."""
+
+    def config_dict(self, config: QuantizationConfig) -> dict[str, Any]:
+        """The `quantization_config` of config.json."""
+
+    def parse(self, d: Mapping[str, Any]) -> QuantizationConfig:
+        """The inverse of `config_dict`. Raises InputError for options that cannot be read."""
+
+    def extra_files(self, config: QuantizationConfig) -> dict[str, bytes]:
+        """Further files the format's readers look for."""
+
+
+FORMATS: dict[str, QuantizedFormat] = {"gptq": GptqFormat(), "compressed-tensors": CompressedTensorsFormat()}
+
+
+def format_of(config: QuantizationConfig) -> QuantizedFormat:
+    """The format that `config` is stored in."""
+    return FORMATS[config.format]
+
+
+def parse_quantization(d: object) -> QuantizationConfig:
+    """The `quantization_config` of a config.json. Raises InputError for methods and options that cannot be read."""
+    method = d.get("quant_method") if isinstance(d, dict) else None
+    if not isinstance(d, dict) or method not in FORMATS:
+        raise InputError(
+            f"This checkpoint is quantized with {method or 'a method it does not name'}",
+            f"One of {', '.join(FORMATS)} was expected",
+        )
+    return FORMATS[method].parse(d)
+
+
+def is_ignored(config: QuantizationConfig, module: str) -> bool:
+    """Whether the checkpoint says that `module` ("lm_head", "model.layers.0.mlp.up_proj") is not quantized.
+
+    Entries are names, or regular expressions after "re:".
+    """
+    return any(
+        re.match(entry[3:], module) is not None if entry.startswith("re:") else entry == module
+        for entry in config.ignore
+    )

@@ -1,0 +1,116 @@
+"""Where an output may go: not over anything, not into the source, one run at a time, onto a disk that has room."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from llmkit.checkpoint.errors import LlmkitError, OutputError, ShortageError
+from llmkit.checkpoint.source import Checkpoint
+
+SPARE_BYTES = 32 * 2**20  # for tokenizer, configs and manifest
+
+
+def sibling(out: Path, suffix: str) -> Path:
+    """`<out><suffix>`, next to the output."""
+    return out.with_name(out.name + suffix)
+
+
+def partial_path(out: Path) -> Path:
+    """Where the output is while it is being written."""
+    return sibling(out, ".partial")
+
+
+def check_output(out: Path, source: Checkpoint | None, need_bytes: int) -> None:
+    """Refuse an output that is in the way or does not fit; creates nothing.
+
+    `need_bytes` is the whole output's size; what an interrupted run has written counts as room.
+    Raises OutputError when `out` exists and is not empty or lies in the source, ShortageError when the disk is
+    too small or there is no permission to write.
+    """
+    out = out.absolute()
+    if source is not None:
+        here, there = out.resolve(), source.path.resolve()
+        if here == there or (source.kind == "safetensors" and there in here.parents):
+            raise OutputError(f"The output {out} is the source or lies in it", todo="Choose another output")
+    if out.is_dir() and any(out.iterdir()):
+        raise OutputError(f"The output {out} exists and is not empty", todo="Remove it or choose another output")
+    if out.exists() and not out.is_dir():
+        raise OutputError(f"The output {out} exists and is a file", todo="Remove it or choose another output")
+    parent = out.parent
+    while not parent.exists():
+        parent = parent.parent
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise ShortageError(
+            f"{parent} is not writable", "A directory to write to was expected", "Choose another output"
+        )
+    partial = partial_path(out)
+    written = sum(file.stat().st_blocks * 512 for file in partial.iterdir()) if partial.is_dir() else 0
+    need, have = need_bytes + SPARE_BYTES, shutil.disk_usage(parent).free + written
+    if need > have:
+        raise ShortageError(
+            f"The output {out} needs {need} bytes ({need / 2**30:.1f} GiB) and the disk has {have} "
+            f"({have / 2**30:.1f} GiB)",
+            todo="Free some space or choose another disk",
+        )
+
+
+@contextmanager
+def locked(out: Path) -> Iterator[None]:
+    """Hold `<out>.lock` for as long as the block runs; it is removed at the end.
+
+    Raises OutputError, telling the pid, when another run holds it, ShortageError when it cannot be created.
+    """
+    path = sibling(out, ".lock")
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        fd = _acquire(path)
+    try:
+        os.ftruncate(fd, 0)
+        os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
+        yield
+    finally:
+        path.unlink(missing_ok=True)  # while it is still held: whoever waits sees that the name has gone
+        os.close(fd)
+
+
+def _acquire(path: Path) -> int:
+    while True:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            pid = os.pread(fd, 32, 0).decode(errors="replace").strip() or "unknown"
+            os.close(fd)
+            out = path.with_suffix("")
+            raise OutputError(
+                f"The output {out} is being written by another run (process {pid})", todo="Wait for it or stop it"
+            ) from None
+        try:
+            if os.path.samestat(os.fstat(fd), path.stat()):
+                return fd
+        except FileNotFoundError:
+            pass
+        os.close(fd)  # its holder removed it between our open and our lock
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn the errors of writing to `path` that a user can act on into ShortageError."""
+    try:
+        yield
+    except LlmkitError:
+        raise
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise ShortageError(
+                f"The disk is full ({path})", todo="Free some space and run the command again"
+            ) from error
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
+            raise ShortageError(f"{path} is not writable ({error.strerror})", todo="Choose another output") from error
+        raise

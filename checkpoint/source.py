@@ -1,0 +1,297 @@
+"""Opening a model: a directory, a hub id or a .gguf file, all seen through one `Checkpoint`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatch
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from llmkit.checkpoint.errors import InputError
+from llmkit.checkpoint.formats import parse_quantization
+from llmkit.checkpoint.hub import fetch, looks_like_hub_id
+from llmkit.checkpoint.manifest import check_files, is_plain_name, load_json, load_manifest, mismatch, tensor_key
+from llmkit.checkpoint.quantized import QuantizationConfig
+from llmkit.checkpoint.reading import (
+    CHUNK_BYTES,
+    RowReader,
+    SafetensorsRows,
+    read_range,
+    sha256_file,
+    sha256_range,
+)
+from llmkit.checkpoint.safetensors_header import TensorInfo, read_header
+
+__all__ = ["Checkpoint", "TensorInfo", "open_checkpoint"]
+
+CONFIG = "config.json"
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+CARRIED = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "generation_config.json",
+    "chat_template.jinja", "chat_template.json", "vocab.json", "merges.txt", "vocab.txt", "tokenizer.model",
+    "spiece.model", "*.tiktoken", "quantize_config.json", "LICENSE*", "NOTICE*", "USE_POLICY*",
+)  # fmt: skip
+
+
+@dataclass
+class Checkpoint:
+    """An opened model. Headers are read and checked; tensors are read when asked for, none is kept.
+
+    `tensors` has HF names, also for GGUF, whose tensors are read as float32 (dequantized, q and k rows in HF order).
+    It is empty for an output of `llmkit shard`; `layout` then says what lies where.
+    """
+
+    reference: str  # as the user gave it
+    path: Path  # the directory, or the .gguf file
+    kind: Literal["safetensors", "gguf"]
+    config: dict[str, Any]  # HF config.json; made from the metadata for GGUF
+    generation_config: dict[str, Any]
+    tensors: dict[str, TensorInfo]
+    quantization: QuantizationConfig | None
+    manifest: dict[str, Any] | None
+    weight_files: tuple[str, ...]
+    _rows: RowReader = field(repr=False)
+    _side_files: Callable[[], dict[str, bytes]] = field(repr=False)
+    _verified: set[str] = field(default_factory=set, repr=False)
+
+    @property
+    def layout(self) -> dict[str, Any] | None:
+        """How the tensors are split, when this is an output of `llmkit shard`."""
+        return (self.manifest or {}).get("layout")
+
+    @property
+    def folder(self) -> Path:
+        """The directory that holds the weight files."""
+        return self.path if self.kind == "safetensors" else self.path.parent
+
+    def read(self, name: str) -> torch.Tensor:
+        """The whole tensor, on the CPU, in memory of its own. KeyError when there is none of that name.
+
+        Raises InputError when the file is cut short or the bytes differ from the manifest.
+        """
+        return self.read_info(self.tensors[name])
+
+    def read_info(self, info: TensorInfo) -> torch.Tensor:
+        """As `read`, for a tensor found through a file's own header (sharded layouts)."""
+        self._verify(info)
+        count = info.shape[0] if info.shape else 1
+        rows = self._rows.rows(info if info.shape else _as_vector(info), 0, count)
+        return rows.reshape(info.shape)
+
+    def read_slice(self, name: str, intervals: Sequence[tuple[int, int]], dim: int) -> torch.Tensor:
+        """The slices [start, stop) along `dim`, concatenated along `dim`; in memory of its own.
+
+        Along dimension 0 only the rows asked for are read; along others whole rows in chunks, so that no more
+        than the result and one chunk is in memory. Raises as `read` does.
+        """
+        info = self.tensors[name]
+        self._verify(info)
+        for start, stop in intervals:
+            assert 0 <= start <= stop <= info.shape[dim], f"{name}: [{start}, {stop}) of {info.shape[dim]}"
+        if dim == 0:
+            parts = [self._rows.rows(info, start, stop) for start, stop in intervals]
+            return parts[0] if len(parts) == 1 else torch.cat(parts)
+        shape = list(info.shape)
+        shape[dim] = sum(stop - start for start, stop in intervals)
+        result = torch.empty(shape, dtype=info.torch_dtype)
+        count = info.shape[0]
+        step = max(1, CHUNK_BYTES * count // max(1, info.nbytes))
+        for row in range(0, count, step):
+            chunk = self._rows.rows(info, row, min(row + step, count))
+            pieces = [chunk.narrow(dim, start, stop - start) for start, stop in intervals]
+            torch.cat(pieces, dim, out=result[row : row + step])
+        return result
+
+    def read_bytes(self, info: TensorInfo, start: int, stop: int) -> bytes:
+        """Bytes [start, stop) of a tensor as stored, counted from its first. Not checked against the manifest.
+
+        Raises InputError when the file is cut short, ValueError for GGUF (whose bytes are not the tensor's).
+        """
+        if self.kind == "gguf":
+            raise ValueError("a GGUF tensor's stored bytes are not those of the tensor")
+        assert 0 <= start <= stop <= info.nbytes
+        return read_range(self.folder / info.file, info.start + start, stop - start).numpy().tobytes()
+
+    def side_files(self) -> dict[str, bytes]:
+        """What an output carries along: tokenizer, chat template, generation config, licence. Not config.json."""
+        return self._side_files()
+
+    @cached_property
+    def _source_hashes(self) -> dict[str, str]:
+        names = self.weight_files if self.kind == "gguf" else (CONFIG, *self.weight_files)
+        return {name: sha256_file(self.folder / name) for name in names}
+
+    def source_hashes(self) -> dict[str, str]:
+        """SHA-256 of each weight file and of config.json; reads them all on the first call."""
+        return dict(self._source_hashes)
+
+    @cached_property
+    def weight_bytes(self) -> int:
+        """Bytes of all weight files on disk."""
+        return sum((self.folder / name).stat().st_size for name in self.weight_files)
+
+    def _verify(self, info: TensorInfo) -> None:
+        """Compare the stored bytes with the manifest, once per tensor."""
+        if self.manifest is None:
+            return
+        key = tensor_key(info.name, info.file, self.layout is not None)
+        if key in self._verified:
+            return
+        entry = self.manifest["tensors"].get(key)
+        if entry is None:
+            raise mismatch(f"{self.folder / info.file}: tensor {info.name} is not in llmkit.json")
+        digest = sha256_range(self.folder / info.file, info.start, info.end - info.start)
+        if digest != entry["sha256"]:
+            place = f"{self.folder / info.file}: tensor {info.name}"
+            raise mismatch(f"{place} has SHA-256 {digest}, llmkit.json says {entry['sha256']}")
+        self._verified.add(key)
+
+
+def open_checkpoint(reference: str | Path) -> Checkpoint:
+    """Open a model directory, a hub id (organization/name) or a .gguf file, and check all its headers.
+
+    Raises InputError when there is nothing there, when files are missing, malformed, cut short or changed since
+    llmkit wrote them, and when the weights are pickled.
+    """
+    text = str(reference)
+    path = Path(text).expanduser()
+    if path.is_dir():
+        return _open_directory(text, path)
+    if path.is_file():
+        return _open_file(text, path)
+    if not isinstance(reference, Path) and looks_like_hub_id(text):
+        return _open_directory(text, fetch(text))
+    raise InputError(f"{text} does not exist", "A directory, a hub id or a .gguf file was expected")
+
+
+def _open_file(reference: str, path: Path) -> Checkpoint:
+    if path.suffix == ".gguf":
+        from llmkit.checkpoint.gguf import open_gguf  # the gguf package is needed by few
+
+        model = open_gguf(path)
+        return Checkpoint(
+            reference, path, "gguf", model.config, model.generation_config, model.tensors, None, None,
+            (path.name,), model, model.side_files,
+        )  # fmt: skip
+    if path.suffix in PICKLES:
+        raise _pickled(path)
+    todo = f"Give its directory, {path.parent}" if path.suffix == ".safetensors" else ""
+    raise InputError(f"{reference} is a file", "A directory, a hub id or a .gguf file was expected", todo)
+
+
+def _open_directory(reference: str, path: Path) -> Checkpoint:
+    if not (path / CONFIG).is_file():
+        ggufs = sorted(path.glob("*.gguf"))
+        raise InputError(
+            f"{path} has no {CONFIG}; it holds {_listing(path)}",
+            "A Hugging Face model directory was expected",
+            f"Give the file itself, {ggufs[0]}" if ggufs else "",
+        )
+    config = load_json(path / CONFIG)
+    manifest = load_manifest(path)
+    if manifest is not None:
+        check_files(path, manifest)
+    if manifest is not None and manifest.get("layout") is not None:
+        files = tuple(sorted(name for name in manifest["files"] if name.endswith(".safetensors")))
+        tensors: dict[str, TensorInfo] = {}
+    else:
+        files, tensors = _find_tensors(path)
+    return Checkpoint(
+        reference, path, "safetensors", config,
+        load_json(path / "generation_config.json") if (path / "generation_config.json").is_file() else {},
+        tensors, _quantization(path, config), manifest, files, SafetensorsRows(path), lambda: _side_files(path),
+    )  # fmt: skip
+
+
+def _quantization(path: Path, config: Mapping[str, Any]) -> QuantizationConfig | None:
+    entry = config.get("quantization_config")
+    legacy = path / "quantize_config.json"
+    if entry is None and legacy.is_file():  # AutoGPTQ once wrote only this file
+        entry = {"quant_method": "gptq", **load_json(legacy)}
+    if entry is None:
+        return None
+    return parse_quantization(entry)
+
+
+def _find_tensors(path: Path) -> tuple[tuple[str, ...], dict[str, TensorInfo]]:
+    """The weight files of a directory and all tensors in them."""
+    located: dict[str, str] = {}
+    if (path / SINGLE).is_file():  # transformers, too, prefers it to an index
+        files = [SINGLE]
+    elif (path / INDEX).is_file():
+        located = _weight_map(path)
+        files = sorted(set(located.values()))
+    else:
+        files = sorted(file.name for file in path.glob("*.safetensors"))
+    if not files:
+        pickles = sorted(file for file in path.iterdir() if file.suffix in PICKLES)
+        if pickles:
+            raise _pickled(pickles[0])
+        raise InputError(f"{path} has no weights; it holds {_listing(path)}", "Files named *.safetensors were expected")
+    tensors: dict[str, TensorInfo] = {}
+    for file in files:
+        for name, info in read_header(path / file).items():
+            if name in tensors:
+                raise InputError(
+                    f"{path}: tensor {name} is in both {tensors[name].file} and {file}", "Each tensor was expected once"
+                )
+            tensors[name] = info
+    wrong = [name for name, file in located.items() if name not in tensors or tensors[name].file != file]
+    if wrong:
+        raise InputError(
+            f"{path / INDEX} places {len(wrong)} tensors in files that lack them ({', '.join(wrong[:5])})",
+            "An index that agrees with its files was expected",
+        )
+    return tuple(files), tensors
+
+
+def _weight_map(path: Path) -> dict[str, str]:
+    index = load_json(path / INDEX)
+    located = index.get("weight_map")
+    if not isinstance(located, dict) or not located:
+        raise InputError(f"{path / INDEX} has no weight_map", "An object of tensor names and files was expected")
+    for name, file in located.items():
+        if not is_plain_name(file) or not file.endswith(".safetensors"):
+            raise InputError(
+                f"{path / INDEX} places {name} in {str(file)!r}", "A .safetensors file of the same folder was expected"
+            )
+    absent = sorted(file for file in set(located.values()) if not (path / file).is_file())
+    if absent:
+        raise InputError(
+            f"{path} lacks {len(absent)} of the files that {INDEX} names ({', '.join(absent[:5])})",
+            todo="Download them again",
+        )
+    return located
+
+
+def _side_files(path: Path) -> dict[str, bytes]:
+    return {
+        file.name: file.read_bytes()
+        for file in sorted(path.iterdir())
+        if file.is_file() and any(fnmatch(file.name, pattern) for pattern in CARRIED)
+    }
+
+
+def _as_vector(info: TensorInfo) -> TensorInfo:
+    return TensorInfo(info.name, info.dtype, (1,), info.file, info.start, info.end)
+
+
+def _listing(path: Path) -> str:
+    names = sorted(file.name for file in path.iterdir())
+    if not names:
+        return "nothing"
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+def _pickled(path: Path) -> InputError:
+    return InputError(
+        f"{path} is a pickle file, which can run code when loaded, and is never loaded",
+        "Weights in safetensors files were expected",
+        "Convert them where you trust them: AutoModelForCausalLM.from_pretrained(MODEL).save_pretrained(DIRECTORY)",
+    )

@@ -1,0 +1,154 @@
+"""`llmkit doctor`: the machine, the versions, and which fast paths are active and why not."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llmkit.cli.output import Output, bytes_text
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+CPU_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8")
+PACKAGES = (
+    "torch", "triton", "transformers", "tokenizers", "safetensors", "huggingface_hub", "gguf", "datasets",
+    "fastapi", "uvicorn", "uvloop", "msgspec", "pydantic", "aiohttp", "typer", "rich",
+)  # fmt: skip
+
+
+def doctor(output: Output) -> None:
+    """Show the machine, the versions of what llmkit stands on, the GPU, and which fast paths are active."""
+    found = examine()
+    output.result(found, lambda console: _show(console, found))
+
+
+def examine() -> dict[str, Any]:
+    """Everything `doctor` shows, as one JSON-ready document."""
+    import psutil
+    import torch
+
+    from llmkit.cli.version import version
+
+    gpus = [
+        {
+            "name": torch.cuda.get_device_name(index),
+            "memory_bytes": torch.cuda.get_device_properties(index).total_memory,
+            "capability": list(torch.cuda.get_device_capability(index)),
+        }
+        for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0)
+    ]
+    packages = {name: _package_version(name) for name in PACKAGES}
+    machine = {
+        "system": platform.platform(),
+        "processor": _processor(),
+        "cores": len(os.sched_getaffinity(0)),
+        "physical_cores": psutil.cpu_count(logical=False),
+        "memory_bytes": psutil.virtual_memory().total,
+        "available_bytes": psutil.virtual_memory().available,
+        "cpu_flags": {flag: flag in _cpu_flags() for flag in CPU_FLAGS},
+    }
+    return {
+        "llmkit": version(),
+        "python": platform.python_version(),
+        "machine": machine,
+        "packages": packages,
+        "torch": {
+            "cuda_build": torch.version.cuda,
+            "threads": torch.get_num_threads(),
+            "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        },
+        "gpus": gpus,
+        "paths": fast_paths(
+            gpus,
+            torch.version.cuda,
+            packages["triton"],
+            torch.backends.cpu.get_cpu_capability(),
+            packages["uvloop"],
+        ),
+    }
+
+
+def fast_paths(
+    gpus: list[dict[str, Any]], cuda_build: str | None, triton: str | None, cpu_capability: str, uvloop: str | None
+) -> list[dict[str, Any]]:
+    """What can make llmkit fast on a machine: each path's name, whether it is active, and why.
+
+    triton, uvloop: installed versions, None when absent. cpu_capability: as torch names it.
+    """
+    if gpus:
+        cuda, why = True, f"{gpus[0]['name']}"
+    elif cuda_build is None:
+        cuda, why = False, "this torch is a CPU build; install a CUDA build to use a GPU"
+    else:
+        cuda, why = False, "torch sees no CUDA device; check the driver with nvidia-smi"
+    paths = [{"name": "CUDA", "active": cuda, "why": why}]
+    if not cuda:
+        paths.append({"name": "Triton kernels", "active": False, "why": "they need CUDA; torch operators run instead"})
+    elif triton is None:
+        paths.append({"name": "Triton kernels", "active": False, "why": "not installed: pip install 'llmkit[gpu]'"})
+    else:
+        paths.append({"name": "Triton kernels", "active": True, "why": f"Triton {triton}"})
+    vectors = cpu_capability != "DEFAULT"
+    why = f"torch computes with {cpu_capability}" if vectors else "torch found neither AVX2 nor AVX-512"
+    paths.append({"name": "vector operators on the CPU", "active": vectors, "why": why})
+    loop = uvloop is not None
+    why = f"uvloop {uvloop}" if loop else "uvloop is not installed; asyncio's own loop runs instead"
+    paths.append({"name": "fast event loop in the server", "active": loop, "why": why})
+    return paths
+
+
+def _package_version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _cpu_info(key: str) -> str:
+    path = Path("/proc/cpuinfo")
+    for line in path.read_text().splitlines() if path.exists() else ():
+        name, _, value = line.partition(":")
+        if name.strip() == key:
+            return value.strip()
+    return ""
+
+
+def _processor() -> str:
+    return _cpu_info("model name") or platform.processor() or platform.machine()
+
+
+def _cpu_flags() -> set[str]:
+    return set(_cpu_info("flags").split())
+
+
+def _show(console: Console, found: dict[str, Any]) -> None:
+    from rich.table import Table
+
+    machine = found["machine"]
+    facts = Table(show_header=False, box=None, padding=(0, 2))
+    flags = [name for name, present in machine["cpu_flags"].items() if present]
+    torch_build = f"CUDA {found['torch']['cuda_build']}" if found["torch"]["cuda_build"] else "CPU build"
+    rows = [
+        ("llmkit", f"{found['llmkit']} on Python {found['python']}, {machine['system']}"),
+        ("processor", f"{machine['processor']}, {machine['cores']} cores usable"),
+        ("CPU flags", ", ".join(flags) or "none of " + ", ".join(CPU_FLAGS)),
+        ("memory", f"{bytes_text(machine['available_bytes'])} free of {bytes_text(machine['memory_bytes'])}"),
+        ("torch", f"{found['packages']['torch']} ({torch_build}), {found['torch']['threads']} threads"),
+        ("packages", ", ".join(f"{name} {v}" for name, v in found["packages"].items() if v and name != "torch")),
+    ]
+    for gpu in found["gpus"]:
+        capability = "{}.{}".format(*gpu["capability"])
+        rows.append(("GPU", f"{gpu['name']}, {bytes_text(gpu['memory_bytes'])}, compute capability {capability}"))
+    if missing := [name for name, v in found["packages"].items() if v is None]:
+        rows.append(("not installed", ", ".join(missing)))
+    for name, value in rows:
+        facts.add_row(f"[bold]{name}[/]", value)
+    console.print(facts)
+    paths = Table("fast path", "active", "why")
+    for path in found["paths"]:
+        paths.add_row(path["name"], "[green]yes[/]" if path["active"] else "[yellow]no[/]", path["why"])
+    console.print(paths)

@@ -1,0 +1,94 @@
+"""How every failure ends: one line on stderr and an exit code."""
+
+from __future__ import annotations
+
+import errno
+import sys
+import traceback
+from typing import Any
+
+from llmkit.checkpoint.errors import LlmkitError, UsageError
+from llmkit.cli.settings import Defaults, nearest
+
+BUG, INTERRUPTED, TERMINATED = 70, 130, 143
+SHORTAGE = 4
+SHORT_OF = {  # what the operating system refuses that is the environment's fault and not ours
+    errno.ENOSPC: "no space left on the disk",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EROFS: "the file system is read-only",
+    errno.EACCES: "permission denied",
+    errno.EPERM: "permission denied",
+    errno.EMFILE: "too many open files",
+    errno.ENOMEM: "out of memory",
+}
+
+
+class Stopped(BaseException):
+    """SIGINT or SIGTERM arrived; `code` is the exit code. No `except Exception` may swallow it."""
+
+    def __init__(self, code: int) -> None:
+        super().__init__(code)
+        self.code = code
+
+
+def report(error: BaseException, command: str, debug: bool, resume: str = "") -> int:
+    """Prints the one line for an error of a command and returns the exit code.
+
+    command: "quantize", or "" for llmkit itself. resume: the command that takes up the work again.
+    """
+    if debug:
+        traceback.print_exception(error, file=sys.stderr)
+    message, code = _explain(error, debug)
+    if isinstance(error, (Stopped, KeyboardInterrupt)) and resume:
+        message += f" To resume: {resume}"
+    program = f"llmkit {command}".rstrip()
+    line = " ".join(message.split())
+    sys.stderr.write(f"{program}: error: {line}\n")
+    return code
+
+
+def _explain(error: BaseException, debug: bool) -> tuple[str, int]:
+    if isinstance(error, LlmkitError):
+        return str(error), error.exit_code
+    if isinstance(error, Stopped):
+        return "stopped.", error.code
+    if isinstance(error, KeyboardInterrupt):
+        return "stopped.", INTERRUPTED
+    if isinstance(error, OSError) and error.errno in SHORT_OF:
+        where = f" ({error.filename})" if error.filename else ""
+        return f"{SHORT_OF[error.errno]}{where}.", SHORTAGE
+    if _out_of_memory(error):
+        return f"out of memory ({str(error).splitlines()[0] if str(error) else type(error).__name__}).", SHORTAGE
+    hint = "" if debug else " Run it again with --debug for the traceback."
+    return f"{type(error).__name__}: {error}. This is a bug in llmkit.{hint}", BUG
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    # By name: torch must not be imported only to ask whether an error is its own.
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or "DefaultCPUAllocator: can't allocate memory" in str(error)
+    )
+
+
+def usage_error(error: Any, arguments: list[str], defaults: Defaults) -> UsageError:
+    """The command-line parser's complaint in our words, with the nearest option.
+
+    The parser's exceptions are known by their attributes: which library raises them is Typer's affair.
+    """
+    context = getattr(error, "ctx", None)
+    if hasattr(error, "option_name") and hasattr(error, "possibilities"):
+        known = [spelling for p in (context.command.params if context else []) for spelling in _spellings(p)]
+        return UsageError(f"no such option: {error.option_name}", nearest(error.option_name, known, "Options are"))
+    message = str(error.format_message()).rstrip(".").replace("Value error, ", "")
+    message = message[:1].lower() + message[1:]
+    parameter = getattr(error, "param", None)
+    origin = defaults.origins.get(getattr(parameter, "name", "") or "")
+    if origin and not any(word.split("=")[0] in _spellings(parameter) for word in arguments):
+        message = f"{origin}: {message}"
+    return UsageError(message, todo=f"`{context.command_path} --help` lists what it takes" if context else "")
+
+
+def _spellings(parameter: Any) -> list[str]:
+    return [*parameter.opts, *parameter.secondary_opts] if parameter.param_type_name == "option" else []

@@ -1,0 +1,73 @@
+"""`llmkit inspect`: what a checkpoint is and what it needs."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from llmkit.cli.command import ModelArgument
+from llmkit.cli.output import Output, bytes_text
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+CONTEXT = 4096  # tokens of KV cache that the memory table assumes
+
+
+def inspect(output: Output, model: ModelArgument) -> None:
+    """Show a checkpoint's family, size, formats, memory at each precision and the TP sizes that work."""
+    from llmkit.checkpoint.source import open_checkpoint
+    from llmkit.model.facts import inspect_checkpoint
+    from llmkit.model.families import model_spec
+    from llmkit.model.loader import check_checkpoint
+    from llmkit.shard.plan import valid_tp
+
+    checkpoint = open_checkpoint(model)
+    spec = model_spec(checkpoint.config)
+    if checkpoint.layout is None:
+        check_checkpoint(checkpoint, spec)
+    facts = inspect_checkpoint(checkpoint) | {"tp": valid_tp(spec, checkpoint.quantization)}
+    output.result(facts, lambda console: _show(console, facts))
+
+
+def _show(console: Console, facts: dict[str, Any]) -> None:
+    from rich.table import Table
+
+    table = Table(show_header=False, box=None, padding=(0, 2))
+    for name, value in _lines(facts):
+        table.add_row(f"[bold]{name}[/]", value)
+    console.print(table)
+    memory = Table(title=f"Memory, with the KV cache of one request of {min(CONTEXT, facts['max_positions'])} tokens")
+    for column in ("precision", "weights", "KV cache", "together"):
+        memory.add_column(column, justify="left" if column == "precision" else "right")
+    tokens = min(CONTEXT, facts["max_positions"])
+    for precision, weights in facts["weight_bytes"].items():
+        cache = facts["kv_bytes_per_token"]["fp32" if precision == "fp32" else "bf16"] * tokens
+        memory.add_row(precision, bytes_text(weights), bytes_text(cache), bytes_text(weights + cache))
+    console.print(memory)
+
+
+def _lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
+    quantization, layout = facts["quantization"], facts["layout"]
+    experts = f", {facts['experts']} experts" if facts["experts"] else ""
+    window = f", sliding window {facts['sliding_window']:,}" if facts["sliding_window"] else ""
+    dtypes = ", ".join(f"{count} {dtype}" for dtype, count in sorted(facts["stored_dtypes"].items()))
+    lines = [
+        ("model", f"{facts['reference']} ({facts['kind']})"),
+        ("architecture", f"{facts['architecture']}, {facts['parameters'] / 1e6:,.1f} million parameters{experts}"),
+        ("layers", f"{facts['layers']} of hidden {facts['hidden']:,}, MLP {facts['intermediate']:,}"),
+        ("heads", f"{facts['heads']} query, {facts['kv_heads']} KV, of {facts['head_dim']}"),
+        ("vocabulary", f"{facts['vocab']:,}{', embeddings tied' if facts['tied_embeddings'] else ''}"),
+        ("context", f"{facts['max_positions']:,} tokens{window}"),
+        ("on disk", bytes_text(facts["disk_bytes"])),
+        ("tensors", dtypes or "in the ranks' folders"),
+    ]
+    if quantization:
+        size = "one scale a row" if quantization["group_size"] == -1 else f"groups of {quantization['group_size']}"
+        lines.append(("quantized", f"{quantization['bits']} bits, {size}, {quantization['format']} format"))
+    if layout:
+        lines.append(("layout", ", ".join(f"{key} {layout[key]}" for key in ("tp", "pp") if key in layout)))
+    if facts["written_by"]:
+        lines.append(("written by", f"{facts['written_by'].get('name')} {facts['written_by'].get('version')}"))
+    lines.append(("KV cache", f"{bytes_text(facts['kv_bytes_per_token']['bf16'])} a token in bf16"))
+    lines.append(("TP that works", ", ".join(map(str, facts["tp"]))))
+    return lines

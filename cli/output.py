@@ -1,0 +1,92 @@
+"""The one place that prints: results on stdout, everything else on stderr."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from llmkit.checkpoint.progress import Progress
+
+PLAIN_WIDTH = 120  # columns of a table that does not go to a terminal
+
+
+class Output:
+    """Where a command's result, its messages and its progress go."""
+
+    def __init__(self, as_json: bool = False, quiet: bool = False, debug: bool = False) -> None:
+        self.as_json = as_json
+        self.quiet = quiet
+        self.debug = debug
+
+    @cached_property
+    def console(self) -> Console:
+        """Stdout, for results people read."""
+        return _console(stderr=False)
+
+    @cached_property
+    def notes(self) -> Console:
+        """Stderr, for everything that is not the result."""
+        return _console(stderr=True)
+
+    def result(self, document: Mapping[str, Any], show: Callable[[Console], None]) -> None:
+        """Prints the result: `document` as one JSON document with `--json`, else what `show` prints."""
+        if self.as_json:
+            sys.stdout.write(json.dumps(finite(document), indent=2, ensure_ascii=False, default=str) + "\n")
+            sys.stdout.flush()
+        else:
+            show(self.console)
+
+    def message(self, text: str) -> None:
+        """A line for the user that is not the result; `--quiet` drops it."""
+        if not self.quiet:
+            self.notes.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    def progress(self) -> Progress:
+        """Bars on a terminal, one line a stage elsewhere, nothing with `--quiet`."""
+        from llmkit.checkpoint.progress import SilentProgress
+        from llmkit.cli.progress import Bars, StageLines
+
+        if self.quiet:
+            return SilentProgress()
+        return Bars(self.notes) if self.notes.is_terminal else StageLines(self.message)
+
+
+def _console(stderr: bool) -> Console:
+    from rich.console import Console
+
+    console = Console(stderr=stderr)
+    return console if console.is_terminal else Console(stderr=stderr, width=max(console.width, PLAIN_WIDTH))
+
+
+def finite(value: Any) -> Any:
+    """The same document with NaN and infinities as null: JSON has no word for them."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {str(key): finite(item) for key, item in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, (str, bytes)):
+        return [finite(item) for item in value]
+    return value
+
+
+def bytes_text(count: float) -> str:
+    """A size for people, in binary units: 98.3 MiB."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(count) < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} TiB"
+
+
+def seconds_text(seconds: float) -> str:
+    """A duration for people: 45 s, 3 min 20 s."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    return f"{int(seconds // 60)} min {int(seconds % 60)} s"

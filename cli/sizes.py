@@ -1,0 +1,39 @@
+"""Sizes and counts as people write them on a command line."""
+
+from __future__ import annotations
+
+import re
+
+from llmkit.checkpoint.errors import UsageError
+
+_UNITS = {"": 1, "b": 1} | {
+    letter + tail: base**power
+    for power, letter in enumerate("kmgt", start=1)
+    for tail, base in (("", 1024), ("ib", 1024), ("b", 1000))
+}
+
+
+def parse_size(option: str, text: str | None) -> int | None:
+    """Bytes of "2GiB", "500MB", "2g" (1,024s) or "1073741824"; None for None. Raises: UsageError."""
+    if text is None:
+        return None
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", text.lower())
+    if match is None or match[2] not in _UNITS:
+        raise UsageError(f"{option}: {text!r} is not a size", "Write it like 2GiB, 500MB or 1073741824")
+    return int(float(match[1]) * _UNITS[match[2]])
+
+
+def parse_count(option: str, text: str, automatic: str = "auto") -> int | None:
+    """A positive number, None for "auto". Raises: UsageError."""
+    if text == automatic:
+        return None
+    if not re.fullmatch(r"[0-9]+", text) or int(text) < 1:
+        raise UsageError(f"{option}: {text!r} is neither a positive number nor {automatic!r}")
+    return int(text)
+
+
+def in_range(option: str, value: float, low: float, high: float | None = None) -> None:
+    """Raises UsageError unless low <= value <= high; None: no upper end."""
+    if value < low or (high is not None and value > high):
+        wanted = f"at least {low:g}" if high is None else f"from {low:g} to {high:g}"
+        raise UsageError(f"{option}: {value:g} is out of range", f"A number {wanted} was expected")

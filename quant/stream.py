@@ -1,0 +1,106 @@
+"""A model one decoder layer at a time, so that no more than a layer and the hidden states are in memory.
+
+Legend: T tokens of a micro-batch, H hidden, L tokens of a window.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+
+from llmkit.checkpoint.source import Checkpoint
+from llmkit.kernels.attention import AttentionBatch
+from llmkit.kernels.norm import rms_norm
+from llmkit.model.decoder import Decoder, DecoderLayer, KvCache
+from llmkit.model.layout import Parameter, parameters
+from llmkit.model.loader import read_parameter
+from llmkit.model.rope import Rotation
+from llmkit.model.sequence import packed
+from llmkit.model.spec import ModelSpec
+
+BATCH_TOKENS = 4096  # of a micro-batch, when a window is not longer than that
+Read = Callable[[Parameter], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Step:
+    """What micro-batches of one size share: where their tokens stand, and a scratch cache for every layer."""
+
+    rotations: Mapping[str, Rotation]
+    batch: AttentionBatch
+    cache: KvCache
+
+
+@dataclass
+class MicroBatch:
+    """Some windows on their way through the layers."""
+
+    hidden: torch.Tensor  # [T, H] on the CPU, after the last layer that ran
+    step: Step
+
+
+class LayerStream:
+    """A model of which `read` gives the runtime tensors, in float32, on `device`."""
+
+    def __init__(self, spec: ModelSpec, read: Read, device: torch.device | str = "cpu") -> None:
+        self.spec, self.device = spec, torch.device(device)
+        self.read = read
+        self._rows = parameters(spec)
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint, spec: ModelSpec, device: torch.device | str = "cpu") -> LayerStream:
+        """The stream of a checkpoint, dequantized where it is quantized."""
+        return cls(spec, lambda row: read_parameter(checkpoint, row, torch.float32, device), device)
+
+    def rows(self, index: int) -> list[Parameter]:
+        """The rows of the parameter table that make up a layer."""
+        return [row for row in self._rows if row.name.startswith(f"layers.{index}.")]
+
+    def layer(self, index: int) -> DecoderLayer:
+        """A layer, read now."""
+        prefix = f"layers.{index}."
+        tensors = {row.name.removeprefix(prefix): self.read(row) for row in self.rows(index)}
+        return DecoderLayer(self.spec, index, tensors)
+
+    @torch.inference_mode()
+    def embed(self, windows: torch.Tensor, batch_tokens: int = BATCH_TOKENS) -> list[MicroBatch]:
+        """Token windows [n, L] as micro-batches before the first layer."""
+        frame = self._frame(head=False)
+        length = windows.shape[1]
+        steps: dict[int, Step] = {}
+        made = []
+        for chosen in windows.split(max(1, batch_tokens // length)):
+            count = len(chosen)
+            if count not in steps:
+                positions, batch = packed(frame, [length] * count)
+                cache = frame.new_cache(batch.blocks, batch.block_size)
+                steps[count] = Step(frame.rotations(positions), batch, cache)
+            made.append(MicroBatch(frame.embed_tokens(chosen.flatten().to(self.device)).cpu(), steps[count]))
+        return made
+
+    @torch.inference_mode()
+    def advance(self, layer: DecoderLayer, batches: list[MicroBatch]) -> None:
+        """Run micro-batches through a layer."""
+        for one in batches:
+            hidden = layer(one.hidden.to(self.device), one.step.rotations, one.step.batch, one.step.cache)
+            one.hidden = hidden.cpu()
+
+    @torch.inference_mode()
+    def logits(self, windows: torch.Tensor, advance: Callable[[], None] = lambda: None) -> Iterator[torch.Tensor]:
+        """Logits float32 [L, vocab] of each token window of [n, L]; `advance` is called after every layer."""
+        batches = self.embed(windows)
+        for index in range(len(self.spec.layers)):
+            self.advance(self.layer(index), batches)
+            advance()
+        frame = self._frame(head=True)
+        for one in batches:
+            for hidden in one.hidden.split(windows.shape[1]):
+                yield frame.logits(rms_norm(hidden.to(self.device), frame.final_norm, self.spec.norm_eps))
+
+    def _frame(self, head: bool) -> Decoder:
+        """The decoder without its layers, and without the output projection unless `head`."""
+        spec = replace(self.spec, layers=(), tied=self.spec.tied or not head)
+        names = {"embed.weight", "norm.weight"} | (set() if spec.tied else {"lm_head.weight"})
+        return Decoder(spec, {row.name: self.read(row) for row in self._rows if row.name in names})

@@ -1,0 +1,224 @@
+"""The routes."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import sys
+import time
+import traceback
+from collections.abc import AsyncGenerator, Iterator
+from importlib.metadata import version
+from typing import Any, TypeVar
+
+import msgspec
+from fastapi import FastAPI, Request, Response
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from llmkit.runtime.server.body import read_json_body
+from llmkit.runtime.server.errors import ApiError
+from llmkit.runtime.server.generation import Choice, Generation
+from llmkit.runtime.server.guard import Guard
+from llmkit.runtime.server.metrics import CONTENT_TYPE
+from llmkit.runtime.server.prepare import prepare_chat, prepare_completion
+from llmkit.runtime.server.protocol import ChatBody, CompletionBody, GenerationBody, parse
+from llmkit.runtime.server.responses import ChatShape, CompletionShape, event
+from llmkit.runtime.server.state import State
+
+Body = TypeVar("Body", bound=GenerationBody)
+
+
+def build_app(state: State, api_keys: tuple[str, ...]) -> ASGIApp:
+    """The ASGI application on `state`; with `api_keys` every route but health needs one of them."""
+    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
+    routes = Routes(state)
+    for path, method, endpoint in (
+        ("/v1/completions", "POST", routes.completions),
+        ("/v1/chat/completions", "POST", routes.chat_completions),
+        ("/v1/models", "GET", routes.models),
+        ("/v1/models/{name:path}", "GET", routes.model),
+        ("/health", "GET", routes.health),
+        ("/ready", "GET", routes.health),
+        ("/metrics", "GET", routes.metrics),
+        ("/version", "GET", routes.version),
+    ):
+        app.add_api_route(path, endpoint, methods=[method], response_model=None)
+    app.add_exception_handler(ApiError, _answer_error)
+    app.add_exception_handler(HTTPException, _answer_error)
+    app.add_exception_handler(Exception, _answer_bug)
+    return Guard(_counted(app, state), state.options.host, api_keys, state.options.debug)
+
+
+class Routes:
+    """One method per route."""
+
+    def __init__(self, state: State) -> None:
+        self._state = state
+
+    async def health(self) -> Response:
+        self._check_ready()
+        return _json({"status": "ok"})
+
+    async def version(self) -> Response:
+        return _json({"version": version("llmkit")})
+
+    async def metrics(self) -> Response:
+        return Response(self._state.metrics.render(), media_type=CONTENT_TYPE)
+
+    async def models(self) -> Response:
+        self._check_ready()
+        return _json({"object": "list", "data": [self._model()]})
+
+    async def model(self, name: str) -> Response:
+        self._check_ready()
+        self._check_model(name)
+        return _json(self._model())
+
+    async def completions(self, request: Request) -> Response:
+        self._check_ready()
+        body = await self._body(CompletionBody, request)
+        shape = CompletionShape(body.model, bool(body.return_token_ids), body.include_usage)
+        return await self._answer(request, body, shape, await prepare_completion(self._state, body, shape.id))
+
+    async def chat_completions(self, request: Request) -> Response:
+        self._check_ready()
+        body = await self._body(ChatBody, request)
+        shape = ChatShape(body.model, bool(body.return_token_ids), body.include_usage)
+        return await self._answer(request, body, shape, await prepare_chat(self._state, body, shape.id))
+
+    async def _body(self, kind: type[Body], request: Request) -> Body:
+        options = self._state.options
+        body = parse(kind, await read_json_body(request, options.max_body_bytes, options.body_timeout))
+        self._check_model(body.model)
+        return body
+
+    async def _answer(
+        self, request: Request, body: GenerationBody, shape: CompletionShape, choices: list[Choice]
+    ) -> Response:
+        state = self._state
+        self._check_ready()  # reading and tokenizing took a while
+        state.check_room(len(choices))
+        arrived: float = request.scope["llmkit.arrived"]
+        generation = Generation(state.client, state.metrics, choices, state.text.tokenizer.eos_ids, arrived)
+        if body.stream:
+            return EventStream(_stream(state, request, shape, generation))
+        return await _whole(state, request, shape, generation)
+
+    def _check_ready(self) -> None:
+        if (error := self._state.unready) is not None:
+            raise error
+
+    def _check_model(self, name: str) -> None:
+        if name != self._state.model_name:
+            message = f"The model {name!r} does not exist; this server has {self._state.model_name!r}."
+            raise ApiError(404, message, code="model_not_found", param="model")
+
+    def _model(self) -> dict[str, Any]:
+        state = self._state
+        return {
+            "id": state.model_name,
+            "object": "model",
+            "created": state.created,
+            "owned_by": "llmkit",
+            "max_model_len": state.facts.max_model_len,
+        }
+
+
+class EventStream(Response):
+    """Server-sent events. The status waits for the first event, so that an error before it has a status."""
+
+    def __init__(self, chunks: AsyncGenerator[bytes]) -> None:
+        super().__init__(media_type="text/event-stream", headers={"cache-control": "no-cache"})
+        del self.headers["content-length"]
+        self._chunks = chunks
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        started = False
+        try:
+            async with contextlib.aclosing(self._chunks) as chunks:
+                async for chunk in chunks:
+                    if not started:
+                        started = True
+                        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+                    await send({"type": "http.response.body", "body": chunk, "more_body": True})
+        except ApiError as error:
+            if not started:
+                raise
+            await send({"type": "http.response.body", "body": event(error.envelope()), "more_body": True})
+        if started:
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+async def _stream(
+    state: State, request: Request, shape: CompletionShape, generation: Generation
+) -> AsyncGenerator[bytes]:
+    with _running(state, request, generation):
+        async for deltas in generation.deltas():
+            if chunk := shape.chunks(deltas):
+                yield chunk
+        if not generation.disconnected:
+            yield shape.last(generation.choices)
+
+
+async def _whole(state: State, request: Request, shape: CompletionShape, generation: Generation) -> Response:
+    texts: list[list[str]] = [[] for _ in generation.choices]
+    ids: list[list[int]] = [[] for _ in generation.choices]
+    with _running(state, request, generation):
+        async for deltas in generation.deltas():
+            for delta in deltas:
+                texts[delta.index].append(delta.text)
+                ids[delta.index] += delta.token_ids
+    if generation.disconnected:
+        return Response(status_code=400)  # nobody reads it
+    body = shape.whole(generation.choices, ["".join(parts) for parts in texts], ids)
+    return Response(body, media_type="application/json")
+
+
+@contextlib.contextmanager
+def _running(state: State, request: Request, generation: Generation) -> Iterator[None]:
+    """The generation is in the engine, and leaves it when the client goes away."""
+    watch = asyncio.create_task(_watch_for_disconnect(request.receive, generation))
+    state.generations.add(generation)
+    try:
+        generation.start()
+        yield
+    finally:
+        generation.cancel()
+        state.generations.discard(generation)
+        watch.cancel()
+
+
+async def _watch_for_disconnect(receive: Receive, generation: Generation) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+    generation.disconnect()
+
+
+def _counted(app: ASGIApp, state: State) -> ASGIApp:
+    """`app`, known to `state` as long as it is answering: a graceful stop waits for it."""
+
+    async def counted(scope: Scope, receive: Receive, send: Send) -> None:
+        scope["llmkit.arrived"] = time.perf_counter()
+        with state.active():
+            await app(scope, receive, send)
+
+    return counted
+
+
+def _json(document: Any) -> Response:
+    return Response(msgspec.json.encode(document), media_type="application/json")
+
+
+async def _answer_error(request: Request, error: Exception) -> Response:
+    if isinstance(error, HTTPException):  # the router's own: 404 and 405
+        code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code)
+        message = f"{error.detail}: {request.method} {request.url.path}"
+        error = ApiError(error.status_code, message, code=code, headers=dict(error.headers or {}))
+    assert isinstance(error, ApiError)
+    return Response(error.body(), error.status, error.headers, "application/json")
+
+
+async def _answer_bug(_request: Request, error: Exception) -> Response:
+    sys.stderr.write("".join(traceback.format_exception(error)))
+    return await _answer_error(_request, ApiError(500, "The server failed; its log says why.", code="internal_error"))

@@ -1,0 +1,60 @@
+"""Errors of the HTTP interface: one exception, one envelope, one table of types."""
+
+from __future__ import annotations
+
+import msgspec
+
+MAX_MESSAGE_CHARS = 2000  # an envelope stays far below 16 KiB whatever was sent
+MAX_PARAM_CHARS = 200
+
+_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    429: "rate_limit_error",
+    500: "server_error",
+    503: "service_unavailable_error",
+}
+
+
+class ApiError(Exception):
+    """An answer other than 200. `param` is the field at fault, `code` what a program can test for."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        code: str | None = None,
+        param: str | None = None,
+        headers: dict[str, str] | None = None,
+    ) -> None:
+        self.status, self.message, self.code, self.param = status, message, code, param
+        self.headers = headers or {}
+        super().__init__(message)
+
+    def envelope(self) -> dict[str, dict[str, str | None]]:
+        """`{"error": {"message", "type", "param", "code"}}`, as OpenAI writes it."""
+        return {
+            "error": {
+                "message": _shorten(self.message, MAX_MESSAGE_CHARS),
+                "type": _TYPES.get(self.status, "invalid_request_error"),
+                "param": None if self.param is None else _shorten(self.param, MAX_PARAM_CHARS),
+                "code": self.code,
+            }
+        }
+
+    def body(self) -> bytes:
+        """The envelope as JSON."""
+        return msgspec.json.encode(self.envelope())
+
+
+def invalid(param: str, message: str, code: str = "invalid_value") -> ApiError:
+    """A 400 for the field `param`."""
+    return ApiError(400, message, code=code, param=param)
+
+
+def _shorten(text: str, limit: int) -> str:
+    # A lone surrogate (from a path or header) would make the JSON encoder fail.
+    text = text.encode("utf-8", "replace").decode("utf-8")
+    return text if len(text) <= limit else text[: limit - 1] + "…"

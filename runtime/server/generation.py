@@ -1,0 +1,158 @@
+"""One HTTP request's way through the engine and back to text.
+
+A request may have several prompts; each is a Choice and one request of the engine.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+
+from llmkit.checkpoint.tokenizer import Detokenizer
+from llmkit.runtime.server.errors import ApiError
+from llmkit.runtime.server.messages import Add, Output, Refused
+from llmkit.runtime.server.metrics import Metrics
+from llmkit.runtime.server.process import EngineClient
+from llmkit.runtime.server.stop import StopBuffer
+
+ENGINE_DEAD = "The engine process has ended; the server is going down."
+
+
+@dataclass(slots=True)
+class Delta:
+    """What a choice gained: `text` may be empty while tokens are held back, `token_ids` has all new ones."""
+
+    index: int
+    text: str
+    token_ids: list[int]
+    finish_reason: str | None
+
+
+class Choice:
+    """One prompt's answer as it grows."""
+
+    def __init__(self, request: Add, index: int, detokenizer: Detokenizer, stops: tuple[str, ...]) -> None:
+        self.request = request
+        self.index = index
+        self.completion_tokens = 0
+        self.cached_tokens = 0
+        self.finish_reason: str | None = None
+        self.last_token_at = 0.0  # perf_counter; 0 before the first token
+        self._detokenizer = detokenizer
+        self._stop = StopBuffer(stops)
+
+    def feed(self, output: Output, stop_ids: frozenset[int]) -> Delta:
+        """Take an output of the engine; after a stop string `finish_reason` is set though the engine goes on."""
+        ids, finish = output.token_ids, output.finish_reason
+        self.completion_tokens += len(ids)
+        self.cached_tokens = output.cached_tokens
+        # The token that ends an answer is counted and listed, but is no part of the text.
+        shown_ids = ids[:-1] if finish == "stop" and ids and ids[-1] in stop_ids else ids
+        text = self._detokenizer.add(shown_ids)
+        if finish is not None:
+            text += self._detokenizer.flush()
+        text = self._stop.feed(text, final=finish is not None)
+        self.finish_reason = "stop" if self._stop.stopped else finish
+        return Delta(self.index, text, ids, self.finish_reason)
+
+
+class Generation:
+    """The choices of one HTTP request, in the engine from `start` until `deltas` ends."""
+
+    def __init__(
+        self, client: EngineClient, metrics: Metrics, choices: Sequence[Choice], eos_ids: Sequence[int], arrived: float
+    ) -> None:
+        self.choices = choices
+        self.disconnected = False
+        self._client = client
+        self._metrics = metrics
+        self._open = {choice.request.id: choice for choice in choices}
+        first = choices[0].request  # all choices share their sampling
+        self._stop_ids = frozenset(first.stop_token_ids) | (frozenset() if first.ignore_eos else frozenset(eos_ids))
+        self._inbox: list[Output] = []
+        self._news = asyncio.Event()
+        self._error: ApiError | None = None
+        self._arrived = arrived  # perf_counter
+
+    # Receiver
+
+    def on_output(self, output: Output) -> None:
+        self._inbox.append(output)
+        self._news.set()
+
+    def on_refused(self, refused: Refused) -> None:
+        self.fail(ApiError(400, refused.message, code=refused.code, param=refused.param))
+
+    def on_dead(self) -> None:
+        self.fail(ApiError(503, ENGINE_DEAD, code="engine_dead"))
+
+    def fail(self, error: ApiError) -> None:
+        """End the request with `error`."""
+        self._error = error
+        self._news.set()
+
+    def disconnect(self) -> None:
+        """The client is gone: `deltas` ends and the engine forgets the request."""
+        self.disconnected = True
+        self._news.set()
+
+    def start(self) -> None:
+        """Hand all choices to the engine."""
+        for choice in self.choices:
+            self._client.add(choice.request, self)
+
+    def cancel(self) -> None:
+        """Take what is unfinished out of the engine; without effect on a finished request."""
+        for request_id in self._open:
+            self._client.cancel(request_id)
+            self._metrics.finished("error" if self._error else "cancelled")
+        self._open.clear()
+
+    async def deltas(self) -> AsyncIterator[list[Delta]]:
+        """What arrived since the last time, until every choice is finished or the client is gone.
+
+        Raises ApiError when the engine refuses or fails the request, or dies.
+        """
+        try:
+            while self._open:
+                await self._news.wait()
+                self._news.clear()
+                if self._error is not None:
+                    raise self._error
+                if self.disconnected:
+                    return
+                inbox, self._inbox = self._inbox, []
+                deltas = [delta for output in inbox if (delta := self._take(output)) is not None]
+                if deltas:
+                    yield deltas
+                if self._error is not None:
+                    raise self._error
+        finally:
+            self.cancel()
+
+    def _take(self, output: Output) -> Delta | None:
+        choice = self._open.get(output.id)
+        if choice is None or self._error is not None:
+            return None  # what the engine did after a stop string, or beside a choice that failed
+        if output.finish_reason in ("error", "cancelled"):
+            message = output.error or f"The engine ended the request ({output.finish_reason})."
+            self._error = ApiError(500, message, code="generation_failed")
+            return None
+        now = time.perf_counter()
+        if choice.last_token_at:
+            gap = (now - choice.last_token_at) / max(1, len(output.token_ids))
+            for _ in output.token_ids:
+                self._metrics.inter_token_latency.observe(gap)
+        else:
+            self._metrics.time_to_first_token.observe(now - self._arrived)
+        choice.last_token_at = now
+        delta = choice.feed(output, self._stop_ids)
+        if choice.finish_reason is not None:
+            del self._open[output.id]
+            if output.finish_reason is None:
+                self._client.cancel(output.id)
+            self._metrics.finished(choice.finish_reason)
+            self._metrics.e2e_latency.observe(now - self._arrived)
+        return delta

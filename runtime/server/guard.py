@@ -1,0 +1,107 @@
+"""What every request passes before it reaches a route: header size, Host, Origin, API key."""
+
+from __future__ import annotations
+
+import hmac
+import sys
+import time
+from collections.abc import Sequence
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from llmkit.runtime.server.errors import ApiError
+from llmkit.runtime.server.hosts import is_loopback
+
+MAX_HEADER_BYTES = 64 * 1024
+OPEN_PATHS = frozenset({"/health", "/ready"})
+_LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "[::1]"})
+
+
+class Guard:
+    """ASGI middleware that answers 431, 403 and 401 itself.
+
+    On a loopback address only loopback names are taken for Host: a web page that has its own name resolve to
+    127.0.0.1 would otherwise be able to use the server. Any port will do, so that a forwarded one works. An
+    Origin, which only browsers send, must be the server itself.
+    """
+
+    def __init__(self, app: ASGIApp, host: str, api_keys: Sequence[str], debug: bool) -> None:
+        self._app = app
+        self._hosts = _LOOPBACK_NAMES | {host.lower(), f"[{host.lower()}]"} if is_loopback(host) else None
+        self._keys = [key.encode() for key in api_keys]
+        self._debug = debug
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        if self._debug:
+            send = _logged(scope, send)
+        error = self._objection(scope)
+        if error is None:
+            await self._app(scope, receive, send)
+        else:
+            await send_error(error, send)
+
+    def _objection(self, scope: Scope) -> ApiError | None:
+        pairs: list[tuple[bytes, bytes]] = scope["headers"]
+        if sum(len(name) + len(value) for name, value in pairs) > MAX_HEADER_BYTES:
+            return headers_too_large()
+        headers = dict(pairs)
+        host = headers.get(b"host", b"").decode("latin-1").lower()
+        if self._hosts is not None and _without_port(host) not in self._hosts:
+            return ApiError(403, f"The Host header {host!r} does not name this server.", code="foreign_host")
+        origin = headers.get(b"origin")
+        if origin is not None and origin.decode("latin-1").lower() not in (f"http://{host}", f"https://{host}"):
+            return ApiError(403, "Requests from web pages of another origin are refused.", code="foreign_origin")
+        if self._keys and scope["path"] not in OPEN_PATHS and not self._knows(headers.get(b"authorization", b"")):
+            return ApiError(
+                401,
+                "A valid API key is needed: Authorization: Bearer KEY.",
+                code="invalid_api_key",
+                headers={"www-authenticate": "Bearer"},
+            )
+        return None
+
+    def _knows(self, authorization: bytes) -> bool:
+        scheme, _, given = authorization.partition(b" ")
+        # Every key is compared, in constant time each, so that time tells nothing about any of them.
+        matches = [hmac.compare_digest(given.strip(), key) for key in self._keys]
+        return scheme.lower() == b"bearer" and any(matches)
+
+
+def headers_too_large() -> ApiError:
+    """The 431."""
+    message = f"The headers are larger than the limit of {MAX_HEADER_BYTES} bytes."
+    return ApiError(431, message, code="headers_too_large", headers={"connection": "close"})
+
+
+async def send_error(error: ApiError, send: Send) -> None:
+    """Answer with `error`."""
+    body = error.body()
+    headers = {"content-type": "application/json", "content-length": str(len(body)), **error.headers}
+    raw = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in headers.items()]
+    await send({"type": "http.response.start", "status": error.status, "headers": raw})
+    await send({"type": "http.response.body", "body": body})
+
+
+def _without_port(host: str) -> str:
+    name, colon, port = host.rpartition(":")
+    return name if colon and port.isdecimal() else host
+
+
+def _logged(scope: Scope, send: Send) -> Send:
+    """`send` that writes one line to stderr when the answer is complete; a request's text is never logged."""
+    began = time.perf_counter()
+    status = 0
+
+    async def logging_send(message: Message) -> None:
+        nonlocal status
+        await send(message)
+        if message["type"] == "http.response.start":
+            status = message["status"]
+        elif message["type"] == "http.response.body" and not message.get("more_body"):
+            elapsed_ms = (time.perf_counter() - began) * 1e3
+            sys.stderr.write(f"{scope['method']} {scope['path']!r} {status} {elapsed_ms:.1f} ms\n")
+
+    return logging_send

@@ -1,0 +1,221 @@
+"""The API process's event loop: load, serve, and the three ways to end."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import uvicorn
+import uvloop
+
+from llmkit.checkpoint.errors import InputError, LlmkitError
+from llmkit.runtime.server.app import build_app
+from llmkit.runtime.server.errors import ApiError
+from llmkit.runtime.server.http_protocol import LimitedHttpProtocol
+from llmkit.runtime.server.messages import Ready
+from llmkit.runtime.server.metrics import Metrics
+from llmkit.runtime.server.options import ServeOptions
+from llmkit.runtime.server.process import EngineClient, end, exit_text
+from llmkit.runtime.server.state import Phase, State, TextSide
+
+# After the engine's death, health answers 503 for so long before the process exits: probes get to see it.
+_DEATH_NOTICE_S = 2.0
+_LAST_BYTES_S = 2  # for error events to leave once nothing is waited for any more
+_KEEP_ALIVE_S = 75  # longer than the idle time of common clients and proxies, so that they close first
+
+Result = TypeVar("Result")
+
+
+def run(
+    options: ServeOptions,
+    keys: tuple[str, ...],
+    listener: socket.socket,
+    process: subprocess.Popen[bytes],
+    ours: socket.socket,
+    began: float,
+) -> int:
+    """Serve on `listener` with the engine `process` behind the socket `ours`; see run_server.
+
+    began: perf_counter at the start, for the ready line.
+    """
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        return runner.run(_serve(options, keys, listener, process, ours, began))
+
+
+async def _serve(
+    options: ServeOptions,
+    keys: tuple[str, ...],
+    listener: socket.socket,
+    process: subprocess.Popen[bytes],
+    ours: socket.socket,
+    began: float,
+) -> int:
+    with _StopSignals() as stop:
+        client = await EngineClient.connect(process, ours)
+        state = State(options, client, Metrics(lambda: client.stats), _model_name(options))
+        http = _HttpServer(state, keys)
+        serving = asyncio.create_task(http.serve(sockets=[listener]))
+        try:
+            loaded = _task(_both(client.ready, _in_thread(lambda: TextSide.load(options.model))))
+            await _first(loaded, stop.first)
+            if not loaded.done():
+                loaded.cancel()
+                return 128 + stop.first.result()
+            _open_for_requests(state, *loaded.result(), listener, time.perf_counter() - began)
+            await _first(_task(client.dead.wait()), stop.first)
+            if client.dead.is_set():
+                await _announce_death(state, process, stop)
+            state.phase = Phase.DRAINING
+            idle = _task(state.idle())
+            await _first(idle, _task(client.dead.wait()), stop.second, timeout=options.drain_timeout)
+            return 128 + stop.second.result() if stop.second.done() else 0
+        finally:
+            state.fail_all(ApiError(503, "The server is shutting down.", code="shutting_down"))
+            http.should_exit = True
+            await serving
+            client.close()
+
+
+def _open_for_requests(state: State, facts: Ready, text: TextSide, listener: socket.socket, took_s: float) -> None:
+    known, rows = text.tokenizer.vocab_size, facts.vocab_size
+    if known > rows:
+        raise InputError(
+            f"the tokenizer has {known} tokens and the model's embedding {rows}",
+            "The embedding must have a row for every token",
+            "Use the tokenizer that the model was trained with",
+        )
+    state.become_ready(facts, text)
+    for ignored in text.not_applied:
+        _say(f"generation_config.json has {ignored}, which is not applied")
+    _say(
+        f"{state.model_name} is ready at {_url(state.options.host, listener)} after {took_s:.1f} s "
+        f"({facts.device}, {facts.dtype}, context {facts.max_model_len}, KV cache {facts.kv_cache_tokens} tokens)"
+    )
+
+
+async def _announce_death(state: State, process: subprocess.Popen[bytes], stop: _StopSignals) -> None:
+    """The streams have failed by now; let health tell it for a moment, then raise LlmkitError."""
+    state.phase = Phase.DEAD
+    ended = _in_thread(lambda: end(process))
+    await _first(stop.first, timeout=_DEATH_NOTICE_S)
+    await _first(ended, timeout=1)
+    failure = state.client.failure
+    if failure is not None:
+        raise LlmkitError(failure.what, failure.expected, failure.todo)
+    raise LlmkitError(f"the engine process ended ({exit_text(process)})")
+
+
+class _HttpServer(uvicorn.Server):
+    """uvicorn with our limits; signals are the lifecycle's."""
+
+    def __init__(self, state: State, keys: tuple[str, ...]) -> None:
+        logging.getLogger("uvicorn").setLevel(logging.ERROR)
+        super().__init__(
+            uvicorn.Config(
+                build_app(state, keys),
+                loop="none",
+                http=LimitedHttpProtocol,
+                ws="none",
+                lifespan="off",
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                proxy_headers=False,
+                timeout_keep_alive=_KEEP_ALIVE_S,
+                timeout_graceful_shutdown=_LAST_BYTES_S,
+            )
+        )
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+class _StopSignals:
+    """The first and the second SIGINT or SIGTERM, as futures of the signal's number."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self.first: asyncio.Future[int] = self._loop.create_future()
+        self.second: asyncio.Future[int] = self._loop.create_future()
+
+    def __enter__(self) -> _StopSignals:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._loop.add_signal_handler(number, self._on_signal, number)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._loop.remove_signal_handler(number)
+
+    def _on_signal(self, number: int) -> None:
+        if not self.first.done():
+            self.first.set_result(number)
+        elif not self.second.done():
+            self.second.set_result(number)
+
+
+async def _first(*futures: asyncio.Future[Any], timeout: float | None = None) -> None:
+    """Wait until one is done. None is cancelled."""
+    await asyncio.wait(futures, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+
+
+_task = asyncio.ensure_future
+
+
+async def _both(engine: asyncio.Future[Ready], text: asyncio.Future[TextSide]) -> tuple[Ready, TextSide]:
+    """Both results, or the first error."""
+    return await asyncio.gather(engine, text)
+
+
+def _in_thread(function: Callable[[], Result]) -> asyncio.Future[Result]:
+    """Run `function` in a daemon thread: unlike an executor's, it does not delay the exit of the process."""
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future[Result] = loop.create_future()
+
+    def settle(result: Result | None, error: BaseException | None) -> None:
+        if future.done():
+            return
+        if error is not None:
+            future.set_exception(error)
+        else:
+            future.set_result(result)  # type: ignore[arg-type]
+
+    def work() -> None:
+        result, error = None, None
+        try:
+            result = function()
+        except BaseException as caught:
+            error = caught
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+            loop.call_soon_threadsafe(settle, result, error)
+
+    threading.Thread(target=work, daemon=True).start()
+    return future
+
+
+def _model_name(options: ServeOptions) -> str:
+    if options.served_model_name:
+        return options.served_model_name
+    path = Path(options.model)
+    return path.resolve().name if path.exists() else options.model
+
+
+def _url(host: str, listener: socket.socket) -> str:
+    port = listener.getsockname()[1]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def _say(text: str) -> None:
+    sys.stderr.write(f"llmkit serve: {text}\n")
+    sys.stderr.flush()

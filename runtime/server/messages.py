@@ -1,0 +1,145 @@
+"""What the API process and the engine process say to each other, and how it is framed.
+
+A frame is a length (4 bytes, little endian) and one msgpack message whose tag names its type. Nothing is ever
+pickled: the worst a confused peer can send is a decoding error.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+
+import msgspec
+
+_LENGTH = struct.Struct("<I")
+
+
+class Start(msgspec.Struct, tag=True):
+    """The first message to the engine process: which model to load and how (see ServeOptions)."""
+
+    model: str
+    dtype: str
+    device: str
+    max_model_len: int | None
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    kv_cache_memory: int | None
+    gpu_memory_utilization: float
+    debug: bool
+
+
+class Add(msgspec.Struct, tag=True):
+    """A request for the engine. `prompt` holds token ids; `seed` None asks for a fresh one."""
+
+    id: str
+    prompt: list[int]
+    max_tokens: int
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    seed: int | None = None
+    ignore_eos: bool = False
+    stop_token_ids: tuple[int, ...] = ()
+
+
+class Cancel(msgspec.Struct, tag=True):
+    """Nobody waits for request `id` any more. Unknown and finished ids are fine."""
+
+    id: str
+
+
+class Ready(msgspec.Struct, tag=True):
+    """The model is loaded; what the API process must know of it."""
+
+    max_model_len: int
+    vocab_size: int  # rows of the embedding: a prompt's token ids are below it
+    dtype: str
+    device: str
+    kv_cache_tokens: int
+    load_s: float
+
+
+class Failed(msgspec.Struct, tag=True):
+    """The engine process gives up: a LlmkitError's parts, or a bug with exit code 70."""
+
+    exit_code: int
+    what: str
+    expected: str = ""
+    todo: str = ""
+
+
+class Output(msgspec.Struct, array_like=True):
+    """New tokens of one request. `finish_reason` is None until its last Output."""
+
+    id: str
+    token_ids: list[int]
+    finish_reason: str | None  # "stop", "length", "error", "cancelled"
+    error: str | None
+    prompt_tokens: int
+    cached_tokens: int
+
+
+class Stats(msgspec.Struct, tag=True):
+    """The engine's gauges and its counters since the start. Sent alone when a message changed them, not a step."""
+
+    running: int = 0
+    waiting: int = 0
+    kv_used_blocks: int = 0
+    kv_total_blocks: int = 0
+    prompt_tokens_total: int = 0
+    generation_tokens_total: int = 0
+    preemptions_total: int = 0
+
+
+class Outputs(msgspec.Struct, tag=True):
+    """All that one engine step produced."""
+
+    outputs: list[Output]
+    stats: Stats
+
+
+class Refused(msgspec.Struct, tag=True):
+    """The engine will not run request `id`: it can never fit."""
+
+    id: str
+    code: str
+    message: str
+    param: str | None = None
+
+
+ToEngine = Start | Add | Cancel
+FromEngine = Ready | Failed | Stats | Outputs | Refused
+
+_encoder = msgspec.msgpack.Encoder()
+to_engine_decoder = msgspec.msgpack.Decoder(ToEngine)
+from_engine_decoder = msgspec.msgpack.Decoder(FromEngine)
+
+
+def frame(message: ToEngine | FromEngine) -> bytes:
+    """The bytes that carry `message`."""
+    body = _encoder.encode(message)
+    return _LENGTH.pack(len(body)) + body
+
+
+class FrameReader:
+    """Cuts a byte stream into message bodies."""
+
+    def __init__(self) -> None:
+        self._buffer = bytearray()
+
+    def feed(self, data: bytes) -> Iterator[bytes]:
+        """Take `data` and yield every body that is complete by now."""
+        self._buffer += data
+        start = 0
+        try:
+            while len(self._buffer) - start >= _LENGTH.size:
+                (length,) = _LENGTH.unpack_from(self._buffer, start)
+                end = start + _LENGTH.size + length
+                if len(self._buffer) < end:
+                    break
+                body = bytes(self._buffer[start + _LENGTH.size : end])
+                start = end
+                yield body
+        finally:
+            del self._buffer[:start]

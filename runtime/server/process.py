@@ -1,0 +1,187 @@
+"""The engine process as its parent sees it: started, talked to and ended.
+
+The parent holds one end of a private socket pair. When that end closes, for whatever reason, the engine process
+exits by itself, so that none is left behind.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+import socket
+import subprocess
+import sys
+from typing import Protocol, cast
+
+from llmkit.checkpoint.errors import InputError, LlmkitError, OutputError, ShortageError, UsageError
+from llmkit.runtime.server.messages import (
+    Add,
+    Cancel,
+    Failed,
+    FrameReader,
+    Output,
+    Outputs,
+    Ready,
+    Refused,
+    Start,
+    Stats,
+    ToEngine,
+    frame,
+    from_engine_decoder,
+)
+
+_EXIT_WAIT_S = 5.0
+_SOCKET_BUFFER_BYTES = 1 << 20
+_KINDS: dict[int, type[LlmkitError]] = {
+    kind.exit_code: kind for kind in (UsageError, InputError, ShortageError, OutputError)
+}
+
+
+class Receiver(Protocol):
+    """Who waits for the outputs of a request. Called on the event loop; must not block."""
+
+    def on_output(self, output: Output) -> None: ...
+
+    def on_refused(self, refused: Refused) -> None: ...
+
+    def on_dead(self) -> None: ...
+
+
+def spawn(start: Start) -> tuple[subprocess.Popen[bytes], socket.socket]:
+    """Start the engine process on `start`; return it and our end of the socket pair."""
+    ours, theirs = socket.socketpair()
+    for end in (ours, theirs):
+        end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SOCKET_BUFFER_BYTES)
+    with theirs:
+        process = subprocess.Popen(  # noqa: S603 - our own module, no shell, no user text among the arguments
+            [sys.executable, "-m", "llmkit.runtime.server.engine_process", "--fd", str(theirs.fileno())],
+            stdin=subprocess.DEVNULL,
+            stdout=sys.__stderr__.fileno() if sys.__stderr__ else subprocess.DEVNULL,
+            pass_fds=[theirs.fileno()],
+            start_new_session=True,  # Ctrl-C is the parent's to handle
+        )
+    ours.sendall(frame(start))
+    return process, ours
+
+
+def startup_error(failed: Failed) -> LlmkitError:
+    """The LlmkitError that ended the engine process, with the class its exit code stands for."""
+    return _KINDS.get(failed.exit_code, LlmkitError)(failed.what, failed.expected, failed.todo)
+
+
+class EngineClient(asyncio.Protocol):
+    """The engine process, from inside the event loop.
+
+    `ready` resolves to Ready, or fails with the LlmkitError of the start-up. `dead` is set once the process is
+    gone or has given up; `stats` are its latest figures.
+    """
+
+    def __init__(self, process: subprocess.Popen[bytes]) -> None:
+        self.ready: asyncio.Future[Ready] = asyncio.get_running_loop().create_future()
+        self.dead = asyncio.Event()
+        self.failure: Failed | None = None
+        self.stats = Stats()
+        self._process = process
+        self._frames = FrameReader()
+        self._receivers: dict[str, Receiver] = {}
+        self._transport: asyncio.Transport | None = None
+
+    @classmethod
+    async def connect(cls, process: subprocess.Popen[bytes], ours: socket.socket) -> EngineClient:
+        """Take over the socket `ours` of a spawned process."""
+        client = cls(process)
+        ours.setblocking(False)
+        await asyncio.get_running_loop().create_unix_connection(lambda: client, sock=ours)
+        return client
+
+    @property
+    def in_flight(self) -> int:
+        """Requests added and not finished."""
+        return len(self._receivers)
+
+    def add(self, request: Add, receiver: Receiver) -> None:
+        """Queue `request`; what becomes of it is told to `receiver`."""
+        self._receivers[request.id] = receiver
+        self._send(request)
+
+    def cancel(self, request_id: str) -> None:
+        """Forget a request; its receiver hears no more of it."""
+        if self._receivers.pop(request_id, None) is not None:
+            self._send(Cancel(request_id))
+
+    def close(self) -> None:
+        """End the process: it exits by itself when the socket closes, and is killed when it does not."""
+        if self._transport is not None:
+            self._transport.abort()
+        end(self._process)
+
+    def _send(self, message: ToEngine) -> None:
+        if self._transport is not None and not self.dead.is_set():
+            self._transport.write(frame(message))
+
+    # asyncio.Protocol
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)  # uvloop's are none by inheritance
+
+    def data_received(self, data: bytes) -> None:
+        for body in self._frames.feed(data):
+            match from_engine_decoder.decode(body):
+                case Outputs(outputs, stats):
+                    self.stats = stats
+                    for output in outputs:
+                        self._deliver(output)
+                case Stats() as stats:
+                    self.stats = stats
+                case Refused() as refused:
+                    if receiver := self._receivers.pop(refused.id, None):
+                        receiver.on_refused(refused)
+                case Ready() as ready:
+                    if not self.ready.done():
+                        self.ready.set_result(ready)
+                case Failed() as failed:
+                    self.failure = failed
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.dead.set()
+        if not self.ready.done():
+            self.ready.set_exception(self._startup_error())
+            self.ready.exception()  # whether anyone still waits for it or not
+        receivers, self._receivers = self._receivers, {}
+        for receiver in receivers.values():
+            receiver.on_dead()
+
+    def _deliver(self, output: Output) -> None:
+        receiver = self._receivers.get(output.id)
+        if receiver is None:
+            return  # cancelled meanwhile
+        if output.finish_reason is not None:
+            del self._receivers[output.id]
+        receiver.on_output(output)
+
+    def _startup_error(self) -> LlmkitError:
+        if self.failure is not None:
+            return startup_error(self.failure)
+        end(self._process)
+        return LlmkitError(f"the engine process ended while it loaded the model ({exit_text(self._process)})")
+
+
+def end(process: subprocess.Popen[bytes]) -> None:
+    """Wait for a process whose socket is closed, and kill it when it does not end by itself."""
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(_EXIT_WAIT_S)
+        return
+    process.kill()
+    process.wait()
+
+
+def exit_text(process: subprocess.Popen[bytes]) -> str:
+    """How a process ended, for a message: `exit code 70`, or `signal SIGKILL: often too little memory`."""
+    code = process.returncode
+    if code is None:
+        return "still running"
+    if code >= 0:
+        return f"exit code {code}"
+    hint = ": often too little memory" if code == -signal.SIGKILL else ""
+    return f"signal {signal.Signals(-code).name}{hint}"

@@ -1,0 +1,186 @@
+"""`ShardPlan`: which rank stores what of a checkpoint, worked out before a byte is written."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from llmkit.checkpoint.errors import InputError, UsageError
+from llmkit.checkpoint.quantized import QuantizationConfig
+from llmkit.checkpoint.safetensors_header import DTYPES, TensorInfo
+from llmkit.checkpoint.writer import PlannedTensor
+from llmkit.model.layout import Split
+from llmkit.model.loader import StoredTensor, stored_tensors
+from llmkit.model.spec import ModelSpec
+from llmkit.shard.slices import Slice, cut
+from llmkit.shard.stages import balanced_stages
+from llmkit.shard.validity import explain_tp, valid_tp
+
+__all__ = ["RankPlan", "ShardPlan", "explain_tp", "plan_shards", "valid_tp"]
+
+
+@dataclass(frozen=True)
+class RankPlan:
+    """One rank: its coordinates, its file and what lies in it, in the order of the parameter table."""
+
+    pp: int
+    tp: int
+    slices: tuple[Slice, ...]
+
+    @property
+    def file(self) -> str:
+        """The name of the rank's file."""
+        return f"rank-pp{self.pp}-tp{self.tp}.safetensors"
+
+
+@dataclass(frozen=True)
+class ShardPlan:
+    """A checkpoint over tp x pp ranks. `ranks` are ordered by stage, then by tensor-parallel rank."""
+
+    tp: int
+    pp: int
+    stages: tuple[tuple[int, ...], ...]  # the layers of each pipeline stage
+    ranks: tuple[RankPlan, ...]
+    left_out: tuple[str, ...]  # source tensors that repeat others and are not stored
+    kv_bytes_per_layer: int  # K and V of one token in one layer of one rank, in the embedding's dtype
+
+    @cached_property
+    def replicas(self) -> dict[Slice, tuple[int, ...]]:
+        """The ranks, as indices into `ranks`, that store the very same slice."""
+        holders: dict[Slice, list[int]] = {}
+        for index, rank in enumerate(self.ranks):
+            for piece in rank.slices:
+                holders.setdefault(piece, []).append(index)
+        return {piece: tuple(ranks) for piece, ranks in holders.items()}
+
+    def files(self) -> dict[str, list[PlannedTensor]]:
+        """What a CheckpointWriter is to write."""
+        return {
+            rank.file: [PlannedTensor(piece.name, piece.dtype, piece.shape) for piece in rank.slices]
+            for rank in self.ranks
+        }
+
+    def by_source(self) -> Iterator[tuple[str, list[tuple[str, Slice]]]]:
+        """Each source tensor with the files that get a slice of it and that slice."""
+        targets: dict[str, list[tuple[str, Slice]]] = {}
+        for rank in self.ranks:
+            for piece in rank.slices:
+                targets.setdefault(piece.name, []).append((rank.file, piece))
+        yield from targets.items()
+
+    def layout(self) -> dict[str, Any]:
+        """The `layout` of the output's manifest; `llmkit.shard.layout` reads it back."""
+        return {
+            "tp": self.tp,
+            "pp": self.pp,
+            "stages": [list(stage) for stage in self.stages],
+            "ranks": [{"file": rank.file, "pp": rank.pp, "tp": rank.tp} for rank in self.ranks],
+            "left_out": list(self.left_out),
+            "tensors": {
+                f"{rank.file}::{piece.name}": _entry(piece, self.replicas[piece])
+                for rank in self.ranks
+                for piece in rank.slices
+            },
+        }
+
+    def to_json(self) -> dict[str, Any]:
+        """The plan's figures, one row per rank.
+
+        `bytes` is everything in the rank's file but its header; `replicated_bytes` is how much of it another rank
+        stores too, `padding_bytes` how much is zeros that the source does not have. `kv_bytes_per_token` is in the
+        embedding's dtype.
+        """
+        return {
+            "tp": self.tp,
+            "pp": self.pp,
+            "stages": [list(stage) for stage in self.stages],
+            "bytes": sum(piece.nbytes for rank in self.ranks for piece in rank.slices),
+            "left_out": list(self.left_out),
+            "ranks": [
+                {
+                    "file": rank.file,
+                    "pp": rank.pp,
+                    "tp": rank.tp,
+                    "layers": list(self.stages[rank.pp]),
+                    "tensors": len(rank.slices),
+                    "bytes": sum(piece.nbytes for piece in rank.slices),
+                    "replicated_bytes": sum(p.nbytes for p in rank.slices if len(self.replicas[p]) > 1),
+                    "padding_bytes": sum(piece.padding_bytes for piece in rank.slices),
+                    "kv_bytes_per_token": self.kv_bytes_per_layer * len(self.stages[rank.pp]),
+                }
+                for rank in self.ranks
+            ],
+        }
+
+
+def plan_shards(
+    spec: ModelSpec,
+    quantization: QuantizationConfig | None,
+    ckpt_tensors: Mapping[str, TensorInfo],
+    tp: int,
+    pp: int,
+) -> ShardPlan:
+    """Divide a checkpoint (one that passed `check_checkpoint`) over `tp` ranks in each of `pp` pipeline stages.
+
+    Raises UsageError for sizes below 1, InputError, with the arithmetic and the sizes that work, for a `tp` that
+    does not divide the model and for more stages than layers.
+    """
+    if tp < 1 or pp < 1:
+        raise UsageError(f"--tp {tp} --pp {pp}", "Both are at least 1")
+    if refusal := explain_tp(spec, quantization, tp):
+        arithmetic, _, works = refusal.partition("; ")
+        raise InputError(f"TP {tp} does not divide the model: {arithmetic}; {works}", todo="Choose another --tp")
+    stored = stored_tensors(spec, quantization)
+    stages = _stages(spec, stored.values(), ckpt_tensors, pp)
+    stage_of = {layer: index for index, stage in enumerate(stages) for layer in stage} | {
+        -1: 0,
+        len(spec.layers): pp - 1,
+    }
+    slices: dict[tuple[int, int], list[Slice]] = {(stage, rank): [] for stage in range(pp) for rank in range(tp)}
+    for tensor in stored.values():
+        for rank in range(tp):
+            piece = cut(tensor, ckpt_tensors[tensor.name], quantization, rank, tp)
+            for stage in sorted({stage_of[place] for place in tensor.parameter.stages}):
+                slices[stage, rank].append(piece)
+    embedding = ckpt_tensors["model.embed_tokens.weight"]
+    start, stop = Split("kv_heads", 0, spec.kv_heads, spec.head_dim).interval(0, tp)
+    return ShardPlan(
+        tp,
+        pp,
+        stages,
+        tuple(RankPlan(stage, rank, tuple(pieces)) for (stage, rank), pieces in slices.items()),
+        tuple(name for name in ckpt_tensors if name not in stored),
+        2 * (stop - start) * DTYPES[embedding.dtype].itemsize,
+    )
+
+
+def _stages(
+    spec: ModelSpec, stored: Iterator[StoredTensor] | Any, tensors: Mapping[str, TensorInfo], pp: int
+) -> tuple[tuple[int, ...], ...]:
+    sizes = dict.fromkeys(range(-1, len(spec.layers) + 1), 0)
+    for tensor in stored:
+        for place in tensor.parameter.stages:
+            sizes[place] += tensors[tensor.name].nbytes
+    layers = [sizes[layer] for layer in range(len(spec.layers))]
+    return balanced_stages(layers, pp, first=sizes[-1], last=sizes[len(layers)])
+
+
+def _entry(piece: Slice, replicas: tuple[int, ...]) -> dict[str, Any]:
+    entry: dict[str, Any] = {
+        "source": piece.name,
+        "source_shape": list(piece.source_shape),
+        "dtype": piece.dtype,
+        "dim": piece.dim,
+        "intervals": [list(interval) for interval in piece.intervals],
+        "padding": piece.padding,
+        "replicas": list(replicas),
+    }
+    if piece.derived == "group_index":
+        entry["derived"] = {"kind": "group_index", "first_group": piece.first_group}
+    elif piece.derived == "shape":
+        entry["derived"] = {
+            "kind": "shape", "shape": list(piece.dense_shape), "source_shape": list(piece.source_dense_shape),
+        }  # fmt: skip
+    return entry
