@@ -11,7 +11,9 @@ from pathlib import Path
 from llmkit.bench.environment import describe_environment
 from llmkit.bench.gates import check_gates
 from llmkit.bench.metrics import medians, require_complete, summarize
+from llmkit.bench.offline import OfflineTarget
 from llmkit.bench.plan import BenchOptions, Plan, Target, make_plan
+from llmkit.bench.quality import evaluation, score_checkpoints
 from llmkit.bench.report import BenchReport, differences, single_target
 from llmkit.bench.targets import ServedTarget, SpeedTarget, UrlTarget
 from llmkit.bench.workload import WARMUP, Workload, build_workload, builtin_text, require_context
@@ -19,6 +21,7 @@ from llmkit.checkpoint.errors import InputError, LlmkitError, UsageError
 from llmkit.checkpoint.progress import Progress
 from llmkit.checkpoint.source import open_checkpoint
 from llmkit.checkpoint.tokenizer import Tokenizer, load_tokenizer
+from llmkit.runtime.engine.load import EngineOptions
 
 __all__ = ["BenchOptions", "bench"]
 
@@ -132,8 +135,6 @@ def _speed_target(plan: Plan, target: Target) -> SpeedTarget:
         return UrlTarget(target.name, target.server)
     assert target.spec is not None
     if options.offline:
-        from llmkit.bench.offline import EngineOptions, OfflineTarget  # not needed for servers, and heavy
-
         engine = EngineOptions(dtype=options.dtype, device=plan.device, max_model_len=options.max_model_len)
         return OfflineTarget(target.name, target.report.reference, target.spec.max_positions, engine)
     arguments = ["--device", plan.device, "--dtype", options.dtype]
@@ -144,8 +145,6 @@ def _speed_target(plan: Plan, target: Target) -> SpeedTarget:
 
 def _measure_quality(plan: Plan, progress: Progress) -> dict[str, str | int]:
     """Score the checkpoints; what the report says of the text they were scored on."""
-    from llmkit.bench.quality import evaluation, score_checkpoints
-
     options, checkpoints = plan.options, plan.checkpoints
     baseline = plan.baseline if plan.baseline in checkpoints else None
     length = min(options.window_tokens, *(target.spec.max_positions for target in plan.targets if target.spec))

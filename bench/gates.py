@@ -54,11 +54,13 @@ def parse_gate(text: str) -> Gate:
     match = _GATE.fullmatch("".join(text.split()))
     if match is None:
         raise UsageError(
-            f"gate {text!r} is not understood", 'Expected "metric<=number" or "metric>=factor*baseline", with <= >= < or >'
+            f"gate {text!r} is not understood",
+            'Expected "metric<=number" or "metric>=factor*baseline", with <= >= < or >',
         )
     metric = match["metric"]
     if metric not in TARGET_METRICS and metric.rpartition(".")[2] not in SPEED_METRICS:
-        raise UsageError(f"gate {text!r} names no metric", f"Metrics are {', '.join([*TARGET_METRICS, *SPEED_METRICS])}")
+        known = ", ".join([*TARGET_METRICS, *SPEED_METRICS])
+        raise UsageError(f"gate {text!r} names no metric", f"Metrics are {known}")
     if match["number"] is not None:
         return Gate(text, metric, match["operator"], float(match["number"]))
     factor = float(match["before"] or 1) * float(match["after"] or 1)

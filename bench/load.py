@@ -72,7 +72,10 @@ def run_load(server: Server, requests: Sequence[WorkloadRequest], clients: int) 
 
 def read_trace(trace: Trace, request: WorkloadRequest) -> RequestTimeline:
     """What a request's network trace says: arrival times of its tokens, its usage, or why it failed."""
-    error, arrivals, usage, token_ids, done = trace.error, [], {}, 0, False
+    error, token_ids, done = trace.error, 0, False
+    arrivals: list[float] = []
+    ended: list[float] = []
+    usage: dict[str, Any] = {}
     if not error and trace.status != 200:
         error = f"HTTP {trace.status}: {_error_text(b''.join(data for _, data in trace.reads))}"
     for arrived, data in _events(trace.reads) if not error else ():
@@ -90,10 +93,14 @@ def read_trace(trace: Trace, request: WorkloadRequest) -> RequestTimeline:
                 # The last message may only say why the answer ended; any other stands for tokens, text or not.
                 if choice.get("text") or choice.get("token_ids") or not choice.get("finish_reason"):
                     arrivals.append(arrived)
+                else:
+                    ended = [arrived]
         except (ValueError, AttributeError, TypeError, RecursionError):
             error = f"an event is not a completion: {_clean(data)}"
             break
     output_tokens = _count(usage, "completion_tokens") or token_ids or len(arrivals)
+    if len(arrivals) < output_tokens:
+        arrivals += ended  # it did bring a token, one without text
     if not error and not done:
         error = "the stream ended without [DONE]"
     if not error and (output_tokens != request.max_tokens or not arrivals):
@@ -169,7 +176,7 @@ async def _send(session: aiohttp.ClientSession, url: str, body: bytes, trace: Tr
             trace.status = response.status
             async for read in response.content.iter_any():
                 reads.append((time.perf_counter(), read))
-    except (aiohttp.ClientError, OSError, asyncio.TimeoutError) as error:
+    except (aiohttp.ClientError, OSError) as error:
         trace.error = _clean(f"{type(error).__name__}: {error}")
 
 
@@ -180,11 +187,12 @@ async def _find_server(url: str, model: str | None) -> Server:
             status, content = response.status, await response.read()
     except aiohttp.InvalidURL as error:
         raise InputError(f"{url} is no address", "Something like http://127.0.0.1:8000 was expected") from error
-    except asyncio.TimeoutError as error:
+    except TimeoutError as error:
         raise _unreachable(url, errno.ETIMEDOUT, f"no answer within {CONNECT_TIMEOUT_S:g} s") from error
     except (aiohttp.ClientError, OSError) as error:
         cause = getattr(error, "os_error", error)
-        raise _unreachable(url, getattr(cause, "errno", None), getattr(cause, "strerror", None) or str(error)) from error
+        reason = getattr(cause, "strerror", None) or str(error)
+        raise _unreachable(url, getattr(cause, "errno", None), reason) from error
     if status == 401:
         raise InputError(f"{url} wants an API key", todo=f"Set {API_KEY_VARIABLE}")
     try:

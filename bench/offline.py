@@ -35,8 +35,8 @@ class _Progress:
         self.prompt_tokens, self.cached_tokens = output.prompt_tokens, output.cached_tokens
         if output.finish_reason is not None:
             self.finished = True
-            if output.finish_reason in ("error", "cancelled"):
-                self.error = output.error or output.finish_reason
+            if output.finish_reason == "error":
+                self.error = output.error or "the engine failed"
             elif self.output_tokens != self.request.max_tokens:
                 self.error = f"{self.output_tokens} tokens came, {self.request.max_tokens} were asked for"
 
@@ -85,7 +85,7 @@ class OfflineTarget:
 def run_engine(
     engine: Engine, requests: Sequence[WorkloadRequest], clients: int
 ) -> tuple[float, list[RequestTimeline]]:
-    """Run the requests through an idle engine, `clients` of them in flight: wall time in seconds, timelines in order."""
+    """Run the requests through an idle engine, `clients` of them in flight: wall seconds, timelines in order."""
     progress: dict[str, _Progress] = {}
     waiting = deque(requests)
     running = 0

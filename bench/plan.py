@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING
+
+import torch
 
 from llmkit.bench.gates import Gate, parse_gate, require_measured
 from llmkit.bench.load import Server, find_server
@@ -13,13 +13,11 @@ from llmkit.bench.metrics import SPEED_METRICS
 from llmkit.bench.report import BenchReport, TargetReport, read_report, single_target
 from llmkit.bench.targets import is_url, short_name
 from llmkit.bench.workload import choose
-from llmkit.checkpoint.errors import ShortageError, UsageError
+from llmkit.checkpoint.errors import UsageError
 from llmkit.checkpoint.source import Checkpoint, open_checkpoint
 from llmkit.model.families import model_spec
 from llmkit.model.spec import ModelSpec
-
-if TYPE_CHECKING:
-    import torch
+from llmkit.runtime.engine.load import DTYPES, resolve_device
 
 SAVED = "baseline"  # the name of a baseline that was read from a report
 _QUALITY = ("perplexity", "load_s")
@@ -109,7 +107,8 @@ def make_plan(references: Sequence[str], options: BenchOptions) -> Plan:
         raise UsageError(f"{options.windows} evaluation windows measure nothing", "1 or more were expected")
     choose(options.scenarios, options.rounds, options.limit)
     gates = [parse_gate(text) for text in options.gates]
-    device, dtype = _device_and_dtype(options)
+    device = resolve_device(options.device).type
+    dtype = _dtype(options.dtype, device)
     wanted, saved = list(dict.fromkeys(references)), None
     if options.baseline and options.baseline not in wanted:
         if options.baseline.endswith(".json"):
@@ -181,15 +180,9 @@ def _measurable(plan: Plan, target: Target) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def _device_and_dtype(options: BenchOptions) -> tuple[str, torch.dtype]:
-    import torch
-
-    available = torch.cuda.is_available()
-    if options.device == "cuda" and not available:
-        raise ShortageError("there is no CUDA device", "--device cuda needs one", "Use --device cpu")
-    device = "cuda" if options.device != "cpu" and available else "cpu"
-    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    dtypes["auto"] = torch.bfloat16 if device == "cuda" else torch.float32
-    if options.dtype not in dtypes:
-        raise UsageError(f"dtype {options.dtype} is not known", f"One of {', '.join(dtypes)} was expected")
-    return device, dtypes[options.dtype]
+def _dtype(name: str, device: str) -> torch.dtype:
+    """The dtype quality is measured in. Raises UsageError for an unknown one."""
+    dtypes = DTYPES | {"auto": torch.bfloat16 if device == "cuda" else torch.float32}
+    if name not in dtypes:
+        raise UsageError(f"dtype {name} is not known", f"One of {', '.join(dtypes)} was expected")
+    return dtypes[name]

@@ -17,7 +17,8 @@ from llmkit.model.decoder import Decoder
 from llmkit.model.families import model_spec
 from llmkit.model.loader import load_model
 from llmkit.quant.quality import Quality, score
-from llmkit.quant.text import BUILTIN, load_text, split_builtin, windows, windows_sha256
+from llmkit.quant.text import BUILTIN, load_text, windows_sha256
+from llmkit.quant.tokens import calibration_windows, evaluation_windows
 
 MIN_WINDOW = 16  # tokens; shorter ones say nothing of a model
 
@@ -45,25 +46,18 @@ class Evaluation:
 def evaluation(tokenizer: Tokenizer, source: str, count: int, length: int, seed: int) -> Evaluation:
     """Cut up to `count` windows of `length` tokens from a text; of the builtin one, from the part held out.
 
-    A tokenizer that begins texts with a BOS token begins each window with it. Raises InputError when the text does
-    not fill one window, and as `load_text` does.
+    Raises InputError when the text does not fill one window, and as `load_text` does.
     """
-    text = load_text(source)
-    beginning = tokenizer.encode("")[:1]
-    prefix = beginning if beginning and beginning[0] == tokenizer.bos_id else []
-    ids = [id for document in text.documents for id in tokenizer.encode(document, add_special_tokens=False)]
-    tokens = torch.tensor(ids, dtype=torch.int64)
-    if source == BUILTIN:
-        _, tokens = split_builtin(tokens)
-    if length < MIN_WINDOW or len(tokens) < length:
+    if length < MIN_WINDOW:
         raise InputError(
-            f"evaluation text {source} has {len(tokens)} tokens and windows are {length} long",
-            f"At least one full window, of {MIN_WINDOW} tokens or more, is needed",
+            f"windows of {length} tokens are too short to score a model on", f"{MIN_WINDOW} or more were expected"
         )
-    cut = windows(tokens, count, length - len(prefix), seed)
-    if prefix:
-        cut = torch.cat([torch.full((len(cut), 1), prefix[0]), cut], dim=1)
-    return Evaluation(cut, source, text.sha256)
+    text = load_text(source)
+    if source == BUILTIN:
+        chosen = evaluation_windows(tokenizer, count, length, seed)
+    else:
+        chosen = calibration_windows(tokenizer, text, False, count, length, seed)
+    return Evaluation(chosen, source, text.sha256)
 
 
 def score_checkpoints(

@@ -95,7 +95,7 @@ class BenchReport:
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise InputError(
                 f"this is no report of llmkit bench ({type(error).__name__}: {error})",
-                todo="Write one with `llmkit bench … --json`",
+                todo="Write one with `llmkit bench --json`",
             ) from error
         return report
 
@@ -113,7 +113,7 @@ def read_report(path: str | Path) -> BenchReport:
     except OSError as error:
         raise InputError(f"report {path} cannot be read ({error.strerror})") from error
     except (ValueError, RecursionError) as error:
-        raise InputError(f"report {path} is not JSON ({error})", "Expected what `llmkit bench … --json` writes") from error
+        raise InputError(f"report {path} is not JSON ({error})", todo="Write one with `llmkit bench --json`") from error
     try:
         return BenchReport.from_json(document)
     except InputError as error:

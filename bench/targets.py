@@ -84,7 +84,7 @@ class ServedTarget:
         self.server: Server | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self._peak_bytes = 0
-        self._log = tempfile.TemporaryFile()
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115  (closed by stop)
 
     @property
     def context_tokens(self) -> int | None:

@@ -109,11 +109,10 @@ def verify_manifest(path: Path) -> list[str]:
 def _check_file(path: Path, entry: Mapping[str, Any], digest: bool = True) -> str | None:
     if not path.is_file():
         return f"{path} is in {MANIFEST} but absent"
-    size = path.stat().st_size
-    if size != entry["bytes"]:
-        return f"{path} has {size} bytes, {MANIFEST} says {entry['bytes']}"
     if digest and (found := sha256_file(path)) != entry["sha256"]:
         return f"{path} has SHA-256 {found}, {MANIFEST} says {entry['sha256']}"
+    if (size := path.stat().st_size) != entry["bytes"]:
+        return f"{path} has {size} bytes, {MANIFEST} says {entry['bytes']}"
     return None
 
 

@@ -21,7 +21,7 @@ def bench(
     models: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[MODEL]...", help="Checkpoints: directories, hub ids or .gguf files.", show_default=False
+            metavar="MODEL...", help="Checkpoints: directories, hub ids or .gguf files.", show_default=False
         ),
     ] = None,
     url: Annotated[
@@ -53,7 +53,7 @@ def bench(
         list[str] | None,
         typer.Option(
             metavar="GATE",
-            help='Exit with 1 unless it holds: "mean_kl<=0.16", "output_tps>=0.9*baseline"; may be repeated.',
+            help='Exit with 1 unless it holds: "mean_kl<=0.16" or "output_tps >= 0.9 * baseline"; may be repeated.',
             show_default="none",
         ),
     ] = None,

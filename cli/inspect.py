@@ -36,10 +36,10 @@ def _show(console: Console, facts: dict[str, Any]) -> None:
     for name, value in _lines(facts):
         table.add_row(f"[bold]{name}[/]", value)
     console.print(table)
-    memory = Table(title=f"Memory, with the KV cache of one request of {min(CONTEXT, facts['max_positions'])} tokens")
+    tokens = min(CONTEXT, facts["max_positions"])
+    memory = Table(title=f"memory with {tokens:,} tokens of KV cache", title_justify="left")
     for column in ("precision", "weights", "KV cache", "together"):
         memory.add_column(column, justify="left" if column == "precision" else "right")
-    tokens = min(CONTEXT, facts["max_positions"])
     for precision, weights in facts["weight_bytes"].items():
         cache = facts["kv_bytes_per_token"]["fp32" if precision == "fp32" else "bf16"] * tokens
         memory.add_row(precision, bytes_text(weights), bytes_text(cache), bytes_text(weights + cache))
@@ -59,7 +59,7 @@ def _lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
         ("vocabulary", f"{facts['vocab']:,}{', embeddings tied' if facts['tied_embeddings'] else ''}"),
         ("context", f"{facts['max_positions']:,} tokens{window}"),
         ("on disk", bytes_text(facts["disk_bytes"])),
-        ("tensors", dtypes or "in the ranks' folders"),
+        ("tensors", (dtypes or "in one file a rank") + (", dequantized" if facts["kind"] == "gguf" else "")),
     ]
     if quantization:
         size = "one scale a row" if quantization["group_size"] == -1 else f"groups of {quantization['group_size']}"

@@ -54,7 +54,7 @@ add(app, "shard merge", shard.merge)
 add(app, "bench", bench.bench, epilog="Also: llmkit bench compare | show, each with its own --help.")
 add(app, "bench compare", bench.compare)
 add(app, "bench show", bench.show)
-add(app, "serve", serve.serve)
+add(app, "serve", serve.serve, has_result=False)
 add(app, "inspect", inspect.inspect)
 add(app, "doctor", doctor.doctor)
 

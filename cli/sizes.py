@@ -23,12 +23,12 @@ def parse_size(option: str, text: str | None) -> int | None:
     return int(float(match[1]) * _UNITS[match[2]])
 
 
-def parse_count(option: str, text: str, automatic: str = "auto") -> int | None:
-    """A positive number, None for "auto". Raises: UsageError."""
-    if text == automatic:
+def parse_count(option: str, text: str, also: tuple[int, ...] = ()) -> int | None:
+    """A positive number or one of `also`, None for "auto". Raises: UsageError."""
+    if text == "auto":
         return None
-    if not re.fullmatch(r"[0-9]+", text) or int(text) < 1:
-        raise UsageError(f"{option}: {text!r} is neither a positive number nor {automatic!r}")
+    if not re.fullmatch(r"-?[0-9]+", text) or (int(text) < 1 and int(text) not in also):
+        raise UsageError(f"{option}: {text!r} is neither a positive number nor 'auto'")
     return int(text)
 
 

@@ -47,7 +47,9 @@ def method_of(name: str, bits: int | None, group_size: int | None) -> tuple[Meth
         raise UsageError(f"--method {name} and --bits {bits} do not go together", f"The pairs that do: {pairs}")
     if group_size is not None and not method.grouped:
         grouped = ", ".join(other for other, entry in METHODS.items() if entry.grouped)
-        raise UsageError(f"--method {name} has no groups, and --group-size is {group_size}", f"Groups go with {grouped}")
+        raise UsageError(
+            f"--method {name} has no groups, and --group-size is {group_size}", f"Groups go with {grouped}"
+        )
     return method, bits or method.bits[0]
 
 

@@ -130,7 +130,7 @@ class Storage:
         return found
 
     def written(self, config: Mapping[str, Any]) -> Checkpoint:
-        """What has been written so far, as a checkpoint with the output's `config`; tensors appear as they are written."""
+        """The output as a checkpoint with this `config`; each tensor can be read once it has been written."""
         folder = partial_path(self.writer.out)
         files = tuple(sorted(file.name for file in folder.glob("*.safetensors")))
         tensors = {name: info for file in files for name, info in read_header(folder / file).items()}
@@ -164,9 +164,7 @@ def split_rows(row: Parameter, weight: QuantizedWeight) -> dict[str, QuantizedWe
     }  # fmt: skip
 
 
-def output_config(
-    source: Checkpoint, quantization: QuantizationConfig | None, dtype: str
-) -> dict[str, Any]:
+def output_config(source: Checkpoint, quantization: QuantizationConfig | None, dtype: str) -> dict[str, Any]:
     """The output's config.json: the source's, with the new dtype and quantization."""
     config = {key: value for key, value in source.config.items() if key != "quantization_config"}
     named = str(DTYPES[dtype]).removeprefix("torch.")

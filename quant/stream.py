@@ -32,6 +32,11 @@ class Step:
     batch: AttentionBatch
     cache: KvCache
 
+    @property
+    def device(self) -> torch.device:
+        """Where the layers are."""
+        return self.cache[0].device
+
 
 @dataclass
 class MicroBatch:
@@ -84,7 +89,7 @@ class LayerStream:
     def advance(self, layer: DecoderLayer, batches: list[MicroBatch]) -> None:
         """Run micro-batches through a layer."""
         for one in batches:
-            hidden = layer(one.hidden.to(self.device), one.step.rotations, one.step.batch, one.step.cache)
+            hidden = layer(one.hidden.to(one.step.device), one.step.rotations, one.step.batch, one.step.cache)
             one.hidden = hidden.cpu()
 
     @torch.inference_mode()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import platform
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -24,12 +25,11 @@ Render = Callable[[list[dict[str, Any]]], str]
 
 @dataclass(frozen=True)
 class CalibrationText:
-    """Documents in their order. `rendered`: the chat template made them, and so they hold their special tokens."""
+    """Documents in their order."""
 
     name: str
     sha256: str  # of the documents, each followed by a zero byte
     documents: list[str]
-    rendered: bool = False
     truncated: bool = False  # reading stopped at the limit, before the source's end
 
 
@@ -40,28 +40,17 @@ def load_text(source: str, render: Render | None = None, limit: int | None = Non
     stops after `limit` characters, at a document's end. Raises InputError for an unusable source and ShortageError
     for a dataset that cannot be downloaded.
     """
-    rendered = False
     if source == BUILTIN:
-        documents: Iterable[str] = [builtin_text()]
+        name, documents = f"pydoc_data.topics of Python {platform.python_version()}", iter([builtin_text()])
     else:
-        path = Path(source)
-        if path.suffix in _READERS or path.exists():
-            records = _open(path)
-        elif re.fullmatch(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?", source):
-            records = _dataset(source)
-        else:
-            raise InputError(f"calibration source {source} was not found", f"Expected {_KINDS}")
-        texts = _Texts(source, render)
-        documents = texts.of(records)
+        name, documents = source, _documents(_records(source), render)
     kept, truncated = _take(documents, limit)
-    if source != BUILTIN:
-        rendered = texts.field == "messages"
     if not any(document.strip() for document in kept):
         raise InputError(f"calibration text {source} is empty", f"Expected {_KINDS} with text in it")
     digest = hashlib.sha256()
     for document in kept:
-        digest.update(document.encode("utf-8", "surrogatepass") + b"\0")
-    return CalibrationText(source, digest.hexdigest(), kept, rendered, truncated)
+        digest.update(document.encode() + b"\0")
+    return CalibrationText(name, digest.hexdigest(), kept, truncated)
 
 
 def builtin_text() -> str:
@@ -102,41 +91,44 @@ def _take(documents: Iterable[str], limit: int | None) -> tuple[list[str], bool]
     for document in documents:
         if limit is not None and characters >= limit:
             return kept, True
-        kept.append(document)
+        kept.append(document.encode("utf-8", "replace").decode())  # JSON may hold half of a surrogate pair
         characters += len(document)
     return kept, False
 
 
-class _Texts:
-    """Turns records into documents. The first record decides whether they are `text` or `messages`."""
+def _records(source: str) -> Iterator[Record]:
+    path = Path(source)
+    if path.suffix in _READERS or path.exists():
+        return _open(path)
+    if re.fullmatch(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?", source):
+        return _dataset(source)
+    raise InputError(f"calibration source {source} was not found", f"Expected {_KINDS}")
 
-    def __init__(self, source: str, render: Render | None) -> None:
-        self.source, self.render = source, render
-        self.field = ""
 
-    def of(self, records: Iterable[Record]) -> Iterator[str]:
-        for place, record in records:
-            self.field = self.field or next((name for name in ("text", "messages") if name in record), "text")
-            value = record.get(self.field)
-            if self.field == "text" and isinstance(value, str):
-                yield value
-            elif self.field == "messages" and isinstance(value, list):
-                yield self._chat(place, value)
-            else:
-                kind = "a string" if self.field == "text" else "a list of messages"
-                keys = ", ".join(record) or "none"
-                raise InputError(
-                    f"{place} has no field '{self.field}' that is {kind} (keys seen: {keys})",
-                    "Expected records with `text`, or all with `messages`",
-                )
+def _documents(records: Iterable[Record], render: Render | None) -> Iterator[str]:
+    for place, record in records:
+        text, messages = record.get("text"), record.get("messages")
+        if isinstance(text, str):
+            yield text
+        elif isinstance(messages, list):
+            yield _chat(place, messages, render)
+        else:
+            keys = ", ".join(record) or "none"
+            raise InputError(
+                f"{place} has no field 'text' that is a string (keys seen: {keys})",
+                "Expected `text`, or `messages` with a list of chat messages",
+            )
 
-    def _chat(self, place: str, messages: list[dict[str, Any]]) -> str:
-        if self.render is None:
-            raise InputError(f"{place} holds chat messages, and the model has no chat template", "", "Use `text` records")
-        try:
-            return self.render(messages)
-        except ValueError as error:
-            raise InputError(f"{place} does not fit the model's chat template: {error}") from error
+
+def _chat(place: str, messages: list[dict[str, Any]], render: Render | None) -> str:
+    if render is None:
+        raise InputError(
+            f"{place} holds chat messages, and there is no chat template for them", todo="Use `text` records"
+        )
+    try:
+        return render(messages)
+    except ValueError as error:
+        raise InputError(f"{place} does not fit the model's chat template: {error}") from error
 
 
 def _open(path: Path) -> Iterator[Record]:
@@ -188,7 +180,9 @@ def _parquet(path: Path) -> Iterator[Record]:
             names = [name for name in ("text", "messages") if name in file.schema_arrow.names]
             if not names:
                 keys = ", ".join(file.schema_arrow.names) or "none"
-                raise InputError(f"{path} has no column 'text' (keys seen: {keys})", "Expected a column `text` or `messages`")
+                raise InputError(
+                    f"{path} has no column 'text' (keys seen: {keys})", "Expected a column `text` or `messages`"
+                )
             row = 0
             for batch in file.iter_batches(batch_size=1024, columns=names):
                 for record in batch.to_pylist():

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -55,6 +56,17 @@ class ShardPlan:
                 holders.setdefault(piece, []).append(index)
         return {piece: tuple(ranks) for piece, ranks in holders.items()}
 
+    @cached_property
+    def _holders(self) -> Counter[tuple[str, tuple[int, int]]]:
+        """How many ranks store each interval. Slices of a fused tensor can share an interval without being equal."""
+        return Counter(
+            (piece.name, interval) for rank in self.ranks for piece in rank.slices for interval in piece.intervals
+        )
+
+    def _replicated_bytes(self, piece: Slice) -> int:
+        shared = sum(stop - start for start, stop in piece.intervals if self._holders[piece.name, (start, stop)] > 1)
+        return piece.nbytes // piece.shape[piece.dim] * shared
+
     def files(self) -> dict[str, list[PlannedTensor]]:
         """What a CheckpointWriter is to write."""
         return {
@@ -62,13 +74,14 @@ class ShardPlan:
             for rank in self.ranks
         }
 
-    def by_source(self) -> Iterator[tuple[str, list[tuple[str, Slice]]]]:
-        """Each source tensor with the files that get a slice of it and that slice."""
+    @cached_property
+    def by_source(self) -> dict[str, list[tuple[str, Slice]]]:
+        """Each source tensor's slices with the files that get them."""
         targets: dict[str, list[tuple[str, Slice]]] = {}
         for rank in self.ranks:
             for piece in rank.slices:
                 targets.setdefault(piece.name, []).append((rank.file, piece))
-        yield from targets.items()
+        return targets
 
     def layout(self) -> dict[str, Any]:
         """The `layout` of the output's manifest; `llmkit.shard.layout` reads it back."""
@@ -106,7 +119,7 @@ class ShardPlan:
                     "layers": list(self.stages[rank.pp]),
                     "tensors": len(rank.slices),
                     "bytes": sum(piece.nbytes for piece in rank.slices),
-                    "replicated_bytes": sum(p.nbytes for p in rank.slices if len(self.replicas[p]) > 1),
+                    "replicated_bytes": sum(self._replicated_bytes(piece) for piece in rank.slices),
                     "padding_bytes": sum(piece.padding_bytes for piece in rank.slices),
                     "kv_bytes_per_token": self.kv_bytes_per_layer * len(self.stages[rank.pp]),
                 }
@@ -130,8 +143,7 @@ def plan_shards(
     if tp < 1 or pp < 1:
         raise UsageError(f"--tp {tp} --pp {pp}", "Both are at least 1")
     if refusal := explain_tp(spec, quantization, tp):
-        arithmetic, _, works = refusal.partition("; ")
-        raise InputError(f"TP {tp} does not divide the model: {arithmetic}; {works}", todo="Choose another --tp")
+        raise InputError(f"--tp {tp} does not divide {refusal}", todo="Choose one of these")
     stored = stored_tensors(spec, quantization)
     stages = _stages(spec, stored.values(), ckpt_tensors, pp)
     stage_of = {layer: index for index, stage in enumerate(stages) for layer in stage} | {
@@ -157,7 +169,7 @@ def plan_shards(
 
 
 def _stages(
-    spec: ModelSpec, stored: Iterator[StoredTensor] | Any, tensors: Mapping[str, TensorInfo], pp: int
+    spec: ModelSpec, stored: Iterable[StoredTensor], tensors: Mapping[str, TensorInfo], pp: int
 ) -> tuple[tuple[int, ...], ...]:
     sizes = dict.fromkeys(range(-1, len(spec.layers) + 1), 0)
     for tensor in stored:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from llmkit.checkpoint.quantized import QuantizationConfig
@@ -74,32 +74,26 @@ def cut(stored: StoredTensor, info: TensorInfo, quantization: QuantizationConfig
     piece = Slice(info.name, info.dtype, info.shape, dim, intervals, padding)
     if packed is None or not packed.derived:
         return piece
-    first_group, dense_shape = 0, list(stored.dense)
-    dense_shape[split.dim] = sum(stop - start for start, stop in dense)
-    if split.dim == 1 and quantization is not None and quantization.group_size != -1:
-        first_group = dense[0][0] // quantization.group_size
     if packed.derived == "group_index":
-        return Slice(*_place(piece), derived="group_index", first_group=first_group)
-    return Slice(
-        *_place(piece), derived="shape", dense_shape=tuple(dense_shape), source_dense_shape=tuple(stored.dense)
-    )
-
-
-def _place(piece: Slice) -> tuple[str, str, tuple[int, ...], int, Intervals, int]:
-    return piece.name, piece.dtype, piece.source_shape, piece.dim, piece.intervals, piece.padding
+        size = -1 if quantization is None else quantization.group_size
+        first = dense[0][0] // size if split.dim == 1 and size != -1 else 0
+        return replace(piece, derived="group_index", first_group=first)
+    local = list(stored.dense)
+    local[split.dim] = sum(stop - start for start, stop in dense)
+    return replace(piece, derived="shape", dense_shape=tuple(local), source_dense_shape=stored.dense)
 
 
 def _dense_intervals(stored: StoredTensor, rank: int, tp: int) -> tuple[Intervals, int]:
-    """The rank's intervals of the dense tensor along the split's dimension, neighbours joined, and its padding."""
+    """The rank's intervals of the dense tensor along the split's dimension, one for each part, and its padding."""
+    first = stored.parts[0].split
+    if tp == 1:  # in one piece: packed words may cross the parts of a fused tensor
+        return ((0, stored.dense[first.dim]),), 0
     intervals: list[tuple[int, int]] = []
     for part in stored.parts:
         start, stop = part.split.interval(rank, tp)
-        if part.split.dim == 0:
-            start, stop = start + part.row, stop + part.row
-        if intervals and intervals[-1][1] == start:
-            start = intervals.pop()[0]
-        intervals.append((start, stop))
-    first = stored.parts[0].split
+        row = part.row if part.split.dim == 0 else 0
+        if start < stop:  # the last ranks of a small vocabulary hold padding only
+            intervals.append((row + start, row + stop))
     padding = 0
     if first.kind == "vocab":
         padding = first.padded_rows(tp) - sum(stop - start for start, stop in intervals)

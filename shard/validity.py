@@ -43,8 +43,8 @@ def _refusal(rules: list[Rule], quantization: QuantizationConfig | None, tp: int
     for module, split, packed in rules:
         if not split.fits(tp):
             if split.kind == "kv_heads" and tp > split.count:
-                return f"{module}: {tp}/{split.count} = {tp / split.count:g} ranks per KV head"
-            return f"{module}: {split.count}/{tp} = {split.count / tp:g} {UNITS[split.kind]}"
+                return f"{module}: {tp}/{split.count} = {_number(tp / split.count)} ranks per KV head"
+            return f"{module}: {split.count}/{tp} = {_number(split.count / tp)} {UNITS[split.kind]}"
         axis = None if packed is None else packed.out if split.dim == 0 else packed.in_
         if axis is None or split.kind == "replicated" or tp == 1:
             continue
@@ -52,8 +52,13 @@ def _refusal(rules: list[Rule], quantization: QuantizationConfig | None, tp: int
         per = axis[1]
         if (stop - start) % per:
             grouped = split.dim == 1 and quantization is not None and per == quantization.group_size
-            what = f"{(stop - start) / per:g} {'groups' if grouped else 'packed words'} of {per}"
+            what = f"{_number((stop - start) / per)} {'groups' if grouped else 'packed words'} of {per}"
             if split.kind == "kv_heads" and tp > split.count:
                 return f"{module}: one KV head of {split.unit} = {what}"
             return f"{module}: {split.count * split.unit}/{tp} = {what}"
     return None
+
+
+def _number(value: float) -> str:
+    """At most three decimals, none of them trailing zeros: "115.5", "170.667", "16"."""
+    return f"{value:.3f}".rstrip("0").rstrip(".")

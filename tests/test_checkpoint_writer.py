@@ -41,7 +41,7 @@ PLAN = plan_files([PlannedTensor(n, NAMES[t.dtype], tuple(t.shape)) for n, t in 
 IDENTITY = {"command": "test", "seed": 1}
 
 
-class Interrupted(Exception):
+class InterruptedRunError(Exception):
     pass
 
 
@@ -50,7 +50,7 @@ def run(out: Path, names: Iterable[str] = TENSORS, stop: str | None = None, sour
     with CheckpointWriter(out, PLAN, source, IDENTITY) as writer:
         for name in names:
             if name == stop:
-                raise Interrupted
+                raise InterruptedRunError
             if not writer.done(name):
                 writer.write(name, TENSORS[name])
                 writer.commit()
@@ -109,7 +109,7 @@ def test_output_loads_with_transformers(tmp_path: Path) -> None:
 @pytest.mark.parametrize("stop", list(TENSORS))
 def test_resumed_run_gives_the_same_bytes(tmp_path: Path, stop: str) -> None:
     run(tmp_path / "whole")
-    with pytest.raises(Interrupted):
+    with pytest.raises(InterruptedRunError):
         run(tmp_path / "resumed", stop=stop)
     assert siblings(tmp_path / "whole") == {"whole", "resumed.partial", "resumed.partial.journal"}
     run(tmp_path / "resumed", names=reversed(TENSORS))
@@ -119,53 +119,53 @@ def test_resumed_run_gives_the_same_bytes(tmp_path: Path, stop: str) -> None:
 
 
 def test_what_was_written_before_an_error_is_kept_without_a_commit(tmp_path: Path) -> None:
-    with pytest.raises(Interrupted), CheckpointWriter(tmp_path / "out", PLAN, identity=IDENTITY) as writer:
-        writer.write("a.weight", TENSORS["a.weight"])
-        raise Interrupted
-    with pytest.raises(Interrupted), CheckpointWriter(tmp_path / "out", PLAN, identity=IDENTITY) as writer:
+    def interrupted() -> None:
+        with CheckpointWriter(tmp_path / "out", PLAN, identity=IDENTITY) as writer:
+            writer.write("a.weight", TENSORS["a.weight"])
+            raise InterruptedRunError
+
+    with pytest.raises(InterruptedRunError):
+        interrupted()
+    with CheckpointWriter(tmp_path / "out", PLAN, identity=IDENTITY) as writer:
         assert writer.done("a.weight")
         assert not writer.done("c.weight")
         assert torch.equal(writer.read_back("a.weight"), TENSORS["a.weight"])
         with pytest.raises(ValueError, match=r"c.weight has not been written"):
             writer.read_back("c.weight")
-        raise Interrupted
 
 
 @pytest.mark.parametrize("identity", [{"command": "test", "seed": 2}, {}])
 def test_another_identity_starts_afresh(tmp_path: Path, identity: dict[str, Any]) -> None:
-    with pytest.raises(Interrupted):
+    with pytest.raises(InterruptedRunError):
         run(tmp_path / "out", stop="e.empty")
     (tmp_path / "out.partial" / "stray").write_text("left over")
-    with pytest.raises(Interrupted), CheckpointWriter(tmp_path / "out", PLAN, identity=identity) as writer:
+    with CheckpointWriter(tmp_path / "out", PLAN, identity=identity) as writer:
         assert not any(writer.done(name) for name in TENSORS)
         assert not (tmp_path / "out.partial" / "stray").exists()
-        raise Interrupted
 
 
 def test_another_plan_starts_afresh(tmp_path: Path) -> None:
-    with pytest.raises(Interrupted):
+    with pytest.raises(InterruptedRunError):
         run(tmp_path / "out", stop="e.empty")
     plan = {"model.safetensors": [tensor for part in PLAN.values() for tensor in part]}
-    with pytest.raises(Interrupted), CheckpointWriter(tmp_path / "out", plan, identity=IDENTITY) as writer:
+    with CheckpointWriter(tmp_path / "out", plan, identity=IDENTITY) as writer:
         assert not any(writer.done(name) for name in TENSORS)
-        raise Interrupted
 
 
 def test_torn_journal_line_is_written_again(tmp_path: Path) -> None:
     run(tmp_path / "whole")
-    with pytest.raises(Interrupted):
+    with pytest.raises(InterruptedRunError):
         run(tmp_path / "out", stop="d.scalar")
     journal = tmp_path / "out.partial.journal"
     journal.write_bytes(journal.read_bytes()[:-20])
-    with pytest.raises(Interrupted), CheckpointWriter(tmp_path / "out", PLAN, identity=IDENTITY) as writer:
+    with CheckpointWriter(tmp_path / "out", PLAN, identity=IDENTITY) as writer:
         assert [writer.done(name) for name in TENSORS] == [True, True, False, False, False]
-        raise Interrupted
     run(tmp_path / "out")
     assert contents(tmp_path / "whole") == contents(tmp_path / "out")
 
 
 def test_partial_output_that_changed_meanwhile_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(Interrupted):
+    with pytest.raises(InterruptedRunError):
         run(tmp_path / "out", stop="c.weight")
     file = next(iter(PLAN))
     with (tmp_path / "out.partial" / file).open("r+b") as handle:
@@ -247,7 +247,7 @@ def test_sharded_layouts_hold_a_name_in_several_files(tmp_path: Path) -> None:
 
 
 def test_what_is_not_planned_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(Interrupted), CheckpointWriter(tmp_path / "out", PLAN) as writer:
+    with CheckpointWriter(tmp_path / "out", PLAN) as writer:
         with pytest.raises(ValueError, match=r"planned as F32 \[4, 6\]"):
             writer.write("a.weight", TENSORS["a.weight"].half())
         with pytest.raises(ValueError, match=r"planned as F32 \[4, 6\]"):
@@ -256,7 +256,6 @@ def test_what_is_not_planned_is_refused(tmp_path: Path) -> None:
             writer.write("unknown", TENSORS["a.weight"])
         with pytest.raises(ValueError, match=r"5 tensors have not been written \(a.weight"):
             writer.finish({}, {}, {})
-        raise Interrupted
 
 
 def test_existing_output_is_left_alone(tmp_path: Path) -> None:
@@ -322,7 +321,7 @@ def test_small_disk_is_found_before_anything_is_written(tmp_path: Path, monkeypa
 
 def test_unwritable_place_is_a_shortage(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(ShortageError, match="not a directory that can be written to"):
+    with pytest.raises(ShortageError, match="file is not writable"):
         run(tmp_path / "file" / "out")
 
 
@@ -360,7 +359,7 @@ def test_plan_files_splits_in_order() -> None:
 def test_manifest_finds_every_change(tmp_path: Path) -> None:
     out = tmp_path / "out"
     run(out)
-    file = list(PLAN)[0]
+    file = next(iter(PLAN))
     whole = (out / file).read_bytes()
 
     changed = bytearray(whole)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Sequence as SequenceOf
 
+from llmkit.checkpoint.errors import InputError
 from llmkit.model.decoder import Decoder
 from llmkit.runtime.engine.runner import Runner
 from llmkit.runtime.engine.scheduler import Scheduler, Sequence
@@ -59,13 +60,24 @@ class Engine:
     def generate(
         self, prompts: list[list[int]], sampling: SamplingParams | SequenceOf[SamplingParams]
     ) -> list[list[int]]:
-        """Run prompts to their end, all at once; the generated ids of each. Raises RequestError as `add` does."""
+        """Run prompts to their end, all at once, on an idle engine; the generated ids of each.
+
+        Raises RequestError as `add` does and InputError when a prompt's logits are not finite; the engine is idle
+        again then too.
+        """
+        assert not self.has_work, "generate() on an engine that has requests under way"
         params = [sampling] * len(prompts) if isinstance(sampling, SamplingParams) else list(sampling)
         answers: dict[str, list[int]] = {}
-        for index, (prompt, chosen) in enumerate(zip(prompts, params, strict=True)):
-            answers[f"generate-{index}"] = []
-            self.add(Request(f"generate-{index}", prompt, chosen))
-        while self.has_work:
-            for output in self.step():
-                answers[output.request_id] += output.token_ids
+        try:
+            for index, (prompt, chosen) in enumerate(zip(prompts, params, strict=True)):
+                answers[f"prompt {index}"] = []
+                self.add(Request(f"prompt {index}", prompt, chosen))
+            while self.has_work:
+                for output in self.step():
+                    if output.error:
+                        raise InputError(f"{output.request_id}: {output.error}", todo="Check the model's weights")
+                    answers[output.request_id] += output.token_ids
+        finally:
+            for request_id in answers:
+                self.cancel(request_id)
         return list(answers.values())

@@ -1,4 +1,4 @@
-"""Runs one step: chunks of token ids in, one sampled id per sequence out."""
+"""Runs one step: chunks of token ids in, one token id per chunk out."""
 
 from __future__ import annotations
 
@@ -22,7 +22,11 @@ class Runner:
 
     @torch.inference_mode()
     def run(self, chunks: list[Chunk]) -> list[int]:
-        """Compute the chunks; the next token of each one that samples, in order, -1 where logits were not finite."""
+        """Compute the chunks. Returns for each the token after its last; -1 where the logits there are not finite.
+
+        Only a chunk that samples has use for the token, but every one is looked at: a value that is not finite
+        spreads to all later tokens of its sequence, and its blocks must be cleaned before another one gets them.
+        """
         tokens: list[int] = []
         positions: list[int] = []
         for chunk in chunks:
@@ -38,27 +42,21 @@ class Runner:
             self.config.device,
         )
         hidden = self.model(self._device(tokens), self._device(positions), batch, self.caches)
-        ends = accumulate(chunk.count for chunk in chunks)
-        sampling = [(chunk, end - 1) for chunk, end in zip(chunks, ends, strict=True) if chunk.samples]
-        if not sampling:
-            return []
-        logits = self.model.logits(hidden[self._device([row for _, row in sampling])])
-        return self._sample(logits, [chunk for chunk, _ in sampling])
+        last = [end - 1 for end in accumulate(chunk.count for chunk in chunks)]
+        return self._sample(self.model.logits(hidden[self._device(last)]), chunks)
 
     def _sample(self, logits: torch.Tensor, chunks: list[Chunk]) -> list[int]:
+        """logits: float32, a row for each chunk."""
         params = [chunk.sequence.request.sampling for chunk in chunks]
-        if all(p.temperature == 0 for p in params):
-            ids = logits.argmax(-1)
-        else:
-            ids = sample(
-                logits,
-                self._device([p.temperature for p in params]),
-                self._device([p.top_k for p in params]),
-                self._device([p.top_p for p in params]),
-                self._device([p.min_p for p in params]),
-                self._device([chunk.sequence.seed for chunk in chunks]),
-                self._device([chunk.sequence.generated for chunk in chunks]),
-            )
+        ids = sample(
+            logits,
+            torch.tensor([p.temperature for p in params], dtype=torch.float32),
+            torch.tensor([p.top_k for p in params]),
+            torch.tensor([p.top_p for p in params], dtype=torch.float32),
+            torch.tensor([p.min_p for p in params], dtype=torch.float32),
+            torch.tensor([chunk.sequence.seed for chunk in chunks]),
+            torch.tensor([chunk.sequence.generated for chunk in chunks]),
+        )
         finite = torch.isfinite(logits.sum(-1))
         chosen: list[int] = torch.where(finite, ids, -1).tolist()
         for chunk, token in zip(chunks, chosen, strict=True):
@@ -72,8 +70,8 @@ class Runner:
             k[blocks] = 0
             v[blocks] = 0
 
-    def _device(self, values: list[int] | list[float]) -> torch.Tensor:
-        """int64 or float32, on the device."""
+    def _device(self, values: list[int]) -> torch.Tensor:
+        """int64, on the device."""
         host = torch.tensor(values)
         if self.config.device.type == "cpu":
             return host

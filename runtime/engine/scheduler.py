@@ -105,17 +105,15 @@ class Scheduler:
         return chunks
 
     def commit(self, chunks: list[Chunk], sampled: list[int]) -> list[TokenOutput]:
-        """Record a step. `sampled`: the token of each chunk that samples, in order; -1 where logits were not finite."""
+        """Record a step. `sampled`: the token after each chunk, wanted or not; -1 where its logits are not finite."""
         outputs = []
-        tokens = iter(sampled)
-        for chunk in chunks:
+        for chunk, token in zip(chunks, sampled, strict=True):
             sequence, samples = chunk.sequence, chunk.samples
-            first = sequence.computed == 0 and sequence.generated == 0
             sequence.computed += chunk.count
-            self.prompt_tokens += len(sequence.request.prompt) if first else 0
-            if not samples:
+            if not samples and token >= 0:
                 continue
-            token = next(tokens)
+            if not sequence.generated:  # its prompt is done; a recomputed one is not counted again
+                self.prompt_tokens += len(sequence.request.prompt)
             reason = self._accept(sequence, token)
             error = "the model's logits were not finite" if reason == "error" else None
             new = [] if reason == "error" else [token]

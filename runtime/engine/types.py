@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
-
-import torch
+from typing import TYPE_CHECKING, Literal
 
 from llmkit.checkpoint.errors import LlmkitError
+
+if TYPE_CHECKING:
+    import torch
 
 FinishReason = Literal["stop", "length", "error"]
 

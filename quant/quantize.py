@@ -1,0 +1,341 @@
+"""The one entry point: a checkpoint in, a smaller one out, with a report of what it cost."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llmkit.checkpoint.errors import InputError, OutputError, ShortageError, UsageError
+from llmkit.checkpoint.output import check_output, partial_path
+from llmkit.checkpoint.progress import Progress
+from llmkit.checkpoint.quantized import QuantizationConfig
+from llmkit.checkpoint.source import Checkpoint, open_checkpoint
+from llmkit.checkpoint.tokenizer import Tokenizer, load_tokenizer
+from llmkit.checkpoint.writer import CheckpointWriter, PlannedTensor, plan_files, planned_bytes
+from llmkit.model.families import model_spec
+from llmkit.model.layout import parameters
+from llmkit.model.loader import check_checkpoint
+from llmkit.model.spec import ModelSpec
+from llmkit.quant import memory
+from llmkit.quant.methods import Method, method_of, quantization_of
+from llmkit.quant.pipeline import quantize_layers, round_parameters
+from llmkit.quant.quality import Quality, score_logits
+from llmkit.quant.report import Report, Stopwatch, report_json, versions
+from llmkit.quant.storage import (
+    Storage,
+    check_finite,
+    output_config,
+    output_files,
+    planned_tensors,
+    stored_dtype,
+)
+from llmkit.quant.stream import LayerStream
+from llmkit.quant.text import BUILTIN, load_text, windows_sha256
+from llmkit.quant.tokens import EVALUATION_TOKENS, calibration_windows, evaluation_windows
+
+REPORT = "llmkit_report.json"
+MIN_SEQ_LEN = 16  # tokens; shorter windows say nothing of a model
+_READ_AHEAD = 32  # characters of calibration text read per token needed, so that the seed has a choice
+
+
+@dataclass(frozen=True)
+class QuantizeOptions:
+    """What to do. Defaults are those of the command line."""
+
+    method: str  # a key of methods.METHODS
+    bits: int | None = None  # None: the method's first
+    group_size: int | None = None  # columns that share a scale; None: the largest usual one that divides every layer
+    calibration: str = BUILTIN
+    samples: int = 128  # calibration windows, at most
+    seq_len: int = 2048  # tokens of a calibration window; at most the model's positions
+    damp: float = 0.01  # share of the Hessian's mean diagonal that is added to it
+    evaluate: bool = True  # compare the output with the source on held-out text
+    eval_windows: int = 8  # windows of 1,024 tokens to compare on
+    resume: bool = False  # insist on continuing an interrupted run (it is continued without, too)
+    dry_run: bool = False  # plan only
+    seed: int = 0  # chooses the calibration windows
+    device: str = "auto"  # "auto", "cuda" or "cpu"
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """Everything that is known before any weight is read."""
+
+    source: Checkpoint
+    spec: ModelSpec
+    out: Path
+    options: QuantizeOptions
+    method: Method
+    bits: int
+    quantization: QuantizationConfig | None
+    tensors: list[PlannedTensor]
+    files: dict[str, list[PlannedTensor]]
+    device: torch.device
+    seq_len: int
+
+    @property
+    def dtype(self) -> str:
+        """The dtype of what is not quantized, as in a safetensors header."""
+        return stored_dtype(self.source, self.method.dtype)
+
+    def memory_bytes(self) -> int:
+        """The peak of the whole run."""
+        need = memory.tensor_bytes(self.spec)
+        if self.options.evaluate:
+            need = max(need, memory.layer_bytes(self.spec, min(EVALUATION_TOKENS, self.spec.max_positions)))
+        if self.method.calibrated:
+            layer = memory.layer_bytes(self.spec, self.seq_len) + memory.gptq_bytes(self.spec)
+            need = max(need, layer + memory.hidden_bytes(self.spec, self.options.samples, self.seq_len))
+        return need
+
+
+def quantize(source: str, output: str, options: QuantizeOptions, progress: Progress) -> Report:
+    """Write `source` to the new directory `output` by `options.method`; return the report that lies in it.
+
+    With `dry_run` nothing is written and the report holds the plan. The output appears under its name only when it
+    is complete; an interrupted run of the same options is continued and gives the same weights.
+    Raises UsageError for options that do not go together, InputError for a source or a text that cannot be used,
+    ShortageError for too little memory or disk, OutputError when the output is in the way.
+    """
+    watch = Stopwatch()
+    plan = _plan(source, Path(output), options, progress)
+    if options.dry_run:
+        return _report(plan, watch, {"plan": _plan_figures(plan)})
+    need, have = plan.memory_bytes(), memory.available_bytes(plan.device)
+    per_sample = memory.hidden_bytes(plan.spec, 1, plan.seq_len)
+    memory.check_memory(need, per_sample, options.samples, have, plan.method.calibrated)
+    if options.resume and not partial_path(plan.out).is_dir():
+        raise OutputError(f"There is no interrupted run of {plan.out} to resume", todo="Run without --resume")
+    needs_text = plan.method.calibrated or options.evaluate
+    tokenizer = load_tokenizer(plan.source) if needs_text else None
+    calibration, figures = _calibration(plan, tokenizer, progress)
+    with watch("check"):
+        check_finite(
+            plan.source, list(dict.fromkeys(t for row in parameters(plan.spec) for t in row.tensors)), progress
+        )
+    with watch("hash"):
+        identity = _identity(plan, figures)
+    with CheckpointWriter(plan.out, plan.files, plan.source, identity) as writer:
+        storage = Storage(plan.source, plan.spec, plan.quantization, plan.tensors, writer)
+        with watch("quantize" if plan.quantization else "cast"):
+            linears = _convert(plan, storage, calibration, progress)
+        quality = None
+        if tokenizer is not None and options.evaluate:
+            with watch("evaluate"):
+                quality = _evaluate(plan, storage, tokenizer, progress)
+        config = output_config(plan.source, plan.quantization, plan.dtype)
+        report = _report(plan, watch, _results(plan, storage, figures, linears, quality))
+        side_files = output_files(plan.source, plan.quantization)
+        writer.finish(config, {**side_files, REPORT: report_json(report)}, _manifest(plan, figures))
+    return report
+
+
+def _plan(source: str, out: Path, options: QuantizeOptions, progress: Progress) -> _Plan:
+    method, bits = method_of(options.method, options.bits, options.group_size)
+    for name, value, least in (
+        ("samples", options.samples, 1),
+        ("seq-len", options.seq_len, MIN_SEQ_LEN),
+        ("eval-windows", options.eval_windows, 1),
+    ):
+        if value < least:
+            raise UsageError(f"--{name} is {value}", f"At least {least} was expected")
+    if not 0 < options.damp <= 1:
+        raise UsageError(f"--damp is {options.damp}", "A share above 0 and up to 1 was expected")
+    device = _device(options.device, progress)
+    checkpoint = open_checkpoint(source)
+    if checkpoint.quantization is not None:
+        found = checkpoint.quantization
+        raise InputError(
+            f"{source} is already quantized ({found.method or found.format}, {found.bits} bits)",
+            "A checkpoint of 16 or 32 bits was expected",
+            "Quantize the original model",
+        )
+    if checkpoint.layout is not None:
+        raise InputError(f"{source} is sharded", "A whole checkpoint was expected", "Merge it: llmkit shard merge")
+    spec = model_spec(checkpoint.config)
+    check_checkpoint(checkpoint, spec)
+    quantization = quantization_of(spec, options.method, bits, options.group_size)
+    tensors = planned_tensors(checkpoint, spec, quantization, method.dtype)
+    files = plan_files(tensors)
+    check_output(out.expanduser().absolute(), checkpoint, planned_bytes(files))
+    seq_len = min(options.seq_len, spec.max_positions)
+    if method.calibrated and seq_len < options.seq_len:
+        progress.message(f"calibration windows have {seq_len} tokens: the model has no more positions")
+    return _Plan(
+        checkpoint,
+        spec,
+        out.expanduser().absolute(),
+        options,
+        method,
+        bits,
+        quantization,
+        tensors,
+        files,
+        device,
+        seq_len,
+    )
+
+
+def _device(name: str, progress: Progress) -> torch.device:
+    available = torch.cuda.is_available()
+    if name == "cuda" and not available:
+        raise ShortageError(
+            "--device cuda, and PyTorch sees no CUDA device", "An NVIDIA GPU was expected", "Use --device cpu"
+        )
+    if name == "auto" and not available:
+        progress.message("no CUDA device: running on the CPU")
+    return torch.device("cuda" if name in ("auto", "cuda") and available else "cpu")
+
+
+def _calibration(
+    plan: _Plan, tokenizer: Tokenizer | None, progress: Progress
+) -> tuple[torch.Tensor | None, dict[str, Any] | None]:
+    """The calibration windows [n, L] and what the report says of them; None for methods that need none."""
+    options = plan.options
+    if not plan.method.calibrated or tokenizer is None:
+        return None, None
+
+    def render(messages: list[dict[str, Any]]) -> str:
+        return tokenizer.render_chat(messages, add_generation_prompt=False)
+
+    limit = options.samples * plan.seq_len * _READ_AHEAD
+    text = load_text(options.calibration, render if tokenizer.chat_template else None, limit)
+    builtin = options.calibration == BUILTIN
+    chosen = calibration_windows(tokenizer, text, builtin, options.samples, plan.seq_len, options.seed)
+    if int(chosen.max()) >= plan.spec.vocab:
+        raise InputError(
+            f"the tokenizer gives the id {int(chosen.max())} and the model's embedding has {plan.spec.vocab} rows",
+            "A tokenizer that belongs to the model was expected",
+        )
+    if len(chosen) < options.samples:
+        progress.message(
+            f"{text.name} has {len(chosen)} windows of {plan.seq_len} tokens for calibration, "
+            f"fewer than the {options.samples} asked for; all are used"
+        )
+    return chosen, {
+        "source": options.calibration,
+        "name": text.name,
+        "text_sha256": text.sha256,
+        "truncated": text.truncated,
+        "windows": len(chosen),
+        "window_tokens": plan.seq_len,
+        "tokens": chosen.numel(),
+        "windows_sha256": windows_sha256(chosen),
+    }
+
+
+def _identity(plan: _Plan, calibration: dict[str, Any] | None) -> dict[str, Any]:
+    """Everything that decides the bytes of the weights."""
+    return {
+        "command": "quantize",
+        "method": plan.options.method,
+        "bits": plan.bits,
+        "quantization": dataclasses.asdict(plan.quantization) if plan.quantization else None,
+        "damp": plan.options.damp if plan.method.calibrated else None,
+        "windows_sha256": calibration["windows_sha256"] if calibration else None,
+        "source": plan.source.source_hashes(),
+    }
+
+
+def _convert(
+    plan: _Plan, storage: Storage, calibration: torch.Tensor | None, progress: Progress
+) -> list[dict[str, Any]]:
+    """Write all tensors; return what the report says of the linears."""
+    if calibration is None:
+        return round_parameters(storage, plan.device, progress)
+    rows = [row for row in parameters(plan.spec) if not row.name.startswith("layers.")]
+    for row in rows:
+        storage.cast(row)
+    storage.writer.commit()
+    source = LayerStream.of(plan.source, plan.spec, plan.device)
+    written = _written(plan, storage)
+    return quantize_layers(source, written, calibration, storage, plan.options.damp, progress)
+
+
+def _written(plan: _Plan, storage: Storage) -> LayerStream:
+    config = output_config(plan.source, plan.quantization, plan.dtype)
+    return LayerStream.of(storage.written(config), plan.spec, plan.device)
+
+
+def _evaluate(plan: _Plan, storage: Storage, tokenizer: Tokenizer, progress: Progress) -> dict[str, Any]:
+    """Compare what was written with the source on held-out text."""
+    length = min(EVALUATION_TOKENS, plan.spec.max_positions)
+    windows = evaluation_windows(tokenizer, plan.options.eval_windows, length)
+    progress.start("evaluate", 2 * len(plan.spec.layers), "layers")
+    ours = _written(plan, storage).logits(windows, progress.advance)
+    theirs = LayerStream.of(plan.source, plan.spec, plan.device).logits(windows, progress.advance)
+    quality: Quality = score_logits(ours, theirs, windows)
+    progress.finish()
+    return {
+        **dataclasses.asdict(quality),
+        "text": "the part of pydoc_data.topics that is never calibrated with",
+        "windows": len(windows),
+        "window_tokens": length,
+        "windows_sha256": windows_sha256(windows),
+    }
+
+
+def _plan_figures(plan: _Plan) -> dict[str, Any]:
+    files = {file: sum(tensor.nbytes for tensor in tensors) for file, tensors in plan.files.items()}
+    return {
+        "files": files,
+        "tensors": len(plan.tensors),
+        "checkpoint_bytes": sum(files.values()),
+        "memory_bytes": plan.memory_bytes(),
+        "memory_available_bytes": memory.available_bytes(plan.device),
+        "disk_bytes": planned_bytes(plan.files),
+    }
+
+
+def _results(
+    plan: _Plan,
+    storage: Storage,
+    calibration: dict[str, Any] | None,
+    linears: list[dict[str, Any]],
+    quality: dict[str, Any] | None,
+) -> dict[str, Any]:
+    written = planned_bytes(plan.files)
+    return {
+        "calibration": calibration,
+        "quality": quality,
+        "sizes": {
+            "source_bytes": plan.source.weight_bytes,
+            "checkpoint_bytes": written,
+            "ratio": written / max(1, plan.source.weight_bytes),
+        },
+        "fallbacks": [entry["name"] for entry in linears if entry["fallback"]],
+        "overflows": storage.overflows,
+        "linears": linears,
+    }
+
+
+def _report(plan: _Plan, watch: Stopwatch, results: dict[str, Any]) -> Report:
+    return {
+        "command": "quantize",
+        "versions": versions(),
+        "source": plan.source.reference,
+        "output": str(plan.out),
+        "architecture": plan.spec.architecture,
+        "method": plan.options.method,
+        "bits": plan.bits,
+        "group_size": plan.quantization.group_size if plan.quantization else None,
+        "format": plan.quantization.format if plan.quantization else None,
+        "dtype": plan.dtype,
+        "device": str(plan.device),
+        "options": dataclasses.asdict(plan.options),
+        **results,
+        "seconds": watch.seconds,
+    }
+
+
+def _manifest(plan: _Plan, calibration: dict[str, Any] | None) -> dict[str, Any]:
+    recipe = {"command": "quantize", "method": plan.options.method, "bits": plan.bits}
+    if plan.quantization is not None:
+        recipe |= {"format": plan.quantization.format, "group_size": plan.quantization.group_size}
+    if plan.method.calibrated:
+        recipe["damp"] = plan.options.damp
+    return {"recipe": recipe, "seed": plan.options.seed, "calibration": calibration}

@@ -1,0 +1,319 @@
+"""The server's parts that need no engine: stop strings, frames, request bodies, keys."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llmkit.checkpoint.errors import InputError, LlmkitError, ShortageError, UsageError
+from llmkit.runtime.server.errors import ApiError
+from llmkit.runtime.server.hosts import is_loopback
+from llmkit.runtime.server.messages import Add, Failed, FrameReader, frame, to_engine_decoder
+from llmkit.runtime.server.process import startup_error
+from llmkit.runtime.server.protocol import ChatBody, CompletionBody, GenerationBody, parse
+from llmkit.runtime.server.serve import ServeOptions, api_keys, bind, run_server
+from llmkit.runtime.server.state import SamplingDefaults
+from llmkit.runtime.server.stop import StopBuffer
+
+
+def test_a_stop_string_over_three_pieces_is_never_shown() -> None:
+    buffer = StopBuffer(("STOP",))
+    assert [buffer.feed(piece) for piece in ("text S", "TO", "P more", "x")] == ["text ", "", "", ""]
+    assert buffer.stopped
+
+
+def test_what_only_looked_like_a_stop_string_is_shown_in_the_end() -> None:
+    buffer = StopBuffer(("STOP", "\n\n"))
+    assert [buffer.feed("a\n"), buffer.feed("b ST"), buffer.feed("O", final=True)] == ["a", "\nb ", "STO"]
+    assert not buffer.stopped
+
+
+@given(
+    st.text("abc", max_size=40),
+    st.lists(st.text("abc", min_size=1, max_size=4), max_size=3),
+    st.lists(st.integers(0, 40), max_size=8),
+)
+def test_stopping_does_not_depend_on_how_the_text_is_cut_and_nothing_is_held_for_long(
+    text: str, stops: list[str], cuts: list[int]
+) -> None:
+    buffer = StopBuffer(tuple(stops))
+    edges = [0, *sorted(cuts), len(text)]
+    shown = ""
+    for start, end in itertools.pairwise(edges):
+        shown += buffer.feed(text[start:end])
+        held = len(text[:end]) - len(shown)
+        assert buffer.stopped or held < max([1, *map(len, stops)])
+    shown += buffer.feed("", final=True)
+    assert text.startswith(shown)
+    assert buffer.stopped == any(stop in text for stop in stops)
+    assert not any(stop in shown for stop in stops)
+    assert buffer.stopped or shown == text
+
+
+@given(st.integers(1, 50))
+def test_frames_survive_any_cut(size: int) -> None:
+    messages = [Add(str(index), list(range(index)), 5, seed=2**63 - 1) for index in range(5)]
+    stream = b"".join(frame(message) for message in messages)
+    reader = FrameReader()
+    bodies = [body for start in range(0, len(stream), size) for body in reader.feed(stream[start : start + size])]
+    assert [to_engine_decoder.decode(body) for body in bodies] == messages
+
+
+BASE: dict[type[GenerationBody], dict[str, Any]] = {
+    CompletionBody: {"model": "m", "prompt": "hello"},
+    ChatBody: {"model": "m", "messages": [{"role": "user", "content": "hello"}]},
+}
+WRONG_IN_BOTH = [
+    ({"temperature": float("nan")}, "temperature", "invalid_value"),
+    ({"temperature": float("inf")}, "temperature", "invalid_value"),
+    ({"temperature": -0.1}, "temperature", "invalid_value"),
+    ({"temperature": 2.1}, "temperature", "invalid_value"),
+    ({"temperature": "1"}, "temperature", "invalid_type"),
+    ({"temperature": True}, "temperature", "invalid_type"),
+    ({"top_p": 0}, "top_p", "invalid_value"),
+    ({"top_p": 1.01}, "top_p", "invalid_value"),
+    ({"top_k": -2}, "top_k", "invalid_value"),
+    ({"top_k": 1.5}, "top_k", "invalid_type"),
+    ({"min_p": 2}, "min_p", "invalid_value"),
+    ({"seed": 2**64}, "seed", "invalid_value"),
+    ({"seed": 2**63}, "seed", "invalid_value"),
+    ({"seed": 1.0}, "seed", "invalid_type"),
+    ({"max_tokens": 0}, "max_tokens", "invalid_value"),
+    ({"max_tokens": -1}, "max_tokens", "invalid_value"),
+    ({"max_tokens": 2**64}, "max_tokens", "invalid_value"),
+    ({"max_tokens": 3, "max_completion_tokens": 4}, "max_completion_tokens", "invalid_value"),
+    ({"stop": ""}, "stop", "invalid_value"),
+    ({"stop": ["a"] * 17}, "stop", "invalid_value"),
+    ({"stop": ["a", 1]}, "stop", "invalid_type"),
+    ({"stop": {"a": 1}}, "stop", "invalid_type"),
+    ({"stop": "x" * 1025}, "stop", "invalid_value"),
+    ({"stop_token_ids": [-1]}, "stop_token_ids.0", "invalid_value"),
+    ({"stop_token_ids": ["a"]}, "stop_token_ids.0", "invalid_type"),
+    ({"stop_token_ids": list(range(65))}, "stop_token_ids", "invalid_value"),
+    ({"stream": "yes"}, "stream", "invalid_type"),
+    ({"stream": 1}, "stream", "invalid_type"),
+    ({"stream": True, "stream_options": {"x": 1}}, "stream_options.x", "unknown_parameter"),
+    ({"stream_options": {"include_usage": True}}, "stream_options", "invalid_value"),
+    ({"user": 5}, "user", "invalid_type"),
+    ({"model": 5}, "model", "invalid_type"),
+    ({"model": None}, "model", "invalid_type"),
+    ({"n": 2}, "n", "unsupported"),
+    ({"n": True}, "n", "unsupported"),
+    ({"best_of": 2}, "best_of", "unsupported"),
+    ({"logprobs": 0}, "logprobs", "unsupported"),
+    ({"logprobs": True}, "logprobs", "unsupported"),
+    ({"top_logprobs": 3}, "top_logprobs", "unsupported"),
+    ({"echo": True}, "echo", "unsupported"),
+    ({"suffix": "x"}, "suffix", "unsupported"),
+    ({"presence_penalty": 0.5}, "presence_penalty", "unsupported"),
+    ({"frequency_penalty": float("nan")}, "frequency_penalty", "unsupported"),
+    ({"repetition_penalty": 1.1}, "repetition_penalty", "unsupported"),
+    ({"logit_bias": {"5": 1}}, "logit_bias", "unsupported"),
+    ({"tools": [{"type": "function"}]}, "tools", "unsupported"),
+    ({"tool_choice": "required"}, "tool_choice", "unsupported"),
+    ({"response_format": {"type": "json_object"}}, "response_format", "unsupported"),
+    ({"reasoning_effort": "high"}, "reasoning_effort", "unsupported"),
+    ({"max_token": 5}, "max_token", "unknown_parameter"),
+]
+WRONG_PROMPTS = [
+    ("", "invalid_value"),
+    ([], "invalid_value"),
+    ([[]], "invalid_value"),
+    ([[1], []], "invalid_value"),
+    (["a", ""], "invalid_value"),
+    (["a", 1], "invalid_type"),
+    ([1, "a"], "invalid_type"),
+    ([1, [2]], "invalid_type"),
+    ([1.5], "invalid_type"),
+    ([True], "invalid_type"),
+    ({"a": 1}, "invalid_type"),
+    (5, "invalid_type"),
+    (None, "invalid_type"),
+]
+WRONG_MESSAGES = [
+    ([], "messages", "invalid_value"),
+    ("hello", "messages", "invalid_type"),
+    ([{"role": "robot", "content": "x"}], "messages.0.role", "invalid_value"),
+    ([{"content": "x"}], "messages.0.role", "missing_required_parameter"),
+    ([{"role": "user"}], "messages.0.content", "missing_required_parameter"),
+    ([{"role": "user", "content": None}], "messages.0.content", "invalid_type"),
+    ([{"role": "user", "content": []}], "messages.0.content", "invalid_type"),
+    ([{"role": "user", "content": ["x"]}], "messages.0.content.0", "invalid_type"),
+    ([{"role": "user", "content": [{"type": "text"}]}], "messages.0.content.0", "invalid_type"),
+    (
+        [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}],
+        "messages.0.content.0",
+        "unsupported",
+    ),
+    ([{"role": "user", "content": "x", "colour": 1}], "messages.0.colour", "unknown_parameter"),
+    ([{"role": "assistant", "content": "x", "tool_calls": [{}]}], "messages.0.tool_calls", "unsupported"),
+    ([{"role": "user", "content": "x"}, 5], "messages.1", "invalid_type"),
+]
+
+
+def use(kind: type[GenerationBody], data: bytes) -> GenerationBody:
+    """Parse and read everything that is validated late."""
+    body = parse(kind, data)
+    assert body.stops is not None
+    assert body.output_limit != 0
+    if isinstance(body, CompletionBody):
+        assert body.prompts
+    if isinstance(body, ChatBody):
+        assert body.conversation
+    return body
+
+
+@pytest.mark.parametrize("kind", [CompletionBody, ChatBody])
+@pytest.mark.parametrize(("fields", "param", "code"), WRONG_IN_BOTH)
+def test_a_wrong_field_is_a_400_that_names_it(
+    kind: type[GenerationBody], fields: dict[str, Any], param: str, code: str
+) -> None:
+    with pytest.raises(ApiError) as caught:
+        use(kind, json.dumps(BASE[kind] | fields).encode())
+    assert (caught.value.status, caught.value.param, caught.value.code) == (400, param, code)
+
+
+@pytest.mark.parametrize(("prompt", "code"), WRONG_PROMPTS)
+def test_a_wrong_prompt_is_a_400(prompt: object, code: str) -> None:
+    with pytest.raises(ApiError) as caught:
+        use(CompletionBody, json.dumps({"model": "m", "prompt": prompt}).encode())
+    assert (caught.value.status, caught.value.param, caught.value.code) == (400, "prompt", code)
+
+
+@pytest.mark.parametrize(("messages", "param", "code"), WRONG_MESSAGES)
+def test_wrong_messages_are_a_400(messages: object, param: str, code: str) -> None:
+    with pytest.raises(ApiError) as caught:
+        use(ChatBody, json.dumps({"model": "m", "messages": messages}).encode())
+    assert (caught.value.status, caught.value.param, caught.value.code) == (400, param, code)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [b"", b"{", b"nonsense", b'{"model": "\xff"}', rb'{"model": "\ud800"}', b"[" * 100_000, b'{"seed":' + b"9" * 5000],
+)
+def test_what_is_no_json_is_a_400(data: bytes) -> None:
+    with pytest.raises(ApiError) as caught:
+        parse(CompletionBody, data)
+    assert (caught.value.status, caught.value.code) == (400, "invalid_json")
+
+
+def test_a_body_that_is_no_object_is_a_400() -> None:
+    with pytest.raises(ApiError) as caught:
+        parse(CompletionBody, b"[1]")
+    assert (caught.value.status, caught.value.code) == (400, "invalid_type")
+
+
+@pytest.mark.parametrize("kind", [CompletionBody, ChatBody])
+def test_unimplemented_fields_with_values_that_change_nothing_are_taken(kind: type[GenerationBody]) -> None:
+    fields: dict[str, Any] = {
+        "n": 1,
+        "best_of": 1,
+        "logprobs": None,
+        "presence_penalty": 0,
+        "frequency_penalty": 0.0,
+        "logit_bias": {},
+        "tools": [],
+        "tool_choice": "none",
+        "response_format": {"type": "text"},
+        "echo": False,
+        "suffix": None,
+        "user": "someone",
+        "metadata": {"a": "b"},
+        "store": False,
+        "max_tokens": 5,
+        "max_completion_tokens": 5,
+        "top_k": -1,
+    }
+    assert use(kind, json.dumps(BASE[kind] | fields).encode()).output_limit == 5
+
+
+def test_an_assistants_message_can_be_sent_back_as_it_came() -> None:
+    echoed = {
+        "role": "assistant",
+        "content": "x",
+        "refusal": None,
+        "tool_calls": None,
+        "annotations": [],
+        "audio": None,
+    }
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    messages = [{"role": "developer", "content": parts, "name": "me"}, echoed]
+    body = parse(ChatBody, json.dumps({"model": "m", "messages": messages}).encode())
+    assert body.conversation == [
+        {"role": "system", "content": "a\nb", "name": "me"},
+        {"role": "assistant", "content": "x"},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "prompts"),
+    [("a", ["a"]), (["a", "b"], ["a", "b"]), ([1, 2], [[1, 2]]), ([[1], [2, 3]], [[1], [2, 3]])],
+)
+def test_the_four_kinds_of_prompts(prompt: object, prompts: object) -> None:
+    assert parse(CompletionBody, json.dumps({"model": "m", "prompt": prompt}).encode()).prompts == prompts
+
+
+def test_an_error_is_short_whatever_was_sent() -> None:
+    with pytest.raises(ApiError) as caught:
+        parse(CompletionBody, json.dumps({"model": "m", "prompt": "x", "\U0001f600" * 100_000: 1}).encode())
+    assert len(caught.value.body()) <= 16 * 1024
+    assert caught.value.code == "unknown_parameter"
+
+
+def test_sampling_defaults_come_from_the_generation_config() -> None:
+    config = {"temperature": 0.6, "top_p": 0.9, "top_k": 50, "do_sample": False}
+    assert SamplingDefaults.of(config) == SamplingDefaults(0.6, 0.9, 50, 0.0)
+    assert SamplingDefaults.of({"temperature": None, "top_k": "x", "top_p": True}) == SamplingDefaults()
+
+
+@pytest.mark.parametrize(
+    ("host", "loopback"),
+    [("127.0.0.1", True), ("127.1.2.3", True), ("::1", True), ("localhost", True), ("0.0.0.0", False), ("::", False)],
+)
+def test_loopback_addresses(host: str, loopback: bool) -> None:
+    assert is_loopback(host) is loopback
+
+
+def test_keys_come_from_the_file_before_the_variable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LLMKIT_API_KEY", "variable")
+    assert api_keys(ServeOptions("m")) == ("variable",)
+    keys = tmp_path / "keys"
+    keys.write_text("one\n\n two \n")
+    assert api_keys(ServeOptions("m", api_key_file=keys)) == ("one", "two")
+    keys.write_text("\n")
+    with pytest.raises(InputError, match="has no keys"):
+        api_keys(ServeOptions("m", api_key_file=keys))
+    with pytest.raises(InputError, match=r"cannot be read .*absent"):
+        api_keys(ServeOptions("m", api_key_file=tmp_path / "absent"))
+
+
+def test_an_open_address_needs_a_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("LLMKIT_API_KEY", raising=False)
+    with pytest.raises(UsageError, match=r"--host 0\.0\.0\.0.*An address other than loopback needs an API key"):
+        run_server(ServeOptions("absent", host="0.0.0.0"))
+
+
+def test_a_taken_port_is_found_before_the_model_is_looked_at() -> None:
+    with bind("127.0.0.1", 0) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(ShortageError, match=rf"port {port} on 127\.0\.0\.1 is in use"):
+            run_server(ServeOptions("absent", port=port))
+
+
+@pytest.mark.parametrize(("host", "port"), [("no.such.host.invalid", 0), ("127.0.0.1", 70000), ("127.0.0.1", -1)])
+def test_a_bad_address_is_a_usage_error(host: str, port: int) -> None:
+    with pytest.raises(UsageError):
+        bind(host, port)
+
+
+@pytest.mark.parametrize(("code", "kind"), [(2, UsageError), (3, InputError), (4, ShortageError), (70, LlmkitError)])
+def test_errors_of_the_engine_process_arrive_as_their_own_kind(code: int, kind: type[LlmkitError]) -> None:
+    error = startup_error(Failed(code, "what", "expected", "todo"))
+    assert type(error) is kind
+    assert str(error) == "what. expected. todo."
