@@ -87,7 +87,7 @@ def read_trace(trace: Trace, request: WorkloadRequest) -> RequestTimeline:
             if event.get("error"):
                 error = f"the stream broke off: {_error_text(data.encode())}"
                 break
-            usage = event.get("usage") or usage
+            usage = event["usage"] if isinstance(event.get("usage"), dict) else usage
             for choice in event.get("choices") or ():
                 token_ids += len(choice.get("token_ids") or ())
                 # The last message may only say why the answer ended; any other stands for tokens, text or not.
@@ -127,6 +127,7 @@ def _events(reads: Sequence[tuple[float, bytes]]) -> Iterator[tuple[float, str]]
 
 
 def _count(usage: Any, name: str) -> int:
+    """A server's count, 0 where it gives none."""
     value = usage.get(name) if isinstance(usage, dict) else None
     return value if isinstance(value, int) else 0
 

@@ -64,7 +64,7 @@ _LATENCIES = {
     "ttft": "time to first token",
     "tpot": "time per output token",
     "itl": "gap between tokens",
-    "e2e": "whole request",
+    "e2e": "end-to-end latency",
 }
 _HEADLINE_LATENCIES = {"ttft_p50_ms", "ttft_p99_ms", "tpot_mean_ms", "itl_p99_ms", "e2e_p99_ms"}
 
@@ -81,15 +81,15 @@ def _latency_metrics() -> list[Metric]:
 SPEED_METRICS: dict[str, Metric] = {
     metric.name: metric
     for metric in (
-        Metric("output_tps", "output", "tokens/s", "higher"),
-        Metric("total_tps", "prompt and output", "tokens/s", "higher", headline=False),
-        Metric("request_rate", "requests", "1/s", "higher"),
+        Metric("output_tps", "output throughput", "tokens/s", "higher"),
+        Metric("total_tps", "prompt and output throughput", "tokens/s", "higher", headline=False),
+        Metric("request_rate", "request rate", "1/s", "higher"),
         *_latency_metrics(),
         Metric("wall_s", "wall time", "s", "lower", headline=False),
         Metric("requests", "requests", "", "neither", headline=False),
-        Metric("prompt_tokens", "prompt", "tokens", "neither", headline=False),
-        Metric("cached_tokens", "prompt, from the cache", "tokens", "neither", headline=False),
-        Metric("output_tokens", "output", "tokens", "neither", headline=False),
+        Metric("prompt_tokens", "prompt tokens", "tokens", "neither", headline=False),
+        Metric("cached_tokens", "prompt tokens from the cache", "tokens", "neither", headline=False),
+        Metric("output_tokens", "output tokens", "tokens", "neither", headline=False),
     )
 }
 """Measured once for each scenario; a gate may say `online.output_tps` for one scenario alone."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -88,8 +87,7 @@ def score_checkpoints(
         figures[name] |= _figures(quality)
         if baseline is not None and quality.reference_perplexity is not None:
             figures[baseline]["perplexity"] = quality.reference_perplexity
-        del model
-        gc.collect()
+        del model  # before the next one is loaded
         progress.advance(1, name)
     if reference is not None and baseline is not None:
         if "perplexity" not in figures[baseline]:

@@ -16,10 +16,10 @@ def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
     missing = -codes.shape[-1] % per_word
     if missing:
         codes = torch.nn.functional.pad(codes, (0, missing))
-    codes = codes.contiguous()
     if bits == 4:
         codes = codes[..., 0::2] | (codes[..., 1::2] << 4)
-    return codes.view(torch.int32)
+    # Flat first: a dimension of one element may have any stride, which a view as words refuses.
+    return codes.reshape(-1).view(torch.int32).reshape(*codes.shape[:-1], codes.shape[-1] // 4)
 
 
 def unpack(words: torch.Tensor, bits: int, count: int) -> torch.Tensor:

@@ -79,4 +79,5 @@ def sha256_range(path: Path, start: int, count: int) -> str:
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:
     """A tensor's bytes in C order, without a copy where it is contiguous on the CPU."""
     flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return flat.view(torch.uint8).numpy().data
+    # A single element may have any stride, which a view as bytes refuses.
+    return flat.as_strided((flat.numel(),), (1,)).view(torch.uint8).numpy().data

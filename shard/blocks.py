@@ -48,14 +48,14 @@ class Grid:
         """Bytes of the tensor."""
         return self.outer * self.length * self.inner
 
-    def chunks(self, limit: int = CHUNK_BYTES) -> Iterator[Chunk]:
-        """The tensor in the order of its bytes, in contiguous chunks of at most `limit` bytes or one row."""
+    def chunks(self) -> Iterator[Chunk]:
+        """The tensor in the order of its bytes, in contiguous chunks of at most CHUNK_BYTES or one row."""
         if self.outer == 1:
-            step = max(1, limit // max(1, self.inner))
+            step = max(1, CHUNK_BYTES // max(1, self.inner))
             for start in range(0, self.length, step):
                 yield Chunk(0, 1, start, min(start + step, self.length))
         else:
-            step = max(1, limit // max(1, self.length * self.inner))
+            step = max(1, CHUNK_BYTES // max(1, self.length * self.inner))
             for top in range(0, self.outer, step):
                 yield Chunk(top, min(top + step, self.outer), 0, self.length)
 

@@ -17,7 +17,7 @@ from llmkit.checkpoint.source import Checkpoint, TensorInfo, open_checkpoint
 from llmkit.checkpoint.writer import CheckpointWriter, check_output, planned_bytes
 from llmkit.model.families import model_spec
 from llmkit.model.loader import check_checkpoint
-from llmkit.shard.blocks import Bytes, Grid, cut_chunk
+from llmkit.shard.blocks import Grid, cut_chunk
 from llmkit.shard.plan import ShardPlan, plan_shards
 from llmkit.shard.slices import Slice
 
@@ -107,10 +107,11 @@ def _write(checkpoint: Checkpoint, plan: ShardPlan, writer: CheckpointWriter, pr
 def _copy(checkpoint: Checkpoint, info: TensorInfo, targets: list[tuple[str, Slice]], writer: CheckpointWriter) -> None:
     """Write the slices of one source tensor; all are along the same dimension."""
     first = targets[0][1]
-    if first.derived == "shape":
-        _check_shape(checkpoint, info, first)
+    if first.derived:
+        values = checkpoint.read_bytes(info, 0, info.nbytes)  # a few numbers per column at most
+        derive = _group_index if first.derived == "group_index" else _shape
         for file, piece in targets:
-            writer.write_chunk(file, info.name, 0, np.array(piece.dense_shape, "<i8").tobytes())
+            writer.write_chunk(file, info.name, 0, derive(values, piece, checkpoint))
         return
     grid = Grid.of(info.dtype, info.shape, first.dim)
     written = dict.fromkeys((file for file, _ in targets), 0)
@@ -118,8 +119,6 @@ def _copy(checkpoint: Checkpoint, info: TensorInfo, targets: list[tuple[str, Sli
         view = grid.view(checkpoint.read_bytes(info, *grid.bytes_of(chunk)), chunk)
         for file, piece in targets:
             data = cut_chunk(view, chunk, piece.intervals)
-            if piece.derived == "group_index":
-                data = _rebased(data, piece, checkpoint)
             if data.size:
                 writer.write_chunk(file, info.name, written[file], data.reshape(-1).data)
                 written[file] += data.size
@@ -131,20 +130,20 @@ def _copy(checkpoint: Checkpoint, info: TensorInfo, targets: list[tuple[str, Sli
             written[file] += len(zeros)
 
 
-def _check_shape(checkpoint: Checkpoint, info: TensorInfo, piece: Slice) -> None:
-    """The source's value is not copied, so it has to be what a merge will write."""
-    found = np.frombuffer(checkpoint.read_bytes(info, 0, info.nbytes), "<i8").tolist()
+def _shape(values: bytes, piece: Slice, checkpoint: Checkpoint) -> bytes:
+    """The slice's own dense shape. The source's has to be what a merge will write back."""
+    found = np.frombuffer(values, "<i8").tolist()
     if found != list(piece.source_dense_shape):
-        raise InputError(f"{checkpoint.reference}: {info.name} is {found}", f"{list(piece.source_dense_shape)}")
+        raise InputError(f"{checkpoint.reference}: {piece.name} is {found}", f"{list(piece.source_dense_shape)}")
+    return np.array(piece.dense_shape, "<i8").tobytes()
 
 
-def _rebased(data: Bytes, piece: Slice, checkpoint: Checkpoint) -> Bytes:
-    """Group indices of a slice, counted from the slice's first group."""
-    assert checkpoint.quantization is not None
-    assert data.nbytes == piece.nbytes, "a group index is far smaller than a chunk"
-    index = data.reshape(-1).view("<i4")
-    if piece.length < piece.source_shape[0]:
-        ((start, stop),) = piece.intervals
+def _group_index(values: bytes, piece: Slice, checkpoint: Checkpoint) -> bytes:
+    """The slice's group indices, counted from its first group."""
+    ((start, stop),) = piece.intervals
+    index = np.frombuffer(values, "<i4")[start:stop]
+    if stop - start < piece.source_shape[0]:
+        assert checkpoint.quantization is not None
         size = checkpoint.quantization.group_size
         if not np.array_equal(index, np.arange(start, stop) // (piece.source_shape[0] if size == -1 else size)):
             raise InputError(
@@ -152,4 +151,4 @@ def _rebased(data: Bytes, piece: Slice, checkpoint: Checkpoint) -> Bytes:
                 "Each group's columns next to each other (no act-order), as a split of the input features needs",
                 "Shard with --tp 1, or quantize the original model with llmkit quantize --method gptq",
             )
-    return (index - np.int32(piece.first_group)).astype("<i4").view(np.uint8)
+    return (index - np.int32(piece.first_group)).astype("<i4").tobytes()

@@ -130,7 +130,7 @@ def test_hub_id_downloads_no_code_and_no_pickle(monkeypatch: pytest.MonkeyPatch,
     opened = open_checkpoint("organization/model")
     assert (opened.reference, opened.path) == ("organization/model", sharded)
     offered = [
-        "config.json", "model-00001-of-00002.safetensors", INDEX, "tokenizer.model", "merges.txt", "chat_template.jinja",
+        "config.json", "model-1.safetensors", INDEX, "tokenizer.model", "merges.txt", "chat_template.jinja",
         "modeling_evil.py", "pytorch_model.bin", "model.pt", "onnx/model.safetensors", "original/params.json",
         "consolidated.safetensors", "README.md",
     ]  # fmt: skip

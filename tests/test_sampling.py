@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
+from llmkit.kernels import sampling
 from llmkit.kernels.sampling import sample
 
 DRAWS = 20_000
@@ -78,3 +80,97 @@ def test_a_row_does_not_depend_on_the_others() -> None:
     together = sample(logits, *columns)
     alone = [sample(logits[i : i + 1], *(c[i : i + 1] for c in columns)).item() for i in range(8)]
     assert together.tolist() == alone
+
+
+def columns(*rows: tuple[float, int, float, float, int, int]) -> list[torch.Tensor]:
+    """(temperature, top_k, top_p, min_p, seed, counter) of each row, as `sample` takes them."""
+    dtypes = (torch.float32, torch.int64, torch.float32, torch.float32, torch.int64, torch.int64)
+    return [torch.tensor(values, dtype=dtype) for values, dtype in zip(zip(*rows, strict=True), dtypes, strict=True)]
+
+
+def test_rows_of_every_kind_share_a_batch() -> None:
+    """Also with a vocabulary in which some nuclei are found among the first tokens and some are not."""
+    vocab = 3 * sampling._NUCLEUS
+    logits = (
+        torch.randn(7, vocab, generator=torch.Generator().manual_seed(2)) * torch.tensor([5.0] * 5 + [0.1] * 2)[:, None]
+    )
+    rows = [
+        (0.0, 0, 1.0, 0.0, 1, 0),
+        (0.7, 0, 1.0, 0.0, 2, 5),
+        (1.0, 3, 1.0, 0.0, 3, 6),
+        (1.0, 0, 0.5, 0.0, 4, 7),
+        (1.2, 40, 0.9, 0.2, 5, 8),
+        (1.0, 0, 0.95, 0.0, 6, 9),
+        (1.0, vocab, 0.99, 0.0, -(2**63), 10),
+    ]
+    together = sample(logits, *columns(*rows))
+    assert together.tolist() == [sample(logits[i : i + 1], *columns(row)).item() for i, row in enumerate(rows)]
+    assert together[0] == logits[0].argmax()
+
+
+@pytest.mark.parametrize("p", [0.3, 0.9, 0.995])
+@pytest.mark.parametrize("spread", [0.1, 3.0])
+def test_filters_keep_what_those_of_transformers_keep(p: float, spread: float) -> None:
+    logits = torch.randn(4, 5000, generator=torch.Generator().manual_seed(4)) * spread
+    cold = TemperatureLogitsWarper(0.8)(None, logits)
+    scaled = cold - cold.amax(-1, keepdim=True)
+    for ours, theirs in (
+        (sampling._top_k(scaled, torch.tensor([1, 2, 50, 4999])), [TopKLogitsWarper(k) for k in (1, 2, 50, 4999)]),
+        (sampling._top_p(scaled, torch.full((4,), p)), [TopPLogitsWarper(p)] * 4),
+        (sampling._min_p(scaled, torch.full((4,), p / 2)), [MinPLogitsWarper(p / 2)] * 4),
+    ):
+        for row, warp in enumerate(theirs):
+            kept, want = ours[row].isfinite(), warp(None, cold[row : row + 1])[0].isfinite()
+            assert (kept != want).sum() <= 1, "at most the token at the very edge, by rounding"
+
+
+def test_the_noise_is_the_published_hashes() -> None:
+    def splitmix(x: int) -> int:
+        x = (x + 0x9E3779B97F4A7C15) % 2**64
+        x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+        x = (x ^ x >> 27) * 0x94D049BB133111EB % 2**64
+        return x ^ x >> 31
+
+    def lowbias(x: int) -> int:
+        x = (x ^ x >> 16) * 0x7FEB352D % 2**32
+        x = (x ^ x >> 15) * 0x846CA68B % 2**32
+        return x ^ x >> 16
+
+    assert splitmix(0) == 0xE220A8397B1DCDAF  # the first output of the reference generator seeded with 0
+    seeds, counters = [0, 1, -1, 2**62, -(2**63)], [0, 1, 2, 3, 100_000]
+    got = sampling._hash(sampling._key(torch.tensor(seeds), torch.tensor(counters)), 300)
+    for row, (seed, counter) in enumerate(zip(seeds, counters, strict=True)):
+        key = splitmix((splitmix(seed % 2**64) + counter) % 2**64)
+        want = [lowbias((token + key) % 2**32) ^ key >> 32 for token in range(300)]
+        assert [x % 2**32 for x in got[row].tolist()] == want
+
+
+def test_draws_of_one_seed_are_independent_and_uniform() -> None:
+    """Chi-square of single tokens and of successive pairs, over the counters of one seed."""
+    n, vocab = 64_000, 8
+    ids = sample(torch.zeros(n, vocab), *columns(*[(1.0, 0, 1.0, 0.0, 42, i) for i in range(n)]))
+    for values, cells, quantile in ((ids, vocab, 24.3), (ids[:-1] * vocab + ids[1:], vocab**2, 103.4)):
+        count = torch.bincount(values, minlength=cells).double()
+        mean = count.sum() / cells
+        assert ((count - mean) ** 2 / mean).sum() < quantile  # p = 0.001
+
+
+def test_extreme_parameters_leave_the_most_probable_token() -> None:
+    logits = torch.tensor([0.0, 80.0, -80.0, float("-inf")]).expand(5, 4)
+    rows = [
+        (1e-38, 0, 1.0, 0.0, 1, 0), (1.0, 1, 1.0, 0.0, 1, 0), (1.0, 0, 1e-9, 0.0, 1, 0), (1.0, 0, 1.0, 1.0, 1, 0),
+        (100.0, 0, 0.0, 0.0, 1, 0),
+    ]  # fmt: skip
+    assert sample(logits, *columns(*rows)).tolist() == [1] * 5
+
+
+def test_a_row_that_is_not_finite_harms_no_other() -> None:
+    logits = torch.randn(4, V, generator=torch.Generator().manual_seed(1))
+    rows = [(0.9, 5, 0.9, 0.05, seed, 0) for seed in range(4)]
+    want = sample(logits, *columns(*rows))
+    for bad in (float("nan"), float("inf")):
+        broken = logits.clone()
+        broken[1, 3] = broken[1, 7] = bad
+        got = sample(broken, *columns(*rows))
+        assert got[[0, 2, 3]].tolist() == want[[0, 2, 3]].tolist()
+        assert 0 <= got[1] < V

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import json
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from llmkit.checkpoint.errors import InputError, LlmkitError, ShortageError, UsageError
+from llmkit.runtime.server.app import build_app
 from llmkit.runtime.server.errors import ApiError
+from llmkit.runtime.server.generation import Choice, Generation
 from llmkit.runtime.server.hosts import is_loopback
-from llmkit.runtime.server.messages import Add, Failed, FrameReader, frame, to_engine_decoder
+from llmkit.runtime.server.messages import Add, Failed, FrameReader, Output, Stats, frame, to_engine_decoder
+from llmkit.runtime.server.metrics import Metrics
 from llmkit.runtime.server.process import startup_error
 from llmkit.runtime.server.protocol import ChatBody, CompletionBody, GenerationBody, parse
 from llmkit.runtime.server.serve import ServeOptions, api_keys, bind, run_server
-from llmkit.runtime.server.state import SamplingDefaults
+from llmkit.runtime.server.state import SamplingDefaults, State
 from llmkit.runtime.server.stop import StopBuffer
 
 
@@ -264,6 +269,102 @@ def test_an_error_is_short_whatever_was_sent() -> None:
         parse(CompletionBody, json.dumps({"model": "m", "prompt": "x", "\U0001f600" * 100_000: 1}).encode())
     assert len(caught.value.body()) <= 16 * 1024
     assert caught.value.code == "unknown_parameter"
+
+
+class FakeEngine:
+    """Notes what a Generation asks of the engine process."""
+
+    def __init__(self) -> None:
+        self.added: list[str] = []
+        self.cancelled: list[str] = []
+
+    def add(self, request: Add, _receiver: Generation) -> None:
+        self.added.append(request.id)
+
+    def cancel(self, request_id: str) -> None:
+        self.cancelled.append(request_id)
+
+
+class Letters:
+    """A detokenizer whose tokens are letters."""
+
+    def add(self, ids: list[int]) -> str:
+        return "".join(map(chr, ids))
+
+    def flush(self) -> str:
+        return ""
+
+
+def generation(engine: FakeEngine, *stops: str, count: int = 1) -> Generation:
+    choices = [Choice(Add(str(index), [1], 9), index, Letters(), stops) for index in range(count)]  # type: ignore[arg-type]
+    made = Generation(engine, Metrics(Stats), choices, (ord("."),), arrived=0.0)  # type: ignore[arg-type]
+    made.start()
+    return made
+
+
+def output(request_id: str, text: str, finish: str | None = None, error: str | None = None) -> Output:
+    return Output(request_id, [ord(letter) for letter in text], finish, error, 1, 0)
+
+
+async def collect(made: Generation) -> list[tuple[int, str, str | None]]:
+    return [(d.index, d.text, d.finish_reason) async for deltas in made.deltas() for d in deltas]
+
+
+def test_the_token_that_ends_an_answer_is_not_shown() -> None:
+    async def run() -> None:
+        engine = FakeEngine()
+        made = generation(engine)
+        made.on_output(output("0", "ab"))
+        made.on_output(output("0", "c.", "stop"))
+        assert await collect(made) == [(0, "ab", None), (0, "c", "stop")]
+        assert made.choices[0].completion_tokens == 4
+        assert engine.cancelled == []
+
+    asyncio.run(run())
+
+
+def test_a_stop_string_takes_the_request_out_of_the_engine_and_later_tokens_are_dropped() -> None:
+    async def run() -> None:
+        engine = FakeEngine()
+        made = generation(engine, "cd")
+        for piece in ("abc", "d", "e"):
+            made.on_output(output("0", piece))
+        assert await collect(made) == [(0, "ab", None), (0, "", "stop")]
+        assert engine.cancelled == ["0"]
+        assert made.choices[0].completion_tokens == 4
+
+    asyncio.run(run())
+
+
+def test_a_failed_choice_fails_its_request_and_cancels_the_others() -> None:
+    async def run() -> None:
+        engine = FakeEngine()
+        made = generation(engine, count=3)
+        made.on_output(output("0", "a", "length"))
+        made.on_output(output("1", "", "error", "the logits are NaN"))
+        with pytest.raises(ApiError, match="the logits are NaN") as caught:
+            await collect(made)
+        assert caught.value.status == 500
+        assert engine.cancelled == ["1", "2"]
+
+    asyncio.run(run())
+
+
+def test_a_bug_in_a_route_is_a_500_in_json_that_tells_nothing() -> None:
+    class Broken:
+        def render(self) -> bytes:
+            raise RuntimeError("inner secret")
+
+    async def run() -> httpx.Response:
+        state = State(ServeOptions("m"), FakeEngine(), Broken(), "m")  # type: ignore[arg-type]
+        transport = httpx.ASGITransport(build_app(state, ()), raise_app_exceptions=False)
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
+            return await client.get("/metrics")
+
+    answer = asyncio.run(run())
+    assert answer.status_code == 500
+    assert answer.json()["error"]["code"] == "internal_error"
+    assert "secret" not in answer.text
 
 
 def test_sampling_defaults_come_from_the_generation_config() -> None:

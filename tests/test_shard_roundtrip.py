@@ -75,7 +75,7 @@ quantizations = st.none() | st.builds(
 )
 
 
-@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 @given(st.data())
 def test_merging_shards_is_the_identity(data: st.DataObject) -> None:
     kv_heads = data.draw(st.sampled_from([1, 2, 3, 4]), "kv_heads")
@@ -98,7 +98,7 @@ def test_merging_shards_is_the_identity(data: st.DataObject) -> None:
     tp = data.draw(st.sampled_from(valid_tp(spec, quantization)), "tp")
     pp = data.draw(st.integers(1, len(spec.layers)), "pp")
     with folder() as work, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(blocks, "CHUNK_BYTES", data.draw(st.sampled_from([1, 1000, 2**26]), "chunk"))
+        patch.setattr(blocks, "CHUNK_BYTES", data.draw(st.sampled_from([64, 1000, 2**26]), "chunk"))
         source = synthetic_checkpoint(work / "source", quantization, dtype="F16", **config)
         round_trip(source, work, tp, pp)
 
@@ -244,11 +244,11 @@ def test_an_interrupted_run_is_continued_to_the_same_bytes(tmp_path: Path, monke
 
     source = synthetic_checkpoint(tmp_path / "source", GPTQ)
     shard(source, tmp_path / "expected", 2, 2)
-    write_chunk, calls = CheckpointWriter.write_chunk, []
+    write_chunk, calls, limit = CheckpointWriter.write_chunk, [], 30
 
     def interrupted(self: CheckpointWriter, file: str, name: str, offset: int, data: bytes) -> None:
         calls.append(name)
-        if len(calls) == 30:
+        if len(calls) == limit:
             raise KeyboardInterrupt
         write_chunk(self, file, name, offset, data)
 
@@ -256,9 +256,10 @@ def test_an_interrupted_run_is_continued_to_the_same_bytes(tmp_path: Path, monke
     with pytest.raises(KeyboardInterrupt):
         shard(source, tmp_path / "ranks", 2, 2)
     assert not (tmp_path / "ranks").exists()
-    first = len(calls)
+    calls.clear()
+    limit = -1
     shard(source, tmp_path / "ranks", 2, 2)
-    again = len(calls) - first
+    again = len(calls)
     calls.clear()
     shard(source, tmp_path / "full", 2, 2)
     assert again == len(calls) - 29

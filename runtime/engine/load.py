@@ -9,6 +9,8 @@ import torch
 
 from llmkit.checkpoint.errors import InputError, ShortageError
 from llmkit.checkpoint.source import Checkpoint, open_checkpoint
+from llmkit.checkpoint.tokenizer import load_tokenizer
+from llmkit.model.families import model_spec
 from llmkit.model.loader import load_model
 from llmkit.runtime.engine.engine import Engine
 from llmkit.runtime.engine.memory import plan_memory
@@ -31,7 +33,7 @@ class EngineOptions:
 
 
 def load_engine(model: str | Path | Checkpoint, options: EngineOptions | None = None) -> Engine:
-    """Open, check and load a model, plan its memory and build the engine.
+    """Open and check a model, plan its memory, load it and build the engine.
 
     Raises InputError for a checkpoint that cannot be run and ShortageError when the machine cannot run it.
     """
@@ -45,9 +47,8 @@ def load_engine(model: str | Path | Checkpoint, options: EngineOptions | None = 
         )
     device = resolve_device(options.device)
     dtype = resolve_dtype(options.dtype, checkpoint, device)
-    decoder = load_model(checkpoint, dtype, device)
     plan = plan_memory(
-        decoder.spec,
+        model_spec(checkpoint.config),
         device,
         dtype,
         max_model_len=options.max_model_len,
@@ -64,7 +65,7 @@ def load_engine(model: str | Path | Checkpoint, options: EngineOptions | None = 
         max_num_seqs=options.max_num_seqs,
         max_num_batched_tokens=options.max_num_batched_tokens,
     )
-    return Engine(decoder, config, eos_ids(checkpoint))
+    return Engine(load_model(checkpoint, dtype, device), config, eos_ids(checkpoint))
 
 
 def resolve_device(name: str) -> torch.device:
@@ -88,9 +89,17 @@ def resolve_dtype(name: str, checkpoint: Checkpoint, device: torch.device) -> to
 
 
 def eos_ids(checkpoint: Checkpoint) -> tuple[int, ...]:
-    """The token ids that end an answer: the generation config's, else the model config's."""
+    """The token ids that end an answer: the configs', else the tokenizer's; none when nothing names one.
+
+    The same as the tokenizer's own `eos_ids`, which is loaded only when it is needed.
+    """
+    found: list[int] = []
     for config in (checkpoint.generation_config, checkpoint.config):
-        found = config.get("eos_token_id")
-        if found is not None:
-            return tuple(found) if isinstance(found, list) else (found,)
-    return ()
+        ids = config.get("eos_token_id")
+        found += ids if isinstance(ids, list) else [] if ids is None else [ids]
+    if found:
+        return tuple(dict.fromkeys(found))
+    try:
+        return load_tokenizer(checkpoint).eos_ids
+    except InputError:  # token ids alone can be run without one
+        return ()

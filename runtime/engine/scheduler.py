@@ -112,7 +112,7 @@ class Scheduler:
             sequence.computed += chunk.count
             if not samples and token >= 0:
                 continue
-            if not sequence.generated:  # its prompt is done; a recomputed one is not counted again
+            if samples and not sequence.generated:  # its prompt is done; a recomputed one is not counted again
                 self.prompt_tokens += len(sequence.request.prompt)
             reason = self._accept(sequence, token)
             error = "the model's logits were not finite" if reason == "error" else None

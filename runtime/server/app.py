@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import sys
 import time
-import traceback
 from collections.abc import AsyncGenerator, Iterator
 from importlib.metadata import version
 from typing import Any, TypeVar
@@ -219,6 +217,6 @@ async def _answer_error(request: Request, error: Exception) -> Response:
     return Response(error.body(), error.status, error.headers, "application/json")
 
 
-async def _answer_bug(_request: Request, error: Exception) -> Response:
-    sys.stderr.write("".join(traceback.format_exception(error)))
-    return await _answer_error(_request, ApiError(500, "The server failed; its log says why.", code="internal_error"))
+async def _answer_bug(request: Request, _error: Exception) -> Response:
+    # uvicorn logs the traceback: Starlette raises the error again after this answer.
+    return await _answer_error(request, ApiError(500, "The server failed; its log says why.", code="internal_error"))

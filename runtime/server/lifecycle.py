@@ -31,6 +31,7 @@ from llmkit.runtime.server.state import Phase, State, TextSide
 # After the engine's death, health answers 503 for so long before the process exits: probes get to see it.
 _DEATH_NOTICE_S = 2.0
 _LAST_BYTES_S = 2  # for error events to leave once nothing is waited for any more
+_TEXT_WAIT_S = 5.0  # an interpreter should not end while a thread is in the middle of an import
 _KEEP_ALIVE_S = 75  # longer than the idle time of common clients and proxies, so that they close first
 
 Result = TypeVar("Result")
@@ -65,8 +66,9 @@ async def _serve(
         state = State(options, client, Metrics(lambda: client.stats), _model_name(options))
         http = _HttpServer(state, keys)
         serving = asyncio.create_task(http.serve(sockets=[listener]))
+        text = _in_thread(lambda: TextSide.load(options.model))
         try:
-            loaded = _task(_both(client.ready, _in_thread(lambda: TextSide.load(options.model))))
+            loaded = _task(_both(client.ready, text))
             await _first(loaded, stop.first)
             if not loaded.done():
                 loaded.cancel()
@@ -84,6 +86,9 @@ async def _serve(
             http.should_exit = True
             await serving
             client.close()
+            await _first(text, timeout=_TEXT_WAIT_S)
+            if text.done():
+                text.exception()  # known, or of no interest any more
 
 
 def _open_for_requests(state: State, facts: Ready, text: TextSide, listener: socket.socket, took_s: float) -> None:
@@ -174,8 +179,8 @@ _task = asyncio.ensure_future
 
 
 async def _both(engine: asyncio.Future[Ready], text: asyncio.Future[TextSide]) -> tuple[Ready, TextSide]:
-    """Both results, or the first error."""
-    return await asyncio.gather(engine, text)
+    """Both results, or the first error; neither is cancelled with this."""
+    return await asyncio.gather(asyncio.shield(engine), asyncio.shield(text))
 
 
 def _in_thread(function: Callable[[], Result]) -> asyncio.Future[Result]:

@@ -77,12 +77,13 @@ class EngineClient(asyncio.Protocol):
     gone or has given up; `stats` are its latest figures.
     """
 
-    def __init__(self, process: subprocess.Popen[bytes]) -> None:
+    def __init__(self, process: subprocess.Popen[bytes], ours: socket.socket) -> None:
         self.ready: asyncio.Future[Ready] = asyncio.get_running_loop().create_future()
         self.dead = asyncio.Event()
         self.failure: Failed | None = None
         self.stats = Stats()
         self._process = process
+        self._socket = ours
         self._frames = FrameReader()
         self._receivers: dict[str, Receiver] = {}
         self._transport: asyncio.Transport | None = None
@@ -90,7 +91,7 @@ class EngineClient(asyncio.Protocol):
     @classmethod
     async def connect(cls, process: subprocess.Popen[bytes], ours: socket.socket) -> EngineClient:
         """Take over the socket `ours` of a spawned process."""
-        client = cls(process)
+        client = cls(process, ours)
         ours.setblocking(False)
         await asyncio.get_running_loop().create_unix_connection(lambda: client, sock=ours)
         return client
@@ -111,10 +112,11 @@ class EngineClient(asyncio.Protocol):
             self._send(Cancel(request_id))
 
     def close(self) -> None:
-        """End the process: it exits by itself when the socket closes, and is killed when it does not."""
+        """Hang up; the process then exits by itself. The caller makes sure of that with `end`."""
+        with contextlib.suppress(OSError):  # it has ended already
+            self._socket.shutdown(socket.SHUT_RDWR)  # at once, while abort() waits for the event loop
         if self._transport is not None:
             self._transport.abort()
-        end(self._process)
 
     def _send(self, message: ToEngine) -> None:
         if self._transport is not None and not self.dead.is_set():
@@ -142,6 +144,8 @@ class EngineClient(asyncio.Protocol):
                         self.ready.set_result(ready)
                 case Failed() as failed:
                     self.failure = failed
+                    if self._transport is not None:
+                        self._transport.abort()  # a process with torch in it takes a while to exit
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.dead.set()

@@ -1,0 +1,153 @@
+"""Reports: JSON and back, comparing two, baselines from files, and the table people read."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from llmkit.bench.gates import GateResult
+from llmkit.bench.report import BenchReport, TargetReport, compare_reports, differences, read_report, single_target
+from llmkit.checkpoint.errors import GateError, InputError
+
+
+def make_report(**changes: object) -> BenchReport:
+    speed = {"output_tps": 120.5, "ttft_p50_ms": 30.25, "requests": 8}
+    fields: dict[str, object] = {
+        "targets": [
+            TargetReport("bf16", "models/bf16", "served", {"perplexity": 10.0, "checkpoint_bytes": 2**30}),
+            TargetReport(
+                "int4 [g64]", "models/int4", "served", {"perplexity": math.inf, "mean_kl": math.nan},
+                {"quick": speed}, {"quick": [speed, speed]},
+            ),
+        ],
+        "baseline": "bf16",
+        "environment": {"cpu": "A CPU", "cores": 2, "gpu": None, "torch": "2"},
+        "command": "llmkit bench models/int4",
+        "workload": {
+            "sha256": "ab" * 32, "seed": 0, "rounds": 2,
+            "scenarios": [{"name": "quick", "requests": 8, "clients": 4, "prompt_tokens": 1, "output_tokens": 1}],
+        },
+        "evaluation": {"sha256": "cd" * 32, "text": "builtin"},
+        "gates": [GateResult("perplexity<=12", "int4 [g64]", "perplexity", math.inf, 12.0, False)],
+        "notes": ["a note"],
+    }  # fmt: skip
+    return BenchReport(**(fields | changes))  # type: ignore[arg-type]
+
+
+def write(report: BenchReport, path: Path) -> Path:
+    path.write_text(json.dumps(report.to_json(), allow_nan=False))
+    return path
+
+
+def test_json_and_back(tmp_path: Path) -> None:
+    report = make_report()
+    again = read_report(write(report, tmp_path / "report.json"))
+    assert again.to_json() == report.to_json()
+    assert again.targets[0] == report.targets[0]
+    assert again.gates == report.gates
+    assert math.isnan(again.targets[1].metrics["mean_kl"])
+    assert again.targets[1].metrics["perplexity"] == math.inf
+    assert again.targets[1].figures()["quick.output_tps"] == 120.5
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ("{", "is not JSON"),
+        ("[]", "is no report"),
+        ("{}", "is no report"),
+        ('{"format_version": 99}', "format version 99. Version 1 is read"),
+        ('{"format_version": 1, "targets": [1]}', "is no report"),
+    ],
+)
+def test_what_is_no_report(tmp_path: Path, content: str, told: str) -> None:
+    path = tmp_path / "x.json"
+    path.write_text(content)
+    with pytest.raises(InputError, match=told) as raised:
+        read_report(path)
+    assert str(path) in str(raised.value)
+
+
+def test_a_missing_report(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"x\.json cannot be read \(No such file"):
+        read_report(tmp_path / "x.json")
+
+
+def test_names_that_clash_are_refused() -> None:
+    document = make_report().to_json()
+    document["targets"].append(document["targets"][0])
+    with pytest.raises(InputError, match="is no report"):
+        BenchReport.from_json(document)
+
+
+def test_failed_gates() -> None:
+    with pytest.raises(GateError, match=r"1 of 1 gate checks failed: int4 \[g64\]: perplexity is inf .*limit 12"):
+        make_report().require_gates()
+    make_report(gates=[]).require_gates()
+
+
+def text(report: BenchReport) -> str:
+    console = Console(width=120, color_system=None)
+    with console.capture() as captured:
+        console.print(report.renderable())
+    return captured.get()
+
+
+def cells(line: str) -> list[str]:
+    return [cell.strip() for cell in line.replace("┃", "│").strip(" ").strip("│").split("│")]
+
+
+def row(output: str, title: str) -> list[str]:
+    (line,) = [line for line in output.splitlines() if title in line]
+    return cells(line)
+
+
+def test_the_table() -> None:
+    base, other = make_report().targets
+    base.scenarios = {"quick": {"output_tps": 241.0}}
+    other.metrics = {"perplexity": 12.0, "checkpoint_bytes": 2**28, "top1": 0.875}
+    output = text(make_report(targets=[base, other]))
+    assert cells(output.splitlines()[2]) == ["metric", "unit", "bf16", "int4 [g64]", "vs base"]
+    assert row(output, "perplexity  ") == ["perplexity", "", "10", "12", "1.20x"]
+    assert row(output, "checkpoint ") == ["checkpoint", "GiB", "1", "0.25", "0.25x"]
+    assert row(output, "same token") == ["same token as baseline", "%", "-", "87.5", ""]
+    assert row(output, "tokens/s") == ["output throughput", "tokens/s", "241", "120.5", "0.50x"]
+    assert "quick: 8 requests, 4 at a time" in output
+    assert "medians of 2 rounds" in output
+    assert "FAIL" in output
+    assert "Note: a note." in output
+
+
+def test_the_target_under_test() -> None:
+    assert single_target(make_report(), "x").name == "int4 [g64]"
+    alone = make_report(targets=[TargetReport("a", "a", "url")], baseline=None)
+    assert single_target(alone, "x").name == "a"
+    three = make_report(targets=[*make_report().targets, TargetReport("c", "c", "url")])
+    with pytest.raises(InputError, match=r"x holds 2 targets \(int4 \[g64\], c\). A baseline is one target"):
+        single_target(three, "x")
+
+
+def test_comparing_two_reports() -> None:
+    a = make_report()
+    b = make_report(targets=[TargetReport("bf16", "b", "url", {"perplexity": 9.0}), TargetReport("new", "n", "url")])
+    both = compare_reports(a, b)
+    assert [target.name for target in both.targets] == ["bf16 (a)", "int4 [g64]", "bf16 (b)", "new"]
+    assert both.baseline == "bf16 (a)"
+    assert both.workload == a.workload
+    assert row(text(make_report(targets=both.targets, baseline=both.baseline, gates=[])), "perplexity ") == [
+        "perplexity", "", "10", "inf", "", "9", "0.90x", "-", "",
+    ]  # fmt: skip
+    assert a.targets[0].name == "bf16", "the reports themselves stay as they were"
+
+
+def test_what_does_not_compare_is_said() -> None:
+    a = make_report()
+    b = make_report(workload=a.workload | {"sha256": "0"}, evaluation={"sha256": "1"}, environment={"cpu": "B"})
+    told = "; ".join(differences(a, b))
+    assert "the workloads differ: speed does not compare" in told
+    assert "the evaluation windows differ: quality does not compare" in told
+    assert "cpu differs (A CPU and B)" in told
+    assert compare_reports(a, b).workload == {}
+    assert differences(make_report(workload={}), a) == []

@@ -1,0 +1,254 @@
+"""`bench` as a whole on tiny random models: in this process, behind a server, and everything it refuses."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from tiny import tiny_checkpoint
+
+from llmkit.bench.bench import BenchOptions, bench
+from llmkit.bench.metrics import SPEED_METRICS
+from llmkit.bench.offline import run_engine
+from llmkit.bench.quality import evaluation
+from llmkit.bench.report import BenchReport
+from llmkit.bench.targets import ServedTarget, is_url, memory_bytes, short_name
+from llmkit.bench.workload import WorkloadRequest
+from llmkit.checkpoint.errors import GateError, InputError, ShortageError, UsageError
+from llmkit.checkpoint.progress import SilentProgress
+from llmkit.checkpoint.source import open_checkpoint
+from llmkit.checkpoint.tokenizer import load_tokenizer
+from llmkit.runtime.engine.load import EngineOptions, load_engine
+from llmkit.runtime.engine.types import SamplingParams
+
+OFFLINE = BenchOptions(offline=True, limit=3, rounds=2, windows=3, window_tokens=48, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two models of one tokenizer: `a`, and `b` with other weights."""
+    path = tmp_path_factory.mktemp("bench")
+    tiny_checkpoint(path / "a", seed=0)
+    tiny_checkpoint(path / "b", seed=1)
+    return path
+
+
+@pytest.fixture(scope="module")
+def pair(folder: Path) -> BenchReport:
+    gates = ("mean_kl<=100", "checkpoint_bytes<=1*baseline", "top1>=0", "quick.output_tps>0", "mean_kl<=1e-9")
+    return run(folder / "a", folder / "b", options=replace(OFFLINE, gates=gates))
+
+
+def run(*targets: object, options: BenchOptions) -> BenchReport:
+    return bench([str(target) for target in targets], options, SilentProgress())
+
+
+class TestOffline:
+    def test_targets_and_baseline(self, pair: BenchReport) -> None:
+        assert [(target.name, target.kind) for target in pair.targets] == [("a", "offline"), ("b", "offline")]
+        assert pair.baseline == "a"
+
+    def test_speed(self, pair: BenchReport) -> None:
+        for target in pair.targets:
+            figures = target.scenarios["quick"]
+            assert figures.keys() == SPEED_METRICS.keys()
+            assert len(target.rounds["quick"]) == 2
+            assert (figures["requests"], figures["output_tokens"]) == (3, 96)
+            assert figures["output_tps"] > 0
+            assert 0 < figures["ttft_p50_ms"] <= figures["ttft_p99_ms"] < figures["e2e_p99_ms"]
+            low, high = sorted(entry["output_tps"] for entry in target.rounds["quick"])
+            assert figures["output_tps"] == pytest.approx((low + high) / 2)
+
+    def test_quality(self, pair: BenchReport) -> None:
+        a, b = (target.metrics for target in pair.targets)
+        assert a.keys() == {"perplexity", "checkpoint_bytes", "load_s"}
+        assert b.keys() == {"perplexity", "checkpoint_bytes", "load_s", "mean_kl", "p99_kl", "top1"}
+        assert 0 < b["mean_kl"] <= b["p99_kl"]
+        assert 0 <= b["top1"] < 0.5, "two random models do not agree"
+        assert a["perplexity"] > 1 and math.isfinite(a["perplexity"])
+
+    def test_gates(self, pair: BenchReport) -> None:
+        assert [(result.metric, result.target, result.passed) for result in pair.gates] == [
+            ("mean_kl", "b", True),
+            ("checkpoint_bytes", "b", True),
+            ("top1", "b", True),
+            ("quick.output_tps", "b", True),
+            ("mean_kl", "b", False),
+        ]
+        with pytest.raises(GateError, match="1 of 5 gate checks failed: b: mean_kl is"):
+            pair.require_gates()
+
+    def test_what_it_was_measured_with(self, pair: BenchReport) -> None:
+        assert pair.environment["torch"] == torch.__version__
+        assert pair.environment["cores"] >= 1
+        assert pair.environment["dtype"] == "float32"
+        assert len(pair.workload["sha256"]) == 64
+        assert pair.workload["scenarios"][0]["requests"] == 3
+        assert (pair.evaluation["text"], pair.evaluation["windows"]) == ("builtin", 3)
+        assert pair.evaluation["window_tokens"] == 48
+
+    def test_json_and_back(self, pair: BenchReport) -> None:
+        document = json.loads(json.dumps(pair.to_json(), allow_nan=False))
+        assert BenchReport.from_json(document).to_json() == pair.to_json()
+
+    def test_a_report_as_the_baseline(self, folder: Path, tmp_path: Path) -> None:
+        options = replace(OFFLINE, rounds=1)
+        (tmp_path / "a.json").write_text(json.dumps(run(folder / "a", options=options).to_json()))
+        gates = ("perplexity<=1*baseline", "perplexity>=1*baseline", "output_tps>=0.0001*baseline")
+        options = replace(options, baseline=str(tmp_path / "a.json"), gates=gates)
+        report = run(folder / "a", options=options)
+        assert [target.name for target in report.targets] == ["baseline", "a"]
+        assert all(result.passed for result in report.gates), "the same model scores the same"
+        assert any("different times" in note for note in report.notes)
+        with pytest.raises(InputError, match=r"a\.json was measured with another workload"):
+            run(folder / "a", options=replace(options, seed=1))
+        with pytest.raises(InputError, match="was measured with another evaluation"):
+            run(folder / "a", options=replace(options, windows=2, speed=False, gates=()))
+        with pytest.raises(UsageError, match="on mean_kl, which is not measured for a"):
+            run(folder / "a", options=replace(options, gates=("mean_kl<=1",)))
+
+
+def test_a_model_is_no_further_from_itself_than_nothing(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "copy").symlink_to(folder / "a")
+    options = replace(OFFLINE, speed=False, baseline=str(folder / "a"))
+    report = run(tmp_path / "copy", options=options)
+    assert [(target.name, target.kind) for target in report.targets] == [("a", "checkpoint"), ("copy", "checkpoint")]
+    metrics = report.targets[1].metrics
+    assert (metrics["mean_kl"], metrics["top1"]) == (pytest.approx(0, abs=1e-9), 1.0)
+    assert metrics["perplexity"] == report.targets[0].metrics["perplexity"]
+    assert report.workload == {}
+
+
+def test_the_engine_generates_what_it_generates_alone(folder: Path) -> None:
+    engine = load_engine(folder / "a", EngineOptions(device="cpu", kv_cache_memory=2**22))
+    requests = [WorkloadRequest(f"r{i}", tuple(range(10 + i, 40 + 3 * i)), 5 + i) for i in range(6)]
+    _, timelines = run_engine(engine, requests, clients=2)
+    assert [timeline.id for timeline in timelines] == [request.id for request in requests]
+    assert [timeline.output_tokens for timeline in timelines] == [5, 6, 7, 8, 9, 10]
+    assert all(timeline.error is None and len(timeline.arrivals_s) == timeline.output_tokens for timeline in timelines)
+    sent = [timeline.sent_s for timeline in timelines]
+    ended = [timeline.arrivals_s[-1] for timeline in timelines]
+    assert sent[2] >= min(ended[:2]), "a third request waits for one of two clients"
+    assert not engine.has_work
+    assert engine.generate([[1, 2, 3]], SamplingParams(max_tokens=2, ignore_eos=True))
+
+
+def test_a_request_the_engine_refuses_is_a_failure(folder: Path) -> None:
+    engine = load_engine(folder / "a", EngineOptions(device="cpu", kv_cache_memory=2**22))
+    requests = [WorkloadRequest("long", tuple(range(300)), 5), WorkloadRequest("short", (1, 2, 3), 5)]
+    _, (long, short) = run_engine(engine, requests, clients=1)
+    assert long.error is not None and "256" in long.error
+    assert short.error is None
+
+
+def test_quality_on_a_text_file(folder: Path, tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(open_checkpoint(folder / "a"))
+    path = tmp_path / "text.txt"
+    path.write_text("the quick brown fox jumps over the lazy dog. " * 40)
+    chosen = evaluation(tokenizer, str(path), 2, 32, seed=0)
+    assert chosen.windows.shape == (2, 32)
+    assert chosen.describe()["text"] == str(path)
+    with pytest.raises(InputError, match="is too short"):
+        evaluation(tokenizer, str(path), 2, 100_000, seed=0)
+    with pytest.raises(InputError, match="windows of 8 tokens are too short"):
+        evaluation(tokenizer, str(path), 2, 8, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "told"),
+    [
+        ({"scenarios": ("fast",)}, UsageError, "no such scenario: fast"),
+        (
+            {"scenarios": ("single", "prefix")},
+            InputError,
+            "scenario prefix needs a context of 576 tokens and a has 256",
+        ),
+        ({"gates": ("mean_kl<=0.1",)}, UsageError, "on mean_kl, which is not measured for a. Measured are checkpoint_"),
+        ({"gates": ("output_tps>=baseline",)}, UsageError, "compares with a baseline. Name one"),
+        ({"gates": ("quality>1",)}, UsageError, "names no metric"),
+        ({"gates": ("perplexity<99",), "quality": False}, UsageError, "on perplexity, which is not measured"),
+        ({"gates": ("output_tps>1",), "speed": False}, UsageError, "on output_tps, which is not measured"),
+        ({"gates": ("ready_s<9",)}, UsageError, "on ready_s, which is not measured"),
+        ({"speed": False, "quality": False}, UsageError, "neither speed nor quality"),
+        ({"baseline": "no/such.json"}, InputError, "report no/such.json cannot be read"),
+        ({"dtype": "int3"}, UsageError, "dtype int3 is not known"),
+        ({"windows": 0}, UsageError, "0 evaluation windows"),
+    ],
+)
+def test_refused_before_anything_is_measured(
+    folder: Path, changes: dict[str, object], error: type[Exception], told: str
+) -> None:
+    with pytest.raises(error, match=told):
+        run(folder / "a", options=replace(OFFLINE, **changes))  # type: ignore[arg-type]
+
+
+def test_refused_targets(folder: Path) -> None:
+    with pytest.raises(UsageError, match="nothing to bench"):
+        run(options=OFFLINE)
+    with pytest.raises(InputError, match="does not exist"):
+        run(folder / "c", options=OFFLINE)
+    with pytest.raises(UsageError, match="a server cannot be measured offline"):
+        run("http://127.0.0.1:1", options=OFFLINE)
+    with pytest.raises(UsageError, match="Addresses begin with http"):
+        run("ftp://127.0.0.1", options=OFFLINE)
+    with pytest.raises(UsageError, match="LLMKIT_API_KEY") as raised:
+        run("http://user:secret@127.0.0.1", options=replace(OFFLINE, offline=False))
+    assert "secret" not in str(raised.value)
+    with pytest.raises(ShortageError, match=r"http://127\.0\.0\.1:1 cannot be reached.*errno 111"):
+        run("http://127.0.0.1:1", options=replace(OFFLINE, offline=False))
+
+
+def test_models_of_another_vocabulary(folder: Path, tmp_path: Path) -> None:
+    small = tiny_checkpoint(tmp_path / "small", vocab_size=384)
+    with pytest.raises(InputError, match="small has a vocabulary of 384 tokens and the baseline a one of 512"):
+        run(folder / "a", small, options=replace(OFFLINE, speed=False))
+
+
+def test_names() -> None:
+    assert [is_url(text) for text in ("http://h:1", "https://h", "org/name", "a/b.gguf")] == [True, True, False, False]
+    assert short_name("http://127.0.0.1:8000/v1") == "127.0.0.1:8000"
+    assert short_name("models/SmolLM2/") == "SmolLM2"
+    assert short_name("org/name") == "name"
+
+
+def test_memory_of_a_process() -> None:
+    own = memory_bytes(psutil.Process().pid)
+    assert 2**20 < own <= 2 * psutil.Process().memory_info().rss
+    assert memory_bytes(2**22 + 1) == 0, "no such process"
+
+
+class TestServed:
+    @pytest.fixture(scope="class")
+    def served(self, folder: Path) -> BenchReport:
+        options = replace(OFFLINE, offline=False, quality=False, rounds=1, gates=("ready_s<600",))
+        return run(folder / "a", options=options)
+
+    def test_speed(self, served: BenchReport) -> None:
+        (target,) = served.targets
+        assert target.kind == "served"
+        assert target.scenarios["quick"]["output_tokens"] == 96
+        assert target.scenarios["quick"]["prompt_tokens"] == served.workload["scenarios"][0]["prompt_tokens"]
+
+    def test_starting(self, served: BenchReport) -> None:
+        (target,) = served.targets
+        assert target.metrics["ready_s"] > 0
+        assert 50 * 2**20 < target.metrics["peak_memory_bytes"] < 8 * 2**30
+        served.require_gates()
+
+    def test_nothing_is_left_running(self, served: BenchReport, folder: Path) -> None:
+        commands = [" ".join(child.cmdline()) for child in psutil.Process().children(recursive=True)]
+        assert not [command for command in commands if str(folder) in command or "engine_process" in command]
+
+
+def test_a_server_that_does_not_start_says_why(tmp_path: Path) -> None:
+    target = ServedTarget("x", str(tmp_path / "missing"), 256)
+    try:
+        with pytest.raises(InputError, match=r"the server of x ended with code 3: .*missing does not exist"):
+            target.start()
+    finally:
+        assert target.stop().keys() <= {"peak_memory_bytes"}

@@ -1,0 +1,300 @@
+"""What divides and what does not, what each rank is given, and the arithmetic that a refusal shows."""
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from synthetic import LLAMA, synthetic_checkpoint
+
+from llmkit.checkpoint.errors import InputError, OutputError, ShortageError, UsageError
+from llmkit.checkpoint.quantized import QuantizationConfig
+from llmkit.checkpoint.safetensors_header import TensorInfo, byte_count
+from llmkit.checkpoint.source import open_checkpoint
+from llmkit.model.families import model_spec
+from llmkit.model.layout import parameters
+from llmkit.model.loader import stored_tensors
+from llmkit.model.spec import LayerSpec, ModelSpec
+from llmkit.shard.plan import ShardPlan, explain_tp, plan_shards, valid_tp
+from llmkit.shard.shard import shard
+from llmkit.shard.stages import balanced_stages
+
+INT4_64 = QuantizationConfig("gptq", 4, 64, True)
+INT4_128 = QuantizationConfig("gptq", 4, 128, True)
+SMOLLM2 = model_spec(
+    LLAMA
+    | {
+        "vocab_size": 49152,
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "head_dim": 64,
+        "tie_word_embeddings": True,
+    }
+)
+
+
+def spec(**changes: object) -> ModelSpec:
+    return replace(model_spec(LLAMA), **changes)  # type: ignore[arg-type]
+
+
+def plan_of(model: ModelSpec, quantization: QuantizationConfig | None, tp: int, pp: int) -> ShardPlan:
+    infos = {}
+    for stored in stored_tensors(model, quantization).values():
+        dtype = stored.dtype or "BF16"
+        infos[stored.name] = TensorInfo(stored.name, dtype, stored.shape, "", 0, byte_count(dtype, stored.shape))
+    return plan_shards(model, quantization, infos, tp, pp)
+
+
+def test_smollm2_splits_over_three_ranks_only() -> None:
+    for quantization in (None, INT4_64):
+        assert valid_tp(SMOLLM2, quantization) == [1, 3]
+        assert explain_tp(SMOLLM2, quantization, 1) is None
+        assert explain_tp(SMOLLM2, quantization, 3) is None
+        assert explain_tp(SMOLLM2, quantization, 2) == "q_proj: 9/2 = 4.5 heads; TP 1, 3 work"
+    # Nine ranks have a head each and three share a KV head, but the MLP does not divide.
+    assert explain_tp(SMOLLM2, None, 9) == "gate_proj: 1536/9 = 170.667 features; TP 1, 3 work"
+    assert valid_tp(replace(SMOLLM2, intermediate=1152), None) == [1, 3, 9]
+
+
+def test_smollm2_shapes_of_a_rank() -> None:
+    plan = plan_of(SMOLLM2, INT4_64, 3, 1)
+    layer = {
+        piece.name.removeprefix("model.layers.7."): piece
+        for piece in plan.ranks[2].slices
+        if piece.name.startswith("model.layers.7.")
+    }
+    shapes = {name: piece.shape for name, piece in layer.items() if "k_proj" in name or "down" in name}
+    assert shapes == {
+        "self_attn.k_proj.qweight": (72, 64),
+        "self_attn.k_proj.qzeros": (9, 8),
+        "self_attn.k_proj.scales": (9, 64),
+        "self_attn.k_proj.g_idx": (576,),
+        "mlp.down_proj.qweight": (64, 576),
+        "mlp.down_proj.qzeros": (8, 72),
+        "mlp.down_proj.scales": (8, 576),
+        "mlp.down_proj.g_idx": (512,),
+    }
+    assert layer["mlp.down_proj.qweight"].intervals == ((128, 192),)
+    assert layer["mlp.down_proj.scales"].intervals == ((16, 24),)
+    assert (layer["mlp.down_proj.g_idx"].intervals, layer["mlp.down_proj.g_idx"].first_group) == (((1024, 1536),), 16)
+    assert layer["self_attn.o_proj.g_idx"].first_group == 6
+    assert layer["self_attn.k_proj.g_idx"].first_group == 0
+    assert layer["self_attn.k_proj.qzeros"].intervals == ((16, 24),)
+    (embed,) = [piece for piece in plan.ranks[2].slices if "embed" in piece.name]
+    assert (embed.intervals, embed.padding) == (((32768, 49152),), 0)
+
+
+REFUSALS = [
+    # Qwen2.5-72B's MLP with heads that three divides.
+    ({"heads": 12, "kv_heads": 12, "head_dim": 128, "intermediate": 29568}, INT4_128, 2,
+     "down_proj: 29568/2 = 115.5 groups of 128; TP 1, 3 work"),
+    ({"heads": 42, "kv_heads": 42, "head_dim": 128, "intermediate": 29568}, INT4_128, 2,
+     "down_proj: 29568/2 = 115.5 groups of 128; TP 1, 3, 7, 21 work"),
+    ({"heads": 4, "kv_heads": 4, "head_dim": 4, "intermediate": 64}, replace(INT4_64, group_size=8), 4,
+     "q_proj: 16/4 = 0.5 packed words of 8; TP 1, 2 work"),
+    ({"heads": 4, "kv_heads": 2, "head_dim": 8, "intermediate": 64}, replace(INT4_64, group_size=16), 4,
+     "o_proj: 32/4 = 0.5 groups of 16; TP 1, 2 work"),
+    ({"heads": 16, "kv_heads": 2, "head_dim": 4, "intermediate": 64}, replace(INT4_64, group_size=16), 4,
+     "k_proj: one KV head of 4 = 0.5 packed words of 8; TP 1 works"),
+    ({"heads": 24, "kv_heads": 8, "head_dim": 8, "intermediate": 96}, None, 12,
+     "k_proj: 12/8 = 1.5 ranks per KV head; TP 1, 2, 4, 8, 24 work"),
+    ({"heads": 12, "kv_heads": 4, "head_dim": 8, "intermediate": 96}, None, 3,
+     "k_proj: 4/3 = 1.333 KV heads; TP 1, 2, 4, 12 work"),
+    ({"heads": 4, "kv_heads": 4, "intermediate": 66}, None, 4, "gate_proj: 66/4 = 16.5 features; TP 1, 2 work"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("changes", "quantization", "tp", "text"), REFUSALS, ids=lambda value: str(value)[:30])
+def test_the_arithmetic_of_what_does_not_divide(changes, quantization, tp: int, text: str) -> None:
+    model = spec(**changes)
+    assert explain_tp(model, quantization, tp) == text
+    with pytest.raises(InputError, match=re.escape(f"--tp {tp} does not divide {text}")) as caught:
+        plan_of(model, quantization, tp, 1)
+    assert caught.value.exit_code == 3
+    for works in valid_tp(model, quantization):
+        assert explain_tp(model, quantization, works) is None
+        plan_of(model, quantization, works, 1)
+
+
+def test_compressed_tensors_needs_whole_groups_only_along_the_input() -> None:
+    packed = QuantizationConfig("compressed-tensors", 4, 16, True)
+    assert valid_tp(spec(heads=4, kv_heads=4, head_dim=4, intermediate=64), packed) == [1]
+    assert valid_tp(spec(heads=4, kv_heads=4, head_dim=16, intermediate=64), packed) == [1, 2, 4]
+    per_row = replace(packed, group_size=-1)
+    assert valid_tp(spec(heads=4, kv_heads=4, head_dim=8, intermediate=64), per_row) == [1, 2, 4]
+
+
+def test_more_stages_than_layers_and_no_ranks() -> None:
+    with pytest.raises(InputError, match=r"3 pipeline stages for 2 layers. At most 2 stages"):
+        plan_of(spec(), None, 1, 3)
+    for tp, pp in ((0, 1), (1, 0), (-1, 1)):
+        with pytest.raises(UsageError, match=f"--tp {tp} --pp {pp}"):
+            plan_of(spec(), None, tp, pp)
+
+
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=9), st.integers(1, 9), st.integers(0, 60), st.integers(0, 60))
+def test_stages_are_contiguous_and_as_equal_as_they_can_be(sizes: list[int], pp: int, first: int, last: int) -> None:
+    pp = min(pp, len(sizes))
+    stages = balanced_stages(sizes, pp, first, last)
+    assert [layer for stage in stages for layer in stage] == list(range(len(sizes)))
+    assert len(stages) == pp
+    assert all(stages)
+
+    def largest(start: int, pp: int) -> int:
+        if pp == 1:
+            return sum(sizes[start:])
+        stops = range(start + 1, len(sizes) - pp + 2)
+        return min(max(sum(sizes[start:stop]), largest(stop, pp - 1)) for stop in stops)
+
+    assert max(sum(sizes[layer] for layer in stage) for stage in stages) == largest(0, pp)
+
+
+def test_the_ends_get_fewer_layers_when_layers_do_not_divide() -> None:
+    assert [len(stage) for stage in balanced_stages([10] * 30, 4, first=50, last=50)] == [7, 8, 8, 7]
+    assert [len(stage) for stage in balanced_stages([10] * 31, 3, first=0, last=50)] == [11, 11, 9]
+    assert [len(stage) for stage in balanced_stages([10] * 32, 4, first=50, last=50)] == [8, 8, 8, 8]
+
+
+def test_figures_of_a_plan() -> None:
+    plan = plan_of(spec(vocab=70), None, 4, 2).to_json()
+    assert plan["stages"] == [[0], [1]]
+    # 70 rows over 4 ranks are 18 each, padded to 64: 6 on the second, none beyond.
+    rows = [64 * 32 * 2] * 4
+    empty = [0, 58 * 64, 64 * 64, 64 * 64]
+    layer = (8 * 32 + 2 * 8 * 32 + 32 * 8 + 3 * 16 * 32 + 2 * 32) * 2
+    shared = (2 * 8 * 32 + 2 * 32) * 2  # a KV head on two ranks; the norms
+    for index, rank in enumerate(plan["ranks"]):
+        tp, norm = index % 4, 32 * 2 if index >= 4 else 0
+        assert rank["file"] == f"rank-pp{index // 4}-tp{tp}.safetensors"
+        assert (rank["pp"], rank["tp"], rank["layers"]) == (index // 4, tp, [index // 4])
+        assert rank["bytes"] == layer + rows[tp] + norm
+        assert rank["replicated_bytes"] == shared + norm
+        assert rank["padding_bytes"] == empty[tp]
+        assert rank["kv_bytes_per_token"] == 2 * 8 * 2  # K and V of one head of 8 in one layer, bf16
+    assert plan["bytes"] == sum(rank["bytes"] for rank in plan["ranks"])
+    assert json.loads(json.dumps(plan)) == plan
+
+
+def test_shared_kv_heads_of_a_fused_tensor_count_as_replicated() -> None:
+    fused = spec(heads=4, kv_heads=2, head_dim=8, fused_checkpoint=True, layers=(LayerSpec(),))
+    apart = replace(fused, fused_checkpoint=False)
+    figures = [
+        [r["replicated_bytes"] for r in plan_of(model, None, 4, 1).to_json()["ranks"]] for model in (fused, apart)
+    ]
+    assert figures[0] == figures[1]
+
+
+def test_a_dry_run_writes_nothing(tmp_path: Path) -> None:
+    source = synthetic_checkpoint(tmp_path / "source")
+    before = sorted(tmp_path.rglob("*"))
+    plan = shard(source, tmp_path / "ranks", 2, 2, dry_run=True)
+    assert len(plan.ranks) == 4
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_the_manifest_describes_every_slice(tmp_path: Path) -> None:
+    source = synthetic_checkpoint(tmp_path / "source", QuantizationConfig("compressed-tensors", 4, 16, True))
+    shard(source, tmp_path / "ranks", 2, 2)
+    checkpoint = open_checkpoint(tmp_path / "ranks")
+    manifest, layout = checkpoint.manifest, checkpoint.layout
+    assert manifest is not None
+    assert layout is not None
+    assert (layout["tp"], layout["pp"], layout["stages"]) == (2, 2, [[0], [1]])
+    assert layout["ranks"][3] == {"file": "rank-pp1-tp1.safetensors", "pp": 1, "tp": 1}
+    assert layout["tensors"].keys() == manifest["tensors"].keys()
+    key = "rank-pp1-tp1.safetensors::model.layers.1.mlp.down_proj."
+    assert layout["tensors"][key + "weight_packed"] == {
+        "source": "model.layers.1.mlp.down_proj.weight_packed",
+        "source_shape": [32, 8],
+        "dtype": "I32",
+        "dim": 1,
+        "intervals": [[4, 8]],
+        "padding": 0,
+        "replicas": [3],
+    }
+    shape = layout["tensors"][key + "weight_shape"]
+    assert shape["derived"] == {"kind": "shape", "shape": [32, 32], "source_shape": [32, 64]}
+    assert shape["replicas"] == [2, 3]
+    assert len(manifest["tensors"][key + "weight_packed"]["sha256"]) == 64
+    assert manifest["source"]["files"].keys() == {"config.json", "model.safetensors"}
+    assert json.loads((tmp_path / "ranks" / "config.json").read_text()) == json.loads(
+        (source / "config.json").read_text()
+    )
+
+
+def test_sources_and_outputs_that_are_refused(tmp_path: Path) -> None:
+    source = synthetic_checkpoint(tmp_path / "source")
+    shard(source, tmp_path / "ranks", 2)
+    with pytest.raises(InputError, match=r"sharded already \(TP 2, PP 1\).*llmkit shard merge"):
+        shard(tmp_path / "ranks", tmp_path / "again", 4)
+    with pytest.raises(OutputError, match="exists and is not empty"):
+        shard(source, tmp_path / "ranks", 2)
+    with pytest.raises(OutputError, match="is the source"):
+        shard(source, source, 2)
+    with pytest.raises(InputError, match="absent does not exist"):
+        shard(tmp_path / "absent", tmp_path / "out", 2)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_full_disk_is_told_before_anything_is_written(tmp_path: Path, monkeypatch) -> None:
+    source = synthetic_checkpoint(tmp_path / "source")
+    monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 1000})())
+    with pytest.raises(ShortageError, match=r"needs .* and the disk has 1000"):
+        shard(source, tmp_path / "ranks", 2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
+
+
+def test_a_source_that_changed_since_llmkit_wrote_it(tmp_path: Path) -> None:
+    from llmkit.shard.merge import merge
+
+    shard(synthetic_checkpoint(tmp_path / "source"), tmp_path / "ranks", 2)
+    merge(tmp_path / "ranks", tmp_path / "whole")
+    file = tmp_path / "whole" / "model.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(InputError, match=r"model\.safetensors has SHA-256 \w{64}, llmkit\.json says \w{64}"):
+        shard(tmp_path / "whole", tmp_path / "again", 2)
+    assert not (tmp_path / "again").exists()
+
+
+def test_a_gguf_file_has_to_be_imported_first(tmp_path: Path, monkeypatch) -> None:
+    checkpoint = open_checkpoint(synthetic_checkpoint(tmp_path / "source"))
+    checkpoint.kind, checkpoint.reference = "gguf", "tiny.gguf"
+    monkeypatch.setattr("llmkit.shard.shard.open_checkpoint", lambda reference: checkpoint)
+    with pytest.raises(InputError, match=r"tiny\.gguf is a GGUF file.*llmkit quantize tiny\.gguf --method bf16 -o DIR"):
+        shard("tiny.gguf", tmp_path / "ranks", 2)
+
+
+def test_split_kinds_agree_with_the_plan_of_transformers() -> None:
+    from transformers import LlamaConfig
+
+    theirs = LlamaConfig().base_model_tp_plan
+    assert theirs
+    for parameter in parameters(model_spec(LLAMA)):
+        for part in parameter.parts:
+            module = re.sub(
+                r"^model\.|\.\d+(?=\.)|\.weight$", lambda m: ".*" if m[0][1:].isdigit() else "", part.tensor
+            )
+            style = theirs.get(module)
+            if style == "colwise":
+                assert part.split.kind in ("heads", "kv_heads", "features")
+                assert part.split.dim == 0
+            elif style == "rowwise":
+                assert part.split.kind in ("heads", "features")
+                assert part.split.dim == 1
+            elif module in ("embed_tokens", "lm_head"):
+                assert part.split.kind == "vocab"
+            else:
+                assert module.endswith("norm") or module.endswith("layernorm"), module
+                assert part.split.kind == "replicated"
+    used = {re.sub(r"\.\d+\.", ".*.", p.tensor.removeprefix("model.")).removesuffix(".weight")
+            for row in parameters(model_spec(LLAMA)) for p in row.parts}  # fmt: skip
+    split = {module for module, style in theirs.items() if style in ("colwise", "rowwise")}
+    assert split <= used

@@ -1,0 +1,204 @@
+"""Nothing wrong in a sharded directory goes unnoticed, by `verify` or by `merge`."""
+
+import json
+import random
+import shutil
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from synthetic import synthetic_checkpoint
+
+from llmkit.checkpoint.errors import InputError
+from llmkit.checkpoint.quantized import QuantizationConfig
+from llmkit.checkpoint.safetensors_header import read_header
+from llmkit.shard.merge import merge
+from llmkit.shard.shard import shard
+from llmkit.shard.verify import verify
+
+RANK0, RANK1 = "rank-pp0-tp0.safetensors", "rank-pp0-tp1.safetensors"
+
+
+@pytest.fixture
+def ranks(tmp_path: Path) -> Path:
+    source = synthetic_checkpoint(tmp_path / "source", QuantizationConfig("gptq", 4, 16, True))
+    shard(source, tmp_path / "ranks", 2)
+    return tmp_path / "ranks"
+
+
+def flip(file: Path, position: int) -> None:
+    data = bytearray(file.read_bytes())
+    data[position] ^= 1 << position % 8
+    file.write_bytes(data)
+
+
+def edit(ranks: Path, change) -> None:
+    manifest = json.loads((ranks / "llmkit.json").read_text())
+    change(manifest)
+    (ranks / "llmkit.json").write_text(json.dumps(manifest))
+
+
+def overwrite(ranks: Path, file: str, name: str, position: int, byte: int) -> None:
+    """Change a byte of a tensor and every digest, so that the manifest agrees with the bytes."""
+    info = read_header(ranks / file)[name]
+    data = bytearray((ranks / file).read_bytes())
+    data[info.start + position] = byte
+    (ranks / file).write_bytes(data)
+
+    def change(manifest: dict[str, Any]) -> None:
+        manifest["files"][file]["sha256"] = sha256(data).hexdigest()
+        manifest["tensors"][f"{file}::{name}"]["sha256"] = sha256(data[info.start : info.end]).hexdigest()
+
+    edit(ranks, change)
+
+
+def rejected(ranks: Path) -> str:
+    with pytest.raises(InputError) as caught:
+        merge(ranks, ranks.parent / "merged")
+    assert caught.value.exit_code == 3
+    assert not (ranks.parent / "merged").exists()
+    return str(caught.value)
+
+
+def test_figures_of_an_intact_directory(ranks: Path) -> None:
+    result = verify(ranks)
+    assert result.ok
+    assert (result.tp, result.pp, result.files) == (2, 1, 2)
+    infos = [info for file in (RANK0, RANK1) for info in read_header(ranks / file).values()]
+    assert (result.tensors, result.bytes) == (len(infos), sum(info.nbytes for info in infos))
+    # 70 words: 64 and 6 with 58 of padding, in the embedding and the head.
+    assert result.padding_bytes == 2 * 58 * 32 * 2
+    # Per layer two norms and the group indices of the five column-parallel linears; the final norm.
+    assert result.replica_groups == 2 * (2 + 5) + 1
+    assert json.loads(json.dumps(result.to_json()))["ok"] is True
+
+
+@settings(max_examples=30, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.sampled_from([RANK0, RANK1, "config.json"]), st.integers(0, 2**30))
+def test_a_flipped_bit_anywhere_is_found(ranks: Path, file: str, position: int) -> None:
+    path = ranks / file
+    kept = path.read_bytes()
+    flip(path, position % len(kept))
+    try:
+        assert any(file in problem for problem in verify(ranks).problems)
+        assert file in rejected(ranks)
+    finally:
+        path.write_bytes(kept)
+    assert verify(ranks).ok
+
+
+def test_a_flip_names_the_tensor_and_both_digests(ranks: Path) -> None:
+    info = random.Random(0).choice(list(read_header(ranks / RANK1).values()))
+    flip(ranks / RANK1, info.start)
+    problems = verify(ranks).problems
+    assert len(problems) == 2  # the file and the tensor
+    assert f"{RANK1}: tensor {info.name} has SHA-256" in problems[1]
+    manifest = json.loads((ranks / "llmkit.json").read_text())
+    assert manifest["files"][RANK1]["sha256"] in problems[0]
+    text = rejected(ranks)
+    assert manifest["files"][RANK1]["sha256"] in text
+    assert sha256((ranks / RANK1).read_bytes()).hexdigest() in text
+
+
+def test_padding_that_is_not_zero(ranks: Path) -> None:
+    overwrite(ranks, RANK1, "lm_head.weight", 63 * 32 * 2 + 5, 1)
+    assert verify(ranks).problems == [f"{RANK1}::lm_head.weight: its 58 rows of padding are not all zero"]
+
+
+def test_padding_ends_where_the_data_does(ranks: Path) -> None:
+    overwrite(ranks, RANK1, "lm_head.weight", 6 * 32 * 2 - 1, 77)
+    assert verify(ranks).ok
+    overwrite(ranks, RANK1, "lm_head.weight", 6 * 32 * 2, 77)
+    assert not verify(ranks).ok
+
+
+def test_replicas_that_differ(ranks: Path) -> None:
+    overwrite(ranks, RANK1, "model.norm.weight", 3, 99)
+    assert verify(ranks).problems == [f"{RANK0}::model.norm.weight differs from its replica in {RANK1}"]
+
+
+def test_a_missing_rank(ranks: Path) -> None:
+    (ranks / RANK1).unlink()
+    problems = verify(ranks).problems
+    assert f"{ranks / RANK1} is in llmkit.json but absent" in problems
+    assert f"{RANK1} is in llmkit.json but absent" in rejected(ranks)
+
+
+def test_a_truncated_rank(ranks: Path) -> None:
+    size = (ranks / RANK0).stat().st_size
+    (ranks / RANK0).write_bytes((ranks / RANK0).read_bytes()[:-10])
+    assert any(f"{RANK0}: its tensors end" in p or f"but the file has {size - 10}" in p for p in verify(ranks).problems)
+    assert f"has {size - 10} bytes, llmkit.json says {size}" in rejected(ranks)
+
+
+def test_shards_of_different_sources(ranks: Path, tmp_path: Path) -> None:
+    other = synthetic_checkpoint(tmp_path / "other", QuantizationConfig("gptq", 4, 16, True), seed=1)
+    shard(other, tmp_path / "others", 2)
+    shutil.copy(tmp_path / "others" / RANK1, ranks / RANK1)
+    assert any(RANK1 in problem for problem in verify(ranks).problems)
+    expected = json.loads((ranks / "llmkit.json").read_text())["files"][RANK1]["sha256"]
+    found = json.loads((tmp_path / "others" / "llmkit.json").read_text())["files"][RANK1]["sha256"]
+    text = rejected(ranks)
+    assert expected in text
+    assert found in text
+
+
+def test_ranks_in_each_others_place(ranks: Path) -> None:
+    (ranks / RANK0).rename(ranks / "aside")
+    (ranks / RANK1).rename(ranks / RANK0)
+    (ranks / "aside").rename(ranks / RANK1)
+    assert not verify(ranks).ok
+    assert "SHA-256" in rejected(ranks)
+
+
+def test_a_layout_that_leaves_rows_out(ranks: Path) -> None:
+    key = f"{RANK1}::model.layers.0.mlp.up_proj.scales"
+
+    def change(manifest: dict[str, Any]) -> None:
+        manifest["layout"]["tensors"][key]["intervals"] = [[33, 64]]
+
+    edit(ranks, change)
+    assert "model.layers.0.mlp.up_proj.scales: its slices leave out 33 of 64" in verify(ranks).problems
+    assert "its slices leave out 33 of 64" in rejected(ranks)
+
+
+def malformed() -> list[Any]:
+    key = f"{RANK1}::model.norm.weight"
+
+    def entry(**changes: Any):
+        return lambda manifest: manifest["layout"]["tensors"][key].update(changes)
+
+    return [
+        entry(intervals=[[0, 33]]),
+        entry(intervals=[[8, 4]]),
+        entry(intervals=7),
+        entry(dim=5),
+        entry(dim=-1),
+        entry(padding=-1),
+        entry(source="lm_head.weight"),
+        entry(replicas=[9]),
+        entry(derived={"kind": "unheard-of"}),
+        lambda manifest: manifest["layout"].update(tp=3),
+        lambda manifest: manifest["layout"].pop("stages"),
+        lambda manifest: manifest["layout"]["tensors"].pop(key),
+        lambda manifest: manifest.update(layout=[1]),
+    ]
+
+
+@pytest.mark.parametrize("change", malformed(), ids=range(len(malformed())))
+def test_a_malformed_layout(change, ranks: Path) -> None:
+    edit(ranks, change)
+    with pytest.raises(InputError, match=r"llmkit\.json: layout is malformed"):
+        verify(ranks)
+    assert "layout is malformed" in rejected(ranks)
+
+
+def test_what_is_not_sharded(tmp_path: Path) -> None:
+    source = synthetic_checkpoint(tmp_path / "source")
+    for path in (source, tmp_path / "absent"):
+        with pytest.raises(InputError, match=f"{path.name} is not sharded. A directory that `llmkit shard` wrote"):
+            verify(path)
+    assert "is not sharded" in rejected(source)
