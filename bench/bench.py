@@ -17,10 +17,10 @@ from llmkit.bench.quality import evaluation, score_checkpoints
 from llmkit.bench.report import BenchReport, differences, single_target
 from llmkit.bench.targets import ServedTarget, SpeedTarget, UrlTarget
 from llmkit.bench.workload import WARMUP, Workload, build_workload, builtin_text, require_context
-from llmkit.checkpoint.errors import InputError, LlmkitError, UsageError
+from llmkit.checkpoint.errors import InputError, UsageError
 from llmkit.checkpoint.progress import Progress
-from llmkit.checkpoint.source import open_checkpoint
-from llmkit.checkpoint.tokenizer import Tokenizer, load_tokenizer
+from llmkit.checkpoint.source import Checkpoint, open_checkpoint
+from llmkit.checkpoint.tokenizer import load_tokenizer
 from llmkit.runtime.engine.load import EngineOptions
 
 __all__ = ["BenchOptions", "bench"]
@@ -41,9 +41,11 @@ def bench(targets: Sequence[str], options: BenchOptions, progress: Progress) -> 
         notes=plan.notes,
     )
     if options.speed:
-        workload = _workload(plan)
+        tokenizer = _tokenizer(plan)
+        workload = _workload(plan, tokenizer)
         report.workload = {
             "sha256": workload.sha256,
+            "tokenizer": tokenizer.reference,
             "seed": options.seed,
             "rounds": options.rounds,
             "scenarios": workload.describe(),
@@ -62,10 +64,10 @@ def bench(targets: Sequence[str], options: BenchOptions, progress: Progress) -> 
     return report
 
 
-def _workload(plan: Plan) -> Workload:
+def _workload(plan: Plan, tokenizer: Checkpoint) -> Workload:
     """The requests for all targets. Raises InputError when a checkpoint lacks the context or the vocabulary."""
     options = plan.options
-    tokens = _tokenizer(plan).encode(builtin_text(), add_special_tokens=False)
+    tokens = load_tokenizer(tokenizer).encode(builtin_text(), add_special_tokens=False)
     workload = build_workload(tokens, options.scenarios, options.rounds, options.seed, options.limit)
     highest = max(tokens)
     for target in plan.targets:
@@ -171,20 +173,21 @@ def _require_same(plan: Plan, what: str, sha256: str, options: str) -> None:
         )
 
 
-def _tokenizer(plan: Plan) -> Tokenizer:
-    """The tokenizer that makes the prompts: as asked for, else a checkpoint's, else what a server says it serves.
+def _tokenizer(plan: Plan) -> Checkpoint:
+    """Whose tokenizer makes the prompts: what was asked for, else a checkpoint, else what a server says it serves.
 
     Raises UsageError when none is known.
     """
     if plan.options.tokenizer:
-        return load_tokenizer(open_checkpoint(plan.options.tokenizer))
+        return open_checkpoint(plan.options.tokenizer)
     for checkpoint in plan.checkpoints.values():
-        return load_tokenizer(checkpoint)
+        return checkpoint
     server = plan.targets[0].server
     assert server is not None
     for reference in filter(None, (server.root, server.model)):
-        with contextlib.suppress(LlmkitError):
-            return load_tokenizer(open_checkpoint(reference))
+        # On this machine only: a server's word is no reason to download a model.
+        if Path(reference).exists():
+            return open_checkpoint(Path(reference))
     raise UsageError(
         f"which tokenizer makes the prompts for {server.url} is not known (its model is {server.model})",
         todo="Name its checkpoint with --tokenizer",

@@ -189,7 +189,7 @@ async def _find_server(url: str, model: str | None) -> Server:
     except aiohttp.InvalidURL as error:
         raise InputError(f"{url} is no address", "Something like http://127.0.0.1:8000 was expected") from error
     except TimeoutError as error:
-        raise _unreachable(url, errno.ETIMEDOUT, f"no answer within {CONNECT_TIMEOUT_S:g} s") from error
+        raise _unreachable(url, errno.ETIMEDOUT, str(error)) from error
     except (aiohttp.ClientError, OSError) as error:
         cause = getattr(error, "os_error", error)
         reason = getattr(cause, "strerror", None) or str(error)
@@ -212,7 +212,9 @@ async def _find_server(url: str, model: str | None) -> Server:
 
 
 def _unreachable(url: str, number: int | None, reason: str) -> ShortageError:
-    told = f" (errno {number}{f', {errno.errorcode[number]}' if number in errno.errorcode else ''})" if number else ""
+    told = f" (errno {number})" if number else ""
+    if number is not None and number in errno.errorcode:  # else it is one of the name resolver's, with words of its own
+        reason, told = os.strerror(number), f" (errno {number}, {errno.errorcode[number]})"
     return ShortageError(
         f"{url} cannot be reached: {_clean(reason)}{told}", todo="Start the server, or check the address"
     )

@@ -127,7 +127,8 @@ def make_plan(references: Sequence[str], options: BenchOptions) -> Plan:
     if options.quality and servers:
         if not plan.checkpoints and not options.speed:
             raise UsageError("quality is measured on checkpoints, and all targets are servers")
-        plan.notes.append(f"quality is measured on checkpoints only, not on {', '.join(servers)}")
+        if plan.checkpoints:
+            plan.notes.append(f"quality is measured on checkpoints only, not on {', '.join(servers)}")
     _check_gates_can_be_measured(plan)
     return plan
 

@@ -154,6 +154,7 @@ class CheckpointWriter:
 
         A chunk at 0 starts the tensor anew. ValueError when chunks are out of order or too long.
         """
+        data = memoryview(data).cast("B")
         key = self._key(name, file)
         info = self._places[key]
         digest, done = self._open.get(key, (None, 0))

@@ -6,15 +6,20 @@ import asyncio
 import json
 import socket
 import threading
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from pathlib import Path
 
 import pytest
 from aiohttp import web
+from tiny import tiny_checkpoint
 
+from llmkit.bench.bench import BenchOptions, bench
 from llmkit.bench.load import Server, Trace, base_url, find_server, read_trace, run_load
 from llmkit.bench.metrics import require_complete
+from llmkit.bench.targets import UrlTarget
 from llmkit.bench.workload import WorkloadRequest
-from llmkit.checkpoint.errors import InputError, ShortageError
+from llmkit.checkpoint.errors import InputError, ShortageError, UsageError
+from llmkit.checkpoint.progress import SilentProgress
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -206,7 +211,7 @@ def free_port() -> int:
 
 def test_an_unreachable_server() -> None:
     url = f"http://127.0.0.1:{free_port()}"
-    with pytest.raises(ShortageError, match=rf"{url} cannot be reached: .*errno 111, ECONNREFUSED"):
+    with pytest.raises(ShortageError, match=rf"{url} cannot be reached: Connection refused .errno 111, ECONNREFUSED."):
         find_server(url)
     _, timelines = run_load(Server(url, "tiny"), requests(1), clients=1)
     assert "ClientConnectorError" in str(timelines[0].error)
@@ -270,3 +275,50 @@ def test_the_server_counts_where_a_message_brings_several_tokens() -> None:
     assert read(token("a b"), token("c d e", "length"), usage, DONE, max_tokens=5) == ((1.0, 2.0), 5, None)
     ids = event(choices=[{"text": "a", "token_ids": [1, 2, 3], "finish_reason": "length"}])
     assert read(ids, DONE, max_tokens=3) == ((1.0,), 3, None)
+
+
+class TestBench:
+    """`bench` itself against servers that were there before."""
+
+    @pytest.fixture
+    def tokenizer(self, tmp_path: Path) -> Path:
+        return tiny_checkpoint(tmp_path / "tiny")
+
+    def test_a_url(self, server: FakeServer, tokenizer: Path) -> None:
+        gates = ("output_tps>0.1*baseline",)
+        options = BenchOptions(limit=2, tokenizer=str(tokenizer), gates=gates, baseline=server.url)
+        report = bench([f"{server.url}/v1"], options, SilentProgress())
+        assert [target.kind for target in report.targets] == ["url", "url"]
+        assert [target.name for target in report.targets] == [server.url, f"{server.url}/v1"], "the short names clash"
+        assert report.workload["tokenizer"] == str(tokenizer)
+        assert report.gates[0].passed
+        assert len(server.bodies) == 2 * (4 + 2), "warm-up and two requests for each"
+        bench([server.url], BenchOptions(limit=2, tokenizer=str(tokenizer), warmup=False), SilentProgress())
+        assert len(server.bodies) == 12 + 2
+
+    def test_failures_leave_no_report(self, server: FakeServer, tokenizer: Path) -> None:
+        server.handler = refuse
+        with pytest.raises(InputError, match=r"2 of 2 requests of scenario quick failed at 127.*HTTP 400"):
+            bench([server.url], BenchOptions(limit=2, tokenizer=str(tokenizer), warmup=False), SilentProgress())
+
+    def test_whose_tokenizer(self, server: FakeServer, tokenizer: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        with pytest.raises(UsageError, match=r"which tokenizer .* \(its model is tiny\). Name its checkpoint"):
+            bench([server.url], BenchOptions(limit=1), SilentProgress())
+        monkeypatch.chdir(tokenizer.parent)
+        report = bench([server.url], BenchOptions(limit=1), SilentProgress())
+        assert report.workload["tokenizer"] == "tiny", "a folder here that the server names"
+
+    def test_targets_take_turns(self, server: FakeServer, tokenizer: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        order: list[tuple[str, str]] = []
+        run = UrlTarget.run
+
+        def watched(target: UrlTarget, requests: Sequence[WorkloadRequest], clients: int) -> object:
+            order.append((target.name[-2:], requests[0].id))
+            return run(target, requests, clients)
+
+        monkeypatch.setattr(UrlTarget, "run", watched)
+        options = BenchOptions(limit=1, rounds=2, tokenizer=str(tokenizer), warmup=False, device="cpu")
+        report = bench([f"{server.url}/v1", f"{server.url}/"], options, SilentProgress())
+        first, second = (target.name[-2:] for target in report.targets)
+        assert order == [(first, "quick-0-0"), (second, "quick-0-0"), (second, "quick-1-0"), (first, "quick-1-0")]
+        assert report.baseline == f"{server.url}/v1"
