@@ -15,9 +15,10 @@ from llmkit.bench.targets import is_url, short_name
 from llmkit.bench.workload import choose
 from llmkit.checkpoint.errors import UsageError
 from llmkit.checkpoint.source import Checkpoint, open_checkpoint
+from llmkit.model.device import resolve_device
 from llmkit.model.families import model_spec
 from llmkit.model.spec import ModelSpec
-from llmkit.runtime.engine.load import DTYPES, resolve_device
+from llmkit.runtime.engine.load import DTYPES
 
 SAVED = "baseline"  # the name of a baseline that was read from a report
 _QUALITY = ("perplexity", "load_s")

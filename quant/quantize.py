@@ -9,13 +9,14 @@ from typing import Any
 
 import torch
 
-from llmkit.checkpoint.errors import InputError, OutputError, ShortageError, UsageError
+from llmkit.checkpoint.errors import InputError, OutputError, UsageError
 from llmkit.checkpoint.output import check_output, partial_path
 from llmkit.checkpoint.progress import Progress
 from llmkit.checkpoint.quantized import QuantizationConfig
 from llmkit.checkpoint.source import Checkpoint, open_checkpoint
 from llmkit.checkpoint.tokenizer import Tokenizer, load_tokenizer
 from llmkit.checkpoint.writer import CheckpointWriter, PlannedTensor, plan_files, planned_bytes
+from llmkit.model.device import resolve_device
 from llmkit.model.families import model_spec
 from llmkit.model.layout import parameters
 from llmkit.model.loader import check_checkpoint
@@ -145,7 +146,9 @@ def _plan(source: str, out: Path, options: QuantizeOptions, progress: Progress) 
             raise UsageError(f"--{name} is {value}", f"At least {least} was expected")
     if not 0 < options.damp <= 1:
         raise UsageError(f"--damp is {options.damp}", "A share above 0 and up to 1 was expected")
-    device = _device(options.device, progress)
+    device = resolve_device(options.device)
+    if options.device == "auto" and device.type == "cpu":
+        progress.message("no CUDA device: running on the CPU")
     checkpoint = open_checkpoint(source)
     if checkpoint.quantization is not None:
         found = checkpoint.quantization
@@ -178,17 +181,6 @@ def _plan(source: str, out: Path, options: QuantizeOptions, progress: Progress) 
         device,
         seq_len,
     )
-
-
-def _device(name: str, progress: Progress) -> torch.device:
-    available = torch.cuda.is_available()
-    if name == "cuda" and not available:
-        raise ShortageError(
-            "--device cuda, and PyTorch sees no CUDA device", "An NVIDIA GPU was expected", "Use --device cpu"
-        )
-    if name == "auto" and not available:
-        progress.message("no CUDA device: running on the CPU")
-    return torch.device("cuda" if name in ("auto", "cuda") and available else "cpu")
 
 
 def _calibration(

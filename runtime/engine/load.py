@@ -7,9 +7,10 @@ from pathlib import Path
 
 import torch
 
-from llmkit.checkpoint.errors import InputError, ShortageError
+from llmkit.checkpoint.errors import InputError
 from llmkit.checkpoint.source import Checkpoint, open_checkpoint
 from llmkit.checkpoint.tokenizer import load_tokenizer
+from llmkit.model.device import resolve_device
 from llmkit.model.families import model_spec
 from llmkit.model.loader import load_model
 from llmkit.runtime.engine.engine import Engine
@@ -66,16 +67,6 @@ def load_engine(model: str | Path | Checkpoint, options: EngineOptions | None = 
         max_num_batched_tokens=options.max_num_batched_tokens,
     )
     return Engine(load_model(checkpoint, dtype, device), config, eos_ids(checkpoint))
-
-
-def resolve_device(name: str) -> torch.device:
-    """The device that "auto", "cuda" or "cpu" means here. Raises ShortageError for CUDA where there is none."""
-    available = torch.cuda.is_available()
-    if name == "cuda" and not available:
-        raise ShortageError(
-            "--device cuda, and PyTorch sees no CUDA device", "An NVIDIA GPU and its driver", "Use --device cpu"
-        )
-    return torch.device("cuda" if name == "cuda" or (name == "auto" and available) else "cpu")
 
 
 def resolve_dtype(name: str, checkpoint: Checkpoint, device: torch.device) -> torch.dtype:

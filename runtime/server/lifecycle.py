@@ -99,6 +99,8 @@ def _open_for_requests(state: State, facts: Ready, text: TextSide, listener: soc
             "The embedding must have a row for every token",
             "Use the tokenizer that the model was trained with",
         )
+    if state.options.device == "auto" and facts.device == "cpu":
+        _say("no CUDA device: running on the CPU")
     state.become_ready(facts, text)
     for ignored in text.not_applied:
         _say(f"generation_config.json has {ignored}, which is not applied")
