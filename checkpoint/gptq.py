@@ -87,7 +87,7 @@ class GptqFormat:
             "desc_act": False,
             "static_groups": True,
             "true_sequential": True,
-            "damp_percent": 0.01,
+            "damp_percent": config.damp,
             "lm_head": "lm_head" not in config.ignore,
             "meta": {"quantizer": ["llmkit"], "method": config.method},
         }
@@ -107,7 +107,10 @@ class GptqFormat:
             raise InputError("This GPTQ checkpoint sets options per module (dynamic)", "One setting was expected")
         method = (d.get("meta") or {}).get("method", "gptq")
         symmetric = bool(d.get("sym", True))
-        return QuantizationConfig("gptq", bits, size, symmetric, () if d.get("lm_head") else ("lm_head",), str(method))
+        ignore = () if d.get("lm_head") else ("lm_head",)
+        damp = d.get("damp_percent")
+        damp = damp if isinstance(damp, float) else QuantizationConfig.damp
+        return QuantizationConfig("gptq", bits, size, symmetric, ignore, str(method), damp)
 
     def extra_files(self, config: QuantizationConfig) -> dict[str, bytes]:
         """quantize_config.json, which AutoGPTQ and older engines read."""

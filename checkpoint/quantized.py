@@ -23,6 +23,7 @@ class QuantizationConfig:
     symmetric: bool
     ignore: tuple[str, ...] = ("lm_head",)  # module names left unquantized
     method: str = ""  # what chose the codes, when the checkpoint says so (gptq, rtn, int8)
+    damp: float = 0.01  # GPTQ: the share of the mean diagonal that was added to the Hessian; only told, never used
 
     def groups(self, in_features: int) -> int:
         """How many groups a row of `in_features` weights has."""

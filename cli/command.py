@@ -71,6 +71,8 @@ def add(app: typer.Typer, name: str, function: Command, epilog: str = "", has_re
             return function(output, **options) or 0
         except KeyboardInterrupt:
             raise Stopped(INTERRUPTED) from None
+        finally:
+            output.close()
 
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}

@@ -24,6 +24,7 @@ class Output:
         self.as_json = as_json
         self.quiet = quiet
         self.debug = debug
+        self._progress: Progress | None = None
 
     @cached_property
     def console(self) -> Console:
@@ -54,8 +55,15 @@ class Output:
         from llmkit.cli.progress import Bars, StageLines
 
         if self.quiet:
-            return SilentProgress()
-        return Bars(self.notes) if self.notes.is_terminal else StageLines(self.message)
+            self._progress = SilentProgress()
+        else:
+            self._progress = Bars(self.notes) if self.notes.is_terminal else StageLines(self.message)
+        return self._progress
+
+    def close(self) -> None:
+        """Takes a bar that an error left open off the terminal, which shows its cursor again."""
+        if self._progress is not None:
+            self._progress.finish()
 
 
 def _console(stderr: bool) -> Console:

@@ -77,8 +77,10 @@ def _best_range(groups: torch.Tensor, full: torch.Tensor, bits: int, dtype: torc
     low, high = levels(bits)
     best, best_loss = full.clone(), torch.full_like(full, torch.inf)
     work = torch.empty_like(groups)
-    for step in range(STEPS + 1):
-        scale = _storable(full * (1.0 - step * (1.0 - MIN_SHRINK) / STEPS), dtype)
+    # The full range ends half a step below the largest positive weight; the first scale tried reaches it.
+    reach = ((1 << bits) - 1) / ((1 << bits) - 2)
+    for shrink in (reach, *(1.0 - step * (1.0 - MIN_SHRINK) / STEPS for step in range(STEPS + 1))):
+        scale = _storable(full * shrink, dtype)
         torch.div(groups, scale, out=work)
         work.round_().clamp_(low, high).mul_(scale).sub_(groups).abs_()
         work.log2_().mul_(NORM).exp2_()  # |error|^NORM in a third of the time of pow, with 0 for 0

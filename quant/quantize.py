@@ -162,6 +162,8 @@ def _plan(source: str, out: Path, options: QuantizeOptions, progress: Progress) 
     spec = model_spec(checkpoint.config)
     check_checkpoint(checkpoint, spec)
     quantization = quantization_of(spec, options.method, bits, options.group_size)
+    if quantization is not None and method.calibrated:
+        quantization = dataclasses.replace(quantization, damp=options.damp)
     tensors = planned_tensors(checkpoint, spec, quantization, method.dtype)
     files = plan_files(tensors)
     check_output(out.expanduser().absolute(), checkpoint, planned_bytes(files))

@@ -10,15 +10,18 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from io import StringIO
 
 import pytest
 import typer
+from rich.console import Console
 
 from llmkit.checkpoint.errors import GateError, InputError, LlmkitError, OutputError, ShortageError, UsageError
 from llmkit.cli import main
 from llmkit.cli.command import add
 from llmkit.cli.errors import Stopped
 from llmkit.cli.output import Output, bytes_text, seconds_text
+from llmkit.cli.progress import Bars
 
 
 @pytest.fixture
@@ -152,13 +155,24 @@ def test_without_a_terminal_there_are_no_bars(capsys: pytest.CaptureFixture[str]
     assert capsys.readouterr().err == ""
 
 
+def test_an_error_takes_the_bar_off_the_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = StringIO()
+
+    def command(output: Output) -> None:
+        """Fails with a bar open."""
+        output.notes = Console(file=stream, force_terminal=True, width=120)
+        output.progress().start("Quantizing", 2, "layers")
+        raise InputError("bad")
+
+    app = typer.Typer(add_completion=False)
+    app.callback()(lambda: None)
+    add(app, "quantize", command)
+    monkeypatch.setattr(main, "app", app)
+    assert main.run(["quantize"]) == 3
+    assert stream.getvalue().endswith("\x1b[?25h")  # the cursor is shown again
+
+
 def test_bars_on_a_terminal() -> None:
-    from io import StringIO
-
-    from rich.console import Console
-
-    from llmkit.cli.progress import Bars
-
     stream = StringIO()
     bars = Bars(Console(file=stream, force_terminal=True, width=120))
     bars.start("Quantizing", 2, "layers")
