@@ -41,7 +41,7 @@ def score(model: Decoder, reference: Decoder | None, windows: torch.Tensor) -> Q
 def score_logits(
     logits: Iterable[torch.Tensor], reference: Iterable[torch.Tensor] | None, windows: torch.Tensor
 ) -> Quality:
-    """`score` from the logits [L, V] themselves, one tensor per window of [n, L]."""
+    """`score` from the logits [L, V] themselves, one tensor per window of [n, L]; n and L - 1 are at least 1."""
     loss, reference_loss, agree, targets = 0.0, 0.0, 0, 0
     divergences: list[torch.Tensor] = []
     others: Iterator[torch.Tensor | None] = iter(reference) if reference is not None else iter([None] * len(windows))
@@ -76,7 +76,5 @@ def _loss(log_probabilities: torch.Tensor, following: torch.Tensor) -> float:
 
 
 def _perplexity(loss: float, tokens: int) -> float:
-    """exp(mean loss), infinity where that overflows or nothing was predicted."""
-    if not tokens or loss / tokens > 700:
-        return math.inf
-    return math.exp(loss / tokens)
+    """exp(mean loss), at most e^700: the largest that is still a finite number."""
+    return math.exp(min(loss / tokens, 700.0))

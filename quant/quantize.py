@@ -3,27 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from llmkit.checkpoint.errors import InputError, OutputError, UsageError
-from llmkit.checkpoint.output import check_output, partial_path
+from llmkit.checkpoint.errors import InputError, OutputError
+from llmkit.checkpoint.output import partial_path
 from llmkit.checkpoint.progress import Progress
-from llmkit.checkpoint.quantized import QuantizationConfig
-from llmkit.checkpoint.source import Checkpoint, open_checkpoint
 from llmkit.checkpoint.tokenizer import Tokenizer, load_tokenizer
-from llmkit.checkpoint.writer import CheckpointWriter, PlannedTensor, plan_files, planned_bytes
-from llmkit.model.device import resolve_device
-from llmkit.model.families import model_spec
+from llmkit.checkpoint.writer import CheckpointWriter, planned_bytes
 from llmkit.model.layout import parameters
-from llmkit.model.loader import check_checkpoint
-from llmkit.model.spec import ModelSpec
 from llmkit.quant import memory
-from llmkit.quant.methods import Method, method_of, quantization_of
 from llmkit.quant.pipeline import quantize_layers, round_parameters
+from llmkit.quant.plan import Plan, QuantizeOptions, make_plan, plan_figures
 from llmkit.quant.quality import Quality, score_logits
 from llmkit.quant.report import Report, Stopwatch, report_json, versions
 from llmkit.quant.storage import (
@@ -31,67 +24,15 @@ from llmkit.quant.storage import (
     check_finite,
     output_config,
     output_files,
-    planned_tensors,
-    stored_dtype,
 )
 from llmkit.quant.stream import LayerStream
 from llmkit.quant.text import BUILTIN, load_text, windows_sha256
 from llmkit.quant.tokens import EVALUATION_TOKENS, calibration_windows, evaluation_windows
 
+__all__ = ["QuantizeOptions", "quantize"]
+
 REPORT = "llmkit_report.json"
-MIN_SEQ_LEN = 16  # tokens; shorter windows say nothing of a model
 _READ_AHEAD = 32  # characters of calibration text read per token needed, so that the seed has a choice
-
-
-@dataclass(frozen=True)
-class QuantizeOptions:
-    """What to do. Defaults are those of the command line."""
-
-    method: str  # a key of methods.METHODS
-    bits: int | None = None  # None: the method's first
-    group_size: int | None = None  # columns that share a scale; None: the largest usual one that divides every layer
-    calibration: str = BUILTIN
-    samples: int = 128  # calibration windows, at most
-    seq_len: int = 2048  # tokens of a calibration window; at most the model's positions
-    damp: float = 0.01  # share of the Hessian's mean diagonal that is added to it
-    evaluate: bool = True  # compare the output with the source on held-out text
-    eval_windows: int = 8  # windows of 1,024 tokens to compare on
-    resume: bool = False  # insist on continuing an interrupted run (it is continued without, too)
-    dry_run: bool = False  # plan only
-    seed: int = 0  # chooses the calibration windows
-    device: str = "auto"  # "auto", "cuda" or "cpu"
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """Everything that is known before any weight is read."""
-
-    source: Checkpoint
-    spec: ModelSpec
-    out: Path
-    options: QuantizeOptions
-    method: Method
-    bits: int
-    quantization: QuantizationConfig | None
-    tensors: list[PlannedTensor]
-    files: dict[str, list[PlannedTensor]]
-    device: torch.device
-    seq_len: int
-
-    @property
-    def dtype(self) -> str:
-        """The dtype of what is not quantized, as in a safetensors header."""
-        return stored_dtype(self.source, self.method.dtype)
-
-    def memory_bytes(self) -> int:
-        """The peak of the whole run."""
-        need = memory.tensor_bytes(self.spec)
-        if self.options.evaluate:
-            need = max(need, memory.layer_bytes(self.spec, min(EVALUATION_TOKENS, self.spec.max_positions)))
-        if self.method.calibrated:
-            layer = memory.layer_bytes(self.spec, self.seq_len) + memory.gptq_bytes(self.spec)
-            need = max(need, layer + memory.hidden_bytes(self.spec, self.options.samples, self.seq_len))
-        return need
 
 
 def quantize(source: str, output: str, options: QuantizeOptions, progress: Progress) -> Report:
@@ -103,9 +44,9 @@ def quantize(source: str, output: str, options: QuantizeOptions, progress: Progr
     ShortageError for too little memory or disk, OutputError when the output is in the way.
     """
     watch = Stopwatch()
-    plan = _plan(source, Path(output), options, progress)
+    plan = make_plan(source, Path(output), options, progress)
     if options.dry_run:
-        return _report(plan, watch, {"plan": _plan_figures(plan)})
+        return _report(plan, watch, {"plan": plan_figures(plan)})
     need, have = plan.memory_bytes(), memory.available_bytes(plan.device)
     per_sample = memory.hidden_bytes(plan.spec, 1, plan.seq_len)
     memory.check_memory(need, per_sample, options.samples, have, plan.method.calibrated)
@@ -135,58 +76,8 @@ def quantize(source: str, output: str, options: QuantizeOptions, progress: Progr
     return report
 
 
-def _plan(source: str, out: Path, options: QuantizeOptions, progress: Progress) -> _Plan:
-    method, bits = method_of(options.method, options.bits, options.group_size)
-    for name, value, least in (
-        ("samples", options.samples, 1),
-        ("seq-len", options.seq_len, MIN_SEQ_LEN),
-        ("eval-windows", options.eval_windows, 1),
-    ):
-        if value < least:
-            raise UsageError(f"--{name} is {value}", f"At least {least} was expected")
-    if not 0 < options.damp <= 1:
-        raise UsageError(f"--damp is {options.damp}", "A share above 0 and up to 1 was expected")
-    device = resolve_device(options.device)
-    if options.device == "auto" and device.type == "cpu":
-        progress.message("no CUDA device: running on the CPU")
-    checkpoint = open_checkpoint(source)
-    if checkpoint.quantization is not None:
-        found = checkpoint.quantization
-        raise InputError(
-            f"{source} is already quantized ({found.method or found.format}, {found.bits} bits)",
-            "A checkpoint of 16 or 32 bits was expected",
-            "Quantize the original model",
-        )
-    if checkpoint.layout is not None:
-        raise InputError(f"{source} is sharded", "A whole checkpoint was expected", "Merge it: llmkit shard merge")
-    spec = model_spec(checkpoint.config)
-    check_checkpoint(checkpoint, spec)
-    quantization = quantization_of(spec, options.method, bits, options.group_size)
-    if quantization is not None and method.calibrated:
-        quantization = dataclasses.replace(quantization, damp=options.damp)
-    tensors = planned_tensors(checkpoint, spec, quantization, method.dtype)
-    files = plan_files(tensors)
-    check_output(out.expanduser().absolute(), checkpoint, planned_bytes(files))
-    seq_len = min(options.seq_len, spec.max_positions)
-    if method.calibrated and seq_len < options.seq_len:
-        progress.message(f"calibration windows have {seq_len} tokens: the model has no more positions")
-    return _Plan(
-        checkpoint,
-        spec,
-        out.expanduser().absolute(),
-        options,
-        method,
-        bits,
-        quantization,
-        tensors,
-        files,
-        device,
-        seq_len,
-    )
-
-
 def _calibration(
-    plan: _Plan, tokenizer: Tokenizer | None, progress: Progress
+    plan: Plan, tokenizer: Tokenizer | None, progress: Progress
 ) -> tuple[torch.Tensor | None, dict[str, Any] | None]:
     """The calibration windows [n, L] and what the report says of them; None for methods that need none."""
     options = plan.options
@@ -222,7 +113,7 @@ def _calibration(
     }
 
 
-def _identity(plan: _Plan, calibration: dict[str, Any] | None) -> dict[str, Any]:
+def _identity(plan: Plan, calibration: dict[str, Any] | None) -> dict[str, Any]:
     """Everything that decides the bytes of the weights."""
     return {
         "command": "quantize",
@@ -236,7 +127,7 @@ def _identity(plan: _Plan, calibration: dict[str, Any] | None) -> dict[str, Any]
 
 
 def _convert(
-    plan: _Plan, storage: Storage, calibration: torch.Tensor | None, progress: Progress
+    plan: Plan, storage: Storage, calibration: torch.Tensor | None, progress: Progress
 ) -> list[dict[str, Any]]:
     """Write all tensors; return what the report says of the linears."""
     if calibration is None:
@@ -250,12 +141,12 @@ def _convert(
     return quantize_layers(source, written, calibration, storage, plan.options.damp, progress)
 
 
-def _written(plan: _Plan, storage: Storage) -> LayerStream:
+def _written(plan: Plan, storage: Storage) -> LayerStream:
     config = output_config(plan.source, plan.quantization, plan.dtype)
     return LayerStream.of(storage.written(config), plan.spec, plan.device)
 
 
-def _evaluate(plan: _Plan, storage: Storage, tokenizer: Tokenizer, progress: Progress) -> dict[str, Any]:
+def _evaluate(plan: Plan, storage: Storage, tokenizer: Tokenizer, progress: Progress) -> dict[str, Any]:
     """Compare what was written with the source on held-out text."""
     length = min(EVALUATION_TOKENS, plan.spec.max_positions)
     windows = evaluation_windows(tokenizer, plan.options.eval_windows, length)
@@ -273,20 +164,8 @@ def _evaluate(plan: _Plan, storage: Storage, tokenizer: Tokenizer, progress: Pro
     }
 
 
-def _plan_figures(plan: _Plan) -> dict[str, Any]:
-    files = {file: sum(tensor.nbytes for tensor in tensors) for file, tensors in plan.files.items()}
-    return {
-        "files": files,
-        "tensors": len(plan.tensors),
-        "checkpoint_bytes": sum(files.values()),
-        "memory_bytes": plan.memory_bytes(),
-        "memory_available_bytes": memory.available_bytes(plan.device),
-        "disk_bytes": planned_bytes(plan.files),
-    }
-
-
 def _results(
-    plan: _Plan,
+    plan: Plan,
     storage: Storage,
     calibration: dict[str, Any] | None,
     linears: list[dict[str, Any]],
@@ -307,7 +186,7 @@ def _results(
     }
 
 
-def _report(plan: _Plan, watch: Stopwatch, results: dict[str, Any]) -> Report:
+def _report(plan: Plan, watch: Stopwatch, results: dict[str, Any]) -> Report:
     return {
         "command": "quantize",
         "versions": versions(),
@@ -326,7 +205,7 @@ def _report(plan: _Plan, watch: Stopwatch, results: dict[str, Any]) -> Report:
     }
 
 
-def _manifest(plan: _Plan, calibration: dict[str, Any] | None) -> dict[str, Any]:
+def _manifest(plan: Plan, calibration: dict[str, Any] | None) -> dict[str, Any]:
     recipe = {"command": "quantize", "method": plan.options.method, "bits": plan.bits}
     if plan.quantization is not None:
         recipe |= {"format": plan.quantization.format, "group_size": plan.quantization.group_size}

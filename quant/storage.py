@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -178,8 +177,3 @@ def output_config(source: Checkpoint, quantization: QuantizationConfig | None, d
 def output_files(source: Checkpoint, quantization: QuantizationConfig | None) -> dict[str, bytes]:
     """The files that go along: the source's tokenizer and licences, and what the format asks for."""
     return source.side_files() | (format_of(quantization).extra_files(quantization) if quantization else {})
-
-
-def folder_bytes(folder: Path) -> int:
-    """Bytes of the weight files in a folder."""
-    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))

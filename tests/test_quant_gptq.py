@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from llmkit.checkpoint.quantized import QuantizedWeight
 from llmkit.quant.gptq import Hessian, gptq, relative_error
 from llmkit.quant.grid import NORM, group_scales, nearest, round_to_nearest
@@ -58,7 +59,7 @@ def test_codes_agree_with_an_independent_float64_gptq(bits: int, act_order: bool
     hessian = hessian_of(correlated_inputs(columns))
     weight = random_weight(24, columns)
     result = gptq(weight, hessian, bits, group, act_order=act_order, block=16)
-    scales = group_scales(weight, bits, group, search=True)
+    scales = group_scales(weight, bits, group, search=True, importance=hessian.diagonal().sqrt())
     order = torch.argsort(hessian.diagonal(), descending=True, stable=True) if act_order else torch.arange(columns)
     expected = naive_gptq(weight, hessian, scales.float(), bits, group, order)
     assert torch.equal(result.weight.scales, scales)
@@ -135,7 +136,8 @@ def test_a_hopeless_hessian_falls_back_to_rounding(broken: torch.Tensor) -> None
     weight = random_weight(8, 32)
     result = gptq(weight, broken, 4, 32)
     assert result.damp is None
-    assert torch.equal(result.weight.codes, round_to_nearest(weight, 4, 32, search=True).codes)
+    assert torch.equal(result.weight.codes, nearest(weight, result.weight.scales, 4, 32).codes)
+    assert bool(torch.isfinite(result.weight.dequantize()).all())
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -187,6 +189,18 @@ def test_the_range_search_finds_the_best_of_its_shrinks() -> None:
     tried = torch.stack([loss((full * shrink).half().float()) for shrink in shrinks])
     torch.testing.assert_close(loss(found), tried.amin(0), rtol=1e-3, atol=0)
     assert bool((found < full).any())
+
+
+def test_the_range_search_favours_important_columns() -> None:
+    weight = random_weight(16, 64)
+    weight[:, 0] *= 6
+    importance = torch.ones(64)
+    importance[0] = 1e6
+    errors = []
+    for chosen in (None, importance):
+        scales = group_scales(weight, 4, 64, search=True, importance=chosen)
+        errors.append((nearest(weight, scales, 4, 64).dequantize() - weight)[:, 0].abs().mean())
+    assert errors[1] < 0.5 * errors[0]
 
 
 def test_rounding_uses_the_stored_scales() -> None:

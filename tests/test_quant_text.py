@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 import tiny
 import torch
+
 from llmkit.checkpoint.errors import InputError, ShortageError
 from llmkit.checkpoint.source import open_checkpoint
 from llmkit.checkpoint.tokenizer import Tokenizer, load_tokenizer

@@ -1,0 +1,414 @@
+"""Whole runs on tiny models: quality, the bytes on disk, resuming, fused and routed layers."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file
+
+from llmkit.checkpoint.manifest import verify_manifest
+from llmkit.checkpoint.progress import SilentProgress
+from llmkit.checkpoint.quantized import QuantizedWeight
+from llmkit.checkpoint.source import open_checkpoint
+from llmkit.checkpoint.tokenizer import load_tokenizer
+from llmkit.model.families import model_spec
+from llmkit.model.layout import parameters
+from llmkit.model.loader import load_model, read_parameter
+from llmkit.model.sequence import hidden_states, logits_of
+from llmkit.quant import pipeline, text
+from llmkit.quant.quality import score
+from llmkit.quant.quantize import QuantizeOptions, quantize
+from llmkit.quant.report import Report
+from llmkit.quant.storage import split_rows
+from llmkit.quant.stream import LayerStream
+from llmkit.quant.tokens import calibration_windows, evaluation_windows
+
+OPTIONS = QuantizeOptions("gptq", samples=4, seq_len=64, evaluate=False, device="cpu")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def short_builtin_text() -> Iterator[None]:
+    """A tenth of the builtin text: tokenizing all of it would be most of the time of these tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        short = text.builtin_text()[:50_000]
+        patch.setattr(text, "builtin_text", lambda: short)
+        yield
+
+
+class InterruptedRunError(Exception):
+    pass
+
+
+class StopAfter(SilentProgress):
+    """Raises when the given number of units of a stage are done."""
+
+    def __init__(self, stage: str, units: int) -> None:
+        self.stage, self.left, self.current = stage, units, ""
+
+    def start(self, stage: str, total: int, unit: str) -> None:
+        self.current = stage
+
+    def advance(self, n: int = 1, note: str = "") -> None:
+        if self.current == self.stage:
+            self.left -= n
+            if n and self.left == 0:
+                raise InterruptedRunError
+
+
+class Messages(SilentProgress):
+    def __init__(self) -> None:
+        self.texts: list[str] = []
+
+    def message(self, text: str) -> None:
+        self.texts.append(text)
+
+
+def run(source: Path, out: Path, options: QuantizeOptions = OPTIONS, **changes: object) -> Report:
+    return quantize(str(source), str(out), dataclasses.replace(options, **changes), SilentProgress())
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.tiny_checkpoint(tmp_path_factory.mktemp("source") / "llama", num_hidden_layers=3)
+
+
+@pytest.fixture(scope="module")
+def llama_int4(llama: Path) -> Path:
+    out = llama.parent / "int4"
+    run(llama, out)
+    return out
+
+
+def tensors(path: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor for file in sorted(path.glob("*.safetensors")) for name, tensor in load_file(file).items()}
+
+
+def assert_same_output(one: Path, two: Path) -> None:
+    """Every file the same, byte for byte, but for the seconds in the report and its digest in the manifest."""
+    names = sorted(file.name for file in one.iterdir())
+    assert names == sorted(file.name for file in two.iterdir())
+    for name in names:
+        if name in ("llmkit_report.json", "llmkit.json"):
+            left, right = (json.loads((path / name).read_text()) for path in (one, two))
+            for content in (left, right):
+                content.pop("seconds", None)
+                content.pop("output", None)
+                content.get("files", {}).pop("llmkit_report.json", None)
+                content.get("options", {}).pop("resume", None)
+            assert left == right, name
+        else:
+            assert (one / name).read_bytes() == (two / name).read_bytes(), name
+
+
+def test_the_output_is_a_complete_checkpoint(llama: Path, llama_int4: Path) -> None:
+    assert verify_manifest(llama_int4) == []
+    checkpoint = open_checkpoint(llama_int4)
+    assert checkpoint.quantization is not None
+    assert (checkpoint.quantization.format, checkpoint.quantization.bits) == ("gptq", 4)
+    assert checkpoint.quantization.group_size == 64
+    stored, source = tensors(llama_int4), tensors(llama)
+    for name in ("model.embed_tokens.weight", "lm_head.weight", "model.layers.1.input_layernorm.weight"):
+        assert torch.equal(stored[name], source[name])
+        assert stored[name].dtype == torch.bfloat16
+    assert stored["model.layers.0.self_attn.k_proj.qweight"].shape == (8, 32)
+    assert "model.layers.0.self_attn.k_proj.weight" not in stored
+    assert (llama_int4 / "tokenizer.json").read_bytes() == (llama / "tokenizer.json").read_bytes()
+    assert (llama_int4 / "quantize_config.json").is_file()
+    assert not list(llama_int4.parent.glob("int4.*"))
+
+
+def test_the_report_tells_every_linear(llama_int4: Path) -> None:
+    report = json.loads((llama_int4 / "llmkit_report.json").read_text())
+    assert [entry["name"] for entry in report["linears"]] == [
+        f"layers.{i}.{name}" for i in range(3) for name in ("attn.qkv", "attn.o", "mlp.gate_up", "mlp.down")
+    ]
+    for entry in report["linears"]:
+        assert 0 < entry["error"] < 0.02
+        assert (entry["method"], entry["bits"], entry["group_size"], entry["tokens"]) == ("gptq", 4, 64, 256)
+        assert entry["damp"] == 0.01
+    assert report["fallbacks"] == []
+    assert report["calibration"]["tokens"] == 256
+    assert len(report["calibration"]["windows_sha256"]) == 64
+    assert report["sizes"]["checkpoint_bytes"] < report["sizes"]["source_bytes"]
+    assert {"quantize", "check", "hash"} <= report["seconds"].keys()
+
+
+def test_the_loaded_model_has_the_pipelines_weights(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used: dict[str, torch.Tensor] = {}
+    original = pipeline._quantize_layer
+
+    def spy(*arguments: object) -> list[pipeline.Done]:
+        done = original(*arguments)  # type: ignore[arg-type]
+        used.update({row.name: weight.dequantize() for row, weight, _ in done})
+        return done
+
+    monkeypatch.setattr(pipeline, "_quantize_layer", spy)
+    run(llama, tmp_path / "out")
+    checkpoint = open_checkpoint(tmp_path / "out")
+    linears = [row for row in parameters(model_spec(checkpoint.config)) if row.linear]
+    assert used.keys() == {row.name for row in linears}
+    for row in linears:
+        assert torch.equal(read_parameter(checkpoint, row, torch.float32), used[row.name]), row.name
+    model = load_model(checkpoint, torch.float32)
+    assert torch.equal(model.layers[1].linears["attn.qkv"].weight, used["layers.1.attn.qkv.weight"])
+
+
+def structured(path: Path) -> Path:
+    """A tiny model whose inputs have structure: few directions of the embedding carry most of the signal."""
+    from safetensors.torch import save_file
+
+    tiny.tiny_checkpoint(path)
+    weights = load_file(path / "model.safetensors")
+    generator = torch.Generator().manual_seed(5)
+    basis = torch.randn(12, 64, generator=generator)
+    embedding = torch.randn(tiny.VOCAB, 12, generator=generator) @ basis * 0.3
+    weights["model.embed_tokens.weight"] = embedding.bfloat16()
+    weights["lm_head.weight"] = (weights["lm_head.weight"].float() * 3).bfloat16()
+    save_file(weights, path / "model.safetensors", {"format": "pt"})
+    return path
+
+
+def test_gptq_beats_rounding_in_kl_and_the_report_says_how_much(tmp_path: Path) -> None:
+    source = structured(tmp_path / "source")
+    gptq = run(source, tmp_path / "gptq", samples=32, seq_len=128, evaluate=True, eval_windows=4)["quality"]
+    rtn = run(source, tmp_path / "rtn", QuantizeOptions("rtn", device="cpu", eval_windows=4))["quality"]
+    assert gptq["windows_sha256"] == rtn["windows_sha256"]
+    assert gptq["mean_kl"] < 0.7 * rtn["mean_kl"]
+    assert gptq["top1"] > rtn["top1"]
+    assert gptq["reference_perplexity"] == rtn["reference_perplexity"]
+
+    reference, model = open_checkpoint(source), open_checkpoint(tmp_path / "gptq")
+    windows = evaluation_windows(load_tokenizer(model), 4, 256)
+    again = score(load_model(model, torch.float32), load_model(reference, torch.float32), windows)
+    for name, value in dataclasses.asdict(again).items():
+        assert value == pytest.approx(gptq[name], rel=1e-4), name
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma3_text", "qwen3_moe"])
+def test_streaming_a_model_is_the_model(tmp_path: Path, architecture: str) -> None:
+    checkpoint = open_checkpoint(tiny.tiny_checkpoint(tmp_path / "model", architecture))
+    spec = model_spec(checkpoint.config)
+    windows = torch.randint(0, tiny.VOCAB, (5, 48), generator=torch.Generator().manual_seed(0))
+    whole = list(logits_of(load_model(checkpoint, torch.float32), windows))
+    streamed = list(LayerStream.of(checkpoint, spec).logits(windows))
+    for one, two in zip(whole, streamed, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-4)
+
+
+def test_calibration_sees_the_quantized_layers_before(llama: Path, llama_int4: Path) -> None:
+    """The last layer's inputs during calibration are those of the quantized model: its weights come out the same
+    when only it is quantized, behind the quantized layers of the output."""
+    checkpoint = open_checkpoint(llama_int4)
+    spec = model_spec(checkpoint.config)
+    report = json.loads((llama_int4 / "llmkit_report.json").read_text())
+    model = load_model(checkpoint, torch.float32)
+    tokenizer = load_tokenizer(checkpoint)
+    windows = calibration_windows(tokenizer, text.load_text("builtin"), True, 4, 64, 0)
+    seen = []
+    handle = model.layers[2].linears["mlp.down"].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    hidden_states(model, list(windows))
+    handle.remove()
+    inputs = torch.cat(seen)
+    row = next(row for row in parameters(spec) if row.name == "layers.2.mlp.down.weight")
+    dense = read_parameter(open_checkpoint(llama), row, torch.float32)
+    lost = (inputs @ (dense - model.layers[2].linears["mlp.down"].weight).T).square().sum()
+    share = (lost / (inputs @ dense.T).square().sum()).item()
+    assert share == pytest.approx(report["linears"][-1]["error"], rel=1e-3)
+
+
+@pytest.mark.parametrize(("stage", "units"), [("quantize", 1), ("quantize", 2), ("evaluate", 4)])
+def test_an_interrupted_run_resumes_to_the_same_bytes(llama: Path, tmp_path: Path, stage: str, units: int) -> None:
+    options = dataclasses.replace(OPTIONS, evaluate=True, eval_windows=2)
+    run(llama, tmp_path / "whole", options)
+    out = tmp_path / "resumed"
+    with pytest.raises(InterruptedRunError):
+        quantize(str(llama), str(out), options, StopAfter(stage, units))
+    assert not out.exists()
+    calls = []
+    original = pipeline._quantize_layer
+
+    def count(*arguments: object) -> list[pipeline.Done]:
+        calls.append(arguments)
+        return original(*arguments)  # type: ignore[arg-type]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline, "_quantize_layer", count)
+        run(llama, out, options, resume=True)
+    assert len(calls) == (3 - units if stage == "quantize" else 0)
+    assert_same_output(tmp_path / "whole", out)
+
+
+@pytest.mark.parametrize("method", ["rtn", "int8", "fp16"])
+def test_interrupted_rounding_resumes_to_the_same_bytes(llama: Path, tmp_path: Path, method: str) -> None:
+    options = QuantizeOptions(method, evaluate=False, device="cpu")
+    run(llama, tmp_path / "whole", options)
+    with pytest.raises(InterruptedRunError):
+        quantize(str(llama), str(tmp_path / "resumed"), options, StopAfter("write", 7))
+    run(llama, tmp_path / "resumed", options)
+    assert_same_output(tmp_path / "whole", tmp_path / "resumed")
+
+
+def test_the_seed_decides_the_bytes(llama: Path, llama_int4: Path, tmp_path: Path) -> None:
+    run(llama, tmp_path / "same")
+    run(llama, tmp_path / "other", seed=1)
+    assert_same_output(llama_int4, tmp_path / "same")
+    name = "model.safetensors"
+    assert (llama_int4 / name).read_bytes() != (tmp_path / "other" / name).read_bytes()
+
+
+def test_other_options_do_not_resume(llama: Path, tmp_path: Path) -> None:
+    with pytest.raises(InterruptedRunError):
+        quantize(str(llama), str(tmp_path / "out"), OPTIONS, StopAfter("quantize", 2))
+    run(llama, tmp_path / "out", group_size=32)
+    run(llama, tmp_path / "fresh", group_size=32)
+    assert_same_output(tmp_path / "out", tmp_path / "fresh")
+
+
+def test_a_fused_checkpoint_stays_fused(tmp_path: Path) -> None:
+    source = tiny.tiny_checkpoint(tmp_path / "phi", "phi3")
+    report = run(source, tmp_path / "out")
+    stored = tensors(tmp_path / "out")
+    assert stored["model.layers.0.self_attn.qkv_proj.qweight"].shape == (8, 128)
+    assert stored["model.layers.0.mlp.gate_up_proj.qweight"].shape == (8, 256)
+    assert report["linears"][0]["tensors"] == ["model.layers.0.self_attn.qkv_proj.weight"]
+    load_model(open_checkpoint(tmp_path / "out"), torch.float32)
+
+
+def test_split_rows_follows_the_parts(llama: Path) -> None:
+    row = next(
+        row for row in parameters(model_spec(open_checkpoint(llama).config)) if row.module == "layers.0.attn.qkv"
+    )
+    codes = torch.arange(128, dtype=torch.uint8)[:, None].expand(128, 64)
+    scales = torch.arange(128.0)[:, None]
+    parts = split_rows(row, QuantizedWeight(codes, scales, codes[:, :1], 8, 64))
+    q, k, v = (parts[f"model.layers.0.self_attn.{name}_proj.weight"] for name in "qkv")
+    assert [part.codes[0, 0].item() for part in (q, k, v)] == [0, 64, 96]
+    assert [len(part.scales) for part in (q, k, v)] == [64, 32, 32]
+    assert v.scales[-1].item() == 127
+
+
+def test_experts_that_saw_too_little_fall_back_by_name(tmp_path: Path) -> None:
+    source = tiny.tiny_checkpoint(tmp_path / "moe", "qwen3_moe")
+    few = run(source, tmp_path / "few", samples=1, seq_len=64)
+    experts = [entry for entry in few["linears"] if ".experts." in entry["name"]]
+    assert len(experts) == 2 * 4 * 2
+    assert few["fallbacks"] == [entry["name"] for entry in experts]
+    assert all(entry["method"] == "rtn" and "calibration tokens" in entry["fallback"] for entry in experts)
+    many = run(source, tmp_path / "many", samples=16, seq_len=128)
+    enough = [entry for entry in many["linears"] if ".experts." in entry["name"] and entry["tokens"] >= 128]
+    assert len(enough) > 8
+    assert all(entry["method"] == "gptq" for entry in enough)
+    stored = tensors(tmp_path / "many")
+    assert stored["model.layers.0.mlp.gate.weight"].dtype == torch.bfloat16
+    load_model(open_checkpoint(tmp_path / "many"), torch.float32)
+
+
+def test_a_mixture_of_experts_in_compressed_tensors_names_its_routers(tmp_path: Path) -> None:
+    source = tiny.tiny_checkpoint(tmp_path / "moe", "mixtral")
+    run(source, tmp_path / "out", QuantizeOptions("rtn", evaluate=False, device="cpu"))
+    config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert config["ignore"][0] == "lm_head"
+    assert len(config["ignore"]) == 3
+    load_model(open_checkpoint(tmp_path / "out"), torch.float32)
+
+
+@pytest.mark.parametrize(("method", "bits"), [("rtn", 4), ("rtn", 8), ("int8", None), ("gptq", 8)])
+def test_every_method_gives_a_close_model(llama: Path, tmp_path: Path, method: str, bits: int | None) -> None:
+    options = QuantizeOptions(method, bits, samples=4, seq_len=64, eval_windows=1, device="cpu")
+    report = run(llama, tmp_path / "out", options)
+    quantization = open_checkpoint(tmp_path / "out").quantization
+    assert quantization is not None
+    assert quantization.format == ("gptq" if method == "gptq" else "compressed-tensors")
+    assert quantization.bits == (bits or 8)
+    assert quantization.group_size == (-1 if method == "int8" else 64)
+    limit = 2e-3 if (bits or 8) == 8 else 1.0
+    assert all(0 < entry["error"] < limit for entry in report["linears"])
+    assert 0 <= report["quality"]["mean_kl"] < limit
+
+
+@pytest.mark.parametrize(("method", "dtype"), [("bf16", torch.bfloat16), ("fp16", torch.float16)])
+def test_a_cast_is_torchs_cast(tmp_path: Path, method: str, dtype: torch.dtype) -> None:
+    source = tiny.tiny_checkpoint(tmp_path / "source", dtype="float32")
+    report = run(source, tmp_path / "out", QuantizeOptions(method, evaluate=False, device="cpu"))
+    before, after = tensors(source), tensors(tmp_path / "out")
+    assert before.keys() == after.keys()
+    for name, tensor in before.items():
+        assert torch.equal(after[name], tensor.to(dtype)), name
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config.get("dtype", config.get("torch_dtype")) == str(dtype).removeprefix("torch.")
+    assert "quantization_config" not in config
+    assert report["overflows"] == {}
+    assert report["calibration"] is None
+
+
+def change(path: Path, name: str, value: torch.Tensor) -> Path:
+    from safetensors.torch import save_file
+
+    weights = load_file(path / "model.safetensors")
+    weights[name] = value.to(weights[name].dtype)
+    save_file(weights, path / "model.safetensors", {"format": "pt"})
+    return path
+
+
+def test_values_beyond_float16_are_counted_and_clamped(tmp_path: Path) -> None:
+    source = tiny.tiny_checkpoint(tmp_path / "source")
+    weight = torch.zeros(64)
+    weight[3], weight[4], weight[5] = 1e6, -1e6, 65504
+    change(source, "model.norm.weight", weight)
+    report = run(source, tmp_path / "out", QuantizeOptions("fp16", evaluate=False, device="cpu"))
+    assert report["overflows"]["model.norm.weight"] >= 2
+    stored = tensors(tmp_path / "out")["model.norm.weight"]
+    assert stored[3:5].tolist() == [65504, -65504]
+
+
+def test_float32_sources_are_written_in_bfloat16(tmp_path: Path) -> None:
+    source = tiny.tiny_checkpoint(tmp_path / "source", dtype="float32")
+    run(source, tmp_path / "out")
+    stored = tensors(tmp_path / "out")
+    assert stored["model.embed_tokens.weight"].dtype == torch.bfloat16
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config.get("dtype", config.get("torch_dtype")) == "bfloat16"
+
+
+def test_float16_sources_stay_float16(tmp_path: Path) -> None:
+    source = tiny.tiny_checkpoint(tmp_path / "source", dtype="float16")
+    run(source, tmp_path / "out", QuantizeOptions("int8", evaluate=False, device="cpu"))
+    assert tensors(tmp_path / "out")["model.norm.weight"].dtype == torch.float16
+
+
+def test_a_dry_run_writes_nothing(llama: Path, tmp_path: Path) -> None:
+    report = run(llama, tmp_path / "out", dry_run=True)
+    assert list(tmp_path.iterdir()) == []
+    plan = report["plan"]
+    assert report["group_size"] == 64
+    assert 0 < plan["checkpoint_bytes"] < plan["disk_bytes"]
+    assert plan["memory_bytes"] > plan["checkpoint_bytes"]
+    run(llama, tmp_path / "out")
+    assert (tmp_path / "out" / "model.safetensors").stat().st_size == plan["disk_bytes"]
+
+
+def test_fewer_windows_than_asked_for_are_all_used_and_said(llama: Path, tmp_path: Path) -> None:
+    path = tmp_path / "short.txt"
+    path.write_text("the quick brown fox jumps over the lazy dog " * 40)
+    messages = Messages()
+    options = dataclasses.replace(OPTIONS, calibration=str(path), samples=100)
+    report = quantize(str(llama), str(tmp_path / "out"), options, messages)
+    used = report["calibration"]["windows"]
+    assert 1 <= used < 100
+    assert any(f"has {used} windows of 64 tokens" in said and "100 asked for" in said for said in messages.texts)
+    assert report["calibration"]["source"] == str(path)
+
+
+def test_windows_are_no_longer_than_the_model_allows(llama: Path, tmp_path: Path) -> None:
+    messages = Messages()
+    report = quantize(str(llama), str(tmp_path / "out"), dataclasses.replace(OPTIONS, seq_len=2048), messages)
+    assert report["calibration"]["window_tokens"] == 256
+    assert any("256 tokens" in said for said in messages.texts)
