@@ -40,8 +40,8 @@ class BenchOptions:
     baseline: str | None = None  # a model, an address or a JSON report; None: the first target, when there are several
     gates: tuple[str, ...] = ()
     text: str = "builtin"  # what quality is measured on: as `load_text` takes it
-    windows: int = 16  # at most
-    window_tokens: int = 512  # at most; shorter for a model with a shorter context
+    windows: int = 8  # at most; the same as those of the report of `llmkit quantize`
+    window_tokens: int = 1024  # at most; shorter for a model with a shorter context
     seed: int = 0
     device: str = "auto"
     dtype: str = "auto"  # bfloat16 on CUDA, float32 on the CPU

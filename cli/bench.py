@@ -60,8 +60,8 @@ def bench(
     text: Annotated[
         str, typer.Option(metavar="FILE|ID|builtin", help="Text that quality is measured on, as for `llmkit quantize`.")
     ] = "builtin",
-    windows: Annotated[int, typer.Option(min=1, metavar="N", help="Windows of that text, at most.")] = 16,
-    window_tokens: Annotated[int, typer.Option(min=2, metavar="N", help="Tokens of a window, at most.")] = 512,
+    windows: Annotated[int, typer.Option(min=1, metavar="N", help="Windows of that text, at most.")] = 8,
+    window_tokens: Annotated[int, typer.Option(min=2, metavar="N", help="Tokens of a window, at most.")] = 1024,
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16", "float16"],
         typer.Option(

@@ -65,7 +65,6 @@ def examine() -> dict[str, Any]:
         "paths": fast_paths(
             gpus,
             torch.version.cuda,
-            packages["triton"],
             torch.backends.cpu.get_cpu_capability(),
             packages["uvloop"],
         ),
@@ -73,11 +72,11 @@ def examine() -> dict[str, Any]:
 
 
 def fast_paths(
-    gpus: list[dict[str, Any]], cuda_build: str | None, triton: str | None, cpu_capability: str, uvloop: str | None
+    gpus: list[dict[str, Any]], cuda_build: str | None, cpu_capability: str, uvloop: str | None
 ) -> list[dict[str, Any]]:
     """What can make llmkit fast on a machine: each path's name, whether it is active, and why.
 
-    triton, uvloop: installed versions, None when absent. cpu_capability: as torch names it.
+    cpu_capability: as torch names it. uvloop: the installed version, None when absent.
     """
     if gpus:
         cuda, why = True, f"{gpus[0]['name']}"
@@ -86,12 +85,9 @@ def fast_paths(
     else:
         cuda, why = False, "torch sees no CUDA device; check the driver with nvidia-smi"
     paths = [{"name": "CUDA", "active": cuda, "why": why}]
-    if not cuda:
-        paths.append({"name": "Triton kernels", "active": False, "why": "they need CUDA; torch operators run instead"})
-    elif triton is None:
-        paths.append({"name": "Triton kernels", "active": False, "why": "not installed: pip install 'llmkit[gpu]'"})
-    else:
-        paths.append({"name": "Triton kernels", "active": True, "why": f"Triton {triton}"})
+    paths.append(
+        {"name": "Triton kernels", "active": False, "why": "this version has none; torch operators run instead"}
+    )
     vectors = cpu_capability != "DEFAULT"
     why = f"torch computes with {cpu_capability}" if vectors else "torch found neither AVX2 nor AVX-512"
     paths.append({"name": "vector operators on the CPU", "active": vectors, "why": why})

@@ -149,7 +149,7 @@ def serve() -> None:
 def bench() -> None:
     """The original and the INT4 checkpoint, in quality and speed."""
     step(5, "Compare the original with INT4")
-    llmkit("bench", BF16, INT4, "--offline", "--windows", 8)
+    llmkit("bench", BF16, INT4, "--offline")
 
 
 async def ask_all(url: str) -> tuple[list[str], float]:

@@ -74,7 +74,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def bf16(work: Path) -> Path:
-    llmkit("quantize", gguf_file(), "--method", "bf16", "-o", work / "bf16")
+    llmkit("quantize", gguf_file(), "--method", "bf16", "-o", work / "bf16", "--no-eval")
     return work / "bf16"
 
 

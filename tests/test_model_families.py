@@ -1,6 +1,5 @@
 """Every family against transformers on tiny random models: whole prompts, decoding, chunks and mixed batches."""
 
-
 import pytest
 import torch
 import transformers
