@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import platform
 from pathlib import Path
@@ -10,11 +9,13 @@ from typing import Any
 
 import torch
 
+from llmkit.checkpoint.version import version
+
 
 def describe_environment(device: str, dtype: torch.dtype) -> dict[str, Any]:
     """Versions, processor, the cores this process may use, and the GPU when `device` is "cuda"."""
     return {
-        "llmkit": _version("llmkit"),
+        "llmkit": version(),
         "torch": torch.__version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -25,13 +26,6 @@ def describe_environment(device: str, dtype: torch.dtype) -> dict[str, Any]:
         "gpu": torch.cuda.get_device_name() if device == "cuda" else None,
         "dtype": str(dtype).removeprefix("torch."),
     }
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "unknown"
 
 
 def _cpu() -> str:

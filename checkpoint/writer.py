@@ -13,7 +13,6 @@ import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -27,6 +26,7 @@ from llmkit.checkpoint.output import check_output, locked, partial_path, sibling
 from llmkit.checkpoint.reading import read_range, sha256_file, sha256_range, tensor_bytes
 from llmkit.checkpoint.safetensors_header import DTYPES, NAMES, TensorInfo, byte_count, write_header
 from llmkit.checkpoint.source import CONFIG, INDEX, Checkpoint
+from llmkit.checkpoint.version import version
 
 __all__ = ["CheckpointWriter", "PlannedTensor", "check_output", "plan_files", "verify_manifest"]
 
@@ -246,7 +246,7 @@ class CheckpointWriter:
         source = self._source
         return {
             "format_version": FORMAT_VERSION,
-            "tool": {"name": "llmkit", "version": version("llmkit")},
+            "tool": {"name": "llmkit", "version": version()},
             **({"source": {"reference": source.reference, "files": source.source_hashes()}} if source else {}),
             **further,
             "files": files,

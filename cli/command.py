@@ -46,26 +46,25 @@ ModelArgument = Annotated[
 Command = Callable[..., int | None]
 
 
-def add(app: typer.Typer, name: str, function: Command, epilog: str = "", has_result: bool = True) -> None:
+def add(app: typer.Typer, name: str, function: Command, epilog: str = "") -> None:
     """Registers `function(output, **options)` as the command `name`, its docstring as the help.
 
-    Every command also takes --debug and --config, and --json and --quiet when it `has_result`. What the function
-    returns is the exit code.
+    Every command also takes --json, --quiet, --debug and --config. What the function returns is the exit code.
     """
     hints = typing.get_type_hints(function, include_extras=True)
     own = list(inspect.signature(function).parameters.values())[1:]
     parameters = [p.replace(annotation=hints[p.name], kind=inspect.Parameter.KEYWORD_ONLY) for p in own]
-    common: list[tuple[str, Any, Any]] = [("config", ConfigOption, None), ("debug", DebugOption, False)]
-    if has_result:
-        common[1:1] = [("json", JsonOption, False), ("quiet", QuietOption, False)]
-    for option, annotation, default in common:
+    for option, annotation, default in (
+        ("config", ConfigOption, None), ("json", JsonOption, False),
+        ("quiet", QuietOption, False), ("debug", DebugOption, False),
+    ):  # fmt: skip
         parameters.append(
             inspect.Parameter(option, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
         )
 
     @functools.wraps(function)
     def run(**options: Any) -> int:
-        output = Output(options.pop("json", False), options.pop("quiet", False), options.pop("debug"))
+        output = Output(options.pop("json"), options.pop("quiet"), options.pop("debug"))
         options.pop("config")  # read before the options were parsed
         try:
             return function(output, **options) or 0

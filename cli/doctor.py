@@ -31,7 +31,7 @@ def examine() -> dict[str, Any]:
     import psutil
     import torch
 
-    from llmkit.cli.version import version
+    from llmkit.checkpoint.version import version
 
     gpus = [
         {

@@ -28,7 +28,7 @@ app = typer.Typer(
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        from llmkit.cli.version import version
+        from llmkit.checkpoint.version import version
 
         sys.stdout.write(f"llmkit {version()}\n")
         raise typer.Exit()
@@ -54,7 +54,7 @@ add(app, "shard merge", shard.merge)
 add(app, "bench", bench.bench, epilog="Also: llmkit bench compare | show, each with its own --help.")
 add(app, "bench compare", bench.compare)
 add(app, "bench show", bench.show)
-add(app, "serve", serve.serve, has_result=False)
+add(app, "serve", serve.serve)
 add(app, "inspect", inspect.inspect)
 add(app, "doctor", doctor.doctor)
 

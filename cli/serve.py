@@ -78,5 +78,7 @@ def serve(
             api_key_file=None if api_key_file is None else Path(api_key_file),
             drain_timeout=drain_timeout,
             debug=output.debug,
-        )
+        ),
+        lambda text: output.message(f"llmkit serve: {text}"),
+        lambda facts: output.result(facts, lambda console: None),
     )

@@ -7,10 +7,11 @@ import platform
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.metadata import version
 from typing import Any
 
 import torch
+
+from llmkit.checkpoint.version import version
 
 Report = dict[str, Any]
 
@@ -33,7 +34,7 @@ class Stopwatch:
 
 def versions() -> dict[str, str]:
     """What the figures were made with."""
-    return {"llmkit": version("llmkit"), "torch": torch.__version__, "python": platform.python_version()}
+    return {"llmkit": version(), "torch": torch.__version__, "python": platform.python_version()}
 
 
 def report_json(report: Report) -> bytes:

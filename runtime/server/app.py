@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import time
 from collections.abc import AsyncGenerator, Iterator
-from importlib.metadata import version
 from typing import Any, TypeVar
 
 import msgspec
@@ -14,6 +13,7 @@ from fastapi import FastAPI, Request, Response
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from llmkit.checkpoint.version import version
 from llmkit.runtime.server.body import read_json_body
 from llmkit.runtime.server.errors import ApiError
 from llmkit.runtime.server.generation import Choice, Generation
@@ -59,7 +59,7 @@ class Routes:
         return _json({"status": "ok"})
 
     async def version(self) -> Response:
-        return _json({"version": version("llmkit")})
+        return _json({"version": version()})
 
     async def metrics(self) -> Response:
         return Response(self._state.metrics.render(), media_type=CONTENT_TYPE)

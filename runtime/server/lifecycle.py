@@ -8,10 +8,9 @@ import logging
 import signal
 import socket
 import subprocess
-import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -35,6 +34,8 @@ _TEXT_WAIT_S = 5.0  # an interpreter should not end while a thread is in the mid
 _KEEP_ALIVE_S = 75  # longer than the idle time of common clients and proxies, so that they close first
 
 Result = TypeVar("Result")
+Message = Callable[[str], None]
+OnReady = Callable[[Mapping[str, Any]], None]
 
 
 def run(
@@ -44,13 +45,15 @@ def run(
     process: subprocess.Popen[bytes],
     ours: socket.socket,
     began: float,
+    message: Message,
+    ready: OnReady,
 ) -> int:
     """Serve on `listener` with the engine `process` behind the socket `ours`; see run_server.
 
     began: perf_counter at the start, for the ready line.
     """
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        return runner.run(_serve(options, keys, listener, process, ours, began))
+        return runner.run(_serve(options, keys, listener, process, ours, began, message, ready))
 
 
 async def _serve(
@@ -60,6 +63,8 @@ async def _serve(
     process: subprocess.Popen[bytes],
     ours: socket.socket,
     began: float,
+    message: Message,
+    ready: OnReady,
 ) -> int:
     with _StopSignals() as stop:
         client = await EngineClient.connect(process, ours)
@@ -73,7 +78,13 @@ async def _serve(
             if not loaded.done():
                 loaded.cancel()
                 return 128 + stop.first.result()
-            _open_for_requests(state, *loaded.result(), listener, time.perf_counter() - began)
+            facts = _open_for_requests(state, *loaded.result(), message)
+            facts |= {"url": _url(options.host, listener), "ready_s": round(time.perf_counter() - began, 3)}
+            message(
+                "{model} is ready at {url} after {ready_s:.1f} s ({device}, {dtype}, context {max_model_len}, KV "
+                "cache {kv_cache_tokens} tokens)".format(**facts)
+            )
+            ready(facts)
             await _first(_task(client.dead.wait()), stop.first)
             if client.dead.is_set():
                 await _announce_death(state, process, stop)
@@ -91,7 +102,8 @@ async def _serve(
                 text.exception()  # known, or of no interest any more
 
 
-def _open_for_requests(state: State, facts: Ready, text: TextSide, listener: socket.socket, took_s: float) -> None:
+def _open_for_requests(state: State, facts: Ready, text: TextSide, message: Message) -> dict[str, Any]:
+    """Take requests from now on; what there is to say of the model. InputError when its parts do not fit."""
     known, rows = text.tokenizer.vocab_size, facts.vocab_size
     if known > rows:
         raise InputError(
@@ -100,14 +112,18 @@ def _open_for_requests(state: State, facts: Ready, text: TextSide, listener: soc
             "Use the tokenizer that the model was trained with",
         )
     if state.options.device == "auto" and facts.device == "cpu":
-        _say("no CUDA device: running on the CPU")
+        message("no CUDA device: running on the CPU")
     state.become_ready(facts, text)
     for ignored in text.not_applied:
-        _say(f"generation_config.json has {ignored}, which is not applied")
-    _say(
-        f"{state.model_name} is ready at {_url(state.options.host, listener)} after {took_s:.1f} s "
-        f"({facts.device}, {facts.dtype}, context {facts.max_model_len}, KV cache {facts.kv_cache_tokens} tokens)"
-    )
+        message(f"generation_config.json has {ignored}, which is not applied")
+    return {
+        "model": state.model_name,
+        "device": facts.device,
+        "dtype": facts.dtype,
+        "max_model_len": facts.max_model_len,
+        "kv_cache_tokens": facts.kv_cache_tokens,
+        "load_s": round(facts.load_s, 3),
+    }
 
 
 async def _announce_death(state: State, process: subprocess.Popen[bytes], stop: _StopSignals) -> None:
@@ -221,8 +237,3 @@ def _model_name(options: ServeOptions) -> str:
 def _url(host: str, listener: socket.socket) -> str:
     port = listener.getsockname()[1]
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-
-
-def _say(text: str) -> None:
-    sys.stderr.write(f"llmkit serve: {text}\n")
-    sys.stderr.flush()

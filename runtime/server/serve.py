@@ -5,8 +5,11 @@ from __future__ import annotations
 import errno
 import os
 import socket
+import sys
 import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from llmkit.checkpoint.errors import InputError, ShortageError, UsageError
 from llmkit.runtime.server.hosts import is_loopback
@@ -20,12 +23,22 @@ API_KEY_VARIABLE = "LLMKIT_API_KEY"
 _BACKLOG = 2048
 
 
-def run_server(options: ServeOptions) -> int:
+def _to_stderr(text: str) -> None:
+    sys.stderr.write(f"llmkit serve: {text}\n")
+    sys.stderr.flush()
+
+
+def run_server(
+    options: ServeOptions,
+    message: Callable[[str], None] = _to_stderr,
+    ready: Callable[[Mapping[str, Any]], None] = lambda facts: None,
+) -> int:
     """Serve until a signal; return the exit code: 0 after a graceful stop, 130 or 143 after a forced one.
 
     Raises UsageError, InputError or ShortageError when the server cannot start, and LlmkitError (exit code 70) when
     the engine process fails later. The port is taken first and the engine process started next, so that both a
-    taken port and a ready server are known as early as can be.
+    taken port and a ready server are known as early as can be. `message` takes lines for the user; `ready` is told
+    the server's figures (url, model, ready_s, ...) when requests are taken.
     """
     began = time.perf_counter()
     keys = api_keys(options)
@@ -36,7 +49,7 @@ def run_server(options: ServeOptions) -> int:
             # Imported now: the engine process loads the model meanwhile.
             from llmkit.runtime.server.lifecycle import run
 
-            return run(options, keys, listener, process, ours, began)
+            return run(options, keys, listener, process, ours, began, message, ready)
         finally:
             ours.close()
             end(process)
