@@ -188,9 +188,10 @@ class Server:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         command = [sys.executable, "-m", "llmkit.cli.main", "serve", str(model), "--port", str(port)]
-        command += ["--device", "cpu", "--max-model-len", "1024", "--served-model-name", "smollm2"]
-        self.log = log.open("w")
-        self.process = subprocess.Popen(command, stdout=self.log, stderr=self.log, env=environment())
+        command += ["--device", "cpu", "--max-model-len", "1024", "--served-model-name", "smollm2", "--json"]
+        self.result, self.log = log.with_suffix(".json"), log.open("w")
+        with self.result.open("w") as stdout:
+            self.process = subprocess.Popen(command, stdout=stdout, stderr=self.log, env=environment())
         self.url = f"http://127.0.0.1:{port}/v1"
         self.client = openai.OpenAI(base_url=self.url, api_key="none", max_retries=0, timeout=300)
         deadline = time.monotonic() + 120
@@ -256,4 +257,7 @@ def test_a_streamed_chat_answer_and_a_graceful_stop(server: Server) -> None:
     whole = server.client.chat.completions.create(**asked)
     assert "".join(pieces) == whole.choices[0].message.content
     assert len([piece for piece in pieces if piece]) > 3
+    told = json.loads(server.result.read_text())
+    assert f"{told['url']}/v1" == server.url
+    assert told["model"] == "smollm2"
     assert server.stop() == 0
