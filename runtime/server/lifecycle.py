@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import uvicorn
-import uvloop
 
 from llmkit.checkpoint.errors import InputError, LlmkitError
 from llmkit.runtime.server.app import build_app
@@ -38,7 +37,7 @@ Message = Callable[[str], None]
 OnReady = Callable[[Mapping[str, Any]], None]
 
 
-def run(
+async def serve(
     options: ServeOptions,
     keys: tuple[str, ...],
     listener: socket.socket,
@@ -52,20 +51,6 @@ def run(
 
     began: perf_counter at the start, for the ready line.
     """
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        return runner.run(_serve(options, keys, listener, process, ours, began, message, ready))
-
-
-async def _serve(
-    options: ServeOptions,
-    keys: tuple[str, ...],
-    listener: socket.socket,
-    process: subprocess.Popen[bytes],
-    ours: socket.socket,
-    began: float,
-    message: Message,
-    ready: OnReady,
-) -> int:
     with _StopSignals() as stop:
         client = await EngineClient.connect(process, ours)
         state = State(options, client, Metrics(lambda: client.stats), _model_name(options))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import os
 import socket
@@ -47,9 +48,12 @@ def run_server(
         process, ours = spawn(_start_message(options))
         try:
             # Imported now: the engine process loads the model meanwhile.
-            from llmkit.runtime.server.lifecycle import run
+            import uvloop
 
-            return run(options, keys, listener, process, ours, began, message, ready)
+            from llmkit.runtime.server.lifecycle import serve
+
+            with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+                return runner.run(serve(options, keys, listener, process, ours, began, message, ready))
         finally:
             ours.close()
             end(process)
