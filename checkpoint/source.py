@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatch
 from functools import cached_property
 from pathlib import Path
@@ -23,6 +23,7 @@ from llmkit.checkpoint.reading import (
     read_range,
     sha256_file,
     sha256_range,
+    tensor_bytes,
 )
 from llmkit.checkpoint.safetensors_header import TensorInfo, read_header
 
@@ -81,8 +82,7 @@ class Checkpoint:
         """As `read`, for a tensor found through a file's own header (sharded layouts)."""
         self._verify(info)
         count = info.shape[0] if info.shape else 1
-        rows = self._rows.rows(info if info.shape else _as_vector(info), 0, count)
-        return rows.reshape(info.shape)
+        return self._read_rows(info if info.shape else _as_vector(info), 0, count).reshape(info.shape)
 
     def read_slice(self, name: str, intervals: Sequence[tuple[int, int]], dim: int) -> torch.Tensor:
         """The slices [start, stop) along `dim`, concatenated along `dim`; in memory of its own.
@@ -95,7 +95,7 @@ class Checkpoint:
         for start, stop in intervals:
             assert 0 <= start <= stop <= info.shape[dim], f"{name}: [{start}, {stop}) of {info.shape[dim]}"
         if dim == 0:
-            parts = [self._rows.rows(info, start, stop) for start, stop in intervals]
+            parts = [self._read_rows(info, start, stop) for start, stop in intervals]
             return parts[0] if len(parts) == 1 else torch.cat(parts)
         shape = list(info.shape)
         shape[dim] = sum(stop - start for start, stop in intervals)
@@ -103,20 +103,32 @@ class Checkpoint:
         count = info.shape[0]
         step = max(1, CHUNK_BYTES * count // max(1, info.nbytes))
         for row in range(0, count, step):
-            chunk = self._rows.rows(info, row, min(row + step, count))
+            chunk = self._read_rows(info, row, min(row + step, count))
             pieces = [chunk.narrow(dim, start, stop - start) for start, stop in intervals]
             torch.cat(pieces, dim, out=result[row : row + step])
         return result
 
     def read_bytes(self, info: TensorInfo, start: int, stop: int) -> bytes:
-        """Bytes [start, stop) of a tensor as stored, counted from its first. Not checked against the manifest.
+        """Bytes [start, stop) of a tensor, counted from its first. Not checked against the manifest.
 
-        Raises InputError when the file is cut short, ValueError for GGUF (whose bytes are not the tensor's).
+        For safetensors they are those of the file; for GGUF, of what `read` gives. Raises InputError when the file
+        is cut short.
         """
-        if self.kind == "gguf":
-            raise ValueError("a GGUF tensor's stored bytes are not those of the tensor")
         assert 0 <= start <= stop <= info.nbytes
-        return read_range(self.folder / info.file, info.start + start, stop - start).numpy().tobytes()
+        if self.kind == "safetensors":
+            return read_range(self.folder / info.file, info.start + start, stop - start).numpy().tobytes()
+        row_bytes = max(1, info.nbytes // max(1, info.shape[0]))
+        first = start // row_bytes
+        data = tensor_bytes(self._read_rows(info, first, -(-stop // row_bytes)))
+        return data[start - first * row_bytes : stop - first * row_bytes].tobytes()
+
+    def imported(self, dtype: str) -> Checkpoint:
+        """A GGUF model as the checkpoint that importing it would give: its tensors rounded to `dtype` when read."""
+        assert self.kind == "gguf"
+        return replace(self, tensors={name: replace(info, dtype=dtype) for name, info in self.tensors.items()})
+
+    def _read_rows(self, info: TensorInfo, start: int, stop: int) -> torch.Tensor:
+        return self._rows.rows(info, start, stop).to(info.torch_dtype)
 
     def side_files(self) -> dict[str, bytes]:
         """What an output carries along: tokenizer, chat template, generation config, licence. Not config.json."""

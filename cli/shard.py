@@ -45,10 +45,9 @@ def shard(
 
 def plan(output: Output, model: ModelArgument, tp: TpOption, pp: PpOption = 1) -> None:
     """Show what each rank would hold, and write nothing."""
-    from llmkit.checkpoint.source import open_checkpoint
-    from llmkit.shard.shard import plan_checkpoint
+    from llmkit.shard.shard import open_source, plan_checkpoint
 
-    made = plan_checkpoint(open_checkpoint(model), tp, pp).to_json()
+    made = plan_checkpoint(open_source(model), tp, pp).to_json()
     output.result({"source": model, **made}, lambda console: _show_plan(console, model, made))
 
 

@@ -35,11 +35,11 @@ def shard(
     """Write the checkpoint `source` over `tp` x `pp` ranks into the new directory `output`; the plan.
 
     `dry_run` only plans: nothing is written and `output` is not looked at. An interrupted run is continued.
-    Raises InputError for a source that is bad, is a GGUF file or is sharded already, and for ranks that do not
-    divide it; UsageError for ranks below 1; OutputError and ShortageError as CheckpointWriter does.
+    Raises InputError for a source that is bad or is sharded already, and for ranks that do not divide it; UsageError
+    for ranks below 1; OutputError and ShortageError as CheckpointWriter does.
     """
     progress = progress or SilentProgress()
-    checkpoint = open_checkpoint(source)
+    checkpoint = open_source(source)
     plan = plan_checkpoint(checkpoint, tp, pp)
     if dry_run:
         return plan
@@ -54,6 +54,12 @@ def shard(
     return plan
 
 
+def open_source(source: str | Path) -> Checkpoint:
+    """Open what is to be split; a GGUF file as `llmkit quantize --method bf16` would import it."""
+    checkpoint = open_checkpoint(source)
+    return checkpoint.imported("BF16") if checkpoint.kind == "gguf" else checkpoint
+
+
 def plan_checkpoint(checkpoint: Checkpoint, tp: int, pp: int) -> ShardPlan:
     """The plan for an opened checkpoint. Raises as `shard` does."""
     if checkpoint.layout is not None:
@@ -61,12 +67,6 @@ def plan_checkpoint(checkpoint: Checkpoint, tp: int, pp: int) -> ShardPlan:
             f"{checkpoint.reference} is sharded already (TP {checkpoint.layout['tp']}, PP {checkpoint.layout['pp']})",
             "A whole checkpoint was expected",
             f"Merge it first: llmkit shard merge {checkpoint.reference} -o DIR",
-        )
-    if checkpoint.kind == "gguf":
-        raise InputError(
-            f"{checkpoint.reference} is a GGUF file, whose tensors cannot be sliced as stored",
-            "A directory with safetensors files was expected",
-            f"Import it first: llmkit quantize {checkpoint.reference} --method bf16 -o DIR",
         )
     spec = model_spec(checkpoint.config)
     check_checkpoint(checkpoint, spec)

@@ -163,8 +163,12 @@ def test_slices(llama: Path, name: str) -> None:
         parts = [whole.narrow(dim, start, stop - start) for start, stop in intervals]
         assert torch.equal(opened.read_slice(name, intervals, dim), torch.cat(parts, dim))
     assert torch.equal(opened.read_slice("model.norm.weight", [(1, 7)], 0), opened.read("model.norm.weight")[1:7])
-    with pytest.raises(ValueError, match="not those of the tensor"):
-        opened.read_bytes(opened.tensors[name], 0, 1)
+    for form in (opened, opened.imported("BF16")):
+        data = form.read(name).contiguous().view(torch.uint8).numpy().tobytes()
+        info = form.tensors[name]
+        assert info.nbytes == len(data)
+        assert [form.read_bytes(info, *span) for span in ((0, 1), (3, 700))] == [data[:1], data[3:700]]
+    assert opened.imported("BF16").read(name).equal(whole.to(torch.bfloat16))
 
 
 def llama3_divisors(factor: float, theta: float, dim: int, original: int) -> np.ndarray[Any, Any]:

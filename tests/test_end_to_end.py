@@ -164,6 +164,16 @@ def test_shards_verify_and_merge_to_the_same_bytes(int4: Path, work: Path) -> No
         assert (int4 / name).read_bytes() == (work / "merged" / name).read_bytes()
 
 
+def test_a_gguf_is_sharded_as_it_would_be_imported(bf16: Path, work: Path) -> None:
+    llmkit("shard", gguf_file(), "--tp", 3, "--pp", 2, "-o", work / "gguf-ranks")
+    llmkit("shard", "merge", work / "gguf-ranks", "-o", work / "gguf-merged")
+    before, after = load_file(bf16 / "model.safetensors"), load_file(work / "gguf-merged" / "model.safetensors")
+    assert before.keys() == after.keys()
+    for name, tensor in before.items():
+        assert after[name].dtype == torch.bfloat16
+        assert torch.equal(tensor, after[name]), name
+
+
 def dequantized(path: Path) -> dict[str, torch.Tensor]:
     """The GPTQ checkpoint's dense weights in float32, unpacked nibble by nibble from the format's description."""
     stored = load_file(path / "model.safetensors")

@@ -264,14 +264,6 @@ def test_a_source_that_changed_since_llmkit_wrote_it(tmp_path: Path) -> None:
     assert not (tmp_path / "again").exists()
 
 
-def test_a_gguf_file_has_to_be_imported_first(tmp_path: Path, monkeypatch) -> None:
-    checkpoint = open_checkpoint(synthetic_checkpoint(tmp_path / "source"))
-    checkpoint.kind, checkpoint.reference = "gguf", "tiny.gguf"
-    monkeypatch.setattr("llmkit.shard.shard.open_checkpoint", lambda reference: checkpoint)
-    with pytest.raises(InputError, match=r"tiny\.gguf is a GGUF file.*llmkit quantize tiny\.gguf --method bf16 -o DIR"):
-        shard("tiny.gguf", tmp_path / "ranks", 2)
-
-
 def test_split_kinds_agree_with_the_plan_of_transformers() -> None:
     from transformers import LlamaConfig
 
