@@ -122,6 +122,16 @@ class Checkpoint:
         data = tensor_bytes(self._read_rows(info, first, -(-stop // row_bytes)))
         return data[start - first * row_bytes : stop - first * row_bytes].tobytes()
 
+    def require_whole(self) -> None:
+        """Raises InputError for an output of `llmkit shard`, telling how to merge it."""
+        if self.layout is not None:
+            tp, pp = self.layout["tp"], self.layout["pp"]
+            raise InputError(
+                f"{self.reference} is sharded already (TP {tp}, PP {pp}): it is split over {tp * pp} ranks",
+                "A whole checkpoint was expected",
+                f"Merge it first: llmkit shard merge {self.reference} -o DIR",
+            )
+
     def imported(self, dtype: str) -> Checkpoint:
         """A GGUF model as the checkpoint that importing it would give: its tensors rounded to `dtype` when read."""
         assert self.kind == "gguf"

@@ -10,9 +10,9 @@ from llmkit.kernels.attention import AttentionBatch
 from llmkit.model.decoder import Decoder
 
 
-def packed(model: Decoder, lengths: list[int], total_tokens: int | None = None) -> tuple[torch.Tensor, AttentionBatch]:
+def packed(model: Decoder, lengths: list[int]) -> tuple[torch.Tensor, AttentionBatch]:
     """Positions [T] and the batch for complete sequences of these lengths, one after the other."""
-    offset = model.spec.rope_offset(total_tokens or max(lengths))
+    offset = model.spec.rope_offset(max(lengths))
     positions = torch.cat([torch.arange(n) for n in lengths]) + offset
     return positions.to(model.device), AttentionBatch.for_sequences(lengths, device=model.device)
 

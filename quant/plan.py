@@ -105,8 +105,7 @@ def make_plan(source: str, out: Path, options: QuantizeOptions, progress: Progre
             "A checkpoint of 16 or 32 bits was expected",
             "Quantize the original model",
         )
-    if checkpoint.layout is not None:
-        raise InputError(f"{source} is sharded", "A whole checkpoint was expected", "Merge it: llmkit shard merge")
+    checkpoint.require_whole()
     spec = model_spec(checkpoint.config)
     check_checkpoint(checkpoint, spec)
     quantization = quantization_of(spec, options.method, bits, options.group_size)

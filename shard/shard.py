@@ -62,12 +62,7 @@ def open_source(source: str | Path) -> Checkpoint:
 
 def plan_checkpoint(checkpoint: Checkpoint, tp: int, pp: int) -> ShardPlan:
     """The plan for an opened checkpoint. Raises as `shard` does."""
-    if checkpoint.layout is not None:
-        raise InputError(
-            f"{checkpoint.reference} is sharded already (TP {checkpoint.layout['tp']}, PP {checkpoint.layout['pp']})",
-            "A whole checkpoint was expected",
-            f"Merge it first: llmkit shard merge {checkpoint.reference} -o DIR",
-        )
+    checkpoint.require_whole()
     spec = model_spec(checkpoint.config)
     check_checkpoint(checkpoint, spec)
     return plan_shards(spec, checkpoint.quantization, checkpoint.tensors, tp, pp)

@@ -40,12 +40,7 @@ def load_engine(model: str | Path | Checkpoint, options: EngineOptions | None = 
     """
     options = options or EngineOptions()
     checkpoint = model if isinstance(model, Checkpoint) else open_checkpoint(model)
-    if checkpoint.layout is not None:
-        raise InputError(
-            f"{checkpoint.reference} is split over {checkpoint.layout['tp'] * checkpoint.layout['pp']} ranks",
-            "A whole checkpoint was expected",
-            f"Merge it first: llmkit shard merge {checkpoint.reference} -o DIR",
-        )
+    checkpoint.require_whole()
     device = resolve_device(options.device)
     dtype = resolve_dtype(options.dtype, checkpoint, device)
     plan = plan_memory(
