@@ -2,28 +2,28 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Any, Protocol
 
 import torch
 
+from llmkit.checkpoint.awq import AwqFormat
 from llmkit.checkpoint.compressed_tensors import CompressedTensorsFormat
 from llmkit.checkpoint.errors import InputError
 from llmkit.checkpoint.gptq import GptqFormat
-from llmkit.checkpoint.quantized import PackedTensor, QuantizationConfig, QuantizedWeight
+from llmkit.checkpoint.quantized import PackedTensor, QuantizationConfig, QuantizedWeight, Scheme
 
 
 class QuantizedFormat(Protocol):
     """How one format stores the dense weight [out, in] of a linear module M, as the tensors `M.<suffix>`."""
 
-    def tensors(self, config: QuantizationConfig, out: int, in_: int) -> tuple[PackedTensor, ...]:
+    def tensors(self, scheme: Scheme, out: int, in_: int) -> tuple[PackedTensor, ...]:
         """What is stored for an [out, in_] weight. Raises InputError when the sizes cannot be packed."""
 
-    def pack(self, config: QuantizationConfig, weight: QuantizedWeight) -> dict[str, torch.Tensor]:
+    def pack(self, scheme: Scheme, weight: QuantizedWeight) -> dict[str, torch.Tensor]:
         """The stored tensors by suffix. Raises InputError for what the format cannot hold."""
 
-    def unpack(self, config: QuantizationConfig, tensors: Mapping[str, torch.Tensor]) -> QuantizedWeight:
+    def unpack(self, scheme: Scheme, tensors: Mapping[str, torch.Tensor]) -> QuantizedWeight:
         """The weight from its stored tensors by suffix. Raises InputError when they disagree."""
 
     def config_dict(self, config: QuantizationConfig) -> dict[str, Any]:
@@ -36,7 +36,11 @@ class QuantizedFormat(Protocol):
         """Further files the format's readers look for."""
 
 
-FORMATS: dict[str, QuantizedFormat] = {"gptq": GptqFormat(), "compressed-tensors": CompressedTensorsFormat()}
+FORMATS: dict[str, QuantizedFormat] = {
+    "gptq": GptqFormat(),
+    "awq": AwqFormat(),
+    "compressed-tensors": CompressedTensorsFormat(),
+}
 
 
 def format_of(config: QuantizationConfig) -> QuantizedFormat:
@@ -53,14 +57,3 @@ def parse_quantization(d: object) -> QuantizationConfig:
             f"One of {', '.join(FORMATS)} was expected",
         )
     return FORMATS[method].parse(d)
-
-
-def is_ignored(config: QuantizationConfig, module: str) -> bool:
-    """Whether the checkpoint says that `module` ("lm_head", "model.layers.0.mlp.up_proj") is not quantized.
-
-    Entries are names, or regular expressions after "re:".
-    """
-    return any(
-        re.match(entry[3:], module) is not None if entry.startswith("re:") else entry == module
-        for entry in config.ignore
-    )

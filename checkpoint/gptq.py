@@ -7,6 +7,7 @@ For W[out, in] of `b` bits, G groups: qweight int32 [in*b/32, out] packed along 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,23 +15,23 @@ import torch
 
 from llmkit.checkpoint.errors import InputError
 from llmkit.checkpoint.packing import pack, unpack
-from llmkit.checkpoint.quantized import PackedTensor, QuantizationConfig, QuantizedWeight
+from llmkit.checkpoint.quantized import PackedTensor, QuantizationConfig, QuantizedWeight, Scheme
 
 
 class GptqFormat:
     """Reads symmetric and asymmetric GPTQ v1; writes symmetric only (v1 cannot hold a zero point of 0)."""
 
-    def tensors(self, config: QuantizationConfig, out: int, in_: int) -> tuple[PackedTensor, ...]:
+    def tensors(self, scheme: Scheme, out: int, in_: int) -> tuple[PackedTensor, ...]:
         """The tensors of a quantized [out, in_] weight. Raises InputError when the sizes cannot be packed."""
-        per_word = 32 // config.bits
+        per_word = 32 // scheme.bits
         for name, size in (("input", in_), ("output", out)):
             if size % per_word:
                 raise InputError(
-                    f"GPTQ with {config.bits} bits cannot store a [{out}, {in_}] weight",
+                    f"GPTQ with {scheme.bits} bits cannot store a [{out}, {in_}] weight",
                     f"A multiple of {per_word} {name} features was expected",
                 )
-        groups = config.groups(in_)
-        along = None if config.group_size == -1 else (0, config.group_size)
+        groups = scheme.groups(in_)
+        along = None if scheme.group_size == -1 else (0, scheme.group_size)
         return (
             PackedTensor("qweight", "I32", (in_ // per_word, out), (1, 1), (0, per_word)),
             PackedTensor("qzeros", "I32", (groups, out // per_word), (1, per_word), along),
@@ -38,15 +39,15 @@ class GptqFormat:
             PackedTensor("g_idx", "I32", (in_,), None, (0, 1), "group_index"),
         )
 
-    def pack(self, config: QuantizationConfig, weight: QuantizedWeight) -> dict[str, torch.Tensor]:
+    def pack(self, scheme: Scheme, weight: QuantizedWeight) -> dict[str, torch.Tensor]:
         """The stored tensors by suffix. Raises InputError for asymmetric codes and scales beyond float16."""
-        bits, in_ = config.bits, weight.shape[1]
+        bits, in_ = scheme.bits, weight.shape[1]
         if not bool((weight.zeros == 1 << (bits - 1)).all()):
             raise InputError("Asymmetric codes cannot be stored as GPTQ v1", "Symmetric codes were expected")
         scales = weight.scales.to(torch.float16)
         if not bool(torch.isfinite(scales).all()):
             raise InputError("A scale is too large for GPTQ's float16", f"At most {torch.finfo(torch.float16).max:g}")
-        size = in_ if config.group_size == -1 else config.group_size
+        size = in_ if scheme.group_size == -1 else scheme.group_size
         return {
             "qweight": pack(weight.codes, bits).t().contiguous(),
             "qzeros": pack((weight.zeros - 1).t(), bits),
@@ -54,41 +55,42 @@ class GptqFormat:
             "g_idx": (torch.arange(in_) // size).to(torch.int32),
         }
 
-    def unpack(self, config: QuantizationConfig, tensors: Mapping[str, torch.Tensor]) -> QuantizedWeight:
+    def unpack(self, scheme: Scheme, tensors: Mapping[str, torch.Tensor]) -> QuantizedWeight:
         """The weight from its stored tensors by suffix; `g_idx` may be absent.
 
         Raises InputError when shapes disagree or when columns are in activation order.
         """
-        bits = config.bits
+        bits = scheme.bits
         qweight, qzeros, scales = tensors["qweight"], tensors["qzeros"], tensors["scales"]
         in_, out = qweight.shape[0] * 32 // bits, qweight.shape[1]
-        for part in self.tensors(config, out, in_):
+        for part in self.tensors(scheme, out, in_):
             found = tuple(tensors[part.suffix].shape) if part.suffix in tensors else part.shape
             if found != part.shape:
                 raise InputError(f"{part.suffix} has shape {list(found)}", f"{list(part.shape)} was expected")
         g_idx = tensors.get("g_idx")
-        size = in_ if config.group_size == -1 else config.group_size
+        size = in_ if scheme.group_size == -1 else scheme.group_size
         if g_idx is not None and not torch.equal(g_idx.long(), torch.arange(in_, device=g_idx.device) // size):
             raise _activation_order()
         # Stored minus one, modulo 2^bits: what is stored as all ones was a zero point of 0.
         zeros = (unpack(qzeros, bits, out) + 1) & ((1 << bits) - 1)
-        return QuantizedWeight(
-            unpack(qweight.t(), bits, in_), scales.t().contiguous(), zeros.t().contiguous(), bits, config.group_size
-        )
+        return QuantizedWeight(unpack(qweight.t(), bits, in_), scales.t().contiguous(), zeros.t().contiguous(), scheme)
 
     def config_dict(self, config: QuantizationConfig) -> dict[str, Any]:
-        """The `quantization_config` of config.json."""
+        """The `quantization_config` of config.json; modules left out are told as GPTQModel and vLLM read them."""
+        assert config.scheme is not None and not config.overrides and not config.kv, "GPTQ has one scheme"
+        left_out = [entry for entry in config.ignore if entry != "lm_head"]
         return {
             "quant_method": "gptq",
             "checkpoint_format": "gptq",
-            "bits": config.bits,
-            "group_size": config.group_size,
-            "sym": config.symmetric,
+            "bits": config.scheme.bits,
+            "group_size": config.scheme.group_size,
+            "sym": config.scheme.symmetric,
             "desc_act": False,
             "static_groups": True,
             "true_sequential": True,
             "damp_percent": config.damp,
             "lm_head": "lm_head" not in config.ignore,
+            **({"dynamic": {_exception(entry): {} for entry in left_out}} if left_out else {}),
             "meta": {"quantizer": ["llmkit"], "method": config.method},
         }
 
@@ -103,18 +105,30 @@ class GptqFormat:
             raise InputError(f"This GPTQ checkpoint has checkpoint_format {stored}", "gptq (v1) was expected")
         if d.get("desc_act") and size != -1:
             raise _activation_order()
-        if d.get("dynamic"):
+        exceptions = d.get("dynamic") or {}
+        if not isinstance(exceptions, dict) or any(not str(name).startswith("-:") for name in exceptions):
             raise InputError("This GPTQ checkpoint sets options per module (dynamic)", "One setting was expected")
         method = (d.get("meta") or {}).get("method", "gptq")
-        symmetric = bool(d.get("sym", True))
-        ignore = () if d.get("lm_head") else ("lm_head",)
+        ignore = (*(() if d.get("lm_head") else ("lm_head",)), *(_entry(str(name)) for name in exceptions))
         damp = d.get("damp_percent")
         damp = damp if isinstance(damp, float) else QuantizationConfig.damp
-        return QuantizationConfig("gptq", bits, size, symmetric, ignore, str(method), damp)
+        scheme = Scheme(bits, size, bool(d.get("sym", True)))
+        return QuantizationConfig("gptq", scheme, ignore, method=str(method), damp=damp)
 
     def extra_files(self, config: QuantizationConfig) -> dict[str, bytes]:
         """quantize_config.json, which AutoGPTQ and older engines read."""
         return {"quantize_config.json": (json.dumps(self.config_dict(config), indent=2) + "\n").encode()}
+
+
+def _exception(entry: str) -> str:
+    """A module or "re:" pattern as GPTQModel's `dynamic` names what is not quantized: a regular expression."""
+    return "-:" + (entry[3:] if entry.startswith("re:") else re.escape(entry) + "$")
+
+
+def _entry(exception: str) -> str:
+    pattern = exception[2:]
+    name = pattern.removesuffix("$").replace("\\", "")
+    return name if re.escape(name) + "$" == pattern else "re:" + pattern
 
 
 def _activation_order() -> InputError:

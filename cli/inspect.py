@@ -62,8 +62,9 @@ def _lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
         ("tensors", (dtypes or "in one file a rank") + (", dequantized" if facts["kind"] == "gguf" else "")),
     ]
     if quantization:
-        size = "one scale a row" if quantization["group_size"] == -1 else f"groups of {quantization['group_size']}"
-        lines.append(("quantized", f"{quantization['bits']} bits, {size}, {quantization['format']} format"))
+        schemes = [scheme["label"] for scheme in quantization["schemes"]]
+        kv = [f"{quantization['kv'].upper()} KV cache"] if quantization["kv"] else []
+        lines.append(("quantized", f"{'; '.join(schemes + kv)}; {quantization['format']} format"))
     if layout:
         lines.append(("layout", ", ".join(f"{key} {layout[key]}" for key in ("tp", "pp") if key in layout)))
     if facts["written_by"]:

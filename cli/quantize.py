@@ -18,9 +18,10 @@ def quantize(
     output: Output,
     model: ModelArgument,
     method: Annotated[
-        Literal["bf16", "fp16", "int8", "gptq", "rtn"],
+        Literal["bf16", "fp16", "int8", "fp8", "gptq", "awq", "rtn"],
         typer.Option(
-            metavar="METHOD", help="bf16 or fp16 cast, int8 or rtn round to the nearest code, gptq calibrates."
+            metavar="METHOD",
+            help="bf16, fp16 cast; int8, fp8, rtn round to the nearest code; gptq, awq calibrate 4 (gptq: or 8) bits.",
         ),
     ],
     out: Annotated[
@@ -28,7 +29,7 @@ def quantize(
     ],
     bits: Annotated[
         int | None,
-        typer.Option(metavar="N", help="Bits of a quantized weight.", show_default="4, 8 with --method int8"),
+        typer.Option(metavar="N", help="Bits of a quantized weight.", show_default="4, 8 with int8 and fp8"),
     ] = None,
     group_size: Annotated[
         str,
@@ -36,11 +37,73 @@ def quantize(
             metavar="N|auto", help="Weights that share a scale, -1: a row; auto: the largest of 128, 64, 32 that fits."
         ),
     ] = "auto",
+    form: Annotated[
+        Literal["gptq", "awq", "compressed-tensors"] | None,
+        typer.Option(
+            "--format",
+            metavar="FORMAT",
+            help="gptq, awq or compressed-tensors on disk.",
+            show_default="the method's own",
+        ),
+    ] = None,
+    symmetric: Annotated[
+        bool | None,
+        typer.Option(
+            "--symmetric/--asymmetric",
+            help="Codes around zero, or with zero points.",
+            show_default="asymmetric in the awq format and with --method awq",
+        ),
+    ] = None,
+    activations: Annotated[
+        bool, typer.Option("--activations", help="int8: round the inputs of linear layers too (W8A8, SmoothQuant).")
+    ] = False,
+    static_activations: Annotated[
+        bool, typer.Option("--static-activations", help="fp8: one fixed scale for a layer's inputs, not one a token.")
+    ] = False,
+    kv: Annotated[
+        Literal["fp8", "int8"] | None,
+        typer.Option(metavar="fp8|int8", help="Calibrate an 8-bit KV cache too.", show_default="16-bit KV cache"),
+    ] = None,
+    effort: Annotated[
+        Literal["fast", "normal", "max"],
+        typer.Option(
+            metavar="fast|normal|max", help="fast: no range search; max: learned rounding on top, much slower."
+        ),
+    ] = "normal",
+    target_kl: Annotated[
+        float | None,
+        typer.Option(
+            metavar="X",
+            help="Mix 4, 8 and 16 bits: the smallest checkpoint of at most this mean KL.",
+            show_default="off",
+        ),
+    ] = None,
+    target_bits: Annotated[
+        float | None,
+        typer.Option(
+            metavar="B",
+            help="Mix 4, 8 and 16 bits: the best checkpoint of at most B bits a weight.",
+            show_default="off",
+        ),
+    ] = None,
+    keep: Annotated[
+        str | None,
+        typer.Option(metavar="REGEX", help="Linear layers to leave unquantized, by name.", show_default="none"),
+    ] = None,
+    layers: Annotated[
+        str | None,
+        typer.Option(metavar="A-B", help="Decoder layers to quantize; others stay.", show_default="all"),
+    ] = None,
+    engine: Annotated[
+        Literal["vllm", "sglang", "transformers"] | None,
+        typer.Option("--for", metavar="ENGINE", help="Refuse what this engine cannot load.", show_default="any engine"),
+    ] = None,
     calibration: Annotated[
         str,
         typer.Option(
-            metavar="FILE|ID|builtin",
-            help="Calibration text: a .txt, .jsonl or .parquet file, a dataset of the hub, or CPython's own reference.",
+            metavar="FILE|ID|builtin|self",
+            help="Calibration text: a .txt, .jsonl or .parquet file, a dataset of the hub, CPython's own reference, or"
+            " text that the model writes itself.",
         ),
     ] = "builtin",
     samples: Annotated[int, typer.Option(min=1, metavar="N", help="Windows of calibration text.")] = 128,
@@ -50,9 +113,24 @@ def quantize(
     damp: Annotated[
         float, typer.Option(metavar="SHARE", help="GPTQ's damping, as a share of the Hessian's diagonal.")
     ] = 0.01,
+    offload: Annotated[
+        Literal["auto", "disk", "memory"],
+        typer.Option(
+            metavar="auto|disk|memory", help="Where the calibration text's hidden states lie; auto: as they fit."
+        ),
+    ] = "auto",
     evaluate: Annotated[
         bool, typer.Option("--eval/--no-eval", help="Measure the quality before and after on held-out text.")
     ] = True,
+    max_kl: Annotated[
+        float | None, typer.Option(metavar="X", help="Exit with 1 if the mean KL is above X.", show_default="off")
+    ] = None,
+    max_ppl_ratio: Annotated[
+        float | None,
+        typer.Option(
+            metavar="X", help="Exit with 1 if the perplexity grows by more than this factor.", show_default="off"
+        ),
+    ] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Insist on taking up an interrupted run, which also happens without.")
     ] = False,
@@ -61,18 +139,32 @@ def quantize(
     seed: SeedOption = 0,
 ) -> None:
     """Write a checkpoint in another precision, with a report of its quality, size and time."""
-    from llmkit.quant.quantize import QuantizeOptions
+    from llmkit.quant.quantize import QuantizeOptions, check_gates
     from llmkit.quant.quantize import quantize as run
 
     options = QuantizeOptions(
         method=method,
         bits=bits,
         group_size=parse_count("--group-size", group_size, also=(-1,)),
+        format=form,
+        symmetric=symmetric,
+        activations=activations,
+        static_activations=static_activations,
+        kv=kv or "",
+        keep=keep,
+        layers=layers,
+        engine=engine,
+        effort=effort,
+        target_kl=target_kl,
+        target_bits=target_bits,
         calibration=calibration,
         samples=samples,
         seq_len=seq_len,
         damp=damp,
+        offload=offload,
         evaluate=evaluate,
+        max_kl=max_kl,
+        max_ppl_ratio=max_ppl_ratio,
         resume=resume,
         dry_run=dry_run,
         device=device,
@@ -80,6 +172,7 @@ def quantize(
     )
     report = run(model, out, options, output.progress())
     output.result(report, lambda console: _show(console, report))
+    check_gates(report, options)
 
 
 def _show(console: Console, report: dict[str, Any]) -> None:
@@ -111,7 +204,7 @@ def _show(console: Console, report: dict[str, Any]) -> None:
     if quality is not None:
         notes.append(f"scored on {quality['text']}, {quality['tokens']:,} tokens")
     if report["fallbacks"]:
-        notes.append(f"rounded to the nearest, as GPTQ failed: {', '.join(report['fallbacks'])}")
+        notes.append(f"rounded to the nearest instead: {', '.join(report['fallbacks'])}")
     console.print("\n".join(notes), markup=False, highlight=False, soft_wrap=True)
 
 
@@ -135,8 +228,12 @@ def _show_plan(console: Console, report: dict[str, Any]) -> None:
 
 
 def _stored(report: dict[str, Any]) -> str:
-    """How the weights are stored: "4 bits in groups of 64, gptq format"."""
+    """How the weights are stored: "INT4 in groups of 64, gptq format"."""
     if report["format"] is None:
         return str(report["dtype"])
-    groups = "one scale a row" if report["group_size"] == -1 else f"groups of {report['group_size']}"
-    return f"{report['bits']} bits, {groups}, {report['format']} format"
+    labels = [scheme["label"] for scheme in report["schemes"]]
+    if len(labels) > 1:
+        total = sum(scheme["weights"] for scheme in report["schemes"])
+        labels = [f"{scheme['weights'] / total:.0%} {scheme['label']}" for scheme in report["schemes"]]
+    kv = [f"{report['kv'].upper()} KV cache"] if report["kv"] else []
+    return f"{'; '.join(labels + kv)}; {report['format']} format"

@@ -14,7 +14,7 @@ from llmkit.kernels.activation import gated
 from llmkit.kernels.attention import AttentionBatch, paged_attention, store_kv
 from llmkit.kernels.norm import rms_norm
 from llmkit.kernels.rope import rotate
-from llmkit.model.linear import Linear
+from llmkit.model.linear import Linear, Rounding
 from llmkit.model.rope import Rotation, make_ropes
 from llmkit.model.spec import ModelSpec
 
@@ -24,18 +24,26 @@ KvCache = tuple[torch.Tensor, torch.Tensor]  # k, v: [blocks, block_size, K, D]
 class DecoderLayer:
     """One layer, built from the tensors of the parameter table's rows `layers.<index>.*`.
 
-    tensors: the runtime tensors by name without that prefix ("attn.qkv.weight"). `linears` holds the linear
-    layers by module name ("attn.qkv", "mlp.down", "mlp.experts.3.gate_up").
+    tensors: the runtime tensors by name without that prefix ("attn.qkv.weight"). rounding: by module name, what is
+    rounded on the way: the inputs of a linear, "attn.k" and "attn.v" before they go into the cache. `linears` holds
+    the linear layers by module name ("attn.qkv", "mlp.down", "mlp.experts.3.gate_up").
     """
 
-    def __init__(self, spec: ModelSpec, index: int, tensors: Mapping[str, torch.Tensor]) -> None:
+    def __init__(
+        self,
+        spec: ModelSpec,
+        index: int,
+        tensors: Mapping[str, torch.Tensor],
+        rounding: Mapping[str, Rounding] | None = None,
+    ) -> None:
         self.spec, self.layer = spec, spec.layers[index]
+        self.rounding = dict(rounding or {})
         self.linears: dict[str, Linear] = {}
         self.norms: dict[str, torch.Tensor] = {}
         for name, tensor in tensors.items():
             module, _, kind = name.rpartition(".")
             if kind == "weight" and tensor.dim() == 2:
-                self.linears[module] = Linear(tensor, tensors.get(f"{module}.bias"))
+                self.linears[module] = Linear(tensor, tensors.get(f"{module}.bias"), self.rounding.get(module))
             elif kind == "weight":
                 self.norms[module] = tensor + spec.norm_offset if spec.norm_offset else tensor
 
@@ -69,6 +77,7 @@ class DecoderLayer:
         if self.layer.rope is not None:
             cos, sin = rotations[self.layer.rope]
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        k, v = (rounded(t) if (rounded := self.rounding.get(name)) else t for name, t in (("attn.k", k), ("attn.v", v)))
         store_kv(k, v, *cache, batch.slots)
         seen = paged_attention(
             q, *cache, batch, spec.attention_scale, self.layer.window, spec.attention_softcap
@@ -111,11 +120,15 @@ class Decoder:
     """A whole model.
 
     tensors: the runtime tensors by the names of the parameter table, all of one dtype on one device. The
-    mapping is emptied as the tensors are taken, so that nothing is held twice.
+    mapping is emptied as the tensors are taken, so that nothing is held twice. rounding: by runtime module
+    ("layers.3.attn.qkv"), as DecoderLayer has it.
     """
 
-    def __init__(self, spec: ModelSpec, tensors: dict[str, torch.Tensor]) -> None:
+    def __init__(
+        self, spec: ModelSpec, tensors: dict[str, torch.Tensor], rounding: Mapping[str, Rounding] | None = None
+    ) -> None:
         self.spec = spec
+        rounding = rounding or {}
         self.embedding = tensors.pop("embed.weight")
         self.dtype, self.device = self.embedding.dtype, self.embedding.device
         self.head = self.embedding if spec.tied else tensors.pop("lm_head.weight")
@@ -125,7 +138,8 @@ class Decoder:
             prefix = f"layers.{index}."
             names = [name for name in tensors if name.startswith(prefix)]
             own = {name.removeprefix(prefix): tensors.pop(name) for name in names}
-            self.layers.append(DecoderLayer(spec, index, own))
+            rounded = {name.removeprefix(prefix): how for name, how in rounding.items() if name.startswith(prefix)}
+            self.layers.append(DecoderLayer(spec, index, own, rounded))
         assert not tensors, f"tensors that no module takes: {sorted(tensors)[:5]}"
         self.ropes = make_ropes(spec, self.device)
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from dataclasses import asdict
 from typing import Any
 
-from llmkit.checkpoint.quantized import QuantizationConfig
+from llmkit.checkpoint.quantized import QuantizationConfig, Scheme
 from llmkit.checkpoint.safetensors_header import byte_count
 from llmkit.checkpoint.source import Checkpoint
 from llmkit.model.families import model_spec
@@ -15,7 +16,7 @@ from llmkit.model.loader import stored_tensors
 from llmkit.model.spec import ModelSpec
 
 GROUP_SIZES = (128, 64, 32)  # what INT4 is estimated with: the largest that divides every layer, else per row
-INT8 = QuantizationConfig(format="compressed-tensors", bits=8, group_size=-1, symmetric=True)
+INT8 = QuantizationConfig("compressed-tensors", Scheme(8))
 
 
 def inspect_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -47,8 +48,8 @@ def inspect_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
         "disk_bytes": checkpoint.weight_bytes,
         "stored_dtypes": dict(Counter(info.dtype for info in checkpoint.tensors.values())),
         "quantization": None if quantization is None else {
-            "format": quantization.format, "method": quantization.method or None, "bits": quantization.bits,
-            "group_size": quantization.group_size, "symmetric": quantization.symmetric,
+            "format": quantization.format, "method": quantization.method or None, "kv": quantization.kv or None,
+            "schemes": [asdict(scheme) | {"label": scheme.label} for scheme in quantization.schemes],
         },
         "written_by": None if manifest is None else manifest.get("tool"),
         "layout": checkpoint.layout,
@@ -67,7 +68,7 @@ def weight_bytes(spec: ModelSpec) -> dict[str, int]:
     count = parameter_count(spec)
     inputs = {parameter.shape[1] for parameter in parameters(spec) if parameter.linear}
     group = next((size for size in GROUP_SIZES if all(columns % size == 0 for columns in inputs)), -1)
-    int4 = QuantizationConfig(format="gptq", bits=4, group_size=group, symmetric=True)
+    int4 = QuantizationConfig("gptq", Scheme(4, group))
     return {
         "fp32": count * 4,
         "bf16": count * 2,

@@ -7,13 +7,15 @@ from dataclasses import dataclass
 
 import torch
 
+from llmkit.checkpoint.compressed_tensors import KINDS
 from llmkit.checkpoint.errors import InputError
-from llmkit.checkpoint.formats import format_of, is_ignored
-from llmkit.checkpoint.quantized import PackedTensor, QuantizationConfig
+from llmkit.checkpoint.formats import format_of
+from llmkit.checkpoint.quantized import PackedTensor, QuantizationConfig, Scheme
 from llmkit.checkpoint.source import Checkpoint
 from llmkit.model.decoder import Decoder
 from llmkit.model.families import model_spec
 from llmkit.model.layout import Parameter, Part, ignored_tensor, parameters
+from llmkit.model.linear import Rounding
 from llmkit.model.spec import ModelSpec
 
 FLOATS = ("F32", "F16", "BF16")
@@ -30,13 +32,14 @@ class StoredTensor:
     parts: tuple[Part, ...]  # the parts of the parameter that lie in it, by their rows of the dense tensor
     dense: tuple[int, ...]  # the shape of the dense tensor it stands for
     packed: PackedTensor | None = None  # None: it is that dense tensor
+    scheme: Scheme | None = None  # of the packed weight it belongs to
 
 
-def is_quantized(parameter: Parameter, tensor: str, quantization: QuantizationConfig | None) -> bool:
-    """Whether this checkpoint tensor of the parameter is stored in the quantized format."""
+def scheme_of(parameter: Parameter, tensor: str, quantization: QuantizationConfig | None) -> Scheme | None:
+    """How this checkpoint tensor of the parameter is quantized; None when it is not."""
     if quantization is None or not parameter.linear:
-        return False
-    return not is_ignored(quantization, tensor.removesuffix(".weight"))
+        return None
+    return quantization.scheme_of(tensor.removesuffix(".weight"))
 
 
 def stored_tensors(spec: ModelSpec, quantization: QuantizationConfig | None) -> dict[str, StoredTensor]:
@@ -46,14 +49,26 @@ def stored_tensors(spec: ModelSpec, quantization: QuantizationConfig | None) -> 
         for tensor in parameter.tensors:
             parts = tuple(part for part in parameter.parts if part.tensor == tensor)
             dense = (sum(part.shape[0] for part in parts), *parts[0].shape[1:])
-            if quantization is None or not is_quantized(parameter, tensor, quantization):
+            scheme = scheme_of(parameter, tensor, quantization)
+            if quantization is None or scheme is None:
                 stored[tensor] = StoredTensor(tensor, None, dense, parameter, parts, dense)
                 continue
             module = tensor.removesuffix(".weight")
-            for packed in format_of(quantization).tensors(quantization, dense[0], dense[1]):
+            for packed in format_of(quantization).tensors(scheme, dense[0], dense[1]):
                 name = f"{module}.{packed.suffix}"
-                stored[name] = StoredTensor(name, packed.dtype, packed.shape, parameter, parts, dense, packed)
+                stored[name] = StoredTensor(name, packed.dtype, packed.shape, parameter, parts, dense, packed, scheme)
+        for tensor in kv_scales(parameter, quantization).values():
+            stored[tensor] = StoredTensor(tensor, "F32", (1,), parameter, (Part(tensor, (1,)),), (1,))
     return stored
+
+
+def kv_scales(parameter: Parameter, quantization: QuantizationConfig | None) -> dict[str, str]:
+    """The checkpoint's scales of an 8-bit KV cache by runtime name, for the parameter that makes keys and values."""
+    if quantization is None or not quantization.kv or not parameter.name.endswith(".attn.qkv.weight"):
+        return {}
+    attention = parameter.tensors[0].removesuffix(".weight").rpartition(".")[0]
+    prefix = parameter.module.removesuffix("qkv")
+    return {f"{prefix}{name}": f"{attention}.{name}_scale" for name in ("k", "v")}
 
 
 def check_checkpoint(checkpoint: Checkpoint, spec: ModelSpec) -> None:
@@ -101,19 +116,51 @@ def read_parameter(
 
 def _read_dense(checkpoint: Checkpoint, parameter: Parameter, tensor: str, device: torch.device | str) -> torch.Tensor:
     quantization = checkpoint.quantization
-    if quantization is None or not is_quantized(parameter, tensor, quantization):
+    scheme = scheme_of(parameter, tensor, quantization)
+    if quantization is None or scheme is None:
         return checkpoint.read(tensor).to(device)
     layout, module = format_of(quantization), tensor.removesuffix(".weight")
     rows = sum(part.shape[0] for part in parameter.parts if part.tensor == tensor)
-    columns = parameter.parts[0].shape[1]
-    packed = layout.tensors(quantization, rows, columns)
+    packed = layout.tensors(scheme, rows, parameter.parts[0].shape[1])
     read = {p.suffix: checkpoint.read(f"{module}.{p.suffix}").to(device) for p in packed}
-    return layout.unpack(quantization, read).dequantize()
+    return layout.unpack(scheme, read).dequantize()
+
+
+def read_rounding(
+    checkpoint: Checkpoint, parameter: Parameter, device: torch.device | str = "cpu"
+) -> dict[str, Rounding]:
+    """What the checkpoint says is rounded at a parameter, by runtime module: its inputs, the keys and values it makes.
+
+    Raises InputError when tensors that are run as one linear have inputs of different schemes.
+    """
+    quantization = checkpoint.quantization
+    found: dict[str, Rounding] = {}
+    for name, tensor in kv_scales(parameter, quantization).items():
+        found[name] = Rounding(KINDS[quantization.kv], checkpoint.read(tensor).float().to(device))  # type: ignore[union-attr]
+    schemes = {tensor: scheme_of(parameter, tensor, quantization) for tensor in parameter.tensors}
+    inputs = {(scheme.kind, scheme.inputs) if scheme else ("", "none") for scheme in schemes.values()}
+    if len(inputs) > 1:
+        raise InputError(
+            f"{checkpoint.reference}: the inputs of {', '.join(schemes)} are rounded in different ways",
+            "Linears that read the same inputs were expected to round them alike",
+        )
+    ((kind, how),) = inputs
+    if how == "token":
+        found[parameter.module] = Rounding(kind)
+    elif how == "tensor":
+        names = [f"{tensor.removesuffix('.weight')}.input_scale" for tensor in parameter.tensors]
+        scales = torch.cat([checkpoint.read(name).float() for name in names])
+        found[parameter.module] = Rounding(kind, scales.amax(dim=0, keepdim=True).to(device))
+    return found
 
 
 def load_model(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device | str = "cpu") -> Decoder:
     """The whole model on one device. Raises InputError when the checkpoint does not fit its own config."""
     spec = model_spec(checkpoint.config)
     check_checkpoint(checkpoint, spec)
-    tensors = {row.name: read_parameter(checkpoint, row, dtype, device) for row in parameters(spec)}
-    return Decoder(spec, tensors)
+    tensors: dict[str, torch.Tensor] = {}
+    rounding: dict[str, Rounding] = {}
+    for row in parameters(spec):
+        tensors[row.name] = read_parameter(checkpoint, row, dtype, device)
+        rounding |= read_rounding(checkpoint, row, device)
+    return Decoder(spec, tensors, rounding)

@@ -1,48 +1,79 @@
-"""Symmetric grids: how a scale is chosen for a group of weights, and rounding to the nearest code.
+"""Grids: how scales and zero points are chosen for groups of weights, and rounding to the nearest code.
 
 Legend: `out` rows, `in` columns, `G` groups along `in`, `g` columns in a group. A code is 0 .. 2^bits - 1 and
-stands for (code - 2^(bits-1)) * scale, so one step more lies below zero than above it.
+stands for (code - zero) * scale; zero is 2^(bits-1) on a symmetric grid. FP8 codes are e4m3 numbers.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
-from llmkit.checkpoint.quantized import QuantizedWeight
+from llmkit.checkpoint.quantized import FP8, FP8_MAX, QuantizedWeight, Scheme
 
 NORM = 2.4  # of the range search: a little more than 2 protects the outliers (GPTQ's published setting)
-MIN_SHRINK = 0.2
-STEPS = 80  # shrinks tried between 1 and MIN_SHRINK, a hundredth apart
+FINE = 0.01  # between the shrinks of a full search
 _CPU_CHUNK = 1 << 17  # elements searched at once: what stays in a core's cache
 _DEVICE_CHUNK = 1 << 24
 
 
-def levels(bits: int) -> tuple[int, int]:
-    """The lowest and highest signed code: (-8, 7) for 4 bits."""
-    return -(1 << (bits - 1)), (1 << (bits - 1)) - 1
+@dataclass(frozen=True)
+class Grid:
+    """Where the codes of a weight lie."""
+
+    scales: torch.Tensor  # [out, G], of the stored dtype
+    zeros: torch.Tensor  # uint8 [out, G]
+    scheme: Scheme
+
+    def nearest(self, weight: torch.Tensor) -> QuantizedWeight:
+        """Round a float32 weight [out, in] to the nearest codes."""
+        rows, columns = weight.shape
+        groups = weight.reshape(rows, self.scales.shape[1], -1)
+        steps = groups / self.scales.float().unsqueeze(2)
+        if self.scheme.kind == "float":
+            codes = steps.clamp_(-FP8_MAX, FP8_MAX).to(FP8)
+        else:
+            steps.round_().add_(self.zeros.float().unsqueeze(2)).clamp_(0, (1 << self.scheme.bits) - 1)
+            codes = steps.to(torch.uint8)
+        return QuantizedWeight(codes.view(rows, columns), self.scales, self.zeros, self.scheme)
 
 
-def group_scales(
+@dataclass(frozen=True)
+class Search:
+    """Which shrunken ranges are tried: multiples of the full range from `least` to 1, `step` apart."""
+
+    least: float
+    step: float = FINE
+
+
+FULL_SEARCH = Search(0.2)
+
+
+def fit_grid(
     weight: torch.Tensor,
-    bits: int,
-    group_size: int,
-    *,
-    search: bool,
+    scheme: Scheme,
+    dtype: torch.dtype,
+    search: Search | None = None,
     importance: torch.Tensor | None = None,
-    dtype: torch.dtype = torch.float16,
-) -> torch.Tensor:
-    """The scales [out, G] of a float32 weight [out, in], already rounded to the stored `dtype`.
+) -> Grid:
+    """The grid of a float32 weight [out, in], its scales already rounded to the stored `dtype`.
 
-    Without `search` a scale spans the group's largest magnitude, 2 * absmax / (2^bits - 1). With it, the range is
-    shrunk by whatever factor gives the smallest sum of |error|^2.4, weighted by `importance` [in] when given. `in`
-    must be a multiple of `group_size` (-1: the whole row). A group of zeros gets the smallest normal number, never 0.
+    Without `search` a scale spans the group's whole range: [-absmax, absmax] on a symmetric grid, [min, max] with
+    zero in it on any other. With it, the range is shrunk by whatever factor gives the smallest sum of |error|^2.4,
+    weighted by `importance` [in] when given. `in` must be a multiple of the group size (-1: the whole row). A group
+    of zeros gets the smallest normal number for a scale, never 0.
     """
     rows, columns = weight.shape
-    size = columns if group_size == -1 else group_size
+    size = columns if scheme.group_size == -1 else scheme.group_size
     assert columns % size == 0, (columns, size)
     groups = weight.reshape(-1, size)
-    full = groups.abs().amax(dim=1, keepdim=True) * (2.0 / ((1 << bits) - 1))
-    if search:
+    if scheme.kind == "float":
+        scales = _storable(groups.abs().amax(dim=1, keepdim=True) / FP8_MAX, dtype)
+        zeros = torch.zeros_like(scales)
+    else:
+        scales = torch.empty(len(groups), 1, dtype=torch.float32, device=weight.device)
+        zeros = torch.empty_like(scales)
         chunk = max(1, (_CPU_CHUNK if weight.device.type == "cpu" else _DEVICE_CHUNK) // size)
         for start in range(0, len(groups), chunk):
             part = slice(start, start + chunk)
@@ -50,30 +81,34 @@ def group_scales(
             if importance is not None:
                 of_row = torch.arange(start, start + len(groups[part]), device=weight.device) % (columns // size)
                 factors = importance.view(-1, size)[of_row]
-            full[part] = _best_range(groups[part], full[part], factors, bits, dtype)
-    return _storable(full, dtype).to(dtype).view(rows, -1)
-
-
-def nearest(weight: torch.Tensor, scales: torch.Tensor, bits: int, group_size: int) -> QuantizedWeight:
-    """Round a float32 weight [out, in] to the nearest codes under `scales` [out, G]."""
-    rows, columns = weight.shape
-    low, high = levels(bits)
-    steps = weight.reshape(rows, scales.shape[1], -1) / scales.float().unsqueeze(2)
-    codes = steps.round_().clamp_(low, high).sub_(low).to(torch.uint8).view(rows, columns)
-    return QuantizedWeight(codes, scales, symmetric_zeros(scales, bits), bits, group_size)
+            scales[part], zeros[part] = _best_range(groups[part], factors, scheme, search, dtype)
+    return Grid(scales.to(dtype).view(rows, -1), zeros.to(torch.uint8).view(rows, -1), scheme)
 
 
 def round_to_nearest(
-    weight: torch.Tensor, bits: int, group_size: int, *, search: bool, dtype: torch.dtype = torch.float16
+    weight: torch.Tensor, scheme: Scheme, dtype: torch.dtype, search: Search | None = None
 ) -> QuantizedWeight:
-    """Quantize a weight [out, in] without any data: scales by `group_scales`, then the nearest codes."""
+    """Quantize a weight [out, in] without any data: a grid by `fit_grid`, then the nearest codes."""
     weight = weight.float()
-    return nearest(weight, group_scales(weight, bits, group_size, search=search, dtype=dtype), bits, group_size)
+    return fit_grid(weight, scheme, dtype, search).nearest(weight)
 
 
-def symmetric_zeros(scales: torch.Tensor, bits: int) -> torch.Tensor:
-    """The zero points [out, G] of a symmetric grid."""
-    return torch.full(scales.shape, 1 << (bits - 1), dtype=torch.uint8, device=scales.device)
+def full_range(groups: torch.Tensor, scheme: Scheme) -> tuple[torch.Tensor, torch.Tensor]:
+    """The ends [n, 1] of what the weights of groups [n, g] take up, zero included; alike on a symmetric grid."""
+    if scheme.symmetric:
+        high = groups.abs().amax(dim=1, keepdim=True)
+        return -high, high
+    return groups.amin(dim=1, keepdim=True).clamp(max=0.0), groups.amax(dim=1, keepdim=True).clamp(min=0.0)
+
+
+def range_grid(
+    low: torch.Tensor, high: torch.Tensor, scheme: Scheme, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The scales and zero points, both float32, of grids that span [low, high]."""
+    scale = _storable((high - low) / ((1 << scheme.bits) - 1), dtype)
+    if scheme.symmetric:
+        return scale, torch.full_like(scale, scheme.half)
+    return scale, (-low / scale).round_().clamp_(0, (1 << scheme.bits) - 1)
 
 
 def _storable(scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -83,23 +118,30 @@ def _storable(scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def _best_range(
-    groups: torch.Tensor, full: torch.Tensor, factors: torch.Tensor | None, bits: int, dtype: torch.dtype
-) -> torch.Tensor:
-    """For groups [n, g] and full-range scales [n, 1], the scales [n, 1] of least sum of factors * |error|^NORM."""
-    low, high = levels(bits)
-    best, best_loss = full.clone(), torch.full_like(full, torch.inf)
+    groups: torch.Tensor, factors: torch.Tensor | None, scheme: Scheme, search: Search | None, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """For groups [n, g], the scales and zero points [n, 1] of least sum of factors * |error|^NORM."""
+    low, high = full_range(groups, scheme)
+    if search is None:
+        return range_grid(low, high, scheme, dtype)
+    top = (1 << scheme.bits) - 1
+    steps = round((1.0 - search.least) / search.step)
+    shrinks = [1.0 - search.step * step for step in range(steps + 1)]
+    if scheme.symmetric:  # the full range ends half a step below the largest positive weight: one that reaches it
+        shrinks.insert(0, top / (top - 1))
+    best_scale, best_zero = torch.empty_like(low), torch.empty_like(low)
+    best_loss = torch.full_like(low, torch.inf)
     work = torch.empty_like(groups)
-    # The full range ends half a step below the largest positive weight; the first scale tried reaches it.
-    reach = ((1 << bits) - 1) / ((1 << bits) - 2)
-    for shrink in (reach, *(1.0 - step * (1.0 - MIN_SHRINK) / STEPS for step in range(STEPS + 1))):
-        scale = _storable(full * shrink, dtype)
+    for shrink in shrinks:
+        scale, zero = range_grid(low * shrink, high * shrink, scheme, dtype)
         torch.div(groups, scale, out=work)
-        work.round_().clamp_(low, high).mul_(scale).sub_(groups).abs_()
+        work.round_().add_(zero).clamp_(0, top).sub_(zero).mul_(scale).sub_(groups).abs_()
         work.log2_().mul_(NORM).exp2_()  # |error|^NORM in a third of the time of pow, with 0 for 0
         if factors is not None:
             work.mul_(factors)
         loss = work.sum(dim=1, keepdim=True)
         better = loss < best_loss
-        best = torch.where(better, scale, best)
+        best_scale = torch.where(better, scale, best_scale)
+        best_zero = torch.where(better, zero, best_zero)
         best_loss = torch.where(better, loss, best_loss)
-    return best
+    return best_scale, best_zero

@@ -3,81 +3,240 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 
 from llmkit.checkpoint.errors import InputError, UsageError
-from llmkit.checkpoint.formats import format_of
-from llmkit.checkpoint.quantized import Format, QuantizationConfig
+from llmkit.checkpoint.formats import FORMATS
+from llmkit.checkpoint.quantized import Format, QuantizationConfig, Scheme
 from llmkit.checkpoint.safetensors_header import DTYPES
 from llmkit.model.layout import Parameter, parameters
 from llmkit.model.spec import ModelSpec
+from llmkit.quant.algorithm import Algorithm
+from llmkit.quant.awq import Awq, AwqGptq
+from llmkit.quant.gptq import Gptq
+from llmkit.quant.grid import FULL_SEARCH
+from llmkit.quant.nearest import Nearest
+from llmkit.quant.smoothquant import SmoothQuant
 
 GROUP_SIZES = (128, 64, 32)  # what every engine has kernels for, the best compression first
+ROUTED_TENSORS = "compressed-tensors"  # its readers take every linear layer for quantized that is not listed
 
 
 @dataclass(frozen=True)
 class Method:
-    """How codes are chosen. The first of `bits` is the default."""
+    """How codes are chosen. The first of `bits` and of `formats` is the default."""
 
     bits: tuple[int, ...]
-    format: Format | None = None  # None: a cast, nothing is quantized
+    formats: tuple[Format, ...] = ()  # none: a cast, nothing is quantized
     calibrated: bool = False
     grouped: bool = False  # one scale per group of columns; otherwise one per row
+    symmetric: bool = True  # where the format leaves a choice
+    kind: Literal["int", "float"] = "int"
     dtype: torch.dtype | None = None  # of a cast
 
 
 METHODS: dict[str, Method] = {
     "bf16": Method((16,), dtype=torch.bfloat16),
     "fp16": Method((16,), dtype=torch.float16),
-    "int8": Method((8,), "compressed-tensors"),
-    "gptq": Method((4, 8), "gptq", calibrated=True, grouped=True),
-    "rtn": Method((4, 8), "compressed-tensors", grouped=True),
+    "int8": Method((8,), ("compressed-tensors",)),
+    "fp8": Method((8,), ("compressed-tensors",), kind="float"),
+    "gptq": Method((4, 8), ("gptq", "awq", "compressed-tensors"), calibrated=True, grouped=True),
+    "awq": Method((4,), ("awq", "gptq", "compressed-tensors"), calibrated=True, grouped=True, symmetric=False),
+    "rtn": Method((4, 8), ("compressed-tensors", "gptq", "awq"), grouped=True),
 }
+FORCED_SYMMETRY: dict[str, bool] = {"gptq": True, "awq": False}  # what the layout can hold (FORMATS: v1, GEMM)
+Effort = Literal["fast", "normal", "max"]
 
 
-def method_of(name: str, bits: int | None, group_size: int | None) -> tuple[Method, int]:
-    """The method and its bits. Raises UsageError when method, bits and group size do not go together."""
-    method = METHODS.get(name)
-    if method is None:
-        raise UsageError(f"--method {name} is not known", f"One of {', '.join(METHODS)} was expected")
-    if bits is not None and bits not in method.bits:
-        pairs = ", ".join(f"{other} {choice}" for other, entry in METHODS.items() for choice in entry.bits)
-        raise UsageError(f"--method {name} and --bits {bits} do not go together", f"The pairs that do: {pairs}")
-    if group_size is not None and not method.grouped:
-        grouped = ", ".join(other for other, entry in METHODS.items() if entry.grouped)
-        raise UsageError(
-            f"--method {name} has no groups, and --group-size is {group_size}", f"Groups go with {grouped}"
+@dataclass(frozen=True)
+class Choice:
+    """What the options say about how weights are stored, before a model is looked at. None: the default."""
+
+    method: str
+    bits: int | None = None
+    group_size: int | None = None
+    format: str | None = None
+    symmetric: bool | None = None
+    activations: bool = False  # int8: round the inputs too
+    static_activations: bool = False  # fp8: with one fixed scale
+    kv: Literal["", "fp8", "int8"] = ""
+    mixed: bool = False  # several numbers of bits in one checkpoint
+
+    @property
+    def entry(self) -> Method:
+        """The method's row of METHODS."""
+        return METHODS[self.method]
+
+    def check(self) -> None:
+        """Raises UsageError when the options do not go together, telling those that do."""
+        method, name = METHODS.get(self.method), self.method
+        if method is None:
+            raise UsageError(f"--method {name} is not known", f"One of {', '.join(METHODS)} was expected")
+        if self.bits is not None and self.bits not in method.bits:
+            pairs = ", ".join(f"{other} {bits}" for other, entry in METHODS.items() for bits in entry.bits)
+            raise UsageError(
+                f"--method {name} and --bits {self.bits} do not go together", f"The pairs that do: {pairs}"
+            )
+        if self.group_size is not None and not method.grouped:
+            raise UsageError(
+                f"--method {name} has no groups, and --group-size is {self.group_size}",
+                f"Groups go with {_those(lambda entry: entry.grouped)}",
+            )
+        if self.format is not None and self.format not in method.formats:
+            formats = ", ".join(method.formats) or "safetensors only, and no --format"
+            raise UsageError(f"--method {name} and --format {self.format} do not go together", f"Expected {formats}")
+        form = self.chosen_format
+        if form == "awq" and (self.bits or method.bits[0]) != 4:
+            raise UsageError("--format awq holds 4 bits only", todo="Use --format compressed-tensors for 8 bits")
+        if self.symmetric is not None:
+            if not method.grouped:
+                raise UsageError(f"--method {name} has a symmetric grid", "No --symmetric or --asymmetric was expected")
+            if self.symmetric != FORCED_SYMMETRY.get(form or "", self.symmetric):
+                wanted, other = ("--symmetric", "--asymmetric") if self.symmetric else ("--asymmetric", "--symmetric")
+                raise UsageError(
+                    f"--format {form} cannot hold what {wanted} asks for",
+                    f"{other} goes with it",
+                    "Use --format compressed-tensors, which holds both",
+                )
+        if self.activations and name not in ("int8", "fp8"):
+            raise UsageError(
+                f"--method {name} rounds no activations", "--activations goes with int8 (fp8 has it always)"
+            )
+        if self.static_activations and name != "fp8":
+            raise UsageError(f"--method {name} has no fixed activation scales", "--static-activations goes with fp8")
+        if self.kv and form not in (None, "compressed-tensors"):
+            raise UsageError(
+                f"--format {form} has no place for the scales of a KV cache", todo="Use --format compressed-tensors"
+            )
+        if self.mixed and (form != "compressed-tensors" or not method.grouped):
+            raise UsageError(
+                "--target-kl and --target-bits mix layers of 4, 8 and 16 bits, which one setting for all cannot",
+                f"They go with {_those(lambda entry: entry.grouped)} and --format compressed-tensors",
+            )
+
+    @property
+    def chosen_format(self) -> str | None:
+        """The format, by default the method's first (compressed-tensors for mixed precision); None for a cast."""
+        if self.mixed and self.format is None:
+            return "compressed-tensors"
+        return self.format or (self.entry.formats[0] if self.entry.formats else None)
+
+    def scheme(self, group_size: int) -> Scheme | None:
+        """How linear layers are stored; None for a cast."""
+        method, form = self.entry, self.chosen_format
+        if not method.formats:
+            return None
+        symmetric = FORCED_SYMMETRY.get(form or "", method.symmetric if self.symmetric is None else self.symmetric)
+        inputs: Literal["none", "token", "tensor"] = "none"
+        if method.kind == "float" or self.activations:
+            inputs = "tensor" if self.static_activations else "token"
+        size = group_size if method.grouped else -1
+        return Scheme(self.bits or method.bits[0], size, symmetric or not method.grouped, method.kind, inputs)
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether the model has to be run on calibration text."""
+        return (
+            self.entry.calibrated
+            or self.static_activations
+            or bool(self.kv)
+            or (self.activations and self.method == "int8")
         )
-    return method, bits or method.bits[0]
+
+    def algorithm(self, effort: Effort, damp: float) -> Algorithm:
+        """How the layers of a calibrated run are quantized."""
+        gptq = Gptq(damp, None if effort == "fast" else FULL_SEARCH)
+        if self.method == "gptq":
+            return AwqGptq(then=gptq) if effort == "max" else gptq
+        if self.method == "awq":
+            return AwqGptq(then=gptq) if effort == "max" else Awq(*((5, False) if effort == "fast" else ()))
+        if self.method == "int8" and self.activations:
+            return SmoothQuant()
+        return Nearest(needs=frozenset({"magnitudes"})) if self.static_activations else Nearest()
 
 
-def quantization_of(spec: ModelSpec, name: str, bits: int, group_size: int | None) -> QuantizationConfig | None:
-    """How the linear layers of `spec` are stored by a method; None for a cast.
+def quantization_of(spec: ModelSpec, choice: Choice, keep: Sequence[str] = ()) -> QuantizationConfig | None:
+    """How the linear layers of `spec` are stored; None when nothing is quantized, not even the KV cache.
 
-    `group_size` None: the largest of GROUP_SIZES that divides every layer, or one scale per row when none does.
-    Raises InputError for one that does not divide, naming the layer and the sizes that do.
+    keep: checkpoint modules that are left as they are. Raises InputError for a group size that does not divide,
+    naming the layer and the sizes that do.
     """
-    method = METHODS[name]
-    if method.format is None:
+    form = choice.chosen_format or ("compressed-tensors" if choice.kv else None)
+    if form is None:
         return None
     rows = parameters(spec)
-    size = _group_size([row for row in rows if row.linear], group_size) if method.grouped else -1
-    # Readers of compressed-tensors take every linear layer for quantized that is not listed here: routers too.
+    size = -1
+    if choice.entry.grouped:
+        linears = [row for row in rows if row.linear and not modules_of(row) <= set(keep)]
+        size = group_size_of(linears, choice.group_size)
     others = [row for row in rows if len(row.shape) == 2 and not row.linear and row.name.startswith("layers.")]
     routers = [tensor.removesuffix(".weight") for row in others for tensor in row.tensors]
-    ignore = ("lm_head", *(routers if method.format == "compressed-tensors" else ()))
-    return QuantizationConfig(method.format, bits, size, symmetric=True, ignore=ignore, method=name)
+    scheme = choice.scheme(size)
+    ignore = ("lm_head", *(routers if form == ROUTED_TENSORS and scheme is not None else ()), *keep)
+    return QuantizationConfig(_format(form), scheme, ignore, kv=choice.kv, method=choice.method)
 
 
-def scale_dtype(quantization: QuantizationConfig) -> torch.dtype:
-    """The dtype that the format stores scales in."""
-    tensors = format_of(quantization).tensors(quantization, 128, 128)
-    return next(DTYPES[packed.dtype] for packed in tensors if "scale" in packed.suffix)
+def mixed(quantization: QuantizationConfig, spec: ModelSpec, bits: Mapping[str, int]) -> QuantizationConfig:
+    """`quantization` with other bits for some linears, by runtime module; 16 leaves one as it is."""
+    assert quantization.scheme is not None
+    ignore, overrides = list(quantization.ignore), []
+    for row in parameters(spec):
+        if not row.linear or (chosen := bits.get(row.module)) is None or chosen == quantization.scheme.bits:
+            continue
+        for tensor in row.tensors:
+            module = tensor.removesuffix(".weight")
+            if chosen == 16:
+                ignore.append(module)
+            else:
+                overrides.append((module, replace(quantization.scheme, bits=chosen)))
+    return replace(quantization, ignore=tuple(ignore), overrides=tuple(overrides))
 
 
-def _group_size(linears: list[Parameter], wanted: int | None) -> int:
+def modules_of(row: Parameter) -> set[str]:
+    """The checkpoint modules of a parameter."""
+    return {tensor.removesuffix(".weight") for tensor in row.tensors}
+
+
+def kept_modules(spec: ModelSpec, pattern: str | None, layers: range | None) -> list[str]:
+    """Checkpoint modules to leave unquantized: those that `pattern` finds, with what is run together with them, and
+    everything outside `layers`. Raises UsageError for a pattern that is none or finds nothing."""
+    try:
+        expression = re.compile(pattern) if pattern is not None else None
+    except re.error as error:
+        raise UsageError(
+            f"--keep {pattern} is not a regular expression ({error})", todo="Escape special characters"
+        ) from error
+    kept, found = [], False
+    for row in parameters(spec):
+        if not row.linear:
+            continue
+        modules = [tensor.removesuffix(".weight") for tensor in row.tensors]
+        matches = expression is not None and any(expression.search(module) for module in modules)
+        found |= matches
+        if matches or (layers is not None and row.stages[0] not in layers):
+            kept += modules
+    if expression is not None and not found:
+        some = next(row.tensors[0].removesuffix(".weight") for row in parameters(spec) if row.linear)
+        raise UsageError(f"--keep {pattern} finds no linear layer", f"They have names such as {some}")
+    return kept
+
+
+def scale_dtype(format_name: str, scheme: Scheme) -> torch.dtype:
+    """The dtype that a format stores a scheme's scales in."""
+    tensors = FORMATS[format_name].tensors(scheme, 128, 128 if scheme.group_size == -1 else scheme.group_size)
+    return next(DTYPES[packed.dtype] for packed in tensors if packed.suffix in ("scales", "weight_scale"))
+
+
+def group_size_of(linears: list[Parameter], wanted: int | None) -> int:
+    """`wanted`, or the largest of GROUP_SIZES that divides every layer, or -1 when none does.
+
+    Raises InputError for a size that does not divide, naming the layer and the sizes that do.
+    """
     common = math.gcd(*(row.shape[1] for row in linears))
     if wanted is None:
         return next((size for size in GROUP_SIZES if common % size == 0), -1)
@@ -91,3 +250,15 @@ def _group_size(linears: list[Parameter], wanted: int | None) -> int:
                 f"The sizes that divide every layer: {', '.join(map(str, [*sizes, -1]))}",
             )
     return wanted
+
+
+def _format(name: str) -> Format:
+    for known in ("gptq", "awq", "compressed-tensors"):
+        if name == known:
+            return known
+    raise AssertionError(name)
+
+
+def _those(wanted: object) -> str:
+    assert callable(wanted)
+    return ", ".join(name for name, entry in METHODS.items() if wanted(entry))

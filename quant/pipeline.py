@@ -1,61 +1,50 @@
-"""Quantizing layer by layer: each linear is calibrated on what the quantized part of the model before it puts out.
-
-A decoder layer has two blocks, and each block its linears in two stages; a stage's inputs depend on the stage before
-it. For every stage the calibration micro-batches run through the block, no further than the stage's linears.
-"""
+"""Quantizing layer by layer: each linear is calibrated on what the quantized part of the model before it puts out."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
+from llmkit.checkpoint.compressed_tensors import KINDS
 from llmkit.checkpoint.progress import Progress
-from llmkit.checkpoint.quantized import QuantizedWeight
+from llmkit.checkpoint.quantized import FP8_MAX, QuantizedWeight
+from llmkit.kernels.rounding import INT8_MAX, TINY
 from llmkit.model.decoder import DecoderLayer
 from llmkit.model.layout import Parameter, parameters
-from llmkit.model.loader import read_parameter
-from llmkit.quant.gptq import Hessian, gptq, relative_error
-from llmkit.quant.grid import round_to_nearest
+from llmkit.model.linear import Rounding
+from llmkit.model.loader import kv_scales
+from llmkit.quant.algorithm import Algorithm, Quantized, Site
+from llmkit.quant.calibrate import Block, blocks, largest_kv, observe
+from llmkit.quant.edges import edge_to, move
+from llmkit.quant.grid import FULL_SEARCH, round_to_nearest
 from llmkit.quant.methods import scale_dtype
-from llmkit.quant.storage import Storage
-from llmkit.quant.stream import LayerStream, MicroBatch, Step
+from llmkit.quant.nearest import Nearest
+from llmkit.quant.statistics import Statistics
+from llmkit.quant.storage import Storage, row_chunks
+from llmkit.quant.stream import LayerStream, MicroBatch
 
 EXPERT_SHARE = 0.005  # an expert that saw fewer of the calibration tokens has no Hessian worth the name,
 EXPERT_TOKENS = 128  # nor has one that saw fewer than these
 
-Done = tuple[Parameter, QuantizedWeight, dict[str, Any]]  # the dictionary is the report's entry
+Entry = dict[str, Any]  # what the report says of a linear
 
 
-@dataclass(frozen=True)
-class Block:
-    """Half of a decoder layer: how to run it, and its linears by stage."""
+@dataclass
+class LayerRun:
+    """A decoder layer while it is quantized."""
 
-    run: Callable[[torch.Tensor, Step], torch.Tensor]
-    stages: tuple[tuple[str, ...], ...]
-    routed: bool  # by experts: a micro-batch may miss a linear
-
-
-def blocks(layer: DecoderLayer) -> tuple[Block, Block]:
-    """The two blocks of a layer."""
-
-    def attention(hidden: torch.Tensor, step: Step) -> torch.Tensor:
-        return layer.attention_block(hidden, step.rotations, step.batch, step.cache)
-
-    def mlp(hidden: torch.Tensor, step: Step) -> torch.Tensor:
-        return layer.mlp_block(hidden)
-
-    def ending(kind: str) -> tuple[str, ...]:
-        return tuple(name for name in layer.linears if name.startswith("mlp.") and name.endswith(kind))
-
-    return (
-        Block(attention, (("attn.qkv",), ("attn.o",)), routed=False),
-        Block(mlp, (ending(".gate_up"), ending(".down")), routed=layer.layer.moe),
-    )
+    index: int
+    layer: DecoderLayer
+    rows: list[Parameter]
+    sites: dict[str, Site]  # the linears to quantize, by name within the layer
+    done: dict[str, tuple[Quantized, Entry]]
+    changed: set[str]  # the vectors (norms, biases) that took up scales, by name within the layer
+    kv: dict[str, torch.Tensor]  # scales by checkpoint tensor
 
 
 @torch.inference_mode()
@@ -64,47 +53,60 @@ def quantize_layers(
     written: LayerStream,
     windows: torch.Tensor,
     storage: Storage,
-    damp: float,
+    algorithm: Algorithm,
     progress: Progress,
-) -> list[dict[str, Any]]:
-    """Quantize every decoder layer with GPTQ, calibrated on token windows [n, L]; commit after each layer.
+    offload: Path | None = None,
+) -> list[Entry]:
+    """Quantize every decoder layer, calibrated on token windows [n, L]; commit after each layer.
 
-    `source` gives the tensors to quantize, `written` those of the output, in which the embedding already is.
-    Layers that an interrupted run has committed are read back. Returns what the report says of each linear.
+    `source` gives the tensors to quantize, `written` those of the output, in which the embedding already is. Layers
+    that an interrupted run has committed are read back. Hidden states lie in files of `offload` when it is given.
+    Returns what the report says of each linear.
     """
-    # What is not quantized is used as it was stored.
-    mixed = LayerStream(source.spec, lambda row: (source if row.linear else written).read(row), source.device)
+
+    def read(row: Parameter) -> torch.Tensor:  # what is not quantized is used as it is stored
+        return storage.as_stored(row, source.device) if storage.scheme(row) is None else source.read(row)
+
+    mixed = LayerStream(source.spec, read, source.device)
     recorded = storage.recorded()
-    linears: list[dict[str, Any]] = []
+    linears: list[Entry] = []
     progress.start("quantize", len(source.spec.layers), "layers")
-    batches = written.embed(windows)
+    batches = written.embed(windows, folder=offload)
     for index in range(len(source.spec.layers)):
         rows = source.rows(index)
+        started = time.perf_counter()
         if index in recorded and storage.done(rows):
             written.advance(written.layer(index), batches)
             found = recorded[index]
         else:
-            for row in rows:
-                if not row.linear:
-                    storage.cast(row)
-            layer = mixed.layer(index)
-            weights = {row.module.removeprefix(f"layers.{index}."): row for row in rows if row.linear}
-            done = _quantize_layer(layer, weights, batches, storage, damp, progress)
-            found = [entry for _, _, entry in done]
+            sites = {site.name: site for row in rows if (site := site_of(row, storage)) is not None}
+            run = LayerRun(index, mixed.layer(index), rows, sites, {}, set(), {})
+            _quantize_layer(run, batches, storage, algorithm, progress)
+            found = [entry for _, entry in run.done.values()]
             storage.record(index, found)
-            for row, weight, _ in done:
-                storage.pack(row, weight)
+            _write_layer(run, storage)
             storage.writer.commit()
         linears += found
-        worst = max(found, key=lambda entry: float(entry["error"]))
-        progress.advance(1, f"{worst['name']} error {worst['error']:.2e}")
+        speed = windows.numel() / (time.perf_counter() - started)
+        worst = max(found, key=lambda entry: float(entry["error"]), default=None)
+        note = f"{worst['name']} error {worst['error']:.2e}, " if worst else ""
+        progress.advance(1, f"{note}{speed:,.0f} tokens/s")
     progress.finish()
     return linears
 
 
+def site_of(row: Parameter, storage: Storage) -> Site | None:
+    """The site of a row; None when it is not quantized."""
+    scheme = storage.scheme(row)
+    if scheme is None or storage.quantization is None:
+        return None
+    name = row.module.removeprefix(f"layers.{row.stages[0]}.")
+    return Site(row, name, scheme, scale_dtype(storage.quantization.format, scheme))
+
+
 @torch.inference_mode()
-def round_parameters(storage: Storage, device: torch.device, progress: Progress) -> list[dict[str, Any]]:
-    """Without calibration, one parameter at a time: round what is quantized to the nearest code, cast the rest.
+def round_parameters(storage: Storage, device: torch.device, progress: Progress) -> list[Entry]:
+    """Without calibration, one tensor at a time: round what is quantized to the nearest code, cast the rest.
 
     Returns what the report says of each linear; its error is that of the weights themselves.
     """
@@ -112,136 +114,164 @@ def round_parameters(storage: Storage, device: torch.device, progress: Progress)
     linears = []
     progress.start("write", len(rows), "tensors")
     for row in rows:
-        if storage.quantization is None or not row.linear:
+        site = site_of(row, storage)
+        if site is None:
             storage.cast(row)
         else:
-            dense = read_parameter(storage.source, row, torch.float32, device)
-            weight = _round(dense, storage, search=False)
-            lost = (dense - weight.dequantize()).square().sum() / dense.square().sum().clamp(min=1e-30)
-            linears.append(_entry(row, weight, "rtn", lost.item()))
-            storage.pack(row, _on_cpu(weight))
+            linears.append(_round_row(site, storage, device))
         storage.writer.commit()
         progress.advance(1, row.name)
     progress.finish()
     return linears
 
 
+def _round_row(site: Site, storage: Storage, device: torch.device) -> Entry:
+    """Round a parameter's tensors, a few rows at a time, and write them."""
+    lost = energy = 0.0
+    for tensor in site.row.tensors:
+        pieces: list[QuantizedWeight] = []
+        for rows in row_chunks(storage.source.tensors[tensor]):
+            dense = storage.source.read_slice(tensor, [rows], 0).to(device, torch.float32)
+            piece = round_to_nearest(dense, site.scheme, site.dtype)
+            lost += (dense - piece.dequantize()).square().sum().item()
+            energy += dense.square().sum().item()
+            pieces.append(piece.to("cpu"))
+        codes, scales, zeros = (
+            torch.cat(parts) for parts in zip(*((p.codes, p.scales, p.zeros) for p in pieces), strict=True)
+        )
+        storage.pack_tensor(tensor, QuantizedWeight(codes, scales, zeros, site.scheme))
+    return _entry(site, "rtn", lost / energy if energy else 0.0)
+
+
 def _quantize_layer(
-    layer: DecoderLayer,
-    rows: Mapping[str, Parameter],
-    batches: Sequence[MicroBatch],
-    storage: Storage,
-    damp: float,
-    progress: Progress,
-) -> list[Done]:
+    run: LayerRun, batches: Sequence[MicroBatch], storage: Storage, algorithm: Algorithm, progress: Progress
+) -> None:
     """Quantize the linears of a layer, put each quantized weight in its place, and take `batches` past the layer."""
-    done: list[Done] = []
-    for block in blocks(layer):
-        for stage in block.stages:
-            hessians = _hessians(layer, block, stage, batches)
-            for name in stage:
-                linear, hessian = layer.linears[name], hessians.pop(name)
-                weight, entry = _quantize_linear(
-                    linear.weight, rows[name], hessian, block.routed, storage, damp, batches
-                )
-                linear.weight = weight.dequantize()
-                done.append((rows[name], _on_cpu(weight), entry))
+    attention, mlp = blocks(run.layer)
+    _calibrate_kv(run, attention, batches, storage)
+    for block in (attention, mlp):
+        seen: dict[str, Statistics] = {}
+        if algorithm.moves:
+            seen = _move_scales(run, block, batches, storage, algorithm)
+        for position, stage in enumerate(block.stages):
+            names = [name for name in stage if name in run.sites]
+            if not algorithm.moves or (algorithm.sequential and position > 0):
+                seen |= observe(run.layer, block, names, batches, algorithm.needs)
+            for name in names:
+                result, entry = _quantize_linear(run, block, name, seen.pop(name), batches, algorithm)
+                linear, scheme = run.layer.linears[name], run.sites[name].scheme
+                linear.weight = result.weight.dequantize()
+                if scheme.inputs != "none":
+                    linear.rounding = Rounding(scheme.kind, result.weight.input_scale)
+                result.weight = result.weight.to("cpu")
+                run.done[name] = (result, entry)
                 progress.advance(0, f"{entry['name']} error {entry['error']:.2e}")
-        for one in batches:
-            one.hidden = block.run(one.hidden.to(one.step.device), one.step).cpu()
-    return done
+        block.take(batches)
+
+
+def _move_scales(
+    run: LayerRun, block: Block, batches: Sequence[MicroBatch], storage: Storage, algorithm: Algorithm
+) -> dict[str, Statistics]:
+    """Let the algorithm move scales into the block's linears; the statistics of their inputs afterwards."""
+    names = [name for stage in block.stages for name in stage if name in run.sites]
+    seen = observe(run.layer, block, names, batches, algorithm.needs)
+    dtypes = {
+        row.name.removeprefix(f"layers.{run.index}."): storage.dtypes[row.tensors[0]]
+        for row in run.rows
+        if len(row.shape) == 1
+    }
+    for name in names:
+        edge = edge_to(storage.spec, run.layer, run.sites[name].row)
+        # A linear that stays in 16 bits would be rounded anew: what feeds the edge has to be quantized, or a norm.
+        if edge is None or seen[name].tokens == 0 or (edge.rows is not None and edge.source not in run.sites):
+            continue
+        scales = algorithm.scales(run.sites[name], edge, run.layer.linears[name].weight, seen[name])
+        if scales is not None:
+            seen[name].divide(move(run.layer, edge, scales, dtypes))
+            run.changed.add(f"{edge.source}.{'weight' if edge.rows is None else 'bias'}")
+    return seen
 
 
 def _quantize_linear(
-    dense: torch.Tensor,
-    row: Parameter,
-    hessian: Hessian,
-    routed: bool,
-    storage: Storage,
-    damp: float,
+    run: LayerRun,
+    block: Block,
+    name: str,
+    seen: Statistics,
     batches: Sequence[MicroBatch],
-) -> tuple[QuantizedWeight, dict[str, Any]]:
-    """GPTQ where the inputs allow it; otherwise the nearest codes under searched scales, and the reason."""
-    quantization = storage.quantization
-    assert quantization is not None
-    enough = max(EXPERT_TOKENS, EXPERT_SHARE * sum(len(one.hidden) for one in batches)) if routed else 1
-    if hessian.tokens < enough:
-        weight = _round(dense, storage, search=True)
-        error = relative_error(dense, weight.dequantize(), hessian.matrix)
-        reason = f"saw {hessian.tokens} calibration tokens of the {int(enough)} an expert needs"
-        return weight, _entry(row, weight, "rtn", error, hessian.tokens, reason=reason)
-    result = gptq(
-        dense, hessian.matrix, quantization.bits, quantization.group_size, damp=damp, dtype=scale_dtype(quantization)
-    )
-    error = relative_error(dense, result.weight.dequantize(), hessian.matrix)
-    if result.damp is None:
-        reason = "its Hessian is not positive definite even with the most damping"
-        return result.weight, _entry(row, result.weight, "rtn", error, hessian.tokens, reason=reason)
-    return result.weight, _entry(row, result.weight, "gptq", error, hessian.tokens, damp=result.damp)
+    algorithm: Algorithm,
+) -> tuple[Quantized, Entry]:
+    """The algorithm's codes where the inputs allow it; otherwise the nearest under searched scales, and the reason."""
+    site, dense = run.sites[name], run.layer.linears[name].weight
+    enough = max(EXPERT_TOKENS, EXPERT_SHARE * sum(one.tokens for one in batches)) if block.routed else 1
+    if algorithm.needs and seen.tokens < enough:
+        reason = f"saw {seen.tokens} calibration tokens of the {int(enough)} an expert needs"
+        result = Nearest(FULL_SEARCH).quantize(site, dense, seen)
+        result.fallback = reason
+    else:
+        result = algorithm.quantize(site, dense, seen)
+    error = output_error(dense, result.weight.dequantize(), seen)
+    return result, _entry(site, result.method, error, seen.tokens, result.damp, result.fallback)
 
 
-class _Seen(Exception):  # noqa: N818 - a signal, not an error
-    """All linears of a stage have had their inputs of a micro-batch; what follows in the block is not needed."""
+def output_error(weight: torch.Tensor, quantized: torch.Tensor, seen: Statistics) -> float:
+    """The share of the output's energy that is lost: tr(dW H dW') / tr(W H W'); by sampled inputs, or of the weights
+    themselves, where there is no Hessian."""
+    delta = weight - quantized
+    if seen.hessian is not None and seen.tokens:
+        energy, lost = (((t @ seen.hessian) * t).sum().item() for t in (weight, delta))
+    elif seen.sampled:
+        energy, lost = ((seen.sample @ t.T).square().sum().item() for t in (weight, delta))
+    else:
+        energy, lost = (t.square().sum().item() for t in (weight, delta))
+    return lost / energy if energy > 0 else 0.0
 
 
-def _hessians(
-    layer: DecoderLayer, block: Block, stage: Sequence[str], batches: Sequence[MicroBatch]
-) -> dict[str, Hessian]:
-    """The Hessian of each of a stage's linears over all micro-batches."""
-    hessians = {name: Hessian(layer.linears[name].weight.shape[1], layer.linears[name].weight.device) for name in stage}
-    waiting: set[str] = set()
-
-    def hook(name: str) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
-        def take(_module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-            hessians[name].add(inputs[0])
-            waiting.discard(name)
-            if not waiting and not block.routed:
-                raise _Seen
-
-        return take
-
-    handles = [layer.linears[name].register_forward_pre_hook(hook(name)) for name in stage]
-    try:
-        for one in batches:
-            waiting.update(stage)
-            with suppress(_Seen):
-                block.run(one.hidden.to(one.step.device), one.step)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return hessians
+def _calibrate_kv(run: LayerRun, attention: Block, batches: Sequence[MicroBatch], storage: Storage) -> None:
+    """Find the scales of an 8-bit KV cache and let the layer round its keys and values from here on."""
+    for row in run.rows:
+        names = kv_scales(row, storage.quantization)
+        if not names or storage.quantization is None:
+            continue
+        kind = KINDS[storage.quantization.kv]
+        largest = FP8_MAX if kind == "float" else INT8_MAX
+        sizes = largest_kv(attention, batches)
+        for (name, tensor), size in zip(names.items(), sizes, strict=True):
+            run.kv[tensor] = (size / largest).clamp(min=TINY)
+            scale = run.kv[tensor].to(batches[0].step.device)
+            run.layer.rounding[name.removeprefix(f"layers.{run.index}.")] = Rounding(kind, scale)
 
 
-def _round(dense: torch.Tensor, storage: Storage, *, search: bool) -> QuantizedWeight:
-    quantization = storage.quantization
-    assert quantization is not None
-    return round_to_nearest(
-        dense, quantization.bits, quantization.group_size, search=search, dtype=scale_dtype(quantization)
-    )
-
-
-def _on_cpu(weight: QuantizedWeight) -> QuantizedWeight:
-    return QuantizedWeight(weight.codes.cpu(), weight.scales.cpu(), weight.zeros.cpu(), weight.bits, weight.group_size)
+def _write_layer(run: LayerRun, storage: Storage) -> None:
+    """Write everything the layer is made of."""
+    prefix = f"layers.{run.index}."
+    for row in run.rows:
+        name = row.name.removeprefix(prefix)
+        module = name.rpartition(".")[0]
+        if module in run.done and name.endswith(".weight"):
+            storage.pack(row, run.done[module][0].weight)
+        elif name not in run.changed:
+            storage.cast(row)
+        elif module in run.layer.norms:
+            storage.put(row, run.layer.norms[module] - storage.spec.norm_offset)
+        else:
+            bias = run.layer.linears[module].bias
+            assert bias is not None
+            storage.put(row, bias)
+    for tensor, scale in run.kv.items():
+        storage.put_scale(tensor, scale)
 
 
 def _entry(
-    row: Parameter,
-    weight: QuantizedWeight,
-    method: str,
-    error: float,
-    tokens: int = 0,
-    *,
-    damp: float | None = None,
-    reason: str | None = None,
-) -> dict[str, Any]:
+    site: Site, method: str, error: float, tokens: int = 0, damp: float | None = None, reason: str | None = None
+) -> Entry:
     """What the report says of a linear; `reason`: why it was not quantized by the method asked for."""
     return {
-        "name": row.module,
-        "tensors": list(row.tensors),
-        "shape": list(row.shape),
+        "name": site.row.module,
+        "tensors": list(site.row.tensors),
+        "shape": list(site.row.shape),
         "method": method,
-        "bits": weight.bits,
-        "group_size": weight.group_size,
+        "bits": site.scheme.bits,
+        "group_size": site.scheme.group_size,
         "error": error,
         "tokens": tokens,
         "damp": damp,

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -20,7 +22,9 @@ from llmkit.model.families import model_spec
 from llmkit.model.loader import check_checkpoint
 from llmkit.model.spec import ModelSpec
 from llmkit.quant import memory
-from llmkit.quant.methods import Method, method_of, quantization_of
+from llmkit.quant.algorithm import Algorithm
+from llmkit.quant.engines import check_engine
+from llmkit.quant.methods import Choice, Effort, Method, kept_modules, mixed, quantization_of
 from llmkit.quant.storage import planned_tensors, stored_dtype
 from llmkit.quant.text import BUILTIN
 from llmkit.quant.tokens import EVALUATION_TOKENS
@@ -35,16 +39,71 @@ class QuantizeOptions:
     method: str  # a key of methods.METHODS
     bits: int | None = None  # None: the method's first
     group_size: int | None = None  # columns that share a scale; None: the largest usual one that divides every layer
+    format: str | None = None  # "gptq", "awq" or "compressed-tensors"; None: the method's own
+    symmetric: bool | None = None  # None: as the format or the method has it
+    activations: bool = False  # int8: round the inputs of the linear layers too
+    static_activations: bool = False  # fp8: with one fixed scale per layer instead of one per token
+    kv: Literal["", "fp8", "int8"] = ""  # also calibrate the scales of an 8-bit KV cache
+    keep: str | None = None  # a regular expression: linear layers to leave unquantized
+    layers: str | None = None  # "A-B": decoder layers to quantize; the others stay as they are
+    engine: str | None = None  # refuse what this engine cannot load
+    effort: Effort = "normal"
+    target_kl: float | None = None  # mixed precision: the smallest checkpoint of at most this mean KL
+    target_bits: float | None = None  # mixed precision: the best checkpoint of at most this many bits per weight
     calibration: str = BUILTIN
     samples: int = 128  # calibration windows, at most
     seq_len: int = 2048  # tokens of a calibration window; at most the model's positions
     damp: float = 0.01  # share of the Hessian's mean diagonal that is added to it
+    offload: Literal["auto", "disk", "memory"] = "auto"  # where the hidden states of the calibration text lie
     evaluate: bool = True  # compare the output with the source on held-out text
     eval_windows: int = 8  # windows of 1,024 tokens to compare on
+    max_kl: float | None = None  # gates: a result that is worse is reported as a failure
+    max_ppl_ratio: float | None = None
     resume: bool = False  # insist on continuing an interrupted run (it is continued without, too)
     dry_run: bool = False  # plan only
     seed: int = 0  # chooses the calibration windows
     device: str = "auto"  # "auto", "cuda" or "cpu"
+
+    @property
+    def choice(self) -> Choice:
+        """What they say of how weights are stored."""
+        return Choice(
+            self.method, self.bits, self.group_size, self.format, self.symmetric, self.activations,
+            self.static_activations, self.kv, self.mixed,
+        )  # fmt: skip
+
+    @property
+    def mixed(self) -> bool:
+        """Whether every linear layer gets its own number of bits."""
+        return self.target_kl is not None or self.target_bits is not None
+
+    def check(self) -> None:
+        """Raises UsageError for values out of range and for options that do not go together."""
+        self.choice.check()
+        for name, value, least in (
+            ("samples", self.samples, 1),
+            ("seq-len", self.seq_len, MIN_SEQ_LEN),
+            ("eval-windows", self.eval_windows, 1),
+        ):
+            if value < least:
+                raise UsageError(f"--{name} is {value}", f"At least {least} was expected")
+        if not 0 < self.damp <= 1:
+            raise UsageError(f"--damp is {self.damp}", "A share above 0 and up to 1 was expected")
+        if self.target_kl is not None and self.target_bits is not None:
+            raise UsageError("--target-kl and --target-bits were both given", "One of them was expected")
+        for name, bound in (
+            ("target-kl", self.target_kl),
+            ("max-kl", self.max_kl),
+            ("max-ppl-ratio", self.max_ppl_ratio),
+        ):
+            if bound is None:
+                continue
+            if not bound > 0:
+                raise UsageError(f"--{name} is {bound}", "A number above 0 was expected")
+            if not self.evaluate:
+                raise UsageError(f"--{name} needs the evaluation that --no-eval leaves out", todo="Leave out --no-eval")
+        if self.target_bits is not None and not 4 <= self.target_bits <= 16:
+            raise UsageError(f"--target-bits is {self.target_bits}", "4 to 16 bits per weight were expected")
 
 
 @dataclass(frozen=True)
@@ -55,8 +114,6 @@ class Plan:
     spec: ModelSpec
     out: Path
     options: QuantizeOptions
-    method: Method
-    bits: int
     quantization: QuantizationConfig | None
     tensors: list[PlannedTensor]
     files: dict[str, list[PlannedTensor]]
@@ -64,19 +121,48 @@ class Plan:
     seq_len: int
 
     @property
+    def method(self) -> Method:
+        """The row of the methods' table."""
+        return self.options.choice.entry
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether the model is run on calibration text."""
+        return self.options.choice.calibrated or self.options.mixed
+
+    @property
+    def algorithm(self) -> Algorithm:
+        """How the layers of a calibrated run are quantized."""
+        return self.options.choice.algorithm(self.options.effort, self.options.damp)
+
+    def with_bits(self, bits: Mapping[str, int]) -> Plan:
+        """The plan with other bits for some linears, by runtime module."""
+        assert self.quantization is not None
+        return _with(self, mixed(self.quantization, self.spec, bits))
+
+    @property
     def dtype(self) -> str:
         """The dtype of what is not quantized, as in a safetensors header."""
         return stored_dtype(self.source, self.method.dtype)
 
-    def memory_bytes(self) -> int:
-        """The peak of the whole run."""
+    def memory_bytes(self, offload: bool = False) -> int:
+        """The peak of the whole run, with the hidden states on disk or not."""
         need = memory.tensor_bytes(self.spec)
         if self.options.evaluate:
             need = max(need, memory.layer_bytes(self.spec, min(EVALUATION_TOKENS, self.spec.max_positions)))
-        if self.method.calibrated:
-            layer = memory.layer_bytes(self.spec, self.seq_len) + memory.gptq_bytes(self.spec)
-            need = max(need, layer + memory.hidden_bytes(self.spec, self.options.samples, self.seq_len))
+        if self.calibrated:
+            layer = memory.layer_bytes(self.spec, self.seq_len)
+            if "hessian" in self.algorithm.needs:
+                layer += memory.gptq_bytes(self.spec)
+            hidden = memory.hidden_bytes(self.spec, self.options.samples, self.seq_len)
+            need = max(need, layer + (memory.hidden_bytes(self.spec, 1, self.seq_len) if offload else hidden))
         return need
+
+    def offloads(self) -> bool:
+        """Whether the hidden states go to disk."""
+        if self.options.offload != "auto":
+            return self.options.offload == "disk"
+        return self.calibrated and self.memory_bytes() > memory.available_bytes(self.device)
 
 
 def make_plan(source: str, out: Path, options: QuantizeOptions, progress: Progress) -> Plan:
@@ -84,52 +170,51 @@ def make_plan(source: str, out: Path, options: QuantizeOptions, progress: Progre
 
     Raises UsageError, InputError, ShortageError (disk, device) and OutputError as `quantize` does.
     """
-    method, bits = method_of(options.method, options.bits, options.group_size)
-    for name, value, least in (
-        ("samples", options.samples, 1),
-        ("seq-len", options.seq_len, MIN_SEQ_LEN),
-        ("eval-windows", options.eval_windows, 1),
-    ):
-        if value < least:
-            raise UsageError(f"--{name} is {value}", f"At least {least} was expected")
-    if not 0 < options.damp <= 1:
-        raise UsageError(f"--damp is {options.damp}", "A share above 0 and up to 1 was expected")
+    options.check()
     device = resolve_device(options.device)
     if options.device == "auto" and device.type == "cpu":
         progress.message("no CUDA device: running on the CPU")
     checkpoint = open_checkpoint(source)
     if checkpoint.quantization is not None:
         found = checkpoint.quantization
+        labels = ", ".join(scheme.label for scheme in found.schemes)
         raise InputError(
-            f"{source} is already quantized ({found.method or found.format}, {found.bits} bits)",
+            f"{source} is already quantized ({found.method or found.format}, {labels})",
             "A checkpoint of 16 or 32 bits was expected",
             "Quantize the original model",
         )
     checkpoint.require_whole()
     spec = model_spec(checkpoint.config)
     check_checkpoint(checkpoint, spec)
-    quantization = quantization_of(spec, options.method, bits, options.group_size)
-    if quantization is not None and method.calibrated:
+    kept = kept_modules(spec, options.keep, _layers(options.layers, len(spec.layers)))
+    quantization = quantization_of(spec, options.choice, kept)
+    if quantization is not None and options.method == "gptq":
         quantization = dataclasses.replace(quantization, damp=options.damp)
-    tensors = planned_tensors(checkpoint, spec, quantization, method.dtype)
-    files = plan_files(tensors)
-    check_output(out.expanduser().absolute(), checkpoint, planned_bytes(files))
+    check_engine(options.engine, quantization)
     seq_len = min(options.seq_len, spec.max_positions)
-    if method.calibrated and seq_len < options.seq_len:
+    plan = Plan(checkpoint, spec, out.expanduser().absolute(), options, None, [], {}, device, seq_len)
+    plan = _with(plan, quantization)
+    check_output(plan.out, checkpoint, planned_bytes(plan.files))
+    if plan.calibrated and seq_len < options.seq_len:
         progress.message(f"calibration windows have {seq_len} tokens: the model has no more positions")
-    return Plan(
-        checkpoint,
-        spec,
-        out.expanduser().absolute(),
-        options,
-        method,
-        bits,
-        quantization,
-        tensors,
-        files,
-        device,
-        seq_len,
-    )
+    return plan
+
+
+def _with(plan: Plan, quantization: QuantizationConfig | None) -> Plan:
+    tensors = planned_tensors(plan.source, plan.spec, quantization, plan.method.dtype)
+    return dataclasses.replace(plan, quantization=quantization, tensors=tensors, files=plan_files(tensors))
+
+
+def _layers(text: str | None, count: int) -> range | None:
+    """The decoder layers that "A-B" or "A" names. Raises UsageError for any other text and for layers that are not
+    there."""
+    if text is None:
+        return None
+    match = re.fullmatch(r"(\d+)(?:-(\d+))?", text)
+    first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
+    if not first <= last < count:
+        raise UsageError(f"--layers is {text}", f"A-B was expected, with A and B from 0 to {count - 1}")
+    return range(first, last + 1)
 
 
 def plan_figures(plan: Plan) -> dict[str, Any]:
@@ -139,7 +224,8 @@ def plan_figures(plan: Plan) -> dict[str, Any]:
         "files": files,
         "tensors": len(plan.tensors),
         "checkpoint_bytes": sum(files.values()),
-        "memory_bytes": plan.memory_bytes(),
+        "memory_bytes": plan.memory_bytes(plan.offloads()),
+        "offload": plan.offloads(),
         "memory_available_bytes": memory.available_bytes(plan.device),
         "disk_bytes": planned_bytes(plan.files),
     }

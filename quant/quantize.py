@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import shutil
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from llmkit.checkpoint.errors import InputError, OutputError
-from llmkit.checkpoint.output import partial_path
+from llmkit.checkpoint.errors import GateError, InputError, OutputError
+from llmkit.checkpoint.output import partial_path, writing
 from llmkit.checkpoint.progress import Progress
+from llmkit.checkpoint.quantized import Scheme
 from llmkit.checkpoint.tokenizer import Tokenizer, load_tokenizer
 from llmkit.checkpoint.writer import CheckpointWriter, planned_bytes
 from llmkit.model.layout import parameters
+from llmkit.model.loader import scheme_of
 from llmkit.quant import memory
 from llmkit.quant.pipeline import quantize_layers, round_parameters
 from llmkit.quant.plan import Plan, QuantizeOptions, make_plan, plan_figures
@@ -32,6 +37,7 @@ from llmkit.quant.tokens import EVALUATION_TOKENS, calibration_windows, evaluati
 __all__ = ["QuantizeOptions", "quantize"]
 
 REPORT = "llmkit_report.json"
+HIDDEN = "hidden"  # in the partial output only: the calibration text's hidden states, when they lie on disk
 _READ_AHEAD = 32  # characters of calibration text read per token needed, so that the seed has a choice
 
 
@@ -47,12 +53,13 @@ def quantize(source: str, output: str, options: QuantizeOptions, progress: Progr
     plan = make_plan(source, Path(output), options, progress)
     if options.dry_run:
         return _report(plan, watch, {"plan": plan_figures(plan)})
-    need, have = plan.memory_bytes(), memory.available_bytes(plan.device)
-    per_sample = memory.hidden_bytes(plan.spec, 1, plan.seq_len)
-    memory.check_memory(need, per_sample, options.samples, have, plan.method.calibrated)
+    offload = plan.offloads()
+    need, have = plan.memory_bytes(offload), memory.available_bytes(plan.device)
+    per_sample = 0 if offload else memory.hidden_bytes(plan.spec, 1, plan.seq_len)
+    memory.check_memory(need, per_sample, options.samples, have, plan.calibrated)
     if options.resume and not partial_path(plan.out).is_dir():
         raise OutputError(f"There is no interrupted run of {plan.out} to resume", todo="Run without --resume")
-    needs_text = plan.method.calibrated or options.evaluate
+    needs_text = plan.calibrated or options.evaluate
     tokenizer = load_tokenizer(plan.source) if needs_text else None
     calibration, figures = _calibration(plan, tokenizer, progress)
     with watch("check"):
@@ -76,12 +83,29 @@ def quantize(source: str, output: str, options: QuantizeOptions, progress: Progr
     return report
 
 
+def check_gates(report: Report, options: QuantizeOptions) -> None:
+    """Raises GateError when the result is worse than the options allow; nothing for a dry run."""
+    quality = report.get("quality")
+    if not quality:
+        return
+    bad = []
+    ratio = quality["perplexity"] / quality["reference_perplexity"]
+    for name, figure, bound in (
+        ("mean KL", quality["mean_kl"], options.max_kl),
+        ("perplexity ratio", ratio, options.max_ppl_ratio),
+    ):
+        if bound is not None and not figure <= bound:
+            bad.append(f"the {name} is {figure:.4g}, above {bound:g}")
+    if bad:
+        raise GateError("; ".join(bad), todo=f"{report['output']} was written; see its {REPORT}")
+
+
 def _calibration(
     plan: Plan, tokenizer: Tokenizer | None, progress: Progress
 ) -> tuple[torch.Tensor | None, dict[str, Any] | None]:
     """The calibration windows [n, L] and what the report says of them; None for methods that need none."""
     options = plan.options
-    if not plan.method.calibrated or tokenizer is None:
+    if not plan.calibrated or tokenizer is None:
         return None, None
 
     def render(messages: list[dict[str, Any]]) -> str:
@@ -118,9 +142,8 @@ def _identity(plan: Plan, calibration: dict[str, Any] | None) -> dict[str, Any]:
     return {
         "command": "quantize",
         "method": plan.options.method,
-        "bits": plan.bits,
         "quantization": dataclasses.asdict(plan.quantization) if plan.quantization else None,
-        "damp": plan.options.damp if plan.method.calibrated else None,
+        "algorithm": repr(plan.algorithm) if calibration else None,
         "windows_sha256": calibration["windows_sha256"] if calibration else None,
         "source": plan.source.source_hashes(),
     }
@@ -132,13 +155,20 @@ def _convert(
     """Write all tensors; return what the report says of the linears."""
     if calibration is None:
         return round_parameters(storage, plan.device, progress)
-    rows = [row for row in parameters(plan.spec) if not row.name.startswith("layers.")]
-    for row in rows:
-        storage.cast(row)
+    for row in parameters(plan.spec):
+        if not row.name.startswith("layers."):
+            storage.cast(row)
     storage.writer.commit()
     source = LayerStream.of(plan.source, plan.spec, plan.device)
-    written = _written(plan, storage)
-    return quantize_layers(source, written, calibration, storage, plan.options.damp, progress)
+    folder = None
+    if plan.offloads():
+        folder = partial_path(plan.out) / HIDDEN
+        with writing(folder):
+            folder.mkdir(exist_ok=True)
+    linears = quantize_layers(source, _written(plan, storage), calibration, storage, plan.algorithm, progress, folder)
+    if folder is not None:
+        shutil.rmtree(folder)
+    return linears
 
 
 def _written(plan: Plan, storage: Storage) -> LayerStream:
@@ -194,9 +224,9 @@ def _report(plan: Plan, watch: Stopwatch, results: dict[str, Any]) -> Report:
         "output": str(plan.out),
         "architecture": plan.spec.architecture,
         "method": plan.options.method,
-        "bits": plan.bits,
-        "group_size": plan.quantization.group_size if plan.quantization else None,
         "format": plan.quantization.format if plan.quantization else None,
+        "schemes": _schemes(plan),
+        "kv": plan.quantization.kv or None if plan.quantization else None,
         "dtype": plan.dtype,
         "device": str(plan.device),
         "options": dataclasses.asdict(plan.options),
@@ -205,10 +235,24 @@ def _report(plan: Plan, watch: Stopwatch, results: dict[str, Any]) -> Report:
     }
 
 
+def _schemes(plan: Plan) -> list[dict[str, Any]]:
+    """How linears are stored, in words and figures, with how many of the model's weights that are."""
+    counts: Counter[Scheme | None] = Counter()
+    for row in parameters(plan.spec):
+        if row.linear:
+            counts[scheme_of(row, row.tensors[0], plan.quantization)] += math.prod(row.shape)
+    kept = dataclasses.asdict(Scheme(16)) | {"label": "not quantized"}
+    return [
+        (dataclasses.asdict(scheme) | {"label": scheme.label} if scheme else kept) | {"weights": count}
+        for scheme, count in counts.most_common()
+        if plan.quantization is not None
+    ]
+
+
 def _manifest(plan: Plan, calibration: dict[str, Any] | None) -> dict[str, Any]:
-    recipe = {"command": "quantize", "method": plan.options.method, "bits": plan.bits}
+    recipe: dict[str, Any] = {"command": "quantize", "method": plan.options.method, "effort": plan.options.effort}
     if plan.quantization is not None:
-        recipe |= {"format": plan.quantization.format, "group_size": plan.quantization.group_size}
-    if plan.method.calibrated:
+        recipe |= {"format": plan.quantization.format, "schemes": _schemes(plan)}
+    if plan.options.method == "gptq":
         recipe["damp"] = plan.options.damp
     return {"recipe": recipe, "seed": plan.options.seed, "calibration": calibration}

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,13 +14,13 @@ from llmkit.checkpoint.errors import InputError
 from llmkit.checkpoint.formats import format_of
 from llmkit.checkpoint.output import partial_path
 from llmkit.checkpoint.progress import Progress
-from llmkit.checkpoint.quantized import QuantizationConfig, QuantizedWeight
-from llmkit.checkpoint.reading import SafetensorsRows
-from llmkit.checkpoint.safetensors_header import DTYPES, NAMES, read_header
+from llmkit.checkpoint.quantized import QuantizationConfig, QuantizedWeight, Scheme
+from llmkit.checkpoint.reading import CHUNK_BYTES, SafetensorsRows, tensor_bytes
+from llmkit.checkpoint.safetensors_header import DTYPES, NAMES, TensorInfo, read_header
 from llmkit.checkpoint.source import Checkpoint
 from llmkit.checkpoint.writer import CheckpointWriter, PlannedTensor
 from llmkit.model.layout import Parameter
-from llmkit.model.loader import stored_tensors
+from llmkit.model.loader import scheme_of, stored_tensors
 from llmkit.model.spec import ModelSpec
 
 RECORDS = "linears.jsonl"  # in the partial output only: what the report will say of the layers already done
@@ -54,16 +55,28 @@ def check_finite(source: Checkpoint, names: Sequence[str], progress: Progress) -
     """Read the named tensors once. Raises InputError, naming tensor and count, when one holds NaN or infinity."""
     progress.start("check", len(names), "tensors")
     for name in names:
-        tensor = source.read(name)
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            nan, infinite = int(tensor.isnan().sum()), int(tensor.isinf().sum())
+        nan = infinite = 0
+        for rows in row_chunks(source.tensors[name]):
+            part = source.read_slice(name, [rows], 0)
+            if part.is_floating_point() and not bool(torch.isfinite(part).all()):
+                nan, infinite = nan + int(part.isnan().sum()), infinite + int(part.isinf().sum())
+        if nan or infinite:
+            count = math.prod(source.tensors[name].shape)
             raise InputError(
-                f"tensor {name} holds {nan} NaN and {infinite} infinite values of {tensor.numel()}",
+                f"tensor {name} holds {nan} NaN and {infinite} infinite values of {count}",
                 "Finite weights were expected",
                 "Download the checkpoint again or get it from its maker",
             )
         progress.advance(1, name)
     progress.finish()
+
+
+def row_chunks(info: TensorInfo) -> Iterator[tuple[int, int]]:
+    """Intervals of a tensor's rows of at most about CHUNK_BYTES each."""
+    count = info.shape[0]
+    step = max(1, CHUNK_BYTES * count // max(1, info.nbytes))
+    for start in range(0, count, step):
+        yield start, min(start + step, count)
 
 
 class Storage:
@@ -78,38 +91,64 @@ class Storage:
         writer: CheckpointWriter,
     ) -> None:
         self.source, self.spec, self.quantization, self.writer = source, spec, quantization, writer
-        self._dtypes = {tensor.name: DTYPES[tensor.dtype] for tensor in planned}
+        self.dtypes = {tensor.name: DTYPES[tensor.dtype] for tensor in planned}
         self._names: dict[str, list[str]] = {}
         for tensor in stored_tensors(spec, quantization).values():
             self._names.setdefault(tensor.parameter.name, []).append(tensor.name)
         self._records = partial_path(writer.out) / RECORDS
         self.overflows: dict[str, int] = {}  # by tensor: values beyond the dtype's range, stored as its largest
 
+    def scheme(self, row: Parameter) -> Scheme | None:
+        """How a parameter is quantized; the tensors of one parameter are quantized alike."""
+        return scheme_of(row, row.tensors[0], self.quantization)
+
     def done(self, rows: Iterable[Parameter]) -> bool:
         """Whether all tensors of the rows are written and committed."""
         return all(self.writer.done(name) for row in rows for name in self._names[row.name])
 
     def cast(self, row: Parameter) -> None:
-        """Write a parameter that is not quantized: its tensors in their planned dtypes."""
+        """Write a parameter that is not quantized: its tensors in their planned dtypes, a chunk at a time."""
         for name in row.tensors:
-            value = self.source.read(name)
-            dtype = self._dtypes[name]
-            limit = torch.finfo(dtype).max
-            # Rounding to the largest number is no overflow, so it is counted after the cast.
-            stored = value.to(dtype)
-            if beyond := int(stored.isinf().sum()):
-                self.overflows[name] = beyond
-                stored = stored.clamp(-limit, limit)
-            self._put(name, stored)
+            if self.writer.done(name):
+                continue
+            (file,), offset = self.writer.files_of(name), 0
+            for rows in row_chunks(self.source.tensors[name]):
+                data = tensor_bytes(self._stored(name, self.source.read_slice(name, [rows], 0)))
+                self.writer.write_chunk(file, name, offset, data)
+                offset += len(data)
+
+    def as_stored(self, row: Parameter, device: torch.device) -> torch.Tensor:
+        """A parameter that is not quantized as it will be read from the output, in float32."""
+        dense = {name: self._stored(name, self.source.read(name)) for name in row.tensors}
+        return torch.cat([dense[part.tensor][part.row : part.row + part.shape[0]] for part in row.parts]).to(
+            device, torch.float32
+        )
+
+    def put(self, row: Parameter, value: torch.Tensor) -> None:
+        """Write a parameter that is not quantized with a value of its own, the runtime tensor."""
+        first = 0
+        pieces: dict[str, list[tuple[int, torch.Tensor]]] = {tensor: [] for tensor in row.tensors}
+        for part in row.parts:
+            pieces[part.tensor].append((part.row, value[first : first + part.shape[0]]))
+            first += part.shape[0]
+        for name, found in pieces.items():
+            rows = torch.cat([rows for _, rows in sorted(found, key=lambda piece: piece[0])])
+            self._put(name, self._stored(name, rows.cpu()))
 
     def pack(self, row: Parameter, weight: QuantizedWeight) -> None:
         """Write a quantized parameter: its rows divided among its checkpoint tensors, each in the output's format."""
-        assert self.quantization is not None
-        layout = format_of(self.quantization)
         for tensor, part in split_rows(row, weight).items():
-            module = tensor.removesuffix(".weight")
-            for suffix, value in layout.pack(self.quantization, part).items():
-                self._put(f"{module}.{suffix}", value)
+            self.pack_tensor(tensor, part)
+
+    def pack_tensor(self, tensor: str, weight: QuantizedWeight) -> None:
+        """Write a quantized checkpoint tensor in the output's format."""
+        assert self.quantization is not None
+        for suffix, value in format_of(self.quantization).pack(weight.scheme, weight).items():
+            self._put(f"{tensor.removesuffix('.weight')}.{suffix}", value)
+
+    def put_scale(self, name: str, scale: torch.Tensor) -> None:
+        """Write a scale [1] that belongs to no linear: that of keys or values."""
+        self._put(name, scale.float().cpu().reshape(1))
 
     def record(self, layer: int, linears: list[dict[str, Any]]) -> None:
         """Keep what the report says of a layer; to be called before the layer's tensors are committed."""
@@ -138,6 +177,17 @@ class Storage:
             self.quantization, None, files, SafetensorsRows(folder), self.source.side_files,
         )  # fmt: skip
 
+    def _stored(self, name: str, value: torch.Tensor) -> torch.Tensor:
+        """`value` in the planned dtype; what is beyond its range becomes its largest number, and is counted."""
+        stored = value.to(self.dtypes[name])
+        # Rounding to the largest number is no overflow, so it is counted after the cast.
+        beyond = int(stored.isinf().sum()) if stored.dtype != value.dtype else 0
+        if beyond:
+            limit = torch.finfo(stored.dtype).max
+            self.overflows[name] = self.overflows.get(name, 0) + beyond
+            stored = stored.clamp(-limit, limit)
+        return stored
+
     def _put(self, name: str, tensor: torch.Tensor) -> None:
         if not self.writer.done(name):
             self.writer.write(name, tensor)
@@ -157,7 +207,7 @@ def split_rows(row: Parameter, weight: QuantizedWeight) -> dict[str, QuantizedWe
     return {
         tensor: QuantizedWeight(
             gather(weight.codes, pieces), gather(weight.scales, pieces), gather(weight.zeros, pieces),
-            weight.bits, weight.group_size,
+            weight.scheme, weight.input_scale,
         )
         for tensor, pieces in found.items()
     }  # fmt: skip

@@ -7,15 +7,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 
+from llmkit.checkpoint.output import writing
+from llmkit.checkpoint.reading import read_range, tensor_bytes
 from llmkit.checkpoint.source import Checkpoint
 from llmkit.kernels.attention import AttentionBatch
 from llmkit.kernels.norm import rms_norm
 from llmkit.model.decoder import Decoder, DecoderLayer, KvCache
 from llmkit.model.layout import Parameter, parameters
-from llmkit.model.loader import read_parameter
+from llmkit.model.linear import Rounding
+from llmkit.model.loader import read_parameter, read_rounding
 from llmkit.model.rope import Rotation
 from llmkit.model.sequence import packed
 from llmkit.model.spec import ModelSpec
@@ -38,26 +42,60 @@ class Step:
         return self.cache[0].device
 
 
-@dataclass
 class MicroBatch:
-    """Some windows on their way through the layers."""
+    """Some windows on their way through the layers. `hidden` float32 [T, H], on the CPU, is what the last layer that
+    ran put out; it lies in `file` when there is one, and in memory otherwise."""
 
-    hidden: torch.Tensor  # [T, H] on the CPU, after the last layer that ran
-    step: Step
+    def __init__(self, hidden: torch.Tensor, step: Step, file: Path | None = None) -> None:
+        self.step, self.shape, self._file = step, hidden.shape, file
+        self._hidden: torch.Tensor | None = None
+        self.hidden = hidden
+
+    @property
+    def tokens(self) -> int:
+        """T"""
+        return self.shape[0]
+
+    @property
+    def hidden(self) -> torch.Tensor:
+        """Read from the file on every use."""
+        if self._hidden is not None:
+            return self._hidden
+        assert self._file is not None
+        return read_range(self._file, 0, self._file.stat().st_size).view(torch.float32).reshape(self.shape)
+
+    @hidden.setter
+    def hidden(self, value: torch.Tensor) -> None:
+        if self._file is None:
+            self._hidden = value
+            return
+        with writing(self._file):
+            self._file.write_bytes(tensor_bytes(value.contiguous()))
 
 
 class LayerStream:
-    """A model of which `read` gives the runtime tensors, in float32, on `device`."""
+    """A model of which `read` gives the runtime tensors, in float32, on `device`, and `rounding` what is rounded."""
 
-    def __init__(self, spec: ModelSpec, read: Read, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self,
+        spec: ModelSpec,
+        read: Read,
+        device: torch.device | str = "cpu",
+        rounding: Callable[[Parameter], dict[str, Rounding]] = lambda row: {},
+    ) -> None:
         self.spec, self.device = spec, torch.device(device)
-        self.read = read
+        self.read, self.rounding = read, rounding
         self._rows = parameters(spec)
 
     @classmethod
     def of(cls, checkpoint: Checkpoint, spec: ModelSpec, device: torch.device | str = "cpu") -> LayerStream:
         """The stream of a checkpoint, dequantized where it is quantized."""
-        return cls(spec, lambda row: read_parameter(checkpoint, row, torch.float32, device), device)
+        return cls(
+            spec,
+            lambda row: read_parameter(checkpoint, row, torch.float32, device),
+            device,
+            lambda row: read_rounding(checkpoint, row, device),
+        )
 
     def rows(self, index: int) -> list[Parameter]:
         """The rows of the parameter table that make up a layer."""
@@ -66,23 +104,28 @@ class LayerStream:
     def layer(self, index: int) -> DecoderLayer:
         """A layer, read now."""
         prefix = f"layers.{index}."
-        tensors = {row.name.removeprefix(prefix): self.read(row) for row in self.rows(index)}
-        return DecoderLayer(self.spec, index, tensors)
+        rows = self.rows(index)
+        tensors = {row.name.removeprefix(prefix): self.read(row) for row in rows}
+        rounding = {name.removeprefix(prefix): how for row in rows for name, how in self.rounding(row).items()}
+        return DecoderLayer(self.spec, index, tensors, rounding)
 
     @torch.inference_mode()
-    def embed(self, windows: torch.Tensor, batch_tokens: int = BATCH_TOKENS) -> list[MicroBatch]:
-        """Token windows [n, L] as micro-batches before the first layer."""
+    def embed(
+        self, windows: torch.Tensor, batch_tokens: int = BATCH_TOKENS, folder: Path | None = None
+    ) -> list[MicroBatch]:
+        """Token windows [n, L] as micro-batches before the first layer; their hidden states in files of `folder`."""
         frame = self._frame(head=False)
         length = windows.shape[1]
         steps: dict[int, Step] = {}
-        made = []
+        made: list[MicroBatch] = []
         for chosen in windows.split(max(1, batch_tokens // length)):
             count = len(chosen)
             if count not in steps:
                 positions, batch = packed(frame, [length] * count)
                 cache = frame.new_cache(batch.blocks, batch.block_size)
                 steps[count] = Step(frame.rotations(positions), batch, cache)
-            made.append(MicroBatch(frame.embed_tokens(chosen.flatten().to(self.device)).cpu(), steps[count]))
+            file = folder / f"hidden-{len(made)}.bin" if folder is not None else None
+            made.append(MicroBatch(frame.embed_tokens(chosen.flatten().to(self.device)).cpu(), steps[count], file))
         return made
 
     @torch.inference_mode()

@@ -153,7 +153,7 @@ def plan_shards(
     slices: dict[tuple[int, int], list[Slice]] = {(stage, rank): [] for stage in range(pp) for rank in range(tp)}
     for tensor in stored.values():
         for rank in range(tp):
-            piece = cut(tensor, ckpt_tensors[tensor.name], quantization, rank, tp)
+            piece = cut(tensor, ckpt_tensors[tensor.name], rank, tp)
             for stage in sorted({stage_of[place] for place in tensor.parameter.stages}):
                 slices[stage, rank].append(piece)
     embedding = ckpt_tensors["model.embed_tokens.weight"]

@@ -139,7 +139,8 @@ def _group_index(values: bytes, piece: Slice, checkpoint: Checkpoint) -> bytes:
     index = np.frombuffer(values, "<i4")[start:stop]
     if stop - start < piece.source_shape[0]:
         assert checkpoint.quantization is not None
-        size = checkpoint.quantization.group_size
+        scheme = checkpoint.quantization.scheme_of(piece.name.rpartition(".")[0])
+        size = -1 if scheme is None else scheme.group_size
         if not np.array_equal(index, np.arange(start, stop) // (piece.source_shape[0] if size == -1 else size)):
             raise InputError(
                 f"{checkpoint.reference}: {piece.name} does not number its groups in the order of the columns",

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from llmkit.checkpoint.quantized import QuantizationConfig
 from llmkit.checkpoint.safetensors_header import TensorInfo, byte_count
 from llmkit.model.loader import StoredTensor
 
@@ -55,7 +54,7 @@ class Slice:
         return self.nbytes // self.shape[self.dim] * self.padding if self.padding else 0
 
 
-def cut(stored: StoredTensor, info: TensorInfo, quantization: QuantizationConfig | None, rank: int, tp: int) -> Slice:
+def cut(stored: StoredTensor, info: TensorInfo, rank: int, tp: int) -> Slice:
     """What tensor-parallel `rank` of `tp` keeps of a stored tensor. The split must fit (see `validity`)."""
     split = stored.parts[0].split
     if split.kind == "replicated":
@@ -75,7 +74,7 @@ def cut(stored: StoredTensor, info: TensorInfo, quantization: QuantizationConfig
     if packed is None or not packed.derived:
         return piece
     if packed.derived == "group_index":
-        size = -1 if quantization is None else quantization.group_size
+        size = -1 if stored.scheme is None else stored.scheme.group_size
         first = dense[0][0] // size if split.dim == 1 and size != -1 else 0
         return replace(piece, derived="group_index", first_group=first)
     local = list(stored.dense)

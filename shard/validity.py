@@ -8,13 +8,14 @@ from llmkit.model.loader import stored_tensors
 from llmkit.model.spec import ModelSpec
 
 UNITS = {"heads": "heads", "kv_heads": "KV heads", "features": "features"}
-Rule = tuple[str, Split, PackedTensor | None]  # the checkpoint module's last name, how it splits, how it is packed
+# The checkpoint module's last name, how it splits, how it is packed, its group size.
+Rule = tuple[str, Split, PackedTensor | None, int]
 
 
 def valid_tp(spec: ModelSpec, quantization: QuantizationConfig | None) -> list[int]:
     """The tensor-parallel sizes from 1 to the number of heads that divide every tensor of the model."""
     rules = _rules(spec, quantization)
-    return [tp for tp in range(1, spec.heads + 1) if _refusal(rules, quantization, tp) is None]
+    return [tp for tp in range(1, spec.heads + 1) if _refusal(rules, tp) is None]
 
 
 def explain_tp(spec: ModelSpec, quantization: QuantizationConfig | None, tp: int) -> str | None:
@@ -22,7 +23,7 @@ def explain_tp(spec: ModelSpec, quantization: QuantizationConfig | None, tp: int
 
     "down_proj: 29568/2 = 115.5 groups of 128; TP 1, 3, 7 work"
     """
-    refusal = _refusal(_rules(spec, quantization), quantization, tp)
+    refusal = _refusal(_rules(spec, quantization), tp)
     if refusal is None:
         return None
     works = valid_tp(spec, quantization)
@@ -31,16 +32,18 @@ def explain_tp(spec: ModelSpec, quantization: QuantizationConfig | None, tp: int
 
 def _rules(spec: ModelSpec, quantization: QuantizationConfig | None) -> list[Rule]:
     """The distinct rules of the parameter table: layers repeat them."""
-    rules: dict[object, Rule] = {}
+    rules: dict[Rule, Rule] = {}
     for stored in stored_tensors(spec, quantization).values():
         for part in stored.parts:
             module = part.tensor.split(".")[-2]
-            rules.setdefault((module, part.split, stored.packed), (module, part.split, stored.packed))
+            size = stored.scheme.group_size if stored.scheme else -1
+            rule = (module, part.split, stored.packed, size)
+            rules.setdefault(rule, rule)
     return list(rules.values())
 
 
-def _refusal(rules: list[Rule], quantization: QuantizationConfig | None, tp: int) -> str | None:
-    for module, split, packed in rules:
+def _refusal(rules: list[Rule], tp: int) -> str | None:
+    for module, split, packed, size in rules:
         if not split.fits(tp):
             if split.kind == "kv_heads" and tp > split.count:
                 return f"{module}: {tp}/{split.count} = {_number(tp / split.count)} ranks per KV head"
@@ -51,7 +54,7 @@ def _refusal(rules: list[Rule], quantization: QuantizationConfig | None, tp: int
         start, stop = split.interval(0, tp)
         per = axis[1]
         if (stop - start) % per:
-            grouped = split.dim == 1 and quantization is not None and per == quantization.group_size
+            grouped = split.dim == 1 and per == size
             what = f"{_number((stop - start) / per)} {'groups' if grouped else 'packed words'} of {per}"
             if split.kind == "kv_heads" and tp > split.count:
                 return f"{module}: one KV head of {split.unit} = {what}"

@@ -49,9 +49,9 @@ def synthetic_checkpoint(
     for stored in stored_tensors(model_spec(values), quantization).values():
         kind = stored.dtype or dtype
         if stored.packed is not None and stored.packed.derived == "group_index":
-            assert quantization is not None
+            assert stored.scheme is not None
             (columns,) = stored.shape
-            size = columns if quantization.group_size == -1 else quantization.group_size
+            size = columns if stored.scheme.group_size == -1 else stored.scheme.group_size
             tensor = (torch.arange(columns) // size).to(DTYPES[kind])
         elif stored.packed is not None and stored.packed.derived == "shape":
             tensor = torch.tensor(stored.dense, dtype=DTYPES[kind])

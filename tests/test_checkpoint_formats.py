@@ -11,28 +11,41 @@ import pytest
 import torch
 
 from llmkit.checkpoint.errors import InputError
-from llmkit.checkpoint.formats import FORMATS, format_of, is_ignored, parse_quantization
+from llmkit.checkpoint.formats import FORMATS, format_of, parse_quantization
 from llmkit.checkpoint.packing import pack, unpack
-from llmkit.checkpoint.quantized import Format, QuantizationConfig, QuantizedWeight
+from llmkit.checkpoint.quantized import FP8, Format, QuantizationConfig, QuantizedWeight, Scheme
 from llmkit.checkpoint.safetensors_header import DTYPES
 
 Words = npt.NDArray[np.int64]
+INT8 = Scheme(8, inputs="token")
+FLOAT8 = Scheme(8, kind="float", inputs="token")
+FIXED8 = Scheme(8, kind="float", inputs="tensor")
+# Every way of storing a weight, [format, scheme].
+STORED: list[tuple[Format, Scheme]] = [
+    *(("gptq", Scheme(bits, size)) for bits in (4, 8) for size in (32, 96, -1)),
+    *(("awq", Scheme(4, size, symmetric=False)) for size in (32, 96, -1)),
+    *(
+        ("compressed-tensors", Scheme(bits, size, symmetric))
+        for bits in (4, 8)
+        for size in (32, -1)
+        for symmetric in (True, False)
+    ),
+    *(("compressed-tensors", scheme) for scheme in (INT8, FLOAT8, FIXED8)),
+]
+BY_LABEL = {"ids": lambda value: value.label if isinstance(value, Scheme) else value}
 
 
-def config(form: Format, bits: int = 4, size: int = 32, symmetric: bool = True) -> QuantizationConfig:
-    return QuantizationConfig(form, bits, size, symmetric)
-
-
-def random_weight(bits: int, size: int, out: int = 16, in_: int = 96) -> QuantizedWeight:
-    source = torch.Generator().manual_seed(bits * 1000 + size)
-    groups = 1 if size == -1 else -(-in_ // size)
-    return QuantizedWeight(
-        torch.randint(0, 1 << bits, (out, in_), generator=source, dtype=torch.uint8),
-        (torch.rand(out, groups, generator=source) + 0.5).to(torch.bfloat16),
-        torch.full((out, groups), 1 << (bits - 1), dtype=torch.uint8),
-        bits,
-        size,
-    )
+def random_weight(scheme: Scheme, out: int = 16, in_: int = 96) -> QuantizedWeight:
+    source = torch.Generator().manual_seed(scheme.bits * 1000 + scheme.group_size)
+    groups = scheme.groups(in_)
+    codes = torch.randint(0, 1 << scheme.bits, (out, in_), generator=source, dtype=torch.uint8)
+    if scheme.kind == "float":
+        codes = (torch.randn(out, in_, generator=source) * 100).clamp(-448, 448).to(FP8)
+    zeros = torch.full((out, groups), scheme.half, dtype=torch.uint8)
+    if not scheme.symmetric:
+        zeros = torch.randint(0, 1 << scheme.bits, (out, groups), generator=source, dtype=torch.uint8)
+    scales = (torch.rand(out, groups, generator=source) + 0.5).to(torch.bfloat16)
+    return QuantizedWeight(codes, scales, zeros, scheme, torch.rand(1) if scheme.inputs == "tensor" else None)
 
 
 def field(word: int, index: int, bits: int) -> int:
@@ -55,16 +68,35 @@ def gptq_by_definition(tensors: dict[str, torch.Tensor], bits: int) -> npt.NDArr
     return dense
 
 
-def compressed_by_definition(tensors: dict[str, torch.Tensor], bits: int, size: int) -> npt.NDArray[np.float64]:
-    """W[o, i] = s * q, stored as q + 2^(bits - 1)."""
-    per_word = 32 // bits
+def awq_by_definition(tensors: dict[str, torch.Tensor], size: int) -> npt.NDArray[np.float64]:
+    """W[o, i] = s * (q - z): eight outputs to a word, of which nibble n holds output 0, 2, 4, 6, 1, 3, 5, 7."""
+    qweight, qzeros, scales = (tensors[name].double().numpy() for name in ("qweight", "qzeros", "scales"))
+    in_, out = qweight.shape[0], qweight.shape[1] * 8
+    dense = np.zeros((out, in_))
+    for o in range(out):
+        nibble = [0, 2, 4, 6, 1, 3, 5, 7].index(o % 8)
+        for i in range(in_):
+            group = 0 if size == -1 else i // size
+            code, zero = (field(int(words[row, o // 8]), nibble, 4) for words, row in ((qweight, i), (qzeros, group)))
+            dense[o, i] = scales[group, o] * (code - zero)
+    return dense
+
+
+def compressed_by_definition(tensors: dict[str, torch.Tensor], scheme: Scheme) -> npt.NDArray[np.float64]:
+    """W[o, i] = s * (q - z), both stored with 2^(bits - 1) added, zero points packed along the outputs."""
+    per_word, half = 32 // scheme.bits, 1 << (scheme.bits - 1)
     packed, scales = tensors["weight_packed"].numpy(), tensors["weight_scale"].double().numpy()
     out, in_ = tensors["weight_shape"].tolist()
     dense = np.zeros((out, in_))
     for o in range(out):
         for i in range(in_):
-            q = field(int(packed[o, i // per_word]), i % per_word, bits) - (1 << (bits - 1))
-            dense[o, i] = scales[o, 0 if size == -1 else i // size] * q
+            group = 0 if scheme.group_size == -1 else i // scheme.group_size
+            q = field(int(packed[o, i // per_word]), i % per_word, scheme.bits) - half
+            z = 0
+            if not scheme.symmetric:
+                words = tensors["weight_zero_point"].numpy()
+                z = field(int(words[o // per_word, group]), o % per_word, scheme.bits) - half
+            dense[o, i] = scales[o, group] * (q - z)
     return dense
 
 
@@ -83,133 +115,188 @@ def test_packing_against_a_loop(bits: int, count: int) -> None:
     assert torch.equal(unpack(words.t().contiguous().t(), bits, count), codes)
 
 
-@pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize("size", [32, 96, -1, 40])
-def test_gptq(bits: int, size: int) -> None:
-    settings, weight = config("gptq", bits, size), random_weight(bits, size)
-    form = format_of(settings)
-    stored = form.pack(settings, weight)
-    for part in form.tensors(settings, *weight.shape):
+@pytest.mark.parametrize(("form", "scheme"), STORED, **BY_LABEL)
+def test_stored_and_read_back(form: Format, scheme: Scheme) -> None:
+    weight = random_weight(scheme)
+    stored = FORMATS[form].pack(scheme, weight)
+    planned = FORMATS[form].tensors(scheme, *weight.shape)
+    assert [part.suffix for part in planned] == list(stored)
+    for part in planned:
         assert stored[part.suffix].shape == part.shape
         assert stored[part.suffix].dtype == DTYPES[part.dtype]
         assert stored[part.suffix].is_contiguous()
-    np.testing.assert_array_equal(gptq_by_definition(stored, bits), weight.dequantize(torch.float64).numpy())
-    again = form.unpack(settings, stored)
-    assert torch.equal(again.codes, weight.codes)
+    again = FORMATS[form].unpack(scheme, stored)
+    assert torch.equal(again.codes.float(), weight.codes.float())
     assert torch.equal(again.zeros, weight.zeros)
     assert torch.equal(again.dequantize(), weight.dequantize())
+    assert (again.input_scale is None) == (weight.input_scale is None)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("size", [32, 96, -1, 40])
+def test_gptq(bits: int, size: int) -> None:
+    scheme = Scheme(bits, size)
+    weight, form = random_weight(scheme), FORMATS["gptq"]
+    stored = form.pack(scheme, weight)
+    np.testing.assert_array_equal(gptq_by_definition(stored, bits), weight.dequantize(torch.float64).numpy())
     del stored["g_idx"]
-    assert torch.equal(form.unpack(settings, stored).codes, weight.codes)
+    assert torch.equal(form.unpack(scheme, stored).codes, weight.codes)
 
 
 def test_gptq_stores_symmetric_zero_points_as_sevens() -> None:
-    stored = FORMATS["gptq"].pack(config("gptq"), random_weight(4, 32))
+    stored = FORMATS["gptq"].pack(Scheme(4, 32), random_weight(Scheme(4, 32)))
     assert torch.equal(stored["qzeros"], torch.full((3, 2), 0x77777777, dtype=torch.int32))
 
 
 @pytest.mark.parametrize("bits", [4, 8])
 def test_gptq_reads_asymmetric_zero_points(bits: int) -> None:
-    settings, weight = config("gptq", bits, symmetric=False), random_weight(bits, 32)
-    stored = FORMATS["gptq"].pack(settings, weight)
+    weight = random_weight(Scheme(bits, 32))
+    stored = FORMATS["gptq"].pack(weight.scheme, weight)
     weight.zeros = torch.randint(1, 1 << bits, weight.zeros.shape, generator=torch.Generator().manual_seed(0)).byte()
     stored["qzeros"] = pack((weight.zeros - 1).t(), bits)
     np.testing.assert_array_equal(gptq_by_definition(stored, bits), weight.dequantize(torch.float64).numpy())
-    assert torch.equal(FORMATS["gptq"].unpack(settings, stored).zeros, weight.zeros)
+    assert torch.equal(FORMATS["gptq"].unpack(Scheme(bits, 32, symmetric=False), stored).zeros, weight.zeros)
 
 
-@pytest.mark.parametrize("form", list(FORMATS))
-def test_asymmetric_codes_are_not_written(form: Format) -> None:
-    weight = random_weight(4, 32)
+@pytest.mark.parametrize("form", ["gptq", "compressed-tensors"])
+def test_asymmetric_codes_are_not_written_as_symmetric(form: Format) -> None:
+    weight = random_weight(Scheme(4, 32))
     weight.zeros[3, 1] = 0
     with pytest.raises(InputError, match="Asymmetric codes cannot be stored"):
-        FORMATS[form].pack(config(form), weight)
+        FORMATS[form].pack(weight.scheme, weight)
 
 
-def test_gptq_refuses_what_float16_cannot_hold() -> None:
-    weight = random_weight(4, 32)
+@pytest.mark.parametrize("form", ["gptq", "awq"])
+def test_scales_that_float16_cannot_hold(form: Format) -> None:
+    weight = random_weight(Scheme(4, 32))
     weight.scales[0, 0] = 1e6
-    with pytest.raises(InputError, match="too large for GPTQ's float16"):
-        FORMATS["gptq"].pack(config("gptq"), weight)
+    with pytest.raises(InputError, match=f"too large for {form.upper()}'s float16"):
+        FORMATS[form].pack(weight.scheme, weight)
 
 
 def test_gptq_refuses_activation_order_and_wrong_shapes() -> None:
-    settings, weight = config("gptq"), random_weight(4, 32)
-    stored = FORMATS["gptq"].pack(settings, weight)
+    scheme = Scheme(4, 32)
+    stored = FORMATS["gptq"].pack(scheme, random_weight(scheme))
     with pytest.raises(InputError, match="activation order"):
-        FORMATS["gptq"].unpack(settings, stored | {"g_idx": stored["g_idx"].flip(0)})
+        FORMATS["gptq"].unpack(scheme, stored | {"g_idx": stored["g_idx"].flip(0)})
     with pytest.raises(InputError, match=r"scales has shape \[2, 16\]. \[3, 16\] was expected"):
-        FORMATS["gptq"].unpack(settings, stored | {"scales": stored["scales"][:2]})
+        FORMATS["gptq"].unpack(scheme, stored | {"scales": stored["scales"][:2]})
 
 
 @pytest.mark.parametrize(("out", "in_", "name"), [(16, 12, "input"), (12, 16, "output")])
 def test_gptq_sizes_that_cannot_be_packed(out: int, in_: int, name: str) -> None:
     with pytest.raises(InputError, match=rf"\[{out}, {in_}\] weight. A multiple of 8 {name} features"):
-        FORMATS["gptq"].tensors(config("gptq"), out, in_)
+        FORMATS["gptq"].tensors(Scheme(4, 32), out, in_)
+
+
+@pytest.mark.parametrize("size", [32, -1, 40])
+def test_awq(size: int) -> None:
+    weight = random_weight(Scheme(4, size, symmetric=False))
+    stored = FORMATS["awq"].pack(weight.scheme, weight)
+    np.testing.assert_array_equal(awq_by_definition(stored, size), weight.dequantize(torch.float64).numpy())
+
+
+def test_awq_sizes_and_shapes() -> None:
+    scheme = Scheme(4, 32, symmetric=False)
+    with pytest.raises(InputError, match=r"\[12, 16\] weight. A multiple of 8 output features"):
+        FORMATS["awq"].tensors(scheme, 12, 16)
+    stored = FORMATS["awq"].pack(scheme, random_weight(scheme))
+    with pytest.raises(InputError, match=r"qzeros has shape \[2, 2\]. \[3, 2\] was expected"):
+        FORMATS["awq"].unpack(scheme, stored | {"qzeros": stored["qzeros"][:2]})
 
 
 @pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize(("size", "in_"), [(32, 96), (-1, 96), (-1, 93), (3, 93)])
-def test_compressed_tensors(bits: int, size: int, in_: int) -> None:
-    settings, weight = config("compressed-tensors", bits, size), random_weight(bits, size, in_=in_)
-    form = format_of(settings)
-    stored = form.pack(settings, weight)
-    for part in form.tensors(settings, *weight.shape):
-        assert stored[part.suffix].shape == part.shape
-        assert stored[part.suffix].dtype == DTYPES[part.dtype]
-        assert stored[part.suffix].is_contiguous()
+def test_pack_quantized(bits: int, symmetric: bool, size: int, in_: int) -> None:
+    weight = random_weight(Scheme(bits, size, symmetric), out=20, in_=in_)
+    stored = FORMATS["compressed-tensors"].pack(weight.scheme, weight)
     dense = weight.dequantize(torch.float64).numpy()
-    np.testing.assert_array_equal(compressed_by_definition(stored, bits, size), dense)
-    again = form.unpack(settings, stored)
-    assert torch.equal(again.codes, weight.codes)
+    np.testing.assert_array_equal(compressed_by_definition(stored, weight.scheme), dense)
+    again = FORMATS["compressed-tensors"].unpack(weight.scheme, stored)
     np.testing.assert_array_equal(again.dequantize(torch.float64).numpy(), dense)
 
 
+def test_eight_bit_products_store_their_codes_as_they_are() -> None:
+    weight = random_weight(INT8)
+    stored = FORMATS["compressed-tensors"].pack(INT8, weight)
+    assert torch.equal(stored["weight"].int(), weight.codes.int() - 128)
+    torch.testing.assert_close(stored["weight"].float() * stored["weight_scale"], weight.dequantize())
+    weight = random_weight(FIXED8)
+    stored = FORMATS["compressed-tensors"].pack(FIXED8, weight)
+    torch.testing.assert_close(stored["weight"].float() * stored["weight_scale"], weight.dequantize())
+    assert weight.input_scale is not None
+    assert torch.equal(stored["input_scale"], weight.input_scale)
+
+
 def test_compressed_tensors_with_wrong_shapes() -> None:
-    settings = config("compressed-tensors")
-    stored = FORMATS["compressed-tensors"].pack(settings, random_weight(4, 32))
+    scheme = Scheme(4, 32)
+    stored = FORMATS["compressed-tensors"].pack(scheme, random_weight(scheme))
     with pytest.raises(InputError, match=r"weight_packed has shape \[16, 11\]. \[16, 12\] was expected"):
-        FORMATS["compressed-tensors"].unpack(settings, stored | {"weight_packed": stored["weight_packed"][:, 1:]})
+        FORMATS["compressed-tensors"].unpack(scheme, stored | {"weight_packed": stored["weight_packed"][:, 1:]})
     with pytest.raises(InputError, match=r"weight_shape is \[0, 96\]"):
-        FORMATS["compressed-tensors"].unpack(settings, stored | {"weight_shape": torch.tensor([0, 96])})
+        FORMATS["compressed-tensors"].unpack(scheme, stored | {"weight_shape": torch.tensor([0, 96])})
 
 
-@pytest.mark.parametrize("form", list(FORMATS))
-@pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize("size", [32, 96, -1])
-def test_packed_tensors_split_where_they_say(form: Format, bits: int, size: int) -> None:
+@pytest.mark.parametrize(("form", "scheme"), STORED, **BY_LABEL)
+def test_packed_tensors_split_where_they_say(form: Format, scheme: Scheme) -> None:
     """Slicing the stored tensors by `out` and `in_` gives what packing the slice of the weight gives."""
-    settings, weight = config(form, bits, size), random_weight(bits, size, out=32, in_=192)
-    stored = FORMATS[form].pack(settings, weight)
+    weight = random_weight(scheme, out=32, in_=192)
+    stored = FORMATS[form].pack(scheme, weight)
     for dimension, (start, stop) in ((0, (8, 24)), (1, (96, 192))):
-        sliced = QuantizedWeight(weight.codes, weight.scales, weight.zeros, bits, size)
+        sliced = QuantizedWeight(weight.codes, weight.scales, weight.zeros, scheme, weight.input_scale)
         sliced.codes = weight.codes.narrow(dimension, start, stop - start)
-        if dimension == 0 or size != -1:
-            per = 1 if dimension == 0 else size
+        if dimension == 0 or scheme.group_size != -1:
+            per = 1 if dimension == 0 else scheme.group_size
             sliced.scales = weight.scales.narrow(dimension, start // per, (stop - start) // per)
             sliced.zeros = weight.zeros.narrow(dimension, start // per, (stop - start) // per)
-        expected = FORMATS[form].pack(settings, sliced)
-        for part in FORMATS[form].tensors(settings, 32, 192):
+        expected = FORMATS[form].pack(scheme, sliced)
+        for part in FORMATS[form].tensors(scheme, 32, 192):
             if part.derived:
                 continue
             tensor, along = stored[part.suffix], (part.out, part.in_)[dimension]
             if along is not None:
                 assert start % along[1] == stop % along[1] == 0
                 tensor = tensor.narrow(along[0], start // along[1], (stop - start) // along[1])
-            assert torch.equal(tensor, expected[part.suffix]), part.suffix
+            assert torch.equal(tensor.float(), expected[part.suffix].float()), part.suffix
 
 
-@pytest.mark.parametrize("form", list(FORMATS))
-@pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize("size", [128, -1])
-def test_configs_there_and_back(form: Format, bits: int, size: int) -> None:
-    settings = QuantizationConfig(form, bits, size, True, ("lm_head",), "rtn" if form == "gptq" else "")
+@pytest.mark.parametrize(("form", "scheme"), STORED, **BY_LABEL)
+def test_configs_there_and_back(form: Format, scheme: Scheme) -> None:
+    method = {"gptq": "rtn", "awq": "awq"}.get(form, "")
+    kept = ("model.layers.0.mlp.down_proj", "model.layers.1.self_attn.q_proj")
+    for ignore in (("lm_head",), ("lm_head", *kept)):
+        settings = QuantizationConfig(form, scheme, ignore, method=method)
+        written = json.loads(json.dumps(format_of(settings).config_dict(settings)))
+        assert written["quant_method"] == form
+        assert parse_quantization(written) == settings
+
+
+@pytest.mark.parametrize("kv", ["", "fp8", "int8"])
+def test_mixed_schemes_there_and_back(kv: Any) -> None:
+    """One config group a scheme; what is named comes before what is of the type Linear."""
+    names = ("model.layers.0.mlp.down_proj", "model.layers.1.mlp.down_proj")
+    overrides = tuple((name, Scheme(8, 128)) for name in names)
+    settings = QuantizationConfig("compressed-tensors", Scheme(4, 128), ("lm_head", "re:.*gate$"), overrides, kv)
     written = json.loads(json.dumps(format_of(settings).config_dict(settings)))
-    assert written["quant_method"] == form
     assert parse_quantization(written) == settings
+    assert written["format"] == "pack-quantized"
+    assert [group["targets"] for group in written["config_groups"].values()] == [["Linear"], list(names)]
+    assert settings.scheme_of(names[0]) == Scheme(8, 128)
+    assert settings.scheme_of("model.layers.2.mlp.down_proj") == Scheme(4, 128)
+    assert settings.scheme_of("model.layers.2.mlp.gate") is None
+    assert settings.scheme_of("lm_head") is None
+
+
+def test_a_kv_cache_alone_there_and_back() -> None:
+    settings = QuantizationConfig("compressed-tensors", None, kv="fp8")
+    written = json.loads(json.dumps(format_of(settings).config_dict(settings)))
+    assert parse_quantization(written) == settings
+    assert settings.scheme_of("model.layers.0.mlp.down_proj") is None
 
 
 def test_gptq_writes_the_file_old_readers_want() -> None:
-    settings = config("gptq", 4, 128)
+    settings = QuantizationConfig("gptq", Scheme(4, 128))
     (file,) = FORMATS["gptq"].extra_files(settings).items()
     assert file[0] == "quantize_config.json"
     written = json.loads(file[1])
@@ -219,7 +306,7 @@ def test_gptq_writes_the_file_old_readers_want() -> None:
         "checkpoint_format",
     ):  # fmt: skip
         assert name in written
-    assert FORMATS["compressed-tensors"].extra_files(config("compressed-tensors")) == {}
+    assert FORMATS["compressed-tensors"].extra_files(settings) == FORMATS["awq"].extra_files(settings) == {}
 
 
 def gptq(**changes: Any) -> dict[str, Any]:
@@ -234,29 +321,44 @@ def compressed(
     return {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": groups} | top
 
 
+def awq(**changes: Any) -> dict[str, Any]:
+    return {"quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": True, "version": "gemm"} | changes
+
+
+FP8_KV = {"num_bits": 8, "type": "float", "strategy": "tensor"}
+INPUTS = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({}, "quantized with a method it does not name"),
         ([], "quantized with a method it does not name"),
-        ({"quant_method": "awq"}, "quantized with awq. One of gptq, compressed-tensors was expected"),
+        ({"quant_method": "bitsandbytes"}, "with bitsandbytes. One of gptq, awq, compressed-tensors was expected"),
+        (awq(bits=8), "has 8 bits"),
+        (awq(group_size=0), "group size 0"),
+        (awq(version="gemv"), "version gemv"),
+        (awq(zero_point=False), "no zero points"),
         (gptq(bits=3), "has 3 bits"),
         (gptq(group_size=0), "group size 0"),
         (gptq(desc_act=True), "desc_act"),
         (gptq(checkpoint_format="gptq_v2"), "checkpoint_format gptq_v2"),
-        (gptq(dynamic={"-:.*": {}}), "options per module"),
+        (gptq(dynamic={"+:.*": {"bits": 8}}), "options per module"),
         (compressed(format="float-quantized"), "format float-quantized"),
-        (compressed(kv_cache_scheme={"num_bits": 8}), "kv_cache_scheme"),
+        (compressed(kv_cache_scheme={"num_bits": 4}), "kv_cache_scheme num_bits 4"),
+        (compressed(kv_cache_scheme=FP8_KV | {"strategy": "channel"}), "kv_cache_scheme strategy channel"),
         (compressed(config_groups={}), "config_groups {}"),
-        (compressed({"symmetric": False}), "symmetric False"),
         (compressed({"num_bits": 3}), "num_bits 3"),
-        (compressed({"type": "float"}), "type float"),
+        (compressed({"type": "float"}), "input_activations none"),
         (compressed({"actorder": "group"}), "actorder group"),
         (compressed({"group_size": None}), "group_size None"),
         (compressed({"strategy": "block"}), "strategy block"),
-        (compressed(group={"targets": ["re:.*q_proj"]}), "config_groups"),
+        (compressed(group={"targets": []}), "targets"),
         (compressed(group={"weights": None}), "config_groups"),
-        (compressed(group={"input_activations": {"num_bits": 8}}), "input_activations"),
+        (compressed(group={"output_activations": {"num_bits": 8}}), "output_activations set"),
+        (compressed(group={"input_activations": {"num_bits": 4}}), "input_activations num_bits 4"),
+        (compressed(group={"input_activations": INPUTS | {"strategy": "tensor"}}), "input_activations strategy tensor"),
+        (compressed({"num_bits": 8}, {"input_activations": INPUTS}), "strategy group"),
     ],
 )
 def test_configs_that_cannot_be_read(settings: object, message: str) -> None:
@@ -265,12 +367,30 @@ def test_configs_that_cannot_be_read(settings: object, message: str) -> None:
 
 
 def test_single_group_in_activation_order_is_read() -> None:
-    assert parse_quantization(gptq(desc_act=True, group_size=-1)).group_size == -1
+    assert parse_quantization(gptq(desc_act=True, group_size=-1)).scheme == Scheme(4)
+
+
+def test_what_others_write_into_their_configs() -> None:
+    """Keys of AutoAWQ, GPTQModel and llm-compressor that llmkit does not write."""
+    found = parse_quantization(awq(version="GEMM", modules_to_not_convert=["visual", "model.layers.0.mlp.down_proj"]))
+    assert found.scheme_of("model.visual.q_proj") is None
+    assert found.scheme_of("model.layers.0.mlp.down_proj") is None
+    assert found.scheme_of("model.layers.0.mlp.up_proj") == Scheme(4, 128, symmetric=False)
+    assert found.scheme_of("lm_head") is None
+    assert parse_quantization(awq(modules_to_not_convert=None)).ignore == ("lm_head",)
+    dynamic = gptq(dynamic={r"-:.*\.1\..*down.*": {}})
+    assert parse_quantization(dynamic).scheme_of("model.layers.1.mlp.down_proj") is None
+    assert parse_quantization(dynamic).scheme_of("model.layers.2.mlp.down_proj") == Scheme(4, 128)
+    weights = {"observer": "mse", "block_structure": None, "scale_dtype": None, "zp_dtype": "torch.int8"}
+    settings = compressed(
+        weights | {"symmetric": False, "actorder": "static"}, {"format": "pack-quantized"}, sparsity_config={}
+    )
+    assert parse_quantization(settings).scheme == Scheme(4, 128, symmetric=False)
 
 
 def test_ignored_modules() -> None:
-    settings = QuantizationConfig("compressed-tensors", 4, 128, True, ("lm_head", r"re:.*\.gate$"))
-    assert is_ignored(settings, "lm_head")
-    assert is_ignored(settings, "model.layers.0.mlp.gate")
-    assert not is_ignored(settings, "model.layers.0.mlp.gate_proj")
-    assert not is_ignored(settings, "model.lm_head")
+    settings = QuantizationConfig("compressed-tensors", Scheme(4, 128), ("lm_head", r"re:.*\.gate$"))
+    assert settings.scheme_of("lm_head") is None
+    assert settings.scheme_of("model.layers.0.mlp.gate") is None
+    assert settings.scheme_of("model.layers.0.mlp.gate_proj") == Scheme(4, 128)
+    assert settings.scheme_of("model.lm_head") == Scheme(4, 128)

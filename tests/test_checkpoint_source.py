@@ -15,6 +15,7 @@ from tiny import tiny_checkpoint
 
 from llmkit.checkpoint.errors import InputError
 from llmkit.checkpoint.hub import UNWANTED, WANTED
+from llmkit.checkpoint.quantized import Scheme
 from llmkit.checkpoint.source import Checkpoint, open_checkpoint
 from llmkit.checkpoint.writer import CheckpointWriter, PlannedTensor
 
@@ -226,7 +227,7 @@ def test_quantization_is_parsed(tmp_path: Path) -> None:
     settings = {"quant_method": "gptq", "bits": 4, "group_size": 128, "sym": True, "desc_act": False}
     opened = open_checkpoint(folder(tmp_path / "a", {"quantization_config": settings}, model=TENSORS))
     assert opened.quantization is not None
-    assert (opened.quantization.format, opened.quantization.group_size) == ("gptq", 128)
+    assert (opened.quantization.format, opened.quantization.scheme) == ("gptq", Scheme(4, 128))
 
     old = folder(tmp_path / "b", model=TENSORS)
     del settings["quant_method"]

@@ -2,12 +2,33 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
+
 import pytest
 import torch
 
-from llmkit.checkpoint.quantized import QuantizedWeight
-from llmkit.quant.gptq import Hessian, gptq, relative_error
-from llmkit.quant.grid import NORM, group_scales, nearest, round_to_nearest
+from llmkit.checkpoint.quantized import FP8, QuantizedWeight, Scheme
+from llmkit.quant.gptq import gptq, without_dead
+from llmkit.quant.grid import FULL_SEARCH, NORM, Grid, fit_grid, round_to_nearest
+from llmkit.quant.statistics import SAMPLE, Statistics
+
+
+@dataclass
+class Result:
+    weight: QuantizedWeight
+    damp: float | None
+
+
+def run_gptq(weight: torch.Tensor, hessian: torch.Tensor, scheme: Scheme, **options: Any) -> Result:
+    weight, hessian = without_dead(weight, hessian)
+    importance = hessian.diagonal().clamp(min=0).sqrt()
+    return Result(*gptq(weight, hessian, fit_grid(weight, scheme, torch.float16, FULL_SEARCH, importance), **options))
+
+
+def relative_error(weight: torch.Tensor, quantized: torch.Tensor, hessian: torch.Tensor) -> float:
+    delta = weight - quantized
+    return (((delta @ hessian) * delta).sum() / ((weight @ hessian) * weight).sum()).item()
 
 
 def correlated_inputs(columns: int, tokens: int = 1024, seed: int = 0) -> torch.Tensor:
@@ -19,76 +40,82 @@ def correlated_inputs(columns: int, tokens: int = 1024, seed: int = 0) -> torch.
 
 
 def hessian_of(inputs: torch.Tensor) -> torch.Tensor:
-    hessian = Hessian(inputs.shape[1])
-    hessian.add(inputs)
-    return hessian.matrix
+    seen = Statistics(inputs.shape[1], {"hessian"})
+    seen.add(inputs)
+    assert seen.hessian is not None
+    return seen.hessian
 
 
 def random_weight(rows: int, columns: int, seed: int = 1) -> torch.Tensor:
     return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)) * 0.05
 
 
-def naive_gptq(
-    weight: torch.Tensor, hessian: torch.Tensor, scales: torch.Tensor, bits: int, group: int, order: torch.Tensor
-) -> torch.Tensor:
+def naive_gptq(weight: torch.Tensor, hessian: torch.Tensor, grid: Grid, order: torch.Tensor) -> torch.Tensor:
     """Optimal Brain Surgeon column by column, the inverse Hessian updated by Gaussian elimination: O(in^3) a weight.
 
     It inverts H of the columns not yet rounded, which is what GPTQ's Cholesky factor stands for.
     """
     weight, hessian = weight.double().clone(), hessian.double().clone()
     hessian += torch.eye(len(hessian), dtype=torch.float64) * (0.01 * hessian.diagonal().mean())
-    codes = torch.empty(weight.shape, dtype=torch.uint8)
+    codes = torch.empty(weight.shape, dtype=torch.uint8 if grid.scheme.kind == "int" else FP8)
     left = order.tolist()
-    half = 1 << (bits - 1)
     while left:
         inverse = torch.linalg.inv(hessian[left][:, left])
         column = left[0]
-        scale = scales[:, column // group].double()
-        code = (weight[:, column] / scale).round().clamp(-half, half - 1)
-        codes[:, column] = (code + half).to(torch.uint8)
-        error = (weight[:, column] - code * scale) / inverse[0, 0]
+        group = 0 if grid.scheme.group_size == -1 else column // grid.scheme.group_size
+        scale, zero = grid.scales[:, group].double(), grid.zeros[:, group].double()
+        if grid.scheme.kind == "int":
+            code = ((weight[:, column] / scale).round() + zero).clamp(0, 2**grid.scheme.bits - 1)
+        else:
+            code = (weight[:, column] / scale).clamp(-448, 448).float().to(FP8).double()
+        codes[:, column] = code.to(codes.dtype)
+        error = (weight[:, column] - (code - zero) * scale) / inverse[0, 0]
         weight[:, left] -= error[:, None] * inverse[0]
         left = left[1:]
     return codes
 
 
+SCHEMES = [Scheme(4, 16), Scheme(8, 16), Scheme(4, 16, symmetric=False), Scheme(8), Scheme(8, kind="float")]
+
+
 @pytest.mark.parametrize("act_order", [False, True])
-@pytest.mark.parametrize("bits", [4, 8])
-def test_codes_agree_with_an_independent_float64_gptq(bits: int, act_order: bool) -> None:
-    columns, group = 64, 16
+@pytest.mark.parametrize("scheme", SCHEMES, ids=lambda scheme: scheme.label)
+def test_codes_agree_with_an_independent_float64_gptq(scheme: Scheme, act_order: bool) -> None:
+    columns = 64
     hessian = hessian_of(correlated_inputs(columns))
     weight = random_weight(24, columns)
-    result = gptq(weight, hessian, bits, group, act_order=act_order, block=16)
-    scales = group_scales(weight, bits, group, search=True, importance=hessian.diagonal().sqrt())
+    result = run_gptq(weight, hessian, scheme, act_order=act_order, block=16)
+    grid = fit_grid(weight, scheme, torch.float16, FULL_SEARCH, hessian.diagonal().sqrt())
     order = torch.argsort(hessian.diagonal(), descending=True, stable=True) if act_order else torch.arange(columns)
-    expected = naive_gptq(weight, hessian, scales.float(), bits, group, order)
-    assert torch.equal(result.weight.scales, scales)
+    expected = naive_gptq(weight, hessian, grid, order)
+    assert torch.equal(result.weight.scales, grid.scales)
+    assert torch.equal(result.weight.zeros, grid.zeros)
     assert result.damp == 0.01
-    assert (result.weight.codes == expected).float().mean() > 0.995
+    assert (result.weight.codes.float() == expected.float()).float().mean() > 0.99
     ours = relative_error(weight, result.weight.dequantize(), hessian)
-    reference = QuantizedWeight(expected, scales, result.weight.zeros, bits, group)
-    assert ours == pytest.approx(relative_error(weight, reference.dequantize(), hessian), rel=0.02)
+    reference = QuantizedWeight(expected, grid.scales, grid.zeros, scheme)
+    assert ours == pytest.approx(relative_error(weight, reference.dequantize(), hessian), rel=0.03)
 
 
 def test_block_size_does_not_matter() -> None:
     hessian, weight = hessian_of(correlated_inputs(96)), random_weight(16, 96)
-    one = gptq(weight, hessian, 4, 32, block=96).weight.codes
-    two = gptq(weight, hessian, 4, 32, block=7).weight.codes
+    one = run_gptq(weight, hessian, Scheme(4, 32), block=96).weight.codes
+    two = run_gptq(weight, hessian, Scheme(4, 32), block=7).weight.codes
     assert (one == two).float().mean() > 0.995
 
 
 @pytest.mark.parametrize("group", [32, -1])
 def test_gptq_beats_rounding_on_the_weighted_error(group: int) -> None:
     hessian, weight = hessian_of(correlated_inputs(128)), random_weight(64, 128)
-    ours = relative_error(weight, gptq(weight, hessian, 4, group).weight.dequantize(), hessian)
-    searched = relative_error(weight, round_to_nearest(weight, 4, group, search=True).dequantize(), hessian)
-    plain = relative_error(weight, round_to_nearest(weight, 4, group, search=False).dequantize(), hessian)
+    ours = relative_error(weight, run_gptq(weight, hessian, Scheme(4, group)).weight.dequantize(), hessian)
+    searched = relative_error(weight, round_to_nearest(weight, Scheme(4, group), torch.float16, FULL_SEARCH).dequantize(), hessian)
+    plain = relative_error(weight, round_to_nearest(weight, Scheme(4, group), torch.float16).dequantize(), hessian)
     assert ours < 0.5 * min(searched, plain)
 
 
 def test_act_order_helps_and_leaves_the_groups_in_place() -> None:
     hessian, weight = hessian_of(correlated_inputs(128)), random_weight(64, 128)
-    ordered, plain = gptq(weight, hessian, 4, 32), gptq(weight, hessian, 4, 32, act_order=False)
+    ordered, plain = run_gptq(weight, hessian, Scheme(4, 32)), run_gptq(weight, hessian, Scheme(4, 32), act_order=False)
     assert torch.equal(ordered.weight.scales, plain.weight.scales)
     errors = [relative_error(weight, result.weight.dequantize(), hessian) for result in (ordered, plain)]
     assert errors[0] < errors[1]
@@ -98,18 +125,28 @@ def test_inputs_are_not_changed() -> None:
     hessian, weight = hessian_of(correlated_inputs(32)), random_weight(8, 32)
     hessian[3], hessian[:, 3] = 0, 0
     before = hessian.clone(), weight.clone()
-    gptq(weight, hessian, 4, 32)
+    run_gptq(weight, hessian, Scheme(4, 32))
     assert torch.equal(hessian, before[0])
     assert torch.equal(weight, before[1])
 
 
 def test_hessian_is_the_mean_over_all_batches() -> None:
     inputs = correlated_inputs(16, tokens=300)
-    hessian = Hessian(16)
+    hessian = Statistics(16, {"hessian", "sample"})
     for part in (inputs[:100], inputs[100:101], inputs[101:101], inputs[101:].view(199, 1, 16)):
         hessian.add(part)
     assert hessian.tokens == 300
-    torch.testing.assert_close(hessian.matrix, 2 / 300 * inputs.T @ inputs, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(hessian.hessian, 2 / 300 * inputs.T @ inputs, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(hessian.largest, inputs.abs().amax(0))
+    torch.testing.assert_close(hessian.mean, inputs.abs().mean(0))
+    assert 1 <= len(hessian.sample) <= SAMPLE
+    assert all(bool((row == inputs).all(1).any()) for row in hessian.sample)
+    scales = torch.linspace(0.5, 2, 16)
+    hessian.divide(scales)
+    scaled = inputs / scales
+    torch.testing.assert_close(hessian.hessian, 2 / 300 * scaled.T @ scaled, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(hessian.largest, scaled.abs().amax(0))
+    torch.testing.assert_close(hessian.mean, scaled.abs().mean(0))
 
 
 def test_a_dead_column_becomes_zero_and_disturbs_nothing() -> None:
@@ -117,7 +154,7 @@ def test_a_dead_column_becomes_zero_and_disturbs_nothing() -> None:
     inputs[:, 5] = 0
     weight = random_weight(16, 64)
     weight[:, 5] = 100.0
-    result = gptq(weight, hessian_of(inputs), 4, 32)
+    result = run_gptq(weight, hessian_of(inputs), Scheme(4, 32))
     assert result.damp == 0.01
     dense = result.weight.dequantize()
     assert bool((dense[:, 5] == 0).all())
@@ -127,16 +164,16 @@ def test_a_dead_column_becomes_zero_and_disturbs_nothing() -> None:
 def test_damping_grows_until_the_hessian_is_positive_definite() -> None:
     indefinite = torch.eye(32) * 2
     indefinite[0, 1] = indefinite[1, 0] = 2.07  # eigenvalues 4.07 and -0.07: damping 0.05 * 2 is enough, 0.025 * 2 not
-    result = gptq(random_weight(8, 32), indefinite, 4, 32)
+    result = run_gptq(random_weight(8, 32), indefinite, Scheme(4, 32))
     assert result.damp == pytest.approx(0.05)
 
 
 @pytest.mark.parametrize("broken", [torch.full((32, 32), torch.nan), -torch.eye(32)])
 def test_a_hopeless_hessian_falls_back_to_rounding(broken: torch.Tensor) -> None:
     weight = random_weight(8, 32)
-    result = gptq(weight, broken, 4, 32)
+    result = run_gptq(weight, broken, Scheme(4, 32))
     assert result.damp is None
-    assert torch.equal(result.weight.codes, nearest(weight, result.weight.scales, 4, 32).codes)
+    assert torch.equal(result.weight.codes, Grid(result.weight.scales, result.weight.zeros, Scheme(4, 32)).nearest(weight).codes)
     assert bool(torch.isfinite(result.weight.dequantize()).all())
 
 
@@ -146,7 +183,7 @@ def test_zero_and_tiny_groups_get_a_usable_scale(search: bool, dtype: torch.dtyp
     weight = random_weight(4, 64)
     weight[1] = 0
     weight[2, :32] = 1e-12
-    result = round_to_nearest(weight, 4, 32, search=search, dtype=dtype)
+    result = round_to_nearest(weight, Scheme(4, 32), dtype, FULL_SEARCH if search else None)
     assert bool((result.scales >= torch.finfo(dtype).tiny).all())
     assert bool(torch.isfinite(result.scales).all())
     assert bool((result.dequantize()[1] == 0).all())
@@ -156,7 +193,7 @@ def test_zero_and_tiny_groups_get_a_usable_scale(search: bool, dtype: torch.dtyp
 def test_gptq_of_a_zero_row_stays_zero() -> None:
     weight = random_weight(8, 64)
     weight[3] = 0
-    dense = gptq(weight, hessian_of(correlated_inputs(64)), 4, 32).weight.dequantize()
+    dense = run_gptq(weight, hessian_of(correlated_inputs(64)), Scheme(4, 32)).weight.dequantize()
     assert bool((dense[3] == 0).all())
     assert bool(torch.isfinite(dense).all())
 
@@ -165,21 +202,21 @@ def test_gptq_of_a_zero_row_stays_zero() -> None:
 @pytest.mark.parametrize("bits", [4, 8])
 def test_a_constant_row_is_kept_almost_exactly(value: float, bits: int) -> None:
     weight = torch.full((2, 64), value)
-    result = round_to_nearest(weight, bits, 64, search=True).dequantize()
+    result = round_to_nearest(weight, Scheme(bits, 64), torch.float16, FULL_SEARCH).dequantize()
     assert (result - weight).abs().max() < 0.01 * abs(value)
 
 
 def test_full_range_scales_are_twice_absmax_over_the_steps() -> None:
     weight = random_weight(8, 64)
-    scales = group_scales(weight, 4, 32, search=False)
+    scales = fit_grid(weight, Scheme(4, 32), torch.float16).scales
     assert torch.equal(scales, (weight.view(8, 2, 32).abs().amax(2) * (2 / 15)).half())
-    channel = group_scales(weight, 8, -1, search=False, dtype=torch.bfloat16)
+    channel = fit_grid(weight, Scheme(8), torch.bfloat16).scales
     assert torch.equal(channel, (weight.abs().amax(1, keepdim=True) / 127.5).bfloat16())
 
 
 def test_the_range_search_finds_the_best_of_its_shrinks() -> None:
     weight = random_weight(3, 32) ** 3
-    found = group_scales(weight, 4, 32, search=True).float()
+    found = fit_grid(weight, Scheme(4, 32), torch.float16, FULL_SEARCH).scales.float()
     full = weight.abs().amax(1, keepdim=True) * (2 / 15)
 
     def loss(scales: torch.Tensor) -> torch.Tensor:
@@ -198,14 +235,32 @@ def test_the_range_search_favours_important_columns() -> None:
     importance[0] = 1e6
     errors = []
     for chosen in (None, importance):
-        scales = group_scales(weight, 4, 64, search=True, importance=chosen)
-        errors.append((nearest(weight, scales, 4, 64).dequantize() - weight)[:, 0].abs().mean())
+        grid = fit_grid(weight, Scheme(4, 64), torch.float16, FULL_SEARCH, chosen)
+        errors.append((grid.nearest(weight).dequantize() - weight)[:, 0].abs().mean())
     assert errors[1] < 0.5 * errors[0]
 
 
 def test_rounding_uses_the_stored_scales() -> None:
     weight = random_weight(8, 64)
-    result = round_to_nearest(weight, 4, 32, search=True)
+    result = round_to_nearest(weight, Scheme(4, 32), torch.float16, FULL_SEARCH)
     assert result.scales.dtype == torch.float16
-    again = nearest(result.dequantize(), result.scales, 4, 32)
+    again = Grid(result.scales, result.zeros, result.scheme).nearest(result.dequantize())
     assert torch.equal(again.codes, result.codes)
+
+
+def test_an_asymmetric_grid_spans_the_range_and_holds_zero() -> None:
+    weight = random_weight(8, 64).abs() + 0.01
+    weight[0] *= -1
+    grid = fit_grid(weight, Scheme(4, 32, symmetric=False), torch.float16)
+    assert set(grid.zeros.unique().tolist()) == {0, 15}
+    dense = grid.nearest(weight).dequantize()
+    assert ((dense - weight).abs() <= grid.scales.float().amax() * 0.51).all()
+    assert bool((grid.nearest(torch.zeros(8, 64)).dequantize() == 0).all())
+
+
+def test_fp8_rounds_as_torch_does() -> None:
+    weight = random_weight(4, 64)
+    rounded = round_to_nearest(weight, Scheme(8, kind="float", inputs="token"), torch.float32)
+    scale = weight.abs().amax(1, keepdim=True) / 448
+    assert rounded.codes.dtype == FP8
+    torch.testing.assert_close(rounded.dequantize(), (weight / scale).to(FP8).float() * scale)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from synthetic import LLAMA, synthetic_checkpoint
 
 from llmkit.checkpoint.errors import InputError, OutputError, ShortageError, UsageError
-from llmkit.checkpoint.quantized import QuantizationConfig
+from llmkit.checkpoint.quantized import QuantizationConfig, Scheme
 from llmkit.checkpoint.safetensors_header import TensorInfo, byte_count
 from llmkit.checkpoint.source import open_checkpoint
 from llmkit.model.families import model_spec
@@ -22,8 +22,8 @@ from llmkit.shard.plan import ShardPlan, explain_tp, plan_shards, valid_tp
 from llmkit.shard.shard import shard
 from llmkit.shard.stages import balanced_stages
 
-INT4_64 = QuantizationConfig("gptq", 4, 64, True)
-INT4_128 = QuantizationConfig("gptq", 4, 128, True)
+INT4_64 = QuantizationConfig("gptq", Scheme(4, 64))
+INT4_128 = QuantizationConfig("gptq", Scheme(4, 128))
 SMOLLM2 = model_spec(
     LLAMA
     | {
@@ -96,11 +96,11 @@ REFUSALS = [
      "down_proj: 29568/2 = 115.5 groups of 128; TP 1, 3 work"),
     ({"heads": 42, "kv_heads": 42, "head_dim": 128, "intermediate": 29568}, INT4_128, 2,
      "down_proj: 29568/2 = 115.5 groups of 128; TP 1, 3, 7, 21 work"),
-    ({"heads": 4, "kv_heads": 4, "head_dim": 4, "intermediate": 64}, replace(INT4_64, group_size=8), 4,
+    ({"heads": 4, "kv_heads": 4, "head_dim": 4, "intermediate": 64}, QuantizationConfig("gptq", Scheme(4, 8)), 4,
      "q_proj: 16/4 = 0.5 packed words of 8; TP 1, 2 work"),
-    ({"heads": 4, "kv_heads": 2, "head_dim": 8, "intermediate": 64}, replace(INT4_64, group_size=16), 4,
+    ({"heads": 4, "kv_heads": 2, "head_dim": 8, "intermediate": 64}, QuantizationConfig("gptq", Scheme(4, 16)), 4,
      "o_proj: 32/4 = 0.5 groups of 16; TP 1, 2 work"),
-    ({"heads": 16, "kv_heads": 2, "head_dim": 4, "intermediate": 64}, replace(INT4_64, group_size=16), 4,
+    ({"heads": 16, "kv_heads": 2, "head_dim": 4, "intermediate": 64}, QuantizationConfig("gptq", Scheme(4, 16)), 4,
      "k_proj: one KV head of 4 = 0.5 packed words of 8; TP 1 works"),
     ({"heads": 24, "kv_heads": 8, "head_dim": 8, "intermediate": 96}, None, 12,
      "k_proj: 12/8 = 1.5 ranks per KV head; TP 1, 2, 4, 8, 24 work"),
@@ -123,10 +123,10 @@ def test_the_arithmetic_of_what_does_not_divide(changes, quantization, tp: int, 
 
 
 def test_compressed_tensors_needs_whole_groups_only_along_the_input() -> None:
-    packed = QuantizationConfig("compressed-tensors", 4, 16, True)
+    packed = QuantizationConfig("compressed-tensors", Scheme(4, 16))
     assert valid_tp(spec(heads=4, kv_heads=4, head_dim=4, intermediate=64), packed) == [1]
     assert valid_tp(spec(heads=4, kv_heads=4, head_dim=16, intermediate=64), packed) == [1, 2, 4]
-    per_row = replace(packed, group_size=-1)
+    per_row = QuantizationConfig("compressed-tensors", Scheme(4))
     assert valid_tp(spec(heads=4, kv_heads=4, head_dim=8, intermediate=64), per_row) == [1, 2, 4]
 
 
@@ -199,7 +199,7 @@ def test_a_dry_run_writes_nothing(tmp_path: Path) -> None:
 
 
 def test_the_manifest_describes_every_slice(tmp_path: Path) -> None:
-    source = synthetic_checkpoint(tmp_path / "source", QuantizationConfig("compressed-tensors", 4, 16, True))
+    source = synthetic_checkpoint(tmp_path / "source", QuantizationConfig("compressed-tensors", Scheme(4, 16)))
     shard(source, tmp_path / "ranks", 2, 2)
     checkpoint = open_checkpoint(tmp_path / "ranks")
     manifest, layout = checkpoint.manifest, checkpoint.layout

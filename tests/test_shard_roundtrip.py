@@ -16,7 +16,7 @@ from tiny import tiny_checkpoint
 
 from llmkit.checkpoint.errors import InputError
 from llmkit.checkpoint.formats import format_of
-from llmkit.checkpoint.quantized import QuantizationConfig, QuantizedWeight
+from llmkit.checkpoint.quantized import QuantizationConfig, QuantizedWeight, Scheme
 from llmkit.checkpoint.source import open_checkpoint
 from llmkit.model.families import SUPPORTED, model_spec
 from llmkit.shard import blocks
@@ -25,8 +25,9 @@ from llmkit.shard.plan import valid_tp
 from llmkit.shard.shard import shard
 from llmkit.shard.verify import verify
 
-GPTQ = QuantizationConfig("gptq", 4, 16, True)
-PACKED = QuantizationConfig("compressed-tensors", 4, 16, True)
+SCHEME = Scheme(4, 16)
+GPTQ = QuantizationConfig("gptq", SCHEME)
+PACKED = QuantizationConfig("compressed-tensors", SCHEME)
 FAMILIES = {
     "LlamaForCausalLM": "llama",
     "MistralForCausalLM": "mistral",
@@ -66,12 +67,18 @@ def round_trip(source: Path, work: Path, tp: int, pp: int) -> None:
     assert open_checkpoint(work / "merged").config == open_checkpoint(source).config
 
 
-quantizations = st.none() | st.builds(
-    QuantizationConfig,
-    st.sampled_from(["gptq", "compressed-tensors"]),
-    st.sampled_from([4, 8]),
-    st.sampled_from([-1, 8, 16, 32]),
-    st.just(True),
+sizes = st.sampled_from([-1, 8, 16, 32])
+quantizations = (
+    st.none()
+    | st.builds(QuantizationConfig, st.just("gptq"), st.builds(Scheme, st.sampled_from([4, 8]), sizes))
+    | st.builds(QuantizationConfig, st.just("awq"), st.builds(Scheme, st.just(4), sizes, st.just(False)))
+    | st.builds(
+        QuantizationConfig,
+        st.just("compressed-tensors"),
+        st.builds(Scheme, st.sampled_from([4, 8]), sizes, st.booleans())
+        | st.sampled_from([Scheme(8, inputs="token"), Scheme(8, kind="float", inputs="tensor")]),
+        kv=st.sampled_from(["", "fp8"]),
+    )
 )
 
 
@@ -138,17 +145,16 @@ def test_ranks_compute_what_the_whole_computes(quantization: QuantizationConfig,
             torch.randint(0, 16, (out, in_), generator=generator, dtype=torch.uint8),
             torch.rand(out, groups, generator=generator).to(torch.float16),
             torch.full((out, groups), 8, dtype=torch.uint8),
-            4,
-            16,
+            SCHEME,
         )
-        tensors |= {f"{module}.{suffix}": t for suffix, t in layout.pack(quantization, weight).items()}
+        tensors |= {f"{module}.{suffix}": t for suffix, t in layout.pack(weight.scheme, weight).items()}
     save_file(tensors, path, {"format": "pt"})
     shard(source, tmp_path / "ranks", 2)
     ranks = [load_file(tmp_path / "ranks" / f"rank-pp0-tp{rank}.safetensors") for rank in range(2)]
 
     def linear(stored: dict[str, torch.Tensor], module: str) -> torch.Tensor:
-        suffixes = [p.suffix for p in layout.tensors(quantization, 32, 32)]
-        return layout.unpack(quantization, {s: stored[f"{module}.{s}"] for s in suffixes}).dequantize()
+        suffixes = [p.suffix for p in layout.tensors(SCHEME, 32, 32)]
+        return layout.unpack(SCHEME, {s: stored[f"{module}.{s}"] for s in suffixes}).dequantize()
 
     for layer in range(2):
         for name in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj"):

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from synthetic import synthetic_checkpoint
 
 from llmkit.checkpoint.errors import InputError
-from llmkit.checkpoint.quantized import QuantizationConfig
+from llmkit.checkpoint.quantized import QuantizationConfig, Scheme
 from llmkit.checkpoint.safetensors_header import read_header
 from llmkit.shard.merge import merge
 from llmkit.shard.shard import shard
@@ -24,7 +24,7 @@ RANK0, RANK1 = "rank-pp0-tp0.safetensors", "rank-pp0-tp1.safetensors"
 
 @pytest.fixture
 def ranks(tmp_path: Path) -> Path:
-    source = synthetic_checkpoint(tmp_path / "source", QuantizationConfig("gptq", 4, 16, True))
+    source = synthetic_checkpoint(tmp_path / "source", QuantizationConfig("gptq", Scheme(4, 16)))
     shard(source, tmp_path / "ranks", 2)
     return tmp_path / "ranks"
 
@@ -135,7 +135,7 @@ def test_a_truncated_rank(ranks: Path) -> None:
 
 
 def test_shards_of_different_sources(ranks: Path, tmp_path: Path) -> None:
-    other = synthetic_checkpoint(tmp_path / "other", QuantizationConfig("gptq", 4, 16, True), seed=1)
+    other = synthetic_checkpoint(tmp_path / "other", QuantizationConfig("gptq", Scheme(4, 16)), seed=1)
     shard(other, tmp_path / "others", 2)
     shutil.copy(tmp_path / "others" / RANK1, ranks / RANK1)
     assert any(RANK1 in problem for problem in verify(ranks).problems)

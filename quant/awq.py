@@ -1,0 +1,109 @@
+"""AWQ (Lin et al., 2023, arXiv 2306.00978): scale up the columns that matter before rounding, then clip.
+
+Both searches measure the output error on the Hessian, tr(dW H dW'), so no forward passes are needed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from llmkit.quant.algorithm import Quantized, Site
+from llmkit.quant.edges import Edge
+from llmkit.quant.gptq import Gptq
+from llmkit.quant.grid import Grid, fit_grid, full_range, range_grid
+from llmkit.quant.smoothquant import normalized
+from llmkit.quant.statistics import Need, Statistics
+
+ROWS = 512  # of a weight that the scale search looks at, evenly spread
+CLIPS = tuple(1.0 - 0.05 * step for step in range(10))
+
+
+@dataclass(frozen=True)
+class Awq:
+    """The method `awq`."""
+
+    ratios: int = 20  # tried of s = |x|^r / |w|^(1-r), next to no scaling at all
+    clip: bool = True
+    needs: frozenset[Need] = frozenset({"hessian"})
+    moves: bool = True
+    sequential: bool = False
+
+    def scales(self, site: Site, edge: Edge, weight: torch.Tensor, seen: Statistics) -> torch.Tensor | None:
+        """The scales of least output error; None when none is better than no scaling."""
+        assert seen.hessian is not None
+        hessian = seen.hessian
+        part = weight[:: max(1, len(weight) // ROWS)]
+
+        def lost(scales: torch.Tensor) -> float:
+            scaled = part * scales
+            delta = fit_grid(scaled, site.scheme, site.dtype).nearest(scaled).dequantize() / scales - part
+            return ((delta @ hessian) * delta).sum().item()
+
+        of_inputs, of_weights = edge.per_source(seen.mean), edge.per_source(_weight_share(weight, site))
+        best, least = None, lost(torch.ones_like(seen.mean))
+        for step in range(self.ratios):
+            ratio = step / self.ratios
+            scales = normalized(of_inputs.pow(ratio) / (of_weights.pow(1 - ratio) + 1e-4))
+            if (loss := lost(edge.per_input(scales))) < least:
+                best, least = scales, loss
+        return best
+
+    def quantize(self, site: Site, weight: torch.Tensor, seen: Statistics) -> Quantized:
+        """The nearest codes, in ranges clipped where that lowers the output error."""
+        assert seen.hessian is not None
+        grid = fit_grid(weight, site.scheme, site.dtype)
+        if self.clip:
+            grid = clipped(weight, seen.hessian, grid, kept_rows(site))
+        return Quantized(grid.nearest(weight), "awq")
+
+
+@dataclass(frozen=True)
+class AwqGptq(Awq):
+    """AWQ's scales, then GPTQ's codes."""
+
+    then: Gptq = Gptq()  # noqa: RUF009 - frozen
+    sequential: bool = True
+
+    def quantize(self, site: Site, weight: torch.Tensor, seen: Statistics) -> Quantized:
+        """GPTQ on the scaled weight."""
+        return self.then.quantize(site, weight, seen)
+
+
+def kept_rows(site: Site) -> int:
+    """How many of the first rows are not clipped: those of q and k, whose products amplify what is cut off."""
+    parts = site.row.parts
+    return sum(part.shape[0] for part in parts[:2]) if site.name == "attn.qkv" and len(parts) == 3 else 0
+
+
+def clipped(weight: torch.Tensor, hessian: torch.Tensor, grid: Grid, keep: int) -> Grid:
+    """`grid` with the range of every group after the first `keep` rows shrunk by the clip of least d' H_g d."""
+    scheme, dtype = grid.scheme, grid.scales.dtype
+    part = weight[keep:]
+    rows, columns = part.shape
+    size = columns if scheme.group_size == -1 else scheme.group_size
+    count = columns // size
+    groups = part.reshape(rows, count, size)
+    blocks = torch.stack([hessian[i * size : (i + 1) * size, i * size : (i + 1) * size] for i in range(count)])
+    low, high = full_range(groups.reshape(-1, size), scheme)
+    scales, zeros = grid.scales.clone(), grid.zeros.clone()
+    least = torch.full((rows, count), torch.inf, device=weight.device)
+    for clip in CLIPS:
+        scale, zero = (t.view(rows, count) for t in range_grid(low * clip, high * clip, scheme, dtype))
+        tried = Grid(scale.to(dtype), zero.to(torch.uint8), scheme)
+        delta = (tried.nearest(part).dequantize() - part).view(rows, count, size).transpose(0, 1)
+        loss = ((delta @ blocks) * delta).sum(dim=2).T
+        better = loss < least
+        least = torch.where(better, loss, least)
+        scales[keep:] = torch.where(better, tried.scales, scales[keep:])
+        zeros[keep:] = torch.where(better, tried.zeros, zeros[keep:])
+    return Grid(scales, zeros, scheme)
+
+
+def _weight_share(weight: torch.Tensor, site: Site) -> torch.Tensor:
+    """How large each column's weights are within their groups, [in]: the mean of |w| over the group's largest."""
+    rows, columns = weight.shape
+    size = columns if site.scheme.group_size == -1 else site.scheme.group_size
+    groups = weight.abs().view(rows, -1, size)
+    return (groups / (groups.amax(dim=2, keepdim=True) + 1e-6)).view(rows, columns).mean(dim=0)

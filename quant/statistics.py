@@ -1,0 +1,71 @@
+"""What calibration keeps of the inputs of one linear layer.
+
+Legend: `in` input features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Set
+from typing import Literal
+
+import torch
+
+SAMPLE = 1024  # input rows kept as they are, spread over all the tokens
+_STRIDE = 61  # of the rows that may be kept: prime, so that no position of a window is favoured
+
+Need = Literal["magnitudes", "hessian", "sample"]
+
+
+class Statistics:
+    """Figures over all the inputs [..., in] added so far, in float32 on the inputs' device.
+
+    hessian: 2/n X'X [in, in], the Hessian of the squared output error (when needed). largest, mean: the largest and
+    mean magnitude of each feature [in]. sample: up to SAMPLE input rows [r, in] (when needed).
+    """
+
+    def __init__(self, features: int, needs: Set[Need], device: torch.device | str = "cpu") -> None:
+        self.tokens = 0
+        self.hessian: torch.Tensor | None = None
+        if "hessian" in needs:
+            self.hessian = torch.zeros(features, features, dtype=torch.float32, device=device)
+        self.largest = torch.zeros(features, dtype=torch.float32, device=device)
+        self.mean = torch.zeros(features, dtype=torch.float32, device=device)
+        self._sampling = "sample" in needs
+        self._rows: list[torch.Tensor] = []
+        self._kept = 0
+
+    def add(self, inputs: torch.Tensor) -> None:
+        """Take inputs [..., in] into the figures."""
+        rows = inputs.reshape(-1, inputs.shape[-1]).float()
+        if not len(rows):
+            return
+        total = self.tokens + len(rows)
+        if self.hessian is not None:
+            self.hessian.addmm_(rows.T, rows, beta=self.tokens / total, alpha=2.0 / total)
+        size = rows.abs()
+        torch.maximum(self.largest, size.amax(dim=0), out=self.largest)
+        self.mean.mul_(self.tokens / total).add_(size.sum(dim=0), alpha=1.0 / total)
+        if self._sampling and self._kept < SAMPLE:
+            first = -self.tokens % _STRIDE
+            self._rows.append(rows[first::_STRIDE][: SAMPLE - self._kept].clone())
+            self._kept += len(self._rows[-1])
+        self.tokens = total
+
+    @property
+    def sampled(self) -> bool:
+        """Whether there are any rows in `sample`."""
+        return bool(self._rows)
+
+    @property
+    def sample(self) -> torch.Tensor:
+        """The rows kept [r, in]."""
+        assert self._rows, "no rows were sampled"
+        return torch.cat(self._rows)
+
+    def divide(self, scales: torch.Tensor) -> None:
+        """Make these the figures of the same inputs divided by `scales` [in]."""
+        if self.hessian is not None:
+            self.hessian.div_(scales).div_(scales[:, None])
+        self.largest.div_(scales)
+        self.mean.div_(scales)
+        self._rows = [rows / scales for rows in self._rows]

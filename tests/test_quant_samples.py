@@ -1,0 +1,195 @@
+"""What a model writes before and after, and the calibration text that it writes itself."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import EOS_ID, VOCAB, tiny_checkpoint, write_tokenizer
+from tokenizers import Tokenizer as HfTokenizer
+from tokenizers.processors import TemplateProcessing
+
+from llmkit.checkpoint.errors import InputError, ShortageError
+from llmkit.checkpoint.source import Checkpoint, open_checkpoint
+from llmkit.checkpoint.tokenizer import Tokenizer, load_tokenizer
+from llmkit.quant.samples import GREEDY_TOKENS, PROMPTS, Generate, first_tokens, sampled_windows, side_by_side
+from llmkit.runtime.engine.generate import generate
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    return open_checkpoint(tiny_checkpoint(tmp_path_factory.mktemp("samples"), dtype="float32"))
+
+
+@pytest.fixture(scope="module")
+def tokenizer(checkpoint: Checkpoint) -> Tokenizer:
+    return load_tokenizer(checkpoint)
+
+
+def with_bos(folder: Path) -> Tokenizer:
+    """The tiny tokenizer, which begins texts with BOS now."""
+    write_tokenizer(folder)
+    inner = HfTokenizer.from_file(str(folder / "tokenizer.json"))
+    inner.post_processor = TemplateProcessing(
+        single="<|endoftext|> $A", pair="<|endoftext|> $A $B", special_tokens=[("<|endoftext|>", 0)]
+    )
+    return Tokenizer(inner, {"bos_token": "<|endoftext|>"}, {}, 0, (EOS_ID,))
+
+
+class Recorder:
+    """A generator that notes what it is asked and answers with fixed tokens."""
+
+    def __init__(self, *answers: list[list[int]]) -> None:
+        self.answers, self.calls = list(answers), 0
+        self.prompts: list[list[list[int]]] = []
+
+    def __call__(
+        self,
+        checkpoint: Checkpoint,
+        prompts: Sequence[Sequence[int]],
+        max_tokens: int,
+        temperature: float,
+        seed: int,
+        *,
+        device: str = "auto",
+        stop_at_eos: bool = True,
+    ) -> list[list[int]]:
+        assert (max_tokens, temperature, device, stop_at_eos) == (48, 0.0, "cpu", True)
+        self.prompts.append([list(prompt) for prompt in prompts])
+        return self.answers.pop(0)
+
+
+def test_the_engine_is_a_generator() -> None:
+    chosen: Generate = generate
+    assert chosen is generate
+
+
+def test_a_model_beside_itself_differs_nowhere(checkpoint: Checkpoint, tokenizer: Tokenizer) -> None:
+    rows, reason = side_by_side(checkpoint, checkpoint, tokenizer, generate, "cpu", tokens=12)
+    assert reason is None
+    assert [row["prompt"] for row in rows] == list(PROMPTS)
+    assert len(set(PROMPTS)) == 10
+    for row in rows:
+        assert row["before"] == row["after"] != ""
+        assert row["same_tokens"] == row["tokens"] <= 12
+
+
+def test_another_model_answers_otherwise(checkpoint: Checkpoint, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    other = open_checkpoint(tiny_checkpoint(tmp_path, seed=1, dtype="float32"))
+    rows, _ = side_by_side(checkpoint, other, tokenizer, generate, "cpu", tokens=12)
+    assert all(row["before"] != row["after"] for row in rows)
+    swapped, _ = side_by_side(other, checkpoint, tokenizer, generate, "cpu", tokens=12)
+    assert [row["after"] for row in swapped] == [row["before"] for row in rows]
+
+
+def test_the_common_beginning_is_counted_in_tokens(checkpoint: Checkpoint, tokenizer: Tokenizer) -> None:
+    before = [[10, 11, 12, 13]] * 10
+    after = [[10, 11, 14, 13], [10, 11, 12], [], [10, 11, 12, 13, 14], *[[10, 11, 12, 13]] * 6]
+    rows, _ = side_by_side(checkpoint, checkpoint, tokenizer, Recorder(before, after), "cpu")
+    assert [row["same_tokens"] for row in rows] == [2, 3, 0, 4, *[4] * 6]
+    assert {row["tokens"] for row in rows} == {4}
+    assert rows[0]["after"] == tokenizer.decode([10, 11, 14, 13])
+
+
+def test_prompts_go_through_the_chat_template(checkpoint: Checkpoint, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    empty: list[list[int]] = [[]] * 10
+    asked = Recorder(empty, empty)
+    side_by_side(checkpoint, checkpoint, tokenizer, asked, "cpu")
+    chat = f"<|im_start|>user\n{PROMPTS[0]}<|im_end|>\n<|im_start|>assistant\n"
+    assert asked.prompts[0][0] == tokenizer.encode(chat, add_special_tokens=False)
+    assert asked.prompts[0] == asked.prompts[1]
+
+    refusing = "{{ raise_exception('no users') }}"
+    for template in (None, refusing):
+        write_tokenizer(tmp_path, chat_template=template)
+        plain = load_tokenizer(replace(checkpoint, _side_files=lambda: _files(tmp_path)))
+        asked = Recorder(empty, empty)
+        side_by_side(checkpoint, checkpoint, plain, asked, "cpu")
+        assert asked.prompts[0] == [plain.encode(prompt) for prompt in PROMPTS]
+
+
+def _files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("error", [ShortageError("too large"), InputError("not finite")])
+def test_a_model_that_cannot_run_gives_the_reason(
+    checkpoint: Checkpoint, tokenizer: Tokenizer, error: Exception
+) -> None:
+    def refuse(*_: object, **__: object) -> list[list[int]]:
+        raise error
+
+    assert side_by_side(checkpoint, checkpoint, tokenizer, refuse, "cpu") == ([], str(error))
+
+
+def test_texts_begin_with_words(tokenizer: Tokenizer) -> None:
+    words = first_tokens(tokenizer)
+    assert len(words) > 20
+    for index in words:
+        text = tokenizer.decode([index])
+        assert text[0] == " " and text[1:].isalpha() and len(text) > 2
+    assert not set(words) & tokenizer.special_ids
+    assert first_tokens(tokenizer, vocab=300) == [index for index in words if index < 300]
+    letters = first_tokens(tokenizer, vocab=256)  # nothing but bytes: letters then
+    assert letters and all(tokenizer.decode([index]).strip().isalpha() for index in letters)
+    with pytest.raises(InputError, match="only special tokens"):
+        first_tokens(tokenizer, vocab=3)
+
+
+def test_windows_are_full_and_the_seeds(checkpoint: Checkpoint, tokenizer: Tokenizer) -> None:
+    first = sampled_windows(checkpoint, tokenizer, generate, 5, 40, 7, "cpu")
+    assert (first.dtype, tuple(first.shape)) == (torch.int64, (5, 40))
+    assert 0 <= int(first.min()) and int(first.max()) < VOCAB
+    assert first.equal(sampled_windows(checkpoint, tokenizer, generate, 5, 40, 7, "cpu"))
+    other = sampled_windows(checkpoint, tokenizer, generate, 5, 40, 8, "cpu")
+    assert (first != other).float().mean() > 0.5
+    assert len({tuple(window) for window in first.tolist()}) == 5
+    assert int(first[0, 0]) in first_tokens(tokenizer)
+
+
+def test_windows_begin_with_bos_where_texts_do(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    tokenizer = with_bos(tmp_path)
+    windows = sampled_windows(checkpoint, tokenizer, generate, 4, 32, 0, "cpu")
+    assert tuple(windows.shape) == (4, 32)
+    assert windows[:, 0].tolist() == [0] * 4
+    assert int(windows[0, 1]) in first_tokens(tokenizer)
+
+
+def test_a_text_is_a_word_then_the_most_probable_then_drawn(checkpoint: Checkpoint, tokenizer: Tokenizer) -> None:
+    (window,) = sampled_windows(checkpoint, tokenizer, generate, 1, 30, 3, "cpu").tolist()
+    greedy = generate(checkpoint, [window[:1]], 29, 0.0, 0, device="cpu", stop_at_eos=False)[0]
+    assert window[1 : 1 + GREEDY_TOKENS] == greedy[:GREEDY_TOKENS]
+    assert window[1:] != greedy
+
+
+@pytest.mark.parametrize("may_help", [True, False])
+def test_windows_are_full_however_early_texts_end(checkpoint: Checkpoint, tokenizer: Tokenizer, may_help: bool) -> None:
+    asked: list[bool] = []
+
+    def ending(
+        checkpoint: Checkpoint,
+        prompts: Sequence[Sequence[int]],
+        max_tokens: int,
+        temperature: float,
+        seed: int,
+        *,
+        device: str = "auto",
+        stop_at_eos: bool = True,
+    ) -> list[list[int]]:
+        """Ends at once, or after 6 tokens."""
+        if temperature:
+            asked.append(stop_at_eos)
+            assert len(prompts) <= 16 * 4
+        if not stop_at_eos:
+            return [[9] * max_tokens for _ in prompts]
+        return [[[9] * 5 + [EOS_ID] if temperature and may_help else [EOS_ID]][0][:max_tokens] for _ in prompts]
+
+    windows = sampled_windows(checkpoint, tokenizer, ending, 4, 25, 0, "cpu")
+    assert tuple(windows.shape) == (4, 25)
+    assert all(asked) == may_help
+    assert len(asked) == (2 if may_help else 4)
+    if may_help:
+        assert (windows == EOS_ID).sum() == 14  # texts of a word, five tokens and the end
