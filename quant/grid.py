@@ -129,7 +129,7 @@ def _best_range(
     shrinks = [1.0 - search.step * step for step in range(steps + 1)]
     if scheme.symmetric:  # the full range ends half a step below the largest positive weight: one that reaches it
         shrinks.insert(0, top / (top - 1))
-    best_scale, best_zero = torch.empty_like(low), torch.empty_like(low)
+    best_scale, best_zero = range_grid(low, high, scheme, dtype)
     best_loss = torch.full_like(low, torch.inf)
     work = torch.empty_like(groups)
     for shrink in shrinks:

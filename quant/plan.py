@@ -126,6 +126,11 @@ class Plan:
         return self.options.choice.entry
 
     @property
+    def bits(self) -> int:
+        """Of a weight, where nothing else is said of it."""
+        return self.options.bits or self.method.bits[0]
+
+    @property
     def calibrated(self) -> bool:
         """Whether the model is run on calibration text."""
         return self.options.choice.calibrated or self.options.mixed

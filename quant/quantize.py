@@ -217,6 +217,7 @@ def _results(
 
 
 def _report(plan: Plan, watch: Stopwatch, results: dict[str, Any]) -> Report:
+    scheme = plan.quantization.scheme if plan.quantization else None
     return {
         "command": "quantize",
         "versions": versions(),
@@ -225,6 +226,8 @@ def _report(plan: Plan, watch: Stopwatch, results: dict[str, Any]) -> Report:
         "architecture": plan.spec.architecture,
         "method": plan.options.method,
         "format": plan.quantization.format if plan.quantization else None,
+        "bits": plan.bits,
+        "group_size": scheme.group_size if scheme else None,
         "schemes": _schemes(plan),
         "kv": plan.quantization.kv or None if plan.quantization else None,
         "dtype": plan.dtype,

@@ -10,7 +10,6 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from os.path import commonprefix
 from typing import Any, Protocol
 
 import torch
@@ -18,6 +17,7 @@ import torch
 from llmkit.checkpoint.errors import InputError, ShortageError
 from llmkit.checkpoint.source import Checkpoint
 from llmkit.checkpoint.tokenizer import ChatTemplateError, Tokenizer
+from llmkit.model.families import model_spec
 
 PROMPTS = (
     "What is the capital of France, and what is it known for?",
@@ -32,7 +32,7 @@ PROMPTS = (
     "The three most important inventions of the twentieth century were",
 )
 
-GREEDY_TOKENS = 4  # most probable tokens after a text's first one: LLM-QAT, section 3.1, has 3 to 5
+GREEDY_TOKENS = 4  # most probable tokens after the first one of a text; LLM-QAT has 3 to 5
 ROUNDS = 2  # of further texts where the first ones end early, before texts that may not end
 MOST_TEXTS = 16  # for each missing window in a round: a model that ends every text at once would need too many
 _WORD = re.compile(r" [^\W\d_]{2,}")
@@ -80,7 +80,7 @@ def side_by_side(
             "prompt": prompt,
             "before": tokenizer.decode(ours),
             "after": tokenizer.decode(theirs),
-            "same_tokens": len(commonprefix([ours, theirs])),
+            "same_tokens": _common(ours, theirs),
             "tokens": len(ours),
         }
         for prompt, ours, theirs in zip(PROMPTS, before, after, strict=True)
@@ -104,7 +104,7 @@ def sampled_windows(
     """Windows int64 [count, L = length] of text that the model writes itself, the same for the same `seed`.
 
     A text begins with a random word; a few most probable tokens follow, the rest is sampled at temperature 1 (LLM-QAT,
-    Liu et al., arXiv 2305.17888, section 3.1). Texts are concatenated, with the tokens that end them, and cut to full
+    Liu et al., arXiv 2305.17888). Texts are concatenated, with the tokens that end them, and cut to full
     windows, each of which begins with the BOS token where the tokenizer begins texts with it.
     Raises what `generate` raises.
     """
@@ -142,6 +142,12 @@ def first_tokens(tokenizer: Tokenizer, vocab: int | None = None) -> list[int]:
     return words
 
 
+def _common(one: Sequence[int], other: Sequence[int]) -> int:
+    """How many tokens two answers begin with in common."""
+    pairs = zip(one, other, strict=False)
+    return next((index for index, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
+
+
 def _texts_for(missing: int, written: Sequence[Sequence[int]], size: int) -> int:
     """How many texts, as long as those written so far, should give the missing tokens; a bounded number."""
     mean = sum(map(len, written)) / len(written)
@@ -161,7 +167,7 @@ class _Writer:
 
     def __post_init__(self) -> None:
         assert self.least > 1
-        self.words = first_tokens(self.tokenizer, self.checkpoint.config.get("vocab_size"))
+        self.words = first_tokens(self.tokenizer, model_spec(self.checkpoint.config).vocab)
 
     @property
     def least(self) -> int:

@@ -235,7 +235,7 @@ def test_quantization_is_parsed(tmp_path: Path) -> None:
     assert open_checkpoint(old).quantization == opened.quantization
 
     refused(
-        folder(tmp_path / "c", {"quantization_config": {"quant_method": "awq"}}, model=TENSORS), "quantized with awq"
+        folder(tmp_path / "c", {"quantization_config": {"quant_method": "hqq"}}, model=TENSORS), "quantized with hqq"
     )
 
 

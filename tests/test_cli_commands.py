@@ -67,7 +67,13 @@ def test_quantize_prints_the_report_it_writes(model: Path, work: Path, capsys: p
     assert report == json.loads((out / "llmkit_report.json").read_text())
     assert (report["method"], report["bits"], report["group_size"]) == ("rtn", 4, 64)
     table = shown(capsys, "quantize", model, "--method", "int8", "-o", work / "int8")
-    for part in ("perplexity", "KL divergence, mean", "same most likely token", "8 bits, one scale a row", "size"):
+    for part in (
+        "perplexity",
+        "KL divergence, mean",
+        "same most likely token",
+        "INT8; compressed-tensors format",
+        "size",
+    ):
         assert part in table
 
 
@@ -117,11 +123,13 @@ def test_shard_verify_and_merge(int4: Path, work: Path, capsys: pytest.CaptureFi
 def test_inspect_knows_what_llmkit_wrote(int4: Path, work: Path, capsys: pytest.CaptureFixture[str]) -> None:
     facts = document(capsys, "inspect", int4)
     assert facts["quantization"] == {
-        "format": "gptq", "method": "gptq", "bits": 4, "group_size": 32, "symmetric": True,
+        "format": "gptq", "method": "gptq", "kv": None,
+        "schemes": [{"bits": 4, "group_size": 32, "symmetric": True, "kind": "int", "inputs": "none",
+                     "label": "INT4 in groups of 32"}],
     }  # fmt: skip
     assert facts["written_by"]["name"] == "llmkit"
     text = shown(capsys, "inspect", int4)
-    assert "4 bits, groups of 32, gptq format" in text
+    assert "INT4 in groups of 32; gptq format" in text
     ranks = work / "tp4"
     document(capsys, "shard", work / "tiny", "--tp", "4", "-o", ranks)
     assert document(capsys, "inspect", ranks)["layout"]["tp"] == 4
@@ -137,7 +145,7 @@ def test_what_quantize_refuses(model: Path, int4: Path, work: Path, capsys: pyte
     line = refused(capsys, 3, *quantize(model, "--method", "gptq", "--group-size", "48"))
     assert "group size 48 does not divide" in line
     assert "which has 64 in_features" in line
-    assert "is already quantized (gptq, 4 bits)" in refused(capsys, 3, *quantize(int4, "--method", "rtn"))
+    assert "is already quantized (gptq, INT4 in groups of 32)" in refused(capsys, 3, *quantize(int4, "--method", "rtn"))
     line = refused(capsys, 2, *quantize(model, "--method", "gptq", "--group-size", "some"))
     assert "--group-size: 'some' is neither a positive number nor 'auto'." in line
     text = work / "calibration.jsonl"

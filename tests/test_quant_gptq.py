@@ -108,7 +108,9 @@ def test_block_size_does_not_matter() -> None:
 def test_gptq_beats_rounding_on_the_weighted_error(group: int) -> None:
     hessian, weight = hessian_of(correlated_inputs(128)), random_weight(64, 128)
     ours = relative_error(weight, run_gptq(weight, hessian, Scheme(4, group)).weight.dequantize(), hessian)
-    searched = relative_error(weight, round_to_nearest(weight, Scheme(4, group), torch.float16, FULL_SEARCH).dequantize(), hessian)
+    searched = relative_error(
+        weight, round_to_nearest(weight, Scheme(4, group), torch.float16, FULL_SEARCH).dequantize(), hessian
+    )
     plain = relative_error(weight, round_to_nearest(weight, Scheme(4, group), torch.float16).dequantize(), hessian)
     assert ours < 0.5 * min(searched, plain)
 
@@ -173,7 +175,9 @@ def test_a_hopeless_hessian_falls_back_to_rounding(broken: torch.Tensor) -> None
     weight = random_weight(8, 32)
     result = run_gptq(weight, broken, Scheme(4, 32))
     assert result.damp is None
-    assert torch.equal(result.weight.codes, Grid(result.weight.scales, result.weight.zeros, Scheme(4, 32)).nearest(weight).codes)
+    assert torch.equal(
+        result.weight.codes, Grid(result.weight.scales, result.weight.zeros, Scheme(4, 32)).nearest(weight).codes
+    )
     assert bool(torch.isfinite(result.weight.dequantize()).all())
 
 

@@ -67,7 +67,9 @@ def test_a_group_size_that_does_not_divide(llama: Path, text: str, tmp_path: Pat
 
 def test_an_already_quantized_source_names_its_method(llama: Path, text: str, tmp_path: Path) -> None:
     quantize(str(llama), str(tmp_path / "int4"), dataclasses.replace(OPTIONS, calibration=text), SilentProgress())
-    refused(tmp_path / "int4", tmp_path / "out", r"int4 is already quantized \(gptq, 4 bits\)", InputError, 3)
+    refused(
+        tmp_path / "int4", tmp_path / "out", r"int4 is already quantized \(gptq, INT4 in groups of 64\)", InputError, 3
+    )
     source = copy(llama, tmp_path / "fp8")
     config = json.loads((source / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "fp8"}
@@ -79,7 +81,7 @@ def test_an_already_quantized_source_names_its_method(llama: Path, text: str, tm
 def test_bits_and_method_that_do_not_go_together(llama: Path, tmp_path: Path, method: str, bits: int) -> None:
     message = (
         rf"--method {method} and --bits {bits} do not go together\. "
-        r"The pairs that do: bf16 16, fp16 16, int8 8, gptq 4, gptq 8, rtn 4, rtn 8"
+        r"The pairs that do: bf16 16, fp16 16, int8 8, fp8 8, gptq 4, gptq 8, awq 4, rtn 4, rtn 8"
     )
     refused(llama, tmp_path / "out", message, UsageError, 2, method=method, bits=bits)
 
@@ -87,8 +89,36 @@ def test_bits_and_method_that_do_not_go_together(llama: Path, tmp_path: Path, me
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"method": "awq"}, "--method awq is not known"),
-        ({"method": "int8", "group_size": 64}, "--method int8 has no groups, and --group-size is 64.*gptq, rtn"),
+        ({"method": "int3"}, "--method int3 is not known"),
+        ({"method": "int8", "group_size": 64}, "--method int8 has no groups, and --group-size is 64.*gptq, awq, rtn"),
+        ({"method": "int8", "format": "awq"}, "--method int8 and --format awq do not.*compressed-tensors"),
+        ({"method": "bf16", "format": "gptq"}, "--method bf16 and --format gptq do not.*safetensors only"),
+        ({"bits": 8, "format": "awq"}, "--format awq holds 4 bits only.*compressed-tensors for 8 bits"),
+        ({"symmetric": False}, "--format gptq cannot hold what --asymmetric asks for.*--symmetric goes with it"),
+        ({"format": "awq", "symmetric": True}, "--format awq cannot hold what --symmetric asks for"),
+        ({"method": "fp8", "symmetric": False}, "--method fp8 has a symmetric grid"),
+        ({"activations": True}, "--method gptq rounds no activations.*goes with int8"),
+        ({"static_activations": True}, "--method gptq has no fixed activation scales.*goes with fp8"),
+        ({"kv": "fp8"}, "--format gptq has no place for the scales of a KV cache.*--format compressed-tensors"),
+        (
+            {"target_kl": 0.1, "evaluate": True, "format": "awq"},
+            "--target-kl and --target-bits mix.*compressed-tensors",
+        ),
+        ({"method": "int8", "target_bits": 5.0}, "--target-kl and --target-bits mix.*go with gptq, awq, rtn"),
+        ({"target_bits": 3.0}, r"--target-bits is 3\.0.*4 to 16"),
+        ({"target_kl": 0.1}, "--target-kl needs the evaluation"),
+        ({"max_kl": 0.1}, "--max-kl needs the evaluation that --no-eval leaves out"),
+        ({"max_kl": -1.0, "evaluate": True}, r"--max-kl is -1\.0"),
+        ({"target_kl": 0.1, "target_bits": 5.0, "evaluate": True}, "were both given"),
+        ({"keep": "("}, r"--keep \( is not a regular expression"),
+        ({"keep": "nothing"}, "--keep nothing finds no linear layer.*self_attn.q_proj"),
+        ({"layers": "1-5"}, "--layers is 1-5.*from 0 to 1"),
+        ({"layers": "b"}, "--layers is b.*A-B was expected"),
+        ({"engine": "vllm", "group_size": 16}, "vllm has no kernel for groups of 16.*-1, 32, 64, 128"),
+        ({"engine": "tgi"}, "--for tgi is not known.*vllm, sglang, transformers"),
+        ({"engine": "transformers", "method": "rtn", "symmetric": False}, "transformers runs asymmetric.*--format awq"),
+        ({"engine": "vllm", "method": "fp8", "kv": "int8"}, "vllm knows no INT8 KV cache.*--kv fp8"),
+        ({"engine": "transformers", "method": "bf16", "kv": "fp8"}, "transformers keeps its KV cache in 16 bits"),
         ({"samples": 0}, "--samples is 0"),
         ({"seq_len": 8}, "--seq-len is 8"),
         ({"damp": 0.0}, r"--damp is 0\.0"),
@@ -141,12 +171,17 @@ def test_memory_that_is_too_small_says_what_fits(
     llama: Path, tmp_path: Path, text: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plan = quantize(
-        str(llama), str(tmp_path / "out"), dataclasses.replace(OPTIONS, samples=1000, dry_run=True), SilentProgress()
+        str(llama),
+        str(tmp_path / "out"),
+        dataclasses.replace(OPTIONS, samples=1000, offload="memory", dry_run=True),
+        SilentProgress(),
     )["plan"]
     free = plan["memory_bytes"] - 10 * 32 * 64 * 4
     monkeypatch.setattr(memory, "available_bytes", lambda _: free)
     message = rf"needs {plan['memory_bytes']} bytes .* {free} \(.*are free\. Use --samples 990\."
-    refused(llama, tmp_path / "out", message, ShortageError, 4, samples=1000, calibration=text)
+    refused(llama, tmp_path / "out", message, ShortageError, 4, samples=1000, calibration=text, offload="memory")
+    again = dataclasses.replace(OPTIONS, samples=1000, dry_run=True)
+    assert quantize(str(llama), str(tmp_path / "out"), again, SilentProgress())["plan"]["offload"] is True
     monkeypatch.setattr(memory, "available_bytes", lambda _: 1000)
     refused(llama, tmp_path / "out", "Use --method rtn", ShortageError, 4, calibration=text)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,20 +13,21 @@ import tiny
 import torch
 from safetensors.torch import load_file
 
+from llmkit.checkpoint.errors import GateError
 from llmkit.checkpoint.manifest import verify_manifest
 from llmkit.checkpoint.progress import SilentProgress
-from llmkit.checkpoint.quantized import QuantizedWeight
+from llmkit.checkpoint.quantized import QuantizedWeight, Scheme
 from llmkit.checkpoint.source import open_checkpoint
 from llmkit.checkpoint.tokenizer import load_tokenizer
 from llmkit.model.families import model_spec
 from llmkit.model.layout import parameters
 from llmkit.model.loader import load_model, read_parameter
-from llmkit.model.sequence import hidden_states, logits_of
+from llmkit.model.sequence import hidden_states, logits_of, packed
 from llmkit.quant import pipeline, text
 from llmkit.quant.quality import score
-from llmkit.quant.quantize import QuantizeOptions, quantize
+from llmkit.quant.quantize import QuantizeOptions, check_gates, quantize
 from llmkit.quant.report import Report
-from llmkit.quant.storage import split_rows
+from llmkit.quant.storage import Storage, split_rows
 from llmkit.quant.stream import LayerStream
 from llmkit.quant.tokens import calibration_windows, evaluation_windows
 
@@ -110,8 +112,7 @@ def test_the_output_is_a_complete_checkpoint(llama: Path, llama_int4: Path) -> N
     assert verify_manifest(llama_int4) == []
     checkpoint = open_checkpoint(llama_int4)
     assert checkpoint.quantization is not None
-    assert (checkpoint.quantization.format, checkpoint.quantization.bits) == ("gptq", 4)
-    assert checkpoint.quantization.group_size == 64
+    assert (checkpoint.quantization.format, checkpoint.quantization.scheme) == ("gptq", Scheme(4, 64))
     stored, source = tensors(llama_int4), tensors(llama)
     for name in ("model.embed_tokens.weight", "lm_head.weight", "model.layers.1.input_layernorm.weight"):
         assert torch.equal(stored[name], source[name])
@@ -143,14 +144,13 @@ def test_the_loaded_model_has_the_pipelines_weights(
     llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     used: dict[str, torch.Tensor] = {}
-    original = pipeline._quantize_layer
+    original = pipeline._write_layer
 
-    def spy(*arguments: object) -> list[pipeline.Done]:
-        done = original(*arguments)  # type: ignore[arg-type]
-        used.update({row.name: weight.dequantize() for row, weight, _ in done})
-        return done
+    def spy(layer: pipeline.LayerRun, storage: Storage) -> None:
+        used.update({f"layers.{layer.index}.{name}.weight": one.weight for name, one in layer.layer.linears.items()})
+        original(layer, storage)
 
-    monkeypatch.setattr(pipeline, "_quantize_layer", spy)
+    monkeypatch.setattr(pipeline, "_write_layer", spy)
     run(llama, tmp_path / "out")
     checkpoint = open_checkpoint(tmp_path / "out")
     linears = [row for row in parameters(model_spec(checkpoint.config)) if row.linear]
@@ -235,9 +235,9 @@ def test_an_interrupted_run_resumes_to_the_same_bytes(llama: Path, tmp_path: Pat
     calls = []
     original = pipeline._quantize_layer
 
-    def count(*arguments: object) -> list[pipeline.Done]:
+    def count(*arguments: object) -> None:
         calls.append(arguments)
-        return original(*arguments)  # type: ignore[arg-type]
+        original(*arguments)  # type: ignore[arg-type]
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pipeline, "_quantize_layer", count)
@@ -288,7 +288,7 @@ def test_split_rows_follows_the_parts(llama: Path) -> None:
     )
     codes = torch.arange(128, dtype=torch.uint8)[:, None].expand(128, 64)
     scales = torch.arange(128.0)[:, None]
-    parts = split_rows(row, QuantizedWeight(codes, scales, codes[:, :1], 8, 64))
+    parts = split_rows(row, QuantizedWeight(codes, scales, codes[:, :1], Scheme(8, 64)))
     q, k, v = (parts[f"model.layers.0.self_attn.{name}_proj.weight"] for name in "qkv")
     assert [part.codes[0, 0].item() for part in (q, k, v)] == [0, 64, 96]
     assert [len(part.scales) for part in (q, k, v)] == [64, 32, 32]
@@ -320,18 +320,113 @@ def test_a_mixture_of_experts_in_compressed_tensors_names_its_routers(tmp_path: 
     load_model(open_checkpoint(tmp_path / "out"), torch.float32)
 
 
-@pytest.mark.parametrize(("method", "bits"), [("rtn", 4), ("rtn", 8), ("int8", None), ("gptq", 8)])
-def test_every_method_gives_a_close_model(llama: Path, tmp_path: Path, method: str, bits: int | None) -> None:
-    options = QuantizeOptions(method, bits, samples=4, seq_len=64, eval_windows=1, device="cpu")
+GRID = Scheme(4, 64)
+METHODS = [
+    (QuantizeOptions("rtn"), "compressed-tensors", GRID),
+    (QuantizeOptions("rtn", 8, format="gptq"), "gptq", replace(GRID, bits=8)),
+    (QuantizeOptions("rtn", format="awq"), "awq", replace(GRID, symmetric=False)),
+    (QuantizeOptions("rtn", symmetric=False), "compressed-tensors", replace(GRID, symmetric=False)),
+    (QuantizeOptions("int8"), "compressed-tensors", Scheme(8)),
+    (QuantizeOptions("int8", activations=True), "compressed-tensors", Scheme(8, inputs="token")),
+    (QuantizeOptions("fp8"), "compressed-tensors", Scheme(8, kind="float", inputs="token")),
+    (QuantizeOptions("fp8", static_activations=True), "compressed-tensors", Scheme(8, kind="float", inputs="tensor")),
+    (QuantizeOptions("gptq", 8), "gptq", replace(GRID, bits=8)),
+    (QuantizeOptions("gptq", format="awq"), "awq", replace(GRID, symmetric=False)),
+    (QuantizeOptions("gptq", format="compressed-tensors", effort="fast"), "compressed-tensors", GRID),
+    (QuantizeOptions("awq"), "awq", replace(GRID, symmetric=False)),
+    (QuantizeOptions("awq", format="compressed-tensors"), "compressed-tensors", replace(GRID, symmetric=False)),
+    (QuantizeOptions("awq", format="gptq", effort="fast"), "gptq", GRID),
+    (QuantizeOptions("fp8", kv="fp8"), "compressed-tensors", Scheme(8, kind="float", inputs="token")),
+    (QuantizeOptions("rtn", kv="int8"), "compressed-tensors", GRID),
+]
+
+
+@pytest.mark.parametrize(("options", "form", "scheme"), METHODS, ids=lambda value: getattr(value, "label", ""))
+def test_every_method_gives_a_close_model_that_is_what_was_scored(
+    llama: Path, tmp_path: Path, options: QuantizeOptions, form: str, scheme: Scheme
+) -> None:
+    options = dataclasses.replace(options, samples=4, seq_len=64, eval_windows=1, device="cpu")
     report = run(llama, tmp_path / "out", options)
-    quantization = open_checkpoint(tmp_path / "out").quantization
-    assert quantization is not None
-    assert quantization.format == ("gptq" if method == "gptq" else "compressed-tensors")
-    assert quantization.bits == (bits or 8)
-    assert quantization.group_size == (-1 if method == "int8" else 64)
-    limit = 2e-3 if (bits or 8) == 8 else 1.0
+    checkpoint = open_checkpoint(tmp_path / "out")
+    assert checkpoint.quantization is not None
+    assert (checkpoint.quantization.format, checkpoint.quantization.scheme) == (form, scheme)
+    assert checkpoint.quantization.kv == options.kv
+    limit = 1.0 if scheme.bits == 4 else 2e-3 if scheme.kind == "int" else 5e-3
     assert all(0 < entry["error"] < limit for entry in report["linears"])
     assert 0 <= report["quality"]["mean_kl"] < limit
+    assert verify_manifest(tmp_path / "out") == []
+
+    model, reference = load_model(checkpoint, torch.float32), load_model(open_checkpoint(llama), torch.float32)
+    again = score(model, reference, evaluation_windows(load_tokenizer(checkpoint), 1, 256))
+    assert again.mean_kl == pytest.approx(report["quality"]["mean_kl"], rel=1e-3, abs=1e-7)
+    rounded = [linear.rounding for layer in model.layers for linear in layer.linears.values()]
+    assert all((rounding is not None) == (scheme.inputs != "none") for rounding in rounded)
+    assert all(set(layer.rounding) >= ({"attn.k", "attn.v"} if options.kv else set()) for layer in model.layers)
+
+
+def test_a_kv_cache_alone(llama: Path, tmp_path: Path) -> None:
+    """Nothing but the scales is added, and the model rounds its keys and values by them."""
+    report = run(llama, tmp_path / "out", QuantizeOptions("bf16", kv="fp8", samples=4, seq_len=64, device="cpu"))
+    stored, source = tensors(tmp_path / "out"), tensors(llama)
+    scales = {f"model.layers.{layer}.self_attn.{name}_scale" for layer in range(3) for name in "kv"}
+    assert stored.keys() == source.keys() | scales
+    assert all(torch.equal(stored[name], source[name]) for name in source)
+    assert 0 < report["quality"]["mean_kl"] < 1e-2
+    seen = {}
+    model = load_model(open_checkpoint(tmp_path / "out"), torch.float32)
+    tokens = calibration_windows(load_tokenizer(open_checkpoint(llama)), text.load_text("builtin"), True, 4, 64, 0)
+    positions, batch = packed(model, [64] * 4)
+    caches = [model.new_cache(batch.blocks) for _ in model.layers]
+    model(tokens.flatten(), positions, batch, caches)
+    seen = caches[0][0]
+    scale = stored["model.layers.0.self_attn.k_scale"]
+    assert seen.abs().max() / 448 == pytest.approx(scale.item(), rel=0.07)
+    steps = seen / scale
+    torch.testing.assert_close(steps.to(torch.float8_e4m3fn).float(), steps)
+
+
+def test_kept_layers_and_modules_stay_as_they_are(llama: Path, tmp_path: Path) -> None:
+    for form in ("gptq", "awq", "compressed-tensors"):
+        options = QuantizeOptions(
+            "rtn", format=form, keep=r"0\.self_attn\.q_proj|down_proj", layers="0-1", eval_windows=1, device="cpu"
+        )
+        report = run(llama, tmp_path / form, options)
+        stored, source = tensors(tmp_path / form), tensors(llama)
+        kept = [
+            name
+            for name, value in source.items()
+            if "layers.2." in name or "down_proj" in name or ("layers.0.self_attn" in name and "o_proj" not in name)
+        ]
+        assert all(torch.equal(stored[name], source[name]) for name in kept)
+        assert {entry["name"] for entry in report["linears"]} == {
+            "layers.0.attn.o", "layers.0.mlp.gate_up", "layers.1.attn.qkv", "layers.1.attn.o", "layers.1.mlp.gate_up"
+        }  # fmt: skip
+        assert report["quality"]["mean_kl"] > 0
+        load_model(open_checkpoint(tmp_path / form), torch.float32)
+
+
+@pytest.mark.parametrize("method", ["awq", "gptq", "int8"])
+def test_hidden_states_on_disk_do_not_change_a_byte(llama: Path, tmp_path: Path, method: str) -> None:
+    options = QuantizeOptions(
+        method, activations=method == "int8", samples=40, seq_len=256, evaluate=False, device="cpu"
+    )
+    run(llama, tmp_path / "memory", options, offload="memory")
+    run(llama, tmp_path / "disk", options, offload="disk")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["disk", "memory"]
+    name = "model.safetensors"
+    assert (tmp_path / "memory" / name).read_bytes() == (tmp_path / "disk" / name).read_bytes()
+    assert not (tmp_path / "disk" / "hidden").exists()
+
+
+def test_gates_say_which_figure_is_worse_and_by_what(llama_int4: Path) -> None:
+    report = json.loads((llama_int4 / "llmkit_report.json").read_text())
+    report["quality"] = {"mean_kl": 0.25, "perplexity": 12.0, "reference_perplexity": 10.0}
+    check_gates(report, QuantizeOptions("gptq", max_kl=0.25, max_ppl_ratio=1.2))
+    with pytest.raises(GateError, match=r"the mean KL is 0\.25, above 0\.2; the perplexity ratio is 1\.2, above 1\.1"):
+        check_gates(report, QuantizeOptions("gptq", max_kl=0.2, max_ppl_ratio=1.1))
+    report["quality"]["mean_kl"] = float("nan")
+    with pytest.raises(GateError, match="the mean KL is nan"):
+        check_gates(report, QuantizeOptions("gptq", max_kl=0.2))
 
 
 @pytest.mark.parametrize(("method", "dtype"), [("bf16", torch.bfloat16), ("fp16", torch.float16)])

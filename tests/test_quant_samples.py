@@ -142,7 +142,7 @@ def test_texts_begin_with_words(tokenizer: Tokenizer) -> None:
 def test_windows_are_full_and_the_seeds(checkpoint: Checkpoint, tokenizer: Tokenizer) -> None:
     first = sampled_windows(checkpoint, tokenizer, generate, 5, 40, 7, "cpu")
     assert (first.dtype, tuple(first.shape)) == (torch.int64, (5, 40))
-    assert 0 <= int(first.min()) and int(first.max()) < VOCAB
+    assert int(first.min()) >= 0 and int(first.max()) < VOCAB
     assert first.equal(sampled_windows(checkpoint, tokenizer, generate, 5, 40, 7, "cpu"))
     other = sampled_windows(checkpoint, tokenizer, generate, 5, 40, 8, "cpu")
     assert (first != other).float().mean() > 0.5
@@ -165,8 +165,10 @@ def test_a_text_is_a_word_then_the_most_probable_then_drawn(checkpoint: Checkpoi
     assert window[1:] != greedy
 
 
-@pytest.mark.parametrize("may_help", [True, False])
-def test_windows_are_full_however_early_texts_end(checkpoint: Checkpoint, tokenizer: Tokenizer, may_help: bool) -> None:
+@pytest.mark.parametrize(("length", "may_help"), [(25, True), (60, False)])
+def test_windows_are_full_however_early_texts_end(
+    checkpoint: Checkpoint, tokenizer: Tokenizer, length: int, may_help: bool
+) -> None:
     asked: list[bool] = []
 
     def ending(
@@ -185,10 +187,10 @@ def test_windows_are_full_however_early_texts_end(checkpoint: Checkpoint, tokeni
             assert len(prompts) <= 16 * 4
         if not stop_at_eos:
             return [[9] * max_tokens for _ in prompts]
-        return [[[9] * 5 + [EOS_ID] if temperature and may_help else [EOS_ID]][0][:max_tokens] for _ in prompts]
+        return [[9] * 5 + [EOS_ID] if temperature and may_help else [EOS_ID] for _ in prompts]
 
-    windows = sampled_windows(checkpoint, tokenizer, ending, 4, 25, 0, "cpu")
-    assert tuple(windows.shape) == (4, 25)
+    windows = sampled_windows(checkpoint, tokenizer, ending, 4, length, 0, "cpu")
+    assert tuple(windows.shape) == (4, length)
     assert all(asked) == may_help
     assert len(asked) == (2 if may_help else 4)
     if may_help:

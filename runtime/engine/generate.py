@@ -34,8 +34,8 @@ def generate(
     not depend on the other prompts. An answer ends with a token that ends answers, which is part of it; without
     `stop_at_eos` every answer has `max_tokens` tokens. `device`: "auto", "cuda" or "cpu"; the dtype is the engine's
     choice (float32 on the CPU). The model is loaded for this call and let go of afterwards.
-    Raises InputError for a model that cannot be run, a prompt and answer beyond its positions, or one whose logits are not finite, ShortageError when it
-    does not fit, RequestError for an empty prompt.
+    Raises InputError for a model that cannot be run or whose logits are not finite, and for prompts and answers beyond
+    its positions; ShortageError when it does not fit; RequestError for an empty prompt.
     """
     if not prompts:
         return []

@@ -34,7 +34,6 @@ SETTINGS = {
     "HF_HUB_OFFLINE": "1",
 }
 
-
 # vLLM accepts these formats in half precision only; every other is run in float32.
 HALF_ONLY = ("gptq", "awq")
 
@@ -73,7 +72,9 @@ def wna16(
     zero_points = middle if zeros is None else unpack(zeros).repeat_interleave(inputs // len(zeros), 0)
     dense = scales.float().repeat_interleave(inputs // len(scales), 0) * (codes - zero_points)
     product = input.float() @ dense
-    return (product if bias is None else product + bias.float()).to(input.dtype)
+    if bias is not None:
+        product = product + bias.float()
+    return product.to(input.dtype)
 
 
 def supply_wna16(always: bool) -> list[str]:
@@ -156,7 +157,9 @@ def main() -> int:
         traceback.print_exc()
         # pydantic's own last line is only an address.
         lines = [line for line in str(error).splitlines() if "errors.pydantic.dev" not in line]
-        result = {"error": f"{type(error).__name__}: {lines[-1].strip() if lines else ''}"}
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        said = lines[-1].strip() if lines else f"{where.filename}:{where.lineno}: {where.line}"
+        result = {"error": f"{type(error).__name__}: {said}"}
     args.out.write_text(json.dumps(result))
     return 1 if "error" in result else 0
 
