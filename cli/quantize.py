@@ -141,6 +141,7 @@ def quantize(
     """Write a checkpoint in another precision, with a report of its quality, size and time."""
     from llmkit.quant.quantize import QuantizeOptions, check_gates
     from llmkit.quant.quantize import quantize as run
+    from llmkit.runtime.engine.generate import generate
 
     options = QuantizeOptions(
         method=method,
@@ -170,7 +171,7 @@ def quantize(
         device=device,
         seed=seed,
     )
-    report = run(model, out, options, output.progress())
+    report = run(model, out, options, output.progress(), generate)
     output.result(report, lambda console: _show(console, report))
     check_gates(report, options)
 

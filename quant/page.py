@@ -8,25 +8,11 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from html import escape
 from typing import Any
 
-KINDS = (("qkv", "circle"), ("o", "square"), ("gate_up", "triangle"), ("down", "diamond"), ("other", "cross"))
-_MARKS = {
-    "circle": "M-4.5 0a4.5 4.5 0 1 0 9 0a4.5 4.5 0 1 0 -9 0z",
-    "square": "M-4 -4h8v8h-8z",
-    "triangle": "M0 -5.2L5 4h-10z",
-    "diamond": "M0 -5.6L5.6 0L0 5.6L-5.6 0z",
-    "cross": "M-4.5 -2h2.5v-2.5h4v2.5h2.5v4h-2.5v2.5h-4v-2.5h-2.5z",
-}
-_LEFT, _RIGHT, _TOP, _BOTTOM = 74, 16, 14, 46  # margins of a chart
-_WIDTH, _HEIGHT, _CELL = 960, 380, 26
-_LAYER = re.compile(r"layers\.(\d+)\.")
-_UNPRINTABLE = re.compile(r"[^\t\n\x20-\x7e\xa0-\U0010ffff]")
-_SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
-NONE = "\N{EN DASH}"
+from llmkit.quant.chart import Entry, bits_figure, error_figure, escaped, number
 
-Entry = Mapping[str, Any]
+NONE = "\N{EN DASH}"
 
 
 def report_page(report: Mapping[str, Any]) -> bytes:
@@ -54,7 +40,7 @@ def report_page(report: Mapping[str, Any]) -> bytes:
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta name="color-scheme" content="light dark">
-<title>{_text(title)}</title>
+<title>{escaped(title)}</title>
 <style>{_STYLE}</style>
 </head>
 <body>
@@ -67,14 +53,15 @@ def report_page(report: Mapping[str, Any]) -> bytes:
 
 
 def _headline(report: Entry) -> str:
-    facts = [report.get("architecture"), stored_text(report), report.get("device")]
+    facts = [report.get("architecture"), _stored(report), report.get("device")]
     return (
-        f"<header>\n<p class=eyebrow>llmkit quantize · {_text(report.get('method'))}</p>\n"
-        f"<h1>{_text(_name(report.get('source')))}</h1>\n"
-        f"<p class=lead>{' · '.join(_text(fact) for fact in facts if fact)}</p>\n"
-        f"<dl class=paths><dt>From</dt><dd>{_text(report.get('source'))}</dd>"
-        f"<dt>To</dt><dd>{_text(report.get('output'))}</dd></dl>\n"
-        f"{_table(('', 'Before', 'After', 'Change'), _figures(report), 'headline')}</header>\n"
+        f"<header>\n<p class=eyebrow>llmkit quantize · {escaped(report.get('method'))}</p>\n"
+        f"<h1>{escaped(_name(report.get('source')))}</h1>\n"
+        f"<p class=lead>{' · '.join(escaped(fact) for fact in facts if fact)}</p>\n"
+        f"<dl class=paths><dt>From</dt><dd>{escaped(report.get('source'))}</dd>"
+        f"<dt>To</dt><dd>{escaped(report.get('output'))}</dd></dl>\n"
+        f"{_table(('', 'Before', 'After', 'Change'), _figures(report), 'Before and after', 'headline')}"
+        f"<p class=note>{escaped(_stages(report))}</p>\n</header>\n"
     )
 
 
@@ -86,22 +73,25 @@ def _figures(report: Entry) -> list[tuple[str, ...]]:
         change = f"{sizes['ratio']:.1%} of the size"
         rows.append(("Size of the weights", _bytes(sizes["source_bytes"]), _bytes(sizes["checkpoint_bytes"]), change))
     if quality:
-        before, after = _number(quality.get("reference_perplexity")), _number(quality.get("perplexity"))
-        change = f"{after / before - 1:+.2%}" if before else NONE
+        before, after = quality.get("reference_perplexity"), quality.get("perplexity")
+        change = _shown(number(after) / number(before) - 1, "+.2%") if before else NONE
         rows += [
-            ("Perplexity", f"{before:.3f}", f"{after:.3f}", change),
-            ("KL divergence, mean", NONE, f"{_number(quality.get('mean_kl')):.4f}", "nats a token"),
-            ("KL divergence, 99th percentile", NONE, f"{_number(quality.get('p99_kl')):.4f}", "nats a token"),
-            ("Same most likely token", NONE, f"{_number(quality.get('top1')):.1%}", "of the tokens"),
+            ("Perplexity", _shown(before, ".3f"), _shown(after, ".3f"), change),
+            ("KL divergence, mean", NONE, _shown(quality.get("mean_kl"), ".4f"), "nats a token"),
+            ("KL divergence, 99th percentile", NONE, _shown(quality.get("p99_kl"), ".4f"), "nats a token"),
+            ("Same most likely token", NONE, _shown(quality.get("top1"), ".1%"), "of the tokens"),
         ]
-    seconds: Mapping[str, float] = report.get("seconds") or {}
-    if seconds:
-        stages = ", ".join(f"{stage} {_seconds(value)}" for stage, value in seconds.items())
-        rows.append(("Time", NONE, _seconds(sum(seconds.values())), stages))
+    if report.get("seconds"):
+        rows.append(("Time", NONE, _seconds(sum(report["seconds"].values())), ""))
     return rows
 
 
-def stored_text(report: Entry) -> str:
+def _stages(report: Entry) -> str:
+    seconds: Mapping[str, float] = report.get("seconds") or {}
+    return ", ".join(f"{stage} {_seconds(value)}" for stage, value in seconds.items())
+
+
+def _stored(report: Entry) -> str:
     """How the weights are stored: "INT4 in groups of 64; gptq format"."""
     schemes = report.get("schemes") or []
     if not schemes:
@@ -116,105 +106,28 @@ def _command(report: Entry) -> str:
     line = report.get("command_line")
     if not line:
         return ""
-    return _section("Command", f'<pre class=command tabindex=0 aria-label="Command">{_text(line)}</pre>\n')
+    words = " ".join(f"<span>{escaped(word)}</span>" for word in str(line).split(" "))  # wrapped between words only
+    return _section("Command", f'<pre tabindex=0 role=region aria-label="Command">{words}</pre>\n')
 
 
 def _errors(report: Entry) -> str:
     """The chart of each linear's error."""
-    linears = [entry for entry in report.get("linears") or [] if _layer(entry) is not None]
-    points = [entry for entry in linears if math.isfinite(_number(entry.get("error")))]
-    if not points:
-        return ""
+    points = [entry for entry in report.get("linears") or [] if math.isfinite(number(entry.get("error")))]
     calibrated = any(entry.get("tokens") for entry in points)
     what = "output" if calibrated else "weights"
-    text = (
-        f"<p>The share of the energy of each linear layer's {what} that rounding loses"
-        f"{', on the calibration text' if calibrated else ''}. Lower is better; hollow marks are fallbacks.</p>\n"
+    hollow = "; hollow marks are fallbacks" if any(entry.get("fallback") for entry in points) else ""
+    figure = error_figure(points, f"lost energy of the {what}")
+    words = (
+        f"The share of the energy of each linear layer's {what} that rounding loses"
+        f"{', on the calibration text' if calibrated else ''}. Lower is better{hollow}."
     )
-    return _section("Error of each linear layer", text + _legend(points) + _chart(points, f"lost energy of the {what}"))
-
-
-def _legend(points: Iterable[Entry]) -> str:
-    present = {_kind(entry) for entry in points}
-    items = "".join(
-        f'<li><svg class=key viewBox="-7 -7 14 14" aria-hidden=true><path class="mark {kind}" d="{_MARKS[mark]}"/>'
-        f"</svg>{kind}</li>"
-        for kind, mark in KINDS
-        if kind in present
-    )
-    return f"<ul class=legend>{items}</ul>\n"
-
-
-def _chart(points: Sequence[Entry], axis: str) -> str:
-    """Layers along x, error along y on a log scale; errors of 0 lie on the lower edge."""
-    errors = [float(entry["error"]) for entry in points if entry["error"] > 0] or [1.0]
-    ticks = _ticks(min(errors), max(errors))
-    low, high = math.log10(ticks[0]), math.log10(ticks[-1])
-    layers = 1 + max(_layer(entry) or 0 for entry in points)
-    floor = _HEIGHT - _BOTTOM
-
-    def y_of(error: float) -> float:
-        share = (math.log10(error) - low) / (high - low) if error > 0 else 0.0
-        return floor - share * (floor - _TOP)
-
-    few = _labelled(ticks)
-    parts = [
-        f'<line class=grid x1={_LEFT} x2={_WIDTH - _RIGHT} y1="{y_of(tick):.1f}" y2="{y_of(tick):.1f}"/>'
-        + (f'<text class=tick x={_LEFT - 10} y="{y_of(tick) + 4:.1f}" text-anchor=end>{_power(tick)}</text>')
-        for tick in few
-    ]
-    parts += _layer_axis(layers, floor)
-    parts.append(
-        f'<text class=axis transform="translate(16 {(floor + _TOP) / 2:.0f}) rotate(-90)" text-anchor=middle>'
-        f"{_text(axis)}</text>"
-    )
-    for entry in points:
-        kind = _kind(entry)
-        position = KINDS.index((kind, dict(KINDS)[kind])) - 1.5
-        x = _x(_layer(entry) or 0, layers) + position * min(6.0, _step(layers) / 5)
-        hollow = " hollow" if entry.get("fallback") else ""
-        parts.append(
-            f'<path class="mark {kind}{hollow}" transform="translate({x:.1f} {y_of(float(entry["error"])):.1f})" '
-            f'd="{_MARKS[dict(KINDS)[kind]]}"><title>{_text(_hover(entry))}</title></path>'
-        )
-    return _svg(parts, _HEIGHT, f"{axis} by layer, on a log scale; the table of linear layers has the figures")
+    return _section("Error of each linear layer", f"<p>{words}</p>\n{figure}") if figure else ""
 
 
 def _bits(report: Entry) -> str:
-    """A grid of bits, kind by layer; nothing when all linears have the same."""
-    linears = [entry for entry in report.get("linears") or [] if _layer(entry) is not None]
-    if not linears:
-        return ""
-    layers = 1 + max(_layer(entry) or 0 for entry in linears)
-    found: dict[tuple[str, int], set[int]] = {}
-    for entry in linears:
-        found.setdefault((_kind(entry), _layer(entry) or 0), set()).add(int(entry.get("bits") or 0))
-    kinds = [kind for kind, _ in KINDS if any(kind == one for one, _ in found)]
-    cells = {(kind, layer): found.get((kind, layer), {16}) for kind in kinds for layer in range(layers)}
-    if len(set().union(*cells.values())) < 2:
-        return ""
-    parts = []
-    for row, kind in enumerate(kinds):
-        y = _TOP + row * _CELL
-        parts.append(f'<text class=tick x={_LEFT - 10} y="{y + 17}" text-anchor=end>{kind}</text>')
-        parts += [_cell(kind, n, layers, y, cells[kind, n], (kind, n) in found) for n in range(layers)]
-    bottom = _TOP + len(kinds) * _CELL
-    parts += _layer_axis(layers, bottom + 2)
-    text = "<p>Bits of a weight, where layers differ. 16 bits: not quantized.</p>\n"
-    return _section("Bits by layer", text + _svg(parts, bottom + _BOTTOM, "bits of each linear layer"))
-
-
-def _cell(kind: str, layer: int, layers: int, y: int, bits: set[int], quantized: bool) -> str:
-    width = _step(layers)
-    label = str(min(bits)) if len(bits) == 1 else f"{min(bits)}+"
-    words = " and ".join(map(str, sorted(bits))) + " bits" if quantized else "not quantized"
-    x = _x(layer, layers)
-    shown = f'<text class=bits x="{x:.1f}" y="{y + 17}" text-anchor=middle>{label}</text>' if width >= 14 else ""
-    return (
-        f'<g class="b{max(bits)}"><title>layer {layer}, {kind}: {words}</title>'
-        f'<rect x="{x - width / 2 + 1:.1f}" y={y + 1} width="{max(1.0, width - 2):.1f}" height={_CELL - 2} rx=3 />'
-        f"{shown}</g>"
-    )
+    figure = bits_figure(report.get("linears") or [])
+    words = "<p>Bits of a weight, where layers differ. 16 bits: not quantized.</p>\n"
+    return _section("Bits by layer", words + figure) if figure else ""
 
 
 def _notes(report: Entry) -> str:
@@ -224,19 +137,19 @@ def _notes(report: Entry) -> str:
     parts = ""
     if named:
         rows = [(str(name), str(reason)) for name, reason in named.items()]
-        parts += f"<p>{len(rows)} linear layers were rounded to the nearest code instead.</p>\n"
-        parts += _table(("Linear layer", "Reason"), rows, "words")
+        parts += "<p>Rounded to the nearest code instead:</p>\n"
+        parts += _table(("Linear layer", "Reason"), rows, "Fallbacks", "words")
     overflows: Mapping[str, int] = report.get("overflows") or {}
     if overflows:
         rows = [(name, f"{count:,}") for name, count in overflows.items()]
-        parts += f"<p>Values beyond the range of {_text(report.get('dtype'))}, stored as its largest:</p>\n"
-        parts += _table(("Tensor", "Values"), rows)
+        parts += f"<p>Values beyond the range of {escaped(report.get('dtype'))}, stored as its largest:</p>\n"
+        parts += _table(("Tensor", "Values"), rows, "Overflows")
     return _section("Fallbacks and overflows", parts) if parts else ""
 
 
 def _samples(report: Entry) -> str:
     samples, note = report.get("samples") or [], report.get("samples_note")
-    text = f"<p>{_text(note)}</p>\n" if note else ""
+    text = f"<p>{escaped(note)}</p>\n" if note else ""
     if samples:
         text += "<p>The most probable answer to each prompt. Marked: from where the answers differ.</p>\n"
         text += "".join(map(_sample, samples))
@@ -246,14 +159,18 @@ def _samples(report: Entry) -> str:
 def _sample(sample: Entry) -> str:
     before, after = str(sample.get("before") or ""), str(sample.get("after") or "")
     same, tokens = int(sample.get("same_tokens") or 0), int(sample.get("tokens") or 0)
-    verdict = "the same" if before == after else f"the same for {same} of {tokens} tokens"
-    start = 0 if before != after and not same else _common(before, after)
+    start = _common(before, after) if same or before == after else 0
+    if before == after:
+        verdict = "the same answer"
+        answers: tuple[tuple[str, str], ...] = (("Before and after", before),)
+    else:
+        verdict = f"the same for {same} of {tokens} tokens" if same else "different from the first token on"
+        answers = (("Before", before), ("After", after))
     sides = "".join(
-        f"<div><h4>{name}</h4><p class=answer dir=auto>{_marked(text, start)}</p></div>"
-        for name, text in (("Before", before), ("After", after))
+        f"<div><h4>{name}</h4><p class=answer dir=auto>{_marked(answer, start)}</p></div>" for name, answer in answers
     )
     return (
-        f"<article><h3 dir=auto>{_text(sample.get('prompt'))}</h3><p class=verdict>{verdict}</p>"
+        f"<article><h3 dir=auto>{escaped(sample.get('prompt'))}</h3><p class=verdict>{verdict}</p>"
         f"<div class=sides>{sides}</div></article>\n"
     )
 
@@ -261,8 +178,8 @@ def _sample(sample: Entry) -> str:
 def _marked(text: str, start: int) -> str:
     if not text:
         return "<em>(nothing)</em>"
-    rest = f"<mark>{_text(text[start:])}</mark>" if text[start:] else ""
-    return _text(text[:start]) + rest
+    rest = f"<mark>{escaped(text[start:])}</mark>" if text[start:] else ""
+    return escaped(text[:start]) + rest
 
 
 def _common(one: str, other: str) -> int:
@@ -286,8 +203,8 @@ def _calibration(report: Entry) -> str:
 
 def _sensitivity(report: Entry) -> str:
     entries = report.get("sensitivity") or []
-    rows = [(str(e.get("name")), _fact(e.get("bits")), f"{_number(e.get('kl')):.3e}") for e in entries]
-    return _folded("Sensitivity", f"{len(rows)} measurements", ("Linear layer", "Bits", "KL"), rows)
+    rows = [(str(e.get("name")), _fact(e.get("bits")), _shown(e.get("kl"), ".3e")) for e in entries]
+    return _folded("Sensitivity", f"Measurements: {len(rows)}", ("Linear layer", "Bits", "KL"), rows)
 
 
 def _linears(report: Entry) -> str:
@@ -299,14 +216,14 @@ def _linears(report: Entry) -> str:
             str(entry.get("method") or NONE),
             _fact(entry.get("bits")),
             {-1: "row"}.get(entry.get("group_size") or 0, _fact(entry.get("group_size"))),
-            f"{_number(entry.get('error')):.3e}",
+            _shown(entry.get("error"), ".3e"),
             _fact(entry.get("tokens")),
             _fact(entry.get("damp")),
             str(entry.get("fallback") or ""),
         )
         for entry in report.get("linears") or []
     ]
-    return _folded("All linear layers", f"{len(rows)} linear layers", head, rows)
+    return _folded("All linear layers", f"Linear layers: {len(rows)}", head, rows)
 
 
 def _details(report: Entry) -> str:
@@ -319,93 +236,30 @@ def _details(report: Entry) -> str:
 
 
 def _section(title: str, content: str) -> str:
-    return f"<section>\n<h2>{_text(title)}</h2>\n{content}</section>\n"
+    return f"<section>\n<h2>{escaped(title)}</h2>\n{content}</section>\n"
 
 
 def _folded(title: str, summary: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     if not rows:
         return ""
-    return _section(title, f"<details><summary>{_text(summary)}</summary>\n{_table(head, rows)}</details>\n")
+    return _section(title, f"<details><summary>{escaped(summary)}</summary>\n{_table(head, rows, title)}</details>\n")
 
 
 def _facts(rows: Iterable[tuple[str, str]]) -> str:
-    return f"<dl class=facts>{''.join(f'<dt>{_text(key)}</dt><dd>{_text(value)}</dd>' for key, value in rows)}</dl>\n"
+    return (
+        f"<dl class=facts>{''.join(f'<dt>{escaped(key)}</dt><dd>{escaped(value)}</dd>' for key, value in rows)}</dl>\n"
+    )
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]], style: str = "") -> str:
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]], label: str, style: str = "") -> str:
     """A table of text; the first cell of a row names it."""
-    heads = "".join(f"<th scope=col>{_text(cell)}</th>" if cell else "<td></td>" for cell in head)
+    heads = "".join(f"<th scope=col>{escaped(cell)}</th>" if cell else "<td></td>" for cell in head)
     body = "".join(
-        f"<tr><th scope=row>{_text(row[0])}</th>{''.join(f'<td>{_text(cell)}</td>' for cell in row[1:])}</tr>\n"
+        f"<tr><th scope=row>{escaped(row[0])}</th>{''.join(f'<td>{escaped(cell)}</td>' for cell in row[1:])}</tr>\n"
         for row in rows
     )
     table = f"<table>\n<thead><tr>{heads}</tr></thead>\n<tbody>\n{body}</tbody>\n</table>"
-    return f'<div class="scroll {style}" tabindex=0 role=region aria-label="Table">{table}</div>\n'
-
-
-def _svg(parts: Iterable[str], height: int, label: str) -> str:
-    return (
-        f'<div class=scroll><svg class=chart viewBox="0 0 {_WIDTH} {height}" role=img aria-label="{_text(label)}">\n'
-        + "\n".join(parts)
-        + "\n</svg></div>\n"
-    )
-
-
-def _layer_axis(layers: int, y: float) -> list[str]:
-    """The x axis: a number for every layer, or every second, fifth, ... where they are many."""
-    every = next(step for step in (1, 2, 5, 10, 20, 50, 100, layers) if layers / step <= 32 or step == layers)
-    numbers = [
-        f'<text class=tick x="{_x(layer, layers):.1f}" y="{y + 18}" text-anchor=middle>{layer}</text>'
-        for layer in range(0, layers, every)
-    ]
-    line = f'<line class=base x1={_LEFT} x2={_WIDTH - _RIGHT} y1="{y}" y2="{y}"/>'
-    middle = (_LEFT + _WIDTH - _RIGHT) / 2
-    return [line, *numbers, f'<text class=axis x="{middle}" y="{y + 38}" text-anchor=middle>decoder layer</text>']
-
-
-def _step(layers: int) -> float:
-    return (_WIDTH - _LEFT - _RIGHT) / layers
-
-
-def _x(layer: int, layers: int) -> float:
-    return _LEFT + (layer + 0.5) * _step(layers)
-
-
-def _ticks(low: float, high: float) -> list[float]:
-    """1, 2 and 5 times powers of ten, from the last one below `low` to the first one above `high`."""
-    first, last = math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1
-    steps = [factor * 10.0**power for power in range(first, last + 1) for factor in (1, 2, 5)]
-    start = max(index for index, step in enumerate(steps) if step <= low * (1 + 1e-9))
-    stop = min(index for index, step in enumerate(steps) if step > high)
-    return steps[start : stop + 1]
-
-
-def _labelled(ticks: Sequence[float]) -> Sequence[float]:
-    """Those that get a line and a number: powers of ten when there are enough of them."""
-    powers = [tick for tick in ticks if math.log10(tick).is_integer()]
-    return powers if len(powers) > 2 else ticks
-
-
-def _power(value: float) -> str:
-    exponent = math.floor(math.log10(value) + 1e-9)
-    factor = round(value / 10.0**exponent)
-    power = "10" + str(exponent).translate(_SUPERSCRIPTS)
-    return power if factor == 1 else f"{factor}·{power}"
-
-
-def _hover(entry: Entry) -> str:
-    words = f"{entry.get('name')}: error {_number(entry.get('error')):.3e}, {entry.get('bits')} bits"
-    return f"{words}\n{entry['fallback']}" if entry.get("fallback") else words
-
-
-def _kind(entry: Entry) -> str:
-    kind = str(entry.get("name")).rpartition(".")[2]
-    return kind if kind in dict(KINDS) else "other"
-
-
-def _layer(entry: Entry) -> int | None:
-    match = _LAYER.search(str(entry.get("name")))
-    return int(match[1]) if match else None
+    return f'<div class="scroll {style}" tabindex=0 role=region aria-label="{label}">{table}</div>\n'
 
 
 def _name(reference: object) -> str:
@@ -413,8 +267,9 @@ def _name(reference: object) -> str:
     return str(reference or "model").rstrip("/").rpartition("/")[2]
 
 
-def _number(value: object) -> float:
-    return float(value) if isinstance(value, (int, float)) else math.nan
+def _shown(value: object, form: str) -> str:
+    figure = number(value)
+    return format(figure, form) if math.isfinite(figure) else NONE
 
 
 def _fact(value: object) -> str:
@@ -423,11 +278,6 @@ def _fact(value: object) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     return f"{value:,}" if isinstance(value, int) else str(value)
-
-
-def _text(value: object) -> str:
-    """Escaped, for elements and quoted attributes; what HTML cannot hold becomes U+FFFD."""
-    return escape(_UNPRINTABLE.sub("\ufffd", str(value).encode("utf-8", "replace").decode()))
 
 
 def _bytes(count: float) -> str:
@@ -459,13 +309,15 @@ h3{font-size:1rem;margin:0;font-weight:600;overflow-wrap:anywhere}
 h4{font-size:.78rem;margin:0 0 .25rem;color:var(--soft);font-weight:600}
 p{margin:.2rem 0 .8rem}
 section{margin-top:2.6rem}
-.eyebrow,.verdict,section>p{color:var(--soft)}
+.eyebrow,.verdict,.note,section>p{color:var(--soft)}
 .eyebrow{margin:0;font-size:.9rem}
+.note{font-size:.85rem}
 .lead{font-size:1.05rem;margin:0 0 .6rem}
 dl{display:grid;grid-template-columns:max-content minmax(0,1fr);gap:.25rem 1rem;margin:0 0 1.2rem;font-size:.92rem}
 dt{color:var(--soft)}
 dd{margin:0;overflow-wrap:anywhere}
 .scroll{overflow-x:auto}
+.scroll+p{margin-top:1.2rem}
 table{border-collapse:collapse;width:100%;font-size:.88rem;font-variant-numeric:tabular-nums}
 th,td{padding:.38rem .7rem;text-align:right;border-bottom:1px solid var(--line);white-space:nowrap}
 thead th,thead td{border-bottom:1px solid var(--rule);color:var(--soft);font-weight:600}
@@ -479,8 +331,9 @@ tbody th{font-weight:500}
 .headline th:last-child{text-align:left;padding-left:1.2rem}
 .words td,.words thead th{text-align:left;white-space:normal}
 pre{margin:0;padding:.9rem 1rem;background:var(--card);border:1px solid var(--line);border-radius:8px;
-font:.88rem/1.5 ui-monospace,SFMono-Regular,Menlo,Consolas,monospace;white-space:pre-wrap;overflow-wrap:anywhere;
-user-select:all}
+font:.88rem/1.5 ui-monospace,SFMono-Regular,Menlo,Consolas,monospace;white-space:pre-wrap;
+overflow-x:auto;user-select:all}
+pre span{white-space:pre}
 .chart{display:block;width:100%;min-width:640px;height:auto}
 .grid{stroke:var(--line)}
 .base{stroke:var(--rule)}
@@ -506,5 +359,7 @@ mark{background:var(--mark);color:inherit;border-radius:3px;padding:0 .1em;box-d
 summary{cursor:pointer;color:var(--accent);padding:.3rem 0}
 details dl{margin-top:.6rem}
 :focus-visible{outline:2px solid var(--accent);outline-offset:3px}
+@media(max-width:640px){main{padding:1.5rem 1rem 3rem}th,td{padding:.38rem .45rem}.headline table{font-size:.86rem}
+.headline th{white-space:normal}.headline td:last-child,.headline th:last-child{font-size:.78rem;padding-left:.45rem}}
 @media print{body{background:#fff}section,article{break-inside:avoid}}
 """

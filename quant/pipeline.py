@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +12,17 @@ import torch
 
 from llmkit.checkpoint.compressed_tensors import KINDS
 from llmkit.checkpoint.progress import Progress
-from llmkit.checkpoint.quantized import FP8_MAX, QuantizedWeight
+from llmkit.checkpoint.quantized import FP8_MAX, QuantizationConfig, QuantizedWeight
 from llmkit.kernels.rounding import INT8_MAX, TINY
 from llmkit.model.decoder import DecoderLayer
 from llmkit.model.layout import Parameter, parameters
 from llmkit.model.linear import Rounding
-from llmkit.model.loader import kv_scales
+from llmkit.model.loader import kv_scales, scheme_of
 from llmkit.quant.algorithm import Algorithm, Quantized, Site
 from llmkit.quant.calibrate import Block, blocks, largest_kv, observe
 from llmkit.quant.edges import edge_to, move
 from llmkit.quant.grid import FULL_SEARCH, round_to_nearest
+from llmkit.quant.learn import Learn, Windows, learn_layer
 from llmkit.quant.methods import scale_dtype
 from llmkit.quant.nearest import Nearest
 from llmkit.quant.statistics import Statistics
@@ -45,9 +46,11 @@ class LayerRun:
     done: dict[str, tuple[Quantized, Entry]]
     changed: set[str]  # the vectors (norms, biases) that took up scales, by name within the layer
     kv: dict[str, torch.Tensor]  # scales by checkpoint tensor
+    dense: dict[str, torch.Tensor] = field(default_factory=dict)  # the weights as they were before rounding,
+    seen: dict[str, Statistics] = field(default_factory=dict)  # and their inputs, kept for learning
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def quantize_layers(
     source: LayerStream,
     written: LayerStream,
@@ -56,6 +59,7 @@ def quantize_layers(
     algorithm: Algorithm,
     progress: Progress,
     offload: Path | None = None,
+    learn: Learn | None = None,
 ) -> list[Entry]:
     """Quantize every decoder layer, calibrated on token windows [n, L]; commit after each layer.
 
@@ -72,16 +76,23 @@ def quantize_layers(
     linears: list[Entry] = []
     progress.start("quantize", len(source.spec.layers), "layers")
     batches = written.embed(windows, folder=offload)
+    wanted = source.embed(windows, folder=offload / "wanted" if offload else None) if learn else []
     for index in range(len(source.spec.layers)):
         rows = source.rows(index)
         started = time.perf_counter()
+        if learn:
+            source.advance(source.layer(index), wanted)
         if index in recorded and storage.done(rows):
             written.advance(written.layer(index), batches)
             found = recorded[index]
         else:
-            sites = {site.name: site for row in rows if (site := site_of(row, storage)) is not None}
+            sites = {site.name: site for row in rows if (site := site_of(row, storage.quantization)) is not None}
             run = LayerRun(index, mixed.layer(index), rows, sites, {}, set(), {})
+            before = [one.before() for one in batches] if learn else []
             _quantize_layer(run, batches, storage, algorithm, progress)
+            if learn:
+                examples = Windows(before, wanted, windows.shape[1], learn, source)
+                _learn(run, examples, batches, learn, progress)
             found = [entry for _, entry in run.done.values()]
             storage.record(index, found)
             _write_layer(run, storage)
@@ -95,16 +106,16 @@ def quantize_layers(
     return linears
 
 
-def site_of(row: Parameter, storage: Storage) -> Site | None:
+def site_of(row: Parameter, quantization: QuantizationConfig | None) -> Site | None:
     """The site of a row; None when it is not quantized."""
-    scheme = storage.scheme(row)
-    if scheme is None or storage.quantization is None:
+    scheme = scheme_of(row, row.tensors[0], quantization)
+    if scheme is None or quantization is None:
         return None
     name = row.module.removeprefix(f"layers.{row.stages[0]}.")
-    return Site(row, name, scheme, scale_dtype(storage.quantization.format, scheme))
+    return Site(row, name, scheme, scale_dtype(quantization.format, scheme))
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def round_parameters(storage: Storage, device: torch.device, progress: Progress) -> list[Entry]:
     """Without calibration, one tensor at a time: round what is quantized to the nearest code, cast the rest.
 
@@ -114,7 +125,7 @@ def round_parameters(storage: Storage, device: torch.device, progress: Progress)
     linears = []
     progress.start("write", len(rows), "tensors")
     for row in rows:
-        site = site_of(row, storage)
+        site = site_of(row, storage.quantization)
         if site is None:
             storage.cast(row)
         else:
@@ -158,8 +169,10 @@ def _quantize_layer(
             if not algorithm.moves or (algorithm.sequential and position > 0):
                 seen |= observe(run.layer, block, names, batches, algorithm.needs)
             for name in names:
-                result, entry = _quantize_linear(run, block, name, seen.pop(name), batches, algorithm)
+                run.seen[name] = seen.pop(name)
+                result, entry = _quantize_linear(run, block, name, batches, algorithm)
                 linear, scheme = run.layer.linears[name], run.sites[name].scheme
+                run.dense[name] = linear.weight
                 linear.weight = result.weight.dequantize()
                 if scheme.inputs != "none":
                     linear.rounding = Rounding(scheme.kind, result.weight.input_scale)
@@ -196,12 +209,11 @@ def _quantize_linear(
     run: LayerRun,
     block: Block,
     name: str,
-    seen: Statistics,
     batches: Sequence[MicroBatch],
     algorithm: Algorithm,
 ) -> tuple[Quantized, Entry]:
     """The algorithm's codes where the inputs allow it; otherwise the nearest under searched scales, and the reason."""
-    site, dense = run.sites[name], run.layer.linears[name].weight
+    site, dense, seen = run.sites[name], run.layer.linears[name].weight, run.seen[name]
     enough = max(EXPERT_TOKENS, EXPERT_SHARE * sum(one.tokens for one in batches)) if block.routed else 1
     if algorithm.needs and seen.tokens < enough:
         reason = f"saw {seen.tokens} calibration tokens of the {int(enough)} an expert needs"
@@ -211,6 +223,32 @@ def _quantize_linear(
         result = algorithm.quantize(site, dense, seen)
     error = output_error(dense, result.weight.dequantize(), seen)
     return result, _entry(site, result.method, error, seen.tokens, result.damp, result.fallback)
+
+
+def _learn(run: LayerRun, examples: Windows, batches: Sequence[MicroBatch], learn: Learn, progress: Progress) -> None:
+    """Improve the codes of a layer together, and take `batches` past the layer once more."""
+    found = {
+        name: result.weight
+        for name, (result, _) in run.done.items()
+        if result.weight.scheme.kind == "int" and ".experts." not in name
+    }
+    if not found:
+        return
+
+    def note(text: str) -> None:
+        progress.advance(0, f"layer {run.index}: {text}")
+
+    dense = {name: run.dense[name] for name in found}
+    for name, weight in learn_layer(run.layer, dense, found, examples, learn, run.index, note).items():
+        if weight is found[name]:
+            return
+        result, entry = run.done[name]
+        result.weight = weight.to("cpu")
+        entry["method"] += ", learned"
+        entry["error"] = output_error(run.dense[name], run.layer.linears[name].weight, run.seen[name])
+    for one, before in zip(batches, examples.inputs, strict=True):
+        hidden = before.hidden.to(one.step.device)
+        one.hidden = run.layer(hidden, one.step.rotations, one.step.batch, one.step.cache).cpu()
 
 
 def output_error(weight: torch.Tensor, quantized: torch.Tensor, seen: Statistics) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ from llmkit.model.spec import ModelSpec
 from llmkit.quant import memory
 from llmkit.quant.algorithm import Algorithm
 from llmkit.quant.engines import check_engine
+from llmkit.quant.learn import Learn
 from llmkit.quant.methods import Choice, Effort, Method, kept_modules, mixed, quantization_of
 from llmkit.quant.storage import planned_tensors, stored_dtype
 from llmkit.quant.text import BUILTIN
@@ -76,6 +78,22 @@ class QuantizeOptions:
     def mixed(self) -> bool:
         """Whether every linear layer gets its own number of bits."""
         return self.target_kl is not None or self.target_bits is not None
+
+    def command_line(self, source: str, output: str) -> str:
+        """The command that does the same."""
+        words = ["llmkit", "quantize", source, "--method", self.method, "--output", output]
+        for option in dataclasses.fields(self):
+            value = getattr(self, option.name)
+            if option.name in ("method", "eval_windows") or value == option.default:
+                continue
+            name = {"engine": "for"}.get(option.name, option.name).replace("_", "-")
+            if value is True:
+                words.append(f"--{name}")
+            elif value is False:
+                words.append({"symmetric": "--asymmetric", "evaluate": "--no-eval"}[option.name])
+            else:
+                words += [f"--{name}", str(value)]
+        return shlex.join(words)
 
     def check(self) -> None:
         """Raises UsageError for values out of range and for options that do not go together."""
@@ -139,6 +157,11 @@ class Plan:
     def algorithm(self) -> Algorithm:
         """How the layers of a calibrated run are quantized."""
         return self.options.choice.algorithm(self.options.effort, self.options.damp)
+
+    @property
+    def learn(self) -> Learn | None:
+        """How the rounding is learnt on top."""
+        return Learn() if self.options.effort == "max" and self.method.grouped and self.method.calibrated else None
 
     def with_bits(self, bits: Mapping[str, int]) -> Plan:
         """The plan with other bits for some linears, by runtime module."""

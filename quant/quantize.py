@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 import math
 import shutil
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from llmkit.checkpoint.errors import GateError, InputError, OutputError
-from llmkit.checkpoint.output import partial_path, writing
+from llmkit.checkpoint.errors import GateError, InputError, OutputError, UsageError
+from llmkit.checkpoint.output import partial_path, sibling, writing
 from llmkit.checkpoint.progress import Progress
 from llmkit.checkpoint.quantized import Scheme
 from llmkit.checkpoint.tokenizer import Tokenizer, load_tokenizer
@@ -20,10 +23,14 @@ from llmkit.checkpoint.writer import CheckpointWriter, planned_bytes
 from llmkit.model.layout import parameters
 from llmkit.model.loader import scheme_of
 from llmkit.quant import memory
-from llmkit.quant.pipeline import quantize_layers, round_parameters
+from llmkit.quant.algorithm import Site
+from llmkit.quant.mixed import BitSearch, Unit, sensitivity
+from llmkit.quant.page import report_page
+from llmkit.quant.pipeline import quantize_layers, round_parameters, site_of
 from llmkit.quant.plan import Plan, QuantizeOptions, make_plan, plan_figures
 from llmkit.quant.quality import Quality, score_logits
 from llmkit.quant.report import Report, Stopwatch, report_json, versions
+from llmkit.quant.samples import Generate, sampled_windows, side_by_side
 from llmkit.quant.storage import (
     Storage,
     check_finite,
@@ -31,19 +38,22 @@ from llmkit.quant.storage import (
     output_files,
 )
 from llmkit.quant.stream import LayerStream
-from llmkit.quant.text import BUILTIN, load_text, windows_sha256
+from llmkit.quant.text import BUILTIN, SELF, load_text, windows_sha256
 from llmkit.quant.tokens import EVALUATION_TOKENS, calibration_windows, evaluation_windows
 
 __all__ = ["QuantizeOptions", "quantize"]
 
-REPORT = "llmkit_report.json"
+REPORT, PAGE = "llmkit_report.json", "report.html"
 HIDDEN = "hidden"  # in the partial output only: the calibration text's hidden states, when they lie on disk
 _READ_AHEAD = 32  # characters of calibration text read per token needed, so that the seed has a choice
 
 
-def quantize(source: str, output: str, options: QuantizeOptions, progress: Progress) -> Report:
+def quantize(
+    source: str, output: str, options: QuantizeOptions, progress: Progress, generate: Generate | None = None
+) -> Report:
     """Write `source` to the new directory `output` by `options.method`; return the report that lies in it.
 
+    `generate` writes text with a model: the samples of the report and, with calibration "self", the calibration text.
     With `dry_run` nothing is written and the report holds the plan. The output appears under its name only when it
     is complete; an interrupted run of the same options is continued and gives the same weights.
     Raises UsageError for options that do not go together, InputError for a source or a text that cannot be used,
@@ -61,26 +71,101 @@ def quantize(source: str, output: str, options: QuantizeOptions, progress: Progr
         raise OutputError(f"There is no interrupted run of {plan.out} to resume", todo="Run without --resume")
     needs_text = plan.calibrated or options.evaluate
     tokenizer = load_tokenizer(plan.source) if needs_text else None
-    calibration, figures = _calibration(plan, tokenizer, progress)
+    with watch("read"):
+        calibration, figures = _calibration(plan, tokenizer, generate, progress)
     with watch("check"):
         check_finite(
             plan.source, list(dict.fromkeys(t for row in parameters(plan.spec) for t in row.tensors)), progress
         )
     with watch("hash"):
-        identity = _identity(plan, figures)
-    with CheckpointWriter(plan.out, plan.files, plan.source, identity) as writer:
-        storage = Storage(plan.source, plan.spec, plan.quantization, plan.tensors, writer)
-        with watch("quantize" if plan.quantization else "cast"):
-            linears = _convert(plan, storage, calibration, progress)
-        quality = None
-        if tokenizer is not None and options.evaluate:
-            with watch("evaluate"):
-                quality = _evaluate(plan, storage, tokenizer, progress)
-        config = output_config(plan.source, plan.quantization, plan.dtype)
-        report = _report(plan, watch, _results(plan, storage, figures, linears, quality))
-        side_files = output_files(plan.source, plan.quantization)
-        writer.finish(config, {**side_files, REPORT: report_json(report)}, _manifest(plan, figures))
+        plan.source.source_hashes()
+    run = _Run(plan, watch, tokenizer, calibration, figures, generate, progress)
+    if not options.mixed:
+        report = run.write(plan, None)
+        assert report is not None
+        return report
+    with watch("sensitivity"):
+        search = _search(plan, run)
+    while (report := run.write(plan.with_bits(search.by_module(search.choice())), search)) is None:
+        search.save()
+    search.remove()
     return report
+
+
+@dataclass
+class _Run:
+    """What the attempts of one run share; there are several only for mixed precision with a target KL."""
+
+    plan: Plan
+    watch: Stopwatch
+    tokenizer: Tokenizer | None
+    calibration: torch.Tensor | None
+    figures: dict[str, Any] | None
+    generate: Generate | None
+    progress: Progress
+
+    def identity(self, plan: Plan) -> dict[str, Any]:
+        """Everything that decides the bytes of the weights."""
+        return {
+            "command": "quantize",
+            "method": plan.options.method,
+            "quantization": dataclasses.asdict(plan.quantization) if plan.quantization else None,
+            "algorithm": repr(plan.algorithm) if self.calibration is not None else None,
+            "windows_sha256": self.figures["windows_sha256"] if self.figures else None,
+            "source": plan.source.source_hashes(),
+        }
+
+    def sensitivity(self) -> list[Unit]:
+        """What rounding each unit of the model costs, measured on the calibration text."""
+        plan = self.plan
+        assert self.calibration is not None and plan.quantization is not None
+        sites: dict[int, list[Site]] = {}
+        for row in parameters(plan.spec):
+            site = site_of(row, plan.quantization)
+            if site is not None:
+                sites.setdefault(row.stages[0], []).append(site)
+        stream = LayerStream.of(plan.source, plan.spec, plan.device)
+        return sensitivity(stream, sites, self.calibration, self.progress)
+
+    def write(self, plan: Plan, search: BitSearch | None) -> Report | None:
+        """Write the output of `plan`; None when `search` wants another attempt instead."""
+        with CheckpointWriter(plan.out, plan.files, plan.source, self.identity(plan)) as writer:
+            storage = Storage(plan.source, plan.spec, plan.quantization, plan.tensors, writer)
+            with self.watch("quantize" if plan.quantization else "cast"):
+                linears = _convert(plan, storage, self.calibration, self.progress)
+            quality = None
+            if self.tokenizer is not None and plan.options.evaluate:
+                with self.watch("evaluate"):
+                    quality = _evaluate(plan, storage, self.tokenizer, self.progress)
+            if search is not None and not search.tell(search.choice(), quality["mean_kl"] if quality else 0.0):
+                bits, kl = search.attempts[-1]
+                mean = search.size(bits) / search.weights
+                self.progress.message(f"{mean:.2f} bits a weight give a mean KL of {kl:.4f}; trying another mix")
+                return None
+            results = _results(plan, storage, self.figures, linears, quality)
+            if search is not None:
+                results |= search.figures()
+            if self.tokenizer is not None and plan.options.evaluate:
+                with self.watch("samples"):
+                    results |= _samples(plan, storage, self.tokenizer, self.generate, self.progress)
+            config = output_config(plan.source, plan.quantization, plan.dtype)
+            report = _report(plan, self.watch, results)
+            side_files = output_files(plan.source, plan.quantization) | {
+                REPORT: report_json(report),
+                PAGE: report_page(report),
+            }
+            writer.finish(config, side_files, _manifest(plan, self.figures))
+        return report
+
+
+def _search(plan: Plan, run: _Run) -> BitSearch:
+    """The search for bits, taken up where an interrupted run left it."""
+    options = plan.options
+    target = {"target_bits": options.target_bits, "target_kl": options.target_kl}
+    key = hashlib.sha256(json.dumps([run.identity(plan), target], sort_keys=True).encode()).hexdigest()
+    file = sibling(plan.out, ".partial.search")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    return BitSearch.resume(file, key, options.target_bits, options.target_kl, run.sensitivity)
 
 
 def check_gates(report: Report, options: QuantizeOptions) -> None:
@@ -101,7 +186,7 @@ def check_gates(report: Report, options: QuantizeOptions) -> None:
 
 
 def _calibration(
-    plan: Plan, tokenizer: Tokenizer | None, progress: Progress
+    plan: Plan, tokenizer: Tokenizer | None, generate: Generate | None, progress: Progress
 ) -> tuple[torch.Tensor | None, dict[str, Any] | None]:
     """The calibration windows [n, L] and what the report says of them; None for methods that need none."""
     options = plan.options
@@ -111,6 +196,8 @@ def _calibration(
     def render(messages: list[dict[str, Any]]) -> str:
         return tokenizer.render_chat(messages, add_generation_prompt=False)
 
+    if options.calibration == SELF:
+        return _own_text(plan, tokenizer, generate, progress)
     limit = options.samples * plan.seq_len * _READ_AHEAD
     text = load_text(options.calibration, render if tokenizer.chat_template else None, limit)
     builtin = options.calibration == BUILTIN
@@ -137,16 +224,38 @@ def _calibration(
     }
 
 
-def _identity(plan: Plan, calibration: dict[str, Any] | None) -> dict[str, Any]:
-    """Everything that decides the bytes of the weights."""
-    return {
-        "command": "quantize",
-        "method": plan.options.method,
-        "quantization": dataclasses.asdict(plan.quantization) if plan.quantization else None,
-        "algorithm": repr(plan.algorithm) if calibration else None,
-        "windows_sha256": calibration["windows_sha256"] if calibration else None,
-        "source": plan.source.source_hashes(),
+def _own_text(
+    plan: Plan, tokenizer: Tokenizer, generate: Generate | None, progress: Progress
+) -> tuple[torch.Tensor, dict[str, Any]]:
+    """Calibration text that the model itself writes."""
+    if generate is None:
+        raise UsageError("--calibration self needs an engine to write the text with", "A generator was expected")
+    options = plan.options
+    progress.message(f"the model writes {options.samples * plan.seq_len:,} tokens to calibrate on")
+    source = plan.source.imported("BF16") if plan.source.kind == "gguf" else plan.source
+    chosen = sampled_windows(source, tokenizer, generate, options.samples, plan.seq_len, options.seed, plan.device.type)
+    return chosen, {
+        "source": SELF,
+        "name": "text that the model wrote",
+        "windows": len(chosen),
+        "window_tokens": plan.seq_len,
+        "tokens": chosen.numel(),
+        "windows_sha256": windows_sha256(chosen),
     }
+
+
+def _samples(
+    plan: Plan, storage: Storage, tokenizer: Tokenizer, generate: Generate | None, progress: Progress
+) -> dict[str, Any]:
+    """Greedy answers before and after, for the report."""
+    if generate is None:
+        return {"samples": [], "samples_note": "no engine was given to write them with"}
+    progress.start("samples", 1, "comparison")
+    output = storage.written(output_config(plan.source, plan.quantization, plan.dtype))
+    source = plan.source.imported(plan.dtype) if plan.source.kind == "gguf" else plan.source
+    samples, note = side_by_side(source, output, tokenizer, generate, plan.device.type)
+    progress.finish()
+    return {"samples": samples, "samples_note": note}
 
 
 def _convert(
@@ -164,8 +273,10 @@ def _convert(
     if plan.offloads():
         folder = partial_path(plan.out) / HIDDEN
         with writing(folder):
-            folder.mkdir(exist_ok=True)
-    linears = quantize_layers(source, _written(plan, storage), calibration, storage, plan.algorithm, progress, folder)
+            (folder / "wanted").mkdir(parents=True, exist_ok=True)
+    linears = quantize_layers(
+        source, _written(plan, storage), calibration, storage, plan.algorithm, progress, folder, plan.learn
+    )
     if folder is not None:
         shutil.rmtree(folder)
     return linears
@@ -221,6 +332,7 @@ def _report(plan: Plan, watch: Stopwatch, results: dict[str, Any]) -> Report:
     return {
         "command": "quantize",
         "versions": versions(),
+        "command_line": plan.options.command_line(plan.source.reference, str(plan.out)),
         "source": plan.source.reference,
         "output": str(plan.out),
         "architecture": plan.spec.architecture,

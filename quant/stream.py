@@ -51,6 +51,11 @@ class MicroBatch:
         self._hidden: torch.Tensor | None = None
         self.hidden = hidden
 
+    def before(self) -> MicroBatch:
+        """The same hidden states, for keeping while these go on through a layer."""
+        file = self._file.with_suffix(".before") if self._file is not None else None
+        return MicroBatch(self.hidden, self.step, file)
+
     @property
     def tokens(self) -> int:
         """T"""
@@ -109,46 +114,53 @@ class LayerStream:
         rounding = {name.removeprefix(prefix): how for row in rows for name, how in self.rounding(row).items()}
         return DecoderLayer(self.spec, index, tensors, rounding)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def embed(
         self, windows: torch.Tensor, batch_tokens: int = BATCH_TOKENS, folder: Path | None = None
     ) -> list[MicroBatch]:
         """Token windows [n, L] as micro-batches before the first layer; their hidden states in files of `folder`."""
-        frame = self._frame(head=False)
+        frame = self.frame(head=False)
         length = windows.shape[1]
         steps: dict[int, Step] = {}
         made: list[MicroBatch] = []
         for chosen in windows.split(max(1, batch_tokens // length)):
             count = len(chosen)
             if count not in steps:
-                positions, batch = packed(frame, [length] * count)
-                cache = frame.new_cache(batch.blocks, batch.block_size)
-                steps[count] = Step(frame.rotations(positions), batch, cache)
+                steps[count] = _step(frame, count, length)
             file = folder / f"hidden-{len(made)}.bin" if folder is not None else None
             made.append(MicroBatch(frame.embed_tokens(chosen.flatten().to(self.device)).cpu(), steps[count], file))
         return made
 
-    @torch.inference_mode()
+    def step(self, count: int, length: int) -> Step:
+        """What `count` windows of `length` tokens side by side need."""
+        return _step(self.frame(head=False), count, length)
+
+    @torch.no_grad()
     def advance(self, layer: DecoderLayer, batches: list[MicroBatch]) -> None:
         """Run micro-batches through a layer."""
         for one in batches:
             hidden = layer(one.hidden.to(one.step.device), one.step.rotations, one.step.batch, one.step.cache)
             one.hidden = hidden.cpu()
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def logits(self, windows: torch.Tensor, advance: Callable[[], None] = lambda: None) -> Iterator[torch.Tensor]:
         """Logits float32 [L, vocab] of each token window of [n, L]; `advance` is called after every layer."""
         batches = self.embed(windows)
         for index in range(len(self.spec.layers)):
             self.advance(self.layer(index), batches)
             advance()
-        frame = self._frame(head=True)
+        frame = self.frame(head=True)
         for one in batches:
             for hidden in one.hidden.split(windows.shape[1]):
                 yield frame.logits(rms_norm(hidden.to(self.device), frame.final_norm, self.spec.norm_eps))
 
-    def _frame(self, head: bool) -> Decoder:
+    def frame(self, head: bool) -> Decoder:
         """The decoder without its layers, and without the output projection unless `head`."""
         spec = replace(self.spec, layers=(), tied=self.spec.tied or not head)
         names = {"embed.weight", "norm.weight"} | (set() if spec.tied else {"lm_head.weight"})
         return Decoder(spec, {row.name: self.read(row) for row in self._rows if row.name in names})
+
+
+def _step(frame: Decoder, count: int, length: int) -> Step:
+    positions, batch = packed(frame, [length] * count)
+    return Step(frame.rotations(positions), batch, frame.new_cache(batch.blocks, batch.block_size))

@@ -16,6 +16,7 @@ import torch
 from llmkit.checkpoint.errors import InputError, ShortageError
 
 BUILTIN = "builtin"
+SELF = "self"  # text that the model writes
 SEGMENT = 4096  # tokens: of every segment of the builtin text the last HELD_OUT are for evaluation only
 HELD_OUT = 1024
 _KINDS = "a .txt, .jsonl or .parquet file, the id of a dataset on the hub, or 'builtin'"
