@@ -28,7 +28,7 @@ class Learn:
     steps: int = 200
     tokens: int = 1024  # of a step, at least one window
     rounding_rate: float = 1.0  # a weight can move by this many codes in all, over 2
-    scale_rate: float = 0.25  # and a scale by this share, over 2
+    scale_rate: float = 0.05  # and a scale by this share, over 2
 
 
 class Learned:

@@ -1,0 +1,29 @@
+"""Triton, where it is installed: a kernel file takes `jit` and `tl` from here, so that it imports without Triton too.
+
+Triton reads TRITON_INTERPRET when it is imported: set before, kernels run on the CPU, slowly, for tests.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # an installation for the CPU only
+    triton = tl = None
+
+__all__ = ["jit", "runs_triton", "tl"]
+
+
+def jit(function: Callable[..., Any]) -> Any:
+    """`function` as a Triton kernel; unchanged without Triton, where nothing may launch it."""
+    return function if triton is None else triton.jit(function)
+
+
+def runs_triton(tensor: torch.Tensor) -> bool:
+    """Whether an operation on `tensor` is to be done by its Triton kernel."""
+    return triton is not None and tensor.is_cuda
