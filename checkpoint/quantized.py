@@ -112,6 +112,10 @@ class QuantizedWeight:
         groups.sub_(self.zeros.float().unsqueeze(2)).mul_(self.scales.float().unsqueeze(2))
         return dense.to(dtype)
 
+    def rows(self, rows: slice) -> QuantizedWeight:
+        """Some of the rows."""
+        return QuantizedWeight(self.codes[rows], self.scales[rows], self.zeros[rows], self.scheme, self.input_scale)
+
     def to(self, device: torch.device | str) -> QuantizedWeight:
         """The same weight on another device."""
         scale = None if self.input_scale is None else self.input_scale.to(device)

@@ -6,8 +6,6 @@ the weight is a contiguous row. A code is 0 .. top and stands for (code - zero) 
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from llmkit.kernels.jit import jit, runs_triton, tl
@@ -62,16 +60,18 @@ def quantize_block_triton(
     grid = (-(-width // _TILE),)
     padded = 1 << (rows - 1).bit_length()
     with torch.cuda.device_of(weight):
-        _quantize_block[grid](weight, columns, scales, zeros, steps, errors, rows, width, top, padded, _TILE)
+        _quantize_block[grid](
+            weight, columns, scales, zeros, steps, errors, rows, width, top, padded, _TILE, enable_fp_fusion=True
+        )
     return steps, errors
 
 
 @jit
 def _quantize_block(
-    weight: Any, columns: Any, scales: Any, zeros: Any, steps: Any, errors: Any, rows: Any, width: Any,
-    TOP: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
+    weight: tl.tensor, columns: tl.tensor, scales: tl.tensor, zeros: tl.tensor, steps: tl.tensor, errors: tl.tensor,
+    rows: tl.tensor, width: tl.tensor, TOP: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
 ) -> None:  # fmt: skip
-    """TILE outputs. A column is corrected by all errors before it only when its turn comes: one product with U's column.
+    """TILE outputs. A column is corrected by all errors before it when its turn comes: one product with U's column.
 
     So the tile of errors is all that stays in registers, and the loads of the columns to come run ahead. columns:
     float32 [rows, rows], U transposed; ROWS: `rows` or the next power of two.
@@ -99,4 +99,4 @@ def _quantize_block(
         error = tl.div_rn(value - (step - zero) * scale, tl.load(columns + i * rows + i))
         tl.store(steps + at, step, mask=inside)
         tl.store(errors + at, error, mask=inside)
-        found = tl.where(row[:, None] == i, error[None, :], found)
+        found = tl.where((row == i)[:, None], error[None, :], found)

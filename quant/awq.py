@@ -79,26 +79,34 @@ def kept_rows(site: Site) -> int:
 
 def clipped(weight: torch.Tensor, hessian: torch.Tensor, grid: Grid, keep: int) -> Grid:
     """`grid` with the range of every group after the first `keep` rows shrunk by the clip of least d' H_g d."""
-    scheme, dtype = grid.scheme, grid.scales.dtype
-    part = weight[keep:]
-    rows, columns = part.shape
+    scheme = grid.scheme
+    columns = weight.shape[1]
     size = columns if scheme.group_size == -1 else scheme.group_size
-    count = columns // size
-    groups = part.reshape(rows, count, size)
-    blocks = torch.stack([hessian[i * size : (i + 1) * size, i * size : (i + 1) * size] for i in range(count)])
-    low, high = full_range(groups.reshape(-1, size), scheme)
+    blocks = torch.stack([hessian[i : i + size, i : i + size] for i in range(0, columns, size)])
     scales, zeros = grid.scales.clone(), grid.zeros.clone()
-    least = torch.full((rows, count), torch.inf, device=weight.device)
+    for start in range(keep, len(weight), ROWS):
+        rows = slice(start, start + ROWS)
+        scales[rows], zeros[rows] = _clipped_rows(weight[rows], blocks, grid)
+    return Grid(scales, zeros, scheme)
+
+
+def _clipped_rows(part: torch.Tensor, blocks: torch.Tensor, grid: Grid) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scales and zero points [rows, G] of some rows of a weight; blocks: the Hessian's diagonal ones [G, g, g]."""
+    scheme, dtype = grid.scheme, grid.scales.dtype
+    shape = (len(part), *blocks.shape[:2])
+    low, high = full_range(part.reshape(-1, shape[2]), scheme)
+    best: list[torch.Tensor] = []
+    least = torch.full(shape[:2], torch.inf, device=part.device)
     for clip in CLIPS:
-        scale, zero = (t.view(rows, count) for t in range_grid(low * clip, high * clip, scheme, dtype))
+        scale, zero = (t.view(shape[:2]) for t in range_grid(low * clip, high * clip, scheme, dtype))
         tried = Grid(scale.to(dtype), zero.to(torch.uint8), scheme)
-        delta = (tried.nearest(part).dequantize() - part).view(rows, count, size).transpose(0, 1)
+        delta = (tried.nearest(part).dequantize() - part).view(shape).transpose(0, 1)
         loss = ((delta @ blocks) * delta).sum(dim=2).T
         better = loss < least
         least = torch.where(better, loss, least)
-        scales[keep:] = torch.where(better, tried.scales, scales[keep:])
-        zeros[keep:] = torch.where(better, tried.zeros, zeros[keep:])
-    return Grid(scales, zeros, scheme)
+        found = [tried.scales, tried.zeros]
+        best = [torch.where(better, new, old) for new, old in zip(found, best, strict=True)] if best else found
+    return best[0], best[1]
 
 
 def _weight_share(weight: torch.Tensor, site: Site) -> torch.Tensor:

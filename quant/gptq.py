@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 import torch
 
-from llmkit.checkpoint.quantized import FP8, FP8_MAX, QuantizedWeight
+from llmkit.checkpoint.quantized import FP8, QuantizedWeight
+from llmkit.kernels.gptq import quantize_block
 from llmkit.quant.algorithm import Quantized, Site
 from llmkit.quant.edges import Edge
 from llmkit.quant.grid import FULL_SEARCH, Grid, Search, fit_grid
@@ -83,7 +84,7 @@ def gptq(
         index = index[order]
     # Transposed, a column is a contiguous row: the loop below then works on contiguous vectors only.
     work = (weight.T[order] if order is not None else weight.T).clone(memory_format=torch.contiguous_format)
-    codes = _round_columns(work, factor, grid, index.tolist(), block)
+    codes = _round_columns(work, factor, grid, index, block)
     if order is not None:
         codes = torch.empty_like(codes).index_copy_(0, order, codes)
     codes = codes.T.contiguous()
@@ -113,33 +114,17 @@ def _inverse_factor(hessian: torch.Tensor, damp: float) -> tuple[torch.Tensor | 
 
 
 def _round_columns(
-    weight: torch.Tensor, factor: torch.Tensor, grid: Grid, index: list[int], block: int
+    weight: torch.Tensor, factor: torch.Tensor, grid: Grid, index: torch.Tensor, block: int
 ) -> torch.Tensor:
     """The codes, as bytes [in, out], of a transposed weight [in, out], which is used up; index: each row's group."""
-    top, float8 = (1 << grid.scheme.bits) - 1, grid.scheme.kind == "float"
+    float8 = grid.scheme.kind == "float"
+    top = 0 if float8 else (1 << grid.scheme.bits) - 1
     scales, zeros = grid.scales.T.float().contiguous(), grid.zeros.T.float().contiguous()
-    rows, width = weight.shape
-    codes = torch.empty(rows, width, dtype=torch.uint8, device=weight.device)
-    steps = torch.empty(block, width, dtype=weight.dtype, device=weight.device)
-    errors = torch.empty_like(steps)
-    value = torch.empty_like(steps[0])
-    diagonal = factor.diagonal().tolist()
-    for start in range(0, rows, block):
-        stop = min(start + block, rows)
-        inner, local = weight[start:stop], factor[start:stop, start:stop]
-        for i in range(stop - start):
-            group = index[start + i]
-            scale, zero, step, error = scales[group], zeros[group], steps[i], errors[i]
-            torch.div(inner[i], scale, out=step)
-            if float8:
-                step.copy_(step.clamp_(-FP8_MAX, FP8_MAX).to(FP8))
-            else:
-                step.round_().add_(zero).clamp_(0, top)
-            torch.sub(step, zero, out=value)
-            torch.addcmul(inner[i], value, scale, value=-1, out=error)
-            error.div_(diagonal[start + i])
-            inner[i + 1 :].addr_(local[i, i + 1 :], error, alpha=-1)
-        found = steps[: stop - start]
-        codes[start:stop] = found.to(FP8).view(torch.uint8) if float8 else found
-        weight[stop:].addmm_(factor[start:stop, stop:].T, errors[: stop - start], alpha=-1)
+    codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
+    for start in range(0, len(weight), block):
+        part, after = slice(start, start + block), slice(start + block, None)
+        group = index[part]
+        steps, errors = quantize_block(weight[part], factor[part, part], scales[group], zeros[group], top)
+        codes[part] = steps.to(FP8).view(torch.uint8) if float8 else steps
+        weight[after].addmm_(factor[part, after].T, errors, alpha=-1)
     return codes

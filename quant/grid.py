@@ -29,14 +29,20 @@ class Grid:
     def nearest(self, weight: torch.Tensor) -> QuantizedWeight:
         """Round a float32 weight [out, in] to the nearest codes."""
         rows, columns = weight.shape
-        groups = weight.reshape(rows, self.scales.shape[1], -1)
-        steps = groups / self.scales.float().unsqueeze(2)
+        codes = torch.empty(rows, columns, dtype=torch.uint8, device=weight.device)
+        count = max(1, _DEVICE_CHUNK // columns)
+        for start in range(0, rows, count):
+            part = slice(start, start + count)
+            steps = weight[part].reshape(-1, self.scales.shape[1], columns // self.scales.shape[1])
+            steps = steps / self.scales[part].float().unsqueeze(2)
+            if self.scheme.kind == "float":
+                steps = steps.clamp_(-FP8_MAX, FP8_MAX).to(FP8).view(torch.uint8)
+            else:
+                steps.round_().add_(self.zeros[part].float().unsqueeze(2)).clamp_(0, (1 << self.scheme.bits) - 1)
+            codes[part] = steps.view(-1, columns)
         if self.scheme.kind == "float":
-            codes = steps.clamp_(-FP8_MAX, FP8_MAX).to(FP8)
-        else:
-            steps.round_().add_(self.zeros.float().unsqueeze(2)).clamp_(0, (1 << self.scheme.bits) - 1)
-            codes = steps.to(torch.uint8)
-        return QuantizedWeight(codes.view(rows, columns), self.scales, self.zeros, self.scheme)
+            codes = codes.view(FP8)
+        return QuantizedWeight(codes, self.scales, self.zeros, self.scheme)
 
 
 @dataclass(frozen=True)

@@ -122,6 +122,7 @@ def learn_layer(
     held = order[: HELD * windows.count] if len(order) > 2 * HELD * windows.count else []
     pool = torch.tensor(order[len(held) :])
     judged = held or order[: HELD * windows.count]
+    _use(layer, found)
     before = _loss(layer, windows, judged)
     for index in range(learn.steps):
         chosen = pool[torch.randperm(len(pool), generator=generator)[: windows.count]].tolist()

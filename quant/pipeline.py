@@ -32,6 +32,8 @@ from llmkit.quant.stream import LayerStream, MicroBatch
 EXPERT_SHARE = 0.005  # an expert that saw fewer of the calibration tokens has no Hessian worth the name,
 EXPERT_TOKENS = 128  # nor has one that saw fewer than these
 
+ERROR_ROWS = 1024  # of a weight whose error is measured at once
+
 Entry = dict[str, Any]  # what the report says of a linear
 
 
@@ -89,7 +91,7 @@ def quantize_layers(
             sites = {site.name: site for row in rows if (site := site_of(row, storage.quantization)) is not None}
             run = LayerRun(index, mixed.layer(index), rows, sites, {}, set(), {})
             before = [one.before() for one in batches] if learn else []
-            _quantize_layer(run, batches, storage, algorithm, progress)
+            _quantize_layer(run, batches, storage, algorithm, progress, learn is not None)
             if learn:
                 examples = Windows(before, wanted, windows.shape[1], learn, source)
                 _learn(run, examples, batches, learn, progress)
@@ -155,7 +157,12 @@ def _round_row(site: Site, storage: Storage, device: torch.device) -> Entry:
 
 
 def _quantize_layer(
-    run: LayerRun, batches: Sequence[MicroBatch], storage: Storage, algorithm: Algorithm, progress: Progress
+    run: LayerRun,
+    batches: Sequence[MicroBatch],
+    storage: Storage,
+    algorithm: Algorithm,
+    progress: Progress,
+    learn: bool,
 ) -> None:
     """Quantize the linears of a layer, put each quantized weight in its place, and take `batches` past the layer."""
     attention, mlp = blocks(run.layer)
@@ -169,10 +176,13 @@ def _quantize_layer(
             if not algorithm.moves or (algorithm.sequential and position > 0):
                 seen |= observe(run.layer, block, names, batches, algorithm.needs)
             for name in names:
-                run.seen[name] = seen.pop(name)
-                result, entry = _quantize_linear(run, block, name, batches, algorithm)
+                figures = seen.pop(name)
+                if learn:
+                    run.seen[name] = figures
+                result, entry = _quantize_linear(run, block, name, figures, batches, algorithm)
                 linear, scheme = run.layer.linears[name], run.sites[name].scheme
-                run.dense[name] = linear.weight
+                if learn:
+                    run.dense[name] = linear.weight
                 linear.weight = result.weight.dequantize()
                 if scheme.inputs != "none":
                     linear.rounding = Rounding(scheme.kind, result.weight.input_scale)
@@ -209,11 +219,12 @@ def _quantize_linear(
     run: LayerRun,
     block: Block,
     name: str,
+    seen: Statistics,
     batches: Sequence[MicroBatch],
     algorithm: Algorithm,
 ) -> tuple[Quantized, Entry]:
     """The algorithm's codes where the inputs allow it; otherwise the nearest under searched scales, and the reason."""
-    site, dense, seen = run.sites[name], run.layer.linears[name].weight, run.seen[name]
+    site, dense = run.sites[name], run.layer.linears[name].weight
     enough = max(EXPERT_TOKENS, EXPERT_SHARE * sum(one.tokens for one in batches)) if block.routed else 1
     if algorithm.needs and seen.tokens < enough:
         reason = f"saw {seen.tokens} calibration tokens of the {int(enough)} an expert needs"
@@ -221,7 +232,7 @@ def _quantize_linear(
         result.fallback = reason
     else:
         result = algorithm.quantize(site, dense, seen)
-    error = output_error(dense, result.weight.dequantize(), seen)
+    error = output_error(dense, result.weight, seen)
     return result, _entry(site, result.method, error, seen.tokens, result.damp, result.fallback)
 
 
@@ -245,22 +256,26 @@ def _learn(run: LayerRun, examples: Windows, batches: Sequence[MicroBatch], lear
         result, entry = run.done[name]
         result.weight = weight.to("cpu")
         entry["method"] += ", learned"
-        entry["error"] = output_error(run.dense[name], run.layer.linears[name].weight, run.seen[name])
+        entry["error"] = output_error(run.dense[name], weight, run.seen[name])
     for one, before in zip(batches, examples.inputs, strict=True):
         hidden = before.hidden.to(one.step.device)
         one.hidden = run.layer(hidden, one.step.rotations, one.step.batch, one.step.cache).cpu()
 
 
-def output_error(weight: torch.Tensor, quantized: torch.Tensor, seen: Statistics) -> float:
+def output_error(weight: torch.Tensor, quantized: QuantizedWeight, seen: Statistics) -> float:
     """The share of the output's energy that is lost: tr(dW H dW') / tr(W H W'); by sampled inputs, or of the weights
-    themselves, where there is no Hessian."""
-    delta = weight - quantized
-    if seen.hessian is not None and seen.tokens:
-        energy, lost = (((t @ seen.hessian) * t).sum().item() for t in (weight, delta))
-    elif seen.sampled:
-        energy, lost = ((seen.sample @ t.T).square().sum().item() for t in (weight, delta))
-    else:
-        energy, lost = (t.square().sum().item() for t in (weight, delta))
+    themselves, where there is no Hessian. Some rows at a time."""
+    sample = seen.sample if seen.hessian is None and seen.sampled else None
+    lost = energy = 0.0
+    for start in range(0, len(weight), ERROR_ROWS):
+        rows = slice(start, start + ERROR_ROWS)
+        dense = weight[rows]
+        for index, part in enumerate((dense, dense - quantized.rows(rows).dequantize())):
+            if seen.hessian is not None and seen.tokens:
+                found = ((part @ seen.hessian) * part).sum().item()
+            else:
+                found = (part if sample is None else sample @ part.T).square().sum().item()
+            energy, lost = (energy + found, lost) if index == 0 else (energy, lost + found)
     return lost / energy if energy > 0 else 0.0
 
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
 
 from llmkit.checkpoint.errors import InputError
 from llmkit.checkpoint.formats import FORMATS, format_of, parse_quantization
@@ -394,3 +397,27 @@ def test_ignored_modules() -> None:
     assert settings.scheme_of("model.layers.0.mlp.gate") is None
     assert settings.scheme_of("model.layers.0.mlp.gate_proj") == Scheme(4, 128)
     assert settings.scheme_of("model.lm_head") == Scheme(4, 128)
+
+
+@pytest.mark.parametrize(("packer", "form"), [("autogptq", "gptq"), ("autoawq", "awq")])
+def test_what_the_original_packages_packed_is_read_bit_for_bit(packer: str, form: Format) -> None:
+    """tests/data was written by auto-gptq 0.7.1 and autoawq 0.2.9 themselves (tests/peers/*_pack.py)."""
+    file = Path(__file__).parent / "data" / f"{packer}.safetensors"
+    with safe_open(file, "pt") as handle:
+        described = handle.metadata()
+    tensors = load_file(file)
+    cases = int(described["cases"])
+    assert cases >= 5
+    for index in range(cases):
+        case = json.loads(described[f"case{index}"])
+        stored = {k.partition(".")[2]: v for k, v in tensors.items() if k.startswith(f"case{index}.")}
+        dense, scheme = stored.pop("dense"), Scheme(case["bits"], case["group_size"], case["sym"])
+        if case.get("desc_act"):
+            with pytest.raises(InputError, match="activation order"):
+                FORMATS[form].unpack(scheme, stored)
+            continue
+        weight = FORMATS[form].unpack(scheme, stored)
+        assert torch.equal(weight.dequantize(), dense), case
+        if form == "awq" or case["sym"]:
+            again = FORMATS[form].pack(scheme, weight)
+            assert all(torch.equal(again[name], stored[name]) for name in again), case

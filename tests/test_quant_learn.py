@@ -62,9 +62,9 @@ def test_the_layers_error_goes_down(tmp_path: Path, architecture: str, steps: in
         pairs = zip(outputs, targets, strict=True)
         return sum((one.hidden - two.hidden).square().sum().item() for one, two in pairs)
 
-    learn = Learn(steps=steps, tokens=96)
+    learn = Learn(steps=steps, tokens=192)
     examples = Windows(inputs, targets, 32, learn, stream)
-    assert (len(examples.places), examples.count) == (48, 3)
+    assert (len(examples.places), examples.count) == (48, 6)
     found = learn_layer(layer, weights, start, examples, learn, 0, lambda _: None)
     if steps:
         assert error(found) < 0.85 * error(start)

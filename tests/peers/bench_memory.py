@@ -1,0 +1,143 @@
+"""`make bench-memory`: peak memory of `llmkit quantize` on a checkpoint of Llama-3-8B's shape (16 GB), beside its bound.
+
+    python tests/peers/bench_memory.py [--work DIR] [--layers 32]
+
+Casts and rounding may take one tensor and 1 GiB; GPTQ and AWQ, on the first two layers, one decoder layer in float32,
+its Hessians, the calibration activations and 1.5 GiB. The weights are random; every layer has the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+from common import real_model, table
+from safetensors.torch import save_file
+
+LLAMA_3_8B = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "vocab_size": 128256,
+    "max_position_embeddings": 8192,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 500000.0,
+    "hidden_act": "silu",
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+}
+SAMPLES, LENGTH = 16, 1024
+GIB = 2**30
+# Options of `llmkit quantize`, and whether it runs the model.
+RUNS: dict[str, tuple[tuple[str, ...], bool]] = {
+    "int8": (("--method", "int8"), False),
+    "rtn": (("--method", "rtn"), False),
+    "gptq, layers 0-1": (("--method", "gptq", "--layers", "0-1"), True),
+    "awq, layers 0-1": (("--method", "awq", "--layers", "0-1"), True),
+}
+
+
+def generate(out: Path, layers: int) -> Path:
+    """Write the checkpoint, one file a layer, with SmolLM2's tokenizer (its ids are all below the vocabulary's end)."""
+    config = LLAMA_3_8B | {"num_hidden_layers": layers}
+    hidden, inner, kv = 4096, 14336, 1024
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> torch.Tensor:
+        return (torch.randn(*shape, generator=generator) * 0.02).bfloat16()
+
+    out.mkdir(parents=True)
+    files: dict[str, dict[str, torch.Tensor]] = {}
+    layer = {
+        "input_layernorm": torch.ones(hidden).bfloat16(), "post_attention_layernorm": torch.ones(hidden).bfloat16(),
+        "self_attn.q_proj": random(hidden, hidden), "self_attn.k_proj": random(kv, hidden),
+        "self_attn.v_proj": random(kv, hidden), "self_attn.o_proj": random(hidden, hidden),
+        "mlp.gate_proj": random(inner, hidden), "mlp.up_proj": random(inner, hidden),
+        "mlp.down_proj": random(hidden, inner),
+    }  # fmt: skip
+    located = {}
+    for index in range(layers):
+        named = {f"model.layers.{index}.{name}.weight": tensor for name, tensor in layer.items()}
+        files[f"model-{index + 1:05d}-of-{layers + 1:05d}.safetensors"] = named
+    ends = {
+        "model.embed_tokens.weight": random(config["vocab_size"], hidden),
+        "model.norm.weight": layer["input_layernorm"],
+    }
+    files[f"model-{layers + 1:05d}-of-{layers + 1:05d}.safetensors"] = ends | {
+        "lm_head.weight": ends["model.embed_tokens.weight"].clone()
+    }
+    for file, tensors in files.items():
+        save_file(tensors, out / file, {"format": "pt"})
+        located |= dict.fromkeys(tensors, file)
+    (out / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": located}))
+    (out / "config.json").write_text(json.dumps(config))
+    for file in real_model(out.parent).iterdir():
+        if file.name.startswith(("tokenizer", "special_tokens", "chat_template")):
+            shutil.copy(file, out / file.name)
+    return out
+
+
+def bound(calibrated: bool) -> int:
+    """Bytes that a run may take."""
+    hidden, inner, vocab = 4096, 14336, 128256
+    if not calibrated:
+        return 2 * vocab * hidden + GIB
+    layer = 4 * (hidden * (2 * hidden + 2 * 1024) + 3 * hidden * inner)
+    hessians = 4 * (3 * hidden**2 + inner**2)
+    return layer + hessians + 4 * SAMPLES * LENGTH * hidden + 3 * GIB // 2
+
+
+def peak(command: list[str]) -> tuple[int, float]:
+    """Peak resident memory of a process in bytes, and its seconds."""
+    started = time.perf_counter()
+    process = subprocess.Popen(command)
+    _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        raise SystemExit(f"{' '.join(command)} failed")
+    return usage.ru_maxrss * 1024, time.perf_counter() - started
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--work", type=Path, default=Path(".bench-memory"))
+    parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--only", default="", help="run those whose name starts with this")
+    arguments = parser.parse_args()
+    arguments.work.mkdir(parents=True, exist_ok=True)
+    source = arguments.work / "llama-8b"
+    if not source.exists():
+        generate(source, arguments.layers)
+    rows, over = [], []
+    for name, (options, calibrated) in RUNS.items():
+        if not name.startswith(arguments.only):
+            continue
+        out = arguments.work / "out"
+        shutil.rmtree(out, ignore_errors=True)
+        text = ("--samples", str(SAMPLES), "--seq-len", str(LENGTH)) if calibrated else ()
+        command = [sys.executable, "-m", "llmkit.cli.main", "quantize", str(source), *options, *text, "--no-eval"]
+        taken, seconds = peak([*command, "--quiet", "--output", str(out)])
+        rows.append([name, f"{taken / GIB:.2f}", f"{bound(calibrated) / GIB:.2f}", f"{seconds:.0f}"])
+        print(" | ".join(rows[-1]), flush=True)
+        if taken > bound(calibrated):
+            over.append(name)
+        shutil.rmtree(out)
+    print(table(("", "peak, GiB", "bound, GiB", "seconds"), rows))
+    if over:
+        raise SystemExit(f"over the bound: {', '.join(over)}")
+
+
+if __name__ == "__main__":
+    main()

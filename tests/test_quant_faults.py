@@ -1,0 +1,678 @@
+"""`quantize` under faults: killed, out of disk, disturbed, odd weights and activations. What it leaves is whole and
+finite, or nothing, with an error that says why."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from functools import cache, partial
+from pathlib import Path
+
+import faults
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file, save_file
+
+from llmkit.checkpoint.errors import InputError, OutputError, ShortageError
+from llmkit.checkpoint.manifest import verify_manifest
+from llmkit.checkpoint.progress import Progress, SilentProgress
+from llmkit.checkpoint.reading import sha256_file
+from llmkit.checkpoint.source import Checkpoint, open_checkpoint
+from llmkit.cli import main
+from llmkit.model.families import model_spec
+from llmkit.model.loader import load_model, read_parameter
+from llmkit.quant import plan, text
+from llmkit.quant.edges import edge_to, move
+from llmkit.quant.learn import Learn
+from llmkit.quant.quantize import QuantizeOptions, quantize
+from llmkit.quant.report import Report
+from llmkit.quant.stream import LayerStream
+from llmkit.runtime.engine.generate import generate
+
+Q = QuantizeOptions
+BASE = Q("rtn", samples=4, seq_len=64, eval_windows=1, device="cpu")
+METHODS = {
+    "rtn": Q("rtn"),
+    "gptq": Q("gptq"),
+    "awq": Q("awq"),
+    "int8-activations": Q("int8", activations=True),
+    "fp8-static": Q("fp8", static_activations=True),
+    "fp8-kv": Q("fp8", kv="fp8"),
+    "gptq-max": Q("gptq", effort="max"),
+    "awq-max": Q("awq", effort="max"),
+    "target-bits": Q("gptq", target_bits=6.0),
+}
+CALIBRATED = [name for name in METHODS if name != "rtn"]
+WEIGHTS = "model.safetensors"
+SILENT = SilentProgress()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def short_work() -> Iterator[None]:
+    """A little of the builtin text and a tenth of the learning: the rest would be most of the time of these tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        short = text.builtin_text()[:24_000]
+        patch.setattr(text, "builtin_text", lambda: short)
+        patch.setattr(plan, "Learn", partial(Learn, steps=20))
+        yield
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.tiny_checkpoint(tmp_path_factory.mktemp("source") / "llama")
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text(text.builtin_text()[:6000])
+    return str(path)
+
+
+def run(source: Path, out: Path, options: QuantizeOptions, progress: Progress = SILENT, **changes: object) -> Report:
+    """With BASE's settings where `options` and `changes` have none."""
+    fields = {field.name for field in dataclasses.fields(options) if getattr(options, field.name) != field.default}
+    chosen = dataclasses.replace(BASE, **({name: getattr(options, name) for name in fields} | changes))
+    return quantize(str(source), str(out), chosen, progress, generate if chosen.calibration == "self" else None)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(llama: Path, words: str) -> Callable[[str], dict[str, bytes]]:
+    """The weight files that each method gives, not evaluated."""
+
+    @cache
+    def made(method: str) -> dict[str, bytes]:
+        out = llama.parent / method
+        run(llama, out, METHODS[method], calibration=words, evaluate=False)
+        return weights(out)
+
+    return made
+
+
+def tensors(path: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor for file in sorted(path.glob("*.safetensors")) for name, tensor in load_file(file).items()}
+
+
+def weights(path: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in sorted(path.glob("*.safetensors"))}
+
+
+def changed(source: Path, path: Path, **values: Callable[[torch.Tensor], None]) -> Path:
+    """A copy of a one-file checkpoint with some tensors edited in place, by the end of their names (`_` for `.`)."""
+    shutil.copytree(source, path)
+    loaded = load_file(path / WEIGHTS)
+    for ending, edit in values.items():
+        found = [name for name in loaded if name.removesuffix(".weight").replace(".", "_").endswith(ending)]
+        assert found, ending
+        for name in found:
+            edit(loaded[name])
+    save_file(loaded, path / WEIGHTS, {"format": "pt"})
+    return path
+
+
+def assert_finite(path: Path) -> None:
+    for name, tensor in tensors(path).items():
+        assert not tensor.is_floating_point() or bool(tensor.float().isfinite().all()), name
+
+
+def assert_good(path: Path, report: Report, kl: float = 0.5) -> None:
+    """The output is complete, finite, loads, and its model is close to the source's."""
+    assert verify_manifest(path) == []
+    assert_finite(path)
+    load_model(open_checkpoint(path), torch.float32)
+    if report["quality"] is not None:
+        assert 0 <= report["quality"]["mean_kl"] < kl
+
+
+def beside(out: Path) -> set[str]:
+    """What lies next to an output and belongs to it."""
+    return {path.name for path in out.parent.glob(f"{out.name}*")}
+
+
+# Killed
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_killed_at_any_operation_it_resumes_to_the_same_bytes(
+    llama: Path, words: str, tmp_path: Path, undisturbed: Callable[[str], dict[str, bytes]], method: str
+) -> None:
+    """Two kills, one after another in the same output, each at a moment drawn from a seed."""
+    out = tmp_path / "out"
+    again = partial(run, source=llama, out=out, options=METHODS[method], calibration=words, evaluate=False)
+    total = faults.counted(tmp_path / "whole", partial(again, out=tmp_path / "whole"))
+    draw = random.Random(f"{method} 7")
+    statuses = [faults.killed_at(draw.randint(2, total - 8), out, again)]
+    assert statuses == [faults.KILLED]
+    assert not out.exists()
+    statuses.append(faults.killed_at(draw.randint(2, total // 2), out, again))
+    assert set(statuses) <= {faults.KILLED, 0}
+    if statuses[-1]:
+        assert not out.exists()
+        again()
+    assert weights(out) == undisturbed(method)
+    assert verify_manifest(out) == []
+    assert beside(out) == {"out"}
+
+
+def test_killed_at_each_of_the_last_operations_the_output_is_absent_or_complete(llama: Path, tmp_path: Path) -> None:
+    source, complete = llama, 0
+    options = dataclasses.replace(METHODS["rtn"], layers="0", keep="self_attn")
+    total = faults.counted(tmp_path / "whole", partial(run, source, tmp_path / "whole", options, evaluate=False))
+    for back in range(8):
+        out = tmp_path / f"out-{back}"
+        again = partial(run, source, out, options, evaluate=False)
+        assert faults.killed_at(total - back, out, again) == faults.KILLED
+        if out.exists():
+            complete += 1
+        else:
+            again()
+        assert weights(out) == weights(tmp_path / "whole")
+        assert verify_manifest(out) == []
+    assert 1 <= complete < 8
+
+
+def command(source: Path, out: Path, words: str, *arguments: str) -> list[str]:
+    common = ["--samples", "4", "--seq-len", "64", "--no-eval", "--device", "cpu", "--calibration", words]
+    return ["quantize", str(source), "-o", str(out), *arguments, *common]
+
+
+def started(code: list[str], arguments: list[str], out: Path, seed: int) -> subprocess.Popen[str]:
+    """A real process that has committed its first tensors, and worked on for a moment drawn from `seed`."""
+    process = subprocess.Popen([sys.executable, *code, *arguments], stderr=subprocess.PIPE, text=True)
+    journal = out.with_name(out.name + ".partial.journal")
+    deadline = time.monotonic() + 120
+    while not journal.exists() or journal.read_bytes().count(b"\n") < 2:
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+        time.sleep(0.01)
+    time.sleep(random.Random(seed).uniform(0, 0.3))
+    return process
+
+
+SLOW = """
+import time
+from llmkit.checkpoint.writer import CheckpointWriter
+from llmkit.cli import main
+commit = CheckpointWriter.commit
+CheckpointWriter.commit = lambda self: (commit(self), time.sleep(0.5))[0]
+main.main()
+"""
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "arguments"),
+    [
+        (signal.SIGKILL, -signal.SIGKILL, ["--method", "gptq", "--effort", "max"]),
+        (signal.SIGTERM, 143, ["--method", "awq"]),
+        (signal.SIGINT, 130, ["--method", "rtn"]),
+    ],
+)
+def test_a_stopped_process_leaves_nothing_under_the_name_and_resumes(
+    llama: Path, words: str, tmp_path: Path, number: int, code: int, arguments: list[str]
+) -> None:
+    out = tmp_path / "out"
+    line = command(llama, out, words, *arguments)
+    process = started(["-c", SLOW], line, out, seed=number)
+    process.send_signal(number)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == code
+    assert not out.exists()
+    if code > 0:
+        assert said.endswith(f"llmkit quantize: error: stopped. To resume: llmkit {' '.join(line)} --resume\n")
+        assert beside(out) == {"out.partial", "out.partial.journal"}
+    assert main.run([*line, "--resume"]) == 0
+    assert main.run(command(llama, tmp_path / "whole", words, *arguments)) == 0
+    assert weights(out) == weights(tmp_path / "whole")
+    assert beside(out) == {"out"}
+
+
+class Stopping(SilentProgress):
+    """Calls `act` once, when `units` units of a stage are done."""
+
+    def __init__(self, stage: str, units: int, act: Callable[[], object]) -> None:
+        self.stage, self.left, self.act, self.current = stage, units, act, ""
+
+    def start(self, stage: str, total: int, unit: str) -> None:
+        self.current = stage
+
+    def advance(self, n: int = 1, note: str = "") -> None:
+        if self.current == self.stage and n:
+            self.left -= n
+            if self.left == 0:
+                self.act()
+
+
+class InterruptedRunError(Exception):
+    pass
+
+
+def interrupt() -> None:
+    raise InterruptedRunError
+
+
+@pytest.mark.parametrize(("stage", "method"), [("check", "gptq"), ("sensitivity", "target-bits")])
+def test_what_is_printed_resumes_whenever_it_was_stopped(
+    llama: Path, words: str, tmp_path: Path, stage: str, method: str
+) -> None:
+    """The line says `--resume`, also before anything of the output is there."""
+    out = tmp_path / "out"
+    with pytest.raises(InterruptedRunError):
+        watched(llama, out, METHODS[method], stage, 1, interrupt, calibration=words, evaluate=False)
+    run(llama, out, METHODS[method], calibration=words, evaluate=False, resume=True)
+    assert_finite(out)
+
+
+def test_another_method_leaves_nothing_of_an_interrupted_search(llama: Path, words: str, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(InterruptedRunError):
+        watched(llama, out, METHODS["target-bits"], "quantize", 1, interrupt, calibration=words, evaluate=False)
+    run(llama, out, METHODS["rtn"], evaluate=False)
+    assert beside(out) == {"out"}
+
+
+@pytest.mark.parametrize(("first", "then"), [("disk", "memory"), ("memory", "disk")])
+def test_a_run_may_be_resumed_with_its_hidden_states_elsewhere(
+    llama: Path, words: str, tmp_path: Path, first: str, then: str
+) -> None:
+    """`--offload auto` decides anew what fits when the run is resumed."""
+    out, options = tmp_path / "out", METHODS["gptq-max"]
+    with pytest.raises(InterruptedRunError):
+        watched(llama, out, options, "quantize", 1, interrupt, calibration=words, evaluate=False, offload=first)
+    run(llama, out, options, calibration=words, evaluate=False, offload=then)
+    run(llama, tmp_path / "whole", options, calibration=words, evaluate=False)
+    assert weights(out) == weights(tmp_path / "whole")
+    assert {path.name for path in out.iterdir()} == {path.name for path in (tmp_path / "whole").iterdir()}
+
+
+def test_a_resumed_run_reports_the_overflows_of_the_interrupted_one(llama: Path, tmp_path: Path) -> None:
+    def large(weight: torch.Tensor) -> None:
+        weight[0, 0] = 1e6
+
+    source = changed(llama, tmp_path / "source", embed_tokens=large)
+    whole = run(source, tmp_path / "whole", Q("fp16"), evaluate=False)
+    with pytest.raises(InterruptedRunError):
+        watched(source, tmp_path / "out", Q("fp16"), "write", 5, interrupt, evaluate=False)
+    resumed = run(source, tmp_path / "out", Q("fp16"), evaluate=False)
+    assert whole["overflows"] == resumed["overflows"] == {"model.embed_tokens.weight": 1}
+
+
+def test_an_overflow_of_a_calibrated_run_is_counted_once(llama: Path, words: str, tmp_path: Path) -> None:
+    """A float16 checkpoint with one norm in float32, which is stored in float16."""
+    source = tmp_path / "source"
+    shutil.copytree(llama, source)
+    loaded = {name: tensor.half() for name, tensor in load_file(source / WEIGHTS).items()}
+    norm = "model.layers.0.input_layernorm.weight"
+    loaded[norm] = loaded[norm].float()
+    loaded[norm][3] = 1e6
+    save_file(loaded, source / WEIGHTS, {"format": "pt"})
+    report = run(source, tmp_path / "out", METHODS["gptq"], calibration=words, evaluate=False)
+    assert report["overflows"] == {norm: 1}
+
+
+# A full disk, no permission
+
+
+@pytest.mark.parametrize(
+    ("method", "named", "room"),
+    [
+        ("gptq", "", 100),
+        ("gptq", "", 100_000),
+        ("awq", WEIGHTS, 150_000),
+        ("rtn", "journal", 0),
+        ("fp8-kv", "journal", 900),
+        ("gptq", "linears", 200),
+        ("gptq-max", "hidden", 0),
+        ("int8-activations", "hidden", 100_000),
+        ("target-bits", "search", 30),
+        ("rtn", "report", 50),
+        ("awq", "llmkit.json", 1000),
+    ],
+)
+def test_a_full_disk_is_a_shortage_and_resumes_once_there_is_room(
+    llama: Path, words: str, tmp_path: Path, method: str, named: str, room: int
+) -> None:
+    offload = "disk" if named == "hidden" else "auto"
+    again = partial(run, llama, tmp_path / "out", METHODS[method], calibration=words, evaluate=False, offload=offload)
+    with pytest.raises(ShortageError, match="The disk is full"), faults.disk_with_room(room, named):
+        again()
+    assert not (tmp_path / "out").exists()
+    again()
+    run(llama, tmp_path / "whole", METHODS[method], calibration=words, evaluate=False)
+    assert weights(tmp_path / "out") == weights(tmp_path / "whole")
+    assert verify_manifest(tmp_path / "out") == []
+    assert beside(tmp_path / "out") == {"out"}
+
+
+def test_an_interrupted_run_on_a_full_disk_still_is_an_interrupted_run(llama: Path, tmp_path: Path) -> None:
+    """The error to tell is the one that came first, even if what is pending cannot be recorded."""
+
+    class Full(SilentProgress):
+        def advance(self, n: int = 1, note: str = "") -> None:
+            if note.startswith("layers.0"):
+                room.__enter__()
+                raise KeyboardInterrupt
+
+    room = faults.disk_with_room(0)
+    with pytest.raises(KeyboardInterrupt):
+        try:
+            quantize(str(llama), str(tmp_path / "out"), dataclasses.replace(BASE, evaluate=False), Full())
+        finally:
+            room.__exit__(None, None, None)
+
+
+@pytest.mark.parametrize("method", ["rtn", "target-bits"])
+def test_a_folder_that_may_not_be_written_is_a_shortage(
+    llama: Path, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    mkdir = os.mkdir
+
+    def refuse(path: str | os.PathLike[str], *arguments: int) -> None:
+        if str(path).startswith(str(tmp_path / "closed")):
+            raise PermissionError(13, "Permission denied", str(path))
+        mkdir(path, *arguments)
+
+    monkeypatch.setattr(os, "mkdir", refuse)
+    with pytest.raises(ShortageError, match="closed.* is not writable"):
+        run(llama, tmp_path / "closed" / "out", METHODS[method], calibration=words, evaluate=False)
+    monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "access", lambda path, mode: False)
+        with pytest.raises(ShortageError, match="is not writable.*Choose another output"):
+            run(llama, tmp_path / "out", METHODS[method], calibration=words, evaluate=False)
+    assert list(tmp_path.iterdir()) == []
+
+
+# Weights and activations
+
+
+@pytest.mark.parametrize("method", CALIBRATED)
+def test_nan_in_a_weight_names_tensor_and_count(llama: Path, words: str, tmp_path: Path, method: str) -> None:
+    def spoil(weight: torch.Tensor) -> None:
+        weight[0, :3] = torch.nan
+
+    source = changed(llama, tmp_path / "source", layers_1_mlp_up_proj=spoil)
+    message = r"tensor model\.layers\.1\.mlp\.up_proj\.weight holds 3 NaN and 0 infinite values of 8192"
+    with pytest.raises(InputError, match=message) as caught:
+        run(source, tmp_path / "out", METHODS[method], calibration=words, evaluate=False)
+    assert caught.value.exit_code == 3
+    assert beside(tmp_path / "out") == set()
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("evaluate", [False, True])
+def test_activations_that_overflow_are_an_error_or_leave_finite_scales(
+    llama: Path, words: str, tmp_path: Path, method: str, evaluate: bool
+) -> None:
+    """Finite weights of 1e38 whose products are infinite. The report stays JSON, without NaN."""
+
+    def huge(weight: torch.Tensor) -> None:
+        weight[:4] = 1e38
+
+    source = changed(llama, tmp_path / "source", layers_0_mlp_down_proj=huge, layers_0_mlp_up_proj=huge)
+    out = tmp_path / "out"
+    try:
+        run(source, out, METHODS[method], calibration=words, evaluate=evaluate)
+    except InputError as error:
+        assert "finite" in str(error)
+        assert not out.exists()
+        return
+    assert_finite(out)
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} in the report")
+
+    json.loads((out / "llmkit_report.json").read_text(), parse_constant=refuse)
+
+
+def zero(weight: torch.Tensor) -> None:
+    weight[..., 5] = 0
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_channels_without_a_signal(llama: Path, words: str, tmp_path: Path, method: str) -> None:
+    source = changed(
+        llama, tmp_path / "source", embed_tokens=zero, input_layernorm=zero, layers_1_post_attention_layernorm=zero
+    )
+    report = run(source, tmp_path / "out", METHODS[method], calibration=words)
+    assert_good(tmp_path / "out", report)
+
+
+def odd_rows(weight: torch.Tensor) -> None:
+    weight[1] = 0.25
+    weight[2] = -0.375
+    weight[3] = 0
+    weight[4, 7] = 30.0
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_constant_zero_and_outlying_rows_stay_finite(llama: Path, words: str, tmp_path: Path, method: str) -> None:
+    names = ("q_proj", "v_proj", "o_proj", "up_proj", "down_proj")
+    source = changed(llama, tmp_path / "source", **dict.fromkeys(names, odd_rows))
+    report = run(source, tmp_path / "out", METHODS[method], calibration=words)
+    assert_good(tmp_path / "out", report, kl=5.0)
+
+
+@pytest.mark.parametrize(
+    ("options", "least"),
+    [
+        (METHODS["gptq"], 0.01),
+        (METHODS["awq"], 0.01),
+        (METHODS["fp8-kv"], 0.01),
+        (METHODS["int8-activations"], 0.01),
+        (Q("rtn", symmetric=False), 0.01),
+        (Q("rtn"), 1 / 15),  # its 15 steps span [-c, c] and leave c half a step outside
+    ],
+)
+def test_constant_rows_keep_their_value(tmp_path: Path, words: str, options: QuantizeOptions, least: float) -> None:
+    """In OLMo 2, where no norm comes before a projection that scales could move into."""
+    source = changed(tiny.tiny_checkpoint(tmp_path / "olmo", "olmo2"), tmp_path / "source", q_proj=odd_rows)
+    run(source, tmp_path / "out", options, calibration=words, evaluate=False)
+    checkpoint = open_checkpoint(tmp_path / "out")
+    for row in LayerStream.of(checkpoint, model_spec(checkpoint.config)).rows(0):
+        if row.module == "layers.0.attn.qkv":
+            dense = read_parameter(checkpoint, row, torch.float32)
+            assert ((dense[1] / 0.25 - 1).abs() <= least + 1e-3).all()
+            assert ((dense[2] / -0.375 - 1).abs() <= least + 1e-3).all()
+            assert not dense[3].any()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_tied_embeddings_stay_tied(tmp_path: Path, words: str, method: str) -> None:
+    source = tiny.tiny_checkpoint(tmp_path / "source", "llama", num_hidden_layers=1, tie_word_embeddings=True)
+    report = run(source, tmp_path / "out", METHODS[method], calibration=words)
+    assert_good(tmp_path / "out", report)
+    assert not [name for name in tensors(tmp_path / "out") if "lm_head" in name]
+
+
+# Algorithms and their originals
+
+
+@pytest.fixture(scope="module")
+def structured(llama: Path) -> Path:
+    """A model whose inputs have structure: few directions of the embedding carry most of the signal."""
+    generator = torch.Generator().manual_seed(5)
+    embedding = torch.randn(tiny.VOCAB, 12, generator=generator) @ torch.randn(12, 64, generator=generator) * 0.3
+
+    def embed(weight: torch.Tensor) -> None:
+        weight.copy_(embedding)
+
+    def sharpen(weight: torch.Tensor) -> None:
+        weight.mul_(3)
+
+    return changed(llama, llama.parent / "structured", embed_tokens=embed, lm_head=sharpen)
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq", "gptq-max", "awq-max"])
+def test_a_calibrated_method_beats_rounding_and_leaves_its_source_alone(
+    structured: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    opened = open_checkpoint(structured)
+    monkeypatch.setattr(plan, "open_checkpoint", lambda _: opened)
+    before = sha256_file(structured / WEIGHTS)
+    runs = [run(structured, tmp_path / name, METHODS[method], samples=16, seq_len=128, eval_windows=4) for name in "ab"]
+    assert weights(tmp_path / "a") == weights(tmp_path / "b")
+    assert sha256_file(structured / WEIGHTS) == before
+    rounded = run(structured, tmp_path / "rtn", Q("rtn", format=runs[0]["format"]), eval_windows=4)
+    assert rounded["schemes"][0]["label"] == runs[0]["schemes"][0]["label"]
+    assert runs[0]["quality"]["mean_kl"] == runs[1]["quality"]["mean_kl"] < rounded["quality"]["mean_kl"]
+
+
+# A disturbed run
+
+
+def edit_weights(source: Path) -> None:
+    loaded = load_file(source / WEIGHTS)
+    loaded["model.layers.1.mlp.up_proj.weight"] *= 2
+    save_file(loaded, source / WEIGHTS, {"format": "pt"})
+
+
+def edit_config(source: Path) -> None:
+    config = json.loads((source / "config.json").read_text())
+    config["rope_theta"] = 5000.0
+    (source / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize("stage", ["check", "quantize", "evaluate"])
+@pytest.mark.parametrize(("edit", "file"), [(edit_weights, WEIGHTS), (edit_config, "config.json")])
+def test_a_source_that_changes_during_the_run_is_an_error(
+    llama: Path, words: str, tmp_path: Path, stage: str, edit: Callable[[Path], None], file: str
+) -> None:
+    source = Path(shutil.copytree(llama, tmp_path / "source"))
+    with pytest.raises(InputError, match=file.replace(".", r"\.")):
+        watched(source, tmp_path / "out", METHODS["gptq"], stage, 1, partial(edit, source), calibration=words)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("edit", [edit_weights, edit_config])
+def test_a_source_that_changed_before_it_is_resumed_starts_afresh(
+    llama: Path, words: str, tmp_path: Path, edit: Callable[[Path], None]
+) -> None:
+    source, options = Path(shutil.copytree(llama, tmp_path / "source")), METHODS["gptq"]
+    with pytest.raises(InterruptedRunError):
+        watched(source, tmp_path / "out", options, "quantize", 1, interrupt, calibration=words, evaluate=False)
+    edit(source)
+    run(source, tmp_path / "out", options, calibration=words, evaluate=False)
+    run(source, tmp_path / "fresh", options, calibration=words, evaluate=False)
+    assert weights(tmp_path / "out") == weights(tmp_path / "fresh")
+    manifest = json.loads((tmp_path / "out" / "llmkit.json").read_text())
+    assert manifest["source"]["files"] == {name: sha256_file(source / name) for name in ("config.json", WEIGHTS)}
+
+
+@pytest.mark.parametrize("method", ["gptq", "target-bits"])
+def test_a_second_run_at_the_same_output_is_refused_with_the_pid_of_the_first(
+    llama: Path, words: str, tmp_path: Path, method: str
+) -> None:
+    out, options = tmp_path / "out", METHODS[method]
+    refusals = []
+
+    def second() -> None:
+        with pytest.raises(OutputError, match=rf"being written by another run \(process {first}\)") as caught:
+            run(llama, out, options, calibration=words, evaluate=False, seed=1)
+        assert caught.value.exit_code == 5
+
+    def start() -> None:
+        refusals.append(faults.forked(second))
+
+    first = os.getpid()
+    watched(llama, out, options, "quantize", 1, start, calibration=words, evaluate=False)
+    run(llama, tmp_path / "whole", options, calibration=words, evaluate=False)
+    assert refusals == [0]
+    assert weights(out) == weights(tmp_path / "whole")
+    assert beside(out) == {"out"}
+
+
+# Seeds
+
+
+@pytest.mark.parametrize("method", [*CALIBRATED, "self"])
+def test_the_seed_decides_the_bytes(llama: Path, words: str, tmp_path: Path, method: str) -> None:
+    options = METHODS.get(method, Q("gptq", calibration="self"))
+    for name, seed in (("a", 0), ("b", 0), ("other", 1)):
+        source = words if options.calibration != "self" else "self"
+        run(llama, tmp_path / name, options, calibration=source, evaluate=False, samples=2, seed=seed)
+    assert weights(tmp_path / "a") == weights(tmp_path / "b")
+    if method != "fp8-kv":
+        assert weights(tmp_path / "a") != weights(tmp_path / "other")
+
+
+# Architectures
+
+ARCHITECTURES: dict[str, dict[str, object]] = {
+    "llama": {"num_key_value_heads": 4, "attention_bias": True, "mlp_bias": True},
+    "mistral": {},
+    "qwen2": {},
+    "qwen3": {},
+    "phi3": {},
+    "gemma2": {},
+    "gemma3_text": {},
+    "granite": {"residual_multiplier": 0.4},
+    "olmo2": {},
+    "smollm3": {},
+    "mixtral": {},
+    "qwen3_moe": {},
+}
+EDGES = {"llama": 4, "olmo2": 2, "mixtral": 2 + 4, "qwen3_moe": 2 + 4}
+
+
+@pytest.fixture(scope="module")
+def families(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    folder = tmp_path_factory.mktemp("families")
+
+    def made(architecture: str) -> Path:
+        path = folder / architecture
+        if not path.exists():
+            tiny.tiny_checkpoint(path, architecture, num_hidden_layers=1, **ARCHITECTURES[architecture])
+        return path
+
+    return made
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_moving_scales_does_not_change_what_a_layer_computes(
+    families: Callable[[str], Path], architecture: str
+) -> None:
+    checkpoint: Checkpoint = open_checkpoint(families(architecture))
+    spec = model_spec(checkpoint.config)
+    stream = LayerStream.of(checkpoint, spec)
+    draw = torch.Generator().manual_seed(3)
+    step = stream.step(2, 24)
+    hidden = torch.randn(48, spec.hidden, generator=draw)
+
+    def update(layer: object) -> torch.Tensor:
+        assert callable(layer)
+        return layer(hidden, step.rotations, step.batch, step.cache) - hidden
+
+    together = stream.layer(0)
+    wanted = update(together)
+    edges = [edge for row in stream.rows(0) if row.linear and (edge := edge_to(spec, together, row)) is not None]
+    assert len(edges) == EDGES.get(architecture, 4)
+    for edge in edges:
+        outputs = spec.hidden if edge.rows is None else len(together.linears[edge.source].weight[edge.rows])
+        scales = torch.rand(outputs, generator=draw) * 1.5 + 0.5
+        dtypes = dict.fromkeys((f"{edge.source}.weight", f"{edge.source}.bias"), torch.float32)
+        alone = stream.layer(0)
+        for layer in (alone, together):
+            weight = layer.linears[edge.linear].weight.clone()
+            used = move(layer, edge, scales, dtypes)
+            torch.testing.assert_close(layer.linears[edge.linear].weight, weight * used)
+            torch.testing.assert_close(used, edge.per_input(scales), rtol=1e-4, atol=1e-5)
+            difference = (update(layer) - wanted).abs().max()
+            assert difference <= 1e-4 * wanted.abs().max(), (edge, difference)
+    assert torch.equal(update(stream.layer(0)), wanted), "the source was edited"
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("method", ["awq", "int8-activations", "gptq-max", "fp8-kv"])
+def test_every_architecture_stays_close(
+    families: Callable[[str], Path], tmp_path: Path, words: str, architecture: str, method: str
+) -> None:
+    report = run(families(architecture), tmp_path / "out", METHODS[method], calibration=words)
+    assert_good(tmp_path / "out", report)
