@@ -61,7 +61,7 @@ def quantize_block_triton(
     padded = 1 << (rows - 1).bit_length()
     with torch.cuda.device_of(weight):
         _quantize_block[grid](
-            weight, columns, scales, zeros, steps, errors, rows, width, top, padded, _TILE, enable_fp_fusion=True
+            weight, columns, scales, zeros, steps, errors, width, top, rows, padded, _TILE, enable_fp_fusion=True
         )
     return steps, errors
 
@@ -69,22 +69,22 @@ def quantize_block_triton(
 @jit
 def _quantize_block(
     weight: tl.tensor, columns: tl.tensor, scales: tl.tensor, zeros: tl.tensor, steps: tl.tensor, errors: tl.tensor,
-    rows: tl.tensor, width: tl.tensor, TOP: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
+    width: tl.tensor, TOP: tl.constexpr, B: tl.constexpr, PADDED: tl.constexpr, TILE: tl.constexpr,
 ) -> None:  # fmt: skip
     """TILE outputs. A column is corrected by all errors before it when its turn comes: one product with U's column.
 
     So the tile of errors is all that stays in registers, and the loads of the columns to come run ahead. columns:
-    float32 [rows, rows], U transposed; ROWS: `rows` or the next power of two.
+    float32 [B, B], U transposed; PADDED: B or the next power of two.
     """
-    row = tl.arange(0, ROWS)
+    row = tl.arange(0, PADDED)
     output = tl.program_id(0) * TILE + tl.arange(0, TILE)
     inside = output < width
-    found = tl.zeros((ROWS, TILE), tl.float32)  # the errors so far; zero from the current column on
-    for i in tl.range(0, rows, num_stages=3):
+    found = tl.zeros((PADDED, TILE), tl.float32)  # the errors so far; zero from the current column on
+    for i in tl.range(0, B, num_stages=3):
         at = i * width + output
         scale = tl.load(scales + at, mask=inside, other=1.0)
         zero = tl.load(zeros + at, mask=inside, other=0.0)
-        spread = tl.load(columns + i * rows + row, mask=row < i, other=0.0)
+        spread = tl.load(columns + i * B + row, mask=row < i, other=0.0)
         value = tl.load(weight + at, mask=inside, other=0.0) - tl.sum(found * spread[:, None], axis=0)
         # Adding and subtracting 1.5 * 2^23 quanta rounds a float32 to a multiple of the quantum, ties to even.
         step = tl.div_rn(value, scale)
@@ -96,7 +96,7 @@ def _quantize_block(
         else:
             step = (tl.clamp(step, -512.0, 512.0) + 12582912.0) - 12582912.0  # within reach of the trick
             step = tl.clamp(step + zero, 0.0, TOP * 1.0)
-        error = tl.div_rn(value - (step - zero) * scale, tl.load(columns + i * rows + i))
+        error = tl.div_rn(value - (step - zero) * scale, tl.load(columns + i * B + i))
         tl.store(steps + at, step, mask=inside)
         tl.store(errors + at, error, mask=inside)
         found = tl.where((row == i)[:, None], error[None, :], found)

@@ -1,4 +1,4 @@
-"""What every calibrated method has in common: it may move scales across an edge, and it makes codes of a weight."""
+"""What calibrated methods are made of: scales moved across an edge, codes made of a weight, rounding learnt."""
 
 from __future__ import annotations
 
@@ -33,23 +33,52 @@ class Quantized:
     fallback: str | None = None  # why it was not quantized by the method asked for
 
 
-class Algorithm(Protocol):
-    """How a calibrated method treats one linear layer. `seen` are the figures of its inputs; no argument is changed."""
+class Mover(Protocol):
+    """Finds scales to move from a linear's inputs into its weight. `seen` are the figures of its inputs; no argument
+    is changed."""
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        """What statistics have to keep."""
+
+    def scales(self, site: Site, edge: Edge, weight: torch.Tensor, seen: Statistics) -> torch.Tensor | None:
+        """Scales, one per output of the edge's source, to move into the weight [out, in]; None to leave it alone."""
+
+
+class Coder(Protocol):
+    """Makes codes of a weight. `seen` are the figures of its inputs; no argument is changed."""
 
     @property
     def needs(self) -> frozenset[Need]:
         """What statistics have to keep; nothing when the inputs need not be seen."""
 
     @property
-    def moves(self) -> bool:
-        """Whether `scales` may return any."""
-
-    @property
     def sequential(self) -> bool:
         """Whether the inputs of `o` and `down` are seen again once what comes before them is quantized."""
 
-    def scales(self, site: Site, edge: Edge, weight: torch.Tensor, seen: Statistics) -> torch.Tensor | None:
-        """Scales, one per output of the edge's source, to move into the weight [out, in]; None to leave it alone."""
-
     def quantize(self, site: Site, weight: torch.Tensor, seen: Statistics) -> Quantized:
         """The codes of the weight [out, in]."""
+
+
+@dataclass(frozen=True)
+class Learn:
+    """How long and how fast the rounding of a layer is learnt (see `llmkit.quant.learn`)."""
+
+    steps: int = 100
+    tokens: int = 1024  # of a step, at least one window
+    rounding_rate: float = 1.0  # a weight can move by this many codes in all, over 2
+    scale_rate: float = 0.05  # and a scale by this share, over 2
+
+
+@dataclass(frozen=True)
+class Algorithm:
+    """What a calibrated run does to every linear layer, in this order."""
+
+    coder: Coder
+    mover: Mover | None = None
+    learn: Learn | None = None
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        """What statistics have to keep."""
+        return self.coder.needs | (self.mover.needs if self.mover else frozenset())

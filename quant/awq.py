@@ -11,7 +11,6 @@ import torch
 
 from llmkit.quant.algorithm import Quantized, Site
 from llmkit.quant.edges import Edge
-from llmkit.quant.gptq import Gptq
 from llmkit.quant.grid import Grid, fit_grid, full_range, range_grid
 from llmkit.quant.smoothquant import normalized
 from llmkit.quant.statistics import Need, Statistics
@@ -21,14 +20,11 @@ CLIPS = tuple(1.0 - 0.05 * step for step in range(10))
 
 
 @dataclass(frozen=True)
-class Awq:
-    """The method `awq`."""
+class AwqScales:
+    """Which columns to scale up, and by how much."""
 
     ratios: int = 20  # tried of s = |x|^r / |w|^(1-r), next to no scaling at all
-    clip: bool = True
     needs: frozenset[Need] = frozenset({"hessian"})
-    moves: bool = True
-    sequential: bool = False
 
     def scales(self, site: Site, edge: Edge, weight: torch.Tensor, seen: Statistics) -> torch.Tensor | None:
         """The scales of least output error; None when none is better than no scaling."""
@@ -50,25 +46,19 @@ class Awq:
                 best, least = scales, loss
         return best
 
-    def quantize(self, site: Site, weight: torch.Tensor, seen: Statistics) -> Quantized:
-        """The nearest codes, in ranges clipped where that lowers the output error."""
-        assert seen.hessian is not None
-        grid = fit_grid(weight, site.scheme, site.dtype)
-        if self.clip:
-            grid = clipped(weight, seen.hessian, grid, kept_rows(site))
-        return Quantized(grid.nearest(weight), "awq")
-
 
 @dataclass(frozen=True)
-class AwqGptq(Awq):
-    """AWQ's scales, then GPTQ's codes."""
+class Clipped:
+    """The nearest codes, in ranges clipped where that lowers the output error."""
 
-    then: Gptq = Gptq()  # noqa: RUF009 - frozen
-    sequential: bool = True
+    needs: frozenset[Need] = frozenset({"hessian"})
+    sequential: bool = False
 
     def quantize(self, site: Site, weight: torch.Tensor, seen: Statistics) -> Quantized:
-        """GPTQ on the scaled weight."""
-        return self.then.quantize(site, weight, seen)
+        """Clip and round."""
+        assert seen.hessian is not None
+        grid = clipped(weight, seen.hessian, fit_grid(weight, site.scheme, site.dtype), kept_rows(site))
+        return Quantized(grid.nearest(weight), "awq")
 
 
 def kept_rows(site: Site) -> int:

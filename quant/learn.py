@@ -9,26 +9,16 @@ for where that is possible. Legend: `out` rows, `in` columns, `G` groups along `
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 
 from llmkit.checkpoint.quantized import QuantizedWeight
 from llmkit.model.decoder import DecoderLayer
+from llmkit.quant.algorithm import Learn
 from llmkit.quant.stream import LayerStream, MicroBatch
 
 HELD = 2  # steps' worth of windows that the result is judged on
 INSIDE = 0.45  # of a code's cell: how far from its middle a weight may start, so that gradients can move it out
-
-
-@dataclass(frozen=True)
-class Learn:
-    """How long and how fast to learn."""
-
-    steps: int = 200
-    tokens: int = 1024  # of a step, at least one window
-    rounding_rate: float = 1.0  # a weight can move by this many codes in all, over 2
-    scale_rate: float = 0.05  # and a scale by this share, over 2
 
 
 class Learned:

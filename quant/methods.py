@@ -16,8 +16,8 @@ from llmkit.checkpoint.quantized import Format, QuantizationConfig, Scheme
 from llmkit.checkpoint.safetensors_header import DTYPES
 from llmkit.model.layout import Parameter, parameters
 from llmkit.model.spec import ModelSpec
-from llmkit.quant.algorithm import Algorithm
-from llmkit.quant.awq import Awq, AwqGptq
+from llmkit.quant.algorithm import Algorithm, Learn
+from llmkit.quant.awq import AwqScales, Clipped
 from llmkit.quant.gptq import Gptq
 from llmkit.quant.grid import FULL_SEARCH
 from llmkit.quant.nearest import Nearest
@@ -66,6 +66,7 @@ class Choice:
     static_activations: bool = False  # fp8: with one fixed scale
     kv: Literal["", "fp8", "int8"] = ""
     mixed: bool = False  # several numbers of bits in one checkpoint
+    effort: Effort = "normal"
 
     @property
     def entry(self) -> Method:
@@ -141,23 +142,28 @@ class Choice:
     @property
     def calibrated(self) -> bool:
         """Whether the model has to be run on calibration text."""
-        return (
+        quantized = bool(self.entry.formats) and self.method != "rtn"
+        return bool(
             self.entry.calibrated
-            or self.static_activations
-            or bool(self.kv)
             or (self.activations and self.method == "int8")
+            or self.static_activations
+            or self.kv
+            or (quantized and self.effort == "max")
         )
 
-    def algorithm(self, effort: Effort, damp: float) -> Algorithm:
+    def algorithm(self, damp: float) -> Algorithm:
         """How the layers of a calibrated run are quantized."""
-        gptq = Gptq(damp, None if effort == "fast" else FULL_SEARCH)
+        best, fast = self.effort == "max", self.effort == "fast"
+        gptq = Gptq(damp, FULL_SEARCH if self.entry.grouped and not fast else None)
         if self.method == "gptq":
-            return AwqGptq(then=gptq) if effort == "max" else gptq
+            return Algorithm(gptq, AwqScales(), Learn()) if best else Algorithm(gptq)
         if self.method == "awq":
-            return AwqGptq(then=gptq) if effort == "max" else Awq(*((5, False) if effort == "fast" else ()))
-        if self.method == "int8" and self.activations:
-            return SmoothQuant()
-        return Nearest(needs=frozenset({"magnitudes"})) if self.static_activations else Nearest()
+            if best:
+                return Algorithm(gptq, AwqScales(), Learn())
+            return Algorithm(Nearest(), AwqScales(5)) if fast else Algorithm(Clipped(), AwqScales())
+        nearest = Nearest(needs=frozenset({"magnitudes"})) if self.static_activations else Nearest()
+        coder = gptq if best and self.method in ("int8", "fp8") else nearest
+        return Algorithm(coder, SmoothQuant() if self.method == "int8" and self.activations else None)
 
 
 def quantization_of(spec: ModelSpec, choice: Choice, keep: Sequence[str] = ()) -> QuantizationConfig | None:

@@ -18,13 +18,13 @@ from llmkit.model.decoder import DecoderLayer
 from llmkit.model.layout import Parameter, parameters
 from llmkit.model.linear import Rounding
 from llmkit.model.loader import kv_scales, scheme_of
-from llmkit.quant.algorithm import Algorithm, Quantized, Site
+from llmkit.quant.algorithm import Algorithm, Learn, Mover, Quantized, Site
 from llmkit.quant.calibrate import Block, blocks, largest_kv, observe
 from llmkit.quant.edges import edge_to, move
 from llmkit.quant.grid import FULL_SEARCH, round_to_nearest
-from llmkit.quant.learn import Learn, Windows, learn_layer
+from llmkit.quant.learn import Windows, learn_layer
 from llmkit.quant.methods import scale_dtype
-from llmkit.quant.nearest import Nearest
+from llmkit.quant.nearest import Nearest, fixed_scale
 from llmkit.quant.statistics import Statistics
 from llmkit.quant.storage import Storage, row_chunks
 from llmkit.quant.stream import LayerStream, MicroBatch
@@ -61,7 +61,6 @@ def quantize_layers(
     algorithm: Algorithm,
     progress: Progress,
     offload: Path | None = None,
-    learn: Learn | None = None,
 ) -> list[Entry]:
     """Quantize every decoder layer, calibrated on token windows [n, L]; commit after each layer.
 
@@ -74,7 +73,7 @@ def quantize_layers(
         return storage.as_stored(row, source.device) if storage.scheme(row) is None else source.read(row)
 
     mixed = LayerStream(source.spec, read, source.device)
-    recorded = storage.recorded()
+    recorded, learn = storage.recorded(), algorithm.learn
     linears: list[Entry] = []
     progress.start("quantize", len(source.spec.layers), "layers")
     batches = written.embed(windows, folder=offload)
@@ -91,7 +90,7 @@ def quantize_layers(
             sites = {site.name: site for row in rows if (site := site_of(row, storage.quantization)) is not None}
             run = LayerRun(index, mixed.layer(index), rows, sites, {}, set(), {})
             before = [one.before() for one in batches] if learn else []
-            _quantize_layer(run, batches, storage, algorithm, progress, learn is not None)
+            _quantize_layer(run, batches, storage, algorithm, progress)
             if learn:
                 examples = Windows(before, wanted, windows.shape[1], learn, source)
                 _learn(run, examples, batches, learn, progress)
@@ -162,26 +161,25 @@ def _quantize_layer(
     storage: Storage,
     algorithm: Algorithm,
     progress: Progress,
-    learn: bool,
 ) -> None:
     """Quantize the linears of a layer, put each quantized weight in its place, and take `batches` past the layer."""
     attention, mlp = blocks(run.layer)
     _calibrate_kv(run, attention, batches, storage)
     for block in (attention, mlp):
         seen: dict[str, Statistics] = {}
-        if algorithm.moves:
-            seen = _move_scales(run, block, batches, storage, algorithm)
+        if algorithm.mover:
+            seen = _move_scales(run, block, batches, storage, algorithm, algorithm.mover)
         for position, stage in enumerate(block.stages):
             names = [name for name in stage if name in run.sites]
-            if not algorithm.moves or (algorithm.sequential and position > 0):
+            if not algorithm.mover or (algorithm.coder.sequential and position > 0):
                 seen |= observe(run.layer, block, names, batches, algorithm.needs)
             for name in names:
                 figures = seen.pop(name)
-                if learn:
+                if algorithm.learn:
                     run.seen[name] = figures
                 result, entry = _quantize_linear(run, block, name, figures, batches, algorithm)
                 linear, scheme = run.layer.linears[name], run.sites[name].scheme
-                if learn:
+                if algorithm.learn:
                     run.dense[name] = linear.weight
                 linear.weight = result.weight.dequantize()
                 if scheme.inputs != "none":
@@ -193,9 +191,14 @@ def _quantize_layer(
 
 
 def _move_scales(
-    run: LayerRun, block: Block, batches: Sequence[MicroBatch], storage: Storage, algorithm: Algorithm
+    run: LayerRun,
+    block: Block,
+    batches: Sequence[MicroBatch],
+    storage: Storage,
+    algorithm: Algorithm,
+    mover: Mover,
 ) -> dict[str, Statistics]:
-    """Let the algorithm move scales into the block's linears; the statistics of their inputs afterwards."""
+    """Let `mover` move scales into the block's linears; the statistics of their inputs afterwards."""
     names = [name for stage in block.stages for name in stage if name in run.sites]
     seen = observe(run.layer, block, names, batches, algorithm.needs)
     dtypes = {
@@ -208,7 +211,7 @@ def _move_scales(
         # A linear that stays in 16 bits would be rounded anew: what feeds the edge has to be quantized, or a norm.
         if edge is None or seen[name].tokens == 0 or (edge.rows is not None and edge.source not in run.sites):
             continue
-        scales = algorithm.scales(run.sites[name], edge, run.layer.linears[name].weight, seen[name])
+        scales = mover.scales(run.sites[name], edge, run.layer.linears[name].weight, seen[name])
         if scales is not None:
             seen[name].divide(move(run.layer, edge, scales, dtypes))
             run.changed.add(f"{edge.source}.{'weight' if edge.rows is None else 'bias'}")
@@ -231,7 +234,9 @@ def _quantize_linear(
         result = Nearest(FULL_SEARCH).quantize(site, dense, seen)
         result.fallback = reason
     else:
-        result = algorithm.quantize(site, dense, seen)
+        result = algorithm.coder.quantize(site, dense, seen)
+    if site.scheme.inputs == "tensor":
+        result.weight.input_scale = fixed_scale(seen)
     error = output_error(dense, result.weight, seen)
     return result, _entry(site, result.method, error, seen.tokens, result.damp, result.fallback)
 

@@ -25,7 +25,6 @@ from llmkit.model.spec import ModelSpec
 from llmkit.quant import memory
 from llmkit.quant.algorithm import Algorithm
 from llmkit.quant.engines import check_engine
-from llmkit.quant.learn import Learn
 from llmkit.quant.methods import Choice, Effort, Method, kept_modules, mixed, quantization_of
 from llmkit.quant.storage import planned_tensors, stored_dtype
 from llmkit.quant.text import BUILTIN
@@ -71,7 +70,7 @@ class QuantizeOptions:
         """What they say of how weights are stored."""
         return Choice(
             self.method, self.bits, self.group_size, self.format, self.symmetric, self.activations,
-            self.static_activations, self.kv, self.mixed,
+            self.static_activations, self.kv, self.mixed, self.effort,
         )  # fmt: skip
 
     @property
@@ -156,12 +155,7 @@ class Plan:
     @property
     def algorithm(self) -> Algorithm:
         """How the layers of a calibrated run are quantized."""
-        return self.options.choice.algorithm(self.options.effort, self.options.damp)
-
-    @property
-    def learn(self) -> Learn | None:
-        """How the rounding is learnt on top."""
-        return Learn() if self.options.effort == "max" and self.method.grouped and self.method.calibrated else None
+        return self.options.choice.algorithm(self.options.damp)
 
     def with_bits(self, bits: Mapping[str, int]) -> Plan:
         """The plan with other bits for some linears, by runtime module."""

@@ -274,9 +274,7 @@ def _convert(
         folder = partial_path(plan.out) / HIDDEN
         with writing(folder):
             (folder / "wanted").mkdir(parents=True, exist_ok=True)
-    linears = quantize_layers(
-        source, _written(plan, storage), calibration, storage, plan.algorithm, progress, folder, plan.learn
-    )
+    linears = quantize_layers(source, _written(plan, storage), calibration, storage, plan.algorithm, progress, folder)
     if folder is not None:
         shutil.rmtree(folder)
     return linears

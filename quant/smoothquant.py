@@ -14,18 +14,16 @@ from llmkit.kernels.rounding import round_tokens
 from llmkit.quant.algorithm import Site
 from llmkit.quant.edges import Edge
 from llmkit.quant.grid import round_to_nearest
-from llmkit.quant.nearest import Nearest
 from llmkit.quant.statistics import Need, Statistics
 
 ALPHAS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 
 
 @dataclass(frozen=True)
-class SmoothQuant(Nearest):
-    """The method `int8 --activations`."""
+class SmoothQuant:
+    """The scales of `int8 --activations`."""
 
     needs: frozenset[Need] = frozenset({"sample"})
-    moves: bool = True
 
     def scales(self, site: Site, edge: Edge, weight: torch.Tensor, seen: Statistics) -> torch.Tensor | None:
         """The scales of least error of the rounded product; None when scaling does not help."""

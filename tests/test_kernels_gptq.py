@@ -65,8 +65,8 @@ def test_the_kernel_rounds_as_torch_does(top: int, on_triton: list[Result]) -> N
 @pytest.mark.parametrize("top", TOPS)
 def test_the_kernel_compiles_for_hopper(top: int, tmp_path: Path) -> None:
     tensors = ("weight", "columns", "scales", "zeros", "steps", "errors")
-    arguments = dict.fromkeys(tensors, "*fp32") | dict.fromkeys(("rows", "width"), "i32")
-    constants = {"TOP": top, "ROWS": 128, "TILE": 32}
+    arguments = dict.fromkeys(tensors, "*fp32") | {"width": "i32"}
+    constants = {"TOP": top, "B": 128, "PADDED": 128, "TILE": 32}
     compiled = compiled_for_hopper(gptq._quantize_block, arguments, constants, tmp_path)
     assert compiled.stack_bytes == 0
     assert compiled.shared_bytes <= HOPPER_SHARED_BYTES

@@ -3,7 +3,6 @@ finite, or nothing, with an error that says why."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import random
@@ -13,8 +12,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, suppress
+from dataclasses import fields, replace
 from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 import faults
 import pytest
@@ -27,12 +29,14 @@ from llmkit.checkpoint.manifest import verify_manifest
 from llmkit.checkpoint.progress import Progress, SilentProgress
 from llmkit.checkpoint.reading import sha256_file
 from llmkit.checkpoint.source import Checkpoint, open_checkpoint
+from llmkit.checkpoint.writer import CheckpointWriter, PlannedTensor
 from llmkit.cli import main
 from llmkit.model.families import model_spec
 from llmkit.model.loader import load_model, read_parameter
-from llmkit.quant import plan, text
+from llmkit.quant import pipeline, plan, text
+from llmkit.quant.algorithm import Learn
 from llmkit.quant.edges import edge_to, move
-from llmkit.quant.learn import Learn
+from llmkit.quant.learn import learn_layer
 from llmkit.quant.quantize import QuantizeOptions, quantize
 from llmkit.quant.report import Report
 from llmkit.quant.stream import LayerStream
@@ -54,6 +58,11 @@ METHODS = {
 CALIBRATED = [name for name in METHODS if name != "rtn"]
 WEIGHTS = "model.safetensors"
 SILENT = SilentProgress()
+Undisturbed = Callable[[str], dict[str, bytes]]
+
+
+def learn_briefly(*arguments: Any) -> Any:
+    return learn_layer(*(replace(one, steps=20) if isinstance(one, Learn) else one for one in arguments))
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -62,7 +71,7 @@ def short_work() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         short = text.builtin_text()[:24_000]
         patch.setattr(text, "builtin_text", lambda: short)
-        patch.setattr(plan, "Learn", partial(Learn, steps=20))
+        patch.setattr(pipeline, "learn_layer", learn_briefly)
         yield
 
 
@@ -80,13 +89,14 @@ def words(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def run(source: Path, out: Path, options: QuantizeOptions, progress: Progress = SILENT, **changes: object) -> Report:
     """With BASE's settings where `options` and `changes` have none."""
-    fields = {field.name for field in dataclasses.fields(options) if getattr(options, field.name) != field.default}
-    chosen = dataclasses.replace(BASE, **({name: getattr(options, name) for name in fields} | changes))
+    given = {one.name: getattr(options, one.name) for one in fields(options)}
+    given = {one.name: given[one.name] for one in fields(options) if given[one.name] != one.default}
+    chosen = replace(BASE, **(given | changes))
     return quantize(str(source), str(out), chosen, progress, generate if chosen.calibration == "self" else None)
 
 
 @pytest.fixture(scope="module")
-def undisturbed(llama: Path, words: str) -> Callable[[str], dict[str, bytes]]:
+def undisturbed(llama: Path, words: str) -> Undisturbed:
     """The weight files that each method gives, not evaluated."""
 
     @cache
@@ -143,7 +153,7 @@ def beside(out: Path) -> set[str]:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_killed_at_any_operation_it_resumes_to_the_same_bytes(
-    llama: Path, words: str, tmp_path: Path, undisturbed: Callable[[str], dict[str, bytes]], method: str
+    llama: Path, words: str, tmp_path: Path, undisturbed: Undisturbed, method: str
 ) -> None:
     """Two kills, one after another in the same output, each at a moment drawn from a seed."""
     out = tmp_path / "out"
@@ -165,7 +175,7 @@ def test_killed_at_any_operation_it_resumes_to_the_same_bytes(
 
 def test_killed_at_each_of_the_last_operations_the_output_is_absent_or_complete(llama: Path, tmp_path: Path) -> None:
     source, complete = llama, 0
-    options = dataclasses.replace(METHODS["rtn"], layers="0", keep="self_attn")
+    options = replace(METHODS["rtn"], layers="0", keep="self_attn")
     total = faults.counted(tmp_path / "whole", partial(run, source, tmp_path / "whole", options, evaluate=False))
     for back in range(8):
         out = tmp_path / f"out-{back}"
@@ -180,14 +190,24 @@ def test_killed_at_each_of_the_last_operations_the_output_is_absent_or_complete(
     assert 1 <= complete < 8
 
 
-def command(source: Path, out: Path, words: str, *arguments: str) -> list[str]:
+def command(source: Path, out: Path, words: str, method: str) -> list[str]:
     common = ["--samples", "4", "--seq-len", "64", "--no-eval", "--device", "cpu", "--calibration", words]
-    return ["quantize", str(source), "-o", str(out), *arguments, *common]
+    return ["quantize", str(source), "-o", str(out), "--method", method, *common]
 
 
-def started(code: list[str], arguments: list[str], out: Path, seed: int) -> subprocess.Popen[str]:
-    """A real process that has committed its first tensors, and worked on for a moment drawn from `seed`."""
-    process = subprocess.Popen([sys.executable, *code, *arguments], stderr=subprocess.PIPE, text=True)
+SLOW = """
+import time
+from llmkit.checkpoint.writer import CheckpointWriter
+from llmkit.cli import main
+commit = CheckpointWriter.commit
+CheckpointWriter.commit = lambda self: (commit(self), time.sleep(0.4))[0]
+main.main()
+"""
+
+
+def started(arguments: list[str], out: Path, seed: int) -> subprocess.Popen[str]:
+    """A slowed process that has committed its first tensors, and worked on for a moment drawn from `seed`."""
+    process = subprocess.Popen([sys.executable, "-c", SLOW, *arguments], stderr=subprocess.PIPE, text=True)
     journal = out.with_name(out.name + ".partial.journal")
     deadline = time.monotonic() + 120
     while not journal.exists() or journal.read_bytes().count(b"\n") < 2:
@@ -197,30 +217,22 @@ def started(code: list[str], arguments: list[str], out: Path, seed: int) -> subp
     return process
 
 
-SLOW = """
-import time
-from llmkit.checkpoint.writer import CheckpointWriter
-from llmkit.cli import main
-commit = CheckpointWriter.commit
-CheckpointWriter.commit = lambda self: (commit(self), time.sleep(0.5))[0]
-main.main()
-"""
-
-
 @pytest.mark.parametrize(
-    ("number", "code", "arguments"),
-    [
-        (signal.SIGKILL, -signal.SIGKILL, ["--method", "gptq", "--effort", "max"]),
-        (signal.SIGTERM, 143, ["--method", "awq"]),
-        (signal.SIGINT, 130, ["--method", "rtn"]),
-    ],
+    ("number", "code", "method"),
+    [(signal.SIGKILL, -signal.SIGKILL, "gptq"), (signal.SIGTERM, 143, "awq"), (signal.SIGINT, 130, "rtn")],
 )
 def test_a_stopped_process_leaves_nothing_under_the_name_and_resumes(
-    llama: Path, words: str, tmp_path: Path, number: int, code: int, arguments: list[str]
+    llama: Path,
+    words: str,
+    tmp_path: Path,
+    undisturbed: Undisturbed,
+    number: int,
+    code: int,
+    method: str,
 ) -> None:
     out = tmp_path / "out"
-    line = command(llama, out, words, *arguments)
-    process = started(["-c", SLOW], line, out, seed=number)
+    line = command(llama, out, words, method)
+    process = started(line, out, seed=number)
     process.send_signal(number)
     _, said = process.communicate(timeout=60)
     assert process.returncode == code
@@ -229,8 +241,7 @@ def test_a_stopped_process_leaves_nothing_under_the_name_and_resumes(
         assert said.endswith(f"llmkit quantize: error: stopped. To resume: llmkit {' '.join(line)} --resume\n")
         assert beside(out) == {"out.partial", "out.partial.journal"}
     assert main.run([*line, "--resume"]) == 0
-    assert main.run(command(llama, tmp_path / "whole", words, *arguments)) == 0
-    assert weights(out) == weights(tmp_path / "whole")
+    assert weights(out) == undisturbed(method)
     assert beside(out) == {"out"}
 
 
@@ -265,7 +276,7 @@ def test_what_is_printed_resumes_whenever_it_was_stopped(
     """The line says `--resume`, also before anything of the output is there."""
     out = tmp_path / "out"
     with pytest.raises(InterruptedRunError):
-        watched(llama, out, METHODS[method], stage, 1, interrupt, calibration=words, evaluate=False)
+        run(llama, out, METHODS[method], Stopping(stage, 1, interrupt), calibration=words, evaluate=False)
     run(llama, out, METHODS[method], calibration=words, evaluate=False, resume=True)
     assert_finite(out)
 
@@ -273,23 +284,27 @@ def test_what_is_printed_resumes_whenever_it_was_stopped(
 def test_another_method_leaves_nothing_of_an_interrupted_search(llama: Path, words: str, tmp_path: Path) -> None:
     out = tmp_path / "out"
     with pytest.raises(InterruptedRunError):
-        watched(llama, out, METHODS["target-bits"], "quantize", 1, interrupt, calibration=words, evaluate=False)
+        run(llama, out, METHODS["target-bits"], Stopping("quantize", 1, interrupt), calibration=words, evaluate=False)
     run(llama, out, METHODS["rtn"], evaluate=False)
     assert beside(out) == {"out"}
 
 
 @pytest.mark.parametrize(("first", "then"), [("disk", "memory"), ("memory", "disk")])
 def test_a_run_may_be_resumed_with_its_hidden_states_elsewhere(
-    llama: Path, words: str, tmp_path: Path, first: str, then: str
+    llama: Path,
+    words: str,
+    tmp_path: Path,
+    undisturbed: Undisturbed,
+    first: str,
+    then: str,
 ) -> None:
     """`--offload auto` decides anew what fits when the run is resumed."""
     out, options = tmp_path / "out", METHODS["gptq-max"]
     with pytest.raises(InterruptedRunError):
-        watched(llama, out, options, "quantize", 1, interrupt, calibration=words, evaluate=False, offload=first)
+        run(llama, out, options, Stopping("quantize", 1, interrupt), calibration=words, evaluate=False, offload=first)
     run(llama, out, options, calibration=words, evaluate=False, offload=then)
-    run(llama, tmp_path / "whole", options, calibration=words, evaluate=False)
-    assert weights(out) == weights(tmp_path / "whole")
-    assert {path.name for path in out.iterdir()} == {path.name for path in (tmp_path / "whole").iterdir()}
+    assert weights(out) == undisturbed("gptq-max")
+    assert not (out / "hidden").exists()
 
 
 def test_a_resumed_run_reports_the_overflows_of_the_interrupted_one(llama: Path, tmp_path: Path) -> None:
@@ -299,7 +314,7 @@ def test_a_resumed_run_reports_the_overflows_of_the_interrupted_one(llama: Path,
     source = changed(llama, tmp_path / "source", embed_tokens=large)
     whole = run(source, tmp_path / "whole", Q("fp16"), evaluate=False)
     with pytest.raises(InterruptedRunError):
-        watched(source, tmp_path / "out", Q("fp16"), "write", 5, interrupt, evaluate=False)
+        run(source, tmp_path / "out", Q("fp16"), Stopping("write", 5, interrupt), evaluate=False)
     resumed = run(source, tmp_path / "out", Q("fp16"), evaluate=False)
     assert whole["overflows"] == resumed["overflows"] == {"model.embed_tokens.weight": 1}
 
@@ -326,6 +341,7 @@ def test_an_overflow_of_a_calibrated_run_is_counted_once(llama: Path, words: str
         ("gptq", "", 100),
         ("gptq", "", 100_000),
         ("awq", WEIGHTS, 150_000),
+        ("rtn", ".lock", 0),
         ("rtn", "journal", 0),
         ("fp8-kv", "journal", 900),
         ("gptq", "linears", 200),
@@ -337,7 +353,13 @@ def test_an_overflow_of_a_calibrated_run_is_counted_once(llama: Path, words: str
     ],
 )
 def test_a_full_disk_is_a_shortage_and_resumes_once_there_is_room(
-    llama: Path, words: str, tmp_path: Path, method: str, named: str, room: int
+    llama: Path,
+    words: str,
+    tmp_path: Path,
+    undisturbed: Undisturbed,
+    method: str,
+    named: str,
+    room: int,
 ) -> None:
     offload = "disk" if named == "hidden" else "auto"
     again = partial(run, llama, tmp_path / "out", METHODS[method], calibration=words, evaluate=False, offload=offload)
@@ -345,27 +367,23 @@ def test_a_full_disk_is_a_shortage_and_resumes_once_there_is_room(
         again()
     assert not (tmp_path / "out").exists()
     again()
-    run(llama, tmp_path / "whole", METHODS[method], calibration=words, evaluate=False)
-    assert weights(tmp_path / "out") == weights(tmp_path / "whole")
+    assert weights(tmp_path / "out") == undisturbed(method)
     assert verify_manifest(tmp_path / "out") == []
     assert beside(tmp_path / "out") == {"out"}
 
 
-def test_an_interrupted_run_on_a_full_disk_still_is_an_interrupted_run(llama: Path, tmp_path: Path) -> None:
+def test_an_interrupted_run_on_a_full_disk_still_is_an_interrupted_run(tmp_path: Path) -> None:
     """The error to tell is the one that came first, even if what is pending cannot be recorded."""
 
-    class Full(SilentProgress):
-        def advance(self, n: int = 1, note: str = "") -> None:
-            if note.startswith("layers.0"):
-                room.__enter__()
-                raise KeyboardInterrupt
+    def interrupted() -> None:
+        tensor = PlannedTensor("a.weight", "F32", (2, 2))
+        with ExitStack() as full, CheckpointWriter(tmp_path / "out", {WEIGHTS: [tensor]}) as writer:
+            writer.write("a.weight", torch.zeros(2, 2))
+            full.enter_context(faults.disk_with_room(0))
+            raise KeyboardInterrupt
 
-    room = faults.disk_with_room(0)
     with pytest.raises(KeyboardInterrupt):
-        try:
-            quantize(str(llama), str(tmp_path / "out"), dataclasses.replace(BASE, evaluate=False), Full())
-        finally:
-            room.__exit__(None, None, None)
+        interrupted()
 
 
 @pytest.mark.parametrize("method", ["rtn", "target-bits"])
@@ -380,12 +398,12 @@ def test_a_folder_that_may_not_be_written_is_a_shortage(
         mkdir(path, *arguments)
 
     monkeypatch.setattr(os, "mkdir", refuse)
-    with pytest.raises(ShortageError, match="closed.* is not writable"):
+    with pytest.raises(ShortageError, match=r"closed.* is not writable"):
         run(llama, tmp_path / "closed" / "out", METHODS[method], calibration=words, evaluate=False)
     monkeypatch.undo()
     with monkeypatch.context() as patch:
         patch.setattr(os, "access", lambda path, mode: False)
-        with pytest.raises(ShortageError, match="is not writable.*Choose another output"):
+        with pytest.raises(ShortageError, match=r"is not writable.*Choose another output"):
             run(llama, tmp_path / "out", METHODS[method], calibration=words, evaluate=False)
     assert list(tmp_path.iterdir()) == []
 
@@ -406,30 +424,40 @@ def test_nan_in_a_weight_names_tensor_and_count(llama: Path, words: str, tmp_pat
     assert beside(tmp_path / "out") == set()
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("evaluate", [False, True])
-def test_activations_that_overflow_are_an_error_or_leave_finite_scales(
-    llama: Path, words: str, tmp_path: Path, method: str, evaluate: bool
-) -> None:
-    """Finite weights of 1e38 whose products are infinite. The report stays JSON, without NaN."""
+@pytest.fixture(scope="module")
+def overflowing(llama: Path) -> Path:
+    """Finite weights of 1e38, whose products are infinite."""
 
     def huge(weight: torch.Tensor) -> None:
         weight[:4] = 1e38
 
-    source = changed(llama, tmp_path / "source", layers_0_mlp_down_proj=huge, layers_0_mlp_up_proj=huge)
-    out = tmp_path / "out"
-    try:
-        run(source, out, METHODS[method], calibration=words, evaluate=evaluate)
-    except InputError as error:
-        assert "finite" in str(error)
-        assert not out.exists()
-        return
-    assert_finite(out)
+    path = llama.parent / "overflowing"
+    return changed(llama, path, layers_0_mlp_down_proj=huge, layers_0_mlp_up_proj=huge)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_activations_that_overflow_are_an_error_or_leave_finite_scales(
+    overflowing: Path, words: str, tmp_path: Path, method: str
+) -> None:
+    with suppress(InputError):
+        run(overflowing, tmp_path / "out", METHODS[method], calibration=words, evaluate=False)
+        assert_finite(tmp_path / "out")
+
+
+@pytest.mark.parametrize(("method", "evaluate"), [("rtn", False), ("gptq", False), ("awq", False), ("gptq", True)])
+def test_activations_that_overflow_are_told(
+    overflowing: Path, words: str, tmp_path: Path, method: str, evaluate: bool
+) -> None:
+    """As an error, or as a fallback; not as an error of 0, and not as NaN, which JSON does not have."""
 
     def refuse(constant: str) -> None:
         raise AssertionError(f"{constant} in the report")
 
-    json.loads((out / "llmkit_report.json").read_text(), parse_constant=refuse)
+    with suppress(InputError):
+        run(overflowing, tmp_path / "out", METHODS[method], calibration=words, evaluate=evaluate)
+        report = json.loads((tmp_path / "out" / "llmkit_report.json").read_text(), parse_constant=refuse)
+        down = next(entry for entry in report["linears"] if entry["name"] == "layers.0.mlp.down")
+        assert down["fallback"] or down["error"] > 0
 
 
 def zero(weight: torch.Tensor) -> None:
@@ -540,14 +568,34 @@ def edit_config(source: Path) -> None:
     (source / "config.json").write_text(json.dumps(config))
 
 
-@pytest.mark.parametrize("stage", ["check", "quantize", "evaluate"])
-@pytest.mark.parametrize(("edit", "file"), [(edit_weights, WEIGHTS), (edit_config, "config.json")])
+@pytest.mark.parametrize(
+    ("stage", "edit", "file"),
+    [
+        ("check", edit_config, "config.json"),  # after it was read and before it is hashed
+        ("quantize", edit_config, "config.json"),
+        ("quantize", edit_weights, WEIGHTS),
+        ("evaluate", edit_weights, WEIGHTS),
+    ],
+)
 def test_a_source_that_changes_during_the_run_is_an_error(
     llama: Path, words: str, tmp_path: Path, stage: str, edit: Callable[[Path], None], file: str
 ) -> None:
     source = Path(shutil.copytree(llama, tmp_path / "source"))
     with pytest.raises(InputError, match=file.replace(".", r"\.")):
-        watched(source, tmp_path / "out", METHODS["gptq"], stage, 1, partial(edit, source), calibration=words)
+        run(source, tmp_path / "out", METHODS["gptq"], Stopping(stage, 1, partial(edit, source)), calibration=words)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("cut", "message"), [(Path.unlink, "cannot be read"), (lambda path: os.truncate(path, 9000), "ends at byte 9000")]
+)
+def test_a_source_that_vanishes_during_the_run_is_an_error(
+    llama: Path, words: str, tmp_path: Path, cut: Callable[[Path], None], message: str
+) -> None:
+    source = Path(shutil.copytree(llama, tmp_path / "source"))
+    stopping = Stopping("quantize", 1, partial(cut, source / WEIGHTS))
+    with pytest.raises(InputError, match=rf"source/model\.safetensors {message}"):
+        run(source, tmp_path / "out", METHODS["gptq"], stopping, calibration=words, evaluate=False)
     assert not (tmp_path / "out").exists()
 
 
@@ -557,7 +605,7 @@ def test_a_source_that_changed_before_it_is_resumed_starts_afresh(
 ) -> None:
     source, options = Path(shutil.copytree(llama, tmp_path / "source")), METHODS["gptq"]
     with pytest.raises(InterruptedRunError):
-        watched(source, tmp_path / "out", options, "quantize", 1, interrupt, calibration=words, evaluate=False)
+        run(source, tmp_path / "out", options, Stopping("quantize", 1, interrupt), calibration=words, evaluate=False)
     edit(source)
     run(source, tmp_path / "out", options, calibration=words, evaluate=False)
     run(source, tmp_path / "fresh", options, calibration=words, evaluate=False)
@@ -568,7 +616,7 @@ def test_a_source_that_changed_before_it_is_resumed_starts_afresh(
 
 @pytest.mark.parametrize("method", ["gptq", "target-bits"])
 def test_a_second_run_at_the_same_output_is_refused_with_the_pid_of_the_first(
-    llama: Path, words: str, tmp_path: Path, method: str
+    llama: Path, words: str, tmp_path: Path, undisturbed: Undisturbed, method: str
 ) -> None:
     out, options = tmp_path / "out", METHODS[method]
     refusals = []
@@ -582,25 +630,30 @@ def test_a_second_run_at_the_same_output_is_refused_with_the_pid_of_the_first(
         refusals.append(faults.forked(second))
 
     first = os.getpid()
-    watched(llama, out, options, "quantize", 1, start, calibration=words, evaluate=False)
-    run(llama, tmp_path / "whole", options, calibration=words, evaluate=False)
+    run(llama, out, options, Stopping("quantize", 1, start), calibration=words, evaluate=False)
     assert refusals == [0]
-    assert weights(out) == weights(tmp_path / "whole")
+    assert weights(out) == undisturbed(method)
     assert beside(out) == {"out"}
 
 
 # Seeds
 
 
-@pytest.mark.parametrize("method", [*CALIBRATED, "self"])
-def test_the_seed_decides_the_bytes(llama: Path, words: str, tmp_path: Path, method: str) -> None:
-    options = METHODS.get(method, Q("gptq", calibration="self"))
-    for name, seed in (("a", 0), ("b", 0), ("other", 1)):
-        source = words if options.calibration != "self" else "self"
-        run(llama, tmp_path / name, options, calibration=source, evaluate=False, samples=2, seed=seed)
-    assert weights(tmp_path / "a") == weights(tmp_path / "b")
-    if method != "fp8-kv":
-        assert weights(tmp_path / "a") != weights(tmp_path / "other")
+@pytest.mark.parametrize("method", CALIBRATED)
+def test_the_seed_decides_the_bytes(
+    llama: Path, words: str, tmp_path: Path, undisturbed: Undisturbed, method: str
+) -> None:
+    for name, seed in (("same", 0), ("other", 1)):
+        run(llama, tmp_path / name, METHODS[method], calibration=words, evaluate=False, seed=seed)
+    assert weights(tmp_path / "same") == undisturbed(method)
+    assert weights(tmp_path / "other") != undisturbed(method)
+
+
+def test_the_seed_decides_what_the_model_writes_to_calibrate_on(llama: Path, tmp_path: Path) -> None:
+    for name, seed in (("one", 0), ("same", 0), ("other", 1)):
+        run(llama, tmp_path / name, METHODS["gptq"], calibration="self", evaluate=False, samples=2, seed=seed)
+    assert weights(tmp_path / "one") == weights(tmp_path / "same")
+    assert weights(tmp_path / "one") != weights(tmp_path / "other")
 
 
 # Architectures

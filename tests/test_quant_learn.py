@@ -11,8 +11,9 @@ import torch
 from llmkit.checkpoint.quantized import QuantizedWeight, Scheme
 from llmkit.checkpoint.source import open_checkpoint
 from llmkit.model.families import model_spec
+from llmkit.quant.algorithm import Learn
 from llmkit.quant.grid import FULL_SEARCH, round_to_nearest
-from llmkit.quant.learn import Learn, Learned, Windows, learn_layer
+from llmkit.quant.learn import Learned, Windows, learn_layer
 from llmkit.quant.stream import LayerStream
 
 

@@ -1,4 +1,4 @@
-"""`make bench-memory`: peak memory of `llmkit quantize` on a checkpoint of Llama-3-8B's shape (16 GB), beside its bound.
+"""`make bench-memory`: peak memory of `llmkit quantize` on a checkpoint of Llama-3-8B's shape, beside its bound.
 
     python tests/peers/bench_memory.py [--work DIR] [--layers 32]
 
