@@ -31,6 +31,7 @@ class Quantized:
     method: str
     damp: float | None = None  # GPTQ: the share of the Hessian's mean diagonal that was added to it
     fallback: str | None = None  # why it was not quantized by the method asked for
+    error: float | None = None  # the share of the output's energy that is lost, when the coder knows it
 
 
 class Mover(Protocol):
@@ -46,7 +47,7 @@ class Mover(Protocol):
 
 
 class Coder(Protocol):
-    """Makes codes of a weight. `seen` are the figures of its inputs; no argument is changed."""
+    """Makes codes of a weight, which is not changed. `seen` are the figures of its inputs; they may be used up."""
 
     @property
     def needs(self) -> frozenset[Need]:

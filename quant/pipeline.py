@@ -25,7 +25,7 @@ from llmkit.quant.grid import FULL_SEARCH, round_to_nearest
 from llmkit.quant.learn import Windows, learn_layer
 from llmkit.quant.methods import scale_dtype
 from llmkit.quant.nearest import Nearest, fixed_scale
-from llmkit.quant.statistics import Statistics
+from llmkit.quant.statistics import Statistics, quadratic
 from llmkit.quant.storage import Storage, row_chunks
 from llmkit.quant.stream import LayerStream, MicroBatch
 
@@ -176,7 +176,7 @@ def _quantize_layer(
             for name in names:
                 figures = seen.pop(name)
                 if algorithm.learn:
-                    run.seen[name] = figures
+                    run.seen[name] = figures.copy()
                 result, entry = _quantize_linear(run, block, name, figures, batches, algorithm)
                 linear, scheme = run.layer.linears[name], run.sites[name].scheme
                 if algorithm.learn:
@@ -237,7 +237,7 @@ def _quantize_linear(
         result = algorithm.coder.quantize(site, dense, seen)
     if site.scheme.inputs == "tensor":
         result.weight.input_scale = fixed_scale(seen)
-    error = output_error(dense, result.weight, seen)
+    error = output_error(dense, result.weight, seen) if result.error is None else result.error
     return result, _entry(site, result.method, error, seen.tokens, result.damp, result.fallback)
 
 
@@ -271,17 +271,18 @@ def output_error(weight: torch.Tensor, quantized: QuantizedWeight, seen: Statist
     """The share of the output's energy that is lost: tr(dW H dW') / tr(W H W'); by sampled inputs, or of the weights
     themselves, where there is no Hessian. Some rows at a time."""
     sample = seen.sample if seen.hessian is None and seen.sampled else None
-    lost = energy = 0.0
+
+    def energy(part: torch.Tensor) -> float:
+        if seen.hessian is not None and seen.tokens:
+            return quadratic(part, seen.hessian)
+        return (part if sample is None else sample @ part.T).square().sum().item()
+
+    lost = whole = 0.0
     for start in range(0, len(weight), ERROR_ROWS):
         rows = slice(start, start + ERROR_ROWS)
-        dense = weight[rows]
-        for index, part in enumerate((dense, dense - quantized.rows(rows).dequantize())):
-            if seen.hessian is not None and seen.tokens:
-                found = ((part @ seen.hessian) * part).sum().item()
-            else:
-                found = (part if sample is None else sample @ part.T).square().sum().item()
-            energy, lost = (energy + found, lost) if index == 0 else (energy, lost + found)
-    return lost / energy if energy > 0 else 0.0
+        whole += energy(weight[rows])
+        lost += energy(weight[rows] - quantized.rows(rows).dequantize())
+    return lost / whole if whole > 0 else 0.0
 
 
 def _calibrate_kv(run: LayerRun, attention: Block, batches: Sequence[MicroBatch], storage: Storage) -> None:

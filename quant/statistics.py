@@ -11,6 +11,7 @@ from typing import Literal
 import torch
 
 SAMPLE = 1024  # input rows kept as they are, spread over all the tokens
+_ROWS = 1024  # of a weight that are multiplied at once
 _STRIDE = 61  # of the rows that may be kept: prime, so that no position of a window is favoured
 
 Need = Literal["magnitudes", "hessian", "sample"]
@@ -51,6 +52,20 @@ class Statistics:
             self._kept += len(self._rows[-1])
         self.tokens = total
 
+    def take_hessian(self) -> torch.Tensor:
+        """The Hessian, which is forgotten here: its caller may change it and let it go."""
+        assert self.hessian is not None, "no Hessian was kept"
+        hessian, self.hessian = self.hessian, None
+        return hessian
+
+    def copy(self) -> Statistics:
+        """The same figures, to be kept while these are used up."""
+        other = Statistics(len(self.largest), frozenset(), self.largest.device)
+        other.tokens, other.largest, other.mean = self.tokens, self.largest, self.mean
+        other.hessian = None if self.hessian is None else self.hessian.clone()
+        other._rows = self._rows
+        return other
+
     @property
     def sampled(self) -> bool:
         """Whether there are any rows in `sample`."""
@@ -69,3 +84,9 @@ class Statistics:
         self.largest.div_(scales)
         self.mean.div_(scales)
         self._rows = [rows / scales for rows in self._rows]
+
+
+def quadratic(weight: torch.Tensor, hessian: torch.Tensor) -> float:
+    """tr(W H W') of a weight [out, in], some rows at a time."""
+    parts = (weight[start : start + _ROWS] for start in range(0, len(weight), _ROWS))
+    return sum(((part @ hessian) * part).sum().item() for part in parts)

@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from llmkit.checkpoint.quantized import FP8, QuantizedWeight, Scheme
-from llmkit.quant.gptq import gptq, without_dead
+from llmkit.model.layout import Parameter, Part
+from llmkit.quant.algorithm import Quantized, Site
+from llmkit.quant.gptq import Gptq, gptq
 from llmkit.quant.grid import FULL_SEARCH, NORM, Grid, fit_grid, round_to_nearest
 from llmkit.quant.statistics import SAMPLE, Statistics
 
@@ -20,10 +22,24 @@ class Result:
     damp: float | None
 
 
+def statistics_of(hessian: torch.Tensor) -> Statistics:
+    seen = Statistics(len(hessian), {"hessian"})
+    seen.tokens, seen.hessian = 1, hessian.clone()
+    return seen
+
+
 def run_gptq(weight: torch.Tensor, hessian: torch.Tensor, scheme: Scheme, **options: Any) -> Result:
-    weight, hessian = without_dead(weight, hessian)
-    importance = hessian.diagonal().clamp(min=0).sqrt()
-    return Result(*gptq(weight, hessian, fit_grid(weight, scheme, torch.float16, FULL_SEARCH, importance), **options))
+    if options:
+        grid = fit_grid(weight, scheme, torch.float16, FULL_SEARCH, hessian.diagonal().clamp(min=0).sqrt())
+        found, damp, lost = gptq(weight, statistics_of(hessian), grid, **options)
+        quantized = Quantized(found, "gptq", damp, None, lost / (((weight @ hessian) * weight).sum()).item())
+    else:
+        row = Parameter("layers.0.attn.o.weight", (Part("o", tuple(weight.shape)),), (0,), linear=True)
+        quantized = Gptq().quantize(Site(row, "attn.o", scheme, torch.float16), weight, statistics_of(hessian))
+    if quantized.damp is not None:  # what the loop lost is what the definition says
+        measured = relative_error(weight, quantized.weight.dequantize(), hessian)
+        assert quantized.error == pytest.approx(measured, rel=0.02, abs=1e-6)
+    return Result(quantized.weight, quantized.damp)
 
 
 def relative_error(weight: torch.Tensor, quantized: torch.Tensor, hessian: torch.Tensor) -> float:
