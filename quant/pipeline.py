@@ -27,7 +27,7 @@ from llmkit.quant.methods import scale_dtype
 from llmkit.quant.nearest import Nearest, fixed_scale
 from llmkit.quant.statistics import Statistics, quadratic
 from llmkit.quant.storage import Storage, row_chunks
-from llmkit.quant.stream import LayerStream, MicroBatch
+from llmkit.quant.stream import LayerStream, MicroBatch, read_ahead
 
 EXPERT_SHARE = 0.005  # an expert that saw fewer of the calibration tokens has no Hessian worth the name,
 EXPERT_TOKENS = 128  # nor has one that saw fewer than these
@@ -75,6 +75,9 @@ def quantize_layers(
     mixed = LayerStream(source.spec, read, source.device)
     recorded, learn = storage.recorded(), algorithm.learn
     linears: list[Entry] = []
+    todo = [i for i in range(len(source.spec.layers)) if i not in recorded or not storage.done(source.rows(i))]
+    # On CUDA the next layer is read while this one is quantized; on a CPU that would only double the memory.
+    layers = read_ahead(mixed.layer, todo, ahead=source.device.type == "cuda")
     progress.start("quantize", len(source.spec.layers), "layers")
     batches = written.embed(windows, folder=offload)
     wanted = source.embed(windows, folder=offload / "wanted" if offload else None) if learn else []
@@ -83,12 +86,12 @@ def quantize_layers(
         started = time.perf_counter()
         if learn:
             source.advance(source.layer(index), wanted)
-        if index in recorded and storage.done(rows):
+        if index not in todo:
             written.advance(written.layer(index), batches)
             found = recorded[index]
         else:
             sites = {site.name: site for row in rows if (site := site_of(row, storage.quantization)) is not None}
-            run = LayerRun(index, mixed.layer(index), rows, sites, {}, set(), {})
+            run = LayerRun(index, next(layers), rows, sites, {}, set(), {})
             before = [one.before() for one in batches] if learn else []
             _quantize_layer(run, batches, storage, algorithm, progress)
             if learn:

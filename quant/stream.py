@@ -5,7 +5,8 @@ Legend: T tokens of a micro-batch, H hidden, L tokens of a window.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -159,6 +160,20 @@ class LayerStream:
         spec = replace(self.spec, layers=(), tied=self.spec.tied or not head)
         names = {"embed.weight", "norm.weight"} | (set() if spec.tied else {"lm_head.weight"})
         return Decoder(spec, {row.name: self.read(row) for row in self._rows if row.name in names})
+
+
+def read_ahead(read: Callable[[int], DecoderLayer], indices: Sequence[int], *, ahead: bool) -> Iterator[DecoderLayer]:
+    """read(index) of every index; when `ahead`, each is read in a thread while the one before it is in use."""
+    if not ahead or not indices:
+        yield from map(read, indices)
+        return
+    with ThreadPoolExecutor(1) as pool:
+        following = [pool.submit(read, index) for index in indices[:1]]
+        for index in [*indices[1:], None]:
+            layer = following.pop().result()
+            if index is not None:
+                following.append(pool.submit(read, index))
+            yield layer
 
 
 def _step(frame: Decoder, count: int, length: int) -> Step:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -28,7 +29,7 @@ from llmkit.quant.quality import score
 from llmkit.quant.quantize import QuantizeOptions, check_gates, quantize
 from llmkit.quant.report import Report
 from llmkit.quant.storage import Storage, split_rows
-from llmkit.quant.stream import LayerStream
+from llmkit.quant.stream import LayerStream, read_ahead
 from llmkit.quant.tokens import calibration_windows, evaluation_windows
 
 OPTIONS = QuantizeOptions("gptq", samples=4, seq_len=64, evaluate=False, device="cpu")
@@ -202,6 +203,25 @@ def test_streaming_a_model_is_the_model(tmp_path: Path, architecture: str) -> No
     streamed = list(LayerStream.of(checkpoint, spec).logits(windows))
     for one, two in zip(whole, streamed, strict=True):
         torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-4)
+
+
+def test_layers_are_read_one_ahead() -> None:
+    order: list[str] = []
+    second = threading.Event()
+
+    def read(index: int) -> str:
+        order.append(f"read {index}")
+        if index == 1:
+            second.set()
+        return f"layer {index}"
+
+    found = []
+    for layer in read_ahead(read, [0, 1, 2], ahead=True):  # type: ignore[arg-type]
+        if not found:
+            assert second.wait(10), "the second layer is not read while the first is in use"
+        found.append(layer)
+    assert found == ["layer 0", "layer 1", "layer 2"] == list(read_ahead(read, [0, 1, 2], ahead=False))  # type: ignore
+    assert list(read_ahead(read, [], ahead=True)) == []  # type: ignore[arg-type]
 
 
 def test_calibration_sees_the_quantized_layers_before(llama: Path, llama_int4: Path) -> None:
