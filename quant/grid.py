@@ -13,7 +13,6 @@ import torch
 from llmkit.checkpoint.quantized import FP8, FP8_MAX, QuantizedWeight, Scheme
 
 NORM = 2.4  # of the range search: a little more than 2 protects the outliers (GPTQ's published setting)
-FINE = 0.01  # between the shrinks of a full search
 _CPU_CHUNK = 1 << 17  # elements searched at once: what stays in a core's cache
 _DEVICE_CHUNK = 1 << 24
 
@@ -47,13 +46,15 @@ class Grid:
 
 @dataclass(frozen=True)
 class Search:
-    """Which shrunken ranges are tried: multiples of the full range from `least` to 1, `step` apart."""
+    """Which shrunken ranges are tried: multiples of the full range from `least` to 1, `step` apart, and then for every
+    group those next to its best, `fine` apart."""
 
     least: float
-    step: float = FINE
+    step: float
+    fine: float
 
 
-FULL_SEARCH = Search(0.2)
+FULL_SEARCH = Search(0.2, 0.04, 0.01)
 
 
 def fit_grid(
@@ -131,14 +132,13 @@ def _best_range(
     if search is None:
         return range_grid(low, high, scheme, dtype)
     top = (1 << scheme.bits) - 1
-    steps = round((1.0 - search.least) / search.step)
-    shrinks = [1.0 - search.step * step for step in range(steps + 1)]
-    if scheme.symmetric:  # the full range ends half a step below the largest positive weight: one that reaches it
-        shrinks.insert(0, top / (top - 1))
     best_scale, best_zero = range_grid(low, high, scheme, dtype)
+    best_shrink = torch.ones_like(low)
     best_loss = torch.full_like(low, torch.inf)
     work = torch.empty_like(groups)
-    for shrink in shrinks:
+
+    def attempt(shrink: torch.Tensor | float) -> None:
+        nonlocal best_scale, best_zero, best_shrink, best_loss
         scale, zero = range_grid(low * shrink, high * shrink, scheme, dtype)
         torch.div(groups, scale, out=work)
         work.round_().add_(zero).clamp_(0, top).sub_(zero).mul_(scale).sub_(groups).abs_()
@@ -149,5 +149,15 @@ def _best_range(
         better = loss < best_loss
         best_scale = torch.where(better, scale, best_scale)
         best_zero = torch.where(better, zero, best_zero)
+        best_shrink = torch.where(better, shrink, best_shrink)
         best_loss = torch.where(better, loss, best_loss)
+
+    if scheme.symmetric:  # the full range ends half a step below the largest positive weight: one that reaches it
+        attempt(top / (top - 1))
+    for step in range(round((1.0 - search.least) / search.step) + 1):
+        attempt(1.0 - search.step * step)
+    middle = best_shrink
+    for step in range(1, round(search.step / search.fine) // 2 + 1):
+        attempt(middle + search.fine * step)
+        attempt(middle - search.fine * step)
     return best_scale, best_zero

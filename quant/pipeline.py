@@ -77,18 +77,27 @@ def quantize_layers(
     linears: list[Entry] = []
     todo = [i for i in range(len(source.spec.layers)) if i not in recorded or not storage.done(source.rows(i))]
     # On CUDA the next layer is read while this one is quantized; on a CPU that would only double the memory.
-    layers = read_ahead(mixed.layer, todo, ahead=source.device.type == "cuda")
+    touched = [row.stages[0] for row in parameters(source.spec) if touches(row, storage)]
+    last = max(touched, default=-1)  # the layers after it need not be run
+    layers = read_ahead(mixed.layer, [i for i in todo if i <= last], ahead=source.device.type == "cuda")
     progress.start("quantize", len(source.spec.layers), "layers")
     batches = written.embed(windows, folder=offload)
     wanted = source.embed(windows, folder=offload / "wanted" if offload else None) if learn else []
     for index in range(len(source.spec.layers)):
         rows = source.rows(index)
         started = time.perf_counter()
-        if learn:
+        if learn and index <= last:
             source.advance(source.layer(index), wanted)
         if index not in todo:
-            written.advance(written.layer(index), batches)
+            if index < last:
+                written.advance(written.layer(index), batches)
             found = recorded[index]
+        elif index > last:
+            found = []
+            for row in rows:
+                storage.cast(row)
+            storage.record(index, found)
+            storage.writer.commit()
         else:
             sites = {site.name: site for row in rows if (site := site_of(row, storage.quantization)) is not None}
             run = LayerRun(index, next(layers), rows, sites, {}, set(), {})
@@ -108,6 +117,11 @@ def quantize_layers(
         progress.advance(1, f"{note}{speed:,.0f} tokens/s")
     progress.finish()
     return linears
+
+
+def touches(row: Parameter, storage: Storage) -> bool:
+    """Whether a parameter is quantized, or makes keys and values that are."""
+    return storage.scheme(row) is not None or bool(kv_scales(row, storage.quantization))
 
 
 def site_of(row: Parameter, quantization: QuantizationConfig | None) -> Site | None:

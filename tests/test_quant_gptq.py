@@ -235,7 +235,7 @@ def test_full_range_scales_are_twice_absmax_over_the_steps() -> None:
 
 
 def test_the_range_search_finds_the_best_of_its_shrinks() -> None:
-    weight = random_weight(3, 32) ** 3
+    weight = random_weight(64, 32) ** 3
     found = fit_grid(weight, Scheme(4, 32), torch.float16, FULL_SEARCH).scales.float()
     full = weight.abs().amax(1, keepdim=True) * (2 / 15)
 
@@ -243,8 +243,10 @@ def test_the_range_search_finds_the_best_of_its_shrinks() -> None:
         return ((weight / scales).round().clamp(-8, 7) * scales - weight).abs().double().pow(NORM).sum(1)
 
     shrinks = [15 / 14, *(1 - step / 100 for step in range(81))]
-    tried = torch.stack([loss((full * shrink).half().float()) for shrink in shrinks])
-    torch.testing.assert_close(loss(found), tried.amin(0), rtol=1e-3, atol=0)
+    tried = torch.stack([loss((full * shrink).half().float()) for shrink in shrinks]).amin(0)
+    # Coarse, then fine: the best of all hundredths in most groups, and close to it in the others.
+    assert bool((loss(found) <= 1.5 * tried).all())
+    assert (loss(found) / tried).mean() < 1.02
     assert bool((found < full).any())
 
 
