@@ -7,7 +7,7 @@ import fcntl
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from llmkit.checkpoint.errors import LlmkitError, OutputError, ShortageError
@@ -50,7 +50,9 @@ def check_output(out: Path, source: Checkpoint | None, need_bytes: int) -> None:
             f"{parent} is not writable", "A directory to write to was expected", "Choose another output"
         )
     partial = partial_path(out)
-    written = sum(file.stat().st_blocks * 512 for file in partial.iterdir()) if partial.is_dir() else 0
+    written = 0
+    with suppress(FileNotFoundError):  # another run may be renaming it
+        written = sum(file.stat().st_blocks * 512 for file in partial.iterdir())
     need, have = need_bytes + SPARE_BYTES, shutil.disk_usage(parent).free + written
     if need > have:
         raise ShortageError(
@@ -71,8 +73,9 @@ def locked(out: Path) -> Iterator[None]:
         path.parent.mkdir(parents=True, exist_ok=True)
         fd = _acquire(path)
     try:
-        os.ftruncate(fd, 0)
-        os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
+        with writing(path):
+            os.ftruncate(fd, 0)
+            os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
         yield
     finally:
         path.unlink(missing_ok=True)  # while it is still held: whoever waits sees that the name has gone

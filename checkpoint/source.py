@@ -60,6 +60,25 @@ class Checkpoint:
     _rows: RowReader = field(repr=False)
     _side_files: Callable[[], dict[str, bytes]] = field(repr=False)
     _verified: set[str] = field(default_factory=set, repr=False)
+    _stamps: dict[str, tuple[int, int, int]] = field(default_factory=dict, repr=False)  # of the files, when opened
+
+    def __post_init__(self) -> None:
+        if not self._stamps:
+            self._stamps = {name: _stamp(self.folder / name) for name in self._files}
+
+    @property
+    def _files(self) -> tuple[str, ...]:
+        return self.weight_files if self.kind == "gguf" else (CONFIG, *self.weight_files)
+
+    def require_unchanged(self) -> None:
+        """Raises InputError, naming the file, when one of the files is not what it was when the model was opened."""
+        for name, stamp in self._stamps.items():
+            if _stamp(self.folder / name) != stamp:
+                raise InputError(
+                    f"{self.folder / name} was changed while it was read",
+                    "A source that stays as it is was expected",
+                    "Run the command again",
+                )
 
     @property
     def layout(self) -> dict[str, Any] | None:
@@ -146,8 +165,7 @@ class Checkpoint:
 
     @cached_property
     def _source_hashes(self) -> dict[str, str]:
-        names = self.weight_files if self.kind == "gguf" else (CONFIG, *self.weight_files)
-        return {name: sha256_file(self.folder / name) for name in names}
+        return {name: sha256_file(self.folder / name) for name in self._files}
 
     def source_hashes(self) -> dict[str, str]:
         """SHA-256 of each weight file and of config.json; reads them all on the first call."""
@@ -298,6 +316,15 @@ def _side_files(path: Path) -> dict[str, bytes]:
         for file in sorted(path.iterdir())
         if file.is_file() and any(fnmatch(file.name, pattern) for pattern in CARRIED)
     }
+
+
+def _stamp(path: Path) -> tuple[int, int, int]:
+    """What changes when a file does: size, time, inode; zeros for one that is not there."""
+    try:
+        found = path.stat()
+    except OSError:
+        return 0, 0, 0
+    return found.st_size, found.st_mtime_ns, found.st_ino
 
 
 def _as_vector(info: TensorInfo) -> TensorInfo:

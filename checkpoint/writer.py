@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from llmkit.checkpoint.errors import OutputError
+from llmkit.checkpoint.errors import LlmkitError, OutputError
 from llmkit.checkpoint.journal import Journal, Key
 from llmkit.checkpoint.manifest import FORMAT_VERSION, MANIFEST, is_plain_name, tensor_key, verify_manifest
 from llmkit.checkpoint.output import check_output, locked, partial_path, sibling, writing
@@ -130,7 +130,7 @@ class CheckpointWriter:
         with self._stack:
             if self._partial.exists():
                 # The error that brought us here is the one to tell; what is not committed is written again.
-                with suppress(OSError, OutputError):
+                with suppress(OSError, LlmkitError):
                     self.commit()
 
     def write(self, name: str, tensor: torch.Tensor, file: str | None = None) -> None:
@@ -202,13 +202,15 @@ class CheckpointWriter:
 
         `manifest` adds to the manifest ("recipe", "seed", "layout"...). An index is written when there are several
         files and no "layout". ValueError when a planned tensor has not been written; OutputError when what an
-        interrupted run left is no longer what it wrote.
+        interrupted run left is no longer what it wrote; InputError when the source changed while it was read.
         """
         self.commit()
         missing = [name for file, name in self._places if (file, name) not in self._journal.entries]
         if missing:
             raise ValueError(f"{len(missing)} tensors have not been written ({', '.join(missing[:5])})")
         self._check_resumed()
+        if self._source is not None:
+            self._source.require_unchanged()
         texts = {name: bytes(data) for name, data in side_files.items()}
         assert not {CONFIG, INDEX, MANIFEST, *self._headers} & texts.keys(), "a side file has a reserved name"
         texts[CONFIG] = _json(config)
@@ -217,7 +219,7 @@ class CheckpointWriter:
         with writing(self._partial):
             for stale in self._partial.iterdir():  # of an earlier attempt to finish
                 if stale.name not in self._headers and stale.name not in texts:
-                    stale.unlink()
+                    shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
             for name, data in texts.items():
                 _write_synced(self._partial / name, data)
             _write_synced(self._partial / MANIFEST, _json(self._manifest(texts, manifest)))

@@ -132,7 +132,7 @@ def quantize(
         ),
     ] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Insist on taking up an interrupted run, which also happens without.")
+        bool, typer.Option("--resume", help="Take up an interrupted run, which also happens without.")
     ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be done and write nothing.")] = False,
     device: DeviceOption = "auto",

@@ -14,7 +14,7 @@ from llmkit.checkpoint.quantized import FP8, QuantizedWeight
 from llmkit.kernels.gptq import quantize_block
 from llmkit.quant.algorithm import Quantized, Site
 from llmkit.quant.grid import FULL_SEARCH, Grid, Search, fit_grid
-from llmkit.quant.statistics import Need, Statistics, quadratic
+from llmkit.quant.statistics import Need, Statistics, quadratic, share, squares
 
 BLOCK = 128  # columns whose updates to the rest of the matrix are applied in one product
 _ROWS = 512  # of a matrix that are worked on at once
@@ -45,8 +45,8 @@ class Gptq:
         rounded, damp, lost = gptq(weight, seen, grid, damp=self.damp)
         if damp is None:
             reason = "its Hessian is not positive definite even with the most damping"
-            return Quantized(rounded, "rtn", None, reason, lost / energy if energy > 0 else 0.0)
-        return Quantized(rounded, "gptq", damp, None, lost / energy if energy > 0 else 0.0)
+            return Quantized(rounded, "rtn", None, reason, share(lost, energy))
+        return Quantized(rounded, "gptq", damp, None, share(lost, energy))
 
 
 def gptq(
@@ -157,6 +157,6 @@ def _round_columns(
 def distance(weight: torch.Tensor, quantized: QuantizedWeight) -> float:
     """The squared distance of a weight from its codes."""
     return sum(
-        (weight[start : start + _ROWS] - quantized.rows(slice(start, start + _ROWS)).dequantize()).square().sum().item()
+        squares(weight[start : start + _ROWS] - quantized.rows(slice(start, start + _ROWS)).dequantize())
         for start in range(0, len(weight), _ROWS)
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 
 from llmkit.checkpoint.compressed_tensors import KINDS
+from llmkit.checkpoint.errors import InputError
 from llmkit.checkpoint.progress import Progress
 from llmkit.checkpoint.quantized import FP8_MAX, QuantizationConfig, QuantizedWeight
 from llmkit.kernels.rounding import INT8_MAX, TINY
@@ -25,7 +27,7 @@ from llmkit.quant.grid import FULL_SEARCH, round_to_nearest
 from llmkit.quant.learn import Windows, learn_layer
 from llmkit.quant.methods import scale_dtype
 from llmkit.quant.nearest import Nearest, fixed_scale
-from llmkit.quant.statistics import Statistics, quadratic
+from llmkit.quant.statistics import Statistics, quadratic, share, squares
 from llmkit.quant.storage import Storage, row_chunks
 from llmkit.quant.stream import LayerStream, MicroBatch, read_ahead
 
@@ -162,8 +164,8 @@ def _round_row(site: Site, storage: Storage, device: torch.device) -> Entry:
         for rows in row_chunks(storage.source.tensors[tensor]):
             dense = storage.source.read_slice(tensor, [rows], 0).to(device, torch.float32)
             piece = round_to_nearest(dense, site.scheme, site.dtype)
-            lost += (dense - piece.dequantize()).square().sum().item()
-            energy += dense.square().sum().item()
+            lost += squares(dense - piece.dequantize())
+            energy += squares(dense)
             pieces.append(piece.to("cpu"))
         codes, scales, zeros = (
             torch.cat(parts) for parts in zip(*((p.codes, p.scales, p.zeros) for p in pieces), strict=True)
@@ -205,6 +207,11 @@ def _quantize_layer(
                 run.done[name] = (result, entry)
                 progress.advance(0, f"{entry['name']} error {entry['error']:.2e}")
         block.take(batches)
+        if not all(bool(torch.isfinite(one.hidden).all()) for one in batches):
+            raise InputError(
+                f"what layer {run.index} puts out is not finite: its values overflow float32",
+                "Weights that give finite activations were expected",
+            )
 
 
 def _move_scales(
@@ -255,6 +262,11 @@ def _quantize_linear(
     if site.scheme.inputs == "tensor":
         result.weight.input_scale = fixed_scale(seen)
     error = output_error(dense, result.weight, seen) if result.error is None else result.error
+    if not math.isfinite(error):
+        raise InputError(
+            f"the weights or inputs of {site.row.module} are so large that float32 overflows",
+            "Weights that give finite activations were expected",
+        )
     return result, _entry(site, result.method, error, seen.tokens, result.damp, result.fallback)
 
 
@@ -292,14 +304,14 @@ def output_error(weight: torch.Tensor, quantized: QuantizedWeight, seen: Statist
     def energy(part: torch.Tensor) -> float:
         if seen.hessian is not None and seen.tokens:
             return quadratic(part, seen.hessian)
-        return (part if sample is None else sample @ part.T).square().sum().item()
+        return squares(part if sample is None else sample @ part.T)
 
     lost = whole = 0.0
     for start in range(0, len(weight), ERROR_ROWS):
         rows = slice(start, start + ERROR_ROWS)
         whole += energy(weight[rows])
         lost += energy(weight[rows] - quantized.rows(rows).dequantize())
-    return lost / whole if whole > 0 else 0.0
+    return share(lost, whole)
 
 
 def _calibrate_kv(run: LayerRun, attention: Block, batches: Sequence[MicroBatch], storage: Storage) -> None:

@@ -60,7 +60,7 @@ class QuantizeOptions:
     eval_windows: int = 8  # windows of 1,024 tokens to compare on
     max_kl: float | None = None  # gates: a result that is worse is reported as a failure
     max_ppl_ratio: float | None = None
-    resume: bool = False  # insist on continuing an interrupted run (it is continued without, too)
+    resume: bool = False  # what the message of an interrupted run says; it is continued without, too
     dry_run: bool = False  # plan only
     seed: int = 0  # chooses the calibration windows
     device: str = "auto"  # "auto", "cuda" or "cpu"

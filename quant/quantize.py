@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from llmkit.checkpoint.errors import GateError, InputError, OutputError, UsageError
+from llmkit.checkpoint.errors import GateError, InputError, UsageError
 from llmkit.checkpoint.output import partial_path, sibling, writing
 from llmkit.checkpoint.progress import Progress
 from llmkit.checkpoint.quantized import Scheme
@@ -44,6 +44,7 @@ from llmkit.quant.tokens import EVALUATION_TOKENS, calibration_windows, evaluati
 __all__ = ["QuantizeOptions", "quantize"]
 
 REPORT, PAGE = "llmkit_report.json", "report.html"
+SEARCH = ".partial.search"  # next to the output: the search of a run with a target
 HIDDEN = "hidden"  # in the partial output only: the calibration text's hidden states, when they lie on disk
 _READ_AHEAD = 32  # characters of calibration text read per token needed, so that the seed has a choice
 
@@ -68,7 +69,7 @@ def quantize(
     per_sample = 0 if offload else memory.hidden_bytes(plan.spec, 1, plan.seq_len)
     memory.check_memory(need, per_sample, options.samples, have, plan.calibrated)
     if options.resume and not partial_path(plan.out).is_dir():
-        raise OutputError(f"There is no interrupted run of {plan.out} to resume", todo="Run without --resume")
+        progress.message(f"nothing of {plan.out} was written yet: starting from the beginning")
     needs_text = plan.calibrated or options.evaluate
     tokenizer = load_tokenizer(plan.source) if needs_text else None
     with watch("read"):
@@ -83,6 +84,7 @@ def quantize(
     if not options.mixed:
         report = run.write(plan, None)
         assert report is not None
+        sibling(plan.out, SEARCH).unlink(missing_ok=True)  # of an interrupted run with other options
         return report
     with watch("sensitivity"):
         search = _search(plan, run)
@@ -163,8 +165,9 @@ def _search(plan: Plan, run: _Run) -> BitSearch:
     options = plan.options
     target = {"target_bits": options.target_bits, "target_kl": options.target_kl}
     key = hashlib.sha256(json.dumps([run.identity(plan), target], sort_keys=True).encode()).hexdigest()
-    file = sibling(plan.out, ".partial.search")
-    file.parent.mkdir(parents=True, exist_ok=True)
+    file = sibling(plan.out, SEARCH)
+    with writing(file):
+        file.parent.mkdir(parents=True, exist_ok=True)
     return BitSearch.resume(file, key, options.target_bits, options.target_kl, run.sensitivity)
 
 
@@ -179,8 +182,9 @@ def check_gates(report: Report, options: QuantizeOptions) -> None:
         ("mean KL", quality["mean_kl"], options.max_kl),
         ("perplexity ratio", ratio, options.max_ppl_ratio),
     ):
-        if bound is not None and not figure <= bound:
-            bad.append(f"the {name} is {figure:.4g}, above {bound:g}")
+        if bound is not None and not (figure is not None and figure <= bound):
+            shown = "not a number" if figure is None else f"{figure:.4g}"
+            bad.append(f"the {name} is {shown}, above {bound:g}")
     if bad:
         raise GateError("; ".join(bad), todo=f"{report['output']} was written; see its {REPORT}")
 
@@ -294,6 +298,12 @@ def _evaluate(plan: Plan, storage: Storage, tokenizer: Tokenizer, progress: Prog
     theirs = LayerStream.of(plan.source, plan.spec, plan.device).logits(windows, progress.advance)
     quality: Quality = score_logits(ours, theirs, windows)
     progress.finish()
+    if quality.reference_perplexity is None or not math.isfinite(quality.reference_perplexity):
+        raise InputError(
+            f"the logits of {plan.source.reference} itself are not finite",
+            "Weights that give finite activations were expected",
+            "Use --no-eval to write the output all the same",
+        )
     return {
         **dataclasses.asdict(quality),
         "text": "the part of pydoc_data.topics that is never calibrated with",

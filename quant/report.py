@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import platform
 import time
 from collections.abc import Iterator
@@ -39,4 +40,13 @@ def versions() -> dict[str, str]:
 
 def report_json(report: Report) -> bytes:
     """The report as a file."""
-    return (json.dumps(report, indent=2, ensure_ascii=False) + "\n").encode()
+    return (json.dumps(_finite(report), indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+
+def _finite(value: Any) -> Any:
+    """`value` with null for NaN and infinity, which JSON does not have."""
+    if isinstance(value, dict):
+        return {key: _finite(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

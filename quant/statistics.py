@@ -5,6 +5,7 @@ Legend: `in` input features.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Set
 from typing import Literal
 
@@ -12,7 +13,7 @@ import torch
 
 SAMPLE = 1024  # input rows kept as they are, spread over all the tokens
 _ROWS = 1024  # of a weight that are multiplied at once
-_STRIDE = 61  # of the rows that may be kept: prime, so that no position of a window is favoured
+_STRIDE = 13  # of the rows that may be kept, so that all positions of several windows are among them
 
 Need = Literal["magnitudes", "hessian", "sample"]
 
@@ -90,3 +91,15 @@ def quadratic(weight: torch.Tensor, hessian: torch.Tensor) -> float:
     """tr(W H W') of a weight [out, in], some rows at a time."""
     parts = (weight[start : start + _ROWS] for start in range(0, len(weight), _ROWS))
     return sum(((part @ hessian) * part).sum().item() for part in parts)
+
+
+def squares(values: torch.Tensor) -> float:
+    """The sum of all squares, also where they overflow float32."""
+    return float(torch.linalg.vector_norm(values, dtype=torch.float64).item()) ** 2
+
+
+def share(lost: float, whole: float) -> float:
+    """The part of the energy `whole` that is lost; 0 where there is none, NaN where it overflowed."""
+    if not math.isfinite(whole):
+        return math.nan
+    return lost / whole if whole > 0 else 0.0

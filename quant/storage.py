@@ -6,13 +6,14 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
 
 from llmkit.checkpoint.errors import InputError
 from llmkit.checkpoint.formats import format_of
-from llmkit.checkpoint.output import partial_path
+from llmkit.checkpoint.output import partial_path, writing
 from llmkit.checkpoint.progress import Progress
 from llmkit.checkpoint.quantized import QuantizationConfig, QuantizedWeight, Scheme
 from llmkit.checkpoint.reading import CHUNK_BYTES, SafetensorsRows, tensor_bytes
@@ -96,7 +97,10 @@ class Storage:
         for tensor in stored_tensors(spec, quantization).values():
             self._names.setdefault(tensor.parameter.name, []).append(tensor.name)
         self._records = partial_path(writer.out) / RECORDS
-        self.overflows: dict[str, int] = {}  # by tensor: values beyond the dtype's range, stored as its largest
+        # By tensor: values beyond the dtype's range, stored as its largest.
+        self.overflows: dict[str, int] = {}
+        for entry in self._lines():
+            self.overflows |= entry.get("overflows", {})
 
     def scheme(self, row: Parameter) -> Scheme | None:
         """How a parameter is quantized; the tensors of one parameter are quantized alike."""
@@ -111,15 +115,17 @@ class Storage:
         for name in row.tensors:
             if self.writer.done(name):
                 continue
-            (file,), offset = self.writer.files_of(name), 0
+            (file,), offset, beyond = self.writer.files_of(name), 0, 0
             for rows in row_chunks(self.source.tensors[name]):
-                data = tensor_bytes(self._stored(name, self.source.read_slice(name, [rows], 0)))
+                stored, more = self._stored(name, self.source.read_slice(name, [rows], 0))
+                data = tensor_bytes(stored)
                 self.writer.write_chunk(file, name, offset, data)
-                offset += len(data)
+                offset, beyond = offset + len(data), beyond + more
+            self._overflow(name, beyond)
 
     def as_stored(self, row: Parameter, device: torch.device) -> torch.Tensor:
         """A parameter that is not quantized as it will be read from the output, in float32."""
-        dense = {name: self._stored(name, self.source.read(name)) for name in row.tensors}
+        dense = {name: self._stored(name, self.source.read(name))[0] for name in row.tensors}
         return torch.cat([dense[part.tensor][part.row : part.row + part.shape[0]] for part in row.parts]).to(
             device, torch.float32
         )
@@ -133,7 +139,9 @@ class Storage:
             first += part.shape[0]
         for name, found in pieces.items():
             rows = torch.cat([rows for _, rows in sorted(found, key=lambda piece: piece[0])])
-            self._put(name, self._stored(name, rows.cpu()))
+            stored, beyond = self._stored(name, rows.cpu())
+            self._put(name, stored)
+            self._overflow(name, beyond)
 
     def pack(self, row: Parameter, weight: QuantizedWeight) -> None:
         """Write a quantized parameter: its rows divided among its checkpoint tensors, each in the output's format."""
@@ -152,20 +160,26 @@ class Storage:
 
     def record(self, layer: int, linears: list[dict[str, Any]]) -> None:
         """Keep what the report says of a layer; to be called before the layer's tensors are committed."""
-        with self._records.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"layer": layer, "linears": linears}) + "\n")
+        self._append({"layer": layer, "linears": linears})
 
     def recorded(self) -> dict[int, list[dict[str, Any]]]:
         """What `record` kept, by layer, in an interrupted run too."""
-        found: dict[int, list[dict[str, Any]]] = {}
+        return {entry["layer"]: entry["linears"] for entry in self._lines() if "layer" in entry}
+
+    def _append(self, entry: dict[str, Any]) -> None:
+        with writing(self._records), self._records.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(entry) + "\n")
+
+    def _lines(self) -> Iterator[dict[str, Any]]:
         if self._records.exists():
             for line in self._records.read_text(encoding="utf-8").splitlines():
-                try:
-                    entry = json.loads(line)
-                except ValueError:  # the machine stopped while this line was written
-                    continue
-                found[entry["layer"]] = entry["linears"]
-        return found
+                with suppress(ValueError):  # the machine stopped while this line was written
+                    yield json.loads(line)
+
+    def _overflow(self, name: str, count: int) -> None:
+        if count:
+            self.overflows[name] = count
+            self._append({"overflows": {name: count}})
 
     def written(self, config: Mapping[str, Any]) -> Checkpoint:
         """The output as a checkpoint with this `config`; each tensor can be read once it has been written."""
@@ -177,16 +191,15 @@ class Storage:
             self.quantization, None, files, SafetensorsRows(folder), self.source.side_files,
         )  # fmt: skip
 
-    def _stored(self, name: str, value: torch.Tensor) -> torch.Tensor:
-        """`value` in the planned dtype; what is beyond its range becomes its largest number, and is counted."""
+    def _stored(self, name: str, value: torch.Tensor) -> tuple[torch.Tensor, int]:
+        """`value` in the planned dtype, and how much is beyond its range and becomes its largest number."""
         stored = value.to(self.dtypes[name])
         # Rounding to the largest number is no overflow, so it is counted after the cast.
         beyond = int(stored.isinf().sum()) if stored.dtype != value.dtype else 0
         if beyond:
             limit = torch.finfo(stored.dtype).max
-            self.overflows[name] = self.overflows.get(name, 0) + beyond
             stored = stored.clamp(-limit, limit)
-        return stored
+        return stored, beyond
 
     def _put(self, name: str, tensor: torch.Tensor) -> None:
         if not self.writer.done(name):

@@ -22,7 +22,6 @@ import faults
 import pytest
 import tiny
 import torch
-from _pytest.mark.structures import ParameterSet
 from safetensors.torch import load_file, save_file
 
 from llmkit.checkpoint.errors import InputError, OutputError, ShortageError
@@ -280,11 +279,6 @@ class Stopping(SilentProgress):
                 self.act()
 
 
-def bug(*values: object, reason: str) -> ParameterSet:
-    """Parameters of a test that a known bug makes fail."""
-    return pytest.param(*values, marks=pytest.mark.xfail(strict=True, reason=reason))
-
-
 class InterruptedRunError(Exception):
     pass
 
@@ -293,9 +287,6 @@ def interrupt() -> None:
     raise InterruptedRunError
 
 
-@pytest.mark.xfail(
-    strict=True, reason="the printed command has --resume, which is refused while there is no partial directory"
-)
 @pytest.mark.parametrize(("stage", "method"), [("check", "gptq"), ("sensitivity", "target-bits")])
 def test_what_is_printed_resumes_whenever_it_was_stopped(
     llama: Path, words: str, tmp_path: Path, stage: str, method: str
@@ -308,7 +299,6 @@ def test_what_is_printed_resumes_whenever_it_was_stopped(
     assert_finite(out)
 
 
-@pytest.mark.xfail(strict=True, reason="out.partial.search outlives a run of other options")
 def test_another_method_leaves_nothing_of_an_interrupted_search(llama: Path, words: str, tmp_path: Path) -> None:
     out = tmp_path / "out"
     with pytest.raises(InterruptedRunError):
@@ -320,7 +310,7 @@ def test_another_method_leaves_nothing_of_an_interrupted_search(llama: Path, wor
 @pytest.mark.parametrize(
     ("first", "then"),
     [
-        bug("disk", "memory", reason="finish() unlinks the stale directory `hidden`: IsADirectoryError"),
+        ("disk", "memory"),
         ("memory", "disk"),
     ],
 )
@@ -341,7 +331,6 @@ def test_a_run_may_be_resumed_with_its_hidden_states_elsewhere(
     assert not (out / "hidden").exists()
 
 
-@pytest.mark.xfail(strict=True, reason="overflows are counted only where they are cast in this run")
 def test_a_resumed_run_reports_the_overflows_of_the_interrupted_one(llama: Path, tmp_path: Path) -> None:
     def large(weight: torch.Tensor) -> None:
         weight[0, 0] = 1e6
@@ -354,7 +343,6 @@ def test_a_resumed_run_reports_the_overflows_of_the_interrupted_one(llama: Path,
     assert whole["overflows"] == resumed["overflows"] == {"model.embed_tokens.weight": 1}
 
 
-@pytest.mark.xfail(strict=True, reason="as_stored() counts what cast() counts again")
 def test_an_overflow_of_a_calibrated_run_is_counted_once(llama: Path, words: str, tmp_path: Path) -> None:
     """A float16 checkpoint with one norm in float32, which is stored in float16."""
     source = tmp_path / "source"
@@ -377,10 +365,10 @@ def test_an_overflow_of_a_calibrated_run_is_counted_once(llama: Path, words: str
         ("gptq", "", 100),
         ("gptq", "", 100_000),
         ("awq", WEIGHTS, 150_000),
-        bug("rtn", ".lock", 0, reason="locked() writes the pid outside writing()"),
+        ("rtn", ".lock", 0),
         ("rtn", "journal", 0),
         ("fp8-kv", "journal", 900),
-        bug("gptq", "linears", 200, reason="Storage.record() writes outside writing()"),
+        ("gptq", "linears", 200),
         ("gptq-max", "hidden", 0),
         ("int8-activations", "hidden", 100_000),
         ("target-bits", "search", 30),
@@ -408,7 +396,6 @@ def test_a_full_disk_is_a_shortage_and_resumes_once_there_is_room(
     assert beside(tmp_path / "out") == {"out"}
 
 
-@pytest.mark.xfail(strict=True, reason="__exit__ suppresses OSError, and commit() raises ShortageError")
 def test_an_interrupted_run_on_a_full_disk_still_is_an_interrupted_run(tmp_path: Path) -> None:
     """The error to tell is the one that came first, even if what is pending cannot be recorded."""
 
@@ -423,9 +410,7 @@ def test_an_interrupted_run_on_a_full_disk_still_is_an_interrupted_run(tmp_path:
         interrupted()
 
 
-@pytest.mark.parametrize(
-    "method", ["rtn", bug("target-bits", reason="_search() makes the parent directory outside writing()")]
-)
+@pytest.mark.parametrize("method", ["rtn", ("target-bits")])
 def test_a_folder_that_may_not_be_written_is_a_shortage(
     llama: Path, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
@@ -478,8 +463,8 @@ def overflowing(llama: Path) -> Path:
     "method",
     [
         *(name for name in METHODS if not name.startswith("fp8")),
-        bug("fp8-static", reason="the largest input is infinite, and so is its scale"),
-        bug("fp8-kv", reason="the largest key is NaN, and so is its scale"),
+        ("fp8-static"),
+        ("fp8-kv"),
     ],
 )
 def test_activations_that_overflow_are_an_error_or_leave_finite_scales(
@@ -490,7 +475,6 @@ def test_activations_that_overflow_are_an_error_or_leave_finite_scales(
         assert_finite(tmp_path / "out")
 
 
-@pytest.mark.xfail(strict=True, reason="no check of hidden states, errors of 0 or NaN, NaN in the JSON report")
 @pytest.mark.parametrize(("method", "evaluate"), [("rtn", False), ("gptq", False), ("awq", False), ("gptq", True)])
 def test_activations_that_overflow_are_told(
     overflowing: Path, words: str, tmp_path: Path, method: str, evaluate: bool
@@ -615,7 +599,6 @@ def edit_config(source: Path) -> None:
     (source / "config.json").write_text(json.dumps(config))
 
 
-@pytest.mark.xfail(strict=True, reason="the manifest claims the hashes taken before the source changed")
 @pytest.mark.parametrize(
     ("stage", "edit", "file"),
     [

@@ -157,7 +157,6 @@ def test_outputs_in_the_way(llama: Path, tmp_path: Path, text: str) -> None:
     refused(llama, out, "exists and is not empty", OutputError, 5, calibration=text)
     source = copy(llama, tmp_path / "source")
     refused(source, source, "is the source", OutputError, 5, calibration=text)
-    refused(llama, tmp_path / "new", "no interrupted run of .*new to resume", OutputError, 5, resume=True)
 
 
 def test_a_disk_that_is_too_small(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -111,7 +111,8 @@ def main() -> None:
     held_out = evaluation_windows(tokenizer, 8)
     rows = [(f"ours: {name}", "ours", options) for name, options in OURS.items()]
     rows += [(f"llm-compressor: {name}", "theirs", (scheme,)) for name, scheme in THEIRS.items()]
-    results = []
+    file = arguments.work / "results.json"
+    results = json.loads(file.read_text()) if file.exists() and arguments.only else []
     for name, side, options in rows:
         if not re.search(arguments.only, name):
             continue
@@ -122,11 +123,12 @@ def main() -> None:
         else:
             timing = run_theirs(source, out, options[0], tokens)
         quality = dataclasses.asdict(judged(out, opened, held_out))
+        results = [one for one in results if one["name"] != name]
         results.append({"name": name, "options": options, **timing, **quality})
+        file.write_text(json.dumps(results, indent=2) + "\n")
         shutil.rmtree(out)
         shown = f"KL {quality['mean_kl']:.4f}, perplexity {quality['perplexity']:.3f}, {timing['wall_s']:.0f} s"
         print(f"{name}: {shown}", flush=True)
-    (arguments.work / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     head = ("", "mean KL", "99 % KL", "top-1", "perplexity", "quantizing, s", "whole command, s")
     lines = [
         [
