@@ -38,7 +38,7 @@ LLAMA_3_8B = {
     "tie_word_embeddings": False,
     "torch_dtype": "bfloat16",
 }
-SAMPLES, LENGTH = 16, 1024
+SAMPLES, LENGTH = 4, 1024
 GIB = 2**30
 # Options of `llmkit quantize`, and whether it runs the model.
 RUNS: dict[str, tuple[tuple[str, ...], bool]] = {
