@@ -37,7 +37,9 @@ gpu: export PYTHONPATH := $(CURDIR)/.typecheck$(if $(PYTHONPATH),:$(PYTHONPATH))
 gpu: ## run the GPU tests and benchmarks, where there is a GPU
 	@if $(GPU_PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null; then \
 		$(GPU_PYTHON) -m pytest -m gpu tests/test_gpu*.py && mkdir -p gpu-results \
-		&& $(GPU_PYTHON) -m llmkit.bench.steps > gpu-results/steps.json && echo "figures: gpu-results/steps.json"; \
+		&& $(GPU_PYTHON) -m llmkit.bench.steps > gpu-results/steps.json \
+		&& $(GPU_PYTHON) tests/peers/bench_memory.py --device cuda --work gpu-results/8b > gpu-results/quantize.json \
+		&& echo "figures: gpu-results/*.json"; \
 	else \
 		echo "make gpu: torch of $(GPU_PYTHON) sees no CUDA device here, so nothing was run"; \
 	fi

@@ -221,7 +221,8 @@ def _show_plan(console: Console, report: dict[str, Any]) -> None:
     console.print(table)
     console.print(
         f"{_stored(report)}; {plan['tensors']} tensors; needs {bytes_text(plan['memory_bytes'])} of memory"
-        f" ({bytes_text(plan['memory_available_bytes'])} free) and {bytes_text(plan['disk_bytes'])} of disk",
+        f" ({bytes_text(plan['memory_available_bytes'])} free) and {bytes_text(plan['disk_bytes'])} of disk,"
+        f" and about {seconds_text(plan['seconds'])}",
         markup=False,
         highlight=False,
         soft_wrap=True,

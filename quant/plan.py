@@ -22,7 +22,7 @@ from llmkit.model.device import resolve_device
 from llmkit.model.families import model_spec
 from llmkit.model.loader import check_checkpoint
 from llmkit.model.spec import ModelSpec
-from llmkit.quant import memory
+from llmkit.quant import estimate, memory
 from llmkit.quant.algorithm import Algorithm
 from llmkit.quant.engines import check_engine
 from llmkit.quant.methods import Choice, Effort, Method, kept_modules, mixed, quantization_of
@@ -250,4 +250,15 @@ def plan_figures(plan: Plan) -> dict[str, Any]:
         "offload": plan.offloads(),
         "memory_available_bytes": memory.available_bytes(plan.device),
         "disk_bytes": planned_bytes(plan.files),
+        "seconds": round(
+            estimate.seconds(
+                plan.spec,
+                plan.source.weight_bytes,
+                plan.options.samples * plan.seq_len if plan.calibrated else 0,
+                plan.algorithm if plan.calibrated else None,
+                plan.options.eval_windows if plan.options.evaluate else 0,
+                plan.device,
+            ),
+            1,
+        ),
     }

@@ -507,6 +507,8 @@ def test_a_dry_run_writes_nothing(llama: Path, tmp_path: Path) -> None:
     assert report["group_size"] == 64
     assert 0 < plan["checkpoint_bytes"] < plan["disk_bytes"]
     assert plan["memory_bytes"] > plan["checkpoint_bytes"]
+    more = run(llama, tmp_path / "out", dry_run=True, samples=40_000, effort="max", evaluate=True)["plan"]
+    assert 0 < plan["seconds"] < more["seconds"]
     run(llama, tmp_path / "out")
     assert (tmp_path / "out" / "model.safetensors").stat().st_size == plan["disk_bytes"]
 
