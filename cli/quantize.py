@@ -58,7 +58,7 @@ def quantize(
         bool, typer.Option("--activations", help="int8: round the inputs of linear layers too (W8A8, SmoothQuant).")
     ] = False,
     static_activations: Annotated[
-        bool, typer.Option("--static-activations", help="fp8: one fixed scale for a layer's inputs, not one a token.")
+        bool, typer.Option("--static", help="fp8: one fixed scale for a layer's inputs, not one a token.")
     ] = False,
     kv: Annotated[
         Literal["fp8", "int8"] | None,

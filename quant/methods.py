@@ -109,7 +109,7 @@ class Choice:
                 f"--method {name} rounds no activations", "--activations goes with int8 (fp8 has it always)"
             )
         if self.static_activations and name != "fp8":
-            raise UsageError(f"--method {name} has no fixed activation scales", "--static-activations goes with fp8")
+            raise UsageError(f"--method {name} has no fixed activation scales", "--static goes with fp8")
         if self.kv and form not in (None, "compressed-tensors"):
             raise UsageError(
                 f"--format {form} has no place for the scales of a KV cache", todo="Use --format compressed-tensors"

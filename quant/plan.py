@@ -85,7 +85,7 @@ class QuantizeOptions:
             value = getattr(self, option.name)
             if option.name in ("method", "eval_windows") or value == option.default:
                 continue
-            name = {"engine": "for"}.get(option.name, option.name).replace("_", "-")
+            name = {"engine": "for", "static_activations": "static"}.get(option.name, option.name).replace("_", "-")
             if value is True:
                 words.append(f"--{name}")
             elif value is False:
@@ -250,15 +250,12 @@ def plan_figures(plan: Plan) -> dict[str, Any]:
         "offload": plan.offloads(),
         "memory_available_bytes": memory.available_bytes(plan.device),
         "disk_bytes": planned_bytes(plan.files),
-        "seconds": round(
-            estimate.seconds(
-                plan.spec,
-                plan.source.weight_bytes,
-                plan.options.samples * plan.seq_len if plan.calibrated else 0,
-                plan.algorithm if plan.calibrated else None,
-                plan.options.eval_windows if plan.options.evaluate else 0,
-                plan.device,
-            ),
-            1,
+        "seconds": estimate.seconds(
+            plan.spec,
+            plan.source.weight_bytes,
+            plan.options.samples * plan.seq_len if plan.calibrated else 0,
+            plan.algorithm if plan.calibrated else None,
+            plan.options.eval_windows if plan.options.evaluate else 0,
+            plan.device,
         ),
     }

@@ -126,7 +126,10 @@ def test_sigterm_unwinds_the_command() -> None:
         (["inspect"], "llmkit inspect: error: missing argument 'MODEL'."),
         (["shard", "m", "-o", "x"], "llmkit shard: error: missing option '--tp'."),
         (["inspect", "a", "b"], "llmkit inspect: error: got unexpected extra argument"),
-        (["quantize", "m", "-o", "x", "--method", "awq"], "invalid value for '--method': 'awq' is not one of 'bf16',"),
+        (
+            ["quantize", "m", "-o", "x", "--method", "int3"],
+            "invalid value for '--method': 'int3' is not one of 'bf16',",
+        ),
         (["serve", "m", "--port", "x"], "llmkit serve: error: invalid value for '--port'"),
         (["serve", "m", "--max-model-len", "x"], "--max-model-len: 'x' is neither a positive number nor 'auto'."),
     ],

@@ -49,7 +49,7 @@ WRITTEN: dict[str, tuple[tuple[str, ...], str, str]] = {
     "mixed 4 and 8 bits": (("--method", "gptq", "--target-bits", "5.5"), "same", "same"),
     "int8 W8A8": (("--method", "int8", "--activations"), "run", "run"),
     "fp8": (("--method", "fp8"), "run", "run"),
-    "fp8 static": (("--method", "fp8", "--static-activations"), "refuse", "run"),
+    "fp8 static": (("--method", "fp8", "--static"), "refuse", "run"),
     "bf16 with fp8 KV cache": (("--method", "bf16", "--kv", "fp8"), "refuse", "run"),
 }
 
