@@ -33,13 +33,12 @@ class Gptq:
     def quantize(self, site: Site, weight: torch.Tensor, seen: Statistics) -> Quantized:
         """The codes of a weight [out, in]; columns that never had an input become zero. Uses up the Hessian."""
         assert seen.hessian is not None
-        weight, diagonal = weight.float(), seen.hessian.diagonal()
-        dead = diagonal == 0
+        weight, dead = weight.float(), seen.hessian.diagonal() == 0
         if bool(dead.any()):
-            diagonal[dead] = 1.0
+            seen.hessian.diagonal()[dead] = 1.0
             weight = weight.masked_fill(dead, 0.0)
         # Measured on SmolLM2: 5 to 9 % less output error of q, k and v than without importance, 0.3 % less elsewhere.
-        importance = diagonal.clamp(min=0).sqrt()
+        importance = seen.hessian.diagonal().clamp(min=0).sqrt()  # no view: the Hessian is to be let go of
         grid = fit_grid(weight, site.scheme, site.dtype, self.search, importance)
         energy = quadratic(weight, seen.hessian)
         rounded, damp, lost = gptq(weight, seen, grid, damp=self.damp)
