@@ -11,6 +11,7 @@ from llmkit.checkpoint.compressed_tensors import KINDS
 from llmkit.checkpoint.errors import InputError
 from llmkit.checkpoint.formats import format_of
 from llmkit.checkpoint.quantized import PackedTensor, QuantizationConfig, Scheme
+from llmkit.checkpoint.reading import CHUNK_BYTES
 from llmkit.checkpoint.source import Checkpoint
 from llmkit.model.decoder import Decoder
 from llmkit.model.families import model_spec
@@ -109,21 +110,36 @@ def read_parameter(
     device: torch.device | str = "cpu",
 ) -> torch.Tensor:
     """One runtime tensor: its parts dequantized, fused in order and cast."""
-    dense = {tensor: _read_dense(checkpoint, parameter, tensor, device) for tensor in parameter.tensors}
+    dense = {tensor: _read_dense(checkpoint, parameter, tensor, dtype, device) for tensor in parameter.tensors}
     parts = [dense[part.tensor][part.row : part.row + part.shape[0]] for part in parameter.parts]
     return (parts[0] if len(parts) == 1 else torch.cat(parts)).to(dtype)
 
 
-def _read_dense(checkpoint: Checkpoint, parameter: Parameter, tensor: str, device: torch.device | str) -> torch.Tensor:
+def _read_dense(
+    checkpoint: Checkpoint, parameter: Parameter, tensor: str, dtype: torch.dtype, device: torch.device | str
+) -> torch.Tensor:
     quantization = checkpoint.quantization
     scheme = scheme_of(parameter, tensor, quantization)
     if quantization is None or scheme is None:
-        return checkpoint.read(tensor).to(device)
+        return _read_as(checkpoint, tensor, dtype, device)
     layout, module = format_of(quantization), tensor.removesuffix(".weight")
     rows = sum(part.shape[0] for part in parameter.parts if part.tensor == tensor)
     packed = layout.tensors(scheme, rows, parameter.parts[0].shape[1])
     read = {p.suffix: checkpoint.read(f"{module}.{p.suffix}").to(device) for p in packed}
     return layout.unpack(scheme, read).dequantize()
+
+
+def _read_as(checkpoint: Checkpoint, tensor: str, dtype: torch.dtype, device: torch.device | str) -> torch.Tensor:
+    """A tensor in another dtype, cast some rows at a time: an embedding is never there twice."""
+    info = checkpoint.tensors[tensor]
+    if info.torch_dtype == dtype or info.nbytes <= CHUNK_BYTES:
+        return checkpoint.read(tensor).to(device)
+    result = torch.empty(info.shape, dtype=dtype, device=device)
+    step = max(1, CHUNK_BYTES * info.shape[0] // info.nbytes)
+    for start in range(0, info.shape[0], step):
+        stop = min(start + step, info.shape[0])
+        result[start:stop] = checkpoint.read_slice(tensor, [(start, stop)], 0)
+    return result
 
 
 def read_rounding(

@@ -12,6 +12,7 @@ from tiny import tiny_checkpoint
 
 from llmkit.checkpoint.errors import InputError
 from llmkit.checkpoint.source import open_checkpoint
+from llmkit.model import loader
 from llmkit.model.families import SUPPORTED, model_spec
 from llmkit.model.layout import Split, parameters
 from llmkit.model.loader import check_checkpoint, load_model, stored_tensors
@@ -115,3 +116,12 @@ def test_unsupported_architecture_lists_the_supported(checkpoint: Path) -> None:
 def test_remote_code_is_refused(checkpoint: Path) -> None:
     message = rejected(configured(checkpoint, auto_map={"AutoModel": "evil.Model"}))
     assert "auto_map (AutoModel)" in message and "remote code is never run" in message
+
+
+def test_tensors_are_cast_some_rows_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = open_checkpoint(tiny_checkpoint(tmp_path / "model"))
+    table = parameters(model_spec(checkpoint.config))
+    whole = [loader.read_parameter(checkpoint, row, torch.float32) for row in table]
+    monkeypatch.setattr(loader, "CHUNK_BYTES", 1000)
+    for row, expected in zip(table, whole, strict=True):
+        assert torch.equal(loader.read_parameter(checkpoint, row, torch.float32), expected), row.name
