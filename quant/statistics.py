@@ -44,9 +44,11 @@ class Statistics:
         total = self.tokens + len(rows)
         if self.hessian is not None:
             self.hessian.addmm_(rows.T, rows, beta=self.tokens / total, alpha=2.0 / total)
-        size = rows.abs()
-        torch.maximum(self.largest, size.amax(dim=0), out=self.largest)
-        self.mean.mul_(self.tokens / total).add_(size.sum(dim=0), alpha=1.0 / total)
+        self.mean.mul_(self.tokens / total)
+        for part in rows.split(_ROWS):
+            size = part.abs()
+            torch.maximum(self.largest, size.amax(dim=0), out=self.largest)
+            self.mean.add_(size.sum(dim=0), alpha=1.0 / total)
         if self._sampling and self._kept < SAMPLE:
             first = -self.tokens % _STRIDE
             self._rows.append(rows[first::_STRIDE][: SAMPLE - self._kept].clone())

@@ -26,6 +26,7 @@ from llmkit.model.sequence import packed
 from llmkit.model.spec import ModelSpec
 
 BATCH_TOKENS = 4096  # of a micro-batch, when a window is not longer than that
+BATCH_ELEMENTS = 1 << 26  # of the widest activation of a micro-batch (256 MiB), when a window has no more
 Read = Callable[[Parameter], torch.Tensor]
 
 
@@ -117,9 +118,12 @@ class LayerStream:
 
     @torch.no_grad()
     def embed(
-        self, windows: torch.Tensor, batch_tokens: int = BATCH_TOKENS, folder: Path | None = None
+        self, windows: torch.Tensor, batch_tokens: int | None = None, folder: Path | None = None
     ) -> list[MicroBatch]:
         """Token windows [n, L] as micro-batches before the first layer; their hidden states in files of `folder`."""
+        if batch_tokens is None:
+            widest = max((row.shape[0] for row in self._rows if row.linear), default=1)
+            batch_tokens = min(BATCH_TOKENS, BATCH_ELEMENTS // widest)
         frame = self.frame(head=False)
         length = windows.shape[1]
         steps: dict[int, Step] = {}
