@@ -12,8 +12,6 @@ from typing import Literal
 import torch
 
 Format = Literal["gptq", "awq", "compressed-tensors"]
-FP8 = torch.float8_e4m3fn
-FP8_MAX = 448.0
 
 
 @dataclass(frozen=True)

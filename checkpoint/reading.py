@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol
 
@@ -57,6 +58,14 @@ def read_range(path: Path, start: int, count: int) -> torch.Tensor:
     except OSError as error:
         raise InputError(f"{path} cannot be read ({error.strerror})") from error
     return buffer
+
+
+def row_chunks(info: TensorInfo, limit: int = CHUNK_BYTES) -> Iterator[tuple[int, int]]:
+    """Intervals of a tensor's rows of at most about `limit` bytes each, one row at least."""
+    count = info.shape[0]
+    step = max(1, limit * count // max(1, info.nbytes))
+    for start in range(0, count, step):
+        yield start, min(start + step, count)
 
 
 def sha256_file(path: Path) -> str:

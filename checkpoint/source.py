@@ -21,6 +21,7 @@ from llmkit.checkpoint.reading import (
     RowReader,
     SafetensorsRows,
     read_range,
+    row_chunks,
     sha256_file,
     sha256_range,
     tensor_bytes,
@@ -119,12 +120,10 @@ class Checkpoint:
         shape = list(info.shape)
         shape[dim] = sum(stop - start for start, stop in intervals)
         result = torch.empty(shape, dtype=info.torch_dtype)
-        count = info.shape[0]
-        step = max(1, CHUNK_BYTES * count // max(1, info.nbytes))
-        for row in range(0, count, step):
-            chunk = self._read_rows(info, row, min(row + step, count))
+        for row, end in row_chunks(info, CHUNK_BYTES):
+            chunk = self._read_rows(info, row, end)
             pieces = [chunk.narrow(dim, start, stop - start) for start, stop in intervals]
-            torch.cat(pieces, dim, out=result[row : row + step])
+            torch.cat(pieces, dim, out=result[row:end])
         return result
 
     def read_bytes(self, info: TensorInfo, start: int, stop: int) -> bytes:

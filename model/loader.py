@@ -11,7 +11,7 @@ from llmkit.checkpoint.compressed_tensors import KINDS
 from llmkit.checkpoint.errors import InputError
 from llmkit.checkpoint.formats import format_of
 from llmkit.checkpoint.quantized import PackedTensor, QuantizationConfig, Scheme
-from llmkit.checkpoint.reading import CHUNK_BYTES
+from llmkit.checkpoint.reading import CHUNK_BYTES, row_chunks
 from llmkit.checkpoint.source import Checkpoint
 from llmkit.model.decoder import Decoder
 from llmkit.model.families import model_spec
@@ -135,9 +135,7 @@ def _read_as(checkpoint: Checkpoint, tensor: str, dtype: torch.dtype, device: to
     if info.torch_dtype == dtype or info.nbytes <= CHUNK_BYTES:
         return checkpoint.read(tensor).to(device)
     result = torch.empty(info.shape, dtype=dtype, device=device)
-    step = max(1, CHUNK_BYTES * info.shape[0] // info.nbytes)
-    for start in range(0, info.shape[0], step):
-        stop = min(start + step, info.shape[0])
+    for start, stop in row_chunks(info, CHUNK_BYTES):
         result[start:stop] = checkpoint.read_slice(tensor, [(start, stop)], 0)
     return result
 

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 
 import torch
 
-from llmkit.checkpoint.quantized import FP8, QuantizedWeight
+from llmkit.checkpoint.quantized import QuantizedWeight
 from llmkit.kernels.gptq import quantize_block
+from llmkit.kernels.rounding import FP8
 from llmkit.quant.algorithm import Quantized, Site
 from llmkit.quant.grid import FULL_SEARCH, Grid, Search, fit_grid
 from llmkit.quant.statistics import Need, Statistics, quadratic, share, squares

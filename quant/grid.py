@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 import torch
 
-from llmkit.checkpoint.quantized import FP8, FP8_MAX, QuantizedWeight, Scheme
+from llmkit.checkpoint.quantized import QuantizedWeight, Scheme
+from llmkit.kernels.rounding import FP8, FP8_MAX
 
 NORM = 2.4  # of the range search: a little more than 2 protects the outliers (GPTQ's published setting)
 _CPU_CHUNK = 1 << 17  # elements searched at once: what stays in a core's cache

@@ -6,8 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from llmkit.checkpoint.quantized import FP8_MAX
-from llmkit.kernels.rounding import TINY
+from llmkit.kernels.rounding import FP8_MAX, TINY
 from llmkit.quant.algorithm import Quantized, Site
 from llmkit.quant.grid import Search, round_to_nearest
 from llmkit.quant.statistics import Need, Statistics

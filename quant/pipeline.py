@@ -14,8 +14,9 @@ import torch
 from llmkit.checkpoint.compressed_tensors import KINDS
 from llmkit.checkpoint.errors import InputError
 from llmkit.checkpoint.progress import Progress
-from llmkit.checkpoint.quantized import FP8_MAX, QuantizationConfig, QuantizedWeight
-from llmkit.kernels.rounding import INT8_MAX, TINY
+from llmkit.checkpoint.quantized import QuantizationConfig, QuantizedWeight
+from llmkit.checkpoint.reading import row_chunks
+from llmkit.kernels.rounding import FP8_MAX, INT8_MAX, TINY
 from llmkit.model.decoder import DecoderLayer
 from llmkit.model.layout import Parameter, parameters
 from llmkit.model.linear import Rounding
@@ -28,7 +29,7 @@ from llmkit.quant.learn import Windows, learn_layer
 from llmkit.quant.methods import scale_dtype
 from llmkit.quant.nearest import Nearest, fixed_scale
 from llmkit.quant.statistics import Statistics, quadratic, share, squares
-from llmkit.quant.storage import Storage, row_chunks
+from llmkit.quant.storage import Storage
 from llmkit.quant.stream import LayerStream, MicroBatch, read_ahead
 
 EXPERT_SHARE = 0.005  # an expert that saw fewer of the calibration tokens has no Hessian worth the name,

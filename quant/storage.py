@@ -16,8 +16,8 @@ from llmkit.checkpoint.formats import format_of
 from llmkit.checkpoint.output import partial_path, writing
 from llmkit.checkpoint.progress import Progress
 from llmkit.checkpoint.quantized import QuantizationConfig, QuantizedWeight, Scheme
-from llmkit.checkpoint.reading import CHUNK_BYTES, SafetensorsRows, tensor_bytes
-from llmkit.checkpoint.safetensors_header import DTYPES, NAMES, TensorInfo, read_header
+from llmkit.checkpoint.reading import SafetensorsRows, row_chunks, tensor_bytes
+from llmkit.checkpoint.safetensors_header import DTYPES, NAMES, read_header
 from llmkit.checkpoint.source import Checkpoint
 from llmkit.checkpoint.writer import CheckpointWriter, PlannedTensor
 from llmkit.model.layout import Parameter
@@ -70,14 +70,6 @@ def check_finite(source: Checkpoint, names: Sequence[str], progress: Progress) -
             )
         progress.advance(1, name)
     progress.finish()
-
-
-def row_chunks(info: TensorInfo) -> Iterator[tuple[int, int]]:
-    """Intervals of a tensor's rows of at most about CHUNK_BYTES each."""
-    count = info.shape[0]
-    step = max(1, CHUNK_BYTES * count // max(1, info.nbytes))
-    for start in range(0, count, step):
-        yield start, min(start + step, count)
 
 
 class Storage:

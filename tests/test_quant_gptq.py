@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from llmkit.checkpoint.quantized import FP8, QuantizedWeight, Scheme
+from llmkit.checkpoint.quantized import QuantizedWeight, Scheme
+from llmkit.kernels.rounding import FP8
 from llmkit.model.layout import Parameter, Part
 from llmkit.quant.algorithm import Quantized, Site
 from llmkit.quant.gptq import Gptq, gptq
