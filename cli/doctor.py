@@ -8,7 +8,8 @@ import platform
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmkit.cli.output import Output, bytes_text
+from llmkit.checkpoint.text import bytes_text
+from llmkit.cli.output import Output
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from llmkit.checkpoint.text import bytes_text
 from llmkit.cli.command import ModelArgument
-from llmkit.cli.output import Output, bytes_text
+from llmkit.cli.output import Output
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
-import math
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from llmkit.checkpoint.progress import Progress
+    from llmkit.checkpoint.text import finite
+from llmkit.checkpoint.progress import Progress
+from llmkit.checkpoint.text import finite
 
 PLAIN_WIDTH = 120  # columns of a table that does not go to a terminal
 
@@ -71,26 +72,6 @@ def _console(stderr: bool) -> Console:
 
     console = Console(stderr=stderr)
     return console if console.is_terminal else Console(stderr=stderr, width=max(console.width, PLAIN_WIDTH))
-
-
-def finite(value: Any) -> Any:
-    """The same document with NaN and infinities as null: JSON has no word for them."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if isinstance(value, Mapping):
-        return {str(key): finite(item) for key, item in value.items()}
-    if isinstance(value, Sequence) and not isinstance(value, (str, bytes)):
-        return [finite(item) for item in value]
-    return value
-
-
-def bytes_text(count: float) -> str:
-    """A size for people, in binary units: 98.3 MiB."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if abs(count) < 1024:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1024
-    return f"{count:.1f} TiB"
 
 
 def seconds_text(seconds: float) -> str:

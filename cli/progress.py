@@ -11,7 +11,7 @@ from rich.progress import Progress as RichProgress
 from rich.text import Text
 
 from llmkit.checkpoint.progress import Progress
-from llmkit.cli.output import bytes_text
+from llmkit.checkpoint.text import bytes_text
 
 
 class StageLines(Progress):

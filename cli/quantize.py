@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from llmkit.checkpoint.text import bytes_text
 from llmkit.cli.command import DeviceOption, ModelArgument, SeedOption
-from llmkit.cli.output import Output, bytes_text, seconds_text
+from llmkit.cli.output import Output, seconds_text
 from llmkit.cli.sizes import parse_count
 
 if TYPE_CHECKING:

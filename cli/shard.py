@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from llmkit.checkpoint.text import bytes_text
 from llmkit.cli.command import ModelArgument
-from llmkit.cli.output import Output, bytes_text
+from llmkit.cli.output import Output
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from llmkit.checkpoint.text import bytes_text
 from llmkit.quant.chart import Entry, bits_figure, error_figure, escaped, number
 
 NONE = "\N{EN DASH}"
@@ -71,7 +72,9 @@ def _figures(report: Entry) -> list[tuple[str, ...]]:
     sizes, quality = report.get("sizes"), report.get("quality")
     if sizes:
         change = f"{sizes['ratio']:.1%} of the size"
-        rows.append(("Size of the weights", _bytes(sizes["source_bytes"]), _bytes(sizes["checkpoint_bytes"]), change))
+        rows.append(
+            ("Size of the weights", bytes_text(sizes["source_bytes"]), bytes_text(sizes["checkpoint_bytes"]), change)
+        )
     if quality:
         before, after = quality.get("reference_perplexity"), quality.get("perplexity")
         change = _shown(number(after) / number(before) - 1, "+.2%") if before else NONE
@@ -278,14 +281,6 @@ def _fact(value: object) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     return f"{value:,}" if isinstance(value, int) else str(value)
-
-
-def _bytes(count: float) -> str:
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if abs(count) < 1024:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1024
-    return f"{count:.1f} TiB"
 
 
 def _seconds(seconds: float) -> str:

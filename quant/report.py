@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import platform
 import time
 from collections.abc import Iterator
@@ -12,6 +11,7 @@ from typing import Any
 
 import torch
 
+from llmkit.checkpoint.text import finite
 from llmkit.checkpoint.version import version
 
 Report = dict[str, Any]
@@ -40,13 +40,4 @@ def versions() -> dict[str, str]:
 
 def report_json(report: Report) -> bytes:
     """The report as a file."""
-    return (json.dumps(_finite(report), indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
-
-
-def _finite(value: Any) -> Any:
-    """`value` with null for NaN and infinity, which JSON does not have."""
-    if isinstance(value, dict):
-        return {key: _finite(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(entry) for entry in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    return (json.dumps(finite(report), indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()

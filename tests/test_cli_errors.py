@@ -17,10 +17,11 @@ import typer
 from rich.console import Console
 
 from llmkit.checkpoint.errors import GateError, InputError, LlmkitError, OutputError, ShortageError, UsageError
+from llmkit.checkpoint.text import bytes_text
 from llmkit.cli import main
 from llmkit.cli.command import add
 from llmkit.cli.errors import Stopped
-from llmkit.cli.output import Output, bytes_text, seconds_text
+from llmkit.cli.output import Output, seconds_text
 from llmkit.cli.progress import Bars
 
 
