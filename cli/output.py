@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from llmkit.checkpoint.text import finite
 from llmkit.checkpoint.progress import Progress
 from llmkit.checkpoint.text import finite
 
