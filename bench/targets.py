@@ -92,19 +92,24 @@ class ServedTarget:
         served = self.server.context_tokens if self.server else None
         return served or self.model_context_tokens
 
+    def command(self, port: int) -> list[str]:
+        """What is run to serve the checkpoint on this port."""
+        command = [sys.executable, "-m", "llmkit.cli.main", "serve", self.reference, "--host", _LOOPBACK]
+        return [*command, "--port", str(port), *self.options]
+
+    def environment(self) -> dict[str, str]:
+        """The server's: the key is for the servers of others, and the settings file may be that of `bench`."""
+        return {k: v for k, v in os.environ.items() if k not in (API_KEY_VARIABLE, "LLMKIT_CONFIG")}
+
     def start(self) -> dict[str, float]:
         """Start the server and wait until it is healthy: ready_s.
 
         Raises the error the server ended with, or ShortageError when it does not get ready.
         """
         port = _free_port()
-        command = [sys.executable, "-m", "llmkit.cli.main", "serve", self.reference, "--host", _LOOPBACK]
-        command += ["--port", str(port), *self.options]
-        # The key is for the servers of others, and the settings file may be that of `bench`.
-        environment = {k: v for k, v in os.environ.items() if k not in (API_KEY_VARIABLE, "LLMKIT_CONFIG")}
         started = time.perf_counter()
         self._process = subprocess.Popen(  # noqa: S603
-            command, stdin=subprocess.DEVNULL, stdout=self._log, stderr=self._log, env=environment,
+            self.command(port), stdin=subprocess.DEVNULL, stdout=self._log, stderr=self._log, env=self.environment(),
             start_new_session=True,  # Ctrl-C is for bench, which then stops the server
         )  # fmt: skip
         sampled = 0.0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+
 
 class LlmkitError(Exception):
     """An error with an exit code, told as what happened, what was expected and what to do.
@@ -45,3 +47,20 @@ class OutputError(LlmkitError):
     """The output is in the way: it exists, is the source, or another run holds it."""
 
     exit_code = 5
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether `error` says that memory ran out, of a device or of the host.
+
+    By name and text: torch must not be imported only to ask whether an error is its own.
+    """
+    text = str(error)
+    return (
+        isinstance(error, MemoryError)
+        or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
+        or type(error).__name__ == "OutOfMemoryError"
+        or (isinstance(error, RuntimeError) and any(sign in text for sign in _OUT_OF_MEMORY))
+    )
+
+
+_OUT_OF_MEMORY = ("DefaultCPUAllocator: can't allocate memory", "out of memory", "STATUS_ALLOC_FAILED")

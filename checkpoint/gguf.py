@@ -7,18 +7,21 @@ import math
 import re
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
+import numpy.typing as npt
 from gguf.constants import GGML_QUANT_SIZES
 from gguf.quants import dequantize
 
 from llmkit.checkpoint.errors import InputError
 from llmkit.checkpoint.gguf_header import GgufTensor, read_gguf_header
 from llmkit.checkpoint.gguf_tokenizer import tokenizer_files
-from llmkit.checkpoint.reading import read_range
+from llmkit.checkpoint.reading import read_into
 from llmkit.checkpoint.safetensors_header import TensorInfo
+
+if TYPE_CHECKING:
+    import torch
 
 ARCHITECTURES = {
     "llama": ("LlamaForCausalLM", "llama"),
@@ -66,11 +69,13 @@ class GgufModel:
 
     def rows(self, info: TensorInfo, start: int, stop: int) -> torch.Tensor:
         """Rows [start, stop) as float32; only theirs are read, except of q and k in llama files."""
+        import torch
+
         tensor = self._stored[info.name]
         heads = self._permuted_heads(info.name)
         if heads is None and len(tensor.shape) > 1:
-            return self._dequantize(tensor, start, stop)
-        whole = self._dequantize(tensor, 0, tensor.shape[0])
+            return torch.from_numpy(self._dequantize(tensor, start, stop))
+        whole = torch.from_numpy(self._dequantize(tensor, 0, tensor.shape[0]))
         if heads is not None:
             # llama.cpp rotates neighbouring rows of a head, HF its two halves: undo the converter's interleaving.
             pairs = tensor.shape[0] // heads // 2
@@ -87,11 +92,12 @@ class GgufModel:
         files["generation_config.json"] = (json.dumps(self.generation_config, indent=2) + "\n").encode()
         return files
 
-    def _dequantize(self, tensor: GgufTensor, start: int, stop: int) -> torch.Tensor:
+    def _dequantize(self, tensor: GgufTensor, start: int, stop: int) -> npt.NDArray[np.float32]:
         row_bytes = (tensor.end - tensor.start) // max(1, tensor.shape[0])
-        stored = read_range(self._path, tensor.start + start * row_bytes, (stop - start) * row_bytes).numpy()
+        stored = np.empty((stop - start) * row_bytes, np.uint8)
+        read_into(self._path, tensor.start + start * row_bytes, stored.data)
         values = dequantize(stored.reshape(stop - start, -1), tensor.qtype)
-        return torch.from_numpy(values).reshape(stop - start, *tensor.shape[1:])
+        return values.reshape(stop - start, *tensor.shape[1:])
 
     def _permuted_heads(self, name: str) -> int | None:
         if self._architecture != "llama":
@@ -196,12 +202,12 @@ class GgufModel:
 
     def _llama3_scaling(self, tensor: GgufTensor, config: dict[str, Any]) -> dict[str, Any]:
         """The parameters that give the stored per-frequency divisors; llama.cpp keeps only the divisors."""
-        found = self._dequantize(tensor, 0, tensor.shape[0]).double()
+        found = self._dequantize(tensor, 0, tensor.shape[0]).astype(np.float64)
         factor, low, high, original = float(found.max()), 1.0, 4.0, 8192
-        frequencies = config["rope_theta"] ** (-torch.arange(0, config["head_dim"], 2).double() / config["head_dim"])
-        smooth = ((original * frequencies / (2 * math.pi) - low) / (high - low)).clamp(0, 1)
+        frequencies = config["rope_theta"] ** (-np.arange(0, config["head_dim"], 2) / config["head_dim"])
+        smooth = ((original * frequencies / (2 * math.pi) - low) / (high - low)).clip(0, 1)
         expected = 1 / ((1 - smooth) / factor + smooth)
-        if found.shape != expected.shape or not torch.allclose(found, expected, rtol=1e-4):
+        if found.shape != expected.shape or not np.allclose(found, expected, rtol=1e-4):
             raise InputError(f"{self._path}: {_ROPE_FACTORS} is not Llama 3's scaling", "Llama 3's was expected")
         return {
             "rope_type": "llama3",

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from llmkit.checkpoint.errors import InputError
+from llmkit.checkpoint.files import load_json
 from llmkit.checkpoint.reading import sha256_file, sha256_range
 from llmkit.checkpoint.safetensors_header import read_header
 
@@ -18,19 +18,6 @@ FORMAT_VERSION = 1
 def tensor_key(name: str, file: str, sharded: bool) -> str:
     """A tensor's key in the manifest; in sharded layouts several files hold a tensor of the same name."""
     return f"{file}::{name}" if sharded else name
-
-
-def load_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file. Raises InputError when it is not one."""
-    try:
-        value = json.loads(path.read_bytes())
-    except OSError as error:
-        raise InputError(f"{path} cannot be read ({error.strerror})") from error
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} is not valid JSON ({error})") from error
-    if not isinstance(value, dict):
-        raise InputError(f"{path} holds a JSON {type(value).__name__}", "An object was expected")
-    return value
 
 
 def load_manifest(folder: Path) -> dict[str, Any] | None:

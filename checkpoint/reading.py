@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Protocol
-
-import torch
+from typing import TYPE_CHECKING, Protocol
 
 from llmkit.checkpoint.errors import InputError
 from llmkit.checkpoint.safetensors_header import TensorInfo
 
+if TYPE_CHECKING:
+    import torch
+
 CHUNK_BYTES = 64 * 2**20
+READERS = min(4, len(os.sched_getaffinity(0)))  # threads that read ahead
+AHEAD_BYTES = 2 * CHUNK_BYTES  # they have in memory before they are wanted, and at least one tensor
+PATIENCE = 50  # tensors that may be taken before one that was to come earlier
 
 
 class RowReader(Protocol):
@@ -36,28 +42,90 @@ class SafetensorsRows:
         return buffer.view(info.torch_dtype).reshape(stop - start, *info.shape[1:])
 
 
+class ReadAhead:
+    """Tensors in about the order in which they will be wanted, read by threads before they are.
+
+    read: reads one; it is called in threads. At most about AHEAD_BYTES are held for `take`.
+    """
+
+    def __init__(self, read: Callable[[TensorInfo], torch.Tensor], infos: Sequence[TensorInfo]) -> None:
+        self._read, self._infos = read, infos
+        self._index = {info.name: index for index, info in enumerate(infos)}
+        self._flying: dict[int, Future[torch.Tensor]] = {}
+        self._taken: set[int] = set()
+        self._next = 0  # the first that no thread has been given
+        self._bytes = 0  # of the flying
+        self.waited_s = 0.0  # in `take`, for the threads
+        self._pool = ThreadPoolExecutor(READERS, thread_name_prefix="read-ahead")
+        self._advance()
+
+    def take(self, name: str) -> torch.Tensor | None:
+        """The tensor, once; None when no thread has been given it. Raises what reading it raised.
+
+        Those that should have been taken long before are forgotten.
+        """
+        index = self._index.get(name)
+        if index is None or index in self._taken:
+            return None
+        self._taken.add(index)
+        future = self._forget(index) if index in self._flying else None
+        oldest = index - PATIENCE
+        for passed in [i for i in self._flying if i < oldest]:
+            self._forget(passed).cancel()
+        self._next = max(self._next, oldest)
+        self._advance()
+        if future is None:
+            return None
+        began = time.perf_counter()
+        found = future.result()
+        self.waited_s += time.perf_counter() - began
+        return found
+
+    def close(self) -> None:
+        """Wait for the threads and end them."""
+        self._pool.shutdown(cancel_futures=True)
+
+    def _advance(self) -> None:
+        while self._next < len(self._infos) and (self._bytes < AHEAD_BYTES or not self._flying):
+            if self._next not in self._taken:
+                info = self._infos[self._next]
+                self._flying[self._next] = self._pool.submit(self._read, info)
+                self._bytes += info.nbytes
+            self._next += 1
+
+    def _forget(self, index: int) -> Future[torch.Tensor]:
+        self._bytes -= self._infos[index].nbytes
+        return self._flying.pop(index)
+
+
 def read_range(path: Path, start: int, count: int) -> torch.Tensor:
-    """`count` bytes of a file from byte `start`, as uint8 [count].
+    """`count` bytes of a file from byte `start`, as uint8 [count]. Raises as `read_into` does."""
+    import torch
+
+    buffer = torch.empty(count, dtype=torch.uint8)
+    read_into(path, start, buffer.numpy().data)
+    return buffer
+
+
+def read_into(path: Path, start: int, view: memoryview) -> None:
+    """Fill `view` with the bytes of a file from byte `start`.
 
     Raises InputError when the file cannot be opened or ends early.
     """
-    buffer = torch.empty(count, dtype=torch.uint8)
-    view = buffer.numpy().data
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:
             done = 0
-            while done < count:
+            while done < len(view):
                 got = os.preadv(fd, [view[done:]], start + done)
                 if got == 0:
                     size = os.fstat(fd).st_size
-                    raise InputError(f"{path} ends at byte {size}, but {start + count} were expected")
+                    raise InputError(f"{path} ends at byte {size}, but {start + len(view)} were expected")
                 done += got
         finally:
             os.close(fd)
     except OSError as error:
         raise InputError(f"{path} cannot be read ({error.strerror})") from error
-    return buffer
 
 
 def row_chunks(info: TensorInfo, limit: int = CHUNK_BYTES) -> Iterator[tuple[int, int]]:
@@ -87,6 +155,8 @@ def sha256_range(path: Path, start: int, count: int) -> str:
 
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:
     """A tensor's bytes in C order, without a copy where it is contiguous on the CPU."""
+    import torch
+
     flat = tensor.detach().cpu().contiguous().reshape(-1)
     # A single element may have any stride, which a view as bytes refuses.
     return flat.as_strided((flat.numel(),), (1,)).view(torch.uint8).numpy().data

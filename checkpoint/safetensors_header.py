@@ -14,30 +14,17 @@ import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from llmkit.checkpoint.errors import InputError
 
-DTYPES: dict[str, torch.dtype] = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U64": torch.uint64,
-    "U32": torch.uint32,
-    "U16": torch.uint16,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-NAMES = {dtype: name for name, dtype in DTYPES.items()}
+if TYPE_CHECKING:
+    import torch
+
+ITEM_BYTES = {
+    "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "I64": 8, "I32": 4, "I16": 2, "I8": 1,
+    "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1,
+}  # fmt: skip
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
 
 
@@ -46,7 +33,7 @@ class TensorInfo:
     """Where a tensor lies: bytes [start, end) of `file`, counted from the file's beginning."""
 
     name: str
-    dtype: str  # a key of DTYPES; for GGUF the dtype it is read as
+    dtype: str  # a key of ITEM_BYTES; for GGUF the dtype it is read as
     shape: tuple[int, ...]
     file: str  # the file's name within the checkpoint
     start: int
@@ -60,12 +47,14 @@ class TensorInfo:
     @property
     def torch_dtype(self) -> torch.dtype:
         """The torch dtype of `dtype`."""
+        from llmkit.checkpoint.dtypes import DTYPES  # headers alone are read without torch
+
         return DTYPES[self.dtype]
 
 
 def byte_count(dtype: str, shape: Sequence[int]) -> int:
     """Bytes of a dense tensor of `shape` whose dtype is named as in a safetensors header."""
-    return math.prod(shape) * DTYPES[dtype].itemsize
+    return math.prod(shape) * ITEM_BYTES[dtype]
 
 
 def read_header(path: Path) -> dict[str, TensorInfo]:
@@ -152,7 +141,7 @@ def _tensor(path: Path, name: str, entry: Any, data_start: int, size: int) -> Te
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
         raise _bad(path, f"tensor {name} is not described by dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in DTYPES:
+    if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
         raise _bad(path, f"tensor {name} has the unknown dtype {str(dtype)[:40]!r}")
     if not _naturals(shape):
         raise _bad(path, f"tensor {name} has the impossible shape {str(shape)[:80]}")

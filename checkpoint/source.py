@@ -2,22 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from fnmatch import fnmatch
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from llmkit.checkpoint.errors import InputError
+from llmkit.checkpoint.files import (
+    CONFIG,
+    PICKLES,
+    ModelFiles,
+    generation_config,
+    listing,
+    load_json,
+    locate,
+    pickled,
+    side_files,
+)
 from llmkit.checkpoint.formats import parse_quantization
-from llmkit.checkpoint.hub import fetch, looks_like_hub_id
-from llmkit.checkpoint.manifest import check_files, is_plain_name, load_json, load_manifest, mismatch, tensor_key
+from llmkit.checkpoint.manifest import check_files, is_plain_name, load_manifest, mismatch, tensor_key
 from llmkit.checkpoint.quantized import QuantizationConfig
 from llmkit.checkpoint.reading import (
     CHUNK_BYTES,
+    ReadAhead,
     RowReader,
     SafetensorsRows,
     read_range,
@@ -30,38 +42,26 @@ from llmkit.checkpoint.safetensors_header import TensorInfo, read_header
 
 __all__ = ["Checkpoint", "TensorInfo", "open_checkpoint"]
 
-CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-CARRIED = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "generation_config.json",
-    "chat_template.jinja", "chat_template.json", "vocab.json", "merges.txt", "vocab.txt", "tokenizer.model",
-    "spiece.model", "*.tiktoken", "quantize_config.json", "LICENSE*", "NOTICE*", "USE_POLICY*",
-)  # fmt: skip
 
 
 @dataclass
-class Checkpoint:
+class Checkpoint(ModelFiles):
     """An opened model. Headers are read and checked; tensors are read when asked for, none is kept.
 
     `tensors` has HF names, also for GGUF, whose tensors are read as float32 (dequantized, q and k rows in HF order).
     It is empty for an output of `llmkit shard`; `layout` then says what lies where.
     """
 
-    reference: str  # as the user gave it
-    path: Path  # the directory, or the .gguf file
-    kind: Literal["safetensors", "gguf"]
-    config: dict[str, Any]  # HF config.json; made from the metadata for GGUF
-    generation_config: dict[str, Any]
     tensors: dict[str, TensorInfo]
     quantization: QuantizationConfig | None
     manifest: dict[str, Any] | None
     weight_files: tuple[str, ...]
     _rows: RowReader = field(repr=False)
-    _side_files: Callable[[], dict[str, bytes]] = field(repr=False)
     _verified: set[str] = field(default_factory=set, repr=False)
     _stamps: dict[str, tuple[int, int, int]] = field(default_factory=dict, repr=False)  # of the files, when opened
+    _ahead: ReadAhead | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         if not self._stamps:
@@ -96,13 +96,31 @@ class Checkpoint:
 
         Raises InputError when the file is cut short or the bytes differ from the manifest.
         """
-        return self.read_info(self.tensors[name])
+        info = self.tensors[name]
+        found = self._ahead.take(name) if self._ahead is not None else None
+        return self.read_info(info) if found is None else found
 
     def read_info(self, info: TensorInfo) -> torch.Tensor:
         """As `read`, for a tensor found through a file's own header (sharded layouts)."""
-        self._verify(info)
         count = info.shape[0] if info.shape else 1
-        return self._read_rows(info if info.shape else _as_vector(info), 0, count).reshape(info.shape)
+        found = self._read_rows(info if info.shape else _as_vector(info), 0, count).reshape(info.shape)
+        if self.kind == "safetensors":
+            self._verify(info, found)
+        return found
+
+    @contextmanager
+    def reading_ahead(self, names: Iterable[str]) -> Iterator[ReadAhead]:
+        """Within, `read` of these tensors is faster in this order: threads read and check those that come next.
+
+        Other tensors, and these in another order, are read as ever. Raises what `read` does, from `read`.
+        """
+        assert self._ahead is None, "already reading ahead"
+        self._ahead = ReadAhead(self.read_info, [self.tensors[name] for name in names])
+        try:
+            yield self._ahead
+        finally:
+            self._ahead.close()
+            self._ahead = None
 
     def read_slice(self, name: str, intervals: Sequence[tuple[int, int]], dim: int) -> torch.Tensor:
         """The slices [start, stop) along `dim`, concatenated along `dim`; in memory of its own.
@@ -158,10 +176,6 @@ class Checkpoint:
     def _read_rows(self, info: TensorInfo, start: int, stop: int) -> torch.Tensor:
         return self._rows.rows(info, start, stop).to(info.torch_dtype)
 
-    def side_files(self) -> dict[str, bytes]:
-        """What an output carries along: tokenizer, chat template, generation config, licence. Not config.json."""
-        return self._side_files()
-
     @cached_property
     def _source_hashes(self) -> dict[str, str]:
         return {name: sha256_file(self.folder / name) for name in self._files}
@@ -175,8 +189,8 @@ class Checkpoint:
         """Bytes of all weight files on disk."""
         return sum((self.folder / name).stat().st_size for name in self.weight_files)
 
-    def _verify(self, info: TensorInfo) -> None:
-        """Compare the stored bytes with the manifest, once per tensor."""
+    def _verify(self, info: TensorInfo, whole: torch.Tensor | None = None) -> None:
+        """Compare the stored bytes with the manifest, once per tensor. `whole`: the tensor, when it is read already."""
         if self.manifest is None:
             return
         key = tensor_key(info.name, info.file, self.layout is not None)
@@ -185,7 +199,10 @@ class Checkpoint:
         entry = self.manifest["tensors"].get(key)
         if entry is None:
             raise mismatch(f"{self.folder / info.file}: tensor {info.name} is not in llmkit.json")
-        digest = sha256_range(self.folder / info.file, info.start, info.end - info.start)
+        if whole is not None:
+            digest = hashlib.sha256(tensor_bytes(whole)).hexdigest()
+        else:
+            digest = sha256_range(self.folder / info.file, info.start, info.end - info.start)
         if digest != entry["sha256"]:
             place = f"{self.folder / info.file}: tensor {info.name}"
             raise mismatch(f"{place} has SHA-256 {digest}, llmkit.json says {entry['sha256']}")
@@ -198,40 +215,19 @@ def open_checkpoint(reference: str | Path) -> Checkpoint:
     Raises InputError when there is nothing there, when files are missing, malformed, cut short or changed since
     llmkit wrote them, and when the weights are pickled.
     """
-    text = str(reference)
-    path = Path(text).expanduser()
+    path, text = locate(reference), str(reference)
     if path.is_dir():
         return _open_directory(text, path)
-    if path.is_file():
-        return _open_file(text, path)
-    if not isinstance(reference, Path) and looks_like_hub_id(text):
-        return _open_directory(text, fetch(text))
-    raise InputError(f"{text} does not exist", "A directory, a hub id or a .gguf file was expected")
+    from llmkit.checkpoint.gguf import open_gguf  # the gguf package is needed by few
 
-
-def _open_file(reference: str, path: Path) -> Checkpoint:
-    if path.suffix == ".gguf":
-        from llmkit.checkpoint.gguf import open_gguf  # the gguf package is needed by few
-
-        model = open_gguf(path)
-        return Checkpoint(
-            reference, path, "gguf", model.config, model.generation_config, model.tensors, None, None,
-            (path.name,), model, model.side_files,
-        )  # fmt: skip
-    if path.suffix in PICKLES:
-        raise _pickled(path)
-    todo = f"Give its directory, {path.parent}" if path.suffix == ".safetensors" else ""
-    raise InputError(f"{reference} is a file", "A directory, a hub id or a .gguf file was expected", todo)
+    model = open_gguf(path)
+    return Checkpoint(
+        text, path, "gguf", model.config, model.generation_config, model.side_files, model.tensors, None, None,
+        (path.name,), model,
+    )  # fmt: skip
 
 
 def _open_directory(reference: str, path: Path) -> Checkpoint:
-    if not (path / CONFIG).is_file():
-        ggufs = sorted(path.glob("*.gguf"))
-        raise InputError(
-            f"{path} has no {CONFIG}; it holds {_listing(path)}",
-            "A Hugging Face model directory was expected",
-            f"Give the file itself, {ggufs[0]}" if ggufs else "",
-        )
     config = load_json(path / CONFIG)
     manifest = load_manifest(path)
     if manifest is not None:
@@ -242,9 +238,8 @@ def _open_directory(reference: str, path: Path) -> Checkpoint:
     else:
         files, tensors = _find_tensors(path)
     return Checkpoint(
-        reference, path, "safetensors", config,
-        load_json(path / "generation_config.json") if (path / "generation_config.json").is_file() else {},
-        tensors, _quantization(path, config), manifest, files, SafetensorsRows(path), lambda: _side_files(path),
+        reference, path, "safetensors", config, generation_config(path), lambda: side_files(path), tensors,
+        _quantization(path, config), manifest, files, SafetensorsRows(path),
     )  # fmt: skip
 
 
@@ -271,8 +266,8 @@ def _find_tensors(path: Path) -> tuple[tuple[str, ...], dict[str, TensorInfo]]:
     if not files:
         pickles = sorted(file for file in path.iterdir() if file.suffix in PICKLES)
         if pickles:
-            raise _pickled(pickles[0])
-        raise InputError(f"{path} has no weights; it holds {_listing(path)}", "Files named *.safetensors were expected")
+            raise pickled(pickles[0])
+        raise InputError(f"{path} has no weights; it holds {listing(path)}", "Files named *.safetensors were expected")
     tensors: dict[str, TensorInfo] = {}
     for file in files:
         for name, info in read_header(path / file).items():
@@ -309,14 +304,6 @@ def _weight_map(path: Path) -> dict[str, str]:
     return located
 
 
-def _side_files(path: Path) -> dict[str, bytes]:
-    return {
-        file.name: file.read_bytes()
-        for file in sorted(path.iterdir())
-        if file.is_file() and any(fnmatch(file.name, pattern) for pattern in CARRIED)
-    }
-
-
 def _stamp(path: Path) -> tuple[int, int, int]:
     """What changes when a file does: size, time, inode; zeros for one that is not there."""
     try:
@@ -328,18 +315,3 @@ def _stamp(path: Path) -> tuple[int, int, int]:
 
 def _as_vector(info: TensorInfo) -> TensorInfo:
     return TensorInfo(info.name, info.dtype, (1,), info.file, info.start, info.end)
-
-
-def _listing(path: Path) -> str:
-    names = sorted(file.name for file in path.iterdir())
-    if not names:
-        return "nothing"
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-
-
-def _pickled(path: Path) -> InputError:
-    return InputError(
-        f"{path} is a pickle file, which can run code when loaded, and is never loaded",
-        "Weights in safetensors files were expected",
-        "Convert them where you trust them: AutoModelForCausalLM.from_pretrained(MODEL).save_pretrained(DIRECTORY)",
-    )

@@ -13,7 +13,7 @@ import tokenizers
 from llmkit.checkpoint.chat import ChatTemplateError, render
 from llmkit.checkpoint.detokenizer import Detokenizer, TokenBytes
 from llmkit.checkpoint.errors import InputError
-from llmkit.checkpoint.source import Checkpoint
+from llmkit.checkpoint.files import ModelFiles
 
 __all__ = ["ChatTemplateError", "Detokenizer", "Tokenizer", "load_tokenizer"]
 
@@ -100,8 +100,8 @@ class Tokenizer:
         return None if token is None else self._tokenizer.token_to_id(token)
 
 
-def load_tokenizer(ckpt: Checkpoint) -> Tokenizer:
-    """The tokenizer of an opened checkpoint. Raises InputError when it has none or it is malformed."""
+def load_tokenizer(ckpt: ModelFiles) -> Tokenizer:
+    """The tokenizer of a model. Raises InputError when it has none or it is malformed."""
     files = ckpt.side_files()
     settings = {**_object(ckpt, files, "special_tokens_map.json"), **_object(ckpt, files, "tokenizer_config.json")}
     if "tokenizer.json" in files:
@@ -133,7 +133,7 @@ def _converted(path: Path) -> tokenizers.Tokenizer:
         ) from error
 
 
-def _templates(ckpt: Checkpoint, files: Mapping[str, bytes], settings: Mapping[str, Any]) -> dict[str, str]:
+def _templates(ckpt: ModelFiles, files: Mapping[str, bytes], settings: Mapping[str, Any]) -> dict[str, str]:
     """Chat templates by name ("default", "tool_use"), from the newest of the places they have been kept in."""
     if "chat_template.jinja" in files:
         return {"default": files["chat_template.jinja"].decode(errors="replace")}
@@ -148,7 +148,7 @@ def _templates(ckpt: Checkpoint, files: Mapping[str, bytes], settings: Mapping[s
     }
 
 
-def _object(ckpt: Checkpoint, files: Mapping[str, bytes], name: str) -> dict[str, Any]:
+def _object(ckpt: ModelFiles, files: Mapping[str, bytes], name: str) -> dict[str, Any]:
     if name not in files:
         return {}
     try:

@@ -19,13 +19,15 @@ from typing import Any
 
 import torch
 
+from llmkit.checkpoint.dtypes import DTYPES, NAMES
 from llmkit.checkpoint.errors import LlmkitError, OutputError
+from llmkit.checkpoint.files import CONFIG
 from llmkit.checkpoint.journal import Journal, Key
 from llmkit.checkpoint.manifest import FORMAT_VERSION, MANIFEST, is_plain_name, tensor_key, verify_manifest
 from llmkit.checkpoint.output import check_output, locked, partial_path, sibling, writing
 from llmkit.checkpoint.reading import read_range, sha256_file, sha256_range, tensor_bytes
-from llmkit.checkpoint.safetensors_header import DTYPES, NAMES, TensorInfo, byte_count, write_header
-from llmkit.checkpoint.source import CONFIG, INDEX, Checkpoint
+from llmkit.checkpoint.safetensors_header import TensorInfo, byte_count, write_header
+from llmkit.checkpoint.source import INDEX, Checkpoint
 from llmkit.checkpoint.version import version
 
 __all__ = ["CheckpointWriter", "PlannedTensor", "check_output", "plan_files", "verify_manifest"]

@@ -7,7 +7,7 @@ import sys
 import traceback
 from typing import Any
 
-from llmkit.checkpoint.errors import LlmkitError, UsageError
+from llmkit.checkpoint.errors import LlmkitError, UsageError, is_out_of_memory
 from llmkit.cli.settings import Defaults, nearest
 
 BUG, INTERRUPTED, TERMINATED = 70, 130, 143
@@ -57,19 +57,10 @@ def _explain(error: BaseException, debug: bool) -> tuple[str, int]:
     if isinstance(error, OSError) and error.errno in SHORT_OF:
         where = f" ({error.filename})" if error.filename else ""
         return f"{SHORT_OF[error.errno]}{where}.", SHORTAGE
-    if _out_of_memory(error):
+    if is_out_of_memory(error):
         return f"out of memory ({str(error).splitlines()[0] if str(error) else type(error).__name__}).", SHORTAGE
     hint = "" if debug else " Run it again with --debug for the traceback."
     return f"{type(error).__name__}: {error}. This is a bug in llmkit.{hint}", BUG
-
-
-def _out_of_memory(error: BaseException) -> bool:
-    # By name: torch must not be imported only to ask whether an error is its own.
-    return (
-        isinstance(error, MemoryError)
-        or type(error).__name__ == "OutOfMemoryError"
-        or "DefaultCPUAllocator: can't allocate memory" in str(error)
-    )
 
 
 def usage_error(error: Any, arguments: list[str], defaults: Defaults) -> UsageError:

@@ -142,7 +142,6 @@ def quantize(
     """Write a checkpoint in another precision, with a report of its quality, size and time."""
     from llmkit.quant.quantize import QuantizeOptions, check_gates
     from llmkit.quant.quantize import quantize as run
-    from llmkit.runtime.engine.generate import generate
 
     options = QuantizeOptions(
         method=method,
@@ -172,9 +171,16 @@ def quantize(
         device=device,
         seed=seed,
     )
-    report = run(model, out, options, output.progress(), generate)
+    report = run(model, out, options, output.progress(), _generate)
     output.result(report, lambda console: _show(console, report))
     check_gates(report, options)
+
+
+def _generate(*arguments: Any, **options: Any) -> list[list[int]]:
+    """The engine's answers, for calibration text that the model writes: few runs need an engine."""
+    from llmkit.runtime.engine.generate import generate
+
+    return generate(*arguments, **options)
 
 
 def _show(console: Console, report: dict[str, Any]) -> None:

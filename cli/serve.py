@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Mapping
+from itertools import zip_longest
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from llmkit.checkpoint.text import bytes_text
 from llmkit.cli.command import DeviceOption, ModelArgument
 from llmkit.cli.output import Output
 from llmkit.cli.sizes import in_range, parse_count, parse_size
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 
 def serve(
@@ -53,32 +60,99 @@ def serve(
     drain_timeout: Annotated[
         float, typer.Option(metavar="SECONDS", help="How long running requests may take after SIGTERM.")
     ] = 30.0,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Show how memory would be divided and what fits, load nothing, and stop.")
+    ] = False,
     device: DeviceOption = "auto",
 ) -> int:
     """Serve a checkpoint over the OpenAI API, with continuous batching. Ctrl-C or SIGTERM stops it gracefully."""
-    from llmkit.runtime.server.serve import ServeOptions, run_server
-
     in_range("--max-num-seqs", max_num_seqs, 1)
     in_range("--max-num-batched-tokens", max_num_batched_tokens, 1)
     in_range("--gpu-memory-utilization", gpu_memory_utilization, 0.05, 1)
     in_range("--drain-timeout", drain_timeout, 0)
+    sizes: dict[str, Any] = {
+        "dtype": dtype,
+        "device": device,
+        "max_model_len": parse_count("--max-model-len", max_model_len),
+        "max_num_seqs": max_num_seqs,
+        "max_num_batched_tokens": max_num_batched_tokens,
+        "kv_cache_memory": parse_size("--kv-cache-memory", kv_cache_memory),
+        "gpu_memory_utilization": gpu_memory_utilization,
+    }
+    if plan:
+        return _plan(output, model, sizes)
+    from llmkit.runtime.server.age import process_age
+    from llmkit.runtime.server.serve import ServeOptions, run_server
+
     return run_server(
         ServeOptions(
             model=model,
             host=host,
             port=port,
-            dtype=dtype,
-            device=device,
-            max_model_len=parse_count("--max-model-len", max_model_len),
-            max_num_seqs=max_num_seqs,
-            max_num_batched_tokens=max_num_batched_tokens,
-            kv_cache_memory=parse_size("--kv-cache-memory", kv_cache_memory),
-            gpu_memory_utilization=gpu_memory_utilization,
             served_model_name=served_model_name,
             api_key_file=None if api_key_file is None else Path(api_key_file),
             drain_timeout=drain_timeout,
             debug=output.debug,
+            **sizes,
         ),
         lambda text: output.message(f"llmkit serve: {text}"),
-        lambda facts: output.result(facts, lambda console: None),
+        lambda facts: _ready(output, facts),
+        time.perf_counter() - process_age(),
     )
+
+
+def _plan(output: Output, model: str, sizes: dict[str, Any]) -> int:
+    from llmkit.checkpoint.source import open_checkpoint
+    from llmkit.model.families import model_spec
+    from llmkit.model.loader import check_checkpoint
+    from llmkit.runtime.engine.load import EngineOptions, plan_engine
+
+    checkpoint = open_checkpoint(model)
+    checkpoint.require_whole()
+    check_checkpoint(checkpoint, model_spec(checkpoint.config))
+    document = {"model": model} | plan_engine(checkpoint, EngineOptions(**sizes)).as_dict()
+    output.result(document, lambda console: _show_plan(console, document))
+    return 0
+
+
+def _ready(output: Output, facts: Mapping[str, Any]) -> None:
+    """The start-up table, and the facts on stdout with --json."""
+    output.result(facts, lambda console: None)
+    if output.quiet:
+        return
+    from rich.table import Table
+
+    table = Table("start-up", "seconds", "memory", "size", box=None, padding=(0, 2, 0, 0))
+    table.columns[1].justify = table.columns[3].justify = "right"
+    stages = dict(facts["engine_seconds"])
+    stages["the rest"] = max(0.0, facts["ready_s"] - sum(stages.values()))
+    rows = [(stage, f"{spent:.2f}") for stage, spent in stages.items()] + [("ready", f"{facts['ready_s']:.2f}")]
+    for (stage, spent), (name, size) in zip_longest(rows, _memory_rows(facts["memory"]), fillvalue=("", "")):
+        table.add_row(stage, spent, name, size)
+    output.notes.print(table)
+    api = ", ".join(f"{stage} {spent:.2f} s" for stage, spent in facts["api_seconds"].items())
+    output.message(f"meanwhile in the API process: {api}")
+    output.message("\n".join(facts["paths"]))
+
+
+def _show_plan(console: Console, document: dict[str, Any]) -> None:
+    from rich.table import Table
+
+    table = Table("memory", "size")
+    table.columns[1].justify = "right"
+    for name, size in [("on", f"{document['device']} in {document['dtype']}"), *_memory_rows(document)]:
+        table.add_row(name, size)
+    console.print(table)
+
+
+def _memory_rows(plan: Mapping[str, Any]) -> list[tuple[str, str]]:
+    rows = [
+        ("free", bytes_text(plan["free_bytes"])),
+        ("weights", bytes_text(plan["weight_bytes"])),
+        ("workspace of a step, at most", bytes_text(plan["workspace_bytes"])),
+        ("KV cache", bytes_text(plan["kv_cache_bytes"])),
+        ("KV cache of a token", bytes_text(plan["kv_bytes_per_token"])),
+        ("tokens in the KV cache", f"{plan['kv_cache_tokens']:,} ({plan['kv_blocks']:,} blocks)"),
+        ("tokens of a request", f"{plan['max_model_len']:,} of the model's {plan['model_limit']:,}"),
+    ]
+    return rows + [(f"requests of {int(n):,} tokens at once", f"{count:,}") for n, count in plan["requests"].items()]

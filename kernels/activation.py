@@ -11,4 +11,4 @@ from torch.nn.functional import gelu, silu
 def gated(gate_up: torch.Tensor, activation: Literal["silu", "gelu_tanh"]) -> torch.Tensor:
     """act(gate) * up. gate_up: [T, 2 * size], gate first. Returns [T, size]."""
     gate, up = gate_up.chunk(2, dim=-1)
-    return (silu(gate) if activation == "silu" else gelu(gate, approximate="tanh")) * up
+    return (silu(gate) if activation == "silu" else gelu(gate, approximate="tanh")).mul_(up)

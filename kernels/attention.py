@@ -1,192 +1,128 @@
 """Attention over a paged KV cache, for batches that mix prefill chunks and decode tokens.
 
-Legend: S sequences, T tokens of this step over all of them, N query heads, K key-value heads, G = N / K,
-D head_dim, L tokens of context. A cache is [blocks, block_size, K, D].
+Legend: S sequences, T tokens of this step over all of them, N query heads, K key-value heads, D head_dim, L tokens of
+context. Which blocks a query sees is found once per step and window, in `paging`; here are the values.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
-from itertools import accumulate
+from dataclasses import dataclass
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
+from llmkit.kernels.paging import AttentionBatch, Group, Part
+from llmkit.kernels.rounding import FP8, tensor_codes, token_codes
 
-@dataclass
-class AttentionBatch:
-    """Which tokens of a step belong to which sequence, and where their keys and values lie.
+__all__ = ["CODES", "AttentionBatch", "KvCache", "paged_attention"]
 
-    The lists are the truth, set once by whoever builds the batch; the tensors are their device form.
+CODES = {"int8": torch.int8, "fp8": FP8}
+PART_BYTES = {
+    "cpu": 4 << 20,
+    "cuda": 256 << 20,
+}  # keys and values that are gathered at a time; on a CPU, into its cache
+
+
+@dataclass(frozen=True)
+class KvCache:
+    """The keys and values of a layer, or 8-bit codes of them.
+
+    kv: [2K, blocks, block_size, D], the K heads' keys first: a head's tokens lie side by side, as products want them.
+    Codes are multiplied by `stored`, float32 [2K, 1, 1], or by `scales`, float32 [2K, blocks, block_size, 1], which
+    every token and head gets as it comes.
     """
 
-    query_lens: list[int]  # new tokens of each sequence, in the order of the step's tokens
-    context_lens: list[int]  # tokens in the cache after this step, the new ones included
-    block_tables: torch.Tensor  # int32 [S, most blocks of a sequence], padded with its last block
-    slots: torch.Tensor  # int64 [T]: block * block_size + offset of each new token
-    block_size: int
-    masks: dict[object, torch.Tensor] = field(default_factory=dict)  # made on first use, shared by the layers
-
-    @classmethod
-    def build(
-        cls,
-        query_lens: list[int],
-        context_lens: list[int],
-        block_tables: Sequence[Sequence[int]],
-        block_size: int,
-        device: torch.device | str = "cpu",
-    ) -> AttentionBatch:
-        """From plain lists; `block_tables[s]` covers at least `context_lens[s]` tokens."""
-        widest = max(-(-context // block_size) for context in context_lens)
-        # Padded with a sequence's own last block: what is masked there can then never be another sequence's NaN.
-        rows = [[*table[:widest], *[table[-1]] * (widest - len(table))] for table in block_tables]
-        tables = torch.tensor(rows, dtype=torch.int32)
-        where = torch.repeat_interleave(torch.arange(len(query_lens)), torch.tensor(query_lens))
-        position = torch.cat([torch.arange(c - q, c) for q, c in zip(query_lens, context_lens, strict=True)])
-        slots = tables[where, position // block_size].long() * block_size + position % block_size
-        if torch.device(device).type != "cpu":
-            tables, slots = (t.pin_memory().to(device, non_blocking=True) for t in (tables, slots))
-        return cls(list(query_lens), list(context_lens), tables, slots, block_size)
-
-    @classmethod
-    def for_sequences(
-        cls, lengths: list[int], block_size: int = 16, device: torch.device | str = "cpu"
-    ) -> AttentionBatch:
-        """Complete sequences, one after the other, in blocks 0, 1, 2, ...: calibration and evaluation."""
-        tables, first = [], 0
-        for length in lengths:
-            blocks = -(-length // block_size)
-            tables.append(range(first, first + blocks))
-            first += blocks
-        return cls.build(lengths, lengths, tables, block_size, device)
-
-    @cached_property
-    def starts(self) -> list[int]:
-        """The first row of each sequence among the step's tokens, and the number of rows at the end."""
-        return [0, *accumulate(self.query_lens)]
-
-    @cached_property
-    def decoding(self) -> list[int]:
-        """The sequences with one new token."""
-        return [s for s, n in enumerate(self.query_lens) if n == 1]
-
-    @cached_property
-    def decode_rows(self) -> torch.Tensor | slice:
-        """Their rows among the step's tokens; everything when there are no others."""
-        if len(self.decoding) == len(self.query_lens):
-            return slice(None)
-        return torch.tensor([self.starts[s] for s in self.decoding], device=self.slots.device)
-
-    @cached_property
-    def decode_tables(self) -> torch.Tensor:
-        """Their block tables, int64 [S, blocks of the longest]."""
-        longest = max(self.context_lens[s] for s in self.decoding)
-        return self.block_tables[self.decoding, : -(-longest // self.block_size)].long()
-
-    def decode_mask(self, window: int | None) -> torch.Tensor:
-        """Which positions of `decode_tables` each decoding sequence sees: bool [S, 1, 1, L]."""
-        key = ("decode", window)
-        if key not in self.masks:
-            tables = self.decode_tables
-            position = torch.arange(tables.shape[1] * self.block_size, device=tables.device)
-            context = torch.tensor([self.context_lens[s] for s in self.decoding], device=tables.device)[:, None]
-            seen = position < context
-            if window is not None:
-                seen &= position >= context - window
-            self.masks[key] = seen[:, None, None, :]
-        return self.masks[key]
-
-    def prefill_mask(self, s: int, window: int | None) -> torch.Tensor:
-        """Which of its L cached tokens each of the n new tokens of sequence `s` sees: bool [n, L]."""
-        key = (s, window)
-        if key not in self.masks:
-            new, context = self.query_lens[s], self.context_lens[s]
-            row = torch.arange(context - new, context, device=self.slots.device)[:, None]
-            column = torch.arange(context, device=self.slots.device)
-            seen = column <= row
-            if window is not None:
-                seen &= column > row - window
-            self.masks[key] = seen
-        return self.masks[key]
+    kv: torch.Tensor
+    scales: torch.Tensor | None = None
+    stored: torch.Tensor | None = None
 
     @property
-    def blocks(self) -> int:
-        """How many blocks a cache must have for `for_sequences`."""
-        return sum(-(-context // self.block_size) for context in self.context_lens)
+    def coded(self) -> bool:
+        """Whether it holds codes."""
+        return self.kv.dtype in CODES.values()
+
+    def store(self, kv: torch.Tensor, slots: torch.Tensor) -> None:
+        """Write new keys and values [T, 2K, D] at `slots` [T], block * block_size + offset."""
+        kv = kv.transpose(0, 1)
+        if self.coded:
+            kind = "int" if self.kv.dtype == torch.int8 else "float"
+            if self.scales is None:
+                assert self.stored is not None
+                codes = tensor_codes(kv.float(), self.stored, kind)
+            else:
+                codes, scale = token_codes(kv, kind)
+                self.scales.flatten(1, 2).index_copy_(1, slots, scale)
+            kv = codes.to(self.kv.dtype)
+        _bytes(self.kv).flatten(1, 2).index_copy_(1, slots, _bytes(kv))
+
+    def gather(self, blocks: torch.Tensor | slice, dtype: torch.dtype) -> torch.Tensor:
+        """The values of n whole blocks: [2K, n * block_size, D], to be read only."""
+        found = _select(_bytes(self.kv), blocks)
+        if not self.coded:
+            return found
+        scale = self.stored if self.scales is None else _select(self.scales, blocks)
+        assert scale is not None
+        return found.view(self.kv.dtype).float().mul_(scale).to(dtype)
+
+    def clear(self, blocks: list[int]) -> None:
+        """Zero blocks that may hold what is not finite: attention multiplies by 0 what it does not see."""
+        for part in (self.kv, self.scales):
+            if part is not None:
+                _bytes(part)[:, blocks] = 0
 
 
-def store_kv(
-    k: torch.Tensor, v: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, slots: torch.Tensor
-) -> None:
-    """Write the step's keys and values [T, K, D] into the cache at `slots` [T]."""
-    k_cache.view(-1, *k_cache.shape[2:]).index_copy_(0, slots, k.to(k_cache.dtype))
-    v_cache.view(-1, *v_cache.shape[2:]).index_copy_(0, slots, v.to(v_cache.dtype))
+def _select(pages: torch.Tensor, blocks: torch.Tensor | slice) -> torch.Tensor:
+    """[2K, blocks, block_size, x] -> [2K, n * block_size, x], without a copy where the blocks lie side by side."""
+    return (pages[:, blocks] if isinstance(blocks, slice) else pages.index_select(1, blocks)).flatten(1, 2)
+
+
+def _bytes(codes: torch.Tensor) -> torch.Tensor:
+    """FP8 numbers as bytes, which can be indexed everywhere; others as they are."""
+    return codes.view(torch.uint8) if codes.dtype == FP8 else codes
 
 
 def paged_attention(
-    q: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    batch: AttentionBatch,
-    scale: float,
-    window: int | None = None,
-    softcap: float | None = None,
+    q: torch.Tensor, cache: KvCache, group: Group, scale: float, softcap: float | None = None
 ) -> torch.Tensor:
-    """softmax(softcap(scale q k')) v for every token, causal, within `window` tokens when given.
+    """softmax(softcap(scale q k')) v for every token, causal, within the group's window.
 
     q: [T, N, D]. The step's own keys and values are already in the cache. Returns [T, N, D].
     """
-    out = torch.empty_like(q)
-    if batch.decoding:
-        rows = batch.decode_rows
-        out[rows] = _decode(q[rows], k_cache, v_cache, batch, scale, window, softcap)
-    for s, n in enumerate(batch.query_lens):
-        if n > 1:
-            rows = slice(batch.starts[s], batch.starts[s + 1])
-            out[rows] = _prefill(q[rows], k_cache, v_cache, batch, s, scale, window, softcap)
-    return out
+    heads, _, block_size, dim = cache.kv.shape
+    most_blocks = PART_BYTES[q.device.type] // (heads * block_size * dim * q.element_size())
+    plan = group.plan(most_blocks, q.dtype, fused=softcap is None)
+    if plan.order is not None:
+        q = q.index_select(0, plan.order)
+    answers = [_attend(q[part.rows], cache.gather(part.blocks, q.dtype), part, scale, softcap) for part in plan.parts]
+    out = answers[0] if len(answers) == 1 else torch.cat(answers)
+    return out if plan.back is None else out.index_select(0, plan.back)
 
 
-def _decode(
-    q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, batch: AttentionBatch,
-    scale: float, window: int | None, softcap: float | None,
-) -> torch.Tensor:  # fmt: skip
-    """One new token for each of several sequences, whose contexts are padded to the longest. q: [S, N, D]."""
-    count, heads, dim = q.shape
-    kv_heads = k_cache.shape[2]
-    k, v = (
-        c[batch.decode_tables].view(count, -1, kv_heads, dim).transpose(1, 2).to(q.dtype) for c in (k_cache, v_cache)
+def _attend(q: torch.Tensor, kv: torch.Tensor, part: Part, scale: float, softcap: float | None) -> torch.Tensor:
+    """q: [S * n, N, D]; kv: [2K, S * L, D], of which each query sees what `part` says. Returns [S * n, N, D]."""
+    tokens, heads, dim = q.shape
+    kv = kv.view(2, -1, part.count, kv.shape[1] // part.count, dim)[..., part.span, :].transpose(1, 2)
+    k, v = kv.unbind(0)
+    if softcap is not None:
+        return _attend_capped(q, k, v, part, scale, softcap)
+    if part.new == 1:  # the heads that share a key-value head are the rows of one small product
+        grouped = q.view(tokens, k.shape[1], -1, dim)
+        return scaled_dot_product_attention(grouped, k, v, attn_mask=part.mask, scale=scale).reshape(q.shape)
+    query = q.view(part.count, part.new, heads, dim).transpose(1, 2)
+    out = scaled_dot_product_attention(
+        query, k, v, attn_mask=part.mask, is_causal=part.causal, scale=scale, enable_gqa=heads != k.shape[1]
     )
-    grouped = q.reshape(count, kv_heads, heads // kv_heads, dim)  # a group's heads are rows of one small product
-    return _attend(grouped, k, v, batch.decode_mask(window), scale, softcap).reshape(count, heads, dim)
+    return out.transpose(1, 2).reshape(q.shape)
 
 
-def _prefill(
-    q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, batch: AttentionBatch,
-    s: int, scale: float, window: int | None, softcap: float | None,
-) -> torch.Tensor:  # fmt: skip
-    """A chunk of one sequence's prompt. q: [n, N, D]."""
-    new, heads, dim = q.shape
-    context, kv_heads = batch.context_lens[s], k_cache.shape[2]
-    table = batch.block_tables[s, : -(-context // batch.block_size)].long()
-    k, v = (c[table].view(-1, kv_heads, dim)[:context].to(q.dtype) for c in (k_cache, v_cache))
-    k, v = (t.repeat_interleave(heads // kv_heads, dim=1).transpose(0, 1)[None] for t in (k, v))
-    query = q.transpose(0, 1)[None]
-    if new == context and softcap is None and (window is None or context <= window):
-        out = scaled_dot_product_attention(query, k, v, is_causal=True, scale=scale)
-    else:
-        out = _attend(query, k, v, batch.prefill_mask(s, window), scale, softcap)
-    return out[0].transpose(0, 1)
-
-
-def _attend(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, seen: torch.Tensor, scale: float, softcap: float | None
+def _attend_capped(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, part: Part, scale: float, softcap: float
 ) -> torch.Tensor:
-    """q: [B, H, n, D]; k, v: [B, H, L, D]; seen: bool, broadcast to [B, H, n, L]. Returns [B, H, n, D]."""
-    if softcap is None:
-        return scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scale)
-    scores = torch.tanh(q @ k.transpose(-1, -2) * (scale / softcap)) * softcap
-    scores = scores.float().masked_fill(~seen, float("-inf"))
-    return scores.softmax(-1).to(q.dtype) @ v
+    """`_attend` with softcap(x) = cap tanh(x / cap) over the scores. k, v: [S, K, L, D]."""
+    count, new, kv_heads = part.count, part.new, k.shape[1]
+    rows = q.view(count, new, kv_heads, -1, q.shape[-1]).permute(0, 2, 3, 1, 4)  # [S, K, N / K, n, D]
+    scores = (rows.flatten(2, 3) @ k.transpose(-1, -2)).mul_(scale / softcap).tanh().mul(softcap).float()
+    if part.mask is not None:
+        scores.view(*rows.shape[:-1], -1).add_(part.mask[:, :, None])
+    out = scores.softmax(-1).to(q.dtype) @ v
+    return out.view(rows.shape).permute(0, 3, 1, 2, 4).reshape(q.shape)

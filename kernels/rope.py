@@ -5,13 +5,15 @@ from __future__ import annotations
 import torch
 
 
-def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotate the first 2 * R dimensions of each head; the others pass.
+def rotate_(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
+    """Rotate the first 2R dimensions of each head where they are, in float32; the others stay.
 
-    x: [T, N, D]; cos, sin: float32 [T, R]. Returns x's shape and dtype, computed in float32.
+    x: [T, N, D]; cos, sin: float32 [T, 1, 2R], the second half of cos as the first, and of sin its negative first.
     """
-    half = cos.shape[-1]
-    cos, sin = cos[:, None, :], sin[:, None, :]
-    first, second, rest = x[..., :half].float(), x[..., half : 2 * half].float(), x[..., 2 * half :]
-    turned = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
-    return torch.cat((turned, rest), dim=-1) if rest.shape[-1] else turned
+    size = cos.shape[-1]
+    x = x[..., :size]
+    wide = x.float()  # x itself when that is its dtype
+    other = wide.roll(size // 2, -1)
+    wide.mul_(cos).addcmul_(other, sin)
+    if wide is not x:
+        x.copy_(wide)

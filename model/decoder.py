@@ -6,19 +6,19 @@ Legend: T tokens of a step, H hidden, N heads, K key-value heads, D head_dim.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 
 import torch
-from torch.nn.functional import embedding, linear
+from torch.nn.functional import embedding
 
 from llmkit.kernels.activation import gated
-from llmkit.kernels.attention import AttentionBatch, paged_attention, store_kv
+from llmkit.kernels.attention import CODES, AttentionBatch, KvCache, paged_attention
 from llmkit.kernels.norm import rms_norm
-from llmkit.kernels.rope import rotate
+from llmkit.kernels.rope import rotate_
+from llmkit.model.device import untouched_zeros
 from llmkit.model.linear import Linear, Rounding
 from llmkit.model.rope import Rotation, make_ropes
 from llmkit.model.spec import ModelSpec
-
-KvCache = tuple[torch.Tensor, torch.Tensor]  # k, v: [blocks, block_size, K, D]
 
 
 class DecoderLayer:
@@ -26,7 +26,8 @@ class DecoderLayer:
 
     tensors: the runtime tensors by name without that prefix ("attn.qkv.weight"). rounding: by module name, what is
     rounded on the way: the inputs of a linear, "attn.k" and "attn.v" before they go into the cache. `linears` holds
-    the linear layers by module name ("attn.qkv", "mlp.down", "mlp.experts.3.gate_up").
+    the linear layers by module name ("attn.qkv", "mlp.down", "mlp.experts.3.gate_up"): those given, which are packed,
+    and dense ones of the tensors.
     """
 
     def __init__(
@@ -35,10 +36,11 @@ class DecoderLayer:
         index: int,
         tensors: Mapping[str, torch.Tensor],
         rounding: Mapping[str, Rounding] | None = None,
+        linears: Mapping[str, Linear] | None = None,
     ) -> None:
         self.spec, self.layer = spec, spec.layers[index]
         self.rounding = dict(rounding or {})
-        self.linears: dict[str, Linear] = {}
+        self.linears: dict[str, Linear] = dict(linears or {})
         self.norms: dict[str, torch.Tensor] = {}
         for name, tensor in tensors.items():
             module, _, kind = name.rpartition(".")
@@ -67,22 +69,21 @@ class DecoderLayer:
         """The first half of the layer, norms and residual included."""
         spec = self.spec
         qkv = self.linears["attn.qkv"](self._norm(hidden, "attn_norm"))
-        q_size, kv_size = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
-        q, k, v = qkv.split((q_size, kv_size, kv_size), dim=-1)
-        if spec.qk_norm == "full":
-            q, k = self._norm(q, "attn.q_norm"), self._norm(k, "attn.k_norm")
-        q, k, v = (t.reshape(len(t), -1, spec.head_dim) for t in (q, k, v))
-        if spec.qk_norm == "head":
-            q, k = self._norm(q, "attn.q_norm"), self._norm(k, "attn.k_norm")
+        qkv = qkv.view(len(hidden), -1, spec.head_dim)  # [T, N + 2K, D]
+        if spec.qk_norm != "none":
+            qkv = self._norm_qk(qkv)
         if self.layer.rope is not None:
-            cos, sin = rotations[self.layer.rope]
-            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        k, v = (rounded(t) if (rounded := self.rounding.get(name)) else t for name, t in (("attn.k", k), ("attn.v", v)))
-        store_kv(k, v, *cache, batch.slots)
-        seen = paged_attention(
-            q, *cache, batch, spec.attention_scale, self.layer.window, spec.attention_softcap
-        ).flatten(1)
-        return self._add(hidden, self.linears["attn.o"](seen), "attn_post_norm")
+            rotate_(qkv[:, : spec.heads + spec.kv_heads], *rotations[self.layer.rope])
+        kv = qkv[:, spec.heads :]
+        if cache.coded and cache.scales is None:
+            cache = KvCache(cache.kv, stored=self._kv_scale)
+        elif not cache.coded and "attn.k" in self.rounding:
+            k, v = kv.chunk(2, dim=1)
+            kv = torch.cat((self.rounding["attn.k"](k), self.rounding["attn.v"](v)), dim=1)
+        group = batch.of(self.layer.window)
+        cache.store(kv, group.slots)
+        seen = paged_attention(qkv[:, : spec.heads], cache, group, spec.attention_scale, spec.attention_softcap)
+        return self._add(hidden, self.linears["attn.o"](seen.flatten(1)), "attn_post_norm")
 
     def mlp_block(self, hidden: torch.Tensor) -> torch.Tensor:
         """The second half of the layer, norms and residual included."""
@@ -103,9 +104,32 @@ class DecoderLayer:
         out = torch.zeros_like(x)
         for expert in chosen.unique().tolist():
             tokens, place = (chosen == expert).nonzero(as_tuple=True)
+            self.chosen = tokens  # adapters ask which rows of the step an expert's linears get
             answer = self._mlp(x[tokens], f"mlp.experts.{expert}")
             out.index_add_(0, tokens, answer * weights[tokens, place, None].to(x.dtype))
         return out
+
+    def stores_scales(self, kv_dtype: str) -> bool:
+        """Whether the checkpoint has scales for a cache of this kind."""
+        wanted = {"int8": "int", "fp8": "float"}[kv_dtype]
+        return all(
+            (how := self.rounding.get(name)) is not None and how.kind == wanted and how.scale is not None
+            for name in ("attn.k", "attn.v")
+        )
+
+    @cached_property
+    def _kv_scale(self) -> torch.Tensor:
+        """The stored scales of an 8-bit cache, float32 [2K, 1, 1]."""
+        scales = [how.scale for name in ("attn.k", "attn.v") if (how := self.rounding[name]).scale is not None]
+        return torch.cat(scales).float().repeat_interleave(self.spec.kv_heads)[:, None, None]
+
+    def _norm_qk(self, qkv: torch.Tensor) -> torch.Tensor:
+        """[T, N + 2K, D] with queries and keys normalised, each head or all heads at once."""
+        q, k, v = qkv.split((self.spec.heads, self.spec.kv_heads, self.spec.kv_heads), dim=1)
+        if self.spec.qk_norm == "head":
+            return torch.cat((self._norm(q, "attn.q_norm"), self._norm(k, "attn.k_norm"), v), dim=1)
+        normed = self._norm(q.flatten(1), "attn.q_norm"), self._norm(k.flatten(1), "attn.k_norm")
+        return torch.cat((*normed, v.flatten(1)), dim=1).view_as(qkv)
 
     def _norm(self, x: torch.Tensor, name: str) -> torch.Tensor:
         weight = self.norms.get(name)
@@ -113,33 +137,39 @@ class DecoderLayer:
 
     def _add(self, hidden: torch.Tensor, update: torch.Tensor, norm: str) -> torch.Tensor:
         update = self._norm(update, norm)
-        return hidden + (update * self.spec.residual_scale if self.spec.residual_scale != 1.0 else update)
+        return torch.add(hidden, update, alpha=self.spec.residual_scale)
 
 
 class Decoder:
     """A whole model.
 
-    tensors: the runtime tensors by the names of the parameter table, all of one dtype on one device. The
-    mapping is emptied as the tensors are taken, so that nothing is held twice. rounding: by runtime module
-    ("layers.3.attn.qkv"), as DecoderLayer has it.
+    tensors: the runtime tensors by the names of the parameter table, on one device and of one dtype, but for the
+    embedding, which may be of any. The mapping is emptied as the tensors are taken, so that nothing is held twice.
+    rounding, linears: by runtime module ("layers.3.attn.qkv", "lm_head"), as DecoderLayer has them.
     """
 
     def __init__(
-        self, spec: ModelSpec, tensors: dict[str, torch.Tensor], rounding: Mapping[str, Rounding] | None = None
+        self,
+        spec: ModelSpec,
+        tensors: dict[str, torch.Tensor],
+        rounding: Mapping[str, Rounding] | None = None,
+        linears: Mapping[str, Linear] | None = None,
     ) -> None:
         self.spec = spec
-        rounding = rounding or {}
+        rounding, linears = rounding or {}, linears or {}
         self.embedding = tensors.pop("embed.weight")
-        self.dtype, self.device = self.embedding.dtype, self.embedding.device
-        self.head = self.embedding if spec.tied else tensors.pop("lm_head.weight")
+        head = linears.get("lm_head")
+        self.head = head or Linear(self.embedding if spec.tied else tensors.pop("lm_head.weight"))
         self.final_norm = tensors.pop("norm.weight") + spec.norm_offset
+        self.dtype, self.device = self.final_norm.dtype, self.final_norm.device
         self.layers = []
         for index in range(len(spec.layers)):
             prefix = f"layers.{index}."
             names = [name for name in tensors if name.startswith(prefix)]
             own = {name.removeprefix(prefix): tensors.pop(name) for name in names}
             rounded = {name.removeprefix(prefix): how for name, how in rounding.items() if name.startswith(prefix)}
-            self.layers.append(DecoderLayer(spec, index, own, rounded))
+            packed = {name.removeprefix(prefix): one for name, one in linears.items() if name.startswith(prefix)}
+            self.layers.append(DecoderLayer(spec, index, own, rounded, packed))
         assert not tensors, f"tensors that no module takes: {sorted(tensors)[:5]}"
         self.ropes = make_ropes(spec, self.device)
 
@@ -159,7 +189,7 @@ class Decoder:
 
     def embed_tokens(self, tokens: torch.Tensor) -> torch.Tensor:
         """[T] -> [T, H]"""
-        hidden = embedding(tokens, self.embedding)
+        hidden = embedding(tokens, self.embedding).to(self.dtype)
         return hidden * self.spec.embedding_scale if self.spec.embedding_scale != 1.0 else hidden
 
     def rotations(self, positions: torch.Tensor) -> dict[str, Rotation]:
@@ -168,14 +198,20 @@ class Decoder:
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[n, H] -> float32 [n, vocab]"""
-        logits = linear(hidden, self.head).float()
+        logits = self.head(hidden).float()
         if self.spec.logit_scale != 1.0:
             logits = logits * self.spec.logit_scale
         cap = self.spec.logit_softcap
         return torch.tanh(logits / cap) * cap if cap is not None else logits
 
-    def new_cache(self, blocks: int, block_size: int = 16) -> KvCache:
-        """One layer's empty cache, in the model's dtype and on its device."""
-        shape = (blocks, block_size, self.spec.kv_heads, self.spec.head_dim)
-        k, v = (torch.zeros(shape, dtype=self.dtype, device=self.device) for _ in range(2))
-        return k, v
+    def new_cache(self, blocks: int, block_size: int = 16, kv_dtype: str | None = None) -> KvCache:
+        """One layer's empty cache, in the model's dtype or in 8-bit codes ("int8" or "fp8"), on its device.
+
+        Codes have the checkpoint's scales when it has some of this kind, and else one for each token and head.
+        """
+        shape = (2 * self.spec.kv_heads, blocks, block_size)
+        dtype = CODES[kv_dtype] if kv_dtype else self.dtype
+        kv = untouched_zeros((*shape, self.spec.head_dim), dtype, self.device)
+        if kv_dtype is None or all(layer.stores_scales(kv_dtype) for layer in self.layers):
+            return KvCache(kv)
+        return KvCache(kv, untouched_zeros((*shape, 1), torch.float32, self.device))

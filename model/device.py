@@ -1,6 +1,9 @@
-"""Where to compute."""
+"""Where to compute, and in what memory."""
 
 from __future__ import annotations
+
+import math
+import mmap
 
 import torch
 
@@ -15,3 +18,12 @@ def resolve_device(name: str) -> torch.device:
             "--device cuda, and PyTorch sees no CUDA device", "An NVIDIA GPU and its driver", "Use --device cpu"
         )
     return torch.device("cuda" if name == "cuda" or (name == "auto" and available) else "cpu")
+
+
+def untouched_zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Zeros; on a CPU they take no memory until they are written to, a page at a time."""
+    size = math.prod(shape) * dtype.itemsize
+    if device.type != "cpu" or not size:
+        return torch.zeros(shape, dtype=dtype, device=device)
+    pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(pages, dtype=torch.uint8).view(dtype).view(shape)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from llmkit.checkpoint.errors import InputError
+from llmkit.model.config import FAMILIES, complete
 from llmkit.model.spec import ExpertSpec, LayerSpec, ModelSpec, RopeSpec
 
 # What a family changes relative to Llama: keyword arguments of ModelSpec, from its complete config.
@@ -16,7 +17,7 @@ def _llama(config: Any) -> dict[str, Any]:
     return {
         "qkv_bias": config.attention_bias,
         "output_bias": config.attention_bias,
-        "mlp_bias": getattr(config, "mlp_bias", False),
+        "mlp_bias": config.mlp_bias,
     }
 
 
@@ -25,16 +26,22 @@ def _mistral(config: Any) -> dict[str, Any]:
 
 
 def _qwen2(config: Any) -> dict[str, Any]:
-    return {"qkv_bias": True, "layers": _typed_layers(config)}
+    sliding = [config.use_sliding_window and i >= config.max_window_layers for i in range(config.num_hidden_layers)]
+    window = config.sliding_window if config.use_sliding_window else None
+    return {"qkv_bias": True, "layers": _typed_layers(config, sliding, window)}
 
 
 def _qwen3(config: Any) -> dict[str, Any]:
     bias = config.attention_bias
-    return {"qkv_bias": bias, "output_bias": bias, "qk_norm": "head", "layers": _typed_layers(config)}
+    return _qwen2(config) | {"qkv_bias": bias, "output_bias": bias, "qk_norm": "head"}
 
 
 def _phi3(config: Any) -> dict[str, Any]:
-    return {"fused_checkpoint": True, "layers": _uniform_layers(config, config.sliding_window)}
+    rope = _rope_parameters(config)
+    if rope["rope_type"] not in ("default", "longrope"):
+        raise InputError(f"unsupported RoPE scaling of Phi-3 ({rope['rope_type']})", "One of default, longrope")
+    layers = _uniform_layers(config, config.sliding_window)
+    return {"fused_checkpoint": True, "layers": layers, "ropes": {"global": _rope(config, rope)}}
 
 
 def _gemma2(config: Any) -> dict[str, Any]:
@@ -48,17 +55,25 @@ def _gemma2(config: Any) -> dict[str, Any]:
         "attention_softcap": config.attn_logit_softcapping,
         "logit_softcap": config.final_logit_softcapping,
         "embedding_scale": config.hidden_size**0.5,
-        "layers": _typed_layers(config),
+        "layers": _typed_layers(config, [i % 2 == 0 for i in range(config.num_hidden_layers)], config.sliding_window),
     }
 
 
 def _gemma3(config: Any) -> dict[str, Any]:
     if config.use_bidirectional_attention:
         raise InputError("Gemma 3 with use_bidirectional_attention", "A causal language model")
-    ropes = {name: _rope(config, name) for name in dict.fromkeys(config.layer_types)}
-    layers = tuple(
-        LayerSpec(config.sliding_window if kind == "sliding_attention" else None, kind) for kind in config.layer_types
-    )
+    pattern = config.sliding_window_pattern
+    sliding = [(i + 1) % pattern != 0 for i in range(config.num_hidden_layers)]
+    windows = [layer.window for layer in _typed_layers(config, sliding, config.sliding_window)]
+    kinds = ["full_attention" if window is None else "sliding_attention" for window in windows]
+    layers = tuple(LayerSpec(window, kind) for window, kind in zip(windows, kinds, strict=True))
+    nested = config.rope_parameters or {}
+    scaling = {"full_attention": config.rope_scaling or {}}
+    theta = {"full_attention": config.rope_theta, "sliding_attention": config.rope_local_base_freq}
+    ropes = {
+        kind: _rope(config, _standard({**(nested.get(kind) or {}), **scaling.get(kind, {})}, theta[kind], config))
+        for kind in dict.fromkeys(kinds)
+    }
     return _gemma2(config) | {"qk_norm": "head", "layers": layers, "ropes": ropes}
 
 
@@ -72,14 +87,18 @@ def _granite(config: Any) -> dict[str, Any]:
 
 
 def _olmo2(config: Any) -> dict[str, Any]:
-    return _llama(config) | {"qk_norm": "full", "norm_before": False, "norm_after": True}
+    bias = config.attention_bias
+    return {"qkv_bias": bias, "output_bias": bias, "qk_norm": "full", "norm_before": False, "norm_after": True}
 
 
 def _smollm3(config: Any) -> dict[str, Any]:
-    layers = tuple(
-        LayerSpec(layer.window, "global" if rotary else None)
-        for layer, rotary in zip(_typed_layers(config), config.no_rope_layers, strict=True)
-    )
+    count = config.num_hidden_layers
+    rotary = config.no_rope_layers or [(i + 1) % config.no_rope_layer_interval for i in range(count)]
+    if len(rotary) < count:
+        raise InputError(f"config.json has {len(rotary)} no_rope_layers", f"One for each of {count} layers")
+    sliding = [config.use_sliding_window and not rotary[i] for i in range(count)]
+    typed = _typed_layers(config, sliding, config.sliding_window)
+    layers = tuple(LayerSpec(layer.window, "global" if rotary[i] else None) for i, layer in enumerate(typed))
     return _llama(config) | {"layers": layers}
 
 
@@ -102,8 +121,8 @@ def _mixtral(config: Any) -> dict[str, Any]:
 def _qwen3_moe(config: Any) -> dict[str, Any]:
     layers = tuple(
         LayerSpec(
-            config.sliding_window,
-            moe=index not in config.mlp_only_layers
+            config.sliding_window if config.use_sliding_window else None,
+            moe=index not in (config.mlp_only_layers or ())
             and config.num_local_experts > 0
             and (index + 1) % config.decoder_sparse_step == 0,
         )
@@ -123,19 +142,19 @@ def _qwen3_moe(config: Any) -> dict[str, Any]:
     return {"qk_norm": "head", "qkv_bias": bias, "output_bias": bias, "layers": layers, "experts": experts}
 
 
-SUPPORTED: dict[str, Family] = {
-    "LlamaForCausalLM": _llama,
-    "MistralForCausalLM": _mistral,
-    "Qwen2ForCausalLM": _qwen2,
-    "Qwen3ForCausalLM": _qwen3,
-    "Phi3ForCausalLM": _phi3,
-    "Gemma2ForCausalLM": _gemma2,
-    "Gemma3ForCausalLM": _gemma3,
-    "GraniteForCausalLM": _granite,
-    "Olmo2ForCausalLM": _olmo2,
-    "SmolLM3ForCausalLM": _smollm3,
-    "MixtralForCausalLM": _mixtral,
-    "Qwen3MoeForCausalLM": _qwen3_moe,
+SUPPORTED: dict[str, tuple[str, Family]] = {  # by architecture: its model_type, and what differs
+    "LlamaForCausalLM": ("llama", _llama),
+    "MistralForCausalLM": ("mistral", _mistral),
+    "Qwen2ForCausalLM": ("qwen2", _qwen2),
+    "Qwen3ForCausalLM": ("qwen3", _qwen3),
+    "Phi3ForCausalLM": ("phi3", _phi3),
+    "Gemma2ForCausalLM": ("gemma2", _gemma2),
+    "Gemma3ForCausalLM": ("gemma3_text", _gemma3),
+    "GraniteForCausalLM": ("granite", _granite),
+    "Olmo2ForCausalLM": ("olmo2", _olmo2),
+    "SmolLM3ForCausalLM": ("smollm3", _smollm3),
+    "MixtralForCausalLM": ("mixtral", _mixtral),
+    "Qwen3MoeForCausalLM": ("qwen3_moe", _qwen3_moe),
 }
 
 
@@ -155,45 +174,35 @@ def model_spec(config: dict[str, Any]) -> ModelSpec:
     architecture = named[0]
     if architecture not in SUPPORTED:
         raise InputError(f"unsupported architecture ({architecture})", f"One of {', '.join(SUPPORTED)}")
-    complete = _complete(config, architecture)
-    heads = complete.num_attention_heads
-    head_dim = getattr(complete, "head_dim", None) or complete.hidden_size // heads
-    differences = SUPPORTED[architecture](complete)
+    kind, family = SUPPORTED[architecture]
+    if config.get("model_type") not in FAMILIES:
+        raise InputError(
+            f"config.json has model_type {config.get('model_type')!r}", f"{kind}, as its architecture says"
+        )
+    found = complete(config, kind)
+    differences = family(found)
     common: dict[str, Any] = {
-        "hidden": complete.hidden_size,
-        "heads": heads,
-        "kv_heads": complete.num_key_value_heads or heads,
-        "head_dim": head_dim,
-        "intermediate": complete.intermediate_size,
-        "vocab": complete.vocab_size,
-        "max_positions": complete.max_position_embeddings,
-        "norm_eps": complete.rms_norm_eps,
-        "tied": bool(complete.tie_word_embeddings),
-        "attention_scale": head_dim**-0.5,
+        "hidden": found.hidden_size,
+        "heads": found.num_attention_heads,
+        "kv_heads": found.num_key_value_heads,
+        "head_dim": found.head_dim,
+        "intermediate": found.intermediate_size,
+        "vocab": found.vocab_size,
+        "max_positions": found.max_position_embeddings,
+        "norm_eps": found.rms_norm_eps,
+        "tied": found.tie_word_embeddings,
+        "attention_scale": found.head_dim**-0.5,
     }
     if "layers" not in differences:
-        common["layers"] = _uniform_layers(complete, None)
+        common["layers"] = _uniform_layers(found, None)
     if "ropes" not in differences:
-        common["ropes"] = {"global": _rope(complete, None)}
+        common["ropes"] = {"global": _rope(found, _rope_parameters(found))}
     if "activation" not in differences:
-        common["activation"] = _activation(complete.hidden_act)
+        common["activation"] = _activation(found.hidden_act)
     spec = ModelSpec(architecture=architecture, **(common | differences))
     if spec.heads % spec.kv_heads:
         raise InputError(f"{spec.heads} heads and {spec.kv_heads} KV heads", "Heads are a multiple of KV heads")
     return spec
-
-
-def _complete(config: dict[str, Any], architecture: str) -> Any:
-    """The family's own transformers config, with its defaults filled in and legacy keys brought up to date."""
-    from transformers import CONFIG_MAPPING  # here: importing it takes a second
-
-    kind = config.get("model_type", "")
-    if kind not in CONFIG_MAPPING:
-        raise InputError(f"config.json has model_type {kind!r}", f"The model_type that goes with {architecture}")
-    try:
-        return CONFIG_MAPPING[kind].from_dict(config)
-    except Exception as error:  # whatever its validation raises
-        raise InputError(f"config.json is not a valid {kind} config ({error})") from error
 
 
 def _activation(name: str) -> str:
@@ -207,31 +216,37 @@ def _uniform_layers(config: Any, window: int | None, moe: bool = False) -> tuple
     return tuple(LayerSpec(window, moe=moe) for _ in range(config.num_hidden_layers))
 
 
-def _typed_layers(config: Any) -> tuple[LayerSpec, ...]:
-    return tuple(
-        LayerSpec(config.sliding_window if kind == "sliding_attention" else None) for kind in config.layer_types
-    )
+def _typed_layers(config: Any, sliding: Sequence[bool], window: int | None) -> tuple[LayerSpec, ...]:
+    """Layers with and without a window: as the config's `layer_types` say, else where `sliding` is true."""
+    kinds = config.layer_types
+    if kinds is not None:
+        known = {"full_attention": False, "attention": False, "sliding_attention": True}
+        if len(kinds) != len(sliding) or not known.keys() >= set(kinds):
+            raise InputError(
+                f"config.json has the layer_types {', '.join(map(str, dict.fromkeys(kinds)))} for {len(kinds)} layers",
+                f"full_attention or sliding_attention for each of {len(sliding)} layers",
+            )
+        sliding = [known[kind] for kind in kinds]
+    return tuple(LayerSpec(window if slides else None) for slides in sliding)
 
 
-def _rope(config: Any, layer_type: str | None) -> RopeSpec:
-    """The frequencies as transformers computes them, for one of the config's layer types (None: the only one)."""
-    import torch
-    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+def _rope_parameters(config: Any) -> dict[str, Any]:
+    """The one rotary embedding of a config, from where old and new ones have it."""
+    return _standard(dict(config.rope_scaling or config.rope_parameters or {}), config.rope_theta, config)
 
-    given = config.rope_parameters if layer_type is None else config.rope_parameters[layer_type]
-    kind = given.get("rope_type", "default")
-    if kind == "default":
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        dim = int(head_dim * given.get("partial_rotary_factor", 1.0))
-        steps = torch.arange(0, dim, 2, dtype=torch.float) / dim
-        return RopeSpec(tuple((1.0 / (given["rope_theta"] ** steps)).tolist()))
-    if kind not in ("linear", "llama3", "yarn", "longrope"):
-        raise InputError(f"unsupported RoPE scaling ({kind})", "One of default, linear, llama3, yarn, longrope")
-    compute = ROPE_INIT_FUNCTIONS[kind]
-    extra = {} if layer_type is None else {"layer_type": layer_type}
-    frequencies, scale = compute(config, torch.device("cpu"), **extra)
-    if kind != "longrope":
-        return RopeSpec(tuple(frequencies.tolist()), scale)
-    long, _ = compute(config, torch.device("cpu"), seq_len=config.max_position_embeddings + 1, **extra)
-    original = given["original_max_position_embeddings"]
-    return RopeSpec(tuple(frequencies.tolist()), scale, tuple(long.tolist()), original)
+
+def _standard(given: dict[str, Any], theta: float, config: Any) -> dict[str, Any]:
+    """RoPE parameters with their defaults, which lie beside them in the config."""
+    defaults = {
+        "rope_type": given.get("type", "default"),
+        "rope_theta": theta,
+        "partial_rotary_factor": 1.0 if config.partial_rotary_factor is None else config.partial_rotary_factor,
+    }
+    original = config.original_max_position_embeddings
+    return defaults | given | ({} if original is None else {"original_max_position_embeddings": original})
+
+
+def _rope(config: Any, given: dict[str, Any]) -> RopeSpec:
+    from llmkit.model.frequencies import rope_spec  # torch: the parameter table alone can do without
+
+    return rope_spec(given, config.head_dim, config.max_position_embeddings)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
@@ -10,16 +12,17 @@ import torch
 from llmkit.checkpoint.compressed_tensors import KINDS
 from llmkit.checkpoint.errors import InputError
 from llmkit.checkpoint.formats import format_of
-from llmkit.checkpoint.quantized import PackedTensor, QuantizationConfig, Scheme
+from llmkit.checkpoint.quantized import PackedTensor, QuantizationConfig, QuantizedWeight, Scheme
 from llmkit.checkpoint.reading import CHUNK_BYTES, row_chunks
 from llmkit.checkpoint.source import Checkpoint
 from llmkit.model.decoder import Decoder
 from llmkit.model.families import model_spec
 from llmkit.model.layout import Parameter, Part, ignored_tensor, parameters
-from llmkit.model.linear import Rounding
+from llmkit.model.linear import Linear, Rounding, serving_linear
 from llmkit.model.spec import ModelSpec
 
 FLOATS = ("F32", "F16", "BF16")
+PACKERS = 4  # threads that pack weights while the next are read
 
 
 @dataclass(frozen=True)
@@ -110,23 +113,40 @@ def read_parameter(
     device: torch.device | str = "cpu",
 ) -> torch.Tensor:
     """One runtime tensor: its parts dequantized, fused in order and cast."""
-    dense = {tensor: _read_dense(checkpoint, parameter, tensor, dtype, device) for tensor in parameter.tensors}
+    dense: dict[str, torch.Tensor] = {}
+    for tensor in parameter.tensors:
+        stored = _read_quantized(checkpoint, parameter, tensor, device)
+        dense[tensor] = _read_as(checkpoint, tensor, dtype, device) if stored is None else stored.dequantize()
     parts = [dense[part.tensor][part.row : part.row + part.shape[0]] for part in parameter.parts]
     return (parts[0] if len(parts) == 1 else torch.cat(parts)).to(dtype)
 
 
-def _read_dense(
-    checkpoint: Checkpoint, parameter: Parameter, tensor: str, dtype: torch.dtype, device: torch.device | str
-) -> torch.Tensor:
+def _read_quantized(
+    checkpoint: Checkpoint, parameter: Parameter, tensor: str, device: torch.device | str
+) -> QuantizedWeight | None:
+    """A tensor of the parameter as it is quantized; None when it is not."""
     quantization = checkpoint.quantization
     scheme = scheme_of(parameter, tensor, quantization)
     if quantization is None or scheme is None:
-        return _read_as(checkpoint, tensor, dtype, device)
+        return None
     layout, module = format_of(quantization), tensor.removesuffix(".weight")
     rows = sum(part.shape[0] for part in parameter.parts if part.tensor == tensor)
     packed = layout.tensors(scheme, rows, parameter.parts[0].shape[1])
     read = {p.suffix: checkpoint.read(f"{module}.{p.suffix}").to(device) for p in packed}
-    return layout.unpack(scheme, read).dequantize()
+    return layout.unpack(scheme, read)
+
+
+def _read_stored(checkpoint: Checkpoint, parameter: Parameter) -> list[torch.Tensor | QuantizedWeight]:
+    """The parts of a runtime weight as they are stored."""
+    stored: dict[str, torch.Tensor | QuantizedWeight] = {}
+    for tensor in parameter.tensors:
+        quantized = _read_quantized(checkpoint, parameter, tensor, "cpu")
+        stored[tensor] = checkpoint.read(tensor) if quantized is None else quantized
+    parts: list[torch.Tensor | QuantizedWeight] = []
+    for part in parameter.parts:
+        weight, rows = stored[part.tensor], slice(part.row, part.row + part.shape[0])
+        parts.append(weight.rows(rows) if isinstance(weight, QuantizedWeight) else weight[rows])
+    return parts
 
 
 def _read_as(checkpoint: Checkpoint, tensor: str, dtype: torch.dtype, device: torch.device | str) -> torch.Tensor:
@@ -168,13 +188,40 @@ def read_rounding(
     return found
 
 
-def load_model(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device | str = "cpu") -> Decoder:
-    """The whole model on one device. Raises InputError when the checkpoint does not fit its own config."""
+def load_model(
+    checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device | str = "cpu", *, packed: bool = False
+) -> Decoder:
+    """The whole model on one device. At most PACKERS weights are held in another form than their last.
+
+    packed: for serving, linears of the forms that `serving_linear` chooses, and not dense ones of `dtype`, which
+    calibration reads. Raises InputError when the checkpoint does not fit its own config.
+    """
     spec = model_spec(checkpoint.config)
     check_checkpoint(checkpoint, spec)
+    packed = packed and torch.device(device).type == "cpu"  # GPUs run dense weights only
+    rows = {row.name: row for row in parameters(spec)}
     tensors: dict[str, torch.Tensor] = {}
     rounding: dict[str, Rounding] = {}
-    for row in parameters(spec):
-        tensors[row.name] = read_parameter(checkpoint, row, dtype, device)
-        rounding |= read_rounding(checkpoint, row, device)
-    return Decoder(spec, tensors, rounding)
+    linears: dict[str, Future[Linear]] = {}
+    with ThreadPoolExecutor(PACKERS) as pool:
+        packing: deque[Future[Linear]] = deque()
+        for row in rows.values():
+            rounding |= read_rounding(checkpoint, row, device)
+            if packed and row.name == "embed.weight":  # looked up as it is stored, when that is smaller
+                (table,) = _read_stored(checkpoint, row)
+                assert isinstance(table, torch.Tensor)
+                tensors[row.name] = table if table.dtype.itemsize < dtype.itemsize else table.to(dtype)
+                if spec.tied:
+                    linears["lm_head"] = pool.submit(serving_linear, [table], None, None, dtype)
+            elif packed and (row.linear or row.name == "lm_head.weight"):
+                bias = rows.get(f"{row.module}.bias")
+                values = read_parameter(checkpoint, bias, dtype) if bias else None
+                packing.append(
+                    pool.submit(serving_linear, _read_stored(checkpoint, row), values, rounding.get(row.module), dtype)
+                )
+                linears[row.module] = packing[-1]
+                if len(packing) > PACKERS:
+                    packing.popleft().result()
+            elif row.module not in linears:  # a bias there has been read with its weight
+                tensors[row.name] = read_parameter(checkpoint, row, dtype, device)
+        return Decoder(spec, tensors, rounding, {name: one.result() for name, one in linears.items()})

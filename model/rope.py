@@ -6,7 +6,7 @@ import torch
 
 from llmkit.model.spec import ModelSpec, RopeSpec
 
-Rotation = tuple[torch.Tensor, torch.Tensor]  # cos, sin: float32 [T, R]
+Rotation = tuple[torch.Tensor, torch.Tensor]  # cos, sin: float32 [T, 1, 2R], as `rotate_` wants them
 
 
 class Rope:
@@ -25,7 +25,8 @@ class Rope:
             angles = turn * torch.where(long, self.long, self.short)
         else:
             angles = positions[:, None].float() * self.short
-        return angles.cos() * self.scale, angles.sin() * self.scale
+        cos, sin = (angles.cos() * self.scale)[:, None], (angles.sin() * self.scale)[:, None]
+        return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
 
 def make_ropes(spec: ModelSpec, device: torch.device) -> dict[str, Rope]:

@@ -81,6 +81,16 @@ class ModelSpec:
         """Elements of K and V one token needs over all layers (multiply by the cache's element size)."""
         return 2 * len(self.layers) * self.kv_heads * self.head_dim
 
+    def kv_bytes_per_token(self, itemsize: int, own_scales: bool = False) -> int:
+        """Bytes of K and V of one token over all layers, `itemsize` each; with a scale for every head if `own_scales`,
+        as an 8-bit cache has them when the checkpoint stores none."""
+        return self.kv_elements_per_token * itemsize + own_scales * 4 * (self.kv_elements_per_token // self.head_dim)
+
+    @property
+    def windows(self) -> tuple[int | None, ...]:
+        """The different windows of the layers, in their order; each has block tables of its own."""
+        return tuple(dict.fromkeys(layer.window for layer in self.layers))
+
     def rope_offset(self, total_tokens: int) -> int:
         """What to add to the positions of a request that will reach `total_tokens`, prompt and output.
 

@@ -94,6 +94,6 @@ def largest_kv(block: Block, batches: Sequence[MicroBatch]) -> tuple[torch.Tenso
     sizes = [torch.zeros(1), torch.zeros(1)]
     for one in batches:
         block.run(one.hidden.to(one.step.device), one.step)
-        for size, cache in zip(sizes, one.step.cache, strict=True):
+        for size, cache in zip(sizes, one.step.cache.kv.chunk(2), strict=True):
             size.clamp_(min=cache.abs().max().item())
     return sizes[0], sizes[1]

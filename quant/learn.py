@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 
 from llmkit.checkpoint.quantized import QuantizedWeight
+from llmkit.kernels.attention import KvCache
 from llmkit.model.decoder import DecoderLayer
 from llmkit.quant.algorithm import Learn
 from llmkit.quant.stream import LayerStream, MicroBatch
@@ -142,8 +143,7 @@ def _use(layer: DecoderLayer, weights: Mapping[str, QuantizedWeight]) -> None:
 def _run(layer: DecoderLayer, windows: Windows, inputs: torch.Tensor) -> torch.Tensor:
     """The layer's output; into a cache of its own, as gradients go back through it."""
     step = windows.step
-    k, v = (torch.zeros_like(cache) for cache in step.cache)
-    return layer(inputs, step.rotations, step.batch, (k, v))
+    return layer(inputs, step.rotations, step.batch, KvCache(torch.zeros_like(step.cache.kv)))
 
 
 @torch.no_grad()

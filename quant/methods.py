@@ -10,10 +10,10 @@ from typing import Literal
 
 import torch
 
+from llmkit.checkpoint.dtypes import DTYPES
 from llmkit.checkpoint.errors import InputError, UsageError
 from llmkit.checkpoint.formats import FORMATS
 from llmkit.checkpoint.quantized import Format, QuantizationConfig, Scheme
-from llmkit.checkpoint.safetensors_header import DTYPES
 from llmkit.model.layout import Parameter, parameters
 from llmkit.model.spec import ModelSpec
 from llmkit.quant.algorithm import Algorithm, Learn

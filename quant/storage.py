@@ -11,13 +11,14 @@ from typing import Any
 
 import torch
 
+from llmkit.checkpoint.dtypes import DTYPES, NAMES
 from llmkit.checkpoint.errors import InputError
 from llmkit.checkpoint.formats import format_of
 from llmkit.checkpoint.output import partial_path, writing
 from llmkit.checkpoint.progress import Progress
 from llmkit.checkpoint.quantized import QuantizationConfig, QuantizedWeight, Scheme
 from llmkit.checkpoint.reading import SafetensorsRows, row_chunks, tensor_bytes
-from llmkit.checkpoint.safetensors_header import DTYPES, NAMES, read_header
+from llmkit.checkpoint.safetensors_header import read_header
 from llmkit.checkpoint.source import Checkpoint
 from llmkit.checkpoint.writer import CheckpointWriter, PlannedTensor
 from llmkit.model.layout import Parameter
@@ -179,8 +180,8 @@ class Storage:
         files = tuple(sorted(file.name for file in folder.glob("*.safetensors")))
         tensors = {name: info for file in files for name, info in read_header(folder / file).items()}
         return Checkpoint(
-            str(self.writer.out), folder, "safetensors", dict(config), self.source.generation_config, tensors,
-            self.quantization, None, files, SafetensorsRows(folder), self.source.side_files,
+            str(self.writer.out), folder, "safetensors", dict(config), self.source.generation_config,
+            self.source.side_files, tensors, self.quantization, None, files, SafetensorsRows(folder),
         )  # fmt: skip
 
     def _stored(self, name: str, value: torch.Tensor) -> tuple[torch.Tensor, int]:

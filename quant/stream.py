@@ -15,9 +15,9 @@ import torch
 from llmkit.checkpoint.output import writing
 from llmkit.checkpoint.reading import read_range, tensor_bytes
 from llmkit.checkpoint.source import Checkpoint
-from llmkit.kernels.attention import AttentionBatch
+from llmkit.kernels.attention import AttentionBatch, KvCache
 from llmkit.kernels.norm import rms_norm
-from llmkit.model.decoder import Decoder, DecoderLayer, KvCache
+from llmkit.model.decoder import Decoder, DecoderLayer
 from llmkit.model.layout import Parameter, parameters
 from llmkit.model.linear import Rounding
 from llmkit.model.loader import read_parameter, read_rounding
@@ -41,7 +41,7 @@ class Step:
     @property
     def device(self) -> torch.device:
         """Where the layers are."""
-        return self.cache[0].device
+        return self.cache.kv.device
 
 
 class MicroBatch:

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from llmkit.checkpoint.dtypes import DTYPES
 from llmkit.checkpoint.reading import CHUNK_BYTES
-from llmkit.checkpoint.safetensors_header import DTYPES
 from llmkit.shard.slices import Intervals
 
 Bytes = npt.NDArray[np.uint8]

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from llmkit.checkpoint.dtypes import DTYPES
 from llmkit.checkpoint.errors import InputError, UsageError
 from llmkit.checkpoint.quantized import QuantizationConfig
-from llmkit.checkpoint.safetensors_header import DTYPES, TensorInfo
+from llmkit.checkpoint.safetensors_header import TensorInfo
 from llmkit.checkpoint.writer import PlannedTensor
 from llmkit.model.layout import Split
 from llmkit.model.loader import StoredTensor, stored_tensors

@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from llmkit.checkpoint.dtypes import DTYPES
 from llmkit.checkpoint.formats import format_of
 from llmkit.checkpoint.quantized import QuantizationConfig
-from llmkit.checkpoint.safetensors_header import DTYPES, byte_count
+from llmkit.checkpoint.safetensors_header import byte_count
 from llmkit.model.families import model_spec
 from llmkit.model.loader import stored_tensors
 

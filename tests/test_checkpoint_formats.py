@@ -13,11 +13,11 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from llmkit.checkpoint.dtypes import DTYPES
 from llmkit.checkpoint.errors import InputError
 from llmkit.checkpoint.formats import FORMATS, format_of, parse_quantization
 from llmkit.checkpoint.packing import pack, unpack
 from llmkit.checkpoint.quantized import Format, QuantizationConfig, QuantizedWeight, Scheme
-from llmkit.checkpoint.safetensors_header import DTYPES
 from llmkit.kernels.rounding import FP8
 
 Words = npt.NDArray[np.int64]

@@ -12,9 +12,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from llmkit.checkpoint.dtypes import DTYPES, NAMES
 from llmkit.checkpoint.errors import InputError
 from llmkit.checkpoint.reading import SafetensorsRows
-from llmkit.checkpoint.safetensors_header import DTYPES, NAMES, read_header, write_header
+from llmkit.checkpoint.safetensors_header import read_header, write_header
 
 
 def entry(dtype: str, shape: list[int], start: int, end: int) -> dict[str, Any]:

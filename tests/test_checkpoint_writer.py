@@ -18,8 +18,8 @@ import torch
 from safetensors.torch import load_file
 from tiny import tiny_checkpoint
 
+from llmkit.checkpoint.dtypes import NAMES
 from llmkit.checkpoint.errors import InputError, OutputError, ShortageError
-from llmkit.checkpoint.safetensors_header import NAMES
 from llmkit.checkpoint.source import Checkpoint, open_checkpoint
 from llmkit.checkpoint.writer import (
     CheckpointWriter,

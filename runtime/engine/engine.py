@@ -4,44 +4,106 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Sequence as SequenceOf
+from dataclasses import replace
+from pathlib import Path
 
-from llmkit.checkpoint.errors import InputError
+from llmkit.checkpoint.errors import InputError, ShortageError
 from llmkit.model.decoder import Decoder
-from llmkit.runtime.engine.runner import Runner
-from llmkit.runtime.engine.scheduler import Scheduler, Sequence
-from llmkit.runtime.engine.types import EngineConfig, EngineStats, Request, SamplingParams, TokenOutput
+from llmkit.model.lora import load_adapter
+from llmkit.runtime.engine.memory import is_out_of_memory
+from llmkit.runtime.engine.runner import Flight, Runner
+from llmkit.runtime.engine.scheduler import Scheduler
+from llmkit.runtime.engine.sequence import Sequence
+from llmkit.runtime.engine.types import (
+    EngineConfig,
+    EngineStats,
+    Request,
+    RequestError,
+    SamplingParams,
+    TokenOutput,
+)
 
 
 class Engine:
     """Continuous batching over one model on one device. Not thread-safe: one caller drives it."""
 
-    def __init__(self, model: Decoder, config: EngineConfig, eos_ids: tuple[int, ...] = ()) -> None:
+    def __init__(
+        self, model: Decoder, config: EngineConfig, eos_ids: tuple[int, ...] = (), draft: Decoder | None = None
+    ) -> None:
+        config = replace(config, windows=model.spec.windows)
         self.model, self.config = model, config
-        self.scheduler = Scheduler(config, eos_ids)
-        self.runner = Runner(model, config)
+        self.scheduler = Scheduler(config, eos_ids, draft_model=draft is not None)
+        self.runner = Runner(model, config, draft)
         self.steps = 0
+        self._flight: Flight | None = None  # launched, its tokens not yet recorded
 
     @property
     def has_work(self) -> bool:
         """Whether any request is waiting or running."""
-        return bool(self.scheduler.running or self.scheduler.waiting)
+        return bool(self.scheduler.running or self.scheduler.waiting or self._flight)
 
     def add(self, request: Request) -> None:
-        """Queue a request. Raises RequestError when it could never run to its end."""
+        """Queue a request. Raises RequestError when it could never run to its end or its adapter is not there."""
         seed = request.sampling.seed
-        self.scheduler.add(Sequence(request, secrets.randbits(63) if seed is None else seed))
+        adapter = 0 if request.adapter is None else self._adapter(request.adapter)
+        self.scheduler.add(Sequence(request, secrets.randbits(63) if seed is None else seed, adapter))
 
     def cancel(self, request_id: str) -> None:
         """Forget a request, at once; nothing more comes out of it. Unknown ids are ignored."""
         self.scheduler.cancel(request_id)
 
+    @property
+    def adapters(self) -> list[str]:
+        """The names that requests may give as their adapter."""
+        return list(self.runner.adapters.keys)
+
+    def add_adapter(self, name: str, directory: str | Path) -> None:
+        """Load a LoRA adapter as PEFT saves it; requests may use it from now on, others notice nothing.
+
+        Raises RequestError when the name is taken, InputError for a directory that is no plain LoRA adapter of this
+        model, ShortageError when memory runs out.
+        """
+        if name in self.adapters:
+            raise RequestError("already_exists", f"there is an adapter {name!r} already; remove it first", "model")
+        try:
+            updates = load_adapter(Path(directory).expanduser(), self.model.spec, self.config.dtype, self.config.device)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise ShortageError(f"there was not enough memory for the adapter {name!r}") from error
+        self.runner.adapters.add(name, updates)
+
+    def remove_adapter(self, name: str) -> None:
+        """Let go of an adapter. Raises RequestError while requests use it, and when there is none of that name."""
+        key = self._adapter(name)
+        users = sum(s.adapter == key for s in (*self.scheduler.running, *self.scheduler.waiting))
+        if users:
+            raise RequestError("in_use", f"{users} requests that are under way use the adapter {name!r}", "model")
+        self.runner.adapters.remove(name)
+
     def step(self) -> list[TokenOutput]:
-        """Choose tokens, compute them, record them; one output for each request that got a token or failed."""
-        chunks = self.scheduler.schedule()
-        if not chunks:
-            return []
-        self.steps += 1
-        return self.scheduler.commit(chunks, self.runner.run(chunks))
+        """Choose tokens, compute them, record them; one output for each request that got tokens or failed.
+
+        With `config.ahead` the next step is launched before this one's tokens are known, so that the device does not
+        wait for what the host does with them.
+        """
+        outputs: list[TokenOutput] = []
+        flight = None
+        if chunks := self.scheduler.schedule():
+            self.steps += 1
+            try:
+                flight = self.runner.launch(chunks)
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                outputs.append(self.scheduler.give_up(chunks, "there was not enough memory to compute it"))
+        if self.config.ahead:
+            flight, self._flight = self._flight, flight
+        if flight is not None:
+            outputs += self.scheduler.commit(flight.chunks, flight.wait())
+            if any(self.scheduler.poisoned):
+                self.runner.clear(self.scheduler.take_poisoned())
+        return outputs
 
     def stats(self) -> EngineStats:
         """The figures of this moment."""
@@ -49,12 +111,17 @@ class Engine:
         return EngineStats(
             running=len(state.running),
             waiting=len(state.waiting),
-            kv_used_blocks=state.pool.used,
-            kv_total_blocks=state.pool.count,
+            kv_used_blocks=sum(pool.used for pool in state.pools),
+            kv_cached_blocks=sum(pool.cached for pool in state.pools),
+            kv_total_blocks=sum(pool.count for pool in state.pools),
             prompt_tokens_total=state.prompt_tokens,
             generation_tokens_total=state.generation_tokens,
             preemptions_total=state.preemptions,
             steps_total=self.steps,
+            prefix_queries_total=state.prefix_queries,
+            prefix_hits_total=state.prefix_hits,
+            drafted_total=state.drafted,
+            accepted_total=state.accepted,
         )
 
     def generate(
@@ -80,4 +147,12 @@ class Engine:
         finally:
             for request_id in answers:
                 self.cancel(request_id)
+            self._flight = None
         return list(answers.values())
+
+    def _adapter(self, name: str) -> int:
+        key = self.runner.adapters.keys.get(name)
+        if key is None:
+            known = f"there are {', '.join(self.adapters)}" if self.adapters else "none is loaded"
+            raise RequestError("model_not_found", f"there is no adapter {name!r}; {known}", "model")
+        return key

@@ -1,102 +1,200 @@
-"""How long a request may be and how many blocks the KV cache gets: planned before anything is loaded."""
+"""Who gets how much of a device's memory: the weights, a step's workspace, and the KV cache what is left."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import psutil
 import torch
 
-from llmkit.checkpoint.errors import InputError, ShortageError
+from llmkit.checkpoint.errors import InputError, ShortageError, is_out_of_memory
+from llmkit.checkpoint.quantized import QuantizationConfig
+from llmkit.checkpoint.safetensors_header import byte_count
+from llmkit.checkpoint.text import bytes_text
+from llmkit.model.decoder import Decoder
 from llmkit.model.facts import parameter_count
+from llmkit.model.loader import stored_tensors
+from llmkit.model.sequence import hidden_states
 from llmkit.model.spec import ModelSpec
 
-CPU_SHARE = 0.5  # of the memory that the weights leave, at most, for the KV cache
-CPU_BYTES = 1 << 30  # of it by default: a cache on the CPU is resident from the start
-WORKSPACE_BYTES_PER_TOKEN = 16  # per hidden and intermediate element of a step's tokens, on CUDA
+__all__ = [
+    "MemoryPlan", "estimate_workspace", "free_bytes", "is_out_of_memory", "measure_workspace", "plan_memory",
+    "require_weights", "weight_bytes",
+]  # fmt: skip
+
+CPU_SHARE = 0.5  # of the memory that weights and workspace leave, at most, for the KV cache
+CPU_BYTES = 640 << 20  # of it by default, or one request of full length: pages that were never used take no memory
+LOGIT_BYTES = 16  # per logit of a step, while it is sampled: the logit in float32, its sorted copy and their indices
+CGROUP = Path("/sys/fs/cgroup")
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """What the KV cache gets."""
+    """What a device's memory is used for, in bytes, and what it comes to in tokens."""
 
-    max_model_len: int  # tokens
-    num_blocks: int
+    free: int  # what may be used, before anything is loaded
+    weights: int
+    workspace: int  # of one step, at its largest
+    num_blocks: int  # of the KV cache
     bytes_per_block: int
+    block_size: int  # tokens
+    max_model_len: int  # tokens of a request
+    model_limit: int  # tokens of a request, of the model itself
+
+    @property
+    def kv_cache(self) -> int:
+        """Bytes of the KV cache."""
+        return self.num_blocks * self.bytes_per_block
+
+    def requests(self, tokens: int) -> int:
+        """How many requests of so many tokens the KV cache holds at once."""
+        return self.num_blocks // -(-tokens // self.block_size)
+
+    def as_dict(self) -> dict[str, int | dict[str, int]]:
+        """The plan as one JSON-ready document."""
+        lengths = sorted({min(1024, self.max_model_len), self.max_model_len})
+        return {
+            "free_bytes": self.free,
+            "weight_bytes": self.weights,
+            "workspace_bytes": self.workspace,
+            "kv_cache_bytes": self.kv_cache,
+            "kv_blocks": self.num_blocks,
+            "kv_block_tokens": self.block_size,
+            "kv_bytes_per_token": self.bytes_per_block // self.block_size,
+            "kv_cache_tokens": self.num_blocks * self.block_size,
+            "max_model_len": self.max_model_len,
+            "model_limit": self.model_limit,
+            "requests": {str(tokens): self.requests(tokens) for tokens in lengths},
+        }
 
 
 def plan_memory(
     spec: ModelSpec,
-    device: torch.device,
-    dtype: torch.dtype,
+    device: str,
     *,
+    free: int,
+    weights: int,
+    workspace: int,
+    kv_itemsize: int,
     max_model_len: int | None,
     max_num_seqs: int,
-    max_num_batched_tokens: int,
     kv_cache_memory: int | None,
-    gpu_memory_utilization: float,
     block_size: int = 16,
 ) -> MemoryPlan:
-    """Divide memory between the weights, which are not loaded yet, and the KV cache.
+    """Divide `free` bytes of a "cpu" or "cuda" device; the other sizes are in bytes, too.
 
-    `kv_cache_memory` in bytes is taken as it is; None takes a share of what the weights leave. `max_model_len`
+    `kv_cache_memory` is taken as it is; None takes what is left: all of it on CUDA, a share on a CPU. `max_model_len`
     None: the model's own limit, or the most that fits. Raises InputError for one beyond the model's limit and
-    ShortageError when the weights do not fit or the cache cannot hold one request of that length.
+    ShortageError when weights or workspace do not fit or the cache cannot hold one request of that length.
     """
-    if max_model_len is not None and max_model_len > spec.max_positions:
+    limit = spec.max_positions
+    if max_model_len is not None and max_model_len > limit:
         raise InputError(
             f"--max-model-len {max_model_len} is over the model's limit",
-            f"At most {spec.max_positions} tokens (max_position_embeddings)",
-            f"Use --max-model-len {spec.max_positions}",
+            f"At most {limit} tokens (max_position_embeddings)",
+            f"Use --max-model-len {limit}",
         )
-    per_block = spec.kv_elements_per_token * dtype.itemsize * block_size
-    left = _beside_weights(spec, device, dtype, gpu_memory_utilization)
+    per_block = spec.kv_elements_per_token * kv_itemsize * block_size
+    left = free - weights - workspace
+    if left < 0:
+        raise ShortageError(
+            f"{_exact(workspace)} of a step's workspace do not fit on {device}",
+            f"The weights leave {_exact(free - weights)}",
+            "Use a smaller --max-num-batched-tokens or --max-num-seqs",
+        )
     if kv_cache_memory is not None and kv_cache_memory > left:
         raise ShortageError(
-            f"--kv-cache-memory {kv_cache_memory} bytes does not fit on {device.type}",
-            f"The weights leave {left} bytes",
+            f"--kv-cache-memory {_exact(kv_cache_memory)} does not fit on {device}",
+            f"Weights and workspace leave {_exact(left)}",
             "Use a smaller one",
         )
     if kv_cache_memory is not None:
         have = kv_cache_memory
-    elif device.type == "cuda":
-        have = max(0, left - workspace_bytes(spec, max_num_batched_tokens))
+    elif device == "cuda":
+        have = left
     else:
-        one_request = -(-(max_model_len or 1) // block_size) * per_block
-        have = min(max(CPU_BYTES, one_request), int(left * CPU_SHARE))
+        have = min(max(CPU_BYTES, -(-(max_model_len or limit) // block_size) * per_block), int(left * CPU_SHARE))
     blocks = have // per_block
     longest = blocks * block_size
-    wanted = min(spec.max_positions, longest) if max_model_len is None else max_model_len
+    wanted = min(limit, longest) if max_model_len is None else max_model_len
     if wanted > longest or longest == 0:
         need = -(-(max_model_len or 1) // block_size) * per_block
         raise ShortageError(
-            f"the KV cache cannot hold one request of {max_model_len or 1} tokens: that needs {need} bytes and there "
-            f"are {have}",
+            f"the KV cache cannot hold one request of {max_model_len or 1} tokens: that needs {_exact(need)} and there "
+            f"are {_exact(have)}",
             f"At most {longest} tokens fit",
             f"Use --max-model-len {longest}" if longest else "Give it more with --kv-cache-memory",
         )
     if kv_cache_memory is None:  # no more than could ever be used
         blocks = min(blocks, max_num_seqs * -(-wanted // block_size))
-    return MemoryPlan(wanted, blocks, per_block)
+    return MemoryPlan(free, weights, workspace, blocks, per_block, block_size, wanted, limit)
 
 
-def workspace_bytes(spec: ModelSpec, step_tokens: int) -> int:
-    """What a step of so many tokens needs besides weights and cache, on CUDA; an estimate."""
-    return step_tokens * (spec.hidden + 2 * spec.intermediate) * WORKSPACE_BYTES_PER_TOKEN
+def weight_bytes(spec: ModelSpec, dtype: torch.dtype, quantization: QuantizationConfig | None, packed: bool) -> int:
+    """Bytes of the weights in memory: of `dtype`, but for quantized ones that stay as they are stored (`packed`)."""
+    if quantization is None or not packed:
+        return parameter_count(spec) * dtype.itemsize
+    stored = stored_tensors(spec, quantization).values()
+    return sum(byte_count(t.dtype, t.shape) for t in stored if t.dtype is not None) + dtype.itemsize * sum(
+        byte_count("U8", t.shape) for t in stored if t.dtype is None
+    )
 
 
-def _beside_weights(spec: ModelSpec, device: torch.device, dtype: torch.dtype, utilization: float) -> int:
-    """Bytes that the weights leave of what the engine may take. Raises ShortageError when they do not fit."""
+def free_bytes(device: torch.device, utilization: float) -> int:
+    """Bytes that the engine may take of a device: what is free, on CUDA within its share of the whole."""
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
-        free = max(0, int(free - total * (1 - utilization)))
-    else:
-        free = psutil.virtual_memory().available
-    weights = parameter_count(spec) * dtype.itemsize
+        return max(0, int(free - total * (1 - utilization)))
+    return min(psutil.virtual_memory().available, _cgroup_bytes())
+
+
+def _cgroup_bytes() -> int:
+    """What a container's limit leaves; the page cache counts as free."""
+    try:
+        limit = (CGROUP / "memory.max").read_text().strip()
+        used = int((CGROUP / "memory.current").read_text())
+        pages = dict(line.split() for line in (CGROUP / "memory.stat").read_text().splitlines())
+        return 1 << 62 if limit == "max" else max(0, int(limit) - used + int(pages.get("file", 0)))
+    except (OSError, ValueError):
+        return 1 << 62
+
+
+def require_weights(weights: int, free: int, dtype: torch.dtype, device: torch.device) -> None:
+    """Raises ShortageError when the weights alone do not fit."""
     if weights > free:
         halved = dtype.itemsize > 2 and weights // 2 <= free
         raise ShortageError(
-            f"the weights need {weights} bytes in {str(dtype).removeprefix('torch.')} and {device.type} has {free}",
+            f"the weights need {_exact(weights)} in {str(dtype).removeprefix('torch.')} and {device.type} has "
+            f"{_exact(free)}",
             todo="Use --dtype bfloat16" if halved else "Use a smaller model or a larger device",
         )
-    return free - weights
+
+
+def estimate_workspace(spec: ModelSpec, dtype: torch.dtype, step_tokens: int, sequences: int) -> int:
+    """Bytes that a step needs besides weights and cache: its widest activations, and the logits it samples from."""
+    experts = spec.experts
+    wide = spec.intermediate if experts is None else max(spec.intermediate, experts.per_token * experts.intermediate)
+    activations = step_tokens * (2 * spec.hidden + 3 * wide) * dtype.itemsize
+    return activations + sequences * spec.vocab * LOGIT_BYTES
+
+
+@torch.inference_mode()
+def measure_workspace(model: Decoder, step_tokens: int, sequences: int) -> int:
+    """The same on CUDA, measured: the peak of one step of so many tokens, of up to `sequences` prompts.
+
+    The sampling of tokens is not run but counted as `estimate_workspace` does. May raise torch.OutOfMemoryError.
+    """
+    count = max(1, min(sequences, step_tokens))
+    prompts = [torch.zeros(step_tokens // count, dtype=torch.int64) for _ in range(count)]
+    torch.cuda.reset_peak_memory_stats(model.device)
+    before = torch.cuda.memory_allocated(model.device)
+    model.logits(hidden_states(model, prompts)[:count])
+    torch.cuda.synchronize(model.device)
+    peak = torch.cuda.max_memory_allocated(model.device) - before
+    torch.cuda.empty_cache()
+    return peak + count * model.spec.vocab * (LOGIT_BYTES - 4)
+
+
+def _exact(count: int) -> str:
+    return f"{count} bytes ({bytes_text(count)})" if count >= 1024 else f"{count} bytes"

@@ -1,78 +1,223 @@
-"""Runs one step: chunks of token ids in, one token id per chunk out."""
+"""Runs one step: chunks of token ids in, the tokens that follow each out."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass
 from itertools import accumulate
 
 import torch
 
-from llmkit.kernels.attention import AttentionBatch
+from llmkit.kernels.attention import AttentionBatch, KvCache
 from llmkit.kernels.sampling import sample
 from llmkit.model.decoder import Decoder
-from llmkit.runtime.engine.scheduler import Chunk
-from llmkit.runtime.engine.types import EngineConfig
+from llmkit.model.lora import Adapters
+from llmkit.runtime.engine.sequence import Chunk, Sequence
+from llmkit.runtime.engine.speculate import confirmed
+from llmkit.runtime.engine.types import EngineConfig, SamplingParams
+
+Parameters = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+Span = tuple[Sequence, int, int]  # positions [start, stop) of a sequence
+
+
+class _Slots:
+    """How each running sequence samples, by its slot; on the CPU, as `sample` wants it."""
+
+    def __init__(self, count: int) -> None:
+        self._owner: list[SamplingParams | None] = [None] * count
+        self._floats = torch.zeros(3, count)
+        self._ints = torch.zeros(2, count, dtype=torch.int64)
+
+    def parameters(self, sequences: SequenceOf[Sequence]) -> Parameters:
+        """temperature, top_k, top_p, min_p, seeds: [n] each."""
+        for sequence in sequences:
+            chosen = sequence.request.sampling
+            if self._owner[sequence.slot] is not chosen or self._ints[1, sequence.slot] != sequence.seed:
+                self._owner[sequence.slot] = chosen
+                self._floats[:, sequence.slot] = torch.tensor([chosen.temperature, chosen.top_p, chosen.min_p])
+                self._ints[:, sequence.slot] = torch.tensor([chosen.top_k, sequence.seed])
+        where = torch.tensor([sequence.slot for sequence in sequences])
+        temperature, top_p, min_p = self._floats[:, where]
+        top_k, seeds = self._ints[:, where]
+        return temperature, top_k, top_p, min_p, seeds
+
+
+@dataclass(frozen=True)
+class Flight:
+    """A step under way on the device."""
+
+    chunks: list[Chunk]
+    ids: torch.Tensor  # on the host once `done`: for each chunk what was chosen after its last 1 + drafts tokens
+    guesses: torch.Tensor | None  # on the host once `done`: a draft model's, one after the other
+    done: torch.cuda.Event | None
+
+    def wait(self) -> list[list[int]]:
+        """The tokens after each chunk, the confirmed guesses first; -1 where the logits are not finite."""
+        if self.done is not None:
+            self.done.synchronize()
+        chosen, results, at, guessed = self.ids.tolist(), [], 0, 0
+        drawn = [] if self.guesses is None else self.guesses.tolist()
+        for chunk in self.chunks:
+            end = at + 1 + chunk.drafts
+            guesses = chunk.tokens[chunk.count - chunk.drafts :]
+            if drawn:
+                guesses, guessed = drawn[guessed : guessed + chunk.drafts], guessed + chunk.drafts
+            results.append(confirmed(guesses, chosen[at:end]))
+            # The draft model has seen every guess but the last.
+            known = chunk.stop - chunk.drafts
+            chunk.sequence.drafted = min(known + max(0, chunk.drafts - 1), known + len(results[-1]) - 1)
+            at = end
+        return results
 
 
 class Runner:
-    """A model and its KV cache on a device."""
+    """A model and its KV cache on a device, and a draft model whose cache has the same blocks."""
 
-    def __init__(self, model: Decoder, config: EngineConfig) -> None:
-        self.model, self.config = model, config
-        self.caches = [model.new_cache(config.num_blocks, config.block_size) for _ in model.layers]
+    def __init__(self, model: Decoder, config: EngineConfig, draft: Decoder | None = None) -> None:
+        self.model, self.config, self.draft = model, config, draft
+        self.adapters = Adapters(model)
+        self.caches = [
+            model.new_cache(self._blocks(layer.window), config.block_size, config.kv_dtype)
+            for layer in model.spec.layers
+        ]
+        layers = draft.spec.layers if draft is not None else ()
+        self.draft_caches = [draft.new_cache(config.num_blocks, config.block_size) for _ in layers] if draft else []
+        self._last = torch.zeros(config.max_num_seqs, dtype=torch.int64, device=config.device)
+        self._slots = _Slots(config.max_num_seqs)
 
     @torch.inference_mode()
-    def run(self, chunks: list[Chunk]) -> list[int]:
-        """Compute the chunks. Returns for each the token after its last; -1 where the logits there are not finite.
+    def launch(self, chunks: list[Chunk]) -> Flight:
+        """Start computing the chunks. Steps run in the order of their launches.
 
-        Only a chunk that samples has use for the token, but every one is looked at: a value that is not finite
-        spreads to all later tokens of its sequence, and its blocks must be cleaned before another one gets them.
+        Only a chunk that samples has use for the token after it, but every one is looked at: a value that is not
+        finite spreads to all later tokens of its sequence, and its blocks must be cleaned before others get them.
         """
-        tokens: list[int] = []
-        positions: list[int] = []
+        guesses = self._guess(chunks) if self.draft is not None else None
+        tokens = self._tokens(chunks)
+        if guesses is not None:
+            tokens[self._device(_guess_rows(chunks))] = guesses
+        spans = [(chunk.sequence, chunk.start, chunk.stop) for chunk in chunks]
+        with self.adapters.applied([(chunk.sequence.adapter, chunk.count) for chunk in chunks], self._device):
+            hidden = self._forward(self.model, self.caches, spans, tokens)
+        ends = accumulate(chunk.count for chunk in chunks)
+        rows = [row for chunk, end in zip(chunks, ends, strict=True) for row in range(end - 1 - chunk.drafts, end)]
+        wholes = len(rows) == len(hidden)
+        logits = self.model.logits(hidden if wholes else hidden[self._device(rows)])
+        sequences = [chunk.sequence for chunk in chunks for _ in range(1 + chunk.drafts)]
+        counters = [chunk.counter + i for chunk in chunks for i in range(1 + chunk.drafts)]
+        ids = self._sample(logits, sequences, counters)
+        ids = torch.where(torch.isfinite(logits.sum(-1)), ids, -1)
+        if self.config.ahead:
+            self._last[self._device([sequence.slot for sequence in sequences])] = ids
+        return self._flight(chunks, ids, guesses)
+
+    def clear(self, blocks: list[list[int]]) -> None:
+        """Zero blocks of each window whose values may be NaN: masked attention multiplies by 0 what it does not see."""
+        for layer, cache in zip(self.model.spec.layers, self.caches, strict=True):
+            cache.clear(blocks[self.config.windows.index(layer.window)])
+        for cache in self.draft_caches:
+            cache.clear(blocks[self.config.windows.index(None)])
+
+    def _tokens(self, chunks: list[Chunk]) -> torch.Tensor:
+        """The step's token ids on the device: from the host, or where the last step has put them."""
+        known: list[int] = []
+        rows, slots = [], []
         for chunk in chunks:
-            stop = chunk.start + chunk.count
-            offset = self.model.spec.rope_offset(chunk.sequence.longest)
-            tokens += chunk.sequence.tokens[chunk.start : stop]
-            positions += range(chunk.start + offset, stop + offset)
+            known += chunk.tokens
+            if len(chunk.tokens) < chunk.count:
+                rows.append(len(known))
+                slots.append(chunk.sequence.slot)
+                known.append(0)
+        tokens = self._device(known)
+        if rows:  # a token that is not finite has ended its sequence; the step runs all the same
+            tokens[self._device(rows)] = self._last[self._device(slots)].clamp_min(0)
+        return tokens
+
+    def _forward(self, model: Decoder, caches: list[KvCache], spans: list[Span], tokens: torch.Tensor) -> torch.Tensor:
+        """Hidden states [T, H] of the spans, one after the other; tokens: int64 [T]."""
+        positions: list[int] = []
+        for sequence, start, stop in spans:
+            offset = model.spec.rope_offset(sequence.longest)
+            positions += range(start + offset, stop + offset)
+        windows = self.config.windows
+        tables = {
+            window: [
+                sequence.tables[windows.index(window if model is self.model else None)] for sequence, _, _ in spans
+            ]
+            for window in model.spec.windows
+        }
         batch = AttentionBatch.build(
-            [chunk.count for chunk in chunks],
-            [chunk.start + chunk.count for chunk in chunks],
-            [chunk.sequence.blocks for chunk in chunks],
+            [stop - start for _, start, stop in spans],
+            [stop for _, _, stop in spans],
+            tables,
             self.config.block_size,
             self.config.device,
         )
-        hidden = self.model(self._device(tokens), self._device(positions), batch, self.caches)
-        last = [end - 1 for end in accumulate(chunk.count for chunk in chunks)]
-        return self._sample(self.model.logits(hidden[self._device(last)]), chunks)
+        return model(tokens, self._device(positions), batch, caches)
 
-    def _sample(self, logits: torch.Tensor, chunks: list[Chunk]) -> list[int]:
-        """logits: float32, a row for each chunk."""
-        params = [chunk.sequence.request.sampling for chunk in chunks]
-        ids = sample(
-            logits,
-            torch.tensor([p.temperature for p in params], dtype=torch.float32),
-            torch.tensor([p.top_k for p in params]),
-            torch.tensor([p.top_p for p in params], dtype=torch.float32),
-            torch.tensor([p.min_p for p in params], dtype=torch.float32),
-            torch.tensor([chunk.sequence.seed for chunk in chunks]),
-            torch.tensor([chunk.sequence.generated for chunk in chunks]),
-        )
-        finite = torch.isfinite(logits.sum(-1))
-        chosen: list[int] = torch.where(finite, ids, -1).tolist()
-        for chunk, token in zip(chunks, chosen, strict=True):
-            if token < 0:
-                self._clear(chunk.sequence.blocks)
-        return chosen
+    def _guess(self, chunks: list[Chunk]) -> torch.Tensor | None:
+        """Guesses of the draft model, the chunks' one after the other; its cache follows the chunks."""
+        assert self.draft is not None
+        drawn: list[torch.Tensor] = []  # of each round, one for each chunk that has so many guesses
+        spans: list[Span] = []
+        known: list[int] = []
+        for chunk in chunks:
+            sequence, stop = chunk.sequence, chunk.stop - chunk.drafts
+            spans.append((sequence, sequence.drafted, stop))
+            known += sequence.tokens[sequence.drafted : stop]
+        hidden = self._forward(self.draft, self.draft_caches, spans, self._device(known))
+        ends = list(accumulate(stop - start for _, start, stop in spans))
+        guessing = [index for index, chunk in enumerate(chunks) if chunk.drafts]
+        rows = [ends[index] - 1 for index in guessing]
+        for turn in range(max((chunk.drafts for chunk in chunks), default=0)):
+            sequences = [chunks[index].sequence for index in guessing]
+            counters = [chunks[index].counter + turn for index in guessing]
+            ids = self._sample(self.draft.logits(hidden[self._device(rows)]), sequences, counters)
+            drawn.append(ids)
+            staying = [place for place, index in enumerate(guessing) if chunks[index].drafts > turn + 1]
+            if not staying:
+                break
+            guessing, ids = [guessing[place] for place in staying], ids[self._device(staying)]
+            stops = [chunks[index].stop - chunks[index].drafts + turn for index in guessing]
+            spans = [(chunks[index].sequence, stop, stop + 1) for index, stop in zip(guessing, stops, strict=True)]
+            hidden, rows = self._forward(self.draft, self.draft_caches, spans, ids), list(range(len(spans)))
+        if not drawn:
+            return None
+        order = [(turn, index) for turn in range(len(drawn)) for index, c in enumerate(chunks) if c.drafts > turn]
+        by_chunk = sorted(range(len(order)), key=lambda place: (order[place][1], order[place][0]))
+        return torch.cat(drawn)[self._device(by_chunk)]
 
-    def _clear(self, blocks: list[int]) -> None:
-        """Zero blocks whose values may be NaN: masked attention multiplies by 0 what it does not see."""
-        for k, v in self.caches:
-            k[blocks] = 0
-            v[blocks] = 0
+    def _sample(self, logits: torch.Tensor, sequences: list[Sequence], counters: list[int]) -> torch.Tensor:
+        """logits: float32, a row for each of `sequences`, whose `counters` tokens were sampled before."""
+        return sample(logits, *self._slots.parameters(sequences), torch.tensor(counters))
+
+    def _flight(self, chunks: list[Chunk], ids: torch.Tensor, guesses: torch.Tensor | None) -> Flight:
+        if self.config.device.type == "cpu":
+            return Flight(chunks, ids, guesses, None)
+        host, drawn = (None if t is None else _to_host(t) for t in (ids, guesses))
+        assert host is not None
+        done = torch.cuda.Event()
+        done.record()
+        return Flight(chunks, host, drawn, done)
+
+    def _blocks(self, window: int | None) -> int:
+        config = self.config
+        return config.num_blocks if window is None else config.window_blocks or config.num_blocks
 
     def _device(self, values: list[int]) -> torch.Tensor:
         """int64, on the device."""
-        host = torch.tensor(values)
+        host = torch.tensor(values, dtype=torch.int64)
         if self.config.device.type == "cpu":
             return host
         return host.pin_memory().to(self.config.device, non_blocking=True)
+
+
+def _guess_rows(chunks: list[Chunk]) -> list[int]:
+    """The rows of guesses among the step's tokens."""
+    ends = accumulate(chunk.count for chunk in chunks)
+    return [row for chunk, end in zip(chunks, ends, strict=True) for row in range(end - chunk.drafts, end)]
+
+
+def _to_host(values: torch.Tensor) -> torch.Tensor:
+    """A copy in pinned memory, on its way."""
+    return torch.empty(values.shape, dtype=values.dtype, pin_memory=True).copy_(values, non_blocking=True)

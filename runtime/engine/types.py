@@ -34,6 +34,9 @@ class Request:
     id: str
     prompt: list[int]
     sampling: SamplingParams
+    priority: int = 0  # the least goes first
+    salt: str = ""  # cached prefixes are shared between requests of one salt only
+    adapter: str | None = None  # a name given to `Engine.add_adapter`; None: the model as it is
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,7 @@ class TokenOutput:
     """What one step did for one request."""
 
     request_id: str
-    token_ids: list[int]  # new ones; a token that ends the request is included
+    token_ids: list[int]  # new ones, several after a speculation; a token that ends the request is included
     finish_reason: FinishReason | None  # None: it goes on
     error: str | None  # with finish_reason "error"
     prompt_tokens: int
@@ -60,7 +63,7 @@ class RequestError(LlmkitError):
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """Sizes of an engine, after the memory plan."""
+    """Sizes of an engine, after the memory plan, and what it may do."""
 
     max_model_len: int  # tokens of a request, prompt and output
     num_blocks: int  # of the KV cache
@@ -69,6 +72,13 @@ class EngineConfig:
     max_num_seqs: int = 256
     max_num_batched_tokens: int = 8192
     block_size: int = 16
+    windows: tuple[int | None, ...] = (None,)  # of the model's layers; each has block tables of its own
+    window_blocks: int | None = None  # of each sliding window; None: num_blocks
+    kv_dtype: str | None = None  # "int8" or "fp8"; None: the model's
+    prefix_cache: bool = True
+    chunk_tokens: int = 2048  # of one prompt in a step, while others wait for theirs
+    ahead: bool = False  # the next step is launched before this one's tokens are known
+    speculate: int = 0  # tokens drafted for a sequence in a step; not together with `ahead`
 
 
 @dataclass(frozen=True)
@@ -78,8 +88,13 @@ class EngineStats:
     running: int
     waiting: int
     kv_used_blocks: int
+    kv_cached_blocks: int  # held by nobody, with a prefix that may be wanted again
     kv_total_blocks: int
     prompt_tokens_total: int
     generation_tokens_total: int
     preemptions_total: int
     steps_total: int
+    prefix_queries_total: int  # prompt tokens looked up
+    prefix_hits_total: int  # of them found
+    drafted_total: int  # tokens proposed by speculation
+    accepted_total: int  # of them confirmed

@@ -7,17 +7,20 @@ on the socket when there is nothing to do, and ends with the socket. SIGINT and 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import ctypes
+import gc
 import os
 import select
 import signal
 import socket
 import sys
 import threading
-import time
 import traceback
 from typing import TYPE_CHECKING
 
-from llmkit.checkpoint.errors import LlmkitError, ShortageError
+from llmkit.checkpoint.errors import LlmkitError, ShortageError, is_out_of_memory
+from llmkit.runtime.server.age import process_age
 from llmkit.runtime.server.messages import (
     Add,
     Cancel,
@@ -82,32 +85,39 @@ def serve(engine: Engine, early: list[ToEngine], channel: Channel) -> None:
             channel.send(_stats(engine))
 
 
-def _load(start: Start) -> Engine:
-    from llmkit.runtime.engine.load import EngineOptions, load_engine
+def _load(message: Start) -> tuple[Engine, Ready]:
+    from llmkit.runtime.engine.load import EngineOptions, StartUp, load_engine
 
-    return load_engine(
-        start.model,
+    start = StartUp()
+    start.seconds["python and imports"] = imported = process_age()
+    engine = load_engine(
+        message.model,
         EngineOptions(
-            dtype=start.dtype,
-            device=start.device,
-            max_model_len=start.max_model_len,
-            max_num_seqs=start.max_num_seqs,
-            max_num_batched_tokens=start.max_num_batched_tokens,
-            kv_cache_memory=start.kv_cache_memory,
-            gpu_memory_utilization=start.gpu_memory_utilization,
+            dtype=message.dtype,
+            device=message.device,
+            max_model_len=message.max_model_len,
+            max_num_seqs=message.max_num_seqs,
+            max_num_batched_tokens=message.max_num_batched_tokens,
+            kv_cache_memory=message.kv_cache_memory,
+            gpu_memory_utilization=message.gpu_memory_utilization,
         ),
+        start,
     )
-
-
-def _facts(engine: Engine, load_s: float) -> Ready:
+    gc.freeze()  # what is there now stays: no collection need look at it again
+    with contextlib.suppress(OSError, AttributeError):  # another C library than glibc
+        ctypes.CDLL(None).malloc_trim(0)  # what reading and casting have left behind
+    assert start.plan is not None
     config = engine.config
-    return Ready(
+    return engine, Ready(
         max_model_len=config.max_model_len,
         vocab_size=engine.model.spec.vocab,
         dtype=str(config.dtype).removeprefix("torch."),
         device=str(config.device),
         kv_cache_tokens=config.num_blocks * config.block_size,
-        load_s=load_s,
+        load_s=process_age() - imported,
+        seconds=start.seconds,
+        plan=start.plan.as_dict(),
+        paths=start.paths,
     )
 
 
@@ -164,8 +174,7 @@ def _failed(error: Exception) -> Failed:
     if isinstance(error, LlmkitError):
         return Failed(error.exit_code, error.what, error.expected, error.todo)
     text = f"{type(error).__name__}: {error}"
-    # By name: torch is not imported here only to ask whether an error is its own.
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+    if is_out_of_memory(error):
         todo = "Lower --max-num-seqs, --max-num-batched-tokens or --max-model-len"
         return Failed(ShortageError.exit_code, f"out of memory ({text.splitlines()[0]})", todo=todo)
     return Failed(LlmkitError.exit_code, f"the engine failed: {text}")
@@ -185,9 +194,8 @@ def main() -> int:
         start, *early = channel.receive(wait=True)
         assert isinstance(start, Start)
         tracebacks = start.debug  # what goes wrong while loading is usually the user's to mend
-        began = time.perf_counter()
-        engine = _load(start)
-        channel.send(_facts(engine, time.perf_counter() - began))
+        engine, ready = _load(start)
+        channel.send(ready)
         tracebacks = True
         serve(engine, early, channel)
     except (EOFError, BrokenPipeError, ConnectionResetError):

@@ -51,12 +51,13 @@ async def serve(
 
     began: perf_counter at the start, for the ready line.
     """
+    seconds = {"python and imports": _since(began)}
     with _StopSignals() as stop:
         client = await EngineClient.connect(process, ours)
         state = State(options, client, Metrics(lambda: client.stats), _model_name(options))
         http = _HttpServer(state, keys)
         serving = asyncio.create_task(http.serve(sockets=[listener]))
-        text = _in_thread(lambda: TextSide.load(options.model))
+        text = _in_thread(lambda: _load_text(options.model, seconds))
         try:
             loaded = _task(_both(client.ready, text))
             await _first(loaded, stop.first)
@@ -64,7 +65,7 @@ async def serve(
                 loaded.cancel()
                 return 128 + stop.first.result()
             facts = _open_for_requests(state, *loaded.result(), message)
-            facts |= {"url": _url(options.host, listener), "ready_s": round(time.perf_counter() - began, 3)}
+            facts |= {"url": _url(options.host, listener), "ready_s": _since(began), "api_seconds": seconds}
             message(
                 "{model} is ready at {url} after {ready_s:.1f} s ({device}, {dtype}, context {max_model_len}, KV "
                 "cache {kv_cache_tokens} tokens)".format(**facts)
@@ -98,6 +99,9 @@ def _open_for_requests(state: State, facts: Ready, text: TextSide, message: Mess
         )
     if state.options.device == "auto" and facts.device == "cpu":
         message("no CUDA device: running on the CPU")
+    if state.options.max_model_len is None and facts.max_model_len != facts.plan["model_limit"]:
+        limit = facts.plan["model_limit"]
+        message(f"the context is what the KV cache holds; the model's own limit is {limit} (see --kv-cache-memory)")
     state.become_ready(facts, text)
     for ignored in text.not_applied:
         message(f"generation_config.json has {ignored}, which is not applied")
@@ -108,7 +112,21 @@ def _open_for_requests(state: State, facts: Ready, text: TextSide, message: Mess
         "max_model_len": facts.max_model_len,
         "kv_cache_tokens": facts.kv_cache_tokens,
         "load_s": round(facts.load_s, 3),
+        "engine_seconds": {stage: round(spent, 3) for stage, spent in facts.seconds.items()},
+        "memory": facts.plan,
+        "paths": facts.paths,
     }
+
+
+def _load_text(model: str, seconds: dict[str, float]) -> TextSide:
+    began = time.perf_counter()
+    text = TextSide.load(model)
+    seconds["tokenizer"] = _since(began)
+    return text
+
+
+def _since(began: float) -> float:
+    return round(time.perf_counter() - began, 3)
 
 
 async def _announce_death(state: State, process: subprocess.Popen[bytes], stop: _StopSignals) -> None:

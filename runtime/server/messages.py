@@ -58,6 +58,9 @@ class Ready(msgspec.Struct, tag=True):
     device: str
     kv_cache_tokens: int
     load_s: float
+    seconds: dict[str, float]  # of the engine process's stages until now, in their order; their sum is its age
+    plan: dict[str, str | int | dict[str, int]]  # EnginePlan.as_dict
+    paths: list[str]  # which fast ways are taken, and why others are not
 
 
 class Failed(msgspec.Struct, tag=True):

@@ -33,15 +33,17 @@ def run_server(
     options: ServeOptions,
     message: Callable[[str], None] = _to_stderr,
     ready: Callable[[Mapping[str, Any]], None] = lambda facts: None,
+    began: float | None = None,
 ) -> int:
     """Serve until a signal; return the exit code: 0 after a graceful stop, 130 or 143 after a forced one.
 
     Raises UsageError, InputError or ShortageError when the server cannot start, and LlmkitError (exit code 70) when
     the engine process fails later. The port is taken first and the engine process started next, so that both a
     taken port and a ready server are known as early as can be. `message` takes lines for the user; `ready` is told
-    the server's figures (url, model, ready_s, ...) when requests are taken.
+    the server's figures (url, model, ready_s, ...) when requests are taken. began: the perf_counter() that seconds
+    are counted from, now by default.
     """
-    began = time.perf_counter()
+    began = time.perf_counter() if began is None else began
     keys = api_keys(options)
     _check_exposure(options, keys)
     with bind(options.host, options.port) as listener:

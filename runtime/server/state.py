@@ -75,15 +75,15 @@ class TextSide:
     @staticmethod
     def load(model: str) -> TextSide:
         """Open the checkpoint `model` for its tokenizer and generation config. Raises LlmkitError."""
-        from llmkit.checkpoint.source import open_checkpoint
+        from llmkit.checkpoint.files import open_files
         from llmkit.checkpoint.tokenizer import load_tokenizer
 
-        checkpoint = open_checkpoint(model)
-        config = checkpoint.generation_config
+        files = open_files(model)
+        config = files.generation_config
         ignored = (
             f"{name}: {config[name]}" for name, off in _NOT_APPLIED.items() if config.get(name) not in (None, off)
         )
-        return TextSide(load_tokenizer(checkpoint), SamplingDefaults.of(config), tuple(ignored))
+        return TextSide(load_tokenizer(files), SamplingDefaults.of(config), tuple(ignored))
 
 
 @dataclass

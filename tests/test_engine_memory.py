@@ -1,0 +1,248 @@
+"""Who gets how much memory: the plan's arithmetic, what it says of too little, and `llmkit serve --plan`."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from tiny import tiny_checkpoint
+
+from llmkit.checkpoint.errors import InputError, ShortageError, is_out_of_memory
+from llmkit.checkpoint.quantized import QuantizationConfig, Scheme
+from llmkit.checkpoint.source import Checkpoint, open_checkpoint
+from llmkit.model.device import untouched_zeros
+from llmkit.model.facts import parameter_count
+from llmkit.model.families import model_spec
+from llmkit.model.spec import ModelSpec
+from llmkit.runtime.engine import memory
+from llmkit.runtime.engine.load import EngineOptions, StartUp, load_engine
+from llmkit.runtime.engine.memory import MemoryPlan, estimate_workspace, free_bytes, plan_memory, weight_bytes
+
+BLOCK = 2 * 2 * 2 * 16 * 4 * 16  # bytes: k and v, layers, KV heads, head_dim, float32, tokens
+MEBI = 1 << 20
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_checkpoint(tmp_path_factory.mktemp("memory") / "model")
+
+
+@pytest.fixture(scope="module")
+def spec(checkpoint: Path) -> ModelSpec:
+    return model_spec(open_checkpoint(checkpoint).config)
+
+
+def plan(spec: ModelSpec, free: int, device: str = "cpu", **given: Any) -> MemoryPlan:
+    chosen: dict[str, Any] = {
+        "weights": 1000, "workspace": 100, "kv_itemsize": 4,
+        "max_model_len": None, "max_num_seqs": 256, "kv_cache_memory": None,
+    }  # fmt: skip
+    return plan_memory(spec, device, free=free, **(chosen | given))
+
+
+def test_the_cache_gets_what_weights_and_workspace_leave(spec: ModelSpec) -> None:
+    half = plan(spec, 1100 + 20 * BLOCK + 1)
+    assert half == MemoryPlan(1100 + 20 * BLOCK + 1, 1000, 100, 10, BLOCK, 16, 160, 256)
+    assert (half.kv_cache, half.requests(160), half.requests(33)) == (10 * BLOCK, 1, 3)
+    assert plan(spec, 1100 + 20 * BLOCK, "cuda").num_blocks == 20
+    assert plan(spec, 1100 + 20 * BLOCK, "cuda", kv_itemsize=2).num_blocks == 40
+    assert plan(spec, 1 << 40, max_num_seqs=3).num_blocks == 3 * 16  # no more than can be used
+    assert plan(spec, 1 << 40, "cuda", max_model_len=17, max_num_seqs=5).num_blocks == 5 * 2
+
+
+def test_on_a_cpu_the_cache_is_small_unless_one_request_needs_more(spec: ModelSpec) -> None:
+    many = {"max_num_seqs": 1 << 20}
+    assert plan(spec, 1 << 40, **many).kv_cache == memory.CPU_BYTES
+    long = replace(spec, max_positions=1 << 22)
+    assert plan(long, 1 << 40, **many).num_blocks * 16 == plan(long, 1 << 40).max_model_len == 1 << 22
+    assert plan(long, 1 << 40, max_model_len=64, **many).kv_cache == memory.CPU_BYTES
+    assert plan(long, 1100 + 4 * BLOCK).max_model_len == 2 * 16  # the most that fits
+    assert plan(long, 1 << 40, kv_cache_memory=100 * BLOCK).max_model_len == 1600
+
+
+@pytest.mark.parametrize(
+    ("kind", "given", "free", "message"),
+    [
+        (InputError, {"max_model_len": 257}, 1 << 40, "--max-model-len 257 is over .* At most 256 tokens .*len 256"),
+        (
+            ShortageError,
+            {},
+            1099,
+            "workspace do not fit on cpu. The weights leave 99 .*--max-num-batched-tokens",
+        ),
+        (ShortageError, {"kv_cache_memory": 6}, 1105, "--kv-cache-memory 6 bytes does not fit .* leave 5 bytes"),
+        (
+            ShortageError,
+            {"kv_cache_memory": 6 * BLOCK, "max_model_len": 200},
+            1 << 40,
+            "one request of 200 tokens: that needs .* At most 96 tokens fit. Use --max-model-len 96",
+        ),
+        (ShortageError, {}, 1105, "one request of 1 tokens: .* Give it more with --kv-cache-memory"),
+    ],
+)
+def test_what_does_not_fit(
+    spec: ModelSpec, kind: type[InputError], given: dict[str, Any], free: int, message: str
+) -> None:
+    with pytest.raises(kind, match=message):
+        plan(spec, free, **given)
+
+
+def test_weights_count_as_they_will_be_in_memory(spec: ModelSpec) -> None:
+    count = parameter_count(spec)
+    assert weight_bytes(spec, torch.float32, None, packed=True) == count * 4
+    int8 = QuantizationConfig("compressed-tensors", Scheme(8))
+    assert weight_bytes(spec, torch.bfloat16, int8, packed=False) == count * 2
+    shapes = 2 * 7 * 2 * 8  # of the dense tensors, which are stored with the packed ones
+    layer = (64 + 32 + 32) * 64 + 64 * 64 + 2 * 128 * 64 + 64 * 128  # qkv, o, gate_up, down
+    rows = (64 + 32 + 32) + 64 + 2 * 128 + 64
+    dense = count - 2 * layer
+    assert weight_bytes(spec, torch.bfloat16, int8, packed=True) == 2 * layer + 4 * rows + 2 * dense + shapes
+
+
+def test_the_workspace_is_that_of_the_widest_moment_and_the_logits(spec: ModelSpec) -> None:
+    assert estimate_workspace(spec, torch.float32, 10, 3) == 10 * (2 * 64 + 3 * 128) * 4 + 3 * 512 * memory.LOGIT_BYTES
+
+
+def test_free_memory_is_what_a_containers_limit_leaves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=1000))
+    monkeypatch.setattr(memory, "CGROUP", tmp_path)
+    cpu = torch.device("cpu")
+    assert free_bytes(cpu, 0.9) == 1000  # no such files
+    for name, text in (("memory.max", "900\n"), ("memory.current", "700\n"), ("memory.stat", "anon 500\nfile 150\n")):
+        (tmp_path / name).write_text(text)
+    assert free_bytes(cpu, 0.9) == 900 - 700 + 150
+    (tmp_path / "memory.max").write_text("max\n")
+    assert free_bytes(cpu, 0.9) == 1000
+
+
+def test_memory_is_planned_before_weights_are_read(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = parameter_count(model_spec(open_checkpoint(checkpoint).config)) * 4
+    monkeypatch.setattr(Checkpoint, "read", lambda *_: pytest.fail("read a tensor"))
+    monkeypatch.setattr(Checkpoint, "read_info", lambda *_: pytest.fail("read a tensor"))
+    for free, todo in ((1000, "Use a smaller model or a larger device"), (weights - 1, "Use --dtype bfloat16")):
+        monkeypatch.setattr("psutil.virtual_memory", lambda free=free: SimpleNamespace(available=free))
+        with pytest.raises(ShortageError, match=rf"the weights need {weights} bytes .* in float32 and cpu has.*{todo}"):
+            load_engine(checkpoint, EngineOptions(device="cpu"))
+
+
+def test_an_engine_follows_its_plan(checkpoint: Path) -> None:
+    start = StartUp()
+    engine = load_engine(checkpoint, EngineOptions(kv_cache_memory=6 * BLOCK + 1, device="cpu"), start)
+    assert (engine.config.num_blocks, engine.config.max_model_len) == (6, 96)
+    assert start.plan is not None
+    assert start.plan.as_dict()["kv_cache_bytes"] == 6 * BLOCK
+    assert list(start.seconds) == ["checkpoint check", "memory plan", "building", "waiting for the disk", "KV cache"]
+    assert all(spent >= 0 for spent in start.seconds.values())
+    assert len(start.paths) == 3
+
+
+def test_a_checkpoint_that_changes_while_it_is_read_is_refused(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for file in checkpoint.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    real = Checkpoint.read
+
+    def read(self: Checkpoint, name: str) -> torch.Tensor:
+        os.utime(tmp_path / "model.safetensors")
+        return real(self, name)
+
+    monkeypatch.setattr(Checkpoint, "read", read)
+    with pytest.raises(InputError, match=r"model\.safetensors was changed while it was read"):
+        load_engine(tmp_path, EngineOptions(device="cpu"))
+
+
+def resident() -> int:
+    """Bytes of this process in memory."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def test_zeros_take_no_memory_until_they_are_written() -> None:
+    before = resident()
+    zeros = untouched_zeros((64, MEBI), torch.float32, torch.device("cpu"))
+    assert (zeros.shape, zeros.dtype, resident() - before < 16 * MEBI) == ((64, MEBI), torch.float32, True)
+    assert zeros[5].sum() == 0
+    zeros[:16] = 1.5
+    assert resident() - before > 60 * MEBI
+    assert (zeros[:16].eq(1.5).all(), zeros[16, 0]) == (True, 0)
+    del zeros
+    assert resident() - before < 16 * MEBI
+    assert untouched_zeros((0, 3), torch.bfloat16, torch.device("cpu")).shape == (0, 3)
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (MemoryError(), True),
+        (OSError(errno.ENOMEM, "Cannot allocate memory"), True),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), True),
+        (RuntimeError("CUDA error: out of memory"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
+        (RuntimeError("The size of tensor a (3) must match the size of tensor b (4)"), False),
+        (OSError(errno.ENOSPC, "No space left on device"), False),
+        (ValueError("out of memory"), False),
+    ],
+)
+def test_out_of_memory_is_told_from_bugs(error: BaseException, expected: bool) -> None:
+    assert is_out_of_memory(error) is expected
+
+
+def test_what_torch_raises_when_the_host_has_too_little() -> None:
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(1 << 60, dtype=torch.uint8)
+    assert is_out_of_memory(caught.value)
+
+
+def serve_plan(model: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "llmkit.cli.main", "serve", str(model), "--plan", "--device", "cpu", *options]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
+def test_the_plan_on_the_command_line(checkpoint: Path, spec: ModelSpec) -> None:
+    done = serve_plan(checkpoint, "--json", "--kv-cache-memory", str(100 * BLOCK), "--dtype", "bfloat16")
+    assert (done.returncode, done.stderr) == (0, "")
+    document = json.loads(done.stdout)
+    assert document.pop("free_bytes") > document["weight_bytes"]
+    assert document == {
+        "model": str(checkpoint),
+        "device": "cpu",
+        "dtype": "bfloat16",
+        "weight_bytes": parameter_count(spec) * 2,
+        "workspace_bytes": estimate_workspace(spec, torch.bfloat16, 8192, 256),
+        "kv_cache_bytes": 100 * BLOCK,
+        "kv_blocks": 200,
+        "kv_block_tokens": 16,
+        "kv_bytes_per_token": BLOCK // 32,
+        "kv_cache_tokens": 3200,
+        "max_model_len": 256,
+        "model_limit": 256,
+        "requests": {"256": 12},
+    }
+    table = serve_plan(checkpoint, "--kv-cache-memory", str(5 * BLOCK)).stdout
+    for part in ("cpu in float32", "80 (5 blocks)", "80 of the model's 256", "requests of 80 tokens at once"):
+        assert part in table
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "parts"),
+    [
+        (("--max-model-len", "300"), 3, ["over the model's limit", "Use --max-model-len 256"]),
+        (("--kv-cache-memory", str(5 * BLOCK), "--max-model-len", "100"), 4, ["100 tokens", "Use --max-model-len 80"]),
+        (("--kv-cache-memory", "1000TB"), 4, ["does not fit on cpu", "Use a smaller one"]),
+    ],
+)
+def test_a_plan_that_does_not_fit(checkpoint: Path, options: tuple[str, ...], code: int, parts: list[str]) -> None:
+    done = serve_plan(checkpoint, *options)
+    assert (done.returncode, done.stdout) == (code, "")
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("llmkit serve: error: ")
+    assert all(part in line for part in parts)
