@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from llmkit.checkpoint.errors import UsageError
 from llmkit.checkpoint.text import bytes_text
 from llmkit.cli.command import DeviceOption, ModelArgument
 from llmkit.cli.output import Output
 from llmkit.cli.sizes import in_range, parse_count, parse_size
+from llmkit.runtime.engine.types import EngineOptions
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -38,11 +40,22 @@ def serve(
         typer.Option(metavar="N|auto", help="Most tokens of a request; auto takes what the model and memory allow."),
     ] = "auto",
     max_num_seqs: Annotated[int, typer.Option(metavar="N", help="Most requests in one step.")] = 256,
-    max_num_batched_tokens: Annotated[int, typer.Option(metavar="N", help="Most tokens in one step.")] = 8192,
+    max_num_batched_tokens: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="Most tokens in one step.", show_default="8192, on the CPU 512"),
+    ] = None,
     kv_cache_memory: Annotated[
         str | None,
         typer.Option(metavar="SIZE", help="Memory of the KV cache, like 2GiB.", show_default="from the free memory"),
     ] = None,
+    kv_cache_dtype: Annotated[
+        Literal["auto", "int8", "fp8"],
+        typer.Option(
+            metavar="DTYPE",
+            help="auto, int8 or fp8: how keys and values are kept; auto: as the checkpoint's scales are for, else as "
+            "the model computes.",
+        ),
+    ] = "auto",
     gpu_memory_utilization: Annotated[
         float, typer.Option(metavar="SHARE", help="Share of the GPU's memory that may be used.")
     ] = 0.9,
@@ -60,6 +73,24 @@ def serve(
     drain_timeout: Annotated[
         float, typer.Option(metavar="SECONDS", help="How long running requests may take after SIGTERM.")
     ] = 30.0,
+    prefix_cache: Annotated[
+        bool, typer.Option("--prefix-cache/--no-prefix-cache", help="Keep what prompts begin with for later ones.")
+    ] = True,
+    speculate: Annotated[
+        int, typer.Option(metavar="N", help="Guess N tokens ahead of each request and confirm them in one step.")
+    ] = 0,
+    draft_model: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL", help="A small model that guesses, 4 tokens or --speculate.", show_default="earlier text"
+        ),
+    ] = None,
+    lora: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=DIR", help="A LoRA adapter, served as model NAME; repeat for more.", show_default="none"
+        ),
+    ] = None,
     plan: Annotated[
         bool, typer.Option("--plan", help="Show how memory would be divided and what fits, load nothing, and stop.")
     ] = False,
@@ -67,7 +98,9 @@ def serve(
 ) -> int:
     """Serve a checkpoint over the OpenAI API, with continuous batching. Ctrl-C or SIGTERM stops it gracefully."""
     in_range("--max-num-seqs", max_num_seqs, 1)
-    in_range("--max-num-batched-tokens", max_num_batched_tokens, 1)
+    if max_num_batched_tokens is not None:
+        in_range("--max-num-batched-tokens", max_num_batched_tokens, 1)
+    in_range("--speculate", speculate, 0, 64)
     in_range("--gpu-memory-utilization", gpu_memory_utilization, 0.05, 1)
     in_range("--drain-timeout", drain_timeout, 0)
     sizes: dict[str, Any] = {
@@ -77,10 +110,16 @@ def serve(
         "max_num_seqs": max_num_seqs,
         "max_num_batched_tokens": max_num_batched_tokens,
         "kv_cache_memory": parse_size("--kv-cache-memory", kv_cache_memory),
+        "kv_cache_dtype": kv_cache_dtype,
+        "prefix_cache": prefix_cache,
+        "speculate": speculate or (4 if draft_model else 0),
+        "draft_model": draft_model,
+        "adapters": _adapters(lora or [], served_model_name or model),
         "gpu_memory_utilization": gpu_memory_utilization,
     }
+    engine = EngineOptions(**sizes)
     if plan:
-        return _plan(output, model, sizes)
+        return _plan(output, model, engine)
     from llmkit.runtime.server.age import process_age
     from llmkit.runtime.server.serve import ServeOptions, run_server
 
@@ -93,7 +132,7 @@ def serve(
             api_key_file=None if api_key_file is None else Path(api_key_file),
             drain_timeout=drain_timeout,
             debug=output.debug,
-            **sizes,
+            engine=engine,
         ),
         lambda text: output.message(f"llmkit serve: {text}"),
         lambda facts: _ready(output, facts),
@@ -101,16 +140,31 @@ def serve(
     )
 
 
-def _plan(output: Output, model: str, sizes: dict[str, Any]) -> int:
+def _adapters(given: list[str], model: str) -> dict[str, str]:
+    """--lora's adapters by name."""
+    adapters: dict[str, str] = {}
+    for one in given:
+        name, _, directory = one.partition("=")
+        if not name or not directory:
+            raise UsageError(
+                f"--lora {one!r} is no NAME=DIR", "A name and a directory with an equals sign between them"
+            )
+        if name in adapters or name == model:
+            raise UsageError(f"--lora {one!r}: the name {name!r} is given twice", "A name of its own for each model")
+        adapters[name] = directory
+    return adapters
+
+
+def _plan(output: Output, model: str, engine: EngineOptions) -> int:
     from llmkit.checkpoint.source import open_checkpoint
     from llmkit.model.families import model_spec
     from llmkit.model.loader import check_checkpoint
-    from llmkit.runtime.engine.load import EngineOptions, plan_engine
+    from llmkit.runtime.engine.load import plan_engine
 
     checkpoint = open_checkpoint(model)
     checkpoint.require_whole()
     check_checkpoint(checkpoint, model_spec(checkpoint.config))
-    document = {"model": model} | plan_engine(checkpoint, EngineOptions(**sizes)).as_dict()
+    document = {"model": model} | plan_engine(checkpoint, engine).as_dict()
     output.result(document, lambda console: _show_plan(console, document))
     return 0
 

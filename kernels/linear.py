@@ -106,7 +106,10 @@ class Int4Product:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """See `Product`."""
-        y = torch.ops.aten._weight_int4pack_mm_for_cpu(x.bfloat16(), self._packed, self._group, self._grid).to(x.dtype)
+        y: torch.Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(
+            x.bfloat16(), self._packed, self._group, self._grid
+        )
+        y = y.to(x.dtype)
         return y if self._bias is None else y.add_(self._bias)
 
 
@@ -145,6 +148,12 @@ def has_half_products() -> bool:
         return torch.equal(HalfProduct(values, torch.ones(4))(torch.ones(2, 16)), values.sum(1).expand(2, 4))
     except (AttributeError, RuntimeError):  # torch without fbgemm, a processor without AVX2
         return False
+
+
+@cache
+def has_bfloat16_products() -> bool:
+    """Whether this machine multiplies dense bfloat16 matrices faster than float32 ones: it has AMX."""
+    return bool(torch.cpu._is_amx_tile_supported())
 
 
 @cache

@@ -82,9 +82,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
 
 
 def complete(config: dict[str, Any], kind: str) -> Any:
-    """The config of a family of FAMILIES by attribute. Raises InputError for values of the wrong kind and missing sizes.
+    """The config of a family of FAMILIES by attribute; `head_dim` and `num_key_value_heads` are derived where absent.
 
-    `head_dim` and `num_key_value_heads` are derived where they are absent.
+    Raises InputError for values of the wrong kind and for missing sizes.
     """
     defaults = dict.fromkeys(_SIZES, int) | _COMMON | dict.fromkeys(_NULLABLE) | FAMILIES[kind]
     given = dict(config)

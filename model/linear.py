@@ -18,6 +18,7 @@ from llmkit.kernels.linear import (
     Product,
     TokenProduct,
     half_rows,
+    has_bfloat16_products,
     has_half_products,
     has_int8_products,
     suits_int4,
@@ -87,10 +88,10 @@ def serving_linear(
             return PackedLinear(TokenProduct(product, bias), shape)
         if dtype == torch.bfloat16 and scheme.bits == 4 and suits_int4(shape, scheme.group_size):
             return PackedLinear(Int4Product(whole.codes, whole.scales, whole.zeros, bias), shape)
-    if has_half_products():
+    if has_half_products() and not (dtype == torch.bfloat16 and has_bfloat16_products()):
         rows = [_half_rows(part) for part in parts]
         if all(exact or (dtype != torch.float32 and values.isfinite().all()) for values, _, exact in rows):
-            values, scales = (_joined([row[i] for row in rows]) for i in (0, 1))
+            values, scales = _joined([values for values, _, _ in rows]), _joined([scales for _, scales, _ in rows])
             return PackedLinear(HalfProduct(values, scales, bias), shape, rounding)
     dense = [part.dequantize() if isinstance(part, QuantizedWeight) else part for part in parts]
     return Linear(_joined(dense).to(dtype), bias, rounding)

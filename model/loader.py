@@ -214,12 +214,10 @@ def load_model(
                 if spec.tied:
                     linears["lm_head"] = pool.submit(serving_linear, [table], None, None, dtype)
             elif packed and (row.linear or row.name == "lm_head.weight"):
-                bias = rows.get(f"{row.module}.bias")
-                values = read_parameter(checkpoint, bias, dtype) if bias else None
-                packing.append(
-                    pool.submit(serving_linear, _read_stored(checkpoint, row), values, rounding.get(row.module), dtype)
-                )
-                linears[row.module] = packing[-1]
+                parts, bias = _read_stored(checkpoint, row), rows.get(f"{row.module}.bias")
+                added = read_parameter(checkpoint, bias, dtype) if bias else None
+                linears[row.module] = pool.submit(serving_linear, parts, added, rounding.get(row.module), dtype)
+                packing.append(linears[row.module])
                 if len(packing) > PACKERS:
                     packing.popleft().result()
             elif row.module not in linears:  # a bias there has been read with its weight

@@ -19,9 +19,12 @@ import psutil
 _LAUNCHER = """
 import json, sys
 from llmkit.checkpoint.errors import LlmkitError
+from llmkit.runtime.engine.types import EngineOptions
 from llmkit.runtime.server.serve import ServeOptions, run_server
 try:
-    sys.exit(run_server(ServeOptions(**json.loads(sys.argv[1]))))
+    options = json.loads(sys.argv[1])
+    engine = {name: options.pop(name) for name in list(options) if name in vars(EngineOptions())}
+    sys.exit(run_server(ServeOptions(engine=EngineOptions(**engine), **options)))
 except LlmkitError as error:
     sys.stderr.write(f"llmkit serve: error: {error}\\n")
     sys.exit(error.exit_code)

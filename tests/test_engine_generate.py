@@ -85,6 +85,6 @@ def test_nothing_asked_and_what_cannot_be_answered(checkpoint: Checkpoint, monke
         generate(checkpoint, [[4], []], 5, 0.0, 0, device="cpu")
     with pytest.raises(InputError, match="At most 256 tokens"):
         generate(checkpoint, [[4] * 250], 7, 0.0, 0, device="cpu")
-    monkeypatch.setattr("llmkit.runtime.engine.memory.parameter_count", lambda _: 1 << 50)
+    monkeypatch.setattr("llmkit.runtime.engine.load.weight_bytes", lambda *_: 1 << 50)
     with pytest.raises(ShortageError, match="the weights need"):
         generate(checkpoint, [[4]], 5, 0.0, 0, device="cpu")

@@ -22,10 +22,19 @@ from llmkit.checkpoint.source import Checkpoint, open_checkpoint
 from llmkit.model.device import untouched_zeros
 from llmkit.model.facts import parameter_count
 from llmkit.model.families import model_spec
+from llmkit.model.linear import PackedLinear
+from llmkit.model.loader import load_model
 from llmkit.model.spec import ModelSpec
 from llmkit.runtime.engine import memory
 from llmkit.runtime.engine.load import EngineOptions, StartUp, load_engine
-from llmkit.runtime.engine.memory import MemoryPlan, estimate_workspace, free_bytes, plan_memory, weight_bytes
+from llmkit.runtime.engine.memory import (
+    MemoryPlan,
+    estimate_workspace,
+    free_bytes,
+    loaded_bytes,
+    plan_memory,
+    weight_bytes,
+)
 
 BLOCK = 2 * 2 * 2 * 16 * 4 * 16  # bytes: k and v, layers, KV heads, head_dim, float32, tokens
 MEBI = 1 << 20
@@ -43,7 +52,7 @@ def spec(checkpoint: Path) -> ModelSpec:
 
 def plan(spec: ModelSpec, free: int, device: str = "cpu", **given: Any) -> MemoryPlan:
     chosen: dict[str, Any] = {
-        "weights": 1000, "workspace": 100, "kv_itemsize": 4,
+        "weights": 1000, "workspace": 100, "kv_bytes_per_token": BLOCK // 16,
         "max_model_len": None, "max_num_seqs": 256, "kv_cache_memory": None,
     }  # fmt: skip
     return plan_memory(spec, device, free=free, **(chosen | given))
@@ -54,7 +63,7 @@ def test_the_cache_gets_what_weights_and_workspace_leave(spec: ModelSpec) -> Non
     assert half == MemoryPlan(1100 + 20 * BLOCK + 1, 1000, 100, 10, BLOCK, 16, 160, 256)
     assert (half.kv_cache, half.requests(160), half.requests(33)) == (10 * BLOCK, 1, 3)
     assert plan(spec, 1100 + 20 * BLOCK, "cuda").num_blocks == 20
-    assert plan(spec, 1100 + 20 * BLOCK, "cuda", kv_itemsize=2).num_blocks == 40
+    assert plan(spec, 1100 + 20 * BLOCK, "cuda", kv_bytes_per_token=BLOCK // 32).num_blocks == 40
     assert plan(spec, 1 << 40, max_num_seqs=3).num_blocks == 3 * 16  # no more than can be used
     assert plan(spec, 1 << 40, "cuda", max_model_len=17, max_num_seqs=5).num_blocks == 5 * 2
 
@@ -98,14 +107,40 @@ def test_what_does_not_fit(
 
 def test_weights_count_as_they_will_be_in_memory(spec: ModelSpec) -> None:
     count = parameter_count(spec)
-    assert weight_bytes(spec, torch.float32, None, packed=True) == count * 4
+    assert weight_bytes(spec, torch.float32, None, lambda _: True) == count * 4
     int8 = QuantizationConfig("compressed-tensors", Scheme(8))
-    assert weight_bytes(spec, torch.bfloat16, int8, packed=False) == count * 2
-    shapes = 2 * 7 * 2 * 8  # of the dense tensors, which are stored with the packed ones
+    assert weight_bytes(spec, torch.bfloat16, int8, lambda _: False) == count * 2
     layer = (64 + 32 + 32) * 64 + 64 * 64 + 2 * 128 * 64 + 64 * 128  # qkv, o, gate_up, down
     rows = (64 + 32 + 32) + 64 + 2 * 128 + 64
-    dense = count - 2 * layer
-    assert weight_bytes(spec, torch.bfloat16, int8, packed=True) == 2 * layer + 4 * rows + 2 * dense + shapes
+    shapes = 2 * 7 * 2 * 8  # of the dense tensors, which are stored with the packed ones
+    packed = 2 * layer + 4 * rows + 2 * (count - 2 * layer) + shapes
+    assert weight_bytes(spec, torch.bfloat16, int8, lambda scheme: scheme.bits == 8) == packed
+
+
+def test_the_bytes_of_a_token_in_the_cache(spec: ModelSpec) -> None:
+    assert spec.kv_bytes_per_token(4) == BLOCK // 16
+    assert spec.kv_bytes_per_token(2) == BLOCK // 32
+    assert spec.kv_bytes_per_token(1, own_scales=True) == 2 * 2 * 2 * (16 + 4)  # codes and a float32 scale
+
+
+@pytest.mark.parametrize("kv_dtype", [None, "int8", "fp8"])
+def test_a_cache_is_as_large_as_planned(spec: ModelSpec, checkpoint: Path, kv_dtype: str | None) -> None:
+    model = load_model(open_checkpoint(checkpoint), torch.float32)
+    cache = model.new_cache(10, 16, kv_dtype)
+    size = cache.kv.nbytes + (0 if cache.scales is None else cache.scales.nbytes)
+    assert size * len(spec.layers) == 160 * spec.kv_bytes_per_token(1 if kv_dtype else 4, own_scales=kv_dtype is not None)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_loaded_models_weights_are_counted_once(tmp_path: Path, tied: bool) -> None:
+    source = open_checkpoint(tiny_checkpoint(tmp_path, tie_word_embeddings=tied))
+    count = parameter_count(model_spec(source.config))
+    assert loaded_bytes(load_model(source, torch.float32)) == count * 4
+    packed = load_model(source, torch.float32, packed=True)
+    products = [one for layer in packed.layers for one in layer.linears.values()] + [packed.head]
+    if all(isinstance(one, PackedLinear) for one in products):
+        norms = 5 * 64 * 4
+        assert loaded_bytes(packed) == sum(one.product.nbytes for one in products) + 512 * 64 * 2 + norms
 
 
 def test_the_workspace_is_that_of_the_widest_moment_and_the_logits(spec: ModelSpec) -> None:
@@ -142,7 +177,7 @@ def test_an_engine_follows_its_plan(checkpoint: Path) -> None:
     assert start.plan.as_dict()["kv_cache_bytes"] == 6 * BLOCK
     assert list(start.seconds) == ["checkpoint check", "memory plan", "building", "waiting for the disk", "KV cache"]
     assert all(spent >= 0 for spent in start.seconds.values())
-    assert len(start.paths) == 3
+    assert start.paths
 
 
 def test_a_checkpoint_that_changes_while_it_is_read_is_refused(
@@ -246,3 +281,17 @@ def test_a_plan_that_does_not_fit(checkpoint: Path, options: tuple[str, ...], co
     (line,) = done.stderr.splitlines()
     assert line.startswith("llmkit serve: error: ")
     assert all(part in line for part in parts)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_on_cuda_the_workspace_is_measured_and_the_cache_gets_the_rest(checkpoint: Path) -> None:
+    start = StartUp()
+    options = EngineOptions(device="cuda", max_num_batched_tokens=1024, gpu_memory_utilization=0.5)
+    engine = load_engine(checkpoint, options, start)
+    assert start.plan is not None
+    plan, spec = start.plan.memory, engine.model.spec
+    assert plan.workspace != estimate_workspace(spec, start.plan.dtype, 1024, 256)
+    assert plan.workspace >= 1024 * 2 * spec.intermediate * 2  # gate and up alone
+    assert plan.weights + plan.workspace + plan.kv_cache <= plan.free
+    assert torch.cuda.memory_allocated() >= plan.kv_cache

@@ -11,6 +11,8 @@ from llmkit.model.loader import load_model
 from llmkit.model.sequence import logits_of
 
 BLOCK = 16
+
+
 @pytest.fixture(scope="module", params=FAMILIES)
 def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory):
     """The oracle and our decoder, from the same checkpoint."""

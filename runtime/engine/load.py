@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -13,7 +13,8 @@ import torch
 from llmkit.checkpoint.errors import InputError
 from llmkit.checkpoint.reading import CHUNK_BYTES, READERS
 from llmkit.checkpoint.source import Checkpoint, open_checkpoint
-from llmkit.checkpoint.tokenizer import load_tokenizer
+from llmkit.kernels.linear import has_half_products, has_int8_products
+from llmkit.model.decoder import Decoder
 from llmkit.model.device import resolve_device
 from llmkit.model.families import model_spec
 from llmkit.model.loader import load_model, stored_tensors
@@ -23,27 +24,20 @@ from llmkit.runtime.engine.memory import (
     MemoryPlan,
     estimate_workspace,
     free_bytes,
+    loaded_bytes,
     measure_workspace,
     plan_memory,
     require_weights,
+    stays_packed,
     weight_bytes,
 )
-from llmkit.runtime.engine.types import EngineConfig
+from llmkit.runtime.engine.types import EngineConfig, EngineOptions
 
+__all__ = ["EngineOptions", "EnginePlan", "StartUp", "load_engine", "plan_engine", "resolve_dtype"]
+
+CHUNK_TOKENS = 256  # of a prompt in a step while others wait, at least
+STEP_TOKENS = {"cuda": 8192, "cpu": 512}  # a CPU computes no more of them at once any faster
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-@dataclass(frozen=True)
-class EngineOptions:
-    """What a user may choose; sizes that are None are planned from memory."""
-
-    device: str = "auto"  # "auto", "cuda" or "cpu"
-    dtype: str = "auto"  # "auto" or a key of DTYPES
-    max_model_len: int | None = None  # tokens
-    max_num_seqs: int = 256
-    max_num_batched_tokens: int = 8192
-    kv_cache_memory: int | None = None  # bytes
-    gpu_memory_utilization: float = 0.9
 
 
 @dataclass(frozen=True)
@@ -52,11 +46,20 @@ class EnginePlan:
 
     device: torch.device
     dtype: torch.dtype
+    kv_dtype: str | None  # "int8" or "fp8"; None: `dtype`
+    step_tokens: int
     memory: MemoryPlan
 
     def as_dict(self) -> dict[str, str | int | dict[str, int]]:
         """The plan as one JSON-ready document."""
-        return {"device": self.device.type, "dtype": str(self.dtype).removeprefix("torch.")} | self.memory.as_dict()
+        dtype = str(self.dtype).removeprefix("torch.")
+        own: dict[str, str | int | dict[str, int]] = {
+            "device": self.device.type,
+            "dtype": dtype,
+            "kv_cache_dtype": self.kv_dtype or dtype,
+        }
+        own["max_num_batched_tokens"] = self.step_tokens
+        return own | self.memory.as_dict()
 
 
 @dataclass
@@ -82,10 +85,32 @@ def plan_engine(checkpoint: Checkpoint, options: EngineOptions) -> EnginePlan:
     dtype = resolve_dtype(options.dtype, checkpoint, device)
     spec = model_spec(checkpoint.config)
     free = free_bytes(device, options.gpu_memory_utilization)
-    weights = weight_bytes(spec, dtype, checkpoint.quantization, packed=False)
+    weights = _weight_bytes(checkpoint, dtype, device)
+    draft = None if options.draft_model is None else _open_draft(options.draft_model, spec)
+    if draft is not None:
+        weights += _weight_bytes(draft, dtype, device)
     require_weights(weights, free, dtype, device)
-    workspace = estimate_workspace(spec, dtype, options.max_num_batched_tokens, options.max_num_seqs)
-    return EnginePlan(device, dtype, _plan_memory(spec, device, dtype, options, free, weights, workspace))
+    tokens = options.max_num_batched_tokens or STEP_TOKENS[device.type]
+    workspace = estimate_workspace(spec, dtype, tokens, options.max_num_seqs)
+    stored = (checkpoint.quantization.kv or None) if checkpoint.quantization is not None else None
+    kv_dtype: str | None = options.kv_cache_dtype
+    if kv_dtype == "auto":  # a CPU converts FP8 slowly: rounded values then stay in the model's dtype
+        kv_dtype = None if (stored, device.type) == ("fp8", "cpu") else stored
+    per_token = spec.kv_bytes_per_token(1 if kv_dtype else dtype.itemsize, own_scales=kv_dtype not in (None, stored))
+    if draft is not None:
+        per_token += model_spec(draft.config).kv_bytes_per_token(dtype.itemsize)
+    memory = plan_memory(
+        spec,
+        device.type,
+        free=free,
+        weights=weights,
+        workspace=workspace,
+        kv_bytes_per_token=per_token,
+        max_model_len=options.max_model_len,
+        max_num_seqs=options.max_num_seqs,
+        kv_cache_memory=options.kv_cache_memory,
+    )
+    return EnginePlan(device, dtype, kv_dtype, tokens, memory)
 
 
 def load_engine(
@@ -101,50 +126,82 @@ def load_engine(
     with start.stage("memory plan"):
         plan = plan_engine(checkpoint, options)
     device, dtype, memory = plan.device, plan.dtype, plan.memory
-    names = _read_whole(checkpoint, dtype)
-    with start.stage("building"), _cores_for_readers(), checkpoint.reading_ahead(names) as ahead:
-        loaded = load_model(checkpoint, dtype, device)
-    checkpoint.require_unchanged()
-    start.seconds["building"] -= ahead.waited_s
-    start.seconds["waiting for the disk"] = ahead.waited_s
-    if device.type == "cuda":
-        with start.stage("memory plan"):
+    loaded = _load(checkpoint, dtype, device, start)
+    draft = None
+    if options.draft_model is not None:
+        draft = _load(_open_draft(options.draft_model, loaded.spec), dtype, device, start)
+    with start.stage("memory plan"):
+        weights, workspace = sum(loaded_bytes(m) for m in (loaded, draft) if m is not None), memory.workspace
+        if device.type == "cuda":
             weights = torch.cuda.memory_allocated(device)
-            workspace = measure_workspace(loaded, options.max_num_batched_tokens, options.max_num_seqs)
-            memory = _plan_memory(loaded.spec, device, dtype, options, memory.free, weights, workspace)
-    start.plan, start.paths = EnginePlan(device, dtype, memory), fast_paths(device)
+            workspace = measure_workspace(loaded, plan.step_tokens, options.max_num_seqs)
+        memory = plan_memory(
+            loaded.spec,
+            device.type,
+            free=memory.free,
+            weights=weights,
+            workspace=workspace,
+            kv_bytes_per_token=memory.bytes_per_block // memory.block_size,
+            max_model_len=options.max_model_len,
+            max_num_seqs=options.max_num_seqs,
+            kv_cache_memory=options.kv_cache_memory,
+        )
+    start.plan = replace(plan, memory=memory)
+    start.paths = fast_paths(device)
     config = EngineConfig(
         max_model_len=memory.max_model_len,
         num_blocks=memory.num_blocks,
         device=device,
         dtype=dtype,
         max_num_seqs=options.max_num_seqs,
-        max_num_batched_tokens=options.max_num_batched_tokens,
+        max_num_batched_tokens=plan.step_tokens,
+        kv_dtype=plan.kv_dtype,
+        prefix_cache=options.prefix_cache,
+        chunk_tokens=max(CHUNK_TOKENS, plan.step_tokens // 4),
+        ahead=device.type == "cuda" and not options.speculate,
+        speculate=options.speculate,
     )
     with start.stage("KV cache"):
-        return Engine(loaded, config, eos_ids(checkpoint))
+        engine = Engine(loaded, config, eos_ids(checkpoint), draft)
+    for name, directory in options.adapters.items():
+        with start.stage("adapters"):
+            engine.add_adapter(name, directory)
+    return engine
 
 
-def _plan_memory(
-    spec: ModelSpec,
-    device: torch.device,
-    dtype: torch.dtype,
-    options: EngineOptions,
-    free: int,
-    weights: int,
-    workspace: int,
-) -> MemoryPlan:
-    return plan_memory(
-        spec,
-        device.type,
-        free=free,
-        weights=weights,
-        workspace=workspace,
-        kv_itemsize=dtype.itemsize,
-        max_model_len=options.max_model_len,
-        max_num_seqs=options.max_num_seqs,
-        kv_cache_memory=options.kv_cache_memory,
-    )
+def _load(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, start: StartUp) -> Decoder:
+    names = _read_whole(checkpoint, dtype)
+    with start.stage("building"), _cores_for_readers(), checkpoint.reading_ahead(names) as ahead:
+        loaded = load_model(checkpoint, dtype, device, packed=True)
+    checkpoint.require_unchanged()
+    start.seconds["building"] -= ahead.waited_s
+    start.seconds["waiting for the disk"] = start.seconds.get("waiting for the disk", 0.0) + ahead.waited_s
+    return loaded
+
+
+def _weight_bytes(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> int:
+    packed = lambda scheme: stays_packed(scheme, dtype, device)  # noqa: E731
+    return weight_bytes(model_spec(checkpoint.config), dtype, checkpoint.quantization, packed)
+
+
+def _open_draft(reference: str, spec: ModelSpec) -> Checkpoint:
+    """A draft model's checkpoint. Raises InputError when it cannot guess for a model of `spec`."""
+    draft = open_checkpoint(reference)
+    draft.require_whole()
+    vocab = model_spec(draft.config).vocab
+    if vocab != spec.vocab:
+        raise InputError(
+            f"the draft model {reference} has {vocab} tokens and the model {spec.vocab}",
+            "A draft model with the same tokenizer was expected",
+            "Choose a smaller model of the same family, or leave out --draft-model to guess from the text itself",
+        )
+    if None not in spec.windows:
+        raise InputError(
+            "--draft-model is not possible with a model whose layers all have a sliding window",
+            "A model with full attention was expected",
+            "Leave out --draft-model to guess from the text itself",
+        )
+    return draft
 
 
 @contextmanager
@@ -173,6 +230,8 @@ def fast_paths(device: torch.device) -> list[str]:
     return [
         "CUDA: off, PyTorch sees no device" if not torch.cuda.is_available() else "CUDA: off, the CPU was asked for",
         f"CPU vector operators: {'off, neither AVX2 nor AVX-512' if vectors == 'DEFAULT' else vectors}",
+        f"weights in float16: {'on' if has_half_products() else 'off, PyTorch has no FBGEMM here'}",
+        f"products in 8 bits: {'on' if has_int8_products() else 'off, no exact oneDNN product on this processor'}",
         f"CPU threads: {torch.get_num_threads()}",
     ]
 
@@ -198,6 +257,8 @@ def eos_ids(checkpoint: Checkpoint) -> tuple[int, ...]:
         found += ids if isinstance(ids, list) else [] if ids is None else [ids]
     if found:
         return tuple(dict.fromkeys(found))
+    from llmkit.checkpoint.tokenizer import load_tokenizer  # few need it
+
     try:
         return load_tokenizer(checkpoint).eos_ids
     except InputError:  # token ids alone can be run without one

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,18 +11,21 @@ import psutil
 import torch
 
 from llmkit.checkpoint.errors import InputError, ShortageError, is_out_of_memory
-from llmkit.checkpoint.quantized import QuantizationConfig
+from llmkit.checkpoint.formats import format_of
+from llmkit.checkpoint.quantized import QuantizationConfig, Scheme
 from llmkit.checkpoint.safetensors_header import byte_count
 from llmkit.checkpoint.text import bytes_text
+from llmkit.kernels.linear import has_int8_products
 from llmkit.model.decoder import Decoder
-from llmkit.model.facts import parameter_count
-from llmkit.model.loader import stored_tensors
+from llmkit.model.layout import parameters
+from llmkit.model.linear import PackedLinear
+from llmkit.model.loader import scheme_of
 from llmkit.model.sequence import hidden_states
 from llmkit.model.spec import ModelSpec
 
 __all__ = [
-    "MemoryPlan", "estimate_workspace", "free_bytes", "is_out_of_memory", "measure_workspace", "plan_memory",
-    "require_weights", "weight_bytes",
+    "MemoryPlan", "estimate_workspace", "free_bytes", "is_out_of_memory", "loaded_bytes",
+    "measure_workspace", "plan_memory", "require_weights", "stays_packed", "weight_bytes",
 ]  # fmt: skip
 
 CPU_SHARE = 0.5  # of the memory that weights and workspace leave, at most, for the KV cache
@@ -76,7 +81,7 @@ def plan_memory(
     free: int,
     weights: int,
     workspace: int,
-    kv_itemsize: int,
+    kv_bytes_per_token: int,
     max_model_len: int | None,
     max_num_seqs: int,
     kv_cache_memory: int | None,
@@ -95,7 +100,7 @@ def plan_memory(
             f"At most {limit} tokens (max_position_embeddings)",
             f"Use --max-model-len {limit}",
         )
-    per_block = spec.kv_elements_per_token * kv_itemsize * block_size
+    per_block = kv_bytes_per_token * block_size
     left = free - weights - workspace
     if left < 0:
         raise ShortageError(
@@ -131,14 +136,38 @@ def plan_memory(
     return MemoryPlan(free, weights, workspace, blocks, per_block, block_size, wanted, limit)
 
 
-def weight_bytes(spec: ModelSpec, dtype: torch.dtype, quantization: QuantizationConfig | None, packed: bool) -> int:
-    """Bytes of the weights in memory: of `dtype`, but for quantized ones that stay as they are stored (`packed`)."""
-    if quantization is None or not packed:
-        return parameter_count(spec) * dtype.itemsize
-    stored = stored_tensors(spec, quantization).values()
-    return sum(byte_count(t.dtype, t.shape) for t in stored if t.dtype is not None) + dtype.itemsize * sum(
-        byte_count("U8", t.shape) for t in stored if t.dtype is None
-    )
+def weight_bytes(
+    spec: ModelSpec, dtype: torch.dtype, quantization: QuantizationConfig | None, packed: Callable[[Scheme], bool]
+) -> int:
+    """Bytes of the weights in memory: dense in `dtype`, but as they are stored in the schemes that stay `packed`."""
+    total = 0
+    for row in parameters(spec):
+        for tensor in row.tensors:
+            scheme = scheme_of(row, tensor, quantization)
+            shapes = [part.shape for part in row.parts if part.tensor == tensor]
+            if quantization is None or scheme is None or not packed(scheme):
+                total += sum(math.prod(shape) for shape in shapes) * dtype.itemsize
+                continue
+            stored = format_of(quantization).tensors(scheme, sum(shape[0] for shape in shapes), shapes[0][1])
+            total += sum(byte_count(one.dtype, one.shape) for one in stored)
+    return total
+
+
+def stays_packed(scheme: Scheme, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether `serving_linear` has a product for weights of this scheme as they are stored."""
+    if device.type != "cpu" or scheme.kind != "int":
+        return False
+    return has_int8_products() if scheme.inputs == "token" else scheme.bits == 4 and dtype == torch.bfloat16
+
+
+def loaded_bytes(model: Decoder) -> int:
+    """Bytes of the weights as a loaded model holds them."""
+    linears = [model.head, *(linear for layer in model.layers for linear in layer.linears.values())]
+    packed = sum(linear.product.nbytes for linear in linears if isinstance(linear, PackedLinear))
+    dense = [linear.weight for linear in linears if not isinstance(linear, PackedLinear)]
+    norms = [norm for layer in model.layers for norm in layer.norms.values()]
+    held = {tensor.data_ptr(): tensor.nbytes for tensor in (model.embedding, model.final_norm, *dense, *norms)}
+    return packed + sum(held.values())
 
 
 def free_bytes(device: torch.device, utilization: float) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 from llmkit.checkpoint.errors import LlmkitError
@@ -59,6 +59,24 @@ class RequestError(LlmkitError):
     def __init__(self, code: str, message: str, param: str) -> None:
         super().__init__(message)
         self.code, self.message, self.param = code, message, param
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """What a user may choose for an engine; sizes that are None are planned. No torch here: the API process has it."""
+
+    device: str = "auto"  # "auto", "cuda" or "cpu"
+    dtype: str = "auto"  # "auto", "float32", "bfloat16" or "float16"
+    max_model_len: int | None = None  # tokens; None: the model's own limit, or what the KV cache can hold
+    max_num_seqs: int = 256
+    max_num_batched_tokens: int | None = None  # of a step; None: as suits the device
+    kv_cache_memory: int | None = None  # bytes
+    kv_cache_dtype: str = "auto"  # "int8" or "fp8"; "auto": the model's, or that of the checkpoint's stored scales
+    gpu_memory_utilization: float = 0.9
+    prefix_cache: bool = True
+    speculate: int = 0  # tokens guessed for each request in a step
+    draft_model: str | None = None  # a model that guesses; None: what followed the last time
+    adapters: dict[str, str] = field(default_factory=dict)  # directories of LoRA adapters by name
 
 
 @dataclass(frozen=True)

@@ -66,24 +66,26 @@ class Routes:
 
     async def models(self) -> Response:
         self._check_ready()
-        return _json({"object": "list", "data": [self._model()]})
+        return _json({"object": "list", "data": [self._model(name) for name in self._state.models]})
 
     async def model(self, name: str) -> Response:
         self._check_ready()
         self._check_model(name)
-        return _json(self._model())
+        return _json(self._model(name))
 
     async def completions(self, request: Request) -> Response:
         self._check_ready()
         body = await self._body(CompletionBody, request)
         shape = CompletionShape(body.model, bool(body.return_token_ids), body.include_usage)
-        return await self._answer(request, body, shape, await prepare_completion(self._state, body, shape.id))
+        return await self._answer(
+            request, body, shape, await prepare_completion(self._state, body, shape.id, _salt(request))
+        )
 
     async def chat_completions(self, request: Request) -> Response:
         self._check_ready()
         body = await self._body(ChatBody, request)
         shape = ChatShape(body.model, bool(body.return_token_ids), body.include_usage)
-        return await self._answer(request, body, shape, await prepare_chat(self._state, body, shape.id))
+        return await self._answer(request, body, shape, await prepare_chat(self._state, body, shape.id, _salt(request)))
 
     async def _body(self, kind: type[Body], request: Request) -> Body:
         options = self._state.options
@@ -108,19 +110,27 @@ class Routes:
             raise error
 
     def _check_model(self, name: str) -> None:
-        if name != self._state.model_name:
-            message = f"The model {name!r} does not exist; this server has {self._state.model_name!r}."
+        if name not in self._state.models:
+            known = ", ".join(map(repr, self._state.models))
+            message = f"The model {name!r} does not exist; this server has {known}."
             raise ApiError(404, message, code="model_not_found", param="model")
 
-    def _model(self) -> dict[str, Any]:
+    def _model(self, name: str) -> dict[str, Any]:
         state = self._state
         return {
-            "id": state.model_name,
+            "id": name,
             "object": "model",
             "created": state.created,
             "owned_by": "llmkit",
             "max_model_len": state.facts.max_model_len,
+            "parent": None if name == state.model_name else state.model_name,
         }
+
+
+def _salt(request: Request) -> str:
+    """What keeps this client's cached prefixes from others (see Guard)."""
+    salt: str = request.scope["llmkit.salt"]
+    return salt
 
 
 class EventStream(Response):

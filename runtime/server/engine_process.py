@@ -86,21 +86,13 @@ def serve(engine: Engine, early: list[ToEngine], channel: Channel) -> None:
 
 
 def _load(message: Start) -> tuple[Engine, Ready]:
-    from llmkit.runtime.engine.load import EngineOptions, StartUp, load_engine
+    from llmkit.runtime.engine.load import StartUp, load_engine
 
     start = StartUp()
     start.seconds["python and imports"] = imported = process_age()
     engine = load_engine(
         message.model,
-        EngineOptions(
-            dtype=message.dtype,
-            device=message.device,
-            max_model_len=message.max_model_len,
-            max_num_seqs=message.max_num_seqs,
-            max_num_batched_tokens=message.max_num_batched_tokens,
-            kv_cache_memory=message.kv_cache_memory,
-            gpu_memory_utilization=message.gpu_memory_utilization,
-        ),
+        message.engine,
         start,
     )
     gc.freeze()  # what is there now stays: no collection need look at it again
@@ -117,6 +109,7 @@ def _load(message: Start) -> tuple[Engine, Ready]:
         load_s=process_age() - imported,
         seconds=start.seconds,
         plan=start.plan.as_dict(),
+        adapters=engine.adapters,
         paths=start.paths,
     )
 
@@ -138,7 +131,9 @@ def _obey(engine: Engine, messages: list[ToEngine], channel: Channel) -> None:
                     stop_token_ids=message.stop_token_ids,
                 )
                 try:
-                    engine.add(Request(message.id, message.prompt, sampling))
+                    engine.add(
+                        Request(message.id, message.prompt, sampling, message.priority, message.salt, message.adapter)
+                    )
                 except RequestError as error:
                     channel.send(Refused(message.id, error.code, error.message, error.param))
             case Cancel():
@@ -146,16 +141,7 @@ def _obey(engine: Engine, messages: list[ToEngine], channel: Channel) -> None:
 
 
 def _stats(engine: Engine) -> Stats:
-    now = engine.stats()
-    return Stats(
-        running=now.running,
-        waiting=now.waiting,
-        kv_used_blocks=now.kv_used_blocks,
-        kv_total_blocks=now.kv_total_blocks,
-        prompt_tokens_total=now.prompt_tokens_total,
-        generation_tokens_total=now.generation_tokens_total,
-        preemptions_total=now.preemptions_total,
-    )
+    return Stats(**vars(engine.stats()))
 
 
 def _exit_with_parent(fd: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import hmac
 import sys
 import time
@@ -54,7 +55,10 @@ class Guard:
         origin = headers.get(b"origin")
         if origin is not None and origin.decode("latin-1").lower() not in (f"http://{host}", f"https://{host}"):
             return ApiError(403, "Requests from web pages of another origin are refused.", code="foreign_origin")
-        if self._keys and scope["path"] not in OPEN_PATHS and not self._knows(headers.get(b"authorization", b"")):
+        key = self._key(headers.get(b"authorization", b""))
+        # Prefixes are cached apart for each key: how long an answer takes must not tell what others have asked.
+        scope["llmkit.salt"] = "" if key is None else hashlib.sha256(key).hexdigest()
+        if self._keys and scope["path"] not in OPEN_PATHS and key is None:
             return ApiError(
                 401,
                 "A valid API key is needed: Authorization: Bearer KEY.",
@@ -63,11 +67,12 @@ class Guard:
             )
         return None
 
-    def _knows(self, authorization: bytes) -> bool:
+    def _key(self, authorization: bytes) -> bytes | None:
+        """The known key that the header gives."""
         scheme, _, given = authorization.partition(b" ")
         # Every key is compared, in constant time each, so that time tells nothing about any of them.
-        matches = [hmac.compare_digest(given.strip(), key) for key in self._keys]
-        return scheme.lower() == b"bearer" and any(matches)
+        matches = [key for key in self._keys if hmac.compare_digest(given.strip(), key)]
+        return matches[0] if matches and scheme.lower() == b"bearer" else None
 
 
 def headers_too_large() -> ApiError:

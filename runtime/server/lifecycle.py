@@ -97,9 +97,9 @@ def _open_for_requests(state: State, facts: Ready, text: TextSide, message: Mess
             "The embedding must have a row for every token",
             "Use the tokenizer that the model was trained with",
         )
-    if state.options.device == "auto" and facts.device == "cpu":
+    if state.options.engine.device == "auto" and facts.device == "cpu":
         message("no CUDA device: running on the CPU")
-    if state.options.max_model_len is None and facts.max_model_len != facts.plan["model_limit"]:
+    if state.options.engine.max_model_len is None and facts.max_model_len != facts.plan["model_limit"]:
         limit = facts.plan["model_limit"]
         message(f"the context is what the KV cache holds; the model's own limit is {limit} (see --kv-cache-memory)")
     state.become_ready(facts, text)

@@ -11,6 +11,8 @@ from collections.abc import Iterator
 
 import msgspec
 
+from llmkit.runtime.engine.types import EngineOptions
+
 _LENGTH = struct.Struct("<I")
 
 
@@ -18,13 +20,7 @@ class Start(msgspec.Struct, tag=True):
     """The first message to the engine process: which model to load and how (see ServeOptions)."""
 
     model: str
-    dtype: str
-    device: str
-    max_model_len: int | None
-    max_num_seqs: int
-    max_num_batched_tokens: int
-    kv_cache_memory: int | None
-    gpu_memory_utilization: float
+    engine: EngineOptions
     debug: bool
 
 
@@ -41,6 +37,9 @@ class Add(msgspec.Struct, tag=True):
     seed: int | None = None
     ignore_eos: bool = False
     stop_token_ids: tuple[int, ...] = ()
+    priority: int = 0
+    salt: str = ""
+    adapter: str | None = None
 
 
 class Cancel(msgspec.Struct, tag=True):
@@ -60,6 +59,7 @@ class Ready(msgspec.Struct, tag=True):
     load_s: float
     seconds: dict[str, float]  # of the engine process's stages until now, in their order; their sum is its age
     plan: dict[str, str | int | dict[str, int]]  # EnginePlan.as_dict
+    adapters: list[str]  # names of models that are the loaded one with an adapter
     paths: list[str]  # which fast ways are taken, and why others are not
 
 
@@ -89,10 +89,16 @@ class Stats(msgspec.Struct, tag=True):
     running: int = 0
     waiting: int = 0
     kv_used_blocks: int = 0
+    kv_cached_blocks: int = 0
     kv_total_blocks: int = 0
     prompt_tokens_total: int = 0
     generation_tokens_total: int = 0
     preemptions_total: int = 0
+    steps_total: int = 0
+    prefix_queries_total: int = 0
+    prefix_hits_total: int = 0
+    drafted_total: int = 0
+    accepted_total: int = 0
 
 
 class Outputs(msgspec.Struct, tag=True):

@@ -76,3 +76,11 @@ class _EngineCollector(Collector):
         yield CounterMetricFamily("llmkit:prompt_tokens", "Prompt tokens processed.", now.prompt_tokens_total)
         yield CounterMetricFamily("llmkit:generation_tokens", "Tokens generated.", now.generation_tokens_total)
         yield CounterMetricFamily("llmkit:num_preemptions", "Requests preempted.", now.preemptions_total)
+        yield CounterMetricFamily(
+            "llmkit:prefix_cache_queries", "Prompt tokens looked up in the prefix cache.", now.prefix_queries_total
+        )
+        yield CounterMetricFamily(
+            "llmkit:prefix_cache_hits", "Prompt tokens found in the prefix cache.", now.prefix_hits_total
+        )
+        yield CounterMetricFamily("llmkit:spec_decode_num_draft_tokens", "Tokens guessed.", now.drafted_total)
+        yield CounterMetricFamily("llmkit:spec_decode_num_accepted_tokens", "Guesses confirmed.", now.accepted_total)

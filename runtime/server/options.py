@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+
+from llmkit.runtime.engine.types import EngineOptions
 
 
 @dataclass(frozen=True)
@@ -13,13 +15,7 @@ class ServeOptions:
     model: str
     host: str = "127.0.0.1"
     port: int = 8000  # 0: any free port
-    dtype: str = "auto"
-    device: str = "auto"
-    max_model_len: int | None = None  # None: the model's own limit, or what the KV cache can hold
-    max_num_seqs: int = 256
-    max_num_batched_tokens: int = 8192
-    kv_cache_memory: int | None = None  # bytes; None: planned from gpu_memory_utilization
-    gpu_memory_utilization: float = 0.9
+    engine: EngineOptions = field(default_factory=EngineOptions)
     served_model_name: str | None = None
     api_key_file: Path | None = None  # one key per line; LLMKIT_API_KEY otherwise
     drain_timeout: float = 30.0

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
+import msgspec
+
 from llmkit.checkpoint.tokenizer import ChatTemplateError, Tokenizer
 from llmkit.runtime.server.errors import ApiError, invalid
 from llmkit.runtime.server.generation import Choice
@@ -16,7 +18,7 @@ COMPLETION_MAX_TOKENS = 16  # OpenAI's default for completions; a chat answer ma
 _LONG_TEXT_CHARS = 8192  # longer texts are tokenized in a thread, so that streams keep flowing
 
 
-async def prepare_completion(state: State, body: CompletionBody, request_id: str) -> list[Choice]:
+async def prepare_completion(state: State, body: CompletionBody, request_id: str, salt: str = "") -> list[Choice]:
     """One choice per prompt. ApiError 400 for what can never be run."""
     prompts = body.prompts
     state.check_room(len(prompts))
@@ -27,10 +29,10 @@ async def prepare_completion(state: State, body: CompletionBody, request_id: str
             tokens.append(await _tokenized(len(prompt), lambda text=prompt: tokenizer.encode(text)))  # type: ignore[misc]
         else:
             tokens.append(prompt)
-    return _choices(state, body, request_id, tokens, "prompt", body.output_limit or COMPLETION_MAX_TOKENS)
+    return _choices(state, body, request_id, tokens, "prompt", body.output_limit or COMPLETION_MAX_TOKENS, salt)
 
 
-async def prepare_chat(state: State, body: ChatBody, request_id: str) -> list[Choice]:
+async def prepare_chat(state: State, body: ChatBody, request_id: str, salt: str = "") -> list[Choice]:
     """The one choice of a conversation. ApiError 400 for what can never be run or the template refuses."""
     conversation = body.conversation
     state.check_room(1)
@@ -43,7 +45,7 @@ async def prepare_chat(state: State, body: ChatBody, request_id: str) -> list[Ch
         tokens = await _tokenized(characters, lambda: _encode_chat(tokenizer, conversation))
     except ChatTemplateError as error:
         raise invalid("messages", f"The chat template refuses the messages: {error}", "chat_template") from None
-    return _choices(state, body, request_id, [tokens], "messages", body.output_limit)
+    return _choices(state, body, request_id, [tokens], "messages", body.output_limit, salt)
 
 
 def _encode_chat(tokenizer: Tokenizer, conversation: list[dict[str, str]]) -> list[int]:
@@ -56,16 +58,27 @@ async def _tokenized(characters: int, encode: Callable[[], list[int]]) -> list[i
 
 
 def _choices(
-    state: State, body: GenerationBody, request_id: str, prompts: list[list[int]], param: str, limit: int | None
+    state: State,
+    body: GenerationBody,
+    request_id: str,
+    prompts: list[list[int]],
+    param: str,
+    limit: int | None,
+    salt: str,
 ) -> list[Choice]:
     facts, text, stops = state.facts, state.text, body.stops
+    adapter = None if body.model == state.model_name else body.model
     for tokens in prompts:
         _check_ids(tokens, facts.vocab_size, param)
         _check_length(len(tokens), limit, facts, param)
     _check_ids(body.stop_token_ids or [], facts.vocab_size, "stop_token_ids")
     return [
         Choice(
-            _request(body, f"{request_id}-{index}", tokens, limit or facts.max_model_len - len(tokens), text),
+            msgspec.structs.replace(
+                _request(body, f"{request_id}-{index}", tokens, limit or facts.max_model_len - len(tokens), text),
+                salt=salt,
+                adapter=adapter,
+            ),
             index,
             text.tokenizer.stream(),
             stops,
@@ -87,6 +100,7 @@ def _request(body: GenerationBody, request_id: str, tokens: list[int], limit: in
         seed=body.seed,
         ignore_eos=bool(body.ignore_eos),
         stop_token_ids=tuple(body.stop_token_ids or ()),
+        priority=body.priority or 0,
     )
 
 

@@ -47,7 +47,7 @@ def run_server(
     keys = api_keys(options)
     _check_exposure(options, keys)
     with bind(options.host, options.port) as listener:
-        process, ours = spawn(_start_message(options))
+        process, ours = spawn(Start(options.model, options.engine, options.debug))
         try:
             # Imported now: the engine process loads the model meanwhile.
             import uvloop
@@ -101,17 +101,3 @@ def bind(host: str, port: int) -> socket.socket:
         todo = "Choose another with --port, or stop what uses it" if error.errno == errno.EADDRINUSE else ""
         reason = "is in use" if error.errno == errno.EADDRINUSE else f"cannot be used: {os.strerror(error.errno or 0)}"
         raise ShortageError(f"port {port} on {host} {reason}", todo=todo) from None
-
-
-def _start_message(options: ServeOptions) -> Start:
-    return Start(
-        model=options.model,
-        dtype=options.dtype,
-        device=options.device,
-        max_model_len=options.max_model_len,
-        max_num_seqs=options.max_num_seqs,
-        max_num_batched_tokens=options.max_num_batched_tokens,
-        kv_cache_memory=options.kv_cache_memory,
-        gpu_memory_utilization=options.gpu_memory_utilization,
-        debug=options.debug,
-    )

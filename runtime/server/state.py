@@ -114,6 +114,11 @@ class State:
         return self._facts
 
     @property
+    def models(self) -> list[str]:
+        """The names that a request may ask for: the model, and its adapters. Only once ready."""
+        return [self.model_name, *self.facts.adapters]
+
+    @property
     def text(self) -> TextSide:
         """The tokenizer and defaults. Only once ready."""
         assert self._text is not None
@@ -128,7 +133,7 @@ class State:
 
     def check_room(self, requests: int) -> None:
         """ApiError 429 when `requests` more for the engine would make the queue too long."""
-        limit = self.options.max_num_seqs + self.options.max_waiting
+        limit = self.options.engine.max_num_seqs + self.options.max_waiting
         if requests > limit:
             message = f"The request has {requests} prompts; at most {limit} can be queued."
             raise ApiError(400, message, code="too_many_prompts", param="prompt")

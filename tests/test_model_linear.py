@@ -1,0 +1,188 @@
+"""Served linears: which form a weight gets, and whole models whose packed weights give what dense ones give."""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from torch.nn.functional import linear
+
+from llmkit.checkpoint.progress import SilentProgress
+from llmkit.checkpoint.quantized import QuantizedWeight, Scheme
+from llmkit.checkpoint.source import open_checkpoint
+from llmkit.kernels.linear import has_bfloat16_products, has_int8_products
+from llmkit.model.decoder import Decoder
+from llmkit.model.linear import Linear, PackedLinear, Rounding, serving_linear
+from llmkit.model.loader import load_model
+from llmkit.model.sequence import logits_of
+from llmkit.quant.grid import round_to_nearest
+from llmkit.quant.plan import QuantizeOptions
+from llmkit.quant.quantize import quantize
+
+pytestmark = pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="kernels of x86 processors")
+FLOAT, BRAIN = torch.float32, torch.bfloat16
+IN_BRAIN = "dense" if has_bfloat16_products() else "Half"  # of what has no form of its own in bfloat16
+
+
+def random(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def rounded(scheme: Scheme, out: int, columns: int, dtype: torch.dtype = BRAIN, seed: int = 0) -> QuantizedWeight:
+    return round_to_nearest(random(out, columns, seed=seed) * 0.1, scheme, dtype)
+
+
+def form(one: Linear) -> str:
+    """The packed form of a linear: "Half", "Int4", "Token"; "dense"."""
+    return type(one.product).__name__.removesuffix("Product") if isinstance(one, PackedLinear) else "dense"
+
+
+GROUPS, PER_ROW = Scheme(4, 32), Scheme(8)
+UNEVEN = Scheme(4, 32, symmetric=False)
+TOKENS, FP8 = Scheme(8, inputs="token"), Scheme(8, kind="float", inputs="token")
+SHORT = QuantizedWeight(  # whose second group of 48 columns has 16
+    torch.arange(32 * 64).view(32, 64).remainder(16).byte(), random(32, 2).half(), torch.full((32, 2), 8).byte(),
+    Scheme(4, 48),
+)  # fmt: skip
+CASES = [
+    ([random(5, 7).to(BRAIN)], FLOAT, "Half"),
+    ([random(5, 7).to(BRAIN), random(1, 7, seed=1).half() * 1e-3], FLOAT, "Half"),
+    ([random(5, 7)], FLOAT, "dense"),
+    ([random(5, 7)], BRAIN, IN_BRAIN),
+    ([random(5, 7), rounded(PER_ROW, 4, 7)], FLOAT, "dense"),
+    ([random(5, 7).to(BRAIN), rounded(PER_ROW, 4, 7)], FLOAT, "Half"),
+    ([rounded(GROUPS, 32, 64), rounded(GROUPS, 16, 64, seed=1)], FLOAT, "Half"),
+    ([rounded(GROUPS, 32, 64, torch.float16)], FLOAT, "dense"),
+    ([rounded(GROUPS, 32, 64), rounded(GROUPS, 16, 64, seed=1)], BRAIN, "Int4"),
+    ([rounded(UNEVEN, 32, 64, torch.float16)], BRAIN, "Int4"),
+    ([rounded(UNEVEN, 32, 64, torch.float16)], torch.float16, "Half"),
+    ([rounded(GROUPS, 30, 64)], BRAIN, IN_BRAIN),
+    ([SHORT], BRAIN, IN_BRAIN),
+    ([rounded(GROUPS, 32, 64), rounded(Scheme(4, 64), 32, 64)], BRAIN, IN_BRAIN),
+    ([rounded(PER_ROW, 33, 70), rounded(PER_ROW, 3, 70, seed=1)], FLOAT, "Half"),
+    ([rounded(TOKENS, 33, 70, FLOAT), rounded(TOKENS, 3, 70, FLOAT, seed=1)], FLOAT, "Token"),
+    ([rounded(FP8, 33, 70, FLOAT), rounded(FP8, 3, 70, FLOAT, seed=1)], FLOAT, "Half"),
+]
+
+
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize(("parts", "dtype", "expected"), CASES)
+def test_the_form_of_a_weight_and_what_it_gives(
+    parts: list[torch.Tensor | QuantizedWeight], dtype: torch.dtype, expected: str, biased: bool
+) -> None:
+    dense = torch.cat([part.dequantize() if isinstance(part, QuantizedWeight) else part.float() for part in parts])
+    bias = random(len(dense), seed=8).to(dtype) if biased else None
+    scheme = parts[0].scheme if isinstance(parts[0], QuantizedWeight) else None
+    how = Rounding(scheme.kind) if scheme and scheme.inputs != "none" else None
+    served = serving_linear(parts, bias, how, dtype)
+    assert form(served) == expected
+    assert served.weight.shape == dense.shape
+    assert served.weight.is_meta == (expected != "dense")
+    for tokens in (1, 2, 9):
+        x = random(tokens, dense.shape[1], seed=9).to(dtype)
+        y = served(x)
+        assert y.dtype == dtype
+        inputs = x.float() if how is None else how(x.float())
+        wanted = linear(inputs.double(), dense.double(), None if bias is None else bias.double())
+        limit = 2e-6 if dtype == FLOAT else 0.02 if expected == "Int4" else 0.008
+        assert (y.double() - wanted).abs().max() <= limit * wanted.abs().max()
+
+
+def test_bfloat16_stays_dense_where_the_machine_multiplies_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    for amx, expected in ((True, "dense"), (False, "Half")):
+        monkeypatch.setattr("llmkit.model.linear.has_bfloat16_products", lambda amx=amx: amx)
+        assert form(serving_linear([random(5, 7).to(BRAIN)], None, None, BRAIN)) == expected
+        assert form(serving_linear([random(5, 7).to(BRAIN)], None, None, FLOAT)) == "Half"
+
+
+def test_weights_that_are_not_finite_stay_dense() -> None:
+    weight = random(5, 7).to(BRAIN)
+    weight[1, 2] = torch.inf
+    assert form(serving_linear([weight], None, None, FLOAT)) == "dense"
+    assert form(serving_linear([weight], None, None, BRAIN)) == "dense"
+
+
+WINDOWS = torch.randint(3, 500, (2, 40), generator=torch.Generator().manual_seed(3))
+
+
+def forms(model: Decoder) -> set[str]:
+    return {form(one) for layer in model.layers for name, one in layer.linears.items() if name != "mlp.router"}
+
+
+def both(path: Path, dtype: torch.dtype = FLOAT) -> tuple[Decoder, torch.Tensor, torch.Tensor]:
+    """The packed model, and the logits of the dense one and of it."""
+    checkpoint = open_checkpoint(path)
+    served = load_model(checkpoint, dtype, packed=True)
+    assert served.dtype == dtype
+    dense = torch.cat(list(logits_of(load_model(checkpoint, FLOAT), WINDOWS)))
+    return served, dense, torch.cat(list(logits_of(served, WINDOWS)))
+
+
+@pytest.mark.parametrize(
+    ("architecture", "config"),
+    [
+        ("llama", {"tie_word_embeddings": True}),
+        ("llama", {"attention_bias": True, "mlp_bias": True, "dtype": "float16"}),
+        ("qwen2", {}),
+        ("phi3", {}),
+        ("gemma2", {"tie_word_embeddings": True}),
+        ("mixtral", {}),
+    ],
+)
+def test_served_16_bit_models_give_the_dense_logits(
+    tmp_path: Path, architecture: str, config: dict[str, object]
+) -> None:
+    served, dense, logits = both(tiny.tiny_checkpoint(tmp_path, architecture, **config))
+    assert forms(served) == {"Half"}
+    assert form(served.head) == "Half"
+    assert served.embedding.dtype.itemsize == 2
+    torch.testing.assert_close(logits, dense, atol=1e-4, rtol=1e-4)
+
+
+def test_float32_models_are_served_dense_and_hold_a_tied_embedding_once(tmp_path: Path) -> None:
+    served, dense, logits = both(tiny.tiny_checkpoint(tmp_path, dtype="float32", tie_word_embeddings=True))
+    assert forms(served) == {"dense"}
+    assert served.head.weight is served.embedding
+    assert torch.equal(logits, dense)
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Sizes that kernels' blocks divide, so that padding takes no memory."""
+    return tiny.tiny_checkpoint(
+        tmp_path_factory.mktemp("wide"), hidden_size=512, intermediate_size=1024, num_attention_heads=8,
+        num_key_value_heads=4, head_dim=64, tie_word_embeddings=True,
+    )  # fmt: skip
+
+
+INT8_SHARE = 0.26 if has_int8_products() else 0.51  # of the bytes of dense float32 weights
+FORMATS = [
+    (QuantizeOptions("rtn"), FLOAT, "Half", 0.51),
+    (QuantizeOptions("rtn"), BRAIN, "Int4", 0.15),
+    (QuantizeOptions("rtn", format="gptq"), FLOAT, "dense", 1.0),
+    (QuantizeOptions("rtn", format="gptq"), torch.float16, "Half", 0.51),
+    (QuantizeOptions("rtn", format="awq"), BRAIN, "Int4", 0.15),
+    (QuantizeOptions("int8"), FLOAT, "Half", 0.51),
+    (QuantizeOptions("int8", activations=True), FLOAT, "Token", INT8_SHARE),
+    (QuantizeOptions("fp8"), FLOAT, "Half", 0.51),
+    (QuantizeOptions("fp8", static_activations=True), FLOAT, "Half", 0.51),
+]
+
+
+@pytest.mark.parametrize(("options", "dtype", "expected", "share"), FORMATS)
+def test_quantized_models_are_served_in_their_form_and_less_memory(
+    wide: Path, tmp_path: Path, options: QuantizeOptions, dtype: torch.dtype, expected: str, share: float
+) -> None:
+    options = replace(options, samples=2, seq_len=64, evaluate=False, device="cpu")
+    quantize(str(wide), str(tmp_path / "out"), options, SilentProgress())
+    served, dense, logits = both(tmp_path / "out", dtype)
+    assert forms(served) == {expected}
+    limit = 1e-4 if dtype == FLOAT and options.method != "fp8" and not options.activations else 0.1
+    assert (logits - dense).norm() <= limit * dense.norm()
+    linears = [one for layer in served.layers for one in layer.linears.values()]
+    held = sum(one.product.nbytes if isinstance(one, PackedLinear) else one.weight.nbytes for one in linears)
+    assert held <= share * sum(4 * one.weight.numel() for one in linears)

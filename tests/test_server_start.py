@@ -1,0 +1,121 @@
+"""What a starting server imports, says and counts."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from serving import serving, wait_for
+from test_checkpoint_gguf import convert
+from tiny import tiny_checkpoint
+
+from llmkit.checkpoint.source import open_checkpoint
+
+# Everything that the API process runs before it is ready; the engine's process is another.
+_API = """
+import sys
+import uvloop
+from llmkit.cli.main import app
+from llmkit.runtime.server.lifecycle import serve
+from llmkit.runtime.server.serve import run_server
+from llmkit.runtime.server.state import TextSide
+text = TextSide.load(sys.argv[1])
+text.tokenizer.decode(text.tokenizer.encode("hello"))
+text.tokenizer.stream().flush()
+print(*sys.modules)
+"""
+_ENGINE = """
+import sys
+from llmkit.runtime.engine.load import EngineOptions, load_engine
+from llmkit.runtime.engine.types import SamplingParams
+from llmkit.runtime.server import engine_process
+engine = load_engine(sys.argv[1], EngineOptions(device="cpu"))
+engine.generate([[5, 6]], SamplingParams(max_tokens=2))
+print(*sys.modules)
+"""
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_checkpoint(tmp_path_factory.mktemp("start") / "model")
+
+
+def modules(code: str, model: Path) -> set[str]:
+    command = [sys.executable, "-c", code, str(model)]
+    return set(subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout.split())
+
+
+def test_the_api_process_imports_no_torch(model: Path) -> None:
+    loaded = modules(_API, model)
+    assert {"fastapi", "tokenizers", "llmkit.runtime.server.app"} <= loaded
+    assert loaded.isdisjoint({"torch", "transformers", "numpy", "huggingface_hub", "datasets", "rich"})
+
+
+def test_the_api_process_imports_no_torch_for_a_gguf_file(model: Path, tmp_path: Path) -> None:
+    loaded = modules(_API, convert(open_checkpoint(model), tmp_path / "model.gguf", "llama"))
+    assert "gguf" in loaded
+    assert loaded.isdisjoint({"torch", "transformers"})
+
+
+def test_the_engine_process_imports_no_transformers(model: Path) -> None:
+    loaded = modules(_ENGINE, model)
+    assert "torch" in loaded
+    assert loaded.isdisjoint({"transformers", "huggingface_hub", "datasets", "tokenizers", "fastapi", "rich"})
+
+
+def start(model: Path, *options: str) -> tuple[str, str]:
+    """What `llmkit serve` writes to stdout and stderr until it is ready and stopped."""
+    command = [sys.executable, "-m", "llmkit.cli.main", "serve", str(model), "--port", "0", "--device", "cpu", *options]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        document = ""
+        while not document.endswith("\n}\n") and (line := process.stdout.readline()):
+            document += line
+        process.send_signal(signal.SIGTERM)
+        rest, notes = process.communicate(timeout=60)
+        return document + rest, notes
+    finally:
+        process.kill()
+
+
+def test_the_start_up_table(model: Path) -> None:
+    began = time.monotonic()
+    out, notes = start(model, "--json")
+    spent = time.monotonic() - began
+    facts: dict[str, Any] = json.loads(out)
+    stages = ["python and imports", "checkpoint check", "memory plan", "building", "waiting for the disk", "KV cache"]
+    assert list(facts["engine_seconds"]) == stages
+    assert all(seconds >= 0 for seconds in facts["engine_seconds"].values())
+    assert 0 < facts["engine_seconds"]["python and imports"] < sum(facts["engine_seconds"].values()) < facts["ready_s"]
+    assert facts["ready_s"] < spent
+    assert facts["load_s"] < facts["ready_s"]
+    assert set(facts["api_seconds"]) == {"python and imports", "tokenizer"}
+    plan = facts["memory"]
+    assert (plan["max_model_len"], plan["model_limit"], facts["max_model_len"]) == (256, 256, 256)
+    assert plan["kv_cache_tokens"] == facts["kv_cache_tokens"]
+    assert plan["kv_cache_bytes"] == plan["kv_bytes_per_token"] * plan["kv_cache_tokens"]
+    assert facts["paths"]
+    for part in ("start-up", *stages, "ready", "weights", "workspace", "KV cache of a token", *facts["paths"]):
+        assert part in notes
+    assert notes.index(" is ready at ") < notes.index("start-up")
+
+
+def test_quiet_is_quiet(model: Path) -> None:
+    out, notes = start(model, "--json", "--quiet")
+    assert json.loads(out)["model"] == "model"
+    assert notes == ""
+
+
+def test_a_context_that_memory_limits_is_said(model: Path, tmp_path: Path) -> None:
+    per_token = 2 * 2 * 2 * 16 * 4
+    with serving(tmp_path / "log", model, kv_cache_memory=100 * per_token) as server:
+        with server.client() as client:
+            assert client.get("/v1/models").json()["data"][0]["max_model_len"] == 96
+        wait_for(lambda: "the model's own limit is 256 (see --kv-cache-memory)" in server.log.read_text())
