@@ -73,9 +73,9 @@ def serve(
     drain_timeout: Annotated[
         float, typer.Option(metavar="SECONDS", help="How long running requests may take after SIGTERM.")
     ] = 30.0,
-    prefix_cache: Annotated[
-        bool, typer.Option("--prefix-cache/--no-prefix-cache", help="Keep what prompts begin with for later ones.")
-    ] = True,
+    no_prefix_cache: Annotated[
+        bool, typer.Option("--no-prefix-cache", help="Do not keep what prompts begin with for later ones.")
+    ] = False,
     speculate: Annotated[
         int, typer.Option(metavar="N", help="Guess N tokens ahead of each request and confirm them in one step.")
     ] = 0,
@@ -111,7 +111,7 @@ def serve(
         "max_num_batched_tokens": max_num_batched_tokens,
         "kv_cache_memory": parse_size("--kv-cache-memory", kv_cache_memory),
         "kv_cache_dtype": kv_cache_dtype,
-        "prefix_cache": prefix_cache,
+        "prefix_cache": not no_prefix_cache,
         "speculate": speculate or (4 if draft_model else 0),
         "draft_model": draft_model,
         "adapters": _adapters(lora or [], served_model_name or model),
