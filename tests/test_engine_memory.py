@@ -128,7 +128,9 @@ def test_a_cache_is_as_large_as_planned(spec: ModelSpec, checkpoint: Path, kv_dt
     model = load_model(open_checkpoint(checkpoint), torch.float32)
     cache = model.new_cache(10, 16, kv_dtype)
     size = cache.kv.nbytes + (0 if cache.scales is None else cache.scales.nbytes)
-    assert size * len(spec.layers) == 160 * spec.kv_bytes_per_token(1 if kv_dtype else 4, own_scales=kv_dtype is not None)
+    assert size * len(spec.layers) == 160 * spec.kv_bytes_per_token(
+        1 if kv_dtype else 4, own_scales=kv_dtype is not None
+    )
 
 
 @pytest.mark.parametrize("tied", [False, True])

@@ -64,8 +64,10 @@ def test_prefixes_are_cached_for_each_key_and_guesses_change_nothing(server: Ser
     assert answer(server, "tiny", key="two") == (greedy, 0), "another client's prompt is not told by the time it takes"
     assert server.metric("prefix_cache_hits_total") >= 64
     assert server.metric("prefix_cache_queries_total") >= 240
-    assert 0 < server.metric("spec_decode_num_accepted_tokens_total") <= server.metric(
-        "spec_decode_num_draft_tokens_total"
+    assert (
+        0
+        < server.metric("spec_decode_num_accepted_tokens_total")
+        <= server.metric("spec_decode_num_draft_tokens_total")
     )
 
 

@@ -1,0 +1,108 @@
+"""Where the time of a decode step and of a prefill chunk goes: `python -m llmkit.bench.profile MODEL`.
+
+The engine itself runs, scheduler and sampling included, under torch's profiler. What no operator accounts for is
+Python.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections import defaultdict
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from llmkit.runtime.engine.engine import Engine
+from llmkit.runtime.engine.load import EngineOptions, load_engine
+from llmkit.runtime.engine.types import Request, SamplingParams
+
+# The first group whose word is in an operator's name takes its time.
+GROUPS = {
+    "linear layers and head": ("linear", "addmm", "::mm", "_int_mm", "int4pack", "qlinear", "fp16"),
+    "attention": ("attention", "bmm", "softmax", "baddbmm"),
+    "KV cache reads and writes": ("index_select", "index_copy", "index_put", "gather"),
+    "norms": ("norm",),
+    "sampling": ("argmax", "topk", "sort", "isfinite", "multinomial", "cumsum"),
+}
+
+
+def group_of(operator: str) -> str:
+    """The group of an operator of the profiler ("aten::addmm")."""
+    name = operator.lower()
+    return next((group for group, words in GROUPS.items() if any(word in name for word in words)), "other operators")
+
+
+def profiled(engine: Engine, steps: int) -> dict[str, float]:
+    """Milliseconds of a step by group, the mean of some steps of an engine that has work."""
+    cuda = engine.config.device.type == "cuda"
+    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * cuda
+    wall = _timed(engine, steps)
+    with profile(activities=activities) as record:
+        _timed(engine, steps)
+    spent: dict[str, float] = defaultdict(float)
+    for event in record.key_averages():
+        spent[group_of(event.key)] += (
+            (event.self_device_time_total if cuda else event.self_cpu_time_total) / 1e3 / steps
+        )
+    found = dict(sorted(spent.items(), key=lambda item: -item[1]))
+    found["Python and waiting"] = max(0.0, wall - sum(found.values()))
+    return found | {"whole step": wall}
+
+
+def _timed(engine: Engine, steps: int) -> float:
+    """Milliseconds of a step, without the profiler's own."""
+    began = time.perf_counter()
+    for _ in range(steps):
+        engine.step()
+    if engine.config.device.type == "cuda":
+        torch.cuda.synchronize()
+    return (time.perf_counter() - began) / steps * 1e3
+
+
+def busy_engine(model: str, options: EngineOptions, requests: int, context: int) -> Engine:
+    """An engine with so many requests, each with a prompt of `context` tokens of its own."""
+    engine = load_engine(model, options)
+    generator = torch.Generator().manual_seed(0)
+    sampling = SamplingParams(temperature=0.0, max_tokens=200, ignore_eos=True)
+    for index in range(requests):
+        prompt = torch.randint(0, engine.model.spec.vocab, (context,), generator=generator).tolist()
+        engine.add(Request(str(index), prompt, sampling))
+    return engine
+
+
+def main() -> int:
+    """Profile a decode step of several batch sizes and a prefill chunk; a table on stderr, JSON on stdout."""
+    parser = argparse.ArgumentParser(prog="python -m llmkit.bench.profile", description=main.__doc__)
+    parser.add_argument("model")
+    parser.add_argument("--dtype", default="auto", help="default: auto")
+    parser.add_argument("--device", default="auto", help="default: auto")
+    parser.add_argument("--steps", type=int, default=20, help="decode steps that are averaged (default: 20)")
+    parser.add_argument("--context", type=int, default=256, help="tokens of each prompt (default: 256)")
+    arguments = parser.parse_args()
+    options = EngineOptions(dtype=arguments.dtype, device=arguments.device, prefix_cache=False, max_model_len=2048)
+    results: dict[str, Any] = {"model": arguments.model, "torch": torch.__version__, "steps": {}}
+    for batch in (1, 16, 32):
+        engine = busy_engine(arguments.model, options, batch, arguments.context)
+        while any(s.left > 1 for s in engine.scheduler.running) or engine.scheduler.waiting:
+            engine.step()
+        _timed(engine, 3)
+        results["steps"][f"decode, batch {batch}"] = profiled(engine, arguments.steps)
+    engine = busy_engine(arguments.model, options, 16, engine.config.max_num_batched_tokens)
+    _timed(engine, 1)
+    results["steps"][f"prefill, {engine.config.max_num_batched_tokens} tokens"] = profiled(engine, 2)
+    for name, groups in results["steps"].items():
+        whole = groups["whole step"]
+        sys.stderr.write(f"{name}: {whole:.1f} ms\n")
+        for group, spent in groups.items():
+            if group != "whole step":
+                sys.stderr.write(f"  {group:28} {spent:8.2f} ms  {spent / whole:5.0%}\n")
+    sys.stdout.write(json.dumps(results, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
