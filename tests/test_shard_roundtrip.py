@@ -96,6 +96,7 @@ def test_merging_shards_is_the_identity(data: st.DataObject) -> None:
         "hidden_size": heads * 8,
         "intermediate_size": 32 * data.draw(st.integers(1, 6), "intermediate / 32"),
         "vocab_size": data.draw(st.integers(1, 200), "vocab"),
+        "max_position_embeddings": 64,
         "num_hidden_layers": data.draw(st.integers(1, 4), "layers"),
         "tie_word_embeddings": data.draw(st.booleans(), "tied"),
         **MOE,
