@@ -104,4 +104,5 @@ def _weight_share(weight: torch.Tensor, site: Site) -> torch.Tensor:
     rows, columns = weight.shape
     size = columns if site.scheme.group_size == -1 else site.scheme.group_size
     groups = weight.abs().view(rows, -1, size)
-    return (groups / (groups.amax(dim=2, keepdim=True) + 1e-6)).view(rows, columns).mean(dim=0)
+    groups /= groups.amax(dim=2, keepdim=True) + 1e-6  # in place: a second copy would be the peak of a run
+    return groups.view(rows, columns).mean(dim=0)

@@ -15,6 +15,7 @@ from llmkit.kernels.gptq import quantize_block
 from llmkit.kernels.rounding import FP8
 from llmkit.quant.algorithm import Quantized, Site
 from llmkit.quant.grid import FULL_SEARCH, Grid, Search, fit_grid
+from llmkit.quant.memory import give_back
 from llmkit.quant.statistics import Need, Statistics, quadratic, share, squares
 
 BLOCK = 128  # columns whose updates to the rest of the matrix are applied in one product
@@ -42,6 +43,7 @@ class Gptq:
         importance = seen.hessian.diagonal().clamp(min=0).sqrt()  # no view: the Hessian is to be let go of
         grid = fit_grid(weight, site.scheme, site.dtype, self.search, importance)
         energy = quadratic(weight, seen.hessian)
+        give_back()  # what the search and the products took, before there are two matrices of the Hessian's size
         rounded, damp, lost = gptq(weight, seen, grid, damp=self.damp)
         if damp is None:
             reason = "its Hessian is not positive definite even with the most damping"
@@ -79,9 +81,7 @@ def gptq(
         return rounded, None, quadratic(backwards, hessian)
     del hessian
     group = (torch.arange(columns, device=weight.device) // (columns if size == -1 else size))[order]
-    # Transposed, a column is a contiguous row: the loop below then works on contiguous vectors only.
-    work = weight.T.contiguous()[order]
-    codes, lost = _round_columns(work, inverse, grid, group, block)
+    codes, lost = _round_columns(_columns(weight, order), inverse, grid, group, block)
     codes = torch.empty_like(codes).index_copy_(0, order, codes).T.contiguous()
     if grid.scheme.kind == "float":
         codes = codes.view(FP8)
@@ -96,6 +96,16 @@ def _permuted(matrix: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
     for start in range(0, len(result), _ROWS):
         rows = slice(start, start + _ROWS)
         result[rows] = result[rows][:, order]
+    return result
+
+
+def _columns(weight: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    """weight.T[order] with one copy at a time. Transposed, a column is a contiguous row: the loop over columns then
+    works on contiguous vectors only."""
+    result = torch.empty(weight.shape[1], len(weight), dtype=weight.dtype, device=weight.device)
+    for start in range(0, len(weight), _ROWS):
+        rows = slice(start, start + _ROWS)
+        result[:, rows] = weight[rows][:, order].T
     return result
 
 
@@ -127,7 +137,9 @@ def _invert_lower(lower: torch.Tensor) -> None:
         rows = slice(start, start + _ROWS)
         identity = torch.eye(len(lower[rows]), dtype=lower.dtype, device=lower.device)
         corner = torch.linalg.solve_triangular(lower[rows, rows], identity, upper=False)
-        lower[rows, :start] = -(corner @ (lower[rows, :start] @ lower[:start, :start]))
+        product = lower[rows, :start] @ lower[:start, :start]
+        product = corner @ product
+        lower[rows, :start] = product.neg_()
         lower[rows, rows] = corner
 
 

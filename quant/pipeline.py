@@ -26,6 +26,7 @@ from llmkit.quant.calibrate import Block, blocks, largest_kv, observe
 from llmkit.quant.edges import edge_to, move
 from llmkit.quant.grid import FULL_SEARCH, round_to_nearest
 from llmkit.quant.learn import Windows, learn_layer
+from llmkit.quant.memory import give_back
 from llmkit.quant.methods import scale_dtype
 from llmkit.quant.nearest import Nearest, fixed_scale
 from llmkit.quant.statistics import Statistics, quadratic, share, squares
@@ -113,6 +114,7 @@ def quantize_layers(
             storage.record(index, found)
             _write_layer(run, storage)
             storage.writer.commit()
+            del run  # the next layer is about to be read
         linears += found
         speed = windows.numel() / (time.perf_counter() - started)
         worst = max(found, key=lambda entry: float(entry["error"]), default=None)
@@ -193,6 +195,7 @@ def _quantize_layer(
             names = [name for name in stage if name in run.sites]
             if not algorithm.mover or (algorithm.coder.sequential and position > 0):
                 seen |= observe(run.layer, block, names, batches, algorithm.needs)
+            give_back()  # what running the layer took, before a Hessian is factorised
             for name in names:
                 figures = seen.pop(name)
                 if algorithm.learn:

@@ -20,7 +20,8 @@ from llmkit.checkpoint.source import Checkpoint, open_checkpoint
 from llmkit.checkpoint.writer import PlannedTensor, plan_files, planned_bytes
 from llmkit.model.device import resolve_device
 from llmkit.model.families import model_spec
-from llmkit.model.loader import check_checkpoint
+from llmkit.model.layout import parameters
+from llmkit.model.loader import check_checkpoint, scheme_of
 from llmkit.model.spec import ModelSpec
 from llmkit.quant import estimate, memory
 from llmkit.quant.algorithm import Algorithm
@@ -169,13 +170,19 @@ class Plan:
 
     def memory_bytes(self, offload: bool = False) -> int:
         """The peak of the whole run, with the hidden states on disk or not."""
-        need = memory.tensor_bytes(self.spec)
+        rows = parameters(self.spec)
+        need = memory.tensor_bytes(row for row in rows if scheme_of(row, row.tensors[0], self.quantization))
         if self.options.evaluate:
-            need = max(need, memory.layer_bytes(self.spec, min(EVALUATION_TOKENS, self.spec.max_positions)))
+            need = max(need, memory.running_bytes(self.spec, min(EVALUATION_TOKENS, self.spec.max_positions)))
         if self.calibrated:
-            layer = memory.layer_bytes(self.spec, self.seq_len)
-            if "hessian" in self.algorithm.needs:
-                layer += memory.gptq_bytes(self.spec)
+            algorithm = self.algorithm
+            layer = memory.calibrating_bytes(
+                self.spec,
+                self.seq_len,
+                hessians="hessian" in algorithm.needs,
+                learn=algorithm.learn is not None,
+                ahead=self.device.type == "cuda",
+            )
             hidden = memory.hidden_bytes(self.spec, self.options.samples, self.seq_len)
             need = max(need, layer + (memory.hidden_bytes(self.spec, 1, self.seq_len) if offload else hidden))
         return need

@@ -21,7 +21,8 @@ from llmkit.checkpoint.reading import SafetensorsRows, row_chunks, tensor_bytes
 from llmkit.checkpoint.safetensors_header import read_header
 from llmkit.checkpoint.source import Checkpoint
 from llmkit.checkpoint.writer import CheckpointWriter, PlannedTensor
-from llmkit.model.layout import Parameter
+from llmkit.model.families import model_spec
+from llmkit.model.layout import Parameter, parameters
 from llmkit.model.loader import scheme_of, stored_tensors
 from llmkit.model.spec import ModelSpec
 
@@ -226,7 +227,12 @@ def output_config(source: Checkpoint, quantization: QuantizationConfig | None, d
     keys = [key for key in ("dtype", "torch_dtype") if key in config] or ["torch_dtype"]
     config |= dict.fromkeys(keys, named)
     if quantization is not None:
-        config["quantization_config"] = format_of(quantization).config_dict(quantization)
+        described = format_of(quantization).config_dict(quantization)
+        if "dynamic" in described:  # which transformers does not read: it goes by the names of what is quantized
+            rows = parameters(model_spec(source.config))
+            names = [name for row in rows for name in row.tensors if scheme_of(row, name, quantization)]
+            described["modules_in_block_to_quantize"] = [[name.removesuffix(".weight") for name in names]]
+        config["quantization_config"] = described
     return config
 
 

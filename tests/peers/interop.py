@@ -2,61 +2,115 @@
 
     python tests/peers/interop.py [--only REGEX] [--work DIR]
 
-Every format of SmolLM2-135M-Instruct answers ten prompts with sixteen greedy tokens in llmkit, vLLM (CPU) and
-transformers. Formats that round the inputs of their layers (W8A8) are compared by the tokens before the first
-difference only: a change in the last digit of an input flips roundings. auto-gptq, autoawq and llm-compressor pack
-weights that llmkit must read bit for bit. Exit code 1 when something that should hold does not.
+Every format of SmolLM2-135M-Instruct answers ten prompts with sixteen greedy tokens in `llmkit serve`, vLLM (CPU) and
+transformers. Answers agree when their tokens are equal, or when the first that differ are a near tie: one about as
+likely as the other. Formats that round the inputs of their layers (W8A8, FP8) only have to run: a change in the last
+digit of an input flips roundings. auto-gptq, autoawq and llm-compressor pack weights that llmkit must read bit for
+bit. Exit code 1 when something that should hold does not.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
+import math
 import re
-from collections.abc import Sequence
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 from bench_quant import THEIRS, run_theirs
 from common import llmkit, real_model, run_peer, table
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from serving import serving
 
 from llmkit.checkpoint.formats import FORMATS
 from llmkit.checkpoint.quantized import Scheme
-from llmkit.checkpoint.source import open_checkpoint
+from llmkit.checkpoint.source import Checkpoint, open_checkpoint
 from llmkit.checkpoint.tokenizer import load_tokenizer
 from llmkit.model.families import model_spec
 from llmkit.model.layout import parameters
 from llmkit.model.loader import read_parameter
 from llmkit.quant.samples import PROMPTS, prompt_ids
+from llmkit.quant.stream import LayerStream
 from llmkit.quant.text import load_text
 from llmkit.quant.tokens import calibration_windows
-from llmkit.runtime.engine.generate import generate
 
 TOKENS = 16
-CT = ("--format", "compressed-tensors")
+TIE = 0.05  # nats between two tokens of which either may be taken for the likelier one
 CALIBRATION = ("--samples", "2", "--seq-len", "256")
-# Name: options of `llmkit quantize`, what vLLM and transformers are to do: "same" tokens, "run" or "refuse"; None: it
-# is not tried.
-WRITTEN: dict[str, tuple[tuple[str, ...], str, str | None]] = {
-    "bf16": (("--method", "bf16"), "same", "same"),
-    "rtn, compressed-tensors": (("--method", "rtn"), "same", "same"),
-    "rtn asymmetric, compressed-tensors": (("--method", "rtn", "--asymmetric"), "same", "refuse"),
-    "int8": (("--method", "int8"), "same", "same"),
-    "gptq": (("--method", "gptq"), "same", "same"),
-    "awq": (("--method", "awq"), "same", None),
-    "mixed 4 and 8 bits": (("--method", "gptq", "--target-bits", "5.5"), "same", "same"),
-    "int8 W8A8": (("--method", "int8", "--activations"), "run", "run"),
-    "fp8": (("--method", "fp8"), "run", "run"),
-    "fp8 static": (("--method", "fp8", "--static"), "refuse", "run"),
-    "bf16 with fp8 KV cache": (("--method", "bf16", "--kv", "fp8"), "refuse", "run"),
+GRADES = ("refuse", "run", "same")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A checkpoint to write, and what the engines are to do with it: "same" answers, "run", "refuse"; None: nothing
+    is tried."""
+
+    options: tuple[str, ...]  # of `llmkit quantize`
+    vllm: str | None
+    transformers: str | None
+    more: dict[str, list[str]]  # arguments of an engine's script
+
+
+def case(
+    options: str, vllm: str | None, transformers: str | None, more: Mapping[str, str] = MappingProxyType({})
+) -> Case:
+    """A `Case` from words."""
+    return Case(tuple(options.split()), vllm, transformers, {name: text.split() for name, text in more.items()})
+
+
+FEW = r"--keep model\.layers\.(0|7)\.(self_attn|mlp\.down_proj)"  # linears that stay in 16 bits
+CT = "--format compressed-tensors"
+WRITTEN = {
+    "bf16": case("--method bf16", "same", "same"),
+    "fp16": case("--method fp16", "same", "same"),
+    "gptq, 4 bits": case("--method gptq", "same", "same"),
+    "gptq, 8 bits": case("--method gptq --bits 8", "same", "same"),
+    "gptq, some kept": case(f"--method gptq {FEW}", "same", "same"),
+    "awq": case("--method awq", "same", "same"),
+    "awq, some kept": case(f"--method awq {FEW}", "same", "same"),
+    "pack-quantized, 4 bits": case("--method rtn", "same", "same"),
+    "pack-quantized, 4 bits, some kept": case(f"--method rtn {FEW}", "same", "same"),
+    "pack-quantized, 4 bits asymmetric": case(f"--method gptq {CT} --asymmetric", "same", "refuse"),
+    "the same, dequantized": case(f"--method gptq {CT} --asymmetric", None, "same", {"transformers": "--dequantize"}),
+    "pack-quantized, 8 bits": case("--method int8", "same", "same"),
+    "mixed 4 and 8 bits": case("--method gptq --target-bits 5.5", "same", "same"),
+    "mixed 4, 8 and 16 bits": case("--method rtn --target-bits 9", "same", "same"),
+    "int-quantized (W8A8)": case("--method int8 --activations", "run", "run"),
+    "float-quantized (FP8), inputs per token": case("--method fp8", "run", "run"),
+    "float-quantized (FP8), fixed scale": case("--method fp8 --static", "refuse", "run"),
+    "bf16, FP8 KV cache": case("--method bf16 --kv fp8", "refuse", "run"),
+    "bf16, FP8 KV scales, 16-bit cache": case(
+        "--method bf16 --kv fp8", "run", None, {"vllm": '--dtype bfloat16 --engine {"kv_cache_dtype":"bfloat16"}'}
+    ),
+    "pack-quantized, FP8 KV scales, 16-bit cache": case(
+        f"--method gptq {CT} --kv fp8", "run", "run", {"vllm": '--engine {"kv_cache_dtype":"bfloat16"}'}
+    ),
+    "bf16, INT8 KV cache": case("--method bf16 --kv int8", "refuse", "run"),
 }
 
 
-def answers(name: str, model: Path, prompts: Path, out: Path) -> list[list[int]] | str:
-    """The greedy tokens of another engine, or the error that stopped it."""
+def served(model: Path, prompts: Sequence[Sequence[int]], log: Path) -> list[list[int]]:
+    """The greedy tokens that `llmkit serve` answers with."""
+    body = {"prompt": prompts, "max_tokens": TOKENS, "temperature": 0, "ignore_eos": True, "return_token_ids": True}
+    with serving(log, model) as server, server.client() as client:
+        name = client.get("/v1/models").json()["data"][0]["id"]
+        answer = client.post("/v1/completions", json={"model": name, **body}, timeout=600).raise_for_status().json()
+    return [choice["token_ids"] for choice in answer["choices"]]
+
+
+def answered(name: str, model: Path, prompts: Path, out: Path, more: Sequence[str]) -> dict[str, Any]:
+    """What another engine's script wrote: `tokens` among others, or the `error` that stopped it."""
+    out.unlink(missing_ok=True)
     run_peer(
         name,
         f"{name}_generate.py",
@@ -68,20 +122,55 @@ def answers(name: str, model: Path, prompts: Path, out: Path) -> list[list[int]]
         TOKENS,
         "--out",
         out,
+        *more,
         check=False,
     )
-    if not out.exists():
-        return "it wrote nothing"
-    found: dict[str, Any] = json.loads(out.read_text())
-    return str(found["error"]) if "error" in found else found["tokens"]
+    found: dict[str, Any] = json.loads(out.read_text()) if out.exists() else {"error": "it wrote nothing"}
+    return found
 
 
-def agreement(ours: Sequence[Sequence[int]], theirs: Sequence[Sequence[int]] | str) -> tuple[str, str]:
-    """What happened ("same", "run" or "refuse"), and in words."""
-    if isinstance(theirs, str):
-        return "refuse", theirs[:90]
-    same = sum(list(one) == list(two) for one, two in zip(ours, theirs, strict=True))
-    return ("same" if same == len(ours) else "run"), f"{same} of {len(ours)} answers alike"
+def log_probabilities(
+    model: Checkpoint, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]
+) -> list[torch.Tensor]:
+    """llmkit's own of every token at every step of its answers, [TOKENS, vocab] each."""
+    texts = [[*prompt, *answer] for prompt, answer in zip(prompts, answers, strict=True)]
+    longest = max(map(len, texts))
+    windows = torch.tensor([text + [0] * (longest - len(text)) for text in texts])
+    stream = LayerStream.of(model, model_spec(model.config)).logits(windows)
+    return [logits[len(prompt) - 1 :][:TOKENS].log_softmax(-1) for prompt, logits in zip(prompts, stream, strict=True)]
+
+
+def agreement(
+    model: Checkpoint, prompts: Sequence[Sequence[int]], ours: Sequence[Sequence[int]], theirs: dict[str, Any]
+) -> tuple[str, str]:
+    """What happened ("same", "run" or "refuse"), and in words.
+
+    Answers that differ are a tie when at the first token that does neither engine finds its own likelier by more than
+    TIE. Up to there the log probabilities of the other engine's tokens are compared.
+    """
+    if "error" in theirs:
+        return "refuse", f"refused: {theirs['error']}"
+    ties, gaps = [], []
+    for one, two, own, top in zip(
+        ours, theirs["tokens"], log_probabilities(model, prompts, ours), theirs["top_logprobs"], strict=True
+    ):
+        parted = next((step for step in range(TOKENS) if one[step] != two[step]), None)
+        if parted is not None:
+            other = top[parted][str(two[parted])] - top[parted].get(str(one[parted]), -math.inf)
+            ties.append(max(float(own[parted, one[parted]] - own[parted, two[parted]]), other))
+        steps = range(TOKENS if parted is None else parted + 1)
+        gaps += [abs(float(own[step, two[step]]) - top[step][str(two[step])]) for step in steps]
+    words = f"{len(ours) - len(ties)} of {len(ours)} alike"
+    if ties:
+        words += f", the others part at ties within {min(ties):.3f} to {max(ties):.3f} nats"
+    words += f"; log probabilities differ by {sum(gaps) / len(gaps):.4f}"
+    if theirs.get("reference_ops"):
+        words += f" ({', '.join(theirs['reference_ops'])} computed in torch)"
+    if "kv_scales" in theirs:
+        stored = {name: model.read(name).item() for name in model.tensors if name.endswith(("k_scale", "v_scale"))}
+        alike = sum(theirs["kv_scales"].get(name) == value for name, value in stored.items())
+        words += f"; {alike} of {len(stored)} KV scales taken as stored"
+    return ("same" if all(one <= TIE for one in ties) else "run"), words
 
 
 def written(work: Path, only: str) -> tuple[list[list[str]], list[str]]:
@@ -92,22 +181,24 @@ def written(work: Path, only: str) -> tuple[list[list[str]], list[str]]:
     file = work / "prompts.json"
     file.write_text(json.dumps(prompts))
     rows, wrong = [], []
-    for name, (options, *expected) in WRITTEN.items():
+    for name, what in WRITTEN.items():
         if not re.search(only, name):
             continue
-        model = work / re.sub(r"\W+", "-", name)
+        model = work / hashlib.sha256(" ".join(what.options).encode()).hexdigest()[:12]
         if not model.exists():
-            llmkit("quantize", source, *options, *CALIBRATION, "--no-eval", "--quiet", "--output", model)
-        ours = generate(open_checkpoint(model), prompts, TOKENS, 0.0, 0, device="cpu", stop_at_eos=False)
+            llmkit("quantize", source, *what.options, *CALIBRATION, "--no-eval", "--quiet", "--output", model)
+        opened, ours = open_checkpoint(model), served(model, prompts, work / "serve.log")
         row = [name]
-        for engine, wanted in zip(("vllm", "transformers"), expected, strict=True):
+        for engine, wanted in (("vllm", what.vllm), ("transformers", what.transformers)):
             if wanted is None:
-                row.append("not tried: minutes a token on a CPU")
+                row.append("")
                 continue
-            happened, words = agreement(ours, answers(engine, model, file, work / f"{model.name}.{engine}.json"))
-            row.append(words)
+            out = work / f"{re.sub(r'[^a-z0-9]+', '-', name.lower())}.{engine}.json"
+            theirs = answered(engine, model, file, out, what.more.get(engine, ()))
+            happened, words = agreement(opened, prompts, ours, theirs)
+            row.append(f"{happened}: {words}" if happened != "refuse" else words)
             # More than expected is as good: another machine's build may have the kernel that this one lacks.
-            if ["refuse", "run", "same"].index(happened) < ["refuse", "run", "same"].index(wanted):
+            if GRADES.index(happened) < GRADES.index(wanted):
                 wrong.append(f"{name} in {engine}: {words}")
         rows.append(row)
         print(" | ".join(row), flush=True)
@@ -125,28 +216,31 @@ def packed(work: Path) -> tuple[list[list[str]], list[str]]:
             described = handle.metadata()
         tensors = load_file(file)
         for index in range(int(described["cases"])):
-            case = json.loads(described[f"case{index}"])
-            if case.get("desc_act"):
+            one = json.loads(described[f"case{index}"])
+            if one.get("desc_act"):
                 continue
             parts = {k.partition(".")[2]: v for k, v in tensors.items() if k.startswith(f"case{index}.")}
             dense = parts.pop("dense")
-            scheme = Scheme(case["bits"], case["group_size"], case["sym"])
+            scheme = Scheme(one["bits"], one["group_size"], one["sym"])
             cases += 1
             alike += torch.equal(FORMATS[form].unpack(scheme, parts).dequantize(), dense)
         rows.append([described["packer"], f"{alike} of {cases} weights bit for bit"])
+        print(" | ".join(rows[-1]), flush=True)
         if alike < cases:
             wrong.append(f"{name}: {cases - alike} weights differ")
     return rows, wrong
 
 
-def compressed(work: Path) -> tuple[list[list[str]], list[str]]:
+def compressed(work: Path, only: str) -> tuple[list[list[str]], list[str]]:
     """Read what llm-compressor wrote."""
     source = real_model(work)
     tokenizer = load_tokenizer(open_checkpoint(source))
     tokens = work / "tokens.safetensors"
     save_file({"tokens": calibration_windows(tokenizer, load_text("builtin"), True, 1, 128, 0)}, tokens)
     rows, wrong = [], []
-    for scheme in THEIRS.values():
+    for scheme in (*THEIRS.values(), "autoround-sym"):
+        if not re.search(only, f"llm-compressor {scheme}"):
+            continue
         out = work / f"llm-compressor-{scheme}"
         if not out.exists():
             run_theirs(source, out, scheme, tokens)
@@ -171,14 +265,14 @@ def compressed(work: Path) -> tuple[list[list[str]], list[str]]:
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--only", default="", help="a regular expression: formats to try")
+    parser.add_argument("--only", default="", help="a regular expression: formats and schemes to try")
     parser.add_argument("--skip-llmcompressor", action="store_true", help="its AWQ takes many minutes on a CPU")
     parser.add_argument("--work", type=Path, default=Path(".interop"), help="folder for checkpoints and results")
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)
     read, wrong = packed(arguments.work)
     if not arguments.skip_llmcompressor:
-        more, problems = compressed(arguments.work)
+        more, problems = compressed(arguments.work, arguments.only)
         read, wrong = read + more, wrong + problems
     rows, problems = written(arguments.work, arguments.only)
     wrong += problems

@@ -10,6 +10,7 @@ with exit code 1, `error`: the last line of the exception that stopped it.
 """
 
 import argparse
+import functools
 import json
 import os
 import sys
@@ -31,6 +32,7 @@ def generate(model: Path, prompts: list[list[int]], steps: int, dtype: str, dequ
 
     more = {"quantization_config": CompressedTensorsConfig(dequantize=True)} if dequantize else {}
     causal = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, local_files_only=True, **more).eval()
+    unpack_once(causal)
     tokens, top = [], []
     for ids in prompts:
         written: list[int] = []
@@ -50,6 +52,14 @@ def generate(model: Path, prompts: list[list[int]], steps: int, dtype: str, dequ
         tokens.append(written)
         top.append(steps_top)
     return {"tokens": tokens, "top_logprobs": top, "versions": installed()}
+
+
+def unpack_once(model: Any) -> None:
+    """Keep the dense weights of gptqmodel's linears: in float32 it unpacks them anew for every product."""
+    for module in model.modules():
+        for name in ("dequantize_weight", "awq_weight_dequantize"):
+            if hasattr(module, name):
+                setattr(module, name, functools.cache(getattr(module, name)))
 
 
 def installed() -> dict[str, str]:

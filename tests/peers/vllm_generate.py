@@ -6,7 +6,8 @@ Run with the Python of a virtual environment made from vllm.txt (see interop.md)
 
 PROMPTS.json is a list of lists of token ids. OUT.json holds `tokens` (a list of ids for each prompt), `top_logprobs`
 (for each prompt and step the two likeliest ids with their log probabilities, {"id": logprob}), `dtype`, `versions` and
-`reference_ops`; or, with exit code 1, `error`: the last line of the exception that stopped the engine.
+`reference_ops`, and `kv_scales`, what vLLM's attention took them to be, where the checkpoint has some; or, with exit
+code 1, `error`: the last line of the exception that stopped the engine.
 
 `reference_ops` names the operators that this machine's vLLM lacks and that ran in torch instead (`wna16` below): then
 the checkpoint went through all of vLLM's own loading, fusing and repacking, and only the product is not vLLM's.
@@ -38,6 +39,9 @@ SETTINGS = {
 HALF_ONLY = ("gptq", "awq")
 
 
+STOOD_IN: set[str] = set()  # operators that were called and are not vLLM's own
+
+
 def dtype_for(model: Path) -> str:
     """Return the most exact dtype in which vLLM accepts the checkpoint."""
     quantization = json.loads((model / "config.json").read_text()).get("quantization_config") or {}
@@ -59,6 +63,7 @@ def wna16(
     [G, out]; `zeros` int32 [G, out/codes in a word], or none for the middle code. Computed in float32. `isa_hint`
     chooses among vLLM's kernels, and `pack_factor` is 8 for 8 bits as well: both say nothing here.
     """
+    STOOD_IN.add("cpu_gemm_wna16")
     inputs, outputs = input.shape[-1], scales.shape[1]
     words = q_weight.shape[1] // inputs
     bits = 2 * words
@@ -77,8 +82,8 @@ def wna16(
     return product.to(input.dtype)
 
 
-def supply_wna16(always: bool) -> list[str]:
-    """Put `wna16` in the place of vLLM's 4 bit CPU operator where its library has none, and return what was replaced.
+def supply_wna16(always: bool) -> None:
+    """Put `wna16` in the place of vLLM's 4 bit CPU operator where its library has none.
 
     The build has three libraries, and the one for CPUs without AVX-512 has no `cpu_gemm_wna16`, although the Python
     above it picks that kernel on every CPU. No CPU has it for 8 bits; where `wna16` stands in, 8 bits pass too, so
@@ -86,15 +91,38 @@ def supply_wna16(always: bool) -> list[str]:
     """
     from vllm import _custom_ops
     from vllm.model_executor.kernels.linear.mixed_precision import cpu
+    from vllm.model_executor.layers.quantization.utils import marlin_utils
     from vllm.platforms import current_platform
     from vllm.scalar_type import scalar_types
 
     current_platform.import_kernels()
     if hasattr(torch.ops._C, "cpu_gemm_wna16") and not always:
-        return []
+        return
     _custom_ops.cpu_gemm_wna16 = wna16
     cpu._CPUWNA16_SUPPORTED_QUANT_TYPES += (scalar_types.uint8b128, scalar_types.uint8)
-    return ["cpu_gemm_wna16"]
+    supported = marlin_utils._query_cpu_marlin_supported_quant_types
+
+    def with_8_bits(has_zp: bool | None = None, include_fp_type: bool = True) -> list[Any]:
+        return [*supported(has_zp, include_fp_type), *([] if has_zp else [scalar_types.uint8b128])]
+
+    marlin_utils._query_cpu_marlin_supported_quant_types = with_8_bits
+
+
+def has_kv_scales(model: Path) -> bool:
+    """Whether the checkpoint says that it holds scales of an 8-bit KV cache."""
+    quantization = json.loads((model / "config.json").read_text()).get("quantization_config") or {}
+    return bool(quantization.get("kv_cache_scheme"))
+
+
+def kv_scales(model: torch.nn.Module) -> dict[str, float]:
+    """Return the scales that vLLM's attention layers have in the end, by the name of the checkpoint's tensor."""
+    found = {}
+    for name, module in model.named_modules():
+        if name.endswith(".self_attn.attn"):
+            attention = name.removesuffix(".attn")
+            found[f"{attention}.k_scale"] = module._k_scale.float().max().item()
+            found[f"{attention}.v_scale"] = module._v_scale.float().max().item()
+    return found
 
 
 def generate(
@@ -106,7 +134,7 @@ def generate(
     """
     from vllm import LLM, SamplingParams
 
-    supplied = supply_wna16(reference)
+    supply_wna16(reference)
     longest = max(map(len, prompts)) + steps
     llm = LLM(
         str(model),
@@ -121,6 +149,7 @@ def generate(
     )
     # min_tokens would forbid the end-of-text token; ignore_eos lets it be chosen and goes on.
     greedy = SamplingParams(temperature=0, max_tokens=steps, ignore_eos=True, logprobs=2, detokenize=False)
+    scales = llm.apply_model(kv_scales)[0]
     answers = llm.generate([{"prompt_token_ids": ids} for ids in prompts], greedy, use_tqdm=False)
     outputs = [answer.outputs[0] for answer in answers]
     return {
@@ -130,7 +159,8 @@ def generate(
             for output in outputs
         ],
         "dtype": dtype,
-        "reference_ops": supplied,
+        "reference_ops": sorted(STOOD_IN),
+        **({"kv_scales": scales} if has_kv_scales(model) else {}),
         "versions": {name: version(name) for name in ("vllm", "torch", "transformers", "compressed-tensors")},
     }
 
