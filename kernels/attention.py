@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
+from llmkit.kernels import native
 from llmkit.kernels.paging import AttentionBatch, Group, Part
 from llmkit.kernels.rounding import FP8, tensor_codes, token_codes
 
@@ -43,6 +44,9 @@ class KvCache:
 
     def store(self, kv: torch.Tensor, slots: torch.Tensor) -> None:
         """Write new keys and values [T, 2K, D] at `slots` [T], block * block_size + offset."""
+        if native.runs(kv) and not self.coded and kv.stride()[1:] == (kv.shape[2], 1):
+            native.store(kv, slots, self.kv)
+            return
         kv = kv.transpose(0, 1)
         if self.coded:
             kind = "int" if self.kv.dtype == torch.int8 else "float"
@@ -88,6 +92,8 @@ def paged_attention(
 
     q: [T, N, D]. The step's own keys and values are already in the cache. Returns [T, N, D].
     """
+    if native.attends(q, cache) and q.stride()[1:] == (q.shape[2], 1):
+        return native.attention(q, cache, group, scale, softcap)
     heads, _, block_size, dim = cache.kv.shape
     most_blocks = PART_BYTES[q.device.type] // (heads * block_size * dim * q.element_size())
     plan = group.plan(most_blocks, q.dtype, fused=softcap is None)

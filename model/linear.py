@@ -10,19 +10,9 @@ import torch
 from torch import nn
 from torch.nn.functional import linear
 
-from llmkit.checkpoint.quantized import QuantizedWeight
-from llmkit.kernels.linear import (
-    HalfProduct,
-    Int4Product,
-    Int8Product,
-    Product,
-    TokenProduct,
-    half_rows,
-    has_bfloat16_products,
-    has_half_products,
-    has_int8_products,
-    suits_int4,
-)
+from llmkit.checkpoint.quantized import QuantizedWeight, Scheme
+from llmkit.kernels import native
+from llmkit.kernels.linear import Int8Product, NativeProduct, Product, has_bfloat16_products, has_int8_products
 from llmkit.kernels.rounding import round_tensor, round_tokens
 
 
@@ -76,46 +66,40 @@ def serving_linear(
 ) -> Linear:
     """The linear that serves the weight made of `parts`, one below the other, to inputs of `dtype` on a CPU.
 
-    In float32 it gives what a dense one gives, up to the order of summation. In 16 bits it may round weights to 11
-    bits, and the scales and inputs of INT4 to 8. parts: float tensors [rows, in], quantized weights; bias: of `dtype`.
+    It gives what a dense one gives in float32, up to the order of summation. parts: float tensors [rows, in],
+    quantized weights; bias: of `dtype`.
     """
-    shape = sum(part.shape[0] for part in parts), parts[0].shape[1]
-    if (whole := _one_weight(parts)) is not None:
-        scheme, parts = whole.scheme, [whole]
-        if scheme.kind == "int" and scheme.inputs == "token" and (has_int8_products() or has_half_products()):
-            eight = has_int8_products()
-            product = Int8Product(whole.codes, whole.scales) if eight else HalfProduct(*_half_rows(whole)[:2])
-            return PackedLinear(TokenProduct(product, bias), shape)
-        if dtype == torch.bfloat16 and scheme.bits == 4 and suits_int4(shape, scheme.group_size):
-            return PackedLinear(Int4Product(whole.codes, whole.scales, whole.zeros, bias), shape)
-    if has_half_products() and not (dtype == torch.bfloat16 and has_bfloat16_products()):
-        rows = [_half_rows(part) for part in parts]
-        if all(exact or (dtype != torch.float32 and values.isfinite().all()) for values, _, exact in rows):
-            values, scales = _joined([values for values, _, _ in rows]), _joined([scales for _, scales, _ in rows])
-            return PackedLinear(HalfProduct(values, scales, bias), shape, rounding)
+    shape, parts = (sum(part.shape[0] for part in parts), parts[0].shape[1]), _joined(parts)
+    one = parts[0]
+    if len(parts) == 1 and isinstance(one, QuantizedWeight) and packs_integers(one.scheme):
+        return PackedLinear(Int8Product(one.codes, one.scales, bias), shape)
+    if packs_weights(dtype):
+        return PackedLinear(NativeProduct(parts, bias), shape, rounding)
     dense = [part.dequantize() if isinstance(part, QuantizedWeight) else part for part in parts]
-    return Linear(_joined(dense).to(dtype), bias, rounding)
+    return Linear((dense[0] if len(dense) == 1 else torch.cat(dense)).to(dtype), bias, rounding)
 
 
-def _one_weight(parts: Sequence[torch.Tensor | QuantizedWeight]) -> QuantizedWeight | None:
-    """The parts as one quantized weight, when all are of one scheme."""
+def packs_weights(dtype: torch.dtype) -> bool:
+    """Whether weights stay as they are stored when inputs are of `dtype` on a CPU."""
+    return native.library is not None and not (dtype == torch.bfloat16 and has_bfloat16_products())
+
+
+def packs_integers(scheme: Scheme) -> bool:
+    """Whether a scheme's inputs and weights are multiplied as integers on a CPU."""
+    return scheme.kind == "int" and scheme.inputs == "token" and has_int8_products()
+
+
+def _joined(parts: Sequence[torch.Tensor | QuantizedWeight]) -> Sequence[torch.Tensor | QuantizedWeight]:
+    """The parts as one where all are of one scheme or one dtype."""
+    if len(parts) == 1:
+        return parts
+    tensors = [part for part in parts if isinstance(part, torch.Tensor)]
+    if len({tensor.dtype for tensor in tensors}) == 1 and len(tensors) == len(parts):
+        return [torch.cat(tensors)]
     quantized = [part for part in parts if isinstance(part, QuantizedWeight)]
-    if len(quantized) < len(parts) or len({part.scheme for part in quantized}) > 1:
-        return None
+    if len(quantized) < len(parts) or len({(part.scheme, part.scales.dtype) for part in quantized}) > 1:
+        return parts
     codes, scales, zeros = (
-        _joined([getattr(part, name) for part in quantized]) for name in ("codes", "scales", "zeros")
+        torch.cat([getattr(part, name) for part in quantized]) for name in ("codes", "scales", "zeros")
     )
-    return QuantizedWeight(codes, scales, zeros, quantized[0].scheme)
-
-
-def _half_rows(part: torch.Tensor | QuantizedWeight) -> tuple[torch.Tensor, torch.Tensor, bool]:
-    """See `half_rows`: codes are float16's numbers as they are, when there is one scale for a row of them."""
-    if isinstance(part, QuantizedWeight):
-        if part.scales.shape[1] == 1:
-            return part.codes.float() - part.zeros.float(), part.scales.float().flatten(), True
-        part = part.dequantize()
-    return half_rows(part.float())
-
-
-def _joined(tensors: list[torch.Tensor]) -> torch.Tensor:
-    return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+    return [QuantizedWeight(codes, scales, zeros, quantized[0].scheme)]

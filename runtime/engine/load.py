@@ -13,7 +13,8 @@ import torch
 from llmkit.checkpoint.errors import InputError
 from llmkit.checkpoint.reading import CHUNK_BYTES, READERS
 from llmkit.checkpoint.source import Checkpoint, open_checkpoint
-from llmkit.kernels.linear import has_half_products, has_int8_products
+from llmkit.kernels import native
+from llmkit.kernels.linear import has_int8_products
 from llmkit.model.decoder import Decoder
 from llmkit.model.device import resolve_device
 from llmkit.model.families import model_spec
@@ -28,7 +29,6 @@ from llmkit.runtime.engine.memory import (
     measure_workspace,
     plan_memory,
     require_weights,
-    stays_packed,
     weight_bytes,
 )
 from llmkit.runtime.engine.types import EngineConfig, EngineOptions
@@ -85,10 +85,10 @@ def plan_engine(checkpoint: Checkpoint, options: EngineOptions) -> EnginePlan:
     dtype = resolve_dtype(options.dtype, checkpoint, device)
     spec = model_spec(checkpoint.config)
     free = free_bytes(device, options.gpu_memory_utilization)
-    weights = _weight_bytes(checkpoint, dtype, device)
+    weights = weight_bytes(checkpoint, spec, dtype, device)
     draft = None if options.draft_model is None else _open_draft(options.draft_model, spec)
     if draft is not None:
-        weights += _weight_bytes(draft, dtype, device)
+        weights += weight_bytes(draft, model_spec(draft.config), dtype, device)
     require_weights(weights, free, dtype, device)
     tokens = options.max_num_batched_tokens or STEP_TOKENS[device.type]
     workspace = estimate_workspace(spec, dtype, tokens, options.max_num_seqs)
@@ -179,11 +179,6 @@ def _load(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, star
     return loaded
 
 
-def _weight_bytes(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> int:
-    packed = lambda scheme: stays_packed(scheme, dtype, device)  # noqa: E731
-    return weight_bytes(model_spec(checkpoint.config), dtype, checkpoint.quantization, packed)
-
-
 def _open_draft(reference: str, spec: ModelSpec) -> Checkpoint:
     """A draft model's checkpoint. Raises InputError when it cannot guess for a model of `spec`."""
     draft = open_checkpoint(reference)
@@ -230,8 +225,8 @@ def fast_paths(device: torch.device) -> list[str]:
     return [
         "CUDA: off, PyTorch sees no device" if not torch.cuda.is_available() else "CUDA: off, the CPU was asked for",
         f"CPU vector operators: {'off, neither AVX2 nor AVX-512' if vectors == 'DEFAULT' else vectors}",
-        f"weights in float16: {'on' if has_half_products() else 'off, PyTorch has no FBGEMM here'}",
-        f"products in 8 bits: {'on' if has_int8_products() else 'off, no exact oneDNN product on this processor'}",
+        f"compiled kernels: {native.status()}",
+        f"products of integers: {'on' if has_int8_products() else 'off, no exact oneDNN product on this processor'}",
         f"CPU threads: {torch.get_num_threads()}",
     ]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,20 +11,19 @@ import torch
 
 from llmkit.checkpoint.errors import InputError, ShortageError, is_out_of_memory
 from llmkit.checkpoint.formats import format_of
-from llmkit.checkpoint.quantized import QuantizationConfig, Scheme
 from llmkit.checkpoint.safetensors_header import byte_count
+from llmkit.checkpoint.source import Checkpoint
 from llmkit.checkpoint.text import bytes_text
-from llmkit.kernels.linear import has_int8_products
 from llmkit.model.decoder import Decoder
 from llmkit.model.layout import parameters
-from llmkit.model.linear import PackedLinear
+from llmkit.model.linear import PackedLinear, packs_integers, packs_weights
 from llmkit.model.loader import scheme_of
 from llmkit.model.sequence import hidden_states
 from llmkit.model.spec import ModelSpec
 
 __all__ = [
     "MemoryPlan", "estimate_workspace", "free_bytes", "is_out_of_memory", "loaded_bytes",
-    "measure_workspace", "plan_memory", "require_weights", "stays_packed", "weight_bytes",
+    "measure_workspace", "plan_memory", "require_weights", "weight_bytes",
 ]  # fmt: skip
 
 CPU_SHARE = 0.5  # of the memory that weights and workspace leave, at most, for the KV cache
@@ -136,28 +134,25 @@ def plan_memory(
     return MemoryPlan(free, weights, workspace, blocks, per_block, block_size, wanted, limit)
 
 
-def weight_bytes(
-    spec: ModelSpec, dtype: torch.dtype, quantization: QuantizationConfig | None, packed: Callable[[Scheme], bool]
-) -> int:
-    """Bytes of the weights in memory: dense in `dtype`, but as they are stored in the schemes that stay `packed`."""
-    total = 0
+def weight_bytes(checkpoint: Checkpoint, spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> int:
+    """Bytes of the weights in memory: dense in `dtype`, but on a CPU, where it can multiply them, as they are stored."""
+    cpu, total = device.type == "cpu", 0
+    packs = cpu and packs_weights(dtype)
     for row in parameters(spec):
+        kept = packs and (row.linear or row.name in ("embed.weight", "lm_head.weight"))
+        copies = 1 + (kept and spec.tied and row.name == "embed.weight")  # looked up, and multiplied with
         for tensor in row.tensors:
-            scheme = scheme_of(row, tensor, quantization)
+            scheme = scheme_of(row, tensor, checkpoint.quantization)
             shapes = [part.shape for part in row.parts if part.tensor == tensor]
-            if quantization is None or scheme is None or not packed(scheme):
-                total += sum(math.prod(shape) for shape in shapes) * dtype.itemsize
+            if checkpoint.quantization and scheme and (packs or (cpu and packs_integers(scheme))):
+                layout = format_of(checkpoint.quantization)
+                stored = layout.tensors(scheme, sum(shape[0] for shape in shapes), shapes[0][1])
+                total += sum(byte_count(one.dtype, one.shape) for one in stored)
                 continue
-            stored = format_of(quantization).tensors(scheme, sum(shape[0] for shape in shapes), shapes[0][1])
-            total += sum(byte_count(one.dtype, one.shape) for one in stored)
+            own = dtype.itemsize if scheme else checkpoint.tensors[tensor].torch_dtype.itemsize
+            size = min(own, dtype.itemsize) if kept else dtype.itemsize
+            total += copies * size * sum(math.prod(shape) for shape in shapes)
     return total
-
-
-def stays_packed(scheme: Scheme, dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether `serving_linear` has a product for weights of this scheme as they are stored."""
-    if device.type != "cpu" or scheme.kind != "int":
-        return False
-    return has_int8_products() if scheme.inputs == "token" else scheme.bits == 4 and dtype == torch.bfloat16
 
 
 def loaded_bytes(model: Decoder) -> int:

@@ -1,0 +1,599 @@
+/* The CPU kernels: products with packed weights, paged attention and what lies between them, for AVX2 and FMA.
+ *
+ * Python passes addresses and sizes (kernels/native.py says what they mean and checks them); everything here is
+ * float32 but for the weights and 8-bit caches. Sums are taken in an order that depends neither on how many rows there
+ * are nor on how they were cut into steps: a request's answer is the same, bit for bit, whatever runs beside it.
+ */
+
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+#include <immintrin.h>
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+#define INLINE static inline __attribute__((always_inline))
+
+enum { WIDTH = 16 };                            /* columns of a panel of weights */
+enum { F32, BF16, F16, INT8, INT4 };            /* what weights and caches are kept as */
+enum { ROWS = 6, BLOCK = 96 };                  /* rows of a tile, and of x between two passes over the weights */
+enum { CHUNK = 64, TILE = 48, MOST_DIM = 256 }; /* tokens of a chunk of keys; queries of a tile; the largest head */
+
+/* ---- products ---- */
+
+INLINE float sum_of(__m256 x) {
+    __m128 four = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+    four = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(four, _mm_movehdup_ps(four)));
+}
+
+typedef struct {
+    int kind;
+    const float *x;
+    int64_t ldx;
+    const char *w; /* panels of WIDTH columns, see `panels` in native.py */
+    const float *scales, *offsets; /* [k / group, columns of all panels]: w = scale * code - offset; or NULL */
+    const float *sums;             /* of every group of x: [m, k / group] */
+    const float *bias;
+    float *y;
+    int64_t ldy, m, n, k, group, stride; /* stride: bytes of a panel */
+} Product;
+
+/* WIDTH weights of step k of a panel (for INT4 of steps k and k + 1) as two or four vectors. */
+INLINE void load(int kind, const char *w, int64_t k, __m256 *to) {
+    if (kind == F32) {
+        to[0] = _mm256_loadu_ps((const float *)w + k * WIDTH);
+        to[1] = _mm256_loadu_ps((const float *)w + k * WIDTH + 8);
+    } else if (kind == BF16) { /* columns j and j + 8 side by side */
+        __m256i both = _mm256_loadu_si256((const __m256i *)(w + k * WIDTH * 2));
+        to[0] = _mm256_castsi256_ps(_mm256_slli_epi32(both, 16));
+        to[1] = _mm256_castsi256_ps(_mm256_and_si256(both, _mm256_set1_epi32((int)0xffff0000)));
+    } else if (kind == F16) {
+        to[0] = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(w + k * WIDTH * 2)));
+        to[1] = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(w + k * WIDTH * 2 + 16)));
+    } else if (kind == INT8) {
+        __m128i codes = _mm_loadu_si128((const __m128i *)(w + k * WIDTH));
+        to[0] = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(codes));
+        to[1] = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_unpackhi_epi64(codes, codes)));
+    } else { /* low halves of the bytes are step k, high halves step k + 1 */
+        __m128i both = _mm_loadu_si128((const __m128i *)(w + k * WIDTH / 2)), mask = _mm_set1_epi8(15);
+        __m128i low = _mm_and_si128(both, mask), high = _mm_and_si128(_mm_srli_epi16(both, 4), mask);
+        to[0] = _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(low));
+        to[1] = _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_unpackhi_epi64(low, low)));
+        to[2] = _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(high));
+        to[3] = _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_unpackhi_epi64(high, high)));
+    }
+}
+
+/* acc[panel][row] = x[row, from:to] w[from:to, panel], each a single chain of additions in the order of k. */
+INLINE void multiply(int kind, int rows, int panels, const Product *p, const float *x, const char *w, int64_t from,
+                     int64_t to, __m256 acc[][ROWS][2]) {
+    const int steps = kind == INT4 ? 2 : 1;
+#pragma GCC unroll 6
+    for (int j = 0; j < panels; j++)
+#pragma GCC unroll 6
+        for (int i = 0; i < rows; i++) acc[j][i][0] = acc[j][i][1] = _mm256_setzero_ps();
+    for (int64_t k = from; k < to; k += steps)
+#pragma GCC unroll 6
+        for (int j = 0; j < panels; j++) {
+            __m256 values[4];
+            load(kind, w + j * p->stride, k, values);
+#pragma GCC unroll 2
+            for (int s = 0; s < steps; s++)
+#pragma GCC unroll 6
+                for (int i = 0; i < rows; i++) {
+                    __m256 one = _mm256_broadcast_ss(x + i * p->ldx + k + s);
+                    acc[j][i][0] = _mm256_fmadd_ps(one, values[2 * s], acc[j][i][0]);
+                    acc[j][i][1] = _mm256_fmadd_ps(one, values[2 * s + 1], acc[j][i][1]);
+                }
+        }
+}
+
+/* Put a tile's sums over a group where they belong: scaled, and added to those of the groups before. */
+INLINE void finish(const Product *p, int64_t row, int64_t column, int64_t group, __m256 low, __m256 high) {
+    int64_t groups = p->k / p->group, columns = (p->n + WIDTH - 1) / WIDTH * WIDTH;
+    float *y = p->y + row * p->ldy + column, edge[WIDTH];
+    int64_t valid = p->n - column < WIDTH ? p->n - column : WIDTH;
+    if (valid < WIDTH) {
+        memset(edge, 0, sizeof edge);
+        if (group) memcpy(edge, y, valid * sizeof(float));
+        y = edge;
+    }
+    if (p->scales) {
+        const float *scale = p->scales + group * columns + column;
+        low = _mm256_mul_ps(low, _mm256_loadu_ps(scale));
+        high = _mm256_mul_ps(high, _mm256_loadu_ps(scale + 8));
+    }
+    if (p->offsets) {
+        const float *offset = p->offsets + group * columns + column;
+        __m256 sum = _mm256_broadcast_ss(p->sums + row * groups + group);
+        low = _mm256_fnmadd_ps(sum, _mm256_loadu_ps(offset), low);
+        high = _mm256_fnmadd_ps(sum, _mm256_loadu_ps(offset + 8), high);
+    }
+    if (group) {
+        low = _mm256_add_ps(low, _mm256_loadu_ps(y));
+        high = _mm256_add_ps(high, _mm256_loadu_ps(y + 8));
+    }
+    if (p->bias && group + 1 == groups) {
+        low = _mm256_add_ps(low, _mm256_loadu_ps(p->bias + column));
+        high = _mm256_add_ps(high, _mm256_loadu_ps(p->bias + column + 8));
+    }
+    _mm256_storeu_ps(y, low);
+    _mm256_storeu_ps(y + 8, high);
+    if (valid < WIDTH) memcpy(p->y + row * p->ldy + column, edge, valid * sizeof(float));
+}
+
+INLINE void tile(int kind, int rows, int panels, const Product *p, int64_t row, int64_t panel) {
+    __m256 acc[4][ROWS][2];
+    for (int64_t group = 0; group * p->group < p->k; group++) {
+        multiply(kind, rows, panels, p, p->x + row * p->ldx, p->w + panel * p->stride, group * p->group,
+                 (group + 1) * p->group, acc);
+#pragma GCC unroll 4
+        for (int j = 0; j < panels; j++)
+#pragma GCC unroll 6
+            for (int i = 0; i < rows; i++)
+                finish(p, row + i, (panel + j) * WIDTH, group, acc[j][i][0], acc[j][i][1]);
+    }
+}
+
+/* Rows [row, row + rows) of some panels: as many chains of additions at once as hide the latency of one. */
+#define TILES(KIND, ROWS_, PANELS)                                                   \
+    for (; panel + PANELS <= last; panel += PANELS) tile(KIND, ROWS_, PANELS, p, row, panel); \
+    for (; panel < last; panel++) tile(KIND, ROWS_, 1, p, row, panel);               \
+    break;
+#define PRODUCT(NAME, KIND)                                                                               \
+    static void NAME(const Product *p, int64_t row, int64_t rows, int64_t panel, int64_t last) {          \
+        switch (rows) {                                                                                   \
+            case 1: TILES(KIND, 1, 4) case 2: TILES(KIND, 2, 2) case 3: TILES(KIND, 3, 2)                 \
+            case 4: TILES(KIND, 4, 1) case 5: TILES(KIND, 5, 1) default: TILES(KIND, 6, 1)                \
+        }                                                                                                 \
+    }
+PRODUCT(product_f32, F32)
+PRODUCT(product_bf16, BF16)
+PRODUCT(product_f16, F16)
+PRODUCT(product_int8, INT8)
+PRODUCT(product_int4, INT4)
+
+/* The sums of the groups of a row of x. */
+static void sum_groups(const Product *p, const float *x, float *sums) {
+    for (int64_t group = 0; group * p->group < p->k; group++) {
+        int64_t k = group * p->group, end = k + p->group;
+        __m256 lanes = _mm256_setzero_ps();
+        float rest = 0;
+        for (; k + 8 <= end; k += 8) lanes = _mm256_add_ps(lanes, _mm256_loadu_ps(x + k));
+        for (; k < end; k++) rest += x[k];
+        sums[group] = sum_of(lanes) + rest;
+    }
+}
+
+/* A panel's codes as float32, for many rows to share. */
+static void decode(const Product *p, int64_t panel, float *to) {
+    const char *w = p->w + panel * p->stride;
+    __m256 values[4];
+    for (int64_t k = 0; k < p->k; k += p->kind == INT4 ? 2 : 1, to += p->kind == INT4 ? 2 * WIDTH : WIDTH) {
+        if (p->kind == INT4) {
+            load(INT4, w, k, values);
+            _mm256_storeu_ps(to + 16, values[2]);
+            _mm256_storeu_ps(to + 24, values[3]);
+        } else
+            load(INT8, w, k, values);
+        _mm256_storeu_ps(to, values[0]);
+        _mm256_storeu_ps(to + 8, values[1]);
+    }
+}
+
+/* sums: room for the sums of x's groups, where there are offsets. */
+static void product(const Product *p, float *sums) {
+    static void (*const by_kind[])(const Product *, int64_t, int64_t, int64_t, int64_t) = {
+        product_f32, product_bf16, product_f16, product_int8, product_int4};
+    int64_t panels = (p->n + WIDTH - 1) / WIDTH, groups = p->k / p->group;
+#pragma omp parallel
+    {
+        int64_t first = 0, last = panels;
+#ifdef _OPENMP
+        first = panels * omp_get_thread_num() / omp_get_num_threads();
+        last = panels * (omp_get_thread_num() + 1) / omp_get_num_threads();
+#endif
+        if (sums) {
+#pragma omp for
+            for (int64_t row = 0; row < p->m; row++) sum_groups(p, p->x + row * p->ldx, sums + row * groups);
+        }
+        float *wide = p->kind >= INT8 && p->m > ROWS ? malloc(p->k * WIDTH * sizeof(float)) : NULL;
+        Product decoded = *p;
+        decoded.w = (const char *)wide, decoded.stride = 0;
+        if (p->m <= 3)
+            by_kind[p->kind](p, 0, p->m, first, last);
+        else
+            for (int64_t block = 0; block < p->m; block += BLOCK)
+                for (int64_t panel = first; panel < last; panel++) {
+                    int64_t end = block + BLOCK < p->m ? block + BLOCK : p->m;
+                    if (wide) decode(p, panel, wide);
+                    for (int64_t row = block; row < end; row += ROWS)
+                        (wide ? product_f32 : by_kind[p->kind])(wide ? &decoded : p, row,
+                                                                end - row < ROWS ? end - row : ROWS, panel, panel + 1);
+                }
+        free(wide);
+    }
+}
+
+/* ---- attention ---- */
+
+typedef struct {
+    const float *q; /* [T, heads, dim], a token every ldq */
+    float *out;     /* [T, heads, dim] */
+    int64_t ldq;
+    int coded; /* the cache holds int8 codes */
+    const char *kv; /* [2 kv_heads, blocks, size, dim], the keys' heads first; a head every `head` elements */
+    const float *scales; /* of codes: [2 kv_heads, blocks, size], or [2 kv_heads] where `stored` */
+    int stored;
+    int64_t head, size, dim, heads, kv_heads, sequences;
+    const int64_t *queries, *contexts, *tables, *starts; /* [sequences]: lengths, and where their blocks are */
+    int64_t window;                                      /* 0: none */
+    float scale, softcap;                                /* 0: none */
+} Attention;
+
+typedef struct {
+    float q[TILE * MOST_DIM], sums[TILE * MOST_DIM], scores[TILE * CHUNK];
+    float k[CHUNK * MOST_DIM], v[CHUNK * MOST_DIM]; /* decoded codes */
+    float most[TILE], total[TILE];
+} Scratch;
+
+/* e^x of what is not above 0, to 2 units in the last place; 0 below -87. Degree 6 after Cody and Waite. */
+INLINE __m256 exponential(__m256 x) {
+    __m256 small = _mm256_cmp_ps(x, _mm256_set1_ps(-87.0f), _CMP_LT_OQ);
+    x = _mm256_max_ps(x, _mm256_set1_ps(-87.0f));
+    __m256 n = _mm256_round_ps(_mm256_mul_ps(x, _mm256_set1_ps(1.44269504088896341f)), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    __m256 r = _mm256_fnmadd_ps(n, _mm256_set1_ps(0.693359375f), x);
+    r = _mm256_fnmadd_ps(n, _mm256_set1_ps(-2.12194440e-4f), r);
+    __m256 y = _mm256_set1_ps(1.0f / 5040);
+    y = _mm256_fmadd_ps(y, r, _mm256_set1_ps(1.0f / 720));
+    y = _mm256_fmadd_ps(y, r, _mm256_set1_ps(1.0f / 120));
+    y = _mm256_fmadd_ps(y, r, _mm256_set1_ps(1.0f / 24));
+    y = _mm256_fmadd_ps(y, r, _mm256_set1_ps(1.0f / 6));
+    y = _mm256_fmadd_ps(y, r, _mm256_set1_ps(0.5f));
+    y = _mm256_fmadd_ps(y, r, _mm256_set1_ps(1.0f));
+    y = _mm256_fmadd_ps(y, r, _mm256_set1_ps(1.0f));
+    __m256i power = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23);
+    return _mm256_andnot_ps(small, _mm256_mul_ps(y, _mm256_castsi256_ps(power)));
+}
+
+/* tanh of x, by e^(-2 |x|). */
+INLINE __m256 hyperbolic(__m256 x) {
+    __m256 sign = _mm256_and_ps(x, _mm256_set1_ps(-0.0f)), one = _mm256_set1_ps(1.0f);
+    __m256 e = exponential(_mm256_mul_ps(_mm256_andnot_ps(_mm256_set1_ps(-0.0f), x), _mm256_set1_ps(-2.0f)));
+    return _mm256_or_ps(_mm256_div_ps(_mm256_sub_ps(one, e), _mm256_add_ps(one, e)), sign);
+}
+
+/* 1 / (1 + e^-x). */
+INLINE __m256 logistic(__m256 x) {
+    __m256 one = _mm256_set1_ps(1.0f), e = exponential(_mm256_or_ps(x, _mm256_set1_ps(-0.0f)));
+    __m256 right = _mm256_div_ps(one, _mm256_add_ps(one, e)); /* of |x| */
+    return _mm256_blendv_ps(right, _mm256_div_ps(e, _mm256_add_ps(one, e)), x);
+}
+
+INLINE float most_of(__m256 x) {
+    __m128 four = _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+    four = _mm_max_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_max_ss(four, _mm_movehdup_ps(four)));
+}
+
+/* The sums of four vectors, side by side. */
+INLINE __m128 sums_of(__m256 a, __m256 b, __m256 c, __m256 d) {
+    __m256 all = _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d));
+    return _mm_add_ps(_mm256_castps256_ps128(all), _mm256_extractf128_ps(all, 1));
+}
+
+/* scores[row, 0:4] = q[row] k[0:4]' for up to three rows. */
+INLINE void dots(int rows, const float *q, const float *k, int64_t dim, float *scores) {
+    __m256 acc[3][4];
+#pragma GCC unroll 3
+    for (int i = 0; i < rows; i++)
+#pragma GCC unroll 4
+        for (int t = 0; t < 4; t++) acc[i][t] = _mm256_setzero_ps();
+    for (int64_t d = 0; d < dim; d += 8) {
+        __m256 keys[4];
+#pragma GCC unroll 4
+        for (int t = 0; t < 4; t++) keys[t] = _mm256_loadu_ps(k + t * dim + d);
+#pragma GCC unroll 3
+        for (int i = 0; i < rows; i++) {
+            __m256 one = _mm256_loadu_ps(q + i * dim + d);
+#pragma GCC unroll 4
+            for (int t = 0; t < 4; t++) acc[i][t] = _mm256_fmadd_ps(one, keys[t], acc[i][t]);
+        }
+    }
+#pragma GCC unroll 3
+    for (int i = 0; i < rows; i++)
+        _mm_storeu_ps(scores + i * CHUNK, sums_of(acc[i][0], acc[i][1], acc[i][2], acc[i][3]));
+}
+
+/* sums[row, 0:8 wide] += p[row, from:to] v[from:to] for up to three rows; values of a chunk are in pages. */
+INLINE void weigh(int rows, int wide, const float *p, const float *const *pages, int64_t size, int64_t from,
+                  int64_t to, int64_t dim, int64_t d, float *sums) {
+    __m256 acc[3][4];
+#pragma GCC unroll 3
+    for (int i = 0; i < rows; i++)
+#pragma GCC unroll 4
+        for (int j = 0; j < wide; j++) acc[i][j] = _mm256_loadu_ps(sums + i * dim + d + 8 * j);
+    for (int64_t t = from; t < to;) {
+        const float *v = pages[t / size] + (t % size) * dim + d;
+        for (int64_t end = (t / size + 1) * size < to ? (t / size + 1) * size : to; t < end; t++, v += dim)
+#pragma GCC unroll 3
+            for (int i = 0; i < rows; i++) {
+                __m256 one = _mm256_broadcast_ss(p + i * CHUNK + t);
+#pragma GCC unroll 4
+                for (int j = 0; j < wide; j++) acc[i][j] = _mm256_fmadd_ps(one, _mm256_loadu_ps(v + 8 * j), acc[i][j]);
+            }
+    }
+#pragma GCC unroll 3
+    for (int i = 0; i < rows; i++)
+#pragma GCC unroll 4
+        for (int j = 0; j < wide; j++) _mm256_storeu_ps(sums + i * dim + d + 8 * j, acc[i][j]);
+}
+
+INLINE void weigh_row(int rows, const float *p, const float *const *pages, int64_t size, int64_t from, int64_t to,
+                      int64_t dim, float *sums) {
+    int64_t d = 0;
+    for (; d + 32 <= dim; d += 32) weigh(rows, 4, p, pages, size, from, to, dim, d, sums);
+    for (; d < dim; d += 8) weigh(rows, 1, p, pages, size, from, to, dim, d, sums);
+}
+
+/* One page of keys or values in float32, decoded into `to` where it is coded. */
+static const float *page(const Attention *a, int64_t head, int64_t block, int64_t valid, float *to) {
+    int64_t at = head * a->head + block * a->size * a->dim;
+    if (!a->coded) return (const float *)a->kv + at;
+    const float *scales = a->stored ? a->scales + head : a->scales + at / a->dim;
+    for (int64_t t = 0; t < valid; t++) {
+        __m256 scale = _mm256_set1_ps(scales[a->stored ? 0 : t]);
+        for (int64_t d = 0; d < a->dim; d += 8) {
+            __m128i codes = _mm_loadl_epi64((const __m128i *)(a->kv + at + t * a->dim + d));
+            __m256 values = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(codes));
+            _mm256_storeu_ps(to + t * a->dim + d, _mm256_mul_ps(values, scale));
+        }
+    }
+    return to;
+}
+
+/* Turn scores into weights, and what was summed up to now to the new largest score. */
+static void soften(const Attention *a, Scratch *s, int64_t rows, int64_t group, int64_t first, int64_t chunk) {
+    const __m256 lanes = _mm256_setr_ps(0, 1, 2, 3, 4, 5, 6, 7);
+    for (int64_t row = 0; row < rows; row++) {
+        float *scores = s->scores + row * CHUNK;
+        int64_t at = first + row / group; /* the query's position: it sees (at - window, at] */
+        float last = (float)(at - chunk), before = a->window ? (float)(at - a->window - chunk) : -1e30f;
+        __m256 most = _mm256_set1_ps(-INFINITY);
+        for (int64_t t = 0; t < CHUNK; t += 8) {
+            __m256 x = _mm256_loadu_ps(scores + t), token = _mm256_add_ps(lanes, _mm256_set1_ps((float)t));
+            if (a->softcap != 0) {
+                __m256 cap = _mm256_set1_ps(a->softcap);
+                x = _mm256_mul_ps(hyperbolic(_mm256_div_ps(x, cap)), cap);
+            }
+            __m256 seen = _mm256_and_ps(_mm256_cmp_ps(token, _mm256_set1_ps(last), _CMP_LE_OQ),
+                                        _mm256_cmp_ps(token, _mm256_set1_ps(before), _CMP_GT_OQ));
+            x = _mm256_blendv_ps(_mm256_set1_ps(-INFINITY), x, seen);
+            _mm256_storeu_ps(scores + t, x);
+            most = _mm256_max_ps(most, x);
+        }
+        float largest = most_of(most);
+        if (!(largest > s->most[row])) largest = s->most[row];
+        float shrunk = s->most[row] == largest ? 1.0f : expf(s->most[row] - largest);
+        __m256 total = _mm256_setzero_ps(), offset = _mm256_set1_ps(largest);
+        for (int64_t t = 0; t < CHUNK; t += 8) {
+            __m256 p = exponential(_mm256_sub_ps(_mm256_loadu_ps(scores + t), offset));
+            _mm256_storeu_ps(scores + t, p);
+            total = _mm256_add_ps(total, p);
+        }
+        s->total[row] = s->total[row] * shrunk + sum_of(total);
+        s->most[row] = largest;
+        if (shrunk != 1.0f)
+            for (int64_t d = 0; d < a->dim; d += 8) {
+                float *sums = s->sums + row * a->dim + d;
+                _mm256_storeu_ps(sums, _mm256_mul_ps(_mm256_loadu_ps(sums), _mm256_set1_ps(shrunk)));
+            }
+    }
+}
+
+/* The queries [from, to) of a sequence, for the heads that share one key-value head. */
+static void attend(const Attention *a, Scratch *s, int64_t sequence, int64_t token, int64_t head, int64_t from,
+                   int64_t to) {
+    int64_t group = a->heads / a->kv_heads, rows = (to - from) * group, dim = a->dim, size = a->size;
+    const int64_t *blocks = a->tables + a->starts[sequence];
+    int64_t first = a->contexts[sequence] - a->queries[sequence] + from, last = first + to - from - 1;
+    for (int64_t row = 0; row < rows; row++) {
+        const float *q = a->q + (token + from + row / group) * a->ldq + (head * group + row % group) * dim;
+        for (int64_t d = 0; d < dim; d++) s->q[row * dim + d] = q[d] * a->scale;
+        s->most[row] = -1e30f; /* not -inf, whose difference with itself is no number */
+        s->total[row] = 0;
+    }
+    memset(s->sums, 0, rows * dim * sizeof(float));
+    int64_t oldest = a->window && first - a->window + 1 > 0 ? first - a->window + 1 : 0;
+    for (int64_t chunk = oldest / CHUNK * CHUNK; chunk <= last; chunk += CHUNK) {
+        int64_t begin = oldest > chunk ? oldest - chunk : 0, end = last - chunk + 1 < CHUNK ? last - chunk + 1 : CHUNK;
+        const float *keys[CHUNK], *values[CHUNK];
+        for (int64_t t = begin / size * size; t < end; t += size) {
+            int64_t block = blocks[(chunk + t) / size], valid = end - t < size ? end - t : size;
+            keys[t / size] = page(a, head, block, valid, s->k + t * dim);
+            values[t / size] = page(a, a->kv_heads + head, block, valid, s->v + t * dim);
+        }
+        for (int64_t t = begin / 4 * 4; t < end; t += 4) {
+            const float *k = keys[t / size] + (t % size) * dim;
+            int64_t row = 0;
+            for (; row + 3 <= rows; row += 3) dots(3, s->q + row * dim, k, dim, s->scores + row * CHUNK + t);
+            if (rows - row == 2) dots(2, s->q + row * dim, k, dim, s->scores + row * CHUNK + t);
+            if (rows - row == 1) dots(1, s->q + row * dim, k, dim, s->scores + row * CHUNK + t);
+        }
+        soften(a, s, rows, group, first, chunk);
+        int64_t row = 0;
+        for (; row + 3 <= rows; row += 3)
+            weigh_row(3, s->scores + row * CHUNK, values, size, begin, end, dim, s->sums + row * dim);
+        if (rows - row == 2) weigh_row(2, s->scores + row * CHUNK, values, size, begin, end, dim, s->sums + row * dim);
+        if (rows - row == 1) weigh_row(1, s->scores + row * CHUNK, values, size, begin, end, dim, s->sums + row * dim);
+    }
+    for (int64_t row = 0; row < rows; row++) {
+        float *out = a->out + ((token + from + row / group) * a->heads + head * group + row % group) * dim;
+        for (int64_t d = 0; d < dim; d++) out[d] = s->sums[row * dim + d] / s->total[row];
+    }
+}
+
+/* Returns 0 when there is no memory. */
+static int attention(const Attention *a) {
+    static _Thread_local Scratch scratch;
+    int64_t group = a->heads / a->kv_heads, tokens = TILE / group, items = 0, at = 0, token = 0;
+    for (int64_t s = 0; s < a->sequences; s++) items += (a->queries[s] + tokens - 1) / tokens;
+    int64_t(*item)[3] = malloc((items + 1) * sizeof *item); /* sequence, its first token, where the tile begins */
+    if (item == NULL) return 0;
+    for (int64_t s = 0; s < a->sequences; token += a->queries[s++])
+        for (int64_t from = 0; from < a->queries[s]; from += tokens, at++)
+            item[at][0] = s, item[at][1] = token, item[at][2] = from;
+#pragma omp parallel for schedule(dynamic, 1)
+    for (int64_t i = 0; i < items * a->kv_heads; i++) { /* the last tiles of a prompt, which see most, come first */
+        const int64_t *it = item[items - 1 - i / a->kv_heads];
+        int64_t to = it[2] + tokens < a->queries[it[0]] ? it[2] + tokens : a->queries[it[0]];
+        attend(a, &scratch, it[0], it[1], i % a->kv_heads, it[2], to);
+    }
+    free(item);
+    return 1;
+}
+
+/* ---- between the products ---- */
+
+/* Worth more than one thread: that many elements. */
+enum { SHARED = 1 << 14 };
+
+static void rms_norm(const float *x, const float *weight, float *y, int64_t rows, int64_t size, float eps) {
+#pragma omp parallel for if (rows * size > SHARED)
+    for (int64_t row = 0; row < rows; row++) {
+        const float *from = x + row * size;
+        float *to = y + row * size, rest = 0;
+        __m256 squares = _mm256_setzero_ps();
+        int64_t d = 0;
+        for (; d + 8 <= size; d += 8) {
+            __m256 v = _mm256_loadu_ps(from + d);
+            squares = _mm256_fmadd_ps(v, v, squares);
+        }
+        for (; d < size; d++) rest += from[d] * from[d];
+        float factor = 1.0f / sqrtf((sum_of(squares) + rest) / (float)size + eps);
+        for (d = 0; d < size; d++) to[d] = from[d] * factor * weight[d];
+    }
+}
+
+/* Rotates, in place, the first 2 `half` dimensions of the first heads of each token; and writes keys and values. */
+static void rotate(float *x, int64_t ldx, int64_t tokens, int64_t heads, int64_t dim, const float *cosines,
+                   const float *sines, int64_t half) {
+#pragma omp parallel for if (tokens * heads * dim > SHARED)
+    for (int64_t token = 0; token < tokens; token++) {
+        const float *c = cosines + token * 2 * half, *s = sines + token * 2 * half;
+        for (int64_t head = 0; head < heads; head++) {
+            float *a = x + token * ldx + head * dim, *b = a + half;
+            for (int64_t d = 0; d < half; d++) {
+                float left = a[d], right = b[d];
+                a[d] = left * c[d] + right * s[d];
+                b[d] = right * c[half + d] + left * s[half + d];
+            }
+        }
+    }
+}
+
+static void store(const float *kv, int64_t ldkv, int64_t tokens, int64_t heads, int64_t dim, const int64_t *slots,
+                  float *to, int64_t head) {
+#pragma omp parallel for if (tokens * heads * dim > SHARED)
+    for (int64_t token = 0; token < tokens; token++)
+        for (int64_t h = 0; h < heads; h++)
+            memcpy(to + h * head + slots[token] * dim, kv + token * ldkv + h * dim, dim * sizeof(float));
+}
+
+/* y = act(gate) up, for x = gate, up side by side; size is a multiple of 8. */
+static void gate(const float *x, float *y, int64_t rows, int64_t size, int gelu) {
+    const __m256 root = _mm256_set1_ps(0.7978845608028654f), cubic = _mm256_set1_ps(0.044715f);
+    int64_t pieces = rows * size / 8;
+#pragma omp parallel for if (rows * size > SHARED / 4)
+    for (int64_t i = 0; i < pieces; i++) {
+        int64_t row = i * 8 / size, d = i * 8 % size;
+        __m256 g = _mm256_loadu_ps(x + row * 2 * size + d), up = _mm256_loadu_ps(x + row * 2 * size + size + d);
+        __m256 inner = g;
+        if (gelu) { /* g (1 + tanh(u)) / 2 = g logistic(2 u) */
+            __m256 u = _mm256_fmadd_ps(_mm256_mul_ps(_mm256_mul_ps(g, g), g), cubic, g);
+            inner = _mm256_mul_ps(_mm256_add_ps(root, root), u);
+        }
+        _mm256_storeu_ps(y + row * size + d, _mm256_mul_ps(_mm256_mul_ps(g, logistic(inner)), up));
+    }
+}
+
+/* ---- what Python calls ---- */
+
+/* Arguments are whole numbers, addresses among them, and floats. */
+static int numbers(PyObject *const *args, Py_ssize_t given, int64_t *to, int count, double *floats, int more) {
+    if (given != count + more) {
+        PyErr_Format(PyExc_TypeError, "%d numbers were expected, %zd were given", count + more, given);
+        return 0;
+    }
+    for (int i = 0; i < count; i++) to[i] = PyLong_AsLongLong(args[i]);
+    for (int i = 0; i < more; i++) floats[i] = PyFloat_AsDouble(args[count + i]);
+    return !PyErr_Occurred();
+}
+
+#define CALLED(NAME, COUNT, MORE)                                                         \
+    static PyObject *NAME(PyObject *self, PyObject *const *args, Py_ssize_t given) {      \
+        int64_t n[COUNT];                                                                 \
+        double f[MORE + 1];                                                               \
+        (void)self;                                                                       \
+        if (!numbers(args, given, n, COUNT, f, MORE)) return NULL;
+#define ANSWERED       \
+    Py_RETURN_NONE;    \
+    }
+#define AT(TYPE, I) ((TYPE *)(intptr_t)n[I])
+
+CALLED(py_product, 13, 0)
+    int64_t m = n[9], k = n[11], group = n[12], groups = k / group, panel = (int64_t[]){64, 32, 32, 16, 8}[n[0]] * k;
+    Product p = {(int)n[0], AT(const float, 1), n[2], AT(const char, 3), AT(const float, 4), AT(const float, 5), NULL,
+                 AT(const float, 6), AT(float, 7), n[8], m, n[10], k, group, panel};
+    float *sums = p.offsets ? malloc((m * groups + 1) * sizeof *sums) : NULL;
+    if (p.offsets && sums == NULL) return PyErr_NoMemory();
+    p.sums = sums;
+    Py_BEGIN_ALLOW_THREADS
+    product(&p, sums);
+    Py_END_ALLOW_THREADS
+    free(sums);
+ANSWERED
+
+CALLED(py_attention, 18, 2)
+    Attention a = {AT(const float, 0), AT(float, 1), n[2], (int)n[3], AT(const char, 4), AT(const float, 5), (int)n[6],
+                   n[7], n[8], n[9], n[10], n[11], n[12], AT(const int64_t, 13), AT(const int64_t, 14),
+                   AT(const int64_t, 15), AT(const int64_t, 16), n[17], (float)f[0], (float)f[1]};
+    int done;
+    Py_BEGIN_ALLOW_THREADS
+    done = attention(&a);
+    Py_END_ALLOW_THREADS
+    if (!done) return PyErr_NoMemory();
+ANSWERED
+
+CALLED(py_rms_norm, 5, 1)
+    rms_norm(AT(const float, 0), AT(const float, 1), AT(float, 2), n[3], n[4], (float)f[0]);
+ANSWERED
+
+CALLED(py_rotate, 8, 0)
+    rotate(AT(float, 0), n[1], n[2], n[3], n[4], AT(const float, 5), AT(const float, 6), n[7]);
+ANSWERED
+
+CALLED(py_store, 8, 0)
+    store(AT(const float, 0), n[1], n[2], n[3], n[4], AT(const int64_t, 5), AT(float, 6), n[7]);
+ANSWERED
+
+CALLED(py_gate, 5, 0)
+    gate(AT(const float, 0), AT(float, 1), n[2], n[3], (int)n[4]);
+ANSWERED
+
+static PyObject *py_supported(PyObject *self, PyObject *none) {
+    (void)self, (void)none;
+    return PyBool_FromLong(__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"));
+}
+
+#define METHOD(NAME) {#NAME, (PyCFunction)(void (*)(void))py_##NAME, METH_FASTCALL, NULL}
+static PyMethodDef methods[] = {METHOD(product), METHOD(attention), METHOD(rms_norm), METHOD(rotate), METHOD(store),
+                                METHOD(gate), {"supported", py_supported, METH_NOARGS, NULL}, {NULL, NULL, 0, NULL}};
+static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, "_native", NULL, -1, methods, NULL, NULL, NULL, NULL};
+
+PyMODINIT_FUNC PyInit__native(void) { return PyModule_Create(&module); }
