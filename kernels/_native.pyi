@@ -5,6 +5,9 @@ def product(
     kind: int, x: int, ldx: int, w: int, scales: int, offsets: int, bias: int, y: int, ldy: int, m: int, n: int, k: int,
     group: int, /,
 ) -> None: ...  # fmt: skip
+def product_integers(
+    x: int, ldx: int, w: int, scales: int, bias: int, y: int, ldy: int, m: int, n: int, k: int, /
+) -> None: ...
 def attention(
     q: int, out: int, ldq: int, coded: int, kv: int, scales: int, stored: int, head: int, size: int, dim: int,
     heads: int, kv_heads: int, sequences: int, queries: int, contexts: int, tables: int, starts: int, window: int,

@@ -50,13 +50,12 @@ class NativeProduct:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """See `Product`."""
-        rows = x.reshape(-1, x.shape[-1]).float()
-        if rows.stride(1) != 1:
-            rows = rows.contiguous()
-        y = torch.empty(len(rows), self.rows)
+        plain = x.dtype is torch.float32 and x.dim() == 2 and x.stride(1) == 1
+        rows = x if plain else x.reshape(-1, x.shape[-1]).float().contiguous()
+        y = torch.empty(rows.shape[0], self.rows)
         for weight, bias, first in self._segments:
             native.product(rows, weight, bias, y, first)
-        return y.view(*x.shape[:-1], self.rows).to(x.dtype)
+        return y if plain else y.view(*x.shape[:-1], self.rows).to(x.dtype)
 
 
 def _panels(part: torch.Tensor | QuantizedWeight) -> Panels:

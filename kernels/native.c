@@ -20,10 +20,13 @@
 
 enum { WIDTH = 16 };                            /* columns of a panel of weights */
 enum { F32, BF16, F16, INT8, INT4 };            /* what weights and caches are kept as */
-enum { ROWS = 6, BLOCK = 96 };                  /* rows of a tile, and of x between two passes over the weights */
+enum { ROWS = 6, BLOCK = 96, PIECE = 4 };       /* rows of a tile, of x and panels of weights that a thread takes */
+enum { SHARED = 1 << 14 };                      /* elements that are worth more than one thread */
 enum { CHUNK = 64, TILE = 48, MOST_DIM = 256 }; /* tokens of a chunk of keys; queries of a tile; the largest head */
 
 /* ---- products ---- */
+
+#define BYTES(KIND) (KIND == F32 ? 4 * WIDTH : KIND <= F16 ? 2 * WIDTH : KIND == INT8 ? WIDTH : WIDTH / 2) /* a step */
 
 INLINE float sum_of(__m256 x) {
     __m128 four = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
@@ -42,6 +45,12 @@ typedef struct {
     float *y;
     int64_t ldy, m, n, k, group, stride; /* stride: bytes of a panel */
 } Product;
+
+INLINE float most_of(__m256 x) {
+    __m128 four = _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+    four = _mm_max_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_max_ss(four, _mm_movehdup_ps(four)));
+}
 
 /* WIDTH weights of step k of a panel (for INT4 of steps k and k + 1) as two or four vectors. */
 INLINE void load(int kind, const char *w, int64_t k, __m256 *to) {
@@ -81,6 +90,7 @@ INLINE void multiply(int kind, int rows, int panels, const Product *p, const flo
 #pragma GCC unroll 6
         for (int j = 0; j < panels; j++) {
             __m256 values[4];
+            if (rows <= 3) _mm_prefetch(w + j * p->stride + k * BYTES(kind) + 512, _MM_HINT_T0);
             load(kind, w + j * p->stride, k, values);
 #pragma GCC unroll 2
             for (int s = 0; s < steps; s++)
@@ -191,13 +201,9 @@ static void product(const Product *p, float *sums) {
     static void (*const by_kind[])(const Product *, int64_t, int64_t, int64_t, int64_t) = {
         product_f32, product_bf16, product_f16, product_int8, product_int4};
     int64_t panels = (p->n + WIDTH - 1) / WIDTH, groups = p->k / p->group;
+    int64_t pieces = (panels + PIECE - 1) / PIECE, blocks = (p->m + BLOCK - 1) / BLOCK;
 #pragma omp parallel
     {
-        int64_t first = 0, last = panels;
-#ifdef _OPENMP
-        first = panels * omp_get_thread_num() / omp_get_num_threads();
-        last = panels * (omp_get_thread_num() + 1) / omp_get_num_threads();
-#endif
         if (sums) {
 #pragma omp for
             for (int64_t row = 0; row < p->m; row++) sum_groups(p, p->x + row * p->ldx, sums + row * groups);
@@ -205,18 +211,138 @@ static void product(const Product *p, float *sums) {
         float *wide = p->kind >= INT8 && p->m > ROWS ? malloc(p->k * WIDTH * sizeof(float)) : NULL;
         Product decoded = *p;
         decoded.w = (const char *)wide, decoded.stride = 0;
-        if (p->m <= 3)
-            by_kind[p->kind](p, 0, p->m, first, last);
-        else
-            for (int64_t block = 0; block < p->m; block += BLOCK)
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t i = 0; i < blocks * pieces; i++) {
+            int64_t block = i / pieces * BLOCK, first = i % pieces * PIECE;
+            int64_t end = block + BLOCK < p->m ? block + BLOCK : p->m;
+            int64_t last = first + PIECE < panels ? first + PIECE : panels;
+            if (p->m <= 3)
+                by_kind[p->kind](p, 0, p->m, first, last);
+            else
                 for (int64_t panel = first; panel < last; panel++) {
-                    int64_t end = block + BLOCK < p->m ? block + BLOCK : p->m;
                     if (wide) decode(p, panel, wide);
                     for (int64_t row = block; row < end; row += ROWS)
                         (wide ? product_f32 : by_kind[p->kind])(wide ? &decoded : p, row,
                                                                 end - row < ROWS ? end - row : ROWS, panel, panel + 1);
                 }
+        }
         free(wide);
+    }
+}
+
+/* ---- products of integers ---- */
+
+enum { LINES = 4 }; /* rows of a tile: a chain of additions of integers has no latency to hide */
+
+typedef struct {
+    Product to; /* its x is not used */
+    const int16_t *x;        /* [m, k] */
+    const float *row_scales; /* [m] */
+} Integers;
+
+/* Steps k and k + 1 of a panel of int8: pairs of 16 bits, a column each. */
+INLINE void load_pairs(const char *w, int64_t k, __m256i *to) {
+    __m128i even = _mm_loadu_si128((const __m128i *)(w + k * WIDTH));
+    __m128i odd = _mm_loadu_si128((const __m128i *)(w + (k + 1) * WIDTH));
+    to[0] = _mm256_cvtepi8_epi16(_mm_unpacklo_epi8(even, odd));
+    to[1] = _mm256_cvtepi8_epi16(_mm_unpackhi_epi8(even, odd));
+}
+
+/* `wide`: the panel as pairs, where it is `paired`. The sums are exact: 2^31 is out of reach below 133,000 columns. */
+INLINE void tile_integers(int rows, int paired, const Integers *p, int64_t row, int64_t panel, const int16_t *wide) {
+    const int16_t *x = p->x + row * p->to.k;
+    const char *w = p->to.w + panel * p->to.stride;
+    __m256i acc[LINES][2];
+#pragma GCC unroll 4
+    for (int i = 0; i < rows; i++) acc[i][0] = acc[i][1] = _mm256_setzero_si256();
+#pragma GCC unroll 4
+    for (int64_t k = 0; k < p->to.k; k += 2) {
+        __m256i values[2];
+        if (paired) {
+            values[0] = _mm256_loadu_si256((const __m256i *)(wide + k * WIDTH));
+            values[1] = _mm256_loadu_si256((const __m256i *)(wide + k * WIDTH + 16));
+        } else {
+            _mm_prefetch(w + k * WIDTH + 512, _MM_HINT_T0);
+            load_pairs(w, k, values);
+        }
+#pragma GCC unroll 4
+        for (int i = 0; i < rows; i++) {
+            int32_t both;
+            memcpy(&both, x + i * p->to.k + k, sizeof both);
+            __m256i pair = _mm256_set1_epi32(both);
+            acc[i][0] = _mm256_add_epi32(acc[i][0], _mm256_madd_epi16(pair, values[0]));
+            acc[i][1] = _mm256_add_epi32(acc[i][1], _mm256_madd_epi16(pair, values[1]));
+        }
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < rows; i++) {
+        __m256 scale = _mm256_broadcast_ss(p->row_scales + row + i);
+        finish(&p->to, row + i, panel * WIDTH, 0, _mm256_mul_ps(_mm256_cvtepi32_ps(acc[i][0]), scale),
+               _mm256_mul_ps(_mm256_cvtepi32_ps(acc[i][1]), scale));
+    }
+}
+
+#define INTEGERS(NAME, PAIRED)                                                                                     \
+    static void NAME(int64_t rows, const Integers *p, int64_t row, int64_t panel, const int16_t *wide) {           \
+        switch (rows) {                                                                                            \
+            case 1: tile_integers(1, PAIRED, p, row, panel, wide); break;                                          \
+            case 2: tile_integers(2, PAIRED, p, row, panel, wide); break;                                          \
+            case 3: tile_integers(3, PAIRED, p, row, panel, wide); break;                                          \
+            default: tile_integers(4, PAIRED, p, row, panel, wide);                                                \
+        }                                                                                                          \
+    }
+INTEGERS(rows_plain, 0)
+INTEGERS(rows_paired, 1)
+
+static void product_integers(const Integers *p) {
+    int64_t panels = (p->to.n + WIDTH - 1) / WIDTH, pieces = (panels + PIECE - 1) / PIECE;
+    int64_t blocks = (p->to.m + BLOCK - 1) / BLOCK;
+#pragma omp parallel
+    {
+        int16_t *wide = p->to.m > LINES ? malloc(p->to.k * WIDTH * sizeof *wide) : NULL;
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t i = 0; i < blocks * pieces; i++) {
+            int64_t block = i / pieces * BLOCK, end = block + BLOCK < p->to.m ? block + BLOCK : p->to.m;
+            int64_t first = i % pieces * PIECE, last = first + PIECE < panels ? first + PIECE : panels;
+            for (int64_t panel = first; panel < last; panel++) {
+                for (int64_t k = 0; wide && k < p->to.k; k += 2) {
+                    __m256i values[2];
+                    load_pairs(p->to.w + panel * p->to.stride, k, values);
+                    _mm256_storeu_si256((__m256i *)(wide + k * WIDTH), values[0]);
+                    _mm256_storeu_si256((__m256i *)(wide + k * WIDTH + 16), values[1]);
+                }
+                for (int64_t row = block; row < end; row += LINES)
+                    (wide ? rows_paired : rows_plain)(end - row, p, row, panel, wide);
+            }
+        }
+        free(wide);
+    }
+}
+
+/* The codes of rows of x and their scales: the largest magnitude is 127. What is not a number makes the scale none. */
+static void quantize(const float *x, int64_t ldx, int64_t rows, int64_t size, int16_t *codes, float *scales) {
+    const __m256 magnitude = _mm256_castsi256_ps(_mm256_set1_epi32(0x7fffffff));
+#pragma omp parallel for if (rows * size > SHARED)
+    for (int64_t row = 0; row < rows; row++) {
+        const float *from = x + row * ldx;
+        float most = 0, bad = 0;
+        int64_t d = 0;
+        __m256 mosts = _mm256_setzero_ps(), bads = _mm256_setzero_ps();
+        for (; d + 8 <= size; d += 8) {
+            __m256 v = _mm256_loadu_ps(from + d);
+            mosts = _mm256_max_ps(mosts, _mm256_and_ps(v, magnitude));
+            bads = _mm256_fmadd_ps(v, _mm256_setzero_ps(), bads);
+        }
+        for (; d < size; d++) most = fmaxf(most, fabsf(from[d])), bad += 0 * from[d];
+        most = fmaxf(most, most_of(mosts)) / 127.0f;
+        float scale = (most > 1e-12f ? most : 1e-12f) + bad + sum_of(bads);
+        for (d = 0; d + 8 <= size; d += 8) {
+            __m256i steps = _mm256_cvtps_epi32(_mm256_div_ps(_mm256_loadu_ps(from + d), _mm256_set1_ps(scale)));
+            __m128i low = _mm256_castsi256_si128(steps), high = _mm256_extracti128_si256(steps, 1);
+            _mm_storeu_si128((__m128i *)(codes + row * size + d), _mm_packs_epi32(low, high));
+        }
+        for (; d < size; d++) codes[row * size + d] = (int16_t)_mm_cvtss_si32(_mm_set_ss(from[d] / scale));
+        scales[row] = scale;
     }
 }
 
@@ -273,12 +399,6 @@ INLINE __m256 logistic(__m256 x) {
     __m256 one = _mm256_set1_ps(1.0f), e = exponential(_mm256_or_ps(x, _mm256_set1_ps(-0.0f)));
     __m256 right = _mm256_div_ps(one, _mm256_add_ps(one, e)); /* of |x| */
     return _mm256_blendv_ps(right, _mm256_div_ps(e, _mm256_add_ps(one, e)), x);
-}
-
-INLINE float most_of(__m256 x) {
-    __m128 four = _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
-    four = _mm_max_ps(four, _mm_movehl_ps(four, four));
-    return _mm_cvtss_f32(_mm_max_ss(four, _mm_movehdup_ps(four)));
 }
 
 /* The sums of four vectors, side by side. */
@@ -357,6 +477,15 @@ static const float *page(const Attention *a, int64_t head, int64_t block, int64_
     return to;
 }
 
+/* Begin to read four tokens of a block that comes next: blocks lie anywhere. */
+INLINE void fetch(const Attention *a, int64_t head, int64_t block, int64_t token) {
+    int64_t width = a->coded ? 1 : sizeof(float), at = (head * a->head + (block * a->size + token) * a->dim) * width;
+    for (int64_t i = 0; i < 4 * a->dim * width; i += 64) {
+        _mm_prefetch(a->kv + at + i, _MM_HINT_T1);
+        _mm_prefetch(a->kv + at + i + a->kv_heads * a->head * width, _MM_HINT_T1);
+    }
+}
+
 /* Turn scores into weights, and what was summed up to now to the new largest score. */
 static void soften(const Attention *a, Scratch *s, int64_t rows, int64_t group, int64_t first, int64_t chunk) {
     const __m256 lanes = _mm256_setr_ps(0, 1, 2, 3, 4, 5, 6, 7);
@@ -420,6 +549,7 @@ static void attend(const Attention *a, Scratch *s, int64_t sequence, int64_t tok
         }
         for (int64_t t = begin / 4 * 4; t < end; t += 4) {
             const float *k = keys[t / size] + (t % size) * dim;
+            if (chunk + CHUNK + t <= last) fetch(a, head, blocks[(chunk + CHUNK + t) / size], t % size);
             int64_t row = 0;
             for (; row + 3 <= rows; row += 3) dots(3, s->q + row * dim, k, dim, s->scores + row * CHUNK + t);
             if (rows - row == 2) dots(2, s->q + row * dim, k, dim, s->scores + row * CHUNK + t);
@@ -459,9 +589,6 @@ static int attention(const Attention *a) {
 }
 
 /* ---- between the products ---- */
-
-/* Worth more than one thread: that many elements. */
-enum { SHARED = 1 << 14 };
 
 static void rms_norm(const float *x, const float *weight, float *y, int64_t rows, int64_t size, float eps) {
 #pragma omp parallel for if (rows * size > SHARED)
@@ -547,7 +674,7 @@ static int numbers(PyObject *const *args, Py_ssize_t given, int64_t *to, int cou
 #define AT(TYPE, I) ((TYPE *)(intptr_t)n[I])
 
 CALLED(py_product, 13, 0)
-    int64_t m = n[9], k = n[11], group = n[12], groups = k / group, panel = (int64_t[]){64, 32, 32, 16, 8}[n[0]] * k;
+    int64_t m = n[9], k = n[11], group = n[12], groups = k / group, panel = BYTES(n[0]) * k;
     Product p = {(int)n[0], AT(const float, 1), n[2], AT(const char, 3), AT(const float, 4), AT(const float, 5), NULL,
                  AT(const float, 6), AT(float, 7), n[8], m, n[10], k, group, panel};
     float *sums = p.offsets ? malloc((m * groups + 1) * sizeof *sums) : NULL;
@@ -557,6 +684,24 @@ CALLED(py_product, 13, 0)
     product(&p, sums);
     Py_END_ALLOW_THREADS
     free(sums);
+ANSWERED
+
+CALLED(py_product_integers, 10, 0)
+    int64_t m = n[7], k = n[9];
+    Integers p = {{INT8, NULL, 0, AT(const char, 2), AT(const float, 3), NULL, NULL, AT(const float, 4), AT(float, 5), n[6],
+                   m, n[8], k, k, BYTES(INT8) * k}, NULL, NULL};
+    int16_t *codes = malloc(m * k * sizeof *codes + 64);
+    float *scales = malloc(m * sizeof *scales + 64);
+    if (codes && scales) {
+        p.x = codes, p.row_scales = scales;
+        Py_BEGIN_ALLOW_THREADS
+        quantize(AT(const float, 0), n[1], m, k, codes, scales);
+        product_integers(&p);
+        Py_END_ALLOW_THREADS
+    }
+    free(codes);
+    free(scales);
+    if (p.x == NULL) return PyErr_NoMemory();
 ANSWERED
 
 CALLED(py_attention, 18, 2)
@@ -592,7 +737,7 @@ static PyObject *py_supported(PyObject *self, PyObject *none) {
 }
 
 #define METHOD(NAME) {#NAME, (PyCFunction)(void (*)(void))py_##NAME, METH_FASTCALL, NULL}
-static PyMethodDef methods[] = {METHOD(product), METHOD(attention), METHOD(rms_norm), METHOD(rotate), METHOD(store),
+static PyMethodDef methods[] = {METHOD(product), METHOD(product_integers), METHOD(attention), METHOD(rms_norm), METHOD(rotate), METHOD(store),
                                 METHOD(gate), {"supported", py_supported, METH_NOARGS, NULL}, {NULL, NULL, 0, NULL}};
 static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, "_native", NULL, -1, methods, NULL, NULL, NULL, NULL};
 

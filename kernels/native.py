@@ -7,6 +7,7 @@ processors, and where llmkit was installed without a C compiler. Legend: M rows,
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
@@ -43,7 +44,7 @@ def status() -> str:
 
 def runs(x: torch.Tensor) -> bool:
     """Whether the compiled kernels take this tensor. They give no gradients."""
-    return library is not None and x.dtype == torch.float32 and x.device.type == "cpu" and not torch.is_grad_enabled()
+    return x.dtype is torch.float32 and library is not None and x.is_cpu and not torch.is_grad_enabled()
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,13 @@ class Panels:
         """Bytes of all of it."""
         return sum(part.nbytes for part in (self.codes, self.scales, self.offsets) if part is not None)
 
+    @cached_property
+    def layout(self) -> tuple[int, int, int, int, int, int, int]:
+        """Kind, addresses and sizes, as `product` passes them."""
+        (n, k), groups = self.shape, 1 if self.scales is None else len(self.scales)
+        kind, codes = KINDS[self.codes.dtype], self.codes.data_ptr()
+        return kind, codes, _address(self.scales), _address(self.offsets), n, k, k // groups
+
 
 def _columns(values: torch.Tensor | None, panels: int) -> torch.Tensor | None:
     """[N, G] -> float32 [G, panels * WIDTH]"""
@@ -91,11 +99,19 @@ def _columns(values: torch.Tensor | None, panels: int) -> torch.Tensor | None:
 def product(x: torch.Tensor, weight: Panels, bias: torch.Tensor | None, y: torch.Tensor, column: int) -> None:
     """y[:, column : column + N] = x W' + bias. x: [M, K]; y: [M, any], contiguous; bias: whole panels."""
     assert library is not None
-    n, k = weight.shape
-    groups = 1 if weight.scales is None else len(weight.scales)
+    (rows, width), (kind, codes, scales, offsets, n, k, group) = y.shape, weight.layout
     library.product(
-        KINDS[weight.codes.dtype], x.data_ptr(), x.stride(0), weight.codes.data_ptr(), _address(weight.scales),
-        _address(weight.offsets), _address(bias), y.data_ptr() + 4 * column, y.stride(0), len(x), n, k, k // groups,
+        kind, x.data_ptr(), x.stride(0), codes, scales, offsets, _address(bias), y.data_ptr() + 4 * column, width, rows,
+        n, k, group,
+    )  # fmt: skip
+
+
+def integer_product(x: torch.Tensor, weight: Panels, bias: torch.Tensor | None, y: torch.Tensor, column: int) -> None:
+    """`product` with the rows of x rounded to 8 bits, for int8 codes with a scale for each column and even K."""
+    assert library is not None
+    (rows, width), (_, codes, scales, _, n, k, _) = y.shape, weight.layout
+    library.product_integers(
+        x.data_ptr(), x.stride(0), codes, scales, _address(bias), y.data_ptr() + 4 * column, width, rows, n, k
     )  # fmt: skip
 
 
@@ -117,11 +133,11 @@ def attention(q: torch.Tensor, cache: KvCache, group: Group, scale: float, softc
     heads, _, size, dim = cache.kv.shape
     stored = cache.scales is None
     scales = cache.stored if stored else cache.scales
-    queries, contexts, tables, starts = group.addresses
+    sequences, queries, contexts, tables, starts = group.addresses
     library.attention(
         q.data_ptr(), out.data_ptr(), q.stride(0), cache.coded, cache.kv.data_ptr(), _address(scales), stored,
-        cache.kv.stride(0), size, dim, q.shape[1], heads // 2, len(group.batch.query_lens), queries, contexts, tables,
-        starts, group.window or 0, scale, softcap or 0.0,
+        cache.kv.stride(0), size, dim, q.shape[1], heads // 2, sequences, queries, contexts, tables, starts,
+        group.window or 0, scale, softcap or 0.0,
     )  # fmt: skip
     return out
 

@@ -151,11 +151,11 @@ class Group:
         return self._device(slots)
 
     @cached_property
-    def addresses(self) -> tuple[int, int, int, int]:
-        """Where the query and context lengths, the blocks and their starts lie on the host, for the compiled kernel."""
+    def addresses(self) -> tuple[int, int, int, int, int]:
+        """How many sequences there are, and where the query and context lengths, the blocks and their starts lie on the host, for the compiled kernel."""
         arrays = self.batch.query_lens, self.batch.context_lens, self.table.blocks, self.table.starts
         queries, contexts, blocks, starts = (array.ctypes.data for array in arrays)
-        return queries, contexts, blocks, starts
+        return len(arrays[0]), queries, contexts, blocks, starts
 
     def plan(self, most_blocks: int, dtype: torch.dtype, *, fused: bool) -> Plan:
         """Parts of about `most_blocks` blocks, with masks of a dtype; made by the first layer, for all that follow.

@@ -53,8 +53,8 @@ class PackedLinear(Linear):
         super().__init__(torch.empty(shape, device="meta"), None, rounding)
         self.product = product
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x: [..., in]. Returns [..., out]."""
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """x: [..., in]. Returns [..., out]. There are no hooks."""
         return self.product(x if self.rounding is None else self.rounding(x))
 
 
