@@ -34,10 +34,19 @@ class NativeProduct:
     """Weights as they are stored, inputs and sums in float32.
 
     parts: float tensors [rows, in] and quantized weights, one below the other; bias: [out]. What a part's numbers are
-    is exact, whatever its dtype; a quantized weight's scales are applied to the sums of its groups.
+    is exact, whatever its dtype; a quantized weight's scales are applied to the sums of its groups. integers: inputs
+    are rounded to 8 bits, with a scale for each token, and multiplied with the codes of parts for which
+    `suits_integers` holds.
     """
 
-    def __init__(self, parts: Sequence[torch.Tensor | QuantizedWeight], bias: torch.Tensor | None = None) -> None:
+    def __init__(
+        self,
+        parts: Sequence[torch.Tensor | QuantizedWeight],
+        bias: torch.Tensor | None = None,
+        *,
+        integers: bool = False,
+    ) -> None:
+        self._product = native.integer_product if integers else native.product
         self._segments: list[tuple[Panels, torch.Tensor | None, int]] = []  # weight, bias, first row
         self.rows = 0
         for part in parts:
@@ -54,8 +63,17 @@ class NativeProduct:
         rows = x if plain else x.reshape(-1, x.shape[-1]).float().contiguous()
         y = torch.empty(rows.shape[0], self.rows)
         for weight, bias, first in self._segments:
-            native.product(rows, weight, bias, y, first)
+            self._product(rows, weight, bias, y, first)
         return y if plain else y.view(*x.shape[:-1], self.rows).to(x.dtype)
+
+
+def suits_integers(weight: QuantizedWeight) -> bool:
+    """Whether its codes can be multiplied with codes of 8 bits."""
+    scheme, (rows, columns) = weight.scheme, weight.shape
+    return (
+        (scheme.kind, scheme.bits, scheme.symmetric, columns % 2) == ("int", 8, True, 0)
+        and weight.scales.shape == (rows, 1)
+    )  # fmt: skip
 
 
 def _panels(part: torch.Tensor | QuantizedWeight) -> Panels:

@@ -90,7 +90,10 @@ INLINE void multiply(int kind, int rows, int panels, const Product *p, const flo
 #pragma GCC unroll 6
         for (int j = 0; j < panels; j++) {
             __m256 values[4];
-            if (rows <= 3) _mm_prefetch(w + j * p->stride + k * BYTES(kind) + 512, _MM_HINT_T0);
+            if (rows <= 3) /* a stream of weights; more rows come back to this panel, and then want the next */
+                _mm_prefetch(w + j * p->stride + k * BYTES(kind) + 512, _MM_HINT_T0);
+            else
+                _mm_prefetch(w + (j + 1) * p->stride + k * BYTES(kind), _MM_HINT_T1);
             load(kind, w + j * p->stride, k, values);
 #pragma GCC unroll 2
             for (int s = 0; s < steps; s++)
@@ -259,6 +262,7 @@ INLINE void tile_integers(int rows, int paired, const Integers *p, int64_t row, 
     for (int64_t k = 0; k < p->to.k; k += 2) {
         __m256i values[2];
         if (paired) {
+            _mm_prefetch(w + p->to.stride + k * WIDTH, _MM_HINT_T1);
             values[0] = _mm256_loadu_si256((const __m256i *)(wide + k * WIDTH));
             values[1] = _mm256_loadu_si256((const __m256i *)(wide + k * WIDTH + 16));
         } else {

@@ -1,7 +1,7 @@
 """The compiled CPU kernels (native.c), for float32 on x86 processors with AVX2.
 
 Each kernel has a form in torch as its reference, which runs where these do not: on GPUs, in 16 bits, on other
-processors, and where llmkit was installed without a C compiler. Legend: M rows, N columns, K summed over, G groups of K.
+processors, and where llmkit was installed without a C compiler. Legend: M rows, N columns, K summed over, G groups.
 """
 
 from __future__ import annotations

@@ -152,7 +152,7 @@ class Group:
 
     @cached_property
     def addresses(self) -> tuple[int, int, int, int, int]:
-        """How many sequences there are, and where the query and context lengths, the blocks and their starts lie on the host, for the compiled kernel."""
+        """How many sequences there are, and where their lengths, blocks and starts lie, for the compiled kernel."""
         arrays = self.batch.query_lens, self.batch.context_lens, self.table.blocks, self.table.starts
         queries, contexts, blocks, starts = (array.ctypes.data for array in arrays)
         return len(arrays[0]), queries, contexts, blocks, starts

@@ -12,7 +12,14 @@ from torch.nn.functional import linear
 
 from llmkit.checkpoint.quantized import QuantizedWeight, Scheme
 from llmkit.kernels import native
-from llmkit.kernels.linear import Int8Product, NativeProduct, Product, has_bfloat16_products, has_int8_products
+from llmkit.kernels.linear import (
+    Int8Product,
+    NativeProduct,
+    Product,
+    has_bfloat16_products,
+    has_int8_products,
+    suits_integers,
+)
 from llmkit.kernels.rounding import round_tensor, round_tokens
 
 
@@ -71,8 +78,11 @@ def serving_linear(
     """
     shape, parts = (sum(part.shape[0] for part in parts), parts[0].shape[1]), _joined(parts)
     one = parts[0]
-    if len(parts) == 1 and isinstance(one, QuantizedWeight) and packs_integers(one.scheme):
-        return PackedLinear(Int8Product(one.codes, one.scales, bias), shape)
+    if len(parts) == 1 and isinstance(one, QuantizedWeight) and one.scheme.inputs == "token" and suits_integers(one):
+        if has_int8_products():
+            return PackedLinear(Int8Product(one.codes, one.scales, bias), shape)
+        if packs_weights(dtype):
+            return PackedLinear(NativeProduct(parts, bias, integers=True), shape)
     if packs_weights(dtype):
         return PackedLinear(NativeProduct(parts, bias), shape, rounding)
     dense = [part.dequantize() if isinstance(part, QuantizedWeight) else part for part in parts]
@@ -85,7 +95,7 @@ def packs_weights(dtype: torch.dtype) -> bool:
 
 
 def packs_integers(scheme: Scheme) -> bool:
-    """Whether a scheme's inputs and weights are multiplied as integers on a CPU."""
+    """Whether a scheme's weights stay 8-bit integers on a CPU even without `packs_weights`."""
     return scheme.kind == "int" and scheme.inputs == "token" and has_int8_products()
 
 

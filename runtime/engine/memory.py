@@ -135,7 +135,7 @@ def plan_memory(
 
 
 def weight_bytes(checkpoint: Checkpoint, spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> int:
-    """Bytes of the weights in memory: dense in `dtype`, but on a CPU, where it can multiply them, as they are stored."""
+    """Bytes of the weights in memory: dense in `dtype`, but as they are stored on a CPU that multiplies them so."""
     cpu, total = device.type == "cpu", 0
     packs = cpu and packs_weights(dtype)
     for row in parameters(spec):
