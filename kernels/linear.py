@@ -13,7 +13,6 @@ from typing import Protocol
 import torch
 from torch.nn.functional import pad
 
-from llmkit.checkpoint.quantized import QuantizedWeight
 from llmkit.kernels import native
 from llmkit.kernels.native import WIDTH, Panels
 from llmkit.kernels.rounding import token_codes
@@ -33,29 +32,21 @@ class Product(Protocol):
 class NativeProduct:
     """Weights as they are stored, inputs and sums in float32.
 
-    parts: float tensors [rows, in] and quantized weights, one below the other; bias: [out]. What a part's numbers are
-    is exact, whatever its dtype; a quantized weight's scales are applied to the sums of its groups. integers: inputs
-    are rounded to 8 bits, with a scale for each token, and multiplied with the codes of parts for which
-    `suits_integers` holds.
+    parts: weights [rows, in], one below the other; bias: [out]. integers: inputs are rounded to 8 bits, with a scale
+    for each token, and multiplied with codes of parts that are int8, with a scale for each row and no offsets.
     """
 
-    def __init__(
-        self,
-        parts: Sequence[torch.Tensor | QuantizedWeight],
-        bias: torch.Tensor | None = None,
-        *,
-        integers: bool = False,
-    ) -> None:
+    def __init__(self, parts: Sequence[Panels], bias: torch.Tensor | None = None, *, integers: bool = False) -> None:
         self._product = native.integer_product if integers else native.product
         self._segments: list[tuple[Panels, torch.Tensor | None, int]] = []  # weight, bias, first row
         self.rows = 0
         for part in parts:
-            own = None
+            own, rows = None, part.shape[0]
             if bias is not None:
-                own = pad(bias[self.rows : self.rows + part.shape[0]].float(), (0, -part.shape[0] % WIDTH))
-            self._segments.append((_panels(part), own, self.rows))
-            self.rows += part.shape[0]
-        self.nbytes = sum(weight.nbytes for weight, _, _ in self._segments)
+                own = pad(bias[self.rows : self.rows + rows].float(), (0, -rows % WIDTH))
+            self._segments.append((part, own, self.rows))
+            self.rows += rows
+        self.nbytes = sum(part.nbytes for part in parts)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """See `Product`."""
@@ -65,32 +56,6 @@ class NativeProduct:
         for weight, bias, first in self._segments:
             self._product(rows, weight, bias, y, first)
         return y if plain else y.view(*x.shape[:-1], self.rows).to(x.dtype)
-
-
-def suits_integers(weight: QuantizedWeight) -> bool:
-    """Whether its codes can be multiplied with codes of 8 bits."""
-    scheme, (rows, columns) = weight.scheme, weight.shape
-    return (
-        (scheme.kind, scheme.bits, scheme.symmetric, columns % 2) == ("int", 8, True, 0)
-        and weight.scales.shape == (rows, 1)
-    )  # fmt: skip
-
-
-def _panels(part: torch.Tensor | QuantizedWeight) -> Panels:
-    if isinstance(part, torch.Tensor):
-        return Panels.pack(part if part.dtype in native.KINDS else part.float())
-    scheme, scales, (columns, groups) = part.scheme, part.scales.float(), (part.shape[1], part.scales.shape[1])
-    size = columns // groups
-    if size * groups != columns or (scheme.bits == 4 and size % 2):
-        return Panels.pack(part.dequantize().float())
-    if scheme.kind == "float":  # 8-bit floats are numbers of bfloat16
-        return Panels.pack(part.codes.to(torch.bfloat16), scales)
-    if scheme.bits == 4:
-        return Panels.pack(part.codes, scales, scales * part.zeros.float())
-    offsets = part.zeros.float() - _OFFSET
-    return Panels.pack(
-        (part.codes ^ _OFFSET).view(torch.int8), scales, scales * offsets if bool(offsets.any()) else None
-    )
 
 
 class Int8Product:

@@ -18,8 +18,8 @@ from llmkit.kernels.linear import (
     Product,
     has_bfloat16_products,
     has_int8_products,
-    suits_integers,
 )
+from llmkit.kernels.native import Panels
 from llmkit.kernels.rounding import round_tensor, round_tokens
 
 
@@ -82,9 +82,9 @@ def serving_linear(
         if has_int8_products():
             return PackedLinear(Int8Product(one.codes, one.scales, bias), shape)
         if packs_weights(dtype):
-            return PackedLinear(NativeProduct(parts, bias, integers=True), shape)
+            return PackedLinear(NativeProduct([panels_of(one)], bias, integers=True), shape)
     if packs_weights(dtype):
-        return PackedLinear(NativeProduct(parts, bias), shape, rounding)
+        return PackedLinear(NativeProduct([panels_of(part) for part in parts], bias), shape, rounding)
     dense = [part.dequantize() if isinstance(part, QuantizedWeight) else part for part in parts]
     return Linear((dense[0] if len(dense) == 1 else torch.cat(dense)).to(dtype), bias, rounding)
 
@@ -113,3 +113,28 @@ def _joined(parts: Sequence[torch.Tensor | QuantizedWeight]) -> Sequence[torch.T
         torch.cat([getattr(part, name) for part in quantized]) for name in ("codes", "scales", "zeros")
     )
     return [QuantizedWeight(codes, scales, zeros, quantized[0].scheme)]
+
+
+def suits_integers(weight: QuantizedWeight) -> bool:
+    """Whether its codes can be multiplied with codes of 8 bits."""
+    scheme, (rows, columns) = weight.scheme, weight.shape
+    return (
+        (scheme.kind, scheme.bits, scheme.symmetric, columns % 2) == ("int", 8, True, 0)
+        and weight.scales.shape == (rows, 1)
+    )  # fmt: skip
+
+
+def panels_of(part: torch.Tensor | QuantizedWeight) -> Panels:
+    """A weight [rows, in] as the compiled kernels have it; its numbers are exact, whatever its dtype."""
+    if isinstance(part, torch.Tensor):
+        return Panels.pack(part if part.dtype in native.KINDS else part.float())
+    scheme, scales, columns = part.scheme, part.scales.float(), part.shape[1]
+    size = columns if scheme.group_size == -1 else scheme.group_size
+    if columns % size or (scheme.bits == 4 and size % 2):
+        return Panels.pack(part.dequantize().float())
+    if scheme.kind == "float":  # 8-bit floats are numbers of bfloat16
+        return Panels.pack(part.codes.to(torch.bfloat16), scales)
+    if scheme.bits == 4:
+        return Panels.pack(part.codes, scales, scales * part.zeros.float())
+    offsets = part.zeros.float() - 128
+    return Panels.pack((part.codes ^ 128).view(torch.int8), scales, scales * offsets if bool(offsets.any()) else None)
