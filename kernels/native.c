@@ -611,6 +611,11 @@ static void rms_norm(const float *x, const float *weight, float *y, int64_t rows
     }
 }
 
+static void add(const float *x, const float *update, float *y, int64_t size, float scale) {
+#pragma omp parallel for if (size > SHARED)
+    for (int64_t i = 0; i < size; i++) y[i] = x[i] + scale * update[i];
+}
+
 /* Rotates, in place, the first 2 `half` dimensions of the first heads of each token; and writes keys and values. */
 static void rotate(float *x, int64_t ldx, int64_t tokens, int64_t heads, int64_t dim, const float *cosines,
                    const float *sines, int64_t half) {
@@ -723,6 +728,10 @@ CALLED(py_rms_norm, 5, 1)
     rms_norm(AT(const float, 0), AT(const float, 1), AT(float, 2), n[3], n[4], (float)f[0]);
 ANSWERED
 
+CALLED(py_add, 4, 1)
+    add(AT(const float, 0), AT(const float, 1), AT(float, 2), n[3], (float)f[0]);
+ANSWERED
+
 CALLED(py_rotate, 8, 0)
     rotate(AT(float, 0), n[1], n[2], n[3], n[4], AT(const float, 5), AT(const float, 6), n[7]);
 ANSWERED
@@ -741,7 +750,7 @@ static PyObject *py_supported(PyObject *self, PyObject *none) {
 }
 
 #define METHOD(NAME) {#NAME, (PyCFunction)(void (*)(void))py_##NAME, METH_FASTCALL, NULL}
-static PyMethodDef methods[] = {METHOD(product), METHOD(product_integers), METHOD(attention), METHOD(rms_norm), METHOD(rotate), METHOD(store),
+static PyMethodDef methods[] = {METHOD(product), METHOD(product_integers), METHOD(attention), METHOD(rms_norm), METHOD(add), METHOD(rotate), METHOD(store),
                                 METHOD(gate), {"supported", py_supported, METH_NOARGS, NULL}, {NULL, NULL, 0, NULL}};
 static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, "_native", NULL, -1, methods, NULL, NULL, NULL, NULL};
 

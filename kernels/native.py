@@ -151,6 +151,14 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     return y
 
 
+def add(hidden: torch.Tensor, update: torch.Tensor, scale: float) -> torch.Tensor:
+    """See `residual.add`. Both contiguous."""
+    assert library is not None
+    y = torch.empty_like(hidden)
+    library.add(hidden.data_ptr(), update.data_ptr(), y.data_ptr(), hidden.numel(), scale)
+    return y
+
+
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
     """See `rope.rotate_`. x: [T, N, D], whose last two dimensions are contiguous."""
     assert library is not None

@@ -14,6 +14,7 @@ from torch.nn.functional import embedding
 from llmkit.kernels.activation import gated
 from llmkit.kernels.attention import CODES, AttentionBatch, KvCache, paged_attention
 from llmkit.kernels.norm import rms_norm
+from llmkit.kernels.residual import add
 from llmkit.kernels.rope import rotate_
 from llmkit.model.device import untouched_zeros
 from llmkit.model.linear import Linear, Rounding
@@ -137,7 +138,7 @@ class DecoderLayer:
 
     def _add(self, hidden: torch.Tensor, update: torch.Tensor, norm: str) -> torch.Tensor:
         update = self._norm(update, norm)
-        return torch.add(hidden, update, alpha=self.spec.residual_scale)
+        return add(hidden, update, self.spec.residual_scale)
 
 
 class Decoder:
@@ -181,8 +182,16 @@ class Decoder:
         caches: Sequence[KvCache],
     ) -> torch.Tensor:
         """tokens, positions: int64 [T]; caches: one per layer. Returns hidden states [T, H] after the last norm."""
-        hidden = self.embed_tokens(tokens)
-        rotations = self.rotations(positions)
+        return self.run_layers(self.embed_tokens(tokens), self.rotations(positions), batch, caches)
+
+    def run_layers(
+        self,
+        hidden: torch.Tensor,
+        rotations: Mapping[str, Rotation],
+        batch: AttentionBatch,
+        caches: Sequence[KvCache],
+    ) -> torch.Tensor:
+        """[T, H] embedded tokens -> [T, H] after the last norm."""
         for layer, cache in zip(self.layers, caches, strict=True):
             hidden = layer(hidden, rotations, batch, cache)
         return rms_norm(hidden, self.final_norm, self.spec.norm_eps)

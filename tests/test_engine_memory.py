@@ -105,16 +105,28 @@ def test_what_does_not_fit(
         plan(spec, free, **given)
 
 
-def test_weights_count_as_they_will_be_in_memory(spec: ModelSpec) -> None:
-    count = parameter_count(spec)
-    assert weight_bytes(spec, torch.float32, None, lambda _: True) == count * 4
-    int8 = QuantizationConfig("compressed-tensors", Scheme(8))
-    assert weight_bytes(spec, torch.bfloat16, int8, lambda _: False) == count * 2
+@pytest.mark.parametrize("packs", [False, True])
+def test_weights_count_as_they_will_be_in_memory(
+    spec: ModelSpec, checkpoint: Path, monkeypatch: pytest.MonkeyPatch, packs: bool
+) -> None:
+    monkeypatch.setattr(memory, "packs_weights", lambda _: packs)
+    monkeypatch.setattr(memory, "packs_integers", lambda _: False)
+    count, cpu, cuda = parameter_count(spec), torch.device("cpu"), torch.device("cuda")
+    stored = SimpleNamespace(quantization=None, tensors=open_checkpoint(checkpoint).tensors)  # of bfloat16
+    norms = 5 * 64
+    assert weight_bytes(stored, spec, torch.float32, cuda) == count * 4
+    assert weight_bytes(stored, spec, torch.float32, cpu) == (2 * count + 2 * norms if packs else count * 4)
+    stored.quantization = QuantizationConfig("compressed-tensors", Scheme(8))
+    assert weight_bytes(stored, spec, torch.bfloat16, cuda) == count * 2
     layer = (64 + 32 + 32) * 64 + 64 * 64 + 2 * 128 * 64 + 64 * 128  # qkv, o, gate_up, down
     rows = (64 + 32 + 32) + 64 + 2 * 128 + 64
     shapes = 2 * 7 * 2 * 8  # of the dense tensors, which are stored with the packed ones
     packed = 2 * layer + 4 * rows + 2 * (count - 2 * layer) + shapes
-    assert weight_bytes(spec, torch.bfloat16, int8, lambda scheme: scheme.bits == 8) == packed
+    assert weight_bytes(stored, spec, torch.bfloat16, cpu) == (packed if packs else count * 2)
+    tied = replace(spec, tied=True)
+    more = 512 * 64 * 2 if packs else 0  # looked up, and multiplied with
+    table = 512 * 64 * 2
+    assert weight_bytes(stored, tied, torch.bfloat16, cpu) == (packed if packs else count * 2) - table + more
 
 
 def test_the_bytes_of_a_token_in_the_cache(spec: ModelSpec) -> None:
@@ -162,6 +174,7 @@ def test_free_memory_is_what_a_containers_limit_leaves(tmp_path: Path, monkeypat
 
 
 def test_memory_is_planned_before_weights_are_read(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "packs_weights", lambda _: False)
     weights = parameter_count(model_spec(open_checkpoint(checkpoint).config)) * 4
     monkeypatch.setattr(Checkpoint, "read", lambda *_: pytest.fail("read a tensor"))
     monkeypatch.setattr(Checkpoint, "read_info", lambda *_: pytest.fail("read a tensor"))

@@ -187,7 +187,8 @@ def _cgroup_bytes() -> int:
 def require_weights(weights: int, free: int, dtype: torch.dtype, device: torch.device) -> None:
     """Raises ShortageError when the weights alone do not fit."""
     if weights > free:
-        halved = dtype.itemsize > 2 and weights // 2 <= free
+        dense = device.type != "cpu" or not packs_weights(dtype)
+        halved = dense and dtype.itemsize > 2 and weights // 2 <= free
         raise ShortageError(
             f"the weights need {_exact(weights)} in {str(dtype).removeprefix('torch.')} and {device.type} has "
             f"{_exact(free)}",

@@ -12,6 +12,7 @@ from llmkit.kernels.attention import AttentionBatch, KvCache
 from llmkit.kernels.sampling import sample
 from llmkit.model.decoder import Decoder
 from llmkit.model.lora import Adapters
+from llmkit.runtime.engine.replay import Recordings
 from llmkit.runtime.engine.sequence import Chunk, Sequence
 from llmkit.runtime.engine.speculate import confirmed
 from llmkit.runtime.engine.types import EngineConfig, SamplingParams
@@ -82,6 +83,8 @@ class Runner:
         ]
         layers = draft.spec.layers if draft is not None else ()
         self.draft_caches = [draft.new_cache(config.num_blocks, config.block_size) for _ in layers] if draft else []
+        longest = -(-config.max_model_len // config.block_size)
+        self.recordings = Recordings(model, self.caches, longest, config.block_size)
         self._last = torch.zeros(config.max_num_seqs, dtype=torch.int64, device=config.device)
         self._slots = _Slots(config.max_num_seqs)
 
@@ -146,12 +149,12 @@ class Runner:
             ]
             for window in model.spec.windows
         }
+        contexts = [stop for _, _, stop in spans]
+        single = model is self.model and len(tokens) == len(spans) and not any(s.adapter for s, _, _ in spans)
+        if single and self.recordings.suits(len(spans)):
+            return self.recordings.run(tokens, self._device(positions), contexts, tables)
         batch = AttentionBatch.build(
-            [stop - start for _, start, stop in spans],
-            [stop for _, _, stop in spans],
-            tables,
-            self.config.block_size,
-            self.config.device,
+            [stop - start for _, start, stop in spans], contexts, tables, self.config.block_size, self.config.device
         )
         return model(tokens, self._device(positions), batch, caches)
 

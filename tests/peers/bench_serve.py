@@ -40,7 +40,7 @@ from llmkit.checkpoint.errors import LlmkitError
 from llmkit.checkpoint.source import open_checkpoint
 from llmkit.checkpoint.tokenizer import Tokenizer, load_tokenizer
 
-SERVERS = ("llmkit=fp32", "llmkit=int8", "vllm=fp32", "llamacpp=f32", "llamacpp=q4_0")
+SERVERS = ("llmkit=fp32", "llmkit=w8a8", "llmkit=int4", "vllm=fp32", "llamacpp=f32", "llamacpp=q4_0")
 SHOWN = ("single", "batch", "online", "prefix")
 SEED = 20260721
 MIB = 1 << 20
