@@ -101,7 +101,7 @@ class Runner:
             tokens[self._device(_guess_rows(chunks))] = guesses
         spans = [(chunk.sequence, chunk.start, chunk.stop) for chunk in chunks]
         with self.adapters.applied([(chunk.sequence.adapter, chunk.count) for chunk in chunks], self._device):
-            hidden = self._forward(self.model, self.caches, spans, tokens)
+            hidden = self._forward(spans, tokens)
         ends = accumulate(chunk.count for chunk in chunks)
         rows = [row for chunk, end in zip(chunks, ends, strict=True) for row in range(end - 1 - chunk.drafts, end)]
         wholes = len(rows) == len(hidden)
@@ -136,27 +136,26 @@ class Runner:
             tokens[self._device(rows)] = self._last[self._device(slots)].clamp_min(0)
         return tokens
 
-    def _forward(self, model: Decoder, caches: list[KvCache], spans: list[Span], tokens: torch.Tensor) -> torch.Tensor:
-        """Hidden states [T, H] of the spans, one after the other; tokens: int64 [T]."""
+    def _forward(self, spans: list[Span], tokens: torch.Tensor, draft: Decoder | None = None) -> torch.Tensor:
+        """Hidden states [T, H] of the spans, one after the other, or a draft model's; tokens: int64 [T]."""
+        model = draft or self.model
         positions: list[int] = []
         for sequence, start, stop in spans:
             offset = model.spec.rope_offset(sequence.longest)
             positions += range(start + offset, stop + offset)
         windows = self.config.windows
         tables = {
-            window: [
-                sequence.tables[windows.index(window if model is self.model else None)] for sequence, _, _ in spans
-            ]
+            window: [sequence.tables[windows.index(None if draft else window)] for sequence, _, _ in spans]
             for window in model.spec.windows
         }
         contexts = [stop for _, _, stop in spans]
-        single = model is self.model and len(tokens) == len(spans) and not any(s.adapter for s, _, _ in spans)
+        single = draft is None and len(tokens) == len(spans) and not any(s.adapter for s, _, _ in spans)
         if single and self.recordings.suits(len(spans)):
             return self.recordings.run(tokens, self._device(positions), contexts, tables)
         batch = AttentionBatch.build(
             [stop - start for _, start, stop in spans], contexts, tables, self.config.block_size, self.config.device
         )
-        return model(tokens, self._device(positions), batch, caches)
+        return model(tokens, self._device(positions), batch, self.draft_caches if draft else self.caches)
 
     def _guess(self, chunks: list[Chunk]) -> torch.Tensor | None:
         """Guesses of the draft model, the chunks' one after the other; its cache follows the chunks."""
@@ -168,7 +167,7 @@ class Runner:
             sequence, stop = chunk.sequence, chunk.stop - chunk.drafts
             spans.append((sequence, sequence.drafted, stop))
             known += sequence.tokens[sequence.drafted : stop]
-        hidden = self._forward(self.draft, self.draft_caches, spans, self._device(known))
+        hidden = self._forward(spans, self._device(known), self.draft)
         ends = list(accumulate(stop - start for _, start, stop in spans))
         guessing = [index for index, chunk in enumerate(chunks) if chunk.drafts]
         rows = [ends[index] - 1 for index in guessing]
@@ -183,7 +182,7 @@ class Runner:
             guessing, ids = [guessing[place] for place in staying], ids[self._device(staying)]
             stops = [chunks[index].stop - chunks[index].drafts + turn for index in guessing]
             spans = [(chunks[index].sequence, stop, stop + 1) for index, stop in zip(guessing, stops, strict=True)]
-            hidden, rows = self._forward(self.draft, self.draft_caches, spans, ids), list(range(len(spans)))
+            hidden, rows = self._forward(spans, ids, self.draft), list(range(len(spans)))
         if not drawn:
             return None
         order = [(turn, index) for turn in range(len(drawn)) for index, c in enumerate(chunks) if c.drafts > turn]
