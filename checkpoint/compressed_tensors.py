@@ -101,8 +101,7 @@ class CompressedTensorsFormat:
         """The `quantization_config` of config.json: a group per scheme, the general one first."""
         targets: dict[Scheme, list[str]] = {config.scheme: ["Linear"]} if config.scheme else {}
         for module, scheme in config.overrides:
-            if scheme != config.scheme:
-                targets.setdefault(scheme, []).append(module)
+            targets.setdefault(scheme, []).append(module)
         storages = {storage_of(scheme) for scheme in targets}
         return {
             "quant_method": "compressed-tensors",

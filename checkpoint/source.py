@@ -173,6 +173,11 @@ class Checkpoint(ModelFiles):
         assert self.kind == "gguf"
         return replace(self, tensors={name: replace(info, dtype=dtype) for name, info in self.tensors.items()})
 
+    def untied(self) -> Checkpoint:
+        """The same model with an output projection of its own, which holds what the embedding does."""
+        head = {"lm_head.weight": self.tensors["model.embed_tokens.weight"]}
+        return replace(self, config=self.config | {"tie_word_embeddings": False}, tensors=self.tensors | head)
+
     def _read_rows(self, info: TensorInfo, start: int, stop: int) -> torch.Tensor:
         return self._rows.rows(info, start, stop).to(info.torch_dtype)
 

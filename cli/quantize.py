@@ -91,6 +91,12 @@ def quantize(
         str | None,
         typer.Option(metavar="REGEX", help="Linear layers to leave unquantized, by name.", show_default="none"),
     ] = None,
+    lm_head: Annotated[
+        int | None,
+        typer.Option(
+            "--lm-head", metavar="N", help="Quantize the output projection too, to N bits.", show_default="as it is"
+        ),
+    ] = None,
     layers: Annotated[
         str | None,
         typer.Option(metavar="A-B", help="Decoder layers to quantize; others stay.", show_default="all"),
@@ -153,6 +159,7 @@ def quantize(
         static_activations=static_activations,
         kv=kv or "",
         keep=keep,
+        lm_head=lm_head,
         layers=layers,
         engine=engine,
         effort=effort,

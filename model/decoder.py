@@ -160,7 +160,10 @@ class Decoder:
         rounding, linears = rounding or {}, linears or {}
         self.embedding = tensors.pop("embed.weight")
         head = linears.get("lm_head")
-        self.head = head or Linear(self.embedding if spec.tied else tensors.pop("lm_head.weight"))
+        if head is None:
+            weight = self.embedding if spec.tied else tensors.pop("lm_head.weight")
+            head = Linear(weight, None, rounding.get("lm_head"))
+        self.head = head
         self.final_norm = tensors.pop("norm.weight") + spec.norm_offset
         self.dtype, self.device = self.final_norm.dtype, self.final_norm.device
         self.layers = []

@@ -95,6 +95,11 @@ class Parameter:
         """The runtime module, the name without `.weight` or `.bias`."""
         return self.name.rpartition(".")[0]
 
+    @property
+    def head(self) -> bool:
+        """Whether it is the output projection, which is quantized only when that is asked for."""
+        return self.module == "lm_head"
+
     @cached_property
     def tensors(self) -> tuple[str, ...]:
         """The distinct checkpoint tensors, in order."""

@@ -41,7 +41,7 @@ class StoredTensor:
 
 def scheme_of(parameter: Parameter, tensor: str, quantization: QuantizationConfig | None) -> Scheme | None:
     """How this checkpoint tensor of the parameter is quantized; None when it is not."""
-    if quantization is None or not parameter.linear:
+    if quantization is None or not (parameter.linear or parameter.head):
         return None
     return quantization.scheme_of(tensor.removesuffix(".weight"))
 
@@ -213,7 +213,7 @@ def load_model(
                 tensors[row.name] = table if table.dtype.itemsize < dtype.itemsize else table.to(dtype)
                 if spec.tied:
                     linears["lm_head"] = pool.submit(serving_linear, [table], None, None, dtype)
-            elif packed and (row.linear or row.name == "lm_head.weight"):
+            elif packed and (row.linear or row.head):
                 parts, bias = _read_stored(checkpoint, row), rows.get(f"{row.module}.bias")
                 added = read_parameter(checkpoint, bias, dtype) if bias else None
                 linears[row.module] = pool.submit(serving_linear, parts, added, rounding.get(row.module), dtype)

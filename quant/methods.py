@@ -67,6 +67,7 @@ class Choice:
     kv: Literal["", "fp8", "int8"] = ""
     mixed: bool = False  # several numbers of bits in one checkpoint
     effort: Effort = "normal"
+    lm_head: int | None = None  # bits of the output projection; None: it stays as it is
 
     @property
     def entry(self) -> Method:
@@ -120,12 +121,32 @@ class Choice:
                 f"They go with {_those(lambda entry: entry.grouped)} and --format compressed-tensors",
             )
 
+        if self.lm_head is not None:
+            self._check_head(form)
+
+    def _check_head(self, form: str | None) -> None:
+        if form in (None, "awq"):
+            what = "the awq format has no place for a quantized one" if form else f"--method {self.method} is a cast"
+            raise UsageError(f"--lm-head {self.lm_head}: {what}", todo="Leave out --lm-head")
+        bits = self.bits or self.entry.bits[0]
+        allowed = (bits,) if form == "gptq" or not self.entry.grouped else (4, 8)
+        if self.lm_head not in allowed:
+            raise UsageError(
+                f"--lm-head is {self.lm_head}", f"{' or '.join(map(str, allowed))} bits go with the other options"
+            )
+
     @property
     def chosen_format(self) -> str | None:
         """The format, by default the method's first (compressed-tensors for mixed precision); None for a cast."""
         if self.mixed and self.format is None:
             return "compressed-tensors"
         return self.format or (self.entry.formats[0] if self.entry.formats else None)
+
+    def head_scheme(self, scheme: Scheme | None) -> Scheme | None:
+        """How the output projection is stored when the other linears are stored by `scheme`; None: as it is."""
+        if scheme is None or self.lm_head is None:
+            return None
+        return replace(scheme, bits=self.lm_head, inputs="none" if scheme.inputs == "none" else "token")
 
     def scheme(self, group_size: int) -> Scheme | None:
         """How linear layers are stored; None for a cast."""
@@ -183,14 +204,17 @@ def quantization_of(spec: ModelSpec, choice: Choice, keep: Sequence[str] = ()) -
     others = [row for row in rows if len(row.shape) == 2 and not row.linear and row.name.startswith("layers.")]
     routers = [tensor.removesuffix(".weight") for row in others for tensor in row.tensors]
     scheme = choice.scheme(size)
-    ignore = ("lm_head", *(routers if form == ROUTED_TENSORS and scheme is not None else ()), *keep)
-    return QuantizationConfig(_format(form), scheme, ignore, kv=choice.kv, method=choice.method)
+    head = choice.head_scheme(scheme)
+    kept_head = ("lm_head",) if head is None else ()
+    ignore = (*kept_head, *(routers if form == ROUTED_TENSORS and scheme is not None else ()), *keep)
+    overrides = (("lm_head", head),) if head is not None and form != "gptq" else ()
+    return QuantizationConfig(_format(form), scheme, ignore, overrides, kv=choice.kv, method=choice.method)
 
 
 def mixed(quantization: QuantizationConfig, spec: ModelSpec, bits: Mapping[str, int]) -> QuantizationConfig:
     """`quantization` with other bits for some linears, by runtime module; 16 leaves one as it is."""
     assert quantization.scheme is not None
-    ignore, overrides = list(quantization.ignore), []
+    ignore, overrides = list(quantization.ignore), list(quantization.overrides)
     for row in parameters(spec):
         if not row.linear or (chosen := bits.get(row.module)) is None or chosen == quantization.scheme.bits:
             continue

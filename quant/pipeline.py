@@ -24,7 +24,7 @@ from llmkit.model.loader import kv_scales, scheme_of
 from llmkit.quant.algorithm import Algorithm, Learn, Mover, Quantized, Site
 from llmkit.quant.calibrate import Block, blocks, largest_kv, observe
 from llmkit.quant.edges import edge_to, move
-from llmkit.quant.grid import FULL_SEARCH, round_to_nearest
+from llmkit.quant.grid import FULL_SEARCH, Search, round_to_nearest
 from llmkit.quant.learn import Windows, learn_layer
 from llmkit.quant.memory import give_back
 from llmkit.quant.methods import scale_dtype
@@ -125,8 +125,8 @@ def quantize_layers(
 
 
 def touches(row: Parameter, storage: Storage) -> bool:
-    """Whether a parameter is quantized, or makes keys and values that are."""
-    return storage.scheme(row) is not None or bool(kv_scales(row, storage.quantization))
+    """Whether a layer's parameter is quantized, or makes keys and values that are."""
+    return row.linear and (storage.scheme(row) is not None or bool(kv_scales(row, storage.quantization)))
 
 
 def site_of(row: Parameter, quantization: QuantizationConfig | None) -> Site | None:
@@ -152,21 +152,21 @@ def round_parameters(storage: Storage, device: torch.device, progress: Progress)
         if site is None:
             storage.cast(row)
         else:
-            linears.append(_round_row(site, storage, device))
+            linears.append(round_row(site, storage, device))
         storage.writer.commit()
         progress.advance(1, row.name)
     progress.finish()
     return linears
 
 
-def _round_row(site: Site, storage: Storage, device: torch.device) -> Entry:
-    """Round a parameter's tensors, a few rows at a time, and write them."""
+def round_row(site: Site, storage: Storage, device: torch.device, search: Search | None = None) -> Entry:
+    """Round a parameter's tensors, a few rows at a time, and write them; the error is that of the weights."""
     lost = energy = 0.0
     for tensor in site.row.tensors:
         pieces: list[QuantizedWeight] = []
         for rows in row_chunks(storage.source.tensors[tensor]):
             dense = storage.source.read_slice(tensor, [rows], 0).to(device, torch.float32)
-            piece = round_to_nearest(dense, site.scheme, site.dtype)
+            piece = round_to_nearest(dense, site.scheme, site.dtype, search)
             lost += squares(dense - piece.dequantize())
             energy += squares(dense)
             pieces.append(piece.to("cpu"))

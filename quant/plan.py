@@ -47,6 +47,7 @@ class QuantizeOptions:
     static_activations: bool = False  # fp8: with one fixed scale per layer instead of one per token
     kv: Literal["", "fp8", "int8"] = ""  # also calibrate the scales of an 8-bit KV cache
     keep: str | None = None  # a regular expression: linear layers to leave unquantized
+    lm_head: int | None = None  # bits of the output projection; None: it stays as it is
     layers: str | None = None  # "A-B": decoder layers to quantize; the others stay as they are
     engine: str | None = None  # refuse what this engine cannot load
     effort: Effort = "normal"
@@ -71,7 +72,7 @@ class QuantizeOptions:
         """What they say of how weights are stored."""
         return Choice(
             self.method, self.bits, self.group_size, self.format, self.symmetric, self.activations,
-            self.static_activations, self.kv, self.mixed, self.effort,
+            self.static_activations, self.kv, self.mixed, self.effort, self.lm_head,
         )  # fmt: skip
 
     @property
@@ -215,6 +216,9 @@ def make_plan(source: str, out: Path, options: QuantizeOptions, progress: Progre
     checkpoint.require_whole()
     spec = model_spec(checkpoint.config)
     check_checkpoint(checkpoint, spec)
+    if options.lm_head is not None and spec.tied:  # the embedding stays as it is
+        checkpoint = checkpoint.untied()
+        spec = model_spec(checkpoint.config)
     kept = kept_modules(spec, options.keep, _layers(options.layers, len(spec.layers)))
     quantization = quantization_of(spec, options.choice, kept)
     if quantization is not None and options.method == "gptq":

@@ -24,9 +24,10 @@ from llmkit.model.layout import parameters
 from llmkit.model.loader import scheme_of
 from llmkit.quant import memory
 from llmkit.quant.algorithm import Site
+from llmkit.quant.grid import FULL_SEARCH
 from llmkit.quant.mixed import BitSearch, Unit, sensitivity
 from llmkit.quant.page import report_page
-from llmkit.quant.pipeline import quantize_layers, round_parameters, site_of
+from llmkit.quant.pipeline import quantize_layers, round_parameters, round_row, site_of
 from llmkit.quant.plan import Plan, QuantizeOptions, make_plan, plan_figures
 from llmkit.quant.quality import Quality, score_logits
 from llmkit.quant.report import Report, Stopwatch, report_json, versions
@@ -123,7 +124,7 @@ class _Run:
         assert self.calibration is not None and plan.quantization is not None
         sites: dict[int, list[Site]] = {}
         for row in parameters(plan.spec):
-            site = site_of(row, plan.quantization)
+            site = site_of(row, plan.quantization) if row.linear else None
             if site is not None:
                 sites.setdefault(row.stages[0], []).append(site)
         stream = LayerStream.of(plan.source, plan.spec, plan.device)
@@ -268,9 +269,14 @@ def _convert(
     """Write all tensors; return what the report says of the linears."""
     if calibration is None:
         return round_parameters(storage, plan.device, progress)
+    head = []
     for row in parameters(plan.spec):
-        if not row.name.startswith("layers."):
+        if row.name.startswith("layers."):
+            continue
+        if (site := site_of(row, plan.quantization)) is None:
             storage.cast(row)
+        else:
+            head.append(round_row(site, storage, plan.device, FULL_SEARCH if site.scheme.bits < 8 else None))
     storage.writer.commit()
     source = LayerStream.of(plan.source, plan.spec, plan.device)
     folder = None
@@ -281,7 +287,7 @@ def _convert(
     linears = quantize_layers(source, _written(plan, storage), calibration, storage, plan.algorithm, progress, folder)
     if folder is not None:
         shutil.rmtree(folder)
-    return linears
+    return linears + head
 
 
 def _written(plan: Plan, storage: Storage) -> LayerStream:
@@ -362,7 +368,7 @@ def _schemes(plan: Plan) -> list[dict[str, Any]]:
     """How linears are stored, in words and figures, with how many of the model's weights that are."""
     counts: Counter[Scheme | None] = Counter()
     for row in parameters(plan.spec):
-        if row.linear:
+        if row.linear or scheme_of(row, row.tensors[0], plan.quantization):
             counts[scheme_of(row, row.tensors[0], plan.quantization)] += math.prod(row.shape)
     kept = dataclasses.asdict(Scheme(16)) | {"label": "not quantized"}
     return [

@@ -163,7 +163,9 @@ class LayerStream:
         """The decoder without its layers, and without the output projection unless `head`."""
         spec = replace(self.spec, layers=(), tied=self.spec.tied or not head)
         names = {"embed.weight", "norm.weight"} | (set() if spec.tied else {"lm_head.weight"})
-        return Decoder(spec, {row.name: self.read(row) for row in self._rows if row.name in names})
+        rows = [row for row in self._rows if row.name in names]
+        rounding = {name: how for row in rows for name, how in self.rounding(row).items()}
+        return Decoder(spec, {row.name: self.read(row) for row in rows}, rounding)
 
 
 def read_ahead(read: Callable[[int], DecoderLayer], indices: Sequence[int], *, ahead: bool) -> Iterator[DecoderLayer]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from llmkit.checkpoint.quantized import PackedTensor, QuantizationConfig
-from llmkit.model.layout import Split
+from llmkit.model.layout import VOCAB_MULTIPLE, Split
 from llmkit.model.loader import stored_tensors
 from llmkit.model.spec import ModelSpec
 
@@ -48,6 +48,9 @@ def _refusal(rules: list[Rule], tp: int) -> str | None:
             if split.kind == "kv_heads" and tp > split.count:
                 return f"{module}: {tp}/{split.count} = {_number(tp / split.count)} ranks per KV head"
             return f"{module}: {split.count}/{tp} = {_number(split.count / tp)} {UNITS[split.kind]}"
+        if packed is not None and split.kind == "vocab" and split.padded_rows(tp) * tp != split.count:
+            what = f"{_number(split.count / tp)} packed rows, no multiple of {VOCAB_MULTIPLE}"
+            return f"{module}: {split.count}/{tp} = {what}"
         axis = None if packed is None else packed.out if split.dim == 0 else packed.in_
         if axis is None or split.kind == "replicated" or tp == 1:
             continue

@@ -139,7 +139,7 @@ def weight_bytes(checkpoint: Checkpoint, spec: ModelSpec, dtype: torch.dtype, de
     cpu, total = device.type == "cpu", 0
     packs = cpu and packs_weights(dtype)
     for row in parameters(spec):
-        kept = packs and (row.linear or row.name in ("embed.weight", "lm_head.weight"))
+        kept = packs and (row.linear or row.head or row.name == "embed.weight")
         copies = 1 + (kept and spec.tied and row.name == "embed.weight")  # looked up, and multiplied with
         for tensor in row.tensors:
             scheme = scheme_of(row, tensor, checkpoint.quantization)

@@ -8,7 +8,7 @@ from itertools import accumulate
 
 import torch
 
-from llmkit.kernels.attention import AttentionBatch, KvCache
+from llmkit.kernels.attention import AttentionBatch
 from llmkit.kernels.sampling import sample
 from llmkit.model.decoder import Decoder
 from llmkit.model.lora import Adapters
