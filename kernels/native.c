@@ -65,9 +65,8 @@ INLINE void load(int kind, const char *w, int64_t k, __m256 *to) {
         to[0] = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(w + k * WIDTH * 2)));
         to[1] = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(w + k * WIDTH * 2 + 16)));
     } else if (kind == INT8) {
-        __m128i codes = _mm_loadu_si128((const __m128i *)(w + k * WIDTH));
-        to[0] = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(codes));
-        to[1] = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_unpackhi_epi64(codes, codes)));
+        to[0] = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)(w + k * WIDTH))));
+        to[1] = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)(w + k * WIDTH + 8))));
     } else { /* low halves of the bytes are step k, high halves step k + 1 */
         __m128i both = _mm_loadu_si128((const __m128i *)(w + k * WIDTH / 2)), mask = _mm_set1_epi8(15);
         __m128i low = _mm_and_si128(both, mask), high = _mm_and_si128(_mm_srli_epi16(both, 4), mask);
@@ -204,7 +203,8 @@ static void product(const Product *p, float *sums) {
     static void (*const by_kind[])(const Product *, int64_t, int64_t, int64_t, int64_t) = {
         product_f32, product_bf16, product_f16, product_int8, product_int4};
     int64_t panels = (p->n + WIDTH - 1) / WIDTH, groups = p->k / p->group;
-    int64_t pieces = (panels + PIECE - 1) / PIECE, blocks = (p->m + BLOCK - 1) / BLOCK;
+    int64_t piece = p->m <= 3 && panels > 32 * PIECE ? 8 * PIECE : PIECE;
+    int64_t pieces = (panels + piece - 1) / piece, blocks = (p->m + BLOCK - 1) / BLOCK;
 #pragma omp parallel
     {
         if (sums) {
@@ -216,9 +216,9 @@ static void product(const Product *p, float *sums) {
         decoded.w = (const char *)wide, decoded.stride = 0;
 #pragma omp for schedule(dynamic, 1)
         for (int64_t i = 0; i < blocks * pieces; i++) {
-            int64_t block = i / pieces * BLOCK, first = i % pieces * PIECE;
+            int64_t block = i / pieces * BLOCK, first = i % pieces * piece;
             int64_t end = block + BLOCK < p->m ? block + BLOCK : p->m;
-            int64_t last = first + PIECE < panels ? first + PIECE : panels;
+            int64_t last = first + piece < panels ? first + piece : panels;
             if (p->m <= 3)
                 by_kind[p->kind](p, 0, p->m, first, last);
             else
@@ -671,87 +671,152 @@ static int numbers(PyObject *const *args, Py_ssize_t given, int64_t *to, int cou
     return !PyErr_Occurred();
 }
 
-#define CALLED(NAME, COUNT, MORE)                                                         \
-    static PyObject *NAME(PyObject *self, PyObject *const *args, Py_ssize_t given) {      \
-        int64_t n[COUNT];                                                                 \
-        double f[MORE + 1];                                                               \
-        (void)self;                                                                       \
-        if (!numbers(args, given, n, COUNT, f, MORE)) return NULL;
-#define ANSWERED       \
-    Py_RETURN_NONE;    \
-    }
+enum { NUMBERS = 18, FLOATS = 2 };                                   /* the most that a kernel takes */
+typedef struct {
+    int (*run)(const int64_t *n, const double *f); /* 0 when there is no memory */
+    int64_t n[NUMBERS];
+    double f[FLOATS];
+} Call;
+
+#define KERNEL(NAME, COUNT, MORE)                                                                     \
+    enum { NAME##_count = COUNT, NAME##_more = MORE };                                                \
+    static int run_##NAME(const int64_t *n, const double *f);                                         \
+    static PyObject *py_##NAME(PyObject *self, PyObject *const *args, Py_ssize_t given) {             \
+        Call call = {run_##NAME, {0}, {0}};                                                           \
+        (void)self;                                                                                   \
+        return numbers(args, given, call.n, COUNT, call.f, MORE) ? called(&call, 1) : NULL;           \
+    }                                                                                                 \
+    static int run_##NAME(const int64_t *n, const double *f)
 #define AT(TYPE, I) ((TYPE *)(intptr_t)n[I])
 
-CALLED(py_product, 13, 0)
+static PyObject *called(const Call *calls, int64_t count) {
+    int done = 1;
+    Py_BEGIN_ALLOW_THREADS
+    for (int64_t i = 0; done && i < count; i++) done = calls[i].run(calls[i].n, calls[i].f);
+    Py_END_ALLOW_THREADS
+    if (!done) return PyErr_NoMemory();
+    Py_RETURN_NONE;
+}
+
+KERNEL(product, 13, 0) {
     int64_t m = n[9], k = n[11], group = n[12], groups = k / group, panel = BYTES(n[0]) * k;
     Product p = {(int)n[0], AT(const float, 1), n[2], AT(const char, 3), AT(const float, 4), AT(const float, 5), NULL,
                  AT(const float, 6), AT(float, 7), n[8], m, n[10], k, group, panel};
     float *sums = p.offsets ? malloc((m * groups + 1) * sizeof *sums) : NULL;
-    if (p.offsets && sums == NULL) return PyErr_NoMemory();
+    (void)f;
+    if (p.offsets && sums == NULL) return 0;
     p.sums = sums;
-    Py_BEGIN_ALLOW_THREADS
     product(&p, sums);
-    Py_END_ALLOW_THREADS
     free(sums);
-ANSWERED
+    return 1;
+}
 
-CALLED(py_product_integers, 10, 0)
+KERNEL(product_integers, 10, 0) {
     int64_t m = n[7], k = n[9];
     Integers p = {{INT8, NULL, 0, AT(const char, 2), AT(const float, 3), NULL, NULL, AT(const float, 4), AT(float, 5), n[6],
                    m, n[8], k, k, BYTES(INT8) * k}, NULL, NULL};
     int16_t *codes = malloc(m * k * sizeof *codes + 64);
     float *scales = malloc(m * sizeof *scales + 64);
-    if (codes && scales) {
+    int enough = codes && scales;
+    (void)f;
+    if (enough) {
         p.x = codes, p.row_scales = scales;
-        Py_BEGIN_ALLOW_THREADS
         quantize(AT(const float, 0), n[1], m, k, codes, scales);
         product_integers(&p);
-        Py_END_ALLOW_THREADS
     }
     free(codes);
     free(scales);
-    if (p.x == NULL) return PyErr_NoMemory();
-ANSWERED
+    return enough;
+}
 
-CALLED(py_attention, 18, 2)
+KERNEL(attention, 18, 2) {
     Attention a = {AT(const float, 0), AT(float, 1), n[2], (int)n[3], AT(const char, 4), AT(const float, 5), (int)n[6],
                    n[7], n[8], n[9], n[10], n[11], n[12], AT(const int64_t, 13), AT(const int64_t, 14),
                    AT(const int64_t, 15), AT(const int64_t, 16), n[17], (float)f[0], (float)f[1]};
-    int done;
-    Py_BEGIN_ALLOW_THREADS
-    done = attention(&a);
-    Py_END_ALLOW_THREADS
-    if (!done) return PyErr_NoMemory();
-ANSWERED
+    return attention(&a);
+}
 
-CALLED(py_rms_norm, 5, 1)
+KERNEL(rms_norm, 5, 1) {
     rms_norm(AT(const float, 0), AT(const float, 1), AT(float, 2), n[3], n[4], (float)f[0]);
-ANSWERED
+    return 1;
+}
 
-CALLED(py_add, 4, 1)
+KERNEL(add, 4, 1) {
     add(AT(const float, 0), AT(const float, 1), AT(float, 2), n[3], (float)f[0]);
-ANSWERED
+    return 1;
+}
 
-CALLED(py_rotate, 8, 0)
+KERNEL(rotate, 8, 0) {
+    (void)f;
     rotate(AT(float, 0), n[1], n[2], n[3], n[4], AT(const float, 5), AT(const float, 6), n[7]);
-ANSWERED
+    return 1;
+}
 
-CALLED(py_store, 8, 0)
+KERNEL(store, 8, 0) {
+    (void)f;
     store(AT(const float, 0), n[1], n[2], n[3], n[4], AT(const int64_t, 5), AT(float, 6), n[7]);
-ANSWERED
+    return 1;
+}
 
-CALLED(py_gate, 5, 0)
+KERNEL(gate, 5, 0) {
+    (void)f;
     gate(AT(const float, 0), AT(float, 1), n[2], n[3], (int)n[4]);
-ANSWERED
+    return 1;
+}
+
+#define KERNELS(DO) DO(product) DO(product_integers) DO(attention) DO(rms_norm) DO(add) DO(rotate) DO(store) DO(gate)
+
+/* program([(name, arguments), ...]): the calls as bytes that `run` goes through, with no Python in between. */
+static PyObject *py_program(PyObject *self, PyObject *list) {
+    static const struct {
+        const char *name;
+        int (*run)(const int64_t *, const double *);
+        int count, more;
+    } known[] = {
+#define ROW(NAME) {#NAME, run_##NAME, NAME##_count, NAME##_more},
+        KERNELS(ROW)};
+    (void)self;
+    if (!PyList_Check(list)) return PyErr_Format(PyExc_TypeError, "a list of calls was expected");
+    Py_ssize_t count = PyList_GET_SIZE(list);
+    PyObject *bytes = PyBytes_FromStringAndSize(NULL, count * (Py_ssize_t)sizeof(Call));
+    for (Py_ssize_t i = 0; bytes && i < count; i++) {
+        Call *call = (Call *)PyBytes_AS_STRING(bytes) + i;
+        const char *name = NULL;
+        PyObject *given = NULL;
+        int ok = 0;
+        memset(call, 0, sizeof *call);
+        if (PyArg_ParseTuple(PyList_GET_ITEM(list, i), "sO!", &name, &PyTuple_Type, &given))
+            for (size_t j = 0; j < sizeof known / sizeof *known; j++)
+                if (strcmp(known[j].name, name) == 0) {
+                    PyObject *const *items = PySequence_Fast_ITEMS(given);
+                    call->run = known[j].run;
+                    ok = numbers(items, PyTuple_GET_SIZE(given), call->n, known[j].count, call->f, known[j].more);
+                }
+        if (!ok) {
+            if (!PyErr_Occurred()) PyErr_Format(PyExc_ValueError, "there is no kernel %s", name);
+            Py_CLEAR(bytes);
+        }
+    }
+    return bytes;
+}
+
+/* run(program) */
+static PyObject *py_run(PyObject *self, PyObject *program) {
+    (void)self;
+    if (!PyBytes_Check(program)) return PyErr_Format(PyExc_TypeError, "a program was expected");
+    return called((const Call *)PyBytes_AS_STRING(program), PyBytes_GET_SIZE(program) / (Py_ssize_t)sizeof(Call));
+}
 
 static PyObject *py_supported(PyObject *self, PyObject *none) {
     (void)self, (void)none;
     return PyBool_FromLong(__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"));
 }
 
-#define METHOD(NAME) {#NAME, (PyCFunction)(void (*)(void))py_##NAME, METH_FASTCALL, NULL}
-static PyMethodDef methods[] = {METHOD(product), METHOD(product_integers), METHOD(attention), METHOD(rms_norm), METHOD(add), METHOD(rotate), METHOD(store),
-                                METHOD(gate), {"supported", py_supported, METH_NOARGS, NULL}, {NULL, NULL, 0, NULL}};
+#define METHOD(NAME) {#NAME, (PyCFunction)(void (*)(void))py_##NAME, METH_FASTCALL, NULL},
+static PyMethodDef methods[] = {KERNELS(METHOD){"program", py_program, METH_O, NULL},
+                                {"run", py_run, METH_O, NULL},
+                                {"supported", py_supported, METH_NOARGS, NULL},
+                                {NULL, NULL, 0, NULL}};
 static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, "_native", NULL, -1, methods, NULL, NULL, NULL, NULL};
 
 PyMODINIT_FUNC PyInit__native(void) { return PyModule_Create(&module); }

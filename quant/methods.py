@@ -146,7 +146,7 @@ class Choice:
         """How the output projection is stored when the other linears are stored by `scheme`; None: as it is."""
         if scheme is None or self.lm_head is None:
             return None
-        return replace(scheme, bits=self.lm_head, inputs="none" if scheme.inputs == "none" else "token")
+        return replace(scheme, bits=self.lm_head, kind="int", inputs="none")
 
     def scheme(self, group_size: int) -> Scheme | None:
         """How linear layers are stored; None for a cast."""

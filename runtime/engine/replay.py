@@ -14,7 +14,7 @@ from llmkit.kernels.attention import AttentionBatch, KvCache
 from llmkit.model.decoder import Decoder
 from llmkit.model.rope import Rotation
 
-MOST_ELEMENTS = 1 << 14  # rows times hidden size of a step that is recorded; larger ones have better things to wait for
+MOST_ELEMENTS = 1 << 15  # rows times hidden size of a step that is recorded; larger ones have better things to wait for
 KEPT = 4  # recordings; each keeps all that a step allocates
 
 Tables = Mapping[int | None, Sequence[Sequence[int]]]
@@ -25,13 +25,13 @@ class _Recorder:
 
     def __init__(self, library: Any) -> None:
         self.library = library
-        self.calls: list[tuple[Callable[..., None], tuple[float, ...]]] = []
+        self.calls: list[tuple[str, tuple[float, ...]]] = []
 
     def __getattr__(self, name: str) -> Callable[..., None]:
         kernel = getattr(self.library, name)
 
         def call(*arguments: float) -> None:
-            self.calls.append((kernel, arguments))
+            self.calls.append((name, arguments))
             kernel(*arguments)
 
         return call
@@ -69,7 +69,7 @@ class Recording:
             [1] * rows, [1] * rows, {window: [[0] * width] * rows for window in windows}, block_size
         )
         self.windows = windows
-        self._calls: list[tuple[Callable[..., None], tuple[float, ...]]] = []
+        self._program = b""
         self._kept: list[torch.Tensor] = []
         self.out = self.hidden  # [rows, H], after the last norm
 
@@ -101,26 +101,31 @@ class Recording:
                 self.out = model.run_layers(self.hidden, self.rotations, self.batch, caches)
         finally:
             native.library = library
-        self._calls, self._kept = recorder.calls, watch.kept
-        return not watch.computed
+        if watch.computed or library is None:
+            return False
+        self._program, self._kept = library.program(recorder.calls), watch.kept
+        return True
 
     def replay(self) -> None:
         """Run them again, on what was `set`."""
-        for kernel, arguments in self._calls:
-            kernel(*arguments)
+        assert native.library is not None
+        native.library.run(self._program)
 
 
 class Recordings:
-    """A model's recordings by number of sequences, made when a number comes for the first time."""
+    """A model's recordings by number of sequences, made when a number comes twice in a row."""
 
     def __init__(self, model: Decoder, caches: Sequence[KvCache], width: int, block_size: int) -> None:
         self.model, self.caches, self.width, self.block_size = model, caches, width, block_size
         self._made: OrderedDict[int, Recording] = OrderedDict()
+        self._last = 0  # sequences of the step before
         self.possible = native.library is not None and model.dtype == torch.float32 and model.device.type == "cpu"
 
-    def suits(self, rows: int) -> bool:
-        """Whether steps of so many tokens, one a sequence, are worth it."""
-        return self.possible and rows * self.model.spec.hidden <= MOST_ELEMENTS
+    def take(self, rows: int) -> bool:
+        """Whether `run` is to be called for this step of so many tokens, one a sequence: it is small, and recorded or
+        like the step before."""
+        again, self._last = rows == self._last or rows in self._made, rows
+        return again and self.possible and rows * self.model.spec.hidden <= MOST_ELEMENTS
 
     def clear(self) -> None:
         """Let go of what was recorded: of kernels that are replaced."""

@@ -21,26 +21,21 @@ Parameters = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch
 Span = tuple[Sequence, int, int]  # positions [start, stop) of a sequence
 
 
-class _Slots:
-    """How each running sequence samples, by its slot; on the CPU, as `sample` wants it."""
+class _Sampling:
+    """How the sequences of a step sample, on the CPU, as `sample` wants it; most steps are of those of the last."""
 
-    def __init__(self, count: int) -> None:
-        self._owner: list[SamplingParams | None] = [None] * count
-        self._floats = torch.zeros(3, count)
-        self._ints = torch.zeros(2, count, dtype=torch.int64)
+    def __init__(self) -> None:
+        self._asked: list[tuple[SamplingParams, int]] = []
+        self._parameters: Parameters | None = None
 
     def parameters(self, sequences: SequenceOf[Sequence]) -> Parameters:
         """temperature, top_k, top_p, min_p, seeds: [n] each."""
-        for sequence in sequences:
-            chosen = sequence.request.sampling
-            if self._owner[sequence.slot] is not chosen or self._ints[1, sequence.slot] != sequence.seed:
-                self._owner[sequence.slot] = chosen
-                self._floats[:, sequence.slot] = torch.tensor([chosen.temperature, chosen.top_p, chosen.min_p])
-                self._ints[:, sequence.slot] = torch.tensor([chosen.top_k, sequence.seed])
-        where = torch.tensor([sequence.slot for sequence in sequences])
-        temperature, top_p, min_p = self._floats[:, where]
-        top_k, seeds = self._ints[:, where]
-        return temperature, top_k, top_p, min_p, seeds
+        asked = [(sequence.request.sampling, sequence.seed) for sequence in sequences]
+        if self._parameters is None or asked != self._asked:
+            floats = torch.tensor([(one.temperature, one.top_p, one.min_p) for one, _ in asked]).T
+            top_k, seeds = torch.tensor([(one.top_k, seed) for one, seed in asked]).T
+            self._asked, self._parameters = asked, (floats[0], top_k, floats[1], floats[2], seeds)
+        return self._parameters
 
 
 @dataclass(frozen=True)
@@ -86,7 +81,7 @@ class Runner:
         longest = -(-config.max_model_len // config.block_size)
         self.recordings = Recordings(model, self.caches, longest, config.block_size)
         self._last = torch.zeros(config.max_num_seqs, dtype=torch.int64, device=config.device)
-        self._slots = _Slots(config.max_num_seqs)
+        self._sampling = _Sampling()
 
     @torch.inference_mode()
     def launch(self, chunks: list[Chunk]) -> Flight:
@@ -150,7 +145,7 @@ class Runner:
         }
         contexts = [stop for _, _, stop in spans]
         single = draft is None and len(tokens) == len(spans) and not any(s.adapter for s, _, _ in spans)
-        if single and self.recordings.suits(len(spans)):
+        if single and self.recordings.take(len(spans)):
             return self.recordings.run(tokens, self._device(positions), contexts, tables)
         batch = AttentionBatch.build(
             [stop - start for _, start, stop in spans], contexts, tables, self.config.block_size, self.config.device
@@ -191,7 +186,7 @@ class Runner:
 
     def _sample(self, logits: torch.Tensor, sequences: list[Sequence], counters: list[int]) -> torch.Tensor:
         """logits: float32, a row for each of `sequences`, whose `counters` tokens were sampled before."""
-        return sample(logits, *self._slots.parameters(sequences), torch.tensor(counters))
+        return sample(logits, *self._sampling.parameters(sequences), torch.tensor(counters))
 
     def _flight(self, chunks: list[Chunk], ids: torch.Tensor, guesses: torch.Tensor | None) -> Flight:
         if self.config.device.type == "cpu":

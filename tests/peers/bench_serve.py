@@ -48,11 +48,12 @@ CORES = sorted(os.sched_getaffinity(0))
 NAME = "smollm2"
 SEQUENCES, CONTEXT = 64, 2048  # of vLLM
 SLOTS, SLOT_TOKENS = 32, 1024  # of llama.cpp
-# Options of `llmkit quantize`; speed does not depend on how well the codes were chosen.
+# Options of `llmkit quantize`; speed does not depend on how well the codes were chosen. llama.cpp's files, too, have
+# an output projection of 8 bits.
 QUANTIZED = {
-    "int8": ("--method", "int8"),
-    "w8a8": ("--method", "int8", "--activations", "--samples", "8", "--seq-len", "512"),
-    "int4": ("--method", "rtn"),
+    "int8": ("--method", "int8", "--lm-head", "8"),
+    "w8a8": ("--method", "int8", "--activations", "--samples", "8", "--seq-len", "512", "--lm-head", "8"),
+    "int4": ("--method", "rtn", "--lm-head", "8"),
 }
 # What is compared, by title: the scenario, the figure, and whether it is its inverse that the title names.
 COMPARED = {
