@@ -61,17 +61,14 @@ def profiled(engine: Engine, steps: int) -> dict[str, float]:
     cuda = engine.config.device.type == "cuda"
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * cuda
     wall = _timed(engine, steps)
-    compiled = Timed(native.library)
+    compiled, recordings = Timed(native.library), engine.runner.recordings
+    possible, recordings.possible = recordings.possible, recordings.possible and cuda  # kernels are timed one by one
     native.library = compiled if native.library else None  # type: ignore[assignment]
-    engine.runner.recordings.clear()
     try:
-        _timed(engine, 1)
-        compiled.seconds.clear()
         with profile(activities=activities) as record:
             _timed(engine, steps)
     finally:
-        native.library = compiled.library
-        engine.runner.recordings.clear()
+        native.library, recordings.possible = compiled.library, possible
     spent: dict[str, float] = defaultdict(float)
     for name, seconds in compiled.seconds.items():
         spent[group_of(name)] += seconds * 1e3 / steps

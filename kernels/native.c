@@ -20,7 +20,7 @@
 
 enum { WIDTH = 16 };                            /* columns of a panel of weights */
 enum { F32, BF16, F16, INT8, INT4 };            /* what weights and caches are kept as */
-enum { ROWS = 6, BLOCK = 96, PIECE = 4 };       /* rows of a tile, of x and panels of weights that a thread takes */
+enum { ROWS = 6, BLOCK = 96, PIECE = 4 };       /* rows of a tile, of x and panels of weights that a thread takes at least */
 enum { SHARED = 1 << 14 };                      /* elements that are worth more than one thread */
 enum { CHUNK = 64, TILE = 48, MOST_DIM = 256 }; /* tokens of a chunk of keys; queries of a tile; the largest head */
 
@@ -198,12 +198,21 @@ static void decode(const Product *p, int64_t panel, float *to) {
     }
 }
 
+/* Panels side by side that a thread takes at a time, when each takes so many times: the next one is prefetched. */
+static int64_t share(int64_t panels, int64_t times) {
+    int64_t takes = times;
+#ifdef _OPENMP
+    takes *= omp_get_max_threads();
+#endif
+    return panels > PIECE * takes ? (panels + takes - 1) / takes : PIECE;
+}
+
 /* sums: room for the sums of x's groups, where there are offsets. */
 static void product(const Product *p, float *sums) {
     static void (*const by_kind[])(const Product *, int64_t, int64_t, int64_t, int64_t) = {
         product_f32, product_bf16, product_f16, product_int8, product_int4};
     int64_t panels = (p->n + WIDTH - 1) / WIDTH, groups = p->k / p->group;
-    int64_t piece = p->m <= 3 && panels > 32 * PIECE ? 8 * PIECE : PIECE;
+    int64_t piece = p->m > 3 ? share(panels, 2) : panels > 32 * PIECE ? 8 * PIECE : PIECE;
     int64_t pieces = (panels + piece - 1) / piece, blocks = (p->m + BLOCK - 1) / BLOCK;
 #pragma omp parallel
     {
@@ -299,15 +308,15 @@ INTEGERS(rows_plain, 0)
 INTEGERS(rows_paired, 1)
 
 static void product_integers(const Integers *p) {
-    int64_t panels = (p->to.n + WIDTH - 1) / WIDTH, pieces = (panels + PIECE - 1) / PIECE;
-    int64_t blocks = (p->to.m + BLOCK - 1) / BLOCK;
+    int64_t panels = (p->to.n + WIDTH - 1) / WIDTH, piece = share(panels, p->to.m > 3 ? 2 : 1);
+    int64_t blocks = (p->to.m + BLOCK - 1) / BLOCK, pieces = (panels + piece - 1) / piece;
 #pragma omp parallel
     {
         int16_t *wide = p->to.m > LINES ? malloc(p->to.k * WIDTH * sizeof *wide) : NULL;
 #pragma omp for schedule(dynamic, 1)
         for (int64_t i = 0; i < blocks * pieces; i++) {
             int64_t block = i / pieces * BLOCK, end = block + BLOCK < p->to.m ? block + BLOCK : p->to.m;
-            int64_t first = i % pieces * PIECE, last = first + PIECE < panels ? first + PIECE : panels;
+            int64_t first = i % pieces * piece, last = first + piece < panels ? first + piece : panels;
             for (int64_t panel = first; panel < last; panel++) {
                 for (int64_t k = 0; wide && k < p->to.k; k += 2) {
                     __m256i values[2];

@@ -45,6 +45,16 @@ class Plan:
     back: torch.Tensor | None
 
 
+@dataclass(frozen=True)
+class Places:
+    """Where a kernel on the device finds contexts and queries; int32."""
+
+    table: torch.Tensor  # [S, W or more]: blocks, -1 where one was freed or there is none
+    contexts: torch.Tensor  # [S]: tokens in the cache
+    starts: torch.Tensor  # [S + 1]: the first query of each
+    tiles: torch.Tensor | None  # [tiles, 2]: sequence and first query of it; None where each has one query
+
+
 class AttentionBatch:
     """Which tokens of a step belong to which sequence, and where their keys and values lie."""
 
@@ -89,6 +99,11 @@ class AttentionBatch:
     def blocks(self) -> int:
         """How many blocks a cache must have for `for_sequences`."""
         return int((-(-self.context_lens // self.block_size)).sum())
+
+    @cached_property
+    def longest(self) -> int:
+        """The most queries of a sequence."""
+        return int(self.query_lens.max())
 
     def of(self, window: int | None) -> Group:
         """What the layers of a window share."""
@@ -139,6 +154,7 @@ class Group:
     def __init__(self, batch: AttentionBatch, window: int | None, table: Table) -> None:
         self.batch, self.window, self.table = batch, window, table
         self._plan: Plan | None = None
+        self._places: Places | None = None
 
     @cached_property
     def slots(self) -> torch.Tensor:
@@ -156,6 +172,35 @@ class Group:
         arrays = self.batch.query_lens, self.batch.context_lens, self.table.blocks, self.table.starts
         queries, contexts, blocks, starts = (array.ctypes.data for array in arrays)
         return len(arrays[0]), queries, contexts, blocks, starts
+
+    def on_device(self, queries: int) -> Places:
+        """For tiles of so many queries, those first that see most; made by the first layer, for all that follow."""
+        if self._places is None:
+            new, context, blocks = self.batch.query_lens, self.batch.context_lens, self.table.blocks
+            starts, sizes = self.table.starts, np.diff(self.table.starts, append=len(blocks))
+            low = np.maximum(0, context - new + 1 - (self.window or 1 << 62)) // self.batch.block_size
+            assert blocks[starts + low].min() >= 0, "a freed block within the window"
+            width = -(-int(sizes.max()) // 16) * 16  # kernels are compiled anew for other remainders
+            table = np.full(len(new) * width, -1, np.int32)
+            table[np.repeat(np.arange(len(new)) * width - starts, sizes) + np.arange(len(blocks))] = blocks
+            counts = -(-new // queries)
+            owner, ends = np.repeat(np.arange(len(new)), counts), counts.cumsum()
+            first = (np.arange(len(owner)) - np.repeat(ends - counts, counts)) * queries
+            tiles = np.stack((owner, first), 1)[np.argsort(-(context - new)[owner] - first, kind="stable")]
+            parts = table, context, np.append(0, new.cumsum()), tiles.ravel()
+            padded = [np.pad(part, (0, -len(part) % 4)) for part in parts]  # all aligned to 16 bytes, for the same reason
+            whole = self._device(np.concatenate(padded, dtype=np.int32, casting="same_kind"))
+            found = [one[: len(part)] for one, part in zip(whole.split([*map(len, padded)]), parts, strict=True)]
+            decoding = self.batch.longest == 1
+            self._places = Places(found[0].view(-1, width), *found[1:3], None if decoding else found[3].view(-1, 2))
+        return self._places
+
+    def refresh(self, blocks: torch.Tensor, contexts: torch.Tensor) -> None:
+        """Other blocks [S, up to W] and contexts [S] for a step of one query each that is replayed, on its device."""
+        places = self.on_device(1)
+        places.table[:, : blocks.shape[1]] = blocks
+        places.contexts.copy_(contexts)
+        self._plan = None
 
     def plan(self, most_blocks: int, dtype: torch.dtype, *, fused: bool) -> Plan:
         """Parts of about `most_blocks` blocks, with masks of a dtype; made by the first layer, for all that follow.

@@ -120,7 +120,7 @@ def test_a_step_that_fails_while_it_is_recorded_leaves_the_library_as_it_was(
         raise MemoryError
 
     monkeypatch.setattr(one.model, "run_layers", fail)
-    recording = replay.Recording(one.model, 1, 8, [None], 16)
+    recording = replay.Recording(one.model, 1, 8, 16)
     with pytest.raises(MemoryError):
         recording.record(one.model, one.runner.caches)
     assert native.library is library

@@ -21,6 +21,7 @@ from llmkit.model.families import model_spec
 from llmkit.model.loader import load_model, stored_tensors
 from llmkit.model.spec import ModelSpec
 from llmkit.runtime.engine.engine import Engine
+from llmkit.runtime.engine.graphs import Graphs
 from llmkit.runtime.engine.memory import (
     MemoryPlan,
     estimate_workspace,
@@ -163,6 +164,9 @@ def load_engine(
     )
     with start.stage("KV cache"):
         engine = Engine(loaded, config, eos_ids(checkpoint), draft)
+    if isinstance(graphs := engine.runner.recordings, Graphs):
+        with start.stage("CUDA graphs"):
+            graphs.prepare()
     for name, directory in options.adapters.items():
         with start.stage("adapters"):
             engine.add_adapter(name, directory)

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
+from itertools import accumulate, pairwise
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from llmkit.kernels import native
 from llmkit.kernels.attention import AttentionBatch, KvCache
+from llmkit.kernels.paging import Table
 from llmkit.model.decoder import Decoder
-from llmkit.model.rope import Rotation
 
 MOST_ELEMENTS = 1 << 15  # rows times hidden size of a step that is recorded; larger ones have better things to wait for
 KEPT = 4  # recordings; each keeps all that a step allocates
@@ -57,40 +59,71 @@ class _Watch(TorchDispatchMode):
         return result
 
 
-class Recording:
-    """The layers of a model for so many sequences with one new token each. Its inputs lie where they lay at first."""
+class Inputs:
+    """Where so many sequences with one new token each stand: a batch that is read from where it lay at first.
 
-    def __init__(self, model: Decoder, rows: int, width: int, windows: Sequence[int | None], block_size: int) -> None:
+    host: int64, on the CPU: contexts [rows], positions [rows], and of each window slots [rows] and blocks [rows, width].
+    words: the same on the device; it is `host` itself where that is the CPU. The first block of `spare` (by window) is
+    where rows that no sequence has write to.
+    """
+
+    def __init__(
+        self,
+        rows: int,
+        width: int,
+        block_size: int,
+        spare: Mapping[int | None, int],
+        device: torch.device | str = "cpu",
+    ) -> None:
         """width: blocks of the longest request."""
-        self.rows, self.width, self.block_size = rows, width, block_size
+        self.rows, self.width, self.block_size, self.spare = rows, width, block_size, spare
+        self.host = torch.zeros(rows * (2 + len(spare) * (1 + width)), dtype=torch.int64)
+        self.words = self.host if torch.device(device).type == "cpu" else self.host.to(device)
+        ends = list(accumulate((rows, rows, *(rows, rows * width) * len(spare))))
+        self._host = [self.host[start:end].numpy() for start, end in pairwise([0, *ends])]
+        parts = [self.words[start:end] for start, end in pairwise([0, *ends])]
+        self.contexts, self.positions = parts[:2]
+        self.blocks = {window: parts[3 + 2 * i].view(rows, width) for i, window in enumerate(spare)}
+        starts = np.arange(rows, dtype=np.int64) * width
+        tables = {window: Table(self._host[3 + 2 * i], starts) for i, window in enumerate(spare)}
+        ones = np.ones(rows, dtype=np.int64)
+        self.batch = AttentionBatch(ones, self._host[0], tables, block_size, torch.device(device))
+        for i, window in enumerate(spare):
+            self.batch.of(window).slots = parts[2 + 2 * i]
+
+    def set(self, positions: Sequence[int], contexts: Sequence[int], tables: Tables) -> None:
+        """A step's; tables: of each window, -1 for blocks that were freed."""
+        missing, size = self.rows - len(contexts), self.block_size
+        self._host[0][:] = [*contexts, *[1] * missing]
+        self._host[1][:] = [*positions, *[0] * missing]
+        for i, (window, spare) in enumerate(self.spare.items()):
+            slots, blocks = [], self._host[3 + 2 * i]
+            for row, (table, context) in enumerate(zip(tables[window], contexts, strict=True)):
+                blocks[row * self.width : row * self.width + len(table)] = table
+                slots.append(table[(context - 1) // size] * size + (context - 1) % size)
+            blocks[len(contexts) * self.width :: self.width] = spare
+            self._host[2 + 2 * i][:] = [*slots, *[spare * size] * missing]
+        if self.words is not self.host:
+            self.words.copy_(self.host.pin_memory(), non_blocking=True)
+
+
+class Recording(Inputs):
+    """The layers of a model for so many sequences with one new token each."""
+
+    def __init__(self, model: Decoder, rows: int, width: int, block_size: int) -> None:
+        super().__init__(rows, width, block_size, dict.fromkeys(model.spec.windows, 0))
         self.hidden = torch.zeros(rows, model.spec.hidden)
-        self.rotations = model.rotations(torch.zeros(rows, dtype=torch.int64))
-        self.batch = AttentionBatch.build(
-            [1] * rows, [1] * rows, {window: [[0] * width] * rows for window in windows}, block_size
-        )
-        self.windows = windows
+        self.rotations = model.rotations(self.positions)
         self._program = b""
         self._kept: list[torch.Tensor] = []
         self.out = self.hidden  # [rows, H], after the last norm
 
-    def set(
-        self, hidden: torch.Tensor, rotations: Mapping[str, Rotation], contexts: Sequence[int], tables: Tables
-    ) -> None:
-        """The step's inputs; tables: of each window, -1 for blocks that were freed."""
-        self.hidden.copy_(hidden)
-        for name, (cos, sin) in rotations.items():
+    def begin(self, model: Decoder, tokens: torch.Tensor) -> None:
+        """What goes into the first layer, after `set`."""
+        self.hidden.copy_(model.embed_tokens(tokens))
+        for name, (cos, sin) in model.rotations(self.positions).items():
             self.rotations[name][0].copy_(cos)
             self.rotations[name][1].copy_(sin)
-        self.batch.context_lens[:] = contexts
-        for window in self.windows:
-            group, slots = self.batch.of(window), []
-            for row, (table, context) in enumerate(zip(tables[window], contexts, strict=True)):
-                at = row * self.width
-                group.table.blocks[at : at + len(table)] = table
-                slots.append(
-                    table[(context - 1) // self.block_size] * self.block_size + (context - 1) % self.block_size
-                )
-            group.slots.numpy()[:] = slots
 
     def record(self, model: Decoder, caches: Sequence[KvCache]) -> bool:
         """Run the layers once; whether `replay` does the same from now on."""
@@ -107,7 +140,7 @@ class Recording:
         return True
 
     def replay(self) -> None:
-        """Run them again, on what was `set`."""
+        """Run them again, on what was `set` and begun with."""
         assert native.library is not None
         native.library.run(self._program)
 
@@ -127,27 +160,22 @@ class Recordings:
         again, self._last = rows == self._last or rows in self._made, rows
         return again and self.possible and rows * self.model.spec.hidden <= MOST_ELEMENTS
 
-    def clear(self) -> None:
-        """Let go of what was recorded: of kernels that are replaced."""
-        self._made.clear()
-
     def run(
-        self, tokens: torch.Tensor, positions: torch.Tensor, contexts: Sequence[int], tables: Tables
-    ) -> torch.Tensor:
-        """What the model gives for `tokens` [rows], the last of such contexts; it stays until the next run."""
-        rows, made = len(contexts), True
-        recording = self._made.get(rows)
+        self, tokens: torch.Tensor, positions: Sequence[int], contexts: Sequence[int], tables: Tables
+    ) -> tuple[torch.Tensor, None]:
+        """The logits after `tokens` [rows], the last of such contexts."""
+        rows, recording = len(contexts), self._made.get(len(contexts))
+        known = recording is not None
         if recording is None:
-            made = False
-            windows = list(self.model.spec.windows)
-            recording = self._made[rows] = Recording(self.model, rows, self.width, windows, self.block_size)
+            recording = self._made[rows] = Recording(self.model, rows, self.width, self.block_size)
             if len(self._made) > KEPT:
                 self._made.popitem(last=False)
         self._made.move_to_end(rows)
-        recording.set(self.model.embed_tokens(tokens), self.model.rotations(positions), contexts, tables)
-        if made:
+        recording.set(positions, contexts, tables)
+        recording.begin(self.model, tokens)
+        if known:
             recording.replay()
         elif not recording.record(self.model, self.caches):  # it has gone through the layers all the same
             self.possible = False
-            self.clear()
-        return recording.out
+            self._made.clear()
+        return self.model.logits(recording.out), None

@@ -12,7 +12,8 @@ from llmkit.kernels.attention import AttentionBatch
 from llmkit.kernels.sampling import sample
 from llmkit.model.decoder import Decoder
 from llmkit.model.lora import Adapters
-from llmkit.runtime.engine.replay import Recordings
+from llmkit.runtime.engine.graphs import Graphs
+from llmkit.runtime.engine.replay import Recordings, Tables
 from llmkit.runtime.engine.sequence import Chunk, Sequence
 from llmkit.runtime.engine.speculate import confirmed
 from llmkit.runtime.engine.types import EngineConfig, SamplingParams
@@ -72,14 +73,19 @@ class Runner:
     def __init__(self, model: Decoder, config: EngineConfig, draft: Decoder | None = None) -> None:
         self.model, self.config, self.draft = model, config, draft
         self.adapters = Adapters(model)
+        on_gpu = config.device.type == "cuda"  # where graphs need a block for rows that no sequence has
         self.caches = [
-            model.new_cache(self._blocks(layer.window), config.block_size, config.kv_dtype)
+            model.new_cache(self._blocks(layer.window) + on_gpu, config.block_size, config.kv_dtype)
             for layer in model.spec.layers
         ]
         layers = draft.spec.layers if draft is not None else ()
         self.draft_caches = [draft.new_cache(config.num_blocks, config.block_size) for _ in layers] if draft else []
         longest = -(-config.max_model_len // config.block_size)
-        self.recordings = Recordings(model, self.caches, longest, config.block_size)
+        self.recordings: Recordings | Graphs
+        if on_gpu:
+            self.recordings = Graphs(model, self.caches, longest, config.block_size, config.max_num_seqs)
+        else:
+            self.recordings = Recordings(model, self.caches, longest, config.block_size)
         self._last = torch.zeros(config.max_num_seqs, dtype=torch.int64, device=config.device)
         self._sampling = _Sampling()
 
@@ -95,16 +101,12 @@ class Runner:
         if guesses is not None:
             tokens[self._device(_guess_rows(chunks))] = guesses
         spans = [(chunk.sequence, chunk.start, chunk.stop) for chunk in chunks]
-        with self.adapters.applied([(chunk.sequence.adapter, chunk.count) for chunk in chunks], self._device):
-            hidden = self._forward(spans, tokens)
-        ends = accumulate(chunk.count for chunk in chunks)
-        rows = [row for chunk, end in zip(chunks, ends, strict=True) for row in range(end - 1 - chunk.drafts, end)]
-        wholes = len(rows) == len(hidden)
-        logits = self.model.logits(hidden if wholes else hidden[self._device(rows)])
+        logits, ids = self._logits(chunks, spans, tokens)
         sequences = [chunk.sequence for chunk in chunks for _ in range(1 + chunk.drafts)]
-        counters = [chunk.counter + i for chunk in chunks for i in range(1 + chunk.drafts)]
-        ids = self._sample(logits, sequences, counters)
-        ids = torch.where(torch.isfinite(logits.sum(-1)), ids, -1)
+        if ids is None or any(sequence.request.sampling.temperature for sequence in sequences):
+            counters = [chunk.counter + i for chunk in chunks for i in range(1 + chunk.drafts)]
+            ids = self._sample(logits, sequences, counters)
+            ids = torch.where(torch.isfinite(logits.sum(-1)), ids, -1)
         if self.config.ahead:
             self._last[self._device([sequence.slot for sequence in sequences])] = ids
         return self._flight(chunks, ids, guesses)
@@ -131,22 +133,34 @@ class Runner:
             tokens[self._device(rows)] = self._last[self._device(slots)].clamp_min(0)
         return tokens
 
-    def _forward(self, spans: list[Span], tokens: torch.Tensor, draft: Decoder | None = None) -> torch.Tensor:
-        """Hidden states [T, H] of the spans, one after the other, or a draft model's; tokens: int64 [T]."""
-        model = draft or self.model
-        positions: list[int] = []
+    def _logits(
+        self, chunks: list[Chunk], spans: list[Span], tokens: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Logits after each chunk's last 1 + drafts tokens, and the most probable ids where they are known, too."""
+        single = len(tokens) == len(spans) and not any(sequence.adapter for sequence, _, _ in spans)
+        if single and self.recordings.take(len(spans)):
+            return self.recordings.run(tokens, *self._places(spans))
+        with self.adapters.applied([(chunk.sequence.adapter, chunk.count) for chunk in chunks], self._device):
+            hidden = self._forward(spans, tokens)
+        ends = accumulate(chunk.count for chunk in chunks)
+        rows = [row for chunk, end in zip(chunks, ends, strict=True) for row in range(end - 1 - chunk.drafts, end)]
+        return self.model.logits(hidden if len(rows) == len(hidden) else hidden[self._device(rows)]), None
+
+    def _places(self, spans: list[Span], draft: Decoder | None = None) -> tuple[list[int], list[int], Tables]:
+        """Positions of all tokens, and the spans' contexts and block tables, for the model or a draft model."""
+        spec, windows, positions = (draft or self.model).spec, self.config.windows, list[int]()
         for sequence, start, stop in spans:
-            offset = model.spec.rope_offset(sequence.longest)
+            offset = spec.rope_offset(sequence.longest)
             positions += range(start + offset, stop + offset)
-        windows = self.config.windows
         tables = {
             window: [sequence.tables[windows.index(None if draft else window)] for sequence, _, _ in spans]
-            for window in model.spec.windows
+            for window in spec.windows
         }
-        contexts = [stop for _, _, stop in spans]
-        single = draft is None and len(tokens) == len(spans) and not any(s.adapter for s, _, _ in spans)
-        if single and self.recordings.take(len(spans)):
-            return self.recordings.run(tokens, self._device(positions), contexts, tables)
+        return positions, [stop for _, _, stop in spans], tables
+
+    def _forward(self, spans: list[Span], tokens: torch.Tensor, draft: Decoder | None = None) -> torch.Tensor:
+        """Hidden states [T, H] of the spans, one after the other, or a draft model's; tokens: int64 [T]."""
+        model, (positions, contexts, tables) = draft or self.model, self._places(spans, draft)
         batch = AttentionBatch.build(
             [stop - start for _, start, stop in spans], contexts, tables, self.config.block_size, self.config.device
         )

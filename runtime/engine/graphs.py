@@ -1,0 +1,120 @@
+"""Decode steps on a GPU as CUDA graphs, from token ids to logits: a launch for each kernel would take longer than they.
+
+A graph is for so many sequences; a step of fewer runs the next larger one, whose other rows write to a spare block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import torch
+
+from llmkit.kernels.attention import KvCache
+from llmkit.model.decoder import Decoder
+from llmkit.runtime.engine.replay import Inputs, Tables
+
+SIZES = (1, 2, 4)  # sequences of a graph, and every multiple of STEP
+STEP = 8
+AT_START = 32  # graphs of up to so many sequences are made at the start, larger ones when they are needed
+
+
+class Repeatable(Protocol):
+    """What was run once and can be run again."""
+
+    def replay(self) -> None:
+        """Run it again."""
+
+
+class CudaGraph:
+    """The kernels that a function launches, as one launch. It is run before, so that nothing is compiled meanwhile."""
+
+    _pool: tuple[int, int] | None = None  # the memory of all graphs: no two run at a time
+
+    def __init__(self, run: Callable[[], None]) -> None:
+        CudaGraph._pool = CudaGraph._pool or torch.cuda.graph_pool_handle()
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            run()
+        torch.cuda.current_stream().wait_stream(side)
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph, CudaGraph._pool, capture_error_mode="thread_local"):
+            run()
+
+    def replay(self) -> None:
+        """Launch them."""
+        self._graph.replay()
+
+
+class Graph(Inputs):
+    """A step of `rows` sequences. logits: float32 [rows, V]; greedy: the most probable ids, -1 where logits are not
+    finite. Both stay until the next step."""
+
+    logits: torch.Tensor
+    greedy: torch.Tensor
+
+    def __init__(
+        self, model: Decoder, caches: Sequence[KvCache], rows: int, width: int, block_size: int,
+        capture: Callable[[Callable[[], None]], Repeatable],
+    ) -> None:  # fmt: skip
+        pairs = zip(model.spec.layers, caches, strict=True)
+        spare = {layer.window: cache.kv.shape[1] - 1 for layer, cache in pairs}
+        super().__init__(rows, width, block_size, spare, model.device)
+        self._model, self._caches = model, caches
+        self.tokens = torch.zeros(rows, dtype=torch.int64, device=model.device)
+        self.set([], [], {window: [] for window in spare})
+        self._captured = capture(self._run)
+
+    def _run(self) -> None:
+        for window, blocks in self.blocks.items():
+            self.batch.of(window).refresh(blocks, self.contexts)
+        hidden = self._model(self.tokens, self.positions, self.batch, self._caches)
+        self.logits = self._model.logits(hidden)
+        found = torch.isfinite(self.logits.sum(-1))
+        self.greedy = torch.where(found, self.logits.argmax(-1), -1)
+
+    def run(self, tokens: torch.Tensor) -> None:
+        """Fill `logits` and `greedy`, after `set`."""
+        self.tokens[: len(tokens)] = tokens
+        self._captured.replay()
+
+
+class Graphs:
+    """A model's graphs by size. Its caches must have a block more than the scheduler gives away."""
+
+    def __init__(
+        self, model: Decoder, caches: Sequence[KvCache], width: int, block_size: int, most: int,
+        capture: Callable[[Callable[[], None]], Repeatable] = CudaGraph,
+    ) -> None:  # fmt: skip
+        """width: blocks of the longest request; most: sequences of a step."""
+        self._model, self._caches, self._capture = model, caches, capture
+        self._width, self._block_size = width, block_size
+        self.sizes = [*(size for size in SIZES if size < most), *range(STEP, most, STEP), most]
+        self._made: dict[int, Graph] = {}
+        self.possible = not any(layer.moe for layer in model.spec.layers)  # whose routing the host has to see
+
+    @torch.inference_mode()
+    def prepare(self) -> None:
+        """Make the common ones, the largest first: the others fit into its memory."""
+        for size in reversed([size for size in self.sizes if size <= AT_START]) if self.possible else ():
+            self._graph(size)
+
+    def take(self, rows: int) -> bool:
+        """Whether `run` is to be called for a step of so many tokens, one a sequence."""
+        return self.possible and rows <= self.sizes[-1]
+
+    def run(
+        self, tokens: torch.Tensor, positions: Sequence[int], contexts: Sequence[int], tables: Tables
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The logits after `tokens` [rows], the last of such contexts, and the most probable ids."""
+        rows = len(contexts)
+        graph = self._graph(next(size for size in self.sizes if size >= rows))
+        graph.set(positions, contexts, tables)
+        graph.run(tokens)
+        return graph.logits[:rows], graph.greedy[:rows]
+
+    def _graph(self, size: int) -> Graph:
+        if size not in self._made:
+            self._made[size] = Graph(self._model, self._caches, size, self._width, self._block_size, self._capture)
+        return self._made[size]

@@ -1,0 +1,148 @@
+"""`--lm-head`: the output projection quantized too, apart from the embedding, whatever else the options are."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file
+
+from llmkit.checkpoint.errors import UsageError
+from llmkit.checkpoint.formats import parse_quantization
+from llmkit.checkpoint.progress import SilentProgress
+from llmkit.checkpoint.quantized import Scheme
+from llmkit.checkpoint.source import open_checkpoint
+from llmkit.model.families import model_spec
+from llmkit.model.layout import parameters
+from llmkit.model.loader import load_model, read_parameter, scheme_of
+from llmkit.quant import text
+from llmkit.quant.methods import Choice, quantization_of
+from llmkit.quant.quantize import QuantizeOptions, quantize
+from llmkit.quant.report import Report
+from llmkit.runtime.engine.load import EngineOptions, load_engine
+from llmkit.runtime.engine.memory import loaded_bytes, weight_bytes
+from llmkit.runtime.engine.types import SamplingParams
+from llmkit.shard.merge import merge
+from llmkit.shard.plan import explain_tp
+from llmkit.shard.shard import shard
+from llmkit.shard.verify import verify
+
+CALIBRATED: dict[str, Any] = {"samples": 4, "seq_len": 64}
+RUNS: dict[str, tuple[str, dict[str, Any], Scheme]] = {  # the head's scheme is the last
+    "int8": ("int8", {"lm_head": 8}, Scheme(8)),
+    "w8a8": ("int8", {"lm_head": 8, "activations": True, **CALIBRATED}, Scheme(8)),
+    "fp8": ("fp8", {"lm_head": 8}, Scheme(8)),
+    "fp8-static": ("fp8", {"lm_head": 8, "static_activations": True, **CALIBRATED}, Scheme(8)),
+    "rtn": ("rtn", {"lm_head": 8}, Scheme(8, 64)),
+    "gptq": ("gptq", {"lm_head": 4, **CALIBRATED}, Scheme(4, 64)),
+    "gptq-packed": ("gptq", {"lm_head": 8, "format": "compressed-tensors", **CALIBRATED}, Scheme(8, 64)),
+    "awq-packed": ("awq", {"lm_head": 4, "format": "compressed-tensors", **CALIBRATED}, Scheme(4, 64, False)),
+    "mixed": ("rtn", {"lm_head": 8, "target_bits": 8.0, **CALIBRATED}, Scheme(8, 64)),
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def short_builtin_text() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        short = text.builtin_text()[:50_000]
+        patch.setattr(text, "builtin_text", lambda: short)
+        yield
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["untied", "tied"])
+def source(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.tiny_checkpoint(tmp_path_factory.mktemp("source") / "model", tie_word_embeddings=request.param)
+
+
+def run(source: Path, out: Path, method: str, **options: Any) -> Report:
+    plain = QuantizeOptions(method, evaluate=False, device="cpu")
+    return quantize(str(source), str(out), dataclasses.replace(plain, **options), SilentProgress())
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_the_head_is_rounded_and_the_embedding_is_not(source: Path, tmp_path: Path, name: str) -> None:
+    method, options, scheme = RUNS[name]
+    report = run(source, tmp_path / "out", method, **options)
+    found, original = open_checkpoint(tmp_path / "out"), open_checkpoint(source)
+    spec = model_spec(found.config)
+    assert not spec.tied
+    head = parameters(spec)[-1]
+    assert head.name == "lm_head.weight" and scheme_of(head, head.tensors[0], found.quantization) == scheme
+    assert torch.equal(found.read("model.embed_tokens.weight"), original.read("model.embed_tokens.weight"))
+    tied = model_spec(original.config).tied
+    wanted = original.read("model.embed_tokens.weight" if tied else "lm_head.weight").float()
+    got = read_parameter(found, head, torch.float32)
+    size = wanted.shape[1] if scheme.group_size == -1 else scheme.group_size
+    step = 2 * wanted.abs().view(len(wanted), -1, size).amax(-1) / (2**scheme.bits - 2)
+    worst = (got - wanted).abs().view(len(wanted), -1, size).amax(-1)
+    bound = 0.51 if scheme.bits == 8 else 2  # a searched range is shorter, and clips
+    assert (worst <= bound * step + 1e-6).all()
+    assert [entry["name"] for entry in report["linears"]].count("lm_head") == 1
+    assert f"--lm-head {options['lm_head']}" in report["command_line"]
+
+
+@pytest.mark.parametrize("name", ["w8a8", "gptq", "mixed"])
+def test_what_is_served_is_what_is_stored(source: Path, tmp_path: Path, name: str) -> None:
+    method, options, _ = RUNS[name]
+    run(source, tmp_path / "out", method, **options)
+    found = open_checkpoint(tmp_path / "out")
+    hidden = torch.randn(5, 64, generator=torch.Generator().manual_seed(0))
+    expected = hidden @ read_parameter(found, parameters(model_spec(found.config))[-1], torch.float32).T
+    with torch.inference_mode():
+        for packed in (False, True):
+            model = load_model(found, torch.float32, packed=packed)
+            torch.testing.assert_close(model.logits(hidden), expected, rtol=1e-4, atol=1e-4)
+    planned = weight_bytes(found, model.spec, torch.float32, torch.device("cpu"))
+    assert loaded_bytes(model) == pytest.approx(planned, rel=0.05)
+    engine = load_engine(tmp_path / "out", EngineOptions(device="cpu", max_model_len=64))
+    (answer,) = engine.generate([[5, 6, 7]], SamplingParams(temperature=0, max_tokens=8, ignore_eos=True))
+    assert len(answer) == 8
+
+
+@pytest.mark.parametrize("name", ["w8a8", "gptq", "awq-packed"])
+def test_a_quantized_head_is_sharded_and_merged(source: Path, tmp_path: Path, name: str) -> None:
+    method, options, _ = RUNS[name]
+    run(source, tmp_path / "out", method, **(options | {"group_size": 32} if method != "int8" else options))
+    shard(tmp_path / "out", tmp_path / "ranks", 2)
+    assert not verify(tmp_path / "ranks").problems
+    merge(tmp_path / "ranks", tmp_path / "whole")
+    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "whole"))
+    assert one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
+
+
+def test_packed_rows_that_would_need_padding_are_refused(source: Path) -> None:
+    spec = dataclasses.replace(model_spec(open_checkpoint(source).config), tied=False, vocab=520)
+    quantization = quantization_of(spec, Choice("gptq", group_size=16, lm_head=4))
+    assert explain_tp(spec, dataclasses.replace(quantization, ignore=("lm_head",)), 2) is None
+    refusal = explain_tp(spec, quantization, 2)
+    assert refusal is not None and "lm_head: 520/2 = 260 packed rows, no multiple of 64" in refusal
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "message"),
+    [
+        ("bf16", {}, "is a cast"),
+        ("awq", {}, "no place for a quantized one"),
+        ("int8", {"lm_head": 4}, "8 bits go with"),
+        ("gptq", {}, "4 bits go with"),
+        ("rtn", {"lm_head": 5}, "4 or 8 bits go with"),
+    ],
+)
+def test_what_does_not_go_together_is_told(
+    source: Path, tmp_path: Path, method: str, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UsageError) as refusal:
+        run(source, tmp_path / "out", method, **{"lm_head": 8, **options})
+    assert message in str(refusal.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_others_that_quantize_the_head_are_read() -> None:
+    said = {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": True, "desc_act": False, "lm_head": True}
+    assert parse_quantization(said).scheme_of("lm_head") == Scheme(4, 32)
+    assert parse_quantization(said | {"lm_head": False}).scheme_of("lm_head") is None
