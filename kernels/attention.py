@@ -11,17 +11,13 @@ from dataclasses import dataclass
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from llmkit.kernels import native
-from llmkit.kernels.paging import AttentionBatch, Group, Part
+from llmkit.kernels import native, paged
+from llmkit.kernels.paging import AttentionBatch, Group
 from llmkit.kernels.rounding import FP8, tensor_codes, token_codes
 
 __all__ = ["CODES", "AttentionBatch", "KvCache", "paged_attention"]
 
 CODES = {"int8": torch.int8, "fp8": FP8}
-PART_BYTES = {
-    "cpu": 4 << 20,
-    "cuda": 256 << 20,
-}  # keys and values that are gathered at a time; on a CPU, into its cache
 
 
 @dataclass(frozen=True)
@@ -94,41 +90,33 @@ def paged_attention(
     """
     if native.attends(q, cache) and q.stride()[1:] == (q.shape[2], 1):
         return native.attention(q, cache, group, scale, softcap)
-    heads, _, block_size, dim = cache.kv.shape
-    most_blocks = PART_BYTES[q.device.type] // (heads * block_size * dim * q.element_size())
-    plan = group.plan(most_blocks, q.dtype, fused=softcap is None)
-    if plan.order is not None:
-        q = q.index_select(0, plan.order)
-    answers = [_attend(q[part.rows], cache.gather(part.blocks, q.dtype), part, scale, softcap) for part in plan.parts]
-    out = answers[0] if len(answers) == 1 else torch.cat(answers)
-    return out if plan.back is None else out.index_select(0, plan.back)
+    if paged.attends(q, cache):
+        return paged.attention(q, cache, group, scale, softcap)
+    return paged_attention_reference(q, cache, group, scale, softcap)
 
 
-def _attend(q: torch.Tensor, kv: torch.Tensor, part: Part, scale: float, softcap: float | None) -> torch.Tensor:
-    """q: [S * n, N, D]; kv: [2K, S * L, D], of which each query sees what `part` says. Returns [S * n, N, D]."""
-    tokens, heads, dim = q.shape
-    kv = kv.view(2, -1, part.count, kv.shape[1] // part.count, dim)[..., part.span, :].transpose(1, 2)
-    k, v = kv.unbind(0)
-    if softcap is not None:
-        return _attend_capped(q, k, v, part, scale, softcap)
-    if part.new == 1:  # the heads that share a key-value head are the rows of one small product
-        grouped = q.view(tokens, k.shape[1], -1, dim)
-        return scaled_dot_product_attention(grouped, k, v, attn_mask=part.mask, scale=scale).reshape(q.shape)
-    query = q.view(part.count, part.new, heads, dim).transpose(1, 2)
-    out = scaled_dot_product_attention(
-        query, k, v, attn_mask=part.mask, is_causal=part.causal, scale=scale, enable_gqa=heads != k.shape[1]
-    )
-    return out.transpose(1, 2).reshape(q.shape)
-
-
-def _attend_capped(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, part: Part, scale: float, softcap: float
+def paged_attention_reference(
+    q: torch.Tensor, cache: KvCache, group: Group, scale: float, softcap: float | None = None
 ) -> torch.Tensor:
-    """`_attend` with softcap(x) = cap tanh(x / cap) over the scores. k, v: [S, K, L, D]."""
-    count, new, kv_heads = part.count, part.new, k.shape[1]
-    rows = q.view(count, new, kv_heads, -1, q.shape[-1]).permute(0, 2, 3, 1, 4)  # [S, K, N / K, n, D]
-    scores = (rows.flatten(2, 3) @ k.transpose(-1, -2)).mul_(scale / softcap).tanh().mul(softcap).float()
-    if part.mask is not None:
-        scores.view(*rows.shape[:-1], -1).add_(part.mask[:, :, None])
-    out = scores.softmax(-1).to(q.dtype) @ v
-    return out.view(rows.shape).permute(0, 3, 1, 2, 4).reshape(q.shape)
+    """`paged_attention` in plain torch, one sequence after the other."""
+    answers, at = [], 0
+    for new, blocks, tokens, seen in group.sequences:
+        kv = cache.gather(blocks, q.dtype)[:, tokens]
+        k, v = kv.view(2, -1, 1, *kv.shape[1:]).unbind(0)  # [K, 1, L, D]
+        rows = q[at : at + new].unflatten(1, (len(k), -1)).permute(1, 2, 0, 3)  # [K, N / K, n, D]
+        answers.append(_attend(rows, k, v, seen, scale, softcap).permute(2, 0, 1, 3).flatten(1, 2))
+        at += new
+    return torch.cat(answers)
+
+
+def _attend(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, seen: torch.Tensor | None, scale: float, softcap: float | None
+) -> torch.Tensor:
+    """seen: bool [n, L], None where every query sees everything."""
+    if softcap is None:
+        k, v = (t.expand(*q.shape[:2], -1, -1) for t in (k, v))
+        return scaled_dot_product_attention(q, k, v, seen, scale=scale)
+    scores = ((q @ k.mT) * (scale / softcap)).tanh().mul(softcap).float()
+    if seen is not None:
+        scores = scores.masked_fill(~seen, float("-inf"))
+    return scores.softmax(-1).to(q.dtype) @ v

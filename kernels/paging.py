@@ -6,7 +6,7 @@ Legend: S sequences, T tokens of this step over all of them, L tokens of context
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, chain, pairwise
@@ -16,43 +16,7 @@ import numpy as np
 import torch
 
 Numbers = np.ndarray[tuple[int, ...], np.dtype[np.int64]]
-
-PIECE = 512  # query tokens of one sequence that share a mask
-SHORT = 16  # queries of up to so many tokens are computed side by side
-
-
-@dataclass(frozen=True)
-class Part:
-    """Queries that are answered together: the last `new` tokens of each of `count` contexts, padded to the longest."""
-
-    rows: slice  # of the step's queries, in the plan's order
-    count: int
-    new: int
-    blocks: torch.Tensor | slice  # int64 [count * blocks of the longest], context by context; a slice is read in place
-    span: slice  # which tokens of the blocks of a context any query sees
-    mask: (
-        torch.Tensor | None
-    )  # [count, 1, new, L]: 0 or True where a query sees one of these tokens, else -inf or False
-    causal: bool = False  # each query sees the tokens up to its own; there is no mask then
-
-
-@dataclass(frozen=True)
-class Plan:
-    """All queries of a step. order, back: int64 [T], from the step's order to that of the parts and back."""
-
-    parts: list[Part]
-    order: torch.Tensor | None
-    back: torch.Tensor | None
-
-
-@dataclass(frozen=True)
-class Places:
-    """Where a kernel on the device finds contexts and queries; int32."""
-
-    table: torch.Tensor  # [S, W or more]: blocks, -1 where one was freed or there is none
-    contexts: torch.Tensor  # [S]: tokens in the cache
-    starts: torch.Tensor  # [S + 1]: the first query of each
-    tiles: torch.Tensor | None  # [tiles, 2]: sequence and first query of it; None where each has one query
+Places = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]  # see `Group.on_device`
 
 
 class AttentionBatch:
@@ -100,11 +64,6 @@ class AttentionBatch:
         """How many blocks a cache must have for `for_sequences`."""
         return int((-(-self.context_lens // self.block_size)).sum())
 
-    @cached_property
-    def longest(self) -> int:
-        """The most queries of a sequence."""
-        return int(self.query_lens.max())
-
     def of(self, window: int | None) -> Group:
         """What the layers of a window share."""
         if window not in self._groups:
@@ -127,33 +86,11 @@ class Table:
         return cls(blocks, sizes.cumsum() - sizes)
 
 
-@dataclass(frozen=True)
-class Pieces:
-    """Up to PIECE consecutive queries of one sequence each, in the order in which they are computed."""
-
-    new: list[int]  # queries
-    widths: list[int]  # blocks that they see
-    tokens: list[int]  # in these blocks, up to and with the last query
-    causal: list[bool]  # whether they are all there is of their sequence, and see what is before them
-    first: Numbers  # where their blocks begin in the tables
-
-    def cuts(self, most_blocks: int) -> Iterator[tuple[int, int]]:
-        """Ranges that are computed side by side: short, of one length, and of about `most_blocks` blocks in all."""
-        start = widest = 0
-        for at, (new, width) in enumerate(zip(self.new, self.widths, strict=True)):
-            widest = max(widest, width)
-            if at > start and (new > SHORT or new != self.new[start] or (at + 1 - start) * widest > most_blocks):
-                yield start, at
-                start, widest = at, width
-        yield start, len(self.new)
-
-
 class Group:
     """The layers of one window: where they put new keys and values, and what their queries see."""
 
     def __init__(self, batch: AttentionBatch, window: int | None, table: Table) -> None:
         self.batch, self.window, self.table = batch, window, table
-        self._plan: Plan | None = None
         self._places: Places | None = None
 
     @cached_property
@@ -174,7 +111,12 @@ class Group:
         return len(arrays[0]), queries, contexts, blocks, starts
 
     def on_device(self, queries: int) -> Places:
-        """For tiles of so many queries, those first that see most; made by the first layer, for all that follow."""
+        """For tiles of so many queries, in int32; made by the first layer, for all that follow.
+
+        Block table [S, W or more], -1 where one was freed or there is none; contexts [S]; the first query of each
+        sequence [S + 1]; tiles [any, 2], sequence and first query of it, those first that see most, or None if every
+        sequence has one query.
+        """
         if self._places is None:
             new, context, blocks = self.batch.query_lens, self.batch.context_lens, self.table.blocks
             starts, sizes = self.table.starts, np.diff(self.table.starts, append=len(blocks))
@@ -184,84 +126,41 @@ class Group:
             table = np.full(len(new) * width, -1, np.int32)
             table[np.repeat(np.arange(len(new)) * width - starts, sizes) + np.arange(len(blocks))] = blocks
             counts = -(-new // queries)
-            owner, ends = np.repeat(np.arange(len(new)), counts), counts.cumsum()
-            first = (np.arange(len(owner)) - np.repeat(ends - counts, counts)) * queries
-            tiles = np.stack((owner, first), 1)[np.argsort(-(context - new)[owner] - first, kind="stable")]
+            owner, begin = np.repeat(np.arange(len(new)), counts), np.repeat(counts.cumsum() - counts, counts)
+            tiles = np.stack((owner, (np.arange(len(owner)) - begin) * queries), 1)
+            tiles = tiles[np.argsort(-(context - new)[owner] - tiles[:, 1], kind="stable")]
             parts = table, context, np.append(0, new.cumsum()), tiles.ravel()
-            padded = [np.pad(part, (0, -len(part) % 4)) for part in parts]  # all aligned to 16 bytes, for the same reason
-            whole = self._device(np.concatenate(padded, dtype=np.int32, casting="same_kind"))
-            found = [one[: len(part)] for one, part in zip(whole.split([*map(len, padded)]), parts, strict=True)]
-            decoding = self.batch.longest == 1
-            self._places = Places(found[0].view(-1, width), *found[1:3], None if decoding else found[3].view(-1, 2))
+            padded = [np.pad(part, (0, -len(part) % 4)) for part in parts]  # aligned to 16 bytes, for the same reason
+            found = self._device(np.concatenate(padded, dtype=np.int32)).split([*map(len, padded)])
+            tile = None if new.max() == 1 else found[3][: tiles.size].view(-1, 2)
+            self._places = found[0].view(-1, width), found[1][: len(new)], found[2][: len(new) + 1], tile
         return self._places
 
     def refresh(self, blocks: torch.Tensor, contexts: torch.Tensor) -> None:
         """Other blocks [S, up to W] and contexts [S] for a step of one query each that is replayed, on its device."""
-        places = self.on_device(1)
-        places.table[:, : blocks.shape[1]] = blocks
-        places.contexts.copy_(contexts)
-        self._plan = None
+        self.on_device(1)[0][:, : blocks.shape[1]] = blocks
+        self.on_device(1)[1].copy_(contexts)
+        self.__dict__.pop("sequences", None)
 
-    def plan(self, most_blocks: int, dtype: torch.dtype, *, fused: bool) -> Plan:
-        """Parts of about `most_blocks` blocks, with masks of a dtype; made by the first layer, for all that follow.
-
-        fused: whether queries that see everything before them need no mask.
-        """
-        if self._plan is None:
-            self._plan = self._make(most_blocks, dtype, fused)
-        return self._plan
-
-    def _make(self, most_blocks: int, dtype: torch.dtype, fused: bool) -> Plan:
-        size, window = self.batch.block_size, self.window
-        new, context = self.batch.query_lens, self.batch.context_lens
-        causal = (new == context) & (new > 1) & fused & (new <= (window or new))
-        split = np.where(causal, 1, -(-new // PIECE))
-        owner = _spread(np.arange(len(new)), split)
-        begin = (np.arange(len(owner)) - _spread(split.cumsum() - split, split)) * PIECE
-        count = np.where(causal[owner], new[owner], np.minimum(PIECE, new[owner] - begin))
-        end = (context - new)[owner] + begin + count
-        order = np.lexsort((end, count))  # the short ones first
-        owner, count, end = owner[order], count[order], end[order]
-        row = ((new.cumsum() - new)[owner] + begin[order]) - (count.cumsum() - count)
-        rows = _spread(row, count) + np.arange(new.sum())
-        first = np.maximum(0, end - count + 1 - (window or 1 << 62)) // size
-        pieces = Pieces(
-            count.tolist(), (-(-end // size) - first).tolist(), (end - first * size).tolist(),
-            causal[owner].tolist(), self.table.starts[owner] + first,
-        )  # fmt: skip
-        parts, at = [], 0
-        for start, stop in pieces.cuts(most_blocks):
-            parts.append(self._part(at, pieces, start, stop, None if fused and pieces.new[start] > SHORT else dtype))
-            at = parts[-1].rows.stop
-        if (rows == np.arange(len(rows))).all():
-            return Plan(parts, None, None)
-        return Plan(parts, self._device(rows), self._device(np.argsort(rows)))
-
-    def _part(self, at: int, pieces: Pieces, start: int, stop: int, dtype: torch.dtype | None) -> Part:
-        """Pieces [start, stop), whose queries begin at row `at`. dtype: of the mask; None: bool, which takes less."""
-        count, new, window = stop - start, pieces.new[start], self.window
-        widths, tokens = pieces.widths[start:stop], pieces.tokens[start:stop]
-        longest, shortest = max(tokens), min(tokens)
-        # Padded with a context's own last block: what is masked there can then never be another sequence's NaN.
-        column = np.minimum(np.arange(max(widths)), np.array(widths)[:, None] - 1)
-        blocks = self.table.blocks[pieces.first[start:stop, None] + column].ravel()
-        assert blocks.min() >= 0, "a freed block within the window"
-        low = 0 if window is None else max(0, shortest - new + 1 - window)
-        causal = count == 1 and pieces.causal[start]
-        mask = None
-        if not causal and (new > 1 or longest > shortest):
-            query = np.array(tokens)[:, None, None] - np.arange(new, 0, -1)[:, None]
-            token = np.arange(low, longest)
-            seen = token <= query if window is None else (token <= query) & (token > query - window)
-            if dtype is None:
-                mask = self._device(seen)[:, None]
-            else:
-                mask = self._device(np.where(seen, np.float32(0), np.float32("-inf"))).to(dtype)[:, None]
-        rows = slice(at, at + count * new)
-        run = slice(int(blocks[0]), int(blocks[0]) + len(blocks))
-        side_by_side = count == 1 and (blocks == np.arange(run.start, run.stop)).all()
-        read = run if side_by_side else self._device(blocks)
-        return Part(rows, count, new, read, slice(low, longest), mask, causal)
+    @cached_property
+    def sequences(self) -> list[tuple[int, torch.Tensor | slice, slice, torch.Tensor | None]]:
+        """For the reference, of each sequence: its queries, the blocks they see, the tokens of these up to the last
+        query, and which of them each query sees, bool [queries, tokens], None for all."""
+        size, window, found = self.batch.block_size, self.window or 1 << 62, []
+        lengths = zip(self.batch.query_lens.tolist(), self.batch.context_lens.tolist(), self.table.starts, strict=True)
+        for new, context, start in lengths:
+            low = max(0, context - new + 1 - window) // size
+            blocks = self.table.blocks[start + low : start - (-context // size)]
+            assert blocks.min() >= 0, "a freed block within the window"
+            run = slice(int(blocks[0]), int(blocks[0]) + len(blocks))
+            side_by_side = (blocks == np.arange(run.start, run.stop)).all()
+            token, query = np.arange(low * size, context), np.arange(context - new, context)[:, None]
+            seen = (token <= query) & (token > query - window)
+            found.append(
+                (new, run if side_by_side else self._device(blocks), slice(context - low * size),
+                 None if seen.all() else self._device(seen))
+            )  # fmt: skip
+        return found
 
     def _device(self, values: np.ndarray[Any, Any]) -> torch.Tensor:
         host = torch.from_numpy(values)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from llmkit.kernels import native
+from llmkit.kernels import elementwise, native
+from llmkit.kernels.jit import runs_triton
 
 
 def rotate_(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
@@ -13,8 +14,9 @@ def rotate_(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
     x: [T, N, D]; cos, sin: float32 [T, 1, 2R], the second half of cos as the first, and of sin its negative first.
     """
     size = cos.shape[-1]
-    if native.runs(x) and x.stride()[1:] == (x.shape[2], 1):
-        native.rotate(x, cos, sin)
+    compact = x.stride()[1:] == (x.shape[2], 1)
+    if compact and (native.runs(x) or runs_triton(x)):
+        (native if x.is_cpu else elementwise).rotate(x, cos, sin)
         return
     x = x[..., :size]
     wide = x.float()  # x itself when that is its dtype

@@ -1,4 +1,4 @@
-"""Graphs of decode steps, on a CPU with a stand-in that runs again what CUDA would repeat: the bookkeeping is the same."""
+"""Graphs of decode steps, on a CPU with a stand-in that runs again what CUDA would repeat: one bookkeeping for both."""
 
 from __future__ import annotations
 

@@ -6,7 +6,7 @@ A graph is for so many sequences; a step of fewer runs the next larger one, whos
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -29,7 +29,7 @@ class Repeatable(Protocol):
 class CudaGraph:
     """The kernels that a function launches, as one launch. It is run before, so that nothing is compiled meanwhile."""
 
-    _pool: tuple[int, int] | None = None  # the memory of all graphs: no two run at a time
+    _pool: Any = None  # the memory of all graphs: no two run at a time
 
     def __init__(self, run: Callable[[], None]) -> None:
         CudaGraph._pool = CudaGraph._pool or torch.cuda.graph_pool_handle()

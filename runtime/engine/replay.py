@@ -62,9 +62,9 @@ class _Watch(TorchDispatchMode):
 class Inputs:
     """Where so many sequences with one new token each stand: a batch that is read from where it lay at first.
 
-    host: int64, on the CPU: contexts [rows], positions [rows], and of each window slots [rows] and blocks [rows, width].
-    words: the same on the device; it is `host` itself where that is the CPU. The first block of `spare` (by window) is
-    where rows that no sequence has write to.
+    host: int64, on the CPU: contexts [rows], positions [rows], and of each window slots [rows] and blocks
+    [rows, width]. words: the same on the device; it is `host` itself where that is the CPU. spare: by window the block
+    that rows without a sequence write to.
     """
 
     def __init__(
