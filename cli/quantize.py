@@ -185,7 +185,7 @@ def quantize(
 
 def _generate(*arguments: Any, **options: Any) -> list[list[int]]:
     """The engine's answers, for calibration text that the model writes: few runs need an engine."""
-    from llmkit.runtime.engine.generate import generate
+    from llmkit.runtime.generate import generate
 
     return generate(*arguments, **options)
 

@@ -1,6 +1,6 @@
 """What the model writes: the same prompts before and after, and calibration text of its own.
 
-The generator is handed in (`llmkit.runtime.engine.generate.generate`): this folder runs no engine.
+The generator is handed in (`llmkit.runtime.generate.generate`): this folder runs no engine.
 Legend: `L` tokens of a window.
 """
 
@@ -39,7 +39,7 @@ _WORD = re.compile(r" [^\W\d_]{2,}")
 
 
 class Generate(Protocol):
-    """Writes after prompts of token ids; see `llmkit.runtime.engine.generate`."""
+    """Writes after prompts of token ids; see `llmkit.runtime.generate`."""
 
     def __call__(
         self,

@@ -12,7 +12,7 @@ from tiny import EOS_ID, tiny_checkpoint
 from llmkit.checkpoint.errors import InputError, ShortageError
 from llmkit.checkpoint.source import Checkpoint, open_checkpoint
 from llmkit.runtime.engine import generate as module
-from llmkit.runtime.engine.generate import generate
+from llmkit.runtime.generate import generate
 from llmkit.runtime.engine.load import EngineOptions, load_engine
 from llmkit.runtime.engine.types import RequestError, SamplingParams
 

@@ -40,7 +40,7 @@ from llmkit.quant.learn import learn_layer
 from llmkit.quant.quantize import QuantizeOptions, quantize
 from llmkit.quant.report import Report
 from llmkit.quant.stream import LayerStream
-from llmkit.runtime.engine.generate import generate
+from llmkit.runtime.generate import generate
 
 Q = QuantizeOptions
 BASE = Q("rtn", samples=4, seq_len=64, eval_windows=1, device="cpu")

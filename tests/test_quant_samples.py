@@ -16,7 +16,7 @@ from llmkit.checkpoint.errors import InputError, ShortageError
 from llmkit.checkpoint.source import Checkpoint, open_checkpoint
 from llmkit.checkpoint.tokenizer import Tokenizer, load_tokenizer
 from llmkit.quant.samples import GREEDY_TOKENS, PROMPTS, Generate, first_tokens, sampled_windows, side_by_side
-from llmkit.runtime.engine.generate import generate
+from llmkit.runtime.generate import generate
 
 
 @pytest.fixture(scope="module")
