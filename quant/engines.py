@@ -32,6 +32,11 @@ def check_engine(engine: str | None, quantization: QuantizationConfig | None) ->
                 "A symmetric grid was expected",
                 "Use --symmetric, or --format awq",
             )
+    if engine == "transformers" and quantization.format == "gptq" and quantization.scheme_of("lm_head"):
+        raise UsageError(
+            "transformers leaves a quantized lm_head of the gptq format unread, and answers nonsense without a word",
+            todo="Leave out --lm-head, or use --format compressed-tensors",
+        )
     if quantization.kv == "int8":
         raise UsageError(f"{engine} knows no INT8 KV cache", "FP8 was expected", "Use --kv fp8")
     if quantization.kv and engine == "transformers":

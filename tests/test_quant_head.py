@@ -21,6 +21,7 @@ from llmkit.model.families import model_spec
 from llmkit.model.layout import parameters
 from llmkit.model.loader import load_model, read_parameter, scheme_of
 from llmkit.quant import text
+from llmkit.quant.engines import check_engine
 from llmkit.quant.methods import Choice, quantization_of
 from llmkit.quant.quantize import QuantizeOptions, quantize
 from llmkit.quant.report import Report
@@ -146,3 +147,12 @@ def test_others_that_quantize_the_head_are_read() -> None:
     said = {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": True, "desc_act": False, "lm_head": True}
     assert parse_quantization(said).scheme_of("lm_head") == Scheme(4, 32)
     assert parse_quantization(said | {"lm_head": False}).scheme_of("lm_head") is None
+
+
+def test_transformers_is_refused_what_it_would_answer_nonsense_with(source: Path) -> None:
+    spec = dataclasses.replace(model_spec(open_checkpoint(source).config), tied=False)
+    with pytest.raises(UsageError, match="lm_head"):
+        check_engine("transformers", quantization_of(spec, Choice("gptq", lm_head=4)))
+    check_engine("vllm", quantization_of(spec, Choice("gptq", lm_head=4)))
+    check_engine("transformers", quantization_of(spec, Choice("gptq")))
+    check_engine("transformers", quantization_of(spec, Choice("rtn", lm_head=8)))

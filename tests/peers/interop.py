@@ -85,7 +85,7 @@ WRITTEN = {
     "pack-quantized, 8 bits": case("--method int8", "same", "same"),
     "mixed 4 and 8 bits": case("--method gptq --target-bits 5.5", "same", "same"),
     "mixed 4, 8 and 16 bits": case("--method rtn --target-bits 9", "same", "same"),
-    "gptq, 4 bits, lm_head too": case("--method gptq --lm-head 4", "same", "same"),
+    "gptq, 4 bits, lm_head too": case("--method gptq --lm-head 4", "same", "run"),
     "pack-quantized, 4 bits, lm_head 8": case("--method rtn --lm-head 8", "same", "same"),
     "pack-quantized, 8 bits, lm_head too": case("--method int8 --lm-head 8", "same", "same"),
     "int-quantized (W8A8)": case("--method int8 --activations", "run", "run"),
