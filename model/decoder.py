@@ -51,21 +51,13 @@ class DecoderLayer:
                 self.norms[module] = tensor + spec.norm_offset if spec.norm_offset else tensor
 
     def __call__(
-        self,
-        hidden: torch.Tensor,
-        rotations: Mapping[str, Rotation],
-        batch: AttentionBatch,
-        cache: KvCache,
+        self, hidden: torch.Tensor, rotations: Mapping[str, Rotation], batch: AttentionBatch, cache: KvCache
     ) -> torch.Tensor:
         """hidden: [T, H] in and out. Writes the step's keys and values into `cache`."""
         return self.mlp_block(self.attention_block(hidden, rotations, batch, cache))
 
     def attention_block(
-        self,
-        hidden: torch.Tensor,
-        rotations: Mapping[str, Rotation],
-        batch: AttentionBatch,
-        cache: KvCache,
+        self, hidden: torch.Tensor, rotations: Mapping[str, Rotation], batch: AttentionBatch, cache: KvCache
     ) -> torch.Tensor:
         """The first half of the layer, norms and residual included."""
         spec = self.spec
@@ -178,21 +170,13 @@ class Decoder:
         self.ropes = make_ropes(spec, self.device)
 
     def __call__(
-        self,
-        tokens: torch.Tensor,
-        positions: torch.Tensor,
-        batch: AttentionBatch,
-        caches: Sequence[KvCache],
+        self, tokens: torch.Tensor, positions: torch.Tensor, batch: AttentionBatch, caches: Sequence[KvCache]
     ) -> torch.Tensor:
         """tokens, positions: int64 [T]; caches: one per layer. Returns hidden states [T, H] after the last norm."""
         return self.run_layers(self.embed_tokens(tokens), self.rotations(positions), batch, caches)
 
     def run_layers(
-        self,
-        hidden: torch.Tensor,
-        rotations: Mapping[str, Rotation],
-        batch: AttentionBatch,
-        caches: Sequence[KvCache],
+        self, hidden: torch.Tensor, rotations: Mapping[str, Rotation], batch: AttentionBatch, caches: Sequence[KvCache]
     ) -> torch.Tensor:
         """[T, H] embedded tokens -> [T, H] after the last norm."""
         for layer, cache in zip(self.layers, caches, strict=True):

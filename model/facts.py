@@ -69,12 +69,7 @@ def weight_bytes(spec: ModelSpec) -> dict[str, int]:
     inputs = {parameter.shape[1] for parameter in parameters(spec) if parameter.linear}
     group = next((size for size in GROUP_SIZES if all(columns % size == 0 for columns in inputs)), -1)
     int4 = QuantizationConfig("gptq", Scheme(4, group))
-    return {
-        "fp32": count * 4,
-        "bf16": count * 2,
-        "int8": _stored_bytes(spec, INT8),
-        "int4": _stored_bytes(spec, int4),
-    }
+    return {"fp32": count * 4, "bf16": count * 2, "int8": _stored_bytes(spec, INT8), "int4": _stored_bytes(spec, int4)}
 
 
 def _stored_bytes(spec: ModelSpec, quantization: QuantizationConfig) -> int:

@@ -14,11 +14,7 @@ Family = Callable[[Any], dict[str, Any]]
 
 
 def _llama(config: Any) -> dict[str, Any]:
-    return {
-        "qkv_bias": config.attention_bias,
-        "output_bias": config.attention_bias,
-        "mlp_bias": config.mlp_bias,
-    }
+    return {"qkv_bias": config.attention_bias, "output_bias": config.attention_bias, "mlp_bias": config.mlp_bias}
 
 
 def _mistral(config: Any) -> dict[str, Any]:

@@ -14,14 +14,7 @@ from llmkit.runtime.engine.memory import is_out_of_memory
 from llmkit.runtime.engine.runner import Flight, Runner
 from llmkit.runtime.engine.scheduler import Scheduler
 from llmkit.runtime.engine.sequence import Sequence
-from llmkit.runtime.engine.types import (
-    EngineConfig,
-    EngineStats,
-    Request,
-    RequestError,
-    SamplingParams,
-    TokenOutput,
-)
+from llmkit.runtime.engine.types import EngineConfig, EngineStats, Request, RequestError, SamplingParams, TokenOutput
 
 
 class Engine:
