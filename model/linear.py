@@ -12,14 +12,10 @@ from torch.nn.functional import linear
 
 from llmkit.checkpoint.quantized import QuantizedWeight, Scheme
 from llmkit.kernels import native
-from llmkit.kernels.linear import (
-    Int8Product,
-    NativeProduct,
-    Product,
-    has_bfloat16_products,
-    has_int8_products,
-)
+from llmkit.kernels.jit import tl
+from llmkit.kernels.linear import Int8Product, NativeProduct, Product, has_bfloat16_products, has_int8_products
 from llmkit.kernels.native import Panels
+from llmkit.kernels.quantized_linear import GroupedProduct, RoundedProduct
 from llmkit.kernels.rounding import round_tensor, round_tokens
 
 
@@ -70,20 +66,24 @@ def serving_linear(
     bias: torch.Tensor | None,
     rounding: Rounding | None,
     dtype: torch.dtype,
+    device: torch.device | str = "cpu",
 ) -> Linear:
-    """The linear that serves the weight made of `parts`, one below the other, to inputs of `dtype` on a CPU.
+    """The linear that serves the weight made of `parts`, one below the other, to inputs of `dtype`.
 
-    It gives what a dense one gives in float32, up to the order of summation. parts: float tensors [rows, in],
-    quantized weights; bias: of `dtype`.
+    It gives what a dense one gives in float32, up to the order of summation and, on a GPU, rounding to `dtype`. parts:
+    float tensors [rows, in], quantized weights (on a GPU, of a scheme that `suits_gpu`); bias: of `dtype`.
     """
     shape, parts = (sum(part.shape[0] for part in parts), parts[0].shape[1]), _joined(parts)
-    one = parts[0]
-    if len(parts) == 1 and isinstance(one, QuantizedWeight) and one.scheme.inputs == "token" and suits_integers(one):
+    cpu = torch.device(device).type == "cpu"
+    one = parts[0] if len(parts) == 1 and isinstance(parts[0], QuantizedWeight) else None
+    if one is not None and not cpu:
+        return PackedLinear(_gpu_product(one, bias, rounding), shape)
+    if one is not None and one.scheme.inputs == "token" and suits_integers(one):
         if has_int8_products():
             return PackedLinear(Int8Product(one.codes, one.scales, bias), shape)
         if packs_weights(dtype):
             return PackedLinear(NativeProduct([panels_of(one)], bias, integers=True), shape)
-    if packs_weights(dtype):
+    if cpu and packs_weights(dtype):
         return PackedLinear(NativeProduct([panels_of(part) for part in parts], bias), shape, rounding)
     dense = [part.dequantize() if isinstance(part, QuantizedWeight) else part for part in parts]
     return Linear((dense[0] if len(dense) == 1 else torch.cat(dense)).to(dtype), bias, rounding)
@@ -97,6 +97,28 @@ def packs_weights(dtype: torch.dtype) -> bool:
 def packs_integers(scheme: Scheme) -> bool:
     """Whether a scheme's weights stay 8-bit integers on a CPU even without `packs_weights`."""
     return scheme.kind == "int" and scheme.inputs == "token" and has_int8_products()
+
+
+def gpu_capability(device: torch.device | str) -> tuple[int, int]:
+    """The compute capability of a CUDA device; (0, 0) where Triton has none to run on."""
+    return torch.cuda.get_device_capability(device) if tl and torch.cuda.is_available() else (0, 0)
+
+
+def suits_gpu(scheme: Scheme, shape: tuple[int, ...], dtype: torch.dtype, capability: tuple[int, int]) -> bool:
+    """Whether a weight [out, in] stays as it is stored on a CUDA device, for inputs of `dtype`."""
+    if scheme.inputs == "none":
+        return scheme.kind == "int" and max(scheme.group_size, 0) % 32 == 0 and capability >= (8, 0)
+    if scheme.kind == "float":
+        return all(size % 16 == 0 for size in shape) and dtype != torch.float32 and capability >= (8, 9)
+    return all(size % 8 == 0 for size in shape) and scheme.inputs == "token" and capability >= (8, 0)
+
+
+def _gpu_product(weight: QuantizedWeight, bias: torch.Tensor | None, rounding: Rounding | None) -> Product:
+    scheme = weight.scheme
+    if rounding is None:
+        return GroupedProduct(weight.codes, weight.scales, weight.zeros, scheme.bits, scheme.group_size, bias)
+    codes = weight.codes if scheme.kind == "float" else (weight.codes ^ 128).view(torch.int8)
+    return RoundedProduct(codes, weight.scales, bias, rounding.scale)
 
 
 def _joined(parts: Sequence[torch.Tensor | QuantizedWeight]) -> Sequence[torch.Tensor | QuantizedWeight]:

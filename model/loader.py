@@ -18,7 +18,7 @@ from llmkit.checkpoint.source import Checkpoint
 from llmkit.model.decoder import Decoder
 from llmkit.model.families import model_spec
 from llmkit.model.layout import Parameter, Part, ignored_tensor, parameters
-from llmkit.model.linear import Linear, Rounding, serving_linear
+from llmkit.model.linear import Linear, Rounding, gpu_capability, serving_linear, suits_gpu
 from llmkit.model.spec import ModelSpec
 
 FLOATS = ("F32", "F16", "BF16")
@@ -107,10 +107,7 @@ def _some(names: Sequence[str]) -> str:
 
 
 def read_parameter(
-    checkpoint: Checkpoint,
-    parameter: Parameter,
-    dtype: torch.dtype,
-    device: torch.device | str = "cpu",
+    checkpoint: Checkpoint, parameter: Parameter, dtype: torch.dtype, device: torch.device | str = "cpu"
 ) -> torch.Tensor:
     """One runtime tensor: its parts dequantized, fused in order and cast."""
     dense: dict[str, torch.Tensor] = {}
@@ -136,12 +133,24 @@ def _read_quantized(
     return layout.unpack(scheme, read)
 
 
-def _read_stored(checkpoint: Checkpoint, parameter: Parameter) -> list[torch.Tensor | QuantizedWeight]:
+def packs_on(
+    gpu: torch.device | str, parameter: Parameter, quantization: QuantizationConfig | None, dtype: torch.dtype
+) -> bool:
+    """Whether a CUDA device holds the weight as it is stored: not an expert's, nor one of several schemes."""
+    scheme, *others = {scheme_of(parameter, tensor, quantization) for tensor in parameter.tensors}
+    if scheme is None or others or ".experts." in parameter.name:
+        return False
+    return suits_gpu(scheme, parameter.shape, dtype, gpu_capability(gpu))
+
+
+def _read_stored(
+    checkpoint: Checkpoint, parameter: Parameter, device: torch.device | str
+) -> list[torch.Tensor | QuantizedWeight]:
     """The parts of a runtime weight as they are stored."""
     stored: dict[str, torch.Tensor | QuantizedWeight] = {}
     for tensor in parameter.tensors:
-        quantized = _read_quantized(checkpoint, parameter, tensor, "cpu")
-        stored[tensor] = checkpoint.read(tensor) if quantized is None else quantized
+        quantized = _read_quantized(checkpoint, parameter, tensor, device)
+        stored[tensor] = checkpoint.read(tensor).to(device) if quantized is None else quantized
     parts: list[torch.Tensor | QuantizedWeight] = []
     for part in parameter.parts:
         weight, rows = stored[part.tensor], slice(part.row, part.row + part.shape[0])
@@ -198,7 +207,7 @@ def load_model(
     """
     spec = model_spec(checkpoint.config)
     check_checkpoint(checkpoint, spec)
-    packed = packed and torch.device(device).type == "cpu"  # GPUs run dense weights only
+    cpu = torch.device(device).type == "cpu"
     rows = {row.name: row for row in parameters(spec)}
     tensors: dict[str, torch.Tensor] = {}
     rounding: dict[str, Rounding] = {}
@@ -207,16 +216,18 @@ def load_model(
         packing: deque[Future[Linear]] = deque()
         for row in rows.values():
             rounding |= read_rounding(checkpoint, row, device)
-            if packed and row.name == "embed.weight":  # looked up as it is stored, when that is smaller
-                (table,) = _read_stored(checkpoint, row)
+            if packed and cpu and row.name == "embed.weight":  # looked up as it is stored, when that is smaller
+                (table,) = _read_stored(checkpoint, row, device)
                 assert isinstance(table, torch.Tensor)
                 tensors[row.name] = table if table.dtype.itemsize < dtype.itemsize else table.to(dtype)
                 if spec.tied:
                     linears["lm_head"] = pool.submit(serving_linear, [table], None, None, dtype)
-            elif packed and (row.linear or row.head):
-                parts, bias = _read_stored(checkpoint, row), rows.get(f"{row.module}.bias")
-                added = read_parameter(checkpoint, bias, dtype) if bias else None
-                linears[row.module] = pool.submit(serving_linear, parts, added, rounding.get(row.module), dtype)
+            elif packed and (
+                (row.linear or row.head) if cpu else packs_on(device, row, checkpoint.quantization, dtype)
+            ):
+                parts, bias = _read_stored(checkpoint, row, device), rows.get(f"{row.module}.bias")
+                added = read_parameter(checkpoint, bias, dtype, device) if bias else None
+                linears[row.module] = pool.submit(serving_linear, parts, added, rounding.get(row.module), dtype, device)
                 packing.append(linears[row.module])
                 if len(packing) > PACKERS:
                     packing.popleft().result()

@@ -17,7 +17,7 @@ from llmkit.checkpoint.text import bytes_text
 from llmkit.model.decoder import Decoder
 from llmkit.model.layout import parameters
 from llmkit.model.linear import PackedLinear, packs_integers, packs_weights
-from llmkit.model.loader import scheme_of
+from llmkit.model.loader import packs_on, scheme_of
 from llmkit.model.sequence import hidden_states
 from llmkit.model.spec import ModelSpec
 
@@ -135,16 +135,17 @@ def plan_memory(
 
 
 def weight_bytes(checkpoint: Checkpoint, spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> int:
-    """Bytes of the weights in memory: dense in `dtype`, but as they are stored on a CPU that multiplies them so."""
+    """Bytes of the weights in memory: dense in `dtype`, but as they are stored where they are multiplied so."""
     cpu, total = device.type == "cpu", 0
     packs = cpu and packs_weights(dtype)
     for row in parameters(spec):
         kept = packs and (row.linear or row.head or row.name == "embed.weight")
+        on_gpu = not cpu and packs_on(device, row, checkpoint.quantization, dtype)
         copies = 1 + (kept and spec.tied and row.name == "embed.weight")  # looked up, and multiplied with
         for tensor in row.tensors:
             scheme = scheme_of(row, tensor, checkpoint.quantization)
             shapes = [part.shape for part in row.parts if part.tensor == tensor]
-            if checkpoint.quantization and scheme and (packs or (cpu and packs_integers(scheme))):
+            if checkpoint.quantization and scheme and (packs or on_gpu or (cpu and packs_integers(scheme))):
                 layout = format_of(checkpoint.quantization)
                 stored = layout.tensors(scheme, sum(shape[0] for shape in shapes), shapes[0][1])
                 total += sum(byte_count(one.dtype, one.shape) for one in stored)
