@@ -1,0 +1,112 @@
+"""Times of single GPU kernels beside what their bytes and operations take at least: `python -m llmkit.bench.kernels`.
+
+`make gpu` runs it. Shapes are those of Llama-3.1-8B.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from functools import partial
+
+import torch
+
+from llmkit.bench.steps import BLOCK, WEIGHTS, copy_bandwidth, random_weight, time_ms
+from llmkit.kernels.attention import CODES, AttentionBatch, KvCache, paged_attention
+from llmkit.model.linear import Linear, Rounding, serving_linear
+
+HEADS, KV_HEADS, DIM = 32, 8, 128
+CACHE = 256 << 20  # bytes that push everything else out of the caches
+SHAPES = {"qkv": (6144, 4096), "gate_up": (28672, 4096), "down": (4096, 14336)}  # outputs, inputs
+
+
+@dataclass(frozen=True)
+class KernelTime:
+    """One measured launch, with nothing in the device's caches. The floor is the larger of its bytes over the measured
+    copy bandwidth and its operations over the measured rate of a large product."""
+
+    kernel: str
+    bytes: int
+    flops: int
+    ms: float
+    floor_ms: float
+
+
+def attention_cases(device: torch.device, scale: int) -> Iterator[tuple[str, int, int, Callable[[], object]]]:
+    """Name, bytes, operations and the launch, for decode steps and a prefill; scale: divides the sizes."""
+    for sequences, new, context, kind in (
+        (1, 1, 4096, None), (32, 1, 4096, None), (128, 1, 1024, None), (128, 1, 1024, "fp8"), (1, 4096, 4096, None),
+    ):  # fmt: skip
+        new, context = min(new, context // scale), context // scale
+        per = -(-context // BLOCK)
+        tables = [range(s * per, (s + 1) * per) for s in range(sequences)]
+        batch = AttentionBatch.build([new] * sequences, [context] * sequences, {None: tables}, BLOCK, device)
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        shape = (2 * KV_HEADS, per * sequences, BLOCK)
+        kv = torch.randn(*shape, DIM, device=device, dtype=dtype)
+        scales = torch.full((*shape, 1), 0.01, device=device) if kind else None
+        cache = KvCache(kv.to(CODES[kind]) if kind else kv, scales)
+        q = torch.randn(sequences * new, HEADS, DIM, device=device, dtype=dtype)
+        size = sequences * context * 2 * KV_HEADS * DIM * cache.kv.element_size()
+        flops = 4 * sequences * HEADS * DIM * (new * context - new * (new - 1) // 2)
+        name = f"attention, {sequences} x {new} queries, context {context}{', ' + kind if kind else ''}"
+        yield name, size, flops, partial(paged_attention, q, cache, batch.of(None), DIM**-0.5)
+
+
+def linear_cases(device: torch.device, scale: int) -> Iterator[tuple[str, int, int, Callable[[], object]]]:
+    """The same for linear layers of every kind of weight."""
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    for shape_name, (full_out, full_columns) in SHAPES.items():
+        out, columns = full_out // scale, full_columns // scale
+        for kind, scheme in WEIGHTS.items():
+            if scheme is None:
+                layer = Linear(torch.randn(out, columns, device=device, dtype=dtype))
+                size = layer.weight.nbytes
+            else:
+                stored = random_weight((out, columns), scheme, device)
+                rounding = None if scheme.inputs == "none" else Rounding(scheme.kind)
+                layer = serving_linear([stored], None, rounding, dtype, device)
+                size = out * columns * scheme.bits // 8 + stored.scales.nbytes
+            for rows in sorted({1, 16, 64, 256, 4096 // scale}):
+                x = torch.randn(rows, columns, device=device, dtype=dtype)
+                moved = size + (x.numel() + rows * out) * x.element_size()
+                name = f"{shape_name} [{out}, {columns}], {kind}, {rows} rows"
+                yield name, moved, 2 * rows * out * columns, partial(layer, x)
+
+
+@torch.inference_mode()
+def measure(device: torch.device, scale: int = 1, repeats: int = 20) -> list[KernelTime]:
+    """Every case; scale: divides the sizes, for a try on a CPU."""
+    bandwidth = copy_bandwidth(device, (1 << 30) // scale**2)
+    side = 8192 // scale
+    square = torch.randn(side, side, device=device, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32)
+    rate = 2 * side**3 / (time_ms(partial(torch.mm, square, square), device, 10) / 1e3)
+    other = torch.empty(CACHE // scale**2, dtype=torch.uint8, device=device)
+    rows = []
+    for cases in (attention_cases, linear_cases):
+        for name, size, flops, run in cases(device, scale):
+            row = KernelTime(name, size, flops, time_ms(run, device, repeats, other.zero_), 0.0)
+            floor = max(size / bandwidth, flops / rate) * 1e3
+            rows.append(KernelTime(**asdict(row) | {"floor_ms": floor}))
+            sys.stderr.write(f"{name:56} {row.ms:9.4f} ms  floor {floor:9.4f} ms  {floor / row.ms:5.0%} of it\n")
+    return rows
+
+
+def main() -> int:
+    """Measure all kernels; a table on stderr, JSON on stdout."""
+    parser = argparse.ArgumentParser(prog="python -m llmkit.bench.kernels", description=main.__doc__)
+    parser.add_argument("--device", default="cuda", help="default: cuda")
+    parser.add_argument("--scale", type=int, default=1, help="divides all sizes, for a try on a CPU (default: 1)")
+    arguments = parser.parse_args()
+    rows = measure(torch.device(arguments.device), arguments.scale)
+    sys.stdout.write(
+        json.dumps({"torch": torch.__version__, "kernels": [asdict(row) for row in rows]}, indent=1) + "\n"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
