@@ -15,7 +15,7 @@ LLAMACPP ?= .llamacpp
 LLAMACPP_SDIST := llama-cpp-python==0.3.36
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help venv demo test lint gpu bench-quant bench-memory bench-serve interop clean
+.PHONY: help venv demo test lint gpu bench-quant bench-memory bench-shard bench-serve interop interop-shard clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -35,17 +35,33 @@ lint: $(VENV)/.dev ## ruff, mypy --strict and the import rules
 	@$(BIN)/lint-imports
 
 # A GPU machine may have torch and no llmkit installed: the folders are then found through .typecheck.
+# A part that ended well has left gpu-results/PART.json and is not run again: `make gpu PART="kernels steps"` runs some.
 gpu: GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,python3)
+gpu: PART ?= tests kernels steps quantize
 gpu: export PYTHONPATH := $(CURDIR)/.typecheck$(if $(PYTHONPATH),:$(PYTHONPATH))
 gpu: ## run the GPU tests and benchmarks, where there is a GPU
 	@if $(GPU_PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null; then \
-		$(GPU_PYTHON) -m pytest -m gpu tests/test_gpu*.py && mkdir -p gpu-results \
-		&& $(GPU_PYTHON) -m llmkit.bench.steps > gpu-results/steps.json \
-		&& $(GPU_PYTHON) tests/peers/bench_memory.py --device cuda --work gpu-results/8b > gpu-results/quantize.json \
-		&& echo "figures: gpu-results/*.json"; \
+		for part in $(PART); do \
+			$(MAKE) --no-print-directory gpu-results/$$part.json GPU_PYTHON=$(GPU_PYTHON) || exit 1; \
+		done; \
+		echo "figures: gpu-results/*.json"; \
 	else \
 		echo "make gpu: torch of $(GPU_PYTHON) sees no CUDA device here, so nothing was run"; \
 	fi
+
+GPU_RUN_kernels = -m llmkit.bench.kernels
+GPU_RUN_steps = -m llmkit.bench.steps --weights bf16 fp8 int8 int4 --saturate Llama-3.1-8B:fp8
+GPU_RUN_quantize = tests/peers/bench_memory.py --device cuda --work gpu-results/8b
+
+gpu-results/tests.json:
+	@mkdir -p $(@D)
+	@$(GPU_PYTHON) -m pytest -m gpu tests/test_gpu*.py
+	@echo '{"passed": true}' > $@
+
+gpu-results/%.json:
+	@mkdir -p $(@D)
+	@$(GPU_PYTHON) $(GPU_RUN_$*) > $@.partial
+	@mv $@.partial $@
 
 bench-quant: $(VENV)/.dev .venv-llmcompressor/.ready ## quality and time beside llm-compressor (an hour or more on 2 cores)
 	@HF_HUB_OFFLINE=1 $(BIN)/python tests/peers/bench_quant.py
@@ -53,11 +69,17 @@ bench-quant: $(VENV)/.dev .venv-llmcompressor/.ready ## quality and time beside 
 bench-memory: $(VENV)/.dev ## peak memory of quantizing a model of Llama-3-8B's shape (40 GB of disk)
 	@$(BIN)/python tests/peers/bench_memory.py
 
+bench-shard: $(VENV)/.dev ## time and memory of sharding a model of Llama-3-8B's shape beside cp (35 GB of disk)
+	@$(BIN)/python tests/peers/bench_shard.py
+
 bench-serve: $(VENV)/.dev .venv-vllm/.ready $(LLAMACPP)/.ready ## serving beside vLLM and llama.cpp (over an hour on 2 cores)
 	@HF_HUB_OFFLINE=1 $(BIN)/python tests/peers/bench_serve.py --llamacpp $(LLAMACPP)
 
 interop: $(VENV)/.dev $(PEERS:%=.venv-%/.ready) ## what llmkit writes in vLLM and transformers; what others write in llmkit
 	@HF_HUB_OFFLINE=1 $(BIN)/python tests/peers/interop.py
+
+interop-shard: $(VENV)/.dev .venv-vllm/.ready ## what `shard --format vllm` writes in vLLM's own loaders (5 minutes)
+	@HF_HUB_OFFLINE=1 $(BIN)/python tests/peers/interop_shard.py
 
 PEER_PIP = .venv-$*/bin/python -m pip install --quiet --disable-pip-version-check
 VLLM_SITE = $(wildcard .venv-vllm/lib/python3*/site-packages)
@@ -91,7 +113,7 @@ $(LLAMACPP)/.ready: | $(BIN)/python
 	@touch $@
 
 clean: ## remove .venv and everything that was made
-	rm -rf $(VENV) $(PEERS:%=.venv-%) .demo .bench-quant .bench-memory .bench-serve .llamacpp .interop build dist llmkit.egg-info gpu-results
+	rm -rf $(VENV) $(PEERS:%=.venv-%) .demo .bench-quant .bench-memory .bench-shard .bench-serve .llamacpp .interop build dist llmkit.egg-info gpu-results
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 

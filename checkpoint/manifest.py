@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,10 +16,22 @@ from llmkit.checkpoint.safetensors_header import read_header
 MANIFEST = "llmkit.json"
 FORMAT_VERSION = 1
 
+# What an entry has. A rank's file is told by its header: its other bytes are tensors', which have their own digests.
+_FORMS: dict[str, tuple[dict[str, type], ...]] = {
+    "files": ({"bytes": int, "sha256": str}, {"bytes": int, "header_sha256": str}),
+    "tensors": ({"file": str, "sha256": str},),
+}
+
 
 def tensor_key(name: str, file: str, sharded: bool) -> str:
     """A tensor's key in the manifest; in sharded layouts several files hold a tensor of the same name."""
     return f"{file}::{name}" if sharded else name
+
+
+def manifest_digest(manifest: Mapping[str, Any]) -> str:
+    """SHA-256 of what a manifest says, its own `sha256` left out."""
+    said = {key: value for key, value in manifest.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
 
 def load_manifest(folder: Path) -> dict[str, Any] | None:
@@ -29,10 +43,12 @@ def load_manifest(folder: Path) -> dict[str, Any] | None:
     version = manifest.get("format_version")
     if version != FORMAT_VERSION:
         raise InputError(f"{path} has format_version {version}", f"This llmkit reads version {FORMAT_VERSION}")
-    for key, fields in (("files", {"bytes": int, "sha256": str}), ("tensors", {"file": str, "sha256": str})):
+    for key, forms in _FORMS.items():
         entries = manifest.get(key)
-        if not isinstance(entries, dict) or not all(_has(entry, fields) for entry in entries.values()):
-            raise InputError(f"{path}: {key} is malformed", f"Entries with {' and '.join(fields)} were expected")
+        if not isinstance(entries, dict) or not all(
+            any(_has(entry, fields) for fields in forms) for entry in entries.values()
+        ):
+            raise InputError(f"{path}: {key} is malformed", f"Entries with {' and '.join(forms[0])} were expected")
     for file in manifest["files"]:
         if not is_plain_name(file):
             raise InputError(f"{path} names the file {file!r}", "Files in the same folder were expected")
@@ -93,10 +109,30 @@ def verify_manifest(path: Path) -> list[str]:
     return problems
 
 
+def header_sha256(path: Path) -> str:
+    """The SHA-256 of a safetensors file up to its first tensor. Raises InputError as `read_header` does."""
+    first = min((info.start for info in read_header(path).values()), default=path.stat().st_size)
+    return sha256_range(path, 0, first)
+
+
+def check_header(path: Path, entry: Mapping[str, Any]) -> str | None:
+    """What is wrong with the header of a rank's file, by its entry among the manifest's files."""
+    try:
+        found = header_sha256(path)
+    except InputError as error:
+        return str(error)
+    if found != entry["header_sha256"]:
+        return f"{path} has a header of SHA-256 {found}, {MANIFEST} says {entry['header_sha256']}"
+    return None
+
+
 def _check_file(path: Path, entry: Mapping[str, Any], digest: bool = True) -> str | None:
     if not path.is_file():
         return f"{path} is in {MANIFEST} but absent"
-    if digest and (found := sha256_file(path)) != entry["sha256"]:
+    if digest and "sha256" not in entry:
+        if problem := check_header(path, entry):
+            return problem
+    elif digest and (found := sha256_file(path)) != entry["sha256"]:
         return f"{path} has SHA-256 {found}, {MANIFEST} says {entry['sha256']}"
     if (size := path.stat().st_size) != entry["bytes"]:
         return f"{path} has {size} bytes, {MANIFEST} says {entry['bytes']}"

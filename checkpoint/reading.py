@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import torch
 
 CHUNK_BYTES = 64 * 2**20
+DIGEST_BYTES = 8 * 2**20  # read at once to be hashed
 READERS = min(4, len(os.sched_getaffinity(0)))  # threads that read ahead
 AHEAD_BYTES = 2 * CHUNK_BYTES  # they have in memory before they are wanted, and at least one tensor
 PATIENCE = 50  # tensors that may be taken before one that was to come earlier
@@ -143,6 +144,48 @@ def sha256_file(path: Path) -> str:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise InputError(f"{path} cannot be read ({error.strerror})") from error
+
+
+class FileDigest:
+    """The SHA-256 of a file from byte `start`, which is read or written piece by piece, once each, in whatever order.
+
+    Pieces that continue the ones before are hashed as they come. What others leave out is read in the end.
+    """
+
+    def __init__(self, path: Path, start: int = 0) -> None:
+        self._path, self._start = path, start
+        self._digest = hashlib.sha256()
+        self._done = start  # the byte up to which it is hashed
+
+    def add(self, start: int, data: memoryview) -> None:
+        """Bytes of the file from byte `start`, as they are in it from now on."""
+        if start == self._done:
+            self._digest.update(data)
+            self._done += len(data)
+
+    def rewind(self, start: int) -> None:
+        """Bytes from byte `start` on are about to change."""
+        if start < self._done:
+            self._digest, self._done = hashlib.sha256(), self._start
+
+    def catch_up(self, stop: int) -> None:
+        """Read what has been left out before byte `stop`. Raises InputError as `read_into` does."""
+        buffer = bytearray(min(DIGEST_BYTES, max(0, stop - self._done)))
+        while self._done < stop:
+            view = memoryview(buffer)[: stop - self._done]
+            read_into(self._path, self._done, view)
+            self.add(self._done, view)
+
+    def forget(self) -> None:
+        """Give the pages of what is hashed back: a checkpoint larger than the memory would displace everything else."""
+        fd = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
+        os.posix_fadvise(fd, self._start, self._done - self._start, os.POSIX_FADV_DONTNEED)
+        os.close(fd)
+
+    def hexdigest(self, stop: int) -> str:
+        """Of the bytes up to `stop`."""
+        self.catch_up(stop)
+        return self._digest.hexdigest()
 
 
 def sha256_range(path: Path, start: int, count: int) -> str:

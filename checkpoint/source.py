@@ -189,6 +189,15 @@ class Checkpoint(ModelFiles):
         """SHA-256 of each weight file and of config.json; reads them all on the first call."""
         return dict(self._source_hashes)
 
+    def set_source_hashes(self, hashes: Mapping[str, str]) -> None:
+        """Tell `source_hashes`, worked out while the files were read for something else."""
+        self._source_hashes = dict(hashes)
+
+    @property
+    def stamps(self) -> dict[str, tuple[int, int, int]]:
+        """What changes when one of the files does: its size, time and inode, as they were when it was opened."""
+        return dict(self._stamps)
+
     @cached_property
     def weight_bytes(self) -> int:
         """Bytes of all weight files on disk."""

@@ -10,9 +10,11 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -23,12 +25,21 @@ from llmkit.checkpoint.dtypes import DTYPES, NAMES
 from llmkit.checkpoint.errors import LlmkitError, OutputError
 from llmkit.checkpoint.files import CONFIG
 from llmkit.checkpoint.journal import Journal, Key
-from llmkit.checkpoint.manifest import FORMAT_VERSION, MANIFEST, is_plain_name, tensor_key, verify_manifest
+from llmkit.checkpoint.manifest import (
+    FORMAT_VERSION,
+    MANIFEST,
+    is_plain_name,
+    manifest_digest,
+    tensor_key,
+    verify_manifest,
+)
 from llmkit.checkpoint.output import check_output, locked, partial_path, sibling, writing
-from llmkit.checkpoint.reading import read_range, sha256_file, sha256_range, tensor_bytes
+from llmkit.checkpoint.reading import FileDigest, read_range, sha256_file, sha256_range, tensor_bytes
 from llmkit.checkpoint.safetensors_header import TensorInfo, byte_count, write_header
 from llmkit.checkpoint.source import INDEX, Checkpoint
 from llmkit.checkpoint.version import version
+
+PARALLEL_BYTES = 2**20  # from here on a write is hashed by threads meanwhile
 
 __all__ = ["CheckpointWriter", "PlannedTensor", "check_output", "plan_files", "verify_manifest"]
 
@@ -75,6 +86,8 @@ def planned_bytes(files: Mapping[str, Sequence[PlannedTensor]]) -> int:
 class CheckpointWriter:
     """Writes the planned `files` into the new directory `out`; use as a context manager, end with `finish`.
 
+    `of_ranks`: the manifest tells the weight files by the digests of their headers and tensors alone, of which they
+    wholly consist, and not of each file once more.
     `identity` is everything that decides the bytes: command, options, source hashes. A partial output of the same
     identity and plan is continued, any other is started afresh. Leaving the block with an exception, or being
     killed, keeps the partial output; whatever was committed need not be written again.
@@ -89,6 +102,8 @@ class CheckpointWriter:
         files: Mapping[str, Sequence[PlannedTensor]],
         source: Checkpoint | None = None,
         identity: Mapping[str, Any] | None = None,
+        *,
+        of_ranks: bool = False,
     ) -> None:
         assert all(is_plain_name(file) for file in files)
         self.out = Path(out).expanduser().absolute()
@@ -104,10 +119,12 @@ class CheckpointWriter:
                 self._files_of.setdefault(name, []).append(file)
         plan = hashlib.sha256(b"".join(name.encode() + header for name, header in self._headers.items())).hexdigest()
         self._journal = Journal(sibling(self.out, ".partial.journal"), {"plan": plan, **(identity or {})})
-        self._pending: dict[Key, str] = {}  # written since the last commit
+        self._pending: dict[Key, Any] = {}  # written since the last commit: their hashes
+        self._hashing: list[Future[None]] = []  # of what was written last
         self._open: dict[Key, tuple[Any, int]] = {}  # tensors being written in chunks: their hash and bytes so far
         self._resumed: frozenset[Key] = frozenset()
         self._fds: dict[str, int] = {}
+        self._digests = {file: FileDigest(self._partial / file) for file in self._headers if not of_ranks}
         self._stack = ExitStack()
 
     def __enter__(self) -> CheckpointWriter:
@@ -119,9 +136,12 @@ class CheckpointWriter:
             with writing(self._partial):
                 if not self._can_resume(sizes):
                     self._start_afresh(sizes)
-                for file in self._headers:
+                for file, header in self._headers.items():
                     self._fds[file] = os.open(self._partial / file, os.O_RDWR | os.O_CLOEXEC)
                     stack.callback(os.close, self._fds[file])
+                    if file in self._digests:
+                        self._digests[file].add(0, memoryview(header))
+            self._hashers = stack.enter_context(ThreadPoolExecutor(2, thread_name_prefix="hash"))
             self._resumed = frozenset(self._journal.entries)
             self._stack = stack.pop_all()
         return self
@@ -146,15 +166,17 @@ class CheckpointWriter:
             raise ValueError(
                 f"{name} is {tensor.dtype} {list(tensor.shape)}, planned as {info.dtype} {list(info.shape)}"
             )
-        data = tensor_bytes(tensor)
-        self._write_at(key, info.start, data)
-        self._pending[key] = hashlib.sha256(data).hexdigest()
+        digest = hashlib.sha256()
+        self._write_at(key, info.start, tensor_bytes(tensor), digest)
+        wait(self._hashing)  # the caller may change the tensor now
+        self._pending[key] = digest
         self._open.pop(key, None)
 
     def write_chunk(self, file: str, name: str, offset: int, data: bytes | memoryview) -> None:
         """Write bytes of a tensor from byte `offset` of it. Each tensor's chunks come in order and without gaps.
 
-        A chunk at 0 starts the tensor anew. ValueError when chunks are out of order or too long.
+        A chunk at 0 starts the tensor anew. `data` must stay as it is until the next chunk has been written: it is
+        hashed meanwhile. ValueError when chunks are out of order or too long.
         """
         data = memoryview(data).cast("B")
         key = self._key(name, file)
@@ -164,11 +186,12 @@ class CheckpointWriter:
             digest, done = hashlib.sha256(), 0
         if offset != done or offset + len(data) > info.nbytes:
             raise ValueError(f"{name}: chunk [{offset}, {offset + len(data)}) after byte {done} of {info.nbytes}")
-        self._write_at(key, info.start + offset, data)
-        digest.update(data)
+        self._write_at(key, info.start + offset, data, digest)
+        if len(data) >= PARALLEL_BYTES:  # on its way to the disk already, and out of the page cache when it is there
+            os.posix_fadvise(self._fds[file], info.start + offset, len(data), os.POSIX_FADV_DONTNEED)
         if offset + len(data) == info.nbytes:
             self._open.pop(key, None)
-            self._pending[key] = digest.hexdigest()
+            self._pending[key] = digest
         else:
             self._open[key] = digest, offset + len(data)
 
@@ -182,12 +205,13 @@ class CheckpointWriter:
 
     def commit(self) -> None:
         """Sync what was written and record it, so that an interrupted run need not write it again."""
+        wait(self._hashing)
         if not self._pending:
             return
         with writing(self._partial):
             for file in {file for file, _ in self._pending}:
                 os.fsync(self._fds[file])
-            self._journal.append(self._pending)
+            self._journal.append({key: digest.hexdigest() for key, digest in self._pending.items()})
         self._pending = {}
 
     def read_back(self, name: str, file: str | None = None) -> torch.Tensor:
@@ -198,6 +222,12 @@ class CheckpointWriter:
         info = self._places[key]
         buffer = read_range(self._partial / key[0], info.start, info.nbytes)
         return buffer.view(DTYPES[info.dtype]).reshape(info.shape)
+
+    def discard(self) -> None:
+        """Remove the partial output: what it was made from is wrong, so that no run may continue it."""
+        self._pending = {}
+        self._journal.remove()
+        shutil.rmtree(self._partial)
 
     def finish(self, config: Mapping[str, Any], side_files: Mapping[str, bytes], manifest: Mapping[str, Any]) -> None:
         """Write everything else, the manifest last, and give the directory its name.
@@ -234,10 +264,7 @@ class CheckpointWriter:
 
     def _manifest(self, texts: Mapping[str, bytes], further: Mapping[str, Any]) -> dict[str, Any]:
         sharded = further.get("layout") is not None
-        files = {
-            name: {"bytes": (self._partial / name).stat().st_size, "sha256": sha256_file(self._partial / name)}
-            for name in sorted([*self._headers, *texts])
-        }
+        files = {name: self._file_entry(name) for name in sorted([*self._headers, *texts])}
         tensors = {
             tensor_key(name, file, sharded): {
                 "file": file,
@@ -247,15 +274,26 @@ class CheckpointWriter:
             }
             for (file, name), info in self._places.items()
         }
-        source = self._source
-        return {
+        source = further.get("source")
+        if source is None and self._source is not None:
+            source = {"reference": self._source.reference, "files": self._source.source_hashes()}
+        document = {
             "format_version": FORMAT_VERSION,
             "tool": {"name": "llmkit", "version": version()},
-            **({"source": {"reference": source.reference, "files": source.source_hashes()}} if source else {}),
+            **({"source": source} if source else {}),
             **further,
             "files": files,
             "tensors": tensors,
         }
+        # Of the others it would be one more figure that depends on how long a run took.
+        return {**document, "sha256": manifest_digest(document)} if sharded else document
+
+    def _file_entry(self, name: str) -> dict[str, Any]:
+        path = self._partial / name
+        size, digest = path.stat().st_size, self._digests.get(name)
+        if digest is None and name in self._headers:
+            return {"bytes": size, "header_sha256": hashlib.sha256(self._headers[name]).hexdigest()}
+        return {"bytes": size, "sha256": digest.hexdigest(size) if digest else sha256_file(path)}
 
     def _index(self) -> bytes:
         total = sum(info.nbytes for info in self._places.values())
@@ -308,8 +346,21 @@ class CheckpointWriter:
             raise ValueError(f"{name} is planned in {files or 'no file'}, asked for in {file}")
         return file, name
 
-    def _write_at(self, key: Key, position: int, data: bytes | memoryview) -> None:
-        view = memoryview(data)
+    def _write_at(self, key: Key, position: int, view: memoryview, digest: Any) -> None:
+        """Write to a file; hash for the tensor and for the file, by threads that may not be done when it returns."""
+        wait(self._hashing)
+        tasks: list[Callable[[], None]] = [partial(digest.update, view)]
+        if (of_file := self._digests.get(key[0])) is not None:
+            of_file.rewind(position)
+            tasks.append(partial(of_file.add, position, view))
+        if len(view) >= PARALLEL_BYTES:
+            self._hashing = [self._hashers.submit(task) for task in tasks]
+        else:
+            for task in tasks:
+                task()
+        self._pwrite(key, position, view)
+
+    def _pwrite(self, key: Key, position: int, view: memoryview) -> None:
         with writing(self._partial / key[0]):
             while view:
                 done = os.pwrite(self._fds[key[0]], view, position)

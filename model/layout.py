@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
 
@@ -83,6 +83,7 @@ class Parameter:
     stages: tuple[int, ...]  # the layers it belongs with; -1 the embedding's place, len(layers) the head's
     linear: bool = False  # the weight of a linear layer of the decoder: what quantizing quantizes
     fed_by: str | None = None  # the parameter whose output it reads
+    expert: int | None = None  # of a mixture, the one it belongs to: expert parallelism moves those whole
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -189,10 +190,11 @@ def _expert_rows(spec: ModelSpec, index: int, feed: str | None) -> Iterator[Para
         linear=False,
     )
     for expert in range(experts.count):
-        yield from _mlp_rows(
+        rows = _mlp_rows(
             spec, f"{name}.experts.{expert}", f"{source}.experts.{expert}",
             (experts.gate, experts.up, experts.down), experts.intermediate, (index,), feed,
         )  # fmt: skip
+        yield from (replace(row, expert=expert) for row in rows)
 
 
 def _mlp_rows(

@@ -14,10 +14,10 @@ import numpy as np
 import numpy.typing as npt
 
 from llmkit.checkpoint.dtypes import DTYPES
-from llmkit.checkpoint.reading import CHUNK_BYTES
 from llmkit.shard.slices import Intervals
 
 Bytes = npt.NDArray[np.uint8]
+CHUNK_BYTES = 8 * 2**20  # moved at once: small enough to stay in a processor's cache while it is hashed and written
 
 
 @dataclass(frozen=True)
@@ -64,10 +64,14 @@ class Grid:
         first = (chunk.top * self.length + chunk.start) * self.inner
         return first, first + (chunk.bottom - chunk.top) * (chunk.stop - chunk.start) * self.inner
 
-    def view(self, data: bytes, chunk: Chunk) -> Bytes:
-        """A chunk's bytes as [rows, elements, inner]."""
-        shape = (chunk.bottom - chunk.top, chunk.stop - chunk.start, self.inner)
-        return np.frombuffer(data, np.uint8).reshape(shape)
+    @property
+    def whole(self) -> Chunk:
+        """All of the tensor in one chunk."""
+        return Chunk(0, self.outer, 0, self.length)
+
+    def shape_of(self, chunk: Chunk) -> tuple[int, int, int]:
+        """The chunk's bytes are [rows, elements, inner]."""
+        return chunk.bottom - chunk.top, chunk.stop - chunk.start, self.inner
 
 
 def overlaps(intervals: Intervals, chunk: Chunk) -> Iterator[tuple[int, int, int]]:
@@ -80,9 +84,13 @@ def overlaps(intervals: Intervals, chunk: Chunk) -> Iterator[tuple[int, int, int
         offset += stop - start
 
 
-def cut_chunk(view: Bytes, chunk: Chunk, intervals: Intervals) -> Bytes:
-    """The elements of a chunk that lie in `intervals`, as [rows, elements, inner]; no copy where they are one piece."""
-    pieces = [view[:, low - chunk.start : high - chunk.start] for low, high, _ in overlaps(intervals, chunk)]
-    if not pieces:
-        return view[:, :0]
-    return np.ascontiguousarray(pieces[0] if len(pieces) == 1 else np.concatenate(pieces, axis=1))
+def cut_chunk(view: Bytes, chunk: Chunk, intervals: Intervals) -> tuple[Bytes, int] | None:
+    """The elements of a chunk that lie in `intervals`, [rows, elements, inner], and their place in the concatenation.
+
+    None when there are none. No copy where they are one piece of one row.
+    """
+    parts = list(overlaps(intervals, chunk))
+    if not parts:
+        return None
+    pieces = [view[:, low - chunk.start : high - chunk.start] for low, high, _ in parts]
+    return np.ascontiguousarray(pieces[0] if len(pieces) == 1 else np.concatenate(pieces, axis=1)), parts[0][2]

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from llmkit.checkpoint.errors import InputError
-from llmkit.checkpoint.manifest import MANIFEST, load_manifest, tensor_key
+from llmkit.checkpoint.manifest import MANIFEST, load_manifest, manifest_digest, tensor_key
+from llmkit.checkpoint.safetensors_header import TensorInfo
 from llmkit.shard.slices import Slice
 
 
@@ -34,8 +35,11 @@ class Layout:
 
     tp: int
     pp: int
+    ep: int
     stages: tuple[tuple[int, ...], ...]
     files: tuple[str, ...]  # by stage, then by tensor-parallel rank
+    order: tuple[str, ...]  # the source's tensors, as they lay in its files
+    left_out: tuple[str, ...]  # what the source had besides
     slices: tuple[StoredSlice, ...]
 
     @cached_property
@@ -46,19 +50,49 @@ class Layout:
             found.setdefault(stored.slice.name, {}).setdefault(stored.slice, stored)
         return {name: sorted(kept.values(), key=lambda stored: stored.slice.intervals) for name, kept in found.items()}
 
+    @cached_property
+    def tensors(self) -> dict[str, TensorInfo]:
+        """The source's tensors in its order; where they lay is not known any more."""
+        first = {name: self.by_source[name][0].slice for name in self.order}
+        return {name: TensorInfo(name, s.dtype, s.source_shape, "", 0, 0) for name, s in first.items()}
+
     def gaps(self) -> list[str]:
         """What is wrong with the layout itself: slices of a tensor that disagree, overlap or leave parts out."""
         return [problem for name, slices in self.by_source.items() if (problem := _gap(name, slices))]
 
 
-def read_layout(path: Path) -> Layout:
-    """The layout of a sharded directory, from its manifest alone: rank files are not opened.
+def is_foreign(manifest: Mapping[str, Any]) -> bool:
+    """Whether the ranks' files are another program's, so that only their digests can be checked."""
+    layout = manifest["layout"]
+    return isinstance(layout, Mapping) and "format" in layout
 
-    Raises InputError when the directory has none or when it is malformed.
-    """
+
+def sharded_manifest(path: Path) -> dict[str, Any]:
+    """The manifest of a sharded directory. Raises InputError when it has none or its digest is wrong."""
     manifest = load_manifest(path) if path.is_dir() else None
     if manifest is None or not manifest.get("layout"):
         raise InputError(f"{path} is not sharded", "A directory that `llmkit shard` wrote was expected")
+    if (said := manifest.get("sha256")) != (found := manifest_digest(manifest)):
+        raise InputError(
+            f"{path / MANIFEST} has SHA-256 {found}, itself it says {said}",
+            "The manifest as `llmkit shard` wrote it",
+            "Shard the source again",
+        )
+    return manifest
+
+
+def read_layout(path: Path) -> Layout:
+    """The layout of a sharded directory, from its manifest alone: rank files are not opened.
+
+    Raises InputError when the directory has none, when it is malformed and when the files are another program's.
+    """
+    manifest = sharded_manifest(path)
+    if is_foreign(manifest):
+        raise InputError(
+            f"{path} holds the files of {manifest['layout']['format']} (--format)",
+            "A directory that `llmkit shard` wrote for llmkit was expected",
+            "Use the checkpoint that it was made from",
+        )
     try:
         return _parse(manifest["layout"], manifest["tensors"])
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
@@ -70,10 +104,12 @@ def read_layout(path: Path) -> Layout:
 
 
 def _parse(layout: Mapping[str, Any], tensors: Mapping[str, Any]) -> Layout:
-    tp, pp = int(layout["tp"]), int(layout["pp"])
+    tp, pp, ep = int(layout["tp"]), int(layout["pp"]), int(layout["ep"])
     ranks = [(int(rank["pp"]), int(rank["tp"]), str(rank["file"])) for rank in layout["ranks"]]
     if [(stage, rank) for stage, rank, _ in ranks] != [(stage, rank) for stage in range(pp) for rank in range(tp)]:
         raise ValueError(f"{len(ranks)} ranks for TP {tp} and PP {pp}")
+    if ep < 1 or tp % ep:
+        raise ValueError(f"EP {ep} for TP {tp}")
     files = tuple(file for _, _, file in ranks)
     if layout["tensors"].keys() != tensors.keys():
         raise ValueError("layout and manifest list different tensors")
@@ -84,7 +120,11 @@ def _parse(layout: Mapping[str, Any], tensors: Mapping[str, Any]) -> Layout:
             raise ValueError(f"{key} belongs to no rank")
         replicas = tuple(files[index] for index in entry["replicas"])
         slices.append(StoredSlice(file, _slice(entry), replicas, tensors[key]["sha256"]))
-    return Layout(tp, pp, tuple(tuple(map(int, stage)) for stage in layout["stages"]), files, tuple(slices))
+    order = tuple(map(str, layout["order"]))
+    if sorted(order) != sorted({stored.slice.name for stored in slices}):
+        raise ValueError("order does not list the tensors of the ranks")
+    stages = tuple(tuple(map(int, stage)) for stage in layout["stages"])
+    return Layout(tp, pp, ep, stages, files, order, tuple(map(str, layout["left_out"])), tuple(slices))
 
 
 def _slice(entry: Mapping[str, Any]) -> Slice:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -16,37 +16,41 @@ from llmkit.checkpoint.writer import PlannedTensor
 from llmkit.model.layout import Split
 from llmkit.model.loader import StoredTensor, stored_tensors
 from llmkit.model.spec import ModelSpec
-from llmkit.shard.slices import Slice, cut
-from llmkit.shard.stages import balanced_stages
-from llmkit.shard.validity import explain_tp, valid_tp
+from llmkit.shard.slices import Slice, Target, cut
+from llmkit.shard.stages import balanced_stages, explicit_stages
+from llmkit.shard.validity import expert_count, explain_ep, explain_tp, valid_ep, valid_tp
 
-__all__ = ["RankPlan", "ShardPlan", "explain_tp", "plan_shards", "valid_tp"]
+__all__ = ["RankPlan", "ShardPlan", "explain_ep", "explain_tp", "plan_shards", "valid_ep", "valid_tp"]
 
 
 @dataclass(frozen=True)
 class RankPlan:
-    """One rank: its coordinates, its file and what lies in it, in the order of the parameter table."""
+    """One rank: its coordinates, its file and what lies in it, in the order of the source."""
 
     pp: int
     tp: int
+    ep: int  # which share of the experts it holds
+    file: str
     slices: tuple[Slice, ...]
-
-    @property
-    def file(self) -> str:
-        """The name of the rank's file."""
-        return f"rank-pp{self.pp}-tp{self.tp}.safetensors"
 
 
 @dataclass(frozen=True)
 class ShardPlan:
-    """A checkpoint over tp x pp ranks. `ranks` are ordered by stage, then by tensor-parallel rank."""
+    """A checkpoint over tp x pp ranks. `ranks` are ordered by stage, then by tensor-parallel rank.
+
+    Attention and dense layers are split over `tp` ranks. Experts are divided over `ep` groups of tp / ep neighbouring
+    ranks, and split by tensor over the ranks of a group: `ep` = 1 splits each over all, `ep` = `tp` none.
+    """
 
     tp: int
     pp: int
+    ep: int
     stages: tuple[tuple[int, ...], ...]  # the layers of each pipeline stage
+    experts: tuple[tuple[int, ...], ...]  # of each expert-parallel group; () for a dense model
+    order: tuple[str, ...]  # the tensors of the source as they lie in its files
     ranks: tuple[RankPlan, ...]
     left_out: tuple[str, ...]  # source tensors that repeat others and are not stored
-    kv_bytes_per_layer: int  # K and V of one token in one layer of one rank, in the embedding's dtype
+    kv_bytes_per_layer: int  # K and V of one token in one layer of one rank, in the embedding's dtype or as quantized
 
     @cached_property
     def replicas(self) -> dict[Slice, tuple[int, ...]]:
@@ -75,23 +79,29 @@ class ShardPlan:
             for rank in self.ranks
         }
 
-    @cached_property
-    def by_source(self) -> dict[str, list[tuple[str, Slice]]]:
-        """Each source tensor's slices with the files that get them."""
-        targets: dict[str, list[tuple[str, Slice]]] = {}
+    def targets(self) -> dict[str, list[Target]]:
+        """Where each source tensor's slices go."""
+        targets: dict[str, list[Target]] = {name: [] for name in self.order}
         for rank in self.ranks:
             for piece in rank.slices:
-                targets.setdefault(piece.name, []).append((rank.file, piece))
+                targets[piece.name].append(Target(rank.file, piece.name, piece))
         return targets
+
+    def constants(self) -> list[tuple[str, str, bytes]]:
+        """What files hold that does not come from the source: file, tensor and bytes."""
+        return []
 
     def layout(self) -> dict[str, Any]:
         """The `layout` of the output's manifest; `llmkit.shard.layout` reads it back."""
         return {
             "tp": self.tp,
             "pp": self.pp,
+            "ep": self.ep,
             "stages": [list(stage) for stage in self.stages],
-            "ranks": [{"file": rank.file, "pp": rank.pp, "tp": rank.tp} for rank in self.ranks],
+            "experts": [list(group) for group in self.experts],
+            "ranks": [{"file": rank.file, "pp": rank.pp, "tp": rank.tp, "ep": rank.ep} for rank in self.ranks],
             "left_out": list(self.left_out),
+            "order": list(self.order),
             "tensors": {
                 f"{rank.file}::{piece.name}": _entry(piece, self.replicas[piece])
                 for rank in self.ranks
@@ -104,22 +114,27 @@ class ShardPlan:
 
         `bytes` is everything in the rank's file but its header; `replicated_bytes` is how much of it another rank
         stores too, `padding_bytes` how much is zeros that the source does not have. `kv_bytes_per_token` is in the
-        embedding's dtype.
+        embedding's dtype, or in 8 bits where the checkpoint quantizes keys and values.
         """
+        files = self.files()
+        sizes = {file: sum(tensor.nbytes for tensor in tensors) for file, tensors in files.items()}
         return {
             "tp": self.tp,
             "pp": self.pp,
+            "ep": self.ep,
             "stages": [list(stage) for stage in self.stages],
-            "bytes": sum(piece.nbytes for rank in self.ranks for piece in rank.slices),
+            "experts": [list(group) for group in self.experts],
+            "bytes": sum(sizes.values()),
             "left_out": list(self.left_out),
             "ranks": [
                 {
                     "file": rank.file,
                     "pp": rank.pp,
                     "tp": rank.tp,
+                    "ep": rank.ep,
                     "layers": list(self.stages[rank.pp]),
-                    "tensors": len(rank.slices),
-                    "bytes": sum(piece.nbytes for piece in rank.slices),
+                    "tensors": len(files[rank.file]),
+                    "bytes": sizes[rank.file],
                     "replicated_bytes": sum(self._replicated_bytes(piece) for piece in rank.slices),
                     "padding_bytes": sum(piece.padding_bytes for piece in rank.slices),
                     "kv_bytes_per_token": self.kv_bytes_per_layer * len(self.stages[rank.pp]),
@@ -134,38 +149,65 @@ def plan_shards(
     quantization: QuantizationConfig | None,
     ckpt_tensors: Mapping[str, TensorInfo],
     tp: int,
-    pp: int,
+    pp: int = 1,
+    ep: int = 1,
+    pp_layers: Sequence[int] = (),
 ) -> ShardPlan:
     """Divide a checkpoint (one that passed `check_checkpoint`) over `tp` ranks in each of `pp` pipeline stages.
 
-    Raises UsageError for sizes below 1, InputError, with the arithmetic and the sizes that work, for a `tp` that
-    does not divide the model and for more stages than layers.
+    The order of `ckpt_tensors` is the order in the ranks' files. `pp_layers`: how many layers each stage gets, in
+    place of stages that are as equal as they can be; `pp` is then their number or 1.
+    Raises UsageError for sizes below 1 or that contradict each other, InputError, with the arithmetic and the sizes
+    that work, for a `tp` or `ep` that does not divide the model, and for stages that do not make up its layers.
     """
-    if tp < 1 or pp < 1:
-        raise UsageError(f"--tp {tp} --pp {pp}", "Both are at least 1")
-    if refusal := explain_tp(spec, quantization, tp):
+    if min(tp, pp, ep) < 1:
+        raise UsageError(f"--tp {tp} --pp {pp} --ep {ep}", "All are at least 1")
+    if pp_layers and pp not in (1, len(pp_layers)):
+        raise UsageError(f"--pp {pp} and {len(pp_layers)} numbers in --pp-layers", "One number for each stage")
+    if refusal := explain_ep(spec, quantization, tp, ep):
+        raise InputError(f"--ep {ep} does not divide: {refusal}", todo="Choose one of these")
+    if refusal := explain_tp(spec, quantization, tp, ep):
         raise InputError(f"--tp {tp} does not divide {refusal}", todo="Choose one of these")
     stored = stored_tensors(spec, quantization)
-    stages = _stages(spec, stored.values(), ckpt_tensors, pp)
+    if pp_layers:
+        pp, stages = len(pp_layers), explicit_stages(len(spec.layers), pp_layers)
+    else:
+        stages = _stages(spec, stored.values(), ckpt_tensors, pp)
     stage_of = {layer: index for index, stage in enumerate(stages) for layer in stage} | {
         -1: 0,
         len(spec.layers): pp - 1,
     }
+    order = tuple(name for name in ckpt_tensors if name in stored)
+    share = tp // ep  # ranks that an expert is split over
+    held = expert_count(spec) // ep
     slices: dict[tuple[int, int], list[Slice]] = {(stage, rank): [] for stage in range(pp) for rank in range(tp)}
-    for tensor in stored.values():
+    for tensor in map(stored.__getitem__, order):
+        expert = tensor.parameter.expert
         for rank in range(tp):
-            piece = cut(tensor, ckpt_tensors[tensor.name], rank, tp)
+            if expert is None:
+                piece = cut(tensor, ckpt_tensors[tensor.name], rank, tp)
+            elif expert // held == rank // share:
+                piece = cut(tensor, ckpt_tensors[tensor.name], rank % share, share)
+            else:
+                continue
             for stage in sorted({stage_of[place] for place in tensor.parameter.stages}):
                 slices[stage, rank].append(piece)
     embedding = ckpt_tensors["model.embed_tokens.weight"]
     start, stop = Split("kv_heads", 0, spec.kv_heads, spec.head_dim).interval(0, tp)
+    itemsize = 1 if quantization is not None and quantization.kv else DTYPES[embedding.dtype].itemsize
     return ShardPlan(
         tp,
         pp,
+        ep,
         stages,
-        tuple(RankPlan(stage, rank, tuple(pieces)) for (stage, rank), pieces in slices.items()),
+        tuple(tuple(range(group * held, (group + 1) * held)) for group in range(ep)) if held else (),
+        order,
+        tuple(
+            RankPlan(stage, rank, rank // share, f"rank-pp{stage}-tp{rank}.safetensors", tuple(pieces))
+            for (stage, rank), pieces in slices.items()
+        ),
         tuple(name for name in ckpt_tensors if name not in stored),
-        2 * (stop - start) * DTYPES[embedding.dtype].itemsize,
+        2 * (stop - start) * itemsize,
     )
 
 

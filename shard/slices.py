@@ -53,6 +53,23 @@ class Slice:
         """Bytes of zeros that the source does not have."""
         return self.nbytes // self.shape[self.dim] * self.padding if self.padding else 0
 
+    def whole(self) -> Slice:
+        """All of the source tensor, as the source has it."""
+        return replace(
+            self, intervals=((0, self.source_shape[self.dim]),), padding=0, first_group=0,
+            dense_shape=self.source_dense_shape,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Target:
+    """A slice's place in an output: in the tensor `name` of `file`, from byte `first` of it."""
+
+    file: str
+    name: str
+    piece: Slice
+    first: int = 0
+
 
 def cut(stored: StoredTensor, info: TensorInfo, rank: int, tp: int) -> Slice:
     """What tensor-parallel `rank` of `tp` keeps of a stored tensor. The split must fit (see `validity`)."""

@@ -41,6 +41,19 @@ def balanced_stages(layer_bytes: Sequence[int], pp: int, first: int = 0, last: i
     return tuple(tuple(range(start, stop)) for start, stop in zip(starts, stops, strict=True))
 
 
+def explicit_stages(layers: int, counts: Sequence[int]) -> tuple[tuple[int, ...], ...]:
+    """Contiguous stages of so many layers each. Raises InputError unless they make up all `layers`, each with one."""
+    text = " + ".join(map(str, counts))
+    if min(counts) < 1 or sum(counts) != layers:
+        raise InputError(
+            f"--pp-layers {','.join(map(str, counts))}: {text} = {sum(counts)} layers",
+            f"{layers} layers in all, at least one in each stage",
+            "Choose others, or leave --pp-layers out and give --pp",
+        )
+    starts = [sum(counts[:index]) for index in range(len(counts))]
+    return tuple(tuple(range(start, start + count)) for start, count in zip(starts, counts, strict=True))
+
+
 def _best(count: int, pp: int, cost: Callable[[int, int, int, int], int | None]) -> tuple[int, tuple[int, ...]]:
     """The cheapest division of layers 0..count into `pp` stages and where each stage stops.
 

@@ -11,10 +11,10 @@ from tiny import EOS_ID, tiny_checkpoint
 
 from llmkit.checkpoint.errors import InputError, ShortageError
 from llmkit.checkpoint.source import Checkpoint, open_checkpoint
-from llmkit.runtime.engine import generate as module
-from llmkit.runtime.generate import generate
+from llmkit.runtime import generate as module
 from llmkit.runtime.engine.load import EngineOptions, load_engine
 from llmkit.runtime.engine.types import RequestError, SamplingParams
+from llmkit.runtime.generate import generate
 
 PROMPTS = [[5, 6, 7], [300, 4, 9, 11, 200, 31, 8], [77], list(range(10, 60))]
 

@@ -12,15 +12,17 @@ from synthetic import LLAMA, synthetic_checkpoint
 
 from llmkit.checkpoint.errors import InputError, OutputError, ShortageError, UsageError
 from llmkit.checkpoint.quantized import QuantizationConfig, Scheme
-from llmkit.checkpoint.safetensors_header import TensorInfo, byte_count
+from llmkit.checkpoint.safetensors_header import TensorInfo, byte_count, read_header
 from llmkit.checkpoint.source import open_checkpoint
 from llmkit.model.families import model_spec
 from llmkit.model.layout import parameters
 from llmkit.model.loader import stored_tensors
 from llmkit.model.spec import LayerSpec, ModelSpec
-from llmkit.shard.plan import ShardPlan, explain_tp, plan_shards, valid_tp
-from llmkit.shard.shard import shard
+from llmkit.shard.capacity import gpu_bytes, plan_report
+from llmkit.shard.plan import ShardPlan, explain_tp, plan_shards, valid_ep, valid_tp
+from llmkit.shard.shard import open_source, shard
 from llmkit.shard.stages import balanced_stages
+from llmkit.shard.validity import valid_layouts
 
 INT4_64 = QuantizationConfig("gptq", Scheme(4, 64))
 INT4_128 = QuantizationConfig("gptq", Scheme(4, 128))
@@ -43,12 +45,14 @@ def spec(**changes: object) -> ModelSpec:
     return replace(model_spec(LLAMA), **changes)  # type: ignore[arg-type]
 
 
-def plan_of(model: ModelSpec, quantization: QuantizationConfig | None, tp: int, pp: int) -> ShardPlan:
+def plan_of(
+    model: ModelSpec, quantization: QuantizationConfig | None, tp: int, pp: int, ep: int = 1, pp_layers=()
+) -> ShardPlan:
     infos = {}
     for stored in stored_tensors(model, quantization).values():
         dtype = stored.dtype or "BF16"
         infos[stored.name] = TensorInfo(stored.name, dtype, stored.shape, "", 0, byte_count(dtype, stored.shape))
-    return plan_shards(model, quantization, infos, tp, pp)
+    return plan_shards(model, quantization, infos, tp, pp, ep, pp_layers)
 
 
 def test_smollm2_splits_over_three_ranks_only() -> None:
@@ -138,6 +142,104 @@ def test_more_stages_than_layers_and_no_ranks() -> None:
             plan_of(spec(), None, tp, pp)
 
 
+def moe(experts: int, **changes: object) -> ModelSpec:
+    config = {"architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "num_experts": experts,
+              "num_experts_per_tok": 1, "moe_intermediate_size": 16, "num_attention_heads": 8,
+              "num_key_value_heads": 4, "mlp_only_layers": [0]}  # fmt: skip
+    return replace(model_spec(LLAMA | config), **changes)
+
+
+@pytest.mark.parametrize(
+    ("experts", "tp", "ep", "text"),
+    [
+        (6, 4, 3, "--ep 3 does not divide: 4/3 = 1.333 tensor-parallel ranks; EP 1, 2 work with TP 4"),
+        (6, 4, 4, "--ep 4 does not divide: 6/4 = 1.5 experts; EP 1, 2 work with TP 4"),
+        (6, 2, 4, "--ep 4 does not divide: 2/4 = 0.5 tensor-parallel ranks; EP 1, 2 work with TP 2"),
+        (6, 3, 3, "--tp 3 does not divide q_proj: 8/3 = 2.667 heads; no TP works"),
+        (6, 6, 2, "--tp 6 does not divide q_proj: 8/6 = 1.333 heads; TP 2, 4, 8 work"),
+    ],
+)
+def test_experts_that_do_not_divide(experts: int, tp: int, ep: int, text: str) -> None:
+    with pytest.raises(InputError, match=re.escape(text)) as caught:
+        plan_of(moe(experts), None, tp, 1, ep)
+    assert caught.value.exit_code == 3
+
+
+def test_a_dense_model_has_no_experts() -> None:
+    for model in (spec(), moe(4, layers=(LayerSpec(), LayerSpec()))):
+        with pytest.raises(InputError, match=f"{model.architecture} has no experts; EP 1 works with TP 2"):
+            plan_of(model, None, 2, 1, 2)
+        assert plan_of(model, None, 2, 1).layout()["experts"] == []
+
+
+def test_groups_of_an_expert_are_what_its_own_ranks_divide() -> None:
+    # 16 features in groups of 8 divide between two ranks; between eight only when four hold other experts.
+    quantization = QuantizationConfig("gptq", Scheme(4, 8), ("lm_head", r"re:.*self_attn", r"re:.*layers\.0"))
+    assert valid_ep(moe(8), quantization, 8) == [4, 8]
+    assert valid_ep(moe(8), quantization, 4) == [2, 4]
+    assert valid_tp(moe(8), quantization) == [1, 2]
+    assert valid_layouts(moe(8), quantization) == {1: [1], 2: [1, 2], 4: [2, 4], 8: [4, 8]}
+    assert valid_tp(moe(8), quantization, 4) == [4, 8]
+    assert explain_tp(moe(8), quantization, 8, 2) == "gate_proj: 16/4 = 0.5 packed words of 8; TP 2, 4 work"
+
+
+def test_which_rank_holds_which_expert() -> None:
+    plan = plan_of(moe(4), None, 4, 1, 2)
+    assert plan.experts == ((0, 1), (2, 3))
+    assert [rank.ep for rank in plan.ranks] == [0, 0, 1, 1]
+    for index, rank in enumerate(plan.ranks):
+        up = {piece.name: piece for piece in rank.slices if piece.name.endswith("up_proj.weight")}
+        held = [int(name.split(".")[5]) for name in up if ".experts." in name]
+        assert held == [[0, 1], [2, 3]][index // 2]
+        half = index % 2 * 8
+        assert {piece.intervals for name, piece in up.items() if ".experts." in name} == {((half, half + 8),)}
+        # Layer 0 has no experts: its MLP, as attention, is split over all four ranks.
+        assert up["model.layers.0.mlp.up_proj.weight"].intervals == ((index * 16, index * 16 + 16),)
+    whole = plan_of(moe(4), None, 4, 1, 4)
+    assert {p.shape for r in whole.ranks for p in r.slices if ".experts." in p.name and "up" in p.name} == {(16, 32)}
+    assert whole.layout()["experts"] == [[0], [1], [2], [3]]
+
+
+def test_stages_as_they_are_asked_for() -> None:
+    plan = plan_of(SMOLLM2, None, 1, 1, 1, (8, 9, 9, 4))
+    assert plan.pp == 4
+    assert [len(stage) for stage in plan.stages] == [8, 9, 9, 4]
+    assert plan.layout()["stages"][3] == [26, 27, 28, 29]
+    assert plan_of(SMOLLM2, None, 1, 4, 1, (8, 9, 9, 4)) == plan
+    for counts, text in (((8, 9, 9, 6), "8 + 9 + 9 + 6 = 32 layers"), ((30, 0), "30 + 0 = 30 layers")):
+        with pytest.raises(InputError, match=re.escape(f"{text}. 30 layers in all, at least one")) as caught:
+            plan_of(SMOLLM2, None, 1, len(counts), 1, counts)
+        assert caught.value.exit_code == 3
+    with pytest.raises(UsageError, match=r"--pp 3 and 4 numbers in --pp-layers"):
+        plan_of(SMOLLM2, None, 1, 3, 1, (8, 9, 9, 4))
+
+
+def test_a_report_of_what_fits(tmp_path: Path) -> None:
+    source = open_source(synthetic_checkpoint(tmp_path / "source"))
+    report = plan_report(source, 2, 2, memory=2**20)
+    assert report["refusal"] is None
+    assert report["works"] == [{"tp": 1, "ep": [1]}, {"tp": 2, "ep": [1]}, {"tp": 4, "ep": [1]}]
+    # K and V of one head of 8 in one layer, bf16.
+    expected = [(int(0.9 * 2**20) - rank["bytes"]) // 32 for rank in report["ranks"]]
+    assert [rank["tokens"] for rank in report["ranks"]] == expected
+    assert report["tokens"] == min(expected)
+    assert plan_report(source, 2, memory=1000)["tokens"] == 0
+    refused = plan_report(source, 3, memory=2**20)
+    assert refused["refusal"] == "--tp 3 does not divide q_proj: 4/3 = 1.333 heads; TP 1, 2, 4 work"
+    assert refused["works"] == report["works"]
+    assert "ranks" not in refused
+    assert plan_report(source, 1, 2, pp_layers=(2, 1))["refusal"].startswith("--pp-layers 2,1: 2 + 1 = 3 layers")
+    with pytest.raises(UsageError, match=r"--gpu h1000 is not known. One of .*h100-80"):
+        gpu_bytes("h1000")
+    assert gpu_bytes("H100-80") == 81559 * 2**20
+
+
+def test_keys_and_values_in_8_bits_take_one_byte() -> None:
+    for kv, itemsize in (("", 2), ("fp8", 1)):
+        plan = plan_of(spec(), QuantizationConfig("compressed-tensors", Scheme(8, inputs="token"), kv=kv), 1, 1)
+        assert plan.kv_bytes_per_layer == 2 * 2 * 8 * itemsize
+
+
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=9), st.integers(1, 9), st.integers(0, 60), st.integers(0, 60))
 def test_stages_are_contiguous_and_as_equal_as_they_can_be(sizes: list[int], pp: int, first: int, last: int) -> None:
     pp = min(pp, len(sizes))
@@ -206,7 +308,8 @@ def test_the_manifest_describes_every_slice(tmp_path: Path) -> None:
     assert manifest is not None
     assert layout is not None
     assert (layout["tp"], layout["pp"], layout["stages"]) == (2, 2, [[0], [1]])
-    assert layout["ranks"][3] == {"file": "rank-pp1-tp1.safetensors", "pp": 1, "tp": 1}
+    assert layout["ranks"][3] == {"file": "rank-pp1-tp1.safetensors", "pp": 1, "tp": 1, "ep": 0}
+    assert layout["order"] == list(read_header(source / "model.safetensors"))
     assert layout["tensors"].keys() == manifest["tensors"].keys()
     key = "rank-pp1-tp1.safetensors::model.layers.1.mlp.down_proj."
     assert layout["tensors"][key + "weight_packed"] == {
@@ -231,8 +334,6 @@ def test_the_manifest_describes_every_slice(tmp_path: Path) -> None:
 def test_sources_and_outputs_that_are_refused(tmp_path: Path) -> None:
     source = synthetic_checkpoint(tmp_path / "source")
     shard(source, tmp_path / "ranks", 2)
-    with pytest.raises(InputError, match=r"sharded already \(TP 2, PP 1\).*llmkit shard merge"):
-        shard(tmp_path / "ranks", tmp_path / "again", 4)
     with pytest.raises(OutputError, match="exists and is not empty"):
         shard(source, tmp_path / "ranks", 2)
     with pytest.raises(OutputError, match="is the source"):

@@ -3,6 +3,8 @@
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from hashlib import sha256
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -14,20 +16,25 @@ from safetensors.torch import load_file, save_file
 from synthetic import stored_bytes, synthetic_checkpoint
 from tiny import tiny_checkpoint
 
+from llmkit.checkpoint import reading
 from llmkit.checkpoint.errors import InputError
 from llmkit.checkpoint.formats import format_of
 from llmkit.checkpoint.quantized import QuantizationConfig, QuantizedWeight, Scheme
 from llmkit.checkpoint.source import open_checkpoint
 from llmkit.model.families import SUPPORTED, model_spec
+from llmkit.model.spec import ModelSpec
 from llmkit.shard import blocks
+from llmkit.shard import source as shard_source
 from llmkit.shard.merge import merge
-from llmkit.shard.plan import valid_tp
+from llmkit.shard.plan import valid_ep, valid_tp
 from llmkit.shard.shard import shard
 from llmkit.shard.verify import verify
 
 SCHEME = Scheme(4, 16)
 GPTQ = QuantizationConfig("gptq", SCHEME)
 PACKED = QuantizationConfig("compressed-tensors", SCHEME)
+GPTQ_8 = QuantizationConfig("gptq", Scheme(4, 8))  # divides four ways
+PACKED_8 = QuantizationConfig("compressed-tensors", Scheme(4, 8))
 FAMILIES = {
     "LlamaForCausalLM": "llama",
     "MistralForCausalLM": "mistral",
@@ -82,12 +89,32 @@ quantizations = (
 )
 
 
-@settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+def bytes_of(path: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in path.iterdir()}
+
+
+@st.composite
+def layouts(draw: st.DrawFn, spec: ModelSpec, quantization: QuantizationConfig | None) -> dict[str, Any]:
+    """Arguments of `shard`, of any layout that the model has."""
+    tp = draw(st.sampled_from(valid_tp(spec, quantization)), "tp")
+    ep = draw(st.sampled_from(valid_ep(spec, quantization, tp)), "ep")
+    count = len(spec.layers)
+    stops = draw(st.sets(st.integers(1, count - 1)) if count > 1 else st.just(set()), "stages")
+    bounds = [0, *sorted(stops), count]
+    layers = tuple(stop - start for start, stop in pairwise(bounds))
+    even = draw(st.booleans(), "even")
+    return {"tp": tp, "ep": ep, "pp": len(layers), "pp_layers": () if even else layers}
+
+
+@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 @given(st.data())
-def test_merging_shards_is_the_identity(data: st.DataObject) -> None:
+def test_any_chain_of_layouts_loses_nothing(data: st.DataObject) -> None:
+    """Sharding what is sharded gives the files, manifest included, that sharding its source does, and merging them
+    gives the source."""
     kv_heads = data.draw(st.sampled_from([1, 2, 3, 4]), "kv_heads")
     heads = kv_heads * data.draw(st.sampled_from([1, 2, 3, 4]), "queries per KV head")
     quantization = data.draw(quantizations, "quantization")
+    experts = data.draw(st.integers(2, 6), "experts")
     config = {
         "architectures": [data.draw(st.sampled_from(list(SUPPORTED)), "architecture")],
         "num_attention_heads": heads,
@@ -100,15 +127,25 @@ def test_merging_shards_is_the_identity(data: st.DataObject) -> None:
         "num_hidden_layers": data.draw(st.integers(1, 4), "layers"),
         "tie_word_embeddings": data.draw(st.booleans(), "tied"),
         **MOE,
+        "num_local_experts": experts,
+        "num_experts": experts,
     }
     config["model_type"] = FAMILIES[config["architectures"][0]]
     spec = model_spec(config)
-    tp = data.draw(st.sampled_from(valid_tp(spec, quantization)), "tp")
-    pp = data.draw(st.integers(1, len(spec.layers)), "pp")
+    chain = data.draw(st.lists(layouts(spec, quantization), min_size=1, max_size=3), "chain")
     with folder() as work, pytest.MonkeyPatch.context() as patch:
         patch.setattr(blocks, "CHUNK_BYTES", data.draw(st.sampled_from([64, 1000, 2**26]), "chunk"))
-        source = synthetic_checkpoint(work / "source", quantization, dtype="F16", **config)
-        round_trip(source, work, tp, pp)
+        source = at = synthetic_checkpoint(work / "source", quantization, dtype="F16", **config)
+        for index, layout in enumerate(chain):
+            shard(at, work / str(index), **layout)
+            at = work / str(index)
+        assert verify(at).problems == []
+        merge(at, work / "merged")
+        assert stored_bytes(work / "merged") == stored_bytes(source)
+        assert open_checkpoint(work / "merged").config == open_checkpoint(source).config
+        if len(chain) > 1:
+            shard(source, work / "direct", **chain[-1])
+            assert bytes_of(at) == bytes_of(work / "direct")
 
 
 def test_every_family_of_the_table_is_in_the_test_above() -> None:
@@ -187,6 +224,91 @@ def test_dense_ranks_compute_what_the_whole_computes(tmp_path: Path) -> None:
     torch.testing.assert_close(mlp(ranks[0]) + mlp(ranks[1]), mlp(whole))
     logits = [x @ rank["lm_head.weight"].T for rank in ranks]
     torch.testing.assert_close(torch.cat(logits, 1), x @ whole["lm_head.weight"].T)
+
+
+@pytest.mark.parametrize(("tp", "ep"), [(2, 1), (2, 2), (4, 2)])
+def test_ranks_of_a_mixture_compute_what_the_whole_computes(tp: int, ep: int, tmp_path: Path) -> None:
+    """The sum over the ranks of what their experts add is what all experts add, however they are divided."""
+    source = tiny_checkpoint(tmp_path / "source", "mixtral", dtype="float32")
+    shard(source, tmp_path / "ranks", tp, ep=ep)
+    generator = torch.Generator().manual_seed(0)
+    x, shares = torch.randn(5, 64, generator=generator), torch.rand(5, 4, generator=generator)
+
+    def mixture(stored: dict[str, torch.Tensor]) -> torch.Tensor:
+        total = torch.zeros_like(x)
+        for expert in range(4):
+            prefix = f"model.layers.1.block_sparse_moe.experts.{expert}"
+            if f"{prefix}.w1.weight" in stored:
+                gate, up, down = (stored[f"{prefix}.{n}.weight"] for n in ("w1", "w3", "w2"))
+                total += shares[:, expert, None] * ((torch.nn.functional.silu(x @ gate.T) * (x @ up.T)) @ down.T)
+        return total
+
+    whole = load_file(source / "model.safetensors")
+    ranks = [load_file(tmp_path / "ranks" / f"rank-pp0-tp{rank}.safetensors") for rank in range(tp)]
+    assert sum(len([name for name in rank if ".experts." in name]) for rank in ranks) == 2 * 4 * 3 * tp // ep
+    torch.testing.assert_close(sum(mixture(rank) for rank in ranks), mixture(whole))
+
+
+def reads_of(patch: pytest.MonkeyPatch) -> list[tuple[str, int, int]]:
+    """What is read from now on: file, first byte, bytes."""
+    reads: list[tuple[str, int, int]] = []
+
+    def recording(path: Path, start: int, view: memoryview) -> None:
+        reads.append((path.name, start, len(view)))
+        read_into(path, start, view)
+
+    read_into = reading.read_into
+    for module in (reading, shard_source):
+        patch.setattr(module, "read_into", recording)
+    return reads
+
+
+@pytest.mark.parametrize("quantization", [None, GPTQ_8, PACKED_8], ids=["dense", "gptq", "compressed-tensors"])
+def test_each_byte_of_a_source_is_read_once(quantization, tmp_path: Path, monkeypatch) -> None:
+    source = synthetic_checkpoint(tmp_path / "source", quantization, tie_word_embeddings=True)
+    tensors = load_file(source / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()  # left out, but hashed
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    monkeypatch.setattr(blocks, "CHUNK_BYTES", 1000)
+    work = {
+        source: lambda: shard(source, tmp_path / "two", 2),
+        tmp_path / "two": lambda: shard(tmp_path / "two", tmp_path / "four", 4, 2),
+        tmp_path / "four": lambda: merge(tmp_path / "four", tmp_path / "merged"),
+    }
+    for folder, run in work.items():
+        with pytest.MonkeyPatch.context() as patch:
+            reads = reads_of(patch)
+            run()
+        read = sorted(read for read in reads if (folder / read[0]).exists())
+        for file in folder.glob("*.safetensors"):
+            position = 0
+            for _, start, count in (read for read in read if read[0] == file.name):
+                assert start == position
+                position += count
+            assert position == file.stat().st_size
+
+
+def test_a_source_is_hashed_as_it_is_read(tmp_path: Path) -> None:
+    source = synthetic_checkpoint(tmp_path / "source", GPTQ_8)
+    shard(source, tmp_path / "ranks", 2)
+    shard(tmp_path / "ranks", tmp_path / "more", 4, 2)
+    expected = {name: sha256((source / name).read_bytes()).hexdigest() for name in ("config.json", "model.safetensors")}
+    for path in (tmp_path / "ranks", tmp_path / "more"):
+        manifest = open_checkpoint(path).manifest
+        assert manifest is not None
+        assert manifest["source"] == {"reference": str(source), "files": expected}
+
+
+def test_act_order_that_one_rank_kept_stops_a_split_of_it(tmp_path: Path) -> None:
+    source = synthetic_checkpoint(tmp_path / "source", GPTQ)
+    tensors = load_file(source / "model.safetensors")
+    name = "model.layers.1.mlp.down_proj.g_idx"
+    tensors[name] = tensors[name].flip(0).contiguous()
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    shard(source, tmp_path / "one", 1, 2)
+    with pytest.raises(InputError, match=r"down_proj\.g_idx does not number its groups.*--tp 1"):
+        shard(tmp_path / "one", tmp_path / "two", 2)
+    assert not (tmp_path / "two").exists()
 
 
 def test_several_source_files_and_side_files(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import shutil
 from hashlib import sha256
 from pathlib import Path
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from synthetic import synthetic_checkpoint
 
 from llmkit.checkpoint.errors import InputError
+from llmkit.checkpoint.manifest import manifest_digest
 from llmkit.checkpoint.quantized import QuantizationConfig, Scheme
 from llmkit.checkpoint.safetensors_header import read_header
 from llmkit.shard.merge import merge
@@ -38,18 +40,18 @@ def flip(file: Path, position: int) -> None:
 def edit(ranks: Path, change) -> None:
     manifest = json.loads((ranks / "llmkit.json").read_text())
     change(manifest)
+    manifest["sha256"] = manifest_digest(manifest)
     (ranks / "llmkit.json").write_text(json.dumps(manifest))
 
 
 def overwrite(ranks: Path, file: str, name: str, position: int, byte: int) -> None:
-    """Change a byte of a tensor and every digest, so that the manifest agrees with the bytes."""
+    """Change a byte of a tensor and its digest, so that the manifest agrees with the bytes."""
     info = read_header(ranks / file)[name]
     data = bytearray((ranks / file).read_bytes())
     data[info.start + position] = byte
     (ranks / file).write_bytes(data)
 
     def change(manifest: dict[str, Any]) -> None:
-        manifest["files"][file]["sha256"] = sha256(data).hexdigest()
         manifest["tensors"][f"{file}::{name}"]["sha256"] = sha256(data[info.start : info.end]).hexdigest()
 
     edit(ranks, change)
@@ -66,7 +68,7 @@ def rejected(ranks: Path) -> str:
 def test_figures_of_an_intact_directory(ranks: Path) -> None:
     result = verify(ranks)
     assert result.ok
-    assert (result.tp, result.pp, result.files) == (2, 1, 2)
+    assert (result.tp, result.pp, result.ep, result.files) == (2, 1, 1, 2)
     infos = [info for file in (RANK0, RANK1) for info in read_header(ranks / file).values()]
     assert (result.tensors, result.bytes) == (len(infos), sum(info.nbytes for info in infos))
     # 70 words: 64 and 6 with 58 of padding, in the embedding and the head.
@@ -90,17 +92,37 @@ def test_a_flipped_bit_anywhere_is_found(ranks: Path, file: str, position: int) 
     assert verify(ranks).ok
 
 
+@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.integers(0, 2**30))
+def test_a_flipped_bit_of_the_manifest_is_found(ranks: Path, position: int) -> None:
+    path = ranks / "llmkit.json"
+    kept = path.read_bytes()
+    flip(path, position % len(kept))
+    try:
+        with pytest.raises(InputError, match=r"llmkit\.json|sharded"):
+            verify(ranks)
+        rejected(ranks)
+    finally:
+        path.write_bytes(kept)
+
+
 def test_a_flip_names_the_tensor_and_both_digests(ranks: Path) -> None:
     info = random.Random(0).choice(list(read_header(ranks / RANK1).values()))
     flip(ranks / RANK1, info.start)
-    problems = verify(ranks).problems
-    assert len(problems) == 2  # the file and the tensor
-    assert f"{RANK1}: tensor {info.name} has SHA-256" in problems[1]
-    manifest = json.loads((ranks / "llmkit.json").read_text())
-    assert manifest["files"][RANK1]["sha256"] in problems[0]
-    text = rejected(ranks)
-    assert manifest["files"][RANK1]["sha256"] in text
-    assert sha256((ranks / RANK1).read_bytes()).hexdigest() in text
+    said = json.loads((ranks / "llmkit.json").read_text())["tensors"][f"{RANK1}::{info.name}"]["sha256"]
+    found = sha256((ranks / RANK1).read_bytes()[info.start : info.end]).hexdigest()
+    (problem,) = verify(ranks).problems
+    for text in (problem, rejected(ranks)):
+        assert f"{RANK1}: tensor {info.name} has SHA-256 {found}" in text
+        assert said in text
+
+
+def test_a_header_that_says_something_else(ranks: Path) -> None:
+    data = (ranks / RANK1).read_bytes()
+    assert b'{"format":"pt"}' in data
+    (ranks / RANK1).write_bytes(data.replace(b'{"format":"pt"}', b'{"format":"tf"}'))
+    for text in (verify(ranks).problems[0], rejected(ranks)):
+        assert re.search(rf"{RANK1} has a header of SHA-256 \w{{64}}, llmkit\.json says \w{{64}}", text)
 
 
 def test_padding_that_is_not_zero(ranks: Path) -> None:
@@ -139,11 +161,13 @@ def test_shards_of_different_sources(ranks: Path, tmp_path: Path) -> None:
     shard(other, tmp_path / "others", 2)
     shutil.copy(tmp_path / "others" / RANK1, ranks / RANK1)
     assert any(RANK1 in problem for problem in verify(ranks).problems)
-    expected = json.loads((ranks / "llmkit.json").read_text())["files"][RANK1]["sha256"]
-    found = json.loads((tmp_path / "others" / "llmkit.json").read_text())["files"][RANK1]["sha256"]
+    manifests = [json.loads((path / "llmkit.json").read_text()) for path in (ranks, tmp_path / "others")]
     text = rejected(ranks)
-    assert expected in text
-    assert found in text
+    named = re.search(rf"{RANK1}: tensor (\S+) has", text)
+    assert named is not None
+    digests = {manifest["tensors"][f"{RANK1}::{named[1]}"]["sha256"] for manifest in manifests}
+    assert len(digests) == 2
+    assert all(digest in text for digest in digests)
 
 
 def test_ranks_in_each_others_place(ranks: Path) -> None:
@@ -182,6 +206,8 @@ def malformed() -> list[Any]:
         entry(replicas=[9]),
         entry(derived={"kind": "unheard-of"}),
         lambda manifest: manifest["layout"].update(tp=3),
+        lambda manifest: manifest["layout"].update(ep=3),
+        lambda manifest: manifest["layout"]["order"].pop(),
         lambda manifest: manifest["layout"].pop("stages"),
         lambda manifest: manifest["layout"]["tensors"].pop(key),
         lambda manifest: manifest.update(layout=[1]),

@@ -52,9 +52,9 @@ CUDA = ("--method", "gptq", "--group-size", "128", "--samples", "128", "--seq-le
 CUDA_BOUND_S = 300.0
 
 
-def generate(out: Path, layers: int) -> Path:
-    """Write the checkpoint, one file a layer, with the small tokenizer of the tests."""
-    config = LLAMA_3_8B | {"num_hidden_layers": layers}
+def generate(out: Path, layers: int, **more: int) -> Path:
+    """Write the checkpoint, one file a layer, with the small tokenizer of the tests. `more`: of its config."""
+    config = LLAMA_3_8B | {"num_hidden_layers": layers, **more}
     hidden, inner, kv = 4096, 14336, 1024
     generator = torch.Generator().manual_seed(0)
 

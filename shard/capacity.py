@@ -1,0 +1,70 @@
+"""`llmkit shard plan`: what the ranks of a layout hold, what fits beside it on a GPU, and which layouts there are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from llmkit.checkpoint.errors import InputError, UsageError
+from llmkit.shard.plan import plan_shards
+from llmkit.shard.shard import checked_spec
+from llmkit.shard.source import Source
+from llmkit.shard.validity import valid_layouts
+
+MIB = 2**20
+UTILIZATION = 0.9  # of a GPU's memory for weights and KV cache, as `llmkit serve` and vLLM take it
+# Memory in MiB as nvidia-smi tells it.
+GPUS = {
+    "a10-24": 23_028,
+    "a100-40": 40_960,
+    "a100-80": 81_920,
+    "a6000-48": 49_140,
+    "b200-180": 183_359,
+    "h100-80": 81_559,
+    "h200-141": 143_771,
+    "l4-24": 23_034,
+    "l40s-48": 46_068,
+    "rtx3090-24": 24_576,
+    "rtx4090-24": 24_564,
+    "rtx5090-32": 32_607,
+    "t4-16": 15_360,
+    "v100-32": 32_768,
+}
+
+
+def gpu_bytes(name: str) -> int:
+    """The memory of a GPU of the table. Raises UsageError for another."""
+    if name.lower() not in GPUS:
+        raise UsageError(f"--gpu {name} is not known", f"One of {', '.join(GPUS)}, or a size like 48GiB")
+    return GPUS[name.lower()] * MIB
+
+
+def plan_report(
+    source: Source, tp: int, pp: int = 1, ep: int = 1, pp_layers: Sequence[int] = (), memory: int | None = None
+) -> dict[str, Any]:
+    """The plan's figures (see `ShardPlan.to_json`) and the sizes that work, JSON-ready.
+
+    What does not divide is told in `refusal`, and the plan's own figures are then left out. With `memory` bytes on
+    each rank's GPU, `tokens` of a rank are those whose keys and values fit beside its weights in UTILIZATION of it;
+    a sliding window counts as the whole context, and what activations take is not counted. Raises InputError for a
+    source that is bad, UsageError for sizes that contradict each other.
+    """
+    spec, quantization = checked_spec(source), source.checkpoint.quantization
+    works = [{"tp": size, "ep": with_it} for size, with_it in valid_layouts(spec, quantization).items()]
+    report: dict[str, Any] = {"refusal": None, "works": works, "max_pp": len(spec.layers)}
+    try:
+        made = plan_shards(spec, quantization, source.tensors, tp, pp, ep, pp_layers).to_json()
+    except InputError as error:
+        return {
+            "tp": tp,
+            "pp": pp,
+            "ep": ep,
+            **report,
+            "refusal": ". ".join(filter(None, (error.what, error.expected))),
+        }
+    if memory is not None:
+        for rank in made["ranks"]:
+            rank["tokens"] = max(0, int(memory * UTILIZATION) - rank["bytes"]) // rank["kv_bytes_per_token"]
+        tokens = min(rank["tokens"] for rank in made["ranks"])
+        made |= {"tokens": tokens, "memory_bytes": memory, "utilization": UTILIZATION}
+    return {**made, **report}
