@@ -1,19 +1,25 @@
 """Triton, where it is installed: a kernel file takes `jit` and `tl` from here, so that it imports without Triton too.
 
-Triton reads TRITON_INTERPRET when it is imported: set before, kernels run on the CPU, slowly, for tests.
+Triton reads TRITON_INTERPRET when it is imported: set before, kernels run on the CPU, slowly, for tests. It is imported
+only where it can run kernels or is there already: that would be a good part of the start of a server on a CPU.
 """
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-try:
-    import triton
-    import triton.language as tl
-except ImportError:  # an installation for the CPU only
+if TYPE_CHECKING or torch.cuda.is_available() or "TRITON_INTERPRET" in os.environ or "triton" in sys.modules:
+    try:
+        import triton
+        import triton.language as tl
+    except ImportError:  # an installation for the CPU only
+        triton = tl = None
+else:
     triton = tl = None
 
 __all__ = ["jit", "runs_triton", "tl"]

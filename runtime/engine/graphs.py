@@ -58,8 +58,7 @@ class Graph(Inputs):
         self, model: Decoder, caches: Sequence[KvCache], rows: int, width: int, block_size: int,
         capture: Callable[[Callable[[], None]], Repeatable],
     ) -> None:  # fmt: skip
-        pairs = zip(model.spec.layers, caches, strict=True)
-        spare = {layer.window: cache.kv.shape[1] - 1 for layer, cache in pairs}
+        spare = {layer.window: cache.kv.shape[1] - 1 for layer, cache in zip(model.spec.layers, caches, strict=True)}
         super().__init__(rows, width, block_size, spare, model.device)
         self._model, self._caches = model, caches
         self.tokens = torch.zeros(rows, dtype=torch.int64, device=model.device)
@@ -71,8 +70,7 @@ class Graph(Inputs):
             self.batch.of(window).refresh(blocks, self.contexts)
         hidden = self._model(self.tokens, self.positions, self.batch, self._caches)
         self.logits = self._model.logits(hidden)
-        found = torch.isfinite(self.logits.sum(-1))
-        self.greedy = torch.where(found, self.logits.argmax(-1), -1)
+        self.greedy = torch.where(torch.isfinite(self.logits.sum(-1)), self.logits.argmax(-1), -1)
 
     def run(self, tokens: torch.Tensor) -> None:
         """Fill `logits` and `greedy`, after `set`."""
