@@ -145,21 +145,29 @@ def round_parameters(storage: Storage, device: torch.device, progress: Progress)
     Returns what the report says of each linear; its error is that of the weights themselves.
     """
     rows = parameters(storage.spec)
-    linears = []
+    linears: list[Entry] = []
     progress.start("write", len(rows), "tensors")
     for row in rows:
-        site = site_of(row, storage.quantization)
-        if site is None:
-            storage.cast(row)
-        else:
-            linears.append(round_row(site, storage, device))
+        linears += write_row(row, storage, device)
         storage.writer.commit()
         progress.advance(1, row.name)
     progress.finish()
     return linears
 
 
-def round_row(site: Site, storage: Storage, device: torch.device, search: Search | None = None) -> Entry:
+def write_row(row: Parameter, storage: Storage, device: torch.device, search: Search | None = None) -> list[Entry]:
+    """Write a parameter without calibration, rounded or cast; what the report says of it when it is rounded.
+
+    search: of the ranges of codes of fewer than 8 bits.
+    """
+    site = site_of(row, storage.quantization)
+    if site is None:
+        storage.cast(row)
+        return []
+    return [_round_row(site, storage, device, search if site.scheme.bits < 8 else None)]
+
+
+def _round_row(site: Site, storage: Storage, device: torch.device, search: Search | None) -> Entry:
     """Round a parameter's tensors, a few rows at a time, and write them; the error is that of the weights."""
     lost = energy = 0.0
     for tensor in site.row.tensors:

@@ -27,7 +27,7 @@ from llmkit.quant.algorithm import Site
 from llmkit.quant.grid import FULL_SEARCH
 from llmkit.quant.mixed import BitSearch, Unit, sensitivity
 from llmkit.quant.page import report_page
-from llmkit.quant.pipeline import quantize_layers, round_parameters, round_row, site_of
+from llmkit.quant.pipeline import quantize_layers, round_parameters, site_of, write_row
 from llmkit.quant.plan import Plan, QuantizeOptions, make_plan, plan_figures
 from llmkit.quant.quality import Quality, score_logits
 from llmkit.quant.report import Report, Stopwatch, report_json, versions
@@ -269,14 +269,10 @@ def _convert(
     """Write all tensors; return what the report says of the linears."""
     if calibration is None:
         return round_parameters(storage, plan.device, progress)
-    head = []
+    head: list[dict[str, Any]] = []
     for row in parameters(plan.spec):
-        if row.name.startswith("layers."):
-            continue
-        if (site := site_of(row, plan.quantization)) is None:
-            storage.cast(row)
-        else:
-            head.append(round_row(site, storage, plan.device, FULL_SEARCH if site.scheme.bits < 8 else None))
+        if not row.name.startswith("layers."):
+            head += write_row(row, storage, plan.device, FULL_SEARCH)
     storage.writer.commit()
     source = LayerStream.of(plan.source, plan.spec, plan.device)
     folder = None

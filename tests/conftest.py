@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+
+import pytest
 
 for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
     os.environ.setdefault(name, "1")
@@ -16,3 +19,14 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 with suppress(ImportError):  # kernels are compiled for GPUs in tests, though llmkit imports Triton only where one is
     import triton  # noqa: F401
+
+
+@pytest.fixture(scope="module")
+def short_builtin_text() -> Iterator[None]:
+    """A tenth of the builtin text: tokenizing all of it would be most of the time of the tests that quantize."""
+    from llmkit.quant import text
+
+    with pytest.MonkeyPatch.context() as patch:
+        short = text.builtin_text()[:50_000]
+        patch.setattr(text, "builtin_text", lambda: short)
+        yield

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,6 @@ from llmkit.checkpoint.source import open_checkpoint
 from llmkit.model.families import model_spec
 from llmkit.model.layout import parameters
 from llmkit.model.loader import load_model, read_parameter, scheme_of
-from llmkit.quant import text
 from llmkit.quant.engines import check_engine
 from llmkit.quant.methods import Choice, quantization_of
 from llmkit.quant.quantize import QuantizeOptions, quantize
@@ -47,12 +45,7 @@ RUNS: dict[str, tuple[str, dict[str, Any], Scheme]] = {  # the head's scheme is 
 }
 
 
-@pytest.fixture(scope="module", autouse=True)
-def short_builtin_text() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        short = text.builtin_text()[:50_000]
-        patch.setattr(text, "builtin_text", lambda: short)
-        yield
+pytestmark = pytest.mark.usefixtures("short_builtin_text")
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["untied", "tied"])

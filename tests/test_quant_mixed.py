@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,7 +18,6 @@ from llmkit.model.families import model_spec
 from llmkit.model.layout import parameters
 from llmkit.model.loader import load_model, scheme_of
 from llmkit.model.sequence import logits_of
-from llmkit.quant import text
 from llmkit.quant.grid import FULL_SEARCH, round_to_nearest
 from llmkit.quant.methods import Choice, quantization_of
 from llmkit.quant.mixed import BITS, BitSearch, Unit, sensitivity
@@ -29,13 +27,7 @@ from llmkit.quant.quantize import QuantizeOptions, quantize
 from llmkit.quant.stream import LayerStream
 from llmkit.quant.tokens import evaluation_windows
 
-
-@pytest.fixture(scope="module", autouse=True)
-def short_builtin_text() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        short = text.builtin_text()[:50_000]
-        patch.setattr(text, "builtin_text", lambda: short)
-        yield
+pytestmark = pytest.mark.usefixtures("short_builtin_text")
 
 
 @pytest.fixture(scope="module")

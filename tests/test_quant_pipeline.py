@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import threading
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -35,13 +34,7 @@ from llmkit.quant.tokens import calibration_windows, evaluation_windows
 OPTIONS = QuantizeOptions("gptq", samples=4, seq_len=64, evaluate=False, device="cpu")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def short_builtin_text() -> Iterator[None]:
-    """A tenth of the builtin text: tokenizing all of it would be most of the time of these tests."""
-    with pytest.MonkeyPatch.context() as patch:
-        short = text.builtin_text()[:50_000]
-        patch.setattr(text, "builtin_text", lambda: short)
-        yield
+pytestmark = pytest.mark.usefixtures("short_builtin_text")
 
 
 class InterruptedRunError(Exception):

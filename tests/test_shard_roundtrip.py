@@ -64,6 +64,16 @@ def folder() -> Iterator[Path]:
         yield Path(path)
 
 
+def act_order_checkpoint(path: Path) -> Path:
+    """A GPTQ checkpoint with a linear whose groups are not numbered in the order of its columns."""
+    source = synthetic_checkpoint(path, GPTQ)
+    tensors = load_file(source / "model.safetensors")
+    name = "model.layers.1.mlp.down_proj.g_idx"
+    tensors[name] = tensors[name].flip(0).contiguous()
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    return source
+
+
 def round_trip(source: Path, work: Path, tp: int, pp: int) -> None:
     shard(source, work / "ranks", tp, pp)
     result = verify(work / "ranks")
@@ -300,11 +310,7 @@ def test_a_source_is_hashed_as_it_is_read(tmp_path: Path) -> None:
 
 
 def test_act_order_that_one_rank_kept_stops_a_split_of_it(tmp_path: Path) -> None:
-    source = synthetic_checkpoint(tmp_path / "source", GPTQ)
-    tensors = load_file(source / "model.safetensors")
-    name = "model.layers.1.mlp.down_proj.g_idx"
-    tensors[name] = tensors[name].flip(0).contiguous()
-    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    source = act_order_checkpoint(tmp_path / "source")
     shard(source, tmp_path / "one", 1, 2)
     with pytest.raises(InputError, match=r"down_proj\.g_idx does not number its groups.*--tp 1"):
         shard(tmp_path / "one", tmp_path / "two", 2)
@@ -397,11 +403,7 @@ def test_an_interrupted_run_is_continued_to_the_same_bytes(tmp_path: Path, monke
 
 
 def test_act_order_stops_a_row_split_and_nothing_is_left(tmp_path: Path) -> None:
-    source = synthetic_checkpoint(tmp_path / "source", GPTQ)
-    tensors = load_file(source / "model.safetensors")
-    name = "model.layers.1.mlp.down_proj.g_idx"
-    tensors[name] = tensors[name].flip(0).contiguous()
-    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    source = act_order_checkpoint(tmp_path / "source")
     with pytest.raises(InputError, match=r"down_proj\.g_idx does not number its groups.*--tp 1"):
         shard(source, tmp_path / "ranks", 2)
     assert not (tmp_path / "ranks").exists()
