@@ -21,7 +21,7 @@ from llmkit.checkpoint.errors import InputError, UsageError
 from llmkit.checkpoint.progress import Progress
 from llmkit.checkpoint.source import Checkpoint, open_checkpoint
 from llmkit.checkpoint.tokenizer import load_tokenizer
-from llmkit.runtime.engine.load import EngineOptions
+from llmkit.runtime.load import EngineOptions
 
 __all__ = ["BenchOptions", "bench"]
 

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from llmkit.bench.metrics import RequestTimeline
 from llmkit.bench.workload import WorkloadRequest
 from llmkit.runtime.engine.engine import Engine
-from llmkit.runtime.engine.load import EngineOptions, load_engine
 from llmkit.runtime.engine.types import Request, RequestError, SamplingParams, TokenOutput
+from llmkit.runtime.load import EngineOptions, load_engine
 
 
 @dataclass

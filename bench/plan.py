@@ -18,7 +18,7 @@ from llmkit.checkpoint.source import Checkpoint, open_checkpoint
 from llmkit.model.device import resolve_device
 from llmkit.model.families import model_spec
 from llmkit.model.spec import ModelSpec
-from llmkit.runtime.engine.load import DTYPES
+from llmkit.runtime.load import DTYPES
 
 SAVED = "baseline"  # the name of a baseline that was read from a report
 _QUALITY = ("perplexity", "load_s")

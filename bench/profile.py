@@ -19,8 +19,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from llmkit.kernels import native
 from llmkit.runtime.engine.engine import Engine
-from llmkit.runtime.engine.load import EngineOptions, load_engine
 from llmkit.runtime.engine.types import Request, SamplingParams
+from llmkit.runtime.load import EngineOptions, load_engine
 
 # The first group whose word is in an operator's name takes its time.
 GROUPS = {

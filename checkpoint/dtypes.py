@@ -22,3 +22,4 @@ DTYPES: dict[str, torch.dtype] = {
     "BOOL": torch.bool,
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
+FLOATS = ("F32", "F16", "BF16")  # what weights that are not quantized may be

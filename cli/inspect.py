@@ -17,9 +17,9 @@ CONTEXT = 4096  # tokens of KV cache that the memory table assumes
 def inspect(output: Output, model: ModelArgument) -> None:
     """Show a checkpoint's family, size, formats, memory at each precision and the TP sizes that work."""
     from llmkit.checkpoint.source import open_checkpoint
-    from llmkit.model.facts import inspect_checkpoint
     from llmkit.model.families import model_spec
     from llmkit.model.loader import check_checkpoint
+    from llmkit.quant.facts import inspect_checkpoint
     from llmkit.shard.plan import valid_tp
 
     checkpoint = open_checkpoint(model)

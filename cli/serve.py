@@ -159,7 +159,7 @@ def _plan(output: Output, model: str, engine: EngineOptions) -> int:
     from llmkit.checkpoint.source import open_checkpoint
     from llmkit.model.families import model_spec
     from llmkit.model.loader import check_checkpoint
-    from llmkit.runtime.engine.load import plan_engine
+    from llmkit.runtime.load import plan_engine
 
     checkpoint = open_checkpoint(model)
     checkpoint.require_whole()

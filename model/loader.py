@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from llmkit.checkpoint.compressed_tensors import KINDS
+from llmkit.checkpoint.dtypes import FLOATS
 from llmkit.checkpoint.errors import InputError
 from llmkit.checkpoint.formats import format_of
 from llmkit.checkpoint.quantized import PackedTensor, QuantizationConfig, QuantizedWeight, Scheme
@@ -21,7 +22,6 @@ from llmkit.model.layout import Parameter, Part, ignored_tensor, parameters
 from llmkit.model.linear import Linear, Rounding, gpu_capability, serving_linear, suits_gpu
 from llmkit.model.spec import ModelSpec
 
-FLOATS = ("F32", "F16", "BF16")
 PACKERS = 4  # threads that pack weights while the next are read
 
 

@@ -1,44 +1,22 @@
-"""LoRA adapters: PEFT's files, read by the parameter table, and several of them over one model's shared weights.
+"""LoRA adapters: PEFT's files by the parameter table, and several of them over one model's shared weights.
 
 An adapter adds (x A') B' alpha / r to what a linear makes of x (Hu et al. 2021, arXiv 2106.09685, section 4.1).
 """
 
 from __future__ import annotations
 
-import math
-import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from llmkit.checkpoint.errors import InputError
-from llmkit.checkpoint.files import load_json
-from llmkit.checkpoint.reading import SafetensorsRows
-from llmkit.checkpoint.safetensors_header import TensorInfo, read_header
+from llmkit.checkpoint.adapter import AdapterFiles
 from llmkit.model.decoder import Decoder, DecoderLayer
 from llmkit.model.layout import Parameter, parameters
 from llmkit.model.linear import Linear
-from llmkit.model.loader import FLOATS
 from llmkit.model.spec import ModelSpec
-
-CONFIG, WEIGHTS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
-# What adapter_config.json may say. Of fields that are in neither table nothing is known: they must be empty.
-ALLOWED: dict[str, tuple[Any, ...]] = {
-    "peft_type": ("LORA",),
-    "bias": ("none",),
-    "use_rslora": (None, False, True),
-    "init_lora_weights": (None, False, True, "gaussian", "eva", "orthogonal"),  # others change the model's own weights
-}
-HARMLESS = (  # read by `_Config`, or without influence on what a trained adapter computes
-    "r", "lora_alpha", "rank_pattern", "alpha_pattern", "auto_mapping", "base_model_name_or_path", "corda_config",
-    "ensure_weight_tying", "eva_config", "exclude_modules", "fan_in_fan_out", "inference_mode", "layers_pattern",
-    "layers_to_transform", "loftq_config", "lora_dropout", "lora_ga_config", "megatron_core", "peft_version",
-    "qalora_group_size", "revision", "runtime_config", "target_modules", "task_type", "unsloth_fixed",
-)  # fmt: skip
 
 Rows = slice | torch.Tensor  # of a step's: consecutive ones, or int64 [n]
 
@@ -58,77 +36,20 @@ def load_adapter(
 
     Raises InputError for anything but plain LoRA of linear layers that the model has, of the shapes that it has.
     """
-    config = _Config(directory / CONFIG)
     linears = [row for row in parameters(spec) if row.name.startswith("layers.") and len(row.shape) == 2]
-    tensors = _tensors(directory / WEIGHTS, [tensor for row in linears for tensor in row.tensors])
-    updates = {}
+    shapes = {
+        tensor: (sum(part.shape[0] for part in row.parts if part.tensor == tensor), row.shape[1])
+        for row in linears
+        for tensor in row.tensors
+    }
+    files, updates = AdapterFiles(directory, shapes), {}
     for row in linears:
-        pieces = []  # a [r, in] and b [out, r] of each checkpoint tensor that has them
-        for tensor in row.tensors:
-            names = [_name(tensor, side) for side in "AB"]
-            if names[0] not in tensors:
-                continue
-            rank, scale = config.rank_and_scale(tensor.removesuffix(".weight"))
-            size = sum(part.shape[0] for part in row.parts if part.tensor == tensor)
-            a = _read(directory, tensors[names[0]], (rank, row.shape[1])).to(dtype)
-            b = (_read(directory, tensors[names[1]], (size, rank)) * scale).to(dtype)
-            for value, name in ((a, names[0]), (b, names[1])):
-                if not value.isfinite().all():
-                    raise InputError(
-                        f"{directory / WEIGHTS}: tensor {name} has values that are not finite in {dtype}",
-                        "Finite values were expected",
-                        "Train or download the adapter again",
-                    )
-            pieces.append((a, _spread(row, tensor, b)))
+        read = {tensor: files.read(tensor, dtype) for tensor in row.tensors}
+        pieces = [(one[0], _spread(row, tensor, one[1])) for tensor, one in read.items() if one is not None]
         if pieces:
             a, b = torch.cat([a for a, _ in pieces]), torch.cat([b for _, b in pieces], dim=1)
             updates[row.module] = Update(a.to(device), b.to(device))
     return updates
-
-
-def _name(tensor: str, side: str) -> str:
-    """What PEFT calls the A or B of a checkpoint tensor."""
-    return f"{PREFIX}{tensor.removesuffix('.weight')}.lora_{side}.weight"
-
-
-def _tensors(path: Path, wanted: list[str]) -> dict[str, TensorInfo]:
-    """The header of an adapter's file, in which every tensor is the A or B of a wanted one and none lacks the other."""
-    if not path.is_file():
-        raise InputError(
-            f"{path} does not exist",
-            f"An adapter in safetensors was expected; a pickled one ({path.stem}.bin) can run code and is never loaded",
-            "Save it again with a newer peft: model.save_pretrained(DIRECTORY)",
-        )
-    tensors = read_header(path)
-    pairs = [[_name(tensor, side) for side in "AB"] for tensor in wanted]
-    unknown = sorted(tensors.keys() - {name for pair in pairs for name in pair})
-    if unknown or not tensors:
-        raise InputError(
-            f"{path} has {len(unknown)} tensors of no linear layer of the model ({', '.join(unknown[:5])})"
-            if unknown
-            else f"{path} has no tensors",
-            f"Names like {pairs[0][0]} were expected; adapters of embeddings and of lm_head are not supported",
-            "Check that the adapter was made for this model",
-        )
-    for pair in pairs:
-        absent = [name for name in pair if name not in tensors]
-        if len(absent) == 1:
-            raise InputError(f"{path} lacks {absent[0]}", "lora_A and lora_B of a linear layer were expected together")
-    return tensors
-
-
-def _read(directory: Path, info: TensorInfo, shape: tuple[int, int]) -> torch.Tensor:
-    """A tensor in float32."""
-    place = f"{directory / WEIGHTS}: tensor {info.name}"
-    if info.shape != shape:
-        raise InputError(
-            f"{place} has shape {list(info.shape)}",
-            f"Shape {list(shape)} was expected, by {CONFIG} and the model",
-            "Check that the adapter was made for this model",
-        )
-    if info.dtype not in FLOATS:
-        raise InputError(f"{place} has dtype {info.dtype}", f"Dtype {' or '.join(FLOATS)} was expected")
-    return SafetensorsRows(directory).rows(info, 0, shape[0]).float()
 
 
 def _spread(row: Parameter, tensor: str, b: torch.Tensor) -> torch.Tensor:
@@ -139,45 +60,6 @@ def _spread(row: Parameter, tensor: str, b: torch.Tensor) -> torch.Tensor:
             spread[start : start + part.shape[0]] = b[part.row : part.row + part.shape[0]]
         start += part.shape[0]
     return spread
-
-
-class _Config:
-    """An adapter_config.json. Raises InputError unless it describes plain LoRA."""
-
-    def __init__(self, path: Path) -> None:
-        self.path, self.values = path, load_json(path)
-        for name, value in ({"peft_type": None} | self.values).items():
-            allowed = ALLOWED.get(name)
-            if (value not in allowed) if allowed else (value and name not in HARMLESS):
-                expected = " or ".join(map(repr, allowed)) if allowed else "nothing"
-                raise self._wrong(name, f"Plain LoRA was expected, with {expected} there", "Merge it into the model")
-        self.rank, self.alpha = (self._positive(name, self.values.get(name)) for name in ("r", "lora_alpha"))
-        self.ranks, self.alphas = (self._pattern(name) for name in ("rank_pattern", "alpha_pattern"))
-
-    def rank_and_scale(self, module: str) -> tuple[int, float]:
-        """Of a checkpoint module ("model.layers.3.self_attn.q_proj")."""
-        rank, alpha = (
-            next((value for pattern, value in patterns if pattern.fullmatch(module)), default)
-            for patterns, default in ((self.ranks, self.rank), (self.alphas, self.alpha))
-        )
-        return int(rank), alpha / (math.sqrt(rank) if self.values.get("use_rslora") else rank)
-
-    def _pattern(self, name: str) -> list[tuple[re.Pattern[str], float]]:
-        """What the first pattern that a module's name ends with has for it; a pattern begins after a dot."""
-        given = self.values.get(name) or {}
-        try:
-            return [(re.compile(rf"(.*\.)?({key})"), self._positive(name, value)) for key, value in given.items()]
-        except (AttributeError, re.error) as error:
-            raise self._wrong(name, "An object of regular expressions and numbers was expected") from error
-
-    def _positive(self, name: str, value: Any) -> float:
-        whole = name in ("r", "rank_pattern")
-        if type(value) not in ((int,) if whole else (int, float)) or not 0 < value < math.inf:
-            raise self._wrong(name, f"A positive {'integer' if whole else 'number'} was expected")
-        return value  # type: ignore[no-any-return]
-
-    def _wrong(self, name: str, expected: str, todo: str = "") -> InputError:
-        return InputError(f"{self.path} has {name} {str(self.values.get(name))[:80]}", expected, todo)
 
 
 class Adapters:

@@ -9,8 +9,8 @@ import torch
 from llmkit.checkpoint.source import Checkpoint
 from llmkit.model.device import resolve_device
 from llmkit.model.families import model_spec
-from llmkit.runtime.engine.load import EngineOptions, load_engine, resolve_dtype
 from llmkit.runtime.engine.types import SamplingParams
+from llmkit.runtime.load import EngineOptions, load_engine, resolve_dtype
 
 KV_BYTES = 1 << 30  # of KV cache that prompts in flight may come to fill together
 MAX_SEQUENCES = 64  # prompts in flight

@@ -23,8 +23,8 @@ from llmkit.checkpoint.errors import GateError, InputError, ShortageError, Usage
 from llmkit.checkpoint.progress import SilentProgress
 from llmkit.checkpoint.source import open_checkpoint
 from llmkit.checkpoint.tokenizer import load_tokenizer
-from llmkit.runtime.engine.load import EngineOptions, load_engine
 from llmkit.runtime.engine.types import SamplingParams
+from llmkit.runtime.load import EngineOptions, load_engine
 
 OFFLINE = BenchOptions(offline=True, limit=3, rounds=2, windows=3, window_tokens=48, device="cpu")
 

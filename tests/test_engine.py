@@ -16,8 +16,8 @@ from llmkit.checkpoint.tokenizer import load_tokenizer
 from llmkit.model.decoder import Decoder
 from llmkit.model.loader import load_model
 from llmkit.runtime.engine.engine import Engine
-from llmkit.runtime.engine.load import EngineOptions, eos_ids, load_engine
 from llmkit.runtime.engine.types import EngineConfig, Request, RequestError, SamplingParams, TokenOutput
+from llmkit.runtime.load import EngineOptions, eos_ids, load_engine
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=20, ignore_eos=True)
 

@@ -12,9 +12,9 @@ from tiny import EOS_ID, tiny_checkpoint
 from llmkit.checkpoint.errors import InputError, ShortageError
 from llmkit.checkpoint.source import Checkpoint, open_checkpoint
 from llmkit.runtime import generate as module
-from llmkit.runtime.engine.load import EngineOptions, load_engine
 from llmkit.runtime.engine.types import RequestError, SamplingParams
 from llmkit.runtime.generate import generate
+from llmkit.runtime.load import EngineOptions, load_engine
 
 PROMPTS = [[5, 6, 7], [300, 4, 9, 11, 200, 31, 8], [77], list(range(10, 60))]
 
@@ -85,6 +85,6 @@ def test_nothing_asked_and_what_cannot_be_answered(checkpoint: Checkpoint, monke
         generate(checkpoint, [[4], []], 5, 0.0, 0, device="cpu")
     with pytest.raises(InputError, match="At most 256 tokens"):
         generate(checkpoint, [[4] * 250], 7, 0.0, 0, device="cpu")
-    monkeypatch.setattr("llmkit.runtime.engine.load.weight_bytes", lambda *_: 1 << 50)
+    monkeypatch.setattr("llmkit.runtime.load.weight_bytes", lambda *_: 1 << 50)
     with pytest.raises(ShortageError, match="the weights need"):
         generate(checkpoint, [[4]], 5, 0.0, 0, device="cpu")

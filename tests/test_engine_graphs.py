@@ -13,8 +13,8 @@ from tiny import tiny_checkpoint
 from llmkit.model.decoder import Decoder
 from llmkit.runtime.engine.engine import Engine
 from llmkit.runtime.engine.graphs import Graphs
-from llmkit.runtime.engine.load import EngineOptions, load_engine
 from llmkit.runtime.engine.types import SamplingParams
+from llmkit.runtime.load import EngineOptions, load_engine
 
 PROMPTS = [[5, 6, 7], [9] * 40, [11, 12], list(range(20, 60)), [3], [4, 4], [8] * 17]
 

@@ -20,13 +20,12 @@ from llmkit.checkpoint.errors import InputError, ShortageError, is_out_of_memory
 from llmkit.checkpoint.quantized import QuantizationConfig, Scheme
 from llmkit.checkpoint.source import Checkpoint, open_checkpoint
 from llmkit.model.device import untouched_zeros
-from llmkit.model.facts import parameter_count
 from llmkit.model.families import model_spec
 from llmkit.model.linear import PackedLinear
 from llmkit.model.loader import load_model
 from llmkit.model.spec import ModelSpec
+from llmkit.quant.facts import parameter_count
 from llmkit.runtime.engine import memory
-from llmkit.runtime.engine.load import EngineOptions, StartUp, load_engine
 from llmkit.runtime.engine.memory import (
     MemoryPlan,
     estimate_workspace,
@@ -35,6 +34,7 @@ from llmkit.runtime.engine.memory import (
     plan_memory,
     weight_bytes,
 )
+from llmkit.runtime.load import EngineOptions, StartUp, load_engine
 
 BLOCK = 2 * 2 * 2 * 16 * 4 * 16  # bytes: k and v, layers, KV heads, head_dim, float32, tokens
 MEBI = 1 << 20

@@ -13,8 +13,8 @@ from llmkit.kernels import native
 from llmkit.model.decoder import DecoderLayer
 from llmkit.runtime.engine import replay
 from llmkit.runtime.engine.engine import Engine
-from llmkit.runtime.engine.load import EngineOptions, load_engine
 from llmkit.runtime.engine.types import SamplingParams
+from llmkit.runtime.load import EngineOptions, load_engine
 
 needs_library = pytest.mark.skipif(native.library is None, reason=f"compiled kernels: {native.status()}")
 PROMPTS = [[5, 6, 7], [9] * 40, [11, 12], list(range(20, 60)), [3], [4, 4], [8] * 17]

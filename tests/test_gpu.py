@@ -36,8 +36,8 @@ def test_logits_equal_those_of_the_cpu(checkpoint: Path, dtype: torch.dtype, tol
 
 
 def test_generated_tokens_equal_those_of_the_cpu(checkpoint: Path) -> None:
-    from llmkit.runtime.engine.load import EngineOptions, load_engine
     from llmkit.runtime.engine.types import SamplingParams
+    from llmkit.runtime.load import EngineOptions, load_engine
 
     prompts = [window.tolist() for window in windows(20)] * 4
     sampling = SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True)

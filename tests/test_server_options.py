@@ -12,8 +12,8 @@ from serving import ServerProcess, serving
 from tiny import tiny_checkpoint
 
 from llmkit.checkpoint.source import open_checkpoint
-from llmkit.runtime.engine.load import EngineOptions, load_engine
 from llmkit.runtime.engine.types import SamplingParams
+from llmkit.runtime.load import EngineOptions, load_engine
 
 PROMPT = [5, 9, 11, 300] * 20
 GREEDY = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)

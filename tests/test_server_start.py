@@ -32,7 +32,7 @@ print(*sys.modules)
 """
 _ENGINE = """
 import sys
-from llmkit.runtime.engine.load import EngineOptions, load_engine
+from llmkit.runtime.load import EngineOptions, load_engine
 from llmkit.runtime.engine.types import SamplingParams
 from llmkit.runtime.server import engine_process
 engine = load_engine(sys.argv[1], EngineOptions(device="cpu"))

@@ -86,7 +86,7 @@ def serve(engine: Engine, early: list[ToEngine], channel: Channel) -> None:
 
 
 def _load(message: Start) -> tuple[Engine, Ready]:
-    from llmkit.runtime.engine.load import StartUp, load_engine
+    from llmkit.runtime.load import StartUp, load_engine
 
     start = StartUp()
     start.seconds["python and imports"] = imported = process_age()
