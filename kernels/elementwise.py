@@ -1,20 +1,52 @@
-"""What lies between the products on a GPU, one Triton kernel each: rotation of queries and keys, gated activation."""
+"""What lies between the products on a GPU, one Triton kernel each: from qkv to queries and cache, residual sum and norm,
+gated activation."""
 
 from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 import torch
 
 from llmkit.kernels.jit import jit, tl
+from llmkit.kernels.quantized_linear import codes_of, own_scale
+from llmkit.kernels.rounding import FP8, FP8_MAX, INT8_MAX
+
+if TYPE_CHECKING:
+    from llmkit.kernels.attention import KvCache
+    from llmkit.kernels.heads import Pair
+
+MOST_HIDDEN = 1 << 15  # elements of a row that a program holds
 
 
-def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
-    """See `rope.rotate_`. x: [T, N, D], whose last two dimensions are contiguous."""
-    (tokens, heads, dim), half = x.shape, cos.shape[-1] // 2
-    with torch.cuda.device_of(x):
-        _rotate[(tokens,)](
-            x, cos, sin, x.stride(0), heads, DIM=dim, HALF=half, PADDED=1 << (half - 1).bit_length(),
-            HEADS=1 << (heads - 1).bit_length(),
+def place(
+    qkv: torch.Tensor, heads: int, norms: Pair | None, eps: float, rotation: Pair | None, cache: KvCache,
+    slots: torch.Tensor,
+) -> torch.Tensor:  # fmt: skip
+    """See `heads.place`. qkv: its last two dimensions are contiguous, the last has 256 elements at most."""
+    tokens, count, dim = qkv.shape
+    q, padded = qkv.new_empty(tokens, heads, dim), max(16, 1 << (dim - 1).bit_length())
+    (q_norm, k_norm), (cos, sin) = norms or (None, None), rotation or (None, None)
+    most = {torch.int8: INT8_MAX, FP8: FP8_MAX}.get(cache.kv.dtype, 0.0)
+    scales, tile = cache.stored if cache.scales is None else cache.scales, 1024 // padded
+    with torch.cuda.device_of(qkv):
+        _place[tokens, -(-count // tile)](
+            qkv, q, cache.kv, slots, q_norm, k_norm, cos, sin, scales, qkv.stride(0), cache.kv.stride(0), eps,
+            heads, count, dim, padded, tile, 0 if cos is None else cos.shape[-1], most, int(cache.scales is not None),
         )  # fmt: skip
+    return q
+
+
+def add_norm(
+    hidden: torch.Tensor, update: torch.Tensor, scale: float, weight: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See `residual.add_norm`. hidden, update: contiguous, MOST_HIDDEN wide at most."""
+    (rows, size), total, normed = hidden.shape, torch.empty_like(hidden), torch.empty_like(hidden)
+    tile = max(128, 1 << (size - 1).bit_length())
+    with torch.cuda.device_of(hidden):
+        _add_norm[(rows,)](
+            hidden, update, weight, total, normed, scale, eps, size, TILE=tile, num_warps=max(1, min(16, tile // 512))
+        )
+    return total, normed
 
 
 def gate(gate_up: torch.Tensor, gelu: bool) -> torch.Tensor:
@@ -27,20 +59,69 @@ def gate(gate_up: torch.Tensor, gelu: bool) -> torch.Tensor:
 
 
 @jit
-def _rotate(
-    x: tl.tensor, cos: tl.tensor, sin: tl.tensor, stride: tl.tensor, heads: tl.tensor, DIM: tl.constexpr,
-    HALF: tl.constexpr, PADDED: tl.constexpr, HEADS: tl.constexpr,
+def _place(
+    qkv: tl.tensor, q: tl.tensor, kv: tl.tensor, slots: tl.tensor, q_norm: tl.tensor, k_norm: tl.tensor,
+    cos: tl.tensor, sin: tl.tensor, scales: tl.tensor, stride: tl.tensor, head_size: tl.tensor, eps: tl.tensor,
+    HEADS: tl.constexpr, COUNT: tl.constexpr, DIM: tl.constexpr, PADDED: tl.constexpr, TILE: tl.constexpr,
+    TURNED: tl.constexpr, MOST: tl.constexpr, OWN_SCALES: tl.constexpr,
 ) -> None:  # fmt: skip
-    """All heads of a token, in place."""
-    token, head, d = tl.program_id(0), tl.arange(0, HEADS)[:, None], tl.arange(0, PADDED)
-    inside = (head < heads) & (d < HALF)[None, :]
-    at = x + token.to(tl.int64) * stride + head * DIM + d[None, :]
-    left = tl.load(at, mask=inside, other=0.0).to(tl.float32)
-    right = tl.load(at + HALF, mask=inside, other=0.0).to(tl.float32)
-    c = tl.load(cos + token * 2 * HALF + d, mask=d < HALF, other=0.0)[None, :]
-    s = tl.load(sin + token * 2 * HALF + HALF + d, mask=d < HALF, other=0.0)[None, :]
-    tl.store(at, (left * c - right * s).to(x.dtype.element_ty), mask=inside)
-    tl.store(at + HALF, (right * c + left * s).to(x.dtype.element_ty), mask=inside)
+    """TILE heads of a token, the first HEADS of COUNT queries'. Each step rounds to the dtype, as the reference does."""
+    token, head, d = tl.program_id(0).to(tl.int64), tl.program_id(1) * TILE + tl.arange(0, TILE), tl.arange(0, PADDED)
+    dtype, inside = qkv.dtype.element_ty, (head < COUNT)[:, None] & (d < DIM)[None, :]
+    row = qkv + token * stride + head[:, None] * DIM
+    x = _head(row, d, inside, head, q_norm, k_norm, eps, HEADS, COUNT, DIM)
+    if cos is not None:
+        near = d < TURNED
+        partner = tl.where(near, tl.where(d < TURNED // 2, d + TURNED // 2, d - TURNED // 2), d)
+        other = _head(row, partner, inside, head, q_norm, k_norm, eps, HEADS, COUNT, DIM)
+        c = tl.load(cos + token * TURNED + d, mask=near, other=1.0)[None, :]
+        s = tl.load(sin + token * TURNED + d, mask=near, other=0.0)[None, :]
+        x = tl.where(head[:, None] < (HEADS + COUNT) // 2, (x * c + other * s).to(dtype).to(tl.float32), x)
+    at = q + (token * HEADS + head)[:, None] * DIM + d[None, :]
+    tl.store(at, x.to(dtype), mask=inside & (head < HEADS)[:, None])
+    own, slot, line = (head >= HEADS) & (head < COUNT), tl.load(slots + token), (head - HEADS).to(tl.int64)
+    if OWN_SCALES:
+        scale = own_scale(x, MOST)
+        tl.store(scales + line * (head_size // DIM) + slot, scale, mask=own)
+    elif MOST > 0:
+        scale = tl.load(scales + line, mask=own, other=1.0)
+    if MOST > 0:
+        x = codes_of(x, scale[:, None], MOST)
+    at = kv + line[:, None] * head_size + slot * DIM + d[None, :]
+    tl.store(at, x.to(kv.dtype.element_ty), mask=inside & own[:, None])
+
+
+@jit
+def _head(
+    row: tl.tensor, at: tl.tensor, inside: tl.tensor, head: tl.tensor, q_norm: tl.tensor, k_norm: tl.tensor,
+    eps: tl.tensor, HEADS: tl.constexpr, COUNT: tl.constexpr, DIM: tl.constexpr,
+) -> tl.tensor:  # fmt: skip
+    """The dimensions `at`, all of them in some order, of some heads; of queries and keys normalised."""
+    x = tl.load(row + at[None, :], mask=inside, other=0.0)
+    wide = x.to(tl.float32)
+    if q_norm is not None:
+        q = tl.load(q_norm + at, mask=at < DIM, other=0.0).to(tl.float32)[None, :]
+        k = tl.load(k_norm + at, mask=at < DIM, other=0.0).to(tl.float32)[None, :]
+        normed = wide * tl.rsqrt(tl.sum(wide * wide, 1) / DIM + eps)[:, None] * tl.where(head[:, None] < HEADS, q, k)
+        wide = tl.where(head[:, None] < (HEADS + COUNT) // 2, normed.to(x.dtype).to(tl.float32), wide)
+    return wide
+
+
+@jit
+def _add_norm(
+    hidden: tl.tensor, update: tl.tensor, weight: tl.tensor, total: tl.tensor, normed: tl.tensor, scale: tl.tensor,
+    eps: tl.tensor, size: tl.tensor, TILE: tl.constexpr,
+) -> None:  # fmt: skip
+    """One row. What is normalised is the sum as it is rounded to the dtype."""
+    d = tl.arange(0, TILE)
+    at, inside = tl.program_id(0).to(tl.int64) * size + d, d < size
+    x = tl.load(hidden + at, mask=inside, other=0.0).to(tl.float32)
+    x = (x + scale * tl.load(update + at, mask=inside, other=0.0).to(tl.float32)).to(total.dtype.element_ty)
+    tl.store(total + at, x, mask=inside)
+    wide = x.to(tl.float32)
+    wide *= tl.rsqrt(tl.sum(wide * wide, 0) / size + eps)
+    wide *= tl.load(weight + d, mask=inside, other=0.0).to(tl.float32)
+    tl.store(normed + at, wide.to(normed.dtype.element_ty), mask=inside)
 
 
 @jit

@@ -31,5 +31,5 @@ def jit(function: Callable[..., Any]) -> Any:
 
 
 def runs_triton(tensor: torch.Tensor) -> bool:
-    """Whether an operation on `tensor` is to be done by its Triton kernel."""
-    return triton is not None and tensor.is_cuda
+    """Whether an operation on `tensor` is to be done by its Triton kernel. They give no gradients."""
+    return triton is not None and tensor.is_cuda and not torch.is_grad_enabled()

@@ -194,22 +194,33 @@ def _finish(sums: tl.tensor, row_scales: tl.tensor, scales: tl.tensor, bias: tl.
 
 
 @jit
-def _quantize_rows(x: tl.tensor, given: tl.tensor, codes: tl.tensor, scales: tl.tensor, K: tl.tensor,
-                   MOST: tl.constexpr, TILE: tl.constexpr) -> None:  # fmt: skip
-    """One row. The largest magnitude is found among bit patterns, where NaN is beyond infinity and is not lost."""
-    m, k = tl.program_id(0), tl.arange(0, TILE)
-    row = tl.load(x + m * K + k, mask=k < K, other=0.0).to(tl.float32)
-    if given is None:
-        largest = tl.max(row.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=0).to(tl.float32, bitcast=True)
-        scale = tl.maximum(tl.div_rn(largest, MOST), 1e-12, propagate_nan=tl.PropagateNan.ALL)
-    else:
-        scale = tl.load(given)
-    steps = tl.clamp(tl.div_rn(row, scale), -MOST, MOST, propagate_nan=tl.PropagateNan.ALL)
+def own_scale(x: tl.tensor, MOST: tl.constexpr) -> tl.tensor:
+    """That of `rounding.token_codes` for each row. The largest magnitude is found among bit patterns, where NaN is beyond
+    infinity and is not lost."""
+    bits = tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=len(x.shape) - 1)
+    scale = tl.div_rn(bits.to(tl.float32, bitcast=True), MOST)
+    return tl.maximum(scale, 1e-12, propagate_nan=tl.PropagateNan.ALL)
+
+
+@jit
+def codes_of(x: tl.tensor, scale: tl.tensor, MOST: tl.constexpr) -> tl.tensor:
+    """`rounding.tensor_codes`; MOST: the largest code."""
+    least = -128.0 if MOST == 127 else -MOST
+    steps = tl.clamp(tl.div_rn(x, scale), least, MOST, propagate_nan=tl.PropagateNan.ALL)
     # Adding and subtracting 1.5 * 2^23 quanta rounds to a multiple of the quantum, ties to even.
     shift = 12582912.0
     if MOST == 448:  # e4m3 keeps 3 bits after the leading one, which is 2^-6 or more
         leading = (steps.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
         shift = tl.maximum(leading, 0.015625) * 1572864.0
-    steps = (steps + shift) - shift
-    tl.store(codes + m * K + k, steps.to(codes.dtype.element_ty), mask=k < K)
+    return (steps + shift) - shift
+
+
+@jit
+def _quantize_rows(x: tl.tensor, given: tl.tensor, codes: tl.tensor, scales: tl.tensor, K: tl.tensor,
+                   MOST: tl.constexpr, TILE: tl.constexpr) -> None:  # fmt: skip
+    """One row."""
+    m, k = tl.program_id(0), tl.arange(0, TILE)
+    row = tl.load(x + m * K + k, mask=k < K, other=0.0).to(tl.float32)
+    scale = own_scale(row, MOST) if given is None else tl.load(given)
+    tl.store(codes + m * K + k, codes_of(row, scale, MOST).to(codes.dtype.element_ty), mask=k < K)
     tl.store(scales + m, scale)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from llmkit.kernels import elementwise, native
-from llmkit.kernels.jit import runs_triton
+from llmkit.kernels import native
 
 
 def rotate_(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
@@ -15,8 +14,8 @@ def rotate_(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
     """
     size = cos.shape[-1]
     compact = x.stride()[1:] == (x.shape[2], 1)
-    if compact and (native.runs(x) or runs_triton(x)):
-        (native if x.is_cpu else elementwise).rotate(x, cos, sin)
+    if compact and native.runs(x):
+        native.rotate(x, cos, sin)
         return
     x = x[..., :size]
     wide = x.float()  # x itself when that is its dtype

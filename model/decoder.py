@@ -5,7 +5,8 @@ Legend: T tokens of a step, H hidden, N heads, K key-value heads, D head_dim.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 
 import torch
@@ -18,8 +19,12 @@ from llmkit.kernels.residual import add
 from llmkit.kernels.rope import rotate_
 from llmkit.model.device import untouched_zeros
 from llmkit.model.linear import Linear, Rounding
+from llmkit.model.ranks import Ranks
 from llmkit.model.rope import Rotation, make_ropes
 from llmkit.model.spec import ModelSpec
+
+ALONE = Ranks()
+NEVER = -1e30  # the logit of a token that there is not: less than any, and finite
 
 
 class DecoderLayer:
@@ -38,11 +43,13 @@ class DecoderLayer:
         tensors: Mapping[str, torch.Tensor],
         rounding: Mapping[str, Rounding] | None = None,
         linears: Mapping[str, Linear] | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
-        self.spec, self.layer = spec, spec.layers[index]
+        self.spec, self.layer, self.ranks = spec, spec.layers[index], ranks
         self.rounding = dict(rounding or {})
         self.linears: dict[str, Linear] = dict(linears or {})
         self.norms: dict[str, torch.Tensor] = {}
+        self.present: Callable[[], AbstractContextManager[None]] = nullcontext  # within it the weights are there
         for name, tensor in tensors.items():
             module, _, kind = name.rpartition(".")
             if kind == "weight" and tensor.dim() == 2:
@@ -54,7 +61,8 @@ class DecoderLayer:
         self, hidden: torch.Tensor, rotations: Mapping[str, Rotation], batch: AttentionBatch, cache: KvCache
     ) -> torch.Tensor:
         """hidden: [T, H] in and out. Writes the step's keys and values into `cache`."""
-        return self.mlp_block(self.attention_block(hidden, rotations, batch, cache))
+        with self.present():
+            return self.mlp_block(self.attention_block(hidden, rotations, batch, cache))
 
     def attention_block(
         self, hidden: torch.Tensor, rotations: Mapping[str, Rotation], batch: AttentionBatch, cache: KvCache
@@ -76,12 +84,13 @@ class DecoderLayer:
         group = batch.of(self.layer.window)
         cache.store(kv, group.slots)
         seen = paged_attention(qkv[:, : spec.heads], cache, group, spec.attention_scale, spec.attention_softcap)
-        return self._add(hidden, self.linears["attn.o"](seen.flatten(1)), "attn_post_norm")
+        return self._add(hidden, self.ranks.sum(self.linears["attn.o"](seen.flatten(1))), "attn_post_norm")
 
     def mlp_block(self, hidden: torch.Tensor) -> torch.Tensor:
         """The second half of the layer, norms and residual included."""
         x = self._norm(hidden, "mlp_norm")
-        return self._add(hidden, self._experts(x) if self.layer.moe else self._mlp(x, "mlp"), "mlp_post_norm")
+        update = self.ranks.sum(self._experts(x) if self.layer.moe else self._mlp(x, "mlp"))
+        return self._add(hidden, update, "mlp_post_norm")
 
     def _mlp(self, x: torch.Tensor, name: str) -> torch.Tensor:
         return self.linears[f"{name}.down"](gated(self.linears[f"{name}.gate_up"](x), self.spec.activation))
@@ -96,6 +105,8 @@ class DecoderLayer:
             weights = weights / weights.sum(-1, keepdim=True)
         out = torch.zeros_like(x)
         for expert in chosen.unique().tolist():
+            if f"mlp.experts.{expert}.down" not in self.linears:  # another rank's
+                continue
             tokens, place = (chosen == expert).nonzero(as_tuple=True)
             self.chosen = tokens  # adapters ask which rows of the step an expert's linears get
             answer = self._mlp(x[tokens], f"mlp.experts.{expert}")
@@ -121,8 +132,16 @@ class DecoderLayer:
         q, k, v = qkv.split((self.spec.heads, self.spec.kv_heads, self.spec.kv_heads), dim=1)
         if self.spec.qk_norm == "head":
             return torch.cat((self._norm(q, "attn.q_norm"), self._norm(k, "attn.k_norm"), v), dim=1)
-        normed = self._norm(q.flatten(1), "attn.q_norm"), self._norm(k.flatten(1), "attn.k_norm")
+        normed = self._norm_all(q.flatten(1), "attn.q_norm"), self._norm_all(k.flatten(1), "attn.k_norm")
         return torch.cat((*normed, v.flatten(1)), dim=1).view_as(qkv)
+
+    def _norm_all(self, x: torch.Tensor, name: str) -> torch.Tensor:
+        """`_norm` over all ranks' columns; heads that several ranks have count for each, which changes no mean."""
+        if self.ranks.size == 1:
+            return self._norm(x, name)
+        wide = x.float()
+        mean = self.ranks.sum(wide.square().sum(-1, keepdim=True)) / (x.shape[-1] * self.ranks.size)
+        return (wide * torch.rsqrt(mean + self.spec.norm_eps) * self.norms[name].float()).to(x.dtype)
 
     def _norm(self, x: torch.Tensor, name: str) -> torch.Tensor:
         weight = self.norms.get(name)
@@ -138,8 +157,12 @@ class Decoder:
 
     tensors: the runtime tensors by the names of the parameter table, on one device and of one dtype, but for the
     embedding, which may be of any. The mapping is emptied as the tensors are taken, so that nothing is held twice.
-    rounding, linears: by runtime module ("layers.3.attn.qkv", "lm_head"), as DecoderLayer has them.
+    rounding, linears: by runtime module ("layers.3.attn.qkv", "lm_head"), as DecoderLayer has them. Of a rank's part
+    all ranks run the same steps, in which they meet by `ranks`.
     """
+
+    embedding: torch.Tensor  # where the spec `begins`, or is tied and `ends`
+    head: Linear  # where the spec `ends`
 
     def __init__(
         self,
@@ -147,17 +170,21 @@ class Decoder:
         tensors: dict[str, torch.Tensor],
         rounding: Mapping[str, Rounding] | None = None,
         linears: Mapping[str, Linear] | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
-        self.spec = spec
+        self.spec, self.ranks = spec, ranks
         rounding, linears = rounding or {}, linears or {}
-        self.embedding = tensors.pop("embed.weight")
-        head = linears.get("lm_head")
-        if head is None:
+        if "embed.weight" in tensors:
+            self.embedding = tensors.pop("embed.weight")
+        if "lm_head" in linears:
+            self.head = linears["lm_head"]
+        elif spec.ends:
             weight = self.embedding if spec.tied else tensors.pop("lm_head.weight")
-            head = Linear(weight, None, rounding.get("lm_head"))
-        self.head = head
-        self.final_norm = tensors.pop("norm.weight") + spec.norm_offset
-        self.dtype, self.device = self.final_norm.dtype, self.final_norm.device
+            self.head = Linear(weight, None, rounding.get("lm_head"))
+        if spec.ends:
+            self.final_norm = tensors.pop("norm.weight") + spec.norm_offset
+        some = self.final_norm if spec.ends else next(iter(tensors.values()))
+        self.dtype, self.device = some.dtype, some.device
         self.layers = []
         for index in range(len(spec.layers)):
             prefix = f"layers.{index}."
@@ -165,15 +192,25 @@ class Decoder:
             own = {name.removeprefix(prefix): tensors.pop(name) for name in names}
             rounded = {name.removeprefix(prefix): how for name, how in rounding.items() if name.startswith(prefix)}
             packed = {name.removeprefix(prefix): one for name, one in linears.items() if name.startswith(prefix)}
-            self.layers.append(DecoderLayer(spec, index, own, rounded, packed))
+            self.layers.append(DecoderLayer(spec, index, own, rounded, packed, ranks))
         assert not tensors, f"tensors that no module takes: {sorted(tensors)[:5]}"
         self.ropes = make_ropes(spec, self.device)
 
     def __call__(
         self, tokens: torch.Tensor, positions: torch.Tensor, batch: AttentionBatch, caches: Sequence[KvCache]
     ) -> torch.Tensor:
-        """tokens, positions: int64 [T]; caches: one per layer. Returns hidden states [T, H] after the last norm."""
-        return self.run_layers(self.embed_tokens(tokens), self.rotations(positions), batch, caches)
+        """tokens, positions: int64 [T]; caches: one per layer. Returns hidden states [T, H] after the last norm.
+
+        A pipeline stage takes them from the one before and hands on what its last layer gives.
+        """
+        if self.spec.begins:
+            hidden = self.embed_tokens(tokens)
+        else:
+            hidden = self.ranks.receive(len(tokens), self.spec.hidden, self.dtype, self.device)
+        hidden = self.run_layers(hidden, self.rotations(positions), batch, caches)
+        if not self.spec.ends:
+            self.ranks.send(hidden)
+        return hidden
 
     def run_layers(
         self, hidden: torch.Tensor, rotations: Mapping[str, Rotation], batch: AttentionBatch, caches: Sequence[KvCache]
@@ -181,11 +218,17 @@ class Decoder:
         """[T, H] embedded tokens -> [T, H] after the last norm."""
         for layer, cache in zip(self.layers, caches, strict=True):
             hidden = layer(hidden, rotations, batch, cache)
-        return rms_norm(hidden, self.final_norm, self.spec.norm_eps)
+        return rms_norm(hidden, self.final_norm, self.spec.norm_eps) if self.spec.ends else hidden
 
     def embed_tokens(self, tokens: torch.Tensor) -> torch.Tensor:
         """[T] -> [T, H]"""
-        hidden = embedding(tokens, self.embedding).to(self.dtype)
+        if self.ranks.size == 1:
+            hidden = embedding(tokens, self.embedding).to(self.dtype)
+        else:  # each rank has the rows of its own tokens
+            rows = tokens - self.ranks.first
+            own = (rows >= 0) & (rows < len(self.embedding))
+            found = embedding(rows.where(own, 0), self.embedding).to(self.dtype)
+            hidden = self.ranks.sum(found * own[:, None])
         return hidden * self.spec.embedding_scale if self.spec.embedding_scale != 1.0 else hidden
 
     def rotations(self, positions: torch.Tensor) -> dict[str, Rotation]:
@@ -193,12 +236,15 @@ class Decoder:
         return {name: rope(positions) for name, rope in self.ropes.items()}
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """[n, H] -> float32 [n, vocab]"""
+        """[n, H] -> float32 [n, vocab], of a rank the columns of its own tokens."""
         logits = self.head(hidden).float()
         if self.spec.logit_scale != 1.0:
             logits = logits * self.spec.logit_scale
-        cap = self.spec.logit_softcap
-        return torch.tanh(logits / cap) * cap if cap is not None else logits
+        if (cap := self.spec.logit_softcap) is not None:
+            logits = torch.tanh(logits / cap) * cap
+        if (padding := self.ranks.first + self.spec.vocab - self.spec.whole.vocab) > 0:
+            logits[:, max(0, self.spec.vocab - padding) :] = NEVER
+        return logits
 
     def new_cache(self, blocks: int, block_size: int = 16, kv_dtype: str | None = None) -> KvCache:
         """One layer's empty cache, in the model's dtype or in 8-bit codes ("int8" or "fp8"), on its device.

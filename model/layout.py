@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
 
-from llmkit.model.spec import ModelSpec
+from llmkit.model.spec import ModelSpec, RankSpec
 
 VOCAB_MULTIPLE = 64  # rows of a rank's vocabulary slice are padded to a multiple of this
 
@@ -108,8 +108,16 @@ class Parameter:
 
 
 def parameters(spec: ModelSpec) -> list[Parameter]:
-    """The whole table, in the order a request visits it."""
-    return list(_rows(spec))
+    """The whole table, in the order a request visits it; a rank's rows of it, with its own shapes."""
+    return [row for row in _rows(spec) if spec.rank is None or _holds(spec, spec.rank, row)]
+
+
+def _holds(spec: ModelSpec, part: RankSpec, row: Parameter) -> bool:
+    if row.expert is not None and spec.experts is not None:
+        group = part.rank // (part.tp // part.ep)
+        return row.expert // (spec.experts.count // part.ep) == group
+    last = len(spec.layers)
+    return any({-1: spec.begins, last: spec.ends}.get(stage, True) for stage in row.stages)
 
 
 def ignored_tensor(spec: ModelSpec, name: str) -> bool:
@@ -132,7 +140,7 @@ def _rows(spec: ModelSpec) -> Iterator[Parameter]:
 
 
 def _layer_rows(spec: ModelSpec, index: int) -> Iterator[Parameter]:
-    source, name, stage = f"model.layers.{index}", f"layers.{index}", (index,)
+    source, name, stage = f"model.layers.{_source_index(spec, index)}", f"layers.{index}", (index,)
 
     def norm(ours: str, theirs: str, size: int, split: Split = REPLICATED) -> Parameter:
         return Parameter(f"{name}.{ours}.weight", (Part(f"{source}.{theirs}.weight", (size,), split),), stage)
@@ -175,10 +183,15 @@ def _layer_rows(spec: ModelSpec, index: int) -> Iterator[Parameter]:
         yield norm("mlp_post_norm", "post_feedforward_layernorm", spec.hidden)
 
 
+def _source_index(spec: ModelSpec, index: int) -> int:
+    """A layer's number in the checkpoint."""
+    return index + (spec.rank.first if spec.rank else 0)
+
+
 def _expert_rows(spec: ModelSpec, index: int, feed: str | None) -> Iterator[Parameter]:
     experts = spec.experts
     assert experts is not None
-    source, name = f"model.layers.{index}.{experts.block}", f"layers.{index}.mlp"
+    source, name = f"model.layers.{_source_index(spec, index)}.{experts.block}", f"layers.{index}.mlp"
     yield from _linear(
         f"{name}.router",
         f"{source}.gate",

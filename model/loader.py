@@ -16,11 +16,13 @@ from llmkit.checkpoint.formats import format_of
 from llmkit.checkpoint.quantized import PackedTensor, QuantizationConfig, QuantizedWeight, Scheme
 from llmkit.checkpoint.reading import CHUNK_BYTES, row_chunks
 from llmkit.checkpoint.source import Checkpoint
-from llmkit.model.decoder import Decoder
+from llmkit.model.decoder import ALONE, Decoder
 from llmkit.model.families import model_spec
 from llmkit.model.layout import Parameter, Part, ignored_tensor, parameters
 from llmkit.model.linear import Linear, Rounding, gpu_capability, serving_linear, suits_gpu
+from llmkit.model.ranks import Ranks
 from llmkit.model.spec import ModelSpec
+from llmkit.model.transfer import to_device
 
 PACKERS = 4  # threads that pack weights while the next are read
 
@@ -129,7 +131,7 @@ def _read_quantized(
     layout, module = format_of(quantization), tensor.removesuffix(".weight")
     rows = sum(part.shape[0] for part in parameter.parts if part.tensor == tensor)
     packed = layout.tensors(scheme, rows, parameter.parts[0].shape[1])
-    read = {p.suffix: checkpoint.read(f"{module}.{p.suffix}").to(device) for p in packed}
+    read = {p.suffix: to_device(checkpoint.read(f"{module}.{p.suffix}"), device) for p in packed}
     return layout.unpack(scheme, read)
 
 
@@ -150,7 +152,7 @@ def _read_stored(
     stored: dict[str, torch.Tensor | QuantizedWeight] = {}
     for tensor in parameter.tensors:
         quantized = _read_quantized(checkpoint, parameter, tensor, device)
-        stored[tensor] = checkpoint.read(tensor).to(device) if quantized is None else quantized
+        stored[tensor] = to_device(checkpoint.read(tensor), device) if quantized is None else quantized
     parts: list[torch.Tensor | QuantizedWeight] = []
     for part in parameter.parts:
         weight, rows = stored[part.tensor], slice(part.row, part.row + part.shape[0])
@@ -162,10 +164,10 @@ def _read_as(checkpoint: Checkpoint, tensor: str, dtype: torch.dtype, device: to
     """A tensor in another dtype, cast some rows at a time: an embedding is never there twice."""
     info = checkpoint.tensors[tensor]
     if info.torch_dtype == dtype or info.nbytes <= CHUNK_BYTES:
-        return checkpoint.read(tensor).to(device)
+        return to_device(checkpoint.read(tensor), device)
     result = torch.empty(info.shape, dtype=dtype, device=device)
     for start, stop in row_chunks(info, CHUNK_BYTES):
-        result[start:stop] = checkpoint.read_slice(tensor, [(start, stop)], 0)
+        result[start:stop] = to_device(checkpoint.read_slice(tensor, [(start, stop)], 0), device)
     return result
 
 
@@ -198,17 +200,19 @@ def read_rounding(
 
 
 def load_model(
-    checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device | str = "cpu", *, packed: bool = False
-) -> Decoder:
+    checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device | str = "cpu", *, packed: bool = False,
+    spec: ModelSpec | None = None, ranks: Ranks = ALONE,
+) -> Decoder:  # fmt: skip
     """The whole model on one device. At most PACKERS weights are held in another form than their last.
 
     packed: for serving, linears of the forms that `serving_linear` chooses, and not dense ones of `dtype`, which
-    calibration reads. Raises InputError when the checkpoint does not fit its own config.
+    calibration reads. spec, ranks: for a checkpoint that has a rank's part (see `rank_spec`), and to meet the others.
+    Raises InputError when the checkpoint does not fit its own config.
     """
-    spec = model_spec(checkpoint.config)
+    spec = spec or model_spec(checkpoint.config)
     check_checkpoint(checkpoint, spec)
     cpu = torch.device(device).type == "cpu"
-    rows = {row.name: row for row in parameters(spec)}
+    rows = {row.name: row for row in parameters(spec) if not _added_elsewhere(spec, row)}
     tensors: dict[str, torch.Tensor] = {}
     rounding: dict[str, Rounding] = {}
     linears: dict[str, Future[Linear]] = {}
@@ -220,7 +224,7 @@ def load_model(
                 (table,) = _read_stored(checkpoint, row, device)
                 assert isinstance(table, torch.Tensor)
                 tensors[row.name] = table if table.dtype.itemsize < dtype.itemsize else table.to(dtype)
-                if spec.tied:
+                if spec.tied and spec.ends:
                     linears["lm_head"] = pool.submit(serving_linear, [table], None, None, dtype)
             elif packed and (
                 (row.linear or row.head) if cpu else packs_on(device, row, checkpoint.quantization, dtype)
@@ -233,4 +237,9 @@ def load_model(
                     packing.popleft().result()
             elif row.module not in linears:  # a bias there has been read with its weight
                 tensors[row.name] = read_parameter(checkpoint, row, dtype, device)
-        return Decoder(spec, tensors, rounding, {name: one.result() for name, one in linears.items()})
+        return Decoder(spec, tensors, rounding, {name: one.result() for name, one in linears.items()}, ranks)
+
+
+def _added_elsewhere(spec: ModelSpec, row: Parameter) -> bool:
+    """Whether it is a bias of a sum over ranks, which the first of them adds."""
+    return spec.rank is not None and spec.rank.rank > 0 and row.name.endswith((".attn.o.bias", ".mlp.down.bias"))

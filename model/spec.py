@@ -44,8 +44,23 @@ class ExpertSpec:
 
 
 @dataclass(frozen=True)
+class RankSpec:
+    """What of a model a rank holds: a share of each tensor, over `tp` ranks, of the layers of a pipeline stage.
+
+    Experts are divided over `ep` groups of tp / ep neighbouring ranks, and each is split over the ranks of its group.
+    """
+
+    whole: ModelSpec
+    rank: int  # among the tp
+    tp: int
+    ep: int
+    first: int  # its layers among the whole model's: [first, stop)
+    stop: int
+
+
+@dataclass(frozen=True)
 class ModelSpec:
-    """A decoder-only transformer. Sizes are in elements, positions in tokens."""
+    """A decoder-only transformer, or a rank's part of one. Sizes are in elements, positions in tokens."""
 
     architecture: str
     hidden: int
@@ -75,6 +90,22 @@ class ModelSpec:
     residual_scale: float = 1.0
     logit_scale: float = 1.0
     experts: ExpertSpec | None = None
+    rank: RankSpec | None = None  # of a part, whose sizes, layers and vocabulary are then the rank's own
+
+    @property
+    def whole(self) -> ModelSpec:
+        """The model that it is a part of."""
+        return self if self.rank is None else self.rank.whole
+
+    @property
+    def begins(self) -> bool:
+        """Whether it has the first layer, and so the embedding."""
+        return self.rank is None or self.rank.first == 0
+
+    @property
+    def ends(self) -> bool:
+        """Whether it has the last layer, and so the output projection."""
+        return self.rank is None or self.rank.stop == len(self.whole.layers)
 
     @property
     def kv_elements_per_token(self) -> int:

@@ -113,7 +113,7 @@ def _write(job: _Job, view: Bytes, target: Target, writer: CheckpointWriter, sou
         written += len(data)
 
     if piece.derived:
-        put(0, (_group_index if piece.derived == "group_index" else _shape)(view.tobytes(), piece, source))
+        put(0, derived_values(view.tobytes(), piece, source))
         return written
     if (found := cut_chunk(view, job.chunk, piece.intervals)) is not None:
         part, first = found
@@ -123,6 +123,11 @@ def _write(job: _Job, view: Bytes, target: Target, writer: CheckpointWriter, sou
         for start in range(piece.nbytes - piece.padding_bytes, piece.nbytes, blocks.CHUNK_BYTES):
             put(start, bytes(min(blocks.CHUNK_BYTES, piece.nbytes - start)))
     return written
+
+
+def derived_values(values: bytes, piece: Slice, source: Source) -> bytes:
+    """What a derived slice holds, from the whole tensor. Raises InputError for values that it cannot be made of."""
+    return (_group_index if piece.derived == "group_index" else _shape)(values, piece, source)
 
 
 def _shape(values: bytes, piece: Slice, source: Source) -> bytes:

@@ -115,9 +115,12 @@ def test_filters_keep_what_those_of_transformers_keep(p: float, spread: float) -
     cold = TemperatureLogitsWarper(0.8)(None, logits)
     scaled = cold - cold.amax(-1, keepdim=True)
     for ours, theirs in (
-        (sampling._top_k(scaled, torch.tensor([1, 2, 50, 4999])), [TopKLogitsWarper(k) for k in (1, 2, 50, 4999)]),
-        (sampling._top_p(scaled, torch.full((4,), p)), [TopPLogitsWarper(p)] * 4),
-        (sampling._min_p(scaled, torch.full((4,), p / 2)), [MinPLogitsWarper(p / 2)] * 4),
+        (
+            sampling._top_k(scaled, torch.tensor([1, 2, 50, 4999]), sampling.ALONE),
+            [TopKLogitsWarper(k) for k in (1, 2, 50, 4999)],
+        ),
+        (sampling._top_p(scaled, torch.full((4,), p), sampling.ALONE), [TopPLogitsWarper(p)] * 4),
+        (sampling._min_p(scaled, torch.full((4,), p / 2), sampling.ALONE), [MinPLogitsWarper(p / 2)] * 4),
     ):
         for row, warp in enumerate(theirs):
             kept, want = ours[row].isfinite(), warp(None, cold[row : row + 1])[0].isfinite()

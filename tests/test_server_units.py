@@ -14,11 +14,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llmkit.checkpoint.errors import InputError, LlmkitError, ShortageError, UsageError
+from llmkit.runtime.channel import Failed, FrameReader, frame
 from llmkit.runtime.server.app import build_app
 from llmkit.runtime.server.errors import ApiError
 from llmkit.runtime.server.generation import Choice, Generation
 from llmkit.runtime.server.hosts import is_loopback
-from llmkit.runtime.server.messages import Add, Failed, FrameReader, Output, Stats, frame, to_engine_decoder
+from llmkit.runtime.server.messages import Add, Output, Stats, to_engine_decoder
 from llmkit.runtime.server.metrics import Metrics
 from llmkit.runtime.server.process import startup_error
 from llmkit.runtime.server.protocol import ChatBody, CompletionBody, GenerationBody, parse

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+from collections import deque
 from collections.abc import Sequence as SequenceOf
 from dataclasses import replace
 from pathlib import Path
@@ -23,17 +24,17 @@ class Engine:
     def __init__(
         self, model: Decoder, config: EngineConfig, eos_ids: tuple[int, ...] = (), draft: Decoder | None = None
     ) -> None:
-        config = replace(config, windows=model.spec.windows)
+        config = replace(config, windows=model.spec.whole.windows, stages=model.ranks.stages)
         self.model, self.config = model, config
         self.scheduler = Scheduler(config, eos_ids, draft_model=draft is not None)
         self.runner = Runner(model, config, draft)
         self.steps = 0
-        self._flight: Flight | None = None  # launched, its tokens not yet recorded
+        self._flights: deque[Flight] = deque()  # launched, their tokens not yet recorded
 
     @property
     def has_work(self) -> bool:
         """Whether any request is waiting or running."""
-        return bool(self.scheduler.running or self.scheduler.waiting or self._flight)
+        return bool(self.scheduler.running or self.scheduler.waiting or self._flights)
 
     def add(self, request: Request) -> None:
         """Queue a request. Raises RequestError when it could never run to its end or its adapter is not there."""
@@ -78,21 +79,19 @@ class Engine:
         """Choose tokens, compute them, record them; one output for each request that got tokens or failed.
 
         With `config.ahead` the next step is launched before this one's tokens are known, so that the device does not
-        wait for what the host does with them.
+        wait for what the host does with them; in a pipeline, as many steps as fill its stages.
         """
         outputs: list[TokenOutput] = []
-        flight = None
         if chunks := self.scheduler.schedule():
             self.steps += 1
             try:
-                flight = self.runner.launch(chunks)
+                self._flights.append(self.runner.launch(chunks))
             except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error):
+                if not is_out_of_memory(error) or self.model.spec.rank:  # other ranks would wait for this one
                     raise
                 outputs.append(self.scheduler.give_up(chunks, "there was not enough memory to compute it"))
-        if self.config.ahead:
-            flight, self._flight = self._flight, flight
-        if flight is not None:
+        if self._flights and (not chunks or len(self._flights) > max(self.config.ahead, self.config.stages - 1)):
+            flight = self._flights.popleft()
             outputs += self.scheduler.commit(flight.chunks, flight.wait())
             if any(self.scheduler.poisoned):
                 self.runner.clear(self.scheduler.take_poisoned())
@@ -140,7 +139,7 @@ class Engine:
         finally:
             for request_id in answers:
                 self.cancel(request_id)
-            self._flight = None
+            self._flights.clear()
         return list(answers.values())
 
     def _adapter(self, name: str) -> int:

@@ -69,8 +69,10 @@ class Graph(Inputs):
         for window, blocks in self.blocks.items():
             self.batch.of(window).refresh(blocks, self.contexts)
         hidden = self._model(self.tokens, self.positions, self.batch, self._caches)
-        self.logits = self._model.logits(hidden)
-        self.greedy = torch.where(torch.isfinite(self.logits.sum(-1)), self.logits.argmax(-1), -1)
+        self.logits, self.greedy = hidden, self.tokens  # of no meaning before the last stage
+        if self._model.spec.ends:
+            self.logits, ranks = self._model.logits(hidden), self._model.ranks
+            self.greedy = torch.where(ranks.finite(self.logits), ranks.argmax(self.logits), -1)
 
     def run(self, tokens: torch.Tensor) -> None:
         """Fill `logits` and `greedy`, after `set`."""

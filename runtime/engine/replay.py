@@ -153,6 +153,7 @@ class Recordings:
         self._made: OrderedDict[int, Recording] = OrderedDict()
         self._last = 0  # sequences of the step before
         self.possible = native.library is not None and model.dtype == torch.float32 and model.device.type == "cpu"
+        self.possible &= model.spec.rank is None  # what ranks do together is not recorded
 
     def take(self, rows: int) -> bool:
         """Whether `run` is to be called for this step of so many tokens, one a sequence: it is small, and recorded or

@@ -12,6 +12,7 @@ from llmkit.kernels.attention import AttentionBatch
 from llmkit.kernels.sampling import sample
 from llmkit.model.decoder import Decoder
 from llmkit.model.lora import Adapters
+from llmkit.model.ranks import Waitable
 from llmkit.runtime.engine.graphs import Graphs
 from llmkit.runtime.engine.replay import Recordings, Tables
 from llmkit.runtime.engine.sequence import Chunk, Sequence
@@ -46,13 +47,18 @@ class Flight:
     chunks: list[Chunk]
     ids: torch.Tensor  # on the host once `done`: for each chunk what was chosen after its last 1 + drafts tokens
     guesses: torch.Tensor | None  # on the host once `done`: a draft model's, one after the other
-    done: torch.cuda.Event | None
+    done: Waitable | None
+
+    @property
+    def known(self) -> torch.Tensor:
+        """`ids`, waited for."""
+        if self.done is not None:
+            self.done.synchronize()
+        return self.ids
 
     def wait(self) -> list[list[int]]:
         """The tokens after each chunk, the confirmed guesses first; -1 where the logits are not finite."""
-        if self.done is not None:
-            self.done.synchronize()
-        chosen, results, at, guessed = self.ids.tolist(), [], 0, 0
+        chosen, results, at, guessed = self.known.tolist(), [], 0, 0
         drawn = [] if self.guesses is None else self.guesses.tolist()
         for chunk in self.chunks:
             end = at + 1 + chunk.drafts
@@ -103,13 +109,19 @@ class Runner:
         spans = [(chunk.sequence, chunk.start, chunk.stop) for chunk in chunks]
         logits, ids = self._logits(chunks, spans, tokens)
         sequences = [chunk.sequence for chunk in chunks for _ in range(1 + chunk.drafts)]
+        if not self.model.spec.ends:
+            ids = torch.zeros(len(sequences), dtype=torch.int64)
+            return Flight(chunks, ids, None, self.model.ranks.expect(ids))
         if ids is None or any(sequence.request.sampling.temperature for sequence in sequences):
             counters = [chunk.counter + i for chunk in chunks for i in range(1 + chunk.drafts)]
             ids = self._sample(logits, sequences, counters)
-            ids = torch.where(torch.isfinite(logits.sum(-1)), ids, -1)
+            ids = torch.where(self.model.ranks.finite(logits), ids, -1)
         if self.config.ahead:
             self._last[self._device([sequence.slot for sequence in sequences])] = ids
-        return self._flight(chunks, ids, guesses)
+        flight = self._flight(chunks, ids, guesses)
+        if self.model.ranks.stages > 1:
+            self.model.ranks.publish(flight.known)
+        return flight
 
     def clear(self, blocks: list[list[int]]) -> None:
         """Zero blocks of each window whose values may be NaN: masked attention multiplies by 0 what it does not see."""
@@ -144,7 +156,8 @@ class Runner:
             hidden = self._forward(spans, tokens)
         ends = accumulate(chunk.count for chunk in chunks)
         rows = [row for chunk, end in zip(chunks, ends, strict=True) for row in range(end - 1 - chunk.drafts, end)]
-        return self.model.logits(hidden if len(rows) == len(hidden) else hidden[self._device(rows)]), None
+        hidden = hidden if len(rows) == len(hidden) else hidden[self._device(rows)]
+        return self.model.logits(hidden) if self.model.spec.ends else hidden, None
 
     def _places(self, spans: list[Span], draft: Decoder | None = None) -> tuple[list[int], list[int], Tables]:
         """Positions of all tokens, and the spans' contexts and block tables, for the model or a draft model."""
@@ -200,7 +213,8 @@ class Runner:
 
     def _sample(self, logits: torch.Tensor, sequences: list[Sequence], counters: list[int]) -> torch.Tensor:
         """logits: float32, a row for each of `sequences`, whose `counters` tokens were sampled before."""
-        return sample(logits, *self._sampling.parameters(sequences), torch.tensor(counters))
+        ranks = self.model.ranks
+        return sample(logits, *self._sampling.parameters(sequences), torch.tensor(counters), ranks)
 
     def _flight(self, chunks: list[Chunk], ids: torch.Tensor, guesses: torch.Tensor | None) -> Flight:
         if self.config.device.type == "cpu":

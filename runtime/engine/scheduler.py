@@ -4,7 +4,7 @@ There is one kind of step. A sequence has `total` tokens, of which `scheduled` a
 step first advances the running sequences that decode, then spends what is left of its token budget on the prompts of
 running sequences, an equal share each as far as they need it. A sequence whose tokens are all computed by a step
 samples the next. A step may be planned before the tokens of the last one are known: it counts on them, not on what
-they are.
+they are. In a pipeline it leaves those alone whose tokens are not known, and so the stages work on different ones.
 """
 
 from __future__ import annotations
@@ -206,11 +206,13 @@ class Scheduler:
         budget = self.config.max_num_batched_tokens
         starts: dict[Sequence, int] = {}
         guesses: dict[Sequence, list[int]] = {}
+        most = -(-len(self.running) // self.config.stages)  # that decode in this step
         for sequence in self.running:
-            if sequence.left == 1 and budget:
+            known = not sequence.pending or self.config.stages == 1
+            if sequence.left == 1 and budget and known and len(starts) < most:
                 starts[sequence], guesses[sequence] = sequence.scheduled, self._guess(sequence, budget - 1)
                 budget -= self._take(sequence, 1 + len(guesses[sequence]))
-        prompts = [s for s in self.running if s not in starts and s.left]
+        prompts = [s for s in self.running if s.left > 1]
         for sequence in prompts:
             starts[sequence] = sequence.scheduled
             budget -= self._take(sequence, min(sequence.left, self.config.chunk_tokens, budget))

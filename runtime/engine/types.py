@@ -90,12 +90,13 @@ class EngineConfig:
     max_num_seqs: int = 256
     max_num_batched_tokens: int = 8192
     block_size: int = 16
-    windows: tuple[int | None, ...] = (None,)  # of the model's layers; each has block tables of its own
+    windows: tuple[int | None, ...] = (None,)  # of the whole model's layers; each has block tables of its own
     window_blocks: int | None = None  # of each sliding window; None: num_blocks
     kv_dtype: str | None = None  # "int8" or "fp8"; None: the model's
     prefix_cache: bool = True
     chunk_tokens: int = 2048  # of one prompt in a step, while others wait for theirs
     ahead: bool = False  # the next step is launched before this one's tokens are known
+    stages: int = 1  # of a pipeline: so many steps are under way, each of other sequences
     speculate: int = 0  # tokens drafted for a sequence in a step; not together with `ahead`
 
 

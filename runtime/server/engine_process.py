@@ -10,23 +10,17 @@ import argparse
 import contextlib
 import ctypes
 import gc
-import os
-import select
 import signal
 import socket
 import sys
-import threading
 import traceback
 from typing import TYPE_CHECKING
 
-from llmkit.checkpoint.errors import LlmkitError, ShortageError, is_out_of_memory
+from llmkit.runtime.channel import Channel, Failed, exit_with_peer
 from llmkit.runtime.server.age import process_age
 from llmkit.runtime.server.messages import (
     Add,
     Cancel,
-    Failed,
-    FrameReader,
-    FromEngine,
     Output,
     Outputs,
     Ready,
@@ -34,42 +28,16 @@ from llmkit.runtime.server.messages import (
     Start,
     Stats,
     ToEngine,
-    frame,
     to_engine_decoder,
 )
 
 if TYPE_CHECKING:
     from llmkit.runtime.engine.engine import Engine
 
-_READ_BYTES = 1 << 18
+EngineChannel = Channel[ToEngine]
 
 
-class Channel:
-    """Our end of the socket pair, with whole messages in and out."""
-
-    def __init__(self, fd: int) -> None:
-        self._socket = socket.socket(fileno=fd)
-        self._frames = FrameReader()
-
-    def receive(self, wait: bool) -> list[ToEngine]:
-        """The messages that have arrived; with `wait` at least one. Raises EOFError when the parent is gone."""
-        messages: list[ToEngine] = []
-        while True:
-            block = wait and not messages
-            try:
-                data = self._socket.recv(_READ_BYTES, 0 if block else socket.MSG_DONTWAIT)
-            except BlockingIOError:
-                return messages
-            if not data:
-                raise EOFError
-            messages += [to_engine_decoder.decode(body) for body in self._frames.feed(data)]
-
-    def send(self, message: FromEngine) -> None:
-        """Send one message; blocks while the parent is behind. Raises BrokenPipeError when it is gone."""
-        self._socket.sendall(frame(message))
-
-
-def serve(engine: Engine, early: list[ToEngine], channel: Channel) -> None:
+def serve(engine: Engine, early: list[ToEngine], channel: EngineChannel) -> None:
     """Run requests until the parent is gone (EOFError, OSError). `early`: messages that came while loading."""
     _obey(engine, early, channel)
     while True:
@@ -114,7 +82,7 @@ def _load(message: Start) -> tuple[Engine, Ready]:
     )
 
 
-def _obey(engine: Engine, messages: list[ToEngine], channel: Channel) -> None:
+def _obey(engine: Engine, messages: list[ToEngine], channel: EngineChannel) -> None:
     from llmkit.runtime.engine.types import Request, RequestError, SamplingParams
 
     for message in messages:
@@ -144,28 +112,6 @@ def _stats(engine: Engine) -> Stats:
     return Stats(**vars(engine.stats()))
 
 
-def _exit_with_parent(fd: int) -> None:
-    """End this process at once when the other end of `fd` closes, even in the middle of a load or a step."""
-
-    def watch() -> None:
-        poll = select.poll()
-        poll.register(fd, 0)  # hang-up and errors are always reported, data is not
-        poll.poll()
-        os._exit(0)
-
-    threading.Thread(target=watch, name="parent-watch", daemon=True).start()
-
-
-def _failed(error: Exception) -> Failed:
-    if isinstance(error, LlmkitError):
-        return Failed(error.exit_code, error.what, error.expected, error.todo)
-    text = f"{type(error).__name__}: {error}"
-    if is_out_of_memory(error):
-        todo = "Lower --max-num-seqs, --max-num-batched-tokens or --max-model-len"
-        return Failed(ShortageError.exit_code, f"out of memory ({text.splitlines()[0]})", todo=todo)
-    return Failed(LlmkitError.exit_code, f"the engine failed: {text}")
-
-
 def main() -> int:
     """Run the process. The parent learns of a failure from the Failed message; the exit code says it again."""
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -173,8 +119,8 @@ def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("--fd", type=int, required=True)
     fd: int = parser.parse_args().fd
-    _exit_with_parent(fd)
-    channel = Channel(fd)
+    exit_with_peer(fd)
+    channel = EngineChannel(socket.socket(fileno=fd), to_engine_decoder)
     tracebacks = True
     try:
         start, *early = channel.receive(wait=True)
@@ -189,7 +135,7 @@ def main() -> int:
     except Exception as error:
         if tracebacks:
             traceback.print_exc()
-        failed = _failed(error)
+        failed = Failed.of(error)
         channel.send(failed)
         return failed.exit_code
     return 0

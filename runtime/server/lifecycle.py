@@ -17,13 +17,14 @@ from typing import Any, TypeVar
 import uvicorn
 
 from llmkit.checkpoint.errors import InputError, LlmkitError
+from llmkit.runtime.channel import exit_text
 from llmkit.runtime.server.app import build_app
 from llmkit.runtime.server.errors import ApiError
 from llmkit.runtime.server.http_protocol import LimitedHttpProtocol
 from llmkit.runtime.server.messages import Ready
 from llmkit.runtime.server.metrics import Metrics
 from llmkit.runtime.server.options import ServeOptions
-from llmkit.runtime.server.process import EngineClient, end, exit_text
+from llmkit.runtime.server.process import EngineClient, end
 from llmkit.runtime.server.state import Phase, State, TextSide
 
 # After the engine's death, health answers 503 for so long before the process exits: probes get to see it.

@@ -1,19 +1,11 @@
-"""What the API process and the engine process say to each other, and how it is framed.
-
-A frame is a length (4 bytes, little endian) and one msgpack message whose tag names its type. Nothing is ever
-pickled: the worst a confused peer can send is a decoding error.
-"""
+"""What the API process and the engine process say to each other."""
 
 from __future__ import annotations
 
-import struct
-from collections.abc import Iterator
-
 import msgspec
 
+from llmkit.runtime.channel import Failed
 from llmkit.runtime.engine.types import EngineOptions
-
-_LENGTH = struct.Struct("<I")
 
 
 class Start(msgspec.Struct, tag=True):
@@ -61,15 +53,6 @@ class Ready(msgspec.Struct, tag=True):
     plan: dict[str, str | int | dict[str, int]]  # EnginePlan.as_dict
     adapters: list[str]  # names of models that are the loaded one with an adapter
     paths: list[str]  # which fast ways are taken, and why others are not
-
-
-class Failed(msgspec.Struct, tag=True):
-    """The engine process gives up: a LlmkitError's parts, or a bug with exit code 70."""
-
-    exit_code: int
-    what: str
-    expected: str = ""
-    todo: str = ""
 
 
 class Output(msgspec.Struct, array_like=True):
@@ -120,35 +103,5 @@ class Refused(msgspec.Struct, tag=True):
 ToEngine = Start | Add | Cancel
 FromEngine = Ready | Failed | Stats | Outputs | Refused
 
-_encoder = msgspec.msgpack.Encoder()
 to_engine_decoder = msgspec.msgpack.Decoder(ToEngine)
 from_engine_decoder = msgspec.msgpack.Decoder(FromEngine)
-
-
-def frame(message: ToEngine | FromEngine) -> bytes:
-    """The bytes that carry `message`."""
-    body = _encoder.encode(message)
-    return _LENGTH.pack(len(body)) + body
-
-
-class FrameReader:
-    """Cuts a byte stream into message bodies."""
-
-    def __init__(self) -> None:
-        self._buffer = bytearray()
-
-    def feed(self, data: bytes) -> Iterator[bytes]:
-        """Take `data` and yield every body that is complete by now."""
-        self._buffer += data
-        start = 0
-        try:
-            while len(self._buffer) - start >= _LENGTH.size:
-                (length,) = _LENGTH.unpack_from(self._buffer, start)
-                end = start + _LENGTH.size + length
-                if len(self._buffer) < end:
-                    break
-                body = bytes(self._buffer[start + _LENGTH.size : end])
-                start = end
-                yield body
-        finally:
-            del self._buffer[:start]

@@ -8,18 +8,16 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import signal
 import socket
 import subprocess
 import sys
 from typing import Protocol, cast
 
 from llmkit.checkpoint.errors import InputError, LlmkitError, OutputError, ShortageError, UsageError
+from llmkit.runtime.channel import Failed, FrameReader, exit_text, frame
 from llmkit.runtime.server.messages import (
     Add,
     Cancel,
-    Failed,
-    FrameReader,
     Output,
     Outputs,
     Ready,
@@ -27,7 +25,6 @@ from llmkit.runtime.server.messages import (
     Start,
     Stats,
     ToEngine,
-    frame,
     from_engine_decoder,
 )
 
@@ -178,14 +175,3 @@ def end(process: subprocess.Popen[bytes]) -> None:
         return
     process.kill()
     process.wait()
-
-
-def exit_text(process: subprocess.Popen[bytes]) -> str:
-    """How a process ended, for a message: `exit code 70`, or `signal SIGKILL: often too little memory`."""
-    code = process.returncode
-    if code is None:
-        return "still running"
-    if code >= 0:
-        return f"exit code {code}"
-    hint = ": often too little memory" if code == -signal.SIGKILL else ""
-    return f"signal {signal.Signals(-code).name}{hint}"

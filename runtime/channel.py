@@ -1,0 +1,123 @@
+"""Messages between two processes of ours over a private socket pair.
+
+A frame is a length (4 bytes, little endian) and one msgpack message whose tag names its type. Nothing is ever
+pickled: the worst a confused peer can send is a decoding error.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import socket
+import struct
+import subprocess
+import threading
+from collections.abc import Iterator
+from typing import Generic, TypeVar
+
+import msgspec
+
+from llmkit.checkpoint.errors import LlmkitError, ShortageError, is_out_of_memory
+
+_LENGTH = struct.Struct("<I")
+_READ_BYTES = 1 << 18
+_encoder = msgspec.msgpack.Encoder()
+In = TypeVar("In")
+
+
+class Failed(msgspec.Struct, tag=True):
+    """A process gives up: a LlmkitError's parts, or a bug with exit code 70."""
+
+    exit_code: int
+    what: str
+    expected: str = ""
+    todo: str = ""
+
+    @classmethod
+    def of(cls, error: Exception) -> Failed:
+        """What is told of an exception."""
+        if isinstance(error, LlmkitError):
+            return cls(error.exit_code, error.what, error.expected, error.todo)
+        text = f"{type(error).__name__}: {error}"
+        if is_out_of_memory(error):
+            todo = "Lower --max-num-seqs, --max-num-batched-tokens or --max-model-len"
+            return cls(ShortageError.exit_code, f"out of memory ({text.splitlines()[0]})", todo=todo)
+        return cls(LlmkitError.exit_code, f"the engine failed: {text}")
+
+
+def frame(message: msgspec.Struct) -> bytes:
+    """The bytes that carry `message`."""
+    body = _encoder.encode(message)
+    return _LENGTH.pack(len(body)) + body
+
+
+class FrameReader:
+    """Cuts a byte stream into message bodies."""
+
+    def __init__(self) -> None:
+        self._buffer = bytearray()
+
+    def feed(self, data: bytes) -> Iterator[bytes]:
+        """Take `data` and yield every body that is complete by now."""
+        self._buffer += data
+        start = 0
+        try:
+            while len(self._buffer) - start >= _LENGTH.size:
+                (length,) = _LENGTH.unpack_from(self._buffer, start)
+                end = start + _LENGTH.size + length
+                if len(self._buffer) < end:
+                    break
+                body = bytes(self._buffer[start + _LENGTH.size : end])
+                start = end
+                yield body
+        finally:
+            del self._buffer[:start]
+
+
+class Channel(Generic[In]):
+    """One end of the socket pair, with whole messages in and out. `decoder` knows those that come."""
+
+    def __init__(self, end: socket.socket, decoder: msgspec.msgpack.Decoder[In]) -> None:
+        self.socket = end
+        self._frames, self._decoder = FrameReader(), decoder
+
+    def receive(self, wait: bool) -> list[In]:
+        """The messages that have arrived; with `wait` at least one. Raises EOFError when the peer is gone."""
+        messages: list[In] = []
+        while True:
+            block = wait and not messages
+            try:
+                data = self.socket.recv(_READ_BYTES, 0 if block else socket.MSG_DONTWAIT)
+            except BlockingIOError:
+                return messages
+            if not data:
+                raise EOFError
+            messages += [self._decoder.decode(body) for body in self._frames.feed(data)]
+
+    def send(self, message: msgspec.Struct) -> None:
+        """Send one message; blocks while the peer is behind. Raises BrokenPipeError when it is gone."""
+        self.socket.sendall(frame(message))
+
+
+def exit_with_peer(fd: int) -> None:
+    """End this process at once when the other end of `fd` closes, even in the middle of a load or a step."""
+
+    def watch() -> None:
+        poll = select.poll()
+        poll.register(fd, 0)  # hang-up and errors are always reported, data is not
+        poll.poll()
+        os._exit(0)
+
+    threading.Thread(target=watch, name="peer-watch", daemon=True).start()
+
+
+def exit_text(process: subprocess.Popen[bytes]) -> str:
+    """How a process ended, for a message: `exit code 70`, or `signal SIGKILL: often too little memory`."""
+    code = process.returncode
+    if code is None:
+        return "still running"
+    if code >= 0:
+        return f"exit code {code}"
+    hint = ": often too little memory" if code == -signal.SIGKILL else ""
+    return f"signal {signal.Signals(-code).name}{hint}"
