@@ -20,6 +20,7 @@ import torch
 
 from llmkit.checkpoint.quantized import QuantizedWeight, Scheme
 from llmkit.kernels.attention import AttentionBatch
+from llmkit.kernels.experts import Shelves
 from llmkit.kernels.rounding import FP8
 from llmkit.model.decoder import Decoder
 from llmkit.model.families import model_spec
@@ -27,7 +28,7 @@ from llmkit.model.layout import parameters
 from llmkit.model.linear import Linear, PackedLinear, Rounding, serving_linear
 from llmkit.model.spec import ModelSpec
 from llmkit.runtime.engine.engine import Engine
-from llmkit.runtime.engine.graphs import CudaGraph, Graph
+from llmkit.runtime.engine.graphs import CudaGraph, Graph, Graphs
 from llmkit.runtime.engine.types import EngineConfig, SamplingParams
 
 BLOCK = 16  # tokens of a block of the KV cache
@@ -71,6 +72,10 @@ SHAPES: dict[str, dict[str, Any]] = {
         "LlamaForCausalLM", "llama", 4096, 14336, 32, 32, 8, vocab_size=128256, rope_theta=500000.0,
         rope_scaling=LLAMA3_ROPE,
     ),
+    "Qwen3-30B-A3B": _config(
+        "Qwen3MoeForCausalLM", "qwen3_moe", 2048, 6144, 48, 32, 4, vocab_size=151936, head_dim=128, num_experts=128,
+        num_experts_per_tok=8, moe_intermediate_size=768, norm_topk_prob=True,
+    ),
 }  # fmt: skip
 
 
@@ -84,7 +89,10 @@ WEIGHTS: dict[str, Scheme | None] = {
 
 @dataclass(frozen=True)
 class StepTime:
-    """One measured step. The floor is bytes that must be read (weights and KV) over the measured copy bandwidth."""
+    """One measured step. The floor is bytes that must be read (weights and KV) over the measured copy bandwidth.
+
+    Of a mixture of experts they are those of as many experts as its tokens choose, when all are as likely.
+    """
 
     model: str
     weights: str  # a key of WEIGHTS
@@ -108,14 +116,19 @@ def random_model(
         return torch.randn(shape, dtype=dtype, device=device, generator=generator).mul_(0.02)
 
     rows = parameters(spec)
+    shelves = Shelves(row.name for row in rows if row.expert is not None)
     linears: dict[str, Linear] = {}
     for row in rows if scheme else ():
-        if row.linear and scheme:
+        if row.linear and scheme and row.expert is None:
             rounding = None if scheme.inputs == "none" else Rounding(scheme.kind)
             linears[row.module] = serving_linear(
                 [random_weight(row.shape, scheme, device)], None, rounding, dtype, device
             )
-    return Decoder(spec, {row.name: weights(row.shape) for row in rows if row.module not in linears}, None, linears)
+    made = {row.name: weights(row.shape) for row in rows if row.expert is None and row.module not in linears}
+    for row in rows:
+        if row.expert is not None:
+            made[row.name] = shelves.put(row.name, weights(row.shape))
+    return Decoder(spec, made, None, linears)
 
 
 def random_weight(shape: tuple[int, ...], scheme: Scheme, device: torch.device) -> QuantizedWeight:
@@ -148,7 +161,7 @@ def measure(
     tables = [list(range(s * per, (s + 1) * per)) for s in range(sequences)]
     caches = [model.new_cache(per * sequences + 1, BLOCK, kv_dtype) for _ in model.layers]
     tokens = torch.randint(0, model.spec.vocab, (sequences * new,), device=device)
-    if new == 1:
+    if new == 1 and Graphs(model, caches, per, BLOCK, sequences).possible:
         graph = Graph(model, caches, sequences, per, BLOCK, CudaGraph if device.type == "cuda" else Direct)
         graph.set([context - 1] * sequences, [context] * sequences, {None: tables})
         taken = time_ms(lambda: graph.run(tokens), device, repeats)
@@ -162,7 +175,7 @@ def measure(
 
         taken = time_ms(step, device, repeats)
     kv = sequences * context * model.spec.kv_elements_per_token * caches[0].kv.element_size()
-    floor_ms = (_bytes_read(model) + kv) / bandwidth * 1e3
+    floor_ms = (_bytes_read(model, sequences * new) + kv) / bandwidth * 1e3
     kind = "decode" if new == 1 else "prefill"
     if kv_dtype:
         weights += f", {kv_dtype} KV"
@@ -214,10 +227,17 @@ def copy_bandwidth(device: torch.device, size_bytes: int = 1 << 30) -> float:
     return 2 * size_bytes / (time_ms(lambda: target.copy_(source), device, 10) / 1e3)
 
 
-def _bytes_read(model: Decoder) -> int:
-    """Of all weights that a step multiplies with."""
-    linears = [model.head, *(linear for layer in model.layers for linear in layer.linears.values())]
-    return sum(one.product.nbytes if isinstance(one, PackedLinear) else one.weight.nbytes for one in linears)
+def _bytes_read(model: Decoder, tokens: int) -> float:
+    """Of all weights that a step of so many tokens multiplies with."""
+    experts, chosen = model.spec.experts, 1.0
+    if experts is not None:
+        chosen -= (1 - experts.per_token / experts.count) ** tokens
+    total = float(model.head.weight.nbytes)
+    for layer in model.layers:
+        for name, one in layer.linears.items():
+            size = one.product.nbytes if isinstance(one, PackedLinear) else one.weight.nbytes
+            total += size * chosen if ".experts." in name else size
+    return total
 
 
 def main() -> int:
@@ -235,6 +255,8 @@ def main() -> int:
     bandwidth = copy_bandwidth(device)
     rows, rates = [], []
     for name, weights in product(arguments.models, arguments.weights):
+        if weights != "bf16" and "num_experts" in SHAPES[name]:  # experts stay dense
+            continue
         model = random_model(model_spec(SHAPES[name]), dtype, device, WEIGHTS[weights])
         shapes: list[tuple[int, int, int, str | None]] = [(batch, 1, 1024, None) for batch in (1, 8, 32, 128)]
         shapes.append((1, 4096, 4096, None))

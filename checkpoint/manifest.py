@@ -5,22 +5,18 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from llmkit.checkpoint.errors import InputError
 from llmkit.checkpoint.files import load_json
-from llmkit.checkpoint.reading import sha256_file, sha256_range
+from llmkit.checkpoint.reading import DIGEST_BYTES, FileDigest, read_into, sha256_file
 from llmkit.checkpoint.safetensors_header import read_header
 
 MANIFEST = "llmkit.json"
 FORMAT_VERSION = 1
-
-# What an entry has. A rank's file is told by its header: its other bytes are tensors', which have their own digests.
-_FORMS: dict[str, tuple[dict[str, type], ...]] = {
-    "files": ({"bytes": int, "sha256": str}, {"bytes": int, "header_sha256": str}),
-    "tensors": ({"file": str, "sha256": str},),
-}
+_FIELDS: dict[str, dict[str, type]] = {"files": {"bytes": int, "sha256": str}, "tensors": {"file": str, "sha256": str}}
 
 
 def tensor_key(name: str, file: str, sharded: bool) -> str:
@@ -43,12 +39,10 @@ def load_manifest(folder: Path) -> dict[str, Any] | None:
     version = manifest.get("format_version")
     if version != FORMAT_VERSION:
         raise InputError(f"{path} has format_version {version}", f"This llmkit reads version {FORMAT_VERSION}")
-    for key, forms in _FORMS.items():
+    for key, fields in _FIELDS.items():
         entries = manifest.get(key)
-        if not isinstance(entries, dict) or not all(
-            any(_has(entry, fields) for fields in forms) for entry in entries.values()
-        ):
-            raise InputError(f"{path}: {key} is malformed", f"Entries with {' and '.join(forms[0])} were expected")
+        if not isinstance(entries, dict) or not all(_has(entry, fields) for entry in entries.values()):
+            raise InputError(f"{path}: {key} is malformed", f"Entries with {' and '.join(fields)} were expected")
     for file in manifest["files"]:
         if not is_plain_name(file):
             raise InputError(f"{path} names the file {file!r}", "Files in the same folder were expected")
@@ -66,8 +60,9 @@ def check_files(folder: Path, manifest: Mapping[str, Any]) -> None:
     Raises InputError naming the file with both sizes or digests.
     """
     for file, entry in manifest["files"].items():
-        problem = _check_file(folder / file, entry, digest=not file.endswith(".safetensors"))
-        if problem:
+        path = folder / file
+        digest = None if file.endswith(".safetensors") or not path.is_file() else sha256_file(path)
+        if problem := _check_file(path, entry, digest):
             raise mismatch(problem)
 
 
@@ -84,56 +79,55 @@ def verify_manifest(path: Path) -> list[str]:
     manifest = load_manifest(path)
     if manifest is None:
         raise InputError(f"{path} has no {MANIFEST}", "A checkpoint that llmkit wrote was expected")
-    problems = [found for file, entry in manifest["files"].items() if (found := _check_file(path / file, entry))]
     sharded = manifest.get("layout") is not None
-    seen: set[str] = set()
-    for file in manifest["files"]:
-        if not file.endswith(".safetensors") or not (path / file).is_file():
-            continue
+    problems: list[str] = []
+    wanted = dict(manifest["tensors"])
+    for file, entry in manifest["files"].items():
+        whole, tensors = None, dict[str, str]()
         try:
-            infos = read_header(path / file)
+            if (path / file).is_file():
+                whole, tensors = _digests(path / file)
         except InputError as error:
             problems.append(str(error))
-            continue
-        for info in infos.values():
-            key = tensor_key(info.name, file, sharded)
-            seen.add(key)
-            entry = manifest["tensors"].get(key)
-            if entry is None:
-                problems.append(f"{file}: tensor {info.name} is not in {MANIFEST}")
-                continue
-            digest = sha256_range(path / file, info.start, info.end - info.start)
-            if digest != entry["sha256"]:
-                problems.append(f"{file}: tensor {info.name} has SHA-256 {digest}, the manifest says {entry['sha256']}")
-    problems += [f"{key} is in {MANIFEST} but in no file" for key in manifest["tensors"] if key not in seen]
-    return problems
+        for name, found in tensors.items():
+            told = wanted.pop(tensor_key(name, file, sharded), None)
+            if told is None:
+                problems.append(f"{file}: tensor {name} is not in {MANIFEST}")
+            elif found != told["sha256"]:
+                problems.append(f"{file}: tensor {name} has SHA-256 {found}, the manifest says {told['sha256']}")
+        if problem := _check_file(path / file, entry, whole):
+            problems.append(problem)
+    return problems + [f"{key} is in {MANIFEST} but in no file" for key in wanted]
 
 
-def header_sha256(path: Path) -> str:
-    """The SHA-256 of a safetensors file up to its first tensor. Raises InputError as `read_header` does."""
-    first = min((info.start for info in read_header(path).values()), default=path.stat().st_size)
-    return sha256_range(path, 0, first)
+def _digests(path: Path) -> tuple[str, dict[str, str]]:
+    """The SHA-256 of a file and, where it has some, of its tensors, in one pass.
+
+    Raises InputError as `read_header` does.
+    """
+    if path.suffix != ".safetensors":
+        return sha256_file(path), {}
+    whole, tensors = FileDigest(path), {}
+    with ThreadPoolExecutor(1) as pool:
+        for info in read_header(path).values():
+            digest = hashlib.sha256()
+            for start in range(info.start, info.end, DIGEST_BYTES):
+                data = memoryview(bytearray(min(DIGEST_BYTES, info.end - start)))
+                read_into(path, start, data)
+                whole.catch_up(start)  # the header
+                hashed = pool.submit(whole.add, start, data)
+                digest.update(data)
+                hashed.result()
+            tensors[info.name] = digest.hexdigest()
+    return whole.hexdigest(path.stat().st_size), tensors
 
 
-def check_header(path: Path, entry: Mapping[str, Any]) -> str | None:
-    """What is wrong with the header of a rank's file, by its entry among the manifest's files."""
-    try:
-        found = header_sha256(path)
-    except InputError as error:
-        return str(error)
-    if found != entry["header_sha256"]:
-        return f"{path} has a header of SHA-256 {found}, {MANIFEST} says {entry['header_sha256']}"
-    return None
-
-
-def _check_file(path: Path, entry: Mapping[str, Any], digest: bool = True) -> str | None:
+def _check_file(path: Path, entry: Mapping[str, Any], digest: str | None) -> str | None:
+    """What differs from a file's entry; its contents are not looked at when `digest` is None."""
     if not path.is_file():
         return f"{path} is in {MANIFEST} but absent"
-    if digest and "sha256" not in entry:
-        if problem := check_header(path, entry):
-            return problem
-    elif digest and (found := sha256_file(path)) != entry["sha256"]:
-        return f"{path} has SHA-256 {found}, {MANIFEST} says {entry['sha256']}"
+    if digest not in (None, entry["sha256"]):
+        return f"{path} has SHA-256 {digest}, {MANIFEST} says {entry['sha256']}"
     if (size := path.stat().st_size) != entry["bytes"]:
         return f"{path} has {size} bytes, {MANIFEST} says {entry['bytes']}"
     return None

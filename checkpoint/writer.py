@@ -6,8 +6,10 @@ journal tells of it; the manifest is the last file, and only then does the direc
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import mmap
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -39,7 +41,9 @@ from llmkit.checkpoint.safetensors_header import TensorInfo, byte_count, write_h
 from llmkit.checkpoint.source import INDEX, Checkpoint
 from llmkit.checkpoint.version import version
 
-PARALLEL_BYTES = 2**20  # from here on a write is hashed by threads meanwhile
+LARGE_BYTES = 2**20  # from here on a write is hashed by threads meanwhile, and goes past the page cache
+DIRECT_BYTES = 8 * 2**20  # written at once past the page cache
+PAGE = 4096  # what is written past the page cache begins and ends at multiples of it
 
 __all__ = ["CheckpointWriter", "PlannedTensor", "check_output", "plan_files", "verify_manifest"]
 
@@ -86,8 +90,6 @@ def planned_bytes(files: Mapping[str, Sequence[PlannedTensor]]) -> int:
 class CheckpointWriter:
     """Writes the planned `files` into the new directory `out`; use as a context manager, end with `finish`.
 
-    `of_ranks`: the manifest tells the weight files by the digests of their headers and tensors alone, of which they
-    wholly consist, and not of each file once more.
     `identity` is everything that decides the bytes: command, options, source hashes. A partial output of the same
     identity and plan is continued, any other is started afresh. Leaving the block with an exception, or being
     killed, keeps the partial output; whatever was committed need not be written again.
@@ -102,8 +104,6 @@ class CheckpointWriter:
         files: Mapping[str, Sequence[PlannedTensor]],
         source: Checkpoint | None = None,
         identity: Mapping[str, Any] | None = None,
-        *,
-        of_ranks: bool = False,
     ) -> None:
         assert all(is_plain_name(file) for file in files)
         self.out = Path(out).expanduser().absolute()
@@ -121,10 +121,12 @@ class CheckpointWriter:
         self._journal = Journal(sibling(self.out, ".partial.journal"), {"plan": plan, **(identity or {})})
         self._pending: dict[Key, Any] = {}  # written since the last commit: their hashes
         self._hashing: list[Future[None]] = []  # of what was written last
+        self._aligned = mmap.mmap(-1, DIRECT_BYTES)  # at a multiple of PAGE in memory too
         self._open: dict[Key, tuple[Any, int]] = {}  # tensors being written in chunks: their hash and bytes so far
         self._resumed: frozenset[Key] = frozenset()
         self._fds: dict[str, int] = {}
-        self._digests = {file: FileDigest(self._partial / file) for file in self._headers if not of_ranks}
+        self._direct: dict[str, int] = {}  # the same files, past the page cache where the file system can do that
+        self._digests = {file: FileDigest(self._partial / file) for file in self._headers}
         self._stack = ExitStack()
 
     def __enter__(self) -> CheckpointWriter:
@@ -139,8 +141,10 @@ class CheckpointWriter:
                 for file, header in self._headers.items():
                     self._fds[file] = os.open(self._partial / file, os.O_RDWR | os.O_CLOEXEC)
                     stack.callback(os.close, self._fds[file])
-                    if file in self._digests:
-                        self._digests[file].add(0, memoryview(header))
+                    with suppress(OSError):
+                        self._direct[file] = os.open(self._partial / file, os.O_WRONLY | os.O_CLOEXEC | os.O_DIRECT)
+                        stack.callback(os.close, self._direct[file])
+                    self._digests[file].add(0, memoryview(header))
             self._hashers = stack.enter_context(ThreadPoolExecutor(2, thread_name_prefix="hash"))
             self._resumed = frozenset(self._journal.entries)
             self._stack = stack.pop_all()
@@ -187,8 +191,6 @@ class CheckpointWriter:
         if offset != done or offset + len(data) > info.nbytes:
             raise ValueError(f"{name}: chunk [{offset}, {offset + len(data)}) after byte {done} of {info.nbytes}")
         self._write_at(key, info.start + offset, data, digest)
-        if len(data) >= PARALLEL_BYTES:  # on its way to the disk already, and out of the page cache when it is there
-            os.posix_fadvise(self._fds[file], info.start + offset, len(data), os.POSIX_FADV_DONTNEED)
         if offset + len(data) == info.nbytes:
             self._open.pop(key, None)
             self._pending[key] = digest
@@ -291,8 +293,6 @@ class CheckpointWriter:
     def _file_entry(self, name: str) -> dict[str, Any]:
         path = self._partial / name
         size, digest = path.stat().st_size, self._digests.get(name)
-        if digest is None and name in self._headers:
-            return {"bytes": size, "header_sha256": hashlib.sha256(self._headers[name]).hexdigest()}
         return {"bytes": size, "sha256": digest.hexdigest(size) if digest else sha256_file(path)}
 
     def _index(self) -> bytes:
@@ -349,11 +349,10 @@ class CheckpointWriter:
     def _write_at(self, key: Key, position: int, view: memoryview, digest: Any) -> None:
         """Write to a file; hash for the tensor and for the file, by threads that may not be done when it returns."""
         wait(self._hashing)
-        tasks: list[Callable[[], None]] = [partial(digest.update, view)]
-        if (of_file := self._digests.get(key[0])) is not None:
-            of_file.rewind(position)
-            tasks.append(partial(of_file.add, position, view))
-        if len(view) >= PARALLEL_BYTES:
+        of_file = self._digests[key[0]]
+        of_file.rewind(position)
+        tasks: tuple[Callable[[], None], ...] = partial(digest.update, view), partial(of_file.add, position, view)
+        if len(view) >= LARGE_BYTES:
             self._hashing = [self._hashers.submit(task) for task in tasks]
         else:
             for task in tasks:
@@ -361,10 +360,33 @@ class CheckpointWriter:
         self._pwrite(key, position, view)
 
     def _pwrite(self, key: Key, position: int, view: memoryview) -> None:
-        with writing(self._partial / key[0]):
-            while view:
-                done = os.pwrite(self._fds[key[0]], view, position)
-                view, position = view[done:], position + done
+        """Write to a file; whole pages of a large view past the page cache, which costs more than the disk does."""
+        file, start, stop = key[0], -position % PAGE, 0
+        with writing(self._partial / file):
+            if len(view) >= LARGE_BYTES and file in self._direct:
+                stop = len(view) - (position + len(view)) % PAGE
+                try:
+                    self._past_the_cache(self._direct[file], position + start, view[start:stop])
+                except OSError as error:
+                    if error.errno != errno.EINVAL:
+                        raise
+                    del self._direct[file]  # the file system cannot do it, and says so only now
+                    stop = 0
+            pieces = [(0, start), (stop, len(view))] if stop else [(0, len(view))]
+            for first, last in pieces:
+                _pwrite_all(self._fds[file], position + first, view[first:last])
+
+    def _past_the_cache(self, fd: int, position: int, view: memoryview) -> None:
+        for first in range(0, len(view), DIRECT_BYTES):
+            piece = view[first : first + DIRECT_BYTES]
+            self._aligned[: len(piece)] = piece
+            _pwrite_all(fd, position + first, memoryview(self._aligned)[: len(piece)])
+
+
+def _pwrite_all(fd: int, position: int, view: memoryview) -> None:
+    while view:
+        done = os.pwrite(fd, view, position)
+        view, position = view[done:], position + done
 
 
 def _ordered(tensors: Sequence[PlannedTensor]) -> list[tuple[str, str, tuple[int, ...]]]:

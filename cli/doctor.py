@@ -5,14 +5,19 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
 
 from llmkit.checkpoint.text import bytes_text
 from llmkit.cli.output import Output
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+    from llmkit.bench.tune import Tuned
 
 CPU_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8")
 PACKAGES = (
@@ -21,8 +26,20 @@ PACKAGES = (
 )  # fmt: skip
 
 
-def doctor(output: Output) -> None:
+def doctor(
+    output: Output,
+    tune: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL",
+            help="Measure which configurations of GPU kernels are fastest for this model's shapes, and keep them.",
+            show_default="none",
+        ),
+    ] = None,
+) -> None:
     """Show the machine, the versions of what llmkit stands on, the GPU, and which fast paths are active."""
+    if tune is not None:
+        return _tune(output, tune)
     found = examine()
     output.result(found, lambda console: _show(console, found))
 
@@ -68,16 +85,43 @@ def examine() -> dict[str, Any]:
             torch.version.cuda,
             torch.backends.cpu.get_cpu_capability(),
             packages["uvloop"],
+            packages["triton"],
         ),
     }
 
 
+def _tune(output: Output, model: str) -> None:
+    from llmkit.bench.tune import tune
+    from llmkit.checkpoint.source import open_checkpoint
+    from llmkit.kernels.tuning import user_file
+
+    found = tune(open_checkpoint(model), output.message)
+    document = {"file": str(user_file()), "tuned": [asdict(one) for one in found]}
+    output.result(document, lambda console: _show_tuned(console, found))
+    output.message(f"kept in {user_file()}")
+
+
+def _show_tuned(console: Console, found: list[Tuned]) -> None:
+    from rich.table import Table
+
+    table = Table("kernel", "shapes", "configuration", "ms", "as it was", "tried", "refused")
+    for one in found:
+        _, _, kernel, sizes = one.name.split("; ")
+        numbers, before = " ".join(map(str, one.config)), "-" if one.safe_ms is None else f"{one.safe_ms:.4f}"
+        table.add_row(kernel, sizes, numbers, f"{one.ms:.4f}", before, str(one.tried), str(one.refused))
+    console.print(table)
+
+
 def fast_paths(
-    gpus: list[dict[str, Any]], cuda_build: str | None, cpu_capability: str, uvloop: str | None
+    gpus: list[dict[str, Any]],
+    cuda_build: str | None,
+    cpu_capability: str,
+    uvloop: str | None,
+    triton: str | None = None,
 ) -> list[dict[str, Any]]:
     """What can make llmkit fast on a machine: each path's name, whether it is active, and why.
 
-    cpu_capability: as torch names it. uvloop: the installed version, None when absent.
+    cpu_capability: as torch names it. uvloop, triton: the installed versions, None when absent.
     """
     if gpus:
         cuda, why = True, f"{gpus[0]['name']}"
@@ -86,9 +130,11 @@ def fast_paths(
     else:
         cuda, why = False, "torch sees no CUDA device; check the driver with nvidia-smi"
     paths = [{"name": "CUDA", "active": cuda, "why": why}]
-    paths.append(
-        {"name": "Triton kernels", "active": False, "why": "this version has none; torch operators run instead"}
-    )
+    if triton is None:
+        why = "triton is not installed; torch operators run instead"
+    else:
+        why = f"triton {triton}" if gpus else "they need a CUDA device; compiled kernels or torch operators run instead"
+    paths.append({"name": "Triton kernels", "active": bool(gpus) and triton is not None, "why": why})
     vectors = cpu_capability != "DEFAULT"
     why = f"torch computes with {cpu_capability}" if vectors else "torch found neither AVX2 nor AVX-512"
     paths.append({"name": "vector operators on the CPU", "active": vectors, "why": why})

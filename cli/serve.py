@@ -59,6 +59,27 @@ def serve(
     gpu_memory_utilization: Annotated[
         float, typer.Option(metavar="SHARE", help="Share of the GPU's memory that may be used.")
     ] = 0.9,
+    cpu_offload: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE", help="Weights of a model larger than the GPU that stay in host memory.", show_default="none"
+        ),
+    ] = None,
+    tp: Annotated[
+        int,
+        typer.Option(
+            "--tp",
+            "--tensor-parallel-size",
+            metavar="N",
+            help="Ranks that share every layer, a process each; a sharded MODEL has its own.",
+        ),
+    ] = 1,
+    pp: Annotated[
+        int, typer.Option("--pp", "--pipeline-parallel-size", metavar="N", help="Pipeline stages of layers.")
+    ] = 1,
+    ep: Annotated[
+        int, typer.Option("--ep", metavar="N", help="Groups of ranks over which experts are divided, of --tp.")
+    ] = 1,
     served_model_name: Annotated[
         str | None, typer.Option(metavar="NAME", help="The model's name in the API.", show_default="MODEL's last part")
     ] = None,
@@ -91,6 +112,9 @@ def serve(
             metavar="NAME=DIR", help="A LoRA adapter, served as model NAME; repeat for more.", show_default="none"
         ),
     ] = None,
+    dp: Annotated[
+        int, typer.Option("--dp", metavar="N", help="Replicas of the model on this machine, behind the one port.")
+    ] = 1,
     plan: Annotated[
         bool, typer.Option("--plan", help="Show how memory would be divided and what fits, load nothing, and stop.")
     ] = False,
@@ -100,9 +124,12 @@ def serve(
     in_range("--max-num-seqs", max_num_seqs, 1)
     if max_num_batched_tokens is not None:
         in_range("--max-num-batched-tokens", max_num_batched_tokens, 1)
+    for option, size in (("--tp", tp), ("--pp", pp), ("--ep", ep)):
+        in_range(option, size, 1)
     in_range("--speculate", speculate, 0, 64)
     in_range("--gpu-memory-utilization", gpu_memory_utilization, 0.05, 1)
     in_range("--drain-timeout", drain_timeout, 0)
+    in_range("--dp", dp, 1, 64)
     sizes: dict[str, Any] = {
         "dtype": dtype,
         "device": device,
@@ -116,6 +143,11 @@ def serve(
         "draft_model": draft_model,
         "adapters": _adapters(lora or [], served_model_name or model),
         "gpu_memory_utilization": gpu_memory_utilization,
+        "tp": tp,
+        "pp": pp,
+        "ep": ep,
+        "cpu_offload": parse_size("--cpu-offload", cpu_offload) or 0,
+        "dp": dp,
     }
     engine = EngineOptions(**sizes)
     if plan:
@@ -162,8 +194,8 @@ def _plan(output: Output, model: str, engine: EngineOptions) -> int:
     from llmkit.runtime.load import plan_engine
 
     checkpoint = open_checkpoint(model)
-    checkpoint.require_whole()
-    check_checkpoint(checkpoint, model_spec(checkpoint.config))
+    if checkpoint.layout is None:
+        check_checkpoint(checkpoint, model_spec(checkpoint.config))
     document = {"model": model} | plan_engine(checkpoint, engine).as_dict()
     output.result(document, lambda console: _show_plan(console, document))
     return 0
@@ -203,6 +235,7 @@ def _memory_rows(plan: Mapping[str, Any]) -> list[tuple[str, str]]:
     rows = [
         ("free", bytes_text(plan["free_bytes"])),
         ("weights", bytes_text(plan["weight_bytes"])),
+        *([("weights in host memory", bytes_text(host))] if (host := plan.get("host_weight_bytes")) else []),
         ("workspace of a step, at most", bytes_text(plan["workspace_bytes"])),
         ("KV cache", bytes_text(plan["kv_cache_bytes"])),
         ("KV cache of a token", bytes_text(plan["kv_bytes_per_token"])),

@@ -1,5 +1,5 @@
-"""What lies between the products on a GPU, one Triton kernel each: from qkv to queries and cache, residual sum and norm,
-gated activation."""
+"""What lies between the products on a GPU, one Triton kernel each: from qkv to queries and cache, a residual sum and
+its norm, gated activation."""
 
 from __future__ import annotations
 
@@ -65,10 +65,10 @@ def _place(
     HEADS: tl.constexpr, COUNT: tl.constexpr, DIM: tl.constexpr, PADDED: tl.constexpr, TILE: tl.constexpr,
     TURNED: tl.constexpr, MOST: tl.constexpr, OWN_SCALES: tl.constexpr,
 ) -> None:  # fmt: skip
-    """TILE heads of a token, the first HEADS of COUNT queries'. Each step rounds to the dtype, as the reference does."""
+    """TILE of a token's COUNT heads, the first HEADS of them queries'. Each step rounds to the dtype, as in torch."""
     token, head, d = tl.program_id(0).to(tl.int64), tl.program_id(1) * TILE + tl.arange(0, TILE), tl.arange(0, PADDED)
-    dtype, inside = qkv.dtype.element_ty, (head < COUNT)[:, None] & (d < DIM)[None, :]
-    row = qkv + token * stride + head[:, None] * DIM
+    dtype: tl.constexpr = qkv.dtype.element_ty
+    inside, row = (head < COUNT)[:, None] & (d < DIM)[None, :], qkv + token * stride + head[:, None] * DIM
     x = _head(row, d, inside, head, q_norm, k_norm, eps, HEADS, COUNT, DIM)
     if cos is not None:
         near = d < TURNED

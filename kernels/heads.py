@@ -1,4 +1,4 @@
-"""From the product that makes queries, keys and values to attention. Legend: T tokens, N query and K key-value heads."""
+"""From the product that makes queries, keys and values to attention. T tokens, N query and K key-value heads."""
 
 from __future__ import annotations
 

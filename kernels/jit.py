@@ -22,7 +22,7 @@ if TYPE_CHECKING or torch.cuda.is_available() or "TRITON_INTERPRET" in os.enviro
 else:
     triton = tl = None
 
-__all__ = ["jit", "runs_triton", "tl"]
+__all__ = ["jit", "runs_triton", "tl", "triton"]
 
 
 def jit(function: Callable[..., Any]) -> Any:

@@ -12,12 +12,15 @@ import torch
 
 from llmkit.kernels.jit import jit, runs_triton, tl
 from llmkit.kernels.rounding import FP8
+from llmkit.kernels.tuning import Tunable
 
 if TYPE_CHECKING:
     from llmkit.kernels.attention import KvCache
     from llmkit.kernels.paging import Group
 
 MOST_DIM, MOST_SPLITS, LOG2_E = 256, 64, 1.4426950408889634
+# Tokens of a tile of keys, warps, stages, programs wanted for each multiprocessor.
+TILE = Tunable("attention", ((16, 32, 64, 128), (2, 4, 8), (1, 2, 3, 4, 5), (1, 2, 4, 8)))
 
 
 def attends(q: torch.Tensor, cache: KvCache) -> bool:
@@ -39,9 +42,11 @@ def attention(q: torch.Tensor, cache: KvCache, group: Group, scale: float, softc
     if longest * share > rows and not exact:  # float32 has no tensor cores to fill
         wide = longest * share > 64 and padded <= 128 and torch.cuda.get_device_capability(q.device) >= (9, 0)
         rows = max(rows, 128 if wide else 64)
+    safe = (tokens, 8 if rows >= 64 else 4, 3 if exact or (padded > 128 and rows > 16) else 5, 4)
+    tokens, warps, stages, programs = TILE.config((dim, share, rows, q.dtype, cache.kv.dtype), safe, q.device)
     table, contexts, starts, tiles = group.on_device(rows // share)
     count, window = len(contexts if tiles is None else tiles), group.window or 1 << 30
-    splits = _splits(q.device, count * both // 2, min(table.shape[1] * block, window + rows) // (2 * tokens))
+    splits = _splits(q.device, count * both // 2, min(table.shape[1] * block, window + rows) // (2 * tokens), programs)
     scales = cache.stored if cache.scales is None else cache.scales
     out = q.new_empty(q.shape)
     parts = q.new_empty(length, heads, splits, dim, dtype=torch.float32) if splits > 1 else out
@@ -51,16 +56,16 @@ def attention(q: torch.Tensor, cache: KvCache, group: Group, scale: float, softc
             q, cache.kv, table, contexts, parts, q.stride(0), cache.kv.stride(0), table.stride(0),
             scale * (2 / softcap if softcap else 1) * LOG2_E, starts, tiles, scales, sums, share, block, dim, padded,
             rows, tokens, window, (softcap or 0.0) * LOG2_E, int(cache.scales is not None),
-            num_warps=8 if rows >= 64 else 4, num_stages=3 if exact or (padded > 128 and rows > 16) else 5,
+            num_warps=warps, num_stages=stages,
         )  # fmt: skip
         if sums is not None:
             _combine[length * heads,](parts, sums, out, dim, padded, splits)
     return out
 
 
-def _splits(device: torch.device, programs: int, most: int) -> int:
-    """Among how many programs a context is divided, a power of two: enough for two waves of two a multiprocessor."""
-    wanted = 4 * torch.cuda.get_device_properties(device).multi_processor_count // programs
+def _splits(device: torch.device, programs: int, most: int, per: int = 4) -> int:
+    """Among how many programs a context is divided, a power of two: up to `per` of them for each multiprocessor."""
+    wanted = per * torch.cuda.get_device_properties(device).multi_processor_count // programs
     return 1 << max(1, min(wanted, most, MOST_SPLITS)).bit_length() - 1
 
 

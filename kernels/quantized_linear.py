@@ -13,11 +13,14 @@ from torch.nn.functional import linear, pad
 
 from llmkit.kernels.jit import jit, tl
 from llmkit.kernels.rounding import FP8, FP8_MAX, INT8_MAX
+from llmkit.kernels.tuning import Tunable
 
-CROSSOVER = 512  # rows above which it is faster to dequantize W once
+CROSSOVER = 512  # rows above which it is faster to dequantize W once, at most
 # Up to how many rows: rows and outputs of a tile, warps, stages, programs wanted for each multiprocessor.
 TILES = ((16, 16, 64, 2, 4, 4), (32, 32, 64, 4, 3, 3), (CROSSOVER, 64, 64, 4, 2, 3))
 TILE_OF_FLOAT32 = (CROSSOVER, 16, 64, 4, 2, 4)
+TILE = Tunable("grouped_product", ((16, 32, 64), (32, 64, 128), (2, 4, 8), (2, 3, 4, 5), (1, 2, 3, 4, 6, 8)))
+MOST_ROWS = Tunable("grouped_rows", ((32, 64, 128, 256, CROSSOVER),))  # the crossover
 
 
 class GroupedProduct:
@@ -44,10 +47,12 @@ class GroupedProduct:
         """x: [..., K]. Returns [..., N] in x's dtype. splits: how many sums the blocks make, 0 for the best."""
         rows, (blocks, N) = x.reshape(-1, x.shape[-1]).contiguous(), self._words.shape[:2]
         M, K = rows.shape
-        if M > CROSSOVER:
+        shape: tuple[object, ...] = (self._form["BITS"], self._form["GROUP"], N, K, x.dtype)
+        if M > CROSSOVER or MOST_ROWS.config(shape, (CROSSOVER,), x.device)[0] < M:
             return linear(x, self.dequantize(K, x.dtype), self._bias)
         tile = TILE_OF_FLOAT32 if x.dtype == torch.float32 else next(tile for tile in TILES if tile[0] >= M)
-        _, BM, BN, warps, stages, programs = tile
+        shape = (*shape, max(16, 1 << (M - 1).bit_length()))
+        BM, BN, warps, stages, programs = TILE.config(shape, tile[1:], x.device)
         tiles = (-(-M // BM), -(-N // BN))
         if not splits:
             cores = torch.cuda.get_device_properties(x.device).multi_processor_count
@@ -195,8 +200,8 @@ def _finish(sums: tl.tensor, row_scales: tl.tensor, scales: tl.tensor, bias: tl.
 
 @jit
 def own_scale(x: tl.tensor, MOST: tl.constexpr) -> tl.tensor:
-    """That of `rounding.token_codes` for each row. The largest magnitude is found among bit patterns, where NaN is beyond
-    infinity and is not lost."""
+    """That of `rounding.token_codes` for each row. The largest magnitude is found among bit patterns, where NaN is
+    beyond infinity and is not lost."""
     bits = tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=len(x.shape) - 1)
     scale = tl.div_rn(bits.to(tl.float32, bitcast=True), MOST)
     return tl.maximum(scale, 1e-12, propagate_nan=tl.PropagateNan.ALL)

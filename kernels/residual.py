@@ -21,9 +21,9 @@ def add_norm(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The sum that `add` gives and its `rms_norm`. Without an update the sum is hidden, and without a weight both are
     the sum."""
-    if update is not None and weight is not None and runs_triton(hidden):
-        if hidden.is_contiguous() and update.is_contiguous() and hidden.shape[1] <= elementwise.MOST_HIDDEN:
-            return elementwise.add_norm(hidden, update, scale, weight, eps)
+    fits = runs_triton(hidden) and hidden.is_contiguous() and hidden.shape[1] <= elementwise.MOST_HIDDEN
+    if fits and update is not None and weight is not None:
+        return elementwise.add_norm(hidden, update.contiguous(), scale, weight, eps)
     if update is not None:
         hidden = add(hidden, update, scale)
     return hidden, hidden if weight is None else rms_norm(hidden, weight, eps)

@@ -8,15 +8,18 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
+from itertools import chain
 
 import torch
 from torch.nn.functional import embedding
 
 from llmkit.kernels.activation import gated
 from llmkit.kernels.attention import CODES, AttentionBatch, KvCache, paged_attention
+from llmkit.kernels.experts import Experts, grouped
+from llmkit.kernels.heads import place
+from llmkit.kernels.jit import runs_triton
 from llmkit.kernels.norm import rms_norm
-from llmkit.kernels.residual import add
-from llmkit.kernels.rope import rotate_
+from llmkit.kernels.residual import add, add_norm
 from llmkit.model.device import untouched_zeros
 from llmkit.model.linear import Linear, Rounding
 from llmkit.model.ranks import Ranks
@@ -49,6 +52,7 @@ class DecoderLayer:
         self.rounding = dict(rounding or {})
         self.linears: dict[str, Linear] = dict(linears or {})
         self.norms: dict[str, torch.Tensor] = {}
+        self.adapted = False  # in the step under way, some rows by an adapter
         self.present: Callable[[], AbstractContextManager[None]] = nullcontext  # within it the weights are there
         for name, tensor in tensors.items():
             module, _, kind = name.rpartition(".")
@@ -61,36 +65,54 @@ class DecoderLayer:
         self, hidden: torch.Tensor, rotations: Mapping[str, Rotation], batch: AttentionBatch, cache: KvCache
     ) -> torch.Tensor:
         """hidden: [T, H] in and out. Writes the step's keys and values into `cache`."""
-        with self.present():
-            return self.mlp_block(self.attention_block(hidden, rotations, batch, cache))
+        return add(*self.advance(hidden, None, rotations, batch, cache), self.spec.residual_scale)
 
     def attention_block(
         self, hidden: torch.Tensor, rotations: Mapping[str, Rotation], batch: AttentionBatch, cache: KvCache
     ) -> torch.Tensor:
         """The first half of the layer, norms and residual included."""
-        spec = self.spec
-        qkv = self.linears["attn.qkv"](self._norm(hidden, "attn_norm"))
-        qkv = qkv.view(len(hidden), -1, spec.head_dim)  # [T, N + 2K, D]
-        if spec.qk_norm != "none":
-            qkv = self._norm_qk(qkv)
-        if self.layer.rope is not None:
-            rotate_(qkv[:, : spec.heads + spec.kv_heads], *rotations[self.layer.rope])
-        kv = qkv[:, spec.heads :]
-        if cache.coded and cache.scales is None:
-            cache = KvCache(cache.kv, stored=self._kv_scale)
-        elif not cache.coded and "attn.k" in self.rounding:
-            k, v = kv.chunk(2, dim=1)
-            kv = torch.cat((self.rounding["attn.k"](k), self.rounding["attn.v"](v)), dim=1)
-        group = batch.of(self.layer.window)
-        cache.store(kv, group.slots)
-        seen = paged_attention(qkv[:, : spec.heads], cache, group, spec.attention_scale, spec.attention_softcap)
-        return self._add(hidden, self.ranks.sum(self.linears["attn.o"](seen.flatten(1))), "attn_post_norm")
+        update = self._attend(self._norm(hidden, "attn_norm"), rotations, batch, cache)
+        return add(hidden, update, self.spec.residual_scale)
 
     def mlp_block(self, hidden: torch.Tensor) -> torch.Tensor:
         """The second half of the layer, norms and residual included."""
-        x = self._norm(hidden, "mlp_norm")
-        update = self.ranks.sum(self._experts(x) if self.layer.moe else self._mlp(x, "mlp"))
-        return self._add(hidden, update, "mlp_post_norm")
+        return add(hidden, self._feed(self._norm(hidden, "mlp_norm")), self.spec.residual_scale)
+
+    def advance(
+        self, hidden: torch.Tensor, update: torch.Tensor | None, rotations: Mapping[str, Rotation],
+        batch: AttentionBatch, cache: KvCache,
+    ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+        """The layer on `hidden` and what is yet to be added to it; gives the same two. So sums meet their norms."""
+        scale, eps = self.spec.residual_scale, self.spec.norm_eps
+        with self.present():
+            hidden, x = add_norm(hidden, update, scale, self.norms.get("attn_norm"), eps)
+            update = self._attend(x, rotations, batch, cache)
+            hidden, x = add_norm(hidden, update, scale, self.norms.get("mlp_norm"), eps)
+            return hidden, self._feed(x)
+
+    def _attend(
+        self, x: torch.Tensor, rotations: Mapping[str, Rotation], batch: AttentionBatch, cache: KvCache
+    ) -> torch.Tensor:
+        """What attention adds to the residual stream."""
+        spec, norms, rounding = self.spec, None, None
+        qkv = self.linears["attn.qkv"](x).view(len(x), -1, spec.head_dim)  # [T, N + 2K, D]
+        if spec.qk_norm == "full":
+            qkv = self._norm_qk(qkv)
+        elif spec.qk_norm == "head":
+            norms = self.norms["attn.q_norm"], self.norms["attn.k_norm"]
+        if cache.coded and cache.scales is None:
+            cache = KvCache(cache.kv, stored=self._kv_scale)
+        elif not cache.coded and "attn.k" in self.rounding:
+            rounding = self.rounding["attn.k"], self.rounding["attn.v"]
+        group, rotation = batch.of(self.layer.window), rotations[self.layer.rope] if self.layer.rope else None
+        q = place(qkv, spec.heads, norms, spec.norm_eps, rotation, cache, group.slots, rounding)
+        seen = paged_attention(q, cache, group, spec.attention_scale, spec.attention_softcap)
+        return self._norm(self.ranks.sum(self.linears["attn.o"](seen.flatten(1))), "attn_post_norm")
+
+    def _feed(self, x: torch.Tensor) -> torch.Tensor:
+        """What the MLP or the experts add to the residual stream."""
+        update = self._experts(x) if self.layer.moe else self._mlp(x, "mlp")
+        return self._norm(self.ranks.sum(update), "mlp_post_norm")
 
     def _mlp(self, x: torch.Tensor, name: str) -> torch.Tensor:
         return self.linears[f"{name}.down"](gated(self.linears[f"{name}.gate_up"](x), self.spec.activation))
@@ -103,6 +125,8 @@ class DecoderLayer:
         weights, chosen = scores.topk(experts.per_token, dim=-1)
         if experts.normalize:
             weights = weights / weights.sum(-1, keepdim=True)
+        if runs_triton(x) and not self.adapted and self.together is not None:
+            return self.together(x, chosen, weights)
         out = torch.zeros_like(x)
         for expert in chosen.unique().tolist():
             if f"mlp.experts.{expert}.down" not in self.linears:  # another rank's
@@ -112,6 +136,17 @@ class DecoderLayer:
             answer = self._mlp(x[tokens], f"mlp.experts.{expert}")
             out.index_add_(0, tokens, answer * weights[tokens, place, None].to(x.dtype))
         return out
+
+    @cached_property
+    def together(self) -> Experts | None:
+        """The experts it holds as one, where a GPU can run them so: then the host need not see who is chosen."""
+        experts = self.spec.experts
+        held = [e for e in range(experts.count if experts else 0) if f"mlp.experts.{e}.down" in self.linears]
+        ups, downs = ([self.linears[f"mlp.experts.{e}.{kind}"] for e in held] for kind in ("gate_up", "down"))
+        if experts is None or not held or any(one.bias is not None or one.rounding for one in chain(ups, downs)):
+            return None
+        up, down = ([one.weight for one in part] for part in (ups, downs))
+        return grouped(up, down, held[0], experts.count, self.spec.activation == "gelu_tanh")
 
     def stores_scales(self, kv_dtype: str) -> bool:
         """Whether the checkpoint has scales for a cache of this kind."""
@@ -128,10 +163,8 @@ class DecoderLayer:
         return torch.cat(scales).float().repeat_interleave(self.spec.kv_heads)[:, None, None]
 
     def _norm_qk(self, qkv: torch.Tensor) -> torch.Tensor:
-        """[T, N + 2K, D] with queries and keys normalised, each head or all heads at once."""
+        """[T, N + 2K, D] with queries and keys normalised, all heads at once."""
         q, k, v = qkv.split((self.spec.heads, self.spec.kv_heads, self.spec.kv_heads), dim=1)
-        if self.spec.qk_norm == "head":
-            return torch.cat((self._norm(q, "attn.q_norm"), self._norm(k, "attn.k_norm"), v), dim=1)
         normed = self._norm_all(q.flatten(1), "attn.q_norm"), self._norm_all(k.flatten(1), "attn.k_norm")
         return torch.cat((*normed, v.flatten(1)), dim=1).view_as(qkv)
 
@@ -147,10 +180,6 @@ class DecoderLayer:
         weight = self.norms.get(name)
         return x if weight is None else rms_norm(x, weight, self.spec.norm_eps)
 
-    def _add(self, hidden: torch.Tensor, update: torch.Tensor, norm: str) -> torch.Tensor:
-        update = self._norm(update, norm)
-        return add(hidden, update, self.spec.residual_scale)
-
 
 class Decoder:
     """A whole model.
@@ -160,9 +189,6 @@ class Decoder:
     rounding, linears: by runtime module ("layers.3.attn.qkv", "lm_head"), as DecoderLayer has them. Of a rank's part
     all ranks run the same steps, in which they meet by `ranks`.
     """
-
-    embedding: torch.Tensor  # where the spec `begins`, or is tied and `ends`
-    head: Linear  # where the spec `ends`
 
     def __init__(
         self,
@@ -174,17 +200,16 @@ class Decoder:
     ) -> None:
         self.spec, self.ranks = spec, ranks
         rounding, linears = rounding or {}, linears or {}
-        if "embed.weight" in tensors:
-            self.embedding = tensors.pop("embed.weight")
-        if "lm_head" in linears:
-            self.head = linears["lm_head"]
-        elif spec.ends:
-            weight = self.embedding if spec.tied else tensors.pop("lm_head.weight")
-            self.head = Linear(weight, None, rounding.get("lm_head"))
-        if spec.ends:
-            self.final_norm = tensors.pop("norm.weight") + spec.norm_offset
-        some = self.final_norm if spec.ends else next(iter(tensors.values()))
+        some = next(tensor for name, tensor in tensors.items() if name != "embed.weight")
         self.dtype, self.device = some.dtype, some.device
+        absent = some.new_empty(0)  # in the place of what other pipeline stages have
+        self.embedding = tensors.pop("embed.weight", absent)
+        head = linears.get("lm_head")
+        if head is None:
+            weight = self.embedding if spec.tied else tensors.pop("lm_head.weight", absent)
+            head = Linear(weight, None, rounding.get("lm_head"))
+        self.head = head
+        self.final_norm = tensors.pop("norm.weight", absent) + spec.norm_offset
         self.layers = []
         for index in range(len(spec.layers)):
             prefix = f"layers.{index}."
@@ -216,9 +241,10 @@ class Decoder:
         self, hidden: torch.Tensor, rotations: Mapping[str, Rotation], batch: AttentionBatch, caches: Sequence[KvCache]
     ) -> torch.Tensor:
         """[T, H] embedded tokens -> [T, H] after the last norm."""
+        update, weight = None, self.final_norm if self.spec.ends else None
         for layer, cache in zip(self.layers, caches, strict=True):
-            hidden = layer(hidden, rotations, batch, cache)
-        return rms_norm(hidden, self.final_norm, self.spec.norm_eps) if self.spec.ends else hidden
+            hidden, update = layer.advance(hidden, update, rotations, batch, cache)
+        return add_norm(hidden, update, self.spec.residual_scale, weight, self.spec.norm_eps)[1]
 
     def embed_tokens(self, tokens: torch.Tensor) -> torch.Tensor:
         """[T] -> [T, H]"""

@@ -16,6 +16,7 @@ from llmkit.checkpoint.formats import format_of
 from llmkit.checkpoint.quantized import PackedTensor, QuantizationConfig, QuantizedWeight, Scheme
 from llmkit.checkpoint.reading import CHUNK_BYTES, row_chunks
 from llmkit.checkpoint.source import Checkpoint
+from llmkit.kernels.experts import Shelves
 from llmkit.model.decoder import ALONE, Decoder
 from llmkit.model.families import model_spec
 from llmkit.model.layout import Parameter, Part, ignored_tensor, parameters
@@ -201,25 +202,29 @@ def read_rounding(
 
 def load_model(
     checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device | str = "cpu", *, packed: bool = False,
-    spec: ModelSpec | None = None, ranks: Ranks = ALONE,
+    spec: ModelSpec | None = None, ranks: Ranks = ALONE, offloaded: int = 0,
 ) -> Decoder:  # fmt: skip
     """The whole model on one device. At most PACKERS weights are held in another form than their last.
 
     packed: for serving, linears of the forms that `serving_linear` chooses, and not dense ones of `dtype`, which
     calibration reads. spec, ranks: for a checkpoint that has a rank's part (see `rank_spec`), and to meet the others.
+    offloaded: so many of the last layers' linears are left in host memory.
     Raises InputError when the checkpoint does not fit its own config.
     """
     spec = spec or model_spec(checkpoint.config)
     check_checkpoint(checkpoint, spec)
     cpu = torch.device(device).type == "cpu"
+    away = tuple(f"layers.{len(spec.layers) - place}." for place in range(1, offloaded + 1))
     rows = {row.name: row for row in parameters(spec) if not _added_elsewhere(spec, row)}
     tensors: dict[str, torch.Tensor] = {}
+    shelves = Shelves(name for name, row in rows.items() if row.expert is not None)
     rounding: dict[str, Rounding] = {}
     linears: dict[str, Future[Linear]] = {}
     with ThreadPoolExecutor(PACKERS) as pool:
         packing: deque[Future[Linear]] = deque()
         for row in rows.values():
             rounding |= read_rounding(checkpoint, row, device)
+            where = "cpu" if row.name.startswith(away) and len(row.shape) == 2 else device
             if packed and cpu and row.name == "embed.weight":  # looked up as it is stored, when that is smaller
                 (table,) = _read_stored(checkpoint, row, device)
                 assert isinstance(table, torch.Tensor)
@@ -229,14 +234,16 @@ def load_model(
             elif packed and (
                 (row.linear or row.head) if cpu else packs_on(device, row, checkpoint.quantization, dtype)
             ):
-                parts, bias = _read_stored(checkpoint, row, device), rows.get(f"{row.module}.bias")
+                parts, bias = _read_stored(checkpoint, row, where), rows.get(f"{row.module}.bias")
                 added = read_parameter(checkpoint, bias, dtype, device) if bias else None
                 linears[row.module] = pool.submit(serving_linear, parts, added, rounding.get(row.module), dtype, device)
                 packing.append(linears[row.module])
                 if len(packing) > PACKERS:
                     packing.popleft().result()
             elif row.module not in linears:  # a bias there has been read with its weight
-                tensors[row.name] = read_parameter(checkpoint, row, dtype, device)
+                tensors[row.name] = read_parameter(checkpoint, row, dtype, where)
+                if row.expert is not None and row.linear and where is device and not cpu:
+                    tensors[row.name] = shelves.put(row.name, tensors[row.name])
         return Decoder(spec, tensors, rounding, {name: one.result() for name, one in linears.items()}, ranks)
 
 

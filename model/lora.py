@@ -16,7 +16,7 @@ from llmkit.checkpoint.adapter import AdapterFiles
 from llmkit.model.decoder import Decoder, DecoderLayer
 from llmkit.model.layout import Parameter, parameters
 from llmkit.model.linear import Linear
-from llmkit.model.spec import ModelSpec
+from llmkit.model.spec import ModelSpec, RankSpec
 
 Rows = slice | torch.Tensor  # of a step's: consecutive ones, or int64 [n]
 
@@ -36,20 +36,41 @@ def load_adapter(
 
     Raises InputError for anything but plain LoRA of linear layers that the model has, of the shapes that it has.
     """
-    linears = [row for row in parameters(spec) if row.name.startswith("layers.") and len(row.shape) == 2]
+    linears = [row for row in parameters(spec.whole) if row.name.startswith("layers.") and len(row.shape) == 2]
     shapes = {
         tensor: (sum(part.shape[0] for part in row.parts if part.tensor == tensor), row.shape[1])
         for row in linears
         for tensor in row.tensors
     }
+    modules = {row.tensors: row.module for row in parameters(spec)}  # of a rank those that it has
     files, updates = AdapterFiles(directory, shapes), {}
     for row in linears:
+        if row.tensors not in modules:
+            continue
         read = {tensor: files.read(tensor, dtype) for tensor in row.tensors}
         pieces = [(one[0], _spread(row, tensor, one[1])) for tensor, one in read.items() if one is not None]
         if pieces:
             a, b = torch.cat([a for a, _ in pieces]), torch.cat([b for _, b in pieces], dim=1)
-            updates[row.module] = Update(a.to(device), b.to(device))
+            a, b = (a, b) if spec.rank is None else _of_rank(row, spec.rank, a, b)
+            updates[modules[row.tensors]] = Update(a.to(device), b.to(device))
     return updates
+
+
+def _of_rank(row: Parameter, part: RankSpec, a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The columns of `a` or the rows of `b` that belong to what a rank has of a parameter."""
+    tp = part.tp if row.expert is None else part.tp // part.ep
+    split = row.parts[0].split
+    if split.kind == "replicated":
+        return a, b
+    if split.dim == 1:
+        start, stop = split.interval(part.rank % tp, tp)
+        return a[:, start:stop], b
+    rows, at = [], 0
+    for piece in row.parts:
+        start, stop = piece.split.interval(part.rank % tp, tp)
+        rows.append(b[at + start : at + stop])
+        at += piece.shape[0]
+    return a, torch.cat(rows)
 
 
 def _spread(row: Parameter, tensor: str, b: torch.Tensor) -> torch.Tensor:
@@ -115,9 +136,13 @@ class Adapters:
             for key, own in rows.items()
         ]
         try:
+            for layer in self._layers:
+                layer.adapted = bool(self.segments)
             yield
         finally:
             self.segments = []
+            for layer in self._layers:
+                layer.adapted = False
 
 
 class AdaptedLinear(Linear):

@@ -18,11 +18,21 @@ from typing import Generic, TypeVar
 
 import msgspec
 
-from llmkit.checkpoint.errors import LlmkitError, ShortageError, is_out_of_memory
+from llmkit.checkpoint.errors import (
+    InputError,
+    LlmkitError,
+    OutputError,
+    ShortageError,
+    UsageError,
+    is_out_of_memory,
+)
 
 _LENGTH = struct.Struct("<I")
 _READ_BYTES = 1 << 18
 _encoder = msgspec.msgpack.Encoder()
+_KINDS: dict[int, type[LlmkitError]] = {
+    kind.exit_code: kind for kind in (UsageError, InputError, ShortageError, OutputError)
+}
 In = TypeVar("In")
 
 
@@ -44,6 +54,10 @@ class Failed(msgspec.Struct, tag=True):
             todo = "Lower --max-num-seqs, --max-num-batched-tokens or --max-model-len"
             return cls(ShortageError.exit_code, f"out of memory ({text.splitlines()[0]})", todo=todo)
         return cls(LlmkitError.exit_code, f"the engine failed: {text}")
+
+    def error(self, who: str = "") -> LlmkitError:
+        """The LlmkitError that it tells of, of the class that its exit code stands for. who: what to put before it."""
+        return _KINDS.get(self.exit_code, LlmkitError)(who + self.what, self.expected, self.todo)
 
 
 def frame(message: msgspec.Struct) -> bytes:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
@@ -15,10 +16,11 @@ from llmkit.checkpoint.reading import CHUNK_BYTES, READERS
 from llmkit.checkpoint.source import Checkpoint, open_checkpoint
 from llmkit.kernels import native
 from llmkit.kernels.linear import has_int8_products
-from llmkit.model.decoder import Decoder
+from llmkit.model.decoder import ALONE, Decoder
 from llmkit.model.device import resolve_device
 from llmkit.model.families import model_spec
 from llmkit.model.loader import load_model, stored_tensors
+from llmkit.model.ranks import Ranks
 from llmkit.model.spec import ModelSpec
 from llmkit.runtime.engine.engine import Engine
 from llmkit.runtime.engine.graphs import Graphs
@@ -33,11 +35,14 @@ from llmkit.runtime.engine.memory import (
     weight_bytes,
 )
 from llmkit.runtime.engine.types import EngineConfig, EngineOptions
+from llmkit.runtime.offload import HostLayers, Offload, host_layers
+from llmkit.shard.rank import rank_parts
 
 __all__ = ["EngineOptions", "EnginePlan", "StartUp", "load_engine", "plan_engine", "resolve_dtype"]
 
 CHUNK_TOKENS = 256  # of a prompt in a step while others wait, at least
 STEP_TOKENS = {"cuda": 8192, "cpu": 512}  # a CPU computes no more of them at once any faster
+E = TypeVar("E", bound=Engine)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -50,6 +55,7 @@ class EnginePlan:
     kv_dtype: str | None  # "int8" or "fp8"; None: `dtype`
     step_tokens: int
     memory: MemoryPlan
+    host: HostLayers
 
     def as_dict(self) -> dict[str, str | int | dict[str, int]]:
         """The plan as one JSON-ready document."""
@@ -60,6 +66,8 @@ class EnginePlan:
             "kv_cache_dtype": self.kv_dtype or dtype,
         }
         own["max_num_batched_tokens"] = self.step_tokens
+        if self.host.layers:
+            own |= {"host_layers": self.host.layers, "host_weight_bytes": self.host.bytes}
         return own | self.memory.as_dict()
 
 
@@ -80,13 +88,29 @@ class StartUp:
 
 
 def plan_engine(checkpoint: Checkpoint, options: EngineOptions) -> EnginePlan:
-    """What loading would do, from headers and estimates; nothing is loaded. Raises as `load_engine` does."""
-    checkpoint.require_whole()
+    """What loading would do, from headers and estimates; nothing is loaded. Raises as `load_engine` does.
+
+    For a model on several ranks, it is that of the one with the least room for keys and values.
+    """
+    if not on_ranks(checkpoint, options):
+        return plan_part(checkpoint, model_spec(checkpoint.config), options)
+    parts = rank_parts(checkpoint, options.tp, options.pp, options.ep)
+    plans = [plan_part(part.checkpoint, part.spec, options, len(parts)) for part in parts]
+    return min(plans, key=lambda plan: plan.memory.num_blocks)
+
+
+def on_ranks(checkpoint: Checkpoint, options: EngineOptions) -> bool:
+    """Whether the model is served in parts."""
+    return checkpoint.layout is not None or max(options.tp, options.pp, options.ep) > 1
+
+
+def plan_part(checkpoint: Checkpoint, spec: ModelSpec, options: EngineOptions, ranks: int = 1) -> EnginePlan:
+    """The plan of a whole model, or of one of `ranks` parts, which share what memory a CPU has."""
     device = resolve_device(options.device)
     dtype = resolve_dtype(options.dtype, checkpoint, device)
-    spec = model_spec(checkpoint.config)
-    free = free_bytes(device, options.gpu_memory_utilization)
-    weights = weight_bytes(checkpoint, spec, dtype, device)
+    free = free_bytes(device, options.gpu_memory_utilization) // (1 if device.type == "cuda" else ranks * options.dp)
+    host = host_layers(checkpoint, spec, dtype, device, options.cpu_offload)
+    weights = weight_bytes(checkpoint, spec, dtype, device) - host.bytes + host.buffers
     draft = None if options.draft_model is None else _open_draft(options.draft_model, spec)
     if draft is not None:
         weights += weight_bytes(draft, model_spec(draft.config), dtype, device)
@@ -111,7 +135,7 @@ def plan_engine(checkpoint: Checkpoint, options: EngineOptions) -> EnginePlan:
         max_num_seqs=options.max_num_seqs,
         kv_cache_memory=options.kv_cache_memory,
     )
-    return EnginePlan(device, dtype, kv_dtype, tokens, memory)
+    return EnginePlan(device, dtype, kv_dtype, tokens, memory, host)
 
 
 def load_engine(
@@ -124,18 +148,78 @@ def load_engine(
     options, start = options or EngineOptions(), start or StartUp()
     with start.stage("checkpoint check"):
         checkpoint = model if isinstance(model, Checkpoint) else open_checkpoint(model)
+    if on_ranks(checkpoint, options):
+        from llmkit.runtime.parallel.lead import load_on_ranks  # processes and their messages
+
+        return load_on_ranks(checkpoint, options, start)
+    return load_part(checkpoint, model_spec(checkpoint.config), options, start).engine(start, Engine)
+
+
+@dataclass(frozen=True)
+class LoadedPart:
+    """A model or a rank's part of it in memory, and what memory there is for the rest of an engine."""
+
+    checkpoint: Checkpoint
+    options: EngineOptions
+    model: Decoder
+    draft: Decoder | None
+    plan: EnginePlan
+
+    def engine(self, start: StartUp, kind: type[E]) -> E:
+        """The engine, of a kind of Engine."""
+        options, plan, memory = self.options, self.plan, self.plan.memory
+        start.plan = plan
+        start.paths += fast_paths(plan.device)
+        if plan.host.layers:
+            start.paths.append(f"CUDA graphs: off, the weights of {plan.host.layers} layers come from host memory")
+        config = EngineConfig(
+            max_model_len=memory.max_model_len,
+            num_blocks=memory.num_blocks,
+            device=plan.device,
+            dtype=plan.dtype,
+            max_num_seqs=options.max_num_seqs,
+            max_num_batched_tokens=plan.step_tokens,
+            kv_dtype=plan.kv_dtype,
+            prefix_cache=options.prefix_cache,
+            chunk_tokens=max(CHUNK_TOKENS, plan.step_tokens // 4),
+            ahead=plan.device.type == "cuda" and not options.speculate and self.model.ranks.stages == 1,
+            speculate=options.speculate,
+        )
+        with start.stage("KV cache"):
+            engine = kind(self.model, config, eos_ids(self.checkpoint), self.draft)
+        if isinstance(graphs := engine.runner.recordings, Graphs):
+            graphs.possible = graphs.possible and not plan.host.layers
+            with start.stage("CUDA graphs"):
+                graphs.prepare()
+        for name, directory in options.adapters.items():
+            with start.stage("adapters"):
+                engine.add_adapter(name, directory)
+        return engine
+
+
+def load_part(
+    checkpoint: Checkpoint,
+    spec: ModelSpec,
+    options: EngineOptions,
+    start: StartUp,
+    ranks: Ranks = ALONE,
+    count: int = 1,
+) -> LoadedPart:
+    """Plan and load a whole model, or one of `count` parts of it, which will meet the others by `ranks`."""
     with start.stage("memory plan"):
-        plan = plan_engine(checkpoint, options)
+        plan = plan_part(checkpoint, spec, options, count)
     device, dtype, memory = plan.device, plan.dtype, plan.memory
-    loaded = _load(checkpoint, dtype, device, start)
+    loaded = _load(checkpoint, spec, dtype, device, start, ranks, plan.host.layers)
     draft = None
     if options.draft_model is not None:
-        draft = _load(_open_draft(options.draft_model, loaded.spec), dtype, device, start)
+        opened = _open_draft(options.draft_model, spec)
+        draft = _load(opened, model_spec(opened.config), dtype, device, start)
     with start.stage("memory plan"):
         weights, workspace = sum(loaded_bytes(m) for m in (loaded, draft) if m is not None), memory.workspace
         if device.type == "cuda":
             weights = torch.cuda.memory_allocated(device)
-            workspace = measure_workspace(loaded, plan.step_tokens, options.max_num_seqs)
+            if spec.rank is None:  # a part's steps need the others
+                workspace = measure_workspace(loaded, plan.step_tokens, options.max_num_seqs)
         memory = plan_memory(
             loaded.spec,
             device.type,
@@ -147,36 +231,18 @@ def load_engine(
             max_num_seqs=options.max_num_seqs,
             kv_cache_memory=options.kv_cache_memory,
         )
-    start.plan = replace(plan, memory=memory)
-    start.paths = fast_paths(device)
-    config = EngineConfig(
-        max_model_len=memory.max_model_len,
-        num_blocks=memory.num_blocks,
-        device=device,
-        dtype=dtype,
-        max_num_seqs=options.max_num_seqs,
-        max_num_batched_tokens=plan.step_tokens,
-        kv_dtype=plan.kv_dtype,
-        prefix_cache=options.prefix_cache,
-        chunk_tokens=max(CHUNK_TOKENS, plan.step_tokens // 4),
-        ahead=device.type == "cuda" and not options.speculate,
-        speculate=options.speculate,
-    )
-    with start.stage("KV cache"):
-        engine = Engine(loaded, config, eos_ids(checkpoint), draft)
-    if isinstance(graphs := engine.runner.recordings, Graphs):
-        with start.stage("CUDA graphs"):
-            graphs.prepare()
-    for name, directory in options.adapters.items():
-        with start.stage("adapters"):
-            engine.add_adapter(name, directory)
-    return engine
+    return LoadedPart(checkpoint, options, loaded, draft, replace(plan, memory=memory))
 
 
-def _load(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, start: StartUp) -> Decoder:
-    names = _read_whole(checkpoint, dtype)
+def _load(
+    checkpoint: Checkpoint, spec: ModelSpec, dtype: torch.dtype, device: torch.device, start: StartUp,
+    ranks: Ranks = ALONE, offloaded: int = 0,
+) -> Decoder:  # fmt: skip
+    names = _read_whole(checkpoint, spec, dtype)
     with start.stage("building"), _cores_for_readers(), checkpoint.reading_ahead(names) as ahead:
-        loaded = load_model(checkpoint, dtype, device, packed=True)
+        loaded = load_model(checkpoint, dtype, device, packed=True, spec=spec, ranks=ranks, offloaded=offloaded)
+        if offloaded:
+            Offload(loaded.layers[-offloaded:], device)
     checkpoint.require_unchanged()
     start.seconds["building"] -= ahead.waited_s
     start.seconds["waiting for the disk"] = start.seconds.get("waiting for the disk", 0.0) + ahead.waited_s
@@ -214,9 +280,9 @@ def _cores_for_readers() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _read_whole(checkpoint: Checkpoint, dtype: torch.dtype) -> list[str]:
+def _read_whole(checkpoint: Checkpoint, spec: ModelSpec, dtype: torch.dtype) -> list[str]:
     """The tensors in the order in which they are loaded, without large ones to be cast, which are read in pieces."""
-    stored = stored_tensors(model_spec(checkpoint.config), checkpoint.quantization)
+    stored = stored_tensors(spec, checkpoint.quantization)
     infos = [checkpoint.tensors[name] for name in stored if name in checkpoint.tensors]
     return [info.name for info in infos if info.torch_dtype == dtype or info.nbytes <= CHUNK_BYTES]
 

@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from llmkit.checkpoint.errors import InputError, UsageError
-from llmkit.shard.plan import plan_shards
-from llmkit.shard.shard import checked_spec
+from llmkit.shard.shard import checked_spec, plan_source
 from llmkit.shard.source import Source
 from llmkit.shard.validity import valid_layouts
 
@@ -53,7 +52,7 @@ def plan_report(
     works = [{"tp": size, "ep": with_it} for size, with_it in valid_layouts(spec, quantization).items()]
     report: dict[str, Any] = {"refusal": None, "works": works, "max_pp": len(spec.layers)}
     try:
-        made = plan_shards(spec, quantization, source.tensors, tp, pp, ep, pp_layers).to_json()
+        made = plan_source(source, tp, pp, ep, pp_layers).to_json()
     except InputError as error:
         return {
             "tp": tp,

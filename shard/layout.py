@@ -72,7 +72,14 @@ def sharded_manifest(path: Path) -> dict[str, Any]:
     manifest = load_manifest(path) if path.is_dir() else None
     if manifest is None or not manifest.get("layout"):
         raise InputError(f"{path} is not sharded", "A directory that `llmkit shard` wrote was expected")
-    if (said := manifest.get("sha256")) != (found := manifest_digest(manifest)):
+    if "sha256" not in manifest:
+        maker = manifest.get("tool", {}).get("version", "0.1.0")
+        raise InputError(
+            f"{path} was sharded by llmkit {maker}, whose layouts had another form",
+            "A layout whose llmkit.json has a SHA-256 of its own",
+            f"Shard its source again, or merge it with that version: llmkit shard merge {path} -o DIR",
+        )
+    if (said := manifest["sha256"]) != (found := manifest_digest(manifest)):
         raise InputError(
             f"{path / MANIFEST} has SHA-256 {found}, itself it says {said}",
             "The manifest as `llmkit shard` wrote it",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +17,7 @@ from llmkit.model.loader import check_checkpoint
 from llmkit.model.spec import ModelSpec
 from llmkit.shard.plan import ShardPlan, plan_shards
 from llmkit.shard.source import Source
-from llmkit.shard.stream import write_output
+from llmkit.shard.stream import require_ordered_groups, write_output
 from llmkit.shard.vllm import plan_vllm
 
 Form = Literal["llmkit", "vllm"]
@@ -52,7 +53,7 @@ def shard(
     sizes = {"tp": plan.tp, "pp": plan.pp, "ep": plan.ep, "stages": plan.stages}
     identity = {"command": "shard", **sizes, "source": checkpoint.stamps}
     manifest = {"layout": plan.layout(), **({"source": opened.origin} if opened.origin else {})}
-    with CheckpointWriter(output, files, checkpoint, identity, of_ranks=True) as writer:
+    with CheckpointWriter(output, files, checkpoint, identity) as writer:
         for file, name, data in plan.constants():
             writer.write_chunk(file, name, 0, data)
         write_output(opened, plan.targets(), writer, manifest, progress)
@@ -85,4 +86,5 @@ def plan_source(
         plan: ShardPlan = plan_vllm(spec, quantization, source.tensors, tp)
     else:
         plan = plan_shards(spec, quantization, source.tensors, tp, pp, ep, pp_layers)
+        require_ordered_groups(source, itertools.chain(*plan.targets().values()))
     return replace(plan, left_out=source.layout.left_out) if source.layout else plan

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,7 +9,7 @@ import numpy as np
 
 from llmkit.checkpoint.errors import InputError
 from llmkit.checkpoint.files import CONFIG
-from llmkit.checkpoint.manifest import check_header, mismatch
+from llmkit.checkpoint.manifest import mismatch
 from llmkit.checkpoint.reading import FileDigest, read_into, sha256_file
 from llmkit.checkpoint.safetensors_header import TensorInfo, read_header
 from llmkit.checkpoint.source import Checkpoint
@@ -45,7 +44,8 @@ class Source:
         self.checkpoint = checkpoint
         self.layout: Layout | None = None
         self._headers: dict[str, dict[str, TensorInfo]] = {}  # of a sharded one's files
-        self._digests: dict[tuple[str, str], FileDigest] = {}  # of files; of single tensors where it is sharded
+        self._digests: dict[str, FileDigest] = {}  # of safetensors files
+        self._kept: dict[str, Block] = {}  # tensors that were read before their turn
         self.tensors = dict(sorted(checkpoint.tensors.items(), key=lambda item: (item[1].file, item[1].start)))
         if checkpoint.layout is not None:
             self.layout = read_layout(checkpoint.path)
@@ -59,8 +59,8 @@ class Source:
             for stored in self.layout.slices:
                 self._located(stored)
             self.tensors = self.layout.tensors
-        elif checkpoint.kind == "safetensors":
-            self._digests = {(file, ""): FileDigest(checkpoint.folder / file) for file in checkpoint.weight_files}
+        if checkpoint.kind == "safetensors":
+            self._digests = {file: FileDigest(checkpoint.folder / file) for file in checkpoint.weight_files}
 
     @property
     def whole(self) -> Checkpoint:
@@ -80,6 +80,8 @@ class Source:
 
     def read(self, name: str, grid: Grid, chunk: Chunk) -> Block:
         """A chunk of a tensor, in memory of its own. Raises InputError when a file is cut short."""
+        if name in self._kept:
+            return self._kept.pop(name)
         if self.layout is not None:
             return self._assemble(name, grid, chunk)
         info, shape = self.tensors[name], grid.shape_of(chunk)
@@ -90,14 +92,18 @@ class Source:
         read = self._bytes(info, start, stop)
         return Block(read.data.reshape(shape), (read,))
 
+    def keep(self, name: str) -> Bytes:
+        """A small tensor of one dimension, which is kept until `read` asks for it: it is read once."""
+        if name not in self._kept:
+            info = self.tensors[name]
+            grid = Grid.of(info.dtype, info.shape, 0)
+            self._kept[name] = self.read(name, grid, grid.whole)
+        return self._kept[name].view
+
     def hash(self, block: Block) -> None:
         """Take up what was read into the digests. Blocks come in the order of `sequence`."""
         for read in block.reads:
-            info = read.info
-            key = (info.file, info.name if self.layout else "")
-            if key not in self._digests:
-                self._digests[key] = FileDigest(self.checkpoint.folder / info.file, info.start)
-            digest = self._digests[key]
+            digest = self._digests[read.info.file]
             digest.catch_up(read.start)
             digest.add(read.start, read.data.data)
             digest.forget()
@@ -105,35 +111,17 @@ class Source:
     def check(self) -> None:
         """Read and hash what no tensor was made of. Raises InputError when something differs from the manifest.
 
-        A whole checkpoint's `source_hashes` are then those of the bytes that were read.
+        The checkpoint's `source_hashes` are then those of the bytes that were read.
         """
-        if self.layout is not None:
-            problem = next(self._problems(self.layout), None)
-            if problem:
-                raise mismatch(problem)
-            return
         checkpoint = self.checkpoint
         if self._digests:
-            sizes = {file: (checkpoint.folder / file).stat().st_size for file, _ in self._digests}
-            hashes = {file: digest.hexdigest(sizes[file]) for (file, _), digest in self._digests.items()}
-            checkpoint.set_source_hashes({CONFIG: sha256_file(checkpoint.folder / CONFIG), **hashes})
+            read = {file: d.hexdigest((checkpoint.folder / file).stat().st_size) for file, d in self._digests.items()}
+            checkpoint.set_source_hashes({CONFIG: sha256_file(checkpoint.folder / CONFIG), **read})
         recorded = checkpoint.manifest["files"] if checkpoint.manifest else {}
         for file, found in checkpoint.source_hashes().items():
             if file in recorded and recorded[file]["sha256"] != found:
                 raise mismatch(
                     f"{checkpoint.folder / file} has SHA-256 {found}, llmkit.json says {recorded[file]['sha256']}"
-                )
-
-    def _problems(self, layout: Layout) -> Iterator[str]:
-        """What differs from a sharded checkpoint's manifest. Replicas that nothing was made of are read now."""
-        folder, files = self.checkpoint.folder, (self.checkpoint.manifest or {})["files"]
-        yield from filter(None, (check_header(folder / file, files[file]) for file in layout.files))
-        for stored in layout.slices:
-            info = self._located(stored)
-            digest = self._digests.pop((info.file, info.name), None) or FileDigest(folder / info.file, info.start)
-            if (found := digest.hexdigest(info.end)) != stored.sha256:
-                yield (
-                    f"{folder / info.file}: tensor {info.name} has SHA-256 {found}, llmkit.json says {stored.sha256}"
                 )
 
     def _bytes(self, info: TensorInfo, start: int, stop: int) -> Read:

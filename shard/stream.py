@@ -5,7 +5,7 @@ The next chunk is read, and the last one hashed for the source's own digests, wh
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -65,6 +65,17 @@ def write_output(
         raise
     progress.finish()
     writer.finish(checkpoint.config, checkpoint.side_files(), manifest)
+
+
+def require_ordered_groups(source: Source, targets: Iterable[Target]) -> None:
+    """Refuse to split what act-order has mixed, before anything is written. Raises InputError.
+
+    What is read for it is kept for when its turn comes.
+    """
+    for target in targets:
+        piece = target.piece
+        if piece.derived == "group_index" and piece.length < piece.source_shape[0]:
+            derived_values(source.keep(piece.name).tobytes(), piece, source)
 
 
 def _jobs(

@@ -61,8 +61,11 @@ class ServerProcess:
         headers = {} if self.key is None else {"authorization": f"Bearer {self.key}"}
         return httpx.Client(base_url=self.url, headers=headers, timeout=60)
 
+    def engines(self) -> list[psutil.Process]:
+        return psutil.Process(self.process.pid).children()
+
     def engine(self) -> psutil.Process:
-        (child,) = psutil.Process(self.process.pid).children()
+        (child,) = self.engines()
         return child
 
     def metric(self, name: str) -> float:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
+import itertools
 import json
 import os
 import shutil
@@ -225,6 +227,38 @@ def test_chunks_give_the_bytes_of_whole_tensors(tmp_path: Path) -> None:
                     writer.write_chunk(file, planned.name, cut, data[cut:])
         writer.finish({"model_type": "x"}, {"tokenizer.json": b"{}"}, {"seed": 1})
     assert contents(tmp_path / "whole") == contents(tmp_path / "out")
+
+
+@pytest.mark.parametrize("refused", ["nothing", "open", "write"])
+def test_large_chunks_past_the_page_cache(refused: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wherever they begin and end; a file system that cannot do it says so when a file is opened or written."""
+    data = {"a": os.urandom(7), "b": os.urandom(20_000_003), "c": os.urandom(3_000_000)}
+    plan = plan_files([PlannedTensor(name, "U8", (len(value),)) for name, value in data.items()])
+    cuts = {"b": [0, 5, 1_100_000, 1_100_001, 2_148_577, 12_148_577, 20_000_003]}
+    opened, pwrite = os.open, os.pwrite
+
+    def no_open(path: Any, flags: int, *more: Any, **named: Any) -> int:
+        if flags & os.O_DIRECT:
+            raise OSError(errno.EINVAL, "Invalid argument")
+        return opened(path, flags, *more, **named)
+
+    def no_write(fd: int, view: memoryview, position: int) -> int:
+        if fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_DIRECT:
+            raise OSError(errno.EINVAL, "Invalid argument")
+        return pwrite(fd, view, position)
+
+    if refused == "open":
+        monkeypatch.setattr(os, "open", no_open)
+    if refused == "write":
+        monkeypatch.setattr(os, "pwrite", no_write)
+    with CheckpointWriter(tmp_path / "out", plan) as writer:
+        for name, value in data.items():
+            for start, stop in itertools.pairwise(cuts.get(name, [0, len(value)])):
+                writer.write_chunk("model.safetensors", name, start, value[start:stop])
+        writer.finish({"model_type": "x"}, {}, {})
+    assert verify_manifest(tmp_path / "out") == []
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    assert {name: tensor.numpy().tobytes() for name, tensor in found.items()} == data
 
 
 def test_sharded_layouts_hold_a_name_in_several_files(tmp_path: Path) -> None:

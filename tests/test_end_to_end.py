@@ -240,6 +240,13 @@ async def complete(client: openai.AsyncOpenAI, prompt: str) -> list[int]:
     return answered.choices[0].token_ids
 
 
+async def answers(server: Server, prompts: list[str], at_once: bool = False) -> list[list[int]]:
+    async with openai.AsyncOpenAI(base_url=server.url, api_key="none", timeout=300) as client:
+        if at_once:
+            return list(await asyncio.gather(*(complete(client, prompt) for prompt in prompts)))
+        return [await complete(client, prompt) for prompt in prompts]
+
+
 def test_served_tokens_equal_the_dequantized_weights_in_transformers(int4: Path, server: Server, oracle) -> None:
     tokenizer = transformers.AutoTokenizer.from_pretrained(int4)
     model = transformers.AutoModelForCausalLM.from_config(oracle.config).float().eval()
@@ -249,15 +256,23 @@ def test_served_tokens_equal_the_dequantized_weights_in_transformers(int4: Path,
     model.tie_weights()
     model.generation_config.eos_token_id = None
 
-    async def ours() -> list[list[int]]:
-        async with openai.AsyncOpenAI(base_url=server.url, api_key="none", timeout=300) as client:
-            alone = [await complete(client, prompt) for prompt in PROMPTS]
-            together = await asyncio.gather(*(complete(client, prompt) for prompt in PROMPTS))
-        assert together == alone, "16 requests at once must give what each gives alone"
-        return alone
-
-    for prompt, ids in zip(PROMPTS, asyncio.run(ours()), strict=True):
+    alone = asyncio.run(answers(server, PROMPTS))
+    together = asyncio.run(answers(server, PROMPTS, at_once=True))
+    assert together == alone, "16 requests at once must give what each gives alone"
+    for prompt, ids in zip(PROMPTS, alone, strict=True):
         assert ids == answer(model, tokenizer(prompt)["input_ids"], 32), prompt
+
+
+def test_three_ranks_answer_as_one(int4: Path, server: Server, work: Path) -> None:
+    llmkit("shard", int4, "--tp", 3, "-o", work / "three")
+    ranks = Server(work / "three", work / "three.log")
+    try:
+        assert asyncio.run(answers(ranks, PROMPTS, at_once=True)) == asyncio.run(answers(server, PROMPTS))
+        assert ranks.stop() == 0
+    finally:
+        ranks.process.kill()
+    said = (work / "three.log").read_text()
+    assert all(f"rank {rank}: rank-pp0-tp{rank}.safetensors, " in said for rank in range(3))
 
 
 def test_a_streamed_chat_answer_and_a_graceful_stop(server: Server) -> None:

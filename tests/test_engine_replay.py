@@ -37,13 +37,13 @@ def answers(one: Engine) -> list[list[int]]:
 def layers_run(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The tokens of each pass through a layer."""
     seen: list[int] = []
-    call = DecoderLayer.__call__
+    call = DecoderLayer.advance
 
-    def counted(self: DecoderLayer, hidden: torch.Tensor, *arguments: Any) -> torch.Tensor:
+    def counted(self: DecoderLayer, hidden: torch.Tensor, *arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
         seen.append(len(hidden))
         return call(self, hidden, *arguments)
 
-    monkeypatch.setattr(DecoderLayer, "__call__", counted)
+    monkeypatch.setattr(DecoderLayer, "advance", counted)
     return seen
 
 

@@ -1,4 +1,4 @@
-"""The small Triton kernels against torch: by the interpreter, and compiled for Hopper."""
+"""The small Triton kernels against torch: by the interpreter, and compiled for two GPUs."""
 
 from __future__ import annotations
 
@@ -6,41 +6,78 @@ from pathlib import Path
 
 import pytest
 import torch
-from triton_checks import compiled_for_hopper, interpreted
+from elementwise_cases import (
+    SUMS,
+    TOLERANCES,
+    Placed,
+    Placement,
+    assert_placed,
+    by_reference,
+    placed_arguments,
+    placed_cases,
+    sum_arguments,
+)  # fmt: skip
+from triton_checks import Compiled, compiled_for, interpreted
 
 from llmkit.kernels import elementwise
 from llmkit.kernels.activation import gated
-from llmkit.kernels.rope import rotate_
+from llmkit.kernels.norm import rms_norm
+from llmkit.kernels.residual import add, add_norm
+
+PLACED = placed_cases()
 
 
-def turned(tokens: int, half: int) -> tuple[torch.Tensor, torch.Tensor]:
-    angles = torch.rand(tokens, 1, half, generator=torch.Generator().manual_seed(half)) * 6
-    cos, sin = angles.cos(), angles.sin()
-    return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
+@pytest.fixture(scope="module")
+def placements(tmp_path_factory: pytest.TempPathFactory) -> list[Placement]:
+    calls: list[tuple[object, ...]] = [placed_arguments(case) for case in PLACED]
+    return interpreted("elementwise_cases", "by_kernel", calls, tmp_path_factory.mktemp("interpreted"))
 
 
-def test_rotation(tmp_path: Path) -> None:
-    """Of the first heads of a wider row, whole or in part; the other dimensions and heads stay."""
-    sizes = [(6, 64, 32), (4, 80, 40), (5, 128, 16), (3, 16, 4)]
-    cases = [(size, dtype) for size in sizes for dtype in (torch.float32, torch.float16)]
-    wide = [
-        torch.randn(7, heads + 2, dim, generator=torch.Generator().manual_seed(1)).to(dtype)
-        for (heads, dim, _), dtype in cases
-    ]
-    calls = [(x.clone()[:, :heads], *turned(7, half)) for x, ((heads, _, half), _) in zip(wide, cases, strict=True)]
-    results = interpreted("test_kernels_elementwise", "rotated", calls, tmp_path)
-    for x, ((heads, _, half), dtype), got in zip(wide, cases, results, strict=True):
-        expected = x.clone()
+@pytest.mark.parametrize("case", PLACED, ids=lambda case: case.label)
+def test_queries_keys_and_values_find_their_places(case: Placed, placements: list[Placement]) -> None:
+    arguments = placed_arguments(case)
+    assert_placed(placements[PLACED.index(case)], by_reference(arguments), arguments, case)
+
+
+def test_what_is_not_finite_stays_so_in_a_cache_of_codes(tmp_path: Path) -> None:
+    """The engine finds such a sequence by its logits."""
+    case = Placed(2, 1, 64, 64, codes="int8", own_scales=True)
+    calls = []
+    for bad in (float("nan"), float("inf")):
+        arguments = placed_arguments(case)
+        arguments[0][4, 2:, 5] = bad  # key and value
+        calls.append(arguments)
+    for (_, kv, scales), arguments in zip(
+        interpreted("elementwise_cases", "by_kernel", calls, tmp_path), calls, strict=True
+    ):
+        assert scales is not None
+        values = (kv.float() * scales).flatten(1, 2)[:, arguments[-1]]
+        assert not values[:, 4].isfinite().all(-1).any()
+        assert values[:, [0, 1, 2, 3, 5, 6]].isfinite().all()
+
+
+def test_residual_sums_and_their_norms(tmp_path: Path) -> None:
+    calls = [sum_arguments(*one) for one in SUMS]
+    results = interpreted("llmkit.kernels.elementwise", "add_norm", calls, tmp_path)
+    for call, got in zip(calls, results, strict=True):
         with torch.enable_grad():  # torch's own form
-            rotate_(expected[:, :heads], *turned(7, half))
-        torch.testing.assert_close(got, expected, rtol=1e-3 if dtype == torch.float16 else 1e-6, atol=1e-6)
-        assert torch.equal(got[:, heads:], x[:, heads:])
+            expected = add_norm(*call)
+        limit = TOLERANCES[call[0].dtype]
+        for ours, theirs in zip(got, expected, strict=True):
+            torch.testing.assert_close(ours, theirs, atol=limit, rtol=limit)
 
 
-def rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """What is left of the whole storage after the first heads of it were rotated."""
-    elementwise.rotate(x, cos, sin)
-    return x.as_strided((x.shape[0], x.stride(0) // x.shape[2], x.shape[2]), (x.stride(0), x.shape[2], 1), 0)
+@pytest.mark.parametrize("grad", [False, True])
+def test_a_sum_without_update_or_norm(grad: bool) -> None:
+    hidden, update, scale, weight, eps = sum_arguments(5, 100, torch.float32)
+    with torch.set_grad_enabled(grad):
+        total = add(hidden, update, scale)
+        torch.testing.assert_close(total, hidden + 0.4 * update)
+        for given, wanted in (((None, weight), (hidden, rms_norm(hidden, weight, eps))),
+                              ((update, None), (total, total)),
+                              ((update, weight), (total, rms_norm(total, weight, eps)))):  # fmt: skip
+            for ours, theirs in zip(add_norm(hidden, given[0], scale, given[1], eps), wanted, strict=True):
+                assert torch.equal(ours, theirs)
 
 
 @pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
@@ -57,11 +94,49 @@ def test_gated_activation(activation: str, tmp_path: Path) -> None:
         torch.testing.assert_close(got, expected, rtol=2e-3 if x.dtype == torch.float16 else 1e-5, atol=1e-5)
 
 
-def test_both_compile_for_hopper(tmp_path: Path) -> None:
-    rotate = {"x": "*bf16", "cos": "*fp32", "sin": "*fp32", "stride": "i32", "heads": "i32"}
-    sizes = {"DIM": 128, "HALF": 64, "PADDED": 64, "HEADS": 64}
-    assert compiled_for_hopper(elementwise._rotate, rotate, sizes, tmp_path).stack_bytes == 0
+def placing(capability: int, folder: Path, codes: str | None, own: bool, normed: bool, dim: int) -> Compiled:
+    """As a model with 32 and 8 heads launches it."""
+    kind = {None: "*bf16", "int8": "*i8", "fp8": "*fp8e4nv"}[codes]
+    arguments = {"qkv": "*bf16", "q": "*bf16", "kv": kind, "slots": "*i64", "cos": "*fp32", "sin": "*fp32"}
+    arguments |= {"stride": "i32", "head_size": "i32", "eps": "fp32"}
+    constants: dict[str, object] = {} if normed else {"q_norm": None, "k_norm": None}
+    arguments |= {"q_norm": "*bf16", "k_norm": "*bf16"} if normed else {}
+    if codes:
+        arguments["scales"] = "*fp32"
+    else:
+        constants["scales"] = None
+    constants |= {"HEADS": 32, "COUNT": 48, "DIM": dim, "PADDED": 1 << (dim - 1).bit_length(), "TURNED": dim}
+    constants |= {"TILE": 1024 // constants["PADDED"], "OWN_SCALES": int(own)}  # type: ignore[operator]
+    constants["MOST"] = {None: 0.0, "int8": 127.0, "fp8": 448.0}[codes]
+    return compiled_for(capability, elementwise._place, arguments, constants, folder)
+
+
+@pytest.mark.parametrize(
+    ("capability", "codes", "own", "normed", "dim"),
+    [(90, None, False, True, 128), (90, None, False, False, 80), (90, "int8", True, True, 128),
+     (90, "fp8", True, False, 128), (90, "fp8", False, True, 256), (80, None, False, True, 128),
+     (80, "int8", True, True, 128), (80, "int8", False, False, 64)],
+)  # fmt: skip
+def test_placing_compiles(
+    capability: int, codes: str | None, own: bool, normed: bool, dim: int, tmp_path: Path
+) -> None:
+    compiled = placing(capability, tmp_path, codes, own, normed, dim)
+    assert compiled.stack_bytes == 0
+    assert compiled.shared_bytes <= 8192
+
+
+@pytest.mark.parametrize("capability", [90, 80])
+@pytest.mark.parametrize(("tile", "warps"), [(1024, 2), (4096, 8), (elementwise.MOST_HIDDEN, 16)])
+def test_sums_and_norms_compile(capability: int, tile: int, warps: int, tmp_path: Path) -> None:
+    kinds = dict.fromkeys(("hidden", "update", "weight", "total", "normed"), "*bf16")
+    kinds |= {"scale": "fp32", "eps": "fp32", "size": "i32"}
+    compiled = compiled_for(capability, elementwise._add_norm, kinds, {"TILE": tile}, tmp_path, num_warps=warps)
+    assert compiled.stack_bytes == 0
+    assert compiled.shared_bytes <= 1024
+
+
+@pytest.mark.parametrize("capability", [90, 80])
+@pytest.mark.parametrize("gelu", [False, True])
+def test_the_gate_compiles(capability: int, gelu: bool, tmp_path: Path) -> None:
     gate = {"x": "*bf16", "y": "*bf16", "size": "i32"}
-    for gelu in (False, True):
-        used = compiled_for_hopper(elementwise._gate, gate, {"GELU": gelu, "TILE": 1024}, tmp_path)
-        assert used.stack_bytes == 0
+    assert compiled_for(capability, elementwise._gate, gate, {"GELU": gelu, "TILE": 1024}, tmp_path).stack_bytes == 0

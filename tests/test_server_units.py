@@ -21,7 +21,6 @@ from llmkit.runtime.server.generation import Choice, Generation
 from llmkit.runtime.server.hosts import is_loopback
 from llmkit.runtime.server.messages import Add, Output, Stats, to_engine_decoder
 from llmkit.runtime.server.metrics import Metrics
-from llmkit.runtime.server.process import startup_error
 from llmkit.runtime.server.protocol import ChatBody, CompletionBody, GenerationBody, parse
 from llmkit.runtime.server.serve import ServeOptions, api_keys, bind, run_server
 from llmkit.runtime.server.state import SamplingDefaults, State
@@ -416,6 +415,6 @@ def test_a_bad_address_is_a_usage_error(host: str, port: int) -> None:
 
 @pytest.mark.parametrize(("code", "kind"), [(2, UsageError), (3, InputError), (4, ShortageError), (70, LlmkitError)])
 def test_errors_of_the_engine_process_arrive_as_their_own_kind(code: int, kind: type[LlmkitError]) -> None:
-    error = startup_error(Failed(code, "what", "expected", "todo"))
+    error = Failed(code, "what", "expected", "todo").error()
     assert type(error) is kind
     assert str(error) == "what. expected. todo."

@@ -3,6 +3,7 @@
 import json
 import re
 from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
@@ -325,6 +326,9 @@ def test_the_manifest_describes_every_slice(tmp_path: Path) -> None:
     assert shape["derived"] == {"kind": "shape", "shape": [32, 32], "source_shape": [32, 64]}
     assert shape["replicas"] == [2, 3]
     assert len(manifest["tensors"][key + "weight_packed"]["sha256"]) == 64
+    for file, entry in manifest["files"].items():
+        data = (tmp_path / "ranks" / file).read_bytes()
+        assert entry == {"bytes": len(data), "sha256": sha256(data).hexdigest()}
     assert manifest["source"]["files"].keys() == {"config.json", "model.safetensors"}
     assert json.loads((tmp_path / "ranks" / "config.json").read_text()) == json.loads(
         (source / "config.json").read_text()

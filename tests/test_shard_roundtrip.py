@@ -25,9 +25,10 @@ from llmkit.model.families import SUPPORTED, model_spec
 from llmkit.model.spec import ModelSpec
 from llmkit.shard import blocks
 from llmkit.shard import source as shard_source
+from llmkit.shard.capacity import plan_report
 from llmkit.shard.merge import merge
 from llmkit.shard.plan import valid_ep, valid_tp
-from llmkit.shard.shard import shard
+from llmkit.shard.shard import open_source, shard
 from llmkit.shard.verify import verify
 
 SCHEME = Scheme(4, 16)
@@ -314,7 +315,7 @@ def test_act_order_that_one_rank_kept_stops_a_split_of_it(tmp_path: Path) -> Non
     shard(source, tmp_path / "one", 1, 2)
     with pytest.raises(InputError, match=r"down_proj\.g_idx does not number its groups.*--tp 1"):
         shard(tmp_path / "one", tmp_path / "two", 2)
-    assert not (tmp_path / "two").exists()
+    assert not list(tmp_path.glob("two*"))
 
 
 def test_several_source_files_and_side_files(tmp_path: Path) -> None:
@@ -404,9 +405,11 @@ def test_an_interrupted_run_is_continued_to_the_same_bytes(tmp_path: Path, monke
 
 def test_act_order_stops_a_row_split_and_nothing_is_left(tmp_path: Path) -> None:
     source = act_order_checkpoint(tmp_path / "source")
-    with pytest.raises(InputError, match=r"down_proj\.g_idx does not number its groups.*--tp 1"):
-        shard(source, tmp_path / "ranks", 2)
-    assert not (tmp_path / "ranks").exists()
+    for dry_run in (True, False):
+        with pytest.raises(InputError, match=r"down_proj\.g_idx does not number its groups.*--tp 1"):
+            shard(source, tmp_path / "ranks", 2, dry_run=dry_run)
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]  # it was seen before anything was written
+    assert "does not number its groups" in plan_report(open_source(source), 2)["refusal"]
     round_trip(source, tmp_path / "one", 1, 2)
 
 

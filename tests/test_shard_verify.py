@@ -45,7 +45,7 @@ def edit(ranks: Path, change) -> None:
 
 
 def overwrite(ranks: Path, file: str, name: str, position: int, byte: int) -> None:
-    """Change a byte of a tensor and its digest, so that the manifest agrees with the bytes."""
+    """Change a byte of a tensor and the digests, so that the manifest agrees with the bytes."""
     info = read_header(ranks / file)[name]
     data = bytearray((ranks / file).read_bytes())
     data[info.start + position] = byte
@@ -53,6 +53,7 @@ def overwrite(ranks: Path, file: str, name: str, position: int, byte: int) -> No
 
     def change(manifest: dict[str, Any]) -> None:
         manifest["tensors"][f"{file}::{name}"]["sha256"] = sha256(data[info.start : info.end]).hexdigest()
+        manifest["files"][file]["sha256"] = sha256(data).hexdigest()
 
     edit(ranks, change)
 
@@ -109,12 +110,14 @@ def test_a_flipped_bit_of_the_manifest_is_found(ranks: Path, position: int) -> N
 def test_a_flip_names_the_tensor_and_both_digests(ranks: Path) -> None:
     info = random.Random(0).choice(list(read_header(ranks / RANK1).values()))
     flip(ranks / RANK1, info.start)
-    said = json.loads((ranks / "llmkit.json").read_text())["tensors"][f"{RANK1}::{info.name}"]["sha256"]
-    found = sha256((ranks / RANK1).read_bytes()[info.start : info.end]).hexdigest()
-    (problem,) = verify(ranks).problems
-    for text in (problem, rejected(ranks)):
-        assert f"{RANK1}: tensor {info.name} has SHA-256 {found}" in text
-        assert said in text
+    manifest = json.loads((ranks / "llmkit.json").read_text())
+    said, said_of_file = manifest["tensors"][f"{RANK1}::{info.name}"]["sha256"], manifest["files"][RANK1]["sha256"]
+    data = (ranks / RANK1).read_bytes()
+    found = sha256(data[info.start : info.end]).hexdigest()
+    of_tensor, of_file = verify(ranks).problems
+    assert of_tensor == f"{RANK1}: tensor {info.name} has SHA-256 {found}, the manifest says {said}"
+    assert of_file == f"{ranks / RANK1} has SHA-256 {sha256(data).hexdigest()}, llmkit.json says {said_of_file}"
+    assert of_file in rejected(ranks)
 
 
 def test_a_header_that_says_something_else(ranks: Path) -> None:
@@ -122,7 +125,7 @@ def test_a_header_that_says_something_else(ranks: Path) -> None:
     assert b'{"format":"pt"}' in data
     (ranks / RANK1).write_bytes(data.replace(b'{"format":"pt"}', b'{"format":"tf"}'))
     for text in (verify(ranks).problems[0], rejected(ranks)):
-        assert re.search(rf"{RANK1} has a header of SHA-256 \w{{64}}, llmkit\.json says \w{{64}}", text)
+        assert re.search(rf"{RANK1} has SHA-256 \w{{64}}, llmkit\.json says \w{{64}}", text)
 
 
 def test_padding_that_is_not_zero(ranks: Path) -> None:
@@ -162,12 +165,8 @@ def test_shards_of_different_sources(ranks: Path, tmp_path: Path) -> None:
     shutil.copy(tmp_path / "others" / RANK1, ranks / RANK1)
     assert any(RANK1 in problem for problem in verify(ranks).problems)
     manifests = [json.loads((path / "llmkit.json").read_text()) for path in (ranks, tmp_path / "others")]
-    text = rejected(ranks)
-    named = re.search(rf"{RANK1}: tensor (\S+) has", text)
-    assert named is not None
-    digests = {manifest["tensors"][f"{RANK1}::{named[1]}"]["sha256"] for manifest in manifests}
-    assert len(digests) == 2
-    assert all(digest in text for digest in digests)
+    said, found = (manifest["files"][RANK1]["sha256"] for manifest in manifests)
+    assert f"{RANK1} has SHA-256 {found}, llmkit.json says {said}" in rejected(ranks)
 
 
 def test_ranks_in_each_others_place(ranks: Path) -> None:
@@ -220,6 +219,16 @@ def test_a_malformed_layout(change, ranks: Path) -> None:
     with pytest.raises(InputError, match=r"llmkit\.json: layout is malformed"):
         verify(ranks)
     assert "layout is malformed" in rejected(ranks)
+
+
+def test_a_layout_of_the_first_form(ranks: Path) -> None:
+    manifest = json.loads((ranks / "llmkit.json").read_text())
+    manifest["tool"]["version"] = "0.1.0"
+    del manifest["sha256"], manifest["layout"]["ep"]
+    (ranks / "llmkit.json").write_text(json.dumps(manifest))
+    text = rejected(ranks)
+    assert "was sharded by llmkit 0.1.0, whose layouts had another form" in text
+    assert "Shard its source again, or merge it with that version: llmkit shard merge" in text
 
 
 def test_what_is_not_sharded(tmp_path: Path) -> None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import secrets
 from collections import deque
+from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import replace
 from pathlib import Path
 
-from llmkit.checkpoint.errors import InputError, ShortageError
+from llmkit.checkpoint.errors import InputError, LlmkitError, ShortageError
 from llmkit.model.decoder import Decoder
 from llmkit.model.lora import load_adapter
 from llmkit.runtime.engine.memory import is_out_of_memory
@@ -45,6 +46,9 @@ class Engine:
     def cancel(self, request_id: str) -> None:
         """Forget a request, at once; nothing more comes out of it. Unknown ids are ignored."""
         self.scheduler.cancel(request_id)
+
+    def on_death(self, act: Callable[[LlmkitError], None]) -> None:
+        """Have `act` called from another thread when a process that the engine needs is gone; alone it needs none."""
 
     @property
     def adapters(self) -> list[str]:

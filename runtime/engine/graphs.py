@@ -92,7 +92,8 @@ class Graphs:
         self._width, self._block_size = width, block_size
         self.sizes = [*(size for size in SIZES if size < most), *range(STEP, most, STEP), most]
         self._made: dict[int, Graph] = {}
-        self.possible = not any(layer.moe for layer in model.spec.layers)  # whose routing the host has to see
+        # Of a mixture of experts, only where the host need not see who is chosen.
+        self.possible = all(layer.together is not None for layer in model.layers if layer.layer.moe)
 
     @torch.inference_mode()
     def prepare(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from llmkit.checkpoint.safetensors_header import byte_count
 from llmkit.checkpoint.source import Checkpoint
 from llmkit.checkpoint.text import bytes_text
 from llmkit.model.decoder import Decoder
-from llmkit.model.layout import parameters
+from llmkit.model.layout import Parameter, parameters
 from llmkit.model.linear import PackedLinear, packs_integers, packs_weights
 from llmkit.model.loader import packs_on, scheme_of
 from llmkit.model.sequence import hidden_states
@@ -134,11 +135,14 @@ def plan_memory(
     return MemoryPlan(free, weights, workspace, blocks, per_block, block_size, wanted, limit)
 
 
-def weight_bytes(checkpoint: Checkpoint, spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> int:
-    """Bytes of the weights in memory: dense in `dtype`, but as they are stored where they are multiplied so."""
+def weight_bytes(
+    checkpoint: Checkpoint, spec: ModelSpec, dtype: torch.dtype, device: torch.device,
+    rows: Iterable[Parameter] | None = None,
+) -> int:  # fmt: skip
+    """Bytes of the weights (of `rows`) in memory: dense in `dtype`, but as stored where they are multiplied so."""
     cpu, total = device.type == "cpu", 0
     packs = cpu and packs_weights(dtype)
-    for row in parameters(spec):
+    for row in parameters(spec) if rows is None else rows:
         kept = packs and (row.linear or row.head or row.name == "embed.weight")
         on_gpu = not cpu and packs_on(device, row, checkpoint.quantization, dtype)
         copies = 1 + (kept and spec.tied and row.name == "embed.weight")  # looked up, and multiplied with
@@ -190,10 +194,11 @@ def require_weights(weights: int, free: int, dtype: torch.dtype, device: torch.d
     if weights > free:
         dense = device.type != "cpu" or not packs_weights(dtype)
         halved = dense and dtype.itemsize > 2 and weights // 2 <= free
+        offload = "" if device.type == "cpu" else ", or --cpu-offload to keep some in host memory"
         raise ShortageError(
             f"the weights need {_exact(weights)} in {str(dtype).removeprefix('torch.')} and {device.type} has "
             f"{_exact(free)}",
-            todo="Use --dtype bfloat16" if halved else "Use a smaller model or a larger device",
+            todo="Use --dtype bfloat16" if halved else f"Use a smaller model or a larger device{offload}",
         )
 
 

@@ -73,10 +73,15 @@ class EngineOptions:
     kv_cache_memory: int | None = None  # bytes
     kv_cache_dtype: str = "auto"  # "int8" or "fp8"; "auto": the model's, or that of the checkpoint's stored scales
     gpu_memory_utilization: float = 0.9
+    cpu_offload: int = 0  # bytes of weights that stay in host memory, on CUDA
     prefix_cache: bool = True
     speculate: int = 0  # tokens guessed for each request in a step
     draft_model: str | None = None  # a model that guesses; None: what followed the last time
     adapters: dict[str, str] = field(default_factory=dict)  # directories of LoRA adapters by name
+    tp: int = 1  # tensor-parallel ranks; those of a sharded checkpoint are its own
+    pp: int = 1  # pipeline stages
+    ep: int = 1  # groups of ranks over which experts are divided
+    dp: int = 1  # engines side by side, which share what memory a CPU has
 
 
 @dataclass(frozen=True)

@@ -10,12 +10,15 @@ import argparse
 import contextlib
 import ctypes
 import gc
+import os
 import signal
 import socket
 import sys
+import time
 import traceback
 from typing import TYPE_CHECKING
 
+from llmkit.checkpoint.errors import LlmkitError
 from llmkit.runtime.channel import Channel, Failed, exit_with_peer
 from llmkit.runtime.server.age import process_age
 from llmkit.runtime.server.messages import (
@@ -53,7 +56,7 @@ def serve(engine: Engine, early: list[ToEngine], channel: EngineChannel) -> None
             channel.send(_stats(engine))
 
 
-def _load(message: Start) -> tuple[Engine, Ready]:
+def _load(message: Start, channel: EngineChannel) -> tuple[Engine, Ready]:
     from llmkit.runtime.load import StartUp, load_engine
 
     start = StartUp()
@@ -67,10 +70,11 @@ def _load(message: Start) -> tuple[Engine, Ready]:
     with contextlib.suppress(OSError, AttributeError):  # another C library than glibc
         ctypes.CDLL(None).malloc_trim(0)  # what reading and casting have left behind
     assert start.plan is not None
+    engine.on_death(lambda error: _give_up(error, channel))
     config = engine.config
     return engine, Ready(
         max_model_len=config.max_model_len,
-        vocab_size=engine.model.spec.vocab,
+        vocab_size=engine.model.spec.whole.vocab,
         dtype=str(config.dtype).removeprefix("torch."),
         device=str(config.device),
         kv_cache_tokens=config.num_blocks * config.block_size,
@@ -108,6 +112,14 @@ def _obey(engine: Engine, messages: list[ToEngine], channel: EngineChannel) -> N
                 engine.cancel(message.id)
 
 
+def _give_up(error: LlmkitError, channel: EngineChannel) -> None:
+    """Tell why and end, after a while in which the step under way may fail by itself."""
+    time.sleep(1.0)
+    with contextlib.suppress(OSError):
+        channel.send(Failed.of(error))
+    os._exit(error.exit_code)
+
+
 def _stats(engine: Engine) -> Stats:
     return Stats(**vars(engine.stats()))
 
@@ -126,7 +138,7 @@ def main() -> int:
         start, *early = channel.receive(wait=True)
         assert isinstance(start, Start)
         tracebacks = start.debug  # what goes wrong while loading is usually the user's to mend
-        engine, ready = _load(start)
+        engine, ready = _load(start, channel)
         channel.send(ready)
         tracebacks = True
         serve(engine, early, channel)

@@ -14,7 +14,7 @@ from llmkit.checkpoint.tokenizer import Detokenizer
 from llmkit.runtime.server.errors import ApiError
 from llmkit.runtime.server.messages import Add, Output, Refused
 from llmkit.runtime.server.metrics import Metrics
-from llmkit.runtime.server.process import EngineClient
+from llmkit.runtime.server.replicas import Replicas
 from llmkit.runtime.server.stop import StopBuffer
 
 ENGINE_DEAD = "The engine process has ended; the server is going down."
@@ -62,7 +62,7 @@ class Generation:
     """The choices of one HTTP request, in the engine from `start` until `deltas` ends."""
 
     def __init__(
-        self, client: EngineClient, metrics: Metrics, choices: Sequence[Choice], eos_ids: Sequence[int], arrived: float
+        self, client: Replicas, metrics: Metrics, choices: Sequence[Choice], eos_ids: Sequence[int], arrived: float
     ) -> None:
         self.choices = choices
         self.disconnected = False

@@ -10,21 +10,21 @@ import socket
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import uvicorn
 
-from llmkit.checkpoint.errors import InputError, LlmkitError
-from llmkit.runtime.channel import exit_text
+from llmkit.checkpoint.errors import InputError
 from llmkit.runtime.server.app import build_app
 from llmkit.runtime.server.errors import ApiError
 from llmkit.runtime.server.http_protocol import LimitedHttpProtocol
 from llmkit.runtime.server.messages import Ready
 from llmkit.runtime.server.metrics import Metrics
 from llmkit.runtime.server.options import ServeOptions
-from llmkit.runtime.server.process import EngineClient, end
+from llmkit.runtime.server.process import EngineClient
+from llmkit.runtime.server.replicas import Replicas
 from llmkit.runtime.server.state import Phase, State, TextSide
 
 # After the engine's death, health answers 503 for so long before the process exits: probes get to see it.
@@ -42,25 +42,27 @@ async def serve(
     options: ServeOptions,
     keys: tuple[str, ...],
     listener: socket.socket,
-    process: subprocess.Popen[bytes],
-    ours: socket.socket,
+    engines: Sequence[tuple[subprocess.Popen[bytes], socket.socket]],
     began: float,
     message: Message,
     ready: OnReady,
 ) -> int:
-    """Serve on `listener` with the engine `process` behind the socket `ours`; see run_server.
+    """Serve on `listener` with engine processes, each behind its socket; see run_server.
 
     began: perf_counter at the start, for the ready line.
     """
     seconds = {"python and imports": _since(began)}
     with _StopSignals() as stop:
-        client = await EngineClient.connect(process, ours)
+        names = [f"replica {index}: " if len(engines) > 1 else "" for index in range(len(engines))]
+        clients = [await EngineClient.connect(*one, who) for one, who in zip(engines, names, strict=True)]
+        client = Replicas(clients, options.engine.prefix_cache)
+        lost = _task(client.lost())
         state = State(options, client, Metrics(lambda: client.stats), _model_name(options))
         http = _HttpServer(state, keys)
         serving = asyncio.create_task(http.serve(sockets=[listener]))
         text = _in_thread(lambda: _load_text(options.model, seconds))
         try:
-            loaded = _task(_both(client.ready, text))
+            loaded = _task(_both(client.ready(), text))
             await _first(loaded, stop.first)
             if not loaded.done():
                 loaded.cancel()
@@ -72,12 +74,12 @@ async def serve(
                 "cache {kv_cache_tokens} tokens)".format(**facts)
             )
             ready(facts)
-            await _first(_task(client.dead.wait()), stop.first)
-            if client.dead.is_set():
-                await _announce_death(state, process, stop)
+            await _first(lost, stop.first)
+            if lost.done():
+                await _announce_death(state, lost.result(), stop)
             state.phase = Phase.DRAINING
             idle = _task(state.idle())
-            await _first(idle, _task(client.dead.wait()), stop.second, timeout=options.drain_timeout)
+            await _first(idle, lost, stop.second, timeout=options.drain_timeout)
             return 128 + stop.second.result() if stop.second.done() else 0
         finally:
             state.fail_all(ApiError(503, "The server is shutting down.", code="shutting_down"))
@@ -112,6 +114,7 @@ def _open_for_requests(state: State, facts: Ready, text: TextSide, message: Mess
         "dtype": facts.dtype,
         "max_model_len": facts.max_model_len,
         "kv_cache_tokens": facts.kv_cache_tokens,
+        "replicas": state.options.engine.dp,
         "load_s": round(facts.load_s, 3),
         "engine_seconds": {stage: round(spent, 3) for stage, spent in facts.seconds.items()},
         "memory": facts.plan,
@@ -130,16 +133,12 @@ def _since(began: float) -> float:
     return round(time.perf_counter() - began, 3)
 
 
-async def _announce_death(state: State, process: subprocess.Popen[bytes], stop: _StopSignals) -> None:
+async def _announce_death(state: State, engine: EngineClient, stop: _StopSignals) -> None:
     """The streams have failed by now; let health tell it for a moment, then raise LlmkitError."""
     state.phase = Phase.DEAD
-    ended = _in_thread(lambda: end(process))
+    death = _in_thread(engine.death)
     await _first(stop.first, timeout=_DEATH_NOTICE_S)
-    await _first(ended, timeout=1)
-    failure = state.client.failure
-    if failure is not None:
-        raise LlmkitError(failure.what, failure.expected, failure.todo)
-    raise LlmkitError(f"the engine process ended ({exit_text(process)})")
+    raise await death
 
 
 class _HttpServer(uvicorn.Server):
@@ -200,9 +199,9 @@ async def _first(*futures: asyncio.Future[Any], timeout: float | None = None) ->
 _task = asyncio.ensure_future
 
 
-async def _both(engine: asyncio.Future[Ready], text: asyncio.Future[TextSide]) -> tuple[Ready, TextSide]:
-    """Both results, or the first error; neither is cancelled with this."""
-    return await asyncio.gather(asyncio.shield(engine), asyncio.shield(text))
+async def _both(engine: Awaitable[Ready], text: asyncio.Future[TextSide]) -> tuple[Ready, TextSide]:
+    """Both results, or the first error; `text` is not cancelled with this."""
+    return await asyncio.gather(engine, asyncio.shield(text))
 
 
 def _in_thread(function: Callable[[], Result]) -> asyncio.Future[Result]:

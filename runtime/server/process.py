@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import socket
 import subprocess
 import sys
+from collections.abc import Mapping
 from typing import Protocol, cast
 
-from llmkit.checkpoint.errors import InputError, LlmkitError, OutputError, ShortageError, UsageError
+from llmkit.checkpoint.errors import LlmkitError
 from llmkit.runtime.channel import Failed, FrameReader, exit_text, frame
 from llmkit.runtime.server.messages import (
     Add,
@@ -30,9 +32,6 @@ from llmkit.runtime.server.messages import (
 
 _EXIT_WAIT_S = 5.0
 _SOCKET_BUFFER_BYTES = 1 << 20
-_KINDS: dict[int, type[LlmkitError]] = {
-    kind.exit_code: kind for kind in (UsageError, InputError, ShortageError, OutputError)
-}
 
 
 class Receiver(Protocol):
@@ -45,8 +44,8 @@ class Receiver(Protocol):
     def on_dead(self) -> None: ...
 
 
-def spawn(start: Start) -> tuple[subprocess.Popen[bytes], socket.socket]:
-    """Start the engine process on `start`; return it and our end of the socket pair."""
+def spawn(start: Start, variables: Mapping[str, str]) -> tuple[subprocess.Popen[bytes], socket.socket]:
+    """Start an engine process on `start`; return it and our end of the socket pair. variables: of its environment."""
     ours, theirs = socket.socketpair()
     for end in (ours, theirs):
         end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SOCKET_BUFFER_BYTES)
@@ -56,39 +55,36 @@ def spawn(start: Start) -> tuple[subprocess.Popen[bytes], socket.socket]:
             stdin=subprocess.DEVNULL,
             stdout=sys.__stderr__.fileno() if sys.__stderr__ else subprocess.DEVNULL,
             pass_fds=[theirs.fileno()],
+            env=os.environ | variables,
             start_new_session=True,  # Ctrl-C is the parent's to handle
         )
     ours.sendall(frame(start))
     return process, ours
 
 
-def startup_error(failed: Failed) -> LlmkitError:
-    """The LlmkitError that ended the engine process, with the class its exit code stands for."""
-    return _KINDS.get(failed.exit_code, LlmkitError)(failed.what, failed.expected, failed.todo)
-
-
 class EngineClient(asyncio.Protocol):
-    """The engine process, from inside the event loop.
+    """An engine process, from inside the event loop. who: what to put before the reason of its end.
 
     `ready` resolves to Ready, or fails with the LlmkitError of the start-up. `dead` is set once the process is
     gone or has given up; `stats` are its latest figures.
     """
 
-    def __init__(self, process: subprocess.Popen[bytes], ours: socket.socket) -> None:
+    def __init__(self, process: subprocess.Popen[bytes], ours: socket.socket, who: str = "") -> None:
         self.ready: asyncio.Future[Ready] = asyncio.get_running_loop().create_future()
         self.dead = asyncio.Event()
         self.failure: Failed | None = None
         self.stats = Stats()
         self._process = process
         self._socket = ours
+        self._who = who
         self._frames = FrameReader()
         self._receivers: dict[str, Receiver] = {}
         self._transport: asyncio.Transport | None = None
 
     @classmethod
-    async def connect(cls, process: subprocess.Popen[bytes], ours: socket.socket) -> EngineClient:
+    async def connect(cls, process: subprocess.Popen[bytes], ours: socket.socket, who: str = "") -> EngineClient:
         """Take over the socket `ours` of a spawned process."""
-        client = cls(process, ours)
+        client = cls(process, ours, who)
         ours.setblocking(False)
         await asyncio.get_running_loop().create_unix_connection(lambda: client, sock=ours)
         return client
@@ -114,6 +110,13 @@ class EngineClient(asyncio.Protocol):
             self._socket.shutdown(socket.SHUT_RDWR)  # at once, while abort() waits for the event loop
         if self._transport is not None:
             self._transport.abort()
+
+    def death(self) -> LlmkitError:
+        """Wait for the end of a dead process; why it ended."""
+        end(self._process)
+        if (failure := self.failure) is not None:
+            return LlmkitError(self._who + failure.what, failure.expected, failure.todo)
+        return LlmkitError(f"{self._who}the engine process ended ({exit_text(self._process)})")
 
     def _send(self, message: ToEngine) -> None:
         if self._transport is not None and not self.dead.is_set():
@@ -163,7 +166,7 @@ class EngineClient(asyncio.Protocol):
 
     def _startup_error(self) -> LlmkitError:
         if self.failure is not None:
-            return startup_error(self.failure)
+            return self.failure.error()
         end(self._process)
         return LlmkitError(f"the engine process ended while it loaded the model ({exit_text(self._process)})")
 

@@ -6,6 +6,7 @@ import asyncio
 import errno
 import os
 import socket
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -17,6 +18,7 @@ from llmkit.runtime.server.hosts import is_loopback
 from llmkit.runtime.server.messages import Start
 from llmkit.runtime.server.options import ServeOptions
 from llmkit.runtime.server.process import end, spawn
+from llmkit.runtime.server.shares import shares
 
 __all__ = ["ServeOptions", "run_server"]
 
@@ -38,7 +40,7 @@ def run_server(
     """Serve until a signal; return the exit code: 0 after a graceful stop, 130 or 143 after a forced one.
 
     Raises UsageError, InputError or ShortageError when the server cannot start, and LlmkitError (exit code 70) when
-    the engine process fails later. The port is taken first and the engine process started next, so that both a
+    the engine process fails later. The port is taken first and the engine processes started next, so that both a
     taken port and a ready server are known as early as can be. `message` takes lines for the user; `ready` is told
     the server's figures (url, model, ready_s, ...) when requests are taken. began: the perf_counter() that seconds
     are counted from, now by default.
@@ -47,18 +49,22 @@ def run_server(
     keys = api_keys(options)
     _check_exposure(options, keys)
     with bind(options.host, options.port) as listener:
-        process, ours = spawn(Start(options.model, options.engine, options.debug))
+        engines: list[tuple[subprocess.Popen[bytes], socket.socket]] = []
         try:
-            # Imported now: the engine process loads the model meanwhile.
+            start = Start(options.model, options.engine, options.debug)
+            engines.extend(spawn(start, share) for share in shares(options.engine.dp, options.engine.device))
+            # Imported now: the engine processes load the model meanwhile.
             import uvloop
 
             from llmkit.runtime.server.lifecycle import serve
 
             with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-                return runner.run(serve(options, keys, listener, process, ours, began, message, ready))
+                return runner.run(serve(options, keys, listener, engines, began, message, ready))
         finally:
-            ours.close()
-            end(process)
+            for _, ours in engines:
+                ours.close()
+            for process, _ in engines:
+                end(process)
 
 
 def api_keys(options: ServeOptions) -> tuple[str, ...]:

@@ -16,7 +16,7 @@ from llmkit.runtime.server.generation import Generation
 from llmkit.runtime.server.messages import Ready
 from llmkit.runtime.server.metrics import Metrics
 from llmkit.runtime.server.options import ServeOptions
-from llmkit.runtime.server.process import EngineClient
+from llmkit.runtime.server.replicas import Replicas
 
 # generation_config.json fields that change what is sampled and that this server does not apply -> the neutral value.
 _NOT_APPLIED = {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "typical_p": 1.0, "penalty_alpha": None}
@@ -91,7 +91,7 @@ class State:
     """Set up by serve.py, read by the routes."""
 
     options: ServeOptions
-    client: EngineClient
+    client: Replicas
     metrics: Metrics
     model_name: str
     phase: Phase = Phase.LOADING
@@ -133,7 +133,8 @@ class State:
 
     def check_room(self, requests: int) -> None:
         """ApiError 429 when `requests` more for the engine would make the queue too long."""
-        limit = self.options.engine.max_num_seqs + self.options.max_waiting
+        engine = self.options.engine
+        limit = engine.dp * engine.max_num_seqs + self.options.max_waiting
         if requests > limit:
             message = f"The request has {requests} prompts; at most {limit} can be queued."
             raise ApiError(400, message, code="too_many_prompts", param="prompt")

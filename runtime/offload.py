@@ -1,19 +1,58 @@
-"""Layers whose linears lie in host memory: each layer's are copied to the device while the one before it runs."""
+"""Models larger than the GPU: linears of the last layers lie in host memory, each layer's copied while another runs."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
 from typing import Any
 
 import torch
 
+from llmkit.checkpoint.errors import InputError, ShortageError
+from llmkit.checkpoint.source import Checkpoint
+from llmkit.checkpoint.text import bytes_text
 from llmkit.model.decoder import DecoderLayer
-from llmkit.model.linear import Linear, PackedLinear
+from llmkit.model.layout import Parameter, parameters
+from llmkit.model.linear import PackedLinear
+from llmkit.model.spec import ModelSpec
+from llmkit.runtime.engine.memory import free_bytes, weight_bytes
 
 ALIGNED, PIECE = 256, 64 << 20  # bytes; pinned memory comes in powers of two
+
+
+@dataclass(frozen=True)
+class HostLayers:
+    """The last layers of a model on a GPU, so many, whose linears lie in host memory."""
+
+    layers: int = 0
+    bytes: int = 0  # of these linears
+    buffers: int = 0  # bytes on the GPU, for two layers
+
+
+def host_layers(
+    checkpoint: Checkpoint, spec: ModelSpec, dtype: torch.dtype, device: torch.device, limit: int
+) -> HostLayers:
+    """Those that fit into `limit` bytes; 0: none. Raises ShortageError, and InputError for less than a layer."""
+    if not limit:
+        return HostLayers()
+    if device.type == "cpu":
+        raise ShortageError("--cpu-offload needs a CUDA device", todo="Leave it out: the CPU holds all weights here")
+    rows: dict[int, list[Parameter]] = {index: [] for index in range(len(spec.layers))}
+    for row in parameters(spec):
+        if row.name.startswith("layers.") and len(row.shape) == 2:
+            rows[int(row.name.split(".")[1])].append(row)
+    sizes = [weight_bytes(checkpoint, spec, dtype, device, rows[index]) for index in reversed(rows)]
+    totals = [total for total in accumulate(sizes) if total <= limit]
+    if not totals:
+        raise InputError(f"--cpu-offload {bytes_text(limit)} is less than a layer", f"One needs {bytes_text(sizes[0])}")
+    if totals[-1] > (free := free_bytes(torch.device("cpu"), 1.0)):
+        raise ShortageError(
+            f"--cpu-offload needs {bytes_text(totals[-1])} of host memory", f"There are {bytes_text(free)}"
+        )
+    return HostLayers(len(totals), totals[-1], 2 * max(sizes[: len(totals)]))
 
 
 class Offload:
@@ -23,19 +62,21 @@ class Offload:
     """
 
     def __init__(self, layers: Sequence[DecoderLayer], device: torch.device, cuda: Any = torch.cuda) -> None:
-        sizes = [[-(-value.nbytes // ALIGNED) * ALIGNED for *_, value in _tensors(layer)] for layer in layers]
+        sizes = [[-(-value.nbytes // ALIGNED) * ALIGNED for *_, value in _weights(layer)] for layer in layers]
         self._device, self._cuda, self._stream = device, cuda, cuda.Stream(device)
         self._buffers = [torch.empty(max(map(sum, sizes)), dtype=torch.uint8, device=device) for _ in layers[:2]]
         self._ready, self._held = [cuda.Event() for _ in self._buffers], [-1, -1]  # the layers that are in them
         self._host: list[Sequence[torch.Tensor]] = []  # of each layer, in pieces
         for index, (layer, own) in enumerate(zip(layers, sizes, strict=True)):
             host = torch.empty(sum(own), dtype=torch.uint8)
-            for (owner, name, value), start in zip(_tensors(layer), accumulate(own, initial=0), strict=False):
+            for (owner, name, value), start in zip(_weights(layer), accumulate(own, initial=0), strict=False):
                 _view(host, start, value).copy_(value)
                 setattr(owner, name, _view(self._buffers[index % 2], start, value))
             pieces = host.split(PIECE)
             self._host.append([piece.pin_memory() for piece in pieces] if device.type == "cuda" else pieces)
             layer.present = partial(self._present, index)
+        for index in range(len(self._buffers)):
+            self._fetch(index)
 
     @contextmanager
     def _present(self, index: int) -> Iterator[None]:
@@ -60,23 +101,13 @@ class Offload:
         self._held[turn] = index
 
 
-def to_host(linear: Linear) -> Linear:
-    """The same linear, its weight in host memory."""
-    for owner, name, value in list(_own(linear)):
-        setattr(owner, name, value.cpu())
-    return linear
-
-
-def _tensors(layer: DecoderLayer) -> list[tuple[object, str, torch.Tensor]]:
-    return [found for linear in layer.linears.values() for found in _own(linear)]
-
-
-def _own(linear: Linear) -> Iterator[tuple[object, str, torch.Tensor]]:
-    """Where a linear holds its weight, and the parts of it: biases stay where they are."""
-    owner = linear.product if isinstance(linear, PackedLinear) else linear
-    for name, value in list(vars(owner).items()):
-        if isinstance(value, torch.Tensor) and value.dim() >= 2:
-            yield owner, name, value
+def _weights(layer: DecoderLayer) -> Iterator[tuple[object, str, torch.Tensor]]:
+    """The objects that hold a layer's weights, the names of their attributes, and what those are."""
+    for linear in layer.linears.values():
+        owner = linear.product if isinstance(linear, PackedLinear) else linear
+        for name, value in list(vars(owner).items()):
+            if isinstance(value, torch.Tensor) and value.dim() > 1:
+                yield owner, name, value
 
 
 def _view(buffer: torch.Tensor, start: int, like: torch.Tensor) -> torch.Tensor:

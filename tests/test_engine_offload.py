@@ -12,16 +12,19 @@ from quantized_products import Case
 from streams import LateCuda
 from tiny import tiny_checkpoint
 
+from llmkit.checkpoint.errors import InputError, ShortageError
 from llmkit.checkpoint.source import open_checkpoint
+from llmkit.cli import main
 from llmkit.kernels.quantized_linear import GroupedProduct, RoundedProduct
-from llmkit.model import offload
 from llmkit.model.decoder import Decoder, DecoderLayer
+from llmkit.model.families import model_spec
 from llmkit.model.linear import Linear, PackedLinear
 from llmkit.model.loader import load_model
-from llmkit.model.offload import Offload, to_host
 from llmkit.model.sequence import logits_of
+from llmkit.runtime import load, offload
 from llmkit.runtime.engine.engine import Engine
-from llmkit.runtime.engine.types import EngineConfig, SamplingParams
+from llmkit.runtime.engine.types import EngineConfig, EngineOptions, SamplingParams
+from llmkit.runtime.offload import HostLayers, Offload, host_layers
 
 CPU = torch.device("cpu")
 WINDOWS = torch.randint(3, 500, (2, 40), generator=torch.Generator().manual_seed(1))
@@ -78,22 +81,18 @@ def test_a_layer_is_fetched_while_the_one_before_it_runs(path: Path) -> None:
     found = hosted(path, 4, cuda)
     runs(cuda, found.layers)
     list(logits_of(found, WINDOWS))  # two steps
-    first, second = cuda.log[: cuda.log.index("layer 0", 1)], cuda.log[cuda.log.index("layer 0", 1) :]
     fetch, done = ["side waits for current", "copy"], ["copied"]
-    assert first == [
-        "layer 0", "layer 1", *fetch, *done, "layer 2", *fetch, *fetch, *done, *done, "layer 3", *fetch,
-        *done, "layer 4", *fetch, *done, "layer 5", *fetch,
-    ]  # fmt: skip
-    assert second == [
+    step = [
         "layer 0", "layer 1", *done, "layer 2", *fetch, *done, "layer 3", *fetch,
         *done, "layer 4", *fetch, *done, "layer 5", *fetch,
     ]  # fmt: skip
+    assert cuda.log == [*fetch, *fetch, *step, *step]
 
 
 def test_after_a_step_that_failed_the_right_layers_are_there(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = torch.cat(list(logits_of(model(path), WINDOWS)))
     found = hosted(path, 5, LateCuda())
-    run = DecoderLayer.mlp_block
+    run = DecoderLayer._feed
 
     def fails(self: DecoderLayer, hidden: torch.Tensor) -> torch.Tensor:
         if self is found.layers[3]:
@@ -101,7 +100,7 @@ def test_after_a_step_that_failed_the_right_layers_are_there(path: Path, monkeyp
         return run(self, hidden)
 
     with monkeypatch.context() as patched:
-        patched.setattr(DecoderLayer, "mlp_block", fails)
+        patched.setattr(DecoderLayer, "_feed", fails)
         with pytest.raises(RuntimeError, match="out of memory"):
             list(logits_of(found, WINDOWS))
     assert torch.equal(torch.cat(list(logits_of(found, WINDOWS))), expected)
@@ -125,10 +124,61 @@ def packed_layer(monkeypatch: pytest.MonkeyPatch, seed: int) -> tuple[DecoderLay
 def test_packed_weights_keep_their_form(monkeypatch: pytest.MonkeyPatch) -> None:
     layers, places = zip(*(packed_layer(monkeypatch, seed) for seed in (1, 2, 3)), strict=True)
     before = [[getattr(owner, name) for owner, name in own] for own in places]
-    Offload([layer for layer in layers for _ in [to_host(one) for one in layer.linears.values()][:1]], CPU, LateCuda())
+    Offload(layers, CPU, LateCuda())
     for layer, own, wanted in zip(layers, places, before, strict=True):
         with layer.present():
             for (owner, name), tensor in zip(own, wanted, strict=True):
                 got = getattr(owner, name)
                 assert got is not tensor
                 assert got.dtype == tensor.dtype and got.stride() == tensor.stride() and torch.equal(got, tensor)
+
+
+def test_the_last_layers_are_loaded_into_host_memory(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(load, "Offload", lambda layers, device: Offload(layers, device, LateCuda()))
+    monkeypatch.setattr(load, "load_model", lambda *args, packed, **more: load_model(*args, **more))
+    checkpoint = open_checkpoint(path)
+    expected = torch.cat(list(logits_of(model(path), WINDOWS)))
+    spec = model_spec(checkpoint.config)
+    found = load._load(checkpoint, spec, torch.float32, CPU, load.StartUp(), offloaded=4)
+    assert torch.equal(torch.cat(list(logits_of(found, WINDOWS))), expected)
+    storages = [
+        {linear.weight.untyped_storage().data_ptr() for linear in layer.linears.values()} for layer in found.layers
+    ]
+    assert storages[2] == storages[4] != storages[3] == storages[5], "two buffers by turns"
+    assert all(len(each) == 1 for each in storages[2:]) and not storages[1] & storages[2]
+
+
+GPU = torch.device("cuda")
+
+
+def test_what_stays_in_host_memory(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = open_checkpoint(path)
+    spec = model_spec(checkpoint.config)
+    layer = sum(linear.weight.nbytes for linear in model(path).layers[0].linears.values()) // 2
+
+    def planned(limit: int) -> HostLayers:
+        return host_layers(checkpoint, spec, torch.bfloat16, GPU, limit)
+
+    assert planned(0) == HostLayers(0, 0, 0)
+    assert planned(layer) == planned(2 * layer - 1) == HostLayers(1, layer, 2 * layer)
+    assert planned(4 * layer + 7) == HostLayers(4, 4 * layer, 2 * layer)
+    assert planned(1 << 50) == HostLayers(6, 6 * layer, 2 * layer)
+    with pytest.raises(InputError, match="is less than a layer"):
+        planned(layer - 1)
+    monkeypatch.setattr(offload, "free_bytes", lambda *_: 2 * layer)
+    with pytest.raises(ShortageError, match="of host memory"):
+        planned(3 * layer)
+
+
+def test_the_plan_of_a_gpu_counts_them(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(load, "resolve_device", lambda _: GPU)
+    monkeypatch.setattr(load, "free_bytes", lambda *_: 1 << 32)
+    checkpoint = open_checkpoint(path)
+    plain, away = (load.plan_engine(checkpoint, EngineOptions(cpu_offload=size)) for size in (0, 1 << 40))
+    assert away.memory.weights == plain.memory.weights - away.host.bytes + away.host.buffers
+    assert away.as_dict()["host_layers"] == 6 and "host_layers" not in plain.as_dict()
+
+
+def test_without_a_gpu_it_is_refused(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main.run(["serve", str(path), "--plan", "--device", "cpu", "--cpu-offload", "1GiB"]) == 4
+    assert "--cpu-offload needs a CUDA device. Leave it out" in capsys.readouterr().err
