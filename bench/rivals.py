@@ -1,7 +1,7 @@
 """Other engines beside this one on the same device: random weights in real shapes, the same requests, all at once.
 
-`make gpu` runs it as `python -m llmkit.bench.rivals`. transformers' continuous batching is always measured, vLLM where it
-is installed, each with what it chooses itself. An engine is measured in a process of its own, after a run that warms it.
+`make gpu` runs it as `python -m llmkit.bench.rivals`. transformers' continuous batching is always measured, vLLM where
+it is installed, each with what it chooses itself, in a process of its own and after a run that warms it.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def transformers(work: Workload) -> Callable[[Prompts], int]:
     generation = GenerationConfig(max_new_tokens=work.output, do_sample=False, eos_token_id=-1, pad_token_id=0)
 
     def run(prompts: Prompts) -> int:
-        answers = model.generate_batch(prompts, generation_config=generation)
+        answers = model.generate_batch(prompts, generation_config=generation, persistent_manager=True)
         return sum(len(answer.generated_tokens) for answer in answers.values())
 
     return run

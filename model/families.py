@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from llmkit.checkpoint.config import FAMILIES, complete
 from llmkit.checkpoint.errors import InputError
-from llmkit.model.config import FAMILIES, complete
 from llmkit.model.spec import ExpertSpec, LayerSpec, ModelSpec, RopeSpec
 
 # What a family changes relative to Llama: keyword arguments of ModelSpec, from its complete config.

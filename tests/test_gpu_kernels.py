@@ -124,7 +124,7 @@ def test_residual_sums_and_their_norms(rows: int, size: int, dtype: torch.dtype)
         torch.testing.assert_close(ours.cpu(), theirs, atol=TOLERANCES[dtype], rtol=TOLERANCES[dtype])
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
 @pytest.mark.parametrize("case", [*MIXTURES, Mixture(2000, 8, 64, 256, 320)], ids=lambda case: case.label)
 def test_mixtures_of_experts(case: Mixture, dtype: torch.dtype) -> None:
     pytest.importorskip("triton")

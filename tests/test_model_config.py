@@ -11,8 +11,8 @@ import torch
 import transformers
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from llmkit.checkpoint.config import FAMILIES
 from llmkit.checkpoint.errors import InputError
-from llmkit.model.config import FAMILIES
 from llmkit.model.families import SUPPORTED, model_spec
 
 SIZES: dict[str, Any] = {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from llmkit.checkpoint.errors import LlmkitError
 
@@ -25,6 +25,20 @@ class SamplingParams:
     max_tokens: int = 16
     ignore_eos: bool = False
     stop_token_ids: tuple[int, ...] = ()
+    min_tokens: int = 0  # before so many no token may end the answer
+    repetition_penalty: float = 1.0  # divides positive logits of tokens seen in prompt or answer, multiplies others
+    presence_penalty: float = 0.0  # taken from the logits of tokens that are in the answer
+    frequency_penalty: float = 0.0  # taken from them once for each time
+    logit_bias: dict[int, float] = field(default_factory=dict)  # added to logits, by token
+    logprobs: int | None = None  # most probable tokens told of with each one; 0: only the token itself
+    prompt_logprobs: int | None = None  # the same of the prompt's tokens
+
+
+class Logprobs(NamedTuple):
+    """The logarithms of probabilities at one place, by the model itself, whatever the request's sampling."""
+
+    own: float  # of the token that is there
+    top: list[tuple[int, float]]  # the most probable tokens, the first first
 
 
 @dataclass(frozen=True)
@@ -49,6 +63,8 @@ class TokenOutput:
     error: str | None  # with finish_reason "error"
     prompt_tokens: int
     cached_tokens: int  # of the prompt, found in the prefix cache
+    logprobs: list[Logprobs] | None = None  # of each new token
+    prompt_logprobs: list[Logprobs] | None = None  # with the first tokens: of the prompt's, but for its first
 
 
 class RequestError(LlmkitError):

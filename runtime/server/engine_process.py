@@ -48,7 +48,10 @@ def serve(engine: Engine, early: list[ToEngine], channel: EngineChannel) -> None
         _obey(engine, messages, channel)
         if engine.has_work:
             outputs = [
-                Output(o.request_id, o.token_ids, o.finish_reason, o.error, o.prompt_tokens, o.cached_tokens)
+                Output(
+                    o.request_id, o.token_ids, o.finish_reason, o.error, o.prompt_tokens, o.cached_tokens,
+                    o.logprobs, o.prompt_logprobs,
+                )  # fmt: skip
                 for o in engine.step()
             ]
             channel.send(Outputs(outputs, _stats(engine)))
@@ -101,6 +104,13 @@ def _obey(engine: Engine, messages: list[ToEngine], channel: EngineChannel) -> N
                     max_tokens=message.max_tokens,
                     ignore_eos=message.ignore_eos,
                     stop_token_ids=message.stop_token_ids,
+                    min_tokens=message.min_tokens,
+                    repetition_penalty=message.repetition_penalty,
+                    presence_penalty=message.presence_penalty,
+                    frequency_penalty=message.frequency_penalty,
+                    logit_bias=message.logit_bias,
+                    logprobs=message.logprobs,
+                    prompt_logprobs=message.prompt_logprobs,
                 )
                 try:
                     engine.add(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import msgspec
 
 from llmkit.runtime.channel import Failed
-from llmkit.runtime.engine.types import EngineOptions
+from llmkit.runtime.engine.types import EngineOptions, Logprobs
 
 
 class Start(msgspec.Struct, tag=True):
@@ -29,6 +29,13 @@ class Add(msgspec.Struct, tag=True):
     seed: int | None = None
     ignore_eos: bool = False
     stop_token_ids: tuple[int, ...] = ()
+    min_tokens: int = 0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: dict[int, float] = {}
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
     priority: int = 0
     salt: str = ""
     adapter: str | None = None
@@ -64,6 +71,8 @@ class Output(msgspec.Struct, array_like=True):
     error: str | None
     prompt_tokens: int
     cached_tokens: int
+    logprobs: list[Logprobs] | None = None
+    prompt_logprobs: list[Logprobs] | None = None
 
 
 class Stats(msgspec.Struct, tag=True):
