@@ -37,7 +37,7 @@ lint: $(VENV)/.dev ## ruff, mypy --strict and the import rules
 # A GPU machine may have torch and no llmkit installed: the folders are then found through .typecheck.
 # A part that ended well has left gpu-results/PART.json and is not run again: `make gpu PART="kernels steps"` runs some.
 gpu: GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,python3)
-gpu: PART ?= tests kernels steps quantize
+gpu: PART ?= tests kernels steps rivals quantize
 gpu: export PYTHONPATH := $(CURDIR)/.typecheck$(if $(PYTHONPATH),:$(PYTHONPATH))
 gpu: ## run the GPU tests and benchmarks, where there is a GPU
 	@if $(GPU_PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null; then \
@@ -51,6 +51,7 @@ gpu: ## run the GPU tests and benchmarks, where there is a GPU
 
 GPU_RUN_kernels = -m llmkit.bench.kernels
 GPU_RUN_steps = -m llmkit.bench.steps --weights bf16 fp8 int8 int4 --saturate Llama-3.1-8B:fp8
+GPU_RUN_rivals = -m llmkit.bench.rivals
 GPU_RUN_quantize = tests/peers/bench_memory.py --device cuda --work gpu-results/8b
 
 gpu-results/tests.json:

@@ -15,7 +15,10 @@ from functools import partial
 import torch
 
 from llmkit.bench.steps import BLOCK, WEIGHTS, copy_bandwidth, random_weight, time_ms
-from llmkit.kernels.attention import CODES, AttentionBatch, KvCache, paged_attention
+from llmkit.kernels.activation import gated
+from llmkit.kernels.attention import CODES, AttentionBatch, KvCache, paged_attention, place
+from llmkit.kernels.experts import Experts
+from llmkit.kernels.residual import add_norm
 from llmkit.model.linear import Linear, Rounding, serving_linear
 
 HEADS, KV_HEADS, DIM = 32, 8, 128
@@ -77,6 +80,43 @@ def linear_cases(device: torch.device, scale: int) -> Iterator[tuple[str, int, i
                 yield name, moved, 2 * rows * out * columns, partial(layer, x)
 
 
+def between_cases(device: torch.device, scale: int) -> Iterator[tuple[str, int, int, Callable[[], object]]]:
+    """The same for what lies between the products. Operations are not counted: one an element."""
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    hidden, inner = 4096 // scale, 14336 // scale
+    weight, rotation = torch.ones(hidden, dtype=dtype, device=device), torch.ones(4096, DIM // 2, device=device)
+    for rows in sorted({1, 64, 4096 // scale}):
+        x, update, both, qkv = (
+            torch.randn(rows, size, device=device, dtype=dtype)
+            for size in (hidden, hidden, 2 * inner, (HEADS + 2 * KV_HEADS) * DIM)
+        )
+        blocks, slots = -(-rows // BLOCK), torch.arange(rows, device=device)
+        cache = KvCache(torch.zeros(2 * KV_HEADS, blocks, BLOCK, DIM, device=device, dtype=dtype))
+        turn, heads = (rotation[:rows].to(dtype),) * 2, qkv.view(rows, -1, DIM)
+        runs: dict[str, tuple[int, Callable[[], object]]] = {
+            "residual sum and norm": (4 * x.nbytes, partial(add_norm, x, update, 1.0, weight, 1e-5)),
+            "gated activation": (both.nbytes * 3 // 2, partial(gated, both, "silu")),
+            "rotation and cache": (2 * qkv.nbytes, partial(place, heads, HEADS, None, 1e-5, turn, cache, slots)),
+        }
+        for name, (size, run) in runs.items():
+            yield f"{name}, {rows} rows", size, size // x.element_size(), run
+
+
+def expert_cases(device: torch.device, scale: int) -> Iterator[tuple[str, int, int, Callable[[], object]]]:
+    """The same for a layer's experts of Qwen3-30B-A3B, all as likely. They need a GPU."""
+    if device.type != "cuda":
+        return
+    count, per, hidden, inner, dtype = 128, 8, 2048, 768, torch.bfloat16
+    up = torch.randn(count, 2 * inner, hidden, device=device, dtype=dtype)
+    down = torch.randn(count, hidden, inner, device=device, dtype=dtype)
+    experts = Experts(up, down, 0, count, gelu=False)
+    for tokens in (1, 8, 32, 128, 4096 // scale):
+        weights, chosen = torch.rand(tokens, count, device=device).topk(per)
+        x = torch.randn(tokens, hidden, device=device, dtype=dtype)
+        size = len(chosen.unique()) * 3 * hidden * inner * x.element_size() + 2 * x.nbytes
+        yield f"experts, {tokens} tokens", size, 6 * tokens * per * hidden * inner, partial(experts, x, chosen, weights)
+
+
 @torch.inference_mode()
 def measure(device: torch.device, scale: int = 1, repeats: int = 20) -> list[KernelTime]:
     """Every case; scale: divides the sizes, for a try on a CPU."""
@@ -86,7 +126,7 @@ def measure(device: torch.device, scale: int = 1, repeats: int = 20) -> list[Ker
     rate = 2 * side**3 / (time_ms(partial(torch.mm, square, square), device, 10) / 1e3)
     other = torch.empty(CACHE // scale**2, dtype=torch.uint8, device=device)
     rows = []
-    for cases in (attention_cases, linear_cases):
+    for cases in (attention_cases, linear_cases, between_cases, expert_cases):
         for name, size, flops, run in cases(device, scale):
             row = KernelTime(name, size, flops, time_ms(run, device, repeats, other.zero_), 0.0)
             floor = max(size / bandwidth, flops / rate) * 1e3

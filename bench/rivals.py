@@ -59,15 +59,22 @@ def llmkit(work: Workload) -> Callable[[Prompts], int]:
 
 def transformers(work: Workload) -> Callable[[Prompts], int]:
     """See `llmkit`: `generate_batch`, with SDPA or the flash attention that it finds."""
-    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+    from transformers import AutoConfig, AutoModelForCausalLM, ContinuousBatchingConfig, GenerationConfig
 
     config = AutoConfig.for_model(**work.config)
+    load: Any = AutoModelForCausalLM.from_config
     with torch.device(work.device):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa").eval()
-    generation = GenerationConfig(max_new_tokens=work.output, do_sample=False, eos_token_id=-1, pad_token_id=0)
+        model = load(config, dtype=torch.bfloat16, attn_implementation="sdpa").eval()
+    generation = GenerationConfig(  # type: ignore[no-untyped-call]
+        max_new_tokens=work.output, do_sample=False, eos_token_id=-1, pad_token_id=0
+    )
+    settings = None
+    if work.device == "cpu":  # whose memory it would fill
+        blocks = work.requests * (1 + -(-(work.prompt + work.output) // 256))
+        settings = ContinuousBatchingConfig(page_size=256, num_blocks=blocks, max_batch_tokens=512)
 
     def run(prompts: Prompts) -> int:
-        answers = model.generate_batch(prompts, generation_config=generation, persistent_manager=True)
+        answers = model.generate_batch(prompts, generation, settings, persistent_manager=True)
         return sum(len(answer.generated_tokens) for answer in answers.values())
 
     return run
@@ -133,7 +140,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m llmkit.bench.rivals", description=main.__doc__)
     models = ["Qwen3-0.6B", "Llama-3.1-8B"]
     parser.add_argument("--models", nargs="+", default=models, choices=list(SHAPES), metavar="NAME")
-    parser.add_argument("--requests", nargs="+", type=int, default=[1, 64], metavar="N", help="at once; default: 1 64")
+    parser.add_argument("--requests", nargs="+", type=int, default=[64], metavar="N", help="at once; default: 64")
     parser.add_argument("--prompt", type=int, default=128, help="tokens (default: 128)")
     parser.add_argument("--output", type=int, default=256, help="tokens (default: 256)")
     parser.add_argument("--layers", type=int, help="only so many, for a try on a CPU (default: all)")

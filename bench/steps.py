@@ -20,7 +20,7 @@ import torch
 
 from llmkit.checkpoint.quantized import QuantizedWeight, Scheme
 from llmkit.kernels.attention import AttentionBatch
-from llmkit.kernels.experts import Shelves
+from llmkit.kernels.experts import shelve
 from llmkit.kernels.rounding import FP8
 from llmkit.model.decoder import Decoder
 from llmkit.model.families import model_spec
@@ -116,7 +116,7 @@ def random_model(
         return torch.randn(shape, dtype=dtype, device=device, generator=generator).mul_(0.02)
 
     rows = parameters(spec)
-    shelves = Shelves(row.name for row in rows if row.expert is not None)
+    shelves: dict[str, list[torch.Tensor]] = {}
     linears: dict[str, Linear] = {}
     for row in rows if scheme else ():
         if row.linear and scheme and row.expert is None:
@@ -126,8 +126,8 @@ def random_model(
             )
     made = {row.name: weights(row.shape) for row in rows if row.expert is None and row.module not in linears}
     for row in rows:
-        if row.expert is not None:
-            made[row.name] = shelves.put(row.name, weights(row.shape))
+        if row.expert is not None and spec.experts is not None:
+            made[row.name] = shelve(shelves, row.name, weights(row.shape), spec.experts.count)
     return Decoder(spec, made, None, linears)
 
 

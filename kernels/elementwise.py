@@ -12,8 +12,7 @@ from llmkit.kernels.quantized_linear import codes_of, own_scale
 from llmkit.kernels.rounding import FP8, FP8_MAX, INT8_MAX
 
 if TYPE_CHECKING:
-    from llmkit.kernels.attention import KvCache
-    from llmkit.kernels.heads import Pair
+    from llmkit.kernels.attention import KvCache, Pair
 
 MOST_HIDDEN = 1 << 15  # elements of a row that a program holds
 
@@ -22,7 +21,7 @@ def place(
     qkv: torch.Tensor, heads: int, norms: Pair | None, eps: float, rotation: Pair | None, cache: KvCache,
     slots: torch.Tensor,
 ) -> torch.Tensor:  # fmt: skip
-    """See `heads.place`. qkv: its last two dimensions are contiguous, the last has 256 elements at most."""
+    """See `attention.place`. qkv: its last two dimensions are contiguous, the last has 256 elements at most."""
     tokens, count, dim = qkv.shape
     q, padded = qkv.new_empty(tokens, heads, dim), max(16, 1 << (dim - 1).bit_length())
     (q_norm, k_norm), (cos, sin) = norms or (None, None), rotation or (None, None)

@@ -14,9 +14,8 @@ import torch
 from torch.nn.functional import embedding
 
 from llmkit.kernels.activation import gated
-from llmkit.kernels.attention import CODES, AttentionBatch, KvCache, paged_attention
-from llmkit.kernels.experts import Experts, grouped
-from llmkit.kernels.heads import place
+from llmkit.kernels.attention import CODES, AttentionBatch, KvCache, paged_attention, place
+from llmkit.kernels.experts import Experts, side_by_side, suits
 from llmkit.kernels.jit import runs_triton
 from llmkit.kernels.norm import rms_norm
 from llmkit.kernels.residual import add, add_norm
@@ -142,11 +141,13 @@ class DecoderLayer:
         """The experts it holds as one, where a GPU can run them so: then the host need not see who is chosen."""
         experts = self.spec.experts
         held = [e for e in range(experts.count if experts else 0) if f"mlp.experts.{e}.down" in self.linears]
-        ups, downs = ([self.linears[f"mlp.experts.{e}.{kind}"] for e in held] for kind in ("gate_up", "down"))
-        if experts is None or not held or any(one.bias is not None or one.rounding for one in chain(ups, downs)):
+        parts = [[self.linears[f"mlp.experts.{e}.{kind}"] for e in held] for kind in ("gate_up", "down")]
+        if experts is None or any(one.bias is not None or one.rounding for one in chain(*parts)):
             return None
-        up, down = ([one.weight for one in part] for part in (ups, downs))
-        return grouped(up, down, held[0], experts.count, self.spec.activation == "gelu_tanh")
+        up, down = (side_by_side([one.weight for one in part]) if held else None for part in parts)
+        if up is None or down is None or not suits(up):
+            return None
+        return Experts(up, down, held[0], experts.count, self.spec.activation == "gelu_tanh")
 
     def stores_scales(self, kv_dtype: str) -> bool:
         """Whether the checkpoint has scales for a cache of this kind."""

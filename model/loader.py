@@ -16,7 +16,7 @@ from llmkit.checkpoint.formats import format_of
 from llmkit.checkpoint.quantized import PackedTensor, QuantizationConfig, QuantizedWeight, Scheme
 from llmkit.checkpoint.reading import CHUNK_BYTES, row_chunks
 from llmkit.checkpoint.source import Checkpoint
-from llmkit.kernels.experts import Shelves
+from llmkit.kernels.experts import shelve
 from llmkit.model.decoder import ALONE, Decoder
 from llmkit.model.families import model_spec
 from llmkit.model.layout import Parameter, Part, ignored_tensor, parameters
@@ -217,7 +217,7 @@ def load_model(
     away = tuple(f"layers.{len(spec.layers) - place}." for place in range(1, offloaded + 1))
     rows = {row.name: row for row in parameters(spec) if not _added_elsewhere(spec, row)}
     tensors: dict[str, torch.Tensor] = {}
-    shelves = Shelves(name for name, row in rows.items() if row.expert is not None)
+    shelves, held = dict[str, list[torch.Tensor]](), len({row.expert for row in rows.values()} - {None})
     rounding: dict[str, Rounding] = {}
     linears: dict[str, Future[Linear]] = {}
     with ThreadPoolExecutor(PACKERS) as pool:
@@ -243,7 +243,7 @@ def load_model(
             elif row.module not in linears:  # a bias there has been read with its weight
                 tensors[row.name] = read_parameter(checkpoint, row, dtype, where)
                 if row.expert is not None and row.linear and where is device and not cpu:
-                    tensors[row.name] = shelves.put(row.name, tensors[row.name])
+                    tensors[row.name] = shelve(shelves, row.name, tensors[row.name], held)
         return Decoder(spec, tensors, rounding, {name: one.result() for name, one in linears.items()}, ranks)
 
 

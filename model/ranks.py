@@ -39,7 +39,7 @@ class Ranks(Vocabulary):
     """What a rank asks of the others, answered for one that is alone. All ranks of a group ask in the same order.
 
     Sums and the vocabulary's operations are over the ranks that share a stage's tensors; hidden states go from stage
-    to stage, and the ids that the last stage has chosen to all others.
+    to stage, and what the last stage has chosen and found to all others.
     """
 
     size = 1  # ranks that share a stage's tensors
@@ -53,9 +53,9 @@ class Ranks(Vocabulary):
         """Hidden states to the stage after this one."""
         raise AssertionError("the last stage sends nothing")
 
-    def publish(self, ids: torch.Tensor) -> None:
-        """The ids that the last stage has chosen, on the host, to the other stages."""
+    def publish(self, results: list[torch.Tensor]) -> None:
+        """What has come of a step, ids first, on the host of the last stage, to the other stages."""
 
-    def expect(self, ids: torch.Tensor) -> Waitable:
-        """Let `ids`, on the host, be filled with what the last stage publishes."""
-        raise AssertionError("the last stage has the ids")
+    def expect(self, results: list[torch.Tensor]) -> Waitable:
+        """Let `results`, on the host, be filled with what the last stage publishes."""
+        raise AssertionError("the last stage has the results")

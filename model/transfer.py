@@ -42,9 +42,7 @@ class Upload:
         return found
 
 
-@cache
-def _upload(device: torch.device) -> Upload:
-    return Upload(device)
+_upload = cache(Upload)
 
 
 def to_device(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:

@@ -7,8 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from llmkit.kernels import elementwise
-from llmkit.kernels.attention import CODES, KvCache
-from llmkit.kernels.heads import place
+from llmkit.kernels.attention import CODES, KvCache, place
 
 TOKENS, BLOCKS, BLOCK = 7, 3, 16
 TOLERANCES = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}

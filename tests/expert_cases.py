@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from llmkit.kernels.activation import gated
-from llmkit.kernels.experts import Experts, Shelves, side_by_side
+from llmkit.kernels.experts import Experts, shelve, side_by_side
 
 
 @dataclass(frozen=True)
@@ -65,9 +65,9 @@ def mixed(
 ) -> torch.Tensor:  # fmt: skip
     """By the kernels."""
     names = [f"mlp.experts.{first + i}.{kind}.weight" for i in range(len(down)) for kind in ("gate_up", "down")]
-    shelves = Shelves(names)
+    shelves: dict[str, list[torch.Tensor]] = {}
     parts = [part for pair in zip(gate_up, down, strict=True) for part in pair]
-    put = [shelves.put(name, part) for name, part in zip(names, parts, strict=True)]
+    put = [shelve(shelves, name, part, len(down)) for name, part in zip(names, parts, strict=True)]
     stacks = side_by_side(put[::2]), side_by_side(put[1::2])
     assert stacks[0] is not None and stacks[1] is not None
     return Experts(stacks[0], stacks[1], first, count, gelu)(x, chosen, weights)

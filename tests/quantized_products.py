@@ -91,3 +91,18 @@ def assert_close(got: torch.Tensor, expected: torch.Tensor, limit: float) -> Non
     """Within a share of the largest value."""
     assert got.isfinite().all()
     assert (got.double().cpu() - expected.cpu()).abs().max() <= limit * expected.abs().max()
+
+
+def tried(
+    x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, bits: int, group: int,
+    bias: torch.Tensor | None, splits: int,
+) -> dict[tuple[int, ...], float | None]:  # fmt: skip
+    """What tuning the product makes of each configuration, with a clock that knows no better: None if it is refused."""
+    from llmkit.bench.tune import LIMITS, Trials
+    from llmkit.kernels.quantized_linear import TILE
+
+    product = GroupedProduct(codes, scales, zeros, bits, group, bias)
+    expected = torch.nn.functional.linear(x.float(), product.dequantize(x.shape[1], torch.float32), bias)
+    trials = Trials(TILE, lambda: product(x, splits), expected, LIMITS[x.dtype], lambda run: 1.0)
+    trials.search()
+    return trials.times

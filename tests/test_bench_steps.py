@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from llmkit.bench import kernels, steps
+from llmkit.bench import kernels, rivals, steps
 from llmkit.model.families import model_spec
 
 CPU = torch.device("cpu")
@@ -30,7 +32,43 @@ def test_a_step_of_every_kind_of_weight(weights: str) -> None:
 def test_every_kernel_is_measured_beside_its_floor() -> None:
     rows = kernels.measure(CPU, scale=128, repeats=1)
     names = [row.kernel for row in rows]
-    assert len(names) == len(set(names)) == 5 + 3 * 4 * 5
+    assert len(names) == len(set(names)) == 5 + 3 * 4 * 5 + 3 * 3
     assert all(row.ms > 0 and row.floor_ms > 0 and row.bytes > 0 and row.flops > 0 for row in rows)
     one = next(row for row in rows if row.kernel == "down [32, 112], bf16, 16 rows")
     assert (one.bytes, one.flops) == ((32 * 112 + 16 * (32 + 112)) * 4, 2 * 16 * 32 * 112)
+
+
+def test_a_step_of_a_mixture_of_experts() -> None:
+    """Its floor counts as many experts as so many tokens choose."""
+    small = {"num_hidden_layers": 2, "vocab_size": 512, "num_experts": 8, "num_experts_per_tok": 2}
+    model = steps.random_model(model_spec(steps.SHAPES["Qwen3-30B-A3B"] | small), torch.float32, CPU)
+    one, many = (steps.measure("moe", "bf16", model, n, 1, 16, 1e9, repeats=1) for n in (1, 64))
+    kv, expert = 16 * 2 * 2 * 4 * 128 * 4, 3 * 2048 * 768 * 4  # bytes
+    rest = 512 * 2048 * 4 + 2 * 4 * (2048 * (4096 + 1024) + 4096 * 2048 + 8 * 2048)
+    assert one.floor_ms * 1e6 == pytest.approx(rest + 2 * 2 * expert + kv)
+    assert many.floor_ms * 1e6 == pytest.approx(rest + 2 * 8 * expert + 64 * kv, rel=1e-4)
+
+
+WORK = rivals.Workload(steps.SHAPES["SmolLM2-135M"] | {"num_hidden_layers": 1, "vocab_size": 512}, "cpu", 2, 5, 4)
+
+
+def test_engines_are_measured_on_the_same_requests(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = rivals.measure("llmkit", WORK)
+    assert found["output_tps"] > 0 and found["warm_after_s"] > 0
+    given: list[list[list[int]]] = []
+    monkeypatch.setitem(rivals.ENGINES, "short", lambda work: lambda prompts: given.append(prompts) or 7)
+    with pytest.raises(RuntimeError, match="gave 7 tokens and not 2 x 4"):
+        rivals.measure("short", WORK)
+    assert given[0] != given[1] and all(len(prompt) == 5 for prompts in given for prompt in prompts)
+    assert given[1] == WORK.prompts(seed=2) and max(max(prompt) for prompt in given[1]) < 512
+
+
+def test_transformers_answers_them_in_a_process_of_its_own() -> None:
+    found = rivals.measure_apart("transformers", WORK, 120)
+    assert found.get("output_tps", 0) > 0, found
+
+
+def test_an_engine_that_is_not_there_or_fails_is_told() -> None:
+    assert rivals.measure_apart("no_such_engine", WORK, 60) == {"skipped": "it is not installed"}
+    wrong = replace(WORK, config=WORK.config | {"architectures": ["NoSuchModel"]})
+    assert "NoSuchModel" in rivals.measure_apart("llmkit", wrong, 60)["failed"]

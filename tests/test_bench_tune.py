@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from quantized_products import Case
 from synthetic import LLAMA
 from tiny import tiny_checkpoint
+from triton_checks import interpreted
 
 from llmkit.bench import tune
 from llmkit.bench.tune import Trials, Tuned, keep, tune_product
 from llmkit.checkpoint.quantized import QuantizationConfig, Scheme
 from llmkit.cli import main
 from llmkit.kernels import paged, quantized_linear, tuning
+from llmkit.kernels.attention import KvCache, paged_attention_reference
+from llmkit.kernels.paging import Group
 from llmkit.kernels.quantized_linear import CROSSOVER, MOST_ROWS, TILE, TILE_OF_FLOAT32, TILES
 from llmkit.kernels.tuning import Config, Tunable
 from llmkit.model.families import model_spec
@@ -204,6 +209,29 @@ def test_a_product_is_tuned_for_all_numbers_of_rows_and_up_to_where_it_is_faster
     assert MOST_ROWS.config((4, 128), (CROSSOVER,), GPU) == (128,)
 
 
+@pytest.mark.parametrize("new", [1, 64])
+@pytest.mark.parametrize("window", [None, 40])
+def test_attention_is_tuned_on_steps_of_the_models_shape(
+    window: int | None, new: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tune, "CONTEXT", 64)
+    monkeypatch.setattr(paged, "attends", lambda *_: True)
+    monkeypatch.setitem(tune.KERNELS, paged.TILE, (SimpleNamespace(kernel=None), "kernel"))  # type: ignore[arg-type]
+    seen: list[tuple[int, ...]] = []
+
+    def attention(q: torch.Tensor, cache: KvCache, group: Group, *more: Any) -> torch.Tensor:
+        tokens, *_ = paged.TILE.config((len(q),), (64, 4, 3, 4), CPU)
+        seen.append(tuple(q.shape))
+        answer = paged_attention_reference(q, cache, group, *more)
+        return answer if tokens < 128 else answer + 1
+
+    monkeypatch.setattr(paged, "attention", attention)
+    spec = replace(model_spec(LLAMA), layers=tuple(replace(one, window=window) for one in model_spec(LLAMA).layers))
+    (found,) = tune.tune_attention(spec, new, torch.float32, CPU, lambda run: 1.0)
+    assert set(seen) == {(32 if new == 1 else 64, spec.heads, spec.head_dim)}
+    assert (found.safe, found.refused) == ((64, 4, 3, 4), 1)
+
+
 def test_safe_configurations_are_among_the_choices() -> None:
     for *_, config in [(tile[0], tile[1:]) for tile in (*TILES, TILE_OF_FLOAT32)]:
         assert len(config) == len(TILE.choices)
@@ -211,6 +239,14 @@ def test_safe_configurations_are_among_the_choices() -> None:
     assert CROSSOVER in MOST_ROWS.choices[0] and max(tune.ROWS) == CROSSOVER
     assert quantized_linear.TILE in tune.KERNELS and paged.TILE in tune.KERNELS
     assert all(hasattr(module, name) for module, name in tune.KERNELS.values())
+
+
+def test_every_configuration_of_a_product_is_right(tmp_path: Path) -> None:
+    """By Triton's interpreter, which spills nothing and has all the memory it wants."""
+    cases = [Case(4, 32, 20, 70, 320, symmetric=False, splits=2), Case(8, 64, 3, 33, 256)]
+    for times in interpreted("quantized_products", "tried", [case.arguments() for case in cases], tmp_path):
+        assert len(times) == 1 + sum(len(choices) - 1 for choices in TILE.choices)
+        assert None not in times.values()
 
 
 def test_which_weights_are_tuned(monkeypatch: pytest.MonkeyPatch) -> None:

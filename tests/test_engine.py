@@ -210,12 +210,6 @@ def test_requests_without_a_seed_differ(model: Decoder) -> None:
     assert len({tuple(answer) for answer in engine(model).generate([prompts()[1]] * 8, sampling)}) == 8
 
 
-def test_a_sharded_layout_is_refused(checkpoint: Path) -> None:
-    source = replace(open_checkpoint(checkpoint), manifest={"layout": {"tp": 2, "pp": 3}})
-    with pytest.raises(InputError, match=r"split over 6 ranks.*llmkit shard merge"):
-        load_engine(source, EngineOptions(device="cpu"))
-
-
 @pytest.mark.parametrize(
     ("generation", "config", "ends"),
     [

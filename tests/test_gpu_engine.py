@@ -10,8 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from families import FAMILIES, family_oracle
-from stepping import errors, run_watched
 from tiny import tiny_checkpoint
 
 from llmkit.bench.steps import SHAPES, WEIGHTS, random_model
@@ -24,6 +22,10 @@ from llmkit.runtime.engine.engine import Engine
 from llmkit.runtime.engine.graphs import CudaGraph, Graph, Graphs
 from llmkit.runtime.engine.types import Request, SamplingParams
 from llmkit.runtime.load import EngineOptions, load_engine
+
+pytest.importorskip("transformers")
+from families import FAMILIES, family_oracle
+from stepping import errors, run_watched
 
 pytestmark = [
     pytest.mark.gpu,

@@ -11,7 +11,7 @@ from expert_cases import MIXTURES, Mixture, expected, mixture_arguments
 from triton_checks import SHARED_BYTES, compiled_for, interpreted
 
 from llmkit.kernels import experts
-from llmkit.kernels.experts import TILES, Shelves, side_by_side
+from llmkit.kernels.experts import TILES, shelve, side_by_side
 
 LIMITS = {torch.float32: 1e-5, torch.float16: 3e-3}
 
@@ -40,14 +40,15 @@ def test_every_tile_is_tried() -> None:
 
 def test_weights_side_by_side() -> None:
     names = [f"layers.{layer}.mlp.experts.{expert}.down.weight" for layer in (0, 1) for expert in (4, 5, 6)]
-    shelves, weights = Shelves(names), torch.rand(6, 3, 8)
-    put = [shelves.put(name, weight) for name, weight in zip(names, weights, strict=True)]
+    shelves, weights = dict[str, list[torch.Tensor]](), torch.rand(6, 3, 8)
+    put = [shelve(shelves, name, weight, 3) for name, weight in zip(names, weights, strict=True)]
     for start in (0, 3):
         stack = side_by_side(put[start : start + 3])
         assert stack is not None and torch.equal(stack, weights[start : start + 3])
         assert stack.data_ptr() == put[start].data_ptr(), "nothing is held twice"
     assert side_by_side(put) is None, "of two layers"
     assert side_by_side([put[0], put[2], put[1]]) is None
+    assert side_by_side(put[2::-1]) is None
     assert side_by_side([weights[0].clone(), weights[1].clone()]) is None
     assert side_by_side([weights[0], weights[1, :2]]) is None
     apart = side_by_side([weights[0], weights[2], weights[4]])

@@ -10,7 +10,7 @@ from tiny import tiny_checkpoint
 from triton_checks import interpreted
 
 from llmkit.checkpoint.source import open_checkpoint
-from llmkit.kernels.experts import Experts, Shelves, side_by_side
+from llmkit.kernels.experts import shelve
 from llmkit.model import decoder
 from llmkit.model.decoder import DecoderLayer
 from llmkit.model.loader import load_model
@@ -19,12 +19,11 @@ from llmkit.model.sequence import logits_of
 WINDOWS = torch.randint(3, 500, (2, 9), generator=torch.Generator().manual_seed(3))
 
 
-def shelve(layer: DecoderLayer) -> None:
-    """Put its experts side by side, as the loader does on a GPU."""
-    names = [name for name in layer.linears if ".experts." in name]
-    shelves = Shelves(names)
+def put_together(layer: DecoderLayer) -> None:
+    """Lay its experts side by side, as the loader does on a GPU."""
+    names, shelves = [name for name in layer.linears if ".experts." in name], dict[str, list[torch.Tensor]]()
     for name in names:
-        layer.linears[name].weight = shelves.put(name, layer.linears[name].weight)
+        layer.linears[name].weight = shelve(shelves, name, layer.linears[name].weight, len(names) // 2)
     layer.__dict__.pop("together", None)
 
 
@@ -33,17 +32,12 @@ def results(path: str) -> dict[str, torch.Tensor]:
     torch.cuda.get_device_capability = lambda *_: (9, 0)
     decoder.runs_triton = lambda _: True  # type: ignore[assignment]
     model, found = load_model(open_checkpoint(Path(path)), torch.float32), {}
-    assert all(layer.together is None for layer in model.layers), "not on a GPU"
     found["apart"] = torch.cat(list(logits_of(model, WINDOWS)))
 
-    def together(gate_up: list[torch.Tensor], down: list[torch.Tensor], *rest: int) -> Experts:
-        stacks = side_by_side(gate_up), side_by_side(down)
-        assert stacks[0] is not None and stacks[1] is not None
-        return Experts(*stacks, *rest)  # type: ignore[arg-type]
-
-    decoder.grouped = together  # type: ignore[assignment]
+    decoder.suits = lambda _: True  # type: ignore[assignment]
+    assert all(layer.together is None for layer in model.layers), "each expert's is a memory of its own"
     for layer in model.layers:
-        shelve(layer)
+        put_together(layer)
     found["together"] = torch.cat(list(logits_of(model, WINDOWS)))
     for layer in model.layers:
         layer.adapted = True
@@ -57,7 +51,7 @@ def results(path: str) -> dict[str, torch.Tensor]:
             layer.linears = {
                 name: one for name, one in linears.items() if ".experts." not in name or name.split(".")[2] in part
             }
-            shelve(layer)
+            put_together(layer)
             found[part] = layer._experts(x)
     return found
 

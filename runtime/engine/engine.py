@@ -16,6 +16,7 @@ from llmkit.runtime.engine.memory import is_out_of_memory
 from llmkit.runtime.engine.runner import Flight, Runner
 from llmkit.runtime.engine.scheduler import Scheduler
 from llmkit.runtime.engine.sequence import Sequence
+from llmkit.runtime.engine.shaping import unfold
 from llmkit.runtime.engine.types import EngineConfig, EngineStats, Request, RequestError, SamplingParams, TokenOutput
 
 
@@ -28,7 +29,7 @@ class Engine:
         config = replace(config, windows=model.spec.whole.windows, stages=model.ranks.stages)
         self.model, self.config = model, config
         self.scheduler = Scheduler(config, eos_ids, draft_model=draft is not None)
-        self.runner = Runner(model, config, draft)
+        self.runner = Runner(model, config, draft, eos_ids)
         self.steps = 0
         self._flights: deque[Flight] = deque()  # launched, their tokens not yet recorded
 
@@ -96,7 +97,9 @@ class Engine:
                 outputs.append(self.scheduler.give_up(chunks, "there was not enough memory to compute it"))
         if self._flights and (not chunks or len(self._flights) > max(self.config.ahead, self.config.stages - 1)):
             flight = self._flights.popleft()
-            outputs += self.scheduler.commit(flight.chunks, flight.wait())
+            sampled = flight.wait()
+            told = unfold(flight.chunks, flight.told) if flight.told else None
+            outputs += self.scheduler.commit(flight.chunks, sampled, told)
             if any(self.scheduler.poisoned):
                 self.runner.clear(self.scheduler.take_poisoned())
         return outputs

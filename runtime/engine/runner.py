@@ -9,6 +9,7 @@ from itertools import accumulate
 import torch
 
 from llmkit.kernels.attention import AttentionBatch
+from llmkit.kernels.logprobs import report
 from llmkit.kernels.sampling import sample
 from llmkit.model.decoder import Decoder
 from llmkit.model.lora import Adapters
@@ -16,6 +17,7 @@ from llmkit.model.ranks import Waitable
 from llmkit.runtime.engine.graphs import Graphs
 from llmkit.runtime.engine.replay import Recordings, Tables
 from llmkit.runtime.engine.sequence import Chunk, Sequence
+from llmkit.runtime.engine.shaping import Told, blank, most, places, shape_, tell_prompts, told_rows
 from llmkit.runtime.engine.speculate import confirmed
 from llmkit.runtime.engine.types import EngineConfig, SamplingParams
 
@@ -47,18 +49,19 @@ class Flight:
     chunks: list[Chunk]
     ids: torch.Tensor  # on the host once `done`: for each chunk what was chosen after its last 1 + drafts tokens
     guesses: torch.Tensor | None  # on the host once `done`: a draft model's, one after the other
+    told: Told | None  # on the host once `done`: log probabilities, for `unfold`
     done: Waitable | None
 
     @property
-    def known(self) -> torch.Tensor:
-        """`ids`, waited for."""
+    def known(self) -> list[torch.Tensor]:
+        """`ids` and what is told, waited for."""
         if self.done is not None:
             self.done.synchronize()
-        return self.ids
+        return [self.ids, *(self.told or ())]
 
     def wait(self) -> list[list[int]]:
         """The tokens after each chunk, the confirmed guesses first; -1 where the logits are not finite."""
-        chosen, results, at, guessed = self.known.tolist(), [], 0, 0
+        chosen, results, at, guessed = self.known[0].tolist(), [], 0, 0
         drawn = [] if self.guesses is None else self.guesses.tolist()
         for chunk in self.chunks:
             end = at + 1 + chunk.drafts
@@ -76,8 +79,10 @@ class Flight:
 class Runner:
     """A model and its KV cache on a device, and a draft model whose cache has the same blocks."""
 
-    def __init__(self, model: Decoder, config: EngineConfig, draft: Decoder | None = None) -> None:
-        self.model, self.config, self.draft = model, config, draft
+    def __init__(
+        self, model: Decoder, config: EngineConfig, draft: Decoder | None = None, eos_ids: tuple[int, ...] = ()
+    ) -> None:
+        self.model, self.config, self.draft, self.eos_ids = model, config, draft, eos_ids
         self.adapters = Adapters(model)
         on_gpu = config.device.type == "cuda"  # where graphs need a block for rows that no sequence has
         self.caches = [
@@ -107,20 +112,27 @@ class Runner:
         if guesses is not None:
             tokens[self._device(_guess_rows(chunks))] = guesses
         spans = [(chunk.sequence, chunk.start, chunk.stop) for chunk in chunks]
-        logits, ids = self._logits(chunks, spans, tokens)
-        sequences = [chunk.sequence for chunk in chunks for _ in range(1 + chunk.drafts)]
+        logits, ids, told = self._logits(chunks, spans, tokens)
+        sequences, ranks = [chunk.sequence for chunk in chunks for _ in range(1 + chunk.drafts)], self.model.ranks
         if not self.model.spec.ends:
-            ids = torch.zeros(len(sequences), dtype=torch.int64)
-            return Flight(chunks, ids, None, self.model.ranks.expect(ids))
-        if ids is None or any(sequence.request.sampling.temperature for sequence in sequences):
+            ids, table = torch.zeros(len(sequences), dtype=torch.int64), blank(chunks)
+            return Flight(chunks, ids, None, table, ranks.expect([ids, *(table or ())]))
+        asking = [sequence.request.sampling for sequence in sequences]
+        rows = told_rows(chunks)
+        raw = logits[self._device(rows)] if rows else logits
+        if ids is None or any(asked.temperature or asked.shapes for asked in asking):
             counters = [chunk.counter + i for chunk in chunks for i in range(1 + chunk.drafts)]
-            ids = self._sample(logits, sequences, counters)
-            ids = torch.where(self.model.ranks.finite(logits), ids, -1)
+            finite = ranks.finite(logits)
+            if any(asked.shapes for asked in asking):
+                shape_(logits, sequences, counters, ranks.first, self.eos_ids)
+            ids = torch.where(finite, self._sample(logits, sequences, counters), -1)
+        if rows:
+            told.append(report(raw, ids[self._device(rows)], most(chunks), ranks))
         if self.config.ahead:
             self._last[self._device([sequence.slot for sequence in sequences])] = ids
-        flight = self._flight(chunks, ids, guesses)
-        if self.model.ranks.stages > 1:
-            self.model.ranks.publish(flight.known)
+        flight = self._flight(chunks, ids, guesses, told)
+        if ranks.stages > 1:
+            ranks.publish(flight.known)
         return flight
 
     def clear(self, blocks: list[list[int]]) -> None:
@@ -147,17 +159,21 @@ class Runner:
 
     def _logits(
         self, chunks: list[Chunk], spans: list[Span], tokens: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Logits after each chunk's last 1 + drafts tokens, and the most probable ids where they are known, too."""
+    ) -> tuple[torch.Tensor, torch.Tensor | None, list[Told]]:
+        """Logits after each chunk's last 1 + drafts tokens, the most probable ids where they are known, and what there
+        is to tell of prompts."""
+        prompts = any(places(chunk)[0] for chunk in chunks)
         single = len(tokens) == len(spans) and not any(sequence.adapter for sequence, _, _ in spans)
-        if single and self.recordings.take(len(spans)):
-            return self.recordings.run(tokens, *self._places(spans))
+        if single and not prompts and self.recordings.take(len(spans)):
+            return *self.recordings.run(tokens, *self._places(spans)), []
         with self.adapters.applied([(chunk.sequence.adapter, chunk.count) for chunk in chunks], self._device):
             hidden = self._forward(spans, tokens)
         ends = accumulate(chunk.count for chunk in chunks)
         rows = [row for chunk, end in zip(chunks, ends, strict=True) for row in range(end - 1 - chunk.drafts, end)]
-        hidden = hidden if len(rows) == len(hidden) else hidden[self._device(rows)]
-        return self.model.logits(hidden) if self.model.spec.ends else hidden, None
+        if not self.model.spec.ends:
+            return hidden, None, []
+        told = tell_prompts(self.model, chunks, hidden, most(chunks)) if prompts else []
+        return self.model.logits(hidden if len(rows) == len(hidden) else hidden[self._device(rows)]), None, told
 
     def _places(self, spans: list[Span], draft: Decoder | None = None) -> tuple[list[int], list[int], Tables]:
         """Positions of all tokens, and the spans' contexts and block tables, for the model or a draft model."""
@@ -216,14 +232,15 @@ class Runner:
         ranks = self.model.ranks
         return sample(logits, *self._sampling.parameters(sequences), torch.tensor(counters), ranks)
 
-    def _flight(self, chunks: list[Chunk], ids: torch.Tensor, guesses: torch.Tensor | None) -> Flight:
+    def _flight(self, chunks: list[Chunk], ids: torch.Tensor, guesses: torch.Tensor | None, told: list[Told]) -> Flight:
+        table = [torch.cat(parts) for parts in zip(*told, strict=True)]
         if self.config.device.type == "cpu":
-            return Flight(chunks, ids, guesses, None)
-        host, drawn = (None if t is None else _to_host(t) for t in (ids, guesses))
-        assert host is not None
+            return Flight(chunks, ids, guesses, tuple(table) or None, None)  # type: ignore[arg-type]
+        drawn = None if guesses is None else _to_host(guesses)
+        host, *table = map(_to_host, (ids, *table))
         done = torch.cuda.Event()
         done.record()
-        return Flight(chunks, host, drawn, done)
+        return Flight(chunks, host, drawn, tuple(table) or None, done)  # type: ignore[arg-type]
 
     def _blocks(self, window: int | None) -> int:
         config = self.config

@@ -10,11 +10,12 @@ they are. In a pipeline it leaves those alone whose tokens are not known, and so
 from __future__ import annotations
 
 from bisect import insort
+from dataclasses import replace
 
 from llmkit.runtime.engine.blocks import BlockPool
 from llmkit.runtime.engine.sequence import GONE, Chunk, Sequence
 from llmkit.runtime.engine.speculate import NgramIndex
-from llmkit.runtime.engine.types import EngineConfig, FinishReason, RequestError, TokenOutput
+from llmkit.runtime.engine.types import EngineConfig, FinishReason, Logprobs, RequestError, TokenOutput
 
 OVERTAKEN = 16  # how often a waiting request that finds no room lets smaller ones pass
 LOOKED_AT = 64  # waiting requests that are tried in a step
@@ -76,12 +77,18 @@ class Scheduler:
             chunks = self._plan(admits=False)
         return chunks
 
-    def commit(self, chunks: list[Chunk], sampled: list[list[int]]) -> list[TokenOutput]:
-        """Record a step. `sampled`: the tokens after each chunk, wanted or not; -1 where logits are not finite."""
+    def commit(
+        self, chunks: list[Chunk], sampled: list[list[int]],
+        told: list[tuple[list[Logprobs], list[Logprobs]]] | None = None,
+    ) -> list[TokenOutput]:  # fmt: skip
+        """Record a step. `sampled`: the tokens after each chunk, wanted or not; -1 where logits are not finite. `told`:
+        see `unfold`."""
         outputs = []
-        for chunk, tokens in zip(chunks, sampled, strict=True):
+        for index, (chunk, tokens) in enumerate(zip(chunks, sampled, strict=True)):
             sequence = chunk.sequence
             sequence.pending -= chunk.samples
+            of_prompt, of_new = told[index] if told else ([], [])
+            sequence.prompt_logprobs[chunk.start : chunk.start + len(of_prompt)] = of_prompt
             if sequence.ended:
                 continue
             if chunk.drafts:
@@ -92,7 +99,7 @@ class Scheduler:
                 continue
             if chunk.samples and len(sequence.tokens) == len(sequence.request.prompt):
                 self.prompt_tokens += len(sequence.request.prompt)
-            outputs.append(self._accept(sequence, tokens))
+            outputs.append(self._accept(sequence, tokens, of_new))
         return outputs
 
     def give_up(self, chunks: list[Chunk], message: str) -> TokenOutput:
@@ -112,7 +119,7 @@ class Scheduler:
         taken, self.poisoned = self.poisoned, [[] for _ in self.pools]
         return taken
 
-    def _accept(self, sequence: Sequence, tokens: list[int]) -> TokenOutput:
+    def _accept(self, sequence: Sequence, tokens: list[int], told: list[Logprobs]) -> TokenOutput:
         new: list[int] = []
         reason: FinishReason | None = None
         sampling = sequence.request.sampling
@@ -131,7 +138,11 @@ class Scheduler:
         self.generation_tokens += len(new)
         if reason is not None:
             self._end(sequence, poisoned=reason == "error")
-        return self._output(sequence, new, reason, NOT_FINITE if reason == "error" else None)
+        output = self._output(sequence, new, reason, NOT_FINITE if reason == "error" else None)
+        first = len(sequence.tokens) - len(new) == len(sequence.request.prompt)
+        of_prompt = sequence.prompt_logprobs if first and sampling.prompt_logprobs is not None else None
+        of_new = told[: len(new)] if sampling.logprobs is not None else None
+        return replace(output, logprobs=of_new, prompt_logprobs=of_prompt)
 
     def _output(
         self, sequence: Sequence, new: list[int], reason: FinishReason | None, error: str | None
@@ -184,7 +195,8 @@ class Scheduler:
         The last token is always computed: what follows it is sampled from its logits.
         """
         config, size = self.config, self.config.block_size
-        names = sequence.names((sequence.total - 1) // size, size) if config.prefix_cache else []
+        wanted = config.prefix_cache and sequence.request.sampling.prompt_logprobs is None  # else all is computed
+        names = sequence.names((sequence.total - 1) // size, size) if wanted else []
         runs = [0] * len(self.pools)  # blocks found one after the other, up to here
         best = 0
         for count, name in enumerate(names, start=1):
@@ -208,7 +220,8 @@ class Scheduler:
         guesses: dict[Sequence, list[int]] = {}
         most = -(-len(self.running) // self.config.stages)  # that decode in this step
         for sequence in self.running:
-            known = not sequence.pending or self.config.stages == 1
+            penalizes = sequence.request.sampling.penalizes  # which tokens there are, not just how many
+            known = not sequence.pending or (self.config.stages == 1 and not penalizes)
             if sequence.left == 1 and budget and known and len(starts) < most:
                 starts[sequence], guesses[sequence] = sequence.scheduled, self._guess(sequence, budget - 1)
                 budget -= self._take(sequence, 1 + len(guesses[sequence]))
@@ -255,7 +268,7 @@ class Scheduler:
     def _guess(self, sequence: Sequence, budget: int) -> list[int]:
         """Tokens that may follow; zeros when a draft model will find them. They get no block from anybody else."""
         wanted = min(self.config.speculate, budget, sequence.request.sampling.max_tokens - sequence.generated - 1)
-        if wanted <= 0:
+        if wanted <= 0 or sequence.request.sampling.penalizes:
             return []
         if self.draft_model:
             guesses = [0] * wanted

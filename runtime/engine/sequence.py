@@ -7,7 +7,7 @@ from array import array
 from dataclasses import dataclass, field
 
 from llmkit.runtime.engine.speculate import NgramIndex
-from llmkit.runtime.engine.types import Request
+from llmkit.runtime.engine.types import Logprobs, Request
 
 GONE = -1  # in a block table: the block has left a sliding window
 
@@ -29,6 +29,7 @@ class Sequence:
     cached: int | None = None  # prompt tokens found in the prefix cache when it was first admitted
     overtaken: int = 0  # how many were admitted before it while it waited
     drafted: int = 0  # tokens whose keys and values are in the draft model's cache
+    prompt_logprobs: list[Logprobs] = field(default_factory=list)  # of its prompt so far, where it asks for them
     ended: bool = False
     index: NgramIndex | None = None
     _names: list[bytes] = field(default_factory=list)

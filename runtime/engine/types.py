@@ -33,6 +33,16 @@ class SamplingParams:
     logprobs: int | None = None  # most probable tokens told of with each one; 0: only the token itself
     prompt_logprobs: int | None = None  # the same of the prompt's tokens
 
+    @property
+    def penalizes(self) -> bool:
+        """Whether a choice depends on the tokens before it by more than the model."""
+        return self.repetition_penalty != 1 or bool(self.presence_penalty or self.frequency_penalty)
+
+    @property
+    def shapes(self) -> bool:
+        """Whether logits are changed before a token is chosen."""
+        return self.penalizes or bool(self.logit_bias or self.min_tokens)
+
 
 class Logprobs(NamedTuple):
     """The logarithms of probabilities at one place, by the model itself, whatever the request's sampling."""

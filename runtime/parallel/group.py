@@ -35,8 +35,8 @@ class Group(Ranks):
         stages = [list(range(first, first + self.size)) for first in range(0, world, self.size)]
         groups = [dist.new_group(ranks) for ranks in stages]  # every rank must make every group
         self._stage = groups[self.index // self.size]
-        self._ids = dist.new_group(backend="gloo")  # ids are needed by schedulers, on the host
-        dist.barrier(self._ids)  # from now on nobody needs the store
+        self._results = dist.new_group(backend="gloo")  # schedulers need them on the host
+        dist.barrier(self._results)  # from now on nobody needs the store
 
     def leave(self) -> None:
         """Let go of the other ranks."""
@@ -81,15 +81,16 @@ class Group(Ranks):
         else:
             self._post(hidden, self.index + self.size, None)
 
-    def publish(self, ids: torch.Tensor) -> None:
+    def publish(self, results: list[torch.Tensor]) -> None:
         """See `Ranks`."""
         for stage in range(self.stages - 1):
-            self._post(ids, stage * self.size + self.index % self.size, self._ids)
+            for result in results:
+                self._post(result, stage * self.size + self.index % self.size, self._results)
 
-    def expect(self, ids: torch.Tensor) -> Waitable:
+    def expect(self, results: list[torch.Tensor]) -> Waitable:
         """See `Ranks`."""
         last = (self.stages - 1) * self.size + self.index % self.size
-        return _Arrival(dist.irecv(ids, last, self._ids))
+        return _Arrival([dist.irecv(result, last, self._results) for result in results])
 
     def _reduced(self, x: torch.Tensor, how: Any) -> torch.Tensor:
         if self.size > 1:
@@ -106,11 +107,10 @@ class Group(Ranks):
 class _Arrival:
     """What is being received."""
 
-    def __init__(self, work: Any) -> None:
-        self._work = work
+    def __init__(self, works: list[Any]) -> None:
+        self._works = works
 
     def synchronize(self) -> None:
-        """Wait until it is there; once."""
-        if self._work is not None:
-            self._work.wait()
-            self._work = None
+        """Wait until it is there."""
+        while self._works:
+            self._works.pop(0).wait()

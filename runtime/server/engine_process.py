@@ -49,9 +49,15 @@ def serve(engine: Engine, early: list[ToEngine], channel: EngineChannel) -> None
         if engine.has_work:
             outputs = [
                 Output(
-                    o.request_id, o.token_ids, o.finish_reason, o.error, o.prompt_tokens, o.cached_tokens,
-                    o.logprobs, o.prompt_logprobs,
-                )  # fmt: skip
+                    o.request_id,
+                    o.token_ids,
+                    o.finish_reason,
+                    o.error,
+                    o.prompt_tokens,
+                    o.cached_tokens,
+                    o.logprobs,
+                    o.prompt_logprobs,
+                )
                 for o in engine.step()
             ]
             channel.send(Outputs(outputs, _stats(engine)))
