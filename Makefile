@@ -42,9 +42,10 @@ gpu: export PYTHONPATH := $(CURDIR)/.typecheck$(if $(PYTHONPATH),:$(PYTHONPATH))
 gpu: ## run the GPU tests and benchmarks, where there is a GPU
 	@if $(GPU_PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null; then \
 		for part in $(PART); do \
-			$(MAKE) --no-print-directory gpu-results/$$part.json GPU_PYTHON=$(GPU_PYTHON) || exit 1; \
+			$(MAKE) --no-print-directory gpu-results/$$part.json GPU_PYTHON=$(GPU_PYTHON) || failed="$$failed $$part"; \
 		done; \
 		echo "figures: gpu-results/*.json"; \
+		[ -z "$$failed" ] || { echo "make gpu: failed:$$failed" >&2; exit 1; }; \
 	else \
 		echo "make gpu: torch of $(GPU_PYTHON) sees no CUDA device here, so nothing was run"; \
 	fi

@@ -45,6 +45,10 @@ class Tokenizer:
         eos = self._role_id("eos_token")
         self.eos_ids = eos_ids or (() if eos is None else (eos,))
 
+    def to_json(self) -> str:
+        """Its tokenizer.json."""
+        return self._tokenizer.to_str()
+
     @property
     def chat_template(self) -> str | None:
         """The template of ordinary conversations."""

@@ -19,7 +19,7 @@ def sample(
     (rows, size), ids = logits.shape, torch.empty_like(seeds)
     with torch.cuda.device_of(logits):
         _sample[(rows,)](
-            logits, temperature, top_k, top_p, min_p, seeds, counters, ids, logits.stride(0), size, TILE=4096, WAYS=4,
+            logits, temperature, top_k, top_p, min_p, seeds, counters, ids, logits.stride(0), size, TILE=2048, WAYS=4,
             num_warps=16,
         )  # fmt: skip
     return ids

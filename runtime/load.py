@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TypeVar
 
@@ -34,6 +35,7 @@ from llmkit.runtime.engine.memory import (
     require_weights,
     weight_bytes,
 )
+from llmkit.runtime.engine.sequence import Guide
 from llmkit.runtime.engine.types import EngineConfig, EngineOptions
 from llmkit.runtime.offload import HostLayers, Offload, host_layers
 from llmkit.shard.rank import rank_parts
@@ -165,6 +167,15 @@ class LoadedPart:
     draft: Decoder | None
     plan: EnginePlan
 
+    @cached_property
+    def _grammars(self) -> Callable[[str], Guide]:
+        from llmkit.runtime.grammar import Grammars  # few requests have one
+
+        return Grammars(self.checkpoint, self.model.spec.whole.vocab, eos_ids(self.checkpoint))
+
+    def _guide(self, grammar: str) -> Guide:
+        return self._grammars(grammar)
+
     def engine(self, start: StartUp, kind: type[E]) -> E:
         """The engine, of a kind of Engine."""
         options, plan, memory = self.options, self.plan, self.plan.memory
@@ -187,6 +198,7 @@ class LoadedPart:
         )
         with start.stage("KV cache"):
             engine = kind(self.model, config, eos_ids(self.checkpoint), self.draft)
+            engine.grammars = self._guide
         if isinstance(graphs := engine.runner.recordings, Graphs):
             graphs.possible = graphs.possible and not plan.host.layers
             with start.stage("CUDA graphs"):

@@ -19,7 +19,7 @@ from triton_checks import interpreted
 from llmkit.bench import tune
 from llmkit.bench.tune import Trials, Tuned, keep, tune_product
 from llmkit.checkpoint.quantized import QuantizationConfig, Scheme
-from llmkit.cli import main
+from llmkit.cli import doctor, main
 from llmkit.kernels import paged, quantized_linear, tuning
 from llmkit.kernels.attention import KvCache, paged_attention_reference
 from llmkit.kernels.paging import Group
@@ -267,3 +267,32 @@ def test_without_a_gpu_it_is_refused(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert main.run(["doctor", "--tune", str(model), "--json"]) == 4
     captured = capsys.readouterr()
     assert captured.out == "" and "--tune, and PyTorch sees no CUDA device" in captured.err
+
+
+def test_what_was_found_is_shown(
+    tmp_path: Path, user: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = tiny_checkpoint(tmp_path / "model")
+    found = [Tuned(NAME, (4, 20, 7), 0.25, SAFE, 0.5, 6, 1), Tuned(NAME, (2, 10, 3), 0.125, SAFE, None, 6, 2)]
+    monkeypatch.setattr(tune, "tune", lambda checkpoint, told: told("attention, 1 new tokens") or found)
+    capsys.readouterr()
+    assert main.run(["doctor", "--tune", str(model), "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["file"] == str(user)
+    assert document["tuned"][0]["config"] == [4, 20, 7] and document["tuned"][1]["safe_ms"] is None
+    assert main.run(["doctor", "--tune", str(model)]) == 0
+    captured = capsys.readouterr()
+    assert "attention, 1 new tokens" in captured.err and str(user) in captured.err.replace("\n", "")
+    for part in ("pretended", "4 bfloat16", "4 20 7", "0.2500", "0.5000"):
+        assert part in captured.out
+
+
+def test_doctor_says_whether_triton_runs() -> None:
+    def triton(gpus: list[dict[str, Any]], version: str | None) -> tuple[bool, str]:
+        paths = doctor.fast_paths(gpus, "13.0", "AVX512", "0.2", version)
+        return next((path["active"], path["why"]) for path in paths if path["name"] == "Triton kernels")
+
+    gpu: dict[str, Any] = {"name": "NVIDIA H100"}
+    assert triton([gpu], "3.6.0") == (True, "triton 3.6.0")
+    assert not triton([gpu], None)[0] and "not installed" in triton([gpu], None)[1]
+    assert not triton([], "3.6.0")[0] and "need a CUDA device" in triton([], "3.6.0")[1]

@@ -14,7 +14,7 @@ from tiny import tiny_checkpoint
 
 from llmkit.checkpoint.errors import InputError, ShortageError
 from llmkit.checkpoint.source import open_checkpoint
-from llmkit.cli import main
+from llmkit.cli import main, serve
 from llmkit.kernels.quantized_linear import GroupedProduct, RoundedProduct
 from llmkit.model.decoder import Decoder, DecoderLayer
 from llmkit.model.families import model_spec
@@ -177,6 +177,8 @@ def test_the_plan_of_a_gpu_counts_them(path: Path, monkeypatch: pytest.MonkeyPat
     plain, away = (load.plan_engine(checkpoint, EngineOptions(cpu_offload=size)) for size in (0, 1 << 40))
     assert away.memory.weights == plain.memory.weights - away.host.bytes + away.host.buffers
     assert away.as_dict()["host_layers"] == 6 and "host_layers" not in plain.as_dict()
+    shown, other = (dict(serve._memory_rows(one.as_dict())) for one in (away, plain))
+    assert shown.keys() - other.keys() == {"weights in host memory"}
 
 
 def test_without_a_gpu_it_is_refused(path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -24,7 +24,7 @@ from llmkit.runtime.engine.types import Request, SamplingParams
 from llmkit.runtime.load import EngineOptions, load_engine
 
 pytest.importorskip("transformers")
-from families import FAMILIES, family_oracle
+from families import family_oracle
 from stepping import errors, run_watched
 
 pytestmark = [
@@ -36,7 +36,10 @@ PROMPTS = [[5, 6, 7], list(range(3, 60)), [9] * 17, [40, 41], [77], list(range(1
 OPTIONS = EngineOptions(device="cuda", kv_cache_memory=64 << 20, max_num_seqs=8, max_num_batched_tokens=48)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [
+    "llama3-rope", "mistral", "qwen2", "qwen3", "phi3-longrope", "phi3-partial", "gemma2", "gemma3", "granite", "olmo2",
+    "smollm3", "mixtral", "qwen3-moe",
+])  # fmt: skip
 def test_an_engine_gives_the_logits_of_transformers_in_bf16(family: str, tmp_path: Path) -> None:
     """Prompts in chunks beside decode steps, which are graphs; tokens of bfloat16, logits of float32 for the same."""
     oracle = family_oracle(family, tmp_path).cuda()
@@ -107,7 +110,7 @@ def test_an_engine_with_graphs_answers_as_without(architecture: str, tmp_path: P
         assert answer == other and torch.equal(logits, others)
 
 
-WAITS = {"cudaMemcpy", "cudaMemcpy2D", "cudaMalloc", "cudaFree", "cudaHostAlloc"}  # and all that synchronize
+WAITS = {"cudaMemcpy", "cudaMemcpy2D", "cudaMalloc", "cudaFree"}  # and all that synchronize
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.8])

@@ -15,7 +15,7 @@ from llmkit.model.lora import load_adapter
 from llmkit.runtime.engine.memory import is_out_of_memory
 from llmkit.runtime.engine.runner import Flight, Runner
 from llmkit.runtime.engine.scheduler import Scheduler
-from llmkit.runtime.engine.sequence import Sequence
+from llmkit.runtime.engine.sequence import Guide, Sequence
 from llmkit.runtime.engine.shaping import unfold
 from llmkit.runtime.engine.types import EngineConfig, EngineStats, Request, RequestError, SamplingParams, TokenOutput
 
@@ -31,6 +31,7 @@ class Engine:
         self.scheduler = Scheduler(config, eos_ids, draft_model=draft is not None)
         self.runner = Runner(model, config, draft, eos_ids)
         self.steps = 0
+        self.grammars: Callable[[str], Guide] | None = None  # what reads the grammars of requests
         self._flights: deque[Flight] = deque()  # launched, their tokens not yet recorded
 
     @property
@@ -42,7 +43,12 @@ class Engine:
         """Queue a request. Raises RequestError when it could never run to its end or its adapter is not there."""
         seed = request.sampling.seed
         adapter = 0 if request.adapter is None else self._adapter(request.adapter)
-        self.scheduler.add(Sequence(request, secrets.randbits(63) if seed is None else seed, adapter))
+        guide = None
+        if request.grammar is not None:
+            if self.grammars is None:
+                raise RequestError("not_supported", "a grammar needs a model with a tokenizer", "grammar")
+            guide = self.grammars(request.grammar)
+        self.scheduler.add(Sequence(request, secrets.randbits(63) if seed is None else seed, adapter, guide))
 
     def cancel(self, request_id: str) -> None:
         """Forget a request, at once; nothing more comes out of it. Unknown ids are ignored."""

@@ -117,13 +117,13 @@ class Runner:
         if not self.model.spec.ends:
             ids, table = torch.zeros(len(sequences), dtype=torch.int64), blank(chunks)
             return Flight(chunks, ids, None, table, ranks.expect([ids, *(table or ())]))
-        asking = [sequence.request.sampling for sequence in sequences]
+        shaping = any(one.guide is not None or one.request.sampling.shapes for one in sequences)
         rows = told_rows(chunks)
         raw = logits[self._device(rows)] if rows else logits
-        if ids is None or any(asked.temperature or asked.shapes for asked in asking):
+        if ids is None or shaping or any(sequence.request.sampling.temperature for sequence in sequences):
             counters = [chunk.counter + i for chunk in chunks for i in range(1 + chunk.drafts)]
             finite = ranks.finite(logits)
-            if any(asked.shapes for asked in asking):
+            if shaping:
                 shape_(logits, sequences, counters, ranks.first, self.eos_ids)
             ids = torch.where(finite, self._sample(logits, sequences, counters), -1)
         if rows:

@@ -129,7 +129,8 @@ class Scheduler:
                 break
             sequence.tokens.append(token)
             new.append(token)
-            if token in sampling.stop_token_ids or (token in self.eos_ids and not sampling.ignore_eos):
+            ends = token in sampling.stop_token_ids or (token in self.eos_ids and not sampling.ignore_eos)
+            if ends or (sequence.guide is not None and sequence.guide.advance(token)):
                 reason = "stop"
             elif len(sequence.tokens) >= sequence.longest:
                 reason = "length"
@@ -220,8 +221,7 @@ class Scheduler:
         guesses: dict[Sequence, list[int]] = {}
         most = -(-len(self.running) // self.config.stages)  # that decode in this step
         for sequence in self.running:
-            penalizes = sequence.request.sampling.penalizes  # which tokens there are, not just how many
-            known = not sequence.pending or (self.config.stages == 1 and not penalizes)
+            known = not sequence.pending or (self.config.stages == 1 and not sequence.needs_tokens)
             if sequence.left == 1 and budget and known and len(starts) < most:
                 starts[sequence], guesses[sequence] = sequence.scheduled, self._guess(sequence, budget - 1)
                 budget -= self._take(sequence, 1 + len(guesses[sequence]))
@@ -268,7 +268,7 @@ class Scheduler:
     def _guess(self, sequence: Sequence, budget: int) -> list[int]:
         """Tokens that may follow; zeros when a draft model will find them. They get no block from anybody else."""
         wanted = min(self.config.speculate, budget, sequence.request.sampling.max_tokens - sequence.generated - 1)
-        if wanted <= 0 or sequence.request.sampling.penalizes:
+        if wanted <= 0 or sequence.needs_tokens:
             return []
         if self.draft_model:
             guesses = [0] * wanted

@@ -5,11 +5,26 @@ from __future__ import annotations
 import hashlib
 from array import array
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol
+
 
 from llmkit.runtime.engine.speculate import NgramIndex
 from llmkit.runtime.engine.types import Logprobs, Request
 
+if TYPE_CHECKING:
+    import torch
+
 GONE = -1  # in a block table: the block has left a sliding window
+
+
+class Guide(Protocol):
+    """Says which tokens may come next in an answer."""
+
+    def allowed(self) -> torch.Tensor:
+        """bool [vocab], at least one of them; the end of the answer is a token, too."""
+
+    def advance(self, token: int) -> bool:
+        """Take in the answer's next token; whether nothing can follow it."""
 
 
 @dataclass(eq=False)
@@ -19,6 +34,7 @@ class Sequence:
     request: Request
     seed: int
     adapter: int = 0  # its key among the runner's adapters; 0: none
+    guide: Guide | None = None
     arrival: int = 0
     tokens: list[int] = field(init=False)
     scheduled: int = 0  # tokens whose keys and values are in the cache once the steps under way are done
@@ -36,6 +52,11 @@ class Sequence:
 
     def __post_init__(self) -> None:
         self.tokens = list(self.request.prompt)
+
+    @property
+    def needs_tokens(self) -> bool:
+        """Whether its next token cannot be chosen before the host knows those before it."""
+        return self.guide is not None or self.request.sampling.penalizes
 
     @property
     def total(self) -> int:

@@ -21,8 +21,8 @@ def shape_(logits: torch.Tensor, sequences: SequenceOf[Sequence], counters: Sequ
            ends: Iterable[int]) -> None:  # fmt: skip
     """Change rows of logits [n, V], of tokens from `first` on, for those of their sequences that ask for it.
 
-    counters: tokens sampled before each row's; ends: tokens that end answers. The order is vLLM's: bias, what may not
-    come yet, penalties.
+    counters: tokens sampled before each row's; ends: tokens that end answers. The order is vLLM's: what may not
+    come by a grammar, bias, what may not come yet, penalties.
     """
 
     def columns(tokens: Iterable[int]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -33,6 +33,9 @@ def shape_(logits: torch.Tensor, sequences: SequenceOf[Sequence], counters: Sequ
 
     for line, sequence, counter in zip(logits, sequences, counters, strict=True):
         asked, prompt = sequence.request.sampling, len(sequence.request.prompt)
+        if sequence.guide is not None:
+            allowed = sequence.guide.allowed()[first : first + len(line)]
+            line[: len(allowed)].masked_fill_(~allowed.to(line.device), float("-inf"))
         if asked.logit_bias:
             where, here = columns(asked.logit_bias)
             line[where] += torch.tensor(list(asked.logit_bias.values()))[here].to(line)

@@ -61,6 +61,7 @@ class Request:
     priority: int = 0  # the least goes first
     salt: str = ""  # cached prefixes are shared between requests of one salt only
     adapter: str | None = None  # a name given to `Engine.add_adapter`; None: the model as it is
+    grammar: str | None = None  # that the answer follows, for the engine's `grammars`
 
 
 @dataclass(frozen=True)

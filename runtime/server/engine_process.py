@@ -120,7 +120,15 @@ def _obey(engine: Engine, messages: list[ToEngine], channel: EngineChannel) -> N
                 )
                 try:
                     engine.add(
-                        Request(message.id, message.prompt, sampling, message.priority, message.salt, message.adapter)
+                        Request(
+                            message.id,
+                            message.prompt,
+                            sampling,
+                            message.priority,
+                            message.salt,
+                            message.adapter,
+                            message.grammar,
+                        )
                     )
                 except RequestError as error:
                     channel.send(Refused(message.id, error.code, error.message, error.param))

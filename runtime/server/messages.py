@@ -39,6 +39,7 @@ class Add(msgspec.Struct, tag=True):
     priority: int = 0
     salt: str = ""
     adapter: str | None = None
+    grammar: str | None = None
 
 
 class Cancel(msgspec.Struct, tag=True):

@@ -1,13 +1,13 @@
 """The bodies of requests: every field is validated before anything is queued, and none is silently ignored.
 
-pydantic parses strictly and straight from the bytes. Fields of OpenAI's and vLLM's APIs that llmkit does not
-implement are accepted only with a value that leaves the answer as it is: see HARMLESS.
+pydantic parses strictly and straight from the bytes. Fields of the APIs that llmkit does not implement are accepted only
+with a value that leaves the answer as it is: see `Body.harmless`. The endpoints' own bodies are in *_body.py.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -16,80 +16,117 @@ from llmkit.runtime.server.errors import ApiError, invalid
 MAX_STOPS = 16
 MAX_STOP_CHARS = 1024
 MAX_STOP_TOKEN_IDS = 64
-MAX_MESSAGES = 4096
+MAX_N = 128  # answers to one prompt
+MAX_LOGPROBS = 20  # alternatives told of for each token
+MAX_BIASES = 1024
 INT64 = 2**63
 
-# Fields that are not implemented, and the values that change nothing (null never does).
-HARMLESS: dict[str, tuple[Any, ...]] = {
-    "n": (1,),
-    "best_of": (1,),
-    "echo": (False,),
-    "suffix": ("",),
-    "logprobs": (False,),
-    "top_logprobs": (0,),
-    "presence_penalty": (0,),
-    "frequency_penalty": (0,),
-    "repetition_penalty": (1,),
-    "logit_bias": ({},),
-    "tools": ([],),
-    "tool_choice": ("none", "auto"),
-    "functions": ([],),
-    "function_call": ("none", "auto"),
-    "response_format": ({"type": "text"},),
-    "modalities": (["text"],),
-    "audio": (),
-    "prediction": (),
-    "reasoning_effort": (),
-    "verbosity": (),
-    "web_search_options": (),
-}
-# Fields that never change the answer: there are no tools, nothing is stored and nobody is billed.
-NO_EFFECT = frozenset(
-    {"parallel_tool_calls", "store", "metadata", "service_tier", "safety_identifier", "prompt_cache_key"}
-)
-# What clients send back when they repeat an assistant's message as they got it.
-HARMLESS_IN_MESSAGE: dict[str, tuple[Any, ...]] = {
-    "refusal": (),
-    "audio": (),
-    "function_call": (),
-    "tool_calls": ([],),
-    "tool_call_id": (),
-    "annotations": ([],),
-}
+Count = Annotated[int, Field(ge=0, lt=2**31)]
+Logprobs = Annotated[int, Field(ge=0, le=MAX_LOGPROBS)]
+Penalty = Annotated[float, Field(ge=-2, le=2)]
+Harmless = Mapping[str, tuple[Any, ...]]
 
 
-class StreamOptions(BaseModel):
+class Strict(BaseModel):
+    """An object whose fields are all known."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+
+
+class StreamOptions(Strict):
     """`stream_options` of a request."""
-
-    model_config = ConfigDict(strict=True, extra="forbid")
 
     include_usage: bool | None = None
 
 
-class GenerationBody(BaseModel):
-    """What both kinds of generation take. Null means the default everywhere."""
+class Body(BaseModel):
+    """What all bodies have."""
 
     model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
 
+    harmless: ClassVar[Harmless] = {}  # fields that are not implemented, and the values that change nothing, as null
+    no_effect: ClassVar[frozenset[str]] = frozenset()  # fields that never change the answer
+
     model: Annotated[str, Field(min_length=1, max_length=1024)]
-    max_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
+
+    def check(self) -> None:
+        """ApiError for what no single field's type can say."""
+
+
+class GenerationBody(Body):
+    """What both kinds of OpenAI's generation take. Null means the default everywhere."""
+
+    harmless = {
+        "best_of": (1,),
+        "echo": (False,),
+        "suffix": ("",),
+        "top_logprobs": (0,),
+        "tools": ([],),
+        "tool_choice": ("none", "auto"),
+        "functions": ([],),
+        "function_call": ("none", "auto"),
+        "response_format": ({"type": "text"},),
+        "modalities": (["text"],),
+        "audio": (),
+        "prediction": (),
+        "reasoning_effort": (),
+        "verbosity": (),
+        "web_search_options": (),
+    }
+    # There are no tools in most requests, nothing is stored and nobody is billed.
+    no_effect = frozenset(
+        {"parallel_tool_calls", "store", "metadata", "service_tier", "safety_identifier", "prompt_cache_key"}
+    )
+
+    max_tokens: Count | None = None
     max_completion_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
+    min_tokens: Count | None = None
+    n: Annotated[int, Field(ge=1, le=MAX_N)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=-1, lt=2**31)] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
+    logit_bias: Annotated[dict[int, Annotated[float, Field(ge=-100, le=100)]], Field(max_length=MAX_BIASES)] | None = (
+        None
+    )
+    prompt_logprobs: Logprobs | None = None
     seed: Annotated[int, Field(ge=-INT64, lt=INT64)] | None = None
     priority: Annotated[int, Field(ge=-(2**31), lt=2**31)] | None = None
     stop: Any = None
-    stop_token_ids: (
-        Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(max_length=MAX_STOP_TOKEN_IDS, fail_fast=True)]
-        | None
-    ) = None
+    stop_token_ids: Annotated[list[Count], Field(max_length=MAX_STOP_TOKEN_IDS, fail_fast=True)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     ignore_eos: bool | None = None
     user: str | None = None
     return_token_ids: bool | None = None
+
+    def check(self) -> None:
+        if self.stream_options is not None and not self.stream:
+            raise invalid("stream_options", "stream_options can be given with stream: true only.")
+        if self.prompt_logprobs is not None and self.stream:
+            raise invalid("prompt_logprobs", "prompt_logprobs can be given without stream only.")
+        if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
+            raise invalid(
+                "max_completion_tokens",
+                f"max_tokens ({self.max_tokens}) and max_completion_tokens ({self.max_completion_tokens}) differ; "
+                "give one of them.",
+            )
+        if self.max_tokens == 0 and not self.may_be_empty:
+            raise invalid("max_tokens", "max_tokens must be at least 1; 0 goes with echo only.")
+        _ = self.stops
+
+    @property
+    def may_be_empty(self) -> bool:
+        """Whether an answer of no tokens makes sense."""
+        return False
+
+    @property
+    def told_logprobs(self) -> int | None:
+        """How many alternatives to tell of for each token of the answer; None: nothing at all."""
+        raise NotImplementedError
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -105,13 +142,7 @@ class GenerationBody(BaseModel):
 
     @property
     def output_limit(self) -> int | None:
-        """`max_tokens` under either name. ApiError when both are given and differ."""
-        if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
-            raise invalid(
-                "max_completion_tokens",
-                f"max_tokens ({self.max_tokens}) and max_completion_tokens ({self.max_completion_tokens}) differ; "
-                "give one of them.",
-            )
+        """`max_tokens` under either name."""
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
     @property
@@ -120,59 +151,10 @@ class GenerationBody(BaseModel):
         return self.stream_options is not None and bool(self.stream_options.include_usage)
 
 
-class CompletionBody(GenerationBody):
-    """POST /v1/completions."""
-
-    prompt: Any
-
-    @property
-    def prompts(self) -> list[str | list[int]]:
-        """One text or list of ids per choice. ApiError when empty or of mixed types."""
-        prompt = self.prompt
-        several = isinstance(prompt, list) and not _is_ids(prompt)
-        prompts = prompt if several else [prompt]
-        if all(isinstance(one, str) for one in prompts) or all(_is_ids(one) for one in prompts):
-            if not all(prompts):
-                raise invalid("prompt", "The prompt is empty; at least one token is needed.")
-            return prompts
-        expected = "a string, a list of strings, a list of token ids or a list of lists of token ids"
-        raise invalid("prompt", f"prompt must be {expected}.", "invalid_type")
+Kind = TypeVar("Kind", bound=Body)
 
 
-class Message(BaseModel):
-    """One message of a conversation."""
-
-    model_config = ConfigDict(strict=True, extra="allow")
-
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Any
-    name: Annotated[str, Field(max_length=256)] | None = None
-
-
-class ChatBody(GenerationBody):
-    """POST /v1/chat/completions."""
-
-    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
-
-    @property
-    def conversation(self) -> list[dict[str, str]]:
-        """The messages as chat templates want them: text content only, `developer` under its older name."""
-        conversation = []
-        for index, message in enumerate(self.messages):
-            entry = {
-                "role": "system" if message.role == "developer" else message.role,
-                "content": _text(message.content, f"messages.{index}.content"),
-            }
-            if message.name is not None:
-                entry["name"] = message.name
-            conversation.append(entry)
-        return conversation
-
-
-Body = TypeVar("Body", bound=GenerationBody)
-
-
-def parse(kind: type[Body], data: bytes) -> Body:
+def parse(kind: type[Kind], data: bytes) -> Kind:
     """The body of a request as `kind`, or an ApiError (400) that names the field at fault."""
     try:
         body = kind.model_validate_json(data)
@@ -180,19 +162,18 @@ def parse(kind: type[Body], data: bytes) -> Body:
         raise _explain(error) from None
     except RecursionError:
         raise ApiError(400, "The JSON is nested too deeply.", code="invalid_json") from None
-    _refuse_unsupported(body.model_extra or {}, "", HARMLESS)
-    if isinstance(body, ChatBody):
-        for index, message in enumerate(body.messages):
-            _refuse_unsupported(message.model_extra or {}, f"messages.{index}.", HARMLESS_IN_MESSAGE)
-    if body.stream_options is not None and not body.stream:
-        raise invalid("stream_options", "stream_options can be given with stream: true only.")
+    refuse_unsupported(body.model_extra or {}, "", kind.harmless, kind.no_effect)
+    body.check()
     return body
 
 
-def _refuse_unsupported(extra: Mapping[str, Any], prefix: str, harmless: Mapping[str, tuple[Any, ...]]) -> None:
+def refuse_unsupported(
+    extra: Mapping[str, Any], prefix: str, harmless: Harmless, no_effect: frozenset[str] = frozenset()
+) -> None:
+    """ApiError for a field that nobody knows, or that is not implemented and has a value that matters."""
     for name, value in extra.items():
         param = prefix + name
-        if name not in harmless and (prefix or name not in NO_EFFECT):
+        if name not in harmless and name not in no_effect:
             raise invalid(param, f"Unknown field: {param}.", "unknown_parameter")
         if name in harmless and value is not None and not any(_same(value, other) for other in harmless[name]):
             raise invalid(param, f"{param} is not supported with a value that would change the answer.", "unsupported")
@@ -201,29 +182,6 @@ def _refuse_unsupported(extra: Mapping[str, Any], prefix: str, harmless: Mapping
 def _same(value: Any, other: Any) -> bool:
     # True == 1 in Python, but `n: true` is not `n: 1`.
     return isinstance(value, bool) == isinstance(other, bool) and bool(value == other)
-
-
-def _is_ids(value: Any) -> bool:
-    # bool is an int to isinstance.
-    return isinstance(value, list) and all(type(item) is int for item in value)
-
-
-def _text(content: Any, param: str) -> str:
-    """The text of a message's content: a string, or text parts, which are joined by line feeds as vLLM does."""
-    if isinstance(content, str):
-        return content
-    if not isinstance(content, list) or not content:
-        raise invalid(param, f"{param} must be a string or a list of text parts.", "invalid_type")
-    texts = []
-    for index, part in enumerate(content):
-        if not isinstance(part, dict) or not isinstance(part.get("type"), str):
-            raise invalid(f"{param}.{index}", "A content part must be an object with a type.", "invalid_type")
-        if part["type"] != "text":
-            raise invalid(f"{param}.{index}", "Only text parts are supported.", "unsupported")
-        if not isinstance(part.get("text"), str) or part.keys() != {"type", "text"}:
-            raise invalid(f"{param}.{index}", "A text part must have the fields type and text.", "invalid_type")
-        texts.append(part["text"])
-    return "\n".join(texts)
 
 
 def _explain(error: ValidationError) -> ApiError:

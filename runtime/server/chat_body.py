@@ -1,0 +1,171 @@
+"""The body of /v1/chat/completions, which the bodies of /v1/messages and /v1/responses become."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any, Literal
+
+from pydantic import ConfigDict, Field
+
+from llmkit.runtime.server.errors import invalid
+from llmkit.runtime.server.protocol import GenerationBody, Harmless, Logprobs, Strict, refuse_unsupported
+
+MAX_MESSAGES = 4096
+MAX_TOOLS = 128
+RESERVED = frozenset({"messages", "tools", "add_generation_prompt"})  # variables of a template that are not the user's
+NAME = r"^[a-zA-Z0-9_.-]{1,64}$"
+
+# What clients send back when they repeat an assistant's message as they got it.
+HARMLESS_IN_MESSAGE: Harmless = {"refusal": (), "audio": (), "function_call": (), "annotations": ([],)}
+
+
+class FunctionCall(Strict):
+    """A call that the model made; `arguments` is the text of a JSON object."""
+
+    name: Annotated[str, Field(min_length=1, max_length=256)]
+    arguments: str
+
+
+class ToolCall(Strict):
+    """One of an assistant's `tool_calls`."""
+
+    id: Annotated[str, Field(max_length=256)]
+    type: Literal["function"] = "function"
+    function: FunctionCall
+    index: int | None = None
+
+
+class Message(Strict):
+    """One message of a conversation."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: Any = None
+    name: Annotated[str, Field(max_length=256)] | None = None
+    reasoning_content: str | None = None
+    tool_calls: Annotated[list[ToolCall], Field(max_length=MAX_TOOLS)] | None = None
+    tool_call_id: Annotated[str, Field(max_length=256)] | None = None
+
+
+class Function(Strict):
+    """What a tool is called and takes; `parameters` is a JSON schema."""
+
+    name: Annotated[str, Field(pattern=NAME)]
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class Tool(Strict):
+    """One of a request's tools."""
+
+    type: Literal["function"]
+    function: Function
+
+
+class ChatBody(GenerationBody):
+    """POST /v1/chat/completions."""
+
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
+    logprobs: bool | None = None
+    top_logprobs: Logprobs | None = None
+    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None = None
+    tool_choice: Any = None
+    parallel_tool_calls: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+    def check(self) -> None:
+        super().check()
+        _ = self.conversation
+        if self.top_logprobs and not self.logprobs:
+            raise invalid("top_logprobs", "top_logprobs can be given with logprobs: true only.")
+        if reserved := RESERVED & (self.chat_template_kwargs or {}).keys():
+            raise invalid("chat_template_kwargs", f"The variable {min(reserved)} cannot be set.")
+        _check_tools(self.tools or [], self.tool_choice)
+
+    @property
+    def told_logprobs(self) -> int | None:
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+    @property
+    def offered_tools(self) -> list[dict[str, Any]]:
+        """The tools that the model is told of, as chat templates want them; none with `tool_choice: none`."""
+        offered = [] if self.tool_choice == "none" else self.tools or []
+        return [tool.model_dump(exclude_none=True) for tool in offered]
+
+    @property
+    def conversation(self) -> list[dict[str, Any]]:
+        """The messages as chat templates want them: text content only, `developer` under its older name."""
+        return [_entry(message, f"messages.{index}") for index, message in enumerate(self.messages)]
+
+
+def _entry(message: Message, param: str) -> dict[str, Any]:
+    refuse_unsupported(message.model_extra or {}, f"{param}.", HARMLESS_IN_MESSAGE)
+    if message.role != "assistant" and message.tool_calls:
+        raise invalid(f"{param}.tool_calls", "Only an assistant's message has tool_calls.")
+    if message.role != "assistant" and message.reasoning_content is not None:
+        raise invalid(f"{param}.reasoning_content", "Only an assistant's message has reasoning_content.")
+    if (message.role == "tool") != (message.tool_call_id is not None):
+        raise invalid(f"{param}.tool_call_id", "tool_call_id is what a message of the role tool has, and no other.")
+    entry: dict[str, Any] = {"role": "system" if message.role == "developer" else message.role}
+    if message.tool_calls and message.content is None:
+        entry["content"] = ""
+    elif "content" not in message.model_fields_set:
+        raise invalid(f"{param}.content", f"{param}.content is missing.", "missing_required_parameter")
+    else:
+        entry["content"] = _text(message.content, f"{param}.content")
+    if message.tool_calls:
+        entry["tool_calls"] = [
+            {"id": call.id, "type": "function", "function": _function(call, f"{param}.tool_calls.{index}.function")}
+            for index, call in enumerate(message.tool_calls)
+        ]
+    for field in ("name", "tool_call_id", "reasoning_content"):
+        if (value := getattr(message, field)) is not None:
+            entry[field] = value
+    return entry
+
+
+def _function(call: ToolCall, param: str) -> dict[str, Any]:
+    # Templates write the arguments as JSON themselves.
+    try:
+        arguments = json.loads(call.function.arguments or "{}")
+    except (ValueError, RecursionError):
+        arguments = None
+    if not isinstance(arguments, dict):
+        raise invalid(f"{param}.arguments", f"{param}.arguments must be the text of a JSON object.")
+    return {"name": call.function.name, "arguments": arguments}
+
+
+def _check_tools(tools: list[Tool], choice: Any) -> None:
+    names = [tool.function.name for tool in tools]
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise invalid("tools", f"Two tools have the name {min(twice)}.")
+    for index, tool in enumerate(tools):
+        if tool.function.strict:
+            message = "strict needs structured output, which this server does not have; leave it out."
+            raise invalid(f"tools.{index}.function.strict", message, "unsupported")
+    named = isinstance(choice, dict) and choice.get("type") == "function"
+    if choice == "required" or named:
+        message = "A call can be asked for only with structured output, which this server does not have; use auto."
+        raise invalid("tool_choice", message, "unsupported")
+    if choice not in (None, "auto", "none"):
+        raise invalid("tool_choice", "tool_choice must be auto or none.")
+
+
+def _text(content: Any, param: str) -> str:
+    """The text of a message's content: a string, or text parts, which are joined by line feeds as vLLM does."""
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list) or not content:
+        raise invalid(param, f"{param} must be a string or a list of text parts.", "invalid_type")
+    texts = []
+    for index, part in enumerate(content):
+        if not isinstance(part, dict) or not isinstance(part.get("type"), str):
+            raise invalid(f"{param}.{index}", "A content part must be an object with a type.", "invalid_type")
+        if part["type"] != "text":
+            raise invalid(f"{param}.{index}", "Only text parts are supported.", "unsupported")
+        if not isinstance(part.get("text"), str) or part.keys() != {"type", "text"}:
+            raise invalid(f"{param}.{index}", "A text part must have the fields type and text.", "invalid_type")
+        texts.append(part["text"])
+    return "\n".join(texts)

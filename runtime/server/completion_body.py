@@ -1,0 +1,52 @@
+"""The body of /v1/completions, and those of /tokenize and /detokenize."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import Field
+
+from llmkit.runtime.server.errors import invalid
+from llmkit.runtime.server.protocol import MAX_N, GenerationBody, Logprobs
+
+
+class CompletionBody(GenerationBody):
+    """POST /v1/completions."""
+
+    prompt: Any
+    best_of: Annotated[int, Field(ge=1, le=MAX_N)] | None = None
+    echo: bool | None = None
+    logprobs: Logprobs | None = None
+
+    def check(self) -> None:
+        super().check()
+        _ = self.prompts
+        if self.best_of not in (None, self.n or 1):
+            message = f"best_of ({self.best_of}) other than n ({self.n or 1}) is not supported: answers are not ranked."
+            raise invalid("best_of", message, "unsupported")
+
+    @property
+    def may_be_empty(self) -> bool:
+        return bool(self.echo)
+
+    @property
+    def told_logprobs(self) -> int | None:
+        return self.logprobs
+
+    @property
+    def prompts(self) -> list[str | list[int]]:
+        """One text or list of ids per prompt. ApiError when empty or of mixed types."""
+        prompt = self.prompt
+        several = isinstance(prompt, list) and not _is_ids(prompt)
+        prompts = prompt if several else [prompt]
+        if all(isinstance(one, str) for one in prompts) or all(_is_ids(one) for one in prompts):
+            if not all(prompts):
+                raise invalid("prompt", "The prompt is empty; at least one token is needed.")
+            return prompts
+        expected = "a string, a list of strings, a list of token ids or a list of lists of token ids"
+        raise invalid("prompt", f"prompt must be {expected}.", "invalid_type")
+
+
+def _is_ids(value: Any) -> bool:
+    # bool is an int to isinstance.
+    return isinstance(value, list) and all(type(item) is int for item in value)
