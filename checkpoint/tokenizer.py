@@ -52,7 +52,11 @@ class Tokenizer:
     @property
     def chat_template(self) -> str | None:
         """The template of ordinary conversations."""
-        return self._templates.get("default")
+        return self.template(tools=False)
+
+    def template(self, tools: bool) -> str | None:
+        """The chat template of conversations with tools or of those without."""
+        return (self._templates.get("tool_use") if tools else None) or self._templates.get("default")
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """The ids of `text`; special tokens written out in it are recognized."""
@@ -72,9 +76,10 @@ class Tokenizer:
         """The bytes a token stands for, which need not be whole characters; b"" when there is no such token."""
         return self._token_bytes.bytes_of.get(index, b"")
 
-    def stream(self, skip_special_tokens: bool = True) -> Detokenizer:
-        """Decodes one text as its ids come."""
-        return Detokenizer(self._token_bytes, self.special_ids if skip_special_tokens else frozenset())
+    def stream(self, skip_special_tokens: bool = True, shown: Iterable[str] = ()) -> Detokenizer:
+        """Decodes one text as its ids come; special tokens are skipped, but for those that are `shown`."""
+        skipped = self.special_ids - set(map(self._tokenizer.token_to_id, shown))
+        return Detokenizer(self._token_bytes, skipped if skip_special_tokens else frozenset())
 
     def render_chat(
         self,
@@ -88,8 +93,7 @@ class Tokenizer:
         Encode it with `add_special_tokens=False`: templates write the special tokens themselves.
         Raises ChatTemplateError when there is no template or it refuses the messages.
         """
-        template = self._templates.get("tool_use") if tools else None
-        template = template or self.chat_template
+        template = self.template(bool(tools))
         if template is None:
             raise ChatTemplateError("this model has no chat template")
         variables = {"documents": None, **self.special_tokens, **kwargs}

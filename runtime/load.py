@@ -25,7 +25,9 @@ from llmkit.model.ranks import Ranks
 from llmkit.model.spec import ModelSpec
 from llmkit.runtime.engine.engine import Engine
 from llmkit.runtime.engine.graphs import Graphs
-from llmkit.runtime.engine.memory import (
+from llmkit.runtime.engine.sequence import Guide
+from llmkit.runtime.engine.types import EngineConfig, EngineOptions
+from llmkit.runtime.memory import (
     MemoryPlan,
     estimate_workspace,
     free_bytes,
@@ -35,8 +37,6 @@ from llmkit.runtime.engine.memory import (
     require_weights,
     weight_bytes,
 )
-from llmkit.runtime.engine.sequence import Guide
-from llmkit.runtime.engine.types import EngineConfig, EngineOptions
 from llmkit.runtime.offload import HostLayers, Offload, host_layers
 from llmkit.shard.rank import rank_parts
 

@@ -18,7 +18,7 @@ from llmkit.model.decoder import DecoderLayer
 from llmkit.model.layout import Parameter, parameters
 from llmkit.model.linear import PackedLinear
 from llmkit.model.spec import ModelSpec
-from llmkit.runtime.engine.memory import free_bytes, weight_bytes
+from llmkit.runtime.memory import free_bytes, weight_bytes
 
 ALIGNED, PIECE = 256, 64 << 20  # bytes; pinned memory comes in powers of two
 

@@ -10,9 +10,10 @@ import pytest
 import torch
 from tiny import tiny_checkpoint
 
+from llmkit.kernels.sampling import sample
 from llmkit.model.decoder import Decoder
 from llmkit.runtime.engine.engine import Engine
-from llmkit.runtime.engine.graphs import Graphs
+from llmkit.runtime.engine.graphs import Draw, Graphs
 from llmkit.runtime.engine.types import SamplingParams
 from llmkit.runtime.load import EngineOptions, load_engine
 
@@ -36,14 +37,19 @@ def plain(model: Path, **options: Any) -> Engine:
     return one
 
 
-def graphed(model: Path, most: int = 7, **options: Any) -> Engine:
+def drawn(logits: torch.Tensor, *parameters: torch.Tensor) -> torch.Tensor:
+    """What the Triton kernel gives."""
+    return torch.where(logits.sum(-1).isfinite(), sample(logits, *parameters), -1)
+
+
+def graphed(model: Path, most: int = 7, draw: Draw | None = drawn, **options: Any) -> Engine:
     """An engine as it is on CUDA: a block more in every cache, and graphs."""
     one = plain(model, **options)
     runner = one.runner
     sizes = [cache.kv.shape[1] + 1 for cache in runner.caches]
     runner.caches = [one.model.new_cache(blocks, one.config.block_size, one.config.kv_dtype) for blocks in sizes]
     longest = -(-one.config.max_model_len // one.config.block_size)
-    runner.recordings = Graphs(one.model, runner.caches, longest, one.config.block_size, most, Rerun)
+    runner.recordings = Graphs(one.model, runner.caches, longest, one.config.block_size, most, Rerun, draw)
     return one
 
 

@@ -25,8 +25,9 @@ from llmkit.model.linear import PackedLinear
 from llmkit.model.loader import load_model
 from llmkit.model.spec import ModelSpec
 from llmkit.quant.facts import parameter_count
-from llmkit.runtime.engine import memory
-from llmkit.runtime.engine.memory import (
+from llmkit.runtime import memory
+from llmkit.runtime.load import EngineOptions, StartUp, load_engine
+from llmkit.runtime.memory import (
     MemoryPlan,
     estimate_workspace,
     free_bytes,
@@ -34,7 +35,6 @@ from llmkit.runtime.engine.memory import (
     plan_memory,
     weight_bytes,
 )
-from llmkit.runtime.load import EngineOptions, StartUp, load_engine
 
 BLOCK = 2 * 2 * 2 * 16 * 4 * 16  # bytes: k and v, layers, KV heads, head_dim, float32, tokens
 MEBI = 1 << 20

@@ -96,7 +96,8 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Device:
     device = Device()
     monkeypatch.setattr(native, "library", None)  # whose results would not be marked
     monkeypatch.setattr(torch.cuda, "Event", device.event())
-    monkeypatch.setattr(runner, "Graphs", partial(Graphs, capture=partial(Replayed, device.log)))
+    draw = lambda logits, *parameters: logits.argmax(-1)  # noqa: E731 - the Triton kernel's place in the order
+    monkeypatch.setattr(runner, "Graphs", partial(Graphs, capture=partial(Replayed, device.log), draw=draw))
     return device
 
 
@@ -116,7 +117,7 @@ def engine(path: Path, device: Device, sampling: SamplingParams) -> Engine:
 @pytest.mark.parametrize("sampling", [
     SamplingParams(temperature=0.0, max_tokens=40, ignore_eos=True),
     SamplingParams(temperature=0.7, max_tokens=40, ignore_eos=True),
-    SamplingParams(temperature=0.7, top_k=20, min_p=0.01, max_tokens=40, ignore_eos=True),
+    SamplingParams(temperature=0.7, top_k=20, top_p=0.9, min_p=0.01, max_tokens=40, ignore_eos=True),
 ], ids=["greedy", "sampled", "filtered"])  # fmt: skip
 def test_a_step_is_launched_before_the_last_ones_ids_are_waited_for(
     tmp_path: Path, device: Device, sampling: SamplingParams
@@ -129,8 +130,11 @@ def test_a_step_is_launched_before_the_last_ones_ids_are_waited_for(
     assert log == [what for n in (6, 7, 8) for what in ("graph", "to host", f"event {n}", f"wait for {n - 1}")]
 
 
-def test_a_nucleus_is_the_only_thing_that_is_looked_at(tmp_path: Path, device: Device) -> None:
-    """How wide it is decides how it is found."""
+def test_on_ranks_a_nucleus_is_the_only_thing_that_is_looked_at(
+    tmp_path: Path, device: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They draw together, outside the graph: how wide the nucleus is decides how it is found."""
+    monkeypatch.setattr(runner, "Graphs", partial(Graphs, capture=partial(Replayed, device.log), draw=None))
     one = engine(tiny_checkpoint(tmp_path), device, SamplingParams(temperature=0.7, top_p=0.9, max_tokens=40))
     with device:
         one.step()

@@ -21,7 +21,7 @@ from llmkit.model.sequence import logits_of
 from llmkit.quant.grid import round_to_nearest
 from llmkit.quant.plan import QuantizeOptions
 from llmkit.quant.quantize import quantize
-from llmkit.runtime.engine.memory import loaded_bytes, weight_bytes
+from llmkit.runtime.memory import loaded_bytes, weight_bytes
 
 pytestmark = [
     pytest.mark.gpu,

@@ -23,9 +23,9 @@ from llmkit.quant.engines import check_engine
 from llmkit.quant.methods import Choice, quantization_of
 from llmkit.quant.quantize import QuantizeOptions, quantize
 from llmkit.quant.report import Report
-from llmkit.runtime.engine.memory import loaded_bytes, weight_bytes
 from llmkit.runtime.engine.types import SamplingParams
 from llmkit.runtime.load import EngineOptions, load_engine
+from llmkit.runtime.memory import loaded_bytes, weight_bytes
 from llmkit.shard.merge import merge
 from llmkit.shard.plan import explain_tp
 from llmkit.shard.shard import shard

@@ -9,10 +9,9 @@ from collections.abc import Sequence as SequenceOf
 from dataclasses import replace
 from pathlib import Path
 
-from llmkit.checkpoint.errors import InputError, LlmkitError, ShortageError
+from llmkit.checkpoint.errors import InputError, LlmkitError, ShortageError, is_out_of_memory
 from llmkit.model.decoder import Decoder
 from llmkit.model.lora import load_adapter
-from llmkit.runtime.engine.memory import is_out_of_memory
 from llmkit.runtime.engine.runner import Flight, Runner
 from llmkit.runtime.engine.scheduler import Scheduler
 from llmkit.runtime.engine.sequence import Guide, Sequence

@@ -1,4 +1,4 @@
-"""Decode steps on a GPU as CUDA graphs, from token ids to logits: a launch for each kernel would take longer than they.
+"""Decode steps on a GPU as CUDA graphs, from token ids to sampled ones: launching each kernel would take longer.
 
 A graph is for so many sequences; a step of fewer runs the next larger one, whose other rows write to a spare block.
 """
@@ -11,11 +11,16 @@ from typing import Any, Protocol
 import torch
 
 from llmkit.kernels.attention import KvCache
+from llmkit.kernels.jit import tl
+from llmkit.kernels.sampling_gpu import sample
 from llmkit.model.decoder import Decoder
 from llmkit.runtime.engine.replay import Inputs, Tables
 
 SIZES = (1, 2, 4)  # sequences of a graph, and every multiple of STEP
 STEP = 8
+Parameters = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]  # as `sample` has them
+Draw = Callable[..., torch.Tensor]
+DRAW: Draw | None = None if tl is None else sample  # where there is Triton
 AT_START = 32  # graphs of up to so many sequences are made at the start, larger ones when they are needed
 
 
@@ -24,6 +29,11 @@ class Repeatable(Protocol):
 
     def replay(self) -> None:
         """Run it again."""
+
+
+def _parameters(words: torch.Tensor, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where int64 words hold numbers for `rows` rows, three of each kind: float32 and int64 [3, rows]."""
+    return words[3 * rows :].view(torch.float32)[: 3 * rows].view(3, rows), words[: 3 * rows].view(3, rows)
 
 
 class CudaGraph:
@@ -48,19 +58,19 @@ class CudaGraph:
 
 
 class Graph(Inputs):
-    """A step of `rows` sequences. logits: float32 [rows, V]; greedy: the most probable ids, -1 where logits are not
-    finite. Both stay until the next step."""
+    """A step of `rows` sequences. logits: float32 [rows, V]; ids: what `draw` gives for them, or without it the most
+    probable ones, -1 where logits are not finite. Both stay until the next step."""
 
     logits: torch.Tensor
-    greedy: torch.Tensor
+    ids: torch.Tensor
 
     def __init__(
         self, model: Decoder, caches: Sequence[KvCache], rows: int, width: int, block_size: int,
-        capture: Callable[[Callable[[], None]], Repeatable],
+        capture: Callable[[Callable[[], None]], Repeatable], draw: Draw | None = None,
     ) -> None:  # fmt: skip
         spare = {layer.window: cache.kv.shape[1] - 1 for layer, cache in zip(model.spec.layers, caches, strict=True)}
-        super().__init__(rows, width, block_size, spare, model.device)
-        self._model, self._caches = model, caches
+        super().__init__(rows, width, block_size, spare, model.device, 3 * rows + -(-3 * rows // 2))
+        self._model, self._caches, self._draw = model, caches, draw
         self.tokens = torch.zeros(rows, dtype=torch.int64, device=model.device)
         self.set([], [], {window: [] for window in spare})
         self._captured = capture(self._run)
@@ -69,13 +79,26 @@ class Graph(Inputs):
         for window, blocks in self.blocks.items():
             self.batch.of(window).refresh(blocks, self.contexts)
         hidden = self._model(self.tokens, self.positions, self.batch, self._caches)
-        self.logits, self.greedy = hidden, self.tokens  # of no meaning before the last stage
+        self.logits, self.ids = hidden, self.tokens  # of no meaning before the last stage
         if self._model.spec.ends:
             self.logits, ranks = self._model.logits(hidden), self._model.ranks
-            self.greedy = torch.where(ranks.finite(self.logits), ranks.argmax(self.logits), -1)
+            if self._draw is not None:
+                (temperature, top_p, min_p), (top_k, seeds, counters) = _parameters(self.extra, self.rows)
+                self.ids = self._draw(self.logits, temperature, top_k, top_p, min_p, seeds, counters)
+            else:
+                self.ids = torch.where(ranks.finite(self.logits), ranks.argmax(self.logits), -1)
+
+    def choose(self, parameters: Parameters, counters: Sequence[int]) -> None:
+        """How the sequences of the next step sample, before `set`."""
+        self.own.zero_()  # the most probable token for rows that no sequence has
+        floats, whole = _parameters(self.own, self.rows)
+        temperature, top_k, top_p, min_p, seeds = parameters
+        for line, values in zip((*floats, *whole), (temperature, top_p, min_p, top_k, seeds, torch.tensor(counters)),
+                                strict=True):  # fmt: skip
+            line[: len(counters)] = values
 
     def run(self, tokens: torch.Tensor) -> None:
-        """Fill `logits` and `greedy`, after `set`."""
+        """Fill `logits` and `ids`, after `set`."""
         self.tokens[: len(tokens)] = tokens
         self._captured.replay()
 
@@ -85,10 +108,13 @@ class Graphs:
 
     def __init__(
         self, model: Decoder, caches: Sequence[KvCache], width: int, block_size: int, most: int,
-        capture: Callable[[Callable[[], None]], Repeatable] = CudaGraph,
+        capture: Callable[[Callable[[], None]], Repeatable] = CudaGraph, draw: Draw | None = DRAW,
     ) -> None:  # fmt: skip
-        """width: blocks of the longest request; most: sequences of a step."""
+        """width: blocks of the longest request; most: sequences of a step; draw: for a model that has the whole
+        vocabulary."""
         self._model, self._caches, self._capture = model, caches, capture
+        self._draw = draw if model.ranks.size == 1 else None
+        self.draws = self._draw is not None
         self._width, self._block_size = width, block_size
         self.sizes = [*(size for size in SIZES if size < most), *range(STEP, most, STEP), most]
         self._made: dict[int, Graph] = {}
@@ -106,16 +132,20 @@ class Graphs:
         return self.possible and rows <= self.sizes[-1]
 
     def run(
-        self, tokens: torch.Tensor, positions: Sequence[int], contexts: Sequence[int], tables: Tables
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The logits after `tokens` [rows], the last of such contexts, and the most probable ids."""
+        self, tokens: torch.Tensor, positions: Sequence[int], contexts: Sequence[int], tables: Tables,
+        sampling: tuple[Parameters, Sequence[int]],
+    ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+        """The logits after `tokens` [rows], the last of such contexts, and the ids; sampling: see `Graph.choose`."""
         rows = len(contexts)
         graph = self._graph(next(size for size in self.sizes if size >= rows))
+        graph.choose(*sampling)
         graph.set(positions, contexts, tables)
         graph.run(tokens)
-        return graph.logits[:rows], graph.greedy[:rows]
+        return graph.logits[:rows], graph.ids[:rows]
 
     def _graph(self, size: int) -> Graph:
         if size not in self._made:
-            self._made[size] = Graph(self._model, self._caches, size, self._width, self._block_size, self._capture)
+            self._made[size] = Graph(
+                self._model, self._caches, size, self._width, self._block_size, self._capture, self._draw
+            )
         return self._made[size]

@@ -74,15 +74,17 @@ class Inputs:
         block_size: int,
         spare: Mapping[int | None, int],
         device: torch.device | str = "cpu",
+        more: int = 0,
     ) -> None:
-        """width: blocks of the longest request."""
+        """width: blocks of the longest request; more: words besides, `own` on the host and `extra` on the device."""
         self.rows, self.width, self.block_size, self.spare = rows, width, block_size, spare
-        self.host = torch.zeros(rows * (2 + len(spare) * (1 + width)), dtype=torch.int64)
+        self.host = torch.zeros(rows * (2 + len(spare) * (1 + width)) + more, dtype=torch.int64)
         self.words = self.host if torch.device(device).type == "cpu" else self.host.to(device)
-        ends = list(accumulate((rows, rows, *(rows, rows * width) * len(spare))))
+        ends = list(accumulate((rows, rows, *(rows, rows * width) * len(spare), more)))
         self._host = [self.host[start:end].numpy() for start, end in pairwise([0, *ends])]
         parts = [self.words[start:end] for start, end in pairwise([0, *ends])]
-        self.contexts, self.positions = parts[:2]
+        self.contexts, self.positions, self.extra = *parts[:2], parts[-1]
+        self.own = self.host[-more:] if more else self.host[:0]
         self.blocks = {window: parts[3 + 2 * i].view(rows, width) for i, window in enumerate(spare)}
         starts = np.arange(rows, dtype=np.int64) * width
         tables = {window: Table(self._host[3 + 2 * i], starts) for i, window in enumerate(spare)}
@@ -152,6 +154,7 @@ class Recordings:
         self.model, self.caches, self.width, self.block_size = model, caches, width, block_size
         self._made: OrderedDict[int, Recording] = OrderedDict()
         self._last = 0  # sequences of the step before
+        self.draws = False
         self.possible = native.library is not None and model.dtype == torch.float32 and model.device.type == "cpu"
         self.possible &= model.spec.rank is None  # what ranks do together is not recorded
 

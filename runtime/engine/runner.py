@@ -14,14 +14,13 @@ from llmkit.kernels.sampling import sample
 from llmkit.model.decoder import Decoder
 from llmkit.model.lora import Adapters
 from llmkit.model.ranks import Waitable
-from llmkit.runtime.engine.graphs import Graphs
+from llmkit.runtime.engine.graphs import Graphs, Parameters
 from llmkit.runtime.engine.replay import Recordings, Tables
 from llmkit.runtime.engine.sequence import Chunk, Sequence
 from llmkit.runtime.engine.shaping import Told, blank, most, places, shape_, tell_prompts, told_rows
 from llmkit.runtime.engine.speculate import confirmed
 from llmkit.runtime.engine.types import EngineConfig, SamplingParams
 
-Parameters = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 Span = tuple[Sequence, int, int]  # positions [start, stop) of a sequence
 
 
@@ -120,7 +119,8 @@ class Runner:
         shaping = any(one.guide is not None or one.request.sampling.shapes for one in sequences)
         rows = told_rows(chunks)
         raw = logits[self._device(rows)] if rows else logits
-        if ids is None or shaping or any(sequence.request.sampling.temperature for sequence in sequences):
+        sampled = any(sequence.request.sampling.temperature for sequence in sequences)
+        if ids is None or shaping or (sampled and not self.recordings.draws):
             counters = [chunk.counter + i for chunk in chunks for i in range(1 + chunk.drafts)]
             finite = ranks.finite(logits)
             if shaping:
@@ -165,7 +165,11 @@ class Runner:
         prompts = any(places(chunk)[0] for chunk in chunks)
         single = len(tokens) == len(spans) and not any(sequence.adapter for sequence, _, _ in spans)
         if single and not prompts and self.recordings.take(len(spans)):
-            return *self.recordings.run(tokens, *self._places(spans)), []
+            if isinstance(self.recordings, Recordings):
+                return *self.recordings.run(tokens, *self._places(spans)), []
+            sampling = self._sampling.parameters([sequence for sequence, _, _ in spans])
+            counters = [chunk.counter for chunk in chunks]
+            return *self.recordings.run(tokens, *self._places(spans), (sampling, counters)), []
         with self.adapters.applied([(chunk.sequence.adapter, chunk.count) for chunk in chunks], self._device):
             hidden = self._forward(spans, tokens)
         ends = accumulate(chunk.count for chunk in chunks)

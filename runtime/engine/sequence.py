@@ -7,7 +7,6 @@ from array import array
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
-
 from llmkit.runtime.engine.speculate import NgramIndex
 from llmkit.runtime.engine.types import Logprobs, Request
 

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import time
-from collections.abc import AsyncGenerator, Iterator
-from typing import Any, TypeVar
+from typing import Any
 
 import msgspec
 from fastapi import FastAPI, Request, Response
@@ -14,17 +11,18 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from llmkit.checkpoint.version import version
+from llmkit.runtime.server.answer import answer
 from llmkit.runtime.server.body import read_json_body
+from llmkit.runtime.server.chat_body import ChatBody, conversation, described
+from llmkit.runtime.server.completion_body import CompletionBody
 from llmkit.runtime.server.errors import ApiError
-from llmkit.runtime.server.generation import Choice, Generation
 from llmkit.runtime.server.guard import Guard
 from llmkit.runtime.server.metrics import CONTENT_TYPE
-from llmkit.runtime.server.prepare import prepare_chat, prepare_completion
-from llmkit.runtime.server.protocol import ChatBody, CompletionBody, GenerationBody, parse
-from llmkit.runtime.server.responses import ChatShape, CompletionShape, event
+from llmkit.runtime.server.prepare import check_ids, encode_chat, prepare_chat, prepare_completion, tokenized
+from llmkit.runtime.server.protocol import Kind, parse
+from llmkit.runtime.server.shapes import ChatShape, CompletionShape, Shape
 from llmkit.runtime.server.state import State
-
-Body = TypeVar("Body", bound=GenerationBody)
+from llmkit.runtime.server.token_body import DetokenizeBody, TokenizeBody
 
 
 def build_app(state: State, api_keys: tuple[str, ...]) -> ASGIApp:
@@ -34,6 +32,8 @@ def build_app(state: State, api_keys: tuple[str, ...]) -> ASGIApp:
     for path, method, endpoint in (
         ("/v1/completions", "POST", routes.completions),
         ("/v1/chat/completions", "POST", routes.chat_completions),
+        ("/tokenize", "POST", routes.tokenize),
+        ("/detokenize", "POST", routes.detokenize),
         ("/v1/models", "GET", routes.models),
         ("/v1/models/{name:path}", "GET", routes.model),
         ("/health", "GET", routes.health),
@@ -74,36 +74,46 @@ class Routes:
         return _json(self._model(name))
 
     async def completions(self, request: Request) -> Response:
-        self._check_ready()
         body = await self._body(CompletionBody, request)
-        shape = CompletionShape(body.model, bool(body.return_token_ids), body.include_usage)
-        return await self._answer(
-            request, body, shape, await prepare_completion(self._state, body, shape.id, _salt(request))
-        )
+        shape = CompletionShape(body, self._state.text.tokenizer)
+        choices = await prepare_completion(self._state, body, shape.id, _salt(request))
+        self._check_ready()  # reading and tokenizing took a while
+        return await answer(self._state, request, shape, choices, bool(body.stream))
 
     async def chat_completions(self, request: Request) -> Response:
-        self._check_ready()
         body = await self._body(ChatBody, request)
-        shape = ChatShape(body.model, bool(body.return_token_ids), body.include_usage)
-        return await self._answer(request, body, shape, await prepare_chat(self._state, body, shape.id, _salt(request)))
+        return await self._chat(request, body, ChatShape(body, self._state.text.tokenizer))
 
-    async def _body(self, kind: type[Body], request: Request) -> Body:
+    async def tokenize(self, request: Request) -> Response:
+        body = await self._body(TokenizeBody, request)
+        tokenizer = self._state.text.tokenizer
+        if body.messages is None:
+            tokens = await tokenized(tokenizer, body.prompt or "", body.add_special_tokens is not False)
+        else:
+            tools, variables = described(body.tools or []), body.chat_template_kwargs or {}
+            begin = body.add_generation_prompt is not False
+            tokens, _ = await encode_chat(tokenizer, conversation(body.messages), tools, variables, begin)
+        names = [tokenizer.id_to_token(token) for token in tokens] if body.return_token_strs else None
+        most = self._state.facts.max_model_len
+        return _json({"count": len(tokens), "max_model_len": most, "tokens": tokens, "token_strs": names})
+
+    async def detokenize(self, request: Request) -> Response:
+        body = await self._body(DetokenizeBody, request)
+        check_ids(body.tokens, self._state.facts.vocab_size, "tokens")
+        return _json({"prompt": self._state.text.tokenizer.decode(body.tokens, skip_special_tokens=False)})
+
+    async def _body(self, kind: type[Kind], request: Request) -> Kind:
+        """The body of a request for a model of this server."""
+        self._check_ready()
         options = self._state.options
         body = parse(kind, await read_json_body(request, options.max_body_bytes, options.body_timeout))
         self._check_model(body.model)
         return body
 
-    async def _answer(
-        self, request: Request, body: GenerationBody, shape: CompletionShape, choices: list[Choice]
-    ) -> Response:
-        state = self._state
+    async def _chat(self, request: Request, body: ChatBody, shape: Shape) -> Response:
+        choices = await prepare_chat(self._state, body, shape.id, _salt(request))
         self._check_ready()  # reading and tokenizing took a while
-        state.check_room(len(choices))
-        arrived: float = request.scope["llmkit.arrived"]
-        generation = Generation(state.client, state.metrics, choices, state.text.tokenizer.eos_ids, arrived)
-        if body.stream:
-            return EventStream(_stream(state, request, shape, generation))
-        return await _whole(state, request, shape, generation)
+        return await answer(self._state, request, shape, choices, bool(body.stream))
 
     def _check_ready(self) -> None:
         if (error := self._state.unready) is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field
@@ -80,8 +81,7 @@ class ChatBody(GenerationBody):
         _ = self.conversation
         if self.top_logprobs and not self.logprobs:
             raise invalid("top_logprobs", "top_logprobs can be given with logprobs: true only.")
-        if reserved := RESERVED & (self.chat_template_kwargs or {}).keys():
-            raise invalid("chat_template_kwargs", f"The variable {min(reserved)} cannot be set.")
+        check_variables(self.chat_template_kwargs)
         _check_tools(self.tools or [], self.tool_choice)
 
     @property
@@ -92,12 +92,28 @@ class ChatBody(GenerationBody):
     def offered_tools(self) -> list[dict[str, Any]]:
         """The tools that the model is told of, as chat templates want them; none with `tool_choice: none`."""
         offered = [] if self.tool_choice == "none" else self.tools or []
-        return [tool.model_dump(exclude_none=True) for tool in offered]
+        return described(offered)
 
     @property
     def conversation(self) -> list[dict[str, Any]]:
         """The messages as chat templates want them: text content only, `developer` under its older name."""
-        return [_entry(message, f"messages.{index}") for index, message in enumerate(self.messages)]
+        return conversation(self.messages)
+
+
+def conversation(messages: Sequence[Message]) -> list[dict[str, Any]]:
+    """See `ChatBody.conversation`. ApiError for messages that are none."""
+    return [_entry(message, f"messages.{index}") for index, message in enumerate(messages)]
+
+
+def described(tools: Sequence[Tool]) -> list[dict[str, Any]]:
+    """Tools as chat templates want them."""
+    return [tool.model_dump(exclude_none=True) for tool in tools]
+
+
+def check_variables(variables: Mapping[str, Any] | None) -> None:
+    """ApiError for variables of a template that are the server's to set."""
+    if reserved := RESERVED & (variables or {}).keys():
+        raise invalid("chat_template_kwargs", f"The variable {min(reserved)} cannot be set.")
 
 
 def _entry(message: Message, param: str) -> dict[str, Any]:

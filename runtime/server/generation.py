@@ -1,6 +1,6 @@
 """One HTTP request's way through the engine and back to text.
 
-A request may have several prompts; each is a Choice and one request of the engine.
+A request may have several prompts and ask for several answers to each; each is a Choice and one request of the engine.
 """
 
 from __future__ import annotations
@@ -8,12 +8,14 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from llmkit.checkpoint.tokenizer import Detokenizer
+from llmkit.runtime.engine.types import Logprobs
 from llmkit.runtime.server.errors import ApiError
 from llmkit.runtime.server.messages import Add, Output, Refused
 from llmkit.runtime.server.metrics import Metrics
+from llmkit.runtime.server.parts import Part, Parts, Text
 from llmkit.runtime.server.replicas import Replicas
 from llmkit.runtime.server.stop import StopBuffer
 
@@ -22,18 +24,46 @@ ENGINE_DEAD = "The engine process has ended; the server is going down."
 
 @dataclass(slots=True)
 class Delta:
-    """What a choice gained: `text` may be empty while tokens are held back, `token_ids` has all new ones."""
+    """What a choice gained: `parts` may be none while tokens are held back, `token_ids` has all new ones."""
 
     index: int
-    text: str
-    token_ids: list[int]
-    finish_reason: str | None
+    parts: list[Part] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
+    tokens: list[tuple[int, Logprobs | None]] = field(default_factory=list)  # those of the text, where asked for
+    prompt_logprobs: list[Logprobs] | None = None
+    finish_reason: str | None = None  # "stop", "length" or "tool_calls"
+
+    @property
+    def text(self) -> str:
+        """What is said."""
+        return "".join(part.text for part in self.parts if isinstance(part, Text))
+
+    def add(self, other: Delta) -> None:
+        """Take what comes after."""
+        self.parts += other.parts
+        self.token_ids += other.token_ids
+        self.tokens += other.tokens
+        self.prompt_logprobs = self.prompt_logprobs or other.prompt_logprobs
+        self.finish_reason = other.finish_reason
 
 
 class Choice:
-    """One prompt's answer as it grows."""
+    """One answer to a prompt as it grows.
 
-    def __init__(self, request: Add, index: int, detokenizer: Detokenizer, stops: tuple[str, ...]) -> None:
+    parser: of what the text is made of. echo: what the text begins with, and that the prompt's tokens come with the
+    answer's. empty: the answer has no tokens; the one that the engine makes is dropped.
+    """
+
+    def __init__(
+        self,
+        request: Add,
+        index: int,
+        detokenizer: Detokenizer,
+        stops: tuple[str, ...] = (),
+        parser: Parts | None = None,
+        echo: str | None = None,
+        empty: bool = False,
+    ) -> None:
         self.request = request
         self.index = index
         self.completion_tokens = 0
@@ -42,10 +72,20 @@ class Choice:
         self.last_token_at = 0.0  # perf_counter; 0 before the first token
         self._detokenizer = detokenizer
         self._stop = StopBuffer(stops)
+        self._parser = parser or Parts()
+        self._echo = echo
+        self._empty = empty
+
+    @property
+    def stop_string(self) -> str | None:
+        """The stop string that ended the answer."""
+        return self._stop.matched
 
     def feed(self, output: Output, stop_ids: frozenset[int]) -> Delta:
         """Take an output of the engine; after a stop string `finish_reason` is set though the engine goes on."""
-        ids, finish = output.token_ids, output.finish_reason
+        ids, finish, logprobs = output.token_ids, output.finish_reason, output.logprobs
+        if self._empty:
+            ids, finish, logprobs = [], "length", [] if logprobs is not None else None
         self.completion_tokens += len(ids)
         self.cached_tokens = output.cached_tokens
         # The token that ends an answer is counted and listed, but is no part of the text.
@@ -53,9 +93,22 @@ class Choice:
         text = self._detokenizer.add(shown_ids)
         if finish is not None:
             text += self._detokenizer.flush()
-        text = self._stop.feed(text, final=finish is not None)
-        self.finish_reason = "stop" if self._stop.stopped else finish
-        return Delta(self.index, text, ids, self.finish_reason)
+        if self.completion_tokens > self.request.min_tokens:  # no answer ends before
+            text = self._stop.feed(text, final=finish is not None)
+        ended = self._stop.stopped or finish is not None
+        parts = self._parser.feed(text, final=ended)
+        self.finish_reason = "stop" if self._stop.stopped or self._parser.stopped else finish
+        delta = Delta(self.index, parts, ids, finish_reason=self.finish_reason, prompt_logprobs=output.prompt_logprobs)
+        if self.finish_reason == "stop" and self._parser.called:
+            delta.finish_reason = "tool_calls"
+        if self._echo is not None:
+            delta.parts = [Text(self._echo), *parts]
+            if logprobs is not None:
+                delta.tokens = list(zip(self.request.prompt, [None, *(output.prompt_logprobs or [])], strict=True))
+            self._echo = None
+        if logprobs is not None:
+            delta.tokens += zip(shown_ids, logprobs, strict=False)
+        return delta
 
 
 class Generation:

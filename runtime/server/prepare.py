@@ -3,108 +3,181 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import msgspec
 
-from llmkit.checkpoint.tokenizer import ChatTemplateError, Tokenizer
+from llmkit.checkpoint.tokenizer import ChatTemplateError, Detokenizer, Tokenizer
+from llmkit.runtime.server.calls import CallFormat, Calls, call_format
+from llmkit.runtime.server.chat_body import ChatBody
+from llmkit.runtime.server.completion_body import CompletionBody
 from llmkit.runtime.server.errors import ApiError, invalid
 from llmkit.runtime.server.generation import Choice
 from llmkit.runtime.server.messages import Add, Ready
-from llmkit.runtime.server.protocol import ChatBody, CompletionBody, GenerationBody
+from llmkit.runtime.server.parts import END_THINK, THINK, Parts
+from llmkit.runtime.server.protocol import INT64, GenerationBody
 from llmkit.runtime.server.state import State, TextSide
 
 COMPLETION_MAX_TOKENS = 16  # OpenAI's default for completions; a chat answer may fill the context
 _LONG_TEXT_CHARS = 8192  # longer texts are tokenized in a thread, so that streams keep flowing
 
 
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt and how the answers to it are read. param: the field that it comes from."""
+
+    tokens: list[int]
+    param: str
+    echo: str | None = None
+    parser: Callable[[], Parts] = Parts
+    detokenizer: Callable[[], Detokenizer] | None = None
+
+
 async def prepare_completion(state: State, body: CompletionBody, request_id: str, salt: str = "") -> list[Choice]:
-    """One choice per prompt. ApiError 400 for what can never be run."""
-    prompts = body.prompts
-    state.check_room(len(prompts))
+    """`n` choices per prompt. ApiError 400 for what can never be run."""
+    given = body.prompts
+    state.check_room(len(given) * (body.n or 1))
     tokenizer = state.text.tokenizer
-    tokens = []
-    for prompt in prompts:
-        if isinstance(prompt, str):
-            tokens.append(await _tokenized(len(prompt), lambda text=prompt: tokenizer.encode(text)))  # type: ignore[misc]
-        else:
-            tokens.append(prompt)
-    return _choices(state, body, request_id, tokens, "prompt", body.output_limit or COMPLETION_MAX_TOKENS, salt)
+    prompts = []
+    for prompt in given:
+        tokens = await tokenized(tokenizer, prompt) if isinstance(prompt, str) else prompt
+        check_ids(tokens, state.facts.vocab_size, "prompt")
+        text = prompt if isinstance(prompt, str) else tokenizer.decode(tokens, skip_special_tokens=False)
+        prompts.append(Prompt(tokens, "prompt", text if body.echo else None))
+    limit = COMPLETION_MAX_TOKENS if body.output_limit is None else body.output_limit
+    return _choices(state, body, request_id, prompts, limit, salt)
+
+
+async def tokenized(tokenizer: Tokenizer, text: str, special: bool = True) -> list[int]:
+    """The ids of `text`; special: with those that the tokenizer puts around it."""
+    if len(text) < _LONG_TEXT_CHARS:
+        return tokenizer.encode(text, special)
+    return await asyncio.to_thread(tokenizer.encode, text, special)
 
 
 async def prepare_chat(state: State, body: ChatBody, request_id: str, salt: str = "") -> list[Choice]:
-    """The one choice of a conversation. ApiError 400 for what can never be run or the template refuses."""
-    conversation = body.conversation
-    state.check_room(1)
+    """`n` choices of a conversation. ApiError 400 for what can never be run or the template refuses."""
+    state.check_room(body.n or 1)
     tokenizer = state.text.tokenizer
-    if tokenizer.chat_template is None:
+    tools = body.offered_tools
+    form = _call_format(tokenizer) if tools else None
+    tokens, text = await encode_chat(tokenizer, body.conversation, tools, body.chat_template_kwargs or {})
+    names = [tool["function"]["name"] for tool in tools]
+    parallel = body.parallel_tool_calls is not False
+    thinks = THINK in (tokenizer.template(bool(tools)) or "")
+    begun = text.rstrip().endswith(THINK)
+
+    def parser() -> Parts:
+        return Parts(thinks, begun, Calls(form, names, parallel) if form else None)
+
+    marks = [*([form.opener, form.closer] if form else []), *([THINK, END_THINK] if thinks else [])]
+    prompt = Prompt(tokens, "messages", parser=parser, detokenizer=lambda: tokenizer.stream(shown=marks))
+    return _choices(state, body, request_id, [prompt], body.output_limit, salt)
+
+
+async def encode_chat(
+    tokenizer: Tokenizer,
+    conversation: Sequence[dict[str, Any]],
+    tools: Sequence[dict[str, Any]],
+    variables: dict[str, Any],
+    add_generation_prompt: bool = True,
+) -> tuple[list[int], str]:
+    """The tokens and the text of a conversation's prompt. ApiError 400 where the template cannot say all of it."""
+    template = tokenizer.template(bool(tools))
+    if template is None:
         message = "The model has no chat template; use /v1/completions."
         raise ApiError(400, message, code="no_chat_template", param="messages")
-    characters = sum(len(message["content"]) for message in conversation)
+    for index, message in enumerate(conversation):
+        for field in ("tool_calls",):
+            if field in message and field not in template:
+                text = f"The model's chat template has no place for {field}."
+                raise invalid(f"messages.{index}.{field}", text, "unsupported")
+
+    def render() -> str:
+        return tokenizer.render_chat(conversation, tools or None, add_generation_prompt, **variables)
+
     try:
-        tokens = await _tokenized(characters, lambda: _encode_chat(tokenizer, conversation))
+        long = sum(len(message["content"]) for message in conversation) >= _LONG_TEXT_CHARS
+        text = await asyncio.to_thread(render) if long else render()
     except ChatTemplateError as error:
         raise invalid("messages", f"The chat template refuses the messages: {error}", "chat_template") from None
-    return _choices(state, body, request_id, [tokens], "messages", body.output_limit, salt)
+    return await tokenized(tokenizer, text, special=False), text  # the template writes the special tokens itself
 
 
-def _encode_chat(tokenizer: Tokenizer, conversation: list[dict[str, str]]) -> list[int]:
-    # The template writes the special tokens itself.
-    return tokenizer.encode(tokenizer.render_chat(conversation), add_special_tokens=False)
-
-
-async def _tokenized(characters: int, encode: Callable[[], list[int]]) -> list[int]:
-    return encode() if characters < _LONG_TEXT_CHARS else await asyncio.to_thread(encode)
+def _call_format(tokenizer: Tokenizer) -> CallFormat:
+    """How the model calls tools. ApiError 400 when its template takes none, or it is not known."""
+    template = tokenizer.template(tools=True) or ""
+    form = call_format(template)
+    if "tools" not in template:
+        raise invalid("tools", "The model's chat template has no place for tools.", "unsupported")
+    if form is None:
+        message = "How this model writes calls is not known: its chat template names no format that llmkit can read."
+        raise invalid("tools", message, "unsupported")
+    return form
 
 
 def _choices(
-    state: State,
-    body: GenerationBody,
-    request_id: str,
-    prompts: list[list[int]],
-    param: str,
-    limit: int | None,
-    salt: str,
+    state: State, body: GenerationBody, request_id: str, prompts: list[Prompt], limit: int | None, salt: str
 ) -> list[Choice]:
-    facts, text, stops = state.facts, state.text, body.stops
+    facts, text, stops, count = state.facts, state.text, body.stops, body.n or 1
     adapter = None if body.model == state.model_name else body.model
-    for tokens in prompts:
-        _check_ids(tokens, facts.vocab_size, param)
-        _check_length(len(tokens), limit, facts, param)
-    _check_ids(body.stop_token_ids or [], facts.vocab_size, "stop_token_ids")
-    return [
-        Choice(
-            msgspec.structs.replace(
-                _request(body, f"{request_id}-{index}", tokens, limit or facts.max_model_len - len(tokens), text),
-                salt=salt,
-                adapter=adapter,
-            ),
-            index,
-            text.tokenizer.stream(),
-            stops,
+    for prompt in prompts:
+        _check_length(len(prompt.tokens), limit, facts, prompt.param)
+    check_ids(body.stop_token_ids or [], facts.vocab_size, "stop_token_ids")
+    check_ids(list(body.logit_bias or ()), facts.vocab_size, "logit_bias")
+    choices = []
+    for index in range(len(prompts) * count):
+        prompt = prompts[index // count]
+        most = facts.max_model_len - len(prompt.tokens) if limit is None else limit
+        if (body.min_tokens or 0) > most:
+            raise invalid("min_tokens", f"min_tokens ({body.min_tokens}) is more than can be generated ({most}).")
+        request = _request(body, f"{request_id}-{index}", prompt, max(1, most), text)
+        if body.seed is not None:
+            seed = (body.seed + index % count + INT64) % (2 * INT64) - INT64
+            request = msgspec.structs.replace(request, seed=seed)
+        choices.append(
+            Choice(
+                msgspec.structs.replace(request, salt=salt, adapter=adapter),
+                index,
+                (prompt.detokenizer or text.tokenizer.stream)(),
+                stops,
+                prompt.parser(),
+                prompt.echo,
+                empty=most == 0,
+            )
         )
-        for index, tokens in enumerate(prompts)
-    ]
+    return choices
 
 
-def _request(body: GenerationBody, request_id: str, tokens: list[int], limit: int, text: TextSide) -> Add:
-    defaults = text.defaults
+def _request(body: GenerationBody, request_id: str, prompt: Prompt, limit: int, text: TextSide) -> Add:
+    defaults, logprobs, prompt_logprobs = text.defaults, body.told_logprobs, body.prompt_logprobs
+    if prompt.echo is not None and logprobs is not None:
+        prompt_logprobs = max(logprobs, prompt_logprobs or 0)
     return Add(
         id=request_id,
-        prompt=tokens,
+        prompt=prompt.tokens,
         max_tokens=limit,
         temperature=defaults.temperature if body.temperature is None else body.temperature,
         top_k=defaults.top_k if body.top_k is None else max(0, body.top_k),
         top_p=defaults.top_p if body.top_p is None else body.top_p,
         min_p=defaults.min_p if body.min_p is None else body.min_p,
-        seed=body.seed,
         ignore_eos=bool(body.ignore_eos),
         stop_token_ids=tuple(body.stop_token_ids or ()),
+        min_tokens=body.min_tokens or 0,
+        repetition_penalty=body.repetition_penalty or 1.0,
+        presence_penalty=body.presence_penalty or 0.0,
+        frequency_penalty=body.frequency_penalty or 0.0,
+        logit_bias=body.logit_bias or {},
+        logprobs=logprobs,
+        prompt_logprobs=prompt_logprobs,
         priority=body.priority or 0,
     )
 
 
-def _check_ids(tokens: list[int], vocab_size: int, param: str) -> None:
+def check_ids(tokens: list[int], vocab_size: int, param: str) -> None:
+    """ApiError for an id that the model has no row for."""
     if tokens and not (min(tokens) >= 0 and max(tokens) < vocab_size):
         wrong = next(token for token in tokens if not 0 <= token < vocab_size)
         raise invalid(param, f"Token id {wrong} is outside the vocabulary (0 to {vocab_size - 1}).", "invalid_token_id")

@@ -1,0 +1,78 @@
+"""Whole decoders as they run on a GPU, all Triton kernels by the interpreter, against torch's own operators."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from families import FAMILIES, family_oracle
+from test_model_experts import put_together
+from triton_checks import interpreted
+
+from llmkit.checkpoint.source import open_checkpoint
+from llmkit.kernels import activation, native, paged, residual
+from llmkit.kernels.attention import AttentionBatch
+from llmkit.model import decoder
+from llmkit.model.decoder import Decoder
+from llmkit.model.loader import load_model
+
+BLOCK = 16
+CODED = ("qwen3", "gemma3", "llama")  # also with caches of codes
+
+
+@torch.inference_mode()
+def chunks(model: Decoder, kv_dtype: str | None) -> torch.Tensor:
+    """The logits of two sequences, a prompt in two chunks beside decode steps."""
+    draw = torch.Generator().manual_seed(2)
+    tokens = torch.randint(3, model.spec.vocab, (2, 30), generator=draw)
+    caches = [model.new_cache(6, BLOCK, kv_dtype) for _ in model.layers]
+    found, done = [], [0, 0]
+    for counts in ([20, 3], [7, 1], [1, 1]):
+        stops = [start + count for start, count in zip(done, counts, strict=True)]
+        batch = AttentionBatch.build(counts, stops, {None: [[4, 1], [0, 3]]}, BLOCK)
+        places = torch.cat([torch.arange(start, stop) for start, stop in zip(done, stops, strict=True)])
+        step = torch.cat([row[start:stop] for row, start, stop in zip(tokens, done, stops, strict=True)])
+        found.append(model.logits(model(step, places, batch, caches)))
+        done = stops
+    return torch.cat(found)
+
+
+def both(path: str, kv_dtype: str | None) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """Logits by torch and by the kernels, and how often the kernels ran that place queries, keys and values."""
+    native.library = None
+    model, placed = load_model(open_checkpoint(Path(path)), torch.float32), []
+    by_torch = chunks(model, kv_dtype)
+    for module in (activation, decoder, paged, residual):
+        module.runs_triton = lambda _: True
+    torch.cuda.get_device_capability = lambda *_: (9, 0)
+    paged._splits = lambda *_: 2  # type: ignore[assignment]
+    decoder.suits = lambda _: True  # type: ignore[assignment]
+    place = paged.attends
+    paged.attends = lambda *given: placed.append(1) or place(*given)  # type: ignore[func-returns-value]
+    for layer in model.layers:
+        if layer.layer.moe:
+            put_together(layer)
+    return by_torch, chunks(model, kv_dtype), len(placed)
+
+
+CASES = [(family, None) for family in FAMILIES] + [(family, kind) for family in CODED for kind in ("int8", "fp8")]
+
+
+@pytest.fixture(scope="module")
+def logits(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[torch.Tensor, torch.Tensor, int]]:
+    folder = tmp_path_factory.mktemp("models")
+    for family in FAMILIES:
+        family_oracle(family, folder / family)
+    return interpreted("test_model_triton", "both", [(str(folder / one), kind) for one, kind in CASES], folder)
+
+
+@pytest.mark.parametrize(("family", "kv_dtype"), CASES)
+def test_kernels_and_torch_give_the_same_logits(
+    family: str, kv_dtype: str | None, logits: list[tuple[torch.Tensor, torch.Tensor, int]]
+) -> None:
+    by_torch, by_kernels, asked = logits[CASES.index((family, kv_dtype))]
+    assert asked >= 3 * 2 * 2, "in three steps, each layer asks for both kernels"
+    error = 2e-4 if kv_dtype is None else 5e-2  # a code may be its neighbour
+    torch.testing.assert_close(by_kernels, by_torch, atol=error, rtol=error)
+    assert not torch.equal(by_kernels, by_torch)
