@@ -5,10 +5,26 @@ transformers itself would do this too, but importing it takes longer than loadin
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
 from llmkit.checkpoint.errors import InputError
+
+
+@dataclass(frozen=True)
+class RopeSpec:
+    """One rotary embedding: radians per position of each rotated pair of dimensions.
+
+    Only the first 2 * len(frequencies) dimensions of a head are rotated. LongRoPE (arXiv 2402.13753) has a
+    second set of frequencies for requests longer than `original_positions` tokens.
+    """
+
+    frequencies: tuple[float, ...]
+    scale: float = 1.0  # multiplies cos and sin
+    long_frequencies: tuple[float, ...] = ()
+    original_positions: int = 0
+
 
 _SIZES = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",

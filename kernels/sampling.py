@@ -74,11 +74,7 @@ def sample(
     chosen = logits[rows]
     # The most probable token gets 0, so that no temperature, however small, makes an infinity.
     scaled = (chosen - vocabulary.max(chosen.amax(-1, keepdim=True))) / _sent(temperature[drawn, None], logits)
-    for keep, values, asked in (
-        (_top_k, top_k, top_k > 0),
-        (_top_p, top_p, top_p < 1),
-        (_min_p, min_p, min_p > 0),
-    ):
+    for keep, values, asked in ((_top_k, top_k, top_k > 0), (_top_p, top_p, top_p < 1), (_min_p, min_p, min_p > 0)):
         if asked.any():
             where = _sent(asked.nonzero()[:, 0], logits)
             scaled[where] = keep(scaled[where], values[asked], vocabulary)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from llmkit.checkpoint.config import FAMILIES, complete
+from llmkit.checkpoint.config import FAMILIES, RopeSpec, complete
 from llmkit.checkpoint.errors import InputError
-from llmkit.model.spec import ExpertSpec, LayerSpec, ModelSpec, RopeSpec
+from llmkit.model.spec import ExpertSpec, LayerSpec, ModelSpec
 
 # What a family changes relative to Llama: keyword arguments of ModelSpec, from its complete config.
 Family = Callable[[Any], dict[str, Any]]
@@ -243,6 +243,6 @@ def _standard(given: dict[str, Any], theta: float, config: Any) -> dict[str, Any
 
 
 def _rope(config: Any, given: dict[str, Any]) -> RopeSpec:
-    from llmkit.model.frequencies import rope_spec  # torch: the parameter table alone can do without
+    from llmkit.checkpoint.frequencies import rope_spec  # torch: the parameter table alone can do without
 
     return rope_spec(given, config.head_dim, config.max_position_embeddings)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from llmkit.model.spec import ModelSpec, RopeSpec
+from llmkit.checkpoint.config import RopeSpec
+from llmkit.model.spec import ModelSpec
 
 Rotation = tuple[torch.Tensor, torch.Tensor]  # cos, sin: float32 [T, 1, 2R], as `rotate_` wants them
 

@@ -5,19 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-
-@dataclass(frozen=True)
-class RopeSpec:
-    """One rotary embedding: radians per position of each rotated pair of dimensions.
-
-    Only the first 2 * len(frequencies) dimensions of a head are rotated. LongRoPE (arXiv 2402.13753) has a
-    second set of frequencies for requests longer than `original_positions` tokens.
-    """
-
-    frequencies: tuple[float, ...]
-    scale: float = 1.0  # multiplies cos and sin
-    long_frequencies: tuple[float, ...] = ()
-    original_positions: int = 0
+from llmkit.checkpoint.config import RopeSpec
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import torch
 
 from llmkit.checkpoint.quantized import QuantizedWeight
-from llmkit.kernels.gptq import quantize_block
 from llmkit.kernels.rounding import FP8
 from llmkit.quant.algorithm import Quantized, Site
+from llmkit.quant.gptq_block import quantize_block
 from llmkit.quant.grid import FULL_SEARCH, Grid, Search, fit_grid
 from llmkit.quant.memory import give_back
 from llmkit.quant.statistics import Need, Statistics, quadratic, share, squares

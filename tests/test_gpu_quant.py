@@ -11,7 +11,7 @@ from gptq_blocks import CASES, Case, assert_same, copied, rounding_block
 from tiny import tiny_checkpoint
 
 from llmkit.checkpoint.progress import SilentProgress
-from llmkit.kernels.gptq import quantize_block, quantize_block_reference
+from llmkit.quant.gptq_block import quantize_block, quantize_block_reference
 from llmkit.quant.quantize import QuantizeOptions, quantize
 
 pytestmark = [

@@ -231,7 +231,10 @@ def test_foreign_hosts_and_origins_are_refused(http: httpx.Client, headers: dict
 
 WRONG: list[tuple[dict[str, Any], int, str | None, str]] = [
     ({"temperature": 3}, 400, "temperature", "invalid_value"),
-    ({"logprobs": 1}, 400, "logprobs", "unsupported"),
+    ({"suffix": "x"}, 400, "suffix", "unsupported"),
+    ({"logit_bias": {str(VOCAB): 1}}, 400, "logit_bias", "invalid_token_id"),
+    ({"min_tokens": 6, "max_tokens": 5}, 400, "min_tokens", "invalid_value"),
+    ({"n": QUEUE + 1}, 400, "prompt", "too_many_prompts"),
     ({"prompt": ""}, 400, "prompt", "invalid_value"),
     ({"prompt": [VOCAB]}, 400, "prompt", "invalid_token_id"),
     ({"prompt": [-1]}, 400, "prompt", "invalid_token_id"),
@@ -402,8 +405,8 @@ def test_metrics_count_what_happened(server: ServerProcess, http: httpx.Client) 
 
 def test_errors_reach_the_openai_client_as_its_own_types(server: ServerProcess, client: openai.OpenAI) -> None:
     with pytest.raises(openai.BadRequestError) as caught:
-        client.chat.completions.create(model="tiny", messages=CHAT, n=2)  # type: ignore[call-overload]
-    assert (caught.value.param, caught.value.code) == ("n", "unsupported")
+        client.chat.completions.create(model="tiny", messages=CHAT, n=0)  # type: ignore[call-overload]
+    assert (caught.value.param, caught.value.code) == ("n", "invalid_value")
     with pytest.raises(openai.NotFoundError):
         client.completions.create(model="other", prompt="x")
     stranger = openai.OpenAI(base_url=f"{server.url}/v1", api_key="wrong", max_retries=0)

@@ -16,12 +16,14 @@ from hypothesis import strategies as st
 from llmkit.checkpoint.errors import InputError, LlmkitError, ShortageError, UsageError
 from llmkit.runtime.channel import Failed, FrameReader, frame
 from llmkit.runtime.server.app import build_app
+from llmkit.runtime.server.chat_body import ChatBody
+from llmkit.runtime.server.completion_body import CompletionBody
 from llmkit.runtime.server.errors import ApiError
 from llmkit.runtime.server.generation import Choice, Generation
 from llmkit.runtime.server.hosts import is_loopback
 from llmkit.runtime.server.messages import Add, Output, Stats, to_engine_decoder
 from llmkit.runtime.server.metrics import Metrics
-from llmkit.runtime.server.protocol import ChatBody, CompletionBody, GenerationBody, parse
+from llmkit.runtime.server.protocol import GenerationBody, parse
 from llmkit.runtime.server.serve import ServeOptions, api_keys, bind, run_server
 from llmkit.runtime.server.state import SamplingDefaults, State
 from llmkit.runtime.server.stop import StopBuffer
@@ -108,23 +110,49 @@ WRONG_IN_BOTH = [
     ({"user": 5}, "user", "invalid_type"),
     ({"model": 5}, "model", "invalid_type"),
     ({"model": None}, "model", "invalid_type"),
-    ({"n": 2}, "n", "unsupported"),
-    ({"n": True}, "n", "unsupported"),
+    ({"n": 0}, "n", "invalid_value"),
+    ({"n": 129}, "n", "invalid_value"),
+    ({"n": True}, "n", "invalid_type"),
     ({"best_of": 2}, "best_of", "unsupported"),
-    ({"logprobs": 0}, "logprobs", "unsupported"),
-    ({"logprobs": True}, "logprobs", "unsupported"),
-    ({"top_logprobs": 3}, "top_logprobs", "unsupported"),
-    ({"echo": True}, "echo", "unsupported"),
+    ({"min_tokens": -1}, "min_tokens", "invalid_value"),
+    ({"logprobs": "1"}, "logprobs", "invalid_type"),
+    ({"prompt_logprobs": 21}, "prompt_logprobs", "invalid_value"),
+    ({"prompt_logprobs": True}, "prompt_logprobs", "invalid_type"),
+    ({"prompt_logprobs": 1, "stream": True}, "prompt_logprobs", "invalid_value"),
     ({"suffix": "x"}, "suffix", "unsupported"),
-    ({"presence_penalty": 0.5}, "presence_penalty", "unsupported"),
-    ({"frequency_penalty": float("nan")}, "frequency_penalty", "unsupported"),
-    ({"repetition_penalty": 1.1}, "repetition_penalty", "unsupported"),
-    ({"logit_bias": {"5": 1}}, "logit_bias", "unsupported"),
-    ({"tools": [{"type": "function"}]}, "tools", "unsupported"),
+    ({"presence_penalty": 2.1}, "presence_penalty", "invalid_value"),
+    ({"frequency_penalty": float("nan")}, "frequency_penalty", "invalid_value"),
+    ({"frequency_penalty": -2.1}, "frequency_penalty", "invalid_value"),
+    ({"repetition_penalty": 0}, "repetition_penalty", "invalid_value"),
+    ({"repetition_penalty": 10.1}, "repetition_penalty", "invalid_value"),
+    ({"logit_bias": {"5": 101}}, "logit_bias.5", "invalid_value"),
+    ({"logit_bias": {"x": 1}}, "logit_bias.x.[key]", "invalid_value"),
+    ({"logit_bias": [5]}, "logit_bias", "invalid_type"),
+    ({"logit_bias": {str(token): 1 for token in range(1025)}}, "logit_bias", "invalid_value"),
     ({"tool_choice": "required"}, "tool_choice", "unsupported"),
     ({"response_format": {"type": "json_object"}}, "response_format", "unsupported"),
     ({"reasoning_effort": "high"}, "reasoning_effort", "unsupported"),
     ({"max_token": 5}, "max_token", "unknown_parameter"),
+]
+WRONG_IN_COMPLETIONS = [
+    ({"top_logprobs": 3}, "top_logprobs", "unsupported"),
+    ({"logprobs": True}, "logprobs", "invalid_type"),
+    ({"logprobs": 21}, "logprobs", "invalid_value"),
+    ({"n": 2, "best_of": 3}, "best_of", "unsupported"),
+    ({"tools": [{"type": "function"}]}, "tools", "unsupported"),
+]
+WRONG_IN_CHATS = [
+    ({"top_logprobs": 3}, "top_logprobs", "invalid_value"),
+    ({"logprobs": 1}, "logprobs", "invalid_type"),
+    ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "invalid_value"),
+    ({"echo": True}, "echo", "unsupported"),
+    ({"tools": [{"type": "function"}]}, "tools.0.function", "missing_required_parameter"),
+    ({"tools": [{"type": "magic", "function": {"name": "f"}}]}, "tools.0.type", "invalid_value"),
+    ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools.0.function.name", "invalid_value"),
+    ({"tools": [{"type": "function", "function": {"name": "f"}}] * 2}, "tools", "invalid_value"),
+    ({"tools": [{"type": "function", "function": {"name": "f"}}] * 129}, "tools", "invalid_value"),
+    ({"tool_choice": "sometimes"}, "tool_choice", "invalid_value"),
+    ({"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs", "invalid_value"),
 ]
 WRONG_PROMPTS = [
     ("", "invalid_value"),
@@ -157,21 +185,11 @@ WRONG_MESSAGES = [
         "unsupported",
     ),
     ([{"role": "user", "content": "x", "colour": 1}], "messages.0.colour", "unknown_parameter"),
-    ([{"role": "assistant", "content": "x", "tool_calls": [{}]}], "messages.0.tool_calls", "unsupported"),
+    ([{"role": "assistant", "tool_calls": [{}]}], "messages.0.tool_calls.0.id", "missing_required_parameter"),
+    ([{"role": "tool", "content": "x"}], "messages.0.tool_call_id", "invalid_value"),
+    ([{"role": "user", "content": "x", "reasoning_content": "y"}], "messages.0.reasoning_content", "invalid_value"),
     ([{"role": "user", "content": "x"}, 5], "messages.1", "invalid_type"),
 ]
-
-
-def use(kind: type[GenerationBody], data: bytes) -> GenerationBody:
-    """Parse and read everything that is validated late."""
-    body = parse(kind, data)
-    assert body.stops is not None
-    assert body.output_limit != 0
-    if isinstance(body, CompletionBody):
-        assert body.prompts
-    if isinstance(body, ChatBody):
-        assert body.conversation
-    return body
 
 
 @pytest.mark.parametrize("kind", [CompletionBody, ChatBody])
@@ -180,21 +198,31 @@ def test_a_wrong_field_is_a_400_that_names_it(
     kind: type[GenerationBody], fields: dict[str, Any], param: str, code: str
 ) -> None:
     with pytest.raises(ApiError) as caught:
-        use(kind, json.dumps(BASE[kind] | fields).encode())
+        parse(kind, json.dumps(BASE[kind] | fields).encode())
     assert (caught.value.status, caught.value.param, caught.value.code) == (400, param, code)
+
+
+@pytest.mark.parametrize(("fields", "param", "code"), WRONG_IN_COMPLETIONS)
+def test_a_wrong_field_of_a_completion(fields: dict[str, Any], param: str, code: str) -> None:
+    test_a_wrong_field_is_a_400_that_names_it(CompletionBody, fields, param, code)
+
+
+@pytest.mark.parametrize(("fields", "param", "code"), WRONG_IN_CHATS)
+def test_a_wrong_field_of_a_chat(fields: dict[str, Any], param: str, code: str) -> None:
+    test_a_wrong_field_is_a_400_that_names_it(ChatBody, fields, param, code)
 
 
 @pytest.mark.parametrize(("prompt", "code"), WRONG_PROMPTS)
 def test_a_wrong_prompt_is_a_400(prompt: object, code: str) -> None:
     with pytest.raises(ApiError) as caught:
-        use(CompletionBody, json.dumps({"model": "m", "prompt": prompt}).encode())
+        parse(CompletionBody, json.dumps({"model": "m", "prompt": prompt}).encode())
     assert (caught.value.status, caught.value.param, caught.value.code) == (400, "prompt", code)
 
 
 @pytest.mark.parametrize(("messages", "param", "code"), WRONG_MESSAGES)
 def test_wrong_messages_are_a_400(messages: object, param: str, code: str) -> None:
     with pytest.raises(ApiError) as caught:
-        use(ChatBody, json.dumps({"model": "m", "messages": messages}).encode())
+        parse(ChatBody, json.dumps({"model": "m", "messages": messages}).encode())
     assert (caught.value.status, caught.value.param, caught.value.code) == (400, param, code)
 
 
@@ -219,6 +247,7 @@ def test_unimplemented_fields_with_values_that_change_nothing_are_taken(kind: ty
     fields: dict[str, Any] = {
         "n": 1,
         "best_of": 1,
+        "top_logprobs": 0,
         "logprobs": None,
         "presence_penalty": 0,
         "frequency_penalty": 0.0,
@@ -235,7 +264,7 @@ def test_unimplemented_fields_with_values_that_change_nothing_are_taken(kind: ty
         "max_completion_tokens": 5,
         "top_k": -1,
     }
-    assert use(kind, json.dumps(BASE[kind] | fields).encode()).output_limit == 5
+    assert parse(kind, json.dumps(BASE[kind] | fields).encode()).output_limit == 5
 
 
 def test_an_assistants_message_can_be_sent_back_as_it_came() -> None:

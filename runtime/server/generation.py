@@ -12,10 +12,11 @@ from dataclasses import dataclass, field
 
 from llmkit.checkpoint.tokenizer import Detokenizer
 from llmkit.runtime.engine.types import Logprobs
+from llmkit.runtime.server.calls import Text
 from llmkit.runtime.server.errors import ApiError
 from llmkit.runtime.server.messages import Add, Output, Refused
 from llmkit.runtime.server.metrics import Metrics
-from llmkit.runtime.server.parts import Part, Parts, Text
+from llmkit.runtime.server.parts import Part, Parts
 from llmkit.runtime.server.replicas import Replicas
 from llmkit.runtime.server.stop import StopBuffer
 
@@ -47,11 +48,19 @@ class Delta:
         self.finish_reason = other.finish_reason
 
 
+@dataclass(frozen=True)
+class Echo:
+    """A prompt's text, and how many of its first tokens the tokenizer added to it."""
+
+    text: str
+    hidden: int = 0
+
+
 class Choice:
     """One answer to a prompt as it grows.
 
-    parser: of what the text is made of. echo: what the text begins with, and that the prompt's tokens come with the
-    answer's. empty: the answer has no tokens; the one that the engine makes is dropped.
+    parser: of what the text is made of. echo: the prompt comes with the answer. empty: the answer has no tokens; the
+    one that the engine makes is dropped.
     """
 
     def __init__(
@@ -61,7 +70,7 @@ class Choice:
         detokenizer: Detokenizer,
         stops: tuple[str, ...] = (),
         parser: Parts | None = None,
-        echo: str | None = None,
+        echo: Echo | None = None,
         empty: bool = False,
     ) -> None:
         self.request = request
@@ -73,7 +82,8 @@ class Choice:
         self._detokenizer = detokenizer
         self._stop = StopBuffer(stops)
         self._parser = parser or Parts()
-        self._echo = echo
+        self.echo = echo
+        self._begun = False
         self._empty = empty
 
     @property
@@ -101,13 +111,13 @@ class Choice:
         delta = Delta(self.index, parts, ids, finish_reason=self.finish_reason, prompt_logprobs=output.prompt_logprobs)
         if self.finish_reason == "stop" and self._parser.called:
             delta.finish_reason = "tool_calls"
-        if self._echo is not None:
-            delta.parts = [Text(self._echo), *parts]
+        if self.echo is not None and not self._begun:
+            delta.parts = [Text(self.echo.text), *parts]
             if logprobs is not None:
                 delta.tokens = list(zip(self.request.prompt, [None, *(output.prompt_logprobs or [])], strict=True))
-            self._echo = None
         if logprobs is not None:
             delta.tokens += zip(shown_ids, logprobs, strict=False)
+        self._begun = True
         return delta
 
 

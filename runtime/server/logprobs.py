@@ -1,12 +1,13 @@
-"""Log probabilities in the three shapes that clients know: OpenAI's of chats and of completions, and vLLM's of prompts."""
+"""Log probabilities in the shapes that clients know: OpenAI's of chats and of completions, vLLM's of prompts."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
-from llmkit.checkpoint.tokenizer import Detokenizer, Tokenizer
+from llmkit.checkpoint.tokenizer import Tokenizer
 from llmkit.runtime.engine.types import Logprobs
+from llmkit.runtime.server.generation import Echo
 
 _LEAST = -9999.0  # JSON has no minus infinity
 
@@ -29,11 +30,12 @@ def chat_logprobs(tokenizer: Tokenizer, tokens: Told, count: int) -> dict[str, A
 
 
 class CompletionLogprobs:
-    """`logprobs` of a completion's choice, whose tokens come in pieces. hidden_bos: the text does not show the first."""
+    """`logprobs` of a completion's choice, whose tokens come in pieces. echo: those of the prompt are the first."""
 
-    def __init__(self, tokenizer: Tokenizer, count: int, hidden_bos: bool) -> None:
-        self._tokenizer, self._count, self._hidden_bos = tokenizer, count, hidden_bos
-        self._text: Detokenizer = tokenizer.stream(skip_special_tokens=False)
+    def __init__(self, tokenizer: Tokenizer, count: int, echo: Echo | None) -> None:
+        self._tokenizer, self._count = tokenizer, count
+        self._hidden = 0 if echo is None else echo.hidden
+        self._text = tokenizer.stream(skip_special_tokens=echo is None)
         self._offset = 0
 
     def add(self, tokens: Told) -> dict[str, Any]:
@@ -41,9 +43,8 @@ class CompletionLogprobs:
         offsets = []
         for token, _ in tokens:
             offsets.append(self._offset)
-            if not self._hidden_bos:
-                self._offset += len(self._text.add([token]))
-            self._hidden_bos = False
+            self._offset += 0 if self._hidden else len(self._text.add([token]))
+            self._hidden = max(0, self._hidden - 1)
         return {
             "tokens": [self._name(token) for token, _ in tokens],
             "token_logprobs": [None if told is None else max(told.own, _LEAST) for _, told in tokens],
@@ -69,7 +70,7 @@ class CompletionLogprobs:
 def prompt_logprobs(
     tokenizer: Tokenizer, prompt: Sequence[int], told: Sequence[Logprobs], count: int
 ) -> list[dict[str, Any] | None]:
-    """vLLM's `prompt_logprobs`: by token id, the token itself always. Its rank is null when it is not among the likeliest."""
+    """vLLM's `prompt_logprobs`: by token id, the prompt's own always. A rank is null where it is not known."""
 
     def entry(token: int, logprob: float, rank: int | None) -> dict[str, Any]:
         text = tokenizer.token_bytes(token).decode(errors="replace")

@@ -1,6 +1,6 @@
-"""The text of an answer, as it comes, to its parts: what is said, what was only thought, and the tools that are called.
+"""The text of an answer, as it comes, to its parts: what is said, what was only thought, the tools that are called.
 
-What comes out does not depend on where the text was cut. Whatever only looks like a call or a thought is text, unchanged.
+What comes out does not depend on where the text was cut. What only looks like a call or a thought is text, unchanged.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from llmkit.runtime.server.calls import CallFormat, Calls, call_format
 from llmkit.runtime.server.chat_body import ChatBody
 from llmkit.runtime.server.completion_body import CompletionBody
 from llmkit.runtime.server.errors import ApiError, invalid
-from llmkit.runtime.server.generation import Choice
+from llmkit.runtime.server.generation import Choice, Echo
 from llmkit.runtime.server.messages import Add, Ready
 from llmkit.runtime.server.parts import END_THINK, THINK, Parts
 from llmkit.runtime.server.protocol import INT64, GenerationBody
@@ -30,7 +30,7 @@ class Prompt:
 
     tokens: list[int]
     param: str
-    echo: str | None = None
+    echo: Echo | None = None
     parser: Callable[[], Parts] = Parts
     detokenizer: Callable[[], Detokenizer] | None = None
 
@@ -44,10 +44,16 @@ async def prepare_completion(state: State, body: CompletionBody, request_id: str
     for prompt in given:
         tokens = await tokenized(tokenizer, prompt) if isinstance(prompt, str) else prompt
         check_ids(tokens, state.facts.vocab_size, "prompt")
-        text = prompt if isinstance(prompt, str) else tokenizer.decode(tokens, skip_special_tokens=False)
-        prompts.append(Prompt(tokens, "prompt", text if body.echo else None))
+        prompts.append(Prompt(tokens, "prompt", _echo(tokenizer, prompt, tokens) if body.echo else None))
     limit = COMPLETION_MAX_TOKENS if body.output_limit is None else body.output_limit
     return _choices(state, body, request_id, prompts, limit, salt)
+
+
+def _echo(tokenizer: Tokenizer, prompt: str | list[int], tokens: list[int]) -> Echo:
+    if not isinstance(prompt, str):
+        return Echo(tokenizer.decode(tokens, skip_special_tokens=False))
+    added = tokens[0] == tokenizer.bos_id and not prompt.startswith(tokenizer.id_to_token(tokens[0]))
+    return Echo(prompt, int(added))
 
 
 async def tokenized(tokenizer: Tokenizer, text: str, special: bool = True) -> list[int]:
@@ -89,17 +95,16 @@ async def encode_chat(
     if template is None:
         message = "The model has no chat template; use /v1/completions."
         raise ApiError(400, message, code="no_chat_template", param="messages")
-    for index, message in enumerate(conversation):
-        for field in ("tool_calls",):
-            if field in message and field not in template:
-                text = f"The model's chat template has no place for {field}."
-                raise invalid(f"messages.{index}.{field}", text, "unsupported")
+    for index, entry in enumerate(conversation):
+        if "tool_calls" in entry and "tool_calls" not in template:
+            message = "The model's chat template has no place for calls."
+            raise invalid(f"messages.{index}.tool_calls", message, "unsupported")
 
     def render() -> str:
         return tokenizer.render_chat(conversation, tools or None, add_generation_prompt, **variables)
 
     try:
-        long = sum(len(message["content"]) for message in conversation) >= _LONG_TEXT_CHARS
+        long = sum(len(entry["content"]) for entry in conversation) >= _LONG_TEXT_CHARS
         text = await asyncio.to_thread(render) if long else render()
     except ChatTemplateError as error:
         raise invalid("messages", f"The chat template refuses the messages: {error}", "chat_template") from None

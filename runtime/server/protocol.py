@@ -1,7 +1,7 @@
 """The bodies of requests: every field is validated before anything is queued, and none is silently ignored.
 
-pydantic parses strictly and straight from the bytes. Fields of the APIs that llmkit does not implement are accepted only
-with a value that leaves the answer as it is: see `Body.harmless`. The endpoints' own bodies are in *_body.py.
+pydantic parses strictly and straight from the bytes. Fields of the APIs that llmkit does not implement are accepted
+only with a value that leaves the answer as it is: see `Body.harmless`. The endpoints' own bodies are in *_body.py.
 """
 
 from __future__ import annotations

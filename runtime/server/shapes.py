@@ -10,10 +10,11 @@ from typing import Any, Protocol
 import msgspec
 
 from llmkit.checkpoint.tokenizer import Tokenizer
+from llmkit.runtime.server.calls import Call
 from llmkit.runtime.server.errors import ApiError
 from llmkit.runtime.server.generation import Choice, Delta
 from llmkit.runtime.server.logprobs import CompletionLogprobs, chat_logprobs, prompt_logprobs
-from llmkit.runtime.server.parts import Call, Part, Reasoning
+from llmkit.runtime.server.parts import Part, Reasoning
 from llmkit.runtime.server.protocol import GenerationBody
 
 DONE = b"data: [DONE]\n\n"
@@ -53,6 +54,7 @@ class CompletionShape:
     prefix = "cmpl"
     whole_object = "text_completion"
     chunk_object = "text_completion"
+    one_prompt = False
 
     def __init__(self, body: GenerationBody, tokenizer: Tokenizer) -> None:
         self.id = f"{self.prefix}-{uuid.uuid4().hex}"
@@ -63,9 +65,12 @@ class CompletionShape:
 
     def whole(self, choices: Sequence[Choice], answers: Sequence[Delta]) -> bytes:
         document = self._document(self.whole_object)
-        document["choices"] = [
-            self._choice(choice, answer, self._answer(answer)) for choice, answer in zip(choices, answers, strict=True)
-        ]
+        document["choices"] = entries = []
+        for choice, answer in zip(choices, answers, strict=True):
+            entries.append(self._choice(choice, answer, self._answer(answer)))
+            if (count := self._body.prompt_logprobs) is not None:
+                told = prompt_logprobs(self._tokenizer, choice.request.prompt, answer.prompt_logprobs or [], count)
+                (document if self.one_prompt else entries[-1])["prompt_logprobs"] = told
         document["usage"] = self._usage(choices)
         return msgspec.json.encode(document)
 
@@ -96,17 +101,13 @@ class CompletionShape:
         count = self._body.told_logprobs
         told = None if count is None else self._told(choice, delta, count)
         entry = {"index": delta.index, **said, "logprobs": told, "finish_reason": delta.finish_reason}
-        if self._body.prompt_logprobs is not None:
-            entry["prompt_logprobs"] = prompt_logprobs(
-                self._tokenizer, choice.request.prompt, delta.prompt_logprobs or [], self._body.prompt_logprobs
-            )
         if self._body.return_token_ids:
             entry["token_ids"] = delta.token_ids
         return entry
 
     def _told(self, choice: Choice, delta: Delta, count: int) -> dict[str, Any]:
         if delta.index not in self._logprobs:
-            self._logprobs[delta.index] = CompletionLogprobs(self._tokenizer, count, choice.hides_bos)
+            self._logprobs[delta.index] = CompletionLogprobs(self._tokenizer, count, choice.echo)
         return self._logprobs[delta.index].add(delta.tokens)
 
     def _answer(self, answer: Delta) -> dict[str, Any]:
@@ -125,6 +126,7 @@ class ChatShape(CompletionShape):
     prefix = "chatcmpl"
     whole_object = "chat.completion"
     chunk_object = "chat.completion.chunk"
+    one_prompt = True
 
     def __init__(self, body: GenerationBody, tokenizer: Tokenizer) -> None:
         super().__init__(body, tokenizer)

@@ -9,8 +9,8 @@ import torch
 from gptq_blocks import CASES, FP8, Block, Case, Result, assert_same, copied, rounding_block
 from triton_checks import HOPPER_SHARED_BYTES, compiled_for_hopper, interpreted
 
-from llmkit.kernels import gptq
-from llmkit.kernels.gptq import quantize_block, quantize_block_reference
+from llmkit.quant import gptq_block as gptq
+from llmkit.quant.gptq_block import quantize_block, quantize_block_reference
 
 TOPS = [15, 255, 0]
 
@@ -46,7 +46,7 @@ def on_triton(tmp_path_factory: pytest.TempPathFactory) -> list[Result]:
     """What the Triton kernel makes of every case, then of every `rounding_block`."""
     blocks: list[Block] = [case.block() for case in CASES] + [rounding_block(top) for top in TOPS]
     folder = tmp_path_factory.mktemp("interpreted")
-    return interpreted("llmkit.kernels.gptq", "quantize_block_triton", list(map(copied, blocks)), folder)
+    return interpreted("llmkit.quant.gptq_block", "quantize_block_triton", list(map(copied, blocks)), folder)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.label)

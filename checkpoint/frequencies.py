@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
+from llmkit.checkpoint.config import RopeSpec
 from llmkit.checkpoint.errors import InputError
-from llmkit.model.spec import RopeSpec
 
 NEEDED = {
     "default": (),
