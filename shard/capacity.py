@@ -49,7 +49,12 @@ def plan_report(
     source that is bad, UsageError for sizes that contradict each other.
     """
     spec, quantization = checked_spec(source), source.checkpoint.quantization
-    works = [{"tp": size, "ep": with_it} for size, with_it in valid_layouts(spec, quantization).items()]
+    layouts = valid_layouts(spec, quantization)
+    works: list[dict[str, Any]] = [{"tp": size, "ep": with_it} for size, with_it in layouts.items()]
+    try:  # the least split there is: what act-order has mixed cannot have a larger one either
+        plan_source(source, *next(((one["tp"], 1, one["ep"][-1]) for one in works if one["tp"] > 1), (1,)))
+    except InputError:
+        works = [one for one in works if one["tp"] == 1]
     report: dict[str, Any] = {"refusal": None, "works": works, "max_pp": len(spec.layers)}
     try:
         made = plan_source(source, tp, pp, ep, pp_layers).to_json()

@@ -409,7 +409,9 @@ def test_act_order_stops_a_row_split_and_nothing_is_left(tmp_path: Path) -> None
         with pytest.raises(InputError, match=r"down_proj\.g_idx does not number its groups.*--tp 1"):
             shard(source, tmp_path / "ranks", 2, dry_run=dry_run)
     assert [path.name for path in tmp_path.iterdir()] == ["source"]  # it was seen before anything was written
-    assert "does not number its groups" in plan_report(open_source(source), 2)["refusal"]
+    report = plan_report(open_source(source), 2)
+    assert "does not number its groups" in report["refusal"]
+    assert report["works"] == [{"tp": 1, "ep": [1]}]
     round_trip(source, tmp_path / "one", 1, 2)
 
 
