@@ -98,11 +98,12 @@ def place(
     """
     if rounding is None and paged.attends(qkv, cache):
         return elementwise.place(qkv, heads, norms, eps, rotation, cache, slots)
-    q, k, v = qkv.tensor_split((heads, (heads + qkv.shape[1]) // 2), dim=1)
+    turned = (heads + qkv.shape[1]) // 2
     if norms is not None:
+        q, k, v = qkv.tensor_split((heads, turned), dim=1)
         qkv = torch.cat((rms_norm(q, norms[0], eps), rms_norm(k, norms[1], eps), v), dim=1)
     if rotation is not None:
-        rotate_(qkv[:, : (heads + qkv.shape[1]) // 2], *rotation)
+        rotate_(qkv[:, :turned], *rotation)
     kv = qkv[:, heads:]
     if rounding is not None:
         kv = torch.cat([how(part) for how, part in zip(rounding, kv.chunk(2, dim=1), strict=True)], dim=1)

@@ -14,7 +14,7 @@ import torch
 from llmkit.kernels.jit import jit, tl
 
 # Up to how many choices an expert: rows and weight rows of a tile, columns of a step, warps, stages.
-TILES = ((16, 16, 64, 128, 4, 4), (64, 64, 128, 64, 4, 4), (1 << 30, 128, 256, 64, 8, 3))
+TILES = ((16, 16, 64, 128, 4, 4), (64, 64, 128, 64, 8, 4), (1 << 30, 128, 256, 64, 8, 3))
 
 
 @dataclass(frozen=True)

@@ -56,8 +56,14 @@ def _sample(
     best = tl.full((TILE,), float("-inf"), tl.float32)
     for start in tl.range(0, size, TILE, num_stages=3):
         x = tl.load(at + start + d, mask=start + d < size, other=-1e38)
-        score = -tl.div_rn(most - x, unit)
-        score = tl.where(warmth > 0, score - _log_exponential(start + d, key), score)
+        bits = (start + d).to(tl.uint32) + key.to(tl.uint32)  # as `sampling._log_exponential` draws
+        bits = (bits ^ (bits >> 16)) * 0x7FEB352D
+        bits = (bits ^ (bits >> 15)) * 0x846CA68B
+        bits ^= (bits >> 16) ^ (key >> 32).to(tl.uint32)
+        u = tl.minimum(((bits & 0x7FFFFFFF).to(tl.int32).to(tl.float32) + 0.5) * 2.0**-31, 1 - 2.0**-24)
+        w = 1 - u  # rounded: log(1 - u) is log(w) u / (1 - w) for small u
+        draw = tl.log(tl.where(w < 1, tl.log(w) * u / (w - 1), u))
+        score = -tl.div_rn(most - x, unit) - tl.where(warmth > 0, draw, 0.0)
         better = (score > best) & (most - x <= bound) & (start + d < size)
         best, token = tl.where(better, score, best), tl.where(better, start + d, token)
     chosen = tl.min(tl.where(best == tl.max(best, 0), token, size), 0)
@@ -88,15 +94,3 @@ def _bound(
         low += step * tl.sum((short & (way < WAYS - 1)).to(tl.int32), 0)
         high = tl.minimum(low + step, high)
     return high.to(tl.float32, bitcast=True)
-
-
-@jit
-def _log_exponential(token: tl.tensor, key: tl.tensor) -> tl.tensor:
-    """See `sampling._log_exponential`; log(1 - u) as u log(w) / (w - 1) with w as 1 - u is rounded, for small u."""
-    x = token.to(tl.uint32) + key.to(tl.uint32)
-    x = (x ^ (x >> 16)) * 0x7FEB352D
-    x = (x ^ (x >> 15)) * 0x846CA68B
-    x ^= (x >> 16) ^ (key >> 32).to(tl.uint32)
-    u = tl.minimum(((x & 0x7FFFFFFF).to(tl.int32).to(tl.float32) + 0.5) * 2.0**-31, 1 - 2.0**-24)
-    w = 1 - u
-    return tl.log(tl.where(w < 1, tl.log(w) * u / (w - 1), u))

@@ -9,6 +9,7 @@ import torch
 
 from llmkit.kernels.activation import gated
 from llmkit.kernels.experts import Experts, shelve, side_by_side
+from llmkit.model.decoder import DecoderLayer
 
 
 @dataclass(frozen=True)
@@ -92,3 +93,11 @@ def interpreted_mixed(*arguments: Any) -> torch.Tensor:
     """`mixed`, with the tiles of a Hopper GPU."""
     torch.cuda.get_device_capability = lambda *_: (9, 0)
     return mixed(*arguments)
+
+
+def put_together(layer: DecoderLayer) -> None:
+    """Lay its experts side by side, as the loader does on a GPU."""
+    names, shelves = [name for name in layer.linears if ".experts." in name], dict[str, list[torch.Tensor]]()
+    for name in names:
+        layer.linears[name].weight = shelve(shelves, name, layer.linears[name].weight, len(names) // 2)
+    layer.__dict__.pop("together", None)

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from expert_cases import put_together
 from families import family_oracle
-from test_model_experts import put_together
 from triton_checks import interpreted
 
 from llmkit.checkpoint.source import open_checkpoint
@@ -38,21 +38,22 @@ def chunks(model: Decoder, kv_dtype: str | None) -> torch.Tensor:
 
 
 def both(path: str, kv_dtype: str | None) -> tuple[torch.Tensor, torch.Tensor, int]:
-    """Logits by torch and by the kernels, and how often the kernels ran that place queries, keys and values."""
+    """Logits by torch and by the kernels, and how often a layer asked whether attention and its cache are on a GPU."""
     native.library = None
-    model, placed = load_model(open_checkpoint(Path(path)), torch.float32), []
+    asked: list[bool] = []
+    model = load_model(open_checkpoint(Path(path)), torch.float32)
     by_torch = chunks(model, kv_dtype)
-    for module in (activation, decoder, paged, residual):
-        module.runs_triton = lambda _: True
-    torch.cuda.get_device_capability = lambda *_: (9, 0)
-    paged._splits = lambda *_: 2  # type: ignore[assignment]
-    decoder.suits = lambda _: True  # type: ignore[assignment]
-    place = paged.attends
-    paged.attends = lambda *given: placed.append(1) or place(*given)  # type: ignore[func-returns-value]
-    for layer in model.layers:
-        if layer.layer.moe:
-            put_together(layer)
-    return by_torch, chunks(model, kv_dtype), len(placed)
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (activation, decoder, residual):
+            patch.setattr(module, "runs_triton", lambda _: True)
+        patch.setattr(paged, "runs_triton", lambda _: not asked.append(True))  # type: ignore[func-returns-value]
+        patch.setattr(paged, "_splits", lambda *_: 2)
+        patch.setattr(decoder, "suits", lambda _: True)
+        patch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+        for layer in model.layers:
+            if layer.layer.moe:
+                put_together(layer)
+        return by_torch, chunks(model, kv_dtype), len(asked)
 
 
 CASES = [("qwen3", None), ("gemma3", None), ("olmo2", None), ("granite", None), ("smollm3", None), ("mixtral", None),
