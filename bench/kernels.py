@@ -18,7 +18,7 @@ from llmkit.bench.steps import BLOCK, WEIGHTS, copy_bandwidth, random_weight, ti
 from llmkit.kernels.activation import gated
 from llmkit.kernels.attention import CODES, AttentionBatch, KvCache, paged_attention, place
 from llmkit.kernels.experts import Experts
-from llmkit.kernels.residual import add_norm
+from llmkit.kernels.norm import add_norm
 from llmkit.model.linear import Linear, Rounding, serving_linear
 
 HEADS, KV_HEADS, DIM = 32, 8, 128

@@ -1,4 +1,4 @@
-"""Sampling the next token. A row's result depends on its logits, its seed and its counter, on nothing else.
+"""Sampling the next token, and its probability. A row's result depends on its logits, seed and counter, on nothing else.
 
 Legend: n rows, V vocabulary, of which a rank may have a part. The parameters lie on the CPU: they say which work a step
 needs without waiting for the device. Sorting and hashing a vocabulary cost as much as a small model's layer, so each
@@ -86,6 +86,22 @@ def sample(
 def _sent(values: torch.Tensor, to: torch.Tensor) -> torch.Tensor:
     """Values of the CPU, where `to` is; the host does not wait until they are there."""
     return values if to.device.type == "cpu" else values.pin_memory().to(to.device, non_blocking=True)
+
+
+def report(
+    logits: torch.Tensor, ids: torch.Tensor, count: int, vocabulary: Vocabulary
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """log softmax of logits, float32 [n, V]: at ids, int64 [n], as float32 [n]; the `count` greatest of each row,
+    in falling order, float32 [n, count]; and the tokens that have them, int64 [n, count]."""
+    most = vocabulary.max(logits.amax(-1, keepdim=True))
+    total = vocabulary.sum((logits - most).exp().sum(-1, keepdim=True)).log() + most
+    columns = ids[:, None] - vocabulary.first
+    here = (columns >= 0) & (columns < logits.shape[-1])
+    own = logits.gather(-1, columns.where(here, 0)).where(here, float("-inf"))
+    values, tokens = logits.topk(min(count, logits.shape[-1]))
+    values, tokens = vocabulary.gather(values), vocabulary.gather(tokens + vocabulary.first)
+    values, places = values.topk(min(count, values.shape[-1]))
+    return (vocabulary.max(own) - total)[:, 0], values - total, tokens.gather(-1, places)
 
 
 def _top_k(scaled: torch.Tensor, k: torch.Tensor, vocabulary: Vocabulary) -> torch.Tensor:

@@ -17,8 +17,7 @@ from llmkit.kernels.activation import gated
 from llmkit.kernels.attention import CODES, AttentionBatch, KvCache, paged_attention, place
 from llmkit.kernels.experts import Experts, side_by_side, suits
 from llmkit.kernels.jit import runs_triton
-from llmkit.kernels.norm import rms_norm
-from llmkit.kernels.residual import add, add_norm
+from llmkit.kernels.norm import add, add_norm, rms_norm
 from llmkit.model.device import untouched_zeros
 from llmkit.model.linear import Linear, Rounding
 from llmkit.model.ranks import Ranks
@@ -39,14 +38,10 @@ class DecoderLayer:
     """
 
     def __init__(
-        self,
-        spec: ModelSpec,
-        index: int,
-        tensors: Mapping[str, torch.Tensor],
-        rounding: Mapping[str, Rounding] | None = None,
-        linears: Mapping[str, Linear] | None = None,
+        self, spec: ModelSpec, index: int, tensors: Mapping[str, torch.Tensor],
+        rounding: Mapping[str, Rounding] | None = None, linears: Mapping[str, Linear] | None = None,
         ranks: Ranks = ALONE,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.spec, self.layer, self.ranks = spec, spec.layers[index], ranks
         self.rounding = dict(rounding or {})
         self.linears: dict[str, Linear] = dict(linears or {})
@@ -192,13 +187,9 @@ class Decoder:
     """
 
     def __init__(
-        self,
-        spec: ModelSpec,
-        tensors: dict[str, torch.Tensor],
-        rounding: Mapping[str, Rounding] | None = None,
-        linears: Mapping[str, Linear] | None = None,
-        ranks: Ranks = ALONE,
-    ) -> None:
+        self, spec: ModelSpec, tensors: dict[str, torch.Tensor], rounding: Mapping[str, Rounding] | None = None,
+        linears: Mapping[str, Linear] | None = None, ranks: Ranks = ALONE,
+    ) -> None:  # fmt: skip
         self.spec, self.ranks = spec, ranks
         rounding, linears = rounding or {}, linears or {}
         some = next(tensor for name, tensor in tensors.items() if name != "embed.weight")

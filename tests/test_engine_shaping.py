@@ -14,8 +14,7 @@ from tiny import EOS_ID, tiny_checkpoint
 from transformers import LogitsProcessorList, RepetitionPenaltyLogitsProcessor
 
 from llmkit.checkpoint.source import open_checkpoint
-from llmkit.kernels.logprobs import report
-from llmkit.kernels.sampling import ALONE
+from llmkit.kernels.sampling import ALONE, report
 from llmkit.model.decoder import Decoder
 from llmkit.model.loader import load_model
 from llmkit.runtime.engine.engine import Engine

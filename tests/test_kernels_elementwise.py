@@ -21,8 +21,7 @@ from triton_checks import Compiled, compiled_for, interpreted
 
 from llmkit.kernels import elementwise
 from llmkit.kernels.activation import gated
-from llmkit.kernels.norm import rms_norm
-from llmkit.kernels.residual import add, add_norm
+from llmkit.kernels.norm import add, add_norm, rms_norm
 
 PLACED = placed_cases()
 

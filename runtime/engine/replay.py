@@ -68,14 +68,9 @@ class Inputs:
     """
 
     def __init__(
-        self,
-        rows: int,
-        width: int,
-        block_size: int,
-        spare: Mapping[int | None, int],
-        device: torch.device | str = "cpu",
-        more: int = 0,
-    ) -> None:
+        self, rows: int, width: int, block_size: int, spare: Mapping[int | None, int],
+        device: torch.device | str = "cpu", more: int = 0,
+    ) -> None:  # fmt: skip
         """width: blocks of the longest request; more: words besides, `own` on the host and `extra` on the device."""
         self.rows, self.width, self.block_size, self.spare = rows, width, block_size, spare
         self.host = torch.zeros(rows * (2 + len(spare) * (1 + width)) + more, dtype=torch.int64)

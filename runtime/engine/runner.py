@@ -9,8 +9,7 @@ from itertools import accumulate
 import torch
 
 from llmkit.kernels.attention import AttentionBatch
-from llmkit.kernels.logprobs import report
-from llmkit.kernels.sampling import sample
+from llmkit.kernels.sampling import report, sample
 from llmkit.model.decoder import Decoder
 from llmkit.model.lora import Adapters
 from llmkit.model.ranks import Waitable

@@ -8,7 +8,7 @@ from collections.abc import Sequence as SequenceOf
 
 import torch
 
-from llmkit.kernels.logprobs import report
+from llmkit.kernels.sampling import report
 from llmkit.model.decoder import Decoder
 from llmkit.runtime.engine.sequence import Chunk, Sequence
 from llmkit.runtime.engine.types import Logprobs
