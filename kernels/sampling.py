@@ -1,4 +1,4 @@
-"""Sampling the next token, and its probability. A row's result depends on its logits, seed and counter, on nothing else.
+"""Sampling the next token, and its probability: by a row's logits, seed and counter, and nothing else.
 
 Legend: n rows, V vocabulary, of which a rank may have a part. The parameters lie on the CPU: they say which work a step
 needs without waiting for the device. Sorting and hashing a vocabulary cost as much as a small model's layer, so each
