@@ -15,10 +15,9 @@ from functools import partial
 import torch
 
 from llmkit.bench.steps import BLOCK, WEIGHTS, copy_bandwidth, random_weight, time_ms
-from llmkit.kernels.activation import gated
 from llmkit.kernels.attention import CODES, AttentionBatch, KvCache, paged_attention, place
+from llmkit.kernels.elementwise import add_norm, gated
 from llmkit.kernels.experts import Experts
-from llmkit.kernels.norm import add_norm
 from llmkit.model.linear import Linear, Rounding, serving_linear
 
 HEADS, KV_HEADS, DIM = 32, 8, 128

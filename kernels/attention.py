@@ -12,10 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from llmkit.kernels import elementwise, native, paged
-from llmkit.kernels.norm import rms_norm
+from llmkit.kernels import elementwise, flash, native, paged
+from llmkit.kernels.elementwise import rms_norm, rotate_
 from llmkit.kernels.paging import AttentionBatch, Group
-from llmkit.kernels.rope import rotate_
 from llmkit.kernels.rounding import FP8, tensor_codes, token_codes
 
 __all__ = ["CODES", "AttentionBatch", "KvCache", "paged_attention", "place"]
@@ -120,6 +119,8 @@ def paged_attention(
     """
     if native.attends(q, cache) and q.stride()[1:] == (q.shape[2], 1):
         return native.attention(q, cache, group, scale, softcap)
+    if flash.attends(q, cache):
+        return flash.attention(q, cache, group, scale, softcap)
     if paged.attends(q, cache):
         return paged.attention(q, cache, group, scale, softcap)
     return paged_attention_reference(q, cache, group, scale, softcap)

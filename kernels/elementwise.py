@@ -1,13 +1,15 @@
-"""What lies between the products on a GPU, one Triton kernel each: from qkv to queries and cache, a residual sum and
-its norm, gated activation."""
+"""What lies between the products: norms (arXiv 1910.07467), the residual stream, gated activations, rotations."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
+from torch.nn.functional import gelu, silu
+from torch.nn.functional import rms_norm as torch_rms_norm
 
-from llmkit.kernels.jit import jit, tl
+from llmkit.kernels import native
+from llmkit.kernels.jit import jit, runs_triton, tl
 from llmkit.kernels.quantized_linear import codes_of, own_scale
 from llmkit.kernels.rounding import FP8, FP8_MAX, INT8_MAX
 
@@ -15,6 +17,64 @@ if TYPE_CHECKING:
     from llmkit.kernels.attention import KvCache, Pair
 
 MOST_HIDDEN = 1 << 15  # elements of a row that a program holds
+
+
+def rotate_(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
+    """Rotate (RoPE, arXiv 2104.09864) the first 2R dimensions of each head where they are, in float32; the others stay.
+
+    x: [T, N, D]; cos, sin: float32 [T, 1, 2R], the second half of cos as the first, and of sin its negative first.
+    """
+    size = cos.shape[-1]
+    compact = x.stride()[1:] == (x.shape[2], 1)
+    if compact and native.runs(x):
+        native.rotate(x, cos, sin)
+        return
+    x = x[..., :size]
+    wide = x.float()  # x itself when that is its dtype
+    other = wide.roll(size // 2, -1)
+    wide.mul_(cos).addcmul_(other, sin)
+    if wide is not x:
+        x.copy_(wide)
+
+
+def gated(gate_up: torch.Tensor, activation: Literal["silu", "gelu_tanh"]) -> torch.Tensor:
+    """act(gate) * up. gate_up: [T, 2 * size], gate first. Returns [T, size]."""
+    if native.runs(gate_up) and gate_up.is_contiguous() and gate_up.shape[1] % 16 == 0:
+        return native.gate(gate_up, activation == "gelu_tanh")
+    if runs_triton(gate_up) and gate_up.is_contiguous():
+        return gated_triton(gate_up, activation == "gelu_tanh")
+    gate, up = gate_up.chunk(2, dim=-1)
+    return (silu(gate) if activation == "silu" else gelu(gate, approximate="tanh")).mul_(up)
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """x / rms(x) * weight over the last dimension, in float32.
+
+    x: [..., size]; weight: [size], any offset (Gemma's 1 + w) already added. Returns x's shape and dtype.
+    """
+    if native.runs(x) and x.is_contiguous() and weight.dtype == x.dtype:
+        return native.rms_norm(x, weight, eps)
+    return torch_rms_norm(x, weight.shape, weight, eps)
+
+
+def add(hidden: torch.Tensor, update: torch.Tensor, scale: float) -> torch.Tensor:
+    """hidden + scale * update, both [T, H]."""
+    if native.runs(hidden) and hidden.is_contiguous() and update.is_contiguous() and update.dtype == hidden.dtype:
+        return native.add(hidden, update, scale)
+    return torch.add(hidden, update, alpha=scale)
+
+
+def add_norm(
+    hidden: torch.Tensor, update: torch.Tensor | None, scale: float, weight: torch.Tensor | None, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The sum that `add` gives and its `rms_norm`. Without an update the sum is hidden, and without a weight both are
+    the sum."""
+    fits = runs_triton(hidden) and hidden.is_contiguous() and hidden.shape[1] <= MOST_HIDDEN
+    if fits and update is not None and weight is not None:
+        return add_norm_triton(hidden, update.contiguous(), scale, weight, eps)
+    if update is not None:
+        hidden = add(hidden, update, scale)
+    return hidden, hidden if weight is None else rms_norm(hidden, weight, eps)
 
 
 def place(
@@ -35,10 +95,10 @@ def place(
     return q
 
 
-def add_norm(
+def add_norm_triton(
     hidden: torch.Tensor, update: torch.Tensor, scale: float, weight: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """See `residual.add_norm`. hidden, update: contiguous, MOST_HIDDEN wide at most."""
+    """`add_norm` as one kernel. hidden, update: contiguous, MOST_HIDDEN wide at most."""
     (rows, size), total, normed = hidden.shape, torch.empty_like(hidden), torch.empty_like(hidden)
     tile = max(128, 1 << (size - 1).bit_length())
     with torch.cuda.device_of(hidden):
@@ -48,8 +108,8 @@ def add_norm(
     return total, normed
 
 
-def gate(gate_up: torch.Tensor, gelu: bool) -> torch.Tensor:
-    """See `activation.gated`. gate_up: contiguous [T, 2 * size]."""
+def gated_triton(gate_up: torch.Tensor, gelu: bool) -> torch.Tensor:
+    """`gated` as one kernel. gate_up: contiguous [T, 2 * size]."""
     rows, both = gate_up.shape
     y = gate_up.new_empty(rows, both // 2)
     with torch.cuda.device_of(gate_up):

@@ -16,12 +16,9 @@ _NUCLEUS = 1024  # tokens among which a nucleus is looked for before the whole v
 
 
 class Vocabulary:
-    """What the ranks that share a vocabulary find out together; here for one that has all of it.
+    """What the ranks that share a vocabulary, its columns, find out together; here for one that has all of it."""
 
-    Each has the columns of its own tokens, the first of which is the token `first`.
-    """
-
-    first = 0
+    first = 0  # the token of its first column
 
     def argmax(self, x: torch.Tensor) -> torch.Tensor:
         """The token of the greatest value of each row [n, V], the first of equals: int64 [n]."""

@@ -13,11 +13,10 @@ from itertools import chain
 import torch
 from torch.nn.functional import embedding
 
-from llmkit.kernels.activation import gated
 from llmkit.kernels.attention import CODES, AttentionBatch, KvCache, paged_attention, place
+from llmkit.kernels.elementwise import add, add_norm, gated, rms_norm
 from llmkit.kernels.experts import Experts, side_by_side, suits
 from llmkit.kernels.jit import runs_triton
-from llmkit.kernels.norm import add, add_norm, rms_norm
 from llmkit.model.device import untouched_zeros
 from llmkit.model.linear import Linear, Rounding
 from llmkit.model.ranks import Ranks

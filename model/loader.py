@@ -18,12 +18,12 @@ from llmkit.checkpoint.reading import CHUNK_BYTES, row_chunks
 from llmkit.checkpoint.source import Checkpoint
 from llmkit.kernels.experts import shelve
 from llmkit.model.decoder import ALONE, Decoder
+from llmkit.model.device import to_device
 from llmkit.model.families import model_spec
 from llmkit.model.layout import Parameter, Part, ignored_tensor, parameters
 from llmkit.model.linear import Linear, Rounding, gpu_capability, serving_linear, suits_gpu
 from llmkit.model.ranks import Ranks
 from llmkit.model.spec import ModelSpec
-from llmkit.model.transfer import to_device
 
 PACKERS = 4  # threads that pack weights while the next are read
 

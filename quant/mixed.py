@@ -21,7 +21,7 @@ import torch
 
 from llmkit.checkpoint.output import writing
 from llmkit.checkpoint.progress import Progress
-from llmkit.kernels.norm import rms_norm
+from llmkit.kernels.elementwise import rms_norm
 from llmkit.quant.algorithm import Site
 from llmkit.quant.grid import FULL_SEARCH, round_to_nearest
 from llmkit.quant.stream import LayerStream, MicroBatch

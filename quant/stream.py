@@ -16,7 +16,7 @@ from llmkit.checkpoint.output import writing
 from llmkit.checkpoint.reading import read_range, tensor_bytes
 from llmkit.checkpoint.source import Checkpoint
 from llmkit.kernels.attention import AttentionBatch, KvCache
-from llmkit.kernels.norm import rms_norm
+from llmkit.kernels.elementwise import rms_norm
 from llmkit.model.decoder import Decoder, DecoderLayer
 from llmkit.model.layout import Parameter, parameters
 from llmkit.model.linear import Rounding

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from llmkit.kernels.activation import gated
+from llmkit.kernels.elementwise import gated
 from llmkit.kernels.experts import Experts, shelve, side_by_side
 from llmkit.model.decoder import DecoderLayer
 

@@ -15,9 +15,9 @@ from tiny import tiny_checkpoint
 from llmkit.bench.steps import SHAPES, WEIGHTS, random_model
 from llmkit.checkpoint.source import open_checkpoint
 from llmkit.model.decoder import Decoder
+from llmkit.model.device import Upload
 from llmkit.model.families import model_spec
 from llmkit.model.loader import load_model
-from llmkit.model.transfer import Upload
 from llmkit.runtime.engine.engine import Engine
 from llmkit.runtime.engine.graphs import CudaGraph, Graph, Graphs
 from llmkit.runtime.engine.types import Request, SamplingParams

@@ -26,8 +26,8 @@ from sampling_cases import rows
 
 from llmkit.kernels import paged, sampling, sampling_gpu
 from llmkit.kernels.attention import AttentionBatch, KvCache, paged_attention
+from llmkit.kernels.elementwise import add_norm
 from llmkit.kernels.experts import Experts
-from llmkit.kernels.norm import add_norm
 
 pytestmark = [
     pytest.mark.gpu,

@@ -20,8 +20,7 @@ from elementwise_cases import (
 from triton_checks import Compiled, compiled_for, interpreted
 
 from llmkit.kernels import elementwise
-from llmkit.kernels.activation import gated
-from llmkit.kernels.norm import add, add_norm, rms_norm
+from llmkit.kernels.elementwise import add, add_norm, gated, rms_norm
 
 PLACED = placed_cases()
 
@@ -57,7 +56,7 @@ def test_what_is_not_finite_stays_so_in_a_cache_of_codes(tmp_path: Path) -> None
 
 def test_residual_sums_and_their_norms(tmp_path: Path) -> None:
     calls = [sum_arguments(*one) for one in SUMS]
-    results = interpreted("llmkit.kernels.elementwise", "add_norm", calls, tmp_path)
+    results = interpreted("llmkit.kernels.elementwise", "add_norm_triton", calls, tmp_path)
     for call, got in zip(calls, results, strict=True):
         with torch.enable_grad():  # torch's own form
             expected = add_norm(*call)
@@ -87,7 +86,9 @@ def test_gated_activation(activation: str, tmp_path: Path) -> None:
         for dtype in (torch.float32, torch.float16)
     ]
     calls[0][0][0, :3] = torch.tensor([90.0, -90.0, 0.0])
-    for (x, _), got in zip(calls, interpreted("llmkit.kernels.elementwise", "gate", calls, tmp_path), strict=True):
+    for (x, _), got in zip(
+        calls, interpreted("llmkit.kernels.elementwise", "gated_triton", calls, tmp_path), strict=True
+    ):
         with torch.enable_grad():  # torch's own form
             expected = gated(x.float(), activation).to(x.dtype)  # type: ignore[arg-type]
         torch.testing.assert_close(got, expected, rtol=2e-3 if x.dtype == torch.float16 else 1e-5, atol=1e-5)

@@ -12,11 +12,9 @@ from torch.nn import functional
 
 from llmkit.checkpoint.quantized import QuantizedWeight, Scheme
 from llmkit.kernels import native
-from llmkit.kernels.activation import gated
 from llmkit.kernels.attention import CODES, AttentionBatch, KvCache, paged_attention
+from llmkit.kernels.elementwise import gated, rms_norm, rotate_
 from llmkit.kernels.linear import Int8Product, NativeProduct
-from llmkit.kernels.norm import rms_norm
-from llmkit.kernels.rope import rotate_
 from llmkit.kernels.rounding import round_tokens
 from llmkit.model.linear import panels_of, suits_integers
 from llmkit.quant.grid import round_to_nearest

@@ -10,8 +10,9 @@ from streams import LateCuda, LateEvent
 from tiny import tiny_checkpoint
 
 from llmkit.checkpoint.source import open_checkpoint
-from llmkit.model import loader, transfer
-from llmkit.model.transfer import Upload
+from llmkit.model import device as transfer
+from llmkit.model import loader
+from llmkit.model.device import Upload
 
 CPU = torch.device("cpu")
 TENSORS = [

@@ -11,7 +11,7 @@ from families import family_oracle
 from triton_checks import interpreted
 
 from llmkit.checkpoint.source import open_checkpoint
-from llmkit.kernels import activation, native, paged, residual
+from llmkit.kernels import elementwise, native, paged
 from llmkit.kernels.attention import AttentionBatch
 from llmkit.model import decoder
 from llmkit.model.decoder import Decoder
@@ -44,7 +44,7 @@ def both(path: str, kv_dtype: str | None) -> tuple[torch.Tensor, torch.Tensor, i
     model = load_model(open_checkpoint(Path(path)), torch.float32)
     by_torch = chunks(model, kv_dtype)
     with pytest.MonkeyPatch.context() as patch:
-        for module in (activation, decoder, residual):
+        for module in (elementwise, decoder):
             patch.setattr(module, "runs_triton", lambda _: True)
         patch.setattr(paged, "runs_triton", lambda _: not asked.append(True))  # type: ignore[func-returns-value]
         patch.setattr(paged, "_splits", lambda *_: 2)

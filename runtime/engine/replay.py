@@ -150,8 +150,8 @@ class Recordings:
         self._made: OrderedDict[int, Recording] = OrderedDict()
         self._last = 0  # sequences of the step before
         self.draws = False
-        self.possible = native.library is not None and model.dtype == torch.float32 and model.device.type == "cpu"
-        self.possible &= model.spec.rank is None  # what ranks do together is not recorded
+        alone = model.spec.rank is None  # what ranks do together is not recorded
+        self.possible = alone and native.library is not None and model.dtype == torch.float32
 
     def take(self, rows: int) -> bool:
         """Whether `run` is to be called for this step of so many tokens, one a sequence: it is small, and recorded or
