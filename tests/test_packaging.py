@@ -66,3 +66,9 @@ def test_the_license_is_apache_2() -> None:
     text = (ROOT / "LICENSE").read_text()
     assert "Apache License\n                           Version 2.0, January 2004" in text
     assert "END OF TERMS AND CONDITIONS" in text
+
+
+def test_the_runtime_can_be_read_in_an_afternoon() -> None:
+    folders = [ROOT / "runtime" / "engine", ROOT / "model", ROOT / "kernels"]
+    files = [path for folder in folders for path in folder.iterdir() if path.suffix in (".py", ".pyi", ".c")]
+    assert sum(len(path.read_text().splitlines()) for path in files) <= 6000
