@@ -17,9 +17,9 @@ from typing import Any
 
 import aiohttp
 
-from llmkit.bench.metrics import RequestTimeline
+from llmkit.bench.metrics import RequestTimeline, Run
 from llmkit.bench.sse import EventParser
-from llmkit.bench.workload import WorkloadRequest
+from llmkit.bench.workload import WorkloadRequest, chains
 from llmkit.checkpoint.errors import InputError, ShortageError
 
 API_KEY_VARIABLE = "LLMKIT_API_KEY"
@@ -46,6 +46,7 @@ class Trace:
     status: int = 0
     reads: list[tuple[float, bytes]] = field(default_factory=list)
     error: str | None = None
+    late_s: float = 0.0  # after its time, where it has one
 
 
 def base_url(url: str) -> str:
@@ -61,13 +62,12 @@ def find_server(url: str, model: str | None = None) -> Server:
     return asyncio.run(_find_server(base_url(url), model))
 
 
-def run_load(server: Server, requests: Sequence[WorkloadRequest], clients: int) -> tuple[float, list[RequestTimeline]]:
-    """Send the requests, `clients` at a time, each client its next when its last is answered.
-
-    Returns the wall time in seconds and a timeline for each request, in the order given; failed ones say why.
-    """
-    wall_s, traces = asyncio.run(_run(server, [_body(server, request) for request in requests], clients))
-    return wall_s, [read_trace(trace, request) for trace, request in zip(traces, requests, strict=True)]
+def run_load(server: Server, requests: Sequence[WorkloadRequest], clients: int) -> Run:
+    """Send the requests, `clients` at a time, each client its next when its last is answered and its time has come."""
+    bodies = [_body(server, request) for request in requests]
+    wall_s, client_s, traces = asyncio.run(_run(server, requests, bodies, clients))
+    timelines = [read_trace(trace, request) for trace, request in zip(traces, requests, strict=True)]
+    return Run(wall_s, timelines, client_s)
 
 
 def read_trace(trace: Trace, request: WorkloadRequest) -> RequestTimeline:
@@ -113,6 +113,7 @@ def read_trace(trace: Trace, request: WorkloadRequest) -> RequestTimeline:
         _count(usage.get("prompt_tokens_details"), "cached_tokens"),
         output_tokens,
         error,
+        trace.late_s,
     )
 
 
@@ -154,18 +155,28 @@ def _session(silence_s: float) -> aiohttp.ClientSession:
     return aiohttp.ClientSession(headers=headers, connector=connector, timeout=timeout)
 
 
-async def _run(server: Server, bodies: Sequence[bytes], clients: int) -> tuple[float, list[Trace]]:
-    traces = [Trace() for _ in bodies]
-    waiting = iter(zip(traces, bodies, strict=True))
+async def _run(
+    server: Server, requests: Sequence[WorkloadRequest], bodies: Sequence[bytes], clients: int
+) -> tuple[float, float, list[Trace]]:
+    """Wall time, this thread's processor time, both in seconds, and what became of each request."""
+    traces = [Trace() for _ in requests]
+    unsent = iter(zip(traces, bodies, strict=True))
+    conversations = [[(request, *next(unsent)) for request in chain] for chain in chains(requests)]
+    waiting = iter(conversations)
 
-    async def client(session: aiohttp.ClientSession) -> None:
-        for trace, body in waiting:
-            await _send(session, f"{server.url}/v1/completions", body, trace)
+    async def client(session: aiohttp.ClientSession, started: float) -> None:
+        for conversation in waiting:
+            for request, trace, body in conversation:
+                if request.at_s is not None:
+                    due = started + request.at_s
+                    await asyncio.sleep(due - time.perf_counter())
+                    trace.late_s = time.perf_counter() - due
+                await _send(session, f"{server.url}/v1/completions", body, trace)
 
     async with _session(SILENCE_TIMEOUT_S) as session:
-        started = time.perf_counter()
-        await asyncio.gather(*(client(session) for _ in range(min(clients, len(bodies)))))
-        return time.perf_counter() - started, traces
+        started, worked = time.perf_counter(), time.thread_time()
+        await asyncio.gather(*(client(session, started) for _ in range(min(clients, len(conversations)))))
+        return time.perf_counter() - started, time.thread_time() - worked, traces
 
 
 async def _send(session: aiohttp.ClientSession, url: str, body: bytes, trace: Trace) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from statistics import fmean, median
 from typing import Literal
 
-from llmkit.checkpoint.errors import InputError
+from llmkit.checkpoint.errors import InputError, UsageError
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,7 @@ class RequestTimeline:
     cached_tokens: int = 0
     output_tokens: int = 0
     error: str | None = None  # why it failed; None: it is complete
+    late_s: float = 0.0  # how long after its time it was sent, where it had one
 
     @property
     def ttft_s(self) -> float:
@@ -57,6 +59,15 @@ class RequestTimeline:
     def gaps_s(self) -> list[float]:
         """Inter-token latencies: the gaps between arrivals."""
         return [later - earlier for earlier, later in pairwise(self.arrivals_s)]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of a scenario as its client saw it."""
+
+    wall_s: float
+    timelines: list[RequestTimeline]  # in the order of the requests; failed ones say why
+    client_s: float | None = None  # processor time of the load client; None: there was none
 
 
 _STATISTICS = {"mean": None, "p50": 50.0, "p90": 90.0, "p95": 95.0, "p99": 99.0}
@@ -85,6 +96,15 @@ SPEED_METRICS: dict[str, Metric] = {
         Metric("total_tps", "prompt and output throughput", "tokens/s", "higher", headline=False),
         Metric("request_rate", "request rate", "1/s", "higher"),
         *_latency_metrics(),
+        Metric("goodput", "goodput", "1/s", "higher"),
+        Metric("mbu", "memory bandwidth used (MBU)", "share", "higher"),
+        Metric("mfu", "operations used (MFU)", "share", "higher"),
+        Metric("gpu_power_w", "GPU power", "W", "lower"),
+        Metric("energy_per_token_j", "GPU energy of an output token", "J", "lower"),
+        Metric("cost_per_million", "cost of a million output tokens", "", "lower"),
+        Metric("client_us", "client's time for a token", "us", "neither", headline=False),
+        Metric("client_busy", "client's share of a core", "share", "neither", headline=False),
+        Metric("client_late_ms", "client behind its schedule, p99", "ms", "neither", headline=False),
         Metric("wall_s", "wall time", "s", "lower", headline=False),
         Metric("requests", "requests", "", "neither", headline=False),
         Metric("prompt_tokens", "prompt tokens", "tokens", "neither", headline=False),
@@ -99,15 +119,27 @@ TARGET_METRICS: dict[str, Metric] = {
     for metric in (
         Metric("perplexity", "perplexity", "", "lower"),
         Metric("mean_kl", "KL divergence from baseline, mean", "nats/token", "lower"),
+        Metric("median_kl", "KL divergence from baseline, median", "nats/token", "lower"),
         Metric("p99_kl", "KL divergence from baseline, p99", "nats/token", "lower"),
+        Metric("p999_kl", "KL divergence from baseline, p99.9", "nats/token", "lower"),
+        Metric("max_kl", "KL divergence from baseline, largest", "nats/token", "lower"),
         Metric("top1", "same token as baseline", "share", "higher"),
         Metric("checkpoint_bytes", "checkpoint", "bytes", "lower"),
         Metric("load_s", "loading the model", "s", "lower"),
         Metric("ready_s", "from start to ready", "s", "lower"),
         Metric("peak_memory_bytes", "peak host memory", "bytes", "lower"),
+        Metric("peak_gpu_bytes", "peak GPU memory", "bytes", "lower"),
+        Metric("saturation_tps", "output throughput at saturation", "tokens/s", "higher"),
+        Metric("saturation_load", "load at saturation", "", "higher"),
     )
 }
 """Measured once for each target."""
+
+CONDITIONAL = {
+    "goodput", "mbu", "mfu", "gpu_power_w", "energy_per_token_j", "cost_per_million", "client_us", "client_busy",
+    "client_late_ms",
+}  # fmt: skip
+"""Of SPEED_METRICS, those that need a wish, a GPU, measured peaks or a client."""
 
 
 def percentile(values: Sequence[float], percent: float) -> float:
@@ -119,8 +151,32 @@ def percentile(values: Sequence[float], percent: float) -> float:
     return ordered[low] + (ordered[high] - ordered[low]) * (rank - low)
 
 
-def summarize(timelines: Sequence[RequestTimeline], wall_s: float) -> dict[str, float]:
+_SLO = re.compile(r"(ttft|tpot|e2e):([0-9.]+)(ms|s)")
+
+
+def parse_slo(text: str) -> dict[str, float]:
+    """Bounds in seconds of "ttft:200ms,tpot:50ms,e2e:2s". Raises UsageError for another form."""
+    bounds = {}
+    for part in "".join(text.split()).split(","):
+        match = _SLO.fullmatch(part)
+        try:
+            bounds[match[1] if match else ""] = float(match[2] if match else "") / (
+                1000 if match and match[3] == "ms" else 1
+            )
+        except ValueError:
+            raise UsageError(
+                f"--slo {text!r} is not understood at {part!r}",
+                "Something like ttft:200ms,tpot:50ms,e2e:2s was expected",
+            ) from None
+    return bounds
+
+
+def summarize(
+    timelines: Sequence[RequestTimeline], wall_s: float, slo: Mapping[str, float] | None = None
+) -> dict[str, float]:
     """The figures of one run of a scenario that took `wall_s` seconds; SPEED_METRICS says what each is.
+
+    slo: bounds in seconds by "ttft", "tpot" and "e2e", for goodput.
 
     Every request must be complete (`require_complete`). Latencies with no sample, such as the gaps of requests for
     one token, are left out.
@@ -143,12 +199,32 @@ def summarize(timelines: Sequence[RequestTimeline], wall_s: float) -> dict[str, 
         for statistic, percent in _STATISTICS.items() if seconds else ():
             value = fmean(seconds) if percent is None else percentile(seconds, percent)
             figures[f"{kind}_{statistic}_ms"] = 1000 * value
+    if slo:
+        figures["goodput"] = sum(_meets(timeline, slo) for timeline in timelines) / wall_s
     return figures | {
         "wall_s": wall_s,
         "requests": len(timelines),
         "prompt_tokens": prompt_tokens,
         "cached_tokens": sum(timeline.cached_tokens for timeline in timelines),
         "output_tokens": output_tokens,
+    }
+
+
+def _meets(timeline: RequestTimeline, slo: Mapping[str, float]) -> bool:
+    """Whether a request keeps every bound; one token alone has no TPOT to be late with."""
+    return all((getattr(timeline, f"{kind}_s") or 0.0) <= bound for kind, bound in slo.items())
+
+
+def client_figures(run: Run) -> dict[str, float]:
+    """What the load client took of a core, and how late it was; {} when there was none."""
+    if run.client_s is None:
+        return {}
+    tokens = sum(timeline.output_tokens for timeline in run.timelines)
+    late = [timeline.late_s for timeline in run.timelines]
+    return {
+        "client_us": 1e6 * run.client_s / max(1, tokens),
+        "client_busy": run.client_s / run.wall_s,
+        "client_late_ms": 1000 * percentile(late, 99),
     }
 
 

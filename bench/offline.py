@@ -7,8 +7,8 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from llmkit.bench.metrics import RequestTimeline
-from llmkit.bench.workload import WorkloadRequest
+from llmkit.bench.metrics import RequestTimeline, Run
+from llmkit.bench.workload import WorkloadRequest, chains
 from llmkit.runtime.engine.engine import Engine
 from llmkit.runtime.engine.types import Request, RequestError, SamplingParams, TokenOutput
 from llmkit.runtime.load import EngineOptions, load_engine
@@ -20,6 +20,8 @@ class _Progress:
 
     request: WorkloadRequest
     sent_s: float
+    chain: deque[WorkloadRequest]  # what the same client sends next
+    late_s: float = 0.0
     arrivals_s: list[float] = field(default_factory=list)
     prompt_tokens: int = 0
     cached_tokens: int = 0
@@ -49,6 +51,7 @@ class _Progress:
             self.cached_tokens,
             self.output_tokens,
             self.error,
+            self.late_s,
         )
 
 
@@ -71,7 +74,7 @@ class OfflineTarget:
         self.engine = load_engine(self.reference, self.options)
         return {"load_s": time.perf_counter() - started}
 
-    def run(self, requests: Sequence[WorkloadRequest], clients: int) -> tuple[float, list[RequestTimeline]]:
+    def run(self, requests: Sequence[WorkloadRequest], clients: int) -> Run:
         """See `SpeedTarget.run`."""
         assert self.engine
         return run_engine(self.engine, requests, clients)
@@ -82,29 +85,41 @@ class OfflineTarget:
         return {}
 
 
-def run_engine(
-    engine: Engine, requests: Sequence[WorkloadRequest], clients: int
-) -> tuple[float, list[RequestTimeline]]:
-    """Run the requests through an idle engine, `clients` of them in flight: wall seconds, timelines in order."""
+def run_engine(engine: Engine, requests: Sequence[WorkloadRequest], clients: int) -> Run:
+    """Run the requests through an idle engine, `clients` conversations of them under way."""
     progress: dict[str, _Progress] = {}
-    waiting = deque(requests)
+    waiting = deque(deque(chain) for chain in chains(requests))
     running = 0
     started = time.perf_counter()
+
+    def add(chain: deque[WorkloadRequest]) -> None:
+        nonlocal running
+        request, now = chain.popleft(), time.perf_counter()
+        late_s = 0.0 if request.at_s is None else now - started - request.at_s
+        entry = progress[request.id] = _Progress(request, now, chain, late_s)
+        sampling = SamplingParams(temperature=0.0, max_tokens=request.max_tokens, ignore_eos=True)
+        try:
+            engine.add(Request(request.id, list(request.prompt), sampling))
+            running += 1
+        except RequestError as error:
+            entry.error = error.message
+
     while waiting or running:
         while waiting and running < clients:
-            request = waiting.popleft()
-            entry = progress[request.id] = _Progress(request, time.perf_counter())
-            sampling = SamplingParams(temperature=0.0, max_tokens=request.max_tokens, ignore_eos=True)
-            try:
-                engine.add(Request(request.id, list(request.prompt), sampling))
-                running += 1
-            except RequestError as error:
-                entry.error = error.message
+            due_s = started + (waiting[0][0].at_s or 0.0) - time.perf_counter()
+            if due_s > 0 and running:
+                break
+            time.sleep(max(0.0, due_s))
+            add(waiting.popleft())
         outputs = engine.step() if running else []
         now = time.perf_counter()
         for output in outputs:
             entry = progress[output.request_id]
             entry.take(output, now)
             running -= entry.finished
+            if entry.finished and entry.chain:
+                add(entry.chain)
     wall_s = time.perf_counter() - started
-    return wall_s, [progress[request.id].timeline() for request in requests]
+    never = "the request before it in its conversation failed"
+    missing = {request.id: RequestTimeline(request.id, 0.0, error=never) for request in requests}
+    return Run(wall_s, [progress[r.id].timeline() if r.id in progress else missing[r.id] for r in requests])

@@ -8,11 +8,15 @@ from dataclasses import dataclass, field
 import torch
 
 from llmkit.bench.gates import Gate, parse_gate, require_measured
+from llmkit.bench.gpu import Gpus
 from llmkit.bench.load import Server, find_server
-from llmkit.bench.metrics import SPEED_METRICS
+from llmkit.bench.loads import Load, load_scenarios
+from llmkit.bench.metrics import CONDITIONAL, SPEED_METRICS, parse_slo
+from llmkit.bench.peaks import Peaks, known_peaks
+from llmkit.bench.quality import QUALITY
 from llmkit.bench.report import BenchReport, TargetReport, read_report, single_target
 from llmkit.bench.targets import is_url, short_name
-from llmkit.bench.workload import choose
+from llmkit.bench.workload import Scenario, choose
 from llmkit.checkpoint.errors import UsageError
 from llmkit.checkpoint.source import Checkpoint, open_checkpoint
 from llmkit.model.device import resolve_device
@@ -22,8 +26,8 @@ from llmkit.runtime.load import DTYPES
 
 SAVED = "baseline"  # the name of a baseline that was read from a report
 _QUALITY = ("perplexity", "load_s")
-_AGAINST_BASELINE = ("mean_kl", "p99_kl", "top1")
 _STARTING = {"served": ("ready_s", "peak_memory_bytes"), "offline": ("load_s",)}
+_CLIENT = ("client_us", "client_busy", "client_late_ms")
 
 
 @dataclass
@@ -31,6 +35,10 @@ class BenchOptions:
     """What to measure and how. Scenarios are those of `workload.SCENARIOS`."""
 
     scenarios: tuple[str, ...] = ("quick",)
+    load: Load | None = None  # in the place of scenarios
+    data: str = "builtin"  # what prompts are made of: as `load_data` takes it
+    slo: str | None = None  # bounds that goodput keeps: "ttft:200ms,tpot:50ms,e2e:2s"
+    price_per_hour: float | None = None  # of the machine, in any currency
     rounds: int = 1  # repetitions of each scenario, with other text; figures are medians over them
     limit: int | None = None  # only the first so many requests of each scenario
     warmup: bool = True  # a few requests to each target before the first that counts
@@ -81,12 +89,34 @@ class Plan:
     gates: list[Gate]
     device: str
     dtype: torch.dtype
+    scenarios: tuple[Scenario, ...]
+    slo: dict[str, float]  # seconds
+    peaks: Peaks | None  # of the device, where they were measured
+    gpu_energy: bool  # whether the devices tell
     notes: list[str] = field(default_factory=list)
 
     @property
     def checkpoints(self) -> dict[str, Checkpoint]:
         """The checkpoints among the targets, by name."""
         return {target.name: target.checkpoint for target in self.targets if target.checkpoint}
+
+    @property
+    def together(self) -> bool:
+        """Whether all targets are up at once and take turns.
+
+        On a CPU they are, because shared machines drift within minutes. On a GPU a server takes most of the memory, so
+        that each of several checkpoints has it to itself.
+        """
+        return self.device == "cpu" or len(self.checkpoints) < 2
+
+    def counts(self, target: Target) -> bool:
+        """Whether what its tokens cost can be set against measured peaks: a whole checkpoint's can."""
+        return self.peaks is not None and target.checkpoint is not None and target.checkpoint.layout is None
+
+    @property
+    def sweeps(self) -> bool:
+        """Whether the scenarios are levels of a sweep, which may end early."""
+        return self.options.load is not None and self.options.load.mode == "sweep"
 
     @property
     def subjects(self) -> list[Target]:
@@ -106,7 +136,12 @@ def make_plan(references: Sequence[str], options: BenchOptions) -> Plan:
         raise UsageError("neither speed nor quality is to be measured", todo="Leave one of them on")
     if options.windows < 1:
         raise UsageError(f"{options.windows} evaluation windows measure nothing", "1 or more were expected")
-    choose(options.scenarios, options.rounds, options.limit)
+    scenarios = choose(options.scenarios, options.rounds, options.limit)
+    if options.load is not None:
+        scenarios = load_scenarios(options.load)
+    slo = parse_slo(options.slo) if options.slo else {}
+    if options.price_per_hour is not None and options.price_per_hour <= 0:
+        raise UsageError(f"a price of {options.price_per_hour:g} per hour makes no costs", "More than 0 was expected")
     gates = [parse_gate(text) for text in options.gates]
     device = resolve_device(options.device).type
     dtype = _dtype(options.dtype, device)
@@ -123,13 +158,16 @@ def make_plan(references: Sequence[str], options: BenchOptions) -> Plan:
     baseline = SAVED if saved else targets[0].name if len(targets) > 1 else None
     if options.baseline in wanted:
         baseline = targets[wanted.index(options.baseline)].name
-    plan = Plan(options, targets, baseline, saved, gates, device, dtype)
+    peaks, energy = known_peaks(device, dtype), device == "cuda" and Gpus().energy_j() is not None
+    plan = Plan(options, targets, baseline, saved, gates, device, dtype, scenarios, slo, peaks, energy)
     servers = [target.name for target in targets if target.server]
     if options.quality and servers:
         if not plan.checkpoints and not options.speed:
             raise UsageError("quality is measured on checkpoints, and all targets are servers")
         if plan.checkpoints:
             plan.notes.append(f"quality is measured on checkpoints only, not on {', '.join(servers)}")
+    if options.speed and plan.checkpoints and peaks is None:
+        plan.notes.append("no MBU and MFU: `llmkit doctor --peaks` has not measured this machine")
     _check_gates_can_be_measured(plan)
     return plan
 
@@ -175,11 +213,27 @@ def _measurable(plan: Plan, target: Target) -> list[str]:
     if plan.options.quality and target.checkpoint:
         names += _QUALITY
         if plan.baseline in plan.checkpoints and target.name != plan.baseline:
-            names += _AGAINST_BASELINE
+            names += QUALITY
     if plan.options.speed:
         names += _STARTING.get(target.report.kind, ())
-        names += [f"{scenario}.{metric}" for scenario in plan.options.scenarios for metric in SPEED_METRICS]
+        if plan.sweeps:
+            names += ("saturation_tps", "saturation_load")
+        if target.checkpoint and plan.gpu_energy:
+            names += ("peak_gpu_bytes",)
+        wanted = [name for name in SPEED_METRICS if name not in CONDITIONAL or _conditions(plan, target, name)]
+        names += [f"{scenario.name}.{metric}" for scenario in plan.scenarios for metric in wanted]
     return list(dict.fromkeys(names))
+
+
+def _conditions(plan: Plan, target: Target, metric: str) -> bool:
+    """Whether a metric of CONDITIONAL is going to be there."""
+    if metric in _CLIENT:
+        return target.report.kind != "offline"
+    if metric in ("mbu", "mfu"):
+        return plan.counts(target)
+    if metric in ("gpu_power_w", "energy_per_token_j"):
+        return target.checkpoint is not None and plan.gpu_energy
+    return bool(plan.slo) if metric == "goodput" else plan.options.price_per_hour is not None
 
 
 def _dtype(name: str, device: str) -> torch.dtype:

@@ -1,10 +1,14 @@
-"""What a checkpoint gets right: perplexity, and how far its predictions are from the baseline's."""
+"""What a checkpoint gets right: perplexity, and how far its predictions are from the baseline's.
+
+Models are loaded and run as they are served: weights packed, with the kernels that serve them, keys and values in the
+number format of the server's cache.
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
 
 import torch
 
@@ -15,11 +19,14 @@ from llmkit.checkpoint.tokenizer import Tokenizer
 from llmkit.model.decoder import Decoder
 from llmkit.model.families import model_spec
 from llmkit.model.loader import load_model
-from llmkit.quant.quality import Quality, score
+from llmkit.model.sequence import packed
+from llmkit.quant.quality import Quality, score_logits
 from llmkit.quant.text import BUILTIN, load_text, windows_sha256
 from llmkit.quant.tokens import calibration_windows, evaluation_windows
+from llmkit.runtime.load import EngineOptions, plan_engine
 
 MIN_WINDOW = 16  # tokens; shorter ones say nothing of a model
+QUALITY = ("mean_kl", "median_kl", "p99_kl", "p999_kl", "max_kl", "top1")  # figures against a baseline
 
 
 @dataclass(frozen=True)
@@ -70,20 +77,31 @@ def score_checkpoints(
     """Score checkpoints by name on windows [n, L], those other than the baseline against it.
 
     baseline: one of the names, or None. Two models are in memory at a time. Returns for each name perplexity, load_s
-    and, against a baseline, mean_kl, p99_kl and top1. Raises InputError for a model whose vocabulary is not the
+    and, against a baseline, QUALITY's figures. Raises InputError for a model whose vocabulary is not the
     baseline's.
     """
     progress.start("quality", len(checkpoints), "models")
     figures: dict[str, dict[str, float]] = {name: {} for name in checkpoints}
-    reference: Decoder | None = None
+    options = EngineOptions(dtype=str(dtype).removeprefix("torch."), device=device)
+    kv_dtypes = {name: plan_engine(checkpoint, options).kv_dtype for name, checkpoint in checkpoints.items()}
+
+    def load(name: str) -> Served:
+        started = time.perf_counter()
+        model = load_model(checkpoints[name], dtype, device, packed=True)
+        if device != "cpu":
+            torch.cuda.synchronize()
+        figures[name]["load_s"] = time.perf_counter() - started
+        return Served(model, kv_dtypes[name])
+
+    reference: Served | None = None
     if baseline is not None:
         _require_same_vocabulary(checkpoints, baseline)
-        reference = _load(checkpoints[baseline], dtype, device, figures[baseline])
-    for name, checkpoint in checkpoints.items():
+        reference = load(baseline)
+    for name in checkpoints:
         if name == baseline:
             continue
-        model = _load(checkpoint, dtype, device, figures[name])
-        quality = score(model, reference, tokens)
+        model = load(name)
+        quality = score_logits(model.logits(tokens), reference.logits(tokens) if reference else None, tokens)
         figures[name] |= _figures(quality)
         if baseline is not None and quality.reference_perplexity is not None:
             figures[baseline]["perplexity"] = quality.reference_perplexity
@@ -91,29 +109,35 @@ def score_checkpoints(
         progress.advance(1, name)
     if reference is not None and baseline is not None:
         if "perplexity" not in figures[baseline]:
-            figures[baseline] |= _figures(score(reference, None, tokens))
+            figures[baseline] |= _figures(score_logits(reference.logits(tokens), None, tokens))
         progress.advance(1, baseline)
     progress.finish()
     return figures
 
 
-def _load(checkpoint: Checkpoint, dtype: torch.dtype, device: str, figures: dict[str, float]) -> Decoder:
-    started = time.perf_counter()
-    model = load_model(checkpoint, dtype, device)
-    if device != "cpu":
-        torch.cuda.synchronize()
-    figures["load_s"] = time.perf_counter() - started
-    return model
+@dataclass(frozen=True)
+class Served:
+    """A model as the engine runs it."""
+
+    model: Decoder
+    kv_dtype: str | None  # of the cache: "int8" or "fp8"; None: the model's own
+
+    @torch.inference_mode()
+    def logits(self, windows: torch.Tensor) -> Iterator[torch.Tensor]:
+        """Logits float32 [L, vocab] of each window of token ids [n, L], one at a time.
+
+        All layers share one scratch cache: a layer reads only what it has just written.
+        """
+        model = self.model
+        positions, batch = packed(model, [windows.shape[1]])
+        for window in windows:
+            scratch = model.new_cache(batch.blocks, batch.block_size, self.kv_dtype)
+            yield model.logits(model(window.to(model.device), positions, batch, [scratch] * len(model.layers)))
 
 
 def _figures(quality: Quality) -> dict[str, float]:
-    values = {
-        "perplexity": quality.perplexity,
-        "mean_kl": quality.mean_kl,
-        "p99_kl": quality.p99_kl,
-        "top1": quality.top1,
-    }
-    return {name: value for name, value in values.items() if value is not None}
+    values = asdict(quality)
+    return {name: values[name] for name in ("perplexity", *QUALITY) if values[name] is not None}
 
 
 def _require_same_vocabulary(checkpoints: Mapping[str, Checkpoint], baseline: str) -> None:

@@ -7,15 +7,28 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from llmkit.bench.definitions import DEFINITIONS
 from llmkit.bench.gates import GateResult
+from llmkit.bench.intervals import differ, interval
 from llmkit.checkpoint.errors import GateError, InputError
 
 if TYPE_CHECKING:
     from rich.console import Group
 
 FORMAT_VERSION = 1
+
+
+class RequestFigures(NamedTuple):
+    """One request. Times are seconds, `sent_s` from the sending of the run's first."""
+
+    sent_s: float
+    ttft_s: float
+    e2e_s: float
+    prompt_tokens: int
+    cached_tokens: int
+    output_tokens: int
 
 
 @dataclass
@@ -28,6 +41,12 @@ class TargetReport:
     metrics: dict[str, float] = field(default_factory=dict)
     scenarios: dict[str, dict[str, float]] = field(default_factory=dict)  # medians over the rounds
     rounds: dict[str, list[dict[str, float]]] = field(default_factory=dict)  # what the medians are of
+    requests: dict[str, list[RequestFigures]] = field(default_factory=dict)  # those of the last round
+
+    def repetitions(self, key: str) -> list[float]:
+        """What the figure of this full name is the median of; empty for one that is measured once."""
+        scenario, _, metric = key.rpartition(".")
+        return [figures[metric] for figures in self.rounds.get(scenario, ()) if metric in figures]
 
     def figures(self) -> dict[str, float]:
         """All figures by full name: "perplexity", "online.output_tps"."""
@@ -47,6 +66,7 @@ class BenchReport:
     evaluation: dict[str, Any] = field(default_factory=dict)  # text, windows, sha256; empty: no quality
     gates: list[GateResult] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    joined: bool = False  # targets that took no turns: of several runs, or on one GPU after the other
 
     def target(self, name: str) -> TargetReport:
         """The target of that name, which must exist."""
@@ -55,6 +75,13 @@ class BenchReport:
     def subjects(self) -> list[TargetReport]:
         """The targets under test: all but the baseline, or the only one."""
         return [target for target in self.targets if target.name != self.baseline] or self.targets
+
+    def differs(self, target: TargetReport, key: str) -> bool | None:
+        """Whether a figure differs from the baseline's by more than chance at the 5 % level; None when not known."""
+        if self.baseline is None:
+            return None
+        ours, base = target.repetitions(key), self.target(self.baseline).repetitions(key)
+        return differ(ours, base, paired=not self.joined)
 
     def require_gates(self) -> None:
         """Raises GateError, which names every figure that is worse than its gate allows."""
@@ -66,7 +93,10 @@ class BenchReport:
     def to_json(self) -> dict[str, Any]:
         """A JSON-ready document; infinite and undefined figures are the strings "Infinity" and "NaN"."""
         document: dict[str, Any] = _encode({"format_version": FORMAT_VERSION, **asdict(self)})
-        return document
+        for target, entry in zip(self.targets, document["targets"], strict=True):
+            keys = [key for key in target.figures() if len(target.repetitions(key)) > 1]
+            entry["intervals"] = {key: _encode(interval(target.repetitions(key))) for key in keys}
+        return document | {"definitions": DEFINITIONS}
 
     @staticmethod
     def from_json(document: Mapping[str, Any]) -> BenchReport:
@@ -88,6 +118,7 @@ class BenchReport:
                     for entry in document["gates"]
                 ],
                 notes=[str(note) for note in document["notes"]],
+                joined=bool(document.get("joined")),
             )
             names = [target.name for target in report.targets]
             if not names or len(set(names)) < len(names) or report.baseline not in {None, *names}:
@@ -151,6 +182,7 @@ def compare_reports(a: BenchReport, b: BenchReport) -> BenchReport:
         workload=a.workload if same_work else {},
         evaluation=a.evaluation if a.evaluation == b.evaluation else {},
         notes=differences(a, b),
+        joined=True,
     )
 
 
@@ -178,6 +210,10 @@ def _target(entry: Mapping[str, Any]) -> TargetReport:
         metrics=_floats(entry["metrics"]),
         scenarios={str(name): _floats(figures) for name, figures in entry["scenarios"].items()},
         rounds={str(name): [_floats(figures) for figures in rounds] for name, rounds in entry["rounds"].items()},
+        requests={
+            str(name): [RequestFigures(*one) for one in requests]
+            for name, requests in entry.get("requests", {}).items()
+        },
     )
 
 

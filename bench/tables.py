@@ -10,10 +10,11 @@ from rich.console import Group
 from rich.markup import escape
 from rich.table import Table
 
+from llmkit.bench.intervals import interval
 from llmkit.bench.metrics import SPEED_METRICS, TARGET_METRICS, Metric
 
 if TYPE_CHECKING:
-    from llmkit.bench.report import BenchReport
+    from llmkit.bench.report import BenchReport, TargetReport
 
 _ALIKE = 0.02  # ratios this close to one are not coloured
 
@@ -29,24 +30,25 @@ def figure_table(report: BenchReport) -> Table:
     table = Table(title="llmkit bench", title_justify="left", caption=_caption(report), caption_justify="left")
     table.add_column("metric")
     table.add_column("unit")
-    base = report.target(report.baseline).figures() if report.baseline else None
     for target in report.targets:
         table.add_column(escape(target.name), justify="right", overflow="fold")
-        if base is not None and target.name != report.baseline:
+        if report.baseline and target.name != report.baseline:
             table.add_column("vs base", justify="right")
-    figures = [(target.name, target.figures()) for target in report.targets]
-    for title, rows in _sections(report):
+    figures = [target.figures() for target in report.targets]
+    for title, rows in sections(report):
         table.add_section()
         if title:
             table.add_row(f"[bold]{escape(title)}[/bold]")
         for key, metric in rows:
-            unit, scale = _unit(metric, max(values[key] for _, values in figures if key in values))
+            unit, scale = unit_of(metric, max(values[key] for values in figures if key in values))
             cells = []
-            for name, values in figures:
-                value = values.get(key)
-                cells.append("-" if value is None else _number(value / scale))
-                if base is not None and name != report.baseline:
-                    cells.append(_ratio(value, base.get(key), metric))
+            for target, values in zip(report.targets, figures, strict=True):
+                cells.append(
+                    f"{number_text(values[key] / scale)}{spread_text(target, key, scale)}" if key in values else "-"
+                )
+                if report.baseline and target.name != report.baseline:
+                    ratio, color = ratio_text(report, target, key, metric)
+                    cells.append(f"[{color}]{ratio}[/{color}]" if color else ratio)
             table.add_row(metric.title, unit, *cells)
     return table
 
@@ -58,12 +60,12 @@ def gate_table(report: BenchReport) -> Table:
         table.add_column(column, justify="right" if column in ("value", "limit") else "left")
     for result in sorted(report.gates, key=lambda result: result.passed):
         word = "[green]pass[/green]" if result.passed else "[bold red]FAIL[/bold red]"
-        figures = _number(result.value), _number(result.limit)
+        figures = number_text(result.value), number_text(result.limit)
         table.add_row(escape(result.gate), escape(result.target), result.metric, *figures, word)
     return table
 
 
-def _sections(report: BenchReport) -> Iterator[tuple[str, list[tuple[str, Metric]]]]:
+def sections(report: BenchReport) -> Iterator[tuple[str, list[tuple[str, Metric]]]]:
     """Headline figures that some target has: first those of the targets, then scenario by scenario."""
     present = {key for target in report.targets for key in target.figures()}
     yield "", [(name, metric) for name, metric in TARGET_METRICS.items() if name in present]
@@ -79,7 +81,9 @@ def _sections(report: BenchReport) -> Iterator[tuple[str, list[tuple[str, Metric
 def _shape(report: BenchReport, scenario: str) -> str:
     for entry in report.workload.get("scenarios", ()):
         if entry["name"] == scenario:
-            return f": {entry['requests']} requests, {entry['clients']} at a time"
+            timed = entry.get("arrivals_per_s")
+            pace = f"{timed:.3g} a second" if timed else f"{entry['clients']} at a time"
+            return f": {entry['requests']} requests, {pace}"
     return ""
 
 
@@ -91,12 +95,13 @@ def _caption(report: BenchReport) -> str:
         parts.append(f"base: {report.baseline}")
     if report.workload:
         rounds = report.workload["rounds"]
-        parts.append(f"medians of {rounds} rounds" if rounds > 1 else "one round")
+        chance = ", ± and ~ (no more than chance) at 95 %"
+        parts.append(f"medians of {rounds} rounds{chance}" if rounds > 1 else "one round")
         parts.append(f"workload {report.workload['sha256'][:12]}")
     return escape("; ".join(parts))
 
 
-def _unit(metric: Metric, largest: float) -> tuple[str, float]:
+def unit_of(metric: Metric, largest: float) -> tuple[str, float]:
     """The unit a row is shown in, and how many stored units it is."""
     if metric.unit == "bytes":
         return ("GiB", 2.0**30) if largest >= 2**30 else ("MiB", 2.0**20)
@@ -105,18 +110,29 @@ def _unit(metric: Metric, largest: float) -> tuple[str, float]:
     return metric.unit, 1.0
 
 
-def _number(value: float) -> str:
+def number_text(value: float) -> str:
     """Four significant digits; whole numbers from a thousand on."""
     return f"{value:,.0f}" if math.isfinite(value) and abs(value) >= 1000 else f"{value:.4g}"
 
 
-def _ratio(value: float | None, base: float | None, metric: Metric) -> str:
-    """How many times the baseline's figure, in green where that is better; blank where it says nothing."""
-    if value is None or not base or not math.isfinite(value / base):
-        return ""
-    ratio = value / base
-    text = f"{ratio:.2f}x"
-    if metric.better == "neither" or abs(ratio - 1) <= _ALIKE:
-        return text
-    color = "green" if (ratio > 1) == (metric.better == "higher") else "red"
-    return f"[{color}]{text}[/{color}]"
+def ratio_text(report: BenchReport, target: TargetReport, key: str, metric: Metric) -> tuple[str, str]:
+    """How many times the baseline's figure, and "green", "red" or "" for better, worse or neither.
+
+    Blank where it says nothing; "~" before a difference that repetitions show to be no more than chance.
+    """
+    base = report.target(report.baseline).figures().get(key) if report.baseline else None
+    value = target.figures().get(key)
+    if target.name == report.baseline or value is None or not base or not math.isfinite(value / base):
+        return "", ""
+    ratio, differs = value / base, report.differs(target, key)
+    text = f"{'~' if differs is False else ''}{ratio:.2f}x"
+    if metric.better == "neither" or differs is False or abs(ratio - 1) <= _ALIKE:
+        return text, ""
+    return text, "green" if (ratio > 1) == (metric.better == "higher") else "red"
+
+
+def spread_text(target: TargetReport, key: str, scale: float) -> str:
+    """Half the width of the figure's confidence interval; blank where there is none."""
+    low, high = interval(target.repetitions(key)) or (0.0, 0.0)
+    half = (high - low) / 2 / scale
+    return f" ±{half:,.0f}" if half >= 100 else f" ±{half:.2g}" if half > 0 else ""

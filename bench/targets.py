@@ -17,7 +17,7 @@ from typing import Protocol
 import psutil
 
 from llmkit.bench.load import API_KEY_VARIABLE, Server, find_server, run_load
-from llmkit.bench.metrics import RequestTimeline
+from llmkit.bench.metrics import Run
 from llmkit.bench.workload import WorkloadRequest
 from llmkit.checkpoint.errors import GateError, InputError, LlmkitError, OutputError, ShortageError, UsageError
 
@@ -43,8 +43,8 @@ class SpeedTarget(Protocol):
     def start(self) -> dict[str, float]:
         """Make it ready; the figures of TARGET_METRICS that starting shows."""
 
-    def run(self, requests: Sequence[WorkloadRequest], clients: int) -> tuple[float, list[RequestTimeline]]:
-        """Answer the requests, `clients` at a time: the wall time in seconds and their timelines."""
+    def run(self, requests: Sequence[WorkloadRequest], clients: int) -> Run:
+        """Answer the requests, `clients` conversations at a time, each request at its time."""
 
     def stop(self) -> dict[str, float]:
         """Give back what `start` took; the figures of TARGET_METRICS that are known only now."""
@@ -65,7 +65,7 @@ class UrlTarget:
         """Nothing to do."""
         return {}
 
-    def run(self, requests: Sequence[WorkloadRequest], clients: int) -> tuple[float, list[RequestTimeline]]:
+    def run(self, requests: Sequence[WorkloadRequest], clients: int) -> Run:
         """See `SpeedTarget.run`."""
         return run_load(self.server, requests, clients)
 
@@ -128,7 +128,7 @@ class ServedTarget:
         self.server = find_server(f"http://{_LOOPBACK}:{port}")
         return {"ready_s": ready_s}
 
-    def run(self, requests: Sequence[WorkloadRequest], clients: int) -> tuple[float, list[RequestTimeline]]:
+    def run(self, requests: Sequence[WorkloadRequest], clients: int) -> Run:
         """See `SpeedTarget.run`. Raises the server's own error when it ended meanwhile."""
         assert self.server and self._process
         result = run_load(self.server, requests, clients)

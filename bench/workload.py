@@ -1,20 +1,31 @@
-"""What is asked of every target: scenarios of fixed lengths over CPython's own documentation text.
+"""What is asked of every target: scenarios of fixed lengths, cut from a text or taken from recorded conversations.
 
-A scenario's requests depend on the tokenizer, the seed, the round and the scenario's name only. Rounds repeat the
-lengths with other text, so that a repetition is the same work and never an accidental prefix-cache hit.
+A scenario's requests depend on the data, the tokenizer, the seed, the round and the scenario's name only. Rounds repeat
+the lengths with other text, so that a repetition is the same work and never an accidental prefix-cache hit.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from random import Random
 
 from llmkit.checkpoint.errors import InputError, UsageError
 
-Lengths = list[tuple[int, int]]  # tokens of (prompt, output), one pair a request
+Lengths = list[tuple[int, int]]  # tokens of (prompt, output), one pair a conversation
+Turns = list[tuple[Sequence[int], Sequence[int]]]  # token ids of (what is said, what was answered)
+
+
+@dataclass(frozen=True)
+class Data:
+    """What prompts are made of: a text to cut them from, or else conversations, whose lengths are their own."""
+
+    name: str
+    tokens: Sequence[int] = ()
+    conversations: Sequence[Turns] = ()
 
 
 @dataclass(frozen=True)
@@ -22,10 +33,13 @@ class Scenario:
     """A shape of load. Prompt lengths include `common` tokens that all prompts of a round start with."""
 
     name: str
-    clients: int  # requests in flight at most; a client sends its next request when its last is answered
+    clients: int  # conversations under way at most; a client begins its next when its last has ended
     lengths: Callable[[Random], Lengths]
     mix: str  # scenarios of one mix draw the same lengths
     common: int = 0
+    turns: int = 1  # requests of a conversation; each has those before it and their answers in its prompt
+    arrivals: Callable[[Random, int], Sequence[float]] | None = None  # when so many are sent, in seconds, rising
+    load: float = 0.0  # a level of a sweep: clients, or requests a second
 
 
 @dataclass(frozen=True)
@@ -35,6 +49,8 @@ class WorkloadRequest:
     id: str
     prompt: tuple[int, ...]
     max_tokens: int
+    at_s: float | None = None  # when it is sent, after the start; None: as soon as a client is free
+    follows: bool = False  # the same client sends it when the request before it in the list is answered
 
     @property
     def total_tokens(self) -> int:
@@ -55,25 +71,32 @@ class Workload:
     def sha256(self) -> str:
         """Of everything that decides the work: token ids, lengths, order and clients. Warm-up is not measured."""
         content = [
-            [scenario.name, scenario.clients, [[r.id, r.prompt, r.max_tokens] for r in requests[scenario.name]]]
+            [
+                scenario.name,
+                scenario.clients,
+                [[r.id, r.prompt, r.max_tokens, r.at_s, r.follows] for r in requests[scenario.name]],
+            ]
             for requests in self.rounds
             for scenario in self.scenarios
         ]
         return hashlib.sha256(json.dumps(content, separators=(",", ":")).encode()).hexdigest()
 
-    def describe(self) -> list[dict[str, int | str]]:
-        """Name, requests, clients and tokens of each scenario, of one round."""
-        return [
-            {
-                "name": scenario.name,
-                "requests": len(requests),
-                "clients": scenario.clients,
-                "prompt_tokens": sum(len(request.prompt) for request in requests),
-                "output_tokens": sum(request.max_tokens for request in requests),
-            }
-            for scenario in self.scenarios
-            for requests in (self.rounds[0][scenario.name],)
-        ]
+    def describe(self) -> list[dict[str, int | float | str]]:
+        """Name, requests, clients, level of load and tokens of each scenario, of one round."""
+        return [self._described(scenario, self.rounds[0][scenario.name]) for scenario in self.scenarios]
+
+    def _described(self, scenario: Scenario, requests: Sequence[WorkloadRequest]) -> dict[str, int | float | str]:
+        found: dict[str, int | float | str] = {
+            "name": scenario.name,
+            "requests": len(requests),
+            "clients": scenario.clients,
+            "prompt_tokens": sum(len(request.prompt) for request in requests),
+            "output_tokens": sum(request.max_tokens for request in requests),
+        }
+        if scenario.load:
+            found["load"] = scenario.load
+        last_s = max((request.at_s or 0.0 for request in requests), default=0.0)
+        return found | ({"arrivals_per_s": sum(r.at_s is not None for r in requests) / last_s} if last_s else {})
 
 
 def _uniform(count: int, prompt: tuple[int, int], output: tuple[int, int]) -> Callable[[Random], Lengths]:
@@ -101,6 +124,17 @@ def builtin_text() -> str:
     return "\n\n".join(topics[name] for name in sorted(topics))
 
 
+def chains(requests: Sequence[WorkloadRequest]) -> list[list[WorkloadRequest]]:
+    """The requests by conversation, in their order."""
+    found: list[list[WorkloadRequest]] = []
+    for request in requests:
+        if request.follows:
+            found[-1].append(request)
+        else:
+            found.append([request])
+    return found
+
+
 def choose(scenarios: Sequence[str], rounds: int, limit: int | None) -> tuple[Scenario, ...]:
     """The scenarios by name, each once. Raises UsageError for an unknown one, and when there would be no request."""
     unknown = [name for name in scenarios if name not in SCENARIOS]
@@ -114,20 +148,18 @@ def choose(scenarios: Sequence[str], rounds: int, limit: int | None) -> tuple[Sc
 
 
 def build_workload(
-    tokens: Sequence[int], scenarios: Sequence[str], rounds: int = 1, seed: int = 0, limit: int | None = None
+    data: Data, scenarios: Sequence[Scenario], rounds: int = 1, seed: int = 0, limit: int | None = None
 ) -> Workload:
-    """Cut the requests of `scenarios` from the text's `tokens`.
+    """Make the requests of `scenarios` from the data.
 
-    limit: only the first so many requests of each scenario. Raises as `choose` does, and InputError when the text is
-    too short.
+    limit: only the first so many conversations of each scenario. Raises InputError when there is too little text.
     """
-    chosen = choose(scenarios, rounds, limit)
     return Workload(
         seed,
-        chosen,
-        _requests(WARMUP, tokens, seed, 0, None),
+        tuple(scenarios),
+        _requests(WARMUP, Data(data.name, data.tokens), seed, 0, None),
         tuple(
-            {scenario.name: _requests(scenario, tokens, seed, number, limit) for scenario in chosen}
+            {scenario.name: _requests(scenario, data, seed, number, limit) for scenario in scenarios}
             for number in range(rounds)
         ),
     )
@@ -154,23 +186,40 @@ def _longest(scenario: Scenario, seed: int) -> int:
     return max(sum(pair) for pair in _lengths(scenario, seed))
 
 
-def _requests(
-    scenario: Scenario, tokens: Sequence[int], seed: int, number: int, limit: int | None
-) -> tuple[WorkloadRequest, ...]:
+def _requests(scenario: Scenario, data: Data, seed: int, number: int, limit: int | None) -> tuple[WorkloadRequest, ...]:
     random = Random(f"{seed}/{scenario.name}/{number}")  # noqa: S311
+    lengths = _lengths(scenario, seed)[:limit]
+    arrivals = Random(f"{seed}/{scenario.mix}/arrivals")  # noqa: S311
+    times = scenario.arrivals(arrivals, len(lengths)) if scenario.arrivals else None
+    recorded = random.sample(range(len(data.conversations)), len(data.conversations))
+    head = () if recorded else _cut(data.tokens, random, scenario.common)
 
-    def cut(length: int) -> tuple[int, ...]:
-        if length >= len(tokens):
-            raise InputError(
-                f"the workload's text is {len(tokens)} tokens long",
-                f"More than {length} are needed",
-                "Check the model's tokenizer",
-            )
-        start = random.randrange(len(tokens) - length)
-        return tuple(tokens[start : start + length])
+    def talk(index: int) -> Iterator[tuple[Sequence[int], Sequence[int]]]:
+        prompt, output = lengths[index]
+        for turn in range(scenario.turns):
+            said = _cut(data.tokens, random, prompt - (0 if turn else scenario.common))
+            last = turn + 1 == scenario.turns
+            yield said, range(output) if last else _cut(data.tokens, random, output)
 
-    head = cut(scenario.common)
-    return tuple(
-        WorkloadRequest(f"{scenario.name}-{number}-{index}", head + cut(prompt - scenario.common), output)
-        for index, (prompt, output) in enumerate(_lengths(scenario, seed)[:limit])
-    )
+    requests = []
+    for index in range(len(lengths)):
+        prompt = head
+        turns = data.conversations[recorded[index % len(recorded)]] if recorded else talk(index)
+        for turn, (said, answered) in enumerate(islice(turns, scenario.turns)):
+            name = f"{scenario.name}-{number}-{index}" + (f"-{turn}" if scenario.turns > 1 else "")
+            prompt += tuple(said)
+            at_s = times[index] if times and turn == 0 else None
+            requests.append(WorkloadRequest(name, prompt, len(answered), at_s, follows=turn > 0))
+            prompt += tuple(answered)
+    return tuple(requests)
+
+
+def _cut(tokens: Sequence[int], random: Random, length: int) -> tuple[int, ...]:
+    if length >= len(tokens):
+        raise InputError(
+            f"the workload's text is {len(tokens)} tokens long",
+            f"More than {length} are needed",
+            "Check the model's tokenizer",
+        )
+    start = random.randrange(len(tokens) - length)
+    return tuple(tokens[start : start + length])

@@ -1,9 +1,10 @@
-"""Figures as text and as JSON, for the command line, the reports and the pages made of them."""
+"""Figures as text and as JSON, and words for messages."""
 
 from __future__ import annotations
 
+import difflib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 
@@ -25,3 +26,12 @@ def bytes_text(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1024
     return f"{count:.1f} TiB"
+
+
+def nearest(word: str, known: Iterable[str], otherwise: str = "") -> str:
+    """`The nearest is X`, or `otherwise` followed by everything known when nothing is near."""
+    words = list(dict.fromkeys(known))
+    close = difflib.get_close_matches(word, words, n=1, cutoff=0.5)
+    if close:
+        return f"The nearest is {close[0]}"
+    return f"{otherwise} {', '.join(words)}" if otherwise else ""

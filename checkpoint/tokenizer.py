@@ -72,6 +72,11 @@ class Tokenizer:
         """The token as the vocabulary spells it; "" when there is none."""
         return self._tokenizer.id_to_token(index) or ""
 
+    def special_id(self, text: str) -> int | None:
+        """The id of the special token that is written `text`."""
+        index = self._tokenizer.token_to_id(text)
+        return index if index in self.special_ids else None
+
     def token_bytes(self, index: int) -> bytes:
         """The bytes a token stands for, which need not be whole characters; b"" when there is no such token."""
         return self._token_bytes.bytes_of.get(index, b"")

@@ -17,6 +17,7 @@ from llmkit.cli.output import Output
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from llmkit.bench.peaks import Peaks
     from llmkit.bench.tune import Tuned
 
 CPU_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8")
@@ -36,10 +37,18 @@ def doctor(
             show_default="none",
         ),
     ] = None,
+    peaks: Annotated[
+        bool,
+        typer.Option(
+            "--peaks", help="Measure copy bandwidth and the rate of matrix products, for `llmkit bench`'s MBU and MFU."
+        ),
+    ] = False,
 ) -> None:
     """Show the machine, the versions of what llmkit stands on, the GPU, and which fast paths are active."""
     if tune is not None:
         return _tune(output, tune)
+    if peaks:
+        return _peaks(output)
     found = examine()
     output.result(found, lambda console: _show(console, found))
 
@@ -99,6 +108,27 @@ def _tune(output: Output, model: str) -> None:
     document = {"file": str(user_file()), "tuned": [asdict(one) for one in found]}
     output.result(document, lambda console: _show_tuned(console, found))
     output.message(f"kept in {user_file()}")
+
+
+def _peaks(output: Output) -> None:
+    import torch
+
+    from llmkit.bench.peaks import measure_peaks, peaks_file
+
+    devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+    found = [one for device in devices for one in measure_peaks(device)]
+    document = {"file": str(peaks_file()), "peaks": [asdict(one) for one in found]}
+    output.result(document, lambda console: _show_peaks(console, found))
+    output.message(f"kept in {peaks_file()}")
+
+
+def _show_peaks(console: Console, found: list[Peaks]) -> None:
+    from rich.table import Table
+
+    table = Table("device", "dtype", "copy, GB/s", "matrix product, GFLOP/s")
+    for one in found:
+        table.add_row(one.device, one.dtype, f"{one.bytes_per_s / 1e9:,.1f}", f"{one.flops_per_s / 1e9:,.1f}")
+    console.print(table)
 
 
 def _show_tuned(console: Console, found: list[Tuned]) -> None:

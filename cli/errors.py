@@ -8,7 +8,8 @@ import traceback
 from typing import Any
 
 from llmkit.checkpoint.errors import LlmkitError, UsageError, is_out_of_memory
-from llmkit.cli.settings import Defaults, nearest
+from llmkit.checkpoint.text import nearest
+from llmkit.cli.settings import Defaults
 
 BUG, INTERRUPTED, TERMINATED = 70, 130, 143
 SHORTAGE = 4

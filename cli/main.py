@@ -12,10 +12,12 @@ from typing import Annotated, Any
 import typer
 
 from llmkit.checkpoint.errors import UsageError
-from llmkit.cli import bench, doctor, inspect, quantize, serve, shard
+from llmkit.checkpoint.text import nearest
+from llmkit.cli import bench, doctor, inspect, quantize, recipes, serve, shard
+from llmkit.cli import run as run_recipe
 from llmkit.cli.command import add, stop_on_sigterm
 from llmkit.cli.errors import report, usage_error
-from llmkit.cli.settings import Defaults, config_argument, nearest, options_of, read_environment, read_file
+from llmkit.cli.settings import Defaults, config_argument, options_of, read_environment, read_file
 from llmkit.cli.settings import unknown_variables as unknown_environment
 
 app = typer.Typer(
@@ -55,6 +57,13 @@ add(app, "bench", bench.bench, epilog="Also: llmkit bench compare | show, each w
 add(app, "bench compare", bench.compare)
 add(app, "bench show", bench.show)
 add(app, "serve", serve.serve)
+add(app, "run", run_recipe.run)
+add(app, "recipes", recipes.recipes, epilog="Also: llmkit recipes list | show | copy | validate | schema.")
+add(app, "recipes list", recipes.list_)
+add(app, "recipes show", recipes.show)
+add(app, "recipes copy", recipes.copy)
+add(app, "recipes validate", recipes.validate)
+add(app, "recipes schema", recipes.schema)
 add(app, "inspect", inspect.inspect)
 add(app, "doctor", doctor.doctor)
 
@@ -120,7 +129,7 @@ def _resuming(command: str, arguments: list[str]) -> str:
     """The command line that takes up interrupted work, for the commands that can."""
     if command == "quantize":
         return shlex.join(["llmkit", *arguments, *(["--resume"] if "--resume" not in arguments else [])])
-    return shlex.join(["llmkit", *arguments]) if command in ("shard", "shard merge") else ""
+    return shlex.join(["llmkit", *arguments]) if command in ("shard", "shard merge", "run") else ""
 
 
 if __name__ == "__main__":

@@ -115,6 +115,10 @@ def serve(
     dp: Annotated[
         int, typer.Option("--dp", metavar="N", help="Replicas of the model on this machine, behind the one port.")
     ] = 1,
+    log_requests: Annotated[
+        bool,
+        typer.Option("--log-requests", help="Write a line of JSON to stderr for each request, without its text."),
+    ] = False,
     plan: Annotated[
         bool, typer.Option("--plan", help="Show how memory would be divided and what fits, load nothing, and stop.")
     ] = False,
@@ -163,6 +167,7 @@ def serve(
             served_model_name=served_model_name,
             api_key_file=None if api_key_file is None else Path(api_key_file),
             drain_timeout=drain_timeout,
+            log_requests=log_requests,
             debug=output.debug,
             engine=engine,
         ),

@@ -6,13 +6,12 @@ signature; a file's keys and the variables' names follow from it.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from llmkit.checkpoint.errors import UsageError
+from llmkit.checkpoint.text import nearest
 
 PREFIX = "LLMKIT_"
 NOT_OPTIONS = {"LLMKIT_API_KEY"}  # read by `serve` and `bench` themselves: a secret is no option
@@ -85,39 +84,21 @@ def config_argument(arguments: Iterable[str], environ: Mapping[str, str]) -> str
 
 def read_file(path: str, options: Mapping[str, Option], defaults: Defaults) -> None:
     """Adds a YAML file's settings. Raises: UsageError for what cannot be read, with file and line."""
-    import yaml
+    from llmkit.checkpoint.yaml_file import YamlFile
 
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"--config {path}: {getattr(error, 'strerror', None) or error}") from error
-    try:
-        root = yaml.compose(text, Loader=yaml.SafeLoader)
-        content = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f"{path}:{mark.line + 1}" if mark else path
-        raise UsageError(f"{where}: not valid YAML ({getattr(error, 'problem', None) or error})") from error
-    if root is None:
-        return
-    if not isinstance(root, yaml.MappingNode):
-        raise UsageError(f"{path}:1: a list of `option: value` lines was expected")
+    file = YamlFile(path)
     seen: dict[str, int] = {}
-    for key_node, _ in root.value:
-        line = key_node.start_mark.line + 1
-        name = _key(str(key_node.value))
+    for key, value in file.content.items():
+        where, name = file.where([key]), _key(str(key))
         option = options.get(name)
         if option is None or name == "config":
             known = [spelling.replace("_", "-") for spelling in options if spelling != "config"]
-            raise UsageError(
-                f"{path}:{line}: unknown key {key_node.value!r}", nearest(name.replace("_", "-"), known, "Keys are")
-            )
+            raise UsageError(f"{where}: unknown key {key!r}", nearest(name.replace("_", "-"), known, "Keys are"))
         if option.parameter in seen:
-            raise UsageError(f"{path}:{line}: {key_node.value!r} was already set in line {seen[option.parameter]}")
-        seen[option.parameter] = line
-        value = content.get(key_node.value)
+            raise UsageError(f"{where}: {key!r} was already set in line {seen[option.parameter]}")
+        seen[option.parameter] = file.line([key])
         if value is not None:
-            defaults.put(option, value, f"{path}:{line}")
+            defaults.put(option, value, where)
 
 
 def read_environment(
@@ -146,15 +127,6 @@ def unknown_variables(environ: Mapping[str, str], commands: Mapping[str, Any]) -
         for name in sorted(environ)
         if name.startswith(PREFIX) and name not in known
     ]
-
-
-def nearest(word: str, known: Iterable[str], otherwise: str = "") -> str:
-    """`The nearest is X`, or `otherwise` followed by everything known when nothing is near."""
-    words = list(dict.fromkeys(known))
-    close = difflib.get_close_matches(word, words, n=1, cutoff=0.5)
-    if close:
-        return f"The nearest is {close[0]}"
-    return f"{otherwise} {', '.join(words)}" if otherwise else ""
 
 
 def _key(spelling: str) -> str:

@@ -37,3 +37,21 @@ def in_range(option: str, value: float, low: float, high: float | None = None) -
     if value < low or (high is not None and value > high):
         wanted = f"at least {low:g}" if high is None else f"from {low:g} to {high:g}"
         raise UsageError(f"{option}: {value:g} is out of range", f"A number {wanted} was expected")
+
+
+def parse_numbers(option: str, text: str | None, whole: bool = False) -> tuple[float, ...]:
+    """The numbers of "1,2,4" or "0.5,2"; none for None. Raises: UsageError."""
+    form = r"[0-9]+" if whole else r"[0-9]+(\.[0-9]+)?"
+    parts = [part.strip() for part in text.split(",")] if text is not None else []
+    if not all(re.fullmatch(form, part) for part in parts):
+        raise UsageError(f"{option}: {text!r} is no list of numbers", "Write it like 1,2,4")
+    return tuple(map(float, parts))
+
+
+def parse_range(option: str, text: str) -> tuple[int, int]:
+    """The bounds of "64-512", or of "128" twice. Raises: UsageError."""
+    match = re.fullmatch(r"\s*([0-9]+)(?:\s*-\s*([0-9]+))?\s*", text)
+    low, high = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
+    if not 1 <= low <= high:
+        raise UsageError(f"{option}: {text!r} is no range of tokens", "Write it like 128 or 64-512")
+    return low, high

@@ -8,8 +8,9 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from html import escape
 from typing import Any
+
+from llmkit.checkpoint.page import WIDTH, escaped, figure, svg
 
 KINDS = {  # the shapes of their marks
     "qkv": "M-4.5 0a4.5 4.5 0 1 0 9 0a4.5 4.5 0 1 0 -9 0z",
@@ -20,9 +21,8 @@ KINDS = {  # the shapes of their marks
 }
 SPAN = 1e-8  # of the largest error is the least that has a place of its own
 _LEFT, _RIGHT, _TOP, _BOTTOM = 74, 16, 14, 46  # margins of a chart
-_WIDTH, _HEIGHT, _CELL = 960, 380, 26
+_HEIGHT, _CELL = 380, 26
 _LAYER = re.compile(r"layers\.(\d+)\.")
-_UNPRINTABLE = re.compile(r"[^\t\n\x20-\x7e\xa0-\U0010ffff]")
 _SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 Entry = Mapping[str, Any]
@@ -51,17 +51,12 @@ def bits_figure(linears: Iterable[Entry]) -> str:
         parts += [_cell(kind, layer, layers, y, cells[kind, layer]) for layer in range(layers)]
     bottom = _TOP + len(kinds) * _CELL
     parts += _layer_axis(layers, bottom + 2)
-    return _svg(parts, bottom + _BOTTOM, "bits of each linear layer")
+    return figure(svg(parts, bottom + _BOTTOM, "bits of each linear layer"))
 
 
 def number(value: object) -> float:
     """A figure of the report; NaN where there is none."""
     return float(value) if isinstance(value, (int, float)) else math.nan
-
-
-def escaped(value: object) -> str:
-    """Text for elements and quoted attributes; what HTML cannot hold becomes U+FFFD."""
-    return escape(_UNPRINTABLE.sub("\ufffd", str(value).encode("utf-8", "replace").decode()))
 
 
 def _legend(points: Iterable[Entry]) -> str:
@@ -89,7 +84,7 @@ def _chart(points: Sequence[tuple[int, Entry]], axis: str) -> str:
         return floor - max(0.0, share) * (floor - _TOP)
 
     parts = [
-        f'<line class=grid x1={_LEFT} x2={_WIDTH - _RIGHT} y1="{y_of(value):.1f}" y2="{y_of(value):.1f}"/>'
+        f'<line class=grid x1={_LEFT} x2={WIDTH - _RIGHT} y1="{y_of(value):.1f}" y2="{y_of(value):.1f}"/>'
         f'<text class=tick x={_LEFT - 10} y="{y_of(value) + 4:.1f}" text-anchor=end>{label}</text>'
         for value, label in _thinned(ticks)
     ]
@@ -99,7 +94,8 @@ def _chart(points: Sequence[tuple[int, Entry]], axis: str) -> str:
         f"{escaped(axis)}</text>"
     )
     parts += [_mark(entry, _x(layer, layers), y_of(float(entry["error"])), _step(layers)) for layer, entry in points]
-    return _svg(parts, _HEIGHT, f"{axis} by layer, on a log scale; the table of linear layers has the figures")
+    label = f"{axis} by layer, on a log scale; the table of linear layers has the figures"
+    return figure(svg(parts, _HEIGHT, label))
 
 
 def _mark(entry: Entry, x: float, y: float, step: float) -> str:
@@ -132,11 +128,6 @@ def _cell(kind: str, layer: int, layers: int, y: int, bits: set[int]) -> str:
     )
 
 
-def _svg(parts: Iterable[str], height: int, label: str) -> str:
-    start = f'<svg class=chart viewBox="0 0 {_WIDTH} {height}" role=img aria-label="{escaped(label)}">'
-    return "\n".join([f"<div class=scroll tabindex=0>{start}", *parts, "</svg></div>\n"])
-
-
 def _layer_axis(layers: int, y: float) -> list[str]:
     """The x axis: a number for every layer, or every second, fifth, ... where they are many."""
     every = next(step for step in (1, 2, 5, 10, 20, 50, 100, layers) if layers / step <= 32 or step == layers)
@@ -144,13 +135,13 @@ def _layer_axis(layers: int, y: float) -> list[str]:
         f'<text class=tick x="{_x(layer, layers):.1f}" y="{y + 18}" text-anchor=middle>{layer}</text>'
         for layer in range(0, layers, every)
     ]
-    line = f'<line class=base x1={_LEFT} x2={_WIDTH - _RIGHT} y1="{y}" y2="{y}"/>'
-    middle = (_LEFT + _WIDTH - _RIGHT) / 2
+    line = f'<line class=base x1={_LEFT} x2={WIDTH - _RIGHT} y1="{y}" y2="{y}"/>'
+    middle = (_LEFT + WIDTH - _RIGHT) / 2
     return [line, *numbers, f'<text class=axis x="{middle}" y="{y + 38}" text-anchor=middle>decoder layer</text>']
 
 
 def _step(layers: int) -> float:
-    return (_WIDTH - _LEFT - _RIGHT) / layers
+    return (WIDTH - _LEFT - _RIGHT) / layers
 
 
 def _x(layer: int, layers: int) -> float:

@@ -21,7 +21,7 @@ _CHUNK = 1 << 24  # float32 logits compared at once (64 MiB)
 class Quality:
     """Figures over all windows; those that compare with a reference are None when there was none.
 
-    mean_kl and p99_kl: KL(reference || model) in nats per token. top1: the share of positions where both predict
+    The KLs: KL(reference || model) in nats per token. top1: the share of positions where both predict
     the same token. tokens: positions compared.
     """
 
@@ -31,6 +31,9 @@ class Quality:
     p99_kl: float | None
     top1: float | None
     tokens: int
+    median_kl: float | None = None
+    p999_kl: float | None = None
+    max_kl: float | None = None
 
 
 def score(model: Decoder, reference: Decoder | None, windows: torch.Tensor) -> Quality:
@@ -63,10 +66,11 @@ def score_logits(
     if reference is None:
         return Quality(perplexity, None, None, None, None, windows.numel())
     kl = torch.cat(divergences)
-    p99 = kl.kthvalue(max(1, math.ceil(0.99 * len(kl)))).values.item()
+    median, p99, p999 = (kl.kthvalue(max(1, math.ceil(q * len(kl)))).values.item() for q in (0.5, 0.99, 0.999))
     return Quality(
-        perplexity, _perplexity(reference_loss, targets), kl.mean().item(), p99, agree / len(kl), windows.numel()
-    )
+        perplexity, _perplexity(reference_loss, targets), kl.mean().item(), p99, agree / len(kl), windows.numel(),
+        median, p999, kl.max().item(),
+    )  # fmt: skip
 
 
 def _loss(log_probabilities: torch.Tensor, following: torch.Tensor) -> float:

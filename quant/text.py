@@ -44,7 +44,7 @@ def load_text(source: str, render: Render | None = None, limit: int | None = Non
     if source == BUILTIN:
         name, documents = f"pydoc_data.topics of Python {platform.python_version()}", iter([builtin_text()])
     else:
-        name, documents = source, _documents(_records(source), render)
+        name, documents = source, _documents(records(source), render)
     kept, truncated = _take(documents, limit)
     if not any(document.strip() for document in kept):
         raise InputError(f"calibration text {source} is empty", f"Expected {_KINDS} with text in it")
@@ -97,7 +97,8 @@ def _take(documents: Iterable[str], limit: int | None) -> tuple[list[str], bool]
     return kept, False
 
 
-def _records(source: str) -> Iterator[Record]:
+def records(source: str) -> Iterator[Record]:
+    """The records of a .txt, .jsonl or .parquet file or a data set, as they are. Raises as `load_text` does."""
     path = Path(source)
     if path.suffix in _READERS or path.exists():
         return _open(path)

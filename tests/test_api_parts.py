@@ -57,7 +57,7 @@ CALLED = [
         HERMES,
         f"Let me see. \n<tool_call>{CITY}</tool_call>\n<tool_call>\n{SUM}\n</tool_call>\n",
         [Text("Let me see."), PARIS, ADD],
-    ),  # fmt: skip
+    ),
     (HERMES, f"<tool_call>{CITY}</tool_call>\n\nDone. ", [PARIS, Text("Done. ")]),
     (HERMES, f"<tool_call>{CITY}", [PARIS]),  # the last closer is often missing
     (HERMES, f"<tool_call>oh <tool_call>{CITY}</tool_call>", [Text("<tool_call>oh"), PARIS]),
@@ -65,7 +65,7 @@ CALLED = [
         HERMES,
         '<tool_call>{"name": "add", "arguments": {"a": "</tool_call>\\\\\\""}}</tool_call>',
         [("add", {"a": '</tool_call>\\"'})],
-    ),  # fmt: skip
+    ),
     (HERMES, '<tool_call>{"name": "add"}</tool_call>', [("add", {})]),
     (MISTRAL, f"[TOOL_CALLS][{CITY}, {SUM}]", [PARIS, ADD]),
     (MISTRAL, f"Well. [TOOL_CALLS] [{CITY}]", [Text("Well."), PARIS]),
@@ -144,9 +144,30 @@ def test_one_call_only_where_no_more_are_wanted() -> None:
 
 
 FRAGMENTS = [
-    "<tool_call>", "</tool_call>", "[TOOL_CALLS]", "<|python_tag|>", "<think>", "</think>", CITY, SUM, f"[{CITY}]",
-    "{", "}", "[", "]", '"', "\\", " ", "\n", ";", "x", "<", "tool", '{"name": "add", "arguments": {}}', "é",
-]  # fmt: skip
+    "<tool_call>",
+    "</tool_call>",
+    "[TOOL_CALLS]",
+    "<|python_tag|>",
+    "<think>",
+    "</think>",
+    CITY,
+    SUM,
+    f"[{CITY}]",
+    "{",
+    "}",
+    "[",
+    "]",
+    '"',
+    "\\",
+    " ",
+    "\n",
+    ";",
+    "x",
+    "<",
+    "tool",
+    '{"name": "add", "arguments": {}}',
+    "é",
+]
 
 
 @given(

@@ -7,6 +7,8 @@ import json
 import socket
 import threading
 from collections.abc import Awaitable, Callable, Iterator, Sequence
+from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -15,7 +17,7 @@ from tiny import tiny_checkpoint
 
 from llmkit.bench.bench import BenchOptions, bench
 from llmkit.bench.load import Server, Trace, base_url, find_server, read_trace, run_load
-from llmkit.bench.metrics import require_complete
+from llmkit.bench.metrics import Run, require_complete
 from llmkit.bench.targets import UrlTarget
 from llmkit.bench.workload import WorkloadRequest
 from llmkit.checkpoint.errors import InputError, ShortageError, UsageError
@@ -113,7 +115,9 @@ def requests(count: int, max_tokens: int = 4) -> list[WorkloadRequest]:
 
 def test_what_is_sent_and_what_is_measured(server: FakeServer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LLMKIT_API_KEY", "secret")
-    wall_s, timelines = run_load(Server(server.url, "tiny"), requests(5), clients=2)
+    run = run_load(Server(server.url, "tiny"), requests(5), clients=2)
+    wall_s, timelines = run.wall_s, run.timelines
+    assert run.client_s is not None and 0 < run.client_s < wall_s
     assert server.most == 2
     assert server.keys == ["Bearer secret"] * 5
     assert sorted(body["prompt"][0] for body in server.bodies) == [0, 1, 2, 3, 4]
@@ -138,9 +142,27 @@ def test_no_key_is_sent_when_there_is_none(server: FakeServer, monkeypatch: pyte
 
 
 def test_no_more_clients_than_there_are_requests(server: FakeServer) -> None:
-    _, timelines = run_load(Server(server.url, "tiny"), requests(3), clients=16)
+    timelines = run_load(Server(server.url, "tiny"), requests(3), clients=16).timelines
     assert [timeline.error for timeline in timelines] == [None] * 3
     assert server.most == 3
+
+
+def test_an_open_loop_waits_for_no_answer_and_for_each_time(server: FakeServer) -> None:
+    timed = [replace(request, at_s=0.02 * index) for index, request in enumerate(requests(4, max_tokens=10))]
+    run = run_load(Server(server.url, "tiny"), timed, clients=4)
+    sent = [timeline.sent_s - run.timelines[0].sent_s for timeline in run.timelines]
+    assert server.most > 1, "the second was sent before the first was answered"
+    assert all(later - earlier > 0 for earlier, later in pairwise(sent))
+    assert sent[3] >= 0.06 - run.timelines[0].late_s - 1e-3
+    assert all(timeline.late_s >= 0 for timeline in run.timelines)
+
+
+def test_a_conversation_waits_for_its_answers(server: FakeServer) -> None:
+    first, second, third, fourth = requests(4)
+    run = run_load(Server(server.url, "tiny"), [first, replace(second, follows=True), third, fourth], clients=3)
+    assert server.most == 3
+    one, two, three, _ = run.timelines
+    assert two.sent_s >= one.arrivals_s[-1] > three.sent_s
 
 
 async def refuse(request: web.Request) -> web.StreamResponse:
@@ -198,7 +220,7 @@ async def talk_nonsense(request: web.Request) -> web.StreamResponse:
 )
 def test_failures_are_told_and_leave_no_figures(server: FakeServer, handler: Handler, told: str) -> None:
     server.handler = handler
-    _, timelines = run_load(Server(server.url, "tiny"), requests(2), clients=2)
+    timelines = run_load(Server(server.url, "tiny"), requests(2), clients=2).timelines
     with pytest.raises(InputError, match=rf"2 of 2 requests of scenario x failed at tiny .*{told}"):
         require_complete(timelines, "tiny", "x")
 
@@ -213,7 +235,7 @@ def test_an_unreachable_server() -> None:
     url = f"http://127.0.0.1:{free_port()}"
     with pytest.raises(ShortageError, match=rf"{url} cannot be reached: Connection refused .errno 111, ECONNREFUSED."):
         find_server(url)
-    _, timelines = run_load(Server(url, "tiny"), requests(1), clients=1)
+    timelines = run_load(Server(url, "tiny"), requests(1), clients=1).timelines
     assert "ClientConnectorError" in str(timelines[0].error)
 
 
@@ -312,7 +334,7 @@ class TestBench:
         order: list[tuple[str, str]] = []
         run = UrlTarget.run
 
-        def watched(target: UrlTarget, requests: Sequence[WorkloadRequest], clients: int) -> object:
+        def watched(target: UrlTarget, requests: Sequence[WorkloadRequest], clients: int) -> Run:
             order.append((target.name[-2:], requests[0].id))
             return run(target, requests, clients)
 

@@ -3,14 +3,18 @@
 import pytest
 
 from llmkit.bench.metrics import (
+    CONDITIONAL,
     SPEED_METRICS,
     RequestTimeline,
+    Run,
+    client_figures,
     medians,
+    parse_slo,
     percentile,
     require_complete,
     summarize,
 )
-from llmkit.checkpoint.errors import InputError
+from llmkit.checkpoint.errors import InputError, UsageError
 
 
 def timelines() -> list[RequestTimeline]:
@@ -42,7 +46,7 @@ def test_figures_of_a_run() -> None:
     assert figures["itl_mean_ms"] == 625.0  # pooled over the gaps 250, 250, 500 and 1500
     assert figures["itl_p50_ms"] == 375.0
     assert figures["itl_p95_ms"] == pytest.approx(1350.0)
-    assert figures.keys() == SPEED_METRICS.keys()
+    assert figures.keys() == SPEED_METRICS.keys() - CONDITIONAL
 
 
 def test_single_tokens_have_no_gaps() -> None:
@@ -69,3 +73,28 @@ def test_failures_are_counted_and_end_the_measurement() -> None:
     with pytest.raises(InputError, match=r"1 of 3 requests of scenario online failed at x .*online-0-7: HTTP 500: no"):
         require_complete([*timelines(), failed], "x", "online")
     require_complete(timelines(), "x", "online")
+
+
+def test_bounds() -> None:
+    assert parse_slo("ttft:200ms, tpot:50ms,e2e:2s") == {"ttft": 0.2, "tpot": 0.05, "e2e": 2.0}
+    for text in ("", "ttft", "ttft:200", "itl:3ms", "ttft:ms", "ttft:1.2.3s", "ttft:200ms,"):
+        with pytest.raises(UsageError, match=r"is not understood at .*ttft:200ms,tpot:50ms,e2e:2s was expected"):
+            parse_slo(text)
+
+
+@pytest.mark.parametrize(
+    ("slo", "requests"),
+    [({"ttft": 0.5}, 1), ({"ttft": 1.0}, 2), ({"tpot": 0.3}, 1), ({"e2e": 0.9}, 0), ({"ttft": 1.0, "e2e": 1.0}, 1)],
+)
+def test_goodput_counts_requests_that_keep_every_bound(slo: dict[str, float], requests: int) -> None:
+    assert summarize(timelines(), 4.0, slo)["goodput"] == requests / 4
+
+
+def test_one_token_cannot_be_late_with_its_next() -> None:
+    assert summarize([RequestTimeline("a", 0.0, (0.5,), 4, 0, 1)], 1.0, {"tpot": 0.001})["goodput"] == 1.0
+
+
+def test_the_client_is_measured() -> None:
+    assert client_figures(Run(4.0, timelines())) == {}
+    late = [RequestTimeline("a", 0.0, (0.5,), 4, 0, 1, late_s=0.25)]
+    assert client_figures(Run(2.0, late, 0.5)) == {"client_us": 5e5, "client_busy": 0.25, "client_late_ms": 250.0}

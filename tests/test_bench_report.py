@@ -8,7 +8,15 @@ import pytest
 from rich.console import Console
 
 from llmkit.bench.gates import GateResult
-from llmkit.bench.report import BenchReport, TargetReport, compare_reports, differences, read_report, single_target
+from llmkit.bench.report import (
+    BenchReport,
+    RequestFigures,
+    TargetReport,
+    compare_reports,
+    differences,
+    read_report,
+    single_target,
+)
 from llmkit.checkpoint.errors import GateError, InputError
 
 
@@ -151,3 +159,40 @@ def test_what_does_not_compare_is_said() -> None:
     assert "cpu differs (A CPU and B)" in told
     assert compare_reports(a, b).workload == {}
     assert differences(make_report(workload={}), a) == []
+
+
+def repeated(name: str, *speeds: float) -> TargetReport:
+    rounds = [{"output_tps": speed} for speed in speeds]
+    return TargetReport(
+        name, name, "url", {}, {"quick": {"output_tps": sorted(speeds)[len(speeds) // 2]}}, {"quick": rounds}
+    )
+
+
+def test_what_is_chance_is_said() -> None:
+    alike = make_report(targets=[repeated("a", 100, 90, 110), repeated("b", 104, 95, 101)], baseline="a", gates=[])
+    faster = make_report(targets=[repeated("a", 100, 90, 110), repeated("b", 121, 110, 131)], baseline="a", gates=[])
+    assert row(text(alike), "output throughput")[-1] == "~1.01x"
+    assert row(text(faster), "output throughput")[-1] == "1.21x", "every round was faster by about as much"
+    assert alike.to_json()["targets"][0]["intervals"] == {
+        "quick.output_tps": [pytest.approx(75.16, abs=0.01), pytest.approx(124.84, abs=0.01)]
+    }
+    assert "±25" in text(alike)
+
+
+def test_runs_that_took_no_turns_are_compared_without_pairs() -> None:
+    a = make_report(targets=[repeated("a", 100, 90, 110)], baseline=None, gates=[])
+    b = make_report(targets=[repeated("b", 109, 99, 119)], baseline=None, gates=[])
+    both = compare_reports(a, b)
+    assert both.differs(both.targets[1], "quick.output_tps") is False
+    together = make_report(targets=[*a.targets, *b.targets], baseline="a", gates=[])
+    assert together.differs(together.targets[1], "quick.output_tps") is True
+    assert together.differs(together.targets[1], "perplexity") is None
+    assert BenchReport.from_json(both.to_json()).joined
+
+
+def test_requests_are_kept() -> None:
+    one = make_report()
+    one.targets[1].requests["quick"] = [RequestFigures(0.0, 0.1, 0.5, 10, 0, 4)]
+    again = BenchReport.from_json(json.loads(json.dumps(one.to_json())))
+    assert again.targets[1].requests == one.targets[1].requests
+    assert "TTFT" in one.to_json()["definitions"]

@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
+from xml.etree import ElementTree as Xml
 
 import psutil
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny import tiny_checkpoint
 
 from llmkit.bench.bench import BenchOptions, bench
-from llmkit.bench.metrics import SPEED_METRICS
+from llmkit.bench.loads import Load
+from llmkit.bench.metrics import CONDITIONAL, SPEED_METRICS
 from llmkit.bench.offline import run_engine
-from llmkit.bench.quality import evaluation
+from llmkit.bench.peaks import measure_peaks, peaks_file
+from llmkit.bench.quality import QUALITY, evaluation
 from llmkit.bench.report import BenchReport
 from llmkit.bench.targets import ServedTarget, is_url, memory_bytes, short_name
 from llmkit.bench.workload import WorkloadRequest
@@ -23,10 +30,20 @@ from llmkit.checkpoint.errors import GateError, InputError, ShortageError, Usage
 from llmkit.checkpoint.progress import SilentProgress
 from llmkit.checkpoint.source import open_checkpoint
 from llmkit.checkpoint.tokenizer import load_tokenizer
-from llmkit.runtime.engine.types import SamplingParams
+from llmkit.cli import main
+from llmkit.runtime.engine.types import Request, SamplingParams
 from llmkit.runtime.load import EngineOptions, load_engine
 
+CLIENT = {"client_us", "client_busy", "client_late_ms"}
 OFFLINE = BenchOptions(offline=True, limit=3, rounds=2, windows=3, window_tokens=48, device="cpu")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """An empty cache directory, so that nothing measured on this machine before is found."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +73,7 @@ class TestOffline:
     def test_speed(self, pair: BenchReport) -> None:
         for target in pair.targets:
             figures = target.scenarios["quick"]
-            assert figures.keys() == SPEED_METRICS.keys()
+            assert figures.keys() == SPEED_METRICS.keys() - CONDITIONAL
             assert len(target.rounds["quick"]) == 2
             assert (figures["requests"], figures["output_tokens"]) == (3, 96)
             assert figures["output_tps"] > 0
@@ -67,8 +84,9 @@ class TestOffline:
     def test_quality(self, pair: BenchReport) -> None:
         a, b = (target.metrics for target in pair.targets)
         assert a.keys() == {"perplexity", "checkpoint_bytes", "load_s"}
-        assert b.keys() == {"perplexity", "checkpoint_bytes", "load_s", "mean_kl", "p99_kl", "top1"}
-        assert 0 < b["mean_kl"] <= b["p99_kl"]
+        assert b.keys() == {"perplexity", "checkpoint_bytes", "load_s", *QUALITY}
+        assert 0 < b["median_kl"] <= b["p99_kl"] <= b["p999_kl"] <= b["max_kl"]
+        assert 0 < b["mean_kl"] <= b["max_kl"]
         assert 0 <= b["top1"] < 0.5, "two random models do not agree"
         assert a["perplexity"] > 1 and math.isfinite(a["perplexity"])
 
@@ -124,10 +142,119 @@ def test_a_model_is_no_further_from_itself_than_nothing(folder: Path, tmp_path: 
     assert report.workload == {}
 
 
+def test_quality_is_that_of_the_engine(folder: Path, tmp_path: Path) -> None:
+    """What a quantized checkpoint scores is what its served answers say: the engine's own log probabilities."""
+    for name, flags in (("int4", ["--method", "rtn"]), ("w8a8", ["--method", "int8", "--activations"])):
+        out = tmp_path / name
+        assert main.run(["quantize", str(folder / "a"), *flags, "-o", str(out), "--no-eval", "-q"]) == 0
+        report = run(out, options=replace(OFFLINE, speed=False))
+        chosen = evaluation(load_tokenizer(open_checkpoint(out)), "builtin", 3, 48, 0).windows
+        engine = load_engine(out, EngineOptions(device="cpu", kv_cache_memory=2**22))
+        sampling = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0, ignore_eos=True)
+        told: list[float] = []
+        for index, window in enumerate(chosen.tolist()):
+            engine.add(Request(str(index), window, sampling))
+        while engine.has_work:
+            told += [one.own for output in engine.step() for one in output.prompt_logprobs or ()]
+        assert len(told) == 3 * 47
+        assert report.targets[0].metrics["perplexity"] == pytest.approx(math.exp(-fmean(told)), rel=1e-5)
+
+
+def damaged(source: Path, out: Path, seed: int) -> Path:
+    """A copy in which one matrix has noise of a tenth of its size."""
+    shutil.copytree(source, out)
+    weights = load_file(out / "model.safetensors")
+    name = "model.layers.1.mlp.down_proj.weight"
+    noise = torch.randn(weights[name].shape, generator=torch.Generator().manual_seed(seed))
+    weights[name] += (0.1 * weights[name].float().std() * noise).to(weights[name].dtype)
+    save_file(weights, out / "model.safetensors", {"format": "pt"})
+    return out
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_damaged_checkpoint_fails_the_gates_and_an_unchanged_one_passes(tmp_path: Path, seed: int) -> None:
+    good = tiny_checkpoint(tmp_path / "good", seed=seed)
+    shutil.copytree(good, tmp_path / "same")
+    bad = damaged(good, tmp_path / "bad", seed)
+    gates = ["--gate", "mean_kl<=1e-6", "--gate", "perplexity<=1.000001*baseline", "--gate", "top1>=1"]
+    options = [
+        "--no-speed",
+        "--windows",
+        "2",
+        "--window-tokens",
+        "64",
+        "--seed",
+        str(seed),
+        "-q",
+        "--baseline",
+        str(good),
+    ]
+    assert main.run(["bench", str(tmp_path / "same"), *options, *gates]) == 0
+    assert main.run(["bench", str(bad), *options, *gates, "--junit", str(tmp_path / "gates.xml")]) == 1
+    suite = Xml.parse(tmp_path / "gates.xml").getroot()[0]
+    assert int(suite.get("failures", 0)) >= 1, "the file is there although the gates failed"
+
+
+class TestLoads:
+    """`--mode` as a whole, in this process."""
+
+    LOAD = Load(requests=4, input_tokens=(8, 16), output_tokens=(4, 6))
+
+    def test_latency_of_batches_with_wishes(self, folder: Path) -> None:
+        load = replace(self.LOAD, mode="latency", concurrency=(1, 3))
+        measure_peaks("cpu", copy_bytes=1 << 20, side=64)
+        gates = ("goodput>0", "mbu>0", "mfu>0", "cost_per_million>0", "batch3.request_rate>0")
+        options = replace(OFFLINE, limit=None, load=load, slo="e2e:60s", price_per_hour=2.0, quality=False, gates=gates)
+        report = run(folder / "a", options=options)
+        peaks_file().unlink()
+        (target,) = report.targets
+        assert {name: figures["requests"] for name, figures in target.scenarios.items()} == {"batch1": 1, "batch3": 3}
+        for figures in target.scenarios.values():
+            assert figures["goodput"] == pytest.approx(figures["request_rate"], rel=0.5)
+            assert len(figures.keys() & CONDITIONAL) == 4
+        one = target.rounds["batch3"][0]
+        assert one["cost_per_million"] == pytest.approx(2.0 / 3600 * 1e6 / one["output_tps"])
+        assert len(report.gates) == 9 and all(result.passed for result in report.gates)
+        assert [len(requests) for requests in target.requests.values()] == [1, 3]
+        report.to_json()["targets"][0]["intervals"]["batch1.output_tps"]
+
+    def test_a_sweep_ends_when_nothing_is_gained(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("llmkit.bench.bench.saturated", lambda levels: len(levels) == 2)
+        load = replace(self.LOAD, mode="sweep")
+        options = replace(OFFLINE, limit=None, rounds=1, load=load, quality=False, gates=("saturation_tps>0",))
+        (target,) = run(folder / "a", options=options).targets
+        assert list(target.scenarios) == ["c1", "c2"]
+        best = max(target.scenarios.values(), key=lambda figures: figures["output_tps"])
+        assert target.metrics["saturation_tps"] == best["output_tps"]
+        assert target.metrics["saturation_load"] in (1, 2)
+        with pytest.raises(UsageError, match=r"on c4\.output_tps, which is not measured for a"):
+            run(folder / "a", options=replace(options, gates=("c4.output_tps>0",)))
+
+    def test_conversations_at_their_times(self, folder: Path, tmp_path: Path) -> None:
+        words = [{"from": who, "value": "the quick brown fox"} for who in ("human", "gpt", "human", "gpt")]
+        long = [{"from": who, "value": "the quick brown fox " * 80} for who in ("human", "gpt")]
+        path = tmp_path / "talks.jsonl"
+        path.write_text("\n".join(json.dumps({"conversations": one}) for one in (words, long, words)))
+        load = replace(self.LOAD, rates=(50.0,), requests=2, turns=2)
+        options = replace(OFFLINE, limit=None, rounds=1, load=load, data=str(path), quality=False)
+        report = run(folder / "a", options=options)
+        (target,) = report.targets
+        assert target.scenarios["rate50"]["requests"] == 4
+        assert "1 conversations longer than 256 tokens were left out" in report.notes
+        assert target.scenarios["rate50"]["cached_tokens"] >= 0
+        first, second = sorted(target.requests["rate50"])[:2]
+        assert first.sent_s == 0 <= second.sent_s
+
+    def test_a_gate_needs_its_wish(self, folder: Path) -> None:
+        for gate in ("goodput>1", "mbu>0", "cost_per_million<1", "energy_per_token_j<1", "client_us<9"):
+            with pytest.raises(UsageError, match="which is not measured for a"):
+                run(folder / "a", options=replace(OFFLINE, gates=(gate,)))
+
+
 def test_the_engine_generates_what_it_generates_alone(folder: Path) -> None:
     engine = load_engine(folder / "a", EngineOptions(device="cpu", kv_cache_memory=2**22))
     requests = [WorkloadRequest(f"r{i}", tuple(range(10 + i, 40 + 3 * i)), 5 + i) for i in range(6)]
-    _, timelines = run_engine(engine, requests, clients=2)
+    timelines = run_engine(engine, requests, clients=2).timelines
     assert [timeline.id for timeline in timelines] == [request.id for request in requests]
     assert [timeline.output_tokens for timeline in timelines] == [5, 6, 7, 8, 9, 10]
     assert all(timeline.error is None and len(timeline.arrivals_s) == timeline.output_tokens for timeline in timelines)
@@ -141,7 +268,7 @@ def test_the_engine_generates_what_it_generates_alone(folder: Path) -> None:
 def test_a_request_the_engine_refuses_is_a_failure(folder: Path) -> None:
     engine = load_engine(folder / "a", EngineOptions(device="cpu", kv_cache_memory=2**22))
     requests = [WorkloadRequest("long", tuple(range(300)), 5), WorkloadRequest("short", (1, 2, 3), 5)]
-    _, (long, short) = run_engine(engine, requests, clients=1)
+    long, short = run_engine(engine, requests, clients=1).timelines
     assert long.error is not None and "256" in long.error
     assert short.error is None
 
@@ -232,6 +359,8 @@ class TestServed:
         (target,) = served.targets
         assert target.kind == "served"
         assert target.scenarios["quick"]["output_tokens"] == 96
+        assert target.scenarios["quick"].keys() == SPEED_METRICS.keys() - CONDITIONAL | CLIENT
+        assert 0 < target.scenarios["quick"]["client_busy"] < 1
         assert target.scenarios["quick"]["prompt_tokens"] == served.workload["scenarios"][0]["prompt_tokens"]
 
     def test_starting(self, served: BenchReport) -> None:

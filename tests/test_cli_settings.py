@@ -91,7 +91,7 @@ def test_the_file_may_be_named_by_the_environment(
         ("eval: maybe\n", "c.yaml:1: 'maybe' is neither true nor false. Write true or false."),
         ("group-size: [1, 2]\n", "c.yaml:1: one value was expected, not [1, 2]."),
         ("tp: many\n", "c.yaml:1: invalid value for '--tp': "),
-        ("- tp\n", "c.yaml:1: a list of `option: value` lines was expected."),
+        ("- tp\n", "c.yaml:1: a list of `key: value` lines was expected."),
         ("tp: [1\n", "c.yaml:2: not valid YAML (expected ',' or ']'"),
     ],
 )

@@ -13,7 +13,7 @@ from tiny import tiny_checkpoint
 
 from llmkit.checkpoint.source import open_checkpoint
 from llmkit.kernels.attention import CODES, AttentionBatch, KvCache, paged_attention
-from llmkit.kernels.rope import rotate_
+from llmkit.kernels.elementwise import rotate_
 from llmkit.kernels.rounding import round_tensor, round_tokens
 from llmkit.model.decoder import Decoder
 from llmkit.model.linear import Rounding

@@ -6,25 +6,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from expert_cases import put_together
 from tiny import tiny_checkpoint
 from triton_checks import interpreted
 
 from llmkit.checkpoint.source import open_checkpoint
-from llmkit.kernels.experts import shelve
 from llmkit.model import decoder
-from llmkit.model.decoder import DecoderLayer
 from llmkit.model.loader import load_model
 from llmkit.model.sequence import logits_of
 
 WINDOWS = torch.randint(3, 500, (2, 9), generator=torch.Generator().manual_seed(3))
-
-
-def put_together(layer: DecoderLayer) -> None:
-    """Lay its experts side by side, as the loader does on a GPU."""
-    names, shelves = [name for name in layer.linears if ".experts." in name], dict[str, list[torch.Tensor]]()
-    for name in names:
-        layer.linears[name].weight = shelve(shelves, name, layer.linears[name].weight, len(names) // 2)
-    layer.__dict__.pop("together", None)
 
 
 def results(path: str) -> dict[str, torch.Tensor]:

@@ -277,6 +277,7 @@ def test_a_long_conversation_is_told_its_length(http: httpx.Client) -> None:
     [
         ("GET", "/nowhere", 404),
         ("GET", "/v1/models/other", 404),
+        ("GET", "/v1/models/", 404),
         ("GET", "/docs", 404),
         ("GET", "/openapi.json", 404),
         ("GET", "/v1/completions", 405),

@@ -129,8 +129,20 @@ WRONG_IN_BOTH = [
     ({"logit_bias": {"x": 1}}, "logit_bias.x.[key]", "invalid_value"),
     ({"logit_bias": [5]}, "logit_bias", "invalid_type"),
     ({"logit_bias": {str(token): 1 for token in range(1025)}}, "logit_bias", "invalid_value"),
-    ({"tool_choice": "required"}, "tool_choice", "unsupported"),
-    ({"response_format": {"type": "json_object"}}, "response_format", "unsupported"),
+    ({"response_format": {"type": "yaml"}}, "response_format.type", "invalid_value"),
+    ({"response_format": {"type": "json_schema"}}, "response_format.json_schema", "invalid_value"),
+    ({"response_format": {"type": "json_object"}, "guided_regex": "a"}, "guided_regex", "invalid_value"),
+    ({"guided_json": "{"}, "guided_json", "invalid_grammar"),
+    ({"guided_json": [1]}, "guided_json", "invalid_type"),
+    ({"guided_json": {"enum": ["x" * 70_000]}}, "guided_json", "invalid_grammar"),
+    ({"guided_json": json.loads("[" * 70 + "]" * 70)}, "guided_json", "invalid_type"),
+    ({"guided_json": {"a": json.loads("[" * 70 + "]" * 70)}}, "guided_json", "invalid_grammar"),
+    ({"guided_choice": []}, "guided_choice", "invalid_value"),
+    ({"guided_choice": [""]}, "guided_choice", "invalid_value"),
+    ({"guided_choice": ["a", 5]}, "guided_choice.1", "invalid_type"),
+    ({"structured_outputs": {"xml": "a"}}, "structured_outputs.xml", "unknown_parameter"),
+    ({"structured_outputs": {"regex": "a", "choice": ["a"]}}, "structured_outputs.choice", "invalid_value"),
+    ({"guided_regex": "a", "ignore_eos": True}, "ignore_eos", "invalid_value"),
     ({"reasoning_effort": "high"}, "reasoning_effort", "unsupported"),
     ({"max_token": 5}, "max_token", "unknown_parameter"),
 ]
@@ -141,6 +153,7 @@ WRONG_IN_COMPLETIONS = [
     ({"n": 2, "best_of": 3}, "best_of", "unsupported"),
     ({"tools": [{"type": "function"}]}, "tools", "unsupported"),
 ]
+TOOL = {"type": "function", "function": {"name": "f"}}
 WRONG_IN_CHATS = [
     ({"top_logprobs": 3}, "top_logprobs", "invalid_value"),
     ({"logprobs": 1}, "logprobs", "invalid_type"),
@@ -152,6 +165,15 @@ WRONG_IN_CHATS = [
     ({"tools": [{"type": "function", "function": {"name": "f"}}] * 2}, "tools", "invalid_value"),
     ({"tools": [{"type": "function", "function": {"name": "f"}}] * 129}, "tools", "invalid_value"),
     ({"tool_choice": "sometimes"}, "tool_choice", "invalid_value"),
+    ({"tool_choice": "required"}, "tool_choice", "invalid_value"),
+    ({"tool_choice": {"type": "function"}}, "tool_choice", "invalid_value"),
+    ({"tool_choice": {"type": "function", "function": {"name": "f"}}}, "tool_choice", "invalid_value"),
+    ({"tools": [TOOL], "tool_choice": "required", "guided_regex": "a"}, "guided_regex", "invalid_value"),
+    (
+        {"tools": [{"type": "function", "function": {"name": "f", "parameters": {"type": "array"}}}]},
+        "tools.0.function.parameters",
+        "invalid_value",
+    ),
     ({"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs", "invalid_value"),
 ]
 WRONG_PROMPTS = [
@@ -397,8 +419,8 @@ def test_a_bug_in_a_route_is_a_500_in_json_that_tells_nothing() -> None:
 
 
 def test_sampling_defaults_come_from_the_generation_config() -> None:
-    config = {"temperature": 0.6, "top_p": 0.9, "top_k": 50, "do_sample": False}
-    assert SamplingDefaults.of(config) == SamplingDefaults(0.6, 0.9, 50, 0.0)
+    config = {"temperature": 0.6, "top_p": 0.9, "top_k": 50, "do_sample": False, "repetition_penalty": 1.1}
+    assert SamplingDefaults.of(config) == SamplingDefaults(0.6, 0.9, 50, 0.0, 1.1)
     assert SamplingDefaults.of({"temperature": None, "top_k": "x", "top_p": True}) == SamplingDefaults()
 
 

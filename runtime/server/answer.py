@@ -11,6 +11,7 @@ from starlette.types import Receive, Scope, Send
 
 from llmkit.runtime.server.errors import ApiError
 from llmkit.runtime.server.generation import Choice, Delta, Generation
+from llmkit.runtime.server.request_log import log_request
 from llmkit.runtime.server.shapes import Shape
 from llmkit.runtime.server.state import State
 
@@ -82,6 +83,8 @@ def _running(state: State, request: Request, generation: Generation) -> Iterator
     finally:
         generation.cancel()
         state.generations.discard(generation)
+        if state.options.log_requests:
+            log_request(generation.choices[0].request.adapter or state.model_name, generation.choices, generation.ended)
         watch.cancel()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from typing import Any
 
@@ -12,14 +13,19 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from llmkit.checkpoint.version import version
 from llmkit.runtime.server.answer import answer
+from llmkit.runtime.server.assets import page_routes
 from llmkit.runtime.server.body import read_json_body
 from llmkit.runtime.server.chat_body import ChatBody, conversation, described
 from llmkit.runtime.server.completion_body import CompletionBody
 from llmkit.runtime.server.errors import ApiError
 from llmkit.runtime.server.guard import Guard
+from llmkit.runtime.server.messages_body import CountBody, MessagesBody
+from llmkit.runtime.server.messages_shape import MessagesShape
 from llmkit.runtime.server.metrics import CONTENT_TYPE
 from llmkit.runtime.server.prepare import check_ids, encode_chat, prepare_chat, prepare_completion, tokenized
 from llmkit.runtime.server.protocol import Kind, parse
+from llmkit.runtime.server.responses_body import ResponsesBody
+from llmkit.runtime.server.responses_shape import ResponsesShape
 from llmkit.runtime.server.shapes import ChatShape, CompletionShape, Shape
 from llmkit.runtime.server.state import State
 from llmkit.runtime.server.token_body import DetokenizeBody, TokenizeBody
@@ -32,6 +38,9 @@ def build_app(state: State, api_keys: tuple[str, ...]) -> ASGIApp:
     for path, method, endpoint in (
         ("/v1/completions", "POST", routes.completions),
         ("/v1/chat/completions", "POST", routes.chat_completions),
+        ("/v1/responses", "POST", routes.responses),
+        ("/v1/messages", "POST", routes.messages),
+        ("/v1/messages/count_tokens", "POST", routes.count_tokens),
         ("/tokenize", "POST", routes.tokenize),
         ("/detokenize", "POST", routes.detokenize),
         ("/v1/models", "GET", routes.models),
@@ -40,8 +49,11 @@ def build_app(state: State, api_keys: tuple[str, ...]) -> ASGIApp:
         ("/ready", "GET", routes.health),
         ("/metrics", "GET", routes.metrics),
         ("/version", "GET", routes.version),
+        ("/info", "GET", routes.info),
     ):
         app.add_api_route(path, endpoint, methods=[method], response_model=None)
+    for path, page in page_routes().items():
+        app.add_api_route(path, page, methods=["GET"], response_model=None)
     app.add_exception_handler(ApiError, _answer_error)
     app.add_exception_handler(HTTPException, _answer_error)
     app.add_exception_handler(Exception, _answer_bug)
@@ -61,8 +73,12 @@ class Routes:
     async def version(self) -> Response:
         return _json({"version": version()})
 
+    async def info(self) -> Response:
+        self._check_ready()
+        return _json(self._state.info)
+
     async def metrics(self) -> Response:
-        return Response(self._state.metrics.render(), media_type=CONTENT_TYPE)
+        return Response(await asyncio.to_thread(self._state.metrics.render), media_type=CONTENT_TYPE)
 
     async def models(self) -> Response:
         self._check_ready()
@@ -83,6 +99,19 @@ class Routes:
     async def chat_completions(self, request: Request) -> Response:
         body = await self._body(ChatBody, request)
         return await self._chat(request, body, ChatShape(body, self._state.text.tokenizer))
+
+    async def responses(self, request: Request) -> Response:
+        body = await self._body(ResponsesBody, request)
+        return await self._chat(request, body.chat, ResponsesShape(body))
+
+    async def messages(self, request: Request) -> Response:
+        body = await self._body(MessagesBody, request)
+        return await self._chat(request, body.chat, MessagesShape(body.model))
+
+    async def count_tokens(self, request: Request) -> Response:
+        chat = (await self._body(CountBody, request)).chat
+        tokens, _ = await encode_chat(self._state.text.tokenizer, chat.conversation, chat.offered_tools, {})
+        return _json({"input_tokens": len(tokens)})
 
     async def tokenize(self, request: Request) -> Response:
         body = await self._body(TokenizeBody, request)
@@ -107,7 +136,8 @@ class Routes:
         self._check_ready()
         options = self._state.options
         body = parse(kind, await read_json_body(request, options.max_body_bytes, options.body_timeout))
-        self._check_model(body.model)
+        if body.model:  # /tokenize needs none
+            self._check_model(body.model)
         return body
 
     async def _chat(self, request: Request, body: ChatBody, shape: Shape) -> Response:
@@ -164,7 +194,7 @@ async def _answer_error(request: Request, error: Exception) -> Response:
         message = f"{error.detail}: {request.method} {request.url.path}"
         error = ApiError(error.status_code, message, code=code, headers=dict(error.headers or {}))
     assert isinstance(error, ApiError)
-    return Response(error.body(), error.status, error.headers, "application/json")
+    return Response(error.body(request.url.path), error.status, error.headers, "application/json")
 
 
 async def _answer_bug(request: Request, _error: Exception) -> Response:

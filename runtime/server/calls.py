@@ -39,15 +39,15 @@ class CallFormat:
     opener: str
     closer: str = ""
     whole: bool = False  # the answer is calls with ";" between them and nothing else; the opener may be missing
-    id_chars: int = 29
+    short_ids: bool = False  # of 9 letters and digits: Mistral's templates take no others
 
     def new_id(self) -> str:
-        """An id for a call. Mistral's templates take none but of 9 letters and digits."""
-        return secrets.token_hex(5)[:9] if self.id_chars == 9 else "call_" + secrets.token_hex(12)
+        """An id for a call."""
+        return secrets.token_hex(5)[:9] if self.short_ids else "call_" + secrets.token_hex(12)
 
 
 HERMES = CallFormat("<tool_call>", "</tool_call>")
-MISTRAL = CallFormat("[TOOL_CALLS]", id_chars=9)
+MISTRAL = CallFormat("[TOOL_CALLS]", short_ids=True)
 LLAMA = CallFormat("<|python_tag|>", whole=True)
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field
 
 from llmkit.runtime.server.errors import invalid
-from llmkit.runtime.server.protocol import GenerationBody, Harmless, Logprobs, Strict, refuse_unsupported
+from llmkit.runtime.server.protocol import Harmless, Logprobs, Strict, refuse_unsupported
+from llmkit.runtime.server.structure import StructuredBody, check_size
 
 MAX_MESSAGES = 4096
 MAX_TOOLS = 128
@@ -65,14 +67,14 @@ class Tool(Strict):
     function: Function
 
 
-class ChatBody(GenerationBody):
+class ChatBody(StructuredBody):
     """POST /v1/chat/completions."""
 
     messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
     logprobs: bool | None = None
     top_logprobs: Logprobs | None = None
     tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None = None
-    tool_choice: Any = None
+    tool_choice: Any = None  # "auto", "none", "required" or {"type": "function", "function": {"name": ...}}
     parallel_tool_calls: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
 
@@ -82,7 +84,9 @@ class ChatBody(GenerationBody):
         if self.top_logprobs and not self.logprobs:
             raise invalid("top_logprobs", "top_logprobs can be given with logprobs: true only.")
         check_variables(self.chat_template_kwargs)
-        _check_tools(self.tools or [], self.tool_choice)
+        _check_tools(self.tools or [], self.tool_choice, self.named_tool)
+        if self.must_call and self.form is not None:
+            raise invalid(self.form.param, f"{self.form.param} cannot be kept where a call is asked for.")
 
     @property
     def told_logprobs(self) -> int | None:
@@ -95,6 +99,36 @@ class ChatBody(GenerationBody):
         return described(offered)
 
     @property
+    def callable_tools(self) -> list[dict[str, Any]]:
+        """Those that it may call: one that `tool_choice` names is the only one."""
+        return [tool for tool in self.offered_tools if self.named_tool in (None, tool["function"]["name"])]
+
+    @property
+    def named_tool(self) -> str | None:
+        """The tool that `tool_choice` names. ApiError when it is something else that it may not be."""
+        match self.tool_choice:
+            case None | "auto" | "none" | "required":
+                return None
+            case {"type": "function", "function": {"name": str(name), **more}, **others} if not more and not others:
+                return name
+        raise invalid("tool_choice", "tool_choice must be auto, none, required or name a function.")
+
+    @property
+    def must_call(self) -> bool:
+        """Whether the answer has to be a call."""
+        return self.tool_choice not in (None, "auto", "none")
+
+    @property
+    def strict_calls(self) -> bool:
+        """Whether what begins as a call has to be one."""
+        return any(tool["function"].get("strict") for tool in self.offered_tools)
+
+    @property
+    def several_calls(self) -> bool:
+        """Whether it may call more than once."""
+        return self.parallel_tool_calls is not False and self.named_tool is None
+
+    @cached_property
     def conversation(self) -> list[dict[str, Any]]:
         """The messages as chat templates want them: text content only, `developer` under its older name."""
         return conversation(self.messages)
@@ -153,20 +187,19 @@ def _function(call: ToolCall, param: str) -> dict[str, Any]:
     return {"name": call.function.name, "arguments": arguments}
 
 
-def _check_tools(tools: list[Tool], choice: Any) -> None:
+def _check_tools(tools: list[Tool], choice: Any, name: str | None) -> None:
     names = [tool.function.name for tool in tools]
     if twice := {name for name in names if names.count(name) > 1}:
         raise invalid("tools", f"Two tools have the name {min(twice)}.")
     for index, tool in enumerate(tools):
-        if tool.function.strict:
-            message = "strict needs structured output, which this server does not have; leave it out."
-            raise invalid(f"tools.{index}.function.strict", message, "unsupported")
-    named = isinstance(choice, dict) and choice.get("type") == "function"
-    if choice == "required" or named:
-        message = "A call can be asked for only with structured output, which this server does not have; use auto."
-        raise invalid("tool_choice", message, "unsupported")
-    if choice not in (None, "auto", "none"):
-        raise invalid("tool_choice", "tool_choice must be auto or none.")
+        parameters = tool.function.parameters or {}
+        check_size(parameters, f"tools.{index}.function.parameters")
+        if parameters.get("type", "object") != "object":
+            raise invalid(f"tools.{index}.function.parameters", "A tool's parameters must be of the type object.")
+    if name is not None and name not in names:
+        raise invalid("tool_choice", f"There is no tool of the name {name}.")
+    if choice == "required" and not tools:
+        raise invalid("tool_choice", "tool_choice is required, but there are no tools.")
 
 
 def _text(content: Any, param: str) -> str:

@@ -1,4 +1,4 @@
-"""The body of /v1/completions, and those of /tokenize and /detokenize."""
+"""The body of /v1/completions."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from llmkit.runtime.server.errors import invalid
-from llmkit.runtime.server.protocol import MAX_N, GenerationBody, Logprobs
+from llmkit.runtime.server.protocol import MAX_N, Logprobs
+from llmkit.runtime.server.structure import StructuredBody
 
 
-class CompletionBody(GenerationBody):
+class CompletionBody(StructuredBody):
     """POST /v1/completions."""
 
     prompt: Any

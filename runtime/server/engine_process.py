@@ -16,6 +16,7 @@ import socket
 import sys
 import time
 import traceback
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from llmkit.checkpoint.errors import LlmkitError
@@ -42,11 +43,15 @@ EngineChannel = Channel[ToEngine]
 
 def serve(engine: Engine, early: list[ToEngine], channel: EngineChannel) -> None:
     """Run requests until the parent is gone (EOFError, OSError). `early`: messages that came while loading."""
-    _obey(engine, early, channel)
+    waits = Waits()
+    _obey(engine, early, channel, waits)
     while True:
         messages = channel.receive(wait=not engine.has_work)
-        _obey(engine, messages, channel)
+        _obey(engine, messages, channel, waits)
         if engine.has_work:
+            began = time.perf_counter()
+            told = engine.step()
+            waits.stepped(began, (s.request.id for s in engine.scheduler.running), (o.request_id for o in told))
             outputs = [
                 Output(
                     o.request_id,
@@ -57,24 +62,54 @@ def serve(engine: Engine, early: list[ToEngine], channel: EngineChannel) -> None
                     o.cached_tokens,
                     o.logprobs,
                     o.prompt_logprobs,
+                    waits.take(o.request_id),
                 )
-                for o in engine.step()
+                for o in told
             ]
             channel.send(Outputs(outputs, _stats(engine)))
         elif messages:
             channel.send(_stats(engine))
 
 
+class Waits:
+    """How long each request waited for its first step; what is told once is forgotten."""
+
+    def __init__(self) -> None:
+        self._since: dict[str, float] = {}  # perf_counter, of those that wait
+        self._waited: dict[str, float] = {}  # seconds, of those that have no token yet
+
+    def added(self, request_id: str) -> None:
+        """It waits from now on."""
+        self._since[request_id] = time.perf_counter()
+
+    def stepped(self, began: float, running: Iterable[str], told: Iterable[str]) -> None:
+        """A step began; the requests that run behind it, and those that it told of, which may have ended."""
+        if self._since:
+            for request_id in (*running, *told):
+                if (since := self._since.pop(request_id, None)) is not None:
+                    self._waited[request_id] = max(0.0, began - since)
+
+    def take(self, request_id: str) -> float | None:
+        """The seconds that it waited; None when they were told before."""
+        return self._waited.pop(request_id, None)
+
+    def forget(self, request_id: str) -> None:
+        """It is cancelled."""
+        self._since.pop(request_id, None)
+        self._waited.pop(request_id, None)
+
+
 def _load(message: Start, channel: EngineChannel) -> tuple[Engine, Ready]:
+    from llmkit.checkpoint.source import open_checkpoint
+    from llmkit.runtime.card import model_card
     from llmkit.runtime.load import StartUp, load_engine
 
     start = StartUp()
     start.seconds["python and imports"] = imported = process_age()
-    engine = load_engine(
-        message.model,
-        message.engine,
-        start,
-    )
+    with start.stage("checkpoint check"):
+        checkpoint = open_checkpoint(message.model)
+        card = model_card(checkpoint)
+    engine = load_engine(checkpoint, message.engine, start)
     gc.freeze()  # what is there now stays: no collection need look at it again
     with contextlib.suppress(OSError, AttributeError):  # another C library than glibc
         ctypes.CDLL(None).malloc_trim(0)  # what reading and casting have left behind
@@ -92,10 +127,11 @@ def _load(message: Start, channel: EngineChannel) -> tuple[Engine, Ready]:
         plan=start.plan.as_dict(),
         adapters=engine.adapters,
         paths=start.paths,
+        card=card,
     )
 
 
-def _obey(engine: Engine, messages: list[ToEngine], channel: EngineChannel) -> None:
+def _obey(engine: Engine, messages: list[ToEngine], channel: EngineChannel, waits: Waits) -> None:
     from llmkit.runtime.engine.types import Request, RequestError, SamplingParams
 
     for message in messages:
@@ -130,10 +166,12 @@ def _obey(engine: Engine, messages: list[ToEngine], channel: EngineChannel) -> N
                             message.grammar,
                         )
                     )
+                    waits.added(message.id)
                 except RequestError as error:
                     channel.send(Refused(message.id, error.code, error.message, error.param))
             case Cancel():
                 engine.cancel(message.id)
+                waits.forget(message.id)
 
 
 def _give_up(error: LlmkitError, channel: EngineChannel) -> None:

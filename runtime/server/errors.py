@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import msgspec
 
 MAX_MESSAGE_CHARS = 2000  # an envelope stays far below 16 KiB whatever was sent
@@ -15,6 +17,7 @@ _TYPES = {
     500: "server_error",
     503: "service_unavailable_error",
 }
+_ANTHROPIC_TYPES = {413: "request_too_large", 500: "api_error", 503: "overloaded_error"}
 
 
 class ApiError(Exception):
@@ -33,20 +36,20 @@ class ApiError(Exception):
         self.headers = headers or {}
         super().__init__(message)
 
-    def envelope(self) -> dict[str, dict[str, str | None]]:
-        """`{"error": {"message", "type", "param", "code"}}`, as OpenAI writes it."""
-        return {
-            "error": {
-                "message": _shorten(self.message, MAX_MESSAGE_CHARS),
-                "type": _TYPES.get(self.status, "invalid_request_error"),
-                "param": None if self.param is None else _shorten(self.param, MAX_PARAM_CHARS),
-                "code": self.code,
-            }
+    def envelope(self, anthropic: bool = False) -> dict[str, Any]:
+        """`{"error": {"message", "type", "param", "code"}}`, as OpenAI writes it; Anthropic has a `type` beside."""
+        types = _TYPES | _ANTHROPIC_TYPES if anthropic else _TYPES
+        error = {
+            "message": _shorten(self.message, MAX_MESSAGE_CHARS),
+            "type": types.get(self.status, "invalid_request_error"),
+            "param": None if self.param is None else _shorten(self.param, MAX_PARAM_CHARS),
+            "code": self.code,
         }
+        return {"type": "error", "error": error} if anthropic else {"error": error}
 
-    def body(self) -> bytes:
-        """The envelope as JSON."""
-        return msgspec.json.encode(self.envelope())
+    def body(self, path: str = "") -> bytes:
+        """The envelope as JSON, for a request to `path`."""
+        return msgspec.json.encode(self.envelope(path == "/v1/messages" or path.startswith("/v1/messages/")))
 
 
 def invalid(param: str, message: str, code: str = "invalid_value") -> ApiError:

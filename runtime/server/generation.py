@@ -15,7 +15,7 @@ from llmkit.runtime.engine.types import Logprobs
 from llmkit.runtime.server.calls import Text
 from llmkit.runtime.server.errors import ApiError
 from llmkit.runtime.server.messages import Add, Output, Refused
-from llmkit.runtime.server.metrics import Metrics
+from llmkit.runtime.server.metrics import Metrics, Times
 from llmkit.runtime.server.parts import Part, Parts
 from llmkit.runtime.server.replicas import Replicas
 from llmkit.runtime.server.stop import StopBuffer
@@ -77,8 +77,9 @@ class Choice:
         self.index = index
         self.completion_tokens = 0
         self.cached_tokens = 0
+        self.reasoning_tokens = 0  # that came while the answer had not begun, but a thought
         self.finish_reason: str | None = None
-        self.last_token_at = 0.0  # perf_counter; 0 before the first token
+        self.times = Times()
         self._detokenizer = detokenizer
         self._stop = StopBuffer(stops)
         self._parser = parser or Parts()
@@ -107,6 +108,7 @@ class Choice:
             text = self._stop.feed(text, final=finish is not None)
         ended = self._stop.stopped or finish is not None
         parts = self._parser.feed(text, final=ended)
+        self.reasoning_tokens += len(ids) if self._parser.thinking else 0
         self.finish_reason = "stop" if self._stop.stopped or self._parser.stopped else finish
         delta = Delta(self.index, parts, ids, finish_reason=self.finish_reason, prompt_logprobs=output.prompt_logprobs)
         if self.finish_reason == "stop" and self._parser.called:
@@ -141,6 +143,13 @@ class Generation:
 
     # Receiver
 
+    @property
+    def ended(self) -> str:
+        """How it ended: "finished", "cancelled", or the code of its error."""
+        if self._error is not None:
+            return self._error.code or "error"
+        return "finished" if all(choice.finish_reason for choice in self.choices) else "cancelled"
+
     def on_output(self, output: Output) -> None:
         self._inbox.append(output)
         self._news.set()
@@ -164,6 +173,7 @@ class Generation:
     def start(self) -> None:
         """Hand all choices to the engine."""
         for choice in self.choices:
+            choice.times = Times(self._arrived, sent=time.perf_counter())
             self._client.add(choice.request, self)
 
     def cancel(self) -> None:
@@ -203,19 +213,11 @@ class Generation:
             message = output.error or f"The engine ended the request ({output.finish_reason})."
             self._error = ApiError(500, message, code="generation_failed")
             return None
-        now = time.perf_counter()
-        if choice.last_token_at:
-            gap = (now - choice.last_token_at) / max(1, len(output.token_ids))
-            for _ in output.token_ids:
-                self._metrics.inter_token_latency.observe(gap)
-        else:
-            self._metrics.time_to_first_token.observe(now - self._arrived)
-        choice.last_token_at = now
+        self._metrics.came(choice.times, len(output.token_ids), output.queued_s)
         delta = choice.feed(output, self._stop_ids)
         if choice.finish_reason is not None:
             del self._open[output.id]
             if output.finish_reason is None:
                 self._client.cancel(output.id)
-            self._metrics.finished(choice.finish_reason)
-            self._metrics.e2e_latency.observe(now - self._arrived)
+            self._metrics.finished(choice.finish_reason, choice.times)
         return delta

@@ -10,11 +10,12 @@ from collections.abc import Sequence
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from llmkit.runtime.server.assets import PAGE_PATHS
 from llmkit.runtime.server.errors import ApiError
 from llmkit.runtime.server.hosts import is_loopback
 
 MAX_HEADER_BYTES = 64 * 1024
-OPEN_PATHS = frozenset({"/health", "/ready"})
+OPEN_PATHS = frozenset({"/health", "/ready"}) | PAGE_PATHS
 _LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "[::1]"})
 
 
@@ -42,7 +43,7 @@ class Guard:
         if error is None:
             await self._app(scope, receive, send)
         else:
-            await send_error(error, send)
+            await send_error(error, send, scope["path"])
 
     def _objection(self, scope: Scope) -> ApiError | None:
         pairs: list[tuple[bytes, bytes]] = scope["headers"]
@@ -55,24 +56,26 @@ class Guard:
         origin = headers.get(b"origin")
         if origin is not None and origin.decode("latin-1").lower() not in (f"http://{host}", f"https://{host}"):
             return ApiError(403, "Requests from web pages of another origin are refused.", code="foreign_origin")
-        key = self._key(headers.get(b"authorization", b""))
+        key = self._key(headers.get(b"authorization", b""), headers.get(b"x-api-key", b""))
         # Prefixes are cached apart for each key: how long an answer takes must not tell what others have asked.
         scope["llmkit.salt"] = "" if key is None else hashlib.sha256(key).hexdigest()
         if self._keys and scope["path"] not in OPEN_PATHS and key is None:
             return ApiError(
                 401,
-                "A valid API key is needed: Authorization: Bearer KEY.",
+                "A valid API key is needed: Authorization: Bearer KEY, or x-api-key: KEY.",
                 code="invalid_api_key",
                 headers={"www-authenticate": "Bearer"},
             )
         return None
 
-    def _key(self, authorization: bytes) -> bytes | None:
-        """The known key that the header gives."""
+    def _key(self, authorization: bytes, plain: bytes) -> bytes | None:
+        """The known key that one of the headers gives: OpenAI's, else Anthropic's."""
         scheme, _, given = authorization.partition(b" ")
+        if scheme.lower() != b"bearer":
+            given = plain
         # Every key is compared, in constant time each, so that time tells nothing about any of them.
         matches = [key for key in self._keys if hmac.compare_digest(given.strip(), key)]
-        return matches[0] if matches and scheme.lower() == b"bearer" else None
+        return matches[0] if matches else None
 
 
 def headers_too_large() -> ApiError:
@@ -81,9 +84,9 @@ def headers_too_large() -> ApiError:
     return ApiError(431, message, code="headers_too_large", headers={"connection": "close"})
 
 
-async def send_error(error: ApiError, send: Send) -> None:
-    """Answer with `error`."""
-    body = error.body()
+async def send_error(error: ApiError, send: Send, path: str) -> None:
+    """Answer a request to `path` with `error`."""
+    body = error.body(path)
     headers = {"content-type": "application/json", "content-length": str(len(body)), **error.headers}
     raw = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in headers.items()]
     await send({"type": "http.response.start", "status": error.status, "headers": raw})

@@ -57,7 +57,10 @@ async def serve(
         clients = [await EngineClient.connect(*one, who) for one, who in zip(engines, names, strict=True)]
         client = Replicas(clients, options.engine.prefix_cache)
         lost = _task(client.lost())
-        state = State(options, client, Metrics(lambda: client.stats), _model_name(options))
+        metrics = Metrics(lambda: client.stats, gpus=options.engine.device != "cpu")
+        for one in clients:
+            one.on_step = metrics.stepped
+        state = State(options, client, metrics, _model_name(options))
         http = _HttpServer(state, keys)
         serving = asyncio.create_task(http.serve(sockets=[listener]))
         text = _in_thread(lambda: _load_text(options.model, seconds))

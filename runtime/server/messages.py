@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import msgspec
 
 from llmkit.runtime.channel import Failed
@@ -61,6 +63,7 @@ class Ready(msgspec.Struct, tag=True):
     plan: dict[str, str | int | dict[str, int]]  # EnginePlan.as_dict
     adapters: list[str]  # names of models that are the loaded one with an adapter
     paths: list[str]  # which fast ways are taken, and why others are not
+    card: dict[str, Any]  # model_card
 
 
 class Output(msgspec.Struct, array_like=True):
@@ -74,6 +77,7 @@ class Output(msgspec.Struct, array_like=True):
     cached_tokens: int
     logprobs: list[Logprobs] | None = None
     prompt_logprobs: list[Logprobs] | None = None
+    queued_s: float | None = None  # from its Add to its first step, with its first tokens
 
 
 class Stats(msgspec.Struct, tag=True):

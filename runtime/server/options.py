@@ -22,4 +22,5 @@ class ServeOptions:
     max_waiting: int = 1024  # requests beyond max_num_seqs before the answer is 429
     max_body_bytes: int = 8 * 1024 * 1024
     body_timeout: float = 30.0
+    log_requests: bool = False  # a line of JSON for each, without its text
     debug: bool = False

@@ -35,6 +35,11 @@ class Parts:
         return self._calls.count if self._calls else 0
 
     @property
+    def thinking(self) -> bool:
+        """Whether a thought is under way."""
+        return self._thoughts is not None and self._thoughts.inside
+
+    @property
     def stopped(self) -> bool:
         """Whether the answer is over though the text may go on."""
         return self._calls is not None and self._calls.stopped
@@ -56,6 +61,11 @@ class Thoughts:
     def __init__(self, begun: bool) -> None:
         self._held = ""
         self._place = "start" if begun else "before"  # before, start, inside, after, done
+
+    @property
+    def inside(self) -> bool:
+        """Whether a thought has begun and not ended."""
+        return self._place in ("start", "inside")
 
     def feed(self, text: str, final: bool) -> tuple[str, str]:
         """The thought and the answer that `text` completes."""

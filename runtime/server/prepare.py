@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,7 @@ from llmkit.runtime.server.messages import Add, Ready
 from llmkit.runtime.server.parts import END_THINK, THINK, Parts
 from llmkit.runtime.server.protocol import INT64, GenerationBody
 from llmkit.runtime.server.state import State, TextSide
+from llmkit.runtime.server.structure import answer_grammar, call_grammars, check_grammar, quoted, whole_grammar
 
 COMPLETION_MAX_TOKENS = 16  # OpenAI's default for completions; a chat answer may fill the context
 _LONG_TEXT_CHARS = 8192  # longer texts are tokenized in a thread, so that streams keep flowing
@@ -33,6 +35,7 @@ class Prompt:
     echo: Echo | None = None
     parser: Callable[[], Parts] = Parts
     detokenizer: Callable[[], Detokenizer] | None = None
+    grammar: str | None = None
 
 
 async def prepare_completion(state: State, body: CompletionBody, request_id: str, salt: str = "") -> list[Choice]:
@@ -40,11 +43,16 @@ async def prepare_completion(state: State, body: CompletionBody, request_id: str
     given = body.prompts
     state.check_room(len(given) * (body.n or 1))
     tokenizer = state.text.tokenizer
+    grammar = None
+    if body.form is not None:
+        grammar = whole_grammar(answer_grammar(body.form), [], False, False, quoted)
+        await check_grammar(grammar, body.form.param)
     prompts = []
     for prompt in given:
         tokens = await tokenized(tokenizer, prompt) if isinstance(prompt, str) else prompt
         check_ids(tokens, state.facts.vocab_size, "prompt")
-        prompts.append(Prompt(tokens, "prompt", _echo(tokenizer, prompt, tokens) if body.echo else None))
+        echo = _echo(tokenizer, prompt, tokens) if body.echo else None
+        prompts.append(Prompt(tokens, "prompt", echo, grammar=grammar))
     limit = COMPLETION_MAX_TOKENS if body.output_limit is None else body.output_limit
     return _choices(state, body, request_id, prompts, limit, salt)
 
@@ -70,16 +78,23 @@ async def prepare_chat(state: State, body: ChatBody, request_id: str, salt: str 
     tools = body.offered_tools
     form = _call_format(tokenizer) if tools else None
     tokens, text = await encode_chat(tokenizer, body.conversation, tools, body.chat_template_kwargs or {})
-    names = [tool["function"]["name"] for tool in tools]
-    parallel = body.parallel_tool_calls is not False
+    names = [tool["function"]["name"] for tool in body.callable_tools]
     thinks = THINK in (tokenizer.template(bool(tools)) or "")
     begun = text.rstrip().endswith(THINK)
 
     def parser() -> Parts:
-        return Parts(thinks, begun, Calls(form, names, parallel) if form else None)
+        return Parts(thinks, begun, Calls(form, names, body.several_calls) if form else None)
 
+    grammar = None
+    if body.must_call or body.form is not None or body.strict_calls:
+        mark = functools.partial(_mark, tokenizer)
+        free = not body.must_call and body.form is None
+        calls = call_grammars(form, body.callable_tools, body.several_calls, free, mark) if form else []
+        answer = answer_grammar(body.form) if body.form else None
+        grammar = whole_grammar(answer, calls, thinks, begun, mark)
+        await check_grammar(grammar, body.form.param if body.form else "tools")
     marks = [*([form.opener, form.closer] if form else []), *([THINK, END_THINK] if thinks else [])]
-    prompt = Prompt(tokens, "messages", parser=parser, detokenizer=lambda: tokenizer.stream(shown=marks))
+    prompt = Prompt(tokens, "messages", None, parser, lambda: tokenizer.stream(shown=marks), grammar)
     return _choices(state, body, request_id, [prompt], body.output_limit, salt)
 
 
@@ -104,11 +119,17 @@ async def encode_chat(
         return tokenizer.render_chat(conversation, tools or None, add_generation_prompt, **variables)
 
     try:
-        long = sum(len(entry["content"]) for entry in conversation) >= _LONG_TEXT_CHARS
+        long = bool(tools) or sum(len(entry["content"]) for entry in conversation) >= _LONG_TEXT_CHARS
         text = await asyncio.to_thread(render) if long else render()
     except ChatTemplateError as error:
         raise invalid("messages", f"The chat template refuses the messages: {error}", "chat_template") from None
     return await tokenized(tokenizer, text, special=False), text  # the template writes the special tokens itself
+
+
+def _mark(tokenizer: Tokenizer, text: str) -> str:
+    """`text` as a Lark grammar names it: special tokens are no text."""
+    special = tokenizer.special_id(text)
+    return quoted(text) if special is None else f"<[{special}]>"
 
 
 def _call_format(tokenizer: Tokenizer) -> CallFormat:
@@ -171,13 +192,14 @@ def _request(body: GenerationBody, request_id: str, prompt: Prompt, limit: int, 
         ignore_eos=bool(body.ignore_eos),
         stop_token_ids=tuple(body.stop_token_ids or ()),
         min_tokens=body.min_tokens or 0,
-        repetition_penalty=body.repetition_penalty or 1.0,
+        repetition_penalty=body.repetition_penalty or defaults.repetition_penalty,
         presence_penalty=body.presence_penalty or 0.0,
         frequency_penalty=body.frequency_penalty or 0.0,
         logit_bias=body.logit_bias or {},
         logprobs=logprobs,
         prompt_logprobs=prompt_logprobs,
         priority=body.priority or 0,
+        grammar=prompt.grammar,
     )
 
 

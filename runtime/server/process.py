@@ -12,7 +12,7 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Protocol, cast
 
 from llmkit.checkpoint.errors import LlmkitError
@@ -74,6 +74,7 @@ class EngineClient(asyncio.Protocol):
         self.dead = asyncio.Event()
         self.failure: Failed | None = None
         self.stats = Stats()
+        self.on_step: Callable[[Stats, Stats], None] = lambda before, after: None
         self._process = process
         self._socket = ours
         self._who = who
@@ -131,6 +132,7 @@ class EngineClient(asyncio.Protocol):
         for body in self._frames.feed(data):
             match from_engine_decoder.decode(body):
                 case Outputs(outputs, stats):
+                    self.on_step(self.stats, stats)
                     self.stats = stats
                     for output in outputs:
                         self._deliver(output)

@@ -65,7 +65,6 @@ class GenerationBody(Body):
         "tool_choice": ("none", "auto"),
         "functions": ([],),
         "function_call": ("none", "auto"),
-        "response_format": ({"type": "text"},),
         "modalities": (["text"],),
         "audio": (),
         "prediction": (),
@@ -162,7 +161,20 @@ def parse(kind: type[Kind], data: bytes) -> Kind:
         raise _explain(error) from None
     except RecursionError:
         raise ApiError(400, "The JSON is nested too deeply.", code="invalid_json") from None
-    refuse_unsupported(body.model_extra or {}, "", kind.harmless, kind.no_effect)
+    return _complete(body)
+
+
+def build(kind: type[Kind], fields: dict[str, Any]) -> Kind:
+    """The body of `kind` that another endpoint's stands for; as `parse`."""
+    try:
+        body = kind.model_validate(fields)
+    except ValidationError as error:
+        raise _explain(error) from None
+    return _complete(body)
+
+
+def _complete(body: Kind) -> Kind:
+    refuse_unsupported(body.model_extra or {}, "", body.harmless, body.no_effect)
     body.check()
     return body
 

@@ -17,7 +17,7 @@ def shares(count: int, device: str) -> list[dict[str, str]]:
         return [{}]
     given = os.environ.get("OMP_NUM_THREADS", "")
     threads = int(given) if given.isdigit() else len(os.sched_getaffinity(0))
-    gpus = [] if device == "cpu" else _gpus()
+    gpus = [] if device == "cpu" else visible_gpus()
     each = len(gpus) // count
     if gpus and not each:
         todo = f"Use --dp {len(gpus)} or less, or --device cpu"
@@ -29,7 +29,7 @@ def shares(count: int, device: str) -> list[dict[str, str]]:
     ]
 
 
-def _gpus() -> list[str]:
+def visible_gpus() -> list[str]:
     """The GPUs that CUDA would show to a process of ours, by their numbers or names."""
     told = os.environ.get("CUDA_VISIBLE_DEVICES")
     if told is not None:

@@ -11,6 +11,7 @@ from enum import Enum
 from typing import Any
 
 from llmkit.checkpoint.tokenizer import Tokenizer
+from llmkit.checkpoint.version import version
 from llmkit.runtime.server.errors import ApiError
 from llmkit.runtime.server.generation import Generation
 from llmkit.runtime.server.messages import Ready
@@ -19,7 +20,7 @@ from llmkit.runtime.server.options import ServeOptions
 from llmkit.runtime.server.replicas import Replicas
 
 # generation_config.json fields that change what is sampled and that this server does not apply -> the neutral value.
-_NOT_APPLIED = {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "typical_p": 1.0, "penalty_alpha": None}
+_NOT_APPLIED = {"no_repeat_ngram_size": 0, "typical_p": 1.0, "penalty_alpha": None}
 
 
 class Phase(Enum):
@@ -46,6 +47,7 @@ class SamplingDefaults:
     top_p: float = 1.0
     top_k: int = 0
     min_p: float = 0.0
+    repetition_penalty: float = 1.0
 
     @staticmethod
     def of(config: dict[str, Any]) -> SamplingDefaults:
@@ -61,6 +63,7 @@ class SamplingDefaults:
             top_p=float(number("top_p", 1.0, 1e-6, 1)),
             top_k=int(number("top_k", 0, 0, 2**31 - 1)),
             min_p=float(number("min_p", 0.0, 0, 1)),
+            repetition_penalty=float(number("repetition_penalty", 1.0, 1e-6, 10)),
         )
 
 
@@ -119,6 +122,26 @@ class State:
         return [self.model_name, *self.facts.adapters]
 
     @property
+    def info(self) -> dict[str, Any]:
+        """What there is to know of the model and how it is served. Only once ready."""
+        facts, engine = self.facts, self.options.engine
+        return {
+            "model": self.model_name,
+            "adapters": facts.adapters,
+            "card": facts.card,
+            "device": facts.device,
+            "dtype": facts.dtype,
+            "max_model_len": facts.max_model_len,
+            "kv_cache_tokens": facts.kv_cache_tokens,
+            "memory": facts.plan,
+            "layout": {kind: max(getattr(engine, kind), size) for kind, size in facts.card["layout"].items()},
+            "replicas": engine.dp,
+            "defaults": vars(self.text.defaults),
+            "paths": facts.paths,
+            "version": version(),
+        }
+
+    @property
     def text(self) -> TextSide:
         """The tokenizer and defaults. Only once ready."""
         assert self._text is not None
@@ -136,7 +159,7 @@ class State:
         engine = self.options.engine
         limit = engine.dp * engine.max_num_seqs + self.options.max_waiting
         if requests > limit:
-            message = f"The request has {requests} prompts; at most {limit} can be queued."
+            message = f"The request asks for {requests} answers; at most {limit} can be queued."
             raise ApiError(400, message, code="too_many_prompts", param="prompt")
         if self.client.in_flight + requests > limit:
             message = f"The queue is full: {self.client.in_flight} requests run or wait. Try again later."

@@ -14,6 +14,7 @@ from llmkit.runtime.server.protocol import Body, Count
 class TokenizeBody(Body):
     """POST /tokenize: a prompt or messages."""
 
+    model: str = ""  # any of the server's: they have one tokenizer
     prompt: str | None = None
     messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)] | None = None
     tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None = None
@@ -38,4 +39,5 @@ class TokenizeBody(Body):
 class DetokenizeBody(Body):
     """POST /detokenize."""
 
+    model: str = ""
     tokens: list[Count]

@@ -231,7 +231,7 @@ def start(server: PeerServer, warmup: Sequence[WorkloadRequest]) -> dict[str, An
     facts: dict[str, Any] = {"command": shlex.join(server.words), "settings": server.settings}
     facts |= server.start() | {"ready_bytes": server.memory_bytes(), "peak_bytes": server.peak_bytes}
     print(f"{server.name}: ready in {facts['ready_s']:.1f} s, {facts['ready_bytes'] / MIB:.0f} MiB", flush=True)
-    _, timelines = server.run(warmup, WARMUP.clients)
+    timelines = server.run(warmup, WARMUP.clients).timelines
     require_complete(timelines, server.name, WARMUP.name)
     server.pause()
     return facts
@@ -241,9 +241,9 @@ def measure(server: PeerServer, scenario: str, requests: Sequence[WorkloadReques
     """The figures of one run, or `error` when a request failed."""
     try:
         server.resume()
-        wall_s, timelines = server.run(requests, SCENARIOS[scenario].clients)
-        require_complete(timelines, server.name, scenario)
-        return summarize(timelines, wall_s)
+        run = server.run(requests, SCENARIOS[scenario].clients)
+        require_complete(run.timelines, server.name, scenario)
+        return summarize(run.timelines, run.wall_s)
     except LlmkitError as error:
         return {"error": str(error)}
     finally:

@@ -215,13 +215,13 @@ function meaning(text, at, mark, depth, missing) {
     LINK.lastIndex = at;
     const found = LINK.exec(text);
     const target = found && mark === "[" ? safe(found[2]) : null;
-    if (target) return [link(target, inline(found[1], MAX_DEPTH)), LINK.lastIndex];
+    if (target) return [link(target, found[1]), LINK.lastIndex];
     return found ? [found[0], at + found[0].length] : [mark, behind];
   }
   if (mark.startsWith("http")) {
     const address = mark.replace(/[.,;:!?'*_~)\]]{1,20}$/, "");
     const target = safe(address);
-    return target ? [link(target, [address]), at + address.length] : [mark, behind];
+    return target ? [link(target, address), at + address.length] : [mark, behind];
   }
   const end = depth >= MAX_DEPTH || missing.has(mark) ? -1 : closing(text, mark, at);
   if (end < 0) {
@@ -270,6 +270,6 @@ function safe(address) {
   }
 }
 
-function link(target, children) {
-  return make("a", { href: target, target: "_blank", rel: "noopener noreferrer nofollow" }, ...children);
+function link(target, text) {
+  return make("a", { href: target, title: target, target: "_blank", rel: "noopener noreferrer nofollow" }, text);
 }

@@ -1,0 +1,102 @@
+"""Where prompts come from, and that it is what was said."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from tiny import tiny_checkpoint
+
+from llmkit.bench.data import load_data, within
+from llmkit.bench.workload import Data, builtin_text
+from llmkit.checkpoint.errors import InputError
+from llmkit.checkpoint.source import open_checkpoint
+from llmkit.checkpoint.tokenizer import Tokenizer, load_tokenizer
+
+SHAREGPT = {
+    "id": "x",
+    "conversations": [
+        {"from": "human", "value": "the quick fox"},
+        {"from": "gpt", "value": "jumps"},
+        {"from": "human", "value": "over"},
+        {"from": "human", "value": " what?"},
+        {"from": "gpt", "value": "the lazy dog"},
+        {"from": "human", "value": "and then"},
+    ],
+}
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    return load_tokenizer(open_checkpoint(tiny_checkpoint(tmp_path_factory.mktemp("data") / "tiny")))
+
+
+@pytest.fixture(autouse=True)
+def short_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = builtin_text()[:20_000]
+    monkeypatch.setattr("llmkit.bench.data.builtin_text", lambda: text)
+
+
+def spoken(data: Data, tokenizer: Tokenizer) -> list[list[tuple[str, str]]]:
+    return [[(tokenizer.decode(list(a)), tokenizer.decode(list(b))) for a, b in talk] for talk in data.conversations]
+
+
+@pytest.mark.parametrize("suffix", ["json", "jsonl"])
+def test_conversations(tokenizer: Tokenizer, tmp_path: Path, suffix: str) -> None:
+    messages = {"messages": [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "world"}]}
+    pair, silent = {"prompt": "one", "completion": "two"}, {"conversations": [{"from": "human", "value": "a"}]}
+    records = [SHAREGPT, messages, pair, silent]
+    path = tmp_path / f"talks.{suffix}"
+    path.write_text(json.dumps(records) if suffix == "json" else "\n".join(map(json.dumps, records)))
+    data = load_data(str(path), tokenizer, 0)
+    assert spoken(data, tokenizer) == [
+        [("the quick fox", "jumps"), ("over what?", "the lazy dog")],
+        [("hello", "world")],
+        [("one", "two")],
+    ]
+    lengths = [sum(len(a) + len(b) for a, b in talk) for talk in data.conversations]
+    assert len(within(data, lengths[1], 2).conversations) == sum(length <= lengths[1] for length in lengths)
+    first = sum(map(len, data.conversations[0][0]))
+    assert data.conversations[0] in within(data, first, 1).conversations
+    with pytest.raises(InputError, match=r"no conversation of .* fits a context of 1 tokens"):
+        within(data, 1, 1)
+
+
+def test_texts(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    path = tmp_path / "texts.jsonl"
+    path.write_text('{"text": "the quick brown"}\n{"text": "fox jumps"}\n')
+    data = load_data(str(path), tokenizer, 0)
+    assert tokenizer.decode(list(data.tokens)) == "the quick brown\n\nfox jumps"
+    assert not data.conversations
+    assert load_data("builtin", tokenizer, 0).tokens == tokenizer.encode(builtin_text()[:20_000], False)
+
+
+def test_random_tokens_are_seeded_and_ordinary(tokenizer: Tokenizer) -> None:
+    one, again, other = (load_data("random", tokenizer, seed).tokens for seed in (0, 0, 1))
+    assert one == again != other
+    assert set(one) <= set(tokenizer.encode(builtin_text()[:20_000], False)), "no special token"
+    assert len(set(one)) > 50
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ('{"words": "a"}', "line 1 of .* has nothing to prompt with .keys seen: words"),
+        ('{"conversations": []}', "holds no conversation with an answer"),
+        ('{"text": "a"}\n{"prompt": "a", "output": "b"}', "mixed"),
+    ],
+)
+def test_what_cannot_be_used(tokenizer: Tokenizer, tmp_path: Path, content: str, told: str) -> None:
+    path = tmp_path / "x.jsonl"
+    path.write_text(content + "\n")
+    with pytest.raises(InputError, match=told):
+        load_data(str(path), tokenizer, 0)
+
+
+def test_json_that_is_no_list(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    path = tmp_path / "x.json"
+    for content, told in (("{}", "is no list of records"), ("[1]", "is no list"), ("[", "cannot be read as JSON")):
+        path.write_text(content)
+        with pytest.raises(InputError, match=told):
+            load_data(str(path), tokenizer, 0)
