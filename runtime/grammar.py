@@ -16,7 +16,9 @@ from llmkit.checkpoint.tokenizer import load_tokenizer
 from llmkit.runtime.engine.types import RequestError
 
 KEPT = 64  # compiled grammars
-LIMITS = LLParserLimits(max_grammar_size=500_000, max_lexer_states=50_000, initial_lexer_fuel=2_000_000)
+LIMITS = LLParserLimits(
+    max_grammar_size=500_000, max_lexer_states=50_000, initial_lexer_fuel=300_000, step_lexer_fuel=50_000
+)
 
 
 class Grammars:
