@@ -207,7 +207,8 @@ def timeline(target: TargetReport, index: int, scenario: str) -> str:
         )
         parts.append(f"<g>{bars}<title>{escaped(words)}</title></g>")
     parts.append(_text("tick", panel.left - 8, panel.top + row, "first", "end"))
-    parts.append(_text("tick", panel.left - 8, bottom, "last", "end"))
+    lowest = "last" if len(requests) == len(target.requests[scenario]) else f"{ROWS}th"
+    parts.append(_text("tick", panel.left - 8, bottom, lowest, "end"))
     return svg(parts, int(bottom + 46), f"when the requests of {scenario} ran at {target.name}")
 
 
