@@ -11,9 +11,6 @@ from dataclasses import dataclass
 
 import torch
 
-from llmkit.model.decoder import Decoder
-from llmkit.model.sequence import logits_of
-
 _CHUNK = 1 << 24  # float32 logits compared at once (64 MiB)
 
 
@@ -36,15 +33,10 @@ class Quality:
     max_kl: float | None = None
 
 
-def score(model: Decoder, reference: Decoder | None, windows: torch.Tensor) -> Quality:
-    """Compare a model with its reference on token windows [n, L], one window at a time."""
-    return score_logits(logits_of(model, windows), logits_of(reference, windows) if reference else None, windows)
-
-
 def score_logits(
     logits: Iterable[torch.Tensor], reference: Iterable[torch.Tensor] | None, windows: torch.Tensor
 ) -> Quality:
-    """`score` from the logits [L, V] themselves, one tensor per window of [n, L]; n and L - 1 are at least 1."""
+    """Compare a model with its reference by their logits [L, V] of each window of [n, L]; n and L - 1 at least 1."""
     loss, reference_loss, agree, targets = 0.0, 0.0, 0, 0
     divergences: list[torch.Tensor] = []
     others: Iterator[torch.Tensor | None] = iter(reference) if reference is not None else iter([None] * len(windows))

@@ -22,7 +22,7 @@ from llmkit.quant.grid import FULL_SEARCH, round_to_nearest
 from llmkit.quant.methods import Choice, quantization_of
 from llmkit.quant.mixed import BITS, BitSearch, Unit, sensitivity
 from llmkit.quant.pipeline import site_of
-from llmkit.quant.quality import score
+from llmkit.quant.quality import score_logits
 from llmkit.quant.quantize import QuantizeOptions, quantize
 from llmkit.quant.stream import LayerStream
 from llmkit.quant.tokens import evaluation_windows
@@ -60,7 +60,7 @@ def test_sensitivity_is_the_kl_of_rounding_one_linear(tmp_path: Path, architectu
             if site.row.module in unit.modules:
                 linear = model.layers[site.row.stages[0]].linears[site.name]
                 linear.weight = round_to_nearest(linear.weight, site.scheme, site.dtype, FULL_SEARCH).dequantize()
-        kl = score(model, reference, windows).mean_kl
+        kl = score_logits(logits_of(model, windows), logits_of(reference, windows), windows).mean_kl
         assert unit.kl[4] == pytest.approx(kl, rel=0.02, abs=2e-7)
         assert 0 <= unit.kl[8] < 0.1 * unit.kl[4]
     assert next(logits_of(reference, windows)).shape == (40, tiny.VOCAB)
@@ -121,7 +121,8 @@ def test_target_bits_is_kept_and_the_checkpoint_says_which(llama: Path, tmp_path
     assert len(set(chosen.values())) > 1
     assert {entry["name"]: entry["bits"] for entry in report["linears"]}.items() <= chosen.items()
     model, reference = load_model(checkpoint, torch.float32), load_model(open_checkpoint(llama), torch.float32)
-    again = score(model, reference, evaluation_windows(load_tokenizer(checkpoint), 1, 256))
+    windows = evaluation_windows(load_tokenizer(checkpoint), 1, 256)
+    again = score_logits(logits_of(model, windows), logits_of(reference, windows), windows)
     assert again.mean_kl == pytest.approx(report["quality"]["mean_kl"], rel=1e-3)
     assert not list(tmp_path.glob("*.search"))
     plain = run(llama, tmp_path / "plain", method="gptq", format="compressed-tensors")

@@ -24,7 +24,7 @@ from llmkit.model.layout import parameters
 from llmkit.model.loader import load_model, read_parameter
 from llmkit.model.sequence import hidden_states, logits_of, packed
 from llmkit.quant import pipeline, text
-from llmkit.quant.quality import score
+from llmkit.quant.quality import score_logits
 from llmkit.quant.quantize import QuantizeOptions, check_gates, quantize
 from llmkit.quant.report import Report
 from llmkit.quant.storage import Storage, split_rows
@@ -182,7 +182,7 @@ def test_gptq_beats_rounding_in_kl_and_the_report_says_how_much(tmp_path: Path) 
 
     reference, model = open_checkpoint(source), open_checkpoint(tmp_path / "gptq")
     windows = evaluation_windows(load_tokenizer(model), 4, 256)
-    again = score(load_model(model, torch.float32), load_model(reference, torch.float32), windows)
+    again = score_logits(*(logits_of(load_model(one, torch.float32), windows) for one in (model, reference)), windows)
     for name, value in dataclasses.asdict(again).items():
         assert value == pytest.approx(gptq[name], rel=1e-4), name
 
@@ -371,7 +371,8 @@ def test_every_method_gives_a_close_model_that_is_what_was_scored(
     assert verify_manifest(tmp_path / "out") == []
 
     model, reference = load_model(checkpoint, torch.float32), load_model(open_checkpoint(llama), torch.float32)
-    again = score(model, reference, evaluation_windows(load_tokenizer(checkpoint), 1, 256))
+    windows = evaluation_windows(load_tokenizer(checkpoint), 1, 256)
+    again = score_logits(logits_of(model, windows), logits_of(reference, windows), windows)
     assert again.mean_kl == pytest.approx(report["quality"]["mean_kl"], rel=1e-3, abs=1e-7)
     rounded = [linear.rounding for layer in model.layers for linear in layer.linears.values()]
     assert all((rounding is not None) == (scheme.inputs != "none") for rounding in rounded)

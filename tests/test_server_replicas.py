@@ -31,7 +31,8 @@ class FakeClient:
     def __init__(self, blocks: int) -> None:
         self.ready: asyncio.Future[Ready] = asyncio.Future()
         tokens = blocks * BLOCK_TOKENS
-        self.ready.set_result(Ready(256, 512, "float32", "cpu", tokens, 1.0, {"load": float(blocks)}, {}, [], ["fast"], {}))
+        seconds = {"load": float(blocks)}
+        self.ready.set_result(Ready(256, 512, "float32", "cpu", tokens, 1.0, seconds, {}, [], ["fast"], {}))
         self.stats = Stats(running=blocks, prompt_tokens_total=10)
         self.added: list[str] = []
 
