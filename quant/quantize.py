@@ -115,6 +115,8 @@ class _Run:
             "quantization": dataclasses.asdict(plan.quantization) if plan.quantization else None,
             "algorithm": repr(plan.algorithm) if self.calibration is not None else None,
             "windows_sha256": self.figures["windows_sha256"] if self.figures else None,
+            # Sums of floats depend on how many threads share them: another number begins anew.
+            "threads": torch.get_num_threads() if self.calibration is not None else None,
             "source": plan.source.source_hashes(),
         }
 

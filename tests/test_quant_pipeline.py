@@ -278,6 +278,26 @@ def test_the_seed_decides_the_bytes(llama: Path, llama_int4: Path, tmp_path: Pat
     assert (llama_int4 / name).read_bytes() != (tmp_path / "other" / name).read_bytes()
 
 
+def test_another_number_of_threads_does_not_resume(llama: Path, tmp_path: Path) -> None:
+    with pytest.raises(InterruptedRunError):
+        quantize(str(llama), str(tmp_path / "out"), OPTIONS, StopAfter("quantize", 2))
+    calls = []
+    original, threads = pipeline._quantize_layer, torch.get_num_threads()
+
+    def count(*arguments: object) -> None:
+        calls.append(arguments)
+        original(*arguments)  # type: ignore[arg-type]
+
+    torch.set_num_threads(1 if threads > 1 else 2)
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(pipeline, "_quantize_layer", count)
+            run(llama, tmp_path / "out")
+    finally:
+        torch.set_num_threads(threads)
+    assert len(calls) == 3, "all layers: sums of floats depend on the number of threads"
+
+
 def test_other_options_do_not_resume(llama: Path, tmp_path: Path) -> None:
     with pytest.raises(InterruptedRunError):
         quantize(str(llama), str(tmp_path / "out"), OPTIONS, StopAfter("quantize", 2))
