@@ -6,14 +6,17 @@ pickled: the worst a confused peer can send is a decoding error.
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import os
 import select
 import signal
 import socket
 import struct
 import subprocess
+import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Generic, TypeVar
 
 import msgspec
@@ -29,6 +32,7 @@ from llmkit.checkpoint.errors import (
 
 _LENGTH = struct.Struct("<I")
 _READ_BYTES = 1 << 18
+_SOCKET_BUFFER_BYTES = 1 << 20
 _encoder = msgspec.msgpack.Encoder()
 _KINDS: dict[int, type[LlmkitError]] = {
     kind.exit_code: kind for kind in (UsageError, InputError, ShortageError, OutputError)
@@ -114,8 +118,39 @@ class Channel(Generic[In]):
         self.socket.sendall(frame(message))
 
 
-def exit_with_peer(fd: int) -> None:
-    """End this process at once when the other end of `fd` closes, even in the middle of a load or a step."""
+def spawn(
+    module: str, message: msgspec.Struct, variables: Mapping[str, str]
+) -> tuple[subprocess.Popen[bytes], socket.socket]:
+    """Start `python -m module` on its first message; return it and our end of the socket pair.
+
+    variables: of its environment. The process calls `parent_socket`.
+    """
+    ours, theirs = socket.socketpair()
+    for one in (ours, theirs):
+        one.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SOCKET_BUFFER_BYTES)
+    with theirs:
+        process = subprocess.Popen(  # noqa: S603 - our own module, no shell, no user text among the arguments
+            [sys.executable, "-m", module, "--fd", str(theirs.fileno())],
+            stdin=subprocess.DEVNULL,
+            stdout=sys.__stderr__.fileno() if sys.__stderr__ else subprocess.DEVNULL,
+            pass_fds=[theirs.fileno()],
+            env=os.environ | variables,
+            start_new_session=True,  # Ctrl-C is the parent's to handle
+        )
+    ours.sendall(frame(message))
+    return process, ours
+
+
+def parent_socket() -> socket.socket:
+    """Our end of the socket pair, in a process that was spawned: SIGINT and SIGTERM are left to the parent.
+
+    When the other end closes, this process ends at once, even in the middle of a load or a step.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--fd", type=int, required=True)
+    fd: int = parser.parse_args().fd
 
     def watch() -> None:
         poll = select.poll()
@@ -123,7 +158,17 @@ def exit_with_peer(fd: int) -> None:
         poll.poll()
         os._exit(0)
 
-    threading.Thread(target=watch, name="peer-watch", daemon=True).start()
+    threading.Thread(target=watch, name="parent-watch", daemon=True).start()
+    return socket.socket(fileno=fd)
+
+
+def end(process: subprocess.Popen[bytes], wait_s: float = 5.0) -> None:
+    """Wait for a process whose socket is closed, and kill it when it does not end by itself."""
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(wait_s)
+        return
+    process.kill()
+    process.wait()
 
 
 def exit_text(process: subprocess.Popen[bytes]) -> str:

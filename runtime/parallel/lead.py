@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import secrets
 import select
-import socket
-import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -25,7 +21,7 @@ from llmkit.checkpoint.source import Checkpoint
 from llmkit.checkpoint.text import bytes_text
 from llmkit.model.decoder import Decoder
 from llmkit.model.device import resolve_device
-from llmkit.runtime.channel import Channel, Failed, exit_text
+from llmkit.runtime.channel import Channel, Failed, end, exit_text, spawn
 from llmkit.runtime.engine.engine import Engine
 from llmkit.runtime.engine.types import EngineConfig, EngineOptions, Request, RequestError, TokenOutput
 from llmkit.runtime.load import LoadedPart, StartUp, load_part
@@ -41,19 +37,10 @@ class _Rank:
     """Another rank's process."""
 
     def __init__(self, index: int, join: Join, device: torch.device) -> None:
-        ours, theirs = socket.socketpair()
+        variables = {"OMP_NUM_THREADS": str(join.threads)} if device.type == "cpu" else {}
         self.index = index
+        self.process, ours = spawn("llmkit.runtime.parallel.worker", join, variables)
         self.channel: Channel[FromRank] = Channel(ours, from_rank_decoder)
-        with theirs:
-            self.process = subprocess.Popen(  # noqa: S603 - our own module, no shell, no user text among the arguments
-                [sys.executable, "-m", "llmkit.runtime.parallel.worker", "--fd", str(theirs.fileno())],
-                stdin=subprocess.DEVNULL,
-                stdout=sys.__stderr__.fileno() if sys.__stderr__ else subprocess.DEVNULL,
-                pass_fds=[theirs.fileno()],
-                env=os.environ | ({"OMP_NUM_THREADS": str(join.threads)} if device.type == "cpu" else {}),
-                start_new_session=True,
-            )
-        self.channel.send(join)
 
     def receive(self) -> Loaded:
         """What it tells after loading. Raises the LlmkitError that it ended with."""
@@ -79,11 +66,7 @@ class _Rank:
     def end(self) -> None:
         """Hang up, and see that the process is gone."""
         self.channel.socket.close()
-        try:
-            self.process.wait(_GRACE_S)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
+        end(self.process, _GRACE_S)
 
 
 class LeadEngine(Engine):

@@ -5,15 +5,12 @@ It loads its part and then does what it is told, until the first one is gone. SI
 
 from __future__ import annotations
 
-import argparse
-import signal
-import socket
 import sys
 from pathlib import Path
 
 from llmkit.checkpoint.source import open_checkpoint
 from llmkit.model.device import resolve_device
-from llmkit.runtime.channel import Channel, Failed, exit_with_peer
+from llmkit.runtime.channel import Channel, Failed, parent_socket
 from llmkit.runtime.engine.engine import Engine
 from llmkit.runtime.load import StartUp
 from llmkit.runtime.parallel.lead import agreed, load_rank
@@ -48,13 +45,7 @@ def _obey(engine: Engine, messages: list[ToRank]) -> None:
 
 def main() -> int:
     """Run the process. The first rank learns of a failure from the Failed message."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--fd", type=int, required=True)
-    fd: int = parser.parse_args().fd
-    exit_with_peer(fd)
-    channel: Channel[ToRank] = Channel(socket.socket(fileno=fd), to_rank_decoder)
+    channel: Channel[ToRank] = Channel(parent_socket(), to_rank_decoder)
     try:
         follow(channel)
     except (EOFError, BrokenPipeError, ConnectionResetError):

@@ -6,13 +6,10 @@ on the socket when there is nothing to do, and ends with the socket. SIGINT and 
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import ctypes
 import gc
 import os
-import signal
-import socket
 import sys
 import time
 import traceback
@@ -20,7 +17,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from llmkit.checkpoint.errors import LlmkitError
-from llmkit.runtime.channel import Channel, Failed, exit_with_peer
+from llmkit.runtime.channel import Channel, Failed, parent_socket
 from llmkit.runtime.server.age import process_age
 from llmkit.runtime.server.messages import (
     Add,
@@ -188,13 +185,7 @@ def _stats(engine: Engine) -> Stats:
 
 def main() -> int:
     """Run the process. The parent learns of a failure from the Failed message; the exit code says it again."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--fd", type=int, required=True)
-    fd: int = parser.parse_args().fd
-    exit_with_peer(fd)
-    channel = EngineChannel(socket.socket(fileno=fd), to_engine_decoder)
+    channel = EngineChannel(parent_socket(), to_engine_decoder)
     tracebacks = True
     try:
         start, *early = channel.receive(wait=True)

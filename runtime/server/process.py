@@ -8,15 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import socket
 import subprocess
-import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Protocol, cast
 
 from llmkit.checkpoint.errors import LlmkitError
-from llmkit.runtime.channel import Failed, FrameReader, exit_text, frame
+from llmkit.runtime.channel import Failed, FrameReader, end, exit_text, frame
 from llmkit.runtime.server.messages import (
     Add,
     Cancel,
@@ -24,14 +22,10 @@ from llmkit.runtime.server.messages import (
     Outputs,
     Ready,
     Refused,
-    Start,
     Stats,
     ToEngine,
     from_engine_decoder,
 )
-
-_EXIT_WAIT_S = 5.0
-_SOCKET_BUFFER_BYTES = 1 << 20
 
 
 class Receiver(Protocol):
@@ -42,24 +36,6 @@ class Receiver(Protocol):
     def on_refused(self, refused: Refused) -> None: ...
 
     def on_dead(self) -> None: ...
-
-
-def spawn(start: Start, variables: Mapping[str, str]) -> tuple[subprocess.Popen[bytes], socket.socket]:
-    """Start an engine process on `start`; return it and our end of the socket pair. variables: of its environment."""
-    ours, theirs = socket.socketpair()
-    for end in (ours, theirs):
-        end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SOCKET_BUFFER_BYTES)
-    with theirs:
-        process = subprocess.Popen(  # noqa: S603 - our own module, no shell, no user text among the arguments
-            [sys.executable, "-m", "llmkit.runtime.server.engine_process", "--fd", str(theirs.fileno())],
-            stdin=subprocess.DEVNULL,
-            stdout=sys.__stderr__.fileno() if sys.__stderr__ else subprocess.DEVNULL,
-            pass_fds=[theirs.fileno()],
-            env=os.environ | variables,
-            start_new_session=True,  # Ctrl-C is the parent's to handle
-        )
-    ours.sendall(frame(start))
-    return process, ours
 
 
 class EngineClient(asyncio.Protocol):
@@ -171,12 +147,3 @@ class EngineClient(asyncio.Protocol):
             return self.failure.error()
         end(self._process)
         return LlmkitError(f"the engine process ended while it loaded the model ({exit_text(self._process)})")
-
-
-def end(process: subprocess.Popen[bytes]) -> None:
-    """Wait for a process whose socket is closed, and kill it when it does not end by itself."""
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(_EXIT_WAIT_S)
-        return
-    process.kill()
-    process.wait()

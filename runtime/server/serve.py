@@ -14,15 +14,16 @@ from pathlib import Path
 from typing import Any
 
 from llmkit.checkpoint.errors import InputError, ShortageError, UsageError
+from llmkit.runtime.channel import end, spawn
 from llmkit.runtime.server.hosts import is_loopback
 from llmkit.runtime.server.messages import Start
 from llmkit.runtime.server.options import ServeOptions
-from llmkit.runtime.server.process import end, spawn
 from llmkit.runtime.server.shares import shares
 
 __all__ = ["ServeOptions", "run_server"]
 
 API_KEY_VARIABLE = "LLMKIT_API_KEY"
+_ENGINE = "llmkit.runtime.server.engine_process"
 _BACKLOG = 2048
 
 
@@ -52,7 +53,7 @@ def run_server(
         engines: list[tuple[subprocess.Popen[bytes], socket.socket]] = []
         try:
             start = Start(options.model, options.engine, options.debug)
-            engines.extend(spawn(start, share) for share in shares(options.engine.dp, options.engine.device))
+            engines.extend(spawn(_ENGINE, start, share) for share in shares(options.engine.dp, options.engine.device))
             # Imported now: the engine processes load the model meanwhile.
             import uvloop
 
