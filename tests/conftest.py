@@ -7,8 +7,14 @@ import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    import httpx
+    import openai
+    from serving import ServerProcess
 
 for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
     os.environ.setdefault(name, "1")
@@ -30,3 +36,19 @@ def short_builtin_text() -> Iterator[None]:
         short = text.builtin_text()[:50_000]
         patch.setattr(text, "builtin_text", lambda: short)
         yield
+
+
+@pytest.fixture(scope="module")
+def client(server: ServerProcess) -> Iterator[openai.OpenAI]:
+    """OpenAI's own, of a module's `server`."""
+    import openai
+
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key=server.key, max_retries=0, timeout=60) as client:
+        yield client
+
+
+@pytest.fixture
+def http(server: ServerProcess) -> Iterator[httpx.Client]:
+    """A plain client of a module's `server`."""
+    with server.client() as client:
+        yield client
