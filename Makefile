@@ -15,7 +15,7 @@ LLAMACPP ?= .llamacpp
 LLAMACPP_SDIST := llama-cpp-python==0.3.36
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help venv demo test lint gpu bench-quant bench-memory bench-shard bench-serve interop interop-shard clean
+.PHONY: help venv demo test test-scale soak lint gpu bench-quant bench-memory bench-shard bench-serve interop interop-shard clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -27,6 +27,12 @@ demo: $(VENV)/.demo ## quantize, shard, serve and measure a real model (under 8 
 
 test: $(VENV)/.dev ## run the tests
 	@$(BIN)/python -m pytest
+
+test-scale: $(VENV)/.dev ## the tests beside other engines and servers: Ray, nginx, S3, MLflow
+	@$(BIN)/python -m pytest -m scale
+
+soak: $(VENV)/.dev ## ten minutes of requests, cancels and attacks against a server
+	@$(BIN)/python -m pytest -m soak
 
 lint: $(VENV)/.dev ## ruff, mypy --strict and the import rules
 	@$(BIN)/ruff check .
