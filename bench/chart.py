@@ -6,10 +6,12 @@ Colours are classes; a target has a mark of its own too. Every drawing is well-f
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from llmkit.bench.metrics import STAGE, STARTUP, STARTUP_METRICS, metric_named
 from llmkit.bench.tables import number_text
 from llmkit.checkpoint.page import STYLE, WIDTH, escaped, svg
 from llmkit.checkpoint.text import bytes_text
@@ -51,8 +53,8 @@ class Panel:
     def y(self, value: float) -> float:
         return self.top + self.height - value / self.top_value * self.height
 
-    def frame(self, x_title: str, y_title: str) -> list[str]:
-        """Grid, numbers and titles."""
+    def frame(self, x_title: str, y_title: str, below: float = 38) -> list[str]:
+        """Grid, numbers and titles; below: how far the horizontal axis' title is from it."""
         bottom, right = self.top + self.height, self.left + self.width
         parts = [f'<line class="base" x1="{self.left}" x2="{right:.1f}" y1="{bottom}" y2="{bottom}"/>']
         for value in ticks(self.top_value):
@@ -61,7 +63,7 @@ class Panel:
             parts.append(_text("tick", self.left - 8, y + 4, f"{value:,.6g}", "end"))
         numbers = ticks(self.right_value)
         parts += [_text("tick", self.x(value), bottom + 17, f"{value:,.6g}") for value in numbers]
-        parts.append(_text("axis", self.left + self.width / 2, bottom + 38, x_title))
+        parts.append(_text("axis", self.left + self.width / 2, bottom + below, x_title))
         place = f'transform="translate({self.left - 56:.0f} {self.top + self.height / 2:.0f}) rotate(-90)"'
         parts.append(f'<text class="axis" {place} text-anchor="middle">{escaped(y_title)}</text>')
         return parts
@@ -90,14 +92,15 @@ def pareto(report: BenchReport) -> str:
     points = []
     for index, target in enumerate(report.targets):
         quality = target.metrics.get(measure, 0.0 if target.name == report.baseline and measure == "mean_kl" else None)
-        speed = max((figures["output_tps"] for figures in target.scenarios.values()), default=None)
+        rates = [figures["output_tps"] for figures in target.scenarios.values() if "output_tps" in figures]
+        speed = max(rates, default=None)
         if quality is not None and speed is not None and math.isfinite(quality):
             points.append((index, speed, quality))
     if len(points) < 2:
         return ""
     panel = _panel([(speed, quality) for _, speed, quality in points], height=320)
     titles = {"mean_kl": "KL divergence, nats a token (lower is better)", "perplexity": "perplexity (lower is better)"}
-    parts = panel.frame("output tokens/s, of the fastest scenario (more is better)", titles[measure])
+    parts = panel.frame("output tokens/s, of the fastest scenario (more is better)", titles[measure], 52)
     front, best = [], math.inf
     for _, speed, quality in sorted(points, key=lambda point: -point[1]):
         if quality < best:
@@ -117,7 +120,7 @@ def pareto(report: BenchReport) -> str:
         y = min(y, panel.top + panel.height - 18)  # names keep off the axis
         parts.append(_text("name", x + side * (radius + 6), y - 4, target.name, anchor))
         parts.append(_text("tick", x + side * (radius + 6), y + 12, size, anchor))
-    return svg(parts, 400, "quality over speed, with memory as the area of the circles")
+    return svg(parts, 414, "quality over speed, with memory as the area of the circles")
 
 
 def latencies(report: BenchReport, scenario: str) -> str:
@@ -212,11 +215,52 @@ def timeline(target: TargetReport, index: int, scenario: str) -> str:
     return svg(parts, int(bottom + 46), f"when the requests of {scenario} ran at {target.name}")
 
 
+def starts(report: BenchReport) -> str:
+    """A bar for each target's start, its stages side by side, the first token last. "" when there are none."""
+    bars = []
+    for target in report.targets:
+        figures = target.scenarios.get(STARTUP, {})
+        stages = [(name, spent) for name, spent in figures.items() if name.startswith(STAGE) and spent > 0]
+        if stages:
+            bars.append((target.name, [*stages, ("first_token_s", figures["first_token_s"] - figures["ready_s"])]))
+    if not bars:
+        return ""
+    end = max(sum(spent for _, spent in stages) for _, stages in bars)
+    panel = Panel(16, 8, WIDTH - 32, 58 * len(bars), _above(end), 1)
+    bottom, parts = panel.top + panel.height, []
+    for value in ticks(panel.right_value):
+        x = panel.x(value)
+        parts.append(f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="{panel.top}" y2="{bottom}"/>')
+        parts.append(_text("tick", x, bottom + 17, f"{value:,.6g}"))
+    parts.append(_text("axis", panel.left + panel.width / 2, bottom + 38, "seconds from the start of the command"))
+    for row, (name, stages) in enumerate(bars):
+        y, at = panel.top + 58 * row, 0.0
+        parts.append(_text("name", panel.left, y + 13, name, "start"))
+        for index, (stage, spent) in enumerate(stages):
+            x, width = panel.x(at), spent / panel.right_value * panel.width
+            words = (metric_named(stage) or STARTUP_METRICS[stage]).title.removeprefix("of it: ")
+            words = "first token" if stage == "first_token_s" else words
+            shape = (
+                f'<rect class="run s{index % 5}" x="{x:.1f}" y="{y + 20}" height="16" width="{max(0.5, width):.1f}"/>'
+            )
+            parts.append(f"<g>{shape}<title>{escaped(f'{words}: {spent:.3f} s')}</title></g>")
+            if width > 7 * len(words):
+                parts.append(_text("tick", x + 2, y + 49, words, "start"))
+            at += spent
+    return svg(parts, int(bottom + 46), "what the time from the command to the first token went into")
+
+
 def as_file(drawing: str) -> str:
-    """A drawing as a file of its own, with its colours."""
+    """A drawing as a file of its own, with its rules and the light colours in them: few programs know variables."""
     start, rest = drawing.split(">", 1)
-    rules = "svg{background:var(--page);font-family:system-ui,sans-serif}"
-    return f'{start} xmlns="http://www.w3.org/2000/svg"><style>{STYLE}{COLORS}{rules}</style>{rest}\n'
+    rules = STYLE + COLORS
+    light = dict(reversed(re.findall(r"(--\w+):(#\w+)", rules)))  # a name's first value
+    drawn = "".join(
+        re.findall(r"\.(?:grid|base|tick|axis|mark|line|area|front|wait|run|name|s\d)[^{}:]*\{[^}]*\}", rules)
+    )
+    style = re.sub(r"var\((--\w+)\)", lambda named: light[named[1]], drawn) + "text{font-family:sans-serif}"
+    page = f'<rect width="100%" height="100%" fill="{light["--page"]}"/>'
+    return f'{start} xmlns="http://www.w3.org/2000/svg"><style>{style}</style>{page}{rest}\n'
 
 
 def _memory(report: BenchReport, indices: Sequence[int]) -> dict[int, float]:

@@ -9,7 +9,7 @@ from xml.etree import ElementTree as Xml
 
 from llmkit.bench.gates import GateResult
 from llmkit.bench.intervals import interval
-from llmkit.bench.metrics import SPEED_METRICS, TARGET_METRICS, Metric
+from llmkit.bench.metrics import TASK, Metric, metric_named
 from llmkit.bench.tables import number_text, ratio_text, sections, unit_of
 
 if TYPE_CHECKING:
@@ -69,8 +69,8 @@ def csv_text(report: BenchReport) -> str:
     writer.writerow(CSV_COLUMNS)
     for target in report.targets:
         for key, value in target.figures().items():
-            scenario, _, name = key.rpartition(".")
-            metric = (SPEED_METRICS if scenario else TARGET_METRICS).get(name)
+            scenario, _, name = ("", "", key) if key.startswith(TASK) else key.rpartition(".")
+            metric = metric_named(key)
             repetitions = target.repetitions(key)
             low, high = interval(repetitions) or ("", "")
             unit = metric.unit if metric else ""

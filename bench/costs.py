@@ -47,22 +47,31 @@ def count_costs(checkpoint: Checkpoint, spec: ModelSpec, dtype: torch.dtype, dev
     linear = [row for row in rows if row.linear and row.expert is None]
     experts = [row for row in rows if row.expert is not None]
     head = [row for row in rows if row.head]
-    share = spec.experts.per_token / spec.experts.count if spec.experts else 0.0
     dense = weight_bytes(checkpoint, spec, dtype, torch.device(device), [*linear, *head])
     if spec.tied:
         stored = checkpoint.tensors["model.embed_tokens.weight"].torch_dtype.itemsize
         dense += spec.vocab * spec.hidden * min(stored, dtype.itemsize)
-    elements = sum(math.prod(row.shape) for row in linear)
-    elements += round(share * sum(math.prod(row.shape) for row in experts))
     return Costs(
         dense,
         weight_bytes(checkpoint, spec, dtype, torch.device(device), experts),
-        share,
-        2.0 * elements,
+        _expert_share(spec),
+        token_flops(spec),
         2.0 * spec.vocab * spec.hidden,
         4.0 * len(spec.layers) * spec.heads * spec.head_dim,
         plan.memory.bytes_per_block // plan.memory.block_size,
     )
+
+
+def token_flops(spec: ModelSpec) -> float:
+    """Of a token's products but the last, two for a multiplication and its addition."""
+    rows = parameters(spec)
+    elements = sum(math.prod(row.shape) for row in rows if row.linear and row.expert is None)
+    elements += round(_expert_share(spec) * sum(math.prod(row.shape) for row in rows if row.expert is not None))
+    return 2.0 * elements
+
+
+def _expert_share(spec: ModelSpec) -> float:
+    return spec.experts.per_token / spec.experts.count if spec.experts else 0.0
 
 
 def utilization(costs: Costs, peaks: Peaks, timelines: Sequence[RequestTimeline], wall_s: float) -> dict[str, float]:

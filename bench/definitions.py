@@ -20,8 +20,12 @@ DEFINITIONS: dict[str, str] = {
     "GPU energy": "the GPUs' own counters over a run, idle power included, divided by output tokens",
     "cost": "--price-per-hour over the wall time, for a million output tokens, in the price's currency",
     "client": "processor time of the load client's thread over output tokens, and over the wall time",
-    "memory": "host: proportional set size of the server and its children, sampled between runs; GPU: what anyone "
-    "uses of the devices, sampled between runs",
+    "memory": "host: proportional set size of the server and its children, sampled between runs; with --offline what "
+    "loading and running the model added to the resident size of the process and its children, peaks between samples "
+    "included; GPU: what anyone uses of the devices, sampled between runs",
+    "start": "from the command's start until the server's health is good, and until the first token of a prompt of 16 "
+    "tokens that is sent then; stages are the server's own clock, what is left of the time is the rest. Warm and cold "
+    "speak of the weights' files in the page cache; Python and the libraries are as the system has them",
     "saturation": "of a sweep: the load with the highest output throughput; a sweep stops when throughput grows by "
     "less than 5 % and the median e2e by more than 10 %",
     "perplexity": "exp of the mean negative log-likelihood over windows that do not overlap; a window's first token is "
@@ -29,5 +33,9 @@ DEFINITIONS: dict[str, str] = {
     "KL divergence": "KL(baseline || model) of the next token's distribution, in nats, over all positions of the "
     "windows",
     "same token": "share of positions where the most probable token is the baseline's",
+    "KL divergence, at least": "where a server is one of the two, which tells of its 20 most probable tokens only: the "
+    "KL divergence with all tokens that not both sides tell of taken as one. It is never above the true one, by the "
+    "log sum inequality; perplexity and the same token are exact",
+    "tasks": "figures of EleutherAI's lm-evaluation-harness, asked through the server; ± is 1.96 standard errors",
     "quality": "models run as they are served: packed weights, serving kernels and the cache's own number format",
 }

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from llmkit.bench.metrics import SPEED_METRICS, TARGET_METRICS
+from llmkit.bench.metrics import SPEED_METRICS, STARTUP_METRICS, TARGET_METRICS, metric_named
 from llmkit.checkpoint.errors import UsageError
 
 _OPERATORS: dict[str, Callable[[float, float], bool]] = {
@@ -18,7 +18,7 @@ _OPERATORS: dict[str, Callable[[float, float], bool]] = {
 }
 _NUMBER = r"[0-9]+(?:\.[0-9]*)?(?:[eE][+-]?[0-9]+)?|\.[0-9]+(?:[eE][+-]?[0-9]+)?"
 _GATE = re.compile(
-    rf"(?P<metric>[a-z0-9_.]+)(?P<operator><=|>=|<|>)"
+    rf"(?P<metric>[A-Za-z0-9_.-]+)(?P<operator><=|>=|<|>)"
     rf"(?:(?P<number>{_NUMBER})|(?:(?P<before>{_NUMBER})\*)?baseline(?:\*(?P<after>{_NUMBER}))?)"
 )
 
@@ -28,7 +28,7 @@ class Gate:
     """`metric operator number`, or `metric operator factor * baseline`."""
 
     text: str  # as the user wrote it
-    metric: str  # a name of TARGET_METRICS or SPEED_METRICS, the latter with or without "scenario."
+    metric: str  # a name that `metric_named` knows; those of scenarios with or without "scenario."
     operator: str
     number: float
     of_baseline: bool = False  # `number` multiplies the baseline's figure
@@ -58,8 +58,8 @@ def parse_gate(text: str) -> Gate:
             'Expected "metric<=number" or "metric>=factor*baseline", with <= >= < or >',
         )
     metric = match["metric"]
-    if metric not in TARGET_METRICS and metric.rpartition(".")[2] not in SPEED_METRICS:
-        known = ", ".join([*TARGET_METRICS, *SPEED_METRICS])
+    if metric_named(metric) is None:
+        known = ", ".join([*TARGET_METRICS, *SPEED_METRICS, *STARTUP_METRICS, "task.NAME.METRIC"])
         raise UsageError(f"gate {text!r} names no metric", f"Metrics are {known}")
     if match["number"] is not None:
         return Gate(text, metric, match["operator"], float(match["number"]))

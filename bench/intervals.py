@@ -6,6 +6,8 @@ import math
 from collections.abc import Sequence
 from statistics import fmean, variance
 
+Z = 1.95996  # the 97.5 % quantile of the normal distribution
+ERROR = "_stderr"  # what the name of a figure's standard error ends with, where it is known
 # The 97.5 % quantile of Student's t for 1 to 30 degrees of freedom.
 _T = (
     12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131,
@@ -15,7 +17,7 @@ _T = (
 
 def t_quantile(freedom: float) -> float:
     """Student's t at 97.5 % for 1 or more degrees of freedom, rounded down; beyond 30 its expansion in 1 / freedom."""
-    return _T[int(freedom) - 1] if freedom < 31 else 1.95996 + 2.3723 / freedom + 2.8225 / freedom**2
+    return _T[int(freedom) - 1] if freedom < 31 else Z + 2.3723 / freedom + 2.8225 / freedom**2
 
 
 def interval(values: Sequence[float]) -> tuple[float, float] | None:

@@ -77,7 +77,7 @@ def read_trace(trace: Trace, request: WorkloadRequest) -> RequestTimeline:
     ended: list[float] = []
     usage: dict[str, Any] = {}
     if not error and trace.status != 200:
-        error = f"HTTP {trace.status}: {_error_text(b''.join(data for _, data in trace.reads))}"
+        error = f"HTTP {trace.status}: {error_text(b''.join(data for _, data in trace.reads))}"
     for arrived, data in _events(trace.reads) if not error else ():
         if data.strip() == "[DONE]":
             done = True
@@ -85,7 +85,7 @@ def read_trace(trace: Trace, request: WorkloadRequest) -> RequestTimeline:
         try:
             event = json.loads(data)
             if event.get("error"):
-                error = f"the stream broke off: {_error_text(data.encode())}"
+                error = f"the stream broke off: {error_text(data.encode())}"
                 break
             usage = event["usage"] if isinstance(event.get("usage"), dict) else usage
             for choice in event.get("choices") or ():
@@ -146,7 +146,8 @@ def _body(server: Server, request: WorkloadRequest) -> bytes:
     return json.dumps(fields).encode()
 
 
-def _session(silence_s: float) -> aiohttp.ClientSession:
+def open_session(silence_s: float) -> aiohttp.ClientSession:
+    """Connections to servers, with the key of the environment; a request that is silent for so long has failed."""
     key = os.environ.get(API_KEY_VARIABLE)
     headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
     # A connection for each request: a server may close an idle one just as the next request goes out.
@@ -173,7 +174,7 @@ async def _run(
                     trace.late_s = time.perf_counter() - due
                 await _send(session, f"{server.url}/v1/completions", body, trace)
 
-    async with _session(SILENCE_TIMEOUT_S) as session:
+    async with open_session(SILENCE_TIMEOUT_S) as session:
         started, worked = time.perf_counter(), time.thread_time()
         await asyncio.gather(*(client(session, started) for _ in range(min(clients, len(conversations)))))
         return time.perf_counter() - started, time.thread_time() - worked, traces
@@ -195,7 +196,7 @@ async def _send(session: aiohttp.ClientSession, url: str, body: bytes, trace: Tr
 async def _find_server(url: str, model: str | None) -> Server:
     address = f"{url}/v1/models"
     try:
-        async with _session(CONNECT_TIMEOUT_S) as session, session.get(address, allow_redirects=False) as response:
+        async with open_session(CONNECT_TIMEOUT_S) as session, session.get(address, allow_redirects=False) as response:
             status, content = response.status, await response.read()
     except aiohttp.InvalidURL as error:
         raise InputError(f"{url} is no address", "Something like http://127.0.0.1:8000 was expected") from error
@@ -231,7 +232,7 @@ def _unreachable(url: str, number: int | None, reason: str) -> ShortageError:
     )
 
 
-def _error_text(content: bytes) -> str:
+def error_text(content: bytes) -> str:
     """The message in an answer that reports an error, or its beginning when it is in no form known."""
     text = content.decode("utf-8", "replace")
     try:

@@ -12,10 +12,11 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+from llmkit.bench.metrics import STARTUP
 from llmkit.bench.workload import Lengths, Scenario
 from llmkit.checkpoint.errors import InputError, UsageError
 
-MODES = ("serve", "latency", "throughput", "sweep")
+MODES = ("serve", "latency", "throughput", "sweep", STARTUP)
 SWEEP = (1, 2, 4, 8, 16, 32, 64, 128, 256)  # clients
 GROWTH, SLOWER = 1.05, 1.10  # a sweep ends when throughput grows by less and the median e2e by more
 _TIMES = ("timestamp", "TIMESTAMP", "at_s")  # milliseconds, a date, seconds
@@ -43,6 +44,10 @@ def load_scenarios(load: Load) -> tuple[Scenario, ...]:
     """The scenarios of a load, in rising order. Raises UsageError for what does not go together."""
     if load.mode not in MODES:
         raise UsageError(f"no such mode: {load.mode}", f"Modes are {', '.join(MODES)}")
+    if load.mode == STARTUP:
+        if load.concurrency or load.rates or load.trace or load.requests or load.turns > 1:
+            raise UsageError("a start is measured with one request", "--mode startup goes with --repeats alone")
+        return ()
     if load.trace is not None:
         if load.concurrency or load.rates or load.mode != "serve":
             raise UsageError("a trace says itself when requests are sent", "--trace goes with --mode serve alone")

@@ -124,6 +124,9 @@ TARGET_METRICS: dict[str, Metric] = {
         Metric("p999_kl", "KL divergence from baseline, p99.9", "nats/token", "lower"),
         Metric("max_kl", "KL divergence from baseline, largest", "nats/token", "lower"),
         Metric("top1", "same token as baseline", "share", "higher"),
+        Metric("mean_kl_bound", "KL divergence from baseline, mean, at least", "nats/token", "lower"),
+        Metric("p99_kl_bound", "KL divergence from baseline, p99, at least", "nats/token", "lower"),
+        Metric("max_kl_bound", "KL divergence from baseline, largest, at least", "nats/token", "lower"),
         Metric("checkpoint_bytes", "checkpoint", "bytes", "lower"),
         Metric("load_s", "loading the model", "s", "lower"),
         Metric("ready_s", "from start to ready", "s", "lower"),
@@ -135,11 +138,36 @@ TARGET_METRICS: dict[str, Metric] = {
 }
 """Measured once for each target."""
 
+STARTUP_METRICS: dict[str, Metric] = {
+    metric.name: metric
+    for metric in (
+        Metric("ready_s", "from start to ready", "s", "lower"),
+        Metric("first_token_s", "from start to the first token", "s", "lower"),
+        Metric("cached_share", "weights in the page cache before", "share", "neither"),
+    )
+}
+"""Measured at each start of `--mode startup`, beside the stages that the server tells: `stage_building_s`."""
+
+STARTUP = "startup"  # the scenario of starts
+TASK, STAGE = "task.", "stage_"  # what names of tasks' figures begin with ("task.arc_easy.acc"), and those of stages
+_ERRORS = {"perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte", "ter", "brier_score"}  # less is better
+
 CONDITIONAL = {
     "goodput", "mbu", "mfu", "gpu_power_w", "energy_per_token_j", "cost_per_million", "client_us", "client_busy",
     "client_late_ms",
 }  # fmt: skip
 """Of SPEED_METRICS, those that need a wish, a GPU, measured peaks or a client."""
+
+
+def metric_named(name: str) -> Metric | None:
+    """The metric of a figure's full name: "perplexity", "online.output_tps", "task.arc_easy.acc"; None: no such."""
+    if name.startswith(TASK):
+        words = name.removeprefix(TASK).split(".")
+        return Metric(name, ", ".join(words), "", "lower" if _ERRORS & set(words) else "higher") if words[1:] else None
+    short = name.rpartition(".")[2]
+    if short.startswith(STAGE):
+        return Metric(short, f"of it: {short.removeprefix(STAGE).removesuffix('_s').replace('_', ' ')}", "s", "lower")
+    return TARGET_METRICS.get(name) or SPEED_METRICS.get(short) or STARTUP_METRICS.get(short)
 
 
 def percentile(values: Sequence[float], percent: float) -> float:

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
 
 from llmkit.bench.metrics import RequestTimeline, Run
 from llmkit.bench.workload import WorkloadRequest, chains
@@ -62,6 +66,7 @@ class OfflineTarget:
         self.name, self.reference, self.options = name, reference, options
         self.model_context_tokens = context_tokens
         self.engine: Engine | None = None
+        self._memory = OwnMemory()
 
     @property
     def context_tokens(self) -> int | None:
@@ -71,18 +76,56 @@ class OfflineTarget:
     def start(self) -> dict[str, float]:
         """Load the model: load_s. Raises what `load_engine` raises."""
         started = time.perf_counter()
-        self.engine = load_engine(self.reference, self.options)
+        with self._memory.counted():
+            self.engine = load_engine(self.reference, self.options)
         return {"load_s": time.perf_counter() - started}
 
     def run(self, requests: Sequence[WorkloadRequest], clients: int) -> Run:
         """See `SpeedTarget.run`."""
         assert self.engine
-        return run_engine(self.engine, requests, clients)
+        with self._memory.counted():
+            return run_engine(self.engine, requests, clients)
 
     def stop(self) -> dict[str, float]:
-        """Let go of the model."""
+        """Let go of the model: peak_memory_bytes, what loading and running it added to this process."""
         self.engine = None
-        return {}
+        return {"peak_memory_bytes": self._memory.peak} if self._memory.peak else {}
+
+
+class OwnMemory:
+    """What the resident memory of this process and its children, other ranks, has grown by within some stretches of
+    work, in bytes, and the most of it."""
+
+    def __init__(self) -> None:
+        self.kept, self.peak = 0, 0
+
+    @contextmanager
+    def counted(self) -> Iterator[None]:
+        """Count what is added within; what comes and goes too, where the kernel (Linux) lets its mark be set back."""
+        marked, before = _set_mark_back(), _resident()
+        yield
+        after, gone = _resident(), _mark() - psutil.Process().memory_info().rss if marked else 0
+        self.peak = max(self.peak, self.kept + after + max(0, gone) - before)
+        self.kept += after - before
+
+
+def _resident() -> int:
+    own = psutil.Process()
+    return sum(process.memory_info().rss for process in (own, *own.children(recursive=True)))
+
+
+def _set_mark_back() -> bool:
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
+
+
+def _mark() -> int:
+    """The largest resident size since the mark was set back."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM:")), 0)
 
 
 def run_engine(engine: Engine, requests: Sequence[WorkloadRequest], clients: int) -> Run:

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from llmkit.bench.chart import COLORS, latencies, legend, load_curves, pareto, timeline
+from llmkit.bench.chart import COLORS, latencies, legend, load_curves, pareto, starts, timeline
 from llmkit.bench.definitions import DEFINITIONS
 from llmkit.bench.tables import number_text, ratio_text, sections, spread_text, unit_of
 from llmkit.checkpoint.page import escaped, facts, figure, page, section, table
@@ -20,7 +20,9 @@ _STYLE = """
 h3{margin:1.6rem 0 .2rem}
 header details{margin-top:.8rem}
 .figures td:nth-child(2),.figures th:nth-child(2){text-align:left;color:var(--soft)}
-.gates td:not(:nth-child(4)):not(:nth-child(5)),.gates th:not(:nth-child(4)):not(:nth-child(5)){text-align:left}
+.gates td:nth-child(-n+4),.gates th:nth-child(-n+4){text-align:left}
+@media(max-width:640px){.figures th,.figures td,.gates th,.gates td{font-size:.8rem;padding:.3rem}
+.figures th:first-child{white-space:normal;min-width:6.5rem}.gates td:nth-child(2){white-space:normal;min-width:6rem}}
 """
 TIMELINES = 12  # that are drawn
 Drawings = dict[str, str]
@@ -35,7 +37,7 @@ def report_page(report: BenchReport) -> bytes:
 
 def drawings(report: BenchReport) -> Drawings:
     """Every figure of the report by a name that is fit for a file."""
-    found = {"pareto": pareto(report), "load": load_curves(report)}
+    found = {"pareto": pareto(report), "load": load_curves(report), "starts": starts(report)}
     for scenario in _scenarios(report):
         found[f"latencies-{scenario}"] = latencies(report, scenario)
     for scenario in _scenarios(report):
@@ -71,10 +73,10 @@ def _gates(report: BenchReport) -> str:
     failed = sum(not result.passed for result in report.gates)
     verdict = f"{failed} of {len(report.gates)} checks failed" if failed else f"all {len(report.gates)} checks passed"
     rows = [
-        (r.gate, r.target, r.metric, number_text(r.value), number_text(r.limit), "pass" if r.passed else "FAIL")
+        ("pass" if r.passed else "FAIL", r.gate, r.target, r.metric, number_text(r.value), number_text(r.limit))
         for r in sorted(report.gates, key=lambda result: result.passed)
     ]
-    shown = table(("Gate", "Target", "Metric", "Value", "Limit", "Result"), rows, "Gates", "gates")
+    shown = table(("Result", "Gate", "Target", "Metric", "Value", "Limit"), rows, "Gates", "gates")
     return section("Gates", f"<p class={'fail' if failed else 'pass'}>{verdict}</p>\n{shown}")
 
 
@@ -130,6 +132,9 @@ def _charts(report: BenchReport) -> str:
     if "load" in found:
         words = "A point for each load; the number is clients, or requests a second."
         parts.append(section("Latency over throughput", f"<p>{words}</p>\n{key}{figure(found['load'])}"))
+    if "starts" in found:
+        words = "From the command that serves a checkpoint to the first token, by the medians of each stage."
+        parts.append(section("Starts", f"<p>{words}</p>\n{figure(found['starts'])}"))
     cdfs = [(name.partition("-")[2], drawing) for name, drawing in found.items() if name.startswith("latencies-")]
     if cdfs:
         words = "The share of requests that took at most so long, of the last repetition. Left is better."
@@ -157,9 +162,20 @@ def _folded(named: list[tuple[str, str]]) -> Iterator[str]:
 def _details(report: BenchReport) -> str:
     rows = [(target.name, f"{target.reference} ({target.kind})") for target in report.targets]
     rows += [(key.replace("_", " "), str(value)) for key, value in report.environment.items() if value is not None]
-    for name, document in (("workload", report.workload), ("evaluation", report.evaluation)):
+    for name, document in (("workload", report.workload), ("evaluation", report.evaluation), ("tasks", report.tasks)):
         rows += [(f"{name}: {key}", _shown(value)) for key, value in document.items()]
-    return section("How it was measured", facts(rows))
+    return section("How it was measured", facts([*rows, *_absent(report)]))
+
+
+def _absent(report: BenchReport) -> Iterator[tuple[str, str]]:
+    """What was not measured and why, once for all targets that it is true of."""
+    named: dict[tuple[str, str], list[str]] = {}
+    for target in report.targets:
+        for one in target.absent.items():
+            named.setdefault(one, []).append(target.name)
+    for (names, why), targets in named.items():
+        of = "" if len(targets) == len(report.targets) else f" of {', '.join(targets)}"
+        yield "not measured", f"{names}{of}: {why}"
 
 
 def _shown(value: object) -> str:

@@ -7,15 +7,18 @@ from dataclasses import dataclass, field
 
 import torch
 
-from llmkit.bench.gates import Gate, parse_gate, require_measured
+from llmkit.bench.gates import Gate, parse_gate
 from llmkit.bench.gpu import Gpus
 from llmkit.bench.load import Server, find_server
 from llmkit.bench.loads import Load, load_scenarios
-from llmkit.bench.metrics import CONDITIONAL, SPEED_METRICS, parse_slo
+from llmkit.bench.measurable import absent, check_gates_can_be_measured
+from llmkit.bench.metrics import STARTUP, parse_slo
+from llmkit.bench.page_cache import STATES
 from llmkit.bench.peaks import Peaks, known_peaks
-from llmkit.bench.quality import QUALITY
+from llmkit.bench.quality_url import Asked, way_to_ask
 from llmkit.bench.report import BenchReport, TargetReport, read_report, single_target
 from llmkit.bench.targets import is_url, short_name
+from llmkit.bench.tasks import TaskOptions, Tasks
 from llmkit.bench.workload import Scenario, choose
 from llmkit.checkpoint.errors import UsageError
 from llmkit.checkpoint.source import Checkpoint, open_checkpoint
@@ -25,9 +28,6 @@ from llmkit.model.spec import ModelSpec
 from llmkit.runtime.load import DTYPES
 
 SAVED = "baseline"  # the name of a baseline that was read from a report
-_QUALITY = ("perplexity", "load_s")
-_STARTING = {"served": ("ready_s", "peak_memory_bytes"), "offline": ("load_s",)}
-_CLIENT = ("client_us", "client_busy", "client_late_ms")
 
 
 @dataclass
@@ -43,7 +43,9 @@ class BenchOptions:
     limit: int | None = None  # only the first so many requests of each scenario
     warmup: bool = True  # a few requests to each target before the first that counts
     speed: bool = True
-    quality: bool = True  # of checkpoints; a server does not give its logits away
+    quality: bool = True  # of checkpoints, and of servers that tell of prompts' log probabilities
+    tasks: TaskOptions | None = None  # what lm-evaluation-harness asks the servers
+    page_cache: str = "warm"  # of STATES: where the weights are before a start is measured
     offline: bool = False  # checkpoints run inside this process, not behind a server
     baseline: str | None = None  # a model, an address or a JSON report; None: the first target, when there are several
     gates: tuple[str, ...] = ()
@@ -66,6 +68,7 @@ class Target:
     checkpoint: Checkpoint | None = None
     spec: ModelSpec | None = None
     server: Server | None = None
+    asked: Asked | None = None  # a server that tells of prompts
 
     @property
     def name(self) -> str:
@@ -93,12 +96,24 @@ class Plan:
     slo: dict[str, float]  # seconds
     peaks: Peaks | None  # of the device, where they were measured
     gpu_energy: bool  # whether the devices tell
+    tasks: Tasks | None
     notes: list[str] = field(default_factory=list)
 
     @property
     def checkpoints(self) -> dict[str, Checkpoint]:
         """The checkpoints among the targets, by name."""
         return {target.name: target.checkpoint for target in self.targets if target.checkpoint}
+
+    @property
+    def scored(self) -> dict[str, Checkpoint | Asked]:
+        """The targets whose quality can be measured, by name."""
+        found = {target.name: target.checkpoint or target.asked for target in self.targets}
+        return {name: one for name, one in found.items() if one is not None}
+
+    @property
+    def starts(self) -> bool:
+        """Whether starts are what is measured for speed."""
+        return self.options.speed and self.options.load is not None and self.options.load.mode == STARTUP
 
     @property
     def together(self) -> bool:
@@ -132,13 +147,19 @@ def make_plan(references: Sequence[str], options: BenchOptions) -> Plan:
     """
     if not references:
         raise UsageError("there is nothing to bench", "Give a model or --url")
-    if not options.speed and not options.quality:
-        raise UsageError("neither speed nor quality is to be measured", todo="Leave one of them on")
+    if not options.speed and not options.quality and not options.tasks:
+        raise UsageError("neither speed nor quality is to be measured", todo="Leave one of them on, or give --tasks")
     if options.windows < 1:
         raise UsageError(f"{options.windows} evaluation windows measure nothing", "1 or more were expected")
     scenarios = choose(options.scenarios, options.rounds, options.limit)
     if options.load is not None:
         scenarios = load_scenarios(options.load)
+        if options.load.mode == STARTUP and (options.offline or any(map(is_url, references))):
+            raise UsageError("only a checkpoint that is served can be started", todo="Drop --offline or the address")
+    if options.page_cache not in STATES:
+        raise UsageError(f"no such state of the page cache: {options.page_cache}", f"One of {', '.join(STATES)}")
+    if options.tasks and options.offline:
+        raise UsageError("--tasks asks a server, and --offline has none", todo="Drop one of them")
     slo = parse_slo(options.slo) if options.slo else {}
     if options.price_per_hour is not None and options.price_per_hour <= 0:
         raise UsageError(f"a price of {options.price_per_hour:g} per hour makes no costs", "More than 0 was expected")
@@ -159,16 +180,20 @@ def make_plan(references: Sequence[str], options: BenchOptions) -> Plan:
     if options.baseline in wanted:
         baseline = targets[wanted.index(options.baseline)].name
     peaks, energy = known_peaks(device, dtype), device == "cuda" and Gpus().energy_j() is not None
-    plan = Plan(options, targets, baseline, saved, gates, device, dtype, scenarios, slo, peaks, energy)
-    servers = [target.name for target in targets if target.server]
-    if options.quality and servers:
-        if not plan.checkpoints and not options.speed:
-            raise UsageError("quality is measured on checkpoints, and all targets are servers")
-        if plan.checkpoints:
-            plan.notes.append(f"quality is measured on checkpoints only, not on {', '.join(servers)}")
-    if options.speed and plan.checkpoints and peaks is None:
+    tasks = Tasks(options.tasks) if options.tasks else None
+    plan = Plan(options, targets, baseline, saved, gates, device, dtype, scenarios, slo, peaks, energy, tasks)
+    for target in targets:
+        if options.quality and target.server and (way := way_to_ask(target.server)):
+            target.asked = Asked(target.server, way)
+    if options.quality and not plan.scored and not options.speed and not tasks:
+        raise UsageError(
+            "no target's quality can be measured: the servers tell nothing of a prompt's log probabilities"
+        )
+    if options.speed and plan.checkpoints and peaks is None and not plan.starts:
         plan.notes.append("no MBU and MFU: `llmkit doctor --peaks` has not measured this machine")
-    _check_gates_can_be_measured(plan)
+    check_gates_can_be_measured(plan)
+    for target in targets:
+        target.report.absent = absent(plan, target)
     return plan
 
 
@@ -177,7 +202,7 @@ def _open(reference: str, name: str, options: BenchOptions) -> Target:
         server = find_server(reference, options.model)
         return Target(TargetReport(name, reference, "url"), server=server)
     checkpoint = open_checkpoint(reference)
-    kind = "checkpoint" if not options.speed else "offline" if options.offline else "served"
+    kind = "checkpoint" if not (options.speed or options.tasks) else "offline" if options.offline else "served"
     report = TargetReport(name, reference, kind, {"checkpoint_bytes": checkpoint.weight_bytes})
     return Target(report, checkpoint, model_spec(checkpoint.config))
 
@@ -189,51 +214,6 @@ def _names(references: Sequence[str]) -> list[str]:
         name if short.count(name) == 1 and name != SAVED else reference
         for name, reference in zip(short, references, strict=True)
     ]
-
-
-def _check_gates_can_be_measured(plan: Plan) -> None:
-    """Refuse a gate before the work and not after it."""
-    for target in plan.subjects:
-        require_measured(plan.gates, _measurable(plan, target), target.name)
-    relative = [gate for gate in plan.gates if gate.of_baseline]
-    if not relative:
-        return
-    if plan.baseline is None:
-        raise UsageError(f"gate {relative[0].text!r} compares with a baseline", todo="Name one with --baseline")
-    if plan.saved is not None:
-        figures = list(single_target(plan.saved, SAVED).figures())
-    else:
-        figures = next(_measurable(plan, target) for target in plan.targets if target.name == plan.baseline)
-    require_measured(relative, figures, f"the baseline, {plan.baseline}")
-
-
-def _measurable(plan: Plan, target: Target) -> list[str]:
-    """The metrics that a target is going to have."""
-    names = list(target.report.metrics)
-    if plan.options.quality and target.checkpoint:
-        names += _QUALITY
-        if plan.baseline in plan.checkpoints and target.name != plan.baseline:
-            names += QUALITY
-    if plan.options.speed:
-        names += _STARTING.get(target.report.kind, ())
-        if plan.sweeps:
-            names += ("saturation_tps", "saturation_load")
-        if target.checkpoint and plan.gpu_energy:
-            names += ("peak_gpu_bytes",)
-        wanted = [name for name in SPEED_METRICS if name not in CONDITIONAL or _conditions(plan, target, name)]
-        names += [f"{scenario.name}.{metric}" for scenario in plan.scenarios for metric in wanted]
-    return list(dict.fromkeys(names))
-
-
-def _conditions(plan: Plan, target: Target, metric: str) -> bool:
-    """Whether a metric of CONDITIONAL is going to be there."""
-    if metric in _CLIENT:
-        return target.report.kind != "offline"
-    if metric in ("mbu", "mfu"):
-        return plan.counts(target)
-    if metric in ("gpu_power_w", "energy_per_token_j"):
-        return target.checkpoint is not None and plan.gpu_energy
-    return bool(plan.slo) if metric == "goodput" else plan.options.price_per_hour is not None
 
 
 def _dtype(name: str, device: str) -> torch.dtype:

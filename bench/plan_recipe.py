@@ -173,7 +173,7 @@ class Planner:
             if settings["speed"]:
                 seconds += settings["repeats"] * _load_seconds(model, settings, rate, BANDWIDTH[device.type])
         together = sum(memory) if device.type == "cpu" else max(memory)
-        known = not settings["speed"] or not any(settings.get(key) for key in LOADS)
+        known = not settings["tasks"] and not (settings["speed"] and any(settings.get(key) for key in LOADS))
         return Estimate(stage.name, stage.run, False, together, 2**20, seconds if known else None)
 
     def _is_figures(self, reference: str) -> bool:

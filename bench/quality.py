@@ -1,4 +1,4 @@
-"""What a checkpoint gets right: perplexity, and how far its predictions are from the baseline's.
+"""What a model gets right: perplexity, and how far its predictions are from the baseline's.
 
 Models are loaded and run as they are served: weights packed, with the kernels that serve them, keys and values in the
 number format of the server's cache.
@@ -12,6 +12,8 @@ from dataclasses import asdict, dataclass
 
 import torch
 
+from llmkit.bench.quality_url import Asked, Told, score_told
+from llmkit.bench.whole import whole
 from llmkit.checkpoint.errors import InputError
 from llmkit.checkpoint.progress import Progress
 from llmkit.checkpoint.source import Checkpoint
@@ -66,26 +68,31 @@ def evaluation(tokenizer: Tokenizer, source: str, count: int, length: int, seed:
     return Evaluation(chosen, source, text.sha256)
 
 
-def score_checkpoints(
-    checkpoints: Mapping[str, Checkpoint],
+def score(
+    targets: Mapping[str, Checkpoint | Asked],
     baseline: str | None,
     tokens: torch.Tensor,
     dtype: torch.dtype,
     device: str,
     progress: Progress,
 ) -> dict[str, dict[str, float]]:
-    """Score checkpoints by name on windows [n, L], those other than the baseline against it.
+    """Score checkpoints and servers by name on windows [n, L], those other than the baseline against it.
 
-    baseline: one of the names, or None. Two models are in memory at a time. Returns for each name perplexity, load_s
-    and, against a baseline, QUALITY's figures. Raises InputError for a model whose vocabulary is not the
-    baseline's.
+    baseline: one of the names, or None. Two models are in memory at a time; a sharded checkpoint is scored as the whole
+    that its parts make. Returns for each name perplexity, of checkpoints load_s and, against a baseline, QUALITY's
+    figures, or BOUNDS where one of the two is a server. Raises InputError for a model whose vocabulary is not the
+    baseline's, and for a server that answers otherwise than before.
     """
-    progress.start("quality", len(checkpoints), "models")
-    figures: dict[str, dict[str, float]] = {name: {} for name in checkpoints}
+    progress.start("quality", len(targets), "models")
+    figures: dict[str, dict[str, float]] = {name: {} for name in targets}
     options = EngineOptions(dtype=str(dtype).removeprefix("torch."), device=device)
+    checkpoints = {name: whole(target) for name, target in targets.items() if isinstance(target, Checkpoint)}
     kv_dtypes = {name: plan_engine(checkpoint, options).kv_dtype for name, checkpoint in checkpoints.items()}
 
-    def load(name: str) -> Served:
+    def load(name: str) -> Served | Asked:
+        target = targets[name]
+        if isinstance(target, Asked):
+            return target
         started = time.perf_counter()
         model = load_model(checkpoints[name], dtype, device, packed=True)
         if device != "cpu":
@@ -93,23 +100,24 @@ def score_checkpoints(
         figures[name]["load_s"] = time.perf_counter() - started
         return Served(model, kv_dtypes[name])
 
-    reference: Served | None = None
+    reference: Served | Asked | None = None
     if baseline is not None:
-        _require_same_vocabulary(checkpoints, baseline)
+        if baseline in checkpoints:
+            _require_same_vocabulary(checkpoints, baseline)
         reference = load(baseline)
-    for name in checkpoints:
+    for name in targets:
         if name == baseline:
             continue
         model = load(name)
-        quality = score_logits(model.logits(tokens), reference.logits(tokens) if reference else None, tokens)
-        figures[name] |= _figures(quality)
-        if baseline is not None and quality.reference_perplexity is not None:
-            figures[baseline]["perplexity"] = quality.reference_perplexity
+        found, base = _scored(model, reference, tokens)
+        figures[name] |= found
+        if baseline is not None and base is not None:
+            figures[baseline]["perplexity"] = base
         del model  # before the next one is loaded
         progress.advance(1, name)
     if reference is not None and baseline is not None:
         if "perplexity" not in figures[baseline]:
-            figures[baseline] |= _figures(score_logits(reference.logits(tokens), None, tokens))
+            figures[baseline] |= _scored(reference, None, tokens)[0]
         progress.advance(1, baseline)
     progress.finish()
     return figures
@@ -133,6 +141,20 @@ class Served:
         for window in windows:
             scratch = model.new_cache(batch.blocks, batch.block_size, self.kv_dtype)
             yield model.logits(model(window.to(model.device), positions, batch, [scratch] * len(model.layers)))
+
+
+def _scored(
+    model: Served | Asked, reference: Served | Asked | None, tokens: torch.Tensor
+) -> tuple[dict[str, float], float | None]:
+    """A target's figures, and the reference's perplexity."""
+    if isinstance(model, Served) and (reference is None or isinstance(reference, Served)):
+        quality = score_logits(model.logits(tokens), reference.logits(tokens) if reference else None, tokens)
+        return _figures(quality), quality.reference_perplexity
+
+    def known(one: Served | Asked) -> Iterator[Told | torch.Tensor]:
+        yield from one.logits(tokens) if isinstance(one, Served) else one.told(tokens)
+
+    return score_told(known(model), known(reference) if reference else None, tokens)
 
 
 def _figures(quality: Quality) -> dict[str, float]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from llmkit.bench.definitions import DEFINITIONS
 from llmkit.bench.gates import GateResult
-from llmkit.bench.intervals import differ, interval
+from llmkit.bench.intervals import ERROR, Z, differ, interval
 from llmkit.checkpoint.errors import GateError, InputError
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ class RequestFigures(NamedTuple):
 
 @dataclass
 class TargetReport:
-    """The figures of one target. Names and units are those of TARGET_METRICS and SPEED_METRICS."""
+    """The figures of one target. Names and units are those of `metric_named`."""
 
     name: str  # unique in a report
     reference: str  # as the user gave it
@@ -42,6 +42,7 @@ class TargetReport:
     scenarios: dict[str, dict[str, float]] = field(default_factory=dict)  # medians over the rounds
     rounds: dict[str, list[dict[str, float]]] = field(default_factory=dict)  # what the medians are of
     requests: dict[str, list[RequestFigures]] = field(default_factory=dict)  # those of the last round
+    absent: dict[str, str] = field(default_factory=dict)  # figures that there are not, several a key, and why
 
     def repetitions(self, key: str) -> list[float]:
         """What the figure of this full name is the median of; empty for one that is measured once."""
@@ -64,6 +65,7 @@ class BenchReport:
     command: str = ""
     workload: dict[str, Any] = field(default_factory=dict)  # sha256, seed, rounds, scenarios; empty: no speed
     evaluation: dict[str, Any] = field(default_factory=dict)  # text, windows, sha256; empty: no quality
+    tasks: dict[str, Any] = field(default_factory=dict)  # what lm-evaluation-harness ran; empty: nothing
     gates: list[GateResult] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     joined: bool = False  # targets that took no turns: of several runs, or on one GPU after the other
@@ -80,7 +82,11 @@ class BenchReport:
         """Whether a figure differs from the baseline's by more than chance at the 5 % level; None when not known."""
         if self.baseline is None:
             return None
-        ours, base = target.repetitions(key), self.target(self.baseline).repetitions(key)
+        other, error = self.target(self.baseline), f"{key}{ERROR}"
+        if error in target.metrics and error in other.metrics:
+            spread = math.hypot(target.metrics[error], other.metrics[error])
+            return abs(target.metrics[key] - other.metrics[key]) > Z * spread
+        ours, base = target.repetitions(key), other.repetitions(key)
         return differ(ours, base, paired=not self.joined)
 
     def require_gates(self) -> None:
@@ -113,6 +119,7 @@ class BenchReport:
                 command=str(document["command"]),
                 workload=dict(document["workload"]),
                 evaluation=dict(document["evaluation"]),
+                tasks=dict(document.get("tasks", {})),
                 gates=[
                     GateResult(**{**entry, "value": float(entry["value"]), "limit": float(entry["limit"])})
                     for entry in document["gates"]
@@ -181,6 +188,7 @@ def compare_reports(a: BenchReport, b: BenchReport) -> BenchReport:
         environment=a.environment if a.environment == b.environment else {},
         workload=a.workload if same_work else {},
         evaluation=a.evaluation if a.evaluation == b.evaluation else {},
+        tasks=a.tasks if a.tasks == b.tasks else {},
         notes=differences(a, b),
         joined=True,
     )
@@ -193,6 +201,8 @@ def differences(a: BenchReport, b: BenchReport) -> list[str]:
         notes.append("the workloads differ: speed does not compare")
     if a.evaluation and b.evaluation and a.evaluation["sha256"] != b.evaluation["sha256"]:
         notes.append("the evaluation windows differ: quality does not compare")
+    if a.tasks and b.tasks and a.tasks != b.tasks:
+        notes.append("the tasks, or their versions and sizes, differ: their figures do not compare")
     for name in ("cpu", "cores", "gpu", "torch", "dtype", "device"):
         ours, theirs = a.environment.get(name), b.environment.get(name)
         if ours != theirs:
@@ -214,6 +224,7 @@ def _target(entry: Mapping[str, Any]) -> TargetReport:
             str(name): [RequestFigures(*one) for one in requests]
             for name, requests in entry.get("requests", {}).items()
         },
+        absent={str(name): str(why) for name, why in entry.get("absent", {}).items()},
     )
 
 

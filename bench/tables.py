@@ -10,8 +10,8 @@ from rich.console import Group
 from rich.markup import escape
 from rich.table import Table
 
-from llmkit.bench.intervals import interval
-from llmkit.bench.metrics import SPEED_METRICS, TARGET_METRICS, Metric
+from llmkit.bench.intervals import ERROR, Z, interval
+from llmkit.bench.metrics import SPEED_METRICS, TARGET_METRICS, TASK, Metric, metric_named
 
 if TYPE_CHECKING:
     from llmkit.bench.report import BenchReport, TargetReport
@@ -68,19 +68,27 @@ def gate_table(report: BenchReport) -> Table:
 def sections(report: BenchReport) -> Iterator[tuple[str, list[tuple[str, Metric]]]]:
     """Headline figures that some target has: first those of the targets, then scenario by scenario."""
     present = {key for target in report.targets for key in target.figures()}
-    yield "", [(name, metric) for name, metric in TARGET_METRICS.items() if name in present]
+    tasks = sorted(key for key in present if key.startswith(TASK) and not key.endswith(ERROR))
+    yield (
+        "",
+        [(name, metric) for name in (*TARGET_METRICS, *tasks) if name in present and (metric := metric_named(name))],
+    )
     for scenario in dict.fromkeys(name for target in report.targets for name in target.scenarios):
-        rows = [
-            (f"{scenario}.{name}", metric)
-            for name, metric in SPEED_METRICS.items()
-            if metric.headline and f"{scenario}.{name}" in present
+        found = dict.fromkeys(name for target in report.targets for name in target.scenarios.get(scenario, ()))
+        names = [
+            *(name for name in SPEED_METRICS if name in found),
+            *(name for name in found if name not in SPEED_METRICS),
         ]
+        named = [(f"{scenario}.{name}", metric_named(f"{scenario}.{name}")) for name in names]
+        rows = [(key, metric) for key, metric in named if metric and metric.headline]
         yield f"{scenario}{_shape(report, scenario)}", rows
 
 
 def _shape(report: BenchReport, scenario: str) -> str:
     for entry in report.workload.get("scenarios", ()):
         if entry["name"] == scenario:
+            if "about" in entry:
+                return f": {entry['about']}"
             timed = entry.get("arrivals_per_s")
             pace = f"{timed:.3g} a second" if timed else f"{entry['clients']} at a time"
             return f": {entry['requests']} requests, {pace}"
@@ -134,5 +142,5 @@ def ratio_text(report: BenchReport, target: TargetReport, key: str, metric: Metr
 def spread_text(target: TargetReport, key: str, scale: float) -> str:
     """Half the width of the figure's confidence interval; blank where there is none."""
     low, high = interval(target.repetitions(key)) or (0.0, 0.0)
-    half = (high - low) / 2 / scale
+    half = ((high - low) / 2 + Z * target.metrics.get(f"{key}{ERROR}", 0.0)) / scale
     return f" ±{half:,.0f}" if half >= 100 else f" ±{half:.2g}" if half > 0 else ""

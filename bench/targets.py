@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.client
+import json
 import os
 import signal
 import socket
@@ -85,6 +86,7 @@ class ServedTarget:
         self._process: subprocess.Popen[bytes] | None = None
         self._peak_bytes = 0
         self._log = tempfile.TemporaryFile()  # noqa: SIM115  (closed by stop)
+        self._told = tempfile.TemporaryFile()  # noqa: SIM115  (its facts; closed by stop)
 
     @property
     def context_tokens(self) -> int | None:
@@ -95,7 +97,7 @@ class ServedTarget:
     def command(self, port: int) -> list[str]:
         """What is run to serve the checkpoint on this port."""
         command = [sys.executable, "-m", "llmkit.cli.main", "serve", self.reference, "--host", _LOOPBACK]
-        return [*command, "--port", str(port), *self.options]
+        return [*command, "--port", str(port), "--json", *self.options]
 
     def environment(self) -> dict[str, str]:
         """The server's: the key is for the servers of others, and the settings file may be that of `bench`."""
@@ -109,7 +111,7 @@ class ServedTarget:
         port = _free_port()
         started = time.perf_counter()
         self._process = subprocess.Popen(  # noqa: S603
-            self.command(port), stdin=subprocess.DEVNULL, stdout=self._log, stderr=self._log, env=self.environment(),
+            self.command(port), stdin=subprocess.DEVNULL, stdout=self._told, stderr=self._log, env=self.environment(),
             start_new_session=True,  # Ctrl-C is for bench, which then stops the server
         )  # fmt: skip
         sampled = 0.0
@@ -153,7 +155,14 @@ class ServedTarget:
                     orphan.kill()
             self._process = None
         self._log.close()
+        self._told.close()
         return {"peak_memory_bytes": self._peak_bytes} if self._peak_bytes else {}
+
+    def stages(self) -> dict[str, float]:
+        """Seconds of each stage of the engine's start, in their order, as the server told them when it was ready."""
+        self._told.seek(0)
+        stages: dict[str, float] = json.loads(self._told.read())["engine_seconds"]
+        return stages
 
     def _sample_memory(self) -> None:
         """Between runs, never during one: reading the memory map of a process holds it up."""

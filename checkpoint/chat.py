@@ -13,9 +13,7 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-
-class ChatTemplateError(ValueError):
-    """A chat template is missing or malformed, or it refused these messages."""
+from llmkit.checkpoint.errors import ChatTemplateError
 
 
 class _Generation(Extension):

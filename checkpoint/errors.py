@@ -49,6 +49,10 @@ class OutputError(LlmkitError):
     exit_code = 5
 
 
+class ChatTemplateError(ValueError):
+    """A chat template is missing or malformed, or it refused these messages."""
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether `error` says that memory ran out, of a device or of the host.
 

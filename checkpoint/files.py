@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from llmkit.checkpoint.errors import InputError
-from llmkit.checkpoint.hub import fetch, looks_like_hub_id
+from llmkit.checkpoint.hub import fetch, looks_like_hub_id, looks_remote
 
 CONFIG = "config.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -54,18 +54,23 @@ def open_files(reference: str | Path) -> ModelFiles:
 
 
 def locate(reference: str | Path) -> Path:
-    """The directory with a config.json or the .gguf file that `reference` names; fetches a hub id.
+    """The directory with a config.json or the .gguf file that `reference` names; fetches a hub id or a URL.
 
-    Raises InputError when there is no such thing.
+    Raises InputError when there is no such thing, ShortageError when a store cannot be reached.
     """
     text = str(reference)
     path = Path(text).expanduser()
     if path.is_file():
         return _model_file(text, path)
     if not path.is_dir():
-        if isinstance(reference, Path) or not looks_like_hub_id(text):
+        if isinstance(reference, str) and looks_remote(text):
+            from llmkit.checkpoint.remote import cached  # what it is made of is needed by few
+
+            path = cached(text)
+        elif isinstance(reference, Path) or not looks_like_hub_id(text):
             raise InputError(f"{text} does not exist", "A directory, a hub id or a .gguf file was expected")
-        path = fetch(text)
+        else:
+            path = fetch(text)
     if not (path / CONFIG).is_file():
         ggufs = sorted(path.glob("*.gguf"))
         raise InputError(
@@ -103,13 +108,20 @@ def side_files(path: Path) -> dict[str, bytes]:
 def load_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file. Raises InputError when it is not one."""
     try:
-        value = json.loads(path.read_bytes())
+        data = path.read_bytes()
     except OSError as error:
         raise InputError(f"{path} cannot be read ({error.strerror})") from error
+    return parse_json(data, path)
+
+
+def parse_json(data: bytes, where: object) -> dict[str, Any]:
+    """The JSON object in `data`, the contents of `where`. Raises InputError when it is not one."""
+    try:
+        value = json.loads(data)
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} is not valid JSON ({error})") from error
+        raise InputError(f"{where} is not valid JSON ({error})") from error
     if not isinstance(value, dict):
-        raise InputError(f"{path} holds a JSON {type(value).__name__}", "An object was expected")
+        raise InputError(f"{where} holds a JSON {type(value).__name__}", "An object was expected")
     return value
 
 

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import re
+from fnmatch import fnmatch
 from pathlib import Path
 
 from llmkit.checkpoint.errors import InputError
 
-WANTED = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "LICENSE*", "NOTICE*", "USE_POLICY*"]
+SIGNATURE = "model.sig"  # of the OpenSSF model-signing library
+WANTED = [
+    "*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "LICENSE*", "NOTICE*", "USE_POLICY*",
+    "report.html", SIGNATURE,
+]  # fmt: skip
 # Subfolders hold other exports of the same weights (onnx/, original/); consolidated files repeat the shards.
 UNWANTED = ["*/*", "consolidated*.safetensors"]
 
@@ -15,6 +20,16 @@ UNWANTED = ["*/*", "consolidated*.safetensors"]
 def looks_like_hub_id(reference: str) -> bool:
     """Whether `reference` has the form organization/name."""
     return re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", reference) is not None
+
+
+def looks_remote(reference: str) -> bool:
+    """Whether `reference` has the form of a URL, scheme:/..."""
+    return re.match(r"[A-Za-z][A-Za-z0-9+.-]*:/", reference) is not None
+
+
+def is_wanted(name: str) -> bool:
+    """Whether a file of this name may be part of a checkpoint: no code, no pickle, in no subfolder."""
+    return any(fnmatch(name, form) for form in WANTED) and not any(fnmatch(name, form) for form in UNWANTED)
 
 
 def fetch(reference: str) -> Path:

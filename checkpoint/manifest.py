@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from llmkit.checkpoint.errors import InputError
-from llmkit.checkpoint.files import load_json
+from llmkit.checkpoint.files import listing, load_json
+from llmkit.checkpoint.hub import SIGNATURE, is_wanted
 from llmkit.checkpoint.reading import DIGEST_BYTES, FileDigest, read_into, sha256_file
 from llmkit.checkpoint.safetensors_header import read_header
+from llmkit.checkpoint.version import version
 
 MANIFEST = "llmkit.json"
 FORMAT_VERSION = 1
@@ -33,12 +35,13 @@ def manifest_digest(manifest: Mapping[str, Any]) -> str:
 def load_manifest(folder: Path) -> dict[str, Any] | None:
     """The manifest in `folder`, or None when there is none. Raises InputError when it is malformed."""
     path = folder / MANIFEST
-    if not path.exists():
-        return None
-    manifest = load_json(path)
-    version = manifest.get("format_version")
-    if version != FORMAT_VERSION:
-        raise InputError(f"{path} has format_version {version}", f"This llmkit reads version {FORMAT_VERSION}")
+    return check_manifest(load_json(path), path) if path.exists() else None
+
+
+def check_manifest(manifest: dict[str, Any], path: object) -> dict[str, Any]:
+    """The manifest that was read from `path`. Raises InputError when it is malformed."""
+    if (found := manifest.get("format_version")) != FORMAT_VERSION:
+        raise InputError(f"{path} has format_version {found}", f"This llmkit reads version {FORMAT_VERSION}")
     for key, fields in _FIELDS.items():
         entries = manifest.get(key)
         if not isinstance(entries, dict) or not all(_has(entry, fields) for entry in entries.values()):
@@ -47,6 +50,31 @@ def load_manifest(folder: Path) -> dict[str, Any] | None:
         if not is_plain_name(file):
             raise InputError(f"{path} names the file {file!r}", "Files in the same folder were expected")
     return manifest
+
+
+def describe(folder: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint that came without one: what of it a store may hold, as it is now.
+
+    Raises InputError when there are no weights or a header is bad.
+    """
+    files, tensors = dict[str, dict[str, Any]](), dict[str, dict[str, Any]]()
+    for path in sorted(folder.iterdir()):
+        if not path.is_file() or not is_wanted(path.name) or path.name == SIGNATURE:
+            continue
+        whole, digests = _digests(path)
+        files[path.name] = {"bytes": path.stat().st_size, "sha256": whole}
+        for name, info in (read_header(path) if digests else {}).items():
+            tensors[name] = {
+                "file": path.name, "dtype": info.dtype, "shape": list(info.shape), "sha256": digests[name]
+            }  # fmt: skip
+    if not tensors:
+        raise InputError(f"{folder} has no weights in safetensors files; it holds {listing(folder)}")
+    return {
+        "format_version": FORMAT_VERSION,
+        "tool": {"name": "llmkit", "version": version()},
+        "files": files,
+        "tensors": tensors,
+    }
 
 
 def is_plain_name(name: object) -> bool:

@@ -9,9 +9,12 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from llmkit.checkpoint.errors import LlmkitError, OutputError, ShortageError
-from llmkit.checkpoint.source import Checkpoint
+
+if TYPE_CHECKING:
+    from llmkit.checkpoint.source import Checkpoint
 
 SPARE_BYTES = 32 * 2**20  # for tokenizer, configs and manifest
 
@@ -63,15 +66,15 @@ def check_output(out: Path, source: Checkpoint | None, need_bytes: int) -> None:
 
 
 @contextmanager
-def locked(out: Path) -> Iterator[None]:
-    """Hold `<out>.lock` for as long as the block runs; it is removed at the end.
+def locked(out: Path, wait: bool = False) -> Iterator[None]:
+    """Hold `<out>.lock` for as long as the block runs; it is removed at the end. wait: until another run lets go of it.
 
     Raises OutputError, telling the pid, when another run holds it, ShortageError when it cannot be created.
     """
     path = sibling(out, ".lock")
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        fd = _acquire(path)
+        fd = _acquire(path, wait)
     try:
         with writing(path):
             os.ftruncate(fd, 0)
@@ -82,11 +85,11 @@ def locked(out: Path) -> Iterator[None]:
         os.close(fd)
 
 
-def _acquire(path: Path) -> int:
+def _acquire(path: Path, wait: bool) -> int:
     while True:
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(fd, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
             pid = os.pread(fd, 32, 0).decode(errors="replace").strip() or "unknown"
             os.close(fd)
@@ -117,3 +120,20 @@ def writing(path: Path) -> Iterator[None]:
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
             raise ShortageError(f"{path} is not writable ({error.strerror})", todo="Choose another output") from error
         raise
+
+
+def write_synced(path: Path, data: bytes) -> None:
+    """Write a file and have it on the disk."""
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def sync_directory(path: Path) -> None:
+    """Have a directory's names on the disk."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

@@ -10,9 +10,8 @@ from typing import Any
 
 import tokenizers
 
-from llmkit.checkpoint.chat import ChatTemplateError, render
 from llmkit.checkpoint.detokenizer import Detokenizer, TokenBytes
-from llmkit.checkpoint.errors import InputError
+from llmkit.checkpoint.errors import ChatTemplateError, InputError
 from llmkit.checkpoint.files import ModelFiles
 
 __all__ = ["ChatTemplateError", "Detokenizer", "Tokenizer", "load_tokenizer"]
@@ -98,11 +97,23 @@ class Tokenizer:
         Encode it with `add_special_tokens=False`: templates write the special tokens themselves.
         Raises ChatTemplateError when there is no template or it refuses the messages.
         """
+        from llmkit.checkpoint.chat import render  # jinja2 is not imported where another process renders
+
         template = self.template(bool(tools))
         if template is None:
             raise ChatTemplateError("this model has no chat template")
-        variables = {"documents": None, **self.special_tokens, **kwargs}
-        return render(template, messages, tools=tools, add_generation_prompt=add_generation_prompt, **variables)
+        return render(template, **self.chat_variables(messages, tools, add_generation_prompt, **kwargs))
+
+    def chat_variables(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None,
+        add_generation_prompt: bool,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """What a chat template is rendered with; see `render_chat`."""
+        own = {"messages": messages, "tools": tools, "add_generation_prompt": add_generation_prompt}
+        return {"documents": None, **self.special_tokens, **kwargs, **own}
 
     @cached_property
     def _token_bytes(self) -> TokenBytes:

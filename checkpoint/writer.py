@@ -35,7 +35,15 @@ from llmkit.checkpoint.manifest import (
     tensor_key,
     verify_manifest,
 )
-from llmkit.checkpoint.output import check_output, locked, partial_path, sibling, writing
+from llmkit.checkpoint.output import (
+    check_output,
+    locked,
+    partial_path,
+    sibling,
+    sync_directory,
+    write_synced,
+    writing,
+)
 from llmkit.checkpoint.reading import FileDigest, read_range, sha256_file, sha256_range, tensor_bytes
 from llmkit.checkpoint.safetensors_header import TensorInfo, byte_count, write_header
 from llmkit.checkpoint.source import INDEX, Checkpoint
@@ -255,14 +263,14 @@ class CheckpointWriter:
                 if stale.name not in self._headers and stale.name not in texts:
                     shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
             for name, data in texts.items():
-                _write_synced(self._partial / name, data)
-            _write_synced(self._partial / MANIFEST, _json(self._manifest(texts, manifest)))
+                write_synced(self._partial / name, data)
+            write_synced(self._partial / MANIFEST, _json(self._manifest(texts, manifest)))
             for fd in self._fds.values():
                 os.fsync(fd)
-            _sync_directory(self._partial)
+            sync_directory(self._partial)
             self._partial.rename(self.out)
             self._journal.remove()
-            _sync_directory(self.out.parent)
+            sync_directory(self.out.parent)
 
     def _manifest(self, texts: Mapping[str, bytes], further: Mapping[str, Any]) -> dict[str, Any]:
         sharded = further.get("layout") is not None
@@ -331,9 +339,9 @@ class CheckpointWriter:
                 handle.truncate(size)
                 handle.flush()
                 os.fsync(handle.fileno())
-        _sync_directory(self._partial)
+        sync_directory(self._partial)
         self._journal.start()
-        _sync_directory(self._partial.parent)
+        sync_directory(self._partial.parent)
 
     def _file_bytes(self, file: str) -> int:
         return len(self._headers[file]) + sum(info.nbytes for (of, _), info in self._places.items() if of == file)
@@ -397,18 +405,3 @@ def _ordered(tensors: Sequence[PlannedTensor]) -> list[tuple[str, str, tuple[int
 
 def _json(value: Mapping[str, Any]) -> bytes:
     return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
-
-
-def _write_synced(path: Path, data: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync_directory(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

@@ -28,6 +28,9 @@ def _file(flag: str, metavar: str, help: str) -> Any:
 HtmlOption = Annotated[str | None, _file("--html", "FILE", "Write the report as one self-contained HTML page, too.")]
 CsvOption = Annotated[str | None, _file("--csv", "FILE", "Write all figures as CSV, too.")]
 ChartsOption = Annotated[str | None, _file("--charts", "DIR", "Write every chart as an SVG file, too.")]
+PngOption = Annotated[
+    bool, typer.Option("--png", help="Beside each SVG file a PNG (the extra png).", rich_help_panel=RESULTS)
+]
 JunitOption = Annotated[str | None, _file("--junit", "FILE", "Write the gates as JUnit XML, too.")]
 SummaryOption = Annotated[str | None, _file("--summary", "FILE", "Write a Markdown summary, too.")]
 
@@ -55,11 +58,12 @@ def bench(
         int | None, typer.Option(min=1, metavar="N", help="Requests of each scenario, at most.", show_default="all")
     ] = None,
     mode: Annotated[
-        Literal["serve", "latency", "throughput", "sweep"] | None,
+        Literal["serve", "latency", "throughput", "sweep", "startup"] | None,
         typer.Option(
             metavar="MODE",
             help="A load instead of scenarios: serve (--concurrency or --rate), latency (batches of --concurrency),"
-            " throughput (all at once; implies --offline for checkpoints), sweep (until saturated).",
+            " throughput (all at once; implies --offline for checkpoints), sweep (until saturated), startup (from the"
+            " command to the first token, --repeats times).",
             show_default="scenarios",
             rich_help_panel=LOAD,
         ),
@@ -148,9 +152,53 @@ def bench(
         bool, typer.Option("--warmup/--no-warmup", help="Send a few requests first that do not count.")
     ] = True,
     speed: Annotated[bool, typer.Option("--speed/--no-speed", help="Measure speed.")] = True,
+    page_cache: Annotated[
+        Literal["warm", "cold"],
+        typer.Option(
+            metavar="STATE",
+            help="Before each start of --mode startup: weights in the page cache (warm) or out of it (cold).",
+            rich_help_panel=LOAD,
+        ),
+    ] = "warm",
     quality: Annotated[
-        bool, typer.Option("--quality/--no-quality", help="Measure perplexity and KL divergence of checkpoints.")
+        bool,
+        typer.Option(
+            "--quality/--no-quality",
+            help="Measure perplexity and KL divergence, of checkpoints and of servers that tell of prompts' tokens.",
+        ),
     ] = True,
+    tasks: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME|FILE",
+            help="Ask the server the questions of lm-evaluation-harness (the extra tasks): a task, a group, or a task's"
+            " YAML file; may be repeated.",
+            show_default="none",
+            rich_help_panel=QUALITY,
+        ),
+    ] = None,
+    tasks_limit: Annotated[
+        int | None,
+        typer.Option(
+            min=1, metavar="N", help="Questions of each task, at most.", show_default="all", rich_help_panel=QUALITY
+        ),
+    ] = None,
+    tasks_shots: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            metavar="N",
+            help="Examples before each question.",
+            show_default="the task's own",
+            rich_help_panel=QUALITY,
+        ),
+    ] = None,
+    tasks_chat: Annotated[
+        bool,
+        typer.Option(
+            "--tasks-chat", help="Ask as chats, for tasks whose answers are generated.", rich_help_panel=QUALITY
+        ),
+    ] = False,
     offline: Annotated[
         bool, typer.Option("--offline", help="Run checkpoints in this process instead of behind `llmkit serve`.")
     ] = False,
@@ -210,6 +258,7 @@ def bench(
     html: HtmlOption = None,
     csv: CsvOption = None,
     charts: ChartsOption = None,
+    png: PngOption = False,
     junit: JunitOption = None,
     summary: SummaryOption = None,
     device: DeviceOption = "auto",
@@ -220,6 +269,7 @@ def bench(
     from llmkit.bench.bench import bench as run
     from llmkit.bench.loads import Load
     from llmkit.bench.outputs import Outputs
+    from llmkit.bench.tasks import TaskOptions
 
     load = None
     wanted = [concurrency, rate, trace, requests]
@@ -252,6 +302,8 @@ def bench(
         offline=offline or (mode == "throughput" and not url),
         baseline=baseline,
         gates=tuple(gate or ()),
+        tasks=TaskOptions(tuple(tasks), tasks_limit, tasks_shots, tasks_chat) if tasks else None,
+        page_cache=page_cache,
         text=text,
         windows=windows,
         window_tokens=window_tokens,
@@ -262,8 +314,10 @@ def bench(
         tokenizer=tokenizer,
         model=served_model_name,
     )
+    outputs = Outputs(file, html, csv, charts, png, junit, summary)
+    outputs.check()
     report = run([*(models or ()), *(url or ())], options, output.progress())
-    _print(output, report, Outputs(file, html, csv, charts, junit, summary))
+    _print(output, report, outputs)
     report.require_gates()
 
 
@@ -274,6 +328,7 @@ def compare(
     html: HtmlOption = None,
     csv: CsvOption = None,
     charts: ChartsOption = None,
+    png: PngOption = False,
     summary: SummaryOption = None,
 ) -> None:
     """Show two reports side by side, the first as the baseline, and say what is chance and what does not compare."""
@@ -281,7 +336,7 @@ def compare(
     from llmkit.bench.report import compare_reports, read_report
 
     report = compare_reports(read_report(a), read_report(b))
-    _print(output, report, Outputs(html=html, csv=csv, charts=charts, summary=summary))
+    _print(output, report, Outputs(html=html, csv=csv, charts=charts, png=png, summary=summary))
 
 
 def show(
@@ -290,6 +345,7 @@ def show(
     html: HtmlOption = None,
     csv: CsvOption = None,
     charts: ChartsOption = None,
+    png: PngOption = False,
     junit: JunitOption = None,
     summary: SummaryOption = None,
 ) -> None:
@@ -298,7 +354,7 @@ def show(
     from llmkit.bench.report import read_report
 
     report = read_report(file)
-    _print(output, report, Outputs(html=html, csv=csv, charts=charts, junit=junit, summary=summary))
+    _print(output, report, Outputs(html=html, csv=csv, charts=charts, png=png, junit=junit, summary=summary))
 
 
 def _print(output: Output, report: BenchReport, outputs: Outputs) -> None:

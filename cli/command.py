@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from llmkit.checkpoint.hub import looks_remote
 from llmkit.cli.errors import INTERRUPTED, TERMINATED, Stopped
 from llmkit.cli.output import Output
 
@@ -40,7 +41,10 @@ SeedOption = Annotated[
     int, typer.Option("--seed", min=0, metavar="N", help="Seed of everything drawn at random.", rich_help_panel=COMMON)
 ]
 ModelArgument = Annotated[
-    str, typer.Argument(metavar="MODEL", help="A checkpoint: a directory, a hub id or a .gguf file.")
+    str,
+    typer.Argument(
+        metavar="MODEL", help="A checkpoint: a directory, a hub id, a URL (docs/registries.md) or a .gguf file."
+    ),
 ]
 
 Command = Callable[..., int | None]
@@ -67,6 +71,8 @@ def add(app: typer.Typer, name: str, function: Command, epilog: str = "") -> Non
         output = Output(options.pop("json"), options.pop("quiet"), options.pop("debug"))
         options.pop("config")  # read before the options were parsed
         try:
+            if name != "serve":  # which asks for its models' copies itself
+                _fetch(output, options)
             return function(output, **options) or 0
         except KeyboardInterrupt:
             raise Stopped(INTERRUPTED) from None
@@ -76,6 +82,17 @@ def add(app: typer.Typer, name: str, function: Command, epilog: str = "") -> Non
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     app.command(name, epilog=epilog or None)(run)
+
+
+def _fetch(output: Output, options: dict[str, Any]) -> None:
+    """Makes the local copies of models that are at a URL, with a bar: whoever opens them later finds them."""
+    for parameter in ("model", "models", "baseline", "draft_model"):
+        given = options.get(parameter)
+        for reference in given if isinstance(given, list) else [given]:
+            if isinstance(reference, str) and looks_remote(reference):
+                from llmkit.checkpoint.remote import cached
+
+                cached(reference, output.progress())
 
 
 def stop_on_sigterm() -> None:

@@ -13,7 +13,7 @@ import typer
 
 from llmkit.checkpoint.errors import UsageError
 from llmkit.checkpoint.text import nearest
-from llmkit.cli import bench, doctor, inspect, quantize, recipes, serve, shard
+from llmkit.cli import batch, bench, deploy, doctor, inspect, plan, quantize, recipes, registry, serve, shard
 from llmkit.cli import run as run_recipe
 from llmkit.cli.command import add, stop_on_sigterm
 from llmkit.cli.errors import report, usage_error
@@ -44,7 +44,7 @@ def _root(
 ) -> None:
     """Take a Hugging Face checkpoint to a served, quantized, sharded model, and prove what each step cost.
 
-    MODEL is a directory, a hub id or a .gguf file, everywhere.
+    MODEL is a directory, a hub id, a URL (s3://, gs://, models:/) or a .gguf file, everywhere.
     """
 
 
@@ -57,6 +57,11 @@ add(app, "bench", bench.bench, epilog="Also: llmkit bench compare | show, each w
 add(app, "bench compare", bench.compare)
 add(app, "bench show", bench.show)
 add(app, "serve", serve.serve)
+add(app, "plan", plan.plan)
+add(app, "deploy ray", deploy.ray)
+add(app, "deploy triton", deploy.triton)
+add(app, "deploy vllm", deploy.vllm)
+add(app, "batch", batch.batch)
 add(app, "run", run_recipe.run)
 add(app, "recipes", recipes.recipes, epilog="Also: llmkit recipes list | show | copy | validate | schema.")
 add(app, "recipes list", recipes.list_)
@@ -64,6 +69,10 @@ add(app, "recipes show", recipes.show)
 add(app, "recipes copy", recipes.copy)
 add(app, "recipes validate", recipes.validate)
 add(app, "recipes schema", recipes.schema)
+add(app, "pull", registry.pull)
+add(app, "push", registry.push)
+add(app, "sign", registry.sign)
+add(app, "verify", registry.verify)
 add(app, "inspect", inspect.inspect)
 add(app, "doctor", doctor.doctor)
 
@@ -113,12 +122,15 @@ def _join_subcommand(words: list[str], commands: dict[str, Any]) -> list[str]:
     first, second = words[0], words[1] if len(words) > 1 else ""
     if first.startswith("-"):
         return words
-    if first not in commands:
-        known = [command for command in commands if " " not in command]
-        raise UsageError(f"no such command: {first}", nearest(first, known, "Commands are"))
     if f"{first} {second}" in commands:
         return [f"{first} {second}", *words[2:]]
     subcommands = [command.split()[1] for command in commands if command.startswith(f"{first} ")]
+    if first not in commands and subcommands:
+        kinds = " | ".join(subcommands)
+        raise UsageError(f"no such command: {f'{first} {second}'.strip()}", f"llmkit {first} {kinds} was expected")
+    if first not in commands:
+        known = [command for command in commands if " " not in command]
+        raise UsageError(f"no such command: {first}", nearest(first, known, "Commands are"))
     close = difflib.get_close_matches(second, subcommands, n=1, cutoff=0.75)
     if close and not Path(second).exists():
         raise UsageError(f"no such command: {first} {second}", f"The nearest is {first} {close[0]}")
@@ -129,7 +141,10 @@ def _resuming(command: str, arguments: list[str]) -> str:
     """The command line that takes up interrupted work, for the commands that can."""
     if command == "quantize":
         return shlex.join(["llmkit", *arguments, *(["--resume"] if "--resume" not in arguments else [])])
-    return shlex.join(["llmkit", *arguments]) if command in ("shard", "shard merge", "run") else ""
+    if command == "batch" and "-" in arguments:  # what went to stdout, or came from stdin, does not come again
+        return ""
+    resumed = ("shard", "shard merge", "batch", "run", "pull", "push")
+    return shlex.join(["llmkit", *arguments]) if command in resumed else ""
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from llmkit.checkpoint.errors import UsageError
 from llmkit.checkpoint.text import nearest
 
 PREFIX = "LLMKIT_"
-NOT_OPTIONS = {"LLMKIT_API_KEY"}  # read by `serve` and `bench` themselves: a secret is no option
+NOT_OPTIONS = {"LLMKIT_API_KEY", "LLMKIT_KEY_PASSWORD"}  # read by the commands themselves: a secret is no option
 TRUE, FALSE = {"1", "true", "yes", "on"}, {"0", "false", "no", "off"}
 
 

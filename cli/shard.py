@@ -84,15 +84,19 @@ def plan(
             help="Tokens that fit on each rank's GPU: h100-80, l4-24 ..., or a size as 48GiB.",
         ),
     ] = None,
+    gpus_per_node: Annotated[
+        int, typer.Option(min=1, metavar="N", help="With --gpu: how many a node has; tells when one is not enough.")
+    ] = 8,
 ) -> None:
     """Show what each rank would hold, what does not divide and which sizes work, and write nothing."""
-    from llmkit.shard.capacity import gpu_bytes, plan_report
+    from llmkit.shard.capacity import nodes_report, plan_report
     from llmkit.shard.shard import open_source
 
-    layers, memory = _stage_layers(pp_layers), None
-    if gpu is not None:
-        memory = parse_size("--gpu", gpu) if gpu[:1].isdigit() else gpu_bytes(gpu)
-    made = plan_report(open_source(model), tp, pp, ep, layers, memory)
+    layers, memory = _stage_layers(pp_layers), None if gpu is None else gpu_memory(gpu)
+    source = open_source(model)
+    made = plan_report(source, tp, pp, ep, layers, memory)
+    if memory is not None:
+        made |= nodes_report(source, memory, gpus_per_node)
     output.result({"source": model, "gpu": gpu, **made}, lambda console: _show_report(console, model, gpu, made))
 
 
@@ -121,6 +125,13 @@ def merge(output: Output, layout: LayoutArgument, out: OutputOption) -> None:
         for file, tensors in files.items()
     ]
     output.result({"source": layout, "output": out, "files": rows}, lambda console: _show_merged(console, out, rows))
+
+
+def gpu_memory(text: str) -> int:
+    """Bytes of a GPU that is named, or of a size like 48GiB. Raises: UsageError."""
+    from llmkit.shard.capacity import gpu_bytes
+
+    return (parse_size("--gpu", text) or 0) if text[:1].isdigit() else gpu_bytes(text)
 
 
 def _stage_layers(text: str | None) -> tuple[int, ...]:
@@ -167,6 +178,8 @@ def _show_report(console: Console, model: str, gpu: str | None, made: dict[str, 
             f"{made['tokens']:,} tokens of KV cache fit in {made['utilization']:.0%} of {gpu}"
             f" ({bytes_text(made['memory_bytes'])}) beside the weights; what activations take is less of them"
         )
+    if "node" in made:
+        lines.append(_node_line(model, gpu, made["node"]))
     sizes = (
         f"{works['tp']}" + (f" (EP {', '.join(map(str, works['ep']))})" if works["ep"] != [1] else "")
         for works in made["works"]
@@ -174,6 +187,18 @@ def _show_report(console: Console, model: str, gpu: str | None, made: dict[str, 
     lines.append(f"TP that works: {', '.join(sizes)}; PP from 1 to {made['max_pp']}")
     for line in lines:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _node_line(model: str, gpu: str | None, node: dict[str, Any]) -> str:
+    wanted = f"with {node['tokens']:,} tokens of KV cache it"
+    if node["nodes"] == 0:
+        return f"{wanted} does not fit on any number of nodes of {node['gpus']} x {gpu}"
+    if node["nodes"] == 1:
+        return f"{wanted} fits on one node of {node['gpus']} x {gpu}, with --tp {node['tp']}"
+    return (
+        f"{wanted} does not fit on a node of {node['gpus']} x {gpu}: {node['nodes']} nodes with TP {node['tp']}, PP"
+        f" {node['pp']} hold it; `llmkit deploy vllm {model} --gpu {gpu}` writes what starts it there"
+    )
 
 
 def _show_verified(console: Console, layout: str, found: dict[str, Any]) -> None:

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 # What the runner decides for a stage, or what gate stages are for.
 NOT_SETTINGS = {
     "output", "out", "dry_run", "resume", "plan", "gate", "max_kl", "max_ppl_ratio", "file", "html", "csv", "charts",
-    "junit", "summary",
+    "png", "junit", "summary", "more", "max_loaded", "idle_timeout",
 }  # fmt: skip
 TEXTS = {"N|auto": int | Literal["auto"], "SIZE": int | str}  # options that are text on a command line only
 FUNCTIONS: dict[str, Callable[..., int | None]] = {
@@ -41,10 +41,11 @@ FUNCTIONS: dict[str, Callable[..., int | None]] = {
 @cache
 def kinds() -> dict[str, Kind]:
     """What each command's stages may say, read and write."""
+    files = ("text", "data", "trace", "tasks")
     return {
         "quantize": Kind(_settings("quantize"), "checkpoint", ("model",), ("calibration",)),
         "shard": Kind(_settings("shard"), "checkpoint", ("model",)),
-        "bench": Kind(_settings("bench"), "report", ("models", "baseline", "tokenizer"), ("text", "data", "trace")),
+        "bench": Kind(_settings("bench"), "report", ("models", "baseline", "tokenizer"), files),
         "serve": Kind(_settings("serve"), "", ("model", "draft_model")),
     }
 

@@ -22,12 +22,17 @@ if TYPE_CHECKING or torch.cuda.is_available() or "TRITON_INTERPRET" in os.enviro
 else:
     triton = tl = None
 
-__all__ = ["jit", "runs_triton", "tl", "triton"]
+__all__ = ["jit", "runs_triton", "sent", "tl", "triton"]
 
 
 def jit(function: Callable[..., Any]) -> Any:
     """`function` as a Triton kernel; unchanged without Triton, where nothing may launch it."""
     return function if triton is None else triton.jit(function)
+
+
+def sent(values: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Values of the CPU, on a device; the host does not wait until they are there."""
+    return values if device.type == "cpu" else values.pin_memory().to(device, non_blocking=True)
 
 
 def runs_triton(tensor: torch.Tensor) -> bool:

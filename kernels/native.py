@@ -163,18 +163,14 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
     """See `rope.rotate_`. x: [T, N, D], whose last two dimensions are contiguous."""
     assert library is not None
     tokens, heads, dim = x.shape
-    library.rotate(
-        x.data_ptr(), x.stride(0), tokens, heads, dim, cos.data_ptr(), sin.data_ptr(), cos.shape[-1] // 2
-    )  # fmt: skip
+    library.rotate(x.data_ptr(), x.stride(0), tokens, heads, dim, cos.data_ptr(), sin.data_ptr(), cos.shape[-1] // 2)
 
 
 def store(kv: torch.Tensor, slots: torch.Tensor, to: torch.Tensor) -> None:
     """Write keys and values [T, 2K, D] at `slots` of a cache [2K, blocks, block_size, D]."""
     assert library is not None
     tokens, heads, dim = kv.shape
-    library.store(
-        kv.data_ptr(), kv.stride(0), tokens, heads, dim, slots.data_ptr(), to.data_ptr(), to.stride(0)
-    )  # fmt: skip
+    library.store(kv.data_ptr(), kv.stride(0), tokens, heads, dim, slots.data_ptr(), to.data_ptr(), to.stride(0))
 
 
 def gate(gate_up: torch.Tensor, gelu: bool) -> torch.Tensor:

@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from llmkit.kernels.jit import sent
+
 Numbers = np.ndarray[tuple[int, ...], np.dtype[np.int64]]
 Places = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]  # see `Group.on_device`
 
@@ -33,13 +35,9 @@ class AttentionBatch:
 
     @classmethod
     def build(
-        cls,
-        query_lens: Sequence[int],
-        context_lens: Sequence[int],
-        block_tables: Mapping[int | None, Sequence[Sequence[int]]],
-        block_size: int,
-        device: torch.device | str = "cpu",
-    ) -> AttentionBatch:
+        cls, query_lens: Sequence[int], context_lens: Sequence[int],
+        block_tables: Mapping[int | None, Sequence[Sequence[int]]], block_size: int, device: torch.device | str = "cpu",
+    ) -> AttentionBatch:  # fmt: skip
         """From plain lists; a sequence's tokens are side by side.
 
         query_lens: new tokens of each sequence. context_lens: its tokens in the cache after this step, the new ones
@@ -163,9 +161,7 @@ class Group:
         return found
 
     def _device(self, values: np.ndarray[Any, Any]) -> torch.Tensor:
-        host = torch.from_numpy(values)
-        device = self.batch.device
-        return host if device.type == "cpu" else host.pin_memory().to(device, non_blocking=True)
+        return sent(torch.from_numpy(values), self.batch.device)
 
 
 def _spread(values: Numbers, counts: Numbers) -> Numbers:

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import torch
 
+from llmkit.kernels.jit import sent
+
 _GOLDEN = -0x61C8864680B583EB  # 2^64 / phi as a signed integer: splitmix64's increment (Steele et al., 2014)
 _MIX1, _MIX2 = -0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15
 _BIAS1, _BIAS2 = 0x7FEB352D, 0x846CA68B - 2**32  # lowbias32 (Wellons, "Prospecting for Hash Functions", 2018)
@@ -45,15 +47,9 @@ ALONE = Vocabulary()
 
 
 def sample(
-    logits: torch.Tensor,
-    temperature: torch.Tensor,
-    top_k: torch.Tensor,
-    top_p: torch.Tensor,
-    min_p: torch.Tensor,
-    seeds: torch.Tensor,
-    counters: torch.Tensor,
-    vocabulary: Vocabulary = ALONE,
-) -> torch.Tensor:
+    logits: torch.Tensor, temperature: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, min_p: torch.Tensor,
+    seeds: torch.Tensor, counters: torch.Tensor, vocabulary: Vocabulary = ALONE,
+) -> torch.Tensor:  # fmt: skip
     """One token id int64 [n] for each row of logits, float32 [n, V], on their device.
 
     On the CPU: temperature, top_p, min_p: float32 [n]; top_k, seeds, counters: int64 [n]. Temperature 0 takes the
@@ -67,22 +63,17 @@ def sample(
     if not len(drawn):
         return ids
     top_k, top_p, min_p = top_k[drawn], top_p[drawn], min_p[drawn]
-    rows = _sent(drawn, logits)
+    rows = sent(drawn, logits.device)
     chosen = logits[rows]
     # The most probable token gets 0, so that no temperature, however small, makes an infinity.
-    scaled = (chosen - vocabulary.max(chosen.amax(-1, keepdim=True))) / _sent(temperature[drawn, None], logits)
+    scaled = (chosen - vocabulary.max(chosen.amax(-1, keepdim=True))) / sent(temperature[drawn, None], logits.device)
     for keep, values, asked in ((_top_k, top_k, top_k > 0), (_top_p, top_p, top_p < 1), (_min_p, min_p, min_p > 0)):
         if asked.any():
-            where = _sent(asked.nonzero()[:, 0], logits)
+            where = sent(asked.nonzero()[:, 0], logits.device)
             scaled[where] = keep(scaled[where], values[asked], vocabulary)
     noise = _log_exponential(seeds[drawn], counters[drawn], scaled, vocabulary.first)
     ids[rows] = vocabulary.argmax(scaled - noise)
     return ids
-
-
-def _sent(values: torch.Tensor, to: torch.Tensor) -> torch.Tensor:
-    """Values of the CPU, where `to` is; the host does not wait until they are there."""
-    return values if to.device.type == "cpu" else values.pin_memory().to(to.device, non_blocking=True)
 
 
 def report(
@@ -105,7 +96,7 @@ def _top_k(scaled: torch.Tensor, k: torch.Tensor, vocabulary: Vocabulary) -> tor
     """Only the k most probable tokens of each row."""
     most = _most(scaled, int(k.max()), vocabulary)
     place = (k[:, None] - 1).clamp_max(most.shape[-1] - 1)
-    return _not_below(scaled, scaled, most.gather(-1, _sent(place, scaled)))
+    return _not_below(scaled, scaled, most.gather(-1, sent(place, scaled.device)))
 
 
 def _most(values: torch.Tensor, count: int, vocabulary: Vocabulary) -> torch.Tensor:
@@ -116,7 +107,7 @@ def _most(values: torch.Tensor, count: int, vocabulary: Vocabulary) -> torch.Ten
 
 def _top_p(scaled: torch.Tensor, p: torch.Tensor, vocabulary: Vocabulary) -> torch.Tensor:
     """Only the fewest most probable tokens of each row that have probability p together."""
-    p = _sent(p[:, None], scaled)
+    p = sent(p[:, None], scaled.device)
     probability = scaled.exp()
     probability /= vocabulary.sum(probability.sum(-1, keepdim=True))
     most = _most(probability, _NUCLEUS, vocabulary)
@@ -145,7 +136,7 @@ def _wide_floor(probability: torch.Tensor, p: torch.Tensor, vocabulary: Vocabula
 
 def _min_p(scaled: torch.Tensor, least: torch.Tensor, _: Vocabulary) -> torch.Tensor:
     """Only the tokens at least `least` times as probable as the first, whose scaled logit is 0."""
-    return _not_below(scaled, scaled, _sent(least.log()[:, None], scaled))
+    return _not_below(scaled, scaled, sent(least.log()[:, None], scaled.device))
 
 
 def _not_below(scaled: torch.Tensor, measure: torch.Tensor, floor: torch.Tensor) -> torch.Tensor:
@@ -158,7 +149,7 @@ def _log_exponential(seeds: torch.Tensor, counters: torch.Tensor, like: torch.Te
     The token with the least E / probability wins, so small draws matter: E = -log(1 - u) with u > 0 keeps float32's
     relative precision there.
     """
-    bits = _hash(_sent(_key(seeds, counters), like), like.shape[-1], first)
+    bits = _hash(sent(_key(seeds, counters), like.device), like.shape[-1], first)
     u = ((bits & 0x7FFFFFFF).float() + 0.5) * 2.0**-31
     return u.clamp_max_(1 - 2.0**-24).neg_().log1p_().neg_().log_()
 

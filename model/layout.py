@@ -192,16 +192,8 @@ def _expert_rows(spec: ModelSpec, index: int, feed: str | None) -> Iterator[Para
     experts = spec.experts
     assert experts is not None
     source, name = f"model.layers.{_source_index(spec, index)}.{experts.block}", f"layers.{index}.mlp"
-    yield from _linear(
-        f"{name}.router",
-        f"{source}.gate",
-        (experts.count, spec.hidden),
-        REPLICATED,
-        False,
-        (index,),
-        feed,
-        linear=False,
-    )
+    shape = experts.count, spec.hidden
+    yield from _linear(f"{name}.router", f"{source}.gate", shape, REPLICATED, False, (index,), feed, linear=False)
     for expert in range(experts.count):
         rows = _mlp_rows(
             spec, f"{name}.experts.{expert}", f"{source}.experts.{expert}",
@@ -211,29 +203,17 @@ def _expert_rows(spec: ModelSpec, index: int, feed: str | None) -> Iterator[Para
 
 
 def _mlp_rows(
-    spec: ModelSpec,
-    name: str,
-    source: str,
-    names: tuple[str, str, str],
-    size: int,
-    stage: tuple[int, ...],
+    spec: ModelSpec, name: str, source: str, names: tuple[str, str, str], size: int, stage: tuple[int, ...],
     feed: str | None,
-) -> Iterator[Parameter]:
+) -> Iterator[Parameter]:  # fmt: skip
     gate, up, down = (f"{source}.{n}" for n in names)
     features = Split("features", 0, size)
     yield from _fused(
         spec, f"{name}.gate_up", f"{source}.gate_up_proj", [(gate, size, features), (up, size, features)],
         spec.hidden, spec.mlp_bias, stage, feed,
     )  # fmt: skip
-    yield from _linear(
-        f"{name}.down",
-        down,
-        (spec.hidden, size),
-        Split("features", 1, size),
-        spec.mlp_bias,
-        stage,
-        f"{name}.gate_up.weight",
-    )
+    feed, split = f"{name}.gate_up.weight", Split("features", 1, size)
+    yield from _linear(f"{name}.down", down, (spec.hidden, size), split, spec.mlp_bias, stage, feed)
 
 
 def _fused(

@@ -62,12 +62,9 @@ class PackedLinear(Linear):
 
 
 def serving_linear(
-    parts: Sequence[torch.Tensor | QuantizedWeight],
-    bias: torch.Tensor | None,
-    rounding: Rounding | None,
-    dtype: torch.dtype,
-    device: torch.device | str = "cpu",
-) -> Linear:
+    parts: Sequence[torch.Tensor | QuantizedWeight], bias: torch.Tensor | None, rounding: Rounding | None,
+    dtype: torch.dtype, device: torch.device | str = "cpu",
+) -> Linear:  # fmt: skip
     """The linear that serves the weight made of `parts`, one below the other, to inputs of `dtype`.
 
     It gives what a dense one gives in float32, up to the order of summation and, on a GPU, rounding to `dtype`. parts:

@@ -19,6 +19,7 @@ BUILTIN = "builtin"
 SELF = "self"  # text that the model writes
 SEGMENT = 4096  # tokens: of every segment of the builtin text the last HELD_OUT are for evaluation only
 HELD_OUT = 1024
+_COLUMNS = ("text", "messages", "conversations", "prompt", "output", "completion")  # of a parquet file that are read
 _KINDS = "a .txt, .jsonl or .parquet file, the id of a dataset on the hub, or 'builtin'"
 
 Render = Callable[[list[dict[str, Any]]], str]
@@ -98,8 +99,13 @@ def _take(documents: Iterable[str], limit: int | None) -> tuple[list[str], bool]
 
 
 def records(source: str) -> Iterator[Record]:
-    """The records of a .txt, .jsonl or .parquet file or a data set, as they are. Raises as `load_text` does."""
+    """The records of a .txt, .jsonl or .parquet file or a data set (an id, or a folder of such files), as they are.
+
+    Raises as `load_text` does.
+    """
     path = Path(source)
+    if path.is_dir():
+        return _dataset(source)
     if path.suffix in _READERS or path.exists():
         return _open(path)
     if re.fullmatch(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?", source):
@@ -179,7 +185,7 @@ def _parquet(path: Path) -> Iterator[Record]:
 
     try:
         with pq.ParquetFile(path) as file:
-            names = [name for name in ("text", "messages") if name in file.schema_arrow.names]
+            names = [name for name in _COLUMNS if name in file.schema_arrow.names]
             if not names:
                 keys = ", ".join(file.schema_arrow.names) or "none"
                 raise InputError(
@@ -197,7 +203,7 @@ def _parquet(path: Path) -> Iterator[Record]:
 def _dataset(source: str) -> Iterator[Record]:
     import datasets
 
-    name, _, config = source.partition(":")
+    name, _, config = (source, "", "") if Path(source).is_dir() else source.partition(":")
     todo = "Use a local file or --calibration builtin"
     try:
         stream = datasets.load_dataset(name, config or None, split="train", streaming=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import ctypes
 import os
 import select
 import signal
@@ -32,7 +33,9 @@ from llmkit.checkpoint.errors import (
 
 _LENGTH = struct.Struct("<I")
 _READ_BYTES = 1 << 18
+_PR_SET_PDEATHSIG = 1
 _SOCKET_BUFFER_BYTES = 1 << 20
+API_KEY_VARIABLE = "LLMKIT_API_KEY"  # a secret: no process of ours inherits it
 _encoder = msgspec.msgpack.Encoder()
 _KINDS: dict[int, type[LlmkitError]] = {
     kind.exit_code: kind for kind in (UsageError, InputError, ShortageError, OutputError)
@@ -123,7 +126,8 @@ def spawn(
 ) -> tuple[subprocess.Popen[bytes], socket.socket]:
     """Start `python -m module` on its first message; return it and our end of the socket pair.
 
-    variables: of its environment. The process calls `parent_socket`.
+    variables: of its environment, over ours without the API key. The process calls `parent_socket`, which may end it
+    with the thread that has started it.
     """
     ours, theirs = socket.socketpair()
     for one in (ours, theirs):
@@ -134,20 +138,24 @@ def spawn(
             stdin=subprocess.DEVNULL,
             stdout=sys.__stderr__.fileno() if sys.__stderr__ else subprocess.DEVNULL,
             pass_fds=[theirs.fileno()],
-            env=os.environ | variables,
+            env={name: value for name, value in os.environ.items() if name != API_KEY_VARIABLE} | dict(variables),
             start_new_session=True,  # Ctrl-C is the parent's to handle
         )
     ours.sendall(frame(message))
     return process, ours
 
 
-def parent_socket() -> socket.socket:
+def parent_socket(with_thread: bool = True) -> socket.socket:
     """Our end of the socket pair, in a process that was spawned: SIGINT and SIGTERM are left to the parent.
 
-    When the other end closes, this process ends at once, even in the middle of a load or a step.
+    When the other end closes, this process ends at once, even in the middle of a load or a step. with_thread: also
+    when the thread that has started it ends, even while this process is stopped, or stuck in a library.
     """
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
+    if with_thread:
+        with contextlib.suppress(OSError, AttributeError):  # another C library than glibc
+            ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     parser = argparse.ArgumentParser()
     parser.add_argument("--fd", type=int, required=True)
     fd: int = parser.parse_args().fd

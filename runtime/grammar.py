@@ -1,47 +1,45 @@
-"""Answers that follow a grammar: which tokens may come next, by llguidance (https://github.com/guidance-ai/llguidance).
+"""Answers that follow a grammar: which tokens may come next.
 
 A grammar is llguidance's own text, which its functions make of JSON schemas, regular expressions and Lark grammars.
 """
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
 
 import numpy as np
 import torch
-from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+from llguidance import LLMatcher
 
 from llmkit.checkpoint.source import Checkpoint
 from llmkit.checkpoint.tokenizer import load_tokenizer
-from llmkit.runtime.engine.types import RequestError
+from llmkit.runtime.matcher import compile_grammar, grammar_tokenizer
 
 KEPT = 64  # compiled grammars
-LIMITS = LLParserLimits(
-    max_grammar_size=500_000, max_lexer_states=50_000, initial_lexer_fuel=300_000, step_lexer_fuel=50_000
-)
 
 
 class Grammars:
-    """The grammars of requests to a model, each compiled once as long as it is in use."""
+    """The grammars of requests to a model, each compiled once as long as it is in use. Threads may share one."""
 
     def __init__(self, checkpoint: Checkpoint, vocab: int, eos_ids: tuple[int, ...]) -> None:
         """vocab: rows of the model's output projection. Raises InputError for a checkpoint without a tokenizer."""
-        text = load_tokenizer(checkpoint).to_json()
-        self._tokenizer = LLTokenizer(text, n_vocab=vocab, eos_token=list(eos_ids) or None)
+        self._tokenizer = grammar_tokenizer(load_tokenizer(checkpoint).to_json(), vocab, eos_ids)
         self._vocab = vocab
         self._made: OrderedDict[str, LLMatcher] = OrderedDict()
+        self._change = threading.Lock()
 
     def __call__(self, grammar: str) -> GrammarState:
         """The state before a request's first token. Raises RequestError for a text that is no grammar or too large."""
-        if grammar not in self._made:
-            matcher = LLMatcher(self._tokenizer, grammar, log_level=0, limits=LIMITS)
-            if matcher.is_error():
-                raise RequestError("invalid_grammar", matcher.get_error().splitlines()[0][:500], "grammar")
+        matcher = self._made.get(grammar)
+        if matcher is None:
+            matcher = compile_grammar(self._tokenizer, grammar)
+        with self._change:
             self._made[grammar] = matcher
+            self._made.move_to_end(grammar)
             if len(self._made) > KEPT:
                 self._made.popitem(last=False)
-        self._made.move_to_end(grammar)
-        return GrammarState(self._made[grammar].deep_copy(), self._vocab)
+        return GrammarState(matcher.deep_copy(), self._vocab)
 
 
 class GrammarState:

@@ -15,6 +15,7 @@ import torch
 from llmkit.checkpoint.errors import InputError
 from llmkit.checkpoint.reading import CHUNK_BYTES, READERS
 from llmkit.checkpoint.source import Checkpoint, open_checkpoint
+from llmkit.checkpoint.text import bytes_text
 from llmkit.kernels import native
 from llmkit.kernels.linear import has_int8_products
 from llmkit.model.decoder import ALONE, Decoder
@@ -141,20 +142,43 @@ def plan_part(checkpoint: Checkpoint, spec: ModelSpec, options: EngineOptions, r
 
 
 def load_engine(
-    model: str | Path | Checkpoint, options: EngineOptions | None = None, start: StartUp | None = None
-) -> Engine:
+    model: str | Path | Checkpoint, options: EngineOptions | None = None, start: StartUp | None = None,
+    prefixes: tuple[str, int] | None = None,
+) -> Engine:  # fmt: skip
     """Open and check a model, plan its memory, load it and build the engine. `start` is told how that went.
 
-    Raises InputError for a checkpoint that cannot be run and ShortageError when the machine cannot run it.
+    prefixes: a folder for long shared prefixes, and its most bytes. Raises InputError for a checkpoint that cannot be
+    run and ShortageError when the machine cannot run it.
     """
     options, start = options or EngineOptions(), start or StartUp()
     with start.stage("checkpoint check"):
         checkpoint = model if isinstance(model, Checkpoint) else open_checkpoint(model)
+    if prefixes is not None:
+        return _load_keeping(checkpoint, options, start, *prefixes)
     if on_ranks(checkpoint, options):
         from llmkit.runtime.parallel.lead import load_on_ranks  # processes and their messages
 
         return load_on_ranks(checkpoint, options, start)
     return load_part(checkpoint, model_spec(checkpoint.config), options, start).engine(start, Engine)
+
+
+def _load_keeping(
+    checkpoint: Checkpoint, options: EngineOptions, start: StartUp, path: str, limit_bytes: int
+) -> Engine:
+    from llmkit.runtime.prefix_engine import KeepingEngine  # few want it
+    from llmkit.runtime.prefix_files import private_folder
+
+    folder = private_folder(path)
+    if on_ranks(checkpoint, options):
+        todo = "Leave out --prefix-cache-dir; each rank caches prefixes in memory anyway"
+        raise InputError("--prefix-cache-dir is not possible with a model on several ranks", todo=todo)
+    spec = model_spec(checkpoint.config)
+    engine = load_part(checkpoint, spec, options, start).engine(start, KeepingEngine)
+    draft = [] if options.draft_model is None else [_open_draft(options.draft_model, spec)]
+    with start.stage("prefix cache on disk"):
+        engine.keep(folder, limit_bytes, [checkpoint, *draft])
+    start.paths.append(f"prefix cache on disk: up to {bytes_text(limit_bytes)}")
+    return engine
 
 
 @dataclass(frozen=True)

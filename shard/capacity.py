@@ -11,6 +11,7 @@ from llmkit.shard.source import Source
 from llmkit.shard.validity import valid_layouts
 
 MIB = 2**20
+NODE_TOKENS = 65_536  # of keys and values, that a node has to have room for
 UTILIZATION = 0.9  # of a GPU's memory for weights and KV cache, as `llmkit serve` and vLLM take it
 # Memory in MiB as nvidia-smi tells it.
 GPUS = {
@@ -31,11 +32,17 @@ GPUS = {
 }
 
 
+def gpu_name(name: str) -> str:
+    """The GPU of the table that is meant by a name or the beginning of one. Raises UsageError for none or several."""
+    found = [known for known in GPUS if known == name.lower()] or [k for k in GPUS if k.startswith(f"{name.lower()}-")]
+    if len(found) != 1:
+        raise UsageError(f"--gpu {name} is not known", f"One of {', '.join(found or GPUS)}, or a size like 48GiB")
+    return found[0]
+
+
 def gpu_bytes(name: str) -> int:
     """The memory of a GPU of the table. Raises UsageError for another."""
-    if name.lower() not in GPUS:
-        raise UsageError(f"--gpu {name} is not known", f"One of {', '.join(GPUS)}, or a size like 48GiB")
-    return GPUS[name.lower()] * MIB
+    return GPUS[gpu_name(name)] * MIB
 
 
 def plan_report(
@@ -72,3 +79,39 @@ def plan_report(
         tokens = min(rank["tokens"] for rank in made["ranks"])
         made |= {"tokens": tokens, "memory_bytes": memory, "utilization": UTILIZATION}
     return {**made, **report}
+
+
+def nodes_report(source: Source, memory: int, gpus_per_node: int) -> dict[str, Any]:
+    """`node`: on how many nodes of so many GPUs the model fits with NODE_TOKENS, or its context; 0: on none."""
+    tokens = min(NODE_TOKENS, checked_spec(source).max_positions)
+    try:
+        tp, pp = smallest_layout(source, memory, gpus_per_node, tokens)
+        found = {"tp": tp, "pp": pp, "nodes": max(1, -(-tp * pp // gpus_per_node))}
+    except InputError:
+        found = {"nodes": 0}
+    return {"node": {"gpus": gpus_per_node, "tokens": tokens, **found}}
+
+
+def smallest_layout(source: Source, memory: int, gpus_per_node: int, tokens: int) -> tuple[int, int]:
+    """TP and PP of the fewest GPUs of `memory` bytes that hold the model and keys and values of so many tokens.
+
+    On one node TP is the least that fits; on several it is the most that a node has, and PP goes over nodes. Raises
+    InputError when no layout does.
+    """
+    sizes = [one["tp"] for one in plan_report(source, 1)["works"] if one["tp"] <= gpus_per_node]
+
+    def fits(tp: int, pp: int) -> bool:
+        report = plan_report(source, tp, pp, memory=memory)
+        return not report["refusal"] and report["tokens"] >= tokens
+
+    for tp in sizes:
+        if fits(tp, 1):
+            return tp, 1
+    for pp in range(2, plan_report(source, 1)["max_pp"] + 1):
+        if fits(sizes[-1], pp):
+            return sizes[-1], pp
+    raise InputError(
+        f"{tokens:,} tokens and the weights do not fit on nodes of {gpus_per_node} x {memory / 2**30:.0f} GiB",
+        f"With TP {sizes[-1]} on each node, over as many nodes as there are layers",
+        "Name a larger GPU, more of them a node, or fewer --tokens",
+    )

@@ -62,7 +62,8 @@ class ServerProcess:
         return httpx.Client(base_url=self.url, headers=headers, timeout=60)
 
     def engines(self) -> list[psutil.Process]:
-        return psutil.Process(self.process.pid).children()
+        children = psutil.Process(self.process.pid).children()
+        return [child for child in children if "llmkit.runtime.server.sandbox_process" not in child.cmdline()]
 
     def engine(self) -> psutil.Process:
         (child,) = self.engines()

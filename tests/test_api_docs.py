@@ -9,6 +9,8 @@ import pytest
 
 from llmkit.runtime.server.chat_body import ChatBody
 from llmkit.runtime.server.completion_body import CompletionBody
+from llmkit.runtime.server.embeddings_body import EmbeddingsBody
+from llmkit.runtime.server.kserve.tensors import INPUTS, OUTPUTS
 from llmkit.runtime.server.messages_body import MessagesBody
 from llmkit.runtime.server.protocol import Body
 from llmkit.runtime.server.responses_body import ResponsesBody
@@ -45,6 +47,13 @@ def test_fields_of_the_token_endpoints(kind: type[Body]) -> None:
     path = "`/tokenize`" if kind is TokenizeBody else "`/detokenize`"
     named = {name for row in rows("Tokens") if row[0] == path for name in re.findall(r"`(\w+)`", row[1])}
     assert kind.model_fields.keys() <= named
+
+
+def test_fields_of_embeddings_and_tensors() -> None:
+    named = {name for row in rows("Embeddings") for name in re.findall(r"`(\w+)`", row[0])}
+    assert named == set(EmbeddingsBody.model_fields)
+    section = PAGE.split("## Open Inference Protocol\n")[1].split("\n## ")[0]
+    assert set(INPUTS) | set(OUTPUTS) <= set(re.findall(r"`(\w+)`", section))
 
 
 def test_every_test_that_is_named_exists() -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
+from pyarrow import parquet
 from tiny import tiny_checkpoint
 
 from llmkit.bench.data import load_data, within
@@ -61,6 +63,20 @@ def test_conversations(tokenizer: Tokenizer, tmp_path: Path, suffix: str) -> Non
     assert data.conversations[0] in within(data, first, 1).conversations
     with pytest.raises(InputError, match=r"no conversation of .* fits a context of 1 tokens"):
         within(data, 1, 1)
+
+
+def test_columns_of_parquet_and_folders_of_files(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    folder, cache = tmp_path / "set", tmp_path / "cache"
+    folder.mkdir()
+    (folder / "train.jsonl").write_text('{"prompt": "one", "completion": "two"}\n')
+    parquet.write_table(pa.table({"prompt": ["one"], "completion": ["two"], "score": [1.0]}), tmp_path / "x.parquet")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("datasets.config.HF_DATASETS_CACHE", cache)
+        for source in (folder, tmp_path / "x.parquet"):
+            assert spoken(load_data(str(source), tokenizer, 0), tokenizer) == [[("one", "two")]]
+        (folder / "train.jsonl").rename(folder / "run.py")
+        with pytest.raises(InputError, match="cannot be read"):
+            load_data(str(folder), tokenizer, 0)
 
 
 def test_texts(tokenizer: Tokenizer, tmp_path: Path) -> None:

@@ -314,9 +314,12 @@ class TestBench:
         assert [target.name for target in report.targets] == [server.url, f"{server.url}/v1"], "the short names clash"
         assert report.workload["tokenizer"] == str(tokenizer)
         assert report.gates[0].passed
-        assert len(server.bodies) == 2 * (4 + 2), "warm-up and two requests for each"
+        streamed = [body for body in server.bodies if body.get("stream")]
+        assert len(streamed) == 2 * (4 + 2), "warm-up and two requests for each"
+        assert "perplexity" not in report.targets[0].metrics, "this server tells nothing of prompts"
+        assert report.targets[0].absent["perplexity"] == "the server tells nothing of a prompt's tokens"
         bench([server.url], BenchOptions(limit=2, tokenizer=str(tokenizer), warmup=False), SilentProgress())
-        assert len(server.bodies) == 12 + 2
+        assert sum(bool(body.get("stream")) for body in server.bodies) == 12 + 2
 
     def test_failures_leave_no_report(self, server: FakeServer, tokenizer: Path) -> None:
         server.handler = refuse

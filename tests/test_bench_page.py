@@ -5,6 +5,9 @@ from __future__ import annotations
 import csv
 import math
 import re
+import sys
+import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from xml.etree import ElementTree as Xml
 
@@ -17,7 +20,7 @@ from llmkit.bench.gates import GateResult
 from llmkit.bench.outputs import Outputs
 from llmkit.bench.page import drawings, report_page
 from llmkit.bench.report import BenchReport, RequestFigures, TargetReport
-from llmkit.checkpoint.errors import ShortageError
+from llmkit.checkpoint.errors import ShortageError, UsageError
 
 EVIL = '<script>alert("x")</script>|\x07'
 
@@ -103,6 +106,45 @@ def test_every_drawing_is_a_file_of_its_own(tmp_path: Path) -> None:
             float(n) for n in re.findall(r'\b[xy][12]?="([^"]+)"', (tmp_path / "new" / "charts" / name).read_text())
         ]
         assert all(-1 <= n <= 961 for n in numbers)
+
+
+def test_files_have_their_colours_and_pngs_stand_beside_them(tmp_path: Path) -> None:
+    written = Outputs(charts=str(tmp_path), png=True).write(report())
+    assert {path.suffix for path in written} == {".svg", ".png"}
+    for path in written:
+        if path.suffix == ".svg":
+            assert "var(" not in path.read_text() and "#2a78d6" in path.read_text()
+            height = int(Xml.parse(path).getroot().attrib["viewBox"].split()[3])
+            image = path.with_suffix(".png").read_bytes()
+            assert image[:8] == b"\x89PNG\r\n\x1a\n"
+            assert [int.from_bytes(image[i : i + 4]) for i in (16, 20)] == [2 * 960, 2 * height]
+            assert len(zlib.decompress(b"".join(_chunks(image, b"IDAT"))).strip(b"\0")) > 1000, "something is drawn"
+
+
+def _chunks(image: bytes, kind: bytes) -> Iterator[bytes]:
+    at = 8
+    while at < len(image):
+        size = int.from_bytes(image[at : at + 4])
+        if image[at + 4 : at + 8] == kind:
+            yield image[at + 8 : at + 8 + size]
+        at += 12 + size
+
+
+def test_png_wants_its_extra_and_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UsageError, match="--charts"):
+        Outputs(png=True).check()
+    monkeypatch.setitem(sys.modules, "cairosvg", None)
+    with pytest.raises(ShortageError, match=r"llmkit\[png\]"):
+        Outputs(charts=str(tmp_path), png=True).check()
+
+
+def test_what_is_absent_is_told_once_for_all_it_is_true_of() -> None:
+    one, other = target("one", 1.0), target("other", 1.0)
+    one.absent = {"goodput": "no --slo", "mbu, mfu": "no peaks"}
+    other.absent = {"goodput": "no --slo"}
+    text = Page(report_page(report(targets=[one, other], baseline="one"))).text
+    assert text.count("no --slo") == 1
+    assert "mbu, mfu of one: no peaks" in text
 
 
 def test_pareto_joins_what_nothing_beats() -> None:

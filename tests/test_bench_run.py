@@ -83,8 +83,8 @@ class TestOffline:
 
     def test_quality(self, pair: BenchReport) -> None:
         a, b = (target.metrics for target in pair.targets)
-        assert a.keys() == {"perplexity", "checkpoint_bytes", "load_s"}
-        assert b.keys() == {"perplexity", "checkpoint_bytes", "load_s", *QUALITY}
+        assert a.keys() == {"perplexity", "checkpoint_bytes", "load_s", "peak_memory_bytes"}
+        assert b.keys() == {*a.keys(), *QUALITY}
         assert 0 < b["median_kl"] <= b["p99_kl"] <= b["p999_kl"] <= b["max_kl"]
         assert 0 < b["mean_kl"] <= b["max_kl"]
         assert 0 <= b["top1"] < 0.5, "two random models do not agree"
@@ -219,7 +219,7 @@ class TestLoads:
         report.to_json()["targets"][0]["intervals"]["batch1.output_tps"]
 
     def test_a_sweep_ends_when_nothing_is_gained(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("llmkit.bench.bench.saturated", lambda levels: len(levels) == 2)
+        monkeypatch.setattr("llmkit.bench.speed.saturated", lambda levels: len(levels) == 2)
         load = replace(self.LOAD, mode="sweep")
         options = replace(OFFLINE, limit=None, rounds=1, load=load, quality=False, gates=("saturation_tps>0",))
         (target,) = run(folder / "a", options=options).targets

@@ -23,8 +23,9 @@ from llmkit.model.loader import load_model
 from llmkit.runtime.engine import runner
 from llmkit.runtime.engine.engine import Engine
 from llmkit.runtime.engine.graphs import Graphs
-from llmkit.runtime.engine.types import EngineConfig, Request, SamplingParams
+from llmkit.runtime.engine.types import EngineConfig, Pooling, Request, SamplingParams
 
+KINDS: tuple[Pooling, ...] = ("last", "mean")
 GPU = torch.device("cuda")
 LOOKS = {"tolist", "item", "numpy", "nonzero", "__bool__", "__int__", "__float__", "cpu", "equal"}
 
@@ -140,6 +141,18 @@ def test_on_ranks_a_nucleus_is_the_only_thing_that_is_looked_at(
         one.step()
     log = [what for what in device.log if what != "to device"]
     assert log == ["graph", "looks by nonzero", "to host", "event 6", "wait for 5"]
+
+
+def test_nobody_waits_for_what_is_pooled(tmp_path: Path, device: Device) -> None:
+    one = engine(tiny_checkpoint(tmp_path), device, SamplingParams(temperature=0.0, max_tokens=40, ignore_eos=True))
+    with device:
+        for kind in KINDS:
+            one.add(Request(kind, [5, 6, 7], SamplingParams(temperature=0.0, max_tokens=1), pooling=kind))
+        told = [output for _ in range(3) for output in one.step()]
+    log = [what for what in device.log if what != "to device"]
+    steps = [["to host"] * 3, ["graph", "to host"], ["graph", "to host"]]
+    assert log == [what for n, step in enumerate(steps, 6) for what in (*step, f"event {n}", f"wait for {n - 1}")]
+    assert {output.request_id for output in told if output.embedding is not None} == set(KINDS)
 
 
 def test_the_stand_in_notices_a_look(device: Device) -> None:

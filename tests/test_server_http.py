@@ -267,7 +267,7 @@ def test_a_long_conversation_is_told_its_length(http: httpx.Client) -> None:
         ("GET", "/v1/models/other", 404),
         ("GET", "/v1/models/", 404),
         ("GET", "/docs", 404),
-        ("GET", "/openapi.json", 404),
+        ("GET", "/redoc", 404),
         ("GET", "/v1/completions", 405),
         ("DELETE", "/health", 405),
         ("POST", "/v1/models", 405),
@@ -401,6 +401,12 @@ def test_errors_reach_the_openai_client_as_its_own_types(server: ServerProcess, 
     stranger = openai.OpenAI(base_url=f"{server.url}/v1", api_key="wrong", max_retries=0)
     with stranger, pytest.raises(openai.AuthenticationError):
         stranger.models.list()
+
+
+@pytest.mark.parametrize("what", ["load", "unload"])
+def test_there_are_no_routes_for_adapters_without_a_folder(http: httpx.Client, what: str) -> None:
+    got = http.post(f"/v1/{what}_lora_adapter", json={"lora_name": "one", "lora_path": "first"})
+    assert (got.status_code, got.json()["error"]["code"]) == (404, "not_found")
 
 
 def test_nothing_but_the_ready_line_is_logged(server: ServerProcess) -> None:

@@ -48,6 +48,7 @@ def test_a_graceful_stop_lets_running_requests_finish_and_refuses_new_ones(serve
         with server.client() as other:
             wait_for(lambda: other.get("/health").status_code == 503)
             assert other.get("/health").json()["error"]["code"] == "draining"
+            assert other.get("/ready").status_code == 503
             refused = other.post("/v1/completions", json=body)
             assert refused.status_code == 503
             assert "retry-after" in refused.headers

@@ -13,7 +13,13 @@ import yaml
 from serving import ServerProcess, serving, wait_for
 from tiny import tiny_checkpoint
 
+from llmkit.runtime.engine.types import EngineOptions
 from llmkit.runtime.server.engine_process import Waits
+from llmkit.runtime.server.generation import Choice, Generation
+from llmkit.runtime.server.messages import Add, Stats
+from llmkit.runtime.server.metrics import Metrics
+from llmkit.runtime.server.options import ServeOptions
+from llmkit.runtime.server.state import State
 from llmkit.runtime.server.usage import Gpus
 
 RECIPES = Path(__file__).parents[1] / "recipes" / "grafana"
@@ -100,6 +106,42 @@ def test_a_line_is_logged_for_each_request_and_tells_nothing_of_its_text(server:
     assert (second["ended"], second["finish_reasons"]) == ("cancelled", [None])
     assert SECRET not in server.log.read_text()
     assert "hello" not in server.log.read_text()
+
+
+def test_the_adapters_in_use_are_told() -> None:
+    metrics = Metrics(Stats, gpus=False)
+    engine = EngineOptions(adapters={"formal": "a", "terse": "b", "dull": "c"})
+    state = State(ServeOptions("model", engine=engine), None, metrics, "model")  # type: ignore[arg-type]
+    metrics.watch(state)
+    asked = [Add(str(index), [1], 9, adapter=name) for index, name in enumerate((None, "terse", "formal", "dull"))]
+    choices = [Choice(request, 0, None) for request in asked]  # type: ignore[arg-type]
+    for choice in choices:
+        made = Generation(None, metrics, [choice], (), 0.0)  # type: ignore[arg-type]
+        state.generations.add(made)
+    choices[1].times.first = choices[3].times.first = 1.0
+    choices[3].finish_reason = "stop"
+    told = metrics.render().decode()
+    labels = '{max_lora="3",running_lora_adapters="terse",waiting_lora_adapters="formal"}'
+    assert f"llmkit:lora_requests_info{labels}" in told
+    assert "llmkit:lora_adapters 3.0" in told
+
+
+def test_the_names_that_vllm_made_customary_are_there(server: ServerProcess) -> None:
+    names = {name.partition("{")[0] for name in figures(server)}
+    plain = (
+        "num_requests_running", "num_requests_waiting", "kv_cache_usage_perc", "lora_requests_info",
+        *(f"{name}_total" for name in (
+            "prefix_cache_queries", "prefix_cache_hits", "external_prefix_cache_queries", "external_prefix_cache_hits",
+            "num_preemptions", "prompt_tokens", "generation_tokens", "request_success",
+            "spec_decode_num_draft_tokens", "spec_decode_num_accepted_tokens",
+        )),
+        *(f"{name}_bucket" for name in (
+            "time_to_first_token_seconds", "inter_token_latency_seconds", "request_time_per_output_token_seconds",
+            "e2e_request_latency_seconds", "request_queue_time_seconds", "request_prefill_time_seconds",
+            "request_decode_time_seconds", "iteration_tokens_total",
+        )),
+    )  # fmt: skip
+    assert {f"llmkit:{name}" for name in plain} <= names
 
 
 def test_a_wait_is_told_once_and_nothing_is_kept_of_what_has_ended() -> None:

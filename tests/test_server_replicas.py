@@ -28,6 +28,8 @@ LONG: dict[str, Any] = {"model": "model", "max_tokens": 3000, "ignore_eos": True
 class FakeClient:
     """Takes requests and finishes none."""
 
+    serving = True
+
     def __init__(self, blocks: int) -> None:
         self.ready: asyncio.Future[Ready] = asyncio.Future()
         tokens = blocks * BLOCK_TOKENS
@@ -114,6 +116,33 @@ def test_together_they_are_the_slowest_and_the_sum() -> None:
     assert (ready.seconds, ready.kv_cache_tokens, ready.max_model_len) == ({"load": 5.0}, 8 * BLOCK_TOKENS, 256)
     assert ready.paths == ["fast", "replicas: 2; the table is the slowest one's"]
     assert (stats.running, stats.prompt_tokens_total, stats.waiting) == (8, 20, 0)
+
+
+def test_one_that_is_gone_gets_nothing_and_its_counters_stay() -> None:
+    class Receiver:
+        dead = 0
+
+        def on_dead(self) -> None:
+            self.dead += 1
+
+    async def run() -> None:
+        first, second = FakeClient(3), FakeClient(5)
+        replicas, receiver = Replicas([first, second]), Receiver()  # type: ignore[list-item]
+        first.serving = False
+        for index in range(3):
+            replicas.add(request(index, PROMPTS[0]), receiver)  # type: ignore[arg-type]
+        assert (first.added, second.added, replicas.serving) == ([], ["0", "1", "2"], True)
+        first.stats = first.stats.counters()
+        fresh = FakeClient(7)
+        replicas.replace(0, fresh)  # type: ignore[arg-type]
+        assert (replicas.stats.running, replicas.stats.prompt_tokens_total) == (12, 30)
+        replicas.add(request(4, PROMPTS[1]), receiver)  # type: ignore[arg-type]
+        assert fresh.added == ["4"]
+        fresh.serving = second.serving = False
+        replicas.add(request(5, PROMPTS[0]), receiver)  # type: ignore[arg-type]
+        assert (receiver.dead, replicas.serving) == (1, False)
+
+    asyncio.run(run())
 
 
 def test_shares_of_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:

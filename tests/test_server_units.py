@@ -15,16 +15,19 @@ from hypothesis import strategies as st
 
 from llmkit.checkpoint.errors import InputError, LlmkitError, ShortageError, UsageError
 from llmkit.runtime.channel import Failed, FrameReader, frame
+from llmkit.runtime.engine.types import EngineOptions
 from llmkit.runtime.server.app import build_app
 from llmkit.runtime.server.chat_body import ChatBody
 from llmkit.runtime.server.completion_body import CompletionBody
 from llmkit.runtime.server.errors import ApiError
-from llmkit.runtime.server.generation import Choice, Generation
+from llmkit.runtime.server.generation import MAX_UNREAD, Choice, Generation
 from llmkit.runtime.server.hosts import is_loopback
+from llmkit.runtime.server.keys import api_keys, known_client
 from llmkit.runtime.server.messages import Add, Output, Stats, to_engine_decoder
 from llmkit.runtime.server.metrics import Metrics
+from llmkit.runtime.server.pace import Pace
 from llmkit.runtime.server.protocol import GenerationBody, parse
-from llmkit.runtime.server.serve import ServeOptions, api_keys, bind, run_server
+from llmkit.runtime.server.serve import ServeOptions, bind, run_server
 from llmkit.runtime.server.state import SamplingDefaults, State
 from llmkit.runtime.server.stop import StopBuffer
 
@@ -328,6 +331,12 @@ class FakeEngine:
     def __init__(self) -> None:
         self.added: list[str] = []
         self.cancelled: list[str] = []
+        self.queued_tokens = 0
+        self.serving = True
+
+    @property
+    def in_flight(self) -> int:
+        return len(self.added) - len(self.cancelled)
 
     def add(self, request: Add, _receiver: Generation) -> None:
         self.added.append(request.id)
@@ -401,6 +410,64 @@ def test_a_failed_choice_fails_its_request_and_cancels_the_others() -> None:
     asyncio.run(run())
 
 
+def test_an_answer_that_is_not_read_ends_before_it_fills_the_memory() -> None:
+    async def run() -> None:
+        engine = FakeEngine()
+        made = generation(engine, count=2)
+        for _ in range(MAX_UNREAD):
+            made.on_output(output("0", "a"))
+        assert engine.cancelled == []
+        made.on_output(output("1", "b"))
+        assert engine.cancelled == ["0", "1"]
+        with pytest.raises(ApiError, match="unread"):
+            await collect(made)
+
+    asyncio.run(run())
+
+
+def test_a_pace_is_that_of_lately() -> None:
+    now = 0.0
+    pace = Pace(lambda: now)
+    assert pace.seconds(1) is None
+    for _ in range(300):
+        now += 1
+        pace.add(2)
+    assert pace.seconds(10) == pytest.approx(5, rel=0.05)
+    for _ in range(120):
+        now += 1
+        pace.add(20)
+    assert pace.seconds(10) == pytest.approx(0.5, rel=0.05)
+    pace.restart()
+    assert pace.seconds(1) is None
+
+
+def test_who_finds_the_queue_full_is_told_when_to_come_again() -> None:
+    async def run() -> None:
+        engine = FakeEngine()
+        options = ServeOptions("m", max_waiting=0, max_waiting_tokens=1000, engine=EngineOptions(max_num_seqs=4))
+        state = State(options, engine, Metrics(Stats), "m")  # type: ignore[arg-type]
+        state.check_room(4, 10**9)  # one request is always taken
+        engine.added = ["a"]
+        state.check_room(3, 10**9)
+        with pytest.raises(ApiError, match="1 requests run or wait") as caught:
+            state.check_room(4)
+        assert (caught.value.status, caught.value.headers) == (429, {"retry-after": "1"})
+        engine.queued_tokens = 1
+        state.check_room(1, 999)
+        with pytest.raises(ApiError, match="prompts of 1 tokens wait") as caught:
+            state.check_room(1, 1000)
+        assert (caught.value.status, caught.value.headers) == (429, {"retry-after": "1"})
+        now = 0.0
+        state._left = Pace(lambda: now)
+        now += 10
+        state._left.add(2)
+        with pytest.raises(ApiError) as caught:
+            state.check_room(4)
+        assert caught.value.headers == {"retry-after": "5"}
+
+    asyncio.run(run())
+
+
 def test_a_bug_in_a_route_is_a_500_in_json_that_tells_nothing() -> None:
     class Broken:
         def render(self) -> bytes:
@@ -434,10 +501,11 @@ def test_loopback_addresses(host: str, loopback: bool) -> None:
 
 def test_keys_come_from_the_file_before_the_variable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LLMKIT_API_KEY", "variable")
-    assert api_keys(ServeOptions("m")) == ("variable",)
+    assert [known_client(api_keys(ServeOptions("m")), key) is not None for key in (b"variable", b"one")] == [True, False]
     keys = tmp_path / "keys"
     keys.write_text("one\n\n two \n")
-    assert api_keys(ServeOptions("m", api_key_file=keys)) == ("one", "two")
+    clients = api_keys(ServeOptions("m", api_key_file=keys))
+    assert [known_client(clients, key) for key in (b"one", b"two", b"variable")] == [*clients, None]
     keys.write_text("\n")
     with pytest.raises(InputError, match="has no keys"):
         api_keys(ServeOptions("m", api_key_file=keys))

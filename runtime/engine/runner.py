@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 
 import torch
 
 from llmkit.kernels.attention import AttentionBatch
+from llmkit.kernels.jit import sent
 from llmkit.kernels.sampling import report, sample
 from llmkit.model.decoder import Decoder
 from llmkit.model.lora import Adapters
@@ -16,7 +17,7 @@ from llmkit.model.ranks import Waitable
 from llmkit.runtime.engine.graphs import Graphs, Parameters
 from llmkit.runtime.engine.replay import Recordings, Tables
 from llmkit.runtime.engine.sequence import Chunk, Sequence
-from llmkit.runtime.engine.shaping import Told, blank, most, places, shape_, tell_prompts, told_rows
+from llmkit.runtime.engine.shaping import Told, blank, most, places, pool, shape_, tell_prompts, told_rows
 from llmkit.runtime.engine.speculate import confirmed
 from llmkit.runtime.engine.types import EngineConfig, SamplingParams
 
@@ -51,11 +52,16 @@ class Flight:
     done: Waitable | None
 
     @property
+    def results(self) -> list[torch.Tensor]:
+        """`ids`, what is told and what has been pooled."""
+        return [self.ids, *(self.told or ()), *(chunk.sequence.pooled for chunk in self.chunks if chunk.pools)]
+
+    @property
     def known(self) -> list[torch.Tensor]:
-        """`ids` and what is told, waited for."""
+        """The results, waited for."""
         if self.done is not None:
             self.done.synchronize()
-        return [self.ids, *(self.told or ())]
+        return self.results
 
     def wait(self) -> list[list[int]]:
         """The tokens after each chunk, the confirmed guesses first; -1 where the logits are not finite."""
@@ -84,7 +90,7 @@ class Runner:
         self.adapters = Adapters(model)
         on_gpu = config.device.type == "cuda"  # where graphs need a block for rows that no sequence has
         self.caches = [
-            model.new_cache(self._blocks(layer.window) + on_gpu, config.block_size, config.kv_dtype)
+            model.new_cache(config.blocks(layer.window) + on_gpu, config.block_size, config.kv_dtype)
             for layer in model.spec.layers
         ]
         layers = draft.spec.layers if draft is not None else ()
@@ -113,8 +119,10 @@ class Runner:
         logits, ids, told = self._logits(chunks, spans, tokens)
         sequences, ranks = [chunk.sequence for chunk in chunks for _ in range(1 + chunk.drafts)], self.model.ranks
         if not self.model.spec.ends:
-            ids, table = torch.zeros(len(sequences), dtype=torch.int64), blank(chunks)
-            return Flight(chunks, ids, None, table, ranks.expect([ids, *(table or ())]))
+            for chunk in chunks:
+                chunk.sequence.pooled = torch.zeros(self.model.spec.hidden)
+            flight = Flight(chunks, torch.zeros(len(sequences), dtype=torch.int64), None, blank(chunks), None)
+            return replace(flight, done=ranks.expect(flight.results))
         shaping = any(one.guide is not None or one.request.sampling.shapes for one in sequences)
         rows = told_rows(chunks)
         raw = logits[self._device(rows)] if rows else logits
@@ -162,8 +170,8 @@ class Runner:
         """Logits after each chunk's last 1 + drafts tokens, the most probable ids where they are known, and what there
         is to tell of prompts."""
         prompts = any(places(chunk)[0] for chunk in chunks)
-        single = len(tokens) == len(spans) and not any(sequence.adapter for sequence, _, _ in spans)
-        if single and not prompts and self.recordings.take(len(spans)):
+        plain = not any(sequence.adapter or sequence.request.pooling for sequence, _, _ in spans)
+        if plain and not prompts and len(tokens) == len(spans) and self.recordings.take(len(spans)):
             if isinstance(self.recordings, Recordings):
                 return *self.recordings.run(tokens, *self._places(spans)), []
             sampling = self._sampling.parameters([sequence for sequence, _, _ in spans])
@@ -175,6 +183,8 @@ class Runner:
         rows = [row for chunk, end in zip(chunks, ends, strict=True) for row in range(end - 1 - chunk.drafts, end)]
         if not self.model.spec.ends:
             return hidden, None, []
+        if not plain:
+            pool(chunks, hidden)
         told = tell_prompts(self.model, chunks, hidden, most(chunks)) if prompts else []
         return self.model.logits(hidden if len(rows) == len(hidden) else hidden[self._device(rows)]), None, told
 
@@ -241,20 +251,16 @@ class Runner:
             return Flight(chunks, ids, guesses, tuple(table) or None, None)  # type: ignore[arg-type]
         drawn = None if guesses is None else _to_host(guesses)
         host, *table = map(_to_host, (ids, *table))
+        for chunk in chunks:
+            if chunk.pools:
+                chunk.sequence.pooled = _to_host(chunk.sequence.pooled)
         done = torch.cuda.Event()
         done.record()
         return Flight(chunks, host, drawn, tuple(table) or None, done)  # type: ignore[arg-type]
 
-    def _blocks(self, window: int | None) -> int:
-        config = self.config
-        return config.num_blocks if window is None else config.window_blocks or config.num_blocks
-
     def _device(self, values: list[int]) -> torch.Tensor:
         """int64, on the device."""
-        host = torch.tensor(values, dtype=torch.int64)
-        if self.config.device.type == "cpu":
-            return host
-        return host.pin_memory().to(self.config.device, non_blocking=True)
+        return sent(torch.tensor(values, dtype=torch.int64), self.config.device)
 
 
 def _guess_rows(chunks: list[Chunk]) -> list[int]:

@@ -28,10 +28,7 @@ class Scheduler:
     def __init__(self, config: EngineConfig, eos_ids: tuple[int, ...], draft_model: bool = False) -> None:
         self.config, self.eos_ids, self.draft_model = config, frozenset(eos_ids), draft_model
         assert not (config.ahead and config.speculate), "guesses need the last step's tokens"
-        self.pools = [
-            BlockPool(config.num_blocks if window is None else config.window_blocks or config.num_blocks)
-            for window in config.windows
-        ]
+        self.pools = [BlockPool(config.blocks(window)) for window in config.windows]
         self.waiting: list[Sequence] = []  # by rank
         self.running: list[Sequence] = []  # by rank
         self.poisoned: list[list[int]] = [[] for _ in self.pools]  # blocks to be zeroed before anybody gets them
@@ -122,10 +119,13 @@ class Scheduler:
     def _accept(self, sequence: Sequence, tokens: list[int], told: list[Logprobs]) -> TokenOutput:
         new: list[int] = []
         reason: FinishReason | None = None
-        sampling = sequence.request.sampling
+        sampling, pooling = sequence.request.sampling, sequence.request.pooling
         for token in tokens:
             if token < 0:
                 reason = "error"
+                break
+            if pooling:  # it was drawn like others, and nobody has asked for it
+                reason = "stop"
                 break
             sequence.tokens.append(token)
             new.append(token)
@@ -143,7 +143,8 @@ class Scheduler:
         first = len(sequence.tokens) - len(new) == len(sequence.request.prompt)
         of_prompt = sequence.prompt_logprobs if first and sampling.prompt_logprobs is not None else None
         of_new = told[: len(new)] if sampling.logprobs is not None else None
-        return replace(output, logprobs=of_new, prompt_logprobs=of_prompt)
+        pooled = sequence.pooled.numpy().tobytes() if pooling and reason == "stop" else None
+        return replace(output, logprobs=of_new, prompt_logprobs=of_prompt, embedding=pooled)
 
     def _output(
         self, sequence: Sequence, new: list[int], reason: FinishReason | None, error: str | None
@@ -195,15 +196,15 @@ class Scheduler:
 
         The last token is always computed: what follows it is sampled from its logits.
         """
-        config, size = self.config, self.config.block_size
-        wanted = config.prefix_cache and sequence.request.sampling.prompt_logprobs is None  # else all is computed
-        names = sequence.names((sequence.total - 1) // size, size) if wanted else []
+        config, size, request = self.config, self.config.block_size, sequence.request
+        whole = request.sampling.prompt_logprobs is not None or request.pooling == "mean"  # all must be computed
+        names = [] if whole or not config.prefix_cache else sequence.names((sequence.total - 1) // size, size)
         runs = [0] * len(self.pools)  # blocks found one after the other, up to here
         best = 0
         for count, name in enumerate(names, start=1):
             runs = [run + 1 if pool.find(name) is not None else 0 for run, pool in zip(runs, self.pools, strict=True)]
-            whole = [count if w is None else min(count, -(-(w - 1) // size)) for w in config.windows]
-            if all(run >= need for run, need in zip(runs, whole, strict=True)):
+            needs = [count if w is None else min(count, -(-(w - 1) // size)) for w in config.windows]
+            if all(run >= need for run, need in zip(runs, needs, strict=True)):
                 best = count
             elif None in config.windows and runs[config.windows.index(None)] < count:
                 break

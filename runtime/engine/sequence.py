@@ -45,6 +45,7 @@ class Sequence:
     overtaken: int = 0  # how many were admitted before it while it waited
     drafted: int = 0  # tokens whose keys and values are in the draft model's cache
     prompt_logprobs: list[Logprobs] = field(default_factory=list)  # of its prompt so far, where it asks for them
+    pooled: torch.Tensor = field(init=False)  # where it asks for that: the sum until now, at its end the result
     ended: bool = False
     index: NgramIndex | None = None
     _names: list[bytes] = field(default_factory=list)
@@ -75,7 +76,7 @@ class Sequence:
     @property
     def longest(self) -> int:
         """The most tokens it may come to have."""
-        return len(self.request.prompt) + self.request.sampling.max_tokens
+        return len(self.request.prompt) + (0 if self.request.pooling else self.request.sampling.max_tokens)
 
     @property
     def rank(self) -> tuple[int, int]:
@@ -109,3 +110,8 @@ class Chunk:
     def stop(self) -> int:
         """The position after its last token."""
         return self.start + self.count
+
+    @property
+    def pools(self) -> bool:
+        """Whether it is the last of a sequence whose hidden states are asked for."""
+        return self.samples and self.sequence.request.pooling is not None

@@ -94,6 +94,17 @@ def tell_prompts(model: Decoder, chunks: SequenceOf[Chunk], hidden: torch.Tensor
     return told
 
 
+def pool(chunks: SequenceOf[Chunk], hidden: torch.Tensor) -> None:
+    """Take the hidden states [T, H] of a step into what its sequences have `pooled`: float32 [H]."""
+    for chunk, rows in zip(chunks, hidden.split([chunk.count for chunk in chunks]), strict=True):
+        sequence = chunk.sequence
+        if sequence.request.pooling == "mean":
+            share = rows.sum(0, dtype=torch.float32) / len(sequence.request.prompt)
+            sequence.pooled = sequence.pooled + share if chunk.start else share
+        elif chunk.pools:
+            sequence.pooled = rows[-1].float()
+
+
 def unfold(chunks: SequenceOf[Chunk], told: Told) -> list[tuple[list[Logprobs], list[Logprobs]]]:
     """For each chunk what is told of its prompt and of its new tokens; the table has all prompts' rows first."""
     rows = zip(*(part.tolist() for part in told), strict=True)

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     import torch
 
 FinishReason = Literal["stop", "length", "error"]
+Pooling = Literal["last", "mean"]
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,7 @@ class Request:
     salt: str = ""  # cached prefixes are shared between requests of one salt only
     adapter: str | None = None  # a name given to `Engine.add_adapter`; None: the model as it is
     grammar: str | None = None  # that the answer follows, for the engine's `grammars`
+    pooling: Pooling | None = None  # no answer, but its last or mean hidden state; max_tokens is 1 then
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,7 @@ class TokenOutput:
     cached_tokens: int  # of the prompt, found in the prefix cache
     logprobs: list[Logprobs] | None = None  # of each new token
     prompt_logprobs: list[Logprobs] | None = None  # with the first tokens: of the prompt's, but for its first
+    embedding: bytes | None = None  # what was pooled, float32 [H], with finish_reason "stop"
 
 
 class RequestError(LlmkitError):
@@ -130,6 +133,10 @@ class EngineConfig:
     ahead: bool = False  # the next step is launched before this one's tokens are known
     stages: int = 1  # of a pipeline: so many steps are under way, each of other sequences
     speculate: int = 0  # tokens drafted for a sequence in a step; not together with `ahead`
+
+    def blocks(self, window: int | None) -> int:
+        """How many blocks there are for the layers of a window."""
+        return self.num_blocks if window is None else self.window_blocks or self.num_blocks
 
 
 @dataclass(frozen=True)

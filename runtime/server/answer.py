@@ -11,26 +11,47 @@ from starlette.types import Receive, Scope, Send
 
 from llmkit.runtime.server.errors import ApiError
 from llmkit.runtime.server.generation import Choice, Delta, Generation
+from llmkit.runtime.server.keys import Visit
 from llmkit.runtime.server.request_log import log_request
-from llmkit.runtime.server.shapes import Shape
+from llmkit.runtime.server.shapes import Shape, Whole
 from llmkit.runtime.server.state import State
 
 
-async def answer(state: State, request: Request, shape: Shape, choices: list[Choice], stream: bool) -> Response:
-    """The answer to `request`. ApiError when there is no room, or the engine refuses or fails before it begins."""
-    state.check_room(len(choices))
+async def answer(
+    state: State, request: Request, shape: Shape, choices: list[Choice], stream: bool, timeout: float | None = None
+) -> Response:
+    """The answer to `request`. ApiError when there is no room, or the engine refuses or fails before it begins.
+
+    timeout: seconds since it arrived, after which it fails with 504.
+    """
+    if not stream:
+        return await answer_whole(state, request, shape, choices, timeout)
+    generation = _generation(state, request, choices, timeout)
+    return EventStream(_stream(state, request, shape, generation), shape, generation.remembered.headers)
+
+
+async def answer_whole(
+    state: State, request: Request, shape: Whole, choices: list[Choice], timeout: float | None = None
+) -> Response:
+    """`answer` of what is not streamed."""
+    return await _whole(state, request, shape, _generation(state, request, choices, timeout))
+
+
+def _generation(state: State, request: Request, choices: list[Choice], timeout: float | None) -> Generation:
+    state.check_room(len(choices), sum(len(choice.request.prompt) for choice in choices))
+    visit: Visit = request.scope["llmkit.visit"]
+    visit.take(choices)
     arrived: float = request.scope["llmkit.arrived"]
-    generation = Generation(state.client, state.metrics, choices, state.text.tokenizer.eos_ids, arrived)
-    if stream:
-        return EventStream(_stream(state, request, shape, generation), shape)
-    return await _whole(state, request, shape, generation)
+    timeout = min((one for one in (timeout, state.options.request_timeout) if one is not None), default=None)
+    eos_ids, cache = state.text.tokenizer.eos_ids, state.responses
+    return Generation(state.client, state.metrics, choices, eos_ids, arrived, timeout, cache)
 
 
 class EventStream(Response):
     """Server-sent events. The status waits for the first event, so that an error before it has a status."""
 
-    def __init__(self, chunks: AsyncGenerator[bytes], shape: Shape) -> None:
-        super().__init__(media_type="text/event-stream", headers={"cache-control": "no-cache"})
+    def __init__(self, chunks: AsyncGenerator[bytes], shape: Shape, headers: dict[str, str]) -> None:
+        super().__init__(media_type="text/event-stream", headers={"cache-control": "no-cache"} | headers)
         del self.headers["content-length"]
         self._chunks = chunks
         self._shape = shape
@@ -61,7 +82,7 @@ async def _stream(state: State, request: Request, shape: Shape, generation: Gene
             yield shape.last(generation.choices)
 
 
-async def _whole(state: State, request: Request, shape: Shape, generation: Generation) -> Response:
+async def _whole(state: State, request: Request, shape: Whole, generation: Generation) -> Response:
     answers = [Delta(choice.index) for choice in generation.choices]
     with _running(state, request, generation):
         async for deltas in generation.deltas():
@@ -69,22 +90,27 @@ async def _whole(state: State, request: Request, shape: Shape, generation: Gener
                 answers[delta.index].add(delta)
     if generation.disconnected:
         return Response(status_code=400)  # nobody reads it
-    return Response(shape.whole(generation.choices, answers), media_type="application/json")
+    document = shape.whole(generation.choices, answers)
+    return Response(document, headers=generation.remembered.headers, media_type="application/json")
 
 
 @contextlib.contextmanager
 def _running(state: State, request: Request, generation: Generation) -> Iterator[None]:
     """The generation is in the engine, and leaves it when the client goes away."""
     watch = asyncio.create_task(_watch_for_disconnect(request.receive, generation))
-    state.generations.add(generation)
+    state.began(generation)
     try:
         generation.start()
         yield
     finally:
         generation.cancel()
-        state.generations.discard(generation)
+        state.ended(generation)
+        model = generation.choices[0].request.adapter or state.model_name
         if state.options.log_requests:
-            log_request(generation.choices[0].request.adapter or state.model_name, generation.choices, generation.ended)
+            visit: Visit = request.scope["llmkit.visit"]
+            log_request(model, generation.choices, generation.ended, visit.client.name)
+        if state.tracing is not None:
+            state.tracing.record(request.scope, model, generation)
         watch.cancel()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import time
 from typing import Any
 
@@ -12,16 +13,22 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from llmkit.checkpoint.version import version
-from llmkit.runtime.server.answer import answer
+from llmkit.runtime.server.adapters import Adapters
+from llmkit.runtime.server.answer import answer, answer_whole
 from llmkit.runtime.server.assets import page_routes
 from llmkit.runtime.server.body import read_json_body
 from llmkit.runtime.server.chat_body import ChatBody, conversation, described
 from llmkit.runtime.server.completion_body import CompletionBody
-from llmkit.runtime.server.errors import ApiError
+from llmkit.runtime.server.embeddings import EmbeddingsShape, prepare_embeddings
+from llmkit.runtime.server.embeddings_body import EmbeddingsBody
+from llmkit.runtime.server.errors import ApiError, unknown_model
 from llmkit.runtime.server.guard import Guard
+from llmkit.runtime.server.keys import Client
+from llmkit.runtime.server.kserve.routes import add_routes as add_kserve_routes
 from llmkit.runtime.server.messages_body import CountBody, MessagesBody
 from llmkit.runtime.server.messages_shape import MessagesShape
 from llmkit.runtime.server.metrics import CONTENT_TYPE
+from llmkit.runtime.server.openapi import openapi
 from llmkit.runtime.server.prepare import check_ids, encode_chat, prepare_chat, prepare_completion, tokenized
 from llmkit.runtime.server.protocol import Kind, parse
 from llmkit.runtime.server.responses_body import ResponsesBody
@@ -31,14 +38,15 @@ from llmkit.runtime.server.state import State
 from llmkit.runtime.server.token_body import DetokenizeBody, TokenizeBody
 
 
-def build_app(state: State, api_keys: tuple[str, ...]) -> ASGIApp:
+def build_app(state: State, api_keys: tuple[Client, ...]) -> ASGIApp:
     """The ASGI application on `state`; with `api_keys` every route but health needs one of them."""
-    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
+    app = new_app()
     routes = Routes(state)
     for path, method, endpoint in (
         ("/v1/completions", "POST", routes.completions),
         ("/v1/chat/completions", "POST", routes.chat_completions),
         ("/v1/responses", "POST", routes.responses),
+        ("/v1/embeddings", "POST", routes.embeddings),
         ("/v1/messages", "POST", routes.messages),
         ("/v1/messages/count_tokens", "POST", routes.count_tokens),
         ("/tokenize", "POST", routes.tokenize),
@@ -52,12 +60,31 @@ def build_app(state: State, api_keys: tuple[str, ...]) -> ASGIApp:
         ("/info", "GET", routes.info),
     ):
         app.add_api_route(path, endpoint, methods=[method], response_model=None)
+    if state.options.lora_dir is not None:
+        adapters = Adapters(state, state.options.lora_dir)
+        app.add_api_route("/v1/load_lora_adapter", adapters.load, methods=["POST"], response_model=None)
+        app.add_api_route("/v1/unload_lora_adapter", adapters.unload, methods=["POST"], response_model=None)
+    add_kserve_routes(app, state)
     for path, page in page_routes().items():
         app.add_api_route(path, page, methods=["GET"], response_model=None)
+
+    document = functools.cache(lambda: _json(openapi(app.routes, bool(api_keys))))
+
+    async def description() -> Response:
+        return document()
+
+    app.add_api_route("/openapi.json", description, methods=["GET"], response_model=None)
+    options = state.options
+    return Guard(_counted(app, state), options.host, api_keys, options.debug, options.open_metrics)
+
+
+def new_app() -> FastAPI:
+    """An application without routes, whose errors are ours."""
+    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
     app.add_exception_handler(ApiError, _answer_error)
     app.add_exception_handler(HTTPException, _answer_error)
     app.add_exception_handler(Exception, _answer_bug)
-    return Guard(_counted(app, state), state.options.host, api_keys, state.options.debug)
+    return app
 
 
 class Routes:
@@ -94,7 +121,7 @@ class Routes:
         shape = CompletionShape(body, self._state.text.tokenizer)
         choices = await prepare_completion(self._state, body, shape.id, _salt(request))
         self._check_ready()  # reading and tokenizing took a while
-        return await answer(self._state, request, shape, choices, bool(body.stream))
+        return await answer(self._state, request, shape, choices, bool(body.stream), body.timeout)
 
     async def chat_completions(self, request: Request) -> Response:
         body = await self._body(ChatBody, request)
@@ -104,13 +131,20 @@ class Routes:
         body = await self._body(ResponsesBody, request)
         return await self._chat(request, body.chat, ResponsesShape(body))
 
+    async def embeddings(self, request: Request) -> Response:
+        body = await self._body(EmbeddingsBody, request)
+        shape = EmbeddingsShape(body)
+        choices = await prepare_embeddings(self._state, body, shape.id, _salt(request))
+        self._check_ready()
+        return await answer_whole(self._state, request, shape, choices, body.timeout)
+
     async def messages(self, request: Request) -> Response:
         body = await self._body(MessagesBody, request)
         return await self._chat(request, body.chat, MessagesShape(body.model))
 
     async def count_tokens(self, request: Request) -> Response:
         chat = (await self._body(CountBody, request)).chat
-        tokens, _ = await encode_chat(self._state.text.tokenizer, chat.conversation, chat.offered_tools, {})
+        tokens, _ = await encode_chat(self._state, chat.conversation, chat.offered_tools, {})
         return _json({"input_tokens": len(tokens)})
 
     async def tokenize(self, request: Request) -> Response:
@@ -121,7 +155,7 @@ class Routes:
         else:
             tools, variables = described(body.tools or []), body.chat_template_kwargs or {}
             begin = body.add_generation_prompt is not False
-            tokens, _ = await encode_chat(tokenizer, conversation(body.messages), tools, variables, begin)
+            tokens, _ = await encode_chat(self._state, conversation(body.messages), tools, variables, begin)
         names = [tokenizer.id_to_token(token) for token in tokens] if body.return_token_strs else None
         most = self._state.facts.max_model_len
         return _json({"count": len(tokens), "max_model_len": most, "tokens": tokens, "token_strs": names})
@@ -143,7 +177,7 @@ class Routes:
     async def _chat(self, request: Request, body: ChatBody, shape: Shape) -> Response:
         choices = await prepare_chat(self._state, body, shape.id, _salt(request))
         self._check_ready()  # reading and tokenizing took a while
-        return await answer(self._state, request, shape, choices, bool(body.stream))
+        return await answer(self._state, request, shape, choices, bool(body.stream), body.timeout)
 
     def _check_ready(self) -> None:
         if (error := self._state.unready) is not None:
@@ -151,9 +185,7 @@ class Routes:
 
     def _check_model(self, name: str) -> None:
         if name not in self._state.models:
-            known = ", ".join(map(repr, self._state.models))
-            message = f"The model {name!r} does not exist; this server has {known}."
-            raise ApiError(404, message, code="model_not_found", param="model")
+            raise unknown_model(name, self._state.models)
 
     def _model(self, name: str) -> dict[str, Any]:
         state = self._state
@@ -163,7 +195,8 @@ class Routes:
             "created": state.created,
             "owned_by": "llmkit",
             "max_model_len": state.facts.max_model_len,
-            "parent": None if name == state.model_name else state.model_name,
+            "root": state.roots.get(name, state.options.model),
+            "parent": None if name in state.names else state.model_name,
         }
 
 
@@ -191,10 +224,10 @@ def _json(document: Any) -> Response:
 async def _answer_error(request: Request, error: Exception) -> Response:
     if isinstance(error, HTTPException):  # the router's own: 404 and 405
         code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code)
-        message = f"{error.detail}: {request.method} {request.url.path}"
+        message = f"{error.detail}: {request.method} {request.scope['path']}"
         error = ApiError(error.status_code, message, code=code, headers=dict(error.headers or {}))
     assert isinstance(error, ApiError)
-    return Response(error.body(request.url.path), error.status, error.headers, "application/json")
+    return Response(error.body(request.scope["path"]), error.status, error.headers, "application/json")
 
 
 async def _answer_bug(request: Request, _error: Exception) -> Response:

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Collection
 
 from starlette.requests import ClientDisconnect, Request
 
 from llmkit.runtime.server.errors import ApiError
 
+_JSON = "application/json"
 _DISCARD_FACTOR = 4  # a client that is still sending does not read its 413, so a bounded rest is read and dropped
 
 
-async def read_json_body(request: Request, limit_bytes: int, timeout_s: float) -> bytes:
-    """The body. ApiError 415 unless it is declared as JSON, 413 over the limit, 408 when it takes too long."""
+async def read_json_body(
+    request: Request, limit_bytes: int, timeout_s: float, kinds: Collection[str] = (_JSON,)
+) -> bytes:
+    """The body. ApiError 415 unless its declared type is one of `kinds`, 413 over the limit, 408 when it is slow."""
     kind = request.headers.get("content-type", "")
-    if kind.partition(";")[0].strip().lower() != "application/json":
+    if kind.partition(";")[0].strip().lower() not in kinds:
         raise ApiError(415, f"The content type is {kind or 'missing'!r}; send application/json.", code="content_type")
     declared = request.headers.get("content-length", "0")
-    if declared.isdecimal() and int(declared) > limit_bytes * _DISCARD_FACTOR:
+    if declared.isdecimal() and int(declared.lstrip("0") or 0) > limit_bytes * _DISCARD_FACTOR:
         raise _too_large(limit_bytes)
     body = bytearray()
     received = 0

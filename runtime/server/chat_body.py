@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field
 
 from llmkit.runtime.server.errors import invalid
-from llmkit.runtime.server.protocol import Harmless, Logprobs, Strict, refuse_unsupported
+from llmkit.runtime.server.protocol import Harmless, Logprobs, Strict, one_of, refuse_unsupported
 from llmkit.runtime.server.structure import StructuredBody, check_size
 
 MAX_MESSAGES = 4096
@@ -20,6 +20,21 @@ NAME = r"^[a-zA-Z0-9_.-]{1,64}$"
 
 # What clients send back when they repeat an assistant's message as they got it.
 HARMLESS_IN_MESSAGE: Harmless = {"refusal": (), "audio": (), "function_call": (), "annotations": ([],)}
+
+_NAMED = {
+    "type": "object",
+    "required": ["type", "function"],
+    "properties": {
+        "type": {"const": "function"},
+        "function": {"type": "object", "required": ["name"], "properties": {"name": {"type": "string"}}},
+    },
+}
+
+
+def parts_schema(*kinds: str) -> dict[str, Any]:
+    """A JSON schema of a list of parts that have a type, one of `kinds`, and mostly a text."""
+    properties = {"type": {"enum": list(kinds)}, "text": {"type": "string"}}
+    return {"type": "array", "minItems": 1, "items": {"type": "object", "required": ["type"], "properties": properties}}
 
 
 class FunctionCall(Strict):
@@ -44,7 +59,7 @@ class Message(Strict):
     model_config = ConfigDict(strict=True, extra="allow")
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Any = None
+    content: Annotated[Any, one_of({"type": "string"}, parts_schema("text"))] = None
     name: Annotated[str, Field(max_length=256)] | None = None
     reasoning_content: str | None = None
     tool_calls: Annotated[list[ToolCall], Field(max_length=MAX_TOOLS)] | None = None
@@ -74,7 +89,7 @@ class ChatBody(StructuredBody):
     logprobs: bool | None = None
     top_logprobs: Logprobs | None = None
     tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None = None
-    tool_choice: Any = None  # "auto", "none", "required" or {"type": "function", "function": {"name": ...}}
+    tool_choice: Annotated[Any, one_of({"enum": ["auto", "none", "required"]}, _NAMED)] = None
     parallel_tool_calls: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
 

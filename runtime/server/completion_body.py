@@ -7,14 +7,24 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from llmkit.runtime.server.errors import invalid
-from llmkit.runtime.server.protocol import MAX_N, Logprobs
+from llmkit.runtime.server.protocol import MAX_N, Logprobs, one_of
 from llmkit.runtime.server.structure import StructuredBody
+
+MAX_PROMPTS = 16_384  # of one request
+
+
+def _several(schema: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "array", "items": schema, "minItems": 1}
+
+
+_TEXT = {"type": "string", "minLength": 1}
+_IDS = _several({"type": "integer", "minimum": 0})
 
 
 class CompletionBody(StructuredBody):
     """POST /v1/completions."""
 
-    prompt: Any
+    prompt: Annotated[Any, one_of(_TEXT, _IDS, _several(_TEXT), _several(_IDS), null=False)]
     best_of: Annotated[int, Field(ge=1, le=MAX_N)] | None = None
     echo: bool | None = None
     logprobs: Logprobs | None = None
@@ -37,17 +47,23 @@ class CompletionBody(StructuredBody):
     @property
     def prompts(self) -> list[str | list[int]]:
         """One text or list of ids per prompt. ApiError when empty or of mixed types."""
-        prompt = self.prompt
-        several = isinstance(prompt, list) and not _is_ids(prompt)
-        prompts = prompt if several else [prompt]
-        if all(isinstance(one, str) for one in prompts) or all(_is_ids(one) for one in prompts):
-            if not all(prompts):
-                raise invalid("prompt", "The prompt is empty; at least one token is needed.")
-            return prompts
-        expected = "a string, a list of strings, a list of token ids or a list of lists of token ids"
-        raise invalid("prompt", f"prompt must be {expected}.", "invalid_type")
+        return prompt_list(self.prompt, "prompt")
+
+
+def prompt_list(prompt: Any, param: str) -> list[str | list[int]]:
+    """The texts or lists of ids that the field `param` has. ApiError when it is empty or of mixed types."""
+    several = isinstance(prompt, list) and not _is_ids(prompt)
+    if several and len(prompt) > MAX_PROMPTS:
+        raise invalid(param, f"{param} has {len(prompt)} prompts; at most {MAX_PROMPTS} are possible.")
+    prompts = prompt if several else [prompt]
+    if all(isinstance(one, str) for one in prompts) or all(_is_ids(one) for one in prompts):
+        if not all(prompts):
+            raise invalid(param, "The prompt is empty; at least one token is needed.")
+        return prompts
+    expected = "a string, a list of strings, a list of token ids or a list of lists of token ids"
+    raise invalid(param, f"{param} must be {expected}.", "invalid_type")
 
 
 def _is_ids(value: Any) -> bool:
     # bool is an int to isinstance.
-    return isinstance(value, list) and all(type(item) is int for item in value)
+    return isinstance(value, list) and set(map(type, value)) <= {int}

@@ -19,9 +19,12 @@ from typing import TYPE_CHECKING
 from llmkit.checkpoint.errors import LlmkitError
 from llmkit.runtime.channel import Channel, Failed, parent_socket
 from llmkit.runtime.server.age import process_age
+from llmkit.runtime.server.held import Held
 from llmkit.runtime.server.messages import (
     Add,
     Cancel,
+    Done,
+    LoadAdapter,
     Output,
     Outputs,
     Ready,
@@ -29,6 +32,7 @@ from llmkit.runtime.server.messages import (
     Start,
     Stats,
     ToEngine,
+    UnloadAdapter,
     to_engine_decoder,
 )
 
@@ -40,11 +44,15 @@ EngineChannel = Channel[ToEngine]
 
 def serve(engine: Engine, early: list[ToEngine], channel: EngineChannel) -> None:
     """Run requests until the parent is gone (EOFError, OSError). `early`: messages that came while loading."""
-    waits = Waits()
-    _obey(engine, early, channel, waits)
+    waits, held = Waits(), Held(lambda grammar: engine.grammars and engine.grammars(grammar))
+    _obey(engine, early, channel, waits, held)
     while True:
-        messages = channel.receive(wait=not engine.has_work)
-        _obey(engine, messages, channel, waits)
+        idle = not engine.has_work
+        messages = channel.receive(wait=idle and not held)
+        _obey(engine, messages, channel, waits, held)
+        for request in held.ready(block=idle and not engine.has_work):
+            messages.append(request)
+            _add(engine, request, channel, waits)
         if engine.has_work:
             began = time.perf_counter()
             told = engine.step()
@@ -60,6 +68,7 @@ def serve(engine: Engine, early: list[ToEngine], channel: EngineChannel) -> None
                     o.logprobs,
                     o.prompt_logprobs,
                     waits.take(o.request_id),
+                    o.embedding,
                 )
                 for o in told
             ]
@@ -106,7 +115,7 @@ def _load(message: Start, channel: EngineChannel) -> tuple[Engine, Ready]:
     with start.stage("checkpoint check"):
         checkpoint = open_checkpoint(message.model)
         card = model_card(checkpoint)
-    engine = load_engine(checkpoint, message.engine, start)
+    engine = load_engine(checkpoint, message.engine, start, message.prefixes)
     gc.freeze()  # what is there now stays: no collection need look at it again
     with contextlib.suppress(OSError, AttributeError):  # another C library than glibc
         ctypes.CDLL(None).malloc_trim(0)  # what reading and casting have left behind
@@ -128,47 +137,68 @@ def _load(message: Start, channel: EngineChannel) -> tuple[Engine, Ready]:
     )
 
 
-def _obey(engine: Engine, messages: list[ToEngine], channel: EngineChannel, waits: Waits) -> None:
+def _add(engine: Engine, message: Add, channel: EngineChannel, waits: Waits) -> None:
     from llmkit.runtime.engine.types import Request, RequestError, SamplingParams
+
+    sampling = SamplingParams(
+        temperature=message.temperature,
+        top_k=message.top_k,
+        top_p=message.top_p,
+        min_p=message.min_p,
+        seed=message.seed,
+        max_tokens=message.max_tokens,
+        ignore_eos=message.ignore_eos,
+        stop_token_ids=message.stop_token_ids,
+        min_tokens=message.min_tokens,
+        repetition_penalty=message.repetition_penalty,
+        presence_penalty=message.presence_penalty,
+        frequency_penalty=message.frequency_penalty,
+        logit_bias=message.logit_bias,
+        logprobs=message.logprobs,
+        prompt_logprobs=message.prompt_logprobs,
+    )
+    try:
+        engine.add(
+            Request(
+                message.id,
+                message.prompt,
+                sampling,
+                message.priority,
+                message.salt,
+                message.adapter,
+                message.grammar,
+                message.pooling,
+            )
+        )
+        waits.added(message.id)
+    except RequestError as error:
+        channel.send(Refused(message.id, error.code, error.message, error.param))
+
+
+def _obey(engine: Engine, messages: list[ToEngine], channel: EngineChannel, waits: Waits, held: Held) -> None:
+    from llmkit.runtime.engine.types import RequestError
 
     for message in messages:
         match message:
+            case Add(grammar=str()) if engine.has_work:
+                held.hold(message)
             case Add():
-                sampling = SamplingParams(
-                    temperature=message.temperature,
-                    top_k=message.top_k,
-                    top_p=message.top_p,
-                    min_p=message.min_p,
-                    seed=message.seed,
-                    max_tokens=message.max_tokens,
-                    ignore_eos=message.ignore_eos,
-                    stop_token_ids=message.stop_token_ids,
-                    min_tokens=message.min_tokens,
-                    repetition_penalty=message.repetition_penalty,
-                    presence_penalty=message.presence_penalty,
-                    frequency_penalty=message.frequency_penalty,
-                    logit_bias=message.logit_bias,
-                    logprobs=message.logprobs,
-                    prompt_logprobs=message.prompt_logprobs,
-                )
-                try:
-                    engine.add(
-                        Request(
-                            message.id,
-                            message.prompt,
-                            sampling,
-                            message.priority,
-                            message.salt,
-                            message.adapter,
-                            message.grammar,
-                        )
-                    )
-                    waits.added(message.id)
-                except RequestError as error:
-                    channel.send(Refused(message.id, error.code, error.message, error.param))
+                _add(engine, message, channel, waits)
             case Cancel():
                 engine.cancel(message.id)
                 waits.forget(message.id)
+                held.forget(message.id)
+            case LoadAdapter() | UnloadAdapter():
+                try:
+                    if isinstance(message, LoadAdapter):
+                        engine.add_adapter(message.name, message.path)
+                    else:
+                        engine.remove_adapter(message.name)
+                    channel.send(Done(message.id))
+                except RequestError as error:
+                    channel.send(Refused(message.id, error.code, error.message, "lora_name"))
+                except LlmkitError as error:
+                    channel.send(Refused(message.id, "invalid_adapter", str(error), "lora_path"))
 
 
 def _give_up(error: LlmkitError, channel: EngineChannel) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import msgspec
@@ -16,6 +17,7 @@ _TYPES = {
     429: "rate_limit_error",
     500: "server_error",
     503: "service_unavailable_error",
+    504: "timeout_error",
 }
 _ANTHROPIC_TYPES = {413: "request_too_large", 500: "api_error", 503: "overloaded_error"}
 
@@ -47,14 +49,27 @@ class ApiError(Exception):
         }
         return {"type": "error", "error": error} if anthropic else {"error": error}
 
+    def flat(self) -> dict[str, Any]:
+        """The same as the Open Inference Protocol has it: `error` is the message, the rest lies beside it."""
+        error: dict[str, Any] = self.envelope()["error"]
+        return {"error": error.pop("message"), **error}
+
     def body(self, path: str = "") -> bytes:
         """The envelope as JSON, for a request to `path`."""
+        if path == "/v2" or path.startswith("/v2/"):
+            return msgspec.json.encode(self.flat())
         return msgspec.json.encode(self.envelope(path == "/v1/messages" or path.startswith("/v1/messages/")))
 
 
 def invalid(param: str, message: str, code: str = "invalid_value") -> ApiError:
     """A 400 for the field `param`."""
     return ApiError(400, message, code=code, param=param)
+
+
+def unknown_model(name: str, known: Iterable[str]) -> ApiError:
+    """The 404 for a model that is none of `known`."""
+    message = f"The model {name!r} does not exist; this server has {', '.join(map(repr, known))}."
+    return ApiError(404, message, code="model_not_found", param="model")
 
 
 def _shorten(text: str, limit: int) -> str:

@@ -18,9 +18,11 @@ from llmkit.runtime.server.messages import Add, Output, Refused
 from llmkit.runtime.server.metrics import Metrics, Times
 from llmkit.runtime.server.parts import Part, Parts
 from llmkit.runtime.server.replicas import Replicas
+from llmkit.runtime.server.response_cache import Remembered, ResponseCache
 from llmkit.runtime.server.stop import StopBuffer
 
-ENGINE_DEAD = "The engine process has ended; the server is going down."
+ENGINE_DEAD = "The engine process has ended."
+MAX_UNREAD = 8192  # outputs that a client leaves unread before its request ends
 
 
 @dataclass(slots=True)
@@ -33,6 +35,7 @@ class Delta:
     tokens: list[tuple[int, Logprobs | None]] = field(default_factory=list)  # those of the text, where asked for
     prompt_logprobs: list[Logprobs] | None = None
     finish_reason: str | None = None  # "stop", "length" or "tool_calls"
+    embedding: bytes | None = None  # float32
 
     @property
     def text(self) -> str:
@@ -46,6 +49,7 @@ class Delta:
         self.tokens += other.tokens
         self.prompt_logprobs = self.prompt_logprobs or other.prompt_logprobs
         self.finish_reason = other.finish_reason
+        self.embedding = other.embedding
 
 
 @dataclass(frozen=True)
@@ -81,6 +85,7 @@ class Choice:
         self.finish_reason: str | None = None
         self.times = Times()
         self._detokenizer = detokenizer
+        self.stops = stops
         self._stop = StopBuffer(stops)
         self._parser = parser or Parts()
         self.echo = echo
@@ -111,6 +116,7 @@ class Choice:
         self.reasoning_tokens += len(ids) if self._parser.thinking else 0
         self.finish_reason = "stop" if self._stop.stopped or self._parser.stopped else finish
         delta = Delta(self.index, parts, ids, finish_reason=self.finish_reason, prompt_logprobs=output.prompt_logprobs)
+        delta.embedding = output.embedding
         if self.finish_reason == "stop" and self._parser.called:
             delta.finish_reason = "tool_calls"
         if self.echo is not None and not self._begun:
@@ -127,8 +133,16 @@ class Generation:
     """The choices of one HTTP request, in the engine from `start` until `deltas` ends."""
 
     def __init__(
-        self, client: Replicas, metrics: Metrics, choices: Sequence[Choice], eos_ids: Sequence[int], arrived: float
+        self,
+        client: Replicas,
+        metrics: Metrics,
+        choices: Sequence[Choice],
+        eos_ids: Sequence[int],
+        arrived: float,
+        timeout: float | None = None,
+        cache: ResponseCache | None = None,
     ) -> None:
+        """arrived: perf_counter. timeout: seconds from then on, after which it fails. cache: of answers."""
         self.choices = choices
         self.disconnected = False
         self._client = client
@@ -136,10 +150,13 @@ class Generation:
         self._open = {choice.request.id: choice for choice in choices}
         first = choices[0].request  # all choices share their sampling
         self._stop_ids = frozenset(first.stop_token_ids) | (frozenset() if first.ignore_eos else frozenset(eos_ids))
+        self.remembered = Remembered(cache, choices)
         self._inbox: list[Output] = []
         self._news = asyncio.Event()
         self._error: ApiError | None = None
-        self._arrived = arrived  # perf_counter
+        self._arrived = arrived
+        self._timeout = timeout
+        self._timer: asyncio.TimerHandle | None = None
 
     # Receiver
 
@@ -153,6 +170,8 @@ class Generation:
     def on_output(self, output: Output) -> None:
         self._inbox.append(output)
         self._news.set()
+        if len(self._inbox) > MAX_UNREAD:
+            self.fail(ApiError(408, "The answer was left unread for too long.", code="slow_reader"))
 
     def on_refused(self, refused: Refused) -> None:
         self.fail(ApiError(400, refused.message, code=refused.code, param=refused.param))
@@ -161,23 +180,35 @@ class Generation:
         self.fail(ApiError(503, ENGINE_DEAD, code="engine_dead"))
 
     def fail(self, error: ApiError) -> None:
-        """End the request with `error`."""
+        """End the request with `error`, in the engine at once."""
         self._error = error
+        self._inbox.clear()
+        self.cancel()
         self._news.set()
 
     def disconnect(self) -> None:
         """The client is gone: `deltas` ends and the engine forgets the request."""
         self.disconnected = True
+        self.cancel()
         self._news.set()
 
     def start(self) -> None:
-        """Hand all choices to the engine."""
+        """Hand all choices to the engine, but for those whose answers are remembered."""
         for choice in self.choices:
             choice.times = Times(self._arrived, sent=time.perf_counter())
-            self._client.add(choice.request, self)
+            if (outputs := self.remembered.found.get(choice.request.id)) is None:
+                self._client.add(choice.request, self)
+            else:
+                self._inbox += outputs
+                self._news.set()
+        if self._timeout is not None:
+            left = max(0.0, self._arrived + self._timeout - time.perf_counter())
+            self._timer = asyncio.get_running_loop().call_later(left, self._expire, self._timeout)
 
     def cancel(self) -> None:
         """Take what is unfinished out of the engine; without effect on a finished request."""
+        if self._timer is not None:
+            self._timer.cancel()
         for request_id in self._open:
             self._client.cancel(request_id)
             self._metrics.finished("error" if self._error else "cancelled")
@@ -192,32 +223,35 @@ class Generation:
             while self._open:
                 await self._news.wait()
                 self._news.clear()
-                if self._error is not None:
-                    raise self._error
-                if self.disconnected:
-                    return
                 inbox, self._inbox = self._inbox, []
                 deltas = [delta for output in inbox if (delta := self._take(output)) is not None]
                 if deltas:
                     yield deltas
-                if self._error is not None:
-                    raise self._error
+            if self._error is not None:
+                raise self._error
         finally:
             self.cancel()
 
+    def _expire(self, timeout: float) -> None:
+        message = f"The request took longer than the {timeout:g} s it had."
+        self.fail(ApiError(504, message, code="timeout", headers={"x-should-retry": "false"}))
+
     def _take(self, output: Output) -> Delta | None:
         choice = self._open.get(output.id)
-        if choice is None or self._error is not None:
-            return None  # what the engine did after a stop string, or beside a choice that failed
+        if choice is None:
+            return None  # what the engine did after a stop string, beside a choice that failed, or for nobody
         if output.finish_reason in ("error", "cancelled"):
             message = output.error or f"The engine ended the request ({output.finish_reason})."
-            self._error = ApiError(500, message, code="generation_failed")
+            self.fail(ApiError(500, message, code="generation_failed"))
             return None
-        self._metrics.came(choice.times, len(output.token_ids), output.queued_s)
+        computed = output.id not in self.remembered.found
+        if computed:
+            self._metrics.came(choice.times, len(output.token_ids), output.queued_s)
         delta = choice.feed(output, self._stop_ids)
+        self.remembered.note(output, choice)
         if choice.finish_reason is not None:
             del self._open[output.id]
             if output.finish_reason is None:
                 self._client.cancel(output.id)
-            self._metrics.finished(choice.finish_reason, choice.times)
+            self._metrics.finished(choice.finish_reason, choice.times if computed else None)
         return delta

@@ -1,9 +1,7 @@
-"""What every request passes before it reaches a route: header size, Host, Origin, API key."""
+"""What every request passes before it reaches a route: header size, Host, Origin, API key and its limits."""
 
 from __future__ import annotations
 
-import hashlib
-import hmac
 import sys
 import time
 from collections.abc import Sequence
@@ -13,24 +11,30 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from llmkit.runtime.server.assets import PAGE_PATHS
 from llmkit.runtime.server.errors import ApiError
 from llmkit.runtime.server.hosts import is_loopback
+from llmkit.runtime.server.keys import Client, Visit, known_client
 
 MAX_HEADER_BYTES = 64 * 1024
-OPEN_PATHS = frozenset({"/health", "/ready"}) | PAGE_PATHS
+OPEN_PATHS = frozenset({"/health", "/ready", "/v2/health/live", "/v2/health/ready"}) | PAGE_PATHS
 _LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "[::1]"})
 
 
 class Guard:
-    """ASGI middleware that answers 431, 403 and 401 itself.
+    """ASGI middleware that answers 431, 403, 401 and a key's 429 itself.
 
     On a loopback address only loopback names are taken for Host: a web page that has its own name resolve to
     127.0.0.1 would otherwise be able to use the server. Any port will do, so that a forwarded one works. An
-    Origin, which only browsers send, must be the server itself.
+    Origin, which only browsers send, must be the server itself. A key's limits are those of its POST requests: others
+    cost next to nothing, and tell how the server is.
     """
 
-    def __init__(self, app: ASGIApp, host: str, api_keys: Sequence[str], debug: bool) -> None:
+    def __init__(
+        self, app: ASGIApp, host: str, clients: Sequence[Client], debug: bool, open_metrics: bool = False
+    ) -> None:
         self._app = app
+        self._open = OPEN_PATHS | {"/metrics"} if open_metrics else OPEN_PATHS
         self._hosts = _LOOPBACK_NAMES | {host.lower(), f"[{host.lower()}]"} if is_loopback(host) else None
-        self._keys = [key.encode() for key in api_keys]
+        self._clients = clients
+        self._anyone = Client()
         self._debug = debug
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -39,43 +43,49 @@ class Guard:
             return
         if self._debug:
             send = _logged(scope, send)
-        error = self._objection(scope)
-        if error is None:
-            await self._app(scope, receive, send)
-        else:
+        try:
+            visit = self._admit(scope)
+        except ApiError as error:
             await send_error(error, send, scope["path"])
+            return
+        try:
+            await self._app(scope, receive, send)
+        finally:
+            if visit is not None:
+                visit.client.leave(visit)
 
-    def _objection(self, scope: Scope) -> ApiError | None:
+    def _admit(self, scope: Scope) -> Visit | None:
+        """Raises ApiError for what is to go no further."""
         pairs: list[tuple[bytes, bytes]] = scope["headers"]
         if sum(len(name) + len(value) for name, value in pairs) > MAX_HEADER_BYTES:
-            return headers_too_large()
+            raise headers_too_large()
         headers = dict(pairs)
         host = headers.get(b"host", b"").decode("latin-1").lower()
         if self._hosts is not None and _without_port(host) not in self._hosts:
-            return ApiError(403, f"The Host header {host!r} does not name this server.", code="foreign_host")
+            raise ApiError(403, f"The Host header {host!r} does not name this server.", code="foreign_host")
         origin = headers.get(b"origin")
         if origin is not None and origin.decode("latin-1").lower() not in (f"http://{host}", f"https://{host}"):
-            return ApiError(403, "Requests from web pages of another origin are refused.", code="foreign_origin")
-        key = self._key(headers.get(b"authorization", b""), headers.get(b"x-api-key", b""))
-        # Prefixes are cached apart for each key: how long an answer takes must not tell what others have asked.
-        scope["llmkit.salt"] = "" if key is None else hashlib.sha256(key).hexdigest()
-        if self._keys and scope["path"] not in OPEN_PATHS and key is None:
-            return ApiError(
+            raise ApiError(403, "Requests from web pages of another origin are refused.", code="foreign_origin")
+        client = self._client(headers.get(b"authorization", b""), headers.get(b"x-api-key", b""))
+        if self._clients and client is None and scope["path"] not in self._open:
+            raise ApiError(
                 401,
                 "A valid API key is needed: Authorization: Bearer KEY, or x-api-key: KEY.",
                 code="invalid_api_key",
                 headers={"www-authenticate": "Bearer"},
             )
-        return None
+        client = client or self._anyone
+        # Prefixes are cached apart for each key: how long an answer takes must not tell what others have asked.
+        scope["llmkit.salt"] = client.digest.hex()
+        visit = scope["llmkit.visit"] = client.enter() if scope["method"] == "POST" else None
+        return visit
 
-    def _key(self, authorization: bytes, plain: bytes) -> bytes | None:
-        """The known key that one of the headers gives: OpenAI's, else Anthropic's."""
+    def _client(self, authorization: bytes, plain: bytes) -> Client | None:
+        """Whose key one of the headers gives: OpenAI's, else Anthropic's."""
         scheme, _, given = authorization.partition(b" ")
         if scheme.lower() != b"bearer":
             given = plain
-        # Every key is compared, in constant time each, so that time tells nothing about any of them.
-        matches = [key for key in self._keys if hmac.compare_digest(given.strip(), key)]
-        return matches[0] if matches else None
+        return known_client(self._clients, given.strip())
 
 
 def headers_too_large() -> ApiError:

@@ -5,93 +5,123 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import signal
 import socket
 import subprocess
-import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import uvicorn
+from starlette.types import ASGIApp
 
-from llmkit.checkpoint.errors import InputError
+from llmkit.checkpoint.errors import InputError, ShortageError
 from llmkit.runtime.server.app import build_app
 from llmkit.runtime.server.errors import ApiError
 from llmkit.runtime.server.http_protocol import LimitedHttpProtocol
+from llmkit.runtime.server.keys import Client
 from llmkit.runtime.server.messages import Ready
 from llmkit.runtime.server.metrics import Metrics
-from llmkit.runtime.server.options import ServeOptions
+from llmkit.runtime.server.options import ServeOptions, default_name
 from llmkit.runtime.server.process import EngineClient
 from llmkit.runtime.server.replicas import Replicas
+from llmkit.runtime.server.response_cache import ResponseCache
+from llmkit.runtime.server.restarts import keep_running
 from llmkit.runtime.server.state import Phase, State, TextSide
+from llmkit.runtime.server.tls import tls_context
+from llmkit.runtime.server.tracing import Tracing
+from llmkit.runtime.server.waiting import StopSignals, first, in_thread
 
 # After the engine's death, health answers 503 for so long before the process exits: probes get to see it.
 _DEATH_NOTICE_S = 2.0
 _LAST_BYTES_S = 2  # for error events to leave once nothing is waited for any more
+_LAST_SPANS_S = 2.0
 _TEXT_WAIT_S = 5.0  # an interpreter should not end while a thread is in the middle of an import
 _KEEP_ALIVE_S = 75  # longer than the idle time of common clients and proxies, so that they close first
 
-Result = TypeVar("Result")
 Message = Callable[[str], None]
 OnReady = Callable[[Mapping[str, Any]], None]
+EngineProcess = tuple[subprocess.Popen[bytes], socket.socket]
 
 
 async def serve(
     options: ServeOptions,
-    keys: tuple[str, ...],
+    keys: tuple[Client, ...],
     listener: socket.socket,
-    engines: Sequence[tuple[subprocess.Popen[bytes], socket.socket]],
+    engines: Sequence[EngineProcess],
+    start: Callable[[int], EngineProcess],
     began: float,
     message: Message,
     ready: OnReady,
 ) -> int:
     """Serve on `listener` with engine processes, each behind its socket; see run_server.
 
-    began: perf_counter at the start, for the ready line.
+    start: makes one that takes the place of one that has ended. began: perf_counter at the start, for the ready line.
     """
     seconds = {"python and imports": _since(began)}
-    with _StopSignals() as stop:
-        names = [f"replica {index}: " if len(engines) > 1 else "" for index in range(len(engines))]
-        clients = [await EngineClient.connect(*one, who) for one, who in zip(engines, names, strict=True)]
-        client = Replicas(clients, options.engine.prefix_cache)
-        lost = _task(client.lost())
+    with StopSignals() as stop:
         metrics = Metrics(lambda: client.stats, gpus=options.engine.device != "cpu")
-        for one in clients:
+
+        async def connect(place: int, engine: EngineProcess) -> EngineClient:
+            who = f"replica {place}: " if len(engines) > 1 else ""
+            one = await EngineClient.connect(*engine, who, options.engine_timeout)
             one.on_step = metrics.stepped
-        state = State(options, client, metrics, _model_name(options))
-        http = _HttpServer(state, keys)
+            return one
+
+        client = Replicas([await connect(*one) for one in enumerate(engines)], options.engine.prefix_cache)
+        state = State(options, client, metrics, options.served_model_name or default_name(options.model))
+        metrics.watch(state)
+        if options.response_cache:
+            state.responses = ResponseCache(options.response_cache, options.engine.adapters)
+        if options.otlp_traces_endpoint is not None:
+            state.tracing = Tracing(options.otlp_traces_endpoint)
+        app = build_app(state, keys)
+        http = HttpServer(app, options)
         serving = asyncio.create_task(http.serve(sockets=[listener]))
-        text = _in_thread(lambda: _load_text(options.model, seconds))
+        text = in_thread(lambda: _load_text(options.model, seconds))
+        text.add_done_callback(lambda _: _start_templates(state, text))
+        lost: asyncio.Future[EngineClient] | None = None
+        grpc = None
         try:
-            loaded = _task(_both(client.ready(), text))
-            await _first(loaded, stop.first)
+            if options.grpc_port is not None:
+                grpc, grpc_port = await _start_grpc(app, options)
+            loaded = asyncio.ensure_future(_both(client.ready(), text))
+            await first(loaded, stop.first)
             if not loaded.done():
                 loaded.cancel()
                 return 128 + stop.first.result()
             facts = _open_for_requests(state, *loaded.result(), message)
-            facts |= {"url": _url(options.host, listener), "ready_s": _since(began), "api_seconds": seconds}
+            facts |= {"url": server_url(options, listener), "ready_s": _since(began), "api_seconds": seconds}
             message(
                 "{model} is ready at {url} after {ready_s:.1f} s ({device}, {dtype}, context {max_model_len}, KV "
                 "cache {kv_cache_tokens} tokens)".format(**facts)
             )
+            if grpc is not None:
+                message(f"gRPC is at {options.host}, port {grpc_port}")
+                facts["grpc_port"] = grpc_port
             ready(facts)
-            await _first(lost, stop.first)
+            lost = asyncio.ensure_future(keep_running(state, lambda place: connect(place, start(place)), message))
+            await first(lost, stop.first)
             if lost.done():
                 await _announce_death(state, lost.result(), stop)
             state.phase = Phase.DRAINING
-            idle = _task(state.idle())
-            await _first(idle, lost, stop.second, timeout=options.drain_timeout)
+            idle = asyncio.ensure_future(state.idle())
+            await first(idle, lost, stop.second, timeout=options.drain_timeout)
             return 128 + stop.second.result() if stop.second.done() else 0
         finally:
             state.fail_all(ApiError(503, "The server is shutting down.", code="shutting_down"))
+            if lost is not None:
+                lost.cancel()
             http.should_exit = True
             await serving
+            if grpc is not None:
+                await grpc.stop(_LAST_BYTES_S)
             client.close()
-            await _first(text, timeout=_TEXT_WAIT_S)
+            if state.tracing is not None:
+                await first(in_thread(state.tracing.close), timeout=_LAST_SPANS_S)
+            await first(text, timeout=_TEXT_WAIT_S)
             if text.done():
                 text.exception()  # known, or of no interest any more
+            state.close_sandboxes()
 
 
 def _open_for_requests(state: State, facts: Ready, text: TextSide, message: Message) -> dict[str, Any]:
@@ -132,28 +162,34 @@ def _load_text(model: str, seconds: dict[str, float]) -> TextSide:
     return text
 
 
+def _start_templates(state: State, text: asyncio.Future[TextSide]) -> None:
+    """Now, while the engine still loads, so that it is there for the first chat."""
+    if not text.cancelled() and text.exception() is None and text.result().tokenizer.chat_template is not None:
+        state.templates.start()
+
+
 def _since(began: float) -> float:
     return round(time.perf_counter() - began, 3)
 
 
-async def _announce_death(state: State, engine: EngineClient, stop: _StopSignals) -> None:
+async def _announce_death(state: State, engine: EngineClient, stop: StopSignals) -> None:
     """The streams have failed by now; let health tell it for a moment, then raise LlmkitError."""
     state.phase = Phase.DEAD
-    death = _in_thread(engine.death)
-    await _first(stop.first, timeout=_DEATH_NOTICE_S)
+    death = in_thread(engine.death)
+    await first(stop.first, timeout=_DEATH_NOTICE_S)
     raise await death
 
 
-class _HttpServer(uvicorn.Server):
+class HttpServer(uvicorn.Server):
     """uvicorn with our limits; signals are the lifecycle's."""
 
-    def __init__(self, state: State, keys: tuple[str, ...]) -> None:
+    def __init__(self, app: ASGIApp, options: ServeOptions) -> None:
         logging.getLogger("uvicorn").setLevel(logging.ERROR)
         super().__init__(
             uvicorn.Config(
-                build_app(state, keys),
+                app,
                 loop="none",
-                http=LimitedHttpProtocol,
+                http=type("Protocol", (LimitedHttpProtocol,), {"write_timeout_s": options.write_timeout}),
                 ws="none",
                 lifespan="off",
                 log_config=None,
@@ -164,42 +200,21 @@ class _HttpServer(uvicorn.Server):
                 timeout_graceful_shutdown=_LAST_BYTES_S,
             )
         )
+        self.config.load()
+        self.config.ssl = tls_context(options)
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         yield
 
 
-class _StopSignals:
-    """The first and the second SIGINT or SIGTERM, as futures of the signal's number."""
-
-    def __init__(self) -> None:
-        self._loop = asyncio.get_running_loop()
-        self.first: asyncio.Future[int] = self._loop.create_future()
-        self.second: asyncio.Future[int] = self._loop.create_future()
-
-    def __enter__(self) -> _StopSignals:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._loop.add_signal_handler(number, self._on_signal, number)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._loop.remove_signal_handler(number)
-
-    def _on_signal(self, number: int) -> None:
-        if not self.first.done():
-            self.first.set_result(number)
-        elif not self.second.done():
-            self.second.set_result(number)
-
-
-async def _first(*futures: asyncio.Future[Any], timeout: float | None = None) -> None:
-    """Wait until one is done. None is cancelled."""
-    await asyncio.wait(futures, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
-
-
-_task = asyncio.ensure_future
+async def _start_grpc(app: ASGIApp, options: ServeOptions) -> tuple[Any, int]:
+    try:
+        from llmkit.runtime.server.kserve.grpc_server import start
+    except ImportError:
+        missing = "--grpc-port needs gRPC and Triton's messages, which are not installed"
+        raise ShortageError(missing, todo="pip install 'llmkit[grpc]'") from None
+    return await start(app, options)
 
 
 async def _both(engine: Awaitable[Ready], text: asyncio.Future[TextSide]) -> tuple[Ready, TextSide]:
@@ -207,39 +222,10 @@ async def _both(engine: Awaitable[Ready], text: asyncio.Future[TextSide]) -> tup
     return await asyncio.gather(engine, asyncio.shield(text))
 
 
-def _in_thread(function: Callable[[], Result]) -> asyncio.Future[Result]:
-    """Run `function` in a daemon thread: unlike an executor's, it does not delay the exit of the process."""
-    loop = asyncio.get_running_loop()
-    future: asyncio.Future[Result] = loop.create_future()
-
-    def settle(result: Result | None, error: BaseException | None) -> None:
-        if future.done():
-            return
-        if error is not None:
-            future.set_exception(error)
-        else:
-            future.set_result(result)  # type: ignore[arg-type]
-
-    def work() -> None:
-        result, error = None, None
-        try:
-            result = function()
-        except BaseException as caught:
-            error = caught
-        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
-            loop.call_soon_threadsafe(settle, result, error)
-
-    threading.Thread(target=work, daemon=True).start()
-    return future
-
-
-def _model_name(options: ServeOptions) -> str:
-    if options.served_model_name:
-        return options.served_model_name
-    path = Path(options.model)
-    return path.resolve().name if path.exists() else options.model
-
-
-def _url(host: str, listener: socket.socket) -> str:
+def server_url(options: ServeOptions, listener: socket.socket) -> str:
+    """What a client is told to ask."""
+    if listener.family == socket.AF_UNIX:
+        return f"unix:{listener.getsockname()}"
     port = listener.getsockname()[1]
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    host = f"[{options.host}]" if ":" in options.host else options.host
+    return f"{'http' if options.ssl_certfile is None else 'https'}://{host}:{port}"

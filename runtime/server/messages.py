@@ -7,7 +7,7 @@ from typing import Any
 import msgspec
 
 from llmkit.runtime.channel import Failed
-from llmkit.runtime.engine.types import EngineOptions, Logprobs
+from llmkit.runtime.engine.types import EngineOptions, Logprobs, Pooling
 
 
 class Start(msgspec.Struct, tag=True):
@@ -16,6 +16,7 @@ class Start(msgspec.Struct, tag=True):
     model: str
     engine: EngineOptions
     debug: bool
+    prefixes: tuple[str, int] | None = None  # the folder of the prefix cache on disk, and its most bytes
 
 
 class Add(msgspec.Struct, tag=True):
@@ -42,12 +43,28 @@ class Add(msgspec.Struct, tag=True):
     salt: str = ""
     adapter: str | None = None
     grammar: str | None = None
+    pooling: Pooling | None = None
 
 
 class Cancel(msgspec.Struct, tag=True):
     """Nobody waits for request `id` any more. Unknown and finished ids are fine."""
 
     id: str
+
+
+class LoadAdapter(msgspec.Struct, tag=True):
+    """Requests may name this LoRA adapter from now on. Answered with Done or Refused."""
+
+    id: str
+    name: str
+    path: str
+
+
+class UnloadAdapter(msgspec.Struct, tag=True):
+    """Let go of an adapter that no request uses. Answered with Done or Refused."""
+
+    id: str
+    name: str
 
 
 class Ready(msgspec.Struct, tag=True):
@@ -78,6 +95,7 @@ class Output(msgspec.Struct, array_like=True):
     logprobs: list[Logprobs] | None = None
     prompt_logprobs: list[Logprobs] | None = None
     queued_s: float | None = None  # from its Add to its first step, with its first tokens
+    embedding: bytes | None = None  # float32, where that was asked for
 
 
 class Stats(msgspec.Struct, tag=True):
@@ -96,6 +114,16 @@ class Stats(msgspec.Struct, tag=True):
     prefix_hits_total: int = 0
     drafted_total: int = 0
     accepted_total: int = 0
+    store_queries_total: int = 0
+    store_hits_total: int = 0
+    store_damaged_total: int = 0
+
+    def counters(self) -> Stats:
+        """What is left of an engine that is gone."""
+        return Stats(**{name: getattr(self, name) for name in self.__struct_fields__ if name.endswith("_total")})
+
+    def __add__(self, other: Stats) -> Stats:
+        return Stats(*map(sum, zip(msgspec.structs.astuple(self), msgspec.structs.astuple(other), strict=True)))
 
 
 class Outputs(msgspec.Struct, tag=True):
@@ -105,8 +133,14 @@ class Outputs(msgspec.Struct, tag=True):
     stats: Stats
 
 
+class Done(msgspec.Struct, tag=True):
+    """What `id` asked for has been done."""
+
+    id: str
+
+
 class Refused(msgspec.Struct, tag=True):
-    """The engine will not run request `id`: it can never fit."""
+    """The engine will not do what `id` asks for: a request can never fit, an adapter is none."""
 
     id: str
     code: str
@@ -114,8 +148,8 @@ class Refused(msgspec.Struct, tag=True):
     param: str | None = None
 
 
-ToEngine = Start | Add | Cancel
-FromEngine = Ready | Failed | Stats | Outputs | Refused
+ToEngine = Start | Add | Cancel | LoadAdapter | UnloadAdapter
+FromEngine = Ready | Failed | Stats | Outputs | Done | Refused
 
 to_engine_decoder = msgspec.msgpack.Decoder(ToEngine)
 from_engine_decoder = msgspec.msgpack.Decoder(FromEngine)

@@ -9,9 +9,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from llmkit.runtime.server.chat_body import MAX_MESSAGES, MAX_TOOLS, NAME, ChatBody
+from llmkit.runtime.server.chat_body import MAX_MESSAGES, MAX_TOOLS, NAME, ChatBody, parts_schema
 from llmkit.runtime.server.errors import invalid
-from llmkit.runtime.server.protocol import MAX_STOP_CHARS, MAX_STOPS, Body, Strict, build
+from llmkit.runtime.server.protocol import MAX_STOP_CHARS, MAX_STOPS, Body, Strict, Timeout, build, one_of
 
 # Prefixes are cached anyway, and a result that is an error says so in its text.
 _NO_EFFECT_IN_BLOCK = frozenset({"cache_control", "citations", "is_error", "signature", "caller"})
@@ -29,7 +29,7 @@ class Turn(Strict):
     """One of the messages."""
 
     role: Literal["user", "assistant"]
-    content: Any
+    content: Annotated[Any, one_of({"type": "string"}, parts_schema(*_BLOCKS), null=False)]
 
 
 class MessagesTool(Strict):
@@ -80,7 +80,7 @@ class CountBody(Body):
     )
 
     messages: Annotated[list[Turn], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
-    system: Any = None
+    system: Annotated[Any, one_of({"type": "string"}, parts_schema("text"))] = None
     tools: Annotated[list[MessagesTool], Field(max_length=MAX_TOOLS)] | None = None
     tool_choice: MessagesChoice | None = None
     output_config: OutputConfig | None = None
@@ -139,6 +139,7 @@ class MessagesBody(CountBody):
     temperature: Annotated[float, Field(ge=0, le=1)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=0, lt=2**31)] | None = None
+    timeout: Timeout | None = None
 
     def _chat(self) -> dict[str, Any]:
         return {
@@ -149,6 +150,7 @@ class MessagesBody(CountBody):
             "temperature": self.temperature,
             "top_p": self.top_p,
             "top_k": self.top_k,
+            "timeout": self.timeout,
         }
 
 

@@ -9,13 +9,19 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from llmkit.runtime.prefix_files import PAGE, files_in
 from llmkit.runtime.server.messages import Stats
+from llmkit.runtime.server.response_cache import ResponseCache
 from llmkit.runtime.server.usage import GPU_FIGURES, Gpus, memory_bytes
+
+if TYPE_CHECKING:
+    from llmkit.runtime.server.state import State
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 FINISH_REASONS = ("stop", "length", "cancelled", "error")
@@ -97,6 +103,10 @@ class Metrics:
         if tokens > 0:
             self._steps.observe(tokens)
 
+    def watch(self, state: State) -> None:
+        """Tell of a server's adapters and caches, too."""
+        self._registry.register(_StateCollector(state))
+
     def render(self) -> bytes:
         """The exposition text. Takes some ms: it asks the system about processes and GPUs."""
         return generate_latest(self._registry)
@@ -129,8 +139,50 @@ class _EngineCollector(Collector):
         yield CounterMetricFamily(
             "llmkit:prefix_cache_hits", "Prompt tokens found in the prefix cache.", now.prefix_hits_total
         )
+        yield CounterMetricFamily(
+            "llmkit:external_prefix_cache_queries",
+            "Prompt tokens looked up in the prefix cache on disk: whole pages that memory did not have.",
+            now.store_queries_total,
+        )
+        yield CounterMetricFamily("llmkit:external_prefix_cache_hits", "Of them found and read.", now.store_hits_total)
+        yield CounterMetricFamily(
+            "llmkit:prefix_store_damaged",
+            "Files of the prefix cache on disk that were damaged.",
+            now.store_damaged_total,
+        )
         yield CounterMetricFamily("llmkit:spec_decode_num_draft_tokens", "Tokens guessed.", now.drafted_total)
         yield CounterMetricFamily("llmkit:spec_decode_num_accepted_tokens", "Guesses confirmed.", now.accepted_total)
+
+
+class _StateCollector(Collector):
+    """Looks at the server's adapters and caches when scraped."""
+
+    def __init__(self, state: State) -> None:
+        self._state = state
+
+    def collect(self) -> Iterable[Metric]:
+        state = self._state
+        names: dict[bool, set[str]] = {True: set(), False: set()}  # of adapters by whether a request has tokens
+        for generation in list(state.generations):
+            for choice in generation.choices:
+                if (adapter := choice.request.adapter) is not None and choice.finish_reason is None:
+                    names[bool(choice.times.first)].add(adapter)
+        adapters = GaugeMetricFamily(
+            "llmkit:lora_requests_info",
+            "The adapters that requests use, those without a token yet as waiting; the value is the time.",
+            labels=["max_lora", "running_lora_adapters", "waiting_lora_adapters"],
+        )
+        running, waiting = (",".join(sorted(names[has_tokens])) for has_tokens in (True, False))
+        adapters.add_metric([str(len(state.roots)), running, waiting], time.time())
+        yield adapters
+        yield GaugeMetricFamily("llmkit:lora_adapters", "LoRA adapters that are loaded.", len(state.roots))
+        cache = state.responses or ResponseCache(0)
+        yield GaugeMetricFamily("llmkit:response_cache_bytes", "Size of the answers that are kept.", cache.bytes)
+        yield CounterMetricFamily("llmkit:response_cache_queries", "Answers looked up.", cache.queries)
+        yield CounterMetricFamily("llmkit:response_cache_hits", "Of them found.", cache.hits)
+        folder = state.options.prefix_cache_dir
+        size = 0 if folder is None else sum(size for _, size, _ in files_in(folder, PAGE))
+        yield GaugeMetricFamily("llmkit:prefix_store_bytes", "Size of the prefix cache on disk.", size)
 
 
 class _UsageCollector(Collector):

@@ -10,7 +10,7 @@ from typing import Any
 
 import msgspec
 
-from llmkit.checkpoint.tokenizer import ChatTemplateError, Detokenizer, Tokenizer
+from llmkit.checkpoint.tokenizer import Detokenizer, Tokenizer
 from llmkit.runtime.server.calls import CallFormat, Calls, call_format
 from llmkit.runtime.server.chat_body import ChatBody
 from llmkit.runtime.server.completion_body import CompletionBody
@@ -19,6 +19,8 @@ from llmkit.runtime.server.generation import Choice, Echo
 from llmkit.runtime.server.messages import Add, Ready
 from llmkit.runtime.server.parts import END_THINK, THINK, Parts
 from llmkit.runtime.server.protocol import INT64, GenerationBody
+from llmkit.runtime.server.sandbox import SandboxError
+from llmkit.runtime.server.sandbox_process import Render
 from llmkit.runtime.server.state import State, TextSide
 from llmkit.runtime.server.structure import answer_grammar, call_grammars, check_grammar, quoted, whole_grammar
 
@@ -46,7 +48,7 @@ async def prepare_completion(state: State, body: CompletionBody, request_id: str
     grammar = None
     if body.form is not None:
         grammar = whole_grammar(answer_grammar(body.form), [], False, False, quoted)
-        await check_grammar(grammar, body.form.param)
+        await check_grammar(state.grammars, grammar, body.form.param)
     prompts = []
     for prompt in given:
         tokens = await tokenized(tokenizer, prompt) if isinstance(prompt, str) else prompt
@@ -77,7 +79,7 @@ async def prepare_chat(state: State, body: ChatBody, request_id: str, salt: str 
     tokenizer = state.text.tokenizer
     tools = body.offered_tools
     form = _call_format(tokenizer) if tools else None
-    tokens, text = await encode_chat(tokenizer, body.conversation, tools, body.chat_template_kwargs or {})
+    tokens, text = await encode_chat(state, body.conversation, tools, body.chat_template_kwargs or {})
     names = [tool["function"]["name"] for tool in body.callable_tools]
     thinks = THINK in (tokenizer.template(bool(tools)) or "")
     begun = text.rstrip().endswith(THINK)
@@ -92,20 +94,21 @@ async def prepare_chat(state: State, body: ChatBody, request_id: str, salt: str 
         calls = call_grammars(form, body.callable_tools, body.several_calls, free, mark) if form else []
         answer = answer_grammar(body.form) if body.form else None
         grammar = whole_grammar(answer, calls, thinks, begun, mark)
-        await check_grammar(grammar, body.form.param if body.form else "tools")
+        await check_grammar(state.grammars, grammar, body.form.param if body.form else "tools")
     marks = [*([form.opener, form.closer] if form else []), *([THINK, END_THINK] if thinks else [])]
     prompt = Prompt(tokens, "messages", None, parser, lambda: tokenizer.stream(shown=marks), grammar)
     return _choices(state, body, request_id, [prompt], body.output_limit, salt)
 
 
 async def encode_chat(
-    tokenizer: Tokenizer,
+    state: State,
     conversation: Sequence[dict[str, Any]],
     tools: Sequence[dict[str, Any]],
     variables: dict[str, Any],
     add_generation_prompt: bool = True,
 ) -> tuple[list[int], str]:
     """The tokens and the text of a conversation's prompt. ApiError 400 where the template cannot say all of it."""
+    tokenizer = state.text.tokenizer
     template = tokenizer.template(bool(tools))
     if template is None:
         message = "The model has no chat template; use /v1/completions."
@@ -114,14 +117,10 @@ async def encode_chat(
         if "tool_calls" in entry and "tool_calls" not in template:
             message = "The model's chat template has no place for calls."
             raise invalid(f"messages.{index}.tool_calls", message, "unsupported")
-
-    def render() -> str:
-        return tokenizer.render_chat(conversation, tools or None, add_generation_prompt, **variables)
-
+    known = tokenizer.chat_variables(conversation, tools or None, add_generation_prompt, **variables)
     try:
-        long = bool(tools) or sum(len(entry["content"]) for entry in conversation) >= _LONG_TEXT_CHARS
-        text = await asyncio.to_thread(render) if long else render()
-    except ChatTemplateError as error:
+        text = await state.templates.ask(Render(template, known))
+    except SandboxError as error:
         raise invalid("messages", f"The chat template refuses the messages: {error}", "chat_template") from None
     return await tokenized(tokenizer, text, special=False), text  # the template writes the special tokens itself
 
@@ -148,7 +147,7 @@ def _choices(
     state: State, body: GenerationBody, request_id: str, prompts: list[Prompt], limit: int | None, salt: str
 ) -> list[Choice]:
     facts, text, stops, count = state.facts, state.text, body.stops, body.n or 1
-    adapter = None if body.model == state.model_name else body.model
+    adapter = None if body.model in state.names else body.model
     for prompt in prompts:
         _check_length(len(prompt.tokens), limit, facts, prompt.param)
     check_ids(body.stop_token_ids or [], facts.vocab_size, "stop_token_ids")

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, WithJsonSchema
 
 from llmkit.runtime.server.errors import ApiError, invalid
 
@@ -20,11 +20,21 @@ MAX_N = 128  # answers to one prompt
 MAX_LOGPROBS = 20  # alternatives told of for each token
 MAX_BIASES = 1024
 INT64 = 2**63
+_MAX_EXPLAINED = 10_000  # complaints; pydantic takes seconds to tell the first of a million
 
 Count = Annotated[int, Field(ge=0, lt=2**31)]
 Logprobs = Annotated[int, Field(ge=0, le=MAX_LOGPROBS)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
+Timeout = Annotated[float, Field(gt=0, le=86_400)]  # seconds
 Harmless = Mapping[str, tuple[Any, ...]]
+
+
+def one_of(*schemas: dict[str, Any], null: bool = True) -> WithJsonSchema:
+    """What the API's description says of a field that is checked by hand; null: it may be null too."""
+    return WithJsonSchema({"anyOf": [*schemas, *([{"type": "null"}] if null else [])]})
+
+
+_STOP = {"type": "string", "minLength": 1, "maxLength": MAX_STOP_CHARS}
 
 
 class Strict(BaseModel):
@@ -94,13 +104,14 @@ class GenerationBody(Body):
     prompt_logprobs: Logprobs | None = None
     seed: Annotated[int, Field(ge=-INT64, lt=INT64)] | None = None
     priority: Annotated[int, Field(ge=-(2**31), lt=2**31)] | None = None
-    stop: Any = None
+    stop: Annotated[Any, one_of(_STOP, {"type": "array", "items": _STOP, "maxItems": MAX_STOPS})] = None
     stop_token_ids: Annotated[list[Count], Field(max_length=MAX_STOP_TOKEN_IDS, fail_fast=True)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     ignore_eos: bool | None = None
     user: str | None = None
     return_token_ids: bool | None = None
+    timeout: Timeout | None = None
 
     def check(self) -> None:
         if self.stream_options is not None and not self.stream:
@@ -198,6 +209,8 @@ def _same(value: Any, other: Any) -> bool:
 
 def _explain(error: ValidationError) -> ApiError:
     """The first complaint, with the path of the field at fault."""
+    if (count := error.error_count()) > _MAX_EXPLAINED:
+        return ApiError(400, f"{count} values of the body are wrong or unknown.", code="too_many_errors")
     first = error.errors(include_url=False, include_context=False, include_input=False)[0]
     kind, message = first["type"], first["msg"]
     if kind == "json_invalid":

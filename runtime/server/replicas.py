@@ -8,16 +8,14 @@ the least busy one gets none for its prefixes.
 from __future__ import annotations
 
 import asyncio
-from collections import OrderedDict
 from collections.abc import Sequence
-from itertools import takewhile
 
 import msgspec
 
 from llmkit.runtime.server.messages import Add, Ready, Stats
+from llmkit.runtime.server.prefixes import AHEAD, Sent
 from llmkit.runtime.server.process import EngineClient, Receiver
 
-AHEAD = 4
 BLOCK_TOKENS = 16  # as the engine's blocks, which are what it shares
 
 
@@ -29,6 +27,7 @@ class Replicas:
         self._replicas = [_Replica(client) for client in clients]
         self._prefixes = prefixes and len(clients) > 1
         self._turn = 0
+        self._past = Stats()  # of those that were replaced
 
     async def ready(self) -> Ready:
         """What the slowest said, with what all can do together. Raises the first LlmkitError of a start-up."""
@@ -42,12 +41,25 @@ class Replicas:
             paths=[*slowest.paths, *([f"replicas: {count}; the table is the slowest one's"] if count > 1 else [])],
         )
 
-    async def lost(self) -> EngineClient:
-        """The first that is gone, as soon as it is. The others are hung up then, and their requests fail too."""
-        waits = {asyncio.ensure_future(one.client.dead.wait()): one.client for one in self._replicas}
-        done, _ = await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
-        self.close()
-        return waits[done.pop()]
+    async def lost(self) -> int:
+        """The place of the first that is gone, as soon as it is."""
+        waits = [asyncio.ensure_future(client.dead.wait()) for client in self.clients]
+        try:
+            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for wait in waits:
+                wait.cancel()
+        return next(index for index, client in enumerate(self.clients) if client.dead.is_set())
+
+    def replace(self, index: int, fresh: EngineClient) -> None:
+        """`fresh` takes the place of one that is gone."""
+        self._past += self._replicas[index].client.stats
+        self._replicas[index] = _Replica(fresh)
+
+    @property
+    def serving(self) -> bool:
+        """Whether one of them takes requests."""
+        return any(one.client.serving for one in self._replicas)
 
     @property
     def in_flight(self) -> int:
@@ -57,18 +69,26 @@ class Replicas:
     @property
     def stats(self) -> Stats:
         """The latest figures, summed up."""
-        told = [msgspec.structs.astuple(one.client.stats) for one in self._replicas]
-        return Stats(*map(sum, zip(*told, strict=True)))
+        return sum((one.client.stats for one in self._replicas), self._past)
+
+    @property
+    def queued_tokens(self) -> int:
+        """Of prompts whose requests have got nothing yet."""
+        return sum(one.client.queued_tokens for one in self._replicas)
 
     def add(self, request: Add, receiver: Receiver) -> None:
         """Queue `request` in one of them; what becomes of it is told to `receiver`. Only once ready."""
+        serving = [one for one in self._replicas if one.client.serving]
+        if not serving:
+            receiver.on_dead()
+            return
         names = prefix_names(request) if self._prefixes else []
-        most = min(one.client.in_flight for one in self._replicas) + AHEAD
-        near = (one for one in self._replicas if one.client.in_flight <= most)
+        most = min(one.client.in_flight for one in serving) + AHEAD
+        near = (one for one in serving if one.client.in_flight <= most)
         chosen = min(near, key=lambda one: (-one.known(names), one.client.in_flight, one.turn))
         self._turn += 1
         chosen.turn = self._turn
-        chosen.note(names)
+        chosen.note(names, chosen.room)
         chosen.client.add(request, receiver)
 
     def cancel(self, request_id: str) -> None:
@@ -76,32 +96,29 @@ class Replicas:
         for one in self._replicas:
             one.client.cancel(request_id)
 
+    @property
+    def clients(self) -> list[EngineClient]:
+        """Each of them."""
+        return [one.client for one in self._replicas]
+
     def close(self) -> None:
         """Hang up; see `EngineClient.close`."""
         for one in self._replicas:
             one.client.close()
 
 
-class _Replica:
-    """A process and the names of the blocks that it was sent last, as many as it can keep."""
+class _Replica(Sent):
+    """A process and the blocks that it was sent."""
 
     def __init__(self, client: EngineClient) -> None:
+        super().__init__()
         self.client = client
         self.turn = 0  # of the last request it got
-        self._names: OrderedDict[int, None] = OrderedDict()
 
-    def known(self, names: Sequence[int]) -> int:
-        """How many of the first `names` it was sent."""
-        return sum(1 for _ in takewhile(self._names.__contains__, names))
-
-    def note(self, names: Sequence[int]) -> None:
-        """It is being sent these. The ends of prompts are forgotten first, as the engine does."""
-        for name in reversed(names):
-            self._names[name] = None
-            self._names.move_to_end(name)
-        most = self.client.ready.result().kv_cache_tokens // BLOCK_TOKENS
-        while len(self._names) > most:
-            self._names.popitem(last=False)
+    @property
+    def room(self) -> int:
+        """How many names it can keep."""
+        return self.client.ready.result().kv_cache_tokens // BLOCK_TOKENS
 
 
 def prefix_names(request: Add) -> list[int]:

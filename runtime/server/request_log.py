@@ -13,8 +13,11 @@ if TYPE_CHECKING:
     from llmkit.runtime.server.generation import Choice
 
 
-def log_request(model: str, choices: Sequence[Choice], ended: str) -> None:
-    """Write the line of a request for `model` to stderr. ended: "finished", "cancelled" or the code of its error."""
+def log_request(model: str, choices: Sequence[Choice], ended: str, client: str) -> None:
+    """Write the line of a request for `model` to stderr. ended: "finished", "cancelled" or the code of its error.
+
+    client: the name of its key, if it has one.
+    """
     first = choices[0]
     now = time.perf_counter()
     times = first.times
@@ -23,6 +26,7 @@ def log_request(model: str, choices: Sequence[Choice], ended: str) -> None:
         "time": round(time.time(), 3),
         "id": first.request.id.rpartition("-")[0],
         "model": model,
+        **({"client": client} if client else {}),
         "ended": ended,
         "finish_reasons": [choice.finish_reason for choice in choices],
         "prompt_tokens": sum(len(choice.request.prompt) for choice in choices),

@@ -9,10 +9,23 @@ from pydantic import Field
 
 from llmkit.runtime.server.chat_body import MAX_MESSAGES, MAX_TOOLS, NAME, ChatBody
 from llmkit.runtime.server.errors import invalid
-from llmkit.runtime.server.protocol import Body, Strict, build
+from llmkit.runtime.server.protocol import Body, Strict, Timeout, build, one_of
 
 # What an item has that is sent back as it came.
 _ECHOED = frozenset({"id", "status", "type", "phase", "encrypted_content", "summary"})
+
+_NAMED = {
+    "type": "object",
+    "required": ["type", "name"],
+    "properties": {"type": {"const": "function"}, "name": {"type": "string"}},
+}
+_KINDS = ["message", "reasoning", "function_call", "function_call_output"]
+_ITEMS = {
+    "type": "array",
+    "minItems": 1,
+    "maxItems": MAX_MESSAGES,
+    "items": {"type": "object", "properties": {"type": {"enum": _KINDS}}},
+}
 
 
 class ResponsesTool(Strict):
@@ -77,7 +90,7 @@ class ResponsesBody(Body):
         }
     )
 
-    input: Any
+    input: Annotated[Any, one_of({"type": "string"}, _ITEMS, null=False)]
     instructions: str | None = None
     max_output_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
@@ -86,10 +99,11 @@ class ResponsesBody(Body):
     stream_options: ResponsesStreamOptions | None = None
     text: TextOptions | None = None
     tools: Annotated[list[ResponsesTool], Field(max_length=MAX_TOOLS)] | None = None
-    tool_choice: Any = None
+    tool_choice: Annotated[Any, one_of({"enum": ["auto", "none", "required"]}, _NAMED)] = None
     parallel_tool_calls: bool | None = None
     metadata: dict[str, str] | None = None
     user: str | None = None
+    timeout: Timeout | None = None
 
     def check(self) -> None:
         if self.stream_options is not None and not self.stream:
@@ -110,6 +124,7 @@ class ResponsesBody(Body):
             "temperature": self.temperature,
             "top_p": self.top_p,
             "stream": self.stream,
+            "timeout": self.timeout,
             "tools": tools,
             "tool_choice": choice,
             "parallel_tool_calls": self.parallel_tool_calls,

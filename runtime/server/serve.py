@@ -5,26 +5,29 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
+import resource
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
-from llmkit.checkpoint.errors import InputError, ShortageError, UsageError
-from llmkit.runtime.channel import end, spawn
+from llmkit.checkpoint.errors import ShortageError, UsageError
+from llmkit.runtime.channel import API_KEY_VARIABLE, end, spawn
+from llmkit.runtime.prefix_files import private_folder
 from llmkit.runtime.server.hosts import is_loopback
+from llmkit.runtime.server.keys import Client, api_keys
 from llmkit.runtime.server.messages import Start
 from llmkit.runtime.server.options import ServeOptions
 from llmkit.runtime.server.shares import shares
+from llmkit.runtime.server.tracing import require_tracing
 
 __all__ = ["ServeOptions", "run_server"]
 
-API_KEY_VARIABLE = "LLMKIT_API_KEY"
 _ENGINE = "llmkit.runtime.server.engine_process"
 _BACKLOG = 2048
+_OPEN_FILES = 65_536  # each client is one; a shell's usual limit is 1,024
 
 
 def _to_stderr(text: str) -> None:
@@ -37,6 +40,7 @@ def run_server(
     message: Callable[[str], None] = _to_stderr,
     ready: Callable[[Mapping[str, Any]], None] = lambda facts: None,
     began: float | None = None,
+    listener: socket.socket | None = None,
 ) -> int:
     """Serve until a signal; return the exit code: 0 after a graceful stop, 130 or 143 after a forced one.
 
@@ -44,23 +48,36 @@ def run_server(
     the engine process fails later. The port is taken first and the engine processes started next, so that both a
     taken port and a ready server are known as early as can be. `message` takes lines for the user; `ready` is told
     the server's figures (url, model, ready_s, ...) when requests are taken. began: the perf_counter() that seconds
-    are counted from, now by default.
+    are counted from, now by default. listener: listens in place of the options' host and port.
     """
     began = time.perf_counter() if began is None else began
     keys = api_keys(options)
-    _check_exposure(options, keys)
-    with bind(options.host, options.port) as listener:
+    check_exposure(options, keys)
+    _allow_open_files()
+    if options.ssl_certfile or options.ssl_keyfile or options.ssl_ca_certs:
+        from llmkit.runtime.server.tls import tls_context
+
+        tls_context(options)  # what is wrong with the files is known before the model is loaded
+    prefixes = _prefixes(options)
+    if options.otlp_traces_endpoint is not None:
+        require_tracing(options.otlp_traces_endpoint)
+    with listener or bind(options.host, options.port) as listener:
         engines: list[tuple[subprocess.Popen[bytes], socket.socket]] = []
+        given = shares(options.engine.dp, options.engine.device)
+
+        def start(place: int) -> tuple[subprocess.Popen[bytes], socket.socket]:
+            said = Start(options.model, options.engine, options.debug, prefixes)
+            engines.append(spawn(_ENGINE, said, given[place]))
+            return engines[-1]
+
         try:
-            start = Start(options.model, options.engine, options.debug)
-            engines.extend(spawn(_ENGINE, start, share) for share in shares(options.engine.dp, options.engine.device))
+            first = [start(place) for place in range(len(given))]
             # Imported now: the engine processes load the model meanwhile.
-            import uvloop
-
             from llmkit.runtime.server.lifecycle import serve
+            from llmkit.runtime.server.tls import event_loop
 
-            with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-                return runner.run(serve(options, keys, listener, engines, began, message, ready))
+            with asyncio.Runner(loop_factory=lambda: event_loop(options)) as runner:
+                return runner.run(serve(options, keys, listener, first, start, began, message, ready))
         finally:
             for _, ours in engines:
                 ours.close()
@@ -68,25 +85,24 @@ def run_server(
                 end(process)
 
 
-def api_keys(options: ServeOptions) -> tuple[str, ...]:
-    """The keys from the file, else the one of LLMKIT_API_KEY, else none."""
-    if options.api_key_file is None:
-        key = os.environ.get(API_KEY_VARIABLE, "").strip()
-        return (key,) if key else ()
-    path = Path(options.api_key_file)
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise InputError(f"the API key file cannot be read ({path}: {error.strerror})") from None
-    except UnicodeDecodeError:
-        raise InputError(f"the API key file is not UTF-8 ({path})") from None
-    keys = tuple(line.strip() for line in lines if line.strip())
-    if not keys:
-        raise InputError(f"the API key file has no keys ({path})", "One key a line is expected")
-    return keys
+def _allow_open_files() -> None:
+    """Raise the soft limit of open files as far as the hard one lets it, to _OPEN_FILES."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = _OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, _OPEN_FILES)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
-def _check_exposure(options: ServeOptions, keys: tuple[str, ...]) -> None:
+def _prefixes(options: ServeOptions) -> tuple[str, int] | None:
+    if options.prefix_cache_dir is None:
+        return None
+    if not options.engine.prefix_cache:
+        raise UsageError("--prefix-cache-dir and --no-prefix-cache exclude each other", todo="Leave out one of them")
+    return str(private_folder(str(options.prefix_cache_dir))), options.prefix_cache_size
+
+
+def check_exposure(options: ServeOptions, keys: tuple[Client, ...]) -> None:
+    """UsageError when other machines could use the server without a key."""
     if not keys and not is_loopback(options.host):
         raise UsageError(
             f"other machines could use the server without a key (--host {options.host})",

@@ -20,14 +20,18 @@ from llmkit.runtime.server.protocol import GenerationBody
 DONE = b"data: [DONE]\n\n"
 
 
-class Shape(Protocol):
-    """How answers look to a client. One object makes one answer."""
+class Whole(Protocol):
+    """How answers that are not streamed look to a client. One object makes one answer."""
 
     id: str
 
     def whole(self, choices: Sequence[Choice], answers: Sequence[Delta]) -> bytes:
         """The body of an answer that is not streamed."""
         ...
+
+
+class Shape(Whole, Protocol):
+    """How answers look, streamed or not."""
 
     def chunks(self, choices: Sequence[Choice], deltas: Iterable[Delta]) -> bytes:
         """The events for what arrived; nothing for tokens whose text is still held back."""

@@ -1,11 +1,10 @@
 """What form an answer must have: read from a request's fields, and made into a grammar for the engine.
 
-The grammars are llguidance's (https://github.com/guidance-ai/llguidance); it is imported when the first request asks.
+The grammars are llguidance's (https://github.com/guidance-ai/llguidance).
 """
 
 from __future__ import annotations
 
-import asyncio
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -14,15 +13,19 @@ from typing import Annotated, Any, Literal, NamedTuple
 from pydantic import ConfigDict, Field
 
 from llmkit.runtime.server.calls import CallFormat
-from llmkit.runtime.server.errors import ApiError, invalid
+from llmkit.runtime.server.errors import invalid
 from llmkit.runtime.server.parts import END_THINK, THINK
-from llmkit.runtime.server.protocol import GenerationBody, Strict
+from llmkit.runtime.server.protocol import GenerationBody, Strict, one_of
+from llmkit.runtime.server.sandbox import SandboxError, Sandbox
+from llmkit.runtime.server.sandbox_process import Compile
 
 MAX_GRAMMAR_BYTES = 64 * 1024  # of a schema, an expression or a grammar, as JSON
 MAX_WHOLE_BYTES = 256 * 1024  # of the grammar that comes of it, with all tools
 MAX_DEPTH = 64  # of a schema
 # White space of a model that cannot stop writing it would fill the answer.
 _WHITE_SPACE = {"x-guidance": {"whitespace_pattern": r"[ \n\t]{0,32}"}}
+
+_SCHEMA = one_of({"type": "object"}, {"type": "string"})  # a JSON schema, or the text of one
 
 Grammar = dict[str, Any]  # one of llguidance's list: {"json_schema": ...} or {"lark_grammar": ...}
 
@@ -56,7 +59,7 @@ class ResponseFormat(Strict):
 class StructuredOutputs(Strict):
     """vLLM's `structured_outputs`, whose fields are also known as `guided_json` and so on."""
 
-    json_: Any = Field(None, alias="json")
+    json_: Annotated[Any, _SCHEMA] = Field(None, alias="json")
     regex: str | None = None
     choice: Annotated[list[str], Field(min_length=1, max_length=1024)] | None = None
     grammar: str | None = None
@@ -68,7 +71,7 @@ class StructuredBody(GenerationBody):
 
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
-    guided_json: Any = None  # a schema, or the text of one
+    guided_json: Annotated[Any, _SCHEMA] = None
     guided_regex: str | None = None
     guided_choice: Annotated[list[str], Field(min_length=1, max_length=1024)] | None = None
     guided_grammar: str | None = None
@@ -219,15 +222,11 @@ def whole_grammar(
     return json.dumps({"grammars": [{"name": "top", "lark_grammar": "\n".join(lines)}, *named]})
 
 
-async def check_grammar(grammar: str, param: str) -> None:
-    """ApiError 400 when `grammar`, which is made of `param`, is none or too large."""
+async def check_grammar(grammars: Sandbox, grammar: str, param: str) -> None:
+    """ApiError 400 when `grammar`, which is made of `param`, is none, too large or takes too long to compile."""
     if len(grammar) > MAX_WHOLE_BYTES:
         raise invalid(param, f"{param} makes a grammar of over {MAX_WHOLE_BYTES} bytes.", "invalid_grammar")
-
-    def problem() -> str:
-        from llguidance import LLMatcher
-
-        return LLMatcher.validate_grammar(grammar)
-
-    if text := await asyncio.to_thread(problem):
-        raise ApiError(400, f"{param} cannot be followed: {text.splitlines()[0]}", code="invalid_grammar", param=param)
+    try:
+        await grammars.ask(Compile(grammar))
+    except SandboxError as error:
+        raise invalid(param, f"{param} cannot be followed: {error}", "invalid_grammar") from None

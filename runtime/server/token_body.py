@@ -40,4 +40,4 @@ class DetokenizeBody(Body):
     """POST /detokenize."""
 
     model: str = ""
-    tokens: list[Count]
+    tokens: Annotated[list[Count], Field(fail_fast=True)]

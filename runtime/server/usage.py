@@ -27,6 +27,14 @@ def memory_bytes() -> dict[str, int]:
     return {"api": own.memory_info().rss, "engine": others}
 
 
+def cpu_seconds(pid: int) -> float:
+    """Processor time that a process and those that it has started have used; 0 once it is gone."""
+    with suppress(psutil.Error):
+        process = psutil.Process(pid)
+        return sum(sum(one.cpu_times()[:4]) for one in (process, *process.children(recursive=True)))
+    return 0.0
+
+
 class Gpus:
     """The GPUs that CUDA would show, through NVML (the `gpu` extra); none where either is missing."""
 

@@ -1,0 +1,3 @@
+"""On engines that exist: Ray Serve, Triton, vLLM; and how many machines a load needs."""
+
+from __future__ import annotations

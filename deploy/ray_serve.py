@@ -1,0 +1,207 @@
+"""`llmkit deploy ray`: models on a Ray cluster, behind one front. Public APIs of Ray Serve only.
+
+Each version of a model is a Serve application without a route, and the front one with the route "/". Deploying,
+promoting and rolling back are changes of the front's table, before or after an application comes or goes.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+
+from llmkit.checkpoint.errors import InputError, OutputError, ShortageError, UsageError
+from llmkit.deploy.table import Table, Version, with_share
+from llmkit.runtime.server.options import ServeOptions
+
+FRONT = "llmkit"
+_ROUTED_WITHIN_S = 15.0  # a front hears of another table by then
+
+
+@dataclass(frozen=True)
+class Size:
+    """How many replicas there are and what one gets. most None: no autoscaling."""
+
+    least: int = 1
+    most: int | None = None
+    cpus: float = 1.0
+    gpus: float = 0.0
+    downscale_delay: float = 600.0  # seconds of less load before a replica goes
+
+    def options(self, max_num_seqs: int) -> dict[str, Any]:
+        """Options of a Serve deployment whose replicas run so many requests at once.
+
+        A replica is sent an eighth more than its engine runs at once, so that there is always a next request; Serve's
+        own default of 5 would leave the batch all but empty. One more replica is wanted at four fifths of a batch.
+        """
+        ongoing = max_num_seqs + math.ceil(max_num_seqs / 8)
+        options: dict[str, Any] = {
+            "max_ongoing_requests": ongoing,
+            "ray_actor_options": {"num_cpus": self.cpus, "num_gpus": self.gpus},
+        }
+        if self.most is None:
+            return options | {"num_replicas": self.least}
+        target = max(1.0, 0.8 * max_num_seqs)
+        scaling = {
+            "min_replicas": self.least,
+            "max_replicas": self.most,
+            "target_ongoing_requests": target,
+            "downscale_delay_s": self.downscale_delay,
+        }
+        return options | {"autoscaling_config": scaling}
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where: the Ray cluster, and the address of its HTTP proxies."""
+
+    address: str = "auto"
+    host: str = "127.0.0.1"
+    port: int = 8000
+    api_key_file: str | None = None  # on every node
+
+
+class Cluster:
+    """The models on a Ray cluster. Raises ShortageError where there is no Ray, or no cluster at the address."""
+
+    def __init__(self, place: Place) -> None:
+        try:
+            import ray
+            from ray import serve
+        except ImportError:
+            raise ShortageError("Ray is not installed", todo="Install llmkit[ray]") from None
+        self._serve, self._place = serve, place
+        logging.getLogger("ray.serve").setLevel(logging.WARNING)
+        try:
+            ray.init(address=place.address, logging_level=logging.ERROR, log_to_driver=False, ignore_reinit_error=True)
+        except ConnectionError:
+            todo = "Start one with `ray start --head`, or name another with --address"
+            raise ShortageError(f"there is no Ray cluster at {place.address}", todo=todo) from None
+
+    def table(self) -> Table:
+        """The models and their versions."""
+        if FRONT not in self._serve.status().applications:
+            return {}
+        return msgspec.convert(self._serve.get_app_handle(FRONT).table.remote().result(), Table)
+
+    def deploy(self, name: str, options: ServeOptions, size: Size, share: float | None) -> Table:
+        """Start a version of model `name`; once it is ready it gets `share` of the model's traffic, or all.
+
+        Raises OutputError where the name is taken and no share is said, InputError when no replica starts.
+        """
+        table = self.table()
+        versions = table.get(name, [])
+        if versions and share is None:
+            raise OutputError(
+                f"the model {name} is deployed already, from {versions[-1].checkpoint}",
+                todo="Say --share 1% to send this checkpoint a share of its requests, or another --name",
+            )
+        if len(versions) > 1:
+            raise OutputError(
+                f"two versions of {name} are deployed already", todo=f"--promote or --rollback {name} first"
+            )
+        number = int(versions[-1].app.rpartition("-")[2]) + 1 if versions else 1
+        app = f"{FRONT}-{name}-{number}"
+        self._start(app, options, size)
+        added = [*versions, Version(app, options.model, 1.0)]
+        return self._route(table | {name: with_share(added, app, share if versions and share is not None else 1.0)})
+
+    def promote(self, name: str) -> Table:
+        """All requests of a model to its newest version; the other one is drained and deleted."""
+        return self._keep(name, newest=True)
+
+    def rollback(self, name: str) -> Table:
+        """All requests of a model to its older version; the newest is drained and deleted."""
+        return self._keep(name, newest=False)
+
+    def set_share(self, name: str, share: float) -> Table:
+        """Another share for the newest version of a model."""
+        table = self.table()
+        versions = self._two(table, name)
+        return self._route(table | {name: with_share(versions, versions[-1].app, share)})
+
+    def remove(self, name: str) -> Table:
+        """Take a model away; the front goes with the last one."""
+        table = self.table()
+        versions = self._known(table, name)
+        rest = {other: kept for other, kept in table.items() if other != name}
+        self._route(rest)
+        for version in versions:
+            self._serve.delete(version.app)
+        if not rest:
+            self._serve.delete(FRONT)
+        return rest
+
+    def _keep(self, name: str, newest: bool) -> Table:
+        table = self.table()
+        versions = self._two(table, name)
+        kept, other = (versions[-1], versions[0]) if newest else (versions[0], versions[-1])
+        routed = self._route(table | {name: [msgspec.structs.replace(kept, share=1.0)]})
+        self._serve.delete(other.app)  # after its requests, or their drain_timeout
+        return routed
+
+    def _start(self, app: str, options: ServeOptions, size: Size) -> None:
+        from llmkit.deploy.prefix_router import PrefixRouter
+        from llmkit.deploy.replica import Replica
+
+        deployment = self._serve.deployment(
+            Replica,
+            name="replica",
+            graceful_shutdown_timeout_s=options.drain_timeout,
+            max_constructor_retry_count=2,
+            request_router_config={"request_router_class": PrefixRouter},
+            **size.options(options.engine.max_num_seqs),
+        )
+        self._serve.start(http_options={"host": self._place.host, "port": self._place.port})
+        try:
+            self._serve.run(deployment.bind(options), name=app, route_prefix=None)
+        except RuntimeError:
+            told = self._serve.status().applications[app].deployments["replica"].message
+            self._serve.delete(app)
+            raise InputError(f"no replica of {options.model} starts: {_reason(told)}") from None
+
+    def _route(self, table: Table) -> Table:
+        """Give the front another table, and wait until it has it."""
+        from llmkit.deploy.front import Front
+
+        builtins = msgspec.to_builtins(table)
+        front = self._serve.deployment(Front, name="front", max_ongoing_requests=100_000, user_config=builtins)
+        self._serve.run(front.bind(self._place.host, self._place.api_key_file), name=FRONT, route_prefix="/")
+        _wait(lambda: self.table() == table, _ROUTED_WITHIN_S)
+        return table
+
+    @staticmethod
+    def _known(table: Table, name: str) -> list[Version]:
+        if name not in table:
+            raise UsageError(f"no model {name} is deployed", f"There are: {', '.join(table) or 'none'}")
+        return table[name]
+
+    def _two(self, table: Table, name: str) -> list[Version]:
+        versions = self._known(table, name)
+        if len(versions) < 2:
+            raise UsageError(
+                f"there is only one version of {name}", todo=f"Deploy another first: MODEL --name {name} --share 1%"
+            )
+        return versions
+
+
+def _reason(told: str) -> str:
+    """Of what Serve says of a deployment that does not start, the replica's own error."""
+    lines = [line.strip() for line in told.splitlines() if line.strip()]
+    errors = [line for line in lines if "Error: " in line]
+    return (errors or lines or ["its log says why"])[-1].partition("Error: ")[2] or (lines or ["no reason is known"])[
+        -1
+    ]
+
+
+def _wait(done: Callable[[], bool], limit_s: float) -> None:
+    until = time.monotonic() + limit_s
+    while not done():
+        if time.monotonic() > until:
+            raise ShortageError(f"the front did not take its new table within {limit_s:g} s")
+        time.sleep(0.05)

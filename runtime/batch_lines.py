@@ -1,0 +1,191 @@
+"""The lines of a batch in OpenAI's format: requests in, results out."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, BinaryIO
+
+import msgspec
+
+URLS = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/responses", "/v1/messages")
+MAX_LINE_BYTES = 64 << 20
+MAX_ID_CHARS = 512
+_BOM = b"\xef\xbb\xbf"
+_KIND = re.compile(r"[a-z]+[-_]")  # what an answer's id begins with
+
+
+class LineError(Exception):
+    """A line that is not sent. `code` is what a program can test for."""
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of the input. `error` instead of `url` and `body` where it cannot be sent."""
+
+    number: int  # from 1, blank lines counted
+    end: int  # bytes of the input up to its end
+    custom_id: str | None
+    url: str = ""
+    body: bytes = b""
+    error: LineError | None = None
+
+    @property
+    def id(self) -> str:
+        """What its result is called: the same in every run."""
+        return hashlib.sha256(f"{self.number} {self.custom_id}".encode()).hexdigest()[:24]
+
+
+def read_lines(file: BinaryIO, model: str) -> Iterator[Line]:
+    """The lines of `file` that are not blank. model: for requests that name none. Keeps about 100 bytes for each."""
+    seen: set[bytes] = set()
+    number = end = 0
+    while text := file.readline(MAX_LINE_BYTES + 1):
+        number += 1
+        end += len(text)
+        long = len(text) > MAX_LINE_BYTES
+        while long and not text.endswith(b"\n") and (text := file.readline(1 << 20)):
+            end += len(text)
+        text = text.removeprefix(_BOM) if number == 1 else text
+        if long:
+            error = LineError("line_too_long", f"Line {number} has over {MAX_LINE_BYTES} bytes.")
+            yield Line(number, end, None, error=error)
+        elif text.strip():
+            yield _line(number, end, text, model, seen)
+
+
+def _line(number: int, end: int, text: bytes, model: str, seen: set[bytes]) -> Line:
+    custom_id = None
+    try:
+        try:
+            request = msgspec.json.decode(text)
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+            raise LineError("invalid_json_line", f"Line {number} is no JSON: {error}.") from None
+        if not isinstance(request, dict):
+            raise LineError("invalid_json_line", f"Line {number} is no JSON object.")
+        given = request.get("custom_id")
+        if not isinstance(given, str) or not 0 < len(given) <= MAX_ID_CHARS:
+            what = f"Line {number} has no custom_id, a text of 1 to {MAX_ID_CHARS} characters."
+            raise LineError("invalid_custom_id", what)
+        custom_id, digest = given, hashlib.blake2b(given.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+        if digest in seen:
+            raise LineError("duplicate_custom_id", f"Line {number} has the custom_id of an earlier line.")
+        seen.add(digest)
+        if request.get("method", "POST") != "POST":
+            raise LineError("invalid_method", f"Line {number}: the method must be POST.")
+        if request.get("url") not in URLS:
+            raise LineError("invalid_url", f"Line {number}: the url must be one of {', '.join(URLS)}.")
+        body = request.get("body")
+        if not isinstance(body, dict):
+            raise LineError("invalid_body", f"Line {number}: the body must be a JSON object.")
+        if body.get("stream"):
+            raise LineError("invalid_body", f"Line {number}: nothing is streamed in a batch.")
+        return Line(number, end, custom_id, request["url"], msgspec.json.encode({"model": model} | body))
+    except LineError as error:
+        return Line(number, end, custom_id, error=error)
+
+
+def failed(line: Line, error: LineError) -> bytes:
+    """The result of a line that was not sent, or not answered."""
+    return _result(line, None, {"code": error.code, "message": str(error)})
+
+
+def answered(line: Line, status: int, content: bytes, created: int) -> bytes:
+    """The result of a line with the server's answer.
+
+    What depends on the moment is made the same in every run: the answer's id and `created` (Unix seconds), and
+    how many tokens were found in a cache is left out.
+    """
+    try:
+        body = msgspec.json.decode(content)
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        return failed(line, LineError("invalid_answer", f"The server answered {status} and no JSON."))
+    if isinstance(body, dict):
+        if isinstance(body.get("id"), str):
+            kind = _KIND.match(body["id"])
+            body["id"] = (kind[0] if kind else "") + line.id
+        for name in {"created", "created_at"} & body.keys():
+            body[name] = created
+        if isinstance(usage := body.get("usage"), dict):
+            for name in ("prompt_tokens_details", "input_tokens_details"):
+                usage.pop(name, None)
+    return _result(line, {"status_code": status, "request_id": f"req_{line.id}", "body": body}, None)
+
+
+def _result(line: Line, response: dict[str, Any] | None, error: dict[str, Any] | None) -> bytes:
+    result = {"id": f"batch_req_{line.id}", "custom_id": line.custom_id, "response": response, "error": error}
+    return msgspec.json.encode(result) + b"\n"
+
+
+class _Usage(msgspec.Struct):
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    input_tokens: int = 0
+    output_tokens: int = 0
+
+
+class _Error(msgspec.Struct):
+    code: str | None = None
+
+
+class _Body(msgspec.Struct):
+    usage: _Usage | None = None
+    error: _Error | None = None
+
+
+class _Response(msgspec.Struct):
+    status_code: int
+    body: Any
+
+
+class Result(msgspec.Struct):
+    """What a written line says, as far as it is counted."""
+
+    custom_id: str | None
+    response: _Response | None
+    error: _Error | None
+
+
+@dataclass
+class Tally:
+    """What has come of a batch."""
+
+    requests: int = 0
+    resumed: int = 0  # of them, done by an earlier run
+    succeeded: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    errors: Counter[str] = field(default_factory=Counter)  # by code
+
+    @property
+    def failed(self) -> int:
+        """Lines without a good answer."""
+        return self.requests - self.succeeded
+
+    def add(self, written: bytes) -> Result:
+        """Count a line of the output. Raises msgspec.DecodeError for what is none."""
+        result = msgspec.json.decode(written, type=Result)
+        self.requests += 1
+        response, code = result.response, result.error.code if result.error else None
+        if response is not None:
+            try:
+                body = msgspec.convert(response.body, _Body)
+            except msgspec.ValidationError:
+                body = _Body()
+            if response.status_code == 200:
+                usage = body.usage or _Usage()
+                self.succeeded += 1
+                self.prompt_tokens += usage.prompt_tokens or usage.input_tokens
+                self.completion_tokens += usage.completion_tokens or usage.output_tokens
+            else:
+                code = (body.error.code if body.error else None) or f"http_{response.status_code}"
+        if code is not None:
+            self.errors[code] += 1
+        return result

@@ -1,0 +1,171 @@
+"""/v1/embeddings through the real client: transformers' vectors, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import openai
+import pytest
+import torch
+import transformers
+from serving import ServerProcess, serving
+from tiny import tiny_checkpoint
+
+from llmkit.checkpoint.embedding import embedding_facts
+from llmkit.checkpoint.errors import InputError
+from llmkit.checkpoint.files import open_files
+
+TEXTS = ["the quick brown fox", "hello world, how are you today? " * 20, "one two three"]
+SIZE = 64
+
+
+def describe(model: Path, mode: dict[str, Any], *more: str) -> None:
+    """Say how embeddings are made, as sentence-transformers does."""
+    kinds = {"": "Transformer", "1_Pooling": "Pooling", "2_Normalize": "Normalize"} | {f"3_{one}": one for one in more}
+    modules = [{"path": path, "type": f"sentence_transformers.models.{kind}"} for path, kind in kinds.items()]
+    (model / "modules.json").write_text(json.dumps(modules))
+    (model / "1_Pooling").mkdir(exist_ok=True)
+    (model / "1_Pooling/config.json").write_text(json.dumps({"word_embedding_dimension": SIZE} | mode))
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One whose embeddings are means, and may be cut to 16 numbers."""
+    folder = tmp_path_factory.mktemp("embeddings") / "model"
+    model = tiny_checkpoint(folder, "qwen3", dtype="float32", max_position_embeddings=512)
+    config = json.loads((model / "config.json").read_text()) | {"is_matryoshka": True, "matryoshka_dimensions": [16]}
+    (model / "config.json").write_text(json.dumps(config))
+    describe(model, {"pooling_mode_mean_tokens": True, "pooling_mode_cls_token": False})
+    return model
+
+
+@pytest.fixture(scope="module")
+def server(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+    log = tmp_path_factory.mktemp("server") / "log"
+    with serving(log, model, "sk-test", max_num_batched_tokens=48) as running:  # in chunks
+        yield running
+
+
+@pytest.fixture(scope="module")
+def means(model: Path) -> list[np.ndarray]:
+    """transformers' mean hidden state of each text."""
+    oracle = transformers.AutoModel.from_pretrained(model, dtype=torch.float32).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+    found = []
+    for text in TEXTS:
+        with torch.inference_mode():
+            ids = torch.tensor([tokenizer.encode(text)])
+            found.append(oracle(ids).last_hidden_state[0].mean(0).numpy())
+    return found
+
+
+def unit(vector: np.ndarray) -> np.ndarray:
+    return vector / np.linalg.norm(vector)
+
+
+def close(found: list[float], expected: np.ndarray) -> bool:
+    return len(found) == len(expected) and float(np.abs(np.array(found) - unit(expected)).max()) < 1e-4
+
+
+def test_texts_become_vectors_of_length_one(client: openai.OpenAI, means: list[np.ndarray]) -> None:
+    answer = client.embeddings.create(model="model", input=TEXTS, user="someone")  # in base64, which it asks for
+    assert [one.index for one in answer.data] == [0, 1, 2]
+    assert all(close(one.embedding, mean) for one, mean in zip(answer.data, means, strict=True))
+    single = client.embeddings.create(model="model", input=TEXTS[0], encoding_format="float")
+    assert close(single.data[0].embedding, means[0])
+    assert single.usage.prompt_tokens == single.usage.total_tokens > 1
+    assert single.model == "model"
+
+
+def test_ids_become_vectors_beside_answers(client: openai.OpenAI, http: httpx.Client, means: list[np.ndarray]) -> None:
+    ids = [http.post("/tokenize", json={"prompt": text}).json()["tokens"] for text in TEXTS]
+    ask: dict[str, Any] = {"model": "model", "prompt": "hello", "max_tokens": 40, "temperature": 0}
+    alone = client.completions.create(**ask, extra_body={"ignore_eos": True}).choices[0].text
+    with client.completions.create(**ask, stream=True, extra_body={"ignore_eos": True}) as stream:
+        text = next(iter(stream)).choices[0].text
+        several = client.embeddings.create(model="model", input=ids)
+        assert close(client.embeddings.create(model="model", input=ids[1]).data[0].embedding, means[1])
+        text += "".join(chunk.choices[0].text for chunk in stream)
+    assert all(close(one.embedding, mean) for one, mean in zip(several.data, means, strict=True))
+    assert text == alone
+
+
+def test_vectors_are_cut_where_the_model_is_made_for_it(client: openai.OpenAI, means: list[np.ndarray]) -> None:
+    for size in (16, SIZE):
+        found = client.embeddings.create(model="model", input=TEXTS[0], dimensions=size).data[0].embedding
+        assert close(found, means[0][:size])
+    with pytest.raises(openai.BadRequestError) as refused:
+        client.embeddings.create(model="model", input=TEXTS[0], dimensions=17)
+    assert (refused.value.code, refused.value.param) == ("unsupported", "dimensions")
+
+
+def test_an_embedding_may_fill_the_context(http: httpx.Client) -> None:
+    ask = {"model": "model", "input": [7] * 512}
+    assert http.post("/v1/embeddings", json=ask).status_code == 200
+    refused = http.post("/v1/embeddings", json=ask | {"input": [7] * 513})
+    assert (refused.status_code, refused.json()["error"]["code"]) == (400, "context_length_exceeded")
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "code"),
+    [
+        ({"input": ""}, "input", "invalid_value"),
+        ({"input": [[5], []]}, "input", "invalid_value"),
+        ({"input": ["text", [5]]}, "input", "invalid_type"),
+        ({"input": 5}, "input", "invalid_type"),
+        ({"input": [512]}, "input", "invalid_token_id"),
+        ({"input": ["a"] * 2000}, "input", "too_many_prompts"),
+        ({"encoding_format": "int8"}, "encoding_format", "invalid_value"),
+        ({"dimensions": 0}, "dimensions", "invalid_value"),
+        ({"temperature": 1}, "temperature", "unknown_parameter"),
+        ({"priority": 2**40}, "priority", "invalid_value"),
+        ({"timeout": 0}, "timeout", "invalid_value"),
+    ],
+)
+def test_wrong_embedding_requests(http: httpx.Client, fields: dict[str, Any], param: str, code: str) -> None:
+    answer = http.post("/v1/embeddings", json={"model": "model", "input": "text"} | fields)
+    error = answer.json()["error"]
+    assert (answer.status_code, error["param"], error["code"]) == (400, param, code)
+
+
+def test_the_pooling_of_the_checkpoint_counts_unless_another_is_asked_for(
+    model: Path, means: list[np.ndarray], tmp_path: Path
+) -> None:
+    with serving(tmp_path / "log", model, pooling="last") as running, running.client() as http:
+        ids = http.post("/tokenize", json={"prompt": TEXTS[1]}).json()["tokens"]
+        answers = [http.post("/v1/embeddings", json={"model": "model", "input": ids}).json() for _ in range(2)]
+        unknown = http.post("/v1/embeddings", json={"model": "other", "input": ids})
+    oracle = transformers.AutoModel.from_pretrained(model, dtype=torch.float32).eval()
+    with torch.inference_mode():
+        last = oracle(torch.tensor([ids])).last_hidden_state[0, -1].numpy()
+    assert all(close(answer["data"][0]["embedding"], last) for answer in answers)
+    cached = [answer["usage"]["prompt_tokens_details"]["cached_tokens"] for answer in answers]
+    assert cached == [0, (len(ids) - 1) // 16 * 16]
+    assert unknown.status_code == 404
+
+
+@pytest.mark.parametrize(
+    ("mode", "more", "expected"),
+    [
+        ({"pooling_mode_lasttoken": True, "pooling_mode_mean_tokens": False}, (), "last"),
+        ({"pooling_mode": "mean"}, (), "mean"),
+        ({"pooling_mode_cls_token": True}, (), "cls_token"),
+        ({"pooling_mode_mean_tokens": True, "pooling_mode_max_tokens": True}, (), "mean and max_tokens"),
+        ({"pooling_mode_mean_tokens": True}, ("Dense",), "Dense"),
+    ],
+)
+def test_what_a_checkpoint_says_of_its_embeddings(
+    tmp_path: Path, mode: dict[str, Any], more: tuple[str, ...], expected: str
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"hidden_size": SIZE}))
+    assert embedding_facts(open_files(tmp_path)).pooling == "last"
+    describe(tmp_path, mode, *more)
+    assert embedding_facts(open_files(tmp_path)).pooling == expected
+    (tmp_path / "modules.json").write_text("{")
+    with pytest.raises(InputError, match=r"modules\.json"):
+        embedding_facts(open_files(tmp_path))
