@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from llmkit.checkpoint.errors import InputError, UsageError
-from llmkit.cli.deploy import RestArgument, serve_options
+from llmkit.cli.deploy import serve_options
 from llmkit.cli.errors import Stopped
 from llmkit.cli.output import Output, seconds_text
 from llmkit.cli.sizes import in_range
@@ -33,7 +33,10 @@ def batch(
         str,
         typer.Option("--output", "-o", metavar="FILE", help="Where results go, which must not exist; - is stdout."),
     ],
-    options: RestArgument = None,
+    options: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[-- OPTIONS]", help="After --: options of `llmkit serve` for a server of our own."),
+    ] = None,
     model: Annotated[
         str | None,
         typer.Option(

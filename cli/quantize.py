@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from llmkit.checkpoint.errors import LlmkitError, UsageError
 from llmkit.checkpoint.text import bytes_text
 from llmkit.cli.command import DeviceOption, ModelArgument, SeedOption
 from llmkit.cli.output import Output, seconds_text
@@ -13,6 +15,8 @@ from llmkit.cli.sizes import parse_count
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+    from llmkit.quant.plan import QuantizeOptions
 
 
 def quantize(
@@ -28,6 +32,9 @@ def quantize(
     out: Annotated[
         str, typer.Option("--output", "-o", metavar="DIR", help="The folder to write; it must be absent or empty.")
     ],
+    more: Annotated[
+        list[str] | None, typer.Argument(metavar="[MODEL]...", help="With --ray: more checkpoints, side by side.")
+    ] = None,
     bits: Annotated[
         int | None,
         typer.Option(metavar="N", help="Bits of a quantized weight.", show_default="4, 8 with int8 and fp8"),
@@ -142,11 +149,23 @@ def quantize(
         bool, typer.Option("--resume", help="Take up an interrupted run, which also happens without.")
     ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be done and write nothing.")] = False,
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ADDRESS",
+            help="Use the nodes of a Ray cluster, or auto for this node's: for a layer's experts, or for many MODELs,"
+            " each written to DIR/NAME.",
+            show_default="this machine",
+        ),
+    ] = None,
     device: DeviceOption = "auto",
     seed: SeedOption = 0,
 ) -> None:
     """Write a checkpoint in another precision, with a report of its quality, size and time."""
-    from llmkit.quant.quantize import QuantizeOptions, check_gates
+    from llmkit.model.device import resolve_device
+    from llmkit.quant.pipeline import solve_here
+    from llmkit.quant.plan import QuantizeOptions
+    from llmkit.quant.quantize import check_gates
     from llmkit.quant.quantize import quantize as run
 
     options = QuantizeOptions(
@@ -178,9 +197,45 @@ def quantize(
         device=device,
         seed=seed,
     )
-    report = run(model, out, options, output.progress(), _generate)
+    if more:
+        _quantize_all(output, [model, *more], out, options, ray)
+        return
+    solve = solve_here
+    if ray is not None:
+        from llmkit.deploy.ray_quantize import RaySolve
+
+        solve = RaySolve(ray, resolve_device(device))
+    report = run(model, out, options, output.progress(), _generate, solve)
     output.result(report, lambda console: _show(console, report))
     check_gates(report, options)
+
+
+def _quantize_all(output: Output, models: list[str], out: str, options: QuantizeOptions, ray: str | None) -> None:
+    """Many models on a cluster; what became of each is told, and the first error raised once all have ended."""
+    from llmkit.deploy.ray_quantize import quantize_all
+    from llmkit.quant.quantize import check_gates
+    from llmkit.runtime.server.options import default_name
+
+    if ray is None:
+        raise UsageError(f"{len(models)} models are quantized side by side on a Ray cluster", todo="Add --ray auto")
+    outputs = [str((Path(out) / default_name(model).rpartition("/")[2]).resolve()) for model in models]
+    if len(set(outputs)) < len(outputs):
+        raise UsageError("two of the models have the same name", "Each is written to DIR/NAME")
+    sources = [str(Path(model).resolve()) if Path(model).exists() else model for model in models]
+    found = quantize_all(list(zip(sources, outputs, strict=True)), options, ray, output.progress())
+    failed = {model: one for model, one in zip(models, found, strict=True) if isinstance(one, LlmkitError)}
+    reports = [one for one in found if not isinstance(one, LlmkitError)]
+    document = {"reports": reports, "failed": {model: str(error) for model, error in failed.items()}}
+
+    def show(console: Console) -> None:
+        for report in reports:
+            _show(console, report)
+
+    output.result(document, show)
+    for model, error in failed.items():
+        raise type(error)(f"{model}: {error.what}", error.expected, error.todo)
+    for report in reports:
+        check_gates(report, options)
 
 
 def _generate(*arguments: Any, **options: Any) -> list[list[int]]:

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 # What the runner decides for a stage, or what gate stages are for.
 NOT_SETTINGS = {
     "output", "out", "dry_run", "resume", "plan", "gate", "max_kl", "max_ppl_ratio", "file", "html", "csv", "charts",
-    "png", "junit", "summary", "more", "max_loaded", "idle_timeout",
+    "png", "junit", "summary", "more", "ray", "max_loaded", "idle_timeout",
 }  # fmt: skip
 TEXTS = {"N|auto": int | Literal["auto"], "SIZE": int | str}  # options that are text on a command line only
 FUNCTIONS: dict[str, Callable[..., int | None]] = {

@@ -1,3 +1,1 @@
 """On engines that exist: Ray Serve, Triton, vLLM; and how many machines a load needs."""
-
-from __future__ import annotations

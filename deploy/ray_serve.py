@@ -16,6 +16,7 @@ from typing import Any
 import msgspec
 
 from llmkit.checkpoint.errors import InputError, OutputError, ShortageError, UsageError
+from llmkit.deploy.cluster import connect
 from llmkit.deploy.table import Table, Version, with_share
 from llmkit.runtime.server.options import ServeOptions
 
@@ -70,18 +71,11 @@ class Cluster:
     """The models on a Ray cluster. Raises ShortageError where there is no Ray, or no cluster at the address."""
 
     def __init__(self, place: Place) -> None:
-        try:
-            import ray
-            from ray import serve
-        except ImportError:
-            raise ShortageError("Ray is not installed", todo="Install llmkit[ray]") from None
+        connect(place.address)
+        from ray import serve
+
         self._serve, self._place = serve, place
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
-        try:
-            ray.init(address=place.address, logging_level=logging.ERROR, log_to_driver=False, ignore_reinit_error=True)
-        except ConnectionError:
-            todo = "Start one with `ray start --head`, or name another with --address"
-            raise ShortageError(f"there is no Ray cluster at {place.address}", todo=todo) from None
 
     def table(self) -> Table:
         """The models and their versions."""

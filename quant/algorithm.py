@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -32,6 +33,17 @@ class Quantized:
     damp: float | None = None  # GPTQ: the share of the Hessian's mean diagonal that was added to it
     fallback: str | None = None  # why it was not quantized by the method asked for
     error: float | None = None  # the share of the output's energy that is lost, when the coder knows it
+    tokens: int = 0  # of calibration that it saw
+
+
+@dataclass
+class Job:
+    """A linear whose codes are wanted: its weight [out, in], and the figures of its inputs, which may be used up."""
+
+    site: Site
+    weight: torch.Tensor
+    seen: Statistics
+    fallback: str | None = None  # why it is to be rounded to the nearest codes
 
 
 class Mover(Protocol):
@@ -59,6 +71,9 @@ class Coder(Protocol):
 
     def quantize(self, site: Site, weight: torch.Tensor, seen: Statistics) -> Quantized:
         """The codes of the weight [out, in]."""
+
+
+Solve = Callable[[Coder, Iterable[Job]], Iterator[Quantized]]  # in the order of the jobs, none of which needs another
 
 
 @dataclass(frozen=True)

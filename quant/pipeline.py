@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from llmkit.model.decoder import DecoderLayer
 from llmkit.model.layout import Parameter, parameters
 from llmkit.model.linear import Rounding
 from llmkit.model.loader import kv_scales, scheme_of
-from llmkit.quant.algorithm import Algorithm, Learn, Mover, Quantized, Site
+from llmkit.quant.algorithm import Algorithm, Coder, Job, Learn, Mover, Quantized, Site, Solve
 from llmkit.quant.calibrate import Block, blocks, largest_kv, observe
 from llmkit.quant.edges import edge_to, move
 from llmkit.quant.grid import FULL_SEARCH, Search, round_to_nearest
@@ -56,6 +56,26 @@ class LayerRun:
     seen: dict[str, Statistics] = field(default_factory=dict)  # and their inputs, kept for learning
 
 
+def solved(coder: Coder, job: Job) -> Quantized:
+    """The coder's codes, or the nearest under searched scales where there is a reason; what they lose is in `error`."""
+    if job.fallback is not None:
+        result = Nearest(FULL_SEARCH).quantize(job.site, job.weight, job.seen)
+        result.fallback = job.fallback
+    else:
+        result = coder.quantize(job.site, job.weight, job.seen)
+    if job.site.scheme.inputs == "tensor":
+        result.weight.input_scale = fixed_scale(job.seen)
+    if result.error is None:
+        result.error = output_error(job.weight, result.weight, job.seen)
+    result.tokens = job.seen.tokens
+    return result
+
+
+def solve_here(coder: Coder, jobs: Iterable[Job]) -> Iterator[Quantized]:
+    """One after the other, in this process."""
+    return (solved(coder, job) for job in jobs)
+
+
 @torch.no_grad()
 def quantize_layers(
     source: LayerStream,
@@ -65,6 +85,7 @@ def quantize_layers(
     algorithm: Algorithm,
     progress: Progress,
     offload: Path | None = None,
+    solve: Solve = solve_here,
 ) -> list[Entry]:
     """Quantize every decoder layer, calibrated on token windows [n, L]; commit after each layer.
 
@@ -106,7 +127,7 @@ def quantize_layers(
             sites = {site.name: site for row in rows if (site := site_of(row, storage.quantization)) is not None}
             run = LayerRun(index, next(layers), rows, sites, {}, set(), {})
             before = [one.before() for one in batches] if learn else []
-            _quantize_layer(run, batches, storage, algorithm, progress)
+            _quantize_layer(run, batches, storage, algorithm, progress, solve)
             if learn:
                 examples = Windows(before, wanted, windows.shape[1], learn, source)
                 _learn(run, examples, batches, learn, progress)
@@ -191,6 +212,7 @@ def _quantize_layer(
     storage: Storage,
     algorithm: Algorithm,
     progress: Progress,
+    solve: Solve,
 ) -> None:
     """Quantize the linears of a layer, put each quantized weight in its place, and take `batches` past the layer."""
     attention, mlp = blocks(run.layer)
@@ -204,11 +226,9 @@ def _quantize_layer(
             if not algorithm.mover or (algorithm.coder.sequential and position > 0):
                 seen |= observe(run.layer, block, names, batches, algorithm.needs)
             give_back()  # what running the layer took, before a Hessian is factorised
-            for name in names:
-                figures = seen.pop(name)
-                if algorithm.learn:
-                    run.seen[name] = figures.copy()
-                result, entry = _quantize_linear(run, block, name, figures, batches, algorithm)
+            jobs = (_job(run, block, name, seen.pop(name), batches, algorithm) for name in names)
+            for name, result in zip(names, solve(algorithm.coder, jobs), strict=True):
+                entry = _checked(run.sites[name], result)
                 linear, scheme = run.layer.linears[name], run.sites[name].scheme
                 if algorithm.learn:
                     run.dense[name] = linear.weight
@@ -254,32 +274,28 @@ def _move_scales(
     return seen
 
 
-def _quantize_linear(
-    run: LayerRun,
-    block: Block,
-    name: str,
-    seen: Statistics,
-    batches: Sequence[MicroBatch],
-    algorithm: Algorithm,
-) -> tuple[Quantized, Entry]:
-    """The algorithm's codes where the inputs allow it; otherwise the nearest under searched scales, and the reason."""
-    site, dense = run.sites[name], run.layer.linears[name].weight
+def _job(
+    run: LayerRun, block: Block, name: str, seen: Statistics, batches: Sequence[MicroBatch], algorithm: Algorithm
+) -> Job:
+    """What is to be done with a linear: where an expert saw too little, there is a reason to round it only."""
+    if algorithm.learn:
+        run.seen[name] = seen.copy()
     enough = max(EXPERT_TOKENS, EXPERT_SHARE * sum(one.tokens for one in batches)) if block.routed else 1
+    reason = None
     if algorithm.needs and seen.tokens < enough:
         reason = f"saw {seen.tokens} calibration tokens of the {int(enough)} an expert needs"
-        result = Nearest(FULL_SEARCH).quantize(site, dense, seen)
-        result.fallback = reason
-    else:
-        result = algorithm.coder.quantize(site, dense, seen)
-    if site.scheme.inputs == "tensor":
-        result.weight.input_scale = fixed_scale(seen)
-    error = output_error(dense, result.weight, seen) if result.error is None else result.error
-    if not math.isfinite(error):
+    return Job(run.sites[name], run.layer.linears[name].weight, seen, reason)
+
+
+def _checked(site: Site, result: Quantized) -> Entry:
+    """What the report says of a result, which is to be finite."""
+    assert result.error is not None
+    if not math.isfinite(result.error):
         raise InputError(
             f"the weights or inputs of {site.row.module} are so large that float32 overflows",
             "Weights that give finite activations were expected",
         )
-    return result, _entry(site, result.method, error, seen.tokens, result.damp, result.fallback)
+    return _entry(site, result.method, result.error, result.tokens, result.damp, result.fallback)
 
 
 def _learn(run: LayerRun, examples: Windows, batches: Sequence[MicroBatch], learn: Learn, progress: Progress) -> None:

@@ -23,11 +23,11 @@ from llmkit.checkpoint.writer import CheckpointWriter, planned_bytes
 from llmkit.model.layout import parameters
 from llmkit.model.loader import scheme_of
 from llmkit.quant import memory
-from llmkit.quant.algorithm import Site
+from llmkit.quant.algorithm import Site, Solve
 from llmkit.quant.grid import FULL_SEARCH
 from llmkit.quant.mixed import BitSearch, Unit, sensitivity
 from llmkit.quant.page import report_page
-from llmkit.quant.pipeline import quantize_layers, round_parameters, site_of, write_row
+from llmkit.quant.pipeline import quantize_layers, round_parameters, site_of, solve_here, write_row
 from llmkit.quant.plan import Plan, QuantizeOptions, make_plan, plan_figures
 from llmkit.quant.quality import Quality, score_logits
 from llmkit.quant.report import Report, Stopwatch, report_json, versions
@@ -51,10 +51,16 @@ _READ_AHEAD = 32  # characters of calibration text read per token needed, so tha
 
 
 def quantize(
-    source: str, output: str, options: QuantizeOptions, progress: Progress, generate: Generate | None = None
+    source: str,
+    output: str,
+    options: QuantizeOptions,
+    progress: Progress,
+    generate: Generate | None = None,
+    solve: Solve = solve_here,
 ) -> Report:
     """Write `source` to the new directory `output` by `options.method`; return the report that lies in it.
 
+    solve: what finds the codes of linears that do not need one another, such as a layer's experts.
     `generate` writes text with a model: the samples of the report and, with calibration "self", the calibration text.
     With `dry_run` nothing is written and the report holds the plan. The output appears under its name only when it
     is complete; an interrupted run of the same options is continued and gives the same weights.
@@ -81,7 +87,7 @@ def quantize(
         )
     with watch("hash"):
         plan.source.source_hashes()
-    run = _Run(plan, watch, tokenizer, calibration, figures, generate, progress)
+    run = _Run(plan, watch, tokenizer, calibration, figures, generate, progress, solve)
     if not options.mixed:
         report = run.write(plan, None)
         assert report is not None
@@ -106,6 +112,7 @@ class _Run:
     figures: dict[str, Any] | None
     generate: Generate | None
     progress: Progress
+    solve: Solve
 
     def identity(self, plan: Plan) -> dict[str, Any]:
         """Everything that decides the bytes of the weights."""
@@ -137,7 +144,7 @@ class _Run:
         with CheckpointWriter(plan.out, plan.files, plan.source, self.identity(plan)) as writer:
             storage = Storage(plan.source, plan.spec, plan.quantization, plan.tensors, writer)
             with self.watch("quantize" if plan.quantization else "cast"):
-                linears = _convert(plan, storage, self.calibration, self.progress)
+                linears = _convert(plan, storage, self.calibration, self.progress, self.solve)
             quality = None
             if self.tokenizer is not None and plan.options.evaluate:
                 with self.watch("evaluate"):
@@ -266,7 +273,7 @@ def _samples(
 
 
 def _convert(
-    plan: Plan, storage: Storage, calibration: torch.Tensor | None, progress: Progress
+    plan: Plan, storage: Storage, calibration: torch.Tensor | None, progress: Progress, solve: Solve
 ) -> list[dict[str, Any]]:
     """Write all tensors; return what the report says of the linears."""
     if calibration is None:
@@ -282,7 +289,9 @@ def _convert(
         folder = partial_path(plan.out) / HIDDEN
         with writing(folder):
             (folder / "wanted").mkdir(parents=True, exist_ok=True)
-    linears = quantize_layers(source, _written(plan, storage), calibration, storage, plan.algorithm, progress, folder)
+    linears = quantize_layers(
+        source, _written(plan, storage), calibration, storage, plan.algorithm, progress, folder, solve
+    )
     if folder is not None:
         shutil.rmtree(folder)
     return linears + head

@@ -69,6 +69,16 @@ class Statistics:
         other._rows = self._rows
         return other
 
+    def to(self, device: torch.device | str) -> Statistics:
+        """These figures on a device; themselves where they are there."""
+        if self.largest.device == torch.device(device):
+            return self
+        other = self.copy()
+        other.largest, other.mean = self.largest.to(device), self.mean.to(device)
+        other.hessian = None if self.hessian is None else self.hessian.to(device)
+        other._rows = [rows.to(device) for rows in self._rows]
+        return other
+
     @property
     def sampled(self) -> bool:
         """Whether there are any rows in `sample`."""

@@ -10,20 +10,19 @@ import asyncio
 import contextlib
 import os
 import sys
-import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import aiohttp
-import msgspec
 
-from llmkit.checkpoint.errors import InputError, OutputError, ShortageError
-from llmkit.checkpoint.output import locked, sibling, sync_directory, write_synced, writing
+from llmkit.checkpoint.errors import InputError, ShortageError
+from llmkit.checkpoint.output import locked
 from llmkit.checkpoint.progress import Progress
 from llmkit.runtime.batch_lines import Line, Tally, answered, failed, read_lines
+from llmkit.runtime.batch_output import Output, now, resume
 from llmkit.runtime.child import Child
 from llmkit.runtime.server.waiting import StopSignals, first, in_thread
 
@@ -69,12 +68,12 @@ def run_batch(batch: Batch, serve: Callable[[], Server], progress: Progress) -> 
         size = 0 if batch.source == STREAM else os.fstat(file.fileno()).st_size
         tally, lines = Tally(), read_lines(file, batch.model)
         if batch.out == STREAM:
-            output = _Output(sys.stdout.buffer, None)
-            created = _now()
+            output = Output(sys.stdout.buffer, None)
+            created = now()
         else:
             out = Path(batch.out).absolute()
             stack.enter_context(locked(out))
-            output, created = _resume(out, batch, lines, tally, stack)
+            output, created = resume(out, batch.identity | {"source": batch.source}, lines, tally, stack)
         line = next(lines, None)
         if line is None and not tally.requests:
             raise InputError(f"{batch.source} has no requests", "One JSON object a line was expected")
@@ -94,82 +93,15 @@ def run_batch(batch: Batch, serve: Callable[[], Server], progress: Progress) -> 
     return tally, stopped
 
 
-def _now() -> int:
-    """Unix seconds, or SOURCE_DATE_EPOCH for an output that is the same every time."""
-    given = os.environ.get("SOURCE_DATE_EPOCH", "")
-    return int(given) if given.isdigit() else int(time.time())
-
-
 def _chained(line: Line, lines: Iterator[Line]) -> Iterator[Line]:
     yield line
     yield from lines
 
 
-class _Output:
-    """Where results go; `out` is the file's name in the end."""
-
-    def __init__(self, file: BinaryIO, out: Path | None) -> None:
-        self._file, self._out = file, out
-
-    def write(self, result: bytes) -> None:
-        with writing(self._out or Path(STREAM)):
-            self._file.write(result)
-            self._file.flush()  # what is written outlives this process
-
-    def finish(self) -> None:
-        if self._out is not None:
-            partial = sibling(self._out, ".partial")
-            with writing(self._out):
-                os.fsync(self._file.fileno())
-                partial.replace(self._out)
-                sibling(self._out, ".partial.json").unlink()
-                sync_directory(self._out.parent)
-
-
-def _resume(
-    out: Path, batch: Batch, lines: Iterator[Line], tally: Tally, stack: contextlib.ExitStack
-) -> tuple[_Output, int]:
-    """The output after what an earlier run has written, whose lines are taken from `lines`, and when that began."""
-    partial, identity = sibling(out, ".partial"), sibling(out, ".partial.json")
-    if out.exists():
-        raise OutputError(f"The output {out} exists", todo="Remove it or choose another output")
-    ours = batch.identity | {"source": batch.source, "created": _now()}
-    if partial.exists() and identity.exists():
-        theirs = msgspec.json.decode(identity.read_bytes(), type=dict[str, Any])
-        ours["created"] = theirs.get("created")
-        for name in ours.keys() | theirs.keys():
-            if ours.get(name) != theirs.get(name):
-                was = f"{name} was {theirs.get(name)!r} and is {ours.get(name)!r}"
-                raise OutputError(
-                    f"{partial} is of another run ({was})", todo="Give the same options, or remove it to start again"
-                )
-    else:
-        with writing(out):
-            partial.unlink(missing_ok=True)
-            write_synced(identity, msgspec.json.encode(ours))
-    with writing(partial):
-        file = stack.enter_context(partial.open("a+b"))
-    file.seek(0)
-    kept = 0
-    while (written := file.readline()).endswith(b"\n"):
-        line = next(lines, None)
-        try:
-            result = tally.add(written)
-        except msgspec.DecodeError:
-            raise OutputError(f"{partial} is damaged at byte {kept}", todo="Remove it to start again") from None
-        if line is None or line.custom_id != result.custom_id:
-            what = f"{partial} is of another input (result {tally.requests} is of {result.custom_id!r})"
-            raise OutputError(what, todo="Give the same input, or remove it to start again")
-        kept += len(written)
-    file.truncate(kept)  # a line that was being written when the run ended
-    tally.resumed = tally.requests
-    return _Output(file, out), int(ours["created"])
-
-
 class _Run:
     """The requests under way and the results that wait for earlier ones."""
 
-    def __init__(self, batch: Batch, created: int, tally: Tally, output: _Output, progress: Progress) -> None:
+    def __init__(self, batch: Batch, created: int, tally: Tally, output: Output, progress: Progress) -> None:
         self._batch, self._created, self._tally = batch, created, tally
         self._output, self._progress = output, progress
         self._pending: deque[tuple[Line, asyncio.Future[bytes]]] = deque()

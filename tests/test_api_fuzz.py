@@ -16,7 +16,6 @@ from scripted import TOOLS, start, trigger
 from llmkit.runtime.server.chat_body import ChatBody
 from llmkit.runtime.server.completion_body import CompletionBody
 from llmkit.runtime.server.embeddings_body import EmbeddingsBody
-from llmkit.runtime.server.embeddings_body import EmbeddingsBody
 from llmkit.runtime.server.messages_body import MessagesBody
 from llmkit.runtime.server.protocol import Body
 from llmkit.runtime.server.responses_body import ResponsesBody
@@ -28,7 +27,6 @@ ENDPOINTS: list[tuple[str, type[Body], dict[str, Any]]] = [
     ("/v1/chat/completions", ChatBody, {"messages": SAY, "max_tokens": 12, "tools": TOOLS}),
     ("/v1/messages", MessagesBody, {"messages": SAY, "max_tokens": 12}),
     ("/v1/responses", ResponsesBody, {"input": trigger("call"), "max_output_tokens": 12}),
-    ("/v1/embeddings", EmbeddingsBody, {"input": "x"}),
     ("/v1/embeddings", EmbeddingsBody, {"input": "x"}),
     ("/tokenize", TokenizeBody, {"prompt": "x"}),
     ("/detokenize", DetokenizeBody, {"tokens": [5]}),

@@ -11,6 +11,7 @@ from pathlib import Path
 from statistics import fmean
 from xml.etree import ElementTree as Xml
 
+import numpy
 import psutil
 import pytest
 import torch
@@ -20,7 +21,7 @@ from tiny import tiny_checkpoint
 from llmkit.bench.bench import BenchOptions, bench
 from llmkit.bench.loads import Load
 from llmkit.bench.metrics import CONDITIONAL, SPEED_METRICS
-from llmkit.bench.offline import run_engine
+from llmkit.bench.offline import OwnMemory, run_engine
 from llmkit.bench.peaks import measure_peaks, peaks_file
 from llmkit.bench.quality import QUALITY, evaluation
 from llmkit.bench.report import BenchReport
@@ -89,6 +90,17 @@ class TestOffline:
         assert 0 < b["mean_kl"] <= b["max_kl"]
         assert 0 <= b["top1"] < 0.5, "two random models do not agree"
         assert a["perplexity"] > 1 and math.isfinite(a["perplexity"])
+
+    def test_what_is_absent_is_said(self, pair: BenchReport) -> None:
+        a, b = (target.absent for target in pair.targets)
+        assert a["ready_s"] == "--offline starts no server"
+        assert a["goodput"] == "no --slo"
+        assert a["gpu_power_w, energy_per_token_j, peak_gpu_bytes"] == "no GPU"
+        assert a[", ".join(QUALITY)] == "the baseline"
+        assert b.keys() == a.keys() - {", ".join(QUALITY)}
+        for target in pair.targets:
+            names = {name for names in target.absent for name in names.split(", ")}
+            assert not names & {key.rpartition(".")[2] for key in target.figures()}, "what is there is not absent"
 
     def test_gates(self, pair: BenchReport) -> None:
         assert [(result.metric, result.target, result.passed) for result in pair.gates] == [
@@ -347,6 +359,19 @@ def test_memory_of_a_process() -> None:
     own = memory_bytes(psutil.Process().pid)
     assert 2**20 < own <= 2 * psutil.Process().memory_info().rss
     assert memory_bytes(2**22 + 1) == 0, "no such process"
+
+
+def test_memory_that_comes_and_goes_is_counted() -> None:
+    memory, size = OwnMemory(), 64 * 2**20
+    with memory.counted():
+        for _ in range(2):
+            numpy.ones(size, numpy.uint8)
+    assert 0.9 * size < memory.peak < 2 * size
+    assert memory.kept < 0.5 * size
+    with memory.counted():
+        kept = numpy.ones(2 * size, numpy.uint8)
+    del kept
+    assert 1.9 * size < memory.peak < 4 * size
 
 
 class TestServed:

@@ -130,7 +130,6 @@ class Counting(SilentProgress):
 
     def __init__(self, stop: int | None = None) -> None:
         self.stages: dict[str, int] = {}
-        self.first: dict[str, list[int]] = {}
         self._stage, self._stop = "", stop
 
     def start(self, stage: str, total: int, unit: str) -> None:
@@ -302,7 +301,6 @@ def test_a_url_is_a_model_and_is_fetched_once(
     path = locate(reference)
     assert path.parent == tmp_path / "cache" / "llmkit" / "checkpoints"
     stamps = {file.name: file.stat().st_mtime_ns for file in path.iterdir()}
-    s3.rm_file(f"models/tiny/{WEIGHTS}.index.json") if s3.exists(f"models/tiny/{WEIGHTS}.index.json") else None
     remote._cached.clear()
     assert main.run(["inspect", reference, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["architecture"] == "LlamaForCausalLM"

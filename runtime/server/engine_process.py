@@ -231,7 +231,8 @@ def main() -> int:
         if tracebacks:
             traceback.print_exc()
         failed = Failed.of(error)
-        channel.send(failed)
+        with contextlib.suppress(OSError):  # the parent has given up meanwhile, for another replica's sake
+            channel.send(failed)
         return failed.exit_code
     return 0
 
