@@ -52,5 +52,5 @@ def test_one_that_fails_is_told_and_the_others_are_written(tmp_path: Path, capsy
     (tmp_path / "bad").mkdir()
     words = [str(tmp_path / "bad"), str(model), "-o", str(tmp_path / "out"), "--method", "int8", "--no-eval", "--quiet"]
     assert run(["quantize", *words, "--ray", "auto"]) == 3
-    assert "bad: no config.json" in capsys.readouterr().err.replace(f"{tmp_path}/", "")
+    assert "bad: bad has no config.json" in capsys.readouterr().err.replace(f"{tmp_path}/", "")
     assert digests(tmp_path / "out" / "good")

@@ -48,7 +48,7 @@ frontend in
   bind 127.0.0.1:{port}
   default_backend llmkit
 backend llmkit
-  balance leastconn
+  balance roundrobin
   option httpchk GET /ready
   http-check send hdr host localhost
   http-request set-header host localhost

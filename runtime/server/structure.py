@@ -16,7 +16,7 @@ from llmkit.runtime.server.calls import CallFormat
 from llmkit.runtime.server.errors import invalid
 from llmkit.runtime.server.parts import END_THINK, THINK
 from llmkit.runtime.server.protocol import GenerationBody, Strict, one_of
-from llmkit.runtime.server.sandbox import SandboxError, Sandbox
+from llmkit.runtime.server.sandbox import Sandbox, SandboxError
 from llmkit.runtime.server.sandbox_process import Compile
 
 MAX_GRAMMAR_BYTES = 64 * 1024  # of a schema, an expression or a grammar, as JSON
