@@ -109,6 +109,7 @@ def pareto(report: BenchReport) -> str:
     parts.append(f'<polyline class="front" points="{_path(panel, front)}"/>')
     sizes = _memory(report, [index for index, _, _ in points])
     largest = max(sizes.values()) or 1
+    named: list[Point] = []
     for index, speed, quality in points:
         target, x, y = report.targets[index], panel.x(speed), panel.y(quality)
         radius = 34 * math.sqrt(sizes[index] / largest)
@@ -117,9 +118,12 @@ def pareto(report: BenchReport) -> str:
         circle = f'<circle class="area s{index % 5}" cx="{x:.1f}" cy="{y:.1f}" r="{radius:.1f}"/>'
         parts.append(f"<g>{circle}{_mark(index, x, y)}<title>{escaped(words)}</title></g>")
         anchor, side = ("end", -1) if x > WIDTH * 0.7 else ("start", 1)
-        y = min(y, panel.top + panel.height - 18)  # names keep off the axis
-        parts.append(_text("name", x + side * (radius + 6), y - 4, target.name, anchor))
-        parts.append(_text("tick", x + side * (radius + 6), y + 12, size, anchor))
+        x, y = x + side * (radius + 6), min(y, panel.top + panel.height - 18)  # names keep off the axis
+        while any(abs(x - left) < 160 and abs(y - up) < 30 for left, up in named):  # and off each other
+            y -= 4
+        named.append((x, y))
+        parts.append(_text("name", x, y - 4, target.name, anchor))
+        parts.append(_text("tick", x, y + 12, size, anchor))
     return svg(parts, 414, "quality over speed, with memory as the area of the circles")
 
 

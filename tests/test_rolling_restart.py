@@ -36,6 +36,8 @@ http {{
 }}
 """
 HAPROXY = """
+global
+  stats socket {folder}/admin level admin
 defaults
   mode http
   timeout connect 5s
@@ -43,17 +45,17 @@ defaults
   timeout server 300s
   option redispatch 1
   retries 4
-  retry-on conn-failure empty-response 503
 frontend in
   bind 127.0.0.1:{port}
   default_backend llmkit
 backend llmkit
-  balance roundrobin
+  balance leastconn
   option httpchk GET /ready
   http-check send hdr host localhost
   http-request set-header host localhost
-  server one 127.0.0.1:{one} check inter 200ms fall 1 rise 1
-  server two 127.0.0.1:{two} check inter 200ms fall 1 rise 1
+  default-server check inter 200ms fall 1 rise 1
+  server one 127.0.0.1:{one}
+  server two 127.0.0.1:{two}
 """
 
 
@@ -86,6 +88,15 @@ def proxy(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[int,
     process.wait(30)
 
 
+def tell_haproxy(folder: Path, command: str) -> None:
+    """What an operator does before a server goes; nginx needs no telling, it asks the next one."""
+    if (folder / "admin").exists():
+        with socket.socket(socket.AF_UNIX) as admin:
+            admin.connect(str(folder / "admin"))
+            admin.sendall(f"{command}\n".encode())
+            assert admin.recv(1000).strip() == b""
+
+
 def test_no_request_fails_while_both_are_restarted(proxy: tuple[int, int, int], model: Path, tmp_path: Path) -> None:
     port, *ports = proxy
     options = {"max_num_seqs": 8, "drain_timeout": 120.0}
@@ -116,9 +127,11 @@ def test_no_request_fails_while_both_are_restarted(proxy: tuple[int, int, int], 
             wait_for(lambda: sum(answered) > 16 or failed)
             assert not failed, failed[:3]
             for place, one in enumerate(ports):
+                tell_haproxy(tmp_path, f"set server llmkit/{'one two'.split()[place]} state drain")
                 assert servers[place].stop() == 0
                 time.sleep(1.0)
                 servers[place] = ServerProcess(tmp_path / f"{one}-again.log", model, port=one, **options).wait_ready()
+                tell_haproxy(tmp_path, f"set server llmkit/{'one two'.split()[place]} state ready")
                 before = sum(answered)
                 wait_for(lambda before=before: sum(answered) > before + 16)  # type: ignore[misc]
         finally:

@@ -36,7 +36,7 @@ from llmkit.runtime.load import EngineOptions, load_engine
 from llmkit.runtime.engine.types import SamplingParams
 from llmkit.runtime.server import engine_process
 engine = load_engine(sys.argv[1], EngineOptions(device="cpu"))
-engine.generate([[5, 6]], SamplingParams(max_tokens=2))
+engine.generate([[5, 6]], SamplingParams(max_tokens=6, ignore_eos=True))
 print(*sys.modules)
 """
 
@@ -67,6 +67,7 @@ def test_the_engine_process_imports_no_transformers(model: Path) -> None:
     loaded = modules(_ENGINE, model)
     assert "torch" in loaded
     assert loaded.isdisjoint({"transformers", "huggingface_hub", "datasets", "tokenizers", "fastapi", "rich"})
+    assert loaded.isdisjoint({"torch._dynamo", "sympy"})  # which would take over a second of the first answer
 
 
 def start(model: Path, *options: str) -> tuple[str, str]:

@@ -47,6 +47,10 @@ class _Watch(TorchDispatchMode):
         self.kept: list[torch.Tensor] = []
         self.computed = False
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:  # else torch imports its compiler with the first operator, for 1.3 s
+        return False
+
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
