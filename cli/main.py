@@ -129,7 +129,7 @@ def _join_subcommand(words: list[str], commands: dict[str, Any]) -> list[str]:
         kinds = " | ".join(subcommands)
         raise UsageError(f"no such command: {f'{first} {second}'.strip()}", f"llmkit {first} {kinds} was expected")
     if first not in commands:
-        known = [command for command in commands if " " not in command]
+        known = list(dict.fromkeys(command.split()[0] for command in commands))
         raise UsageError(f"no such command: {first}", nearest(first, known, "Commands are"))
     close = difflib.get_close_matches(second, subcommands, n=1, cutoff=0.75)
     if close and not Path(second).exists():

@@ -186,11 +186,9 @@ class Cluster:
 
 def _reason(told: str) -> str:
     """Of what Serve says of a deployment that does not start, the replica's own error."""
-    lines = [line.strip() for line in told.splitlines() if line.strip()]
-    errors = [line for line in lines if "Error: " in line]
-    return (errors or lines or ["its log says why"])[-1].partition("Error: ")[2] or (lines or ["no reason is known"])[
-        -1
-    ]
+    lines = [line.strip() for line in told.splitlines() if line.strip()] or ["its log says why"]
+    errors = [line.partition("Error: ")[2] for line in lines if "Error: " in line]
+    return [*lines[-1:], *errors][-1]
 
 
 def _wait(done: Callable[[], bool], limit_s: float) -> None:

@@ -118,8 +118,8 @@ def test_sigterm_unwinds_the_command() -> None:
         (["quantise"], "llmkit: error: no such command: quantise. The nearest is quantize."),
         (
             ["xyzzy"],
-            "no such command: xyzzy. Commands are quantize, shard, bench, serve, plan, batch, run, recipes, pull, push, "
-            "sign, verify, inspect, doctor.",
+            "no such command: xyzzy. Commands are quantize, shard, bench, serve, plan, deploy, batch, run, recipes, "
+            "pull, push, sign, verify, inspect, doctor.",
         ),
         (["shard", "verfy", "d"], "llmkit: error: no such command: shard verfy. The nearest is shard verify."),
         (["--verison"], "llmkit: error: no such option: --verison. The nearest is --version."),

@@ -127,11 +127,11 @@ def test_no_request_fails_while_both_are_restarted(proxy: tuple[int, int, int], 
             wait_for(lambda: sum(answered) > 16 or failed)
             assert not failed, failed[:3]
             for place, one in enumerate(ports):
-                tell_haproxy(tmp_path, f"set server llmkit/{'one two'.split()[place]} state drain")
+                tell_haproxy(tmp_path, f"set server llmkit/{['one', 'two'][place]} state drain")
                 assert servers[place].stop() == 0
                 time.sleep(1.0)
                 servers[place] = ServerProcess(tmp_path / f"{one}-again.log", model, port=one, **options).wait_ready()
-                tell_haproxy(tmp_path, f"set server llmkit/{'one two'.split()[place]} state ready")
+                tell_haproxy(tmp_path, f"set server llmkit/{['one', 'two'][place]} state ready")
                 before = sum(answered)
                 wait_for(lambda before=before: sum(answered) > before + 16)  # type: ignore[misc]
         finally:

@@ -501,7 +501,8 @@ def test_loopback_addresses(host: str, loopback: bool) -> None:
 
 def test_keys_come_from_the_file_before_the_variable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LLMKIT_API_KEY", "variable")
-    assert [known_client(api_keys(ServeOptions("m")), key) is not None for key in (b"variable", b"one")] == [True, False]
+    clients = api_keys(ServeOptions("m"))
+    assert known_client(clients, b"variable") is not None and known_client(clients, b"one") is None
     keys = tmp_path / "keys"
     keys.write_text("one\n\n two \n")
     clients = api_keys(ServeOptions("m", api_key_file=keys))
