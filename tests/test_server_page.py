@@ -15,6 +15,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 from scripted import scripted_checkpoint, trigger
 from serving import ServerProcess, serving, wait_for
+from test_server_router import Router
 from tiny import EOS_ID
 
 if TYPE_CHECKING:
@@ -314,6 +315,28 @@ def test_the_dashboard_shows_the_server_and_its_model(visit: Visit) -> None:
     assert page.get_by_role("img", name="Requests: 0 / 0 now").is_visible()
     page.keyboard.press("ArrowLeft")
     page.get_by_role("tabpanel", name="Chat").wait_for()
+
+
+@pytest.mark.browser
+def test_the_dashboard_of_several_models_shows_which_are_loaded(browser: Browser, tmp_path: Path) -> None:
+    models = {"one": talking_model(tmp_path / "model"), "two": tmp_path / "model"}
+    server = Router(tmp_path / "log", models)
+    try:
+        visit = Visit(browser, server.wait_ready())
+        page = visit.page
+        page.locator("#model option").first.wait_for(state="attached")
+        page.get_by_role("tab", name="Dashboard").click()
+        page.locator("#card").get_by_text("unloaded").first.wait_for()
+        assert "NaN" not in page.locator("main").inner_text()
+        page.keyboard.press("ArrowLeft")
+        visit.answer(trigger("markdown"))
+        page.get_by_role("tab", name="Dashboard").click()
+        page.locator("#card").get_by_text("loaded, requests of up to").wait_for()
+        page.locator("#memory").get_by_text("Process: engine of one").wait_for()
+        assert visit.problems == []
+        visit.context.close()
+    finally:
+        server.stop()
 
 
 @pytest.mark.browser

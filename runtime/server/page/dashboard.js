@@ -50,7 +50,7 @@ export class Dashboard {
     if (this.busy) return;
     this.busy = true;
     try {
-      if (this.info === null) {
+      if (this.info === null || this.info.models) { // several models come and go
         this.info = await getJson("/info");
         drawFacts(this.info);
       }
@@ -71,12 +71,13 @@ export class Dashboard {
     if (this.readings.length > KEPT) this.readings.shift();
     const generated = steady ? now.rate("generation_tokens_total", steady) : 0;
     const prompt = steady ? now.rate("prompt_tokens_total", steady) : 0;
-    this.requests.add([now.value("num_requests_running"), now.value("num_requests_waiting")], KEPT);
+    const found = (name) => now.value(name) ?? 0; // there are none while no model is loaded
+    this.requests.add([found("num_requests_running"), found("num_requests_waiting")], KEPT);
     this.tokens.add([generated, prompt], KEPT);
-    this.cache.add([now.value("kv_cache_usage_perc")], KEPT);
+    this.cache.add([found("kv_cache_usage_perc")], KEPT);
     drawTiles(now);
     drawLatency(now, this.readings[0]);
-    drawMemory(now, this.info.memory);
+    drawMemory(now, this.info.memory ?? null);
   }
 }
 
@@ -123,19 +124,28 @@ function drawMemory(now, plan) {
     const more = [use === undefined ? "" : `, ${percent(use)} busy`, watts === undefined ? "" : `, ${count(watts)} W`];
     return [`GPU ${labels.gpu}`, `${bytes(value)} of ${bytes(of)}${more.join("")}`];
   });
-  const facts = definitions([
+  const planned = plan === null ? [] : [
     ["Weights", bytes(plan.weight_bytes)],
     ["Weights in host memory", plan.host_weight_bytes ? bytes(plan.host_weight_bytes) : null],
     ["KV cache", `${bytes(plan.kv_cache_bytes)}, ${count(plan.kv_cache_tokens)} tokens`],
     ["A token in it", bytes(plan.kv_bytes_per_token)],
     ["Workspace of a step", `up to ${bytes(plan.workspace_bytes)}`],
-    ...processes.map(({ labels, value }) => [`Process: ${labels.process}`, bytes(value)]),
-    ...gpus,
-  ]);
+  ];
+  const names = processes.map(({ labels, value }) => {
+    const of = labels.model === undefined ? "" : ` of ${labels.model}`;
+    return [`Process: ${labels.process}${of}`, bytes(value)];
+  });
+  const facts = definitions([...planned, ...names, ...gpus]);
   byId("memory").replaceChildren(facts);
 }
 
 function drawFacts(info) {
+  if (info.models) {
+    const length = (model) => (model.max_model_len ? `, requests of up to ${count(model.max_model_len)} tokens` : "");
+    const rows = info.models.map((model) => [model.id, `${model.state}${length(model)}`]);
+    byId("card").replaceChildren(definitions([...rows, ["Server", `llmkit ${info.version}`]]));
+    return;
+  }
   const { card, layout } = info;
   const ranks = Object.entries(layout).filter(([, size]) => size > 1).map(([kind, size]) => `${kind.toUpperCase()} ${size}`);
   byId("card").replaceChildren(

@@ -36,11 +36,11 @@ export function copyButton(text, label) {
   return button;
 }
 
-export const count = (value) => Math.round(value).toLocaleString("en");
+export const count = (value) => (Number.isFinite(value) ? Math.round(value).toLocaleString("en") : "–");
 
 export const rate = (value) => (value < 100 ? value.toFixed(1) : count(value));
 
-export const percent = (share) => `${(share * 100).toFixed(share < 0.1 ? 1 : 0)} %`;
+export const percent = (share) => (Number.isFinite(share) ? `${(share * 100).toFixed(share < 0.1 ? 1 : 0)} %` : "–");
 
 export function bytes(value) {
   const units = ["B", "KiB", "MiB", "GiB", "TiB"];

@@ -33,7 +33,7 @@ export class Reading {
 
   /** How much a counter gained each second since an earlier reading. */
   rate(name, before) {
-    const gained = this.value(name) - before.value(name);
+    const gained = (this.value(name) ?? 0) - (before.value(name) ?? 0);
     return gained >= 0 ? gained / ((this.time - before.time) / 1000) : 0; // less: the server was started again
   }
 
