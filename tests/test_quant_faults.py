@@ -217,8 +217,9 @@ SLOW = """
 import time
 from llmkit.checkpoint.writer import CheckpointWriter
 from llmkit.cli import main
-commit = CheckpointWriter.commit
+commit, finish = CheckpointWriter.commit, CheckpointWriter.finish
 CheckpointWriter.commit = lambda self: (commit(self), time.sleep(0.25))[0]
+CheckpointWriter.finish = lambda self, *rest: (time.sleep(60), finish(self, *rest))[1]  # the signal comes before that
 main.main()
 """
 
