@@ -31,7 +31,7 @@ test: $(VENV)/.dev ## run the tests
 test-scale: $(VENV)/.scale .venv-mlflow/.ready ## the tests beside other engines and servers: Ray, nginx, S3, MLflow
 	@$(BIN)/python -m pytest -m scale
 
-soak: $(VENV)/.dev ## ten minutes of requests, cancels and attacks against a server
+soak: $(VENV)/.dev ## five minutes of requests, cancels and attacks against a server
 	@$(BIN)/python -m pytest -m soak
 
 lint: $(VENV)/.dev ## ruff, mypy --strict and the import rules
