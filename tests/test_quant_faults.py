@@ -214,7 +214,8 @@ def command(source: Path, out: Path, words: str, method: str) -> list[str]:
 
 
 SLOW = """
-import time
+import signal, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's job in the background inherits as ignored
 from llmkit.checkpoint.writer import CheckpointWriter
 from llmkit.cli import main
 commit, finish = CheckpointWriter.commit, CheckpointWriter.finish
