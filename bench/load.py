@@ -21,8 +21,8 @@ from llmkit.bench.metrics import RequestTimeline, Run
 from llmkit.bench.sse import EventParser
 from llmkit.bench.workload import WorkloadRequest, chains
 from llmkit.checkpoint.errors import InputError, ShortageError
+from llmkit.runtime.channel import API_KEY_VARIABLE
 
-API_KEY_VARIABLE = "LLMKIT_API_KEY"
 CONNECT_TIMEOUT_S = 10.0
 SILENCE_TIMEOUT_S = 600.0  # a request that brings nothing for so long has failed
 _ERROR_TEXT = 300  # characters kept of what a server says went wrong

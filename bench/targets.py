@@ -17,10 +17,11 @@ from typing import Protocol
 
 import psutil
 
-from llmkit.bench.load import API_KEY_VARIABLE, Server, find_server, run_load
+from llmkit.bench.load import Server, find_server, run_load
 from llmkit.bench.metrics import Run
 from llmkit.bench.workload import WorkloadRequest
 from llmkit.checkpoint.errors import GateError, InputError, LlmkitError, OutputError, ShortageError, UsageError
+from llmkit.runtime.channel import API_KEY_VARIABLE
 
 READY_TIMEOUT_S = 900.0
 STOP_TIMEOUT_S = 30.0

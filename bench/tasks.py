@@ -19,10 +19,11 @@ from pathlib import Path
 from typing import Any
 
 from llmkit.bench.intervals import ERROR
-from llmkit.bench.load import API_KEY_VARIABLE, Server
+from llmkit.bench.load import Server
 from llmkit.bench.metrics import TASK
 from llmkit.checkpoint.errors import InputError, ShortageError, UsageError
 from llmkit.checkpoint.source import Checkpoint
+from llmkit.runtime.channel import API_KEY_VARIABLE
 
 CONCURRENT = 8  # requests at a time
 TIMEOUT_S = 600

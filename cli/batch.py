@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from llmkit.checkpoint.errors import InputError, UsageError
-from llmkit.cli.deploy import serve_options
 from llmkit.cli.errors import Stopped
 from llmkit.cli.output import Output, seconds_text
+from llmkit.cli.serve import serve_options
 from llmkit.cli.sizes import in_range
 
 if TYPE_CHECKING:
@@ -70,7 +70,8 @@ def batch(
         raise UsageError("-o - and --json both want stdout", todo="Write the results to a file")
     began = time.perf_counter()
     if url is not None:
-        from llmkit.bench.load import API_KEY_VARIABLE, find_server
+        from llmkit.bench.load import find_server
+        from llmkit.runtime.channel import API_KEY_VARIABLE
 
         found = find_server(url, model)
         name, server = found.model, Server(found.url, os.environ.get(API_KEY_VARIABLE, ""))

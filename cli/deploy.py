@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from llmkit.checkpoint.errors import UsageError
 from llmkit.cli.output import Output
+from llmkit.cli.serve import serve_options
 from llmkit.cli.sizes import in_range, parse_range
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from llmkit.deploy.table import Table
-    from llmkit.runtime.server.options import ServeOptions
 
 RestArgument = Annotated[
     list[str] | None,
@@ -203,16 +203,6 @@ def vllm(
 def _object_name(text: str) -> str:
     """A name that Kubernetes takes."""
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:63] or "model"
-
-
-def serve_options(model: str, name: str, words: list[str], api_key_file: str | None) -> ServeOptions:
-    """What `llmkit serve MODEL WORDS` would serve, under another name. Raises what the command line would."""
-    from llmkit.cli.main import app
-    from llmkit.cli.serve import server_options
-
-    command: Any = typer.main.get_command(app).commands["serve"]  # type: ignore[attr-defined]
-    given = command.make_context("serve", [model, *words]).params
-    return server_options(given | {"served_model_name": [name], "api_key_file": api_key_file})
 
 
 def _tell(output: Output, table: Table, url: str) -> None:

@@ -311,6 +311,15 @@ def server_options(given: Mapping[str, Any], debug: bool = False) -> ServeOption
     )
 
 
+def serve_options(model: str, name: str, words: list[str], api_key_file: str | None) -> ServeOptions:
+    """What `llmkit serve MODEL WORDS` would serve, under another name. Raises what the command line would."""
+    from llmkit.cli.main import app
+
+    command: Any = typer.main.get_command(app).commands["serve"]  # type: ignore[attr-defined]
+    given = command.make_context("serve", [model, *words]).params
+    return server_options(given | {"served_model_name": [name], "api_key_file": api_key_file})
+
+
 def _path(text: str | None) -> Path | None:
     return None if text is None else Path(text)
 

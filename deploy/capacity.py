@@ -13,8 +13,8 @@ from llmkit.bench.metrics import RequestTimeline, summarize
 from llmkit.bench.report import BenchReport, single_target
 from llmkit.checkpoint.errors import InputError, ShortageError, UsageError
 from llmkit.deploy.simulate import Arrival, Limits, Replica, StepTime, simulate
-from llmkit.deploy.step_time import EFFICIENCY, PEAKS, Roofline, fit
-from llmkit.shard.capacity import UTILIZATION, gpu_bytes, gpu_name, plan_report
+from llmkit.deploy.step_time import EFFICIENCY, Roofline, fit
+from llmkit.shard.capacity import GPUS, UTILIZATION, gpu_bytes, gpu_name, layout_figures, working_sizes
 from llmkit.shard.shard import checked_spec
 from llmkit.shard.source import Source
 
@@ -126,12 +126,12 @@ def engines(source: Source, gpu: str, tps: Sequence[int], limits: Limits) -> lis
     """
     name = gpu_name(gpu)
     memory = gpu_bytes(name)
-    flops, bandwidth = (EFFICIENCY * peak for peak in PEAKS[name])
+    flops, bandwidth = EFFICIENCY * GPUS[name].flops_per_s, EFFICIENCY * GPUS[name].bytes_per_s
     spec = checked_spec(source)
-    valid = {one["tp"] for one in plan_report(source, 1)["works"]}
+    valid = {one["tp"] for one in working_sizes(source)}
     found = []
     for tp in sorted(set(tps) & valid):
-        report = plan_report(source, tp, memory=memory)
+        report = layout_figures(source, tp, memory=memory)
         if report["tokens"] < limits.max_num_batched_tokens // 8:
             continue
         rank = max(report["ranks"], key=lambda one: one["bytes"])

@@ -13,24 +13,7 @@ from llmkit.checkpoint.errors import InputError
 LEAST_ROWS = 8  # requests that a fit needs
 STEP_S = 0.3e-3  # of launches and scheduling, where nothing was measured
 SUM_S = 10e-6  # of one sum over ranks, as well
-# Of dense 16-bit products in FLOP/s and of memory in bytes/s, as the data sheets have them.
-PEAKS = {
-    "a10-24": (125e12, 0.600e12),
-    "a100-40": (312e12, 1.555e12),
-    "a100-80": (312e12, 2.039e12),
-    "a6000-48": (155e12, 0.768e12),
-    "b200-180": (2250e12, 8.0e12),
-    "h100-80": (989e12, 3.35e12),
-    "h200-141": (989e12, 4.8e12),
-    "l4-24": (121e12, 0.300e12),
-    "l40s-48": (362e12, 0.864e12),
-    "rtx3090-24": (71e12, 0.936e12),
-    "rtx4090-24": (165e12, 1.008e12),
-    "rtx5090-32": (210e12, 1.792e12),
-    "t4-16": (65e12, 0.320e12),
-    "v100-32": (125e12, 0.900e12),
-}
-EFFICIENCY = 0.7  # of them, that is reached
+EFFICIENCY = 0.7  # of a GPU's peaks, that is reached
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import msgspec
-
 from llmkit.checkpoint.errors import OutputError
 from llmkit.runtime.server.kserve.tensors import CONFIG_TYPES, INPUTS, OUTPUTS
 from llmkit.runtime.server.options import ServeOptions
@@ -39,7 +37,7 @@ def configuration(name: str, options: ServeOptions) -> str:
         for one, type_ in table.items()
         for optional in ("  optional: true\n" if kind == "input" and one != "text_input" else "",)
     )
-    said = json.dumps(json.dumps(msgspec.to_builtins(options, enc_hook=str)))
+    said = json.dumps(json.dumps(options.as_document()))
     return (
         f"name: {json.dumps(name)}\n"
         'backend: "python"\n'

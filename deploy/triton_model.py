@@ -34,7 +34,7 @@ class TritonPythonModel:
 
         self._utils = utils
         options = json.loads(json.loads(args["model_config"])["parameters"]["options"]["string_value"])
-        self._child = Child(msgspec.convert(options, ServeOptions, dec_hook=lambda kind, value: kind(value)))
+        self._child = Child(ServeOptions.of_document(options))
         self._model = self._child.ready.result()["model"]
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="llmkit", daemon=True)

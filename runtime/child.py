@@ -80,7 +80,7 @@ class Child:
         options = replace(options, host="127.0.0.1", port=0) if tcp else options
         options = replace(options, api_key_file=None) if key is not None else options
         options = replace(options, ssl_certfile=None, ssl_keyfile=None, ssl_ca_certs=None)  # only a proxy talks to it
-        serve = Serve(msgspec.to_builtins(options, enc_hook=str), self.unix)
+        serve = Serve(options.as_document(), self.unix)
         given = key or os.environ.get(API_KEY_VARIABLE)  # others of this user may read it, and nobody else
         self._process, self._socket = spawn(_PROCESS, serve, {API_KEY_VARIABLE: given} if given else {})
         threading.Thread(target=self._listen, name="child", daemon=True).start()

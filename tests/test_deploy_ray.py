@@ -24,7 +24,7 @@ ray = pytest.importorskip("ray", reason="llmkit[ray] is not installed")
 from ray import serve as ray_serve  # noqa: E402
 
 from llmkit.checkpoint.errors import InputError, OutputError, UsageError  # noqa: E402
-from llmkit.cli.deploy import serve_options  # noqa: E402
+from llmkit.cli.serve import serve_options  # noqa: E402
 from llmkit.deploy.ray_serve import Cluster, Place, Size  # noqa: E402
 
 WORDS = ["--max-num-seqs", "4", "--device", "cpu", "--dtype", "float32"]

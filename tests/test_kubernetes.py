@@ -17,7 +17,7 @@ import yaml
 from serving import ServerProcess
 from tiny import tiny_checkpoint
 
-from llmkit.cli.deploy import serve_options
+from llmkit.cli.serve import serve_options
 from llmkit.deploy.vllm import HandOver, written
 
 FOLDER = Path(__file__).parents[1] / "recipes" / "kubernetes"

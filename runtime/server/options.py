@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from llmkit.runtime.engine.types import EngineOptions, Pooling
 
@@ -47,3 +48,17 @@ class ServeOptions:
     otlp_traces_endpoint: str | None = None  # where spans are sent
     log_requests: bool = False  # a line of JSON for each, without its text
     debug: bool = False
+
+    def as_document(self) -> dict[str, Any]:
+        """These as JSON has them; see `of_document`."""
+        import msgspec  # no part of `llmkit --help`
+
+        document: dict[str, Any] = msgspec.to_builtins(self, enc_hook=str)
+        return document
+
+    @staticmethod
+    def of_document(document: dict[str, Any]) -> ServeOptions:
+        """The inverse of `as_document`. Raises msgspec.ValidationError for anything else."""
+        import msgspec
+
+        return msgspec.convert(document, ServeOptions, dec_hook=lambda kind, value: kind(value))

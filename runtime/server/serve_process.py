@@ -22,7 +22,7 @@ def main() -> int:
     """Run the process. The parent learns of a failure from the Failed message; the exit code says it again."""
     channel = Channel(parent_socket(with_thread=False), msgspec.msgpack.Decoder(Serve))
     (start,) = channel.receive(wait=True)
-    options = msgspec.convert(start.options, ServeOptions, dec_hook=lambda kind, value: kind(value))
+    options = ServeOptions.of_document(start.options)
     try:
         listener = None
         if start.unix is not None:
