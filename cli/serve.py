@@ -261,7 +261,7 @@ def serve(
 
     began = time.perf_counter() - process_age()
     if models:
-        from llmkit.runtime.server.multi import run_models
+        from llmkit.runtime.server.router.serve import run_models
 
         return run_models(
             options,

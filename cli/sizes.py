@@ -55,3 +55,11 @@ def parse_range(option: str, text: str) -> tuple[int, int]:
     if not 1 <= low <= high:
         raise UsageError(f"{option}: {text!r} is no range of tokens", "Write it like 128 or 64-512")
     return low, high
+
+
+def parse_share(option: str, text: str) -> float:
+    """A share of a whole as "1%", between 0% and 100%. Raises: UsageError."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*%\s*", text)
+    if match is None or not 0 < float(match[1]) < 100:
+        raise UsageError(f"{option}: {text!r} is no share", "Write it like 1%, above 0% and below 100%")
+    return float(match[1]) / 100

@@ -1,7 +1,8 @@
 """What every request to `llmkit deploy ray` passes: it finds the model's replicas and streams what one answers.
 
-Runs as a Serve deployment of its own. Each version of a model is a Serve application behind it; which there are, and
-their shares of the traffic, is the front's user_config, so that a change of them restarts nothing.
+Runs as a Serve deployment of its own. Each version of a model is a Serve application behind it, or a deployment of the
+front's own application; which there are, and their shares of the traffic, is the front's user_config, so that a change
+of them restarts nothing.
 """
 
 from __future__ import annotations
@@ -24,10 +25,10 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from llmkit.deploy.table import Table, Version
-from llmkit.runtime.server.body import read_json_body
-from llmkit.runtime.server.errors import ApiError
-from llmkit.runtime.server.guard import Guard, send_error
-from llmkit.runtime.server.keys import api_keys
+from llmkit.runtime.server.http.body import read_json_body
+from llmkit.runtime.server.http.errors import ApiError
+from llmkit.runtime.server.http.guard import Guard, send_error
+from llmkit.runtime.server.http.keys import api_keys
 from llmkit.runtime.server.options import ServeOptions
 
 ATTEMPTS = 3  # while nothing of an answer was sent, another replica can give it
@@ -46,12 +47,17 @@ class Head(msgspec.Struct, frozen=True):
 
 
 class Front:
-    """The Serve deployment. host: what the proxies listen on. key_file: see `llmkit serve --api-key-file`."""
+    """The Serve deployment.
 
-    def __init__(self, host: str, key_file: str | None) -> None:
+    host: what the proxies listen on. key_file: see `llmkit serve --api-key-file`. replicas: of the versions that are in
+    the front's own application.
+    """
+
+    def __init__(self, host: str, key_file: str | None, replicas: dict[str, DeploymentHandle]) -> None:
         keys = api_keys(ServeOptions("", api_key_file=Path(key_file))) if key_file else ()
         self._guard = Guard(self._answer, host, keys, debug=False)
         self._table: Table = {}
+        self._replicas = replicas
         self._handles: dict[str, DeploymentHandle] = {}
         self._began = int(time.time())
 
@@ -75,6 +81,10 @@ class Front:
                 await Response(status_code=200 if self._table else 503)(scope, receive, send)
             elif request.url.path == "/v1/models":
                 await Response(self._models(), media_type="application/json")(scope, receive, send)
+            elif request.url.path == "/metrics":
+                raise ApiError(
+                    404, "Metrics of the replicas are among those of Ray, as ray_llmkit_...", code="not_found"
+                )
             else:
                 await self._forward(request, send)
         except ApiError as error:
@@ -128,7 +138,8 @@ class Front:
 
     def _handle(self, app: str) -> DeploymentHandle:
         if app not in self._handles:
-            self._handles[app] = serve.get_app_handle(app).options(stream=True, method_name="answer")
+            handle = self._replicas.get(app) or serve.get_app_handle(app)
+            self._handles[app] = handle.options(stream=True, method_name="answer")
         return self._handles[app]
 
 

@@ -7,13 +7,13 @@ from typing import Any
 
 from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
 
-from llmkit.runtime.server.prefixes import AHEAD, Sent
+from llmkit.runtime.server.engines.prefixes import AHEAD, Sent
 
 MOST_NAMES = 65_536  # of a replica's last prompts
 
 
 class PrefixRouter(RequestRouter):
-    """Ray Serve's interface for what `runtime/server/replicas.py` does in one server.
+    """Ray Serve's interface for what `runtime/server/engines/replicas.py` does in one server.
 
     A call's keyword `prefixes` names the beginnings of its text, shortest first. A replica with over AHEAD requests
     more than the least busy one gets none for its prefixes.

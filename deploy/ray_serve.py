@@ -1,7 +1,8 @@
 """`llmkit deploy ray`: models on a Ray cluster, behind one front. Public APIs of Ray Serve only.
 
-Each version of a model is a Serve application without a route, and the front one with the route "/". Deploying,
-promoting and rolling back are changes of the front's table, before or after an application comes or goes.
+By the command, each version of a model is a Serve application without a route, and the front one with the route "/":
+deploying, promoting and rolling back are changes of the front's table, before or after an application comes or goes.
+Out of a file (`application`), the front and all versions are one application.
 """
 
 from __future__ import annotations
@@ -9,9 +10,9 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -19,6 +20,9 @@ from llmkit.checkpoint.errors import InputError, OutputError, ShortageError, Usa
 from llmkit.deploy.cluster import connect
 from llmkit.deploy.table import Table, Version, with_share
 from llmkit.runtime.server.options import ServeOptions
+
+if TYPE_CHECKING:
+    from ray.serve import Application, Deployment
 
 FRONT = "llmkit"
 _ROUTED_WITHIN_S = 15.0  # a front hears of another table by then
@@ -67,6 +71,53 @@ class Place:
     api_key_file: str | None = None  # on every node
 
 
+@dataclass(frozen=True)
+class Answering:
+    """A version of a model in an application out of a file. share: of the model's traffic, beside the others'."""
+
+    name: str
+    options: ServeOptions
+    size: Size
+    share: float
+
+
+def application(versions: Sequence[Answering], host: str, api_key_file: str | None) -> Application:
+    """The front and every version as one Serve application. See `Place` for host and api_key_file."""
+    table: Table = {}
+    replicas = {}
+    for one in versions:
+        others = table.setdefault(one.name, [])
+        deployment = f"{one.name}-{len(others) + 1}"
+        others.append(Version(deployment, one.options.model, one.share))
+        replicas[deployment] = _replicas(deployment, one.options, one.size).bind(one.options)
+    return _front(table).bind(host, api_key_file, replicas)
+
+
+def _front(table: Table) -> Deployment:
+    from ray import serve
+
+    from llmkit.deploy.front import Front
+
+    builtins = msgspec.to_builtins(table)
+    return serve.deployment(Front, name="front", max_ongoing_requests=100_000, user_config=builtins)
+
+
+def _replicas(name: str, options: ServeOptions, size: Size) -> Deployment:
+    from ray import serve
+
+    from llmkit.deploy.prefix_router import PrefixRouter
+    from llmkit.deploy.replica import Replica
+
+    return serve.deployment(
+        Replica,
+        name=name,
+        graceful_shutdown_timeout_s=options.drain_timeout,
+        max_constructor_retry_count=2,
+        request_router_config={"request_router_class": PrefixRouter},
+        **size.options(options.engine.max_num_seqs),
+    )
+
+
 class Cluster:
     """The models on a Ray cluster. Raises ShortageError where there is no Ray, or no cluster at the address."""
 
@@ -78,9 +129,12 @@ class Cluster:
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
 
     def table(self) -> Table:
-        """The models and their versions."""
-        if FRONT not in self._serve.status().applications:
+        """The models and their versions. Raises UsageError where they came out of a file."""
+        front = self._serve.status().applications.get(FRONT)
+        if front is None:
             return {}
+        if len(front.deployments) > 1:
+            raise UsageError("the models here came out of a file", "Change the file, and `serve deploy` it")
         return msgspec.convert(self._serve.get_app_handle(FRONT).table.remote().result(), Table)
 
     def deploy(self, name: str, options: ServeOptions, size: Size, share: float | None) -> Table:
@@ -140,20 +194,9 @@ class Cluster:
         return routed
 
     def _start(self, app: str, options: ServeOptions, size: Size) -> None:
-        from llmkit.deploy.prefix_router import PrefixRouter
-        from llmkit.deploy.replica import Replica
-
-        deployment = self._serve.deployment(
-            Replica,
-            name="replica",
-            graceful_shutdown_timeout_s=options.drain_timeout,
-            max_constructor_retry_count=2,
-            request_router_config={"request_router_class": PrefixRouter},
-            **size.options(options.engine.max_num_seqs),
-        )
         self._serve.start(http_options={"host": self._place.host, "port": self._place.port})
         try:
-            self._serve.run(deployment.bind(options), name=app, route_prefix=None)
+            self._serve.run(_replicas("replica", options, size).bind(options), name=app, route_prefix=None)
         except RuntimeError:
             told = self._serve.status().applications[app].deployments["replica"].message
             self._serve.delete(app)
@@ -161,11 +204,8 @@ class Cluster:
 
     def _route(self, table: Table) -> Table:
         """Give the front another table, and wait until it has it."""
-        from llmkit.deploy.front import Front
-
-        builtins = msgspec.to_builtins(table)
-        front = self._serve.deployment(Front, name="front", max_ongoing_requests=100_000, user_config=builtins)
-        self._serve.run(front.bind(self._place.host, self._place.api_key_file), name=FRONT, route_prefix="/")
+        front = _front(table).bind(self._place.host, self._place.api_key_file, {})
+        self._serve.run(front, name=FRONT, route_prefix="/")
         _wait(lambda: self.table() == table, _ROUTED_WITHIN_S)
         return table
 

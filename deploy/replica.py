@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator
+from contextlib import suppress
+from dataclasses import replace
 
 import aiohttp
 from ray.serve.exceptions import RayServeException
 
 from llmkit.deploy.front import HOP_HEADERS, Head
+from llmkit.deploy.replica_metrics import INTERVAL_S, Metrics
 from llmkit.runtime.child import Child
 from llmkit.runtime.server.options import ServeOptions
 
@@ -18,13 +21,14 @@ class Replica:
 
     async def __init__(self, options: ServeOptions) -> None:  # type: ignore[misc]  # Serve awaits it
         """Start the server and wait until it is ready. Raises its LlmkitError."""
-        self._child = Child(options)
+        self._child = Child(replace(options, open_metrics=True))  # the front asks for the key
         await asyncio.wrap_future(self._child.ready)
         self._session = aiohttp.ClientSession(
             self._child.url,
             connector=aiohttp.UnixConnector(path=str(self._child.unix), limit=0),
             timeout=aiohttp.ClientTimeout(),
         )
+        self._reporting = asyncio.create_task(self._report())
 
     async def answer(
         self, method: str, url: str, headers: list[tuple[str, str]], body: bytes, *, prefixes: list[int]
@@ -43,6 +47,14 @@ class Replica:
                 whole = await response.read()  # an answer that is cut off can then be asked for again
                 yield Head(response.status, kept)
                 yield whole
+
+    async def _report(self) -> None:
+        metrics = Metrics()
+        while not self._child.gone.done():
+            with suppress(aiohttp.ClientError):  # the next time, then
+                async with self._session.get("/metrics") as response:
+                    metrics.take(await response.text())
+            await asyncio.sleep(INTERVAL_S)
 
     async def pid(self) -> int:
         """Of the server."""

@@ -8,7 +8,7 @@ import msgspec
 
 
 class Version(msgspec.Struct, frozen=True):
-    """A checkpoint that answers for a model. app: its Serve application. share: of the model's traffic, to 1."""
+    """A checkpoint that answers for a model. app: its Serve application or deployment. share: of the traffic, to 1."""
 
     app: str
     checkpoint: str

@@ -18,7 +18,7 @@ from tiny import tiny_checkpoint
 from llmkit.checkpoint.source import open_checkpoint
 from llmkit.runtime.engine.types import SamplingParams
 from llmkit.runtime.load import EngineOptions, load_engine
-from llmkit.runtime.server.router import BY_BODY
+from llmkit.runtime.server.router.app import BY_BODY
 
 PROMPT = [5, 9, 11, 300] * 5
 ASKED: dict[str, Any] = {

@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from llmkit.runtime.server.chat_body import ChatBody
-from llmkit.runtime.server.completion_body import CompletionBody
-from llmkit.runtime.server.embeddings_body import EmbeddingsBody
+from llmkit.runtime.server.bodies.base import Body
+from llmkit.runtime.server.bodies.chat import ChatBody
+from llmkit.runtime.server.bodies.completions import CompletionBody
+from llmkit.runtime.server.bodies.embeddings import EmbeddingsBody
+from llmkit.runtime.server.bodies.messages import MessagesBody
+from llmkit.runtime.server.bodies.responses import ResponsesBody
+from llmkit.runtime.server.bodies.tokens import DetokenizeBody, TokenizeBody
 from llmkit.runtime.server.kserve.tensors import INPUTS, OUTPUTS
-from llmkit.runtime.server.messages_body import MessagesBody
-from llmkit.runtime.server.protocol import Body
-from llmkit.runtime.server.responses_body import ResponsesBody
-from llmkit.runtime.server.token_body import DetokenizeBody, TokenizeBody
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs/api.md").read_text(encoding="utf-8")

@@ -13,13 +13,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from scripted import TOOLS, start, trigger
 
-from llmkit.runtime.server.chat_body import ChatBody
-from llmkit.runtime.server.completion_body import CompletionBody
-from llmkit.runtime.server.embeddings_body import EmbeddingsBody
-from llmkit.runtime.server.messages_body import MessagesBody
-from llmkit.runtime.server.protocol import Body
-from llmkit.runtime.server.responses_body import ResponsesBody
-from llmkit.runtime.server.token_body import DetokenizeBody, TokenizeBody
+from llmkit.runtime.server.bodies.base import Body
+from llmkit.runtime.server.bodies.chat import ChatBody
+from llmkit.runtime.server.bodies.completions import CompletionBody
+from llmkit.runtime.server.bodies.embeddings import EmbeddingsBody
+from llmkit.runtime.server.bodies.messages import MessagesBody
+from llmkit.runtime.server.bodies.responses import ResponsesBody
+from llmkit.runtime.server.bodies.tokens import DetokenizeBody, TokenizeBody
 
 SAY: list[Any] = [{"role": "user", "content": trigger("call")}]
 ENDPOINTS: list[tuple[str, type[Body], dict[str, Any]]] = [

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from llmkit.runtime.server.calls import (
+from llmkit.runtime.server.text.calls import (
     HERMES,
     LLAMA,
     MAX_CALL_CHARS,
@@ -21,7 +21,7 @@ from llmkit.runtime.server.calls import (
     Text,
     call_format,
 )
-from llmkit.runtime.server.parts import Part, Parts, Reasoning
+from llmkit.runtime.server.text.parts import Part, Parts, Reasoning
 
 NAMES = ["get_weather", "add"]
 CITY = '{"name": "get_weather", "arguments": {"city": "Paris"}}'

@@ -16,11 +16,11 @@ from attacks import BODY, SMUGGLED, Answers, chunked, request
 from serving import ServerProcess, serving, wait_for
 from tiny import tiny_checkpoint
 
-from llmkit.runtime.server.completion_body import MAX_PROMPTS, CompletionBody
-from llmkit.runtime.server.errors import ApiError
-from llmkit.runtime.server.protocol import parse
-from llmkit.runtime.server.responses_body import ResponsesBody
-from llmkit.runtime.server.token_body import DetokenizeBody
+from llmkit.runtime.server.bodies.base import parse
+from llmkit.runtime.server.bodies.completions import MAX_PROMPTS, CompletionBody
+from llmkit.runtime.server.bodies.responses import ResponsesBody
+from llmkit.runtime.server.bodies.tokens import DetokenizeBody
+from llmkit.runtime.server.http.errors import ApiError
 
 KEY = "secret-key"
 NONE = b"0\r\n\r\n"  # an empty body in chunks

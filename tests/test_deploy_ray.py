@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -16,6 +18,8 @@ import httpx
 import openai
 import psutil
 import pytest
+import yaml
+from prometheus_client.parser import text_string_to_metric_families
 from tiny import tiny_checkpoint
 
 pytestmark = [pytest.mark.scale, pytest.mark.timeout(600)]
@@ -47,15 +51,25 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     ]
 
 
-@pytest.fixture(scope="module")
-def place() -> Iterator[Place]:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    ray.init(num_cpus=8, include_dashboard=False, log_to_driver=False)
-    yield Place(port=port)
-    ray_serve.shutdown()
+        port: int = probe.getsockname()[1]
+    return port
+
+
+@pytest.fixture(scope="module")
+def dashboard() -> Iterator[str]:
+    """The address that `serve deploy` takes, of a Ray cluster on this machine."""
+    context = ray.init(num_cpus=8, include_dashboard=True, dashboard_port=free_port(), log_to_driver=False)
+    yield f"http://{context.dashboard_url}"
     ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def place(dashboard: str) -> Iterator[Place]:
+    yield Place(port=free_port())
+    ray_serve.shutdown()
 
 
 @pytest.fixture
@@ -111,7 +125,20 @@ def servers() -> list[psutil.Process]:
     return found
 
 
-def test_two_replicas_stream_and_answer_alike(cluster: Cluster, client: openai.OpenAI, models: list[Path]) -> None:
+def ray_metrics(name: str, application: str) -> dict[str, float]:
+    """Of each replica, by its id, as Ray's agent on this machine shows them."""
+    text = httpx.get(f"http://127.0.0.1:{ray.nodes()[0]['MetricsExportPort']}/metrics").text
+    samples = [sample for family in text_string_to_metric_families(text) for sample in family.samples]
+    return {
+        sample.labels["replica"]: sample.value
+        for sample in samples
+        if sample.name == name and sample.labels["application"] == application
+    }
+
+
+def test_two_replicas_stream_and_answer_alike(
+    cluster: Cluster, place: Place, client: openai.OpenAI, models: list[Path]
+) -> None:
     table = cluster.deploy("chat", serve_options(str(models[0]), "chat", WORDS, None), Size(2, cpus=0.5), None)
     assert [version.checkpoint for version in table["chat"]] == [str(models[0])]
     assert running("llmkit-chat-1") == 2
@@ -126,6 +153,10 @@ def test_two_replicas_stream_and_answer_alike(cluster: Cluster, client: openai.O
     with pytest.raises(openai.BadRequestError) as bad:
         client.completions.create(model="chat", prompt="x", temperature=9)
     assert bad.value.param == "temperature"
+    assert httpx.get(f"http://127.0.0.1:{place.port}/metrics").status_code == 404
+    generated = "ray_llmkit_generation_tokens_total"
+    wait_for(lambda: sum(ray_metrics(generated, "llmkit-chat-1").values()) == 16 * 40)
+    assert len(ray_metrics(generated, "llmkit-chat-1")) == 2
     with pytest.raises(OutputError, match="--share"):
         cluster.deploy("chat", serve_options(str(models[1]), "chat", WORDS, None), Size(cpus=0.5), None)
 
@@ -234,3 +265,39 @@ def test_a_checkpoint_that_does_not_load_is_told_and_leaves_nothing(cluster: Clu
         cluster.deploy("broken", serve_options(str(tmp_path), "broken", WORDS, None), Size(cpus=0.5), None)
     assert cluster.table() == {}
     assert not [app for app in ray_serve.status().applications if "broken" in app]
+
+
+def test_models_out_of_a_file_are_one_application(
+    dashboard: str, place: Place, client: openai.OpenAI, models: list[Path], tmp_path: Path
+) -> None:
+    file = yaml.safe_load((Path(__file__).parents[1] / "recipes/ray/models.yaml").read_text())
+    (application,) = file["applications"]
+    file["http_options"]["port"] = place.port
+    for one, model in zip(application["args"]["models"], [*models, models[1]], strict=True):
+        one |= {"model": str(model), "options": " ".join(WORDS), "cpus": 0.5, "gpus": 0}
+    application["args"]["models"][1]["share"] = "40%"
+    path = tmp_path / "models.yaml"
+
+    def deploy() -> None:
+        path.write_text(yaml.safe_dump(file))
+        subprocess.run([Path(sys.executable).with_name("serve"), "deploy", "-a", dashboard, path], check=True)
+
+    def told() -> set[str]:
+        return {say(client, "who are you", 24) for _ in range(24)}
+
+    deploy()
+    wait_for(lambda: ray_serve.status().applications["llmkit"].status == "RUNNING")
+    wait_for(lambda: httpx.get(f"http://127.0.0.1:{place.port}/ready").status_code == 200)
+    assert {model.id for model in client.models.list()} == {"chat", "embed"}
+    assert len(ray_serve.status().applications) == 1
+    both, other = told(), say(client, "who are you", 24, model="embed")
+    assert len(both) == 2 and other in both
+    with pytest.raises(UsageError, match="out of a file"):
+        Cluster(place).remove("chat")
+    servers_before = {one.pid for one in servers()}
+    table = [{"app": "chat-1", "checkpoint": "a", "share": 0.0}, {"app": "chat-2", "checkpoint": "b", "share": 1.0}]
+    application["deployments"] = [{"name": "front", "user_config": {"chat": table}}]
+    deploy()  # all of its requests to the new one, and the other model gone: no replica is started anew
+    wait_for(lambda: [model.id for model in client.models.list()] == ["chat"])
+    assert told() == {other} and {one.pid for one in servers()} == servers_before
+    ray_serve.delete("llmkit")

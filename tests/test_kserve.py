@@ -32,7 +32,7 @@ from tiny import tiny_checkpoint
 from tritonclient.utils import InferenceServerException
 
 from llmkit.checkpoint.errors import ShortageError
-from llmkit.runtime.server.errors import ApiError
+from llmkit.runtime.server.http.errors import ApiError
 from llmkit.runtime.server.kserve.body import generate_request, infer_request
 from llmkit.runtime.server.kserve.grpc_server import start
 from llmkit.runtime.server.kserve.tensors import INPUTS

@@ -12,7 +12,7 @@ import pytest
 from serving import ServerProcess, serving, wait_for
 from tiny import tiny_checkpoint
 
-from llmkit.runtime.server.messages import Add, Output
+from llmkit.runtime.server.engines.messages import Add, Output
 from llmkit.runtime.server.response_cache import ResponseCache
 
 HEADER = "x-llmkit-cache"

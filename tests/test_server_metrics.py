@@ -14,9 +14,9 @@ from serving import ServerProcess, serving, wait_for
 from tiny import tiny_checkpoint
 
 from llmkit.runtime.engine.types import EngineOptions
-from llmkit.runtime.server.engine_process import Waits
+from llmkit.runtime.server.engines.engine_process import Waits
+from llmkit.runtime.server.engines.messages import Add, Stats
 from llmkit.runtime.server.generation import Choice, Generation
-from llmkit.runtime.server.messages import Add, Stats
 from llmkit.runtime.server.metrics import Metrics
 from llmkit.runtime.server.options import ServeOptions
 from llmkit.runtime.server.state import State

@@ -17,9 +17,9 @@ from tiny import tiny_checkpoint
 from llmkit.checkpoint.errors import LlmkitError, ShortageError
 from llmkit.runtime.engine.types import SamplingParams
 from llmkit.runtime.load import EngineOptions, load_engine, plan_engine
-from llmkit.runtime.server.messages import Add, Ready, Stats
-from llmkit.runtime.server.replicas import AHEAD, BLOCK_TOKENS, Replicas
-from llmkit.runtime.server.shares import shares
+from llmkit.runtime.server.engines.messages import Add, Ready, Stats
+from llmkit.runtime.server.engines.replicas import AHEAD, BLOCK_TOKENS, Replicas
+from llmkit.runtime.server.engines.shares import shares
 
 PROMPTS = [[5 + index, 9, 11, 300] * 20 for index in range(4)]  # no two begin alike
 LONG: dict[str, Any] = {"model": "model", "max_tokens": 3000, "ignore_eos": True, "temperature": 0, "stream": True}

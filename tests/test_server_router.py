@@ -29,7 +29,7 @@ from llmkit.cli import main
 from llmkit.cli.serve import named_models
 from llmkit.runtime.engine.types import EngineOptions, SamplingParams
 from llmkit.runtime.load import load_engine
-from llmkit.runtime.server.fleet import Fleet, Model
+from llmkit.runtime.server.router.fleet import Fleet, Model
 
 PROMPT = [5, 9, 11, 300] * 5
 ASKED: dict[str, Any] = {

@@ -23,12 +23,12 @@ from llmkit.checkpoint.errors import InputError
 from llmkit.checkpoint.files import open_files
 from llmkit.checkpoint.tokenizer import load_tokenizer
 from llmkit.runtime.matcher import compile_grammar, grammar_tokenizer
-from llmkit.runtime.server import keys
-from llmkit.runtime.server.errors import ApiError
+from llmkit.runtime.server.engines.held import Held
+from llmkit.runtime.server.engines.messages import Add
 from llmkit.runtime.server.generation import Choice
-from llmkit.runtime.server.held import Held
-from llmkit.runtime.server.keys import Client, Visit, api_keys, known_client
-from llmkit.runtime.server.messages import Add
+from llmkit.runtime.server.http import keys
+from llmkit.runtime.server.http.errors import ApiError
+from llmkit.runtime.server.http.keys import Client, Visit, api_keys, known_client
 from llmkit.runtime.server.options import ServeOptions
 from llmkit.runtime.server.sandbox import Sandbox, SandboxError
 from llmkit.runtime.server.sandbox_process import Compile, Render

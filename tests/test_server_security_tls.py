@@ -19,9 +19,9 @@ from serving import ServerProcess, serving
 from tiny import tiny_checkpoint
 
 from llmkit.checkpoint.errors import InputError, LlmkitError, UsageError
-from llmkit.runtime.server import tls
+from llmkit.runtime.server.http import tls
+from llmkit.runtime.server.http.tls import TlsLoop, tls_context
 from llmkit.runtime.server.serve import ServeOptions, run_server
-from llmkit.runtime.server.tls import TlsLoop, tls_context
 
 
 class Authority:

@@ -34,7 +34,7 @@ _ENGINE = """
 import sys
 from llmkit.runtime.load import EngineOptions, load_engine
 from llmkit.runtime.engine.types import SamplingParams
-from llmkit.runtime.server import engine_process
+from llmkit.runtime.server.engines import engine_process
 engine = load_engine(sys.argv[1], EngineOptions(device="cpu"))
 engine.generate([[5, 6]], SamplingParams(max_tokens=6, ignore_eos=True))
 print(*sys.modules)

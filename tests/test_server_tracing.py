@@ -15,8 +15,8 @@ from tiny import tiny_checkpoint
 
 from llmkit.checkpoint.errors import ShortageError, UsageError
 from llmkit.runtime.server import tracing
+from llmkit.runtime.server.engines.messages import Add, Stats
 from llmkit.runtime.server.generation import Choice, Generation
-from llmkit.runtime.server.messages import Add, Stats
 from llmkit.runtime.server.metrics import Metrics
 from llmkit.runtime.server.options import ServeOptions
 from llmkit.runtime.server.serve import run_server

@@ -17,19 +17,19 @@ from llmkit.checkpoint.errors import InputError, LlmkitError, ShortageError, Usa
 from llmkit.runtime.channel import Failed, FrameReader, frame
 from llmkit.runtime.engine.types import EngineOptions
 from llmkit.runtime.server.app import build_app
-from llmkit.runtime.server.chat_body import ChatBody
-from llmkit.runtime.server.completion_body import CompletionBody
-from llmkit.runtime.server.errors import ApiError
+from llmkit.runtime.server.bodies.base import GenerationBody, parse
+from llmkit.runtime.server.bodies.chat import ChatBody
+from llmkit.runtime.server.bodies.completions import CompletionBody
+from llmkit.runtime.server.engines.messages import Add, Output, Stats, to_engine_decoder
 from llmkit.runtime.server.generation import MAX_UNREAD, Choice, Generation
-from llmkit.runtime.server.hosts import is_loopback
-from llmkit.runtime.server.keys import api_keys, known_client
-from llmkit.runtime.server.messages import Add, Output, Stats, to_engine_decoder
+from llmkit.runtime.server.http.errors import ApiError
+from llmkit.runtime.server.http.hosts import is_loopback
+from llmkit.runtime.server.http.keys import api_keys, known_client
 from llmkit.runtime.server.metrics import Metrics
 from llmkit.runtime.server.pace import Pace
-from llmkit.runtime.server.protocol import GenerationBody, parse
 from llmkit.runtime.server.serve import ServeOptions, bind, run_server
 from llmkit.runtime.server.state import SamplingDefaults, State
-from llmkit.runtime.server.stop import StopBuffer
+from llmkit.runtime.server.text.stop import StopBuffer
 
 
 def test_a_stop_string_over_three_pieces_is_never_shown() -> None:

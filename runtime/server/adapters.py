@@ -11,11 +11,11 @@ import msgspec
 from fastapi import Request, Response
 from pydantic import Field
 
-from llmkit.runtime.server.body import read_json_body
-from llmkit.runtime.server.errors import ApiError, invalid
-from llmkit.runtime.server.messages import LoadAdapter, Refused, UnloadAdapter
-from llmkit.runtime.server.process import EngineClient
-from llmkit.runtime.server.protocol import Body, Harmless, Kind, parse
+from llmkit.runtime.server.bodies.base import Body, Harmless, Kind, parse
+from llmkit.runtime.server.engines.messages import LoadAdapter, Refused, UnloadAdapter
+from llmkit.runtime.server.engines.process import EngineClient
+from llmkit.runtime.server.http.body import read_json_body
+from llmkit.runtime.server.http.errors import ApiError, invalid
 from llmkit.runtime.server.state import State
 
 MAX_ADAPTERS = 64

@@ -9,11 +9,11 @@ from collections.abc import AsyncGenerator, Iterator
 from fastapi import Request, Response
 from starlette.types import Receive, Scope, Send
 
-from llmkit.runtime.server.errors import ApiError
 from llmkit.runtime.server.generation import Choice, Delta, Generation
-from llmkit.runtime.server.keys import Visit
+from llmkit.runtime.server.http.errors import ApiError
+from llmkit.runtime.server.http.keys import Visit
 from llmkit.runtime.server.request_log import log_request
-from llmkit.runtime.server.shapes import Shape, Whole
+from llmkit.runtime.server.shapes.openai import Shape, Whole
 from llmkit.runtime.server.state import State
 
 

@@ -15,27 +15,27 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from llmkit.checkpoint.version import version
 from llmkit.runtime.server.adapters import Adapters
 from llmkit.runtime.server.answer import answer, answer_whole
-from llmkit.runtime.server.assets import page_routes
-from llmkit.runtime.server.body import read_json_body
-from llmkit.runtime.server.chat_body import ChatBody, conversation, described
-from llmkit.runtime.server.completion_body import CompletionBody
+from llmkit.runtime.server.bodies.base import Kind, parse
+from llmkit.runtime.server.bodies.chat import ChatBody, conversation, described
+from llmkit.runtime.server.bodies.completions import CompletionBody
+from llmkit.runtime.server.bodies.embeddings import EmbeddingsBody
+from llmkit.runtime.server.bodies.messages import CountBody, MessagesBody
+from llmkit.runtime.server.bodies.responses import ResponsesBody
+from llmkit.runtime.server.bodies.tokens import DetokenizeBody, TokenizeBody
 from llmkit.runtime.server.embeddings import EmbeddingsShape, prepare_embeddings
-from llmkit.runtime.server.embeddings_body import EmbeddingsBody
-from llmkit.runtime.server.errors import ApiError, unknown_model
-from llmkit.runtime.server.guard import Guard
-from llmkit.runtime.server.keys import Client
+from llmkit.runtime.server.http.assets import page_routes
+from llmkit.runtime.server.http.body import read_json_body
+from llmkit.runtime.server.http.errors import ApiError, unknown_model
+from llmkit.runtime.server.http.guard import Guard
+from llmkit.runtime.server.http.keys import Client
 from llmkit.runtime.server.kserve.routes import add_routes as add_kserve_routes
-from llmkit.runtime.server.messages_body import CountBody, MessagesBody
-from llmkit.runtime.server.messages_shape import MessagesShape
 from llmkit.runtime.server.metrics import CONTENT_TYPE
 from llmkit.runtime.server.openapi import openapi
 from llmkit.runtime.server.prepare import check_ids, encode_chat, prepare_chat, prepare_completion, tokenized
-from llmkit.runtime.server.protocol import Kind, parse
-from llmkit.runtime.server.responses_body import ResponsesBody
-from llmkit.runtime.server.responses_shape import ResponsesShape
-from llmkit.runtime.server.shapes import ChatShape, CompletionShape, Shape
+from llmkit.runtime.server.shapes.messages import MessagesShape
+from llmkit.runtime.server.shapes.openai import ChatShape, CompletionShape, Shape
+from llmkit.runtime.server.shapes.responses import ResponsesShape
 from llmkit.runtime.server.state import State
-from llmkit.runtime.server.token_body import DetokenizeBody, TokenizeBody
 
 
 def build_app(state: State, api_keys: tuple[Client, ...]) -> ASGIApp:

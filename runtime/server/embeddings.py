@@ -10,10 +10,10 @@ from typing import Any
 import msgspec
 
 from llmkit.runtime.engine.types import Pooling
-from llmkit.runtime.server.embeddings_body import EmbeddingsBody
-from llmkit.runtime.server.errors import ApiError, invalid
+from llmkit.runtime.server.bodies.embeddings import EmbeddingsBody
+from llmkit.runtime.server.engines.messages import Add
 from llmkit.runtime.server.generation import Choice, Delta
-from llmkit.runtime.server.messages import Add
+from llmkit.runtime.server.http.errors import ApiError, invalid
 from llmkit.runtime.server.prepare import check_ids, tokenized
 from llmkit.runtime.server.state import State
 

@@ -12,14 +12,14 @@ from dataclasses import dataclass, field
 
 from llmkit.checkpoint.tokenizer import Detokenizer
 from llmkit.runtime.engine.types import Logprobs
-from llmkit.runtime.server.calls import Text
-from llmkit.runtime.server.errors import ApiError
-from llmkit.runtime.server.messages import Add, Output, Refused
+from llmkit.runtime.server.engines.messages import Add, Output, Refused
+from llmkit.runtime.server.engines.replicas import Replicas
+from llmkit.runtime.server.http.errors import ApiError
 from llmkit.runtime.server.metrics import Metrics, Times
-from llmkit.runtime.server.parts import Part, Parts
-from llmkit.runtime.server.replicas import Replicas
 from llmkit.runtime.server.response_cache import Remembered, ResponseCache
-from llmkit.runtime.server.stop import StopBuffer
+from llmkit.runtime.server.text.calls import Text
+from llmkit.runtime.server.text.parts import Part, Parts
+from llmkit.runtime.server.text.stop import StopBuffer
 
 ENGINE_DEAD = "The engine process has ended."
 MAX_UNREAD = 8192  # outputs that a client leaves unread before its request ends

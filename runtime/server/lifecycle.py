@@ -16,18 +16,18 @@ from starlette.types import ASGIApp
 
 from llmkit.checkpoint.errors import InputError, ShortageError
 from llmkit.runtime.server.app import build_app
-from llmkit.runtime.server.errors import ApiError
-from llmkit.runtime.server.http_protocol import LimitedHttpProtocol
-from llmkit.runtime.server.keys import Client
-from llmkit.runtime.server.messages import Ready
+from llmkit.runtime.server.engines.messages import Ready
+from llmkit.runtime.server.engines.process import EngineClient
+from llmkit.runtime.server.engines.replicas import Replicas
+from llmkit.runtime.server.engines.restarts import keep_running
+from llmkit.runtime.server.http.errors import ApiError
+from llmkit.runtime.server.http.keys import Client
+from llmkit.runtime.server.http.protocol import LimitedHttpProtocol
+from llmkit.runtime.server.http.tls import tls_context
 from llmkit.runtime.server.metrics import Metrics
 from llmkit.runtime.server.options import ServeOptions, default_name
-from llmkit.runtime.server.process import EngineClient
-from llmkit.runtime.server.replicas import Replicas
 from llmkit.runtime.server.response_cache import ResponseCache
-from llmkit.runtime.server.restarts import keep_running
 from llmkit.runtime.server.state import Phase, State, TextSide
-from llmkit.runtime.server.tls import tls_context
 from llmkit.runtime.server.tracing import Tracing
 from llmkit.runtime.server.waiting import StopSignals, first, in_thread
 

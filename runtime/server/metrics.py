@@ -16,7 +16,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from llmkit.runtime.prefix_files import PAGE, files_in
-from llmkit.runtime.server.messages import Stats
+from llmkit.runtime.server.engines.messages import Stats
 from llmkit.runtime.server.response_cache import ResponseCache
 from llmkit.runtime.server.usage import GPU_FIGURES, Gpus, memory_bytes
 

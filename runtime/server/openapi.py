@@ -12,16 +12,16 @@ from pydantic.json_schema import models_json_schema
 
 from llmkit.checkpoint.version import version
 from llmkit.runtime.server.adapters import LoadBody, UnloadBody
-from llmkit.runtime.server.chat_body import HARMLESS_IN_MESSAGE, ChatBody, Message
-from llmkit.runtime.server.completion_body import CompletionBody
-from llmkit.runtime.server.embeddings_body import EmbeddingsBody
-from llmkit.runtime.server.guard import OPEN_PATHS
+from llmkit.runtime.server.bodies.base import Body
+from llmkit.runtime.server.bodies.chat import HARMLESS_IN_MESSAGE, ChatBody, Message
+from llmkit.runtime.server.bodies.completions import CompletionBody
+from llmkit.runtime.server.bodies.embeddings import EmbeddingsBody
+from llmkit.runtime.server.bodies.messages import CountBody, MessagesBody
+from llmkit.runtime.server.bodies.responses import ResponsesBody
+from llmkit.runtime.server.bodies.tokens import DetokenizeBody, TokenizeBody
+from llmkit.runtime.server.http.guard import OPEN_PATHS
 from llmkit.runtime.server.kserve.body import InferBody
-from llmkit.runtime.server.messages_body import CountBody, MessagesBody
 from llmkit.runtime.server.metrics import CONTENT_TYPE
-from llmkit.runtime.server.protocol import Body
-from llmkit.runtime.server.responses_body import ResponsesBody
-from llmkit.runtime.server.token_body import DetokenizeBody, TokenizeBody
 
 BODIES: dict[str, type[Body]] = {
     "/v1/completions": CompletionBody,

@@ -11,18 +11,18 @@ from typing import Any
 import msgspec
 
 from llmkit.checkpoint.tokenizer import Detokenizer, Tokenizer
-from llmkit.runtime.server.calls import CallFormat, Calls, call_format
-from llmkit.runtime.server.chat_body import ChatBody
-from llmkit.runtime.server.completion_body import CompletionBody
-from llmkit.runtime.server.errors import ApiError, invalid
+from llmkit.runtime.server.bodies.base import INT64, GenerationBody
+from llmkit.runtime.server.bodies.chat import ChatBody
+from llmkit.runtime.server.bodies.completions import CompletionBody
+from llmkit.runtime.server.bodies.structure import answer_grammar, call_grammars, check_grammar, quoted, whole_grammar
+from llmkit.runtime.server.engines.messages import Add, Ready
 from llmkit.runtime.server.generation import Choice, Echo
-from llmkit.runtime.server.messages import Add, Ready
-from llmkit.runtime.server.parts import END_THINK, THINK, Parts
-from llmkit.runtime.server.protocol import INT64, GenerationBody
+from llmkit.runtime.server.http.errors import ApiError, invalid
 from llmkit.runtime.server.sandbox import SandboxError
 from llmkit.runtime.server.sandbox_process import Render
 from llmkit.runtime.server.state import State, TextSide
-from llmkit.runtime.server.structure import answer_grammar, call_grammars, check_grammar, quoted, whole_grammar
+from llmkit.runtime.server.text.calls import CallFormat, Calls, call_format
+from llmkit.runtime.server.text.parts import END_THINK, THINK, Parts
 
 COMPLETION_MAX_TOKENS = 16  # OpenAI's default for completions; a chat answer may fill the context
 _LONG_TEXT_CHARS = 8192  # longer texts are tokenized in a thread, so that streams keep flowing

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from llmkit.runtime.server.messages import Add, Output
+from llmkit.runtime.server.engines.messages import Add, Output
 
 if TYPE_CHECKING:
     from llmkit.runtime.server.generation import Choice

@@ -8,7 +8,7 @@ import socket
 import subprocess
 
 from llmkit.runtime.channel import FrameReader, end, frame, spawn
-from llmkit.runtime.server.errors import ApiError
+from llmkit.runtime.server.http.errors import ApiError
 from llmkit.runtime.server.sandbox_process import Compile, Declined, Render, Setup, from_sandbox_decoder
 
 TEMPLATE_S, GRAMMAR_S = 2.0, 1.0  # of processor time for a job: a busy machine makes none fail

@@ -16,16 +16,16 @@ from typing import Any
 from llmkit.checkpoint.errors import ShortageError, UsageError
 from llmkit.runtime.channel import API_KEY_VARIABLE, end, spawn
 from llmkit.runtime.prefix_files import private_folder
-from llmkit.runtime.server.hosts import is_loopback
-from llmkit.runtime.server.keys import Client, api_keys
-from llmkit.runtime.server.messages import Start
+from llmkit.runtime.server.engines.messages import Start
+from llmkit.runtime.server.engines.shares import shares
+from llmkit.runtime.server.http.hosts import is_loopback
+from llmkit.runtime.server.http.keys import Client, api_keys
 from llmkit.runtime.server.options import ServeOptions
-from llmkit.runtime.server.shares import shares
 from llmkit.runtime.server.tracing import require_tracing
 
 __all__ = ["ServeOptions", "run_server"]
 
-_ENGINE = "llmkit.runtime.server.engine_process"
+_ENGINE = "llmkit.runtime.server.engines.engine_process"
 _BACKLOG = 2048
 _OPEN_FILES = 65_536  # each client is one; a shell's usual limit is 1,024
 
@@ -55,7 +55,7 @@ def run_server(
     check_exposure(options, keys)
     _allow_open_files()
     if options.ssl_certfile or options.ssl_keyfile or options.ssl_ca_certs:
-        from llmkit.runtime.server.tls import tls_context
+        from llmkit.runtime.server.http.tls import tls_context
 
         tls_context(options)  # what is wrong with the files is known before the model is loaded
     prefixes = _prefixes(options)
@@ -73,8 +73,8 @@ def run_server(
         try:
             first = [start(place) for place in range(len(given))]
             # Imported now: the engine processes load the model meanwhile.
+            from llmkit.runtime.server.http.tls import event_loop
             from llmkit.runtime.server.lifecycle import serve
-            from llmkit.runtime.server.tls import event_loop
 
             with asyncio.Runner(loop_factory=lambda: event_loop(options)) as runner:
                 return runner.run(serve(options, keys, listener, first, start, began, message, ready))

@@ -15,13 +15,13 @@ from typing import Any
 from llmkit.checkpoint.embedding import EmbeddingFacts, embedding_facts
 from llmkit.checkpoint.tokenizer import Tokenizer
 from llmkit.checkpoint.version import version
-from llmkit.runtime.server.errors import ApiError
+from llmkit.runtime.server.engines.messages import Ready
+from llmkit.runtime.server.engines.replicas import Replicas
 from llmkit.runtime.server.generation import Generation
-from llmkit.runtime.server.messages import Ready
+from llmkit.runtime.server.http.errors import ApiError
 from llmkit.runtime.server.metrics import Metrics
 from llmkit.runtime.server.options import ServeOptions
 from llmkit.runtime.server.pace import Pace
-from llmkit.runtime.server.replicas import Replicas
 from llmkit.runtime.server.response_cache import ResponseCache
 from llmkit.runtime.server.sandbox import Sandbox
 from llmkit.runtime.server.tracing import Tracing

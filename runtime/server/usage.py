@@ -8,7 +8,7 @@ from typing import Any
 
 import psutil
 
-from llmkit.runtime.server.shares import visible_gpus
+from llmkit.runtime.server.engines.shares import visible_gpus
 
 GPU_FIGURES = {
     "gpu_utilization_perc": "Share of the time in which the GPU computed, by anyone; 1 is all of it.",

@@ -9,10 +9,10 @@ from typing import Annotated, Any
 import msgspec
 from pydantic import Field
 
-from llmkit.runtime.server.completion_body import CompletionBody
-from llmkit.runtime.server.errors import ApiError, invalid
+from llmkit.runtime.server.bodies.base import Body, Count, Strict, build, parse
+from llmkit.runtime.server.bodies.completions import CompletionBody
+from llmkit.runtime.server.http.errors import ApiError, invalid
 from llmkit.runtime.server.kserve.tensors import INPUTS, OUTPUTS, values_of
-from llmkit.runtime.server.protocol import Body, Count, Strict, build, parse
 
 MAX_TENSORS = 64
 # What a completion takes and an answer of tensors cannot say, or what an input says.

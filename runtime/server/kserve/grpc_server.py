@@ -22,7 +22,7 @@ from tritonclient.grpc.service_pb2_grpc import (
 )
 
 from llmkit.checkpoint.errors import ShortageError
-from llmkit.runtime.server.errors import ApiError, invalid
+from llmkit.runtime.server.http.errors import ApiError, invalid
 from llmkit.runtime.server.kserve.exchange import Exchange, Headers
 from llmkit.runtime.server.kserve.shapes import VERSION
 from llmkit.runtime.server.kserve.tensors import OUTPUTS, answered, decoded, packed, values_of

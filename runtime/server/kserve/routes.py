@@ -10,8 +10,8 @@ from fastapi import FastAPI, Request, Response
 
 from llmkit.checkpoint.version import version
 from llmkit.runtime.server.answer import answer, answer_whole
-from llmkit.runtime.server.body import read_json_body
-from llmkit.runtime.server.errors import ApiError, invalid, unknown_model
+from llmkit.runtime.server.http.body import read_json_body
+from llmkit.runtime.server.http.errors import ApiError, invalid, unknown_model
 from llmkit.runtime.server.kserve.body import Asked, generate_request, infer_request
 from llmkit.runtime.server.kserve.shapes import VERSION, GenerateShape, InferShape
 from llmkit.runtime.server.kserve.tensors import CONFIG_TYPES, INPUTS, OUTPUTS

@@ -8,11 +8,11 @@ from typing import Any
 
 import msgspec
 
-from llmkit.runtime.server.errors import ApiError
 from llmkit.runtime.server.generation import Choice, Delta
+from llmkit.runtime.server.http.errors import ApiError
 from llmkit.runtime.server.kserve.body import Asked
 from llmkit.runtime.server.kserve.tensors import OUTPUTS, packed
-from llmkit.runtime.server.shapes import event
+from llmkit.runtime.server.shapes.openai import event
 
 VERSION = "1"  # of every model
 

@@ -7,7 +7,7 @@ import struct
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from llmkit.runtime.server.errors import invalid
+from llmkit.runtime.server.http.errors import invalid
 
 INPUTS = {  # by name: the datatype; all but the first may be left out
     "text_input": "BYTES",

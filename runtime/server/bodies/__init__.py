@@ -1,0 +1,1 @@
+"""What requests may say: a body for each route, in which every field is checked before anything is queued."""

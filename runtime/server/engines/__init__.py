@@ -1,0 +1,1 @@
+"""Engine processes: the process itself, the handle that its parent holds, several as one, starting them again."""
