@@ -1,17 +1,19 @@
 """What every request to `llmkit deploy ray` passes: it finds the model's replicas and streams what one answers.
 
-Runs as a Serve deployment of its own. Each version of a model is a Serve application behind it, or a deployment of the
-front's own application; which there are, and their shares of the traffic, is the front's user_config, so that a change
-of them restarts nothing.
+Runs as a Serve deployment of its own. Each version of a model is a Serve application behind it. Which there are, and
+their shares of the traffic, one more application knows, which the fronts ask: a change restarts none of them. In an
+application out of a file the versions are deployments of the front's own application, and the table is its user_config.
 """
 
 from __future__ import annotations
 
+import asyncio
 import json
 import random
 import time
 from collections.abc import AsyncGenerator
-from contextlib import aclosing
+from contextlib import aclosing, suppress
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from llmkit.deploy.table import Table, Version
+from llmkit.deploy.table import Routes, Table, Version
 from llmkit.runtime.server.http.body import read_json_body
 from llmkit.runtime.server.http.errors import ApiError
 from llmkit.runtime.server.http.guard import Guard, send_error
@@ -32,6 +34,7 @@ from llmkit.runtime.server.http.keys import api_keys
 from llmkit.runtime.server.options import ServeOptions
 
 ATTEMPTS = 3  # while nothing of an answer was sent, another replica can give it
+FOLLOW_S = 0.5  # between two looks at the Routes
 PREFIX_CHARS = 256
 _MAX_BODY_BYTES = 8 * 1024 * 1024
 _BODY_TIMEOUT_S = 30.0
@@ -46,23 +49,47 @@ class Head(msgspec.Struct, frozen=True):
     headers: list[tuple[str, str]]
 
 
+class Keeper:
+    """The Serve deployment that keeps the Routes. Another one takes its place where they change."""
+
+    def __init__(self, routes: Routes) -> None:
+        self._routes = routes
+
+    async def routes(self) -> dict[str, Any]:
+        """The Routes, as builtins."""
+        builtins: dict[str, Any] = msgspec.to_builtins(self._routes)
+        return builtins
+
+
 class Front:
     """The Serve deployment.
 
-    host: what the proxies listen on. key_file: see `llmkit serve --api-key-file`. replicas: of the versions that are in
-    the front's own application.
+    host, key_file: see Routes. keeper: the application whose Routes it follows; "" where its user_config is the table,
+    and `replicas` has those of each version.
     """
 
-    def __init__(self, host: str, key_file: str | None, replicas: dict[str, DeploymentHandle]) -> None:
+    async def __init__(  # type: ignore[misc]  # Serve awaits it
+        self, host: str, key_file: str | None, keeper: str, replicas: dict[str, DeploymentHandle]
+    ) -> None:
         keys = api_keys(ServeOptions("", api_key_file=Path(key_file))) if key_file else ()
         self._guard = Guard(self._answer, host, keys, debug=False)
         self._table: Table = {}
         self._replicas = replicas
         self._handles: dict[str, DeploymentHandle] = {}
         self._began = int(time.time())
+        if keeper:
+            handle = serve.get_app_handle(keeper)
+            self._table = msgspec.convert(await handle.routes.remote(), Routes).models
+            self._following = asyncio.create_task(self._follow(handle))
+
+    async def _follow(self, keeper: DeploymentHandle) -> None:
+        while True:
+            await asyncio.sleep(FOLLOW_S)
+            with suppress(RayError, RayServeException):  # another one comes
+                self._table = msgspec.convert(await keeper.routes.remote(), Routes).models
 
     def reconfigure(self, table: dict[str, Any]) -> None:
-        """Take a new Table, as builtins. Serve calls it before the first request and with each change."""
+        """Take a Table, as builtins: the user_config. Serve calls it before any request and with each change."""
         self._table = msgspec.convert(table, Table)
 
     async def table(self) -> dict[str, Any]:
@@ -168,15 +195,18 @@ async def _attempts(
 
 
 def prefix_names(fields: dict[str, Any]) -> list[int]:
-    """A name for each PREFIX_CHARS characters of what a request begins with: it stands for all text up to its end."""
+    """A name for each PREFIX_CHARS characters of what a request begins with: it stands for all text up to its end.
+
+    Every front has the same name for the same text.
+    """
     prompt = fields.get("messages") or fields.get("prompt") or fields.get("input") or ""
     text = json.dumps(
         [fields.get("model"), fields.get("system") or fields.get("instructions"), fields.get("tools"), prompt]
     )
-    name, names = 0, []
-    for stop in range(PREFIX_CHARS, len(text) + 1, PREFIX_CHARS):
-        name = hash((name, text[stop - PREFIX_CHARS : stop]))
-        names.append(name)
+    read, names = blake2b(digest_size=8), []
+    for start in range(0, len(text) - PREFIX_CHARS + 1, PREFIX_CHARS):
+        read.update(text[start : start + PREFIX_CHARS].encode())
+        names.append(int.from_bytes(read.copy().digest()))
     return names
 
 

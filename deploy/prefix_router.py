@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from typing import Any
+from zlib import crc32
 
 from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
 
 from llmkit.runtime.server.engines.prefixes import AHEAD, Sent
 
+_LAST = 2**32
 MOST_NAMES = 65_536  # of a replica's last prompts
 
 
@@ -16,7 +18,8 @@ class PrefixRouter(RequestRouter):
     """Ray Serve's interface for what `runtime/server/engines/replicas.py` does in one server.
 
     A call's keyword `prefixes` names the beginnings of its text, shortest first. A replica with over AHEAD requests
-    more than the least busy one gets none for its prefixes.
+    more than the least busy one gets none for its prefixes. Each front has a router of its own: what none of the
+    replicas was sent by this one goes, while they are about as busy, where any other would send it, by the name.
     """
 
     def initialize_state(self, **_: Any) -> None:
@@ -33,12 +36,14 @@ class PrefixRouter(RequestRouter):
         self._sent = {one: self._sent.get(one) or Sent() for one in present}
         names = pending_request.kwargs.get("prefixes", []) if pending_request is not None else []
         load = self._load
-        most = min((load[one] for one in present), default=0) + AHEAD
+        least = min((load[one] for one in present), default=0)
+        known = {one: self._sent[one].known(names) if load[one] <= least + AHEAD else 0 for one in present}
+        new = names[max(known.values(), default=0) :][:1]
 
-        def rank(replica: RunningReplica) -> tuple[int, int, int]:
+        def rank(replica: RunningReplica) -> tuple[int, int, int, int]:
             one = replica.replica_id
-            known = self._sent[one].known(names) if load[one] <= most else 0
-            return -known, load[one], self._turns.get(one, 0)
+            drawn = crc32(f"{new[0]} {one.unique_id}".encode()) if new and load[one] <= least + 1 else _LAST
+            return -known[one], drawn, load[one], self._turns.get(one, 0)
 
         ranked = sorted(candidate_replicas, key=rank)
         self._turn += 1

@@ -1,8 +1,9 @@
 """`llmkit deploy ray`: models on a Ray cluster, behind one front. Public APIs of Ray Serve only.
 
-By the command, each version of a model is a Serve application without a route, and the front one with the route "/":
-deploying, promoting and rolling back are changes of the front's table, before or after an application comes or goes.
-Out of a file (`application`), the front and all versions are one application.
+By the command, each version of a model is a Serve application without a route, the fronts are one with the route "/",
+and one more keeps the table that the fronts follow: deploying, promoting and rolling back are changes of it, before or
+after an application comes or goes. There are three kinds because Serve starts all of an application anew where it is
+run again. Out of a file (`application`), the fronts and all versions are one application.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -18,14 +19,18 @@ import msgspec
 
 from llmkit.checkpoint.errors import InputError, OutputError, ShortageError, UsageError
 from llmkit.deploy.cluster import connect
-from llmkit.deploy.table import Table, Version, with_share
+from llmkit.deploy.table import Routes, Table, Version, with_share
 from llmkit.runtime.server.options import ServeOptions
 
 if TYPE_CHECKING:
     from ray.serve import Application, Deployment
 
 FRONT = "llmkit"
-_ROUTED_WITHIN_S = 15.0  # a front hears of another table by then
+KEEPER = "llmkit-table"
+_ROUTED_WITHIN_S = 60.0  # the fronts have another table by then
+_AGREED = 16  # times that one or another front said so
+_LONGEST_S = 3600.0  # that a front waits for its streams
+_FRONTS = {"min_replicas": 2, "max_replicas": 32, "target_ongoing_requests": 200, "downscale_delay_s": 600}
 
 
 @dataclass(frozen=True)
@@ -90,16 +95,23 @@ def application(versions: Sequence[Answering], host: str, api_key_file: str | No
         deployment = f"{one.name}-{len(others) + 1}"
         others.append(Version(deployment, one.options.model, one.share))
         replicas[deployment] = _replicas(deployment, one.options, one.size).bind(one.options)
-    return _front(table).bind(host, api_key_file, replicas)
+    front = _front().options(user_config=msgspec.to_builtins(table))
+    return front.bind(host, api_key_file, "", replicas)
 
 
-def _front(table: Table) -> Deployment:
+def _front() -> Deployment:
     from ray import serve
 
     from llmkit.deploy.front import Front
 
-    builtins = msgspec.to_builtins(table)
-    return serve.deployment(Front, name="front", max_ongoing_requests=100_000, user_config=builtins)
+    return serve.deployment(
+        Front,
+        name="front",
+        max_ongoing_requests=100_000,
+        graceful_shutdown_timeout_s=_LONGEST_S,
+        autoscaling_config=_FRONTS,
+        ray_actor_options={"num_cpus": 0.1},
+    )
 
 
 def _replicas(name: str, options: ServeOptions, size: Size) -> Deployment:
@@ -130,19 +142,30 @@ class Cluster:
 
     def table(self) -> Table:
         """The models and their versions. Raises UsageError where they came out of a file."""
-        front = self._serve.status().applications.get(FRONT)
-        if front is None:
-            return {}
-        if len(front.deployments) > 1:
+        routes = self._routes()
+        return {} if routes is None else routes.models
+
+    def _routes(self) -> Routes | None:
+        applications = self._serve.status().applications
+        if KEEPER in applications:
+            return msgspec.convert(self._serve.get_app_handle(KEEPER).routes.remote().result(), Routes)
+        if FRONT in applications:
             raise UsageError("the models here came out of a file", "Change the file, and `serve deploy` it")
-        return msgspec.convert(self._serve.get_app_handle(FRONT).table.remote().result(), Table)
+        return None
 
     def deploy(self, name: str, options: ServeOptions, size: Size, share: float | None) -> Table:
         """Start a version of model `name`; once it is ready it gets `share` of the model's traffic, or all.
 
-        Raises OutputError where the name is taken and no share is said, InputError when no replica starts.
+        Raises OutputError where the name is taken and no share is said, InputError when no replica starts, UsageError
+        for other keys than the models that are there have.
         """
-        table = self.table()
+        routes = self._routes()
+        table = {} if routes is None else routes.models
+        if routes is not None and routes.api_key_file != self._place.api_key_file:
+            raise UsageError(
+                f"the models that are deployed have --api-key-file {routes.api_key_file or 'none'}",
+                "One for all was expected",
+            )
         versions = table.get(name, [])
         if versions and share is None:
             raise OutputError(
@@ -183,6 +206,7 @@ class Cluster:
             self._serve.delete(version.app)
         if not rest:
             self._serve.delete(FRONT)
+            self._serve.delete(KEEPER)
         return rest
 
     def _keep(self, name: str, newest: bool) -> Table:
@@ -203,10 +227,25 @@ class Cluster:
             raise InputError(f"no replica of {options.model} starts: {_reason(told)}") from None
 
     def _route(self, table: Table) -> Table:
-        """Give the front another table, and wait until it has it."""
-        front = _front(table).bind(self._place.host, self._place.api_key_file, {})
-        self._serve.run(front, name=FRONT, route_prefix="/")
-        _wait(lambda: self.table() == table, _ROUTED_WITHIN_S)
+        """Have another table kept, and wait until the fronts follow it."""
+        from ray import serve
+
+        from llmkit.deploy.front import Keeper
+
+        routes = self._routes() or Routes({}, self._place.host, self._place.api_key_file)
+        keeper = serve.deployment(Keeper, name="keeper", ray_actor_options={"num_cpus": 0})
+        self._serve.run(keeper.bind(msgspec.structs.replace(routes, models=table)), name=KEEPER, route_prefix=None)
+        if FRONT not in self._serve.status().applications:
+            front = _front().bind(routes.host, routes.api_key_file, KEEPER, {})
+            self._serve.run(front, name=FRONT, route_prefix="/")
+        fronts = self._serve.get_app_handle(FRONT)
+        until = time.monotonic() + _ROUTED_WITHIN_S
+        agreed = 0
+        while agreed < _AGREED:
+            if time.monotonic() > until:
+                raise ShortageError(f"the fronts did not take their new table within {_ROUTED_WITHIN_S:g} s")
+            agreed = agreed + 1 if msgspec.convert(fronts.table.remote().result(), Table) == table else 0
+            time.sleep(0.05)
         return table
 
     @staticmethod
@@ -229,11 +268,3 @@ def _reason(told: str) -> str:
     lines = [line.strip() for line in told.splitlines() if line.strip()] or ["its log says why"]
     errors = [line.partition("Error: ")[2] for line in lines if "Error: " in line]
     return [*lines[-1:], *errors][-1]
-
-
-def _wait(done: Callable[[], bool], limit_s: float) -> None:
-    until = time.monotonic() + limit_s
-    while not done():
-        if time.monotonic() > until:
-            raise ShortageError(f"the front did not take its new table within {limit_s:g} s")
-        time.sleep(0.05)

@@ -18,6 +18,14 @@ class Version(msgspec.Struct, frozen=True):
 Table = dict[str, list[Version]]  # the name of a model -> its versions, the newest last; their shares sum to 1
 
 
+class Routes(msgspec.Struct, frozen=True):
+    """What the fronts of a cluster do. host: what its HTTP proxies listen on. api_key_file: see `llmkit serve`."""
+
+    models: Table
+    host: str
+    api_key_file: str | None = None
+
+
 def with_share(versions: Sequence[Version], app: str, share: float) -> list[Version]:
     """`versions` with `share` of the traffic to the version `app`, and the rest divided as it was."""
     others = [one for one in versions if one.app != app]

@@ -113,12 +113,12 @@ def running(app: str) -> int:
     return int(deployment.replica_states.get("RUNNING", 0))
 
 
-def servers() -> list[psutil.Process]:
-    """API processes of replicas on this machine."""
+def servers(said: str = "llmkit.runtime.server.serve_process") -> list[psutil.Process]:
+    """API processes of replicas on this machine, or others whose command line says so."""
     found = []
     for process in psutil.process_iter():
         try:
-            if "llmkit.runtime.server.serve_process" in process.cmdline():
+            if said in " ".join(process.cmdline()):
                 found.append(process)
         except psutil.Error:
             continue
@@ -224,6 +224,7 @@ def test_a_rollout_is_promoted_and_another_rolled_back(
     old, new = (serve_options(str(model), "chat", WORDS, None) for model in models)
     cluster.deploy("chat", old, Size(cpus=0.5), None)
     answer = {"old": say(client, "who are you", 24)}
+    fronts = {one.pid for one in servers("ServeReplica:llmkit:front")}
     table = cluster.deploy("chat", new, Size(cpus=0.5), 0.5)
     assert [version.share for version in table["chat"]] == [0.5, 0.5]
     told = {say(client, "who are you", 24) for _ in range(24)}
@@ -241,6 +242,9 @@ def test_a_rollout_is_promoted_and_another_rolled_back(
     wait_for(lambda: len(servers()) == 1)
     with pytest.raises(UsageError, match="only one version"):
         cluster.rollback("chat")
+    assert {one.pid for one in servers("ServeReplica:llmkit:front")} == fronts and len(fronts) == 2
+    with pytest.raises(UsageError, match="--api-key-file none"):
+        Cluster(Place(api_key_file="keys")).deploy("other", old, Size(cpus=0.5), None)
 
 
 def stream_in_background(client: openai.OpenAI) -> Any:
