@@ -9,7 +9,6 @@ from dataclasses import asdict
 
 from llmkit.bench.data import load_data, within
 from llmkit.bench.environment import describe_environment
-from llmkit.bench.gates import check_gates
 from llmkit.bench.plan import BenchOptions, Plan, make_plan
 from llmkit.bench.quality import evaluation, score
 from llmkit.bench.report import BenchReport, differences, single_target
@@ -74,8 +73,7 @@ def bench(targets: Sequence[str], options: BenchOptions, progress: Progress) -> 
         report.targets.insert(0, saved)
         report.joined = True
         report.notes += differences(plan.saved, report)
-    base = report.target(plan.baseline).figures() if plan.baseline else None
-    report.gates = check_gates(plan.gates, {target.name: target.figures() for target in report.subjects()}, base)
+    report.judge(plan.gates)
     return report
 
 
@@ -83,18 +81,24 @@ def _workload(plan: Plan, tokenizer: Checkpoint) -> Workload:
     """The requests for all targets. Raises InputError when a checkpoint lacks the context or the vocabulary."""
     options = plan.options
     data = load_data(options.data, load_tokenizer(tokenizer), options.seed)
-    contexts = [target.context_tokens for target in plan.targets if target.context_tokens is not None]
-    if data.conversations and contexts:
+    longest = {target.name: plan.longest_request(target) for target in plan.targets}
+    limits = [limit for limit in longest.values() if limit is not None]
+    if data.conversations and limits:
         turns = max(scenario.turns for scenario in plan.scenarios)
-        fitting = within(data, min(contexts), turns)
+        fitting = within(data, min(limits), turns)
         if left_out := len(data.conversations) - len(fitting.conversations):
-            plan.notes.append(f"{left_out} conversations longer than {min(contexts)} tokens were left out")
+            plan.notes.append(f"{left_out} conversations longer than {min(limits)} tokens were left out")
         data = fitting
     workload = build_workload(data, plan.scenarios, options.rounds, options.seed, options.limit)
-    highest = max(max(r.prompt) for requests in workload.rounds for run in requests.values() for r in run)
+    requests = [request for scenarios in workload.rounds for run in scenarios.values() for request in run]
+    first = [request.prompt for request in requests if not request.follows]
+    if data.conversations and len(set(first)) < len(first):
+        again = len(first) - len(set(first))
+        plan.notes.append(f"{again} of {len(first)} conversations were had before in this run: a prefix cache has them")
+    highest = max(max(request.prompt) for request in requests)
     for target in plan.targets:
-        if target.context_tokens is not None:
-            require_context(workload, target.context_tokens, target.name)
+        if (limit := longest[target.name]) is not None:
+            require_context(workload, limit, target.name)
         if target.spec is not None and highest >= target.spec.vocab:
             raise InputError(
                 f"prompts have token ids up to {highest} and {target.name} has a vocabulary of {target.spec.vocab}",
@@ -120,10 +124,10 @@ def _measure_quality(plan: Plan, progress: Progress) -> dict[str, str | int]:
     options, scored = plan.options, plan.scored
     baseline = plan.baseline if plan.baseline in scored else None
     # A server is asked for one token more than it is given.
-    contexts = [target.context_tokens - (target.server is not None) for target in plan.targets if target.context_tokens]
+    contexts = [c - (t.server is not None) for t in plan.targets if t.name in scored and (c := t.context_tokens)]
     first = next((one for one in (scored.get(baseline or ""), *scored.values()) if isinstance(one, Checkpoint)), None)
     tokenizer = load_tokenizer(first or prompts_tokenizer(plan))
-    length = min(options.window_tokens, *contexts)
+    length = min([options.window_tokens, *contexts])
     chosen = evaluation(tokenizer, options.text, options.windows, length, options.seed)
     described = chosen.describe()
     _require_same(plan, "evaluation", str(described["sha256"]), "text, windows, seed and tokenizer")

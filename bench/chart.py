@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -18,7 +18,7 @@ from llmkit.checkpoint.text import bytes_text
 from llmkit.quant.chart import KINDS
 
 if TYPE_CHECKING:
-    from llmkit.bench.report import BenchReport, RequestFigures, TargetReport
+    from llmkit.bench.report import BenchReport, TargetReport
 
 MARKS = tuple(KINDS.values())
 COLORS = """
@@ -66,6 +66,16 @@ class Panel:
         parts.append(_text("axis", self.left + self.width / 2, bottom + below, x_title))
         place = f'transform="translate({self.left - 56:.0f} {self.top + self.height / 2:.0f}) rotate(-90)"'
         parts.append(f'<text class="axis" {place} text-anchor="middle">{escaped(y_title)}</text>')
+        return parts
+
+    def time_axis(self, title: str) -> list[str]:
+        """Vertical lines with their numbers, and what they are."""
+        bottom = self.top + self.height
+        parts = [_text("axis", self.left + self.width / 2, bottom + 38, title)]
+        for value in ticks(self.right_value):
+            x = self.x(value)
+            parts.append(f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="{self.top}" y2="{bottom}"/>')
+            parts.append(_text("tick", x, bottom + 17, f"{value:,.6g}"))
         return parts
 
 
@@ -129,21 +139,14 @@ def pareto(report: BenchReport) -> str:
 
 def latencies(report: BenchReport, scenario: str) -> str:
     """The shares of a scenario's requests that took at most so long: TTFT, TPOT and e2e. "" when there are none."""
-    kinds: tuple[tuple[str, Callable[[RequestFigures], float | None]], ...] = (
-        ("TTFT, ms", lambda one: 1000 * one.ttft_s),
-        (
-            "TPOT, ms",
-            lambda one: 1000 * (one.e2e_s - one.ttft_s) / (one.output_tokens - 1) if one.output_tokens > 1 else None,
-        ),
-        ("e2e, s", lambda one: one.e2e_s),
-    )
+    kinds = (("TTFT, ms", "ttft_s", 1000), ("TPOT, ms", "tpot_s", 1000), ("e2e, s", "e2e_s", 1))
     parts, width = [], (WIDTH - 16) / 3
-    for column, (title, read) in enumerate(kinds):
-        lines = [
-            (index, sorted(value for one in target.requests.get(scenario, ()) if (value := read(one)) is not None))
-            for index, target in enumerate(report.targets)
-        ]
-        lines = [(index, values) for index, values in lines if values]
+    for column, (title, name, scale) in enumerate(kinds):
+        lines: list[tuple[int, list[float]]] = []
+        for index, target in enumerate(report.targets):
+            found = (getattr(one, name) for one in target.requests.get(scenario, ()))
+            if values := sorted(scale * value for value in found if value is not None):
+                lines.append((index, values))
         if not lines:
             continue
         highest = max(values[-1] for _, values in lines)
@@ -197,12 +200,7 @@ def timeline(target: TargetReport, index: int, scenario: str) -> str:
     end = max(one.sent_s + one.e2e_s for one in requests)
     panel = Panel(74, 8, WIDTH - 90, row * len(requests), _above(end), 1)
     bottom = panel.top + panel.height
-    parts = []
-    for value in ticks(panel.right_value):
-        x = panel.x(value)
-        parts.append(f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="{panel.top}" y2="{bottom}"/>')
-        parts.append(_text("tick", x, bottom + 17, f"{value:,.6g}"))
-    parts.append(_text("axis", panel.left + panel.width / 2, bottom + 38, "seconds from the first request"))
+    parts = panel.time_axis("seconds from the first request")
     for place, one in enumerate(requests):
         y, first, last = panel.top + place * row + 1, one.sent_s + one.ttft_s, one.sent_s + one.e2e_s
         words = f"{one.prompt_tokens} tokens in ({one.cached_tokens} cached), {one.output_tokens} out; sent at "
@@ -231,12 +229,8 @@ def starts(report: BenchReport) -> str:
         return ""
     end = max(sum(spent for _, spent in stages) for _, stages in bars)
     panel = Panel(16, 8, WIDTH - 32, 58 * len(bars), _above(end), 1)
-    bottom, parts = panel.top + panel.height, []
-    for value in ticks(panel.right_value):
-        x = panel.x(value)
-        parts.append(f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="{panel.top}" y2="{bottom}"/>')
-        parts.append(_text("tick", x, bottom + 17, f"{value:,.6g}"))
-    parts.append(_text("axis", panel.left + panel.width / 2, bottom + 38, "seconds from the start of the command"))
+    bottom = panel.top + panel.height
+    parts = panel.time_axis("seconds from the start of the command")
     for row, (name, stages) in enumerate(bars):
         y, at = panel.top + 58 * row, 0.0
         parts.append(_text("name", panel.left, y + 13, name, "start"))

@@ -9,8 +9,8 @@ from xml.etree import ElementTree as Xml
 
 from llmkit.bench.gates import GateResult
 from llmkit.bench.intervals import interval
-from llmkit.bench.metrics import TASK, Metric, metric_named
-from llmkit.bench.tables import number_text, ratio_text, sections, unit_of
+from llmkit.bench.metrics import TASK, metric_named
+from llmkit.bench.tables import number_text, sections
 
 if TYPE_CHECKING:
     from llmkit.bench.report import BenchReport
@@ -52,13 +52,11 @@ def summary(report: BenchReport) -> str:
     heads = [f"{_cell(target.name)}{' (base)' if target.name == report.baseline else ''}" for target in report.targets]
     lines += [f"| | unit | {' | '.join(heads)} |", f"|---|---|{'--:|' * len(heads)}"]
     for title, rows in sections(report):
-        for key, metric in rows:
-            values = [target.figures().get(key) for target in report.targets]
-            unit, scale = unit_of(metric, max(value for value in values if value is not None))
-            cells = [_figure(report, index, key, metric, scale) for index in range(len(values))]
+        for row in rows:
+            cells = [f"{cell.figure} ({cell.ratio})" if cell.ratio else cell.figure for cell in row.cells]
             scenario = title.partition(":")[0]
-            name = f"{scenario}: {metric.title}" if scenario else metric.title
-            lines.append(f"| {_cell(name)} | {unit} | {' | '.join(cells)} |")
+            name = f"{scenario}: {row.title}" if scenario else row.title
+            lines.append(f"| {_cell(name)} | {row.unit} | {' | '.join(cells)} |")
     return "\n".join([*lines, "", *(f"- {_cell(note)}" for note in report.notes)]).rstrip() + "\n"
 
 
@@ -76,16 +74,6 @@ def csv_text(report: BenchReport) -> str:
             unit = metric.unit if metric else ""
             writer.writerow((target.name, scenario, name, unit, value, low, high, len(repetitions) or 1))
     return file.getvalue()
-
-
-def _figure(report: BenchReport, index: int, key: str, metric: Metric, scale: float) -> str:
-    """A cell: the figure, and its ratio to the baseline's."""
-    target = report.targets[index]
-    value = target.figures().get(key)
-    if value is None:
-        return "-"
-    ratio = ratio_text(report, target, key, metric)[0]
-    return f"{number_text(value / scale)} ({ratio})" if ratio else number_text(value / scale)
 
 
 def _check(result: GateResult) -> str:

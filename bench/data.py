@@ -74,7 +74,7 @@ def _records(source: str) -> Iterable[tuple[str, Mapping[str, Any]]]:
         return records(source)
     try:
         entries = json.loads(Path(source).read_bytes())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{source} cannot be read as JSON ({error})") from error
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
         raise InputError(f"{source} is no list of records", "A JSON array of objects was expected")

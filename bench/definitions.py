@@ -9,9 +9,9 @@ DEFINITIONS: dict[str, str] = {
     "sent to the last answered",
     "p50, p90, p95, p99": "percentiles over requests (ITL: over gaps), linearly interpolated between ranks",
     "goodput": "requests a second that meet every bound of --slo",
-    "repetitions": "figures are medians over repetitions of the same lengths with other text; intervals are 95 % of "
-    "their mean by Student's t; targets that took turns are compared by a paired t test, others by Welch's, both at "
-    "5 %",
+    "repetitions": "figures are medians over repetitions of the same lengths with other text (recorded conversations: "
+    "other ones, while there are any); intervals are 95 % of their mean by Student's t; targets that took turns are "
+    "compared by a paired t test, others by Welch's, both at 5 %",
     "MBU": "bytes a decode step must read (weights, and keys and values of the requests in flight) over the mean TPOT, "
     "as a share of the copy bandwidth that `llmkit doctor --peaks` measured; a copy also writes, so that reading alone "
     "may pass 100 %",
@@ -20,9 +20,9 @@ DEFINITIONS: dict[str, str] = {
     "GPU energy": "the GPUs' own counters over a run, idle power included, divided by output tokens",
     "cost": "--price-per-hour over the wall time, for a million output tokens, in the price's currency",
     "client": "processor time of the load client's thread over output tokens, and over the wall time",
-    "memory": "host: proportional set size of the server and its children, sampled between runs; with --offline what "
-    "loading and running the model added to the resident size of the process and its children, peaks between samples "
-    "included; GPU: what anyone uses of the devices, sampled between runs",
+    "memory": "host: proportional set size of the server and its children, sampled while it starts and between runs; "
+    "with --offline what loading and running the model added to the resident size of the process and its children, "
+    "peaks between samples included; GPU: what anyone uses of the devices, sampled between runs",
     "start": "from the command's start until the server's health is good, and until the first token of a prompt of 16 "
     "tokens that is sent then; stages are the server's own clock, what is left of the time is the rest. Warm and cold "
     "speak of the weights' files in the page cache; Python and the libraries are as the system has them",

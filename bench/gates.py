@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from llmkit.bench.metrics import SPEED_METRICS, STARTUP_METRICS, TARGET_METRICS, metric_named
 from llmkit.checkpoint.errors import UsageError
+from llmkit.checkpoint.text import nearest
 
 _OPERATORS: dict[str, Callable[[float, float], bool]] = {
     "<=": operator.le,
@@ -59,8 +60,8 @@ def parse_gate(text: str) -> Gate:
         )
     metric = match["metric"]
     if metric_named(metric) is None:
-        known = ", ".join([*TARGET_METRICS, *SPEED_METRICS, *STARTUP_METRICS, "task.NAME.METRIC"])
-        raise UsageError(f"gate {text!r} names no metric", f"Metrics are {known}")
+        known = [*TARGET_METRICS, *SPEED_METRICS, *STARTUP_METRICS, "task.NAME.METRIC"]
+        raise UsageError(f"gate {text!r} names no metric", nearest(metric.rpartition(".")[2], known, "Metrics are"))
     if match["number"] is not None:
         return Gate(text, metric, match["operator"], float(match["number"]))
     factor = float(match["before"] or 1) * float(match["after"] or 1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -54,7 +55,7 @@ def load_scenarios(load: Load) -> tuple[Scenario, ...]:
         return (_trace(load, load.trace),)
     if load.rates and (load.mode in ("latency", "throughput") or load.concurrency):
         raise UsageError(f"--rate does not go with --mode {load.mode} or --concurrency")
-    if min((*load.rates, *load.concurrency, load.burstiness, load.turns)) <= 0:
+    if not all(0 < number < math.inf for number in (*load.rates, *load.concurrency, load.burstiness, load.turns)):
         raise UsageError("rates, concurrencies, burstiness and turns are more than 0")
     if load.mode == "throughput":
         count = load.requests or 64
@@ -100,13 +101,13 @@ def read_trace(path: str) -> list[tuple[float, int, int]]:
         rows = sorted(
             (_seconds(record), int(_field(record, _PROMPTS)), int(_field(record, _OUTPUTS))) for record in records
         )
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise InputError(
             f"trace {path} cannot be read ({type(error).__name__}: {error})",
             "JSON lines or CSV with timestamp, input_length and output_length were expected",
         ) from error
-    if not rows or min(min(prompt, output) for _, prompt, output in rows) < 1:
-        raise InputError(f"trace {path} is empty, or has a request without tokens")
+    if not rows or any(min(prompt, output) < 1 or not math.isfinite(at_s) for at_s, prompt, output in rows):
+        raise InputError(f"trace {path} is empty, or has a request without tokens or without a time")
     return [(at_s - rows[0][0], prompt, output) for at_s, prompt, output in rows]
 
 

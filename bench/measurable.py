@@ -6,9 +6,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from llmkit.bench.gates import require_measured
-from llmkit.bench.metrics import CONDITIONAL, SPEED_METRICS, STARTUP, STARTUP_METRICS, TASK
-from llmkit.bench.quality import QUALITY
-from llmkit.bench.quality_url import BOUNDS, Asked
+from llmkit.bench.metrics import BOUNDS, CONDITIONAL, QUALITY, SPEED_METRICS, STARTUP, STARTUP_METRICS, TASK
+from llmkit.bench.quality_url import Asked
 from llmkit.bench.report import single_target
 from llmkit.bench.startup import STAGES, stage_name
 from llmkit.checkpoint.errors import UsageError
@@ -22,7 +21,7 @@ _CLIENT = ("client_us", "client_busy", "client_late_ms")
 
 def check_gates_can_be_measured(plan: Plan) -> None:
     """Refuse a gate before the work and not after it."""
-    for target in plan.subjects:
+    for target in [target for target in plan.targets if target.name != plan.baseline] or plan.targets:
         require_measured(plan.gates, measurable(plan, target), target.name)
     relative = [gate for gate in plan.gates if gate.of_baseline]
     if not relative:
@@ -52,7 +51,7 @@ def measurable(plan: Plan, target: Target) -> list[str]:
     if plan.options.speed and not plan.starts:
         if plan.sweeps:
             names += ("saturation_tps", "saturation_load")
-        if target.checkpoint and plan.gpu_energy:
+        if target.checkpoint and plan.gpus.energy_j() is not None:
             names += ("peak_gpu_bytes",)
         wanted = [name for name in SPEED_METRICS if name not in CONDITIONAL or _conditions(plan, target, name)]
         names += [f"{scenario.name}.{metric}" for scenario in plan.scenarios for metric in wanted]
@@ -102,5 +101,5 @@ def _conditions(plan: Plan, target: Target, metric: str) -> bool:
     if metric in ("mbu", "mfu"):
         return plan.counts(target)
     if metric in ("gpu_power_w", "energy_per_token_j"):
-        return target.checkpoint is not None and plan.gpu_energy
+        return target.checkpoint is not None and plan.gpus.energy_j() is not None
     return bool(plan.slo) if metric == "goodput" else plan.options.price_per_hour is not None

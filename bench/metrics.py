@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from statistics import fmean, median
@@ -53,12 +53,17 @@ class RequestTimeline:
     @property
     def tpot_s(self) -> float | None:
         """Time per output token after the first; None for a single token."""
-        return (self.e2e_s - self.ttft_s) / (self.output_tokens - 1) if self.output_tokens > 1 else None
+        return tpot(self.ttft_s, self.e2e_s, self.output_tokens)
 
     @property
     def gaps_s(self) -> list[float]:
         """Inter-token latencies: the gaps between arrivals."""
         return [later - earlier for earlier, later in pairwise(self.arrivals_s)]
+
+
+def tpot(ttft_s: float, e2e_s: float, output_tokens: int) -> float | None:
+    """Seconds per output token after the first; None for a single token."""
+    return (e2e_s - ttft_s) / (output_tokens - 1) if output_tokens > 1 else None
 
 
 @dataclass(frozen=True)
@@ -80,72 +85,68 @@ _LATENCIES = {
 _HEADLINE_LATENCIES = {"ttft_p50_ms", "ttft_p99_ms", "tpot_mean_ms", "itl_p99_ms", "e2e_p99_ms"}
 
 
-def _latency_metrics() -> list[Metric]:
-    metrics = []
+def _latency_metrics() -> Iterator[Metric]:
     for kind, title in _LATENCIES.items():
         for statistic in _STATISTICS:
             name = f"{kind}_{statistic}_ms"
-            metrics.append(Metric(name, f"{title}, {statistic}", "ms", "lower", name in _HEADLINE_LATENCIES))
-    return metrics
+            yield Metric(name, f"{title}, {statistic}", "ms", "lower", name in _HEADLINE_LATENCIES)
 
 
-SPEED_METRICS: dict[str, Metric] = {
-    metric.name: metric
-    for metric in (
-        Metric("output_tps", "output throughput", "tokens/s", "higher"),
-        Metric("total_tps", "prompt and output throughput", "tokens/s", "higher", headline=False),
-        Metric("request_rate", "request rate", "1/s", "higher"),
-        *_latency_metrics(),
-        Metric("goodput", "goodput", "1/s", "higher"),
-        Metric("mbu", "memory bandwidth used (MBU)", "share", "higher"),
-        Metric("mfu", "operations used (MFU)", "share", "higher"),
-        Metric("gpu_power_w", "GPU power", "W", "lower"),
-        Metric("energy_per_token_j", "GPU energy of an output token", "J", "lower"),
-        Metric("cost_per_million", "cost of a million output tokens", "", "lower"),
-        Metric("client_us", "client's time for a token", "us", "neither", headline=False),
-        Metric("client_busy", "client's share of a core", "share", "neither", headline=False),
-        Metric("client_late_ms", "client behind its schedule, p99", "ms", "neither", headline=False),
-        Metric("wall_s", "wall time", "s", "lower", headline=False),
-        Metric("requests", "requests", "", "neither", headline=False),
-        Metric("prompt_tokens", "prompt tokens", "tokens", "neither", headline=False),
-        Metric("cached_tokens", "prompt tokens from the cache", "tokens", "neither", headline=False),
-        Metric("output_tokens", "output tokens", "tokens", "neither", headline=False),
-    )
-}
+def _by_name(*metrics: Metric) -> dict[str, Metric]:
+    return {metric.name: metric for metric in metrics}
+
+
+SPEED_METRICS = _by_name(
+    Metric("output_tps", "output throughput", "tokens/s", "higher"),
+    Metric("total_tps", "prompt and output throughput", "tokens/s", "higher", headline=False),
+    Metric("request_rate", "request rate", "1/s", "higher"),
+    *_latency_metrics(),
+    Metric("goodput", "goodput", "1/s", "higher"),
+    Metric("mbu", "memory bandwidth used (MBU)", "share", "higher"),
+    Metric("mfu", "operations used (MFU)", "share", "higher"),
+    Metric("gpu_power_w", "GPU power", "W", "lower"),
+    Metric("energy_per_token_j", "GPU energy of an output token", "J", "lower"),
+    Metric("cost_per_million", "cost of a million output tokens", "", "lower"),
+    Metric("client_us", "client's time for a token", "us", "neither", headline=False),
+    Metric("client_busy", "client's share of a core", "share", "neither", headline=False),
+    Metric("client_late_ms", "client behind its schedule, p99", "ms", "neither", headline=False),
+    Metric("wall_s", "wall time", "s", "lower", headline=False),
+    Metric("requests", "requests", "", "neither", headline=False),
+    Metric("prompt_tokens", "prompt tokens", "tokens", "neither", headline=False),
+    Metric("cached_tokens", "prompt tokens from the cache", "tokens", "neither", headline=False),
+    Metric("output_tokens", "output tokens", "tokens", "neither", headline=False),
+)
 """Measured once for each scenario; a gate may say `online.output_tps` for one scenario alone."""
 
-TARGET_METRICS: dict[str, Metric] = {
-    metric.name: metric
-    for metric in (
-        Metric("perplexity", "perplexity", "", "lower"),
-        Metric("mean_kl", "KL divergence from baseline, mean", "nats/token", "lower"),
-        Metric("median_kl", "KL divergence from baseline, median", "nats/token", "lower"),
-        Metric("p99_kl", "KL divergence from baseline, p99", "nats/token", "lower"),
-        Metric("p999_kl", "KL divergence from baseline, p99.9", "nats/token", "lower"),
-        Metric("max_kl", "KL divergence from baseline, largest", "nats/token", "lower"),
-        Metric("top1", "same token as baseline", "share", "higher"),
-        Metric("mean_kl_bound", "KL divergence from baseline, mean, at least", "nats/token", "lower"),
-        Metric("p99_kl_bound", "KL divergence from baseline, p99, at least", "nats/token", "lower"),
-        Metric("max_kl_bound", "KL divergence from baseline, largest, at least", "nats/token", "lower"),
-        Metric("checkpoint_bytes", "checkpoint", "bytes", "lower"),
-        Metric("load_s", "loading the model", "s", "lower"),
-        Metric("ready_s", "from start to ready", "s", "lower"),
-        Metric("peak_memory_bytes", "peak host memory", "bytes", "lower"),
-        Metric("peak_gpu_bytes", "peak GPU memory", "bytes", "lower"),
-        Metric("saturation_tps", "output throughput at saturation", "tokens/s", "higher"),
-        Metric("saturation_load", "load at saturation", "", "higher"),
-    )
-}
+QUALITY = ("mean_kl", "median_kl", "p99_kl", "p999_kl", "max_kl", "top1")  # figures against a baseline
+BOUNDS = ("mean_kl_bound", "p99_kl_bound", "max_kl_bound", "top1")  # the same where one of the two is a server
+_KL = "KL divergence from baseline"
+TARGET_METRICS = _by_name(
+    Metric("perplexity", "perplexity", "", "lower"),
+    Metric("mean_kl", f"{_KL}, mean", "nats/token", "lower"),
+    Metric("median_kl", f"{_KL}, median", "nats/token", "lower"),
+    Metric("p99_kl", f"{_KL}, p99", "nats/token", "lower"),
+    Metric("p999_kl", f"{_KL}, p99.9", "nats/token", "lower"),
+    Metric("max_kl", f"{_KL}, largest", "nats/token", "lower"),
+    Metric("top1", "same token as baseline", "share", "higher"),
+    Metric("mean_kl_bound", f"{_KL}, mean, at least", "nats/token", "lower"),
+    Metric("p99_kl_bound", f"{_KL}, p99, at least", "nats/token", "lower"),
+    Metric("max_kl_bound", f"{_KL}, largest, at least", "nats/token", "lower"),
+    Metric("checkpoint_bytes", "checkpoint", "bytes", "lower"),
+    Metric("load_s", "loading the model", "s", "lower"),
+    Metric("ready_s", "from start to ready", "s", "lower"),
+    Metric("peak_memory_bytes", "peak host memory", "bytes", "lower"),
+    Metric("peak_gpu_bytes", "peak GPU memory", "bytes", "lower"),
+    Metric("saturation_tps", "output throughput at saturation", "tokens/s", "higher"),
+    Metric("saturation_load", "load at saturation", "", "higher"),
+)
 """Measured once for each target."""
 
-STARTUP_METRICS: dict[str, Metric] = {
-    metric.name: metric
-    for metric in (
-        Metric("ready_s", "from start to ready", "s", "lower"),
-        Metric("first_token_s", "from start to the first token", "s", "lower"),
-        Metric("cached_share", "weights in the page cache before", "share", "neither"),
-    )
-}
+STARTUP_METRICS = _by_name(
+    TARGET_METRICS["ready_s"],
+    Metric("first_token_s", "from start to the first token", "s", "lower"),
+    Metric("cached_share", "weights in the page cache before", "share", "neither"),
+)
 """Measured at each start of `--mode startup`, beside the stages that the server tells: `stage_building_s`."""
 
 STARTUP = "startup"  # the scenario of starts
@@ -179,7 +180,7 @@ def percentile(values: Sequence[float], percent: float) -> float:
     return ordered[low] + (ordered[high] - ordered[low]) * (rank - low)
 
 
-_SLO = re.compile(r"(ttft|tpot|e2e):([0-9.]+)(ms|s)")
+_SLO = re.compile(r"(ttft|tpot|e2e):([0-9]+\.?[0-9]*|\.[0-9]+)(ms|s)")
 
 
 def parse_slo(text: str) -> dict[str, float]:
@@ -187,15 +188,12 @@ def parse_slo(text: str) -> dict[str, float]:
     bounds = {}
     for part in "".join(text.split()).split(","):
         match = _SLO.fullmatch(part)
-        try:
-            bounds[match[1] if match else ""] = float(match[2] if match else "") / (
-                1000 if match and match[3] == "ms" else 1
-            )
-        except ValueError:
+        if match is None:
             raise UsageError(
                 f"--slo {text!r} is not understood at {part!r}",
                 "Something like ttft:200ms,tpot:50ms,e2e:2s was expected",
-            ) from None
+            )
+        bounds[match[1]] = float(match[2]) / (1000 if match[3] == "ms" else 1)
     return bounds
 
 

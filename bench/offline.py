@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
-import psutil
+import torch
 
+from llmkit.bench.memory import OwnMemory
 from llmkit.bench.metrics import RequestTimeline, Run
 from llmkit.bench.workload import WorkloadRequest, chains
 from llmkit.runtime.engine.engine import Engine
@@ -25,37 +25,26 @@ class _Progress:
     request: WorkloadRequest
     sent_s: float
     chain: deque[WorkloadRequest]  # what the same client sends next
-    late_s: float = 0.0
-    arrivals_s: list[float] = field(default_factory=list)
-    prompt_tokens: int = 0
-    cached_tokens: int = 0
-    output_tokens: int = 0
+    outputs: list[tuple[float, TokenOutput]] = field(default_factory=list)  # with the times of their steps
     error: str | None = None
-    finished: bool = False
-
-    def take(self, output: TokenOutput, now_s: float) -> None:
-        """Record what one step brought."""
-        if output.token_ids:
-            self.arrivals_s.append(now_s)
-            self.output_tokens += len(output.token_ids)
-        self.prompt_tokens, self.cached_tokens = output.prompt_tokens, output.cached_tokens
-        if output.finish_reason is not None:
-            self.finished = True
-            if output.finish_reason == "error":
-                self.error = output.error or "the engine failed"
-            elif self.output_tokens != self.request.max_tokens:
-                self.error = f"{self.output_tokens} tokens came, {self.request.max_tokens} were asked for"
 
     def timeline(self) -> RequestTimeline:
+        """What came of it, once it has ended."""
+        last = self.outputs[-1][1] if self.outputs else None
+        tokens = sum(len(output.token_ids) for _, output in self.outputs)
+        error = self.error
+        if last is not None and last.finish_reason == "error":
+            error = last.error or "the engine failed"
+        elif last is not None and tokens != self.request.max_tokens:
+            error = f"{tokens} tokens came, {self.request.max_tokens} were asked for"
         return RequestTimeline(
             self.request.id,
             self.sent_s,
-            tuple(self.arrivals_s),
-            self.prompt_tokens or len(self.request.prompt),
-            self.cached_tokens,
-            self.output_tokens,
-            self.error,
-            self.late_s,
+            tuple(at_s for at_s, output in self.outputs if output.token_ids),
+            last.prompt_tokens if last else len(self.request.prompt),
+            last.cached_tokens if last else 0,
+            tokens,
+            error,
         )
 
 
@@ -89,47 +78,17 @@ class OfflineTarget:
     def stop(self) -> dict[str, float]:
         """Let go of the model: peak_memory_bytes, what loading and running it added to this process."""
         self.engine = None
+        if self.options.device == "cuda":  # whoever plans its memory next sees what is given back only
+            gc.collect()
+            torch.cuda.empty_cache()
         return {"peak_memory_bytes": self._memory.peak} if self._memory.peak else {}
 
 
-class OwnMemory:
-    """What the resident memory of this process and its children, other ranks, has grown by within some stretches of
-    work, in bytes, and the most of it."""
-
-    def __init__(self) -> None:
-        self.kept, self.peak = 0, 0
-
-    @contextmanager
-    def counted(self) -> Iterator[None]:
-        """Count what is added within; what comes and goes too, where the kernel (Linux) lets its mark be set back."""
-        marked, before = _set_mark_back(), _resident()
-        yield
-        after, gone = _resident(), _mark() - psutil.Process().memory_info().rss if marked else 0
-        self.peak = max(self.peak, self.kept + after + max(0, gone) - before)
-        self.kept += after - before
-
-
-def _resident() -> int:
-    own = psutil.Process()
-    return sum(process.memory_info().rss for process in (own, *own.children(recursive=True)))
-
-
-def _set_mark_back() -> bool:
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return False
-    return True
-
-
-def _mark() -> int:
-    """The largest resident size since the mark was set back."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM:")), 0)
-
-
 def run_engine(engine: Engine, requests: Sequence[WorkloadRequest], clients: int) -> Run:
-    """Run the requests through an idle engine, `clients` conversations of them under way."""
+    """Run the requests through an idle engine, `clients` conversations of them under way.
+
+    A request with a time counts as sent then, also when the engine is in the middle of a step: it waits for its end.
+    """
     progress: dict[str, _Progress] = {}
     waiting = deque(deque(chain) for chain in chains(requests))
     running = 0
@@ -137,9 +96,9 @@ def run_engine(engine: Engine, requests: Sequence[WorkloadRequest], clients: int
 
     def add(chain: deque[WorkloadRequest]) -> None:
         nonlocal running
-        request, now = chain.popleft(), time.perf_counter()
-        late_s = 0.0 if request.at_s is None else now - started - request.at_s
-        entry = progress[request.id] = _Progress(request, now, chain, late_s)
+        request = chain.popleft()
+        sent_s = time.perf_counter() if request.at_s is None else started + request.at_s
+        entry = progress[request.id] = _Progress(request, sent_s, chain)
         sampling = SamplingParams(temperature=0.0, max_tokens=request.max_tokens, ignore_eos=True)
         try:
             engine.add(Request(request.id, list(request.prompt), sampling))
@@ -158,10 +117,11 @@ def run_engine(engine: Engine, requests: Sequence[WorkloadRequest], clients: int
         now = time.perf_counter()
         for output in outputs:
             entry = progress[output.request_id]
-            entry.take(output, now)
-            running -= entry.finished
-            if entry.finished and entry.chain:
-                add(entry.chain)
+            entry.outputs.append((now, output))
+            if output.finish_reason is not None:
+                running -= 1
+                if entry.chain:
+                    add(entry.chain)
     wall_s = time.perf_counter() - started
     never = "the request before it in its conversation failed"
     missing = {request.id: RequestTimeline(request.id, 0.0, error=never) for request in requests}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -29,7 +30,13 @@ class Outputs:
     summary: str | None = None
 
     def check(self) -> None:
-        """Raises UsageError for options that do not go together and ShortageError when PNGs cannot be made."""
+        """Before hours of measuring: UsageError for options that do not go together, ShortageError for what cannot be."""
+        for name in filter(None, (self.json, self.html, self.csv, self.charts, self.junit, self.summary)):
+            there = next(one for one in (Path(name).absolute(), *Path(name).absolute().parents) if one.exists())
+            directory = name == self.charts or there != Path(name).absolute()
+            if there.is_dir() != directory or not os.access(there, os.W_OK):
+                wanted = "directory" if directory else "file"
+                raise ShortageError(f"{name} cannot be written", f"{there} is no {wanted} that may be", "Choose another")
         if self.png and not self.charts:
             raise UsageError("--png writes beside the SVG files", "A directory was expected", "Give one with --charts")
         if self.png:

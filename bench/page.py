@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from llmkit.bench.chart import COLORS, latencies, legend, load_curves, pareto, starts, timeline
 from llmkit.bench.definitions import DEFINITIONS
-from llmkit.bench.tables import number_text, ratio_text, sections, spread_text, unit_of
+from llmkit.bench.tables import number_text, sections
 from llmkit.checkpoint.page import escaped, facts, figure, page, section, table
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ def _gates(report: BenchReport) -> str:
     if not report.gates:
         return ""
     failed = sum(not result.passed for result in report.gates)
-    verdict = f"{failed} of {len(report.gates)} checks failed" if failed else f"all {len(report.gates)} checks passed"
+    verdict = f"{failed} of {len(report.gates)} checks failed" if failed else "all checks passed"
     rows = [
         ("pass" if r.passed else "FAIL", r.gate, r.target, r.metric, number_text(r.value), number_text(r.limit))
         for r in sorted(report.gates, key=lambda result: result.passed)
@@ -91,21 +91,16 @@ def _figures(report: BenchReport) -> str:
     for target in report.targets:
         head += [target.name] + ([] if _is_base(report, target.name) else ["vs base"])
     parts = []
-    for title, keys in sections(report):
-        rows = []
-        for key, metric in keys:
-            values = [target.figures().get(key) for target in report.targets]
-            unit, scale = unit_of(metric, max(value for value in values if value is not None))
+    for title, rows in sections(report):
+        lines = []
+        for row in rows:
             cells = []
-            for target, value in zip(report.targets, values, strict=True):
-                cells.append("-" if value is None else number_text(value / scale) + spread_text(target, key, scale))
-                if not _is_base(report, target.name):
-                    cells.append(ratio_text(report, target, key, metric)[0])
-            rows.append((metric.title, unit, *cells))
-        if rows:
-            parts.append(
-                f"<h3>{escaped(title or 'Quality, size and start')}</h3>\n{table(head, rows, 'Figures', 'figures')}"
-            )
+            for target, cell in zip(report.targets, row.cells, strict=True):
+                cells += [cell.figure + cell.spread] + ([] if _is_base(report, target.name) else [cell.ratio])
+            lines.append((row.title, row.unit, *cells))
+        if lines:
+            shown = table(head, lines, "Figures", "figures")
+            parts.append(f"<h3>{escaped(title or 'Quality, size and start')}</h3>\n{shown}")
     words = (
         "± and ~ (a difference that is no more than chance) at 95 %, over repetitions. " if _repeated(report) else ""
     )

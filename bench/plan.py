@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 
+from llmkit.bench.costs import Costs
 from llmkit.bench.gates import Gate, parse_gate
 from llmkit.bench.gpu import Gpus
 from llmkit.bench.load import Server, find_server
@@ -69,6 +71,7 @@ class Target:
     spec: ModelSpec | None = None
     server: Server | None = None
     asked: Asked | None = None  # a server that tells of prompts
+    costs: Costs | None = None  # of a checkpoint's tokens, where `Plan.counts`; set before it starts
 
     @property
     def name(self) -> str:
@@ -95,7 +98,7 @@ class Plan:
     scenarios: tuple[Scenario, ...]
     slo: dict[str, float]  # seconds
     peaks: Peaks | None  # of the device, where they were measured
-    gpu_energy: bool  # whether the devices tell
+    gpus: Gpus  # none of them when the device is a CPU
     tasks: Tasks | None
     notes: list[str] = field(default_factory=list)
 
@@ -124,6 +127,11 @@ class Plan:
         """
         return self.device == "cpu" or len(self.checkpoints) < 2
 
+    def longest_request(self, target: Target) -> int | None:
+        """In tokens, of a load, where it is known."""
+        limits = (target.context_tokens, self.options.max_model_len if target.checkpoint else None)
+        return min((limit for limit in limits if limit is not None), default=None)
+
     def counts(self, target: Target) -> bool:
         """Whether what its tokens cost can be set against measured peaks: a whole checkpoint's can."""
         return self.peaks is not None and target.checkpoint is not None and target.checkpoint.layout is None
@@ -132,11 +140,6 @@ class Plan:
     def sweeps(self) -> bool:
         """Whether the scenarios are levels of a sweep, which may end early."""
         return self.options.load is not None and self.options.load.mode == "sweep"
-
-    @property
-    def subjects(self) -> list[Target]:
-        """The targets that gates are for: all but the baseline, or the only one."""
-        return [target for target in self.targets if target.name != self.baseline] or self.targets
 
 
 def make_plan(references: Sequence[str], options: BenchOptions) -> Plan:
@@ -161,7 +164,7 @@ def make_plan(references: Sequence[str], options: BenchOptions) -> Plan:
     if options.tasks and options.offline:
         raise UsageError("--tasks asks a server, and --offline has none", todo="Drop one of them")
     slo = parse_slo(options.slo) if options.slo else {}
-    if options.price_per_hour is not None and options.price_per_hour <= 0:
+    if options.price_per_hour is not None and not 0 < options.price_per_hour < math.inf:
         raise UsageError(f"a price of {options.price_per_hour:g} per hour makes no costs", "More than 0 was expected")
     gates = [parse_gate(text) for text in options.gates]
     device = resolve_device(options.device).type
@@ -179,9 +182,9 @@ def make_plan(references: Sequence[str], options: BenchOptions) -> Plan:
     baseline = SAVED if saved else targets[0].name if len(targets) > 1 else None
     if options.baseline in wanted:
         baseline = targets[wanted.index(options.baseline)].name
-    peaks, energy = known_peaks(device, dtype), device == "cuda" and Gpus().energy_j() is not None
+    peaks, gpus = known_peaks(device, dtype), Gpus(None if device == "cuda" else ())
     tasks = Tasks(options.tasks) if options.tasks else None
-    plan = Plan(options, targets, baseline, saved, gates, device, dtype, scenarios, slo, peaks, energy, tasks)
+    plan = Plan(options, targets, baseline, saved, gates, device, dtype, scenarios, slo, peaks, gpus, tasks)
     for target in targets:
         if options.quality and target.server and (way := way_to_ask(target.server)):
             target.asked = Asked(target.server, way)
@@ -210,10 +213,9 @@ def _open(reference: str, name: str, options: BenchOptions) -> Target:
 def _names(references: Sequence[str]) -> list[str]:
     """Column heads: short where that is unambiguous, else the references themselves."""
     short = [short_name(reference) for reference in references]
-    return [
-        name if short.count(name) == 1 and name != SAVED else reference
-        for name, reference in zip(short, references, strict=True)
-    ]
+    fits = {name for name in short if short.count(name) == 1 and name != SAVED}
+    names = [name if name in fits else reference for name, reference in zip(short, references, strict=True)]
+    return [f"./{name}" if name == SAVED else name for name in names]
 
 
 def _dtype(name: str, device: str) -> torch.dtype:

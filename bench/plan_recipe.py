@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from random import Random
 from typing import Any
 
@@ -144,6 +144,9 @@ class Planner:
         options = self.options(stage)
         assert isinstance(options, EngineOptions)
         model = self._model(stage.settings["model"])
+        if max(model.ranks) > 1:
+            tp, pp, ep = model.ranks
+            options = replace(options, tp=tp, pp=pp, ep=ep)
         plan = plan_engine(model.checkpoint, options)
         seconds = START_S[plan.device.type] + model.weight_bytes / estimate.READ
         return Estimate(stage.name, stage.run, False, _memory(plan), 0, seconds)
@@ -158,14 +161,9 @@ class Planner:
         for name in names:
             model = self._model(name)
             length = settings["max_model_len"]
-            options = EngineOptions(
-                device=settings["device"],
-                dtype=settings["dtype"],
-                max_model_len=None if length == "auto" else length,
-                tp=model.ranks[0],
-                pp=model.ranks[1],
-                ep=model.ranks[2],
-            )
+            length = None if length == "auto" else length
+            tp, pp, ep = model.ranks
+            options = EngineOptions(settings["device"], settings["dtype"], length, tp=tp, pp=pp, ep=ep)
             memory.append(_memory(plan_engine(model.checkpoint, options)))
             seconds += 2 * (START_S[device.type] + model.weight_bytes / estimate.READ)
             if settings["quality"]:

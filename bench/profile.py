@@ -22,6 +22,9 @@ from llmkit.runtime.engine.engine import Engine
 from llmkit.runtime.engine.types import Request, SamplingParams
 from llmkit.runtime.load import EngineOptions, load_engine
 
+LENGTH = 2048  # tokens of a request
+SPARE = 256  # of them, for the steps in which others' prompts are computed
+PROMPT = 512  # tokens of a prompt whose computing is profiled
 # The first group whose word is in an operator's name takes its time.
 GROUPS = {
     "attention": ("attention", "bmm", "softmax", "baddbmm"),
@@ -91,12 +94,12 @@ def _timed(engine: Engine, steps: int) -> float:
     return (time.perf_counter() - began) / steps * 1e3
 
 
-def busy_engine(model: str, options: EngineOptions, requests: int, context: int) -> Engine:
-    """An engine with so many requests, each with a prompt of `context` tokens of its own."""
+def busy_engine(model: str, options: EngineOptions, prompt_tokens: int, context: int, output: int) -> Engine:
+    """An engine with `prompt_tokens` of prompts, `context` each, and as many requests for `output` tokens."""
     engine = load_engine(model, options)
     generator = torch.Generator().manual_seed(0)
-    sampling = SamplingParams(temperature=0.0, max_tokens=200, ignore_eos=True)
-    for index in range(requests):
+    sampling = SamplingParams(temperature=0.0, max_tokens=output, ignore_eos=True)
+    for index in range(prompt_tokens // context):
         prompt = torch.randint(0, engine.model.spec.vocab, (context,), generator=generator).tolist()
         engine.add(Request(str(index), prompt, sampling))
     return engine
@@ -111,17 +114,21 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=20, help="decode steps that are averaged (default: 20)")
     parser.add_argument("--context", type=int, default=256, help="tokens of each prompt (default: 256)")
     arguments = parser.parse_args()
-    options = EngineOptions(dtype=arguments.dtype, device=arguments.device, prefix_cache=False, max_model_len=2048)
+    context, output = arguments.context, LENGTH - arguments.context
+    if min(arguments.steps, context) < 1 or output < 2 * arguments.steps + SPARE:
+        parser.error(f"--context and twice --steps are more than {LENGTH - SPARE} tokens, or less than 1")
+    options = EngineOptions(dtype=arguments.dtype, device=arguments.device, prefix_cache=False, max_model_len=LENGTH)
     results: dict[str, Any] = {"model": arguments.model, "torch": torch.__version__, "steps": {}}
     for batch in (1, 16, 32):
-        engine = busy_engine(arguments.model, options, batch, arguments.context)
+        engine = busy_engine(arguments.model, options, batch * context, context, output)
         while any(s.left > 1 for s in engine.scheduler.running) or engine.scheduler.waiting:
             engine.step()
         _timed(engine, 3)
         results["steps"][f"decode, batch {batch}"] = profiled(engine, arguments.steps)
-    engine = busy_engine(arguments.model, options, 16, engine.config.max_num_batched_tokens)
+    tokens = engine.config.max_num_batched_tokens
+    engine = busy_engine(arguments.model, options, 8 * tokens, PROMPT, 1)  # five steps are run
     _timed(engine, 1)
-    results["steps"][f"prefill, {engine.config.max_num_batched_tokens} tokens"] = profiled(engine, 2)
+    results["steps"][f"prefill, {tokens} tokens"] = profiled(engine, 2)
     for name, groups in results["steps"].items():
         whole = groups["whole step"]
         sys.stderr.write(f"{name}: {whole:.1f} ms\n")

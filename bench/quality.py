@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 
 import torch
 
+from llmkit.bench.metrics import QUALITY
 from llmkit.bench.quality_url import Asked, Told, score_told
 from llmkit.bench.whole import whole
 from llmkit.checkpoint.errors import InputError
@@ -28,7 +29,6 @@ from llmkit.quant.tokens import calibration_windows, evaluation_windows
 from llmkit.runtime.load import EngineOptions, plan_engine
 
 MIN_WINDOW = 16  # tokens; shorter ones say nothing of a model
-QUALITY = ("mean_kl", "median_kl", "p99_kl", "p999_kl", "max_kl", "top1")  # figures against a baseline
 
 
 @dataclass(frozen=True)

@@ -18,10 +18,10 @@ import aiohttp
 import torch
 
 from llmkit.bench.load import SILENCE_TIMEOUT_S, Server, error_text, open_session
+from llmkit.bench.metrics import BOUNDS
 from llmkit.checkpoint.errors import InputError, ShortageError
 
 TOP = 20  # tokens that are told of at each place: what servers allow without being asked to allow more
-BOUNDS = ("mean_kl_bound", "p99_kl_bound", "max_kl_bound", "top1")  # figures against a baseline
 _WAYS: dict[str, dict[str, Any]] = {"ids": {"prompt_logprobs": TOP}, "echo": {"echo": True, "logprobs": 1}}
 _LEAST = 1e-9  # probability of all tokens that are not told of: what rounding leaves of none
 

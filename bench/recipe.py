@@ -18,7 +18,7 @@ import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, create_model
 
 from llmkit.bench.gates import parse_gate, require_measured
-from llmkit.bench.metrics import SPEED_METRICS, STARTUP_METRICS, TARGET_METRICS, TASK
+from llmkit.bench.metrics import BOUNDS, QUALITY, SPEED_METRICS, STAGE, STARTUP, STARTUP_METRICS, TARGET_METRICS, TASK
 from llmkit.checkpoint.errors import InputError, UsageError
 from llmkit.checkpoint.text import nearest
 from llmkit.checkpoint.yaml_file import YamlFile
@@ -26,7 +26,7 @@ from llmkit.checkpoint.yaml_file import YamlFile
 GATE = "gate"
 MODEL = "model"  # the recipe's model, as a stage names it beside others
 RESERVED = (MODEL, "source", "state")  # no stage's name: gates have a "source", the work directory a state.json
-QUALITY = ("perplexity", "mean_kl", "p99_kl", "top1")  # what a quantize stage measures, and a bench of quality too
+QUANTIZED = ("perplexity", "mean_kl", "p99_kl", "top1")  # of quality, what gates on a quantize stage may name
 PACKAGE = "package:"  # a model reference: the .gguf file in an installed Python package
 Place = tuple[str | int, ...]  # keys and list indices from the root of the file
 Where = Callable[[Place], str]  # what a message says of a place: "recipe.yaml:12", or the --set that made it
@@ -202,16 +202,19 @@ def _check_measured(recipe: Recipe, stage: Stage, where: Where) -> None:
     judged = recipe.stages[stage.settings["of"]]
     said = judged.settings
     if judged.run == "quantize":
-        names = [*(QUALITY if said["eval"] else ()), "checkpoint_bytes"]
+        names = [*(QUANTIZED if said["eval"] else ()), "checkpoint_bytes"]
     else:
-        names = [name for name in TARGET_METRICS if said["quality"] or name not in QUALITY]
+        names = [n for n in TARGET_METRICS if said["quality"] or n not in ("perplexity", *QUALITY, *BOUNDS)]
         names += [*SPEED_METRICS, *STARTUP_METRICS] if said["speed"] else ()
     for index, text in enumerate(stage.settings["gates"]):
         gate = parse_gate(text)
+        metric = gate.metric.rpartition(".")[2]
         if gate.metric.startswith(TASK) and said.get("tasks"):
             continue  # which figures a task has is known to the harness only
+        if metric.startswith(STAGE) and said.get("speed") and said.get("mode") == STARTUP:
+            continue  # which stages a start has is known to the server only
         try:
-            require_measured([replace(gate, metric=gate.metric.rpartition(".")[2])], names, f"stage {judged.name}")
+            require_measured([replace(gate, metric=metric)], names, f"stage {judged.name}")
         except UsageError as error:
             at = where(("stages", stage.name, "gates", index))
             raise UsageError(f"{at}: {error.what}", error.expected, error.todo) from error

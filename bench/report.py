@@ -9,15 +9,19 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from pydantic import TypeAdapter, ValidationError
+
 from llmkit.bench.definitions import DEFINITIONS
-from llmkit.bench.gates import GateResult
+from llmkit.bench.gates import Gate, GateResult, check_gates
 from llmkit.bench.intervals import ERROR, Z, differ, interval
+from llmkit.bench.metrics import tpot
 from llmkit.checkpoint.errors import GateError, InputError
 
 if TYPE_CHECKING:
     from rich.console import Group
 
 FORMAT_VERSION = 1
+Figures = dict[str, int | float]
 
 
 class RequestFigures(NamedTuple):
@@ -30,6 +34,11 @@ class RequestFigures(NamedTuple):
     cached_tokens: int
     output_tokens: int
 
+    @property
+    def tpot_s(self) -> float | None:
+        """Time per output token after the first; None for a single token."""
+        return tpot(self.ttft_s, self.e2e_s, self.output_tokens)
+
 
 @dataclass
 class TargetReport:
@@ -38,9 +47,9 @@ class TargetReport:
     name: str  # unique in a report
     reference: str  # as the user gave it
     kind: str  # "offline", "served", "url", or "checkpoint" when no speed was measured
-    metrics: dict[str, float] = field(default_factory=dict)
-    scenarios: dict[str, dict[str, float]] = field(default_factory=dict)  # medians over the rounds
-    rounds: dict[str, list[dict[str, float]]] = field(default_factory=dict)  # what the medians are of
+    metrics: Figures = field(default_factory=dict)
+    scenarios: dict[str, Figures] = field(default_factory=dict)  # medians over the rounds
+    rounds: dict[str, list[Figures]] = field(default_factory=dict)  # what the medians are of
     requests: dict[str, list[RequestFigures]] = field(default_factory=dict)  # those of the last round
     absent: dict[str, str] = field(default_factory=dict)  # figures that there are not, several a key, and why
 
@@ -89,6 +98,11 @@ class BenchReport:
         ours, base = target.repetitions(key), other.repetitions(key)
         return differ(ours, base, paired=not self.joined)
 
+    def judge(self, gates: Sequence[Gate]) -> None:
+        """Check the gates on the targets under test, in the place of any others. Raises as `check_gates` does."""
+        base = self.target(self.baseline).figures() if self.baseline else None
+        self.gates = check_gates(gates, {target.name: target.figures() for target in self.subjects()}, base)
+
     def require_gates(self) -> None:
         """Raises GateError, which names every figure that is worse than its gate allows."""
         failed = [result for result in self.gates if not result.passed]
@@ -112,28 +126,17 @@ class BenchReport:
                 raise InputError(
                     f"the report has format version {document['format_version']}", f"Version {FORMAT_VERSION} is read"
                 )
-            report = BenchReport(
-                targets=[_target(entry) for entry in document["targets"]],
-                baseline=document["baseline"],
-                environment=dict(document["environment"]),
-                command=str(document["command"]),
-                workload=dict(document["workload"]),
-                evaluation=dict(document["evaluation"]),
-                tasks=dict(document.get("tasks", {})),
-                gates=[
-                    GateResult(**{**entry, "value": float(entry["value"]), "limit": float(entry["limit"])})
-                    for entry in document["gates"]
-                ],
-                notes=[str(note) for note in document["notes"]],
-                joined=bool(document.get("joined")),
-            )
+            report = TypeAdapter(BenchReport).validate_python(dict(document))
             names = [target.name for target in report.targets]
             if not names or len(set(names)) < len(names) or report.baseline not in {None, *names}:
                 raise ValueError(f"targets {names}, baseline {report.baseline}")
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError) as error:
+            told = f"{type(error).__name__}: {error}"
+            if isinstance(error, ValidationError):
+                first = error.errors()[0]
+                told = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
             raise InputError(
-                f"this is no report of llmkit bench ({type(error).__name__}: {error})",
-                todo="Write one with `llmkit bench --json`",
+                f"this is no report of llmkit bench ({told})", todo="Write one with `llmkit bench --json`"
             ) from error
         return report
 
@@ -210,26 +213,6 @@ def differences(a: BenchReport, b: BenchReport) -> list[str]:
     if a.workload and b.workload:
         notes.append("measured at different times: on a machine that others share, trust one run of bench with both")
     return notes
-
-
-def _target(entry: Mapping[str, Any]) -> TargetReport:
-    return TargetReport(
-        name=str(entry["name"]),
-        reference=str(entry["reference"]),
-        kind=str(entry["kind"]),
-        metrics=_floats(entry["metrics"]),
-        scenarios={str(name): _floats(figures) for name, figures in entry["scenarios"].items()},
-        rounds={str(name): [_floats(figures) for figures in rounds] for name, rounds in entry["rounds"].items()},
-        requests={
-            str(name): [RequestFigures(*one) for one in requests]
-            for name, requests in entry.get("requests", {}).items()
-        },
-        absent={str(name): str(why) for name, why in entry.get("absent", {}).items()},
-    )
-
-
-def _floats(figures: Mapping[str, Any]) -> dict[str, float]:
-    return {str(name): value if isinstance(value, int) else float(value) for name, value in figures.items()}
 
 
 def _encode(value: Any) -> Any:

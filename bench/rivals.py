@@ -26,6 +26,7 @@ from llmkit.runtime.engine.engine import Engine
 from llmkit.runtime.engine.types import EngineConfig, SamplingParams
 
 Prompts = list[list[int]]
+SIZES = ("page_size", "block_size")  # tokens of a block, as transformers calls them now and did before 5.18
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,8 @@ def transformers(work: Workload) -> Callable[[Prompts], int]:
     settings = None
     if work.device == "cpu":  # whose memory it would fill
         blocks = work.requests * (1 + -(-(work.prompt + work.output) // 256))
-        settings = ContinuousBatchingConfig(page_size=256, num_blocks=blocks, max_batch_tokens=512)
+        size: dict[str, Any] = {next(name for name in SIZES if hasattr(ContinuousBatchingConfig, name)): 256}
+        settings = ContinuousBatchingConfig(num_blocks=blocks, max_batch_tokens=512, **size)
 
     def run(prompts: Prompts) -> int:
         answers = model.generate_batch(prompts, generation, settings, persistent_manager=True)
@@ -130,6 +132,7 @@ def measure_apart(engine: str, work: Workload, timeout_s: float) -> dict[str, An
     except subprocess.TimeoutExpired:
         return {"failed": f"it took more than {timeout_s:.0f} s"}
     if done.returncode:
+        sys.stderr.write(done.stderr[-4000:])
         return {"failed": (done.stderr.strip().splitlines() or ["without a word"])[-1]}
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found

@@ -21,9 +21,9 @@ from typing import Any
 import torch
 
 from llmkit.bench.environment import describe_environment
-from llmkit.bench.gates import GateResult, check_gates, parse_gate
+from llmkit.bench.gates import GateResult, parse_gate
 from llmkit.bench.outputs import Outputs
-from llmkit.bench.recipe import GATE, MODEL, QUALITY, Kind, Recipe, Stage, model_path
+from llmkit.bench.recipe import GATE, MODEL, QUANTIZED, Kind, Recipe, Stage, model_path
 from llmkit.bench.report import BenchReport, TargetReport, read_report
 from llmkit.checkpoint.errors import InputError, LlmkitError, OutputError
 from llmkit.checkpoint.files import load_json, locate
@@ -219,9 +219,7 @@ def judge(work: Work, stage: Stage) -> BenchReport:
     path = work.output(judged)
     assert path is not None
     report = read_report(path) if judged.run == "bench" else _quantize_report(judged.name, path)
-    figures = {target.name: target.figures() for target in report.subjects()}
-    base = report.target(report.baseline).figures() if report.baseline else None
-    report.gates = check_gates([parse_gate(text) for text in stage.settings["gates"]], figures, base)
+    report.judge([parse_gate(text) for text in stage.settings["gates"]])
     return report
 
 
@@ -229,16 +227,16 @@ def _quantize_report(name: str, path: Path) -> BenchReport:
     """What `llmkit quantize` found, as a bench report: the source is the baseline."""
     document = load_json(path / QUANTIZE_REPORT)
     quality, sizes = document["quality"] or {}, document["sizes"]
-    before = {"perplexity": quality.get("reference_perplexity"), "checkpoint_bytes": sizes["source_bytes"]}
-    after = {"checkpoint_bytes": sizes["checkpoint_bytes"], **{metric: quality.get(metric) for metric in QUALITY}}
+    before: dict[str, Any] = {"checkpoint_bytes": sizes["source_bytes"]}
+    after: dict[str, Any] = {"checkpoint_bytes": sizes["checkpoint_bytes"]}
+    if quality:
+        before["perplexity"] = quality["reference_perplexity"]
+        after |= {metric: quality[metric] for metric in QUANTIZED}
 
-    def target(called: str, reference: str, figures: Mapping[str, float | None]) -> TargetReport:
+    def target(called: str, reference: str, figures: Mapping[str, Any]) -> TargetReport:
         known = {metric: math.nan if value is None else value for metric, value in figures.items()}
         return TargetReport(called, reference, "checkpoint", known)
 
-    if not quality:
-        before.pop("perplexity")
-        after = {"checkpoint_bytes": after["checkpoint_bytes"]}
     targets = [target("source", document["source"], before), target(name, str(path), after)]
     return BenchReport(targets, baseline="source", command=document["command_line"])
 

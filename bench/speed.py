@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from llmkit.bench.costs import Costs, count_costs, utilization
-from llmkit.bench.gpu import Gpus, energy_figures
+from llmkit.bench.costs import count_costs, utilization
+from llmkit.bench.gpu import energy_figures
 from llmkit.bench.loads import saturated
 from llmkit.bench.metrics import STARTUP, Run, client_figures, medians, require_complete, summarize
 from llmkit.bench.offline import OfflineTarget
@@ -40,6 +41,9 @@ def measure_starts(plan: Plan, progress: Progress) -> None:
 
 def measure_running(plan: Plan, workload: Workload | None, report: BenchReport, progress: Progress) -> None:
     """What takes targets that run: speed, then tasks. On a GPU each checkpoint has it to itself."""
+    for target in plan.targets if workload else ():
+        if plan.counts(target) and target.checkpoint and target.spec:  # while there is room: servers take all they can
+            target.costs = count_costs(target.checkpoint, target.spec, plan.dtype, plan.device)
     for group in [plan.targets] if plan.together else [[target] for target in plan.targets]:
         with _started(plan, group, progress) as running:
             if workload:
@@ -58,8 +62,6 @@ def _measure_speed(
     plan: Plan, workload: Workload, running: list[tuple[Target, SpeedTarget]], progress: Progress
 ) -> None:
     """Each scenario and round with each target in turn, in reverse order on odd rounds."""
-    gpus = Gpus() if plan.device == "cuda" else Gpus(())
-    counted = _costs(plan)
     progress.start("speed", len(running) * len(workload.rounds) * len(workload.scenarios), "runs")
     for target, speed in running:
         if speed.context_tokens is not None:
@@ -70,7 +72,7 @@ def _measure_speed(
     for scenario in workload.scenarios:
         for number, requests in enumerate(workload.rounds):
             for target, speed in left if number % 2 == 0 else left[::-1]:
-                _measure_run(plan, target, speed, scenario, requests[scenario.name], gpus, counted)
+                _measure_run(plan, target, speed, scenario, requests[scenario.name])
                 progress.advance(1, f"{scenario.name}, {target.name}")
         for target, _ in left:
             report = target.report
@@ -84,27 +86,21 @@ def _measure_speed(
 
 
 def _measure_run(
-    plan: Plan,
-    target: Target,
-    speed: SpeedTarget,
-    scenario: Scenario,
-    requests: Sequence[WorkloadRequest],
-    gpus: Gpus,
-    counted: dict[str, Costs],
+    plan: Plan, target: Target, speed: SpeedTarget, scenario: Scenario, requests: Sequence[WorkloadRequest]
 ) -> None:
     """One run of a scenario; its figures go into the target's report."""
-    before = gpus.energy_j()
+    before, began = plan.gpus.energy_j(), time.perf_counter()
     run = speed.run(requests, scenario.clients)
-    after = gpus.energy_j()
+    after, read_after_s = plan.gpus.energy_j(), time.perf_counter() - began
     require_complete(run.timelines, target.name, scenario.name)
     figures = summarize(run.timelines, run.wall_s, plan.slo) | client_figures(run)
     if plan.options.price_per_hour is not None:
         figures["cost_per_million"] = plan.options.price_per_hour / 3600 * 1e6 / figures["output_tps"]
-    if target.name in counted and plan.peaks is not None:
-        figures |= utilization(counted[target.name], plan.peaks, run.timelines, run.wall_s)
+    if target.costs and plan.peaks:
+        figures |= utilization(target.costs, plan.peaks, run.timelines, run.wall_s)
     if target.checkpoint is not None:
-        figures |= energy_figures(before, after, run.wall_s, int(figures["output_tokens"]))
-        if (used := gpus.memory_bytes()) is not None:
+        figures |= energy_figures(before, after, read_after_s, int(figures["output_tokens"]))
+        if (used := plan.gpus.memory_bytes()) is not None:
             metrics = target.report.metrics
             metrics["peak_gpu_bytes"] = max(metrics.get("peak_gpu_bytes", 0.0), used)
     target.report.rounds.setdefault(scenario.name, []).append(figures)
@@ -126,15 +122,6 @@ def _saturation(target: Target, scenarios: Sequence[Scenario]) -> None:
     best = max(measured, key=lambda scenario: target.report.scenarios[scenario.name]["output_tps"])
     target.report.metrics["saturation_tps"] = target.report.scenarios[best.name]["output_tps"]
     target.report.metrics["saturation_load"] = best.load
-
-
-def _costs(plan: Plan) -> dict[str, Costs]:
-    """What tokens cost the checkpoints, by target, where that can be set against measured peaks."""
-    return {
-        target.name: count_costs(target.checkpoint, target.spec, plan.dtype, plan.device)
-        for target in plan.targets
-        if target.checkpoint and target.spec and plan.counts(target)
-    }
 
 
 @contextlib.contextmanager

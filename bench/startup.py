@@ -23,9 +23,8 @@ def measure_start(speed: ServedTarget, checkpoint: Checkpoint, page_cache: str) 
 
     page_cache: of STATES. Raises what the server ended with, and as `prepare` does.
     """
-    share = prepare([checkpoint.folder / name for name in checkpoint.weight_files], page_cache)
-    peak = 0.0
     try:
+        share = prepare([checkpoint.folder / name for name in checkpoint.weight_files], page_cache)
         ready_s = speed.start()["ready_s"]
         run = speed.run([FIRST], 1)
         require_complete(run.timelines, speed.name, STARTUP)

@@ -12,7 +12,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import product
 from typing import Any
 
@@ -183,7 +183,7 @@ def measure(
 
 
 def saturated(model: Decoder, requests: int, prompt: int, output: int, kv_dtype: str | None = None) -> float:
-    """Output tokens a second of an engine with so many requests at once, all of one length."""
+    """Output tokens a second of an engine with so many requests at once, all of one length, once it is warm."""
     longest = prompt + output
     config = EngineConfig(
         longest, requests * -(-longest // BLOCK), model.device, model.dtype, max_num_seqs=requests, block_size=BLOCK,
@@ -192,6 +192,7 @@ def saturated(model: Decoder, requests: int, prompt: int, output: int, kv_dtype:
     engine = Engine(model, config, ())
     sampling = SamplingParams(temperature=0.0, max_tokens=output, ignore_eos=True)
     prompts = torch.randint(0, model.spec.vocab, (requests, prompt)).tolist()
+    engine.generate(prompts, replace(sampling, max_tokens=2))  # compiles, and makes the graphs
     began = time.perf_counter()
     answers = engine.generate(prompts, sampling)
     return sum(map(len, answers)) / (time.perf_counter() - began)
@@ -241,7 +242,7 @@ def _bytes_read(model: Decoder, tokens: int) -> float:
 
 
 def main() -> int:
-    """Measure every shape that was asked for; a table on stderr, JSON on stdout."""
+    """Measure every shape that was asked for; a table on stderr, JSON on stdout. Exit code 1 if one failed."""
     parser = argparse.ArgumentParser(prog="python -m llmkit.bench.steps", description=main.__doc__)
     parser.add_argument("--models", nargs="+", default=list(SHAPES), choices=list(SHAPES), metavar="NAME")
     parser.add_argument("--weights", nargs="+", default=["bf16"], choices=list(WEIGHTS), help="default: bf16")
@@ -253,7 +254,7 @@ def main() -> int:
     arguments = parser.parse_args()
     device, dtype = torch.device(arguments.device), getattr(torch, arguments.dtype)
     bandwidth = copy_bandwidth(device)
-    rows, rates = [], []
+    rows, rates, failed = [], [], list[str]()
     for name, weights in product(arguments.models, arguments.weights):
         if weights != "bf16" and "num_experts" in SHAPES[name]:  # experts stay dense
             continue
@@ -263,7 +264,12 @@ def main() -> int:
         if weights == "fp8":
             shapes.append((128, 1, 1024, "fp8"))
         for sequences, new, context, kv_dtype in shapes:
-            row = measure(name, weights, model, sequences, new, context, bandwidth, kv_dtype)
+            try:
+                row = measure(name, weights, model, sequences, new, context, bandwidth, kv_dtype)
+            except Exception as error:  # the others are worth their time all the same
+                failed.append(f"{name}, {weights}, {sequences} x {new} of {context}: {type(error).__name__}: {error}")
+                sys.stderr.write(f"failed: {failed[-1]}\n")
+                continue
             rows.append(row)
             rate = row.tokens / row.step_ms * 1e3
             sys.stderr.write(
@@ -282,9 +288,10 @@ def main() -> int:
         "copy_bandwidth_bytes_per_s": bandwidth,
         "steps": [asdict(row) for row in rows],
         "saturated": rates,
+        "failed": failed,
     }
     sys.stdout.write(json.dumps(figures, indent=1) + "\n")
-    return 0
+    return bool(failed)
 
 
 if __name__ == "__main__":

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, NamedTuple
 
 from rich.console import Group
 from rich.markup import escape
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from llmkit.bench.report import BenchReport, TargetReport
 
 _ALIKE = 0.02  # ratios this close to one are not coloured
+_ORDER = {name: place for place, name in enumerate(SPEED_METRICS)}  # others come after them
 
 
 def render(report: BenchReport) -> Group:
@@ -34,22 +35,17 @@ def figure_table(report: BenchReport) -> Table:
         table.add_column(escape(target.name), justify="right", overflow="fold")
         if report.baseline and target.name != report.baseline:
             table.add_column("vs base", justify="right")
-    figures = [target.figures() for target in report.targets]
     for title, rows in sections(report):
         table.add_section()
         if title:
             table.add_row(f"[bold]{escape(title)}[/bold]")
-        for key, metric in rows:
-            unit, scale = unit_of(metric, max(values[key] for values in figures if key in values))
+        for row in rows:
             cells = []
-            for target, values in zip(report.targets, figures, strict=True):
-                cells.append(
-                    f"{number_text(values[key] / scale)}{spread_text(target, key, scale)}" if key in values else "-"
-                )
+            for target, cell in zip(report.targets, row.cells, strict=True):
+                cells.append(cell.figure + cell.spread)
                 if report.baseline and target.name != report.baseline:
-                    ratio, color = ratio_text(report, target, key, metric)
-                    cells.append(f"[{color}]{ratio}[/{color}]" if color else ratio)
-            table.add_row(metric.title, unit, *cells)
+                    cells.append(f"[{cell.color}]{cell.ratio}[/{cell.color}]" if cell.color else cell.ratio)
+            table.add_row(row.title, row.unit, *cells)
     return table
 
 
@@ -65,23 +61,51 @@ def gate_table(report: BenchReport) -> Table:
     return table
 
 
-def sections(report: BenchReport) -> Iterator[tuple[str, list[tuple[str, Metric]]]]:
+class Cell(NamedTuple):
+    """A target's figure as text."""
+
+    figure: str = "-"
+    spread: str = ""  # half the width of its confidence interval
+    ratio: str = ""  # to the baseline's
+    color: str = ""  # "green" or "red" where that is better or worse
+
+
+class Row(NamedTuple):
+    """A metric, with a cell for each target."""
+
+    title: str
+    unit: str
+    cells: list[Cell]
+
+
+def sections(report: BenchReport) -> Iterator[tuple[str, list[Row]]]:
     """Headline figures that some target has: first those of the targets, then scenario by scenario."""
     present = {key for target in report.targets for key in target.figures()}
     tasks = sorted(key for key in present if key.startswith(TASK) and not key.endswith(ERROR))
-    yield (
-        "",
-        [(name, metric) for name in (*TARGET_METRICS, *tasks) if name in present and (metric := metric_named(name))],
-    )
+    yield "", _rows(report, [name for name in (*TARGET_METRICS, *tasks) if name in present])
     for scenario in dict.fromkeys(name for target in report.targets for name in target.scenarios):
         found = dict.fromkeys(name for target in report.targets for name in target.scenarios.get(scenario, ()))
-        names = [
-            *(name for name in SPEED_METRICS if name in found),
-            *(name for name in found if name not in SPEED_METRICS),
-        ]
-        named = [(f"{scenario}.{name}", metric_named(f"{scenario}.{name}")) for name in names]
-        rows = [(key, metric) for key, metric in named if metric and metric.headline]
-        yield f"{scenario}{_shape(report, scenario)}", rows
+        names = sorted(found, key=lambda name: _ORDER.get(name, len(_ORDER)))
+        yield f"{scenario}{_shape(report, scenario)}", _rows(report, [f"{scenario}.{name}" for name in names])
+
+
+def _rows(report: BenchReport, keys: Iterable[str]) -> list[Row]:
+    figures = [target.figures() for target in report.targets]
+    rows = []
+    for key in keys:
+        metric = metric_named(key)
+        if metric and metric.headline:
+            unit, scale = _unit(metric, max(values[key] for values in figures if key in values))
+            rows.append(Row(metric.title, unit, [_cell(report, one, key, metric, scale) for one in report.targets]))
+    return rows
+
+
+def _cell(report: BenchReport, target: TargetReport, key: str, metric: Metric, scale: float) -> Cell:
+    value = target.figures().get(key)
+    if value is None:
+        return Cell()
+    ratio, color = _ratio(report, target, key, metric)
+    return Cell(number_text(value / scale), spread_text(target, key, scale), ratio, color)
 
 
 def _shape(report: BenchReport, scenario: str) -> str:
@@ -109,7 +133,7 @@ def _caption(report: BenchReport) -> str:
     return escape("; ".join(parts))
 
 
-def unit_of(metric: Metric, largest: float) -> tuple[str, float]:
+def _unit(metric: Metric, largest: float) -> tuple[str, float]:
     """The unit a row is shown in, and how many stored units it is."""
     if metric.unit == "bytes":
         return ("GiB", 2.0**30) if largest >= 2**30 else ("MiB", 2.0**20)
@@ -123,7 +147,7 @@ def number_text(value: float) -> str:
     return f"{value:,.0f}" if math.isfinite(value) and abs(value) >= 1000 else f"{value:.4g}"
 
 
-def ratio_text(report: BenchReport, target: TargetReport, key: str, metric: Metric) -> tuple[str, str]:
+def _ratio(report: BenchReport, target: TargetReport, key: str, metric: Metric) -> tuple[str, str]:
     """How many times the baseline's figure, and "green", "red" or "" for better, worse or neither.
 
     Blank where it says nothing; "~" before a difference that repetitions show to be no more than chance.

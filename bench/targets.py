@@ -12,12 +12,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
 
 import psutil
 
 from llmkit.bench.load import Server, find_server, run_load
+from llmkit.bench.memory import family, memory_bytes
 from llmkit.bench.metrics import Run
 from llmkit.bench.workload import WorkloadRequest
 from llmkit.checkpoint.errors import GateError, InputError, LlmkitError, OutputError, ShortageError, UsageError
@@ -44,15 +46,17 @@ class SpeedTarget(Protocol):
 
     def start(self) -> dict[str, float]:
         """Make it ready; the figures of TARGET_METRICS that starting shows."""
+        return {}
 
     def run(self, requests: Sequence[WorkloadRequest], clients: int) -> Run:
         """Answer the requests, `clients` conversations at a time, each request at its time."""
 
     def stop(self) -> dict[str, float]:
         """Give back what `start` took; the figures of TARGET_METRICS that are known only now."""
+        return {}
 
 
-class UrlTarget:
+class UrlTarget(SpeedTarget):
     """A server somebody else started. It was asked for its models once already, so it can be reached."""
 
     def __init__(self, name: str, server: Server) -> None:
@@ -63,17 +67,9 @@ class UrlTarget:
         """What its model list says, if anything."""
         return self.server.context_tokens
 
-    def start(self) -> dict[str, float]:
-        """Nothing to do."""
-        return {}
-
     def run(self, requests: Sequence[WorkloadRequest], clients: int) -> Run:
         """See `SpeedTarget.run`."""
         return run_load(self.server, requests, clients)
-
-    def stop(self) -> dict[str, float]:
-        """Nothing to do."""
-        return {}
 
 
 class ServedTarget:
@@ -101,8 +97,9 @@ class ServedTarget:
         return [*command, "--port", str(port), "--json", *self.options]
 
     def environment(self) -> dict[str, str]:
-        """The server's: the key is for the servers of others, and the settings file may be that of `bench`."""
-        return {k: v for k, v in os.environ.items() if k not in (API_KEY_VARIABLE, "LLMKIT_CONFIG")}
+        """The server's: keys are for the servers of others, and what follows would make it no plain server here."""
+        left_out = (API_KEY_VARIABLE, "LLMKIT_CONFIG", "LLMKIT_SSL_", "LLMKIT_GRPC_PORT")
+        return {name: value for name, value in os.environ.items() if not name.startswith(left_out)}
 
     def start(self) -> dict[str, float]:
         """Start the server and wait until it is healthy: ready_s.
@@ -143,7 +140,7 @@ class ServedTarget:
     def stop(self) -> dict[str, float]:
         """Stop the server, by force only when it does not stop itself: peak_memory_bytes."""
         if self._process is not None:
-            family = _family(self._process.pid)
+            members = family(self._process.pid)
             if self._process.poll() is None:
                 self._process.send_signal(signal.SIGTERM)
             try:
@@ -151,8 +148,8 @@ class ServedTarget:
             except subprocess.TimeoutExpired:
                 self._process.kill()
                 self._process.wait()
-            for orphan in family:
-                if orphan.is_running():  # compares start times: a reused process id is left alone
+            for orphan in members:
+                with suppress(psutil.NoSuchProcess):  # so is a process id that another has by now
                     orphan.kill()
             self._process = None
         self._log.close()
@@ -177,31 +174,9 @@ class ServedTarget:
         self._log.seek(0)
         lines = [line.strip() for line in self._log.read().decode("utf-8", "replace").splitlines() if line.strip()]
         told = [line for line in lines if line.startswith("llmkit serve: error: ")]
-        reason = told[-1].removeprefix("llmkit serve: error: ") if told else f"{lines[-1] if lines else 'no output'}"
+        reason = told[-1].removeprefix("llmkit serve: error: ") if told else lines[-1] if lines else "no output"
         error = _EXIT_ERRORS.get(code, LlmkitError)
         return error(f"the server of {self.name} ended with code {code}: {reason}")
-
-
-def memory_bytes(pid: int) -> int:
-    """Host memory of a process and its descendants: proportional set size, resident size where there is none."""
-    total = 0
-    for process in _family(pid):
-        try:
-            info = process.memory_full_info()
-            total += getattr(info, "pss", info.rss)
-        except psutil.AccessDenied:
-            total += process.memory_info().rss
-        except psutil.NoSuchProcess:
-            continue
-    return total
-
-
-def _family(pid: int) -> list[psutil.Process]:
-    try:
-        process = psutil.Process(pid)
-        return [process, *process.children(recursive=True)]
-    except psutil.NoSuchProcess:
-        return []
 
 
 def _free_port() -> int:

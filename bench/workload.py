@@ -1,7 +1,8 @@
 """What is asked of every target: scenarios of fixed lengths, cut from a text or taken from recorded conversations.
 
 A scenario's requests depend on the data, the tokenizer, the seed, the round and the scenario's name only. Rounds repeat
-the lengths with other text, so that a repetition is the same work and never an accidental prefix-cache hit.
+the lengths with other text, so that a repetition is the same work and never an accidental prefix-cache hit; of recorded
+conversations they take others, as long as there are any.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ class Scenario:
     lengths: Callable[[Random], Lengths]
     mix: str  # scenarios of one mix draw the same lengths
     common: int = 0
-    turns: int = 1  # requests of a conversation; each has those before it and their answers in its prompt
+    turns: int = 1  # requests of a conversation; each has those before it, `common` and their answers in its prompt
     arrivals: Callable[[Random, int], Sequence[float]] | None = None  # when so many are sent, in seconds, rising
     load: float = 0.0  # a level of a sweep: clients, or requests a second
 
@@ -95,8 +96,9 @@ class Workload:
         }
         if scenario.load:
             found["load"] = scenario.load
-        last_s = max((request.at_s or 0.0 for request in requests), default=0.0)
-        return found | ({"arrivals_per_s": sum(r.at_s is not None for r in requests) / last_s} if last_s else {})
+        times = [request.at_s for request in requests if request.at_s is not None]
+        span_s = max(times) - min(times) if times else 0.0
+        return found | ({"arrivals_per_s": (len(times) - 1) / span_s} if span_s else {})
 
 
 def _uniform(count: int, prompt: tuple[int, int], output: tuple[int, int]) -> Callable[[Random], Lengths]:
@@ -191,20 +193,20 @@ def _requests(scenario: Scenario, data: Data, seed: int, number: int, limit: int
     lengths = _lengths(scenario, seed)[:limit]
     arrivals = Random(f"{seed}/{scenario.mix}/arrivals")  # noqa: S311
     times = scenario.arrivals(arrivals, len(lengths)) if scenario.arrivals else None
-    recorded = random.sample(range(len(data.conversations)), len(data.conversations))
-    head = () if recorded else _cut(data.tokens, random, scenario.common)
+    order = Random(f"{seed}/{scenario.name}/0").sample(range(len(data.conversations)), len(data.conversations))  # noqa: S311
+    head = () if order else _cut(data.tokens, random, scenario.common)
 
     def talk(index: int) -> Iterator[tuple[Sequence[int], Sequence[int]]]:
         prompt, output = lengths[index]
         for turn in range(scenario.turns):
-            said = _cut(data.tokens, random, prompt - (0 if turn else scenario.common))
+            said = _cut(data.tokens, random, prompt - scenario.common)
             last = turn + 1 == scenario.turns
             yield said, range(output) if last else _cut(data.tokens, random, output)
 
     requests = []
     for index in range(len(lengths)):
         prompt = head
-        turns = data.conversations[recorded[index % len(recorded)]] if recorded else talk(index)
+        turns = data.conversations[order[(number * len(lengths) + index) % len(order)]] if order else talk(index)
         for turn, (said, answered) in enumerate(islice(turns, scenario.turns)):
             name = f"{scenario.name}-{number}-{index}" + (f"-{turn}" if scenario.turns > 1 else "")
             prompt += tuple(said)

@@ -33,9 +33,17 @@ def test_not_understood(text: str) -> None:
         parse_gate(text)
 
 
-@pytest.mark.parametrize("text", ["mean_lk<=1", "online.<=1", "online.perplexity<=3"])
-def test_unknown_metrics(text: str) -> None:
-    with pytest.raises(UsageError, match=r"names no metric. Metrics are perplexity, mean_kl.*output_tps"):
+@pytest.mark.parametrize(
+    ("text", "hint"),
+    [
+        ("mean_lk<=1", "The nearest is mean_kl"),
+        ("online.output_tsp>=1", "The nearest is output_tps"),
+        ("online.perplexity<=3", "The nearest is perplexity"),
+        ("online.<=1", "Metrics are perplexity, mean_kl.*output_tps"),
+    ],
+)
+def test_unknown_metrics(text: str, hint: str) -> None:
+    with pytest.raises(UsageError, match=rf"names no metric. {hint}"):
         parse_gate(text)
 
 

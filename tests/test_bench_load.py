@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import socket
 import threading
 from collections.abc import Awaitable, Callable, Iterator, Sequence
@@ -332,6 +333,24 @@ class TestBench:
         monkeypatch.chdir(tokenizer.parent)
         report = bench([server.url], BenchOptions(limit=1), SilentProgress())
         assert report.workload["tokenizer"] == "tiny", "a folder here that the server names"
+
+    def test_quality_of_a_server_that_tells_no_context(self, server: FakeServer, tokenizer: Path) -> None:
+        async def echo(request: web.Request) -> web.StreamResponse:
+            prompt = (await request.json())["prompt"]
+            told = {"token_logprobs": [None, *[-1.0] * len(prompt)]}
+            return web.json_response({"choices": [{"text": "", "logprobs": told}]})
+
+        server.handler, server.models = echo, web.json_response({"data": [{"id": "tiny"}]})
+        options = BenchOptions(speed=False, windows=1, window_tokens=48, tokenizer=str(tokenizer))
+        (target,) = bench([server.url], options, SilentProgress()).targets
+        assert target.metrics == {"perplexity": pytest.approx(math.e)}
+
+    def test_a_server_that_is_not_scored_shortens_no_windows(self, server: FakeServer, tokenizer: Path) -> None:
+        server.models = web.json_response({"data": [{"id": "tiny", "max_model_len": 24}]})
+        options = BenchOptions(speed=False, windows=1, window_tokens=48, device="cpu")
+        report = bench([str(tokenizer), server.url], options, SilentProgress())
+        assert report.evaluation["window_tokens"] == 48
+        assert [bool(target.metrics.get("perplexity")) for target in report.targets] == [True, False]
 
     def test_targets_take_turns(self, server: FakeServer, tokenizer: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         order: list[tuple[str, str]] = []

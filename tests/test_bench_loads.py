@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from itertools import pairwise
 from pathlib import Path
 from random import Random
@@ -38,6 +39,8 @@ def test_lengths_prefix_and_turns() -> None:
     first = [request for request in requests if not request.follows]
     assert all(17 <= len(request.prompt) <= 27 for request in first)
     assert len({request.prompt[:7] for request in requests}) == 1
+    for before, after in zip(first, (request for request in requests if request.follows), strict=True):
+        assert 10 <= len(after.prompt) - before.total_tokens <= 20, "a later turn has no prefix of its own"
 
 
 def test_a_batch_is_sent_at_once() -> None:
@@ -53,6 +56,7 @@ def test_a_batch_is_sent_at_once() -> None:
         (Load(rates=(1.0,), concurrency=(1,)), "--rate does not go with"),
         (Load(rates=(0.0,)), "more than 0"),
         (Load(burstiness=0), "more than 0"),
+        (Load(burstiness=math.nan), "more than 0"),
         (Load("sweep", trace="x"), "a trace says itself"),
     ],
 )
@@ -123,6 +127,8 @@ def test_traces_of_every_kind(tmp_path: Path) -> None:
         (("when,how", "1,2"), "cannot be read"),
         (("at_s,prompt_tokens,output_tokens",), "is empty"),
         (("at_s,prompt_tokens,output_tokens", "1,0,3"), "a request without tokens"),
+        (("at_s,prompt_tokens,output_tokens", "1,2,3", "nan,2,3"), "without a time"),
+        (('{"at_s": 1, "prompt_tokens": Infinity, "output_tokens": 2}',), "cannot be read"),
     ],
 )
 def test_what_is_no_trace(tmp_path: Path, lines: tuple[str, ...], told: str) -> None:

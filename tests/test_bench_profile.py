@@ -32,3 +32,13 @@ def test_every_step_is_taken_apart(
         assert groups["linear layers and head"] > 0 and groups["attention"] > 0
         assert groups["whole step"] > 0
     assert "decode, batch 32: " in err and "linear layers and head" in err
+
+
+@pytest.mark.parametrize("words", [["--steps", "1000"], ["--context", "2000"], ["--context", "0"], ["--steps", "0"]])
+def test_requests_never_end_before_the_steps_that_are_measured(
+    words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["profile", "model", *words])
+    with pytest.raises(SystemExit, match="2"):
+        profile.main()
+    assert "are more than 1792 tokens, or less than 1" in capsys.readouterr().err

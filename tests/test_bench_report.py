@@ -67,7 +67,8 @@ def test_json_and_back(tmp_path: Path) -> None:
         ("[]", "is no report"),
         ("{}", "is no report"),
         ('{"format_version": 99}', "format version 99. Version 1 is read"),
-        ('{"format_version": 1, "targets": [1]}', "is no report"),
+        ('{"format_version": 1, "targets": [1]}', r"is no report of llmkit bench \(targets\.0: "),
+        ('{"format_version": 1, "targets": []}', "is no report"),
     ],
 )
 def test_what_is_no_report(tmp_path: Path, content: str, told: str) -> None:

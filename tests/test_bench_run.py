@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Iterator
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
@@ -19,13 +22,18 @@ from safetensors.torch import load_file, save_file
 from tiny import tiny_checkpoint
 
 from llmkit.bench.bench import BenchOptions, bench
+from llmkit.bench.gpu import Gpus
+from llmkit.bench.load import Server
 from llmkit.bench.loads import Load
-from llmkit.bench.metrics import CONDITIONAL, SPEED_METRICS
-from llmkit.bench.offline import OwnMemory, run_engine
+from llmkit.bench.memory import OwnMemory, memory_bytes
+from llmkit.bench.metrics import CONDITIONAL, QUALITY, SPEED_METRICS, RequestTimeline, Run
+from llmkit.bench.offline import OfflineTarget, run_engine
 from llmkit.bench.peaks import measure_peaks, peaks_file
-from llmkit.bench.quality import QUALITY, evaluation
+from llmkit.bench.plan import make_plan
+from llmkit.bench.quality import evaluation
 from llmkit.bench.report import BenchReport
-from llmkit.bench.targets import ServedTarget, is_url, memory_bytes, short_name
+from llmkit.bench.speed import _measure_run
+from llmkit.bench.targets import ServedTarget, UrlTarget, is_url, short_name
 from llmkit.bench.workload import WorkloadRequest
 from llmkit.checkpoint.errors import GateError, InputError, ShortageError, UsageError
 from llmkit.checkpoint.progress import SilentProgress
@@ -257,6 +265,54 @@ class TestLoads:
         first, second = sorted(target.requests["rate50"])[:2]
         assert first.sent_s == 0 <= second.sent_s
 
+    def test_what_max_model_len_leaves_no_room_for_is_known_before_anything_runs(
+        self, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.delattr(OfflineTarget, "start")
+            with pytest.raises(InputError, match=r"scenario quick needs a context of \d+ tokens and a has 90"):
+                run(folder / "a", options=replace(OFFLINE, max_model_len=90))
+        path = tmp_path / "talks.jsonl"
+        pairs = [{"prompt": "the quick brown fox " * count, "completion": "jumps"} for count in (1, 40)]
+        path.write_text("\n".join(map(json.dumps, pairs)))
+        options = replace(OFFLINE, data=str(path), max_model_len=90, rounds=1, limit=2, quality=False)
+        report = run(folder / "a", options=options)
+        assert report.notes[1:] == [
+            "1 conversations longer than 90 tokens were left out",
+            "1 of 2 conversations were had before in this run: a prefix cache has them",
+        ]
+
+    def test_costs_are_counted_while_there_is_memory(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        measure_peaks("cpu", copy_bytes=1 << 20, side=64)
+        start = OfflineTarget.start
+
+        def greedy(target: OfflineTarget) -> dict[str, float]:
+            figures = start(target)
+            monkeypatch.setattr("llmkit.runtime.load.free_bytes", lambda device, share: 0)
+            return figures
+
+        monkeypatch.setattr(OfflineTarget, "start", greedy)
+        (target,) = run(folder / "a", options=replace(OFFLINE, rounds=1, quality=False)).targets
+        peaks_file().unlink()
+        assert target.scenarios["quick"]["mbu"] > 0
+
+    def test_power_is_that_of_the_time_between_two_readings(self, folder: Path) -> None:
+        class Slow(UrlTarget):
+            """Ends long after its load has."""
+
+            def run(self, requests: Sequence[WorkloadRequest], clients: int) -> Run:
+                time.sleep(0.2)
+                return Run(0.01, [RequestTimeline("r", 0.0, (0.01,), 1, 0, 1)])
+
+        class HundredWatts(Gpus):
+            def energy_j(self) -> float:
+                return 100 * time.perf_counter()
+
+        plan = make_plan([str(folder / "a")], OFFLINE)
+        plan.gpus = HundredWatts(())
+        _measure_run(plan, plan.targets[0], Slow("a", Server("http://h", "m")), plan.scenarios[0], ())
+        assert plan.targets[0].report.rounds["quick"][0]["gpu_power_w"] == pytest.approx(100, rel=0.05)
+
     def test_a_gate_needs_its_wish(self, folder: Path) -> None:
         for gate in ("goodput>1", "mbu>0", "cost_per_million<1", "energy_per_token_j<1", "client_us<9"):
             with pytest.raises(UsageError, match="which is not measured for a"):
@@ -275,6 +331,15 @@ def test_the_engine_generates_what_it_generates_alone(folder: Path) -> None:
     assert sent[2] >= min(ended[:2]), "a third request waits for one of two clients"
     assert not engine.has_work
     assert engine.generate([[1, 2, 3]], SamplingParams(max_tokens=2, ignore_eos=True))
+
+
+def test_a_request_that_is_due_within_a_step_was_sent_then(folder: Path) -> None:
+    engine = load_engine(folder / "a", EngineOptions(device="cpu", kv_cache_memory=2**22))
+    timed = [WorkloadRequest(f"r{i}", tuple(range(10 + i, 40)), 4, at_s=1e-6 * i) for i in range(4)]
+    timelines = run_engine(engine, timed, clients=4).timelines
+    sent = [timeline.sent_s - timelines[0].sent_s for timeline in timelines]
+    assert sent == pytest.approx([0, 1e-6, 2e-6, 3e-6], abs=1e-9), "waiting for the step is part of the latency"
+    assert all(timeline.ttft_s > 0 for timeline in timelines)
 
 
 def test_a_request_the_engine_refuses_is_a_failure(folder: Path) -> None:
@@ -317,6 +382,7 @@ def test_quality_on_a_text_file(folder: Path, tmp_path: Path) -> None:
         ({"baseline": "no/such.json"}, InputError, "report no/such.json cannot be read"),
         ({"dtype": "int3"}, UsageError, "dtype int3 is not known"),
         ({"windows": 0}, UsageError, "0 evaluation windows"),
+        ({"price_per_hour": math.nan}, UsageError, "a price of nan per hour"),
     ],
 )
 def test_refused_before_anything_is_measured(
@@ -348,6 +414,12 @@ def test_models_of_another_vocabulary(folder: Path, tmp_path: Path) -> None:
         run(folder / "a", small, options=replace(OFFLINE, speed=False))
 
 
+def test_a_model_that_is_called_as_a_saved_baseline_is(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (folder / "baseline").symlink_to(folder / "a")
+    monkeypatch.chdir(folder)
+    assert [target.name for target in make_plan(["baseline", "a"], OFFLINE).targets] == ["./baseline", "a"]
+
+
 def test_names() -> None:
     assert [is_url(text) for text in ("http://h:1", "https://h", "org/name", "a/b.gguf")] == [True, True, False, False]
     assert short_name("http://127.0.0.1:8000/v1") == "127.0.0.1:8000"
@@ -359,6 +431,16 @@ def test_memory_of_a_process() -> None:
     own = memory_bytes(psutil.Process().pid)
     assert 2**20 < own <= 2 * psutil.Process().memory_info().rss
     assert memory_bytes(2**22 + 1) == 0, "no such process"
+
+
+def test_a_process_that_ends_while_it_is_looked_at_has_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    seen = psutil.Process(child.pid)
+    child.communicate()
+    monkeypatch.setattr("llmkit.bench.memory.family", lambda pid: [seen])
+    assert memory_bytes(child.pid) == 0
+    with OwnMemory().counted():
+        pass
 
 
 def test_memory_that_comes_and_goes_is_counted() -> None:
@@ -397,6 +479,14 @@ class TestServed:
     def test_nothing_is_left_running(self, served: BenchReport, folder: Path) -> None:
         commands = [" ".join(child.cmdline()) for child in psutil.Process().children(recursive=True)]
         assert not [command for command in commands if str(folder) in command or "engine_process" in command]
+
+
+def test_a_server_of_ours_takes_no_keys_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = {"LLMKIT_API_KEY", "LLMKIT_API_KEY_FILE", "LLMKIT_SSL_CERTFILE", "LLMKIT_GRPC_PORT", "LLMKIT_CONFIG"}
+    for name in (*names, "LLMKIT_MAX_NUM_SEQS"):
+        monkeypatch.setenv(name, "x")
+    environment = ServedTarget("x", "x", 256).environment()
+    assert "LLMKIT_MAX_NUM_SEQS" in environment and not names & environment.keys()
 
 
 def test_a_server_that_does_not_start_says_why(tmp_path: Path) -> None:

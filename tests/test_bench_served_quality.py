@@ -13,8 +13,8 @@ from tiny import tiny_checkpoint
 
 from llmkit.bench.bench import BenchOptions, bench
 from llmkit.bench.load import find_server
-from llmkit.bench.quality import QUALITY
-from llmkit.bench.quality_url import BOUNDS, Asked, Told, score_told, way_to_ask
+from llmkit.bench.metrics import BOUNDS, QUALITY
+from llmkit.bench.quality_url import Asked, Told, score_told, way_to_ask
 from llmkit.bench.report import TargetReport
 from llmkit.bench.whole import whole
 from llmkit.checkpoint.errors import InputError, UsageError

@@ -149,10 +149,17 @@ def test_conversations_have_what_was_said_before_in_their_prompts() -> None:
     assert one.max_tokens == 4
 
 
+def test_rounds_have_other_conversations_while_there_are_any() -> None:
+    rounds = build_workload(Data("talks", TOKENS, CONVERSATIONS), [SCENARIOS["quick"]], rounds=3, limit=4).rounds
+    prompts = [[request.prompt for request in requests["quick"]] for requests in rounds]
+    assert len({*prompts[0], *prompts[1]}) == 8
+    assert prompts[2] == prompts[0]
+
+
 def test_turns_cut_from_a_text() -> None:
     scenario = replace(SCENARIOS["prefix"], turns=3)
     (chain,) = chains(build_workload(Data("text", TOKENS), [scenario], limit=1).rounds[0]["prefix"])
-    assert [len(request.prompt) for request in chain] == [544, 544 + 32 + 544, 544 + 2 * (32 + 544)]
+    assert [len(request.prompt) for request in chain] == [544, 544 + 32 + 32, 544 + 2 * (32 + 32)], "one common prefix"
     for earlier, later in pairwise(chain):
         assert later.prompt[: len(earlier.prompt)] == earlier.prompt
     require_context(build_workload(Data("text", TOKENS), [scenario], limit=1), chain[-1].total_tokens, "x")
@@ -165,4 +172,4 @@ def test_times_are_part_of_the_work() -> None:
     assert times[0] == times[1] and None not in times[0]
     assert workload.sha256 != build(TOKENS, ["quick"], rounds=2).sha256
     assert workload.sha256 == build_workload(Data("text", TOKENS), [timed], rounds=2).sha256
-    assert workload.describe()[0]["arrivals_per_s"] == pytest.approx(8 / times[0][-1])
+    assert workload.describe()[0]["arrivals_per_s"] == pytest.approx(7 / (times[0][-1] - times[0][0]))
