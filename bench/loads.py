@@ -50,11 +50,15 @@ def load_scenarios(load: Load) -> tuple[Scenario, ...]:
             raise UsageError("a start is measured with one request", "--mode startup goes with --repeats alone")
         return ()
     if load.trace is not None:
-        if load.concurrency or load.rates or load.mode != "serve":
-            raise UsageError("a trace says itself when requests are sent", "--trace goes with --mode serve alone")
+        if load.concurrency or load.rates or load.mode != "serve" or load.turns > 1:
+            raise UsageError("a trace says itself what is sent when", "--trace goes with --mode serve alone")
         return (_trace(load, load.trace),)
     if load.rates and (load.mode in ("latency", "throughput") or load.concurrency):
         raise UsageError(f"--rate does not go with --mode {load.mode} or --concurrency")
+    if load.mode == "throughput" and load.concurrency:
+        raise UsageError("--mode throughput sends all at once", "--requests was expected, and no --concurrency")
+    if load.mode == "latency" and load.requests:
+        raise UsageError("--mode latency sends one request a client", "--concurrency was expected, and no --requests")
     if not all(0 < number < math.inf for number in (*load.rates, *load.concurrency, load.burstiness, load.turns)):
         raise UsageError("rates, concurrencies, burstiness and turns are more than 0")
     if load.mode == "throughput":
