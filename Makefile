@@ -43,16 +43,18 @@ lint: $(VENV)/.dev ## ruff, mypy --strict and the import rules
 	@$(BIN)/lint-imports
 
 # A GPU machine may have torch and no llmkit installed: the folders are then found through .typecheck.
-# A part that ended well has left gpu-results/PART.json and is not run again: `make gpu PART="kernels steps"` runs some.
+# A part that ended well has left RESULTS/PART.json and is not run again: `make gpu PART="kernels steps"` runs some.
+# RESULTS/PART.log grows while a part runs, with every figure so far: nothing is lost where its time runs out.
 gpu: GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,python3)
 gpu: PART ?= tests kernels steps rivals quantize
+RESULTS ?= gpu-results
 gpu: export PYTHONPATH := $(CURDIR)/.typecheck$(if $(PYTHONPATH),:$(PYTHONPATH))
 gpu: ## run the GPU tests and benchmarks, where there is a GPU
 	@if $(GPU_PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null; then \
 		for part in $(PART); do \
-			$(MAKE) --no-print-directory gpu-results/$$part.json GPU_PYTHON=$(GPU_PYTHON) || failed="$$failed $$part"; \
+			$(MAKE) --no-print-directory $(RESULTS)/$$part.json GPU_PYTHON=$(GPU_PYTHON) || failed="$$failed $$part"; \
 		done; \
-		echo "figures: gpu-results/*.json"; \
+		echo "figures: $(RESULTS)/*.json"; \
 		[ -z "$$failed" ] || { echo "make gpu: failed:$$failed" >&2; exit 1; }; \
 	else \
 		echo "make gpu: torch of $(GPU_PYTHON) sees no CUDA device here, so nothing was run"; \
@@ -63,14 +65,16 @@ GPU_RUN_steps = -m llmkit.bench.steps --weights bf16 fp8 int8 int4 --saturate Ll
 GPU_RUN_rivals = -m llmkit.bench.rivals
 GPU_RUN_quantize = tests/peers/bench_memory.py --device cuda --work gpu-results/8b
 
-gpu-results/tests.json:
+# Most of the tests' time is Triton's, which compiles on one core each: side by side, where pytest-xdist is there.
+$(RESULTS)/tests.json:
 	@mkdir -p $(@D)
-	@$(GPU_PYTHON) -m pytest -m gpu tests/test_gpu*.py
+	@workers=$$($(GPU_PYTHON) -c 'import os, xdist; print(f"-n {min(8, os.cpu_count())} --dist worksteal")' 2>/dev/null); \
+	bash -o pipefail -c "$(GPU_PYTHON) -u -m pytest -m gpu --tb=short $$workers tests/test_gpu*.py 2>&1 | tee $(@D)/tests.log"
 	@echo '{"passed": true}' > $@
 
-gpu-results/%.json:
+$(RESULTS)/%.json:
 	@mkdir -p $(@D)
-	@$(GPU_PYTHON) $(GPU_RUN_$*) > $@.partial
+	@bash -o pipefail -c '$(GPU_PYTHON) -u $(GPU_RUN_$*) 2>&1 >$@.partial | tee $(@D)/$*.log >&2'
 	@mv $@.partial $@
 
 bench-quant: $(VENV)/.dev .venv-llmcompressor/.ready ## quality and time beside llm-compressor (an hour or more on 2 cores)

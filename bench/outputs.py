@@ -30,13 +30,14 @@ class Outputs:
     summary: str | None = None
 
     def check(self) -> None:
-        """Before hours of measuring: UsageError for options that do not go together, ShortageError for what cannot be."""
+        """Raises, before anything is measured, UsageError for options that do not go together and ShortageError for
+        files that cannot be written and PNGs that cannot be made."""
         for name in filter(None, (self.json, self.html, self.csv, self.charts, self.junit, self.summary)):
             there = next(one for one in (Path(name).absolute(), *Path(name).absolute().parents) if one.exists())
             directory = name == self.charts or there != Path(name).absolute()
             if there.is_dir() != directory or not os.access(there, os.W_OK):
-                wanted = "directory" if directory else "file"
-                raise ShortageError(f"{name} cannot be written", f"{there} is no {wanted} that may be", "Choose another")
+                wanted = f"{there} is no {'directory' if directory else 'file'} that may be"
+                raise ShortageError(f"{name} cannot be written", wanted, "Choose another place")
         if self.png and not self.charts:
             raise UsageError("--png writes beside the SVG files", "A directory was expected", "Give one with --charts")
         if self.png:

@@ -278,7 +278,12 @@ def main() -> int:
                 f"{rate:10.0f} tokens/s\n"
             )
         if f"{name}:{weights}" in arguments.saturate:
-            rate = saturated(model, 256, 128, 2048, "fp8" if weights == "fp8" else None)
+            try:
+                rate = saturated(model, 256, 128, 2048, "fp8" if weights == "fp8" else None)
+            except Exception as error:
+                failed.append(f"{name}, {weights}, full engine: {type(error).__name__}: {error}")
+                sys.stderr.write(f"failed: {failed[-1]}\n")
+                continue
             rates.append({"model": name, "weights": weights, "requests": 256, "output_tps": rate})
             sys.stderr.write(f"{name:14} {weights:12} 256 requests, 128 tokens in, 2,048 out: {rate:10.0f} tokens/s\n")
         del model

@@ -60,6 +60,8 @@ def locate(reference: str | Path) -> Path:
     """
     text = str(reference)
     path = Path(text).expanduser()
+    if not text:  # a shell's variable that is not set
+        raise InputError("the model's name is empty", "A directory, a hub id or a .gguf file was expected")
     if path.is_file():
         return _model_file(text, path)
     if not path.is_dir():

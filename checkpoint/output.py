@@ -12,10 +12,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llmkit.checkpoint.errors import LlmkitError, OutputError, ShortageError
+from llmkit.checkpoint.text import bytes_text
 
 if TYPE_CHECKING:
     from llmkit.checkpoint.source import Checkpoint
 
+NOT_WRITABLE = {
+    errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG,
+}  # fmt: skip
 SPARE_BYTES = 32 * 2**20  # for tokenizer, configs and manifest
 
 
@@ -59,8 +63,7 @@ def check_output(out: Path, source: Checkpoint | None, need_bytes: int) -> None:
     need, have = need_bytes + SPARE_BYTES, shutil.disk_usage(parent).free + written
     if need > have:
         raise ShortageError(
-            f"The output {out} needs {need} bytes ({need / 2**30:.1f} GiB) and the disk has {have} "
-            f"({have / 2**30:.1f} GiB)",
+            f"The output {out} needs {need} bytes ({bytes_text(need)}) and the disk has {have} ({bytes_text(have)})",
             todo="Free some space or choose another disk",
         )
 
@@ -117,7 +120,7 @@ def writing(path: Path) -> Iterator[None]:
             raise ShortageError(
                 f"The disk is full ({path})", todo="Free some space and run the command again"
             ) from error
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
+        if error.errno in NOT_WRITABLE:
             raise ShortageError(f"{path} is not writable ({error.strerror})", todo="Choose another output") from error
         raise
 

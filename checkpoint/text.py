@@ -30,8 +30,10 @@ def bytes_text(count: float) -> str:
 
 def nearest(word: str, known: Iterable[str], otherwise: str = "") -> str:
     """`The nearest is X`, or `otherwise` followed by everything known when nothing is near."""
-    words = list(dict.fromkeys(known))
-    close = difflib.get_close_matches(word, words, n=1, cutoff=0.5)
+    words = {one: one.lstrip("-") for one in known}  # the dashes of options are no likeness
+    bare = word.lstrip("-")
+    close = difflib.get_close_matches(bare, words.values(), n=1, cutoff=0.6)
+    close = close or [one for one in words.values() if len(bare) > 2 and one.startswith(bare)]
     if close:
-        return f"The nearest is {close[0]}"
+        return f"The nearest is {next(one for one in words if words[one] == close[0])}"
     return f"{otherwise} {', '.join(words)}" if otherwise else ""

@@ -35,7 +35,7 @@ def batch(
     ],
     options: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[-- OPTIONS]", help="After --: options of `llmkit serve` for a server of our own."),
+        typer.Argument(metavar="-- OPTIONS", help="After --: options of `llmkit serve` for a server of our own."),
     ] = None,
     model: Annotated[
         str | None,
@@ -71,8 +71,11 @@ def batch(
     began = time.perf_counter()
     if url is not None:
         from llmkit.bench.load import find_server
+        from llmkit.bench.targets import is_url
         from llmkit.runtime.channel import API_KEY_VARIABLE
 
+        if not is_url(url):
+            raise UsageError(f"--url {url} is no address", "Addresses begin with http:// or https://")
         found = find_server(url, model)
         name, server = found.model, Server(found.url, os.environ.get(API_KEY_VARIABLE, ""))
 

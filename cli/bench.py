@@ -39,9 +39,7 @@ def bench(
     output: Output,
     models: Annotated[
         list[str] | None,
-        typer.Argument(
-            metavar="MODEL...", help="Checkpoints: directories, hub ids or .gguf files.", show_default=False
-        ),
+        typer.Argument(metavar="MODEL", help="Checkpoints: directories, hub ids or .gguf files.", show_default=False),
     ] = None,
     url: Annotated[
         list[str] | None,
@@ -270,7 +268,13 @@ def bench(
     from llmkit.bench.loads import Load
     from llmkit.bench.outputs import Outputs
     from llmkit.bench.tasks import TaskOptions
+    from llmkit.quant.text import BUILTIN, records
 
+    for one in url or ():
+        if "://" not in one:
+            raise UsageError(f"--url {one} is no address", "Addresses begin with http:// or https://")
+    if quality and text != BUILTIN:
+        records(text)  # that it is there, before anything is measured
     load = None
     wanted = [concurrency, rate, trace, requests]
     if mode is not None or any(option is not None for option in wanted) or turns > 1 or prefix_tokens:

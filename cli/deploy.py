@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from llmkit.checkpoint.errors import UsageError
+from llmkit.checkpoint.output import writing
 from llmkit.cli.output import Output
 from llmkit.cli.serve import serve_options
 from llmkit.cli.sizes import in_range, parse_range, parse_share
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 RestArgument = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[-- OPTIONS]", help="After --: options of `llmkit serve` for each replica."),
+    typer.Argument(metavar="-- OPTIONS", help="After --: options of `llmkit serve` for each replica."),
 ]
 
 
@@ -28,7 +29,7 @@ def ray(
     output: Output,
     model: Annotated[
         str | None,
-        typer.Argument(metavar="[MODEL]", help="A checkpoint: a directory that every node has, or a hub id."),
+        typer.Argument(metavar="MODEL", help="A checkpoint: a directory that every node has, or a hub id."),
     ] = None,
     options: RestArgument = None,
     name: Annotated[
@@ -188,7 +189,8 @@ def vllm(
     if made.nodes == 1:
         output.message(f"it fits on one node with --tp {tp}: `llmkit serve {model} --tp {tp}` needs no other engine")
     if out is not None:
-        Path(out).write_text(text, encoding="utf-8")
+        with writing(Path(out)):
+            Path(out).write_text(text, encoding="utf-8")
     document = {"tp": tp, "pp": pp, "nodes": made.nodes, "max_model_len": longest, "form": form, "output": out}
 
     def show(console: Console) -> None:

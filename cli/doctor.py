@@ -89,13 +89,16 @@ def examine() -> dict[str, Any]:
             "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         },
         "gpus": gpus,
-        "paths": fast_paths(
-            gpus,
-            torch.version.cuda,
-            torch.backends.cpu.get_cpu_capability(),
-            packages["uvloop"],
-            packages["triton"],
-        ),
+        "paths": [
+            *fast_paths(
+                gpus,
+                torch.version.cuda,
+                torch.backends.cpu.get_cpu_capability(),
+                packages["uvloop"],
+                packages["triton"],
+            ),
+            _compiled_kernels(),
+        ],
     }
 
 
@@ -172,6 +175,14 @@ def fast_paths(
     why = f"uvloop {uvloop}" if loop else "uvloop is not installed; asyncio's own loop runs instead"
     paths.append({"name": "fast event loop in the server", "active": loop, "why": why})
     return paths
+
+
+def _compiled_kernels() -> dict[str, Any]:
+    from llmkit.kernels import native
+
+    active = native.library is not None
+    why = "C, built when llmkit was installed" if active else native.status().removeprefix("off, ")
+    return {"name": "compiled kernels on the CPU", "active": active, "why": why}
 
 
 def _package_version(name: str) -> str | None:

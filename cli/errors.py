@@ -7,7 +7,7 @@ import sys
 import traceback
 from typing import Any
 
-from llmkit.checkpoint.errors import LlmkitError, UsageError, is_out_of_memory
+from llmkit.checkpoint.errors import InputError, LlmkitError, UsageError, is_out_of_memory
 from llmkit.checkpoint.text import nearest
 from llmkit.cli.settings import Defaults
 
@@ -22,6 +22,8 @@ SHORT_OF = {  # what the operating system refuses that is the environment's faul
     errno.EMFILE: "too many open files",
     errno.ENOMEM: "out of memory",
 }
+
+WRONG_PATH = (errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP)
 
 
 class Stopped(BaseException):
@@ -58,6 +60,8 @@ def _explain(error: BaseException, debug: bool) -> tuple[str, int]:
     if isinstance(error, OSError) and error.errno in SHORT_OF:
         where = f" ({error.filename})" if error.filename else ""
         return f"{SHORT_OF[error.errno]}{where}.", SHORTAGE
+    if isinstance(error, OSError) and error.errno in WRONG_PATH and error.filename:
+        return f"{error.filename}: {error.strerror}. Another path was expected.", InputError.exit_code
     if is_out_of_memory(error):
         return f"out of memory ({str(error).splitlines()[0] if str(error) else type(error).__name__}).", SHORTAGE
     hint = "" if debug else " Run it again with --debug for the traceback."
@@ -76,10 +80,23 @@ def usage_error(error: Any, arguments: list[str], defaults: Defaults) -> UsageEr
     message = str(error.format_message()).rstrip(".").replace("Value error, ", "")
     message = message[:1].lower() + message[1:]
     parameter = getattr(error, "param", None)
-    origin = defaults.origins.get(getattr(parameter, "name", "") or "")
-    if origin and not any(word.split("=")[0] in _spellings(parameter) for word in arguments):
-        message = f"{origin}: {message}"
+    name = getattr(parameter, "name", "") or ""
+    given = [_value(spelling, arguments) for spelling in _spellings(parameter)] if parameter else []
+    value = next((one for one in given if one is not None), None)
+    if value is None and (origin := defaults.origins.get(name)):
+        message, value = f"{origin}: {message}", str(defaults.values[name])
+    if value and "invalid value" in message and value not in message:
+        message += f" ({value})"
     return UsageError(message, todo=f"`{context.command_path} --help` lists what it takes" if context else "")
+
+
+def _value(spelling: str, arguments: list[str]) -> str | None:
+    """What the command line gives an option, "" for nothing; None where it does not have it."""
+    for word, after in zip(arguments, [*arguments[1:], ""], strict=True):
+        option, equals, value = word.partition("=")
+        if option == spelling:
+            return value if equals else after
+    return None
 
 
 def _spellings(parameter: Any) -> list[str]:

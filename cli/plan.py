@@ -17,9 +17,7 @@ if TYPE_CHECKING:
 
 def plan(
     output: Output,
-    model: Annotated[
-        str | None, typer.Argument(metavar="[MODEL]", help="A checkpoint; not needed with --bench.")
-    ] = None,
+    model: Annotated[str | None, typer.Argument(metavar="MODEL", help="A checkpoint; not needed with --bench.")] = None,
     rate: Annotated[str, typer.Option(metavar="N/s", help="Requests a second.")] = "1/s",
     input_tokens: Annotated[
         str, typer.Option("--in", metavar="N|LOW-HIGH", help="Tokens of a prompt, spread evenly.")
@@ -82,7 +80,8 @@ def plan(
     from llmkit.shard.shard import open_source
 
     if (bench is None) == (gpu is None) or (gpu is not None and model is None):
-        raise UsageError("where times come from is not said, or twice", "MODEL with --gpu, or --bench")
+        said = "both --gpu and --bench" if bench and gpu else "--gpu without MODEL" if gpu else "no --gpu, no --bench"
+        raise UsageError(f"{said} given", "MODEL with --gpu, or a report with --bench, says where times come from")
     per_second = parse_numbers("--rate", rate.removesuffix("/s"))
     if len(per_second) != 1 or not per_second[0]:
         raise UsageError(f"--rate {rate} is not understood", "Something like 50/s was expected")

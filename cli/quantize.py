@@ -33,7 +33,7 @@ def quantize(
         str, typer.Option("--output", "-o", metavar="DIR", help="The folder to write; it must be absent or empty.")
     ],
     more: Annotated[
-        list[str] | None, typer.Argument(metavar="[MODEL]...", help="With --ray: more checkpoints, side by side.")
+        list[str] | None, typer.Argument(metavar="MODEL", help="With --ray: more checkpoints, side by side.")
     ] = None,
     bits: Annotated[
         int | None,

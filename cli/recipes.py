@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 
 from llmkit.checkpoint.errors import InputError, OutputError, UsageError
+from llmkit.checkpoint.output import writing
 from llmkit.checkpoint.text import nearest
 from llmkit.cli.output import Output
 
@@ -33,9 +34,9 @@ def find(recipe: str) -> Path:
     if recipe in shipped():
         return shipped()[recipe]
     raise InputError(
-        f"recipe {recipe} does not exist",
+        f"recipe {recipe} {'is no file' if path.exists() else 'does not exist'}",
         "A YAML file or the name of a shipped recipe was expected",
-        nearest(path.stem, shipped(), "Those are"),
+        nearest(path.name.removesuffix(".yaml"), shipped(), "Those are"),
     )
 
 
@@ -71,14 +72,15 @@ def show(output: Output, name: NameArgument) -> None:
 def copy(
     output: Output,
     name: NameArgument,
-    folder: Annotated[str, typer.Argument(metavar="[DIR]", help="Where to.")] = ".",
+    folder: Annotated[str, typer.Argument(metavar="DIR", help="Where to.")] = ".",
 ) -> None:
     """Copy a recipe, with the JSON schema that editors check it by, to change it."""
     source, to = _shipped(name), Path(folder).expanduser()
     if (to / source.name).exists():
         raise OutputError(f"{to / source.name} exists", todo="Remove it or choose another folder")
-    to.mkdir(parents=True, exist_ok=True)
-    files = [str(shutil.copyfile(file, to / file.name)) for file in (source, source.with_name(SCHEMA))]
+    with writing(to):
+        to.mkdir(parents=True, exist_ok=True)
+        files = [str(shutil.copyfile(file, to / file.name)) for file in (source, source.with_name(SCHEMA))]
     output.result({"files": files}, lambda console: print_plain("\n".join(files) + "\n"))
 
 

@@ -374,20 +374,17 @@ def _adapters(given: list[str], names: list[str]) -> dict[str, str]:
             )
         if name in adapters or name in names:
             raise UsageError(f"--lora {one!r}: the name {name!r} is given twice", "A name of its own for each model")
+        if not Path(directory).is_dir():
+            raise InputError(f"--lora {one}: {directory} is no directory", "An adapter as peft saves it was expected")
         adapters[name] = directory
     return adapters
 
 
 def _plan(output: Output, model: str, engine: EngineOptions) -> int:
     from llmkit.checkpoint.source import open_checkpoint
-    from llmkit.model.families import model_spec
-    from llmkit.model.loader import check_checkpoint
     from llmkit.runtime.load import plan_engine
 
-    checkpoint = open_checkpoint(model)
-    if checkpoint.layout is None:
-        check_checkpoint(checkpoint, model_spec(checkpoint.config))
-    document = {"model": model} | plan_engine(checkpoint, engine).as_dict()
+    document = {"model": model} | plan_engine(open_checkpoint(model), engine).as_dict()
     output.result(document, lambda console: _show_plan(console, document))
     return 0
 

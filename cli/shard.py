@@ -164,7 +164,8 @@ def _show_plan(console: Console, title: str, made: dict[str, Any]) -> None:
             *([f"{rank['tokens']:,}"] if "tokens" in made else []),
         )
     console.print(table)
-    console.print(f"{bytes_text(made['bytes'])} in {len(made['ranks'])} files", highlight=False)
+    files = "1 file" if len(made["ranks"]) == 1 else f"{len(made['ranks'])} files"
+    console.print(f"{bytes_text(made['bytes'])} in {files}", highlight=False)
 
 
 def _show_report(console: Console, model: str, gpu: str | None, made: dict[str, Any]) -> None:

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 from llmkit.checkpoint.errors import OutputError
+from llmkit.checkpoint.output import writing
 from llmkit.runtime.server.kserve.tensors import CONFIG_TYPES, INPUTS, OUTPUTS
 from llmkit.runtime.server.options import ServeOptions
 
@@ -18,14 +19,18 @@ __all__ = ["TritonPythonModel"]
 
 
 def write_repository(folder: Path, name: str, options: ServeOptions) -> list[Path]:
-    """Write `folder/name` for a server with these options; the files. Raises OutputError where it exists."""
+    """Write `folder/name` for a server with these options; the files.
+
+    Raises OutputError where it exists, ShortageError where it cannot be written.
+    """
     home = folder / name
     if home.exists():
         raise OutputError(f"{home} exists already", todo="Remove it, or name another folder")
-    (home / "1").mkdir(parents=True)
     written = [home / "config.pbtxt", home / "1" / "model.py"]
-    written[0].write_text(configuration(name, options), encoding="utf-8")
-    written[1].write_text(MODEL, encoding="utf-8")
+    with writing(home):
+        (home / "1").mkdir(parents=True)
+        written[0].write_text(configuration(name, options), encoding="utf-8")
+        written[1].write_text(MODEL, encoding="utf-8")
     return written
 
 

@@ -65,7 +65,7 @@ class Upload:
         return found
 
 
-_upload = cache(Upload)
+_upload = cache(torch.inference_mode(False)(lambda device: Upload(device)))  # wherever it is first called from
 
 
 def to_device(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:

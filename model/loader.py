@@ -85,23 +85,23 @@ def check_checkpoint(checkpoint: Checkpoint, spec: ModelSpec) -> None:
     if missing:
         raise InputError(
             f"{checkpoint.reference} lacks {_some(missing)}",
-            f"All {len(expected)} tensors of a {spec.architecture}",
+            f"All {len(expected)} tensors of a {spec.architecture} were expected",
             "Download the checkpoint again, or check that config.json belongs to it",
         )
     extra = [name for name in checkpoint.tensors if name not in expected and not ignored_tensor(spec, name)]
     if extra:
         raise InputError(
             f"{checkpoint.reference} has {_some(extra)} that no part of a {spec.architecture} uses",
-            "Only tensors of the architecture",
+            "Only tensors of the architecture were expected",
             "Check that config.json belongs to it",
         )
     for name, want in expected.items():
         got = checkpoint.tensors[name]
         if got.shape != want.shape:
-            raise InputError(f"tensor {name} has shape {list(got.shape)}", f"Shape {list(want.shape)}")
+            raise InputError(f"tensor {name} has shape {list(got.shape)}", f"Shape {list(want.shape)} was expected")
         dtypes = FLOATS if want.dtype is None or want.dtype in FLOATS else (want.dtype,)
         if got.dtype not in dtypes:
-            raise InputError(f"tensor {name} has dtype {got.dtype}", f"Dtype {' or '.join(dtypes)}")
+            raise InputError(f"tensor {name} has dtype {got.dtype}", f"Dtype {' or '.join(dtypes)} was expected")
 
 
 def _some(names: Sequence[str]) -> str:
@@ -207,12 +207,12 @@ def load_model(
     """The whole model on one device. At most PACKERS weights are held in another form than their last.
 
     packed: for serving, linears of the forms that `serving_linear` chooses, and not dense ones of `dtype`, which
-    calibration reads. spec, ranks: for a checkpoint that has a rank's part (see `rank_spec`), and to meet the others.
+    calibration reads. spec, ranks: of a checked one that may have a rank's part (see `rank_spec`), to meet the others.
     offloaded: so many of the last layers' linears are left in host memory.
     Raises InputError when the checkpoint does not fit its own config.
     """
-    spec = spec or model_spec(checkpoint.config)
-    check_checkpoint(checkpoint, spec)
+    if spec is None:
+        check_checkpoint(checkpoint, spec := model_spec(checkpoint.config))
     cpu = torch.device(device).type == "cpu"
     away = tuple(f"layers.{len(spec.layers) - place}." for place in range(1, offloaded + 1))
     rows = {row.name: row for row in parameters(spec) if not _added_elsewhere(spec, row)}

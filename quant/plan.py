@@ -202,8 +202,6 @@ def make_plan(source: str, out: Path, options: QuantizeOptions, progress: Progre
     """
     options.check()
     device = resolve_device(options.device)
-    if options.device == "auto" and device.type == "cpu":
-        progress.message("no CUDA device: running on the CPU")
     checkpoint = open_checkpoint(source)
     if checkpoint.quantization is not None:
         found = checkpoint.quantization
@@ -228,6 +226,8 @@ def make_plan(source: str, out: Path, options: QuantizeOptions, progress: Progre
     plan = Plan(checkpoint, spec, out.expanduser().absolute(), options, None, [], {}, device, seq_len)
     plan = _with(plan, quantization)
     check_output(plan.out, checkpoint, planned_bytes(plan.files))
+    if options.device == "auto" and device.type == "cpu":
+        progress.message("no CUDA device: running on the CPU")
     if plan.calibrated and seq_len < options.seq_len:
         progress.message(f"calibration windows have {seq_len} tokens: the model has no more positions")
     return plan

@@ -74,6 +74,7 @@ def run_batch(batch: Batch, serve: Callable[[], Server], progress: Progress) -> 
             out = Path(batch.out).absolute()
             stack.enter_context(locked(out))
             output, created = resume(out, batch.identity | {"source": batch.source}, lines, tally, stack)
+        stack.callback(output.discard_if_empty)
         line = next(lines, None)
         if line is None and not tally.requests:
             raise InputError(f"{batch.source} has no requests", "One JSON object a line was expected")

@@ -42,6 +42,12 @@ class Output:
                 sibling(self._out, ".partial.json").unlink()
                 sync_directory(self._out.parent)
 
+    def discard_if_empty(self) -> None:
+        """Leave no files of a run that has written nothing; another would find nothing to take up."""
+        if self._out is not None and self._file.tell() == 0:
+            for suffix in (".partial", ".partial.json"):
+                sibling(self._out, suffix).unlink(missing_ok=True)
+
 
 def resume(
     out: Path, ours: dict[str, Any], lines: Iterator[Line], tally: Tally, stack: contextlib.ExitStack

@@ -21,7 +21,7 @@ from llmkit.kernels.linear import has_int8_products
 from llmkit.model.decoder import ALONE, Decoder
 from llmkit.model.device import resolve_device
 from llmkit.model.families import model_spec
-from llmkit.model.loader import load_model, stored_tensors
+from llmkit.model.loader import check_checkpoint, load_model, stored_tensors
 from llmkit.model.ranks import Ranks
 from llmkit.model.spec import ModelSpec
 from llmkit.runtime.engine.engine import Engine
@@ -109,6 +109,7 @@ def on_ranks(checkpoint: Checkpoint, options: EngineOptions) -> bool:
 
 def plan_part(checkpoint: Checkpoint, spec: ModelSpec, options: EngineOptions, ranks: int = 1) -> EnginePlan:
     """The plan of a whole model, or of one of `ranks` parts, which share what memory a CPU has."""
+    check_checkpoint(checkpoint, spec)
     device = resolve_device(options.device)
     dtype = resolve_dtype(options.dtype, checkpoint, device)
     free = free_bytes(device, options.gpu_memory_utilization) // (1 if device.type == "cuda" else ranks * options.dp)
@@ -289,6 +290,7 @@ def _open_draft(reference: str, spec: ModelSpec) -> Checkpoint:
     """A draft model's checkpoint. Raises InputError when it cannot guess for a model of `spec`."""
     draft = open_checkpoint(reference)
     draft.require_whole()
+    check_checkpoint(draft, model_spec(draft.config))
     vocab = model_spec(draft.config).vocab
     if vocab != spec.vocab:
         raise InputError(

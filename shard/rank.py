@@ -14,6 +14,7 @@ from llmkit.checkpoint.reading import CHUNK_BYTES, row_chunks, tensor_bytes
 from llmkit.checkpoint.safetensors_header import TensorInfo, read_header
 from llmkit.checkpoint.source import Checkpoint
 from llmkit.model.families import model_spec
+from llmkit.model.loader import check_checkpoint
 from llmkit.model.ranks import rank_spec
 from llmkit.model.spec import ModelSpec
 from llmkit.shard.layout import read_layout
@@ -65,6 +66,7 @@ def rank_parts(checkpoint: Checkpoint, tp: int = 1, pp: int = 1, ep: int = 1) ->
 
 
 def _sliced(checkpoint: Checkpoint, whole: ModelSpec, tp: int, pp: int, ep: int) -> list[RankPart]:
+    check_checkpoint(checkpoint, whole)
     plan = plan_shards(whole, checkpoint.quantization, checkpoint.tensors, tp, pp, ep)
     parts = []
     for rank in plan.ranks:

@@ -17,11 +17,11 @@ def run_watched(engine: Engine, prompts: list[list[int]], tokens: int) -> list[t
     inner, rows = runner._logits, {f"{index}": list[torch.Tensor]() for index in range(len(prompts))}
 
     def noted(chunks: Any, *arguments: Any) -> Any:
-        logits, ids = inner(chunks, *arguments)
-        for chunk, row in zip(chunks, logits, strict=True):
+        found = inner(chunks, *arguments)
+        for chunk, row in zip(chunks, found[0], strict=True):
             if chunk.stop >= len(chunk.sequence.request.prompt):
                 rows[chunk.sequence.request.id].append(row.float().cpu())
-        return logits, ids
+        return found
 
     runner._logits = noted  # type: ignore[method-assign]
     sampling, answers = SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True), {name: [] for name in rows}

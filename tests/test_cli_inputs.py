@@ -218,12 +218,16 @@ def test_inspect_says_what_a_model_is(model: Path, capsys: pytest.CaptureFixture
 def test_doctor_says_what_the_machine_is(capsys: pytest.CaptureFixture[str]) -> None:
     import torch
 
+    from llmkit.kernels import native
+
     assert main.run(["doctor", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["packages"]["torch"] == torch.__version__
     assert found["machine"]["cores"] >= 1
     cuda = next(path for path in found["paths"] if path["name"] == "CUDA")
     assert cuda["active"] == torch.cuda.is_available()
+    compiled = next(path for path in found["paths"] if path["name"] == "compiled kernels on the CPU")
+    assert compiled["active"] == (native.library is not None)
     assert all(path["why"] for path in found["paths"])
     assert main.run(["doctor"]) == 0
     assert torch.__version__ in capsys.readouterr().out

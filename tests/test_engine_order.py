@@ -5,20 +5,20 @@ Tensors that would be on the GPU are marked, and what is made of them. Looking i
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
-from itertools import count
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from card import GPU, Device
+from card_cuda import stand_in_cuda
 from tiny import tiny_checkpoint
-from torch.overrides import TorchFunctionMode
 
 from llmkit.checkpoint.source import open_checkpoint
-from llmkit.kernels import native
+from llmkit.kernels import jit
+from llmkit.model import device as transfer
 from llmkit.model.loader import load_model
 from llmkit.runtime.engine import runner
 from llmkit.runtime.engine.engine import Engine
@@ -26,58 +26,6 @@ from llmkit.runtime.engine.graphs import Graphs
 from llmkit.runtime.engine.types import EngineConfig, Pooling, Request, SamplingParams
 
 KINDS: tuple[Pooling, ...] = ("last", "mean")
-GPU = torch.device("cuda")
-LOOKS = {"tolist", "item", "numpy", "nonzero", "__bool__", "__int__", "__float__", "cpu", "equal"}
-
-
-class Device(TorchFunctionMode):
-    """The CPU in the place of a CUDA device. log: copies, launches of graphs, events, and looks into its memory."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.log: list[str] = []
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs, name = dict(kwargs or {}), getattr(func, "__name__", "")
-        there = any(getattr(one, "_there", False) for one in (*args, *kwargs.values()) if isinstance(one, torch.Tensor))
-        if func == torch.Tensor.device.__get__:  # type: ignore[attr-defined]
-            return GPU if there else func(*args)
-        if name == "pin_memory":
-            args[0]._pinned = True
-            return args[0]
-        if name == "to" and args[1:] and args[1] == GPU:
-            self.log.append("to device" if kwargs.get("non_blocking") and hasattr(args[0], "_pinned") else "slow copy")
-            result, there = args[0].clone(), True
-        else:
-            if there and name in LOOKS:
-                self.log.append(f"looks by {name}")
-            if there and name == "__setitem__":
-                args[0]._there = True
-            if name == "copy_" and hasattr(args[0], "_pinned"):
-                self.log.append("to host" if kwargs.get("non_blocking") else "slow copy")
-                there = False
-            there |= kwargs.get("device") == GPU
-            pinned = kwargs.pop("pin_memory", False)
-            result = func(*args, **kwargs | ({"device": "cpu"} if "device" in kwargs else {}))
-            if pinned:
-                result._pinned = True
-        for one in result if isinstance(result, tuple | list) else [result]:
-            if isinstance(one, torch.Tensor):
-                one._there = there  # type: ignore[attr-defined]
-        return result
-
-    def event(self) -> Any:
-        log, numbers = self.log, count(1)
-
-        class Event:
-            def record(self) -> None:
-                self.number = next(numbers)
-                log.append(f"event {self.number}")
-
-            def synchronize(self) -> None:
-                log.append(f"wait for {self.number}")
-
-        return Event
 
 
 class Replayed:
@@ -93,20 +41,22 @@ class Replayed:
 
 
 @pytest.fixture
-def device(monkeypatch: pytest.MonkeyPatch) -> Device:
+def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[Device]:
     device = Device()
-    monkeypatch.setattr(native, "library", None)  # whose results would not be marked
-    monkeypatch.setattr(torch.cuda, "Event", device.event())
+    stand_in_cuda(monkeypatch, device)
+    monkeypatch.setattr(jit, "triton", None)  # torch's operators are in the same order
+    transfer._upload.cache_clear()
     draw = lambda logits, *parameters: logits.argmax(-1)  # noqa: E731 - the Triton kernel's place in the order
     monkeypatch.setattr(runner, "Graphs", partial(Graphs, capture=partial(Replayed, device.log), draw=draw))
-    return device
+    yield device
+    transfer._upload.cache_clear()
 
 
 def engine(path: Path, device: Device, sampling: SamplingParams) -> Engine:
     """One with four requests, after some steps."""
     config = EngineConfig(64, 32, GPU, torch.float32, max_num_seqs=8, ahead=True)
     with device:
-        one = Engine(load_model(open_checkpoint(path), torch.float32), config)
+        one = Engine(load_model(open_checkpoint(path), torch.float32, GPU), config)
         for index in range(4):
             one.add(Request(f"{index}", [5, 6, 7 + index], replace(sampling, seed=index)))
         for _ in range(5):
@@ -161,4 +111,4 @@ def test_the_stand_in_notices_a_look(device: Device) -> None:
         assert there.tolist() == [2, 2, 2]
         there.to("cpu").pin_memory().to(GPU)
         assert bool((there > 1).all())
-    assert device.log == ["looks by tolist", "slow copy", "looks by __bool__"]
+    assert device.log == ["looks by tolist", "looks by cpu", "slow copy", "looks by __bool__"]

@@ -91,7 +91,7 @@ def _step(
         lengths = [context + more for context in contexts]
         graph.set([length - 1 for length in lengths], lengths, {None: tables})
         graph.run(tokens)
-        answers.append((graph.logits[: len(contexts)].clone(), graph.greedy[: len(contexts)].clone()))
+        answers.append((graph.logits[: len(contexts)].clone(), graph.ids[: len(contexts)].clone()))
     return torch.cat([logits for logits, _ in answers]), torch.cat([ids for _, ids in answers])
 
 

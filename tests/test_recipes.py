@@ -128,6 +128,28 @@ def test_a_stage_that_is_read_must_write_what_is_read(tmp_path: Path, capsys: py
 
 
 @pytest.mark.parametrize(
+    ("bench", "gate", "told"),
+    [
+        ("mode: startup", "startup.stage_building_s <= 9", ""),
+        ("mode: startup, speed: false", "stage_building_s <= 9", "is on stage_building_s, which is not measured"),
+        ("mode: serve", "stage_building_s <= 9", "is on stage_building_s, which is not measured"),
+        ("quality: false", "max_kl <= 1", "is on max_kl, which is not measured"),
+        ("quality: false", "mean_kl_bound <= 1", "is on mean_kl_bound, which is not measured"),
+        ("quality: true", "max_kl <= 1", ""),
+    ],
+)
+def test_gates_on_what_a_bench_is_going_to_measure(
+    bench: str, gate: str, told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stages = f"  seen: {{run: bench, {bench}}}\n  judged: {{run: gate, of: seen, gates: ['{gate}']}}\n"
+    file = write(tmp_path / "r.yaml", f"model: org/model\nstages:\n{stages}")
+    if told:
+        assert told in refused(capsys, 2, "recipes", "validate", file)
+    else:
+        assert main.run(["recipes", "validate", str(file)]) == 0
+
+
+@pytest.mark.parametrize(
     ("change", "message"),
     [
         ("int4.samples=many", "--set int4.samples=many: stages.int4.samples is 'many'. Expected a valid integer."),
@@ -309,6 +331,7 @@ stages:
     assert done["server"]["outcome"] == "left out"
     after = ran(capsys, file, "-o", work, "--dry-run")
     assert [stage for stage, row in after.items() if row["there"]] == ["half", "int4", "tp2", "compare"]
+    assert plan["server"]["memory_bytes"] == after["server"]["memory_bytes"], "of a rank"
     assert main.run(["run", str(file), "-o", str(work), "--dry-run"]) == 0
     assert "(nothing written)" in capsys.readouterr().out
 

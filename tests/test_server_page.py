@@ -327,6 +327,7 @@ def test_the_dashboard_of_several_models_shows_which_are_loaded(browser: Browser
         page.locator("#model option").first.wait_for(state="attached")
         page.get_by_role("tab", name="Dashboard").click()
         page.locator("#card").get_by_text("unloaded").first.wait_for()
+        assert not page.get_by_role("heading", name="How it runs").is_visible()
         assert "NaN" not in page.locator("main").inner_text()
         page.keyboard.press("ArrowLeft")
         visit.answer(trigger("markdown"))

@@ -23,18 +23,25 @@ torch.save([run(*call) for call in torch.load(path)], path)
 """
 
 
-def interpreted(module: str, function: str, calls: list[tuple[Any, ...]], folder: Path) -> list[Any]:
+def interpreted(
+    module: str, function: str, calls: list[tuple[Any, ...]], folder: Path, interpret: bool = True
+) -> list[Any]:
     """What a launching function of `module` returns for each call, its kernels run on the CPU by the interpreter.
 
     The module is one of llmkit or of the tests. In a process of its own, because Triton decides when it is imported
-    whether it interprets.
+    whether it interprets. interpret: False for one that has Triton as a GPU has it, and must not launch anything.
     """
     pytest.importorskip("triton")
     path = folder / f"{function}.pt"
     torch.save(calls, path)
     modules = os.pathsep.join((str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")))
-    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": modules}
-    subprocess.run([sys.executable, "-c", _RUN, module, function, str(path)], env=environment, check=True, timeout=240)
+    environment = os.environ | {"PYTHONPATH": modules} | ({"TRITON_INTERPRET": "1"} if interpret else {})
+    subprocess.run(
+        [sys.executable, "-c", "import triton" + _RUN, module, function, str(path)],
+        env=environment,
+        check=True,
+        timeout=240,
+    )
     results: list[Any] = torch.load(path)
     return results
 

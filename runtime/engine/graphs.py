@@ -39,18 +39,17 @@ def _parameters(words: torch.Tensor, rows: int) -> tuple[torch.Tensor, torch.Ten
 class CudaGraph:
     """The kernels that a function launches, as one launch. It is run before, so that nothing is compiled meanwhile."""
 
-    _pool: Any = None  # the memory of all graphs: no two run at a time
+    _shared: Any = None  # memory for all, no two of which run at a time, and one stream: cuBLAS keeps 32 MiB for each
 
-    def __init__(self, run: Callable[[], None]) -> None:
-        CudaGraph._pool = CudaGraph._pool or torch.cuda.graph_pool_handle()
-        side = torch.cuda.Stream()
+    def __init__(self, run: Callable[[], object]) -> None:
+        pool, side = (CudaGraph._shared or (torch.cuda.graph_pool_handle(), torch.cuda.Stream()))[:2]
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             run()
-        torch.cuda.current_stream().wait_stream(side)
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph, CudaGraph._pool, capture_error_mode="thread_local"):
+        with torch.cuda.graph(self._graph, pool, side, capture_error_mode="thread_local"):  # waits for the device
             run()
+        CudaGraph._shared = pool, side, self._graph  # without a graph that lives, PyTorch refuses the pool from then on
 
     def replay(self) -> None:
         """Launch them."""
@@ -66,11 +65,12 @@ class Graph(Inputs):
 
     def __init__(
         self, model: Decoder, caches: Sequence[KvCache], rows: int, width: int, block_size: int,
-        capture: Callable[[Callable[[], None]], Repeatable], draw: Draw | None = None,
+        capture: Callable[[Callable[[], None]], Repeatable], draw: Draw | None = None, out: torch.Tensor | None = None,
     ) -> None:  # fmt: skip
+        """out: float32 [rows or more, V], where logits go, which would else be memory of this graph alone."""
         spare = {layer.window: cache.kv.shape[1] - 1 for layer, cache in zip(model.spec.layers, caches, strict=True)}
         super().__init__(rows, width, block_size, spare, model.device, 3 * rows + -(-3 * rows // 2))
-        self._model, self._caches, self._draw = model, caches, draw
+        self._model, self._caches, self._draw, self._out = model, caches, draw, out
         self.tokens = torch.zeros(rows, dtype=torch.int64, device=model.device)
         self.set([], [], {window: [] for window in spare})
         self._captured = capture(self._run)
@@ -81,7 +81,8 @@ class Graph(Inputs):
         hidden = self._model(self.tokens, self.positions, self.batch, self._caches)
         self.logits, self.ids = hidden, self.tokens  # of no meaning before the last stage
         if self._model.spec.ends:
-            self.logits, ranks = self._model.logits(hidden), self._model.ranks
+            logits, ranks = self._model.logits(hidden), self._model.ranks
+            self.logits = logits if self._out is None else self._out[: self.rows].copy_(logits)
             if self._draw is not None:
                 (temperature, top_p, min_p), (top_k, seeds, counters) = _parameters(self.extra, self.rows)
                 self.ids = self._draw(self.logits, temperature, top_k, top_p, min_p, seeds, counters)
@@ -117,7 +118,8 @@ class Graphs:
         self.draws = self._draw is not None
         self._width, self._block_size = width, block_size
         self.sizes = [*(size for size in SIZES if size < most), *range(STEP, most, STEP), most]
-        self._made: dict[int, Graph] = {}
+        self.made: dict[int, Graph] = {}  # by size
+        self._out = torch.empty(most, model.spec.vocab, device=model.device) if model.spec.ends else None
         # Of a mixture of experts, only where the host need not see who is chosen.
         self.possible = all(layer.together is not None for layer in model.layers if layer.layer.moe)
 
@@ -144,8 +146,7 @@ class Graphs:
         return graph.logits[:rows], graph.ids[:rows]
 
     def _graph(self, size: int) -> Graph:
-        if size not in self._made:
-            self._made[size] = Graph(
-                self._model, self._caches, size, self._width, self._block_size, self._capture, self._draw
-            )
-        return self._made[size]
+        if size not in self.made:
+            how = self._width, self._block_size, self._capture, self._draw, self._out
+            self.made[size] = Graph(self._model, self._caches, size, *how)
+        return self.made[size]

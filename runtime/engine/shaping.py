@@ -8,6 +8,7 @@ from collections.abc import Sequence as SequenceOf
 
 import torch
 
+from llmkit.kernels.jit import sent
 from llmkit.kernels.sampling import report
 from llmkit.model.decoder import Decoder
 from llmkit.runtime.engine.sequence import Chunk, Sequence
@@ -29,27 +30,26 @@ def shape_(logits: torch.Tensor, sequences: SequenceOf[Sequence], counters: Sequ
         """Those of the tokens that lie here: their columns, and their places among all."""
         found = torch.tensor(list(tokens), dtype=torch.int64) - first
         here = ((found >= 0) & (found < logits.shape[-1])).nonzero()[:, 0]
-        return found[here].to(logits.device), here
+        return sent(found[here], logits.device), here
 
     for line, sequence, counter in zip(logits, sequences, counters, strict=True):
         asked, prompt = sequence.request.sampling, len(sequence.request.prompt)
         if sequence.guide is not None:
             allowed = sequence.guide.allowed()[first : first + len(line)]
-            line[: len(allowed)].masked_fill_(~allowed.to(line.device), float("-inf"))
+            line[: len(allowed)].masked_fill_(~sent(allowed, line.device), float("-inf"))
         if asked.logit_bias:
             where, here = columns(asked.logit_bias)
-            line[where] += torch.tensor(list(asked.logit_bias.values()))[here].to(line)
+            line[where] += sent(torch.tensor([*asked.logit_bias.values()], dtype=torch.float32)[here], line.device)
         if counter < asked.min_tokens:
             line[columns({*asked.stop_token_ids, *(() if asked.ignore_eos else ends)})[0]] = float("-inf")
         if asked.repetition_penalty != 1:
-            where, _ = columns(set(sequence.tokens))
-            seen = line[where]
+            seen = line[where := columns(set(sequence.tokens))[0]]
             line[where] = torch.where(seen > 0, seen / asked.repetition_penalty, seen * asked.repetition_penalty)
         if asked.presence_penalty or asked.frequency_penalty:
             counts = Counter(sequence.tokens[prompt:])
             where, here = columns(counts)
             times = torch.tensor(list(counts.values()), dtype=torch.float32)[here]
-            line[where] -= (asked.presence_penalty + asked.frequency_penalty * times).to(line)
+            line[where] -= sent(asked.presence_penalty + asked.frequency_penalty * times, line.device)
 
 
 def places(chunk: Chunk) -> tuple[int, int]:
@@ -88,7 +88,7 @@ def tell_prompts(model: Decoder, chunks: SequenceOf[Chunk], hidden: torch.Tensor
         for start in range(0, places(chunk)[0], PIECE):
             stop = min(start + PIECE, places(chunk)[0])
             following = chunk.sequence.request.prompt[chunk.start + start + 1 : chunk.start + stop + 1]
-            ids = torch.tensor(following, device=hidden.device)
+            ids = sent(torch.tensor(following), hidden.device)
             told.append(report(model.logits(hidden[at + start : at + stop]), ids, count, model.ranks))
         at += chunk.count
     return told

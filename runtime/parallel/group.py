@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import _abort_process_group
 
 from llmkit.model.ranks import Ranks, Waitable
 from llmkit.model.spec import ModelSpec
@@ -30,18 +31,22 @@ class Group(Ranks):
         """Meet the other ranks; returns when all are there. store: a file that only they know."""
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # one machine: nothing leaves it
         os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
-        world, backend = self.size * self.stages, "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, init_method=f"file://{store}", rank=self.index, world_size=world)
+        os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "0")  # what looks into the store all the time
+        os.environ.setdefault("TORCH_NCCL_SHOW_EAGER_INIT_P2P_SERIALIZATION_WARNING", "0")  # stages' order is that
+        gpu = torch.device("cuda", torch.cuda.current_device()) if device.type == "cuda" else None
+        world, backend, where = self.size * self.stages, "nccl" if gpu else "gloo", f"file://{store}"
+        # With its GPU named NCCL connects now, and not when the store is gone, with the first sum.
+        dist.init_process_group(backend, init_method=where, rank=self.index, world_size=world, device_id=gpu)
         stages = [list(range(first, first + self.size)) for first in range(0, world, self.size)]
         groups = [dist.new_group(ranks) for ranks in stages]  # every rank must make every group
         self._stage = groups[self.index // self.size]
         self._results = dist.new_group(backend="gloo")  # schedulers need them on the host
-        dist.barrier(self._results)  # from now on nobody needs the store
+        dist.all_reduce(torch.zeros(1), group=self._results)  # from now on nobody needs the store
 
     def leave(self) -> None:
-        """Let go of the other ranks."""
+        """Let go of the other ranks, which have ended: NCCL would wait for them otherwise."""
         if dist.is_initialized():
-            dist.destroy_process_group()
+            (_abort_process_group if dist.get_backend() == "nccl" else dist.destroy_process_group)()
 
     def sum(self, x: torch.Tensor) -> torch.Tensor:
         """See `Vocabulary`; over the ranks of the stage."""

@@ -23,6 +23,7 @@ from llmkit.model.decoder import Decoder
 from llmkit.model.device import resolve_device
 from llmkit.runtime.channel import Channel, Failed, end, exit_text, spawn
 from llmkit.runtime.engine.engine import Engine
+from llmkit.runtime.engine.graphs import Graph, Graphs
 from llmkit.runtime.engine.types import EngineConfig, EngineOptions, Request, RequestError, TokenOutput
 from llmkit.runtime.load import LoadedPart, StartUp, load_part
 from llmkit.runtime.parallel.group import Group
@@ -83,7 +84,9 @@ class LeadEngine(Engine):
     def lead(self, ranks: list[_Rank], group: Group) -> None:
         """Take charge of ranks that are ready to step."""
         self._ranks = ranks
-        self._closed = weakref.finalize(self, _end, ranks, group)
+        graphs = self.runner.recordings
+        made = graphs.made if isinstance(graphs, Graphs) else None
+        self._closed = weakref.finalize(self, _end, ranks, group, made)
         threading.Thread(target=_watch, args=(ranks, self._death), name="rank-watch", daemon=True).start()
 
     def on_death(self, act: Callable[[LlmkitError], None]) -> None:
@@ -215,10 +218,12 @@ def _require(options: EngineOptions, device: torch.device, count: int) -> None:
         )
 
 
-def _end(ranks: list[_Rank], group: Group | None = None) -> None:
+def _end(ranks: list[_Rank], group: Group | None = None, graphs: dict[int, Graph] | None = None) -> None:
     for rank in ranks:
         rank.channel.socket.close()
     for rank in ranks:
         rank.end()
+    if graphs is not None:  # NCCL lets nobody go whose sums are in one
+        graphs.clear()
     if group is not None:
         group.leave()

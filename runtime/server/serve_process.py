@@ -5,6 +5,7 @@ It ends with its parent, at once; SIGTERM stops it gracefully, as any server of 
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import sys
 import traceback
@@ -21,7 +22,10 @@ from llmkit.runtime.server.serve import run_server
 def main() -> int:
     """Run the process. The parent learns of a failure from the Failed message; the exit code says it again."""
     channel = Channel(parent_socket(with_thread=False), msgspec.msgpack.Decoder(Serve))
-    (start,) = channel.receive(wait=True)
+    try:
+        (start,) = channel.receive(wait=True)
+    except EOFError:  # the parent ended before it said what to serve
+        return 0
     options = ServeOptions.of_document(start.options)
     try:
         listener = None
@@ -39,7 +43,8 @@ def main() -> int:
         if options.debug or not isinstance(error, LlmkitError):
             traceback.print_exc()
         failed = Failed.of(error)
-        channel.send(failed)
+        with contextlib.suppress(OSError):  # the parent has gone
+            channel.send(failed)
         return failed.exit_code
 
 

@@ -106,7 +106,7 @@ def bound(calibrated: bool) -> int:
 def peak(command: list[str]) -> tuple[int, float]:
     """Peak resident memory of a process in bytes, and its seconds."""
     started = time.perf_counter()
-    process = subprocess.Popen(command)
+    process = subprocess.Popen(command, stdout=sys.stderr)  # ours is the figures'
     _, status, usage = os.wait4(process.pid, 0)
     if status:
         raise SystemExit(f"{' '.join(command)} failed")

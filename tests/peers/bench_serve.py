@@ -33,8 +33,9 @@ from common import ROOT, llmkit, peer_python, real_model, table
 
 from llmkit.bench.environment import describe_environment
 from llmkit.bench.load import find_server
+from llmkit.bench.memory import memory_bytes
 from llmkit.bench.metrics import medians, require_complete, summarize
-from llmkit.bench.targets import ServedTarget, memory_bytes
+from llmkit.bench.targets import ServedTarget
 from llmkit.bench.workload import SCENARIOS, WARMUP, Lengths, WorkloadRequest, builtin_text
 from llmkit.checkpoint.errors import LlmkitError
 from llmkit.checkpoint.source import open_checkpoint

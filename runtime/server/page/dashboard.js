@@ -163,6 +163,7 @@ function drawFacts(info) {
       ["Server", `llmkit ${info.version}`],
     ]),
   );
+  byId("paths").parentElement.hidden = false; // there are none for several models
   byId("paths").replaceChildren(make("ul", {}, ...info.paths.map((line) => make("li", {}, line))));
 }
 
