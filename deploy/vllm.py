@@ -10,6 +10,7 @@ import yaml
 
 IMAGE = "vllm/vllm-openai:latest"
 RAY_PORT = 6379
+HOST = "127.0.0.1"  # of what listens on a machine: it asks for no key
 Form = Literal["command", "ray", "lws", "kserve"]
 
 
@@ -49,7 +50,7 @@ def written(hand_over: HandOver, form: Form) -> str:
 
 
 def _script(one: HandOver) -> str:
-    serve = shlex.join(["vllm", "serve", *one.arguments()])
+    serve = shlex.join(["vllm", "serve", *one.arguments(), "--host", HOST])
     if one.nodes == 1:
         return f"#!/bin/sh\nexec {serve}\n"
     return (
@@ -87,7 +88,7 @@ def _serve_config(one: HandOver) -> list[dict[str, Any]]:
         "import_path": "ray.serve.llm:build_openai_app",
         "args": {"llm_configs": [model]},
     }
-    return [{"http_options": {"host": "0.0.0.0", "port": one.port}, "applications": [application]}]  # noqa: S104
+    return [{"http_options": {"host": HOST, "port": one.port}, "applications": [application]}]
 
 
 def _pod(one: HandOver, script: str, port: bool) -> dict[str, Any]:

@@ -42,7 +42,7 @@ def test_a_script_for_two_nodes_waits_for_both() -> None:
     assert command[:4] == ["exec", "vllm", "serve", "/models/big"]
     options = dict(zip(command[4::2], command[5::2], strict=True))
     assert options["--tensor-parallel-size"] == "8" and options["--pipeline-parallel-size"] == "2"
-    assert options["--distributed-executor-backend"] == "ray"
+    assert options["--distributed-executor-backend"] == "ray" and options["--host"] == "127.0.0.1"
     assert "len(ray.nodes()) < 2" in text
     one = written(HandOver("small", "org/name", 4, 1, 4096, 8), "command")
     assert one.splitlines() == ["#!/bin/sh", one.splitlines()[1]] and "ray" not in one
@@ -66,6 +66,7 @@ def test_kserve_and_ray_say_the_same_layout() -> None:
     assert service["spec"]["parallelism"] == {"tensor": 8, "pipeline": 2} and "worker" in service["spec"]
     (config,) = yaml.safe_load_all(written(TWO_NODES, "ray"))
     (application,) = config["applications"]
+    assert config["http_options"]["host"] == "127.0.0.1"
     (llm,) = application["args"]["llm_configs"]
     assert llm["engine_kwargs"]["pipeline_parallel_size"] == 2
     assert llm["model_loading_config"] == {"model_id": "big", "model_source": "/models/big"}
