@@ -221,7 +221,7 @@ class TestLoads:
     LOAD = Load(requests=4, input_tokens=(8, 16), output_tokens=(4, 6))
 
     def test_latency_of_batches_with_wishes(self, folder: Path) -> None:
-        load = replace(self.LOAD, mode="latency", concurrency=(1, 3))
+        load = replace(self.LOAD, mode="latency", concurrency=(1, 3), requests=None)
         measure_peaks("cpu", copy_bytes=1 << 20, side=64)
         gates = ("goodput>0", "mbu>0", "mfu>0", "cost_per_million>0", "batch3.request_rate>0")
         options = replace(OFFLINE, limit=None, load=load, slo="e2e:60s", price_per_hour=2.0, quality=False, gates=gates)
@@ -277,7 +277,7 @@ class TestLoads:
         path.write_text("\n".join(map(json.dumps, pairs)))
         options = replace(OFFLINE, data=str(path), max_model_len=90, rounds=1, limit=2, quality=False)
         report = run(folder / "a", options=options)
-        assert report.notes[1:] == [
+        assert report.notes[-2:] == [
             "1 conversations longer than 90 tokens were left out",
             "1 of 2 conversations were had before in this run: a prefix cache has them",
         ]

@@ -138,7 +138,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert run([*words, "--replicas", "3"]) == 0
     assert "fitted within" in capsys.readouterr().out
     assert run(["plan", "--rate", "10/s"]) == 2
-    assert "MODEL with --gpu, or --bench" in capsys.readouterr().err
+    assert "MODEL with --gpu, or a report with --bench" in capsys.readouterr().err
     assert run([*words, "--slo", "tpot:1ms"]) == 2
     assert "Loosen them" in capsys.readouterr().err
     assert measured_engine(BenchReport([target]), "report", Limits(), 0).gpus == 0
