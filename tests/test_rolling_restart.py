@@ -103,6 +103,7 @@ def test_no_request_fails_while_both_are_restarted(proxy: tuple[int, int, int], 
     servers = [ServerProcess(tmp_path / f"{one}.log", model, port=one, **options) for one in ports]
     for server in servers:
         server.wait_ready()
+    wait_for(lambda: httpx.get(f"http://127.0.0.1:{port}/ready").is_success)  # HAProxy looks now and then
     stop, answered, failed = threading.Event(), [0, 0], list[str]()
 
     def ask(number: int) -> None:
