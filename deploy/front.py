@@ -79,14 +79,17 @@ class Front:
         self._began = int(time.time())
         if keeper:
             handle = serve.get_app_handle(keeper)
-            self._table = msgspec.convert(await handle.routes.remote(), Routes).models
+            await self._look(handle)
             self._following = asyncio.create_task(self._follow(handle))
 
     async def _follow(self, keeper: DeploymentHandle) -> None:
         while True:
             await asyncio.sleep(FOLLOW_S)
             with suppress(RayError, RayServeException):  # another one comes
-                self._table = msgspec.convert(await keeper.routes.remote(), Routes).models
+                await self._look(keeper)
+
+    async def _look(self, keeper: DeploymentHandle) -> None:
+        self._table = msgspec.convert(await keeper.routes.remote(), Routes).models
 
     def reconfigure(self, table: dict[str, Any]) -> None:
         """Take a Table, as builtins: the user_config. Serve calls it before any request and with each change."""

@@ -290,11 +290,10 @@ def _open_draft(reference: str, spec: ModelSpec) -> Checkpoint:
     """A draft model's checkpoint. Raises InputError when it cannot guess for a model of `spec`."""
     draft = open_checkpoint(reference)
     draft.require_whole()
-    check_checkpoint(draft, model_spec(draft.config))
-    vocab = model_spec(draft.config).vocab
-    if vocab != spec.vocab:
+    check_checkpoint(draft, guessing := model_spec(draft.config))
+    if guessing.vocab != spec.vocab:
         raise InputError(
-            f"the draft model {reference} has {vocab} tokens and the model {spec.vocab}",
+            f"the draft model {reference} has {guessing.vocab} tokens and the model {spec.vocab}",
             "A draft model with the same tokenizer was expected",
             "Choose a smaller model of the same family, or leave out --draft-model to guess from the text itself",
         )

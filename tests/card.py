@@ -34,10 +34,8 @@ class Device(TorchFunctionMode):
         self.log: list[str] = []
         self.places: Counter[tuple[str, str]] = Counter()
         self.capturing = False
-        self.reads, self.made = (
-            set[int](),
-            set[int](),
-        )  # addresses of memory, in a graph: what was there, and what it makes
+        # Addresses of memory, in a graph: what was there, and what it makes.
+        self.reads, self.made = set[int](), set[int]()
 
     def note(self, what: str) -> None:
         """Log it, and forbid it while a graph is captured."""
