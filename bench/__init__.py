@@ -1,4 +1,4 @@
 """Measuring: load generation, latency metrics, quality scores and the report that joins them.
 
-It measures what is served; it keeps no model code of its own.
+It measures what is served and has no model code.
 """

@@ -1,4 +1,4 @@
-"""The machine and the software a measurement was made with."""
+"""The machine and the software of a measurement."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from llmkit.checkpoint.version import version
+from llmkit.common.version import version
 
 
 def describe_environment(device: str, dtype: torch.dtype) -> dict[str, Any]:
@@ -29,7 +29,7 @@ def describe_environment(device: str, dtype: torch.dtype) -> dict[str, Any]:
 
 
 def _cpu() -> str:
-    """The processor's own name, where the system tells it."""
+    """The model name of the processor, or else its architecture."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

@@ -1,4 +1,4 @@
-"""Gates: conditions on figures that turn a measurement into a pass or a failure."""
+"""Gates: conditions on metrics that decide whether a benchmark passes."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from llmkit.bench.metrics import SPEED_METRICS, STARTUP_METRICS, TARGET_METRICS, metric_named
-from llmkit.checkpoint.errors import UsageError
-from llmkit.checkpoint.text import nearest
+from llmkit.bench.bench_metrics import SPEED_METRICS, STARTUP_METRICS, TARGET_METRICS, find_metric
+from llmkit.common.errors import UsageError
+from llmkit.common.formatting import nearest
 
 _OPERATORS: dict[str, Callable[[float, float], bool]] = {
     "<=": operator.le,
@@ -29,28 +29,28 @@ class Gate:
     """`metric operator number`, or `metric operator factor * baseline`."""
 
     text: str  # as the user wrote it
-    metric: str  # a name that `metric_named` knows; those of scenarios with or without "scenario."
+    metric: str  # known to `find_metric`; "output_tps" is on every scenario
     operator: str
     number: float
-    of_baseline: bool = False  # `number` multiplies the baseline's figure
+    relative_to_baseline: bool = False  # the limit is `number` times the baseline's value
 
 
 @dataclass(frozen=True)
 class GateResult:
-    """One gate on one figure of one target."""
+    """The result of a gate for one metric of one target."""
 
     gate: str
     target: str
-    metric: str  # with its scenario: "online.output_tps"
+    metric: str  # the full name, with the scenario: "online.output_tps"
     value: float
     limit: float
     passed: bool
 
 
 def parse_gate(text: str) -> Gate:
-    """Read "mean_kl<=0.02", "output_tps>=0.9*baseline" or "online.ttft_p99_ms<baseline"; blanks do not matter.
+    """Parse "mean_kl<=0.02", "output_tps>=0.9*baseline" or "online.ttft_p99_ms<baseline".
 
-    Raises UsageError for another form and for a metric that does not exist.
+    Blanks are ignored. Raises UsageError for another form and for an unknown metric.
     """
     match = _GATE.fullmatch("".join(text.split()))
     if match is None:
@@ -59,19 +59,25 @@ def parse_gate(text: str) -> Gate:
             'Expected "metric<=number" or "metric>=factor*baseline", with <= >= < or >',
         )
     metric = match["metric"]
-    if metric_named(metric) is None:
+    if find_metric(metric) is None:
         known = [*TARGET_METRICS, *SPEED_METRICS, *STARTUP_METRICS, "task.NAME.METRIC"]
-        raise UsageError(f"gate {text!r} names no metric", nearest(metric.rpartition(".")[2], known, "Metrics are"))
+        raise UsageError(
+            f"gate {text!r} names no metric",
+            nearest(metric.rpartition(".")[2], known, "Metrics are"),
+        )
     if match["number"] is not None:
         return Gate(text, metric, match["operator"], float(match["number"]))
     factor = float(match["before"] or 1) * float(match["after"] or 1)
-    return Gate(text, metric, match["operator"], factor, of_baseline=True)
+    return Gate(text, metric, match["operator"], factor, relative_to_baseline=True)
 
 
-def require_measured(gates: Sequence[Gate], measured: Sequence[str], target: str) -> None:
-    """Raises UsageError for a gate on none of the metrics `measured` of a target: an empty gate is never a pass."""
+def require_gate_metrics(gates: Sequence[Gate], measured: Sequence[str], target: str) -> None:
+    """Raises UsageError for a gate on a metric that is not among `measured` of a target.
+
+    A gate that checks nothing must not pass.
+    """
     for gate in gates:
-        if not _matching(gate, measured):
+        if not _matching_metrics(gate, measured):
             raise UsageError(
                 f"gate {gate.text!r} is on {gate.metric}, which is not measured for {target}",
                 f"Measured are {', '.join(measured) or 'no metrics'}",
@@ -79,28 +85,39 @@ def require_measured(gates: Sequence[Gate], measured: Sequence[str], target: str
 
 
 def check_gates(
-    gates: Sequence[Gate], figures: Mapping[str, Mapping[str, float]], baseline: Mapping[str, float] | None
+    gates: Sequence[Gate],
+    metrics: Mapping[str, Mapping[str, float]],
+    baseline: Mapping[str, float] | None,
 ) -> list[GateResult]:
-    """Check every gate on every target's figures (by full metric name), in the order given.
+    """Check every gate on every target, in the given order.
 
-    Raises UsageError when a gate finds no figure, or needs one that the baseline lacks. NaN never passes.
+    metrics: by target, the values by full metric name. baseline: the same of the baseline. Raises
+    UsageError when a metric is missing there or in the baseline. NaN never passes.
     """
     results = []
-    for target, measured in figures.items():
-        require_measured(gates, list(measured), target)
+    for target, measured in metrics.items():
+        require_gate_metrics(gates, list(measured), target)
         for gate in gates:
-            for metric in _matching(gate, list(measured)):
+            for metric in _matching_metrics(gate, list(measured)):
                 limit = gate.number
-                if gate.of_baseline:
-                    if baseline is None or metric not in baseline:
-                        reason = "there is no baseline" if baseline is None else f"the baseline has no {metric}"
-                        raise UsageError(f"gate {gate.text!r} compares with the baseline, and {reason}")
-                    limit *= baseline[metric]
-                passed = _OPERATORS[gate.operator](measured[metric], limit)
-                results.append(GateResult(gate.text, target, metric, measured[metric], limit, passed))
+                if gate.relative_to_baseline:
+                    limit *= _baseline_value(gate, metric, baseline)
+                value = measured[metric]
+                passed = _OPERATORS[gate.operator](value, limit)
+                results.append(GateResult(gate.text, target, metric, value, limit, passed))
     return results
 
 
-def _matching(gate: Gate, measured: Sequence[str]) -> list[str]:
-    """The metric itself, or that metric of every scenario."""
+def _baseline_value(gate: Gate, metric: str, baseline: Mapping[str, float] | None) -> float:
+    if baseline is None:
+        raise UsageError(f"gate {gate.text!r} compares with the baseline, and there is no baseline")
+    if metric not in baseline:
+        raise UsageError(
+            f"gate {gate.text!r} compares with the baseline, and the baseline has no {metric}"
+        )
+    return baseline[metric]
+
+
+def _matching_metrics(gate: Gate, measured: Sequence[str]) -> list[str]:
+    """The full names of the gate's metric: itself, or one for each scenario."""
     return [name for name in measured if name == gate.metric or name.endswith(f".{gate.metric}")]

@@ -1,4 +1,4 @@
-"""Whether files lie in the operating system's page cache, and seeing to it that they do or do not. Linux."""
+"""Whether files are in the operating system's page cache, and how to get them in or out (Linux)."""
 
 from __future__ import annotations
 
@@ -8,28 +8,29 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from llmkit.checkpoint.errors import ShortageError
+from llmkit.common.errors import ShortageError
 
-STATES = ("warm", "cold")
-_CHUNK = 1 << 24
-_LEFT = 0.05  # of the pages that may stay after dropping them
+PAGE_CACHE_STATES = ("warm", "cold")
+_READ_BYTES = 1 << 24
+_MAX_COLD_SHARE = 0.05  # of the pages may stay in the cache
 
 
-def prepare(files: Sequence[Path], state: str) -> float:
-    """Bring the files into the page cache ("warm") or out of it ("cold"); the share that is in it then.
+def set_page_cache_state(files: Sequence[Path], state: str) -> float:
+    """Read the files into the page cache ("warm") or drop them from it ("cold").
 
-    Raises ShortageError when they cannot be dropped: on tmpfs, when others have them mapped, or outside Linux.
+    Returns the share of the files' pages that is then in the cache. Raises ShortageError when they
+    cannot be dropped: on tmpfs, when another process has them mapped, or outside Linux.
     """
-    for file in files:
-        with file.open("rb", buffering=0) as one:
+    for path in files:
+        with path.open("rb", buffering=0) as file:
             if state == "warm":
-                while one.read(_CHUNK):
+                while file.read(_READ_BYTES):
                     pass
             elif hasattr(os, "posix_fadvise"):
-                os.fsync(one.fileno())  # only what is written can be dropped
-                os.posix_fadvise(one.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+                os.fsync(file.fileno())  # only pages without unwritten changes are dropped
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     share = resident_share(files)
-    if state == "cold" and share > _LEFT:
+    if state == "cold" and share > _MAX_COLD_SHARE:
         raise ShortageError(
             f"{share:.0%} of the weights stay in the page cache",
             "A cold start wants them out of it",
@@ -39,19 +40,29 @@ def prepare(files: Sequence[Path], state: str) -> float:
 
 
 def resident_share(files: Sequence[Path]) -> float:
-    """The share of the files' pages that is in memory, by mincore(2); where the kernel does not tell, 1."""
+    """The share of the files' pages that is in memory, by mincore(2).
+
+    A file that the kernel gives no answer for counts as in memory.
+    """
     libc = ctypes.CDLL(None, use_errno=True)
-    pages = resident = 0
-    for file in files:
-        size = file.stat().st_size
+    pages = 0
+    resident_pages = 0
+    for path in files:
+        size = path.stat().st_size
         if not size:
             continue
-        count = -(-size // mmap.PAGESIZE)
-        # A private mapping may be written to, which ctypes needs to find its address; nothing is.
-        with file.open("rb") as one, mmap.mmap(one.fileno(), 0, access=mmap.ACCESS_COPY) as mapped:
-            states, place = (ctypes.c_ubyte * count)(), ctypes.c_char.from_buffer(mapped)
-            failed = libc.mincore(ctypes.c_void_p(ctypes.addressof(place)), ctypes.c_size_t(size), states)
-            del place
-        pages += count
-        resident += count if failed else sum(state & 1 for state in states)
-    return resident / pages if pages else 1.0
+        file_pages = -(-size // mmap.PAGESIZE)
+        # ctypes takes the address of writable mappings only. This one is private, and not written.
+        with (
+            path.open("rb") as file,
+            mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY) as mapping,
+        ):
+            states = (ctypes.c_ubyte * file_pages)()
+            first_byte = ctypes.c_char.from_buffer(mapping)
+            failed = libc.mincore(
+                ctypes.c_void_p(ctypes.addressof(first_byte)), ctypes.c_size_t(size), states
+            )
+            del first_byte  # the mapping cannot be closed while it is referenced
+        pages += file_pages
+        resident_pages += file_pages if failed else sum(state & 1 for state in states)
+    return resident_pages / pages if pages else 1.0

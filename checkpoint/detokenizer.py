@@ -1,7 +1,8 @@
-"""Token ids to text as they come, in time linear in their number and without ever cutting a character in two.
+"""Incremental detokenization: token ids to text, in linear time, without splitting a character.
 
-A token is a string of bytes; only where UTF-8 says that a character is complete is text given out. Invalid
-bytes become U+FFFD, one for each maximal invalid sequence, as when the whole text is decoded at once.
+A token is a sequence of bytes. Text is returned when UTF-8 says that a character is complete.
+Invalid bytes become U+FFFD, one for each maximal invalid sequence, as when the whole text is
+decoded at once.
 """
 
 from __future__ import annotations
@@ -13,14 +14,19 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from llmkit.checkpoint.errors import InputError
+from llmkit.common.errors import InputError
 
 
 def _byte_level_alphabet() -> dict[str, int]:
-    """GPT-2's printable character for each byte: itself where it is printable, else the next from U+0100 on."""
+    """GPT-2's byte alphabet, from printable character to byte.
+
+    A printable byte stands for itself; the other bytes are U+0100 and the characters after it.
+    """
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in set(printable)]
-    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
+    return {chr(byte): byte for byte in printable} | {
+        chr(256 + i): byte for i, byte in enumerate(others)
+    }
 
 
 _ALPHABET = _byte_level_alphabet()
@@ -29,7 +35,7 @@ _ALPHABET = _byte_level_alphabet()
 def _byte_level(token: str) -> bytes:
     try:
         return bytes([_ALPHABET[character] for character in token])
-    except KeyError:  # an added token, which is plain text
+    except KeyError:  # an added token is plain text
         return token.encode()
 
 
@@ -43,10 +49,11 @@ def _byte_fallback(token: str) -> bytes:
 
 
 class TokenBytes:
-    """The bytes of every token of a tokenizer, and whether a text loses its first space.
+    """The bytes of every token of a tokenizer, and whether decoding strips the first space.
 
-    `decoder` is the decoder of the tokenizer.json. Raises InputError for decoders other than ByteLevel,
-    Metaspace and the SentencePiece sequence (Replace, ByteFallback, Fuse, Strip).
+    decoder: the decoder of the tokenizer.json.
+    Raises InputError for decoders other than ByteLevel, Metaspace and the SentencePiece sequence
+    (Replace, ByteFallback, Fuse, Strip).
     """
 
     def __init__(self, tokenizer: Tokenizer, decoder: Mapping[str, Any] | None) -> None:
@@ -56,11 +63,14 @@ class TokenBytes:
         kinds = [step.get("type") for step in steps]
         convert: Callable[[str], bytes]
         if kinds == ["ByteLevel"]:
-            convert, self.strips_space = _byte_level, False
+            convert = _byte_level
+            self.strips_space = False
         elif kinds == ["Metaspace"]:
-            convert, self.strips_space = _with_spaces, steps[0].get("prepend_scheme", "always") != "never"
+            convert = _with_spaces
+            self.strips_space = steps[0].get("prepend_scheme", "always") != "never"
         elif kinds[:3] == ["Replace", "ByteFallback", "Fuse"] and kinds[3:] in ([], ["Strip"]):
-            convert, self.strips_space = _byte_fallback, kinds[3:] == ["Strip"]
+            convert = _byte_fallback
+            self.strips_space = kinds[3:] == ["Strip"]
         else:
             raise InputError(
                 f"The tokenizer has the decoder {' + '.join(map(str, kinds))}",
@@ -70,7 +80,10 @@ class TokenBytes:
 
 
 class Detokenizer:
-    """One text. The pieces that `add` and the final `flush` return, joined, are the decoded tokens."""
+    """Decodes one text.
+
+    The joined results of `add` and the final `flush` are the decoded tokens.
+    """
 
     def __init__(self, tokens: TokenBytes, skipped_ids: frozenset[int] = frozenset()) -> None:
         self._bytes_of = tokens.bytes_of
@@ -79,15 +92,15 @@ class Detokenizer:
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def add(self, ids: Iterable[int]) -> str:
-        """The text that these tokens complete; may be empty. Ids without a token add nothing."""
+        """The text that these tokens complete, possibly empty. Unknown ids add nothing."""
         data = b"".join([self._bytes_of.get(i, b"") for i in ids if i not in self._skipped])
-        return self._start(self._decoder.decode(data))
+        return self._strip_first_space(self._decoder.decode(data))
 
     def flush(self) -> str:
-        """What is left of an unfinished character, as U+FFFD; the text is over."""
-        return self._start(self._decoder.decode(b"", final=True))
+        """End the text. An incomplete character becomes U+FFFD."""
+        return self._strip_first_space(self._decoder.decode(b"", final=True))
 
-    def _start(self, text: str) -> str:
+    def _strip_first_space(self, text: str) -> str:
         if self._strip and text:
             self._strip = False
             return text.removeprefix(" ")

@@ -1,4 +1,4 @@
-"""The element types of safetensors as torch has them."""
+"""The torch dtypes of safetensors dtype names."""
 
 from __future__ import annotations
 
@@ -22,4 +22,4 @@ DTYPES: dict[str, torch.dtype] = {
     "BOOL": torch.bool,
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
-FLOATS = ("F32", "F16", "BF16")  # what weights that are not quantized may be
+FLOATS = ("F32", "F16", "BF16")  # the dtypes that dense weights may have

@@ -1,4 +1,7 @@
-"""What an interrupted run has written: one JSON line per tensor, appended only after the tensor is on disk."""
+"""The journal of a writer: one JSON line per tensor, appended after the tensor is on disk.
+
+An interrupted run continues from it.
+"""
 
 from __future__ import annotations
 
@@ -11,44 +14,45 @@ Key = tuple[str, str]  # file, tensor
 
 
 class Journal:
-    """Belongs to one identity. `entries` are the tensors known to be on disk and their SHA-256."""
+    """The tensors on disk and their SHA-256, for a run with one `identity`."""
 
     def __init__(self, path: Path, identity: dict[str, Any]) -> None:
         self._path = path
-        self._first = json.dumps({"identity": identity}, sort_keys=True)
+        self._first_line = json.dumps({"identity": identity}, sort_keys=True)
         self.entries: dict[Key, str] = {}
 
     def load(self) -> bool:
-        """Read what an earlier run of the same identity left; False when there is nothing of it."""
+        """Read the journal of an earlier run; False when there is none with the same identity."""
         try:
             text = self._path.read_bytes().decode(errors="replace")
         except FileNotFoundError:
             return False
         lines = text.splitlines(keepends=True)
-        if not lines or lines[0] != self._first + "\n":
+        if not lines or lines[0] != self._first_line + "\n":
             return False
-        kept = len(lines[0].encode())
+        valid_bytes = len(lines[0].encode())
         for line in lines[1:]:
-            entry = _entry(line)
+            entry = _parse_line(line)
             if entry is None:  # the machine stopped while this line was written
                 break
             self.entries[entry[0]] = entry[1]
-            kept += len(line.encode())
-        os.truncate(self._path, kept)
+            valid_bytes += len(line.encode())
+        os.truncate(self._path, valid_bytes)
         return True
 
     def start(self) -> None:
-        """Begin an empty journal in place of any other."""
+        """Create an empty journal; an old one is replaced."""
         self.entries.clear()
-        self._write("w", self._first + "\n")
+        self._write("w", self._first_line + "\n")
 
     def append(self, entries: dict[Key, str]) -> None:
         """Record tensors that are on disk."""
-        self._write("a", "".join(json.dumps([*key, digest]) + "\n" for key, digest in entries.items()))
+        lines = [json.dumps([*key, digest]) + "\n" for key, digest in entries.items()]
+        self._write("a", "".join(lines))
         self.entries |= entries
 
     def remove(self) -> None:
-        """Forget everything, on disk too."""
+        """Remove the file."""
         self._path.unlink(missing_ok=True)
 
     def _write(self, mode: str, text: str) -> None:
@@ -58,7 +62,7 @@ class Journal:
             os.fsync(file.fileno())
 
 
-def _entry(line: str) -> tuple[Key, str] | None:
+def _parse_line(line: str) -> tuple[Key, str] | None:
     try:
         file, name, digest = json.loads(line)
     except ValueError:

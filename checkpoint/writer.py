@@ -1,7 +1,8 @@
-"""Writing a checkpoint: all or nothing, resumable, and the same bytes whatever the order of writing.
+"""Writes a checkpoint: all or nothing, resumable, with the same bytes in any order of writing.
 
-Every tensor has its place before the first is written. Data goes to `<out>.partial` and is synced before the
-journal tells of it; the manifest is the last file, and only then does the directory get its name.
+The place of every tensor is planned before the first one is written. Data goes to `<out>.partial`,
+and is synced to disk before the journal records it. The manifest is the last file; the directory is
+renamed to `<out>` after it.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -23,9 +23,8 @@ from typing import Any
 
 import torch
 
+from llmkit.checkpoint.checkpoint import Checkpoint
 from llmkit.checkpoint.dtypes import DTYPES, NAMES
-from llmkit.checkpoint.errors import LlmkitError, OutputError
-from llmkit.checkpoint.files import CONFIG
 from llmkit.checkpoint.journal import Journal, Key
 from llmkit.checkpoint.manifest import (
     FORMAT_VERSION,
@@ -33,83 +32,91 @@ from llmkit.checkpoint.manifest import (
     is_plain_name,
     manifest_digest,
     tensor_key,
-    verify_manifest,
 )
-from llmkit.checkpoint.output import (
+from llmkit.checkpoint.model_files import CONFIG, INDEX
+from llmkit.checkpoint.output_directory import (
     check_output,
-    locked,
+    output_lock,
     partial_path,
     sibling,
     sync_directory,
+    write_errors,
     write_synced,
-    writing,
 )
-from llmkit.checkpoint.reading import FileDigest, read_range, sha256_file, sha256_range, tensor_bytes
-from llmkit.checkpoint.safetensors_header import TensorInfo, byte_count, write_header
-from llmkit.checkpoint.source import INDEX, Checkpoint
-from llmkit.checkpoint.version import version
+from llmkit.checkpoint.safetensors_header import TensorInfo, write_header
+from llmkit.checkpoint.tensor_reader import (
+    FileDigest,
+    read_range,
+    sha256_file,
+    sha256_range,
+    tensor_bytes,
+)
+from llmkit.common.errors import LlmkitError, OutputError
+from llmkit.common.version import version
 
-LARGE_BYTES = 2**20  # from here on a write is hashed by threads meanwhile, and goes past the page cache
-DIRECT_BYTES = 8 * 2**20  # written at once past the page cache
-PAGE = 4096  # what is written past the page cache begins and ends at multiples of it
-
-__all__ = ["CheckpointWriter", "PlannedTensor", "check_output", "plan_files", "verify_manifest"]
-
-
-@dataclass(frozen=True)
-class PlannedTensor:
-    """A tensor that will be written; `dtype` as in a safetensors header."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-
-    @property
-    def nbytes(self) -> int:
-        """Its size in bytes."""
-        return byte_count(self.dtype, self.shape)
+# A write of at least this size bypasses the page cache, and threads hash it at the same time.
+LARGE_WRITE_BYTES = 2**20
+DIRECT_IO_BYTES = 8 * 2**20  # the size of one write that bypasses the page cache
+PAGE_BYTES = 4096  # such a write begins and ends at multiples of this
 
 
 def plan_files(
-    tensors: Sequence[PlannedTensor], max_bytes: int = 5 * 2**30, stem: str = "model"
-) -> dict[str, list[PlannedTensor]]:
-    """Distribute tensors, in order, over files of at most `max_bytes` (a larger tensor gets a file of its own).
+    tensors: Sequence[TensorInfo], max_bytes: int = 5 * 2**30, stem: str = "model"
+) -> dict[str, list[TensorInfo]]:
+    """Distribute tensors, in order, over files of at most `max_bytes`.
 
-    One file is `<stem>.safetensors`, several are `<stem>-00001-of-0000N.safetensors`.
+    A larger tensor gets its own file. One file is named `<stem>.safetensors`, several are
+    `<stem>-00001-of-0000N.safetensors`.
     """
-    files: list[list[PlannedTensor]] = [[]]
-    room = max_bytes
+    files: list[list[TensorInfo]] = [[]]
+    free_bytes = max_bytes
     for tensor in tensors:
-        if tensor.nbytes > room and files[-1]:
+        if tensor.nbytes > free_bytes and files[-1]:
             files.append([])
-            room = max_bytes
+            free_bytes = max_bytes
         files[-1].append(tensor)
-        room -= tensor.nbytes
+        free_bytes -= tensor.nbytes
     if len(files) == 1:
         return {f"{stem}.safetensors": files[0]}
-    return {f"{stem}-{i:05d}-of-{len(files):05d}.safetensors": part for i, part in enumerate(files, 1)}
+    return {
+        f"{stem}-{number:05d}-of-{len(files):05d}.safetensors": part
+        for number, part in enumerate(files, 1)
+    }
 
 
-def planned_bytes(files: Mapping[str, Sequence[PlannedTensor]]) -> int:
-    """Bytes of the weight files of a plan, headers included."""
-    return sum(len(write_header(_ordered(part))[0]) + sum(tensor.nbytes for tensor in part) for part in files.values())
+def planned_bytes(files: Mapping[str, Sequence[TensorInfo]]) -> int:
+    """The size of the weight files of a plan, including headers."""
+    total = 0
+    for tensors in files.values():
+        header, _ = write_header(_wide_dtypes_first(tensors))
+        total += len(header) + sum(tensor.nbytes for tensor in tensors)
+    return total
 
 
 class CheckpointWriter:
-    """Writes the planned `files` into the new directory `out`; use as a context manager, end with `finish`.
+    """Writes the planned `files` into the new directory `out`.
 
-    `identity` is everything that decides the bytes: command, options, source hashes. A partial output of the same
-    identity and plan is continued, any other is started afresh. Leaving the block with an exception, or being
-    killed, keeps the partial output; whatever was committed need not be written again.
+    Use it as a context manager, and end the block with `finish`:
 
-    Entering raises OutputError when `out` exists and is not empty, lies in the source or is being written by
-    another run, and ShortageError when the disk is too small or not writable.
+        with CheckpointWriter(out, files, source, identity) as writer:
+            for name in ...:
+                if not writer.is_written(name):
+                    writer.write(name, tensor)
+                writer.commit()  # from time to time
+            writer.finish(config, side_files, manifest)
+
+    identity: everything that determines the bytes: command, options, hashes of the source. A
+    partial output of the same identity and plan is continued, any other is replaced. An exception
+    or a kill keeps the partial output, and tensors that were committed need not be written again.
+
+    Entering raises OutputError when `out` exists and is not empty, lies in the source or is being
+    written by another run, and ShortageError when the disk is too small or not writable.
     """
 
     def __init__(
         self,
         out: str | Path,
-        files: Mapping[str, Sequence[PlannedTensor]],
+        files: Mapping[str, Sequence[TensorInfo]],
         source: Checkpoint | None = None,
         identity: Mapping[str, Any] | None = None,
     ) -> None:
@@ -118,150 +125,189 @@ class CheckpointWriter:
         self._source = source
         self._partial = partial_path(self.out)
         self._headers: dict[str, bytes] = {}
-        self._places: dict[Key, TensorInfo] = {}
+        self._tensors: dict[Key, TensorInfo] = {}
         self._files_of: dict[str, list[str]] = {}
         for file, tensors in files.items():
-            self._headers[file], infos = write_header(_ordered(tensors))
+            self._headers[file], infos = write_header(_wide_dtypes_first(tensors))
             for name, info in infos.items():
-                self._places[file, name] = info
+                self._tensors[file, name] = info
                 self._files_of.setdefault(name, []).append(file)
-        plan = hashlib.sha256(b"".join(name.encode() + header for name, header in self._headers.items())).hexdigest()
-        self._journal = Journal(sibling(self.out, ".partial.journal"), {"plan": plan, **(identity or {})})
-        self._pending: dict[Key, Any] = {}  # written since the last commit: their hashes
-        self._hashing: list[Future[None]] = []  # of what was written last
-        self._aligned = mmap.mmap(-1, DIRECT_BYTES)  # at a multiple of PAGE in memory too
-        self._open: dict[Key, tuple[Any, int]] = {}  # tensors being written in chunks: their hash and bytes so far
-        self._resumed: frozenset[Key] = frozenset()
+        headers = b"".join(file.encode() + header for file, header in self._headers.items())
+        plan = hashlib.sha256(headers).hexdigest()
+        self._journal = Journal(
+            sibling(self.out, ".partial.journal"), {"plan": plan, **(identity or {})}
+        )
+        # SHA-256 objects of the tensors that were written since the last commit.
+        self._uncommitted: dict[Key, Any] = {}
+        # SHA-256 objects and written bytes of the tensors that `write_chunk` has not completed.
+        self._incomplete: dict[Key, tuple[Any, int]] = {}
+        self._hashing: list[Future[None]] = []  # the hash tasks of the last write
+        self._aligned_buffer = mmap.mmap(-1, DIRECT_IO_BYTES)  # aligned to PAGE_BYTES in memory
+        self._resumed: frozenset[Key] = frozenset()  # written by an interrupted run
         self._fds: dict[str, int] = {}
-        self._direct: dict[str, int] = {}  # the same files, past the page cache where the file system can do that
-        self._digests = {file: FileDigest(self._partial / file) for file in self._headers}
+        # The same files opened with O_DIRECT, where the file system supports it.
+        self._direct_fds: dict[str, int] = {}
+        self._file_digests = {file: FileDigest(self._partial / file) for file in self._headers}
         self._stack = ExitStack()
 
     def __enter__(self) -> CheckpointWriter:
+        source_path = None if self._source is None else self._source.path
         with ExitStack() as stack:
-            check_output(self.out, self._source, 0)  # before a lock file appears next to it
-            stack.enter_context(locked(self.out))
+            check_output(self.out, source_path, 0)  # before the lock file is created
+            stack.enter_context(output_lock(self.out))
             sizes = {file: self._file_bytes(file) for file in self._headers}
-            check_output(self.out, self._source, sum(sizes.values()))
-            with writing(self._partial):
+            check_output(self.out, source_path, sum(sizes.values()))
+            with write_errors(self._partial):
                 if not self._can_resume(sizes):
-                    self._start_afresh(sizes)
+                    self._start_new(sizes)
                 for file, header in self._headers.items():
                     self._fds[file] = os.open(self._partial / file, os.O_RDWR | os.O_CLOEXEC)
                     stack.callback(os.close, self._fds[file])
                     with suppress(OSError):
-                        self._direct[file] = os.open(self._partial / file, os.O_WRONLY | os.O_CLOEXEC | os.O_DIRECT)
-                        stack.callback(os.close, self._direct[file])
-                    self._digests[file].add(0, memoryview(header))
+                        self._direct_fds[file] = os.open(
+                            self._partial / file, os.O_WRONLY | os.O_CLOEXEC | os.O_DIRECT
+                        )
+                        stack.callback(os.close, self._direct_fds[file])
+                    self._file_digests[file].add(0, memoryview(header))
             self._hashers = stack.enter_context(ThreadPoolExecutor(2, thread_name_prefix="hash"))
             self._resumed = frozenset(self._journal.entries)
             self._stack = stack.pop_all()
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         with self._stack:
             if self._partial.exists():
-                # The error that brought us here is the one to tell; what is not committed is written again.
+                # An error of this commit must not hide an error of the block. The next run writes
+                # uncommitted tensors again.
                 with suppress(OSError, LlmkitError):
                     self.commit()
 
     def write(self, name: str, tensor: torch.Tensor, file: str | None = None) -> None:
-        """Write a whole tensor. ValueError when it is not planned like this; ShortageError when the disk is full.
+        """Write a whole tensor.
 
-        `file` is needed when several files have a tensor of that name.
+        file: needed when several files have a tensor of that name.
+        Raises ValueError when name, dtype or shape differ from the plan, ShortageError when the
+        disk is full.
         """
         key = self._key(name, file)
-        info = self._places[key]
+        info = self._tensors[key]
         if NAMES.get(tensor.dtype) != info.dtype or tuple(tensor.shape) != info.shape:
             raise ValueError(
-                f"{name} is {tensor.dtype} {list(tensor.shape)}, planned as {info.dtype} {list(info.shape)}"
+                f"{name} is {tensor.dtype} {list(tensor.shape)},"
+                f" planned as {info.dtype} {list(info.shape)}"
             )
         digest = hashlib.sha256()
         self._write_at(key, info.start, tensor_bytes(tensor), digest)
-        wait(self._hashing)  # the caller may change the tensor now
-        self._pending[key] = digest
-        self._open.pop(key, None)
+        wait(self._hashing)  # then the caller may change the tensor
+        self._uncommitted[key] = digest
+        self._incomplete.pop(key, None)
 
     def write_chunk(self, file: str, name: str, offset: int, data: bytes | memoryview) -> None:
-        """Write bytes of a tensor from byte `offset` of it. Each tensor's chunks come in order and without gaps.
+        """Write bytes of a tensor from its byte `offset`, in order and without gaps.
 
-        A chunk at 0 starts the tensor anew. `data` must stay as it is until the next chunk has been written: it is
-        hashed meanwhile. ValueError when chunks are out of order or too long.
+        A chunk at offset 0 starts the tensor again. `data` must not change until the next chunk has
+        been written, because it is hashed meanwhile.
+        Raises ValueError when a chunk is out of order or too long.
         """
         data = memoryview(data).cast("B")
         key = self._key(name, file)
-        info = self._places[key]
-        digest, done = self._open.get(key, (None, 0))
+        info = self._tensors[key]
+        digest, written = self._incomplete.get(key, (None, 0))
         if digest is None or offset == 0:
-            digest, done = hashlib.sha256(), 0
-        if offset != done or offset + len(data) > info.nbytes:
-            raise ValueError(f"{name}: chunk [{offset}, {offset + len(data)}) after byte {done} of {info.nbytes}")
+            digest = hashlib.sha256()
+            written = 0
+        if offset != written or offset + len(data) > info.nbytes:
+            raise ValueError(
+                f"{name}: chunk [{offset}, {offset + len(data)})"
+                f" after byte {written} of {info.nbytes}"
+            )
         self._write_at(key, info.start + offset, data, digest)
         if offset + len(data) == info.nbytes:
-            self._open.pop(key, None)
-            self._pending[key] = digest
+            self._incomplete.pop(key, None)
+            self._uncommitted[key] = digest
         else:
-            self._open[key] = digest, offset + len(data)
+            self._incomplete[key] = digest, offset + len(data)
 
-    def files_of(self, name: str) -> tuple[str, ...]:
-        """The planned files that have a tensor of this name."""
+    def files_with(self, name: str) -> tuple[str, ...]:
+        """The planned files that hold a tensor of this name."""
         return tuple(self._files_of[name])
 
-    def done(self, name: str, file: str | None = None) -> bool:
+    def is_written(self, name: str, file: str | None = None) -> bool:
         """Whether the tensor was written and committed, by this run or an interrupted one."""
         return self._key(name, file) in self._journal.entries
 
     def commit(self) -> None:
-        """Sync what was written and record it, so that an interrupted run need not write it again."""
+        """Sync and record the written tensors, so that an interrupted run does not repeat them."""
         wait(self._hashing)
-        if not self._pending:
+        if not self._uncommitted:
             return
-        with writing(self._partial):
-            for file in {file for file, _ in self._pending}:
+        with write_errors(self._partial):
+            for file in {file for file, _ in self._uncommitted}:
                 os.fsync(self._fds[file])
-            self._journal.append({key: digest.hexdigest() for key, digest in self._pending.items()})
-        self._pending = {}
+            self._journal.append(
+                {key: digest.hexdigest() for key, digest in self._uncommitted.items()}
+            )
+        self._uncommitted = {}
 
     def read_back(self, name: str, file: str | None = None) -> torch.Tensor:
-        """A tensor that has been written. ValueError when it has not."""
+        """A tensor that was written, read from disk. Raises ValueError when it was not written."""
         key = self._key(name, file)
-        if key not in self._pending and key not in self._journal.entries:
+        if key not in self._uncommitted and key not in self._journal.entries:
             raise ValueError(f"{name} has not been written")
-        info = self._places[key]
+        info = self._tensors[key]
         buffer = read_range(self._partial / key[0], info.start, info.nbytes)
         return buffer.view(DTYPES[info.dtype]).reshape(info.shape)
 
     def discard(self) -> None:
-        """Remove the partial output: what it was made from is wrong, so that no run may continue it."""
-        self._pending = {}
+        """Remove the partial output, because the source is wrong and no run may continue it."""
+        self._uncommitted = {}
         self._journal.remove()
         shutil.rmtree(self._partial)
 
-    def finish(self, config: Mapping[str, Any], side_files: Mapping[str, bytes], manifest: Mapping[str, Any]) -> None:
-        """Write everything else, the manifest last, and give the directory its name.
+    def finish(
+        self,
+        config: Mapping[str, Any],
+        side_files: Mapping[str, bytes],
+        manifest: Mapping[str, Any],
+    ) -> None:
+        """Write the other files, the manifest last, and rename the directory to `out`.
 
-        `manifest` adds to the manifest ("recipe", "seed", "layout"...). An index is written when there are several
-        files and no "layout". ValueError when a planned tensor has not been written; OutputError when what an
-        interrupted run left is no longer what it wrote; InputError when the source changed while it was read.
+        manifest: further entries of the manifest ("recipe", "seed", "layout", ...).
+        An index is written when there are several weight files and no "layout".
+        Raises ValueError when a planned tensor was not written, OutputError when the data of an
+        interrupted run changed since, InputError when the source changed while it was read.
         """
         self.commit()
-        missing = [name for file, name in self._places if (file, name) not in self._journal.entries]
+        missing = [
+            name for file, name in self._tensors if (file, name) not in self._journal.entries
+        ]
         if missing:
-            raise ValueError(f"{len(missing)} tensors have not been written ({', '.join(missing[:5])})")
+            raise ValueError(
+                f"{len(missing)} tensors have not been written ({', '.join(missing[:5])})"
+            )
         self._check_resumed()
         if self._source is not None:
             self._source.require_unchanged()
         texts = {name: bytes(data) for name, data in side_files.items()}
-        assert not {CONFIG, INDEX, MANIFEST, *self._headers} & texts.keys(), "a side file has a reserved name"
+        assert not {CONFIG, INDEX, MANIFEST, *self._headers} & texts.keys(), (
+            "a side file has a reserved name"
+        )
         texts[CONFIG] = _json(config)
         if len(self._headers) > 1 and manifest.get("layout") is None:
             texts[INDEX] = self._index()
-        with writing(self._partial):
-            for stale in self._partial.iterdir():  # of an earlier attempt to finish
-                if stale.name not in self._headers and stale.name not in texts:
-                    shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
+        with write_errors(self._partial):
+            for path in self._partial.iterdir():  # an earlier `finish` may have left other files
+                if path.name in self._headers or path.name in texts:
+                    continue
+                if path.is_dir():
+                    shutil.rmtree(path)
+                else:
+                    path.unlink()
             for name, data in texts.items():
                 write_synced(self._partial / name, data)
             write_synced(self._partial / MANIFEST, _json(self._manifest(texts, manifest)))
@@ -272,8 +318,8 @@ class CheckpointWriter:
             self._journal.remove()
             sync_directory(self.out.parent)
 
-    def _manifest(self, texts: Mapping[str, bytes], further: Mapping[str, Any]) -> dict[str, Any]:
-        sharded = further.get("layout") is not None
+    def _manifest(self, texts: Mapping[str, bytes], entries: Mapping[str, Any]) -> dict[str, Any]:
+        sharded = entries.get("layout") is not None
         files = {name: self._file_entry(name) for name in sorted([*self._headers, *texts])}
         tensors = {
             tensor_key(name, file, sharded): {
@@ -282,39 +328,46 @@ class CheckpointWriter:
                 "shape": list(info.shape),
                 "sha256": self._journal.entries[file, name],
             }
-            for (file, name), info in self._places.items()
+            for (file, name), info in self._tensors.items()
         }
-        source = further.get("source")
+        source = entries.get("source")
         if source is None and self._source is not None:
             source = {"reference": self._source.reference, "files": self._source.source_hashes()}
         document = {
             "format_version": FORMAT_VERSION,
             "tool": {"name": "llmkit", "version": version()},
             **({"source": source} if source else {}),
-            **further,
+            **entries,
             "files": files,
             "tensors": tensors,
         }
-        # Of the others it would be one more figure that depends on how long a run took.
+        # Only sharded manifests record a digest of themselves. Other manifests may hold durations,
+        # so that the digests of two otherwise equal outputs would differ.
         return {**document, "sha256": manifest_digest(document)} if sharded else document
 
     def _file_entry(self, name: str) -> dict[str, Any]:
         path = self._partial / name
-        size, digest = path.stat().st_size, self._digests.get(name)
+        size = path.stat().st_size
+        digest = self._file_digests.get(name)
         return {"bytes": size, "sha256": digest.hexdigest(size) if digest else sha256_file(path)}
 
     def _index(self) -> bytes:
-        total = sum(info.nbytes for info in self._places.values())
-        located = {name: file for file, name in self._places}
-        assert len(located) == len(self._places), "a tensor lies in two files of one checkpoint"
-        return _json({"metadata": {"total_size": total}, "weight_map": dict(sorted(located.items()))})
+        total = sum(info.nbytes for info in self._tensors.values())
+        weight_map = {name: file for file, name in self._tensors}
+        assert len(weight_map) == len(self._tensors), "two files of one checkpoint hold a tensor"
+        return _json(
+            {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        )
 
     def _check_resumed(self) -> None:
         for key in sorted(self._resumed):
-            info = self._places[key]
-            if sha256_range(self._partial / key[0], info.start, info.nbytes) != self._journal.entries[key]:
+            file, name = key
+            info = self._tensors[key]
+            digest = sha256_range(self._partial / file, info.start, info.nbytes)
+            if digest != self._journal.entries[key]:
                 raise OutputError(
-                    f"{self._partial / key[0]}: tensor {key[1]} changed after the interrupted run wrote it",
+                    f"{self._partial / file}: tensor {name} changed"
+                    " after the interrupted run wrote it",
                     todo=f"Remove {self._partial} and run the command again",
                 )
 
@@ -326,9 +379,9 @@ class CheckpointWriter:
             with path.open("rb") as handle:
                 if handle.read(len(self._headers[file])) != self._headers[file]:
                     return False
-        return self._journal.load() and self._journal.entries.keys() <= self._places.keys()
+        return self._journal.load() and self._journal.entries.keys() <= self._tensors.keys()
 
-    def _start_afresh(self, sizes: Mapping[str, int]) -> None:
+    def _start_new(self, sizes: Mapping[str, int]) -> None:
         self._journal.remove()
         if self._partial.exists():
             shutil.rmtree(self._partial)
@@ -344,23 +397,30 @@ class CheckpointWriter:
         sync_directory(self._partial.parent)
 
     def _file_bytes(self, file: str) -> int:
-        return len(self._headers[file]) + sum(info.nbytes for (of, _), info in self._places.items() if of == file)
+        tensors = [info for (path, _), info in self._tensors.items() if path == file]
+        return len(self._headers[file]) + sum(info.nbytes for info in tensors)
 
     def _key(self, name: str, file: str | None) -> Key:
         files = self._files_of.get(name, [])
         if file is None and len(files) == 1:
             return files[0], name
-        if file is None or (file, name) not in self._places:
+        if file is None or (file, name) not in self._tensors:
             raise ValueError(f"{name} is planned in {files or 'no file'}, asked for in {file}")
         return file, name
 
     def _write_at(self, key: Key, position: int, view: memoryview, digest: Any) -> None:
-        """Write to a file; hash for the tensor and for the file, by threads that may not be done when it returns."""
+        """Write to a file, and update the digests of the tensor and of the file.
+
+        Threads hash a large `view`; they may still run when this method returns.
+        """
         wait(self._hashing)
-        of_file = self._digests[key[0]]
-        of_file.rewind(position)
-        tasks: tuple[Callable[[], None], ...] = partial(digest.update, view), partial(of_file.add, position, view)
-        if len(view) >= LARGE_BYTES:
+        file_digest = self._file_digests[key[0]]
+        file_digest.rewind(position)
+        tasks: tuple[Callable[[], None], ...] = (
+            partial(digest.update, view),
+            partial(file_digest.add, position, view),
+        )
+        if len(view) >= LARGE_WRITE_BYTES:
             self._hashing = [self._hashers.submit(task) for task in tasks]
         else:
             for task in tasks:
@@ -368,39 +428,46 @@ class CheckpointWriter:
         self._pwrite(key, position, view)
 
     def _pwrite(self, key: Key, position: int, view: memoryview) -> None:
-        """Write to a file; whole pages of a large view past the page cache, which costs more than the disk does."""
-        file, start, stop = key[0], -position % PAGE, 0
-        with writing(self._partial / file):
-            if len(view) >= LARGE_BYTES and file in self._direct:
-                stop = len(view) - (position + len(view)) % PAGE
+        """Write to a file.
+
+        The full pages of a large `view` bypass the page cache, which is faster.
+        """
+        file = key[0]
+        start = -position % PAGE_BYTES
+        stop = 0  # [start, stop) of `view` bypasses the page cache
+        with write_errors(self._partial / file):
+            if len(view) >= LARGE_WRITE_BYTES and file in self._direct_fds:
+                stop = len(view) - (position + len(view)) % PAGE_BYTES
                 try:
-                    self._past_the_cache(self._direct[file], position + start, view[start:stop])
+                    self._write_direct(self._direct_fds[file], position + start, view[start:stop])
                 except OSError as error:
                     if error.errno != errno.EINVAL:
                         raise
-                    del self._direct[file]  # the file system cannot do it, and says so only now
+                    del self._direct_fds[file]  # the file system does not support it after all
                     stop = 0
             pieces = [(0, start), (stop, len(view))] if stop else [(0, len(view))]
             for first, last in pieces:
                 _pwrite_all(self._fds[file], position + first, view[first:last])
 
-    def _past_the_cache(self, fd: int, position: int, view: memoryview) -> None:
-        for first in range(0, len(view), DIRECT_BYTES):
-            piece = view[first : first + DIRECT_BYTES]
-            self._aligned[: len(piece)] = piece
-            _pwrite_all(fd, position + first, memoryview(self._aligned)[: len(piece)])
+    def _write_direct(self, fd: int, position: int, view: memoryview) -> None:
+        for first in range(0, len(view), DIRECT_IO_BYTES):
+            piece = view[first : first + DIRECT_IO_BYTES]
+            self._aligned_buffer[: len(piece)] = piece
+            _pwrite_all(fd, position + first, memoryview(self._aligned_buffer)[: len(piece)])
 
 
 def _pwrite_all(fd: int, position: int, view: memoryview) -> None:
     while view:
-        done = os.pwrite(fd, view, position)
-        view, position = view[done:], position + done
+        written = os.pwrite(fd, view, position)
+        view = view[written:]
+        position += written
 
 
-def _ordered(tensors: Sequence[PlannedTensor]) -> list[tuple[str, str, tuple[int, ...]]]:
-    """As planned, but wide dtypes first, so that every tensor starts at a multiple of its element size."""
-    ordered = sorted(tensors, key=lambda tensor: -DTYPES[tensor.dtype].itemsize)
-    return [(tensor.name, tensor.dtype, tuple(tensor.shape)) for tensor in ordered]
+def _wide_dtypes_first(tensors: Sequence[TensorInfo]) -> list[TensorInfo]:
+    """The order of tensors in a file. It aligns every tensor to its element size."""
+    by_width = sorted(tensors, key=lambda tensor: -DTYPES[tensor.dtype].itemsize)
+    # Only name, dtype and shape are kept: the byte range in the source does not apply here.
+    return [TensorInfo(tensor.name, tensor.dtype, tuple(tensor.shape)) for tensor in by_width]
 
 
 def _json(value: Mapping[str, Any]) -> bytes:

@@ -1,1 +1,1 @@
-"""The command line: one module a command, the output sink and the error table. No logic."""
+"""The command line: a module and an options class for each command, printing and errors."""

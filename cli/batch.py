@@ -1,117 +1,175 @@
-"""`llmkit batch`: a file of requests in OpenAI's batch format in, a file of answers out."""
+"""`llmkit batch`: a file of requests in OpenAI's batch format in, a file of results out."""
 
 from __future__ import annotations
 
 import os
 import secrets
 import time
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-
-from llmkit.checkpoint.errors import InputError, UsageError
-from llmkit.cli.errors import Stopped
+from llmkit.cli.error_report import Stopped
 from llmkit.cli.output import Output, seconds_text
 from llmkit.cli.serve import serve_options
-from llmkit.cli.sizes import in_range
+from llmkit.common.errors import InputError, UsageError
+from llmkit.common.option_values import within
+from llmkit.common.options import Argument, Option
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from llmkit.runtime.batch import Server
     from llmkit.runtime.batch_lines import Tally
+    from llmkit.runtime.run_batch import Server
+
+# Restarts of a dead engine within an hour, so that one crash does not end a long run.
+MAX_RESTARTS = 3
 
 
-def batch(
-    output: Output,
+@dataclass(frozen=True, kw_only=True)
+class BatchArguments:
+    """What `llmkit batch` takes."""
+
     file: Annotated[
         str,
-        typer.Argument(metavar="FILE", help="Requests, one JSON object a line, in OpenAI's batch format; - is stdin."),
-    ],
-    out: Annotated[
+        Argument(
+            "Requests, one JSON object a line, in OpenAI's batch format; - is stdin.",
+            metavar="FILE",
+        ),
+    ]
+    serve_words: Annotated[
+        tuple[str, ...],
+        Argument(
+            "After --: options of `llmkit serve` for the server that is started.",
+            metavar="-- OPTIONS",
+        ),
+    ] = ()
+    output: Annotated[
         str,
-        typer.Option("--output", "-o", metavar="FILE", help="Where results go, which must not exist; - is stdout."),
-    ],
-    options: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="-- OPTIONS", help="After --: options of `llmkit serve` for a server of our own."),
-    ] = None,
+        Option(
+            "File for the results, which must not exist; - is stdout.",
+            flags=("--output", "-o"),
+            metavar="FILE",
+        ),
+    ]
     model: Annotated[
         str | None,
-        typer.Option(
+        Option(
+            "A checkpoint to serve for this; with --url the name of the model for requests that "
+            "name none.",
             metavar="MODEL",
-            help="A checkpoint to serve for this; with --url the name of the model for requests that name none.",
-            show_default="with --url its first",
+            unset="with --url its first",
+            is_model=True,
         ),
-    ] = None,
+    ] = None
     url: Annotated[
         str | None,
-        typer.Option(
-            metavar="URL", help="A server that runs, in place of one of our own; its key is LLMKIT_API_KEY.",
-            show_default="none",
+        Option(
+            "A running server to use instead of starting one; its key is LLMKIT_API_KEY.",
+            metavar="URL",
+            unset="none",
         ),
-    ] = None,
-    concurrency: Annotated[int, typer.Option(metavar="N", help="Most requests under way at a time.")] = 512,
-) -> None:  # fmt: skip
-    """Answer a file of requests, in its order, with the very server that `llmkit serve` is.
+    ] = None
+    concurrency: Annotated[
+        int,
+        Option("Maximum requests in flight.", metavar="N", check=within(1, 100_000)),
+    ] = 512
 
-    A line that is wrong is a result that says so. A run that was stopped goes on where it was when it is run again.
+
+def batch(output: Output, arguments: BatchArguments) -> None:
+    """Answer a file of requests, in order, with the same server as `llmkit serve`.
+
+    A wrong line gets an error as its result. A stopped run continues when it is
+    run again.
     """
-    from llmkit.runtime.batch import STREAM, Batch, Server, run_batch
-    from llmkit.runtime.child import Child
+    from llmkit.runtime.run_batch import STREAM, Batch, run_batch
 
-    in_range("--concurrency", concurrency, 1, 100_000)
-    if (model is None) == (url is None) and model is None:
-        raise UsageError("neither --model nor --url is given", "A checkpoint or a server was expected")
-    if url is not None and options:
-        raise UsageError("options of `llmkit serve` are given with --url", "They are for a server of our own")
-    if out == STREAM and output.as_json:
+    if arguments.model is None and arguments.url is None:
+        raise UsageError(
+            "neither --model nor --url is given", "A checkpoint or a server was expected"
+        )
+    if arguments.url is not None and arguments.serve_words:
+        raise UsageError(
+            "options of `llmkit serve` are given with --url", "They are for a server of our own"
+        )
+    if arguments.output == STREAM and output.as_json:
         raise UsageError("-o - and --json both want stdout", todo="Write the results to a file")
-    began = time.perf_counter()
-    if url is not None:
-        from llmkit.bench.load import find_server
-        from llmkit.bench.targets import is_url
-        from llmkit.runtime.channel import API_KEY_VARIABLE
-
-        if not is_url(url):
-            raise UsageError(f"--url {url} is no address", "Addresses begin with http:// or https://")
-        found = find_server(url, model)
-        name, server = found.model, Server(found.url, os.environ.get(API_KEY_VARIABLE, ""))
-
-        def serve() -> Server:
-            return server
+    started_at = time.perf_counter()
+    if arguments.url is not None:
+        name, start_server = _running_server(arguments.url, arguments.model)
     else:
-        from llmkit.runtime.server.options import default_name
-
-        assert model is not None
-        name = default_name(model)
-        # What waits there is bounded by --concurrency already, and a crash need not be the end of a long run.
-        options_ = serve_options(model, name, options or [], None)
-        served = replace(options_, max_waiting=options_.max_waiting + concurrency, max_waiting_tokens=0, restart=3)
-
-        def serve() -> Server:
-            return Server(child=Child(served, secrets.token_urlsafe(32), output.message))
-
-    identity = {"model": model, "url": url, "options": options or []}
-    tally, stopped = run_batch(Batch(file, out, name, concurrency, identity), serve, output.progress())
+        assert arguments.model is not None
+        name, start_server = _own_server(output, arguments.model, arguments)
+    # A run continues only with the same model and options.
+    identity = {
+        "model": arguments.model,
+        "url": arguments.url,
+        "options": list(arguments.serve_words),
+    }
+    tally, stopped = run_batch(
+        Batch(arguments.file, arguments.output, name, arguments.concurrency, identity),
+        start_server,
+        output.progress(),
+    )
     if stopped:
         raise Stopped(128 + stopped)
-    document = _document(tally, file, out, name, time.perf_counter() - began)
-    if out == STREAM:
+    document = _document(tally, arguments, name, time.perf_counter() - started_at)
+    if arguments.output == STREAM:
         if not output.quiet:
             _show(output.notes, document)
     else:
         output.result(document, lambda console: _show(console, document))
     if not tally.succeeded:
         codes = ", ".join(f"{count} {code}" for code, count in tally.errors.most_common(5))
-        raise InputError(f"none of the {tally.requests} requests of {file} succeeded ({codes})")
+        raise InputError(
+            f"none of the {tally.requests} requests of {arguments.file} succeeded ({codes})"
+        )
 
 
-def _document(tally: Tally, file: str, out: str, model: str, seconds: float) -> dict[str, Any]:
+def _running_server(url: str, model: str | None) -> tuple[str, Callable[[], Server]]:
+    """The model's name on a running server, and a function that returns the server."""
+    from llmkit.bench.backends import is_url
+    from llmkit.bench.load_client import query_server
+    from llmkit.runtime.process_channel import API_KEY_VARIABLE
+    from llmkit.runtime.run_batch import Server
+
+    if not is_url(url):
+        raise UsageError(f"--url {url} is no address", "Addresses begin with http:// or https://")
+    found = query_server(url, model)
+    server = Server(found.url, os.environ.get(API_KEY_VARIABLE, ""))
+    return found.model, lambda: server
+
+
+def _own_server(
+    output: Output, model: str, arguments: BatchArguments
+) -> tuple[str, Callable[[], Server]]:
+    """The model's name, and a function that starts a server of it."""
+    from llmkit.runtime.run_batch import Server
+    from llmkit.runtime.server.serve_options import default_name
+    from llmkit.runtime.server_process import ServerProcess
+
+    name = default_name(model)
+    options = serve_options(model, name, list(arguments.serve_words), None)
+    # --concurrency already limits the waiting requests.
+    options = replace(
+        options,
+        max_waiting=options.max_waiting + arguments.concurrency,
+        max_waiting_tokens=0,
+        restart=MAX_RESTARTS,
+    )
+
+    def start_server() -> Server:
+        return Server(process=ServerProcess(options, secrets.token_urlsafe(32), output.message))
+
+    return name, start_server
+
+
+def _document(
+    tally: Tally, arguments: BatchArguments, model: str, seconds: float
+) -> dict[str, Any]:
     return {
-        "input": file,
-        "output": out,
+        "input": arguments.file,
+        "output": arguments.output,
         "model": model,
         "requests": tally.requests,
         "resumed": tally.resumed,
@@ -133,7 +191,9 @@ def _show(console: Console, document: dict[str, Any]) -> None:
     rows |= {f"  {code}": f"{count:,}" for code, count in document["errors"].items()}
     if document["resumed"]:
         rows["of an earlier run"] = f"{document['resumed']:,}"
-    rows |= {f"{kind} tokens": f"{document[f'{kind}_tokens']:,}" for kind in ("prompt", "completion")}
+    rows |= {
+        f"{kind} tokens": f"{document[f'{kind}_tokens']:,}" for kind in ("prompt", "completion")
+    }
     for name, value in (rows | {"time": seconds_text(document["seconds"])}).items():
         table.add_row(name, value)
     console.print(table)

@@ -1,98 +1,133 @@
-"""How a function becomes a command: the options every command has, and what surrounds its run."""
+"""A command: its function and options class, and the code around its run."""
 
 from __future__ import annotations
 
-import functools
 import inspect
 import signal
-import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from types import FrameType
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 
-from llmkit.checkpoint.hub import looks_remote
-from llmkit.cli.errors import INTERRUPTED, TERMINATED, Stopped
+from llmkit.checkpoint.hub import is_url
+from llmkit.cli.error_report import INTERRUPTED, TERMINATED, Stopped
 from llmkit.cli.output import Output
+from llmkit.cli.typer_options import set_signature, typer_signature
+from llmkit.common.options import (
+    COMMON_PANEL,
+    Argument,
+    Option,
+    OptionField,
+    build_options,
+    option_fields,
+)
 
-COMMON = "Common options"
-
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.", rich_help_panel=COMMON)]
-QuietOption = Annotated[
-    bool, typer.Option("--quiet", "-q", help="Print only results and errors.", rich_help_panel=COMMON)
-]
-DebugOption = Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors.", rich_help_panel=COMMON)]
-ConfigOption = Annotated[
-    str | None,
-    typer.Option(
-        "--config",
-        metavar="FILE",
-        help="A YAML file of `option: value` lines; the command line and LLMKIT_* variables win.",
-        show_default="none",
-        rich_help_panel=COMMON,
-    ),
-]
-DeviceOption = Annotated[
-    Literal["auto", "cuda", "cpu"],
-    typer.Option("--device", help="Where to compute; auto takes CUDA when there is one.", rich_help_panel=COMMON),
-]
-SeedOption = Annotated[
-    int, typer.Option("--seed", min=0, metavar="N", help="Seed of everything drawn at random.", rich_help_panel=COMMON)
-]
-ModelArgument = Annotated[
-    str,
-    typer.Argument(
-        metavar="MODEL", help="A checkpoint: a directory, a hub id, a URL (docs/registries.md) or a .gguf file."
-    ),
-]
-
-Command = Callable[..., int | None]
+MODEL = Argument(
+    "A checkpoint: a directory, a hub id, a URL (docs/registries.md) or a .gguf file.",
+    metavar="MODEL",
+    is_model=True,
+)
+OUTPUT_DIRECTORY = Option(
+    "The folder to write; it must be absent or empty.",
+    flags=("--output", "-o"),
+    metavar="DIR",
+    in_recipes=False,
+)
 
 
-def add(app: typer.Typer, name: str, function: Command, epilog: str = "") -> None:
-    """Registers `function(output, **options)` as the command `name`, its docstring as the help.
+@dataclass(frozen=True)
+class CommonOptions:
+    """Options that every command has."""
 
-    Every command also takes --json, --quiet, --debug and --config. What the function returns is the exit code.
+    config: Annotated[
+        str | None,
+        Option(
+            "A YAML file of `option: value` lines; the command line and LLMKIT_* variables win.",
+            metavar="FILE",
+            unset="none",
+            panel=COMMON_PANEL,
+        ),
+    ] = None
+    json: Annotated[bool, Option("Print one JSON document on stdout.", panel=COMMON_PANEL)] = False
+    quiet: Annotated[
+        bool,
+        Option("Print only results and errors.", flags=("--quiet", "-q"), panel=COMMON_PANEL),
+    ] = False
+    debug: Annotated[bool, Option("Show tracebacks of errors.", panel=COMMON_PANEL)] = False
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command of the command line."""
+
+    name: str  # "shard verify"
+    run: Callable[[Output, Any], int | None]  # takes an object of `options`; returns the exit code
+    options: type
+    epilog: str | None = None
+
+    @property
+    def fields(self) -> tuple[OptionField, ...]:
+        """Its arguments and options, with those that every command has."""
+        return option_fields(self.options) + option_fields(CommonOptions)
+
+
+def typer_app(commands: Iterable[Command], callback: Callable[..., None]) -> typer.Typer:
+    """The command line of the commands.
+
+    callback: has the options of `llmkit` itself, and its help as the docstring.
     """
-    hints = typing.get_type_hints(function, include_extras=True)
-    own = list(inspect.signature(function).parameters.values())[1:]
-    parameters = [p.replace(annotation=hints[p.name], kind=inspect.Parameter.KEYWORD_ONLY) for p in own]
-    for option, annotation, default in (
-        ("config", ConfigOption, None), ("json", JsonOption, False),
-        ("quiet", QuietOption, False), ("debug", DebugOption, False),
-    ):  # fmt: skip
-        parameters.append(
-            inspect.Parameter(option, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
-        )
+    app = typer.Typer(
+        name="llmkit",
+        add_completion=False,
+        rich_markup_mode="rich",
+        context_settings={"help_option_names": ["--help", "-h"]},
+    )
+    app.callback()(callback)
+    for command in commands:
+        app.command(command.name, epilog=command.epilog)(_typer_function(command))
+    return app
 
-    @functools.wraps(function)
-    def run(**options: Any) -> int:
-        output = Output(options.pop("json"), options.pop("quiet"), options.pop("debug"))
-        options.pop("config")  # read before the options were parsed
+
+def _typer_function(command: Command) -> Callable[..., int]:
+    def run(**values: Any) -> int:
+        common = build_options(CommonOptions, values)
+        output = Output(common.json, common.quiet, common.debug)
         try:
-            if name != "serve":  # which asks for its models' copies itself
-                _fetch(output, options)
-            return function(output, **options) or 0
+            _download_models(output, option_fields(command.options), values)
+            return command.run(output, build_options(command.options, values)) or 0
         except KeyboardInterrupt:
             raise Stopped(INTERRUPTED) from None
         finally:
             output.close()
 
-    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-    app.command(name, epilog=epilog or None)(run)
+    run.__doc__ = _help_text(command.run)
+    set_signature(run, typer_signature(command.options, CommonOptions))
+    return run
 
 
-def _fetch(output: Output, options: dict[str, Any]) -> None:
-    """Makes the local copies of models that are at a URL, with a bar: whoever opens them later finds them."""
-    for parameter in ("model", "models", "baseline", "draft_model"):
-        given = options.get(parameter)
-        for reference in given if isinstance(given, list) else [given]:
-            if isinstance(reference, str) and looks_remote(reference):
-                from llmkit.checkpoint.remote import cached
+def _help_text(function: Callable[..., Any]) -> str:
+    """The docstring with each paragraph on one line; --help breaks lines to fit the terminal."""
+    paragraphs = (inspect.getdoc(function) or "").split("\n\n")
+    return "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
 
-                cached(reference, output.progress())
+
+def _download_models(output: Output, fields: Iterable[OptionField], values: dict[str, Any]) -> None:
+    """Copies the models at URLs to this machine, with a progress bar.
+
+    Opening such a model then finds its copy.
+    """
+    for field in fields:
+        if not field.option.is_model:
+            continue
+        value = values[field.parameter]
+        for reference in value if isinstance(value, list) else [value]:
+            if isinstance(reference, str) and is_url(reference):
+                # The registries' clients are heavy: imported only for a URL.
+                from llmkit.checkpoint.registry.local_copies import local_copy
+
+                local_copy(reference, output.progress())
 
 
 def stop_on_sigterm() -> None:

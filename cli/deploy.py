@@ -1,234 +1,335 @@
-"""`llmkit deploy`: a checkpoint on engines that exist, for more than one machine."""
+"""`llmkit deploy`: a checkpoint on Ray Serve, on Triton, or on vLLM on several machines."""
 
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
-import typer
-
-from llmkit.checkpoint.errors import UsageError
-from llmkit.checkpoint.output import writing
+from llmkit.checkpoint.output_directory import write_errors
 from llmkit.cli.output import Output
 from llmkit.cli.serve import serve_options
-from llmkit.cli.sizes import in_range, parse_range, parse_share
+from llmkit.common.errors import UsageError
+from llmkit.common.option_values import SHARE, parse_range, within
+from llmkit.common.options import Argument, Option, ValueFormat
+from llmkit.runtime.server.serve_options import default_name
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from llmkit.deploy.table import Table
+    from llmkit.deploy.rollout_table import RolloutTable
 
-RestArgument = Annotated[
-    list[str] | None,
-    typer.Argument(metavar="-- OPTIONS", help="After --: options of `llmkit serve` for each replica."),
-]
+SERVE_WORDS = Argument(
+    "After --: options of `llmkit serve` for each replica.", metavar="-- OPTIONS"
+)
+NAME = Option("The model's name in the API.", metavar="NAME", unset="MODEL's last part")
 
 
-def ray(
-    output: Output,
+def _parse_bounds(option: str, text: str) -> tuple[int, int]:
+    return parse_range(option, text.replace(":", "-"))
+
+
+# The smallest and largest number of replicas: 1:8.
+REPLICA_BOUNDS = ValueFormat(_parse_bounds, lambda bounds: f"{bounds[0]}:{bounds[1]}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RayArguments:
+    """What `llmkit deploy ray` takes."""
+
     model: Annotated[
         str | None,
-        typer.Argument(metavar="MODEL", help="A checkpoint: a directory that every node has, or a hub id."),
-    ] = None,
-    options: RestArgument = None,
-    name: Annotated[
-        str | None, typer.Option(metavar="NAME", help="The model's name in the API.", show_default="MODEL's last part")
-    ] = None,
-    replicas: Annotated[int, typer.Option(metavar="N", help="Replicas, where none are added by load.")] = 1,
-    autoscale: Annotated[
-        str | None,
-        typer.Option(metavar="LOW:HIGH", help="Add and remove replicas by the requests in flight.", show_default="off"),
-    ] = None,
-    downscale_delay: Annotated[
-        float, typer.Option(metavar="SECONDS", help="Of --autoscale: how long load must be less before a replica goes.")
-    ] = 600.0,
-    cpus: Annotated[float, typer.Option(metavar="N", help="CPU cores of a replica.")] = 1.0,
-    gpus: Annotated[float, typer.Option(metavar="N", help="GPUs of a replica: as many as its --tp times --pp.")] = 0.0,
-    share: Annotated[
-        str | None,
-        typer.Option(
-            metavar="PERCENT",
-            help="Of the model's traffic for this new checkpoint beside the old one; without MODEL, another share.",
-            show_default="all",
+        Argument(
+            "A checkpoint: a directory that every node has, or a hub id.",
+            metavar="MODEL",
+            is_model=True,
         ),
-    ] = None,
-    promote: Annotated[bool, typer.Option("--promote", help="All traffic of --name to its new checkpoint.")] = False,
-    rollback: Annotated[bool, typer.Option("--rollback", help="All traffic of --name to its old checkpoint.")] = False,
-    remove: Annotated[bool, typer.Option("--remove", help="Take the model --name away.")] = False,
+    ] = None
+    serve_words: Annotated[tuple[str, ...], SERVE_WORDS] = ()
+    name: Annotated[str | None, NAME] = None
+    replicas: Annotated[
+        int,
+        Option("Number of replicas without --autoscale.", metavar="N", check=within(1)),
+    ] = 1
+    autoscale: Annotated[
+        tuple[int, int] | None,
+        Option(
+            "Add and remove replicas by the requests in flight.",
+            metavar="LOW:HIGH",
+            format=REPLICA_BOUNDS,
+            unset="off",
+        ),
+    ] = None
+    downscale_delay: Annotated[
+        float,
+        Option(
+            "With --autoscale: how long the load must be lower before a replica is removed.",
+            metavar="SECONDS",
+        ),
+    ] = 600.0
+    cpus: Annotated[float, Option("CPU cores of a replica.", metavar="N")] = 1.0
+    gpus: Annotated[
+        float, Option("GPUs of a replica: as many as its --tp times --pp.", metavar="N")
+    ] = 0.0
+    share: Annotated[
+        float | None,
+        Option(
+            "Share of the model's traffic for this new checkpoint beside the old one; without "
+            "MODEL, its new share.",
+            metavar="PERCENT",
+            format=SHARE,
+            unset="all",
+        ),
+    ] = None
+    promote: Annotated[bool, Option("Send all traffic of --name to its new checkpoint.")] = False
+    rollback: Annotated[bool, Option("Send all traffic of --name to its old checkpoint.")] = False
+    remove: Annotated[bool, Option("Delete the model --name.")] = False
     address: Annotated[
-        str, typer.Option(metavar="ADDRESS", help="The Ray cluster; auto: the one of this node.")
-    ] = "auto",
+        str, Option("The Ray cluster; auto: the one of this node.", metavar="ADDRESS")
+    ] = "auto"
     host: Annotated[
-        str, typer.Option(metavar="HOST", help="What each node's HTTP proxy listens on; beyond loopback needs a key.")
-    ] = "127.0.0.1",
-    port: Annotated[int, typer.Option(metavar="N", help="Port of the HTTP proxies.")] = 8000,
+        str,
+        Option(
+            "Address that each node's HTTP proxy listens on; any other than loopback needs a key.",
+            metavar="HOST",
+        ),
+    ] = "127.0.0.1"
+    port: Annotated[int, Option("Port of the HTTP proxies.", metavar="N")] = 8000
     api_key_file: Annotated[
         str | None,
-        typer.Option(metavar="FILE", help="A file of keys, on every node; see `llmkit serve`.", show_default="none"),
-    ] = None,
-) -> None:
-    """Serve a model on a Ray cluster: replicas by load, prefix-aware routing, blue/green. Without MODEL, show what is.
+        Option("A file of keys, on every node; see `llmkit serve`.", metavar="FILE", unset="none"),
+    ] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TritonArguments:
+    """What `llmkit deploy triton` takes."""
+
+    model: Annotated[
+        str,
+        Argument(
+            "A checkpoint, at a path that Triton's machine has, or a hub id.",
+            metavar="MODEL",
+            is_model=True,
+        ),
+    ]
+    serve_words: Annotated[tuple[str, ...], SERVE_WORDS] = ()
+    output: Annotated[
+        str,
+        Option("The model repository; may hold others.", flags=("--output", "-o"), metavar="DIR"),
+    ]
+    name: Annotated[
+        str | None,
+        Option("The model's name in Triton.", metavar="NAME", unset="MODEL's last part"),
+    ] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class VllmArguments:
+    """What `llmkit deploy vllm` takes."""
+
+    model: Annotated[
+        str,
+        Argument(
+            "A checkpoint, at a path that every node has, or a hub id.",
+            metavar="MODEL",
+            is_model=True,
+        ),
+    ]
+    gpu: Annotated[
+        str, Option("Each node's GPUs: h100-80, h200 ..., or a size like 48GiB.", metavar="NAME")
+    ]
+    gpus_per_node: Annotated[int, Option("GPUs of a node.", metavar="N", min=1)] = 8
+    form: Annotated[
+        Literal["command", "ray", "lws", "kserve"],
+        Option(
+            "command: a shell script; ray: a config for Ray Serve LLM; lws: a LeaderWorkerSet; "
+            "kserve: an LLMInferenceService.",
+            metavar="FORM",
+        ),
+    ] = "command"
+    output: Annotated[
+        str | None,
+        Option("File to write.", flags=("--output", "-o"), metavar="FILE", unset="none"),
+    ] = None
+    name: Annotated[str | None, NAME] = None
+    tokens: Annotated[
+        int,
+        Option("Tokens of KV cache that must fit beside the weights.", metavar="N", min=1),
+    ] = 65_536
+    max_model_len: Annotated[
+        int | None,
+        Option("Maximum tokens of a request.", metavar="N", unset="--tokens, or the model's"),
+    ] = None
+    uri: Annotated[
+        str | None,
+        Option("For kserve: hf://…, s3://… or pvc://….", metavar="URI", unset="hf://MODEL"),
+    ] = None
+    replicas: Annotated[int, Option("Replicas of the whole layout.", metavar="N", min=1)] = 1
+    port: Annotated[int, Option("Port of the server.", metavar="N")] = 8000
+
+
+def ray(output: Output, arguments: RayArguments) -> None:
+    """Serve a model on a Ray cluster: replicas by load, prefix-aware routing, blue/green. Without
+    MODEL, show the deployed models.
 
     Needs llmkit[ray] here and on every node.
     """
-    from llmkit.deploy.ray_serve import Cluster, Place, Size
-    from llmkit.runtime.server.http.hosts import is_loopback
+    from llmkit.deploy.ray_serve import Cluster, ClusterAddress, ReplicaOptions
 
-    in_range("--replicas", replicas, 1)
-    changes = [
-        option for option, given in (("--promote", promote), ("--rollback", rollback), ("--remove", remove)) if given
-    ]
-    if len(changes) + (model is not None) > 1 or (changes and share):
-        raise UsageError("one of MODEL, --promote, --rollback and --remove can be given at a time")
-    if name is None and (changes or (share and model is None)):
-        raise UsageError("--name is missing", "It says which model is meant")
-    if not is_loopback(host) and not api_key_file:
-        raise UsageError(f"--host {host} can be reached from elsewhere", "An --api-key-file is needed there")
-    least, most = _bounds(autoscale) if autoscale else (replicas, None)
-    portion = parse_share("--share", share) if share else None
-    chosen = name or (re.split(r"[/\\]", model.rstrip("/"))[-1] if model else "")
-    cluster = Cluster(Place(address, host, port, api_key_file))
+    _check_ray(arguments)
+    model = arguments.model
+    lowest, highest = arguments.autoscale or (arguments.replicas, None)
+    name = arguments.name or (re.split(r"[/\\]", model.rstrip("/"))[-1] if model else "")
+    cluster = Cluster(
+        ClusterAddress(arguments.address, arguments.host, arguments.port, arguments.api_key_file)
+    )
     if model is not None:
-        served = serve_options(model, chosen, options or [], api_key_file)
-        output.message(f"starting {chosen} from {model}: {least} replica{'s' if least > 1 else ''}")
-        table = cluster.deploy(chosen, served, Size(least, most, cpus, gpus, downscale_delay), portion)
-    elif portion is not None:
-        table = cluster.set_share(chosen, portion)
-    elif promote:
-        table = cluster.promote(chosen)
-    elif rollback:
-        table = cluster.rollback(chosen)
-    elif remove:
-        table = cluster.remove(chosen)
+        options = serve_options(model, name, list(arguments.serve_words), arguments.api_key_file)
+        replicas = ReplicaOptions(
+            lowest, highest, arguments.cpus, arguments.gpus, arguments.downscale_delay
+        )
+        output.message(f"starting {name} from {model}: {lowest} replica{'s' if lowest > 1 else ''}")
+        table = cluster.deploy(name, options, replicas, arguments.share)
+    elif arguments.share is not None:
+        table = cluster.set_share(name, arguments.share)
+    elif arguments.promote:
+        table = cluster.promote(name)
+    elif arguments.rollback:
+        table = cluster.rollback(name)
+    elif arguments.remove:
+        table = cluster.remove(name)
     else:
         table = cluster.table()
-    _tell(output, table, f"http://{host}:{port}")
+    _show_table(output, table, f"http://{arguments.host}:{arguments.port}")
 
 
-def triton(
-    output: Output,
-    model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="A checkpoint, at a path that Triton's machine has, or a hub id.")
-    ],
-    out: Annotated[str, typer.Option("--output", "-o", metavar="DIR", help="The model repository; may hold others.")],
-    options: RestArgument = None,
-    name: Annotated[
-        str | None, typer.Option(metavar="NAME", help="The model's name in Triton.", show_default="MODEL's last part")
-    ] = None,
-) -> None:
-    """Write a model repository for Triton: its Python backend starts the server and streams what it answers.
+def triton(output: Output, arguments: TritonArguments) -> None:
+    """Write a model repository for Triton: its Python backend starts the server and streams its
+    responses.
 
     Triton's Python needs llmkit; inputs and outputs are those of Triton's vLLM backend.
     """
     from llmkit.deploy.triton import write_repository
-    from llmkit.runtime.server.options import default_name
 
-    path = Path(model)
-    chosen = name or default_name(model)
-    served = serve_options(str(path.resolve()) if path.exists() else model, chosen, options or [], None)
-    files = [str(file) for file in write_repository(Path(out), chosen, served)]
-    document = {"name": chosen, "repository": out, "files": files}
-    output.result(document, lambda console: console.print("\n".join(files), markup=False, highlight=False))
+    name = arguments.name or default_name(arguments.model)
+    options = serve_options(_absolute(arguments.model), name, list(arguments.serve_words), None)
+    files = [str(file) for file in write_repository(Path(arguments.output), name, options)]
+    document = {"name": name, "repository": arguments.output, "files": files}
+    output.result(
+        document, lambda console: console.print("\n".join(files), markup=False, highlight=False)
+    )
 
 
-def vllm(
-    output: Output,
-    model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="A checkpoint, at a path that every node has, or a hub id.")
-    ],
-    gpu: Annotated[str, typer.Option(metavar="NAME", help="Each node's GPUs: h100-80, h200 ..., or a size as 48GiB.")],
-    gpus_per_node: Annotated[int, typer.Option(min=1, metavar="N", help="GPUs of a node.")] = 8,
-    form: Annotated[
-        Literal["command", "ray", "lws", "kserve"],
-        typer.Option(
-            metavar="FORM",
-            help="command: a shell script; ray: a config for Ray Serve LLM; lws: a LeaderWorkerSet; "
-            "kserve: an LLMInferenceService.",
-        ),
-    ] = "command",
-    out: Annotated[
-        str | None, typer.Option("--output", "-o", metavar="FILE", help="Write it there.", show_default="none")
-    ] = None,
-    name: Annotated[
-        str | None, typer.Option(metavar="NAME", help="The model's name in the API.", show_default="MODEL's last part")
-    ] = None,
-    tokens: Annotated[
-        int, typer.Option(min=1, metavar="N", help="Of keys and values that have to fit beside the weights.")
-    ] = 65_536,
-    max_model_len: Annotated[
-        int | None, typer.Option(metavar="N", help="Most tokens of a request.", show_default="--tokens, or the model's")
-    ] = None,
-    uri: Annotated[
-        str | None,
-        typer.Option(metavar="URI", help="For kserve: hf://…, s3://… or pvc://….", show_default="hf://MODEL"),
-    ] = None,
-    replicas: Annotated[int, typer.Option(min=1, metavar="N", help="Replicas of the whole layout.")] = 1,
-    port: Annotated[int, typer.Option(metavar="N", help="Port of the server.")] = 8000,
-) -> None:
-    """Hand a model that does not fit on one node over to vLLM: the fewest nodes that hold it, and what starts it there.
+def vllm(output: Output, arguments: VllmArguments) -> None:
+    """Write the files that start vLLM on the fewest nodes that hold a model, for a model that does
+    not fit on one node.
 
     Quantize with `llmkit quantize` first: vLLM reads its formats.
     """
     from llmkit.cli.shard import gpu_memory
-    from llmkit.deploy.vllm import HandOver, written
-    from llmkit.runtime.server.options import default_name
-    from llmkit.shard.capacity import smallest_layout
-    from llmkit.shard.shard import checked_spec, open_source
+    from llmkit.deploy.vllm_on_ray import VllmDeployment, render_deployment
+    from llmkit.shard.layout_capacity import smallest_layout
+    from llmkit.shard.shard_checkpoint import open_source, validated_spec
 
+    model = arguments.model
     source = open_source(model)
-    tp, pp = smallest_layout(source, gpu_memory(gpu), gpus_per_node, tokens)
-    longest = max_model_len or min(tokens, checked_spec(source).max_positions)
-    path = Path(model)
-    made = HandOver(
-        _object_name(name or default_name(model)),
-        str(path.resolve()) if path.exists() else model,
-        *(tp, pp, longest, gpus_per_node, replicas, port, uri),
+    memory = gpu_memory(arguments.gpu)
+    tp, pp = smallest_layout(source, memory, arguments.gpus_per_node, arguments.tokens)
+    max_model_len = arguments.max_model_len
+    if not max_model_len:
+        max_model_len = min(arguments.tokens, validated_spec(source).max_position_embeddings)
+    deployment = VllmDeployment(
+        name=_object_name(arguments.name or default_name(model)),
+        model=_absolute(model),
+        tp=tp,
+        pp=pp,
+        max_model_len=max_model_len,
+        gpus_per_node=arguments.gpus_per_node,
+        replicas=arguments.replicas,
+        port=arguments.port,
+        uri=arguments.uri,
     )
-    text = written(made, form)
-    if made.nodes == 1:
-        output.message(f"it fits on one node with --tp {tp}: `llmkit serve {model} --tp {tp}` needs no other engine")
-    if out is not None:
-        with writing(Path(out)):
-            Path(out).write_text(text, encoding="utf-8")
-    document = {"tp": tp, "pp": pp, "nodes": made.nodes, "max_model_len": longest, "form": form, "output": out}
+    text = render_deployment(deployment, arguments.form)
+    if deployment.nodes == 1:
+        output.message(
+            f"it fits on one node with --tp {tp}: `llmkit serve {model} --tp {tp}` needs no other "
+            "engine"
+        )
+    if arguments.output is not None:
+        with write_errors(Path(arguments.output)):
+            Path(arguments.output).write_text(text, encoding="utf-8")
+    document = {
+        "tp": tp,
+        "pp": pp,
+        "nodes": deployment.nodes,
+        "max_model_len": max_model_len,
+        "form": arguments.form,
+        "output": arguments.output,
+        "text": text,
+    }
 
     def show(console: Console) -> None:
-        if out is None:
+        if arguments.output is None:
             console.print(text, markup=False, highlight=False, soft_wrap=True, end="")
         else:
-            console.print(f"{out}: TP {tp}, PP {pp} on {made.nodes} nodes of {gpus_per_node} {gpu}", highlight=False)
+            nodes = f"{deployment.nodes} nodes of {arguments.gpus_per_node} {arguments.gpu}"
+            console.print(f"{arguments.output}: TP {tp}, PP {pp} on {nodes}", highlight=False)
 
-    output.result(document | {"text": text}, show)
+    output.result(document, show)
+
+
+def _check_ray(arguments: RayArguments) -> None:
+    """Raises UsageError for options that do not go together."""
+    from llmkit.runtime.server.http.hosts import is_loopback
+
+    changes = arguments.promote + arguments.rollback + arguments.remove
+    with_model = arguments.model is not None
+    if changes + with_model > 1 or (changes and arguments.share):
+        raise UsageError("one of MODEL, --promote, --rollback and --remove can be given at a time")
+    if arguments.name is None and (changes or (arguments.share and not with_model)):
+        raise UsageError("--name is missing", "It says which model is meant")
+    if not is_loopback(arguments.host) and not arguments.api_key_file:
+        raise UsageError(
+            f"--host {arguments.host} can be reached from elsewhere",
+            "An --api-key-file is needed there",
+        )
+
+
+def _absolute(model: str) -> str:
+    """A path in full, for another working directory; a hub id as it is."""
+    path = Path(model)
+    return str(path.resolve()) if path.exists() else model
 
 
 def _object_name(text: str) -> str:
-    """A name that Kubernetes takes."""
+    """A name that Kubernetes allows for an object."""
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:63] or "model"
 
 
-def _tell(output: Output, table: Table, url: str) -> None:
+def _show_table(output: Output, table: RolloutTable, url: str) -> None:
     models = {
-        name: [{"application": one.app, "checkpoint": one.checkpoint, "share": one.share} for one in versions]
+        name: [
+            {"application": version.app, "checkpoint": version.checkpoint, "share": version.share}
+            for version in versions
+        ]
         for name, versions in table.items()
     }
 
     def show(console: Console) -> None:
-        from rich.table import Table as Lines
+        from rich.table import Table
 
-        lines = Lines(title=f"{url}/v1", title_justify="left")
+        lines = Table(title=f"{url}/v1", title_justify="left")
         for column in ("model", "checkpoint", "application", "traffic"):
             lines.add_column(column, justify="right" if column == "traffic" else "left")
         for name, versions in table.items():
-            for one in versions:
-                lines.add_row(name, one.checkpoint, one.app, f"{one.share:.1%}")
+            for version in versions:
+                share = f"{version.share:.1%}"
+                lines.add_row(name, version.checkpoint, version.app, share)
         if table:
             console.print(lines)
         else:
             console.print("No model is deployed.")
 
     output.result({"url": f"{url}/v1", "models": models}, show)
-
-
-def _bounds(text: str) -> tuple[int, int]:
-    return parse_range("--autoscale", text.replace(":", "-"))

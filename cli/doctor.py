@@ -1,56 +1,76 @@
-"""`llmkit doctor`: the machine, the versions, and which fast paths are active and why not."""
+"""`llmkit doctor`: the machine, the versions, and which fast paths are active, with reasons."""
 
 from __future__ import annotations
 
 import importlib.metadata
 import os
 import platform
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-
-from llmkit.checkpoint.text import bytes_text
 from llmkit.cli.output import Output
+from llmkit.common.formatting import bytes_text
+from llmkit.common.options import Option
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from llmkit.bench.peaks import Peaks
-    from llmkit.bench.tune import Tuned
+    from llmkit.bench.gpu.tune_kernels import TuningResult
+    from llmkit.bench.peak_performance import PeakPerformance
 
 CPU_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8")
 PACKAGES = (
-    "torch", "triton", "transformers", "tokenizers", "safetensors", "huggingface_hub", "gguf", "datasets",
-    "fastapi", "uvicorn", "uvloop", "msgspec", "pydantic", "aiohttp", "typer", "rich",
-)  # fmt: skip
+    "torch",
+    "triton",
+    "transformers",
+    "tokenizers",
+    "safetensors",
+    "huggingface_hub",
+    "gguf",
+    "datasets",
+    "fastapi",
+    "uvicorn",
+    "uvloop",
+    "msgspec",
+    "pydantic",
+    "aiohttp",
+    "typer",
+    "rich",
+)
 
 
-def doctor(
-    output: Output,
+@dataclass(frozen=True, kw_only=True)
+class DoctorArguments:
+    """What `llmkit doctor` takes."""
+
     tune: Annotated[
         str | None,
-        typer.Option(
+        Option(
+            "Measure which configurations of GPU kernels are fastest for this model's shapes, and "
+            "keep them.",
             metavar="MODEL",
-            help="Measure which configurations of GPU kernels are fastest for this model's shapes, and keep them.",
-            show_default="none",
+            unset="none",
         ),
-    ] = None,
+    ] = None
     peaks: Annotated[
         bool,
-        typer.Option(
-            "--peaks", help="Measure copy bandwidth and the rate of matrix products, for `llmkit bench`'s MBU and MFU."
+        Option(
+            "Measure copy bandwidth and the rate of matrix products, for `llmkit bench`'s MBU and "
+            "MFU."
         ),
-    ] = False,
-) -> None:
-    """Show the machine, the versions of what llmkit stands on, the GPU, and which fast paths are active."""
-    if tune is not None:
-        return _tune(output, tune)
-    if peaks:
-        return _peaks(output)
-    found = examine()
-    output.result(found, lambda console: _show(console, found))
+    ] = False
+
+
+def doctor(output: Output, arguments: DoctorArguments) -> None:
+    """Show the machine, the dependencies, the GPU, and which fast paths are active."""
+    if arguments.tune is not None:
+        _tune(output, arguments.tune)
+    elif arguments.peaks:
+        _peaks(output)
+    else:
+        document = examine()
+        output.result(document, lambda console: _show(console, document))
 
 
 def examine() -> dict[str, Any]:
@@ -58,7 +78,7 @@ def examine() -> dict[str, Any]:
     import psutil
     import torch
 
-    from llmkit.checkpoint.version import version
+    from llmkit.common.version import version
 
     gpus = [
         {
@@ -103,45 +123,59 @@ def examine() -> dict[str, Any]:
 
 
 def _tune(output: Output, model: str) -> None:
-    from llmkit.bench.tune import tune
-    from llmkit.checkpoint.source import open_checkpoint
-    from llmkit.kernels.tuning import user_file
+    from llmkit.bench.gpu.tune_kernels import tune
+    from llmkit.checkpoint.open_checkpoint import open_checkpoint
+    from llmkit.kernels.tuned_configs import user_file
 
-    found = tune(open_checkpoint(model), output.message)
-    document = {"file": str(user_file()), "tuned": [asdict(one) for one in found]}
-    output.result(document, lambda console: _show_tuned(console, found))
+    results = tune(open_checkpoint(model), output.message)
+    document = {"file": str(user_file()), "tuned": [asdict(result) for result in results]}
+    output.result(document, lambda console: _show_tuned(console, results))
     output.message(f"kept in {user_file()}")
 
 
 def _peaks(output: Output) -> None:
     import torch
 
-    from llmkit.bench.peaks import measure_peaks, peaks_file
+    from llmkit.bench.peak_performance import measure_peaks, peaks_file
 
     devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
-    found = [one for device in devices for one in measure_peaks(device)]
-    document = {"file": str(peaks_file()), "peaks": [asdict(one) for one in found]}
-    output.result(document, lambda console: _show_peaks(console, found))
+    peaks = [peak for device in devices for peak in measure_peaks(device)]
+    document = {"file": str(peaks_file()), "peaks": [asdict(peak) for peak in peaks]}
+    output.result(document, lambda console: _show_peaks(console, peaks))
     output.message(f"kept in {peaks_file()}")
 
 
-def _show_peaks(console: Console, found: list[Peaks]) -> None:
+def _show_peaks(console: Console, peaks: list[PeakPerformance]) -> None:
     from rich.table import Table
 
     table = Table("device", "dtype", "copy, GB/s", "matrix product, GFLOP/s")
-    for one in found:
-        table.add_row(one.device, one.dtype, f"{one.bytes_per_s / 1e9:,.1f}", f"{one.flops_per_s / 1e9:,.1f}")
+    for peak in peaks:
+        table.add_row(
+            peak.device,
+            peak.dtype,
+            f"{peak.bytes_per_s / 1e9:,.1f}",
+            f"{peak.flops_per_s / 1e9:,.1f}",
+        )
     console.print(table)
 
 
-def _show_tuned(console: Console, found: list[Tuned]) -> None:
+def _show_tuned(console: Console, results: list[TuningResult]) -> None:
     from rich.table import Table
 
     table = Table("kernel", "shapes", "configuration", "ms", "as it was", "tried", "refused")
-    for one in found:
-        _, _, kernel, sizes = one.name.split("; ")
-        numbers, before = " ".join(map(str, one.config)), "-" if one.safe_ms is None else f"{one.safe_ms:.4f}"
-        table.add_row(kernel, sizes, numbers, f"{one.ms:.4f}", before, str(one.tried), str(one.refused))
+    for result in results:
+        _, _, kernel, sizes = result.name.split("; ")
+        numbers = " ".join(map(str, result.config))
+        before = "-" if result.safe_ms is None else f"{result.safe_ms:.4f}"
+        table.add_row(
+            kernel,
+            sizes,
+            numbers,
+            f"{result.ms:.4f}",
+            before,
+            str(result.tried),
+            str(result.refused),
+        )
     console.print(table)
 
 
@@ -157,19 +191,32 @@ def fast_paths(
     cpu_capability: as torch names it. uvloop, triton: the installed versions, None when absent.
     """
     if gpus:
-        cuda, why = True, f"{gpus[0]['name']}"
+        cuda = True
+        why = f"{gpus[0]['name']}"
     elif cuda_build is None:
-        cuda, why = False, "this torch is a CPU build; install a CUDA build to use a GPU"
+        cuda = False
+        why = "this torch is a CPU build; install a CUDA build to use a GPU"
     else:
-        cuda, why = False, "torch sees no CUDA device; check the driver with nvidia-smi"
+        cuda = False
+        why = "torch sees no CUDA device; check the driver with nvidia-smi"
     paths = [{"name": "CUDA", "active": cuda, "why": why}]
     if triton is None:
         why = "triton is not installed; torch operators run instead"
     else:
-        why = f"triton {triton}" if gpus else "they need a CUDA device; compiled kernels or torch operators run instead"
-    paths.append({"name": "Triton kernels", "active": bool(gpus) and triton is not None, "why": why})
+        why = (
+            f"triton {triton}"
+            if gpus
+            else "they need a CUDA device; compiled kernels or torch operators run instead"
+        )
+    paths.append(
+        {"name": "Triton kernels", "active": bool(gpus) and triton is not None, "why": why}
+    )
     vectors = cpu_capability != "DEFAULT"
-    why = f"torch computes with {cpu_capability}" if vectors else "torch found neither AVX2 nor AVX-512"
+    why = (
+        f"torch computes with {cpu_capability}"
+        if vectors
+        else "torch found neither AVX2 nor AVX-512"
+    )
     paths.append({"name": "vector operators on the CPU", "active": vectors, "why": why})
     loop = uvloop is not None
     why = f"uvloop {uvloop}" if loop else "uvloop is not installed; asyncio's own loop runs instead"
@@ -178,10 +225,14 @@ def fast_paths(
 
 
 def _compiled_kernels() -> dict[str, Any]:
-    from llmkit.kernels import native
+    from llmkit.kernels.cpu import cpu_kernels
 
-    active = native.library is not None
-    why = "C, built when llmkit was installed" if active else native.status().removeprefix("off, ")
+    active = cpu_kernels.library is not None
+    why = (
+        "C, built when llmkit was installed"
+        if active
+        else cpu_kernels.status().removeprefix("off, ")
+    )
     return {"name": "compiled kernels on the CPU", "active": active, "why": why}
 
 
@@ -209,30 +260,56 @@ def _cpu_flags() -> set[str]:
     return set(_cpu_info("flags").split())
 
 
-def _show(console: Console, found: dict[str, Any]) -> None:
+def _show(console: Console, document: dict[str, Any]) -> None:
     from rich.table import Table
 
-    machine = found["machine"]
+    machine = document["machine"]
     facts = Table(show_header=False, box=None, padding=(0, 2))
     flags = [name for name, present in machine["cpu_flags"].items() if present]
-    torch_build = f"CUDA {found['torch']['cuda_build']}" if found["torch"]["cuda_build"] else "CPU build"
+    torch_build = (
+        f"CUDA {document['torch']['cuda_build']}"
+        if document["torch"]["cuda_build"]
+        else "CPU build"
+    )
     rows = [
-        ("llmkit", f"{found['llmkit']} on Python {found['python']}, {machine['system']}"),
+        ("llmkit", f"{document['llmkit']} on Python {document['python']}, {machine['system']}"),
         ("processor", f"{machine['processor']}, {machine['cores']} cores usable"),
         ("CPU flags", ", ".join(flags) or "none of " + ", ".join(CPU_FLAGS)),
-        ("memory", f"{bytes_text(machine['available_bytes'])} free of {bytes_text(machine['memory_bytes'])}"),
-        ("torch", f"{found['packages']['torch']} ({torch_build}), {found['torch']['threads']} threads"),
-        ("packages", ", ".join(f"{name} {v}" for name, v in found["packages"].items() if v and name != "torch")),
+        (
+            "memory",
+            f"{bytes_text(machine['available_bytes'])} free of "
+            f"{bytes_text(machine['memory_bytes'])}",
+        ),
+        (
+            "torch",
+            f"{document['packages']['torch']} ({torch_build}),"
+            f" {document['torch']['threads']} threads",
+        ),
+        (
+            "packages",
+            ", ".join(
+                f"{name} {v}" for name, v in document["packages"].items() if v and name != "torch"
+            ),
+        ),
     ]
-    for gpu in found["gpus"]:
+    for gpu in document["gpus"]:
         capability = "{}.{}".format(*gpu["capability"])
-        rows.append(("GPU", f"{gpu['name']}, {bytes_text(gpu['memory_bytes'])}, compute capability {capability}"))
-    if missing := [name for name, v in found["packages"].items() if v is None]:
+        rows.append(
+            (
+                "GPU",
+                f"{gpu['name']}, {bytes_text(gpu['memory_bytes'])}, compute capability "
+                f"{capability}",
+            )
+        )
+    missing = [name for name, v in document["packages"].items() if v is None]
+    if missing:
         rows.append(("not installed", ", ".join(missing)))
     for name, value in rows:
         facts.add_row(f"[bold]{name}[/]", value)
     console.print(facts)
     paths = Table("fast path", "active", "why")
-    for path in found["paths"]:
-        paths.add_row(path["name"], "[green]yes[/]" if path["active"] else "[yellow]no[/]", path["why"])
+    for path in document["paths"]:
+        paths.add_row(
+            path["name"], "[green]yes[/]" if path["active"] else "[yellow]no[/]", path["why"]
+        )
     console.print(paths)

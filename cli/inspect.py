@@ -1,28 +1,39 @@
-"""`llmkit inspect`: what a checkpoint is and what it needs."""
+"""`llmkit inspect`: the facts about a checkpoint, and the memory it needs."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any
 
-from llmkit.checkpoint.text import bytes_text
-from llmkit.cli.command import ModelArgument
+from llmkit.cli.command import MODEL
 from llmkit.cli.output import Output
+from llmkit.common.formatting import bytes_text
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-CONTEXT = 4096  # tokens of KV cache that the memory table assumes
+# Tokens of KV cache in the memory table.
+CONTEXT_TOKENS = 4096
 
 
-def inspect(output: Output, model: ModelArgument) -> None:
-    """Show a checkpoint's family, size, formats, memory at each precision and the TP sizes that work."""
-    from llmkit.checkpoint.source import open_checkpoint
+@dataclass(frozen=True, kw_only=True)
+class InspectArguments:
+    """What `llmkit inspect` takes."""
+
+    model: Annotated[str, MODEL]
+
+
+def inspect(output: Output, arguments: InspectArguments) -> None:
+    """Show a checkpoint's family, size, formats, memory at each precision and the TP sizes that
+    work.
+    """
+    from llmkit.checkpoint.open_checkpoint import open_checkpoint
+    from llmkit.model.checkpoint_tensors import check_checkpoint
     from llmkit.model.families import model_spec
-    from llmkit.model.loader import check_checkpoint
-    from llmkit.quant.facts import inspect_checkpoint
-    from llmkit.shard.plan import valid_tp
+    from llmkit.quant.inspect_checkpoint import inspect_checkpoint
+    from llmkit.shard.valid_layouts import valid_tp
 
-    checkpoint = open_checkpoint(model)
+    checkpoint = open_checkpoint(arguments.model)
     spec = model_spec(checkpoint.config)
     if checkpoint.layout is None:
         check_checkpoint(checkpoint, spec)
@@ -37,39 +48,64 @@ def _show(console: Console, facts: dict[str, Any]) -> None:
     for name, value in _lines(facts):
         table.add_row(f"[bold]{name}[/]", value)
     console.print(table)
-    tokens = min(CONTEXT, facts["max_positions"])
+    tokens = min(CONTEXT_TOKENS, facts["max_positions"])
     memory = Table(title=f"memory with {tokens:,} tokens of KV cache", title_justify="left")
     for column in ("precision", "weights", "KV cache", "together"):
         memory.add_column(column, justify="left" if column == "precision" else "right")
     for precision, weights in facts["weight_bytes"].items():
         cache = facts["kv_bytes_per_token"]["fp32" if precision == "fp32" else "bf16"] * tokens
-        memory.add_row(precision, bytes_text(weights), bytes_text(cache), bytes_text(weights + cache))
+        memory.add_row(
+            precision, bytes_text(weights), bytes_text(cache), bytes_text(weights + cache)
+        )
     console.print(memory)
 
 
 def _lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
-    quantization, layout = facts["quantization"], facts["layout"]
+    quantization = facts["quantization"]
+    layout = facts["layout"]
     experts = f", {facts['experts']} experts" if facts["experts"] else ""
     window = f", sliding window {facts['sliding_window']:,}" if facts["sliding_window"] else ""
-    dtypes = ", ".join(f"{count} {dtype}" for dtype, count in sorted(facts["stored_dtypes"].items()))
+    dtypes = ", ".join(
+        f"{count} {dtype}" for dtype, count in sorted(facts["stored_dtypes"].items())
+    )
     lines = [
         ("model", f"{facts['reference']} ({facts['kind']})"),
-        ("architecture", f"{facts['architecture']}, {facts['parameters'] / 1e6:,.1f} million parameters{experts}"),
-        ("layers", f"{facts['layers']} of hidden {facts['hidden']:,}, MLP {facts['intermediate']:,}"),
+        (
+            "architecture",
+            f"{facts['architecture']}, {facts['parameters'] / 1e6:,.1f} million "
+            f"parameters{experts}",
+        ),
+        (
+            "layers",
+            f"{facts['layers']} of hidden {facts['hidden']:,}, MLP {facts['intermediate']:,}",
+        ),
         ("heads", f"{facts['heads']} query, {facts['kv_heads']} KV, of {facts['head_dim']}"),
-        ("vocabulary", f"{facts['vocab']:,}{', embeddings tied' if facts['tied_embeddings'] else ''}"),
+        (
+            "vocabulary",
+            f"{facts['vocab']:,}{', embeddings tied' if facts['tied_embeddings'] else ''}",
+        ),
         ("context", f"{facts['max_positions']:,} tokens{window}"),
         ("on disk", bytes_text(facts["disk_bytes"])),
-        ("tensors", (dtypes or "in one file a rank") + (", dequantized" if facts["kind"] == "gguf" else "")),
+        (
+            "tensors",
+            (dtypes or "in one file a rank") + (", dequantized" if facts["kind"] == "gguf" else ""),
+        ),
     ]
     if quantization:
         schemes = [scheme["label"] for scheme in quantization["schemes"]]
         kv = [f"{quantization['kv'].upper()} KV cache"] if quantization["kv"] else []
         lines.append(("quantized", f"{'; '.join(schemes + kv)}; {quantization['format']} format"))
     if layout:
-        lines.append(("layout", ", ".join(f"{key} {layout[key]}" for key in ("tp", "pp") if key in layout)))
+        lines.append(
+            ("layout", ", ".join(f"{key} {layout[key]}" for key in ("tp", "pp") if key in layout))
+        )
     if facts["written_by"]:
-        lines.append(("written by", f"{facts['written_by'].get('name')} {facts['written_by'].get('version')}"))
+        lines.append(
+            (
+                "written by",
+                f"{facts['written_by'].get('name')} {facts['written_by'].get('version')}",
+            )
+        )
     lines.append(("KV cache", f"{bytes_text(facts['kv_bytes_per_token']['bf16'])} a token in bf16"))
     lines.append(("TP that works", ", ".join(map(str, facts["tp"]))))
     return lines

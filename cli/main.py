@@ -1,4 +1,7 @@
-"""`llmkit`: finds the command, its settings and its exit code. The commands import what they need when they run."""
+"""`llmkit`: runs a command line and returns its exit code.
+
+A command imports what it needs when it runs.
+"""
 
 from __future__ import annotations
 
@@ -6,75 +9,95 @@ import difflib
 import os
 import shlex
 import sys
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from llmkit.checkpoint.errors import UsageError
-from llmkit.checkpoint.text import nearest
-from llmkit.cli import batch, bench, deploy, doctor, inspect, plan, quantize, recipes, registry, serve, shard
+from llmkit.cli import batch, bench, deploy, doctor, inspect, plan, quantize, recipes, serve, shard
+from llmkit.cli import registries as registry
 from llmkit.cli import run as run_recipe
-from llmkit.cli.command import add, stop_on_sigterm
-from llmkit.cli.errors import report, usage_error
-from llmkit.cli.settings import Defaults, config_argument, options_of, read_environment, read_file
-from llmkit.cli.settings import unknown_variables as unknown_environment
-
-app = typer.Typer(
-    name="llmkit",
-    add_completion=False,
-    rich_markup_mode="rich",
-    context_settings={"help_option_names": ["--help", "-h"]},
+from llmkit.cli.command import Command, stop_on_sigterm, typer_app
+from llmkit.cli.error_report import report
+from llmkit.cli.parser_errors import usage_error
+from llmkit.cli.settings import (
+    Defaults,
+    config_argument,
+    read_environment,
+    read_file,
+    spellings,
+    unknown_variables,
 )
+from llmkit.common.errors import UsageError
+from llmkit.common.formatting import nearest
 
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        from llmkit.checkpoint.version import version
+        from llmkit.common.version import version
 
         sys.stdout.write(f"llmkit {version()}\n")
         raise typer.Exit()
 
 
-@app.callback()
 def _root(
     version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and stop.")
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version and stop."
+        ),
     ] = False,
 ) -> None:
-    """Take a Hugging Face checkpoint to a served, quantized, sharded model, and prove what each step cost.
+    """Take a Hugging Face checkpoint to a served, quantized, sharded model, and prove what each
+    step cost.
 
     MODEL is a directory, a hub id, a URL (s3://, gs://, models:/) or a .gguf file, everywhere.
     """
 
 
-add(app, "quantize", quantize.quantize)
-add(app, "shard", shard.shard, epilog="Also: llmkit shard plan | verify | merge, each with its own --help.")
-add(app, "shard plan", shard.plan)
-add(app, "shard verify", shard.verify)
-add(app, "shard merge", shard.merge)
-add(app, "bench", bench.bench, epilog="Also: llmkit bench compare | show, each with its own --help.")
-add(app, "bench compare", bench.compare)
-add(app, "bench show", bench.show)
-add(app, "serve", serve.serve)
-add(app, "plan", plan.plan)
-add(app, "deploy ray", deploy.ray)
-add(app, "deploy triton", deploy.triton)
-add(app, "deploy vllm", deploy.vllm)
-add(app, "batch", batch.batch)
-add(app, "run", run_recipe.run)
-add(app, "recipes", recipes.recipes, epilog="Also: llmkit recipes list | show | copy | validate | schema.")
-add(app, "recipes list", recipes.list_)
-add(app, "recipes show", recipes.show)
-add(app, "recipes copy", recipes.copy)
-add(app, "recipes validate", recipes.validate)
-add(app, "recipes schema", recipes.schema)
-add(app, "pull", registry.pull)
-add(app, "push", registry.push)
-add(app, "sign", registry.sign)
-add(app, "verify", registry.verify)
-add(app, "inspect", inspect.inspect)
-add(app, "doctor", doctor.doctor)
+SHARD_EPILOG = "Also: llmkit shard plan | verify | merge, each with its own --help."
+BENCH_EPILOG = "Also: llmkit bench compare | show, each with its own --help."
+RECIPES_EPILOG = "Also: llmkit recipes list | show | copy | validate | schema."
+
+# In the order of `llmkit --help`.
+COMMANDS = {
+    command.name: command
+    for command in (
+        Command("quantize", quantize.quantize, quantize.QuantizeArguments),
+        Command("shard", shard.shard, shard.ShardArguments, SHARD_EPILOG),
+        Command("shard plan", shard.plan, shard.ShardPlanArguments),
+        Command("shard verify", shard.verify, shard.VerifyArguments),
+        Command("shard merge", shard.merge, shard.MergeArguments),
+        Command("bench", bench.bench, bench.BenchArguments, BENCH_EPILOG),
+        Command("bench compare", bench.compare, bench.CompareArguments),
+        Command("bench show", bench.show, bench.ShowArguments),
+        Command("serve", serve.serve, serve.ServeArguments),
+        Command("plan", plan.plan, plan.PlanArguments),
+        Command("deploy ray", deploy.ray, deploy.RayArguments),
+        Command("deploy triton", deploy.triton, deploy.TritonArguments),
+        Command("deploy vllm", deploy.vllm, deploy.VllmArguments),
+        Command("batch", batch.batch, batch.BatchArguments),
+        Command("run", run_recipe.run, run_recipe.RunArguments),
+        Command("recipes", recipes.recipes, recipes.NoArguments, RECIPES_EPILOG),
+        Command("recipes list", recipes.list_recipes, recipes.NoArguments),
+        Command("recipes show", recipes.show, recipes.ShowRecipeArguments),
+        Command("recipes copy", recipes.copy, recipes.CopyRecipeArguments),
+        Command("recipes validate", recipes.validate, recipes.ValidateRecipeArguments),
+        Command("recipes schema", recipes.schema, recipes.NoArguments),
+        Command("pull", registry.pull, registry.PullArguments),
+        Command("push", registry.push, registry.PushArguments),
+        Command("sign", registry.sign, registry.SignArguments),
+        Command("verify", registry.verify, registry.VerifyArguments),
+        Command("inspect", inspect.inspect, inspect.InspectArguments),
+        Command("doctor", doctor.doctor, doctor.DoctorArguments),
+    )
+}
+
+
+def app() -> typer.Typer:
+    """The command line of all commands."""
+    return typer_app(COMMANDS.values(), _root)
 
 
 def main() -> None:
@@ -85,23 +108,27 @@ def main() -> None:
 
 def run(arguments: list[str]) -> int:
     """Runs one command line, without the program's name, and returns the exit code."""
-    words, name = list(arguments), ""
+    words = list(arguments)
+    name = ""
     defaults = Defaults()
     debug = "--debug" in words
     try:
-        commands: dict[str, Any] = typer.main.get_command(app).commands  # type: ignore[attr-defined]
-        words = _join_subcommand(words, commands)
-        name = words[0] if words[0] in commands else ""
-        if name:
-            options = options_of(commands[name])
-            if path := config_argument(words[1:], os.environ):
+        words = _join_subcommand(words, COMMANDS)
+        if words[0] in COMMANDS:
+            name = words[0]
+            options = spellings(COMMANDS[name])
+            path = config_argument(words[1:], os.environ)
+            if path:
                 read_file(path, options, defaults)
             read_environment(os.environ, name, options, defaults)
             debug = debug or bool(defaults.values.get("debug"))
-            for warning in unknown_environment(os.environ, commands):
+            for warning in unknown_variables(os.environ, COMMANDS):
                 sys.stderr.write(f"llmkit {name}: {warning}\n")
-        code = app(
-            args=words, prog_name="llmkit", standalone_mode=False, default_map={name: defaults.values} if name else {}
+        code = app()(
+            args=words,
+            prog_name="llmkit",
+            standalone_mode=False,
+            default_map={name: defaults.values} if name else {},
         )
         return code if isinstance(code, int) else 0
     except SystemExit as stop:
@@ -109,25 +136,28 @@ def run(arguments: list[str]) -> int:
     except BaseException as error:
         if hasattr(error, "format_message"):
             return report(usage_error(error, words, defaults), name, debug)
-        return report(error, name, debug, _resuming(name, arguments))
+        return report(error, name, debug, _resume_command(name, arguments))
 
 
-def _join_subcommand(words: list[str], commands: dict[str, Any]) -> list[str]:
-    """`shard verify DIR` names the command "shard verify", and `shard DIR` the command "shard".
+def _join_subcommand(words: list[str], commands: Mapping[str, Command]) -> list[str]:
+    """Join the words of a command: `shard verify DIR` is "shard verify", `shard DIR` is "shard".
 
-    Raises: UsageError for a command there is none of, with the nearest.
+    Raises UsageError for an unknown command, with the nearest one.
     """
     if not words:
         return ["--help"]
-    first, second = words[0], words[1] if len(words) > 1 else ""
+    first = words[0]
+    second = words[1] if len(words) > 1 else ""
     if first.startswith("-"):
         return words
     if f"{first} {second}" in commands:
         return [f"{first} {second}", *words[2:]]
     subcommands = [command.split()[1] for command in commands if command.startswith(f"{first} ")]
     if first not in commands and subcommands:
-        kinds = " | ".join(subcommands)
-        raise UsageError(f"no such command: {f'{first} {second}'.strip()}", f"llmkit {first} {kinds} was expected")
+        raise UsageError(
+            f"no such command: {f'{first} {second}'.strip()}",
+            f"llmkit {first} {' | '.join(subcommands)} was expected",
+        )
     if first not in commands:
         known = list(dict.fromkeys(command.split()[0] for command in commands))
         raise UsageError(f"no such command: {first}", nearest(first, known, "Commands are"))
@@ -137,14 +167,16 @@ def _join_subcommand(words: list[str], commands: dict[str, Any]) -> list[str]:
     return words
 
 
-def _resuming(command: str, arguments: list[str]) -> str:
-    """The command line that takes up interrupted work, for the commands that can."""
+def _resume_command(command: str, arguments: list[str]) -> str:
+    """The command line that resumes interrupted work; empty for a command that cannot."""
     if command == "quantize":
-        return shlex.join(["llmkit", *arguments, *(["--resume"] if "--resume" not in arguments else [])])
-    if command == "batch" and "-" in arguments:  # what went to stdout, or came from stdin, does not come again
-        return ""
-    resumed = ("shard", "shard merge", "batch", "run", "pull", "push")
-    return shlex.join(["llmkit", *arguments]) if command in resumed else ""
+        resume = [] if "--resume" in arguments else ["--resume"]
+        return shlex.join(["llmkit", *arguments, *resume])
+    if command == "batch" and "-" in arguments:
+        return ""  # stdin cannot be read again, and stdout not be continued
+    if command in ("shard", "shard merge", "batch", "run", "pull", "push"):
+        return shlex.join(["llmkit", *arguments])
+    return ""
 
 
 if __name__ == "__main__":

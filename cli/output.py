@@ -1,4 +1,4 @@
-"""The one place that prints: results on stdout, everything else on stderr."""
+"""Printing: results on stdout, everything else on stderr."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rich.console import Console
 
-from llmkit.checkpoint.progress import Progress
-from llmkit.checkpoint.text import finite
+from llmkit.common.formatting import finite
+from llmkit.common.progress import Progress
 
-PLAIN_WIDTH = 120  # columns of a table that does not go to a terminal
+# Columns of a table that is not printed on a terminal.
+PLAIN_WIDTH = 120
 
 
 class Output:
-    """Where a command's result, its messages and its progress go."""
+    """Prints a command's result, its messages and its progress."""
 
     def __init__(self, as_json: bool = False, quiet: bool = False, debug: bool = False) -> None:
         self.as_json = as_json
@@ -28,7 +29,7 @@ class Output:
 
     @cached_property
     def console(self) -> Console:
-        """Stdout, for results people read."""
+        """Stdout, for results as text."""
         return _console(stderr=False)
 
     @cached_property
@@ -37,9 +38,13 @@ class Output:
         return _console(stderr=True)
 
     def result(self, document: Mapping[str, Any], show: Callable[[Console], None]) -> None:
-        """Prints the result: `document` as one JSON document with `--json`, else what `show` prints."""
+        """Prints the result: `document` as one JSON document with `--json`, else what `show`
+        prints.
+        """
         if self.as_json:
-            sys.stdout.write(json.dumps(finite(document), indent=2, ensure_ascii=False, default=str) + "\n")
+            sys.stdout.write(
+                json.dumps(finite(document), indent=2, ensure_ascii=False, default=str) + "\n"
+            )
             sys.stdout.flush()
         else:
             show(self.console)
@@ -51,17 +56,18 @@ class Output:
 
     def progress(self) -> Progress:
         """Bars on a terminal, one line a stage elsewhere, nothing with `--quiet`."""
-        from llmkit.checkpoint.progress import SilentProgress
-        from llmkit.cli.progress import Bars, StageLines
+        from llmkit.cli.progress_bars import Bars, StageLines
+        from llmkit.common.progress import SilentProgress
 
         if self.quiet:
             self._progress = SilentProgress()
         else:
-            self._progress = Bars(self.notes) if self.notes.is_terminal else StageLines(self.message)
+            terminal = self.notes.is_terminal
+            self._progress = Bars(self.notes) if terminal else StageLines(self.message)
         return self._progress
 
     def close(self) -> None:
-        """Takes a bar that an error left open off the terminal, which shows its cursor again."""
+        """Closes a bar that an error left open, so that the terminal shows its cursor again."""
         if self._progress is not None:
             self._progress.finish()
 
@@ -70,7 +76,9 @@ def _console(stderr: bool) -> Console:
     from rich.console import Console
 
     console = Console(stderr=stderr)
-    return console if console.is_terminal else Console(stderr=stderr, width=max(console.width, PLAIN_WIDTH))
+    if console.is_terminal:
+        return console
+    return Console(stderr=stderr, width=max(console.width, PLAIN_WIDTH))
 
 
 def seconds_text(seconds: float) -> str:

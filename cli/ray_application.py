@@ -1,6 +1,7 @@
-"""Models on Ray Serve out of a file, as one application: what `serve deploy` and KubeRay's RayService read.
+"""Models of a Serve config file as one application, for `serve deploy` and KubeRay's RayService.
 
-In the file, `import_path: llmkit.cli.ray_application:build`, and as `args` what `Arguments` has.
+The file has `import_path: llmkit.cli.ray_application:build`, and the fields of
+`ApplicationArguments` as `args`.
 """
 
 from __future__ import annotations
@@ -10,57 +11,80 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from llmkit.checkpoint.errors import UsageError
 from llmkit.cli.serve import serve_options
-from llmkit.cli.sizes import parse_share
+from llmkit.common.errors import UsageError
+from llmkit.common.option_values import parse_share
 
 if TYPE_CHECKING:
     from ray.serve import Application
 
 
-class Model(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A version of a model. Versions of one name divide its traffic: share as "1%", or the rest."""
+class ModelArguments(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A version of a model. The versions with one name divide that model's traffic."""
 
     name: str
     model: str  # a directory that every node has, or a hub id
     options: str = ""  # of `llmkit serve`
-    share: str | None = None
-    replicas: int = 1  # where none are added by load
-    most_replicas: int | None = None  # as many as load asks for, from `replicas` on
+    share: str | None = None  # of the traffic, such as "1%"; None: the rest
+    replicas: int = 1  # the number, or with autoscaling the smallest number
+    most_replicas: int | None = None  # the largest number with autoscaling; None: no autoscaling
     downscale_delay: float = 600.0
     cpus: float = 1.0
     gpus: float = 0.0
 
 
-class Arguments(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """host: what the HTTP proxies listen on; beyond loopback a file of keys is needed, on every node."""
+class ApplicationArguments(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """All versions, and the address of the HTTP proxies."""
 
-    models: list[Model]
-    host: str = "127.0.0.1"
-    api_key_file: str | None = None
+    models: list[ModelArguments]
+    host: str = "127.0.0.1"  # any other than loopback needs a file of keys
+    api_key_file: str | None = None  # a path on every node
 
 
 def build(args: dict[str, Any]) -> Application:
-    """The Serve application. Raises msgspec.ValidationError and UsageError for what a file must not say."""
-    from llmkit.deploy.ray_serve import Answering, Size, application
+    """The Serve application.
+
+    Raises msgspec.ValidationError and UsageError for a mistake in the file.
+    """
+    # Ray is an extra: imported only where it is used.
+    from llmkit.deploy.ray_serve import ModelVersion, ReplicaOptions, application
     from llmkit.runtime.server.http.hosts import is_loopback
 
-    given = msgspec.convert(args, Arguments)
-    if not given.models:
-        raise UsageError("models: there is none", "One at least")
-    if not is_loopback(given.host) and not given.api_key_file:
-        raise UsageError(f"host {given.host} can be reached from elsewhere", "An api_key_file is needed there")
-    rest = dict.fromkeys((one.name for one in given.models), 1.0)
-    said = [parse_share("share", one.share) if one.share else None for one in given.models]
-    for one, share in zip(given.models, said, strict=True):
-        rest[one.name] -= share or 0.0
+    arguments = msgspec.convert(args, ApplicationArguments)
+    if not arguments.models:
+        raise UsageError("models: there is none", "At least one is needed")
+    if not is_loopback(arguments.host) and not arguments.api_key_file:
+        raise UsageError(
+            f"host {arguments.host} can be reached from elsewhere",
+            "An api_key_file is needed there",
+        )
     versions = []
-    for one, share in zip(given.models, said, strict=True):
-        served = serve_options(one.model, one.name, shlex.split(one.options), given.api_key_file)
-        size = Size(one.replicas, one.most_replicas, one.cpus, one.gpus, one.downscale_delay)
-        versions.append(Answering(one.name, served, size, rest[one.name] if share is None else share))
-    for name in rest:
-        if abs(sum(one.share for one in versions if one.name == name) - 1) > 1e-6:
-            expected = "One of its versions can be without a share, and gets the rest"
-            raise UsageError(f"the shares of {name} do not come to 100%", expected)
-    return application(versions, given.host, given.api_key_file)
+    for model, share in zip(arguments.models, _shares(arguments.models), strict=True):
+        options = serve_options(
+            model.model, model.name, shlex.split(model.options), arguments.api_key_file
+        )
+        replicas = ReplicaOptions(
+            model.replicas, model.most_replicas, model.cpus, model.gpus, model.downscale_delay
+        )
+        versions.append(ModelVersion(model.name, options, replicas, share))
+    return application(versions, arguments.host, arguments.api_key_file)
+
+
+def _shares(models: list[ModelArguments]) -> list[float]:
+    """The share of each version. Raises UsageError when the shares of a name do not sum to 100%."""
+    given = [parse_share("share", model.share) if model.share else None for model in models]
+    rest = {model.name: 1.0 for model in models}
+    for model, share in zip(models, given, strict=True):
+        rest[model.name] -= share or 0.0
+    shares = []
+    totals = {model.name: 0.0 for model in models}
+    for model, share in zip(models, given, strict=True):
+        shares.append(rest[model.name] if share is None else share)
+        totals[model.name] += shares[-1]
+    for name, total in totals.items():
+        if abs(total - 1) > 1e-6:
+            raise UsageError(
+                f"the shares of {name} do not sum to 100%",
+                "One of its versions can be without a share, and gets the rest",
+            )
+    return shares

@@ -1,88 +1,105 @@
-"""`llmkit run`: a recipe's stages, one command after the other, each only when something has changed."""
+"""`llmkit run`: runs the stages of a recipe whose outputs are out of date, in order."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import typer
-
-from llmkit.checkpoint.text import bytes_text
 from llmkit.cli.output import Output, seconds_text
-from llmkit.cli.recipes import find
+from llmkit.cli.recipes import find_recipe
+from llmkit.common.formatting import bytes_text
+from llmkit.common.options import Argument, Option
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from llmkit.bench.plan_recipe import Estimate
-    from llmkit.bench.run_recipe import Outcome
-
-RecipeArgument = Annotated[
-    str, typer.Argument(metavar="RECIPE", help="A YAML file, or the name of a recipe that `llmkit recipes list` shows.")
-]
+    from llmkit.pipeline.plan_recipe import StageEstimate
+    from llmkit.pipeline.run_recipe import StageResult
 
 
-def run(
-    output: Output,
-    recipe: RecipeArgument,
-    out: Annotated[
+@dataclass(frozen=True, kw_only=True)
+class RunArguments:
+    """What `llmkit run` takes."""
+
+    recipe: Annotated[
+        str,
+        Argument(
+            "A YAML file, or the name of a recipe that `llmkit recipes list` shows.",
+            metavar="RECIPE",
+        ),
+    ]
+    output: Annotated[
         str | None,
-        typer.Option(
-            "--output", "-o", metavar="DIR", help="Where stages write.", show_default="a folder of the recipe's name"
+        Option(
+            "Where stages write.",
+            flags=("--output", "-o"),
+            metavar="DIR",
+            unset="a folder of the recipe's name",
         ),
-    ] = None,
-    change: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set",
+    ] = None
+    changes: Annotated[
+        tuple[str, ...],
+        Option(
+            "Change the recipe: model=MODEL or int4.samples=16; may be repeated.",
+            flags=("--set",),
             metavar="KEY=VALUE",
-            help="Change the recipe: model=MODEL or int4.samples=16; may be repeated.",
-            show_default="none",
+            unset="none",
         ),
-    ] = None,
-    serve: Annotated[bool, typer.Option("--serve", help="Go on to the recipe's serve stage.")] = False,
+    ] = ()
+    serve: Annotated[bool, Option("Run the recipe's serve stage too.")] = False
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Show memory, disk and time of each stage and write nothing.")
-    ] = False,
-) -> None:
-    """Quantize, shard, bench and judge as a recipe says. What was done already and has not changed is skipped."""
-    from llmkit.bench.recipe import read_recipe
-    from llmkit.bench.run_recipe import Work, require_gates, run_recipe
-    from llmkit.cli.stages import kinds, option_object, run_command
+        bool, Option("Show memory, disk and time of each stage and write nothing.")
+    ] = False
 
-    path = find(recipe)
-    read = read_recipe(path, kinds(), change or (), recipe)
-    folder = Path(out or read.name)
-    document = {"recipe": recipe, "output": str(folder.expanduser().absolute())}
-    if dry_run:
-        from llmkit.bench.plan_recipe import Planner
 
-        estimates = Planner(Work(read, folder, kinds()), option_object).plan()
+def run(output: Output, arguments: RunArguments) -> None:
+    """Quantize, shard, bench and check gates as a recipe says. What was done already and has not
+    changed is skipped.
+    """
+    # The recipe engine imports torch.
+    from llmkit.cli.recipe_stages import kinds, planned_options, run_command
+    from llmkit.pipeline.recipe import read_recipe
+    from llmkit.pipeline.run_recipe import RunDirectory, require_gates, run_recipe
+
+    name = arguments.recipe
+    recipe = read_recipe(find_recipe(name), kinds(), arguments.changes, name)
+    directory = Path(arguments.output or recipe.name)
+    document = {"recipe": name, "output": str(directory.expanduser().absolute())}
+    if arguments.dry_run:
+        from llmkit.pipeline.plan_recipe import RecipePlanner
+
+        estimates = RecipePlanner(RunDirectory(recipe, directory, kinds()), planned_options).plan()
         rows = [estimate.to_json() for estimate in estimates]
-        output.result(document | {"plan": rows}, lambda console: _show_plan(console, recipe, estimates))
+        output.result(
+            document | {"plan": rows}, lambda console: _show_plan(console, name, estimates)
+        )
         return
-    outcomes = run_recipe(
-        read,
-        folder,
+    results = run_recipe(
+        recipe,
+        directory,
         kinds(),
-        lambda stage, settings, to: run_command(output, stage, settings, to),
+        lambda stage, settings, path: run_command(output, stage, settings, path),
         output.message,
-        serve,
+        arguments.serve,
     )
-    stages = [outcome.to_json() for outcome in outcomes]
-    output.result(document | {"stages": stages}, lambda console: _show(console, recipe, outcomes))
-    require_gates(outcomes)
+    stages = [result.to_json() for result in results]
+    output.result(document | {"stages": stages}, lambda console: _show(console, name, results))
+    require_gates(results)
 
 
-def _show(console: Console, recipe: str, outcomes: list[Outcome]) -> None:
+def _show(console: Console, recipe: str, outcomes: list[StageResult]) -> None:
     from rich.table import Table
 
-    from llmkit.bench.report import BenchReport
-    from llmkit.bench.tables import gate_table
+    from llmkit.bench.bench_report import BenchReport
+    from llmkit.bench.report_tables import gate_table
 
-    if gates := [result for outcome in outcomes for result in outcome.gates]:
+    gates = [gate for outcome in outcomes for gate in outcome.gates]
+    if gates:
         console.print(gate_table(BenchReport([], gates=gates)))
-    table = Table("stage", "command", "result", "time", "output", title=recipe, title_justify="left")
+    table = Table(
+        "stage", "command", "result", "time", "output", title=recipe, title_justify="left"
+    )
     table.columns[3].justify = "right"
     table.columns[4].overflow = "fold"
     for outcome in outcomes:
@@ -91,7 +108,7 @@ def _show(console: Console, recipe: str, outcomes: list[Outcome]) -> None:
     console.print(table)
 
 
-def _show_plan(console: Console, recipe: str, estimates: list[Estimate]) -> None:
+def _show_plan(console: Console, recipe: str, estimates: list[StageEstimate]) -> None:
     from rich.table import Table
 
     table = Table("stage", "command", "memory", "disk", "time", title=f"{recipe} (nothing written)")
@@ -99,9 +116,14 @@ def _show_plan(console: Console, recipe: str, estimates: list[Estimate]) -> None
     for column in table.columns[2:]:
         column.justify = "right"
     for estimate in estimates:
-        sizes = [("" if size is None else bytes_text(size)) for size in (estimate.memory_bytes, estimate.disk_bytes)]
+        sizes = [
+            ("" if size is None else bytes_text(size))
+            for size in (estimate.memory_bytes, estimate.disk_bytes)
+        ]
         spent = "" if estimate.seconds is None else f"about {seconds_text(estimate.seconds)}"
-        table.add_row(estimate.stage, estimate.run, *sizes, "there already" if estimate.there else spent)
+        table.add_row(
+            estimate.stage, estimate.run, *sizes, "there already" if estimate.there else spent
+        )
     memory = max((estimate.memory_bytes or 0 for estimate in estimates), default=0)
     disk = sum(estimate.disk_bytes or 0 for estimate in estimates)
     seconds = sum(estimate.seconds or 0.0 for estimate in estimates)
@@ -111,7 +133,7 @@ def _show_plan(console: Console, recipe: str, estimates: list[Estimate]) -> None
 
 
 def _shortest(path: str | None) -> str:
-    """Relative to where we are, if it lies below."""
+    """The path, relative to the current directory if it is inside."""
     if path is None:
         return ""
     here = Path.cwd()

@@ -1,7 +1,7 @@
-"""Where an option's value comes from: command line, then environment, then `--config` file, then default.
+"""The values of options from the environment and the `--config` file.
 
-The options themselves are read off the commands, so that a setting is declared once, in its command's
-signature; a file's keys and the variables' names follow from it.
+The command line wins over the environment, and the environment over the file. The names of
+variables and of a file's keys follow from the options classes.
 """
 
 from __future__ import annotations
@@ -10,66 +10,73 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from llmkit.checkpoint.errors import UsageError
-from llmkit.checkpoint.text import nearest
+from llmkit.cli.command import Command
+from llmkit.common.errors import UsageError
+from llmkit.common.formatting import nearest
+from llmkit.common.options import OptionField, option_name
 
 PREFIX = "LLMKIT_"
-NOT_OPTIONS = {"LLMKIT_API_KEY", "LLMKIT_KEY_PASSWORD"}  # read by the commands themselves: a secret is no option
-TRUE, FALSE = {"1", "true", "yes", "on"}, {"0", "false", "no", "off"}
+# The commands read these themselves: a secret is no option.
+SECRET_VARIABLES = {"LLMKIT_API_KEY", "LLMKIT_KEY_PASSWORD"}
+TRUE = {"1", "true", "yes", "on"}
+FALSE = {"0", "false", "no", "off"}
 
 
 @dataclass
 class Defaults:
-    """What the environment and the configuration file say, by parameter name."""
+    """Values from the environment and the configuration file, by `OptionField.parameter`."""
 
-    values: dict[str, Any] = field(default_factory=dict)  # as typer's `default_map` takes them
+    values: dict[str, Any] = field(default_factory=dict)  # as Typer's `default_map` takes them
     origins: dict[str, str] = field(default_factory=dict)  # "LLMKIT_BITS" or "run.yaml:3"
 
-    def put(self, option: Option, value: Any, origin: str) -> None:
-        """Sets an option from text, a number, a truth value or a list of them. Raises: UsageError."""
-        self.values[option.parameter] = option.parse(value, origin)
-        self.origins[option.parameter] = origin
+    def set(self, spelling: Spelling, value: Any, origin: str) -> None:
+        """Sets an option from text, a number, a bool or a list of them. Raises: UsageError."""
+        self.values[spelling.parameter] = spelling.parse(value, origin)
+        self.origins[spelling.parameter] = origin
 
 
 @dataclass(frozen=True)
-class Option:
-    """One spelling of a command's option: `--no-eval` is the negated spelling of `--eval`."""
+class Spelling:
+    """One way to write an option: `--no-eval` is the negated spelling of `--eval`."""
 
-    parameter: str
-    flag: bool
-    multiple: bool
+    option: OptionField
     negated: bool
+
+    @property
+    def parameter(self) -> str:
+        """The option's parameter of the Typer command."""
+        return self.option.parameter
 
     def parse(self, value: Any, origin: str) -> Any:
         """The value as the command-line parser takes it. Raises: UsageError."""
-        if self.flag:
+        if self.option.is_flag:
             text = str(value).strip().lower()
             if text not in TRUE | FALSE:
-                raise UsageError(f"{origin}: {value!r} is neither true nor false", "Write true or false")
+                raise UsageError(
+                    f"{origin}: {value!r} is neither true nor false", "Write true or false"
+                )
             return (text in TRUE) != self.negated
-        if self.multiple:
-            return [str(item) for item in value] if isinstance(value, list) else str(value).split(",")
+        if self.option.is_list:
+            items = value if isinstance(value, list) else str(value).split(",")
+            return [str(item) for item in items]
         if isinstance(value, (list, dict)):
             raise UsageError(f"{origin}: one value was expected, not {value!r}")
         return str(value)
 
 
-def options_of(command: Any) -> dict[str, Option]:
-    """A command's options by name, "group_size" for `--group-size`, negated spellings included."""
+def spellings(command: Command) -> dict[str, Spelling]:
+    """A command's options by key, "group_size" for `--group-size`, negated spellings included."""
     found = {}
-    for parameter in command.params:
-        if getattr(parameter, "param_type_name", "") != "option" or parameter.name == "help":
-            continue
-        flag, multiple = bool(getattr(parameter, "is_flag", False)), bool(getattr(parameter, "multiple", False))
-        for negated, spellings in ((False, parameter.opts), (True, parameter.secondary_opts)):
-            for spelling in spellings:
-                if spelling.startswith("--"):
-                    found[_key(spelling)] = Option(parameter.name, flag, multiple, negated)
+    for option in command.fields:
+        for flag in option.spellings:
+            found[option_name(flag)] = Spelling(option, False)
+        for flag in option.negated_spellings:
+            found[option_name(flag)] = Spelling(option, True)
     return found
 
 
 def config_argument(arguments: Iterable[str], environ: Mapping[str, str]) -> str | None:
-    """The file that `--config` or LLMKIT_CONFIG names; it must be known before options are parsed."""
+    """The file of `--config` or LLMKIT_CONFIG, which is read before the options are parsed."""
     words = list(arguments)
     path = environ.get(f"{PREFIX}CONFIG") or None
     for index, word in enumerate(words):
@@ -82,52 +89,62 @@ def config_argument(arguments: Iterable[str], environ: Mapping[str, str]) -> str
     return path
 
 
-def read_file(path: str, options: Mapping[str, Option], defaults: Defaults) -> None:
-    """Adds a YAML file's settings. Raises: UsageError for what cannot be read, with file and line."""
-    from llmkit.checkpoint.yaml_file import YamlFile
+def read_file(path: str, options: Mapping[str, Spelling], defaults: Defaults) -> None:
+    """Adds a YAML file's settings. Raises UsageError, with file and line, for a mistake in it."""
+    # The YAML library is imported only when there is a file.
+    from llmkit.common.yaml_file import YamlFile
 
     file = YamlFile(path)
-    seen: dict[str, int] = {}
+    lines: dict[str, int] = {}
     for key, value in file.content.items():
-        where, name = file.where([key]), _key(str(key))
+        origin = file.where([key])
+        name = option_name(str(key))
         option = options.get(name)
         if option is None or name == "config":
             known = [spelling.replace("_", "-") for spelling in options if spelling != "config"]
-            raise UsageError(f"{where}: unknown key {key!r}", nearest(name.replace("_", "-"), known, "Keys are"))
-        if option.parameter in seen:
-            raise UsageError(f"{where}: {key!r} was already set in line {seen[option.parameter]}")
-        seen[option.parameter] = file.line([key])
+            raise UsageError(
+                f"{origin}: unknown key {key!r}",
+                nearest(name.replace("_", "-"), known, "Keys are"),
+            )
+        if option.parameter in lines:
+            raise UsageError(f"{origin}: {key!r} was already set in line {lines[option.parameter]}")
+        lines[option.parameter] = file.line([key])
         if value is not None:
-            defaults.put(option, value, where)
+            defaults.set(option, value, origin)
 
 
 def read_environment(
-    environ: Mapping[str, str], command: str, options: Mapping[str, Option], defaults: Defaults
+    environ: Mapping[str, str], command: str, options: Mapping[str, Spelling], defaults: Defaults
 ) -> None:
-    """Adds LLMKIT_<OPTION> and, stronger, LLMKIT_<COMMAND>_<OPTION>. Raises: UsageError."""
-    words = command.upper().split()
-    prefixes = [PREFIX + "".join(f"{word}_" for word in words[:count]) for count in range(len(words) + 1)]
-    for prefix in prefixes:
+    """Adds LLMKIT_<OPTION>, and LLMKIT_<COMMAND>_<OPTION>, which wins. Raises: UsageError."""
+    for prefix in _prefixes(command):
         for name, option in options.items():
             variable = prefix + name.upper()
             if environ.get(variable):
-                defaults.put(option, environ[variable], variable)
+                defaults.set(option, environ[variable], variable)
 
 
-def unknown_variables(environ: Mapping[str, str], commands: Mapping[str, Any]) -> list[str]:
+def unknown_variables(environ: Mapping[str, str], commands: Mapping[str, Command]) -> list[str]:
     """A warning for each LLMKIT_* variable that no command reads."""
-    known = set(NOT_OPTIONS)
-    for command, parsed in commands.items():
-        words = command.upper().split()
-        for name in options_of(parsed):
-            for count in range(len(words) + 1):
-                known.add(PREFIX + "".join(f"{word}_" for word in words[:count]) + name.upper())
+    candidates = [name for name in sorted(environ) if name.startswith(PREFIX)]
+    if not candidates:
+        return []
+    known = set(SECRET_VARIABLES)
+    for command in commands.values():
+        for name in spellings(command):
+            known |= {prefix + name.upper() for prefix in _prefixes(command.name)}
+    warnings = []
+    for name in candidates:
+        if name not in known:
+            hint = nearest(name, sorted(known)).rstrip(" .")
+            text = f"warning: {name} is no variable of llmkit and is ignored."
+            warnings.append(f"{text} {hint}." if hint else text)
+    return warnings
+
+
+def _prefixes(command: str) -> list[str]:
+    """LLMKIT_, LLMKIT_SHARD_ and LLMKIT_SHARD_PLAN_ for "shard plan"."""
+    words = command.upper().split()
     return [
-        f"warning: {name} is no variable of llmkit and is ignored. {nearest(name, sorted(known))}".rstrip(" .") + "."
-        for name in sorted(environ)
-        if name.startswith(PREFIX) and name not in known
+        PREFIX + "".join(f"{word}_" for word in words[:count]) for count in range(len(words) + 1)
     ]
-
-
-def _key(spelling: str) -> str:
-    return spelling.lstrip("-").replace("-", "_")

@@ -1,4 +1,4 @@
-"""The `llmkit` program's first lines: Ctrl-C while the rest is still being imported ends it without a traceback."""
+"""The entry point of `llmkit`: Ctrl-C during the imports ends it without a traceback."""
 
 from __future__ import annotations
 
@@ -12,9 +12,11 @@ INTERRUPTED = 128 + signal.SIGINT
 
 def main() -> None:
     """Imports the program and runs it on sys.argv; exits."""
-    for name in ("stdin", "stdout", "stderr"):  # None where whoever started us has closed it
+    # A stream that the parent process has closed is None.
+    for name in ("stdin", "stdout", "stderr"):
         if getattr(sys, name) is None:
-            setattr(sys, name, Path(os.devnull).open("r" if name == "stdin" else "w"))  # noqa: SIM115 (for good)
+            mode = "r" if name == "stdin" else "w"
+            setattr(sys, name, Path(os.devnull).open(mode))  # noqa: SIM115
     signal.signal(signal.SIGINT, lambda *_: os._exit(INTERRUPTED))
     from llmkit.cli.main import main as run
 

@@ -1,1 +1,1 @@
-"""On engines that exist: Ray Serve, Triton, vLLM; and how many machines a load needs."""
+"""Deployment on other systems (Ray Serve, Triton, vLLM), and capacity planning."""

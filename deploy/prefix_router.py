@@ -1,4 +1,4 @@
-"""Which replica of a Serve deployment gets a request: the one that was sent the longest beginning of its text."""
+"""Routes a request to the replica that received the longest prefix of its text before."""
 
 from __future__ import annotations
 
@@ -8,52 +8,68 @@ from zlib import crc32
 
 from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
 
-from llmkit.runtime.server.engines.prefixes import AHEAD, Sent
+from llmkit.runtime.server.engines.prefix_routing import BALANCE_THRESHOLD, RoutedPrefixes
 
-_LAST = 2**32
-MOST_NAMES = 65_536  # of a replica's last prompts
+# Sorts behind every crc32.
+_NO_HASH = 2**32
+# Hashes of a replica's last prompts that are remembered.
+MAX_HASHES = 65_536
 
 
 class PrefixRouter(RequestRouter):
-    """Ray Serve's interface for what `runtime/server/engines/replicas.py` does in one server.
+    """Prefix routing, as `runtime/server/engines/replicas.py` does it in one server, for Ray Serve.
 
-    A call's keyword `prefixes` names the beginnings of its text, shortest first. A replica with over AHEAD requests
-    more than the least busy one gets none for its prefixes. Each front has a router of its own: what none of the
-    replicas was sent by this one goes, while they are about as busy, where any other would send it, by the name.
+    A call's keyword `prefixes` has the hashes of its text's prefixes, shortest first. The prefixes
+    of a replica with over BALANCE_THRESHOLD requests more than the least busy one do not count.
+    Each ingress replica has its own router. While the replicas are about equally busy, a hash
+    chooses the replica of a new prefix, so that all routers choose the same one.
     """
 
     def initialize_state(self, **_: Any) -> None:
-        self._sent: dict[ReplicaID, Sent] = {}
-        self._load: Counter[ReplicaID] = Counter()  # requests routed and not completed
-        self._turns: dict[ReplicaID, int] = {}  # when each was the best one last: several are chosen before one counts
-        self._turn = 0
+        self._sent: dict[ReplicaID, RoutedPrefixes] = {}
+        # Requests that were routed and are not completed.
+        self._load: Counter[ReplicaID] = Counter()
+        # The number of the choice that each replica last won. It breaks ties, because several
+        # choices are made before `_load` counts the first one.
+        self._last_chosen: dict[ReplicaID, int] = {}
+        self._choices = 0
 
     async def choose_replicas(
-        self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
+        self,
+        candidate_replicas: list[RunningReplica],
+        pending_request: PendingRequest | None = None,
     ) -> list[list[RunningReplica]]:
-        """Replicas in ranks of one, the best first; Serve takes the first that has room."""
-        present = {replica.replica_id for replica in candidate_replicas}
-        self._sent = {one: self._sent.get(one) or Sent() for one in present}
-        names = pending_request.kwargs.get("prefixes", []) if pending_request is not None else []
+        """Each replica alone in its group, the best first. Serve takes the first with room."""
+        ids = {replica.replica_id for replica in candidate_replicas}
+        self._sent = {replica: self._sent.get(replica) or RoutedPrefixes() for replica in ids}
+        hashes = pending_request.kwargs.get("prefixes", []) if pending_request is not None else []
         load = self._load
-        least = min((load[one] for one in present), default=0)
-        known = {one: self._sent[one].known(names) if load[one] <= least + AHEAD else 0 for one in present}
-        new = names[max(known.values(), default=0) :][:1]
+        lowest_load = min((load[replica] for replica in ids), default=0)
+        known = {}
+        for replica in ids:
+            overloaded = load[replica] > lowest_load + BALANCE_THRESHOLD
+            known[replica] = 0 if overloaded else self._sent[replica].count_known(hashes)
+        # The first prefix that no replica got from this router.
+        new_hashes = hashes[max(known.values(), default=0) :][:1]
 
-        def rank(replica: RunningReplica) -> tuple[int, int, int, int]:
-            one = replica.replica_id
-            drawn = crc32(f"{new[0]} {one.unique_id}".encode()) if new and load[one] <= least + 1 else _LAST
-            return -known[one], drawn, load[one], self._turns.get(one, 0)
+        def rank(candidate: RunningReplica) -> tuple[int, int, int, int]:
+            replica = candidate.replica_id
+            order = _NO_HASH
+            if new_hashes and load[replica] <= lowest_load + 1:
+                order = crc32(f"{new_hashes[0]} {replica.unique_id}".encode())
+            return -known[replica], order, load[replica], self._last_chosen.get(replica, 0)
 
         ranked = sorted(candidate_replicas, key=rank)
-        self._turn += 1
-        for best in ranked[:1]:
-            self._turns[best.replica_id] = self._turn
+        self._choices += 1
+        if ranked:
+            self._last_chosen[ranked[0].replica_id] = self._choices
         return [[replica] for replica in ranked]
 
-    def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result: object) -> None:
+    def on_request_routed(
+        self, pending_request: PendingRequest, replica_id: ReplicaID, result: object
+    ) -> None:
         if replica_id in self._sent:
-            self._sent[replica_id].note(pending_request.kwargs.get("prefixes", []), MOST_NAMES)
+            self._sent[replica_id].record(pending_request.kwargs.get("prefixes", []), MAX_HASHES)
             self._load[replica_id] += 1
 
     def on_request_completed(self, replica_id: ReplicaID, internal_request_id: str) -> None:

@@ -1,4 +1,4 @@
-"""A replica on Ray: a server of its own on its node, whose answers it hands on as they come."""
+"""A replica on Ray: it starts a server on its node and streams the server's responses."""
 
 from __future__ import annotations
 
@@ -10,60 +10,80 @@ from dataclasses import replace
 import aiohttp
 from ray.serve.exceptions import RayServeException
 
-from llmkit.deploy.front import HOP_HEADERS, Head
-from llmkit.deploy.replica_metrics import INTERVAL_S, Metrics
-from llmkit.runtime.child import Child
-from llmkit.runtime.server.options import ServeOptions
+from llmkit.deploy.ingress import HOP_HEADERS, ResponseHead
+from llmkit.deploy.replica_metrics import INTERVAL_S, RayMetrics
+from llmkit.runtime.server.serve_options import ServeOptions
+from llmkit.runtime.server_process import ServerProcess
 
 
 class Replica:
-    """The Serve deployment of a checkpoint. Ray gives it a node, cores and GPUs; the server does the batching."""
+    """The Serve deployment of a checkpoint.
 
-    async def __init__(self, options: ServeOptions) -> None:  # type: ignore[misc]  # Serve awaits it
+    Ray gives it a node, cores and GPUs. The server batches the requests.
+    """
+
+    # Ray Serve awaits it.
+    async def __init__(self, options: ServeOptions) -> None:  # type: ignore[misc]
         """Start the server and wait until it is ready. Raises its LlmkitError."""
-        self._child = Child(replace(options, open_metrics=True))  # the front asks for the key
-        await asyncio.wrap_future(self._child.ready)
+        # The ingress checks the API key; the metrics are read here without one.
+        self._server = ServerProcess(replace(options, open_metrics=True))
+        await asyncio.wrap_future(self._server.ready)
         self._session = aiohttp.ClientSession(
-            self._child.url,
-            connector=aiohttp.UnixConnector(path=str(self._child.unix), limit=0),
+            self._server.url,
+            connector=aiohttp.UnixConnector(path=str(self._server.unix), limit=0),
             timeout=aiohttp.ClientTimeout(),
         )
         self._reporting = asyncio.create_task(self._report())
 
     async def answer(
-        self, method: str, url: str, headers: list[tuple[str, str]], body: bytes, *, prefixes: list[int]
-    ) -> AsyncGenerator[Head | bytes]:
-        """The server's answer: its Head, then its body, a stream's in the parts in which it comes.
+        self,
+        method: str,
+        url: str,
+        headers: list[tuple[str, str]],
+        body: bytes,
+        *,
+        prefixes: list[int],
+    ) -> AsyncGenerator[ResponseHead | bytes]:
+        """The server's response: its ResponseHead, then its body. A stream's body comes in parts.
 
-        prefixes: what PrefixRouter chose this replica by.
+        prefixes: the hashes that PrefixRouter chose this replica by.
         """
         async with self._session.request(method, url, headers=headers, data=body) as response:
-            kept = [(name, value) for name, value in response.headers.items() if name.lower() not in HOP_HEADERS]
+            headers = [
+                (name, value)
+                for name, value in response.headers.items()
+                if name.lower() not in HOP_HEADERS
+            ]
             if response.content_type == "text/event-stream":
-                yield Head(response.status, kept)
+                yield ResponseHead(response.status, headers)
                 async for part in response.content.iter_any():
                     yield part
             else:
-                whole = await response.read()  # an answer that is cut off can then be asked for again
-                yield Head(response.status, kept)
-                yield whole
+                # Read in full first: when the server is lost on the way, another replica can still
+                # respond.
+                body = await response.read()
+                yield ResponseHead(response.status, headers)
+                yield body
 
     async def _report(self) -> None:
-        metrics = Metrics()
-        while not self._child.gone.done():
-            with suppress(aiohttp.ClientError):  # the next time, then
+        metrics = RayMetrics()
+        while not self._server.gone.done():
+            # A failure is ignored: the next report follows soon.
+            with suppress(aiohttp.ClientError):
                 async with self._session.get("/metrics") as response:
-                    metrics.take(await response.text())
+                    metrics.update(await response.text())
             await asyncio.sleep(INTERVAL_S)
 
     async def pid(self) -> int:
-        """Of the server."""
-        return self._child.pid
+        """The server's process id."""
+        return self._server.pid
 
     async def check_health(self) -> None:
-        """Serve asks for this now and then, and puts another in the place of a replica that fails."""
-        if self._child.gone.done():
-            raise RayServeException(f"the server of this replica has ended: {self._child.gone.result()}")
+        """Called by Serve at intervals; Serve replaces a replica that raises."""
+        if self._server.gone.done():
+            raise RayServeException(
+                f"the server of this replica has ended: {self._server.gone.result()}"
+            )
 
     def __del__(self) -> None:
-        self._child.stop()
+        self._server.stop()

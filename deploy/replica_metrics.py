@@ -1,4 +1,4 @@
-"""A replica's metrics among Ray's own, which each node's agent shows to Prometheus."""
+"""A server's metrics as metrics of Ray, which Prometheus reads from each node's agent."""
 
 from __future__ import annotations
 
@@ -6,26 +6,29 @@ from prometheus_client.parser import text_string_to_metric_families
 from ray.serve.metrics import Gauge
 
 INTERVAL_S = 5.0
-_OURS = "llmkit:"
+_PREFIX = "llmkit:"
 
 
-class Metrics:
-    """Samples of `llmkit serve`, as ray_llmkit_… with the labels application, deployment and replica.
+class RayMetrics:
+    """The samples of `llmkit serve`, named ray_llmkit_….
 
-    All are gauges to Ray, which is given values and adds nothing up; Prometheus takes rates and quantiles of them as it
-    does of counters and histograms.
+    Their labels are application, deployment and replica. All are gauges for Ray, because the server
+    has summed them up already. Prometheus computes rates and quantiles from them as from counters
+    and histograms.
     """
 
     def __init__(self) -> None:
         self._gauges: dict[str, Gauge] = {}
 
-    def take(self, text: str) -> None:
-        """The server's /metrics as they are now."""
+    def update(self, text: str) -> None:
+        """Set the gauges from the text of the server's /metrics."""
         for family in text_string_to_metric_families(text):
             for sample in family.samples:
-                if not sample.name.startswith(_OURS) or sample.name.endswith("_created"):
+                if not sample.name.startswith(_PREFIX) or sample.name.endswith("_created"):
                     continue
-                name = sample.name.replace(":", "_")  # Ray takes no colon
+                name = sample.name.replace(":", "_")  # Ray allows no colon
                 if name not in self._gauges:
-                    self._gauges[name] = Gauge(name, family.documentation, tag_keys=tuple(sample.labels))
+                    self._gauges[name] = Gauge(
+                        name, family.documentation, tag_keys=tuple(sample.labels)
+                    )
                 self._gauges[name].set(sample.value, sample.labels)

@@ -1,4 +1,4 @@
-"""How long an engine's steps take: fitted to what bench measured, or estimated from a GPU's data sheet."""
+"""The time of an engine's step, fitted to a report of bench or estimated from a data sheet."""
 
 from __future__ import annotations
 
@@ -7,33 +7,41 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from llmkit.bench.report import RequestFigures
-from llmkit.checkpoint.errors import InputError
+from llmkit.bench.bench_report import RequestMetrics
+from llmkit.common.errors import InputError
 
-LEAST_ROWS = 8  # requests that a fit needs
-STEP_S = 0.3e-3  # of launches and scheduling, where nothing was measured
-SUM_S = 10e-6  # of one sum over ranks, as well
-EFFICIENCY = 0.7  # of a GPU's peaks, that is reached
+# The fewest measured times that a fit needs.
+MIN_ROWS = 8
+# Assumed times of launches and scheduling in a step, and of one all-reduce.
+STEP_OVERHEAD_S = 0.3e-3
+ALL_REDUCE_S = 10e-6
+# The assumed share of a GPU's peaks that is reached.
+EFFICIENCY = 0.7
 
 
 @dataclass(frozen=True)
-class Fitted:
+class FittedStepTime:
     """fixed_s + request_s * requests + context_s * context + prompt_s * prompt."""
 
     fixed_s: float
     request_s: float
     context_s: float
     prompt_s: float
-    error: float  # the median of what the fit is off for a request, as a share
+    error: float  # median error of a request's time, as a share
 
     def seconds(self, requests: int, context: int, prompt: int) -> float:
         """See StepTime."""
-        return self.fixed_s + requests * self.request_s + context * self.context_s + prompt * self.prompt_s
+        return (
+            self.fixed_s
+            + requests * self.request_s
+            + context * self.context_s
+            + prompt * self.prompt_s
+        )
 
 
 @dataclass(frozen=True)
-class Roofline:
-    """The slower of reading (weights, and keys and values) and computing, by the peaks of `tp` GPUs."""
+class RooflineStepTime:
+    """The longer of reading (weights, keys and values) and computing, at the peaks of `tp` GPUs."""
 
     weight_bytes: int  # of one rank
     kv_bytes: float  # of a token, on one rank
@@ -47,17 +55,18 @@ class Roofline:
         """See StepTime."""
         read = (self.weight_bytes + (context + prompt) * self.kv_bytes) / self.bytes_per_s
         computed = (requests + prompt) * self.token_flops / self.flops_per_s
-        sums = 2 * self.layers * SUM_S if self.tp > 1 else 0.0
-        return STEP_S + sums + max(read, computed)
+        all_reduces = 2 * self.layers * ALL_REDUCE_S if self.tp > 1 else 0.0
+        return STEP_OVERHEAD_S + all_reduces + max(read, computed)
 
 
-def fit(runs: Sequence[Sequence[RequestFigures]]) -> Fitted:
+def fit_step_time(runs: Sequence[Sequence[RequestMetrics]]) -> FittedStepTime:
     """Least squares over the requests of runs, each of one replica.
 
-    A row is the time per token of a request, or the time to the first token of one that was alone until then.
-    Raises InputError when there is too little to fit.
+    A row is a request's time per token, or the time to the first token of a request that ran alone.
+    Raises InputError for too few rows.
     """
-    rows, times = [], []
+    rows = []
+    times = []
     for requests in runs:
         spans = _Spans(requests)
         for index, request in enumerate(requests):
@@ -67,34 +76,41 @@ def fit(runs: Sequence[Sequence[RequestFigures]]) -> Fitted:
             if spans.alone(index):
                 rows.append((1.0, 0.0, 0.0, float(request.prompt_tokens - request.cached_tokens)))
                 times.append(request.ttft_s)
-    if len(rows) < LEAST_ROWS or min(times, default=0.0) <= 0:
+    if len(rows) < MIN_ROWS or min(times, default=0.0) <= 0:
         todo = "Measure with `llmkit bench MODEL --mode sweep -o FILE`"
-        raise InputError(f"the report holds {len(rows)} times of requests", f"At least {LEAST_ROWS} are needed", todo)
+        raise InputError(
+            f"the report holds {len(rows)} times of requests",
+            f"At least {MIN_ROWS} are needed",
+            todo,
+        )
     measured = np.array(times)
-    matrix = np.array(rows) / measured[:, None]  # each row counts by how far off it is as a share
+    matrix = np.array(rows) / measured[:, None]  # so that the error is a share of each time
     factors = _least_squares(matrix)
     error = float(np.median(np.abs(matrix @ factors - 1)))
     fixed_s, request_s, context_s, prompt_s = map(float, factors)
-    return Fitted(fixed_s, request_s, context_s, prompt_s, error)
+    return FittedStepTime(fixed_s, request_s, context_s, prompt_s, error)
 
 
 def _least_squares(matrix: np.ndarray) -> np.ndarray:
-    """x >= 0 with matrix @ x near to ones: what would be negative is left out, the most negative first."""
+    """The x >= 0 that makes matrix @ x close to ones.
+
+    Negative factors are removed one after the other, the most negative first.
+    """
     kept = list(range(matrix.shape[1]))
     while True:
-        found = np.linalg.lstsq(matrix[:, kept], np.ones(len(matrix)), rcond=None)[0]
-        if found.min() >= 0:
+        solution = np.linalg.lstsq(matrix[:, kept], np.ones(len(matrix)), rcond=None)[0]
+        if solution.min() >= 0:
             break
-        kept.pop(int(found.argmin()))
+        kept.pop(int(solution.argmin()))
     factors = np.zeros(matrix.shape[1])
-    factors[kept] = found
+    factors[kept] = solution
     return factors
 
 
 class _Spans:
-    """When the requests of one run waited and decoded."""
+    """The times in which the requests of one run waited and decoded."""
 
-    def __init__(self, requests: Sequence[RequestFigures]) -> None:
+    def __init__(self, requests: Sequence[RequestMetrics]) -> None:
         table = np.array([(r.sent_s, r.sent_s + r.ttft_s, r.sent_s + r.e2e_s) for r in requests])
         self.sent, self.first, self.last = table.T
         self.context = np.array([r.prompt_tokens + r.output_tokens / 2 for r in requests])
@@ -102,14 +118,27 @@ class _Spans:
         self.steps = np.array([max(1, r.output_tokens - 1) for r in requests])
 
     def decoding(self, index: int) -> tuple[float, float, float, float]:
-        """Of the steps in which a request decoded, on average: 1, requests, their context, tokens of prompts."""
-        begin, end = self.first[index], self.last[index]
+        """The average step in which a request decoded.
+
+        It is a row of the fit: 1, requests, context tokens, prompt tokens.
+        """
+        begin = self.first[index]
+        end = self.last[index]
         share = _overlap(self.first, self.last, begin, end) / (end - begin)
-        computed = _overlap(self.sent, self.first, begin, end) / np.maximum(self.first - self.sent, 1e-9) * self.prompt
-        return 1.0, float(share.sum()), float((share * self.context).sum()), float(computed.sum() / self.steps[index])
+        computed = (
+            _overlap(self.sent, self.first, begin, end)
+            / np.maximum(self.first - self.sent, 1e-9)
+            * self.prompt
+        )
+        return (
+            1.0,
+            float(share.sum()),
+            float((share * self.context).sum()),
+            float(computed.sum() / self.steps[index]),
+        )
 
     def alone(self, index: int) -> bool:
-        """Whether no other request was there before this one's first token."""
+        """Whether no other request ran before this one's first token."""
         others = _overlap(self.sent, self.last, self.sent[index], self.first[index]) > 0
         return int(others.sum()) == 1
 

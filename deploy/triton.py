@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from llmkit.checkpoint.errors import OutputError
-from llmkit.checkpoint.output import writing
-from llmkit.runtime.server.kserve.tensors import CONFIG_TYPES, INPUTS, OUTPUTS
-from llmkit.runtime.server.options import ServeOptions
+from llmkit.checkpoint.output_directory import write_errors
+from llmkit.common.errors import OutputError
+from llmkit.runtime.server.kserve.kserve_tensors import CONFIG_TYPES, INPUTS, OUTPUTS
+from llmkit.runtime.server.serve_options import ServeOptions
 
-MODEL = '''"""Written by `llmkit deploy triton`: Triton's Python backend needs llmkit in its Python."""
+MODEL_FILE = '''\
+"""Written by `llmkit deploy triton`: Triton's Python backend needs llmkit in its Python."""
 
 from llmkit.deploy.triton_model import TritonPythonModel
 
@@ -19,30 +20,34 @@ __all__ = ["TritonPythonModel"]
 
 
 def write_repository(folder: Path, name: str, options: ServeOptions) -> list[Path]:
-    """Write `folder/name` for a server with these options; the files.
+    """Write `folder/name` for a server with these options; return the files.
 
-    Raises OutputError where it exists, ShortageError where it cannot be written.
+    Raises OutputError when it exists, ShortageError when it cannot be written.
     """
-    home = folder / name
-    if home.exists():
-        raise OutputError(f"{home} exists already", todo="Remove it, or name another folder")
-    written = [home / "config.pbtxt", home / "1" / "model.py"]
-    with writing(home):
-        (home / "1").mkdir(parents=True)
-        written[0].write_text(configuration(name, options), encoding="utf-8")
-        written[1].write_text(MODEL, encoding="utf-8")
-    return written
+    directory = folder / name
+    if directory.exists():
+        raise OutputError(f"{directory} exists already", todo="Remove it, or name another folder")
+    config_file = directory / "config.pbtxt"
+    model_file = directory / "1" / "model.py"
+    with write_errors(directory):
+        model_file.parent.mkdir(parents=True)
+        config_file.write_text(configuration(name, options), encoding="utf-8")
+        model_file.write_text(MODEL_FILE, encoding="utf-8")
+    return [config_file, model_file]
 
 
 def configuration(name: str, options: ServeOptions) -> str:
-    """A model's config.pbtxt. One instance takes all requests: the server batches, on the GPUs that it is told."""
-    tensors = "".join(
-        f"{kind} {{\n  name: {json.dumps(one)}\n  data_type: {CONFIG_TYPES[type_]}\n  dims: [ -1 ]\n{optional}}}\n"
-        for kind, table in (("input", INPUTS), ("output", OUTPUTS))
-        for one, type_ in table.items()
-        for optional in ("  optional: true\n" if kind == "input" and one != "text_input" else "",)
-    )
-    said = json.dumps(json.dumps(options.as_document()))
+    """A model's config.pbtxt. One instance takes all requests, because the server batches them."""
+    tensors = ""
+    for kind, table in (("input", INPUTS), ("output", OUTPUTS)):
+        for tensor, data_type in table.items():
+            tensors += f"{kind} {{\n  name: {json.dumps(tensor)}\n"
+            tensors += f"  data_type: {CONFIG_TYPES[data_type]}\n  dims: [ -1 ]\n"
+            if kind == "input" and tensor != "text_input":
+                tensors += "  optional: true\n"
+            tensors += "}\n"
+    # Once for the options' JSON, once for the string in the configuration.
+    options_string = json.dumps(json.dumps(options.to_dict()))
     return (
         f"name: {json.dumps(name)}\n"
         'backend: "python"\n'
@@ -50,5 +55,5 @@ def configuration(name: str, options: ServeOptions) -> str:
         "model_transaction_policy { decoupled: true }\n"
         f"{tensors}"
         "instance_group [ { count: 1 kind: KIND_MODEL } ]\n"
-        f'parameters {{\n  key: "options"\n  value {{ string_value: {said} }}\n}}\n'
+        f'parameters {{\n  key: "options"\n  value {{ string_value: {options_string} }}\n}}\n'
     )

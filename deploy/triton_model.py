@@ -1,7 +1,7 @@
-"""A model of Triton's Python backend: each request becomes one of Triton's generate extension to a server of our own.
+"""A model of Triton's Python backend, which sends each request to a server process.
 
-Triton imports it through the `model.py` that `llmkit deploy triton` writes. Inputs and outputs are those of
-`runtime/server/kserve`, which also checks them.
+It uses Triton's generate extension. Triton imports it through the `model.py` that `llmkit deploy
+triton` writes. Inputs and outputs are those of `runtime/server/kserve`, which also checks them.
 """
 
 from __future__ import annotations
@@ -16,45 +16,52 @@ import aiohttp
 import msgspec
 import numpy as np
 
-from llmkit.runtime.child import Child
-from llmkit.runtime.server.kserve.tensors import INPUTS, OUTPUTS
-from llmkit.runtime.server.options import ServeOptions
+from llmkit.runtime.server.kserve.kserve_tensors import INPUTS, OUTPUTS
+from llmkit.runtime.server.serve_options import ServeOptions
+from llmkit.runtime.server_process import ServerProcess
 
 _DTYPES = {"BYTES": np.object_, "UINT32": np.uint32}
-_WATCH_S = 0.2  # how often a request is looked at for having been cancelled
-_STOP_S = 30.0
+# How often a request is checked for cancellation.
+_CANCEL_CHECK_S = 0.2
+# The longest time that running requests may take when Triton unloads the model.
+_DRAIN_TIMEOUT_S = 30.0
 
 
 class TritonPythonModel:
-    """Named, and used, as Triton's Python backend wants it."""
+    """The class that Triton's Python backend looks for."""
 
     def initialize(self, args: dict[str, str]) -> None:
-        """Start the server. args: what Triton says of the model. Raises LlmkitError, which Triton shows."""
+        """Start the server.
+
+        args: Triton's description of the model. Raises LlmkitError, which Triton shows.
+        """
         import triton_python_backend_utils as utils
 
         self._utils = utils
-        options = json.loads(json.loads(args["model_config"])["parameters"]["options"]["string_value"])
-        self._child = Child(ServeOptions.of_document(options))
-        self._model = self._child.ready.result()["model"]
+        options = json.loads(
+            json.loads(args["model_config"])["parameters"]["options"]["string_value"]
+        )
+        self._server = ServerProcess(ServeOptions.from_dict(options))
+        self._model = self._server.ready.result()["model"]
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="llmkit", daemon=True)
         self._thread.start()
         self._session = self._run(self._connect()).result()
-        self._under_way: set[Future[None]] = set()
+        self._in_flight: set[Future[None]] = set()
 
     def execute(self, requests: list[Any]) -> None:
-        """Take requests; what they are answered goes to their senders, then and as it comes."""
+        """Start requests; their responses are sent as they arrive."""
         for request in requests:
             answer = self._run(self._answer(request, request.get_response_sender()))
-            self._under_way.add(answer)
-            answer.add_done_callback(self._under_way.discard)
+            self._in_flight.add(answer)
+            answer.add_done_callback(self._in_flight.discard)
 
     def finalize(self) -> None:
-        """Triton unloads the model: requests under way come to their end first."""
-        for answer in list(self._under_way):
-            answer.exception(_STOP_S)
+        """Triton unloads the model: running requests finish first."""
+        for answer in list(self._in_flight):
+            answer.exception(_DRAIN_TIMEOUT_S)
         self._run(self._session.close()).result()
-        self._child.stop()
+        self._server.stop()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
 
@@ -62,14 +69,16 @@ class TritonPythonModel:
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
 
     async def _connect(self) -> aiohttp.ClientSession:
-        connector = aiohttp.UnixConnector(path=str(self._child.unix), limit=0)
-        return aiohttp.ClientSession(self._child.url, connector=connector, timeout=aiohttp.ClientTimeout())
+        connector = aiohttp.UnixConnector(path=str(self._server.unix), limit=0)
+        return aiohttp.ClientSession(
+            self._server.url, connector=connector, timeout=aiohttp.ClientTimeout()
+        )
 
     async def _answer(self, request: Any, sender: Any) -> None:
-        """Send what comes of a request, an error too, and then that it is complete."""
+        """Send the responses to a request, or its error, and then the final flag."""
         stream = asyncio.ensure_future(self._stream(request, sender))
         try:
-            while not (await asyncio.wait([stream], timeout=_WATCH_S))[0]:
+            while not (await asyncio.wait([stream], timeout=_CANCEL_CHECK_S))[0]:
                 if sender.is_cancelled():
                     stream.cancel()
             if not stream.cancelled():
@@ -80,19 +89,21 @@ class TritonPythonModel:
             sender.send(flags=self._utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
 
     async def _stream(self, request: Any, sender: Any) -> None:
-        fields = {name: _value(tensor) for name in INPUTS if (tensor := self._tensor(request, name)) is not None}
-        fields |= {"id": request.request_id()} if request.request_id() else {}
+        fields: dict[str, Any] = {}
+        for name in INPUTS:
+            tensor = self._utils.get_input_tensor_by_name(request, name)
+            if tensor is not None:
+                fields[name] = _value(tensor)
+        if request.request_id():
+            fields["id"] = request.request_id()
         parameters = json.loads(request.parameters() or "{}")
         path = f"/v2/models/{self._model}/generate{'_stream' if fields.get('stream') else ''}"
         async with self._session.post(path, json=fields | {"parameters": parameters}) as response:
-            if response.content_type == "application/json":  # a whole answer, or an error
+            if response.content_type == "application/json":  # a complete response, or an error
                 sender.send(self._response(await response.json()))
             async for line in response.content:
                 if line.startswith(b"data: "):
                     sender.send(self._response(msgspec.json.decode(line.removeprefix(b"data: "))))
-
-    def _tensor(self, request: Any, name: str) -> Any:
-        return self._utils.get_input_tensor_by_name(request, name)
 
     def _response(self, document: dict[str, Any]) -> Any:
         if "error" in document:
@@ -101,14 +112,18 @@ class TritonPythonModel:
         for name, kind in OUTPUTS.items():
             if name in document:
                 values = document[name] if isinstance(document[name], list) else [document[name]]
-                coded = [value.encode() for value in values] if kind == "BYTES" else values
-                tensors.append(self._utils.Tensor(name, np.array(coded, dtype=_DTYPES[kind])))
+                if kind == "BYTES":
+                    values = [value.encode() for value in values]
+                tensors.append(self._utils.Tensor(name, np.array(values, dtype=_DTYPES[kind])))
         return self._utils.InferenceResponse(output_tensors=tensors)
 
 
 def _value(tensor: Any) -> Any:
-    """One value, or a list of several."""
-    values = [value.decode() if isinstance(value, bytes) else bool(value) for value in tensor.as_numpy().reshape(-1)]
+    """A tensor's only value, or a list of several."""
+    values = [
+        value.decode() if isinstance(value, bytes) else bool(value)
+        for value in tensor.as_numpy().reshape(-1)
+    ]
     return values[0] if len(values) == 1 else values
 
 

@@ -1,4 +1,4 @@
-"""Every hot operation: a torch reference that states the mathematics, a Triton kernel, a dispatcher.
+"""The performance-critical operations: torch references, Triton and C kernels, and dispatchers.
 
 Nothing here knows about models, requests or files; arguments are tensors and numbers.
 """

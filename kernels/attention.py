@@ -1,153 +1,119 @@
 """Attention over a paged KV cache, for batches that mix prefill chunks and decode tokens.
 
-Legend: S sequences, T tokens of this step over all of them, N query heads, K key-value heads, D head_dim, L tokens of
-context. Which blocks a query sees is found once per step and window, in `paging`; here are the values.
+Legend: T tokens of this step, N query heads, K key-value heads, D head_dim, L tokens of a sequence.
+`attention_metadata` says which blocks each query sees; `kv_cache` holds the keys and values.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from llmkit.kernels import elementwise, flash, native, paged
-from llmkit.kernels.elementwise import rms_norm, rotate_
-from llmkit.kernels.paging import AttentionBatch, Group
-from llmkit.kernels.rounding import FP8, tensor_codes, token_codes
+from llmkit.kernels import elementwise, flash_attention
+from llmkit.kernels import paged_attention as triton_attention
+from llmkit.kernels.attention_metadata import AttentionMetadata
+from llmkit.kernels.cpu import cpu_attention
+from llmkit.kernels.elementwise import apply_rotary_emb_, rms_norm
+from llmkit.kernels.kv_cache import KVCache
 
-__all__ = ["CODES", "AttentionBatch", "KvCache", "paged_attention", "place"]
-
-Pair = tuple[torch.Tensor, torch.Tensor]
-Round = Callable[[torch.Tensor], torch.Tensor]
-
-CODES = {"int8": torch.int8, "fp8": FP8}
+Quantize = Callable[[torch.Tensor], torch.Tensor]
 
 
-@dataclass(frozen=True)
-class KvCache:
-    """The keys and values of a layer, or 8-bit codes of them.
+def rope_and_cache(
+    qkv: torch.Tensor,
+    num_heads: int,
+    norms: tuple[torch.Tensor, torch.Tensor] | None,
+    eps: float,
+    cos_sin: tuple[torch.Tensor, torch.Tensor] | None,
+    cache: KVCache,
+    slot_mapping: torch.Tensor,
+    kv_quant: tuple[Quantize, Quantize] | None = None,
+) -> torch.Tensor:
+    """QK norm, RoPE, and the write to the KV cache: the steps between the QKV linear and attention.
 
-    kv: [2K, blocks, block_size, D], the K heads' keys first: a head's tokens lie side by side, as products want them.
-    Codes are multiplied by `stored`, float32 [2K, 1, 1], or by `scales`, float32 [2K, blocks, block_size, 1], which
-    every token and head gets as it comes.
+    qkv: [T, N + 2K, D]; its values may be overwritten. norms: the RMS norm weights of query heads
+    and of key heads, [D] each; None: no norm. cos_sin: see `apply_rotary_emb_`; None: no RoPE.
+    slot_mapping: int64 [T]. kv_quant: fake quantization of keys and of values before they are
+    stored.
+    Returns the queries [T, N, D].
     """
-
-    kv: torch.Tensor
-    scales: torch.Tensor | None = None
-    stored: torch.Tensor | None = None
-
-    @property
-    def coded(self) -> bool:
-        """Whether it holds codes."""
-        return self.kv.dtype in CODES.values()
-
-    def store(self, kv: torch.Tensor, slots: torch.Tensor) -> None:
-        """Write new keys and values [T, 2K, D] at `slots` [T], block * block_size + offset."""
-        if native.runs(kv) and not self.coded and kv.stride()[1:] == (kv.shape[2], 1):
-            native.store(kv, slots, self.kv)
-            return
-        kv = kv.transpose(0, 1)
-        if self.coded:
-            kind = "int" if self.kv.dtype == torch.int8 else "float"
-            if self.scales is None:
-                assert self.stored is not None
-                codes = tensor_codes(kv.float(), self.stored, kind)
-            else:
-                codes, scale = token_codes(kv, kind)
-                self.scales.flatten(1, 2).index_copy_(1, slots, scale)
-            kv = codes.to(self.kv.dtype)
-        _bytes(self.kv).flatten(1, 2).index_copy_(1, slots, _bytes(kv))
-
-    def gather(self, blocks: torch.Tensor | slice, dtype: torch.dtype) -> torch.Tensor:
-        """The values of n whole blocks: [2K, n * block_size, D], to be read only."""
-        found = _select(_bytes(self.kv), blocks)
-        if not self.coded:
-            return found
-        scale = self.stored if self.scales is None else _select(self.scales, blocks)
-        assert scale is not None
-        return found.view(self.kv.dtype).float().mul_(scale).to(dtype)
-
-    def clear(self, blocks: list[int]) -> None:
-        """Zero blocks that may hold what is not finite: attention multiplies by 0 what it does not see."""
-        for part in (self.kv, self.scales):
-            if part is not None:
-                _bytes(part)[:, blocks] = 0
-
-
-def _select(pages: torch.Tensor, blocks: torch.Tensor | slice) -> torch.Tensor:
-    """[2K, blocks, block_size, x] -> [2K, n * block_size, x], without a copy where the blocks lie side by side."""
-    return (pages[:, blocks] if isinstance(blocks, slice) else pages.index_select(1, blocks)).flatten(1, 2)
-
-
-def _bytes(codes: torch.Tensor) -> torch.Tensor:
-    """FP8 numbers as bytes, which can be indexed everywhere; others as they are."""
-    return codes.view(torch.uint8) if codes.dtype == FP8 else codes
-
-
-def place(
-    qkv: torch.Tensor, heads: int, norms: Pair | None, eps: float, rotation: Pair | None, cache: KvCache,
-    slots: torch.Tensor, rounding: tuple[Round, Round] | None = None,
-) -> torch.Tensor:  # fmt: skip
-    """Queries [T, N, D] as attention takes them; keys and values go into the cache at `slots` [T].
-
-    qkv: [T, N + 2K, D], overwritten or not. norms: what each head of the queries and of the keys is normalised with,
-    [D] each; rotation: cosines and sines for `rotate_`; rounding: of keys and values before they are stored.
-    """
-    if rounding is None and paged.attends(qkv, cache):
-        return elementwise.place(qkv, heads, norms, eps, rotation, cache, slots)
-    turned = (heads + qkv.shape[1]) // 2
+    if kv_quant is None and triton_attention.supports(qkv, cache):
+        return elementwise.rope_and_cache_triton(
+            qkv, num_heads, norms, eps, cos_sin, cache, slot_mapping
+        )
+    first_value_head = (num_heads + qkv.shape[1]) // 2
     if norms is not None:
-        q, k, v = qkv.tensor_split((heads, turned), dim=1)
+        q, k, v = qkv.tensor_split((num_heads, first_value_head), dim=1)
         qkv = torch.cat((rms_norm(q, norms[0], eps), rms_norm(k, norms[1], eps), v), dim=1)
-    if rotation is not None:
-        rotate_(qkv[:, :turned], *rotation)
-    kv = qkv[:, heads:]
-    if rounding is not None:
-        kv = torch.cat([how(part) for how, part in zip(rounding, kv.chunk(2, dim=1), strict=True)], dim=1)
-    cache.store(kv, slots)
-    return qkv[:, :heads]
+    if cos_sin is not None:
+        apply_rotary_emb_(qkv[:, :first_value_head], *cos_sin)
+    kv = qkv[:, num_heads:]
+    if kv_quant is not None:
+        k, v = kv.chunk(2, dim=1)
+        quantize_k, quantize_v = kv_quant
+        kv = torch.cat((quantize_k(k), quantize_v(v)), dim=1)
+    cache.store(kv, slot_mapping)
+    return qkv[:, :num_heads]
 
 
 def paged_attention(
-    q: torch.Tensor, cache: KvCache, group: Group, scale: float, softcap: float | None = None
+    q: torch.Tensor,
+    cache: KVCache,
+    metadata: AttentionMetadata,
+    scale: float,
+    softcap: float | None = None,
 ) -> torch.Tensor:
-    """softmax(softcap(scale q k')) v for every token, causal, within the group's window.
+    """softmax(softcap(scale q k')) v for every token, causal, within the sliding window.
 
-    q: [T, N, D]. The step's own keys and values are already in the cache. Returns [T, N, D].
+    q: [T, N, D]. The cache already holds the keys and values of this step. Returns [T, N, D].
     """
-    if native.attends(q, cache) and q.stride()[1:] == (q.shape[2], 1):
-        return native.attention(q, cache, group, scale, softcap)
-    if flash.attends(q, cache):
-        return flash.attention(q, cache, group, scale, softcap)
-    if paged.attends(q, cache):
-        return paged.attention(q, cache, group, scale, softcap)
-    return paged_attention_reference(q, cache, group, scale, softcap)
+    if cpu_attention.supports(q, cache):
+        return cpu_attention.attention(q, cache, metadata, scale, softcap)
+    if flash_attention.supports(q, cache):
+        return flash_attention.attention(q, cache, metadata, scale, softcap)
+    if triton_attention.supports(q, cache):
+        return triton_attention.attention(q, cache, metadata, scale, softcap)
+    return paged_attention_reference(q, cache, metadata, scale, softcap)
 
 
 def paged_attention_reference(
-    q: torch.Tensor, cache: KvCache, group: Group, scale: float, softcap: float | None = None
+    q: torch.Tensor,
+    cache: KVCache,
+    metadata: AttentionMetadata,
+    scale: float,
+    softcap: float | None = None,
 ) -> torch.Tensor:
     """`paged_attention` in plain torch, one sequence after the other."""
-    answers, at = [], 0
-    for new, blocks, tokens, seen in group.sequences:
-        kv = cache.gather(blocks, q.dtype)[:, tokens]
+    outputs = []
+    first_query = 0
+    for sequence in metadata.reference_sequences:
+        kv = cache.gather(sequence.blocks, q.dtype)[:, sequence.tokens]
         k, v = kv.view(2, -1, 1, *kv.shape[1:]).unbind(0)  # [K, 1, L, D]
-        rows = q[at : at + new].unflatten(1, (len(k), -1)).permute(1, 2, 0, 3)  # [K, N / K, n, D]
-        answers.append(_attend(rows, k, v, seen, scale, softcap).permute(2, 0, 1, 3).flatten(1, 2))
-        at += new
-    return torch.cat(answers)
+        end_query = first_query + sequence.num_queries
+        rows = q[first_query:end_query].unflatten(1, (len(k), -1))
+        rows = rows.permute(1, 2, 0, 3)  # [K, N / K, queries, D]
+        output = _masked_attention(rows, k, v, sequence.mask, scale, softcap)
+        outputs.append(output.permute(2, 0, 1, 3).flatten(1, 2))
+        first_query = end_query
+    return torch.cat(outputs)
 
 
-def _attend(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, seen: torch.Tensor | None, scale: float, softcap: float | None
+def _masked_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor | None,
+    scale: float,
+    softcap: float | None,
 ) -> torch.Tensor:
-    """seen: bool [n, L], None where every query sees everything."""
+    """q: [K, N / K, queries, D]; k, v: [K, 1, L, D]; mask: bool [queries, L]; None: no mask."""
     if softcap is None:
-        k, v = (t.expand(*q.shape[:2], -1, -1) for t in (k, v))
-        return scaled_dot_product_attention(q, k, v, seen, scale=scale)
+        k = k.expand(*q.shape[:2], -1, -1)
+        v = v.expand(*q.shape[:2], -1, -1)
+        return scaled_dot_product_attention(q, k, v, mask, scale=scale)
     scores = ((q @ k.mT) * (scale / softcap)).tanh().mul(softcap).float()
-    if seen is not None:
-        scores = scores.masked_fill(~seen, float("-inf"))
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf"))
     return scores.softmax(-1).to(q.dtype) @ v

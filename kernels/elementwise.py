@@ -1,181 +1,289 @@
-"""What lies between the products: norms (arXiv 1910.07467), the residual stream, gated activations, rotations."""
+"""The operations between the linear layers: norms, residual additions, gated activations, RoPE.
+
+Legend: T tokens, H hidden, N query heads, K key-value heads, D head_dim.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 from torch.nn.functional import gelu, silu
 from torch.nn.functional import rms_norm as torch_rms_norm
 
-from llmkit.kernels import native
-from llmkit.kernels.jit import jit, runs_triton, tl
-from llmkit.kernels.quantized_linear import codes_of, own_scale
-from llmkit.kernels.rounding import FP8, FP8_MAX, INT8_MAX
+from llmkit.kernels.activation_quant import FP8, FP8_MAX, INT8_MAX
+from llmkit.kernels.cpu import cpu_kernels
+from llmkit.kernels.kv_cache import KVCache
+from llmkit.kernels.quantized_linear import quantize, row_scale
+from llmkit.kernels.triton_support import jit, runs_triton, tl
 
-if TYPE_CHECKING:
-    from llmkit.kernels.attention import KvCache, Pair
-
-MOST_HIDDEN = 1 << 15  # elements of a row that a program holds
+MAX_HIDDEN = 1 << 15  # elements of a row that one Triton program holds
 
 
-def rotate_(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
-    """Rotate (RoPE, arXiv 2104.09864) the first 2R dimensions of each head where they are, in float32; the others stay.
+def apply_rotary_emb_(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
+    """Rotate (RoPE, arXiv 2104.09864) the first R dimensions of each head in place, in float32.
 
-    x: [T, N, D]; cos, sin: float32 [T, 1, 2R], the second half of cos as the first, and of sin its negative first.
+    x: [T, N, D]; the dimensions after R are unchanged. cos, sin: float32 [T, 1, R]. The second half
+    of cos equals the first half, and the first half of sin is the negative of the second half.
     """
-    size = cos.shape[-1]
+    rotary_dim = cos.shape[-1]
     compact = x.stride()[1:] == (x.shape[2], 1)
-    if compact and native.runs(x):
-        native.rotate(x, cos, sin)
+    if compact and cpu_kernels.supports(x):
+        cpu_kernels.apply_rotary_emb_(x, cos, sin)
         return
-    x = x[..., :size]
-    wide = x.float()  # x itself when that is its dtype
-    other = wide.roll(size // 2, -1)
-    wide.mul_(cos).addcmul_(other, sin)
-    if wide is not x:
-        x.copy_(wide)
+    x = x[..., :rotary_dim]
+    rotated = x.float()  # x itself when it is float32
+    partner = rotated.roll(rotary_dim // 2, -1)
+    rotated.mul_(cos).addcmul_(partner, sin)
+    if rotated is not x:
+        x.copy_(rotated)
 
 
-def gated(gate_up: torch.Tensor, activation: Literal["silu", "gelu_tanh"]) -> torch.Tensor:
-    """act(gate) * up. gate_up: [T, 2 * size], gate first. Returns [T, size]."""
-    if native.runs(gate_up) and gate_up.is_contiguous() and gate_up.shape[1] % 16 == 0:
-        return native.gate(gate_up, activation == "gelu_tanh")
+def act_and_mul(gate_up: torch.Tensor, activation: Literal["silu", "gelu_tanh"]) -> torch.Tensor:
+    """act(gate) * up. gate_up: [T, 2 * size], first gate, then up. Returns [T, size]."""
+    if cpu_kernels.supports(gate_up) and gate_up.is_contiguous() and gate_up.shape[1] % 16 == 0:
+        return cpu_kernels.act_and_mul(gate_up, activation == "gelu_tanh")
     if runs_triton(gate_up) and gate_up.is_contiguous():
-        return gated_triton(gate_up, activation == "gelu_tanh")
+        return act_and_mul_triton(gate_up, activation == "gelu_tanh")
     gate, up = gate_up.chunk(2, dim=-1)
-    return (silu(gate) if activation == "silu" else gelu(gate, approximate="tanh")).mul_(up)
+    activated = silu(gate) if activation == "silu" else gelu(gate, approximate="tanh")
+    return activated.mul_(up)
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """x / rms(x) * weight over the last dimension, in float32.
+    """x / rms(x) * weight over the last dimension, in float32 (arXiv 1910.07467).
 
-    x: [..., size]; weight: [size], any offset (Gemma's 1 + w) already added. Returns x's shape and dtype.
+    x: [..., size]; weight: [size], to which any offset (Gemma's 1 + w) is already added. Returns
+    x's shape and dtype.
     """
-    if native.runs(x) and x.is_contiguous() and weight.dtype == x.dtype:
-        return native.rms_norm(x, weight, eps)
+    if cpu_kernels.supports(x) and x.is_contiguous() and weight.dtype == x.dtype:
+        return cpu_kernels.rms_norm(x, weight, eps)
     return torch_rms_norm(x, weight.shape, weight, eps)
 
 
-def add(hidden: torch.Tensor, update: torch.Tensor, scale: float) -> torch.Tensor:
-    """hidden + scale * update, both [T, H]."""
-    if native.runs(hidden) and hidden.is_contiguous() and update.is_contiguous() and update.dtype == hidden.dtype:
-        return native.add(hidden, update, scale)
-    return torch.add(hidden, update, alpha=scale)
+def add_residual(residual: torch.Tensor, update: torch.Tensor, scale: float) -> torch.Tensor:
+    """residual + scale * update, both [T, H]."""
+    if (
+        cpu_kernels.supports(residual)
+        and residual.is_contiguous()
+        and update.is_contiguous()
+        and update.dtype == residual.dtype
+    ):
+        return cpu_kernels.add_residual(residual, update, scale)
+    return torch.add(residual, update, alpha=scale)
 
 
-def add_norm(
-    hidden: torch.Tensor, update: torch.Tensor | None, scale: float, weight: torch.Tensor | None, eps: float
+def add_rms_norm(
+    residual: torch.Tensor,
+    update: torch.Tensor | None,
+    scale: float,
+    weight: torch.Tensor | None,
+    eps: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The sum that `add` gives and its `rms_norm`. Without an update the sum is hidden, and without a weight both are
-    the sum."""
-    fits = runs_triton(hidden) and hidden.is_contiguous() and hidden.shape[1] <= MOST_HIDDEN
+    """`add_residual` and the `rms_norm` of the sum, in one kernel on a GPU.
+
+    Returns the sum and the normalized sum. If `update` is None, the sum is `residual`. If `weight`
+    is None, nothing is normalized, and the sum is returned twice.
+    """
+    fits = runs_triton(residual) and residual.is_contiguous() and residual.shape[1] <= MAX_HIDDEN
     if fits and update is not None and weight is not None:
-        return add_norm_triton(hidden, update.contiguous(), scale, weight, eps)
+        return add_rms_norm_triton(residual, update.contiguous(), scale, weight, eps)
     if update is not None:
-        hidden = add(hidden, update, scale)
-    return hidden, hidden if weight is None else rms_norm(hidden, weight, eps)
+        residual = add_residual(residual, update, scale)
+    if weight is None:
+        return residual, residual
+    return residual, rms_norm(residual, weight, eps)
 
 
-def place(
-    qkv: torch.Tensor, heads: int, norms: Pair | None, eps: float, rotation: Pair | None, cache: KvCache,
-    slots: torch.Tensor,
-) -> torch.Tensor:  # fmt: skip
-    """See `attention.place`. qkv: its last two dimensions are contiguous, the last has 256 elements at most."""
-    tokens, count, dim = qkv.shape
-    q, padded = qkv.new_empty(tokens, heads, dim), max(16, 1 << (dim - 1).bit_length())
-    (q_norm, k_norm), (cos, sin) = norms or (None, None), rotation or (None, None)
-    most = {torch.int8: INT8_MAX, FP8: FP8_MAX}.get(cache.kv.dtype, 0.0)
-    scales, tile = cache.stored if cache.scales is None else cache.scales, 1024 // padded
+def rope_and_cache_triton(
+    qkv: torch.Tensor,
+    num_heads: int,
+    norms: tuple[torch.Tensor, torch.Tensor] | None,
+    eps: float,
+    cos_sin: tuple[torch.Tensor, torch.Tensor] | None,
+    cache: KVCache,
+    slot_mapping: torch.Tensor,
+) -> torch.Tensor:
+    """`attention.rope_and_cache` as one kernel.
+
+    qkv: [T, N + 2K, D], whose last two dimensions are contiguous; D is 256 at most.
+    """
+    num_tokens, all_heads, head_dim = qkv.shape
+    q = qkv.new_empty(num_tokens, num_heads, head_dim)
+    padded_dim = max(16, 1 << (head_dim - 1).bit_length())
+    q_norm, k_norm = norms or (None, None)
+    cos, sin = cos_sin or (None, None)
+    max_value = {torch.int8: INT8_MAX, FP8: FP8_MAX}.get(cache.kv.dtype, 0.0)
+    scales = cache.static_scales if cache.scales is None else cache.scales
+    tile_heads = 1024 // padded_dim
     with torch.cuda.device_of(qkv):
-        _place[tokens, -(-count // tile)](
-            qkv, q, cache.kv, slots, q_norm, k_norm, cos, sin, scales, qkv.stride(0), cache.kv.stride(0), eps,
-            heads, count, dim, padded, tile, 0 if cos is None else cos.shape[-1], most, int(cache.scales is not None),
-        )  # fmt: skip
+        _rope_and_cache_kernel[num_tokens, -(-all_heads // tile_heads)](
+            qkv,
+            q,
+            cache.kv,
+            slot_mapping,
+            q_norm,
+            k_norm,
+            cos,
+            sin,
+            scales,
+            qkv.stride(0),
+            cache.kv.stride(0),
+            eps,
+            num_heads,
+            all_heads,
+            head_dim,
+            padded_dim,
+            tile_heads,
+            0 if cos is None else cos.shape[-1],
+            max_value,
+            int(cache.scales is not None),
+        )
     return q
 
 
-def add_norm_triton(
-    hidden: torch.Tensor, update: torch.Tensor, scale: float, weight: torch.Tensor, eps: float
+def add_rms_norm_triton(
+    residual: torch.Tensor, update: torch.Tensor, scale: float, weight: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`add_norm` as one kernel. hidden, update: contiguous, MOST_HIDDEN wide at most."""
-    (rows, size), total, normed = hidden.shape, torch.empty_like(hidden), torch.empty_like(hidden)
+    """`add_rms_norm` as one kernel. residual, update: contiguous, at most MAX_HIDDEN wide."""
+    rows, size = residual.shape
+    total = torch.empty_like(residual)
+    normed = torch.empty_like(residual)
     tile = max(128, 1 << (size - 1).bit_length())
-    with torch.cuda.device_of(hidden):
-        _add_norm[(rows,)](
-            hidden, update, weight, total, normed, scale, eps, size, TILE=tile, num_warps=max(1, min(16, tile // 512))
+    with torch.cuda.device_of(residual):
+        _add_rms_norm_kernel[(rows,)](
+            residual,
+            update,
+            weight,
+            total,
+            normed,
+            scale,
+            eps,
+            size,
+            TILE=tile,
+            num_warps=max(1, min(16, tile // 512)),
         )
     return total, normed
 
 
-def gated_triton(gate_up: torch.Tensor, gelu: bool) -> torch.Tensor:
-    """`gated` as one kernel. gate_up: contiguous [T, 2 * size]."""
+def act_and_mul_triton(gate_up: torch.Tensor, gelu: bool) -> torch.Tensor:
+    """`act_and_mul` as one kernel. gate_up: contiguous [T, 2 * size]."""
     rows, both = gate_up.shape
     y = gate_up.new_empty(rows, both // 2)
     with torch.cuda.device_of(gate_up):
-        _gate[rows, -(-both // 2048)](gate_up, y, both // 2, GELU=gelu, TILE=1024)
+        _act_and_mul_kernel[rows, -(-both // 2048)](gate_up, y, both // 2, GELU=gelu, TILE=1024)
     return y
 
 
 @jit
-def _place(
-    qkv: tl.tensor, q: tl.tensor, kv: tl.tensor, slots: tl.tensor, q_norm: tl.tensor, k_norm: tl.tensor,
-    cos: tl.tensor, sin: tl.tensor, scales: tl.tensor, stride: tl.tensor, head_size: tl.tensor, eps: tl.tensor,
-    HEADS: tl.constexpr, COUNT: tl.constexpr, DIM: tl.constexpr, PADDED: tl.constexpr, TILE: tl.constexpr,
-    TURNED: tl.constexpr, MOST: tl.constexpr, OWN_SCALES: tl.constexpr,
-) -> None:  # fmt: skip
-    """TILE of a token's COUNT heads, the first HEADS of them queries'. Each step rounds to the dtype, as in torch."""
-    token, head, d = tl.program_id(0).to(tl.int64), tl.program_id(1) * TILE + tl.arange(0, TILE), tl.arange(0, PADDED)
+def _rope_and_cache_kernel(
+    qkv: tl.tensor,
+    q: tl.tensor,
+    kv: tl.tensor,
+    slot_mapping: tl.tensor,
+    q_norm: tl.tensor,
+    k_norm: tl.tensor,
+    cos: tl.tensor,
+    sin: tl.tensor,
+    scales: tl.tensor,
+    qkv_stride: tl.tensor,
+    head_stride: tl.tensor,
+    eps: tl.tensor,
+    HEADS: tl.constexpr,
+    ALL_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    PADDED_DIM: tl.constexpr,
+    TILE: tl.constexpr,
+    ROTARY_DIM: tl.constexpr,
+    MAX_VALUE: tl.constexpr,
+    DYNAMIC_SCALES: tl.constexpr,
+) -> None:
+    """A program computes TILE of a token's heads: HEADS query heads, then key and value heads.
+
+    The result of each operation is rounded to the dtype, as in torch. MAX_VALUE: the largest value
+    of a quantized cache; 0 for other caches. DYNAMIC_SCALES: a scale per token and head is
+    computed and stored.
+    """
+    token = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1) * TILE + tl.arange(0, TILE)
+    d = tl.arange(0, PADDED_DIM)
     dtype: tl.constexpr = qkv.dtype.element_ty
-    inside, row = (head < COUNT)[:, None] & (d < DIM)[None, :], qkv + token * stride + head[:, None] * DIM
-    x = _head(row, d, inside, head, q_norm, k_norm, eps, HEADS, COUNT, DIM)
+    inside = (head < ALL_HEADS)[:, None] & (d < HEAD_DIM)[None, :]
+    row = qkv + token * qkv_stride + head[:, None] * HEAD_DIM
+    x = _load_heads(row, d, inside, head, q_norm, k_norm, eps, HEADS, ALL_HEADS, HEAD_DIM)
     if cos is not None:
-        near = d < TURNED
-        partner = tl.where(near, tl.where(d < TURNED // 2, d + TURNED // 2, d - TURNED // 2), d)
-        other = _head(row, partner, inside, head, q_norm, k_norm, eps, HEADS, COUNT, DIM)
-        c = tl.load(cos + token * TURNED + d, mask=near, other=1.0)[None, :]
-        s = tl.load(sin + token * TURNED + d, mask=near, other=0.0)[None, :]
-        x = tl.where(head[:, None] < (HEADS + COUNT) // 2, (x * c + other * s).to(dtype).to(tl.float32), x)
-    at = q + (token * HEADS + head)[:, None] * DIM + d[None, :]
-    tl.store(at, x.to(dtype), mask=inside & (head < HEADS)[:, None])
-    own, slot, line = (head >= HEADS) & (head < COUNT), tl.load(slots + token), (head - HEADS).to(tl.int64)
-    if OWN_SCALES:
-        scale = own_scale(x, MOST)
-        tl.store(scales + line * (head_size // DIM) + slot, scale, mask=own)
-    elif MOST > 0:
-        scale = tl.load(scales + line, mask=own, other=1.0)
-    if MOST > 0:
-        x = codes_of(x, scale[:, None], MOST)
-    at = kv + line[:, None] * head_size + slot * DIM + d[None, :]
-    tl.store(at, x.to(kv.dtype.element_ty), mask=inside & own[:, None])
+        rotates = d < ROTARY_DIM
+        half: tl.constexpr = ROTARY_DIM // 2
+        partner = tl.where(rotates, tl.where(d < half, d + half, d - half), d)
+        other = _load_heads(
+            row, partner, inside, head, q_norm, k_norm, eps, HEADS, ALL_HEADS, HEAD_DIM
+        )
+        c = tl.load(cos + token * ROTARY_DIM + d, mask=rotates, other=1.0)[None, :]
+        s = tl.load(sin + token * ROTARY_DIM + d, mask=rotates, other=0.0)[None, :]
+        rotated = (x * c + other * s).to(dtype).to(tl.float32)
+        is_query_or_key = head[:, None] < (HEADS + ALL_HEADS) // 2
+        x = tl.where(is_query_or_key, rotated, x)
+    q_at = q + (token * HEADS + head)[:, None] * HEAD_DIM + d[None, :]
+    tl.store(q_at, x.to(dtype), mask=inside & (head < HEADS)[:, None])
+    is_kv = (head >= HEADS) & (head < ALL_HEADS)
+    slot = tl.load(slot_mapping + token)
+    kv_head = (head - HEADS).to(tl.int64)
+    if DYNAMIC_SCALES:
+        scale = row_scale(x, MAX_VALUE)
+        tl.store(scales + kv_head * (head_stride // HEAD_DIM) + slot, scale, mask=is_kv)
+    elif MAX_VALUE > 0:
+        scale = tl.load(scales + kv_head, mask=is_kv, other=1.0)
+    if MAX_VALUE > 0:
+        x = quantize(x, scale[:, None], MAX_VALUE)
+    kv_at = kv + kv_head[:, None] * head_stride + slot * HEAD_DIM + d[None, :]
+    tl.store(kv_at, x.to(kv.dtype.element_ty), mask=inside & is_kv[:, None])
 
 
 @jit
-def _head(
-    row: tl.tensor, at: tl.tensor, inside: tl.tensor, head: tl.tensor, q_norm: tl.tensor, k_norm: tl.tensor,
-    eps: tl.tensor, HEADS: tl.constexpr, COUNT: tl.constexpr, DIM: tl.constexpr,
-) -> tl.tensor:  # fmt: skip
-    """The dimensions `at`, all of them in some order, of some heads; of queries and keys normalised."""
+def _load_heads(
+    row: tl.tensor,
+    at: tl.tensor,
+    inside: tl.tensor,
+    head: tl.tensor,
+    q_norm: tl.tensor,
+    k_norm: tl.tensor,
+    eps: tl.tensor,
+    HEADS: tl.constexpr,
+    ALL_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+) -> tl.tensor:
+    """Load heads as float32, and normalize queries and keys. at: the dimensions, in any order."""
     x = tl.load(row + at[None, :], mask=inside, other=0.0)
     wide = x.to(tl.float32)
     if q_norm is not None:
-        q = tl.load(q_norm + at, mask=at < DIM, other=0.0).to(tl.float32)[None, :]
-        k = tl.load(k_norm + at, mask=at < DIM, other=0.0).to(tl.float32)[None, :]
-        normed = wide * tl.rsqrt(tl.sum(wide * wide, 1) / DIM + eps)[:, None] * tl.where(head[:, None] < HEADS, q, k)
-        wide = tl.where(head[:, None] < (HEADS + COUNT) // 2, normed.to(x.dtype).to(tl.float32), wide)
+        q = tl.load(q_norm + at, mask=at < HEAD_DIM, other=0.0).to(tl.float32)[None, :]
+        k = tl.load(k_norm + at, mask=at < HEAD_DIM, other=0.0).to(tl.float32)[None, :]
+        inverse_rms = tl.rsqrt(tl.sum(wide * wide, 1) / HEAD_DIM + eps)[:, None]
+        normed = wide * inverse_rms * tl.where(head[:, None] < HEADS, q, k)
+        is_query_or_key = head[:, None] < (HEADS + ALL_HEADS) // 2
+        wide = tl.where(is_query_or_key, normed.to(x.dtype).to(tl.float32), wide)
     return wide
 
 
 @jit
-def _add_norm(
-    hidden: tl.tensor, update: tl.tensor, weight: tl.tensor, total: tl.tensor, normed: tl.tensor, scale: tl.tensor,
-    eps: tl.tensor, size: tl.tensor, TILE: tl.constexpr,
-) -> None:  # fmt: skip
-    """One row. What is normalised is the sum as it is rounded to the dtype."""
+def _add_rms_norm_kernel(
+    residual: tl.tensor,
+    update: tl.tensor,
+    weight: tl.tensor,
+    total: tl.tensor,
+    normed: tl.tensor,
+    scale: tl.tensor,
+    eps: tl.tensor,
+    size: tl.tensor,
+    TILE: tl.constexpr,
+) -> None:
+    """A program computes one row. As in torch, the sum is rounded to the dtype before the norm."""
     d = tl.arange(0, TILE)
-    at, inside = tl.program_id(0).to(tl.int64) * size + d, d < size
-    x = tl.load(hidden + at, mask=inside, other=0.0).to(tl.float32)
-    x = (x + scale * tl.load(update + at, mask=inside, other=0.0).to(tl.float32)).to(total.dtype.element_ty)
+    at = tl.program_id(0).to(tl.int64) * size + d
+    inside = d < size
+    x = tl.load(residual + at, mask=inside, other=0.0).to(tl.float32)
+    added = tl.load(update + at, mask=inside, other=0.0).to(tl.float32)
+    x = (x + scale * added).to(total.dtype.element_ty)
     tl.store(total + at, x, mask=inside)
     wide = x.to(tl.float32)
     wide *= tl.rsqrt(tl.sum(wide * wide, 0) / size + eps)
@@ -184,10 +292,18 @@ def _add_norm(
 
 
 @jit
-def _gate(x: tl.tensor, y: tl.tensor, size: tl.tensor, GELU: tl.constexpr, TILE: tl.constexpr) -> None:
-    """TILE outputs of a row: g up times the logistic of g, or of 2 u with gelu's tanh(u)."""
-    row, d = tl.program_id(0).to(tl.int64), tl.program_id(1) * TILE + tl.arange(0, TILE)
-    g = tl.load(x + row * 2 * size + d, mask=d < size, other=0.0).to(tl.float32)
-    up = tl.load(x + row * 2 * size + size + d, mask=d < size, other=0.0).to(tl.float32)
-    inner = 1.5957691216057308 * (g + 0.044715 * g * g * g) if GELU else g
-    tl.store(y + row * size + d, (g * up / (1 + tl.exp(-inner))).to(y.dtype.element_ty), mask=d < size)
+def _act_and_mul_kernel(
+    gate_up: tl.tensor, y: tl.tensor, size: tl.tensor, GELU: tl.constexpr, TILE: tl.constexpr
+) -> None:
+    """A program computes TILE outputs of a row.
+
+    silu(g) = g sigmoid(g); gelu_tanh(g) = g (1 + tanh(u)) / 2 = g sigmoid(2 u).
+    """
+    row = tl.program_id(0).to(tl.int64)
+    d = tl.program_id(1) * TILE + tl.arange(0, TILE)
+    inside = d < size
+    gate = tl.load(gate_up + row * 2 * size + d, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(gate_up + row * 2 * size + size + d, mask=inside, other=0.0).to(tl.float32)
+    inner = 1.5957691216057308 * (gate + 0.044715 * gate * gate * gate) if GELU else gate
+    out = gate * up / (1 + tl.exp(-inner))
+    tl.store(y + row * size + d, out.to(y.dtype.element_ty), mask=inside)

@@ -1,183 +1,225 @@
-"""Sampling the next token, and its probability: by a row's logits, seed and counter, and nothing else.
+"""Samples next tokens, and computes log probabilities.
 
-Legend: n rows, V vocabulary, of which a rank may have a part. The parameters lie on the CPU: they say which work a step
-needs without waiting for the device. Sorting and hashing a vocabulary cost as much as a small model's layer, so each
-filter sees only the rows that ask for it.
+A sampled token depends only on the row's logits, parameters, seed and counter. The sampling
+parameters are on the CPU, so that the host decides which filters a step needs without waiting for
+the device. Sorting and hashing a vocabulary costs as much as a layer of a small model, so each
+filter runs only on the rows that need it.
+Legend: n rows, V vocabulary columns of this rank.
 """
 
 from __future__ import annotations
 
 import torch
 
-from llmkit.kernels.jit import sent
+from llmkit.kernels.device_copy import to_device
 
-_GOLDEN = -0x61C8864680B583EB  # 2^64 / phi as a signed integer: splitmix64's increment (Steele et al., 2014)
-_MIX1, _MIX2 = -0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15
-_BIAS1, _BIAS2 = 0x7FEB352D, 0x846CA68B - 2**32  # lowbias32 (Wellons, "Prospecting for Hash Functions", 2018)
-_NUCLEUS = 1024  # tokens among which a nucleus is looked for before the whole vocabulary is sorted
+# splitmix64 (Steele et al., 2014), in signed integers: the increment 2^64 / phi, and two factors.
+_GOLDEN = -0x61C8864680B583EB
+_MIX1 = -0x40A7B892E31B1A47
+_MIX2 = -0x6B2FB644ECCEEE15
+# lowbias32 (Wellons, "Prospecting for Hash Functions", 2018)
+_BIAS1 = 0x7FEB352D
+_BIAS2 = 0x846CA68B - 2**32
+# Top-p first sorts this many tokens. Only a larger nucleus needs the bisection.
+_NUCLEUS = 1024
 
 
-class Vocabulary:
-    """What the ranks that share a vocabulary, its columns, find out together; here for one that has all of it."""
+class VocabParallel:
+    """The reductions over ranks that each hold some columns of the vocabulary.
 
-    first = 0  # the token of its first column
+    This class is for a single rank with the whole vocabulary; `ParallelGroup` is for several ranks.
+    """
+
+    vocab_start = 0  # the token of this rank's first column
 
     def argmax(self, x: torch.Tensor) -> torch.Tensor:
-        """The token of the greatest value of each row [n, V], the first of equals: int64 [n]."""
+        """The token with the largest value in each row [n, V]; the first one on a tie. int64 [n]"""
         return x.argmax(-1)
 
-    def max(self, x: torch.Tensor) -> torch.Tensor:
-        """The greatest of the ranks' values, one by one."""
+    def all_reduce_max(self, x: torch.Tensor) -> torch.Tensor:
+        """The element-wise maximum over the ranks; `x` may be overwritten."""
         return x
 
-    def sum(self, x: torch.Tensor) -> torch.Tensor:
-        """The sum of the ranks' values, one by one; `x` may be overwritten."""
+    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
+        """The element-wise sum over the ranks; `x` may be overwritten."""
         return x
 
-    def gather(self, x: torch.Tensor) -> torch.Tensor:
-        """The ranks' columns [n, k] side by side."""
+    def all_gather(self, x: torch.Tensor) -> torch.Tensor:
+        """The columns [n, k] of all ranks, concatenated."""
         return x
 
-    def finite(self, x: torch.Tensor) -> torch.Tensor:
-        """Whether all of a row [n, V] is finite: bool [n]."""
-        return self.max((~torch.isfinite(x.sum(-1))).float()) == 0
+    def rows_finite(self, x: torch.Tensor) -> torch.Tensor:
+        """Whether all values of a row [n, V] are finite: bool [n]."""
+        return self.all_reduce_max((~torch.isfinite(x.sum(-1))).float()) == 0
 
 
-ALONE = Vocabulary()
+FULL_VOCAB = VocabParallel()
 
 
 def sample(
-    logits: torch.Tensor, temperature: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, min_p: torch.Tensor,
-    seeds: torch.Tensor, counters: torch.Tensor, vocabulary: Vocabulary = ALONE,
-) -> torch.Tensor:  # fmt: skip
-    """One token id int64 [n] for each row of logits, float32 [n, V], on their device.
+    logits: torch.Tensor,
+    temperature: torch.Tensor,
+    top_k: torch.Tensor,
+    top_p: torch.Tensor,
+    min_p: torch.Tensor,
+    seeds: torch.Tensor,
+    counters: torch.Tensor,
+    vocab_parallel: VocabParallel = FULL_VOCAB,
+) -> torch.Tensor:
+    """Sample one token for each row of logits, float32 [n, V]. Returns int64 [n], on their device.
 
-    On the CPU: temperature, top_p, min_p: float32 [n]; top_k, seeds, counters: int64 [n]. Temperature 0 takes the
-    most probable token. Otherwise, after the temperature and in the order of transformers: the `top_k` most probable
-    (0: all), of those the fewest that reach `top_p` together, of those the ones at least `min_p` times as probable
-    as the first; tokens as probable as the last one kept stay too. Then a draw by the Gumbel trick, with noise
-    hashed from (seed, counter, token). With a part of the `vocabulary` it gives what all ranks choose together.
+    On the CPU: temperature, top_p, min_p: float32 [n]; top_k, seeds, counters: int64 [n].
+    Temperature 0 takes the most probable token. Otherwise the temperature is applied, then the
+    filters, in the order of transformers: the `top_k` most probable tokens (0: all); of those, the
+    fewest whose probabilities sum to `top_p`; of those, the tokens at least `min_p` times as
+    probable as the most probable one. Tokens that tie with the last kept one are kept, too. The
+    draw uses the Gumbel trick, with noise hashed from (seed, counter, token). Ranks that share a
+    vocabulary all get the same token.
     """
-    ids = vocabulary.argmax(logits)
-    drawn = temperature.nonzero()[:, 0]
-    if not len(drawn):
+    ids = vocab_parallel.argmax(logits)
+    sampled = temperature.nonzero()[:, 0]
+    if not len(sampled):
         return ids
-    top_k, top_p, min_p = top_k[drawn], top_p[drawn], min_p[drawn]
-    rows = sent(drawn, logits.device)
-    chosen = logits[rows]
-    # The most probable token gets 0, so that no temperature, however small, makes an infinity.
-    scaled = (chosen - vocabulary.max(chosen.amax(-1, keepdim=True))) / sent(temperature[drawn, None], logits.device)
-    for keep, values, asked in ((_top_k, top_k, top_k > 0), (_top_p, top_p, top_p < 1), (_min_p, min_p, min_p > 0)):
-        if asked.any():
-            where = sent(asked.nonzero()[:, 0], logits.device)
-            scaled[where] = keep(scaled[where], values[asked], vocabulary)
-    noise = _log_exponential(seeds[drawn], counters[drawn], scaled, vocabulary.first)
-    ids[rows] = vocabulary.argmax(scaled - noise)
+    top_k = top_k[sampled]
+    top_p = top_p[sampled]
+    min_p = min_p[sampled]
+    rows = to_device(sampled, logits.device)
+    row_logits = logits[rows]
+    # The most probable token gets the value 0, so that a tiny temperature causes no infinity.
+    largest = vocab_parallel.all_reduce_max(row_logits.amax(-1, keepdim=True))
+    scaled = (row_logits - largest) / to_device(temperature[sampled, None], logits.device)
+    for filter_rows, values, is_set in (
+        (_top_k, top_k, top_k > 0),
+        (_top_p, top_p, top_p < 1),
+        (_min_p, min_p, min_p > 0),
+    ):
+        if is_set.any():
+            where = to_device(is_set.nonzero()[:, 0], logits.device)
+            scaled[where] = filter_rows(scaled[where], values[is_set], vocab_parallel)
+    noise = _log_exponential(seeds[sampled], counters[sampled], scaled, vocab_parallel.vocab_start)
+    ids[rows] = vocab_parallel.argmax(scaled - noise)
     return ids
 
 
-def report(
-    logits: torch.Tensor, ids: torch.Tensor, count: int, vocabulary: Vocabulary
+def gather_logprobs(
+    logits: torch.Tensor, ids: torch.Tensor, count: int, vocab_parallel: VocabParallel
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """log softmax of logits, float32 [n, V]: at ids, int64 [n], as float32 [n]; the `count` greatest of each row,
-    in falling order, float32 [n, count]; and the tokens that have them, int64 [n, count]."""
-    most = vocabulary.max(logits.amax(-1, keepdim=True))
-    total = vocabulary.sum((logits - most).exp().sum(-1, keepdim=True)).log() + most
-    columns = ids[:, None] - vocabulary.first
-    here = (columns >= 0) & (columns < logits.shape[-1])
-    own = logits.gather(-1, columns.where(here, 0)).where(here, float("-inf"))
-    values, tokens = logits.topk(min(count, logits.shape[-1]))
-    values, tokens = vocabulary.gather(values), vocabulary.gather(tokens + vocabulary.first)
-    values, places = values.topk(min(count, values.shape[-1]))
-    return (vocabulary.max(own) - total)[:, 0], values - total, tokens.gather(-1, places)
+    """Log probabilities from logits, float32 [n, V].
 
-
-def _top_k(scaled: torch.Tensor, k: torch.Tensor, vocabulary: Vocabulary) -> torch.Tensor:
-    """Only the k most probable tokens of each row."""
-    most = _most(scaled, int(k.max()), vocabulary)
-    place = (k[:, None] - 1).clamp_max(most.shape[-1] - 1)
-    return _not_below(scaled, scaled, most.gather(-1, sent(place, scaled.device)))
-
-
-def _most(values: torch.Tensor, count: int, vocabulary: Vocabulary) -> torch.Tensor:
-    """The `count` greatest values of each row in falling order, or all where there are fewer: [n, count]."""
-    own = vocabulary.gather(values.topk(min(count, values.shape[-1])).values)
-    return own.topk(min(count, own.shape[-1])).values
-
-
-def _top_p(scaled: torch.Tensor, p: torch.Tensor, vocabulary: Vocabulary) -> torch.Tensor:
-    """Only the fewest most probable tokens of each row that have probability p together."""
-    p = sent(p[:, None], scaled.device)
-    probability = scaled.exp()
-    probability /= vocabulary.sum(probability.sum(-1, keepdim=True))
-    most = _most(probability, _NUCLEUS, vocabulary)
-    before = most.cumsum(-1) - most
-    size = (before < p).sum(-1, keepdim=True).clamp_min(1)
-    floor = most.gather(-1, size - 1)
-    wide = (most.sum(-1) < p[:, 0]).nonzero()[:, 0]
-    if len(wide):
-        floor[wide] = _wide_floor(probability[wide], p[wide], vocabulary)
-    return _not_below(scaled, probability, floor)
-
-
-def _wide_floor(probability: torch.Tensor, p: torch.Tensor, vocabulary: Vocabulary) -> torch.Tensor:
-    """The smallest probability [n, 1] in a nucleus of many tokens, by bisection among the patterns of floats' bits.
-
-    Those of positive floats are in the order of the floats.
+    Returns the log probabilities of `ids`, int64 [n], as float32 [n]; the `count` largest of each
+    row in falling order, float32 [n, count]; and the tokens of these, int64 [n, count].
     """
-    low, high = (torch.full(p.shape, bits, dtype=torch.int32, device=p.device) for bits in (0, 0x3F800001))
-    while bool((high - low > 1).any()):  # the nucleus from `low` on reaches p, that from `high` on does not
+    largest = vocab_parallel.all_reduce_max(logits.amax(-1, keepdim=True))
+    exp_sum = vocab_parallel.all_reduce((logits - largest).exp().sum(-1, keepdim=True))
+    log_sum = exp_sum.log() + largest
+    # A rank that does not have the token contributes -inf to the maximum.
+    columns = ids[:, None] - vocab_parallel.vocab_start
+    is_here = (columns >= 0) & (columns < logits.shape[-1])
+    id_logits = logits.gather(-1, columns.where(is_here, 0)).where(is_here, float("-inf"))
+    values, tokens = logits.topk(min(count, logits.shape[-1]))
+    values = vocab_parallel.all_gather(values)
+    tokens = vocab_parallel.all_gather(tokens + vocab_parallel.vocab_start)
+    values, order = values.topk(min(count, values.shape[-1]))
+    id_logprobs = (vocab_parallel.all_reduce_max(id_logits) - log_sum)[:, 0]
+    return id_logprobs, values - log_sum, tokens.gather(-1, order)
+
+
+def _top_k(scaled: torch.Tensor, k: torch.Tensor, vocab_parallel: VocabParallel) -> torch.Tensor:
+    """Keep the k most probable tokens of each row."""
+    largest = _largest(scaled, int(k.max()), vocab_parallel)
+    last_kept = (k[:, None] - 1).clamp_max(largest.shape[-1] - 1)
+    return _mask_below(scaled, scaled, largest.gather(-1, to_device(last_kept, scaled.device)))
+
+
+def _largest(values: torch.Tensor, count: int, vocab_parallel: VocabParallel) -> torch.Tensor:
+    """The `count` largest values of each row in falling order; all values if there are fewer."""
+    gathered = vocab_parallel.all_gather(values.topk(min(count, values.shape[-1])).values)
+    return gathered.topk(min(count, gathered.shape[-1])).values
+
+
+def _top_p(scaled: torch.Tensor, p: torch.Tensor, vocab_parallel: VocabParallel) -> torch.Tensor:
+    """Keep the most probable tokens of each row: as few as needed for a total probability of p."""
+    p = to_device(p[:, None], scaled.device)
+    probability = scaled.exp()
+    probability /= vocab_parallel.all_reduce(probability.sum(-1, keepdim=True))
+    largest = _largest(probability, _NUCLEUS, vocab_parallel)
+    before = largest.cumsum(-1) - largest
+    nucleus_size = (before < p).sum(-1, keepdim=True).clamp_min(1)
+    floor = largest.gather(-1, nucleus_size - 1)
+    wide = (largest.sum(-1) < p[:, 0]).nonzero()[:, 0]
+    if len(wide):
+        floor[wide] = _wide_floor(probability[wide], p[wide], vocab_parallel)
+    return _mask_below(scaled, probability, floor)
+
+
+def _wide_floor(
+    probability: torch.Tensor, p: torch.Tensor, vocab_parallel: VocabParallel
+) -> torch.Tensor:
+    """The smallest probability [n, 1] in a nucleus of many tokens, by bisection.
+
+    The bisection is over the bit patterns of positive floats, which sort like the floats.
+    """
+    low = torch.full(p.shape, 0, dtype=torch.int32, device=p.device)
+    high = torch.full(p.shape, 0x3F800001, dtype=torch.int32, device=p.device)  # just above 1
+    # The tokens with probability >= `low` sum to p or more; those with >= `high` to less than p.
+    while bool((high - low > 1).any()):
         middle = (low + high) // 2
-        share = probability.where(probability >= middle.view(torch.float32), 0).sum(-1, keepdim=True)
-        enough = vocabulary.sum(share) >= p
-        low, high = low.where(~enough, middle), high.where(enough, middle)
+        kept = probability.where(probability >= middle.view(torch.float32), 0)
+        enough = vocab_parallel.all_reduce(kept.sum(-1, keepdim=True)) >= p
+        low = low.where(~enough, middle)
+        high = high.where(enough, middle)
     return low.view(torch.float32)
 
 
-def _min_p(scaled: torch.Tensor, least: torch.Tensor, _: Vocabulary) -> torch.Tensor:
-    """Only the tokens at least `least` times as probable as the first, whose scaled logit is 0."""
-    return _not_below(scaled, scaled, sent(least.log()[:, None], scaled.device))
+def _min_p(scaled: torch.Tensor, min_p: torch.Tensor, _: VocabParallel) -> torch.Tensor:
+    """Keep the tokens at least min_p times as probable as the first, whose scaled logit is 0."""
+    return _mask_below(scaled, scaled, to_device(min_p.log()[:, None], scaled.device))
 
 
-def _not_below(scaled: torch.Tensor, measure: torch.Tensor, floor: torch.Tensor) -> torch.Tensor:
+def _mask_below(scaled: torch.Tensor, measure: torch.Tensor, floor: torch.Tensor) -> torch.Tensor:
     return scaled.masked_fill(measure < floor, float("-inf"))
 
 
-def _log_exponential(seeds: torch.Tensor, counters: torch.Tensor, like: torch.Tensor, first: int) -> torch.Tensor:
-    """log of independent Exponential(1) draws for tokens from `first` on, shaped as `like` [n, V]: minus a Gumbel draw.
+def _log_exponential(
+    seeds: torch.Tensor, counters: torch.Tensor, like: torch.Tensor, first: int
+) -> torch.Tensor:
+    """The logarithm of Exponential(1) draws for the tokens from `first` on: float32 [n, V].
 
-    The token with the least E / probability wins, so small draws matter: E = -log(1 - u) with u > 0 keeps float32's
-    relative precision there.
+    It is the negative of a Gumbel draw. The token with the smallest E / probability is sampled, so
+    small draws must be precise: E = -log(1 - u) with u > 0 keeps float32's relative precision.
     """
-    bits = _hash(sent(_key(seeds, counters), like.device), like.shape[-1], first)
+    bits = _hash(to_device(_key(seeds, counters), like.device), like.shape[-1], first)
     u = ((bits & 0x7FFFFFFF).float() + 0.5) * 2.0**-31
     return u.clamp_max_(1 - 2.0**-24).neg_().log1p_().neg_().log_()
 
 
 def _hash(key: torch.Tensor, tokens: int, first: int = 0) -> torch.Tensor:
-    """lowbias32 of tokens from `first` on under a key of 2 words: int32 [n, 2] -> [n, tokens]; arithmetic wraps."""
+    """The hash lowbias32 of the tokens from `first` on, with a key of two words for each row.
+
+    key: int32 [n, 2]. Returns int32 [n, tokens]. The arithmetic wraps around.
+    """
     x = torch.arange(first, first + tokens, dtype=torch.int32, device=key.device) + key[:, :1]
-    x ^= _shift(x, 16)
+    x ^= _shift_right(x, 16)
     x *= _BIAS1
-    x ^= _shift(x, 15)
+    x ^= _shift_right(x, 15)
     x *= _BIAS2
-    x ^= _shift(x, 16)
+    x ^= _shift_right(x, 16)
     return x.bitwise_xor_(key[:, 1:])
 
 
 def _key(seeds: torch.Tensor, counters: torch.Tensor) -> torch.Tensor:
-    """64 bits of each (seed, counter), as int32 [n, 2]."""
+    """64 bits for each (seed, counter), as int32 [n, 2]."""
     return _splitmix(_splitmix(seeds) + counters)[:, None].view(torch.int32)
 
 
 def _splitmix(x: torch.Tensor) -> torch.Tensor:
-    """splitmix64 of int64, in wrapping arithmetic."""
+    """The hash splitmix64 of int64 values. The arithmetic wraps around."""
     x = x + _GOLDEN
-    x = (x ^ _shift(x, 30)) * _MIX1
-    x = (x ^ _shift(x, 27)) * _MIX2
-    return x ^ _shift(x, 31)
+    x = (x ^ _shift_right(x, 30)) * _MIX1
+    x = (x ^ _shift_right(x, 27)) * _MIX2
+    return x ^ _shift_right(x, 31)
 
 
-def _shift(x: torch.Tensor, bits: int) -> torch.Tensor:
-    """A logical shift to the right; torch's own keeps the sign."""
+def _shift_right(x: torch.Tensor, bits: int) -> torch.Tensor:
+    """A logical shift to the right. torch's `>>` is arithmetic: it keeps the sign."""
     return (x >> bits).bitwise_and_((1 << (x.element_size() * 8 - bits)) - 1)

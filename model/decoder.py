@@ -1,6 +1,7 @@
 """The one decoder: every supported family, configured by its spec.
 
-Legend: T tokens of a step, H hidden, N heads, K key-value heads, D head_dim.
+Legend: T tokens of a step, H hidden, N query heads, K key-value heads, D head_dim. Modules have the
+names of the parameter table ("layers.3.attn.qkv", "lm_head").
 """
 
 from __future__ import annotations
@@ -8,269 +9,415 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
-from itertools import chain
+from typing import TypeVar
 
 import torch
 from torch.nn.functional import embedding
 
-from llmkit.kernels.attention import CODES, AttentionBatch, KvCache, paged_attention, place
-from llmkit.kernels.elementwise import add, add_norm, gated, rms_norm
-from llmkit.kernels.experts import Experts, side_by_side, suits
-from llmkit.kernels.jit import runs_triton
-from llmkit.model.device import untouched_zeros
-from llmkit.model.linear import Linear, Rounding
-from llmkit.model.ranks import Ranks
-from llmkit.model.rope import Rotation, make_ropes
+from llmkit.kernels.attention import paged_attention, rope_and_cache
+from llmkit.kernels.attention_metadata import AttentionBatch
+from llmkit.kernels.elementwise import act_and_mul, add_residual, add_rms_norm, rms_norm
+from llmkit.kernels.fused_experts import FusedExperts, stack_experts
+from llmkit.kernels.fused_experts import supports as supports_fused_experts
+from llmkit.kernels.kv_cache import KV_CACHE_DTYPES, KVCache
+from llmkit.kernels.triton_support import runs_triton
+from llmkit.model.device import lazy_zeros
+from llmkit.model.linear import ActivationQuant, Linear
+from llmkit.model.parallel_group import ParallelGroup
+from llmkit.model.rope import CosSin, make_rotary_embeddings
 from llmkit.model.spec import ModelSpec
 
-ALONE = Ranks()
-NEVER = -1e30  # the logit of a token that there is not: less than any, and finite
+SINGLE_RANK = ParallelGroup()
+MASKED_LOGIT = -1e30  # the logit of padding tokens: below every real logit, and finite
+
+_Value = TypeVar("_Value")
 
 
 class DecoderLayer:
-    """One layer, built from the tensors of the parameter table's rows `layers.<index>.*`.
+    """One layer: attention and an MLP, or a mixture of experts.
 
-    tensors: the runtime tensors by name without that prefix ("attn.qkv.weight"). rounding: by module name, what is
-    rounded on the way: the inputs of a linear, "attn.k" and "attn.v" before they go into the cache. `linears` holds
-    the linear layers by module name ("attn.qkv", "mlp.down", "mlp.experts.3.gate_up"): those given, which are packed,
-    and dense ones of the tensors.
+    tensors: the layer's runtime tensors, by name without the prefix `layers.<index>.`
+    ("attn.qkv.weight").
+    linears: the packed linear layers by module name ("attn.qkv", "mlp.down",
+    "mlp.experts.3.gate_up"). The other linear layers are made from `tensors`.
+    activation_quant: how the inputs of a linear layer are quantized, by module name. "attn.k" and
+    "attn.v" say how keys and values are quantized before they are stored.
     """
 
     def __init__(
-        self, spec: ModelSpec, index: int, tensors: Mapping[str, torch.Tensor],
-        rounding: Mapping[str, Rounding] | None = None, linears: Mapping[str, Linear] | None = None,
-        ranks: Ranks = ALONE,
-    ) -> None:  # fmt: skip
-        self.spec, self.layer, self.ranks = spec, spec.layers[index], ranks
-        self.rounding = dict(rounding or {})
+        self,
+        spec: ModelSpec,
+        index: int,
+        tensors: Mapping[str, torch.Tensor],
+        activation_quant: Mapping[str, ActivationQuant] | None = None,
+        linears: Mapping[str, Linear] | None = None,
+        parallel_group: ParallelGroup = SINGLE_RANK,
+    ) -> None:
+        self.spec = spec
+        self.layer = spec.layers[index]
+        self.parallel_group = parallel_group
+        self.activation_quant = dict(activation_quant or {})
         self.linears: dict[str, Linear] = dict(linears or {})
         self.norms: dict[str, torch.Tensor] = {}
-        self.adapted = False  # in the step under way, some rows by an adapter
-        self.present: Callable[[], AbstractContextManager[None]] = nullcontext  # within it the weights are there
+        # `LoraManager.activate` sets it during a step in which some rows have an adapter.
+        self.has_lora_rows = False
+        # The rows of the step that the current expert computes. `_moe` sets them for the expert's
+        # `LinearWithLora`.
+        self.expert_rows = torch.empty(0, dtype=torch.int64)
+        # The layer runs inside this context. Weight offloading replaces it with one that copies the
+        # layer's weights to the device.
+        self.weights_on_device: Callable[[], AbstractContextManager[None]] = nullcontext
         for name, tensor in tensors.items():
             module, _, kind = name.rpartition(".")
-            if kind == "weight" and tensor.dim() == 2:
-                self.linears[module] = Linear(tensor, tensors.get(f"{module}.bias"), self.rounding.get(module))
-            elif kind == "weight":
+            if kind != "weight":
+                continue
+            if tensor.dim() == 2:
+                bias = tensors.get(f"{module}.bias")
+                self.linears[module] = Linear(tensor, bias, self.activation_quant.get(module))
+            else:
                 self.norms[module] = tensor + spec.norm_offset if spec.norm_offset else tensor
 
     def __call__(
-        self, hidden: torch.Tensor, rotations: Mapping[str, Rotation], batch: AttentionBatch, cache: KvCache
+        self,
+        hidden: torch.Tensor,
+        cos_sin: Mapping[str, CosSin],
+        batch: AttentionBatch,
+        cache: KVCache,
     ) -> torch.Tensor:
         """hidden: [T, H] in and out. Writes the step's keys and values into `cache`."""
-        return add(*self.advance(hidden, None, rotations, batch, cache), self.spec.residual_scale)
+        residual, update = self.forward_with_residual(hidden, None, cos_sin, batch, cache)
+        return add_residual(residual, update, self.spec.residual_multiplier)
+
+    def forward_with_residual(
+        self,
+        residual: torch.Tensor,
+        update: torch.Tensor | None,
+        cos_sin: Mapping[str, CosSin],
+        batch: AttentionBatch,
+        cache: KVCache,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Run the layer. The residual addition is deferred, so that it fuses with the next norm.
+
+        residual: [T, H]. update: [T, H], the output of the previous layer's MLP, which is not yet
+        added to `residual`; None for the first layer.
+        Returns the new residual, and the output of this layer's MLP.
+        """
+        scale = self.spec.residual_multiplier
+        eps = self.spec.rms_norm_eps
+        with self.weights_on_device():
+            residual, x = add_rms_norm(residual, update, scale, self.norms.get("attn_norm"), eps)
+            update = self._attention(x, cos_sin, batch, cache)
+            residual, x = add_rms_norm(residual, update, scale, self.norms.get("mlp_norm"), eps)
+            return residual, self._mlp_or_moe(x)
 
     def attention_block(
-        self, hidden: torch.Tensor, rotations: Mapping[str, Rotation], batch: AttentionBatch, cache: KvCache
+        self,
+        hidden: torch.Tensor,
+        cos_sin: Mapping[str, CosSin],
+        batch: AttentionBatch,
+        cache: KVCache,
     ) -> torch.Tensor:
-        """The first half of the layer, norms and residual included."""
-        update = self._attend(self._norm(hidden, "attn_norm"), rotations, batch, cache)
-        return add(hidden, update, self.spec.residual_scale)
+        """The first half of the layer, norms and residual addition included."""
+        update = self._attention(self._norm(hidden, "attn_norm"), cos_sin, batch, cache)
+        return add_residual(hidden, update, self.spec.residual_multiplier)
 
     def mlp_block(self, hidden: torch.Tensor) -> torch.Tensor:
-        """The second half of the layer, norms and residual included."""
-        return add(hidden, self._feed(self._norm(hidden, "mlp_norm")), self.spec.residual_scale)
+        """The second half of the layer, norms and residual addition included."""
+        update = self._mlp_or_moe(self._norm(hidden, "mlp_norm"))
+        return add_residual(hidden, update, self.spec.residual_multiplier)
 
-    def advance(
-        self, hidden: torch.Tensor, update: torch.Tensor | None, rotations: Mapping[str, Rotation],
-        batch: AttentionBatch, cache: KvCache,
-    ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-        """The layer on `hidden` and what is yet to be added to it; gives the same two. So sums meet their norms."""
-        scale, eps = self.spec.residual_scale, self.spec.norm_eps
-        with self.present():
-            hidden, x = add_norm(hidden, update, scale, self.norms.get("attn_norm"), eps)
-            update = self._attend(x, rotations, batch, cache)
-            hidden, x = add_norm(hidden, update, scale, self.norms.get("mlp_norm"), eps)
-            return hidden, self._feed(x)
-
-    def _attend(
-        self, x: torch.Tensor, rotations: Mapping[str, Rotation], batch: AttentionBatch, cache: KvCache
+    def _attention(
+        self,
+        x: torch.Tensor,
+        cos_sin: Mapping[str, CosSin],
+        batch: AttentionBatch,
+        cache: KVCache,
     ) -> torch.Tensor:
-        """What attention adds to the residual stream."""
-        spec, norms, rounding = self.spec, None, None
+        """x: [T, H], normalized. Returns the update of the residual, [T, H]."""
+        spec = self.spec
+        metadata = batch.metadata(self.layer.sliding_window)
         qkv = self.linears["attn.qkv"](x).view(len(x), -1, spec.head_dim)  # [T, N + 2K, D]
+        norms = None
         if spec.qk_norm == "full":
-            qkv = self._norm_qk(qkv)
+            qkv = self._full_qk_norm(qkv)
         elif spec.qk_norm == "head":
             norms = self.norms["attn.q_norm"], self.norms["attn.k_norm"]
-        if cache.coded and cache.scales is None:
-            cache = KvCache(cache.kv, stored=self._kv_scale)
-        elif not cache.coded and "attn.k" in self.rounding:
-            rounding = self.rounding["attn.k"], self.rounding["attn.v"]
-        group, rotation = batch.of(self.layer.window), rotations[self.layer.rope] if self.layer.rope else None
-        q = place(qkv, spec.heads, norms, spec.norm_eps, rotation, cache, group.slots, rounding)
-        seen = paged_attention(q, cache, group, spec.attention_scale, spec.attention_softcap)
-        return self._norm(self.ranks.sum(self.linears["attn.o"](seen.flatten(1))), "attn_post_norm")
+        kv_quant = None
+        if cache.quantized and cache.scales is None:
+            cache = KVCache(cache.kv, static_scales=self._kv_scales)
+        elif not cache.quantized and "attn.k" in self.activation_quant:
+            kv_quant = self.activation_quant["attn.k"], self.activation_quant["attn.v"]
+        q = rope_and_cache(
+            qkv,
+            spec.num_heads,
+            norms,
+            spec.rms_norm_eps,
+            cos_sin[self.layer.rope] if self.layer.rope else None,
+            cache,
+            metadata.slot_mapping,
+            kv_quant,
+        )
+        out = paged_attention(q, cache, metadata, spec.attention_scale, spec.attn_logit_softcapping)
+        update = self.parallel_group.all_reduce(self.linears["attn.o"](out.flatten(1)))
+        return self._norm(update, "attn_post_norm")
 
-    def _feed(self, x: torch.Tensor) -> torch.Tensor:
-        """What the MLP or the experts add to the residual stream."""
-        update = self._experts(x) if self.layer.moe else self._mlp(x, "mlp")
-        return self._norm(self.ranks.sum(update), "mlp_post_norm")
+    def _mlp_or_moe(self, x: torch.Tensor) -> torch.Tensor:
+        """x: [T, H], normalized. Returns the update of the residual, [T, H]."""
+        update = self._moe(x) if self.layer.is_moe else self._mlp(x, "mlp")
+        return self._norm(self.parallel_group.all_reduce(update), "mlp_post_norm")
 
-    def _mlp(self, x: torch.Tensor, name: str) -> torch.Tensor:
-        return self.linears[f"{name}.down"](gated(self.linears[f"{name}.gate_up"](x), self.spec.activation))
+    def _mlp(self, x: torch.Tensor, module: str) -> torch.Tensor:
+        gate_up = self.linears[f"{module}.gate_up"](x)
+        return self.linears[f"{module}.down"](act_and_mul(gate_up, self.spec.activation))
 
-    def _experts(self, x: torch.Tensor) -> torch.Tensor:
-        """Each token through its `per_token` most probable experts, weighted by the router."""
-        experts = self.spec.experts
-        assert experts is not None
-        scores = self.linears["mlp.router"](x).float().softmax(-1)
-        weights, chosen = scores.topk(experts.per_token, dim=-1)
-        if experts.normalize:
-            weights = weights / weights.sum(-1, keepdim=True)
-        if runs_triton(x) and not self.adapted and self.together is not None:
-            return self.together(x, chosen, weights)
+    def _moe(self, x: torch.Tensor) -> torch.Tensor:
+        """The outputs of each token's most probable experts, weighted by the router."""
+        moe = self.spec.moe
+        assert moe is not None
+        probabilities = self.linears["mlp.router"](x).float().softmax(-1)
+        topk_weights, topk_ids = probabilities.topk(moe.num_experts_per_tok, dim=-1)
+        if moe.norm_topk_prob:
+            topk_weights = topk_weights / topk_weights.sum(-1, keepdim=True)
+        if runs_triton(x) and not self.has_lora_rows and self.fused_experts is not None:
+            return self.fused_experts(x, topk_ids, topk_weights)
         out = torch.zeros_like(x)
-        for expert in chosen.unique().tolist():
-            if f"mlp.experts.{expert}.down" not in self.linears:  # another rank's
+        for expert in topk_ids.unique().tolist():
+            module = f"mlp.experts.{expert}"
+            if f"{module}.down" not in self.linears:  # on another rank
                 continue
-            tokens, place = (chosen == expert).nonzero(as_tuple=True)
-            self.chosen = tokens  # adapters ask which rows of the step an expert's linears get
-            answer = self._mlp(x[tokens], f"mlp.experts.{expert}")
-            out.index_add_(0, tokens, answer * weights[tokens, place, None].to(x.dtype))
+            tokens, choice = (topk_ids == expert).nonzero(as_tuple=True)
+            self.expert_rows = tokens
+            expert_out = self._mlp(x[tokens], module)
+            weights = topk_weights[tokens, choice, None].to(x.dtype)
+            out.index_add_(0, tokens, expert_out * weights)
         return out
 
     @cached_property
-    def together(self) -> Experts | None:
-        """The experts it holds as one, where a GPU can run them so: then the host need not see who is chosen."""
-        experts = self.spec.experts
-        held = [e for e in range(experts.count if experts else 0) if f"mlp.experts.{e}.down" in self.linears]
-        parts = [[self.linears[f"mlp.experts.{e}.{kind}"] for e in held] for kind in ("gate_up", "down")]
-        if experts is None or any(one.bias is not None or one.rounding for one in chain(*parts)):
-            return None
-        up, down = (side_by_side([one.weight for one in part]) if held else None for part in parts)
-        if up is None or down is None or not suits(up):
-            return None
-        return Experts(up, down, held[0], experts.count, self.spec.activation == "gelu_tanh")
+    def fused_experts(self) -> FusedExperts | None:
+        """This rank's experts as one kernel; None where the GPU or the weights do not allow it.
 
-    def stores_scales(self, kv_dtype: str) -> bool:
-        """Whether the checkpoint has scales for a cache of this kind."""
-        wanted = {"int8": "int", "fp8": "float"}[kv_dtype]
-        return all(
-            (how := self.rounding.get(name)) is not None and how.kind == wanted and how.scale is not None
-            for name in ("attn.k", "attn.v")
-        )
+        With this kernel, the host does not wait for the ids of the chosen experts.
+        """
+        moe = self.spec.moe
+        if moe is None:
+            return None
+        modules = [f"mlp.experts.{expert}" for expert in range(moe.num_experts)]
+        is_local = [f"{module}.down" in self.linears for module in modules]
+        local = [expert for expert in range(moe.num_experts) if is_local[expert]]
+        if not local:
+            return None
+        gate_up = [self.linears[f"{modules[expert]}.gate_up"] for expert in local]
+        down = [self.linears[f"{modules[expert]}.down"] for expert in local]
+        for linear in gate_up + down:
+            if linear.bias is not None or linear.activation_quant:
+                return None
+        gate_up_stack = stack_experts([linear.weight for linear in gate_up])
+        down_stack = stack_experts([linear.weight for linear in down])
+        if gate_up_stack is None or down_stack is None or not supports_fused_experts(gate_up_stack):
+            return None
+        gelu = self.spec.activation == "gelu_tanh"
+        return FusedExperts(gate_up_stack, down_stack, local[0], moe.num_experts, gelu)
+
+    def has_kv_scales(self, kv_cache_dtype: str) -> bool:
+        """Whether the checkpoint has scales for an "int8" or "fp8" cache of this layer."""
+        kind = {"int8": "int", "fp8": "float"}[kv_cache_dtype]
+        for name in ("attn.k", "attn.v"):
+            quant = self.activation_quant.get(name)
+            if quant is None or quant.kind != kind or quant.scale is None:
+                return False
+        return True
 
     @cached_property
-    def _kv_scale(self) -> torch.Tensor:
-        """The stored scales of an 8-bit cache, float32 [2K, 1, 1]."""
-        scales = [how.scale for name in ("attn.k", "attn.v") if (how := self.rounding[name]).scale is not None]
-        return torch.cat(scales).float().repeat_interleave(self.spec.kv_heads)[:, None, None]
+    def _kv_scales(self) -> torch.Tensor:
+        """The checkpoint's scales of an 8-bit cache, float32 [2K, 1, 1]."""
+        scales = []
+        for name in ("attn.k", "attn.v"):
+            scale = self.activation_quant[name].scale
+            assert scale is not None
+            scales.append(scale)
+        return torch.cat(scales).float().repeat_interleave(self.spec.num_kv_heads)[:, None, None]
 
-    def _norm_qk(self, qkv: torch.Tensor) -> torch.Tensor:
-        """[T, N + 2K, D] with queries and keys normalised, all heads at once."""
-        q, k, v = qkv.split((self.spec.heads, self.spec.kv_heads, self.spec.kv_heads), dim=1)
-        normed = self._norm_all(q.flatten(1), "attn.q_norm"), self._norm_all(k.flatten(1), "attn.k_norm")
-        return torch.cat((*normed, v.flatten(1)), dim=1).view_as(qkv)
+    def _full_qk_norm(self, qkv: torch.Tensor) -> torch.Tensor:
+        """[T, N + 2K, D] with queries and keys each normalized over all their heads at once."""
+        spec = self.spec
+        q, k, v = qkv.split((spec.num_heads, spec.num_kv_heads, spec.num_kv_heads), dim=1)
+        q = self._norm_over_ranks(q.flatten(1), "attn.q_norm")
+        k = self._norm_over_ranks(k.flatten(1), "attn.k_norm")
+        return torch.cat((q, k, v.flatten(1)), dim=1).view_as(qkv)
 
-    def _norm_all(self, x: torch.Tensor, name: str) -> torch.Tensor:
-        """`_norm` over all ranks' columns; heads that several ranks have count for each, which changes no mean."""
-        if self.ranks.size == 1:
+    def _norm_over_ranks(self, x: torch.Tensor, name: str) -> torch.Tensor:
+        """`_norm` over the columns of all ranks.
+
+        A KV head that several ranks hold is counted once per rank. All heads are then counted
+        equally often, so that the mean is the same.
+        """
+        group = self.parallel_group
+        if group.tp_size == 1:
             return self._norm(x, name)
         wide = x.float()
-        mean = self.ranks.sum(wide.square().sum(-1, keepdim=True)) / (x.shape[-1] * self.ranks.size)
-        return (wide * torch.rsqrt(mean + self.spec.norm_eps) * self.norms[name].float()).to(x.dtype)
+        square_sum = group.all_reduce(wide.square().sum(-1, keepdim=True))
+        mean = square_sum / (x.shape[-1] * group.tp_size)
+        normed = wide * torch.rsqrt(mean + self.spec.rms_norm_eps) * self.norms[name].float()
+        return normed.to(x.dtype)
 
     def _norm(self, x: torch.Tensor, name: str) -> torch.Tensor:
+        """Apply the RMS norm `name`. Returns x itself when the model has no such norm."""
         weight = self.norms.get(name)
-        return x if weight is None else rms_norm(x, weight, self.spec.norm_eps)
+        return x if weight is None else rms_norm(x, weight, self.spec.rms_norm_eps)
 
 
 class Decoder:
-    """A whole model.
+    """A model, or the part of one that a rank holds.
 
-    tensors: the runtime tensors by the names of the parameter table, on one device and of one dtype, but for the
-    embedding, which may be of any. The mapping is emptied as the tensors are taken, so that nothing is held twice.
-    rounding, linears: by runtime module ("layers.3.attn.qkv", "lm_head"), as DecoderLayer has them. Of a rank's part
-    all ranks run the same steps, in which they meet by `ranks`.
+    tensors: the runtime tensors by the names of the parameter table, on one device and of one
+    dtype; only the embedding may have another dtype. Tensors are removed from the mapping as they
+    are used, so that it keeps no second reference to them.
+    activation_quant, linears: by runtime module ("layers.3.attn.qkv", "lm_head"); see
+    `DecoderLayer`.
+    parallel_group: the ranks of the model. All ranks run the same steps.
     """
 
     def __init__(
-        self, spec: ModelSpec, tensors: dict[str, torch.Tensor], rounding: Mapping[str, Rounding] | None = None,
-        linears: Mapping[str, Linear] | None = None, ranks: Ranks = ALONE,
-    ) -> None:  # fmt: skip
-        self.spec, self.ranks = spec, ranks
-        rounding, linears = rounding or {}, linears or {}
-        some = next(tensor for name, tensor in tensors.items() if name != "embed.weight")
-        self.dtype, self.device = some.dtype, some.device
-        absent = some.new_empty(0)  # in the place of what other pipeline stages have
-        self.embedding = tensors.pop("embed.weight", absent)
+        self,
+        spec: ModelSpec,
+        tensors: dict[str, torch.Tensor],
+        activation_quant: Mapping[str, ActivationQuant] | None = None,
+        linears: Mapping[str, Linear] | None = None,
+        parallel_group: ParallelGroup = SINGLE_RANK,
+    ) -> None:
+        self.spec = spec
+        self.parallel_group = parallel_group
+        activation_quant = activation_quant or {}
+        linears = linears or {}
+        example = next(tensor for name, tensor in tensors.items() if name != "embed.weight")
+        self.dtype = example.dtype
+        self.device = example.device
+        missing = example.new_empty(0)  # stands for tensors that only other pipeline stages hold
+        self.embedding = tensors.pop("embed.weight", missing)
         head = linears.get("lm_head")
         if head is None:
-            weight = self.embedding if spec.tied else tensors.pop("lm_head.weight", absent)
-            head = Linear(weight, None, rounding.get("lm_head"))
+            if spec.tie_word_embeddings:
+                weight = self.embedding
+            else:
+                weight = tensors.pop("lm_head.weight", missing)
+            head = Linear(weight, None, activation_quant.get("lm_head"))
         self.head = head
-        self.final_norm = tensors.pop("norm.weight", absent) + spec.norm_offset
+        self.final_norm = tensors.pop("norm.weight", missing) + spec.norm_offset
         self.layers = []
         for index in range(len(spec.layers)):
             prefix = f"layers.{index}."
-            names = [name for name in tensors if name.startswith(prefix)]
-            own = {name.removeprefix(prefix): tensors.pop(name) for name in names}
-            rounded = {name.removeprefix(prefix): how for name, how in rounding.items() if name.startswith(prefix)}
-            packed = {name.removeprefix(prefix): one for name, one in linears.items() if name.startswith(prefix)}
-            self.layers.append(DecoderLayer(spec, index, own, rounded, packed, ranks))
+            layer_tensors = _with_prefix(tensors, prefix)
+            for name in layer_tensors:
+                del tensors[prefix + name]
+            self.layers.append(
+                DecoderLayer(
+                    spec,
+                    index,
+                    layer_tensors,
+                    _with_prefix(activation_quant, prefix),
+                    _with_prefix(linears, prefix),
+                    parallel_group,
+                )
+            )
         assert not tensors, f"tensors that no module takes: {sorted(tensors)[:5]}"
-        self.ropes = make_ropes(spec, self.device)
+        self.ropes = make_rotary_embeddings(spec, self.device)
 
     def __call__(
-        self, tokens: torch.Tensor, positions: torch.Tensor, batch: AttentionBatch, caches: Sequence[KvCache]
+        self,
+        tokens: torch.Tensor,
+        positions: torch.Tensor,
+        batch: AttentionBatch,
+        caches: Sequence[KVCache],
     ) -> torch.Tensor:
-        """tokens, positions: int64 [T]; caches: one per layer. Returns hidden states [T, H] after the last norm.
+        """Run a step. tokens, positions: int64 [T]; caches: one for each layer.
 
-        A pipeline stage takes them from the one before and hands on what its last layer gives.
+        Returns hidden states [T, H] after the last norm. A pipeline stage receives its input from
+        the stage before it and sends its output to the next.
         """
-        if self.spec.begins:
+        if self.spec.is_first_stage:
             hidden = self.embed_tokens(tokens)
         else:
-            hidden = self.ranks.receive(len(tokens), self.spec.hidden, self.dtype, self.device)
-        hidden = self.run_layers(hidden, self.rotations(positions), batch, caches)
-        if not self.spec.ends:
-            self.ranks.send(hidden)
+            hidden = self.parallel_group.receive(
+                len(tokens), self.spec.hidden_size, self.dtype, self.device
+            )
+        hidden = self.run_layers(hidden, self.cos_sin(positions), batch, caches)
+        if not self.spec.is_last_stage:
+            self.parallel_group.send(hidden)
         return hidden
 
     def run_layers(
-        self, hidden: torch.Tensor, rotations: Mapping[str, Rotation], batch: AttentionBatch, caches: Sequence[KvCache]
+        self,
+        hidden: torch.Tensor,
+        cos_sin: Mapping[str, CosSin],
+        batch: AttentionBatch,
+        caches: Sequence[KVCache],
     ) -> torch.Tensor:
         """[T, H] embedded tokens -> [T, H] after the last norm."""
-        update, weight = None, self.final_norm if self.spec.ends else None
+        residual = hidden
+        update = None
         for layer, cache in zip(self.layers, caches, strict=True):
-            hidden, update = layer.advance(hidden, update, rotations, batch, cache)
-        return add_norm(hidden, update, self.spec.residual_scale, weight, self.spec.norm_eps)[1]
+            residual, update = layer.forward_with_residual(residual, update, cos_sin, batch, cache)
+        final_norm = self.final_norm if self.spec.is_last_stage else None
+        _, hidden = add_rms_norm(
+            residual, update, self.spec.residual_multiplier, final_norm, self.spec.rms_norm_eps
+        )
+        return hidden
 
     def embed_tokens(self, tokens: torch.Tensor) -> torch.Tensor:
         """[T] -> [T, H]"""
-        if self.ranks.size == 1:
+        group = self.parallel_group
+        if group.tp_size == 1:
             hidden = embedding(tokens, self.embedding).to(self.dtype)
-        else:  # each rank has the rows of its own tokens
-            rows = tokens - self.ranks.first
-            own = (rows >= 0) & (rows < len(self.embedding))
-            found = embedding(rows.where(own, 0), self.embedding).to(self.dtype)
-            hidden = self.ranks.sum(found * own[:, None])
-        return hidden * self.spec.embedding_scale if self.spec.embedding_scale != 1.0 else hidden
+        else:  # each rank holds the rows of its part of the vocabulary
+            rows = tokens - group.vocab_start
+            is_here = (rows >= 0) & (rows < len(self.embedding))
+            partial = embedding(rows.where(is_here, 0), self.embedding).to(self.dtype)
+            hidden = group.all_reduce(partial * is_here[:, None])
+        if self.spec.embedding_multiplier != 1.0:
+            hidden = hidden * self.spec.embedding_multiplier
+        return hidden
 
-    def rotations(self, positions: torch.Tensor) -> dict[str, Rotation]:
+    def cos_sin(self, positions: torch.Tensor) -> dict[str, CosSin]:
         """The cosines and sines of a step, for every rotary embedding of the model."""
         return {name: rope(positions) for name, rope in self.ropes.items()}
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """[n, H] -> float32 [n, vocab], of a rank the columns of its own tokens."""
+        """[n, H] -> float32 [n, vocab]; a rank computes only its part of the vocabulary."""
+        spec = self.spec
         logits = self.head(hidden).float()
-        if self.spec.logit_scale != 1.0:
-            logits = logits * self.spec.logit_scale
-        if (cap := self.spec.logit_softcap) is not None:
-            logits = torch.tanh(logits / cap) * cap
-        if (padding := self.ranks.first + self.spec.vocab - self.spec.whole.vocab) > 0:
-            logits[:, max(0, self.spec.vocab - padding) :] = NEVER
+        if spec.logit_scale != 1.0:
+            logits = logits * spec.logit_scale
+        softcap = spec.final_logit_softcapping
+        if softcap is not None:
+            logits = torch.tanh(logits / softcap) * softcap
+        # The vocabulary parts of the last ranks may contain padding.
+        padding = self.parallel_group.vocab_start + spec.vocab_size - spec.full_model.vocab_size
+        if padding > 0:
+            logits[:, max(0, spec.vocab_size - padding) :] = MASKED_LOGIT
         return logits
 
-    def new_cache(self, blocks: int, block_size: int = 16, kv_dtype: str | None = None) -> KvCache:
-        """One layer's empty cache, in the model's dtype or in 8-bit codes ("int8" or "fp8"), on its device.
+    def new_kv_cache(
+        self, num_blocks: int, block_size: int = 16, kv_cache_dtype: str | None = None
+    ) -> KVCache:
+        """One layer's empty cache on the model's device.
 
-        Codes have the checkpoint's scales when it has some of this kind, and else one for each token and head.
+        kv_cache_dtype: "int8", "fp8", or None for the model's dtype. An 8-bit cache uses the
+        checkpoint's scales if there are any for this dtype, otherwise a scale per token and head.
         """
-        shape = (2 * self.spec.kv_heads, blocks, block_size)
-        dtype = CODES[kv_dtype] if kv_dtype else self.dtype
-        kv = untouched_zeros((*shape, self.spec.head_dim), dtype, self.device)
-        if kv_dtype is None or all(layer.stores_scales(kv_dtype) for layer in self.layers):
-            return KvCache(kv)
-        return KvCache(kv, untouched_zeros((*shape, 1), torch.float32, self.device))
+        shape = (2 * self.spec.num_kv_heads, num_blocks, block_size)
+        dtype = KV_CACHE_DTYPES[kv_cache_dtype] if kv_cache_dtype else self.dtype
+        kv = lazy_zeros((*shape, self.spec.head_dim), dtype, self.device)
+        if kv_cache_dtype is None or all(
+            layer.has_kv_scales(kv_cache_dtype) for layer in self.layers
+        ):
+            return KVCache(kv)
+        return KVCache(kv, lazy_zeros((*shape, 1), torch.float32, self.device))
+
+
+def _with_prefix(values: Mapping[str, _Value], prefix: str) -> dict[str, _Value]:
+    """The entries whose name begins with the prefix. The prefix is removed from the names."""
+    return {
+        name.removeprefix(prefix): value
+        for name, value in values.items()
+        if name.startswith(prefix)
+    }

@@ -1,4 +1,4 @@
-"""Where to compute, in what memory, and how weights get there without either side waiting for the other."""
+"""The device to compute on, memory for caches, and weight uploads that overlap with compute."""
 
 from __future__ import annotations
 
@@ -10,23 +10,30 @@ from typing import Any
 
 import torch
 
-from llmkit.checkpoint.errors import ShortageError
+from llmkit.common.errors import ShortageError
 
-BUFFER_BYTES, BUFFERS = 32 << 20, 3
+BUFFER_BYTES = 32 << 20
+NUM_BUFFERS = 3
 
 
 def resolve_device(name: str) -> torch.device:
-    """The device that "auto", "cuda" or "cpu" means here. Raises ShortageError for CUDA where there is none."""
+    """The device for "auto", "cuda" or "cpu" on this machine.
+
+    Raises ShortageError for "cuda" where there is no CUDA device.
+    """
     available = torch.cuda.is_available()
     if name == "cuda" and not available:
         raise ShortageError(
-            "--device cuda, and PyTorch sees no CUDA device", "An NVIDIA GPU and its driver", "Use --device cpu"
+            "--device cuda, and PyTorch sees no CUDA device",
+            "An NVIDIA GPU and its driver",
+            "Use --device cpu",
         )
-    return torch.device("cuda" if name == "cuda" or (name == "auto" and available) else "cpu")
+    use_cuda = name == "cuda" or (name == "auto" and available)
+    return torch.device("cuda" if use_cuda else "cpu")
 
 
-def untouched_zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Zeros; on a CPU they take no memory until they are written to, a page at a time."""
+def lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """A tensor of zeros. On a CPU, a page uses memory only after something is written to it."""
     size = math.prod(shape) * dtype.itemsize
     if device.type != "cpu" or not size:
         return torch.zeros(shape, dtype=dtype, device=device)
@@ -34,41 +41,64 @@ def untouched_zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.de
     return torch.frombuffer(pages, dtype=torch.uint8).view(dtype).view(shape)
 
 
-class Upload:
-    """Copies through pinned buffers, which are filled in turn while the device takes what is in the others.
+class PinnedUploader:
+    """Copies to a device through pinned buffers: one is filled while others are copied.
 
-    cuda: `torch.cuda`, whose streams and events order copies and kernels.
+    cuda: `torch.cuda`; tests pass a replacement with the same streams and events.
     """
 
     def __init__(
-        self, device: torch.device, size: int = BUFFER_BYTES, count: int = BUFFERS, cuda: Any = torch.cuda
+        self,
+        device: torch.device,
+        buffer_bytes: int = BUFFER_BYTES,
+        num_buffers: int = NUM_BUFFERS,
+        cuda: Any = torch.cuda,
     ) -> None:
-        self._device, self._cuda, self._stream, self._lock = device, cuda, cuda.Stream(device), Lock()
-        self._buffers = [torch.empty(size, dtype=torch.uint8, pin_memory=device.type == "cuda") for _ in range(count)]
-        self._copied = [cuda.Event(blocking=True) for _ in range(count)]  # out of each buffer
+        self._device = device
+        self._cuda = cuda
+        self._stream = cuda.Stream(device)
+        self._lock = Lock()
+        self._buffers = [
+            torch.empty(buffer_bytes, dtype=torch.uint8, pin_memory=device.type == "cuda")
+            for _ in range(num_buffers)
+        ]
+        # For each buffer, an event: the copy from it to the device is done.
+        self._copied = [cuda.Event(blocking=True) for _ in range(num_buffers)]
 
     def __call__(self, tensor: torch.Tensor) -> torch.Tensor:
-        """A host tensor, on the device; work that is given to the current stream from now on finds it there."""
-        source, current = tensor.contiguous(), self._cuda.current_stream(self._device)
+        """Copy a host tensor. Work queued on the current stream afterwards can use the copy."""
+        source = tensor.contiguous()
+        current_stream = self._cuda.current_stream(self._device)
         with self._lock, self._cuda.stream(self._stream):
-            found = torch.empty(source.shape, dtype=source.dtype, device=self._device)
-            pieces = [one.view(-1).view(torch.uint8).split(len(self._buffers[0])) for one in (source, found)]
-            for host, there in zip(*pieces, strict=True):
-                self._copied.append(copied := self._copied.pop(0))
-                self._buffers.append(buffer := self._buffers.pop(0))
+            result = torch.empty(source.shape, dtype=source.dtype, device=self._device)
+            buffer_bytes = len(self._buffers[0])
+            source_pieces = source.view(-1).view(torch.uint8).split(buffer_bytes)
+            result_pieces = result.view(-1).view(torch.uint8).split(buffer_bytes)
+            for source_piece, result_piece in zip(source_pieces, result_pieces, strict=True):
+                # The buffers are used in turn: the least recently used one is next.
+                copied = self._copied.pop(0)
+                self._copied.append(copied)
+                buffer = self._buffers.pop(0)
+                self._buffers.append(buffer)
                 copied.synchronize()
-                there.copy_(buffer[: len(host)].copy_(host), non_blocking=True)
+                filled = buffer[: len(source_piece)].copy_(source_piece)
+                result_piece.copy_(filled, non_blocking=True)
                 copied.record(self._stream)
-            current.wait_event(self._copied[-1])
-        if found.is_cuda:
-            found.record_stream(current)
-        return found
+            current_stream.wait_event(self._copied[-1])
+        if result.is_cuda:
+            # The allocator must not reuse the memory before the current stream is done with it.
+            result.record_stream(current_stream)
+        return result
 
 
-_upload = cache(torch.inference_mode(False)(lambda device: Upload(device)))  # wherever it is first called from
+@cache
+@torch.inference_mode(False)  # the buffers must not be inference tensors
+def uploader(device: torch.device) -> PinnedUploader:
+    """The uploader of a device, made on first use."""
+    return PinnedUploader(device)
 
 
-def to_device(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
-    """A tensor of the host on a device; there before what the caller has the device do next."""
-    there = torch.device(device)
-    return tensor if there.type == "cpu" else _upload(there)(tensor)
+def upload(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
+    """Copy a host tensor to a device. Work that the caller queues afterwards can use the copy."""
+    target = torch.device(device)
+    return tensor if target.type == "cpu" else uploader(target)(tensor)

@@ -1,57 +1,131 @@
-"""From a Hugging Face config to a `ModelSpec`: one small function per family, and the table of them."""
+"""Makes a `ModelSpec` from a Hugging Face config: a table of families, with a function for each.
+
+A family's function returns only what differs from Llama. To add a family: a function here, its
+defaults in checkpoint/hf_config.py, and a parity test against transformers.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from llmkit.checkpoint.config import FAMILIES, RopeSpec, complete
-from llmkit.checkpoint.errors import InputError
-from llmkit.model.spec import ExpertSpec, LayerSpec, ModelSpec
+from llmkit.checkpoint.hf_config import FAMILIES, RopeSpec, complete_config
+from llmkit.common.errors import InputError
+from llmkit.model.spec import LayerSpec, ModelSpec, MoeSpec
 
-# What a family changes relative to Llama: keyword arguments of ModelSpec, from its complete config.
-Family = Callable[[Any], dict[str, Any]]
+# From a completed config to the keyword arguments of ModelSpec that differ from Llama.
+FamilyFunction = Callable[[Any], dict[str, Any]]
+
+
+def model_spec(config: dict[str, Any]) -> ModelSpec:
+    """The spec of a checkpoint's config.json.
+
+    Raises InputError for an unsupported architecture, for a config that needs remote code, and for
+    one with values that its family does not allow.
+    """
+    if "auto_map" in config:
+        raise InputError(
+            f"config.json has an auto_map ({', '.join(sorted(config['auto_map']))})",
+            "A model without remote code: remote code is never run",
+            "Remove auto_map if the architecture is one of " + ", ".join(SUPPORTED),
+        )
+    architecture = (config.get("architectures") or ["(none)"])[0]
+    if architecture not in SUPPORTED:
+        raise InputError(
+            f"unsupported architecture ({architecture})", f"One of {', '.join(SUPPORTED)}"
+        )
+    model_type, family = SUPPORTED[architecture]
+    if config.get("model_type") not in FAMILIES:
+        raise InputError(
+            f"config.json has model_type {config.get('model_type')!r}",
+            f"{model_type}, as its architecture says",
+        )
+    completed = complete_config(config, model_type)
+    differences = family(completed)
+    values: dict[str, Any] = {
+        "hidden_size": completed.hidden_size,
+        "num_heads": completed.num_attention_heads,
+        "num_kv_heads": completed.num_key_value_heads,
+        "head_dim": completed.head_dim,
+        "intermediate_size": completed.intermediate_size,
+        "vocab_size": completed.vocab_size,
+        "max_position_embeddings": completed.max_position_embeddings,
+        "rms_norm_eps": completed.rms_norm_eps,
+        "tie_word_embeddings": completed.tie_word_embeddings,
+        "attention_scale": completed.head_dim**-0.5,
+    }
+    # These are computed only for families that use them: their config may lack the fields.
+    if "layers" not in differences:
+        values["layers"] = _equal_layers(completed, None)
+    if "ropes" not in differences:
+        values["ropes"] = {"global": _rope(completed, _rope_parameters(completed))}
+    if "activation" not in differences:
+        values["activation"] = _activation(completed.hidden_act)
+    spec = ModelSpec(architecture=architecture, **(values | differences))
+    if spec.num_heads % spec.num_kv_heads:
+        raise InputError(
+            f"{spec.num_heads} heads and {spec.num_kv_heads} KV heads",
+            "Heads are a multiple of KV heads",
+        )
+    return spec
 
 
 def _llama(config: Any) -> dict[str, Any]:
-    return {"qkv_bias": config.attention_bias, "output_bias": config.attention_bias, "mlp_bias": config.mlp_bias}
+    return {
+        "qkv_bias": config.attention_bias,
+        "o_proj_bias": config.attention_bias,
+        "mlp_bias": config.mlp_bias,
+    }
 
 
 def _mistral(config: Any) -> dict[str, Any]:
-    return {"layers": _uniform_layers(config, config.sliding_window)}
+    return {"layers": _equal_layers(config, config.sliding_window)}
 
 
 def _qwen2(config: Any) -> dict[str, Any]:
-    sliding = [config.use_sliding_window and i >= config.max_window_layers for i in range(config.num_hidden_layers)]
+    has_window = [
+        config.use_sliding_window and index >= config.max_window_layers
+        for index in range(config.num_hidden_layers)
+    ]
     window = config.sliding_window if config.use_sliding_window else None
-    return {"qkv_bias": True, "layers": _typed_layers(config, sliding, window)}
+    return {"qkv_bias": True, "layers": _mixed_layers(config, has_window, window)}
 
 
 def _qwen3(config: Any) -> dict[str, Any]:
-    bias = config.attention_bias
-    return _qwen2(config) | {"qkv_bias": bias, "output_bias": bias, "qk_norm": "head"}
+    return _qwen2(config) | {
+        "qkv_bias": config.attention_bias,
+        "o_proj_bias": config.attention_bias,
+        "qk_norm": "head",
+    }
 
 
 def _phi3(config: Any) -> dict[str, Any]:
-    rope = _rope_parameters(config)
-    if rope["rope_type"] not in ("default", "longrope"):
-        raise InputError(f"unsupported RoPE scaling of Phi-3 ({rope['rope_type']})", "One of default, longrope")
-    layers = _uniform_layers(config, config.sliding_window)
-    return {"fused_checkpoint": True, "layers": layers, "ropes": {"global": _rope(config, rope)}}
+    rope_parameters = _rope_parameters(config)
+    rope_type = rope_parameters["rope_type"]
+    if rope_type not in ("default", "longrope"):
+        raise InputError(
+            f"unsupported RoPE scaling of Phi-3 ({rope_type})", "One of default, longrope"
+        )
+    return {
+        "fused_checkpoint": True,
+        "layers": _equal_layers(config, config.sliding_window),
+        "ropes": {"global": _rope(config, rope_parameters)},
+    }
 
 
 def _gemma2(config: Any) -> dict[str, Any]:
+    has_window = [index % 2 == 0 for index in range(config.num_hidden_layers)]
     return {
         "norm_offset": 1.0,
-        "norm_after": True,
+        "post_norm": True,
         "activation": _activation(config.hidden_activation),
         "qkv_bias": config.attention_bias,
-        "output_bias": config.attention_bias,
+        "o_proj_bias": config.attention_bias,
         "attention_scale": config.query_pre_attn_scalar**-0.5,
-        "attention_softcap": config.attn_logit_softcapping,
-        "logit_softcap": config.final_logit_softcapping,
-        "embedding_scale": config.hidden_size**0.5,
-        "layers": _typed_layers(config, [i % 2 == 0 for i in range(config.num_hidden_layers)], config.sliding_window),
+        "attn_logit_softcapping": config.attn_logit_softcapping,
+        "final_logit_softcapping": config.final_logit_softcapping,
+        "embedding_multiplier": config.hidden_size**0.5,
+        "layers": _mixed_layers(config, has_window, config.sliding_window),
     }
 
 
@@ -59,86 +133,107 @@ def _gemma3(config: Any) -> dict[str, Any]:
     if config.use_bidirectional_attention:
         raise InputError("Gemma 3 with use_bidirectional_attention", "A causal language model")
     pattern = config.sliding_window_pattern
-    sliding = [(i + 1) % pattern != 0 for i in range(config.num_hidden_layers)]
-    windows = [layer.window for layer in _typed_layers(config, sliding, config.sliding_window)]
-    kinds = ["full_attention" if window is None else "sliding_attention" for window in windows]
-    layers = tuple(LayerSpec(window, kind) for window, kind in zip(windows, kinds, strict=True))
-    nested = config.rope_parameters or {}
-    scaling = {"full_attention": config.rope_scaling or {}}
-    theta = {"full_attention": config.rope_theta, "sliding_attention": config.rope_local_base_freq}
-    ropes = {
-        kind: _rope(config, _standard({**(nested.get(kind) or {}), **scaling.get(kind, {})}, theta[kind], config))
-        for kind in dict.fromkeys(kinds)
+    has_window = [(index + 1) % pattern != 0 for index in range(config.num_hidden_layers)]
+    layers = []
+    for layer in _mixed_layers(config, has_window, config.sliding_window):
+        layer_type = "full_attention" if layer.sliding_window is None else "sliding_attention"
+        layers.append(LayerSpec(layer.sliding_window, rope=layer_type))
+    # Each layer type has its own rotary embedding. Scaling applies to full attention only.
+    rope_theta = {
+        "full_attention": config.rope_theta,
+        "sliding_attention": config.rope_local_base_freq,
     }
-    return _gemma2(config) | {"qk_norm": "head", "layers": layers, "ropes": ropes}
+    rope_scaling = {"full_attention": config.rope_scaling or {}}
+    by_layer_type = config.rope_parameters or {}
+    ropes = {}
+    for name in dict.fromkeys(layer.rope for layer in layers if layer.rope is not None):
+        parameters = (by_layer_type.get(name) or {}) | rope_scaling.get(name, {})
+        ropes[name] = _rope(config, _with_rope_defaults(parameters, rope_theta[name], config))
+    return _gemma2(config) | {"qk_norm": "head", "layers": tuple(layers), "ropes": ropes}
 
 
 def _granite(config: Any) -> dict[str, Any]:
     return _llama(config) | {
         "attention_scale": config.attention_multiplier,
-        "embedding_scale": config.embedding_multiplier,
-        "residual_scale": config.residual_multiplier,
+        "embedding_multiplier": config.embedding_multiplier,
+        "residual_multiplier": config.residual_multiplier,
         "logit_scale": 1.0 / config.logits_scaling,
     }
 
 
 def _olmo2(config: Any) -> dict[str, Any]:
-    bias = config.attention_bias
-    return {"qkv_bias": bias, "output_bias": bias, "qk_norm": "full", "norm_before": False, "norm_after": True}
+    return {
+        "qkv_bias": config.attention_bias,
+        "o_proj_bias": config.attention_bias,
+        "qk_norm": "full",
+        "pre_norm": False,
+        "post_norm": True,
+    }
 
 
 def _smollm3(config: Any) -> dict[str, Any]:
-    count = config.num_hidden_layers
-    rotary = config.no_rope_layers or [(i + 1) % config.no_rope_layer_interval for i in range(count)]
-    if len(rotary) < count:
-        raise InputError(f"config.json has {len(rotary)} no_rope_layers", f"One for each of {count} layers")
-    sliding = [config.use_sliding_window and not rotary[i] for i in range(count)]
-    typed = _typed_layers(config, sliding, config.sliding_window)
-    layers = tuple(LayerSpec(layer.window, "global" if rotary[i] else None) for i, layer in enumerate(typed))
+    num_layers = config.num_hidden_layers
+    # Despite its name, `no_rope_layers` is 1 for layers with RoPE.
+    has_rope = config.no_rope_layers or [
+        (index + 1) % config.no_rope_layer_interval for index in range(num_layers)
+    ]
+    if len(has_rope) < num_layers:
+        raise InputError(
+            f"config.json has {len(has_rope)} no_rope_layers",
+            f"One for each of {num_layers} layers",
+        )
+    has_window = [config.use_sliding_window and not has_rope[index] for index in range(num_layers)]
+    mixed = _mixed_layers(config, has_window, config.sliding_window)
+    layers = tuple(
+        LayerSpec(layer.sliding_window, rope="global" if has_rope[index] else None)
+        for index, layer in enumerate(mixed)
+    )
     return _llama(config) | {"layers": layers}
 
 
 def _mixtral(config: Any) -> dict[str, Any]:
-    return {
-        "layers": _uniform_layers(config, config.sliding_window, moe=True),
-        "experts": ExpertSpec(
-            count=config.num_local_experts,
-            per_token=config.num_experts_per_tok,
-            intermediate=config.intermediate_size,
-            normalize=True,
-            block="block_sparse_moe",
-            gate="w1",
-            up="w3",
-            down="w2",
-        ),
-    }
+    moe = MoeSpec(
+        num_experts=config.num_local_experts,
+        num_experts_per_tok=config.num_experts_per_tok,
+        intermediate_size=config.intermediate_size,
+        norm_topk_prob=True,
+        module="block_sparse_moe",
+        gate="w1",
+        up="w3",
+        down="w2",
+    )
+    return {"layers": _equal_layers(config, config.sliding_window, is_moe=True), "moe": moe}
 
 
 def _qwen3_moe(config: Any) -> dict[str, Any]:
-    layers = tuple(
-        LayerSpec(
-            config.sliding_window if config.use_sliding_window else None,
-            moe=index not in (config.mlp_only_layers or ())
-            and config.num_local_experts > 0
-            and (index + 1) % config.decoder_sparse_step == 0,
-        )
-        for index in range(config.num_hidden_layers)
-    )
-    experts = ExpertSpec(
-        count=config.num_local_experts,
-        per_token=config.num_experts_per_tok,
-        intermediate=config.moe_intermediate_size,
-        normalize=config.norm_topk_prob,
-        block="mlp",
+    window = config.sliding_window if config.use_sliding_window else None
+    layers = []
+    for index in range(config.num_hidden_layers):
+        is_sparse_step = (index + 1) % config.decoder_sparse_step == 0
+        is_mlp_only = index in (config.mlp_only_layers or ())
+        is_moe = is_sparse_step and not is_mlp_only and config.num_local_experts > 0
+        layers.append(LayerSpec(window, is_moe=is_moe))
+    moe = MoeSpec(
+        num_experts=config.num_local_experts,
+        num_experts_per_tok=config.num_experts_per_tok,
+        intermediate_size=config.moe_intermediate_size,
+        norm_topk_prob=config.norm_topk_prob,
+        module="mlp",
         gate="gate_proj",
         up="up_proj",
         down="down_proj",
     )
-    bias = config.attention_bias
-    return {"qk_norm": "head", "qkv_bias": bias, "output_bias": bias, "layers": layers, "experts": experts}
+    return {
+        "qk_norm": "head",
+        "qkv_bias": config.attention_bias,
+        "o_proj_bias": config.attention_bias,
+        "layers": tuple(layers),
+        "moe": moe,
+    }
 
 
-SUPPORTED: dict[str, tuple[str, Family]] = {  # by architecture: its model_type, and what differs
+# By architecture: its model_type and its function.
+SUPPORTED: dict[str, tuple[str, FamilyFunction]] = {
     "LlamaForCausalLM": ("llama", _llama),
     "MistralForCausalLM": ("mistral", _mistral),
     "Qwen2ForCausalLM": ("qwen2", _qwen2),
@@ -154,95 +249,66 @@ SUPPORTED: dict[str, tuple[str, Family]] = {  # by architecture: its model_type,
 }
 
 
-def model_spec(config: dict[str, Any]) -> ModelSpec:
-    """The spec of a checkpoint's config.json.
+def _activation(hidden_act: str) -> str:
+    activations = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
+    if hidden_act not in activations:
+        raise InputError(
+            f"unsupported activation ({hidden_act})", f"One of {', '.join(activations)}"
+        )
+    return activations[hidden_act]
 
-    Raises InputError for an unsupported architecture, for one that wants remote code, and for a config
-    that its own family cannot read.
+
+def _equal_layers(config: Any, window: int | None, is_moe: bool = False) -> tuple[LayerSpec, ...]:
+    """Layers that all have the same sliding window."""
+    return tuple(LayerSpec(window, is_moe=is_moe) for _ in range(config.num_hidden_layers))
+
+
+def _mixed_layers(
+    config: Any, has_window: Sequence[bool], window: int | None
+) -> tuple[LayerSpec, ...]:
+    """Layers with and without a sliding window.
+
+    The config's `layer_types` decide, or `has_window` (one per layer) for configs without them.
     """
-    if "auto_map" in config:
-        raise InputError(
-            f"config.json has an auto_map ({', '.join(sorted(config['auto_map']))})",
-            "A model that needs no code of its own: remote code is never run",
-            "Remove auto_map if the architecture is one of " + ", ".join(SUPPORTED),
-        )
-    named = config.get("architectures") or ["(none)"]
-    architecture = named[0]
-    if architecture not in SUPPORTED:
-        raise InputError(f"unsupported architecture ({architecture})", f"One of {', '.join(SUPPORTED)}")
-    kind, family = SUPPORTED[architecture]
-    if config.get("model_type") not in FAMILIES:
-        raise InputError(
-            f"config.json has model_type {config.get('model_type')!r}", f"{kind}, as its architecture says"
-        )
-    found = complete(config, kind)
-    differences = family(found)
-    common: dict[str, Any] = {
-        "hidden": found.hidden_size,
-        "heads": found.num_attention_heads,
-        "kv_heads": found.num_key_value_heads,
-        "head_dim": found.head_dim,
-        "intermediate": found.intermediate_size,
-        "vocab": found.vocab_size,
-        "max_positions": found.max_position_embeddings,
-        "norm_eps": found.rms_norm_eps,
-        "tied": found.tie_word_embeddings,
-        "attention_scale": found.head_dim**-0.5,
-    }
-    if "layers" not in differences:
-        common["layers"] = _uniform_layers(found, None)
-    if "ropes" not in differences:
-        common["ropes"] = {"global": _rope(found, _rope_parameters(found))}
-    if "activation" not in differences:
-        common["activation"] = _activation(found.hidden_act)
-    spec = ModelSpec(architecture=architecture, **(common | differences))
-    if spec.heads % spec.kv_heads:
-        raise InputError(f"{spec.heads} heads and {spec.kv_heads} KV heads", "Heads are a multiple of KV heads")
-    return spec
-
-
-def _activation(name: str) -> str:
-    names = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
-    if name not in names:
-        raise InputError(f"unsupported activation ({name})", f"One of {', '.join(names)}")
-    return names[name]
-
-
-def _uniform_layers(config: Any, window: int | None, moe: bool = False) -> tuple[LayerSpec, ...]:
-    return tuple(LayerSpec(window, moe=moe) for _ in range(config.num_hidden_layers))
-
-
-def _typed_layers(config: Any, sliding: Sequence[bool], window: int | None) -> tuple[LayerSpec, ...]:
-    """Layers with and without a window: as the config's `layer_types` say, else where `sliding` is true."""
-    kinds = config.layer_types
-    if kinds is not None:
+    layer_types = config.layer_types
+    if layer_types is not None:
         known = {"full_attention": False, "attention": False, "sliding_attention": True}
-        if len(kinds) != len(sliding) or not known.keys() >= set(kinds):
+        if len(layer_types) != len(has_window) or not known.keys() >= set(layer_types):
+            distinct = ", ".join(map(str, dict.fromkeys(layer_types)))
             raise InputError(
-                f"config.json has the layer_types {', '.join(map(str, dict.fromkeys(kinds)))} for {len(kinds)} layers",
-                f"full_attention or sliding_attention for each of {len(sliding)} layers",
+                f"config.json has the layer_types {distinct} for {len(layer_types)} layers",
+                f"full_attention or sliding_attention for each of {len(has_window)} layers",
             )
-        sliding = [known[kind] for kind in kinds]
-    return tuple(LayerSpec(window if slides else None) for slides in sliding)
+        has_window = [known[layer_type] for layer_type in layer_types]
+    return tuple(LayerSpec(window if windowed else None) for windowed in has_window)
 
 
 def _rope_parameters(config: Any) -> dict[str, Any]:
-    """The one rotary embedding of a config, from where old and new ones have it."""
-    return _standard(dict(config.rope_scaling or config.rope_parameters or {}), config.rope_theta, config)
+    """The RoPE parameters of a config that has one rotary embedding.
+
+    They are in `rope_scaling` (older configs) or `rope_parameters`.
+    """
+    parameters = dict(config.rope_scaling or config.rope_parameters or {})
+    return _with_rope_defaults(parameters, config.rope_theta, config)
 
 
-def _standard(given: dict[str, Any], theta: float, config: Any) -> dict[str, Any]:
-    """RoPE parameters with their defaults, which lie beside them in the config."""
-    defaults = {
-        "rope_type": given.get("type", "default"),
+def _with_rope_defaults(parameters: dict[str, Any], theta: float, config: Any) -> dict[str, Any]:
+    """RoPE parameters, completed with other fields of the config."""
+    partial_rotary_factor = config.partial_rotary_factor
+    completed = {
+        "rope_type": parameters.get("type", "default"),
         "rope_theta": theta,
-        "partial_rotary_factor": 1.0 if config.partial_rotary_factor is None else config.partial_rotary_factor,
+        "partial_rotary_factor": 1.0 if partial_rotary_factor is None else partial_rotary_factor,
+        **parameters,
     }
-    original = config.original_max_position_embeddings
-    return defaults | given | ({} if original is None else {"original_max_position_embeddings": original})
+    if config.original_max_position_embeddings is not None:
+        original = config.original_max_position_embeddings
+        completed["original_max_position_embeddings"] = original
+    return completed
 
 
-def _rope(config: Any, given: dict[str, Any]) -> RopeSpec:
-    from llmkit.checkpoint.frequencies import rope_spec  # torch: the parameter table alone can do without
+def _rope(config: Any, parameters: dict[str, Any]) -> RopeSpec:
+    # rope_frequencies imports torch. Importing this module must not.
+    from llmkit.checkpoint.rope_frequencies import rope_spec
 
-    return rope_spec(given, config.head_dim, config.max_position_embeddings)
+    return rope_spec(parameters, config.head_dim, config.max_position_embeddings)

@@ -1,4 +1,4 @@
-"""The linear layer of the decoder."""
+"""The linear layers of the decoder: dense ones, and packed ones for serving."""
 
 from __future__ import annotations
 
@@ -10,150 +10,224 @@ import torch
 from torch import nn
 from torch.nn.functional import linear
 
-from llmkit.checkpoint.quantized import QuantizedWeight, Scheme
-from llmkit.kernels import native
-from llmkit.kernels.jit import tl
-from llmkit.kernels.linear import Int8Product, NativeProduct, Product, has_bfloat16_products, has_int8_products
-from llmkit.kernels.native import Panels
-from llmkit.kernels.quantized_linear import GroupedProduct, RoundedProduct
-from llmkit.kernels.rounding import round_tensor, round_tokens
+from llmkit.checkpoint.quantized_weight import QuantizedWeight, Scheme
+from llmkit.kernels.activation_quant import fake_quantize_per_token, fake_quantize_static
+from llmkit.kernels.cpu import cpu_kernels
+from llmkit.kernels.cpu.cpu_kernels import PackedWeight
+from llmkit.kernels.cpu.cpu_linear import (
+    CpuLinear,
+    OneDnnInt8Linear,
+    has_bfloat16_matmul,
+    has_int8_matmul,
+)
+from llmkit.kernels.linear_kernel import LinearKernel
+from llmkit.kernels.quantized_linear import W8A8Linear, WeightOnlyLinear
+from llmkit.kernels.triton_support import tl
 
 
 @dataclass(frozen=True)
-class Rounding:
-    """What values are rounded to before they are used: 8 bits of `kind` with a stored scale, or one for each token."""
+class ActivationQuant:
+    """8-bit fake quantization of activations, with a stored scale or one for each token."""
 
     kind: str  # "int" or "float"
-    scale: torch.Tensor | None = None  # float32 [1]
+    scale: torch.Tensor | None = None  # float32 [1]; None: each token has a scale
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """x: [..., C] in and out."""
-        return round_tokens(x, self.kind) if self.scale is None else round_tensor(x, self.scale, self.kind)
+        if self.scale is None:
+            return fake_quantize_per_token(x, self.kind)
+        return fake_quantize_static(x, self.scale, self.kind)
 
 
 class Linear(nn.Module):
-    """y = round(x) W' + b with a dense weight [out, in]; an nn.Module so that calibration can hook it."""
+    """y = quantize(x) W' + b with a dense weight [out, in].
 
-    if TYPE_CHECKING:  # nn.Module's own says that it returns anything
+    It is an nn.Module so that calibration can hook it.
+    """
+
+    if TYPE_CHECKING:  # nn.Module's own returns Any
 
         def __call__(self, x: torch.Tensor) -> torch.Tensor: ...
 
     def __init__(
-        self, weight: torch.Tensor, bias: torch.Tensor | None = None, rounding: Rounding | None = None
+        self,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None = None,
+        activation_quant: ActivationQuant | None = None,
     ) -> None:
         super().__init__()
-        self.weight, self.bias, self.rounding = weight, bias, rounding
+        self.weight = weight
+        self.bias = bias
+        self.activation_quant = activation_quant
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: [..., in]. Returns [..., out]."""
-        return linear(x if self.rounding is None else self.rounding(x), self.weight, self.bias)
+        if self.activation_quant is not None:
+            x = self.activation_quant(x)
+        return linear(x, self.weight, self.bias)
 
 
 class PackedLinear(Linear):
-    """The same with a packed weight, for serving only; `weight` is on the meta device, a shape without values."""
+    """A linear layer with a packed weight, for serving only.
 
-    def __init__(self, product: Product, shape: tuple[int, int], rounding: Rounding | None = None) -> None:
-        super().__init__(torch.empty(shape, device="meta"), None, rounding)
-        self.product = product
+    `weight` is on the meta device: it has a shape but no values.
+    """
+
+    def __init__(
+        self,
+        kernel: LinearKernel,
+        shape: tuple[int, int],
+        activation_quant: ActivationQuant | None = None,
+    ) -> None:
+        super().__init__(torch.empty(shape, device="meta"), None, activation_quant)
+        self.kernel = kernel
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """x: [..., in]. Returns [..., out]. There are no hooks."""
-        return self.product(x if self.rounding is None else self.rounding(x))
+        """x: [..., in]. Returns [..., out]. Hooks do not run."""
+        if self.activation_quant is not None:
+            x = self.activation_quant(x)
+        return self.kernel(x)
 
 
 def serving_linear(
-    parts: Sequence[torch.Tensor | QuantizedWeight], bias: torch.Tensor | None, rounding: Rounding | None,
-    dtype: torch.dtype, device: torch.device | str = "cpu",
-) -> Linear:  # fmt: skip
-    """The linear that serves the weight made of `parts`, one below the other, to inputs of `dtype`.
+    parts: Sequence[torch.Tensor | QuantizedWeight],
+    bias: torch.Tensor | None,
+    activation_quant: ActivationQuant | None,
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+) -> Linear:
+    """The linear layer that serves a weight, for inputs of `dtype`.
 
-    It gives what a dense one gives in float32, up to the order of summation and, on a GPU, rounding to `dtype`. parts:
-    float tensors [rows, in], quantized weights (on a GPU, of a scheme that `suits_gpu`); bias: of `dtype`.
+    Its outputs equal those of a dense layer in float32, up to the order of summation and, on a GPU,
+    rounding to `dtype`.
+    parts: the weight in parts of some rows each: float tensors [rows, in], or quantized weights. On
+    a GPU, their scheme must be `supported_on_gpu`.
+    bias: [out], of `dtype`.
     """
-    shape, parts = (sum(part.shape[0] for part in parts), parts[0].shape[1]), _joined(parts)
-    cpu = torch.device(device).type == "cpu"
-    one = parts[0] if len(parts) == 1 and isinstance(parts[0], QuantizedWeight) else None
-    if one is not None and not cpu:
-        return PackedLinear(_gpu_product(one, bias, rounding), shape)
-    if one is not None and one.scheme.inputs == "token" and suits_integers(one):
-        if has_int8_products():
-            return PackedLinear(Int8Product(one.codes, one.scales, bias), shape)
-        if packs_weights(dtype):
-            return PackedLinear(NativeProduct([panels_of(one)], bias, integers=True), shape)
-    if cpu and packs_weights(dtype):
-        return PackedLinear(NativeProduct([panels_of(part) for part in parts], bias), shape, rounding)
+    shape = (sum(part.shape[0] for part in parts), parts[0].shape[1])
+    parts = _merge_parts(parts)
+    on_cpu = torch.device(device).type == "cpu"
+    if len(parts) == 1 and isinstance(parts[0], QuantizedWeight):
+        weight = parts[0]
+        if not on_cpu:
+            return PackedLinear(_gpu_kernel(weight, bias, activation_quant), shape)
+        if weight.scheme.inputs == "token" and supports_w8a8(weight):
+            if has_int8_matmul():
+                return PackedLinear(OneDnnInt8Linear(weight.q, weight.scales, bias), shape)
+            if keeps_weights_packed(dtype):
+                kernel = CpuLinear([pack_weight(weight)], bias, quantize_inputs=True)
+                return PackedLinear(kernel, shape)
+    if on_cpu and keeps_weights_packed(dtype):
+        kernel = CpuLinear([pack_weight(part) for part in parts], bias)
+        return PackedLinear(kernel, shape, activation_quant)
     dense = [part.dequantize() if isinstance(part, QuantizedWeight) else part for part in parts]
-    return Linear((dense[0] if len(dense) == 1 else torch.cat(dense)).to(dtype), bias, rounding)
+    joined = dense[0] if len(dense) == 1 else torch.cat(dense)
+    return Linear(joined.to(dtype), bias, activation_quant)
 
 
-def packs_weights(dtype: torch.dtype) -> bool:
-    """Whether weights stay as they are stored when inputs are of `dtype` on a CPU."""
-    return native.library is not None and not (dtype == torch.bfloat16 and has_bfloat16_products())
+def keeps_weights_packed(dtype: torch.dtype) -> bool:
+    """Whether a CPU keeps weights in their stored type, for inputs of `dtype`."""
+    if cpu_kernels.library is None:
+        return False
+    return not (dtype == torch.bfloat16 and has_bfloat16_matmul())
 
 
-def packs_integers(scheme: Scheme) -> bool:
-    """Whether a scheme's weights stay 8-bit integers on a CPU even without `packs_weights`."""
-    return scheme.kind == "int" and scheme.inputs == "token" and has_int8_products()
+def keeps_weights_int8(scheme: Scheme) -> bool:
+    """Whether a CPU multiplies weights of this scheme as int8, which oneDNN does."""
+    return scheme.kind == "int" and scheme.inputs == "token" and has_int8_matmul()
 
 
 def gpu_capability(device: torch.device | str) -> tuple[int, int]:
-    """The compute capability of a CUDA device; (0, 0) where Triton has none to run on."""
-    return torch.cuda.get_device_capability(device) if tl and torch.cuda.is_available() else (0, 0)
+    """The compute capability of a CUDA device; (0, 0) without CUDA or without Triton."""
+    if tl is None or not torch.cuda.is_available():
+        return (0, 0)
+    return torch.cuda.get_device_capability(device)
 
 
-def suits_gpu(scheme: Scheme, shape: tuple[int, ...], dtype: torch.dtype, capability: tuple[int, int]) -> bool:
-    """Whether a weight [out, in] stays as it is stored on a CUDA device, for inputs of `dtype`."""
+def supported_on_gpu(
+    scheme: Scheme, shape: tuple[int, ...], dtype: torch.dtype, capability: tuple[int, int]
+) -> bool:
+    """Whether a weight [out, in] stays quantized on a CUDA device, for inputs of `dtype`."""
     if scheme.inputs == "none":
         return scheme.kind == "int" and max(scheme.group_size, 0) % 32 == 0 and capability >= (8, 0)
     if scheme.kind == "float":
-        return all(size % 16 == 0 for size in shape) and dtype != torch.float32 and capability >= (8, 9)
-    return all(size % 8 == 0 for size in shape) and scheme.inputs == "token" and capability >= (8, 0)
+        aligned = all(size % 16 == 0 for size in shape)
+        return aligned and dtype != torch.float32 and capability >= (8, 9)
+    aligned = all(size % 8 == 0 for size in shape)
+    return aligned and scheme.inputs == "token" and capability >= (8, 0)
 
 
-def _gpu_product(weight: QuantizedWeight, bias: torch.Tensor | None, rounding: Rounding | None) -> Product:
+def _gpu_kernel(
+    weight: QuantizedWeight, bias: torch.Tensor | None, activation_quant: ActivationQuant | None
+) -> LinearKernel:
     scheme = weight.scheme
-    if rounding is None:
-        return GroupedProduct(weight.codes, weight.scales, weight.zeros, scheme.bits, scheme.group_size, bias)
-    codes = weight.codes if scheme.kind == "float" else (weight.codes ^ 128).view(torch.int8)
-    return RoundedProduct(codes, weight.scales, bias, rounding.scale)
+    if activation_quant is None:
+        return WeightOnlyLinear(
+            weight.q, weight.scales, weight.zeros, scheme.bits, scheme.group_size, bias
+        )
+    q = weight.q if scheme.kind == "float" else _as_int8(weight.q)
+    return W8A8Linear(q, weight.scales, bias, activation_quant.scale)
 
 
-def _joined(parts: Sequence[torch.Tensor | QuantizedWeight]) -> Sequence[torch.Tensor | QuantizedWeight]:
-    """The parts as one where all are of one scheme or one dtype."""
+def _merge_parts(
+    parts: Sequence[torch.Tensor | QuantizedWeight],
+) -> Sequence[torch.Tensor | QuantizedWeight]:
+    """Concatenate parts that all have the same scheme or dtype; return other parts unchanged."""
     if len(parts) == 1:
         return parts
     tensors = [part for part in parts if isinstance(part, torch.Tensor)]
-    if len({tensor.dtype for tensor in tensors}) == 1 and len(tensors) == len(parts):
-        return [torch.cat(tensors)]
-    quantized = [part for part in parts if isinstance(part, QuantizedWeight)]
-    if len(quantized) < len(parts) or len({(part.scheme, part.scales.dtype) for part in quantized}) > 1:
+    if len(tensors) == len(parts):
+        same_dtype = len({tensor.dtype for tensor in tensors}) == 1
+        return [torch.cat(tensors)] if same_dtype else parts
+    weights = [part for part in parts if isinstance(part, QuantizedWeight)]
+    if len(weights) < len(parts):
         return parts
-    codes, scales, zeros = (
-        torch.cat([getattr(part, name) for part in quantized]) for name in ("codes", "scales", "zeros")
-    )
-    return [QuantizedWeight(codes, scales, zeros, quantized[0].scheme)]
+    if len({(weight.scheme, weight.scales.dtype) for weight in weights}) > 1:
+        return parts
+    return [
+        QuantizedWeight(
+            torch.cat([weight.q for weight in weights]),
+            torch.cat([weight.scales for weight in weights]),
+            torch.cat([weight.zeros for weight in weights]),
+            weights[0].scheme,
+        )
+    ]
 
 
-def suits_integers(weight: QuantizedWeight) -> bool:
-    """Whether its codes can be multiplied with codes of 8 bits."""
-    scheme, (rows, columns) = weight.scheme, weight.shape
+def supports_w8a8(weight: QuantizedWeight) -> bool:
+    """Whether the weight can be multiplied with 8-bit inputs as integers."""
+    scheme = weight.scheme
+    rows, columns = weight.shape
     return (
-        (scheme.kind, scheme.bits, scheme.symmetric, columns % 2) == ("int", 8, True, 0)
+        scheme.kind == "int"
+        and scheme.bits == 8
+        and scheme.symmetric
+        and columns % 2 == 0
         and weight.scales.shape == (rows, 1)
-    )  # fmt: skip
+    )
 
 
-def panels_of(part: torch.Tensor | QuantizedWeight) -> Panels:
-    """A weight [rows, in] as the compiled kernels have it; its numbers are exact, whatever its dtype."""
-    if isinstance(part, torch.Tensor):
-        return Panels.pack(part if part.dtype in native.KINDS else part.float())
-    scheme, scales, columns = part.scheme, part.scales.float(), part.shape[1]
-    size = columns if scheme.group_size == -1 else scheme.group_size
-    if columns % size or (scheme.bits == 4 and size % 2):
-        return Panels.pack(part.dequantize().float())
-    if scheme.kind == "float":  # 8-bit floats are numbers of bfloat16
-        return Panels.pack(part.codes.to(torch.bfloat16), scales)
+def pack_weight(weight: torch.Tensor | QuantizedWeight) -> PackedWeight:
+    """Pack a weight [rows, in] for the compiled CPU kernels; its values stay exact."""
+    if isinstance(weight, torch.Tensor):
+        return PackedWeight.pack(
+            weight if weight.dtype in cpu_kernels.WEIGHT_TYPES else weight.float()
+        )
+    scheme = weight.scheme
+    scales = weight.scales.float()
+    columns = weight.shape[1]
+    group_size = columns if scheme.group_size == -1 else scheme.group_size
+    if columns % group_size or (scheme.bits == 4 and group_size % 2):
+        return PackedWeight.pack(weight.dequantize().float())
+    if scheme.kind == "float":  # bfloat16 represents every FP8 value exactly
+        return PackedWeight.pack(weight.q.to(torch.bfloat16), scales)
     if scheme.bits == 4:
-        return Panels.pack(part.codes, scales, scales * part.zeros.float())
-    offsets = part.zeros.float() - 128
-    return Panels.pack((part.codes ^ 128).view(torch.int8), scales, scales * offsets if bool(offsets.any()) else None)
+        return PackedWeight.pack(weight.q, scales, scales * weight.zeros.float())
+    int8_zeros = weight.zeros.float() - 128
+    offsets = scales * int8_zeros if bool(int8_zeros.any()) else None
+    return PackedWeight.pack(_as_int8(weight.q), scales, offsets)
+
+
+def _as_int8(q: torch.Tensor) -> torch.Tensor:
+    """uint8 values minus 128, as int8."""
+    return (q ^ 128).view(torch.int8)

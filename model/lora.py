@@ -1,6 +1,7 @@
-"""LoRA adapters: PEFT's files by the parameter table, and several of them over one model's shared weights.
+"""LoRA adapters: loading PEFT's files, and applying several adapters over one model's weights.
 
-An adapter adds (x A') B' alpha / r to what a linear makes of x (Hu et al. 2021, arXiv 2106.09685, section 4.1).
+An adapter adds (x A') B' alpha / r to the output of a linear (Hu et al. 2021, arXiv 2106.09685,
+section 4.1).
 """
 
 from __future__ import annotations
@@ -12,168 +13,210 @@ from pathlib import Path
 
 import torch
 
-from llmkit.checkpoint.adapter import AdapterFiles
+from llmkit.checkpoint.lora_files import AdapterFiles
 from llmkit.model.decoder import Decoder, DecoderLayer
-from llmkit.model.layout import Parameter, parameters
 from llmkit.model.linear import Linear
+from llmkit.model.parameter_table import Parameter, parameters
 from llmkit.model.spec import ModelSpec, RankSpec
 
-Rows = slice | torch.Tensor  # of a step's: consecutive ones, or int64 [n]
+Rows = slice | torch.Tensor  # rows of a step: consecutive ones, or int64 [n]
 
 
 @dataclass(frozen=True)
-class Update:
-    """What an adapter adds to a runtime linear: (x a') b'. R is the sum of the ranks of its parts."""
+class LoraWeights:
+    """What an adapter adds to a runtime linear: (x lora_a') lora_b'.
 
-    a: torch.Tensor  # [R, in]
-    b: torch.Tensor  # [out, R], times the scale; 0 where row and column are of different parts
+    A fused linear (QKV, gate_up) has an A and a B for each part; R is the sum of their ranks.
+    """
+
+    lora_a: torch.Tensor  # [R, in]
+    # [out, R], scaled by alpha / r. It is 0 where row and column belong to different parts.
+    lora_b: torch.Tensor
 
 
 def load_adapter(
     directory: Path, spec: ModelSpec, dtype: torch.dtype, device: torch.device | str = "cpu"
-) -> dict[str, Update]:
-    """The updates of an adapter that PEFT saved, by runtime module ("layers.3.attn.qkv"), where it has one.
+) -> dict[str, LoraWeights]:
+    """Load an adapter that PEFT saved. Returns its weights by runtime module ("layers.3.attn.qkv").
 
-    Raises InputError for anything but plain LoRA of linear layers that the model has, of the shapes that it has.
+    For the spec of a rank, the result is the rank's part of the adapter.
+    Raises InputError unless the adapter is plain LoRA of linear layers that the model has.
     """
-    linears = [row for row in parameters(spec.whole) if row.name.startswith("layers.") and len(row.shape) == 2]
+    linears = [
+        row
+        for row in parameters(spec.full_model)
+        if row.name.startswith("layers.") and len(row.shape) == 2
+    ]
     shapes = {
-        tensor: (sum(part.shape[0] for part in row.parts if part.tensor == tensor), row.shape[1])
+        tensor: (sum(part.shape[0] for part in row.sources if part.name == tensor), row.shape[1])
         for row in linears
-        for tensor in row.tensors
+        for tensor in row.source_names
     }
-    modules = {row.tensors: row.module for row in parameters(spec)}  # of a rank those that it has
-    files, updates = AdapterFiles(directory, shapes), {}
+    # The runtime modules of this rank, by their checkpoint tensors. A pipeline stage numbers its
+    # layers from 0, so the checkpoint tensors identify a module.
+    modules = {row.source_names: row.module for row in parameters(spec)}
+    files = AdapterFiles(directory, shapes)
+    weights = {}
     for row in linears:
-        if row.tensors not in modules:
+        if row.source_names not in modules:
             continue
-        read = {tensor: files.read(tensor, dtype) for tensor in row.tensors}
-        pieces = [(one[0], _spread(row, tensor, one[1])) for tensor, one in read.items() if one is not None]
-        if pieces:
-            a, b = torch.cat([a for a, _ in pieces]), torch.cat([b for _, b in pieces], dim=1)
-            a, b = (a, b) if spec.rank is None else _of_rank(row, spec.rank, a, b)
-            updates[modules[row.tensors]] = Update(a.to(device), b.to(device))
-    return updates
+        lora_a = []
+        lora_b = []
+        for tensor in row.source_names:
+            pair = files.read(tensor, dtype)
+            if pair is not None:
+                a, b = pair
+                lora_a.append(a)
+                lora_b.append(_place_rows(row, tensor, b))
+        if lora_a:
+            a = torch.cat(lora_a)
+            b = torch.cat(lora_b, dim=1)
+            if spec.rank is not None:
+                a, b = _shard(row, spec.rank, a, b)
+            weights[modules[row.source_names]] = LoraWeights(a.to(device), b.to(device))
+    return weights
 
 
-def _of_rank(row: Parameter, part: RankSpec, a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The columns of `a` or the rows of `b` that belong to what a rank has of a parameter."""
-    tp = part.tp if row.expert is None else part.tp // part.ep
-    split = row.parts[0].split
+def _shard(
+    row: Parameter, rank: RankSpec, a: torch.Tensor, b: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A rank's part: columns of `a` for a row-parallel parameter, rows of `b` for others."""
+    tp = rank.tp_size if row.expert is None else rank.tp_size // rank.ep_size
+    split = row.sources[0].split
     if split.kind == "replicated":
         return a, b
     if split.dim == 1:
-        start, stop = split.interval(part.rank % tp, tp)
+        start, stop = split.interval(rank.tp_rank % tp, tp)
         return a[:, start:stop], b
-    rows, at = [], 0
-    for piece in row.parts:
-        start, stop = piece.split.interval(part.rank % tp, tp)
-        rows.append(b[at + start : at + stop])
-        at += piece.shape[0]
+    rows = []
+    first_row = 0
+    for part in row.sources:
+        start, stop = part.split.interval(rank.tp_rank % tp, tp)
+        rows.append(b[first_row + start : first_row + stop])
+        first_row += part.shape[0]
     return a, torch.cat(rows)
 
 
-def _spread(row: Parameter, tensor: str, b: torch.Tensor) -> torch.Tensor:
-    """The rows of a checkpoint tensor's `b` at their places in the runtime tensor, zeros at the others."""
-    spread, start = b.new_zeros(row.shape[0], b.shape[1]), 0
-    for part in row.parts:
-        if part.tensor == tensor:
-            spread[start : start + part.shape[0]] = b[part.row : part.row + part.shape[0]]
+def _place_rows(row: Parameter, tensor: str, b: torch.Tensor) -> torch.Tensor:
+    """Move the rows of a checkpoint tensor's `b` to their places in the runtime tensor.
+
+    All other rows are 0.
+    """
+    placed = b.new_zeros(row.shape[0], b.shape[1])
+    start = 0
+    for part in row.sources:
+        if part.name == tensor:
+            rows = b[part.first_row : part.first_row + part.shape[0]]
+            placed[start : start + part.shape[0]] = rows
         start += part.shape[0]
-    return spread
+    return placed
 
 
-class Adapters:
-    """The adapters of a model. Its weights are shared: a linear's update is added to what the linear itself gives.
+class LoraManager:
+    """The adapters of a model, which share its weights.
 
-    Inside, an adapter is a number that is never given twice, so that nothing computed with one is taken for another's.
+    Ids are never reused, so that results cached for one adapter are never used for another.
     """
 
     def __init__(self, model: Decoder) -> None:
-        self.keys: dict[str, int] = {}  # by name, from 1
-        self.segments: list[tuple[int, Rows]] = []  # of the step under way: adapters and their rows
-        self._layers, self._added = model.layers, 0
+        self.adapter_ids: dict[str, int] = {}  # by name; ids begin at 1
+        # The adapter ids of the current step and their rows; `activate` sets it.
+        self.active_rows: list[tuple[int, Rows]] = []
+        self._layers = model.layers
+        self._last_id = 0
 
-    def add(self, name: str, updates: dict[str, Update]) -> None:
-        """Take an adapter in, under a name that is free."""
-        assert name not in self.keys, name
-        self._added += 1
-        self.keys[name] = self._added
-        for module, update in updates.items():
-            _, index, place = module.split(".", 2)
+    def add(self, name: str, weights: dict[str, LoraWeights]) -> None:
+        """Add an adapter under a free name. weights: as `load_adapter` returns them."""
+        assert name not in self.adapter_ids, name
+        self._last_id += 1
+        self.adapter_ids[name] = self._last_id
+        for runtime_module, lora in weights.items():
+            _, index, module = runtime_module.split(".", 2)
             layer = self._layers[int(index)]
-            linear = layer.linears[place]
-            if not isinstance(linear, AdaptedLinear):
-                linear = layer.linears[place] = AdaptedLinear(linear, self, layer if ".experts." in place else None)
-            linear.updates[self._added] = update
+            linear = layer.linears[module]
+            if not isinstance(linear, LinearWithLora):
+                expert_layer = layer if ".experts." in module else None
+                linear = LinearWithLora(linear, self, expert_layer)
+                layer.linears[module] = linear
+            linear.lora_weights[self._last_id] = lora
 
     def remove(self, name: str) -> None:
-        """Let go of an adapter; linears that no other one changes are again what they were."""
-        key = self.keys.pop(name)
+        """Remove an adapter. Linears that no other adapter changes become plain again."""
+        adapter_id = self.adapter_ids.pop(name)
         for layer in self._layers:
-            for place, linear in layer.linears.items():
-                if isinstance(linear, AdaptedLinear):
-                    linear.updates.pop(key, None)
-                    if not linear.updates:
-                        layer.linears[place] = linear.base
+            for module, linear in layer.linears.items():
+                if isinstance(linear, LinearWithLora):
+                    linear.lora_weights.pop(adapter_id, None)
+                    if not linear.lora_weights:
+                        layer.linears[module] = linear.base
 
     @contextmanager
-    def applied(
-        self, owners: Iterable[tuple[int, int]], to_device: Callable[[list[int]], torch.Tensor]
+    def activate(
+        self,
+        row_counts: Iterable[tuple[int, int]],
+        to_device: Callable[[list[int]], torch.Tensor],
     ) -> Iterator[None]:
-        """While the model computes a step: `owners` says of its rows, in order, whose they are and how many.
+        """Apply adapters to the rows of a step that the model computes inside the block.
 
-        0 owns rows without an adapter. `to_device` makes an int64 tensor on the model's device.
+        row_counts: (adapter id, number of rows), in the order of the rows. Id 0 means no adapter.
+        to_device: makes an int64 tensor on the model's device.
         """
-        rows: dict[int, list[int]] = {}
-        total = 0
-        for key, count in owners:
-            if key:
-                rows.setdefault(key, []).extend(range(total, total + count))
-            total += count
-        self.segments = [
-            (key, slice(own[0], own[-1] + 1) if own[-1] - own[0] < len(own) else to_device(own))
-            for key, own in rows.items()
-        ]
+        rows_by_adapter: dict[int, list[int]] = {}
+        num_rows = 0
+        for adapter_id, count in row_counts:
+            if adapter_id:
+                rows = rows_by_adapter.setdefault(adapter_id, [])
+                rows.extend(range(num_rows, num_rows + count))
+            num_rows += count
+        self.active_rows = []
+        for adapter_id, rows in rows_by_adapter.items():
+            is_run = rows[-1] - rows[0] < len(rows)
+            selected = slice(rows[0], rows[-1] + 1) if is_run else to_device(rows)
+            self.active_rows.append((adapter_id, selected))
         try:
             for layer in self._layers:
-                layer.adapted = bool(self.segments)
+                layer.has_lora_rows = bool(self.active_rows)
             yield
         finally:
-            self.segments = []
+            self.active_rows = []
             for layer in self._layers:
-                layer.adapted = False
+                layer.has_lora_rows = False
 
 
-class AdaptedLinear(Linear):
-    """A linear of a model with adapters: what it gives, and on it the updates of those whose rows are in the step.
+class LinearWithLora(Linear):
+    """A linear layer with adapters. Each adapter is applied to its rows of the step.
 
-    An expert's linear computes rows of the step that its `layer` has chosen for it.
+    expert_layer: the decoder layer, if this linear belongs to an expert. An expert computes only
+    the rows of the step that chose it (`DecoderLayer.expert_rows`).
     """
 
-    def __init__(self, base: Linear, adapters: Adapters, layer: DecoderLayer | None) -> None:
-        super().__init__(base.weight, base.bias, base.rounding)
-        self.base, self.adapters, self.layer = base, adapters, layer
-        self.updates: dict[int, Update] = {}
+    def __init__(
+        self, base: Linear, manager: LoraManager, expert_layer: DecoderLayer | None
+    ) -> None:
+        super().__init__(base.weight, base.bias, base.activation_quant)
+        self.base = base
+        self.manager = manager
+        self.expert_layer = expert_layer
+        self.lora_weights: dict[int, LoraWeights] = {}  # by adapter id
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: [T, in]. Returns [T, out]."""
         y = self.base(x)
-        for key, rows in self.adapters.segments:
-            update = self.updates.get(key)
-            if update is None:
+        for adapter_id, rows in self.manager.active_rows:
+            lora = self.lora_weights.get(adapter_id)
+            if lora is None:
                 continue
-            if self.layer is not None:
-                rows = _places(self.layer.chosen, rows)
+            if self.expert_layer is not None:
+                rows = _positions_in(self.expert_layer.expert_rows, rows)
             if isinstance(rows, slice):
-                y[rows].addmm_(x[rows] @ update.a.T, update.b.T)
+                y[rows].addmm_(x[rows] @ lora.lora_a.T, lora.lora_b.T)
             else:
-                y.index_add_(0, rows, x[rows] @ update.a.T @ update.b.T)
+                y.index_add_(0, rows, x[rows] @ lora.lora_a.T @ lora.lora_b.T)
         return y
 
 
-def _places(chosen: torch.Tensor, rows: Rows) -> torch.Tensor:
-    """Where in `chosen`, int64 [n], some of the step's rows are."""
+def _positions_in(expert_rows: torch.Tensor, rows: Rows) -> torch.Tensor:
+    """The positions in `expert_rows` of those rows of the step that are in `rows`, int64 [n]."""
     if isinstance(rows, slice):
-        rows = torch.arange(rows.start, rows.stop, device=chosen.device)
-    return torch.isin(chosen, rows).nonzero().flatten()
+        rows = torch.arange(rows.start, rows.stop, device=expert_rows.device)
+    return torch.isin(expert_rows, rows).nonzero().flatten()

@@ -1,35 +1,46 @@
-"""Positions to the cosines and sines of every rotary embedding a model has, once per step."""
+"""Rotary embeddings: from positions to cosines and sines, computed once per step for all layers."""
 
 from __future__ import annotations
 
 import torch
 
-from llmkit.checkpoint.config import RopeSpec
+from llmkit.checkpoint.hf_config import RopeSpec
 from llmkit.model.spec import ModelSpec
 
-Rotation = tuple[torch.Tensor, torch.Tensor]  # cos, sin: float32 [T, 1, 2R], as `rotate_` wants them
+# Cosines and sines, float32 [T, 1, 2R] for R rotated pairs, in the form that the rope kernels read:
+# both halves of the cosines are equal, the first half of the sines is negated.
+CosSin = tuple[torch.Tensor, torch.Tensor]
 
 
-class Rope:
+class RotaryEmbedding:
     """One rotary embedding on a device."""
 
-    def __init__(self, spec: RopeSpec, max_positions: int, device: torch.device) -> None:
-        self.scale, self.max_positions = spec.scale, max_positions
-        self.short = torch.tensor(spec.frequencies, dtype=torch.float32, device=device)
-        self.long = torch.tensor(spec.long_frequencies, dtype=torch.float32, device=device)
+    def __init__(self, spec: RopeSpec, max_position_embeddings: int, device: torch.device) -> None:
+        self.attention_scaling = spec.attention_scaling
+        self.max_position_embeddings = max_position_embeddings
+        self.inv_freq = torch.tensor(spec.inv_freq, dtype=torch.float32, device=device)
+        self.long_inv_freq = torch.tensor(spec.long_inv_freq, dtype=torch.float32, device=device)
 
-    def __call__(self, positions: torch.Tensor) -> Rotation:
-        """positions: int64 [T]; from `max_positions` on they mean the long factors (ModelSpec.rope_offset)."""
-        if len(self.long):
-            long = (positions >= self.max_positions)[:, None]
-            turn = (positions % self.max_positions)[:, None].float()
-            angles = turn * torch.where(long, self.long, self.short)
+    def __call__(self, positions: torch.Tensor) -> CosSin:
+        """positions: int64 [T].
+
+        With LongRoPE, a position p >= `max_position_embeddings` stands for the position
+        p - max_position_embeddings with the long factors (see `ModelSpec.rope_offset`).
+        """
+        if len(self.long_inv_freq):
+            is_long = (positions >= self.max_position_embeddings)[:, None]
+            real_positions = (positions % self.max_position_embeddings)[:, None].float()
+            angles = real_positions * torch.where(is_long, self.long_inv_freq, self.inv_freq)
         else:
-            angles = positions[:, None].float() * self.short
-        cos, sin = (angles.cos() * self.scale)[:, None], (angles.sin() * self.scale)[:, None]
+            angles = positions[:, None].float() * self.inv_freq
+        cos = (angles.cos() * self.attention_scaling)[:, None]
+        sin = (angles.sin() * self.attention_scaling)[:, None]
         return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
 
-def make_ropes(spec: ModelSpec, device: torch.device) -> dict[str, Rope]:
-    """The model's rotary embeddings by name."""
-    return {name: Rope(rope, spec.max_positions, device) for name, rope in spec.ropes.items()}
+def make_rotary_embeddings(spec: ModelSpec, device: torch.device) -> dict[str, RotaryEmbedding]:
+    """The model's rotary embeddings by name (see `LayerSpec.rope`)."""
+    return {
+        name: RotaryEmbedding(rope, spec.max_position_embeddings, device)
+        for name, rope in spec.ropes.items()
+    }

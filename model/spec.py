@@ -1,121 +1,143 @@
-"""`ModelSpec`: everything the decoder, the parameter table and the planners need to know of a model."""
+"""`ModelSpec` describes a model for the decoder, the parameter table and the planners.
+
+Fields that exist in Hugging Face configs have the same name here. The other fields say how a family
+differs from Llama.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import Literal
 
-from llmkit.checkpoint.config import RopeSpec
+from llmkit.checkpoint.hf_config import RopeSpec
 
 
 @dataclass(frozen=True)
 class LayerSpec:
-    """What differs from layer to layer."""
+    """The settings that differ from layer to layer."""
 
-    window: int | None = None  # sliding window in tokens; None: the whole context
+    sliding_window: int | None = None  # in tokens; None: the layer attends to the whole context
     rope: str | None = "global"  # key into ModelSpec.ropes; None: no position encoding
-    moe: bool = False
+    is_moe: bool = False  # the layer has experts in place of one MLP
 
 
 @dataclass(frozen=True)
-class ExpertSpec:
-    """A mixture of experts; the tensor names are those of the family's checkpoints."""
+class MoeSpec:
+    """The mixture of experts of a model.
 
-    count: int
-    per_token: int
-    intermediate: int
-    normalize: bool  # the chosen experts' probabilities are made to add up to one
-    block: str  # "mlp" or "block_sparse_moe"
-    gate: str  # an expert's tensors: "gate_proj" or "w1", ...
-    up: str
-    down: str
+    `module`, `gate`, `up` and `down` are the names in the family's checkpoint tensors.
+    """
+
+    num_experts: int
+    num_experts_per_tok: int
+    intermediate_size: int  # of one expert
+    norm_topk_prob: bool  # the probabilities of the chosen experts are scaled to a sum of one
+    module: str  # "mlp" or "block_sparse_moe"
+    gate: str  # "gate_proj" or "w1"
+    up: str  # "up_proj" or "w3"
+    down: str  # "down_proj" or "w2"
 
 
 @dataclass(frozen=True)
 class RankSpec:
-    """What of a model a rank holds: a share of each tensor, over `tp` ranks, of the layers of a pipeline stage.
+    """The share of a model that one rank holds: the layers of its stage, a slice of each tensor.
 
-    Experts are divided over `ep` groups of tp / ep neighbouring ranks, and each is split over the ranks of its group.
+    The `tp_size` ranks of a stage form `ep_size` groups of neighbouring ranks. A group holds an
+    equal share of the experts, and splits each of them over its tp_size / ep_size ranks.
     """
 
-    whole: ModelSpec
-    rank: int  # among the tp
-    tp: int
-    ep: int
-    first: int  # its layers among the whole model's: [first, stop)
-    stop: int
+    full_model: ModelSpec
+    tp_rank: int
+    tp_size: int
+    ep_size: int
+    first_layer: int  # its layers in the full model: [first_layer, end_layer)
+    end_layer: int
 
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """A decoder-only transformer, or a rank's part of one. Sizes are in elements, positions in tokens."""
+    """A decoder-only transformer, or the share of one that a rank holds.
 
-    architecture: str
-    hidden: int
-    heads: int
-    kv_heads: int
+    In the spec of a rank (see `rank_spec`), the numbers of heads, features, layers and vocabulary
+    rows are those of the rank.
+    """
+
+    architecture: str  # "LlamaForCausalLM"
+    hidden_size: int
+    num_heads: int
+    num_kv_heads: int
     head_dim: int
-    intermediate: int
-    vocab: int
-    max_positions: int
+    intermediate_size: int
+    vocab_size: int
+    max_position_embeddings: int  # the longest context, in tokens
     layers: tuple[LayerSpec, ...]
     ropes: dict[str, RopeSpec] = field(hash=False)
-    norm_eps: float = 1e-6
+    rms_norm_eps: float = 1e-6
     norm_offset: float = 0.0  # Gemma multiplies by (1 + weight)
-    norm_before: bool = True  # a norm on what a block reads
-    norm_after: bool = False  # a norm on what a block adds
+    pre_norm: bool = True  # attention and MLP read a normalized hidden state
+    post_norm: bool = False  # the output of attention and MLP is normalized before the residual add
     qk_norm: Literal["none", "head", "full"] = "none"  # over head_dim, or over all heads at once
     activation: Literal["silu", "gelu_tanh"] = "silu"
     qkv_bias: bool = False
-    output_bias: bool = False
+    o_proj_bias: bool = False
     mlp_bias: bool = False
-    fused_checkpoint: bool = False  # the checkpoint itself stores qkv_proj and gate_up_proj (Phi-3)
-    tied: bool = False
-    attention_scale: float = 1.0
-    attention_softcap: float | None = None
-    logit_softcap: float | None = None
-    embedding_scale: float = 1.0
-    residual_scale: float = 1.0
-    logit_scale: float = 1.0
-    experts: ExpertSpec | None = None
-    rank: RankSpec | None = None  # of a part, whose sizes, layers and vocabulary are then the rank's own
+    fused_checkpoint: bool = False  # the checkpoint stores qkv_proj and gate_up_proj (Phi-3)
+    tie_word_embeddings: bool = False
+    attention_scale: float = 1.0  # multiplies the attention scores
+    attn_logit_softcapping: float | None = None
+    final_logit_softcapping: float | None = None
+    embedding_multiplier: float = 1.0
+    residual_multiplier: float = 1.0
+    logit_scale: float = 1.0  # multiplies the logits
+    moe: MoeSpec | None = None
+    rank: RankSpec | None = None  # None: this is the full model
 
     @property
-    def whole(self) -> ModelSpec:
-        """The model that it is a part of."""
-        return self if self.rank is None else self.rank.whole
+    def full_model(self) -> ModelSpec:
+        """The spec of the full model that this rank holds a share of."""
+        return self if self.rank is None else self.rank.full_model
 
     @property
-    def begins(self) -> bool:
+    def is_first_stage(self) -> bool:
         """Whether it has the first layer, and so the embedding."""
-        return self.rank is None or self.rank.first == 0
+        return self.rank is None or self.rank.first_layer == 0
 
     @property
-    def ends(self) -> bool:
+    def is_last_stage(self) -> bool:
         """Whether it has the last layer, and so the output projection."""
-        return self.rank is None or self.rank.stop == len(self.whole.layers)
+        return self.rank is None or self.rank.end_layer == len(self.full_model.layers)
 
     @property
     def kv_elements_per_token(self) -> int:
-        """Elements of K and V one token needs over all layers (multiply by the cache's element size)."""
-        return 2 * len(self.layers) * self.kv_heads * self.head_dim
+        """The elements of K and V of one token over all layers."""
+        return 2 * len(self.layers) * self.num_kv_heads * self.head_dim
 
-    def kv_bytes_per_token(self, itemsize: int, own_scales: bool = False) -> int:
-        """Bytes of K and V of one token over all layers, `itemsize` each; with a scale for every head if `own_scales`,
-        as an 8-bit cache has them when the checkpoint stores none."""
-        return self.kv_elements_per_token * itemsize + own_scales * 4 * (self.kv_elements_per_token // self.head_dim)
+    def kv_bytes_per_token(self, itemsize: int, per_token_head_scales: bool = False) -> int:
+        """The bytes of K and V of one token over all layers.
+
+        itemsize: bytes of one element.
+        per_token_head_scales: an 8-bit cache also stores a float32 scale for each token and head.
+        It does so where the checkpoint has no KV scales.
+        """
+        elements = self.kv_elements_per_token
+        scale_bytes = 4 * (elements // self.head_dim) if per_token_head_scales else 0
+        return elements * itemsize + scale_bytes
 
     @property
-    def windows(self) -> tuple[int | None, ...]:
-        """The different windows of the layers, in their order; each has block tables of its own."""
-        return tuple(dict.fromkeys(layer.window for layer in self.layers))
+    def sliding_windows(self) -> tuple[int | None, ...]:
+        """The distinct sliding windows of the layers, in layer order.
+
+        Each of them has separate block tables.
+        """
+        return tuple(dict.fromkeys(layer.sliding_window for layer in self.layers))
 
     def rope_offset(self, total_tokens: int) -> int:
-        """What to add to the positions of a request that will reach `total_tokens`, prompt and output.
+        """The offset to add to the positions of a request of `total_tokens`, prompt and output.
 
-        Positions from `max_positions` on stand for the long factors of LongRoPE; 0 for other models.
+        It is 0, except for long requests of LongRoPE models. There it is `max_position_embeddings`,
+        which selects the long factors (see `RotaryEmbedding`).
         """
         for rope in self.ropes.values():
-            if rope.long_frequencies and total_tokens > rope.original_positions:
-                return self.max_positions
+            if rope.long_inv_freq and total_tokens > rope.original_max_position_embeddings:
+                return self.max_position_embeddings
         return 0

@@ -1,4 +1,5 @@
-"""Quantizing: calibration data, the methods, the layer-by-layer pipeline and the quality report.
+"""Quantizing: calibration data, the methods, the run layer by layer, and the quality report.
 
-On-disk formats live in `llmkit.checkpoint`; nothing here serves or schedules.
+Start reading at `quantize_checkpoint.py`. On-disk formats are in `llmkit.checkpoint`; nothing here
+serves or schedules.
 """

@@ -1,4 +1,9 @@
-"""What calibrated methods are made of: scales moved across an edge, codes made of a weight, rounding learnt."""
+"""The parts of a calibrated method: a smoother, a quantizer and learned rounding.
+
+A smoother moves scales from a linear's inputs into its weight (AWQ, SmoothQuant). A quantizer turns
+a weight into quantized values (GPTQ, AWQ's clipping, round to nearest). Learned rounding
+(AutoRound) improves the quantized values of a whole decoder layer.
+"""
 
 from __future__ import annotations
 
@@ -8,93 +13,113 @@ from typing import Protocol
 
 import torch
 
-from llmkit.checkpoint.quantized import QuantizedWeight, Scheme
-from llmkit.model.layout import Parameter
-from llmkit.quant.edges import Edge
-from llmkit.quant.statistics import Need, Statistics
+from llmkit.checkpoint.quantized_weight import QuantizedWeight, Scheme
+from llmkit.model.parameter_table import Parameter
+from llmkit.quant.input_stats import InputStats, StatKind
+from llmkit.quant.smoothing_mappings import SmoothingMapping
 
 
 @dataclass(frozen=True)
-class Site:
-    """A linear layer that is to be quantized."""
+class QuantTarget:
+    """A linear layer to quantize."""
 
-    row: Parameter
-    name: str  # within its decoder layer, "attn.qkv"
+    parameter: Parameter  # its row of the parameter table
+    name: str  # within its decoder layer: "attn.qkv"
     scheme: Scheme
-    dtype: torch.dtype  # that its scales are stored in
+    scale_dtype: torch.dtype  # the dtype that the output format stores scales in
 
 
 @dataclass
-class Quantized:
-    """A quantized weight and how it came about."""
+class QuantizeResult:
+    """A quantized weight and how it was made."""
 
     weight: QuantizedWeight
     method: str
-    damp: float | None = None  # GPTQ: the share of the Hessian's mean diagonal that was added to it
-    fallback: str | None = None  # why it was not quantized by the method asked for
-    error: float | None = None  # the share of the output's energy that is lost, when the coder knows it
-    tokens: int = 0  # of calibration that it saw
+    # GPTQ only: what was added to the Hessian's diagonal, as a fraction of its mean.
+    dampening_frac: float | None = None
+    # Why the weight was rounded to nearest instead of by the chosen method.
+    fallback: str | None = None
+    # The fraction of the output's energy that is lost. None: `quantize_linear` computes it.
+    error: float | None = None
+    # The calibration tokens that the linear received. Set by `quantize_linear`.
+    num_tokens: int = 0
 
 
 @dataclass
-class Job:
-    """A linear whose codes are wanted: its weight [out, in], and the figures of its inputs, which may be used up."""
+class QuantizeJob:
+    """One linear for a quantizer: its weight [out, in] and the statistics of its inputs."""
 
-    site: Site
+    target: QuantTarget
     weight: torch.Tensor
-    seen: Statistics
-    fallback: str | None = None  # why it is to be rounded to the nearest codes
+    input_stats: InputStats  # the quantizer may consume them
+    fallback: str | None = None  # a reason to round to nearest instead
 
 
-class Mover(Protocol):
-    """Finds scales to move from a linear's inputs into its weight. `seen` are the figures of its inputs; no argument
-    is changed."""
-
-    @property
-    def needs(self) -> frozenset[Need]:
-        """What statistics have to keep."""
-
-    def scales(self, site: Site, edge: Edge, weight: torch.Tensor, seen: Statistics) -> torch.Tensor | None:
-        """Scales, one per output of the edge's source, to move into the weight [out, in]; None to leave it alone."""
-
-
-class Coder(Protocol):
-    """Makes codes of a weight, which is not changed. `seen` are the figures of its inputs; they may be used up."""
+class Smoother(Protocol):
+    """Finds scales that move from a linear's inputs into its weight."""
 
     @property
-    def needs(self) -> frozenset[Need]:
-        """What statistics have to keep; nothing when the inputs need not be seen."""
+    def required_stats(self) -> frozenset[StatKind]:
+        """The statistics of the inputs that must be collected."""
+
+    def scales(
+        self,
+        target: QuantTarget,
+        mapping: SmoothingMapping,
+        weight: torch.Tensor,
+        input_stats: InputStats,
+    ) -> torch.Tensor | None:
+        """The scales for a weight [out, in], one per output of the mapping's smooth layer.
+
+        None when scaling does not reduce the error. No argument is changed.
+        """
+
+
+class Quantizer(Protocol):
+    """Turns a weight into quantized values."""
 
     @property
-    def sequential(self) -> bool:
-        """Whether the inputs of `o` and `down` are seen again once what comes before them is quantized."""
+    def required_stats(self) -> frozenset[StatKind]:
+        """The statistics of the inputs that must be collected; empty when none are needed."""
 
-    def quantize(self, site: Site, weight: torch.Tensor, seen: Statistics) -> Quantized:
-        """The codes of the weight [out, in]."""
+    @property
+    def true_sequential(self) -> bool:
+        """Whether the inputs of `o` and `down` are collected again after the linears before them
+        are quantized."""
+
+    def quantize(
+        self, target: QuantTarget, weight: torch.Tensor, input_stats: InputStats
+    ) -> QuantizeResult:
+        """Quantize a weight [out, in], which is not changed. `input_stats` may be consumed."""
 
 
-Solve = Callable[[Coder, Iterable[Job]], Iterator[Quantized]]  # in the order of the jobs, none of which needs another
+# Runs a quantizer on independent jobs and yields the results in the order of the jobs.
+Solver = Callable[[Quantizer, Iterable[QuantizeJob]], Iterator[QuantizeResult]]
 
 
 @dataclass(frozen=True)
-class Learn:
-    """How long and how fast the rounding of a layer is learnt (see `llmkit.quant.learn`)."""
+class AutoRound:
+    """The settings of learned rounding (see `llmkit.quant.auto_round`)."""
 
     steps: int = 100
-    tokens: int = 1024  # of a step, at least one window
-    rounding_rate: float = 1.0  # a weight can move by this many codes in all, over 2
-    scale_rate: float = 0.05  # and a scale by this share, over 2
+    tokens: int = 1024  # calibration tokens in a step; a step has at least one window
+    # A weight moves by at most half of this, in quantization steps.
+    rounding_rate: float = 1.0
+    # A scale changes by at most half of this, as a fraction.
+    scale_rate: float = 0.05
 
 
 @dataclass(frozen=True)
 class Algorithm:
-    """What a calibrated run does to every linear layer, in this order."""
+    """What a calibrated run does to every linear layer: smooth, quantize, learn the rounding."""
 
-    coder: Coder
-    mover: Mover | None = None
-    learn: Learn | None = None
+    quantizer: Quantizer
+    smoother: Smoother | None = None
+    auto_round: AutoRound | None = None
 
     @property
-    def needs(self) -> frozenset[Need]:
-        """What statistics have to keep."""
-        return self.coder.needs | (self.mover.needs if self.mover else frozenset())
+    def required_stats(self) -> frozenset[StatKind]:
+        """The statistics of the inputs that the quantizer and the smoother need."""
+        if self.smoother is None:
+            return self.quantizer.required_stats
+        return self.quantizer.required_stats | self.smoother.required_stats

@@ -1,6 +1,6 @@
-"""AWQ (Lin et al., 2023, arXiv 2306.00978): scale up the columns that matter before rounding, then clip.
+"""AWQ (Lin et al., 2023, arXiv 2306.00978): scale up the important columns, then clip ranges.
 
-Both searches measure the output error on the Hessian, tr(dW H dW'), so no forward passes are needed.
+Both searches measure the output error with the Hessian, tr(dW H dW'). They run no forward passes.
 """
 
 from __future__ import annotations
@@ -9,100 +9,146 @@ from dataclasses import dataclass
 
 import torch
 
-from llmkit.quant.algorithm import Quantized, Site
-from llmkit.quant.edges import Edge
-from llmkit.quant.grid import Grid, fit_grid, full_range, range_grid
-from llmkit.quant.smoothquant import normalized
-from llmkit.quant.statistics import Need, Statistics
+from llmkit.quant.algorithm import QuantizeResult, QuantTarget
+from llmkit.quant.grid import Grid, fit_grid, full_range, scales_and_zeros
+from llmkit.quant.input_stats import InputStats, StatKind
+from llmkit.quant.smoothing_mappings import SmoothingMapping
+from llmkit.quant.smoothquant import normalize_scales
 
-ROWS = 512  # of a weight that the scale search looks at, evenly spread
-CLIPS = tuple(1.0 - 0.05 * step for step in range(10))
+# The scale search measures this many rows of a weight, evenly spread; the clip search works on this
+# many at a time.
+SEARCH_ROWS = 512
+CLIP_FACTORS = tuple(1.0 - 0.05 * step for step in range(10))
 
 
 @dataclass(frozen=True)
-class AwqScales:
-    """Which columns to scale up, and by how much."""
+class AwqSmoother:
+    """Searches the scales of the columns."""
 
-    ratios: int = 20  # tried of s = |x|^r / |w|^(1-r), next to no scaling at all
-    needs: frozenset[Need] = frozenset({"hessian"})
+    # The number of ratios r to try in s = |x|^r / |w|^(1-r), in addition to no scaling.
+    n_grid: int = 20
+    required_stats: frozenset[StatKind] = frozenset({"hessian"})
 
-    def scales(self, site: Site, edge: Edge, weight: torch.Tensor, seen: Statistics) -> torch.Tensor | None:
-        """The scales of least output error; None when none is better than no scaling."""
-        assert seen.hessian is not None
-        hessian = seen.hessian
-        part = weight[:: max(1, len(weight) // ROWS)]
+    def scales(
+        self,
+        target: QuantTarget,
+        mapping: SmoothingMapping,
+        weight: torch.Tensor,
+        input_stats: InputStats,
+    ) -> torch.Tensor | None:
+        """The scales with the smallest output error; None when they do not beat no scaling."""
+        assert input_stats.hessian is not None
+        hessian = input_stats.hessian
+        rows = weight[:: max(1, len(weight) // SEARCH_ROWS)]
 
-        def lost(scales: torch.Tensor) -> float:
-            scaled = part * scales
-            delta = fit_grid(scaled, site.scheme, site.dtype).nearest(scaled).dequantize() / scales - part
+        def output_error(scales: torch.Tensor) -> float:
+            scaled = rows * scales
+            grid = fit_grid(scaled, target.scheme, target.scale_dtype)
+            delta = grid.round(scaled).dequantize() / scales - rows
             return ((delta @ hessian) * delta).sum().item()
 
-        of_inputs, of_weights = edge.per_source(seen.mean), edge.per_source(_weight_share(weight, site))
-        best, least = None, lost(torch.ones_like(seen.mean))
-        for step in range(self.ratios):
-            ratio = step / self.ratios
-            scales = normalized(of_inputs.pow(ratio) / (of_weights.pow(1 - ratio) + 1e-4))
-            if (loss := lost(edge.per_input(scales))) < least:
-                best, least = scales, loss
-        return best
+        input_magnitudes = mapping.max_over_kv_group(input_stats.mean_abs)
+        weight_magnitudes = mapping.max_over_kv_group(_normalized_weight_mean(weight, target))
+        best_scales = None
+        best_error = output_error(torch.ones_like(input_stats.mean_abs))
+        for step in range(self.n_grid):
+            ratio = step / self.n_grid
+            scales = normalize_scales(
+                input_magnitudes.pow(ratio) / (weight_magnitudes.pow(1 - ratio) + 1e-4)
+            )
+            error = output_error(mapping.repeat_kv(scales))
+            if error < best_error:
+                best_scales = scales
+                best_error = error
+        return best_scales
 
 
 @dataclass(frozen=True)
-class Clipped:
-    """The nearest codes, in ranges clipped where that lowers the output error."""
+class ClippingQuantizer:
+    """Rounds to nearest, in ranges that are clipped where that lowers the output error."""
 
-    needs: frozenset[Need] = frozenset({"hessian"})
-    sequential: bool = False
+    required_stats: frozenset[StatKind] = frozenset({"hessian"})
+    true_sequential: bool = False
 
-    def quantize(self, site: Site, weight: torch.Tensor, seen: Statistics) -> Quantized:
-        """Clip and round."""
-        assert seen.hessian is not None
-        grid = clipped(weight, seen.hessian, fit_grid(weight, site.scheme, site.dtype), kept_rows(site))
-        return Quantized(grid.nearest(weight), "awq")
-
-
-def kept_rows(site: Site) -> int:
-    """How many of the first rows are not clipped: those of q and k, whose products amplify what is cut off."""
-    parts = site.row.parts
-    return sum(part.shape[0] for part in parts[:2]) if site.name == "attn.qkv" and len(parts) == 3 else 0
+    def quantize(
+        self, target: QuantTarget, weight: torch.Tensor, input_stats: InputStats
+    ) -> QuantizeResult:
+        """Clip the ranges and round."""
+        assert input_stats.hessian is not None
+        grid = fit_grid(weight, target.scheme, target.scale_dtype)
+        grid = clip_grid(weight, input_stats.hessian, grid, num_unclipped_rows(target))
+        return QuantizeResult(grid.round(weight), "awq")
 
 
-def clipped(weight: torch.Tensor, hessian: torch.Tensor, grid: Grid, keep: int) -> Grid:
-    """`grid` with the range of every group after the first `keep` rows shrunk by the clip of least d' H_g d."""
+def num_unclipped_rows(target: QuantTarget) -> int:
+    """How many of the first rows are not clipped.
+
+    They are those of q and k: the products of queries and keys amplify clipping errors.
+    """
+    parts = target.parameter.sources
+    if target.name == "attn.qkv" and len(parts) == 3:
+        return sum(part.shape[0] for part in parts[:2])
+    return 0
+
+
+def clip_grid(weight: torch.Tensor, hessian: torch.Tensor, grid: Grid, num_unclipped: int) -> Grid:
+    """`grid` with every group's range clipped by the factor with the smallest output error.
+
+    The first `num_unclipped` rows keep their ranges. The error of a group is d' H_g d, with H_g the
+    group's block on the Hessian's diagonal.
+    """
     scheme = grid.scheme
     columns = weight.shape[1]
     size = columns if scheme.group_size == -1 else scheme.group_size
     blocks = torch.stack([hessian[i : i + size, i : i + size] for i in range(0, columns, size)])
-    scales, zeros = grid.scales.clone(), grid.zeros.clone()
-    for start in range(keep, len(weight), ROWS):
-        rows = slice(start, start + ROWS)
-        scales[rows], zeros[rows] = _clipped_rows(weight[rows], blocks, grid)
+    scales = grid.scales.clone()
+    zeros = grid.zeros.clone()
+    for start in range(num_unclipped, len(weight), SEARCH_ROWS):
+        rows = slice(start, start + SEARCH_ROWS)
+        scales[rows], zeros[rows] = _search_clip(weight[rows], blocks, grid)
     return Grid(scales, zeros, scheme)
 
 
-def _clipped_rows(part: torch.Tensor, blocks: torch.Tensor, grid: Grid) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scales and zero points [rows, G] of some rows of a weight; blocks: the Hessian's diagonal ones [G, g, g]."""
-    scheme, dtype = grid.scheme, grid.scales.dtype
-    shape = (len(part), *blocks.shape[:2])
-    low, high = full_range(part.reshape(-1, shape[2]), scheme)
-    best: list[torch.Tensor] = []
-    least = torch.full(shape[:2], torch.inf, device=part.device)
-    for clip in CLIPS:
-        scale, zero = (t.view(shape[:2]) for t in range_grid(low * clip, high * clip, scheme, dtype))
-        tried = Grid(scale.to(dtype), zero.to(torch.uint8), scheme)
-        delta = (tried.nearest(part).dequantize() - part).view(shape).transpose(0, 1)
-        loss = ((delta @ blocks) * delta).sum(dim=2).T
-        better = loss < least
-        least = torch.where(better, loss, least)
-        found = [tried.scales, tried.zeros]
-        best = [torch.where(better, new, old) for new, old in zip(found, best, strict=True)] if best else found
-    return best[0], best[1]
+def _search_clip(
+    weight: torch.Tensor, hessian_blocks: torch.Tensor, grid: Grid
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The best scales and zero points [rows, G] of some rows of a weight.
+
+    hessian_blocks [G, g, g]: the blocks on the Hessian's diagonal.
+    """
+    scheme = grid.scheme
+    dtype = grid.scales.dtype
+    num_groups, group_size = hessian_blocks.shape[:2]
+    grouped_shape = (len(weight), num_groups, group_size)
+    grid_shape = (len(weight), num_groups)
+    low, high = full_range(weight.reshape(-1, group_size), scheme)
+    best_scales: torch.Tensor | None = None
+    best_zeros: torch.Tensor | None = None
+    best_loss = torch.full(grid_shape, torch.inf, device=weight.device)
+    for factor in CLIP_FACTORS:
+        scale, zero = scales_and_zeros(low * factor, high * factor, scheme, dtype)
+        scale = scale.view(grid_shape).to(dtype)
+        zero = zero.view(grid_shape).to(torch.uint8)
+        quantized = Grid(scale, zero, scheme).round(weight)
+        delta = (quantized.dequantize() - weight).view(grouped_shape).transpose(0, 1)
+        loss = ((delta @ hessian_blocks) * delta).sum(dim=2).T
+        better = loss < best_loss
+        best_loss = torch.where(better, loss, best_loss)
+        if best_scales is None or best_zeros is None:
+            best_scales = scale
+            best_zeros = zero
+        else:
+            best_scales = torch.where(better, scale, best_scales)
+            best_zeros = torch.where(better, zero, best_zeros)
+    assert best_scales is not None and best_zeros is not None
+    return best_scales, best_zeros
 
 
-def _weight_share(weight: torch.Tensor, site: Site) -> torch.Tensor:
-    """How large each column's weights are within their groups, [in]: the mean of |w| over the group's largest."""
+def _normalized_weight_mean(weight: torch.Tensor, target: QuantTarget) -> torch.Tensor:
+    """Each column's mean [in] of |w|, relative to the largest |w| of its group."""
     rows, columns = weight.shape
-    size = columns if site.scheme.group_size == -1 else site.scheme.group_size
+    size = columns if target.scheme.group_size == -1 else target.scheme.group_size
     groups = weight.abs().view(rows, -1, size)
-    groups /= groups.amax(dim=2, keepdim=True) + 1e-6  # in place: a second copy would be the peak of a run
+    # In place: a second copy would be the memory peak of a run.
+    groups /= groups.amax(dim=2, keepdim=True) + 1e-6
     return groups.view(rows, columns).mean(dim=0)

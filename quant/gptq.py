@@ -1,7 +1,9 @@
-"""GPTQ (Frantar et al., 2022): round one column at a time and let the columns to come make up for its error.
+"""GPTQ (Frantar et al., 2022, arXiv 2210.17323).
 
-Legend: `out` rows, `in` columns, `G` groups along `in`. H is the Hessian of the squared output error,
-2/n X'X over the n calibration tokens.
+One column is rounded at a time, and the columns after it are corrected for its error.
+
+Legend: `out` rows, `in` columns, `G` groups along `in`. H is the Hessian of the squared output
+error, 2/n X'X over the n calibration tokens. Hinv is the upper Cholesky factor of H's inverse.
 """
 
 from __future__ import annotations
@@ -10,131 +12,162 @@ from dataclasses import dataclass
 
 import torch
 
-from llmkit.checkpoint.quantized import QuantizedWeight
-from llmkit.kernels.rounding import FP8
-from llmkit.quant.algorithm import Quantized, Site
+from llmkit.checkpoint.quantized_weight import QuantizedWeight
+from llmkit.kernels.activation_quant import FP8
+from llmkit.quant.algorithm import QuantizeResult, QuantTarget
 from llmkit.quant.gptq_block import quantize_block
-from llmkit.quant.grid import FULL_SEARCH, Grid, Search, fit_grid
-from llmkit.quant.memory import give_back
-from llmkit.quant.statistics import Need, Statistics, quadratic, share, squares
+from llmkit.quant.grid import FULL_SEARCH, Grid, RangeSearch, fit_grid
+from llmkit.quant.input_stats import (
+    InputStats,
+    StatKind,
+    lost_fraction,
+    output_energy,
+    sum_of_squares,
+)
+from llmkit.quant.memory_estimate import trim_heap
 
-BLOCK = 128  # columns whose updates to the rest of the matrix are applied in one product
-_ROWS = 512  # of a matrix that are worked on at once
-DAMP_LADDER = (1.0, 2.5, 5.0, 10.0)  # multiples of the damping tried while H is not positive definite
+BLOCK_SIZE = 128  # columns whose corrections of later columns are applied in one matrix product
+_CHUNK_ROWS = 512  # rows processed at a time
+# Multiples of the dampening that are tried until H is positive definite.
+DAMPENING_MULTIPLES = (1.0, 2.5, 5.0, 10.0)
 
 
 @dataclass(frozen=True)
-class Gptq:
-    """Codes that lose little of a layer's output."""
+class GptqQuantizer:
+    """Chooses quantized values that keep a linear's output close to the original."""
 
-    damp: float = 0.01  # share of H's mean diagonal that is added to it
-    search: Search | None = FULL_SEARCH
-    needs: frozenset[Need] = frozenset({"hessian"})
-    sequential: bool = True
+    dampening_frac: float = 0.01  # added to H's diagonal, as a fraction of its mean
+    search: RangeSearch | None = FULL_SEARCH
+    required_stats: frozenset[StatKind] = frozenset({"hessian"})
+    true_sequential: bool = True
 
-    def quantize(self, site: Site, weight: torch.Tensor, seen: Statistics) -> Quantized:
-        """The codes of a weight [out, in]; columns that never had an input become zero. Uses up the Hessian."""
-        assert seen.hessian is not None
-        weight, dead = weight.float(), seen.hessian.diagonal() == 0
+    def quantize(
+        self, target: QuantTarget, weight: torch.Tensor, input_stats: InputStats
+    ) -> QuantizeResult:
+        """Quantize a weight [out, in]. Columns whose inputs are all zero become zero.
+
+        Consumes the Hessian.
+        """
+        assert input_stats.hessian is not None
+        weight = weight.float()
+        dead = input_stats.hessian.diagonal() == 0
         if bool(dead.any()):
-            seen.hessian.diagonal()[dead] = 1.0
+            input_stats.hessian.diagonal()[dead] = 1.0
             weight = weight.masked_fill(dead, 0.0)
-        # Measured on SmolLM2: 5 to 9 % less output error of q, k and v than without importance, 0.3 % less elsewhere.
-        importance = seen.hessian.diagonal().clamp(min=0).sqrt()  # no view: the Hessian is to be let go of
-        grid = fit_grid(weight, site.scheme, site.dtype, self.search, importance)
-        energy = quadratic(weight, seen.hessian)
-        give_back()  # what the search and the products took, before there are two matrices of the Hessian's size
-        rounded, damp, lost = gptq(weight, seen, grid, damp=self.damp)
-        if damp is None:
+        # Measured on SmolLM2: the importance lowers the output error of q, k and v by 5 to 9 %,
+        # and that of the other linears by 0.3 %. sqrt makes a copy, so the Hessian can be freed.
+        importance = input_stats.hessian.diagonal().clamp(min=0).sqrt()
+        grid = fit_grid(weight, target.scheme, target.scale_dtype, self.search, importance)
+        energy = output_energy(weight, input_stats.hessian)
+        # Free the buffers of the search before there are two matrices of the Hessian's size.
+        trim_heap()
+        quantized, dampening_frac, lost = gptq(
+            weight, input_stats, grid, dampening_frac=self.dampening_frac
+        )
+        error = lost_fraction(lost, energy)
+        if dampening_frac is None:
             reason = "its Hessian is not positive definite even with the most damping"
-            return Quantized(rounded, "rtn", None, reason, share(lost, energy))
-        return Quantized(rounded, "gptq", damp, None, share(lost, energy))
+            return QuantizeResult(quantized, "rtn", None, reason, error)
+        return QuantizeResult(quantized, "gptq", dampening_frac, None, error)
 
 
 def gptq(
     weight: torch.Tensor,
-    seen: Statistics,
+    input_stats: InputStats,
     grid: Grid,
     *,
-    damp: float = 0.01,
+    dampening_frac: float = 0.01,
     act_order: bool = True,
-    block: int = BLOCK,
+    block_size: int = BLOCK_SIZE,
 ) -> tuple[QuantizedWeight, float | None, float]:
-    """Codes on `grid` for a float32 weight [out, in], which is not changed, against the Hessian of `seen`, which is
-    used up: there are never more than two matrices of its size.
+    """Quantize a float32 weight [out, in] on `grid` with the Hessian of `input_stats`.
 
-    The diagonal of H holds no zero. With `act_order` the columns are visited from the largest diagonal of H to the
-    smallest; the groups stay where they were, so the codes are stored in the original order without a group index.
-    Also returns the share of H's mean diagonal that was added to it, or None when no damping on the ladder was enough
-    and the weight was rounded to the nearest codes instead; and tr(dW H dW'), what that lost.
+    The weight is not changed. The Hessian is consumed: there are never more than two matrices of
+    its size. Its diagonal must hold no zero. With `act_order` the columns are visited from the
+    largest diagonal of H to the smallest. Groups keep their columns, so the quantized values are
+    stored in the original order, without a group index.
+
+    Returns the quantized weight, the dampening fraction that was used and the lost output energy,
+    tr(dW H dW'). The fraction is None when no dampening was enough and the weight was rounded to
+    nearest.
     """
-    hessian = seen.take_hessian()
-    columns, size = weight.shape[1], grid.scheme.group_size
-    order = torch.arange(columns, device=weight.device)
+    hessian = input_stats.take_hessian()
+    columns = weight.shape[1]
+    group_size = columns if grid.scheme.group_size == -1 else grid.scheme.group_size
+    perm = torch.arange(columns, device=weight.device)
     if act_order:
-        order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
-    hessian = _permuted(hessian, order.flip(0))
-    inverse, used, added = _inverse_factor(hessian, damp)
-    if inverse is None:
-        rounded = grid.nearest(weight)
-        backwards = (weight - rounded.dequantize())[:, order.flip(0)]
-        return rounded, None, quadratic(backwards, hessian)
+        perm = torch.argsort(hessian.diagonal(), descending=True, stable=True)
+    hessian = _permute(hessian, perm.flip(0))
+    hinv, used_frac, added = _reversed_hinv(hessian, dampening_frac)
+    if hinv is None:
+        quantized = grid.round(weight)
+        reversed_error = (weight - quantized.dequantize())[:, perm.flip(0)]
+        return quantized, None, output_energy(reversed_error, hessian)
     del hessian
-    group = (torch.arange(columns, device=weight.device) // (columns if size == -1 else size))[order]
-    codes, lost = _round_columns(_columns(weight, order), inverse, grid, group, block)
-    codes = torch.empty_like(codes).index_copy_(0, order, codes).T.contiguous()
+    group_index = (torch.arange(columns, device=weight.device) // group_size)[perm]
+    q, lost = _quantize_columns(
+        _permuted_columns(weight, perm), hinv, grid, group_index, block_size
+    )
+    q = torch.empty_like(q).index_copy_(0, perm, q).T.contiguous()
     if grid.scheme.kind == "float":
-        codes = codes.view(FP8)
-    rounded = QuantizedWeight(codes, grid.scales, grid.zeros, grid.scheme)
-    # The loop's errors are those against H with what was added to it.
-    return rounded, used, max(0.0, lost - added * distance(weight, rounded))
+        q = q.view(FP8)
+    quantized = QuantizedWeight(q, grid.scales, grid.zeros, grid.scheme)
+    # The loop measures the loss against the dampened H. Subtract the dampening's part.
+    lost = max(0.0, lost - added * squared_distance(weight, quantized))
+    return quantized, used_frac, lost
 
 
-def _permuted(matrix: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
-    """matrix[order][:, order], with one copy at a time."""
-    result = matrix[order]
-    for start in range(0, len(result), _ROWS):
-        rows = slice(start, start + _ROWS)
-        result[rows] = result[rows][:, order]
+def _permute(matrix: torch.Tensor, perm: torch.Tensor) -> torch.Tensor:
+    """matrix[perm][:, perm], with one copy at a time."""
+    result = matrix[perm]
+    for start in range(0, len(result), _CHUNK_ROWS):
+        rows = slice(start, start + _CHUNK_ROWS)
+        result[rows] = result[rows][:, perm]
     return result
 
 
-def _columns(weight: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
-    """weight.T[order] with one copy at a time. Transposed, a column is a contiguous row: the loop over columns then
-    works on contiguous vectors only."""
-    result = torch.empty(weight.shape[1], len(weight), dtype=weight.dtype, device=weight.device)
-    for start in range(0, len(weight), _ROWS):
-        rows = slice(start, start + _ROWS)
-        result[:, rows] = weight[rows][:, order].T
-    return result
+def _permuted_columns(weight: torch.Tensor, perm: torch.Tensor) -> torch.Tensor:
+    """weight.T[perm], with one copy at a time.
 
-
-def _inverse_factor(reverse: torch.Tensor, damp: float) -> tuple[torch.Tensor | None, float | None, float]:
-    """Lower triangular X [in, in] such that U = X reversed in both directions has inverse(H + damping) = U'U, for H
-    given reversed in both directions; the damping's share of the mean diagonal; and the damping itself.
-
-    H = R R' with R upper triangular is the Cholesky factorisation of H reversed in both directions, and U is R's
-    inverse: one factorisation and one triangular inverse, and H itself is never inverted.
+    A column of the weight is a contiguous row of the result. That makes the column loop fast.
     """
-    mean = reverse.diagonal().mean().item()
-    undamped = reverse.diagonal().clone()
-    for multiple in DAMP_LADDER:
-        share = damp * multiple
-        reverse.diagonal().copy_(undamped + share * mean)
-        factor, info = torch.linalg.cholesky_ex(reverse)
+    result = torch.empty(weight.shape[1], len(weight), dtype=weight.dtype, device=weight.device)
+    for start in range(0, len(weight), _CHUNK_ROWS):
+        rows = slice(start, start + _CHUNK_ROWS)
+        result[:, rows] = weight[rows][:, perm].T
+    return result
+
+
+def _reversed_hinv(
+    hessian: torch.Tensor, dampening_frac: float
+) -> tuple[torch.Tensor | None, float | None, float]:
+    """Hinv [in, in] of a Hessian, both with rows and columns in reverse order.
+
+    H = R R' with R upper triangular is the Cholesky factorization of the reversed H, and Hinv is
+    R's inverse. That takes one factorization and one triangular inverse; H itself is never
+    inverted. Returns Hinv, the dampening as a fraction of the mean diagonal, and the value added to
+    the diagonal. Hinv is None when no dampening makes H positive definite.
+    """
+    mean = hessian.diagonal().mean().item()
+    undampened = hessian.diagonal().clone()
+    for multiple in DAMPENING_MULTIPLES:
+        fraction = dampening_frac * multiple
+        hessian.diagonal().copy_(undampened + fraction * mean)
+        factor, info = torch.linalg.cholesky_ex(hessian)
         if info.item() == 0:
-            _invert_lower(factor)
-            if bool(torch.isfinite(factor.diagonal()).all()) and bool(torch.isfinite(factor[-1]).all()):
-                return factor, share, share * mean
+            _invert_lower_triangle(factor)
+            diagonal_is_finite = bool(torch.isfinite(factor.diagonal()).all())
+            if diagonal_is_finite and bool(torch.isfinite(factor[-1]).all()):
+                return factor, fraction, fraction * mean
         del factor
-    reverse.diagonal().copy_(undamped)
+    hessian.diagonal().copy_(undampened)
     return None, None, 0.0
 
 
-def _invert_lower(lower: torch.Tensor) -> None:
-    """Turn a lower triangular matrix into its inverse, in place, some rows at a time."""
-    for start in range(0, len(lower), _ROWS):
-        rows = slice(start, start + _ROWS)
+def _invert_lower_triangle(lower: torch.Tensor) -> None:
+    """Invert a lower triangular matrix in place, a chunk of rows at a time."""
+    for start in range(0, len(lower), _CHUNK_ROWS):
+        rows = slice(start, start + _CHUNK_ROWS)
         identity = torch.eye(len(lower[rows]), dtype=lower.dtype, device=lower.device)
         corner = torch.linalg.solve_triangular(lower[rows, rows], identity, upper=False)
         product = lower[rows, :start] @ lower[:start, :start]
@@ -143,32 +176,45 @@ def _invert_lower(lower: torch.Tensor) -> None:
         lower[rows, rows] = corner
 
 
-def _round_columns(
-    weight: torch.Tensor, inverse: torch.Tensor, grid: Grid, group: torch.Tensor, block: int
+def _quantize_columns(
+    weight: torch.Tensor,
+    reversed_hinv: torch.Tensor,
+    grid: Grid,
+    group_index: torch.Tensor,
+    block_size: int,
 ) -> tuple[torch.Tensor, float]:
-    """The codes, as bytes [in, out], of a transposed weight [in, out], which is used up, and the sum of all squared
-    errors over U's diagonal. inverse: U reversed in both directions; group: each row's."""
-    float8 = grid.scheme.kind == "float"
-    top = 0 if float8 else (1 << grid.scheme.bits) - 1
-    scales, zeros = grid.scales.T.float().contiguous(), grid.zeros.T.float().contiguous()
-    codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
+    """Quantize a transposed weight [in, out], which is consumed, block by block.
+
+    group_index [in]: the group of each row. Returns the quantized values as bytes [in, out], and
+    the sum of all squared errors over Hinv's diagonal.
+    """
+    is_float = grid.scheme.kind == "float"
+    max_q = 0 if is_float else (1 << grid.scheme.bits) - 1
+    scales = grid.scales.T.float().contiguous()
+    zeros = grid.zeros.T.float().contiguous()
+    q = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
     lost = torch.zeros((), dtype=torch.float64, device=weight.device)
-    count = len(weight)
-    for start in range(0, count, block):
-        stop = min(start + block, count)
-        rows = inverse[count - stop : count - start, : count - start].flip(0, 1)  # U's rows from the diagonal on
-        own, after = rows[:, : stop - start], rows[:, stop - start :]
-        index = group[start:stop]
-        steps, errors = quantize_block(weight[start:stop], own, scales[index], zeros[index], top)
-        codes[start:stop] = steps.to(FP8).view(torch.uint8) if float8 else steps
-        weight[stop:].addmm_(after.T, errors, alpha=-1)
+    columns = len(weight)
+    for start in range(0, columns, block_size):
+        stop = min(start + block_size, columns)
+        # Hinv's rows of this block, from the diagonal on.
+        hinv_rows = reversed_hinv[columns - stop : columns - start, : columns - start].flip(0, 1)
+        hinv_block = hinv_rows[:, : stop - start]
+        hinv_after = hinv_rows[:, stop - start :]
+        groups = group_index[start:stop]
+        block_q, errors = quantize_block(
+            weight[start:stop], hinv_block, scales[groups], zeros[groups], max_q
+        )
+        q[start:stop] = block_q.to(FP8).view(torch.uint8) if is_float else block_q
+        weight[stop:].addmm_(hinv_after.T, errors, alpha=-1)
         lost += errors.square().sum(dtype=torch.float64)
-    return codes, lost.item()
+    return q, lost.item()
 
 
-def distance(weight: torch.Tensor, quantized: QuantizedWeight) -> float:
-    """The squared distance of a weight from its codes."""
-    return sum(
-        squares(weight[start : start + _ROWS] - quantized.rows(slice(start, start + _ROWS)).dequantize())
-        for start in range(0, len(weight), _ROWS)
-    )
+def squared_distance(weight: torch.Tensor, quantized: QuantizedWeight) -> float:
+    """The sum of squared differences between a weight and its quantized version."""
+    total = 0.0
+    for start in range(0, len(weight), _CHUNK_ROWS):
+        rows = slice(start, start + _CHUNK_ROWS)
+        total += sum_of_squares(weight[rows] - quantized.rows(rows).dequantize())
+    return total

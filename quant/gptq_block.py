@@ -1,102 +1,151 @@
 """GPTQ's inner loop (arXiv 2210.17323, algorithm 1): the columns of one block, one after the other.
 
-Legend: B columns of a weight in the block, `out` its rows. Everything lies transposed, [B, out], so that a column of
-the weight is a contiguous row. A code is 0 .. top and stands for (code - zero) * scale; with top 0 it is an FP8 number.
+Legend: B columns of a weight in the block, `out` its rows. Everything is transposed, [B, out], so
+that a column of the weight is a contiguous row. A quantized value q is 0 .. max_q and represents
+(q - zero) * scale. With max_q 0 the values are FP8 numbers.
 """
 
 from __future__ import annotations
 
 import torch
 
-from llmkit.kernels.jit import jit, runs_triton, tl
-from llmkit.kernels.rounding import FP8, FP8_MAX
+from llmkit.kernels.activation_quant import FP8, FP8_MAX
+from llmkit.kernels.triton_support import jit, runs_triton, tl
 
-_TILE = 32  # outputs a program: a warp's width, and enough programs for every multiprocessor from 4096 outputs on
+# Outputs of one program: the width of a warp. 4,096 outputs give 128 programs, about one for each
+# multiprocessor.
+_TILE = 32
 
 
 def quantize_block(
-    weight: torch.Tensor, factor: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, top: int
+    weight: torch.Tensor,
+    hinv: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: torch.Tensor,
+    max_q: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Round the columns of a block in order, each error spread over the columns to come.
+    """Round the columns of a block in order and correct the later columns for each error.
 
-    weight: float32 [B, out], B up to 128, which is used up; factor: float32 [B, B], the block of the upper triangular
-    U with inverse(H) = U'U; scales, zeros: float32 [B, out], those of each column's group; top: the highest code, or 0
-    for FP8 e4m3, where zeros are 0. All contiguous, but for factor.
-    Returns the codes, as numbers, and the errors over U's diagonal, by which the columns after the block are still to
-    be corrected: both float32 [B, out].
+    weight: float32 [B, out], B up to 128; it is consumed.
+    hinv: float32 [B, B], the block's part of the upper triangular Hinv with inverse(H) = Hinv'Hinv.
+    scales, zeros: float32 [B, out], those of each column's group.
+    max_q: the largest quantized value, or 0 for FP8 e4m3, whose zeros are 0.
+    All are contiguous, except for hinv.
+
+    Returns the quantized values as numbers, and the errors divided by Hinv's diagonal, both float32
+    [B, out]. These errors correct the columns after the block.
     """
     run = quantize_block_triton if runs_triton(weight) else quantize_block_reference
-    return run(weight, factor, scales, zeros, top)
+    return run(weight, hinv, scales, zeros, max_q)
 
 
 def quantize_block_reference(
-    weight: torch.Tensor, factor: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, top: int
+    weight: torch.Tensor,
+    hinv: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: torch.Tensor,
+    max_q: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`quantize_block` in plain torch."""
-    steps, errors = torch.empty_like(weight), torch.empty_like(weight)
-    value = torch.empty_like(weight[0])
-    for i, diagonal in enumerate(factor.diagonal().tolist()):
-        scale, zero, step, error = scales[i], zeros[i], steps[i], errors[i]
-        torch.div(weight[i], scale, out=step)
-        if top:
-            step.round_().add_(zero).clamp_(0, top)
+    q = torch.empty_like(weight)
+    errors = torch.empty_like(weight)
+    centered = torch.empty_like(weight[0])
+    for i, diagonal in enumerate(hinv.diagonal().tolist()):
+        column_q = q[i]
+        error = errors[i]
+        torch.div(weight[i], scales[i], out=column_q)
+        if max_q:
+            column_q.round_().add_(zeros[i]).clamp_(0, max_q)
         else:
-            step.copy_(step.clamp_(-FP8_MAX, FP8_MAX).to(FP8))
-        torch.sub(step, zero, out=value)
-        torch.addcmul(weight[i], value, scale, value=-1, out=error)
+            column_q.copy_(column_q.clamp_(-FP8_MAX, FP8_MAX).to(FP8))
+        torch.sub(column_q, zeros[i], out=centered)
+        torch.addcmul(weight[i], centered, scales[i], value=-1, out=error)
         error.div_(diagonal)
-        weight[i + 1 :].addr_(factor[i, i + 1 :], error, alpha=-1)
-    return steps, errors
+        weight[i + 1 :].addr_(hinv[i, i + 1 :], error, alpha=-1)
+    return q, errors
 
 
 def quantize_block_triton(
-    weight: torch.Tensor, factor: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, top: int
+    weight: torch.Tensor,
+    hinv: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: torch.Tensor,
+    max_q: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`quantize_block` as one Triton kernel, without a wait for the device."""
-    assert all(t.is_contiguous() for t in (weight, scales, zeros))
-    steps, errors = torch.empty_like(weight), torch.empty_like(weight)
-    rows, width = weight.shape
-    columns = factor.T.contiguous()  # the kernel reads a column of U at a time
-    grid = (-(-width // _TILE),)
-    padded = 1 << (rows - 1).bit_length()
+    """`quantize_block` as one Triton kernel, which does not wait for the device."""
+    assert all(tensor.is_contiguous() for tensor in (weight, scales, zeros))
+    q = torch.empty_like(weight)
+    errors = torch.empty_like(weight)
+    columns, outputs = weight.shape
+    # The kernel reads one column of Hinv at a time.
+    hinv_transposed = hinv.T.contiguous()
+    grid = (-(-outputs // _TILE),)
+    padded = 1 << (columns - 1).bit_length()
     with torch.cuda.device_of(weight):
         _quantize_block[grid](
-            weight, columns, scales, zeros, steps, errors, width, top, rows, padded, _TILE, enable_fp_fusion=True
+            weight,
+            hinv_transposed,
+            scales,
+            zeros,
+            q,
+            errors,
+            outputs,
+            max_q,
+            columns,
+            padded,
+            _TILE,
+            enable_fp_fusion=True,
         )
-    return steps, errors
+    return q, errors
 
 
 @jit
 def _quantize_block(
-    weight: tl.tensor, columns: tl.tensor, scales: tl.tensor, zeros: tl.tensor, steps: tl.tensor, errors: tl.tensor,
-    width: tl.tensor, TOP: tl.constexpr, B: tl.constexpr, PADDED: tl.constexpr, TILE: tl.constexpr,
-) -> None:  # fmt: skip
-    """TILE outputs. A column is corrected by all errors before it when its turn comes: one product with U's column.
+    weight: tl.tensor,
+    hinv: tl.tensor,
+    scales: tl.tensor,
+    zeros: tl.tensor,
+    q: tl.tensor,
+    errors: tl.tensor,
+    outputs: tl.tensor,
+    MAX_Q: tl.constexpr,
+    B: tl.constexpr,
+    PADDED: tl.constexpr,
+    TILE: tl.constexpr,
+) -> None:
+    """Quantize TILE outputs of the block.
 
-    So the tile of errors is all that stays in registers, and the loads of the columns to come run ahead. columns:
-    float32 [B, B], U transposed; PADDED: B or the next power of two.
+    hinv: float32 [B, B], transposed. PADDED: B or the next power of two.
+
+    When the loop reaches a column, one product with Hinv's column applies the errors of all columns
+    before it. So only the tile of errors stays in registers, and later columns are loaded ahead.
     """
     row = tl.arange(0, PADDED)
     output = tl.program_id(0) * TILE + tl.arange(0, TILE)
-    inside = output < width
-    found = tl.zeros((PADDED, TILE), tl.float32)  # the errors so far; zero from the current column on
+    inside = output < outputs
+    # The errors so far; zero from the current column on.
+    all_errors = tl.zeros((PADDED, TILE), tl.float32)
     for i in tl.range(0, B, num_stages=3):
-        at = i * width + output
-        scale = tl.load(scales + at, mask=inside, other=1.0)
-        zero = tl.load(zeros + at, mask=inside, other=0.0)
-        spread = tl.load(columns + i * B + row, mask=row < i, other=0.0)
-        value = tl.load(weight + at, mask=inside, other=0.0) - tl.sum(found * spread[:, None], axis=0)
-        # Adding and subtracting 1.5 * 2^23 quanta rounds a float32 to a multiple of the quantum, ties to even.
+        offset = i * outputs + output
+        scale = tl.load(scales + offset, mask=inside, other=1.0)
+        zero = tl.load(zeros + offset, mask=inside, other=0.0)
+        hinv_column = tl.load(hinv + i * B + row, mask=row < i, other=0.0)
+        value = tl.load(weight + offset, mask=inside, other=0.0) - tl.sum(
+            all_errors * hinv_column[:, None], axis=0
+        )
+        # Adding and subtracting 1.5 * 2^23 quanta rounds a float32 to a multiple of the quantum,
+        # ties to even.
         step = tl.div_rn(value, scale)
-        if TOP == 0:  # e4m3 keeps 3 bits after the leading one, which is 2^-6 or more
+        if MAX_Q == 0:  # e4m3 keeps 3 bits after the leading one, which is 2^-6 or more
             step = tl.clamp(step, -448.0, 448.0)
             leading = (step.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
             shift = tl.maximum(leading, 0.015625) * 1572864.0
             step = (step + shift) - shift
         else:
-            step = (tl.clamp(step, -512.0, 512.0) + 12582912.0) - 12582912.0  # within reach of the trick
-            step = tl.clamp(step + zero, 0.0, TOP * 1.0)
-        error = tl.div_rn(value - (step - zero) * scale, tl.load(columns + i * B + i))
-        tl.store(steps + at, step, mask=inside)
-        tl.store(errors + at, error, mask=inside)
-        found = tl.where((row == i)[:, None], error[None, :], found)
+            # The clamp keeps the value small enough for the rounding above.
+            step = (tl.clamp(step, -512.0, 512.0) + 12582912.0) - 12582912.0
+            step = tl.clamp(step + zero, 0.0, MAX_Q * 1.0)
+        error = tl.div_rn(value - (step - zero) * scale, tl.load(hinv + i * B + i))
+        tl.store(q + offset, step, mask=inside)
+        tl.store(errors + offset, error, mask=inside)
+        all_errors = tl.where((row == i)[:, None], error[None, :], all_errors)

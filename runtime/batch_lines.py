@@ -1,4 +1,4 @@
-"""The lines of a batch in OpenAI's format: requests in, results out."""
+"""The lines of a batch in OpenAI's format: requests and results."""
 
 from __future__ import annotations
 
@@ -11,15 +11,21 @@ from typing import Any, BinaryIO
 
 import msgspec
 
-URLS = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/responses", "/v1/messages")
+URLS = (
+    "/v1/chat/completions",
+    "/v1/completions",
+    "/v1/embeddings",
+    "/v1/responses",
+    "/v1/messages",
+)
 MAX_LINE_BYTES = 64 << 20
 MAX_ID_CHARS = 512
 _BOM = b"\xef\xbb\xbf"
-_KIND = re.compile(r"[a-z]+[-_]")  # what an answer's id begins with
+_ID_PREFIX = re.compile(r"[a-z]+[-_]")  # of a response, such as "chatcmpl-"
 
 
 class LineError(Exception):
-    """A line that is not sent. `code` is what a program can test for."""
+    """Why a line is not sent. `code` is for programs."""
 
     def __init__(self, code: str, message: str) -> None:
         super().__init__(message)
@@ -28,10 +34,10 @@ class LineError(Exception):
 
 @dataclass(frozen=True)
 class Line:
-    """One line of the input. `error` instead of `url` and `body` where it cannot be sent."""
+    """One line of the input. A line that cannot be sent has an `error` and no `url` and `body`."""
 
-    number: int  # from 1, blank lines counted
-    end: int  # bytes of the input up to its end
+    number: int  # from 1; blank lines count
+    end: int  # bytes of the input up to the end of this line
     custom_id: str | None
     url: str = ""
     body: bytes = b""
@@ -39,21 +45,30 @@ class Line:
 
     @property
     def id(self) -> str:
-        """What its result is called: the same in every run."""
+        """The id of its result, the same in every run."""
         return hashlib.sha256(f"{self.number} {self.custom_id}".encode()).hexdigest()[:24]
 
 
 def read_lines(file: BinaryIO, model: str) -> Iterator[Line]:
-    """The lines of `file` that are not blank. model: for requests that name none. Keeps about 100 bytes for each."""
-    seen: set[bytes] = set()
-    number = end = 0
-    while text := file.readline(MAX_LINE_BYTES + 1):
+    """The lines of `file` that are not blank. model: for requests that name none.
+
+    It remembers about 100 bytes of each line, to find duplicate ids.
+    """
+    seen: set[bytes] = set()  # digests of custom ids
+    number = 0
+    end = 0
+    while True:
+        text = file.readline(MAX_LINE_BYTES + 1)
+        if not text:
+            return
         number += 1
         end += len(text)
         long = len(text) > MAX_LINE_BYTES
-        while long and not text.endswith(b"\n") and (text := file.readline(1 << 20)):
+        while long and text and not text.endswith(b"\n"):  # skip the rest of the line
+            text = file.readline(1 << 20)
             end += len(text)
-        text = text.removeprefix(_BOM) if number == 1 else text
+        if number == 1:
+            text = text.removeprefix(_BOM)
         if long:
             error = LineError("line_too_long", f"Line {number} has over {MAX_LINE_BYTES} bytes.")
             yield Line(number, end, None, error=error)
@@ -70,57 +85,74 @@ def _line(number: int, end: int, text: bytes, model: str, seen: set[bytes]) -> L
             raise LineError("invalid_json_line", f"Line {number} is no JSON: {error}.") from None
         if not isinstance(request, dict):
             raise LineError("invalid_json_line", f"Line {number} is no JSON object.")
-        given = request.get("custom_id")
-        if not isinstance(given, str) or not 0 < len(given) <= MAX_ID_CHARS:
-            what = f"Line {number} has no custom_id, a text of 1 to {MAX_ID_CHARS} characters."
-            raise LineError("invalid_custom_id", what)
-        custom_id, digest = given, hashlib.blake2b(given.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+        value = request.get("custom_id")
+        if not isinstance(value, str) or not 0 < len(value) <= MAX_ID_CHARS:
+            message = f"Line {number} has no custom_id, a text of 1 to {MAX_ID_CHARS} characters."
+            raise LineError("invalid_custom_id", message)
+        custom_id = value
+        digest = hashlib.blake2b(value.encode("utf-8", "surrogatepass"), digest_size=16).digest()
         if digest in seen:
-            raise LineError("duplicate_custom_id", f"Line {number} has the custom_id of an earlier line.")
+            raise LineError(
+                "duplicate_custom_id", f"Line {number} has the custom_id of an earlier line."
+            )
         seen.add(digest)
         if request.get("method", "POST") != "POST":
             raise LineError("invalid_method", f"Line {number}: the method must be POST.")
         if request.get("url") not in URLS:
-            raise LineError("invalid_url", f"Line {number}: the url must be one of {', '.join(URLS)}.")
+            raise LineError(
+                "invalid_url", f"Line {number}: the url must be one of {', '.join(URLS)}."
+            )
         body = request.get("body")
         if not isinstance(body, dict):
             raise LineError("invalid_body", f"Line {number}: the body must be a JSON object.")
         if body.get("stream"):
             raise LineError("invalid_body", f"Line {number}: nothing is streamed in a batch.")
-        return Line(number, end, custom_id, request["url"], msgspec.json.encode({"model": model} | body))
+        return Line(
+            number, end, custom_id, request["url"], msgspec.json.encode({"model": model} | body)
+        )
     except LineError as error:
         return Line(number, end, custom_id, error=error)
 
 
-def failed(line: Line, error: LineError) -> bytes:
-    """The result of a line that was not sent, or not answered."""
+def error_result(line: Line, error: LineError) -> bytes:
+    """The result of a line that was not sent, or whose response is unusable."""
     return _result(line, None, {"code": error.code, "message": str(error)})
 
 
-def answered(line: Line, status: int, content: bytes, created: int) -> bytes:
-    """The result of a line with the server's answer.
+def response_result(line: Line, status: int, content: bytes, created: int) -> bytes:
+    """The result of a line with the server's response.
 
-    What depends on the moment is made the same in every run: the answer's id and `created` (Unix seconds), and
-    how many tokens were found in a cache is left out.
+    It is the same in every run: the response's id and `created` (Unix seconds) are replaced, and
+    the number of cached tokens is left out.
     """
     try:
         body = msgspec.json.decode(content)
     except (msgspec.DecodeError, UnicodeDecodeError):
-        return failed(line, LineError("invalid_answer", f"The server answered {status} and no JSON."))
+        return error_result(
+            line, LineError("invalid_answer", f"The server answered {status} and no JSON.")
+        )
     if isinstance(body, dict):
         if isinstance(body.get("id"), str):
-            kind = _KIND.match(body["id"])
-            body["id"] = (kind[0] if kind else "") + line.id
+            prefix = _ID_PREFIX.match(body["id"])
+            body["id"] = (prefix[0] if prefix else "") + line.id
         for name in {"created", "created_at"} & body.keys():
             body[name] = created
-        if isinstance(usage := body.get("usage"), dict):
+        usage = body.get("usage")
+        if isinstance(usage, dict):
             for name in ("prompt_tokens_details", "input_tokens_details"):
                 usage.pop(name, None)
-    return _result(line, {"status_code": status, "request_id": f"req_{line.id}", "body": body}, None)
+    return _result(
+        line, {"status_code": status, "request_id": f"req_{line.id}", "body": body}, None
+    )
 
 
 def _result(line: Line, response: dict[str, Any] | None, error: dict[str, Any] | None) -> bytes:
-    result = {"id": f"batch_req_{line.id}", "custom_id": line.custom_id, "response": response, "error": error}
+    result = {
+        "id": f"batch_req_{line.id}",
+        "custom_id": line.custom_id,
+        "response": response,
+        "error": error,
+    }
     return msgspec.json.encode(result) + b"\n"
 
 
@@ -146,7 +178,7 @@ class _Response(msgspec.Struct):
 
 
 class Result(msgspec.Struct):
-    """What a written line says, as far as it is counted."""
+    """The parts of a written result that are counted."""
 
     custom_id: str | None
     response: _Response | None
@@ -155,10 +187,10 @@ class Result(msgspec.Struct):
 
 @dataclass
 class Tally:
-    """What has come of a batch."""
+    """The counts of a batch."""
 
     requests: int = 0
-    resumed: int = 0  # of them, done by an earlier run
+    resumed: int = 0  # requests that an earlier run has done
     succeeded: int = 0
     prompt_tokens: int = 0
     completion_tokens: int = 0
@@ -166,14 +198,15 @@ class Tally:
 
     @property
     def failed(self) -> int:
-        """Lines without a good answer."""
+        """Requests without a good response."""
         return self.requests - self.succeeded
 
     def add(self, written: bytes) -> Result:
-        """Count a line of the output. Raises msgspec.DecodeError for what is none."""
+        """Count a line of the output. Raises msgspec.DecodeError for a damaged line."""
         result = msgspec.json.decode(written, type=Result)
         self.requests += 1
-        response, code = result.response, result.error.code if result.error else None
+        response = result.response
+        code = result.error.code if result.error else None
         if response is not None:
             try:
                 body = msgspec.convert(response.body, _Body)

@@ -1,4 +1,7 @@
-"""Answers of a checkpoint to a handful of prompts, in this process: what comparing two checkpoints needs."""
+"""Generates the outputs of a checkpoint for a few prompts, in this process.
+
+Used to compare checkpoints.
+"""
 
 from __future__ import annotations
 
@@ -6,16 +9,18 @@ from collections.abc import Sequence
 
 import torch
 
-from llmkit.checkpoint.source import Checkpoint
+from llmkit.checkpoint.checkpoint import Checkpoint
 from llmkit.model.device import resolve_device
 from llmkit.model.families import model_spec
-from llmkit.runtime.engine.types import SamplingParams
-from llmkit.runtime.load import EngineOptions, load_engine, resolve_dtype
+from llmkit.runtime.engine.engine_options import EngineOptions
+from llmkit.runtime.engine.sampling_params import SamplingParams
+from llmkit.runtime.engine_loader import load_engine
+from llmkit.runtime.engine_plan import resolve_dtype
 
-KV_BYTES = 1 << 30  # of KV cache that prompts in flight may come to fill together
-MAX_SEQUENCES = 64  # prompts in flight
+MAX_KV_CACHE_BYTES = 1 << 30  # KV cache of all running prompts together
+MAX_SEQUENCES = 64  # prompts that run at the same time
 STEP_TOKENS = 2048
-_SEEDS = 1 << 63  # they are stored as int64
+_SEED_RANGE = 1 << 63  # seeds are int64
 
 
 def generate(
@@ -28,45 +33,57 @@ def generate(
     device: str = "auto",
     stop_at_eos: bool = True,
 ) -> list[list[int]]:
-    """The token ids that the model writes after each prompt of token ids, up to `max_tokens` each.
+    """The output token ids of each prompt, at most `max_tokens`.
 
-    `temperature` 0 takes the most probable tokens. Prompt i draws with the seed `seed + i`, so that an answer does
-    not depend on the other prompts. An answer ends with a token that ends answers, which is part of it; without
-    `stop_at_eos` every answer has `max_tokens` tokens. `device`: "auto", "cuda" or "cpu"; the dtype is the engine's
-    choice (float32 on the CPU). The model is loaded for this call and let go of afterwards.
-    Raises InputError for a model that cannot be run or whose logits are not finite, and for prompts and answers beyond
-    its positions; ShortageError when it does not fit; RequestError for an empty prompt.
+    temperature: 0 is greedy. seed: prompt i samples with `seed + i`, so that its output does not
+    depend on the other prompts. stop_at_eos: an output ends with the EOS token, which is part of
+    it; otherwise every output has `max_tokens` tokens. device: "auto", "cuda" or "cpu"; the dtype
+    is the engine's default (float32 on a CPU).
+
+    The model is loaded for this call and freed afterwards. Raises InputError for a model that
+    cannot be run or whose logits are not finite, and for prompts and outputs beyond its positions;
+    ShortageError when it does not fit; RequestError for an empty prompt.
     """
     if not prompts:
         return []
-    sampling = [
+    sampling_params = [
         SamplingParams(
-            temperature=temperature, seed=(seed + index) % _SEEDS, max_tokens=max_tokens, ignore_eos=not stop_at_eos
+            temperature=temperature,
+            seed=(seed + index) % _SEED_RANGE,
+            max_tokens=max_tokens,
+            ignore_eos=not stop_at_eos,
         )
         for index in range(len(prompts))
     ]
-    longest = max(map(len, prompts)) + max_tokens
-    _give_back_memory(device)
+    max_model_len = max(map(len, prompts)) + max_tokens
+    _release_cached_memory(device)
     try:
-        engine = load_engine(checkpoint, _options(checkpoint, device, len(prompts), longest))
-        answers = engine.generate([list(prompt) for prompt in prompts], sampling)
+        options = _engine_options(checkpoint, device, len(prompts), max_model_len)
+        engine = load_engine(checkpoint, options)
+        outputs = engine.generate([list(prompt) for prompt in prompts], sampling_params)
         del engine
     finally:
-        _give_back_memory(device)
-    return answers
+        _release_cached_memory(device)
+    return outputs
 
 
-def _options(checkpoint: Checkpoint, device: str, prompts: int, longest: int) -> EngineOptions:
-    """Room for as many of the prompts as can run to their end side by side, each of at most `longest` tokens."""
+def _engine_options(
+    checkpoint: Checkpoint, device: str, num_prompts: int, max_model_len: int
+) -> EngineOptions:
+    """Run as many prompts at once as can finish without preemption."""
     dtype = resolve_dtype("auto", checkpoint, resolve_device(device))
-    one = longest * model_spec(checkpoint.config).kv_elements_per_token * dtype.itemsize
-    sequences = max(1, min(prompts, MAX_SEQUENCES, KV_BYTES // one))
+    elements_per_token = model_spec(checkpoint.config).kv_elements_per_token
+    sequence_bytes = max_model_len * elements_per_token * dtype.itemsize
+    num_sequences = min(num_prompts, MAX_SEQUENCES, MAX_KV_CACHE_BYTES // sequence_bytes)
     return EngineOptions(
-        device=device, max_model_len=longest, max_num_seqs=sequences, max_num_batched_tokens=STEP_TOKENS
+        device=device,
+        max_model_len=max_model_len,
+        max_num_seqs=max(1, num_sequences),
+        max_num_batched_tokens=STEP_TOKENS,
     )
 
 
-def _give_back_memory(device: str) -> None:
-    """Let the memory plan of the next model see what the last one has left free on a GPU."""
+def _release_cached_memory(device: str) -> None:
+    """Return memory that PyTorch caches on a GPU, so that the next memory plan sees it as free."""
     if resolve_device(device).type == "cuda":
         torch.cuda.empty_cache()

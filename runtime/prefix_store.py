@@ -1,9 +1,9 @@
-"""Pages of the KV cache in files: what long prompts began with outlives the memory it was computed in.
+"""The files of the prefix cache on disk: pages of the KV cache that outlive the engine.
 
-A page is what PAGE_TOKENS tokens of a prompt have in the caches of all layers. Its file is named by a hash of the
-model and of the page's last block, whose own name stands for all tokens up to there and for the client's salt: it is
-found by those only who may share it. A file is a SHA-256 of its name and its bytes, and the bytes; one that differs is
-removed.
+A page holds the keys and values of PAGE_TOKENS prompt tokens in all layers. Its file name is a hash
+of the model and of the page's last block hash, which covers all tokens up to there and the client's
+salt. Only clients who may share the prefix can compute it. A file is a SHA-256 of its name and its
+bytes, followed by the bytes; a file that does not match is removed.
 """
 
 from __future__ import annotations
@@ -19,63 +19,73 @@ from pathlib import Path
 
 import torch
 
-from llmkit.checkpoint.reading import tensor_bytes
-from llmkit.checkpoint.source import Checkpoint
-from llmkit.checkpoint.version import version
-from llmkit.runtime.engine.types import EngineConfig
-from llmkit.runtime.prefix_files import PAGE, PART, files_in
+from llmkit.checkpoint.checkpoint import Checkpoint
+from llmkit.checkpoint.tensor_reader import tensor_bytes
+from llmkit.common.version import version
+from llmkit.runtime.engine.engine_config import EngineConfig
+from llmkit.runtime.prefix_folder import PAGE_SUFFIX, PARTIAL_SUFFIX, files_in
 
 PAGE_TOKENS = 256
-_PART_S = 3600.0  # after which a file that was not finished never will be
+_STALE_PARTIAL_S = 3600.0  # an unfinished file of this age belongs to a process that has ended
 _DIGEST_BYTES = 32
-_SAMPLE_BYTES = 4096  # of every tensor, which tell one model from another
+_SAMPLE_BYTES = 4096  # of every tensor, to tell models apart
 
 
 class PrefixStore:
-    """Pages in a folder that only its owner can read, at most so many bytes of them: those used last.
+    """Pages in a folder that only its owner can read, up to a maximum size.
 
-    `read` and `write` are for other threads than the engine's. Several processes may use a folder at once.
+    The most recently used pages are kept. `read` and `write` run in other threads than the
+    engine's. Several processes may use one folder.
     """
 
     def __init__(self, folder: Path, limit_bytes: int, identity: bytes, page_bytes: int) -> None:
-        """identity: what the bytes of a page depend on besides its tokens and its client; see `identity_of`."""
-        self.folder, self.limit_bytes, self.page_bytes = folder, limit_bytes, page_bytes
-        self.damaged = 0  # files that were not what was written, and are gone
+        """identity: what a page's bytes depend on besides tokens and salt; see `model_identity`."""
+        self.folder = folder
+        self.limit_bytes = limit_bytes
+        self.page_bytes = page_bytes
+        self.num_damaged = 0  # files that did not match their digest and were removed
         self._identity = identity
-        self._known: set[str] = set()
-        self._tidy()
+        self._known_keys: set[str] = set()
+        self._remove_old_files()
 
-    def key(self, name: bytes) -> str:
-        """The key of the page whose last block has this name."""
-        return hashlib.sha256(self._identity + name).hexdigest()
+    def key(self, block_hash: bytes) -> str:
+        """The key of the page that ends with this block."""
+        return hashlib.sha256(self._identity + block_hash).hexdigest()
 
     def has(self, key: str) -> bool:
-        """Whether the page was there when the folder was last looked through."""
-        return key in self._known
+        """Whether the page was there when the folder was last listed."""
+        return key in self._known_keys
 
     def read(self, key: str, used_ns: int) -> torch.Tensor | None:
-        """The bytes of a page, uint8 [page_bytes]; None when it is gone, or damaged and therefore removed.
+        """The bytes of a page, uint8 [page_bytes]; None when it is missing or damaged.
 
-        used_ns: the time that it counts as last used.
+        A damaged page is removed. used_ns: the time of last use to record.
         """
         data = torch.empty(_DIGEST_BYTES + self.page_bytes, dtype=torch.uint8)
         view = tensor_bytes(data)
+        path = self._path(key)
         with suppress(OSError):
-            with self._path(key).open("rb", buffering=0) as file:
-                whole = os.fstat(file.fileno()).st_size == len(view) and _read_into(file.fileno(), view)
-            if whole and _digest(key, view[_DIGEST_BYTES:]) == view[:_DIGEST_BYTES]:
-                os.utime(self._path(key), ns=(used_ns, used_ns))
+            with path.open("rb", buffering=0) as file:
+                has_right_size = os.fstat(file.fileno()).st_size == len(view)
+                is_complete = has_right_size and _read_into(file.fileno(), view)
+            if is_complete and _digest(key, view[_DIGEST_BYTES:]) == view[:_DIGEST_BYTES]:
+                os.utime(path, ns=(used_ns, used_ns))
                 return data[_DIGEST_BYTES:]
-            self.damaged += 1
-            self._path(key).unlink()
-        self._known.discard(key)
+            self.num_damaged += 1
+            path.unlink()
+        self._known_keys.discard(key)
         return None
 
     def write(self, key: str, page: torch.Tensor, used_ns: int) -> None:
-        """Keep a page, uint8 [page_bytes]; those that were not used for longest make room. A full disk ends nothing."""
+        """Store a page, uint8 [page_bytes], and remove the least recently used ones over the limit.
+
+        Errors, such as a full disk, are ignored: then the page is not stored.
+        """
         view = tensor_bytes(page)
         with suppress(OSError):
-            file = tempfile.NamedTemporaryFile(dir=self.folder, suffix=PART, delete=False)  # noqa: SIM115  (mode 0600)
+            file = tempfile.NamedTemporaryFile(  # noqa: SIM115
+                dir=self.folder, suffix=PARTIAL_SUFFIX, delete=False
+            )
             try:
                 with file:
                     file.write(_digest(key, view))
@@ -85,42 +95,50 @@ class PrefixStore:
             except OSError:
                 Path(file.name).unlink()
                 raise
-            self._known.add(key)
-        self._tidy()
+            self._known_keys.add(key)
+        self._remove_old_files()
 
-    def _tidy(self) -> None:
-        """Look through the folder, and remove what is over its limit; the files of other models count too."""
-        for used_ns, _, path in files_in(self.folder, PART):
-            if time.time() - used_ns / 1e9 > _PART_S:
+    def _remove_old_files(self) -> None:
+        """List the folder and remove files over the limit; the files of other models count too."""
+        for used_ns, _, path in files_in(self.folder, PARTIAL_SUFFIX):
+            if time.time() - used_ns / 1e9 > _STALE_PARTIAL_S:
                 with suppress(OSError):
                     path.unlink()
-        found = files_in(self.folder, PAGE)
-        total = sum(size for _, size, _ in found)
-        while found and total > self.limit_bytes:
-            _, size, path = found.pop(0)
+        files = files_in(self.folder, PAGE_SUFFIX)
+        total_bytes = sum(size for _, size, _ in files)
+        while files and total_bytes > self.limit_bytes:
+            _, size, path = files.pop(0)
             with suppress(OSError):
                 path.unlink()
-            total -= size
-        self._known = {path.stem for _, _, path in found}
+            total_bytes -= size
+        self._known_keys = {path.stem for _, _, path in files}
 
     def _path(self, key: str) -> Path:
-        return self.folder / f"{key}{PAGE}"
+        return self.folder / f"{key}{PAGE_SUFFIX}"
 
 
-def identity_of(models: Sequence[Checkpoint], config: EngineConfig) -> bytes:
-    """What keys and values depend on besides tokens: the models and how they are computed and laid out.
+def model_identity(checkpoints: Sequence[Checkpoint], config: EngineConfig) -> bytes:
+    """A hash of the models and of how keys and values are computed and stored.
 
-    A model is its config, its tensors' headers and the first bytes of each: to hash all of it would take longer than
-    what is saved. No training and no quantization leaves the first 4 KiB of every tensor as they were.
+    It covers a model's config, its tensors' headers and the first bytes of each tensor. Hashing
+    everything would take longer than the cache saves, and any training or quantization changes the
+    first 4 KiB of at least one tensor.
     """
     digest = hashlib.sha256()
-    form = (version(), PAGE_TOKENS, config.block_size, str(config.dtype), config.kv_dtype, config.device.type)
-    digest.update(repr(form).encode())
-    for model in models:
-        digest.update(json.dumps(model.config, sort_keys=True, default=str).encode())
-        for name, info in sorted(model.tensors.items()):
+    layout = (
+        version(),
+        PAGE_TOKENS,
+        config.block_size,
+        str(config.dtype),
+        config.kv_cache_dtype,
+        config.device.type,
+    )
+    digest.update(repr(layout).encode())
+    for checkpoint in checkpoints:
+        digest.update(json.dumps(checkpoint.config, sort_keys=True, default=str).encode())
+        for name, info in sorted(checkpoint.tensors.items()):
             digest.update(f"{name} {info.dtype} {info.shape}".encode())
-            digest.update(model.read_bytes(info, 0, min(info.nbytes, _SAMPLE_BYTES)))
+            digest.update(checkpoint.read_bytes(info, 0, min(info.nbytes, _SAMPLE_BYTES)))
     return digest.digest()
 
 
@@ -131,8 +149,11 @@ def _digest(key: str, page: memoryview) -> bytes:
 
 
 def _read_into(file: int, view: memoryview) -> bool:
-    """Fill `view`; False when the file ends before."""
-    done = 0
-    while done < len(view) and (count := os.preadv(file, [view[done:]], done)):
-        done += count
-    return done == len(view)
+    """Fill `view`; False when the file is shorter."""
+    num_read = 0
+    while num_read < len(view):
+        count = os.preadv(file, [view[num_read:]], num_read)
+        if not count:
+            return False
+        num_read += count
+    return True

@@ -1,38 +1,48 @@
-"""`llmkit shard merge`: from the ranks' files back to one checkpoint, with the source's bytes."""
+"""`llmkit shard merge`: joins the files of all ranks to one checkpoint with the source's bytes."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
-from llmkit.checkpoint.errors import InputError
-from llmkit.checkpoint.progress import Progress, SilentProgress
-from llmkit.checkpoint.source import open_checkpoint
-from llmkit.checkpoint.writer import CheckpointWriter, PlannedTensor, check_output, plan_files, planned_bytes
-from llmkit.shard.slices import Target
-from llmkit.shard.source import Source
-from llmkit.shard.stream import write_output
+from llmkit.checkpoint.open_checkpoint import open_checkpoint
+from llmkit.checkpoint.output_directory import check_output
+from llmkit.checkpoint.safetensors_header import TensorInfo
+from llmkit.checkpoint.writer import CheckpointWriter, plan_files, planned_bytes
+from llmkit.common.errors import InputError
+from llmkit.common.progress import Progress, SilentProgress
+from llmkit.shard.copy_slices import write_output
+from llmkit.shard.shard_source import ShardSource
 
 
-def merge(path: str | Path, output: str | Path, progress: Progress | None = None) -> dict[str, list[PlannedTensor]]:
-    """Write the sharded directory `path` as a whole checkpoint into the new directory `output`; its files' tensors.
+def merge(
+    path: str | Path, output: str | Path, progress: Progress | None = None
+) -> dict[str, list[TensorInfo]]:
+    """Write the sharded directory `path` as one checkpoint into the new directory `output`.
 
-    Every tensor has the bytes it had in the checkpoint that was sharded. An interrupted run is continued. Raises
-    InputError when `path` is not sharded, when a rank's file is absent or is not the one the manifest describes
-    (telling both digests), and when the ranks do not make up the whole; OutputError and ShortageError as
-    CheckpointWriter does.
+    Every tensor has the bytes that it had in the checkpoint that was sharded. An interrupted run is
+    continued. Returns the tensors of each written file.
+
+    Raises InputError when `path` is not sharded, when a rank's file is missing or differs from the
+    manifest (with both digests), and when the ranks do not cover the whole model; OutputError and
+    ShortageError as CheckpointWriter does.
     """
     checkpoint = open_checkpoint(path)
-    source = Source(checkpoint)
+    source = ShardSource(checkpoint)
     if source.layout is None:
-        raise InputError(f"{path} is not sharded", "A directory that `llmkit shard` wrote was expected")
-    pieces = {name: source.layout.by_source[name][0].slice.whole() for name in source.tensors}
-    files = plan_files([PlannedTensor(piece.name, piece.dtype, piece.source_shape) for piece in pieces.values()])
-    check_output(Path(output).expanduser(), checkpoint, planned_bytes(files))
-    targets = {
-        tensor.name: [Target(file, tensor.name, pieces[tensor.name])]
-        for file, tensors in files.items()
-        for tensor in tensors
-    }
-    with CheckpointWriter(output, files, checkpoint, {"command": "shard merge", "source": checkpoint.stamps}) as writer:
-        write_output(source, targets, writer, {"source": source.origin}, progress or SilentProgress())
+        raise InputError(
+            f"{path} is not sharded", "A directory that `llmkit shard` wrote was expected"
+        )
+    files = plan_files(list(source.tensors.values()))
+    check_output(Path(output).expanduser(), checkpoint.path, planned_bytes(files))
+    slices = {}
+    for file, tensors in files.items():
+        for tensor in tensors:
+            full_slice = source.layout.slices_by_source[tensor.name][0].full_slice()
+            slices[tensor.name] = [replace(full_slice, file=file, target=tensor.name)]
+    identity = {"command": "shard merge", "source": checkpoint.stamps}
+    with CheckpointWriter(output, files, checkpoint, identity) as writer:
+        write_output(
+            source, slices, writer, {"source": source.origin}, progress or SilentProgress()
+        )
     return files

@@ -1,4 +1,4 @@
-"""`llmkit shard verify`: whether a sharded directory is still what was written."""
+"""`llmkit shard verify`: checks that a sharded directory is as it was written."""
 
 from __future__ import annotations
 
@@ -6,111 +6,132 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from llmkit.checkpoint.errors import InputError
-from llmkit.checkpoint.reading import CHUNK_BYTES, read_range
+from llmkit.checkpoint.manifest import verify_manifest
 from llmkit.checkpoint.safetensors_header import TensorInfo, byte_count, read_header
-from llmkit.checkpoint.writer import verify_manifest
-from llmkit.shard.layout import Layout, StoredSlice, is_foreign, read_layout, sharded_manifest
+from llmkit.checkpoint.tensor_reader import CHUNK_BYTES, read_range
+from llmkit.common.errors import InputError
+from llmkit.shard.sharded_layout import (
+    ShardedLayout,
+    is_vllm_layout,
+    load_sharded_manifest,
+    read_layout,
+)
+from llmkit.shard.tensor_slice import TensorSlice
 
 
 @dataclass
 class VerifyResult:
-    """What was checked and everything that is wrong; no problems means every byte is as written."""
+    """What was checked, and all problems. Without problems, every byte is as it was written."""
 
     tp: int
     pp: int
     ep: int
     files: int  # rank files
     tensors: int  # over all ranks
-    bytes: int  # of those tensors
+    bytes: int  # the size of these tensors
     replica_groups: int  # slices that several ranks store
     padding_bytes: int
     problems: list[str] = field(default_factory=list)
 
     @property
     def ok(self) -> bool:
-        """Whether nothing is wrong."""
+        """Whether there are no problems."""
         return not self.problems
 
     def to_json(self) -> dict[str, Any]:
-        """The result as one JSON-ready document."""
+        """The result as a JSON document."""
         return {"ok": self.ok, **vars(self)}
 
 
 def verify(path: str | Path) -> VerifyResult:
-    """Check a sharded directory: each file and tensor against the manifest, replicas equal, padding zero, no gaps.
+    """Check a sharded directory.
 
-    Raises InputError when the directory is not sharded or its manifest is malformed; everything else that is
-    wrong is told in `problems`.
+    Each file and tensor is compared with the manifest, replicas are compared with each other,
+    padding must be zero, and the slices must cover every tensor.
+    Raises InputError when the directory is not sharded or its manifest is malformed; every other
+    problem is in `problems`.
     """
     folder = Path(path).expanduser()
-    manifest = sharded_manifest(folder)
-    if is_foreign(manifest):
+    manifest = load_sharded_manifest(folder)
+    if is_vllm_layout(manifest):
         return _verify_foreign(folder, manifest)
     layout = read_layout(folder)
-    pieces = [stored.slice for stored in layout.slices]
+    problems = verify_manifest(folder)
+    problems += layout.gaps()
+    problems += _check_replicas(layout)
+    problems += _check_tensors(folder, layout)
     return VerifyResult(
         tp=layout.tp,
         pp=layout.pp,
         ep=layout.ep,
         files=len(layout.files),
-        tensors=len(pieces),
-        bytes=sum(piece.nbytes for piece in pieces),
-        replica_groups=sum(stored.replicas[0] == stored.file and len(stored.replicas) > 1 for stored in layout.slices),
-        padding_bytes=sum(piece.padding_bytes for piece in pieces),
-        problems=verify_manifest(folder) + layout.gaps() + _replicas(layout) + _stored(folder, layout),
+        tensors=len(layout.slices),
+        bytes=sum(piece.nbytes for piece in layout.slices),
+        replica_groups=sum(
+            piece.replicas[0] == piece.file and len(piece.replicas) > 1 for piece in layout.slices
+        ),
+        padding_bytes=sum(piece.padding_bytes for piece in layout.slices),
+        problems=problems,
     )
 
 
 def _verify_foreign(folder: Path, manifest: dict[str, Any]) -> VerifyResult:
-    """By digests alone: which parts of the source the tensors are is not recorded."""
+    """Check digests only: the manifest does not record which slices the tensors hold."""
     layout = manifest["layout"]
     sizes = [byte_count(entry["dtype"], entry["shape"]) for entry in manifest["tensors"].values()]
     return VerifyResult(
-        layout["tp"], 1, 1, len(layout["ranks"]), len(sizes), sum(sizes), 0, 0, verify_manifest(folder)
-    )  # fmt: skip
+        tp=layout["tp"],
+        pp=1,
+        ep=1,
+        files=len(layout["ranks"]),
+        tensors=len(sizes),
+        bytes=sum(sizes),
+        replica_groups=0,
+        padding_bytes=0,
+        problems=verify_manifest(folder),
+    )
 
 
-def _replicas(layout: Layout) -> list[str]:
-    """Replicas that are not identical. That the digests are those of the bytes is `verify_manifest`'s to check."""
-    by_place = {(stored.file, stored.slice.name): stored for stored in layout.slices}
+def _check_replicas(layout: ShardedLayout) -> list[str]:
+    """Replicas whose digests differ. `verify_manifest` compares the digests with the bytes."""
+    by_file_and_name = {(piece.file, piece.name): piece for piece in layout.slices}
     problems = []
-    for stored in layout.slices:
-        for file in stored.replicas:
-            other = by_place.get((file, stored.slice.name))
-            if other is None or stored.file not in other.replicas:
-                problems.append(f"{stored.key} and {file} do not agree on being replicas")
-            elif stored.file < file and stored.sha256 != other.sha256:
-                problems.append(f"{stored.key} differs from its replica in {file}")
+    for piece in layout.slices:
+        for file in piece.replicas:
+            replica = by_file_and_name.get((file, piece.name))
+            if replica is None or piece.file not in replica.replicas:
+                problems.append(f"{piece.key} and {file} do not agree on being replicas")
+            elif piece.file < file and piece.sha256 != replica.sha256:
+                problems.append(f"{piece.key} differs from its replica in {file}")
     return problems
 
 
-def _stored(folder: Path, layout: Layout) -> list[str]:
-    """Tensors that are not of the layout's dtype and shape, and padding that is not zero."""
+def _check_tensors(folder: Path, layout: ShardedLayout) -> list[str]:
+    """Tensors whose dtype or shape differs from the layout, and padding that is not zero."""
     problems = []
     headers: dict[str, dict[str, TensorInfo]] = {}
     for file in layout.files:
         try:
             headers[file] = read_header(folder / file)
         except InputError:
-            headers[file] = {}  # `verify_manifest` has told
-    for stored in layout.slices:
-        info = headers[stored.file].get(stored.slice.name)
+            headers[file] = {}  # `verify_manifest` reports the error
+    for piece in layout.slices:
+        info = headers[piece.file].get(piece.name)
         if info is None:
             continue
-        if (info.dtype, info.shape) != (stored.slice.dtype, stored.slice.shape):
+        if (info.dtype, info.shape) != (piece.dtype, piece.shape):
             problems.append(
-                f"{stored.key} is {info.dtype} {list(info.shape)}, "
-                f"the layout says {stored.slice.dtype} {list(stored.slice.shape)}"
+                f"{piece.key} is {info.dtype} {list(info.shape)}, "
+                f"the layout says {piece.dtype} {list(piece.shape)}"
             )
-        elif _nonzero_padding(folder, stored, info):
-            problems.append(f"{stored.key}: its {stored.slice.padding} rows of padding are not all zero")
+        elif _has_nonzero_padding(folder, piece, info):
+            problems.append(f"{piece.key}: its {piece.padding} rows of padding are not all zero")
     return problems
 
 
-def _nonzero_padding(folder: Path, stored: StoredSlice, info: TensorInfo) -> bool:
-    start = info.end - stored.slice.padding_bytes
-    return any(
-        bool(read_range(folder / stored.file, position, min(CHUNK_BYTES, info.end - position)).any())
-        for position in range(start, info.end, CHUNK_BYTES)
-    )
+def _has_nonzero_padding(folder: Path, piece: TensorSlice, info: TensorInfo) -> bool:
+    for start in range(info.end - piece.padding_bytes, info.end, CHUNK_BYTES):
+        data = read_range(folder / piece.file, start, min(CHUNK_BYTES, info.end - start))
+        if bool(data.any()):
+            return True
+    return False

@@ -1,4 +1,4 @@
-"""Shared test set-up: one thread per process (tests run side by side), and `import tiny` from any test."""
+"""Set-up that all tests share: one thread per process, `support` on the path, common fixtures."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 if TYPE_CHECKING:
     import httpx
     import openai
-    from serving import ServerProcess
+    from support.server_process import LlmkitServer
 
 for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
     os.environ.setdefault(name, "1")
@@ -23,14 +23,15 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-with suppress(ImportError):  # kernels are compiled for GPUs in tests, though llmkit imports Triton only where one is
+# Tests compile kernels for GPUs. llmkit itself imports Triton only where there is a GPU.
+with suppress(ImportError):
     import triton  # noqa: F401
 
 
 @pytest.fixture(scope="module")
 def short_builtin_text() -> Iterator[None]:
-    """A tenth of the builtin text: tokenizing all of it would be most of the time of the tests that quantize."""
-    from llmkit.quant import text
+    """Use a tenth of the built-in text: tokenizing all of it takes longer than quantizing."""
+    from llmkit.quant import calibration_text as text
 
     with pytest.MonkeyPatch.context() as patch:
         short = text.builtin_text()[:50_000]
@@ -39,16 +40,62 @@ def short_builtin_text() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def client(server: ServerProcess) -> Iterator[openai.OpenAI]:
-    """OpenAI's own, of a module's `server`."""
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random checkpoint.
+
+    A module's `MODEL` holds arguments of `tiny_checkpoint`; its `edit_model(path)` changes files.
+    """
+    from support.tiny_models import tiny_checkpoint
+
+    folder = tmp_path_factory.mktemp("checkpoint")
+    path = tiny_checkpoint(folder / "model", **getattr(request.module, "MODEL", {}))
+    edit_model = getattr(request.module, "edit_model", None)
+    if edit_model is not None:
+        edit_model(path)
+    return path
+
+
+@pytest.fixture
+def checkpoint(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """As `model`, but made anew for each test, which may change its files."""
+    from support.tiny_models import tiny_checkpoint
+
+    return tiny_checkpoint(tmp_path / "model", **getattr(request.module, "MODEL", {}))
+
+
+@pytest.fixture(scope="module")
+def server(
+    request: pytest.FixtureRequest, model: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[LlmkitServer]:
+    """A server of `model`.
+
+    A module's `SERVER` holds its options, `API_KEYS` the keys that it accepts.
+    """
+    from support.server_process import serving
+
+    folder = tmp_path_factory.mktemp("server")
+    options = dict(getattr(request.module, "SERVER", {}))
+    keys = getattr(request.module, "API_KEYS", ())
+    if keys:
+        (folder / "keys").write_text("".join(f"{key}\n" for key in keys))
+        options["api_key_file"] = str(folder / "keys")
+    with serving(folder / "log", model, *keys[:1], **options) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def client(server: LlmkitServer) -> Iterator[openai.OpenAI]:
+    """The real OpenAI client, connected to `server`."""
     import openai
 
-    with openai.OpenAI(base_url=f"{server.url}/v1", api_key=server.key, max_retries=0, timeout=60) as client:
+    with openai.OpenAI(
+        base_url=f"{server.url}/v1", api_key=server.key, max_retries=0, timeout=60
+    ) as client:
         yield client
 
 
 @pytest.fixture
-def http(server: ServerProcess) -> Iterator[httpx.Client]:
-    """A plain client of a module's `server`."""
+def http(server: LlmkitServer) -> Iterator[httpx.Client]:
+    """A plain HTTP client, connected to `server`."""
     with server.client() as client:
         yield client

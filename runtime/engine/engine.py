@@ -9,154 +9,218 @@ from collections.abc import Sequence as SequenceOf
 from dataclasses import replace
 from pathlib import Path
 
-from llmkit.checkpoint.errors import InputError, LlmkitError, ShortageError, is_out_of_memory
+from llmkit.common.errors import InputError, LlmkitError, ShortageError, is_out_of_memory
 from llmkit.model.decoder import Decoder
 from llmkit.model.lora import load_adapter
-from llmkit.runtime.engine.runner import Flight, Runner
+from llmkit.runtime.engine.draft_model import DraftModelProposer
+from llmkit.runtime.engine.drafting import DraftProposer, NgramProposer
+from llmkit.runtime.engine.engine_config import EngineConfig
+from llmkit.runtime.engine.engine_errors import RequestError
+from llmkit.runtime.engine.engine_outputs import EngineOutput, EngineStats
+from llmkit.runtime.engine.engine_request import EngineRequest
+from llmkit.runtime.engine.grammar_matcher import GrammarMatcher
+from llmkit.runtime.engine.model_runner import InFlightStep, ModelRunner
+from llmkit.runtime.engine.sampling_params import SamplingParams
 from llmkit.runtime.engine.scheduler import Scheduler
-from llmkit.runtime.engine.sequence import Guide, Sequence
-from llmkit.runtime.engine.shaping import unfold
-from llmkit.runtime.engine.types import EngineConfig, EngineStats, Request, RequestError, SamplingParams, TokenOutput
+from llmkit.runtime.engine.sequence import Sequence
 
 
 class Engine:
     """Continuous batching over one model on one device. Not thread-safe: one caller drives it."""
 
     def __init__(
-        self, model: Decoder, config: EngineConfig, eos_ids: tuple[int, ...] = (), draft: Decoder | None = None
+        self,
+        model: Decoder,
+        config: EngineConfig,
+        eos_token_ids: tuple[int, ...] = (),
+        draft: Decoder | None = None,
     ) -> None:
-        config = replace(config, windows=model.spec.whole.windows, stages=model.ranks.stages)
-        self.model, self.config = model, config
-        self.scheduler = Scheduler(config, eos_ids, draft_model=draft is not None)
-        self.runner = Runner(model, config, draft, eos_ids)
-        self.steps = 0
-        self.grammars: Callable[[str], Guide] | None = None  # what reads the grammars of requests
-        self._flights: deque[Flight] = deque()  # launched, their tokens not yet recorded
+        config = replace(
+            config,
+            sliding_windows=model.spec.full_model.sliding_windows,
+            pipeline_parallel_size=model.parallel_group.pp_size,
+        )
+        draft_model = None if draft is None else DraftModelProposer(draft, config)
+        draft_proposer: DraftProposer | None = draft_model
+        if draft_model is None and config.num_speculative_tokens:
+            draft_proposer = NgramProposer()
+        self.model = model
+        self.config = config
+        self.scheduler = Scheduler(config, eos_token_ids, draft_proposer)
+        self.runner = ModelRunner(model, config, draft_model, eos_token_ids)
+        self.num_steps = 0
+        # Compiles the grammars of requests; None: requests with a grammar are refused.
+        self.compile_grammar: Callable[[str], GrammarMatcher] | None = None
+        self._in_flight: deque[InFlightStep] = deque()  # launched, results not recorded yet
+        # Steps that may stay in flight after `step` returns: one with async scheduling, otherwise
+        # one less than there are pipeline stages.
+        self._max_in_flight = max(int(config.async_scheduling), config.pipeline_parallel_size - 1)
 
     @property
     def has_work(self) -> bool:
-        """Whether any request is waiting or running."""
-        return bool(self.scheduler.running or self.scheduler.waiting or self._flights)
+        """Whether a request is waiting or running."""
+        return bool(self.scheduler.running or self.scheduler.waiting or self._in_flight)
 
-    def add(self, request: Request) -> None:
-        """Queue a request. Raises RequestError when it could never run to its end or its adapter is not there."""
-        seed = request.sampling.seed
-        adapter = 0 if request.adapter is None else self._adapter(request.adapter)
-        guide = None
+    @property
+    def in_flight_steps(self) -> SequenceOf[InFlightStep]:
+        """The launched steps whose results are not recorded yet, the oldest first."""
+        return self._in_flight
+
+    def add(self, request: EngineRequest) -> None:
+        """Queue a request.
+
+        Raises RequestError when the request can never finish or its adapter is not loaded.
+        """
+        seed = request.sampling_params.seed
+        adapter_id = 0 if request.adapter is None else self._adapter_id(request.adapter)
+        grammar_matcher = None
         if request.grammar is not None:
-            if self.grammars is None:
-                raise RequestError("not_supported", "a grammar needs a model with a tokenizer", "grammar")
-            guide = self.grammars(request.grammar)
-        self.scheduler.add(Sequence(request, secrets.randbits(63) if seed is None else seed, adapter, guide))
+            if self.compile_grammar is None:
+                raise RequestError(
+                    "not_supported", "a grammar needs a model with a tokenizer", "grammar"
+                )
+            grammar_matcher = self.compile_grammar(request.grammar)
+        self.scheduler.add(
+            Sequence(
+                request,
+                seed=secrets.randbits(63) if seed is None else seed,
+                adapter_id=adapter_id,
+                grammar_matcher=grammar_matcher,
+            )
+        )
 
     def cancel(self, request_id: str) -> None:
-        """Forget a request, at once; nothing more comes out of it. Unknown ids are ignored."""
+        """Drop a request at once; it has no further output. Unknown ids are ignored."""
         self.scheduler.cancel(request_id)
 
-    def on_death(self, act: Callable[[LlmkitError], None]) -> None:
-        """Have `act` called from another thread when a process that the engine needs is gone; alone it needs none."""
+    def on_death(self, callback: Callable[[LlmkitError], None]) -> None:
+        """Call `callback` from another thread when a process that the engine needs has ended.
+
+        An engine on one rank needs no other process, so that `callback` is never called.
+        """
 
     @property
     def adapters(self) -> list[str]:
-        """The names that requests may give as their adapter."""
-        return list(self.runner.adapters.keys)
+        """The names of the loaded adapters."""
+        return list(self.runner.adapters.adapter_ids)
 
     def add_adapter(self, name: str, directory: str | Path) -> None:
-        """Load a LoRA adapter as PEFT saves it; requests may use it from now on, others notice nothing.
+        """Load a LoRA adapter in PEFT's format.
 
-        Raises RequestError when the name is taken, InputError for a directory that is no plain LoRA adapter of this
-        model, ShortageError when memory runs out.
+        Requests may use it from now on; running ones are not affected.
+
+        Raises RequestError when the name is taken, InputError for a directory that is no plain LoRA
+        adapter of this model, ShortageError when memory runs out.
         """
         if name in self.adapters:
-            raise RequestError("already_exists", f"there is an adapter {name!r} already; remove it first", "model")
+            raise RequestError(
+                "already_exists", f"there is an adapter {name!r} already; remove it first", "model"
+            )
         try:
-            updates = load_adapter(Path(directory).expanduser(), self.model.spec, self.config.dtype, self.config.device)
+            weights = load_adapter(
+                Path(directory).expanduser(), self.model.spec, self.config.dtype, self.config.device
+            )
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
             raise ShortageError(f"there was not enough memory for the adapter {name!r}") from error
-        self.runner.adapters.add(name, updates)
+        self.runner.adapters.add(name, weights)
 
     def remove_adapter(self, name: str) -> None:
-        """Let go of an adapter. Raises RequestError while requests use it, and when there is none of that name."""
-        key = self._adapter(name)
-        users = sum(s.adapter == key for s in (*self.scheduler.running, *self.scheduler.waiting))
+        """Unload an adapter.
+
+        Raises RequestError while requests use it and when no adapter has that name.
+        """
+        adapter_id = self._adapter_id(name)
+        sequences = (*self.scheduler.running, *self.scheduler.waiting)
+        users = sum(sequence.adapter_id == adapter_id for sequence in sequences)
         if users:
-            raise RequestError("in_use", f"{users} requests that are under way use the adapter {name!r}", "model")
+            raise RequestError(
+                "in_use", f"{users} running requests use the adapter {name!r}", "model"
+            )
         self.runner.adapters.remove(name)
 
-    def step(self) -> list[TokenOutput]:
-        """Choose tokens, compute them, record them; one output for each request that got tokens or failed.
+    def step(self) -> list[EngineOutput]:
+        """Launch the next step and record the oldest one in flight.
 
-        With `config.ahead` the next step is launched before this one's tokens are known, so that the device does not
-        wait for what the host does with them; in a pipeline, as many steps as fill its stages.
+        With async scheduling the next step is launched before the tokens of this one are known, so
+        that the device does not wait for the host. With pipeline parallelism, as many steps are in
+        flight as there are stages.
         """
-        outputs: list[TokenOutput] = []
-        if chunks := self.scheduler.schedule():
-            self.steps += 1
+        outputs: list[EngineOutput] = []
+        step = self.scheduler.schedule()
+        if step.requests:
+            self.num_steps += 1
             try:
-                self._flights.append(self.runner.launch(chunks))
+                self._in_flight.append(self.runner.launch(step))
             except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error) or self.model.spec.rank:  # other ranks would wait for this one
+                # On several ranks the others would wait forever for this one: the engine must end.
+                if not is_out_of_memory(error) or self.model.spec.rank:
                     raise
-                outputs.append(self.scheduler.give_up(chunks, "there was not enough memory to compute it"))
-        if self._flights and (not chunks or len(self._flights) > max(self.config.ahead, self.config.stages - 1)):
-            flight = self._flights.popleft()
-            sampled = flight.wait()
-            told = unfold(flight.chunks, flight.told) if flight.told else None
-            outputs += self.scheduler.commit(flight.chunks, sampled, told)
-            if any(self.scheduler.poisoned):
-                self.runner.clear(self.scheduler.take_poisoned())
+                message = "there was not enough memory to compute it"
+                outputs.append(self.scheduler.abort_step(step, message))
+        if self._in_flight and (not step.requests or len(self._in_flight) > self._max_in_flight):
+            oldest = self._in_flight.popleft()
+            outputs += self.scheduler.update(oldest.step, oldest.wait())
+            blocks = self.scheduler.take_blocks_to_zero()
+            if blocks is not None:
+                self.runner.zero_blocks(blocks)
         return outputs
 
     def stats(self) -> EngineStats:
-        """The figures of this moment."""
-        state = self.scheduler
+        """The statistics of this moment."""
+        scheduler = self.scheduler
         return EngineStats(
-            running=len(state.running),
-            waiting=len(state.waiting),
-            kv_used_blocks=sum(pool.used for pool in state.pools),
-            kv_cached_blocks=sum(pool.cached for pool in state.pools),
-            kv_total_blocks=sum(pool.count for pool in state.pools),
-            prompt_tokens_total=state.prompt_tokens,
-            generation_tokens_total=state.generation_tokens,
-            preemptions_total=state.preemptions,
-            steps_total=self.steps,
-            prefix_queries_total=state.prefix_queries,
-            prefix_hits_total=state.prefix_hits,
-            drafted_total=state.drafted,
-            accepted_total=state.accepted,
+            running=len(scheduler.running),
+            waiting=len(scheduler.waiting),
+            kv_used_blocks=sum(pool.num_used_blocks for pool in scheduler.pools),
+            kv_cached_blocks=sum(pool.num_cached_blocks for pool in scheduler.pools),
+            kv_total_blocks=sum(pool.num_blocks for pool in scheduler.pools),
+            prompt_tokens_total=scheduler.num_prompt_tokens,
+            generation_tokens_total=scheduler.num_generation_tokens,
+            preemptions_total=scheduler.num_preemptions,
+            steps_total=self.num_steps,
+            prefix_queries_total=scheduler.num_prefix_queries,
+            prefix_hits_total=scheduler.num_prefix_hits,
+            drafted_total=scheduler.num_draft_tokens,
+            accepted_total=scheduler.num_accepted_tokens,
         )
 
     def generate(
-        self, prompts: list[list[int]], sampling: SamplingParams | SequenceOf[SamplingParams]
+        self,
+        prompts: list[list[int]],
+        sampling_params: SamplingParams | SequenceOf[SamplingParams],
     ) -> list[list[int]]:
-        """Run prompts to their end, all at once, on an idle engine; the generated ids of each.
+        """Run all prompts to their end on an idle engine and return the output token ids of each.
 
-        Raises RequestError as `add` does and InputError when a prompt's logits are not finite; the engine is idle
-        again then too.
+        Raises RequestError as `add` does and InputError when a prompt's logits are not finite; the
+        engine is idle again then too.
         """
         assert not self.has_work, "generate() on an engine that has requests under way"
-        params = [sampling] * len(prompts) if isinstance(sampling, SamplingParams) else list(sampling)
+        if isinstance(sampling_params, SamplingParams):
+            sampling_params = [sampling_params] * len(prompts)
         answers: dict[str, list[int]] = {}
         try:
-            for index, (prompt, chosen) in enumerate(zip(prompts, params, strict=True)):
-                answers[f"prompt {index}"] = []
-                self.add(Request(f"prompt {index}", prompt, chosen))
+            for index, (prompt, params) in enumerate(zip(prompts, sampling_params, strict=True)):
+                request_id = f"prompt {index}"
+                answers[request_id] = []
+                self.add(EngineRequest(request_id, prompt, params))
             while self.has_work:
                 for output in self.step():
                     if output.error:
-                        raise InputError(f"{output.request_id}: {output.error}", todo="Check the model's weights")
+                        raise InputError(
+                            f"{output.request_id}: {output.error}", todo="Check the model's weights"
+                        )
                     answers[output.request_id] += output.token_ids
         finally:
             for request_id in answers:
                 self.cancel(request_id)
-            self._flights.clear()
+            self._in_flight.clear()
         return list(answers.values())
 
-    def _adapter(self, name: str) -> int:
-        key = self.runner.adapters.keys.get(name)
-        if key is None:
+    def _adapter_id(self, name: str) -> int:
+        adapter_id = self.runner.adapters.adapter_ids.get(name)
+        if adapter_id is None:
             known = f"there are {', '.join(self.adapters)}" if self.adapters else "none is loaded"
             raise RequestError("model_not_found", f"there is no adapter {name!r}; {known}", "model")
-        return key
+        return adapter_id

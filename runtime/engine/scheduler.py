@@ -1,353 +1,577 @@
-"""Which tokens the next step computes, and what its result means for each request.
+"""Decides which tokens the next step computes, and records what the step returns.
 
-There is one kind of step. A sequence has `total` tokens, of which `scheduled` are in the KV cache or on their way; a
-step first advances the running sequences that decode, then spends what is left of its token budget on the prompts of
-running sequences, an equal share each as far as they need it. A sequence whose tokens are all computed by a step
-samples the next. A step may be planned before the tokens of the last one are known: it counts on them, not on what
-they are. In a pipeline it leaves those alone whose tokens are not known, and so the stages work on different ones.
+There is one kind of step. It first advances every running sequence that decodes, by one token and
+its draft tokens. Then it spends the rest of the token budget on prompts: each running or newly
+admitted prompt gets one chunk before any gets more. The step that computes the last known token of
+a sequence also samples its next token.
+
+With async scheduling a step is scheduled before the tokens of the last one are known: the scheduler
+counts these tokens without their values. With pipeline parallelism a sequence decodes in only one
+of the steps in flight, so that the stages work on different sequences.
 """
 
 from __future__ import annotations
 
 from bisect import insort
-from dataclasses import replace
 
-from llmkit.runtime.engine.blocks import BlockPool
-from llmkit.runtime.engine.sequence import GONE, Chunk, Sequence
-from llmkit.runtime.engine.speculate import NgramIndex
-from llmkit.runtime.engine.types import EngineConfig, FinishReason, Logprobs, RequestError, TokenOutput
+from llmkit.runtime.engine.block_pool import BlockPool
+from llmkit.runtime.engine.drafting import DraftProposer
+from llmkit.runtime.engine.engine_config import EngineConfig
+from llmkit.runtime.engine.engine_errors import RequestError
+from llmkit.runtime.engine.engine_outputs import EngineOutput, FinishReason, Logprobs
+from llmkit.runtime.engine.scheduler_output import (
+    ModelRunnerOutput,
+    ScheduledRequest,
+    SchedulerOutput,
+)
+from llmkit.runtime.engine.sequence import NULL_BLOCK, Sequence
 
-OVERTAKEN = 16  # how often a waiting request that finds no room lets smaller ones pass
-LOOKED_AT = 64  # waiting requests that are tried in a step
-NOT_FINITE = "the model's logits were not finite"
+MAX_SKIPS = 16  # how often later sequences may be admitted before one that does not fit
+MAX_ADMISSION_ATTEMPTS = 64  # waiting sequences that one step looks at
+LOGITS_NOT_FINITE = "the model's logits were not finite"
 
 
 class Scheduler:
-    """Waiting and running sequences over a block pool for each window."""
+    """The waiting and running sequences, and a block pool for each attention window."""
 
-    def __init__(self, config: EngineConfig, eos_ids: tuple[int, ...], draft_model: bool = False) -> None:
-        self.config, self.eos_ids, self.draft_model = config, frozenset(eos_ids), draft_model
-        assert not (config.ahead and config.speculate), "guesses need the last step's tokens"
-        self.pools = [BlockPool(config.blocks(window)) for window in config.windows]
-        self.waiting: list[Sequence] = []  # by rank
-        self.running: list[Sequence] = []  # by rank
-        self.poisoned: list[list[int]] = [[] for _ in self.pools]  # blocks to be zeroed before anybody gets them
-        self._slots = list(range(config.max_num_seqs))
-        self._sequences: dict[str, Sequence] = {}
-        self._arrivals = 0
-        self.prompt_tokens = self.generation_tokens = self.preemptions = 0
-        self.prefix_queries = self.prefix_hits = self.drafted = self.accepted = 0
+    def __init__(
+        self,
+        config: EngineConfig,
+        eos_token_ids: tuple[int, ...],
+        draft_proposer: DraftProposer | None = None,
+    ) -> None:
+        assert not (config.async_scheduling and config.num_speculative_tokens), (
+            "drafting needs the last step's tokens"
+        )
+        self.config = config
+        self.eos_token_ids = frozenset(eos_token_ids)
+        self.pools = [BlockPool(config.num_blocks_for(w)) for w in config.sliding_windows]
+        self.waiting: list[Sequence] = []  # in the order of their priority keys
+        self.running: list[Sequence] = []  # in the order of their priority keys
+        # Unused blocks of each pool that hold values that are not finite; see take_blocks_to_zero.
+        self._blocks_to_zero: list[list[int]] = [[] for _ in self.pools]
+        self._draft_proposer = draft_proposer
+        self._free_slots = list(range(config.max_num_seqs))
+        self._sequences: dict[str, Sequence] = {}  # waiting and running ones, by request id
+        self._num_arrivals = 0
+
+        # Counters since the start
+        self.num_prompt_tokens = 0
+        self.num_generation_tokens = 0
+        self.num_preemptions = 0
+        self.num_prefix_queries = 0
+        self.num_prefix_hits = 0
+        self.num_draft_tokens = 0
+        self.num_accepted_tokens = 0
 
     def add(self, sequence: Sequence) -> None:
-        """Queue a sequence. Raises RequestError when it could never run to its end."""
-        prompt, wanted = len(sequence.request.prompt), sequence.request.sampling.max_tokens
+        """Queue a sequence. Raises RequestError when it can never finish."""
+        num_prompt_tokens = sequence.num_prompt_tokens
+        max_tokens = sequence.request.sampling_params.max_tokens
         limit = min(self.config.max_model_len, self.config.num_blocks * self.config.block_size)
-        if not prompt:
-            raise RequestError("invalid_value", "the prompt is empty; at least one token was expected", "prompt")
-        if sequence.longest > limit:
+        if not num_prompt_tokens:
+            raise RequestError(
+                "invalid_value",
+                "the prompt is empty; at least one token was expected",
+                "prompt",
+            )
+        if sequence.max_num_tokens > limit:
             raise RequestError(
                 "context_length_exceeded",
-                f"the prompt has {prompt} tokens and {wanted} were asked for, {sequence.longest} together; "
-                f"at most {limit} fit",
-                "prompt" if prompt >= limit else "max_tokens",
+                f"the prompt has {num_prompt_tokens} tokens and {max_tokens} were asked for, "
+                f"{sequence.max_num_tokens} together; at most {limit} fit",
+                "prompt" if num_prompt_tokens >= limit else "max_tokens",
             )
-        sequence.arrival = self._arrivals
-        self._arrivals += 1
-        self._sequences[sequence.request.id] = sequence
-        insort(self.waiting, sequence, key=lambda s: s.rank)
+        sequence.arrival = self._num_arrivals
+        self._num_arrivals += 1
+        self._sequences[sequence.request.request_id] = sequence
+        self._enqueue(sequence)
 
     def cancel(self, request_id: str) -> bool:
-        """Forget a request and free its blocks; False when it is not under way."""
+        """Drop a request and free its blocks; False when no such request is waiting or running."""
         sequence = self._sequences.get(request_id)
-        if sequence is not None:
-            self._end(sequence)
-        return sequence is not None
-
-    def schedule(self) -> list[Chunk]:
-        """The chunks of the next step; their sequences have blocks for them."""
-        for sequence in self.running:
-            self._slide(sequence)
-        admits = not self._grow()  # after a preemption there is no room for others
-        chunks = self._plan(admits)
-        while not chunks and len(self.running) > 1 and not any(s.pending for s in self.running):
-            self._preempt(self.running[-1])  # prompts that hold a window's blocks and all need more
-            chunks = self._plan(admits=False)
-        return chunks
-
-    def commit(
-        self, chunks: list[Chunk], sampled: list[list[int]],
-        told: list[tuple[list[Logprobs], list[Logprobs]]] | None = None,
-    ) -> list[TokenOutput]:  # fmt: skip
-        """Record a step. `sampled`: the tokens after each chunk, wanted or not; -1 where logits are not finite. `told`:
-        see `unfold`."""
-        outputs = []
-        for index, (chunk, tokens) in enumerate(zip(chunks, sampled, strict=True)):
-            sequence = chunk.sequence
-            sequence.pending -= chunk.samples
-            of_prompt, of_new = told[index] if told else ([], [])
-            sequence.prompt_logprobs[chunk.start : chunk.start + len(of_prompt)] = of_prompt
-            if sequence.ended:
-                continue
-            if chunk.drafts:
-                self.drafted += chunk.drafts
-                self.accepted += len(tokens) - 1
-                sequence.scheduled = chunk.start + len(tokens)
-            if not chunk.samples and tokens[-1] >= 0:
-                continue
-            if chunk.samples and len(sequence.tokens) == len(sequence.request.prompt):
-                self.prompt_tokens += len(sequence.request.prompt)
-            outputs.append(self._accept(sequence, tokens, of_new))
-        return outputs
-
-    def give_up(self, chunks: list[Chunk], message: str) -> TokenOutput:
-        """Take back a step that could not be computed: the request with most tokens in it fails, the others wait."""
-        worst = max(chunks, key=lambda chunk: chunk.count).sequence
-        for chunk in chunks:
-            chunk.sequence.pending -= chunk.samples
-            for pool, table in zip(self.pools, chunk.sequence.tables, strict=True):
-                pool.forget(block for block in table if block != GONE)
-            if chunk.sequence is not worst and not chunk.sequence.ended:
-                self._preempt(chunk.sequence)
-        self._end(worst)
-        return self._output(worst, [], "error", message)
-
-    def take_poisoned(self) -> list[list[int]]:
-        """The blocks of each window that must be zeroed now."""
-        taken, self.poisoned = self.poisoned, [[] for _ in self.pools]
-        return taken
-
-    def _accept(self, sequence: Sequence, tokens: list[int], told: list[Logprobs]) -> TokenOutput:
-        new: list[int] = []
-        reason: FinishReason | None = None
-        sampling, pooling = sequence.request.sampling, sequence.request.pooling
-        for token in tokens:
-            if token < 0:
-                reason = "error"
-                break
-            if pooling:  # it was drawn like others, and nobody has asked for it
-                reason = "stop"
-                break
-            sequence.tokens.append(token)
-            new.append(token)
-            ends = token in sampling.stop_token_ids or (token in self.eos_ids and not sampling.ignore_eos)
-            if ends or (sequence.guide is not None and sequence.guide.advance(token)):
-                reason = "stop"
-            elif len(sequence.tokens) >= sequence.longest:
-                reason = "length"
-            if reason:
-                break
-        self.generation_tokens += len(new)
-        if reason is not None:
-            self._end(sequence, poisoned=reason == "error")
-        output = self._output(sequence, new, reason, NOT_FINITE if reason == "error" else None)
-        first = len(sequence.tokens) - len(new) == len(sequence.request.prompt)
-        of_prompt = sequence.prompt_logprobs if first and sampling.prompt_logprobs is not None else None
-        of_new = told[: len(new)] if sampling.logprobs is not None else None
-        pooled = sequence.pooled.numpy().tobytes() if pooling and reason == "stop" else None
-        return replace(output, logprobs=of_new, prompt_logprobs=of_prompt, embedding=pooled)
-
-    def _output(
-        self, sequence: Sequence, new: list[int], reason: FinishReason | None, error: str | None
-    ) -> TokenOutput:
-        request = sequence.request
-        return TokenOutput(request.id, new, reason, error, len(request.prompt), sequence.cached or 0)
-
-    def _grow(self) -> bool:
-        """Give every decoding sequence, first come first served, the block its next token needs.
-
-        When none is free, the last one gives up its own and is computed again later. Whether that happened.
-        """
-        preempted = self.preemptions
-        for sequence in list(self.running):
-            if sequence.left != 1:
-                continue
-            while sequence.tables and not self._extend(sequence, sequence.total):
-                self._preempt(self.running[-1])
-        return self.preemptions > preempted
-
-    def _enter(self, sequence: Sequence) -> bool:
-        """Make a waiting sequence a running one, with the blocks that its prompt shares with earlier ones."""
-        size, total = self.config.block_size, sequence.total
-        shared = self._match(sequence)
-        start = len(shared[0]) * size
-        wanted = [
-            -(-(total if window is None else min(total, start + self.config.chunk_tokens)) // size) - len(table)
-            for window, table in zip(self.config.windows, shared, strict=True)
-        ]
-        for pool, table, count in zip(self.pools, shared, wanted, strict=True):
-            if count + sum(map(pool.is_cached, table)) > pool.available:
-                return False
-        for pool, table, count in zip(self.pools, shared, wanted, strict=True):
-            pool.share(block for block in table if block != GONE)
-            table += pool.allocate(count)
-        sequence.tables, sequence.slot = shared, self._slots.pop()
-        sequence.scheduled = sequence.drafted = start
-        sequence.named = start // size
-        if sequence.cached is None:
-            sequence.cached = start
-            self.prefix_queries += total
-            self.prefix_hits += start
-        self.waiting.remove(sequence)
-        insort(self.running, sequence, key=lambda s: s.rank)
+        if sequence is None:
+            return False
+        self._finish(sequence)
         return True
 
-    def _match(self, sequence: Sequence) -> list[list[int]]:
-        """The tables of the longest cached prefix: all its blocks, or those that a window still sees.
+    def hold(self, sequence: Sequence) -> None:
+        """Take a sequence out of the queue until `release`."""
+        self.waiting.remove(sequence)
 
-        The last token is always computed: what follows it is sampled from its logits.
+    def release(self, sequence: Sequence) -> None:
+        """Put a sequence that was held back into the queue."""
+        self._enqueue(sequence)
+
+    def schedule(self) -> SchedulerOutput:
+        """Choose the tokens of the next step, and allocate KV cache blocks for them."""
+        for sequence in self.running:
+            self._free_out_of_window(sequence)
+        preempted = self._allocate_decode_blocks()
+        requests = self._schedule_tokens(admit=not preempted)
+        # Without a request, all running prompts wait for blocks that the others hold.
+        while not requests and len(self.running) > 1 and not self._has_tokens_in_flight():
+            self._preempt(self.running[-1])
+            requests = self._schedule_tokens(admit=False)
+        return SchedulerOutput(requests)
+
+    def update(self, step: SchedulerOutput, output: ModelRunnerOutput) -> list[EngineOutput]:
+        """Record the result of a step.
+
+        Returns one output for each request that got tokens or failed.
         """
-        config, size, request = self.config, self.config.block_size, sequence.request
-        whole = request.sampling.prompt_logprobs is not None or request.pooling == "mean"  # all must be computed
-        names = [] if whole or not config.prefix_cache else sequence.names((sequence.total - 1) // size, size)
-        runs = [0] * len(self.pools)  # blocks found one after the other, up to here
-        best = 0
-        for count, name in enumerate(names, start=1):
-            runs = [run + 1 if pool.find(name) is not None else 0 for run, pool in zip(runs, self.pools, strict=True)]
-            needs = [count if w is None else min(count, -(-(w - 1) // size)) for w in config.windows]
-            if all(run >= need for run, need in zip(runs, needs, strict=True)):
-                best = count
-            elif None in config.windows and runs[config.windows.index(None)] < count:
+        outputs = []
+        for index, request in enumerate(step.requests):
+            sequence = request.sequence
+            token_ids = output.token_ids[index]
+            sequence.num_in_flight -= request.samples
+            if output.prompt_logprobs is not None:
+                logprobs = output.prompt_logprobs[index]
+                stop = request.start + len(logprobs)
+                sequence.prompt_logprobs[request.start : stop] = logprobs
+            if sequence.is_finished:  # cancelled, or ended by a step before
+                continue
+            self._update_computed_tokens(request, token_ids)
+            is_finite = token_ids[-1] >= 0
+            if not request.samples and is_finite:
+                continue
+            if request.samples and len(sequence.token_ids) == sequence.num_prompt_tokens:
+                self.num_prompt_tokens += sequence.num_prompt_tokens
+            sampled_logprobs = [] if output.logprobs is None else output.logprobs[index]
+            embedding = output.embeddings.get(sequence.request.request_id)
+            outputs.append(self._append_tokens(sequence, token_ids, sampled_logprobs, embedding))
+        return outputs
+
+    def abort_step(self, step: SchedulerOutput, message: str) -> EngineOutput:
+        """Undo a step that could not be computed.
+
+        The request with the most tokens in the step fails; the others wait again.
+        """
+        largest = max(step.requests, key=lambda request: request.num_tokens).sequence
+        for request in step.requests:
+            sequence = request.sequence
+            sequence.num_in_flight -= request.samples
+            for pool, table in zip(self.pools, sequence.block_tables, strict=True):
+                pool.evict(_real_blocks(table))
+            if sequence is not largest and not sequence.is_finished:
+                self._preempt(sequence)
+        self._finish(largest)
+        return self._make_output(largest, [], "error", message)
+
+    def take_blocks_to_zero(self) -> list[list[int]] | None:
+        """The blocks of each pool that the runner must zero before the next allocation; or None."""
+        if not any(self._blocks_to_zero):
+            return None
+        blocks = self._blocks_to_zero
+        self._blocks_to_zero = [[] for _ in self.pools]
+        return blocks
+
+    # Recording a step
+
+    def _update_computed_tokens(self, request: ScheduledRequest, token_ids: list[int]) -> None:
+        """Correct the counts once the draft tokens are verified.
+
+        Rejected draft tokens are not computed tokens: later tokens overwrite their KV cache slots.
+        """
+        sequence = request.sequence
+        num_drafts = request.num_draft_tokens
+        if num_drafts:
+            self.num_draft_tokens += num_drafts
+            self.num_accepted_tokens += len(token_ids) - 1
+            sequence.num_computed_tokens = request.start + len(token_ids)
+        # The draft model has computed every known token and every draft token except the last.
+        num_known = request.stop - num_drafts
+        num_accepted = len(token_ids) - 1
+        sequence.num_draft_computed_tokens = num_known + min(max(0, num_drafts - 1), num_accepted)
+
+    def _append_tokens(
+        self,
+        sequence: Sequence,
+        token_ids: list[int],
+        logprobs: list[Logprobs],
+        embedding: bytes | None,
+    ) -> EngineOutput:
+        params = sequence.request.sampling_params
+        is_first_output = len(sequence.token_ids) == sequence.num_prompt_tokens
+        new_token_ids: list[int] = []
+        finish_reason: FinishReason | None = None
+        for token_id in token_ids:
+            if token_id < 0:
+                finish_reason = "error"
+            elif sequence.request.pooling:  # its sampled token is not wanted
+                finish_reason = "stop"
+            else:
+                sequence.token_ids.append(token_id)
+                new_token_ids.append(token_id)
+                finish_reason = self._finish_reason(sequence, token_id)
+            if finish_reason is not None:
                 break
+        self.num_generation_tokens += len(new_token_ids)
+        if finish_reason is not None:
+            self._finish(sequence, zero_blocks=finish_reason == "error")
+
+        returns_prompt_logprobs = is_first_output and params.prompt_logprobs is not None
+        return self._make_output(
+            sequence,
+            new_token_ids,
+            finish_reason,
+            error=LOGITS_NOT_FINITE if finish_reason == "error" else None,
+            logprobs=None if params.logprobs is None else logprobs[: len(new_token_ids)],
+            prompt_logprobs=sequence.prompt_logprobs if returns_prompt_logprobs else None,
+            embedding=embedding if finish_reason == "stop" else None,
+        )
+
+    def _finish_reason(self, sequence: Sequence, token_id: int) -> FinishReason | None:
+        """Why the token just appended ends the sequence; None when it does not."""
+        params = sequence.request.sampling_params
+        if token_id in params.stop_token_ids:
+            return "stop"
+        if token_id in self.eos_token_ids and not params.ignore_eos:
+            return "stop"
+        matcher = sequence.grammar_matcher
+        if matcher is not None:
+            matcher.accept_token(token_id)
+            if matcher.is_terminated():
+                return "stop"
+        if len(sequence.token_ids) >= sequence.max_num_tokens:
+            return "length"
+        return None
+
+    def _make_output(
+        self,
+        sequence: Sequence,
+        token_ids: list[int],
+        finish_reason: FinishReason | None,
+        error: str | None,
+        logprobs: list[Logprobs] | None = None,
+        prompt_logprobs: list[Logprobs] | None = None,
+        embedding: bytes | None = None,
+    ) -> EngineOutput:
+        return EngineOutput(
+            request_id=sequence.request.request_id,
+            token_ids=token_ids,
+            finish_reason=finish_reason,
+            error=error,
+            prompt_tokens=sequence.num_prompt_tokens,
+            cached_tokens=sequence.num_cached_tokens or 0,
+            logprobs=logprobs,
+            prompt_logprobs=prompt_logprobs,
+            embedding=embedding,
+        )
+
+    # Choosing the tokens of a step
+
+    def _schedule_tokens(self, admit: bool) -> list[ScheduledRequest]:
+        """Divide the token budget of a step. admit: whether waiting sequences may begin to run."""
+        budget = self.config.max_num_batched_tokens
+        chunk_size = self.config.prefill_chunk_size
+        starts: dict[Sequence, int] = {}  # the first position that the step computes
+        drafts: dict[Sequence, list[int]] = {}
+
+        # With a pipeline, each of the steps in flight gets its share of the decoding sequences.
+        max_decodes = -(-len(self.running) // self.config.pipeline_parallel_size)
+        for sequence in self.running:
+            if not budget or len(starts) >= max_decodes:
+                break
+            if sequence.num_uncomputed_tokens != 1 or not self._can_decode(sequence):
+                continue
+            draft = self._propose_draft(sequence, budget - 1)
+            starts[sequence] = sequence.num_computed_tokens
+            drafts[sequence] = draft
+            budget -= self._reserve(sequence, 1 + len(draft))
+
+        prompts = [sequence for sequence in self.running if sequence.num_uncomputed_tokens > 1]
+        for sequence in prompts:
+            starts[sequence] = sequence.num_computed_tokens
+            num_tokens = min(sequence.num_uncomputed_tokens, chunk_size, budget)
+            budget -= self._reserve(sequence, num_tokens)
+
+        skipped: list[Sequence] = []
+        for sequence in self.waiting[:MAX_ADMISSION_ATTEMPTS] if admit else ():
+            if not budget or not self._free_slots:
+                break
+            if skipped and skipped[-1].skip_count >= MAX_SKIPS:
+                break
+            if sequence.num_in_flight or not self._admit(sequence):
+                skipped.append(sequence)  # smaller ones may pass it, up to MAX_SKIPS times
+                continue
+            for other in skipped:
+                other.skip_count += 1
+            starts[sequence] = sequence.num_computed_tokens
+            num_tokens = min(sequence.num_uncomputed_tokens, chunk_size, budget)
+            budget -= self._reserve(sequence, num_tokens)
+            prompts.append(sequence)
+
+        for sequence in prompts:  # the rest of the budget, in the same order
+            budget -= self._reserve(sequence, min(sequence.num_uncomputed_tokens, budget))
+
+        requests = []
+        for sequence, start in starts.items():
+            if sequence.num_computed_tokens > start:
+                requests.append(self._make_request(sequence, start, drafts.get(sequence, [])))
+        requests.sort(key=lambda request: request.num_tokens > 1)
+        return requests
+
+    def _can_decode(self, sequence: Sequence) -> bool:
+        """Whether the next step can decode this sequence.
+
+        A step in flight may still be sampling its last token, which only the device knows then.
+        """
+        if not sequence.num_in_flight:
+            return True
+        return self.config.pipeline_parallel_size == 1 and not sequence.needs_known_tokens
+
+    def _has_tokens_in_flight(self) -> bool:
+        return any(sequence.num_in_flight for sequence in self.running)
+
+    def _propose_draft(self, sequence: Sequence, budget: int) -> list[int]:
+        """Draft tokens for a sequence, as many as the available blocks can hold.
+
+        No other sequence is preempted for them.
+        """
+        max_tokens = min(
+            self.config.num_speculative_tokens,
+            budget,
+            sequence.request.sampling_params.max_tokens - sequence.num_output_tokens - 1,
+        )
+        if self._draft_proposer is None or max_tokens <= 0 or sequence.needs_known_tokens:
+            return []
+        draft = self._draft_proposer.propose(sequence, max_tokens)
+        return draft[: self._allocatable(sequence, 1 + len(draft)) - 1]
+
+    def _reserve(self, sequence: Sequence, num_tokens: int) -> int:
+        """Schedule up to `num_tokens` more tokens of a sequence, as far as blocks are available.
+
+        Returns their number.
+
+        Other sequences can share the blocks that become full at once: in each layer, a step writes
+        all keys and values before it reads any.
+        """
+        num_tokens = self._allocatable(sequence, num_tokens)
+        self._allocate_blocks(sequence, sequence.num_computed_tokens + num_tokens)
+        sequence.num_computed_tokens += num_tokens
+        self._cache_full_blocks(sequence)
+        return num_tokens
+
+    def _make_request(self, sequence: Sequence, start: int, draft: list[int]) -> ScheduledRequest:
+        """The tokens that were reserved for a sequence since `start`."""
+        num_tokens = sequence.num_computed_tokens - start
+        samples = sequence.num_computed_tokens - len(draft) == sequence.num_tokens
+        request = ScheduledRequest(
+            sequence=sequence,
+            start=start,
+            num_tokens=num_tokens,
+            samples=samples,
+            num_sampled=sequence.num_output_tokens,
+            token_ids=[*sequence.token_ids[start : start + num_tokens], *draft],
+            num_draft_tokens=len(draft),
+        )
+        sequence.num_in_flight += samples
+        return request
+
+    # Admission and preemption
+
+    def _enqueue(self, sequence: Sequence) -> None:
+        insort(self.waiting, sequence, key=lambda s: s.priority_key)
+
+    def _admit(self, sequence: Sequence) -> bool:
+        """Start running a waiting sequence, and reuse the blocks of its longest cached prefix.
+
+        Returns False, without a change, when there are too few blocks for its prompt.
+        """
+        block_size = self.config.block_size
+        num_tokens = sequence.num_tokens
+        tables = self._find_cached_prefix(sequence)
+        num_cached_tokens = len(tables[0]) * block_size
+        missing = []
+        for window, table in zip(self.config.sliding_windows, tables, strict=True):
+            needed = num_tokens
+            if window is not None:  # blocks behind the window are freed between chunks
+                needed = min(num_tokens, num_cached_tokens + self.config.prefill_chunk_size)
+            missing.append(-(-needed // block_size) - len(table))
+        for pool, table, count in zip(self.pools, tables, missing, strict=True):
+            if count + sum(map(pool.is_cached, table)) > pool.num_available_blocks:
+                return False
+
+        for pool, table, count in zip(self.pools, tables, missing, strict=True):
+            pool.touch(_real_blocks(table))
+            table += pool.allocate(count)
+        sequence.block_tables = tables
+        sequence.slot = self._free_slots.pop()
+        sequence.num_computed_tokens = num_cached_tokens
+        sequence.num_draft_computed_tokens = num_cached_tokens
+        sequence.num_hashed_blocks = num_cached_tokens // block_size
+        if sequence.num_cached_tokens is None:
+            sequence.num_cached_tokens = num_cached_tokens
+            self.num_prefix_queries += num_tokens
+            self.num_prefix_hits += num_cached_tokens
+        self.waiting.remove(sequence)
+        insort(self.running, sequence, key=lambda s: s.priority_key)
+        return True
+
+    def _find_cached_prefix(self, sequence: Sequence) -> list[list[int]]:
+        """The block tables of the longest cached prefix.
+
+        Blocks behind a sliding window are NULL_BLOCK. The prefix never includes the last token,
+        because the next token is sampled from that token's logits.
+        """
+        block_size = self.config.block_size
+        windows = self.config.sliding_windows
+        num_blocks = (sequence.num_tokens - 1) // block_size
+        if not self.config.enable_prefix_caching or _must_compute_prompt(sequence):
+            num_blocks = 0
+        hashes = sequence.block_hashes(num_blocks, block_size) if num_blocks else []
+
+        # Blocks of the longest prefix for which every window has cached the blocks that it sees.
+        longest = 0
+        consecutive = [0] * len(self.pools)  # cached blocks in a row, up to the current one
+        for count, block_hash in enumerate(hashes, start=1):
+            for index, pool in enumerate(self.pools):
+                is_cached = pool.get_cached_block(block_hash) is not None
+                consecutive[index] = consecutive[index] + 1 if is_cached else 0
+            visible = []  # blocks that each window sees from the end of this prefix
+            for window in windows:
+                num_visible = count
+                if window is not None:
+                    num_visible = min(count, -(-(window - 1) // block_size))
+                visible.append(num_visible)
+            if all(run >= needed for run, needed in zip(consecutive, visible, strict=True)):
+                longest = count
+            elif None in windows and consecutive[windows.index(None)] < count:
+                break
+
         tables = []
-        for pool, window in zip(self.pools, config.windows, strict=True):
-            first = 0 if window is None else max(0, best * size - window + 1) // size
-            found = [pool.find(name) for name in names[first:best]]
-            tables.append([GONE] * first + [block for block in found if block is not None])
+        for pool, window in zip(self.pools, windows, strict=True):
+            first = 0
+            if window is not None:
+                first = max(0, longest * block_size - window + 1) // block_size
+            found = [pool.get_cached_block(block_hash) for block_hash in hashes[first:longest]]
+            tables.append([NULL_BLOCK] * first + [block for block in found if block is not None])
         return tables
 
-    def _plan(self, admits: bool) -> list[Chunk]:
-        """Divide the step's budget: decodes first, then prompts, each of which gets its share before one gets more."""
-        budget = self.config.max_num_batched_tokens
-        starts: dict[Sequence, int] = {}
-        guesses: dict[Sequence, list[int]] = {}
-        most = -(-len(self.running) // self.config.stages)  # that decode in this step
-        for sequence in self.running:
-            known = not sequence.pending or (self.config.stages == 1 and not sequence.needs_tokens)
-            if sequence.left == 1 and budget and known and len(starts) < most:
-                starts[sequence], guesses[sequence] = sequence.scheduled, self._guess(sequence, budget - 1)
-                budget -= self._take(sequence, 1 + len(guesses[sequence]))
-        prompts = [s for s in self.running if s.left > 1]
-        for sequence in prompts:
-            starts[sequence] = sequence.scheduled
-            budget -= self._take(sequence, min(sequence.left, self.config.chunk_tokens, budget))
-        passed: list[Sequence] = []
-        for sequence in self.waiting[:LOOKED_AT] if admits else ():
-            if not budget or not self._slots or (passed and passed[-1].overtaken >= OVERTAKEN):
-                break
-            if sequence.pending or not self._enter(sequence):
-                passed.append(sequence)  # it lets later ones pass, but not for ever
-                continue
-            for other in passed:
-                other.overtaken += 1
-            starts[sequence] = sequence.scheduled
-            budget -= self._take(sequence, min(sequence.left, self.config.chunk_tokens, budget))
-            prompts.append(sequence)
-        for sequence in prompts:
-            budget -= self._take(sequence, min(sequence.left, budget))
-        chunks = [self._chunk(s, start, guesses.get(s, [])) for s, start in starts.items() if s.scheduled > start]
-        return sorted(chunks, key=lambda chunk: chunk.count > 1)
+    def _preempt(self, sequence: Sequence) -> None:
+        """Free a running sequence's blocks and let it wait; its tokens are computed again later."""
+        self._free_sequence(sequence)
+        sequence.num_computed_tokens = 0
+        sequence.num_draft_computed_tokens = 0
+        sequence.num_hashed_blocks = 0
+        sequence.skip_count = MAX_SKIPS  # no other sequence takes the blocks that it freed
+        self._enqueue(sequence)
+        self.num_preemptions += 1
 
-    def _take(self, sequence: Sequence, count: int) -> int:
-        """Plan the next tokens of a sequence, as many of `count` as find blocks.
+    def _finish(self, sequence: Sequence, zero_blocks: bool = False) -> None:
+        """Remove a sequence.
 
-        The blocks they fill can be shared at once: a step writes all keys and values of a layer before it reads any.
+        zero_blocks: its blocks hold values that must not reach other sequences.
         """
-        count = self._room(sequence, count)
-        sequence.scheduled += count
-        self._publish(sequence)
-        return count
+        del self._sequences[sequence.request.request_id]
+        sequence.is_finished = True
+        if self._draft_proposer is not None:
+            self._draft_proposer.forget(sequence)
+        if not sequence.block_tables:
+            self.waiting.remove(sequence)
+            return
+        if zero_blocks:
+            for pool, table in zip(self.pools, sequence.block_tables, strict=True):
+                pool.evict(_real_blocks(table))
+        unused = self._free_sequence(sequence)
+        if zero_blocks:
+            for blocks, more in zip(self._blocks_to_zero, unused, strict=True):
+                blocks += more
 
-    def _chunk(self, sequence: Sequence, start: int, guesses: list[int]) -> Chunk:
-        """What was planned for a sequence since its `start`."""
-        count, drafts = sequence.scheduled - start, len(guesses)
-        samples = start + count - drafts == sequence.total
-        tokens = [*sequence.tokens[start : start + count], *guesses]
-        chunk = Chunk(sequence, start, count, samples, sequence.generated, tokens, drafts)
-        sequence.pending += samples
-        return chunk
+    # KV cache blocks
 
-    def _guess(self, sequence: Sequence, budget: int) -> list[int]:
-        """Tokens that may follow; zeros when a draft model will find them. They get no block from anybody else."""
-        wanted = min(self.config.speculate, budget, sequence.request.sampling.max_tokens - sequence.generated - 1)
-        if wanted <= 0 or sequence.needs_tokens:
-            return []
-        if self.draft_model:
-            guesses = [0] * wanted
-        else:
-            sequence.index = sequence.index or NgramIndex()
-            guesses = sequence.index.propose(sequence.tokens, wanted)
-        return guesses[: self._room(sequence, 1 + len(guesses)) - 1]
+    def _allocate_decode_blocks(self) -> bool:
+        """Give every decoding sequence a block for its next token, in the order of priority.
 
-    def _room(self, sequence: Sequence, count: int) -> int:
-        """How many of the sequence's next `count` tokens find blocks, which they then have."""
-        size = self.config.block_size
-        for pool, table in zip(self.pools, sequence.tables, strict=True):
-            count = min(count, (len(table) + pool.available) * size - sequence.scheduled)
-        self._extend(sequence, sequence.scheduled + count)
-        return count
+        When no block is available, the last running sequence is preempted. Returns whether any was.
+        """
+        num_preemptions = self.num_preemptions
+        for sequence in list(self.running):
+            if sequence.num_uncomputed_tokens != 1:
+                continue
+            # A sequence may preempt itself, which empties its block tables.
+            while sequence.block_tables:
+                if self._allocate_blocks(sequence, sequence.num_tokens):
+                    break
+                self._preempt(self.running[-1])
+        return self.num_preemptions > num_preemptions
 
-    def _extend(self, sequence: Sequence, tokens: int) -> bool:
-        """Make the tables cover so many tokens; False, and nothing done, when there are too few blocks."""
-        wanted = [max(0, -(-tokens // self.config.block_size) - len(table)) for table in sequence.tables]
-        if any(count > pool.available for count, pool in zip(wanted, self.pools, strict=True)):
-            return False
-        for table, pool, count in zip(sequence.tables, self.pools, wanted, strict=True):
+    def _allocatable(self, sequence: Sequence, num_tokens: int) -> int:
+        """How many of the sequence's next tokens its own and the available blocks can hold."""
+        for pool, table in zip(self.pools, sequence.block_tables, strict=True):
+            capacity = (len(table) + pool.num_available_blocks) * self.config.block_size
+            num_tokens = min(num_tokens, capacity - sequence.num_computed_tokens)
+        return num_tokens
+
+    def _allocate_blocks(self, sequence: Sequence, num_tokens: int) -> bool:
+        """Extend the block tables to `num_tokens` tokens.
+
+        Returns False, without a change, when there are too few blocks.
+        """
+        num_blocks = -(-num_tokens // self.config.block_size)
+        missing = [max(0, num_blocks - len(table)) for table in sequence.block_tables]
+        for pool, count in zip(self.pools, missing, strict=True):
+            if count > pool.num_available_blocks:
+                return False
+        for pool, table, count in zip(self.pools, sequence.block_tables, missing, strict=True):
             if count:
                 table += pool.allocate(count)
         return True
 
-    def _publish(self, sequence: Sequence) -> None:
-        """Offer the blocks that are full after the next step to the prefix cache; steps run in the order of plans."""
-        size = self.config.block_size
-        full = min(sequence.scheduled, len(sequence.tokens)) // size
-        if not self.config.prefix_cache or full <= sequence.named:
-            return
-        names = sequence.names(full, size)
-        for pool, table in zip(self.pools, sequence.tables, strict=True):
-            for block, name in zip(table[sequence.named : full], names[sequence.named :], strict=True):
-                if block != GONE:
-                    pool.name(block, name)
-        sequence.named = full
+    def _cache_full_blocks(self, sequence: Sequence) -> None:
+        """Put the blocks that the scheduled step fills into the prefix cache.
 
-    def _slide(self, sequence: Sequence) -> None:
-        """Release the blocks that no later token of the sequence sees."""
-        for window, pool, table in zip(self.config.windows, self.pools, sequence.tables, strict=True):
+        A later step can read them at once, because steps run in the order of scheduling.
+        """
+        if not self.config.enable_prefix_caching:
+            return
+        block_size = self.config.block_size
+        first = sequence.num_hashed_blocks
+        num_full = min(sequence.num_computed_tokens, len(sequence.token_ids)) // block_size
+        if num_full <= first:
+            return
+        hashes = sequence.block_hashes(num_full, block_size)
+        for pool, table in zip(self.pools, sequence.block_tables, strict=True):
+            for block, block_hash in zip(table[first:num_full], hashes[first:], strict=True):
+                if block != NULL_BLOCK:
+                    pool.cache_block(block, block_hash)
+        sequence.num_hashed_blocks = num_full
+
+    def _free_out_of_window(self, sequence: Sequence) -> None:
+        """Free the blocks that no later token of the sequence attends to."""
+        tables = zip(self.config.sliding_windows, self.pools, sequence.block_tables, strict=True)
+        for window, pool, table in tables:
             if window is None:
                 continue
-            index = min(len(table), max(0, sequence.scheduled - window + 1) // self.config.block_size) - 1
-            while index >= 0 and table[index] != GONE:
-                pool.release([table[index]])
-                table[index] = GONE
+            num_outside = max(0, sequence.num_computed_tokens - window + 1)
+            index = min(len(table), num_outside // self.config.block_size) - 1
+            while index >= 0 and table[index] != NULL_BLOCK:
+                pool.free([table[index]])
+                table[index] = NULL_BLOCK
                 index -= 1
 
-    def _preempt(self, sequence: Sequence) -> None:
-        self._release(sequence)
-        sequence.scheduled = sequence.drafted = sequence.named = 0
-        sequence.overtaken = OVERTAKEN  # nobody takes the room it has made
-        insort(self.waiting, sequence, key=lambda s: s.rank)
-        self.preemptions += 1
-
-    def _end(self, sequence: Sequence, poisoned: bool = False) -> None:
-        """Forget a sequence. `poisoned`: what its blocks hold must reach nobody."""
-        del self._sequences[sequence.request.id]
-        sequence.ended = True
-        if not sequence.tables:
-            self.waiting.remove(sequence)
-            return
-        if poisoned:
-            for pool, table in zip(self.pools, sequence.tables, strict=True):
-                pool.forget(block for block in table if block != GONE)
-        left = self._release(sequence)
-        if poisoned:
-            for blocks, more in zip(self.poisoned, left, strict=True):
-                blocks += more
-
-    def _release(self, sequence: Sequence) -> list[list[int]]:
-        """Give up a running sequence's blocks and slot; the blocks that nobody holds any more."""
-        pairs = zip(self.pools, sequence.tables, strict=True)
-        left = [pool.release(block for block in table if block != GONE) for pool, table in pairs]
-        sequence.tables = []
-        self._slots.append(sequence.slot)
+    def _free_sequence(self, sequence: Sequence) -> list[list[int]]:
+        """Free a running sequence's blocks and slot; return the unused blocks of each pool."""
+        unused = [
+            pool.free(_real_blocks(table))
+            for pool, table in zip(self.pools, sequence.block_tables, strict=True)
+        ]
+        sequence.block_tables = []
+        self._free_slots.append(sequence.slot)
         sequence.slot = -1
         self.running.remove(sequence)
-        return left
+        return unused
+
+
+def _real_blocks(table: list[int]) -> list[int]:
+    return [block for block in table if block != NULL_BLOCK]
+
+
+def _must_compute_prompt(sequence: Sequence) -> bool:
+    """Whether the hidden states of all prompt tokens are needed.
+
+    Then no part of the prompt may come from the prefix cache.
+    """
+    request = sequence.request
+    return request.sampling_params.prompt_logprobs is not None or request.pooling == "mean"

@@ -1,117 +1,103 @@
-"""A request on its way through the engine, and the piece of it that one step computes."""
+"""A request on its way through the engine."""
 
 from __future__ import annotations
 
 import hashlib
 from array import array
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
 
-from llmkit.runtime.engine.speculate import NgramIndex
-from llmkit.runtime.engine.types import Logprobs, Request
+from llmkit.runtime.engine.engine_outputs import Logprobs
+from llmkit.runtime.engine.engine_request import EngineRequest
+from llmkit.runtime.engine.grammar_matcher import GrammarMatcher
 
-if TYPE_CHECKING:
-    import torch
-
-GONE = -1  # in a block table: the block has left a sliding window
-
-
-class Guide(Protocol):
-    """Says which tokens may come next in an answer."""
-
-    def allowed(self) -> torch.Tensor:
-        """bool [vocab], at least one of them; the end of the answer is a token, too."""
-
-    def advance(self, token: int) -> bool:
-        """Take in the answer's next token; whether nothing can follow it."""
+NULL_BLOCK = -1  # in a block table: the block was freed because it left a sliding window
 
 
 @dataclass(eq=False)
 class Sequence:
-    """A request and how far it has come. `tokens` is the prompt and what is known of the answer."""
+    """A request and its progress. Only the scheduler changes it."""
 
-    request: Request
-    seed: int
-    adapter: int = 0  # its key among the runner's adapters; 0: none
-    guide: Guide | None = None
-    arrival: int = 0
-    tokens: list[int] = field(init=False)
-    scheduled: int = 0  # tokens whose keys and values are in the cache once the steps under way are done
-    pending: int = 0  # tokens that steps under way will have sampled; 0 or 1
-    tables: list[list[int]] = field(default_factory=list)  # blocks, one table for each window; none while it waits
-    slot: int = -1  # its row in the runner's tables while it runs
-    named: int = 0  # blocks that were offered to the prefix cache
-    cached: int | None = None  # prompt tokens found in the prefix cache when it was first admitted
-    overtaken: int = 0  # how many were admitted before it while it waited
-    drafted: int = 0  # tokens whose keys and values are in the draft model's cache
-    prompt_logprobs: list[Logprobs] = field(default_factory=list)  # of its prompt so far, where it asks for them
-    pooled: torch.Tensor = field(init=False)  # where it asks for that: the sum until now, at its end the result
-    ended: bool = False
-    index: NgramIndex | None = None
-    _names: list[bytes] = field(default_factory=list)
+    request: EngineRequest
+    seed: int  # of its random draws
+    adapter_id: int = 0  # its LoRA adapter's id in the LoraManager; 0: the base model
+    grammar_matcher: GrammarMatcher | None = None
+    arrival: int = 0  # its number in the order of arrival, set by Scheduler.add
+
+    token_ids: list[int] = field(init=False)  # the prompt and the known output tokens
+    # Tokens whose keys and values are in the KV cache once the steps in flight are done.
+    num_computed_tokens: int = 0
+    num_in_flight: int = 0  # tokens that steps in flight sample; 0 or 1
+    # Prompt tokens found in the prefix cache; None: not admitted yet.
+    num_cached_tokens: int | None = None
+    # Tokens whose keys and values are in the draft model's KV cache.
+    num_draft_computed_tokens: int = 0
+    # Block ids, one table per attention window; empty while the sequence waits.
+    block_tables: list[list[int]] = field(default_factory=list)
+    num_hashed_blocks: int = 0  # full blocks that the prefix cache already knows
+    slot: int = -1  # its row in the runner's per-sequence tensors while it runs
+    skip_count: int = 0  # sequences admitted before it while it waited
+    prompt_logprobs: list[Logprobs] = field(default_factory=list)  # so far, when requested
+    is_finished: bool = False
+    _block_hashes: list[bytes] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.tokens = list(self.request.prompt)
+        self.token_ids = list(self.request.prompt_token_ids)
 
     @property
-    def needs_tokens(self) -> bool:
-        """Whether its next token cannot be chosen before the host knows those before it."""
-        return self.guide is not None or self.request.sampling.penalizes
+    def needs_known_tokens(self) -> bool:
+        """Whether the host must know all tokens before it can sample the next one."""
+        return self.grammar_matcher is not None or self.request.sampling_params.has_penalties
 
     @property
-    def total(self) -> int:
-        """Tokens it has once the steps under way are done."""
-        return len(self.tokens) + self.pending
+    def num_prompt_tokens(self) -> int:
+        """Tokens of the prompt."""
+        return len(self.request.prompt_token_ids)
 
     @property
-    def left(self) -> int:
-        """Tokens that the next step could compute; 0 when the last one it may have is under way."""
-        return 0 if self.generated >= self.request.sampling.max_tokens else self.total - self.scheduled
+    def num_tokens(self) -> int:
+        """Prompt and output tokens, those that steps in flight sample included."""
+        return len(self.token_ids) + self.num_in_flight
 
     @property
-    def generated(self) -> int:
-        """Tokens sampled once the steps under way are done."""
-        return self.total - len(self.request.prompt)
+    def num_output_tokens(self) -> int:
+        """Output tokens, those that steps in flight sample included."""
+        return self.num_tokens - self.num_prompt_tokens
 
     @property
-    def longest(self) -> int:
-        """The most tokens it may come to have."""
-        return len(self.request.prompt) + (0 if self.request.pooling else self.request.sampling.max_tokens)
+    def num_uncomputed_tokens(self) -> int:
+        """Tokens that the next step could compute.
+
+        0 when a step in flight samples the last token that the request may have.
+        """
+        if self.num_output_tokens >= self.request.sampling_params.max_tokens:
+            return 0
+        return self.num_tokens - self.num_computed_tokens
 
     @property
-    def rank(self) -> tuple[int, int]:
-        """Its place among all: the least goes first, the greatest is preempted first."""
+    def max_num_tokens(self) -> int:
+        """The most tokens that the sequence can have, prompt and output."""
+        if self.request.pooling:
+            return self.num_prompt_tokens
+        return self.num_prompt_tokens + self.request.sampling_params.max_tokens
+
+    @property
+    def priority_key(self) -> tuple[int, int]:
+        """The order of sequences: the smallest key runs first, the largest is preempted first."""
         return self.request.priority, self.arrival
 
-    def names(self, count: int, block_size: int) -> list[bytes]:
-        """Names of its first `count` blocks: each stands for all tokens up to the block's end, adapter and salt."""
-        root = f"{self.adapter} {self.request.salt}"
-        parent = self._names[-1] if self._names else hashlib.sha256(root.encode()).digest()
-        for start in range(len(self._names) * block_size, count * block_size, block_size):
-            content = array("q", self.tokens[start : start + block_size]).tobytes()
+    def block_hashes(self, num_blocks: int, block_size: int) -> list[bytes]:
+        """The hashes of its first blocks.
+
+        A hash covers all tokens up to the end of the block, the adapter and the salt.
+        """
+        if self._block_hashes:
+            parent = self._block_hashes[-1]
+        else:
+            root = f"{self.adapter_id} {self.request.cache_salt}"
+            parent = hashlib.sha256(root.encode()).digest()
+        first = len(self._block_hashes) * block_size
+        for start in range(first, num_blocks * block_size, block_size):
+            content = array("q", self.token_ids[start : start + block_size]).tobytes()
             parent = hashlib.sha256(parent + content).digest()
-            self._names.append(parent)
-        return self._names[:count]
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """Tokens [start, start + count) of a sequence, computed in one step; the last `drafts` of them are guesses."""
-
-    sequence: Sequence
-    start: int
-    count: int
-    samples: bool  # the step knows enough to choose the sequence's next token
-    counter: int  # how many tokens were sampled before that one
-    tokens: list[int]  # `count` of them, or fewer when the runner finds the rest on its device
-    drafts: int = 0
-
-    @property
-    def stop(self) -> int:
-        """The position after its last token."""
-        return self.start + self.count
-
-    @property
-    def pools(self) -> bool:
-        """Whether it is the last of a sequence whose hidden states are asked for."""
-        return self.samples and self.sequence.request.pooling is not None
+            self._block_hashes.append(parent)
+        return self._block_hashes[:num_blocks]

@@ -1,4 +1,5 @@
-"""Serving one model on several ranks: a process each, which run the same engine in step over their parts.
+"""One model on several ranks: one process each, which runs the engine on its part.
 
-Nothing here schedules or computes: every rank has the whole scheduler and is told of the same requests.
+Nothing here schedules or computes. Every rank has the whole scheduler and gets the same requests,
+so that all ranks make the same steps.
 """

@@ -1,53 +1,66 @@
-"""Every rank but the first: `python -m llmkit.runtime.parallel.worker --fd N`, started by the first only.
+"""The process of every rank except the first: `python -m llmkit.runtime.parallel.worker --fd N`.
 
-It loads its part and then does what it is told, until the first one is gone. SIGINT and SIGTERM are left to that one.
+Only the first rank starts it. It loads its part of the model and then runs the same engine steps as
+the first rank, until the first rank ends. It ignores SIGINT and SIGTERM: the first rank handles
+them.
 """
 
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 
-from llmkit.checkpoint.source import open_checkpoint
-from llmkit.model.device import resolve_device
-from llmkit.runtime.channel import Channel, Failed, parent_socket
+from llmkit.checkpoint.open_checkpoint import open_checkpoint
 from llmkit.runtime.engine.engine import Engine
-from llmkit.runtime.load import StartUp
-from llmkit.runtime.parallel.lead import agreed, load_rank
-from llmkit.runtime.parallel.messages import Go, Join, Step, ToRank, to_rank_decoder
-from llmkit.shard.rank import rank_parts
+from llmkit.runtime.parallel.rank_engine import load_rank
+from llmkit.runtime.parallel.rank_messages import (
+    Connect,
+    LoadPart,
+    RunStep,
+    ToRank,
+    to_rank_decoder,
+)
+from llmkit.runtime.part_loader import StartupReport
+from llmkit.runtime.process_channel import Channel, Failed, parent_socket
+from llmkit.shard.rank_part import rank_parts
 
 
-def follow(channel: Channel[ToRank]) -> None:
-    """Load, meet the others, step. Raises EOFError or OSError when the first rank is gone."""
-    (join,) = channel.receive(wait=True)
-    assert isinstance(join, Join)
-    options, start = join.engine, StartUp()
-    parts = rank_parts(open_checkpoint(join.model), options.tp, options.pp, options.ep)
-    told, group, loaded = load_rank(parts, join.index, options, start, join.threads)
-    channel.send(told)
-    (go, *early) = channel.receive(wait=True)
-    assert isinstance(go, Go)
-    group.join(Path(go.store), resolve_device(options.device))
-    engine = agreed(loaded, go).engine(start, Engine)
-    _obey(engine, early)
+def run_worker(channel: Channel[ToRank]) -> None:
+    """Load, connect to the other ranks, and run steps.
+
+    Raises EOFError or OSError when the first rank has ended.
+    """
+    (load,) = channel.receive(wait=True)
+    assert isinstance(load, LoadPart)
+    options = load.options
+    report = StartupReport()
+    parts = rank_parts(open_checkpoint(load.model), options.tp, options.pp, options.ep)
+    rank = load_rank(parts, load.rank, options, report, load.num_threads)
+    channel.send(rank.message)
+    sizes, *steps = channel.receive(wait=True)
+    assert isinstance(sizes, Connect)
+    rank.connect(sizes)
+    engine = rank.make_engine(sizes, report, Engine)
     while True:
-        _obey(engine, channel.receive(wait=True))
+        for step in steps:
+            assert isinstance(step, RunStep)
+            _run_step(engine, step)
+        steps = channel.receive(wait=True)
 
 
-def _obey(engine: Engine, messages: list[ToRank]) -> None:
-    for message in messages:
-        assert isinstance(message, Step)
-        for event in message.events:
-            engine.cancel(event) if isinstance(event, str) else engine.add(event)
-        engine.step()
+def _run_step(engine: Engine, step: RunStep) -> None:
+    for event in step.events:
+        if isinstance(event, str):
+            engine.cancel(event)
+        else:
+            engine.add(event)
+    engine.step()
 
 
 def main() -> int:
-    """Run the process. The first rank learns of a failure from the Failed message."""
+    """Run the process. A failure is sent to the first rank and sets the exit code."""
     channel: Channel[ToRank] = Channel(parent_socket(), to_rank_decoder)
     try:
-        follow(channel)
+        run_worker(channel)
     except (EOFError, BrokenPipeError, ConnectionResetError):
         return 0
     except Exception as error:

@@ -1,4 +1,4 @@
-"""The routes."""
+"""The API server's routes."""
 
 from __future__ import annotations
 
@@ -12,36 +12,54 @@ from fastapi import FastAPI, Request, Response
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from llmkit.checkpoint.version import version
-from llmkit.runtime.server.adapters import Adapters
-from llmkit.runtime.server.answer import answer, answer_whole
-from llmkit.runtime.server.bodies.base import Kind, parse
-from llmkit.runtime.server.bodies.chat import ChatBody, conversation, described
-from llmkit.runtime.server.bodies.completions import CompletionBody
-from llmkit.runtime.server.bodies.embeddings import EmbeddingsBody
-from llmkit.runtime.server.bodies.messages import CountBody, MessagesBody
-from llmkit.runtime.server.bodies.responses import ResponsesBody
-from llmkit.runtime.server.bodies.tokens import DetokenizeBody, TokenizeBody
-from llmkit.runtime.server.embeddings import EmbeddingsShape, prepare_embeddings
+from llmkit.common.version import version
+from llmkit.runtime.server.embedding_requests import EmbeddingResponseBuilder, prepare_embeddings
+from llmkit.runtime.server.http.api_keys import Client
 from llmkit.runtime.server.http.assets import page_routes
-from llmkit.runtime.server.http.body import read_json_body
-from llmkit.runtime.server.http.errors import ApiError, unknown_model
-from llmkit.runtime.server.http.guard import Guard
-from llmkit.runtime.server.http.keys import Client
-from llmkit.runtime.server.kserve.routes import add_routes as add_kserve_routes
-from llmkit.runtime.server.metrics import CONTENT_TYPE
+from llmkit.runtime.server.http.http_errors import ApiError, unknown_model
+from llmkit.runtime.server.http.request_body import read_json_body
+from llmkit.runtime.server.http.security_middleware import SecurityMiddleware
+from llmkit.runtime.server.http_response import respond, respond_full
+from llmkit.runtime.server.kserve.kserve_routes import add_kserve_routes
+from llmkit.runtime.server.lora_adapters import LoraAdapterRoutes
 from llmkit.runtime.server.openapi import openapi
-from llmkit.runtime.server.prepare import check_ids, encode_chat, prepare_chat, prepare_completion, tokenized
-from llmkit.runtime.server.shapes.messages import MessagesShape
-from llmkit.runtime.server.shapes.openai import ChatShape, CompletionShape, Shape
-from llmkit.runtime.server.shapes.responses import ResponsesShape
-from llmkit.runtime.server.state import State
+from llmkit.runtime.server.prepare import (
+    check_token_ids,
+    encode_chat,
+    prepare_chat,
+    prepare_completion,
+    tokenize_text,
+)
+from llmkit.runtime.server.responses.messages_response import MessagesResponseBuilder
+from llmkit.runtime.server.responses.openai_response import (
+    ChatCompletionResponseBuilder,
+    CompletionResponseBuilder,
+)
+from llmkit.runtime.server.responses.response_builder import ResponseBuilder
+from llmkit.runtime.server.responses.responses_response import ResponsesResponseBuilder
+from llmkit.runtime.server.schemas.base_request import RequestT, parse_request
+from llmkit.runtime.server.schemas.chat_request import (
+    ChatCompletionRequest,
+    parse_chat_messages,
+    tool_dicts,
+)
+from llmkit.runtime.server.schemas.completion_request import CompletionRequest
+from llmkit.runtime.server.schemas.embedding_request import EmbeddingRequest
+from llmkit.runtime.server.schemas.messages_request import CountTokensRequest, MessagesRequest
+from llmkit.runtime.server.schemas.responses_request import ResponsesRequest
+from llmkit.runtime.server.schemas.tokenize_request import DetokenizeRequest, TokenizeRequest
+from llmkit.runtime.server.server_metrics import CONTENT_TYPE
+from llmkit.runtime.server.server_state import ServerState
 
 
-def build_app(state: State, api_keys: tuple[Client, ...]) -> ASGIApp:
-    """The ASGI application on `state`; with `api_keys` every route but health needs one of them."""
+def build_app(state: ServerState, clients: tuple[Client, ...]) -> ASGIApp:
+    """Return the ASGI application of one model's server.
+
+    With `clients`, every route except the health checks and the web page needs an API key of one of
+    them.
+    """
     app = new_app()
-    routes = Routes(state)
+    routes = ApiRoutes(state)
     for path, method, endpoint in (
         ("/v1/completions", "POST", routes.completions),
         ("/v1/chat/completions", "POST", routes.chat_completions),
@@ -60,176 +78,222 @@ def build_app(state: State, api_keys: tuple[Client, ...]) -> ASGIApp:
         ("/info", "GET", routes.info),
     ):
         app.add_api_route(path, endpoint, methods=[method], response_model=None)
-    if state.options.lora_dir is not None:
-        adapters = Adapters(state, state.options.lora_dir)
-        app.add_api_route("/v1/load_lora_adapter", adapters.load, methods=["POST"], response_model=None)
-        app.add_api_route("/v1/unload_lora_adapter", adapters.unload, methods=["POST"], response_model=None)
-    add_kserve_routes(app, state)
-    for path, page in page_routes().items():
-        app.add_api_route(path, page, methods=["GET"], response_model=None)
-
-    document = functools.cache(lambda: _json(openapi(app.routes, bool(api_keys))))
-
-    async def description() -> Response:
-        return document()
-
-    app.add_api_route("/openapi.json", description, methods=["GET"], response_model=None)
     options = state.options
-    return Guard(_counted(app, state), options.host, api_keys, options.debug, options.open_metrics)
+    if options.lora_dir is not None:
+        adapters = LoraAdapterRoutes(state, options.lora_dir)
+        for path, adapter_endpoint in (
+            ("/v1/load_lora_adapter", adapters.load),
+            ("/v1/unload_lora_adapter", adapters.unload),
+        ):
+            app.add_api_route(path, adapter_endpoint, methods=["POST"], response_model=None)
+    add_kserve_routes(app, state)
+    for path, page_endpoint in page_routes().items():
+        app.add_api_route(path, page_endpoint, methods=["GET"], response_model=None)
+
+    @functools.cache
+    def openapi_response() -> Response:
+        return _json_response(openapi(app.routes, needs_key=bool(clients)))
+
+    async def openapi_endpoint() -> Response:
+        return openapi_response()
+
+    app.add_api_route("/openapi.json", openapi_endpoint, methods=["GET"], response_model=None)
+    return SecurityMiddleware(
+        _with_request_tracking(app, state),
+        options.host,
+        clients,
+        options.debug,
+        options.open_metrics,
+    )
 
 
 def new_app() -> FastAPI:
-    """An application without routes, whose errors are ours."""
+    """Return an application without routes that answers errors in llmkit's JSON format."""
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
-    app.add_exception_handler(ApiError, _answer_error)
-    app.add_exception_handler(HTTPException, _answer_error)
-    app.add_exception_handler(Exception, _answer_bug)
+    app.add_exception_handler(ApiError, _error_response)
+    app.add_exception_handler(HTTPException, _error_response)
+    app.add_exception_handler(Exception, _internal_error_response)
     return app
 
 
-class Routes:
+class ApiRoutes:
     """One method per route."""
 
-    def __init__(self, state: State) -> None:
+    def __init__(self, state: ServerState) -> None:
         self._state = state
 
     async def health(self) -> Response:
         self._check_ready()
-        return _json({"status": "ok"})
+        return _json_response({"status": "ok"})
 
     async def version(self) -> Response:
-        return _json({"version": version()})
+        return _json_response({"version": version()})
 
     async def info(self) -> Response:
         self._check_ready()
-        return _json(self._state.info)
+        return _json_response(self._state.info)
 
     async def metrics(self) -> Response:
-        return Response(await asyncio.to_thread(self._state.metrics.render), media_type=CONTENT_TYPE)
+        text = await asyncio.to_thread(self._state.metrics.render)
+        return Response(text, media_type=CONTENT_TYPE)
 
     async def models(self) -> Response:
         self._check_ready()
-        return _json({"object": "list", "data": [self._model(name) for name in self._state.models]})
+        entries = [self._model_entry(name) for name in self._state.models]
+        return _json_response({"object": "list", "data": entries})
 
     async def model(self, name: str) -> Response:
         self._check_ready()
         self._check_model(name)
-        return _json(self._model(name))
+        return _json_response(self._model_entry(name))
 
     async def completions(self, request: Request) -> Response:
-        body = await self._body(CompletionBody, request)
-        shape = CompletionShape(body, self._state.text.tokenizer)
-        choices = await prepare_completion(self._state, body, shape.id, _salt(request))
-        self._check_ready()  # reading and tokenizing took a while
-        return await answer(self._state, request, shape, choices, bool(body.stream), body.timeout)
+        body = await self._read(CompletionRequest, request)
+        builder = CompletionResponseBuilder(body, self._state.text.tokenizer)
+        choices = await prepare_completion(self._state, body, builder.id, _cache_salt(request))
+        self._check_ready()  # again: the engine may have ended while this request was prepared
+        return await respond(
+            self._state, request, builder, choices, bool(body.stream), body.timeout
+        )
 
     async def chat_completions(self, request: Request) -> Response:
-        body = await self._body(ChatBody, request)
-        return await self._chat(request, body, ChatShape(body, self._state.text.tokenizer))
+        body = await self._read(ChatCompletionRequest, request)
+        builder = ChatCompletionResponseBuilder(body, self._state.text.tokenizer)
+        return await self._chat(request, body, builder)
 
     async def responses(self, request: Request) -> Response:
-        body = await self._body(ResponsesBody, request)
-        return await self._chat(request, body.chat, ResponsesShape(body))
+        body = await self._read(ResponsesRequest, request)
+        return await self._chat(request, body.chat, ResponsesResponseBuilder(body))
 
     async def embeddings(self, request: Request) -> Response:
-        body = await self._body(EmbeddingsBody, request)
-        shape = EmbeddingsShape(body)
-        choices = await prepare_embeddings(self._state, body, shape.id, _salt(request))
+        body = await self._read(EmbeddingRequest, request)
+        builder = EmbeddingResponseBuilder(body)
+        choices = await prepare_embeddings(self._state, body, builder.id, _cache_salt(request))
         self._check_ready()
-        return await answer_whole(self._state, request, shape, choices, body.timeout)
+        return await respond_full(self._state, request, builder, choices, body.timeout)
 
     async def messages(self, request: Request) -> Response:
-        body = await self._body(MessagesBody, request)
-        return await self._chat(request, body.chat, MessagesShape(body.model))
+        body = await self._read(MessagesRequest, request)
+        return await self._chat(request, body.chat, MessagesResponseBuilder(body.model))
 
     async def count_tokens(self, request: Request) -> Response:
-        chat = (await self._body(CountBody, request)).chat
-        tokens, _ = await encode_chat(self._state, chat.conversation, chat.offered_tools, {})
-        return _json({"input_tokens": len(tokens)})
+        chat = (await self._read(CountTokensRequest, request)).chat
+        token_ids, _ = await encode_chat(self._state, chat.conversation, chat.offered_tools, {})
+        return _json_response({"input_tokens": len(token_ids)})
 
     async def tokenize(self, request: Request) -> Response:
-        body = await self._body(TokenizeBody, request)
+        body = await self._read(TokenizeRequest, request)
         tokenizer = self._state.text.tokenizer
         if body.messages is None:
-            tokens = await tokenized(tokenizer, body.prompt or "", body.add_special_tokens is not False)
+            add_special_tokens = body.add_special_tokens is not False
+            token_ids = await tokenize_text(tokenizer, body.prompt or "", add_special_tokens)
         else:
-            tools, variables = described(body.tools or []), body.chat_template_kwargs or {}
-            begin = body.add_generation_prompt is not False
-            tokens, _ = await encode_chat(self._state, conversation(body.messages), tools, variables, begin)
-        names = [tokenizer.id_to_token(token) for token in tokens] if body.return_token_strs else None
-        most = self._state.facts.max_model_len
-        return _json({"count": len(tokens), "max_model_len": most, "tokens": tokens, "token_strs": names})
+            token_ids, _ = await encode_chat(
+                self._state,
+                parse_chat_messages(body.messages),
+                tool_dicts(body.tools or []),
+                body.chat_template_kwargs or {},
+                body.add_generation_prompt is not False,
+            )
+        token_strs = None
+        if body.return_token_strs:
+            token_strs = [tokenizer.id_to_token(token_id) for token_id in token_ids]
+        return _json_response(
+            {
+                "count": len(token_ids),
+                "max_model_len": self._state.engine_info.max_model_len,
+                "tokens": token_ids,
+                "token_strs": token_strs,
+            }
+        )
 
     async def detokenize(self, request: Request) -> Response:
-        body = await self._body(DetokenizeBody, request)
-        check_ids(body.tokens, self._state.facts.vocab_size, "tokens")
-        return _json({"prompt": self._state.text.tokenizer.decode(body.tokens, skip_special_tokens=False)})
+        body = await self._read(DetokenizeRequest, request)
+        check_token_ids(body.tokens, self._state.engine_info.vocab_size, "tokens")
+        prompt = self._state.text.tokenizer.decode(body.tokens, skip_special_tokens=False)
+        return _json_response({"prompt": prompt})
 
-    async def _body(self, kind: type[Kind], request: Request) -> Kind:
-        """The body of a request for a model of this server."""
+    async def _read(self, schema: type[RequestT], request: Request) -> RequestT:
+        """Read and check the body of a request to a model of this server."""
         self._check_ready()
         options = self._state.options
-        body = parse(kind, await read_json_body(request, options.max_body_bytes, options.body_timeout))
-        if body.model:  # /tokenize needs none
+        data = await read_json_body(request, options.max_body_bytes, options.body_timeout)
+        body = parse_request(schema, data)
+        if body.model:  # optional for /tokenize
             self._check_model(body.model)
         return body
 
-    async def _chat(self, request: Request, body: ChatBody, shape: Shape) -> Response:
-        choices = await prepare_chat(self._state, body, shape.id, _salt(request))
-        self._check_ready()  # reading and tokenizing took a while
-        return await answer(self._state, request, shape, choices, bool(body.stream), body.timeout)
+    async def _chat(
+        self, request: Request, body: ChatCompletionRequest, builder: ResponseBuilder
+    ) -> Response:
+        choices = await prepare_chat(self._state, body, builder.id, _cache_salt(request))
+        self._check_ready()  # again: the engine may have ended while this request was prepared
+        return await respond(
+            self._state, request, builder, choices, bool(body.stream), body.timeout
+        )
 
     def _check_ready(self) -> None:
-        if (error := self._state.unready) is not None:
+        error = self._state.unavailable_error
+        if error is not None:
             raise error
 
     def _check_model(self, name: str) -> None:
         if name not in self._state.models:
             raise unknown_model(name, self._state.models)
 
-    def _model(self, name: str) -> dict[str, Any]:
+    def _model_entry(self, name: str) -> dict[str, Any]:
         state = self._state
         return {
             "id": name,
             "object": "model",
             "created": state.created,
             "owned_by": "llmkit",
-            "max_model_len": state.facts.max_model_len,
-            "root": state.roots.get(name, state.options.model),
-            "parent": None if name in state.names else state.model_name,
+            "max_model_len": state.engine_info.max_model_len,
+            "root": state.adapter_paths.get(name, state.options.model),
+            "parent": None if name in state.base_model_names else state.model_name,
         }
 
 
-def _salt(request: Request) -> str:
-    """What keeps this client's cached prefixes from others (see Guard)."""
-    salt: str = request.scope["llmkit.salt"]
-    return salt
+def _cache_salt(request: Request) -> str:
+    """Return the salt that keeps this client's cached prefixes to itself.
+
+    SecurityMiddleware sets it.
+    """
+    cache_salt: str = request.scope["llmkit.cache_salt"]
+    return cache_salt
 
 
-def _counted(app: ASGIApp, state: State) -> ASGIApp:
-    """`app`, known to `state` as long as it is answering: a graceful stop waits for it."""
+def _with_request_tracking(app: ASGIApp, state: ServerState) -> ASGIApp:
+    """Return `app`, which counts its requests in `state`, so that a graceful stop waits for them.
 
-    async def counted(scope: Scope, receive: Receive, send: Send) -> None:
-        scope["llmkit.arrived"] = time.perf_counter()
-        with state.active():
+    It sets "llmkit.arrival_time" in the scope: time.perf_counter() when the request arrived.
+    """
+
+    async def tracked_app(scope: Scope, receive: Receive, send: Send) -> None:
+        scope["llmkit.arrival_time"] = time.perf_counter()
+        with state.track_request():
             await app(scope, receive, send)
 
-    return counted
+    return tracked_app
 
 
-def _json(document: Any) -> Response:
+def _json_response(document: Any) -> Response:
     return Response(msgspec.json.encode(document), media_type="application/json")
 
 
-async def _answer_error(request: Request, error: Exception) -> Response:
-    if isinstance(error, HTTPException):  # the router's own: 404 and 405
+async def _error_response(request: Request, error: Exception) -> Response:
+    if isinstance(error, HTTPException):  # 404 and 405 of Starlette's router
         code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code)
         message = f"{error.detail}: {request.method} {request.scope['path']}"
         error = ApiError(error.status_code, message, code=code, headers=dict(error.headers or {}))
     assert isinstance(error, ApiError)
-    return Response(error.body(request.scope["path"]), error.status, error.headers, "application/json")
+    return Response(
+        error.body(request.scope["path"]), error.status, error.headers, "application/json"
+    )
 
 
-async def _answer_bug(request: Request, _error: Exception) -> Response:
-    # uvicorn logs the traceback: Starlette raises the error again after this answer.
-    return await _answer_error(request, ApiError(500, "The server failed; its log says why.", code="internal_error"))
+async def _internal_error_response(request: Request, _error: Exception) -> Response:
+    # Starlette raises the error again after this response, and uvicorn logs the traceback.
+    return await _error_response(
+        request, ApiError(500, "The server failed; its log says why.", code="internal_error")
+    )

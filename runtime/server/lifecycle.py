@@ -1,4 +1,8 @@
-"""The API process's event loop: load, serve, and the three ways to end."""
+"""The API process's event loop: it loads, serves, and ends in one of three ways.
+
+It ends gracefully with the first signal, at once with the second, and with an error when an engine
+process ends for good.
+"""
 
 from __future__ import annotations
 
@@ -14,182 +18,220 @@ from typing import Any
 import uvicorn
 from starlette.types import ASGIApp
 
-from llmkit.checkpoint.errors import InputError, ShortageError
+from llmkit.common.errors import InputError, ShortageError
 from llmkit.runtime.server.app import build_app
-from llmkit.runtime.server.engines.messages import Ready
-from llmkit.runtime.server.engines.process import EngineClient
+from llmkit.runtime.server.async_waits import StopSignals, run_in_thread, wait_first
+from llmkit.runtime.server.engines.engine_client import EngineClient
+from llmkit.runtime.server.engines.engine_messages import EngineReady
 from llmkit.runtime.server.engines.replicas import Replicas
-from llmkit.runtime.server.engines.restarts import keep_running
-from llmkit.runtime.server.http.errors import ApiError
-from llmkit.runtime.server.http.keys import Client
+from llmkit.runtime.server.engines.restarts import supervise_engines
+from llmkit.runtime.server.http.api_keys import Client
+from llmkit.runtime.server.http.http_errors import ApiError
 from llmkit.runtime.server.http.protocol import LimitedHttpProtocol
 from llmkit.runtime.server.http.tls import tls_context
-from llmkit.runtime.server.metrics import Metrics
-from llmkit.runtime.server.options import ServeOptions, default_name
 from llmkit.runtime.server.response_cache import ResponseCache
-from llmkit.runtime.server.state import Phase, State, TextSide
+from llmkit.runtime.server.serve_options import ServeOptions, default_name
+from llmkit.runtime.server.server_metrics import ServerMetrics
+from llmkit.runtime.server.server_state import Phase, ServerState, TextResources
+from llmkit.runtime.server.state_metrics import StateCollector
 from llmkit.runtime.server.tracing import Tracing
-from llmkit.runtime.server.waiting import StopSignals, first, in_thread
 
-# After the engine's death, health answers 503 for so long before the process exits: probes get to see it.
+# How long /health answers 503 after the engine's death before the process exits, so that a probe
+# sees it.
 _DEATH_NOTICE_S = 2.0
-_LAST_BYTES_S = 2  # for error events to leave once nothing is waited for any more
+# How long a shutdown waits until the last error events have reached the clients.
+_LAST_BYTES_S = 2
+# How long a shutdown waits until the last trace spans are sent.
 _LAST_SPANS_S = 2.0
-_TEXT_WAIT_S = 5.0  # an interpreter should not end while a thread is in the middle of an import
-_KEEP_ALIVE_S = 75  # longer than the idle time of common clients and proxies, so that they close first
+# How long a shutdown waits for the thread that loads the tokenizer: an interpreter should not end
+# while a thread imports a module.
+_TEXT_WAIT_S = 5.0
+# Longer than the idle time of common clients and proxies, so that they close first.
+_KEEP_ALIVE_S = 75
 
-Message = Callable[[str], None]
+Log = Callable[[str], None]
 OnReady = Callable[[Mapping[str, Any]], None]
 EngineProcess = tuple[subprocess.Popen[bytes], socket.socket]
 
 
 async def serve(
     options: ServeOptions,
-    keys: tuple[Client, ...],
+    clients: tuple[Client, ...],
     listener: socket.socket,
     engines: Sequence[EngineProcess],
-    start: Callable[[int], EngineProcess],
-    began: float,
-    message: Message,
-    ready: OnReady,
+    start_engine: Callable[[int], EngineProcess],
+    start_time: float,
+    log: Log,
+    on_ready: OnReady,
 ) -> int:
-    """Serve on `listener` with engine processes, each behind its socket; see run_server.
+    """Serve on `listener` and return the exit code; see run_server.
 
-    start: makes one that takes the place of one that has ended. began: perf_counter at the start, for the ready line.
+    engines: the started engine processes, each with its socket. start_engine: starts a process for
+    a replica whose process has ended. start_time: time.perf_counter() at the start.
     """
-    seconds = {"python and imports": _since(began)}
+    api_seconds = {"python and imports": _seconds_since(start_time)}
     with StopSignals() as stop:
-        metrics = Metrics(lambda: client.stats, gpus=options.engine.device != "cpu")
+        metrics = ServerMetrics(lambda: replicas.stats, gpus=options.engine.device != "cpu")
 
-        async def connect(place: int, engine: EngineProcess) -> EngineClient:
-            who = f"replica {place}: " if len(engines) > 1 else ""
-            one = await EngineClient.connect(*engine, who, options.engine_timeout)
-            one.on_step = metrics.stepped
-            return one
+        async def connect(replica: int, engine: EngineProcess) -> EngineClient:
+            who = f"replica {replica}: " if len(engines) > 1 else ""
+            client = await EngineClient.connect(*engine, who, options.engine_timeout)
+            client.on_step = metrics.record_step
+            return client
 
-        client = Replicas([await connect(*one) for one in enumerate(engines)], options.engine.prefix_cache)
-        state = State(options, client, metrics, options.served_model_name or default_name(options.model))
-        metrics.watch(state)
+        engine_clients = [await connect(index, engine) for index, engine in enumerate(engines)]
+        replicas = Replicas(engine_clients, options.engine.prefix_cache)
+        model_name = options.served_model_name or default_name(options.model)
+        state = ServerState(options, replicas, metrics, model_name)
+        metrics.register(StateCollector(state))
         if options.response_cache:
-            state.responses = ResponseCache(options.response_cache, options.engine.adapters)
+            state.response_cache = ResponseCache(options.response_cache, options.engine.adapters)
         if options.otlp_traces_endpoint is not None:
             state.tracing = Tracing(options.otlp_traces_endpoint)
-        app = build_app(state, keys)
-        http = HttpServer(app, options)
-        serving = asyncio.create_task(http.serve(sockets=[listener]))
-        text = in_thread(lambda: _load_text(options.model, seconds))
-        text.add_done_callback(lambda _: _start_templates(state, text))
-        lost: asyncio.Future[EngineClient] | None = None
-        grpc = None
+        app = build_app(state, clients)
+        http_server = HttpServer(app, options)
+        serving = asyncio.create_task(http_server.serve(sockets=[listener]))
+        text = run_in_thread(lambda: _load_text(options.model, api_seconds))
+        text.add_done_callback(lambda _: _start_template_sandbox(state, text))
+        # Done when an engine process has ended for good.
+        engine_lost: asyncio.Future[EngineClient] | None = None
+        grpc_server = None
         try:
             if options.grpc_port is not None:
-                grpc, grpc_port = await _start_grpc(app, options)
-            loaded = asyncio.ensure_future(_both(client.ready(), text))
-            await first(loaded, stop.first)
+                grpc_server, grpc_port = await _start_grpc(app, options)
+            loaded = asyncio.ensure_future(_load(replicas.ready(), text))
+            await wait_first(loaded, stop.first)
             if not loaded.done():
                 loaded.cancel()
                 return 128 + stop.first.result()
-            facts = _open_for_requests(state, *loaded.result(), message)
-            facts |= {"url": server_url(options, listener), "ready_s": _since(began), "api_seconds": seconds}
-            message(
-                "{model} is ready at {url} after {ready_s:.1f} s ({device}, {dtype}, context {max_model_len}, KV "
-                "cache {kv_cache_tokens} tokens)".format(**facts)
+            info = _become_ready(state, *loaded.result(), log)
+            info |= {
+                "url": server_url(options, listener),
+                "ready_s": _seconds_since(start_time),
+                "api_seconds": api_seconds,
+            }
+            log(
+                "{model} is ready at {url} after {ready_s:.1f} s ({device}, {dtype}, "
+                "context {max_model_len}, KV cache {kv_cache_tokens} tokens)".format(**info)
             )
-            if grpc is not None:
-                message(f"gRPC is at {options.host}, port {grpc_port}")
-                facts["grpc_port"] = grpc_port
-            ready(facts)
-            lost = asyncio.ensure_future(keep_running(state, lambda place: connect(place, start(place)), message))
-            await first(lost, stop.first)
-            if lost.done():
-                await _announce_death(state, lost.result(), stop)
+            if grpc_server is not None:
+                log(f"gRPC is at {options.host}, port {grpc_port}")
+                info["grpc_port"] = grpc_port
+            on_ready(info)
+            engine_lost = asyncio.ensure_future(
+                supervise_engines(
+                    state, lambda replica: connect(replica, start_engine(replica)), log
+                )
+            )
+            await wait_first(engine_lost, stop.first)
+            if engine_lost.done():
+                await _raise_engine_death(state, engine_lost.result(), stop)
             state.phase = Phase.DRAINING
-            idle = asyncio.ensure_future(state.idle())
-            await first(idle, lost, stop.second, timeout=options.drain_timeout)
-            return 128 + stop.second.result() if stop.second.done() else 0
+            idle = asyncio.ensure_future(state.wait_until_idle())
+            await wait_first(idle, engine_lost, stop.second, timeout=options.drain_timeout)
+            if stop.second.done():
+                return 128 + stop.second.result()
+            return 0
         finally:
             state.fail_all(ApiError(503, "The server is shutting down.", code="shutting_down"))
-            if lost is not None:
-                lost.cancel()
-            http.should_exit = True
+            if engine_lost is not None:
+                engine_lost.cancel()
+            http_server.should_exit = True
             await serving
-            if grpc is not None:
-                await grpc.stop(_LAST_BYTES_S)
-            client.close()
+            if grpc_server is not None:
+                await grpc_server.stop(_LAST_BYTES_S)
+            replicas.close()
             if state.tracing is not None:
-                await first(in_thread(state.tracing.close), timeout=_LAST_SPANS_S)
-            await first(text, timeout=_TEXT_WAIT_S)
+                await wait_first(run_in_thread(state.tracing.close), timeout=_LAST_SPANS_S)
+            await wait_first(text, timeout=_TEXT_WAIT_S)
             if text.done():
-                text.exception()  # known, or of no interest any more
+                text.exception()  # read, so that asyncio does not report it as never retrieved
             state.close_sandboxes()
 
 
-def _open_for_requests(state: State, facts: Ready, text: TextSide, message: Message) -> dict[str, Any]:
-    """Take requests from now on; what there is to say of the model. InputError when its parts do not fit."""
-    known, rows = text.tokenizer.vocab_size, facts.vocab_size
-    if known > rows:
+def _become_ready(
+    state: ServerState, engine: EngineReady, text: TextResources, log: Log
+) -> dict[str, Any]:
+    """Accept requests from now on; return the data of the model for `on_ready`.
+
+    Raises InputError when the tokenizer does not fit the model.
+    """
+    num_tokens = text.tokenizer.vocab_size
+    if num_tokens > engine.vocab_size:
         raise InputError(
-            f"the tokenizer has {known} tokens and the model's embedding {rows}",
+            f"the tokenizer has {num_tokens} tokens and the model's embedding {engine.vocab_size}",
             "The embedding must have a row for every token",
             "Use the tokenizer that the model was trained with",
         )
-    if state.options.engine.device == "auto" and facts.device == "cpu":
-        message("no CUDA device: running on the CPU")
-    if state.options.engine.max_model_len is None and facts.max_model_len != facts.plan["model_limit"]:
-        limit = facts.plan["model_limit"]
-        message(f"the context is what the KV cache holds; the model's own limit is {limit} (see --kv-cache-memory)")
-    state.become_ready(facts, text)
-    for ignored in text.not_applied:
-        message(f"generation_config.json has {ignored}, which is not applied")
+    options = state.options.engine
+    if options.device == "auto" and engine.device == "cpu":
+        log("no CUDA device: running on the CPU")
+    model_limit = engine.plan["model_limit"]
+    if options.max_model_len is None and engine.max_model_len != model_limit:
+        log(
+            "the context is what the KV cache holds; the model's own limit is "
+            f"{model_limit} (see --kv-cache-memory)"
+        )
+    state.become_ready(engine, text)
+    for setting in text.not_applied:
+        log(f"generation_config.json has {setting}, which is not applied")
     return {
         "model": state.model_name,
-        "device": facts.device,
-        "dtype": facts.dtype,
-        "max_model_len": facts.max_model_len,
-        "kv_cache_tokens": facts.kv_cache_tokens,
-        "replicas": state.options.engine.dp,
-        "load_s": round(facts.load_s, 3),
-        "engine_seconds": {stage: round(spent, 3) for stage, spent in facts.seconds.items()},
-        "memory": facts.plan,
-        "paths": facts.paths,
+        "device": engine.device,
+        "dtype": engine.dtype,
+        "max_model_len": engine.max_model_len,
+        "kv_cache_tokens": engine.kv_cache_tokens,
+        "replicas": options.dp,
+        "load_s": round(engine.load_s, 3),
+        "engine_seconds": {stage: round(spent, 3) for stage, spent in engine.seconds.items()},
+        "memory": engine.plan,
+        "paths": engine.paths,
     }
 
 
-def _load_text(model: str, seconds: dict[str, float]) -> TextSide:
-    began = time.perf_counter()
-    text = TextSide.load(model)
-    seconds["tokenizer"] = _since(began)
+def _load_text(model: str, api_seconds: dict[str, float]) -> TextResources:
+    start_time = time.perf_counter()
+    text = TextResources.load(model)
+    api_seconds["tokenizer"] = _seconds_since(start_time)
     return text
 
 
-def _start_templates(state: State, text: asyncio.Future[TextSide]) -> None:
-    """Now, while the engine still loads, so that it is there for the first chat."""
-    if not text.cancelled() and text.exception() is None and text.result().tokenizer.chat_template is not None:
+def _start_template_sandbox(state: ServerState, text: asyncio.Future[TextResources]) -> None:
+    """Start the sandbox while the engine still loads, so that the first chat need not wait."""
+    if text.cancelled() or text.exception() is not None:
+        return
+    if text.result().tokenizer.chat_template is not None:
         state.templates.start()
 
 
-def _since(began: float) -> float:
-    return round(time.perf_counter() - began, 3)
+def _seconds_since(start_time: float) -> float:
+    return round(time.perf_counter() - start_time, 3)
 
 
-async def _announce_death(state: State, engine: EngineClient, stop: StopSignals) -> None:
-    """The streams have failed by now; let health tell it for a moment, then raise LlmkitError."""
+async def _raise_engine_death(state: ServerState, engine: EngineClient, stop: StopSignals) -> None:
+    """Answer /health with 503 for a moment, then raise the LlmkitError of the engine's end.
+
+    All streams have failed by now.
+    """
     state.phase = Phase.DEAD
-    death = in_thread(engine.death)
-    await first(stop.first, timeout=_DEATH_NOTICE_S)
+    death = run_in_thread(engine.death_error)
+    await wait_first(stop.first, timeout=_DEATH_NOTICE_S)
     raise await death
 
 
 class HttpServer(uvicorn.Server):
-    """uvicorn with our limits; signals are the lifecycle's."""
+    """uvicorn with the limits of LimitedHttpProtocol. The lifecycle handles signals itself."""
 
     def __init__(self, app: ASGIApp, options: ServeOptions) -> None:
         logging.getLogger("uvicorn").setLevel(logging.ERROR)
+        protocol_class = type(
+            "Protocol", (LimitedHttpProtocol,), {"write_timeout_s": options.write_timeout}
+        )
         super().__init__(
             uvicorn.Config(
                 app,
                 loop="none",
-                http=type("Protocol", (LimitedHttpProtocol,), {"write_timeout_s": options.write_timeout}),
+                http=protocol_class,
                 ws="none",
                 lifespan="off",
                 log_config=None,
@@ -205,27 +247,32 @@ class HttpServer(uvicorn.Server):
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
+        """Install no signal handlers, in place of uvicorn's."""
         yield
 
 
 async def _start_grpc(app: ASGIApp, options: ServeOptions) -> tuple[Any, int]:
     try:
-        from llmkit.runtime.server.kserve.grpc_server import start
+        # Imported here, as gRPC is an optional dependency.
+        from llmkit.runtime.server.kserve.grpc_server import start_grpc_server
     except ImportError:
         missing = "--grpc-port needs gRPC and Triton's messages, which are not installed"
         raise ShortageError(missing, todo="pip install 'llmkit[grpc]'") from None
-    return await start(app, options)
+    return await start_grpc_server(app, options)
 
 
-async def _both(engine: Awaitable[Ready], text: asyncio.Future[TextSide]) -> tuple[Ready, TextSide]:
-    """Both results, or the first error; `text` is not cancelled with this."""
+async def _load(
+    engine: Awaitable[EngineReady], text: asyncio.Future[TextResources]
+) -> tuple[EngineReady, TextResources]:
+    """Return both results, or raise the first error. Cancelling this does not cancel `text`."""
     return await asyncio.gather(engine, asyncio.shield(text))
 
 
 def server_url(options: ServeOptions, listener: socket.socket) -> str:
-    """What a client is told to ask."""
+    """Return the URL for clients."""
     if listener.family == socket.AF_UNIX:
         return f"unix:{listener.getsockname()}"
     port = listener.getsockname()[1]
     host = f"[{options.host}]" if ":" in options.host else options.host
-    return f"{'http' if options.ssl_certfile is None else 'https'}://{host}:{port}"
+    scheme = "http" if options.ssl_certfile is None else "https"
+    return f"{scheme}://{host}:{port}"

@@ -1,4 +1,4 @@
-"""The OpenAPI document of the server's own routes, made of the bodies that the routes validate with."""
+"""The OpenAPI document of the server's routes, from the schemas that check the requests."""
 
 from __future__ import annotations
 
@@ -10,32 +10,62 @@ from fastapi.routing import APIRoute
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
-from llmkit.checkpoint.version import version
-from llmkit.runtime.server.adapters import LoadBody, UnloadBody
-from llmkit.runtime.server.bodies.base import Body
-from llmkit.runtime.server.bodies.chat import HARMLESS_IN_MESSAGE, ChatBody, Message
-from llmkit.runtime.server.bodies.completions import CompletionBody
-from llmkit.runtime.server.bodies.embeddings import EmbeddingsBody
-from llmkit.runtime.server.bodies.messages import CountBody, MessagesBody
-from llmkit.runtime.server.bodies.responses import ResponsesBody
-from llmkit.runtime.server.bodies.tokens import DetokenizeBody, TokenizeBody
-from llmkit.runtime.server.http.guard import OPEN_PATHS
-from llmkit.runtime.server.kserve.body import InferBody
-from llmkit.runtime.server.metrics import CONTENT_TYPE
+from llmkit.common.version import version
+from llmkit.runtime.server.http.security_middleware import OPEN_PATHS
+from llmkit.runtime.server.kserve.kserve_request import InferRequest
+from llmkit.runtime.server.lora_adapters import LoadLoraAdapterRequest, UnloadLoraAdapterRequest
+from llmkit.runtime.server.schemas.base_request import BaseRequest
+from llmkit.runtime.server.schemas.chat_request import (
+    NEUTRAL_IN_MESSAGE,
+    ChatCompletionRequest,
+    ChatMessage,
+)
+from llmkit.runtime.server.schemas.completion_request import CompletionRequest
+from llmkit.runtime.server.schemas.embedding_request import EmbeddingRequest
+from llmkit.runtime.server.schemas.messages_request import CountTokensRequest, MessagesRequest
+from llmkit.runtime.server.schemas.responses_request import ResponsesRequest
+from llmkit.runtime.server.schemas.tokenize_request import DetokenizeRequest, TokenizeRequest
+from llmkit.runtime.server.server_metrics import CONTENT_TYPE
 
-BODIES: dict[str, type[Body]] = {
-    "/v1/completions": CompletionBody,
-    "/v1/chat/completions": ChatBody,
-    "/v1/responses": ResponsesBody,
-    "/v1/embeddings": EmbeddingsBody,
-    "/v1/messages": MessagesBody,
-    "/v1/messages/count_tokens": CountBody,
-    "/v1/load_lora_adapter": LoadBody,
-    "/v1/unload_lora_adapter": UnloadBody,
-    "/tokenize": TokenizeBody,
-    "/detokenize": DetokenizeBody,
-    "/v2/models/{name}/infer": InferBody,
-    "/v2/models/{name}/versions/{version}/infer": InferBody,
+REQUEST_SCHEMAS: dict[str, type[BaseRequest]] = {
+    "/v1/completions": CompletionRequest,
+    "/v1/chat/completions": ChatCompletionRequest,
+    "/v1/responses": ResponsesRequest,
+    "/v1/embeddings": EmbeddingRequest,
+    "/v1/messages": MessagesRequest,
+    "/v1/messages/count_tokens": CountTokensRequest,
+    "/v1/load_lora_adapter": LoadLoraAdapterRequest,
+    "/v1/unload_lora_adapter": UnloadLoraAdapterRequest,
+    "/tokenize": TokenizeRequest,
+    "/detokenize": DetokenizeRequest,
+    "/v2/models/{name}/infer": InferRequest,
+    "/v2/models/{name}/versions/{version}/infer": InferRequest,
+}
+_REF_PREFIX = "#/components/schemas/"
+# Schema names in the document are an interface, because clients are generated from them. So a class
+# that is renamed keeps its name in the document.
+_SCHEMA_NAMES = {
+    "ChatCompletionRequest": "ChatBody",
+    "ChatMessage": "Message",
+    "CompletionRequest": "CompletionBody",
+    "CountTokensRequest": "CountBody",
+    "DetokenizeRequest": "DetokenizeBody",
+    "EmbeddingRequest": "EmbeddingsBody",
+    "FunctionDefinition": "Function",
+    "InferRequest": "InferBody",
+    "LoadLoraAdapterRequest": "LoadBody",
+    "MessageParam": "Turn",
+    "MessagesRequest": "MessagesBody",
+    "MessagesToolChoice": "MessagesChoice",
+    "ResponsesRequest": "ResponsesBody",
+    "TokenizeRequest": "TokenizeBody",
+    "UnloadLoraAdapterRequest": "UnloadBody",
+}
+_ERROR_FIELDS: dict[str, Any] = {
+    "message": {"type": "string"},
+    "type": {"type": "string"},
+    "param": {"type": ["string", "null"], "description": "The field at fault."},
+    "code": {"type": ["string", "null"], "description": "What a program can test for."},
 }
 _ERROR = {
     "type": "object",
@@ -45,48 +75,56 @@ _ERROR = {
         "error": {
             "type": "object",
             "required": ["message", "type", "param", "code"],
-            "properties": {
-                "message": {"type": "string"},
-                "type": {"type": "string"},
-                "param": {"type": ["string", "null"], "description": "The field at fault."},
-                "code": {"type": ["string", "null"], "description": "What a program can test for."},
-            },
+            "properties": _ERROR_FIELDS,
         },
     },
 }
-# Of /v2: a completion's other fields may stand beside, or in `parameters`.
+# The body of /v2's generate routes. Other fields of a completion may stand beside `text_input` or
+# in `parameters`.
 _GENERATE = {
     "type": "object",
     "required": ["text_input"],
-    "properties": {"text_input": {"type": "string", "minLength": 1}, "parameters": {"type": ["object", "null"]}},
+    "properties": {
+        "text_input": {"type": "string", "minLength": 1},
+        "parameters": {"type": ["object", "null"]},
+    },
 }
-# Of /v2, as the Open Inference Protocol has it.
+# Errors of /v2, in the format of the Open Inference Protocol.
 _FLAT_ERROR = {
     "type": "object",
     "required": ["error", "type", "param", "code"],
-    "properties": _ERROR["properties"]["error"]["properties"] | {"error": {"type": "string"}},  # type: ignore[index]
+    "properties": _ERROR_FIELDS | {"error": {"type": "string"}},
 }
 
 
-def openapi(routes: Iterable[Any], keys: bool) -> dict[str, Any]:
-    """The document of those of `routes` that are APIRoutes. keys: whether most of them need an API key."""
-    ours = [route for route in routes if isinstance(route, APIRoute)]
-    used = {route.path_format: BODIES[route.path_format] for route in ours if route.path_format in BODIES}
+def openapi(routes: Iterable[Any], needs_key: bool) -> dict[str, Any]:
+    """Return the document of `routes`, without those that are not an APIRoute.
+
+    needs_key: whether all routes except OPEN_PATHS need an API key.
+    """
+    api_routes = [route for route in routes if isinstance(route, APIRoute)]
+    request_schemas = {
+        route.path_format: REQUEST_SCHEMAS[route.path_format]
+        for route in api_routes
+        if route.path_format in REQUEST_SCHEMAS
+    }
     _, schemas = models_json_schema(
-        [(kind, "validation") for kind in used.values()], ref_template="#/components/schemas/{model}"
+        [(schema, "validation") for schema in request_schemas.values()],
+        ref_template=_REF_PREFIX + "{model}",
     )
     definitions = schemas.get("$defs", {})
-    for kind in used.values():
-        _close(definitions, kind, dict(kind.harmless), kind.no_effect)
-    _close(definitions, Message, dict(HARMLESS_IN_MESSAGE), frozenset())
+    for schema in request_schemas.values():
+        _close(definitions, schema, dict(schema.neutral_values), schema.ignored_fields)
+    _close(definitions, ChatMessage, dict(NEUTRAL_IN_MESSAGE), frozenset())
+    definitions = _with_schema_names(definitions)
     paths: dict[str, dict[str, Any]] = {}
-    for route in ours:
-        operation = _operation(route.path_format, used.get(route.path_format))
-        if keys and route.path_format not in OPEN_PATHS:
+    for route in api_routes:
+        operation = _operation(route.path_format, request_schemas.get(route.path_format))
+        if needs_key and route.path_format not in OPEN_PATHS:
             operation["security"] = [{"bearer": []}, {"key": []}]
         for method in route.methods or ():
             paths.setdefault(route.path_format, {})[method.lower()] = operation
-    security = {
+    security_schemes = {
         "bearer": {"type": "http", "scheme": "bearer"},
         "key": {"type": "apiKey", "in": "header", "name": "x-api-key"},
     }
@@ -96,14 +134,14 @@ def openapi(routes: Iterable[Any], keys: bool) -> dict[str, Any]:
         "paths": paths,
         "components": {
             "schemas": {**definitions, "Error": _ERROR, "FlatError": _FLAT_ERROR},
-            "securitySchemes": security if keys else {},
+            "securitySchemes": security_schemes if needs_key else {},
         },
     }
 
 
-def _operation(path: str, kind: type[Body] | None) -> dict[str, Any]:
+def _operation(path: str, request_schema: type[BaseRequest] | None) -> dict[str, Any]:
     content: dict[str, Any] = {"application/json": {}}
-    if kind is not None and "stream" in kind.model_fields:
+    if request_schema is not None and "stream" in request_schema.model_fields:
         content["text/event-stream"] = {}
     elif path == "/metrics":
         content = {CONTENT_TYPE: {}}
@@ -113,36 +151,77 @@ def _operation(path: str, kind: type[Body] | None) -> dict[str, Any]:
         content = {"text/event-stream": {}}
     elif path.endswith("/infer"):
         content["application/octet-stream"] = {}
-    shape = "FlatError" if path == "/v2" or path.startswith("/v2/") else "Error"
-    error = {"application/json": {"schema": {"$ref": f"#/components/schemas/{shape}"}}}
+    error_schema = "FlatError" if path == "/v2" or path.startswith("/v2/") else "Error"
+    error_content = {"application/json": {"schema": {"$ref": _REF_PREFIX + error_schema}}}
     operation: dict[str, Any] = {
         "responses": {
             "200": {"description": "The answer.", "content": content},
-            "default": {"description": "An error, of at most 16 KiB.", "content": error},
+            "default": {"description": "An error, of at most 16 KiB.", "content": error_content},
         }
     }
-    if names := re.findall(r"{(\w+)}", path):
+    path_parameters = re.findall(r"{(\w+)}", path)
+    if path_parameters:
         operation["parameters"] = [
-            {"name": name, "in": "path", "required": True, "schema": {"type": "string"}} for name in names
+            {"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
+            for name in path_parameters
         ]
     schema: dict[str, Any] | None = None
-    if kind is not None:
-        schema = {"$ref": f"#/components/schemas/{kind.__name__}"}
+    if request_schema is not None:
+        schema = {"$ref": _REF_PREFIX + _schema_name(request_schema.__name__)}
     elif path.endswith(("/generate", "/generate_stream")):
         schema = _GENERATE
     if schema is not None:
-        operation["requestBody"] = {"required": True, "content": {"application/json": {"schema": schema}}}
+        operation["requestBody"] = {
+            "required": True,
+            "content": {"application/json": {"schema": schema}},
+        }
     return operation
 
 
 def _close(
-    definitions: dict[str, Any], kind: type[BaseModel], harmless: dict[str, tuple[Any, ...]], no_effect: frozenset[str]
+    definitions: dict[str, Any],
+    request_schema: type[BaseModel],
+    neutral_values: dict[str, tuple[Any, ...]],
+    ignored_fields: frozenset[str],
 ) -> None:
-    """Write into the schema of `kind` which of the fields that it does not have are taken, and with what values."""
-    if (schema := definitions.get(kind.__name__)) is None:
+    """Forbid unknown fields in the schema of a class.
+
+    The schema still accepts `ignored_fields` with any value, and each field of `neutral_values`
+    with one of its values.
+    """
+    definition = definitions.get(request_schema.__name__)
+    if definition is None:
         return
-    schema["additionalProperties"] = False
-    for name, values in harmless.items():
-        schema["properties"].setdefault(name, {"enum": [None, *values]})
-    for name in no_effect:
-        schema["properties"].setdefault(name, {})
+    definition["additionalProperties"] = False
+    for name, values in neutral_values.items():
+        definition["properties"].setdefault(name, {"enum": [None, *values]})
+    for name in sorted(ignored_fields):
+        definition["properties"].setdefault(name, {})
+
+
+def _schema_name(class_name: str) -> str:
+    """Return the document's name of the schema of a class."""
+    return _SCHEMA_NAMES.get(class_name, class_name)
+
+
+def _with_schema_names(definitions: dict[str, Any]) -> dict[str, Any]:
+    """Return pydantic's `definitions` with the document's names, sorted by name."""
+    renamed: dict[str, Any] = {}
+    for class_name, schema in definitions.items():
+        schema = _with_renamed_refs(schema)
+        if schema.get("title") == class_name:
+            schema["title"] = _schema_name(class_name)
+        renamed[_schema_name(class_name)] = schema
+    return dict(sorted(renamed.items()))
+
+
+def _with_renamed_refs(value: Any) -> Any:
+    """Return a copy of a JSON value in which every "$ref" has the document's name of its schema."""
+    if isinstance(value, list):
+        return [_with_renamed_refs(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    copy = {key: _with_renamed_refs(item) for key, item in value.items()}
+    if isinstance(copy.get("$ref"), str):
+        copy["$ref"] = _REF_PREFIX + _schema_name(copy["$ref"].removeprefix(_REF_PREFIX))
+    return copy

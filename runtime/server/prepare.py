@@ -1,113 +1,136 @@
-"""From a validated body to engine requests: chat template, tokens, limits, defaults."""
+"""Turns a validated request into choices: chat template, tokens, limits, sampling parameters."""
 
 from __future__ import annotations
 
 import asyncio
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
-import msgspec
-
 from llmkit.checkpoint.tokenizer import Detokenizer, Tokenizer
-from llmkit.runtime.server.bodies.base import INT64, GenerationBody
-from llmkit.runtime.server.bodies.chat import ChatBody
-from llmkit.runtime.server.bodies.completions import CompletionBody
-from llmkit.runtime.server.bodies.structure import answer_grammar, call_grammars, check_grammar, quoted, whole_grammar
-from llmkit.runtime.server.engines.messages import Add, Ready
-from llmkit.runtime.server.generation import Choice, Echo
-from llmkit.runtime.server.http.errors import ApiError, invalid
+from llmkit.runtime.engine.engine_request import EngineRequest
+from llmkit.runtime.engine.sampling_params import SamplingParams
+from llmkit.runtime.server.choice import Choice, Echo
+from llmkit.runtime.server.engines.engine_messages import EngineReady
+from llmkit.runtime.server.http.http_errors import ApiError, invalid
 from llmkit.runtime.server.sandbox import SandboxError
-from llmkit.runtime.server.sandbox_process import Render
-from llmkit.runtime.server.state import State, TextSide
-from llmkit.runtime.server.text.calls import CallFormat, Calls, call_format
-from llmkit.runtime.server.text.parts import END_THINK, THINK, Parts
+from llmkit.runtime.server.sandbox_process import RenderTemplate
+from llmkit.runtime.server.schemas.base_request import INT64, GenerationRequest
+from llmkit.runtime.server.schemas.chat_request import ChatCompletionRequest
+from llmkit.runtime.server.schemas.completion_request import CompletionRequest
+from llmkit.runtime.server.schemas.structured_output import (
+    check_grammar,
+    combined_grammar,
+    constraint_grammar,
+    lark_string,
+    tool_call_grammars,
+)
+from llmkit.runtime.server.server_state import SamplingDefaults, ServerState
+from llmkit.runtime.server.text.output_parser import THINK_END, THINK_START, OutputParser
+from llmkit.runtime.server.text.tool_calls import (
+    ToolCallFormat,
+    ToolCallParser,
+    detect_tool_call_format,
+)
 
 COMPLETION_MAX_TOKENS = 16  # OpenAI's default for completions; a chat answer may fill the context
 _LONG_TEXT_CHARS = 8192  # longer texts are tokenized in a thread, so that streams keep flowing
+# Fields whose value in a request must be converted for SamplingParams.
+_CONVERTERS: dict[str, Callable[[Any], Any]] = {
+    "stop_token_ids": tuple,
+    "top_k": lambda top_k: max(0, top_k),  # -1 means all tokens, as 0 does
+}
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """One prompt and how the answers to it are read. param: the field that it comes from."""
+    """One prompt, and how the answers to it are decoded and parsed."""
 
-    tokens: list[int]
-    param: str
+    token_ids: list[int]
+    param: str  # the request's field that it comes from
     echo: Echo | None = None
-    parser: Callable[[], Parts] = Parts
-    detokenizer: Callable[[], Detokenizer] | None = None
+    new_parser: Callable[[], OutputParser] = OutputParser  # called for each answer
+    new_detokenizer: Callable[[], Detokenizer] | None = None  # None: the tokenizer's default
     grammar: str | None = None
 
 
-async def prepare_completion(state: State, body: CompletionBody, request_id: str, salt: str = "") -> list[Choice]:
-    """`n` choices per prompt. ApiError 400 for what can never be run."""
-    given = body.prompts
-    state.check_room(len(given) * (body.n or 1))
+async def prepare_completion(
+    state: ServerState, request: CompletionRequest, request_id: str, cache_salt: str = ""
+) -> list[Choice]:
+    """Return `n` choices for each prompt. Raises ApiError 400 for a request that can never run."""
+    given_prompts = request.prompts
+    state.check_queue_capacity(len(given_prompts) * (request.n or 1))
     tokenizer = state.text.tokenizer
+    constraint = request.output_constraint
     grammar = None
-    if body.form is not None:
-        grammar = whole_grammar(answer_grammar(body.form), [], False, False, quoted)
-        await check_grammar(state.grammars, grammar, body.form.param)
+    if constraint is not None:
+        answer = constraint_grammar(constraint)
+        grammar = combined_grammar(answer, [], thinks=False, thought_begun=False, lark=lark_string)
+        await check_grammar(state.grammars, grammar, constraint.param)
     prompts = []
-    for prompt in given:
-        tokens = await tokenized(tokenizer, prompt) if isinstance(prompt, str) else prompt
-        check_ids(tokens, state.facts.vocab_size, "prompt")
-        echo = _echo(tokenizer, prompt, tokens) if body.echo else None
-        prompts.append(Prompt(tokens, "prompt", echo, grammar=grammar))
-    limit = COMPLETION_MAX_TOKENS if body.output_limit is None else body.output_limit
-    return _choices(state, body, request_id, prompts, limit, salt)
+    for prompt in given_prompts:
+        token_ids = await tokenize_text(tokenizer, prompt) if isinstance(prompt, str) else prompt
+        check_token_ids(token_ids, state.engine_info.vocab_size, "prompt")
+        echo = _echo(tokenizer, prompt, token_ids) if request.echo else None
+        prompts.append(Prompt(token_ids, "prompt", echo, grammar=grammar))
+    max_tokens = request.max_new_tokens
+    if max_tokens is None:
+        max_tokens = COMPLETION_MAX_TOKENS
+    return _choices(state, request, request_id, prompts, max_tokens, cache_salt)
 
 
-def _echo(tokenizer: Tokenizer, prompt: str | list[int], tokens: list[int]) -> Echo:
-    if not isinstance(prompt, str):
-        return Echo(tokenizer.decode(tokens, skip_special_tokens=False))
-    added = tokens[0] == tokenizer.bos_id and not prompt.startswith(tokenizer.id_to_token(tokens[0]))
-    return Echo(prompt, int(added))
+async def prepare_chat(
+    state: ServerState, request: ChatCompletionRequest, request_id: str, cache_salt: str = ""
+) -> list[Choice]:
+    """Return `n` choices for a conversation.
 
-
-async def tokenized(tokenizer: Tokenizer, text: str, special: bool = True) -> list[int]:
-    """The ids of `text`; special: with those that the tokenizer puts around it."""
-    if len(text) < _LONG_TEXT_CHARS:
-        return tokenizer.encode(text, special)
-    return await asyncio.to_thread(tokenizer.encode, text, special)
-
-
-async def prepare_chat(state: State, body: ChatBody, request_id: str, salt: str = "") -> list[Choice]:
-    """`n` choices of a conversation. ApiError 400 for what can never be run or the template refuses."""
-    state.check_room(body.n or 1)
+    Raises ApiError 400 for a request that can never run or that the chat template refuses.
+    """
+    state.check_queue_capacity(request.n or 1)
     tokenizer = state.text.tokenizer
-    tools = body.offered_tools
-    form = _call_format(tokenizer) if tools else None
-    tokens, text = await encode_chat(state, body.conversation, tools, body.chat_template_kwargs or {})
-    names = [tool["function"]["name"] for tool in body.callable_tools]
-    thinks = THINK in (tokenizer.template(bool(tools)) or "")
-    begun = text.rstrip().endswith(THINK)
+    tools = request.offered_tools
+    call_format = _tool_call_format(tokenizer) if tools else None
+    token_ids, text = await encode_chat(
+        state, request.conversation, tools, request.chat_template_kwargs or {}
+    )
+    thinks = THINK_START in (tokenizer.template(bool(tools)) or "")
+    thought_begun = text.rstrip().endswith(THINK_START)
+    grammar = await _chat_grammar(state, request, call_format, thinks, thought_begun)
+    tool_names = [tool["function"]["name"] for tool in request.callable_tools]
 
-    def parser() -> Parts:
-        return Parts(thinks, begun, Calls(form, names, body.several_calls) if form else None)
+    def new_parser() -> OutputParser:
+        calls = None
+        if call_format is not None:
+            calls = ToolCallParser(call_format, tool_names, request.allows_parallel_calls)
+        return OutputParser(thinks, thought_begun, calls)
 
-    grammar = None
-    if body.must_call or body.form is not None or body.strict_calls:
-        mark = functools.partial(_mark, tokenizer)
-        free = not body.must_call and body.form is None
-        calls = call_grammars(form, body.callable_tools, body.several_calls, free, mark) if form else []
-        answer = answer_grammar(body.form) if body.form else None
-        grammar = whole_grammar(answer, calls, thinks, begun, mark)
-        await check_grammar(state.grammars, grammar, body.form.param if body.form else "tools")
-    marks = [*([form.opener, form.closer] if form else []), *([THINK, END_THINK] if thinks else [])]
-    prompt = Prompt(tokens, "messages", None, parser, lambda: tokenizer.stream(shown=marks), grammar)
-    return _choices(state, body, request_id, [prompt], body.output_limit, salt)
+    shown_marks: list[str] = []  # special tokens that the parser needs to see
+    if call_format is not None:
+        shown_marks += [call_format.opener, call_format.closer]
+    if thinks:
+        shown_marks += [THINK_START, THINK_END]
+    prompt = Prompt(
+        token_ids,
+        "messages",
+        new_parser=new_parser,
+        new_detokenizer=lambda: tokenizer.stream(shown=shown_marks),
+        grammar=grammar,
+    )
+    return _choices(state, request, request_id, [prompt], request.max_new_tokens, cache_salt)
 
 
 async def encode_chat(
-    state: State,
+    state: ServerState,
     conversation: Sequence[dict[str, Any]],
     tools: Sequence[dict[str, Any]],
-    variables: dict[str, Any],
+    template_kwargs: dict[str, Any],
     add_generation_prompt: bool = True,
 ) -> tuple[list[int], str]:
-    """The tokens and the text of a conversation's prompt. ApiError 400 where the template cannot say all of it."""
+    """Return the token ids and the text of a conversation's prompt.
+
+    Raises ApiError 400 when the chat template cannot express the whole conversation.
+    """
     tokenizer = state.text.tokenizer
     template = tokenizer.template(bool(tools))
     if template is None:
@@ -117,107 +140,212 @@ async def encode_chat(
         if "tool_calls" in entry and "tool_calls" not in template:
             message = "The model's chat template has no place for calls."
             raise invalid(f"messages.{index}.tool_calls", message, "unsupported")
-    known = tokenizer.chat_variables(conversation, tools or None, add_generation_prompt, **variables)
+    variables = tokenizer.chat_variables(
+        conversation, tools or None, add_generation_prompt, **template_kwargs
+    )
     try:
-        text = await state.templates.ask(Render(template, known))
+        text = await state.templates.run(RenderTemplate(template, variables))
     except SandboxError as error:
-        raise invalid("messages", f"The chat template refuses the messages: {error}", "chat_template") from None
-    return await tokenized(tokenizer, text, special=False), text  # the template writes the special tokens itself
+        raise invalid(
+            "messages", f"The chat template refuses the messages: {error}", "chat_template"
+        ) from None
+    # The template writes the special tokens itself.
+    return await tokenize_text(tokenizer, text, add_special_tokens=False), text
 
 
-def _mark(tokenizer: Tokenizer, text: str) -> str:
-    """`text` as a Lark grammar names it: special tokens are no text."""
-    special = tokenizer.special_id(text)
-    return quoted(text) if special is None else f"<[{special}]>"
+async def tokenize_text(
+    tokenizer: Tokenizer, text: str, add_special_tokens: bool = True
+) -> list[int]:
+    """Return the token ids of `text`; long texts are tokenized in a thread."""
+    if len(text) < _LONG_TEXT_CHARS:
+        return tokenizer.encode(text, add_special_tokens)
+    return await asyncio.to_thread(tokenizer.encode, text, add_special_tokens)
 
 
-def _call_format(tokenizer: Tokenizer) -> CallFormat:
-    """How the model calls tools. ApiError 400 when its template takes none, or it is not known."""
-    template = tokenizer.template(tools=True) or ""
-    form = call_format(template)
-    if "tools" not in template:
-        raise invalid("tools", "The model's chat template has no place for tools.", "unsupported")
-    if form is None:
-        message = "How this model writes calls is not known: its chat template names no format that llmkit can read."
-        raise invalid("tools", message, "unsupported")
-    return form
+def check_token_ids(token_ids: list[int], vocab_size: int, param: str) -> None:
+    """Raise ApiError for an id that is not in the vocabulary."""
+    # min and max are much faster than a loop, and prompts can be long.
+    if not token_ids or (min(token_ids) >= 0 and max(token_ids) < vocab_size):
+        return
+    wrong = next(token_id for token_id in token_ids if not 0 <= token_id < vocab_size)
+    raise invalid(
+        param,
+        f"Token id {wrong} is outside the vocabulary (0 to {vocab_size - 1}).",
+        "invalid_token_id",
+    )
+
+
+def sampling_params(
+    request: GenerationRequest, defaults: SamplingDefaults, **resolved: Any
+) -> SamplingParams:
+    """Build the SamplingParams of a request.
+
+    The value of a field is the first of these that exists: the one in `resolved`, the request's,
+    the checkpoint's default, the default of SamplingParams.
+    """
+    values: dict[str, Any] = {}
+    for field in fields(SamplingParams):
+        name = field.name
+        value = getattr(request, name, None)
+        if value is not None and name in _CONVERTERS:
+            value = _CONVERTERS[name](value)
+        if value is None:
+            value = getattr(defaults, name, None)
+        if value is not None:
+            values[name] = value
+    return SamplingParams(**(values | resolved))
 
 
 def _choices(
-    state: State, body: GenerationBody, request_id: str, prompts: list[Prompt], limit: int | None, salt: str
+    state: ServerState,
+    request: GenerationRequest,
+    request_id: str,
+    prompts: list[Prompt],
+    max_tokens: int | None,
+    cache_salt: str,
 ) -> list[Choice]:
-    facts, text, stops, count = state.facts, state.text, body.stops, body.n or 1
-    adapter = None if body.model in state.names else body.model
+    """Return `n` choices for each prompt. `max_tokens` None: the rest of the context."""
+    engine_info = state.engine_info
     for prompt in prompts:
-        _check_length(len(prompt.tokens), limit, facts, prompt.param)
-    check_ids(body.stop_token_ids or [], facts.vocab_size, "stop_token_ids")
-    check_ids(list(body.logit_bias or ()), facts.vocab_size, "logit_bias")
+        _check_length(len(prompt.token_ids), max_tokens, engine_info, prompt.param)
+    check_token_ids(request.stop_token_ids or [], engine_info.vocab_size, "stop_token_ids")
+    check_token_ids(list(request.logit_bias or ()), engine_info.vocab_size, "logit_bias")
+    adapter = None if request.model in state.base_model_names else request.model
+    stop_strings = request.stop_strings
+    n = request.n or 1
     choices = []
-    for index in range(len(prompts) * count):
-        prompt = prompts[index // count]
-        most = facts.max_model_len - len(prompt.tokens) if limit is None else limit
-        if (body.min_tokens or 0) > most:
-            raise invalid("min_tokens", f"min_tokens ({body.min_tokens}) is more than can be generated ({most}).")
-        request = _request(body, f"{request_id}-{index}", prompt, max(1, most), text)
-        if body.seed is not None:
-            seed = (body.seed + index % count + INT64) % (2 * INT64) - INT64
-            request = msgspec.structs.replace(request, seed=seed)
+    for index in range(len(prompts) * n):
+        prompt = prompts[index // n]
+        limit = max_tokens
+        if limit is None:
+            limit = engine_info.max_model_len - len(prompt.token_ids)
+        if (request.min_tokens or 0) > limit:
+            raise invalid(
+                "min_tokens",
+                f"min_tokens ({request.min_tokens}) is more than can be generated ({limit}).",
+            )
+        engine_request = EngineRequest(
+            request_id=f"{request_id}-{index}",
+            prompt_token_ids=prompt.token_ids,
+            sampling_params=sampling_params(
+                request,
+                state.text.defaults,
+                max_tokens=max(1, limit),  # the engine generates one token at least
+                seed=_choice_seed(request.seed, index % n),
+                logprobs=request.num_logprobs,
+                prompt_logprobs=_num_prompt_logprobs(request, prompt),
+            ),
+            priority=request.priority or 0,
+            cache_salt=cache_salt,
+            adapter=adapter,
+            grammar=prompt.grammar,
+        )
+        new_detokenizer = prompt.new_detokenizer or state.text.tokenizer.stream
         choices.append(
             Choice(
-                msgspec.structs.replace(request, salt=salt, adapter=adapter),
+                engine_request,
                 index,
-                (prompt.detokenizer or text.tokenizer.stream)(),
-                stops,
-                prompt.parser(),
+                new_detokenizer(),
+                stop_strings,
+                prompt.new_parser(),
                 prompt.echo,
-                empty=most == 0,
+                empty=limit == 0,
             )
         )
     return choices
 
 
-def _request(body: GenerationBody, request_id: str, prompt: Prompt, limit: int, text: TextSide) -> Add:
-    defaults, logprobs, prompt_logprobs = text.defaults, body.told_logprobs, body.prompt_logprobs
-    if prompt.echo is not None and logprobs is not None:
-        prompt_logprobs = max(logprobs, prompt_logprobs or 0)
-    return Add(
-        id=request_id,
-        prompt=prompt.tokens,
-        max_tokens=limit,
-        temperature=defaults.temperature if body.temperature is None else body.temperature,
-        top_k=defaults.top_k if body.top_k is None else max(0, body.top_k),
-        top_p=defaults.top_p if body.top_p is None else body.top_p,
-        min_p=defaults.min_p if body.min_p is None else body.min_p,
-        ignore_eos=bool(body.ignore_eos),
-        stop_token_ids=tuple(body.stop_token_ids or ()),
-        min_tokens=body.min_tokens or 0,
-        repetition_penalty=body.repetition_penalty or defaults.repetition_penalty,
-        presence_penalty=body.presence_penalty or 0.0,
-        frequency_penalty=body.frequency_penalty or 0.0,
-        logit_bias=body.logit_bias or {},
-        logprobs=logprobs,
-        prompt_logprobs=prompt_logprobs,
-        priority=body.priority or 0,
-        grammar=prompt.grammar,
-    )
+def _choice_seed(seed: int | None, index: int) -> int | None:
+    """The seed of answer `index` to a prompt: `seed + index`, wrapped to the range of int64."""
+    if seed is None:
+        return None
+    return (seed + index + INT64) % (2 * INT64) - INT64
 
 
-def check_ids(tokens: list[int], vocab_size: int, param: str) -> None:
-    """ApiError for an id that the model has no row for."""
-    if tokens and not (min(tokens) >= 0 and max(tokens) < vocab_size):
-        wrong = next(token for token in tokens if not 0 <= token < vocab_size)
-        raise invalid(param, f"Token id {wrong} is outside the vocabulary (0 to {vocab_size - 1}).", "invalid_token_id")
+def _num_prompt_logprobs(request: GenerationRequest, prompt: Prompt) -> int | None:
+    """The number of alternatives for each prompt token.
+
+    An echoed prompt has at least as many as the answer.
+    """
+    if prompt.echo is not None and request.num_logprobs is not None:
+        return max(request.num_logprobs, request.prompt_logprobs or 0)
+    return request.prompt_logprobs
 
 
-def _check_length(prompt: int, limit: int | None, facts: Ready, param: str) -> None:
-    """ApiError unless the prompt and `limit` new tokens (at least one) fit into the context."""
-    if prompt == 0:
+def _check_length(
+    num_prompt_tokens: int, max_tokens: int | None, engine_info: EngineReady, param: str
+) -> None:
+    """Raise ApiError unless the prompt and `max_tokens`, at least one, fit into the context."""
+    if num_prompt_tokens == 0:
         raise invalid(param, "The prompt is empty; at least one token is needed.")
-    if prompt + (limit or 1) > facts.max_model_len:
-        asked = f"{prompt} in the prompt and {limit or 'at least 1'} to generate"
+    num_tokens = num_prompt_tokens + (max_tokens or 1)
+    if num_tokens > engine_info.max_model_len:
+        parts = f"{num_prompt_tokens} in the prompt and {max_tokens or 'at least 1'} to generate"
+        prompt_too_long = num_prompt_tokens >= engine_info.max_model_len
         raise ApiError(
             400,
-            f"The context of {facts.max_model_len} tokens is too short for {prompt + (limit or 1)} tokens ({asked}).",
+            f"The context of {engine_info.max_model_len} tokens is too short for "
+            f"{num_tokens} tokens ({parts}).",
             code="context_length_exceeded",
-            param=param if prompt >= facts.max_model_len or limit is None else "max_tokens",
+            param=param if prompt_too_long or max_tokens is None else "max_tokens",
         )
+
+
+def _echo(tokenizer: Tokenizer, prompt: str | list[int], token_ids: list[int]) -> Echo:
+    if not isinstance(prompt, str):
+        return Echo(tokenizer.decode(token_ids, skip_special_tokens=False))
+    has_bos = token_ids[0] == tokenizer.bos_token_id
+    prompt_has_bos = prompt.startswith(tokenizer.id_to_token(token_ids[0]))
+    return Echo(prompt, num_added_tokens=int(has_bos and not prompt_has_bos))
+
+
+async def _chat_grammar(
+    state: ServerState,
+    request: ChatCompletionRequest,
+    call_format: ToolCallFormat | None,
+    thinks: bool,
+    thought_begun: bool,
+) -> str | None:
+    """The grammar that the answer must follow; None when it may be any text."""
+    constraint = request.output_constraint
+    if not (request.requires_tool_call or constraint is not None or request.strict_tool_calls):
+        return None
+    lark = functools.partial(_lark_mark, state.text.tokenizer)
+    calls = []
+    if call_format is not None:
+        calls = tool_call_grammars(
+            call_format,
+            request.callable_tools,
+            parallel=request.allows_parallel_calls,
+            optional=not request.requires_tool_call and constraint is None,
+            lark=lark,
+        )
+    answer = constraint_grammar(constraint) if constraint is not None else None
+    grammar = combined_grammar(answer, calls, thinks, thought_begun, lark)
+    param = constraint.param if constraint is not None else "tools"
+    await check_grammar(state.grammars, grammar, param)
+    return grammar
+
+
+def _lark_mark(tokenizer: Tokenizer, text: str) -> str:
+    """Return a Lark expression that matches `text`; a special token is written as its id."""
+    special_id = tokenizer.special_id(text)
+    return lark_string(text) if special_id is None else f"<[{special_id}]>"
+
+
+def _tool_call_format(tokenizer: Tokenizer) -> ToolCallFormat:
+    """Return the format of the model's tool calls.
+
+    Raises ApiError 400 when the chat template has no tools, or when the format is unknown.
+    """
+    template = tokenizer.template(tools=True) or ""
+    call_format = detect_tool_call_format(template)
+    if "tools" not in template:
+        raise invalid("tools", "The model's chat template has no place for tools.", "unsupported")
+    if call_format is None:
+        message = (
+            "How this model writes calls is not known: its chat template names no format that "
+            "llmkit can read."
+        )
+        raise invalid("tools", message, "unsupported")
+    return call_format

@@ -1,8 +1,9 @@
-"""Answers to requests that ask for the same answer every time: the same request gets the one it got before.
+"""Caches complete answers, so that a repeated deterministic request needs no computation.
 
-Only what leaves nothing to chance is kept: greedy answers, and those with a seed of the request's own. An entry is what
-the engine said to one prompt, so it serves every endpoint and shape, streamed or not, and `usage` is what it was then.
-Its name is a hash of all that the engine was asked for, the client's salt among it: no client is given another's.
+Only deterministic answers are kept: greedy ones, and those whose request has a seed. An entry
+holds the engine's outputs for one prompt, so it serves every endpoint, streamed or not, and
+`usage` is what it was the first time. The key is a hash of the whole engine request. It includes
+the client's cache salt: no client gets another client's answer.
 """
 
 from __future__ import annotations
@@ -10,82 +11,111 @@ from __future__ import annotations
 import hashlib
 from collections import OrderedDict
 from collections.abc import Container, Sequence
-from typing import TYPE_CHECKING
+from dataclasses import replace
+from typing import Any, get_type_hints
 
 import msgspec
 
-from llmkit.runtime.server.engines.messages import Add, Output
-
-if TYPE_CHECKING:
-    from llmkit.runtime.server.generation import Choice
+from llmkit.runtime.engine.engine_outputs import EngineOutput
+from llmkit.runtime.engine.engine_request import EngineRequest
+from llmkit.runtime.server.choice import Choice
 
 HEADER = "x-llmkit-cache"
-_ENTRY_BYTES = 256  # of an entry besides what was said, about
-_decoder = msgspec.msgpack.Decoder(list[Output])
+_ENTRY_BYTES = 256  # estimated memory of an entry besides its outputs
+# Outputs are encoded as tuples of their fields: field names would multiply the size of an entry.
+_OutputFields: Any = tuple[tuple(get_type_hints(EngineOutput).values())]  # type: ignore[misc]
+_decoder = msgspec.msgpack.Decoder(list[_OutputFields])
 
 
 class ResponseCache:
-    """Answers in memory, those asked for last, in at most so many bytes. adapters: those that stay what they are."""
+    """Answers in memory, the least recently used evicted first.
+
+    `limit_bytes` limits their size. `adapters` are the names of adapters that never change;
+    requests for other adapters are not cached.
+    """
 
     def __init__(self, limit_bytes: int, adapters: Container[str] = ()) -> None:
-        self.limit_bytes, self._adapters = limit_bytes, adapters
-        self.bytes = self.queries = self.hits = 0
-        self._answers: OrderedDict[bytes, bytes] = OrderedDict()
+        self.limit_bytes = limit_bytes
+        self.bytes = 0
+        self.queries = 0
+        self.hits = 0
+        self._adapters = adapters
+        self._entries: OrderedDict[bytes, bytes] = OrderedDict()
 
-    def key(self, request: Add, stops: Sequence[str]) -> bytes | None:
-        """What an answer is found by; None when it may be another one the next time."""
-        greedy = request.temperature == 0
-        if not (greedy or request.seed is not None) or not (
-            request.adapter is None or request.adapter in self._adapters
-        ):
+    def key(self, request: EngineRequest, stop_strings: Sequence[str]) -> bytes | None:
+        """Return the key of a request's answer; None when the answer is not deterministic."""
+        params = request.sampling_params
+        greedy = params.temperature == 0
+        if not greedy and params.seed is None:
             return None
-        asked = msgspec.structs.replace(request, id="", priority=0, seed=None if greedy else request.seed)
-        return hashlib.sha256(msgspec.msgpack.encode((asked, stops))).digest()
+        if request.adapter is not None and request.adapter not in self._adapters:
+            return None
+        if greedy:
+            params = replace(params, seed=None)
+        request = replace(request, request_id="", priority=0, sampling_params=params)
+        return hashlib.sha256(msgspec.msgpack.encode((request, stop_strings))).digest()
 
-    def get(self, key: bytes) -> list[Output] | None:
-        """What the engine said, step by step."""
+    def get(self, key: bytes) -> list[EngineOutput] | None:
+        """Return the engine's outputs, step by step; None when there is no entry."""
         self.queries += 1
-        if (found := self._answers.get(key)) is None:
+        data = self._entries.get(key)
+        if data is None:
             return None
         self.hits += 1
-        self._answers.move_to_end(key)
-        return _decoder.decode(found)
+        self._entries.move_to_end(key)
+        return [EngineOutput(*fields) for fields in _decoder.decode(data)]
 
-    def put(self, key: bytes, outputs: Sequence[Output]) -> None:
-        """Keep a complete answer; what was not asked for longest makes room. One larger than all of it is not kept."""
-        data = msgspec.msgpack.encode(outputs)
-        if len(data) + _ENTRY_BYTES > self.limit_bytes or key in self._answers:
+    def put(self, key: bytes, outputs: Sequence[EngineOutput]) -> None:
+        """Keep a complete answer, unless it is larger than the whole cache."""
+        data = msgspec.msgpack.encode([tuple(vars(output).values()) for output in outputs])
+        if len(data) + _ENTRY_BYTES > self.limit_bytes or key in self._entries:
             return
-        self._answers[key] = data
+        self._entries[key] = data
         self.bytes += len(data) + _ENTRY_BYTES
         while self.bytes > self.limit_bytes:
-            self.bytes -= len(self._answers.popitem(last=False)[1]) + _ENTRY_BYTES
+            _, evicted = self._entries.popitem(last=False)
+            self.bytes -= len(evicted) + _ENTRY_BYTES
 
 
-class Remembered:
-    """What one HTTP request's choices have in a cache, and what they put there. Without one: nothing."""
+class CachedResponses:
+    """The cached answers for the choices of one HTTP request, and the new answers to be cached.
+
+    Without a cache both stay empty.
+    """
 
     def __init__(self, cache: ResponseCache | None, choices: Sequence[Choice]) -> None:
+        self.outputs: dict[str, list[EngineOutput]] = {}  # the cached ones, by request id
+        self.headers: dict[str, str] = {}  # of the HTTP response
         self._cache = cache
-        self._keys: dict[str, bytes] = {}
-        self._said: dict[str, list[Output]] = {}
-        self.found: dict[str, list[Output]] = {}  # by the ids of their requests
-        for choice in choices if cache is not None else ():
-            assert cache is not None
-            request = choice.request
-            if (key := cache.key(request, choice.stops)) is None:
-                continue
-            self._keys[request.id], self._said[request.id] = key, []
-            if (outputs := cache.get(key)) is not None:
-                self.found[request.id] = [msgspec.structs.replace(one, id=request.id, queued_s=None) for one in outputs]
-        all_found = len(self.found) == len(choices)
-        self.headers = {HEADER: "hit" if all_found else "miss"} if self._keys else {}
-
-    def note(self, output: Output, choice: Choice) -> None:
-        """The engine has said something, which the choice has taken in."""
-        if self._cache is None or output.id in self.found or (said := self._said.get(output.id)) is None:
+        self._keys: dict[str, bytes] = {}  # by request id
+        self._new_outputs: dict[str, list[EngineOutput]] = {}  # of cacheable requests, by id
+        if cache is None:
             return
-        said.append(output)
-        # An answer that something else has cut short, like the end of the only call, is not known to be whole.
-        if output.finish_reason is not None or choice.stop_string is not None:
-            self._cache.put(self._keys[output.id], said)
+        for choice in choices:
+            request_id = choice.request.request_id
+            key = cache.key(choice.request, choice.stop_strings)
+            if key is None:
+                continue
+            self._keys[request_id] = key
+            self._new_outputs[request_id] = []
+            outputs = cache.get(key)
+            if outputs is not None:
+                self.outputs[request_id] = [
+                    replace(output, request_id=request_id) for output in outputs
+                ]
+        if self._keys:
+            self.headers = {HEADER: "hit" if len(self.outputs) == len(choices) else "miss"}
+
+    def record(self, output: EngineOutput, choice: Choice) -> None:
+        """Note an output that `choice` has processed; the last one completes the entry."""
+        request_id = output.request_id
+        if self._cache is None or request_id in self.outputs:
+            return
+        new_outputs = self._new_outputs.get(request_id)
+        if new_outputs is None:
+            return
+        new_outputs.append(output)
+        # An answer that ended early for another reason, such as after its only tool call, may be
+        # incomplete and is not cached.
+        if output.finish_reason is not None or choice.matched_stop_string is not None:
+            self._cache.put(self._keys[request_id], new_outputs)

@@ -1,8 +1,9 @@
-"""A sandbox: `python -m llmkit.runtime.server.sandbox_process --fd N`, started by the API process only.
+"""A sandbox process: `python -m llmkit.runtime.server.sandbox_process --fd N`.
 
-It does one job after another of those that may take for ever or any amount of memory: it renders chat templates, which
-are a checkpoint's programs, and compiles clients' grammars. A job that takes too much ends the process, not the server.
-It can open no file and write none, and ends with its socket.
+The API process starts it for jobs that may use any amount of time or memory: it renders chat
+templates, which are programs inside a checkpoint, and compiles clients' grammars. It runs one job
+at a time. A job that exceeds a limit ends this process and not the server. The process cannot open
+or write files, and ends when its socket closes.
 """
 
 from __future__ import annotations
@@ -16,107 +17,118 @@ from typing import Any
 
 import msgspec
 
-from llmkit.checkpoint.errors import ShortageError
-from llmkit.runtime.channel import Channel, parent_socket
+from llmkit.common.errors import ShortageError
+from llmkit.runtime.process_channel import Channel, parent_socket
 
 
-class Setup(msgspec.Struct, tag=True):
-    """The first message: what a job may take, and the model that grammars are compiled for, if they are."""
+class SandboxSetup(msgspec.Struct, tag=True):
+    """The first message: the limits, and the model whose grammars are compiled."""
 
-    cpu_s: float
-    memory_bytes: int  # more than before the first job
-    chars: int  # of a prompt
-    model: str = ""
-    vocab: int = 0  # rows of its output projection
+    cpu_s: float  # processor time of a job
+    memory_bytes: int  # beyond what the process uses before its first job
+    max_prompt_chars: int
+    model: str = ""  # empty: the sandbox renders templates
+    vocab_size: int = 0  # rows of the model's output projection
 
 
-class Render(msgspec.Struct, tag=True):
-    """The prompt of a conversation is wanted: `template` with `variables`."""
+class RenderTemplate(msgspec.Struct, tag=True):
+    """A job: render `template` with `variables` to a prompt."""
 
     template: str
     variables: dict[str, Any]
 
 
-class Compile(msgspec.Struct, tag=True):
-    """It is asked whether `grammar` can be followed."""
+class CompileGrammar(msgspec.Struct, tag=True):
+    """A job: check that `grammar` compiles."""
 
     grammar: str
 
 
-class Done(msgspec.Struct, tag=True):
-    """The job is done; `text` is the prompt."""
+class JobDone(msgspec.Struct, tag=True):
+    """The job is done. `text` is the prompt, or empty."""
 
     text: str = ""
 
 
-class Declined(msgspec.Struct, tag=True):
-    """The job cannot be done: in the template's own words, or llguidance's."""
+class JobFailed(msgspec.Struct, tag=True):
+    """The job cannot be done. `message` comes from the template or from llguidance."""
 
-    why: str
-
-
-ToSandbox = Setup | Render | Compile
-FromSandbox = Done | Declined
-
-_decoder = msgspec.msgpack.Decoder(ToSandbox)
-from_sandbox_decoder = msgspec.msgpack.Decoder(FromSandbox)
+    message: str
 
 
-def _ready(setup: Setup) -> Callable[[ToSandbox], Done]:
-    """Import what the jobs need, and take away what they do not; what does a job, or raises an error that tells why."""
+SandboxMessage = SandboxSetup | RenderTemplate | CompileGrammar
+SandboxReply = JobDone | JobFailed
+
+_job_decoder = msgspec.msgpack.Decoder(SandboxMessage)
+reply_decoder = msgspec.msgpack.Decoder(SandboxReply)
+
+
+def _prepare(setup: SandboxSetup) -> Callable[[SandboxMessage], JobDone]:
+    """Import what the jobs need, then limit the process.
+
+    Returns the function that does a job. It raises any exception for a job that cannot be done.
+    """
+    # Each kind of sandbox imports its own heavy dependencies only.
     if setup.model:
-        from llmkit.checkpoint.files import open_files
+        from llmkit.checkpoint.open_model_files import open_model_files
         from llmkit.checkpoint.tokenizer import load_tokenizer
-        from llmkit.runtime.matcher import compile_grammar, grammar_tokenizer
+        from llmkit.runtime.grammar_compiler import compile_grammar, grammar_tokenizer
 
-        text = load_tokenizer(open_files(setup.model))
-        tokenizer = grammar_tokenizer(text.to_json(), setup.vocab, text.eos_ids)
+        text = load_tokenizer(open_model_files(setup.model))
+        tokenizer = grammar_tokenizer(text.to_json(), setup.vocab_size, text.eos_token_ids)
     else:
-        import pprint  # noqa: F401  (these two are imported by jinja2 itself, when a template asks or fails)
+        # Jinja imports these two when a template fails; by then this process cannot open files.
+        import pprint  # noqa: F401
 
         import jinja2.debug  # noqa: F401
 
-        from llmkit.checkpoint.chat import render
+        from llmkit.common.chat_template import render_chat_template
 
-        render(r"{{ '\n' ~ strftime_now('%Y') }}", [])  # reads the codec's and the time zone's files
+        # This makes Python read the files of the codec and of the time zone before the limits.
+        render_chat_template(r"{{ '\n' ~ strftime_now('%Y') }}", [])
 
-    def work(job: ToSandbox) -> Done:
-        if isinstance(job, Compile):
+    def do_job(job: SandboxMessage) -> JobDone:
+        if isinstance(job, CompileGrammar):
             compile_grammar(tokenizer, job.grammar).compute_bitmask()
-            return Done()
-        assert isinstance(job, Render)
-        prompt = render(job.template, **job.variables)
-        if len(prompt) > setup.chars:
-            raise ValueError(f"the prompt would have {len(prompt)} characters; {setup.chars} are possible")
-        return Done(prompt)
+            return JobDone()
+        assert isinstance(job, RenderTemplate)
+        prompt = render_chat_template(job.template, **job.variables)
+        if len(prompt) > setup.max_prompt_chars:
+            raise ValueError(
+                f"the prompt would have {len(prompt)} characters; "
+                f"{setup.max_prompt_chars} are possible"
+            )
+        return JobDone(prompt)
 
-    size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    for limit, most in (
-        (resource.RLIMIT_AS, size + setup.memory_bytes),
-        (resource.RLIMIT_NOFILE, 3),  # there are three already
+    num_pages = int(Path("/proc/self/statm").read_text().split()[0])
+    used_bytes = num_pages * resource.getpagesize()
+    for limit, value in (
+        (resource.RLIMIT_AS, used_bytes + setup.memory_bytes),
+        (resource.RLIMIT_NOFILE, 3),  # the standard streams use them already
         (resource.RLIMIT_FSIZE, 0),
         (resource.RLIMIT_CORE, 0),
     ):
-        resource.setrlimit(limit, (most, most))
-    return work
+        resource.setrlimit(limit, (value, value))
+    return do_job
 
 
 def main() -> int:
-    """Run the process; its exit code."""
-    channel = Channel(parent_socket(), _decoder)
+    """Run the process and return its exit code."""
+    channel = Channel(parent_socket(), _job_decoder)
     try:
         setup, *jobs = channel.receive(wait=True)
-        assert isinstance(setup, Setup)
-        work = _ready(setup)
+        assert isinstance(setup, SandboxSetup)
+        do_job = _prepare(setup)
         while True:
             for job in jobs:
-                signal.setitimer(signal.ITIMER_PROF, setup.cpu_s)  # SIGPROF ends the process, whatever it is doing
+                # SIGPROF ends the process, even inside a library.
+                signal.setitimer(signal.ITIMER_PROF, setup.cpu_s)
                 try:
-                    reply: FromSandbox = work(job)
+                    reply: SandboxReply = do_job(job)
                 except MemoryError:
                     return ShortageError.exit_code
                 except Exception as error:
-                    reply = Declined(str(error)[:1000] or type(error).__name__)
+                    reply = JobFailed(str(error)[:1000] or type(error).__name__)
                 signal.setitimer(signal.ITIMER_PROF, 0)
                 channel.send(reply)
             jobs = channel.receive(wait=True)
@@ -125,4 +137,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    os._exit(main())  # an interpreter that ends in order opens files
+    os._exit(main())  # a normal exit of the interpreter opens files

@@ -1,6 +1,6 @@
-"""A server as a child process: `python -m llmkit.runtime.server.serve_process --fd N`, started by `Child` only.
+"""A server as a child process: `python -m llmkit.runtime.server.serve_process --fd N`.
 
-It ends with its parent, at once; SIGTERM stops it gracefully, as any server of ours.
+Only `ServerProcess` starts it. It ends at once when its parent ends. SIGTERM stops it gracefully.
 """
 
 from __future__ import annotations
@@ -12,21 +12,21 @@ import traceback
 
 import msgspec
 
-from llmkit.checkpoint.errors import LlmkitError
-from llmkit.runtime.channel import Channel, Failed, parent_socket
-from llmkit.runtime.child import Said, Serve, Up
-from llmkit.runtime.server.options import ServeOptions
-from llmkit.runtime.server.serve import run_server
+from llmkit.common.errors import LlmkitError
+from llmkit.runtime.process_channel import Channel, Failed, parent_socket
+from llmkit.runtime.server.run_server import run_server
+from llmkit.runtime.server.serve_options import ServeOptions
+from llmkit.runtime.server_process import ServerReady, StartServer, UserMessage
 
 
 def main() -> int:
-    """Run the process. The parent learns of a failure from the Failed message; the exit code says it again."""
-    channel = Channel(parent_socket(with_thread=False), msgspec.msgpack.Decoder(Serve))
+    """Run the process and return its exit code. A Failed message tells the parent of an error."""
+    channel = Channel(parent_socket(with_thread=False), msgspec.msgpack.Decoder(StartServer))
     try:
         (start,) = channel.receive(wait=True)
-    except EOFError:  # the parent ended before it said what to serve
+    except EOFError:  # the parent has ended before it sent the options
         return 0
-    options = ServeOptions.of_document(start.options)
+    options = ServeOptions.from_dict(start.options)
     try:
         listener = None
         if start.unix is not None:
@@ -35,15 +35,15 @@ def main() -> int:
             listener.listen(socket.SOMAXCONN)
         return run_server(
             options,
-            lambda text: channel.send(Said(text)),
-            lambda facts: channel.send(Up(dict(facts))),
+            lambda text: channel.send(UserMessage(text)),
+            lambda info: channel.send(ServerReady(dict(info))),
             listener=listener,
         )
     except Exception as error:
         if options.debug or not isinstance(error, LlmkitError):
             traceback.print_exc()
         failed = Failed.of(error)
-        with contextlib.suppress(OSError):  # the parent has gone
+        with contextlib.suppress(OSError):  # the parent has ended
             channel.send(failed)
         return failed.exit_code
 

@@ -1,10 +1,11 @@
-"""Weights packed by autoawq's own code, with what that code makes of them again: an oracle for readers of AWQ GEMM.
+"""Weights packed and unpacked by autoawq's own code: an oracle for readers of AWQ GEMM.
 
-Run with the Python of a virtual environment made from autoawq.txt: `python autoawq_pack.py --out FILE.safetensors`.
+Run with the Python of a virtual environment made from autoawq.txt:
+`python autoawq_pack.py --out FILE.safetensors`.
 
-For case N the file holds `caseN.qweight`, `caseN.qzeros` and `caseN.scales` as a checkpoint would (the format has no
-`g_idx`), and `caseN.dense`, float32 [out, in], the weight by the package's own unpacking. The header's metadata has
-one JSON text per case (`caseN`: bits, group_size, in, out, sym).
+For case N the file holds `caseN.qweight`, `caseN.qzeros` and `caseN.scales` as in a checkpoint (the
+format has no `g_idx`), and `caseN.dense`, float32 [out, in], the weight that the package unpacks.
+The header's metadata has one JSON text for each case (`caseN`: bits, group_size, in, out, sym).
 """
 
 import argparse
@@ -46,23 +47,35 @@ CASES = (
 
 
 def pack(case: Case, rng: torch.Generator) -> dict[str, torch.Tensor]:
-    """Draw codes, scales and zero points, and return the tensors that `from_linear` makes of them, and `dense`."""
-    groups, top = case.in_features // case.group_size, 2**BITS
-    codes = torch.randint(0, top, (case.out_features, case.in_features), generator=rng)
+    """Draw quantized values, scales and zero points.
+
+    Returns the tensors that `from_linear` makes of them, and `dense`.
+    """
+    groups = case.in_features // case.group_size
+    top = 2**BITS
+    int_values = torch.randint(0, top, (case.out_features, case.in_features), generator=rng)
     scales = (torch.rand(groups, case.out_features, generator=rng) * 0.02 + 0.001).half().float()
     drawn = torch.randint(0, top, (groups, case.out_features), generator=rng)
     zeros = torch.full_like(drawn, top // 2) if case.sym else drawn
     group = torch.arange(case.in_features) // case.group_size
-    weight = scales[group].T * (codes - zeros[group].T)
+    weight = scales[group].T * (int_values - zeros[group].T)
 
     linear = torch.nn.Linear(case.in_features, case.out_features, bias=False)
     linear.weight.data = weight
     layer = WQLinear_GEMM.from_linear(linear, BITS, case.group_size, scales=scales, zeros=zeros)
-    # With float32 scales the unpacking rounds nothing: the stored float16 scales are exact in float32.
-    dense = dequantize_gemm(layer.qweight, layer.qzeros, layer.scales.float(), BITS, case.group_size).T.contiguous()
+    # With float32 scales the unpacking rounds nothing: the stored float16 scales are exact in
+    # float32.
+    dense = dequantize_gemm(
+        layer.qweight, layer.qzeros, layer.scales.float(), BITS, case.group_size
+    ).T.contiguous()
     if not torch.equal(dense, weight):
         raise SystemExit(f"autoawq unpacks another weight than it packed: {case}")
-    return {"qweight": layer.qweight, "qzeros": layer.qzeros, "scales": layer.scales, "dense": dense}
+    return {
+        "qweight": layer.qweight,
+        "qzeros": layer.qzeros,
+        "scales": layer.scales,
+        "dense": dense,
+    }
 
 
 def main() -> None:
@@ -71,9 +84,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     out = parser.parse_args().out
     rng = torch.Generator().manual_seed(0)
-    tensors = {f"case{n}.{name}": t for n, case in enumerate(CASES) for name, t in pack(case, rng).items()}
+    tensors = {
+        f"case{n}.{name}": t for n, case in enumerate(CASES) for name, t in pack(case, rng).items()
+    }
     metadata = {f"case{n}": case.describe() for n, case in enumerate(CASES)}
-    save_file(tensors, out, metadata | {"packer": f"autoawq {awq.__version__}", "cases": str(len(CASES))})
+    save_file(
+        tensors, out, metadata | {"packer": f"autoawq {awq.__version__}", "cases": str(len(CASES))}
+    )
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
-"""Weights packed by auto-gptq's own code, with what that code makes of them again: an oracle for readers of GPTQ v1.
+"""Weights packed and unpacked by auto-gptq's own code: an oracle for readers of GPTQ v1.
 
-Run with the Python of a virtual environment made from autogptq.txt: `python autogptq_pack.py --out FILE.safetensors`.
+Run with the Python of a virtual environment made from autogptq.txt:
+`python autogptq_pack.py --out FILE.safetensors`.
 
-For case N the file holds `caseN.qweight`, `caseN.qzeros`, `caseN.scales` and `caseN.g_idx` as a checkpoint would, and
-`caseN.dense`, float32 [out, in], the weight by the package's own unpacking. The header's metadata has one JSON text
-per case (`caseN`: bits, group_size, in, out, sym, desc_act).
+For case N the file holds `caseN.qweight`, `caseN.qzeros`, `caseN.scales` and `caseN.g_idx` as in a
+checkpoint, and `caseN.dense`, float32 [out, in], the weight that the package unpacks. The header's
+metadata has one JSON text for each case (`caseN`: bits, group_size, in, out, sym, desc_act).
 """
 
 import argparse
@@ -31,7 +32,12 @@ class Case:
 
     def describe(self) -> str:
         """Return the case as JSON text for the file's header."""
-        keys = {"bits": self.bits, "group_size": self.group_size, "sym": self.sym, "desc_act": self.desc_act}
+        keys = {
+            "bits": self.bits,
+            "group_size": self.group_size,
+            "sym": self.sym,
+            "desc_act": self.desc_act,
+        }
         return json.dumps(keys | {"in": self.in_features, "out": self.out_features})
 
 
@@ -50,30 +56,38 @@ CASES = (
 
 
 def pack(case: Case, rng: torch.Generator) -> dict[str, torch.Tensor]:
-    """Draw codes, scales and zero points, and return the tensors that `QuantLinear.pack` makes of them, and `dense`.
+    """Draw quantized values, scales and zero points.
 
-    Zero points start at 1: the format stores z - 1, and for z = 0 the package writes into the neighbouring codes.
-    """
-    groups, top = case.in_features // case.group_size, 2**case.bits
-    codes = torch.randint(0, top, (case.out_features, case.in_features), generator=rng)
+    Returns the tensors that `QuantLinear.pack` makes of them, and `dense`.
+
+    Zero points start at 1: the format stores z - 1, and for z = 0 the package writes into the
+    neighbouring values."""
+    groups = case.in_features // case.group_size
+    top = 2**case.bits
+    int_values = torch.randint(0, top, (case.out_features, case.in_features), generator=rng)
     scales = (torch.rand(case.out_features, groups, generator=rng) * 0.02 + 0.001).half().float()
     drawn = torch.randint(1, top, (case.out_features, groups), generator=rng)
     zeros = torch.full_like(drawn, top // 2) if case.sym else drawn
     g_idx = torch.arange(case.in_features) // case.group_size
     if case.desc_act:
         g_idx = g_idx[torch.randperm(case.in_features, generator=rng)]
-    weight = scales[:, g_idx] * (codes - zeros[:, g_idx])
+    weight = scales[:, g_idx] * (int_values - zeros[:, g_idx])
 
     linear = torch.nn.Linear(case.in_features, case.out_features, bias=False)
     linear.weight.data = weight
     layer = QuantLinear(case.bits, case.group_size, case.in_features, case.out_features, bias=False)
     layer.pack(linear, scales.clone(), zeros.float(), g_idx.to(torch.int32))
-    # Packed from a float32 linear, the layer's scales are float32: its forward then rounds nothing, and the product
-    # with the unit matrix is the unpacked weight itself.
+    # Packed from a float32 linear, the layer's scales are float32: its forward then rounds nothing,
+    # and the product with the unit matrix is the unpacked weight itself.
     dense = layer(torch.eye(case.in_features)).T.contiguous()
     if not torch.equal(dense, weight):
         raise SystemExit(f"auto-gptq unpacks another weight than it packed: {case}")
-    packed = {"qweight": layer.qweight, "qzeros": layer.qzeros, "scales": layer.scales.half(), "g_idx": layer.g_idx}
+    packed = {
+        "qweight": layer.qweight,
+        "qzeros": layer.qzeros,
+        "scales": layer.scales.half(),
+        "g_idx": layer.g_idx,
+    }
     return {name: tensor.contiguous() for name, tensor in packed.items()} | {"dense": dense}
 
 
@@ -83,9 +97,15 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     out = parser.parse_args().out
     rng = torch.Generator().manual_seed(0)
-    tensors = {f"case{n}.{name}": t for n, case in enumerate(CASES) for name, t in pack(case, rng).items()}
+    tensors = {
+        f"case{n}.{name}": t for n, case in enumerate(CASES) for name, t in pack(case, rng).items()
+    }
     metadata = {f"case{n}": case.describe() for n, case in enumerate(CASES)}
-    save_file(tensors, out, metadata | {"packer": f"auto-gptq {auto_gptq.__version__}", "cases": str(len(CASES))})
+    save_file(
+        tensors,
+        out,
+        metadata | {"packer": f"auto-gptq {auto_gptq.__version__}", "cases": str(len(CASES))},
+    )
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
-"""`make bench-memory`: peak memory of `llmkit quantize` on a checkpoint of Llama-3-8B's shape, beside its bound.
+"""`make bench-memory`: peak memory of `llmkit quantize` on a checkpoint of Llama-3-8B's shape.
 
     python tests/peers/bench_memory.py [--work DIR] [--layers 32]
 
-Casts and rounding may take one tensor and 1 GiB; GPTQ and AWQ, on the first two layers, one decoder layer in float32,
-its Hessians, the calibration activations and 1.5 GiB. The weights are random; every layer has the same. With
-`--device cuda` (part of `make gpu`) the whole model is quantized instead, with 128 x 2,048 tokens, and timed.
+The peak is compared with a bound. Casts and rounding may use one tensor and 1 GiB. GPTQ and AWQ, on
+the first two layers, may use one decoder layer in float32, its Hessians, the calibration
+activations and 1.5 GiB. The weights are random, and the same in every layer. With `--device cuda`
+(part of `make gpu`) the whole model is quantized with 128 x 2,048 tokens, and timed.
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ import time
 from pathlib import Path
 
 import torch
-from common import ROOT, table
 from safetensors.torch import save_file
+
+from common import ROOT, table
 
 LLAMA_3_8B = {
     "architectures": ["LlamaForCausalLM"],
@@ -39,7 +41,8 @@ LLAMA_3_8B = {
     "tie_word_embeddings": False,
     "torch_dtype": "bfloat16",
 }
-SAMPLES, LENGTH = 4, 1024
+SAMPLES = 4
+LENGTH = 1024
 GIB = 2**30
 # Options of `llmkit quantize`, and whether it runs the model.
 RUNS: dict[str, tuple[tuple[str, ...], bool]] = {
@@ -48,14 +51,29 @@ RUNS: dict[str, tuple[tuple[str, ...], bool]] = {
     "gptq, layers 0-1": (("--method", "gptq", "--layers", "0-1"), True),
     "awq, layers 0-1": (("--method", "awq", "--layers", "0-1"), True),
 }
-CUDA = ("--method", "gptq", "--group-size", "128", "--samples", "128", "--seq-len", "2048", "--device", "cuda")
+CUDA = (
+    "--method",
+    "gptq",
+    "--group-size",
+    "128",
+    "--samples",
+    "128",
+    "--seq-len",
+    "2048",
+    "--device",
+    "cuda",
+)
 CUDA_BOUND_S = 300.0
 
 
 def generate(out: Path, layers: int, **more: int) -> Path:
-    """Write the checkpoint, one file a layer, with the small tokenizer of the tests. `more`: of its config."""
+    """Write the checkpoint, one file a layer, with the small tokenizer of the tests. `more`: of its
+    config.
+    """
     config = LLAMA_3_8B | {"num_hidden_layers": layers, **more}
-    hidden, inner, kv = 4096, 14336, 1024
+    hidden = 4096
+    inner = 14336
+    kv = 1024
     generator = torch.Generator().manual_seed(0)
 
     def random(*shape: int) -> torch.Tensor:
@@ -64,12 +82,16 @@ def generate(out: Path, layers: int, **more: int) -> Path:
     out.mkdir(parents=True)
     files: dict[str, dict[str, torch.Tensor]] = {}
     layer = {
-        "input_layernorm": torch.ones(hidden).bfloat16(), "post_attention_layernorm": torch.ones(hidden).bfloat16(),
-        "self_attn.q_proj": random(hidden, hidden), "self_attn.k_proj": random(kv, hidden),
-        "self_attn.v_proj": random(kv, hidden), "self_attn.o_proj": random(hidden, hidden),
-        "mlp.gate_proj": random(inner, hidden), "mlp.up_proj": random(inner, hidden),
+        "input_layernorm": torch.ones(hidden).bfloat16(),
+        "post_attention_layernorm": torch.ones(hidden).bfloat16(),
+        "self_attn.q_proj": random(hidden, hidden),
+        "self_attn.k_proj": random(kv, hidden),
+        "self_attn.v_proj": random(kv, hidden),
+        "self_attn.o_proj": random(hidden, hidden),
+        "mlp.gate_proj": random(inner, hidden),
+        "mlp.up_proj": random(inner, hidden),
         "mlp.down_proj": random(hidden, inner),
-    }  # fmt: skip
+    }
     located = {}
     for index in range(layers):
         named = {f"model.layers.{index}.{name}.weight": tensor for name, tensor in layer.items()}
@@ -84,10 +106,12 @@ def generate(out: Path, layers: int, **more: int) -> Path:
     for file, tensors in files.items():
         save_file(tensors, out / file, {"format": "pt"})
         located |= dict.fromkeys(tensors, file)
-    (out / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": located}))
+    (out / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": located})
+    )
     (out / "config.json").write_text(json.dumps(config))
     sys.path.insert(0, str(ROOT / "tests"))
-    import tiny
+    from support import tiny_models as tiny
 
     tiny.write_tokenizer(out)
     return out
@@ -95,7 +119,9 @@ def generate(out: Path, layers: int, **more: int) -> Path:
 
 def bound(calibrated: bool) -> int:
     """Bytes that a run may take."""
-    hidden, inner, vocab = 4096, 14336, 128256
+    hidden = 4096
+    inner = 14336
+    vocab = 128256
     if not calibrated:
         return 2 * vocab * hidden + GIB
     layer = 4 * (hidden * (2 * hidden + 2 * 1024) + 3 * hidden * inner)
@@ -127,28 +153,55 @@ def main() -> None:
     if arguments.generate:
         generate(source, arguments.layers)
         return
-    if not source.exists():  # in a process of its own: a child's peak begins with that of its parent
+    if (
+        not source.exists()
+    ):  # in a process of its own: a child's peak begins with that of its parent
         subprocess.run([sys.executable, __file__, *sys.argv[1:], "--generate"], check=True)
     if arguments.device == "cuda":
         out = arguments.work / "out"
         shutil.rmtree(out, ignore_errors=True)
-        command = [sys.executable, "-m", "llmkit.cli.main", "quantize", str(source), *CUDA, "--no-eval"]
+        command = [
+            sys.executable,
+            "-m",
+            "llmkit.cli.main",
+            "quantize",
+            str(source),
+            *CUDA,
+            "--no-eval",
+        ]
         taken, seconds = peak([*command, "--output", str(out)])
         report = json.loads((out / "llmkit_report.json").read_text())
         shutil.rmtree(out)
-        figures = {"seconds": report["seconds"], "wall_s": seconds, "bound_s": CUDA_BOUND_S, "peak_host_bytes": taken}
+        figures = {
+            "seconds": report["seconds"],
+            "wall_s": seconds,
+            "bound_s": CUDA_BOUND_S,
+            "peak_host_bytes": taken,
+        }
         print(json.dumps({"gptq g128, 8B-shaped, 128 x 2,048 tokens": figures}, indent=2))
         return
-    rows, over = [], []
+    rows = []
+    over = []
     for name, (options, calibrated) in RUNS.items():
         if not name.startswith(arguments.only):
             continue
         out = arguments.work / "out"
         shutil.rmtree(out, ignore_errors=True)
         text = ("--samples", str(SAMPLES), "--seq-len", str(LENGTH)) if calibrated else ()
-        command = [sys.executable, "-m", "llmkit.cli.main", "quantize", str(source), *options, *text, "--no-eval"]
+        command = [
+            sys.executable,
+            "-m",
+            "llmkit.cli.main",
+            "quantize",
+            str(source),
+            *options,
+            *text,
+            "--no-eval",
+        ]
         taken, seconds = peak([*command, "--quiet", "--output", str(out)])
-        rows.append([name, f"{taken / GIB:.2f}", f"{bound(calibrated) / GIB:.2f}", f"{seconds:.0f}"])
+        rows.append(
+            [name, f"{taken / GIB:.2f}", f"{bound(calibrated) / GIB:.2f}", f"{seconds:.0f}"]
+        )
         print(" | ".join(rows[-1]), flush=True)
         if taken > bound(calibrated):
             over.append(name)

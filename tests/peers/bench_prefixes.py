@@ -1,8 +1,9 @@
-"""The time to the first token of a long prompt: computed, found on disk after a restart, and found in memory.
+"""Time to first token of a long prompt: computed, found on disk after a restart, found in memory.
 
     python tests/peers/bench_prefixes.py MODEL [--tokens 4096] [--device auto]
 
-Seconds by the clock, and of processor time of all threads, which other work on the machine disturbs less.
+It prints seconds of wall time, and of the processor time of all threads, which other work on the
+machine disturbs less.
 """
 
 from __future__ import annotations
@@ -13,22 +14,28 @@ import time
 from pathlib import Path
 
 from llmkit.runtime.engine.engine import Engine
-from llmkit.runtime.engine.types import EngineOptions, Request, SamplingParams
-from llmkit.runtime.load import load_engine
-from llmkit.runtime.prefix_files import PAGE, files_in
+from llmkit.runtime.engine.engine_options import EngineOptions
+from llmkit.runtime.engine.engine_request import EngineRequest
+from llmkit.runtime.engine.sampling_params import SamplingParams
+from llmkit.runtime.engine_loader import load_engine
+from llmkit.runtime.prefix_folder import PAGE_SUFFIX, files_in
 
 LIMIT = 1 << 40
 
 
 def first_token(engine: Engine, prompt: list[int]) -> str:
     """Run a request to its end; a cell for each figure of its first token."""
-    clock, processor, told = time.perf_counter(), time.process_time(), ""
-    engine.add(Request("one", prompt, SamplingParams(temperature=0.0, max_tokens=2, ignore_eos=True)))
+    clock = time.perf_counter()
+    processor = time.process_time()
+    reported = ""
+    engine.add(
+        EngineRequest("one", prompt, SamplingParams(temperature=0.0, max_tokens=2, ignore_eos=True))
+    )
     while engine.has_work:
         for output in engine.step():
             spent = time.perf_counter() - clock, time.process_time() - processor
-            told = told or f"{output.cached_tokens:,} | {spent[0]:.2f} | {spent[1]:.2f}"
-    return told
+            reported = reported or f"{output.cached_tokens:,} | {spent[0]:.2f} | {spent[1]:.2f}"
+    return reported
 
 
 def main() -> None:
@@ -45,7 +52,12 @@ def main() -> None:
         for start in range(4):
             engine = load_engine(given.model, options, prefixes=(folder, LIMIT))
             first_token(engine, prompt[:40])  # what only the first request does
-            print("| on disk |" if start else "| computed |", first_token(engine, prompt), "|", flush=True)
+            print(
+                "| on disk |" if start else "| computed |",
+                first_token(engine, prompt),
+                "|",
+                flush=True,
+            )
             if not start:
                 print("| in memory |", first_token(engine, prompt), "|", flush=True)
                 wait_until_written(Path(folder), given.tokens // 256)
@@ -54,9 +66,12 @@ def main() -> None:
 
 def wait_until_written(folder: Path, pages: int) -> None:
     """Until so many pages are in files; tell how large they are."""
-    while len(files := files_in(folder, PAGE)) < pages:
+    while len(files := files_in(folder, PAGE_SUFFIX)) < pages:
         time.sleep(0.1)
-    print(f"| ({len(files)} files, {sum(size for _, size, _ in files) / 2**20:.0f} MiB) | | | |", flush=True)
+    print(
+        f"| ({len(files)} files, {sum(size for _, size, _ in files) / 2**20:.0f} MiB) | | | |",
+        flush=True,
+    )
 
 
 if __name__ == "__main__":

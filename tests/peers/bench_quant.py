@@ -1,7 +1,8 @@
-"""`make bench-quant`: llmkit beside llm-compressor, the same tokens in, the same judge.
+"""`make bench-quant`: llmkit beside llm-compressor, with the same tokens and the same evaluation.
 
-Both quantize SmolLM2-135M-Instruct from the same calibration windows with the same group size, one after the other,
-each in a process of its own. What they wrote is scored by llmkit on text that neither saw.
+Both quantize SmolLM2-135M-Instruct with the same calibration windows and group size, one after the
+other, each in its own process. llmkit scores both outputs on text that was not used for
+calibration.
 
     python tests/peers/bench_quant.py [--windows 8] [--length 1024] [--only REGEX] [--work DIR]
 """
@@ -18,16 +19,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import llmkit, real_model, run_peer, table
 from safetensors.torch import save_file
 
-from llmkit.checkpoint.source import Checkpoint, open_checkpoint
+from common import llmkit, real_model, run_peer, table
+from llmkit.checkpoint.checkpoint import Checkpoint
+from llmkit.checkpoint.open_checkpoint import open_checkpoint
 from llmkit.checkpoint.tokenizer import load_tokenizer
 from llmkit.model.families import model_spec
-from llmkit.quant.quality import Quality, score_logits
-from llmkit.quant.stream import LayerStream
-from llmkit.quant.text import load_text
-from llmkit.quant.tokens import calibration_windows, evaluation_windows
+from llmkit.quant.calibration_text import load_text
+from llmkit.quant.layer_stream import LayerStream
+from llmkit.quant.output_quality import Quality, score_logits
+from llmkit.quant.token_windows import calibration_windows, evaluation_windows
 
 GROUP = 64
 CT = ("--format", "compressed-tensors")
@@ -62,34 +64,64 @@ THEIRS: dict[str, str] = {
 GROUPED = ("rtn", "gptq", "awq")
 
 
-def run_ours(source: Path, out: Path, options: tuple[str, ...], windows: int, length: int) -> dict[str, Any]:
+def run_llmkit(
+    source: Path, out: Path, options: tuple[str, ...], windows: int, length: int
+) -> dict[str, Any]:
     """Quantize with llmkit; seconds of the whole process and of quantizing alone."""
     group = ("--group-size", str(GROUP)) if options[1] in GROUPED else ()
     started = time.perf_counter()
     llmkit(
-        "quantize", source, *options, *group, "--samples", windows, "--seq-len", length, "--no-eval", "--quiet",
-        "--output", out,
-    )  # fmt: skip
+        "quantize",
+        source,
+        *options,
+        *group,
+        "--samples",
+        windows,
+        "--seq-len",
+        length,
+        "--no-eval",
+        "--quiet",
+        "--output",
+        out,
+    )
     wall = time.perf_counter() - started
-    return {"wall_s": wall, "quantize_s": json.loads((out / "llmkit_report.json").read_text())["seconds"]["quantize"]}
+    return {
+        "wall_s": wall,
+        "quantize_s": json.loads((out / "llmkit_report.json").read_text())["seconds"]["quantize"],
+    }
 
 
-def run_theirs(source: Path, out: Path, scheme: str, tokens: Path) -> dict[str, Any]:
+def run_llmcompressor(source: Path, out: Path, scheme: str, tokens: Path) -> dict[str, Any]:
     """Quantize with llm-compressor; the same seconds."""
     result = out.with_suffix(".json")
     started = time.perf_counter()
     run_peer(
-        "llmcompressor", "llmcompressor_quantize.py", "--model", source, "--tokens", tokens, "--scheme", scheme,
-        "--group-size", GROUP, "--out", out, "--result", result,
-    )  # fmt: skip
+        "llmcompressor",
+        "llmcompressor_quantize.py",
+        "--model",
+        source,
+        "--tokens",
+        tokens,
+        "--scheme",
+        scheme,
+        "--group-size",
+        GROUP,
+        "--out",
+        out,
+        "--result",
+        result,
+    )
     wall = time.perf_counter() - started
     return {"wall_s": wall, "quantize_s": json.loads(result.read_text())["quantize_s"]}
 
 
-def judged(out: Path, source: Checkpoint, windows: torch.Tensor) -> Quality:
+def score(out: Path, source: Checkpoint, windows: torch.Tensor) -> Quality:
     """Score a checkpoint against the source, in float32."""
     checkpoint = open_checkpoint(out)
-    streams = [LayerStream.of(one, model_spec(one.config)).logits(windows) for one in (checkpoint, source)]
+    streams = [
+        LayerStream.from_checkpoint(one, model_spec(one.config)).logits(windows)
+        for one in (checkpoint, source)
+    ]
     return score_logits(streams[0], streams[1], windows)
 
 
@@ -97,15 +129,23 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--windows", type=int, default=8, help="calibration windows (default 8)")
-    parser.add_argument("--length", type=int, default=1024, help="tokens of a window (default 1024)")
-    parser.add_argument("--only", default="", help="a regular expression: rows to run, as 'ours: fp8'")
-    parser.add_argument("--work", type=Path, default=Path(".bench-quant"), help="folder for checkpoints and results")
+    parser.add_argument(
+        "--length", type=int, default=1024, help="tokens of a window (default 1024)"
+    )
+    parser.add_argument(
+        "--only", default="", help="a regular expression: rows to run, as 'ours: fp8'"
+    )
+    parser.add_argument(
+        "--work", type=Path, default=Path(".bench-quant"), help="folder for checkpoints and results"
+    )
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)
     source = real_model(arguments.work)
     opened = open_checkpoint(source)
     tokenizer = load_tokenizer(opened)
-    chosen = calibration_windows(tokenizer, load_text("builtin"), True, arguments.windows, arguments.length, 0)
+    chosen = calibration_windows(
+        tokenizer, load_text("builtin"), True, arguments.windows, arguments.length, 0
+    )
     tokens = arguments.work / "tokens.safetensors"
     save_file({"tokens": chosen}, tokens)
     held_out = evaluation_windows(tokenizer, 8)
@@ -119,24 +159,29 @@ def main() -> None:
         out = arguments.work / re.sub(r"[^\w]+", "-", name)
         shutil.rmtree(out, ignore_errors=True)
         if side == "ours":
-            timing = run_ours(source, out, options, arguments.windows, arguments.length)
+            timing = run_llmkit(source, out, options, arguments.windows, arguments.length)
         else:
-            timing = run_theirs(source, out, options[0], tokens)
-        quality = dataclasses.asdict(judged(out, opened, held_out))
-        results = [one for one in results if one["name"] != name]
+            timing = run_llmcompressor(source, out, options[0], tokens)
+        quality = dataclasses.asdict(score(out, opened, held_out))
+        results = [result for result in results if result["name"] != name]
         results.append({"name": name, "options": options, **timing, **quality})
         file.write_text(json.dumps(results, indent=2) + "\n")
         shutil.rmtree(out)
-        shown = f"KL {quality['mean_kl']:.4f}, perplexity {quality['perplexity']:.3f}, {timing['wall_s']:.0f} s"
-        print(f"{name}: {shown}", flush=True)
+        scores = f"KL {quality['mean_kl']:.4f}, perplexity {quality['perplexity']:.3f}"
+        print(f"{name}: {scores}, {timing['wall_s']:.0f} s", flush=True)
     head = ("", "mean KL", "99 % KL", "top-1", "perplexity", "quantizing, s", "whole command, s")
     lines = [
         [
-            one["name"], f"{one['mean_kl']:.4f}", f"{one['p99_kl']:.3f}", f"{one['top1']:.1%}",
-            f"{one['perplexity']:.3f}", f"{one['quantize_s']:.0f}", f"{one['wall_s']:.0f}",
+            one["name"],
+            f"{one['mean_kl']:.4f}",
+            f"{one['p99_kl']:.3f}",
+            f"{one['top1']:.1%}",
+            f"{one['perplexity']:.3f}",
+            f"{one['quantize_s']:.0f}",
+            f"{one['wall_s']:.0f}",
         ]
         for one in results
-    ]  # fmt: skip
+    ]
     print(table(head, lines))
 
 

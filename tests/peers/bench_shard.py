@@ -1,10 +1,12 @@
-"""`make bench-shard`: time and peak memory of `llmkit shard` on a checkpoint of Llama-3-8B's shape, beside `cp`.
+"""`make bench-shard`: time and memory of `llmkit shard` on Llama-3-8B's shape, beside `cp`.
 
-    python tests/peers/bench_shard.py [--work DIR] [--layers 32] [--vocab 128256] [--tp 4] [--rounds 3]
+    python tests/peers/bench_shard.py [--work DIR] [--layers 32] [--vocab 128256] [--tp 4]
+        [--rounds 3]
 
-`cp` and `shard` take turns on the same disk. Each begins with the source out of the page cache and ends when its output
-is on the disk (`shard` syncs by itself, `cp` is followed by `sync`). `reshard` goes from the sharded output to twice
-the ranks, `merge` back. The ratio is cp's time over the command's own, the median over the rounds.
+`cp` and `shard` take turns on the same disk. Each begins with the source out of the page cache and
+ends when its output is on the disk (`shard` syncs by itself, `cp` is followed by `sync`). `reshard`
+doubles the ranks of the sharded output, and `merge` merges it. The ratio is the time of cp over the
+time of the command, the median over the rounds.
 """
 
 from __future__ import annotations
@@ -20,10 +22,11 @@ import time
 from pathlib import Path
 
 from bench_memory import generate
+
 from common import table
 
-WANTED_RATIO = 0.7
-WANTED_BYTES = 600 * 2**20
+MIN_RATIO = 0.7
+MAX_BYTES = 600 * 2**20
 GB = 10**9
 
 
@@ -37,7 +40,9 @@ def forget(folder: Path) -> None:
 
 
 def timed(command: list[str], source: Path, out: Path) -> tuple[float, float, int]:
-    """Seconds until `command` has made `out` of `source`, of processors too, and its peak resident memory in bytes."""
+    """Seconds until `command` has made `out` of `source`, of processors too, and its peak resident
+    memory in bytes.
+    """
     shutil.rmtree(out, ignore_errors=True)
     forget(source)
     os.sync()
@@ -60,15 +65,20 @@ def main() -> None:
     parser.add_argument("--vocab", type=int, default=128256)
     parser.add_argument("--tp", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--only", nargs="+", default=["shard"], choices=("shard", "reshard", "merge"))
+    parser.add_argument(
+        "--only", nargs="+", default=["shard"], choices=("shard", "reshard", "merge")
+    )
     arguments = parser.parse_args()
-    work, tp = arguments.work, arguments.tp
+    work = arguments.work
+    tp = arguments.tp
     source, copy, ranks, out = (work / name for name in ("source", "copy", "ranks", "out"))
     if arguments.generate:
         generate(source, arguments.layers, vocab_size=arguments.vocab)
         return
     work.mkdir(parents=True, exist_ok=True)
-    need = 2 * (436_224_000 * arguments.layers + 4 * 4096 * arguments.vocab)  # the source and one output
+    need = 2 * (
+        436_224_000 * arguments.layers + 4 * 4096 * arguments.vocab
+    )  # the source and one output
     need += need // 2 * (arguments.only != ["shard"]) + GB
     have = shutil.disk_usage(work).free
     if need > have:
@@ -106,7 +116,9 @@ def main() -> None:
             "seconds": seconds[name],
             "cpu_seconds": processors[name],
             "gb_per_s": total / GB / statistics.median(seconds[name]),
-            "ratio": statistics.median(c / s for c, s in zip(seconds["cp"], seconds[name], strict=True)),
+            "ratio": statistics.median(
+                c / s for c, s in zip(seconds["cp"], seconds[name], strict=True)
+            ),
             "peak_bytes": peaks[name],
         }
         for name in seconds
@@ -120,10 +132,12 @@ def main() -> None:
     wrong = [
         name
         for name in arguments.only
-        if figures[name]["ratio"] < WANTED_RATIO or figures[name]["peak_bytes"] > WANTED_BYTES
+        if figures[name]["ratio"] < MIN_RATIO or figures[name]["peak_bytes"] > MAX_BYTES
     ]
     if wrong:
-        raise SystemExit(f"below {WANTED_RATIO:.0%} of cp or over {WANTED_BYTES // 2**20} MiB: {', '.join(wrong)}")
+        raise SystemExit(
+            f"below {MIN_RATIO:.0%} of cp or over {MAX_BYTES // 2**20} MiB: {', '.join(wrong)}"
+        )
 
 
 if __name__ == "__main__":

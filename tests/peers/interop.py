@@ -1,12 +1,13 @@
-"""`make interop`: what llmkit writes is run by vLLM and transformers; what other packages write is read by llmkit.
+"""`make interop`: vLLM and transformers run llmkit's formats, and llmkit reads those of others.
 
     python tests/peers/interop.py [--only REGEX] [--work DIR]
 
-Every format of SmolLM2-135M-Instruct answers ten prompts with sixteen greedy tokens in `llmkit serve`, vLLM (CPU) and
-transformers. Answers agree when their tokens are equal, or when the first that differ are a near tie: one about as
-likely as the other. Formats that round the inputs of their layers (W8A8, FP8) only have to run: a change in the last
-digit of an input flips roundings. auto-gptq, autoawq and llm-compressor pack weights that llmkit must read bit for
-bit. Exit code 1 when something that should hold does not.
+Every format of SmolLM2-135M-Instruct answers ten prompts with sixteen greedy tokens in
+`llmkit serve`, vLLM (CPU) and transformers. Answers agree when their tokens are equal, or when the
+first different tokens are a near tie: both about as probable. Formats that quantize the inputs of
+their layers (W8A8, FP8) only have to run, because the last digit of an input can change a rounding.
+Weights that auto-gptq, autoawq and llm-compressor pack must be read bit for bit. Exit code 1 when a
+check fails.
 """
 
 from __future__ import annotations
@@ -27,22 +28,23 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 from bench_quant import THEIRS, run_theirs
-from common import llmkit, real_model, run_peer, table
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from serving import serving
+from support.server_process import serving
 
-from llmkit.checkpoint.formats import FORMATS
-from llmkit.checkpoint.quantized import Scheme
-from llmkit.checkpoint.source import Checkpoint, open_checkpoint
+from common import llmkit, real_model, run_peer, table
+from llmkit.checkpoint.checkpoint import Checkpoint
+from llmkit.checkpoint.open_checkpoint import open_checkpoint
+from llmkit.checkpoint.quantized_formats import FORMATS
+from llmkit.checkpoint.quantized_weight import Scheme
 from llmkit.checkpoint.tokenizer import load_tokenizer
 from llmkit.model.families import model_spec
-from llmkit.model.layout import parameters
-from llmkit.model.loader import read_parameter
-from llmkit.quant.samples import PROMPTS, prompt_ids
-from llmkit.quant.stream import LayerStream
-from llmkit.quant.text import load_text
-from llmkit.quant.tokens import calibration_windows
+from llmkit.model.parameter_table import parameters
+from llmkit.model.weight_loader import read_parameter
+from llmkit.quant.calibration_text import load_text
+from llmkit.quant.generated_text import PROMPTS, prompt_ids
+from llmkit.quant.layer_stream import LayerStream
+from llmkit.quant.token_windows import calibration_windows
 
 TOKENS = 16
 TIE = 0.05  # nats between two tokens of which either may be taken for the likelier one
@@ -52,8 +54,8 @@ GRADES = ("refuse", "run", "same")
 
 @dataclass(frozen=True)
 class Case:
-    """A checkpoint to write, and what the engines are to do with it: "same" answers, "run", "refuse"; None: nothing
-    is tried."""
+    """A checkpoint to write, and what the engines are to do with it: "same" answers, "run",
+    "refuse"; None: nothing is tried."""
 
     options: tuple[str, ...]  # of `llmkit quantize`
     vllm: str | None
@@ -62,10 +64,18 @@ class Case:
 
 
 def case(
-    options: str, vllm: str | None, transformers: str | None, more: Mapping[str, str] = MappingProxyType({})
+    options: str,
+    vllm: str | None,
+    transformers: str | None,
+    more: Mapping[str, str] = MappingProxyType({}),
 ) -> Case:
     """A `Case` from words."""
-    return Case(tuple(options.split()), vllm, transformers, {name: text.split() for name, text in more.items()})
+    return Case(
+        tuple(options.split()),
+        vllm,
+        transformers,
+        {name: text.split() for name, text in more.items()},
+    )
 
 
 FEW = r"--keep model\.layers\.(0|7)\.(self_attn|mlp\.down_proj)"  # linears that stay in 16 bits
@@ -81,7 +91,9 @@ WRITTEN = {
     "pack-quantized, 4 bits": case("--method rtn", "same", "same"),
     "pack-quantized, 4 bits, some kept": case(f"--method rtn {FEW}", "same", "same"),
     "pack-quantized, 4 bits asymmetric": case(f"--method gptq {CT} --asymmetric", "same", "refuse"),
-    "the same, dequantized": case(f"--method gptq {CT} --asymmetric", None, "same", {"transformers": "--dequantize"}),
+    "the same, dequantized": case(
+        f"--method gptq {CT} --asymmetric", None, "same", {"transformers": "--dequantize"}
+    ),
     "pack-quantized, 8 bits": case("--method int8", "same", "same"),
     "mixed 4 and 8 bits": case("--method gptq --target-bits 5.5", "same", "same"),
     "mixed 4, 8 and 16 bits": case("--method rtn --target-bits 9", "same", "same"),
@@ -93,10 +105,16 @@ WRITTEN = {
     "float-quantized (FP8), fixed scale": case("--method fp8 --static", "refuse", "run"),
     "bf16, FP8 KV cache": case("--method bf16 --kv fp8", "refuse", "run"),
     "bf16, FP8 KV scales, 16-bit cache": case(
-        "--method bf16 --kv fp8", "run", None, {"vllm": '--dtype bfloat16 --engine {"kv_cache_dtype":"bfloat16"}'}
+        "--method bf16 --kv fp8",
+        "run",
+        None,
+        {"vllm": '--dtype bfloat16 --engine {"kv_cache_dtype":"bfloat16"}'},
     ),
     "pack-quantized, FP8 KV scales, 16-bit cache": case(
-        f"--method gptq {CT} --kv fp8", "run", "run", {"vllm": '--engine {"kv_cache_dtype":"bfloat16"}'}
+        f"--method gptq {CT} --kv fp8",
+        "run",
+        "run",
+        {"vllm": '--engine {"kv_cache_dtype":"bfloat16"}'},
     ),
     "bf16, INT8 KV cache": case("--method bf16 --kv int8", "refuse", "run"),
 }
@@ -104,14 +122,26 @@ WRITTEN = {
 
 def served(model: Path, prompts: Sequence[Sequence[int]], log: Path) -> list[list[int]]:
     """The greedy tokens that `llmkit serve` answers with."""
-    body = {"prompt": prompts, "max_tokens": TOKENS, "temperature": 0, "ignore_eos": True, "return_token_ids": True}
+    body = {
+        "prompt": prompts,
+        "max_tokens": TOKENS,
+        "temperature": 0,
+        "ignore_eos": True,
+        "return_token_ids": True,
+    }
     with serving(log, model) as server, server.client() as client:
         name = client.get("/v1/models").json()["data"][0]["id"]
-        answer = client.post("/v1/completions", json={"model": name, **body}, timeout=600).raise_for_status().json()
+        answer = (
+            client.post("/v1/completions", json={"model": name, **body}, timeout=600)
+            .raise_for_status()
+            .json()
+        )
     return [choice["token_ids"] for choice in answer["choices"]]
 
 
-def answered(name: str, model: Path, prompts: Path, out: Path, more: Sequence[str]) -> dict[str, Any]:
+def answered(
+    name: str, model: Path, prompts: Path, out: Path, more: Sequence[str]
+) -> dict[str, Any]:
     """What another engine's script wrote: `tokens` among others, or the `error` that stopped it."""
     out.unlink(missing_ok=True)
     run_peer(
@@ -128,7 +158,9 @@ def answered(name: str, model: Path, prompts: Path, out: Path, more: Sequence[st
         *more,
         check=False,
     )
-    found: dict[str, Any] = json.loads(out.read_text()) if out.exists() else {"error": "it wrote nothing"}
+    found: dict[str, Any] = (
+        json.loads(out.read_text()) if out.exists() else {"error": "it wrote nothing"}
+    )
     return found
 
 
@@ -139,23 +171,34 @@ def log_probabilities(
     texts = [[*prompt, *answer] for prompt, answer in zip(prompts, answers, strict=True)]
     longest = max(map(len, texts))
     windows = torch.tensor([text + [0] * (longest - len(text)) for text in texts])
-    stream = LayerStream.of(model, model_spec(model.config)).logits(windows)
-    return [logits[len(prompt) - 1 :][:TOKENS].log_softmax(-1) for prompt, logits in zip(prompts, stream, strict=True)]
+    stream = LayerStream.from_checkpoint(model, model_spec(model.config)).logits(windows)
+    return [
+        logits[len(prompt) - 1 :][:TOKENS].log_softmax(-1)
+        for prompt, logits in zip(prompts, stream, strict=True)
+    ]
 
 
 def agreement(
-    model: Checkpoint, prompts: Sequence[Sequence[int]], ours: Sequence[Sequence[int]], theirs: dict[str, Any]
+    model: Checkpoint,
+    prompts: Sequence[Sequence[int]],
+    ours: Sequence[Sequence[int]],
+    theirs: dict[str, Any],
 ) -> tuple[str, str]:
     """What happened ("same", "run" or "refuse"), and in words.
 
-    Answers that differ are a tie when at the first token that does neither engine finds its own likelier by more than
-    TIE. Up to there the log probabilities of the other engine's tokens are compared.
-    """
+    Answers that differ are a tie when at the first token that does neither engine finds its own
+    likelier by more than TIE. Up to there the log probabilities of the other engine's tokens are
+    compared."""
     if "error" in theirs:
         return "refuse", f"refused: {theirs['error']}"
-    ties, gaps = [], []
+    ties = []
+    gaps = []
     for one, two, own, top in zip(
-        ours, theirs["tokens"], log_probabilities(model, prompts, ours), theirs["top_logprobs"], strict=True
+        ours,
+        theirs["tokens"],
+        log_probabilities(model, prompts, ours),
+        theirs["top_logprobs"],
+        strict=True,
     ):
         parted = next((step for step in range(TOKENS) if one[step] != two[step]), None)
         if parted is not None:
@@ -170,7 +213,11 @@ def agreement(
     if theirs.get("reference_ops"):
         words += f" ({', '.join(theirs['reference_ops'])} computed in torch)"
     if "kv_scales" in theirs:
-        stored = {name: model.read(name).item() for name in model.tensors if name.endswith(("k_scale", "v_scale"))}
+        stored = {
+            name: model.read(name).item()
+            for name in model.tensors
+            if name.endswith(("k_scale", "v_scale"))
+        }
         alike = sum(theirs["kv_scales"].get(name) == value for name, value in stored.items())
         words += f"; {alike} of {len(stored)} KV scales taken as stored"
     return ("same" if all(one <= TIE for one in ties) else "run"), words
@@ -183,14 +230,25 @@ def written(work: Path, only: str) -> tuple[list[list[str]], list[str]]:
     prompts = [prompt_ids(tokenizer, prompt) for prompt in PROMPTS]
     file = work / "prompts.json"
     file.write_text(json.dumps(prompts))
-    rows, wrong = [], []
+    rows = []
+    wrong = []
     for name, what in WRITTEN.items():
         if not re.search(only, name):
             continue
         model = work / hashlib.sha256(" ".join(what.options).encode()).hexdigest()[:12]
         if not model.exists():
-            llmkit("quantize", source, *what.options, *CALIBRATION, "--no-eval", "--quiet", "--output", model)
-        opened, ours = open_checkpoint(model), served(model, prompts, work / "serve.log")
+            llmkit(
+                "quantize",
+                source,
+                *what.options,
+                *CALIBRATION,
+                "--no-eval",
+                "--quiet",
+                "--output",
+                model,
+            )
+        opened = open_checkpoint(model)
+        ours = served(model, prompts, work / "serve.log")
         row = [name]
         for engine, wanted in (("vllm", what.vllm), ("transformers", what.transformers)):
             if wanted is None:
@@ -200,7 +258,8 @@ def written(work: Path, only: str) -> tuple[list[list[str]], list[str]]:
             theirs = answered(engine, model, file, out, what.more.get(engine, ()))
             happened, words = agreement(opened, prompts, ours, theirs)
             row.append(f"{happened}: {words}" if happened != "refuse" else words)
-            # More than expected is as good: another machine's build may have the kernel that this one lacks.
+            # More than expected is as good: another machine's build may have the kernel that this
+            # one lacks.
             if GRADES.index(happened) < GRADES.index(wanted):
                 wrong.append(f"{name} in {engine}: {words}")
         rows.append(row)
@@ -210,7 +269,8 @@ def written(work: Path, only: str) -> tuple[list[list[str]], list[str]]:
 
 def packed(work: Path) -> tuple[list[list[str]], list[str]]:
     """Read what auto-gptq and autoawq packed."""
-    rows, wrong = [], []
+    rows = []
+    wrong = []
     for name, form in (("autogptq", "gptq"), ("autoawq", "awq")):
         file = work / f"{name}.safetensors"
         run_peer(name, f"{name}_pack.py", "--out", file)
@@ -222,7 +282,9 @@ def packed(work: Path) -> tuple[list[list[str]], list[str]]:
             one = json.loads(described[f"case{index}"])
             if one.get("desc_act"):
                 continue
-            parts = {k.partition(".")[2]: v for k, v in tensors.items() if k.startswith(f"case{index}.")}
+            parts = {
+                k.partition(".")[2]: v for k, v in tensors.items() if k.startswith(f"case{index}.")
+            }
             dense = parts.pop("dense")
             scheme = Scheme(one["bits"], one["group_size"], one["sym"])
             cases += 1
@@ -239,8 +301,11 @@ def compressed(work: Path, only: str) -> tuple[list[list[str]], list[str]]:
     source = real_model(work)
     tokenizer = load_tokenizer(open_checkpoint(source))
     tokens = work / "tokens.safetensors"
-    save_file({"tokens": calibration_windows(tokenizer, load_text("builtin"), True, 1, 128, 0)}, tokens)
-    rows, wrong = [], []
+    save_file(
+        {"tokens": calibration_windows(tokenizer, load_text("builtin"), True, 1, 128, 0)}, tokens
+    )
+    rows = []
+    wrong = []
     for scheme in (*THEIRS.values(), "autoround-sym"):
         if not re.search(only, f"llm-compressor {scheme}"):
             continue
@@ -249,12 +314,18 @@ def compressed(work: Path, only: str) -> tuple[list[list[str]], list[str]]:
             run_theirs(source, out, scheme, tokens)
         file = out.with_suffix(".safetensors")
         run_peer("llmcompressor", "llmcompressor_dense.py", "--model", out, "--out", file)
-        dense, checkpoint = load_file(file), open_checkpoint(out)
-        linears = [row for row in parameters(model_spec(checkpoint.config)) if row.linear]
+        dense = load_file(file)
+        checkpoint = open_checkpoint(out)
+        linears = [row for row in parameters(model_spec(checkpoint.config)) if row.is_linear]
         alike = sum(
             torch.equal(
                 read_parameter(checkpoint, row, torch.float32),
-                torch.cat([dense[part.tensor][part.row : part.row + part.shape[0]] for part in row.parts]),
+                torch.cat(
+                    [
+                        dense[part.name][part.first_row : part.first_row + part.shape[0]]
+                        for part in row.sources
+                    ]
+                ),
             )
             for row in linears
         )
@@ -268,15 +339,22 @@ def compressed(work: Path, only: str) -> tuple[list[list[str]], list[str]]:
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--only", default="", help="a regular expression: formats and schemes to try")
-    parser.add_argument("--skip-llmcompressor", action="store_true", help="its AWQ takes many minutes on a CPU")
-    parser.add_argument("--work", type=Path, default=Path(".interop"), help="folder for checkpoints and results")
+    parser.add_argument(
+        "--only", default="", help="a regular expression: formats and schemes to try"
+    )
+    parser.add_argument(
+        "--skip-llmcompressor", action="store_true", help="its AWQ takes many minutes on a CPU"
+    )
+    parser.add_argument(
+        "--work", type=Path, default=Path(".interop"), help="folder for checkpoints and results"
+    )
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)
     read, wrong = packed(arguments.work)
     if not arguments.skip_llmcompressor:
         more, problems = compressed(arguments.work, arguments.only)
-        read, wrong = read + more, wrong + problems
+        read = read + more
+        wrong = wrong + problems
     rows, problems = written(arguments.work, arguments.only)
     wrong += problems
     print(table(("written by llmkit", "vLLM, CPU", "transformers"), rows))

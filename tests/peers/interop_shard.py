@@ -1,9 +1,10 @@
-"""`make interop-shard`: what `llmkit shard --format vllm` writes, in the real vLLM 0.32 on a CPU.
+"""`make interop-shard`: the output of `llmkit shard --format vllm` in the real vLLM 0.32 on a CPU.
 
     python tests/peers/interop_shard.py [--work DIR] [--skip-generate]
 
-Tiny models of every family covered, at 1, 2 and 4 ranks: keys, shapes and bytes of each rank against vLLM's own loading
-(`vllm_shards.py`). Then SmolLM2 on one rank: vLLM answers from the sharded files as from the whole checkpoint.
+For tiny models of every supported family at 1, 2 and 4 ranks, the keys, shapes and bytes of each
+rank are compared with vLLM's own loading (`vllm_shards.py`). Then vLLM answers with SmolLM2 on one
+rank, from the sharded files and from the unsharded checkpoint.
 """
 
 from __future__ import annotations
@@ -30,7 +31,10 @@ SIZES = {
 # Row by row: the family, and what of it is different from a plain model.
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
-    "llama, tied, biases": ("llama", {"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True}),
+    "llama, tied, biases": (
+        "llama",
+        {"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True},
+    ),
     "llama, one KV head each": ("llama", {"num_key_value_heads": 8, "vocab_size": 320}),
     "mistral": ("mistral", {}),
     "qwen2": ("qwen2", {}),
@@ -43,9 +47,11 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--work", type=Path, default=Path(".interop") / "shard")
-    parser.add_argument("--skip-generate", action="store_true", help="only compare tensors: no model is run")
+    parser.add_argument(
+        "--skip-generate", action="store_true", help="only compare tensors: no model is run"
+    )
     arguments = parser.parse_args()
-    from tiny import tiny_checkpoint
+    from support.tiny_models import tiny_checkpoint
 
     work = arguments.work.absolute()
     shutil.rmtree(work, ignore_errors=True)
@@ -63,22 +69,39 @@ def main() -> None:
     results = json.loads((work / "compared.json").read_text())
     names = [name for name in MODELS for _ in range(3)]
     rows = [
-        [name, str(result["tp"]), str(sum(result["tensors"])), "; ".join(result["problems"][:3]) or "the same"]
+        [
+            name,
+            str(result["tp"]),
+            str(sum(result["tensors"])),
+            "; ".join(result["problems"][:3]) or "the same",
+        ]
         for name, result in zip(names, results, strict=True)
     ]
     wrong = [row for row in rows if row[-1] != "the same"]
     if not arguments.skip_generate:
-        source, shards, prompts = real_model(work.parent), work / "smollm2-tp1", work / "prompts.json"
+        source = real_model(work.parent)
+        shards = work / "smollm2-tp1"
+        prompts = work / "prompts.json"
         llmkit("shard", source, "--tp", 1, "--format", "vllm", "--quiet", "-o", shards)
         prompts.write_text(json.dumps(PROMPTS))
         answers = []
         for model, engine in ((source, {}), (shards, {"load_format": "sharded_state"})):
             out = work / "answer.json"
             common = ("--prompts", prompts, "--tokens", 16, "--out", out, "--dtype", "bfloat16")
-            run_peer("vllm", "vllm_generate.py", "--model", model, *common, "--engine", json.dumps(engine))
+            run_peer(
+                "vllm",
+                "vllm_generate.py",
+                "--model",
+                model,
+                *common,
+                "--engine",
+                json.dumps(engine),
+            )
             answers.append(json.loads(out.read_text()))
         same = all(answers[0][key] == answers[1][key] for key in ("tokens", "top_logprobs"))
-        rows.append(["SmolLM2-135M-Instruct, 16 tokens", "1", "", "the same" if same else "other answers"])
+        rows.append(
+            ["SmolLM2-135M-Instruct, 16 tokens", "1", "", "the same" if same else "other answers"]
+        )
         wrong += [] if same else [rows[-1]]
     print(table(("model", "TP", "tensors compared", "vLLM 0.32"), rows))
     shutil.rmtree(work)

@@ -1,8 +1,9 @@
-"""The weights that a compressed-tensors checkpoint stands for, as the compressed-tensors library itself computes them.
+"""The dense weights of a compressed-tensors checkpoint, computed by the compressed-tensors library.
 
     python llmcompressor_dense.py --model DIR --out FILE.safetensors
 
-Run with the Python of llm-compressor's environment. FILE holds a float32 `<module>.weight` for every quantized linear.
+Run with the Python of llm-compressor's environment. FILE holds a float32 `<module>.weight` for
+every quantized linear.
 """
 
 import argparse
@@ -27,7 +28,9 @@ def dense_weights(model: Path) -> dict[str, torch.Tensor]:
             module, _, leaf = name.rpartition(".")
             modules.setdefault(module, {})[leaf] = tensor
     return {
-        f"{module}.weight": compressor.decompress(dict(tensors), scheme)["weight"].float().contiguous()
+        f"{module}.weight": compressor.decompress(dict(tensors), scheme)["weight"]
+        .float()
+        .contiguous()
         for module, tensors in modules.items()
         if "weight_scale" in tensors
     }

@@ -1,8 +1,9 @@
-"""Quantize a checkpoint with llm-compressor, from calibration tokens that somebody else chose.
+"""Quantize a checkpoint with llm-compressor, from given calibration tokens.
 
-The rival side of the quantization benchmark: it sees the very windows of tokens that llmkit calibrated on, and what it
-writes is scored by the same code. It runs in an environment of its own (`llmcompressor.txt`) and imports nothing of
-llmkit. Recipes follow llm-compressor's own examples; where this file departs from them, a comment says why.
+This is the baseline of the quantization benchmark. It gets the windows of tokens that llmkit
+calibrates on, and the same code scores its output. It runs in its own environment
+(`llmcompressor.txt`) and imports nothing of llmkit. The recipes follow llm-compressor's own
+examples; a comment explains every difference.
 """
 
 from __future__ import annotations
@@ -20,7 +21,11 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
-from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme, preset_name_to_scheme
+from compressed_tensors.quantization import (
+    QuantizationArgs,
+    QuantizationScheme,
+    preset_name_to_scheme,
+)
 from datasets import Dataset
 from llmcompressor import oneshot
 from llmcompressor.modifiers import Modifier
@@ -37,7 +42,9 @@ PACKAGES = ("llmcompressor", "compressed-tensors", "auto-round", "transformers",
 
 
 class Numbers(NamedTuple):
-    """What is stored: int4 weights in groups, or one of llm-compressor's presets, which have no groups."""
+    """What is stored: int4 weights in groups, or one of llm-compressor's presets, which have no
+    groups.
+    """
 
     preset: Literal["W8A8", "FP8_DYNAMIC"] | None = None
     symmetric: bool = True
@@ -68,15 +75,19 @@ def rtn(groups: dict[str, QuantizationScheme]) -> list[Modifier]:
 
 
 def gptq(groups: dict[str, QuantizationScheme]) -> list[Modifier]:
-    """GPTQ with the defaults: static act-order, blocks of 128 columns, 1 % dampening, quantized outputs fed forward."""
+    """GPTQ with the defaults: static act-order, blocks of 128 columns, 1 % dampening, quantized
+    outputs fed forward.
+    """
     return [GPTQModifier(config_groups=groups, ignore=["lm_head"])]
 
 
 def awq(groups: dict[str, QuantizationScheme]) -> list[Modifier]:
-    """AWQ as its example has it: 10 ratios from activations alone and 10 from both, then round to nearest."""
+    """AWQ as its example has it: 10 ratios from activations alone and 10 from both, then round to
+    nearest.
+    """
     if not torch.accelerator.is_available():
-        # 0.14 pins cached activations for a faster copy to the GPU without asking whether there is one, and fails.
-        # Where nothing is copied there is nothing to pin: no number changes.
+        # 0.14 pins cached activations for a faster copy to the GPU without asking whether there is
+        # one, and fails. Where nothing is copied there is nothing to pin: no number changes.
         IntermediatesCache.pin_memory = lambda self, batch_index: None
     return [AWQModifier(duo_scaling="both"), *rtn(groups)]
 
@@ -87,9 +98,13 @@ def smoothquant_gptq(groups: dict[str, QuantizationScheme]) -> list[Modifier]:
 
 
 def autoround(groups: dict[str, QuantizationScheme]) -> list[Modifier]:
-    """AutoRound, 200 steps per layer. Its compiled loop is the default, and needs a C++ compiler."""
+    """AutoRound with 200 steps per layer. Its default compiled loop needs a C++ compiler."""
     compiled = shutil.which("c++") is not None or shutil.which("g++") is not None
-    return [AutoRoundModifier(config_groups=groups, ignore=["lm_head"], iters=200, enable_torch_compile=compiled)]
+    return [
+        AutoRoundModifier(
+            config_groups=groups, ignore=["lm_head"], iters=200, enable_torch_compile=compiled
+        )
+    ]
 
 
 DATA_FREE = (rtn,)
@@ -110,29 +125,45 @@ SCHEMES: dict[str, tuple[Method, Numbers]] = {
 
 
 def calibration(tokens_file: Path) -> Dataset:
-    """The windows of `tokens_file` (int64 tensor `tokens`, [windows, length]): all of them, uncut and unpadded."""
+    """The windows of `tokens_file` (int64 tensor `tokens`, [windows, length]): all of them, uncut
+    and unpadded.
+    """
     tokens = load_file(tokens_file)["tokens"]
-    return Dataset.from_dict({"input_ids": tokens.tolist(), "attention_mask": torch.ones_like(tokens).tolist()})
+    return Dataset.from_dict(
+        {"input_ids": tokens.tolist(), "attention_mask": torch.ones_like(tokens).tolist()}
+    )
 
 
 def peak_rss_bytes() -> int:
     """Most memory this process ever held; `ru_maxrss` counts KiB on Linux and bytes on macOS."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
+        1 if sys.platform == "darwin" else 1024
+    )
 
 
-def quantize(model_dir: Path, tokens_file: Path, scheme: str, group_size: int, out: Path) -> dict[str, object]:
-    """Quantize `model_dir` into `out` and return what it took; the clocks leave imports and the tokens' reading out."""
+def quantize(
+    model_dir: Path, tokens_file: Path, scheme: str, group_size: int, out: Path
+) -> dict[str, object]:
+    """Quantize `model_dir` into `out` and return what it took; the clocks leave imports and the
+    tokens' reading out.
+    """
     method, numbers = SCHEMES[scheme]
     recipe = method(numbers.config(group_size))
     data = {}
     if method not in DATA_FREE:
         dataset = calibration(tokens_file)
         # The defaults would take 512 windows at most and shuffle them.
-        data = {"dataset": dataset, "num_calibration_samples": len(dataset), "shuffle_calibration_samples": False}
+        data = {
+            "dataset": dataset,
+            "num_calibration_samples": len(dataset),
+            "shuffle_calibration_samples": False,
+        }
 
     started = time.perf_counter()
     # float32: a CPU without bfloat16 instructions is many times slower in it.
-    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32, local_files_only=True)
+    model = AutoModelForCausalLM.from_pretrained(
+        model_dir, dtype=torch.float32, local_files_only=True
+    )
     tokenizer = AutoTokenizer.from_pretrained(model_dir, local_files_only=True)
     loaded = time.perf_counter()
     oneshot(model=model, tokenizer=tokenizer, recipe=recipe, **data)
@@ -150,7 +181,10 @@ def quantize(model_dir: Path, tokens_file: Path, scheme: str, group_size: int, o
         "quantize_s": quantized - loaded,
         "save_s": saved - quantized,
         "peak_rss_bytes": peak_rss_bytes(),
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
+        "versions": {
+            "python": platform.python_version(),
+            **{name: version(name) for name in PACKAGES},
+        },
     }
 
 
@@ -159,12 +193,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Quantize a checkpoint with llm-compressor.")
     parser.add_argument("--model", type=Path, required=True, help="checkpoint directory")
     parser.add_argument(
-        "--tokens", type=Path, required=True, help='safetensors file, int64 tensor "tokens" [n, length]'
+        "--tokens",
+        type=Path,
+        required=True,
+        help='safetensors file, int64 tensor "tokens" [n, length]',
     )
     parser.add_argument("--scheme", choices=SCHEMES, required=True)
-    parser.add_argument("--group-size", type=int, default=64, help="of the int4 schemes; the others are per channel")
-    parser.add_argument("--out", type=Path, required=True, help="directory of the quantized checkpoint")
-    parser.add_argument("--result", type=Path, required=True, help="JSON file: seconds, peak memory, versions")
+    parser.add_argument(
+        "--group-size", type=int, default=64, help="of the int4 schemes; the others are per channel"
+    )
+    parser.add_argument(
+        "--out", type=Path, required=True, help="directory of the quantized checkpoint"
+    )
+    parser.add_argument(
+        "--result", type=Path, required=True, help="JSON file: seconds, peak memory, versions"
+    )
     args = parser.parse_args()
     result = quantize(args.model, args.tokens, args.scheme, args.group_size, args.out)
     args.result.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")

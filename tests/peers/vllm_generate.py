@@ -4,13 +4,15 @@ Run with the Python of a virtual environment made from vllm.txt (see interop.md)
 
     python vllm_generate.py --model DIR --prompts PROMPTS.json --tokens 16 --out OUT.json
 
-PROMPTS.json is a list of lists of token ids. OUT.json holds `tokens` (a list of ids for each prompt), `top_logprobs`
-(for each prompt and step the two likeliest ids with their log probabilities, {"id": logprob}), `dtype`, `versions` and
-`reference_ops`, and `kv_scales`, what vLLM's attention took them to be, where the checkpoint has some; or, with exit
-code 1, `error`: the last line of the exception that stopped the engine.
+PROMPTS.json is a list of lists of token ids. OUT.json holds `tokens` (a list of ids for each
+prompt), `top_logprobs` (for each prompt and step the two most probable ids with their log
+probabilities, {"id": logprob}), `dtype`, `versions`, `reference_ops` and, for a checkpoint with
+scales of the KV cache, `kv_scales`, as vLLM's attention uses them. With exit code 1 it holds
+`error`: the last line of the exception.
 
-`reference_ops` names the operators that this machine's vLLM lacks and that ran in torch instead (`wna16` below): then
-the checkpoint went through all of vLLM's own loading, fusing and repacking, and only the product is not vLLM's.
+`reference_ops` names the operators that this machine's vLLM lacks, so that they ran in torch
+(`wna16` below). All loading, fusing and repacking is then still vLLM's, and only the matrix product
+is not.
 """
 
 import argparse
@@ -24,8 +26,8 @@ from typing import Any
 
 import torch
 
-# Read when vLLM is imported. One process, so that the engine's own exception is the one reported here; no threads
-# bound to cores, a small KV cache, nothing sent anywhere and nothing fetched.
+# Read when vLLM is imported. One process, so that the engine's own exception is the one reported
+# here; no threads bound to cores, a small KV cache, nothing sent anywhere and nothing fetched.
 SETTINGS = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
@@ -57,14 +59,16 @@ def wna16(
     pack_factor: int,
     isa_hint: str,
 ) -> torch.Tensor:
-    """Return `input` [..., in] times the weight [in, out], and `bias`: what vLLM's operator of this name does.
+    """Return `input` [..., in] times the weight [in, out], and `bias`: what vLLM's operator of this
+    name does.
 
-    `q_weight` is int32 [out/16, in*words], `words` for the 16 codes of an input in a block of 16 outputs; `scales`
-    [G, out]; `zeros` int32 [G, out/codes in a word], or none for the middle code. Computed in float32. `isa_hint`
-    chooses among vLLM's kernels, and `pack_factor` is 8 for 8 bits as well: both say nothing here.
-    """
+    `q_weight` is int32 [out/16, in*words], `words` for the 16 values of an input in a block of 16
+    outputs; `scales` [G, out]; `zeros` int32 [G, out/values in a word], or none: the middle.
+    Computed in float32. `isa_hint` chooses among vLLM's kernels, and `pack_factor` is 8 for 8 bits
+    as well: both say nothing here."""
     STOOD_IN.add("cpu_gemm_wna16")
-    inputs, outputs = input.shape[-1], scales.shape[1]
+    inputs = input.shape[-1]
+    outputs = scales.shape[1]
     words = q_weight.shape[1] // inputs
     bits = 2 * words
     shifts = torch.arange(0, 32, bits, dtype=torch.int32)
@@ -72,10 +76,12 @@ def wna16(
     def unpack(packed: torch.Tensor) -> torch.Tensor:
         return ((packed.unsqueeze(-1) >> shifts) & (2**bits - 1)).flatten(1).float()
 
-    codes = unpack(q_weight.view(-1, inputs, words).transpose(0, 1).reshape(inputs, -1))
+    quantized = unpack(q_weight.view(-1, inputs, words).transpose(0, 1).reshape(inputs, -1))
     middle = torch.full((1, outputs), 2.0 ** (bits - 1))
-    zero_points = middle if zeros is None else unpack(zeros).repeat_interleave(inputs // len(zeros), 0)
-    dense = scales.float().repeat_interleave(inputs // len(scales), 0) * (codes - zero_points)
+    zero_points = (
+        middle if zeros is None else unpack(zeros).repeat_interleave(inputs // len(zeros), 0)
+    )
+    dense = scales.float().repeat_interleave(inputs // len(scales), 0) * (quantized - zero_points)
     product = input.float() @ dense
     if bias is not None:
         product = product + bias.float()
@@ -85,10 +91,9 @@ def wna16(
 def supply_wna16(always: bool) -> None:
     """Put `wna16` in the place of vLLM's 4 bit CPU operator where its library has none.
 
-    The build has three libraries, and the one for CPUs without AVX-512 has no `cpu_gemm_wna16`, although the Python
-    above it picks that kernel on every CPU. No CPU has it for 8 bits; where `wna16` stands in, 8 bits pass too, so
-    that their loading can be tried.
-    """
+    The build has three libraries, and the one for CPUs without AVX-512 has no `cpu_gemm_wna16`,
+    although the Python above it picks that kernel on every CPU. No CPU has it for 8 bits; where
+    `wna16` stands in, 8 bits pass too, so that their loading can be tried."""
     from vllm import _custom_ops
     from vllm.model_executor.kernels.linear.mixed_precision import cpu
     from vllm.model_executor.layers.quantization.utils import marlin_utils
@@ -115,7 +120,9 @@ def has_kv_scales(model: Path) -> bool:
 
 
 def kv_scales(model: torch.nn.Module) -> dict[str, float]:
-    """Return the scales that vLLM's attention layers have in the end, by the name of the checkpoint's tensor."""
+    """Return the scales that vLLM's attention layers have in the end, by the name of the
+    checkpoint's tensor.
+    """
     found = {}
     for name, module in model.named_modules():
         if name.endswith(".self_attn.attn"):
@@ -130,8 +137,8 @@ def generate(
 ) -> dict[str, Any]:
     """Return what OUT.json holds, for `steps` greedy tokens after each prompt.
 
-    The engine runs eagerly: compiling takes minutes and is not what is asked here. `more` goes to `vllm.LLM`.
-    """
+    The engine runs eagerly: compiling takes minutes and is not what is asked here. `more` goes to
+    `vllm.LLM`."""
     from vllm import LLM, SamplingParams
 
     supply_wna16(reference)
@@ -148,20 +155,27 @@ def generate(
         **more,
     )
     # min_tokens would forbid the end-of-text token; ignore_eos lets it be chosen and goes on.
-    greedy = SamplingParams(temperature=0, max_tokens=steps, ignore_eos=True, logprobs=2, detokenize=False)
+    greedy = SamplingParams(
+        temperature=0, max_tokens=steps, ignore_eos=True, logprobs=2, detokenize=False
+    )
     scales = llm.apply_model(kv_scales)[0]
     answers = llm.generate([{"prompt_token_ids": ids} for ids in prompts], greedy, use_tqdm=False)
     outputs = [answer.outputs[0] for answer in answers]
     return {
         "tokens": [list(output.token_ids) for output in outputs],
         "top_logprobs": [
-            [{str(i): entry.logprob for i, entry in step.items() if entry.rank <= 2} for step in output.logprobs]
+            [
+                {str(i): entry.logprob for i, entry in step.items() if entry.rank <= 2}
+                for step in output.logprobs
+            ]
             for output in outputs
         ],
         "dtype": dtype,
         "reference_ops": sorted(STOOD_IN),
         **({"kv_scales": scales} if has_kv_scales(model) else {}),
-        "versions": {name: version(name) for name in ("vllm", "torch", "transformers", "compressed-tensors")},
+        "versions": {
+            name: version(name) for name in ("vllm", "torch", "transformers", "compressed-tensors")
+        },
     }
 
 
@@ -172,16 +186,28 @@ def main() -> int:
     parser.add_argument("--prompts", type=Path, required=True)
     parser.add_argument("--tokens", type=int, required=True)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--dtype", help="float32, or float16 for the formats that vLLM accepts in half precision only")
-    parser.add_argument("--reference", action="store_true", help="use this file's wna16 where vLLM has its own too")
-    parser.add_argument("--engine", type=json.loads, default={}, help="more arguments of vllm.LLM, as JSON")
+    parser.add_argument(
+        "--dtype",
+        help="float32, or float16 for the formats that vLLM accepts in half precision only",
+    )
+    parser.add_argument(
+        "--reference", action="store_true", help="use this file's wna16 where vLLM has its own too"
+    )
+    parser.add_argument(
+        "--engine", type=json.loads, default={}, help="more arguments of vllm.LLM, as JSON"
+    )
     args = parser.parse_args()
     for name, value in SETTINGS.items():
         os.environ.setdefault(name, value)
     prompts = json.loads(args.prompts.read_text())
     try:
         result = generate(
-            args.model, prompts, args.tokens, args.dtype or dtype_for(args.model), args.reference, **args.engine
+            args.model,
+            prompts,
+            args.tokens,
+            args.dtype or dtype_for(args.model),
+            args.reference,
+            **args.engine,
         )
     except Exception as error:
         traceback.print_exc()

@@ -1,13 +1,14 @@
-"""`llmkit shard --format vllm` beside vLLM's own loading, for every rank of any tensor-parallel size, on a CPU.
+"""`llmkit shard --format vllm` beside vLLM's own loading, for every tensor-parallel rank, on a CPU.
 
 Run with the Python of a virtual environment made from vllm.txt (see interop.md):
 
     python vllm_shards.py --out OUT.json WHOLE SHARDS TP [WHOLE SHARDS TP ...]
 
-For each rank vLLM's model class is built as that rank and loads WHOLE with vLLM's weight loaders; the parameters and
-buffers that its `sharded_state` loader would ask for must be the tensors of the rank's file in SHARDS, to the byte.
-Then a fresh model of that rank loads SHARDS by that loader and must hold the same. Nothing is run, so that no
-communication between ranks is needed: the one process only tells the model which rank it is.
+For each rank, vLLM's model class is built as that rank and loads WHOLE with vLLM's weight loaders.
+The parameters and buffers that its `sharded_state` loader would read must be the tensors of the
+rank's file in SHARDS, byte for byte. Then a fresh model of that rank loads SHARDS with that loader
+and must hold the same. Nothing is run, so that ranks do not communicate: one process only tells the
+model which rank it is.
 """
 
 import argparse
@@ -34,12 +35,16 @@ def configured(model: Path, **more: Any) -> Any:
     """Return vLLM's configuration for a model."""
     from vllm.engine.arg_utils import EngineArgs
 
-    arguments = EngineArgs(str(model), enforce_eager=True, skip_tokenizer_init=True, max_model_len=64, **more)
+    arguments = EngineArgs(
+        str(model), enforce_eager=True, skip_tokenizer_init=True, max_model_len=64, **more
+    )
     return arguments.create_engine_config()
 
 
 def loaded(config: Any, rank: int, tp: int) -> dict[str, torch.Tensor]:
-    """Build the model as that rank and load it; what is in it before vLLM repacks it for its kernels, by key."""
+    """Build the model as that rank and load it; what is in it before vLLM repacks it for its
+    kernels, by key.
+    """
     from vllm.config import set_current_vllm_config
     from vllm.distributed.parallel_state import get_tp_group
     from vllm.model_executor.model_loader import get_model_loader
@@ -48,7 +53,8 @@ def loaded(config: Any, rank: int, tp: int) -> dict[str, torch.Tensor]:
     from vllm.utils.torch_utils import set_default_torch_dtype
 
     group = get_tp_group()
-    group.world_size, group.rank_in_group = tp, rank
+    group.world_size = tp
+    group.rank_in_group = rank
     with set_current_vllm_config(config), set_default_torch_dtype(config.model_config.dtype):
         model = initialize_model(config)
         # What no loader fills has to show.
@@ -56,7 +62,8 @@ def loaded(config: Any, rank: int, tp: int) -> dict[str, torch.Tensor]:
             if tensor.dtype in (torch.bfloat16, torch.float16):
                 tensor.fill_(float("nan"))
         get_model_loader(config.load_config).load_weights(model, config.model_config)
-    group.world_size, group.rank_in_group = 1, 0
+    group.world_size = 1
+    group.rank_in_group = 0
     return dict(ShardedStateLoader._filter_subtensors(model.state_dict()))
 
 
@@ -65,10 +72,15 @@ def differences(wanted: dict[str, torch.Tensor], found: dict[str, torch.Tensor])
     problems = [f"{name} is missing" for name in sorted(wanted.keys() - found.keys())]
     problems += [f"{name} is not vLLM's" for name in sorted(found.keys() - wanted.keys())]
     for name in sorted(wanted.keys() & found.keys()):
-        one, other = wanted[name], found[name]
+        one = wanted[name]
+        other = found[name]
         if (one.dtype, one.shape) != (other.dtype, other.shape):
-            problems.append(f"{name} is {other.dtype} {list(other.shape)}, vLLM's {one.dtype} {list(one.shape)}")
-        elif not torch.equal(one.reshape(-1).view(torch.uint8), other.reshape(-1).view(torch.uint8)):
+            problems.append(
+                f"{name} is {other.dtype} {list(other.shape)}, vLLM's {one.dtype} {list(one.shape)}"
+            )
+        elif not torch.equal(
+            one.reshape(-1).view(torch.uint8), other.reshape(-1).view(torch.uint8)
+        ):
             problems.append(f"{name} has other bytes")
     return problems
 
@@ -77,7 +89,8 @@ def compared(whole: Path, shards: Path, tp: int) -> dict[str, Any]:
     """Compare every rank; the tensors of each and all problems."""
     from safetensors.torch import load_file
 
-    problems, counts = [], []
+    problems = []
+    counts = []
     for rank in range(tp):
         wanted = loaded(configured(whole), rank, tp)
         stored = load_file(shards / f"model-rank-{rank}-part-0.safetensors")

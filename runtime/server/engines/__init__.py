@@ -1,1 +1,4 @@
-"""Engine processes: the process itself, the handle that its parent holds, several as one, starting them again."""
+"""Engine processes: the process itself, the parent's handle on it, replicas, restarts.
+
+The engine that runs in the process is in `runtime/engine/`.
+"""

@@ -1,8 +1,8 @@
-"""Engine processes of one model, seen as one: which of them gets a request, and what they are together.
+"""The engine processes of one model behind one interface; chooses the replica for each request.
 
-A request goes to the replica that was sent the longest beginning of its prompt, among equals to the one with the
-fewest requests in flight, then to the one that has waited longest for one. A replica with over AHEAD requests more than
-the least busy one gets none for its prefixes.
+A request goes to the replica that was sent the longest prefix of its prompt. Among equal replicas,
+it goes to the one with the fewest requests in flight, then to the one whose last request is oldest.
+A replica with over BALANCE_THRESHOLD requests more than the least busy one is not considered.
 """
 
 from __future__ import annotations
@@ -12,37 +12,47 @@ from collections.abc import Sequence
 
 import msgspec
 
-from llmkit.runtime.server.engines.messages import Add, Ready, Stats
-from llmkit.runtime.server.engines.prefixes import AHEAD, Sent
-from llmkit.runtime.server.engines.process import EngineClient, Receiver
+from llmkit.runtime.engine.engine_outputs import EngineStats
+from llmkit.runtime.engine.engine_request import EngineRequest
+from llmkit.runtime.server.engines.engine_client import EngineClient, OutputReceiver
+from llmkit.runtime.server.engines.engine_messages import EngineReady
+from llmkit.runtime.server.engines.prefix_routing import BALANCE_THRESHOLD, RoutedPrefixes
 
-BLOCK_TOKENS = 16  # as the engine's blocks, which are what it shares
+BLOCK_SIZE = 16  # tokens; the engine's KV cache shares blocks of this size
 
 
 class Replicas:
-    """One or more engine processes behind what one alone would offer."""
+    """One or more engine processes, with the interface of a single one."""
 
-    def __init__(self, clients: Sequence[EngineClient], prefixes: bool = True) -> None:
-        """prefixes: whether the engines keep what prompts begin with."""
+    def __init__(self, clients: Sequence[EngineClient], prefix_caching: bool = True) -> None:
+        """`prefix_caching`: whether the engines cache prefixes of prompts."""
         self._replicas = [_Replica(client) for client in clients]
-        self._prefixes = prefixes and len(clients) > 1
-        self._turn = 0
-        self._past = Stats()  # of those that were replaced
+        self._prefix_caching = prefix_caching and len(clients) > 1
+        self._num_requests = 0  # added so far
+        self._replaced_stats = EngineStats()  # of engine processes that were replaced
 
-    async def ready(self) -> Ready:
-        """What the slowest said, with what all can do together. Raises the first LlmkitError of a start-up."""
-        told = await asyncio.gather(*(asyncio.shield(one.client.ready) for one in self._replicas))
-        slowest = max(told, key=lambda one: sum(one.seconds.values()))
-        count = len(told)
+    async def ready(self) -> EngineReady:
+        """Return what the slowest replica reported, with the capacity of all of them.
+
+        Raises the first LlmkitError of a start-up.
+        """
+        reports = await asyncio.gather(
+            *(asyncio.shield(replica.client.ready) for replica in self._replicas)
+        )
+        count = len(reports)
+        slowest = max(reports, key=lambda report: sum(report.seconds.values()))
+        paths = slowest.paths
+        if count > 1:
+            paths = [*paths, f"replicas: {count}; the table is the slowest one's"]
         return msgspec.structs.replace(
             slowest,
-            max_model_len=min(one.max_model_len for one in told),
-            kv_cache_tokens=sum(one.kv_cache_tokens for one in told),
-            paths=[*slowest.paths, *([f"replicas: {count}; the table is the slowest one's"] if count > 1 else [])],
+            max_model_len=min(report.max_model_len for report in reports),
+            kv_cache_tokens=sum(report.kv_cache_tokens for report in reports),
+            paths=paths,
         )
 
-    async def lost(self) -> int:
-        """The place of the first that is gone, as soon as it is."""
+    async def wait_for_death(self) -> int:
+        """Wait until a replica has died; return the index of the first one."""
         waits = [asyncio.ensure_future(client.dead.wait()) for client in self.clients]
         try:
             await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
@@ -51,80 +61,96 @@ class Replicas:
                 wait.cancel()
         return next(index for index, client in enumerate(self.clients) if client.dead.is_set())
 
-    def replace(self, index: int, fresh: EngineClient) -> None:
-        """`fresh` takes the place of one that is gone."""
-        self._past += self._replicas[index].client.stats
-        self._replicas[index] = _Replica(fresh)
+    def replace(self, index: int, client: EngineClient) -> None:
+        """Put `client` in the place of the dead replica `index`."""
+        self._replaced_stats += self._replicas[index].client.stats
+        self._replicas[index] = _Replica(client)
 
     @property
     def serving(self) -> bool:
-        """Whether one of them takes requests."""
-        return any(one.client.serving for one in self._replicas)
+        """Whether at least one replica takes requests."""
+        return any(replica.client.serving for replica in self._replicas)
 
     @property
     def in_flight(self) -> int:
-        """Requests added and not finished."""
-        return sum(one.client.in_flight for one in self._replicas)
+        """Requests that were added and have not finished."""
+        return sum(replica.client.in_flight for replica in self._replicas)
 
     @property
-    def stats(self) -> Stats:
-        """The latest figures, summed up."""
-        return sum((one.client.stats for one in self._replicas), self._past)
+    def stats(self) -> EngineStats:
+        """The sum of the latest statistics of all replicas."""
+        return sum((replica.client.stats for replica in self._replicas), self._replaced_stats)
 
     @property
     def queued_tokens(self) -> int:
-        """Of prompts whose requests have got nothing yet."""
-        return sum(one.client.queued_tokens for one in self._replicas)
+        """Prompt tokens of the requests that have no output yet."""
+        return sum(replica.client.queued_tokens for replica in self._replicas)
 
-    def add(self, request: Add, receiver: Receiver) -> None:
-        """Queue `request` in one of them; what becomes of it is told to `receiver`. Only once ready."""
-        serving = [one for one in self._replicas if one.client.serving]
+    def add(self, request: EngineRequest, receiver: OutputReceiver) -> None:
+        """Queue `request` in one replica; its outputs go to `receiver`. Only once ready."""
+        serving = [replica for replica in self._replicas if replica.client.serving]
         if not serving:
-            receiver.on_dead()
+            receiver.on_engine_dead()
             return
-        names = prefix_names(request) if self._prefixes else []
-        most = min(one.client.in_flight for one in serving) + AHEAD
-        near = (one for one in serving if one.client.in_flight <= most)
-        chosen = min(near, key=lambda one: (-one.known(names), one.client.in_flight, one.turn))
-        self._turn += 1
-        chosen.turn = self._turn
-        chosen.note(names, chosen.room)
+        block_hashes = prefix_hashes(request) if self._prefix_caching else []
+        least_busy = min(replica.client.in_flight for replica in serving)
+        candidates = [
+            replica
+            for replica in serving
+            if replica.client.in_flight <= least_busy + BALANCE_THRESHOLD
+        ]
+        chosen = min(
+            candidates,
+            key=lambda replica: (
+                -replica.sent.count_known(block_hashes),
+                replica.client.in_flight,
+                replica.last_request,
+            ),
+        )
+        self._num_requests += 1
+        chosen.last_request = self._num_requests
+        chosen.sent.record(block_hashes, chosen.capacity)
         chosen.client.add(request, receiver)
 
-    def cancel(self, request_id: str) -> None:
-        """Forget a request; its receiver hears no more of it."""
-        for one in self._replicas:
-            one.client.cancel(request_id)
+    def abort(self, request_id: str) -> None:
+        """Drop a request; its receiver gets no more outputs."""
+        for replica in self._replicas:
+            replica.client.abort(request_id)
 
     @property
     def clients(self) -> list[EngineClient]:
-        """Each of them."""
-        return [one.client for one in self._replicas]
+        """The clients of the replicas, by index."""
+        return [replica.client for replica in self._replicas]
 
     def close(self) -> None:
-        """Hang up; see `EngineClient.close`."""
-        for one in self._replicas:
-            one.client.close()
+        """Close all connections; see `EngineClient.close`."""
+        for replica in self._replicas:
+            replica.client.close()
 
 
-class _Replica(Sent):
-    """A process and the blocks that it was sent."""
+class _Replica:
+    """An engine process and the prefixes that it was sent."""
 
     def __init__(self, client: EngineClient) -> None:
-        super().__init__()
         self.client = client
-        self.turn = 0  # of the last request it got
+        self.sent = RoutedPrefixes()
+        self.last_request = 0  # number of the last request it was sent; set by `Replicas.add`
 
     @property
-    def room(self) -> int:
-        """How many names it can keep."""
-        return self.client.ready.result().kv_cache_tokens // BLOCK_TOKENS
+    def capacity(self) -> int:
+        """How many blocks its KV cache holds."""
+        return self.client.ready.result().kv_cache_tokens // BLOCK_SIZE
 
 
-def prefix_names(request: Add) -> list[int]:
-    """A name for each full block of the prompt: it stands for all tokens up to its end, the adapter and the salt."""
-    name, names = hash((request.adapter, request.salt)), []
-    for stop in range(BLOCK_TOKENS, len(request.prompt) + 1, BLOCK_TOKENS):
-        name = hash((name, *request.prompt[stop - BLOCK_TOKENS : stop]))
-        names.append(name)
-    return names
+def prefix_hashes(request: EngineRequest) -> list[int]:
+    """Return a hash for each full block of the prompt.
+
+    A hash covers all tokens up to the end of its block, the adapter and the cache salt.
+    """
+    prompt = request.prompt_token_ids
+    block_hash = hash((request.adapter, request.cache_salt))
+    hashes = []
+    for end in range(BLOCK_SIZE, len(prompt) + 1, BLOCK_SIZE):
+        block_hash = hash((block_hash, *prompt[end - BLOCK_SIZE : end]))
+        hashes.append(block_hash)
+    return hashes

@@ -1,4 +1,4 @@
-"""What happens when an engine process ends: it is started again, or the server ends with it."""
+"""Restarts engine processes that die, until --restart is used up or the server is draining."""
 
 from __future__ import annotations
 
@@ -8,50 +8,63 @@ from collections import deque
 from collections.abc import Awaitable, Callable
 from uuid import uuid4
 
-from llmkit.runtime.server.engines.messages import LoadAdapter
-from llmkit.runtime.server.engines.process import EngineClient
-from llmkit.runtime.server.state import Phase, State
-from llmkit.runtime.server.waiting import in_thread
+from llmkit.runtime.server.async_waits import run_in_thread
+from llmkit.runtime.server.engines.engine_client import EngineClient
+from llmkit.runtime.server.engines.engine_messages import LoadAdapter
+from llmkit.runtime.server.server_state import Phase, ServerState
 
-WINDOW_S = 3600.0  # in which --restart counts
+WINDOW_S = 3600.0  # deaths within this time count against --restart
 
 
-async def keep_running(
-    state: State, start: Callable[[int], Awaitable[EngineClient]], message: Callable[[str], None]
+async def supervise_engines(
+    state: ServerState,
+    start: Callable[[int], Awaitable[EngineClient]],
+    message: Callable[[str], None],
 ) -> EngineClient:
-    """Put a new engine process in the place of each that ends; the one that ends once too often, or in a drain.
+    """Replace each engine process that dies; return the one whose death ends the server.
 
-    start: makes the process for a place. All others are hung up in the end, and their requests fail too.
+    That is the one that exceeds --restart, or that dies while the server is draining. All other
+    engine processes are closed then, and their requests fail too.
+
+    `start` starts the process of the replica with an index. `message` shows a line to the user.
     """
-    replicas, most, ends = state.client, state.options.restart, deque[float]()
+    replicas = state.engines
+    max_restarts = state.options.restart
+    deaths = deque[float]()  # monotonic times of the deaths within WINDOW_S
     while True:
-        place = await replicas.lost()
-        engine = replicas.clients[place]
+        index = await replicas.wait_for_death()
+        engine = replicas.clients[index]
         while engine.dead.is_set():
-            began = time.monotonic()
-            while ends and ends[0] < began - WINDOW_S:
-                ends.popleft()
-            if len(ends) >= most or state.phase is Phase.DRAINING:
+            died_at = time.monotonic()
+            while deaths and deaths[0] < died_at - WINDOW_S:
+                deaths.popleft()
+            if len(deaths) >= max_restarts or state.phase is Phase.DRAINING:
                 replicas.close()
                 return engine
-            ends.append(began)
-            message(f"{await in_thread(engine.death)} It is started again ({len(ends)} of {most} times in an hour)")
-            engine = await start(place)
+            deaths.append(died_at)
+            error = await run_in_thread(engine.death_error)
+            message(
+                f"{error} It is started again ({len(deaths)} of {max_restarts} times in an hour)"
+            )
+            engine = await start(index)
             try:
                 await asyncio.wait([engine.ready])
-                await _load_adapters(state, engine, message)
+                await _reload_adapters(state, engine, message)
             except asyncio.CancelledError:
                 engine.close()
                 raise
-        replicas.replace(place, engine)
-        state.learn(await replicas.ready())
-        message(f"{engine.who}the engine process is back after {time.monotonic() - began:.1f} s")
+        replicas.replace(index, engine)
+        state.update_engine_info(await replicas.ready())
+        seconds = time.monotonic() - died_at
+        message(f"{engine.label}the engine process is back after {seconds:.1f} s")
 
 
-async def _load_adapters(state: State, engine: EngineClient, message: Callable[[str], None]) -> None:
-    """Those that clients had loaded into the one before."""
+async def _reload_adapters(
+    state: ServerState, engine: EngineClient, message: Callable[[str], None]
+) -> None:
+    """Load the adapters into the new process that clients had loaded into the old one."""
     for name, path in list(state.loaded_adapters.items()):
-        refused = await engine.ask(LoadAdapter(uuid4().hex, name, path))
+        refused = await engine.change_adapter(LoadAdapter(uuid4().hex, name, path))
         if refused is not None and not engine.dead.is_set():
             del state.loaded_adapters[name]
             message(f"the adapter {name} is gone: {refused.message}")

@@ -1,1 +1,1 @@
-"""What every request passes before and around its route: TLS, limits, keys, errors, the page's files."""
+"""The HTTP layer around the routes: TLS, limits, API keys, errors and the web page's files."""

@@ -1,6 +1,6 @@
-"""The page at `/`: its files, and the headers that keep it from loading anything but them.
+"""The web page at `/`: its files, and headers that forbid the browser to load anything else.
 
-The files hold nothing secret, so that they need no key; whatever the page shows it asks the API for, with one.
+The files hold no secret, so they need no key. The page gets its data from the API, with a key.
 """
 
 from __future__ import annotations
@@ -11,18 +11,29 @@ from pathlib import Path
 from fastapi import Response
 
 _FOLDER = Path(__file__).parents[1] / "page"
-_TYPES = {
+_MEDIA_TYPES = {
     ".html": "text/html; charset=utf-8",
     ".js": "text/javascript; charset=utf-8",
+    ".mjs": "text/javascript; charset=utf-8",
     ".css": "text/css; charset=utf-8",
     ".svg": "image/svg+xml",
 }
-_POLICY = (
-    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; base-uri 'none'; "
-    "form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'; trusted-types 'none'"
+_CONTENT_SECURITY_POLICY = "; ".join(
+    (
+        "default-src 'none'",
+        "script-src 'self'",
+        "style-src 'self'",
+        "img-src 'self'",
+        "connect-src 'self'",
+        "base-uri 'none'",
+        "form-action 'none'",
+        "frame-ancestors 'none'",
+        "require-trusted-types-for 'script'",
+        "trusted-types 'none'",
+    )
 )
 _HEADERS = {
-    "content-security-policy": _POLICY,
+    "content-security-policy": _CONTENT_SECURITY_POLICY,
     "x-content-type-options": "nosniff",
     "x-frame-options": "DENY",
     "referrer-policy": "no-referrer",
@@ -31,21 +42,33 @@ _HEADERS = {
     "permissions-policy": "camera=(), geolocation=(), microphone=(), payment=(), usb=()",
     "cache-control": "no-cache",
 }
+
+
+def _url_path(file: Path) -> str:
+    if file == _FOLDER / "index.html":
+        return "/"
+    return f"/page/{file.relative_to(_FOLDER).as_posix()}"
+
+
 _FILES = {
-    "/" if file.name == "index.html" else f"/page/{file.name}": file
-    for file in sorted(_FOLDER.iterdir())
-    if file.suffix in _TYPES
+    _url_path(file): file for file in sorted(_FOLDER.rglob("*")) if file.suffix in _MEDIA_TYPES
 }
 PAGE_PATHS = frozenset(_FILES)
 
 
 def page_routes() -> dict[str, Callable[[], Awaitable[Response]]]:
-    """What answers at each path of the page. The files are read now, and no name is ever taken from a request."""
-    return {path: _answer(file.read_bytes(), _TYPES[file.suffix]) for path, file in _FILES.items()}
+    """Return an endpoint for each path of the page.
+
+    The files are read once, here. No file name is ever taken from a request.
+    """
+    return {
+        path: _file_endpoint(file.read_bytes(), _MEDIA_TYPES[file.suffix])
+        for path, file in _FILES.items()
+    }
 
 
-def _answer(content: bytes, media_type: str) -> Callable[[], Awaitable[Response]]:
-    async def answer() -> Response:
+def _file_endpoint(content: bytes, media_type: str) -> Callable[[], Awaitable[Response]]:
+    async def endpoint() -> Response:
         return Response(content, media_type=media_type, headers=_HEADERS)
 
-    return answer
+    return endpoint

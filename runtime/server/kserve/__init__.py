@@ -1,4 +1,4 @@
-"""The Open Inference Protocol (KServe v2) as Triton and its vLLM backend speak it, over HTTP and gRPC.
+"""The Open Inference Protocol (KServe v2) as in Triton's vLLM backend, over HTTP and gRPC.
 
-A request becomes the body of a completion, which is checked, run and limited like any other.
+A request is converted to a completion request, with the same checks, engine and limits.
 """

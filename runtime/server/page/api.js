@@ -1,8 +1,8 @@
-// The server, as this page talks to it.
+// Requests to the server.
 
-const KEY = "llmkit-api-key";
+const KEY_NAME = "llmkit-api-key";
 
-/** What the server answered instead of what was asked for; status 0: nothing at all. */
+/** An error response. status 0: there was no response, or it broke off. */
 export class ApiError extends Error {
   constructor(status, message) {
     super(message);
@@ -10,44 +10,48 @@ export class ApiError extends Error {
   }
 }
 
-export const hasKey = () => sessionStorage.getItem(KEY) !== null;
-export const useKey = (key) => sessionStorage.setItem(KEY, key);
+export const hasKey = () => sessionStorage.getItem(KEY_NAME) !== null;
+export const useKey = (key) => sessionStorage.setItem(KEY_NAME, key);
 
-/** Fetch `path`. Throws ApiError, or AbortError when `options.signal` says so. A 401 is an event of the document. */
+/**
+ * Fetch `path` with the API key. Throws ApiError, or AbortError when `options.signal` aborts.
+ * A 401 also dispatches the event "keyneeded" on the document.
+ */
 export async function request(path, options = {}) {
   const headers = new Headers(options.headers);
-  const key = sessionStorage.getItem(KEY);
+  const key = sessionStorage.getItem(KEY_NAME);
   if (key !== null) headers.set("authorization", `Bearer ${key}`);
-  let answer;
+  const settings = { headers, credentials: "omit", cache: "no-store", redirect: "error" };
+  let response;
   try {
-    answer = await fetch(path, { ...options, headers, credentials: "omit", cache: "no-store", redirect: "error" });
+    response = await fetch(path, { ...options, ...settings });
   } catch (error) {
     if (error.name === "AbortError") throw error;
     throw new ApiError(0, "The server cannot be reached.");
   }
-  if (answer.ok) return answer;
-  if (answer.status === 401) document.dispatchEvent(new Event("keyneeded"));
-  throw await errorOf(answer);
+  if (response.ok) return response;
+  if (response.status === 401) document.dispatchEvent(new Event("keyneeded"));
+  throw await errorOf(response);
 }
 
 export const getJson = async (path) => (await request(path)).json();
 
-/** The JSON of each server-sent event, as it comes, until the stream ends. Throws ApiError for an error event. */
+/** Yield the JSON of each server-sent event of a stream. Throws ApiError for an error event. */
 export async function* stream(path, body, signal) {
-  const answer = await request(path, {
+  const response = await request(path, {
     method: "POST",
     headers: { "content-type": "application/json" },
     body: JSON.stringify(body),
     signal,
   });
-  const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
-  let held = "";
+  const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
+  let buffer = "";
   for (;;) {
     const { value, done } = await reader.read();
     if (done) throw new ApiError(0, "The answer broke off.");
-    held += value;
-    const events = held.split("\n\n");
-    held = events.pop();
+    buffer += value;
+    const events = buffer.split("\n\n");
+    buffer = events.pop(); // an incomplete event
     for (const event of events) {
       const data = event.startsWith("data: ") ? event.slice(6) : "";
       if (data === "[DONE]") return;
@@ -59,12 +63,12 @@ export async function* stream(path, body, signal) {
   }
 }
 
-async function errorOf(answer) {
-  let message = `${answer.status} ${answer.statusText}`;
+async function errorOf(response) {
+  let message = `${response.status} ${response.statusText}`;
   try {
-    message = (await answer.json()).error.message;
+    message = (await response.json()).error.message;
   } catch {
-    // not an envelope of ours
+    // The body is not one of the server's errors: a proxy may have sent it.
   }
-  return new ApiError(answer.status, message);
+  return new ApiError(response.status, message);
 }

@@ -1,4 +1,4 @@
-// The page's start: views, the key, the models.
+// The start of the page: views, the API key and the list of models.
 
 import { getJson, hasKey, useKey } from "./api.js";
 import { Chat } from "./chat.js";
@@ -9,27 +9,29 @@ const RETRY_MS = 2000;
 const TABS = ["chat", "dashboard"];
 
 new Chat();
-const dashboard = new Dashboard((error) => say(error ? told(error) : "Ready", error !== null));
-const told = (error) => (error.status === 401 ? "A key is needed" : error.message);
+const dashboard = new Dashboard((error) => {
+  showStatus(error ? errorText(error) : "Ready", error !== null);
+});
+const errorText = (error) => (error.status === 401 ? "A key is needed" : error.message);
 
-function say(text, wrong = false) {
+function showStatus(text, isError = false) {
   const status = byId("server");
   if (status.textContent !== text) status.textContent = text;
-  status.classList.toggle("wrong", wrong);
+  status.classList.toggle("wrong", isError);
 }
 
-/** Ask for the models until the server has them. */
+/** Load the list of models. Try again while the server starts or cannot be reached. */
 async function connect() {
   try {
     const { data } = await getJson("/v1/models");
     byId("model").replaceChildren(...data.map(({ id }) => make("option", { value: id }, id)));
-    say("Ready");
+    showStatus("Ready");
     byId("key-form").hidden = true;
     const { defaults } = await getJson("/info");
     for (const name of ["temperature", "top_p"]) byId(name).placeholder = defaults[name];
     byId("top_k").placeholder = defaults.top_k || "all";
   } catch (error) {
-    say(told(error), true);
+    showStatus(errorText(error), true);
     if (error.status === 0 || error.status === 503) setTimeout(connect, RETRY_MS);
   }
 }
@@ -47,12 +49,12 @@ byId("key-form").addEventListener("submit", (event) => {
   byId("key").value = "";
   byId("key-form").hidden = true;
   connect();
-  select(current());
+  showTab(currentTab());
 });
 
-const current = () => (location.hash === "#dashboard" ? "dashboard" : "chat");
+const currentTab = () => (location.hash === "#dashboard" ? "dashboard" : "chat");
 
-function select(name) {
+function showTab(name) {
   for (const tab of TABS) {
     const button = byId(`tab-${tab}`);
     button.setAttribute("aria-selected", String(tab === name));
@@ -62,26 +64,26 @@ function select(name) {
   dashboard.show(name === "dashboard");
 }
 
-function choose(name) {
-  history.replaceState(null, "", `#${name}`); // the focus stays where it is
-  select(name);
+function selectTab(name) {
+  history.replaceState(null, "", `#${name}`); // unlike location.hash, this keeps the focus
+  showTab(name);
 }
 
 for (const tab of TABS) {
   const button = byId(`tab-${tab}`);
-  button.addEventListener("click", () => choose(tab));
+  button.addEventListener("click", () => selectTab(tab));
   button.addEventListener("keydown", (event) => {
     if (event.key !== "ArrowLeft" && event.key !== "ArrowRight") return;
     const other = TABS[1 - TABS.indexOf(tab)];
-    choose(other);
+    selectTab(other);
     byId(`tab-${other}`).focus();
   });
 }
 
-addEventListener("hashchange", () => select(current()));
-const wide = matchMedia("(min-width: 60rem)");
-const unfold = () => (byId("settings").open = wide.matches);
-wide.addEventListener("change", unfold);
-unfold();
-select(current());
+addEventListener("hashchange", () => showTab(currentTab()));
+const wideScreen = matchMedia("(min-width: 60rem)");
+const openSettings = () => (byId("settings").open = wideScreen.matches);
+wideScreen.addEventListener("change", openSettings);
+openSettings();
+showTab(currentTab());
 connect();

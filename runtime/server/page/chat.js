@@ -1,16 +1,17 @@
-// The conversation and the request that is under way.
+// The conversation and the running request.
 
 import { ApiError, stream } from "./api.js";
 import { byId, copyButton, count, make, rate, seconds } from "./dom.js";
 import { MarkdownView } from "./markdown.js";
 
-const NUMBERS = ["temperature", "top_p", "top_k", "max_tokens", "seed"];
+const NUMBER_FIELDS = ["temperature", "top_p", "top_k", "max_tokens", "seed"];
+const FOLLOW_PX = 80; // the log follows the answer while its end is this near
 
 /** The chat view. */
 export class Chat {
   constructor() {
-    this.messages = [];
-    this.abort = null; // of the request under way
+    this.messages = []; // the conversation, as the API takes it
+    this.abort = null; // the AbortController of the running request
     this.empty = byId("empty");
     this.prompt = byId("prompt");
     byId("composer").addEventListener("submit", (event) => {
@@ -34,56 +35,59 @@ export class Chat {
     this.abort?.abort();
     this.messages = [];
     byId("log").replaceChildren(this.empty);
-    byId("said").textContent = "The conversation is empty.";
+    byId("announcement").textContent = "The conversation is empty.";
     this.prompt.focus();
   }
 
   async send() {
     const text = this.prompt.value.trim();
     if (!text || this.abort) return;
-    const { body, problem } = this.body(text);
+    const { body, problem } = this.requestBody(text);
     if (problem) {
-      problem.field.setCustomValidity(problem.message);
-      byId("settings").open = true;
-      problem.field.reportValidity();
-      problem.field.addEventListener("input", () => problem.field.setCustomValidity(""), { once: true });
+      showProblem(problem);
       return;
     }
     this.empty.remove();
-    const asked = turn("user", "You");
-    asked.body.textContent = text;
+    appendArticle("user", "You").body.textContent = text;
     const answer = new Answer();
     this.prompt.value = "";
-    this.working(new AbortController());
+    this.setRunning(new AbortController());
     answer.node.scrollIntoView({ block: "end" });
     try {
       await answer.run(body, this.abort.signal);
-      this.messages.push({ role: "user", content: text }, { role: "assistant", content: answer.text });
+      this.keep(text, answer.text);
     } catch (error) {
       if (error.name === "AbortError") {
         answer.note("Stopped.");
-        if (answer.text) this.messages.push({ role: "user", content: text }, { role: "assistant", content: answer.text });
+        if (answer.text) this.keep(text, answer.text);
       } else {
         answer.fail(error instanceof ApiError ? error.message : String(error));
       }
-      if (!answer.text) this.prompt.value ||= text; // to be sent again
+      if (!answer.text) this.prompt.value ||= text; // the user can send it again
     } finally {
-      this.working(null);
-      byId("said").textContent = answer.summary;
+      this.setRunning(null);
+      byId("announcement").textContent = answer.summary;
     }
   }
 
-  working(abort) {
+  /** Add a message and its answer to the conversation. */
+  keep(text, answer) {
+    const user = { role: "user", content: text };
+    this.messages.push(user, { role: "assistant", content: answer });
+  }
+
+  setRunning(abort) {
     this.abort = abort;
-    byId("send").hidden = abort !== null;
-    byId("stop").hidden = abort === null;
-    byId("log").setAttribute("aria-busy", String(abort !== null));
-    if (abort !== null) byId("said").textContent = "The model answers.";
+    const running = abort !== null;
+    byId("send").hidden = running;
+    byId("stop").hidden = !running;
+    byId("log").setAttribute("aria-busy", String(running));
+    if (running) byId("announcement").textContent = "The model answers.";
     else this.prompt.focus({ preventScroll: true });
   }
 
-  /** The request for an answer to `text`, or the setting that is wrong. */
-  body(text) {
+  /** Return the body of a request for an answer to `text`, or the first wrong setting. */
+  requestBody(text) {
     const system = byId("system").value.trim();
     const body = {
       model: byId("model").value,
@@ -96,7 +100,7 @@ export class Chat {
       stream_options: { include_usage: true },
       return_token_ids: true,
     };
-    for (const name of NUMBERS) {
+    for (const name of NUMBER_FIELDS) {
       const field = byId(name);
       if (!field.validity.valid) return { problem: { field, message: field.validationMessage } };
       if (field.value !== "") body[name] = Number(field.value);
@@ -114,87 +118,111 @@ export class Chat {
   }
 }
 
-/** One answer as it grows, with its figures. */
+/** Show what is wrong with a setting, until it changes. */
+function showProblem({ field, message }) {
+  field.setCustomValidity(message);
+  byId("settings").open = true;
+  field.reportValidity();
+  field.addEventListener("input", () => field.setCustomValidity(""), { once: true });
+}
+
+/** One answer while it is generated, with its figures. */
 class Answer {
   constructor() {
-    const { node, body, foot } = turn("assistant", "Model");
-    Object.assign(this, { node, foot, text: "", thought: "", tokens: 0, usage: null, reason: null, summary: "" });
+    const { node, body, foot } = appendArticle("assistant", "Model");
+    this.node = node;
+    this.foot = foot;
+    this.text = "";
+    this.reasoning = "";
+    this.numTokens = 0;
+    this.usage = null; // the server's, which comes last
+    this.finishReason = null;
+    this.summary = ""; // for screen readers
     this.content = make("div", { class: "markdown" });
     this.view = new MarkdownView(this.content);
     body.append(this.content);
     this.figures = make("span", { class: "figures" }, "waiting for the first token");
     this.foot.append(this.figures);
-    this.drawing = false;
+    this.frameRequested = false;
   }
 
   async run(body, signal) {
     this.isJson = body.response_format !== undefined;
-    this.began = performance.now();
+    this.startTime = performance.now();
     try {
       for await (const event of stream("/v1/chat/completions", body, signal)) {
-        this.take(event);
-        this.draw();
+        this.addEvent(event);
+        this.requestFrame();
       }
     } finally {
-      this.ended = performance.now();
+      this.ended = true;
       this.show();
       if (this.text) this.foot.append(copyButton(() => this.text, "Copy this answer"));
     }
-    if (this.reason === "length") this.note("The answer was cut: no more tokens were allowed.");
+    if (this.finishReason === "length") {
+      this.note("The answer was cut: no more tokens were allowed.");
+    }
   }
 
-  take(event) {
+  addEvent(event) {
     this.usage = event.usage ?? this.usage;
     const choice = event.choices[0];
     if (!choice) return;
-    this.first ??= performance.now();
-    this.last = performance.now();
-    this.tokens += choice.token_ids?.length ?? 1;
+    this.firstTokenTime ??= performance.now();
+    this.lastTokenTime = performance.now();
+    this.numTokens += choice.token_ids?.length ?? 1;
     this.text += choice.delta.content ?? "";
-    this.thought += choice.delta.reasoning_content ?? "";
-    this.reason = choice.finish_reason ?? this.reason;
+    this.reasoning += choice.delta.reasoning_content ?? "";
+    this.finishReason = choice.finish_reason ?? this.finishReason;
   }
 
-  /** Show what there is at the next frame. */
-  draw() {
-    if (this.drawing) return;
-    this.drawing = true;
+  /** Show the answer in the next frame. */
+  requestFrame() {
+    if (this.frameRequested) return;
+    this.frameRequested = true;
     requestAnimationFrame(() => {
-      this.drawing = false;
+      this.frameRequested = false;
       this.show();
     });
   }
 
   show() {
     const log = byId("log");
-    const follows = log.scrollHeight - log.scrollTop - log.clientHeight < 80;
-    if (this.thought) {
-      this.thinking ??= this.thoughts();
-      this.thinking.textContent = this.thought;
+    const atEnd = log.scrollHeight - log.scrollTop - log.clientHeight < FOLLOW_PX;
+    if (this.reasoning) {
+      this.reasoningNode ??= this.insertReasoning();
+      this.reasoningNode.textContent = this.reasoning;
     }
     this.view.show(this.isJson && this.text ? `\`\`\`json\n${this.text}` : this.text);
-    this.figures.textContent = this.summary = this.told().join(" · ");
-    if (follows) log.scrollTop = log.scrollHeight;
+    this.summary = this.figureTexts().join(" · ");
+    this.figures.textContent = this.summary;
+    if (atEnd) log.scrollTop = log.scrollHeight;
   }
 
-  thoughts() {
+  insertReasoning() {
     const text = make("p");
-    this.content.before(make("details", { class: "thought" }, make("summary", {}, "Thought"), text));
+    const summary = make("summary", {}, "Thought");
+    this.content.before(make("details", { class: "thought" }, summary, text));
     return text;
   }
 
-  /** The figures: first token, speed, tokens, cached tokens. */
-  told() {
-    if (this.first === undefined) return this.ended ? [] : ["waiting for the first token"];
-    const tokens = this.usage?.completion_tokens ?? this.tokens;
-    const spent = (this.last - this.first) / 1000;
-    const cached = this.usage?.prompt_tokens_details?.cached_tokens;
-    return [
-      `first token ${seconds((this.first - this.began) / 1000)}`,
-      ...(tokens > 1 && spent > 0 ? [`${rate((tokens - 1) / spent)} tokens/s`] : []),
-      `${count(tokens)} ${tokens === 1 ? "token" : "tokens"}`,
-      ...(this.usage ? [`${count(cached ?? 0)} of ${count(this.usage.prompt_tokens)} prompt tokens cached`] : []),
-    ];
+  /** Return the time to the first token, the speed, and the numbers of tokens. */
+  figureTexts() {
+    if (this.firstTokenTime === undefined) {
+      return this.ended ? [] : ["waiting for the first token"];
+    }
+    const texts = [`first token ${seconds((this.firstTokenTime - this.startTime) / 1000)}`];
+    const numTokens = this.usage?.completion_tokens ?? this.numTokens;
+    const decodeSeconds = (this.lastTokenTime - this.firstTokenTime) / 1000;
+    if (numTokens > 1 && decodeSeconds > 0) {
+      texts.push(`${rate((numTokens - 1) / decodeSeconds)} tokens/s`);
+    }
+    texts.push(`${count(numTokens)} ${numTokens === 1 ? "token" : "tokens"}`);
+    if (this.usage) {
+      const cached = count(this.usage.prompt_tokens_details?.cached_tokens ?? 0);
+      texts.push(`${cached} of ${count(this.usage.prompt_tokens)} prompt tokens cached`);
+    }
+    return texts;
   }
 
   note(text) {
@@ -204,14 +232,15 @@ class Answer {
 
   fail(text) {
     this.foot.before(make("p", { class: "error", role: "alert" }, text));
-    this.summary = ""; // an alert is read out by itself
+    this.summary = ""; // screen readers announce an alert by themselves
   }
 }
 
-function turn(role, name) {
+function appendArticle(role, name) {
   const body = make("div", { class: "body" });
   const foot = make("footer");
-  const node = make("article", { class: role, "aria-label": name }, make("h2", { class: "unseen" }, name), body, foot);
+  const heading = make("h2", { class: "unseen" }, name);
+  const node = make("article", { class: role, "aria-label": name }, heading, body, foot);
   byId("log").append(node);
   return { node, body, foot };
 }

@@ -1,12 +1,13 @@
-// What the server does at the moment, and the facts of the model.
+// The dashboard: what the server does now, and the data of its model.
 
 import { getJson, request } from "./api.js";
 import { Chart } from "./chart.js";
 import { byId, bytes, count, definitions, make, percent, rate, seconds } from "./dom.js";
 import { Reading, quantile } from "./metrics.js";
 
-const EVERY_MS = 2000;
-const KEPT = 150; // readings: five minutes
+const INTERVAL_MS = 2000;
+const MAX_READINGS = 150; // five minutes
+const MAX_RATE_INTERVAL_MS = 10 * INTERVAL_MS; // an older reading gives no current rate
 const LATENCIES = [
   ["First token", "time_to_first_token_seconds"],
   ["Between tokens", "inter_token_latency_seconds"],
@@ -18,10 +19,11 @@ const LATENCIES = [
 ];
 const QUANTILES = [0.5, 0.9, 0.99];
 
-/** The dashboard; it reads the server while it is shown. `onError` is told of what went wrong, null when nothing. */
+/** The dashboard view. It reads the server's metrics while it is visible. */
 export class Dashboard {
-  constructor(onError) {
-    this.onError = onError;
+  /** onResult: called after each reading, with its error or null. */
+  constructor(onResult) {
+    this.onResult = onResult;
     this.readings = [];
     this.info = null;
     this.timer = null;
@@ -42,7 +44,7 @@ export class Dashboard {
     clearInterval(this.timer);
     this.timer = null;
     if (!this.shown || document.hidden) return;
-    this.timer = setInterval(() => this.read(), EVERY_MS);
+    this.timer = setInterval(() => this.read(), INTERVAL_MS);
     this.read();
   }
 
@@ -50,109 +52,134 @@ export class Dashboard {
     if (this.busy) return;
     this.busy = true;
     try {
-      if (this.info === null || this.info.models) { // several models come and go
+      // The data of one model is constant; several models are loaded and unloaded.
+      if (this.info === null || this.info.models) {
         this.info = await getJson("/info");
-        drawFacts(this.info);
+        drawModel(this.info);
       }
       const text = await (await request("/metrics")).text();
-      this.take(new Reading(text, performance.now()));
-      this.onError(null);
+      this.addReading(new Reading(text, performance.now()));
+      this.onResult(null);
     } catch (error) {
-      this.onError(error);
+      this.onResult(error);
     } finally {
       this.busy = false;
     }
   }
 
-  take(now) {
-    const before = this.readings.at(-1);
-    const steady = before && now.time - before.time < 10 * EVERY_MS ? before : null;
-    this.readings.push(now);
-    if (this.readings.length > KEPT) this.readings.shift();
-    const generated = steady ? now.rate("generation_tokens_total", steady) : 0;
-    const prompt = steady ? now.rate("prompt_tokens_total", steady) : 0;
-    const found = (name) => now.value(name) ?? 0; // there are none while no model is loaded
-    this.requests.add([found("num_requests_running"), found("num_requests_waiting")], KEPT);
-    this.tokens.add([generated, prompt], KEPT);
-    this.cache.add([found("kv_cache_usage_perc")], KEPT);
-    drawTiles(now);
-    drawLatency(now, this.readings[0]);
-    drawMemory(now, this.info.memory ?? null);
+  addReading(reading) {
+    const last = this.readings.at(-1);
+    const earlier = last && reading.time - last.time < MAX_RATE_INTERVAL_MS ? last : null;
+    this.readings.push(reading);
+    if (this.readings.length > MAX_READINGS) this.readings.shift();
+    const tokenRate = (name) => (earlier ? reading.rate(name, earlier) : 0);
+    const value = (name) => reading.value(name) ?? 0; // no sample while no model is loaded
+    const requests = [value("num_requests_running"), value("num_requests_waiting")];
+    const tokens = [tokenRate("generation_tokens_total"), tokenRate("prompt_tokens_total")];
+    this.requests.add(requests, MAX_READINGS);
+    this.tokens.add(tokens, MAX_READINGS);
+    this.cache.add([value("kv_cache_usage_perc")], MAX_READINGS);
+    drawTiles(reading);
+    drawLatency(reading, this.readings[0]);
+    drawMemory(reading, this.info.memory ?? null);
   }
 }
 
-function drawTiles(now) {
-  const looked = now.value("prefix_cache_queries_total");
-  const drafted = now.value("spec_decode_num_draft_tokens_total");
-  const done = (reason) => now.value("request_success_total", { finished_reason: reason }) ?? 0;
+function drawTiles(reading) {
+  const finished = (reason) =>
+    reading.value("request_success_total", { finished_reason: reason }) ?? 0;
+  const queries = reading.value("prefix_cache_queries_total");
+  const hits = reading.value("prefix_cache_hits_total");
   const tiles = [
-    ["Answered", count(done("stop") + done("length"))],
-    ["Cancelled", count(done("cancelled"))],
-    ["Failed", count(done("error"))],
-    ["Tokens generated", count(now.value("generation_tokens_total"))],
-    ["Prompt tokens", count(now.value("prompt_tokens_total"))],
-    ["Prefix cache hits", looked ? percent(now.value("prefix_cache_hits_total") / looked) : "–"],
-    ["Preempted", count(now.value("num_preemptions_total"))],
+    ["Answered", count(finished("stop") + finished("length"))],
+    ["Cancelled", count(finished("cancelled"))],
+    ["Failed", count(finished("error"))],
+    ["Tokens generated", count(reading.value("generation_tokens_total"))],
+    ["Prompt tokens", count(reading.value("prompt_tokens_total"))],
+    ["Prefix cache hits", queries ? percent(hits / queries) : "–"],
+    ["Preempted", count(reading.value("num_preemptions_total"))],
   ];
-  if (drafted) tiles.push(["Guesses confirmed", percent(now.value("spec_decode_num_accepted_tokens_total") / drafted)]);
-  byId("tiles").replaceChildren(
-    ...tiles.map(([name, value]) => make("div", {}, make("dt", {}, name), make("dd", {}, value))),
+  const drafted = reading.value("spec_decode_num_draft_tokens_total");
+  if (drafted) {
+    const accepted = reading.value("spec_decode_num_accepted_tokens_total");
+    tiles.push(["Draft tokens accepted", percent(accepted / drafted)]);
+  }
+  const nodes = tiles.map(([name, value]) =>
+    make("div", {}, make("dt", {}, name), make("dd", {}, value)),
   );
+  byId("tiles").replaceChildren(...nodes);
 }
 
-function drawLatency(now, first) {
+function drawLatency(reading, first) {
   const rows = [];
   for (const [title, name] of LATENCIES) {
-    if (now.value(`${name}_count`) === undefined) continue;
-    let buckets = now.histogram(name, first === now ? undefined : first);
-    if (!buckets.at(-1)?.[1]) buckets = now.histogram(name); // nothing lately: since the start
-    const texts = QUANTILES.map((share) => seconds(quantile(buckets, share)));
-    rows.push(make("tr", {}, make("th", { scope: "row" }, title), ...texts.map((text) => make("td", {}, text))));
+    if (reading.value(`${name}_count`) === undefined) continue;
+    let buckets = reading.histogram(name, first === reading ? undefined : first);
+    // No request in the last five minutes: show all since the start.
+    if (!buckets.at(-1)?.[1]) buckets = reading.histogram(name);
+    const cells = QUANTILES.map((share) => make("td", {}, seconds(quantile(buckets, share))));
+    rows.push(make("tr", {}, make("th", { scope: "row" }, title), ...cells));
   }
-  const heads = ["", "median", "90 %", "99 %"].map((text) => make("th", { scope: "col" }, text));
-  const caption = make("caption", {}, "Of the last five minutes, where there were requests, else since the start.");
-  const table = make("table", {}, caption, make("thead", {}, make("tr", {}, ...heads)), make("tbody", {}, ...rows));
+  const headings = ["", "median", "90 %", "99 %"];
+  const head = make("tr", {}, ...headings.map((text) => make("th", { scope: "col" }, text)));
+  const captionText = "Of the last five minutes, or since the start if these had no requests.";
+  const table = make(
+    "table",
+    {},
+    make("caption", {}, captionText),
+    make("thead", {}, head),
+    make("tbody", {}, ...rows),
+  );
   byId("latency").replaceChildren(table);
 }
 
-function drawMemory(now, plan) {
-  const processes = now.all("process_resident_memory_bytes");
-  const gpus = now.all("gpu_memory_used_bytes").map(({ labels, value }) => {
-    const of = now.value("gpu_memory_total_bytes", { gpu: labels.gpu });
-    const use = now.value("gpu_utilization_perc", { gpu: labels.gpu });
-    const watts = now.value("gpu_power_watts", { gpu: labels.gpu });
-    const more = [use === undefined ? "" : `, ${percent(use)} busy`, watts === undefined ? "" : `, ${count(watts)} W`];
-    return [`GPU ${labels.gpu}`, `${bytes(value)} of ${bytes(of)}${more.join("")}`];
-  });
-  const planned = plan === null ? [] : [
-    ["Weights", bytes(plan.weight_bytes)],
-    ["Weights in host memory", plan.host_weight_bytes ? bytes(plan.host_weight_bytes) : null],
-    ["KV cache", `${bytes(plan.kv_cache_bytes)}, ${count(plan.kv_cache_tokens)} tokens`],
-    ["A token in it", bytes(plan.kv_bytes_per_token)],
-    ["Workspace of a step", `up to ${bytes(plan.workspace_bytes)}`],
-  ];
-  const names = processes.map(({ labels, value }) => {
-    const of = labels.model === undefined ? "" : ` of ${labels.model}`;
-    return [`Process: ${labels.process}${of}`, bytes(value)];
-  });
-  const facts = definitions([...planned, ...names, ...gpus]);
-  byId("memory").replaceChildren(facts);
+function drawMemory(reading, plan) {
+  const pairs = [];
+  if (plan !== null) {
+    const hostWeights = plan.host_weight_bytes ? bytes(plan.host_weight_bytes) : null;
+    pairs.push(
+      ["Weights", bytes(plan.weight_bytes)],
+      ["Weights in host memory", hostWeights],
+      ["KV cache", `${bytes(plan.kv_cache_bytes)}, ${count(plan.kv_cache_tokens)} tokens`],
+      ["KV cache per token", bytes(plan.kv_bytes_per_token)],
+      ["Workspace of a step", `up to ${bytes(plan.workspace_bytes)}`],
+    );
+  }
+  for (const { labels, value } of reading.all("process_resident_memory_bytes")) {
+    const model = labels.model === undefined ? "" : ` of ${labels.model}`;
+    pairs.push([`Process: ${labels.process}${model}`, bytes(value)]);
+  }
+  for (const { labels, value } of reading.all("gpu_memory_used_bytes")) {
+    const gpu = { gpu: labels.gpu };
+    const total = reading.value("gpu_memory_total_bytes", gpu);
+    const busy = reading.value("gpu_utilization_perc", gpu);
+    const watts = reading.value("gpu_power_watts", gpu);
+    let text = `${bytes(value)} of ${bytes(total)}`;
+    if (busy !== undefined) text += `, ${percent(busy)} busy`;
+    if (watts !== undefined) text += `, ${count(watts)} W`;
+    pairs.push([`GPU ${labels.gpu}`, text]);
+  }
+  byId("memory").replaceChildren(definitions(pairs));
 }
 
-function drawFacts(info) {
+function drawModel(info) {
+  const server = ["Server", `llmkit ${info.version}`];
   if (info.models) {
-    const length = (model) => (model.max_model_len ? `, requests of up to ${count(model.max_model_len)} tokens` : "");
-    const rows = info.models.map((model) => [model.id, `${model.state}${length(model)}`]);
-    byId("card").replaceChildren(definitions([...rows, ["Server", `llmkit ${info.version}`]]));
+    const rows = info.models.map((model) => [model.id, modelStateText(model)]);
+    byId("card").replaceChildren(definitions([...rows, server]));
     return;
   }
   const { card, layout } = info;
-  const ranks = Object.entries(layout).filter(([, size]) => size > 1).map(([kind, size]) => `${kind.toUpperCase()} ${size}`);
+  const splits = Object.entries(layout).filter(([, size]) => size > 1);
+  const ranks = splits.map(([kind, size]) => `${kind.toUpperCase()} ${size}`);
+  const layers = card.layers === 1 ? "layer" : "layers";
+  let architecture = `${card.architecture}, ${card.layers} ${layers}`;
+  if (card.experts) architecture += `, ${card.experts} experts`;
   byId("card").replaceChildren(
     definitions([
       ["Name", [info.model, ...info.adapters].join(", ")],
-      ["Architecture", `${card.architecture}, ${card.layers} ${card.layers === 1 ? "layer" : "layers"}${card.experts ? `, ${card.experts} experts` : ""}`],
-      ["Parameters", millions(card.parameters)],
+      ["Architecture", architecture],
+      ["Parameters", parameterCount(card.parameters)],
       ["Quantization", card.quantization ?? "none"],
       ["Computes in", `${info.dtype} on ${info.device}`],
       ["KV cache in", info.memory.kv_cache_dtype],
@@ -160,13 +187,19 @@ function drawFacts(info) {
       ["Vocabulary", `${count(card.vocab)} tokens`],
       ["Ranks", ranks.join(", ") || "one"],
       ["Replicas", String(info.replicas)],
-      ["Server", `llmkit ${info.version}`],
+      server,
     ]),
   );
-  byId("paths").parentElement.hidden = false; // there are none for several models
+  byId("paths").parentElement.hidden = false; // stays hidden for several models
   byId("paths").replaceChildren(make("ul", {}, ...info.paths.map((line) => make("li", {}, line))));
 }
 
-function millions(number) {
-  return number >= 1e9 ? `${(number / 1e9).toFixed(2)} billion` : `${(number / 1e6).toFixed(1)} million`;
+function modelStateText(model) {
+  if (!model.max_model_len) return model.state;
+  return `${model.state}, requests of up to ${count(model.max_model_len)} tokens`;
+}
+
+function parameterCount(number) {
+  if (number >= 1e9) return `${(number / 1e9).toFixed(2)} billion`;
+  return `${(number / 1e6).toFixed(1)} million`;
 }

@@ -1,9 +1,9 @@
-// Elements, numbers and sizes as people read them.
+// Making elements, and writing numbers, sizes and times for people.
 
 /** The element of this page with an id. */
 export const byId = (id) => document.getElementById(id);
 
-/** A new element. Children are nodes or text; text is never read as HTML. */
+/** Return a new element. Children are nodes or text; text is never parsed as HTML. */
 export function make(tag, attributes = {}, ...children) {
   const node = document.createElement(tag);
   for (const [name, value] of Object.entries(attributes)) {
@@ -15,18 +15,22 @@ export function make(tag, attributes = {}, ...children) {
   return node;
 }
 
-/** A definition list of [term, description] pairs, without those that have no description. */
+/** Return a definition list of [term, description] pairs, without pairs that lack a description. */
 export function definitions(pairs) {
-  const known = pairs.filter(([, text]) => text !== null && text !== undefined && text !== "");
-  return make("dl", { class: "facts" }, ...known.flatMap(([term, text]) => [make("dt", {}, term), make("dd", {}, text)]));
+  const list = make("dl", { class: "facts" });
+  for (const [term, description] of pairs) {
+    if (description === null || description === undefined || description === "") continue;
+    list.append(make("dt", {}, term), make("dd", {}, description));
+  }
+  return list;
 }
 
-/** A button that copies what `text()` gives. */
-export function copyButton(text, label) {
+/** Return a button that copies the text that `getText` returns. */
+export function copyButton(getText, label) {
   const button = make("button", { type: "button", class: "plain", "aria-label": label }, "Copy");
   button.addEventListener("click", async () => {
     try {
-      await navigator.clipboard.writeText(text());
+      await navigator.clipboard.writeText(getText());
       button.textContent = "Copied";
     } catch {
       button.textContent = "Not possible here";
@@ -36,11 +40,18 @@ export function copyButton(text, label) {
   return button;
 }
 
-export const count = (value) => (Number.isFinite(value) ? Math.round(value).toLocaleString("en") : "–");
+export function count(value) {
+  return Number.isFinite(value) ? Math.round(value).toLocaleString("en") : "–";
+}
 
-export const rate = (value) => (value < 100 ? value.toFixed(1) : count(value));
+export function rate(value) {
+  return value < 100 ? value.toFixed(1) : count(value);
+}
 
-export const percent = (share) => (Number.isFinite(share) ? `${(share * 100).toFixed(share < 0.1 ? 1 : 0)} %` : "–");
+export function percent(share) {
+  if (!Number.isFinite(share)) return "–";
+  return `${(share * 100).toFixed(share < 0.1 ? 1 : 0)} %`;
+}
 
 export function bytes(value) {
   const units = ["B", "KiB", "MiB", "GiB", "TiB"];
@@ -52,5 +63,6 @@ export function bytes(value) {
 export function seconds(value) {
   if (!Number.isFinite(value)) return "–";
   if (value < 0.0995) return `${(value * 1e3).toFixed(1)} ms`;
-  return value < 0.9995 ? `${Math.round(value * 1e3)} ms` : `${value.toFixed(value < 10 ? 2 : 1)} s`;
+  if (value < 0.9995) return `${Math.round(value * 1e3)} ms`;
+  return `${value.toFixed(value < 10 ? 2 : 1)} s`;
 }

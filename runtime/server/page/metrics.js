@@ -1,20 +1,22 @@
-// The Prometheus text of /metrics, and what can be told from two readings of it.
+// The Prometheus text of /metrics, and figures from two readings of it.
 
 const SAMPLE = /^(\w[\w:]*)(?:\{(.*)\})? (\S+)/;
 const LABEL = /(\w+)="((?:[^"\\]|\\.)*)"/g;
 
-/** One reading of all metrics, at a time in milliseconds. */
+/** One reading of all metrics. */
 export class Reading {
+  /** time: in milliseconds. */
   constructor(text, time) {
     this.time = time;
     this.samples = new Map();
     for (const line of text.split("\n")) {
       const match = line.startsWith("#") ? null : SAMPLE.exec(line);
       if (!match) continue;
-      const labels = Object.fromEntries(Array.from((match[2] ?? "").matchAll(LABEL), ([, name, value]) => [name, value]));
-      const value = match[3] === "+Inf" ? Infinity : Number(match[3]);
-      if (!this.samples.has(match[1])) this.samples.set(match[1], []);
-      this.samples.get(match[1]).push({ labels, value });
+      const [, name, labelText, valueText] = match;
+      const pairs = Array.from((labelText ?? "").matchAll(LABEL), (label) => label.slice(1));
+      const value = valueText === "+Inf" ? Infinity : Number(valueText);
+      if (!this.samples.has(name)) this.samples.set(name, []);
+      this.samples.get(name).push({ labels: Object.fromEntries(pairs), value });
     }
   }
 
@@ -23,42 +25,54 @@ export class Reading {
     return this.samples.get(`llmkit:${name}`) ?? [];
   }
 
-  /** A metric's value, summed over its labels; undefined when the server has no such metric. */
+  /** The sum of a metric's samples that have `labels`; undefined when there are none. */
   value(name, labels = {}) {
-    const fitting = this.all(name).filter((sample) =>
-      Object.entries(labels).every(([label, value]) => sample.labels[label] === value),
+    const wanted = Object.entries(labels);
+    const samples = this.all(name).filter((sample) =>
+      wanted.every(([label, value]) => sample.labels[label] === value),
     );
-    return fitting.length ? fitting.reduce((sum, sample) => sum + sample.value, 0) : undefined;
+    if (!samples.length) return undefined;
+    return samples.reduce((sum, sample) => sum + sample.value, 0);
   }
 
-  /** How much a counter gained each second since an earlier reading. */
-  rate(name, before) {
-    const gained = (this.value(name) ?? 0) - (before.value(name) ?? 0);
-    return gained >= 0 ? gained / ((this.time - before.time) / 1000) : 0; // less: the server was started again
+  /** A counter's increase per second since an earlier reading. */
+  rate(name, earlier) {
+    const increase = (this.value(name) ?? 0) - (earlier.value(name) ?? 0);
+    if (increase < 0) return 0; // the server has restarted
+    return increase / ((this.time - earlier.time) / 1000);
   }
 
-  /** What a histogram counted since an earlier reading, or ever: [[upper bound, observations up to it], ...]. */
-  histogram(name, before) {
-    const earlier = new Map((before?.all(`${name}_bucket`) ?? []).map(({ labels, value }) => [labels.le, value]));
+  /**
+   * A histogram's counts since an earlier reading, or since the start:
+   * [[upper bound, observations up to it], ...].
+   */
+  histogram(name, earlier) {
+    const samples = earlier?.all(`${name}_bucket`) ?? [];
+    const earlierCounts = new Map(samples.map(({ labels, value }) => [labels.le, value]));
     const buckets = this.all(`${name}_bucket`).map(({ labels, value }) => [
       labels.le === "+Inf" ? Infinity : Number(labels.le),
-      value - (earlier.get(labels.le) ?? 0),
+      value - (earlierCounts.get(labels.le) ?? 0),
     ]);
+    // A negative count: the server has restarted since the earlier reading.
     return buckets.some(([, number]) => number < 0) ? this.histogram(name) : buckets;
   }
 }
 
-/** An estimate of a quantile, as Prometheus makes it: linear within a bucket. NaN without observations. */
+/** Estimate a quantile as Prometheus does: linear within a bucket. NaN without observations. */
 export function quantile(buckets, share) {
   const total = buckets.at(-1)?.[1] ?? 0;
   if (!total) return NaN;
-  const wanted = share * total;
-  let [lower, below] = [0, 0];
-  for (const [upper, number] of buckets) {
-    if (number >= wanted) {
-      return upper === Infinity ? lower : lower + ((upper - lower) * (wanted - below)) / (number - below || 1);
+  const target = share * total;
+  let lowerBound = 0;
+  let lowerCount = 0;
+  for (const [upperBound, upperCount] of buckets) {
+    if (upperCount >= target) {
+      if (upperBound === Infinity) return lowerBound;
+      const height = upperCount - lowerCount || 1;
+      return lowerBound + ((upperBound - lowerBound) * (target - lowerCount)) / height;
     }
-    [lower, below] = [upper, number];
+    lowerBound = upperBound;
+    lowerCount = upperCount;
   }
-  return lower;
+  return lowerBound;
 }

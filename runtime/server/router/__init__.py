@@ -1,1 +1,1 @@
-"""Several models behind one port: which are loaded, and how requests reach them."""
+"""Several models behind one port: which are loaded, and how a request reaches its model."""

@@ -1,1 +1,4 @@
-"""The text of an answer, as it comes: where it stops, what is thought, said and called."""
+"""Parses an answer's text: stop strings, reasoning, tool calls.
+
+Chat templates are rendered in `common/chat_template.py`, tokens are decoded in `checkpoint/`.
+"""

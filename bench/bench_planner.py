@@ -1,0 +1,171 @@
+"""Making the plan of a benchmark. Everything that can be refused is refused before measuring."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+
+from llmkit.bench.backends import is_url, short_name
+from llmkit.bench.bench_metrics import STARTUP, parse_slo
+from llmkit.bench.bench_options import BenchOptions
+from llmkit.bench.bench_plan import SAVED_BASELINE, BenchPlan, Target
+from llmkit.bench.bench_report import TargetReport, read_report, require_single_target
+from llmkit.bench.eval_tasks import EvalTasks
+from llmkit.bench.expected_metrics import check_gates_are_measurable, missing_metrics
+from llmkit.bench.gates import parse_gate
+from llmkit.bench.gpu_monitor import GpuMonitor
+from llmkit.bench.load_client import query_server
+from llmkit.bench.load_modes import load_scenarios
+from llmkit.bench.page_cache import PAGE_CACHE_STATES
+from llmkit.bench.peak_performance import load_peaks
+from llmkit.bench.server_quality import PromptLogprobsClient, detect_prompt_logprobs_api
+from llmkit.bench.workload import Scenario, select_scenarios
+from llmkit.checkpoint.open_checkpoint import open_checkpoint
+from llmkit.common.errors import UsageError
+from llmkit.model.device import resolve_device
+from llmkit.model.families import model_spec
+from llmkit.runtime.engine_plan import DTYPES
+
+
+def make_plan(references: Sequence[str], options: BenchOptions) -> BenchPlan:
+    """Check every option, open the checkpoints and query the servers.
+
+    Raises UsageError for options that exclude each other and for gates on metrics that will not be
+    measured, InputError for a bad checkpoint or report, and ShortageError for a missing device and
+    a server that cannot be reached.
+    """
+    scenarios = _check_options(references, options)
+    slo = parse_slo(options.slo) if options.slo else {}
+    if options.price_per_hour is not None and not 0 < options.price_per_hour < math.inf:
+        raise UsageError(
+            f"a price of {options.price_per_hour:g} per hour is not a valid price",
+            "More than 0 was expected",
+        )
+    gates = [parse_gate(text) for text in options.gates]
+    device = resolve_device(options.device).type
+    dtype = _resolve_dtype(options.dtype, device)
+    references = list(dict.fromkeys(references))
+    saved_baseline = None
+    if options.baseline and options.baseline not in references:
+        if options.baseline.endswith(".json"):
+            saved_baseline = read_report(options.baseline)
+            require_single_target(saved_baseline, options.baseline)
+        else:
+            references.insert(0, options.baseline)
+    if options.offline and any(map(is_url, references)):
+        raise UsageError(
+            "a server cannot be measured offline", todo="Drop --offline or the address"
+        )
+    targets = [
+        _open_target(reference, name, options)
+        for reference, name in zip(references, _column_names(references), strict=True)
+    ]
+    baseline = None
+    if options.baseline in references:
+        baseline = targets[references.index(options.baseline)].name
+    elif saved_baseline:
+        baseline = SAVED_BASELINE
+    elif len(targets) > 1:
+        baseline = targets[0].name
+    peaks = load_peaks(device, dtype)
+    tasks = EvalTasks(options.tasks) if options.tasks else None
+    plan = BenchPlan(
+        options,
+        targets,
+        baseline,
+        saved_baseline,
+        gates,
+        device,
+        dtype,
+        scenarios,
+        slo,
+        peaks,
+        GpuMonitor(None if device == "cuda" else ()),
+        tasks,
+    )
+    if options.quality:
+        for target in targets:
+            if target.server is None:
+                continue
+            api = detect_prompt_logprobs_api(target.server)
+            if api:
+                target.prompt_logprobs = PromptLogprobsClient(target.server, api)
+    if options.quality and not plan.quality_targets and not options.speed and not tasks:
+        raise UsageError(
+            "no target's quality can be measured: the servers return no log probabilities of a"
+            " prompt's tokens"
+        )
+    if options.speed and plan.checkpoints and peaks is None and not plan.measures_startup:
+        plan.notes.append("no MBU and MFU: `llmkit doctor --peaks` has not measured this machine")
+    check_gates_are_measurable(plan)
+    for target in targets:
+        target.report.absent = missing_metrics(plan, target)
+    return plan
+
+
+def _check_options(references: Sequence[str], options: BenchOptions) -> tuple[Scenario, ...]:
+    """Raises UsageError for options that exclude each other. Returns the scenarios."""
+    if not references:
+        raise UsageError("there is nothing to bench", "Give a model or --url")
+    if not options.speed and not options.quality and not options.tasks:
+        raise UsageError(
+            "neither speed nor quality is to be measured",
+            todo="Leave one of them on, or give --tasks",
+        )
+    if options.windows < 1:
+        raise UsageError(
+            f"{options.windows} evaluation windows measure nothing", "1 or more were expected"
+        )
+    scenarios = select_scenarios(options.scenarios, options.rounds, options.limit)
+    if options.load is not None:
+        scenarios = load_scenarios(options.load)
+        if options.load.mode == STARTUP and (options.offline or any(map(is_url, references))):
+            raise UsageError(
+                "only a checkpoint that is served can be started",
+                todo="Drop --offline or the address",
+            )
+    if options.page_cache not in PAGE_CACHE_STATES:
+        raise UsageError(
+            f"no such state of the page cache: {options.page_cache}",
+            f"One of {', '.join(PAGE_CACHE_STATES)}",
+        )
+    if options.tasks and options.offline:
+        raise UsageError("--tasks asks a server, and --offline has none", todo="Drop one of them")
+    return scenarios
+
+
+def _open_target(reference: str, name: str, options: BenchOptions) -> Target:
+    if is_url(reference):
+        server = query_server(reference, options.model)
+        return Target(TargetReport(name, reference, "url"), server=server)
+    checkpoint = open_checkpoint(reference)
+    if not options.speed and not options.tasks:
+        kind = "checkpoint"
+    elif options.offline:
+        kind = "offline"
+    else:
+        kind = "served"
+    report = TargetReport(name, reference, kind, {"checkpoint_bytes": checkpoint.weight_bytes})
+    return Target(report, checkpoint, model_spec(checkpoint.config))
+
+
+def _column_names(references: Sequence[str]) -> list[str]:
+    """Unique names of the targets: short ones, or the references where a short one is ambiguous."""
+    short_names = [short_name(reference) for reference in references]
+    names = []
+    for reference, short in zip(references, short_names, strict=True):
+        name = short
+        if short_names.count(short) > 1 or short == SAVED_BASELINE:
+            name = reference
+        names.append(f"./{name}" if name == SAVED_BASELINE else name)
+    return names
+
+
+def _resolve_dtype(name: str, device: str) -> torch.dtype:
+    """The dtype in which quality is measured. Raises UsageError for an unknown name."""
+    dtypes = DTYPES | {"auto": torch.bfloat16 if device == "cuda" else torch.float32}
+    if name not in dtypes:
+        raise UsageError(f"dtype {name} is not known", f"One of {', '.join(dtypes)} was expected")
+    return dtypes[name]

@@ -1,0 +1,1 @@
+"""Benchmarks and tuning on a GPU: kernels, steps, profiles, and other engines as baselines."""

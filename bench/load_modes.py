@@ -1,0 +1,226 @@
+"""The modes of `--mode`: their scenarios, the arrival times of requests, the end of a sweep."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
+from itertools import accumulate
+from pathlib import Path
+from random import Random
+from typing import Any
+
+from llmkit.bench.bench_metrics import STARTUP
+from llmkit.bench.bench_options import LoadOptions
+from llmkit.bench.workload import Lengths, Scenario
+from llmkit.common.errors import InputError, UsageError
+
+MODES = ("serve", "latency", "throughput", "sweep", STARTUP)
+DEFAULT_CONCURRENCY = {
+    "serve": (8,),
+    "latency": (1, 4, 16),
+    "sweep": (1, 2, 4, 8, 16, 32, 64, 128, 256),
+}
+# A sweep ends when throughput grows by less than the first factor and the median end-to-end
+# latency by more than the second.
+MIN_THROUGHPUT_GROWTH = 1.05
+MAX_LATENCY_GROWTH = 1.10
+# Column names of trace files. The time is in milliseconds, a date, or in seconds.
+_TIME_COLUMNS = ("timestamp", "TIMESTAMP", "at_s")
+_PROMPT_COLUMNS = ("input_length", "ContextTokens", "prompt_tokens")
+_OUTPUT_COLUMNS = ("output_length", "GeneratedTokens", "output_tokens")
+
+
+def load_scenarios(load: LoadOptions) -> tuple[Scenario, ...]:
+    """The scenarios of a load, from the lowest level to the highest; none for `--mode startup`.
+
+    Raises UsageError for options that exclude each other.
+    """
+    if load.mode not in MODES:
+        raise UsageError(f"no such mode: {load.mode}", f"Modes are {', '.join(MODES)}")
+    if load.mode == STARTUP:
+        if load.concurrency or load.rates or load.trace or load.requests or load.turns > 1:
+            raise UsageError(
+                "a start is measured with one request", "--mode startup goes with --repeats alone"
+            )
+        return ()
+    if load.trace is not None:
+        if load.concurrency or load.rates or load.mode != "serve" or load.turns > 1:
+            raise UsageError(
+                "a trace sets the times of its requests", "--trace goes with --mode serve alone"
+            )
+        return (_trace_scenario(load, load.trace),)
+    if load.rates and (load.mode in ("latency", "throughput") or load.concurrency):
+        raise UsageError(f"--rate does not go with --mode {load.mode} or --concurrency")
+    if load.mode == "throughput" and load.concurrency:
+        raise UsageError(
+            "--mode throughput sends all at once", "--requests was expected, and no --concurrency"
+        )
+    if load.mode == "latency" and load.requests:
+        raise UsageError(
+            "--mode latency sends one request a client",
+            "--concurrency was expected, and no --requests",
+        )
+    positive = (*load.rates, *load.concurrency, load.burstiness, load.turns)
+    if not all(0 < number < math.inf for number in positive):
+        raise UsageError("rates, concurrencies, burstiness and turns are more than 0")
+    if load.mode == "throughput":
+        count = load.requests or 64
+        return (_concurrency_scenario(load, "throughput", count, count),)
+    if load.rates:
+        return tuple(_rate_scenario(load, rate) for rate in sorted(set(load.rates)))
+    scenarios = []
+    for concurrency in sorted(set(load.concurrency)) or DEFAULT_CONCURRENCY[load.mode]:
+        if load.mode == "latency":
+            name = f"batch{concurrency}"
+            count = concurrency
+        else:
+            name = f"c{concurrency}"
+            count = load.requests or max(16, 4 * concurrency)
+        scenarios.append(_concurrency_scenario(load, name, concurrency, count))
+    return tuple(scenarios)
+
+
+def is_saturated(levels: Sequence[Mapping[str, float]]) -> bool:
+    """Whether the last level of a sweep added latency but no throughput.
+
+    levels: the metrics of each level, from the lowest to the highest.
+    """
+    if len(levels) < 2:
+        return False
+    best_tps = max(metrics["output_tps"] for metrics in levels[:-1])
+    last = levels[-1]
+    previous = levels[-2]
+    return (
+        last["output_tps"] < MIN_THROUGHPUT_GROWTH * best_tps
+        and last["e2e_p50_ms"] > MAX_LATENCY_GROWTH * previous["e2e_p50_ms"]
+    )
+
+
+def gamma_arrivals(rate: float, burstiness: float) -> Callable[[Random, int], Sequence[float]]:
+    """Draws arrival times in seconds from 0, with gamma distributed gaps and a mean of 1 / rate.
+
+    burstiness: the shape of the distribution; 1 is a Poisson process, less is burstier.
+    """
+
+    def arrival_times(random: Random, count: int) -> Sequence[float]:
+        gaps = [random.gammavariate(burstiness, 1 / (rate * burstiness)) for _ in range(count - 1)]
+        return [0.0, *accumulate(gaps)]
+
+    return arrival_times
+
+
+def read_trace(path: str) -> list[tuple[float, int, int]]:
+    """Read a trace: seconds after the first request, prompt tokens and output tokens of each.
+
+    The file has JSON lines or CSV, with the columns of Mooncake's traces (`timestamp` in
+    milliseconds, `input_length`, `output_length`), of Azure's (`TIMESTAMP` as a date,
+    `ContextTokens`, `GeneratedTokens`) or llmkit's own (`at_s`, `prompt_tokens`, `output_tokens`).
+    The result is sorted by time. Raises InputError for any other file.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+        lines = [line for line in text.splitlines() if line.strip()]
+        records: Sequence[Mapping[str, Any]]
+        if text.lstrip().startswith("{"):
+            records = [json.loads(line) for line in lines]
+        else:
+            records = list(csv.DictReader(lines))
+        rows = sorted(
+            (
+                _record_time_s(record),
+                int(_first_column(record, _PROMPT_COLUMNS)),
+                int(_first_column(record, _OUTPUT_COLUMNS)),
+            )
+            for record in records
+        )
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
+        raise InputError(
+            f"trace {path} cannot be read ({type(error).__name__}: {error})",
+            "JSON lines or CSV with timestamp, input_length and output_length were expected",
+        ) from error
+    if not rows or any(
+        min(prompt, output) < 1 or not math.isfinite(time_s) for time_s, prompt, output in rows
+    ):
+        raise InputError(
+            f"trace {path} is empty, or has a request without tokens or without a time"
+        )
+    start_s = rows[0][0]
+    return [(time_s - start_s, prompt, output) for time_s, prompt, output in rows]
+
+
+def _first_column(record: Mapping[str, Any], names: Sequence[str]) -> Any:
+    """The value of the first of these columns that the record has."""
+    for name in names:
+        if name in record:
+            return record[name]
+    raise KeyError(" or ".join(names))
+
+
+def _record_time_s(record: Mapping[str, Any]) -> float:
+    if "TIMESTAMP" in record:
+        return datetime.fromisoformat(record["TIMESTAMP"]).timestamp()
+    time = float(_first_column(record, _TIME_COLUMNS))
+    return time / 1000 if "timestamp" in record else time
+
+
+def _draw_lengths(load: LoadOptions, count: int) -> Callable[[Random], Lengths]:
+    low, high = load.input_tokens
+
+    def draw(random: Random) -> Lengths:
+        return [
+            (
+                load.prefix_tokens + random.randint(low, high),
+                random.randint(*load.output_tokens),
+            )
+            for _ in range(count)
+        ]
+
+    return draw
+
+
+def _concurrency_scenario(
+    load: LoadOptions, name: str, max_concurrency: int, count: int
+) -> Scenario:
+    """A closed loop: each client sends its next request when the last one is answered."""
+    return Scenario(
+        name,
+        max_concurrency,
+        _draw_lengths(load, count),
+        "load",
+        load.prefix_tokens,
+        load.turns,
+        load_level=float(max_concurrency),
+    )
+
+
+def _rate_scenario(load: LoadOptions, rate: float) -> Scenario:
+    """An open loop: requests are sent at a rate per second, independent of the responses."""
+    count = load.requests or max(32, round(10 * rate))
+    return Scenario(
+        f"rate{rate:g}",
+        count,
+        _draw_lengths(load, count),
+        "load",
+        load.prefix_tokens,
+        load.turns,
+        draw_arrivals=gamma_arrivals(rate, load.burstiness),
+        load_level=rate,
+    )
+
+
+def _trace_scenario(load: LoadOptions, path: str) -> Scenario:
+    """The requests of a trace file, at its times and with its lengths."""
+    rows = read_trace(path)[: load.requests]
+    lengths = [(load.prefix_tokens + prompt, output) for _, prompt, output in rows]
+    times = [time_s for time_s, _, _ in rows]
+    return Scenario(
+        "trace",
+        len(rows),
+        lambda _: lengths,
+        "trace",
+        load.prefix_tokens,
+        draw_arrivals=lambda _, count: times[:count],
+    )

@@ -1,0 +1,243 @@
+"""Running the plan's load, startups and evaluation tasks on its targets."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+from llmkit.bench.backends import Backend, ServedBackend, UrlBackend
+from llmkit.bench.bench_metrics import (
+    STARTUP,
+    RunResult,
+    calculate_client_metrics,
+    calculate_metrics,
+    median_metrics,
+    require_complete,
+)
+from llmkit.bench.bench_plan import BenchPlan, Target
+from llmkit.bench.bench_report import BenchReport, RequestMetrics
+from llmkit.bench.gpu_monitor import energy_metrics
+from llmkit.bench.load_modes import is_saturated
+from llmkit.bench.model_costs import count_model_costs, utilization
+from llmkit.bench.offline_backend import OfflineBackend
+from llmkit.bench.startup import measure_startup
+from llmkit.bench.workload import WARMUP, Scenario, Workload, WorkloadRequest, check_context_length
+from llmkit.checkpoint.checkpoint import Checkpoint
+from llmkit.checkpoint.open_checkpoint import open_checkpoint
+from llmkit.common.errors import UsageError
+from llmkit.common.progress import Progress
+from llmkit.runtime.engine.engine_options import EngineOptions
+
+T = TypeVar("T")
+RunningTarget = tuple[Target, Backend]
+
+
+def measure_startups(plan: BenchPlan, progress: Progress) -> None:
+    """Start every target once in each round. Odd rounds take the targets in reverse order."""
+    progress.start(STARTUP, len(plan.targets) * plan.options.rounds, "starts")
+    for round_number in range(plan.options.rounds):
+        for target in _alternate(plan.targets, round_number):
+            backend = _make_backend(plan, target)
+            assert isinstance(backend, ServedBackend) and target.checkpoint
+            metrics, peak_bytes = measure_startup(
+                backend, target.checkpoint, plan.options.page_cache
+            )
+            report = target.report
+            report.rounds.setdefault(STARTUP, []).append(metrics)
+            report.scenarios[STARTUP] = median_metrics(report.rounds[STARTUP])
+            report.metrics["peak_memory_bytes"] = max(
+                report.metrics.get("peak_memory_bytes", 0.0), peak_bytes
+            )
+            progress.advance(1, target.name)
+    progress.finish()
+
+
+def measure_running_targets(
+    plan: BenchPlan, workload: Workload | None, report: BenchReport, progress: Progress
+) -> None:
+    """Start the targets, run the workload and then the evaluation tasks, and stop them.
+
+    Targets that are not interleaved are started one after the other.
+    """
+    if workload:
+        for target in plan.targets:
+            # Counting plans an engine. It needs free memory, which a running server takes.
+            if plan.has_utilization(target) and target.checkpoint and target.spec:
+                target.costs = count_model_costs(
+                    target.checkpoint, target.spec, plan.dtype, plan.device
+                )
+    groups = [plan.targets] if plan.interleaved else [[target] for target in plan.targets]
+    for group in groups:
+        with _running_backends(plan, group, progress) as running:
+            if workload:
+                _measure_speed(plan, workload, running, progress)
+            if plan.tasks:
+                for target, backend in running:
+                    _run_tasks(plan, target, backend, report, progress)
+
+
+def _run_tasks(
+    plan: BenchPlan, target: Target, backend: Backend, report: BenchReport, progress: Progress
+) -> None:
+    """Run the evaluation tasks on one target."""
+    assert plan.tasks and isinstance(backend, (UrlBackend, ServedBackend)) and backend.server
+    progress.message(f"Tasks, {target.name}")
+    tokenizer = target.checkpoint or tokenizer_checkpoint(plan)
+    metrics, description = plan.tasks.run(backend.server, tokenizer, plan.options.seed)
+    target.report.metrics |= metrics
+    report.tasks = description
+
+
+def _measure_speed(
+    plan: BenchPlan, workload: Workload, running: list[RunningTarget], progress: Progress
+) -> None:
+    """Run each scenario and round on every target in turn, in reverse order on odd rounds."""
+    progress.start("speed", len(running) * len(workload.rounds) * len(workload.scenarios), "runs")
+    for target, backend in running:
+        if backend.context_tokens is not None:
+            check_context_length(workload, backend.context_tokens, target.name)
+        if plan.options.warmup:
+            run = backend.run(workload.warmup, WARMUP.max_concurrency)
+            require_complete(run.timelines, target.name, WARMUP.name)
+    unsaturated = running
+    for scenario in workload.scenarios:
+        for round_number, requests in enumerate(workload.rounds):
+            for target, backend in _alternate(unsaturated, round_number):
+                _measure_run(plan, target, backend, scenario, requests[scenario.name])
+                progress.advance(1, f"{scenario.name}, {target.name}")
+        for target, _ in unsaturated:
+            report = target.report
+            report.scenarios[scenario.name] = median_metrics(report.rounds[scenario.name])
+        if plan.is_sweep:
+            unsaturated = [
+                (target, backend)
+                for target, backend in unsaturated
+                if not is_saturated(list(target.report.scenarios.values()))
+            ]
+    if plan.is_sweep:
+        for target, _ in running:
+            _record_saturation(target, workload.scenarios)
+    progress.finish()
+
+
+def _alternate(targets: Sequence[T], round_number: int) -> Sequence[T]:
+    """The targets, in reverse order on odd rounds."""
+    return targets if round_number % 2 == 0 else targets[::-1]
+
+
+def _measure_run(
+    plan: BenchPlan,
+    target: Target,
+    backend: Backend,
+    scenario: Scenario,
+    requests: Sequence[WorkloadRequest],
+) -> None:
+    """Run a scenario once and add its metrics to the target's report."""
+    energy_before_j = plan.gpus.energy_j()
+    start_s = time.perf_counter()
+    run = backend.run(requests, scenario.max_concurrency)
+    energy_after_j = plan.gpus.energy_j()
+    energy_span_s = time.perf_counter() - start_s
+    require_complete(run.timelines, target.name, scenario.name)
+    metrics = calculate_metrics(run.timelines, run.wall_s, plan.slo)
+    metrics |= calculate_client_metrics(run)
+    if plan.options.price_per_hour is not None:
+        price_per_s = plan.options.price_per_hour / 3600
+        metrics["cost_per_million"] = price_per_s * 1e6 / metrics["output_tps"]
+    if target.costs and plan.peaks:
+        metrics |= utilization(target.costs, plan.peaks, run.timelines, run.wall_s)
+    if target.checkpoint is not None:
+        metrics |= energy_metrics(
+            energy_before_j, energy_after_j, energy_span_s, int(metrics["output_tokens"])
+        )
+        used_bytes = plan.gpus.memory_bytes()
+        if used_bytes is not None:
+            target_metrics = target.report.metrics
+            peak_bytes = max(target_metrics.get("peak_gpu_bytes", 0.0), used_bytes)
+            target_metrics["peak_gpu_bytes"] = peak_bytes
+    target.report.rounds.setdefault(scenario.name, []).append(metrics)
+    target.report.requests[scenario.name] = _request_metrics(run)
+
+
+def _request_metrics(run: RunResult) -> list[RequestMetrics]:
+    """The metrics of each request of a run."""
+    start_s = min(timeline.sent_s for timeline in run.timelines)
+    return [
+        RequestMetrics(
+            t.sent_s - start_s, t.ttft_s, t.e2e_s, t.prompt_tokens, t.cached_tokens, t.output_tokens
+        )
+        for t in run.timelines
+    ]
+
+
+def _record_saturation(target: Target, scenarios: Sequence[Scenario]) -> None:
+    """Set saturation_tps and saturation_load: the level of a sweep with the best throughput."""
+    measured = [scenario for scenario in scenarios if scenario.name in target.report.scenarios]
+    best = max(measured, key=lambda scenario: target.report.scenarios[scenario.name]["output_tps"])
+    target.report.metrics["saturation_tps"] = target.report.scenarios[best.name]["output_tps"]
+    target.report.metrics["saturation_load"] = best.load_level
+
+
+@contextlib.contextmanager
+def _running_backends(
+    plan: BenchPlan, group: Sequence[Target], progress: Progress
+) -> Iterator[list[RunningTarget]]:
+    """Start the backends of the targets one after the other, and stop them in any case."""
+    with contextlib.ExitStack() as stack:
+        running = []
+        for target in group:
+            backend = _make_backend(plan, target)
+
+            def stop(target: Target = target, backend: Backend = backend) -> None:
+                target.report.metrics |= backend.stop()
+
+            stack.callback(stop)
+            if target.server is None:
+                progress.message(f"Starting {target.name}")
+            target.report.metrics |= backend.start()
+            running.append((target, backend))
+        yield running
+
+
+def _make_backend(plan: BenchPlan, target: Target) -> Backend:
+    options = plan.options
+    if target.server is not None:
+        return UrlBackend(target.name, target.server)
+    assert target.spec is not None
+    reference = target.report.reference
+    context_tokens = target.spec.max_position_embeddings
+    if options.offline:
+        engine_options = EngineOptions(
+            dtype=options.dtype, device=plan.device, max_model_len=options.max_model_len
+        )
+        return OfflineBackend(target.name, reference, context_tokens, engine_options)
+    arguments = ["--device", plan.device, "--dtype", options.dtype]
+    if options.max_model_len is not None:
+        arguments += ["--max-model-len", str(options.max_model_len)]
+    return ServedBackend(target.name, reference, context_tokens, arguments)
+
+
+def tokenizer_checkpoint(plan: BenchPlan) -> Checkpoint:
+    """The checkpoint whose tokenizer makes the prompts.
+
+    It is that of --tokenizer, else the first checkpoint among the targets, else the one that the
+    first server says it serves. Raises UsageError when there is none.
+    """
+    if plan.options.tokenizer:
+        return open_checkpoint(plan.options.tokenizer)
+    for checkpoint in plan.checkpoints.values():
+        return checkpoint
+    server = plan.targets[0].server
+    assert server is not None
+    for reference in filter(None, (server.root, server.model)):
+        # Only on this machine: a server cannot make bench download a model.
+        if Path(reference).exists():
+            return open_checkpoint(Path(reference))
+    raise UsageError(
+        f"which tokenizer makes the prompts for {server.url} is not known"
+        f" (its model is {server.model})",
+        todo="Name its checkpoint with --tokenizer",
+    )

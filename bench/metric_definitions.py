@@ -1,0 +1,54 @@
+"""The definitions of the metrics, for the head of a report."""
+
+DEFINITIONS: dict[str, str] = {
+    "TTFT": "time to first token: from sending a request to the first message that brings a token",
+    "TPOT": "time per output token after the first: (e2e - TTFT) / (output tokens - 1), one figure"
+    " a request",
+    "ITL": "inter-token latency: the gaps between messages that bring tokens, pooled over all"
+    " requests",
+    "e2e": "end-to-end latency: from sending a request to its last token",
+    "throughput": "requests, output tokens, or prompt and output tokens, over the wall time from"
+    " the first request sent to the last answered",
+    "p50, p90, p95, p99": "percentiles over requests (ITL: over gaps), linearly interpolated"
+    " between ranks",
+    "goodput": "requests a second that meet every bound of --slo",
+    "repetitions": "figures are medians over repetitions of the same lengths with other text"
+    " (recorded conversations: other ones, while there are any); intervals are 95 % of their mean"
+    " by Student's t; targets that took turns are compared by a paired t test, others by Welch's,"
+    " both at 5 %",
+    "MBU": "bytes a decode step must read (weights, and keys and values of the requests in flight)"
+    " over the mean TPOT, as a share of the copy bandwidth that `llmkit doctor --peaks` measured;"
+    " a copy also writes, so that reading alone may pass 100 %",
+    "MFU": "operations of all tokens computed (products and attention, two for a multiplication"
+    " and its addition) over the wall time, as a share of the rate of a large matrix product that"
+    " `llmkit doctor --peaks` measured",
+    "GPU energy": "the GPUs' own counters over a run, idle power included, divided by output"
+    " tokens",
+    "cost": "--price-per-hour over the wall time, for a million output tokens, in the price's"
+    " currency",
+    "client": "processor time of the load client's thread over output tokens, and over the wall"
+    " time",
+    "memory": "host: proportional set size of the server and its children, sampled while it starts"
+    " and between runs; with --offline what loading and running the model added to the resident"
+    " size of the process and its children, peaks between samples included; GPU: memory in use by"
+    " all processes, sampled between runs",
+    "start": "from the command's start until the server is healthy, and until the first token"
+    " of a prompt of 16 tokens that is sent then; stages are measured by the server, and the"
+    " remaining time is the rest. Warm and cold mean that the weight files are in the page cache or"
+    " not; Python and the libraries are as the system has them",
+    "saturation": "of a sweep: the load with the highest output throughput; a sweep stops when"
+    " throughput grows by less than 5 % and the median e2e by more than 10 %",
+    "perplexity": "exp of the mean negative log-likelihood over windows that do not overlap; a"
+    " window's first token is not scored",
+    "KL divergence": "KL(baseline || model) of the next token's distribution, in nats, over all"
+    " positions of the windows",
+    "same token": "share of positions where the most probable token is the baseline's",
+    "KL divergence, at least": "when target or baseline is a server, which returns its 20 most"
+    " probable tokens only: the KL divergence with all tokens that are not known on both sides"
+    " merged into one. By the log sum inequality it is never above the true one. Perplexity and the"
+    " same token are exact",
+    "tasks": "figures of EleutherAI's lm-evaluation-harness, asked through the server; ± is 1.96"
+    " standard errors",
+    "quality": "models run as they are served: packed weights, serving kernels and the dtype of the"
+    " KV cache",
+}

@@ -1,0 +1,107 @@
+"""The bytes and operations of a model's tokens, and their share of the measured peaks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from llmkit.bench.bench_metrics import RequestTimeline
+from llmkit.bench.peak_performance import PeakPerformance
+from llmkit.checkpoint.checkpoint import Checkpoint
+from llmkit.model.parameter_table import parameters
+from llmkit.model.spec import ModelSpec
+from llmkit.runtime.engine.engine_options import EngineOptions
+from llmkit.runtime.engine_plan import plan_engine
+from llmkit.runtime.memory_plan import weight_bytes
+
+
+@dataclass(frozen=True)
+class ModelCosts:
+    """Bytes and operations of one model as it is served. A multiply-add is two operations."""
+
+    dense_bytes: int  # weights that every step reads
+    expert_bytes: int  # weights of all experts
+    expert_share: float  # the share of the experts that one token uses
+    token_flops: float  # linear layers without the LM head, for each token
+    head_flops: float  # the LM head, for each sampled token
+    context_flops: float  # attention, for each token and each token that it attends to
+    kv_bytes: int  # keys and values, for each token
+
+    def step_bytes(self, num_requests: float, context_tokens: float) -> float:
+        """Bytes that a decode step reads. All experts are taken to be equally likely."""
+        used_experts: float = 1 - (1 - self.expert_share) ** num_requests
+        kv_bytes = num_requests * context_tokens * self.kv_bytes
+        return self.dense_bytes + self.expert_bytes * used_experts + kv_bytes
+
+    def flops(self, start: int, stop: int) -> float:
+        """Operations of a request's tokens [start, stop). Each attends to itself and all before."""
+        attended = (stop * (stop + 1) - start * (start + 1)) / 2
+        return (stop - start) * self.token_flops + attended * self.context_flops
+
+
+def count_model_costs(
+    checkpoint: Checkpoint, spec: ModelSpec, dtype: torch.dtype, device: str
+) -> ModelCosts:
+    """The costs of a checkpoint that is served in `dtype` on "cpu" or "cuda"."""
+    plan = plan_engine(
+        checkpoint, EngineOptions(device=device, dtype=str(dtype).removeprefix("torch."))
+    )
+    rows = parameters(spec)
+    linear = [row for row in rows if row.is_linear and row.expert is None]
+    experts = [row for row in rows if row.expert is not None]
+    head = [row for row in rows if row.is_lm_head]
+    dense = weight_bytes(checkpoint, spec, dtype, torch.device(device), [*linear, *head])
+    if spec.tie_word_embeddings:
+        stored = checkpoint.tensors["model.embed_tokens.weight"].torch_dtype.itemsize
+        dense += spec.vocab_size * spec.hidden_size * min(stored, dtype.itemsize)
+    return ModelCosts(
+        dense,
+        weight_bytes(checkpoint, spec, dtype, torch.device(device), experts),
+        _expert_share(spec),
+        token_flops(spec),
+        2.0 * spec.vocab_size * spec.hidden_size,
+        4.0 * len(spec.layers) * spec.num_heads * spec.head_dim,
+        plan.memory.bytes_per_block // plan.memory.block_size,
+    )
+
+
+def token_flops(spec: ModelSpec) -> float:
+    """Operations of the linear layers for one token, without the LM head."""
+    rows = parameters(spec)
+    elements = sum(math.prod(row.shape) for row in rows if row.is_linear and row.expert is None)
+    elements += round(
+        _expert_share(spec) * sum(math.prod(row.shape) for row in rows if row.expert is not None)
+    )
+    return 2.0 * elements
+
+
+def _expert_share(spec: ModelSpec) -> float:
+    return spec.moe.num_experts_per_tok / spec.moe.num_experts if spec.moe else 0.0
+
+
+def utilization(
+    costs: ModelCosts, peaks: PeakPerformance, timelines: Sequence[RequestTimeline], wall_s: float
+) -> dict[str, float]:
+    """mbu and mfu of a run, as DEFINITIONS says. No mbu when all requests are for one token."""
+    flops = sum(
+        costs.flops(t.cached_tokens, t.prompt_tokens + t.output_tokens - 1)
+        + t.output_tokens * costs.head_flops
+        for t in timelines
+    )
+    metrics = {"mfu": flops / wall_s / peaks.flops_per_s}
+    decoding = [t for t in timelines if t.tpot_s]
+    if decoding:
+        tpot_s = sum(t.tpot_s or 0.0 for t in decoding) / len(decoding)
+        span_s = max(t.arrivals_s[-1] for t in decoding) - min(t.arrivals_s[0] for t in decoding)
+        busy_s = sum(t.e2e_s - t.ttft_s for t in decoding)
+        # The mean context, weighted by the time that each request decodes.
+        weighted_context = sum(
+            (t.prompt_tokens + t.output_tokens / 2) * (t.e2e_s - t.ttft_s) for t in decoding
+        )
+        context_tokens = weighted_context / busy_s
+        step_bytes = costs.step_bytes(max(1.0, busy_s / span_s), context_tokens)
+        metrics["mbu"] = step_bytes / tpot_s / peaks.bytes_per_s
+    return metrics

@@ -1,0 +1,101 @@
+"""Writing a report's files: JSON, HTML, CSV, charts, JUnit and a Markdown summary."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from llmkit.bench.bench_options import ReportOutputs
+from llmkit.bench.bench_page import drawings, report_page
+from llmkit.bench.ci_report import csv_text, junit, summary
+from llmkit.common.errors import ShortageError, UsageError
+from llmkit.common.svg_charts import standalone_svg
+
+if TYPE_CHECKING:
+    from llmkit.bench.bench_report import BenchReport
+
+
+def check_outputs(outputs: ReportOutputs) -> None:
+    """Check the options before anything is measured.
+
+    Raises UsageError for options that exclude each other, and ShortageError for files that cannot
+    be written and PNGs that cannot be made.
+    """
+    names = (
+        outputs.json,
+        outputs.html,
+        outputs.csv,
+        outputs.charts,
+        outputs.junit,
+        outputs.summary,
+    )
+    for name in filter(None, names):
+        path = Path(name).absolute()
+        existing = next(parent for parent in (path, *path.parents) if parent.exists())
+        needs_directory = name == outputs.charts or existing != path
+        if existing.is_dir() != needs_directory or not os.access(existing, os.W_OK):
+            kind = "directory" if needs_directory else "file"
+            raise ShortageError(
+                f"{name} cannot be written",
+                f"{existing} is no writable {kind}",
+                "Choose another place",
+            )
+    if outputs.png and not outputs.charts:
+        raise UsageError(
+            "--png writes beside the SVG files",
+            "A directory was expected",
+            "Give one with --charts",
+        )
+    if outputs.png:
+        png(b'<svg xmlns="http://www.w3.org/2000/svg" width="1" height="1"/>')
+
+
+def write_report(report: BenchReport, outputs: ReportOutputs) -> list[Path]:
+    """Write the chosen files and replace existing ones. Returns their paths.
+
+    Raises as `check_outputs` does, and ShortageError when a file cannot be written.
+    """
+    check_outputs(outputs)
+    files: dict[Path, bytes] = {}
+    if outputs.json:
+        text = json.dumps(report.to_json(), indent=1, ensure_ascii=False)
+        files[Path(outputs.json)] = f"{text}\n".encode()
+    if outputs.html:
+        files[Path(outputs.html)] = report_page(report)
+    if outputs.csv:
+        files[Path(outputs.csv)] = csv_text(report).encode()
+    if outputs.junit:
+        files[Path(outputs.junit)] = junit(report)
+    if outputs.summary:
+        files[Path(outputs.summary)] = summary(report).encode()
+    if outputs.charts:
+        for name, drawing in drawings(report).items():
+            content = standalone_svg(drawing).encode()
+            files[Path(outputs.charts) / f"{name}.svg"] = content
+            if outputs.png:
+                files[Path(outputs.charts) / f"{name}.png"] = png(content)
+    for path, content in files.items():
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content)
+        except OSError as error:
+            raise ShortageError(
+                f"{path} cannot be written ({error.strerror})", todo="Choose another place"
+            ) from error
+    return list(files)
+
+
+def png(drawing: bytes) -> bytes:
+    """An SVG file as a PNG of twice its size. Raises ShortageError without CairoSVG or Cairo."""
+    try:
+        import cairosvg  # optional
+    except (ImportError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise ShortageError(
+            f"--png needs CairoSVG and the Cairo library ({reason})",
+            todo="Run pip install 'llmkit[png]'; Cairo is libcairo2 in Debian",
+        ) from error
+    image: bytes = cairosvg.svg2png(bytestring=drawing, scale=2)
+    return image

@@ -1,0 +1,194 @@
+"""`llmkit bench`: measure the speed and quality of targets and check the gates."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+
+from llmkit.bench.bench_options import BenchOptions
+from llmkit.bench.bench_plan import BenchPlan
+from llmkit.bench.bench_planner import make_plan
+from llmkit.bench.bench_report import BenchReport, comparability_notes, require_single_target
+from llmkit.bench.environment import describe_environment
+from llmkit.bench.measure_speed import (
+    measure_running_targets,
+    measure_startups,
+    tokenizer_checkpoint,
+)
+from llmkit.bench.model_quality import make_evaluation, score_targets
+from llmkit.bench.prompt_dataset import drop_long_conversations, load_prompt_dataset
+from llmkit.bench.startup import describe_startup
+from llmkit.bench.workload import Workload, build_workload, check_context_length
+from llmkit.checkpoint.checkpoint import Checkpoint
+from llmkit.checkpoint.tokenizer import load_tokenizer
+from llmkit.common.errors import InputError
+from llmkit.common.progress import Progress
+
+# Above these the load client itself may limit the measured speed.
+MAX_CLIENT_BUSY = 0.8  # of a core
+MAX_CLIENT_LATE_MS = 20.0  # behind its schedule
+
+
+def bench(targets: Sequence[str], options: BenchOptions, progress: Progress) -> BenchReport:
+    """Measure targets (checkpoints, or addresses of OpenAI-compatible servers) and check the gates.
+
+    The report has the results of the gates; `BenchReport.require_gates` raises for failed ones.
+    Raises as `make_plan` does, and InputError when requests fail or do not fit a target.
+    """
+    plan = make_plan(targets, options)
+    report = BenchReport(
+        [target.report for target in plan.targets],
+        baseline=plan.baseline,
+        environment=describe_environment(plan.device, plan.dtype),
+        command=shlex.join(["llmkit", *sys.argv[1:]]),
+        notes=plan.notes,
+        joined=not plan.interleaved,
+    )
+    if plan.measures_startup:
+        report.workload = describe_startup(options.rounds, options.page_cache)
+        _check_same_sha256(plan, "workload", report.workload["sha256"], "repeats and page cache")
+        measure_startups(plan, progress)
+    workload = None
+    if options.speed and not plan.measures_startup:
+        tokenizer = tokenizer_checkpoint(plan)
+        workload = _build_workload(plan, tokenizer)
+        report.workload = {
+            "sha256": workload.sha256,
+            "tokenizer": tokenizer.reference,
+            "data": options.data,
+            "seed": options.seed,
+            "rounds": options.rounds,
+            "scenarios": workload.describe(),
+        }
+        if options.load is not None:
+            report.workload["load"] = asdict(options.load)
+        if options.slo:
+            report.workload["slo"] = options.slo
+        _check_same_sha256(
+            plan, "workload", workload.sha256, "load, data, rounds, limit, seed and tokenizer"
+        )
+    if workload or plan.tasks:
+        measure_running_targets(plan, workload, report, progress)
+        report.notes += _client_warnings(report)
+    if options.quality and plan.quality_targets:
+        report.evaluation = _measure_quality(plan, progress)
+    if plan.saved_baseline is not None and plan.baseline is not None:
+        baseline = require_single_target(plan.saved_baseline, plan.baseline)
+        baseline.name = plan.baseline
+        report.targets.insert(0, baseline)
+        report.joined = True
+        report.notes += comparability_notes(plan.saved_baseline, report)
+    report.check_gates(plan.gates)
+    return report
+
+
+def _build_workload(plan: BenchPlan, tokenizer: Checkpoint) -> Workload:
+    """The requests that every target gets.
+
+    Raises InputError when a target's context is too short or its vocabulary too small for them.
+    """
+    options = plan.options
+    data = load_prompt_dataset(options.data, load_tokenizer(tokenizer), options.seed)
+    max_tokens = {target.name: plan.max_request_tokens(target) for target in plan.targets}
+    limits = [limit for limit in max_tokens.values() if limit is not None]
+    if data.conversations and limits:
+        turns = max(scenario.turns for scenario in plan.scenarios)
+        fitting = drop_long_conversations(data, min(limits), turns)
+        num_dropped = len(data.conversations) - len(fitting.conversations)
+        if num_dropped:
+            plan.notes.append(
+                f"{num_dropped} conversations longer than {min(limits)} tokens were left out"
+            )
+        data = fitting
+    workload = build_workload(data, plan.scenarios, options.rounds, options.seed, options.limit)
+    requests = [
+        request for scenarios in workload.rounds for run in scenarios.values() for request in run
+    ]
+    first_prompts = [request.prompt for request in requests if not request.is_follow_up]
+    num_repeated = len(first_prompts) - len(set(first_prompts))
+    if data.conversations and num_repeated:
+        plan.notes.append(
+            f"{num_repeated} of {len(first_prompts)} conversations repeat earlier ones of this run:"
+            " a prefix cache has them"
+        )
+    max_token_id = max(max(request.prompt) for request in requests)
+    for target in plan.targets:
+        limit = max_tokens[target.name]
+        if limit is not None:
+            check_context_length(workload, limit, target.name)
+        if target.spec is not None and max_token_id >= target.spec.vocab_size:
+            raise InputError(
+                f"prompts have token ids up to {max_token_id} and {target.name} has a vocabulary"
+                f" of {target.spec.vocab_size}",
+                "All targets get the same prompts",
+                "Bench models of one tokenizer together",
+            )
+    return workload
+
+
+def _client_warnings(report: BenchReport) -> list[str]:
+    """A warning for every scenario in which the load client may have limited the speed."""
+    warnings = []
+    for target in report.targets:
+        for scenario, metrics in target.scenarios.items():
+            busy = metrics.get("client_busy", 0.0)
+            late_ms = metrics.get("client_late_ms", 0.0)
+            if busy > MAX_CLIENT_BUSY or late_ms > MAX_CLIENT_LATE_MS:
+                warnings.append(
+                    f"the load client was busy {busy:.0%} of the time and {late_ms:.0f} ms"
+                    f" behind its schedule in {scenario} at {target.name}: it, not the server,"
+                    " may be what limits these figures"
+                )
+    return warnings
+
+
+def _measure_quality(plan: BenchPlan, progress: Progress) -> dict[str, str | int]:
+    """Measure the quality of the targets. Returns the report's description of the evaluation."""
+    options = plan.options
+    quality_targets = plan.quality_targets
+    baseline = plan.baseline if plan.baseline in quality_targets else None
+    # By default the baseline's tokenizer makes the windows, or else the first checkpoint's.
+    candidates = list(quality_targets.values())
+    if baseline is not None:
+        candidates.insert(0, quality_targets[baseline])
+    checkpoints = [target for target in candidates if isinstance(target, Checkpoint)]
+    tokenizer = load_tokenizer(checkpoints[0] if checkpoints else tokenizer_checkpoint(plan))
+    window_tokens = options.window_tokens
+    for target in plan.targets:
+        if target.name in quality_targets and target.context_tokens:
+            # A server generates one token after the window.
+            reserved = 1 if target.server is not None else 0
+            window_tokens = min(window_tokens, target.context_tokens - reserved)
+    evaluation = make_evaluation(
+        tokenizer, options.text, options.windows, window_tokens, options.seed
+    )
+    description = evaluation.describe()
+    _check_same_sha256(
+        plan, "evaluation", str(description["sha256"]), "text, windows, seed and tokenizer"
+    )
+    metrics = score_targets(
+        quality_targets, baseline, evaluation.windows, plan.dtype, plan.device, progress
+    )
+    for target in plan.targets:
+        # A load_s that the engine measured in this process stays.
+        target.report.metrics = metrics.get(target.name, {}) | target.report.metrics
+    if any(checkpoint.layout for checkpoint in plan.checkpoints.values()):
+        plan.notes.append("sharded checkpoints are scored unsharded")
+    return description
+
+
+def _check_same_sha256(plan: BenchPlan, part: str, sha256: str, options: str) -> None:
+    """Raises InputError when the saved baseline has another workload or evaluation.
+
+    part: "workload" or "evaluation". options: the command's options that decide it.
+    """
+    saved = getattr(plan.saved_baseline, part, None)
+    if saved and saved.get("sha256") != sha256:
+        raise InputError(
+            f"baseline {plan.options.baseline} was measured with another {part}"
+            f" (SHA-256 {str(saved.get('sha256'))[:12]}, here {sha256[:12]})",
+            "Figures compare only for the same work",
+            f"Use its {options}, which it lists",
+        )

@@ -1,0 +1,161 @@
+"""Finds a model on disk or on the Hugging Face hub, and reads the files beside its weights.
+
+This module needs no torch, so that a process that only tokenizes starts fast.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any, Literal
+
+from llmkit.checkpoint.hub import download_from_hub, is_hub_id
+from llmkit.common.errors import InputError
+
+CONFIG = "config.json"
+INDEX = "model.safetensors.index.json"
+PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+# The files beside the weights that an output copies from its source.
+SIDE_FILE_PATTERNS = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "generation_config.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "vocab.json",
+    "merges.txt",
+    "vocab.txt",
+    "tokenizer.model",
+    "spiece.model",
+    "*.tiktoken",
+    "quantize_config.json",
+    "LICENSE*",
+    "NOTICE*",
+    "USE_POLICY*",
+)
+
+
+@dataclass
+class ModelFiles:
+    """A model without its weights: its path, configs and tokenizer files."""
+
+    reference: str  # as the user wrote it
+    path: Path  # the directory, or the .gguf file
+    file_format: Literal["safetensors", "gguf"]
+    config: dict[str, Any]  # config.json; for GGUF it is made from the metadata
+    generation_config: dict[str, Any]
+    load_side_files: Callable[[], dict[str, bytes]] = field(repr=False)
+
+    def side_files(self) -> dict[str, bytes]:
+        """The files that an output copies: tokenizer, chat template, generation config, licence.
+
+        config.json is not among them.
+        """
+        return self.load_side_files()
+
+
+def find_model(reference: str | Path) -> Path:
+    """The directory with a config.json, or the .gguf file, of a path or a hub id.
+
+    A hub id is downloaded. URLs are not accepted here (see `resolve_model`).
+    Raises InputError when there is no such model.
+    """
+    text = str(reference)
+    path = Path(text).expanduser()
+    if not text:  # for example an unset shell variable
+        raise InputError(
+            "the model's name is empty", "A directory, a hub id or a .gguf file was expected"
+        )
+    if path.is_file():
+        return _check_model_file(text, path)
+    if not path.is_dir():
+        if isinstance(reference, Path) or not is_hub_id(text):
+            raise InputError(
+                f"{text} does not exist", "A directory, a hub id or a .gguf file was expected"
+            )
+        path = download_from_hub(text)
+    return require_config(path)
+
+
+def require_config(path: Path) -> Path:
+    """The directory `path` itself. Raises InputError when it has no config.json."""
+    if not (path / CONFIG).is_file():
+        ggufs = sorted(path.glob("*.gguf"))
+        raise InputError(
+            f"{path} has no {CONFIG}; it holds {list_names(path)}",
+            "A Hugging Face model directory was expected",
+            f"Give the file itself, {ggufs[0]}" if ggufs else "",
+        )
+    return path
+
+
+def _check_model_file(reference: str, path: Path) -> Path:
+    if path.suffix == ".gguf":
+        return path
+    if path.suffix in PICKLE_SUFFIXES:
+        raise pickle_error(path)
+    todo = f"Give its directory, {path.parent}" if path.suffix == ".safetensors" else ""
+    raise InputError(
+        f"{reference} is a file", "A directory, a hub id or a .gguf file was expected", todo
+    )
+
+
+def read_generation_config(path: Path) -> dict[str, Any]:
+    """The generation_config.json of a directory; {} when there is none."""
+    file = path / "generation_config.json"
+    return load_json(file) if file.is_file() else {}
+
+
+def read_side_files(path: Path) -> dict[str, bytes]:
+    """The files of a directory that match SIDE_FILE_PATTERNS, by name."""
+    return {
+        file.name: file.read_bytes()
+        for file in sorted(path.iterdir())
+        if file.is_file() and any(fnmatch(file.name, pattern) for pattern in SIDE_FILE_PATTERNS)
+    }
+
+
+def load_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file. Raises InputError when it holds none."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror})") from error
+    return parse_json(data, path)
+
+
+def parse_json(data: bytes, where: object) -> dict[str, Any]:
+    """The JSON object in `data`.
+
+    `where` names its origin in the InputError raised for other data.
+    """
+    try:
+        value = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{where} is not valid JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise InputError(f"{where} holds a JSON {type(value).__name__}", "An object was expected")
+    return value
+
+
+def list_names(path: Path) -> str:
+    """The first names in a directory, for an error message."""
+    names = sorted(file.name for file in path.iterdir())
+    if not names:
+        return "nothing"
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+def pickle_error(path: Path) -> InputError:
+    """The error for pickled weights."""
+    return InputError(
+        f"{path} is a pickle file, which can run code when loaded, and is never loaded",
+        "Weights in safetensors files were expected",
+        "Convert them where you trust them: "
+        "AutoModelForCausalLM.from_pretrained(MODEL).save_pretrained(DIRECTORY)",
+    )

@@ -1,0 +1,160 @@
+"""Opens a model with its weights as a `Checkpoint`, from a directory, hub id, .gguf file or URL."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from llmkit.checkpoint.checkpoint import Checkpoint
+from llmkit.checkpoint.manifest import check_files, is_plain_name, load_manifest
+from llmkit.checkpoint.model_files import (
+    CONFIG,
+    INDEX,
+    PICKLE_SUFFIXES,
+    list_names,
+    load_json,
+    pickle_error,
+    read_generation_config,
+    read_side_files,
+)
+from llmkit.checkpoint.open_model_files import resolve_model
+from llmkit.checkpoint.quantized_formats import parse_quantization
+from llmkit.checkpoint.quantized_weight import QuantizationConfig
+from llmkit.checkpoint.safetensors_header import TensorInfo, read_header
+from llmkit.checkpoint.tensor_reader import SafetensorsRows
+from llmkit.common.errors import InputError
+
+SINGLE_FILE = "model.safetensors"
+
+
+def open_checkpoint(reference: str | Path) -> Checkpoint:
+    """Open a model: a directory, a hub id (organization/name), a .gguf file or a URL.
+
+    All headers are checked; no tensor is read.
+
+    Raises InputError when there is no such model, when files are missing, malformed, cut short or
+    changed since llmkit wrote them, and when the weights are pickled.
+    """
+    path = resolve_model(reference)
+    text = str(reference)
+    if path.is_dir():
+        return _open_directory(text, path)
+    from llmkit.checkpoint.gguf import open_gguf  # keeps the gguf package off the start path
+
+    model = open_gguf(path)
+    return Checkpoint(
+        text,
+        path,
+        "gguf",
+        model.config,
+        model.generation_config,
+        model.side_files,
+        model.tensors,
+        None,
+        None,
+        (path.name,),
+        model,
+    )
+
+
+def _open_directory(reference: str, path: Path) -> Checkpoint:
+    config = load_json(path / CONFIG)
+    manifest = load_manifest(path)
+    if manifest is not None:
+        check_files(path, manifest)
+    if manifest is not None and manifest.get("layout") is not None:
+        files = tuple(sorted(name for name in manifest["files"] if name.endswith(".safetensors")))
+        tensors: dict[str, TensorInfo] = {}
+    else:
+        files, tensors = _find_tensors(path)
+    return Checkpoint(
+        reference,
+        path,
+        "safetensors",
+        config,
+        read_generation_config(path),
+        lambda: read_side_files(path),
+        tensors,
+        _quantization(path, config),
+        manifest,
+        files,
+        SafetensorsRows(path),
+    )
+
+
+def _quantization(path: Path, config: Mapping[str, Any]) -> QuantizationConfig | None:
+    entry = config.get("quantization_config")
+    legacy = path / "quantize_config.json"
+    if entry is None and legacy.is_file():  # old versions of AutoGPTQ wrote only this file
+        entry = {"quant_method": "gptq", **load_json(legacy)}
+    if entry is None:
+        return None
+    return parse_quantization(entry)
+
+
+def _find_tensors(path: Path) -> tuple[tuple[str, ...], dict[str, TensorInfo]]:
+    """The weight files of a directory and all tensors in them."""
+    file_by_tensor: dict[str, str] = {}
+    if (path / SINGLE_FILE).is_file():  # transformers, too, prefers this file to an index
+        files = [SINGLE_FILE]
+    elif (path / INDEX).is_file():
+        file_by_tensor = _read_weight_map(path)
+        files = sorted(set(file_by_tensor.values()))
+    else:
+        files = sorted(file.name for file in path.glob("*.safetensors"))
+    if not files:
+        pickles = sorted(file for file in path.iterdir() if file.suffix in PICKLE_SUFFIXES)
+        if pickles:
+            raise pickle_error(pickles[0])
+        raise InputError(
+            f"{path} has no weights; it holds {list_names(path)}",
+            "Files named *.safetensors were expected",
+        )
+    tensors: dict[str, TensorInfo] = {}
+    for file in files:
+        for name, info in read_header(path / file).items():
+            if name in tensors:
+                raise InputError(
+                    f"{path}: tensor {name} is in both {tensors[name].file} and {file}",
+                    "Each tensor was expected once",
+                )
+            tensors[name] = info
+    wrong = [
+        name
+        for name, file in file_by_tensor.items()
+        if name not in tensors or tensors[name].file != file
+    ]
+    if wrong:
+        raise InputError(
+            f"{path / INDEX} places {len(wrong)} tensors in files that lack them"
+            f" ({', '.join(wrong[:5])})",
+            "An index that agrees with its files was expected",
+        )
+    return tuple(files), tensors
+
+
+def _read_weight_map(path: Path) -> dict[str, str]:
+    """The `weight_map` of the index: the file of each tensor.
+
+    Raises InputError when it is wrong.
+    """
+    weight_map = load_json(path / INDEX).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise InputError(
+            f"{path / INDEX} has no weight_map", "An object of tensor names and files was expected"
+        )
+    for name, file in weight_map.items():
+        if not is_plain_name(file) or not file.endswith(".safetensors"):
+            raise InputError(
+                f"{path / INDEX} places {name} in {str(file)!r}",
+                "A .safetensors file of the same folder was expected",
+            )
+    missing = sorted(file for file in set(weight_map.values()) if not (path / file).is_file())
+    if missing:
+        raise InputError(
+            f"{path} lacks {len(missing)} of the files that {INDEX} names"
+            f" ({', '.join(missing[:5])})",
+            todo="Download them again",
+        )
+    return weight_map

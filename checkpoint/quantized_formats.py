@@ -1,0 +1,73 @@
+"""The quantized formats by name. They define how a quantized weight is stored.
+
+How a weight is quantized is the subject of `llmkit.quant`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import torch
+
+from llmkit.checkpoint.awq_format import AwqFormat
+from llmkit.checkpoint.compressed_tensors import CompressedTensorsFormat
+from llmkit.checkpoint.gptq_format import GptqFormat
+from llmkit.checkpoint.quantized_weight import (
+    PackedTensor,
+    QuantizationConfig,
+    QuantizedWeight,
+    Scheme,
+)
+from llmkit.common.errors import InputError
+
+
+class QuantizedFormat(Protocol):
+    """How a format stores the weight [out, in] of a linear module M: as tensors `M.<suffix>`."""
+
+    def tensors(self, scheme: Scheme, out: int, in_: int) -> tuple[PackedTensor, ...]:
+        """The stored tensors of an [out, in_] weight.
+
+        Raises InputError for sizes that do not pack.
+        """
+
+    def pack(self, scheme: Scheme, weight: QuantizedWeight) -> dict[str, torch.Tensor]:
+        """The stored tensors by suffix. Raises InputError for a weight the format cannot hold."""
+
+    def unpack(self, scheme: Scheme, tensors: Mapping[str, torch.Tensor]) -> QuantizedWeight:
+        """The weight from its stored tensors by suffix. Raises InputError when they disagree."""
+
+    def config_dict(self, config: QuantizationConfig) -> dict[str, Any]:
+        """The `quantization_config` of config.json."""
+
+    def parse(self, d: Mapping[str, Any]) -> QuantizationConfig:
+        """The inverse of `config_dict`. Raises InputError for options that cannot be read."""
+
+    def extra_files(self, config: QuantizationConfig) -> dict[str, bytes]:
+        """Further files that readers of the format need."""
+
+
+FORMATS: dict[str, QuantizedFormat] = {
+    "gptq": GptqFormat(),
+    "awq": AwqFormat(),
+    "compressed-tensors": CompressedTensorsFormat(),
+}
+
+
+def format_of(config: QuantizationConfig) -> QuantizedFormat:
+    """The format that `config` is stored in."""
+    return FORMATS[config.format]
+
+
+def parse_quantization(d: object) -> QuantizationConfig:
+    """Parse the `quantization_config` of a config.json.
+
+    Raises InputError for unknown methods and options.
+    """
+    method = d.get("quant_method") if isinstance(d, dict) else None
+    if not isinstance(d, dict) or method not in FORMATS:
+        raise InputError(
+            f"This checkpoint is quantized with {method or 'a method it does not name'}",
+            f"One of {', '.join(FORMATS)} was expected",
+        )
+    return FORMATS[method].parse(d)

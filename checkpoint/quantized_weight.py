@@ -1,0 +1,178 @@
+"""A quantized weight in memory, and the config of how a checkpoint stores it, for all formats.
+
+Legend: `out` rows, `in` columns, `G` groups along `in`.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+Format = Literal["gptq", "awq", "compressed-tensors"]
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """How the weight of one linear layer, and its inputs at run time, are quantized."""
+
+    bits: int
+    group_size: int = -1  # along `in`; -1: one scale per output row
+    symmetric: bool = True
+    kind: Literal["int", "float"] = "int"  # float: FP8 e4m3
+    # none: not quantized; token: a dynamic scale per token; tensor: one stored scale.
+    inputs: Literal["none", "token", "tensor"] = "none"
+
+    def groups(self, in_features: int) -> int:
+        """The number of groups in a row of `in_features` weights."""
+        return 1 if self.group_size == -1 else -(-in_features // self.group_size)
+
+    @property
+    def label(self) -> str:
+        """A description for people: "INT4 in groups of 64", "INT8, inputs too"."""
+        name = "FP8" if self.kind == "float" else f"INT{self.bits}"
+        grid = "" if self.group_size == -1 else f" in groups of {self.group_size}"
+        zeros = "" if self.symmetric else " with zero points"
+        input_texts = {
+            "none": "",
+            "token": ", inputs too",
+            "tensor": ", inputs too by a fixed scale",
+        }
+        return name + grid + zeros + input_texts[self.inputs]
+
+    @property
+    def half(self) -> int:
+        """The quantized value of zero for a symmetric scheme. FP8 has no offset."""
+        return 1 << (self.bits - 1) if self.kind == "int" else 0
+
+
+@dataclass(frozen=True)
+class QuantizationConfig:
+    """How a checkpoint's linear weights are stored: the `quantization_config` of its config.json.
+
+    Modules have checkpoint names ("model.layers.0.mlp.up_proj"). `ignore` and `overrides` hold
+    names, or regular expressions after "re:". `ignore` wins over an override, and an override over
+    `scheme`.
+    """
+
+    format: Format
+    # The scheme of linear layers without an override; None: those layers are not quantized.
+    scheme: Scheme | None
+    ignore: tuple[str, ...] = ("lm_head",)
+    overrides: tuple[tuple[str, Scheme], ...] = ()
+    # The dtype of a quantized KV cache; the checkpoint stores its scales for each layer.
+    kv: Literal["", "fp8", "int8"] = ""
+    # The method that quantized the weights (gptq, rtn, int8); "" when the checkpoint does not say.
+    method: str = ""
+    # GPTQ's damping: the share of the mean diagonal that was added to the Hessian. It is only
+    # recorded.
+    damp: float = 0.01
+
+    def scheme_of(self, module: str) -> Scheme | None:
+        """The scheme of a linear layer; None when it is not quantized."""
+        if any(_names(entry, module) for entry in self.ignore):
+            return None
+        return next(
+            (scheme for entry, scheme in self.overrides if _names(entry, module)), self.scheme
+        )
+
+    @property
+    def schemes(self) -> tuple[Scheme, ...]:
+        """The distinct schemes; `scheme` comes first."""
+        found = [self.scheme] if self.scheme else []
+        return tuple(dict.fromkeys([*found, *(scheme for _, scheme in self.overrides)]))
+
+
+def _names(entry: str, module: str) -> bool:
+    if entry.startswith("re:"):
+        return re.match(entry[3:], module) is not None
+    return entry == module
+
+
+@dataclass
+class QuantizedWeight:
+    """W[o, i] = scales[o, g(i)] * (q[o, i] - zeros[o, g(i)]), with g(i) = i // group_size.
+
+    q: uint8 [out, in], 0 .. 2^bits - 1; float8_e4m3fn for FP8.
+    scales: float16, bfloat16 or float32 [out, G].
+    zeros: uint8 [out, G]; `scheme.half` everywhere when symmetric.
+    input_scale: float32 [1] when the inputs have a stored scale (`scheme.inputs` is "tensor").
+    """
+
+    q: torch.Tensor
+    scales: torch.Tensor
+    zeros: torch.Tensor
+    scheme: Scheme
+    input_scale: torch.Tensor | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """[out, in]"""
+        rows, columns = self.q.shape
+        return rows, columns
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """The dense weight [out, in], computed in float32 and cast to `dtype`."""
+        rows, columns = self.shape
+        size = columns if self.scheme.group_size == -1 else self.scheme.group_size
+        dense = self.q.float()
+        if columns % size:  # the last group is smaller
+            index = torch.arange(columns, device=dense.device) // size
+            return (
+                dense.sub_(self.zeros.float()[:, index])
+                .mul_(self.scales.float()[:, index])
+                .to(dtype)
+            )
+        groups = dense.view(rows, -1, size)
+        groups.sub_(self.zeros.float().unsqueeze(2)).mul_(self.scales.float().unsqueeze(2))
+        return dense.to(dtype)
+
+    def rows(self, rows: slice) -> QuantizedWeight:
+        """The weight of some rows."""
+        return QuantizedWeight(
+            self.q[rows], self.scales[rows], self.zeros[rows], self.scheme, self.input_scale
+        )
+
+    def to(self, device: torch.device | str) -> QuantizedWeight:
+        """The same weight on another device."""
+        scale = None if self.input_scale is None else self.input_scale.to(device)
+        return QuantizedWeight(
+            self.q.to(device), self.scales.to(device), self.zeros.to(device), self.scheme, scale
+        )
+
+
+@dataclass(frozen=True)
+class PackedTensor:
+    """One tensor that a checkpoint stores for a weight, and how it is sliced with the weight.
+
+    A quantized weight is stored as several tensors (qweight, scales, ...), a dense weight as one.
+
+    `out` describes the rows of the dense weight in this tensor, and `in_` its columns. Each is a
+    pair (dim, per_element): the dimension of this tensor along which the rows (columns) extend, and
+    the number of dense rows (columns) in one element. It is None when the tensor does not extend
+    along them. The dense interval [a, b) is the interval [a / per_element, b / per_element) of this
+    tensor, and both ends must be multiples of `per_element`. Example: GPTQ's INT4 qweight packs 8
+    columns of the dense weight into one int32, so out = (1, 1) and in_ = (0, 8).
+    """
+
+    suffix: str  # "qweight", "weight_scale", ...
+    dtype: str  # as in a safetensors header; "": a dense tensor of any float dtype
+    shape: tuple[int, ...]
+    out: tuple[int, int] | None
+    in_: tuple[int, int] | None
+    # How a slice gets its values, when they are not copied.
+    # group_index: group numbers, counted from the first group of the slice (GPTQ's g_idx).
+    # shape: the shape of the dense slice (compressed-tensors' weight_shape).
+    derived: Literal["", "group_index", "shape"] = ""
+    # Set by `checkpoint_tensors`, for a checkpoint of a given model:
+    name: str = ""  # "model.layers.3.mlp.up_proj.qweight"
+    source_name: str = ""  # the dense tensor it stands for; "" for a KV scale
+    source_shape: tuple[int, ...] = ()
+    group_size: int = -1
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether it belongs to a quantized weight, and not to a dense one."""
+        return bool(self.dtype)

@@ -1,0 +1,1 @@
+"""Remote checkpoints: object stores, the Hugging Face hub, MLflow; transfer and signatures."""

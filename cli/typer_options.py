@@ -1,0 +1,79 @@
+"""Typer commands made from options classes, and parsing words to an object of such a class."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Annotated, Any, TypeVar
+
+import typer
+
+from llmkit.common.options import Argument, OptionField, build_options, option_fields
+
+T = TypeVar("T")
+
+
+def typer_signature(*classes: type) -> inspect.Signature:
+    """The signature that Typer makes a command of: a keyword for each option of the classes."""
+    parameters = []
+    for options in classes:
+        parameters += [_parameter(field) for field in option_fields(options)]
+    return inspect.Signature(parameters)
+
+
+def parse_words(options: type[T], command: str, words: list[str]) -> T:
+    """The options of `llmkit COMMAND WORDS`, without reading variables and --config files.
+
+    Raises UsageError for a bad value, and the command-line parser's own exceptions.
+    """
+
+    def ignore(**values: Any) -> None:
+        """The parser is used without running a command."""
+
+    set_signature(ignore, typer_signature(options))
+    app = typer.Typer(add_completion=False)
+    app.command(command)(ignore)
+    context = typer.main.get_command(app).make_context(command, list(words))
+    return build_options(options, context.params)
+
+
+def set_signature(function: Any, signature: inspect.Signature) -> None:
+    """Makes Typer see a signature in the place of the function's own."""
+    function.__signature__ = signature
+    function.__annotations__ = {
+        parameter.name: parameter.annotation for parameter in signature.parameters.values()
+    }
+
+
+def _parameter(field: OptionField) -> inspect.Parameter:
+    kind = field.value_type
+    default: Any = inspect.Parameter.empty
+    if not field.required:
+        default = field.value_default
+        if default is None:
+            kind = kind | None
+    return inspect.Parameter(
+        field.parameter,
+        inspect.Parameter.KEYWORD_ONLY,
+        default=default,
+        annotation=Annotated[kind, _typer_info(field)],
+    )
+
+
+def _typer_info(field: OptionField) -> Any:
+    option = field.option
+    shown = {"show_default": option.unset} if option.unset is not None else {}
+    if isinstance(option, Argument):
+        return typer.Argument(
+            metavar=option.metavar,
+            help=option.help,
+            **shown,  # type: ignore[arg-type]
+        )
+    return typer.Option(
+        *field.flags,
+        metavar=option.metavar,
+        help=option.help,
+        min=option.min,
+        max=option.max,
+        rich_help_panel=option.panel,
+        **shown,  # type: ignore[arg-type]
+    )

@@ -1,0 +1,90 @@
+"""Renders chat templates as transformers does, in a Jinja2 sandbox: a template is untrusted code.
+
+This module is in `common` because the server, the tokenizer and `quantize` (calibration text,
+sample answers) all render chats, and they share no other layer. It knows no model: a template and
+its variables go in, text comes out. Importing it imports Jinja2.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from functools import lru_cache
+from typing import Any, NoReturn
+
+from jinja2 import Template, TemplateError, nodes
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from llmkit.common.errors import ChatTemplateError
+
+
+class _GenerationTag(Extension):
+    """Accepts {% generation %} ... {% endgeneration %}: a mark for training, ignored here."""
+
+    tags = {"generation"}  # noqa: RUF012
+
+    def parse(self, parser: Parser) -> nodes.Node:
+        """Return the block's contents as a separate scope."""
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return nodes.Scope(body, lineno=line)
+
+
+def render_chat_template(
+    template: str, messages: Sequence[Mapping[str, Any]], **variables: Any
+) -> str:
+    """Return the prompt text for `messages`; `variables` are further variables of the template.
+
+    Raises ChatTemplateError when the template fails, with the template's own message if it has one.
+    """
+    try:
+        return _compile(template).render(messages=messages, **variables)
+    except TemplateError as error:
+        raise ChatTemplateError(error.message or type(error).__name__) from error
+    except (
+        TypeError,
+        ValueError,
+        KeyError,
+        AttributeError,
+        IndexError,
+        ArithmeticError,
+        RecursionError,
+    ) as error:
+        raise ChatTemplateError(
+            f"the chat template cannot render these messages ({error})"
+        ) from error
+
+
+@lru_cache(maxsize=16)
+def _compile(template: str) -> Template:
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, loopcontrols]
+    )
+    environment.filters["tojson"] = _tojson
+    environment.globals["raise_exception"] = _raise_exception
+    environment.globals["strftime_now"] = _strftime_now
+    return environment.from_string(template)
+
+
+def _tojson(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: Any = None,
+    sort_keys: bool = False,
+) -> str:
+    # Jinja2's own filter escapes HTML.
+    return json.dumps(
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )
+
+
+def _raise_exception(message: str) -> NoReturn:
+    raise TemplateError(message)
+
+
+def _strftime_now(format: str) -> str:
+    return datetime.now().strftime(format)

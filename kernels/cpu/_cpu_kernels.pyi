@@ -1,0 +1,86 @@
+"""The functions of the extension module (module.c).
+
+Tensors are passed as addresses; strides are counted in elements. `cpu_kernels` describes the
+arguments and checks them.
+"""
+
+def supported() -> bool: ...
+def program(calls: list[tuple[str, tuple[float, ...]]], /) -> bytes: ...
+def run(program: bytes, /) -> None: ...
+def linear(
+    weight_type: int,
+    x: int,
+    x_stride: int,
+    weight: int,
+    scales: int,
+    offsets: int,
+    bias: int,
+    y: int,
+    y_stride: int,
+    rows: int,
+    cols: int,
+    depth: int,
+    group_size: int,
+    /,
+) -> None: ...
+def linear_w8a8(
+    x: int,
+    x_stride: int,
+    weight: int,
+    scales: int,
+    bias: int,
+    y: int,
+    y_stride: int,
+    rows: int,
+    cols: int,
+    depth: int,
+    /,
+) -> None: ...
+def paged_attention(
+    q: int,
+    out: int,
+    q_stride: int,
+    quantized: int,
+    kv: int,
+    scales: int,
+    static_scales: int,
+    head_stride: int,
+    block_size: int,
+    head_dim: int,
+    num_heads: int,
+    num_kv_heads: int,
+    num_sequences: int,
+    query_lens: int,
+    seq_lens: int,
+    block_tables: int,
+    table_starts: int,
+    window: int,
+    scale: float,
+    softcap: float,
+    /,
+) -> None: ...
+def rms_norm(x: int, weight: int, y: int, rows: int, hidden_size: int, eps: float, /) -> None: ...
+def add_residual(residual: int, update: int, y: int, size: int, scale: float, /) -> None: ...
+def apply_rotary_emb(
+    x: int,
+    x_stride: int,
+    num_tokens: int,
+    num_heads: int,
+    head_dim: int,
+    cos: int,
+    sin: int,
+    half: int,
+    /,
+) -> None: ...
+def store_kv(
+    kv: int,
+    kv_stride: int,
+    num_tokens: int,
+    num_heads: int,
+    head_dim: int,
+    slot_mapping: int,
+    cache: int,
+    head_stride: int,
+    /,
+) -> None: ...
+def act_and_mul(gate_up: int, y: int, rows: int, size: int, gelu: int, /) -> None: ...

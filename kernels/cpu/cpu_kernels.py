@@ -1,0 +1,310 @@
+"""Loads the compiled CPU kernels. A wrapper for each takes tensors and passes addresses to C.
+
+The kernels compute in float32 on x86 processors with AVX2. Each has a reference in torch, which
+runs in all other cases: on GPUs, in 16 bits, on other processors, and where llmkit was installed
+without a C compiler.
+
+Legend: T tokens, N heads, D head_dim. For linear layers: R rows, C columns (outputs), K depth
+(inputs), G groups.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from types import ModuleType
+from typing import Any
+
+import torch
+
+try:  # imported after torch, so that both use torch's OpenMP library
+    from llmkit.kernels.cpu import _cpu_kernels
+except ImportError:
+    _cpu_kernels = None  # type: ignore[assignment]
+
+PANEL_WIDTH = 16  # columns of a panel of packed weights
+# The numbers are those of cpu_kernels.h. uint8 stands for 4-bit values; packing puts two in a byte.
+WEIGHT_TYPES = {
+    torch.float32: 0,
+    torch.bfloat16: 1,
+    torch.float16: 2,
+    torch.int8: 3,
+    torch.uint8: 4,
+}
+
+
+def _load() -> ModuleType | None:
+    if _cpu_kernels is None or not _cpu_kernels.supported():
+        return None
+    return _cpu_kernels
+
+
+# The extension module; None where the kernels do not run. Tests set it to None to run the torch
+# references.
+library = _load()
+
+
+class CallRecorder:
+    """Runs the compiled kernels and records each call: the kernel's name and its arguments."""
+
+    def __init__(self, compiled: Any) -> None:
+        self._compiled = compiled
+        self._calls: list[tuple[str, tuple[float, ...]]] = []
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        kernel = getattr(self._compiled, name)
+
+        def run_and_record(*arguments: float) -> None:
+            self._calls.append((name, arguments))
+            kernel(*arguments)
+
+        return run_and_record
+
+    def program(self) -> bytes:
+        """The recorded calls, in the form that `library.run` takes."""
+        program: bytes = self._compiled.program(self._calls)
+        return program
+
+
+@contextmanager
+def intercept(interceptor: Any) -> Iterator[None]:
+    """Send every kernel call inside the block to `interceptor` instead of the compiled library.
+
+    The interceptor has the same functions as the library. Usually it records a call and forwards
+    it to the library. Only one thread may call kernels inside the block.
+    """
+    global library
+    compiled = library
+    library = interceptor
+    try:
+        yield
+    finally:
+        library = compiled
+
+
+@contextmanager
+def recording() -> Iterator[CallRecorder]:
+    """Record the kernel calls made inside the block. The compiled kernels must be available."""
+    assert library is not None
+    recorder = CallRecorder(library)
+    with intercept(recorder):
+        yield recorder
+
+
+def status() -> str:
+    """Return "on", or "off" and the reason why the compiled kernels do not run here."""
+    if library is not None:
+        return "on"
+    if _cpu_kernels is None:
+        return "off, llmkit was installed without a C compiler"
+    return "off, a processor without AVX2"
+
+
+def supports(x: torch.Tensor) -> bool:
+    """Whether the compiled kernels can compute with this tensor. They compute no gradients."""
+    return (
+        x.dtype is torch.float32
+        and library is not None
+        and x.is_cpu
+        and not torch.is_grad_enabled()
+    )
+
+
+@dataclass(frozen=True)
+class PackedWeight:
+    """A weight in panels of PANEL_WIDTH output columns: w = scales * q - offsets, or w = q.
+
+    q: of a dtype in WEIGHT_TYPES, in the order that `pack` makes. scales, offsets: float32
+    [G, C rounded up to whole panels].
+    """
+
+    q: torch.Tensor
+    shape: tuple[int, int]  # [C, K]
+    scales: torch.Tensor | None = None
+    offsets: torch.Tensor | None = None
+
+    @classmethod
+    def pack(
+        cls,
+        q: torch.Tensor,
+        scales: torch.Tensor | None = None,
+        offsets: torch.Tensor | None = None,
+    ) -> PackedWeight:
+        """Pack a weight.
+
+        q: [C, K], floats, int8, or 4-bit values in uint8, for which K and group size are even.
+        scales, offsets: [C, G].
+        """
+        cols, depth = q.shape
+        num_panels = -(-cols // PANEL_WIDTH)
+        q = torch.nn.functional.pad(q, (0, 0, 0, num_panels * PANEL_WIDTH - cols))
+        if q.dtype == torch.bfloat16:  # columns j and j + 8 in one word of 32 bits
+            packed = q.view(num_panels, 2, PANEL_WIDTH // 2, depth).permute(0, 3, 2, 1)
+        elif q.dtype == torch.uint8:  # steps k and k + 1 in one byte
+            pairs = q.view(num_panels, PANEL_WIDTH, depth // 2, 2).permute(3, 0, 2, 1)
+            packed = pairs[0] | pairs[1] << 4
+        else:
+            packed = q.view(num_panels, PANEL_WIDTH, depth).transpose(1, 2)
+        return cls(
+            packed.contiguous(),
+            (cols, depth),
+            _pad_columns(scales, num_panels),
+            _pad_columns(offsets, num_panels),
+        )
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the values, scales and offsets together."""
+        parts = (self.q, self.scales, self.offsets)
+        return sum(part.nbytes for part in parts if part is not None)
+
+    @cached_property
+    def kernel_arguments(self) -> tuple[int, int, int, int, int, int, int]:
+        """Weight type, addresses of q, scales and offsets, columns, depth and group size."""
+        cols, depth = self.shape
+        num_groups = 1 if self.scales is None else len(self.scales)
+        return (
+            WEIGHT_TYPES[self.q.dtype],
+            self.q.data_ptr(),
+            address(self.scales),
+            address(self.offsets),
+            cols,
+            depth,
+            depth // num_groups,
+        )
+
+
+def _pad_columns(values: torch.Tensor | None, num_panels: int) -> torch.Tensor | None:
+    """[C, G] -> float32 [G, num_panels * PANEL_WIDTH]"""
+    if values is None:
+        return None
+    missing = num_panels * PANEL_WIDTH - len(values)
+    return torch.nn.functional.pad(values.float().T, (0, missing)).contiguous()
+
+
+def address(tensor: torch.Tensor | None) -> int:
+    """The address of a tensor's data; 0 for None."""
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def linear(
+    x: torch.Tensor,
+    weight: PackedWeight,
+    bias: torch.Tensor | None,
+    y: torch.Tensor,
+    first_column: int,
+) -> None:
+    """y[:, first_column : first_column + C] = x W' + bias.
+
+    x: [R, K], whose last dimension is contiguous; y: [R, columns], contiguous; bias: padded to
+    whole panels.
+    """
+    assert library is not None
+    rows, y_stride = y.shape
+    weight_type, q, scales, offsets, cols, depth, group_size = weight.kernel_arguments
+    library.linear(
+        weight_type,
+        x.data_ptr(),
+        x.stride(0),
+        q,
+        scales,
+        offsets,
+        address(bias),
+        y.data_ptr() + 4 * first_column,
+        y_stride,
+        rows,
+        cols,
+        depth,
+        group_size,
+    )
+
+
+def linear_w8a8(
+    x: torch.Tensor,
+    weight: PackedWeight,
+    bias: torch.Tensor | None,
+    y: torch.Tensor,
+    first_column: int,
+) -> None:
+    """`linear` with each row of x quantized to 8 bits.
+
+    weight: int8, with one scale for each column and no offsets; K is even.
+    """
+    assert library is not None
+    rows, y_stride = y.shape
+    _, q, scales, _, cols, depth, _ = weight.kernel_arguments
+    library.linear_w8a8(
+        x.data_ptr(),
+        x.stride(0),
+        q,
+        scales,
+        address(bias),
+        y.data_ptr() + 4 * first_column,
+        y_stride,
+        rows,
+        cols,
+        depth,
+    )
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """See `elementwise.rms_norm`. x: contiguous."""
+    assert library is not None
+    y = torch.empty_like(x)
+    size = x.shape[-1]
+    library.rms_norm(x.data_ptr(), weight.data_ptr(), y.data_ptr(), x.numel() // size, size, eps)
+    return y
+
+
+def add_residual(residual: torch.Tensor, update: torch.Tensor, scale: float) -> torch.Tensor:
+    """See `elementwise.add_residual`. Both are contiguous."""
+    assert library is not None
+    y = torch.empty_like(residual)
+    library.add_residual(
+        residual.data_ptr(), update.data_ptr(), y.data_ptr(), residual.numel(), scale
+    )
+    return y
+
+
+def apply_rotary_emb_(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
+    """See `elementwise.apply_rotary_emb_`. x: [T, N, D]; its last two dimensions are contiguous."""
+    assert library is not None
+    num_tokens, num_heads, head_dim = x.shape
+    library.apply_rotary_emb(
+        x.data_ptr(),
+        x.stride(0),
+        num_tokens,
+        num_heads,
+        head_dim,
+        cos.data_ptr(),
+        sin.data_ptr(),
+        cos.shape[-1] // 2,
+    )
+
+
+def store_kv(kv: torch.Tensor, slot_mapping: torch.Tensor, cache: torch.Tensor) -> None:
+    """Write keys and values [T, 2K, D] to their slots of a cache [2K, blocks, block_size, D]."""
+    assert library is not None
+    num_tokens, num_heads, head_dim = kv.shape
+    library.store_kv(
+        kv.data_ptr(),
+        kv.stride(0),
+        num_tokens,
+        num_heads,
+        head_dim,
+        slot_mapping.data_ptr(),
+        cache.data_ptr(),
+        cache.stride(0),
+    )
+
+
+def act_and_mul(gate_up: torch.Tensor, gelu: bool) -> torch.Tensor:
+    """See `elementwise.act_and_mul`. gate_up: contiguous [T, 2 * size], size a multiple of 8."""
+    assert library is not None
+    rows, both = gate_up.shape
+    size = both // 2
+    y = torch.empty(rows, size)
+    library.act_and_mul(gate_up.data_ptr(), y.data_ptr(), rows, size, gelu)
+    return y

@@ -1,0 +1,229 @@
+"""A mixture of experts in three kernel launches on a GPU, without a synchronization with the host.
+
+Legend: T tokens, C experts chosen for each token, E experts on this rank, H hidden,
+I intermediate. Choice t * C + c is the c-th expert of token t.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from llmkit.kernels.triton_support import jit, tl
+
+# Each entry: the largest average number of choices per expert, then BM, BN and BK of a tile, warps
+# and stages.
+TILES = ((16, 16, 64, 128, 4, 4), (64, 64, 128, 64, 8, 4), (1 << 30, 128, 256, 64, 8, 3))
+
+
+@dataclass(frozen=True)
+class FusedExperts:
+    """The experts [first, first + E) of a layer with `count` experts.
+
+    gate_up: [E, 2I, H] and down: [E, H, I], each expert's weight contiguous.
+    """
+
+    gate_up: torch.Tensor
+    down: torch.Tensor
+    first: int
+    count: int
+    gelu: bool
+
+    def __call__(
+        self, x: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """The weighted sum of the chosen experts that are on this rank: [T, H].
+
+        x: [T, H]; topk_ids: int64 [T, C]; topk_weights: float32 [T, C].
+        """
+        num_experts, hidden, intermediate = self.down.shape
+        num_choices = topk_ids.numel()
+        x = x.contiguous()
+        order = topk_ids.new_empty(num_choices, dtype=torch.int32)
+        counts = topk_ids.new_empty(num_experts, dtype=torch.int32)
+        activated = x.new_empty(num_choices, intermediate)
+        outputs = x.new_zeros(num_choices, hidden)
+        BM, BN, BK, warps, stages = _tile(
+            num_choices / self.count, torch.cuda.get_device_capability(x.device)
+        )
+        max_tiles = num_choices // BM + min(num_experts, num_choices)
+        padded_experts = 1 << (num_experts - 1).bit_length()
+        with torch.cuda.device_of(x):
+            _sort_by_expert_kernel[(num_experts,)](
+                topk_ids, order, counts, num_choices, self.first, CHUNK=1024
+            )
+            for rows, weight, y, activation in (
+                (x, self.gate_up, activated, 2 if self.gelu else 1),
+                (activated, self.down, outputs, 0),
+            ):
+                tile_outputs = BN // 2 if activation else BN
+                _fused_moe_kernel[max_tiles, -(-y.shape[1] // tile_outputs)](
+                    rows,
+                    weight,
+                    y,
+                    order,
+                    counts,
+                    topk_weights,
+                    weight.stride(0),
+                    num_experts,
+                    y.shape[1],
+                    rows.shape[1],
+                    TOP_K=topk_ids.shape[1],
+                    ACTIVATION=activation,
+                    PADDED_EXPERTS=padded_experts,
+                    BM=BM,
+                    BN=tile_outputs,
+                    BK=BK,
+                    num_warps=warps,
+                    num_stages=stages,
+                )
+        return outputs.view(*topk_ids.shape, hidden).sum(1)
+
+
+def _tile(choices_per_expert: float, capability: tuple[int, int]) -> tuple[int, ...]:
+    """The entry of TILES for this number of choices per expert, without that number.
+
+    The last entry needs the registers of a Hopper GPU.
+    """
+    for max_choices, *tile in TILES[:-2]:
+        if choices_per_expert <= max_choices:
+            return tuple(tile)
+    max_choices, *tile = TILES[-2]
+    if choices_per_expert <= max_choices or capability < (9, 0):
+        return tuple(tile)
+    return TILES[-1][1:]
+
+
+def copy_to_expert_stack(
+    expert_stacks: dict[str, list[torch.Tensor]], name: str, weight: torch.Tensor, count: int
+) -> torch.Tensor:
+    """Copy an expert's weight next to those of the layer's other experts, and return the copy.
+
+    Call it for the `count` experts of a layer in order.
+    name: the weight's name ("layers.3.mlp.experts.5.down.weight").
+    expert_stacks: the free places for each stack. Pass the same mapping to every call.
+    """
+    stack_name = re.sub(r"\.experts\.\d+", "", name)
+    free_places = expert_stacks.setdefault(stack_name, [])
+    if not free_places:
+        free_places.extend(weight.new_empty(count, *weight.shape))
+    return free_places.pop(0).copy_(weight)
+
+
+def stack_experts(weights: Sequence[torch.Tensor]) -> torch.Tensor | None:
+    """View weights [out, in] that lie in one storage at equal distances as one [E, out, in].
+
+    Returns None for other weights.
+    """
+    first = weights[0]
+    last = weights[-1]
+    distance = max(0, last.storage_offset() - first.storage_offset())
+    step = distance // max(1, len(weights) - 1)
+    stack = first.as_strided((len(weights), *first.shape), (step, *first.stride()))
+    for place, weight in zip(stack, weights, strict=True):
+        if place.data_ptr() != weight.data_ptr() or place.shape != weight.shape:
+            return None
+    return stack
+
+
+def supports(weight: torch.Tensor) -> bool:
+    """Whether `FusedExperts` takes weights of this dtype on this device."""
+    return tl is not None and weight.is_cuda and weight.element_size() == 2
+
+
+@jit
+def _sort_by_expert_kernel(
+    topk_ids: tl.tensor,
+    order: tl.tensor,
+    counts: tl.tensor,
+    num_choices: tl.tensor,
+    first: tl.tensor,
+    CHUNK: tl.constexpr,
+) -> None:
+    """A program writes one expert's choices to `order`, after those of all previous experts."""
+    expert = tl.program_id(0)
+    begin = 0
+    count = 0
+    for writes in tl.static_range(2):  # first find `begin`, then write
+        for start in tl.range(0, num_choices, CHUNK):
+            choice = start + tl.arange(0, CHUNK)
+            inside = choice < num_choices
+            chosen = tl.load(topk_ids + choice, mask=inside, other=-1) - first
+            if writes:
+                own = ((chosen == expert) & inside).to(tl.int32)
+                tl.store(order + begin + count + tl.cumsum(own, 0) - 1, choice, mask=own > 0)
+                count += tl.sum(own, 0)
+            else:
+                begin += tl.sum(((chosen >= 0) & (chosen < expert) & inside).to(tl.int32), 0)
+    tl.store(counts + expert, count)
+
+
+@jit
+def _fused_moe_kernel(
+    x: tl.tensor,
+    w: tl.tensor,
+    y: tl.tensor,
+    order: tl.tensor,
+    counts: tl.tensor,
+    topk_weights: tl.tensor,
+    expert_stride: tl.tensor,
+    num_experts: tl.tensor,
+    N: tl.tensor,
+    K: tl.tensor,
+    TOP_K: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    PADDED_EXPERTS: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+) -> None:
+    """A program computes BN outputs for BM choices of one expert.
+
+    ACTIVATION 1 (silu) or 2 (gelu): the first product. x has a row per token, w is gate_up, and the
+    rows of y are in the order of `order`.
+    ACTIVATION 0: the second product. The rows of x are in the order of `order`, w is down, and y
+    has a row per choice, weighted by the router.
+    """
+    e = tl.arange(0, PADDED_EXPERTS)
+    tile = tl.program_id(0)
+    # Find the expert of this tile: the first whose cumulative number of tiles is above `tile`.
+    count = tl.load(counts + e, mask=e < num_experts, other=0)
+    tiles = tl.cdiv(count, BM)
+    expert = tl.sum((tl.cumsum(tiles, 0) <= tile).to(tl.int32), 0)
+    if expert >= num_experts:
+        return
+    begin = tl.sum(tl.where(e < expert, count, 0), 0)
+    tile_of_expert = tile - tl.sum(tl.where(e < expert, tiles, 0), 0)
+    position = begin + tile_of_expert * BM + tl.arange(0, BM)
+    valid = (position < begin + tl.sum(tl.where(e == expert, count, 0), 0))[:, None]
+    choice = tl.load(order + position[:, None], mask=valid, other=0).to(tl.int64)
+    n = (tl.program_id(1) * BN + tl.arange(0, BN))[None, :]
+    k = tl.arange(0, BK)
+    row = choice // TOP_K if ACTIVATION else position.to(tl.int64)[:, None]
+    weight = w + expert.to(tl.int64) * expert_stride
+    total = tl.zeros((BM, BN), tl.float32)  # of the gate, or of down
+    up = tl.zeros((BM, BN), tl.float32)
+    for start in tl.range(0, K, BK):
+        column = start + k
+        part = tl.load(x + row * K + column[None, :], mask=valid & (column < K)[None, :], other=0.0)
+        at = weight + n.to(tl.int64) * K + column[:, None]
+        inside = (column < K)[:, None] & (n < N)
+        total = tl.dot(part, tl.load(at, mask=inside, other=0.0), total, input_precision="ieee")
+        if ACTIVATION:
+            up_weight = tl.load(at + N * K, mask=inside, other=0.0)
+            up = tl.dot(part, up_weight, up, input_precision="ieee")
+    if ACTIVATION:
+        dtype: tl.constexpr = y.dtype.element_ty
+        gate = total.to(dtype).to(tl.float32)  # rounded like the output of a linear layer
+        row = position.to(tl.int64)[:, None]
+        inner = gate
+        if ACTIVATION == 2:  # see `elementwise._act_and_mul_kernel`
+            inner = 1.5957691216057308 * (gate + 0.044715 * gate * gate * gate)
+        total = gate * up.to(dtype).to(tl.float32) / (1 + tl.exp(-inner))
+    else:
+        row = choice
+        total = total * tl.load(topk_weights + choice, mask=valid, other=0.0)
+    tl.store(y + row * N + n, total.to(y.dtype.element_ty), mask=valid & (n < N))

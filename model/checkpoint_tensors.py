@@ -1,0 +1,126 @@
+"""The tensors that a checkpoint must hold, from the parameter table and the quantization config."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from llmkit.checkpoint.checkpoint import Checkpoint
+from llmkit.checkpoint.dtypes import FLOATS
+from llmkit.checkpoint.quantized_formats import format_of
+from llmkit.checkpoint.quantized_weight import PackedTensor, QuantizationConfig, Scheme
+from llmkit.common.errors import InputError
+from llmkit.model.parameter_table import Parameter, is_redundant, parameters
+from llmkit.model.spec import ModelSpec
+
+
+def scheme_of(
+    parameter: Parameter, tensor: str, quantization: QuantizationConfig | None
+) -> Scheme | None:
+    """How the checkpoint tensor `tensor` of a parameter is quantized; None when it is not."""
+    if quantization is None or not (parameter.is_linear or parameter.is_lm_head):
+        return None
+    return quantization.scheme_of(tensor.removesuffix(".weight"))
+
+
+def checkpoint_tensors(
+    spec: ModelSpec, quantization: QuantizationConfig | None
+) -> dict[str, tuple[Parameter, PackedTensor]]:
+    """Every tensor of a checkpoint by name, with its row of the parameter table, in table order.
+
+    A tensor that is not quantized gets a PackedTensor, too, with one element per dense element.
+    """
+    found: dict[str, tuple[Parameter, PackedTensor]] = {}
+    for parameter in parameters(spec):
+        for source_name in parameter.source_names:
+            for packed in _stored_tensors(parameter, source_name, quantization):
+                found[packed.name] = parameter, packed
+        for name in kv_scales(parameter, quantization).values():
+            found[name] = parameter, PackedTensor("", "F32", (1,), None, None, name=name)
+    return found
+
+
+def _stored_tensors(
+    parameter: Parameter, source_name: str, quantization: QuantizationConfig | None
+) -> list[PackedTensor]:
+    """What a checkpoint stores in place of the dense tensor `source_name`."""
+    sources = parameter.sources_in(source_name)
+    shape = (sum(source.shape[0] for source in sources), *sources[0].shape[1:])
+    scheme = scheme_of(parameter, source_name, quantization)
+    module, _, suffix = source_name.rpartition(".")
+    if quantization is None or scheme is None:
+        columns = (1, 1) if len(shape) > 1 else None
+        dense = PackedTensor(suffix, "", shape, (0, 1), columns)
+        return [replace(dense, name=source_name, source_name=source_name, source_shape=shape)]
+    return [
+        replace(
+            packed,
+            name=f"{module}.{packed.suffix}",
+            source_name=source_name,
+            source_shape=shape,
+            group_size=scheme.group_size,
+        )
+        for packed in format_of(quantization).tensors(scheme, shape[0], shape[1])
+    ]
+
+
+def kv_scales(parameter: Parameter, quantization: QuantizationConfig | None) -> dict[str, str]:
+    """The checkpoint's scale tensors of an 8-bit KV cache, by runtime name.
+
+    {"layers.0.attn.k": "model.layers.0.self_attn.k_scale", ...} for the QKV weight, which computes
+    keys and values; {} for all other parameters.
+    """
+    if (
+        quantization is None
+        or not quantization.kv
+        or not parameter.name.endswith(".attn.qkv.weight")
+    ):
+        return {}
+    attention = parameter.source_names[0].removesuffix(".weight").rpartition(".")[0]
+    prefix = parameter.module.removesuffix("qkv")
+    return {f"{prefix}{name}": f"{attention}.{name}_scale" for name in ("k", "v")}
+
+
+def check_checkpoint(checkpoint: Checkpoint, spec: ModelSpec) -> None:
+    """Raises InputError unless a checkpoint has exactly the tensors of `checkpoint_tensors`.
+
+    Names, shapes and dtypes are compared; no tensor is read.
+    """
+    expected = checkpoint_tensors(spec, checkpoint.quantization)
+    missing = [name for name in expected if name not in checkpoint.tensors]
+    if missing:
+        raise InputError(
+            f"{checkpoint.reference} lacks {_list_tensors(missing)}",
+            f"All {len(expected)} tensors of a {spec.architecture} were expected",
+            "Download the checkpoint again, or check that config.json belongs to it",
+        )
+    extra = [
+        name for name in checkpoint.tensors if name not in expected and not is_redundant(spec, name)
+    ]
+    if extra:
+        raise InputError(
+            f"{checkpoint.reference} has {_list_tensors(extra)}"
+            f" that no part of a {spec.architecture} uses",
+            "Only tensors of the architecture were expected",
+            "Check that config.json belongs to it",
+        )
+    for name, (_, packed) in expected.items():
+        info = checkpoint.tensors[name]
+        if info.shape != packed.shape:
+            raise InputError(
+                f"tensor {name} has shape {list(info.shape)}",
+                f"Shape {list(packed.shape)} was expected",
+            )
+        is_float = not packed.dtype or packed.dtype in FLOATS
+        dtypes = FLOATS if is_float else (packed.dtype,)
+        if info.dtype not in dtypes:
+            raise InputError(
+                f"tensor {name} has dtype {info.dtype}",
+                f"Dtype {' or '.join(dtypes)} was expected",
+            )
+
+
+def _list_tensors(names: Sequence[str]) -> str:
+    """Tensor names for a message, "7 tensors (a, b, c, d, e and 2 more)"."""
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return f"{len(names)} tensor{'s' * (len(names) > 1)} ({', '.join(names[:5])}{more})"

@@ -1,0 +1,72 @@
+"""A rank's part of a model, and the communication between the ranks."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Protocol
+
+import torch
+
+from llmkit.kernels.sampling import VocabParallel
+from llmkit.model.parameter_table import Split
+from llmkit.model.spec import ModelSpec, RankSpec
+
+
+def rank_spec(
+    full_model: ModelSpec, rank: int, tp: int, ep: int = 1, layers: tuple[int, int] | None = None
+) -> ModelSpec:
+    """The spec of one of `tp` ranks, which must divide the model.
+
+    ep: the number of groups of ranks over which the experts are divided.
+    layers: [first, end) of the rank's pipeline stage; None: all layers.
+    """
+    first, end = layers or (0, len(full_model.layers))
+    moe = full_model.moe
+    if moe is not None:
+        moe = replace(moe, intermediate_size=moe.intermediate_size // (tp // ep))
+    return replace(
+        full_model,
+        num_heads=full_model.num_heads // tp,
+        num_kv_heads=max(1, full_model.num_kv_heads // tp),
+        intermediate_size=full_model.intermediate_size // tp,
+        vocab_size=Split("vocab", 0, full_model.vocab_size).padded_rows(tp),
+        layers=full_model.layers[first:end],
+        moe=moe,
+        rank=RankSpec(full_model, rank, tp, ep, first, end),
+    )
+
+
+class Waitable(Protocol):
+    """An operation in progress, for example a CUDA event."""
+
+    def synchronize(self) -> None:
+        """Wait until it is done."""
+
+
+class ParallelGroup(VocabParallel):
+    """The communication of a rank with the other ranks of its model.
+
+    This class is the group of a single rank; `DistributedGroup` is for several ranks. All ranks
+    make the same calls in the same order. Reductions are over the tensor-parallel ranks of a
+    pipeline stage. Hidden states are sent from stage to stage; the last stage broadcasts results.
+    """
+
+    tp_size = 1  # ranks of a stage
+    pp_size = 1  # stages
+
+    def receive(
+        self, tokens: int, hidden: int, dtype: torch.dtype, device: torch.device
+    ) -> torch.Tensor:
+        """Receive the hidden states [tokens, hidden] of the previous stage."""
+        raise AssertionError("the first stage receives nothing")
+
+    def send(self, hidden: torch.Tensor) -> None:
+        """Send hidden states to the next stage."""
+        raise AssertionError("the last stage sends nothing")
+
+    def broadcast_results(self, results: list[torch.Tensor]) -> None:
+        """Send a step's results (host tensors, token ids first) from the last stage to others."""
+
+    def receive_results(self, results: list[torch.Tensor]) -> Waitable:
+        """Begin to receive what the last stage broadcasts, into tensors on the host."""
+        raise AssertionError("the last stage has the results")

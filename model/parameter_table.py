@@ -1,0 +1,391 @@
+"""The parameter table: every parameter of a model, the checkpoint tensors it comes from, its split.
+
+All commands read this table: the loader fuses tensors by it, `shard` slices by it, `quantize` walks
+through it, and the decoder is built from it. A new architecture needs only a `ModelSpec`
+(see families.py).
+
+The first rows for SmolLM2-135M (9 heads and 3 KV heads of 64, hidden size 576):
+
+    name                    shape         made of                                       split
+    embed.weight            [49152, 576]  model.embed_tokens.weight                     vocab
+    layers.0.attn_norm...   [576]         model.layers.0.input_layernorm.weight         replicated
+    layers.0.attn.qkv...    [960, 576]    model.layers.0.self_attn.q_proj.weight  576   heads
+                                          model.layers.0.self_attn.k_proj.weight  192   kv_heads
+                                          model.layers.0.self_attn.v_proj.weight  192   kv_heads
+    layers.0.attn.o...      [576, 576]    model.layers.0.self_attn.o_proj.weight        heads, dim 1
+
+(`...` stands for `.weight`.) `layers.0.attn.qkv.weight` is one runtime tensor. Its rows are those
+of q_proj, k_proj and v_proj, in this order. Over 3 ranks each rank holds 3 heads of q_proj and one
+KV head of k_proj and v_proj, so the rank's qkv has 192 + 64 + 64 rows. The table row also says that
+the weight reads `layers.0.attn_norm.weight` (`input_from`) and that it is quantized (`is_linear`).
+
+Weights have the shape [out, in]. A column-parallel weight splits its rows (dimension 0), a
+row-parallel one its columns (dimension 1).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Literal
+
+from llmkit.model.spec import ModelSpec, RankSpec
+
+VOCAB_MULTIPLE = 64  # the vocabulary rows of a rank are padded to a multiple of this
+EMBEDDING_STAGE = -1  # in Parameter.layers: the first pipeline stage, with the embedding
+
+SplitKind = Literal["replicated", "heads", "kv_heads", "features", "vocab"]
+
+
+@dataclass(frozen=True)
+class Split:
+    """How a tensor divides over tensor-parallel ranks.
+
+    The tensor consists of `count` units of `unit` elements along `dim`. A unit is never divided.
+    For a q_proj with 9 heads of 64 elements: Split("heads", 0, 9, 64).
+    """
+
+    kind: SplitKind = "replicated"
+    dim: int = 0
+    count: int = 1
+    unit: int = 1
+
+    def divides_over(self, tp: int) -> bool:
+        """Whether each of `tp` ranks gets the same number of units.
+
+        KV heads may be replicated instead, and the vocabulary is padded.
+        """
+        if self.kind in ("replicated", "vocab"):
+            return True
+        if self.kind == "kv_heads" and tp > self.count:
+            return tp % self.count == 0
+        return self.count % tp == 0
+
+    def interval(self, rank: int, tp: int) -> tuple[int, int]:
+        """The elements [start, stop) along `dim` that `rank` of `tp` holds.
+
+        The vocabulary interval of the last ranks may be shorter than that of others, or empty.
+        """
+        if self.kind == "vocab":
+            rows = self.padded_rows(tp)
+            return min(rank * rows, self.count), min((rank + 1) * rows, self.count)
+        if self.kind == "kv_heads" and tp > self.count:
+            head = rank * self.count // tp
+            return head * self.unit, (head + 1) * self.unit
+        units_per_rank = self.count // tp
+        return rank * units_per_rank * self.unit, (rank + 1) * units_per_rank * self.unit
+
+    def padded_rows(self, tp: int) -> int:
+        """The vocabulary rows of each rank, including padding."""
+        if tp == 1:
+            return self.count
+        rows = -(-self.count // tp)
+        return -(-rows // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+
+    def num_replicas(self, tp: int) -> int:
+        """The number of ranks that hold the same slice."""
+        if self.kind == "replicated":
+            return tp
+        return max(1, tp // self.count) if self.kind == "kv_heads" else 1
+
+
+REPLICATED = Split()
+
+
+@dataclass(frozen=True)
+class SourceTensor:
+    """The rows of a parameter that come from one checkpoint tensor."""
+
+    name: str  # of the dense checkpoint tensor, "model.layers.3.self_attn.q_proj.weight"
+    shape: tuple[int, ...]  # the shape of these rows
+    split: Split = REPLICATED
+    # The first of these rows in the checkpoint tensor. It is 0 unless the checkpoint stores several
+    # projections in one tensor, as Phi-3 does.
+    first_row: int = 0
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """A row of the table. Its runtime tensor is its sources concatenated along dimension 0."""
+
+    name: str  # of the runtime tensor, "layers.3.attn.qkv.weight"
+    sources: tuple[SourceTensor, ...]
+    # Its layer, which determines the pipeline stage: EMBEDDING_STAGE for the embedding, and
+    # len(spec.layers) for the final norm and lm_head. A tied embedding has both of these.
+    layers: tuple[int, ...]
+    is_linear: bool = False  # the weight of a linear layer that quantization may pack
+    input_from: str | None = None  # the norm or linear whose output is its input
+    expert: int | None = None  # the expert it belongs to; None outside experts
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the runtime tensor."""
+        first = self.sources[0].shape
+        return (sum(source.shape[0] for source in self.sources), *first[1:])
+
+    @property
+    def module(self) -> str:
+        """The runtime module: the name without `.weight` or `.bias`."""
+        return self.name.rpartition(".")[0]
+
+    @property
+    def is_lm_head(self) -> bool:
+        """Whether it is the output projection, which is quantized only on request."""
+        return self.module == "lm_head"
+
+    @cached_property
+    def source_names(self) -> tuple[str, ...]:
+        """The distinct checkpoint tensors, in order."""
+        return tuple(dict.fromkeys(source.name for source in self.sources))
+
+    def sources_in(self, tensor: str) -> tuple[SourceTensor, ...]:
+        """The sources in the checkpoint tensor `tensor`, in order. Phi-3's qkv_proj has three."""
+        return tuple(source for source in self.sources if source.name == tensor)
+
+
+def parameters(spec: ModelSpec) -> list[Parameter]:
+    """The table, in the order of a forward pass.
+
+    For the spec of a rank, it has only the parameters that the rank holds, in the rank's shapes.
+    """
+    rank = spec.rank
+    return [row for row in _model_rows(spec) if rank is None or _is_held_by(row, spec, rank)]
+
+
+def is_redundant(spec: ModelSpec, name: str) -> bool:
+    """Whether a checkpoint tensor repeats others or can be computed, and may be left out."""
+    if re.search(r"rotary_emb\.inv_freq$", name):
+        return True
+    return spec.tie_word_embeddings and name == "lm_head.weight"
+
+
+def _is_held_by(row: Parameter, spec: ModelSpec, rank: RankSpec) -> bool:
+    if row.expert is not None and spec.moe is not None:
+        ranks_per_group = rank.tp_size // rank.ep_size
+        experts_per_group = spec.moe.num_experts // rank.ep_size
+        return row.expert // experts_per_group == rank.tp_rank // ranks_per_group
+    for layer in row.layers:
+        if layer == EMBEDDING_STAGE:
+            is_held = spec.is_first_stage
+        elif layer == len(spec.layers):
+            is_held = spec.is_last_stage
+        else:
+            is_held = True
+        if is_held:
+            return True
+    return False
+
+
+def _model_rows(spec: ModelSpec) -> Iterator[Parameter]:
+    num_layers = len(spec.layers)
+    vocab = Split("vocab", 0, spec.vocab_size)
+    shape = (spec.vocab_size, spec.hidden_size)
+    embedding = SourceTensor("model.embed_tokens.weight", shape, vocab)
+    stages = (EMBEDDING_STAGE, num_layers) if spec.tie_word_embeddings else (EMBEDDING_STAGE,)
+    yield Parameter("embed.weight", (embedding,), stages)
+    for index in range(num_layers):
+        yield from _layer_rows(spec, index)
+    norm = SourceTensor("model.norm.weight", (spec.hidden_size,))
+    last_linear = f"layers.{num_layers - 1}.mlp.down.weight"
+    yield Parameter("norm.weight", (norm,), (num_layers,), input_from=last_linear)
+    if not spec.tie_word_embeddings:
+        head = SourceTensor("lm_head.weight", shape, vocab)
+        yield Parameter("lm_head.weight", (head,), (num_layers,), input_from="norm.weight")
+
+
+def _layer_rows(spec: ModelSpec, index: int) -> Iterator[Parameter]:
+    source = _source_layer(spec, index)
+    name = f"layers.{index}"
+    layers = (index,)
+
+    def norm(runtime: str, checkpoint: str, size: int, split: Split = REPLICATED) -> Parameter:
+        weight = SourceTensor(f"{source}.{checkpoint}.weight", (size,), split)
+        return Parameter(f"{name}.{runtime}.weight", (weight,), layers)
+
+    heads = Split("heads", 0, spec.num_heads, spec.head_dim)
+    kv_heads = Split("kv_heads", 0, spec.num_kv_heads, spec.head_dim)
+    q_size = spec.num_heads * spec.head_dim
+    kv_size = spec.num_kv_heads * spec.head_dim
+    if spec.pre_norm:
+        yield norm("attn_norm", "input_layernorm", spec.hidden_size)
+    yield from _fused_linear(
+        spec,
+        f"{name}.attn.qkv",
+        f"{source}.self_attn.qkv_proj",
+        [
+            (f"{source}.self_attn.q_proj", q_size, heads),
+            (f"{source}.self_attn.k_proj", kv_size, kv_heads),
+            (f"{source}.self_attn.v_proj", kv_size, kv_heads),
+        ],
+        spec.qkv_bias,
+        layers,
+        f"{name}.attn_norm.weight" if spec.pre_norm else None,
+    )
+    if spec.qk_norm == "full":
+        yield norm("attn.q_norm", "self_attn.q_norm", q_size, heads)
+        yield norm("attn.k_norm", "self_attn.k_norm", kv_size, kv_heads)
+    elif spec.qk_norm == "head":
+        yield norm("attn.q_norm", "self_attn.q_norm", spec.head_dim)
+        yield norm("attn.k_norm", "self_attn.k_norm", spec.head_dim)
+    yield from _linear(
+        f"{name}.attn.o",
+        f"{source}.self_attn.o_proj",
+        (spec.hidden_size, q_size),
+        Split("heads", 1, spec.num_heads, spec.head_dim),
+        spec.o_proj_bias,
+        layers,
+        f"{name}.attn.qkv.weight",
+    )
+    # In Llama, `post_attention_layernorm` is the norm before the MLP. In families that normalize
+    # the output of attention, it is the norm of that output.
+    mlp_norm = "post_attention_layernorm"
+    if spec.post_norm:
+        yield norm("attn_post_norm", "post_attention_layernorm", spec.hidden_size)
+        mlp_norm = "pre_feedforward_layernorm"
+    if spec.pre_norm:
+        yield norm("mlp_norm", mlp_norm, spec.hidden_size)
+    mlp_input = f"{name}.mlp_norm.weight" if spec.pre_norm else None
+    if spec.layers[index].is_moe:
+        yield from _moe_rows(spec, index, mlp_input)
+    else:
+        yield from _mlp_rows(
+            spec,
+            f"{name}.mlp",
+            f"{source}.mlp",
+            ("gate_proj", "up_proj", "down_proj"),
+            spec.intermediate_size,
+            layers,
+            mlp_input,
+        )
+    if spec.post_norm:
+        yield norm("mlp_post_norm", "post_feedforward_layernorm", spec.hidden_size)
+
+
+def _source_layer(spec: ModelSpec, index: int) -> str:
+    """The prefix of a layer's tensors in the checkpoint. A rank numbers its layers from 0."""
+    first_layer = spec.rank.first_layer if spec.rank else 0
+    return f"model.layers.{first_layer + index}"
+
+
+def _moe_rows(spec: ModelSpec, index: int, input_from: str | None) -> Iterator[Parameter]:
+    moe = spec.moe
+    assert moe is not None
+    source = f"{_source_layer(spec, index)}.{moe.module}"
+    name = f"layers.{index}.mlp"
+    router_shape = (moe.num_experts, spec.hidden_size)
+    yield from _linear(
+        f"{name}.router",
+        f"{source}.gate",
+        router_shape,
+        REPLICATED,
+        False,
+        (index,),
+        input_from,
+        is_linear=False,
+    )
+    for expert in range(moe.num_experts):
+        rows = _mlp_rows(
+            spec,
+            f"{name}.experts.{expert}",
+            f"{source}.experts.{expert}",
+            (moe.gate, moe.up, moe.down),
+            moe.intermediate_size,
+            (index,),
+            input_from,
+        )
+        for row in rows:
+            yield replace(row, expert=expert)
+
+
+def _mlp_rows(
+    spec: ModelSpec,
+    name: str,
+    source: str,
+    linears: tuple[str, str, str],
+    size: int,
+    layers: tuple[int, ...],
+    input_from: str | None,
+) -> Iterator[Parameter]:
+    """The fused gate and up projection and the down projection of an MLP, `size` features wide."""
+    gate, up, down = linears
+    features = Split("features", 0, size)
+    yield from _fused_linear(
+        spec,
+        f"{name}.gate_up",
+        f"{source}.gate_up_proj",
+        [(f"{source}.{gate}", size, features), (f"{source}.{up}", size, features)],
+        spec.mlp_bias,
+        layers,
+        input_from,
+    )
+    yield from _linear(
+        f"{name}.down",
+        f"{source}.{down}",
+        (spec.hidden_size, size),
+        Split("features", 1, size),
+        spec.mlp_bias,
+        layers,
+        f"{name}.gate_up.weight",
+    )
+
+
+def _fused_linear(
+    spec: ModelSpec,
+    name: str,
+    fused_source: str,
+    linears: list[tuple[str, int, Split]],
+    has_bias: bool,
+    layers: tuple[int, ...],
+    input_from: str | None,
+) -> Iterator[Parameter]:
+    """A runtime linear that concatenates several checkpoint linears of the hidden state.
+
+    fused_source: the checkpoint module that holds all of them, if `spec.fused_checkpoint`.
+    linears: for each: its checkpoint module (otherwise), its output size and its split.
+    """
+    for kind in ("weight", "bias") if has_bias else ("weight",):
+        columns = (spec.hidden_size,) if kind == "weight" else ()
+        sources = []
+        first_row = 0
+        for module, size, split in linears:
+            if spec.fused_checkpoint:
+                tensor = f"{fused_source}.{kind}"
+                sources.append(SourceTensor(tensor, (size, *columns), split, first_row))
+            else:
+                sources.append(SourceTensor(f"{module}.{kind}", (size, *columns), split))
+            first_row += size
+        yield Parameter(
+            f"{name}.{kind}",
+            tuple(sources),
+            layers,
+            is_linear=kind == "weight",
+            input_from=input_from,
+        )
+
+
+def _linear(
+    name: str,
+    source: str,
+    shape: tuple[int, int],
+    split: Split,
+    has_bias: bool,
+    layers: tuple[int, ...],
+    input_from: str | None,
+    is_linear: bool = True,
+) -> Iterator[Parameter]:
+    """A runtime linear that comes from one checkpoint linear."""
+    yield Parameter(
+        f"{name}.weight",
+        (SourceTensor(f"{source}.weight", shape, split),),
+        layers,
+        is_linear=is_linear,
+        input_from=input_from,
+    )
+    if has_bias:
+        # The bias of a row-parallel linear must be added once, not by every rank. Every rank stores
+        # it, and only rank 0 adds it.
+        bias_split = split if split.dim == 0 else REPLICATED
+        bias = SourceTensor(f"{source}.bias", shape[:1], bias_split)
+        yield Parameter(f"{name}.bias", (bias,), layers, input_from=input_from)

@@ -1,0 +1,245 @@
+"""Reads the weights of a checkpoint into a `Decoder`, one row of the parameter table at a time."""
+
+from __future__ import annotations
+
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import torch
+
+from llmkit.checkpoint.checkpoint import Checkpoint
+from llmkit.checkpoint.compressed_tensors import KINDS
+from llmkit.checkpoint.quantized_formats import format_of
+from llmkit.checkpoint.quantized_weight import QuantizationConfig, QuantizedWeight
+from llmkit.checkpoint.tensor_reader import CHUNK_BYTES, row_chunks
+from llmkit.common.errors import InputError
+from llmkit.kernels.fused_experts import copy_to_expert_stack
+from llmkit.model.checkpoint_tensors import check_checkpoint, kv_scales, scheme_of
+from llmkit.model.decoder import SINGLE_RANK, Decoder
+from llmkit.model.device import upload
+from llmkit.model.families import model_spec
+from llmkit.model.linear import (
+    ActivationQuant,
+    Linear,
+    gpu_capability,
+    serving_linear,
+    supported_on_gpu,
+)
+from llmkit.model.parallel_group import ParallelGroup
+from llmkit.model.parameter_table import Parameter, parameters
+from llmkit.model.spec import ModelSpec
+
+NUM_PACKING_THREADS = 4  # threads that pack weights while the next weights are read
+
+
+def load_model(
+    checkpoint: Checkpoint,
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+    *,
+    packed: bool = False,
+    spec: ModelSpec | None = None,
+    parallel_group: ParallelGroup = SINGLE_RANK,
+    offloaded: int = 0,
+) -> Decoder:
+    """Load a model on one device.
+
+    packed: for serving. Linears keep the packed form that `serving_linear` chooses. Otherwise all
+    weights are dense in `dtype`, as calibration needs them.
+    spec: the spec of a rank (see `rank_spec`), to load its share of a checkpoint that was checked
+    already. None: check the checkpoint and load the full model.
+    parallel_group: the ranks that the model communicates with.
+    offloaded: the number of last layers whose linears stay in host memory.
+
+    At most about NUM_PACKING_THREADS weights are in memory both as stored and packed.
+    Raises InputError when the checkpoint does not match its config.json.
+    """
+    if spec is None:
+        spec = model_spec(checkpoint.config)
+        check_checkpoint(checkpoint, spec)
+    is_cpu = torch.device(device).type == "cpu"
+    num_layers = len(spec.layers)
+    offloaded_layers = tuple(
+        f"layers.{index}." for index in range(num_layers - offloaded, num_layers)
+    )
+    rows = {row.name: row for row in parameters(spec) if not _is_added_by_rank_0(spec, row)}
+    num_experts = len({row.expert for row in rows.values()} - {None})
+    tensors: dict[str, torch.Tensor] = {}
+    expert_stacks: dict[str, list[torch.Tensor]] = {}
+    activation_quant: dict[str, ActivationQuant] = {}
+    linears: dict[str, Future[Linear]] = {}
+    with ThreadPoolExecutor(NUM_PACKING_THREADS) as pool:
+        packing: deque[Future[Linear]] = deque()
+        for row in rows.values():
+            activation_quant |= read_activation_quant(checkpoint, row, device)
+            is_offloaded = row.name.startswith(offloaded_layers) and len(row.shape) == 2
+            row_device = "cpu" if is_offloaded else device
+            if is_cpu:
+                stays_packed = packed and (row.is_linear or row.is_lm_head)
+            else:
+                stays_packed = packed and can_stay_packed(
+                    device, row, checkpoint.quantization, dtype
+                )
+            if packed and is_cpu and row.name == "embed.weight":
+                # The embedding keeps its stored dtype when that is smaller than `dtype`.
+                (table,) = _read_stored(checkpoint, row, device)
+                assert isinstance(table, torch.Tensor)
+                is_smaller = table.dtype.itemsize < dtype.itemsize
+                tensors[row.name] = table if is_smaller else table.to(dtype)
+                if spec.tie_word_embeddings and spec.is_last_stage:
+                    linears["lm_head"] = pool.submit(serving_linear, [table], None, None, dtype)
+            elif stays_packed:
+                weights = _read_stored(checkpoint, row, row_device)
+                bias_row = rows.get(f"{row.module}.bias")
+                bias = read_parameter(checkpoint, bias_row, dtype, device) if bias_row else None
+                linears[row.module] = pool.submit(
+                    serving_linear, weights, bias, activation_quant.get(row.module), dtype, device
+                )
+                packing.append(linears[row.module])
+                if len(packing) > NUM_PACKING_THREADS:
+                    packing.popleft().result()
+            elif row.module not in linears:  # a bias of a packed linear was read with its weight
+                tensors[row.name] = read_parameter(checkpoint, row, dtype, row_device)
+                is_expert = row.expert is not None and row.is_linear
+                if is_expert and not is_cpu and not is_offloaded:
+                    tensors[row.name] = copy_to_expert_stack(
+                        expert_stacks, row.name, tensors[row.name], num_experts
+                    )
+        return Decoder(
+            spec,
+            tensors,
+            activation_quant,
+            {name: linear.result() for name, linear in linears.items()},
+            parallel_group,
+        )
+
+
+def _is_added_by_rank_0(spec: ModelSpec, row: Parameter) -> bool:
+    """Whether it is the bias of a row-parallel linear and this is not rank 0, which adds it."""
+    if spec.rank is None or spec.rank.tp_rank == 0:
+        return False
+    return row.name.endswith((".attn.o.bias", ".mlp.down.bias"))
+
+
+def read_parameter(
+    checkpoint: Checkpoint,
+    parameter: Parameter,
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+) -> torch.Tensor:
+    """One dense runtime tensor: its sources are dequantized, concatenated and cast to `dtype`."""
+    dense: dict[str, torch.Tensor] = {}
+    for name in parameter.source_names:
+        quantized = _read_quantized(checkpoint, parameter, name, device)
+        if quantized is None:
+            dense[name] = _read_cast(checkpoint, name, dtype, device)
+        else:
+            dense[name] = quantized.dequantize()
+    parts = [
+        dense[source.name][source.first_row : source.first_row + source.shape[0]]
+        for source in parameter.sources
+    ]
+    joined = parts[0] if len(parts) == 1 else torch.cat(parts)
+    return joined.to(dtype)
+
+
+def _read_quantized(
+    checkpoint: Checkpoint, parameter: Parameter, tensor: str, device: torch.device | str
+) -> QuantizedWeight | None:
+    """The quantized weight of a source tensor; None when it is not quantized."""
+    quantization = checkpoint.quantization
+    scheme = scheme_of(parameter, tensor, quantization)
+    if quantization is None or scheme is None:
+        return None
+    format_ = format_of(quantization)
+    module = tensor.removesuffix(".weight")
+    num_rows = sum(source.shape[0] for source in parameter.sources_in(tensor))
+    packed_tensors = format_.tensors(scheme, num_rows, parameter.shape[1])
+    stored = {
+        packed.suffix: upload(checkpoint.read(f"{module}.{packed.suffix}"), device)
+        for packed in packed_tensors
+    }
+    return format_.unpack(scheme, stored)
+
+
+def can_stay_packed(
+    gpu: torch.device | str,
+    parameter: Parameter,
+    quantization: QuantizationConfig | None,
+    dtype: torch.dtype,
+) -> bool:
+    """Whether a GPU multiplies with the packed weight as it is stored.
+
+    Experts and weights whose sources have different schemes are dequantized.
+    """
+    schemes = {scheme_of(parameter, name, quantization) for name in parameter.source_names}
+    scheme = next(iter(schemes))
+    if scheme is None or len(schemes) > 1 or ".experts." in parameter.name:
+        return False
+    return supported_on_gpu(scheme, parameter.shape, dtype, gpu_capability(gpu))
+
+
+def _read_stored(
+    checkpoint: Checkpoint, parameter: Parameter, device: torch.device | str
+) -> list[torch.Tensor | QuantizedWeight]:
+    """The sources of a runtime weight in their stored form, dense or quantized."""
+    stored: dict[str, torch.Tensor | QuantizedWeight] = {}
+    for name in parameter.source_names:
+        quantized = _read_quantized(checkpoint, parameter, name, device)
+        stored[name] = upload(checkpoint.read(name), device) if quantized is None else quantized
+    weights: list[torch.Tensor | QuantizedWeight] = []
+    for source in parameter.sources:
+        weight = stored[source.name]
+        rows = slice(source.first_row, source.first_row + source.shape[0])
+        weights.append(weight.rows(rows) if isinstance(weight, QuantizedWeight) else weight[rows])
+    return weights
+
+
+def _read_cast(
+    checkpoint: Checkpoint, tensor: str, dtype: torch.dtype, device: torch.device | str
+) -> torch.Tensor:
+    """A tensor cast to `dtype` in chunks, so that a large embedding is never in memory twice.
+
+    A small tensor is not cast: the caller casts it.
+    """
+    info = checkpoint.tensors[tensor]
+    if info.torch_dtype == dtype or info.nbytes <= CHUNK_BYTES:
+        return upload(checkpoint.read(tensor), device)
+    result = torch.empty(info.shape, dtype=dtype, device=device)
+    for start, stop in row_chunks(info, CHUNK_BYTES):
+        result[start:stop] = upload(checkpoint.read_slice(tensor, [(start, stop)], 0), device)
+    return result
+
+
+def read_activation_quant(
+    checkpoint: Checkpoint, parameter: Parameter, device: torch.device | str = "cpu"
+) -> dict[str, ActivationQuant]:
+    """How the checkpoint quantizes the inputs of a parameter and the keys and values it computes.
+
+    The result is by runtime module: {"layers.0.attn.qkv": ..., "layers.0.attn.k": ...}.
+    Raises InputError when the sources of one runtime linear quantize their inputs differently.
+    """
+    quantization = checkpoint.quantization
+    found: dict[str, ActivationQuant] = {}
+    if quantization is not None:
+        for name, tensor in kv_scales(parameter, quantization).items():
+            scale = checkpoint.read(tensor).float().to(device)
+            found[name] = ActivationQuant(KINDS[quantization.kv], scale)
+    schemes = {name: scheme_of(parameter, name, quantization) for name in parameter.source_names}
+    inputs = {
+        (scheme.kind, scheme.inputs) if scheme else ("", "none") for scheme in schemes.values()
+    }
+    if len(inputs) > 1:
+        raise InputError(
+            f"{checkpoint.reference}: the inputs of {', '.join(schemes)}"
+            " are rounded in different ways",
+            "Linears that read the same inputs were expected to round them alike",
+        )
+    ((kind, granularity),) = inputs
+    if granularity == "token":
+        found[parameter.module] = ActivationQuant(kind)
+    elif granularity == "tensor":
+        names = [f"{name.removesuffix('.weight')}.input_scale" for name in parameter.source_names]
+        scales = torch.cat([checkpoint.read(name).float() for name in names])
+        found[parameter.module] = ActivationQuant(kind, scales.amax(dim=0, keepdim=True).to(device))
+    return found

@@ -1,0 +1,195 @@
+"""AutoRound, learned rounding (Cheng et al., 2023, arXiv 2309.05516).
+
+Signed gradient descent on the rounding and the scales of a decoder layer brings the layer's output
+close to that of the unquantized model. It starts from the quantized values of another method and
+keeps them when it finds nothing better. The layer's inputs come from the quantized layers before it
+and its target is the unquantized model's output, so it also corrects earlier errors where it can.
+
+Legend: `out` rows, `in` columns, `G` groups along `in`, L tokens of a window, H hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+
+from llmkit.checkpoint.quantized_weight import QuantizedWeight
+from llmkit.kernels.kv_cache import KVCache
+from llmkit.model.decoder import DecoderLayer
+from llmkit.quant.algorithm import AutoRound
+from llmkit.quant.layer_stream import LayerStream, MicroBatch
+
+HELD_OUT_STEPS = 2  # the result is judged on the windows of this many steps
+# A weight starts at most this far from the middle of its rounding interval, as a fraction of a
+# quantization step, so that gradients can move it out.
+MAX_START_DISTANCE = 0.45
+
+
+class LearnedRounding:
+    """One weight [out, in] while its rounding is learned.
+
+    q = round(weight / scale + rounding_offset) + zero
+    scale = start scale * (1 + scale_delta)
+    """
+
+    def __init__(self, weight: torch.Tensor, start: QuantizedWeight) -> None:
+        self.start = start
+        self.scheme = start.scheme
+        rows, groups = start.scales.shape
+        self.weight = weight.detach().clone().view(rows, groups, -1)
+        self.scales = start.scales.float().unsqueeze(2)
+        self.zeros = start.zeros.float().unsqueeze(2)
+        start_values = start.q.float().view_as(self.weight) - self.zeros
+        distance = start_values - self.weight / self.scales
+        # No larger than needed for the weight to round to its start value.
+        max_distance = distance.clamp(-MAX_START_DISTANCE, MAX_START_DISTANCE)
+        self.rounding_offset = (distance - max_distance).requires_grad_()
+        self.scale_delta = torch.zeros_like(self.scales).requires_grad_()
+
+    def dense(self) -> torch.Tensor:
+        """The dequantized weight [out, in], differentiable with a straight-through estimator."""
+        max_q = (1 << self.scheme.bits) - 1
+        scales = self.scales * (1 + self.scale_delta)
+        scales = _straight_through(scales, scales.to(self.start.scales.dtype).float())
+        values = self.weight / scales + self.rounding_offset
+        q = (_straight_through(values, values.round()) + self.zeros).clamp(0, max_q)
+        return ((q - self.zeros) * scales).view(self.start.q.shape)
+
+    @torch.no_grad()
+    def descend(self, settings: AutoRound, rate_factor: float) -> None:
+        """One step of signed gradient descent at `rate_factor` of the full rates."""
+        for values, rate in (
+            (self.rounding_offset, settings.rounding_rate),
+            (self.scale_delta, settings.scale_rate),
+        ):
+            assert values.grad is not None
+            values.sub_(values.grad.sign_(), alpha=rate * rate_factor / settings.steps)
+            values.grad = None
+
+    @torch.no_grad()
+    def result(self) -> QuantizedWeight:
+        """The weight quantized with the current rounding and scales."""
+        max_q = (1 << self.scheme.bits) - 1
+        scales = (self.scales * (1 + self.scale_delta)).to(self.start.scales.dtype)
+        q = (self.weight / scales.float() + self.rounding_offset).round_().add_(self.zeros)
+        q = q.clamp_(0, max_q).to(torch.uint8).view(self.start.q.shape)
+        return QuantizedWeight(
+            q, scales.squeeze(2), self.start.zeros, self.scheme, self.start.input_scale
+        )
+
+
+def _straight_through(values: torch.Tensor, rounded: torch.Tensor) -> torch.Tensor:
+    """`rounded`, with the gradient of `values`."""
+    return values + (rounded - values).detach()
+
+
+class TuningWindows:
+    """The inputs and target outputs of a layer; `count` windows [L, H] make up a step."""
+
+    def __init__(
+        self,
+        inputs: Sequence[MicroBatch],
+        targets: Sequence[MicroBatch],
+        length: int,
+        settings: AutoRound,
+        stream: LayerStream,
+    ) -> None:
+        self.inputs = inputs
+        self.targets = targets
+        self.length = length
+        # Each window's micro-batch and its first token there.
+        self.positions = [
+            (batch, start)
+            for batch, micro_batch in enumerate(inputs)
+            for start in range(0, micro_batch.num_tokens, length)
+        ]
+        self.count = min(len(self.positions), max(1, settings.tokens // length))
+        self.context = stream.batch_context(self.count, length)
+
+    def get(self, chosen: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """The inputs and targets [count * L, H] of the chosen windows."""
+        return self._gather(self.inputs, chosen), self._gather(self.targets, chosen)
+
+    def _gather(self, batches: Sequence[MicroBatch], chosen: Sequence[int]) -> torch.Tensor:
+        windows = []
+        for index in chosen:
+            batch, start = self.positions[index]
+            windows.append(batches[batch].hidden[start : start + self.length])
+        return torch.cat(windows).to(self.context.device)
+
+
+def tune_rounding(
+    layer: DecoderLayer,
+    weights: Mapping[str, torch.Tensor],
+    start: Mapping[str, QuantizedWeight],
+    windows: TuningWindows,
+    settings: AutoRound,
+    seed: int,
+    note: Callable[[str], None],
+) -> dict[str, QuantizedWeight]:
+    """Improve the quantized linears `start` of a layer, whose unquantized weights are `weights`.
+
+    Afterwards the layer has the weights of the result. They are those of `start` when learning did
+    not help. `note` receives a line of progress every ten steps.
+    """
+    learned = {name: LearnedRounding(weights[name], weight) for name, weight in start.items()}
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(windows.positions), generator=generator).tolist()
+    num_judged = HELD_OUT_STEPS * windows.count
+    held_out = order[:num_judged] if len(order) > 2 * num_judged else []
+    training = torch.tensor(order[len(held_out) :])
+    # With few windows there are none to hold out: the result is judged on training windows.
+    judged = held_out or order[:num_judged]
+    _set_weights(layer, start)
+    start_loss = _total_loss(layer, windows, judged)
+    for index in range(settings.steps):
+        step_windows = torch.randperm(len(training), generator=generator)[: windows.count]
+        chosen = training[step_windows].tolist()
+        with torch.enable_grad():
+            for name, rounding in learned.items():
+                layer.linears[name].weight = rounding.dense()
+            loss = _relative_loss(layer, windows, chosen)
+            loss.backward()
+        for rounding in learned.values():
+            rounding.descend(settings, 1 - index / settings.steps)
+        if index % 10 == 0:
+            note(f"learning, step {index} of {settings.steps}, error {loss.item():.2e}")
+    results = {name: rounding.result() for name, rounding in learned.items()}
+    _set_weights(layer, results)
+    if _total_loss(layer, windows, judged) < start_loss:
+        return results
+    _set_weights(layer, start)
+    return dict(start)
+
+
+def _set_weights(layer: DecoderLayer, weights: Mapping[str, QuantizedWeight]) -> None:
+    for name, weight in weights.items():
+        layer.linears[name].weight = weight.dequantize().to(layer.linears[name].weight.device)
+
+
+def _relative_loss(
+    layer: DecoderLayer, windows: TuningWindows, chosen: Sequence[int]
+) -> torch.Tensor:
+    """The mean squared error of the layer's output, relative to the target's mean square."""
+    inputs, targets = windows.get(chosen)
+    outputs = _run(layer, windows, inputs)
+    return (outputs - targets).square().mean() / targets.square().mean()
+
+
+def _run(layer: DecoderLayer, windows: TuningWindows, inputs: torch.Tensor) -> torch.Tensor:
+    """The layer's output. Each run has its own KV cache, because gradients pass through it."""
+    context = windows.context
+    cache = KVCache(torch.zeros_like(context.cache.kv))
+    return layer(inputs, context.cos_sin, context.batch, cache)
+
+
+@torch.no_grad()
+def _total_loss(layer: DecoderLayer, windows: TuningWindows, chosen: Sequence[int]) -> float:
+    """The sum of the relative losses of the chosen windows, a step's windows at a time."""
+    total = 0.0
+    for start in range(0, len(chosen), windows.count):
+        part = chosen[start : start + windows.count]
+        if len(part) == windows.count:
+            total += _relative_loss(layer, windows, part).item()
+    return total

@@ -1,0 +1,114 @@
+"""Runs a decoder layer on the calibration text and collects the inputs of its linears.
+
+A decoder layer has two sublayers, attention and MLP. The linears of a sublayer form two groups: the
+inputs of the second group depend on the outputs of the first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence, Set
+from contextlib import suppress
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from llmkit.model.decoder import DecoderLayer
+from llmkit.quant.input_stats import InputStats, StatKind
+from llmkit.quant.layer_stream import BatchContext, MicroBatch
+
+
+@dataclass(frozen=True)
+class SubLayer:
+    """Half of a decoder layer: attention or MLP."""
+
+    # Runs hidden states [T, H] through the sublayer.
+    run: Callable[[torch.Tensor, BatchContext], torch.Tensor]
+    # Its linears by name within the layer, in the order in which they run.
+    linear_groups: tuple[tuple[str, ...], ...]
+    is_moe: bool  # a micro-batch may send no token to some linear
+
+    def advance(self, batches: Sequence[MicroBatch]) -> None:
+        """Run micro-batches through the sublayer."""
+        for micro_batch in batches:
+            context = micro_batch.context
+            micro_batch.hidden = self.run(micro_batch.hidden.to(context.device), context).cpu()
+
+
+def sublayers(layer: DecoderLayer) -> tuple[SubLayer, SubLayer]:
+    """The attention and the MLP of a decoder layer."""
+
+    def attention(hidden: torch.Tensor, context: BatchContext) -> torch.Tensor:
+        return layer.attention_block(hidden, context.cos_sin, context.batch, context.cache)
+
+    def mlp(hidden: torch.Tensor, context: BatchContext) -> torch.Tensor:
+        return layer.mlp_block(hidden)
+
+    mlp_linears = [name for name in layer.linears if name.startswith("mlp.")]
+    gate_up = tuple(name for name in mlp_linears if name.endswith(".gate_up"))
+    down = tuple(name for name in mlp_linears if name.endswith(".down"))
+    return (
+        SubLayer(attention, (("attn.qkv",), ("attn.o",)), is_moe=False),
+        SubLayer(mlp, (gate_up, down), is_moe=layer.layer.is_moe),
+    )
+
+
+class _AllCollected(Exception):  # noqa: N818
+    """Skips the rest of a sublayer once every linear has its inputs of a micro-batch."""
+
+
+def collect_input_stats(
+    layer: DecoderLayer,
+    sublayer: SubLayer,
+    names: Sequence[str],
+    batches: Sequence[MicroBatch],
+    required_stats: Set[StatKind],
+) -> dict[str, InputStats]:
+    """The input statistics of the named linears over all micro-batches, which are not changed.
+
+    The sublayer runs no further than these linears, and not at all when no statistics are required.
+    """
+    stats: dict[str, InputStats] = {}
+    for name in names:
+        weight = layer.linears[name].weight
+        stats[name] = InputStats(weight.shape[1], required_stats, weight.device)
+    if not required_stats or not names:
+        return stats
+    # The linears that have not yet received their inputs of the current micro-batch.
+    waiting: set[str] = set()
+
+    def hook(name: str) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
+        def collect(_module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+            stats[name].add(inputs[0])
+            waiting.discard(name)
+            if not waiting and not sublayer.is_moe:
+                raise _AllCollected
+
+        return collect
+
+    handles = [layer.linears[name].register_forward_pre_hook(hook(name)) for name in names]
+    try:
+        for micro_batch in batches:
+            waiting.update(names)
+            context = micro_batch.context
+            with suppress(_AllCollected):
+                sublayer.run(micro_batch.hidden.to(context.device), context)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return stats
+
+
+def max_abs_kv(
+    attention: SubLayer, batches: Sequence[MicroBatch]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The largest magnitudes [1] of the keys and of the values that go into the KV cache."""
+    max_key = torch.zeros(1)
+    max_value = torch.zeros(1)
+    for micro_batch in batches:
+        context = micro_batch.context
+        attention.run(micro_batch.hidden.to(context.device), context)
+        keys, values = context.cache.kv.chunk(2)
+        max_key.clamp_(min=keys.abs().max().item())
+        max_value.clamp_(min=values.abs().max().item())
+    return max_key, max_value

@@ -1,0 +1,101 @@
+"""What `llmkit inspect` shows about a checkpoint: its architecture, sizes, formats and memory."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from dataclasses import asdict
+from typing import Any
+
+from llmkit.checkpoint.checkpoint import Checkpoint
+from llmkit.checkpoint.quantized_weight import QuantizationConfig, Scheme
+from llmkit.checkpoint.safetensors_header import byte_count
+from llmkit.model.checkpoint_tensors import checkpoint_tensors
+from llmkit.model.families import model_spec
+from llmkit.model.parameter_table import parameters
+from llmkit.model.spec import ModelSpec
+
+# INT4 is estimated with the largest of these group sizes that divides every layer, else per row.
+GROUP_SIZES = (128, 64, 32)
+INT8 = QuantizationConfig("compressed-tensors", Scheme(8))
+
+
+def inspect_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
+    """A JSON document about a checkpoint. The keys are an interface: programs read them.
+
+    Bytes are of weights: `disk_bytes` as stored, `weight_bytes` as llmkit would store them at each
+    precision. Raises InputError for an architecture that llmkit does not know.
+    """
+    spec = model_spec(checkpoint.config)
+    manifest = checkpoint.manifest
+    windows = [layer.sliding_window for layer in spec.layers if layer.sliding_window]
+    return {
+        "reference": checkpoint.reference,
+        "kind": checkpoint.file_format,
+        "architecture": spec.architecture,
+        "model_type": checkpoint.config.get("model_type"),
+        "parameters": parameter_count(spec),
+        "layers": len(spec.layers),
+        "hidden": spec.hidden_size,
+        "heads": spec.num_heads,
+        "kv_heads": spec.num_kv_heads,
+        "head_dim": spec.head_dim,
+        "intermediate": spec.intermediate_size,
+        "experts": spec.moe.num_experts if spec.moe else None,
+        "vocab": spec.vocab_size,
+        "tied_embeddings": spec.tie_word_embeddings,
+        "max_positions": spec.max_position_embeddings,
+        "sliding_window": windows[0] if windows else None,
+        "disk_bytes": checkpoint.weight_bytes,
+        "stored_dtypes": dict(Counter(info.dtype for info in checkpoint.tensors.values())),
+        "quantization": _quantization_entry(checkpoint.quantization),
+        "written_by": None if manifest is None else manifest.get("tool"),
+        "layout": checkpoint.layout,
+        "weight_bytes": weight_bytes(spec),
+        "kv_bytes_per_token": {
+            "fp32": spec.kv_elements_per_token * 4,
+            "bf16": spec.kv_elements_per_token * 2,
+        },
+    }
+
+
+def _quantization_entry(quantization: QuantizationConfig | None) -> dict[str, Any] | None:
+    if quantization is None:
+        return None
+    return {
+        "format": quantization.format,
+        "method": quantization.method or None,
+        "kv": quantization.kv or None,
+        "schemes": [asdict(scheme) | {"label": scheme.label} for scheme in quantization.schemes],
+    }
+
+
+def parameter_count(spec: ModelSpec) -> int:
+    """The number of weights. Tied embeddings count once."""
+    return sum(math.prod(parameter.shape) for parameter in parameters(spec))
+
+
+def weight_bytes(spec: ModelSpec) -> dict[str, int]:
+    """The bytes of all weights at each precision.
+
+    Quantized precisions keep embeddings, norms and biases in 16 bits.
+    """
+    count = parameter_count(spec)
+    in_features = {parameter.shape[1] for parameter in parameters(spec) if parameter.is_linear}
+    group_size = -1
+    for size in GROUP_SIZES:
+        if all(columns % size == 0 for columns in in_features):
+            group_size = size
+            break
+    int4 = QuantizationConfig("gptq", Scheme(4, group_size))
+    return {
+        "fp32": count * 4,
+        "bf16": count * 2,
+        "int8": _stored_bytes(spec, INT8),
+        "int4": _stored_bytes(spec, int4),
+    }
+
+
+def _stored_bytes(spec: ModelSpec, quantization: QuantizationConfig) -> int:
+    tensors = checkpoint_tensors(spec, quantization).values()
+    return sum(byte_count(packed.dtype or "BF16", packed.shape) for _, packed in tensors)

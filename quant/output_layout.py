@@ -1,0 +1,86 @@
+"""What the output checkpoint holds: its tensors, its config.json and its other files."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import torch
+
+from llmkit.checkpoint.checkpoint import Checkpoint
+from llmkit.checkpoint.dtypes import DTYPES, NAMES
+from llmkit.checkpoint.quantized_formats import format_of
+from llmkit.checkpoint.quantized_weight import QuantizationConfig
+from llmkit.checkpoint.safetensors_header import TensorInfo
+from llmkit.model.checkpoint_tensors import checkpoint_tensors, scheme_of
+from llmkit.model.families import model_spec
+from llmkit.model.parameter_table import parameters
+from llmkit.model.spec import ModelSpec
+
+HALF_DTYPES = ("BF16", "F16")
+
+
+def unquantized_dtype(source: Checkpoint, cast: torch.dtype | None) -> str:
+    """The dtype of the unquantized tensors, as in a safetensors header.
+
+    It is `cast` when given, else the source's most common 16-bit dtype, else bfloat16.
+    """
+    if cast is not None:
+        return NAMES[cast]
+    sizes = Counter({"BF16": 0})
+    for info in source.tensors.values():
+        if info.dtype in HALF_DTYPES:
+            sizes[info.dtype] += info.nbytes
+    return sizes.most_common(1)[0][0]
+
+
+def planned_tensors(
+    source: Checkpoint,
+    spec: ModelSpec,
+    quantization: QuantizationConfig | None,
+    cast: torch.dtype | None,
+) -> list[TensorInfo]:
+    """Every tensor of the output. Without `cast`, 16-bit tensors keep their dtype."""
+    other_dtype = unquantized_dtype(source, cast)
+    planned = []
+    for name, (_, packed) in checkpoint_tensors(spec, quantization).items():
+        if packed.is_quantized:  # the format fixes the dtype
+            dtype = packed.dtype
+        else:
+            source_dtype = source.tensors[name].dtype
+            keeps_dtype = cast is None and source_dtype in HALF_DTYPES
+            dtype = source_dtype if keeps_dtype else other_dtype
+        planned.append(TensorInfo(name, dtype, packed.shape))
+    return planned
+
+
+def output_config(
+    source: Checkpoint, quantization: QuantizationConfig | None, dtype: str
+) -> dict[str, Any]:
+    """The output's config.json: the source's, with the new dtype and quantization."""
+    config = {key: value for key, value in source.config.items() if key != "quantization_config"}
+    dtype_name = str(DTYPES[dtype]).removeprefix("torch.")
+    dtype_keys = [key for key in ("dtype", "torch_dtype") if key in config] or ["torch_dtype"]
+    config |= dict.fromkeys(dtype_keys, dtype_name)
+    if quantization is None:
+        return config
+    quantization_config = format_of(quantization).config_dict(quantization)
+    if "dynamic" in quantization_config:
+        # transformers does not read "dynamic": it needs the names of the quantized modules.
+        modules = [
+            name.removesuffix(".weight")
+            for parameter in parameters(model_spec(source.config))
+            for name in parameter.source_names
+            if scheme_of(parameter, name, quantization)
+        ]
+        quantization_config["modules_in_block_to_quantize"] = [modules]
+    config["quantization_config"] = quantization_config
+    return config
+
+
+def output_files(source: Checkpoint, quantization: QuantizationConfig | None) -> dict[str, bytes]:
+    """The output's other files: the source's tokenizer and licenses, and those of the format."""
+    files = source.side_files()
+    if quantization is not None:
+        files = files | format_of(quantization).extra_files(quantization)
+    return files

@@ -1,0 +1,421 @@
+"""Quantizes decoder layers one after the other with calibration data.
+
+Each linear is calibrated on the outputs of the quantized layers before it. The steps of a layer:
+smooth, collect input statistics, quantize, learn the rounding (with --effort max), and write.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from llmkit.checkpoint.compressed_tensors import KINDS
+from llmkit.common.errors import InputError
+from llmkit.common.progress import Progress
+from llmkit.kernels.activation_quant import FP8_MAX, INT8_MAX, MIN_SCALE
+from llmkit.model.checkpoint_tensors import kv_scales
+from llmkit.model.decoder import DecoderLayer
+from llmkit.model.linear import ActivationQuant
+from llmkit.model.parameter_table import Parameter, parameters
+from llmkit.quant.algorithm import (
+    Algorithm,
+    AutoRound,
+    QuantizeJob,
+    QuantizeResult,
+    QuantTarget,
+    Smoother,
+    Solver,
+)
+from llmkit.quant.auto_round import TuningWindows, tune_rounding
+from llmkit.quant.calibrate_layer import SubLayer, collect_input_stats, max_abs_kv, sublayers
+from llmkit.quant.input_stats import InputStats
+from llmkit.quant.layer_stream import LayerStream, MicroBatch, prefetch_layers
+from llmkit.quant.memory_estimate import trim_heap
+from llmkit.quant.parameter_writer import ParameterWriter
+from llmkit.quant.quantize_linear import (
+    Entry,
+    output_error,
+    quant_target,
+    report_entry,
+    solve_locally,
+)
+from llmkit.quant.smoothing_mappings import apply_scales, find_mapping
+
+# An expert that received fewer tokens is rounded to nearest: too few for a reliable Hessian.
+MIN_EXPERT_TOKENS = 128
+MIN_EXPERT_SHARE = 0.005  # of the calibration tokens
+
+
+@dataclass
+class LayerState:
+    """A decoder layer while it is quantized."""
+
+    index: int
+    layer: DecoderLayer
+    parameters: list[Parameter]
+    targets: dict[str, QuantTarget]  # the linears to quantize, by name within the layer
+    # The linears that are quantized, by name within the layer.
+    results: dict[str, tuple[QuantizeResult, Entry]] = field(default_factory=dict)
+    # The vectors (norms, biases) that smoothing changed, by name within the layer.
+    smoothed_vectors: set[str] = field(default_factory=set)
+    # The scales of an 8-bit KV cache, by checkpoint tensor.
+    kv_scales: dict[str, torch.Tensor] = field(default_factory=dict)
+    # For learned rounding: the smoothed weights before quantization, and their input statistics.
+    dense_weights: dict[str, torch.Tensor] = field(default_factory=dict)
+    input_stats: dict[str, InputStats] = field(default_factory=dict)
+
+    @property
+    def prefix(self) -> str:
+        """The prefix of the names of the layer's parameters."""
+        return f"layers.{self.index}."
+
+
+@torch.no_grad()
+def quantize_layers(
+    source: LayerStream,
+    written: LayerStream,
+    windows: torch.Tensor,
+    writer: ParameterWriter,
+    algorithm: Algorithm,
+    progress: Progress,
+    offload: Path | None = None,
+    solver: Solver = solve_locally,
+) -> list[Entry]:
+    """Quantize every decoder layer, calibrated on token windows [n, L]; commit after each layer.
+
+    source: the tensors to quantize.
+    written: the tensors of the output, which already holds the embedding. Layers that an
+        interrupted run has committed are read from it.
+    offload: a folder for the hidden states; None keeps them in memory.
+
+    Returns the report's entries of the linears.
+    """
+    num_layers = len(source.spec.layers)
+    recorded = writer.recorded_layers()
+    todo = [
+        index
+        for index in range(num_layers)
+        if index not in recorded or not writer.is_written(source.layer_parameters(index))
+    ]
+    # The layers after the last quantized one need not run.
+    last = last_quantized_layer(writer)
+    layers = _layers_to_quantize(source, writer, [index for index in todo if index <= last])
+    progress.start("quantize", num_layers, "layers")
+    auto_round = algorithm.auto_round
+    # The hidden states of the quantized model and, for learned rounding, of the unquantized one.
+    batches = written.embed(windows, folder=offload)
+    targets: list[MicroBatch] = []
+    if auto_round is not None:
+        targets = source.embed(windows, folder=offload / "wanted" if offload else None)
+    entries: list[Entry] = []
+    for index in range(num_layers):
+        started = time.perf_counter()
+        if auto_round is not None and index <= last:
+            source.run_layer(source.layer(index), targets)
+        if index not in todo:
+            # An interrupted run has written this layer.
+            layer_entries = recorded[index]
+            if index < last:
+                written.run_layer(written.layer(index), batches)
+        elif index > last:
+            # Neither this layer nor any after it is quantized.
+            layer_entries = []
+            _write_unquantized_layer(index, source.layer_parameters(index), writer)
+        else:
+            state = _layer_state(index, next(layers), source, writer)
+            layer_inputs: list[MicroBatch] = []
+            if auto_round is not None:
+                layer_inputs = [micro_batch.snapshot() for micro_batch in batches]
+            _quantize_layer(state, batches, writer, algorithm, progress, solver)
+            if auto_round is not None:
+                tuning_windows = TuningWindows(
+                    layer_inputs, targets, windows.shape[1], auto_round, source
+                )
+                _learn_rounding(state, tuning_windows, batches, auto_round, progress)
+            layer_entries = [entry for _, entry in state.results.values()]
+            writer.record_layer(index, layer_entries)
+            _write_layer(state, writer)
+            writer.commit()
+            # Free the layer before the next one is read.
+            del state
+        entries += layer_entries
+        tokens_per_second = windows.numel() / (time.perf_counter() - started)
+        progress.advance(1, f"{_worst_error(layer_entries)}{tokens_per_second:,.0f} tokens/s")
+    progress.finish()
+    return entries
+
+
+def last_quantized_layer(writer: ParameterWriter) -> int:
+    """The index of the last layer with a quantized linear or a quantized KV cache; -1: none."""
+    last = -1
+    for parameter in parameters(writer.spec):
+        has_kv_scales = bool(kv_scales(parameter, writer.quantization))
+        if parameter.is_linear and (writer.scheme(parameter) is not None or has_kv_scales):
+            last = max(last, parameter.layers[0])
+    return last
+
+
+def _layers_to_quantize(
+    source: LayerStream, writer: ParameterWriter, indices: Sequence[int]
+) -> Iterator[DecoderLayer]:
+    """Read the layers to quantize, in order."""
+
+    def read(parameter: Parameter) -> torch.Tensor:
+        # Unquantized parameters are used as the output stores them.
+        if writer.scheme(parameter) is None:
+            return writer.read_as_stored(parameter, source.device)
+        return source.read(parameter)
+
+    stream = LayerStream(source.spec, read, source.device)
+    # On CUDA the next layer is read during the current one. On a CPU that would only double the
+    # memory.
+    return prefetch_layers(stream.layer, indices, prefetch=source.device.type == "cuda")
+
+
+def _layer_state(
+    index: int, layer: DecoderLayer, source: LayerStream, writer: ParameterWriter
+) -> LayerState:
+    rows = source.layer_parameters(index)
+    targets: dict[str, QuantTarget] = {}
+    for parameter in rows:
+        target = quant_target(parameter, writer.quantization)
+        if target is not None:
+            targets[target.name] = target
+    return LayerState(index, layer, rows, targets)
+
+
+def _quantize_layer(
+    state: LayerState,
+    batches: Sequence[MicroBatch],
+    writer: ParameterWriter,
+    algorithm: Algorithm,
+    progress: Progress,
+    solver: Solver,
+) -> None:
+    """Quantize a layer's linears in place and run `batches` through the quantized layer."""
+    attention, mlp = sublayers(state.layer)
+    _calibrate_kv(state, attention, batches, writer)
+    for sublayer in (attention, mlp):
+        input_stats: dict[str, InputStats] = {}
+        if algorithm.smoother is not None:
+            input_stats = _smooth(state, sublayer, batches, writer, algorithm, algorithm.smoother)
+        for position, group in enumerate(sublayer.linear_groups):
+            names = [name for name in group if name in state.targets]
+            collects_again = algorithm.quantizer.true_sequential and position > 0
+            if algorithm.smoother is None or collects_again:
+                input_stats |= collect_input_stats(
+                    state.layer, sublayer, names, batches, algorithm.required_stats
+                )
+            # Free the memory of the forward passes before a Hessian is factorized.
+            trim_heap()
+            jobs = (
+                _job(state, sublayer, name, input_stats.pop(name), batches, algorithm)
+                for name in names
+            )
+            results = solver(algorithm.quantizer, jobs)
+            for name, result in zip(names, results, strict=True):
+                _take_result(state, name, result, algorithm)
+                _, entry = state.results[name]
+                progress.advance(0, f"{entry['name']} error {entry['error']:.2e}")
+        sublayer.advance(batches)
+        if not all(bool(torch.isfinite(micro_batch.hidden).all()) for micro_batch in batches):
+            raise InputError(
+                f"the output of layer {state.index} is not finite: its values overflow float32",
+                "Weights that give finite activations were expected",
+            )
+
+
+def _smooth(
+    state: LayerState,
+    sublayer: SubLayer,
+    batches: Sequence[MicroBatch],
+    writer: ParameterWriter,
+    algorithm: Algorithm,
+    smoother: Smoother,
+) -> dict[str, InputStats]:
+    """Smooth the sublayer's linears. Returns their input statistics after smoothing."""
+    names = [name for group in sublayer.linear_groups for name in group if name in state.targets]
+    input_stats = collect_input_stats(
+        state.layer, sublayer, names, batches, algorithm.required_stats
+    )
+    vector_dtypes = {
+        parameter.name.removeprefix(state.prefix): writer.dtypes[parameter.source_names[0]]
+        for parameter in state.parameters
+        if len(parameter.shape) == 1
+    }
+    for name in names:
+        target = state.targets[name]
+        mapping = find_mapping(writer.spec, state.layer, target.parameter)
+        if mapping is None or input_stats[name].num_tokens == 0:
+            continue
+        # Skip a smooth layer that is a linear and stays in 16 bits: it would be rounded again.
+        if mapping.rows is not None and mapping.smooth_layer not in state.targets:
+            continue
+        weight = state.layer.linears[name].weight
+        scales = smoother.scales(target, mapping, weight, input_stats[name])
+        if scales is None:
+            continue
+        used = apply_scales(state.layer, mapping, scales, vector_dtypes)
+        input_stats[name].divide_inputs(used)
+        vector = "weight" if mapping.rows is None else "bias"
+        state.smoothed_vectors.add(f"{mapping.smooth_layer}.{vector}")
+    return input_stats
+
+
+def _job(
+    state: LayerState,
+    sublayer: SubLayer,
+    name: str,
+    input_stats: InputStats,
+    batches: Sequence[MicroBatch],
+    algorithm: Algorithm,
+) -> QuantizeJob:
+    """The job of a linear. It falls back to rounding for an expert with too few tokens."""
+    if algorithm.auto_round is not None:
+        state.input_stats[name] = input_stats.clone()
+    min_tokens: float = 1
+    if sublayer.is_moe:
+        num_tokens = sum(micro_batch.num_tokens for micro_batch in batches)
+        min_tokens = max(MIN_EXPERT_TOKENS, MIN_EXPERT_SHARE * num_tokens)
+    fallback = None
+    if algorithm.required_stats and input_stats.num_tokens < min_tokens:
+        fallback = (
+            f"saw {input_stats.num_tokens} calibration tokens of the {int(min_tokens)} "
+            "an expert needs"
+        )
+    weight = state.layer.linears[name].weight
+    return QuantizeJob(state.targets[name], weight, input_stats, fallback)
+
+
+def _take_result(
+    state: LayerState, name: str, result: QuantizeResult, algorithm: Algorithm
+) -> None:
+    """Put a quantized weight into the layer and keep the result."""
+    target = state.targets[name]
+    assert result.error is not None
+    if not math.isfinite(result.error):
+        raise InputError(
+            f"the weights or inputs of {target.parameter.module} are so large "
+            "that float32 overflows",
+            "Weights that give finite activations were expected",
+        )
+    entry = report_entry(
+        target,
+        result.method,
+        result.error,
+        result.num_tokens,
+        result.dampening_frac,
+        result.fallback,
+    )
+    linear = state.layer.linears[name]
+    if algorithm.auto_round is not None:
+        state.dense_weights[name] = linear.weight
+    linear.weight = result.weight.dequantize()
+    if target.scheme.inputs != "none":
+        linear.activation_quant = ActivationQuant(target.scheme.kind, result.weight.input_scale)
+    result.weight = result.weight.to("cpu")
+    state.results[name] = (result, entry)
+
+
+def _learn_rounding(
+    state: LayerState,
+    windows: TuningWindows,
+    batches: Sequence[MicroBatch],
+    settings: AutoRound,
+    progress: Progress,
+) -> None:
+    """Improve the rounding of the layer's linears together and run `batches` through it again.
+
+    Experts and FP8 weights keep their values.
+    """
+    start = {
+        name: result.weight
+        for name, (result, _) in state.results.items()
+        if result.weight.scheme.kind == "int" and ".experts." not in name
+    }
+    if not start:
+        return
+
+    def note(text: str) -> None:
+        progress.advance(0, f"layer {state.index}: {text}")
+
+    dense = {name: state.dense_weights[name] for name in start}
+    learned = tune_rounding(state.layer, dense, start, windows, settings, state.index, note)
+    for name, weight in learned.items():
+        if weight is start[name]:  # learning did not help
+            return
+        result, entry = state.results[name]
+        result.weight = weight.to("cpu")
+        entry["method"] += ", learned"
+        entry["error"] = output_error(dense[name], weight, state.input_stats[name])
+    for micro_batch, layer_input in zip(batches, windows.inputs, strict=True):
+        context = micro_batch.context
+        hidden = layer_input.hidden.to(context.device)
+        hidden = state.layer(hidden, context.cos_sin, context.batch, context.cache)
+        micro_batch.hidden = hidden.cpu()
+
+
+def _calibrate_kv(
+    state: LayerState,
+    attention: SubLayer,
+    batches: Sequence[MicroBatch],
+    writer: ParameterWriter,
+) -> None:
+    """Find the scales of an 8-bit KV cache. From then on the layer rounds its keys and values."""
+    quantization = writer.quantization
+    for parameter in state.parameters:
+        names = kv_scales(parameter, quantization)
+        if not names or quantization is None:
+            continue
+        kind = KINDS[quantization.kv]
+        max_value = FP8_MAX if kind == "float" else INT8_MAX
+        max_abs = max_abs_kv(attention, batches)
+        for (name, tensor), magnitude in zip(names.items(), max_abs, strict=True):
+            scale = (magnitude / max_value).clamp(min=MIN_SCALE)
+            state.kv_scales[tensor] = scale
+            device_scale = scale.to(batches[0].context.device)
+            module = name.removeprefix(state.prefix)
+            state.layer.activation_quant[module] = ActivationQuant(kind, device_scale)
+
+
+def _write_layer(state: LayerState, writer: ParameterWriter) -> None:
+    """Write all parameters of a quantized layer."""
+    for parameter in state.parameters:
+        name = parameter.name.removeprefix(state.prefix)
+        module = name.rpartition(".")[0]
+        if module in state.results and name.endswith(".weight"):
+            result, _ = state.results[module]
+            writer.write_quantized(parameter, result.weight)
+        elif name not in state.smoothed_vectors:
+            writer.write_cast(parameter)
+        elif module in state.layer.norms:
+            writer.write_value(parameter, state.layer.norms[module] - writer.spec.norm_offset)
+        else:
+            bias = state.layer.linears[module].bias
+            assert bias is not None
+            writer.write_value(parameter, bias)
+    for tensor, scale in state.kv_scales.items():
+        writer.write_kv_scale(tensor, scale)
+
+
+def _write_unquantized_layer(
+    index: int, rows: Sequence[Parameter], writer: ParameterWriter
+) -> None:
+    """Write a layer that is not quantized."""
+    for parameter in rows:
+        writer.write_cast(parameter)
+    writer.record_layer(index, [])
+    writer.commit()
+
+
+def _worst_error(entries: Sequence[Entry]) -> str:
+    """The linear with the largest error, for the progress line."""
+    if not entries:
+        return ""
+    worst = max(entries, key=lambda entry: float(entry["error"]))
+    return f"{worst['name']} error {worst['error']:.2e}, "

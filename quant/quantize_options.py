@@ -1,0 +1,205 @@
+"""The options of `llmkit quantize`. No torch here: the command line imports them."""
+
+import shlex
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from llmkit.common.option_values import count_or_auto
+from llmkit.common.options import DEVICE, SEED, Option, option_fields
+
+Effort = Literal["fast", "normal", "max"]
+
+
+@dataclass(frozen=True)
+class QuantizeOptions:
+    """How a checkpoint is quantized, calibrated and evaluated."""
+
+    method: Annotated[
+        str,
+        Option(
+            "bf16, fp16: cast; int8, fp8, rtn: round to nearest; gptq, awq: calibrate 4 (gptq: or "
+            "8) bits.",
+            choices=("bf16", "fp16", "int8", "fp8", "gptq", "awq", "rtn"),
+            metavar="METHOD",
+        ),
+    ]
+    bits: Annotated[
+        int | None,
+        Option("Bits of a quantized weight.", metavar="N", unset="4, 8 with int8 and fp8"),
+    ] = None
+    group_size: Annotated[
+        int | None,
+        Option(
+            "Weights that share a scale; -1: a row; auto: the largest of 128, 64, 32 that fits.",
+            metavar="N|auto",
+            format=count_or_auto(-1),
+        ),
+    ] = None
+    format: Annotated[
+        str | None,
+        Option(
+            "gptq, awq or compressed-tensors on disk.",
+            choices=("gptq", "awq", "compressed-tensors"),
+            metavar="FORMAT",
+            unset="the method's own",
+        ),
+    ] = None
+    symmetric: Annotated[
+        bool | None,
+        Option(
+            "Quantized values around zero, or with zero points.",
+            flags=("--symmetric/--asymmetric",),
+            unset="asymmetric in the awq format and with --method awq",
+        ),
+    ] = None
+    activations: Annotated[
+        bool, Option("int8: quantize the inputs of linear layers too (W8A8, SmoothQuant).")
+    ] = False
+    static_activations: Annotated[
+        bool,
+        Option(
+            "fp8: one fixed scale for a layer's inputs instead of one for each token.",
+            flags=("--static",),
+        ),
+    ] = False
+    kv: Annotated[
+        Literal["", "fp8", "int8"],
+        Option(
+            "Calibrate an 8-bit KV cache too.",
+            choices=("fp8", "int8"),
+            metavar="fp8|int8",
+            unset="16-bit KV cache",
+        ),
+    ] = ""
+    effort: Annotated[
+        Effort,
+        Option(
+            "fast: no range search; max: learned rounding too, much slower.",
+            metavar="fast|normal|max",
+        ),
+    ] = "normal"
+    target_kl: Annotated[
+        float | None,
+        Option(
+            "Mix 4, 8 and 16 bits: the smallest checkpoint of at most this mean KL.",
+            metavar="X",
+            unset="off",
+        ),
+    ] = None
+    target_bits: Annotated[
+        float | None,
+        Option(
+            "Mix 4, 8 and 16 bits: the best checkpoint of at most B bits a weight.",
+            metavar="B",
+            unset="off",
+        ),
+    ] = None
+    keep: Annotated[
+        str | None,
+        Option(
+            "Linear layers to leave unquantized, by name.",
+            metavar="REGEX",
+            unset="none",
+        ),
+    ] = None
+    lm_head: Annotated[
+        int | None,
+        Option("Quantize the output projection too, to N bits.", metavar="N", unset="as it is"),
+    ] = None
+    layers: Annotated[
+        str | None,
+        Option("Decoder layers to quantize; others stay.", metavar="A-B", unset="all"),
+    ] = None
+    engine: Annotated[
+        str | None,
+        Option(
+            "Refuse what this engine cannot load.",
+            flags=("--for",),
+            choices=("vllm", "sglang", "transformers"),
+            metavar="ENGINE",
+            unset="any engine",
+        ),
+    ] = None
+    calibration: Annotated[
+        str,
+        Option(
+            "Calibration text: a .txt, .jsonl or .parquet file, a dataset of the hub, CPython's "
+            "own reference, or text that the model writes itself.",
+            metavar="FILE|ID|builtin|self",
+        ),
+    ] = "builtin"
+    samples: Annotated[int, Option("Windows of calibration text.", metavar="N", min=1)] = 128
+    seq_len: Annotated[
+        int,
+        Option("Tokens of a window, at most the model's positions.", metavar="N", min=1),
+    ] = 2048
+    damp: Annotated[
+        float,
+        Option("GPTQ's damping, as a share of the Hessian's diagonal.", metavar="SHARE"),
+    ] = 0.01
+    offload: Annotated[
+        Literal["auto", "disk", "memory"],
+        Option(
+            "Where the hidden states of the calibration text are kept; auto: in memory if they "
+            "fit.",
+            metavar="auto|disk|memory",
+        ),
+    ] = "auto"
+    evaluate: Annotated[
+        bool,
+        Option(
+            "Measure the quality before and after on held-out text.", flags=("--eval/--no-eval",)
+        ),
+    ] = True
+    # Windows of 1,024 tokens to evaluate on. Not on the command line.
+    eval_windows: int = 8
+    max_kl: Annotated[
+        float | None,
+        Option(
+            "Exit with 1 if the mean KL is above X.",
+            metavar="X",
+            unset="off",
+            in_recipes=False,
+        ),
+    ] = None
+    max_ppl_ratio: Annotated[
+        float | None,
+        Option(
+            "Exit with 1 if the perplexity grows by more than this factor.",
+            metavar="X",
+            unset="off",
+            in_recipes=False,
+        ),
+    ] = None
+    # For the command line that an interrupted run prints. A run also resumes without it.
+    resume: Annotated[
+        bool,
+        Option(
+            "Resume an interrupted run; this also happens without the option.", in_recipes=False
+        ),
+    ] = False
+    dry_run: Annotated[
+        bool, Option("Show what would be done and write nothing.", in_recipes=False)
+    ] = False
+    device: Annotated[str, DEVICE] = "auto"
+    seed: Annotated[int, SEED] = 0
+
+    @property
+    def mixed(self) -> bool:
+        """Whether every linear layer gets its own number of bits."""
+        return self.target_kl is not None or self.target_bits is not None
+
+    def command_line(self, source: str, output: str) -> str:
+        """The command that quantizes `source` with these options."""
+        words = ["llmkit", "quantize", source, "--method", self.method, "--output", output]
+        for field in option_fields(type(self)):
+            value = getattr(self, field.path[-1])
+            if field.name == "method" or value == field.default:
+                continue
+            if value is False:
+                words += field.negated_spellings
+            else:
+                words.append(field.spellings[0])
+                if value is not True:
+                    words.append(str(value))
+        return shlex.join(words)

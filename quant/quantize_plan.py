@@ -1,0 +1,266 @@
+"""Plans a run: everything that is known before any weight is read."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llmkit.checkpoint.checkpoint import Checkpoint
+from llmkit.checkpoint.open_checkpoint import open_checkpoint
+from llmkit.checkpoint.output_directory import check_output
+from llmkit.checkpoint.quantized_weight import QuantizationConfig
+from llmkit.checkpoint.safetensors_header import TensorInfo
+from llmkit.checkpoint.writer import plan_files, planned_bytes
+from llmkit.common.errors import InputError, UsageError
+from llmkit.common.progress import Progress
+from llmkit.model.checkpoint_tensors import check_checkpoint, scheme_of
+from llmkit.model.device import resolve_device
+from llmkit.model.families import model_spec
+from llmkit.model.parameter_table import parameters
+from llmkit.model.spec import ModelSpec
+from llmkit.quant import memory_estimate as memory
+from llmkit.quant.algorithm import Algorithm
+from llmkit.quant.methods import (
+    Method,
+    MethodOptions,
+    build_quantization_config,
+    ignored_modules,
+    with_mixed_bits,
+)
+from llmkit.quant.output_layout import planned_tensors, unquantized_dtype
+from llmkit.quant.quantize_options import QuantizeOptions
+from llmkit.quant.target_engines import check_engine
+from llmkit.quant.time_estimate import estimate_seconds
+from llmkit.quant.token_windows import EVALUATION_TOKENS
+
+MIN_SEQ_LEN = 16  # tokens; shorter windows are useless for calibration
+
+
+def method_options(options: QuantizeOptions) -> MethodOptions:
+    """The part of the options that says how weights are stored."""
+    return MethodOptions(
+        options.method,
+        options.bits,
+        options.group_size,
+        options.format,
+        options.symmetric,
+        options.activations,
+        options.static_activations,
+        options.kv,
+        options.mixed,
+        options.effort,
+        options.lm_head,
+    )
+
+
+def check_options(options: QuantizeOptions) -> None:
+    """Raises UsageError for values out of range and for conflicting options."""
+    method_options(options).check()
+    for name, value, minimum in (
+        ("samples", options.samples, 1),
+        ("seq-len", options.seq_len, MIN_SEQ_LEN),
+        ("eval-windows", options.eval_windows, 1),
+    ):
+        if value < minimum:
+            raise UsageError(f"--{name} is {value}", f"At least {minimum} was expected")
+    if not 0 < options.damp <= 1:
+        raise UsageError(f"--damp is {options.damp}", "A share above 0 and up to 1 was expected")
+    if options.target_kl is not None and options.target_bits is not None:
+        raise UsageError(
+            "--target-kl and --target-bits were both given", "One of them was expected"
+        )
+    for name, bound in (
+        ("target-kl", options.target_kl),
+        ("max-kl", options.max_kl),
+        ("max-ppl-ratio", options.max_ppl_ratio),
+    ):
+        if bound is None:
+            continue
+        if not bound > 0:
+            raise UsageError(f"--{name} is {bound}", "A number above 0 was expected")
+        if not options.evaluate:
+            raise UsageError(
+                f"--{name} needs the evaluation that --no-eval leaves out",
+                todo="Leave out --no-eval",
+            )
+    if options.target_bits is not None and not 4 <= options.target_bits <= 16:
+        raise UsageError(
+            f"--target-bits is {options.target_bits}", "4 to 16 bits per weight were expected"
+        )
+
+
+@dataclass(frozen=True)
+class QuantizePlan:
+    """A checked run: what is read, how it is quantized and what is written."""
+
+    source: Checkpoint
+    spec: ModelSpec
+    out: Path
+    options: QuantizeOptions
+    quantization: QuantizationConfig | None  # None: a cast
+    tensors: list[TensorInfo]  # of the output
+    files: dict[str, list[TensorInfo]]  # the output's tensors by safetensors file
+    device: torch.device
+    seq_len: int  # tokens of a calibration window
+
+    @property
+    def method(self) -> Method:
+        """The method's row of METHODS."""
+        return method_options(self.options).method_row
+
+    @property
+    def bits(self) -> int:
+        """The bits of a weight without an override."""
+        return method_options(self.options).chosen_bits
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether the model runs on calibration text."""
+        return method_options(self.options).calibrated or self.options.mixed
+
+    @property
+    def algorithm(self) -> Algorithm:
+        """How a calibrated run quantizes the layers."""
+        return method_options(self.options).algorithm(self.options.damp)
+
+    @property
+    def dtype(self) -> str:
+        """The dtype of the unquantized tensors, as in a safetensors header."""
+        return unquantized_dtype(self.source, self.method.dtype)
+
+    @property
+    def eval_window_tokens(self) -> int:
+        """The tokens of an evaluation window."""
+        return min(EVALUATION_TOKENS, self.spec.max_position_embeddings)
+
+    def with_bits(self, bits: Mapping[str, int]) -> QuantizePlan:
+        """The plan with other bits for some linears, by runtime module."""
+        assert self.quantization is not None
+        return _with_quantization(self, with_mixed_bits(self.quantization, self.spec, bits))
+
+    def memory_bytes(self, offload: bool = False) -> int:
+        """The peak memory of the run. offload: the hidden states lie on disk."""
+        quantized = [
+            parameter
+            for parameter in parameters(self.spec)
+            if scheme_of(parameter, parameter.source_names[0], self.quantization)
+        ]
+        peak = memory.casting_bytes(quantized)
+        if self.options.evaluate:
+            peak = max(peak, memory.evaluation_bytes(self.spec, self.eval_window_tokens))
+        if self.calibrated:
+            algorithm = self.algorithm
+            layer = memory.calibration_bytes(
+                self.spec,
+                self.seq_len,
+                hessians="hessian" in algorithm.required_stats,
+                auto_round=algorithm.auto_round is not None,
+                prefetch=self.device.type == "cuda",
+            )
+            # With the hidden states on disk, one window at a time is in memory.
+            windows = 1 if offload else self.options.samples
+            peak = max(peak, layer + memory.hidden_bytes(self.spec, windows, self.seq_len))
+        return peak
+
+    def offloads(self) -> bool:
+        """Whether the hidden states of the calibration text lie on disk."""
+        if self.options.offload != "auto":
+            return self.options.offload == "disk"
+        return self.calibrated and self.memory_bytes() > memory.available_bytes(self.device)
+
+
+def make_plan(source: str, out: Path, options: QuantizeOptions, progress: Progress) -> QuantizePlan:
+    """Open the source, check it and the options, and plan the output. Nothing is written.
+
+    Raises UsageError, InputError, ShortageError (disk, device) and OutputError as `quantize` does.
+    """
+    check_options(options)
+    device = resolve_device(options.device)
+    checkpoint = open_checkpoint(source)
+    if checkpoint.quantization is not None:
+        found = checkpoint.quantization
+        labels = ", ".join(scheme.label for scheme in found.schemes)
+        raise InputError(
+            f"{source} is already quantized ({found.method or found.format}, {labels})",
+            "A checkpoint of 16 or 32 bits was expected",
+            "Quantize the original model",
+        )
+    checkpoint.require_unsharded()
+    spec = model_spec(checkpoint.config)
+    check_checkpoint(checkpoint, spec)
+    if options.lm_head is not None and spec.tie_word_embeddings:
+        # The output projection gets separate tensors; the embedding is not quantized.
+        checkpoint = checkpoint.with_untied_embeddings()
+        spec = model_spec(checkpoint.config)
+    layers = _layer_range(options.layers, len(spec.layers))
+    ignore = ignored_modules(spec, options.keep, layers)
+    quantization = build_quantization_config(spec, method_options(options), ignore)
+    if quantization is not None and options.method == "gptq":
+        quantization = dataclasses.replace(quantization, damp=options.damp)
+    check_engine(options.engine, quantization)
+    out = out.expanduser().absolute()
+    seq_len = min(options.seq_len, spec.max_position_embeddings)
+    plan = QuantizePlan(checkpoint, spec, out, options, None, [], {}, device, seq_len)
+    plan = _with_quantization(plan, quantization)
+    check_output(plan.out, checkpoint.path, planned_bytes(plan.files))
+    if options.device == "auto" and device.type == "cpu":
+        progress.message("no CUDA device: running on the CPU")
+    if plan.calibrated and seq_len < options.seq_len:
+        progress.message(
+            f"calibration windows have {seq_len} tokens: the model has no more positions"
+        )
+    return plan
+
+
+def _with_quantization(plan: QuantizePlan, quantization: QuantizationConfig | None) -> QuantizePlan:
+    """The plan with a quantization, and the tensors and files that follow from it."""
+    tensors = planned_tensors(plan.source, plan.spec, quantization, plan.method.dtype)
+    return dataclasses.replace(
+        plan, quantization=quantization, tensors=tensors, files=plan_files(tensors)
+    )
+
+
+def _layer_range(text: str | None, num_layers: int) -> range | None:
+    """The decoder layers of "A-B" or "A"; None for all.
+
+    Raises UsageError for any other text and for layers that the model does not have.
+    """
+    if text is None:
+        return None
+    match = re.fullmatch(r"(\d+)(?:-(\d+))?", text)
+    if match:
+        first = int(match[1])
+        last = int(match[2] or match[1])
+        if first <= last < num_layers:
+            return range(first, last + 1)
+    raise UsageError(
+        f"--layers is {text}", f"A-B was expected, with A and B from 0 to {num_layers - 1}"
+    )
+
+
+def plan_summary(plan: QuantizePlan) -> dict[str, Any]:
+    """What a dry run reports."""
+    files = {file: sum(tensor.nbytes for tensor in tensors) for file, tensors in plan.files.items()}
+    return {
+        "files": files,
+        "tensors": len(plan.tensors),
+        "checkpoint_bytes": sum(files.values()),
+        "memory_bytes": plan.memory_bytes(plan.offloads()),
+        "offload": plan.offloads(),
+        "memory_available_bytes": memory.available_bytes(plan.device),
+        "disk_bytes": planned_bytes(plan.files),
+        "seconds": estimate_seconds(
+            plan.spec,
+            plan.source.weight_bytes,
+            plan.options.samples * plan.seq_len if plan.calibrated else 0,
+            plan.algorithm if plan.calibrated else None,
+            plan.options.eval_windows if plan.options.evaluate else 0,
+            plan.device,
+        ),
+    }

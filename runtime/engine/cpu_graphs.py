@@ -1,0 +1,166 @@
+"""Decode steps on a CPU as recorded calls of the compiled kernels.
+
+In a small step Python takes longer than the kernels. The layers are recorded once for each number
+of sequences and then replayed without Python.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from llmkit.kernels.cpu import cpu_kernels
+from llmkit.kernels.kv_cache import KVCache
+from llmkit.model.decoder import Decoder
+from llmkit.runtime.engine.sampling_tensors import SamplingTensors
+from llmkit.runtime.engine.static_batch import BlockTables, StaticDecodeBatch
+
+# Rows times hidden size of a step that is replayed. In larger steps Python is a small part.
+MAX_HIDDEN_ELEMENTS = 1 << 15
+MAX_RECORDINGS = 4  # each keeps all tensors that a step allocates
+
+
+class _TorchWatcher(TorchDispatchMode):
+    """Keeps the tensors that a step allocates, and notes whether a torch operator computes.
+
+    A replay runs only the compiled kernels, so it would miss what torch computes.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.allocated: list[torch.Tensor] = []
+        self.computed = False
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        # Otherwise torch imports its compiler with the first operator, which takes 1.3 s.
+        return False
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Run the operator."""
+        result = func(*args, **(kwargs or {}))
+        if func in (torch.ops.aten.empty.memory_format, torch.ops.aten.empty_like.default):
+            self.allocated.append(result)
+        elif not func.is_view:
+            self.computed = True
+        return result
+
+
+class CpuGraph(StaticDecodeBatch):
+    """The layers of a model for `num_rows` sequences with one new token each."""
+
+    def __init__(self, model: Decoder, num_rows: int, max_blocks: int, block_size: int) -> None:
+        padding_blocks = dict.fromkeys(model.spec.sliding_windows, 0)
+        super().__init__(num_rows, max_blocks, block_size, padding_blocks)
+        self.input = torch.zeros(num_rows, model.spec.hidden_size)
+        self.output = self.input  # [rows, H], after the last norm
+        self.cos_sin = model.cos_sin(self.positions)
+        self._program = b""
+        self._allocated: list[torch.Tensor] = []  # tensors that the program reads and writes
+
+    def embed(self, model: Decoder, token_ids: torch.Tensor) -> None:
+        """Write the input of the first layer. Call `fill` before."""
+        self.input.copy_(model.embed_tokens(token_ids))
+        for name, (cos, sin) in model.cos_sin(self.positions).items():
+            self.cos_sin[name][0].copy_(cos)
+            self.cos_sin[name][1].copy_(sin)
+
+    def record(self, model: Decoder, kv_caches: Sequence[KVCache]) -> bool:
+        """Run the layers and record them. Returns False when they cannot be replayed."""
+        with cpu_kernels.recording() as recorder, _TorchWatcher() as watcher:
+            self.output = model.run_layers(self.input, self.cos_sin, self.batch, kv_caches)
+        if watcher.computed:
+            return False
+        self._program = recorder.program()
+        self._allocated = watcher.allocated
+        return True
+
+    def replay(self) -> None:
+        """Run the recorded layers on the current inputs."""
+        assert cpu_kernels.library is not None
+        cpu_kernels.library.run(self._program)
+
+
+class CpuGraphRunner:
+    """The recorded decode steps of a model, by number of sequences.
+
+    A step is recorded when the decode step before had as many sequences.
+    """
+
+    samples_tokens = False  # `run` returns logits only
+
+    def __init__(
+        self,
+        model: Decoder,
+        kv_caches: Sequence[KVCache],
+        max_blocks: int,
+        block_size: int,
+        enabled: bool = True,
+    ) -> None:
+        """max_blocks: blocks of the longest request."""
+        self._model = model
+        self._kv_caches = kv_caches
+        self._max_blocks = max_blocks
+        self._block_size = block_size
+        self._graphs: OrderedDict[int, CpuGraph] = OrderedDict()
+        self._last_num_rows = 0  # sequences of the decode step before
+        is_single_rank = model.spec.rank is None  # collective operations are not recorded
+        has_kernels = cpu_kernels.library is not None and model.dtype == torch.float32
+        self.enabled = enabled and is_single_rank and has_kernels
+
+    @property
+    def num_graphs(self) -> int:
+        """How many recordings are in memory."""
+        return len(self._graphs)
+
+    def can_run(self, num_rows: int) -> bool:
+        """Whether `run` can run a decode step of this many sequences. Call it once a step.
+
+        The step must be small, and either recorded already or as large as the step before.
+        """
+        repeats = num_rows == self._last_num_rows or num_rows in self._graphs
+        self._last_num_rows = num_rows
+        is_small = num_rows * self._model.spec.hidden_size <= MAX_HIDDEN_ELEMENTS
+        return repeats and self.enabled and is_small
+
+    def run(
+        self,
+        token_ids: torch.Tensor,
+        positions: Sequence[int],
+        seq_lens: Sequence[int],
+        block_tables: BlockTables,
+        sampling: SamplingTensors,
+        num_sampled: Sequence[int],
+    ) -> tuple[torch.Tensor, None]:
+        """The logits [rows, V] after `token_ids` [rows].
+
+        See `CudaGraphRunner.run` for the arguments.
+        """
+        num_rows = len(seq_lens)
+        graph = self._graphs.get(num_rows)
+        is_recorded = graph is not None
+        if graph is None:
+            graph = CpuGraph(self._model, num_rows, self._max_blocks, self._block_size)
+        graph.fill(positions, seq_lens, block_tables)
+        graph.embed(self._model, token_ids)
+        if is_recorded:
+            graph.replay()
+            self._graphs.move_to_end(num_rows)
+        elif graph.record(self._model, self._kv_caches):
+            self._graphs[num_rows] = graph
+            if len(self._graphs) > MAX_RECORDINGS:
+                self._graphs.popitem(last=False)
+        else:  # this step's result is valid, but no step of this model can be replayed
+            self.enabled = False
+            self._graphs.clear()
+        return self._model.logits(graph.output), None

@@ -1,0 +1,121 @@
+"""A small model that proposes draft tokens for the large one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as SequenceOf
+from itertools import accumulate
+
+import torch
+
+from llmkit.kernels.sampling import sample
+from llmkit.model.decoder import Decoder
+from llmkit.runtime.engine.engine_config import EngineConfig
+from llmkit.runtime.engine.paged_model import PagedModel, Span, int64_tensor
+from llmkit.runtime.engine.sampling_tensors import SamplingTensorCache
+from llmkit.runtime.engine.scheduler_output import ScheduledRequest, SchedulerOutput
+from llmkit.runtime.engine.sequence import Sequence
+
+PLACEHOLDER = 0  # the draft token that is scheduled before the draft model has run
+
+
+class DraftModelProposer:
+    """Runs a draft model at the start of each step.
+
+    The scheduler reserves places for the draft tokens with `propose`; the runner fills them with
+    `run`. The draft model's KV cache has the same blocks as the full attention layers of the large
+    model.
+    """
+
+    def __init__(self, model: Decoder, config: EngineConfig) -> None:
+        self._config = config
+        kv_caches = [
+            model.new_kv_cache(config.num_blocks, config.block_size) for _ in model.spec.layers
+        ]
+        full_attention = config.sliding_windows.index(None)
+        table_of_window = dict.fromkeys(model.spec.sliding_windows, full_attention)
+        self.paged_model = PagedModel(model, kv_caches, config, table_of_window)
+        self._sampling_tensors = SamplingTensorCache()
+
+    def propose(self, sequence: Sequence, max_tokens: int) -> list[int]:
+        """See `DraftProposer.propose`; the tokens are placeholders."""
+        return [PLACEHOLDER] * max_tokens
+
+    def forget(self, sequence: Sequence) -> None:
+        """See `DraftProposer.forget`; nothing is stored."""
+
+    def run(self, step: SchedulerOutput) -> torch.Tensor | None:
+        """The draft tokens of all requests in their order: int64 [n] on the device, or None.
+
+        First the draft model computes the known tokens of each sequence that its cache does not
+        have yet. Then each round samples one draft token for every request that has drafts left and
+        computes it.
+        """
+        token_ids: list[int] = []
+        spans: list[Span] = []
+        for request in step.requests:
+            sequence = request.sequence
+            start = sequence.num_draft_computed_tokens
+            stop = request.stop - request.num_draft_tokens
+            spans.append((sequence, start, stop))
+            token_ids += sequence.token_ids[start:stop]
+        hidden = self._forward(spans, self._to_device(token_ids))
+        span_ends = list(accumulate(stop - start for _, start, stop in spans))
+
+        drafting: list[ScheduledRequest] = []  # requests with drafts left
+        rows: list[int] = []  # the row of each one's last token in `hidden`
+        for request, end in zip(step.requests, span_ends, strict=True):
+            if request.num_draft_tokens:
+                drafting.append(request)
+                rows.append(end - 1)
+        rounds: list[torch.Tensor] = []  # the draft tokens of each round
+        while drafting:
+            num_rounds = len(rounds)
+            logits = self.paged_model.model.logits(hidden[self._to_device(rows)])
+            draft_token_ids = self._sample(logits, drafting, num_rounds)
+            rounds.append(draft_token_ids)
+            left = [
+                index
+                for index, request in enumerate(drafting)
+                if request.num_draft_tokens > num_rounds + 1
+            ]
+            if not left:
+                break
+            drafting = [drafting[index] for index in left]
+            spans = []
+            for request in drafting:
+                position = request.stop - request.num_draft_tokens + num_rounds
+                spans.append((request.sequence, position, position + 1))
+            hidden = self._forward(spans, draft_token_ids[self._to_device(left)])
+            rows = list(range(len(spans)))
+        if not rounds:
+            return None
+        return torch.cat(rounds)[self._to_device(_order_by_request(step.requests))]
+
+    def _forward(self, spans: list[Span], token_ids: torch.Tensor) -> torch.Tensor:
+        return self.paged_model.forward(token_ids, self.paged_model.forward_inputs(spans))
+
+    def _sample(
+        self, logits: torch.Tensor, requests: list[ScheduledRequest], num_drafted: int
+    ) -> torch.Tensor:
+        """Sample with the seeds and counters of the large model.
+
+        The same random draws make both models agree more often.
+        """
+        sampling = self._sampling_tensors.get([request.sequence for request in requests])
+        counters = torch.tensor([request.num_sampled + num_drafted for request in requests])
+        return sample(logits, *sampling, counters, self.paged_model.model.parallel_group)
+
+    def _to_device(self, values: list[int]) -> torch.Tensor:
+        return int64_tensor(values, self._config.device)
+
+
+def _order_by_request(requests: SequenceOf[ScheduledRequest]) -> list[int]:
+    """The indices that sort the concatenated rounds by request."""
+    places: list[list[int]] = [[] for _ in requests]
+    place = 0
+    for round_index in range(max(request.num_draft_tokens for request in requests)):
+        for index, request in enumerate(requests):
+            if request.num_draft_tokens > round_index:
+                places[index].append(place)
+                place += 1
+    return [place for of_request in places for place in of_request]

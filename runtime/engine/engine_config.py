@@ -1,0 +1,39 @@
+"""The sizes of an engine, after the memory plan."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """The sizes of an engine, after the memory plan, and the features that are on."""
+
+    max_model_len: int  # tokens of one request, prompt and output
+    num_blocks: int  # KV cache blocks for full attention
+    device: torch.device
+    dtype: torch.dtype
+    max_num_seqs: int = 256  # sequences that run at the same time
+    max_num_batched_tokens: int = 8192  # tokens of one step
+    block_size: int = 16  # tokens of one KV cache block
+    # The attention windows of the model's layers, None for full attention. Each has its own block
+    # tables. Set by Engine.
+    sliding_windows: tuple[int | None, ...] = (None,)
+    num_window_blocks: int | None = None  # KV cache blocks of each sliding window; None: num_blocks
+    kv_cache_dtype: str | None = None  # "int8" or "fp8"; None: `dtype`
+    enable_prefix_caching: bool = True
+    prefill_chunk_size: int = 2048  # tokens of one prompt in a step while other prompts wait
+    async_scheduling: bool = False  # launch the next step before this one's tokens are known
+    pipeline_parallel_size: int = 1  # stages, and the steps in flight; set by Engine
+    num_speculative_tokens: int = 0  # draft tokens per sequence; not with async_scheduling
+    enforce_eager: bool = False  # never replay decode steps from a graph
+
+    def num_blocks_for(self, window: int | None) -> int:
+        """The number of KV cache blocks for the layers with this attention window."""
+        if window is None or self.num_window_blocks is None:
+            return self.num_blocks
+        return self.num_window_blocks

@@ -1,0 +1,183 @@
+"""The options of an engine. No torch here: the API process and the command line use them, too."""
+
+from dataclasses import dataclass, field
+from typing import Annotated
+
+from llmkit.common.errors import UsageError
+from llmkit.common.option_values import NEGATED, SIZE, count_or_auto, within
+from llmkit.common.options import DEVICE, Option, ValueFormat
+
+
+def parse_adapters(option: str, values: list[str]) -> dict[str, str]:
+    """Directories of LoRA adapters by name, from NAME=DIR values. Raises UsageError."""
+    adapters: dict[str, str] = {}
+    for value in values:
+        name, _, directory = value.partition("=")
+        if not name or not directory:
+            raise UsageError(
+                f"{option} {value!r} is no NAME=DIR",
+                "A name and a directory with an equals sign between them",
+            )
+        if name in adapters:
+            raise duplicate_adapter(name, directory)
+        adapters[name] = directory
+    return adapters
+
+
+def duplicate_adapter(name: str, directory: str) -> UsageError:
+    """The error for an adapter with the name of another adapter or of the model itself."""
+    return UsageError(
+        f"--lora '{name}={directory}': the name {name!r} is given twice",
+        "A name of its own for each model",
+    )
+
+
+ADAPTERS = ValueFormat(
+    parse_adapters,
+    lambda adapters: [f"{name}={directory}" for name, directory in adapters.items()],
+    written_type=list[str],
+)
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """The options of an engine. Sizes are in bytes; a size that is None is planned from the free
+    memory.
+    """
+
+    device: Annotated[str, DEVICE] = "auto"
+    dtype: Annotated[
+        str,
+        Option(
+            "auto, float32, bfloat16 or float16; auto takes the model's own on CUDA and float32 on "
+            "the CPU.",
+            choices=("auto", "float32", "bfloat16", "float16"),
+            metavar="DTYPE",
+        ),
+    ] = "auto"
+    max_model_len: Annotated[
+        int | None,
+        Option(
+            "Maximum tokens of a request; auto takes what the model and memory allow.",
+            metavar="N|auto",
+            format=count_or_auto(),
+        ),
+    ] = None
+    max_num_seqs: Annotated[
+        int, Option("Maximum requests in one step.", metavar="N", check=within(1))
+    ] = 256
+    max_num_batched_tokens: Annotated[
+        int | None,
+        Option(
+            "Maximum tokens in one step.",
+            metavar="N",
+            unset="8192, on the CPU 512",
+            check=within(1),
+        ),
+    ] = None
+    kv_cache_memory: Annotated[
+        int | None,
+        Option(
+            "Memory of the KV cache, like 2GiB.",
+            metavar="SIZE",
+            format=SIZE,
+            unset="from the free memory",
+        ),
+    ] = None
+    kv_cache_dtype: Annotated[
+        str,
+        Option(
+            "auto, int8 or fp8: the type of keys and values; auto: the one that the checkpoint has "
+            "scales for, else the model's.",
+            choices=("auto", "int8", "fp8"),
+            metavar="DTYPE",
+        ),
+    ] = "auto"
+    gpu_memory_utilization: Annotated[
+        float,
+        Option(
+            "Share of the GPU's memory that may be used.", metavar="SHARE", check=within(0.05, 1)
+        ),
+    ] = 0.9
+    cpu_offload: Annotated[
+        int,
+        Option(
+            "Weights that stay in host memory, for a model larger than the GPU.",
+            metavar="SIZE",
+            format=SIZE,
+            unset="none",
+        ),
+    ] = 0
+    tp: Annotated[
+        int,
+        Option(
+            "Tensor-parallel ranks, a process each; a sharded MODEL has its own number.",
+            flags=("--tp", "--tensor-parallel-size"),
+            metavar="N",
+            check=within(1),
+        ),
+    ] = 1
+    pp: Annotated[
+        int,
+        Option(
+            "Pipeline stages that the layers are divided into.",
+            flags=("--pp", "--pipeline-parallel-size"),
+            metavar="N",
+            check=within(1),
+        ),
+    ] = 1
+    ep: Annotated[
+        int,
+        Option(
+            "Groups of the --tp ranks that experts are divided over.",
+            metavar="N",
+            check=within(1),
+        ),
+    ] = 1
+    prefix_cache: Annotated[
+        bool,
+        Option(
+            "Do not cache the prefixes of prompts for later requests.",
+            flags=("--no-prefix-cache",),
+            format=NEGATED,
+            follows="pooling",
+        ),
+    ] = True
+    speculate: Annotated[
+        int,
+        Option(
+            "Draft N tokens ahead for each request and verify them in one step.",
+            metavar="N",
+            check=within(0, 64),
+            follows="response_cache",
+        ),
+    ] = 0
+    draft_model: Annotated[
+        str | None,
+        Option(
+            "A small model that drafts tokens: --speculate, or 4.",
+            metavar="MODEL",
+            unset="earlier text",
+            follows="speculate",
+        ),
+    ] = None
+    adapters: Annotated[
+        dict[str, str],
+        Option(
+            "A LoRA adapter, served as model NAME; repeat for more.",
+            flags=("--lora",),
+            metavar="NAME=DIR",
+            format=ADAPTERS,
+            unset="none",
+            follows="draft_model",
+        ),
+    ] = field(default_factory=dict)
+    dp: Annotated[
+        int,
+        Option(
+            "Replicas of the model on this machine, behind the one port.",
+            metavar="N",
+            check=within(1, 64),
+            follows="lora_dir",
+        ),
+    ] = 1

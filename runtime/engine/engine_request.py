@@ -1,0 +1,22 @@
+"""A request to the engine: the same type in the engine and between processes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from llmkit.runtime.engine.sampling_params import Pooling, SamplingParams
+
+
+@dataclass(frozen=True)
+class EngineRequest:
+    """A tokenized prompt and how to continue it. Plain data, which msgspec can encode."""
+
+    request_id: str  # chosen by the caller, unique among unfinished requests
+    prompt_token_ids: list[int]
+    sampling_params: SamplingParams
+    priority: int = 0  # lower values run first
+    cache_salt: str = ""  # only requests with the same salt share cached prefixes
+    adapter: str | None = None  # a name given to `Engine.add_adapter`; None: the base model
+    grammar: str | None = None  # constrains the output; compiled by `Engine.compile_grammar`
+    # Return the pooled hidden states of the prompt and no tokens; max_tokens is 1 then.
+    pooling: Pooling | None = None

@@ -1,0 +1,450 @@
+"""Runs the steps of an engine: token ids in, sampled token ids out.
+
+A step is `prepare_inputs`, `execute`, `sample` and the copy of the results to the host. The runner
+reads sequences and never changes them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+
+from llmkit.kernels.sampling import gather_logprobs, sample
+from llmkit.model.decoder import Decoder
+from llmkit.model.lora import LoraManager
+from llmkit.model.parallel_group import Waitable
+from llmkit.runtime.engine.cpu_graphs import CpuGraphRunner
+from llmkit.runtime.engine.cuda_graphs import CudaGraphRunner
+from llmkit.runtime.engine.draft_model import DraftModelProposer
+from llmkit.runtime.engine.drafting import accepted_tokens
+from llmkit.runtime.engine.engine_config import EngineConfig
+from llmkit.runtime.engine.logits_processors import apply_logits_processors
+from llmkit.runtime.engine.paged_model import ForwardInputs, PagedModel, int64_tensor
+from llmkit.runtime.engine.sampling_tensors import SamplingTensorCache, SamplingTensors
+from llmkit.runtime.engine.scheduler_output import (
+    ModelRunnerOutput,
+    ScheduledRequest,
+    SchedulerOutput,
+)
+from llmkit.runtime.engine.sequence import Sequence
+from llmkit.runtime.engine.step_logprobs import (
+    LogprobsTensors,
+    compute_prompt_logprobs,
+    concatenate,
+    empty_logprobs,
+    max_alternatives,
+    num_prompt_logprobs,
+    sampled_logprob_rows,
+    split_logprobs,
+)
+
+
+@dataclass(frozen=True)
+class StepInputs:
+    """A step, ready for the model. A sampled row is a position whose logits are sampled."""
+
+    step: SchedulerOutput
+    token_ids: torch.Tensor  # int64 [T], on the device
+    # The draft model's tokens for all requests, int64 on the device; None: there are none.
+    draft_token_ids: torch.Tensor | None
+    forward: ForwardInputs
+    sequences: list[Sequence]  # of each sampled row
+    num_sampled: list[int]  # of each sampled row: the output tokens before it
+    sampling: SamplingTensors  # of each sampled row
+    use_graph: bool
+    wants_prompt_logprobs: bool
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What the model computes in a step."""
+
+    logits: torch.Tensor  # float32 [sampled rows, V]; hidden states before the last pipeline stage
+    token_ids: torch.Tensor | None = None  # int64 [sampled rows], when a graph has sampled them
+    prompt_logprobs: tuple[LogprobsTensors, ...] = ()
+    embeddings: tuple[torch.Tensor, ...] = ()  # float32 [H] of each request that returns one
+
+
+@dataclass(frozen=True)
+class InFlightStep:
+    """A launched step. Its tensors are on the host once `done` has completed."""
+
+    step: SchedulerOutput
+    token_ids: torch.Tensor  # int64 [sampled rows]; -1 where logits are not finite
+    draft_token_ids: torch.Tensor | None  # the draft model's tokens for all requests
+    logprobs: LogprobsTensors | None
+    embeddings: tuple[torch.Tensor, ...]  # float32 [H] of each request that returns one
+    done: Waitable | None  # None: the tensors are on the host already
+
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        """What the last pipeline stage sends to the others."""
+        return [self.token_ids, *(self.logprobs or ()), *self.embeddings]
+
+    def synchronize(self) -> None:
+        """Wait until the results are on the host."""
+        if self.done is not None:
+            self.done.synchronize()
+
+    def wait(self) -> ModelRunnerOutput:
+        """The results, once they are on the host."""
+        self.synchronize()
+        requests = self.step.requests
+        logprobs = None
+        prompt_logprobs = None
+        if self.logprobs is not None:
+            prompt_logprobs, logprobs = split_logprobs(requests, self.logprobs)
+        returning = (r.sequence.request.request_id for r in requests if r.returns_embedding)
+        embeddings = dict(zip(returning, self.embeddings, strict=True))
+        return ModelRunnerOutput(
+            token_ids=self._verified_token_ids(),
+            logprobs=logprobs,
+            prompt_logprobs=prompt_logprobs,
+            embeddings={name: tensor.numpy().tobytes() for name, tensor in embeddings.items()},
+        )
+
+    def _verified_token_ids(self) -> list[list[int]]:
+        """For each request the accepted draft tokens and the token after them."""
+        sampled = self.token_ids.tolist()
+        draft_model_token_ids = (
+            None if self.draft_token_ids is None else self.draft_token_ids.tolist()
+        )
+        accepted = []
+        row = 0
+        num_drafts = 0
+        for request in self.step.requests:
+            if draft_model_token_ids is None:
+                first_draft = request.num_tokens - request.num_draft_tokens
+                drafts = request.token_ids[first_draft:]
+            else:
+                drafts = draft_model_token_ids[num_drafts : num_drafts + request.num_draft_tokens]
+                num_drafts += request.num_draft_tokens
+            rows = sampled[row : row + request.num_sampled_rows]
+            row += request.num_sampled_rows
+            accepted.append(accepted_tokens(drafts, rows))
+        return accepted
+
+
+class ModelRunner:
+    """A model and its KV cache on a device."""
+
+    def __init__(
+        self,
+        model: Decoder,
+        config: EngineConfig,
+        draft_model: DraftModelProposer | None = None,
+        eos_token_ids: tuple[int, ...] = (),
+    ) -> None:
+        self.model = model
+        self.config = config
+        self.draft_model = draft_model
+        self.eos_token_ids = eos_token_ids
+        self.adapters = LoraManager(model)
+
+        on_gpu = config.device.type == "cuda"
+        num_padding_blocks = int(on_gpu)  # unused rows of a CUDA graph write to it
+        kv_caches = [
+            model.new_kv_cache(
+                config.num_blocks_for(layer.sliding_window) + num_padding_blocks,
+                config.block_size,
+                config.kv_cache_dtype,
+            )
+            for layer in model.spec.layers
+        ]
+        table_of_window = {
+            window: config.sliding_windows.index(window) for window in model.spec.sliding_windows
+        }
+        self.paged_model = PagedModel(model, kv_caches, config, table_of_window)
+
+        max_blocks = -(-config.max_model_len // config.block_size)
+        self.graph_runner: CpuGraphRunner | CudaGraphRunner
+        if on_gpu:
+            self.graph_runner = CudaGraphRunner(
+                model,
+                kv_caches,
+                max_blocks,
+                config.block_size,
+                config.max_num_seqs,
+                enabled=not config.enforce_eager,
+            )
+        else:
+            self.graph_runner = CpuGraphRunner(
+                model,
+                kv_caches,
+                max_blocks,
+                config.block_size,
+                enabled=not config.enforce_eager,
+            )
+        self._graphs_enabled = True
+        self._sampling_tensors = SamplingTensorCache()
+        # The last sampled token of each sequence, by slot; for async scheduling.
+        self._last_token_ids = torch.zeros(
+            config.max_num_seqs, dtype=torch.int64, device=config.device
+        )
+        # For mean pooling of prompts that take several steps: the sum of the hidden states so far,
+        # divided by the prompt's length; float32 [H], by slot.
+        self._partial_means: dict[int, torch.Tensor] = {}
+
+    @torch.inference_mode()
+    def launch(self, step: SchedulerOutput) -> InFlightStep:
+        """Start a step. Steps run in the order of their launches."""
+        inputs = self.prepare_inputs(step)
+        result = self.execute(inputs)
+        if not self.model.spec.is_last_stage:
+            return self._receive_results(inputs)
+        token_ids, logprobs = self.sample(inputs, result)
+        in_flight = self._copy_to_host(inputs, result, token_ids, logprobs)
+        if self.model.parallel_group.pp_size > 1:
+            in_flight.synchronize()
+            self.model.parallel_group.broadcast_results(in_flight.tensors)
+        return in_flight
+
+    def prepare_inputs(self, step: SchedulerOutput) -> StepInputs:
+        """Run the draft model and collect token ids, block tables and sampling parameters."""
+        requests = step.requests
+        draft_token_ids = None if self.draft_model is None else self.draft_model.run(step)
+        token_ids = self._step_token_ids(requests)
+        if draft_token_ids is not None:
+            token_ids[self._to_device(_draft_rows(requests))] = draft_token_ids
+
+        sequences: list[Sequence] = []
+        num_sampled: list[int] = []
+        for request in requests:
+            for row in range(request.num_sampled_rows):
+                sequences.append(request.sequence)
+                num_sampled.append(request.num_sampled + row)
+        wants_prompt_logprobs = any(num_prompt_logprobs(request) for request in requests)
+        is_plain_decode = (
+            not wants_prompt_logprobs
+            and len(token_ids) == len(requests)
+            and not any(_needs_eager_step(request) for request in requests)
+        )
+        return StepInputs(
+            step=step,
+            token_ids=token_ids,
+            draft_token_ids=draft_token_ids,
+            forward=self.paged_model.forward_inputs(
+                [(request.sequence, request.start, request.stop) for request in requests]
+            ),
+            sequences=sequences,
+            num_sampled=num_sampled,
+            sampling=self._sampling_tensors.get(sequences),
+            use_graph=(
+                is_plain_decode
+                and self._graphs_enabled
+                and self.graph_runner.can_run(len(requests))
+            ),
+            wants_prompt_logprobs=wants_prompt_logprobs,
+        )
+
+    def execute(self, inputs: StepInputs) -> StepResult:
+        """Compute the logits of all sampled rows."""
+        if inputs.use_graph:
+            logits, token_ids = self.graph_runner.run(
+                inputs.token_ids,
+                inputs.forward.positions,
+                inputs.forward.seq_lens,
+                inputs.forward.block_tables,
+                inputs.sampling,
+                inputs.num_sampled,
+            )
+            return StepResult(logits, token_ids)
+
+        requests = inputs.step.requests
+        adapter_rows = [(request.sequence.adapter_id, request.num_tokens) for request in requests]
+        with self.adapters.activate(adapter_rows, self._to_device):
+            hidden = self.paged_model.forward(inputs.token_ids, inputs.forward)
+        if not self.model.spec.is_last_stage:
+            return StepResult(hidden)
+        embeddings = self._pool(requests, hidden)
+        prompt_logprobs: list[LogprobsTensors] = []
+        if inputs.wants_prompt_logprobs:
+            prompt_logprobs = compute_prompt_logprobs(self.model, requests, hidden)
+        rows = _sampled_rows(requests)
+        if len(rows) < len(hidden):
+            hidden = hidden[self._to_device(rows)]
+        return StepResult(
+            logits=self.model.logits(hidden),
+            prompt_logprobs=tuple(prompt_logprobs),
+            embeddings=embeddings,
+        )
+
+    def sample(
+        self, inputs: StepInputs, result: StepResult
+    ) -> tuple[torch.Tensor, LogprobsTensors | None]:
+        """Sample a token for each row of logits, and compute the logprobs that requests want.
+
+        The token ids are int64 [rows], -1 where logits are not finite. Requests that do not sample
+        yet have a row too: a value that is not finite spreads to all later tokens of the sequence,
+        so it is found early.
+        """
+        logits = result.logits
+        group = self.model.parallel_group
+        needs_processors = any(
+            sequence.grammar_matcher is not None
+            or sequence.request.sampling_params.needs_logits_processors
+            for sequence in inputs.sequences
+        )
+        is_greedy = not any(
+            sequence.request.sampling_params.temperature for sequence in inputs.sequences
+        )
+        logprob_rows = sampled_logprob_rows(inputs.step.requests)
+        # Logprobs come from the unchanged logits; the processors change logits in place.
+        raw_logits = logits[self._to_device(logprob_rows)] if logprob_rows else logits
+
+        graph_samples = is_greedy or self.graph_runner.samples_tokens
+        if result.token_ids is not None and graph_samples and not needs_processors:
+            token_ids = result.token_ids
+        else:
+            is_finite = group.rows_finite(logits)
+            if needs_processors:
+                apply_logits_processors(
+                    logits,
+                    inputs.sequences,
+                    inputs.num_sampled,
+                    group.vocab_start,
+                    self.eos_token_ids,
+                )
+            counters = torch.tensor(inputs.num_sampled)
+            token_ids = sample(logits, *inputs.sampling, counters, group)
+            token_ids = torch.where(is_finite, token_ids, -1)
+
+        tables = list(result.prompt_logprobs)
+        if logprob_rows:
+            sampled = token_ids[self._to_device(logprob_rows)]
+            num_alternatives = max_alternatives(inputs.step.requests)
+            table = gather_logprobs(raw_logits, sampled, num_alternatives, group)
+            tables.append(LogprobsTensors(*table))
+        if self.config.async_scheduling:
+            slots = self._to_device([sequence.slot for sequence in inputs.sequences])
+            self._last_token_ids[slots] = token_ids
+        return token_ids, concatenate(tables)
+
+    def zero_blocks(self, blocks: list[list[int]]) -> None:
+        """Zero blocks of each block table in all KV caches."""
+        self.paged_model.zero_blocks(blocks)
+        if self.draft_model is not None:
+            self.draft_model.paged_model.zero_blocks(blocks)
+
+    @contextmanager
+    def without_graphs(self) -> Iterator[None]:
+        """Replay no step from a graph inside the `with` block."""
+        self._graphs_enabled = False
+        try:
+            yield
+        finally:
+            self._graphs_enabled = True
+
+    def _step_token_ids(self, requests: list[ScheduledRequest]) -> torch.Tensor:
+        """The token ids of a step, on the device.
+
+        Token ids that the host does not know yet come from the device's table of last tokens.
+        """
+        token_ids: list[int] = []
+        rows: list[int] = []
+        slots: list[int] = []
+        for request in requests:
+            token_ids += request.token_ids
+            if len(request.token_ids) < request.num_tokens:
+                rows.append(len(token_ids))
+                slots.append(request.sequence.slot)
+                token_ids.append(0)
+        on_device = self._to_device(token_ids)
+        if rows:
+            # -1 will end its sequence once the host sees it; until then it counts as token 0.
+            last = self._last_token_ids[self._to_device(slots)]
+            on_device[self._to_device(rows)] = last.clamp_min(0)
+        return on_device
+
+    def _pool(
+        self, requests: list[ScheduledRequest], hidden: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        """Pool the hidden states [T, H] of a step; return the embeddings that are complete."""
+        if not any(request.sequence.request.pooling for request in requests):
+            return ()
+        embeddings = []
+        of_requests = hidden.split([request.num_tokens for request in requests])
+        for request, rows in zip(requests, of_requests, strict=True):
+            sequence = request.sequence
+            if sequence.request.pooling == "mean":
+                embedding = rows.sum(0, dtype=torch.float32) / sequence.num_prompt_tokens
+                if request.start:
+                    embedding = self._partial_means[sequence.slot] + embedding
+                self._partial_means[sequence.slot] = embedding
+                if request.returns_embedding:
+                    embeddings.append(self._partial_means.pop(sequence.slot))
+            elif request.returns_embedding:
+                embeddings.append(rows[-1].float())
+        return tuple(embeddings)
+
+    def _receive_results(self, inputs: StepInputs) -> InFlightStep:
+        """Start receiving the results of a step from the last pipeline stage."""
+        requests = inputs.step.requests
+        hidden_size = self.model.spec.hidden_size
+        token_ids = torch.zeros(len(inputs.sequences), dtype=torch.int64)
+        logprobs = empty_logprobs(requests)
+        embeddings = tuple(torch.zeros(hidden_size) for r in requests if r.returns_embedding)
+        tensors = [token_ids, *(logprobs or ()), *embeddings]
+        done = self.model.parallel_group.receive_results(tensors)
+        return InFlightStep(inputs.step, token_ids, None, logprobs, embeddings, done)
+
+    def _copy_to_host(
+        self,
+        inputs: StepInputs,
+        result: StepResult,
+        token_ids: torch.Tensor,
+        logprobs: LogprobsTensors | None,
+    ) -> InFlightStep:
+        """Start copying the results to the host."""
+        draft_token_ids = inputs.draft_token_ids
+        embeddings = result.embeddings
+        done = None
+        if self.config.device.type != "cpu":
+            if draft_token_ids is not None:
+                draft_token_ids = _to_host(draft_token_ids)
+            token_ids = _to_host(token_ids)
+            if logprobs is not None:
+                logprobs = LogprobsTensors(*map(_to_host, logprobs))
+            embeddings = tuple(map(_to_host, embeddings))
+            done = torch.cuda.Event()
+            done.record()
+        return InFlightStep(inputs.step, token_ids, draft_token_ids, logprobs, embeddings, done)
+
+    def _to_device(self, values: list[int]) -> torch.Tensor:
+        return int64_tensor(values, self.config.device)
+
+
+def _needs_eager_step(request: ScheduledRequest) -> bool:
+    """Whether a step with this request cannot be replayed from a graph."""
+    return bool(request.sequence.adapter_id or request.sequence.request.pooling)
+
+
+def _sampled_rows(requests: list[ScheduledRequest]) -> list[int]:
+    """The rows of a step's tokens whose logits are sampled.
+
+    They are the last known token and the draft tokens of each request.
+    """
+    rows: list[int] = []
+    ends = accumulate(request.num_tokens for request in requests)
+    for request, end in zip(requests, ends, strict=True):
+        rows += range(end - request.num_sampled_rows, end)
+    return rows
+
+
+def _draft_rows(requests: list[ScheduledRequest]) -> list[int]:
+    """The rows of a step's tokens that are drafts."""
+    rows: list[int] = []
+    ends = accumulate(request.num_tokens for request in requests)
+    for request, end in zip(requests, ends, strict=True):
+        rows += range(end - request.num_draft_tokens, end)
+    return rows
+
+
+def _to_host(values: torch.Tensor) -> torch.Tensor:
+    """Start a copy into pinned memory."""
+    host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+    return host.copy_(values, non_blocking=True)

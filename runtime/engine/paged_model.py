@@ -1,0 +1,91 @@
+"""A model with its paged KV cache: the forward pass over spans of sequences."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass
+
+import torch
+
+from llmkit.kernels.attention_metadata import AttentionBatch
+from llmkit.kernels.device_copy import to_device
+from llmkit.kernels.kv_cache import KVCache
+from llmkit.model.decoder import Decoder
+from llmkit.runtime.engine.engine_config import EngineConfig
+from llmkit.runtime.engine.sequence import Sequence
+from llmkit.runtime.engine.static_batch import BlockTables
+
+Span = tuple[Sequence, int, int]  # the positions [start, stop) of a sequence
+
+
+@dataclass(frozen=True)
+class ForwardInputs:
+    """What the model needs besides token ids to compute spans of sequences, one after the other."""
+
+    query_lens: list[int]  # tokens of each span
+    seq_lens: list[int]  # tokens of each sequence up to the end of its span
+    positions: list[int]  # of all tokens, for the rotary embeddings
+    block_tables: BlockTables
+
+
+class PagedModel:
+    """A model and the KV cache of each of its layers."""
+
+    def __init__(
+        self,
+        model: Decoder,
+        kv_caches: list[KVCache],
+        config: EngineConfig,
+        table_of_window: Mapping[int | None, int],
+    ) -> None:
+        """table_of_window: for each attention window of the model, which of a sequence's block
+        tables it uses.
+        """
+        self.model = model
+        self.kv_caches = kv_caches
+        self._config = config
+        self._table_of_window = table_of_window
+
+    def forward_inputs(self, spans: SequenceOf[Span]) -> ForwardInputs:
+        """The inputs for these spans."""
+        positions: list[int] = []
+        for sequence, start, stop in spans:
+            offset = self.model.spec.rope_offset(sequence.max_num_tokens)
+            positions += range(start + offset, stop + offset)
+        return ForwardInputs(
+            query_lens=[stop - start for _, start, stop in spans],
+            seq_lens=[stop for _, _, stop in spans],
+            positions=positions,
+            block_tables={
+                window: [sequence.block_tables[table] for sequence, _, _ in spans]
+                for window, table in self._table_of_window.items()
+            },
+        )
+
+    def forward(self, token_ids: torch.Tensor, inputs: ForwardInputs) -> torch.Tensor:
+        """The hidden states [T, H] after `token_ids` int64 [T], which are on the device."""
+        batch = AttentionBatch.build(
+            inputs.query_lens,
+            inputs.seq_lens,
+            inputs.block_tables,
+            self._config.block_size,
+            self._config.device,
+        )
+        positions = int64_tensor(inputs.positions, self._config.device)
+        return self.model(token_ids, positions, batch, self.kv_caches)
+
+    def zero_blocks(self, blocks: SequenceOf[list[int]]) -> None:
+        """Zero blocks that may hold NaN.
+
+        Attention multiplies masked values by 0, and 0 times NaN is NaN.
+
+        blocks: the block ids, for each block table.
+        """
+        for layer, cache in zip(self.model.spec.layers, self.kv_caches, strict=True):
+            cache.clear(blocks[self._table_of_window[layer.sliding_window]])
+
+
+def int64_tensor(values: list[int], device: torch.device) -> torch.Tensor:
+    """An int64 tensor on the device."""
+    return to_device(torch.tensor(values, dtype=torch.int64), device)

@@ -1,0 +1,164 @@
+"""The plan of an engine, from checkpoint headers and estimates: device, dtypes and memory.
+
+Nothing is loaded.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from llmkit.checkpoint.checkpoint import Checkpoint
+from llmkit.checkpoint.open_checkpoint import open_checkpoint
+from llmkit.common.errors import InputError
+from llmkit.model.checkpoint_tensors import check_checkpoint
+from llmkit.model.device import resolve_device
+from llmkit.model.families import model_spec
+from llmkit.model.spec import ModelSpec
+from llmkit.runtime.engine.engine_options import EngineOptions
+from llmkit.runtime.memory_plan import (
+    MemoryPlan,
+    estimate_workspace,
+    free_bytes,
+    plan_memory,
+    require_weights_fit,
+    weight_bytes,
+)
+from llmkit.runtime.weight_offload import OffloadPlan, plan_offload
+from llmkit.shard.rank_part import rank_parts
+
+# Tokens of a step by default. A larger step is no faster on a CPU.
+DEFAULT_BATCHED_TOKENS = {"cuda": 8192, "cpu": 512}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class EnginePlan:
+    """Where a model will run, in which dtypes, and with how much memory."""
+
+    device: torch.device
+    dtype: torch.dtype
+    kv_cache_dtype: str | None  # "int8" or "fp8"; None: `dtype`
+    max_num_batched_tokens: int
+    memory: MemoryPlan
+    offload: OffloadPlan
+
+    def as_dict(self) -> dict[str, str | int | dict[str, int]]:
+        """The plan as one JSON-ready document."""
+        dtype = str(self.dtype).removeprefix("torch.")
+        document: dict[str, str | int | dict[str, int]] = {
+            "device": self.device.type,
+            "dtype": dtype,
+            "kv_cache_dtype": self.kv_cache_dtype or dtype,
+            "max_num_batched_tokens": self.max_num_batched_tokens,
+        }
+        if self.offload.num_layers:
+            document["host_layers"] = self.offload.num_layers
+            document["host_weight_bytes"] = self.offload.weight_bytes
+        return document | self.memory.as_dict()
+
+
+def plan_engine(checkpoint: Checkpoint, options: EngineOptions) -> EnginePlan:
+    """The plan that `load_engine` would follow. Raises as `load_engine` does.
+
+    For a model on several ranks, it is the plan of the rank with the smallest KV cache.
+    """
+    if not uses_several_ranks(checkpoint, options):
+        return plan_part(checkpoint, model_spec(checkpoint.config), options)
+    parts = rank_parts(checkpoint, options.tp, options.pp, options.ep)
+    plans = [plan_part(part.checkpoint, part.spec, options, len(parts)) for part in parts]
+    return min(plans, key=lambda plan: plan.memory.num_blocks)
+
+
+def uses_several_ranks(checkpoint: Checkpoint, options: EngineOptions) -> bool:
+    """Whether the model is served in parts, one per rank."""
+    return checkpoint.layout is not None or max(options.tp, options.pp, options.ep) > 1
+
+
+def plan_part(
+    checkpoint: Checkpoint, spec: ModelSpec, options: EngineOptions, num_parts: int = 1
+) -> EnginePlan:
+    """The plan of a whole model, or of one of its parts; the parts share the memory of a CPU."""
+    check_checkpoint(checkpoint, spec)
+    device = resolve_device(options.device)
+    dtype = resolve_dtype(options.dtype, checkpoint, device)
+    free = free_bytes(device, options.gpu_memory_utilization)
+    if device.type == "cpu":
+        free //= num_parts * options.dp
+    offload = plan_offload(checkpoint, spec, dtype, device, options.cpu_offload)
+    weights = weight_bytes(checkpoint, spec, dtype, device)
+    weights += offload.buffer_bytes - offload.weight_bytes
+    draft = None
+    if options.draft_model is not None:
+        draft = open_draft_model(options.draft_model, spec)
+        weights += weight_bytes(draft, model_spec(draft.config), dtype, device)
+    require_weights_fit(weights, free, dtype, device)
+
+    max_num_batched_tokens = options.max_num_batched_tokens or DEFAULT_BATCHED_TOKENS[device.type]
+    workspace = estimate_workspace(spec, dtype, max_num_batched_tokens, options.max_num_seqs)
+    checkpoint_kv_dtype = None  # the dtype for which the checkpoint has scales
+    if checkpoint.quantization is not None:
+        checkpoint_kv_dtype = checkpoint.quantization.kv or None
+    kv_cache_dtype: str | None = options.kv_cache_dtype
+    if kv_cache_dtype == "auto":
+        kv_cache_dtype = checkpoint_kv_dtype
+        if kv_cache_dtype == "fp8" and device.type == "cpu":
+            kv_cache_dtype = None  # a CPU converts FP8 slowly
+    kv_bytes_per_token = spec.kv_bytes_per_token(
+        1 if kv_cache_dtype else dtype.itemsize,
+        per_token_head_scales=kv_cache_dtype not in (None, checkpoint_kv_dtype),
+    )
+    if draft is not None:
+        kv_bytes_per_token += model_spec(draft.config).kv_bytes_per_token(dtype.itemsize)
+    memory = plan_memory(
+        spec,
+        device.type,
+        free_bytes=free,
+        weight_bytes=weights,
+        workspace_bytes=workspace,
+        kv_bytes_per_token=kv_bytes_per_token,
+        max_model_len=options.max_model_len,
+        max_num_seqs=options.max_num_seqs,
+        kv_cache_memory=options.kv_cache_memory,
+    )
+    return EnginePlan(device, dtype, kv_cache_dtype, max_num_batched_tokens, memory, offload)
+
+
+def resolve_dtype(name: str, checkpoint: Checkpoint, device: torch.device) -> torch.dtype:
+    """The torch dtype of an option. "auto" is float32 on a CPU.
+
+    On CUDA, "auto" is the checkpoint's own dtype, and bfloat16 for float32.
+    """
+    if name != "auto":
+        return DTYPES[name]
+    if device.type == "cpu":
+        return torch.float32
+    own = str(checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype") or "bfloat16")
+    return DTYPES[own] if own in ("float16", "bfloat16") else torch.bfloat16
+
+
+def open_draft_model(reference: str, spec: ModelSpec) -> Checkpoint:
+    """Open a draft model's checkpoint.
+
+    Raises InputError when it cannot draft for a model of `spec`.
+    """
+    draft = open_checkpoint(reference)
+    draft.require_unsharded()
+    draft_spec = model_spec(draft.config)
+    check_checkpoint(draft, draft_spec)
+    if draft_spec.vocab_size != spec.vocab_size:
+        raise InputError(
+            f"the draft model {reference} has {draft_spec.vocab_size} tokens and the model "
+            f"{spec.vocab_size}",
+            "A draft model with the same tokenizer was expected",
+            "Choose a smaller model of the same family, or leave out --draft-model to draft from "
+            "the text itself",
+        )
+    if None not in spec.sliding_windows:
+        raise InputError(
+            "--draft-model is not possible with a model whose layers all have a sliding window",
+            "A model with full attention was expected",
+            "Leave out --draft-model to draft from the text itself",
+        )
+    return draft

@@ -1,0 +1,298 @@
+"""How the memory of a device is divided: the weights, the workspace of a step, and the KV cache."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+
+from llmkit.checkpoint.checkpoint import Checkpoint
+from llmkit.checkpoint.quantized_formats import format_of
+from llmkit.checkpoint.safetensors_header import byte_count
+from llmkit.common.errors import InputError, ShortageError, is_out_of_memory
+from llmkit.common.formatting import bytes_text
+from llmkit.model.checkpoint_tensors import scheme_of
+from llmkit.model.decoder import Decoder
+from llmkit.model.full_forward import hidden_states
+from llmkit.model.linear import PackedLinear, keeps_weights_int8, keeps_weights_packed
+from llmkit.model.parameter_table import Parameter, parameters
+from llmkit.model.spec import ModelSpec
+from llmkit.model.weight_loader import can_stay_packed
+
+__all__ = [
+    "MemoryPlan",
+    "estimate_workspace",
+    "free_bytes",
+    "is_out_of_memory",
+    "loaded_bytes",
+    "measure_workspace",
+    "plan_memory",
+    "require_weights_fit",
+    "weight_bytes",
+]
+
+# On a CPU, the KV cache gets at most this share of the memory that weights and workspace leave.
+CPU_KV_CACHE_SHARE = 0.5
+# On a CPU, the default size of the KV cache unless one request needs more. Unused pages take no
+# memory.
+CPU_KV_CACHE_BYTES = 640 << 20
+# For each logit of a step while it is sampled: float32, its sorted copy and the int64 indices.
+BYTES_PER_LOGIT = 16
+CGROUP = Path("/sys/fs/cgroup")
+UNLIMITED = 1 << 62
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """How the memory of a device is used, and how many tokens fit into the KV cache."""
+
+    free_bytes: int  # available to the engine before anything is loaded
+    weight_bytes: int
+    workspace_bytes: int  # of the largest step
+    num_blocks: int  # of the KV cache
+    bytes_per_block: int
+    block_size: int  # tokens
+    max_model_len: int  # tokens of one request
+    model_limit: int  # tokens of one request that the model itself allows
+
+    @property
+    def kv_cache_bytes(self) -> int:
+        """Bytes of the KV cache."""
+        return self.num_blocks * self.bytes_per_block
+
+    def num_requests(self, num_tokens: int) -> int:
+        """How many requests of `num_tokens` tokens fit into the KV cache at once."""
+        return self.num_blocks // -(-num_tokens // self.block_size)
+
+    def as_dict(self) -> dict[str, int | dict[str, int]]:
+        """The plan as one JSON-ready document."""
+        lengths = sorted({min(1024, self.max_model_len), self.max_model_len})
+        return {
+            "free_bytes": self.free_bytes,
+            "weight_bytes": self.weight_bytes,
+            "workspace_bytes": self.workspace_bytes,
+            "kv_cache_bytes": self.kv_cache_bytes,
+            "kv_blocks": self.num_blocks,
+            "kv_block_tokens": self.block_size,
+            "kv_bytes_per_token": self.bytes_per_block // self.block_size,
+            "kv_cache_tokens": self.num_blocks * self.block_size,
+            "max_model_len": self.max_model_len,
+            "model_limit": self.model_limit,
+            "requests": {str(length): self.num_requests(length) for length in lengths},
+        }
+
+
+def plan_memory(
+    spec: ModelSpec,
+    device: str,
+    *,
+    free_bytes: int,
+    weight_bytes: int,
+    workspace_bytes: int,
+    kv_bytes_per_token: int,
+    max_model_len: int | None,
+    max_num_seqs: int,
+    kv_cache_memory: int | None,
+    block_size: int = 16,
+) -> MemoryPlan:
+    """Divide the free memory of a "cpu" or "cuda" device.
+
+    kv_cache_memory: bytes of the KV cache; None: what is left on CUDA, a share of it on a CPU.
+    max_model_len: None means the model's own limit, or the longest request that fits. Raises
+    InputError for a length over the model's limit, and ShortageError when weights or workspace do
+    not fit or the cache cannot hold one request of that length.
+    """
+    limit = spec.max_position_embeddings
+    if max_model_len is not None and max_model_len > limit:
+        raise InputError(
+            f"--max-model-len {max_model_len} is over the model's limit",
+            f"At most {limit} tokens (max_position_embeddings)",
+            f"Use --max-model-len {limit}",
+        )
+    bytes_per_block = kv_bytes_per_token * block_size
+    left_bytes = free_bytes - weight_bytes - workspace_bytes
+    if left_bytes < 0:
+        raise ShortageError(
+            f"{_exact(workspace_bytes)} of a step's workspace do not fit on {device}",
+            f"The weights leave {_exact(free_bytes - weight_bytes)}",
+            "Use a smaller --max-num-batched-tokens or --max-num-seqs",
+        )
+    if kv_cache_memory is not None and kv_cache_memory > left_bytes:
+        raise ShortageError(
+            f"--kv-cache-memory {_exact(kv_cache_memory)} does not fit on {device}",
+            f"Weights and workspace leave {_exact(left_bytes)}",
+            "Use a smaller one",
+        )
+    if kv_cache_memory is not None:
+        cache_bytes = kv_cache_memory
+    elif device == "cuda":
+        cache_bytes = left_bytes
+    else:
+        one_request_bytes = -(-(max_model_len or limit) // block_size) * bytes_per_block
+        wanted_bytes = max(CPU_KV_CACHE_BYTES, one_request_bytes)
+        cache_bytes = min(wanted_bytes, int(left_bytes * CPU_KV_CACHE_SHARE))
+    num_blocks = cache_bytes // bytes_per_block
+    cache_tokens = num_blocks * block_size
+    request_tokens = min(limit, cache_tokens) if max_model_len is None else max_model_len
+    if request_tokens > cache_tokens or cache_tokens == 0:
+        needed_bytes = -(-(max_model_len or 1) // block_size) * bytes_per_block
+        todo = "Give it more with --kv-cache-memory"
+        if cache_tokens:
+            todo = f"Use --max-model-len {cache_tokens}"
+        raise ShortageError(
+            f"the KV cache cannot hold one request of {max_model_len or 1} tokens: that needs "
+            f"{_exact(needed_bytes)} and there are {_exact(cache_bytes)}",
+            f"At most {cache_tokens} tokens fit",
+            todo,
+        )
+    if kv_cache_memory is None:
+        # No more than max_num_seqs requests of full length can use.
+        num_blocks = min(num_blocks, max_num_seqs * -(-request_tokens // block_size))
+    return MemoryPlan(
+        free_bytes=free_bytes,
+        weight_bytes=weight_bytes,
+        workspace_bytes=workspace_bytes,
+        num_blocks=num_blocks,
+        bytes_per_block=bytes_per_block,
+        block_size=block_size,
+        max_model_len=request_tokens,
+        model_limit=limit,
+    )
+
+
+def weight_bytes(
+    checkpoint: Checkpoint,
+    spec: ModelSpec,
+    dtype: torch.dtype,
+    device: torch.device,
+    rows: Iterable[Parameter] | None = None,
+) -> int:
+    """Bytes of the weights in memory, or of those of some rows of the parameter table.
+
+    Weights are dense in `dtype`, except where the kernels of the device compute with the packed
+    weights of the checkpoint.
+    """
+    on_cpu = device.type == "cpu"
+    cpu_packs = on_cpu and keeps_weights_packed(dtype)
+    total = 0
+    for row in parameters(spec) if rows is None else rows:
+        is_embedding = row.name == "embed.weight"
+        keeps_small_dtype = cpu_packs and (row.is_linear or row.is_lm_head or is_embedding)
+        gpu_packs = not on_cpu and can_stay_packed(device, row, checkpoint.quantization, dtype)
+        # A tied embedding is held twice: as the embedding table and as the packed LM head.
+        copies = 2 if keeps_small_dtype and spec.tie_word_embeddings and is_embedding else 1
+        for tensor in row.source_names:
+            scheme = scheme_of(row, tensor, checkpoint.quantization)
+            shapes = [part.shape for part in row.sources if part.name == tensor]
+            if checkpoint.quantization and scheme:
+                stays_packed = cpu_packs or gpu_packs or (on_cpu and keeps_weights_int8(scheme))
+                if stays_packed:
+                    quantized_format = format_of(checkpoint.quantization)
+                    num_rows = sum(shape[0] for shape in shapes)
+                    stored = quantized_format.tensors(scheme, num_rows, shapes[0][1])
+                    total += sum(byte_count(tensor.dtype, tensor.shape) for tensor in stored)
+                    continue
+            itemsize = dtype.itemsize
+            if keeps_small_dtype and not scheme:
+                itemsize = min(itemsize, checkpoint.tensors[tensor].torch_dtype.itemsize)
+            total += copies * itemsize * sum(math.prod(shape) for shape in shapes)
+    return total
+
+
+def loaded_bytes(model: Decoder) -> int:
+    """Bytes of the weights of a loaded model."""
+    linears = [model.head, *(linear for layer in model.layers for linear in layer.linears.values())]
+    packed = sum(linear.kernel.nbytes for linear in linears if isinstance(linear, PackedLinear))
+    dense = [linear.weight for linear in linears if not isinstance(linear, PackedLinear)]
+    norms = [norm for layer in model.layers for norm in layer.norms.values()]
+    held = {
+        tensor.data_ptr(): tensor.nbytes
+        for tensor in (model.embedding, model.final_norm, *dense, *norms)
+    }
+    return packed + sum(held.values())
+
+
+def free_bytes(device: torch.device, utilization: float) -> int:
+    """Bytes of a device that the engine may use.
+
+    On CUDA the engine leaves a share of 1 - utilization unused.
+    """
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        return max(0, int(free - total * (1 - utilization)))
+    return min(psutil.virtual_memory().available, _cgroup_bytes())
+
+
+def _cgroup_bytes() -> int:
+    """Bytes that the limit of a container leaves; the page cache counts as free."""
+    try:
+        limit = (CGROUP / "memory.max").read_text().strip()
+        used = int((CGROUP / "memory.current").read_text())
+        pages = dict(line.split() for line in (CGROUP / "memory.stat").read_text().splitlines())
+        if limit == "max":
+            return UNLIMITED
+        return max(0, int(limit) - used + int(pages.get("file", 0)))
+    except (OSError, ValueError):
+        return UNLIMITED
+
+
+def require_weights_fit(weights: int, free: int, dtype: torch.dtype, device: torch.device) -> None:
+    """Raises ShortageError when the weights alone do not fit. Both sizes are in bytes."""
+    if weights <= free:
+        return
+    is_dense = device.type != "cpu" or not keeps_weights_packed(dtype)
+    if is_dense and dtype.itemsize > 2 and weights // 2 <= free:
+        todo = "Use --dtype bfloat16"
+    elif device.type == "cpu":
+        todo = "Use a smaller model or a larger device"
+    else:
+        todo = (
+            "Use a smaller model or a larger device, or --cpu-offload to keep some in host memory"
+        )
+    dtype_name = str(dtype).removeprefix("torch.")
+    raise ShortageError(
+        f"the weights need {_exact(weights)} in {dtype_name} and {device.type} has {_exact(free)}",
+        todo=todo,
+    )
+
+
+def estimate_workspace(
+    spec: ModelSpec, dtype: torch.dtype, step_tokens: int, max_num_seqs: int
+) -> int:
+    """Bytes of a step besides weights and cache.
+
+    Counted are its widest activations and the logits that it samples from.
+    """
+    widest = spec.intermediate_size
+    if spec.moe is not None:
+        widest = max(widest, spec.moe.num_experts_per_tok * spec.moe.intermediate_size)
+    activations = step_tokens * (2 * spec.hidden_size + 3 * widest) * dtype.itemsize
+    return activations + max_num_seqs * spec.vocab_size * BYTES_PER_LOGIT
+
+
+@torch.inference_mode()
+def measure_workspace(model: Decoder, step_tokens: int, max_num_seqs: int) -> int:
+    """As `estimate_workspace`, but measured on CUDA with one step of prompts.
+
+    Sampling does not run; its logits are counted as `estimate_workspace` does. May raise
+    torch.OutOfMemoryError.
+    """
+    num_prompts = max(1, min(max_num_seqs, step_tokens))
+    prompt = torch.zeros(step_tokens // num_prompts, dtype=torch.int64)
+    torch.cuda.reset_peak_memory_stats(model.device)
+    before = torch.cuda.memory_allocated(model.device)
+    hidden = hidden_states(model, [prompt] * num_prompts)
+    model.logits(hidden[:num_prompts])
+    torch.cuda.synchronize(model.device)
+    peak = torch.cuda.max_memory_allocated(model.device) - before
+    torch.cuda.empty_cache()
+    # The peak includes the float32 logits.
+    return peak + num_prompts * model.spec.vocab_size * (BYTES_PER_LOGIT - 4)
+
+
+def _exact(count: int) -> str:
+    return f"{count} bytes ({bytes_text(count)})" if count >= 1024 else f"{count} bytes"

@@ -1,0 +1,271 @@
+"""The first rank: it starts the others, sends them every step, and is the caller's engine."""
+
+from __future__ import annotations
+
+import contextlib
+import secrets
+import select
+import tempfile
+import threading
+import time
+import weakref
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from llmkit.checkpoint.checkpoint import Checkpoint
+from llmkit.common.errors import InputError, LlmkitError, ShortageError
+from llmkit.common.formatting import bytes_text
+from llmkit.model.decoder import Decoder
+from llmkit.model.device import resolve_device
+from llmkit.runtime.engine.cuda_graphs import CudaGraphRunner, DecodeGraph
+from llmkit.runtime.engine.engine import Engine
+from llmkit.runtime.engine.engine_config import EngineConfig
+from llmkit.runtime.engine.engine_errors import RequestError
+from llmkit.runtime.engine.engine_options import EngineOptions
+from llmkit.runtime.engine.engine_outputs import EngineOutput
+from llmkit.runtime.engine.engine_request import EngineRequest
+from llmkit.runtime.parallel.distributed_group import DistributedGroup
+from llmkit.runtime.parallel.rank_engine import load_rank
+from llmkit.runtime.parallel.rank_messages import (
+    Connect,
+    FromRank,
+    LoadPart,
+    PartLoaded,
+    RunStep,
+    from_rank_decoder,
+)
+from llmkit.runtime.part_loader import StartupReport, load_part
+from llmkit.runtime.process_channel import Channel, Failed, end_process, exit_text, spawn
+from llmkit.shard.rank_part import RankPart, rank_parts
+
+_GRACE_S = 2.0  # how long a process has to end by itself, and _watch_ranks to report its end
+_SETTLE_S = 0.3  # wait after the first sign of a failure, then look which ranks have failed
+
+
+class _Rank:
+    """The process of another rank."""
+
+    def __init__(self, message: LoadPart, device: torch.device) -> None:
+        variables = {}
+        if device.type == "cpu":
+            variables["OMP_NUM_THREADS"] = str(message.num_threads)
+        self.index = message.rank
+        self.process, parent_end = spawn("llmkit.runtime.parallel.worker", message, variables)
+        self.channel: Channel[FromRank] = Channel(parent_end, from_rank_decoder)
+
+    def wait_until_loaded(self) -> PartLoaded:
+        """Return the rank's sizes. Raises the LlmkitError with which it failed."""
+        try:
+            (message,) = self.channel.receive(wait=True)
+        except (EOFError, OSError):
+            raise self.death() from None
+        if isinstance(message, Failed):
+            raise message.error(f"rank {self.index}: ")
+        return message
+
+    def death(self) -> LlmkitError:
+        """End the rank and return why it failed."""
+        messages: list[FromRank] = []
+        with contextlib.suppress(EOFError, OSError):
+            messages = self.channel.receive(wait=True)
+        self.end()
+        for message in messages:
+            if isinstance(message, Failed):
+                return message.error(f"rank {self.index}: ")
+        return LlmkitError(f"rank {self.index} ended ({exit_text(self.process)})")
+
+    def end(self) -> None:
+        """Close the channel and wait until the process has ended."""
+        self.channel.socket.close()
+        end_process(self.process, _GRACE_S)
+
+
+class LeadEngine(Engine):
+    """An engine on several ranks.
+
+    The others run the same steps on their parts; a caller does not see them.
+    """
+
+    def __init__(
+        self,
+        model: Decoder,
+        config: EngineConfig,
+        eos_token_ids: tuple[int, ...] = (),
+        draft: Decoder | None = None,
+    ) -> None:
+        super().__init__(model, config, eos_token_ids, draft)
+        self._events: list[EngineRequest | str] = []  # since the last step; see RunStep
+        self._ranks: list[_Rank] = []
+        self._death: Future[LlmkitError] = Future()
+
+    def lead(self, ranks: list[_Rank], group: DistributedGroup) -> None:
+        """Send steps to these ranks from now on, and end them with this engine."""
+        self._ranks = ranks
+        graph_runner = self.runner.graph_runner
+        graphs = graph_runner.graphs if isinstance(graph_runner, CudaGraphRunner) else None
+        self._close = weakref.finalize(self, _end_ranks, ranks, group, graphs)
+        threading.Thread(
+            target=_watch_ranks, args=(ranks, self._death), name="rank-watch", daemon=True
+        ).start()
+
+    def on_death(self, callback: Callable[[LlmkitError], None]) -> None:
+        """See `Engine.on_death`.
+
+        Once a rank has ended, the thread in `step` may wait in a collective operation forever.
+        """
+        self._death.add_done_callback(lambda death: callback(death.result()))
+
+    def add(self, request: EngineRequest) -> None:
+        """See `Engine.add`."""
+        params = request.sampling_params
+        if params.seed is None:  # all ranks must draw with the same seed
+            params = replace(params, seed=secrets.randbits(63))
+            request = replace(request, sampling_params=params)
+        super().add(request)
+        self._events.append(request)
+
+    def add_adapter(self, name: str, directory: str | Path) -> None:
+        """See `Engine.add_adapter`.
+
+        Raises RequestError once the other ranks run: they load adapters at the start.
+        """
+        if self._ranks:
+            raise RequestError(
+                "not_supported",
+                "on several ranks adapters are loaded at the start (--lora)",
+                "model",
+            )
+        super().add_adapter(name, directory)
+
+    def cancel(self, request_id: str) -> None:
+        """See `Engine.cancel`."""
+        super().cancel(request_id)
+        self._events.append(request_id)
+
+    def step(self) -> list[EngineOutput]:
+        """See `Engine.step`. Raises LlmkitError when a rank has ended."""
+        events = self._events
+        self._events = []
+        try:
+            for rank in self._ranks:
+                rank.channel.send(RunStep(events))
+            return super().step()
+        except (RuntimeError, OSError) as error:
+            try:
+                death = self._death.result(_GRACE_S)
+            except TimeoutError:  # all other ranks are alive: this rank caused the error
+                raise error from None
+            raise death from error
+
+    def close(self) -> None:
+        """End the other ranks."""
+        self._close()
+
+
+def load_on_ranks(checkpoint: Checkpoint, options: EngineOptions, report: StartupReport) -> Engine:
+    """An engine on as many ranks as the options and the checkpoint ask for, this one included.
+
+    Raises as `load_engine` does.
+    """
+    with report.stage("checkpoint check"):
+        parts = rank_parts(checkpoint, options.tp, options.pp, options.ep)
+    if len(parts) == 1:
+        part = parts[0]
+        loaded = load_part(part.checkpoint, part.spec.full_model, options, report)
+        return loaded.make_engine(report, Engine)
+    device = resolve_device(options.device)
+    _check_ranks(options, device, len(parts))
+    num_threads = max(1, torch.get_num_threads() // len(parts))
+    ranks: list[_Rank] = []
+    try:
+        for rank in range(1, len(parts)):
+            message = LoadPart(rank, checkpoint.reference, options, num_threads)
+            ranks.append(_Rank(message, device))
+        return _load_leader(parts, options, report, ranks, num_threads)
+    except BaseException:
+        _end_ranks(ranks)
+        raise
+
+
+def _check_ranks(options: EngineOptions, device: torch.device, num_ranks: int) -> None:
+    if options.draft_model:
+        raise InputError(
+            f"--draft-model on {num_ranks} ranks is not possible",
+            todo="Leave it out, or serve on one rank",
+        )
+    if device.type == "cuda" and torch.cuda.device_count() < num_ranks:
+        raise ShortageError(
+            f"{num_ranks} ranks need a GPU each, and PyTorch sees {torch.cuda.device_count()}",
+            todo="Use fewer ranks, or --device cpu",
+        )
+
+
+def _load_leader(
+    parts: list[RankPart],
+    options: EngineOptions,
+    report: StartupReport,
+    ranks: list[_Rank],
+    num_threads: int,
+) -> LeadEngine:
+    """Load the first rank's part while the others load theirs, then connect all of them."""
+    leader = load_rank(parts, 0, options, report, num_threads)
+    loaded = [leader.message, *(rank.wait_until_loaded() for rank in ranks)]
+    with (
+        tempfile.TemporaryDirectory(prefix="llmkit-") as folder,
+        report.stage("connecting the ranks"),
+    ):
+        sizes = Connect(
+            num_blocks=min(message.num_blocks for message in loaded),
+            max_model_len=min(message.max_model_len for message in loaded),
+            store_path=f"{folder}/store",
+        )
+        for rank in ranks:
+            rank.channel.send(sizes)
+        leader.connect(sizes)
+    for index, message in enumerate(loaded):
+        source = message.file or "sliced from the whole checkpoint"
+        size = bytes_text(message.nbytes)
+        report.fast_paths.append(f"rank {index}: {source}, {size} in {message.seconds:.2f} s")
+    engine = leader.make_engine(sizes, report, LeadEngine)
+    engine.lead(ranks, leader.group)
+    return engine
+
+
+def _watch_ranks(ranks: list[_Rank], death: Future[LlmkitError]) -> None:
+    """Wait until a rank sends a message or ends: both mean that it has failed.
+
+    One failure can make other ranks fail. An internal error is therefore reported only when no rank
+    has failed for another reason.
+    """
+    poll = select.poll()
+    by_fd = {rank.channel.socket.fileno(): rank for rank in ranks}
+    for fd in by_fd:
+        poll.register(fd, select.POLLIN)
+    poll.poll()
+    time.sleep(_SETTLE_S)
+    failed = []
+    for fd, _ in poll.poll(0):
+        if by_fd[fd].channel.socket.fileno() == fd:  # else this process has closed the channel
+            failed.append(by_fd[fd])
+    reasons = [rank.death() for rank in failed]
+    if reasons:
+        death.set_result(min(reasons, key=lambda reason: "the engine failed" in reason.what))
+
+
+def _end_ranks(
+    ranks: list[_Rank],
+    group: DistributedGroup | None = None,
+    graphs: dict[int, DecodeGraph] | None = None,
+) -> None:
+    for rank in ranks:
+        rank.channel.socket.close()
+    for rank in ranks:
+        rank.end()
+    if graphs is not None:  # NCCL waits for graphs that hold its operations
+        graphs.clear()
+    if group is not None:
+        group.disconnect()

@@ -1,0 +1,74 @@
+"""What every rank does to get its engine: load its part, agree on the sizes, build the engine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+
+from llmkit.model.device import resolve_device
+from llmkit.runtime.engine.engine import Engine
+from llmkit.runtime.engine.engine_options import EngineOptions
+from llmkit.runtime.parallel.distributed_group import DistributedGroup
+from llmkit.runtime.parallel.rank_messages import Connect, PartLoaded
+from llmkit.runtime.part_loader import LoadedPart, StartupReport, load_part
+from llmkit.shard.rank_part import RankPart
+
+E = TypeVar("E", bound=Engine)
+
+
+@dataclass(frozen=True)
+class LoadedRank:
+    """A rank's part in memory, before it is connected to the other ranks."""
+
+    part: LoadedPart
+    group: DistributedGroup
+    message: PartLoaded  # for the leader
+
+    def connect(self, sizes: Connect) -> None:
+        """Connect to the other ranks; returns when all have called this."""
+        device = resolve_device(self.part.options.device)
+        self.group.connect(Path(sizes.store_path), device)
+
+    def make_engine(self, sizes: Connect, report: StartupReport, engine_class: type[E]) -> E:
+        """Build this rank's engine, with the sizes that all ranks use."""
+        memory = replace(
+            self.part.plan.memory,
+            num_blocks=sizes.num_blocks,
+            max_model_len=sizes.max_model_len,
+        )
+        part = replace(self.part, plan=replace(self.part.plan, memory=memory))
+        return part.make_engine(report, engine_class)
+
+
+def load_rank(
+    parts: list[RankPart],
+    rank: int,
+    options: EngineOptions,
+    report: StartupReport,
+    num_threads: int,
+) -> LoadedRank:
+    """Load the part of a rank, without connecting to the others.
+
+    num_threads: for computing on a CPU.
+    """
+    part = parts[rank]
+    assert part.spec.rank is not None
+    if resolve_device(options.device).type == "cuda":
+        torch.cuda.set_device(rank)
+    else:
+        torch.set_num_threads(num_threads)
+    num_stages = len(parts) // part.spec.rank.tp_size
+    group = DistributedGroup(part.spec, rank, num_stages)
+    seconds_before = sum(report.seconds.values())
+    loaded = load_part(part.checkpoint, part.spec, options, report, group, len(parts))
+    message = PartLoaded(
+        num_blocks=loaded.plan.memory.num_blocks,
+        max_model_len=loaded.plan.memory.max_model_len,
+        file=part.file,
+        nbytes=part.nbytes,
+        seconds=sum(report.seconds.values()) - seconds_before,
+    )
+    return LoadedRank(loaded, group, message)

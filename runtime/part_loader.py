@@ -1,0 +1,265 @@
+"""Loads a model, or the part of it that one rank holds, and builds an engine on it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, TypeVar
+
+import torch
+
+from llmkit.checkpoint.checkpoint import Checkpoint
+from llmkit.checkpoint.tensor_reader import CHUNK_BYTES, NUM_READER_THREADS
+from llmkit.common.errors import InputError
+from llmkit.kernels.cpu import cpu_kernels
+from llmkit.kernels.cpu.cpu_linear import has_int8_matmul
+from llmkit.model.checkpoint_tensors import checkpoint_tensors
+from llmkit.model.decoder import SINGLE_RANK, Decoder
+from llmkit.model.families import model_spec
+from llmkit.model.parallel_group import ParallelGroup
+from llmkit.model.spec import ModelSpec
+from llmkit.model.weight_loader import load_model
+from llmkit.runtime.engine.cuda_graphs import CudaGraphRunner
+from llmkit.runtime.engine.engine import Engine
+from llmkit.runtime.engine.engine_config import EngineConfig
+from llmkit.runtime.engine.engine_options import EngineOptions
+from llmkit.runtime.engine.grammar_matcher import GrammarMatcher
+from llmkit.runtime.engine_plan import EnginePlan, open_draft_model, plan_part
+from llmkit.runtime.memory_plan import loaded_bytes, measure_workspace, plan_memory
+from llmkit.runtime.weight_offload import WeightOffload
+
+if TYPE_CHECKING:
+    from llmkit.runtime.grammar_backend import GrammarBackend
+
+MIN_PREFILL_CHUNK = 256  # tokens of a prompt in a step while other prompts wait
+E = TypeVar("E", bound=Engine)
+
+
+@dataclass
+class StartupReport:
+    """Timings, plan and fast paths of an engine's start. The functions that load it fill it in."""
+
+    seconds: dict[str, float] = field(default_factory=dict)  # of each stage, in their order
+    plan: EnginePlan | None = None  # the final plan
+    fast_paths: list[str] = field(default_factory=list)  # which ones are on, and why others are off
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Add the seconds that the `with` block takes to a stage."""
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+
+@dataclass(frozen=True)
+class LoadedPart:
+    """A model or a rank's part of it in memory, and the plan for the rest of an engine."""
+
+    checkpoint: Checkpoint
+    options: EngineOptions
+    model: Decoder
+    draft: Decoder | None
+    plan: EnginePlan
+
+    def make_engine(self, report: StartupReport, engine_class: type[E]) -> E:
+        """Build an engine of this class, with its KV cache, CUDA graphs and adapters."""
+        options = self.options
+        plan = self.plan
+        report.plan = plan
+        report.fast_paths += fast_paths(plan.device)
+        if plan.offload.num_layers:
+            report.fast_paths.append(
+                f"CUDA graphs: off, the weights of {plan.offload.num_layers} layers come from host "
+                "memory"
+            )
+        config = EngineConfig(
+            max_model_len=plan.memory.max_model_len,
+            num_blocks=plan.memory.num_blocks,
+            device=plan.device,
+            dtype=plan.dtype,
+            max_num_seqs=options.max_num_seqs,
+            max_num_batched_tokens=plan.max_num_batched_tokens,
+            kv_cache_dtype=plan.kv_cache_dtype,
+            enable_prefix_caching=options.prefix_cache,
+            prefill_chunk_size=max(MIN_PREFILL_CHUNK, plan.max_num_batched_tokens // 4),
+            async_scheduling=(
+                plan.device.type == "cuda"
+                and not options.speculate
+                and self.model.parallel_group.pp_size == 1
+            ),
+            num_speculative_tokens=options.speculate,
+            enforce_eager=bool(plan.offload.num_layers),
+        )
+        with report.stage("KV cache"):
+            engine = engine_class(self.model, config, eos_token_ids(self.checkpoint), self.draft)
+            engine.compile_grammar = self._compile_grammar
+        if isinstance(engine.runner.graph_runner, CudaGraphRunner):
+            with report.stage("CUDA graphs"):
+                engine.runner.graph_runner.capture_common_sizes()
+        for name, directory in options.adapters.items():
+            with report.stage("adapters"):
+                engine.add_adapter(name, directory)
+        return engine
+
+    @cached_property
+    def _grammar_backend(self) -> GrammarBackend:
+        # llguidance and the tokenizer are loaded with the first grammar: few requests have one.
+        from llmkit.runtime.grammar_backend import GrammarBackend
+
+        vocab_size = self.model.spec.full_model.vocab_size
+        return GrammarBackend(self.checkpoint, vocab_size, eos_token_ids(self.checkpoint))
+
+    def _compile_grammar(self, grammar: str) -> GrammarMatcher:
+        return self._grammar_backend.compile(grammar)
+
+
+def load_part(
+    checkpoint: Checkpoint,
+    spec: ModelSpec,
+    options: EngineOptions,
+    report: StartupReport,
+    parallel_group: ParallelGroup = SINGLE_RANK,
+    num_parts: int = 1,
+) -> LoadedPart:
+    """Plan and load a whole model, or one of its `num_parts` parts.
+
+    The ranks of all parts form the `parallel_group`.
+    """
+    with report.stage("memory plan"):
+        plan = plan_part(checkpoint, spec, options, num_parts)
+    device = plan.device
+    model = load_weights(
+        checkpoint, spec, plan.dtype, device, report, parallel_group, plan.offload.num_layers
+    )
+    draft = None
+    if options.draft_model is not None:
+        draft_checkpoint = open_draft_model(options.draft_model, spec)
+        draft_spec = model_spec(draft_checkpoint.config)
+        draft = load_weights(draft_checkpoint, draft_spec, plan.dtype, device, report)
+
+    # Plan the memory again, now with the real sizes.
+    with report.stage("memory plan"):
+        memory = plan.memory
+        weights = loaded_bytes(model)
+        if draft is not None:
+            weights += loaded_bytes(draft)
+        workspace = memory.workspace_bytes
+        if device.type == "cuda":
+            weights = torch.cuda.memory_allocated(device)
+            if spec.rank is None:  # a step of a part needs the other ranks
+                workspace = measure_workspace(
+                    model, plan.max_num_batched_tokens, options.max_num_seqs
+                )
+        memory = plan_memory(
+            model.spec,
+            device.type,
+            free_bytes=memory.free_bytes,
+            weight_bytes=weights,
+            workspace_bytes=workspace,
+            kv_bytes_per_token=memory.bytes_per_block // memory.block_size,
+            max_model_len=options.max_model_len,
+            max_num_seqs=options.max_num_seqs,
+            kv_cache_memory=options.kv_cache_memory,
+        )
+    return LoadedPart(checkpoint, options, model, draft, replace(plan, memory=memory))
+
+
+def load_weights(
+    checkpoint: Checkpoint,
+    spec: ModelSpec,
+    dtype: torch.dtype,
+    device: torch.device,
+    report: StartupReport,
+    parallel_group: ParallelGroup = SINGLE_RANK,
+    num_offloaded_layers: int = 0,
+) -> Decoder:
+    """Read the weights while the model is built from them."""
+    names = _tensors_read_whole(checkpoint, spec, dtype)
+    with (
+        report.stage("building"),
+        _cores_left_to_readers(),
+        checkpoint.reading_ahead(names) as read_ahead,
+    ):
+        model = load_model(
+            checkpoint,
+            dtype,
+            device,
+            packed=True,
+            spec=spec,
+            parallel_group=parallel_group,
+            offloaded=num_offloaded_layers,
+        )
+        if num_offloaded_layers:
+            WeightOffload(model.layers[-num_offloaded_layers:], device)
+    checkpoint.require_unchanged()
+    report.seconds["building"] -= read_ahead.waited_s
+    waited_before = report.seconds.get("waiting for the disk", 0.0)
+    report.seconds["waiting for the disk"] = waited_before + read_ahead.waited_s
+    return model
+
+
+@contextmanager
+def _cores_left_to_readers() -> Iterator[None]:
+    """Let torch use fewer threads inside the `with` block, so that the file readers have cores.
+
+    The threads of torch spin while they wait for each other, which takes whole cores.
+    """
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(max(1, num_threads - NUM_READER_THREADS))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(num_threads)
+
+
+def _tensors_read_whole(checkpoint: Checkpoint, spec: ModelSpec, dtype: torch.dtype) -> list[str]:
+    """The tensors that are read in one piece, in loading order; large casts are read in chunks."""
+    names = []
+    for name in checkpoint_tensors(spec, checkpoint.quantization):
+        info = checkpoint.tensors.get(name)
+        if info is not None and (info.torch_dtype == dtype or info.nbytes <= CHUNK_BYTES):
+            names.append(info.name)
+    return names
+
+
+def fast_paths(device: torch.device) -> list[str]:
+    """What makes the engine fast on this machine, and what is missing, one line each."""
+    if device.type == "cuda":
+        return [f"CUDA: {torch.cuda.get_device_name(device)}"]
+    no_cuda = "the CPU was asked for" if torch.cuda.is_available() else "PyTorch sees no device"
+    vectors = torch.backends.cpu.get_cpu_capability()
+    if vectors == "DEFAULT":
+        vectors = "off, neither AVX2 nor AVX-512"
+    int8 = "on" if has_int8_matmul() else "off, no exact oneDNN product on this processor"
+    return [
+        f"CUDA: off, {no_cuda}",
+        f"CPU vector operators: {vectors}",
+        f"compiled kernels: {cpu_kernels.status()}",
+        f"integer matrix products: {int8}",
+        f"CPU threads: {torch.get_num_threads()}",
+    ]
+
+
+def eos_token_ids(checkpoint: Checkpoint) -> tuple[int, ...]:
+    """The tokens that end an output: those of the configs, else the tokenizer's.
+
+    There are none when neither names one. The tokenizer is loaded only when the configs name none.
+    """
+    found: list[int] = []
+    for config in (checkpoint.generation_config, checkpoint.config):
+        ids = config.get("eos_token_id")
+        if isinstance(ids, list):
+            found += ids
+        elif ids is not None:
+            found.append(ids)
+    if found:
+        return tuple(dict.fromkeys(found))
+    from llmkit.checkpoint.tokenizer import load_tokenizer  # heavy, and few checkpoints need it
+
+    try:
+        return load_tokenizer(checkpoint).eos_token_ids
+    except InputError:  # without a tokenizer, prompts of token ids can still run
+        return ()

@@ -1,1 +1,0 @@
-"""What requests may say: a body for each route, in which every field is checked before anything is queued."""

@@ -1,0 +1,200 @@
+"""Responses of OpenAI's /v1/completions and /v1/chat/completions, in full and streamed."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import msgspec
+
+from llmkit.checkpoint.tokenizer import Tokenizer
+from llmkit.runtime.server.choice import Choice, Delta
+from llmkit.runtime.server.http.http_errors import ApiError
+from llmkit.runtime.server.responses.logprobs_response import (
+    CompletionLogprobs,
+    chat_logprobs,
+    prompt_logprobs,
+)
+from llmkit.runtime.server.responses.response_builder import sse_event
+from llmkit.runtime.server.schemas.base_request import GenerationRequest
+from llmkit.runtime.server.text.output_parser import OutputPart, ReasoningPart
+from llmkit.runtime.server.text.tool_calls import ToolCallPart
+
+DONE = b"data: [DONE]\n\n"
+
+
+class CompletionResponseBuilder:
+    """Builds responses of /v1/completions. A ResponseBuilder."""
+
+    id_prefix = "cmpl"
+    full_object = "text_completion"  # the field `object` of a full response
+    chunk_object = "text_completion"  # the field `object` of a chunk of a stream
+    single_prompt = False  # whether all choices answer one prompt
+
+    def __init__(self, request: GenerationRequest, tokenizer: Tokenizer) -> None:
+        self.id = f"{self.id_prefix}-{uuid.uuid4().hex}"
+        self._created = int(time.time())
+        self._request = request
+        self._tokenizer = tokenizer
+        self._logprobs: dict[int, CompletionLogprobs] = {}  # by index of the choice
+
+    def full_response(self, choices: Sequence[Choice], answers: Sequence[Delta]) -> bytes:
+        document = self._document(self.full_object)
+        entries: list[dict[str, Any]] = []
+        document["choices"] = entries
+        for choice, answer in zip(choices, answers, strict=True):
+            entry = self._choice_entry(choice, answer, self._full_content(answer))
+            entries.append(entry)
+            count = self._request.prompt_logprobs
+            if count is not None:
+                holder = document if self.single_prompt else entry
+                holder["prompt_logprobs"] = prompt_logprobs(
+                    self._tokenizer,
+                    choice.request.prompt_token_ids,
+                    answer.prompt_logprobs or [],
+                    count,
+                )
+        document["usage"] = _usage(choices, self._request.n or 1)
+        return msgspec.json.encode(document)
+
+    def stream_events(self, choices: Sequence[Choice], deltas: Iterable[Delta]) -> bytes:
+        events = []
+        for delta in deltas:
+            has_content = delta.parts or delta.finish_reason or delta.tokens
+            if has_content or self._request.return_token_ids:
+                entry = self._choice_entry(choices[delta.index], delta, self._delta_content(delta))
+                events.append(self._chunk([entry], None))
+        return b"".join(events)
+
+    def final_events(self, choices: Sequence[Choice]) -> bytes:
+        if not self._request.include_usage:
+            return DONE
+        return self._chunk([], _usage(choices, self._request.n or 1)) + DONE
+
+    def error_event(self, error: ApiError) -> bytes:
+        return sse_event(error.envelope())
+
+    def _chunk(self, entries: list[dict[str, Any]], usage: dict[str, Any] | None) -> bytes:
+        document = self._document(self.chunk_object)
+        document["choices"] = entries
+        if self._request.include_usage:
+            document["usage"] = usage
+        return sse_event(document)
+
+    def _document(self, kind: str) -> dict[str, Any]:
+        return {
+            "id": self.id,
+            "object": kind,
+            "created": self._created,
+            "model": self._request.model,
+        }
+
+    def _choice_entry(
+        self, choice: Choice, delta: Delta, content: dict[str, Any]
+    ) -> dict[str, Any]:
+        count = self._request.num_logprobs
+        entry = {
+            "index": delta.index,
+            **content,
+            "logprobs": None if count is None else self._logprobs_entry(choice, delta, count),
+            "finish_reason": delta.finish_reason,
+        }
+        if self._request.return_token_ids:
+            entry["token_ids"] = delta.token_ids
+        return entry
+
+    def _logprobs_entry(self, choice: Choice, delta: Delta, count: int) -> dict[str, Any]:
+        if delta.index not in self._logprobs:
+            self._logprobs[delta.index] = CompletionLogprobs(self._tokenizer, count, choice.echo)
+        return self._logprobs[delta.index].add(delta.tokens)
+
+    def _full_content(self, answer: Delta) -> dict[str, Any]:
+        """The fields of a choice that hold its complete text."""
+        return {"text": answer.text}
+
+    def _delta_content(self, delta: Delta) -> dict[str, Any]:
+        """The fields of a choice in a stream that hold its new text."""
+        return {"text": delta.text}
+
+
+class ChatCompletionResponseBuilder(CompletionResponseBuilder):
+    """Builds responses of /v1/chat/completions. A ResponseBuilder."""
+
+    id_prefix = "chatcmpl"
+    full_object = "chat.completion"
+    chunk_object = "chat.completion.chunk"
+    single_prompt = True
+
+    def __init__(self, request: GenerationRequest, tokenizer: Tokenizer) -> None:
+        super().__init__(request, tokenizer)
+        # Tool calls so far, by index of the choice; there is no entry before its first delta.
+        self._num_tool_calls: dict[int, int] = {}
+
+    def _logprobs_entry(self, choice: Choice, delta: Delta, count: int) -> dict[str, Any]:
+        return chat_logprobs(self._tokenizer, delta.tokens, count)
+
+    def _full_content(self, answer: Delta) -> dict[str, Any]:
+        calls = [_tool_call(part) for part in answer.parts if isinstance(part, ToolCallPart)]
+        text = answer.text
+        message: dict[str, Any] = {
+            "role": "assistant",
+            "content": text or (None if calls else ""),
+            "refusal": None,
+        }
+        reasoning = _reasoning(answer.parts)
+        if reasoning:
+            message["reasoning_content"] = reasoning
+        if calls:
+            message["tool_calls"] = calls
+        return {"message": message}
+
+    def _delta_content(self, delta: Delta) -> dict[str, Any]:
+        first = delta.index not in self._num_tool_calls
+        num_earlier_calls = self._num_tool_calls.setdefault(delta.index, 0)
+        message: dict[str, Any] = {"role": "assistant"} if first else {}
+        text = delta.text
+        reasoning = _reasoning(delta.parts)
+        if text or (first and not reasoning):
+            message["content"] = text
+        if reasoning:
+            message["reasoning_content"] = reasoning
+        calls = [part for part in delta.parts if isinstance(part, ToolCallPart)]
+        if calls:
+            message["tool_calls"] = [
+                {"index": index, **_tool_call(call)}
+                for index, call in enumerate(calls, start=num_earlier_calls)
+            ]
+            self._num_tool_calls[delta.index] += len(calls)
+        return {"delta": message}
+
+
+def _reasoning(parts: Sequence[OutputPart]) -> str:
+    return "".join(part.text for part in parts if isinstance(part, ReasoningPart))
+
+
+def _tool_call(call: ToolCallPart) -> dict[str, Any]:
+    return {
+        "id": call.id,
+        "type": "function",
+        "function": {"name": call.name, "arguments": call.arguments},
+    }
+
+
+def _usage(choices: Sequence[Choice], n: int) -> dict[str, Any]:
+    """The token counts of all choices; `n` choices answer one prompt, which is counted once."""
+    first_choices = choices[::n]
+    prompt_tokens = sum(len(choice.request.prompt_token_ids) for choice in first_choices)
+    completion_tokens = sum(choice.completion_tokens for choice in choices)
+    return {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": completion_tokens,
+        "total_tokens": prompt_tokens + completion_tokens,
+        "prompt_tokens_details": {
+            "cached_tokens": sum(choice.cached_tokens for choice in first_choices)
+        },
+        "completion_tokens_details": {
+            "reasoning_tokens": sum(choice.reasoning_tokens for choice in choices)
+        },
+    }

@@ -1,0 +1,46 @@
+"""The interface of response builders: from choices and deltas to the bytes of an HTTP response.
+
+One object builds one response. The formats of the APIs are in the other modules of this folder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any, Protocol
+
+import msgspec
+
+from llmkit.runtime.server.choice import Choice, Delta
+from llmkit.runtime.server.http.http_errors import ApiError
+
+
+class FullResponseBuilder(Protocol):
+    """Builds a response that is not streamed."""
+
+    id: str  # of the response
+
+    def full_response(self, choices: Sequence[Choice], answers: Sequence[Delta]) -> bytes:
+        """Return the JSON body; `answers` hold all that was generated for each choice."""
+        ...
+
+
+class ResponseBuilder(FullResponseBuilder, Protocol):
+    """Builds a response, streamed or not."""
+
+    def stream_events(self, choices: Sequence[Choice], deltas: Iterable[Delta]) -> bytes:
+        """Return the events for new deltas; empty while their text is held back."""
+        ...
+
+    def final_events(self, choices: Sequence[Choice]) -> bytes:
+        """Return the events that end a stream."""
+        ...
+
+    def error_event(self, error: ApiError) -> bytes:
+        """Return the event that ends a stream with an error."""
+        ...
+
+
+def sse_event(document: Any, name: str | None = None) -> bytes:
+    """Return one server-sent event with `document` as JSON."""
+    head = b"" if name is None else b"event: " + name.encode() + b"\n"
+    return head + b"data: " + msgspec.json.encode(document) + b"\n\n"

@@ -1,0 +1,260 @@
+"""The model pool: it loads a model when a request names it, up to a number of loaded models.
+
+A model that must be loaded replaces the loaded model that has been idle for longest. If none is
+idle and a model has waited for PATIENCE_S, the least recently used model drains: its running
+requests end, its new requests wait, then it is unloaded. Models are loaded and unloaded one at a
+time, because each plans its memory from what is free.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import time
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping
+from concurrent.futures import Future
+from typing import Any, Protocol
+
+from llmkit.common.errors import LlmkitError
+from llmkit.runtime.server.async_waits import run_in_thread, wait_first
+
+PATIENCE_S = 5.0
+_STOP_S = 5.0  # for a server without requests to end by itself
+_POLL_S = 0.01
+
+
+class Server(Protocol):
+    """What the pool needs of a `ServerProcess`."""
+
+    ready: Future[Mapping[str, Any]]
+    gone: Future[LlmkitError]
+
+    def stop(self, grace_s: float = 0.0) -> None: ...
+
+
+class PooledModel:
+    """A model of the pool. Only the pool changes its fields."""
+
+    def __init__(self, name: str, reference: str, start: Callable[[], Any]) -> None:
+        """reference: the directory or hub id. start: starts a server of the model."""
+        self.name = name
+        self.reference = reference
+        self.start = start
+        # "unloaded", "loading", "loaded", "unloading", or "failed" after a failed load.
+        self.state = "unloaded"
+        # The model's Server; None while it is unloaded.
+        self.server: Any = None
+        # What the server reported when it was ready.
+        self.info: Mapping[str, Any] = {}
+        self.num_running = 0  # requests that the server answers
+        self.num_waiting = 0  # requests that wait for the model
+        # loop.time() when a request last started or ended.
+        self.last_used = 0.0
+        self.num_loads = 0
+        self.num_failures = 0
+        # New requests wait, because another model needs the place.
+        self.draining = False
+        # The load that requests wait for; None while there is none.
+        self.load_result: asyncio.Future[None] | None = None
+        # Unloads the model when it has been idle for long enough.
+        self.idle_timer: asyncio.TimerHandle | None = None
+
+
+class ModelPool:
+    """The models by name."""
+
+    def __init__(
+        self,
+        models: Iterable[PooledModel],
+        max_loaded: int,
+        idle_s: float,
+        log: Callable[[str], None] = lambda text: None,
+        patience_s: float = PATIENCE_S,
+    ) -> None:
+        """Keep up to `max_loaded` models loaded.
+
+        idle_s: how long an idle model stays loaded; 0: until another model needs its place.
+        log: gets lines for the user.
+        """
+        self.models = {model.name: model for model in models}
+        self._max_loaded = max_loaded
+        self._idle_s = idle_s
+        self._patience_s = patience_s
+        self._log = log
+        # Held while a model is loaded or unloaded.
+        self._load_lock = asyncio.Lock()
+        # Set when a request ends, or no longer waits.
+        self._changed = asyncio.Event()
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    @property
+    def num_waiting(self) -> int:
+        """The number of requests that wait for their model."""
+        return sum(model.num_waiting for model in self.models.values())
+
+    @property
+    def loaded(self) -> list[PooledModel]:
+        """The models that accept requests, the most recently used first."""
+        loaded = [model for model in self.models.values() if model.state == "loaded"]
+        return sorted(loaded, key=lambda model: -model.last_used)
+
+    @contextlib.asynccontextmanager
+    async def acquire(self, model: PooledModel) -> AsyncIterator[Any]:
+        """Yield the model's server, for one request; load the model first if needed.
+
+        Raises the LlmkitError of a failed load. The next request tries again.
+        """
+        model.num_waiting += 1
+        try:
+            while model.state != "loaded" or model.draining:
+                if model.load_result is None:
+                    model.load_result = asyncio.get_running_loop().create_future()
+                    self._start_task(self._load(model, model.load_result))
+                await asyncio.shield(model.load_result)
+            model.num_running += 1
+        finally:
+            model.num_waiting -= 1
+            self._changed.set()
+        try:
+            self._mark_used(model)
+            yield model.server
+        finally:
+            model.num_running -= 1
+            self._mark_used(model)
+            self._changed.set()
+
+    async def wait_until_removed(self, model: PooledModel, server: Any) -> None:
+        """Wait until the pool has noticed the end of `server`, which refuses connections."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_STOP_S):
+                while model.server is server:
+                    await asyncio.sleep(_POLL_S)
+
+    async def close(self, grace_s: float) -> None:
+        """Unload all models. Running requests may take `grace_s` seconds."""
+        servers = [model.server for model in self.models.values() if model.server is not None]
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(
+            *(run_in_thread(functools.partial(server.stop, grace_s)) for server in servers)
+        )
+
+    async def _load(self, model: PooledModel, load_result: asyncio.Future[None]) -> None:
+        try:
+            async with self._load_lock:
+                if model.state != "loaded" and await self._make_room(model):
+                    await self._start_server(model)
+                model.load_result = None
+                load_result.set_result(None)
+                # Hold the lock until the waiting requests run, so that no other model replaces
+                # this one before.
+                while model.state == "loaded" and model.num_waiting:
+                    await asyncio.sleep(0)
+        except (Exception, asyncio.CancelledError) as error:
+            if not load_result.done():
+                model.load_result = None
+                if isinstance(error, Exception):
+                    load_result.set_exception(error)
+                else:
+                    load_result.set_exception(LlmkitError("the server is shutting down"))
+                # Retrieved here in case no request waits for it any more.
+                load_result.exception()
+
+    async def _start_server(self, model: PooledModel) -> None:
+        start_time = time.perf_counter()
+        model.state = "loading"
+        model.server = model.start()
+        try:
+            model.info = await asyncio.shield(asyncio.wrap_future(model.server.ready))
+        except LlmkitError as error:
+            model.state = "failed"
+            model.num_failures += 1
+            self._log(f"{model.name} could not be loaded: {error}")
+            await self._stop_server(model)
+            raise
+        model.state = "loaded"
+        model.num_loads += 1
+        self._start_task(self._watch(model, model.server))
+        self._log(f"{model.name} is loaded after {time.perf_counter() - start_time:.1f} s")
+
+    async def _make_room(self, model: PooledModel) -> bool:
+        """Unload models until `model` has a place; return whether requests still wait for it."""
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + self._patience_s
+        try:
+            while model.num_waiting and self._num_servers() >= self._max_loaded:
+                least_recent_first = self.loaded[::-1]
+                idle = [loaded for loaded in least_recent_first if not loaded.num_running]
+                if idle:
+                    await self._unload(idle[0])
+                    continue
+                remaining_s = deadline - loop.time()
+                if remaining_s <= 0 and least_recent_first:
+                    least_recent_first[0].draining = True
+                self._changed.clear()
+                changed = asyncio.ensure_future(self._changed.wait())
+                await wait_first(changed, timeout=remaining_s if remaining_s > 0 else None)
+                changed.cancel()
+        finally:
+            for other in self.models.values():
+                other.draining = False
+        return model.num_waiting > 0
+
+    def _num_servers(self) -> int:
+        return sum(model.server is not None for model in self.models.values())
+
+    async def _unload(self, model: PooledModel) -> None:
+        model.state = "unloading"
+        await self._stop_server(model)
+        model.state = "unloaded"
+        self._log(f"{model.name} is unloaded")
+
+    async def _stop_server(self, model: PooledModel) -> None:
+        server = model.server
+        await run_in_thread(lambda: server.stop(_STOP_S))
+        model.server = None
+        model.draining = False
+
+    def _mark_used(self, model: PooledModel) -> None:
+        """Record the time of use, and restart the idle timer."""
+        loop = asyncio.get_running_loop()
+        model.last_used = loop.time()
+        if model.idle_timer is not None:
+            model.idle_timer.cancel()
+            model.idle_timer = None
+        if self._idle_s > 0 and not model.num_running:
+            model.idle_timer = loop.call_later(
+                self._idle_s, lambda: self._start_task(self._unload_if_idle(model))
+            )
+
+    async def _unload_if_idle(self, model: PooledModel) -> None:
+        async with self._load_lock:
+            idle_s = asyncio.get_running_loop().time() - model.last_used
+            if model.state == "loaded" and not model.num_running and idle_s >= self._idle_s:
+                await self._unload(model)
+
+    async def _watch(self, model: PooledModel, server: Server) -> None:
+        """Wait until `server` ends by itself. The next request loads the model again."""
+        error = await asyncio.shield(asyncio.wrap_future(server.gone))
+        if model.server is server and model.state == "loaded":
+            self._log(f"{model.name}: {error}")
+            model.state = "failed"
+            model.server = None
+            model.num_failures += 1
+            self._changed.set()
+            await run_in_thread(lambda: server.stop())
+
+    def _start_task(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._on_task_done)
+        return task
+
+    def _on_task_done(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if task.cancelled():
+            return
+        error = task.exception()
+        if error is not None:
+            self._log(f"{type(error).__name__}: {error}")

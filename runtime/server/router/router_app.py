@@ -1,0 +1,234 @@
+"""Several models behind one port: each request goes to the server of the model that it names.
+
+Requests and responses are forwarded unchanged. The API key, Host and Origin are checked here, and
+again by the model's server, which keeps the prefix caches of keys apart.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any
+
+import aiohttp
+import msgspec
+from fastapi import Request, Response
+from pydantic import ConfigDict
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from llmkit.common.errors import LlmkitError
+from llmkit.common.version import version
+from llmkit.runtime.server.app import new_app
+from llmkit.runtime.server.http.api_keys import Client
+from llmkit.runtime.server.http.assets import page_routes
+from llmkit.runtime.server.http.http_errors import ApiError, unknown_model
+from llmkit.runtime.server.http.request_body import read_json_body
+from llmkit.runtime.server.http.security_middleware import SecurityMiddleware
+from llmkit.runtime.server.router.forward import ForwardedResponse, upstream_request
+from llmkit.runtime.server.router.model_pool import ModelPool, PooledModel
+from llmkit.runtime.server.router.router_metrics import merge_metrics
+from llmkit.runtime.server.schemas.base_request import BaseRequest, parse_request
+from llmkit.runtime.server.serve_options import ServeOptions
+from llmkit.runtime.server.server_metrics import CONTENT_TYPE
+from llmkit.runtime.server.server_state import SamplingDefaults
+
+# Routes whose body has the model's name.
+ROUTED_BY_BODY = (
+    "/v1/completions",
+    "/v1/chat/completions",
+    "/v1/embeddings",
+    "/v1/responses",
+    "/v1/messages",
+    "/v1/messages/count_tokens",
+    "/tokenize",
+    "/detokenize",
+)
+# Routes whose path has the model's name, which may contain slashes.
+_ROUTED_BY_PATH = "/v2/models/{rest:path}"
+_KSERVE_MEDIA_TYPES = frozenset({"", "application/json", "application/octet-stream"})
+_SCRAPE_TIMEOUT_S = 5.0
+
+
+class RoutedRequest(BaseRequest):
+    """The model's name in a request's body. The model's server checks all other fields."""
+
+    model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False)
+
+
+class Router:
+    """One method per route."""
+
+    def __init__(self, pool: ModelPool, options: ServeOptions) -> None:
+        self.pool = pool
+        self.draining = False  # set by the lifecycle at the first signal
+        self._options = options
+        self._created = int(time.time())
+        self._num_active = 0  # requests without a complete response
+        self._idle = asyncio.Event()  # set while there are none
+        self._idle.set()
+
+    def app(self, clients: Sequence[Client]) -> ASGIApp:
+        """Return the ASGI application.
+
+        With `clients`, every route except the health checks and the web page needs an API key of
+        one of them.
+        """
+        app = new_app()
+        for path in ROUTED_BY_BODY:
+            app.add_api_route(path, self.by_body, methods=["POST"], response_model=None)
+        get_routes: dict[str, Callable[..., Awaitable[Response]]] = {
+            "/v1/models": self.models,
+            "/v1/models/{name:path}": self.model,
+            "/health": self.health,
+            "/ready": self.ready,
+            "/v2/health/live": self.health,
+            "/v2/health/ready": self.ready,
+            "/v2/models/{name:path}/ready": self.model_ready,
+            "/metrics": self.metrics,
+            "/version": self.version,
+            "/info": self.info,
+        }
+        for path, endpoint in (get_routes | page_routes()).items():
+            app.add_api_route(path, endpoint, methods=["GET"], response_model=None)
+        app.add_api_route(
+            _ROUTED_BY_PATH, self.by_path, methods=["GET", "POST"], response_model=None
+        )
+
+        async def tracked_app(scope: Scope, receive: Receive, send: Send) -> None:
+            self._num_active += 1
+            self._idle.clear()
+            try:
+                await app(scope, receive, send)
+            finally:
+                self._num_active -= 1
+                if not self._num_active:
+                    self._idle.set()
+
+        options = self._options
+        return SecurityMiddleware(
+            tracked_app, options.host, clients, options.debug, options.open_metrics
+        )
+
+    async def wait_until_idle(self) -> None:
+        """Wait until every response is complete."""
+        await self._idle.wait()
+
+    async def health(self) -> Response:
+        return _json_response({"status": "ok"})
+
+    async def ready(self) -> Response:
+        self._check_ready()
+        return _json_response({"status": "ok"})
+
+    async def version(self) -> Response:
+        return _json_response({"version": version()})
+
+    async def info(self) -> Response:
+        return _json_response(
+            {
+                "model": None,
+                "models": self._model_entries(),
+                "defaults": vars(SamplingDefaults()),
+                "version": version(),
+            }
+        )
+
+    async def models(self) -> Response:
+        return _json_response({"object": "list", "data": self._model_entries()})
+
+    async def model(self, name: str) -> Response:
+        return _json_response(self._model_entry(self._find(name)))
+
+    async def model_ready(self, name: str) -> Response:
+        """Report whether a model is loaded. This does not load it."""
+        if self._find(name).state == "loaded" and not self.draining:
+            return _json_response({"status": "ok"})
+        raise ApiError(503, f"The model {name!r} is not loaded.", code="not_loaded")
+
+    async def metrics(self, request: Request) -> Response:
+        """Return the metrics of every loaded model, with its name as a label, and of the pool."""
+
+        async def scrape(model: PooledModel) -> tuple[str, str]:
+            with contextlib.suppress(LlmkitError, aiohttp.ClientError, OSError, TimeoutError):
+                async with (
+                    asyncio.timeout(_SCRAPE_TIMEOUT_S),
+                    upstream_request(model.server, request, "/metrics", None) as response,
+                ):
+                    if response.status == 200:
+                        return model.name, await response.text()
+            return model.name, ""
+
+        texts = dict(await asyncio.gather(*map(scrape, self.pool.loaded)))
+        merged = merge_metrics(list(self.pool.models.values()), texts)
+        return Response(merged, media_type=CONTENT_TYPE)
+
+    async def by_body(self, request: Request) -> Response:
+        """Forward a request to the model that its body names."""
+        self._check_ready()
+        options = self._options
+        data = await read_json_body(request, options.max_body_bytes, options.body_timeout)
+        return self._forward(request, parse_request(RoutedRequest, data).model, data)
+
+    async def by_path(self, request: Request, rest: str) -> Response:
+        """Forward a request to the model that its path names."""
+        self._check_ready()
+        name = self._name_in_path(rest)
+        self._find(name)
+        data = None
+        options = self._options
+        if request.method == "POST":
+            data = await read_json_body(
+                request, options.max_body_bytes, options.body_timeout, _KSERVE_MEDIA_TYPES
+            )
+        return self._forward(request, name, data)
+
+    def _name_in_path(self, rest: str) -> str:
+        """Return the longest prefix of whole path segments that is a model's name, else `rest`."""
+        segments = rest.split("/")
+        for count in range(len(segments), 0, -1):
+            name = "/".join(segments[:count])
+            if name in self.pool.models:
+                return name
+        return rest
+
+    def _forward(self, request: Request, name: str, data: bytes | None) -> Response:
+        model = self._find(name)
+        self._check_ready()  # again: draining may have begun while the body was read
+        num_waiting = self.pool.num_waiting
+        if num_waiting >= self._options.max_waiting:
+            message = f"{num_waiting} requests wait for their models. Try again later."
+            raise ApiError(429, message, code="queue_full", headers={"retry-after": "1"})
+        return ForwardedResponse(self.pool, model, request, data)
+
+    def _check_ready(self) -> None:
+        if self.draining:
+            raise ApiError(
+                503, "The server is shutting down.", code="draining", headers={"retry-after": "1"}
+            )
+
+    def _find(self, name: str) -> PooledModel:
+        model = self.pool.models.get(name)
+        if model is None:
+            raise unknown_model(name, self.pool.models)
+        return model
+
+    def _model_entries(self) -> list[dict[str, Any]]:
+        return [self._model_entry(model) for model in self.pool.models.values()]
+
+    def _model_entry(self, model: PooledModel) -> dict[str, Any]:
+        return {
+            "id": model.name,
+            "object": "model",
+            "created": self._created,
+            "owned_by": "llmkit",
+            "max_model_len": model.info.get("max_model_len"),
+            "root": model.reference,
+            "parent": None,
+            "state": model.state,
+        }
+
+
+def _json_response(document: Any) -> Response:
+    return Response(msgspec.json.encode(document), media_type="application/json")

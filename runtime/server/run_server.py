@@ -1,0 +1,151 @@
+"""`run_server`: the API process from its start to its exit code."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+import resource
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from llmkit.common.errors import ShortageError, UsageError
+from llmkit.runtime.prefix_folder import private_folder
+from llmkit.runtime.process_channel import API_KEY_VARIABLE, end_process, spawn
+from llmkit.runtime.server.engines.engine_messages import LoadModel
+from llmkit.runtime.server.engines.resource_shares import replica_environments
+from llmkit.runtime.server.http.api_keys import Client, load_api_keys
+from llmkit.runtime.server.http.hosts import is_loopback
+from llmkit.runtime.server.serve_options import ServeOptions
+from llmkit.runtime.server.tracing import require_tracing
+
+_ENGINE_MODULE = "llmkit.runtime.server.engines.engine_process"
+_BACKLOG = 2048
+_MAX_OPEN_FILES = 65_536  # one per client; the usual limit of a shell is 1,024
+
+
+def _log_to_stderr(text: str) -> None:
+    sys.stderr.write(f"llmkit serve: {text}\n")
+    sys.stderr.flush()
+
+
+def run_server(
+    options: ServeOptions,
+    log: Callable[[str], None] = _log_to_stderr,
+    on_ready: Callable[[Mapping[str, Any]], None] = lambda info: None,
+    start_time: float | None = None,
+    listener: socket.socket | None = None,
+) -> int:
+    """Serve until a signal. Returns 0 after a graceful stop, 130 or 143 after a forced one.
+
+    log: gets lines for the user. on_ready: gets the server's data (url, model, ready_s, ...) once
+    it accepts requests. start_time: the time.perf_counter() from which start-up times are counted;
+    now by default. listener: a socket to use in place of the options' host and port.
+
+    Raises UsageError, InputError or ShortageError when the server cannot start, and LlmkitError
+    (exit code 70) when the engine process fails later. It binds the port before it starts the
+    engine processes, so that a port in use is reported before a model is loaded.
+    """
+    start_time = time.perf_counter() if start_time is None else start_time
+    clients = load_api_keys(options)
+    check_exposure(options, clients)
+    _raise_open_files_limit()
+    if options.ssl_certfile or options.ssl_keyfile or options.ssl_ca_certs:
+        # Imported here, as uvloop would delay the start of the engine processes.
+        from llmkit.runtime.server.http.tls import tls_context
+
+        tls_context(options)  # reports wrong files before the model is loaded
+    prefix_store = _prefix_store(options)
+    if options.otlp_traces_endpoint is not None:
+        require_tracing(options.otlp_traces_endpoint)
+    if listener is None:
+        listener = bind(options.host, options.port)
+    with listener:
+        engines: list[tuple[subprocess.Popen[bytes], socket.socket]] = []
+        environments = replica_environments(options.engine.dp, options.engine.device)
+
+        def start_engine(replica: int) -> tuple[subprocess.Popen[bytes], socket.socket]:
+            message = LoadModel(options.model, options.engine, options.debug, prefix_store)
+            engines.append(spawn(_ENGINE_MODULE, message, environments[replica]))
+            return engines[-1]
+
+        try:
+            first_engines = [start_engine(replica) for replica in range(len(environments))]
+            # Imported here, while the engine processes load the model.
+            from llmkit.runtime.server.http.tls import new_event_loop
+            from llmkit.runtime.server.lifecycle import serve
+
+            with asyncio.Runner(loop_factory=lambda: new_event_loop(options)) as runner:
+                return runner.run(
+                    serve(
+                        options,
+                        clients,
+                        listener,
+                        first_engines,
+                        start_engine,
+                        start_time,
+                        log,
+                        on_ready,
+                    )
+                )
+        finally:
+            for _, engine_socket in engines:
+                engine_socket.close()
+            for process, _ in engines:
+                end_process(process)
+
+
+def _raise_open_files_limit() -> None:
+    """Raise the soft limit of open files to _MAX_OPEN_FILES, or to the hard limit."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    limit = _MAX_OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, _MAX_OPEN_FILES)
+    if soft != resource.RLIM_INFINITY and soft < limit:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
+
+
+def _prefix_store(options: ServeOptions) -> tuple[str, int] | None:
+    """Return the folder and the maximum bytes of the prefix cache on disk."""
+    if options.prefix_cache_dir is None:
+        return None
+    if not options.engine.prefix_cache:
+        raise UsageError(
+            "--prefix-cache-dir and --no-prefix-cache exclude each other",
+            todo="Leave out one of them",
+        )
+    return str(private_folder(str(options.prefix_cache_dir))), options.prefix_cache_size
+
+
+def check_exposure(options: ServeOptions, clients: tuple[Client, ...]) -> None:
+    """Raise UsageError when other machines could use the server without a key."""
+    if not clients and not is_loopback(options.host):
+        raise UsageError(
+            f"other machines could use the server without a key (--host {options.host})",
+            "An address other than loopback needs an API key",
+            f"Give --api-key-file FILE or set {API_KEY_VARIABLE}, or serve on 127.0.0.1",
+        )
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """Return a listening socket; port 0 is any free port.
+
+    Raises ShortageError when the port is in use or not allowed, and UsageError for a wrong address.
+    """
+    if not 0 <= port <= 65535:
+        raise UsageError(f"there is no such port ({port})", "A port is a number from 0 to 65535")
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        return socket.create_server((host, port), family=family, backlog=_BACKLOG)
+    except socket.gaierror as error:
+        raise UsageError(f"the host is unknown (--host {host}: {error.strerror})") from None
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise ShortageError(
+                f"port {port} on {host} is in use",
+                todo="Choose another with --port, or stop what uses it",
+            ) from None
+        reason = os.strerror(error.errno or 0)
+        raise ShortageError(f"port {port} on {host} cannot be used: {reason}") from None

@@ -1,0 +1,301 @@
+"""The schema of /v1/chat/completions.
+
+Requests of /v1/messages and /v1/responses are converted to it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import Annotated, Any, Literal
+
+from pydantic import ConfigDict, Field
+
+from llmkit.runtime.server.http.http_errors import invalid
+from llmkit.runtime.server.schemas.base_request import (
+    LogprobCount,
+    NeutralValues,
+    StrictModel,
+    any_of_schema,
+    reject_unsupported_fields,
+)
+from llmkit.runtime.server.schemas.structured_output import (
+    StructuredOutputRequest,
+    check_schema_size,
+)
+
+MAX_MESSAGES = 4096
+MAX_TOOLS = 128
+# Variables of a chat template that the server sets: chat_template_kwargs must not hold them.
+RESERVED_TEMPLATE_VARIABLES = frozenset({"messages", "tools", "add_generation_prompt"})
+TOOL_NAME_PATTERN = r"^[a-zA-Z0-9_.-]{1,64}$"
+
+# Fields of an assistant's message that clients send back as they received them.
+NEUTRAL_IN_MESSAGE: NeutralValues = {
+    "refusal": (),
+    "audio": (),
+    "function_call": (),
+    "annotations": ([],),
+}
+
+_TOOL_CHOICE_SCHEMA = {
+    "type": "object",
+    "required": ["type", "function"],
+    "properties": {
+        "type": {"const": "function"},
+        "function": {
+            "type": "object",
+            "required": ["name"],
+            "properties": {"name": {"type": "string"}},
+        },
+    },
+}
+
+
+def content_parts_schema(*kinds: str) -> dict[str, Any]:
+    """Return the JSON schema of a list of content parts whose types are `kinds`."""
+    properties = {"type": {"enum": list(kinds)}, "text": {"type": "string"}}
+    return {
+        "type": "array",
+        "minItems": 1,
+        "items": {"type": "object", "required": ["type"], "properties": properties},
+    }
+
+
+class FunctionCall(StrictModel):
+    """A call that the model made; `arguments` is the text of a JSON object."""
+
+    name: Annotated[str, Field(min_length=1, max_length=256)]
+    arguments: str
+
+
+class ToolCall(StrictModel):
+    """One of an assistant's `tool_calls`."""
+
+    id: Annotated[str, Field(max_length=256)]
+    type: Literal["function"] = "function"
+    function: FunctionCall
+    index: int | None = None
+
+
+class ChatMessage(StrictModel):
+    """One message of a conversation."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: Annotated[Any, any_of_schema({"type": "string"}, content_parts_schema("text"))] = None
+    name: Annotated[str, Field(max_length=256)] | None = None
+    reasoning_content: str | None = None
+    tool_calls: Annotated[list[ToolCall], Field(max_length=MAX_TOOLS)] | None = None
+    tool_call_id: Annotated[str, Field(max_length=256)] | None = None
+
+
+class FunctionDefinition(StrictModel):
+    """What a tool is called and takes; `parameters` is a JSON schema."""
+
+    name: Annotated[str, Field(pattern=TOOL_NAME_PATTERN)]
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class Tool(StrictModel):
+    """One of a request's tools."""
+
+    type: Literal["function"]
+    function: FunctionDefinition
+
+
+class ChatCompletionRequest(StructuredOutputRequest):
+    """POST /v1/chat/completions."""
+
+    messages: Annotated[
+        list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)
+    ]
+    logprobs: bool | None = None
+    top_logprobs: LogprobCount | None = None
+    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None = None
+    tool_choice: Annotated[
+        Any, any_of_schema({"enum": ["auto", "none", "required"]}, _TOOL_CHOICE_SCHEMA)
+    ] = None
+    parallel_tool_calls: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+    def check(self) -> None:
+        super().check()
+        _ = self.conversation  # raises ApiError when a message is invalid
+        if self.top_logprobs and not self.logprobs:
+            raise invalid("top_logprobs", "top_logprobs can be given with logprobs: true only.")
+        check_template_kwargs(self.chat_template_kwargs)
+        _check_tools(self.tools or [], self.tool_choice, self.forced_tool)
+        constraint = self.output_constraint
+        if self.requires_tool_call and constraint is not None:
+            raise invalid(
+                constraint.param,
+                f"{constraint.param} cannot be given where tool_choice requires a call.",
+            )
+
+    @property
+    def num_logprobs(self) -> int | None:
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+    @property
+    def offered_tools(self) -> list[dict[str, Any]]:
+        """The tools that the chat template lists; none with `tool_choice: none`."""
+        return tool_dicts([] if self.tool_choice == "none" else self.tools or [])
+
+    @property
+    def callable_tools(self) -> list[dict[str, Any]]:
+        """The tools that the model may call: all that are offered, or the forced one only."""
+        if self.forced_tool is None:
+            return self.offered_tools
+        return [tool for tool in self.offered_tools if tool["function"]["name"] == self.forced_tool]
+
+    @property
+    def forced_tool(self) -> str | None:
+        """The name of the tool that must be called. Raises ApiError for a wrong `tool_choice`."""
+        match self.tool_choice:
+            case None | "auto" | "none" | "required":
+                return None
+            case {"type": "function", "function": {"name": str(name), **more}, **others} if (
+                not more and not others
+            ):
+                return name
+        raise invalid("tool_choice", "tool_choice must be auto, none, required or name a function.")
+
+    @property
+    def requires_tool_call(self) -> bool:
+        """Whether the answer must be a call."""
+        return self.tool_choice not in (None, "auto", "none")
+
+    @property
+    def strict_tool_calls(self) -> bool:
+        """Whether a call must follow the schema of its tool."""
+        return any(tool["function"].get("strict") for tool in self.offered_tools)
+
+    @property
+    def allows_parallel_calls(self) -> bool:
+        """Whether the answer may have more than one call."""
+        return self.parallel_tool_calls is not False and self.forced_tool is None
+
+    @cached_property
+    def conversation(self) -> list[dict[str, Any]]:
+        """The messages as chat templates take them. Raises ApiError for an invalid message."""
+        return parse_chat_messages(self.messages)
+
+
+def parse_chat_messages(messages: Sequence[ChatMessage]) -> list[dict[str, Any]]:
+    """Return messages as chat templates take them. Raises ApiError for an invalid message.
+
+    Content is text only, and the role `developer` has its older name, `system`.
+    """
+    return [
+        _template_message(message, f"messages.{index}") for index, message in enumerate(messages)
+    ]
+
+
+def tool_dicts(tools: Sequence[Tool]) -> list[dict[str, Any]]:
+    """Return tools as chat templates take them."""
+    return [tool.model_dump(exclude_none=True) for tool in tools]
+
+
+def check_template_kwargs(variables: Mapping[str, Any] | None) -> None:
+    """Raise ApiError for variables of a chat template that the server sets."""
+    reserved = RESERVED_TEMPLATE_VARIABLES & (variables or {}).keys()
+    if reserved:
+        raise invalid("chat_template_kwargs", f"The variable {min(reserved)} cannot be set.")
+
+
+def _template_message(message: ChatMessage, param: str) -> dict[str, Any]:
+    """Return one message as chat templates take it; `param` is its place in the request."""
+    reject_unsupported_fields(message.model_extra or {}, f"{param}.", NEUTRAL_IN_MESSAGE)
+    if message.role != "assistant" and message.tool_calls:
+        raise invalid(f"{param}.tool_calls", "Only an assistant's message has tool_calls.")
+    if message.role != "assistant" and message.reasoning_content is not None:
+        raise invalid(
+            f"{param}.reasoning_content", "Only an assistant's message has reasoning_content."
+        )
+    if (message.role == "tool") != (message.tool_call_id is not None):
+        raise invalid(
+            f"{param}.tool_call_id",
+            "A message of the role tool must have tool_call_id, and no other may.",
+        )
+    entry: dict[str, Any] = {"role": "system" if message.role == "developer" else message.role}
+    if message.tool_calls and message.content is None:
+        entry["content"] = ""
+    elif "content" not in message.model_fields_set:
+        raise invalid(
+            f"{param}.content", f"{param}.content is missing.", "missing_required_parameter"
+        )
+    else:
+        entry["content"] = _text(message.content, f"{param}.content")
+    if message.tool_calls:
+        entry["tool_calls"] = [
+            {
+                "id": call.id,
+                "type": "function",
+                "function": _template_function(call, f"{param}.tool_calls.{index}.function"),
+            }
+            for index, call in enumerate(message.tool_calls)
+        ]
+    for field in ("name", "tool_call_id", "reasoning_content"):
+        value = getattr(message, field)
+        if value is not None:
+            entry[field] = value
+    return entry
+
+
+def _template_function(call: ToolCall, param: str) -> dict[str, Any]:
+    # Chat templates write the arguments as JSON themselves.
+    try:
+        arguments = json.loads(call.function.arguments or "{}")
+    except (ValueError, RecursionError):
+        arguments = None
+    if not isinstance(arguments, dict):
+        raise invalid(f"{param}.arguments", f"{param}.arguments must be the text of a JSON object.")
+    return {"name": call.function.name, "arguments": arguments}
+
+
+def _check_tools(tools: list[Tool], tool_choice: Any, forced_tool: str | None) -> None:
+    names = [tool.function.name for tool in tools]
+    duplicates = {name for name in names if names.count(name) > 1}
+    if duplicates:
+        raise invalid("tools", f"Two tools have the name {min(duplicates)}.")
+    for index, tool in enumerate(tools):
+        parameters = tool.function.parameters or {}
+        check_schema_size(parameters, f"tools.{index}.function.parameters")
+        if parameters.get("type", "object") != "object":
+            raise invalid(
+                f"tools.{index}.function.parameters",
+                "A tool's parameters must be of the type object.",
+            )
+    if forced_tool is not None and forced_tool not in names:
+        raise invalid("tool_choice", f"There is no tool of the name {forced_tool}.")
+    if tool_choice == "required" and not tools:
+        raise invalid("tool_choice", "tool_choice is required, but there are no tools.")
+
+
+def _text(content: Any, param: str) -> str:
+    """Return the text of a message's content: a string, or text parts joined by line feeds."""
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list) or not content:
+        raise invalid(param, f"{param} must be a string or a list of text parts.", "invalid_type")
+    texts = []
+    for index, part in enumerate(content):
+        if not isinstance(part, dict) or not isinstance(part.get("type"), str):
+            raise invalid(
+                f"{param}.{index}", "A content part must be an object with a type.", "invalid_type"
+            )
+        if part["type"] != "text":
+            raise invalid(f"{param}.{index}", "Only text parts are supported.", "unsupported")
+        if not isinstance(part.get("text"), str) or part.keys() != {"type", "text"}:
+            raise invalid(
+                f"{param}.{index}",
+                "A text part must have the fields type and text.",
+                "invalid_type",
+            )
+        texts.append(part["text"])
+    return "\n".join(texts)

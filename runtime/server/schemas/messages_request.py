@@ -1,0 +1,273 @@
+"""The schema of Anthropic's /v1/messages, and its conversion to a chat completion request."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from functools import cached_property
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from llmkit.runtime.server.http.http_errors import invalid
+from llmkit.runtime.server.schemas.base_request import (
+    MAX_STOP_CHARS,
+    MAX_STOPS,
+    BaseRequest,
+    StrictModel,
+    TimeoutSeconds,
+    any_of_schema,
+    build_request,
+)
+from llmkit.runtime.server.schemas.chat_request import (
+    MAX_MESSAGES,
+    MAX_TOOLS,
+    TOOL_NAME_PATTERN,
+    ChatCompletionRequest,
+    content_parts_schema,
+)
+
+# Fields of content blocks without effect: prefixes are cached anyway, and a result that is an error
+# says so in its text.
+_IGNORED_BLOCK_FIELDS = frozenset({"cache_control", "citations", "is_error", "signature", "caller"})
+# By type of content block: the roles that may have it, and its fields.
+_BLOCKS: dict[str, tuple[set[str], dict[str, type]]] = {
+    "text": ({"user", "assistant", "system"}, {"text": str}),
+    "tool_use": ({"assistant"}, {"id": str, "name": str, "input": dict}),
+    "thinking": ({"assistant"}, {"thinking": str}),
+    "tool_result": ({"user"}, {"tool_use_id": str}),
+}
+
+
+class MessageParam(StrictModel):
+    """One of the messages."""
+
+    role: Literal["user", "assistant"]
+    content: Annotated[
+        Any, any_of_schema({"type": "string"}, content_parts_schema(*_BLOCKS), null=False)
+    ]
+
+
+class MessagesTool(StrictModel):
+    """A tool; `input_schema` is a JSON schema."""
+
+    name: Annotated[str, Field(pattern=TOOL_NAME_PATTERN)]
+    description: str | None = None
+    input_schema: dict[str, Any]
+    type: Literal["custom"] | None = None
+    cache_control: Any = None
+    strict: bool | None = None
+
+
+class MessagesToolChoice(StrictModel):
+    """Whether and which tools are to be called."""
+
+    type: Literal["auto", "any", "tool", "none"]
+    name: str | None = None
+    disable_parallel_tool_use: bool | None = None
+
+
+class OutputFormat(StrictModel):
+    """A JSON schema that the answer follows."""
+
+    type: Literal["json_schema"]
+    schema_: dict[str, Any] = Field(alias="schema")
+
+
+class OutputConfig(StrictModel):
+    """`output_config`."""
+
+    format: OutputFormat | None = None
+
+
+class CountTokensRequest(BaseRequest):
+    """POST /v1/messages/count_tokens."""
+
+    neutral_values = {  # noqa: RUF012
+        "thinking": ({"type": "disabled"},),
+        "container": (),
+        "diagnostics": (),
+        "context_management": (),
+        "mcp_servers": ([],),
+        "output_format": (),
+    }
+    ignored_fields = frozenset(
+        {
+            "metadata",
+            "service_tier",
+            "cache_control",
+            "inference_geo",
+            "speed",
+            "user_profile_id",
+            "workspace_id",
+        }
+    )
+
+    messages: Annotated[
+        list[MessageParam], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)
+    ]
+    system: Annotated[Any, any_of_schema({"type": "string"}, content_parts_schema("text"))] = None
+    tools: Annotated[list[MessagesTool], Field(max_length=MAX_TOOLS)] | None = None
+    tool_choice: MessagesToolChoice | None = None
+    output_config: OutputConfig | None = None
+
+    def check(self) -> None:
+        _ = self.chat  # raises ApiError when it cannot be converted
+
+    @cached_property
+    def chat(self) -> ChatCompletionRequest:
+        """The same request for /v1/chat/completions. Raises ApiError if it cannot be converted."""
+        fields = {name: value for name, value in self._chat_fields().items() if value is not None}
+        return build_request(ChatCompletionRequest, fields)
+
+    def _chat_fields(self) -> dict[str, Any]:
+        messages: list[dict[str, Any]] = []
+        if self.system is not None:
+            messages.append({"role": "system", "content": _text(self.system, "system", "system")})
+        for index, message in enumerate(self.messages):
+            messages += _chat_messages(message, f"messages.{index}.content")
+        if self.messages[-1].role == "assistant":
+            error = (
+                "The last message must be the user's: an answer that is begun cannot be continued."
+            )
+            raise invalid(f"messages.{len(self.messages) - 1}.role", error, "unsupported")
+        choice = self.tool_choice or MessagesToolChoice(type="auto")
+        forced_tool = {"type": "function", "function": {"name": choice.name or ""}}
+        tool_choices = {"auto": "auto", "any": "required", "tool": forced_tool, "none": "none"}
+        output_format = self.output_config.format if self.output_config else None
+        response_format = None
+        if output_format is not None:
+            json_schema = {"name": "answer", "schema": output_format.schema_}
+            response_format = {"type": "json_schema", "json_schema": json_schema}
+        return {
+            "model": self.model,
+            "messages": messages,
+            "tools": [
+                {
+                    "type": "function",
+                    "function": {
+                        "name": tool.name,
+                        "description": tool.description,
+                        "parameters": tool.input_schema,
+                        "strict": tool.strict,
+                    },
+                }
+                for tool in self.tools or []
+            ],
+            "tool_choice": tool_choices[choice.type],
+            "response_format": response_format,
+            "parallel_tool_calls": not choice.disable_parallel_tool_use,
+        }
+
+
+class MessagesRequest(CountTokensRequest):
+    """POST /v1/messages."""
+
+    max_tokens: Annotated[int, Field(ge=1, lt=2**31)]
+    stop_sequences: (
+        Annotated[
+            list[Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]],
+            Field(max_length=MAX_STOPS),
+        ]
+        | None
+    ) = None
+    stream: bool | None = None
+    temperature: Annotated[float, Field(ge=0, le=1)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=0, lt=2**31)] | None = None
+    timeout: TimeoutSeconds | None = None
+
+    def _chat_fields(self) -> dict[str, Any]:
+        return {
+            **super()._chat_fields(),
+            "max_tokens": self.max_tokens,
+            "stop": self.stop_sequences,
+            "stream": self.stream,
+            "temperature": self.temperature,
+            "top_p": self.top_p,
+            "top_k": self.top_k,
+            "timeout": self.timeout,
+        }
+
+
+def _chat_messages(message: MessageParam, param: str) -> list[dict[str, Any]]:
+    """Convert one message to the messages of a chat.
+
+    Each tool result becomes a separate message; these messages come first.
+    """
+    if isinstance(message.content, str):
+        return [{"role": message.role, "content": message.content}]
+    blocks = _checked_blocks(message.content, message.role, param)
+    results: list[dict[str, Any]] = []
+    texts = []
+    calls = []
+    thoughts = []
+    for index, block in enumerate(blocks):
+        match block["type"]:
+            case "tool_result":
+                content = _text(block.get("content") or "", "user", f"{param}.{index}.content")
+                results.append(
+                    {"role": "tool", "tool_call_id": block["tool_use_id"], "content": content}
+                )
+            case "text":
+                texts.append(block["text"])
+            case "tool_use":
+                function = {"name": block["name"], "arguments": json.dumps(block["input"])}
+                calls.append({"id": block["id"], "function": function})
+            case "thinking":
+                thoughts.append(block["thinking"])
+    if not (texts or calls or thoughts):
+        return results
+    chat_message: dict[str, Any] = {"role": message.role, "content": "\n".join(texts)}
+    if calls:
+        chat_message["tool_calls"] = calls
+    if thoughts:
+        chat_message["reasoning_content"] = "\n".join(thoughts)
+    return [*results, chat_message]
+
+
+def _text(content: Any, role: str, param: str) -> str:
+    """Return the text of a string or of text blocks."""
+    if isinstance(content, str):
+        return content
+    blocks = _checked_blocks(content, role, param)
+    for index, block in enumerate(blocks):
+        if block["type"] != "text":
+            raise invalid(f"{param}.{index}", "Only text blocks are supported here.", "unsupported")
+    return "\n".join(block["text"] for block in blocks)
+
+
+def _checked_blocks(content: Any, role: str, param: str) -> list[Mapping[str, Any]]:
+    """Return `content`, a list of blocks that this role may have, with valid fields."""
+    if not isinstance(content, list) or not content:
+        raise invalid(param, f"{param} must be a string or a list of blocks.", "invalid_type")
+    for index, block in enumerate(content):
+        block_param = f"{param}.{index}"
+        if not isinstance(block, dict) or not isinstance(block.get("type"), str):
+            raise invalid(block_param, "A block must be an object with a type.", "invalid_type")
+        kind = block["type"]
+        roles, fields = _BLOCKS.get(kind, (set(), {}))
+        if role not in roles:
+            raise invalid(
+                block_param,
+                f"A block of the type {kind[:40]} is not supported here.",
+                "unsupported",
+            )
+        for name, field_type in fields.items():
+            if not isinstance(block.get(name), field_type):
+                raise invalid(
+                    f"{block_param}.{name}",
+                    f"{block_param}.{name} is missing or of the wrong type.",
+                    "invalid_type",
+                )
+        known = {"type", *fields} | _IGNORED_BLOCK_FIELDS
+        if kind == "tool_result":
+            known.add("content")
+        unknown = block.keys() - known
+        if unknown:
+            raise invalid(
+                f"{block_param}.{min(unknown)}",
+                f"Unknown field: {min(unknown)}.",
+                "unknown_parameter",
+            )
+    return content

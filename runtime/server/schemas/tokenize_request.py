@@ -1,0 +1,56 @@
+"""The schemas of /tokenize and /detokenize."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import Field
+
+from llmkit.runtime.server.http.http_errors import invalid
+from llmkit.runtime.server.schemas.base_request import BaseRequest, NonNegativeInt
+from llmkit.runtime.server.schemas.chat_request import (
+    MAX_MESSAGES,
+    MAX_TOOLS,
+    ChatMessage,
+    Tool,
+    check_template_kwargs,
+    parse_chat_messages,
+)
+
+
+class TokenizeRequest(BaseRequest):
+    """POST /tokenize: a prompt or messages."""
+
+    model: str = ""  # any of the server's models: all have the same tokenizer
+    prompt: str | None = None
+    messages: (
+        Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
+        | None
+    ) = None
+    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None = None
+    add_special_tokens: bool | None = None
+    add_generation_prompt: bool | None = None
+    return_token_strs: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+    def check(self) -> None:
+        if (self.prompt is None) == (self.messages is None):
+            raise invalid("prompt", "Give either prompt or messages.")
+        for name in ("tools", "add_generation_prompt", "chat_template_kwargs"):
+            if self.prompt is not None and getattr(self, name) is not None:
+                raise invalid(name, f"{name} goes with messages, not with prompt.")
+        if self.messages is not None and self.add_special_tokens:
+            raise invalid(
+                "add_special_tokens",
+                "The chat template writes the special tokens itself.",
+                "unsupported",
+            )
+        check_template_kwargs(self.chat_template_kwargs)
+        _ = parse_chat_messages(self.messages or [])  # raises ApiError when one is invalid
+
+
+class DetokenizeRequest(BaseRequest):
+    """POST /detokenize."""
+
+    model: str = ""
+    tokens: Annotated[list[NonNegativeInt], Field(fail_fast=True)]

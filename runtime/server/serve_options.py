@@ -1,0 +1,200 @@
+"""The options of `llmkit serve`."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+from llmkit.common.errors import InputError
+from llmkit.common.option_values import SIZE, within, zero_or_at_least
+from llmkit.common.options import Argument, Option
+from llmkit.runtime.engine.engine_options import EngineOptions
+from llmkit.runtime.engine.sampling_params import Pooling
+
+
+def default_name(model: str) -> str:
+    """The model's name in the API by default: the last part of its path, or its hub id."""
+    path = Path(model)
+    return path.resolve().name if path.exists() else model
+
+
+def _is_directory(option: str, path: Path) -> None:
+    if not path.is_dir():
+        raise InputError(f"{option} {path} is no directory", "A directory of adapters was expected")
+
+
+@dataclass(frozen=True)
+class ServeOptions:
+    """What `run_server` serves, and how. Sizes are in bytes, times in seconds."""
+
+    model: Annotated[
+        str,
+        Argument(
+            "A checkpoint: a directory, a hub id or a .gguf file; NAME=MODEL loads it when a "
+            "request names it.",
+            metavar="MODEL",
+        ),
+    ]
+    host: Annotated[
+        str,
+        Option("Address to listen on; any other than loopback needs an API key.", metavar="HOST"),
+    ] = "127.0.0.1"
+    port: Annotated[int, Option("Port to listen on; 0 takes a free one.", metavar="N")] = 8000
+    grpc_port: Annotated[
+        int | None,
+        Option(
+            "Port of the Open Inference Protocol over gRPC; 0 takes a free one.",
+            metavar="N",
+            unset="off",
+        ),
+    ] = None
+    engine: EngineOptions = field(default_factory=EngineOptions)
+    # The command line sets both from --served-model-name: the first name, and the others.
+    served_model_name: str | None = None
+    aliases: tuple[str, ...] = ()
+    api_key_file: Annotated[
+        Path | None,
+        Option(
+            "A file of API keys, one a line, with optional limits; clients must send one of them.",
+            metavar="FILE",
+            unset="LLMKIT_API_KEY, if set",
+        ),
+    ] = None
+    ssl_certfile: Annotated[
+        Path | None,
+        Option("Speak HTTPS with this certificate and chain (PEM).", metavar="FILE", unset="HTTP"),
+    ] = None
+    ssl_keyfile: Annotated[
+        Path | None,
+        Option("The certificate's key (PEM).", metavar="FILE", unset="in --ssl-certfile"),
+    ] = None
+    ssl_ca_certs: Annotated[
+        Path | None,
+        Option(
+            "Clients must show a certificate that one of these has signed (PEM).",
+            metavar="FILE",
+            unset="none asked for",
+        ),
+    ] = None
+    open_metrics: Annotated[bool, Option("Allow /metrics to be read without a key.")] = False
+    drain_timeout: Annotated[
+        float,
+        Option(
+            "How long running requests may take after SIGTERM.", metavar="SECONDS", check=within(0)
+        ),
+    ] = 30.0
+    request_timeout: Annotated[
+        float | None,
+        Option(
+            "How long a request may take; its own `timeout` may be shorter.",
+            metavar="SECONDS",
+            unset="any time",
+            check=within(0.001, 86_400),
+        ),
+    ] = None
+    max_waiting: Annotated[
+        int,
+        Option(
+            "Requests that may wait beyond --max-num-seqs; more get 429.",
+            metavar="N",
+            check=within(0),
+        ),
+    ] = 1024
+    max_waiting_tokens: Annotated[
+        int,
+        Option(
+            "Maximum tokens of all prompts without a response yet; 0: no limit.",
+            metavar="N",
+            check=within(0),
+        ),
+    ] = 1 << 20
+    engine_timeout: Annotated[
+        float,
+        Option(
+            "Silence after which an engine with requests counts as hung; 5 times as long while it "
+            "computes; 0: never.",
+            metavar="SECONDS",
+            check=zero_or_at_least(1),
+        ),
+    ] = 60.0
+    restart: Annotated[
+        int,
+        Option(
+            "Restart an engine that died or hung, up to N times in an hour.",
+            metavar="N",
+            check=within(0),
+        ),
+    ] = 0
+    pooling: Annotated[
+        Pooling | None,
+        Option(
+            "last or mean: embeddings are the last token's hidden state or the mean of all "
+            "tokens'.",
+            metavar="KIND",
+            unset="the checkpoint's, else last",
+        ),
+    ] = None
+    prefix_cache_dir: Annotated[
+        Path | None,
+        Option(
+            "Keep long prefixes that requests share in this private folder, also over a restart.",
+            metavar="DIR",
+            unset="memory only",
+        ),
+    ] = None
+    prefix_cache_size: Annotated[
+        int,
+        Option(
+            "Maximum size of --prefix-cache-dir; the prefixes used last stay.",
+            metavar="SIZE",
+            format=SIZE,
+        ),
+    ] = 10 << 30
+    response_cache: Annotated[
+        int,
+        Option(
+            "Memory for responses to deterministic requests; the same request then gets its "
+            "response at once.",
+            metavar="SIZE",
+            format=SIZE,
+            unset="none",
+        ),
+    ] = 0
+    lora_dir: Annotated[
+        Path | None,
+        Option(
+            "Let clients load and unload the LoRA adapters of this folder while the server runs.",
+            metavar="DIR",
+            unset="none",
+            check=_is_directory,
+        ),
+    ] = None
+    log_requests: Annotated[
+        bool, Option("Write a JSON line to stderr for each request, without its text.")
+    ] = False
+    otlp_traces_endpoint: Annotated[
+        str | None,
+        Option(
+            "Send a span for each request to this OpenTelemetry collector, by OTLP over HTTP.",
+            metavar="URL",
+            unset="none",
+        ),
+    ] = None
+    # Not on the command line.
+    max_body_bytes: int = 8 * 1024 * 1024
+    body_timeout: float = 30.0
+    write_timeout: float = 30.0  # the longest time that a client may leave its answer unread
+    debug: bool = False
+
+    def to_dict(self) -> dict[str, Any]:
+        """The options as JSON values; see `from_dict`."""
+        import msgspec  # kept off the start of `llmkit --help`
+
+        document: dict[str, Any] = msgspec.to_builtins(self, enc_hook=str)
+        return document
+
+    @staticmethod
+    def from_dict(document: dict[str, Any]) -> "ServeOptions":
+        """The inverse of `to_dict`. Raises msgspec.ValidationError for any other document."""
+        import msgspec  # kept off the start of `llmkit --help`
+
+        return msgspec.convert(document, ServeOptions, dec_hook=lambda kind, value: kind(value))

@@ -1,0 +1,217 @@
+"""Prometheus metrics, named as vLLM names its own, but under `llmkit:`.
+
+Gauges and token counters are the engine's. Latencies are measured in the API process, where a
+client would measure them, except for the queue time, which the engine process sends with a
+request's first output. The metrics of the server's state are in `state_metrics.py`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from llmkit.runtime.engine.engine_outputs import EngineStats
+from llmkit.runtime.server.process_usage import GPU_METRICS, GpuUsageReader, memory_bytes
+from llmkit.runtime.server.request_times import RequestTimes
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+FINISH_REASONS = ("stop", "length", "cancelled", "error")
+# Histogram buckets, in seconds. One value a line would take a page.
+# fmt: off
+_TTFT_BUCKETS_S = (
+    0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20,
+    40, 80, 160,
+)
+_ITL_BUCKETS_S = (
+    0.001, 0.0025, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.025, 0.05, 0.075, 0.1, 0.2, 0.4, 0.75, 1,
+    2.5, 5, 10,
+)
+_E2E_BUCKETS_S = (
+    0.05, 0.1, 0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960,
+)
+# fmt: on
+_STEP_TOKENS_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
+
+
+class ServerMetrics:
+    """The server's metrics, in their own registry. `gpus`: report on GPUs, if there are any."""
+
+    def __init__(self, stats: Callable[[], EngineStats], gpus: bool = True) -> None:
+        self._registry = CollectorRegistry()
+        self._registry.register(_EngineCollector(stats))
+        self._registry.register(_UsageCollector(GpuUsageReader() if gpus else None))
+        success = Counter(
+            "llmkit:request_success",
+            "Requests that ended, by the reason they ended.",
+            ["finished_reason"],
+            registry=self._registry,
+        )
+        self._finished = {reason: success.labels(reason) for reason in FINISH_REASONS}
+        self._ttft = self._histogram(
+            "time_to_first_token_seconds", "From arrival to first token.", _TTFT_BUCKETS_S
+        )
+        self._itl = self._histogram(
+            "inter_token_latency_seconds", "Between two tokens of a request.", _ITL_BUCKETS_S
+        )
+        self._tpot = self._histogram(
+            "request_time_per_output_token_seconds",
+            "A request's mean time between two tokens.",
+            _ITL_BUCKETS_S,
+        )
+        self._e2e = self._histogram(
+            "e2e_request_latency_seconds", "From arrival to last token.", _E2E_BUCKETS_S
+        )
+        self._queue = self._histogram(
+            "request_queue_time_seconds",
+            "From the engine's queue to the first step.",
+            _TTFT_BUCKETS_S,
+        )
+        self._prefill = self._histogram(
+            "request_prefill_time_seconds", "From first step to first token.", _TTFT_BUCKETS_S
+        )
+        self._decode = self._histogram(
+            "request_decode_time_seconds", "From first to last token.", _E2E_BUCKETS_S
+        )
+        self._step_tokens = self._histogram(
+            "iteration_tokens_total",
+            "Tokens of an engine step; a prompt counts in the step that completes it.",
+            _STEP_TOKENS_BUCKETS,
+        )
+
+    def record_tokens(self, times: RequestTimes, num_tokens: int) -> None:
+        """New tokens of a request have arrived; updates `times`."""
+        now = time.perf_counter()
+        times.num_tokens += num_tokens
+        if times.first_token:
+            gap = (now - times.last_token) / max(1, num_tokens)
+            for _ in range(num_tokens):
+                self._itl.observe(gap)
+        else:
+            times.first_token = now
+            self._ttft.observe(times.ttft_s)
+            self._queue.observe(times.queue_s)
+            self._prefill.observe(times.prefill_s)
+        times.last_token = now
+
+    def record_finished(self, reason: str, times: RequestTimes | None = None) -> None:
+        """Count a request that ended for `reason`, one of FINISH_REASONS.
+
+        `times` are those of an answer that was computed; None for one that failed or was cached.
+        """
+        self._finished[reason].inc()
+        if times is not None:
+            self._e2e.observe(times.last_token - times.arrived)
+            self._decode.observe(times.decode_s)
+            if times.num_tokens > 1:
+                self._tpot.observe(times.decode_s / (times.num_tokens - 1))
+
+    def record_step(self, before: EngineStats, after: EngineStats) -> None:
+        """Count the tokens of an engine step from the statistics before and after it."""
+        tokens = after.prompt_tokens_total - before.prompt_tokens_total
+        tokens += after.generation_tokens_total - before.generation_tokens_total
+        if tokens > 0:
+            self._step_tokens.observe(tokens)
+
+    def register(self, collector: Collector) -> None:
+        """Add the metrics of `collector`, which is called whenever metrics are scraped."""
+        self._registry.register(collector)
+
+    def render(self) -> bytes:
+        """Return the exposition text. Takes some ms: it queries processes and GPUs."""
+        return generate_latest(self._registry)
+
+    def _histogram(self, name: str, text: str, buckets: Sequence[float]) -> Histogram:
+        return Histogram(f"llmkit:{name}", text, registry=self._registry, buckets=buckets)
+
+
+class _EngineCollector(Collector):
+    """Reports the engine's latest statistics when scraped."""
+
+    def __init__(self, stats: Callable[[], EngineStats]) -> None:
+        self._stats = stats
+
+    def collect(self) -> Iterable[Metric]:
+        stats = self._stats()
+        usage = stats.kv_used_blocks / stats.kv_total_blocks if stats.kv_total_blocks else 0.0
+        yield GaugeMetricFamily(
+            "llmkit:num_requests_running", "Requests in the running batch.", stats.running
+        )
+        yield GaugeMetricFamily(
+            "llmkit:num_requests_waiting", "Requests in the waiting queue.", stats.waiting
+        )
+        yield GaugeMetricFamily(
+            "llmkit:kv_cache_usage_perc", "KV cache in use; 1 is all of it.", usage
+        )
+        yield GaugeMetricFamily(
+            "llmkit:prefix_cache_blocks",
+            "Cached blocks that no request uses.",
+            stats.kv_cached_blocks,
+        )
+        yield CounterMetricFamily(
+            "llmkit:prompt_tokens", "Prompt tokens processed.", stats.prompt_tokens_total
+        )
+        yield CounterMetricFamily(
+            "llmkit:generation_tokens", "Tokens generated.", stats.generation_tokens_total
+        )
+        yield CounterMetricFamily(
+            "llmkit:num_preemptions", "Requests preempted.", stats.preemptions_total
+        )
+        yield CounterMetricFamily(
+            "llmkit:prefix_cache_queries",
+            "Prompt tokens looked up in the prefix cache.",
+            stats.prefix_queries_total,
+        )
+        yield CounterMetricFamily(
+            "llmkit:prefix_cache_hits",
+            "Prompt tokens found in the prefix cache.",
+            stats.prefix_hits_total,
+        )
+        yield CounterMetricFamily(
+            "llmkit:external_prefix_cache_queries",
+            "Prompt tokens looked up in the prefix cache on disk, those that memory did not have.",
+            stats.store_queries_total,
+        )
+        yield CounterMetricFamily(
+            "llmkit:external_prefix_cache_hits",
+            "Prompt tokens found there and read.",
+            stats.store_hits_total,
+        )
+        yield CounterMetricFamily(
+            "llmkit:prefix_store_damaged",
+            "Files of the prefix cache on disk that were damaged.",
+            stats.store_damaged_total,
+        )
+        yield CounterMetricFamily(
+            "llmkit:spec_decode_num_draft_tokens", "Draft tokens proposed.", stats.drafted_total
+        )
+        yield CounterMetricFamily(
+            "llmkit:spec_decode_num_accepted_tokens", "Draft tokens accepted.", stats.accepted_total
+        )
+
+
+class _UsageCollector(Collector):
+    """Queries the system about processes and GPUs when scraped."""
+
+    def __init__(self, gpus: GpuUsageReader | None) -> None:
+        self._gpus = gpus
+
+    def collect(self) -> Iterable[Metric]:
+        memory = GaugeMetricFamily(
+            "llmkit:process_resident_memory_bytes",
+            "Resident memory of the API process, and of the engine's processes together.",
+            labels=["process"],
+        )
+        for process, size in memory_bytes().items():
+            memory.add_metric([process], size)
+        yield memory
+        readings = self._gpus.read() if self._gpus else {}
+        for figure, text in GPU_METRICS.items():
+            metric = GaugeMetricFamily(f"llmkit:{figure}", text, labels=["gpu"])
+            for gpu, reading in readings.items():
+                if figure in reading:
+                    metric.add_metric([gpu], reading[figure])
+            yield metric

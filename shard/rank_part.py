@@ -1,0 +1,150 @@
+"""The part of a model that one rank serves.
+
+It is the rank's file of a sharded checkpoint, or slices that are cut when they are read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+from llmkit.checkpoint.checkpoint import Checkpoint
+from llmkit.checkpoint.dtypes import DTYPES
+from llmkit.checkpoint.safetensors_header import TensorInfo, read_header
+from llmkit.checkpoint.tensor_reader import CHUNK_BYTES, row_chunks, tensor_bytes
+from llmkit.common.errors import UsageError
+from llmkit.model.checkpoint_tensors import check_checkpoint
+from llmkit.model.families import model_spec
+from llmkit.model.parallel_group import rank_spec
+from llmkit.model.spec import ModelSpec
+from llmkit.shard.copy_slices import derived_values
+from llmkit.shard.shard_plan import plan_shards
+from llmkit.shard.shard_source import ShardSource
+from llmkit.shard.sharded_layout import read_layout
+from llmkit.shard.tensor_slice import TensorSlice
+
+
+@dataclass(frozen=True)
+class RankPart:
+    """A rank's part of a model."""
+
+    checkpoint: Checkpoint  # the rank's tensors, with the full model's names and the rank's shapes
+    spec: ModelSpec  # of the rank
+    file: str  # the rank's file; "" when its slices are cut out of an unsharded checkpoint
+
+    @property
+    def nbytes(self) -> int:
+        """The size of its tensors."""
+        return sum(info.nbytes for info in self.checkpoint.tensors.values())
+
+
+def rank_parts(checkpoint: Checkpoint, tp: int = 1, pp: int = 1, ep: int = 1) -> list[RankPart]:
+    """The parts of all ranks, by stage, then by tensor-parallel rank. Only headers are read.
+
+    An output of `llmkit shard` determines the sizes; leave them at 1, or give the same.
+    Raises UsageError for other sizes, InputError for a layout that does not match the model or the
+    files.
+    """
+    full_spec = model_spec(checkpoint.config)
+    if checkpoint.layout is None:
+        return _slice_checkpoint(checkpoint, full_spec, tp, pp, ep)
+    layout = read_layout(checkpoint.path)
+    sizes = ((tp, layout.tp), (pp, layout.pp), (ep, layout.ep))
+    if any(size not in (1, layout_size) for size, layout_size in sizes):
+        raise UsageError(
+            f"{checkpoint.reference} is sharded for TP {layout.tp}, PP {layout.pp}, EP {layout.ep};"
+            f" asked for was TP {tp}, PP {pp}, EP {ep}",
+            "The sizes it was made for, or none",
+            "Leave them out, or shard it again:"
+            f" llmkit shard {checkpoint.reference} --tp {tp} --pp {pp} -o DIR",
+        )
+    parts = []
+    for index, file in enumerate(layout.files):
+        layers = layout.stages[index // layout.tp]
+        spec = rank_spec(
+            full_spec, index % layout.tp, layout.tp, layout.ep, (layers[0], layers[-1] + 1)
+        )
+        tensors = read_header(checkpoint.path / file)
+        rank_checkpoint = replace(checkpoint, tensors=tensors, weight_files=(file,), stamps={})
+        parts.append(RankPart(rank_checkpoint, spec, file))
+    return parts
+
+
+def _slice_checkpoint(
+    checkpoint: Checkpoint, full_spec: ModelSpec, tp: int, pp: int, ep: int
+) -> list[RankPart]:
+    check_checkpoint(checkpoint, full_spec)
+    plan = plan_shards(full_spec, checkpoint.quantization, checkpoint.tensors, tp, pp, ep)
+    parts = []
+    for rank in plan.ranks:
+        layers = plan.stages[rank.pp]
+        slices = {piece.name: piece for piece in rank.slices}
+        tensors = {
+            name: TensorInfo(name, piece.dtype, piece.shape, end=piece.nbytes)
+            for name, piece in slices.items()
+        }
+        rank_checkpoint = replace(
+            checkpoint, tensors=tensors, manifest=None, row_reader=_SliceReader(checkpoint, slices)
+        )
+        spec = rank_spec(full_spec, rank.tp, tp, ep, (layers[0], layers[-1] + 1))
+        parts.append(RankPart(rank_checkpoint, spec, ""))
+    return parts
+
+
+class _SliceReader:
+    """Reads rows of slices by cutting them out of the full tensors. See `RowReader`."""
+
+    def __init__(self, checkpoint: Checkpoint, slices: Mapping[str, TensorSlice]) -> None:
+        self._checkpoint = checkpoint
+        self._slices = slices
+
+    def rows(self, info: TensorInfo, start: int, stop: int) -> torch.Tensor:
+        """See `RowReader.rows`."""
+        piece = self._slices[info.name]
+        if piece.derived:
+            return self._derived_rows(piece, start, stop)
+        if piece.dim > 0:
+            return self._read_column_slice(piece, start, stop)
+        return self._read_row_slice(piece, start, stop)
+
+    def _derived_rows(self, piece: TensorSlice, start: int, stop: int) -> torch.Tensor:
+        values = tensor_bytes(self._checkpoint.read(piece.name)).tobytes()
+        derived = derived_values(values, piece, ShardSource(self._checkpoint))
+        data = np.frombuffer(bytearray(derived), np.uint8)
+        return torch.from_numpy(data).view(DTYPES[piece.dtype])[start:stop]
+
+    def _read_column_slice(self, piece: TensorSlice, start: int, stop: int) -> torch.Tensor:
+        """Rows [start, stop) of a slice of columns, which has as many rows as the full tensor."""
+        shape = (stop - start, *piece.shape[1:])
+        result = torch.empty(shape, dtype=DTYPES[piece.dtype])
+        for first_row, end_row in row_chunks(self._checkpoint.tensors[piece.name], CHUNK_BYTES):
+            low = max(start, first_row)
+            high = min(stop, end_row)
+            if low < high:
+                chunk = self._checkpoint.read_slice(piece.name, [(low, high)], 0)
+                columns = [
+                    chunk.narrow(piece.dim, first, end - first) for first, end in piece.intervals
+                ]
+                torch.cat(columns, piece.dim, out=result[low - start : high - start])
+        return result
+
+    def _read_row_slice(self, piece: TensorSlice, start: int, stop: int) -> torch.Tensor:
+        """Rows [start, stop) of a slice of rows, including padding."""
+        source_rows = []  # the same rows in the full tensor
+        offset = 0  # where the interval begins in the slice
+        for first, end in piece.intervals:
+            low = max(start - offset, 0)
+            high = min(stop - offset, end - first)
+            if low < high:
+                source_rows.append((first + low, first + high))
+            offset += end - first
+        rows = []
+        if source_rows:
+            rows.append(self._checkpoint.read_slice(piece.name, source_rows, 0))
+        padding = stop - start - sum(end - first for first, end in source_rows)
+        if padding:
+            rows.append(torch.zeros((padding, *piece.shape[1:]), dtype=DTYPES[piece.dtype]))
+        return torch.cat(rows) if len(rows) > 1 else rows[0]

@@ -1,0 +1,154 @@
+"""`TensorSlice`: the slice of a checkpoint tensor that a rank stores, and how it is computed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from llmkit.checkpoint.manifest import tensor_key
+from llmkit.checkpoint.quantized_weight import PackedTensor
+from llmkit.checkpoint.safetensors_header import TensorInfo, byte_count
+from llmkit.model.parameter_table import REPLICATED, Parameter
+
+Intervals = tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True)
+class TensorSlice:
+    """A slice of the checkpoint tensor `name`.
+
+    It holds the source's `intervals` [start, stop) along `dim`, in order, then `padding` zeros.
+    Slices are equal when they hold the same data; the fields that say where a slice is stored are
+    not compared.
+
+    The values of derived slices are not copied. `group_index` numbers groups from `first_group` on
+    (GPTQ's g_idx). `shape` holds `dense_shape`, where the source holds `source_dense_shape`
+    (compressed-tensors' weight_shape).
+    """
+
+    name: str  # of the source tensor
+    dtype: str  # as in a safetensors header
+    source_shape: tuple[int, ...]
+    dim: int
+    intervals: Intervals
+    padding: int = 0  # elements along `dim`
+    derived: Literal["", "group_index", "shape"] = ""
+    first_group: int = 0
+    dense_shape: tuple[int, ...] = ()
+    source_dense_shape: tuple[int, ...] = ()
+    # Where the slice is stored. Plans and layouts read from disk set these fields.
+    file: str = field(default="", compare=False)
+    # The tensor of `file` that holds the slice, and the slice's first byte in that tensor: 0 except
+    # in vLLM's files, where a tensor concatenates several slices.
+    target: str = field(default="", compare=False)
+    target_offset: int = field(default=0, compare=False)
+    # Set only for a layout that was read from disk.
+    replicas: tuple[str, ...] = field(default=(), compare=False)  # files with an equal slice
+    sha256: str = field(default="", compare=False)
+
+    @property
+    def length(self) -> int:
+        """The number of elements along `dim`, without padding."""
+        return sum(stop - start for start, stop in self.intervals)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the slice, including padding."""
+        shape = list(self.source_shape)
+        shape[self.dim] = self.length + self.padding
+        return tuple(shape)
+
+    @property
+    def nbytes(self) -> int:
+        """The size of the slice, including padding."""
+        return byte_count(self.dtype, self.shape)
+
+    @property
+    def padding_bytes(self) -> int:
+        """The size of the padding."""
+        return self.nbytes // self.shape[self.dim] * self.padding if self.padding else 0
+
+    @property
+    def key(self) -> str:
+        """The slice's key in the manifest of a sharded directory."""
+        return tensor_key(self.name, self.file, sharded=True)
+
+    def full_slice(self) -> TensorSlice:
+        """The slice that is the whole source tensor. `file` and `target` are not set."""
+        return TensorSlice(
+            self.name,
+            self.dtype,
+            self.source_shape,
+            self.dim,
+            ((0, self.source_shape[self.dim]),),
+            derived=self.derived,
+            dense_shape=self.source_dense_shape,
+            source_dense_shape=self.source_dense_shape,
+        )
+
+
+def slice_for_rank(
+    parameter: Parameter, packed: PackedTensor, info: TensorInfo, rank: int, tp: int
+) -> TensorSlice:
+    """The slice of a checkpoint tensor that tensor-parallel `rank` of `tp` stores.
+
+    parameter, packed: the entry of `checkpoint_tensors`. info: the tensor in the source.
+    The split must divide over `tp` (see valid_layouts.py).
+    """
+    sources = parameter.sources_in(packed.source_name)
+    split = sources[0].split if sources else REPLICATED
+    axis = packed.out if split.dim == 0 else packed.in_
+    dense_intervals, padding = _dense_intervals(parameter, packed, rank, tp)
+    if axis is None:  # every rank needs the whole tensor
+        dim = 0
+        intervals: Intervals = ((0, info.shape[0]),)
+    else:
+        dim, dense_per_element = axis
+        intervals = tuple(
+            (start // dense_per_element, -(-stop // dense_per_element))
+            for start, stop in dense_intervals
+        )
+    piece = TensorSlice(
+        info.name, info.dtype, info.shape, dim, intervals, padding, target=info.name
+    )
+    if packed.derived == "group_index":
+        has_groups = split.dim == 1 and packed.group_size != -1
+        first_group = dense_intervals[0][0] // packed.group_size if has_groups else 0
+        return replace(piece, derived="group_index", first_group=first_group)
+    if packed.derived == "shape":
+        dense_shape = list(packed.source_shape)
+        dense_shape[split.dim] = sum(stop - start for start, stop in dense_intervals)
+        return replace(
+            piece,
+            derived="shape",
+            dense_shape=tuple(dense_shape),
+            source_dense_shape=packed.source_shape,
+        )
+    return piece
+
+
+def _dense_intervals(
+    parameter: Parameter, packed: PackedTensor, rank: int, tp: int
+) -> tuple[Intervals, int]:
+    """The rank's intervals of the dense tensor along the split's dimension, and its padding rows.
+
+    A fused tensor has an interval for each of its projections.
+    """
+    sources = parameter.sources_in(packed.source_name)
+    if not sources:  # a KV scale: no dense tensor, every rank needs it
+        return (), 0
+    split = sources[0].split
+    if split.kind == "replicated":
+        return ((0, packed.source_shape[0]),), 0
+    if tp == 1:  # one interval: a packed word may span two projections of a fused tensor
+        return ((0, packed.source_shape[split.dim]),), 0
+    intervals: list[tuple[int, int]] = []
+    for source in sources:
+        start, stop = source.split.interval(rank, tp)
+        first_row = source.first_row if source.split.dim == 0 else 0
+        if start < stop:  # the last ranks of a small vocabulary hold only padding
+            intervals.append((first_row + start, first_row + stop))
+    padding = 0
+    if split.kind == "vocab":
+        padding = split.padded_rows(tp) - sum(stop - start for start, stop in intervals)
+    return tuple(intervals), padding

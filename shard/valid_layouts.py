@@ -1,0 +1,165 @@
+"""The tensor- and expert-parallel sizes that divide a model, and why others do not."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from llmkit.checkpoint.quantized_weight import QuantizationConfig
+from llmkit.model.checkpoint_tensors import checkpoint_tensors
+from llmkit.model.parameter_table import VOCAB_MULTIPLE, Split
+from llmkit.model.spec import ModelSpec
+
+UNIT_NAMES = {"heads": "heads", "kv_heads": "KV heads", "features": "features"}
+
+
+@dataclass(frozen=True)
+class _SplitRule:
+    """How tensors of one kind are split. All layers and experts share the same few rules."""
+
+    module: str  # the last part of the module's name in the checkpoint, "q_proj"
+    split: Split
+    out: tuple[int, int] | None  # see PackedTensor
+    in_: tuple[int, int] | None
+    is_quantized: bool
+    group_size: int
+    is_expert: bool
+
+
+def expert_count(spec: ModelSpec) -> int:
+    """The number of experts of an MoE layer; 0 for a dense model."""
+    return spec.moe.num_experts if spec.moe and any(layer.is_moe for layer in spec.layers) else 0
+
+
+def valid_tp(spec: ModelSpec, quantization: QuantizationConfig | None, ep: int = 1) -> list[int]:
+    """The tensor-parallel sizes, up to the number of heads, that divide every tensor of the model.
+
+    The experts are divided over `ep` groups. The list is empty when no size works.
+    """
+    if _explain_experts(spec, ep):
+        return []
+    rules = _split_rules(spec, quantization)
+    return [tp for tp in range(ep, spec.num_heads + 1, ep) if _explain(rules, tp, ep) is None]
+
+
+def valid_ep(spec: ModelSpec, quantization: QuantizationConfig | None, tp: int) -> list[int]:
+    """The expert-parallel sizes that work with `tp`."""
+    return _valid_ep(spec, _split_rules(spec, quantization), tp)
+
+
+def valid_layouts(spec: ModelSpec, quantization: QuantizationConfig | None) -> dict[int, list[int]]:
+    """The EP sizes that work with each TP size, for TP sizes up to the number of heads."""
+    rules = _split_rules(spec, quantization)
+    layouts = {tp: _valid_ep(spec, rules, tp) for tp in range(1, spec.num_heads + 1)}
+    return {tp: sizes for tp, sizes in layouts.items() if sizes}
+
+
+def explain_tp(
+    spec: ModelSpec, quantization: QuantizationConfig | None, tp: int, ep: int = 1
+) -> str | None:
+    """Why `tp` ranks do not divide the model, and the sizes that do; None when they divide it.
+
+    For example "down_proj: 29568/2 = 115.5 groups of 128; TP 1, 3, 7 work"
+    """
+    refusal = _explain(_split_rules(spec, quantization), tp, ep)
+    if refusal is None:
+        return None
+    return f"{refusal}; {_sizes_that_work('TP', valid_tp(spec, quantization, ep))}"
+
+
+def explain_ep(
+    spec: ModelSpec, quantization: QuantizationConfig | None, tp: int, ep: int
+) -> str | None:
+    """Why `ep` does not divide `tp` ranks or the experts, and the sizes that do; None when it does.
+
+    For example "6/4 = 1.5 experts; EP 1, 2 work with TP 4"
+    """
+    if tp % ep:
+        refusal: str | None = f"{tp}/{ep} = {_format_number(tp / ep)} tensor-parallel ranks"
+    else:
+        refusal = _explain_experts(spec, ep)
+    if refusal is None:
+        return None
+    return f"{refusal}; {_sizes_that_work('EP', valid_ep(spec, quantization, tp))} with TP {tp}"
+
+
+def _valid_ep(spec: ModelSpec, rules: list[_SplitRule], tp: int) -> list[int]:
+    divisors = [ep for ep in range(1, tp + 1) if tp % ep == 0 and not _explain_experts(spec, ep)]
+    return [ep for ep in divisors if _explain(rules, tp, ep) is None]
+
+
+def _sizes_that_work(name: str, sizes: list[int]) -> str:
+    if not sizes:
+        return f"no {name} works"
+    return f"{name} {', '.join(map(str, sizes))} work{'s' if len(sizes) == 1 else ''}"
+
+
+def _explain_experts(spec: ModelSpec, ep: int) -> str | None:
+    """Why `ep` does not divide the experts; None when it does."""
+    count = expert_count(spec)
+    if ep == 1 or (count and count % ep == 0):
+        return None
+    if not count:
+        return f"{spec.architecture} has no experts"
+    return f"{count}/{ep} = {_format_number(count / ep)} experts"
+
+
+def _split_rules(spec: ModelSpec, quantization: QuantizationConfig | None) -> list[_SplitRule]:
+    """The distinct rules of the checkpoint's tensors."""
+    rules: dict[_SplitRule, None] = {}
+    for parameter, packed in checkpoint_tensors(spec, quantization).values():
+        for source in parameter.sources_in(packed.source_name):
+            rule = _SplitRule(
+                source.name.split(".")[-2],
+                source.split,
+                packed.out,
+                packed.in_,
+                packed.is_quantized,
+                packed.group_size,
+                parameter.expert is not None,
+            )
+            rules[rule] = None
+    return list(rules)
+
+
+def _explain(rules: list[_SplitRule], tp: int, ep: int) -> str | None:
+    """Why the first rule that does not divide fails; None when all rules divide."""
+    for rule in rules:
+        refusal = _explain_rule(rule, tp // ep if rule.is_expert else tp)
+        if refusal is not None:
+            return refusal
+    return None
+
+
+def _explain_rule(rule: _SplitRule, tp: int) -> str | None:
+    """Why the rule's tensors do not divide over `tp` ranks; None when they do."""
+    split = rule.split
+    has_replicated_kv_heads = split.kind == "kv_heads" and tp > split.count
+    if not split.divides_over(tp):
+        if has_replicated_kv_heads:
+            ranks_per_head = _format_number(tp / split.count)
+            return f"{rule.module}: {tp}/{split.count} = {ranks_per_head} ranks per KV head"
+        units = f"{_format_number(split.count / tp)} {UNIT_NAMES[split.kind]}"
+        return f"{rule.module}: {split.count}/{tp} = {units}"
+    if not rule.is_quantized:
+        return None
+    if split.kind == "vocab" and split.padded_rows(tp) * tp != split.count:
+        rows = f"{_format_number(split.count / tp)} packed rows, no multiple of {VOCAB_MULTIPLE}"
+        return f"{rule.module}: {split.count}/{tp} = {rows}"
+    axis = rule.out if split.dim == 0 else rule.in_
+    if axis is None or split.kind == "replicated" or tp == 1:
+        return None
+    start, stop = split.interval(0, tp)
+    dense_per_element = axis[1]
+    if (stop - start) % dense_per_element == 0:
+        return None
+    is_group = split.dim == 1 and dense_per_element == rule.group_size
+    unit = "groups" if is_group else "packed words"
+    elements = f"{_format_number((stop - start) / dense_per_element)} {unit} of {dense_per_element}"
+    if has_replicated_kv_heads:
+        return f"{rule.module}: one KV head of {split.unit} = {elements}"
+    return f"{rule.module}: {split.count * split.unit}/{tp} = {elements}"
+
+
+def _format_number(value: float) -> str:
+    """At most three decimals, without trailing zeros: "115.5", "170.667", "16"."""
+    return f"{value:.3f}".rstrip("0").rstrip(".")

@@ -1,0 +1,118 @@
+"""Gates: how they are parsed and checked, and that a gate on nothing never passes."""
+
+import math
+
+import pytest
+
+from llmkit.bench.gates import Gate, check_gates, parse_gate, require_gate_metrics
+from llmkit.common.errors import UsageError
+
+
+@pytest.mark.parametrize(
+    ("text", "metric", "operator", "number", "relative_to_baseline"),
+    [
+        ("mean_kl<=0.02", "mean_kl", "<=", 0.02, False),
+        (" perplexity < 1.5e1 ", "perplexity", "<", 15.0, False),
+        ("output_tps>=0.9*baseline", "output_tps", ">=", 0.9, True),
+        ("online.ttft_p99_ms <= baseline * 1.1", "online.ttft_p99_ms", "<=", 1.1, True),
+        ("checkpoint_bytes<baseline", "checkpoint_bytes", "<", 1.0, True),
+        ("top1>.9", "top1", ">", 0.9, False),
+    ],
+)
+def test_gate_is_parsed(
+    text: str, metric: str, operator: str, number: float, relative_to_baseline: bool
+) -> None:
+    assert parse_gate(text) == Gate(text, metric, operator, number, relative_to_baseline)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "mean_kl",
+        "mean_kl<=",
+        "<=3",
+        "mean_kl=0.2",
+        "mean_kl<=nan",
+        "mean_kl<=0.2 GiB",
+        "mean_kl<=0.9*base",
+        "mean_kl<=-1",
+        "mean_kl<=0.02<=1",
+    ],
+)
+def test_gate_with_a_syntax_error_is_refused(text: str) -> None:
+    with pytest.raises(UsageError, match=r"is not understood. Expected"):
+        parse_gate(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "hint"),
+    [
+        ("mean_lk<=1", "The nearest is mean_kl"),
+        ("online.output_tsp>=1", "The nearest is output_tps"),
+        ("online.perplexity<=3", "The nearest is perplexity"),
+        ("online.<=1", "Metrics are perplexity, mean_kl.*output_tps"),
+    ],
+)
+def test_gate_on_an_unknown_metric_is_refused(text: str, hint: str) -> None:
+    with pytest.raises(UsageError, match=rf"names no metric. {hint}"):
+        parse_gate(text)
+
+
+FIGURES = {"mean_kl": 0.03, "single.output_tps": 90.0, "online.output_tps": 40.0}
+BASE = {"perplexity": 10.0, "single.output_tps": 100.0, "online.output_tps": 50.0}
+
+
+def check(*gates: str) -> list[tuple[str, float, bool]]:
+    results = check_gates([parse_gate(gate) for gate in gates], {"int4": FIGURES}, BASE)
+    return [(result.metric, result.limit, result.passed) for result in results]
+
+
+def test_gate_compares_with_its_limit() -> None:
+    assert check("mean_kl<=0.03", "mean_kl<0.03", "mean_kl>=0.03", "mean_kl>0.02") == [
+        ("mean_kl", 0.03, True),
+        ("mean_kl", 0.03, False),
+        ("mean_kl", 0.03, True),
+        ("mean_kl", 0.02, True),
+    ]
+
+
+def test_gate_without_a_scenario_checks_every_scenario() -> None:
+    assert check("output_tps>=0.9*baseline") == [
+        ("single.output_tps", 90.0, True),
+        ("online.output_tps", 45.0, False),
+    ]
+    assert check("single.output_tps>=80") == [("single.output_tps", 80.0, True)]
+
+
+def test_gate_never_passes_nan() -> None:
+    for gate in ("mean_kl<=1", "mean_kl>=0"):
+        (result,) = check_gates([parse_gate(gate)], {"x": {"mean_kl": math.nan}}, None)
+        assert not result.passed
+
+
+@pytest.mark.parametrize(
+    ("gate", "message"),
+    [
+        (
+            "perplexity<=12",
+            r"on perplexity, which is not measured for int4."
+            r" Measured are mean_kl, single.output_tps",
+        ),
+        ("batch.output_tps>=1", "on batch.output_tps, which is not measured"),
+        ("mean_kl<=baseline", "the baseline has no mean_kl"),
+    ],
+)
+def test_gate_on_an_unmeasured_metric_is_refused(gate: str, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        check(gate)
+
+
+def test_gate_needs_a_baseline_to_compare_with() -> None:
+    with pytest.raises(UsageError, match="there is no baseline"):
+        check_gates([parse_gate("output_tps>=baseline")], {"x": FIGURES}, None)
+
+
+def test_gate_is_refused_when_nothing_is_measured() -> None:
+    with pytest.raises(UsageError, match="Measured are no metrics"):
+        require_gate_metrics([parse_gate("top1>=1")], [], "x")

@@ -1,0 +1,81 @@
+"""Bytes and operations against counts by hand, and stored peaks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from support.tiny_models import tiny_checkpoint
+
+from llmkit.bench.bench_metrics import RequestTimeline
+from llmkit.bench.gpu_monitor import GpuMonitor, energy_metrics
+from llmkit.bench.model_costs import ModelCosts, count_model_costs, utilization
+from llmkit.bench.peak_performance import PeakPerformance, load_peaks, measure_peaks, peaks_file
+from llmkit.checkpoint.open_checkpoint import open_checkpoint
+from llmkit.model.families import model_spec
+
+LINEARS = (4 + 2 * 2) * 16 * 64 + 64 * 64 + 2 * 128 * 64 + 64 * 128  # weights of a layer's linears
+HEAD = 512 * 64
+
+
+def costs_of(path: Path) -> ModelCosts:
+    checkpoint = open_checkpoint(path)
+    return count_model_costs(checkpoint, model_spec(checkpoint.config), torch.float32, "cpu")
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_costs_of_a_dense_model(tmp_path: Path, tied: bool) -> None:
+    costs = costs_of(tiny_checkpoint(tmp_path / "tiny", tie_word_embeddings=tied, dtype="float32"))
+    assert (costs.token_flops, costs.head_flops) == (2 * 2 * LINEARS, 2 * HEAD)
+    assert costs.dense_bytes == 4 * (2 * LINEARS + HEAD)
+    assert costs.context_flops == 4 * 2 * 4 * 16
+    assert costs.kv_bytes == 2 * 2 * 2 * 16 * 4
+    assert costs.step_bytes(3, 10) == costs.dense_bytes + 30 * costs.kv_bytes
+    assert costs.flops(0, 3) == 3 * costs.token_flops + (1 + 2 + 3) * costs.context_flops
+    assert costs.flops(0, 5) == costs.flops(0, 2) + costs.flops(2, 5)
+
+
+def test_costs_of_experts_grow_with_the_batch(tmp_path: Path) -> None:
+    costs = costs_of(tiny_checkpoint(tmp_path / "moe", "mixtral", dtype="float32"))
+    expert = 3 * 64 * 128
+    assert costs.expert_bytes == 4 * 2 * 4 * expert
+    alone = costs.step_bytes(1, 0) - costs.dense_bytes
+    assert alone == pytest.approx(costs.expert_bytes / 2)
+    assert alone < costs.step_bytes(4, 0) - costs.dense_bytes < costs.expert_bytes
+
+
+def test_utilization_is_a_share_of_the_peaks() -> None:
+    costs = ModelCosts(1000, 0, 0.0, 50.0, 20.0, 2.0, 4)
+    timelines = [
+        RequestTimeline("a", 0.0, (1.0, 2.0, 3.0), 10, 4, 3),
+        RequestTimeline("b", 0.0, (1.0,), 2, 0, 1),
+    ]
+    found = utilization(costs, PeakPerformance("x", "float32", 10_000.0, 1e4), timelines, 5.0)
+    flops = costs.flops(4, 12) + costs.flops(0, 2) + 4 * costs.head_flops
+    assert found["mfu"] == pytest.approx(flops / 5.0 / 1e4)
+    assert found["mbu"] == pytest.approx((1000 + 11.5 * 4) / 1.0 / 10_000)
+    assert "mbu" not in utilization(
+        costs, PeakPerformance("x", "float32", 1.0, 1.0), timelines[1:], 5.0
+    )
+
+
+def test_peaks_are_stored_and_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert load_peaks("cpu", torch.float32) is None
+    found = measure_peaks("cpu", copy_bytes=1 << 20, matrix_size=64)
+    assert {one.dtype for one in found} == {"float32", "bfloat16", "float16"}
+    assert all(one.bytes_per_s > 0 and one.flops_per_s > 0 for one in found)
+    assert load_peaks("cpu", torch.float32) in found
+    again = measure_peaks("cpu", copy_bytes=1 << 20, matrix_size=64)
+    assert len(again) == 3
+    assert load_peaks("cpu", torch.bfloat16) in again, "the newest, once"
+    peaks_file().write_text("{")
+    assert load_peaks("cpu", torch.float32) is None
+
+
+def test_energy_metrics() -> None:
+    assert energy_metrics(100.0, 250.0, 3.0, 30) == {"gpu_power_w": 50.0, "energy_per_token_j": 5.0}
+    assert energy_metrics(None, 1.0, 1.0, 1) == {}
+    nothing = GpuMonitor(())
+    assert (nothing.energy_j(), nothing.memory_bytes()) == (None, None)

@@ -1,0 +1,152 @@
+"""Recorded decode steps: bit for bit what the model computes, and off where they could differ."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.tiny_models import tiny_checkpoint
+
+from llmkit.kernels.cpu import cpu_kernels
+from llmkit.model.decoder import DecoderLayer
+from llmkit.runtime.engine import cpu_graphs
+from llmkit.runtime.engine.engine import Engine
+from llmkit.runtime.engine.engine_options import EngineOptions
+from llmkit.runtime.engine.sampling_params import SamplingParams
+from llmkit.runtime.engine_loader import load_engine
+
+needs_library = pytest.mark.skipif(
+    cpu_kernels.library is None, reason=f"compiled kernels: {cpu_kernels.status()}"
+)
+PROMPTS = [[5, 6, 7], [9] * 40, [11, 12], list(range(20, 60)), [3], [4, 4], [8] * 17]
+
+
+def engine(model: Path, **options: Any) -> Engine:
+    return load_engine(model, EngineOptions(device="cpu", max_model_len=128, **options))
+
+
+def answers(one: Engine) -> list[list[int]]:
+    """Outputs of requests that end one after the other.
+
+    So steps of every size come, and small ones repeatedly.
+    """
+    sampling = [
+        SamplingParams(temperature=0.7, seed=index, max_tokens=6 + 5 * index, ignore_eos=True)
+        for index in range(len(PROMPTS))
+    ]
+    return one.generate(PROMPTS, sampling)
+
+
+@pytest.fixture
+def layers_run(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The tokens of each pass through a layer."""
+    seen: list[int] = []
+    call = DecoderLayer.forward_with_residual
+
+    def counted(
+        self: DecoderLayer, hidden: torch.Tensor, *arguments: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        seen.append(len(hidden))
+        return call(self, hidden, *arguments)
+
+    monkeypatch.setattr(DecoderLayer, "forward_with_residual", counted)
+    return seen
+
+
+@needs_library
+@pytest.mark.parametrize(
+    ("architecture", "config"),
+    [
+        ("llama", {}),
+        ("mistral", {"sliding_window": 24}),
+        ("gemma2", {"sliding_window": 24}),
+        ("qwen2", {}),
+    ],
+)
+def test_cpu_graphs_give_the_same_tokens_with_fewer_forward_passes(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    layers_run: list[int],
+    architecture: str,
+    config: dict[str, Any],
+) -> None:
+    model = tiny_checkpoint(tmp_path, architecture, **config)
+    recorded = engine(model)
+    first = answers(recorded)
+    few = len(layers_run)
+    layers_run.clear()
+    monkeypatch.setattr(cpu_graphs, "MAX_HIDDEN_ELEMENTS", 0)
+    assert answers(engine(model)) == first
+    assert few < len(layers_run) / 2
+    assert recorded.runner.graph_runner.enabled
+    assert recorded.runner.graph_runner.num_graphs == cpu_graphs.MAX_RECORDINGS
+
+
+@needs_library
+def test_cpu_graphs_give_the_same_logits_bit_for_bit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bit for bit, through the logits."""
+
+    def logits(one: Engine) -> list[torch.Tensor]:
+        seen: list[torch.Tensor] = []
+        compute = one.model.logits
+        monkeypatch.setattr(
+            one.model, "logits", lambda hidden: seen.append(compute(hidden)) or seen[-1].clone()
+        )
+        answers(one)
+        return seen
+
+    model = tiny_checkpoint(tmp_path)
+    first = logits(engine(model))
+    monkeypatch.setattr(cpu_graphs, "MAX_HIDDEN_ELEMENTS", 0)
+    second = logits(engine(model))
+    assert len(first) == len(second) > 30
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@needs_library
+@pytest.mark.parametrize(
+    ("architecture", "options"),
+    [("mixtral", {}), ("llama", {"kv_cache_dtype": "int8"})],
+    ids=["experts", "quantized"],
+)
+def test_cpu_graphs_do_not_replay_steps_in_which_torch_computes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, architecture: str, options: dict[str, Any]
+) -> None:
+    model = tiny_checkpoint(tmp_path, architecture)
+    one = engine(model, **options)
+    first = answers(one)
+    assert not one.runner.graph_runner.enabled
+    assert not one.runner.graph_runner.num_graphs
+    monkeypatch.setattr(cpu_graphs, "MAX_HIDDEN_ELEMENTS", 0)
+    assert answers(engine(model, **options)) == first
+
+
+def test_cpu_graphs_are_off_without_compiled_kernels(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_checkpoint(tmp_path)
+    monkeypatch.setattr(cpu_kernels, "library", None)
+    one = engine(model)
+    assert len(answers(one)) == len(PROMPTS)
+    assert not one.runner.graph_runner.enabled
+
+
+@needs_library
+def test_recording_that_fails_restores_the_library(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = engine(tiny_checkpoint(tmp_path))
+    library = cpu_kernels.library
+
+    def fail(*_: Any) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(one.model, "run_layers", fail)
+    recording = cpu_graphs.CpuGraph(one.model, 1, 8, 16)
+    with pytest.raises(MemoryError):
+        recording.record(one.model, one.runner.paged_model.kv_caches)
+    assert cpu_kernels.library is library

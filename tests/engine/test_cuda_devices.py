@@ -1,0 +1,242 @@
+"""Whole engines on a CPU that acts as a CUDA device: host and device tensors never meet.
+
+Every kernel is bound to its arguments by Triton itself, as for a Hopper; none is compiled while a
+graph is captured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.fake_cuda import GPU, Device, MixedError
+from support.fake_cuda_api import stand_in_cuda, stand_in_triton
+from support.tiny_adapters import write_adapter
+from support.tiny_models import tiny_checkpoint
+from support.triton_checks import interpreted
+
+from llmkit.bench.gpu.decode_steps import MODEL_CONFIGS, WEIGHT_SCHEMES, random_model
+from llmkit.model import device as transfer
+from llmkit.model.families import model_spec
+from llmkit.runtime.engine.cuda_graphs import CudaGraph, CudaGraphRunner
+from llmkit.runtime.engine.engine import Engine
+from llmkit.runtime.engine.engine_config import EngineConfig
+from llmkit.runtime.engine.engine_options import EngineOptions
+from llmkit.runtime.engine.engine_request import EngineRequest
+from llmkit.runtime.engine.sampling_params import SamplingParams
+from llmkit.runtime.engine_loader import load_engine
+
+GREEDY = SamplingParams(temperature=0.0, max_tokens=6, ignore_eos=True)
+DRAWN = replace(GREEDY, temperature=0.7, seed=1)
+ASKED = [
+    GREEDY,
+    DRAWN,
+    replace(GREEDY, logprobs=3),
+    replace(GREEDY, prompt_logprobs=2, logprobs=0),
+    replace(GREEDY, repetition_penalty=1.1, presence_penalty=0.1, frequency_penalty=0.1),
+    replace(DRAWN, logit_bias={3: 1.0}, min_tokens=3, ignore_eos=False),
+]
+FILTERED = replace(DRAWN, top_k=20, top_p=0.9, min_p=0.01)
+PROMPTS = [[5, 6, 7], list(range(3, 60)), [9] * 17, [40, 41]]
+OPTIONS = EngineOptions(
+    device="cuda", kv_cache_memory=1 << 20, max_num_seqs=6, max_num_batched_tokens=48
+)
+LOOK = (
+    "looks by nonzero",
+    "kernels/sampling.py",
+)  # how wide a nucleus is, where it is not found in a graph
+COMMON = {"_rope_and_cache_kernel", "_paged_attention_kernel", "_add_rms_norm_kernel"}
+# name: (architecture, options, kernels besides COMMON, what a step waits for)
+LOADED: dict[str, tuple[str, dict[str, Any], set[str], set[tuple[str, str]]]] = {
+    "plain": ("llama", {}, {"_act_and_mul_kernel", "_sample_kernel"}, set()),
+    "filtered": ("llama", {}, {"_act_and_mul_kernel", "_sample_kernel"}, {LOOK}),
+    "experts": (
+        "mixtral",
+        {},
+        {"_sort_by_expert_kernel", "_fused_moe_kernel", "_sample_kernel"},
+        set(),
+    ),
+    "windows": (
+        "gemma2",
+        {"kv_cache_dtype": "int8"},
+        {"_act_and_mul_kernel", "_sample_kernel"},
+        set(),
+    ),
+    "fp8 cache": (
+        "qwen3",
+        {"kv_cache_dtype": "fp8"},
+        {"_act_and_mul_kernel", "_sample_kernel"},
+        set(),
+    ),
+    "speculation": ("llama", {"speculate": 3}, {"_act_and_mul_kernel", "_sample_kernel"}, set()),
+    "draft": (
+        "llama",
+        {"speculate": 3, "draft_model": ""},
+        {"_act_and_mul_kernel", "_sample_kernel"},
+        set(),
+    ),
+    "adapter": ("llama", {}, {"_act_and_mul_kernel", "_sample_kernel"}, set()),
+    "host weights": ("llama", {"cpu_offload": 1 << 30}, {"_act_and_mul_kernel"}, set()),
+}
+MADE = {
+    "fp8": "_quantize_rows_kernel",
+    "int8": "_epilogue_kernel",
+    "int4": "_weight_only_linear_kernel",
+}  # kernels of weights
+
+
+class AnyGrammar:
+    """Lets the first hundred tokens come."""
+
+    def allowed_tokens(self) -> torch.Tensor:
+        return torch.arange(512) < 100
+
+    def accept_token(self, token_id: int) -> None: ...
+
+    def is_terminated(self) -> bool:
+        return False
+
+
+def run(name: str, path: str) -> tuple[list[str], set[str], set[tuple[str, str]]]:
+    """The errors, the launched kernels, and what the host waited for (by file) in some steps."""
+    with pytest.MonkeyPatch.context() as patch:
+        device = Device()
+        stand_in_cuda(patch, device)
+        launches = stand_in_triton(patch, device)
+        transfer.uploader.cache_clear()
+        CudaGraph._shared = None
+        try:
+            with device:
+                wrong = _steps(
+                    name, _made(name) if name in MADE else _loaded(name, Path(path)), path, device
+                )
+        except MixedError as error:
+            wrong = [str(error)]
+        finally:
+            transfer.uploader.cache_clear()
+    waits = {
+        place
+        for place in device.places
+        if not place[0].startswith(("to device", "to host", "event"))
+    }
+    return wrong, set(launches), waits
+
+
+def _loaded(name: str, path: Path) -> Engine:
+    _, options, *_ = LOADED[name]
+    if "draft_model" in options:
+        options = options | {"draft_model": str(path)}
+    return load_engine(path, replace(OPTIONS, dtype="bfloat16", **options))
+
+
+def _made(weights: str) -> Engine:
+    spec = model_spec(MODEL_CONFIGS["SmolLM2-135M"] | {"num_hidden_layers": 2, "vocab_size": 512})
+    model = random_model(spec, torch.bfloat16, GPU, WEIGHT_SCHEMES[weights])
+    config = EngineConfig(
+        128,
+        40,
+        GPU,
+        torch.bfloat16,
+        max_num_seqs=6,
+        max_num_batched_tokens=48,
+        async_scheduling=True,
+    )
+    engine = Engine(model, config)
+    assert isinstance(engine.runner.graph_runner, CudaGraphRunner)
+    engine.runner.graph_runner.capture_common_sizes()
+    return engine
+
+
+def _steps(name: str, engine: Engine, path: str, device: Device) -> list[str]:
+    adapter = None
+    if name == "adapter":
+        engine.add_adapter(adapter := "one", f"{path}-adapter")
+    device.places.clear()
+    engine.compile_grammar = lambda _: AnyGrammar()
+    for index, asked in enumerate([FILTERED] if name == "filtered" else ASKED):
+        engine.add(EngineRequest(f"{index}", PROMPTS[index % len(PROMPTS)], asked, adapter=adapter))
+        engine.step()
+    if name == "plain":
+        engine.add(EngineRequest("guided", [5, 6], GREEDY, grammar="any"))
+        engine.add(
+            EngineRequest("pooled", [5, 6, 7], replace(GREEDY, max_tokens=1), pooling="mean")
+        )
+    wrong = []
+    while engine.has_work:
+        wrong += [output.error for output in engine.step() if output.error]
+    return wrong
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("models")
+    for architecture in {architecture for architecture, *_ in LOADED.values()}:
+        tiny_checkpoint(folder / architecture, architecture)
+    write_adapter(folder / "llama", folder / "llama-adapter")
+    calls = [(name, str(folder / row[0])) for name, row in LOADED.items()] + [
+        (name, "") for name in MADE
+    ]
+    answers = interpreted("engine.test_cuda_devices", "run", calls, folder, interpret=False)
+    return dict(zip((name for name, _ in calls), answers, strict=True))
+
+
+@pytest.mark.parametrize("name", [*LOADED, *MADE])
+def test_engine_steps_keep_host_and_device_apart(name: str, found: dict[str, Any]) -> None:
+    wrong, kernels, waits = found[name]
+    more, allowed = (
+        LOADED[name][2:]
+        if name in LOADED
+        else ({MADE[name], "_act_and_mul_kernel", "_sample_kernel"}, set())
+    )
+    assert wrong == []
+    assert kernels >= COMMON | more
+    assert waits == allowed
+
+
+def ones(where: torch.device | str) -> torch.Tensor:
+    return torch.ones(4, device=where)
+
+
+MISTAKES: dict[str, Callable[[], object]] = {
+    "add of tensors of the host": lambda: ones(GPU).add(ones("cpu")),
+    "cat of tensors of the host": lambda: torch.cat([ones(GPU), ones("cpu")]),
+    "_int_mm of": lambda: torch._int_mm(ones(GPU).char().view(1, 4), ones(GPU).char().view(4, 1)),
+    "looks by __bool__ while": lambda: bool((ones(GPU) > 0).all()),
+    "slow copy while": lambda: ones("cpu").to(GPU),
+    "pinned memory while": lambda: ones("cpu").pin_memory(),
+}
+
+
+@pytest.mark.parametrize("reported", MISTAKES)
+def test_fake_device_notices(reported: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    device = Device()
+    stand_in_cuda(monkeypatch, device)
+    with (
+        device,
+        torch.cuda.graph(None, None, None, "thread_local"),
+        pytest.raises(MixedError, match=reported),
+    ):
+        MISTAKES[reported]()
+
+
+def test_the_stand_in_notices_what_a_graph_would_not_find_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    device = Device()
+    stand_in_cuda(monkeypatch, device)
+    monkeypatch.setattr(CudaGraph, "_shared", None)
+    with device:
+        held = [ones(GPU)]
+        graph = CudaGraph(lambda: _add(held[0]))
+        graph.replay()
+        held.insert(0, ones(GPU))
+        with pytest.raises(MixedError, match="other memory"):
+            graph.replay()
+
+
+def _add(values: torch.Tensor) -> None:
+    values.add_(1)

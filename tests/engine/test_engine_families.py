@@ -1,0 +1,101 @@
+"""Greedy answers of every family equal transformers', however the engine comes to them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from support.tiny_families import COMMON, FAMILIES, family_oracle, oracle_logits
+
+from llmkit.checkpoint.open_checkpoint import open_checkpoint
+from llmkit.model.decoder import Decoder
+from llmkit.model.weight_loader import load_model
+from llmkit.runtime.engine.engine import Engine
+from llmkit.runtime.engine.engine_config import EngineConfig
+from llmkit.runtime.engine.sampling_params import SamplingParams
+
+OUTPUT = 14
+GREEDY = SamplingParams(temperature=0.0, max_tokens=OUTPUT, ignore_eos=True)
+
+
+@dataclass
+class Family:
+    model: Decoder
+    prompts: list[list[int]]
+    expected: list[list[int]]
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Family:
+    path = tmp_path_factory.mktemp("family")
+    oracle = family_oracle(request.param, path)
+    generator = torch.Generator().manual_seed(5)
+    common = torch.randint(3, COMMON["vocab_size"], (17,), generator=generator).tolist()
+    prompts = [
+        torch.randint(3, COMMON["vocab_size"], (n,), generator=generator).tolist()
+        for n in (1, 9, 30, 44)
+    ]
+    prompts += [[*common, 3 + n] for n in range(2)] + [[9, 8, 7, 6] * 5]
+    expected = []
+    for prompt in prompts:
+        tokens = list(prompt)
+        for _ in range(OUTPUT):
+            tokens.append(int(oracle_logits(oracle, torch.tensor(tokens))[-1].argmax()))
+        expected.append(tokens[len(prompt) :])
+    return Family(load_model(open_checkpoint(path), torch.float32), prompts, expected)
+
+
+def engine(model: Decoder, *, draft: Decoder | None = None, **chosen: object) -> Engine:
+    sizes = {"max_model_len": 64, "num_blocks": 120, "block_size": 4}
+    config = EngineConfig(device=torch.device("cpu"), dtype=torch.float32, **(sizes | chosen))
+    return Engine(model, config, draft=draft)
+
+
+MODES: dict[str, dict[str, object]] = {
+    "eager": {"enable_prefix_caching": False},
+    "chunked": {"max_num_batched_tokens": 9, "prefill_chunk_size": 5},
+    "preempted": {"num_blocks": 26},
+    "async_scheduling": {"async_scheduling": True},
+    "ahead, chunked and preempted": {
+        "async_scheduling": True,
+        "num_blocks": 24,
+        "max_num_batched_tokens": 9,
+    },
+    "speculative": {"num_speculative_tokens": 3},
+    "speculative and preempted": {"num_speculative_tokens": 3, "num_blocks": 24},
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_outputs_do_not_depend_on_the_engine_mode(family: Family, mode: str) -> None:
+    running = engine(family.model, **MODES[mode])
+    assert running.generate(family.prompts, GREEDY) == family.expected
+    assert all(pool.num_used_blocks == 0 for pool in running.scheduler.pools)
+    if "preempted" in mode and None in family.model.spec.sliding_windows:
+        assert running.stats().preemptions_total > 0
+
+
+def test_outputs_do_not_depend_on_the_prefix_cache(family: Family) -> None:
+    running = engine(family.model)
+    for _ in range(2):
+        assert running.generate(family.prompts, GREEDY) == family.expected
+    stats = running.stats()
+    assert stats.prefix_hits_total >= sum((len(p) - 1) // 4 * 4 for p in family.prompts), (
+        "the second time all of it"
+    )
+    assert [running.generate([p], GREEDY)[0] for p in reversed(family.prompts)] == family.expected[
+        ::-1
+    ]
+
+
+def test_draft_model_changes_only_the_number_of_steps(family: Family) -> None:
+    if None not in family.model.spec.sliding_windows:
+        pytest.skip(
+            "a draft model needs the blocks of all tokens, which a model of windows gives back"
+        )
+    running = engine(family.model, draft=family.model, num_speculative_tokens=3)
+    assert running.generate(family.prompts, GREEDY) == family.expected
+    stats = running.stats()
+    assert stats.accepted_total == stats.drafted_total > 0, "a model agrees with itself"
+    assert running.num_steps <= 2 + -(-OUTPUT // 4)

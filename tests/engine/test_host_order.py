@@ -1,0 +1,148 @@
+"""The order in which the host launches work on a GPU, and what it waits for.
+
+A CPU acts as the device. Tensors that would be on the GPU are marked, and what is made of them.
+Looking into one would make the host wait.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from support.fake_cuda import GPU, Device
+from support.fake_cuda_api import stand_in_cuda
+from support.tiny_models import tiny_checkpoint
+
+from llmkit.checkpoint.open_checkpoint import open_checkpoint
+from llmkit.kernels import triton_support as jit
+from llmkit.model import device as transfer
+from llmkit.model.weight_loader import load_model
+from llmkit.runtime.engine import model_runner
+from llmkit.runtime.engine.cuda_graphs import CudaGraphRunner
+from llmkit.runtime.engine.engine import Engine
+from llmkit.runtime.engine.engine_config import EngineConfig
+from llmkit.runtime.engine.engine_request import EngineRequest
+from llmkit.runtime.engine.sampling_params import Pooling, SamplingParams
+
+KINDS: tuple[Pooling, ...] = ("last", "mean")
+
+
+class Replayed:
+    """A graph that says when it is launched."""
+
+    def __init__(self, log: list[str], run: Callable[[], None]) -> None:
+        self.log = log
+        self.run = run
+        run()
+
+    def replay(self) -> None:
+        self.log.append("graph")
+        self.run()
+
+
+@pytest.fixture
+def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[Device]:
+    device = Device()
+    stand_in_cuda(monkeypatch, device)
+    monkeypatch.setattr(jit, "triton", None)  # torch's operators are in the same order
+    transfer.uploader.cache_clear()
+    draw = lambda logits, *parameters: logits.argmax(-1)  # noqa: E731
+    monkeypatch.setattr(
+        model_runner,
+        "CudaGraphRunner",
+        partial(CudaGraphRunner, capture=partial(Replayed, device.log), sampler=draw),
+    )
+    yield device
+    transfer.uploader.cache_clear()
+
+
+def engine(path: Path, device: Device, sampling: SamplingParams) -> Engine:
+    """One with four requests, after some steps."""
+    config = EngineConfig(64, 32, GPU, torch.float32, max_num_seqs=8, async_scheduling=True)
+    with device:
+        one = Engine(load_model(open_checkpoint(path), torch.float32, GPU), config)
+        for index in range(4):
+            one.add(EngineRequest(f"{index}", [5, 6, 7 + index], replace(sampling, seed=index)))
+        for _ in range(5):
+            one.step()
+    device.log.clear()
+    return one
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        SamplingParams(temperature=0.0, max_tokens=40, ignore_eos=True),
+        SamplingParams(temperature=0.7, max_tokens=40, ignore_eos=True),
+        SamplingParams(
+            temperature=0.7, top_k=20, top_p=0.9, min_p=0.01, max_tokens=40, ignore_eos=True
+        ),
+    ],
+    ids=["greedy", "sampled", "filtered"],
+)
+def test_step_is_launched_before_the_host_waits_for_the_last_one(
+    tmp_path: Path, device: Device, sampling: SamplingParams
+) -> None:
+    one = engine(tiny_checkpoint(tmp_path), device, sampling)
+    with device:
+        for _ in range(3):
+            one.step()
+    log = [what for what in device.log if what != "to device"]
+    assert log == [
+        what for n in (6, 7, 8) for what in ("graph", "to host", f"event {n}", f"wait for {n - 1}")
+    ]
+
+
+def test_top_p_on_ranks_is_the_only_wait_of_a_step(
+    tmp_path: Path, device: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They draw together, outside the graph: how wide the nucleus is decides how it is found."""
+    monkeypatch.setattr(
+        model_runner,
+        "CudaGraphRunner",
+        partial(CudaGraphRunner, capture=partial(Replayed, device.log), sampler=None),
+    )
+    one = engine(
+        tiny_checkpoint(tmp_path), device, SamplingParams(temperature=0.7, top_p=0.9, max_tokens=40)
+    )
+    with device:
+        one.step()
+    log = [what for what in device.log if what != "to device"]
+    assert log == ["graph", "looks by nonzero", "to host", "event 6", "wait for 5"]
+
+
+def test_embeddings_are_copied_without_an_extra_wait(tmp_path: Path, device: Device) -> None:
+    one = engine(
+        tiny_checkpoint(tmp_path),
+        device,
+        SamplingParams(temperature=0.0, max_tokens=40, ignore_eos=True),
+    )
+    with device:
+        for kind in KINDS:
+            one.add(
+                EngineRequest(
+                    kind, [5, 6, 7], SamplingParams(temperature=0.0, max_tokens=1), pooling=kind
+                )
+            )
+        reported = [output for _ in range(3) for output in one.step()]
+    log = [what for what in device.log if what != "to device"]
+    steps = [["to host"] * 3, ["graph", "to host"], ["graph", "to host"]]
+    assert log == [
+        what
+        for n, step in enumerate(steps, 6)
+        for what in (*step, f"event {n}", f"wait for {n - 1}")
+    ]
+    assert {output.request_id for output in reported if output.embedding is not None} == set(KINDS)
+
+
+def test_fake_device_notices_a_look(device: Device) -> None:
+    with device:
+        there = torch.ones(3, device=GPU) * 2
+        assert there.tolist() == [2, 2, 2]
+        there.to("cpu").pin_memory().to(GPU)
+        assert bool((there > 1).all())
+    assert device.log == ["looks by tolist", "looks by cpu", "slow copy", "looks by __bool__"]

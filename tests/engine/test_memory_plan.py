@@ -1,0 +1,412 @@
+"""The memory plan: its arithmetic, its errors, and `llmkit serve --plan`."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from support.tiny_models import tiny_checkpoint
+
+from llmkit.checkpoint.checkpoint import Checkpoint
+from llmkit.checkpoint.open_checkpoint import open_checkpoint
+from llmkit.checkpoint.quantized_weight import QuantizationConfig, Scheme
+from llmkit.common.errors import InputError, ShortageError, is_out_of_memory
+from llmkit.model.device import lazy_zeros
+from llmkit.model.families import model_spec
+from llmkit.model.linear import PackedLinear
+from llmkit.model.spec import ModelSpec
+from llmkit.model.weight_loader import load_model
+from llmkit.quant.inspect_checkpoint import parameter_count
+from llmkit.runtime import memory_plan as memory
+from llmkit.runtime.engine.engine_options import EngineOptions
+from llmkit.runtime.engine_loader import load_engine
+from llmkit.runtime.memory_plan import (
+    MemoryPlan,
+    estimate_workspace,
+    free_bytes,
+    loaded_bytes,
+    plan_memory,
+    weight_bytes,
+)
+from llmkit.runtime.part_loader import StartupReport
+
+BLOCK = 2 * 2 * 2 * 16 * 4 * 16  # bytes: k and v, layers, KV heads, head_dim, float32, tokens
+MEBI = 1 << 20
+
+
+@pytest.fixture(scope="module")
+def spec(model: Path) -> ModelSpec:
+    return model_spec(open_checkpoint(model).config)
+
+
+def plan(spec: ModelSpec, free: int, device: str = "cpu", **given: Any) -> MemoryPlan:
+    chosen: dict[str, Any] = {
+        "weight_bytes": 1000,
+        "workspace_bytes": 100,
+        "kv_bytes_per_token": BLOCK // 16,
+        "max_model_len": None,
+        "max_num_seqs": 256,
+        "kv_cache_memory": None,
+    }
+    return plan_memory(spec, device, free_bytes=free, **(chosen | given))
+
+
+def test_kv_cache_gets_what_weights_and_workspace_leave(spec: ModelSpec) -> None:
+    half = plan(spec, 1100 + 20 * BLOCK + 1)
+    assert half == MemoryPlan(1100 + 20 * BLOCK + 1, 1000, 100, 10, BLOCK, 16, 160, 256)
+    assert (half.kv_cache_bytes, half.num_requests(160), half.num_requests(33)) == (
+        10 * BLOCK,
+        1,
+        3,
+    )
+    assert plan(spec, 1100 + 20 * BLOCK, "cuda").num_blocks == 20
+    assert plan(spec, 1100 + 20 * BLOCK, "cuda", kv_bytes_per_token=BLOCK // 32).num_blocks == 40
+    assert plan(spec, 1 << 40, max_num_seqs=3).num_blocks == 3 * 16  # no more than can be used
+    assert plan(spec, 1 << 40, "cuda", max_model_len=17, max_num_seqs=5).num_blocks == 5 * 2
+
+
+def test_kv_cache_on_a_cpu_is_small_unless_one_request_needs_more(spec: ModelSpec) -> None:
+    many = {"max_num_seqs": 1 << 20}
+    assert plan(spec, 1 << 40, **many).kv_cache_bytes == memory.CPU_KV_CACHE_BYTES
+    long = replace(spec, max_position_embeddings=1 << 22)
+    assert (
+        plan(long, 1 << 40, **many).num_blocks * 16 == plan(long, 1 << 40).max_model_len == 1 << 22
+    )
+    assert plan(long, 1 << 40, max_model_len=64, **many).kv_cache_bytes == memory.CPU_KV_CACHE_BYTES
+    assert plan(long, 1100 + 4 * BLOCK).max_model_len == 2 * 16  # the most that fits
+    assert plan(long, 1 << 40, kv_cache_memory=100 * BLOCK).max_model_len == 1600
+
+
+@pytest.mark.parametrize(
+    ("kind", "given", "free", "message"),
+    [
+        (
+            InputError,
+            {"max_model_len": 257},
+            1 << 40,
+            "--max-model-len 257 is over .* At most 256 tokens .*len 256",
+        ),
+        (
+            ShortageError,
+            {},
+            1099,
+            "workspace do not fit on cpu. The weights leave 99 .*--max-num-batched-tokens",
+        ),
+        (
+            ShortageError,
+            {"kv_cache_memory": 6},
+            1105,
+            "--kv-cache-memory 6 bytes does not fit .* leave 5 bytes",
+        ),
+        (
+            ShortageError,
+            {"kv_cache_memory": 6 * BLOCK, "max_model_len": 200},
+            1 << 40,
+            "one request of 200 tokens: that needs .* At most 96 tokens fit. "
+            "Use --max-model-len 96",
+        ),
+        (
+            ShortageError,
+            {},
+            1105,
+            "one request of 1 tokens: .* Give it more with --kv-cache-memory",
+        ),
+    ],
+)
+def test_plan_memory_refuses_what_does_not_fit(
+    spec: ModelSpec, kind: type[InputError], given: dict[str, Any], free: int, message: str
+) -> None:
+    with pytest.raises(kind, match=message):
+        plan(spec, free, **given)
+
+
+@pytest.mark.parametrize("packs", [False, True])
+def test_weight_bytes_are_those_in_memory(
+    spec: ModelSpec, model: Path, monkeypatch: pytest.MonkeyPatch, packs: bool
+) -> None:
+    monkeypatch.setattr(memory, "keeps_weights_packed", lambda _: packs)
+    monkeypatch.setattr(memory, "keeps_weights_int8", lambda _: False)
+    count = parameter_count(spec)
+    cpu = torch.device("cpu")
+    cuda = torch.device("cuda")
+    stored = SimpleNamespace(
+        quantization=None, tensors=open_checkpoint(model).tensors
+    )  # of bfloat16
+    norms = 5 * 64
+    assert weight_bytes(stored, spec, torch.float32, cuda) == count * 4
+    assert weight_bytes(stored, spec, torch.float32, cpu) == (
+        2 * count + 2 * norms if packs else count * 4
+    )
+    stored.quantization = QuantizationConfig("compressed-tensors", Scheme(8))
+    assert weight_bytes(stored, spec, torch.bfloat16, cuda) == count * 2
+    layer = (64 + 32 + 32) * 64 + 64 * 64 + 2 * 128 * 64 + 64 * 128  # qkv, o, gate_up, down
+    rows = (64 + 32 + 32) + 64 + 2 * 128 + 64
+    shapes = 2 * 7 * 2 * 8  # of the dense tensors, which are stored with the packed ones
+    packed = 2 * layer + 4 * rows + 2 * (count - 2 * layer) + shapes
+    assert weight_bytes(stored, spec, torch.bfloat16, cpu) == (packed if packs else count * 2)
+    tied = replace(spec, tie_word_embeddings=True)
+    more = 512 * 64 * 2 if packs else 0  # looked up, and multiplied with
+    table = 512 * 64 * 2
+    assert (
+        weight_bytes(stored, tied, torch.bfloat16, cpu)
+        == (packed if packs else count * 2) - table + more
+    )
+
+
+def test_kv_bytes_per_token(spec: ModelSpec) -> None:
+    assert spec.kv_bytes_per_token(4) == BLOCK // 16
+    assert spec.kv_bytes_per_token(2) == BLOCK // 32
+    assert spec.kv_bytes_per_token(1, per_token_head_scales=True) == 2 * 2 * 2 * (
+        16 + 4
+    )  # quantized values and a float32 scale
+
+
+@pytest.mark.parametrize("kv_cache_dtype", [None, "int8", "fp8"])
+def test_kv_cache_is_as_large_as_planned(
+    spec: ModelSpec, model: Path, kv_cache_dtype: str | None
+) -> None:
+    decoder = load_model(open_checkpoint(model), torch.float32)
+    cache = decoder.new_kv_cache(10, 16, kv_cache_dtype)
+    size = cache.kv.nbytes + (0 if cache.scales is None else cache.scales.nbytes)
+    assert size * len(spec.layers) == 160 * spec.kv_bytes_per_token(
+        1 if kv_cache_dtype else 4, per_token_head_scales=kv_cache_dtype is not None
+    )
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_loaded_bytes_count_shared_weights_once(tmp_path: Path, tied: bool) -> None:
+    source = open_checkpoint(tiny_checkpoint(tmp_path, tie_word_embeddings=tied))
+    count = parameter_count(model_spec(source.config))
+    assert loaded_bytes(load_model(source, torch.float32)) == count * 4
+    packed = load_model(source, torch.float32, packed=True)
+    products = [one for layer in packed.layers for one in layer.linears.values()] + [packed.head]
+    if all(isinstance(one, PackedLinear) for one in products):
+        norms = 5 * 64 * 4
+        assert (
+            loaded_bytes(packed)
+            == sum(one.kernel.nbytes for one in products) + 512 * 64 * 2 + norms
+        )
+
+
+def test_workspace_is_the_widest_activations_and_the_logits(spec: ModelSpec) -> None:
+    assert (
+        estimate_workspace(spec, torch.float32, 10, 3)
+        == 10 * (2 * 64 + 3 * 128) * 4 + 3 * 512 * memory.BYTES_PER_LOGIT
+    )
+
+
+def test_free_bytes_are_what_a_container_limit_leaves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=1000))
+    monkeypatch.setattr(memory, "CGROUP", tmp_path)
+    cpu = torch.device("cpu")
+    assert free_bytes(cpu, 0.9) == 1000  # no such files
+    for name, text in (
+        ("memory.max", "900\n"),
+        ("memory.current", "700\n"),
+        ("memory.stat", "anon 500\nfile 150\n"),
+    ):
+        (tmp_path / name).write_text(text)
+    assert free_bytes(cpu, 0.9) == 900 - 700 + 150
+    (tmp_path / "memory.max").write_text("max\n")
+    assert free_bytes(cpu, 0.9) == 1000
+
+
+def test_memory_is_planned_before_weights_are_read(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "keeps_weights_packed", lambda _: False)
+    weights = parameter_count(model_spec(open_checkpoint(model).config)) * 4
+    monkeypatch.setattr(Checkpoint, "read", lambda *_: pytest.fail("read a tensor"))
+    monkeypatch.setattr(Checkpoint, "read_info", lambda *_: pytest.fail("read a tensor"))
+    for free, todo in (
+        (1000, "Use a smaller model or a larger device"),
+        (weights - 1, "Use --dtype bfloat16"),
+    ):
+        monkeypatch.setattr(
+            "psutil.virtual_memory", lambda free=free: SimpleNamespace(available=free)
+        )
+        with pytest.raises(
+            ShortageError,
+            match=rf"the weights need {weights} bytes .* in float32 and cpu has.*{todo}",
+        ):
+            load_engine(model, EngineOptions(device="cpu"))
+
+
+def test_engine_follows_its_plan(model: Path) -> None:
+    report = StartupReport()
+    engine = load_engine(model, EngineOptions(kv_cache_memory=6 * BLOCK + 1, device="cpu"), report)
+    assert (engine.config.num_blocks, engine.config.max_model_len) == (6, 96)
+    assert report.plan is not None
+    assert report.plan.as_dict()["kv_cache_bytes"] == 6 * BLOCK
+    assert list(report.seconds) == [
+        "checkpoint check",
+        "memory plan",
+        "building",
+        "waiting for the disk",
+        "KV cache",
+    ]
+    assert all(spent >= 0 for spent in report.seconds.values())
+    assert report.fast_paths
+
+
+def test_checkpoint_that_changes_while_it_is_read_is_refused(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for file in model.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    real = Checkpoint.read
+
+    def read(self: Checkpoint, name: str) -> torch.Tensor:
+        os.utime(tmp_path / "model.safetensors")
+        return real(self, name)
+
+    monkeypatch.setattr(Checkpoint, "read", read)
+    with pytest.raises(InputError, match=r"model\.safetensors was changed while it was read"):
+        load_engine(tmp_path, EngineOptions(device="cpu"))
+
+
+def resident() -> int:
+    """Bytes of this process in memory."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def test_zeros_take_no_memory_until_they_are_written() -> None:
+    before = resident()
+    zeros = lazy_zeros((64, MEBI), torch.float32, torch.device("cpu"))
+    assert (zeros.shape, zeros.dtype, resident() - before < 16 * MEBI) == (
+        (64, MEBI),
+        torch.float32,
+        True,
+    )
+    assert zeros[5].sum() == 0
+    zeros[:16] = 1.5
+    assert resident() - before > 60 * MEBI
+    assert (zeros[:16].eq(1.5).all(), zeros[16, 0]) == (True, 0)
+    del zeros
+    assert resident() - before < 16 * MEBI
+    assert lazy_zeros((0, 3), torch.bfloat16, torch.device("cpu")).shape == (0, 3)
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (MemoryError(), True),
+        (OSError(errno.ENOMEM, "Cannot allocate memory"), True),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), True),
+        (RuntimeError("CUDA error: out of memory"), True),
+        (
+            RuntimeError(
+                "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"
+            ),
+            True,
+        ),
+        (RuntimeError("The size of tensor a (3) must match the size of tensor b (4)"), False),
+        (OSError(errno.ENOSPC, "No space left on device"), False),
+        (ValueError("out of memory"), False),
+    ],
+)
+def test_is_out_of_memory_recognizes_allocation_errors(
+    error: BaseException, expected: bool
+) -> None:
+    assert is_out_of_memory(error) is expected
+
+
+def test_is_out_of_memory_recognizes_what_torch_raises_on_a_host() -> None:
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(1 << 60, dtype=torch.uint8)
+    assert is_out_of_memory(caught.value)
+
+
+def serve_plan(decoder: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    command = [
+        sys.executable,
+        "-m",
+        "llmkit.cli.main",
+        "serve",
+        str(decoder),
+        "--plan",
+        "--device",
+        "cpu",
+        *options,
+    ]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
+def test_serve_plan_prints_the_plan(model: Path, spec: ModelSpec) -> None:
+    done = serve_plan(model, "--json", "--kv-cache-memory", str(100 * BLOCK), "--dtype", "bfloat16")
+    assert (done.returncode, done.stderr) == (0, "")
+    document = json.loads(done.stdout)
+    assert document.pop("free_bytes") > document["weight_bytes"]
+    assert document == {
+        "model": str(model),
+        "device": "cpu",
+        "dtype": "bfloat16",
+        "kv_cache_dtype": "bfloat16",
+        "max_num_batched_tokens": 512,
+        "weight_bytes": parameter_count(spec) * 2,
+        "workspace_bytes": estimate_workspace(spec, torch.bfloat16, 512, 256),
+        "kv_cache_bytes": 100 * BLOCK,
+        "kv_blocks": 200,
+        "kv_block_tokens": 16,
+        "kv_bytes_per_token": BLOCK // 32,
+        "kv_cache_tokens": 3200,
+        "max_model_len": 256,
+        "model_limit": 256,
+        "requests": {"256": 12},
+    }
+    table = serve_plan(model, "--kv-cache-memory", str(5 * BLOCK)).stdout
+    for part in (
+        "cpu in float32",
+        "80 (5 blocks)",
+        "80 of the model's 256",
+        "requests of 80 tokens at once",
+    ):
+        assert part in table
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "parts"),
+    [
+        (("--max-model-len", "300"), 3, ["over the model's limit", "Use --max-model-len 256"]),
+        (
+            ("--kv-cache-memory", str(5 * BLOCK), "--max-model-len", "100"),
+            4,
+            ["100 tokens", "Use --max-model-len 80"],
+        ),
+        (("--kv-cache-memory", "1000TB"), 4, ["does not fit on cpu", "Use a smaller one"]),
+    ],
+)
+def test_serve_plan_reports_what_does_not_fit(
+    model: Path, options: tuple[str, ...], code: int, parts: list[str]
+) -> None:
+    done = serve_plan(model, *options)
+    assert (done.returncode, done.stdout) == (code, "")
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("llmkit serve: error: ")
+    assert all(part in line for part in parts)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_workspace_on_cuda_is_measured(model: Path) -> None:
+    report = StartupReport()
+    options = EngineOptions(device="cuda", max_num_batched_tokens=1024, gpu_memory_utilization=0.5)
+    engine = load_engine(model, options, report)
+    assert report.plan is not None
+    plan = report.plan.memory
+    spec = engine.model.spec
+    assert plan.workspace_bytes != estimate_workspace(spec, report.plan.dtype, 1024, 256)
+    assert plan.workspace_bytes >= 1024 * 2 * spec.intermediate_size * 2  # gate and up alone
+    assert plan.weight_bytes + plan.workspace_bytes + plan.kv_cache_bytes <= plan.free_bytes
+    assert torch.cuda.memory_allocated() >= plan.kv_cache_bytes

@@ -1,0 +1,318 @@
+"""One model on several ranks, a process each: the same tokens as on one, and clean ends."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+import torch
+from support.server_process import serving
+from support.tiny_adapters import write_adapter
+from support.tiny_families import COMMON, FAMILIES, family_oracle
+from support.tiny_models import tiny_checkpoint
+
+from llmkit.checkpoint.open_checkpoint import open_checkpoint
+from llmkit.checkpoint.tokenizer import load_tokenizer
+from llmkit.common.errors import InputError, LlmkitError, UsageError
+from llmkit.common.progress import SilentProgress
+from llmkit.model.families import model_spec
+from llmkit.model.parallel_group import rank_spec
+from llmkit.model.parameter_table import parameters
+from llmkit.quant.quantize_checkpoint import quantize
+from llmkit.quant.quantize_options import QuantizeOptions
+from llmkit.runtime.engine.engine import Engine
+from llmkit.runtime.engine.engine_options import EngineOptions
+from llmkit.runtime.engine.engine_request import EngineRequest
+from llmkit.runtime.engine.sampling_params import SamplingParams
+from llmkit.runtime.engine_loader import load_engine
+from llmkit.runtime.parallel.leader import LeadEngine
+from llmkit.runtime.part_loader import StartupReport
+from llmkit.shard.shard_checkpoint import shard
+
+GREEDY = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
+DRAWN = SamplingParams(
+    temperature=0.8, top_k=40, top_p=0.95, min_p=0.01, seed=5, max_tokens=12, ignore_eos=True
+)
+SAMPLING = [GREEDY, GREEDY, DRAWN, GREEDY, DRAWN]
+BLOCK = (
+    2 * 2 * 16 * 4 * 16
+)  # bytes of a rank of two: k and v, its layers and KV heads, head_dim, float32, tokens
+LAYOUTS = {"TP 2": (2, 1), "PP 2": (1, 2), "TP 2 x PP 2": (2, 2)}
+
+
+def prompts(vocab: int = COMMON["vocab_size"]) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(7)
+    return [torch.randint(3, vocab, (n,), generator=generator).tolist() for n in (1, 9, 30, 44, 5)]
+
+
+@contextlib.contextmanager
+def engine(model: Path, start: StartupReport | None = None, **options: Any) -> Iterator[Engine]:
+    """An engine whose other ranks are gone afterwards."""
+    chosen: dict[str, Any] = {"device": "cpu", "kv_cache_memory": 1 << 20} | options
+    running = load_engine(model, EngineOptions(**chosen), start)
+    try:
+        yield running
+    finally:
+        if isinstance(running, LeadEngine):
+            running.close()
+
+
+def to_the_end(running: Engine) -> None:
+    while running.has_work:
+        running.step()
+
+
+def answers(model: Path, **options: Any) -> list[list[int]]:
+    with engine(model, **options) as running:
+        vocab = running.model.spec.full_model.vocab_size
+        return running.generate(prompts(vocab), SAMPLING)
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def family(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, list[list[int]]]:
+    path = tmp_path_factory.mktemp("family")
+    family_oracle(request.param, path)
+    return path, answers(path)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_ranks_answer_as_one_rank_for_every_family(
+    family: tuple[Path, list[list[int]]], layout: str, tmp_path: Path
+) -> None:
+    path, expected = family
+    tp, pp = LAYOUTS[layout]
+    if (tp, pp) == (
+        2,
+        2,
+    ):  # each rank reads its own file; else all cut what they need out of the whole
+        shard(path, tmp_path / "out", tp, pp)
+        assert answers(tmp_path / "out") == expected
+    else:
+        assert answers(path, tp=tp, pp=pp) == expected
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen3-moe"])
+def test_ranks_divide_experts(name: str, tmp_path: Path) -> None:
+    family_oracle(name, tmp_path / "model")
+    expected = answers(tmp_path / "model")
+    assert answers(tmp_path / "model", tp=2, ep=2) == expected
+    shard(tmp_path / "model", tmp_path / "out", 4, ep=2)
+    assert answers(tmp_path / "out") == expected, (
+        "four ranks, two for each half of the experts, two for each KV head"
+    )
+
+
+MODES: dict[str, dict[str, Any]] = {
+    "chunked": {"max_num_batched_tokens": 9},
+    "preempted": {"kv_cache_memory": 9 * BLOCK, "max_model_len": 96},
+    "speculative": {"speculate": 3},
+    "one at a time": {"max_num_seqs": 1},
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("layout", [{"tp": 2}, {"pp": 2}], ids=["TP 2", "PP 2"])
+def test_ranks_answer_the_same_in_every_mode(
+    layout: dict[str, int], mode: str, tmp_path: Path
+) -> None:
+    model = tiny_checkpoint(
+        tmp_path / "model", vocab_size=500, tie_word_embeddings=True
+    )  # no multiple of 2 x 64
+    expected = answers(model)
+    with engine(model, **layout, **MODES[mode]) as running:
+        for _ in range(2):  # the second time from the prefix cache
+            assert running.generate(prompts(500), SAMPLING) == expected
+        assert running.stats().prefix_hits_total > 0
+        assert all(pool.num_used_blocks == 0 for pool in running.scheduler.pools)
+        assert mode != "preempted" or running.stats().preemptions_total > 0
+
+
+def test_pipeline_stages_work_on_different_steps(tmp_path: Path) -> None:
+    model = tiny_checkpoint(tmp_path / "model", num_hidden_layers=4)
+    with engine(model, pp=4) as running:
+        for index in range(8):
+            running.add(EngineRequest(str(index), [5, 6, 7 + index], GREEDY))
+        under_way = []
+        while running.has_work:
+            running.step()
+            flights = [
+                {request.sequence.request.request_id for request in flight.step.requests}
+                for flight in running.in_flight_steps
+            ]
+            assert sum(map(len, flights)) == len(set().union(*flights)), (
+                "a sequence is in one step at a time"
+            )
+            under_way.append(len(flights))
+        assert max(under_way) == 3, "and the last stage's, which is done"
+
+
+@pytest.mark.parametrize(
+    ("family", "layout"), [("llama", {"tp": 2, "pp": 2}), ("qwen3_moe", {"tp": 4, "ep": 2})]
+)
+def test_ranks_load_adapters(family: str, layout: dict[str, int], tmp_path: Path) -> None:
+    model = tiny_checkpoint(tmp_path / "model", family)
+    adapter = str(write_adapter(model, tmp_path / "adapter", lora_alpha=32))
+    requests = [
+        EngineRequest(str(i), prompt, GREEDY, adapter=["it", None][i % 2])
+        for i, prompt in enumerate(prompts(500))
+    ]
+
+    def run(**chosen: Any) -> dict[str, list[int]]:
+        found: dict[str, list[int]] = {request.request_id: [] for request in requests}
+        with engine(model, adapters={"it": adapter}, **chosen) as running:
+            for request in requests:
+                running.add(request)
+            while running.has_work:
+                for output in running.step():
+                    found[output.request_id] += output.token_ids
+        return found
+
+    expected = run()
+    assert expected["0"] != answers(model)[0]
+    assert run(**layout) == expected
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq", "int8"])
+def test_ranks_load_quantized_parts(method: str, tmp_path: Path) -> None:
+    source = tiny_checkpoint(
+        tmp_path / "source", hidden_size=128, intermediate_size=256, head_dim=32
+    )
+    size = None if method == "int8" else 64
+    options = QuantizeOptions(
+        method, group_size=size, samples=2, seq_len=32, evaluate=False, device="cpu"
+    )
+    quantize(source, tmp_path / "model", options, SilentProgress())
+    expected = answers(tmp_path / "model")
+    assert answers(tmp_path / "model", tp=2) == expected
+    shard(tmp_path / "model", tmp_path / "out", 2, 2)
+    assert answers(tmp_path / "out") == expected
+
+
+def test_ranks_read_their_own_files(tmp_path: Path) -> None:
+    shard(tiny_checkpoint(tmp_path / "model"), tmp_path / "out", 2)
+    start = StartupReport()
+    with engine(tmp_path / "out", start):
+        reported = [line for line in start.fast_paths if line.startswith("rank ")]
+    assert [line.split(",")[0] for line in reported] == [
+        f"rank {i}: rank-pp0-tp{i}.safetensors" for i in range(2)
+    ]
+    (tmp_path / "out" / "rank-pp0-tp1.safetensors").chmod(0)
+    if os.geteuid():  # root may read it all the same
+        with pytest.raises(InputError, match="rank 1"):
+            load_engine(tmp_path / "out", EngineOptions(device="cpu"))
+
+
+def test_ranks_detect_a_flipped_bit_in_a_file(tmp_path: Path) -> None:
+    shard(tiny_checkpoint(tmp_path / "model"), tmp_path / "out", 2)
+    file = tmp_path / "out" / "rank-pp0-tp1.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-5] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(InputError, match=r"rank 1: .*SHA-256"):
+        load_engine(tmp_path / "out", EngineOptions(device="cpu"))
+    assert not psutil.Process().children()
+
+
+def test_parallel_sizes_that_are_impossible_are_refused(tmp_path: Path) -> None:
+    model = tiny_checkpoint(tmp_path / "model")
+    shard(model, tmp_path / "out", 2)
+    with pytest.raises(UsageError, match="is sharded for TP 2, PP 1, EP 1"):
+        load_engine(tmp_path / "out", EngineOptions(device="cpu", tp=4))
+    with pytest.raises(InputError, match=r"4/3 = 1\.333 heads"):
+        load_engine(model, EngineOptions(device="cpu", tp=3))
+    with pytest.raises(InputError, match="--draft-model on 2 ranks"):
+        load_engine(model, EngineOptions(device="cpu", tp=2, draft_model=str(model)))
+
+
+def test_parameter_tables_of_all_ranks_cover_the_whole_table() -> None:
+    whole = model_spec(
+        {"model_type": "llama", "architectures": ["LlamaForCausalLM"], **COMMON, "rope_theta": 1e4}
+    )
+    rows = [
+        {row.name for row in parameters(rank_spec(whole, 0, 2, 1, span))}
+        for span in ((0, 1), (1, 4))
+    ]
+    first = {row.sources[0].name for row in parameters(rank_spec(whole, 0, 2, 1, (1, 4)))}
+    assert "embed.weight" in rows[0] and "norm.weight" not in rows[0]
+    assert "embed.weight" not in rows[1] and {"norm.weight", "lm_head.weight"} <= rows[1]
+    assert (
+        "model.layers.1.self_attn.q_proj.weight" in first
+        and "model.layers.0.self_attn.q_proj.weight" not in first
+    )
+
+
+def test_rank_that_dies_ends_the_engine_with_its_reason(tmp_path: Path) -> None:
+    model = tiny_checkpoint(tmp_path / "model")
+    with engine(model, tp=2) as running:
+        heard: list[LlmkitError] = []
+        running.on_death(heard.append)
+        running.add(
+            EngineRequest(
+                "a", [5, 6, 7], SamplingParams(temperature=0.0, max_tokens=200, ignore_eos=True)
+            )
+        )
+        running.step()
+        (child,) = psutil.Process().children()
+        child.kill()
+        with pytest.raises(LlmkitError, match=r"rank 1 ended \(signal SIGKILL"):
+            to_the_end(running)
+        assert [str(error) for error in heard] == [str(heard[0])] and "SIGKILL" in str(heard[0])
+    assert not psutil.Process().children()
+
+
+def test_ranks_end_with_the_first(tmp_path: Path) -> None:
+    model = tiny_checkpoint(tmp_path / "model")
+    code = (
+        "import sys, time\n"
+        "from llmkit.runtime.engine.engine_options import EngineOptions\n"
+        "from llmkit.runtime.engine_loader import load_engine\n"
+        f"engine = load_engine({str(model)!r}, EngineOptions(device='cpu', tp=2, pp=2))\n"
+        "print('ready', flush=True)\n"
+        "time.sleep(60)\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as lead:
+        assert lead.stdout is not None and lead.stdout.readline() == "ready\n"
+        others = psutil.Process(lead.pid).children()
+        assert len(others) == 3
+        lead.kill()
+    _, alive = psutil.wait_procs(others, timeout=10)
+    assert not alive
+
+
+def test_server_on_ranks_answers_and_ends_cleanly(tmp_path: Path) -> None:
+    model = tiny_checkpoint(tmp_path / "model")
+    with engine(model) as alone:
+        (expected,) = alone.generate([[5, 9, 11]], GREEDY)
+    shard(model, tmp_path / "out", 2, 2)
+    body = {"prompt": [5, 9, 11], "max_tokens": 12, "temperature": 0, "ignore_eos": True}
+    log = tmp_path / "log"
+    with serving(log, tmp_path / "out", max_model_len=128) as server, server.client() as client:
+        answer = client.post("/v1/completions", json={"model": "out", **body}).json()
+        assert answer["choices"][0]["text"] == load_tokenizer(open_checkpoint(model)).decode(
+            expected
+        )
+        ranks = server.engine().children()
+        assert len(ranks) == 3
+        ranks[1].send_signal(signal.SIGKILL)
+        assert server.process.wait(20) == 70
+        deadline = time.monotonic() + 10
+        while time.monotonic() < deadline and any(rank.is_running() for rank in ranks):
+            time.sleep(0.1)
+        assert not any(rank.is_running() for rank in ranks)
+        with pytest.raises(httpx.HTTPError):
+            client.get("/health")
+    said = [line for line in log.read_text().splitlines() if "error:" in line]
+    assert said and "rank 2 ended (signal SIGKILL" in said[-1]
+    assert "Traceback" not in log.read_text()

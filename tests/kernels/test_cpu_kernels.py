@@ -1,0 +1,442 @@
+"""The compiled CPU kernels against torch's, in sizes that their blocks divide and do not divide."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Literal
+
+import pytest
+import torch
+from torch.nn import functional
+
+from llmkit.checkpoint.quantized_weight import QuantizedWeight, Scheme
+from llmkit.kernels.activation_quant import fake_quantize_per_token
+from llmkit.kernels.attention import paged_attention
+from llmkit.kernels.attention_metadata import AttentionBatch
+from llmkit.kernels.cpu import cpu_attention, cpu_kernels
+from llmkit.kernels.cpu.cpu_linear import CpuLinear, OneDnnInt8Linear
+from llmkit.kernels.elementwise import act_and_mul, apply_rotary_emb_, rms_norm
+from llmkit.kernels.kv_cache import KV_CACHE_DTYPES, KVCache
+from llmkit.model.linear import pack_weight, supports_w8a8
+from llmkit.quant.grid import round_to_nearest
+
+needs_library = pytest.mark.skipif(
+    cpu_kernels.library is None, reason=f"compiled kernels: {cpu_kernels.status()}"
+)
+SIZES = [
+    (1, 1, 1),
+    (2, 7, 5),
+    (3, 33, 70),
+    (4, 64, 96),
+    (5, 40, 64),
+    (7, 100, 1538),
+    (17, 64, 512),
+    (97, 48, 130),
+]
+TOKENS = [1, 2, 3, 4, 6, 7, 13, 96, 97]  # in the order of the tiles that they are cut into
+
+
+@pytest.fixture(autouse=True)
+def no_gradients() -> Iterator[None]:
+    with torch.inference_mode():
+        yield
+
+
+@pytest.fixture
+def without(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """Call `.setattr(cpu_kernels, "library", None)` on it to have torch's kernels."""
+    return monkeypatch
+
+
+def random(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def packed_linear(
+    parts: Sequence[torch.Tensor | QuantizedWeight],
+    bias: torch.Tensor | None = None,
+    *,
+    quantize_inputs: bool = False,
+) -> CpuLinear:
+    return CpuLinear([pack_weight(part) for part in parts], bias, quantize_inputs=quantize_inputs)
+
+
+def close(y: torch.Tensor, expected: torch.Tensor, limit: float = 2e-6) -> None:
+    """y is as far from the float64 values as `limit` times the largest, at most."""
+    assert y.shape == expected.shape
+    assert (y.double() - expected).abs().max() <= limit * expected.abs().max()
+
+
+def test_cpu_kernels_load_on_x86() -> None:
+    """CI has a compiler. Without this test, a failed build would only skip the others."""
+    flags = torch.backends.cpu.get_cpu_capability()
+    if sys.platform == "linux" and flags.startswith("AVX"):
+        assert cpu_kernels.status() == "on"
+
+
+def test_cpu_kernels_refuse_other_dtypes_devices_and_gradients(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert cpu_kernels.supports(torch.zeros(1)) == (cpu_kernels.library is not None)
+    assert not cpu_kernels.supports(torch.zeros(1, dtype=torch.bfloat16))
+    assert not cpu_kernels.supports(torch.zeros(1, device="meta"))
+    with torch.inference_mode(False), torch.enable_grad():
+        assert not cpu_kernels.supports(torch.zeros(1))
+    monkeypatch.setattr(cpu_kernels, "library", None)
+    assert not cpu_kernels.supports(torch.zeros(1))
+    assert cpu_kernels.status().startswith("off")
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("tokens", "out", "columns"), SIZES)
+def test_cpu_linear_with_dense_weights(
+    tokens: int, out: int, columns: int, dtype: torch.dtype
+) -> None:
+    weight = random(out, columns).to(dtype)
+    x = random(tokens, columns, seed=1)
+    bias = random(out, seed=2)
+    for added in (None, bias):
+        expected = functional.linear(
+            x.double(), weight.double(), None if added is None else added.double()
+        )
+        close(packed_linear([weight], added)(x), expected)
+
+
+@needs_library
+@pytest.mark.parametrize(
+    "scheme", [Scheme(8), Scheme(8, 32), Scheme(4, 32), Scheme(4, 64, symmetric=False)], ids=str
+)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_cpu_linear_with_quantized_weights(scheme: Scheme, dtype: torch.dtype) -> None:
+    weight = round_to_nearest(random(70, 192) * 0.1, scheme, dtype)
+    bias = random(70, seed=2)
+    product = packed_linear([weight])
+    assert product.nbytes <= 0.26 * 4 * 80 * 192 * scheme.bits / 8 + 2 * 4 * 80 * 6
+    for tokens in TOKENS:
+        x = random(tokens, 192, seed=tokens)
+        dense = weight.dequantize().double()
+        close(product(x), x.double() @ dense.T, 4e-6)
+        close(packed_linear([weight], bias)(x), x.double() @ dense.T + bias.double(), 4e-6)
+
+
+@needs_library
+def test_cpu_linear_with_fp8_and_uneven_groups() -> None:
+    x = random(9, 64, seed=1)
+    fp8 = round_to_nearest(random(33, 64), Scheme(8, kind="float", inputs="token"), torch.float32)
+    close(packed_linear([fp8])(x), x.double() @ fp8.dequantize().double().T)
+    quantized = torch.arange(32 * 64).view(32, 64).remainder(16).byte()
+    short = QuantizedWeight(quantized, random(32, 2), torch.full((32, 2), 8).byte(), Scheme(4, 48))
+    close(packed_linear([short])(x), x.double() @ short.dequantize().double().T)
+
+
+@needs_library
+def test_cpu_linear_joins_parts_of_several_types() -> None:
+    four, eight = (
+        round_to_nearest(random(rows, 64), Scheme(bits, 32), torch.float16)
+        for rows, bits in ((5, 4), (21, 8))
+    )
+    parts = [random(7, 64, seed=3), four, random(1, 64, seed=4).half(), eight]
+    dense = torch.cat(
+        [part.dequantize() if isinstance(part, QuantizedWeight) else part.float() for part in parts]
+    )
+    x = random(3, 2, 64, seed=1)
+    bias = random(34, seed=2)
+    close(packed_linear(parts, bias)(x), x.double() @ dense.double().T + bias.double())
+
+
+@needs_library
+def test_cpu_linear_row_does_not_depend_on_the_batch() -> None:
+    int8 = round_to_nearest(random(100, 576), Scheme(8), torch.float32)
+    products = [
+        *(
+            packed_linear([random(100, 576).to(dtype)])
+            for dtype in (torch.float32, torch.bfloat16, torch.float16)
+        ),
+        packed_linear([int8]),
+        packed_linear(
+            [round_to_nearest(random(100, 576), Scheme(4, 64, symmetric=False), torch.float16)]
+        ),
+        packed_linear([int8], quantize_inputs=True),
+    ]
+    x = random(210, 576, seed=1)
+    for product in products:
+        whole = product(x)
+        for rows in (
+            slice(0, 1),
+            slice(5, 7),
+            slice(9, 12),
+            slice(20, 25),
+            slice(90, 100),
+            slice(100, 210),
+        ):
+            assert torch.equal(product(x[rows]), whole[rows])
+
+
+@needs_library
+def test_cpu_linear_w8a8_quantizes_each_token() -> None:
+    for rows, columns in ((33, 70), (64, 576), (16, 8192)):
+        quantized = torch.randint(
+            1, 256, (rows, columns), generator=torch.Generator().manual_seed(0), dtype=torch.uint8
+        )
+        weight = QuantizedWeight(
+            quantized,
+            random(rows, 1, seed=1).exp(),
+            torch.full((rows, 1), 128).byte(),
+            Scheme(8, inputs="token"),
+        )
+        assert supports_w8a8(weight)
+        bias = random(rows, seed=2)
+        dense = weight.dequantize().double()
+        for tokens in TOKENS:
+            x = random(tokens, columns, seed=tokens)
+            x[0] *= tokens % 2  # a token of zeros stays zeros
+            expected = fake_quantize_per_token(x, "int").double() @ dense.T + bias.double()
+            close(packed_linear([weight], bias, quantize_inputs=True)(x), expected)
+    x[2, 3] = torch.nan
+    y = packed_linear([weight], quantize_inputs=True)(x)
+    assert y[2].isnan().all()
+    assert y[[0, 1, 3]].isfinite().all()
+
+
+def test_supports_w8a8_refuses_other_schemes() -> None:
+    def weight(columns: int, groups: int = 1, scheme: Scheme | None = None) -> QuantizedWeight:
+        shape = (4, groups)
+        return QuantizedWeight(
+            torch.zeros(4, columns).byte(),
+            torch.ones(shape),
+            torch.zeros(shape).byte(),
+            scheme or Scheme(8),
+        )
+
+    assert supports_w8a8(weight(6))
+    assert not supports_w8a8(weight(7))
+    assert not supports_w8a8(weight(64, 2, Scheme(8, 32)))
+    assert not supports_w8a8(weight(6, scheme=Scheme(8, symmetric=False)))
+    assert not supports_w8a8(weight(6, scheme=Scheme(4, 6)))
+
+
+def test_onednn_int8_linear_is_exact() -> None:
+    """Codes small enough not to overflow without VNNI, in sizes that no kernel's block divides."""
+    generator = torch.Generator().manual_seed(0)
+    for tokens, out, columns in SIZES[:5]:
+        quantized = torch.randint(
+            128 - 60, 128 + 61, (out, columns), generator=generator, dtype=torch.uint8
+        )
+        x = torch.randint(-127, 128, (tokens, columns), generator=generator).float()
+        scales = torch.exp2(torch.randint(-9, 0, (out, 1), generator=generator).float())
+        expected = (x.double() @ (quantized.double() - 128).T * scales.double().T).float()
+        assert torch.equal(OneDnnInt8Linear(quantized, scales).multiply(x), expected)
+
+
+def test_has_int8_matmul_detects_saturation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sums of two products that saturate at 16 bits, as without VNNI, and exact ones."""
+    from llmkit.kernels.cpu import cpu_linear as linear
+
+    class Pairs(OneDnnInt8Linear):
+        limit = 2**15 - 1
+
+        def __init__(self, quantized: torch.Tensor, scales: torch.Tensor) -> None:
+            self.weight = quantized.double() - 128
+
+        def multiply(self, quantized: torch.Tensor) -> torch.Tensor:
+            pairs = ((quantized[:, None] + 128) * self.weight).unflatten(-1, (-1, 2)).sum(-1)
+            return (
+                pairs.clamp(-self.limit - 1, self.limit).sum(-1) - 128 * self.weight.sum(-1)
+            ).float()
+
+    monkeypatch.setattr(linear, "OneDnnInt8Linear", Pairs)
+    assert not linear.has_int8_matmul.__wrapped__()
+    monkeypatch.setattr(Pairs, "limit", 2**31)
+    assert linear.has_int8_matmul.__wrapped__()
+
+
+@needs_library
+def test_cpu_linear_keeps_16_bit_dtypes() -> None:
+    weight = random(9, 40).bfloat16()
+    x = random(3, 40, seed=1)
+    for dtype in (torch.bfloat16, torch.float16):
+        y = packed_linear([weight])(x.to(dtype))
+        assert y.dtype == dtype
+        close(y, x.to(dtype).double() @ weight.double().T, 2.0**-8)
+
+
+@needs_library
+@pytest.mark.parametrize("shape", [(1, 8), (3, 5), (2, 3, 64), (70, 576), (40, 1001)])
+def test_cpu_rms_norm(shape: tuple[int, ...]) -> None:
+    x = random(*shape)
+    weight = random(shape[-1], seed=1)
+    y = rms_norm(x, weight, 1e-5)
+    close(y, functional.rms_norm(x.double(), weight.shape, weight.double(), 1e-5), 1e-6)
+
+
+@needs_library
+@pytest.mark.parametrize(("dim", "turned"), [(64, 64), (16, 8), (80, 32), (128, 128)])
+def test_cpu_rotary_emb_is_in_place_and_leaves_the_rest(
+    dim: int, turned: int, without: pytest.MonkeyPatch
+) -> None:
+    whole = random(23, 7, dim)
+    angles = random(23, 1, turned // 2, seed=1)
+    cos = torch.cat((angles.cos(),) * 2, -1)
+    sin = torch.cat((-angles.sin(), angles.sin()), -1)
+    ours = whole.clone()
+    theirs = whole.clone()
+    apply_rotary_emb_(ours[:, :5], cos, sin)
+    without.setattr(cpu_kernels, "library", None)
+    apply_rotary_emb_(theirs[:, :5], cos, sin)
+    torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-6)
+    assert torch.equal(ours[:, 5:], whole[:, 5:])
+    assert torch.equal(ours[..., turned:], whole[..., turned:])
+
+
+@needs_library
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
+@pytest.mark.parametrize("shape", [(1, 16), (3, 48), (130, 3072)])
+def test_cpu_act_and_mul(activation: Literal["silu", "gelu_tanh"], shape: tuple[int, int]) -> None:
+    x = random(*shape) * 8
+    x[0, :8] = torch.tensor([0.0, -0.0, 100, -100, 1e-30, 88, -88, 20])
+    gate, up = x.double().chunk(2, -1)
+    expected = (
+        functional.silu(gate) if activation == "silu" else functional.gelu(gate, approximate="tanh")
+    )
+    torch.testing.assert_close(
+        act_and_mul(x, activation).double(), expected * up, atol=1e-6, rtol=1e-6
+    )
+    x[0, 3] = torch.nan
+    assert act_and_mul(x, activation)[0, 3].isnan()
+
+
+HEADS = [
+    (9, 3, 64),
+    (4, 4, 16),
+    (8, 1, 80),
+    (2, 2, 40),
+    (14, 2, 128),
+    (6, 2, 256),
+]  # queries, keys, dimensions
+MIXED = ([1, 1, 5, 40, 1, 130, 3], [1, 65, 5, 40, 300, 200, 67])  # new tokens, context
+
+
+def tables(contexts: list[int], size: int = 16) -> tuple[list[list[int]], int]:
+    """Blocks in no order, some of them nobody's."""
+    counts = [-(-context // size) for context in contexts]
+    free = torch.randperm(sum(counts) + 5, generator=torch.Generator().manual_seed(7)).tolist()
+    return [[free.pop() for _ in range(count)] for count in counts], sum(counts) + 5
+
+
+@needs_library
+@pytest.mark.parametrize(("heads", "kv_heads", "dim"), HEADS)
+@pytest.mark.parametrize("window", [None, 1, 20, 100])
+@pytest.mark.parametrize("softcap", [None, 30.0])
+@pytest.mark.parametrize("kind", [None, "int8"])
+def test_cpu_attention(
+    heads: int,
+    kv_heads: int,
+    dim: int,
+    window: int | None,
+    softcap: float | None,
+    kind: str | None,
+    without: pytest.MonkeyPatch,
+) -> None:
+    new, contexts = MIXED
+    rows, blocks = tables(contexts)
+    shape = (2 * kv_heads, blocks, 16, dim)
+    kv = random(*shape) * 2
+    cache = KVCache(kv)
+    if kind:
+        quantized = torch.randint(-127, 128, shape, generator=torch.Generator().manual_seed(1)).to(
+            KV_CACHE_DTYPES[kind]
+        )
+        cache = KVCache(quantized, scales=random(2 * kv_heads, blocks, 16, 1).abs() * 0.03)
+        if window:
+            cache = KVCache(quantized, static_scales=random(2 * kv_heads, 1, 1).abs() * 0.03)
+    nobody = sorted(set(range(blocks)) - {block for row in rows for block in row})
+    if not kind:
+        kv[:, nobody] = torch.nan
+    queries = random(sum(new), heads + 2, dim, seed=2)[
+        :, :heads
+    ]  # rows that do not lie side by side
+    group = AttentionBatch.build(new, contexts, {None: rows}, 16).metadata(window)
+    assert cpu_attention.supports(queries, cache)
+    ours = paged_attention(queries, cache, group, dim**-0.5, softcap)
+    without.setattr(cpu_kernels, "library", None)
+    theirs = paged_attention(queries, cache, group, dim**-0.5, softcap)
+    torch.testing.assert_close(ours, theirs, atol=3e-5, rtol=3e-5)
+
+
+@needs_library
+def test_cpu_attention_does_not_depend_on_the_batch_or_chunks() -> None:
+    rows, blocks = tables([230, 90])
+    cache = KVCache(random(6, blocks, 16, 64))
+    queries = random(320, 9, 64, seed=1)
+    for window in (None, 50):
+        whole = paged_attention(
+            queries,
+            cache,
+            AttentionBatch.build([230, 90], [230, 90], {None: rows}, 16).metadata(window),
+            0.125,
+        )
+        for start, stop in ((0, 1), (0, 100), (100, 230), (229, 230), (17, 18)):
+            group = AttentionBatch.build([stop - start], [stop], {None: rows[:1]}, 16).metadata(
+                window
+            )
+            assert torch.equal(
+                paged_attention(queries[start:stop], cache, group, 0.125), whole[start:stop]
+            )
+
+
+@needs_library
+def test_cpu_attention_does_not_read_freed_blocks() -> None:
+    cache = KVCache(random(6, 10, 16, 64))
+    queries = random(2, 9, 64, seed=1)
+    kept = [[3, 4, 5, 6, 7, 8]]
+    freed = [[-1, -1, 5, 6, 7, 8]]
+    answers = [
+        paged_attention(
+            queries, cache, AttentionBatch.build([2], [90], {40: table}, 16).metadata(40), 0.125
+        )
+        for table in (kept, freed)
+    ]
+    assert torch.equal(*answers)
+
+
+@needs_library
+def test_cpu_store_kv_writes_to_the_slots(without: pytest.MonkeyPatch) -> None:
+    qkv = random(70, 15, 64)
+    slots = torch.randperm(160, generator=torch.Generator().manual_seed(1))[:70]
+    ours = KVCache(torch.zeros(6, 10, 16, 64))
+    theirs = KVCache(torch.zeros(6, 10, 16, 64))
+    ours.store(qkv[:, 9:], slots)
+    without.setattr(cpu_kernels, "library", None)
+    theirs.store(qkv[:, 9:], slots)
+    assert torch.equal(ours.kv, theirs.kv)
+
+
+def test_cpu_attention_supports() -> None:
+    def fits(
+        heads: int = 9,
+        kv_heads: int = 3,
+        size: int = 16,
+        dim: int = 64,
+        dtype: torch.dtype = torch.float32,
+    ) -> bool:
+        return cpu_attention.supports(
+            torch.zeros(1, heads, dim), KVCache(torch.zeros(2 * kv_heads, 2, size, dim).to(dtype))
+        )
+
+    assert fits() == (cpu_kernels.library is not None)
+    assert not fits(dim=60)
+    assert not fits(dim=264)
+    assert not fits(size=24)
+    assert not fits(heads=49, kv_heads=1)
+    assert not fits(dtype=torch.bfloat16)
+    assert not fits(dtype=KV_CACHE_DTYPES["fp8"])
+
+
+@needs_library
+def test_cpu_kernels_refuse_wrong_arguments() -> None:
+    with pytest.raises(TypeError, match="13 numbers were expected, 1 were given"):
+        cpu_kernels.library.linear(1)
+    with pytest.raises(TypeError):
+        cpu_kernels.library.rms_norm(0, 0, 0, 0, "0", 1.0)

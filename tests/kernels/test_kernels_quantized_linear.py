@@ -1,0 +1,331 @@
+"""Quantized linear layers: their Triton kernels interpreted, and compiled for two GPUs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.quantized_linear_cases import FP8, Case, assert_close
+from support.synthetic_checkpoint import LLAMA
+from support.triton_checks import HOPPER_SHARED_BYTES, Compiled, compiled_for, interpreted
+
+from llmkit.checkpoint.quantized_weight import QuantizationConfig, Scheme
+from llmkit.kernels import quantized_linear
+from llmkit.kernels.activation_quant import quantize_per_token, quantize_static
+from llmkit.kernels.quantized_linear import FLOAT32_TILE, MAX_FUSED_ROWS, TILES, WeightOnlyLinear
+from llmkit.model.families import model_spec
+from llmkit.model.linear import supported_on_gpu
+from llmkit.model.parameter_table import parameters
+from llmkit.model.weight_loader import can_stay_packed
+
+FLOAT = torch.float32
+HALF = torch.float16
+BRAIN = torch.bfloat16
+CASES = [
+    Case(4, 128, 1, 64, 512),
+    Case(4, 128, 2, 130, 576, symmetric=False, biased=True, dtype=HALF),
+    Case(4, 64, 5, 70, 576, biased=True, splits=2),
+    Case(4, 32, 16, 64, 320, symmetric=False, dtype=HALF, splits=3),
+    Case(4, -1, 33, 100, 200, symmetric=False, biased=True, dtype=HALF, splits=2),
+    Case(4, 32, 64, 136, 256, dtype=HALF),
+    Case(4, 256, 3, 1, 1152, symmetric=False, splits=4),
+    Case(4, 96, 1, 16, 288, symmetric=False),
+    Case(4, 128, 2, 64, 512, symmetric=False, dtype=HALF),
+    Case(8, 128, 1, 72, 576, dtype=HALF, splits=5),
+    Case(8, 64, 2, 64, 256, symmetric=False, biased=True),
+    Case(8, 32, 5, 33, 576, symmetric=False, dtype=HALF, splits=4),
+    Case(8, -1, 16, 130, 200, biased=True),
+    Case(8, -1, 33, 64, 64, symmetric=False, dtype=HALF),
+    Case(8, 128, 64, 129, 320, dtype=HALF, splits=2),
+    Case(8, 32, 70, 24, 80, dtype=HALF),
+]
+
+
+@pytest.fixture(scope="module")
+def on_triton(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    folder = tmp_path_factory.mktemp("interpreted")
+    return interpreted(
+        "support.quantized_linear_cases",
+        "run_weight_only_linear",
+        [case.arguments() for case in CASES],
+        folder,
+    )
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.label)
+def test_weight_only_linear_matches_the_dense_weight(case: Case, on_triton: list[Any]) -> None:
+    y, again, dense = on_triton[CASES.index(case)]
+    weight = case.weight().dequantize()
+    assert torch.equal(dense, weight)  # so words are unpacked as they were packed
+    assert y.dtype == case.dtype
+    assert_close(y, case.expected(weight), 3e-6 if case.dtype == FLOAT else 2e-3)
+    assert torch.equal(y, again)
+
+
+@pytest.mark.parametrize(
+    ("case", "inputs"),
+    [
+        (Case(4, 128, 1, 24, 512), 512),
+        (Case(8, 32, 1, 40, 192), 192),
+        (Case(4, 64, 1, 24, 576), 640),
+    ],
+)
+def test_weight_only_linear_nbytes(case: Case, inputs: int) -> None:
+    weight = case.weight()
+    product = WeightOnlyLinear(weight.q, weight.scales, weight.zeros, case.bits, case.group)
+    assert product.nbytes == case.outputs * inputs * case.bits // 8 + 4 * weight.scales.numel()
+
+
+def outliers(rows: int, columns: int) -> torch.Tensor:
+    """Rows of different sizes; one of zeros, one with an infinity, one with NaN."""
+    x = (
+        torch.randn(rows, columns, generator=torch.Generator().manual_seed(rows))
+        * torch.logspace(-3, 3, rows)[:, None]
+    )
+    x[1] = 0
+    x[2, 5] = torch.inf
+    x[3, 7] = torch.nan
+    return x
+
+
+SCALE = torch.tensor([0.01])
+ROWS = [
+    (outliers(5, 576), torch.int8, None),
+    (outliers(4, 70).half(), torch.int8, None),
+    (outliers(9, 1030), FP8, None),
+    (outliers(6, 64), FP8, SCALE),
+]
+
+
+def test_quantize_rows_matches_the_reference(tmp_path: Path) -> None:
+    results = interpreted("support.quantized_linear_cases", "run_quantize_rows", ROWS, tmp_path)
+    for (x, dtype, scale), (quantized, scales) in zip(ROWS, results, strict=True):
+        kind = "int" if dtype == torch.int8 else "float"
+        expected, own = quantize_per_token(x, kind)
+        if scale is not None:
+            expected = quantize_static(x.float(), scale, kind)
+            own = scale.expand(len(x), 1)
+        assert quantized.dtype == dtype
+        torch.testing.assert_close(scales, own, rtol=0, atol=0, equal_nan=True)
+        finite = [row for row in range(len(x)) if row not in (2, 3)]
+        assert torch.equal(quantized[finite].float(), expected[finite])
+        if scale is None:  # what is not finite makes its row so
+            assert not (quantized.float() * scales)[2:4].isfinite().all(1).any()
+
+
+EIGHT_BITS = [
+    (1, 24, 64, torch.int8, FLOAT, None),
+    (33, 16, 576, torch.int8, HALF, None),
+    (3, 32, 64, FP8, HALF, None),
+    (70, 16, 144, FP8, BRAIN, SCALE),
+]
+
+
+def test_w8a8_linear_matches_dequantized(tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    calls = []
+    wanted = []
+    for rows, outputs, columns, kind, dtype, scale in EIGHT_BITS:
+        quantized = torch.randint(-127, 128, (outputs, columns), generator=generator).to(kind)
+        scales = torch.rand(outputs, 1, generator=generator) * 0.01
+        x = torch.randn(rows, columns, generator=generator).to(dtype)
+        bias = torch.randn(outputs, generator=generator).to(dtype) if rows != 33 else None
+        calls.append((x, quantized, scales, bias, scale))
+        steps, own = quantize_per_token(x, "int" if kind == torch.int8 else "float")
+        if scale is not None:
+            steps = quantize_static(x.float(), scale, "float")
+            own = scale
+        exact = (steps.double() @ quantized.double().T) * own * scales.T
+        wanted.append(exact if bias is None else exact + bias)
+    results = interpreted("support.quantized_linear_cases", "run_w8a8_linear", calls, tmp_path)
+    for (x, quantized, *_), expected, y in zip(calls, wanted, results, strict=True):
+        assert y.dtype == x.dtype
+        assert_close(
+            y,
+            expected,
+            1e-6 if x.dtype == FLOAT else 1e-3 if quantized.dtype == torch.int8 else 8e-3,
+        )
+
+
+def compiled_product(
+    capability: int,
+    tile: tuple[int, ...],
+    bits: int,
+    group: int,
+    symmetric: bool,
+    folder: Path,
+    *,
+    dtype: str = "*bf16",
+    splits: bool = True,
+) -> Compiled:
+    _, BM, BN, warps, stages, _ = tile
+    kinds = {
+        "x": dtype,
+        "words": "*i16",
+        "scales_and_zeros": "*i32",
+        "y": "*fp32" if splits else dtype,
+    }
+    kinds |= dict.fromkeys(("M", "N", "K", "blocks_per_split"), "i32")
+    constants: dict[str, Any] = {
+        "BITS": bits,
+        "GROUP": group,
+        "SYMMETRIC": symmetric,
+        "W": 32 if group == 32 else 64,
+    }
+    constants |= {"BM": BM, "BN": BN, "STAGES": stages} | ({"bias": None} if splits else {})
+    arguments = kinds if splits else kinds | {"bias": dtype}
+    return compiled_for(
+        capability,
+        quantized_linear._weight_only_linear_kernel,
+        arguments,
+        constants,
+        folder,
+        num_warps=warps,
+    )
+
+
+WHOLE = 1 << 30
+SHARED = {
+    90: HOPPER_SHARED_BYTES // 3,
+    80: 99 * 1024,
+}  # three programs; the least that GPUs from 8.0 on have
+FORMS = [(4, 128, True, True), (4, 32, False, False), (8, WHOLE, True, False), (8, 64, False, True)]
+
+
+@pytest.mark.parametrize("tile", TILES, ids=lambda tile: str(tile[0]))
+@pytest.mark.parametrize(
+    ("capability", "bits", "group", "symmetric", "splits"),
+    [(90, *form) for form in FORMS] + [(80, *form) for form in FORMS[:2]],
+)
+def test_weight_only_linear_kernel_compiles(
+    capability: int,
+    tile: tuple[int, ...],
+    bits: int,
+    group: int,
+    symmetric: bool,
+    splits: bool,
+    tmp_path: Path,
+) -> None:
+    compiled = compiled_product(capability, tile, bits, group, symmetric, tmp_path, splits=splits)
+    assert compiled.stack_bytes == 0
+    assert compiled.shared_bytes <= SHARED[capability]
+    assert ("HGMMA" if capability == 90 and tile[1] >= 32 else "HMMA") in compiled.code
+
+
+def test_weight_only_linear_kernel_compiles_for_float32(tmp_path: Path) -> None:
+    compiled = compiled_product(90, FLOAT32_TILE, 4, 128, True, tmp_path, dtype="*fp32")
+    assert compiled.stack_bytes == 0
+    assert compiled.shared_bytes <= SHARED[80]
+
+
+OTHERS: list[tuple[str, dict[str, str], dict[str, Any]]] = [
+    (
+        "_dequantize_kernel",
+        {"words": "*i16", "scales_and_zeros": "*i32", "weight": "*bf16", "N": "i32", "K": "i32"},
+        {"BITS": 4, "GROUP": 128, "SYMMETRIC": False, "W": 64, "BN": 64},
+    ),
+    (
+        "_epilogue_kernel",
+        {"sums": "*fp32", "y": "*bf16", "M": "i32", "N": "i32"},
+        {"row_scales": None, "scales": None, "bias": None, "SPLITS": 8, "TILE": 512},
+    ),
+    (
+        "_epilogue_kernel",
+        {
+            "sums": "*i32",
+            "row_scales": "*fp32",
+            "scales": "*fp32",
+            "bias": "*bf16",
+            "y": "*bf16",
+            "M": "i32",
+            "N": "i32",
+        },
+        {"SPLITS": 1, "TILE": 512},
+    ),
+    (
+        "_quantize_rows_kernel",
+        {"x": "*bf16", "q": "*i8", "scales": "*fp32", "K": "i32"},
+        {"static_scale": None, "MAX_VALUE": 127.0, "TILE": 16384},
+    ),
+    (
+        "_quantize_rows_kernel",
+        {"x": "*bf16", "static_scale": "*fp32", "q": "*fp8e4nv", "scales": "*fp32", "K": "i32"},
+        {"MAX_VALUE": 448.0, "TILE": 16384},
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "arguments", "constants"), OTHERS)
+def test_quantized_linear_kernels_compile(
+    name: str, arguments: dict[str, str], constants: dict[str, Any], tmp_path: Path
+) -> None:
+    warps = 16 if name == "_quantize_rows_kernel" else 4
+    for capability in (90,) if "*fp8e4nv" in arguments.values() else (90, 80):
+        compiled = compiled_for(
+            capability,
+            getattr(quantized_linear, name),
+            arguments,
+            constants,
+            tmp_path,
+            num_warps=warps,
+        )
+        assert compiled.stack_bytes == 0
+
+
+def test_weight_only_linear_has_a_tile_for_every_number_of_rows() -> None:
+    assert [tile[0] for tile in TILES] == sorted(tile[0] for tile in TILES)
+    assert TILES[-1][0] == MAX_FUSED_ROWS
+
+
+@pytest.mark.parametrize(
+    ("scheme", "shape", "dtype", "capability", "expected"),
+    [
+        (Scheme(4, 128), (7, 576), BRAIN, (8, 0), True),
+        (Scheme(8), (7, 9), FLOAT, (9, 0), True),
+        (Scheme(4, 40), (64, 80), BRAIN, (9, 0), False),
+        (Scheme(4, 128), (64, 128), BRAIN, (7, 5), False),
+        (Scheme(8, inputs="token"), (24, 64), FLOAT, (8, 0), True),
+        (Scheme(8, inputs="token"), (20, 64), FLOAT, (8, 0), False),
+        (Scheme(8, inputs="token"), (24, 60), FLOAT, (8, 0), False),
+        (Scheme(8, kind="float", inputs="token"), (32, 64), BRAIN, (8, 9), True),
+        (Scheme(8, kind="float", inputs="tensor"), (32, 64), HALF, (9, 0), True),
+        (Scheme(8, kind="float", inputs="token"), (24, 64), BRAIN, (9, 0), False),
+        (Scheme(8, kind="float", inputs="token"), (32, 64), BRAIN, (8, 6), False),
+        (Scheme(8, kind="float", inputs="token"), (32, 64), FLOAT, (9, 0), False),
+    ],
+)
+def test_supported_on_gpu_by_scheme_and_shape(
+    scheme: Scheme,
+    shape: tuple[int, int],
+    dtype: torch.dtype,
+    capability: tuple[int, int],
+    expected: bool,
+) -> None:
+    assert supported_on_gpu(scheme, shape, dtype, capability) == expected
+
+
+def test_load_model_packs_linears_of_one_scheme(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("llmkit.model.weight_loader.gpu_capability", lambda _: (8, 0))
+    odd = ("model.layers.1.self_attn.v_proj", Scheme(8, 32))
+    config = QuantizationConfig("compressed-tensors", Scheme(4, 32), overrides=(odd,))
+    mixtral = {
+        "model_type": "mixtral",
+        "architectures": ["MixtralForCausalLM"],
+        "num_local_experts": 2,
+    }
+    for changes, expected in (
+        ({}, {"attn.qkv", "attn.o", "mlp.gate_up", "mlp.down"}),
+        (mixtral | {"num_experts_per_tok": 1}, {"attn.qkv", "attn.o"}),
+    ):
+        rows = parameters(model_spec(LLAMA | changes))
+        packed = {row.module for row in rows if can_stay_packed("cuda", row, config, BRAIN)}
+        assert packed == {f"layers.{i}.{name}" for i in range(2) for name in expected} - {
+            "layers.1.attn.qkv"
+        }
+        assert not any(can_stay_packed("cuda", row, None, BRAIN) for row in rows)

@@ -1,0 +1,261 @@
+"""`model_spec` of a config.json, against the config classes and RoPE functions of transformers."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from llmkit.checkpoint.hf_config import FAMILIES
+from llmkit.common.errors import InputError
+from llmkit.model.families import SUPPORTED, model_spec
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 128,
+    "hidden_size": 256,
+    "intermediate_size": 48,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 32,
+    "max_position_embeddings": 4096,
+}
+EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+ARCHITECTURES = {kind: name for name, (kind, _) in SUPPORTED.items()}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 1024}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 512,
+}
+LONG = {
+    "type": "longrope",
+    "short_factor": [1.0, 1.1, 1.2, 1.3],
+    "long_factor": [1.0, 2.0, 4.0, 8.0],
+}
+HALF = ["sliding_attention", "full_attention"] * 4
+GEMMA3_ROPE = {
+    "sliding_attention": {"rope_type": "default", "rope_theta": 12345.0},
+    "full_attention": {"rope_type": "linear", "rope_theta": 54321.0, "factor": 8.0},
+}
+# What a config of each family may say beside its sizes.
+VARIANTS: list[tuple[str, dict[str, Any]]] = [
+    *((kind, {}) for kind in FAMILIES),
+    (
+        "llama",
+        {
+            "num_key_value_heads": 2,
+            "attention_bias": True,
+            "mlp_bias": True,
+            "tie_word_embeddings": True,
+        },
+    ),
+    (
+        "llama",
+        {"num_key_value_heads": None, "head_dim": None, "rope_scaling": None, "rms_norm_eps": 1e-5},
+    ),
+    ("llama", {"rope_theta": 500000.0, "rope_scaling": LLAMA3}),
+    ("llama", {"rope_parameters": LLAMA3 | {"rope_theta": 1000, "factor": 3.0}}),
+    ("llama", {"rope_scaling": {"type": "linear", "factor": 3.0}, "head_dim": 16}),
+    ("llama", {"rope_scaling": YARN, "original_max_position_embeddings": 700}),
+    (
+        "llama",
+        {
+            "rope_scaling": YARN
+            | {"truncate": False, "beta_fast": 20, "beta_slow": 2, "attention_factor": 0.7}
+        },
+    ),
+    (
+        "llama",
+        {
+            "rope_scaling": {
+                "rope_type": "yarn",
+                "factor": 2.0,
+                "mscale": 0.7,
+                "mscale_all_dim": 1.1,
+            }
+        },
+    ),
+    ("llama", {"partial_rotary_factor": 0.5}),
+    ("mistral", {"sliding_window": None, "head_dim": 32}),
+    ("mistral", {"sliding_window": 100, "rope_theta": 1e6}),
+    ("qwen2", {"use_sliding_window": True, "sliding_window": 12, "max_window_layers": 3}),
+    ("qwen2", {"use_sliding_window": False, "sliding_window": 12, "layer_types": HALF}),
+    ("qwen2", {"rope_scaling": YARN, "rope_theta": 1e6}),
+    ("qwen3", {"attention_bias": True, "head_dim": 16}),
+    (
+        "phi3",
+        {"rope_scaling": LONG, "original_max_position_embeddings": 1024, "sliding_window": 50},
+    ),
+    (
+        "phi3",
+        {
+            "rope_scaling": LONG | {"attention_factor": 1.5, "factor": 7.0},
+            "original_max_position_embeddings": 99,
+        },
+    ),
+    ("phi3", {"partial_rotary_factor": 0.5}),
+    (
+        "gemma2",
+        {"layer_types": HALF[::-1], "final_logit_softcapping": None, "query_pre_attn_scalar": 24},
+    ),
+    ("gemma3_text", {"rope_scaling": {"rope_type": "linear", "factor": 8.0}, "rope_theta": 77.0}),
+    (
+        "gemma3_text",
+        {"sliding_window_pattern": 3, "rope_local_base_freq": 55.0, "sliding_window": 30},
+    ),
+    ("gemma3_text", {"rope_parameters": GEMMA3_ROPE, "layer_types": HALF}),
+    (
+        "granite",
+        {
+            "attention_multiplier": 0.3,
+            "embedding_multiplier": 2,
+            "residual_multiplier": 0.2,
+            "mlp_bias": True,
+        },
+    ),
+    ("granite", {"logits_scaling": 8.0}),
+    ("smollm3", {"no_rope_layers": [1, 0] * 4, "use_sliding_window": True, "sliding_window": 20}),
+    ("smollm3", {"no_rope_layer_interval": 2, "tie_word_embeddings": False}),
+    ("mixtral", {"sliding_window": 12, "rope_theta": 10.0}),
+    ("qwen3_moe", {"norm_topk_prob": True, "mlp_only_layers": [1], "decoder_sparse_step": 2}),
+    ("qwen3_moe", {"use_sliding_window": True, "sliding_window": 12, "attention_bias": True}),
+]
+
+
+def config_of(kind: str, values: dict[str, Any]) -> dict[str, Any]:
+    sizes = SIZES | (EXPERTS if kind in ("mixtral", "qwen3_moe") else {})
+    return {"architectures": [ARCHITECTURES[kind]], "model_type": kind} | sizes | values
+
+
+def frequencies(
+    config: Any, kind: str | None = None, length: int | None = None
+) -> tuple[list[float], float]:
+    """transformers' own, of one of the config's layer types (None: of all)."""
+    given = config.rope_parameters if kind is None else config.rope_parameters[kind]
+    if given["rope_type"] == "default":
+        dim = int((config.head_dim or 0) * given.get("partial_rotary_factor", 1.0))
+        return (
+            1.0 / (given["rope_theta"] ** (torch.arange(0, dim, 2).float() / dim))
+        ).tolist(), 1.0
+    found, scale = ROPE_INIT_FUNCTIONS[given["rope_type"]](
+        config, torch.device("cpu"), seq_len=length, layer_type=kind
+    )
+    return found.tolist(), scale
+
+
+@pytest.mark.parametrize(("kind", "values"), VARIANTS)
+def test_model_spec_agrees_with_transformers(kind: str, values: dict[str, Any]) -> None:
+    config = config_of(kind, values)
+    spec = model_spec(config)
+    theirs = transformers.AutoConfig.for_model(**config)
+    if getattr(theirs, "head_dim", None) is None:
+        theirs.head_dim = theirs.hidden_size // theirs.num_attention_heads
+    for ours, name in (
+        ("hidden_size", "hidden_size"),
+        ("num_heads", "num_attention_heads"),
+        ("num_kv_heads", "num_key_value_heads"),
+        ("head_dim", "head_dim"),
+        ("intermediate_size", "intermediate_size"),
+        ("vocab_size", "vocab_size"),
+        ("max_position_embeddings", "max_position_embeddings"),
+        ("rms_norm_eps", "rms_norm_eps"),
+        ("tie_word_embeddings", "tie_word_embeddings"),
+    ):
+        assert getattr(spec, ours) == getattr(theirs, name), name
+    types = getattr(theirs, "layer_types", None) or ["sliding_attention"] * 8
+    windows = [
+        getattr(theirs, "sliding_window", None) if name == "sliding_attention" else None
+        for name in types
+    ]
+    assert [layer.sliding_window for layer in spec.layers] == windows
+    if kind == "smollm3":
+        assert [layer.rope is not None for layer in spec.layers] == [
+            bool(rotary) for rotary in theirs.no_rope_layers
+        ]
+    assert spec.qkv_bias == (kind == "qwen2" or getattr(theirs, "attention_bias", False))
+    assert spec.mlp_bias == getattr(theirs, "mlp_bias", False)
+    assert spec.attn_logit_softcapping == getattr(theirs, "attn_logit_softcapping", None)
+    assert spec.final_logit_softcapping == getattr(theirs, "final_logit_softcapping", None)
+    if spec.moe is not None:
+        assert spec.moe.num_experts == theirs.num_local_experts
+        sparse = [
+            i not in getattr(theirs, "mlp_only_layers", [])
+            and (i + 1) % getattr(theirs, "decoder_sparse_step", 1) == 0
+            for i in range(8)
+        ]
+        assert [layer.is_moe for layer in spec.layers] == sparse
+    for name, rope in spec.ropes.items():
+        layer_type = None if name == "global" else name
+        assert (list(rope.inv_freq), rope.attention_scaling) == frequencies(theirs, layer_type)
+        if rope.long_inv_freq:
+            assert (list(rope.long_inv_freq), rope.attention_scaling) == frequencies(
+                theirs, layer_type, 4097
+            )
+
+
+@pytest.mark.parametrize(
+    ("kind", "values", "message"),
+    [
+        ("llama", {"hidden_size": "64"}, "hidden_size '64'. A valid llama config"),
+        ("llama", {"num_hidden_layers": 0}, "num_hidden_layers 0"),
+        ("llama", {"num_hidden_layers": True}, "num_hidden_layers 'True'"),
+        ("llama", {"rms_norm_eps": None}, "rms_norm_eps 'None'"),
+        ("llama", {"num_attention_heads": 7}, "hidden_size 256 and 7 attention heads"),
+        ("llama", {"num_key_value_heads": 3}, "32 heads and 3 KV heads"),
+        ("llama", {"hidden_act": "relu"}, r"unsupported activation \(relu\)"),
+        (
+            "llama",
+            {"rope_scaling": {"type": "dynamic", "factor": 2.0}},
+            r"unsupported RoPE scaling \(dynamic\)",
+        ),
+        (
+            "llama",
+            {"rope_scaling": {"type": "llama3", "factor": 2.0}},
+            "lacks low_freq_factor, high_freq_factor",
+        ),
+        (
+            "llama",
+            {"rope_scaling": {"type": "linear", "factor": "x"}},
+            "linear RoPE scaling that cannot be computed",
+        ),
+        ("phi3", {"rope_scaling": {"type": "linear", "factor": 2.0}}, "RoPE scaling of Phi-3"),
+        ("gemma3_text", {"use_bidirectional_attention": True}, "bidirectional"),
+        ("qwen2", {"layer_types": HALF[:3]}, "for 3 layers"),
+        ("qwen2", {"layer_types": ["linear_attention"] * 8}, "the layer_types linear_attention"),
+        ("smollm3", {"no_rope_layers": [1]}, "1 no_rope_layers"),
+        ("llama", {"model_type": "gpt2"}, "model_type 'gpt2'. llama"),
+    ],
+)
+def test_model_spec_refuses_unsupported_configs(
+    kind: str, values: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(InputError, match=message):
+        model_spec(config_of(kind, values))
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_model_spec_refuses_a_config_without_a_size(name: str) -> None:
+    config = config_of("llama", {})
+    del config[name]
+    with pytest.raises(InputError, match=f"config.json has no {name}"):
+        model_spec(config)
+
+
+def test_model_spec_does_not_import_transformers() -> None:
+    """It takes longer to import than a small model takes to load."""
+    config = config_of("gemma3_text", {})
+    code = (
+        "import sys; from llmkit.model.families import model_spec;"
+        f" model_spec({config!r}); print(*sys.modules)"
+    )
+    loaded = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout.split()
+    assert "torch" in loaded
+    assert "transformers" not in loaded

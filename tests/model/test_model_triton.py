@@ -1,0 +1,102 @@
+"""Decoders as they run on a GPU, with all Triton kernels interpreted, against torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from support.expert_cases import stack_layer_experts
+from support.tiny_families import family_oracle
+from support.triton_checks import interpreted
+
+from llmkit.checkpoint.open_checkpoint import open_checkpoint
+from llmkit.kernels import elementwise
+from llmkit.kernels import paged_attention as paged
+from llmkit.kernels.attention_metadata import AttentionBatch
+from llmkit.kernels.cpu import cpu_kernels
+from llmkit.model import decoder
+from llmkit.model.decoder import Decoder
+from llmkit.model.weight_loader import load_model
+
+BLOCK = 16
+
+
+@torch.inference_mode()
+def chunks(model: Decoder, kv_cache_dtype: str | None) -> torch.Tensor:
+    """The logits of two sequences: their prompts, and a step after them."""
+    draw = torch.Generator().manual_seed(2)
+    tokens = torch.randint(3, model.spec.vocab_size, (2, 18), generator=draw)
+    caches = [model.new_kv_cache(6, BLOCK, kv_cache_dtype) for _ in model.layers]
+    found = []
+    done = [0, 0]
+    for counts in ([5, 17], [1, 1]):
+        stops = [start + count for start, count in zip(done, counts, strict=True)]
+        batch = AttentionBatch.build(counts, stops, {None: [[4, 1], [0, 3]]}, BLOCK)
+        places = torch.cat(
+            [torch.arange(start, stop) for start, stop in zip(done, stops, strict=True)]
+        )
+        step = torch.cat(
+            [row[start:stop] for row, start, stop in zip(tokens, done, stops, strict=True)]
+        )
+        found.append(model.logits(model(step, places, batch, caches)))
+        done = stops
+    return torch.cat(found)
+
+
+def both(path: str, kv_cache_dtype: str | None) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """Logits by torch and by the kernels, and how often a layer asked if Triton runs."""
+    cpu_kernels.library = None
+    asked: list[bool] = []
+    model = load_model(open_checkpoint(Path(path)), torch.float32)
+    by_torch = chunks(model, kv_cache_dtype)
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (elementwise, decoder):
+            patch.setattr(module, "runs_triton", lambda _: True)
+        patch.setattr(paged, "runs_triton", lambda _: not asked.append(True))
+        patch.setattr(paged, "_num_splits", lambda *_: 2)
+        patch.setattr(decoder, "supports_fused_experts", lambda _: True)
+        patch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+        for layer in model.layers:
+            if layer.layer.is_moe:
+                stack_layer_experts(layer)
+        return by_torch, chunks(model, kv_cache_dtype), len(asked)
+
+
+CASES = [
+    ("qwen3", None),
+    ("gemma3", None),
+    ("olmo2", None),
+    ("granite", None),
+    ("smollm3", None),
+    ("mixtral", None),
+    ("qwen3-moe", None),
+    ("qwen3", "int8"),
+    ("llama", "fp8"),
+]
+
+
+@pytest.fixture(scope="module")
+def logits(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> list[tuple[torch.Tensor, torch.Tensor, int]]:
+    folder = tmp_path_factory.mktemp("models")
+    for family in {family for family, _ in CASES}:
+        family_oracle(family, folder / family)
+    return interpreted(
+        "model.test_model_triton",
+        "both",
+        [(str(folder / one), kind) for one, kind in CASES],
+        folder,
+    )
+
+
+@pytest.mark.parametrize(("family", "kv_cache_dtype"), CASES)
+def test_decoder_triton_matches_torch(
+    family: str, kv_cache_dtype: str | None, logits: list[tuple[torch.Tensor, torch.Tensor, int]]
+) -> None:
+    by_torch, by_kernels, asked = logits[CASES.index((family, kv_cache_dtype))]
+    assert asked == 2 * 2 * 4, "in two steps, for each layer's place and attention"
+    error = 2e-4 if kv_cache_dtype is None else 5e-2  # a code may be its neighbour
+    torch.testing.assert_close(by_kernels, by_torch, atol=error, rtol=error)
+    assert not torch.equal(by_kernels, by_torch)

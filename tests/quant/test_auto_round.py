@@ -1,0 +1,88 @@
+"""Learned rounding starts from given values, lowers a layer's error and never raises it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from support import tiny_models as tiny
+
+from llmkit.checkpoint.open_checkpoint import open_checkpoint
+from llmkit.checkpoint.quantized_weight import QuantizedWeight, Scheme
+from llmkit.model.families import model_spec
+from llmkit.quant.algorithm import AutoRound
+from llmkit.quant.auto_round import LearnedRounding, TuningWindows, tune_rounding
+from llmkit.quant.grid import FULL_SEARCH, round_to_nearest
+from llmkit.quant.layer_stream import LayerStream
+
+
+@pytest.mark.parametrize(
+    "scheme", [Scheme(4, 32), Scheme(4, 32, symmetric=False), Scheme(8)], ids=lambda s: s.label
+)
+def test_learned_rounding_starts_from_the_given_values(scheme: Scheme) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(16, 64, generator=generator)
+    start = round_to_nearest(weight, scheme, torch.float16, FULL_SEARCH)
+    start.q = (
+        (start.q.int() + torch.randint(-1, 2, start.q.shape, generator=generator))
+        .clamp(0, 2**scheme.bits - 1)
+        .to(torch.uint8)
+    )
+    learned = LearnedRounding(weight, start)
+    assert torch.equal(learned.result().q, start.q)
+    assert torch.equal(learned.result().scales, start.scales)
+    torch.testing.assert_close(learned.dense(), start.dequantize())
+
+
+def test_learned_rounding_has_gradients_for_rounding_and_scales() -> None:
+    weight = torch.randn(8, 64, generator=torch.Generator().manual_seed(0))
+    learned = LearnedRounding(weight, round_to_nearest(weight, Scheme(4, 32), torch.float16))
+    learned.dense().square().sum().backward()
+    assert learned.rounding_offset.grad is not None and bool(learned.rounding_offset.grad.any())
+    assert learned.scale_delta.grad is not None and bool(learned.scale_delta.grad.any())
+    before = learned.dense().detach().square().sum()
+    learned.descend(AutoRound(steps=1), 1.0)
+    assert learned.dense().square().sum() < before
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma3_text", "phi3"])
+@pytest.mark.parametrize("steps", [0, 60])
+def test_tune_rounding_lowers_the_layers_error(
+    tmp_path: Path, architecture: str, steps: int
+) -> None:
+    checkpoint = open_checkpoint(tiny.tiny_checkpoint(tmp_path / "model", architecture))
+    stream = LayerStream.from_checkpoint(checkpoint, model_spec(checkpoint.config))
+    windows = torch.randint(0, tiny.VOCAB, (48, 32), generator=torch.Generator().manual_seed(0))
+    inputs = stream.embed(windows, 128)
+    targets = stream.embed(windows, 128)
+    layer = stream.layer(0)
+    stream.run_layer(layer, targets)
+    weights = {name: linear.weight for name, linear in layer.linears.items()}
+    start = {
+        name: round_to_nearest(weight, Scheme(4, 32), torch.float16)
+        for name, weight in weights.items()
+    }
+
+    def error(found: dict[str, QuantizedWeight]) -> float:
+        quantized = stream.layer(0)
+        for name, weight in found.items():
+            quantized.linears[name].weight = weight.dequantize()
+        outputs = stream.embed(windows, 128)
+        stream.run_layer(quantized, outputs)
+        pairs = zip(outputs, targets, strict=True)
+        return sum((one.hidden - two.hidden).square().sum().item() for one, two in pairs)
+
+    learn = AutoRound(steps=steps, tokens=192)
+    examples = TuningWindows(inputs, targets, 32, learn, stream)
+    assert (len(examples.positions), examples.count) == (48, 6)
+    found = tune_rounding(layer, weights, start, examples, learn, 0, lambda _: None)
+    if steps:
+        assert error(found) < 0.85 * error(start)
+        again = stream.layer(0)
+        second = tune_rounding(again, weights, start, examples, learn, 0, lambda _: None)
+        assert all(torch.equal(found[name].q, second[name].q) for name in found)
+    else:
+        assert all(found[name] is start[name] for name in found)
+    for name, weight in found.items():
+        assert torch.equal(layer.linears[name].weight, weight.dequantize())

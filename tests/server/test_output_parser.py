@@ -1,0 +1,255 @@
+"""ToolCallParser and thoughts in the text of answers, however the text is cut."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from typing import Any
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from llmkit.runtime.server.text.output_parser import OutputParser, OutputPart, ReasoningPart
+from llmkit.runtime.server.text.tool_calls import (
+    HERMES,
+    LLAMA,
+    MAX_CALL_CHARS,
+    MISTRAL,
+    TextPart,
+    ToolCallFormat,
+    ToolCallParser,
+    ToolCallPart,
+    detect_tool_call_format,
+)
+
+NAMES = ["get_weather", "add"]
+CITY = '{"name": "get_weather", "arguments": {"city": "Paris"}}'
+SUM = '{"name": "add", "parameters": {"a": 1, "b": [2, "}]"]}}'
+FORMATS = [HERMES, MISTRAL, LLAMA]
+
+
+def read(
+    pieces: list[str],
+    call_format: ToolCallFormat | None = None,
+    parallel: bool = True,
+    thinks: bool = False,
+    thought_begun: bool = False,
+) -> list[Any]:
+    """The parts of a text in `pieces`: adjacent ones of a kind joined, calls without ids."""
+    parser = OutputParser(
+        thinks, thought_begun, ToolCallParser(call_format, NAMES, parallel) if call_format else None
+    )
+    parts: list[OutputPart] = [part for piece in pieces for part in parser.feed(piece)]
+    parts += parser.feed("", final=True)
+    found: list[Any] = []
+    for part in parts:
+        if isinstance(part, ToolCallPart):
+            found.append((part.name, json.loads(part.arguments)))
+        elif found and type(found[-1]) is type(part):
+            found[-1] = type(part)(found[-1].text + part.text)
+        else:
+            assert part.text
+            found.append(part)
+    return found
+
+
+PARIS = ("get_weather", {"city": "Paris"})
+ADD = ("add", {"a": 1, "b": [2, "}]"]})
+
+CALLED = [
+    (HERMES, f"<tool_call>\n{CITY}\n</tool_call>", [PARIS]),
+    (
+        HERMES,
+        f"Let me see. \n<tool_call>{CITY}</tool_call>\n<tool_call>\n{SUM}\n</tool_call>\n",
+        [TextPart("Let me see."), PARIS, ADD],
+    ),
+    (HERMES, f"<tool_call>{CITY}</tool_call>\n\nDone. ", [PARIS, TextPart("Done. ")]),
+    (HERMES, f"<tool_call>{CITY}", [PARIS]),  # the last closer is often missing
+    (HERMES, f"<tool_call>oh <tool_call>{CITY}</tool_call>", [TextPart("<tool_call>oh"), PARIS]),
+    (
+        HERMES,
+        '<tool_call>{"name": "add", "arguments": {"a": "</tool_call>\\\\\\""}}</tool_call>',
+        [("add", {"a": '</tool_call>\\"'})],
+    ),
+    (HERMES, '<tool_call>{"name": "add"}</tool_call>', [("add", {})]),
+    (MISTRAL, f"[TOOL_CALLS][{CITY}, {SUM}]", [PARIS, ADD]),
+    (MISTRAL, f"Well. [TOOL_CALLS] [{CITY}]", [TextPart("Well."), PARIS]),
+    (LLAMA, CITY, [PARIS]),
+    (LLAMA, f"<|python_tag|>{CITY}; {SUM} \n", [PARIS, ADD]),
+]
+NOT_CALLED = [
+    (HERMES, "<tool_call>"),
+    (HERMES, "a <tool_call b"),
+    (HERMES, f"<tool_call>{CITY[:-1]}"),
+    (HERMES, f"<tool_call>{CITY} and more</tool_call>"),
+    (HERMES, f"<tool_call>{CITY}</tool_cal"),
+    (HERMES, '<tool_call>{"name": "unknown", "arguments": {}}</tool_call>'),
+    (HERMES, '<tool_call>{"name": "add", "arguments": [1]}</tool_call>'),
+    (HERMES, '<tool_call>{"name": "add", "arguments": {"a": NaN}}</tool_call> '),
+    (HERMES, '<tool_call>{"name": 5, "arguments": {}}</tool_call>'),
+    (HERMES, f"{CITY}\n"),
+    (HERMES, "<tool_call>[]</tool_call>"),
+    (
+        HERMES,
+        '<tool_call>{"name": "add", "arguments": ' + "[" * 3000 + "]" * 3000 + "}</tool_call>",
+    ),
+    (MISTRAL, "[TOOL_CALLS] none"),
+    (MISTRAL, "[TOOL_CALLS][]"),
+    (LLAMA, f"{CITY} is how to ask."),
+    (LLAMA, f" {CITY};"),
+    (LLAMA, '{"name": "other", "parameters": {}}'),
+    (LLAMA, '{"answer": 42}\n'),
+    (LLAMA, f"I say {CITY}"),
+    (LLAMA, "<|python_tag|>print(1)"),
+    (LLAMA, " "),
+]
+
+
+@pytest.mark.parametrize(("call_format", "text", "parts"), CALLED)
+def test_parser_finds_tool_calls(call_format: ToolCallFormat, text: str, parts: list[Any]) -> None:
+    assert read([text], call_format) == parts
+    assert read(list(text), call_format) == parts
+
+
+@pytest.mark.parametrize(("call_format", "text"), NOT_CALLED)
+def test_parser_keeps_lookalikes_unchanged(call_format: ToolCallFormat, text: str) -> None:
+    assert read([text], call_format) == [TextPart(text)]
+    assert read(list(text), call_format) == [TextPart(text)]
+
+
+THOUGHTS = [
+    ("<think>\nhm\nhm\n</think>\n\nYes.\n", False, [ReasoningPart("hm\nhm"), TextPart("Yes.\n")]),
+    ("\n<think>\n\n</think>\n\nYes.", False, [TextPart("Yes.")]),
+    ("<think>never ends", False, [ReasoningPart("never ends")]),
+    ("\nhm\n</think>Yes.", True, [ReasoningPart("hm"), TextPart("Yes.")]),
+    ("hm </thin", True, [ReasoningPart("hm </thin")]),
+    ("I <think> so</think>", False, [TextPart("I <think> so</think>")]),
+    ("<thin", False, [TextPart("<thin")]),
+    (" \n", False, [TextPart(" \n")]),
+    ("", True, []),
+]
+
+
+@pytest.mark.parametrize(("text", "thought_begun", "parts"), THOUGHTS)
+def test_parser_separates_reasoning(text: str, thought_begun: bool, parts: list[Any]) -> None:
+    assert read([text], thinks=True, thought_begun=thought_begun) == parts
+    assert read(list(text), thinks=True, thought_begun=thought_begun) == parts
+
+
+def test_parser_ignores_calls_in_reasoning() -> None:
+    text = f"<think>I could <tool_call>{CITY}</tool_call></think><tool_call>{SUM}</tool_call>"
+    expected = [ReasoningPart(f"I could <tool_call>{CITY}</tool_call>"), ADD]
+    assert read(list(text), HERMES, thinks=True) == expected
+
+
+def test_parser_stops_after_one_call_without_parallel() -> None:
+    for call_format, text in (
+        (HERMES, f"a<tool_call>{CITY}</tool_call><tool_call>{SUM}</tool_call>b"),
+        (LLAMA, f"{CITY};{SUM}"),
+    ):
+        for pieces in ([text], list(text)):
+            assert [
+                part
+                for part in read(pieces, call_format, parallel=False)
+                if not isinstance(part, TextPart)
+            ] == [PARIS]
+
+
+FRAGMENTS = [
+    "<tool_call>",
+    "</tool_call>",
+    "[TOOL_CALLS]",
+    "<|python_tag|>",
+    "<think>",
+    "</think>",
+    CITY,
+    SUM,
+    f"[{CITY}]",
+    "{",
+    "}",
+    "[",
+    "]",
+    '"',
+    "\\",
+    " ",
+    "\n",
+    ";",
+    "x",
+    "<",
+    "tool",
+    '{"name": "add", "arguments": {}}',
+    "é",
+]
+
+
+@given(
+    st.lists(st.sampled_from(FRAGMENTS), max_size=12).map("".join),
+    st.lists(st.integers(0, 400), max_size=12),
+    st.sampled_from([*FORMATS, None]),
+    st.booleans(),
+    st.booleans(),
+    st.booleans(),
+)
+@example(f"<tool_call>{CITY}</tool_call>", [1], HERMES, True, False, False)
+@settings(max_examples=600, deadline=None)
+def test_parser_result_is_independent_of_cuts(
+    text: str,
+    cuts: list[int],
+    call_format: ToolCallFormat | None,
+    parallel: bool,
+    thinks: bool,
+    thought_begun: bool,
+) -> None:
+    edges = [0, *sorted(min(cut, len(text)) for cut in cuts), len(text)]
+    pieces = [text[start:end] for start, end in itertools.pairwise(edges)]
+    whole = read([text], call_format, parallel, thinks, thought_begun)
+    assert read(pieces, call_format, parallel, thinks, thought_begun) == whole
+    assert read(list(text), call_format, parallel, thinks, thought_begun) == whole
+    if (
+        not thinks
+        and not thought_begun
+        and not any(isinstance(part, tuple) and not hasattr(part, "text") for part in whole)
+    ):
+        assert "".join(part.text for part in whole) == text
+
+
+def test_parser_returns_an_unfinished_call_as_text() -> None:
+    text = '<tool_call>{"name": "add", "arguments": {"a": "' + "x" * (MAX_CALL_CHARS + 1000)
+    calls = ToolCallParser(HERMES, NAMES)
+    shown = ""
+    for start in range(0, len(text), 64):
+        shown += "".join(
+            part.text
+            for part in calls.feed(text[start : start + 64], False)
+            if isinstance(part, TextPart)
+        )
+        assert start < MAX_CALL_CHARS + 64 or shown
+    assert shown == text
+
+
+@pytest.mark.parametrize(
+    ("template", "call_format"),
+    [
+        ("... <tool_call>{{ x }}</tool_call>", HERMES),
+        ("... <tool_call><function={{ x }}>", None),
+        ("... [AVAILABLE_TOOLS] ... [TOOL_CALLS]", MISTRAL),
+        ("... [TOOL_CALLS]{{ name }}[ARGS]", None),
+        (
+            'Respond in the format {"name": function name, "parameters": dictionary of '
+            "argument name}",
+            LLAMA,
+        ),
+        ("{{ messages }}", None),
+    ],
+)
+def test_tool_call_format_is_detected_from_the_template(
+    template: str, call_format: ToolCallFormat | None
+) -> None:
+    assert detect_tool_call_format(template) == call_format
+
+
+def test_tool_call_ids_fit_the_models_templates() -> None:
+    assert len({MISTRAL.new_id() for _ in range(100)}) == 100
+    assert MISTRAL.new_id().isalnum() and len(MISTRAL.new_id()) == 9
+    assert HERMES.new_id().startswith("call_")

@@ -1,0 +1,451 @@
+"""Several models behind one port: which are loaded when, and what clients see of it."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from concurrent.futures import Future
+from concurrent.futures import ThreadPoolExecutor as Threads
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import psutil
+import pytest
+from support.router_process import LlmkitRouter
+from support.server_process import wait_for
+from support.tiny_models import tiny_checkpoint
+
+from llmkit.checkpoint.open_checkpoint import open_checkpoint
+from llmkit.cli import main
+from llmkit.cli.serve import named_models
+from llmkit.common.errors import InputError, LlmkitError
+from llmkit.runtime.engine.engine_options import EngineOptions
+from llmkit.runtime.engine.sampling_params import SamplingParams
+from llmkit.runtime.engine_loader import load_engine
+from llmkit.runtime.server.router.model_pool import ModelPool, PooledModel
+
+PROMPT = [5, 9, 11, 300] * 5
+ASKED: dict[str, Any] = {
+    "prompt": PROMPT,
+    "max_tokens": 12,
+    "temperature": 0,
+    "extra_body": {"ignore_eos": True, "return_token_ids": True},
+}
+LONG: dict[str, Any] = {
+    "prompt": PROMPT,
+    "max_tokens": 3500,
+    "temperature": 0,
+    "ignore_eos": True,
+    "stream": True,
+}
+
+
+class FakeServer:
+    """A server that is ready, fails or ends when the test says so."""
+
+    def __init__(self) -> None:
+        self.ready: Future[Mapping[str, Any]] = Future()
+        self.gone: Future[LlmkitError] = Future()
+
+    def stop(self, grace_s: float = 0.0) -> None:
+        if not self.gone.done():
+            self.gone.set_result(LlmkitError("stopped"))
+
+
+class Case:
+    """A pool of fake servers, which are ready at once unless `hold` is set."""
+
+    def __init__(
+        self, names: str, max_loaded: int, idle_s: float = 0.0, patience_s: float = 60.0
+    ) -> None:
+        self.started: list[str] = []
+        self.hold = False
+        self.fail = False
+        models = [PooledModel(name, name, lambda name=name: self.start(name)) for name in names]
+        self.pool = ModelPool(models, max_loaded, idle_s, patience_s=patience_s)
+
+    def start(self, name: str) -> FakeServer:
+        self.started.append(name)
+        server = FakeServer()
+        if self.fail:
+            server.ready.set_exception(InputError("no such model"))
+        elif not self.hold:
+            server.ready.set_result({})
+        return server
+
+    @asynccontextmanager
+    async def use(self, name: str) -> AsyncIterator[Any]:
+        async with self.pool.acquire(self.pool.models[name]) as server:
+            yield server
+
+    async def ask(self, *names: str) -> None:
+        for name in names:
+            async with self.use(name):
+                pass
+
+    def states(self) -> str:
+        return " ".join(model.state for model in self.pool.models.values())
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(30):
+        while not condition():
+            await asyncio.sleep(0.001)
+
+
+def test_pool_unloads_the_model_that_is_idle_for_longest() -> None:
+    async def run() -> None:
+        case = Case("abc", max_loaded=2)
+        await case.ask("a", "b", "a", "c")
+        assert (case.started, case.states()) == (["a", "b", "c"], "loaded unloaded loaded")
+        await case.ask("a", "b")
+        assert (case.started[3:], case.states()) == (["b"], "loaded loaded unloaded")
+
+    asyncio.run(run())
+
+
+def test_pool_loads_a_model_once_for_concurrent_first_requests() -> None:
+    async def run() -> None:
+        case = Case("a", max_loaded=1)
+        case.hold = True
+        asks = [asyncio.create_task(case.ask("a")) for _ in range(5)]
+        await until(lambda: case.states() == "loading")
+        assert case.pool.num_waiting == 5
+        asks[0].cancel()  # whoever leaves takes nothing from the others
+        case.pool.models["a"].server.ready.set_result({})
+        await asyncio.gather(*asks[1:])
+        assert case.started == ["a"]
+
+    asyncio.run(run())
+
+
+def test_pool_keeps_a_busy_model_and_no_model_waits_forever() -> None:
+    async def run() -> None:
+        case = Case("ab", max_loaded=1, patience_s=0.0)
+        async with case.use("a"):
+            b = asyncio.create_task(case.ask("b"))
+            await until(lambda: case.pool.models["a"].draining)
+            late = asyncio.create_task(case.ask("a"))  # comes after b, and does not keep it waiting
+            await asyncio.sleep(0.05)
+            assert (case.started, case.states()) == (["a"], "loaded unloaded")
+        await asyncio.gather(b, late)
+        assert case.started == ["a", "b", "a"]
+        patient = Case("ab", max_loaded=1)
+        async with patient.use("a"):
+            b = asyncio.create_task(patient.ask("b"))
+            await asyncio.sleep(0.05)
+            await patient.ask("a", "a")
+            b.cancel()
+        assert patient.started == ["a"], "nobody waited for it any more"
+
+    asyncio.run(run())
+
+
+def test_pool_reports_a_failed_load_and_the_next_request_retries() -> None:
+    async def run() -> None:
+        case = Case("ab", max_loaded=1)
+        case.fail = True
+        results = await asyncio.gather(case.ask("a"), case.ask("a"), return_exceptions=True)
+        assert [str(error) for error in results] == ["no such model."] * 2
+        assert (case.started, case.states()) == (["a"], "failed unloaded")
+        case.fail = False
+        await case.ask("a", "b", "a")
+        assert (case.started, case.states()) == (["a", "a", "b", "a"], "loaded unloaded")
+
+    asyncio.run(run())
+
+
+def test_pool_restarts_an_ended_server_at_the_next_request() -> None:
+    async def run() -> None:
+        case = Case("a", max_loaded=1)
+        await case.ask("a")
+        case.pool.models["a"].server.gone.set_result(LlmkitError("killed"))
+        await until(lambda: case.states() == "failed")
+        await case.ask("a")
+        assert (case.started, case.states()) == (["a", "a"], "loaded")
+
+    asyncio.run(run())
+
+
+def test_pool_unloads_idle_models_and_keeps_busy_ones() -> None:
+    async def run() -> None:
+        case = Case("ab", max_loaded=2, idle_s=0.05)
+        async with case.use("a"):
+            await case.ask("b")
+            await until(lambda: case.states() == "loaded unloaded")
+        await until(lambda: case.states() == "unloaded unloaded")
+        await case.ask("a")
+        assert case.started == ["a", "b", "a"]
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["a=x", "a=y"], "two models have the name 'a'"),
+        (["org/a", "org/a"], "two models have the name 'org/a'"),
+        (["a=x", "=y"], "'=y' is no NAME=MODEL"),
+        (["a=x", "b=y", "--lora", "l=d"], "--lora is for one model"),
+        (["a=x", "--served-model-name", "b"], "--served-model-name is for one model"),
+        (["a=x", "b=y", "--max-loaded", "0"], "--max-loaded: 0 is out of range"),
+        (["a=x", "b=y", "--host", "0.0.0.0"], "other machines could use the server without a key"),
+    ],
+)
+def test_router_refuses_wrong_arguments(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main.run(["serve", *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_router_accepts_names_for_models(tmp_path: Path) -> None:
+    (tmp_path / "x=y").mkdir()
+    assert named_models(str(tmp_path / "x=y"), []) == {}, "one model, whose path has an equals sign"
+    assert named_models("a=org/x", []) == {"a": "org/x"}
+    assert named_models("org/x", ["b=org/y"]) == {"org/x": "org/x", "b": "org/y"}
+    assert named_models(f"{tmp_path}/x=y", ["org/z"]) == {
+        "x=y": f"{tmp_path}/x=y",
+        "org/z": "org/z",
+    }
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models")
+    for seed, name in enumerate(("one", "two")):
+        tiny_checkpoint(folder / name, dtype="float32", seed=seed, max_position_embeddings=4096)
+    (folder / "keys").write_text("key-one\nkey-two\n")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def router(folder: Path) -> Iterator[LlmkitRouter]:
+    models = {"one": folder / "one", "team/two": folder / "two", "late": folder / "late"}
+    options = ("--max-loaded", "2", "--api-key-file", str(folder / "keys"), "--max-num-seqs", "8")
+    running = LlmkitRouter(folder / "log", models, *options, key="key-one")
+    try:
+        running.wait_ready()
+        yield running
+    finally:
+        running.process.kill()
+        running.process.wait()
+
+
+@pytest.fixture
+def http(router: LlmkitRouter) -> Iterator[httpx.Client]:
+    with router.client() as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def client(router: LlmkitRouter) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(
+        base_url=f"{router.url}/v1", api_key=router.key, max_retries=0, timeout=60
+    ) as client:
+        yield client
+
+
+def states(http: httpx.Client) -> dict[str, str]:
+    return {one["id"]: one["state"] for one in http.get("/v1/models").json()["data"]}
+
+
+def expected(path: Path) -> list[int]:
+    greedy = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
+    return load_engine(open_checkpoint(path), EngineOptions(device="cpu")).generate(
+        [PROMPT], greedy
+    )[0]
+
+
+def test_router_sends_each_request_to_the_named_model(
+    router: LlmkitRouter, client: openai.OpenAI, http: httpx.Client, folder: Path
+) -> None:
+    assert states(http) == {"one": "unloaded", "team/two": "unloaded", "late": "unloaded"}
+    assert [
+        http.get(path).status_code for path in ("/health", "/ready", "/v2/models/one/ready")
+    ] == [200, 200, 503]
+    names = ["one", "team/two"] * 3
+    with Threads(6) as threads:
+        given = list(
+            threads.map(lambda name: client.completions.create(model=name, **ASKED), names)
+        )
+    expected_ids = {"one": expected(folder / "one"), "team/two": expected(folder / "two")}
+    assert expected_ids["one"] != expected_ids["team/two"]
+    for name, one in zip(names, given, strict=True):
+        assert (one.model, one.choices[0].token_ids) == (name, expected_ids[name])
+    assert (
+        router.of_model("one", "model_loads_total")
+        == router.of_model("team/two", "model_loads_total")
+        == 1
+    )
+    chunks = list(client.completions.create(model="team/two", **ASKED, stream=True))
+    token_ids = [token for chunk in chunks for token in chunk.choices[0].token_ids]
+    assert token_ids == expected_ids["team/two"]
+    chat = client.chat.completions.create(
+        model="one", messages=[{"role": "user", "content": "hello"}], max_tokens=3
+    )
+    assert chat.usage is not None and chat.usage.completion_tokens == 3
+    assert states(http) == {"one": "loaded", "team/two": "loaded", "late": "unloaded"}
+    assert client.models.retrieve("team/two").max_model_len == 4096  # type: ignore[attr-defined]
+    assert http.get("/v2/models/team/two/ready").status_code == 200
+    assert router.of_model("one", "generation_tokens_total") == 3 * 12 + 3
+    assert router.of_model("late", "model_loaded") == 0
+    assert http.get("/").status_code == 200
+    assert http.get("/info").json()["defaults"]["temperature"] == 1.0
+
+
+def test_router_keeps_prefix_caches_of_keys_apart(router: LlmkitRouter) -> None:
+    def cached(key: str) -> int:
+        body = {"model": "one", "prompt": [7, 8, 9, 10] * 20, "max_tokens": 1}
+        got = httpx.post(
+            f"{router.url}/v1/completions", json=body, headers={"x-api-key": key}, timeout=60
+        ).json()
+        count: int = got["usage"]["prompt_tokens_details"]["cached_tokens"]
+        return count
+
+    assert [cached("key-one"), cached("key-one"), cached("key-two"), cached("key-two")] == [
+        0,
+        64,
+        0,
+        64,
+    ]
+
+
+def test_router_answers_wrong_requests_as_a_single_server_does(
+    router: LlmkitRouter, http: httpx.Client
+) -> None:
+    ask = "/v1/completions"
+    body = {"model": "one", "prompt": "a"}
+    json = {"content-type": "application/json"}
+    for status, code, got in (
+        (401, "invalid_api_key", httpx.post(f"{router.url}{ask}", json=body)),
+        (401, "invalid_api_key", httpx.get(f"{router.url}/metrics")),
+        (403, "foreign_host", http.post(ask, json=body, headers={"host": "evil.example"})),
+        (
+            403,
+            "foreign_origin",
+            http.post(ask, json=body, headers={"origin": "http://evil.example"}),
+        ),
+        (404, "model_not_found", http.post(ask, json=body | {"model": "three"})),
+        (404, "model_not_found", http.get("/v1/models/three")),
+        (404, "not_found", http.post("/v1/unheard", json=body)),
+        (405, "method_not_allowed", http.get(ask)),
+        (415, "content_type", http.post(ask, content="{}", headers={"content-type": "text/plain"})),
+        (413, "body_too_large", http.post(ask, content=b"x" * (9 << 20), headers=json)),
+        (400, "invalid_json", http.post(ask, content="{", headers=json)),
+        (400, "missing_required_parameter", http.post(ask, json={"prompt": "a"})),
+        (400, "invalid_type", http.post(ask, json=body | {"model": 3})),
+        (400, "invalid_value", http.post(ask, json=body | {"max_tokens": -3})),
+        (400, "unknown_parameter", http.post(ask, json=body | {"unheard": 1})),
+    ):
+        assert (got.status_code, got.json()["error"]["code"]) == (status, code)
+        assert len(got.content) <= 16 * 1024
+    assert http.get("/v2/models/three/infer").status_code == 404
+    assert http.post("/v1/messages", json={"model": "three"}).json()["type"] == "error", (
+        "Anthropic's shape"
+    )
+
+
+def test_router_client_that_disconnects_frees_the_engine(
+    router: LlmkitRouter, http: httpx.Client
+) -> None:
+    with http.stream("POST", "/v1/completions", json=LONG | {"model": "one", "n": 8}) as got:
+        next(got.iter_lines())
+    wait_for(lambda: router.of_model("one", "num_requests_running") == 0)
+    assert router.of_model("one", "request_success_total", finished_reason="cancelled") >= 1
+
+
+def test_router_fails_streams_of_a_dead_server_and_reloads_it(
+    router: LlmkitRouter, client: openai.OpenAI, http: httpx.Client
+) -> None:
+    with http.stream("POST", "/v1/completions", json=LONG | {"model": "team/two"}) as got:
+        lines = got.iter_lines()
+        next(lines)
+        for child in psutil.Process(router.process.pid).children():
+            child.kill()
+        rest = [line for line in lines if line]
+    assert '"code":"lost"' in rest[-1]
+    assert len(client.completions.create(model="team/two", **ASKED).choices[0].token_ids) == 12
+    assert router.of_model("team/two", "model_failures_total") == 1
+
+
+def test_router_reports_why_a_model_cannot_load_and_retries(
+    router: LlmkitRouter, client: openai.OpenAI, http: httpx.Client, folder: Path
+) -> None:
+    with pytest.raises(openai.InternalServerError) as caught:
+        client.completions.create(model="late", **ASKED)
+    assert (caught.value.status_code, caught.value.code) == (503, "model_failed")
+    assert f"{folder / 'late'} does not exist" in str(caught.value)
+    assert states(http)["late"] == "failed"
+    (folder / "late").symlink_to(folder / "one")
+    assert len(client.completions.create(model="late", **ASKED).choices[0].token_ids) == 12
+    assert states(http)["late"] == "loaded"
+
+
+@pytest.fixture
+def fresh_router(folder: Path, tmp_path: Path) -> Iterator[LlmkitRouter]:
+    """A server of one model, which is loaded when asked for."""
+    running = LlmkitRouter(tmp_path / "log", {"one": folder / "one"})
+    try:
+        yield running.wait_ready()  # type: ignore[misc]
+    finally:
+        running.process.kill()
+        running.process.wait()
+
+
+def test_router_finishes_streams_after_sigterm_and_leaves_no_process(
+    fresh_router: LlmkitRouter,
+) -> None:
+    ended: list[str] = []
+
+    def read() -> None:
+        with (
+            fresh_router.client() as http,
+            http.stream(
+                "POST", "/v1/completions", json=LONG | {"model": "one", "max_tokens": 3000}
+            ) as got,
+        ):
+            ended.extend(line for line in got.iter_lines() if line)
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    wait_for(lambda: ended)  # it has begun
+    family = fresh_router.family()
+    fresh_router.process.send_signal(signal.SIGTERM)
+    with fresh_router.client() as http:
+        wait_for(lambda: http.get("/ready").status_code == 503)
+        assert (
+            http.post("/v1/completions", json=LONG | {"model": "one"}).json()["error"]["code"]
+            == "draining"
+        )
+    reader.join(60)
+    assert ended[-1] == "data: [DONE]"
+    assert fresh_router.process.wait(60) == 0
+    assert len(family) >= 2
+    assert not any(process.is_running() for process in family)
+
+
+def test_server_process_ends_with_its_parent(folder: Path) -> None:
+    """Killed as early as can be: the child loads its model still."""
+    code = (
+        "import sys, time\n"
+        "from llmkit.runtime.server_process import ServerProcess\n"
+        "from llmkit.runtime.server.serve_options import ServeOptions\n"
+        "print(ServerProcess(ServeOptions(sys.argv[1])).pid, flush=True)\n"
+        "time.sleep(300)\n"
+    )
+    command = [sys.executable, "-c", code, str(folder / "one")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        child = psutil.Process(int(parent.stdout.readline()))
+        wait_for(lambda: bool(child.children()))
+        family = [child, *child.children()]
+        parent.kill()
+    wait_for(lambda: all(not p.is_running() or p.status() == psutil.STATUS_ZOMBIE for p in family))

@@ -1,0 +1,201 @@
+"""How a server starts, stops and fails."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+from support.server_process import LlmkitServer, serving, wait_for
+from support.tiny_models import tiny_checkpoint, write_tokenizer
+
+MODEL: dict[str, Any] = {"max_position_embeddings": 4096}
+LONG: dict[str, Any] = {
+    "model": "model",
+    "prompt": "hello",
+    "max_tokens": 4000,
+    "ignore_eos": True,
+    "temperature": 0,
+    "stream": True,
+}
+
+
+@pytest.fixture
+def fresh_server(model: Path, tmp_path: Path) -> Iterator[LlmkitServer]:
+    with serving(tmp_path / "log", model, kv_cache_memory=64 * 2**20) as running:
+        yield running
+
+
+def last_line(server: LlmkitServer) -> str:
+    return server.log.read_text().splitlines()[-1]
+
+
+def test_graceful_stop_finishes_running_requests_and_refuses_new_ones(
+    fresh_server: LlmkitServer,
+) -> None:
+    engine = fresh_server.engine()
+    body = LONG | {"max_tokens": 1000}
+    with (
+        fresh_server.client() as client,
+        client.stream("POST", "/v1/completions", json=body) as answer,
+    ):
+        lines = answer.iter_lines()
+        next(lines)
+        fresh_server.process.send_signal(signal.SIGTERM)
+        with fresh_server.client() as other:
+            wait_for(lambda: other.get("/health").status_code == 503)
+            assert other.get("/health").json()["error"]["code"] == "draining"
+            assert other.get("/ready").status_code == 503
+            refused = other.post("/v1/completions", json=body)
+            assert refused.status_code == 503
+            assert "retry-after" in refused.headers
+        received = [line for line in lines if line]
+    assert received[-1] == "data: [DONE]"
+    assert '"finish_reason":"length"' in received[-2]
+    assert fresh_server.process.wait(30) == 0
+    assert not engine.is_running()
+    assert len(fresh_server.log.read_text().splitlines()) == 1
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_second_signal_stops_at_once_with_an_error_event(
+    fresh_server: LlmkitServer, number: int, code: int
+) -> None:
+    engine = fresh_server.engine()
+    with (
+        fresh_server.client() as client,
+        client.stream("POST", "/v1/completions", json=LONG) as answer,
+    ):
+        lines = answer.iter_lines()
+        next(lines)
+        fresh_server.process.send_signal(number)
+        with fresh_server.client() as other:
+            wait_for(lambda: other.get("/health").status_code == 503)
+        fresh_server.process.send_signal(number)
+        received = [line for line in lines if line]
+    assert received[-1].startswith('data: {"error":')
+    assert fresh_server.process.wait(30) == code
+    assert not engine.is_running()
+
+
+def test_drain_timeout_ends_requests_with_an_error_event(model: Path, tmp_path: Path) -> None:
+    with serving(tmp_path / "log", model, drain_timeout=0.2, kv_cache_memory=64 * 2**20) as server:
+        with (
+            server.client() as client,
+            client.stream("POST", "/v1/completions", json=LONG) as answer,
+        ):
+            lines = answer.iter_lines()
+            next(lines)
+            server.process.send_signal(signal.SIGINT)
+            received = [line for line in lines if line]
+        assert '"code":"shutting_down"' in received[-1]
+        assert server.process.wait(30) == 0
+
+
+def test_engine_death_fails_streams_then_health_then_the_server(fresh_server: LlmkitServer) -> None:
+    with (
+        fresh_server.client() as client,
+        client.stream("POST", "/v1/completions", json=LONG) as answer,
+    ):
+        lines = answer.iter_lines()
+        next(lines)
+        fresh_server.engine().kill()
+        received = [line for line in lines if line]
+        assert '"code":"engine_dead"' in received[-1]
+        assert "data: [DONE]" not in received
+        with fresh_server.client() as other:
+            assert other.get("/health").status_code == 503
+            refused = other.post("/v1/completions", json=LONG)
+            assert (refused.status_code, refused.json()["error"]["code"]) == (503, "engine_dead")
+    assert fresh_server.process.wait(30) == 70
+    assert last_line(fresh_server).startswith(
+        "llmkit serve: error: the engine process ended (signal SIGKILL"
+    )
+
+
+def test_engine_ends_with_a_killed_server(fresh_server: LlmkitServer) -> None:
+    engine = fresh_server.engine()
+    fresh_server.process.kill()
+    wait_for(
+        lambda: not engine.is_running() or engine.status() == psutil.STATUS_ZOMBIE, timeout_s=10
+    )
+
+
+def test_engine_ignores_signals(fresh_server: LlmkitServer) -> None:
+    engine = fresh_server.engine()
+    engine.send_signal(signal.SIGTERM)
+    engine.send_signal(signal.SIGINT)
+    with fresh_server.client() as client:
+        answer = client.post("/v1/completions", json=LONG | {"max_tokens": 50, "stream": False})
+    assert answer.status_code == 200
+    assert fresh_server.stop() == 0
+
+
+def test_signal_while_loading_stops_the_server_and_its_engine(model: Path, tmp_path: Path) -> None:
+    fresh_server = LlmkitServer(tmp_path / "log", model)
+    wait_for(lambda: bool(psutil.Process(fresh_server.process.pid).children()))
+    engine = fresh_server.engine()
+    listening = psutil.Process(fresh_server.process.pid)
+    (port,) = {
+        connection.laddr.port
+        for connection in listening.net_connections()
+        if connection.status == "LISTEN"
+    }
+
+    def health() -> int:
+        try:
+            return httpx.get(f"http://127.0.0.1:{port}/health", timeout=10).status_code
+        except httpx.TransportError:
+            return 0
+
+    wait_for(lambda: health() == 503 or " is ready at " in fresh_server.log.read_text())
+    assert fresh_server.stop() in (143, 0)  # 0 when it got ready before the signal
+    assert not engine.is_running()
+
+
+def fails_to_start(log: Path, model: Path, **options: Any) -> tuple[int, str]:
+    fresh_server = LlmkitServer(log, model, **options)
+    code = fresh_server.process.wait(60)
+    (line,) = fresh_server.log.read_text().splitlines()
+    return code, line
+
+
+def test_bad_checkpoint_is_one_line_and_its_exit_code(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    code, line = fails_to_start(tmp_path / "log", tmp_path / "empty")
+    assert code == 3
+    assert line.startswith("llmkit serve: error: ")
+    assert "config.json" in line
+
+
+def test_context_over_the_models_limit_is_exit_code_3(model: Path, tmp_path: Path) -> None:
+    code, line = fails_to_start(tmp_path / "log", model, max_model_len=5000)
+    assert code == 3
+    assert "5000" in line
+    assert "4096" in line
+
+
+def test_tokenizer_larger_than_the_embedding_is_refused(tmp_path: Path) -> None:
+    model = tiny_checkpoint(tmp_path / "model")
+    write_tokenizer(model, vocab=600)
+    code, line = fails_to_start(tmp_path / "log", model)
+    assert code == 3
+    assert "600" in line
+    assert "512" in line
+
+
+def test_model_without_a_chat_template_refuses_chats(tmp_path: Path) -> None:
+    model = tiny_checkpoint(tmp_path / "model")
+    write_tokenizer(model, chat_template=None)
+    with serving(tmp_path / "log", model) as server, server.client() as client:
+        messages = [{"role": "user", "content": "x"}]
+        answer = client.post("/v1/chat/completions", json={"model": "model", "messages": messages})
+        assert (answer.status_code, answer.json()["error"]["code"]) == (400, "no_chat_template")
+        assert (
+            client.post("/v1/completions", json={"model": "model", "prompt": "x"}).status_code
+            == 200
+        )

@@ -1,0 +1,271 @@
+"""Nothing wrong in a sharded directory goes unnoticed, by `verify` or by `merge`."""
+
+import json
+import random
+import re
+import shutil
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from support.synthetic_checkpoint import synthetic_checkpoint
+
+from llmkit.checkpoint.manifest import manifest_digest
+from llmkit.checkpoint.quantized_weight import QuantizationConfig, Scheme
+from llmkit.checkpoint.safetensors_header import read_header
+from llmkit.common.errors import InputError
+from llmkit.shard.merge import merge
+from llmkit.shard.shard_checkpoint import shard
+from llmkit.shard.verify import verify
+
+RANK0 = "rank-pp0-tp0.safetensors"
+RANK1 = "rank-pp0-tp1.safetensors"
+
+
+@pytest.fixture
+def ranks(tmp_path: Path) -> Path:
+    source = synthetic_checkpoint(tmp_path / "source", QuantizationConfig("gptq", Scheme(4, 16)))
+    shard(source, tmp_path / "ranks", 2)
+    return tmp_path / "ranks"
+
+
+def flip(file: Path, position: int) -> None:
+    data = bytearray(file.read_bytes())
+    data[position] ^= 1 << position % 8
+    file.write_bytes(data)
+
+
+def edit(ranks: Path, change) -> None:
+    manifest = json.loads((ranks / "llmkit.json").read_text())
+    change(manifest)
+    manifest["sha256"] = manifest_digest(manifest)
+    (ranks / "llmkit.json").write_text(json.dumps(manifest))
+
+
+def overwrite(ranks: Path, file: str, name: str, position: int, byte: int) -> None:
+    """Change a byte of a tensor and the digests, so that the manifest agrees with the bytes."""
+    info = read_header(ranks / file)[name]
+    data = bytearray((ranks / file).read_bytes())
+    data[info.start + position] = byte
+    (ranks / file).write_bytes(data)
+
+    def change(manifest: dict[str, Any]) -> None:
+        manifest["tensors"][f"{file}::{name}"]["sha256"] = sha256(
+            data[info.start : info.end]
+        ).hexdigest()
+        manifest["files"][file]["sha256"] = sha256(data).hexdigest()
+
+    edit(ranks, change)
+
+
+def rejected(ranks: Path) -> str:
+    with pytest.raises(InputError) as caught:
+        merge(ranks, ranks.parent / "merged")
+    assert caught.value.exit_code == 3
+    assert not (ranks.parent / "merged").exists()
+    return str(caught.value)
+
+
+def test_verify_figures_of_an_intact_directory(ranks: Path) -> None:
+    result = verify(ranks)
+    assert result.ok
+    assert (result.tp, result.pp, result.ep, result.files) == (2, 1, 1, 2)
+    infos = [info for file in (RANK0, RANK1) for info in read_header(ranks / file).values()]
+    assert (result.tensors, result.bytes) == (len(infos), sum(info.nbytes for info in infos))
+    # 70 words: 64 and 6 with 58 of padding, in the embedding and the head.
+    assert result.padding_bytes == 2 * 58 * 32 * 2
+    # Per layer two norms and the group indices of the five column-parallel linears; the final norm.
+    assert result.replica_groups == 2 * (2 + 5) + 1
+    assert json.loads(json.dumps(result.to_json()))["ok"] is True
+
+
+@settings(
+    max_examples=30,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(st.sampled_from([RANK0, RANK1, "config.json"]), st.integers(0, 2**30))
+def test_verify_finds_a_flipped_bit_anywhere(ranks: Path, file: str, position: int) -> None:
+    path = ranks / file
+    kept = path.read_bytes()
+    flip(path, position % len(kept))
+    try:
+        assert any(file in problem for problem in verify(ranks).problems)
+        assert file in rejected(ranks)
+    finally:
+        path.write_bytes(kept)
+    assert verify(ranks).ok
+
+
+@settings(
+    max_examples=60,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(st.integers(0, 2**30))
+def test_verify_finds_a_flipped_bit_of_the_manifest(ranks: Path, position: int) -> None:
+    path = ranks / "llmkit.json"
+    kept = path.read_bytes()
+    flip(path, position % len(kept))
+    try:
+        with pytest.raises(InputError, match=r"llmkit\.json|sharded"):
+            verify(ranks)
+        rejected(ranks)
+    finally:
+        path.write_bytes(kept)
+
+
+def test_verify_names_the_tensor_and_both_digests(ranks: Path) -> None:
+    info = random.Random(0).choice(list(read_header(ranks / RANK1).values()))
+    flip(ranks / RANK1, info.start)
+    manifest = json.loads((ranks / "llmkit.json").read_text())
+    said = manifest["tensors"][f"{RANK1}::{info.name}"]["sha256"]
+    said_of_file = manifest["files"][RANK1]["sha256"]
+    data = (ranks / RANK1).read_bytes()
+    found = sha256(data[info.start : info.end]).hexdigest()
+    of_tensor, of_file = verify(ranks).problems
+    assert of_tensor == f"{RANK1}: tensor {info.name} has SHA-256 {found}, the manifest says {said}"
+    assert (
+        of_file == f"{ranks / RANK1} has SHA-256 {sha256(data).hexdigest()},"
+        f" llmkit.json says {said_of_file}"
+    )
+    assert of_file in rejected(ranks)
+
+
+def test_verify_finds_a_changed_header(ranks: Path) -> None:
+    data = (ranks / RANK1).read_bytes()
+    assert b'{"format":"pt"}' in data
+    (ranks / RANK1).write_bytes(data.replace(b'{"format":"pt"}', b'{"format":"tf"}'))
+    for text in (verify(ranks).problems[0], rejected(ranks)):
+        assert re.search(rf"{RANK1} has SHA-256 \w{{64}}, llmkit\.json says \w{{64}}", text)
+
+
+def test_verify_finds_padding_that_is_not_zero(ranks: Path) -> None:
+    overwrite(ranks, RANK1, "lm_head.weight", 63 * 32 * 2 + 5, 1)
+    assert verify(ranks).problems == [
+        f"{RANK1}::lm_head.weight: its 58 rows of padding are not all zero"
+    ]
+
+
+def test_verify_checks_padding_up_to_the_end_of_the_data(ranks: Path) -> None:
+    overwrite(ranks, RANK1, "lm_head.weight", 6 * 32 * 2 - 1, 77)
+    assert verify(ranks).ok
+    overwrite(ranks, RANK1, "lm_head.weight", 6 * 32 * 2, 77)
+    assert not verify(ranks).ok
+
+
+def test_verify_finds_replicas_that_differ(ranks: Path) -> None:
+    overwrite(ranks, RANK1, "model.norm.weight", 3, 99)
+    assert verify(ranks).problems == [
+        f"{RANK0}::model.norm.weight differs from its replica in {RANK1}"
+    ]
+
+
+def test_verify_finds_a_missing_rank(ranks: Path) -> None:
+    (ranks / RANK1).unlink()
+    problems = verify(ranks).problems
+    assert f"{ranks / RANK1} is in llmkit.json but absent" in problems
+    assert f"{RANK1} is in llmkit.json but absent" in rejected(ranks)
+
+
+def test_verify_finds_a_truncated_rank(ranks: Path) -> None:
+    size = (ranks / RANK0).stat().st_size
+    (ranks / RANK0).write_bytes((ranks / RANK0).read_bytes()[:-10])
+    assert any(
+        f"{ranks / RANK0}: " in problem and "data bytes" in problem
+        for problem in verify(ranks).problems
+    )
+    assert f"has {size - 10} bytes, llmkit.json says {size}" in rejected(ranks)
+
+
+def test_verify_finds_ranks_of_different_sources(ranks: Path, tmp_path: Path) -> None:
+    other = synthetic_checkpoint(
+        tmp_path / "other", QuantizationConfig("gptq", Scheme(4, 16)), seed=1
+    )
+    shard(other, tmp_path / "others", 2)
+    shutil.copy(tmp_path / "others" / RANK1, ranks / RANK1)
+    assert any(RANK1 in problem for problem in verify(ranks).problems)
+    manifests = [
+        json.loads((path / "llmkit.json").read_text()) for path in (ranks, tmp_path / "others")
+    ]
+    said, found = (manifest["files"][RANK1]["sha256"] for manifest in manifests)
+    assert f"{RANK1} has SHA-256 {found}, llmkit.json says {said}" in rejected(ranks)
+
+
+def test_verify_finds_swapped_ranks(ranks: Path) -> None:
+    (ranks / RANK0).rename(ranks / "aside")
+    (ranks / RANK1).rename(ranks / RANK0)
+    (ranks / "aside").rename(ranks / RANK1)
+    assert not verify(ranks).ok
+    assert "SHA-256" in rejected(ranks)
+
+
+def test_verify_finds_a_layout_that_leaves_rows_out(ranks: Path) -> None:
+    key = f"{RANK1}::model.layers.0.mlp.up_proj.scales"
+
+    def change(manifest: dict[str, Any]) -> None:
+        manifest["layout"]["tensors"][key]["intervals"] = [[33, 64]]
+
+    edit(ranks, change)
+    assert (
+        "model.layers.0.mlp.up_proj.scales: its slices leave out 33 of 64" in verify(ranks).problems
+    )
+    assert "its slices leave out 33 of 64" in rejected(ranks)
+
+
+def malformed() -> list[Any]:
+    key = f"{RANK1}::model.norm.weight"
+
+    def entry(**changes: Any):
+        return lambda manifest: manifest["layout"]["tensors"][key].update(changes)
+
+    return [
+        entry(intervals=[[0, 33]]),
+        entry(intervals=[[8, 4]]),
+        entry(intervals=7),
+        entry(dim=5),
+        entry(dim=-1),
+        entry(padding=-1),
+        entry(source="lm_head.weight"),
+        entry(replicas=[9]),
+        entry(derived={"kind": "unheard-of"}),
+        lambda manifest: manifest["layout"].update(tp=3),
+        lambda manifest: manifest["layout"].update(ep=3),
+        lambda manifest: manifest["layout"]["order"].pop(),
+        lambda manifest: manifest["layout"].pop("stages"),
+        lambda manifest: manifest["layout"]["tensors"].pop(key),
+        lambda manifest: manifest.update(layout=[1]),
+    ]
+
+
+@pytest.mark.parametrize("change", malformed(), ids=range(len(malformed())))
+def test_verify_refuses_a_malformed_layout(change, ranks: Path) -> None:
+    edit(ranks, change)
+    with pytest.raises(InputError, match=r"llmkit\.json: layout is malformed"):
+        verify(ranks)
+    assert "layout is malformed" in rejected(ranks)
+
+
+def test_verify_refuses_a_layout_of_the_first_form(ranks: Path) -> None:
+    manifest = json.loads((ranks / "llmkit.json").read_text())
+    manifest["tool"]["version"] = "0.1.0"
+    del manifest["sha256"], manifest["layout"]["ep"]
+    (ranks / "llmkit.json").write_text(json.dumps(manifest))
+    text = rejected(ranks)
+    assert "was sharded by llmkit 0.1.0, whose layouts had another form" in text
+    assert "Shard its source again, or merge it with that version: llmkit shard merge" in text
+
+
+def test_verify_refuses_what_is_not_sharded(tmp_path: Path) -> None:
+    source = synthetic_checkpoint(tmp_path / "source")
+    for path in (source, tmp_path / "absent"):
+        with pytest.raises(
+            InputError, match=f"{path.name} is not sharded. A directory that `llmkit shard` wrote"
+        ):
+            verify(path)
+    assert "is not sharded" in rejected(source)

@@ -1,0 +1,1 @@
+"""What tests share: tiny models, servers as processes, stand-ins for hardware."""

@@ -1,0 +1,42 @@
+"""llmkit's Kubernetes objects: those of recipes/kubernetes and of `llmkit deploy vllm`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from llmkit.deploy.vllm_on_ray import VllmDeployment, render_deployment
+
+FOLDER = Path(__file__).parents[2] / "recipes" / "kubernetes"
+PATCHES = {
+    FOLDER / "components/spot/deployment.yaml",
+    FOLDER / "components/hub/deployment.yaml",
+    FOLDER / "llm-d/deployment.yaml",
+}
+
+
+def objects() -> Iterator[dict[str, Any]]:
+    """Every object that has a kind, without kustomize's own files and patches."""
+    texts = [path.read_text() for path in sorted(FOLDER.rglob("*.yaml")) if path not in PATCHES]
+    for nodes in (1, 2):
+        deployment = VllmDeployment("big", "/models/big", 8, nodes, 32_768, 8)
+        texts += [render_deployment(deployment, "lws"), render_deployment(deployment, "kserve")]
+    for text in texts:
+        for document in yaml.safe_load_all(text):
+            if document and "kustomize" not in document.get("apiVersion", "kustomize"):
+                yield document
+
+
+def is_core(document: dict[str, Any]) -> bool:
+    """Whether Kubernetes itself defines the object's kind."""
+    group = document["apiVersion"].rpartition("/")[0]
+    return "." not in group or (
+        group.endswith(".k8s.io") and "x-k8s" not in group and "inference" not in group
+    )
+
+
+def kind(document: dict[str, Any]) -> str:
+    return str(document["kind"])

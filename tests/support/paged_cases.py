@@ -1,0 +1,199 @@
+"""Batches for paged attention, for the interpreter and for a CUDA device.
+
+In the cache that the kernel gets, what no query sees is NaN; in that of the reference it is zero.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+from llmkit.kernels import paged_attention as paged
+from llmkit.kernels.attention import paged_attention
+from llmkit.kernels.attention_metadata import AttentionBatch
+from llmkit.kernels.kv_cache import KV_CACHE_DTYPES, KVCache
+
+BLOCK = 16
+SCALE = 0.2
+DECODE = ([1, 1, 1, 1], [3, 150, 17, 64])  # new tokens, contexts
+PREFILL = ([20, 5, 70], [20, 5, 70])
+MIXED = (
+    [1, 23, 1, 50, 2],
+    [70, 23, 1, 90, 40],
+)  # decoding, whole prompts, chunks after earlier ones, drafts
+
+
+@dataclass(frozen=True)
+class Case:
+    label: str
+    query_lens: list[int]
+    seq_lens: list[int]
+    heads: tuple[int, int] = (4, 2)
+    dim: int = 64
+    window: int | None = None
+    softcap: float | None = None
+    kv_cache_dtype: str | None = None
+    dynamic_scales: bool = False
+    splits: int = 1
+    capability: tuple[int, int] = (9, 0)  # the interpreter's
+    dtype: torch.dtype = torch.float16
+
+    @cached_property
+    def inputs(self) -> AttentionInputs:
+        return AttentionInputs(self)
+
+
+class AttentionInputs:
+    def __init__(self, case: Case, seed: int = 0) -> None:
+        draw = torch.Generator().manual_seed(seed)
+        sizes = [-(-length // BLOCK) for length in case.seq_lens]
+        ids = torch.randperm(sum(sizes) + 4, generator=draw)
+        pages = (2 * case.heads[1], len(ids), BLOCK)
+        self.case = case
+        self.tables: list[list[int]] = [part.tolist() for part in ids[:-4].split(sizes)]
+        self.q = torch.randn(sum(case.query_lens), case.heads[0], case.dim, generator=draw).to(
+            case.dtype
+        )
+        kv = torch.randn(*pages, case.dim, generator=draw)
+        scales = None
+        stored = None
+        poison = float("nan")
+        bad = float("nan")
+        if case.kv_cache_dtype is None:
+            kv = kv.to(case.dtype)
+        else:
+            kv = (kv * 40).clamp(-120, 120).to(KV_CACHE_DTYPES[case.kv_cache_dtype])
+            poison = float("nan") if case.kv_cache_dtype == "fp8" else 127
+            scale = torch.rand(*pages, 1, generator=draw) * 0.03 + 0.01
+            scales, stored = (
+                (scale, None) if case.dynamic_scales else (None, scale[:, :1, :1, 0].clone())
+            )
+        unseen = torch.ones(pages[1] * BLOCK, dtype=torch.bool)
+        for table, new, context in zip(self.tables, case.query_lens, case.seq_lens, strict=True):
+            first = max(0, context - new + 1 - (case.window or context))
+            for place in range(first, context):
+                unseen[table[place // BLOCK] * BLOCK + place % BLOCK] = False
+            table[: first // BLOCK] = [-1] * (first // BLOCK)
+        self.caches = [KVCache(kv, scales, stored)]
+        for value, wrong in ((0.0, 0.0), (poison, bad)):
+            bytes_ = kv.float().flatten(1, 2).clone()
+            bytes_[:, unseen] = value
+            own = (
+                None
+                if scales is None
+                else scales.flatten(1, 2).index_fill(1, unseen.nonzero()[:, 0], wrong)
+            )
+            pair = (
+                bytes_.view(kv.shape).to(kv.dtype),
+                None if own is None else own.view(scales.shape),
+            )
+            self.caches.append(KVCache(*pair, stored))
+        self.clean, self.with_nan = self.caches[1:]
+
+    def bfloat16(self) -> KVCache:
+        """The clean cache, in bfloat16."""
+        return KVCache(self.clean.kv.bfloat16())
+
+    def batch(self, device: str = "cpu") -> AttentionBatch:
+        return AttentionBatch.build(
+            self.case.query_lens, self.case.seq_lens, {self.case.window: self.tables}, BLOCK, device
+        )
+
+    def expected(self) -> torch.Tensor:
+        """In float32, by the form in torch or compiled for the CPU."""
+        cache = self.clean
+        if self.case.kv_cache_dtype is None:
+            cache = KVCache(cache.kv.float())
+        group = self.batch().metadata(self.case.window)
+        return paged_attention(self.q.float(), cache, group, SCALE, self.case.softcap)
+
+    def run_kernel(self, device: str = "cpu", replayed: bool = False) -> torch.Tensor:
+        """The kernel's output. replayed: the metadata is of other sequences, then overwritten."""
+        case = self.case
+        batch = self.batch(device)
+        group = batch.metadata(case.window)
+        if replayed:
+            longest = max(map(len, self.tables)) + 20
+            others = [[0] * longest] * len(case.query_lens)
+            lengths = [longest * BLOCK] * len(case.query_lens)
+            group = AttentionBatch.build(
+                case.query_lens, lengths, {case.window: others}, BLOCK, device
+            ).metadata(case.window)
+            group.device_tensors(1)
+            blocks = [table + [-1] * (longest - len(table)) for table in self.tables]
+            group.update_block_tables(
+                torch.tensor(blocks, device=device), torch.tensor(case.seq_lens, device=device)
+            )
+        parts = (self.with_nan.kv, self.with_nan.scales, self.with_nan.static_scales)
+        cache = KVCache(*(None if part is None else part.to(device) for part in parts))
+        with poisoned_memory():
+            return paged.attention(self.q.to(device), cache, group, SCALE, case.softcap)
+
+
+@contextmanager
+def poisoned_memory() -> Iterator[None]:
+    """What is allocated and not written holds NaN."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def cases() -> Iterator[Case]:
+    yield Case("decode", *DECODE)
+    yield Case("prefill", *PREFILL)
+    yield Case("mixed", *MIXED)
+    yield Case("mixed, before Hopper", *MIXED, capability=(8, 0))
+    yield Case("drafts", [3, 1, 2], [50, 9, 33])
+    yield Case("one head a head", *MIXED, heads=(2, 2))
+    yield Case("3 heads a head", *MIXED, heads=(3, 1))
+    yield Case("8 heads a head", *MIXED, heads=(8, 1))
+    yield Case("18 heads a head", *DECODE, heads=(18, 1))
+    yield Case("dim 80", *MIXED, dim=80)
+    yield Case("dim 128", *MIXED, dim=128, heads=(4, 1))
+    yield Case("dim 256", *DECODE, dim=256, heads=(2, 1))
+    yield Case("float32", *MIXED, dtype=torch.float32, heads=(3, 1))
+    yield Case("window", *MIXED, window=20)
+    yield Case("window, decode", *DECODE, window=20, splits=2)
+    yield Case("window of 1", *MIXED, window=1)
+    yield Case("soft cap", *MIXED, softcap=2.0)
+    yield Case("soft cap, window, float32", *DECODE, softcap=2.0, window=40, dtype=torch.float32)
+    for splits in (2, 4, 16):
+        yield Case(f"{splits} splits", *DECODE, splits=splits)
+    yield Case("splits, mixed", *MIXED, splits=2)
+    yield Case("splits, float32", *DECODE, splits=4, dtype=torch.float32)
+    for name in KV_CACHE_DTYPES:
+        for own in (False, True):
+            label = f"{name}, {'own' if own else 'stored'} scales"
+            yield Case(label, *MIXED, kv_cache_dtype=name, dynamic_scales=own)
+            yield Case(
+                f"{label}, splits",
+                *DECODE,
+                kv_cache_dtype=name,
+                dynamic_scales=own,
+                splits=2,
+                heads=(3, 1),
+            )
+
+
+CASES = list(cases())
+REPLAYED = [case for case in CASES if max(case.query_lens) == 1 and case.splits <= 4]
+IDS = [case.label for case in CASES]
+
+
+def run_kernel_interpreted(index: int, replayed: bool) -> torch.Tensor:
+    case = (REPLAYED if replayed else CASES)[index]
+    paged._num_splits = lambda *_: case.splits
+    torch.cuda.get_device_capability = lambda *_: case.capability
+    return case.inputs.run_kernel(replayed=replayed)
+
+
+def assert_close(answer: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> None:
+    tolerance = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}[dtype]
+    assert answer.dtype == dtype
+    torch.testing.assert_close(answer.cpu().float(), expected, atol=tolerance, rtol=tolerance)

@@ -1,0 +1,109 @@
+"""Servers as processes, for tests."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+
+_LAUNCHER = """
+import json, sys
+from llmkit.common.errors import LlmkitError
+from llmkit.runtime.engine.engine_options import EngineOptions
+from llmkit.runtime.server.run_server import run_server
+from llmkit.runtime.server.serve_options import ServeOptions
+try:
+    options = json.loads(sys.argv[1])
+    engine = {name: options.pop(name) for name in list(options) if name in vars(EngineOptions())}
+    sys.exit(run_server(ServeOptions(engine=EngineOptions(**engine), **options)))
+except LlmkitError as error:
+    sys.stderr.write(f"llmkit serve: error: {error}\\n")
+    sys.exit(error.exit_code)
+"""
+
+
+class LlmkitServer:
+    """`run_server` as a process. It listens on a free port unless `options` has one."""
+
+    def __init__(self, log: Path, model: Path, key: str | None = None, **options: Any) -> None:
+        self.log = log
+        self.key = key
+        arguments = json.dumps({"model": str(model), "port": 0, "device": "cpu", **options})
+        with log.open("w") as stream:
+            self.process = subprocess.Popen(
+                [sys.executable, "-c", _LAUNCHER, arguments],
+                stdout=stream,
+                stderr=stream,
+                env=os.environ,
+            )
+
+    @property
+    def port(self) -> int:
+        line = next(line for line in self.log.read_text().splitlines() if " is ready at " in line)
+        return int(line.split(" after ")[0].rpartition(":")[2])
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def wait_ready(self) -> LlmkitServer:
+        wait_for(lambda: " is ready at " in self.log.read_text() or self.process.poll() is not None)
+        assert self.process.poll() is None, self.log.read_text()
+        return self
+
+    def client(self) -> httpx.Client:
+        headers = {} if self.key is None else {"authorization": f"Bearer {self.key}"}
+        return httpx.Client(base_url=self.url, headers=headers, timeout=60)
+
+    def engines(self) -> list[psutil.Process]:
+        """Return the engine processes."""
+        children = psutil.Process(self.process.pid).children()
+        return [
+            child
+            for child in children
+            if "llmkit.runtime.server.sandbox_process" not in child.cmdline()
+        ]
+
+    def engine(self) -> psutil.Process:
+        (child,) = self.engines()
+        return child
+
+    def metric(self, name: str) -> float:
+        with self.client() as client:
+            lines = client.get("/metrics").text.splitlines()
+        return float(next(line for line in lines if line.startswith(f"llmkit:{name} ")).split()[-1])
+
+    def stop(self, number: int = signal.SIGTERM) -> int:
+        self.process.send_signal(number)
+        return self.process.wait(60)
+
+
+@contextlib.contextmanager
+def serving(
+    log: Path, model: Path, key: str | None = None, **options: Any
+) -> Iterator[LlmkitServer]:
+    """Yield a server that is ready. It ends with the context, even if it hangs."""
+    server = LlmkitServer(log, model, key, **options)
+    try:
+        yield server.wait_ready()
+    finally:
+        server.process.kill()
+        server.process.wait()
+
+
+def wait_for(condition: Callable[[], bool], timeout_s: float = 60) -> None:
+    """Poll until `condition` holds."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "timed out"
+        time.sleep(0.02)

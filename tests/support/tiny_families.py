@@ -1,0 +1,165 @@
+"""A tiny random model of every family, as transformers makes and saves it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import transformers
+
+COMMON = {
+    "vocab_size": 128,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+LONG = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "short_factor": [1.0, 1.1, 1.2, 1.3],
+    "long_factor": [1.0, 2.0, 4.0, 8.0],
+    "original_max_position_embeddings": 64,
+}
+GEMMA3_ROPE = {
+    "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+    "full_attention": {"rope_type": "linear", "rope_theta": 1000000.0, "factor": 8.0},
+}
+GEMMA_LAYERS = ["sliding_attention", "full_attention"] * 2
+# name: (model_type, what differs from COMMON)
+FAMILIES = {
+    "llama": ("llama", {}),
+    "llama-mha-bias-tied": (
+        "llama",
+        {
+            "num_key_value_heads": 4,
+            "attention_bias": True,
+            "mlp_bias": True,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "llama3-rope": ("llama", {"rope_parameters": LLAMA3}),
+    "llama-yarn": (
+        "llama",
+        {
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 10000.0,
+                "factor": 4.0,
+                "original_max_position_embeddings": 32,
+            }
+        },
+    ),
+    "mistral": ("mistral", {"sliding_window": 12, "head_dim": 16}),
+    "qwen2": ("qwen2", {}),
+    "qwen2-window": (
+        "qwen2",
+        {"use_sliding_window": True, "sliding_window": 12, "max_window_layers": 2},
+    ),
+    "qwen3": ("qwen3", {"head_dim": 16}),
+    "phi3": ("phi3", {}),
+    "phi3-longrope": (
+        "phi3",
+        {"rope_parameters": LONG, "original_max_position_embeddings": 64, "sliding_window": 50},
+    ),
+    "phi3-partial": (
+        "phi3",
+        {
+            "head_dim": 16,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 10000.0,
+                "partial_rotary_factor": 0.5,
+            },
+        },
+    ),
+    "gemma2": (
+        "gemma2",
+        {
+            "head_dim": 16,
+            "query_pre_attn_scalar": 24,
+            "sliding_window": 12,
+            "layer_types": GEMMA_LAYERS,
+        },
+    ),
+    "gemma3": (
+        "gemma3_text",
+        {
+            "head_dim": 16,
+            "query_pre_attn_scalar": 24,
+            "sliding_window": 12,
+            "layer_types": GEMMA_LAYERS,
+            "rope_parameters": GEMMA3_ROPE,
+        },
+    ),
+    "granite": (
+        "granite",
+        {
+            "embedding_multiplier": 6.0,
+            "attention_multiplier": 0.2,
+            "residual_multiplier": 0.4,
+            "logits_scaling": 3.0,
+        },
+    ),
+    "olmo2": ("olmo2", {}),
+    "smollm3": ("smollm3", {"no_rope_layers": [1, 1, 1, 0]}),
+    "mixtral": (
+        "mixtral",
+        {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 12},
+    ),
+    "qwen3-moe": (
+        "qwen3_moe",
+        {
+            "head_dim": 16,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 24,
+            "mlp_only_layers": [1],
+        },
+    ),
+    "qwen3-moe-normalized": (
+        "qwen3_moe",
+        {
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 24,
+            "norm_topk_prob": True,
+        },
+    ),
+}
+
+
+def family_oracle(name: str, path: Path) -> torch.nn.Module:
+    """Make the model of a row of FAMILIES, save it as a checkpoint at `path` and return it."""
+    kind, differences = FAMILIES[name]
+    config = transformers.AutoConfig.for_model(kind, **(COMMON | differences))
+    torch.manual_seed(0)
+    oracle = (
+        transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+        .float()
+        .eval()
+    )
+    with torch.no_grad():
+        for parameter in oracle.parameters():  # norms and biases too, which start as ones and zeros
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    oracle.save_pretrained(path)
+    return oracle
+
+
+def oracle_logits(oracle: torch.nn.Module, tokens: torch.Tensor) -> torch.Tensor:
+    """Logits [n, vocab] of one sequence of token ids [n]."""
+    with torch.inference_mode():
+        return oracle(tokens[None], use_cache=False).logits[0].float()

@@ -1,0 +1,113 @@
+"""Checks of Triton kernels without a GPU: by Triton's interpreter, and compiled for two GPUs."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+HOPPER_SHARED_BYTES = 227 * 1024
+# The shared memory that a program may use, by compute capability.
+SHARED_BYTES = {90: HOPPER_SHARED_BYTES, 80: 163 * 1024}
+TESTS = Path(__file__).parents[1]
+_RUN = """
+import importlib, sys, torch
+module, function, path = sys.argv[1:]
+run = getattr(importlib.import_module(module), function)
+torch.save([run(*call) for call in torch.load(path)], path)
+"""
+
+
+def interpreted(
+    module: str, function: str, calls: list[tuple[Any, ...]], folder: Path, interpret: bool = True
+) -> list[Any]:
+    """Run a function that launches kernels, on the CPU by Triton's interpreter.
+
+    Returns its result for each call. module: of llmkit ("llmkit.kernels.elementwise") or of the
+    tests ("support.paged_cases"). It runs in a separate process, because Triton decides when it is
+    imported whether it interprets. interpret: False for Triton as a GPU has it; then the function
+    must not launch anything.
+    """
+    pytest.importorskip("triton")
+    path = folder / f"{function}.pt"
+    torch.save(calls, path)
+    modules = os.pathsep.join((str(TESTS), os.environ.get("PYTHONPATH", "")))
+    environment = os.environ | {"PYTHONPATH": modules}
+    if interpret:
+        environment["TRITON_INTERPRET"] = "1"
+    subprocess.run(
+        [sys.executable, "-c", "import triton" + _RUN, module, function, str(path)],
+        env=environment,
+        # Not the repository's root, whose folder `model` would hide `tests/model`.
+        cwd=TESTS,
+        check=True,
+        timeout=240,
+    )
+    results: list[Any] = torch.load(path)
+    return results
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What a program of a compiled kernel needs on a GPU."""
+
+    shared_bytes: int
+    stack_bytes: int  # of each thread; spilled registers go there
+    code: str  # SASS; its HGMMA instructions are Hopper's matrix products
+
+
+def compiled_for_hopper(
+    kernel: Any, arguments: dict[str, str], constants: dict[str, Any], folder: Path
+) -> Compiled:
+    """`compiled_for` sm_90a, with 4 warps."""
+    return compiled_for(90, kernel, arguments, constants, folder)
+
+
+def compiled_for(
+    capability: int,
+    kernel: Any,
+    arguments: dict[str, str],
+    constants: dict[str, Any],
+    folder: Path,
+    **options: int,
+) -> Compiled:
+    """Compile a kernel for a compute capability (90 or 80).
+
+    arguments: the types of those that are not constants ("*fp32", "i32"); pointers and integers
+    are multiples of 16. options: num_warps, num_stages.
+    """
+    triton = pytest.importorskip("triton")
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    nvidia = triton.knobs.nvidia
+    try:
+        cuobjdump = nvidia.ptxas.path and nvidia.cuobjdump.path
+        nvdisasm = nvidia.nvdisasm.path
+    except RuntimeError as error:
+        pytest.skip(str(error))
+    signature = arguments | dict.fromkeys(constants, "constexpr")
+    multiples = [name for name, kind in arguments.items() if kind[0] in "*i"]
+    aligned = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in multiples}
+    source = ASTSource(kernel, signature, constants, aligned)
+    target = GPUTarget("cuda", capability, 32)
+    compiled = triton.compile(source, target=target, options={"enable_fp_fusion": True, **options})
+    cubin = folder / "kernel.cubin"
+    cubin.write_bytes(compiled.asm["cubin"])
+
+    def output(*command: str | Path) -> str:
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+    usage = output(cuobjdump, "--dump-resource-usage", cubin)
+    stack, local = (re.search(rf"\b{kind}:(\d+)", usage) for kind in ("STACK", "LOCAL"))
+    assert stack and local, usage
+    return Compiled(
+        compiled.metadata.shared, int(stack[1]) + int(local[1]), output(nvdisasm, "-c", cubin)
+    )
