@@ -52,7 +52,7 @@ class LoadOptions:
             "Requests, or conversations, of each load.",
             metavar="N",
             min=1,
-            unset="as suits it",
+            unset="depends on the mode",
             panel=LOAD_PANEL,
         ),
     ] = None

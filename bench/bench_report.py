@@ -157,7 +157,7 @@ class BenchReport:
                 first = error.errors()[0]
                 reason = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
             raise InputError(
-                f"this is no report of llmkit bench ({reason})",
+                f"this is not a report of llmkit bench ({reason})",
                 todo="Write one with `llmkit bench --json`",
             ) from error
         return report

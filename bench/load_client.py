@@ -238,7 +238,7 @@ async def _query_server(url: str, model: str | None) -> Server:
             content = await response.read()
     except aiohttp.InvalidURL as error:
         raise InputError(
-            f"{url} is no address", "Something like http://127.0.0.1:8000 was expected"
+            f"{url} is not a URL", "Something like http://127.0.0.1:8000 was expected"
         ) from error
     except TimeoutError as error:
         raise _unreachable(url, errno.ETIMEDOUT, str(error)) from error

@@ -84,7 +84,9 @@ def _records(source: str) -> Iterable[tuple[str, Mapping[str, Any]]]:
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{source} cannot be read as JSON ({error})") from error
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
-        raise InputError(f"{source} is no list of records", "A JSON array of objects was expected")
+        raise InputError(
+            f"{source} is not a list of records", "A JSON array of objects was expected"
+        )
     return [(f"record {number} of {source}", entry) for number, entry in enumerate(entries, 1)]
 
 

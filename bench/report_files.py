@@ -39,7 +39,7 @@ def check_outputs(outputs: ReportOutputs) -> None:
             kind = "directory" if needs_directory else "file"
             raise ShortageError(
                 f"{name} cannot be written",
-                f"{existing} is no writable {kind}",
+                f"{existing} is not a writable {kind}",
                 "Choose another place",
             )
     if outputs.png and not outputs.charts:

@@ -35,7 +35,7 @@ from llmkit.common.errors import InputError
 WEIGHT_ONLY_SCALE_DTYPE = "BF16"
 W8A8_SCALE_DTYPE = "F32"
 MIXED = "mixed-precision"
-KINDS = {"fp8": "float", "int8": "int"}  # the type of a quantized KV cache
+KV_CACHE_TYPES = {"fp8": "float", "int8": "int"}  # the type of a quantized KV cache
 
 
 def compression_format(scheme: Scheme) -> str:
@@ -271,7 +271,7 @@ def _parse_inputs(inputs: object, kind: str) -> Literal["none", "token", "tensor
 def _kv_scheme(kv: str) -> dict[str, Any]:
     return {
         "num_bits": 8,
-        "type": KINDS[kv],
+        "type": KV_CACHE_TYPES[kv],
         "symmetric": True,
         "strategy": "tensor",
         "dynamic": False,

@@ -104,7 +104,7 @@ class _Parser:
                 raise _header_error(
                     self._path,
                     f"tensor {name} has the shape {list(shape)},"
-                    f" and {qtype.name} rows hold {block}s",
+                    f" and rows of {qtype.name} are made of blocks of {block} values",
                 )
             end = start + math.prod(shape) // block * block_bytes
             if end > self._size:

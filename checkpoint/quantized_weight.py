@@ -33,14 +33,14 @@ class Scheme:
     def label(self) -> str:
         """A description for people: "INT4 in groups of 64", "INT8, inputs too"."""
         name = "FP8" if self.kind == "float" else f"INT{self.bits}"
-        grid = "" if self.group_size == -1 else f" in groups of {self.group_size}"
+        group_text = "" if self.group_size == -1 else f" in groups of {self.group_size}"
         zeros = "" if self.symmetric else " with zero points"
         input_texts = {
             "none": "",
             "token": ", inputs too",
             "tensor": ", inputs too by a fixed scale",
         }
-        return name + grid + zeros + input_texts[self.inputs]
+        return name + group_text + zeros + input_texts[self.inputs]
 
     @property
     def half(self) -> int:
@@ -72,10 +72,10 @@ class QuantizationConfig:
 
     def scheme_of(self, module: str) -> Scheme | None:
         """The scheme of a linear layer; None when it is not quantized."""
-        if any(_names(entry, module) for entry in self.ignore):
+        if any(_matches(entry, module) for entry in self.ignore):
             return None
         return next(
-            (scheme for entry, scheme in self.overrides if _names(entry, module)), self.scheme
+            (scheme for entry, scheme in self.overrides if _matches(entry, module)), self.scheme
         )
 
     @property
@@ -85,7 +85,7 @@ class QuantizationConfig:
         return tuple(dict.fromkeys([*found, *(scheme for _, scheme in self.overrides)]))
 
 
-def _names(entry: str, module: str) -> bool:
+def _matches(entry: str, module: str) -> bool:
     if entry.startswith("re:"):
         return re.match(entry[3:], module) is not None
     return entry == module

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from llmkit.checkpoint.checkpoint import Checkpoint
-from llmkit.checkpoint.dtypes import DTYPES, NAMES
+from llmkit.checkpoint.dtypes import DTYPE_NAMES, DTYPES
 from llmkit.checkpoint.journal import Journal, Key
 from llmkit.checkpoint.manifest import (
     FORMAT_VERSION,
@@ -196,7 +196,7 @@ class CheckpointWriter:
         """
         key = self._key(name, file)
         info = self._tensors[key]
-        if NAMES.get(tensor.dtype) != info.dtype or tuple(tensor.shape) != info.shape:
+        if DTYPE_NAMES.get(tensor.dtype) != info.dtype or tuple(tensor.shape) != info.shape:
             raise ValueError(
                 f"{name} is {tensor.dtype} {list(tensor.shape)},"
                 f" planned as {info.dtype} {list(info.shape)}"

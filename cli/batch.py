@@ -90,7 +90,8 @@ def batch(output: Output, arguments: BatchArguments) -> None:
         )
     if arguments.url is not None and arguments.serve_words:
         raise UsageError(
-            "options of `llmkit serve` are given with --url", "They are for a server of our own"
+            "options of `llmkit serve` are given with --url",
+            "They configure the server that this command starts without --url",
         )
     if arguments.output == STREAM and output.as_json:
         raise UsageError("-o - and --json both want stdout", todo="Write the results to a file")
@@ -134,7 +135,7 @@ def _running_server(url: str, model: str | None) -> tuple[str, Callable[[], Serv
     from llmkit.runtime.run_batch import Server
 
     if not is_url(url):
-        raise UsageError(f"--url {url} is no address", "Addresses begin with http:// or https://")
+        raise UsageError(f"--url {url} is not a URL", "Addresses begin with http:// or https://")
     found = query_server(url, model)
     server = Server(found.url, os.environ.get(API_KEY_VARIABLE, ""))
     return found.model, lambda: server

@@ -14,7 +14,7 @@ from llmkit.bench.bench_options import (
 )
 from llmkit.cli.output import Output
 from llmkit.common.errors import UsageError
-from llmkit.common.option_values import is_url
+from llmkit.common.option_values import require_url
 from llmkit.common.options import Argument, ExcludeFields, Option
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ class BenchArguments:
             "A running OpenAI-compatible server; may be repeated.",
             metavar="URL",
             unset="none",
-            check=is_url,
+            check=require_url,
         ),
     ] = ()
     mode: Annotated[
@@ -100,8 +100,8 @@ def bench(output: Output, arguments: BenchArguments) -> None:
 
 
 def compare(output: Output, arguments: CompareArguments) -> None:
-    """Show two reports side by side, the first as the baseline, and say what is chance and what
-    does not compare.
+    """Show two reports side by side, the first as the baseline, with the differences that may be
+    chance and the metrics that cannot be compared.
     """
     from llmkit.bench.bench_report import compare_reports, read_report
 

@@ -162,7 +162,7 @@ def _show_peaks(console: Console, peaks: list[PeakPerformance]) -> None:
 def _show_tuned(console: Console, results: list[TuningResult]) -> None:
     from rich.table import Table
 
-    table = Table("kernel", "shapes", "configuration", "ms", "as it was", "tried", "refused")
+    table = Table("kernel", "shapes", "configuration", "ms", "default ms", "tried", "refused")
     for result in results:
         _, _, kernel, sizes = result.name.split("; ")
         numbers = " ".join(map(str, result.config))

@@ -39,7 +39,7 @@ COMMANDS: dict[str, tuple[Callable[[Output, Any], int | None], type]] = {
 
 
 @cache
-def kinds() -> dict[str, StageType]:
+def stage_types() -> dict[str, StageType]:
     """The keys that a stage of each command may have, the models it reads and its output."""
     bench_files = ("text", "data", "trace", "tasks")
     bench_models = ("models", "baseline", "tokenizer")

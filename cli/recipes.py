@@ -64,7 +64,7 @@ def find_recipe(recipe: str) -> Path:
     if recipe in shipped():
         return shipped()[recipe]
     raise InputError(
-        f"recipe {recipe} {'is no file' if path.exists() else 'does not exist'}",
+        f"recipe {recipe} {'is not a file' if path.exists() else 'does not exist'}",
         "A YAML file or the name of a shipped recipe was expected",
         nearest(path.name.removesuffix(".yaml"), shipped(), "Those are"),
     )
@@ -79,13 +79,13 @@ def list_recipes(output: Output, _arguments: NoArguments) -> None:
     """List the recipes that come with llmkit."""
     from rich.table import Table
 
-    from llmkit.cli.recipe_stages import kinds
+    from llmkit.cli.recipe_stages import stage_types
     from llmkit.pipeline.recipe import read_recipe
 
     table = Table("recipe", "what comes of it", "model")
     rows = []
     for path in shipped().values():
-        recipe = read_recipe(path, kinds())
+        recipe = read_recipe(path, stage_types())
         table.add_row(recipe.name, recipe.description, recipe.model)
         rows.append(
             {
@@ -123,11 +123,11 @@ def copy(output: Output, arguments: CopyRecipeArguments) -> None:
 
 def validate(output: Output, arguments: ValidateRecipeArguments) -> None:
     """Check a recipe: keys, values, gates and what stages read. Models are not opened."""
-    from llmkit.cli.recipe_stages import kinds
+    from llmkit.cli.recipe_stages import stage_types
     from llmkit.pipeline.recipe import read_recipe
 
     file = arguments.file
-    recipe = read_recipe(find_recipe(file), kinds(), (), file)
+    recipe = read_recipe(find_recipe(file), stage_types(), (), file)
     stages = {stage.name: stage.run for stage in recipe.stages.values()}
     summary = ", ".join(f"{name} ({run})" for name, run in stages.items())
     output.result(
@@ -143,10 +143,10 @@ def schema(_output: Output, _arguments: NoArguments) -> None:
 
 def schema_text() -> str:
     """The contents of recipes/schema.json."""
-    from llmkit.cli.recipe_stages import kinds
+    from llmkit.cli.recipe_stages import stage_types
     from llmkit.pipeline.recipe import recipe_model
 
-    return json.dumps(recipe_model(kinds()).model_json_schema(), indent=1) + "\n"
+    return json.dumps(recipe_model(stage_types()).model_json_schema(), indent=1) + "\n"
 
 
 def print_plain(text: str) -> None:

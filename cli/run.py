@@ -58,18 +58,20 @@ def run(output: Output, arguments: RunArguments) -> None:
     changed is skipped.
     """
     # The recipe engine imports torch.
-    from llmkit.cli.recipe_stages import kinds, planned_options, run_command
+    from llmkit.cli.recipe_stages import planned_options, run_command, stage_types
     from llmkit.pipeline.recipe import read_recipe
     from llmkit.pipeline.run_recipe import RunDirectory, require_gates, run_recipe
 
     name = arguments.recipe
-    recipe = read_recipe(find_recipe(name), kinds(), arguments.changes, name)
+    recipe = read_recipe(find_recipe(name), stage_types(), arguments.changes, name)
     directory = Path(arguments.output or recipe.name)
     document = {"recipe": name, "output": str(directory.expanduser().absolute())}
     if arguments.dry_run:
         from llmkit.pipeline.plan_recipe import RecipePlanner
 
-        estimates = RecipePlanner(RunDirectory(recipe, directory, kinds()), planned_options).plan()
+        estimates = RecipePlanner(
+            RunDirectory(recipe, directory, stage_types()), planned_options
+        ).plan()
         rows = [estimate.to_json() for estimate in estimates]
         output.result(
             document | {"plan": rows}, lambda console: _show_plan(console, name, estimates)
@@ -78,7 +80,7 @@ def run(output: Output, arguments: RunArguments) -> None:
     results = run_recipe(
         recipe,
         directory,
-        kinds(),
+        stage_types(),
         lambda stage, settings, path: run_command(output, stage, settings, path),
         output.message,
         arguments.serve,

@@ -126,7 +126,7 @@ def server_options(arguments: ServeArguments, debug: bool = False) -> ServeOptio
             raise duplicate_adapter(name, directory)
         if not Path(directory).is_dir():
             raise InputError(
-                f"--lora {name}={directory}: {directory} is no directory",
+                f"--lora {name}={directory}: {directory} is not a directory",
                 "An adapter as peft saves it was expected",
             )
     if engine.draft_model and not engine.speculate:
@@ -167,7 +167,7 @@ def named_models(model: str, more: Sequence[str]) -> dict[str, str]:
             reference = argument
         if not name or not reference:
             raise UsageError(
-                f"{argument!r} is no NAME=MODEL",
+                f"{argument!r} is not NAME=MODEL",
                 "A name and a model with an equals sign between them",
             )
         if name in models:

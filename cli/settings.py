@@ -137,7 +137,7 @@ def unknown_variables(environ: Mapping[str, str], commands: Mapping[str, Command
     for name in candidates:
         if name not in known:
             hint = nearest(name, sorted(known)).rstrip(" .")
-            text = f"warning: {name} is no variable of llmkit and is ignored."
+            text = f"warning: {name} is not a variable of llmkit and is ignored."
             warnings.append(f"{text} {hint}." if hint else text)
     return warnings
 

@@ -63,11 +63,11 @@ def zero_or_at_least(low: float) -> Callable[[str, float], None]:
     return check
 
 
-def is_url(option: str, value: str) -> None:
+def require_url(option: str, value: str) -> None:
     """An option's check that a value is a URL, not a host name. Raises UsageError."""
     if "://" not in value:
         raise UsageError(
-            f"{option} {value} is no address", "Addresses begin with http:// or https://"
+            f"{option} {value} is not a URL", "Addresses begin with http:// or https://"
         )
 
 
@@ -76,7 +76,7 @@ def parse_numbers(option: str, text: str | None, whole: bool = False) -> tuple[f
     form = r"[0-9]+" if whole else r"[0-9]+(\.[0-9]+)?"
     parts = [part.strip() for part in text.split(",")] if text is not None else []
     if not all(re.fullmatch(form, part) for part in parts):
-        raise UsageError(f"{option}: {text!r} is no list of numbers", "Write it like 1,2,4")
+        raise UsageError(f"{option}: {text!r} is not a list of numbers", "Write it like 1,2,4")
     return tuple(map(float, parts))
 
 
@@ -89,7 +89,9 @@ def parse_range(option: str, text: str) -> tuple[int, int]:
         low = int(match[1])
         high = int(match[2] or match[1])
     if not 1 <= low <= high:
-        raise UsageError(f"{option}: {text!r} is no range of tokens", "Write it like 128 or 64-512")
+        raise UsageError(
+            f"{option}: {text!r} is not a range of tokens", "Write it like 128 or 64-512"
+        )
     return low, high
 
 
@@ -98,7 +100,7 @@ def parse_share(option: str, text: str) -> float:
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*%\s*", text)
     if match is None or not 0 < float(match[1]) < 100:
         raise UsageError(
-            f"{option}: {text!r} is no share", "Write it like 1%, above 0% and below 100%"
+            f"{option}: {text!r} is not a share", "Write it like 1%, above 0% and below 100%"
         )
     return float(match[1]) / 100
 
@@ -155,7 +157,7 @@ def count_or_auto(*also: int) -> ValueFormat:
     )
 
 
-def _not(_option: str, value: bool) -> bool:
+def _negate(_option: str, value: bool) -> bool:
     return not value
 
 
@@ -174,4 +176,4 @@ SHARE = ValueFormat(parse_share, lambda share: f"{share:.0%}")
 # Layers of each pipeline stage: 8,9,9,6.
 LAYER_COUNTS = ValueFormat(parse_layer_counts, _format_numbers)
 # A flag that turns off a default: --no-prefix-cache. The field has the opposite value of the flag.
-NEGATED = ValueFormat(_not, lambda value: not value, written_type=bool)
+NEGATED = ValueFormat(_negate, lambda value: not value, written_type=bool)

@@ -30,7 +30,7 @@ class Replica:
         await asyncio.wrap_future(self._server.ready)
         self._session = aiohttp.ClientSession(
             self._server.url,
-            connector=aiohttp.UnixConnector(path=str(self._server.unix), limit=0),
+            connector=aiohttp.UnixConnector(path=str(self._server.socket_path), limit=0),
             timeout=aiohttp.ClientTimeout(),
         )
         self._reporting = asyncio.create_task(self._report())
@@ -67,7 +67,7 @@ class Replica:
 
     async def _report(self) -> None:
         metrics = RayMetrics()
-        while not self._server.gone.done():
+        while not self._server.ended.done():
             # A failure is ignored: the next report follows soon.
             with suppress(aiohttp.ClientError):
                 async with self._session.get("/metrics") as response:
@@ -80,9 +80,9 @@ class Replica:
 
     async def check_health(self) -> None:
         """Called by Serve at intervals; Serve replaces a replica that raises."""
-        if self._server.gone.done():
+        if self._server.ended.done():
             raise RayServeException(
-                f"the server of this replica has ended: {self._server.gone.result()}"
+                f"the server of this replica has ended: {self._server.ended.result()}"
             )
 
     def __del__(self) -> None:

@@ -109,7 +109,7 @@ def attention(
             num_warps=warps,
             num_stages=stages,
         )
-        TILE.launched(compiled)
+        TILE.notify_observer(compiled)
         if split_lse is not None:
             _combine_splits_kernel[num_tokens * num_heads,](
                 split_out, split_lse, out, head_dim, padded_dim, splits

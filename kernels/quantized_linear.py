@@ -117,7 +117,7 @@ class WeightOnlyLinear:
                 STAGES=stages,
                 num_warps=warps,
             )
-        TILE.launched(compiled)
+        TILE.notify_observer(compiled)
         result = epilogue(y, M, x.dtype, self._bias) if splits > 1 else y[0]
         return result.view(*x.shape[:-1], N)
 
@@ -270,10 +270,10 @@ def _dequantize_kernel(
     word = tl.load(word_at, mask=(n < N)[:, None], other=0)
     for field in tl.static_range(16 // BITS):
         k = (block * (16 // BITS) + field) * W
-        grid_at = scales_and_zeros + tl.minimum(k, K - 1) // GROUP * N + n
-        grid = tl.load(grid_at, mask=n < N, other=0)
-        scale = (grid & -256).to(tl.float32, bitcast=True)[:, None]
-        values = _unpack_field(word, grid, field, BITS, SYMMETRIC, tl.float32) * scale
+        scale_and_zero_at = scales_and_zeros + tl.minimum(k, K - 1) // GROUP * N + n
+        scale_and_zero = tl.load(scale_and_zero_at, mask=n < N, other=0)
+        scale = (scale_and_zero & -256).to(tl.float32, bitcast=True)[:, None]
+        values = _unpack_field(word, scale_and_zero, field, BITS, SYMMETRIC, tl.float32) * scale
         at = n.to(tl.int64)[:, None] * K + k + w[None, :]
         inside = (n < N)[:, None] & (k + w < K)[None, :]
         tl.store(weight + at, values.to(weight.dtype.element_ty), mask=inside)
@@ -317,16 +317,16 @@ def _weight_only_linear_kernel(
         for field in tl.static_range(F):
             k = (block * F + field) * W
             if field * W % SPAN == 0:
-                grid_at = scales_and_zeros + tl.minimum(k, K - 1) // GROUP * N + n
-                grid = tl.load(grid_at, mask=n < N, other=0)
+                scale_and_zero_at = scales_and_zeros + tl.minimum(k, K - 1) // GROUP * N + n
+                scale_and_zero = tl.load(scale_and_zero_at, mask=n < N, other=0)
                 part = tl.zeros((BN, BM), tl.float32)
             at = m[None, :] * K + (k + w)[:, None]
             inside = (m < M)[None, :] & (k + w < K)[:, None]
             x_transposed = tl.load(x + at, mask=inside, other=0.0)
-            values = _unpack_field(word, grid, field, BITS, SYMMETRIC, x.dtype.element_ty)
+            values = _unpack_field(word, scale_and_zero, field, BITS, SYMMETRIC, x.dtype.element_ty)
             part = tl.dot(values, x_transposed, part, input_precision="ieee")
             if (field + 1) * W % SPAN == 0:
-                total += part * (grid & -256).to(tl.float32, bitcast=True)[:, None]
+                total += part * (scale_and_zero & -256).to(tl.float32, bitcast=True)[:, None]
     if bias is not None:
         total += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
     at = (tl.program_id(2) * M + m[None, :]) * N + n[:, None]

@@ -43,7 +43,7 @@ class Tunable:
             return default
         return measured_config(self, shape, device) or default
 
-    def launched(self, compiled: object) -> None:
+    def notify_observer(self, compiled: object) -> None:
         """Pass the compiled kernel of a launch to the tuner while it measures this kernel."""
         observer = launch_observers.get(self.kernel)
         if observer is not None:

@@ -8,7 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import torch
 
 from llmkit.checkpoint.checkpoint import Checkpoint
-from llmkit.checkpoint.compressed_tensors import KINDS
+from llmkit.checkpoint.compressed_tensors import KV_CACHE_TYPES
 from llmkit.checkpoint.quantized_formats import format_of
 from llmkit.checkpoint.quantized_weight import QuantizationConfig, QuantizedWeight
 from llmkit.checkpoint.tensor_reader import CHUNK_BYTES, row_chunks
@@ -224,7 +224,7 @@ def read_activation_quant(
     if quantization is not None:
         for name, tensor in kv_scales(parameter, quantization).items():
             scale = checkpoint.read(tensor).float().to(device)
-            found[name] = ActivationQuant(KINDS[quantization.kv], scale)
+            found[name] = ActivationQuant(KV_CACHE_TYPES[quantization.kv], scale)
     schemes = {name: scheme_of(parameter, name, quantization) for name in parameter.source_names}
     inputs = {
         (scheme.kind, scheme.inputs) if scheme else ("", "none") for scheme in schemes.values()

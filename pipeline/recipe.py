@@ -312,7 +312,7 @@ def _apply_change(content: dict[str, Any], change: str) -> KeyPath:
     key_path: KeyPath = tuple(text.strip().split("."))
     if not equals or not all(key_path):
         raise UsageError(
-            f"--set {change!r} is no KEY=VALUE", "Expected something like int4.samples=16"
+            f"--set {change!r} is not KEY=VALUE", "Expected something like int4.samples=16"
         )
     stages = content.get("stages")
     stage_names = list(stages) if isinstance(stages, dict) else []

@@ -91,7 +91,7 @@ class RunDirectory:
         if not state_file.is_file():
             if self.folder.is_dir() and any(self.folder.iterdir()):
                 raise OutputError(
-                    f"The output {folder} exists and is no run of a recipe",
+                    f"The output {folder} exists and is not the run of a recipe",
                     todo="Choose another with -o",
                 )
             return

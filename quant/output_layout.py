@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from llmkit.checkpoint.checkpoint import Checkpoint
-from llmkit.checkpoint.dtypes import DTYPES, NAMES
+from llmkit.checkpoint.dtypes import DTYPE_NAMES, DTYPES
 from llmkit.checkpoint.quantized_formats import format_of
 from llmkit.checkpoint.quantized_weight import QuantizationConfig
 from llmkit.checkpoint.safetensors_header import TensorInfo
@@ -26,7 +26,7 @@ def unquantized_dtype(source: Checkpoint, cast: torch.dtype | None) -> str:
     It is `cast` when given, else the source's most common 16-bit dtype, else bfloat16.
     """
     if cast is not None:
-        return NAMES[cast]
+        return DTYPE_NAMES[cast]
     sizes = Counter({"BF16": 0})
     for info in source.tensors.values():
         if info.dtype in HALF_DTYPES:

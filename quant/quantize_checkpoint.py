@@ -254,7 +254,7 @@ class _Run:
             hidden_folder = partial_path(plan.out) / HIDDEN_FOLDER
             with write_errors(hidden_folder):
                 # The hidden states of the unquantized model, for learned rounding.
-                (hidden_folder / "wanted").mkdir(parents=True, exist_ok=True)
+                (hidden_folder / "targets").mkdir(parents=True, exist_ok=True)
         layer_entries = quantize_layers(
             _source_stream(plan),
             _output_stream(plan, writer),

@@ -109,14 +109,14 @@ def quantize_layers(
     auto_round = algorithm.auto_round
     # The hidden states of the quantized model and, for learned rounding, of the unquantized one.
     batches = written.embed(windows, folder=offload)
-    targets: list[MicroBatch] = []
+    target_batches: list[MicroBatch] = []
     if auto_round is not None:
-        targets = source.embed(windows, folder=offload / "wanted" if offload else None)
+        target_batches = source.embed(windows, folder=offload / "targets" if offload else None)
     entries: list[Entry] = []
     for index in range(num_layers):
         started = time.perf_counter()
         if auto_round is not None and index <= last:
-            source.run_layer(source.layer(index), targets)
+            source.run_layer(source.layer(index), target_batches)
         if index not in todo:
             # An interrupted run has written this layer.
             layer_entries = recorded[index]
@@ -134,7 +134,7 @@ def quantize_layers(
             _quantize_layer(state, batches, writer, algorithm, progress, solver)
             if auto_round is not None:
                 tuning_windows = TuningWindows(
-                    layer_inputs, targets, windows.shape[1], auto_round, source
+                    layer_inputs, target_batches, windows.shape[1], auto_round, source
                 )
                 _learn_rounding(state, tuning_windows, batches, auto_round, progress)
             layer_entries = [entry for _, entry in state.results.values()]

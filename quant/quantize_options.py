@@ -104,7 +104,9 @@ class QuantizeOptions:
     ] = None
     lm_head: Annotated[
         int | None,
-        Option("Quantize the output projection too, to N bits.", metavar="N", unset="as it is"),
+        Option(
+            "Quantize the output projection too, to N bits.", metavar="N", unset="not quantized"
+        ),
     ] = None
     layers: Annotated[
         str | None,

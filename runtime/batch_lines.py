@@ -82,9 +82,9 @@ def _line(number: int, end: int, text: bytes, model: str, seen: set[bytes]) -> L
         try:
             request = msgspec.json.decode(text)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-            raise LineError("invalid_json_line", f"Line {number} is no JSON: {error}.") from None
+            raise LineError("invalid_json_line", f"Line {number} is not JSON: {error}.") from None
         if not isinstance(request, dict):
-            raise LineError("invalid_json_line", f"Line {number} is no JSON object.")
+            raise LineError("invalid_json_line", f"Line {number} is not a JSON object.")
         value = request.get("custom_id")
         if not isinstance(value, str) or not 0 < len(value) <= MAX_ID_CHARS:
             message = f"Line {number} has no custom_id, a text of 1 to {MAX_ID_CHARS} characters."

@@ -76,7 +76,7 @@ def resume(
             if identity.get(name) != stopped.get(name):
                 difference = f"{name} was {stopped.get(name)!r} and is {identity.get(name)!r}"
                 raise OutputError(
-                    f"{partial} is of another run ({difference})",
+                    f"{partial} was written by a run with other options ({difference})",
                     todo="Give the same options, or remove it to start again",
                 )
     else:
@@ -100,7 +100,7 @@ def resume(
             ) from None
         if line is None or line.custom_id != result.custom_id:
             raise OutputError(
-                f"{partial} is of another input (result {tally.requests} is of "
+                f"{partial} was written from another input (result {tally.requests} belongs to "
                 f"{result.custom_id!r})",
                 todo="Give the same input, or remove it to start again",
             )

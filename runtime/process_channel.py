@@ -135,6 +135,15 @@ class Channel(Generic[In]):
         """
         self.socket.sendall(frame(message))
 
+    def close(self) -> None:
+        """Close the connection. The peer sees its end at once.
+
+        `socket.close` alone would not end it while another thread waits for the socket in `poll`.
+        """
+        with contextlib.suppress(OSError):  # closed already
+            self.socket.shutdown(socket.SHUT_RDWR)
+        self.socket.close()
+
 
 def spawn(
     module: str, message: msgspec.Struct, variables: Mapping[str, str]

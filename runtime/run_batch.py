@@ -144,8 +144,8 @@ class _Run:
                 try:
                     await self._run_lines(session, url, lines, stop.first)
                 except ShortageError:
-                    if process is not None and process.gone.done():
-                        raise process.gone.result() from None
+                    if process is not None and process.ended.done():
+                        raise process.ended.result() from None
                     raise
                 finally:
                     for _, result in self._pending:
@@ -255,7 +255,7 @@ class _Run:
             if num_tries == _MAX_TRIES and status:
                 return response_result(line, status, content, self._created)
             process = self._server_process
-            server_ended = status == 0 and process is not None and process.gone.done()
+            server_ended = status == 0 and process is not None and process.ended.done()
             if num_tries == _MAX_TRIES or server_ended:
                 raise ShortageError(
                     f"{url} cannot be reached any more ({reason})",
@@ -305,8 +305,8 @@ def _session(server: Server) -> aiohttp.ClientSession:
     if key:
         headers["Authorization"] = f"Bearer {key}"
     connector: aiohttp.BaseConnector
-    if process is not None and process.unix:
-        connector = aiohttp.UnixConnector(process.unix, limit=0)
+    if process is not None and process.socket_path:
+        connector = aiohttp.UnixConnector(process.socket_path, limit=0)
     else:
         connector = aiohttp.TCPConnector(limit=0)
     timeout = aiohttp.ClientTimeout(total=None, sock_connect=10)

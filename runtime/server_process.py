@@ -2,7 +2,7 @@
 
 The process gets its options over a private socket pair. It listens on a Unix socket in a private
 folder or on a free loopback port, and ends with its engines when its parent ends. `ready` and
-`gone` are concurrent futures: `process.ready.result()` waits for one, and so does
+`ended` are concurrent futures: `process.ready.result()` waits for one, and so does
 `await asyncio.wrap_future(process.ready)`. `stop` blocks its thread, so an event loop must not call
 it directly.
 """
@@ -45,7 +45,7 @@ class StartServer(msgspec.Struct, tag=True):
     """The first message to the process."""
 
     options: dict[str, Any]  # of ServeOptions
-    unix: str | None  # the path to listen on; None: the options' host and port
+    socket_path: str | None  # the path to listen on; None: the options' host and port
 
 
 class UserMessage(msgspec.Struct, tag=True):
@@ -82,15 +82,15 @@ class ServerProcess:
         # What `run_server` reports, or the LlmkitError with which the start failed.
         self.ready: Future[Mapping[str, Any]] = Future()
         # Why the server ended, also when `stop` ended it.
-        self.gone: Future[LlmkitError] = Future()
-        for future in (self.ready, self.gone):
+        self.ended: Future[LlmkitError] = Future()
+        for future in (self.ready, self.ended):
             future.set_running_or_notify_cancel()  # from now on it cannot be cancelled
         self._message = message
         self._folder: Path | None = None
-        self.unix: str | None = None  # the path of the Unix socket
+        self.socket_path: str | None = None  # the path of the Unix socket
         if not tcp:
             self._folder = Path(tempfile.mkdtemp(prefix="llmkit-"))  # readable by this user only
-            self.unix = str(self._folder / _SOCKET)
+            self.socket_path = str(self._folder / _SOCKET)
 
         # Clients are on this machine, and a gRPC port could not be shared with another server.
         options = replace(
@@ -104,7 +104,7 @@ class ServerProcess:
             options = replace(options, host="127.0.0.1", port=0)
         if key is not None:
             options = replace(options, api_key_file=None)
-        start = StartServer(options.to_dict(), self.unix)
+        start = StartServer(options.to_dict(), self.socket_path)
         # The environment of a process can be read by this user only.
         api_key = key or os.environ.get(API_KEY_VARIABLE)
         variables = {API_KEY_VARIABLE: api_key} if api_key else {}
@@ -122,7 +122,7 @@ class ServerProcess:
 
         With a Unix socket, clients connect to `unix` and use this address in their requests.
         """
-        return "http://localhost" if self.unix else str(self.ready.result()["url"])
+        return "http://localhost" if self.socket_path else str(self.ready.result()["url"])
 
     def stop(self, grace_s: float = 0.0) -> None:
         """End the server and its engines, and wait until all have ended.
@@ -132,13 +132,13 @@ class ServerProcess:
         family: list[psutil.Process] = []
         with contextlib.suppress(psutil.Error):
             family = psutil.Process(self.pid).children(recursive=True)
-        if grace_s > 0 and self.ready.done() and not self.gone.done():
+        if grace_s > 0 and self.ready.done() and not self.ended.done():
             self._process.send_signal(signal.SIGTERM)
             with contextlib.suppress(TimeoutError):
-                self.gone.result(grace_s)
+                self.ended.result(grace_s)
         with contextlib.suppress(OSError):  # it has ended already
             self._socket.shutdown(socket.SHUT_RDWR)
-        self.gone.result()
+        self.ended.result()
         _, left = psutil.wait_procs(family, _ENGINES_END_S)
         for process in left:
             with contextlib.suppress(psutil.Error):
@@ -167,4 +167,4 @@ class ServerProcess:
             error = failed.error()
         if not self.ready.done():
             self.ready.set_exception(error)
-        self.gone.set_result(error)
+        self.ended.set_result(error)

@@ -166,6 +166,6 @@ def smallest_layout(
     raise InputError(
         f"{tokens:,} tokens and the weights do not fit on nodes of"
         f" {gpus_per_node} x {memory / 2**30:.0f} GiB",
-        f"With TP {max_tp} on each node, over as many nodes as there are layers",
+        f"Tried: TP {max_tp} on each node, with a pipeline over up to as many nodes as layers",
         "Name a larger GPU, more of them a node, or fewer --tokens",
     )

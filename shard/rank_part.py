@@ -56,7 +56,7 @@ def rank_parts(checkpoint: Checkpoint, tp: int = 1, pp: int = 1, ep: int = 1) ->
     if any(size not in (1, layout_size) for size, layout_size in sizes):
         raise UsageError(
             f"{checkpoint.reference} is sharded for TP {layout.tp}, PP {layout.pp}, EP {layout.ep};"
-            f" asked for was TP {tp}, PP {pp}, EP {ep}",
+            f" the command asks for TP {tp}, PP {pp}, EP {ep}",
             "The sizes it was made for, or none",
             "Leave them out, or shard it again:"
             f" llmkit shard {checkpoint.reference} --tp {tp} --pp {pp} -o DIR",

@@ -100,7 +100,7 @@ def _check_replicas(layout: ShardedLayout) -> list[str]:
         for file in piece.replicas:
             replica = by_file_and_name.get((file, piece.name))
             if replica is None or piece.file not in replica.replicas:
-                problems.append(f"{piece.key} and {file} do not agree on being replicas")
+                problems.append(f"{piece.key} and {file} do not both name each other as replicas")
             elif piece.file < file and piece.sha256 != replica.sha256:
                 problems.append(f"{piece.key} differs from its replica in {file}")
     return problems

@@ -97,7 +97,7 @@ class MlflowStore:
         name, _, alias = rest.partition("@")
         if scheme != "models" or "/" in rest:
             raise UsageError(
-                f"{self.reference} is no place for a checkpoint",
+                f"{self.reference} cannot hold a checkpoint",
                 "models:/NAME or models:/NAME@ALIAS was expected",
                 "MLflow gives each version its number",
             )

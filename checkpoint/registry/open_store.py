@@ -42,7 +42,9 @@ def open_store(reference: str) -> AbstractContextManager[Store]:
 
         return open_mlflow_store(reference)
     # A URL may contain a secret (presigned URLs do), so that the message repeats only the scheme.
-    raise UsageError(f"{scheme}:/... is no address of a checkpoint", f"{URL_FORMS} was expected")
+    raise UsageError(
+        f"{scheme}:/... is not the address of a checkpoint", f"{URL_FORMS} was expected"
+    )
 
 
 def open_writable_store(reference: str) -> AbstractContextManager[WritableStore]:

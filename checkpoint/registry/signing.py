@@ -94,7 +94,7 @@ def _import_library(module: str) -> Any:
 
 def _key_error(key: Path, kind: str) -> InputError:
     return InputError(
-        f"{key} is no {kind} key that can be read",
+        f"{key} is not a readable {kind} key",
         "An elliptic key (P-256, P-384 or P-521) in a PEM file was expected",
         f"An encrypted one needs {PASSWORD}" if kind == "private" else "",
     )

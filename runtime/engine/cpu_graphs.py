@@ -123,10 +123,11 @@ class CpuGraphRunner:
         """How many recordings are in memory."""
         return len(self._graphs)
 
-    def can_run(self, num_rows: int) -> bool:
-        """Whether `run` can run a decode step of this many sequences. Call it once a step.
+    def should_run(self, num_rows: int) -> bool:
+        """Whether `run` shall run a decode step of this many sequences. Call it once a step.
 
-        The step must be small, and either recorded already or as large as the step before.
+        The step must be small, and either recorded already or as large as the step before,
+        whose size this method remembers.
         """
         repeats = num_rows == self._last_num_rows or num_rows in self._graphs
         self._last_num_rows = num_rows

@@ -199,7 +199,7 @@ class CudaGraphRunner:
             if size <= MAX_SIZE_AT_START:
                 self._graph(size)
 
-    def can_run(self, num_rows: int) -> bool:
+    def should_run(self, num_rows: int) -> bool:
         """Whether `run` can run a decode step of this many sequences."""
         return self.enabled and num_rows <= self.sizes[-1]
 

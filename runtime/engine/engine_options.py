@@ -15,7 +15,7 @@ def parse_adapters(option: str, values: list[str]) -> dict[str, str]:
         name, _, directory = value.partition("=")
         if not name or not directory:
             raise UsageError(
-                f"{option} {value!r} is no NAME=DIR",
+                f"{option} {value!r} is not NAME=DIR",
                 "A name and a directory with an equals sign between them",
             )
         if name in adapters:
@@ -155,9 +155,9 @@ class EngineOptions:
     draft_model: Annotated[
         str | None,
         Option(
-            "A small model that drafts tokens: --speculate, or 4.",
+            "A small model that drafts tokens for --speculate (4 tokens where that is not given).",
             metavar="MODEL",
-            unset="earlier text",
+            unset="tokens are looked up in the earlier text",
             follows="speculate",
         ),
     ] = None

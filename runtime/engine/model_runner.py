@@ -236,7 +236,7 @@ class ModelRunner:
             use_graph=(
                 is_plain_decode
                 and self._graphs_enabled
-                and self.graph_runner.can_run(len(requests))
+                and self.graph_runner.should_run(len(requests))
             ),
             wants_prompt_logprobs=wants_prompt_logprobs,
         )

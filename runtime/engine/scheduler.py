@@ -124,7 +124,7 @@ class Scheduler:
         for index, request in enumerate(step.requests):
             sequence = request.sequence
             token_ids = output.token_ids[index]
-            sequence.num_in_flight -= request.samples
+            sequence.num_in_flight -= request.samples_next_token
             if output.prompt_logprobs is not None:
                 logprobs = output.prompt_logprobs[index]
                 stop = request.start + len(logprobs)
@@ -133,9 +133,9 @@ class Scheduler:
                 continue
             self._update_computed_tokens(request, token_ids)
             is_finite = token_ids[-1] >= 0
-            if not request.samples and is_finite:
+            if not request.samples_next_token and is_finite:
                 continue
-            if request.samples and len(sequence.token_ids) == sequence.num_prompt_tokens:
+            if request.samples_next_token and len(sequence.token_ids) == sequence.num_prompt_tokens:
                 self.num_prompt_tokens += sequence.num_prompt_tokens
             sampled_logprobs = [] if output.logprobs is None else output.logprobs[index]
             embedding = output.embeddings.get(sequence.request.request_id)
@@ -150,7 +150,7 @@ class Scheduler:
         largest = max(step.requests, key=lambda request: request.num_tokens).sequence
         for request in step.requests:
             sequence = request.sequence
-            sequence.num_in_flight -= request.samples
+            sequence.num_in_flight -= request.samples_next_token
             for pool, table in zip(self.pools, sequence.block_tables, strict=True):
                 pool.evict(_real_blocks(table))
             if sequence is not largest and not sequence.is_finished:
@@ -356,17 +356,17 @@ class Scheduler:
     def _make_request(self, sequence: Sequence, start: int, draft: list[int]) -> ScheduledRequest:
         """The tokens that were reserved for a sequence since `start`."""
         num_tokens = sequence.num_computed_tokens - start
-        samples = sequence.num_computed_tokens - len(draft) == sequence.num_tokens
+        samples_next_token = sequence.num_computed_tokens - len(draft) == sequence.num_tokens
         request = ScheduledRequest(
             sequence=sequence,
             start=start,
             num_tokens=num_tokens,
-            samples=samples,
+            samples_next_token=samples_next_token,
             num_sampled=sequence.num_output_tokens,
             token_ids=[*sequence.token_ids[start : start + num_tokens], *draft],
             num_draft_tokens=len(draft),
         )
-        sequence.num_in_flight += samples
+        sequence.num_in_flight += samples_next_token
         return request
 
     # Admission and preemption

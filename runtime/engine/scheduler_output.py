@@ -15,7 +15,9 @@ class ScheduledRequest:
     sequence: Sequence  # for reading only
     start: int  # first position; the tokens before it are in the KV cache
     num_tokens: int  # tokens that the step computes, draft tokens included
-    samples: bool  # the step computes all known tokens, so that it can sample the next one
+    samples_next_token: (
+        bool  # the step computes all known tokens, so that it can sample the next one
+    )
     num_sampled: int  # output tokens before the sampled one; the counter of its random draw
     # The tokens to compute. The last one is missing when only the device knows it yet.
     token_ids: list[int]
@@ -34,7 +36,7 @@ class ScheduledRequest:
     @property
     def returns_embedding(self) -> bool:
         """Whether the step completes the pooled hidden states of the request."""
-        return self.samples and self.sequence.request.pooling is not None
+        return self.samples_next_token and self.sequence.request.pooling is not None
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,7 @@ def num_prompt_logprobs(request: ScheduledRequest) -> int:
 def num_sampled_logprobs(request: ScheduledRequest) -> int:
     """How many of the request's sampled tokens need a logprob."""
     wanted = request.sequence.request.sampling_params.logprobs is not None
-    return request.num_sampled_rows if request.samples and wanted else 0
+    return request.num_sampled_rows if request.samples_next_token and wanted else 0
 
 
 def max_alternatives(requests: SequenceOf[ScheduledRequest]) -> int:

@@ -80,7 +80,7 @@ class _Rank:
 
     def end(self) -> None:
         """Close the channel and wait until the process has ended."""
-        self.channel.socket.close()
+        self.channel.close()
         end_process(self.process, _GRACE_S)
 
 
@@ -102,7 +102,7 @@ class LeadEngine(Engine):
         self._ranks: list[_Rank] = []
         self._death: Future[LlmkitError] = Future()
 
-    def lead(self, ranks: list[_Rank], group: DistributedGroup) -> None:
+    def attach_ranks(self, ranks: list[_Rank], group: DistributedGroup) -> None:
         """Send steps to these ranks from now on, and end them with this engine."""
         self._ranks = ranks
         graph_runner = self.runner.graph_runner
@@ -231,7 +231,7 @@ def _load_leader(
         size = bytes_text(message.nbytes)
         report.fast_paths.append(f"rank {index}: {source}, {size} in {message.seconds:.2f} s")
     engine = leader.make_engine(sizes, report, LeadEngine)
-    engine.lead(ranks, leader.group)
+    engine.attach_ranks(ranks, leader.group)
     return engine
 
 
@@ -262,7 +262,7 @@ def _end_ranks(
     graphs: dict[int, DecodeGraph] | None = None,
 ) -> None:
     for rank in ranks:
-        rank.channel.socket.close()
+        rank.channel.close()
     for rank in ranks:
         rank.end()
     if graphs is not None:  # NCCL waits for graphs that hold its operations

@@ -138,7 +138,7 @@ class Generation:
         self._unfinished.clear()
 
     def _expire(self, timeout: float) -> None:
-        message = f"The request took longer than the {timeout:g} s it had."
+        message = f"The request took longer than its time limit of {timeout:g} s."
         self.fail(ApiError(504, message, code="timeout", headers={"x-should-retry": "false"}))
 
     def _process(self, output: EngineOutput) -> Delta | None:

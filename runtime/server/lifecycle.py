@@ -185,7 +185,7 @@ def _become_ready(
         "load_s": round(engine.load_s, 3),
         "engine_seconds": {stage: round(spent, 3) for stage, spent in engine.seconds.items()},
         "memory": engine.plan,
-        "paths": engine.paths,
+        "paths": engine.fast_paths,
     }
 
 

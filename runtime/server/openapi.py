@@ -114,8 +114,10 @@ def openapi(routes: Iterable[Any], needs_key: bool) -> dict[str, Any]:
     )
     definitions = schemas.get("$defs", {})
     for schema in request_schemas.values():
-        _close(definitions, schema, dict(schema.neutral_values), schema.ignored_fields)
-    _close(definitions, ChatMessage, dict(NEUTRAL_IN_MESSAGE), frozenset())
+        _forbid_unknown_fields(
+            definitions, schema, dict(schema.neutral_values), schema.ignored_fields
+        )
+    _forbid_unknown_fields(definitions, ChatMessage, dict(NEUTRAL_IN_MESSAGE), frozenset())
     definitions = _with_schema_names(definitions)
     paths: dict[str, dict[str, Any]] = {}
     for route in api_routes:
@@ -178,7 +180,7 @@ def _operation(path: str, request_schema: type[BaseRequest] | None) -> dict[str,
     return operation
 
 
-def _close(
+def _forbid_unknown_fields(
     definitions: dict[str, Any],
     request_schema: type[BaseModel],
     neutral_values: dict[str, tuple[Any, ...]],

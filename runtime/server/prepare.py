@@ -66,7 +66,9 @@ async def prepare_completion(
     grammar = None
     if constraint is not None:
         answer = constraint_grammar(constraint)
-        grammar = combined_grammar(answer, [], thinks=False, thought_begun=False, lark=lark_string)
+        grammar = combined_grammar(
+            answer, [], may_reason=False, starts_in_reasoning=False, lark=lark_string
+        )
         await check_grammar(state.grammars, grammar, constraint.param)
     prompts = []
     for prompt in given_prompts:
@@ -94,21 +96,21 @@ async def prepare_chat(
     token_ids, text = await encode_chat(
         state, request.conversation, tools, request.chat_template_kwargs or {}
     )
-    thinks = THINK_START in (tokenizer.template(bool(tools)) or "")
-    thought_begun = text.rstrip().endswith(THINK_START)
-    grammar = await _chat_grammar(state, request, call_format, thinks, thought_begun)
+    may_reason = THINK_START in (tokenizer.template(bool(tools)) or "")
+    starts_in_reasoning = text.rstrip().endswith(THINK_START)
+    grammar = await _chat_grammar(state, request, call_format, may_reason, starts_in_reasoning)
     tool_names = [tool["function"]["name"] for tool in request.callable_tools]
 
     def new_parser() -> OutputParser:
         calls = None
         if call_format is not None:
             calls = ToolCallParser(call_format, tool_names, request.allows_parallel_calls)
-        return OutputParser(thinks, thought_begun, calls)
+        return OutputParser(may_reason, starts_in_reasoning, calls)
 
     shown_marks: list[str] = []  # special tokens that the parser needs to see
     if call_format is not None:
         shown_marks += [call_format.opener, call_format.closer]
-    if thinks:
+    if may_reason:
         shown_marks += [THINK_START, THINK_END]
     prompt = Prompt(
         token_ids,
@@ -303,8 +305,8 @@ async def _chat_grammar(
     state: ServerState,
     request: ChatCompletionRequest,
     call_format: ToolCallFormat | None,
-    thinks: bool,
-    thought_begun: bool,
+    may_reason: bool,
+    starts_in_reasoning: bool,
 ) -> str | None:
     """The grammar that the answer must follow; None when it may be any text."""
     constraint = request.output_constraint
@@ -321,7 +323,7 @@ async def _chat_grammar(
             lark=lark,
         )
     answer = constraint_grammar(constraint) if constraint is not None else None
-    grammar = combined_grammar(answer, calls, thinks, thought_begun, lark)
+    grammar = combined_grammar(answer, calls, may_reason, starts_in_reasoning, lark)
     param = constraint.param if constraint is not None else "tools"
     await check_grammar(state.grammars, grammar, param)
     return grammar

@@ -62,7 +62,7 @@ class Sandbox:
         try:
             message = frame(job)
         except (OverflowError, UnicodeEncodeError):
-            raise SandboxError("it holds a number of over 64 bits or half a character") from None
+            raise SandboxError("it contains a number of over 64 bits or a lone surrogate") from None
         try:
             async with asyncio.timeout(WALL_S):
                 await self._job_lock.acquire()

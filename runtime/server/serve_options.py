@@ -19,7 +19,9 @@ def default_name(model: str) -> str:
 
 def _is_directory(option: str, path: Path) -> None:
     if not path.is_dir():
-        raise InputError(f"{option} {path} is no directory", "A directory of adapters was expected")
+        raise InputError(
+            f"{option} {path} is not a directory", "A directory of adapters was expected"
+        )
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,7 @@ class ServeOptions:
         Option(
             "Clients must show a certificate that one of these has signed (PEM).",
             metavar="FILE",
-            unset="none asked for",
+            unset="no certificate is required",
         ),
     ] = None
     open_metrics: Annotated[bool, Option("Allow /metrics to be read without a key.")] = False
@@ -87,7 +89,7 @@ class ServeOptions:
         Option(
             "How long a request may take; its own `timeout` may be shorter.",
             metavar="SECONDS",
-            unset="any time",
+            unset="no limit",
             check=within(0.001, 86_400),
         ),
     ] = None

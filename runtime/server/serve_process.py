@@ -29,9 +29,9 @@ def main() -> int:
     options = ServeOptions.from_dict(start.options)
     try:
         listener = None
-        if start.unix is not None:
+        if start.socket_path is not None:
             listener = socket.socket(socket.AF_UNIX)
-            listener.bind(start.unix)
+            listener.bind(start.socket_path)
             listener.listen(socket.SOMAXCONN)
         return run_server(
             options,

@@ -209,9 +209,9 @@ class _UsageCollector(Collector):
             memory.add_metric([process], size)
         yield memory
         readings = self._gpus.read() if self._gpus else {}
-        for figure, text in GPU_METRICS.items():
-            metric = GaugeMetricFamily(f"llmkit:{figure}", text, labels=["gpu"])
+        for name, text in GPU_METRICS.items():
+            metric = GaugeMetricFamily(f"llmkit:{name}", text, labels=["gpu"])
             for gpu, reading in readings.items():
-                if figure in reading:
-                    metric.add_metric([gpu], reading[figure])
+                if name in reading:
+                    metric.add_metric([gpu], reading[name])
             yield metric

@@ -45,7 +45,7 @@ class Phase(Enum):
 
 _PHASE_MESSAGES = {
     Phase.LOADING: "The model is being loaded.",
-    Phase.RESTARTING: "The engine process has ended and is started again.",
+    Phase.RESTARTING: "The engine process has ended and is being restarted.",
     Phase.DRAINING: "The server is shutting down.",
     Phase.DEAD: "The engine process has ended; the server is going down.",
 }
@@ -202,7 +202,7 @@ class ServerState:
             },
             "replicas": engine.dp,
             "defaults": vars(self.text.defaults),
-            "paths": engine_info.paths,
+            "paths": engine_info.fast_paths,
             "version": version(),
         }
 

@@ -34,7 +34,7 @@ def require_tracing(endpoint: str) -> None:
     url = urlsplit(endpoint)
     if url.scheme not in ("http", "https") or not url.hostname:
         raise UsageError(
-            f"--otlp-traces-endpoint {endpoint!r} is no URL of a collector",
+            f"--otlp-traces-endpoint {endpoint!r} is not the URL of a collector",
             "OTLP over HTTP was expected",
             "Write it like http://localhost:4318/v1/traces",
         )

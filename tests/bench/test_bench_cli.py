@@ -20,12 +20,12 @@ def test_bench_options_parse_lists_and_ranges() -> None:
     assert parse_range("--input-tokens", "64-512") == (64, 512)
     assert parse_range("--input-tokens", " 128 ") == (128, 128)
     for text in ("", "1,,2", "a", "-1", "1-2"):
-        with pytest.raises(UsageError, match="is no list of numbers"):
+        with pytest.raises(UsageError, match="is not a list of numbers"):
             parse_numbers("--rate", text)
-    with pytest.raises(UsageError, match="is no list"):
+    with pytest.raises(UsageError, match="is not a list"):
         parse_numbers("--concurrency", "1.5", whole=True)
     for text in ("", "0", "5-2", "1-2-3", "x"):
-        with pytest.raises(UsageError, match="is no range of tokens"):
+        with pytest.raises(UsageError, match="is not a range of tokens"):
             parse_range("--input-tokens", text)
 
 
@@ -74,7 +74,7 @@ def test_bench_throughput_mode_runs_offline(model: Path, tmp_path: Path) -> None
         (["--mode", "serve", "--scenario", "batch"], "--scenario does not go with --mode"),
         (["--slo", "fast"], "--slo 'fast' is not understood"),
         (["--price-per-hour", "-1"], "a price of -1 per hour"),
-        (["--concurrency", "x"], "--concurrency: 'x' is no list of numbers"),
+        (["--concurrency", "x"], "--concurrency: 'x' is not a list of numbers"),
     ],
 )
 def test_bench_command_refuses_conflicting_options(

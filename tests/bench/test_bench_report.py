@@ -81,11 +81,14 @@ def test_report_survives_json(tmp_path: Path) -> None:
     ("content", "message"),
     [
         ("{", "is not JSON"),
-        ("[]", "is no report"),
-        ("{}", "is no report"),
+        ("[]", "is not a report"),
+        ("{}", "is not a report"),
         ('{"format_version": 99}', "format version 99. Version 1 is read"),
-        ('{"format_version": 1, "targets": [1]}', r"is no report of llmkit bench \(targets\.0: "),
-        ('{"format_version": 1, "targets": []}', "is no report"),
+        (
+            '{"format_version": 1, "targets": [1]}',
+            r"is not a report of llmkit bench \(targets\.0: ",
+        ),
+        ('{"format_version": 1, "targets": []}', "is not a report"),
     ],
 )
 def test_report_refuses_other_json(tmp_path: Path, content: str, message: str) -> None:
@@ -104,7 +107,7 @@ def test_report_that_is_missing_is_an_error(tmp_path: Path) -> None:
 def test_report_refuses_duplicate_names() -> None:
     document = make_report().to_json()
     document["targets"].append(document["targets"][0])
-    with pytest.raises(InputError, match="is no report"):
+    with pytest.raises(InputError, match="is not a report"):
         BenchReport.from_json(document)
 
 

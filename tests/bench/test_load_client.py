@@ -304,7 +304,7 @@ def test_query_server_refuses_other_answers(fake_server: FakeServer) -> None:
         fake_server.models = answer
         with pytest.raises(InputError, match=message):
             query_server(fake_server.url)
-    with pytest.raises(InputError, match="is no address"):
+    with pytest.raises(InputError, match="is not a URL"):
         query_server("http://")
 
 

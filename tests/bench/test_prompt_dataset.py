@@ -141,8 +141,8 @@ def test_dataset_refuses_other_records(
 def test_dataset_refuses_json_that_is_no_list(tokenizer: Tokenizer, tmp_path: Path) -> None:
     path = tmp_path / "x.json"
     for content, message in (
-        ("{}", "is no list of records"),
-        ("[1]", "is no list"),
+        ("{}", "is not a list of records"),
+        ("[1]", "is not a list"),
         ("[", "cannot be read as JSON"),
     ):
         path.write_text(content)

@@ -156,7 +156,7 @@ class FakeKernel:
 
     def run(self) -> torch.Tensor:
         self.last = KERNEL.config(SHAPE, SAFE, GPU)
-        KERNEL.launched(self.kernel[self.last]())
+        KERNEL.notify_observer(self.kernel[self.last]())
         return torch.tensor([1.0, torch.nan if self.last in self.wrong else 2.0])
 
     def search(self) -> ConfigSearch:
@@ -275,8 +275,8 @@ def test_default_configs_are_among_the_choices() -> None:
         assert len(config) == len(TILE.choices)
         assert all(number in choices for number, choices in zip(config, TILE.choices, strict=True))
     assert MAX_FUSED_ROWS in FUSED_ROWS.choices[0] and max(tune.ROWS) == MAX_FUSED_ROWS
-    assert "TILE.launched(compiled)" in inspect.getsource(quantized_linear.WeightOnlyLinear)
-    assert "TILE.launched(compiled)" in inspect.getsource(paged.attention)
+    assert "TILE.notify_observer(compiled)" in inspect.getsource(quantized_linear.WeightOnlyLinear)
+    assert "TILE.notify_observer(compiled)" in inspect.getsource(paged.attention)
 
 
 def test_linear_is_right_with_every_config(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from support.tiny_models import tiny_checkpoint
 
 from llmkit.checkpoint.checkpoint import Checkpoint
-from llmkit.checkpoint.dtypes import NAMES
+from llmkit.checkpoint.dtypes import DTYPE_NAMES
 from llmkit.checkpoint.manifest import verify_manifest
 from llmkit.checkpoint.open_checkpoint import open_checkpoint
 from llmkit.checkpoint.output_directory import check_output
@@ -37,7 +37,7 @@ TENSORS = {
     "e.empty": torch.empty(0, 3, dtype=torch.float16),
 }
 PLAN = plan_files(
-    [TensorInfo(n, NAMES[t.dtype], tuple(t.shape)) for n, t in TENSORS.items()], max_bytes=100
+    [TensorInfo(n, DTYPE_NAMES[t.dtype], tuple(t.shape)) for n, t in TENSORS.items()], max_bytes=100
 )
 IDENTITY = {"command": "test", "seed": 1}
 

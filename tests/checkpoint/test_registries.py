@@ -227,7 +227,7 @@ def test_open_store_refuses_malformed_urls(reference: str, whole: Path, tmp_path
         lambda: push(whole, reference, QUIET),
         lambda: resolve_model(reference),
     ):
-        with pytest.raises(UsageError, match="is no address of a checkpoint") as caught:
+        with pytest.raises(UsageError, match="is not the address of a checkpoint") as caught:
             action()
         assert "secret" not in str(caught.value)
 

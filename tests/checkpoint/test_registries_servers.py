@@ -554,14 +554,14 @@ def test_verify_refuses_what_is_not_signed(
     copy = Path(shutil.copytree(small, tmp_path / "copy"))
     for key in ("mine.pub", "none", "mine.locked"):
         assert main.run(["sign", str(copy), "--key", str(keys / key)]) == 3
-        assert f"{keys / key} is no private key" in capsys.readouterr().err
+        assert f"{keys / key} is not a readable private key" in capsys.readouterr().err
     monkeypatch.setenv("LLMKIT_KEY_PASSWORD", "hidden")
     assert main.run(["sign", str(copy), "--key", str(keys / "mine.locked")]) == 0
     monkeypatch.delenv("LLMKIT_KEY_PASSWORD")
     assert main.run(["verify", str(copy), "--public-key", str(keys / "mine.pub")]) == 0
     assert main.run(["verify", str(copy), "--public-key", str(keys / "mine")]) == 3
     shown = capsys.readouterr()
-    assert "is no public key" in shown.err and "hidden" not in shown.err + shown.out
+    assert "is not a readable public key" in shown.err and "hidden" not in shown.err + shown.out
     (copy / "model.sig").unlink()
     os.truncate(copy / WEIGHTS, 100)
     assert main.run(["sign", str(copy), "--key", str(keys / "mine")]) == 3

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from llmkit.checkpoint.dtypes import DTYPES, NAMES
+from llmkit.checkpoint.dtypes import DTYPE_NAMES, DTYPES
 from llmkit.checkpoint.safetensors_header import TensorInfo, read_header, write_header
 from llmkit.checkpoint.tensor_reader import SafetensorsRows
 from llmkit.common.errors import InputError
@@ -39,7 +39,7 @@ def test_header_reads_every_dtype_as_safetensors_does(tmp_path: Path) -> None:
     assert infos.keys() == tensors.keys()
     for name, expected in load_file(tmp_path / "a.safetensors").items():
         info = infos[name]
-        assert (info.dtype, info.shape) == (NAMES[expected.dtype], tuple(expected.shape))
+        assert (info.dtype, info.shape) == (DTYPE_NAMES[expected.dtype], tuple(expected.shape))
         assert info.nbytes == info.end - info.start == expected.nbytes
         if info.shape:
             found = rows.rows(info, 0, info.shape[0])

@@ -51,12 +51,12 @@ def test_missing_tensors_are_refused_by_every_kind_of_engine(
             ["quantize", "MODEL", "--method", "bf16", "--no-eval", "-o", "FILE/out"],
             "is not writable",
         ),
-        (["bench", "MODEL", "--offline", "-o", "DIR"], "is no writable file"),
+        (["bench", "MODEL", "--offline", "-o", "DIR"], "is not a writable file"),
         (
             ["bench", "MODEL", "--offline", "--html", "FILE/page.html"],
-            "is no writable directory",
+            "is not a writable directory",
         ),
-        (["bench", "MODEL", "--offline", "--charts", "FILE"], "is no writable directory"),
+        (["bench", "MODEL", "--offline", "--charts", "FILE"], "is not a writable directory"),
     ],
 )
 def test_output_that_cannot_be_written_is_refused_before_the_work(
@@ -90,16 +90,20 @@ def test_output_that_cannot_be_written_is_refused_before_the_work(
         (
             ["bench", "--url", "localhost:8000"],
             2,
-            "--url localhost:8000 is no address. Addresses begin with http",
+            "--url localhost:8000 is not a URL. Addresses begin with http",
         ),
         (
             ["batch", "FILE", "--url", "localhost:8000", "-o", "out"],
             2,
-            "--url localhost:8000 is no address",
+            "--url localhost:8000 is not a URL",
         ),
         (["batch", "FILE", "--model", "nothing", "-o", "out", "-q"], 3, "nothing does not exist"),
-        (["serve", "MODEL", "--lora", "a=nothing"], 3, "--lora a=nothing: nothing is no directory"),
-        (["run", "DIR"], 3, "is no file. A YAML file"),
+        (
+            ["serve", "MODEL", "--lora", "a=nothing"],
+            3,
+            "--lora a=nothing: nothing is not a directory",
+        ),
+        (["run", "DIR"], 3, "is not a file. A YAML file"),
         (["run", "llama-3.1-8b-gtpq"], 3, "The nearest is llama-3.1-8b-gptq."),
         (["plan", "MODEL"], 2, "no --gpu, no --bench given"),
         (["shard", "m", "--tp", "four", "-o", "out"], 2, "as an integer (four)."),

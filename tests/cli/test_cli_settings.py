@@ -146,8 +146,8 @@ def test_variables_with_bad_values_or_unknown_names_are_reported(
     monkeypatch.setenv("LLMKIT_DEVISE", "cpu")
     assert main.run(["try", "m", "--tp", "1"]) == 0
     assert capsys.readouterr().err == (
-        "llmkit try: warning: LLMKIT_DEVISE is no variable of llmkit and is ignored. The nearest "
-        "is LLMKIT_DEVICE.\n"
+        "llmkit try: warning: LLMKIT_DEVISE is not a variable of llmkit and is ignored. The "
+        "nearest is LLMKIT_DEVICE.\n"
     )
     monkeypatch.delenv("LLMKIT_DEVISE")
     monkeypatch.setenv("LLMKIT_TP", "x")

@@ -101,7 +101,7 @@ def test_parse_words_gives_the_options_of_serve(tmp_path: Path) -> None:
     named = serve_options("m", "n", ["--draft-model", "d"], "keys")
     assert (named.served_model_name, named.api_key_file) == ("n", Path("keys"))
     assert named.engine.speculate == 4
-    with pytest.raises(InputError, match="--lora a=nothing: nothing is no directory"):
+    with pytest.raises(InputError, match="--lora a=nothing: nothing is not a directory"):
         serve_options("m", "n", ["--lora", "a=nothing"], None)
     with pytest.raises(UsageError, match="the name 'n' is given twice"):
         serve_options("m", "n", ["--lora", f"n={tmp_path}"], None)

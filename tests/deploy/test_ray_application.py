@@ -44,7 +44,7 @@ def test_shipped_config_files_can_be_built(file: dict[str, Any]) -> None:
         ({"models": [CHAT], "host": "0.0.0.0"}, "can be reached from elsewhere"),
         ({"models": [CHAT, CHAT]}, "the shares of chat do not sum to 100%"),
         ({"models": [CHAT | {"share": "40%"}]}, "the shares of chat do not sum to 100%"),
-        ({"models": [CHAT | {"share": "0.4"}]}, "'0.4' is no share"),
+        ({"models": [CHAT | {"share": "0.4"}]}, "'0.4' is not a share"),
         ({"models": [CHAT | {"replica": 2}]}, "unknown field `replica`"),
         ({"models": [CHAT | {"options": "--max-model-lenn 5"}]}, "--max-model-lenn"),
     ],

@@ -125,7 +125,7 @@ def test_cuda_graphs_capture_common_sizes_at_the_start(tmp_path: Path) -> None:
     before = Rerun.made
     graphs.capture_common_sizes()
     assert Rerun.made == before + 7, "all but the largest"
-    assert graphs.can_run(40) and not graphs.can_run(41)
+    assert graphs.should_run(40) and not graphs.should_run(41)
     answers(one)
     assert Rerun.made == before + 7, "nothing new is made for steps of up to 32"
 
@@ -159,7 +159,7 @@ def test_cuda_graphs_are_not_used_for_prompts(tmp_path: Path) -> None:
     """A step that is not one token for each sequence of the model itself takes no graph."""
     one = graphed(tiny_checkpoint(tmp_path))
     asked: list[int] = []
-    can_run = one.runner.graph_runner.can_run
-    one.runner.graph_runner.can_run = lambda rows: asked.append(rows) or can_run(rows)
+    should_run = one.runner.graph_runner.should_run
+    one.runner.graph_runner.should_run = lambda rows: asked.append(rows) or should_run(rows)
     one.generate([[5] * 40], SamplingParams(temperature=0, max_tokens=5, ignore_eos=True))
     assert asked == [1] * 4, "not for the prompt"

@@ -203,7 +203,7 @@ def test_recipe_gates_need_measured_metrics(
         ("stages.int4.sampels=3", "unknown key stages.int4.sampels. The nearest is samples."),
         ("int5.samples=3", "--set int5.samples=3: the recipe has no int5. The nearest is int4."),
         ("modle=x", "--set modle=x: unknown key modle. The nearest is model."),
-        ("int4", "--set 'int4' is no KEY=VALUE."),
+        ("int4", "--set 'int4' is not KEY=VALUE."),
     ],
 )
 def test_recipe_changes_are_checked(
@@ -395,7 +395,7 @@ def test_run_refuses_another_output(
     (tmp_path / "full").mkdir()
     write(tmp_path / "full" / "mine.txt", "x")
     assert "is a file" in error_line(capsys, 5, "run", file, "-o", tmp_path / "file")
-    assert "exists and is no run of a recipe" in error_line(
+    assert "exists and is not the run of a recipe" in error_line(
         capsys, 5, "run", file, "-o", tmp_path / "full"
     )
     with output_lock(work):

@@ -33,12 +33,14 @@ def read(
     pieces: list[str],
     call_format: ToolCallFormat | None = None,
     parallel: bool = True,
-    thinks: bool = False,
-    thought_begun: bool = False,
+    may_reason: bool = False,
+    starts_in_reasoning: bool = False,
 ) -> list[Any]:
     """The parts of a text in `pieces`: adjacent ones of a kind joined, calls without ids."""
     parser = OutputParser(
-        thinks, thought_begun, ToolCallParser(call_format, NAMES, parallel) if call_format else None
+        may_reason,
+        starts_in_reasoning,
+        ToolCallParser(call_format, NAMES, parallel) if call_format else None,
     )
     parts: list[OutputPart] = [part for piece in pieces for part in parser.feed(piece)]
     parts += parser.feed("", final=True)
@@ -131,16 +133,16 @@ THOUGHTS = [
 ]
 
 
-@pytest.mark.parametrize(("text", "thought_begun", "parts"), THOUGHTS)
-def test_parser_separates_reasoning(text: str, thought_begun: bool, parts: list[Any]) -> None:
-    assert read([text], thinks=True, thought_begun=thought_begun) == parts
-    assert read(list(text), thinks=True, thought_begun=thought_begun) == parts
+@pytest.mark.parametrize(("text", "starts_in_reasoning", "parts"), THOUGHTS)
+def test_parser_separates_reasoning(text: str, starts_in_reasoning: bool, parts: list[Any]) -> None:
+    assert read([text], may_reason=True, starts_in_reasoning=starts_in_reasoning) == parts
+    assert read(list(text), may_reason=True, starts_in_reasoning=starts_in_reasoning) == parts
 
 
 def test_parser_ignores_calls_in_reasoning() -> None:
     text = f"<think>I could <tool_call>{CITY}</tool_call></think><tool_call>{SUM}</tool_call>"
     expected = [ReasoningPart(f"I could <tool_call>{CITY}</tool_call>"), ADD]
-    assert read(list(text), HERMES, thinks=True) == expected
+    assert read(list(text), HERMES, may_reason=True) == expected
 
 
 def test_parser_stops_after_one_call_without_parallel() -> None:
@@ -198,17 +200,17 @@ def test_parser_result_is_independent_of_cuts(
     cuts: list[int],
     call_format: ToolCallFormat | None,
     parallel: bool,
-    thinks: bool,
-    thought_begun: bool,
+    may_reason: bool,
+    starts_in_reasoning: bool,
 ) -> None:
     edges = [0, *sorted(min(cut, len(text)) for cut in cuts), len(text)]
     pieces = [text[start:end] for start, end in itertools.pairwise(edges)]
-    whole = read([text], call_format, parallel, thinks, thought_begun)
-    assert read(pieces, call_format, parallel, thinks, thought_begun) == whole
-    assert read(list(text), call_format, parallel, thinks, thought_begun) == whole
+    whole = read([text], call_format, parallel, may_reason, starts_in_reasoning)
+    assert read(pieces, call_format, parallel, may_reason, starts_in_reasoning) == whole
+    assert read(list(text), call_format, parallel, may_reason, starts_in_reasoning) == whole
     if (
-        not thinks
-        and not thought_begun
+        not may_reason
+        and not starts_in_reasoning
         and not any(isinstance(part, tuple) and not hasattr(part, "text") for part in whole)
     ):
         assert "".join(part.text for part in whole) == text

@@ -52,11 +52,11 @@ class FakeServer:
 
     def __init__(self) -> None:
         self.ready: Future[Mapping[str, Any]] = Future()
-        self.gone: Future[LlmkitError] = Future()
+        self.ended: Future[LlmkitError] = Future()
 
     def stop(self, grace_s: float = 0.0) -> None:
-        if not self.gone.done():
-            self.gone.set_result(LlmkitError("stopped"))
+        if not self.ended.done():
+            self.ended.set_result(LlmkitError("stopped"))
 
 
 class Case:
@@ -166,7 +166,7 @@ def test_pool_restarts_an_ended_server_at_the_next_request() -> None:
     async def run() -> None:
         case = Case("a", max_loaded=1)
         await case.ask("a")
-        case.pool.models["a"].server.gone.set_result(LlmkitError("killed"))
+        case.pool.models["a"].server.ended.set_result(LlmkitError("killed"))
         await until(lambda: case.states() == "failed")
         await case.ask("a")
         assert (case.started, case.states()) == (["a", "a"], "loaded")
@@ -192,7 +192,7 @@ def test_pool_unloads_idle_models_and_keeps_busy_ones() -> None:
     [
         (["a=x", "a=y"], "two models have the name 'a'"),
         (["org/a", "org/a"], "two models have the name 'org/a'"),
-        (["a=x", "=y"], "'=y' is no NAME=MODEL"),
+        (["a=x", "=y"], "'=y' is not NAME=MODEL"),
         (["a=x", "b=y", "--lora", "l=d"], "--lora is for one model"),
         (["a=x", "--served-model-name", "b"], "--served-model-name is for one model"),
         (["a=x", "b=y", "--max-loaded", "0"], "--max-loaded: 0 is out of range"),

@@ -253,7 +253,7 @@ def error_codes(streams: list[Stream]) -> list[str]:
 def health(server: LlmkitServer) -> str:
     """The state of the server: "ok" or an error code.
 
-    It may change between two requests, so `/ready` is compared with the answers before and after it.
+    It may change between two requests: `/ready` is compared with the answers before and after.
     """
     with server.client() as client:
         before, ready, after = (client.get(path) for path in ("/health", "/ready", "/health"))
@@ -300,7 +300,7 @@ def test_engine_that_dies_or_hangs_is_restarted_up_to_the_limit(
     assert lines[-3].startswith(
         "llmkit serve: the engine process hung: it had requests and said nothing for 4 s."
     )
-    assert lines[-3].endswith("It is started again (1 of 1 times in an hour)")
+    assert lines[-3].endswith("Restarting it (1 of 1 times in an hour)")
     assert lines[-2].startswith("llmkit serve: the engine process is back after")
     assert lines[-1].startswith("llmkit serve: error: the engine process ended (signal SIGKILL")
 

@@ -270,9 +270,12 @@ def test_processes_have_no_key_in_environment_or_arguments(
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
-        ("KEY one", r"file:1: word 2 is no field\. A line is KEY \[name=NAME\] \[max_requests=N\]"),
-        ("KEY\nKEY2 nam=x", r"file:2: word 2 is no field"),
-        ("KEY name=a b", r"file:1: word 3 is no field"),
+        (
+            "KEY one",
+            r"file:1: word 2 is not a field\. A line is KEY \[name=NAME\] \[max_requests=N\]",
+        ),
+        ("KEY\nKEY2 nam=x", r"file:2: word 2 is not a field"),
+        ("KEY name=a b", r"file:1: word 3 is not a field"),
         ("KEY name=", r"file:1: name is wrong \(''\)"),
         ("KEY name=a/b", r"name is wrong \('a/b'\)\. up to 64 of"),
         ("KEY max_requests=0", r"max_requests is wrong \('0'\)\. a whole number above 0"),

@@ -244,7 +244,7 @@ def test_tracing_reports_wrong_endpoint_and_missing_package(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     for endpoint in ("localhost:4317", "grpc://localhost:4317", "http://"):
-        with pytest.raises(UsageError, match="is no URL of a collector"):
+        with pytest.raises(UsageError, match="is not the URL of a collector"):
             run_server(ServeOptions(model="none", otlp_traces_endpoint=endpoint))
     monkeypatch.setattr(tracing, "find_spec", lambda name: None)
     with pytest.raises(ShortageError, match=r"not installed. pip install 'llmkit\[otel\]'"):

@@ -71,7 +71,7 @@ class EngineReady(msgspec.Struct, tag=True):
     seconds: dict[str, float]
     plan: dict[str, str | int | dict[str, int]]  # EnginePlan.as_dict
     adapters: list[str]  # names under which the model is served with an adapter
-    paths: list[str]  # which optimized code paths are used, and why others are not
+    fast_paths: list[str]  # which optimized code paths are used, and why others are not
     card: dict[str, Any]  # model_card
 
 

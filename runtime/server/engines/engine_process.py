@@ -209,7 +209,7 @@ def _load(message: LoadModel, channel: EngineChannel) -> tuple[Engine, EngineRea
         seconds=report.seconds,
         plan=report.plan.as_dict(),
         adapters=engine.adapters,
-        paths=report.fast_paths,
+        fast_paths=report.fast_paths,
         card=card,
     )
 

@@ -41,14 +41,14 @@ class Replicas:
         )
         count = len(reports)
         slowest = max(reports, key=lambda report: sum(report.seconds.values()))
-        paths = slowest.paths
+        fast_paths = slowest.fast_paths
         if count > 1:
-            paths = [*paths, f"replicas: {count}; the table is the slowest one's"]
+            fast_paths = [*fast_paths, f"replicas: {count}; the table is the slowest one's"]
         return msgspec.structs.replace(
             slowest,
             max_model_len=min(report.max_model_len for report in reports),
             kv_cache_tokens=sum(report.kv_cache_tokens for report in reports),
-            paths=paths,
+            fast_paths=fast_paths,
         )
 
     async def wait_for_death(self) -> int:

@@ -43,9 +43,7 @@ async def supervise_engines(
                 return engine
             deaths.append(died_at)
             error = await run_in_thread(engine.death_error)
-            message(
-                f"{error} It is started again ({len(deaths)} of {max_restarts} times in an hour)"
-            )
+            message(f"{error} Restarting it ({len(deaths)} of {max_restarts} times in an hour)")
             engine = await start(index)
             try:
                 await asyncio.wait([engine.ready])

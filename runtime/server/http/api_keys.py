@@ -58,7 +58,7 @@ class Client:
         if rate and self._charged_tokens >= rate:
             wait_s = max(1, math.ceil((self._charged_tokens - rate) * 60 / rate))
             raise _limit_reached(
-                f"This key may use {rate} tokens a minute, and has.",
+                f"This key has used its {rate} tokens of this minute.",
                 "tokens_per_minute_exceeded",
                 wait_s,
             )
@@ -184,7 +184,7 @@ def _parse_line(words: list[str], location: str) -> Client:
         if name not in ("name", *_LIMITS):
             # The word may be a part of a key, so the message does not repeat it.
             raise InputError(
-                f"{location}: word {word_number} is no field", f"A line is {_LINE_FORMAT}"
+                f"{location}: word {word_number} is not a field", f"A line is {_LINE_FORMAT}"
             )
         if name in seen:
             raise InputError(f"{location}: {name} is given twice")

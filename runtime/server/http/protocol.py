@@ -124,7 +124,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             self._ignore_upgrade(data[offset:])
         except HttpParserError as error:
             if not self._last_response:
-                message = self._refusal or f"This is not HTTP that can be read: {error}."
+                message = self._refusal or f"The request is not valid HTTP: {error}."
                 self._refuse(ApiError(400, message, code="invalid_http"))
 
     def _ignore_upgrade(self, rest: bytes) -> None:
@@ -168,7 +168,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         """Return why a request is refused although it parses, or None."""
         version = self.parser.get_http_version()
         if version not in ("1.0", "1.1"):
-            return f"HTTP/{version} is not spoken here; use HTTP/1.1."
+            return f"HTTP/{version} is not supported; use HTTP/1.1."
         names = [name for name, _ in self.headers]
         for name in _SINGLE_HEADERS:
             if names.count(name) > 1:

@@ -95,7 +95,7 @@ def parse_infer_request(model: str, data: bytes, json_length: int | None) -> Kse
         if size is not None:
             if type(size) is not int or not 0 <= size <= len(data) - offset or values is not None:
                 raise invalid(
-                    tensor.name, f"The binary data of {tensor.name} has another size than it says."
+                    tensor.name, f"The binary_data_size of {tensor.name} does not match the data."
                 )
             values = data[offset : offset + size]
             offset += size

@@ -57,7 +57,7 @@ def parse_values(
     python_type = str if expected == "BYTES" else bool
     if not all(type(value) is python_type for value in values):
         type_name = "text" if python_type is str else "boolean"
-        raise invalid(name, f"A value of {name} is no {type_name}.", "invalid_type")
+        raise invalid(name, f"A value of {name} is not of type {type_name}.", "invalid_type")
     return values
 
 

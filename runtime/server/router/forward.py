@@ -151,7 +151,7 @@ async def upstream_request(
     }
     # Each request has its own connection, which closes when the client disconnects. A reused
     # connection could turn out to be closed already.
-    connector = aiohttp.UnixConnector(server.unix, limit=0, force_close=True)
+    connector = aiohttp.UnixConnector(server.socket_path, limit=0, force_close=True)
     timeout = aiohttp.ClientTimeout(total=None)
     async with aiohttp.ClientSession(
         connector=connector, timeout=timeout, auto_decompress=False

@@ -28,7 +28,7 @@ class Server(Protocol):
     """What the pool needs of a `ServerProcess`."""
 
     ready: Future[Mapping[str, Any]]
-    gone: Future[LlmkitError]
+    ended: Future[LlmkitError]
 
     def stop(self, grace_s: float = 0.0) -> None: ...
 
@@ -236,7 +236,7 @@ class ModelPool:
 
     async def _watch(self, model: PooledModel, server: Server) -> None:
         """Wait until `server` ends by itself. The next request loads the model again."""
-        error = await asyncio.shield(asyncio.wrap_future(server.gone))
+        error = await asyncio.shield(asyncio.wrap_future(server.ended))
         if model.server is server and model.state == "loaded":
             self._log(f"{model.name}: {error}")
             model.state = "failed"

@@ -82,7 +82,8 @@ class StructuredOutputRequest(GenerationRequest):
         constraint = self.output_constraint
         if constraint is not None and self.ignore_eos:
             raise invalid(
-                "ignore_eos", f"An answer that follows {constraint.param} ends where that does."
+                "ignore_eos",
+                f"ignore_eos cannot be used with {constraint.param}, which decides the end.",
             )
 
     @property
@@ -271,14 +272,14 @@ def tool_call_grammars(
 def combined_grammar(
     answer: Grammar | None,
     calls: Sequence[Grammar],
-    thinks: bool,
-    thought_begun: bool,
+    may_reason: bool,
+    starts_in_reasoning: bool,
     lark: Callable[[str], str],
 ) -> str:
     """Return the grammar of everything that the model may write, as llguidance's JSON.
 
-    The model writes `calls` or `answer`. Reasoning may precede it if the model `thinks`, and must
-    precede it if the prompt has begun it (`thought_begun`).
+    The model writes `calls` or `answer`. Reasoning may come first if `may_reason`, and
+    must come first if the prompt has begun it (`starts_in_reasoning`).
     """
     named: list[Grammar] = []
     alternatives = []
@@ -290,10 +291,10 @@ def combined_grammar(
         alternatives.append("@calls")
     body = " | ".join(alternatives)
     lines = [f"start: {body}"]
-    if thinks or thought_begun:
+    if may_reason or starts_in_reasoning:
         end = lark(THINK_END)
         thought = "thought /\\n{0,2}/"
-        if not thought_begun:
+        if not starts_in_reasoning:
             thought = f"({lark(THINK_START)} {thought})?"
         end_is_string = end.startswith('"')
         if end_is_string:
@@ -319,4 +320,6 @@ async def check_grammar(sandbox: Sandbox, grammar: str, param: str) -> None:
     try:
         await sandbox.run(CompileGrammar(grammar))
     except SandboxError as error:
-        raise invalid(param, f"{param} cannot be followed: {error}", "invalid_grammar") from None
+        raise invalid(
+            param, f"{param} cannot be compiled to a grammar: {error}", "invalid_grammar"
+        ) from None

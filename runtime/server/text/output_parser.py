@@ -29,17 +29,19 @@ class OutputParser:
 
     def __init__(
         self,
-        thinks: bool = False,
-        thought_begun: bool = False,
+        may_reason: bool = False,
+        starts_in_reasoning: bool = False,
         tool_calls: ToolCallParser | None = None,
     ) -> None:
         """Create a parser.
 
-        `thinks`: the answer may begin with reasoning. `thought_begun`: the prompt ends with
-        THINK_START, so the answer begins inside the reasoning. `tool_calls` finds the tool calls,
-        if there are tools.
+        `may_reason`: the answer may begin with reasoning. `starts_in_reasoning`: the prompt ends
+        with THINK_START, so the answer begins inside the reasoning. `tool_calls` finds the tool
+        calls, if there are tools.
         """
-        self._reasoning = ReasoningParser(thought_begun) if thinks or thought_begun else None
+        self._reasoning = (
+            ReasoningParser(starts_in_reasoning) if may_reason or starts_in_reasoning else None
+        )
         self._tool_calls = tool_calls
 
     @property
@@ -78,10 +80,10 @@ class ReasoningParser:
     `inside` it; `after` it, where line feeds are dropped; `done`: the rest is the answer.
     """
 
-    def __init__(self, thought_begun: bool) -> None:
+    def __init__(self, starts_in_reasoning: bool) -> None:
         self._buffer = ""  # text that is held back
         self._stage: Literal["before", "start", "inside", "after", "done"] = "before"
-        if thought_begun:
+        if starts_in_reasoning:
             self._stage = "start"
 
     @property
