@@ -69,7 +69,7 @@ class TritonPythonModel:
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
 
     async def _connect(self) -> aiohttp.ClientSession:
-        connector = aiohttp.UnixConnector(path=str(self._server.unix), limit=0)
+        connector = aiohttp.UnixConnector(path=str(self._server.socket_path), limit=0)
         return aiohttp.ClientSession(
             self._server.url, connector=connector, timeout=aiohttp.ClientTimeout()
         )

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from llmkit.checkpoint.compressed_tensors import KINDS
+from llmkit.checkpoint.compressed_tensors import KV_CACHE_TYPES
 from llmkit.common.errors import InputError
 from llmkit.common.progress import Progress
 from llmkit.kernels.activation_quant import FP8_MAX, INT8_MAX, MIN_SCALE
@@ -372,7 +372,7 @@ def _calibrate_kv(
         names = kv_scales(parameter, quantization)
         if not names or quantization is None:
             continue
-        kind = KINDS[quantization.kv]
+        kind = KV_CACHE_TYPES[quantization.kv]
         max_value = FP8_MAX if kind == "float" else INT8_MAX
         max_abs = max_abs_kv(attention, batches)
         for (name, tensor), magnitude in zip(names.items(), max_abs, strict=True):
