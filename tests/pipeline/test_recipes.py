@@ -20,7 +20,7 @@ from support.tiny_models import tiny_checkpoint
 
 from llmkit.checkpoint.output_directory import output_lock
 from llmkit.cli import main, recipes
-from llmkit.cli.recipe_stages import kinds
+from llmkit.cli.recipe_stages import stage_types
 from llmkit.pipeline.recipe import read_recipe
 
 ROOT = Path(__file__).parents[2]
@@ -223,7 +223,7 @@ def test_recipe_changes_are_typed_and_stages_inherit_device_and_seed(tmp_path: P
         "int4.group_size=32",
         "seed=8",
     ]
-    recipe = read_recipe(file, kinds(), changes)
+    recipe = read_recipe(file, stage_types(), changes)
     settings = recipe.stages["int4"].settings
     wanted = {
         "samples": 16,
@@ -478,8 +478,8 @@ stages:
   by-url: {{run: bench, url: ['http://127.0.0.1:1']}}
   served: {{run: bench}}
 """
-    recipe = read_recipe(write(tmp_path / "r.yaml", text), kinds())
-    run_directory = RunDirectory(recipe, tmp_path / "w", kinds())
+    recipe = read_recipe(write(tmp_path / "r.yaml", text), stage_types())
+    run_directory = RunDirectory(recipe, tmp_path / "w", stage_types())
     assert run_directory.fingerprint(recipe.stages["by-url"]) is None
     assert (
         run_directory.fingerprint(recipe.stages["served"])
@@ -536,7 +536,7 @@ def test_recipes_that_are_shipped_run(
     if "a3b" in name:
         model = tiny_checkpoint(tmp_path / "moe", "qwen3_moe", max_position_embeddings=512)
     changes = [f"model={model}", "device=cpu", *(["int4.group_size=32"] if "tp2" in name else [])]
-    for stage in read_recipe(SHIPPED[name], kinds()).stages.values():
+    for stage in read_recipe(SHIPPED[name], stage_types()).stages.values():
         if "samples" in stage.settings:
             changes += [f"{stage.name}.samples=2", f"{stage.name}.seq_len=64"]
         if stage.run == "bench":

@@ -258,7 +258,7 @@ def test_batch_that_was_stopped_continues_and_writes_the_same_bytes(
     assert run(source, "-o", out, "--model", model) == 5
     other = write(tmp_path / "other.jsonl", *[request(index + 1) for index in range(LINES)])
     assert run(other, "-o", out, *given) == 5
-    assert capsys.readouterr().err.count("of another run") == 2
+    assert capsys.readouterr().err.count("written by a run with other options") == 2
     before = partial.read_bytes()
     partial.write_bytes(before + b'{"id": "batch_req_')  # the machine stopped here
     assert run(source, "-o", out, *given, "--json") == 0

@@ -177,7 +177,7 @@ def test_replicas_report_slowest_start_and_summed_stats() -> None:
         8 * BLOCK_SIZE,
         256,
     )
-    assert ready.paths == ["fast", "replicas: 2; the table is the slowest one's"]
+    assert ready.fast_paths == ["fast", "replicas: 2; the table is the slowest one's"]
     assert (stats.running, stats.prompt_tokens_total, stats.waiting) == (8, 20, 0)
 
 
