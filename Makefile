@@ -17,7 +17,7 @@ LLAMACPP ?= .llamacpp
 LLAMACPP_SDIST := llama-cpp-python==0.3.36
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help venv demo test test-scale soak lint docs gpu bench-quant bench-memory bench-shard bench-serve interop interop-shard clean
+.PHONY: help venv demo test test-slow test-scale soak lint docs gpu bench-quant bench-memory bench-shard bench-serve interop interop-shard clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -29,6 +29,9 @@ demo: $(VENV)/.demo ## quantize, shard, serve and measure a real model (under 8 
 
 test: $(VENV)/.dev ## run the tests
 	@$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
+
+test-slow: $(VENV)/.dev ## more layouts and families than `make test` has time for (2 minutes)
+	@$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal -m slow
 
 test-scale: $(VENV)/.scale .venv-mlflow/.ready ## the tests beside other engines and servers: Ray, nginx, S3, MLflow
 	@$(BIN)/python -m pytest -m scale

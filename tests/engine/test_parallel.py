@@ -48,6 +48,17 @@ BLOCK = (
     2 * 2 * 16 * 4 * 16
 )  # bytes of a rank of two: k and v, its layers and KV heads, head_dim, float32, tokens
 LAYOUTS = {"TP 2": (2, 1), "PP 2": (1, 2), "TP 2 x PP 2": (2, 2)}
+# Families that `make test` runs in every layout: each kind of attention, embedding and MLP once.
+REPRESENTATIVES = ("llama", "llama-mha-bias-tied", "qwen2-window", "gemma3", "mixtral")
+
+
+def family_layouts() -> Iterator[Any]:
+    """All families in all layouts; most of them only TP 2 x PP 2 in `make test`."""
+    for name in FAMILIES:
+        for layout in LAYOUTS:
+            quick = name in REPRESENTATIVES or layout == "TP 2 x PP 2"
+            marks = () if quick else pytest.mark.slow
+            yield pytest.param(name, layout, marks=marks, id=f"{name}-{layout}")
 
 
 def prompts(vocab: int = COMMON["vocab_size"]) -> list[list[int]]:
@@ -78,7 +89,7 @@ def answers(model: Path, **options: Any) -> list[list[int]]:
         return running.generate(prompts(vocab), SAMPLING)
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module")
 def family(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, list[list[int]]]:
@@ -87,16 +98,14 @@ def family(
     return path, answers(path)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("family", "layout"), family_layouts(), indirect=["family"])
 def test_ranks_answer_as_one_rank_for_every_family(
     family: tuple[Path, list[list[int]]], layout: str, tmp_path: Path
 ) -> None:
     path, expected = family
     tp, pp = LAYOUTS[layout]
-    if (tp, pp) == (
-        2,
-        2,
-    ):  # each rank reads its own file; else all cut what they need out of the whole
+    if (tp, pp) == (2, 2):
+        # Each rank reads its own file. In the other layouts all slice the whole checkpoint.
         shard(path, tmp_path / "out", tp, pp)
         assert answers(tmp_path / "out") == expected
     else:
