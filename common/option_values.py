@@ -131,12 +131,13 @@ def format_size(size: int) -> str:
     return str(size)
 
 
-def _format_count(count: int | None) -> str:
-    return "auto" if count is None else str(count)
+def _format_number(number: float) -> str:
+    """All digits, never an exponent: 0.5, 2000000."""
+    return f"{number:.10f}".rstrip("0").removesuffix(".")
 
 
 def _format_numbers(numbers: tuple[float, ...]) -> str:
-    return ",".join(f"{number:g}" for number in numbers)
+    return ",".join(map(_format_number, numbers))
 
 
 def _format_range(bounds: tuple[int, int]) -> str:
@@ -152,8 +153,8 @@ def count_or_auto(*also: int) -> ValueFormat:
     """A positive number, one of `also`, or auto, which is None."""
     return ValueFormat(
         lambda option, text: parse_count(option, text, also),
-        _format_count,
         yaml_type=int | Literal["auto"],
+        none="auto",
     )
 
 
@@ -170,9 +171,9 @@ INTEGERS = ValueFormat(_parse_integers, _format_numbers)
 # 0.5,2
 NUMBERS = ValueFormat(parse_numbers, _format_numbers)
 # Requests per second: 50/s.
-RATE = ValueFormat(parse_rate, lambda rate: f"{rate:g}/s")
+RATE = ValueFormat(parse_rate, lambda rate: f"{_format_number(rate)}/s")
 # A percentage: 1%.
-SHARE = ValueFormat(parse_share, lambda share: f"{share:.0%}")
+SHARE = ValueFormat(parse_share, lambda share: f"{_format_number(100 * share)}%")
 # Layers of each pipeline stage: 8,9,9,6.
 LAYER_COUNTS = ValueFormat(parse_layer_counts, _format_numbers)
 # A flag that turns off a default: --no-prefix-cache. The field has the opposite value of the flag.

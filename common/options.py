@@ -34,6 +34,7 @@ class ValueFormat:
     format: Callable[[Any], Any] = str  # value -> written value; shows the default in --help
     written_type: Any = str  # what the command-line parser reads: str, bool or list[str]
     yaml_type: Any = None  # the type in YAML, when it differs from `written_type`: int | str
+    none: Any = None  # how None is written: "auto"; None: by leaving the option out
 
 
 @dataclass(frozen=True)
@@ -145,11 +146,14 @@ class OptionField:
         """
         if self.required or self.option.unset is not None:
             return None
-        if self.option.format is not None:
-            return self.option.format.format(self.default)
-        if isinstance(self.default, tuple):
-            return list(self.default) or None
-        return self.default
+        value_format = self.option.format
+        if value_format is not None and self.default is None:
+            return value_format.none
+        if isinstance(self.default, tuple) and not self.default:
+            return None
+        if value_format is not None:
+            return value_format.format(self.default)
+        return list(self.default) if isinstance(self.default, tuple) else self.default
 
     def read(self, value: Any) -> Any:
         """Convert a value from the command line or a recipe to the field's value.

@@ -12,8 +12,28 @@ from llmkit.cli.main import COMMANDS
 from llmkit.cli.serve import ServeArguments, serve_options
 from llmkit.cli.typer_options import parse_words
 from llmkit.common.errors import InputError, UsageError
-from llmkit.common.option_values import NEGATED, SIZE, format_size, within
-from llmkit.common.options import Argument, ExcludeFields, Option, build_options, option_fields
+from llmkit.common.option_values import (
+    INTEGERS,
+    LAYER_COUNTS,
+    NEGATED,
+    NUMBERS,
+    RATE,
+    SHARE,
+    SIZE,
+    TOKEN_RANGE,
+    count_or_auto,
+    format_size,
+    within,
+)
+from llmkit.common.options import (
+    Argument,
+    ExcludeFields,
+    Option,
+    OptionField,
+    ValueFormat,
+    build_options,
+    option_fields,
+)
 
 
 @dataclass(frozen=True)
@@ -85,6 +105,36 @@ def test_default_values_are_parsed_as_they_are_written(name: str) -> None:
     for option in COMMANDS[name].fields:
         if not option.required and option.value_default is not None:
             assert option.read(option.value_default) == option.default, option.name
+
+
+@pytest.mark.parametrize(
+    ("value_format", "value", "written"),
+    [
+        (SHARE, 0.005, "0.5%"),
+        (SHARE, 0.07, "7%"),
+        (SHARE, 0.00001, "0.001%"),
+        (RATE, 2_000_000.0, "2000000/s"),
+        (RATE, 0.25, "0.25/s"),
+        (INTEGERS, (1, 1_234_567), "1,1234567"),
+        (NUMBERS, (0.5, 40.0), "0.5,40"),
+        (LAYER_COUNTS, (8, 10), "8,10"),
+        (TOKEN_RANGE, (64, 512), "64-512"),
+        (TOKEN_RANGE, (64, 64), "64"),
+        (count_or_auto(0), 7, "7"),
+        (count_or_auto(0), None, "auto"),
+        (INTEGERS, None, None),
+        (INTEGERS, (), None),
+        (SIZE, None, None),
+        (SHARE, None, None),
+    ],
+)
+def test_default_is_written_so_that_it_is_read_as_the_same_value(
+    value_format: ValueFormat, value: object, written: str | None
+) -> None:
+    option = OptionField(("x",), Option("X.", format=value_format), object, value)
+    assert option.value_default == written
+    if written is not None:
+        assert option.read(written) == value
 
 
 def test_format_size_is_the_inverse_of_parse_size() -> None:
