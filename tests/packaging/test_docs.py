@@ -75,3 +75,19 @@ def test_architecture_figures_have_boxes_that_are_files() -> None:
         assert len(files) >= 5
         for file in files:
             assert (ROOT / file).is_file(), file
+
+
+def test_glossary_names_are_in_their_files() -> None:
+    """A row is `| terms | meaning | files |`; identifiers among the terms occur in the files."""
+    names = 0
+    for line in (ROOT / "docs" / "glossary.md").read_text(encoding="utf-8").splitlines():
+        cells = line.strip("|").split("|")
+        paths = [ROOT / path for path in re.findall(r"`([\w/.]+)`", cells[-1])]
+        if not line.startswith("|") or len(cells) < 3 or not paths:
+            continue
+        sources = [file for path in paths for file in [path, *path.rglob("*.py")] if file.is_file()]
+        text = "\n".join([str(file) + file.read_text(encoding="utf-8") for file in sources])
+        for name in re.findall(r"\b(?:[a-z]\w*_\w+|[A-Z][a-z]+[A-Z]\w*)\b", cells[0]):
+            names += 1
+            assert name in text, line
+    assert names > 300
