@@ -10,7 +10,7 @@ from uuid import uuid4
 
 from llmkit.runtime.server.async_waits import run_in_thread
 from llmkit.runtime.server.engines.engine_client import EngineClient
-from llmkit.runtime.server.engines.engine_messages import LoadAdapter
+from llmkit.runtime.server.engines.engine_messages import LoadAdapter, UnloadAdapter
 from llmkit.runtime.server.server_state import Phase, ServerState
 
 WINDOW_S = 3600.0  # deaths within this time count against --restart
@@ -60,9 +60,17 @@ async def supervise_engines(
 async def _reload_adapters(
     state: ServerState, engine: EngineClient, message: Callable[[str], None]
 ) -> None:
-    """Load the adapters into the new process that clients had loaded into the old one."""
+    """Load the adapters into the new process that clients had loaded into the old one.
+
+    Clients may unload adapters meanwhile. Their requests do not reach the new process yet.
+    """
     for name, path in list(state.loaded_adapters.items()):
+        if name not in state.loaded_adapters:
+            continue
         refused = await engine.change_adapter(LoadAdapter(uuid4().hex, name, path))
-        if refused is not None and not engine.dead.is_set():
+        if name not in state.loaded_adapters:
+            if refused is None:
+                await engine.change_adapter(UnloadAdapter(uuid4().hex, name))
+        elif refused is not None and not engine.dead.is_set():
             del state.loaded_adapters[name]
             message(f"the adapter {name} is gone: {refused.message}")
