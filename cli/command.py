@@ -73,10 +73,15 @@ class Command:
         return option_fields(self.options) + option_fields(CommonOptions)
 
 
-def typer_app(commands: Iterable[Command], callback: Callable[..., None]) -> typer.Typer:
+def typer_app(
+    commands: Iterable[Command],
+    callback: Callable[..., None],
+    on_output: Callable[[Output], None],
+) -> typer.Typer:
     """The command line of the commands.
 
-    callback: has the options of `llmkit` itself, and its help as the docstring.
+    callback: has the options of `llmkit` itself, and its help as the docstring. on_output: gets the
+    command's Output before the command runs.
     """
     app = typer.Typer(
         name="llmkit",
@@ -86,14 +91,15 @@ def typer_app(commands: Iterable[Command], callback: Callable[..., None]) -> typ
     )
     app.callback()(callback)
     for command in commands:
-        app.command(command.name, epilog=command.epilog)(_typer_function(command))
+        app.command(command.name, epilog=command.epilog)(_typer_function(command, on_output))
     return app
 
 
-def _typer_function(command: Command) -> Callable[..., int]:
+def _typer_function(command: Command, on_output: Callable[[Output], None]) -> Callable[..., int]:
     def run(**values: Any) -> int:
         common = build_options(CommonOptions, values)
         output = Output(common.json, common.quiet, common.debug)
+        on_output(output)
         try:
             _download_models(output, option_fields(command.options), values)
             return command.run(output, build_options(command.options, values)) or 0

@@ -9,7 +9,7 @@ import difflib
 import os
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated
 
@@ -20,6 +20,7 @@ from llmkit.cli import registries as registry
 from llmkit.cli import run as run_recipe
 from llmkit.cli.command import Command, stop_on_sigterm, typer_app
 from llmkit.cli.error_report import report
+from llmkit.cli.output import Output
 from llmkit.cli.parser_errors import usage_error
 from llmkit.cli.settings import (
     Defaults,
@@ -95,9 +96,9 @@ COMMANDS = {
 }
 
 
-def app() -> typer.Typer:
-    """The command line of all commands."""
-    return typer_app(COMMANDS.values(), _root)
+def app(on_output: Callable[[Output], None] = lambda output: None) -> typer.Typer:
+    """The command line of all commands. on_output: gets the Output of the command that runs."""
+    return typer_app(COMMANDS.values(), _root, on_output)
 
 
 def main() -> None:
@@ -112,6 +113,15 @@ def run(arguments: list[str]) -> int:
     name = ""
     defaults = Defaults()
     debug = "--debug" in words
+    outputs: list[Output] = []  # of the command, once its options are read
+
+    def fail(error: BaseException, resume: str = "") -> int:
+        as_json = _json_wanted(words, defaults)
+        # Stdout gets one document: a failed gate is reported by its result.
+        if outputs:
+            as_json = outputs[0].as_json and not outputs[0].has_result
+        return report(error, name, debug, resume, as_json)
+
     try:
         words = _join_subcommand(words, COMMANDS)
         if words[0] in COMMANDS:
@@ -124,7 +134,7 @@ def run(arguments: list[str]) -> int:
             debug = debug or bool(defaults.values.get("debug"))
             for warning in unknown_variables(os.environ, COMMANDS):
                 sys.stderr.write(f"llmkit {name}: {warning}\n")
-        code = app()(
+        code = app(outputs.append)(
             args=words,
             prog_name="llmkit",
             standalone_mode=False,
@@ -135,8 +145,14 @@ def run(arguments: list[str]) -> int:
         return stop.code if isinstance(stop.code, int) else 1
     except BaseException as error:
         if hasattr(error, "format_message"):
-            return report(usage_error(error, words, defaults), name, debug)
-        return report(error, name, debug, _resume_command(name, arguments))
+            return fail(usage_error(error, words, defaults))
+        return fail(error, _resume_command(name, arguments))
+
+
+def _json_wanted(words: list[str], defaults: Defaults) -> bool:
+    """Whether a command line that could not be read has --json."""
+    options = words[: words.index("--")] if "--" in words else words
+    return "--json" in options or bool(defaults.values.get("json"))
 
 
 def _join_subcommand(words: list[str], commands: Mapping[str, Command]) -> list[str]:

@@ -25,6 +25,7 @@ class Output:
         self.as_json = as_json
         self.quiet = quiet
         self.debug = debug
+        self.has_result = False  # set by `result`
         self._progress: Progress | None = None
 
     @cached_property
@@ -41,11 +42,9 @@ class Output:
         """Prints the result: `document` as one JSON document with `--json`, else what `show`
         prints.
         """
+        self.has_result = True
         if self.as_json:
-            sys.stdout.write(
-                json.dumps(finite(document), indent=2, ensure_ascii=False, default=str) + "\n"
-            )
-            sys.stdout.flush()
+            write_json(document)
         else:
             show(self.console)
 
@@ -70,6 +69,14 @@ class Output:
         """Closes a bar that an error left open, so that the terminal shows its cursor again."""
         if self._progress is not None:
             self._progress.finish()
+
+
+def write_json(document: Mapping[str, Any]) -> None:
+    """Prints one JSON document on stdout."""
+    text = json.dumps(finite(document), indent=2, ensure_ascii=False, default=str) + "\n"
+    # A file's name may have bytes that are not UTF-8. JSON's own escapes stand for them.
+    sys.stdout.write(text.encode("utf-8", "backslashreplace").decode())
+    sys.stdout.flush()
 
 
 def _console(stderr: bool) -> Console:
