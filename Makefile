@@ -17,7 +17,7 @@ LLAMACPP ?= .llamacpp
 LLAMACPP_SDIST := llama-cpp-python==0.3.36
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help venv demo test test-slow test-scale soak lint docs gpu bench-quant bench-memory bench-shard bench-serve interop interop-shard clean
+.PHONY: help venv demo test test-slow test-scale soak lint docs gpu bench-quant bench-memory bench-shard bench-serve interop interop-shard mutants clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -103,6 +103,10 @@ interop: $(VENV)/.dev $(PEERS:%=.venv-%/.ready) ## what llmkit writes in vLLM an
 interop-shard: $(VENV)/.dev .venv-vllm/.ready ## what `shard --format vllm` writes in vLLM's own loaders (5 minutes)
 	@HF_HUB_OFFLINE=1 $(BIN)/python tests/peers/interop_shard.py
 
+MUTANTS ?=
+mutants: $(VENV)/.dev .venv-mutants/.ready ## which small changes of the code does no test notice? (changed lines; see tests/peers/mutants.py)
+	@.venv-mutants/bin/python tests/peers/mutants.py $(MUTANTS)
+
 PEER_PIP = .venv-$*/bin/python -m pip install --quiet --disable-pip-version-check
 VLLM_SITE = $(wildcard .venv-vllm/lib/python3*/site-packages)
 
@@ -135,7 +139,7 @@ $(LLAMACPP)/.ready: | $(BIN)/python
 	@touch $@
 
 clean: ## remove .venv and everything that was made
-	rm -rf $(VENV) $(PEERS:%=.venv-%) .venv-mlflow .demo .bench-quant .bench-memory .bench-shard .bench-serve .llamacpp .interop build dist llmkit.egg-info gpu-results
+	rm -rf $(VENV) $(PEERS:%=.venv-%) .venv-mlflow .venv-mutants .demo .bench-quant .bench-memory .bench-shard .bench-serve .llamacpp .interop build dist llmkit.egg-info gpu-results
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
@@ -156,6 +160,10 @@ $(VENV)/.demo: pyproject.toml | $(VENV)/.torch
 
 $(VENV)/.scale: pyproject.toml | $(VENV)/.dev
 	$(PIP) -e '.[scale]'
+	@touch $@
+
+.venv-mutants/.ready: tests/peers/mutants.txt | .venv-mutants/bin/python
+	.venv-mutants/bin/python -m pip install --quiet --disable-pip-version-check -r $<
 	@touch $@
 
 # Its server needs other versions than llmkit does.

@@ -1,0 +1,193 @@
+"""Mutation testing: which small changes of the code does no test notice?
+
+    make mutants                           lines that the last commit has changed
+    make mutants MUTANTS="--since v0.1"    lines changed since v0.1
+    make mutants MUTANTS="--all shard bench/gates.py --sample 50"
+
+Each mutant changes one operator, comparison, number or condition in a clone of the last commit. The
+tests that import the changed module run on it, then the others of its folder. A mutant that passes
+all of them has survived. The mutations are those of cosmic-ray, which the environment must have.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from cosmic_ray.ast import ast_nodes, get_ast_from_path
+from cosmic_ray.mutating import mutate_and_test
+from cosmic_ray.plugins import get_operator
+from cosmic_ray.work_item import MutationSpec, TestOutcome
+
+ROOT = Path(__file__).resolve().parents[2]
+TEST_TIMEOUT_S = 600.0
+MAX_SURVIVING_PERCENT = 10.0
+# Mutations that always mean something. Others of cosmic-ray change annotations (`int | None`) or
+# replace an operator by one that fails at once.
+OPERATORS = (
+    "AddNot",
+    "NumberReplacer",
+    "ReplaceAndWithOr",
+    "ReplaceBinaryOperator_Add_Sub",
+    "ReplaceBinaryOperator_FloorDiv_Mul",
+    "ReplaceBinaryOperator_Mod_Add",
+    "ReplaceBinaryOperator_Mul_Add",
+    "ReplaceBinaryOperator_Sub_Add",
+    "ReplaceBreakWithContinue",
+    "ReplaceComparisonOperator_Eq_NotEq",
+    "ReplaceComparisonOperator_GtE_Gt",
+    "ReplaceComparisonOperator_Gt_GtE",
+    "ReplaceComparisonOperator_LtE_Lt",
+    "ReplaceComparisonOperator_Lt_LtE",
+    "ReplaceComparisonOperator_NotEq_Eq",
+    "ReplaceContinueWithBreak",
+    "ReplaceFalseWithTrue",
+    "ReplaceOrWithAnd",
+    "ReplaceTrueWithFalse",
+    "ReplaceUnaryOperator_Delete_Not",
+    "ZeroIterationForLoop",
+)
+# The folder in tests/ by the beginning of a module's path; the first that fits.
+TEST_FOLDERS = {
+    "runtime/server": "server",
+    "runtime": "engine",
+    **{name: name for name in ("bench", "checkpoint", "cli", "deploy", "kernels", "model")},
+    **{name: name for name in ("pipeline", "quant", "shard")},
+    "": "cli",
+}
+
+
+def git(*arguments: str) -> str:
+    """The output of a git command in the repository."""
+    command = ["git", "-C", str(ROOT), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def changed_lines(since: str) -> dict[str, set[int]]:
+    """The lines of each file that the commits after `since` have added or changed."""
+    lines: dict[str, set[int]] = {}
+    file = ""
+    for line in git("diff", "--unified=0", since, "HEAD", "--", "*.py").splitlines():
+        if line.startswith("+++ b/"):
+            file = line.removeprefix("+++ b/")
+        hunk = re.match(r"@@ -\S+ \+(\d+)(?:,(\d+))? @@", line)
+        if hunk:
+            start = int(hunk[1])
+            lines.setdefault(file, set()).update(range(start, start + int(hunk[2] or 1)))
+    return lines
+
+
+def copy_repository(target: Path) -> None:
+    """A clone of the last commit, with the compiled kernels."""
+    subprocess.run(["git", "clone", "--quiet", "--shared", ROOT, target], check=True)
+    for library in (ROOT / "kernels" / "cpu").glob("*.so"):
+        shutil.copy(library, target / "kernels" / "cpu")
+
+
+def tests_of(module: str, root: Path) -> list[str]:
+    """The test files that import a module, given by its path, and then the others of its folder."""
+    dotted = "llmkit." + module.removesuffix(".py").replace("/", ".")
+    package, _, name = dotted.rpartition(".")
+    imports = re.compile(rf"{re.escape(dotted)}\b|from {re.escape(package)} import .*\b{name}\b")
+    importers = [
+        file
+        for file in sorted((root / "tests").rglob("test_*.py"))
+        if imports.search(file.read_text(encoding="utf-8"))
+    ]
+    folder = next(tests for start, tests in TEST_FOLDERS.items() if module.startswith(start))
+    others = sorted((root / "tests" / folder).glob("test_*.py"))
+    return [str(file) for file in dict.fromkeys([*importers, *others])]
+
+
+def mutations(module: Path) -> Iterator[MutationSpec]:
+    """All mutations of a module."""
+    tree = get_ast_from_path(module)
+    for name in OPERATORS:
+        operator_name = f"core/{name}"
+        operator_class = get_operator(operator_name)
+        positions = (
+            position
+            for node in ast_nodes(tree)
+            for position in operator_class().mutation_positions(node)
+        )
+        for occurrence, (start, end) in enumerate(positions):
+            yield MutationSpec(
+                module_path=module,
+                operator_name=operator_name,
+                occurrence=occurrence,
+                start_pos=start,
+                end_pos=end,
+            )
+
+
+def chosen_modules(paths: list[str], root: Path) -> list[str]:
+    """The product's modules among `paths`, which are files and folders."""
+    modules = []
+    for path in paths:
+        files = [root / path] if path.endswith(".py") else sorted((root / path).rglob("*.py"))
+        modules += [str(file.relative_to(root)) for file in files]
+    return [module for module in modules if not module.startswith(("tests/", "recipes/"))]
+
+
+def run(arguments: argparse.Namespace, root: Path) -> int:
+    """Try the mutants in the clone at `root`; the exit code."""
+    lines = None
+    if not arguments.all:
+        lines = changed_lines(arguments.since)
+    modules = chosen_modules(arguments.paths or sorted(lines or ()), root)
+    found = [(module, mutation) for module in modules for mutation in mutations(root / module)]
+    if lines is not None:
+        found = [(m, spec) for m, spec in found if spec.start_pos[0] in lines.get(m, ())]
+    random.Random(arguments.seed).shuffle(found)
+    found = found[: arguments.sample]
+    environment = {"PYTHONPATH": str(root / ".typecheck"), "OMP_NUM_THREADS": "1"}
+    os.environ.update(environment)
+    os.chdir(root)
+    survived = 0
+    for index, (module, mutation) in enumerate(found, start=1):
+        command = [arguments.python, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
+        result = mutate_and_test(
+            [mutation], " ".join([*command, *tests_of(module, root)]), TEST_TIMEOUT_S
+        )
+        is_survivor = result.test_outcome == TestOutcome.SURVIVED
+        survived += is_survivor
+        where = f"{module}:{mutation.start_pos[0]}"
+        name = mutation.operator_name.removeprefix("core/")
+        outcome = "SURVIVED" if is_survivor else "killed"
+        print(f"{index}/{len(found)} {outcome} {where} {name}", flush=True)
+        if is_survivor:
+            changes = [x for x in (result.diff or "").splitlines() if re.match(r"[+-](?![+-])", x)]
+            print("\n".join(changes), flush=True)
+    percent = 100 * survived / max(len(found), 1)
+    print(f"{survived} of {len(found)} mutants survived ({percent:.0f} %)")
+    return int(percent > MAX_SURVIVING_PERCENT)
+
+
+def main() -> int:
+    """Run the program."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("paths", nargs="*", help="files and folders; default: all that changed")
+    parser.add_argument("--all", action="store_true", help="all lines, not only changed ones")
+    parser.add_argument("--since", default="HEAD~1", help="the commit before the changes")
+    parser.add_argument("--sample", type=int, default=100, help="at most so many mutants")
+    parser.add_argument("--seed", type=int, default=0, help="of the sample")
+    parser.add_argument("--python", default=str(ROOT / ".venv/bin/python"), help="runs the tests")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder) / "llmkit"
+        copy_repository(root)
+        return run(arguments, root)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
