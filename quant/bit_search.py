@@ -45,6 +45,9 @@ class BitSearch:
     # The KL of a choice over the sum of its linears' KL, from the last attempt.
     kl_correction: float = 1.0
     attempts: list[tuple[Bits, float]] = field(default_factory=list)
+    # The smallest attempt within the target KL, once no smaller choice is worth an attempt. The
+    # caller has to write it once more unless it was the last attempt.
+    _final: Bits | None = field(default=None, init=False)
 
     @classmethod
     def resume(
@@ -97,17 +100,13 @@ class BitSearch:
         if self.target_bits is not None:
             return self._best_within_bits(self.target_bits)
         assert self.target_kl is not None
-        if len(self.attempts) == MAX_ATTEMPTS:
-            best = self._smallest_good_attempt()
-            if best is not None:
-                return best
-        return self._smallest_within_kl(self.target_kl)
+        return self._final or self._smallest_within_kl(self.target_kl)
 
     def record_attempt(self, bits: Bits, kl: float) -> bool:
         """Record the KL of a choice. Returns whether the choice is final."""
         if self.target_kl is None:
             return True
-        is_last = len(self.attempts) >= MAX_ATTEMPTS
+        was_tried = [tried for tried, _ in self.attempts]
         self.attempts.append((dict(bits), kl))
         is_good = kl <= self.target_kl
         predicted = self._predicted_kl(bits)
@@ -115,17 +114,20 @@ class BitSearch:
             # After a failure the correction is a little too large, so that the same choice is not
             # made again.
             self.kl_correction = kl / predicted * (1.0 if is_good else 1.05)
-        if is_good and (is_last or kl >= GOOD_ENOUGH * self.target_kl):
-            return True
-        following = self.next_bits()
-        if following == bits:
-            if is_good:
-                return True
-            self.kl_correction *= 1.2
-        if not is_good:
+        following = self._smallest_within_kl(self.target_kl)
+        best = self._smallest_good_attempt()
+        if best is None:
+            if following == bits:
+                self.kl_correction *= 1.2
             return False
-        was_tried = any(following == tried for tried, _ in self.attempts)
-        return was_tried or self.total_bits(following) >= self.total_bits(bits)
+        if (
+            (is_good and kl >= GOOD_ENOUGH * self.target_kl)
+            or len(self.attempts) >= MAX_ATTEMPTS
+            or following in was_tried
+            or self.total_bits(following) >= self.total_bits(best)
+        ):
+            self._final = best
+        return self._final == bits
 
     def total_bits(self, bits: Mapping[str, int]) -> int:
         """The bits of all quantized values of a choice."""
@@ -163,7 +165,8 @@ class BitSearch:
 
     def _smallest_good_attempt(self) -> Bits | None:
         assert self.target_kl is not None
-        good = [bits for bits, kl in self.attempts if kl <= self.target_kl]
+        bad = [bits for bits, kl in self.attempts if kl > self.target_kl]
+        good = [bits for bits, _ in self.attempts if bits not in bad]
         return min(good, key=self.total_bits) if good else None
 
     def _upgrades(self) -> list[tuple[LayerSensitivity, int]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from pathlib import Path
+from random import Random
 
 import pytest
 import torch
@@ -114,6 +115,27 @@ def test_bit_search_ends_within_the_target_kl(truth: float, bound: float) -> Non
     assert kl <= bound
     assert len(tried) <= 7
     assert tried[-1][0] == min(size for size, kl in tried if kl <= bound)
+
+
+@pytest.mark.parametrize("bound", [0.02, 0.1, 0.3])
+def test_bit_search_accepts_no_larger_choice_than_a_good_one_it_tried(bound: float) -> None:
+    """Where the KL of a choice differs from the predicted one as the choice pleases."""
+    went_back = 0
+    for seed in range(200):
+        search = BitSearch(units(0.4, 0.01, 0.2, 0.3, 0.15, 0.08), target_kl=bound)
+        tried = []
+        for _ in range(20):
+            bits = search.next_bits()
+            factor = Random(f"{seed} {sorted(bits.items())}").uniform(0.2, 2.5)
+            kl = factor * sum(unit.kl[bits[unit.name]] for unit in search.layers)
+            tried.append((search.total_bits(bits), kl))
+            if search.record_attempt(bits, kl):
+                break
+        assert kl <= bound
+        assert tried[-1][0] == min(size for size, kl in tried if kl <= bound)
+        assert len(tried) <= 9
+        went_back += tried[-1] in tried[:-1]
+    assert went_back, "some searches end with an attempt before their last new one"
 
 
 def run(source: Path, out: Path, **options: object) -> dict[str, object]:
