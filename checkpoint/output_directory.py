@@ -44,14 +44,7 @@ def check_output(out: Path, source: Path | None, need_bytes: int) -> None:
     the disk is too small or not writable.
     """
     out = out.absolute()
-    if source is not None:
-        real_out = out.resolve()
-        real_source = source.resolve()
-        is_inside = real_source.is_dir() and real_source in real_out.parents
-        if real_out == real_source or is_inside:
-            raise OutputError(
-                f"The output {out} is the source or lies in it", todo="Choose another output"
-            )
+    check_not_in_source(out, source)
     if out.is_dir() and any(out.iterdir()):
         raise OutputError(
             f"The output {out} exists and is not empty", todo="Remove it or choose another output"
@@ -60,6 +53,26 @@ def check_output(out: Path, source: Path | None, need_bytes: int) -> None:
         raise OutputError(
             f"The output {out} exists and is a file", todo="Remove it or choose another output"
         )
+    check_space(out, need_bytes)
+
+
+def check_not_in_source(out: Path, source: Path | None) -> None:
+    """Raise OutputError when `out` is the source or lies in it."""
+    if source is not None:
+        real_out = out.resolve()
+        real_source = source.resolve()
+        is_inside = real_source.is_dir() and real_source in real_out.parents
+        if real_out == real_source or is_inside:
+            raise OutputError(
+                f"The output {out} is the source or lies in it", todo="Choose another output"
+            )
+
+
+def check_space(out: Path, need_bytes: int) -> None:
+    """Raise ShortageError when the output's disk is too small or not writable.
+
+    The bytes of an interrupted run count as free space.
+    """
     parent = out.parent
     while not parent.exists():
         parent = parent.parent

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from llmkit.cli.command import OUTPUT_DIRECTORY
 from llmkit.cli.output import Output
-from llmkit.common.errors import InputError
-from llmkit.common.formatting import bytes_text
+from llmkit.cli.shard import show_problems
+from llmkit.common.formatting import bytes_text, count_text
 from llmkit.common.options import Argument, Option
 
 if TYPE_CHECKING:
@@ -77,6 +77,14 @@ class VerifyArguments:
 
     directory: Annotated[str, DIRECTORY]
     public_key: Annotated[str | None, PUBLIC_KEY] = None
+    update: Annotated[
+        bool,
+        Option(
+            "Accept edited chat templates, generation configs, licences and READMEs: record them "
+            "in the manifest as they are.",
+            in_recipes=False,
+        ),
+    ] = False
 
 
 def pull(output: Output, arguments: PullArguments) -> None:
@@ -104,7 +112,8 @@ def push(output: Output, arguments: PushArguments) -> None:
     """Upload a checkpoint, its manifest last, and compare what has arrived.
 
     The checkpoint is compared with its manifest first; one without a manifest gets one at the
-    target. After an interruption the same command continues.
+    target. One that is already there is only compared. After an interruption the same command
+    continues.
     """
     from llmkit.checkpoint.open_model_files import resolve_model
     from llmkit.checkpoint.registry import transfer
@@ -131,29 +140,47 @@ def verify(output: Output, arguments: VerifyArguments) -> None:
     """Compare every file and tensor of a checkpoint with its manifest; of a layout, what `shard
     verify` does.
     """
-    from llmkit.checkpoint.manifest import load_manifest, verify_manifest
+    from llmkit.checkpoint.hub import SIGNATURE
+    from llmkit.checkpoint.manifest import (
+        accept_edits,
+        differences_error,
+        find_differences,
+        load_manifest,
+    )
     from llmkit.checkpoint.registry import signing
 
     path = Path(arguments.directory).expanduser()
     if (load_manifest(path) or {}).get("layout") is not None:
         from llmkit.shard.verify import verify as verify_layout
 
-        problems = verify_layout(path).problems
+        differences = verify_layout(path).differences
     else:
-        problems = verify_manifest(path)
-    if problems:
-        raise InputError(
-            f"{arguments.directory} does not verify ({len(problems)} wrong, the first: "
-            f"{problems[0]})"
+        differences = find_differences(path)
+    accepted: list[str] = []
+    if arguments.update:
+        accepted = accept_edits(path, differences)
+        if accepted and (path / SIGNATURE).is_file():
+            output.message(
+                f"llmkit verify: warning: {SIGNATURE} is of the files before the edit; "
+                "`llmkit sign` makes a new one"
+            )
+    elif differences:
+        problems = [difference.text for difference in differences]
+        edited = sorted({difference.file for difference in differences if difference.is_edit})
+        output.result(
+            {"ok": False, "signature": "not checked", "problems": problems, "edited": edited},
+            lambda console: show_problems(console, problems),
         )
+        raise differences_error(path, differences)
     signature = "not checked"
     if arguments.public_key:
         signing.verify(path, Path(arguments.public_key).expanduser())
         signature = "valid"
+    updated = f"; updated: {', '.join(accepted)}" if accepted else ""
     output.result(
-        {"ok": True, "signature": signature},
+        {"ok": True, "signature": signature, "problems": [], "updated": accepted},
         lambda console: console.print(
-            f"{arguments.directory} verifies; signature: {signature}",
+            f"{arguments.directory} verifies; signature: {signature}{updated}",
             markup=False,
             highlight=False,
             soft_wrap=True,
@@ -165,9 +192,10 @@ def _show(output: Output, moved: TransferResult, further: dict[str, Any]) -> Non
     if moved.left_out:
         output.message(f"left out, not in the manifest: {', '.join(moved.left_out[:10])}")
     signature = f", signature {further['signature']}" if "signature" in further else ""
+    state = "already there, " if moved.already_there else ""
     text = (
-        f"{moved.source} -> {moved.target}: {moved.files} files, {bytes_text(moved.bytes)}, "
-        f"all compared{signature}"
+        f"{moved.source} -> {moved.target}: {state}{count_text(moved.files, 'files')}, "
+        f"{bytes_text(moved.bytes)}, all compared{signature}"
     )
     output.result(
         dataclasses.asdict(moved) | further,

@@ -28,6 +28,11 @@ def bytes_text(count: float) -> str:
     return f"{count:.1f} TiB"
 
 
+def count_text(count: int, unit: str) -> str:
+    """A number of things for people: "1 run", "2 runs". unit: the plural."""
+    return f"{count:,} {unit.removesuffix('s') if count == 1 else unit}"
+
+
 def nearest(word: str, known: Iterable[str], otherwise: str = "") -> str:
     """`The nearest is X`. When no known word is similar: `otherwise` and all known words, or ""."""
     # Leading dashes are ignored: with them, all options would look similar.

@@ -18,6 +18,7 @@ from typing import Any
 from llmkit.checkpoint.manifest import MANIFEST
 from llmkit.checkpoint.registry.store_interface import (
     AdvanceProgress,
+    Published,
     damaged_upload,
     hash_partial_file,
     missing_library,
@@ -84,10 +85,10 @@ class MlflowStore:
         manifest: bytes,
         force: bool,
         progress: Progress,
-    ) -> str:
+    ) -> Published:
         """See `WritableStore.publish`.
 
-        The version is created after all files have been read back. `force` has no effect.
+        Every push makes a new version, after all files have been read back. `force` has no effect.
         """
         # An optional dependency.
         from mlflow import MlflowClient
@@ -144,7 +145,7 @@ class MlflowStore:
         )
         if alias:
             client.set_registered_model_alias(name, alias, model_version.version)
-        return f"models:/{name}/{model_version.version}"
+        return Published(f"models:/{name}/{model_version.version}")
 
     def _download(self, name: str, folder: Path) -> Path:
         return Path(

@@ -22,6 +22,7 @@ from llmkit.checkpoint.hub import SIGNATURE
 from llmkit.checkpoint.manifest import MANIFEST, manifest_mismatch
 from llmkit.checkpoint.registry.store_interface import (
     AdvanceProgress,
+    Published,
     damaged_upload,
     hash_partial_file,
     missing_library,
@@ -88,7 +89,7 @@ class ObjectStore:
         manifest: bytes,
         force: bool,
         progress: Progress,
-    ) -> str:
+    ) -> Published:
         """See `WritableStore.publish`.
 
         Files that an interrupted run uploaded are not sent again.
@@ -127,7 +128,7 @@ class ObjectStore:
                 to_send.append(name)
             progress.advance(entry["bytes"], name)
         if is_same_checkpoint and not to_send:
-            return self.reference
+            return Published(self.reference, already_there=True)
         if MANIFEST in existing:
             # The manifest is removed first: readers then see that the checkpoint is incomplete.
             old_files = self._files_in_manifest() | {SIGNATURE}
@@ -139,7 +140,7 @@ class ObjectStore:
         self._file_system.pipe_file(self._url(MANIFEST), manifest)
         if self.read_small_file(MANIFEST, len(manifest)) != manifest:
             raise damaged_upload(self.reference, MANIFEST)
-        return self.reference
+        return Published(self.reference)
 
     def _send(self, folder: Path, digests: Mapping[str, str], advance: AdvanceProgress) -> None:
         """Upload files and compare the result. digests: the SHA-256 of each file by name."""

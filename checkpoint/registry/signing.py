@@ -13,9 +13,9 @@ from typing import Any
 from llmkit.checkpoint.hub import SIGNATURE
 from llmkit.checkpoint.manifest import (
     MANIFEST,
+    differences_error,
+    find_differences,
     load_manifest,
-    manifest_mismatch,
-    verify_manifest,
 )
 from llmkit.checkpoint.output_directory import write_errors
 from llmkit.checkpoint.registry.store_interface import missing_library
@@ -30,9 +30,9 @@ def sign(folder: Path, key: Path) -> Path:
     LLMKIT_KEY_PASSWORD decrypts an encrypted key. Raises InputError when the checkpoint differs
     from its manifest or has none, and when `key` holds no elliptic private key.
     """
-    problems = verify_manifest(folder)
-    if problems:
-        raise manifest_mismatch(problems[0])
+    differences = find_differences(folder)
+    if differences:
+        raise differences_error(folder, differences)
     signing = _import_library("signing").Config()
     try:
         # The library's signature says str, but the function that it calls needs bytes.

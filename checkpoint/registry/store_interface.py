@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from llmkit.checkpoint.tensor_reader import DIGEST_BYTES
 from llmkit.common.errors import InputError, LlmkitError, ShortageError
@@ -26,6 +26,13 @@ CREDENTIALS = {
     "hf": "HF_TOKEN and HF_ENDPOINT",
 }
 AdvanceProgress = Callable[[int], None]  # called with the number of bytes that were transferred
+
+
+class Published(NamedTuple):
+    """The result of a push to a store."""
+
+    reference: str  # names what was pushed; for MLflow with the new version's number
+    already_there: bool = False  # the same checkpoint was complete; nothing was sent
 
 
 class ReadableStore(Protocol):
@@ -59,8 +66,10 @@ class WritableStore(Protocol):
         manifest: bytes,
         force: bool,
         progress: Progress,
-    ) -> str:
-        """Upload a checkpoint, its manifest last, and check the upload. Returns its reference.
+    ) -> Published:
+        """Upload a checkpoint, its manifest last, and check the upload.
+
+        The same checkpoint that is already there is compared, and not sent again.
 
         files: `bytes` and `sha256` of each file in `folder` by name, without the manifest.
         Raises OutputError when the store holds another checkpoint and `force` is off, ShortageError

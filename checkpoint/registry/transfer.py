@@ -7,7 +7,6 @@ one. Only the files that the manifest names, and the signature, are copied.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import shutil
 from collections.abc import Callable, Mapping
@@ -27,14 +26,19 @@ from llmkit.checkpoint.hub import (
 from llmkit.checkpoint.manifest import (
     MANIFEST,
     check_manifest,
+    differences_error,
+    find_differences,
+    load_manifest,
     make_manifest,
     manifest_digest,
     manifest_mismatch,
-    verify_manifest,
+    manifest_text,
 )
 from llmkit.checkpoint.model_files import CONFIG, find_model, parse_json, require_config
 from llmkit.checkpoint.output_directory import (
+    check_not_in_source,
     check_output,
+    check_space,
     output_lock,
     partial_path,
     sibling,
@@ -50,10 +54,12 @@ from llmkit.checkpoint.registry.store_interface import (
     store_errors,
 )
 from llmkit.checkpoint.tensor_reader import DIGEST_BYTES, sha256_file
-from llmkit.common.errors import InputError
+from llmkit.common.errors import InputError, OutputError
 from llmkit.common.progress import Progress
 
 MAX_MANIFEST_BYTES = 256 * 2**20  # a manifest has about 250 bytes for each tensor
+# The name of a checkpoint while a push puts another one in its place.
+REPLACED_SUFFIX = ".replaced"
 MAX_SIGNATURE_BYTES = 16 * 2**20
 
 
@@ -83,6 +89,7 @@ class TransferResult:
     manifest_sha256: str
     signed: bool  # a signature is among the files
     left_out: list[str] = field(default_factory=list)  # files that the manifest does not name
+    already_there: bool = False  # nothing was sent: the target was complete
 
 
 def pull(
@@ -103,17 +110,19 @@ def pull(
 
 
 def push(folder: Path, target: str, progress: Progress, force: bool = False) -> TransferResult:
-    """Copy a checkpoint to a URL or into a new folder. `folder` is not changed.
+    """Copy a checkpoint to a URL or into a folder. `folder` is not changed.
 
-    A checkpoint without a manifest gets one at the target.
-    force: replace another checkpoint at that URL.
-    Raises as `pull` does, and InputError when `folder` differs from its manifest.
+    A checkpoint without a manifest gets one at the target. A checkpoint that is already there is
+    compared, and not copied again.
+    force: replace another checkpoint at the target.
+    Raises as `pull` does, OutputError when the target holds something else, and InputError when
+    `folder` differs from its manifest.
     """
-    problems = verify_manifest(folder) if (folder / MANIFEST).exists() else []
-    if problems:
-        raise manifest_mismatch(problems[0])
+    differences = find_differences(folder) if (folder / MANIFEST).exists() else []
+    if differences:
+        raise differences_error(folder, differences)
     if not is_url(target):
-        return pull(str(folder), Path(target).expanduser(), progress)
+        return _push_to_folder(folder, Path(target).expanduser().resolve(), progress, force)
     local = read_remote_manifest(FolderStore(folder))
     files = dict(local.manifest["files"])
     if SIGNATURE in local.sizes:
@@ -122,8 +131,112 @@ def push(folder: Path, target: str, progress: Progress, force: bool = False) -> 
             "sha256": sha256_file(folder / SIGNATURE),
         }
     with open_writable_store(target) as store, store_errors(target):
-        reference = store.publish(folder, files, local.text, force, progress)
-    return _result(str(folder), reference, local)
+        published = store.publish(folder, files, local.text, force, progress)
+    return _result(str(folder), published.reference, local, published.already_there)
+
+
+def _push_to_folder(folder: Path, out: Path, progress: Progress, force: bool) -> TransferResult:
+    """See `push`."""
+    source = FolderStore(folder)
+    remote = read_remote_manifest(source)
+    with output_lock(out):
+        _finish_replacement(out)
+        old_files = _checkpoint_files(out)
+        is_same = old_files is not None and source.has_manifest_of(out)
+        if is_same and _is_complete(folder, remote, out, progress):
+            return _result(str(folder), str(out), remote, already_there=True)
+        check_not_in_source(out, folder)
+        is_taken = out.is_file() or (out.is_dir() and any(out.iterdir()))
+        if not is_taken:
+            receive(source, remote, out, progress)
+        elif old_files is None:
+            raise OutputError(
+                f"The output {out} exists and is no checkpoint",
+                "An absent or empty folder, or with --force a checkpoint, was expected",
+                "Remove it or choose another output",
+            )
+        elif force or is_same:
+            check_space(out, sum(remote.files.values()))
+            _fetch(source, remote, out, progress)
+            _replace(out)
+        else:
+            raise OutputError(
+                f"{out} holds another checkpoint", todo="Choose another place or pass --force"
+            )
+    return _result(str(folder), str(out), remote)
+
+
+def _replace(out: Path) -> None:
+    """Put the complete partial folder in the place of the checkpoint `out`.
+
+    After a kill in the middle, `_finish_replacement` puts things right.
+    """
+    old = sibling(out, REPLACED_SUFFIX)
+    with write_errors(out):
+        out.rename(old)
+        partial_path(out).rename(out)
+        sync_directory(out.parent)
+        _remove_replaced(old, out)
+
+
+def _finish_replacement(out: Path) -> None:
+    """Restore or remove the checkpoint that an interrupted push was replacing."""
+    old = sibling(out, REPLACED_SUFFIX)
+    if not old.is_dir():
+        return
+    with write_errors(out):
+        if out.exists():
+            _remove_replaced(old, out)
+        else:
+            old.rename(out)
+
+
+def _remove_replaced(old: Path, out: Path) -> None:
+    """Remove the replaced checkpoint `old`; its folder's other files move to `out`."""
+    names = _checkpoint_files(old) or set()
+    for path in old.iterdir():
+        if path.name not in names and not (out / path.name).exists():
+            path.rename(out / path.name)
+    # The files that tell what belongs to the checkpoint go last: this may be interrupted, too.
+    for name in names - {MANIFEST, CONFIG}:
+        (old / name).unlink(missing_ok=True)
+    shutil.rmtree(old)
+
+
+def _checkpoint_files(folder: Path) -> set[str] | None:
+    """The names of the files of the checkpoint in a folder; None when it holds no checkpoint.
+
+    Other files of the folder are not among them.
+    """
+    if (folder / MANIFEST).is_file():
+        try:
+            manifest = load_manifest(folder)
+        except InputError:
+            manifest = None
+        if manifest is not None:
+            return {*manifest["files"], MANIFEST, SIGNATURE}
+    elif not (folder / CONFIG).is_file():
+        return None
+    return {path.name for path in folder.iterdir() if is_allowed_file(path.name)}
+
+
+def _is_complete(folder: Path, remote: RemoteManifest, out: Path, progress: Progress) -> bool:
+    """Whether `out`, which has the manifest of `folder`, has the same files, too."""
+    if (out / SIGNATURE).is_file() != (SIGNATURE in remote.files):
+        return False
+    progress.start("compare", sum(remote.files.values()), "bytes")
+    for name, size in remote.files.items():
+        path = out / name
+        if not path.is_file() or path.stat().st_size != size:
+            return False
+        # The manifest has no entry for the signature.
+        entry = remote.manifest["files"].get(name)
+        expected = sha256_file(folder / name) if entry is None else entry["sha256"]
+        if sha256_file(path) != expected:
+            return False
+        progress.advance(size, name)
+    progress.finish()
+    return True
 
 
 def read_remote_manifest(source: ReadableStore) -> RemoteManifest:
@@ -179,6 +292,20 @@ def receive(
 ) -> None:
     """Download a checkpoint into `out`, whose lock the caller holds. See `pull`."""
     check_output(out, None, sum(remote.files.values()))
+    _fetch(source, remote, out, progress, check)
+    with write_errors(out):
+        partial_path(out).rename(out)
+        sync_directory(out.parent)
+
+
+def _fetch(
+    source: ReadableStore,
+    remote: RemoteManifest,
+    out: Path,
+    progress: Progress,
+    check: Callable[[Path], None] | None = None,
+) -> None:
+    """Download a checkpoint into the partial folder of `out`, complete and synced to disk."""
     partial = partial_path(out)
     with write_errors(partial):
         manifest_path = partial / MANIFEST
@@ -215,8 +342,6 @@ def receive(
             with path.open("rb") as file:
                 os.fsync(file.fileno())
         sync_directory(partial)
-        partial.rename(out)
-        sync_directory(out.parent)
 
 
 class FolderStore:
@@ -228,7 +353,12 @@ class FolderStore:
         if (folder / MANIFEST).exists():
             self._manifest = (folder / MANIFEST).read_bytes()
         else:
-            self._manifest = _to_json(make_manifest(folder))
+            self._manifest = manifest_text(make_manifest(folder))
+
+    def has_manifest_of(self, folder: Path) -> bool:
+        """Whether another folder has the same manifest."""
+        path = folder / MANIFEST
+        return path.is_file() and path.read_bytes() == self._manifest
 
     def sizes(self) -> dict[str, int]:
         """See `ReadableStore.sizes`."""
@@ -270,7 +400,9 @@ def _open_source(reference: str) -> AbstractContextManager[ReadableStore]:
     return nullcontext(FolderStore(folder))
 
 
-def _result(source: str, target: str, remote: RemoteManifest) -> TransferResult:
+def _result(
+    source: str, target: str, remote: RemoteManifest, already_there: bool = False
+) -> TransferResult:
     files = {**remote.files, MANIFEST: len(remote.text)}
     return TransferResult(
         source=source,
@@ -280,11 +412,8 @@ def _result(source: str, target: str, remote: RemoteManifest) -> TransferResult:
         manifest_sha256=hashlib.sha256(remote.text).hexdigest(),
         signed=SIGNATURE in files,
         left_out=sorted(remote.sizes.keys() - files.keys()),
+        already_there=already_there,
     )
-
-
-def _to_json(manifest: dict[str, Any]) -> bytes:
-    return (json.dumps(manifest, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def _check_size(where: str, size: int, max_size: int) -> None:

@@ -88,6 +88,99 @@ def test_pull_copies_every_byte_and_lists_what_it_left_out(
     ]  # no lock, no partial folder
 
 
+def test_push_of_identical_files_is_already_there_and_writes_nothing(
+    whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target = tmp_path / "target"
+    words = ["push", str(whole.parent / "plain"), str(target)]
+    assert main.run(words) == 0
+    assert "already there" not in capsys.readouterr().out
+    (target / "notes.md").write_text("mine")
+    before = {path.name: path.stat() for path in target.iterdir()}
+    for force in ([], ["--force"]):
+        assert main.run([*words, *force, "--json"]) == 0
+        document = json.loads(capsys.readouterr().out)
+        assert document["already_there"] is True
+    assert main.run(words) == 0
+    assert ": already there, 3 files, " in capsys.readouterr().out
+    after = {path.name: path.stat() for path in target.iterdir()}
+    assert {name: (stat.st_ino, stat.st_mtime_ns) for name, stat in after.items()} == {
+        name: (stat.st_ino, stat.st_mtime_ns) for name, stat in before.items()
+    }
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["target"]
+
+
+def test_push_with_force_replaces_another_checkpoint(
+    whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plain = synthetic_checkpoint(tmp_path / "plain")
+    config = json.loads((plain / "config.json").read_text())
+    (plain / "config.json").write_text(json.dumps(config | {"rope_theta": 77}))
+    (plain / "tokenizer.json").write_text("{}")  # only the old checkpoint has one
+    target = tmp_path / "target"
+    push(plain, str(target), QUIET)
+    (target / "notes.md").write_text("mine")
+    old = contents(target)
+    words = ["push", str(whole), str(target)]
+    assert main.run(words) == 5
+    assert "holds another checkpoint. Choose another place or pass --force." in (
+        capsys.readouterr().err
+    )
+    assert contents(target) == old
+    assert main.run([*words, "--force"]) == 0
+    assert "already there" not in capsys.readouterr().out
+    assert contents(target) == contents(whole) | {"notes.md": b"mine"}
+    assert verify_manifest(target) == []
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["plain", "target"]
+
+
+def test_push_repairs_a_damaged_copy_of_the_same_checkpoint(whole: Path, tmp_path: Path) -> None:
+    target = tmp_path / "target"
+    push(whole, str(target), QUIET)
+    flip(target)
+    (target / "model.sig").write_text("a signature that the source does not have")
+    assert not push(whole, str(target), QUIET).already_there
+    assert contents(target) == contents(whole)
+    assert push(whole, str(target), QUIET).already_there
+
+
+@pytest.mark.parametrize("force", [[], ["--force"]])
+def test_push_never_replaces_what_is_no_checkpoint(
+    whole: Path, tmp_path: Path, force: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    target = tmp_path / "target"
+    target.mkdir()
+    (target / "thesis.txt").write_text("years of work")
+    file = tmp_path / "file"
+    file.touch()
+    for place in (target, file):
+        assert main.run(["push", str(whole), str(place), *force]) == 5
+        assert "is no checkpoint. An absent or empty folder, or with --force a checkpoint" in (
+            capsys.readouterr().err
+        )
+    assert contents(target) == {"thesis.txt": b"years of work"}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "target"]
+
+
+@pytest.mark.parametrize("killed_at", ["first rename", "removal"])
+def test_push_finishes_a_replacement_that_was_killed(
+    whole: Path, tmp_path: Path, killed_at: str
+) -> None:
+    plain = synthetic_checkpoint(tmp_path / "plain")
+    config = json.loads((plain / "config.json").read_text())
+    (plain / "config.json").write_text(json.dumps(config | {"rope_theta": 77}))
+    target = tmp_path / "target"
+    push(plain, str(target), QUIET)
+    (target / "notes.md").write_text("mine")
+    target.rename(tmp_path / "target.replaced")
+    if killed_at == "removal":
+        shutil.copytree(whole, target)
+    result = push(whole, str(target), QUIET, force=True)
+    assert result.already_there == (killed_at == "removal")
+    assert contents(target) == contents(whole) | {"notes.md": b"mine"}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["plain", "target"]
+
+
 def flip(folder: Path) -> None:
     data = bytearray((folder / "model.safetensors").read_bytes())
     data[-5] ^= 1
@@ -198,8 +291,9 @@ def test_pull_and_push_refuse_what_is_no_folder(
     assert main.run(["pull", str(tmp_path / "x.gguf"), "-o", str(tmp_path / "out")]) == 3
     assert main.run(["push", str(tmp_path / "none"), str(tmp_path / "out")]) == 3
     assert "is a file" in (reported := capsys.readouterr().err) and "does not exist" in reported
-    with pytest.raises(OutputError):
-        push(whole, str(whole), QUIET)
+    assert push(whole, str(whole), QUIET).already_there
+    with pytest.raises(OutputError, match="is the source or lies in it"):
+        push(whole, str(whole / "inside"), QUIET)
 
 
 @pytest.mark.parametrize(

@@ -168,7 +168,7 @@ def test_push_and_pull_keep_every_byte(
     assert main.run(["pull", f"{BUCKET}/there", "-o", str(tmp_path / "out"), "--json"]) == 0
     assert contents(tmp_path / "out") == contents(large)
     again = Counting()
-    push(large, f"{BUCKET}/there", again)
+    assert push(large, f"{BUCKET}/there", again).already_there
     assert again.stages.get("send") is None  # all of it is there
     captured = capsys.readouterr()
     assert "hidden" not in captured.out + captured.err
@@ -456,6 +456,8 @@ def test_push_and_pull_with_the_hub(small: Path, tmp_path: Path) -> None:
     llmkit(0, "push", small, there)
     assert (hub.commits, hub.private) == (1, True)  # one commit, so that nobody sees half of it
     assert hub.files == {path.name: path.read_bytes() for path in small.iterdir()}
+    assert "already there" in llmkit(0, "push", small, there)
+    assert hub.commits == 1
     llmkit(0, "pull", there, "-o", tmp_path / "out")
     assert contents(tmp_path / "out") == contents(small)
     other = synthetic_checkpoint(tmp_path / "other", seed=1)
