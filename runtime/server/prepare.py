@@ -104,7 +104,12 @@ async def prepare_chat(
     def new_parser() -> OutputParser:
         calls = None
         if call_format is not None:
-            calls = ToolCallParser(call_format, tool_names, request.allows_parallel_calls)
+            calls = ToolCallParser(
+                call_format,
+                tool_names,
+                parallel=request.allows_parallel_calls,
+                required=request.requires_tool_call,
+            )
         return OutputParser(may_reason, starts_in_reasoning, calls)
 
     shown_marks: list[str] = []  # special tokens that the parser needs to see

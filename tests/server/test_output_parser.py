@@ -35,19 +35,24 @@ def read(
     parallel: bool = True,
     may_reason: bool = False,
     starts_in_reasoning: bool = False,
+    required: bool = False,
 ) -> list[Any]:
-    """The parts of a text in `pieces`: adjacent ones of a kind joined, calls without ids."""
+    """The parts of a text in `pieces`: adjacent ones of a kind joined, calls without ids.
+
+    The arguments of a complete call are parsed; those of another stay text.
+    """
     parser = OutputParser(
         may_reason,
         starts_in_reasoning,
-        ToolCallParser(call_format, NAMES, parallel) if call_format else None,
+        ToolCallParser(call_format, NAMES, parallel, required) if call_format else None,
     )
     parts: list[OutputPart] = [part for piece in pieces for part in parser.feed(piece)]
     parts += parser.feed("", final=True)
     found: list[Any] = []
     for part in parts:
         if isinstance(part, ToolCallPart):
-            found.append((part.name, json.loads(part.arguments)))
+            arguments = json.loads(part.arguments) if part.complete else part.arguments
+            found.append((part.name, arguments))
         elif found and type(found[-1]) is type(part):
             found[-1] = type(part)(found[-1].text + part.text)
         else:
@@ -156,6 +161,83 @@ def test_parser_stops_after_one_call_without_parallel() -> None:
                 for part in read(pieces, call_format, parallel=False)
                 if not isinstance(part, TextPart)
             ] == [PARIS]
+
+
+def written_call(call_format: ToolCallFormat, name: str, arguments: str) -> str:
+    return call_format.call_head(name) + arguments + "}"
+
+
+OSLO = '{"city": "Oslo \\"<tool_call>\\"", "days": [1, {"x": "}; {"}]}'
+TOTAL = '{"a": 1}'
+# Two required calls as each format's grammar lets a model write them.
+REQUIRED = {
+    HERMES: "<tool_call>\n{}\n</tool_call>\n<tool_call>{}</tool_call>",
+    MISTRAL: "[TOOL_CALLS][{}, {}]",
+    LLAMA: "<|python_tag|>{}; {}",
+}
+
+
+@given(
+    st.sampled_from(FORMATS),
+    st.integers(0, 400),
+    st.lists(st.integers(0, 400), max_size=6),
+    st.booleans(),
+    st.booleans(),
+)
+@settings(max_examples=400, deadline=None, derandomize=True)
+def test_parser_required_call_cut_anywhere_is_a_call(
+    call_format: ToolCallFormat, length: int, cuts: list[int], reasons: bool, opener: bool
+) -> None:
+    first = written_call(call_format, "get_weather", OSLO)
+    text = REQUIRED[call_format].format(first, written_call(call_format, "add", TOTAL))
+    if call_format is LLAMA and not opener:
+        text = text.removeprefix(LLAMA.opener)
+    begins = text.index(first) + len(call_format.call_head("get_weather"))
+    second = text.index(TOTAL)
+    text = text[: min(length, len(text))]
+    thought = "<think>hm</think>\n" if reasons else ""
+    edges = [0, *sorted(min(cut, len(text)) for cut in cuts), len(text)]
+    pieces = [thought] + [text[start:end] for start, end in itertools.pairwise(edges)]
+    found = read(pieces, call_format, may_reason=reasons, required=True)
+    assert read([thought + text], call_format, may_reason=reasons, required=True) == found
+    assert read(list(thought + text), call_format, may_reason=reasons, required=True) == found
+    if reasons:
+        assert found.pop(0) == ReasoningPart("hm")
+    expected: list[Any] = []
+    # The name is known before it is complete: only one tool begins with "g", and one with "a".
+    if len(text) > begins + len(OSLO):
+        expected.append(("get_weather", json.loads(OSLO)))
+    elif '{"name": "g' in text:
+        expected.append(("get_weather", text[begins:]))
+    if len(text) > second + len(TOTAL):
+        expected.append(("add", json.loads(TOTAL)))
+    elif '{"name": "a' in text:
+        expected.append(("add", text[second:]))
+    assert found == expected
+
+
+@pytest.mark.parametrize("call_format", FORMATS)
+def test_parser_names_the_only_tool_before_the_model_does(call_format: ToolCallFormat) -> None:
+    for text in (call_format.opener[:2], call_format.opener, call_format.opener + '{"na'):
+        if call_format is MISTRAL:
+            text = text.replace("{", "[{")
+        parser = OutputParser(tool_calls=ToolCallParser(call_format, ["add"], required=True))
+        (part,) = parser.feed(text, final=True)
+        assert isinstance(part, ToolCallPart)
+        assert (part.name, part.arguments, part.complete) == ("add", "", False)
+        assert parser.num_tool_calls == 0  # which would make the finish reason tool_calls
+        assert not parser.stopped
+    empty = OutputParser(tool_calls=ToolCallParser(call_format, ["add"], required=True))
+    assert empty.feed("", final=True) == []
+
+
+@pytest.mark.parametrize("call_format", FORMATS)
+def test_parser_keeps_unfinished_calls_that_nothing_requires(call_format: ToolCallFormat) -> None:
+    text = REQUIRED[call_format].format(written_call(call_format, "add", "{"), "")
+    text = text[: text.index('{"name"') + 30]
+    assert read([text], call_format) == [TextPart(text)]
+    other = text.replace("add", "sub")
+    assert read([other], call_format, required=True) == [TextPart(other)]
 
 
 FRAGMENTS = [

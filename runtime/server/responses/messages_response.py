@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import msgspec
+from pydantic_core import from_json, to_json
 
 from llmkit.runtime.server.choice import Choice, Delta
 from llmkit.runtime.server.http.http_errors import ApiError
@@ -33,7 +34,7 @@ class MessagesResponseBuilder:
         for part in answers[0].parts:
             block, text = _new_block(part)
             if isinstance(part, ToolCallPart):
-                block["input"] = msgspec.Raw(part.arguments.encode())
+                block["input"] = msgspec.Raw(_tool_input(part))
                 blocks.append(block)
                 continue
             if not blocks or blocks[-1]["type"] != block["type"]:
@@ -119,6 +120,20 @@ def _new_block(part: OutputPart) -> tuple[dict[str, Any], str]:
             return {"type": "thinking", "thinking": "", "signature": ""}, text
         case ToolCallPart(id=call_id, name=name):
             return {"type": "tool_use", "id": call_id, "name": name, "input": {}}, ""
+
+
+def _tool_input(call: ToolCallPart) -> bytes:
+    """Return the JSON object of a call's arguments.
+
+    Of an unfinished call it has what is certain, as in Anthropic's clients, which complete the
+    JSON of a stream: whole members, and no text that was cut.
+    """
+    if call.complete:
+        return call.arguments.encode()
+    try:
+        return to_json(from_json(call.arguments, allow_partial=True, allow_inf_nan=False))
+    except ValueError:  # nothing of the object was written
+        return b"{}"
 
 
 def _usage(choice: Choice) -> dict[str, int]:

@@ -29,6 +29,7 @@ class ResponsesResponseBuilder:
         self._created = int(time.time())
         self._items: list[dict[str, Any]] = []
         self._open_kind: type[OutputPart] | None = None  # of the last item, while it is open
+        self._call_complete = True  # whether the last call's arguments are whole
         self._unsent_events: list[bytes] = []
         self._sequence_number = 0  # of the next event
         self._finish_reason: str | None = None
@@ -71,6 +72,7 @@ class ResponsesResponseBuilder:
         item = self._items[-1]
         if isinstance(part, ToolCallPart):
             item["arguments"] = part.arguments
+            self._call_complete = part.complete
             self._event(
                 "response.function_call_arguments.delta",
                 **self._item_position(),
@@ -130,6 +132,7 @@ class ResponsesResponseBuilder:
         item = self._items[-1]
         item["status"] = self._final_status()
         if self._open_kind is ToolCallPart:
+            item["status"] = "completed" if self._call_complete else "incomplete"
             self._event(
                 "response.function_call_arguments.done",
                 **self._item_position(),

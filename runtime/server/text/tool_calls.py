@@ -1,11 +1,13 @@
 """Finds tool calls in the text of an answer, as it arrives, in the formats that models write.
 
 A possible call is held back until it is complete: only then is it known to be a call. Text that
-only looks like a call is returned as text.
+only looks like a call is returned as text. Where a grammar requires calls, an unfinished one at the
+end of the answer is a call too, with the part of its arguments that was written.
 """
 
 from __future__ import annotations
 
+import json
 import re
 import secrets
 from collections.abc import Collection
@@ -26,11 +28,15 @@ class TextPart(NamedTuple):
 
 
 class ToolCallPart(NamedTuple):
-    """A tool call; `arguments` is the JSON text of an object, as the model wrote it."""
+    """A tool call; `arguments` is the JSON text of an object, as the model wrote it.
+
+    Of a call that is not `complete`, `arguments` is only the beginning of that text.
+    """
 
     id: str
     name: str
     arguments: str
+    complete: bool = True
 
 
 @dataclass(frozen=True)
@@ -49,6 +55,11 @@ class ToolCallFormat:
     def new_id(self) -> str:
         """Return an id for a call."""
         return secrets.token_hex(5)[:9] if self.short_ids else "call_" + secrets.token_hex(12)
+
+    def call_head(self, name: str) -> str:
+        """Return the JSON of a call up to its arguments, as grammars make models write it."""
+        key = "parameters" if self.whole_answer else "arguments"
+        return f'{{"name": {json.dumps(name)}, "{key}": '
 
 
 HERMES = ToolCallFormat("<tool_call>", "</tool_call>")
@@ -70,14 +81,23 @@ class ToolCallParser:
     """Finds calls of the tools `tool_names`; white space next to a call is dropped."""
 
     def __init__(
-        self, call_format: ToolCallFormat, tool_names: Collection[str], parallel: bool = True
+        self,
+        call_format: ToolCallFormat,
+        tool_names: Collection[str],
+        parallel: bool = True,
+        required: bool = False,
     ) -> None:
-        """`parallel`: the answer may have more than one call."""
-        self.count = 0  # of the calls found so far
+        """Create a parser.
+
+        `parallel`: the answer may have more than one call. `required`: a grammar lets the model
+        write calls and nothing else.
+        """
+        self.count = 0  # of the complete calls found so far
         self.stopped = False  # the answer is complete although the text may go on
         self._format = call_format
         self._tool_names = frozenset(tool_names)
         self._parallel = parallel
+        self._required = required
         self._buffer = ""  # text that is held back
         self._json: _JsonScanner | None = None  # scans what follows the opener in the buffer
         self._space = ""  # white space that is text unless a call follows
@@ -117,6 +137,13 @@ class ToolCallParser:
             if calls:
                 self._buffer = ""
                 return self._call_parts(calls)
+            if final and begin and self._required:
+                unfinished = self._parse_unfinished(
+                    "" if self._format.opener.startswith(begin) else body
+                )
+                if unfinished is not None:
+                    self._buffer = ""
+                    return unfinished
             self._is_plain_text = True
         parts: list[TextPart | ToolCallPart] = [TextPart(self._buffer)] if self._buffer else []
         self._buffer = ""
@@ -158,8 +185,13 @@ class ToolCallParser:
             if self._json is None:
                 position = self._buffer.find(opener)
                 if position < 0:
-                    held_back = 0 if final else partial_match_length(self._buffer, [opener])
+                    held_back = partial_match_length(self._buffer, [opener])
+                    if final and not self._required:
+                        held_back = 0
                     parts += self._take_text(len(self._buffer) - held_back)
+                    if final and held_back:
+                        self._buffer = ""
+                        parts += self._unfinished_parts("")
                     break
                 parts += self._take_text(position)
                 self._json = _JsonScanner(len(opener))
@@ -171,8 +203,14 @@ class ToolCallParser:
             if calls:
                 self._buffer = self._buffer[length:]
                 parts += self._call_parts(calls)
-            else:
-                parts += self._take_text(length)
+                continue
+            if final and self._required:
+                unfinished = self._parse_unfinished(self._buffer[length:])
+                if unfinished is not None:
+                    self._buffer = ""
+                    parts += unfinished
+                    break
+            parts += self._take_text(length)
         return parts
 
     def _parse_marked_call(
@@ -206,6 +244,51 @@ class ToolCallParser:
         return no_call if rest else (len(self._buffer), calls)
 
     # Both kinds
+
+    def _parse_unfinished(self, body: str) -> list[TextPart | ToolCallPart] | None:
+        """Parse what follows an opener, when the answer ends before the calls do.
+
+        Returns the complete calls, then the unfinished one if its name is known; None when `body`
+        does not begin a call.
+        """
+        calls: list[_CallJson] = []
+        rest = body.lstrip()
+        while True:
+            value = _JsonScanner(0)
+            end = value.end(rest)
+            if end is not None:
+                decoded = self._decode_calls(rest, value)
+                if not decoded:
+                    return None
+                calls += decoded
+                rest = rest[end:].lstrip()
+                if rest.startswith((",", ";")):
+                    rest = rest[1:].lstrip()
+            elif rest.startswith("[") and not calls:
+                rest = rest[1:].lstrip()
+            else:
+                break
+        if calls and (not rest or self._format.closer.startswith(rest)):
+            return self._call_parts(calls)
+        names = self._names_beginning(rest)
+        return [*self._call_parts(calls), *self._unfinished_parts(rest)] if names else None
+
+    def _unfinished_parts(self, call_json: str) -> list[TextPart | ToolCallPart]:
+        """Return the call that begins with `call_json`, if only one tool is possible."""
+        names = self._names_beginning(call_json)
+        if len(names) != 1:
+            return []
+        arguments = call_json[len(self._format.call_head(names[0])) :]
+        return [ToolCallPart(self._format.new_id(), names[0], arguments, complete=False)]
+
+    def _names_beginning(self, call_json: str) -> list[str]:
+        """Return the tools of which a call can begin with `call_json`."""
+        names = []
+        for name in self._tool_names:
+            head = self._format.call_head(name)
+            if head.startswith(call_json) or call_json.startswith(head):
+                names.append(name)
+        return names
 
     def _decode_calls(self, text: str, value: _JsonScanner) -> list[_CallJson]:
         """Return the calls that `value` of `text` holds; [] when it is something else."""
