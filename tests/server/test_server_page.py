@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import shutil
+import subprocess
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -126,9 +128,14 @@ class PageTab:
         self.page.locator("#model option").wait_for(state="attached")
         self.problems.clear()  # the 401 that asked for it is on the console
 
+    @property
+    def message(self) -> Any:
+        """The field for a message."""
+        return self.page.get_by_label("Message", exact=True)
+
     def ask(self, text: str) -> None:
-        self.page.get_by_label("Message").fill(text)
-        self.page.get_by_label("Message").press("Enter")
+        self.message.fill(text)
+        self.message.press("Enter")
 
     def answer(self, text: str) -> Any:
         """The article of the answer to `text`, once it is complete."""
@@ -351,12 +358,121 @@ def test_page_sends_settings_and_reports_wrong_ones(tab: PageTab) -> None:
     answer.get_by_text("no more tokens were allowed").wait_for()
     page.get_by_label("Temperature").fill("3")
     tab.ask("not sent")
-    assert page.get_by_label("Message").input_value() == "not sent"
+    assert tab.message.input_value() == "not sent"
     page.get_by_label("Temperature").fill("")
     page.get_by_label("Max tokens").fill("70000")
     tab.ask(trigger("markdown"))
     page.locator(".error", has_text=f"The context of {CONTEXT} tokens is too short").wait_for()
     tab.problems.clear()  # the 400 is on the console
+
+
+@pytest.mark.browser
+def test_page_keeps_the_conversation_over_a_reload(tab: PageTab) -> None:
+    page = tab.page
+    page.get_by_label("System prompt").fill("Be brief.")
+    page.get_by_label("Max tokens").fill("2")
+    first = tab.answer(trigger("markdown"))
+    shown = first.inner_text()
+    assert "no more tokens were allowed" in shown
+    page.reload()
+    assert page.locator("article.assistant").inner_text() == shown
+    assert page.get_by_label("Max tokens").input_value() == "2"
+    page.locator("#model option").wait_for(state="attached")
+    with page.expect_request("**/v1/chat/completions") as sent:
+        tab.answer(trigger("markdown"))
+    roles = [message["role"] for message in sent.value.post_data_json["messages"]]
+    assert roles == ["system", "user", "assistant", "user"]
+    stored = "JSON.stringify([{...localStorage}, Object.keys(sessionStorage)])"
+    assert KEY not in page.evaluate(stored)
+    new_tab = tab.context.new_page()
+    new_tab.goto(tab.server.url)
+    assert new_tab.locator("article").count() == 4, "a new tab begins with the last conversation"
+    new_tab.close()
+    page.get_by_role("button", name="New conversation").click()
+    assert page.evaluate("localStorage.length") == 0
+    page.reload()
+    page.get_by_text("Ask the model something").wait_for()
+
+
+@pytest.mark.browser
+def test_page_keeps_nothing_when_its_switch_is_off(tab: PageTab) -> None:
+    page = tab.page
+    tab.answer(trigger("markdown"))
+    assert "Sharding" in page.evaluate("localStorage.getItem('llmkit-conversation')")
+    page.get_by_label("Keep the conversation").uncheck()
+    kept = "[localStorage, sessionStorage].map((it) => it.getItem('llmkit-conversation'))"
+    assert page.evaluate(kept) == [None, None]
+    tab.answer(trigger("markdown"))
+    assert page.evaluate(kept) == [None, None]
+    page.reload()
+    assert page.locator("article").count() == 0
+    assert not page.get_by_label("Keep the conversation").is_checked()
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("stored", ["{", "null", '{"turns": 3}', '{"turns": [{"user": 1}]}'])
+def test_page_ignores_a_stored_conversation_that_it_cannot_read(tab: PageTab, stored: str) -> None:
+    page = tab.page
+    page.evaluate("(text) => sessionStorage.setItem('llmkit-conversation', text)", stored)
+    page.reload()
+    page.get_by_text("Ask the model something").wait_for()
+    page.locator("#model option").wait_for(state="attached")
+    assert page.locator("article").count() == 0
+
+
+@pytest.mark.browser
+def test_page_edits_a_message_and_regenerates_an_answer(tab: PageTab) -> None:
+    page = tab.page
+    page.get_by_label("Max tokens").fill("2")
+    for text in ("one", "two"):
+        tab.answer(f"{text} {trigger('markdown')}")
+    answers = page.locator("article.assistant")
+    assert answers.first.get_by_role("button", name="Regenerate").is_hidden()
+    page.get_by_label("Max tokens").fill("3")
+    with page.expect_request("**/v1/chat/completions") as sent:
+        answers.last.get_by_role("button", name="Regenerate").click()
+    texts = [message["content"] for message in sent.value.post_data_json["messages"]]
+    assert [texts[0], texts[-1], len(texts)] == [
+        f"one {trigger('markdown')}",
+        f"two {trigger('markdown')}",
+        3,
+    ]
+    answers.last.get_by_text("3 tokens").wait_for()
+    assert answers.count() == 2
+    page.locator("article.user").first.get_by_role("button", name="Edit").click()
+    field = page.get_by_label("Edited text")
+    assert field.input_value() == f"one {trigger('markdown')}"
+    field.press("Escape")
+    assert answers.count() == 2, "nothing is lost by looking"
+    page.locator("article.user").first.get_by_role("button", name="Edit").click()
+    field.fill(f"three {trigger('markdown')}")
+    with page.expect_request("**/v1/chat/completions") as sent:
+        field.press("Enter")
+    assert [message["content"] for message in sent.value.post_data_json["messages"]] == [
+        f"three {trigger('markdown')}"
+    ]
+    answers.last.get_by_text("prompt tokens cached").wait_for()
+    assert page.locator("article").count() == 2
+    assert page.locator("article.user .body").inner_text() == f"three {trigger('markdown')}"
+
+
+@pytest.mark.browser
+def test_page_without_a_conversation_shows_an_example_and_the_api(tab: PageTab) -> None:
+    page = tab.page
+    example = page.locator(".example").first
+    example.click()
+    assert tab.message.input_value() == example.inner_text()
+    assert page.locator("#api-address").inner_text() == f"{tab.server.url}/v1"
+    command = page.locator("#api-command").inner_text()
+    assert "Authorization: Bearer $API_KEY" in command and KEY not in command
+    answer = subprocess.run(
+        ["bash", "-c", command.replace('"Hello"}]', f'"{trigger("markdown")}"}}]')],
+        env=os.environ | {"API_KEY": KEY},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "Sharding" in json.loads(answer.stdout)["choices"][0]["message"]["content"]
 
 
 @pytest.mark.browser
@@ -371,7 +487,7 @@ def test_page_answer_follows_its_json_schema(tab: PageTab) -> None:
     assert tab.answer("as it must").locator("pre").inner_text() == '"it goes"'
     schema.fill('{"type": "no such type"}')
     tab.ask("refused")
-    page.locator(".error").wait_for()
+    page.locator("article .error").wait_for()
     tab.problems.clear()  # the 400 is on the console
 
 
@@ -391,9 +507,46 @@ def test_dashboard_shows_the_server_and_its_model(tab: PageTab) -> None:
         page.locator("#latency tbody tr", has_text="First token").locator("td").first.inner_text()
         != "\N{EN DASH}"
     )
-    assert page.get_by_role("img", name="Requests: 0 / 0 now").is_visible()
+    assert page.get_by_role("img", name="Requests: 0 running, 0 waiting now").is_visible()
     page.keyboard.press("ArrowLeft")
     page.get_by_role("tabpanel", name="Chat").wait_for()
+
+
+@pytest.mark.browser
+def test_dashboard_charts_fill_from_the_left_and_show_times_of_day(tab: PageTab) -> None:
+    drawn = tab.page.evaluate(
+        """async (readings) => {
+            const { Chart } = await import("/page/chart.js");
+            const parent = document.createElement("div");
+            const span = { windowMs: 300_000, gapMs: 20_000 };
+            const chart = new Chart(parent, "Load", ["running", "waiting"], String, 4, span);
+            const start = new Date(2030, 0, 1, 13, 59, 30).getTime();
+            const drawn = [];
+            for (const [seconds, running, waiting] of readings) {
+                chart.add([running ?? NaN, waiting ?? NaN], start + seconds * 1000);
+                const all = (name) => [...parent.querySelectorAll(name)];
+                drawn.push({
+                    paths: all("path").map((path) => path.getAttribute("d")),
+                    times: all("text").map((text) => text.textContent),
+                    x: parent.querySelector("text").getAttribute("x"),
+                    legend: parent.querySelector(".legend").textContent,
+                    label: parent.querySelector("[role=img]").ariaLabel,
+                });
+            }
+            return drawn;
+        }""",
+        [(0, 2, None), (15, 4, 0), (150, 1, 1), (160, 10, 0), (330, 8, 0)],
+    )
+    first, second, third, fourth, last = drawn
+    assert first["paths"] == ["M0.0,36.0h0", ""], "at the left edge; nothing for what is unknown"
+    assert first["times"] == ["14:00", "14:01", "14:02", "14:03", "14:04"]
+    assert first["x"] == "10.00%"
+    assert second["paths"] == ["M0.0,36.0h0L15.0,2.0", "M15.0,70.0h0"]
+    assert third["paths"][0].count("M") == 2, "the line breaks where nothing was read"
+    assert fourth["legend"] == "running 10waiting 0"
+    assert fourth["label"] == ("Load: 10 running, 0 waiting now; at most 10 in the last 5 minutes")
+    assert last["times"][0] == "14:00" and last["x"] == "0.00%", "a full axis moves with the time"
+    assert last["paths"][0].endswith("M300.0,15.6h0")
 
 
 @pytest.mark.browser
@@ -428,7 +581,7 @@ def test_page_is_usable_with_the_keyboard(tab: PageTab) -> None:
     page.locator("#model option").wait_for(state="attached")
     page.evaluate("document.activeElement.blur()")
     reached = []
-    for _ in range(16):
+    for _ in range(24):
         page.keyboard.press("Tab")
         reached.append(
             page.evaluate(
@@ -438,6 +591,8 @@ def test_page_is_usable_with_the_keyboard(tab: PageTab) -> None:
     expected = [
         "tab-chat",
         "log",
+        "example",
+        "api-command",
         "prompt",
         "send",
         "clear",
@@ -448,8 +603,10 @@ def test_page_is_usable_with_the_keyboard(tab: PageTab) -> None:
         "top_p",
         "seed",
         "schema",
+        "keep",
     ]
-    assert [name for name in reached if name in expected] == expected
+    found = [name for name in reached if name in expected]
+    assert list(dict.fromkeys(found)) == expected
     unnamed = page.evaluate(
         "[...document.querySelectorAll('input, select, textarea, button')]"
         ".filter((field) => !field.labels?.length && !field.textContent.trim())"

@@ -8,7 +8,7 @@ import { byId, make } from "./dom.js";
 const RETRY_MS = 2000;
 const TABS = ["chat", "dashboard"];
 
-new Chat();
+const chat = new Chat();
 const dashboard = new Dashboard((error) => {
   showStatus(error ? errorText(error) : "Ready", error !== null);
 });
@@ -25,6 +25,7 @@ async function connect() {
   try {
     const { data } = await getJson("/v1/models");
     byId("model").replaceChildren(...data.map(({ id }) => make("option", { value: id }, id)));
+    chat.showApi(byId("model").value);
     showStatus("Ready");
     byId("key-form").hidden = true;
     const { defaults } = await getJson("/info");
@@ -51,6 +52,8 @@ byId("key-form").addEventListener("submit", (event) => {
   connect();
   showTab(currentTab());
 });
+
+byId("model").addEventListener("change", () => chat.showApi(byId("model").value));
 
 const currentTab = () => (location.hash === "#dashboard" ? "dashboard" : "chat");
 

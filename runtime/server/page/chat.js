@@ -1,19 +1,21 @@
 // The conversation and the running request.
 
-import { ApiError, stream } from "./api.js";
-import { byId, copyButton, count, make, rate, seconds } from "./dom.js";
-import { MarkdownView } from "./markdown.js";
+import { ApiError, hasKey } from "./api.js";
+import { forget, isKept, load, save, setKept } from "./conversation_store.js";
+import { byId, copyButton } from "./dom.js";
+import { Turn } from "./turn.js";
 
 const NUMBER_FIELDS = ["temperature", "top_p", "top_k", "max_tokens", "seed"];
-const FOLLOW_PX = 80; // the log follows the answer while its end is this near
+const KEPT_FIELDS = ["system", "schema", ...NUMBER_FIELDS];
 
 /** The chat view. */
 export class Chat {
   constructor() {
-    this.messages = []; // the conversation, as the API takes it
+    this.turns = []; // the conversation
     this.abort = null; // the AbortController of the running request
     this.empty = byId("empty");
     this.prompt = byId("prompt");
+    this.askInstead = (turn, text) => this.ask(text, this.turns.indexOf(turn));
     byId("composer").addEventListener("submit", (event) => {
       event.preventDefault();
       this.send();
@@ -29,11 +31,53 @@ export class Chat {
     byId("chat").addEventListener("keydown", (event) => {
       if (event.key === "Escape") this.abort?.abort();
     });
+    for (const example of document.querySelectorAll(".example")) {
+      example.addEventListener("click", () => {
+        this.prompt.value = example.textContent;
+        this.prompt.focus();
+      });
+    }
+    byId("keep").checked = isKept();
+    byId("keep").addEventListener("change", (event) => {
+      setKept(event.target.checked);
+      this.save();
+    });
+    addEventListener("pagehide", () => this.save());
+    this.restore();
+  }
+
+  /** Show the conversation that this browser has kept. */
+  restore() {
+    const kept = load();
+    if (kept === null) return;
+    for (const name of KEPT_FIELDS) byId(name).value = kept.settings[name] ?? "";
+    for (const data of kept.turns) {
+      const turn = new Turn(data, this.askInstead);
+      if (!turn.data.complete) {
+        turn.data.note ||= "The page was left before the answer was complete.";
+      }
+      turn.finish();
+      this.turns.push(turn);
+    }
+    if (this.turns.length) this.empty.remove();
+    byId("log").scrollTop = byId("log").scrollHeight;
+  }
+
+  /** Keep the conversation as it is now, if that is wanted. */
+  save() {
+    let isSaved = true;
+    if (isKept() && this.turns.length) {
+      const settings = Object.fromEntries(KEPT_FIELDS.map((name) => [name, byId(name).value]));
+      isSaved = save({ turns: this.turns.map((turn) => turn.data), settings });
+      if (!isSaved) forget(); // rather none than an old one
+    }
+    byId("keep-problem").hidden = isSaved;
   }
 
   clear() {
     this.abort?.abort();
-    this.messages = [];
+    this.turns = [];
+    forget();
     byId("log").replaceChildren(this.empty);
     byId("announcement").textContent = "The conversation is empty.";
     this.prompt.focus();
@@ -41,39 +85,37 @@ export class Chat {
 
   async send() {
     const text = this.prompt.value.trim();
-    if (!text || this.abort) return;
-    const { body, problem } = this.requestBody(text);
+    if (text) await this.ask(text, this.turns.length);
+  }
+
+  /** Have `text` answered, in the place of the turn `index` and all later ones. */
+  async ask(text, index) {
+    if (this.abort) return;
+    const { body, problem } = this.requestBody(text, this.turns.slice(0, index));
     if (problem) {
       showProblem(problem);
       return;
     }
     this.empty.remove();
-    appendArticle("user", "You").body.textContent = text;
-    const answer = new Answer();
-    this.prompt.value = "";
+    if (index === this.turns.length) this.prompt.value = "";
+    for (const replaced of this.turns.splice(index)) replaced.remove();
+    const turn = new Turn({ user: text }, this.askInstead);
+    this.turns.push(turn);
+    this.save();
     this.setRunning(new AbortController());
-    answer.node.scrollIntoView({ block: "end" });
+    turn.answer.node.scrollIntoView({ block: "end" });
     try {
-      await answer.run(body, this.abort.signal);
-      this.keep(text, answer.text);
+      await turn.run(body, this.abort.signal);
     } catch (error) {
-      if (error.name === "AbortError") {
-        answer.note("Stopped.");
-        if (answer.text) this.keep(text, answer.text);
-      } else {
-        answer.fail(error instanceof ApiError ? error.message : String(error));
-      }
-      if (!answer.text) this.prompt.value ||= text; // the user can send it again
-    } finally {
-      this.setRunning(null);
-      byId("announcement").textContent = answer.summary;
+      const isStopped = error.name === "AbortError";
+      turn.data.note = isStopped ? "Stopped." : errorText(error);
+      turn.data.failed = !isStopped;
     }
-  }
-
-  /** Add a message and its answer to the conversation. */
-  keep(text, answer) {
-    const user = { role: "user", content: text };
-    this.messages.push(user, { role: "assistant", content: answer });
+    turn.finish();
+    // "New conversation" may have removed the turn meanwhile.
+    if (this.turns.includes(turn)) this.save();
+    this.setRunning(null);
+    byId("announcement").textContent = turn.summary;
   }
 
   setRunning(abort) {
@@ -87,13 +129,13 @@ export class Chat {
   }
 
   /** Return the body of a request for an answer to `text`, or the first wrong setting. */
-  requestBody(text) {
+  requestBody(text, earlierTurns) {
     const system = byId("system").value.trim();
     const body = {
       model: byId("model").value,
       messages: [
         ...(system ? [{ role: "system", content: system }] : []),
-        ...this.messages,
+        ...earlierTurns.flatMap((turn) => turn.messages),
         { role: "user", content: text },
       ],
       stream: true,
@@ -116,7 +158,27 @@ export class Chat {
     }
     return { body };
   }
+
+  /** Show the API's address and a command that asks `model`, for an empty conversation. */
+  showApi(model) {
+    const body = { model, messages: [{ role: "user", content: "Hello" }] };
+    const quoted = JSON.stringify(body).replaceAll("'", "'\\''");
+    const lines = [
+      `curl ${location.origin}/v1/chat/completions`,
+      ...(hasKey() ? ['-H "Authorization: Bearer $API_KEY"'] : []),
+      '-H "Content-Type: application/json"',
+      `-d '${quoted}'`,
+    ];
+    const command = lines.join(" \\\n  ");
+    this.empty.querySelector("#api-address").textContent = `${location.origin}/v1`;
+    this.empty.querySelector("#api-command").textContent = command;
+    const head = this.empty.querySelector(".code-head");
+    head.replaceChildren("curl", copyButton(() => command, "Copy this command"));
+    this.empty.querySelector("#api").hidden = false;
+  }
 }
+
+const errorText = (error) => (error instanceof ApiError ? error.message : String(error));
 
 /** Show what is wrong with a setting, until it changes. */
 function showProblem({ field, message }) {
@@ -124,123 +186,4 @@ function showProblem({ field, message }) {
   byId("settings").open = true;
   field.reportValidity();
   field.addEventListener("input", () => field.setCustomValidity(""), { once: true });
-}
-
-/** One answer while it is generated, with its figures. */
-class Answer {
-  constructor() {
-    const { node, body, foot } = appendArticle("assistant", "Model");
-    this.node = node;
-    this.foot = foot;
-    this.text = "";
-    this.reasoning = "";
-    this.numTokens = 0;
-    this.usage = null; // the server's, which comes last
-    this.finishReason = null;
-    this.summary = ""; // for screen readers
-    this.content = make("div", { class: "markdown" });
-    this.view = new MarkdownView(this.content);
-    body.append(this.content);
-    this.figures = make("span", { class: "figures" }, "waiting for the first token");
-    this.foot.append(this.figures);
-    this.frameRequested = false;
-  }
-
-  async run(body, signal) {
-    this.isJson = body.response_format !== undefined;
-    this.startTime = performance.now();
-    try {
-      for await (const event of stream("/v1/chat/completions", body, signal)) {
-        this.addEvent(event);
-        this.requestFrame();
-      }
-    } finally {
-      this.ended = true;
-      this.show();
-      if (this.text) this.foot.append(copyButton(() => this.text, "Copy this answer"));
-    }
-    if (this.finishReason === "length") {
-      this.note("The answer was cut: no more tokens were allowed.");
-    }
-  }
-
-  addEvent(event) {
-    this.usage = event.usage ?? this.usage;
-    const choice = event.choices[0];
-    if (!choice) return;
-    this.firstTokenTime ??= performance.now();
-    this.lastTokenTime = performance.now();
-    this.numTokens += choice.token_ids?.length ?? 1;
-    this.text += choice.delta.content ?? "";
-    this.reasoning += choice.delta.reasoning_content ?? "";
-    this.finishReason = choice.finish_reason ?? this.finishReason;
-  }
-
-  /** Show the answer in the next frame. */
-  requestFrame() {
-    if (this.frameRequested) return;
-    this.frameRequested = true;
-    requestAnimationFrame(() => {
-      this.frameRequested = false;
-      this.show();
-    });
-  }
-
-  show() {
-    const log = byId("log");
-    const atEnd = log.scrollHeight - log.scrollTop - log.clientHeight < FOLLOW_PX;
-    if (this.reasoning) {
-      this.reasoningNode ??= this.insertReasoning();
-      this.reasoningNode.textContent = this.reasoning;
-    }
-    this.view.show(this.isJson && this.text ? `\`\`\`json\n${this.text}` : this.text);
-    this.summary = this.figureTexts().join(" · ");
-    this.figures.textContent = this.summary;
-    if (atEnd) log.scrollTop = log.scrollHeight;
-  }
-
-  insertReasoning() {
-    const text = make("p");
-    const summary = make("summary", {}, "Thought");
-    this.content.before(make("details", { class: "thought" }, summary, text));
-    return text;
-  }
-
-  /** Return the time to the first token, the speed, and the numbers of tokens. */
-  figureTexts() {
-    if (this.firstTokenTime === undefined) {
-      return this.ended ? [] : ["waiting for the first token"];
-    }
-    const texts = [`first token ${seconds((this.firstTokenTime - this.startTime) / 1000)}`];
-    const numTokens = this.usage?.completion_tokens ?? this.numTokens;
-    const decodeSeconds = (this.lastTokenTime - this.firstTokenTime) / 1000;
-    if (numTokens > 1 && decodeSeconds > 0) {
-      texts.push(`${rate((numTokens - 1) / decodeSeconds)} tokens/s`);
-    }
-    texts.push(`${count(numTokens)} ${numTokens === 1 ? "token" : "tokens"}`);
-    if (this.usage) {
-      const cached = count(this.usage.prompt_tokens_details?.cached_tokens ?? 0);
-      texts.push(`${cached} of ${count(this.usage.prompt_tokens)} prompt tokens cached`);
-    }
-    return texts;
-  }
-
-  note(text) {
-    this.foot.before(make("p", { class: "note" }, text));
-    this.summary = `${text} ${this.summary}`;
-  }
-
-  fail(text) {
-    this.foot.before(make("p", { class: "error", role: "alert" }, text));
-    this.summary = ""; // screen readers announce an alert by themselves
-  }
-}
-
-function appendArticle(role, name) {
-  const body = make("div", { class: "body" });
-  const foot = make("footer");
-  const heading = make("h2", { class: "unseen" }, name);
-  const node = make("article", { class: role, "aria-label": name }, heading, body, foot);
-  byId("log").append(node);
-  return { node, body, foot };
 }

@@ -6,7 +6,7 @@ import { byId, bytes, count, definitions, make, percent, rate, seconds } from ".
 import { Reading, quantile } from "./metrics.js";
 
 const INTERVAL_MS = 2000;
-const MAX_READINGS = 150; // five minutes
+const WINDOW_MS = 5 * 60_000; // what the charts show and the latencies cover
 const MAX_RATE_INTERVAL_MS = 10 * INTERVAL_MS; // an older reading gives no current rate
 const LATENCIES = [
   ["First token", "time_to_first_token_seconds"],
@@ -29,9 +29,10 @@ export class Dashboard {
     this.timer = null;
     this.busy = false;
     const charts = byId("charts");
-    this.requests = new Chart(charts, "Requests", ["running", "waiting"], count, 4);
-    this.tokens = new Chart(charts, "Tokens a second", ["generated", "prompt"], rate, 10);
-    this.cache = new Chart(charts, "KV cache in use", ["used"], percent, 1);
+    const span = { windowMs: WINDOW_MS, gapMs: MAX_RATE_INTERVAL_MS };
+    this.requests = new Chart(charts, "Requests", ["running", "waiting"], count, 4, span);
+    this.tokens = new Chart(charts, "Tokens a second", ["generated", "prompt"], rate, 10, span);
+    this.cache = new Chart(charts, "KV cache", ["in use"], percent, 1, span);
     document.addEventListener("visibilitychange", () => this.schedule());
   }
 
@@ -71,14 +72,15 @@ export class Dashboard {
     const last = this.readings.at(-1);
     const earlier = last && reading.time - last.time < MAX_RATE_INTERVAL_MS ? last : null;
     this.readings.push(reading);
-    if (this.readings.length > MAX_READINGS) this.readings.shift();
-    const tokenRate = (name) => (earlier ? reading.rate(name, earlier) : 0);
+    while (reading.time - this.readings[0].time > WINDOW_MS) this.readings.shift();
+    const tokenRate = (name) => (earlier ? reading.rate(name, earlier) : NaN);
     const value = (name) => reading.value(name) ?? 0; // no sample while no model is loaded
     const requests = [value("num_requests_running"), value("num_requests_waiting")];
     const tokens = [tokenRate("generation_tokens_total"), tokenRate("prompt_tokens_total")];
-    this.requests.add(requests, MAX_READINGS);
-    this.tokens.add(tokens, MAX_READINGS);
-    this.cache.add([value("kv_cache_usage_perc")], MAX_READINGS);
+    const time = performance.timeOrigin + reading.time;
+    this.requests.add(requests, time);
+    this.tokens.add(tokens, time);
+    this.cache.add([value("kv_cache_usage_perc")], time);
     drawTiles(reading);
     drawLatency(reading, this.readings[0]);
     drawMemory(reading, this.info.memory ?? null);
