@@ -21,10 +21,11 @@ _T_QUANTILES = (
 def t_quantile(degrees_of_freedom: float) -> float:
     """The 97.5 % quantile of Student's t for 1 or more degrees of freedom.
 
-    Degrees of freedom below 31 are rounded down. From there on a series in their inverse is used.
+    Degrees of freedom below 31 are rounded down, but not for a rounding error of their own. From
+    there on a series in their inverse is used.
     """
     if degrees_of_freedom < 31:
-        return _T_QUANTILES[int(degrees_of_freedom) - 1]
+        return _T_QUANTILES[min(30, int(degrees_of_freedom + 1e-9)) - 1]
     return Z_95 + 2.3723 / degrees_of_freedom + 2.8225 / degrees_of_freedom**2
 
 

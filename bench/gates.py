@@ -7,7 +7,13 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from llmkit.bench.bench_metrics import SPEED_METRICS, STARTUP_METRICS, TARGET_METRICS, find_metric
+from llmkit.bench.bench_metrics import (
+    SPEED_METRICS,
+    STARTUP_METRICS,
+    TARGET_METRICS,
+    TASK_PREFIX,
+    find_metric,
+)
 from llmkit.common.errors import UsageError
 from llmkit.common.formatting import nearest
 
@@ -119,5 +125,13 @@ def _baseline_value(gate: Gate, metric: str, baseline: Mapping[str, float] | Non
 
 
 def _matching_metrics(gate: Gate, measured: Sequence[str]) -> list[str]:
-    """The full names of the gate's metric: itself, or one for each scenario."""
-    return [name for name in measured if name == gate.metric or name.endswith(f".{gate.metric}")]
+    """The full names of the gate's metric: itself, or one for each scenario.
+
+    A task's metric is named in full: "perplexity" is not "task.lambada.perplexity".
+    """
+    return [
+        name
+        for name in measured
+        if name == gate.metric
+        or (name.endswith(f".{gate.metric}") and not name.startswith(TASK_PREFIX))
+    ]

@@ -41,6 +41,33 @@ def test_t_test_finds_real_differences_and_few_others(paired: bool) -> None:
     assert sum(bool(means_differ(a, c, paired)) for a, _, c in draws) > 950
 
 
+@pytest.mark.parametrize("spread", [1.0, 0.1, 3.7])
+@pytest.mark.parametrize("swapped", [False, True])
+def test_welch_t_test_has_the_degrees_of_freedom_of_the_means_that_vary(
+    spread: float, swapped: bool
+) -> None:
+    """Where one side does not vary they are the other side's 3, for a quantile of 3.182.
+
+    5 x 4 repetitions with one variance would have 7, for 2.365; 4 would be 2.776.
+    """
+    fixed = [0.0] * 5
+    error = spread * (2 / 3) ** 0.5 / 2  # of the mean of four values with these distances
+    for t, expected in ((3.15, False), (3.21, True)):
+        varying = [t * error + spread * distance for distance in (-1, 0, 0, 1)]
+        pair = (varying, fixed) if swapped else (fixed, varying)
+        assert means_differ(*pair) is expected, t
+
+
+def test_welch_t_test_weighs_both_variances() -> None:
+    """Variances of the means 1/6 and 1/150: 3.24 degrees of freedom, and not 3 + 3."""
+    small = [-0.2, 0.0, 0.0, 0.2]
+    for t, expected in ((3.1, False), (3.25, True)):
+        mean = t * (1 / 6 + 1 / 150) ** 0.5
+        assert means_differ(small, [mean + x for x in (-1, 0, 0, 1)]) is expected
+    assert t_quantile(3 - 1e-12) == t_quantile(3)
+    assert t_quantile(31 - 1e-12) == t_quantile(30)
+
+
 def test_paired_t_test_ignores_drift() -> None:
     drift = [100.0, 70.0, 120.0, 90.0]
     a = drift

@@ -85,6 +85,20 @@ def test_gate_without_a_scenario_checks_every_scenario() -> None:
     assert check("single.output_tps>=80") == [("single.output_tps", 80.0, True)]
 
 
+def test_gate_is_not_on_metrics_whose_name_only_ends_like_its_own() -> None:
+    """Those of tasks, which lm-evaluation-harness names."""
+    tasks = {"task.wikitext.word_perplexity": 50.0, "task.lambada.perplexity": 60.0}
+    gate = parse_gate("perplexity<=12")
+    with pytest.raises(UsageError, match="on perplexity, which is not measured for int4"):
+        check_gates([gate], {"int4": tasks}, None)
+    (result,) = check_gates([gate], {"int4": tasks | {"perplexity": 11.0}}, None)
+    assert (result.metric, result.value, result.passed) == ("perplexity", 11.0, True)
+    (result,) = check_gates([parse_gate("task.lambada.perplexity<=12")], {"int4": tasks}, None)
+    assert (result.metric, result.passed) == ("task.lambada.perplexity", False)
+    (result,) = check_gates([parse_gate("tpot_mean_ms<=9")], {"x": {"c1.tpot_mean_ms": 9.0}}, None)
+    assert (result.metric, result.passed) == ("c1.tpot_mean_ms", True)
+
+
 def test_gate_never_passes_nan() -> None:
     for gate in ("mean_kl<=1", "mean_kl>=0"):
         (result,) = check_gates([parse_gate(gate)], {"x": {"mean_kl": math.nan}}, None)
