@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
 
@@ -18,6 +18,7 @@ from llmkit.bench.bench_report import BenchReport, RequestMetrics, TargetReport
 from llmkit.cli.main import run
 from llmkit.common.errors import InputError, ShortageError, UsageError
 from llmkit.deploy.capacity_planning import (
+    CapacityPlan,
     Demand,
     Engine,
     engines,
@@ -26,7 +27,13 @@ from llmkit.deploy.capacity_planning import (
     predict,
 )
 from llmkit.deploy.queue_simulation import Arrival, Limits, SimulatedReplica, simulate
-from llmkit.deploy.step_time import FittedStepTime, RooflineStepTime, fit_step_time
+from llmkit.deploy.step_time import (
+    ALL_REDUCE_S,
+    STEP_OVERHEAD_S,
+    FittedStepTime,
+    RooflineStepTime,
+    fit_step_time,
+)
 from llmkit.shard.shard_checkpoint import open_source
 
 STEP = FittedStepTime(fixed_s=0.010, request_s=0.001, context_s=1e-6, prompt_s=1e-4, error=0.0)
@@ -68,6 +75,29 @@ def test_simulation_limits_requests_and_cache() -> None:
     assert [requests for requests, _, _ in steps] == [0, 2, 0, 1]
     steps, _ = run_one([Arrival(0.0, 30, 2)] * 2, Limits(8, 64, kv_tokens=40))
     assert [prompt for _, _, prompt in steps] == [30, 0, 30, 0]
+
+
+def test_simulation_gives_back_the_cache_of_finished_requests() -> None:
+    """Each waits until those before it have given back all their tokens, the last one too."""
+    limits = Limits(8, 64, kv_tokens=40)
+    for output, decodes in ((1, 0), (2, 1), (4, 3)):
+        steps, done = run_one([Arrival(0.0, 20, output)] * 5, limits)
+        # The first two have room together; so have the next two, once the first two are done.
+        per_pair = [40] + [0] * decodes
+        assert [prompt for _, _, prompt in steps] == per_pair * 2 + [20] + [0] * decodes
+        assert len(done) == 5
+    # The first one holds 10 + 2 tokens when it ends: beside 20 + 2 of the second there is then
+    # room for exactly 18 tokens.
+    for third, start in ((18, 3), (19, 6)):
+        arrivals = [Arrival(0.0, 10, 3), Arrival(0.0, 20, 6), Arrival(0.0, third, 2)]
+        steps, _ = run_one(arrivals, limits)
+        assert [index for index, step in enumerate(steps) if step[2] == third] == [start]
+
+
+def test_simulation_reports_the_most_tokens_in_the_cache() -> None:
+    replica = SimulatedReplica(Constant([]), Limits(4, 64))
+    simulate([Arrival(0.0, 10, 3), Arrival(100.0, 6, 2)], [replica])
+    assert replica.peak_kv == 11, "the third token is not written to the cache before the end"
 
 
 def test_simulation_sends_requests_to_the_idle_replica() -> None:
@@ -149,6 +179,40 @@ def test_engines_fit_on_a_gpu_by_tp_size(tmp_path: Path) -> None:
         engines(source, "a100", (1,), Limits())
     with pytest.raises(ShortageError, match="TP that works"):
         engines(source, "t4", (1,), Limits(max_num_batched_tokens=1 << 40))
+
+
+def test_roofline_step_computes_a_token_for_each_decoding_request() -> None:
+    step = RooflineStepTime(
+        weight_bytes=1000,
+        kv_bytes=10.0,
+        token_flops=50.0,
+        layers=4,
+        tp=1,
+        flops_per_s=100.0,
+        bytes_per_s=1000.0,
+    )
+    assert step.seconds(6, 0, 0) == pytest.approx(STEP_OVERHEAD_S + 6 * 50 / 100)
+    assert step.seconds(6, 0, 8) == pytest.approx(STEP_OVERHEAD_S + 14 * 50 / 100)
+    assert step.seconds(1, 300, 0) == pytest.approx(STEP_OVERHEAD_S + (1000 + 300 * 10) / 1000)
+    two = replace(step, tp=2).seconds(6, 0, 0) - step.seconds(6, 0, 0)
+    assert two == pytest.approx(2 * 4 * ALL_REDUCE_S)
+
+
+def test_plan_costs_the_price_of_every_gpu() -> None:
+    made = CapacityPlan(
+        Engine("TP 4", 4, STEP, Limits()),
+        replicas=3,
+        attained=1.0,
+        figures={"output_tps": 500.0},
+        busy=0.5,
+        kv_share=0.1,
+    )
+    document = made.to_json(2.0)
+    assert (document["gpus"], document["price_per_hour"]) == (12, 24.0)
+    assert document["cost_per_million"] == pytest.approx(24.0 / (500 * 3600) * 1e6)
+    on_cpus = replace(made, engine=Engine("as measured", 0, STEP, Limits())).to_json(2.0)
+    assert (on_cpus["gpus"], on_cpus["price_per_hour"]) == (0, 6.0)
+    assert "price_per_hour" not in made.to_json(None)
 
 
 def test_plan_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
