@@ -102,6 +102,7 @@ def tests_of(module: str, root: Path) -> list[str]:
         for file in sorted((root / "tests").rglob("test_*.py"))
         if imports.search(file.read_text(encoding="utf-8"))
     ]
+    importers.sort(key=lambda file: name not in file.stem)  # its own tests first
     folder = next(tests for start, tests in TEST_FOLDERS.items() if module.startswith(start))
     others = sorted((root / "tests" / folder).glob("test_*.py"))
     return [str(file) for file in dict.fromkeys([*importers, *others])]
