@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+import logging
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from llmkit.checkpoint.hub import SIGNATURE, is_allowed_file
 from llmkit.checkpoint.model_files import list_names, load_json
+from llmkit.checkpoint.output_directory import sync_directory, write_errors, write_synced
 from llmkit.checkpoint.safetensors_header import read_header
 from llmkit.checkpoint.tensor_reader import DIGEST_BYTES, FileDigest, read_into, sha256_file
 from llmkit.common.errors import InputError
@@ -18,6 +24,10 @@ from llmkit.common.version import version
 
 MANIFEST = "llmkit.json"
 FORMAT_VERSION = 1
+# Files that shape prompts or hold defaults. Users edit them, also where the checkpoint had none.
+_TEXT_FILES = ("chat_template.jinja", "chat_template.json", "generation_config.json")
+# All files whose edits keep a checkpoint usable. Every other file is as it was written, or refused.
+_EDITABLE_PATTERNS = (*_TEXT_FILES, "README*", "LICENSE*", "NOTICE*", "USE_POLICY*")
 _REQUIRED_FIELDS: dict[str, dict[str, type]] = {
     "files": {"bytes": int, "sha256": str},
     "tensors": {"file": str, "sha256": str},
@@ -104,17 +114,71 @@ def is_plain_name(name: object) -> bool:
     return isinstance(name, str) and name not in ("", ".", "..") and not set("/\\\0") & set(name)
 
 
-def check_files(folder: Path, manifest: Mapping[str, Any]) -> None:
+@dataclass(frozen=True)
+class Difference:
+    """One way in which a folder differs from its manifest."""
+
+    file: str
+    text: str  # a sentence with both sizes or digests
+
+    @property
+    def is_edit(self) -> bool:
+        """Whether the checkpoint stays usable: `accept_edits` can take the file as it is."""
+        return _is_editable(self.file)
+
+
+def check_files(folder: Path, manifest: Mapping[str, Any], warn: bool = True) -> None:
     """A fast check when a model is opened: sizes of weight files, digests of all others.
 
-    Raises InputError naming the file with both sizes or digests.
+    warn: log a warning about text files that were edited, once in a process.
+    Raises InputError naming any other file with both sizes or digests.
     """
     for file, entry in manifest["files"].items():
-        path = folder / file
-        digest = None if file.endswith(".safetensors") or not path.is_file() else sha256_file(path)
-        problem = _compare_file(path, entry, digest)
+        problem = None if _is_editable(file) else _quick_check(folder / file, entry)
         if problem:
             raise manifest_mismatch(problem)
+    warning = edit_warning(folder, manifest) if warn else None
+    if warning:
+        _warn_once(warning)
+
+
+def edit_warning(folder: Path, manifest: Mapping[str, Any]) -> str | None:
+    """A line about text files that were edited since llmkit wrote the folder; None if none were."""
+    edited = [
+        file
+        for file, entry in manifest["files"].items()
+        if _is_editable(file) and _quick_check(folder / file, entry)
+    ]
+    edited += [difference.file for difference in _added_text_files(folder, manifest)]
+    if not edited:
+        return None
+    return (
+        f"{folder} was edited after llmkit wrote it ({', '.join(sorted(edited))}); it is used as"
+        f" it is, and `llmkit verify {folder} --update` accepts the edit"
+    )
+
+
+@cache
+def _warn_once(text: str) -> None:
+    # Without a handler, Python writes warnings to stderr as they are.
+    logging.getLogger("llmkit").warning("llmkit: warning: %s.", text)
+
+
+def _is_editable(file: str) -> bool:
+    return any(fnmatch(file, pattern) for pattern in _EDITABLE_PATTERNS)
+
+
+def _quick_check(path: Path, entry: Mapping[str, Any]) -> str | None:
+    """As `_compare_file`, with the size of a weight file only."""
+    is_weights = path.name.endswith(".safetensors")
+    digest = None if is_weights or not path.is_file() else sha256_file(path)
+    return _compare_file(path, entry, digest)
+
+
+def _added_text_files(folder: Path, manifest: Mapping[str, Any]) -> Iterator[Difference]:
+    for file in _TEXT_FILES:
+        if file not in manifest["files"] and (folder / file).is_file():
+            yield Difference(file, f"{folder / file} is not in {MANIFEST}")
 
 
 def manifest_mismatch(problem: str) -> InputError:
@@ -124,8 +188,65 @@ def manifest_mismatch(problem: str) -> InputError:
     )
 
 
+def differences_error(folder: Path, differences: Sequence[Difference]) -> InputError:
+    """The error for a folder that does not verify. It names the worst difference."""
+    binding = [difference for difference in differences if not difference.is_edit]
+    first = (binding or list(differences))[0]
+    return InputError(
+        f"{folder} does not verify ({len(differences)} wrong, the first: {first.text})",
+        f"Files as {MANIFEST} records them",
+        "Write or copy the checkpoint again"
+        if binding
+        else f"`llmkit verify {folder} --update` accepts such edits",
+    )
+
+
+def accept_edits(folder: Path, differences: Sequence[Difference]) -> list[str]:
+    """Record edited text files in the manifest as they are now, and return their names.
+
+    differences: all of the folder, by `find_differences`.
+    Raises InputError when another file differs, too; the manifest is then unchanged.
+    """
+    if any(not difference.is_edit for difference in differences):
+        raise differences_error(folder, differences)
+    manifest = load_manifest(folder)
+    if manifest is None or not differences:
+        return []
+    edited = sorted({difference.file for difference in differences})
+    files = dict(manifest["files"])
+    for file in edited:
+        path = folder / file
+        if path.is_file():
+            files[file] = {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
+        else:
+            del files[file]
+    manifest["files"] = files
+    if "sha256" in manifest:
+        manifest["sha256"] = manifest_digest(manifest)
+    path = folder / MANIFEST
+    new = path.with_name(f".{MANIFEST}.{os.getpid()}")
+    with write_errors(path):
+        try:
+            write_synced(new, manifest_text(manifest))
+            new.replace(path)
+        finally:
+            new.unlink(missing_ok=True)
+        sync_directory(folder)
+    return edited
+
+
+def manifest_text(manifest: Mapping[str, Any]) -> bytes:
+    """The content of llmkit.json."""
+    return (json.dumps(manifest, indent=2, ensure_ascii=False) + "\n").encode()
+
+
 def verify_manifest(path: Path) -> list[str]:
-    """Compare every file and tensor in the folder `path` with its manifest. Returns all problems.
+    """The differences between the folder `path` and its manifest, as `find_differences` does."""
+    return [difference.text for difference in find_differences(path)]
+
+
+def find_differences(path: Path) -> list[Difference]:
+    """Compare every file and tensor in the folder `path` with its manifest.
 
     Raises InputError when there is no manifest or it is malformed.
     """
@@ -133,29 +254,36 @@ def verify_manifest(path: Path) -> list[str]:
     if manifest is None:
         raise InputError(f"{path} has no {MANIFEST}", "A checkpoint that llmkit wrote was expected")
     sharded = manifest.get("layout") is not None
-    problems: list[str] = []
+    differences: list[Difference] = []
     missing = dict(manifest["tensors"])
     for file, entry in manifest["files"].items():
         file_digest = None
         tensor_digests: dict[str, str] = {}
+        texts: list[str] = []
         try:
             if (path / file).is_file():
                 file_digest, tensor_digests = _compute_digests(path / file)
         except InputError as error:
-            problems.append(str(error))
+            texts.append(str(error))
         for name, digest in tensor_digests.items():
             expected = missing.pop(tensor_key(name, file, sharded), None)
             if expected is None:
-                problems.append(f"{file}: tensor {name} is not in {MANIFEST}")
+                texts.append(f"{file}: tensor {name} is not in {MANIFEST}")
             elif digest != expected["sha256"]:
-                problems.append(
+                texts.append(
                     f"{file}: tensor {name} has SHA-256 {digest},"
                     f" the manifest says {expected['sha256']}"
                 )
         problem = _compare_file(path / file, entry, file_digest)
         if problem:
-            problems.append(problem)
-    return problems + [f"{key} is in {MANIFEST} but in no file" for key in missing]
+            texts.append(problem)
+        differences += [Difference(file, text) for text in texts]
+    differences += _added_text_files(path, manifest)
+    differences += [
+        Difference(entry["file"], f"{key} is in {MANIFEST} but in no file")
+        for key, entry in missing.items()
+    ]
+    return differences
 
 
 def _compute_digests(path: Path) -> tuple[str, dict[str, str]]:

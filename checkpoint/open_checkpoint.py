@@ -28,10 +28,12 @@ from llmkit.common.errors import InputError
 SINGLE_FILE = "model.safetensors"
 
 
-def open_checkpoint(reference: str | Path) -> Checkpoint:
+def open_checkpoint(reference: str | Path, warn_of_edits: bool = True) -> Checkpoint:
     """Open a model: a directory, a hub id (organization/name), a .gguf file or a URL.
 
     All headers are checked; no tensor is read.
+    warn_of_edits: log a warning about a chat template or another text file that was edited since
+    llmkit wrote the checkpoint. A server's API process warns, so that its engines need not.
 
     Raises InputError when there is no such model, when files are missing, malformed, cut short or
     changed since llmkit wrote them, and when the weights are pickled.
@@ -39,7 +41,7 @@ def open_checkpoint(reference: str | Path) -> Checkpoint:
     path = resolve_model(reference)
     text = str(reference)
     if path.is_dir():
-        return _open_directory(text, path)
+        return _open_directory(text, path, warn_of_edits)
     from llmkit.checkpoint.gguf import open_gguf  # keeps the gguf package off the start path
 
     model = open_gguf(path)
@@ -58,11 +60,11 @@ def open_checkpoint(reference: str | Path) -> Checkpoint:
     )
 
 
-def _open_directory(reference: str, path: Path) -> Checkpoint:
+def _open_directory(reference: str, path: Path, warn_of_edits: bool) -> Checkpoint:
     config = load_json(path / CONFIG)
     manifest = load_manifest(path)
     if manifest is not None:
-        check_files(path, manifest)
+        check_files(path, manifest, warn_of_edits)
     if manifest is not None and manifest.get("layout") is not None:
         files = tuple(sorted(name for name in manifest["files"] if name.endswith(".safetensors")))
         tensors: dict[str, TensorInfo] = {}

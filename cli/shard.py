@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from llmkit.cli.command import MODEL, OUTPUT_DIRECTORY
 from llmkit.cli.output import Output
-from llmkit.common.errors import InputError
 from llmkit.common.formatting import bytes_text
 from llmkit.common.option_values import LAYER_COUNTS, parse_size
 from llmkit.common.options import Argument, Option
@@ -153,6 +154,7 @@ def verify(output: Output, arguments: VerifyArguments) -> None:
     """Check a sharded folder: every file and tensor by its SHA-256, replicas, padding and
     completeness.
     """
+    from llmkit.checkpoint.manifest import differences_error
     from llmkit.shard import verify as verify_layout
 
     layout = arguments.layout
@@ -160,11 +162,7 @@ def verify(output: Output, arguments: VerifyArguments) -> None:
     document = result.to_json()
     output.result(document, lambda console: _show_verified(console, layout, document))
     if not result.ok:
-        count = len(result.problems)
-        raise InputError(
-            f"{layout} does not verify ({count} problem{'s' * (count > 1)}, the first: "
-            f"{result.problems[0]})"
-        )
+        raise differences_error(Path(layout), result.differences)
 
 
 def merge(output: Output, arguments: MergeArguments) -> None:
@@ -260,13 +258,17 @@ def _node_line(model: str, gpu: str | None, node: dict[str, Any]) -> str:
     )
 
 
-def _show_verified(console: Console, layout: str, result: dict[str, Any]) -> None:
-    problems = result["problems"]
+def show_problems(console: Console, problems: Sequence[str]) -> None:
+    """Print the first MAX_PRINTED_PROBLEMS of a checkpoint's problems, and count the rest."""
     for problem in problems[:MAX_PRINTED_PROBLEMS]:
         console.print(problem, markup=False, highlight=False, soft_wrap=True)
     if len(problems) > MAX_PRINTED_PROBLEMS:
         console.print(f"and {len(problems) - MAX_PRINTED_PROBLEMS} more", highlight=False)
-    if not problems:
+
+
+def _show_verified(console: Console, layout: str, result: dict[str, Any]) -> None:
+    show_problems(console, result["problems"])
+    if not result["problems"]:
         console.print(
             f"{layout} verifies: TP {result['tp']}, PP {result['pp']}, EP {result['ep']}, "
             f"{result['tensors']} tensors"

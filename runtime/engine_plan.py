@@ -143,7 +143,7 @@ def open_draft_model(reference: str, spec: ModelSpec) -> Checkpoint:
 
     Raises InputError when it cannot draft for a model of `spec`.
     """
-    draft = open_checkpoint(reference)
+    draft = open_checkpoint(reference, warn_of_edits=False)
     draft.require_unsharded()
     draft_spec = model_spec(draft.config)
     check_checkpoint(draft, draft_spec)

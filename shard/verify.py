@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from llmkit.checkpoint.manifest import verify_manifest
+from llmkit.checkpoint.manifest import MANIFEST, Difference, find_differences
 from llmkit.checkpoint.safetensors_header import TensorInfo, byte_count, read_header
 from llmkit.checkpoint.tensor_reader import CHUNK_BYTES, read_range
 from llmkit.common.errors import InputError
@@ -31,16 +31,22 @@ class VerifyResult:
     bytes: int  # the size of these tensors
     replica_groups: int  # slices that several ranks store
     padding_bytes: int
-    problems: list[str] = field(default_factory=list)
+    differences: list[Difference] = field(default_factory=list)
 
     @property
     def ok(self) -> bool:
         """Whether there are no problems."""
-        return not self.problems
+        return not self.differences
+
+    @property
+    def problems(self) -> list[str]:
+        """A sentence for each problem."""
+        return [difference.text for difference in self.differences]
 
     def to_json(self) -> dict[str, Any]:
         """The result as a JSON document."""
-        return {"ok": self.ok, **vars(self)}
+        figures = {name: value for name, value in vars(self).items() if name != "differences"}
+        return {"ok": self.ok, **figures, "problems": self.problems}
 
 
 def verify(path: str | Path) -> VerifyResult:
@@ -56,10 +62,10 @@ def verify(path: str | Path) -> VerifyResult:
     if is_vllm_layout(manifest):
         return _verify_foreign(folder, manifest)
     layout = read_layout(folder)
-    problems = verify_manifest(folder)
-    problems += layout.gaps()
-    problems += _check_replicas(layout)
-    problems += _check_tensors(folder, layout)
+    differences = find_differences(folder)
+    differences += [Difference(MANIFEST, text) for text in layout.gaps()]
+    differences += [Difference(MANIFEST, text) for text in _check_replicas(layout)]
+    differences += _check_tensors(folder, layout)
     return VerifyResult(
         tp=layout.tp,
         pp=layout.pp,
@@ -71,7 +77,7 @@ def verify(path: str | Path) -> VerifyResult:
             piece.replicas[0] == piece.file and len(piece.replicas) > 1 for piece in layout.slices
         ),
         padding_bytes=sum(piece.padding_bytes for piece in layout.slices),
-        problems=problems,
+        differences=differences,
     )
 
 
@@ -88,12 +94,12 @@ def _verify_foreign(folder: Path, manifest: dict[str, Any]) -> VerifyResult:
         bytes=sum(sizes),
         replica_groups=0,
         padding_bytes=0,
-        problems=verify_manifest(folder),
+        differences=find_differences(folder),
     )
 
 
 def _check_replicas(layout: ShardedLayout) -> list[str]:
-    """Replicas whose digests differ. `verify_manifest` compares the digests with the bytes."""
+    """Replicas whose digests differ. `find_differences` compares the digests with the bytes."""
     by_file_and_name = {(piece.file, piece.name): piece for piece in layout.slices}
     problems = []
     for piece in layout.slices:
@@ -106,27 +112,29 @@ def _check_replicas(layout: ShardedLayout) -> list[str]:
     return problems
 
 
-def _check_tensors(folder: Path, layout: ShardedLayout) -> list[str]:
+def _check_tensors(folder: Path, layout: ShardedLayout) -> list[Difference]:
     """Tensors whose dtype or shape differs from the layout, and padding that is not zero."""
-    problems = []
+    differences = []
     headers: dict[str, dict[str, TensorInfo]] = {}
     for file in layout.files:
         try:
             headers[file] = read_header(folder / file)
         except InputError:
-            headers[file] = {}  # `verify_manifest` reports the error
+            headers[file] = {}  # `find_differences` reports the error
     for piece in layout.slices:
         info = headers[piece.file].get(piece.name)
         if info is None:
             continue
         if (info.dtype, info.shape) != (piece.dtype, piece.shape):
-            problems.append(
+            text = (
                 f"{piece.key} is {info.dtype} {list(info.shape)}, "
                 f"the layout says {piece.dtype} {list(piece.shape)}"
             )
+            differences.append(Difference(piece.file, text))
         elif _has_nonzero_padding(folder, piece, info):
-            problems.append(f"{piece.key}: its {piece.padding} rows of padding are not all zero")
-    return problems
+            text = f"{piece.key}: its {piece.padding} rows of padding are not all zero"
+            differences.append(Difference(piece.file, text))
+    return differences
 
 
 def _has_nonzero_padding(folder: Path, piece: TensorSlice, info: TensorInfo) -> bool:

@@ -33,7 +33,8 @@ def run_worker(channel: Channel[ToRank]) -> None:
     assert isinstance(load, LoadPart)
     options = load.options
     report = StartupReport()
-    parts = rank_parts(open_checkpoint(load.model), options.tp, options.pp, options.ep)
+    checkpoint = open_checkpoint(load.model, warn_of_edits=False)
+    parts = rank_parts(checkpoint, options.tp, options.pp, options.ep)
     rank = load_rank(parts, load.rank, options, report, load.num_threads)
     channel.send(rank.message)
     sizes, *steps = channel.receive(wait=True)

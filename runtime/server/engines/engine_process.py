@@ -189,7 +189,7 @@ def _load(message: LoadModel, channel: EngineChannel) -> tuple[Engine, EngineRea
     import_s = process_age()
     report.seconds["python and imports"] = import_s
     with report.stage("checkpoint check"):
-        checkpoint = open_checkpoint(message.model)
+        checkpoint = open_checkpoint(message.model, warn_of_edits=False)
         card = model_card(checkpoint)
     engine = load_engine(checkpoint, message.engine, report, message.prefix_store)
     gc.freeze()  # loaded objects stay alive: the garbage collector need not visit them again
