@@ -249,6 +249,50 @@ def test_tool_choice_forces_the_named_tool(scripted_client: openai.OpenAI) -> No
         assert [called for called, _ in calls] == [name]
 
 
+def cut_arguments(client: openai.OpenAI, max_tokens: int, **body: Any) -> str | None:
+    """The arguments of a required call that `max_tokens` cuts, if there is a call.
+
+    Checks that the answer, streamed and not, has nothing else.
+    """
+    body |= {"tools": TOOLS[:1], "parallel_tool_calls": False, "max_tokens": max_tokens}
+    body = request_body("plain", **body)
+    whole = client.chat.completions.create(**body).choices[0]
+    assert whole.finish_reason == "length"
+    assert not whole.message.content
+    calls = whole.message.tool_calls or []
+    pieces = [chunk.choices[0] for chunk in client.chat.completions.create(**body, stream=True)]
+    assert not any(piece.delta.content for piece in pieces)
+    assert pieces[-1].finish_reason == "length"
+    streamed = [call for piece in pieces for call in piece.delta.tool_calls or []]
+    assert [(call.function.name, call.function.arguments) for call in calls] == [
+        (call.function.name, call.function.arguments) for call in streamed if call.function
+    ]
+    if not calls:
+        return None
+    (call,) = calls
+    assert call.function.name == "get_weather"
+    assert call.id
+    return str(call.function.arguments)
+
+
+def test_required_tool_call_cut_by_max_tokens_is_partial(scripted_client: openai.OpenAI) -> None:
+    forced = {"type": "function", "function": {"name": "get_weather"}}
+    found = [
+        cut_arguments(scripted_client, max_tokens, tool_choice=choice)
+        for max_tokens, choice in ((1, "required"), (10, forced), (20, "required"), (22, forced))
+    ]
+    assert found[:2] == ["", ""]
+    for arguments in found[2:]:
+        assert arguments and '{"city": "Paris"}'.startswith(arguments)
+
+
+def test_optional_tool_call_cut_by_max_tokens_is_text(scripted_client: openai.OpenAI) -> None:
+    body = request_body("two", tools=TOOLS, max_tokens=10)
+    text, _, calls, reason = answer_both_ways(scripted_client, **body)
+    assert text.startswith("<tool_call>") and not calls
+    assert reason == "length"
+
+
 def test_strict_tool_calls_follow_the_schema(scripted_client: openai.OpenAI) -> None:
     strict = [{"type": "function", "function": TOOLS[0]["function"] | {"strict": True}}]
     assert answer_both_ways(scripted_client, **request_body("plain", tools=strict)) == (
@@ -297,6 +341,30 @@ def test_structured_output_follows_response_format(scripted_client: openai.OpenA
         **request_body("json", response_format={"type": "json_object"}, max_tokens=200),
     )
     assert json.loads(text) == {"colour": "blue"}
+
+
+def test_structured_output_has_one_line_feed_between_tokens(
+    scripted_client: openai.OpenAI,
+) -> None:
+    """A model that prefers white space to everything else still finishes its answer."""
+    schema = {"type": "array", "items": {"enum": [1]}, "minItems": 3, "maxItems": 3}
+    space = {
+        str(token): 100
+        for text in (" ", "\n", "\t")
+        for token in scripted_client.post(
+            "/../tokenize", body={"prompt": text, "add_special_tokens": False}, cast_to=object
+        )["tokens"]  # type: ignore[index]
+    }
+    answer = scripted_client.chat.completions.create(
+        **request_body("plain", logit_bias=space, max_tokens=200),
+        extra_body={"guided_json": schema},
+    ).choices[0]
+    assert answer.finish_reason == "stop"
+    text = answer.message.content or ""
+    assert json.loads(text) == [1, 1, 1]
+    gaps = re.findall(r"\s+", text)
+    assert len(gaps) == 6
+    assert all(re.fullmatch(r" |\n( {0,16}|\t{0,8})", gap) for gap in gaps)
 
 
 @pytest.mark.parametrize("endpoint", ["chat", "completions"])
@@ -416,7 +484,11 @@ def test_tool_calls_in_other_formats(tmp_path: Path, form: str) -> None:
                 [],
                 "stop",
             )
+        assert cut_arguments(client, 2, tool_choice="required") == ""
+        cut = cut_arguments(client, 25, tool_choice="required")
+        assert cut
         ((name, arguments),) = answer_both_ways(client, **body)[2]
         assert name == "get_weather" and arguments["city"] in ("Paris", "Oslo")
         (call,) = client.chat.completions.create(**body).choices[0].message.tool_calls or []
+        assert call.function.arguments.startswith(cut)
         assert len(call.id) == 9 if form == "mistral" else call.id.startswith("call_")
