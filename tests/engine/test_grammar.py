@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from llguidance import LLMatcher
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from llguidance import LLMatcher, LLTokenizer
 
 from llmkit.checkpoint.open_checkpoint import open_checkpoint
 from llmkit.checkpoint.tokenizer import load_tokenizer
@@ -19,7 +21,14 @@ from llmkit.runtime.engine.engine_options import EngineOptions
 from llmkit.runtime.engine.engine_request import EngineRequest
 from llmkit.runtime.engine.sampling_params import SamplingParams
 from llmkit.runtime.engine_loader import load_engine
+from llmkit.runtime.grammar_compiler import compile_grammar
 from llmkit.runtime.parallel.leader import LeadEngine
+from llmkit.runtime.server.schemas.structured_output import (
+    OutputConstraint,
+    combined_grammar,
+    constraint_grammar,
+    lark_string,
+)
 
 SCHEMA = {
     "type": "object",
@@ -116,3 +125,42 @@ def test_invalid_grammar_is_refused_and_other_requests_continue(model: Path) -> 
     assert not running.has_work
     (found,) = answers(running, [requests()[1]]).values()
     assert found[1] == "stop"
+
+
+def json_grammar() -> str:
+    """The grammar of a request whose answer follows SCHEMA."""
+    answer = constraint_grammar(OutputConstraint("json", SCHEMA, "guided_json"))
+    return combined_grammar(
+        answer, [], may_reason=False, starts_in_reasoning=False, lark=lark_string
+    )
+
+
+@pytest.fixture(scope="module")
+def byte_tokenizer() -> LLTokenizer:
+    """Token ids are the bytes of the text."""
+    return LLTokenizer("byte")
+
+
+def follows(tokenizer: LLTokenizer, text: str) -> bool:
+    tokens = list(text.encode())
+    matcher = compile_grammar(tokenizer, json_grammar())
+    return bool(matcher.validate_tokens(tokens) == len(tokens))
+
+
+GAPS = st.sampled_from(["", " ", "\n", "\n  ", "\n\t\t", "\n" + " " * 16])
+WASTE = ["  ", "\n\n", " \n", "\n \n", "\t", "\r\n", "\n" + " " * 17, "\n\t \t"]
+
+
+@given(st.lists(GAPS, min_size=11, max_size=11), st.integers(0, 10), st.sampled_from(WASTE))
+@settings(max_examples=60, deadline=None, derandomize=True)
+def test_json_answers_have_one_line_feed_between_tokens(
+    byte_tokenizer: LLTokenizer, gaps: list[str], place: int, waste: str
+) -> None:
+    def written(gaps: list[str]) -> str:
+        words = ["{", '"name"', ":", '"fox"', ",", '"sizes"', ":", "[", "7", ",", "8", "]}"]
+        return "".join(word + gap for word, gap in zip(words, [*gaps, ""], strict=True))
+
+    assert json.loads(written(gaps)) == {"name": "fox", "sizes": [7, 8]}
+    assert follows(byte_tokenizer, written(gaps))
+    gaps[place] = waste
+    assert not follows(byte_tokenizer, written(gaps))
