@@ -91,6 +91,8 @@ def test_gate_is_not_on_metrics_whose_name_only_ends_like_its_own() -> None:
     gate = parse_gate("perplexity<=12")
     with pytest.raises(UsageError, match="on perplexity, which is not measured for int4"):
         check_gates([gate], {"int4": tasks}, None)
+    with pytest.raises(UsageError, match="not measured for x"):
+        require_gate_metrics([gate], ["word_perplexity"], "x")
     (result,) = check_gates([gate], {"int4": tasks | {"perplexity": 11.0}}, None)
     assert (result.metric, result.value, result.passed) == ("perplexity", 11.0, True)
     (result,) = check_gates([parse_gate("task.lambada.perplexity<=12")], {"int4": tasks}, None)

@@ -128,6 +128,19 @@ def compressed_by_definition(
 
 
 @pytest.mark.parametrize("bits", [4, 8])
+def test_gptq_reads_a_zero_point_of_0_which_is_stored_as_all_bits(bits: int) -> None:
+    """Asymmetric files of other programs hold it: 0 - 1 wraps, and so must the sum with one."""
+    scheme = Scheme(bits, 32, symmetric=False)
+    stored = FORMATS["gptq"].pack(Scheme(bits, 32), random_weight(Scheme(bits, 32)))
+    stored["qzeros"] = torch.full_like(stored["qzeros"], -1)
+    weight = FORMATS["gptq"].unpack(scheme, stored)
+    assert weight.zeros.tolist() == [[0] * 3] * 16
+    scales = stored["scales"].t().repeat_interleave(32, dim=1).float()
+    q = unpack(stored["qweight"].t(), bits, 96)
+    assert torch.equal(weight.dequantize().float(), q.float() * scales)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("count", [1, 7, 8, 33, 64])
 def test_pack_agrees_with_a_loop_over_words(bits: int, count: int) -> None:
     q = torch.randint(

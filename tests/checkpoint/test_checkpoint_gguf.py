@@ -183,6 +183,8 @@ def test_gguf_llama3_rope_scaling_is_recognized(
 @pytest.mark.parametrize(
     ("metadata", "message"),
     [
+        ({"add_block_count": 0}, "llama.block_count is 0. A positive number was expected"),
+        ({"add_head_count": [4, 4]}, r"llama.attention.head_count is \[4, 4\]"),
         ({"add_expert_count": 4}, "llama.expert_count is 4"),
         ({"add_sliding_window": 32}, "llama.attention.sliding_window is 32"),
         ({"add_rope_dimension_count": 8}, "llama.rope.dimension_count is 8. 16 was expected"),
@@ -196,6 +198,68 @@ def test_gguf_refuses_unsupported_metadata(
     path = convert(source, tmp_path / "a.gguf", "llama", **metadata)
     with pytest.raises(InputError, match=message):
         open_checkpoint(path).side_files()
+
+
+@pytest.mark.parametrize("alignment", [8, 64, 4096])
+def test_gguf_tensors_begin_at_the_alignment_of_the_file(
+    tmp_path: Path, source: Checkpoint, llama: Path, alignment: int
+) -> None:
+    path = convert(source, tmp_path / "a.gguf", "llama", add_custom_alignment=alignment)
+    _, tensors = read_gguf_header(path)
+    assert min(tensor.start for tensor in tensors.values()) % alignment == 0
+    theirs = {tensor.name: tensor.data_offset for tensor in gguf.GGUFReader(path).tensors}
+    assert {name: tensor.start for name, tensor in tensors.items()} == theirs
+    for name in ("model.norm.weight", "model.layers.1.mlp.down_proj.weight"):
+        assert torch.equal(open_checkpoint(path).read(name), open_checkpoint(llama).read(name))
+
+
+@pytest.mark.parametrize("alignment", [0, 3, 48, "32", True])
+def test_gguf_refuses_an_alignment_that_is_no_power_of_two(
+    tmp_path: Path, source: Checkpoint, alignment: int | str
+) -> None:
+    class Writer(gguf.GGUFWriter):
+        def write_header_to_file(self, path: Path | None = None) -> None:
+            self.add_key_value("general.alignment", alignment, KINDS[type(alignment)])
+            super().write_header_to_file(path)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gguf, "GGUFWriter", Writer)
+        path = convert(source, tmp_path / "a.gguf", "llama")
+    with pytest.raises(InputError, match=f"its alignment is {alignment}, and a power of two"):
+        read_gguf_header(path)
+
+
+KINDS = {
+    int: gguf.GGUFValueType.UINT32,
+    str: gguf.GGUFValueType.STRING,
+    bool: gguf.GGUFValueType.BOOL,
+}
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "llama.embedding_length",
+        "llama.attention.head_count",
+        "llama.feed_forward_length",
+        "llama.block_count",
+        "llama.context_length",
+        "llama.attention.layer_norm_rms_epsilon",
+    ],
+)
+def test_gguf_without_a_key_of_its_metadata_is_an_input_error(
+    tmp_path: Path, source: Checkpoint, key: str
+) -> None:
+    class Writer(gguf.GGUFWriter):
+        def write_header_to_file(self, path: Path | None = None) -> None:
+            del self.kv_data[0][key]
+            super().write_header_to_file(path)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gguf, "GGUFWriter", Writer)
+        path = convert(source, tmp_path / "a.gguf", "llama")
+    with pytest.raises(InputError, match=f"a.gguf lacks {key} in its metadata"):
+        open_checkpoint(path)
 
 
 def test_gguf_reads_linear_rope_scaling(tmp_path: Path, source: Checkpoint) -> None:

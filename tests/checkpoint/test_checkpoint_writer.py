@@ -380,9 +380,11 @@ def test_writer_unwritable_place_is_a_shortage(tmp_path: Path) -> None:
         run(tmp_path / "file" / "out")
 
 
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
 def test_writer_full_disk_is_a_shortage_and_resumes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
 ) -> None:
+    """Also where only the user's quota is used up."""
     real = os.pwrite
     written = 0
 
@@ -390,13 +392,14 @@ def test_writer_full_disk_is_a_shortage_and_resumes(
         nonlocal written
         written += len(data)
         if written > 100:
-            raise OSError(28, "No space left on device")
+            raise OSError(code, os.strerror(code))
         return real(fd, data, position)
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "pwrite", full)
-        with pytest.raises(ShortageError, match="The disk is full"):
+        with pytest.raises(ShortageError, match="The disk is full") as caught:
             run(tmp_path / "out")
+    assert caught.value.exit_code == 4
     run(tmp_path / "out")
     assert verify_manifest(tmp_path / "out") == []
 

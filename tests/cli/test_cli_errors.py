@@ -88,6 +88,10 @@ def test_other_exceptions_are_reported_as_bugs(
             OSError(errno.ENOSPC, "No space left on device", "out/x"),
             "no space left on the disk (out/x).",
         ),
+        (
+            OSError(errno.EDQUOT, "Disk quota exceeded", "out/x"),
+            "the disk quota is used up (out/x).",
+        ),
         (PermissionError(errno.EACCES, "Permission denied", "out"), "permission denied (out)."),
         (MemoryError(), "out of memory (MemoryError)."),
         (

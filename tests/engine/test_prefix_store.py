@@ -258,6 +258,13 @@ def test_prefix_store_files_are_private(folder: Path) -> None:
 def test_prefix_folder_that_others_can_read_is_refused(tmp_path: Path, model: Path) -> None:
     wide = tmp_path / "wide"
     wide.mkdir()
+    # Of the group, or of everybody; the right to read, write or pass through is each too much.
+    for mode in (0o740, 0o720, 0o710, 0o704, 0o702, 0o701):
+        wide.chmod(mode)
+        with pytest.raises(InputError, match=f"others may look into .*mode {mode:o}"):
+            private_folder(str(wide))
+    wide.chmod(0o700)
+    assert private_folder(str(wide)) == wide
     wide.chmod(0o755)
     with pytest.raises(InputError, match=r"others may look into .*mode 755.*chmod 700"):
         load_engine(model, OPTIONS, prefix_store=(str(wide), LIMIT))

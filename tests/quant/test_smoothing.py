@@ -57,6 +57,29 @@ def test_awq_smoother_lowers_the_error_of_uneven_channels() -> None:
     assert lost(scales) < 0.5 * lost(torch.ones(64))
 
 
+@pytest.mark.parametrize("outliers", [3.0, 20.0, 300.0])
+def test_awq_smoother_takes_the_best_of_20_ratios(outliers: float) -> None:
+    """|x|^r / |w|^(1 - r) for r = 0, 0.05 ... 0.95, with |w| relative to its group's largest."""
+    weight, inputs, seen = example(outliers)
+    weight = weight * torch.linspace(0.2, 3.0, 64)
+    found = AwqSmoother().scales(quant_target(INT4, *weight.shape), NORM, weight, seen)
+    groups = weight.double().abs().view(48, 2, 32)
+    w = (groups / groups.amax(2, keepdim=True)).view(48, 64).mean(0)
+    x = inputs.double().abs().mean(0)
+    lost = []
+    for step in range(20):
+        r = step / 20
+        scales = x**r / w ** (1 - r)
+        scales = (scales / (scales.max() * scales.min()).sqrt()).float()
+        rounded = round_to_nearest(weight * scales, INT4, torch.float16).dequantize() / scales
+        error = ((rounded - weight) @ inputs.T).square().sum().item()
+        lost.append((error, r, scales))
+    error, ratio, scales = min(lost, key=lambda candidate: candidate[0])
+    assert found is not None
+    assert 0 < ratio < 0.95, "the best one is not at the end of the range"
+    torch.testing.assert_close(found, scales, rtol=5e-3, atol=0)
+
+
 def test_awq_smoother_returns_none_without_a_gain() -> None:
     """Weights that are on the grid already lose nothing without scaling."""
     weight, _, seen = example(outliers=5.0)

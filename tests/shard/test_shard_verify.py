@@ -218,6 +218,18 @@ def test_verify_finds_a_layout_that_leaves_rows_out(ranks: Path) -> None:
     assert "its slices leave out 33 of 64" in rejected(ranks)
 
 
+def test_verify_finds_a_layout_without_a_tensors_end(ranks: Path) -> None:
+    """The last rows: no slice that begins later shows that they are left out."""
+    key = f"{RANK1}::model.layers.0.mlp.up_proj.scales"
+
+    def change(manifest: dict[str, Any]) -> None:
+        manifest["layout"]["tensors"][key]["intervals"] = [[32, 63]]
+
+    edit(ranks, change)
+    assert "model.layers.0.mlp.up_proj.scales: its slices end at 63 of 64" in verify(ranks).problems
+    assert "its slices end at 63 of 64" in rejected(ranks)
+
+
 def malformed() -> list[Any]:
     key = f"{RANK1}::model.norm.weight"
 
