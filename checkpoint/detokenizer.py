@@ -87,13 +87,13 @@ class Detokenizer:
 
     def __init__(self, tokens: TokenBytes, skipped_ids: frozenset[int] = frozenset()) -> None:
         self._bytes_of = tokens.bytes_of
-        self._skipped = skipped_ids
+        self.skipped_ids = skipped_ids
         self._strip = tokens.strips_space
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def add(self, ids: Iterable[int]) -> str:
         """The text that these tokens complete, possibly empty. Unknown ids add nothing."""
-        data = b"".join([self._bytes_of.get(i, b"") for i in ids if i not in self._skipped])
+        data = b"".join([self._bytes_of.get(i, b"") for i in ids if i not in self.skipped_ids])
         return self._strip_first_space(self._decoder.decode(data))
 
     def flush(self) -> str:

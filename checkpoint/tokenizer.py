@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import tokenizers
 
@@ -45,6 +45,7 @@ class Tokenizer:
         tokenizer.no_truncation()
         tokenizer.no_padding()
         self._tokenizer = tokenizer
+        self._settings = settings
         self._templates = templates
         self.vocab_size: int = tokenizer.get_vocab_size(with_added_tokens=True)
         added = tokenizer.get_added_tokens_decoder()
@@ -60,6 +61,16 @@ class Tokenizer:
         return self._tokenizer.to_str()
 
     @property
+    def settings(self) -> Mapping[str, Any]:
+        """The content of tokenizer_config.json; special_tokens_map.json's where that has none."""
+        return self._settings
+
+    @property
+    def chat_templates(self) -> Mapping[str, str]:
+        """The chat templates by name: "default", "tool_use"."""
+        return self._templates
+
+    @property
     def chat_template(self) -> str | None:
         """The chat template of conversations without tools."""
         return self.template(tools=False)
@@ -70,10 +81,31 @@ class Tokenizer:
             return self._templates["tool_use"]
         return self._templates.get("default")
 
-    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """The ids of `text`. Special tokens in the text are recognized."""
-        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
-        return ids
+    def encode(
+        self,
+        text: str,
+        add_special_tokens: bool = True,
+        max_tokens: int | None = None,
+        keep: Literal["first", "last"] = "last",
+    ) -> list[int]:
+        """The ids of `text`. Special tokens in the text are recognized.
+
+        Of a text with more than `max_tokens`, the first or last tokens are kept, beside the special
+        tokens that the tokenizer adds, which count.
+        """
+        encoding = self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
+        ids: list[int] = encoding.ids
+        if max_tokens is None or len(ids) <= max_tokens:
+            return ids
+        encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        num_added = len(ids) - len(encoding.ids)
+        if num_added >= max_tokens:  # no room for both
+            return ids[:max_tokens] if keep == "first" else ids[-max_tokens:]
+        encoding.truncate(max_tokens - num_added, direction="right" if keep == "first" else "left")
+        kept: list[int] = self._tokenizer.post_process(
+            encoding, add_special_tokens=add_special_tokens
+        ).ids
+        return kept
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of `ids`."""
@@ -147,8 +179,12 @@ class Tokenizer:
         return None if token is None else self._tokenizer.token_to_id(token)
 
 
-def load_tokenizer(model: ModelFiles) -> Tokenizer:
-    """The tokenizer of a model. Raises InputError when it has none or it is malformed."""
+def load_tokenizer(model: ModelFiles, chat_template: Path | None = None) -> Tokenizer:
+    """The tokenizer of a model.
+
+    chat_template: a file to use in place of the model's own chat templates.
+    Raises InputError when the model has no tokenizer, or a file is malformed or cannot be read.
+    """
     files = model.side_files()
     settings = {
         **_read_object(model, files, "special_tokens_map.json"),
@@ -173,10 +209,13 @@ def load_tokenizer(model: ModelFiles) -> Tokenizer:
         *_to_ids(model.generation_config.get("eos_token_id")),
         *_to_ids(model.config.get("eos_token_id")),
     )
+    templates = _chat_templates(model, files, settings)
+    if chat_template is not None:
+        templates = {"default": read_chat_template(chat_template)}
     return Tokenizer(
         tokenizer,
         settings,
-        _chat_templates(model, files, settings),
+        templates,
         bos_ids[0] if bos_ids else None,
         tuple(dict.fromkeys(eos_token_ids)),
     )
@@ -194,6 +233,16 @@ def _convert_slow_tokenizer(path: Path) -> tokenizers.Tokenizer:
             todo="Save it with transformers:"
             " AutoTokenizer.from_pretrained(MODEL).save_pretrained(DIRECTORY)",
         ) from error
+
+
+def read_chat_template(path: Path) -> str:
+    """The chat template in a file. Raises InputError when it cannot be read."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"the chat template cannot be read ({path}: {error.strerror})") from None
+    except UnicodeDecodeError:
+        raise InputError(f"the chat template is not UTF-8 ({path})") from None
 
 
 def _chat_templates(

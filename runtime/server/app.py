@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 from fastapi import FastAPI, Request, Response
 from starlette.exceptions import HTTPException
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from llmkit.common.version import version
 from llmkit.runtime.server.embedding_requests import EmbeddingResponseBuilder, prepare_embeddings
@@ -24,6 +24,7 @@ from llmkit.runtime.server.kserve.kserve_routes import add_kserve_routes
 from llmkit.runtime.server.lora_adapters import LoraAdapterRoutes
 from llmkit.runtime.server.openapi import openapi
 from llmkit.runtime.server.prepare import (
+    check_reasoning_controls,
     check_token_ids,
     encode_chat,
     prepare_chat,
@@ -38,13 +39,10 @@ from llmkit.runtime.server.responses.openai_response import (
 from llmkit.runtime.server.responses.response_builder import ResponseBuilder
 from llmkit.runtime.server.responses.responses_response import ResponsesResponseBuilder
 from llmkit.runtime.server.schemas.base_request import RequestT, parse_request
-from llmkit.runtime.server.schemas.chat_request import (
-    ChatCompletionRequest,
-    parse_chat_messages,
-    tool_dicts,
-)
+from llmkit.runtime.server.schemas.chat_request import ChatCompletionRequest, tool_dicts
 from llmkit.runtime.server.schemas.completion_request import CompletionRequest
 from llmkit.runtime.server.schemas.embedding_request import EmbeddingRequest
+from llmkit.runtime.server.schemas.ignored_fields import HEADER, IgnoredFields
 from llmkit.runtime.server.schemas.messages_request import CountTokensRequest, MessagesRequest
 from llmkit.runtime.server.schemas.responses_request import ResponsesRequest
 from llmkit.runtime.server.schemas.tokenize_request import DetokenizeRequest, TokenizeRequest
@@ -92,7 +90,8 @@ def build_app(state: ServerState, clients: tuple[Client, ...]) -> ASGIApp:
 
     @functools.cache
     def openapi_response() -> Response:
-        return _json_response(openapi(app.routes, needs_key=bool(clients)))
+        document = openapi(app.routes, bool(clients), options.strict_fields)
+        return _json_response(document)
 
     async def openapi_endpoint() -> Response:
         return openapi_response()
@@ -104,6 +103,8 @@ def build_app(state: ServerState, clients: tuple[Client, ...]) -> ASGIApp:
         clients,
         options.debug,
         options.open_metrics,
+        options.allowed_hosts,
+        options.allowed_origins,
     )
 
 
@@ -178,7 +179,14 @@ class ApiRoutes:
 
     async def count_tokens(self, request: Request) -> Response:
         chat = (await self._read(CountTokensRequest, request)).chat
-        token_ids, _ = await encode_chat(self._state, chat.conversation, chat.offered_tools, {})
+        token_ids, _ = await encode_chat(
+            self._state,
+            chat.conversation,
+            chat.offered_tools,
+            {},
+            chat.adds_generation_prompt,
+            continue_final_message=bool(chat.continue_final_message),
+        )
         return _json_response({"input_tokens": len(token_ids)})
 
     async def tokenize(self, request: Request) -> Response:
@@ -190,10 +198,12 @@ class ApiRoutes:
         else:
             token_ids, _ = await encode_chat(
                 self._state,
-                parse_chat_messages(body.messages),
+                body.conversation,
                 tool_dicts(body.tools or []),
                 body.chat_template_kwargs or {},
-                body.add_generation_prompt is not False,
+                body.adds_generation_prompt,
+                continue_final_message=bool(body.continue_final_message),
+                add_special_tokens=bool(body.add_special_tokens),
             )
         token_strs = None
         if body.return_token_strs:
@@ -218,7 +228,9 @@ class ApiRoutes:
         self._check_ready()
         options = self._state.options
         data = await read_json_body(request, options.max_body_bytes, options.body_timeout)
-        body = parse_request(schema, data)
+        body = parse_request(schema, data, options.strict_fields)
+        request.scope["llmkit.ignored_fields"].append(body.ignored)
+        check_reasoning_controls(body, self._state.text.tokenizer)
         if body.model:  # optional for /tokenize
             self._check_model(body.model)
         return body
@@ -272,9 +284,29 @@ def _with_request_tracking(app: ASGIApp, state: ServerState) -> ASGIApp:
     async def tracked_app(scope: Scope, receive: Receive, send: Send) -> None:
         scope["llmkit.arrival_time"] = time.perf_counter()
         with state.track_request():
-            await app(scope, receive, send)
+            await app(scope, receive, _with_ignored_fields(scope, send, state))
 
     return tracked_app
+
+
+def _with_ignored_fields(scope: Scope, send: Send, state: ServerState) -> Send:
+    """Return `send`, which names the ignored fields of the request in a header and in the log.
+
+    It sets "llmkit.ignored_fields" in the scope: a list to which the route adds IgnoredFields.
+    """
+    of_request: list[IgnoredFields] = []
+    scope["llmkit.ignored_fields"] = of_request
+
+    async def naming_send(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            for ignored in of_request:
+                if ignored.header:
+                    value = ignored.header.encode("ascii")
+                    message["headers"] = [*message["headers"], (HEADER.encode(), value)]
+                    state.ignored_fields_log.record(ignored, scope["path"])
+        await send(message)
+
+    return naming_send
 
 
 def _json_response(document: Any) -> Response:
@@ -285,7 +317,10 @@ async def _error_response(request: Request, error: Exception) -> Response:
     if isinstance(error, HTTPException):  # 404 and 405 of Starlette's router
         code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code)
         message = f"{error.detail}: {request.method} {request.scope['path']}"
-        error = ApiError(error.status_code, message, code=code, headers=dict(error.headers or {}))
+        headers = dict(error.headers or {})
+        if "GET" in headers.get("Allow", ""):
+            headers["Allow"] += ", HEAD"  # SecurityMiddleware makes it a GET
+        error = ApiError(error.status_code, message, code=code, headers=headers)
     assert isinstance(error, ApiError)
     return Response(
         error.body(request.scope["path"]), error.status, error.headers, "application/json"

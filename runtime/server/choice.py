@@ -64,11 +64,13 @@ class Choice:
         parser: OutputParser | None = None,
         echo: Echo | None = None,
         empty: bool = False,
+        include_stop: bool = False,
     ) -> None:
         """Create a choice for `request`.
 
         `parser` splits the text into parts. With `echo` the prompt precedes the answer. An `empty`
-        answer has no tokens: the engine generates at least one, which is dropped.
+        answer has no tokens: the engine generates at least one, which is dropped. `include_stop`:
+        the text ends with the stop string or stop token that ended the answer.
         """
         self.request = request
         self.index = index
@@ -80,10 +82,16 @@ class Choice:
         self.stop_strings = stop_strings
         self.echo = echo
         self._detokenizer = detokenizer
-        self._stop_buffer = StopStringBuffer(stop_strings)
+        self._include_stop = include_stop
+        self._stop_buffer = StopStringBuffer(stop_strings, include_stop)
         self._parser = parser or OutputParser()
         self._has_output = False
         self._empty = empty
+
+    @property
+    def skipped_token_ids(self) -> frozenset[int]:
+        """The tokens that are not part of the text."""
+        return self._detokenizer.skipped_ids
 
     @property
     def matched_stop_string(self) -> str | None:
@@ -105,9 +113,13 @@ class Choice:
         self.completion_tokens += len(token_ids)
         self.cached_tokens = output.cached_tokens
 
-        # The stop token that ends an answer is counted and listed, but is not part of the text.
+        # The stop token that ends an answer is counted and listed, but is not part of the text
+        # unless the request wants it there.
         text_ids = token_ids
-        if engine_finish == "stop" and token_ids and token_ids[-1] in stop_token_ids:
+        ends_with_stop_token = (
+            engine_finish == "stop" and token_ids and token_ids[-1] in stop_token_ids
+        )
+        if ends_with_stop_token and not self._include_stop:
             text_ids = token_ids[:-1]
         text = self._detokenizer.add(text_ids)
         if engine_finish is not None:

@@ -12,7 +12,12 @@ from llmkit.runtime.engine.engine_request import EngineRequest
 from llmkit.runtime.engine.sampling_params import Pooling, SamplingParams
 from llmkit.runtime.server.choice import Choice, Delta
 from llmkit.runtime.server.http.http_errors import ApiError, invalid
-from llmkit.runtime.server.prepare import check_token_ids, tokenize_text
+from llmkit.runtime.server.prepare import (
+    check_token_ids,
+    combined_salt,
+    prompt_limit,
+    tokenize_text,
+)
 from llmkit.runtime.server.schemas.embedding_request import EmbeddingRequest
 from llmkit.runtime.server.server_state import ServerState
 
@@ -31,9 +36,16 @@ async def prepare_embeddings(
     pooling = _pooling(state)
     _check_dimensions(state, request.dimensions)
     adapter = None if request.model in state.base_model_names else request.model
+    max_tokens = prompt_limit(state, request.truncate_prompt_tokens, num_new_tokens=0)
+    cache_salt = combined_salt(cache_salt, request.cache_salt)
     choices = []
     for index, text in enumerate(inputs):
-        token_ids = await tokenize_text(tokenizer, text) if isinstance(text, str) else text
+        if isinstance(text, str):
+            token_ids = await tokenize_text(
+                tokenizer, text, request.add_special_tokens is not False, max_tokens, keep="first"
+            )
+        else:
+            token_ids = text if max_tokens is None else text[:max_tokens]
         check_token_ids(token_ids, engine_info.vocab_size, "input")
         if len(token_ids) > engine_info.max_model_len:
             message = (

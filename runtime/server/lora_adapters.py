@@ -113,7 +113,8 @@ class LoraAdapterRoutes:
     async def _parse(self, kind: type[RequestT], request: Request) -> RequestT:
         options = self._state.options
         data = await read_json_body(request, options.max_body_bytes, options.body_timeout)
-        body = parse_request(kind, data)
+        body = parse_request(kind, data, options.strict_fields)
+        request.scope["llmkit.ignored_fields"].append(body.ignored)
         error = self._state.unavailable_error
         if error is not None:
             raise error

@@ -7,7 +7,6 @@ from collections.abc import Iterable
 from typing import Any
 
 from fastapi.routing import APIRoute
-from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
 from llmkit.common.version import version
@@ -15,11 +14,7 @@ from llmkit.runtime.server.http.security_middleware import OPEN_PATHS
 from llmkit.runtime.server.kserve.kserve_request import InferRequest
 from llmkit.runtime.server.lora_adapters import LoadLoraAdapterRequest, UnloadLoraAdapterRequest
 from llmkit.runtime.server.schemas.base_request import BaseRequest
-from llmkit.runtime.server.schemas.chat_request import (
-    NEUTRAL_IN_MESSAGE,
-    ChatCompletionRequest,
-    ChatMessage,
-)
+from llmkit.runtime.server.schemas.chat_request import ChatCompletionRequest
 from llmkit.runtime.server.schemas.completion_request import CompletionRequest
 from llmkit.runtime.server.schemas.embedding_request import EmbeddingRequest
 from llmkit.runtime.server.schemas.messages_request import CountTokensRequest, MessagesRequest
@@ -97,10 +92,11 @@ _FLAT_ERROR = {
 }
 
 
-def openapi(routes: Iterable[Any], needs_key: bool) -> dict[str, Any]:
+def openapi(routes: Iterable[Any], needs_key: bool, strict_fields: bool = False) -> dict[str, Any]:
     """Return the document of `routes`, without those that are not an APIRoute.
 
-    needs_key: whether all routes except OPEN_PATHS need an API key.
+    needs_key: whether all routes except OPEN_PATHS need an API key. strict_fields: whether unknown
+    fields of a request are refused.
     """
     api_routes = [route for route in routes if isinstance(route, APIRoute)]
     request_schemas = {
@@ -113,11 +109,9 @@ def openapi(routes: Iterable[Any], needs_key: bool) -> dict[str, Any]:
         ref_template=_REF_PREFIX + "{model}",
     )
     definitions = schemas.get("$defs", {})
-    for schema in request_schemas.values():
-        _forbid_unknown_fields(
-            definitions, schema, dict(schema.neutral_values), schema.ignored_fields
-        )
-    _forbid_unknown_fields(definitions, ChatMessage, dict(NEUTRAL_IN_MESSAGE), frozenset())
+    if strict_fields:
+        for definition in definitions.values():
+            definition["additionalProperties"] = False
     definitions = _with_schema_names(definitions)
     paths: dict[str, dict[str, Any]] = {}
     for route in api_routes:
@@ -178,27 +172,6 @@ def _operation(path: str, request_schema: type[BaseRequest] | None) -> dict[str,
             "content": {"application/json": {"schema": schema}},
         }
     return operation
-
-
-def _forbid_unknown_fields(
-    definitions: dict[str, Any],
-    request_schema: type[BaseModel],
-    neutral_values: dict[str, tuple[Any, ...]],
-    ignored_fields: frozenset[str],
-) -> None:
-    """Forbid unknown fields in the schema of a class.
-
-    The schema still accepts `ignored_fields` with any value, and each field of `neutral_values`
-    with one of its values.
-    """
-    definition = definitions.get(request_schema.__name__)
-    if definition is None:
-        return
-    definition["additionalProperties"] = False
-    for name, values in neutral_values.items():
-        definition["properties"].setdefault(name, {"enum": [None, *values]})
-    for name in sorted(ignored_fields):
-        definition["properties"].setdefault(name, {})
 
 
 def _schema_name(class_name: str) -> str:

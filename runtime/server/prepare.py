@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import hashlib
+import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, Literal
 
 from llmkit.checkpoint.tokenizer import Detokenizer, Tokenizer
 from llmkit.runtime.engine.engine_request import EngineRequest
@@ -16,7 +18,11 @@ from llmkit.runtime.server.engines.engine_messages import EngineReady
 from llmkit.runtime.server.http.http_errors import ApiError, invalid
 from llmkit.runtime.server.sandbox import SandboxError
 from llmkit.runtime.server.sandbox_process import RenderTemplate
-from llmkit.runtime.server.schemas.base_request import INT64, GenerationRequest
+from llmkit.runtime.server.schemas.base_request import (
+    INT64,
+    BaseRequest,
+    GenerationRequest,
+)
 from llmkit.runtime.server.schemas.chat_request import ChatCompletionRequest
 from llmkit.runtime.server.schemas.completion_request import CompletionRequest
 from llmkit.runtime.server.schemas.structured_output import (
@@ -27,13 +33,19 @@ from llmkit.runtime.server.schemas.structured_output import (
     tool_call_grammars,
 )
 from llmkit.runtime.server.server_state import SamplingDefaults, ServerState
-from llmkit.runtime.server.text.output_parser import THINK_END, THINK_START, OutputParser
+from llmkit.runtime.server.text.output_parser import (
+    THINK_END,
+    THINK_START,
+    OutputParser,
+    has_reasoning,
+)
 from llmkit.runtime.server.text.tool_calls import (
     ToolCallFormat,
     ToolCallParser,
     detect_tool_call_format,
 )
 
+AS_MANY_AS_FIT = -1  # of max_tokens and truncate_prompt_tokens
 COMPLETION_MAX_TOKENS = 16  # OpenAI's default for completions; a chat answer may fill the context
 _LONG_TEXT_CHARS = 8192  # longer texts are tokenized in a thread, so that streams keep flowing
 # Fields whose value in a request must be converted for SamplingParams.
@@ -49,9 +61,9 @@ class Prompt:
 
     token_ids: list[int]
     param: str  # the request's field that it comes from
-    echo: Echo | None = None
+    new_detokenizer: Callable[[], Detokenizer]  # called for each answer
     new_parser: Callable[[], OutputParser] = OutputParser  # called for each answer
-    new_detokenizer: Callable[[], Detokenizer] | None = None  # None: the tokenizer's default
+    echo: Echo | None = None
     grammar: str | None = None
 
 
@@ -62,6 +74,12 @@ async def prepare_completion(
     given_prompts = request.prompts
     state.check_queue_capacity(len(given_prompts) * (request.n or 1))
     tokenizer = state.text.tokenizer
+    max_tokens = request.max_new_tokens
+    if max_tokens is None:
+        max_tokens = COMPLETION_MAX_TOKENS
+    elif max_tokens == AS_MANY_AS_FIT:
+        max_tokens = None
+    max_prompt_tokens = prompt_limit(state, request.truncate_prompt_tokens, max_tokens or 1)
     constraint = request.output_constraint
     grammar = None
     if constraint is not None:
@@ -70,15 +88,20 @@ async def prepare_completion(
             answer, [], may_reason=False, starts_in_reasoning=False, lark=lark_string
         )
         await check_grammar(state.grammars, grammar, constraint.param)
+    new_detokenizer = functools.partial(tokenizer.stream, request.skip_special_tokens is not False)
     prompts = []
     for prompt in given_prompts:
-        token_ids = await tokenize_text(tokenizer, prompt) if isinstance(prompt, str) else prompt
+        if isinstance(prompt, str):
+            token_ids = await tokenize_text(
+                tokenizer, prompt, request.add_special_tokens is not False, max_prompt_tokens
+            )
+        else:
+            token_ids = prompt if max_prompt_tokens is None else prompt[-max_prompt_tokens:]
         check_token_ids(token_ids, state.engine_info.vocab_size, "prompt")
-        echo = _echo(tokenizer, prompt, token_ids) if request.echo else None
-        prompts.append(Prompt(token_ids, "prompt", echo, grammar=grammar))
-    max_tokens = request.max_new_tokens
-    if max_tokens is None:
-        max_tokens = COMPLETION_MAX_TOKENS
+        echo = None
+        if request.echo:
+            echo = _echo(tokenizer, prompt, token_ids, max_prompt_tokens)
+        prompts.append(Prompt(token_ids, "prompt", new_detokenizer, echo=echo, grammar=grammar))
     return _choices(state, request, request_id, prompts, max_tokens, cache_salt)
 
 
@@ -94,10 +117,30 @@ async def prepare_chat(
     tools = request.offered_tools
     call_format = _tool_call_format(tokenizer) if tools else None
     token_ids, text = await encode_chat(
-        state, request.conversation, tools, request.chat_template_kwargs or {}
+        state,
+        request.conversation,
+        tools,
+        request.template_variables,
+        request.adds_generation_prompt,
+        continue_final_message=bool(request.continue_final_message),
+        add_special_tokens=bool(request.add_special_tokens),
     )
-    may_reason = THINK_START in (tokenizer.template(bool(tools)) or "")
+    template = tokenizer.template(bool(tools)) or ""
+    if request.enable_thinking is not None and "enable_thinking" not in template:
+        request.ignored.add(("enable_thinking",))
+    max_tokens = request.max_new_tokens
+    if max_tokens == AS_MANY_AS_FIT:
+        max_tokens = None
+    max_prompt_tokens = prompt_limit(state, request.truncate_prompt_tokens, max_tokens or 1)
+    if max_prompt_tokens is not None:
+        token_ids = token_ids[-max_prompt_tokens:]
+    may_reason = THINK_START in template
     starts_in_reasoning = text.rstrip().endswith(THINK_START)
+    begun_answer = request.conversation[-1]["content"] if request.continue_final_message else ""
+    if begun_answer:
+        # What is begun may be reasoning without an end; after an answer none follows.
+        starts_in_reasoning = begun_answer.rfind(THINK_START) > begun_answer.rfind(THINK_END)
+        may_reason = starts_in_reasoning
     grammar = await _chat_grammar(state, request, call_format, may_reason, starts_in_reasoning)
     tool_names = [tool["function"]["name"] for tool in request.callable_tools]
 
@@ -117,14 +160,11 @@ async def prepare_chat(
         shown_marks += [call_format.opener, call_format.closer]
     if may_reason:
         shown_marks += [THINK_START, THINK_END]
-    prompt = Prompt(
-        token_ids,
-        "messages",
-        new_parser=new_parser,
-        new_detokenizer=lambda: tokenizer.stream(shown=shown_marks),
-        grammar=grammar,
+    new_detokenizer = functools.partial(
+        tokenizer.stream, request.skip_special_tokens is not False, shown_marks
     )
-    return _choices(state, request, request_id, [prompt], request.max_new_tokens, cache_salt)
+    prompt = Prompt(token_ids, "messages", new_detokenizer, new_parser, grammar=grammar)
+    return _choices(state, request, request_id, [prompt], max_tokens, cache_salt)
 
 
 async def encode_chat(
@@ -133,9 +173,14 @@ async def encode_chat(
     tools: Sequence[dict[str, Any]],
     template_kwargs: dict[str, Any],
     add_generation_prompt: bool = True,
+    *,
+    continue_final_message: bool = False,
+    add_special_tokens: bool = False,
 ) -> tuple[list[int], str]:
     """Return the token ids and the text of a conversation's prompt.
 
+    continue_final_message: the prompt ends with the content of the last message, without what the
+    template writes after it. add_special_tokens: add the tokenizer's, beside the template's.
     Raises ApiError 400 when the chat template cannot express the whole conversation.
     """
     tokenizer = state.text.tokenizer
@@ -147,6 +192,15 @@ async def encode_chat(
         if "tool_calls" in entry and "tool_calls" not in template:
             message = "The model's chat template has no place for calls."
             raise invalid(f"messages.{index}.tool_calls", message, "unsupported")
+    end_mark = ""
+    if continue_final_message:
+        # Shows where the content ends in the text. No client can guess it.
+        end_mark = uuid.uuid4().hex
+        final_message = conversation[-1]
+        conversation = [
+            *conversation[:-1],
+            {**final_message, "content": final_message["content"] + end_mark},
+        ]
     variables = tokenizer.chat_variables(
         conversation, tools or None, add_generation_prompt, **template_kwargs
     )
@@ -156,17 +210,59 @@ async def encode_chat(
         raise invalid(
             "messages", f"The chat template refuses the messages: {error}", "chat_template"
         ) from None
+    if continue_final_message:
+        if text.count(end_mark) != 1:
+            message = "The model's chat template cannot leave the last message open."
+            raise invalid("continue_final_message", message, "unsupported")
+        text = text.partition(end_mark)[0]
     # The template writes the special tokens itself.
-    return await tokenize_text(tokenizer, text, add_special_tokens=False), text
+    return await tokenize_text(tokenizer, text, add_special_tokens), text
 
 
 async def tokenize_text(
-    tokenizer: Tokenizer, text: str, add_special_tokens: bool = True
+    tokenizer: Tokenizer,
+    text: str,
+    add_special_tokens: bool = True,
+    max_tokens: int | None = None,
+    keep: Literal["first", "last"] = "last",
 ) -> list[int]:
-    """Return the token ids of `text`; long texts are tokenized in a thread."""
+    """Return the token ids of `text`; long texts are tokenized in a thread.
+
+    max_tokens, keep: see `Tokenizer.encode`.
+    """
     if len(text) < _LONG_TEXT_CHARS:
-        return tokenizer.encode(text, add_special_tokens)
-    return await asyncio.to_thread(tokenizer.encode, text, add_special_tokens)
+        return tokenizer.encode(text, add_special_tokens, max_tokens, keep)
+    return await asyncio.to_thread(tokenizer.encode, text, add_special_tokens, max_tokens, keep)
+
+
+def prompt_limit(
+    state: ServerState, truncate_prompt_tokens: int | None, num_new_tokens: int
+) -> int | None:
+    """Return how many tokens of a prompt are kept, if `num_new_tokens` follow it; None: all."""
+    if truncate_prompt_tokens != AS_MANY_AS_FIT:
+        return truncate_prompt_tokens
+    # At least 1, so that a `max_tokens` that is too large is reported as such.
+    return max(1, state.engine_info.max_model_len - num_new_tokens)
+
+
+def check_reasoning_controls(request: BaseRequest, tokenizer: Tokenizer) -> None:
+    """Settle the fields that control how much the model reasons.
+
+    They have no effect where the chat template has no reasoning, and are added to the request's
+    ignored fields. Raises ApiError 400 where it has, unless the value means the default.
+    """
+    templates = [tokenizer.template(tools) or "" for tools in (False, True)]
+    can_reason = request.uses_chat_template and any(map(has_reasoning, templates))
+    for control in request.reasoning_controls:
+        if can_reason and not control.is_default:
+            param = ".".join(map(str, control.path))
+            raise invalid(
+                param,
+                f"{param} is not supported with this value for a model that reasons: leave it out. "
+                "chat_template_kwargs sets what its chat template has.",
+                "unsupported",
+            )
+        request.ignored.add(control.path)
 
 
 def check_token_ids(token_ids: list[int], vocab_size: int, param: str) -> None:
@@ -218,6 +314,7 @@ def _choices(
     check_token_ids(request.stop_token_ids or [], engine_info.vocab_size, "stop_token_ids")
     check_token_ids(list(request.logit_bias or ()), engine_info.vocab_size, "logit_bias")
     adapter = None if request.model in state.base_model_names else request.model
+    cache_salt = combined_salt(cache_salt, request.cache_salt, request.cache_prompt is not False)
     stop_strings = request.stop_strings
     n = request.n or 1
     choices = []
@@ -247,19 +344,32 @@ def _choices(
             adapter=adapter,
             grammar=prompt.grammar,
         )
-        new_detokenizer = prompt.new_detokenizer or state.text.tokenizer.stream
         choices.append(
             Choice(
                 engine_request,
                 index,
-                new_detokenizer(),
+                prompt.new_detokenizer(),
                 stop_strings,
                 prompt.new_parser(),
                 prompt.echo,
                 empty=limit == 0,
+                include_stop=bool(request.include_stop_str_in_output),
             )
         )
     return choices
+
+
+def combined_salt(client_salt: str, cache_salt: str | None, cache_prompt: bool = True) -> str:
+    """Return the salt of a request's cached prefixes.
+
+    Requests share them if they have the same client and `cache_salt`. Without `cache_prompt` a
+    request shares none.
+    """
+    if not cache_prompt:
+        return f"{client_salt} {uuid.uuid4().hex}"
+    if cache_salt is None:
+        return client_salt
+    return f"{client_salt} {hashlib.sha256(cache_salt.encode()).hexdigest()}"
 
 
 def _choice_seed(seed: int | None, index: int) -> int | None:
@@ -298,12 +408,21 @@ def _check_length(
         )
 
 
-def _echo(tokenizer: Tokenizer, prompt: str | list[int], token_ids: list[int]) -> Echo:
+def _echo(
+    tokenizer: Tokenizer,
+    prompt: str | list[int],
+    token_ids: list[int],
+    max_prompt_tokens: int | None,
+) -> Echo:
+    """Return the echo of a prompt of which at most `max_prompt_tokens` are kept: `token_ids`."""
     if not isinstance(prompt, str):
         return Echo(tokenizer.decode(token_ids, skip_special_tokens=False))
-    has_bos = token_ids[0] == tokenizer.bos_token_id
-    prompt_has_bos = prompt.startswith(tokenizer.id_to_token(token_ids[0]))
-    return Echo(prompt, num_added_tokens=int(has_bos and not prompt_has_bos))
+    has_bos = bool(token_ids) and token_ids[0] == tokenizer.bos_token_id
+    prompt_has_bos = has_bos and prompt.startswith(tokenizer.id_to_token(token_ids[0]))
+    num_added_tokens = int(has_bos and not prompt_has_bos)
+    if len(token_ids) == max_prompt_tokens:  # the prompt may have been cut
+        prompt = tokenizer.decode(token_ids[num_added_tokens:], skip_special_tokens=False)
+    return Echo(prompt, num_added_tokens)
 
 
 async def _chat_grammar(

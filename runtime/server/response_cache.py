@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Container, Sequence
+from collections.abc import Collection, Container, Sequence
 from dataclasses import replace
 from typing import Any, get_type_hints
 
@@ -42,8 +42,16 @@ class ResponseCache:
         self._adapters = adapters
         self._entries: OrderedDict[bytes, bytes] = OrderedDict()
 
-    def key(self, request: EngineRequest, stop_strings: Sequence[str]) -> bytes | None:
-        """Return the key of a request's answer; None when the answer is not deterministic."""
+    def key(
+        self,
+        request: EngineRequest,
+        stop_strings: Sequence[str],
+        skipped_token_ids: Collection[int] = (),
+    ) -> bytes | None:
+        """Return the key of a request's answer; None when the answer is not deterministic.
+
+        skipped_token_ids: the tokens in whose text no stop string is searched.
+        """
         params = request.sampling_params
         greedy = params.temperature == 0
         if not greedy and params.seed is None:
@@ -53,7 +61,9 @@ class ResponseCache:
         if greedy:
             params = replace(params, seed=None)
         request = replace(request, request_id="", priority=0, sampling_params=params)
-        return hashlib.sha256(msgspec.msgpack.encode((request, stop_strings))).digest()
+        # Where a stop string is found, and so how much is generated, depends on the tokens' texts.
+        searched = (stop_strings, sorted(skipped_token_ids)) if stop_strings else ()
+        return hashlib.sha256(msgspec.msgpack.encode((request, searched))).digest()
 
     def get(self, key: bytes) -> list[EngineOutput] | None:
         """Return the engine's outputs, step by step; None when there is no entry."""
@@ -93,7 +103,7 @@ class CachedResponses:
             return
         for choice in choices:
             request_id = choice.request.request_id
-            key = cache.key(choice.request, choice.stop_strings)
+            key = cache.key(choice.request, choice.stop_strings, choice.skipped_token_ids)
             if key is None:
                 continue
             self._keys[request_id] = key

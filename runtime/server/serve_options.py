@@ -4,11 +4,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
-from llmkit.common.errors import InputError
+from llmkit.common.errors import ChatTemplateError, InputError
 from llmkit.common.option_values import SIZE, within, zero_or_at_least
 from llmkit.common.options import Argument, Option
 from llmkit.runtime.engine.engine_options import EngineOptions
 from llmkit.runtime.engine.sampling_params import Pooling
+from llmkit.runtime.server.http.hosts import check_allowed_host
+from llmkit.runtime.server.http.origins import check_allowed_origin
 
 
 def default_name(model: str) -> str:
@@ -22,6 +24,26 @@ def _is_directory(option: str, path: Path) -> None:
         raise InputError(
             f"{option} {path} is not a directory", "A directory of adapters was expected"
         )
+
+
+def _compiles(option: str, path: Path) -> None:
+    # Both import libraries that other starts do not need.
+    from llmkit.checkpoint.tokenizer import read_chat_template
+    from llmkit.common.chat_template import check_chat_template
+
+    try:
+        check_chat_template(read_chat_template(path))
+    except ChatTemplateError as error:
+        raise template_error(f"{option} {path}", error) from None
+
+
+def template_error(what: str, error: Exception) -> InputError:
+    """The error for the chat template `what`, which does not compile."""
+    return InputError(
+        f"{what} does not compile ({error})",
+        "A Jinja2 template as transformers renders it was expected",
+        "Mend it, or give another file with --chat-template",
+    )
 
 
 @dataclass(frozen=True)
@@ -77,6 +99,25 @@ class ServeOptions:
             unset="no certificate is required",
         ),
     ] = None
+    allowed_hosts: Annotated[
+        tuple[str, ...],
+        Option(
+            "Name in the Host header to accept, too; repeat for more, * accepts every one.",
+            metavar="NAME",
+            unset="loopback names; on other addresses every name",
+            check=check_allowed_host,
+        ),
+    ] = ()
+    allowed_origins: Annotated[
+        tuple[str, ...],
+        Option(
+            "Origin of web pages that may use the server; repeat for more, SCHEME://* or * accept "
+            "many.",
+            metavar="ORIGIN",
+            unset="the server's own page",
+            check=check_allowed_origin,
+        ),
+    ] = ()
     open_metrics: Annotated[bool, Option("Allow /metrics to be read without a key.")] = False
     drain_timeout: Annotated[
         float,
@@ -126,6 +167,15 @@ class ServeOptions:
             check=within(0),
         ),
     ] = 0
+    chat_template: Annotated[
+        Path | None,
+        Option(
+            "A Jinja2 file to render chats with, in place of the checkpoint's chat template.",
+            metavar="FILE",
+            unset="the checkpoint's",
+            check=_compiles,
+        ),
+    ] = None
     pooling: Annotated[
         Pooling | None,
         Option(
@@ -170,6 +220,13 @@ class ServeOptions:
             check=_is_directory,
         ),
     ] = None
+    strict_fields: Annotated[
+        bool,
+        Option(
+            "Refuse requests with unknown fields; without it these are ignored and named in the "
+            "header x-llmkit-ignored."
+        ),
+    ] = False
     log_requests: Annotated[
         bool, Option("Write a JSON line to stderr for each request, without its text.")
     ] = False
@@ -185,6 +242,7 @@ class ServeOptions:
     max_body_bytes: int = 8 * 1024 * 1024
     body_timeout: float = 30.0
     write_timeout: float = 30.0  # the longest time that a client may leave its answer unread
+    stream_keep_alive: float = 10.0  # the longest time that a stream is silent
     debug: bool = False
 
     def to_dict(self) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import Enum
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from llmkit.checkpoint.embedding_config import PoolingConfig, read_pooling_config
@@ -21,6 +22,7 @@ from llmkit.runtime.server.generation import Generation
 from llmkit.runtime.server.http.http_errors import ApiError
 from llmkit.runtime.server.response_cache import ResponseCache
 from llmkit.runtime.server.sandbox import Sandbox
+from llmkit.runtime.server.schemas.ignored_fields import IgnoredFieldsLog
 from llmkit.runtime.server.serve_options import ServeOptions
 from llmkit.runtime.server.server_metrics import ServerMetrics
 from llmkit.runtime.server.throughput import Throughput
@@ -92,11 +94,16 @@ class TextResources:
     # Fields of generation_config.json without effect, as "name: value".
     not_applied: tuple[str, ...] = ()
     embeddings: PoolingConfig = field(default_factory=PoolingConfig)
+    edit_warning: str | None = None  # about files that were edited since llmkit wrote them
 
     @staticmethod
-    def load(model: str) -> TextResources:
-        """Read the tokenizer and generation config of `model`. Raises LlmkitError."""
+    def load(model: str, chat_template: Path | None = None) -> TextResources:
+        """Read the tokenizer and generation config of `model`.
+
+        chat_template: a file to use in place of its own chat templates. Raises LlmkitError.
+        """
         # Imported in the thread that loads them, while the event loop starts.
+        from llmkit.checkpoint.manifest import edit_warning, load_manifest
         from llmkit.checkpoint.open_model_files import open_model_files
         from llmkit.checkpoint.tokenizer import load_tokenizer
 
@@ -107,11 +114,13 @@ class TextResources:
             for name, neutral in _NOT_APPLIED.items()
             if config.get(name) not in (None, neutral)
         ]
+        manifest = load_manifest(files.path) if files.path.is_dir() else None
         return TextResources(
-            load_tokenizer(files),
+            load_tokenizer(files, chat_template),
             SamplingDefaults.from_generation_config(config),
             tuple(not_applied),
             read_pooling_config(files),
+            None if manifest is None else edit_warning(files.path, manifest),
         )
 
 
@@ -131,6 +140,7 @@ class ServerState:
     response_cache: ResponseCache | None = None  # set by `serve` if the option is on
     tracing: Tracing | None = None  # set by `serve` if the option is on
     templates: Sandbox = field(default_factory=Sandbox)  # renders chat templates
+    ignored_fields_log: IgnoredFieldsLog = field(default_factory=IgnoredFieldsLog)
     _engine_info: EngineReady | None = None  # set by `become_ready`
     _text: TextResources | None = None  # set by `become_ready`
     # Requests, and tokens of their prompts, that the engine finishes per second.
@@ -277,6 +287,11 @@ class ServerState:
             self._active_requests -= 1
             if self._active_requests == 0:
                 self._idle.set()
+
+    @property
+    def num_active_requests(self) -> int:
+        """HTTP requests without a complete response."""
+        return self._active_requests
 
     async def wait_until_idle(self) -> None:
         """Wait until no HTTP request is active."""

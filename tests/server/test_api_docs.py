@@ -46,7 +46,7 @@ def test_api_docs_list_a_test_for_every_request_field(kind: type[BaseRequest]) -
             assert row[5].startswith("test_")
             assert cell != "✓" or names <= kind.model_fields.keys() | {"strict"}  # of a tool
         elif cell == "no effect":
-            assert names <= kind.ignored_fields | {"user"}
+            assert names <= kind.no_effect_fields | {"user"}
         elif cell == "no":
             assert not names & kind.model_fields.keys()
     assert kind.model_fields.keys() - {"user"} <= named, "fields that the page does not tell of"

@@ -102,7 +102,7 @@ def test_fuzz_any_value_of_any_field(
     data: st.DataObject,
 ) -> None:
     names = sorted(
-        (kind.model_fields.keys() | kind.neutral_values.keys() | kind.ignored_fields) - {"model"}
+        (kind.model_fields.keys() | kind.neutral_values.keys() | kind.no_effect_fields) - {"model"}
     )
     fields = data.draw(st.dictionaries(st.sampled_from(names), VALUES, min_size=1, max_size=3))
     answer = fuzzed_http.post(path, json={"model": "said", **base, **fields})
@@ -179,7 +179,7 @@ def test_fuzz_every_field_at_and_past_its_limits(
 ) -> None:
     schema = kind.model_json_schema()["properties"]
     cases = [(name, edge) for name in schema for edge in past_the_limits(schema[name])]
-    fields = sorted(schema.keys() | kind.neutral_values.keys() | kind.ignored_fields)
+    fields = sorted(schema.keys() | kind.neutral_values.keys() | kind.no_effect_fields)
     pairs = [(name, literal) for name in fields for literal in LITERALS.values()]
     cases += random.Random(path).sample(pairs, int(len(pairs) * share))
     for name, literal in cases:

@@ -105,6 +105,20 @@ def test_responses_cut_off_answer_is_incomplete(scripted_client: openai.OpenAI) 
     assert answer.usage.output_tokens == 1
 
 
+def test_responses_call_cut_off_is_incomplete(scripted_client: openai.OpenAI) -> None:
+    forced = {"type": "function", "name": "get_weather"}
+    body = request_body("think", tools=TOOLS, tool_choice=forced, parallel_tool_calls=False)
+    _, whole = answer_both_ways(scripted_client, **body, max_output_tokens=200).output
+    assert whole.status == "completed"
+    cut = answer_both_ways(scripted_client, **body, max_output_tokens=40)
+    assert cut.status == "incomplete"
+    thought, call = cut.output
+    assert (thought.type, thought.status) == ("reasoning", "completed")
+    assert (call.type, call.name, call.status) == ("function_call", "get_weather", "incomplete")
+    assert call.arguments and call.arguments != whole.arguments
+    assert whole.arguments.startswith(call.arguments)
+
+
 def test_responses_items_can_be_sent_back(scripted_client: openai.OpenAI) -> None:
     answer = answer_both_ways(scripted_client, **request_body("think", tools=TOOLS))
     thought, text, call = answer.output
@@ -158,9 +172,12 @@ def test_responses_accept_store_and_do_not_store(scripted_client: openai.OpenAI)
         ({"conversation": "c"}, "conversation", "unsupported"),
         ({"background": True}, "background", "unsupported"),
         ({"truncation": "auto"}, "truncation", "unsupported"),
-        ({"include": ["message.output_text.logprobs"]}, "include", "unsupported"),
-        ({"reasoning": {"effort": "high"}}, "reasoning", "unsupported"),
-        ({"messages": []}, "messages", "unknown_parameter"),
+        ({"include": ["message.output_text.logprobs"]}, "include.0", "unsupported"),
+        ({"include": ["reasoning.encrypted_content"]}, "include", "unsupported"),
+        ({"reasoning": {"effort": "high"}}, "reasoning.effort", "unsupported"),
+        ({"reasoning": {"effort": "huge"}}, "reasoning.effort", "invalid_value"),
+        ({"text": {"verbosity": "low"}}, "text.verbosity", "unsupported"),
+        ({"context_management": [{"type": "compaction"}]}, "context_management", "unsupported"),
         ({"input": 5}, "input", "invalid_type"),
         ({"input": []}, "input", "invalid_value"),
         ({"input": [5]}, "input.0", "invalid_type"),
@@ -172,11 +189,6 @@ def test_responses_accept_store_and_do_not_store(scripted_client: openai.OpenAI)
             "unsupported",
         ),
         ({"input": [{"type": "item_reference", "id": "x"}]}, "input.0.type", "unsupported"),
-        (
-            {"input": [{"role": "user", "content": "x", "more": 1}]},
-            "input.0.more",
-            "unknown_parameter",
-        ),
         ({"max_output_tokens": 0}, "max_output_tokens", "invalid_value"),
         ({"temperature": 3}, "temperature", "invalid_value"),
         ({"tools": [{"type": "web_search"}]}, "tools.0.type", "invalid_value"),

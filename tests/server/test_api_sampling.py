@@ -363,7 +363,18 @@ def test_tokenize_of_messages_equals_a_chats_prompt(http: httpx.Client) -> None:
             "add_generation_prompt",
             "invalid_value",
         ),
-        ("/tokenize", {"prompt": "x", "more": 1}, "more", "unknown_parameter"),
+        (
+            "/tokenize",
+            {"prompt": "x", "continue_final_message": True},
+            "continue_final_message",
+            "invalid_value",
+        ),
+        (
+            "/tokenize",
+            {"messages": CHAT["messages"], "continue_final_message": True},
+            "continue_final_message",
+            "invalid_value",
+        ),
         (
             "/tokenize",
             {"messages": [{"role": "robot", "content": "x"}]},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 import signal
 import subprocess
 import sys
@@ -30,6 +31,7 @@ from llmkit.runtime.engine.engine_options import EngineOptions
 from llmkit.runtime.engine.sampling_params import SamplingParams
 from llmkit.runtime.engine_loader import load_engine
 from llmkit.runtime.server.router.model_pool import ModelPool, PooledModel
+from llmkit.runtime.server.run_server import bind
 
 PROMPT = [5, 9, 11, 300] * 5
 ASKED: dict[str, Any] = {
@@ -222,6 +224,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models")
     for seed, name in enumerate(("one", "two")):
         tiny_checkpoint(folder / name, dtype="float32", seed=seed, max_position_embeddings=4096)
+    (folder / "late").symlink_to(folder / "one")
     (folder / "keys").write_text("key-one\nkey-two\n")
     return folder
 
@@ -343,7 +346,6 @@ def test_router_answers_wrong_requests_as_a_single_server_does(
         (400, "missing_required_parameter", http.post(ask, json={"prompt": "a"})),
         (400, "invalid_type", http.post(ask, json=body | {"model": 3})),
         (400, "invalid_value", http.post(ask, json=body | {"max_tokens": -3})),
-        (400, "unknown_parameter", http.post(ask, json=body | {"unheard": 1})),
     ):
         assert (got.status_code, got.json()["error"]["code"]) == (status, code)
         assert len(got.content) <= 16 * 1024
@@ -379,6 +381,7 @@ def test_router_fails_streams_of_a_dead_server_and_reloads_it(
 def test_router_reports_why_a_model_cannot_load_and_retries(
     router: LlmkitRouter, client: openai.OpenAI, http: httpx.Client, folder: Path
 ) -> None:
+    (folder / "late").unlink()  # it was there when the server started
     with pytest.raises(openai.InternalServerError) as caught:
         client.completions.create(model="late", **ASKED)
     assert (caught.value.status_code, caught.value.code) == (503, "model_failed")
@@ -387,6 +390,29 @@ def test_router_reports_why_a_model_cannot_load_and_retries(
     (folder / "late").symlink_to(folder / "one")
     assert len(client.completions.create(model="late", **ASKED).choices[0].token_ids) == 12
     assert states(http)["late"] == "loaded"
+
+
+@pytest.mark.parametrize(
+    ("wrong", "code", "message"),
+    [
+        ("MISSING", 3, "the model b: MISSING does not exist. A directory, a hub id"),
+        ("TORN", 3, "the model b: MISSING/tokenizer.json is malformed"),
+    ],
+)
+def test_router_refuses_a_wrong_model_before_it_listens(
+    folder: Path, tmp_path: Path, wrong: str, code: int, message: str
+) -> None:
+    place = tmp_path / "b"
+    if wrong == "TORN":
+        shutil.copytree(folder / "one", place)
+        (place / "tokenizer.json").write_text('{"model"')
+    with bind("127.0.0.1", 0) as taken:
+        # A port in use is reported only when the server listens, which it does not come to.
+        options = ("--port", str(taken.getsockname()[1]))
+        running = LlmkitRouter(tmp_path / "log", {"a": folder / "one", "b": place}, *options)
+        assert running.process.wait(60) == code
+    (line,) = running.log.read_text().splitlines()
+    assert line.startswith(f"llmkit serve: error: {message.replace('MISSING', str(place))}")
 
 
 @pytest.fixture
@@ -428,6 +454,10 @@ def test_router_finishes_streams_after_sigterm_and_leaves_no_process(
     reader.join(60)
     assert ended[-1] == "data: [DONE]"
     assert fresh_router.process.wait(60) == 0
+    assert (
+        "llmkit serve: stopping: 1 request left, Ctrl-C again to cut it"
+        in fresh_router.log.read_text().splitlines()
+    )
     assert len(family) >= 2
     assert not any(process.is_running() for process in family)
 

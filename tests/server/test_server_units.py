@@ -116,7 +116,18 @@ WRONG_IN_BOTH = [
     ({"seed": 2**63}, "seed", "invalid_value"),
     ({"seed": 1.0}, "seed", "invalid_type"),
     ({"max_tokens": 0}, "max_tokens", "invalid_value"),
-    ({"max_tokens": -1}, "max_tokens", "invalid_value"),
+    ({"max_tokens": -2}, "max_tokens", "invalid_value"),
+    ({"n_predict": -2}, "n_predict", "invalid_value"),
+    ({"max_tokens": 3, "n_predict": 4}, "n_predict", "invalid_value"),
+    ({"repetition_penalty": 1.1, "repeat_penalty": 1.2}, "repeat_penalty", "invalid_value"),
+    ({"truncate_prompt_tokens": 0}, "truncate_prompt_tokens", "invalid_value"),
+    ({"truncate_prompt_tokens": -2}, "truncate_prompt_tokens", "invalid_value"),
+    ({"cache_salt": ""}, "cache_salt", "invalid_value"),
+    ({"skip_special_tokens": "no"}, "skip_special_tokens", "invalid_type"),
+    ({"reasoning_effort": "huge"}, "reasoning_effort", "invalid_value"),
+    ({"bad_words": ["x"]}, "bad_words", "unsupported"),
+    ({"use_beam_search": True}, "use_beam_search", "unsupported"),
+    ({"grammar": "root ::= x"}, "grammar", "unsupported"),
     ({"max_tokens": 2**64}, "max_tokens", "invalid_value"),
     ({"max_tokens": 3, "max_completion_tokens": 4}, "max_completion_tokens", "invalid_value"),
     ({"stop": ""}, "stop", "invalid_value"),
@@ -175,7 +186,6 @@ WRONG_IN_BOTH = [
         "invalid_value",
     ),
     ({"guided_regex": "a", "ignore_eos": True}, "ignore_eos", "invalid_value"),
-    ({"reasoning_effort": "high"}, "reasoning_effort", "unsupported"),
     ({"max_token": 5}, "max_token", "unknown_parameter"),
 ]
 WRONG_IN_COMPLETIONS = [
@@ -223,6 +233,23 @@ WRONG_IN_CHATS = [
         "invalid_value",
     ),
     ({"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs", "invalid_value"),
+    (
+        {"chat_template_kwargs": {"enable_thinking": True}, "enable_thinking": False},
+        "enable_thinking",
+        "invalid_value",
+    ),
+    ({"continue_final_message": True}, "continue_final_message", "invalid_value"),
+    (
+        {"continue_final_message": True, "add_generation_prompt": True},
+        "add_generation_prompt",
+        "invalid_value",
+    ),
+    ({"chat_template": "x"}, "chat_template", "unsupported"),
+    (
+        {"structured_outputs": {"structural_tag": "{}"}},
+        "structured_outputs.structural_tag",
+        "unsupported",
+    ),
 ]
 WRONG_PROMPTS = [
     ("", "invalid_value"),
@@ -265,6 +292,21 @@ WRONG_MESSAGES = [
         [{"role": "user", "content": "x", "reasoning_content": "y"}],
         "messages.0.reasoning_content",
         "invalid_value",
+    ),
+    (
+        [{"role": "user", "content": "x", "reasoning": "y"}],
+        "messages.0.reasoning",
+        "invalid_value",
+    ),
+    (
+        [{"role": "assistant", "content": "x", "reasoning": "y", "reasoning_content": "z"}],
+        "messages.0.reasoning",
+        "invalid_value",
+    ),
+    (
+        [{"role": "user", "content": [{"type": "text", "text": "x", "colour": 1}]}],
+        "messages.0.content.0.colour",
+        "unknown_parameter",
     ),
     ([{"role": "user", "content": "x"}, 5], "messages.1", "invalid_type"),
 ]
@@ -369,8 +411,10 @@ def test_chat_request_accepts_an_assistants_message_sent_back() -> None:
         "tool_calls": None,
         "annotations": [],
         "audio": None,
+        "id": "msg_1",
     }
-    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    cached = {"cache_control": {"type": "ephemeral"}}
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b", **cached}]
     messages = [{"role": "developer", "content": parts, "name": "me"}, echoed]
     body = parse_request(
         ChatCompletionRequest, json.dumps({"model": "m", "messages": messages}).encode()

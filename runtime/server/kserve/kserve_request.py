@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any
 
 import msgspec
-from pydantic import Field
+from pydantic import ConfigDict, Field
 
 from llmkit.runtime.server.http.http_errors import ApiError, invalid
 from llmkit.runtime.server.kserve.kserve_tensors import INPUTS, OUTPUTS, parse_values
@@ -31,13 +31,21 @@ _UNSUPPORTED = {
     "logprobs",
     "prompt_logprobs",
     "return_token_ids",
+    "reasoning_effort",
+    "verbosity",
 }
 _SEQUENCE = {"sequence_id", "sequence_start", "sequence_end"}  # for stateful models only
 _MICROSECONDS = 1e6
 
 
+# The protocol has no fields beside its own: an unknown one is an error.
+_NO_UNKNOWN_FIELDS = ConfigDict(extra="forbid")
+
+
 class InferInput(StrictModel):
     """An input tensor; without `data` its values follow the JSON."""
+
+    model_config = _NO_UNKNOWN_FIELDS
 
     name: str
     datatype: str
@@ -49,12 +57,16 @@ class InferInput(StrictModel):
 class InferOutput(StrictModel):
     """An output that is asked for."""
 
+    model_config = _NO_UNKNOWN_FIELDS
+
     name: str
     parameters: dict[str, Any] | None = None
 
 
 class InferRequest(BaseRequest):
     """POST /v2/models/NAME/infer; the model is in the path."""
+
+    model_config = _NO_UNKNOWN_FIELDS
 
     model: Annotated[str, Field(max_length=0)] = ""
     id: Annotated[str, Field(max_length=1024)] | None = None

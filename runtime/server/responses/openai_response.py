@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 import uuid
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -39,6 +40,7 @@ class CompletionResponseBuilder:
         self._request = request
         self._tokenizer = tokenizer
         self._logprobs: dict[int, CompletionLogprobs] = {}  # by index of the choice
+        self._num_tokens: Counter[int] = Counter()  # in the chunks so far, by index of the choice
 
     def full_response(self, choices: Sequence[Choice], answers: Sequence[Delta]) -> bytes:
         document = self._document(self.full_object)
@@ -62,10 +64,16 @@ class CompletionResponseBuilder:
     def stream_events(self, choices: Sequence[Choice], deltas: Iterable[Delta]) -> bytes:
         events = []
         for delta in deltas:
+            choice = choices[delta.index]
+            self._num_tokens[delta.index] += len(delta.token_ids)
             has_content = delta.parts or delta.finish_reason or delta.tokens
             if has_content or self._request.return_token_ids:
-                entry = self._choice_entry(choices[delta.index], delta, self._delta_content(delta))
-                events.append(self._chunk([entry], None))
+                entry = self._choice_entry(choice, delta, self._delta_content(delta))
+                usage = None
+                if self._request.include_continuous_usage:
+                    num_prompt_tokens = len(choice.request.prompt_token_ids)
+                    usage = _token_counts(num_prompt_tokens, self._num_tokens[delta.index])
+                events.append(self._chunk([entry], usage))
         return b"".join(events)
 
     def final_events(self, choices: Sequence[Choice]) -> bytes:
@@ -188,13 +196,19 @@ def _usage(choices: Sequence[Choice], n: int) -> dict[str, Any]:
     prompt_tokens = sum(len(choice.request.prompt_token_ids) for choice in first_choices)
     completion_tokens = sum(choice.completion_tokens for choice in choices)
     return {
-        "prompt_tokens": prompt_tokens,
-        "completion_tokens": completion_tokens,
-        "total_tokens": prompt_tokens + completion_tokens,
+        **_token_counts(prompt_tokens, completion_tokens),
         "prompt_tokens_details": {
             "cached_tokens": sum(choice.cached_tokens for choice in first_choices)
         },
         "completion_tokens_details": {
             "reasoning_tokens": sum(choice.reasoning_tokens for choice in choices)
         },
+    }
+
+
+def _token_counts(prompt_tokens: int, completion_tokens: int) -> dict[str, Any]:
+    return {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": completion_tokens,
+        "total_tokens": prompt_tokens + completion_tokens,
     }

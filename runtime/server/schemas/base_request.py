@@ -1,20 +1,31 @@
 """What all request schemas share: parsing, fields of generation, errors that name the field.
 
 Every field is validated before anything is queued, and none is silently ignored. pydantic parses
-strictly and directly from the bytes. A field that llmkit does not implement is accepted only with a
-value that leaves the answer unchanged: see `BaseRequest.neutral_values`.
+strictly and directly from the bytes. A known field that llmkit does not implement is accepted only
+with a value that leaves the answer unchanged: see `StrictModel.neutral_values`. An unknown field,
+in the request or in an object within it, has no effect and is reported: see `ignored_fields.py`.
 
 The docstrings of request classes are descriptions in /openapi.json.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, TypeVar
+from types import MappingProxyType
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, WithJsonSchema
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    ValidationError,
+    WithJsonSchema,
+)
 
 from llmkit.runtime.server.http.http_errors import ApiError, invalid
+from llmkit.runtime.server.schemas.ignored_fields import FieldPath, IgnoredFields
 
 MAX_STOPS = 16
 MAX_STOP_CHARS = 1024
@@ -30,6 +41,14 @@ NonNegativeInt = Annotated[int, Field(ge=0, lt=2**31)]
 LogprobCount = Annotated[int, Field(ge=0, le=MAX_LOGPROBS)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 TimeoutSeconds = Annotated[float, Field(gt=0, le=86_400)]
+# Requests with different salts never share a cached prefix.
+CacheSalt = Annotated[str, Field(min_length=1, max_length=1024)]
+MaxTokens = Annotated[int, Field(ge=-1, lt=2**31)]  # -1: as many as fit into the context
+# How many tokens of a prompt are kept; -1: as many as fit into the context.
+TruncatePromptTokens = Annotated[int, Field(ge=-1, lt=2**31)]
+RepetitionPenalty = Annotated[float, Field(gt=0, le=10)]
+Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
+Verbosity = Literal["low", "medium", "high"]
 # Names of fields, and the values that leave the answer unchanged. Null always does.
 NeutralValues = Mapping[str, tuple[Any, ...]]
 
@@ -45,29 +64,67 @@ def any_of_schema(*schemas: dict[str, Any], null: bool = True) -> WithJsonSchema
 _STOP_STRING_SCHEMA = {"type": "string", "minLength": 1, "maxLength": MAX_STOP_CHARS}
 
 
-class StrictModel(BaseModel):
-    """An object without unknown fields."""
+def _add_known_extras(schema: dict[str, Any], model: type[BaseModel]) -> None:
+    """Add the fields that are accepted but not implemented to the JSON schema of `model`."""
+    assert issubclass(model, StrictModel)
+    properties = schema.setdefault("properties", {})
+    for name, values in model.neutral_values.items():
+        properties.setdefault(name, {"enum": [None, *values]})
+    for name in sorted(model.no_effect_fields):
+        properties.setdefault(name, {})
 
-    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+
+class StrictModel(BaseModel):
+    """An object of a request. The types of its fields are strict.
+
+    `parse_request` removes the fields that it does not have, and reports the unknown ones.
+    """
+
+    model_config = ConfigDict(
+        strict=True, extra="allow", allow_inf_nan=False, json_schema_extra=_add_known_extras
+    )
+
+    # Fields that are not implemented, with the values that leave the answer unchanged.
+    neutral_values: ClassVar[NeutralValues] = {}
+    # Fields that never change the answer: any value is accepted.
+    no_effect_fields: ClassVar[frozenset[str]] = frozenset()
 
 
 class StreamOptions(StrictModel):
     """`stream_options` of a request."""
 
+    neutral_values = {"include_obfuscation": (False,)}
+
     include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
 
 
-class BaseRequest(BaseModel):
+class ReasoningControl(NamedTuple):
+    """A field that asks the model to reason, or to write, more or less than it does by itself."""
+
+    path: FieldPath
+    is_default: bool  # whether its value means the same as leaving it out
+
+
+class BaseRequest(StrictModel):
     """The base of all request schemas."""
 
-    model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
+    # Whether the model's chat template writes the prompt.
+    uses_chat_template: ClassVar[bool] = False
 
-    # Fields that are not implemented, with the values that leave the answer unchanged.
-    neutral_values: ClassVar[NeutralValues] = {}
-    # Fields that never change the answer: any value is accepted.
-    ignored_fields: ClassVar[frozenset[str]] = frozenset()
+    _ignored: IgnoredFields = PrivateAttr(default_factory=IgnoredFields)
 
     model: Annotated[str, Field(min_length=1, max_length=1024)]
+
+    @property
+    def ignored(self) -> IgnoredFields:
+        """The fields of this request that have no effect."""
+        return self._ignored
+
+    @property
+    def reasoning_controls(self) -> list[ReasoningControl]:
+        """The fields given that control how much the model reasons."""
+        return []
 
     def check(self) -> None:
         """Check what the types of single fields cannot express. Raises ApiError."""
@@ -88,13 +145,26 @@ class GenerationRequest(BaseRequest):
         "modalities": (["text"],),
         "audio": (),
         "prediction": (),
-        "reasoning_effort": (),
-        "verbosity": (),
         "web_search_options": (),
+        "return_tokens_as_token_ids": (False,),
+        "use_beam_search": (False,),
+        "length_penalty": (1,),
+        "bad_words": ([],),
+        "allowed_token_ids": (),
+        "logits_processors": ([],),
+        "chat_template": (),
+        "documents": ([],),
+        "prompt_embeds": (),
+        # Other servers' names of constraints.
+        "regex": (),
+        "ebnf": (),
+        "grammar": ("",),
+        "json_schema": ({},),
+        "guided_whitespace_pattern": (),
     }
     # parallel_tool_calls matters to chats only. The others concern storage, billing and caching,
     # which do not change the answer.
-    ignored_fields = frozenset(
+    no_effect_fields = frozenset(
         {
             "parallel_tool_calls",
             "store",
@@ -105,7 +175,8 @@ class GenerationRequest(BaseRequest):
         }
     )
 
-    max_tokens: NonNegativeInt | None = None
+    max_tokens: MaxTokens | None = None
+    n_predict: MaxTokens | None = None  # llama.cpp's name of max_tokens
     max_completion_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
     min_tokens: NonNegativeInt | None = None
     n: Annotated[int, Field(ge=1, le=MAX_N)] | None = None
@@ -113,7 +184,8 @@ class GenerationRequest(BaseRequest):
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=-1, lt=2**31)] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
+    repetition_penalty: RepetitionPenalty | None = None
+    repeat_penalty: RepetitionPenalty | None = None  # llama.cpp's name of repetition_penalty
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
     logit_bias: (
@@ -133,6 +205,14 @@ class GenerationRequest(BaseRequest):
     stop_token_ids: (
         Annotated[list[NonNegativeInt], Field(max_length=MAX_STOP_TOKEN_IDS, fail_fast=True)] | None
     ) = None
+    include_stop_str_in_output: bool | None = None
+    skip_special_tokens: bool | None = None
+    add_special_tokens: bool | None = None
+    truncate_prompt_tokens: TruncatePromptTokens | None = None
+    cache_salt: CacheSalt | None = None
+    cache_prompt: bool | None = None
+    reasoning_effort: Effort | None = None
+    verbosity: Verbosity | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     ignore_eos: bool | None = None
@@ -141,6 +221,9 @@ class GenerationRequest(BaseRequest):
     timeout: TimeoutSeconds | None = None
 
     def check(self) -> None:
+        take_alias(self, "n_predict", "max_tokens")
+        take_alias(self, "repeat_penalty", "repetition_penalty")
+        check_truncation(self.truncate_prompt_tokens)
         if self.stream_options is not None and not self.stream:
             raise invalid("stream_options", "stream_options can be given with stream: true only.")
         if self.prompt_logprobs is not None and self.stream:
@@ -153,7 +236,10 @@ class GenerationRequest(BaseRequest):
                 f"({self.max_completion_tokens}) differ; give one of them.",
             )
         if self.max_tokens == 0 and not self.allows_empty_output:
-            raise invalid("max_tokens", "max_tokens must be at least 1; 0 goes with echo only.")
+            message = (
+                "max_tokens must be at least 1, or -1 for as many as fit; 0 goes with echo only."
+            )
+            raise invalid("max_tokens", message)
         _ = self.stop_strings  # raises ApiError when `stop` is invalid
 
     @property
@@ -188,7 +274,7 @@ class GenerationRequest(BaseRequest):
 
     @property
     def max_new_tokens(self) -> int | None:
-        """`max_tokens`, or `max_completion_tokens`, its newer name."""
+        """`max_tokens`, or `max_completion_tokens`, its newer name; -1: as many as fit."""
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
     @property
@@ -196,59 +282,132 @@ class GenerationRequest(BaseRequest):
         """Whether a stream ends with a chunk that holds the usage."""
         return self.stream_options is not None and bool(self.stream_options.include_usage)
 
+    @property
+    def include_continuous_usage(self) -> bool:
+        """Whether every chunk of a stream holds the usage so far."""
+        return self.include_usage and bool(
+            self.stream_options is not None and self.stream_options.continuous_usage_stats
+        )
+
+    @property
+    def reasoning_controls(self) -> list[ReasoningControl]:
+        return given_controls(
+            (("reasoning_effort",), self.reasoning_effort, "medium"),
+            (("verbosity",), self.verbosity, "medium"),
+        )
+
+
+def given_controls(*controls: tuple[FieldPath, Any, Any]) -> list[ReasoningControl]:
+    """Return the controls among (path, value, default value) whose value is not null."""
+    return [
+        ReasoningControl(path, value == default)
+        for path, value, default in controls
+        if value is not None
+    ]
+
+
+def take_alias(request: BaseModel, alias: str, name: str) -> None:
+    """Set the field `name` from its other name. Raises ApiError 400 when the two differ."""
+    value = getattr(request, alias)
+    if value is None:
+        return
+    known = getattr(request, name)
+    if known is None:
+        setattr(request, name, value)
+    elif known != value:
+        raise invalid(alias, f"{alias} and {name} are the same field and differ; give one of them.")
+
+
+def check_truncation(truncate_prompt_tokens: int | None) -> None:
+    """Raise ApiError 400 for a prompt that is to be cut to nothing."""
+    if truncate_prompt_tokens == 0:
+        raise invalid(
+            "truncate_prompt_tokens",
+            "truncate_prompt_tokens must be at least 1, or -1 for as many as fit.",
+        )
+
 
 RequestT = TypeVar("RequestT", bound=BaseRequest)
 
 
-def parse_request(kind: type[RequestT], data: bytes) -> RequestT:
-    """Parse a request's body. Raises ApiError 400 that names the field at fault."""
+def parse_request(kind: type[RequestT], data: bytes, strict_fields: bool = True) -> RequestT:
+    """Parse a request's body. Raises ApiError 400 that names the field at fault.
+
+    strict_fields: whether an unknown field is an error; otherwise it is in the request's `ignored`.
+    """
     try:
         request = kind.model_validate_json(data)
     except ValidationError as error:
         raise _validation_error(error) from None
     except RecursionError:
         raise ApiError(400, "The JSON is nested too deeply.", code="invalid_json") from None
-    return _checked(request)
+    return _checked(request, strict_fields)
 
 
 def build_request(kind: type[RequestT], fields: dict[str, Any]) -> RequestT:
-    """Build a request from the converted fields of another API; raises as `parse_request` does."""
+    """Build a request from the converted fields of another API; raises as `parse_request` does.
+
+    An unknown field is an error.
+    """
     try:
         request = kind.model_validate(fields)
     except ValidationError as error:
         raise _validation_error(error) from None
-    return _checked(request)
+    return _checked(request, strict_fields=True)
 
 
-def _checked(request: RequestT) -> RequestT:
-    reject_unsupported_fields(
-        request.model_extra or {}, "", request.neutral_values, request.ignored_fields
-    )
+def _checked(request: RequestT, strict_fields: bool) -> RequestT:
+    request.ignored.strict = strict_fields
+    _take_extra_fields(request, (), request.ignored)
     request.check()
     return request
 
 
-def reject_unsupported_fields(
-    extra: Mapping[str, Any],
-    prefix: str,
-    neutral_values: NeutralValues,
-    ignored_fields: frozenset[str] = frozenset(),
-) -> None:
-    """Raise ApiError for a field that is unknown, or not implemented and would change the answer.
+def _take_extra_fields(value: Any, path: FieldPath, ignored: IgnoredFields) -> None:
+    """Check and remove the fields that `value`, which is at `path`, and objects in it do not have.
 
-    `extra` are the fields that the schema does not have; `prefix` is put before their names.
+    They are removed so that no chat template sees them.
+    """
+    if isinstance(value, list):
+        for index, item in enumerate(value):
+            if not isinstance(item, StrictModel):
+                return  # lists are of one type
+            _take_extra_fields(item, (*path, index), ignored)
+    elif isinstance(value, StrictModel):
+        extra = value.model_extra
+        if extra:
+            check_extra_fields(extra, path, ignored, value.neutral_values, value.no_effect_fields)
+            extra.clear()
+        for name, field in type(value).model_fields.items():
+            _take_extra_fields(getattr(value, name), (*path, field.alias or name), ignored)
+
+
+def check_extra_fields(
+    extra: Mapping[str, Any],
+    path: FieldPath,
+    ignored: IgnoredFields,
+    neutral_values: NeutralValues = MappingProxyType({}),
+    no_effect_fields: frozenset[str] = frozenset(),
+) -> None:
+    """Add the unknown fields among `extra`, fields of the object at `path`, to `ignored`.
+
+    Raises ApiError 400 for a field that is not implemented and would change the answer.
     """
     for name, value in extra.items():
-        param = prefix + name
-        if name in ignored_fields:
+        if name in no_effect_fields:
             continue
         if name not in neutral_values:
-            raise invalid(param, f"Unknown field: {param}.", "unknown_parameter")
-        if value is None or any(_same(value, neutral) for neutral in neutral_values[name]):
+            ignored.add_unknown((*path, name))
             continue
+        allowed = neutral_values[name]
+        if value is None or any(_same(value, neutral) for neutral in allowed):
+            continue
+        param = ".".join(map(str, (*path, name)))
+        choices = " or ".join(json.dumps(choice) for choice in (*allowed, None))
         raise invalid(
             param,
-            f"{param} is not supported with a value that would change the answer.",
+            f"{param} is not supported with this value, which would change the answer: leave it "
+            f"out, or send {choices}.",
             "unsupported",
         )
 

@@ -10,16 +10,16 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field
+from pydantic import Field
 
 from llmkit.runtime.server.http.http_errors import invalid
 from llmkit.runtime.server.schemas.base_request import (
     LogprobCount,
-    NeutralValues,
     StrictModel,
     any_of_schema,
-    reject_unsupported_fields,
+    check_extra_fields,
 )
+from llmkit.runtime.server.schemas.ignored_fields import FieldPath, IgnoredFields
 from llmkit.runtime.server.schemas.structured_output import (
     StructuredOutputRequest,
     check_schema_size,
@@ -29,15 +29,9 @@ MAX_MESSAGES = 4096
 MAX_TOOLS = 128
 # Variables of a chat template that the server sets: chat_template_kwargs must not hold them.
 RESERVED_TEMPLATE_VARIABLES = frozenset({"messages", "tools", "add_generation_prompt"})
+# Prefixes are always cached.
+_CACHE_CONTROL = frozenset({"cache_control"})
 TOOL_NAME_PATTERN = r"^[a-zA-Z0-9_.-]{1,64}$"
-
-# Fields of an assistant's message that clients send back as they received them.
-NEUTRAL_IN_MESSAGE: NeutralValues = {
-    "refusal": (),
-    "audio": (),
-    "function_call": (),
-    "annotations": ([],),
-}
 
 _TOOL_CHOICE_SCHEMA = {
     "type": "object",
@@ -82,12 +76,20 @@ class ToolCall(StrictModel):
 class ChatMessage(StrictModel):
     """One message of a conversation."""
 
-    model_config = ConfigDict(strict=True, extra="allow")
+    # Fields of an assistant's message that clients send back as they received them.
+    neutral_values = {  # noqa: RUF012
+        "refusal": (),
+        "audio": (),
+        "function_call": (),
+        "annotations": ([],),
+    }
+    no_effect_fields = _CACHE_CONTROL | {"id"}
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Annotated[Any, any_of_schema({"type": "string"}, content_parts_schema("text"))] = None
     name: Annotated[str, Field(max_length=256)] | None = None
     reasoning_content: str | None = None
+    reasoning: str | None = None  # the newer name of reasoning_content
     tool_calls: Annotated[list[ToolCall], Field(max_length=MAX_TOOLS)] | None = None
     tool_call_id: Annotated[str, Field(max_length=256)] | None = None
 
@@ -104,12 +106,16 @@ class FunctionDefinition(StrictModel):
 class Tool(StrictModel):
     """One of a request's tools."""
 
+    no_effect_fields = _CACHE_CONTROL
+
     type: Literal["function"]
     function: FunctionDefinition
 
 
 class ChatCompletionRequest(StructuredOutputRequest):
     """POST /v1/chat/completions."""
+
+    uses_chat_template = True
 
     messages: Annotated[
         list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)
@@ -122,6 +128,9 @@ class ChatCompletionRequest(StructuredOutputRequest):
     ] = None
     parallel_tool_calls: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    enable_thinking: bool | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
 
     def check(self) -> None:
         super().check()
@@ -129,6 +138,13 @@ class ChatCompletionRequest(StructuredOutputRequest):
         if self.top_logprobs and not self.logprobs:
             raise invalid("top_logprobs", "top_logprobs can be given with logprobs: true only.")
         check_template_kwargs(self.chat_template_kwargs)
+        thinking = (self.chat_template_kwargs or {}).get("enable_thinking")
+        if None not in (thinking, self.enable_thinking) and thinking != self.enable_thinking:
+            message = "enable_thinking differs from chat_template_kwargs.enable_thinking; give one."
+            raise invalid("enable_thinking", message)
+        check_continuation(
+            self.conversation, self.continue_final_message, self.add_generation_prompt
+        )
         _check_tools(self.tools or [], self.tool_choice, self.forced_tool)
         constraint = self.output_constraint
         if self.requires_tool_call and constraint is not None:
@@ -183,17 +199,52 @@ class ChatCompletionRequest(StructuredOutputRequest):
     @cached_property
     def conversation(self) -> list[dict[str, Any]]:
         """The messages as chat templates take them. Raises ApiError for an invalid message."""
-        return parse_chat_messages(self.messages)
+        return parse_chat_messages(self.messages, self.ignored)
+
+    @property
+    def template_variables(self) -> dict[str, Any]:
+        """Further variables of the chat template."""
+        variables = dict(self.chat_template_kwargs or {})
+        if self.enable_thinking is not None:
+            variables["enable_thinking"] = self.enable_thinking
+        return variables
+
+    @property
+    def adds_generation_prompt(self) -> bool:
+        """Whether the prompt ends with the beginning of an assistant's message."""
+        return self.add_generation_prompt is not False and not self.continue_final_message
 
 
-def parse_chat_messages(messages: Sequence[ChatMessage]) -> list[dict[str, Any]]:
+def parse_chat_messages(
+    messages: Sequence[ChatMessage], ignored: IgnoredFields
+) -> list[dict[str, Any]]:
     """Return messages as chat templates take them. Raises ApiError for an invalid message.
 
-    Content is text only, and the role `developer` has its older name, `system`.
+    Content is text only, and the role `developer` has its older name, `system`. Unknown fields of
+    content parts are added to `ignored`.
     """
-    return [
-        _template_message(message, f"messages.{index}") for index, message in enumerate(messages)
-    ]
+    return [_template_message(message, index, ignored) for index, message in enumerate(messages)]
+
+
+def check_continuation(
+    conversation: Sequence[Mapping[str, Any]],
+    continue_final_message: bool | None,
+    add_generation_prompt: bool | None,
+) -> None:
+    """Raise ApiError unless the last message can be continued, if that is wanted."""
+    if not continue_final_message:
+        return
+    if add_generation_prompt:
+        raise invalid(
+            "add_generation_prompt",
+            "add_generation_prompt and continue_final_message cannot both be true.",
+        )
+    final_message = conversation[-1]
+    if final_message["role"] != "assistant" or "tool_calls" in final_message:
+        raise invalid(
+            "continue_final_message",
+            "continue_final_message needs an assistant's message without calls at the end.",
+        )
 
 
 def tool_dicts(tools: Sequence[Tool]) -> list[dict[str, Any]]:
@@ -208,15 +259,21 @@ def check_template_kwargs(variables: Mapping[str, Any] | None) -> None:
         raise invalid("chat_template_kwargs", f"The variable {min(reserved)} cannot be set.")
 
 
-def _template_message(message: ChatMessage, param: str) -> dict[str, Any]:
-    """Return one message as chat templates take it; `param` is its place in the request."""
-    reject_unsupported_fields(message.model_extra or {}, f"{param}.", NEUTRAL_IN_MESSAGE)
+def _template_message(message: ChatMessage, index: int, ignored: IgnoredFields) -> dict[str, Any]:
+    """Return one message, the one at `index`, as chat templates take it."""
+    param = f"messages.{index}"
+    reasoning = message.reasoning_content
+    if reasoning is None:
+        reasoning = message.reasoning
+    elif message.reasoning not in (None, reasoning):
+        raise invalid(
+            f"{param}.reasoning", "reasoning and reasoning_content differ; give one of them."
+        )
     if message.role != "assistant" and message.tool_calls:
         raise invalid(f"{param}.tool_calls", "Only an assistant's message has tool_calls.")
-    if message.role != "assistant" and message.reasoning_content is not None:
-        raise invalid(
-            f"{param}.reasoning_content", "Only an assistant's message has reasoning_content."
-        )
+    if message.role != "assistant" and reasoning is not None:
+        name = "reasoning" if message.reasoning_content is None else "reasoning_content"
+        raise invalid(f"{param}.{name}", f"Only an assistant's message has {name}.")
     if (message.role == "tool") != (message.tool_call_id is not None):
         raise invalid(
             f"{param}.tool_call_id",
@@ -230,20 +287,22 @@ def _template_message(message: ChatMessage, param: str) -> dict[str, Any]:
             f"{param}.content", f"{param}.content is missing.", "missing_required_parameter"
         )
     else:
-        entry["content"] = _text(message.content, f"{param}.content")
+        entry["content"] = _text(message.content, ("messages", index, "content"), ignored)
     if message.tool_calls:
         entry["tool_calls"] = [
             {
                 "id": call.id,
                 "type": "function",
-                "function": _template_function(call, f"{param}.tool_calls.{index}.function"),
+                "function": _template_function(call, f"{param}.tool_calls.{number}.function"),
             }
-            for index, call in enumerate(message.tool_calls)
+            for number, call in enumerate(message.tool_calls)
         ]
-    for field in ("name", "tool_call_id", "reasoning_content"):
-        value = getattr(message, field)
-        if value is not None:
-            entry[field] = value
+    optional = {
+        "name": message.name,
+        "tool_call_id": message.tool_call_id,
+        "reasoning_content": reasoning,
+    }
+    entry |= {name: value for name, value in optional.items() if value is not None}
     return entry
 
 
@@ -277,10 +336,11 @@ def _check_tools(tools: list[Tool], tool_choice: Any, forced_tool: str | None) -
         raise invalid("tool_choice", "tool_choice is required, but there are no tools.")
 
 
-def _text(content: Any, param: str) -> str:
+def _text(content: Any, path: FieldPath, ignored: IgnoredFields) -> str:
     """Return the text of a message's content: a string, or text parts joined by line feeds."""
     if isinstance(content, str):
         return content
+    param = ".".join(map(str, path))
     if not isinstance(content, list) or not content:
         raise invalid(param, f"{param} must be a string or a list of text parts.", "invalid_type")
     texts = []
@@ -291,11 +351,17 @@ def _text(content: Any, param: str) -> str:
             )
         if part["type"] != "text":
             raise invalid(f"{param}.{index}", "Only text parts are supported.", "unsupported")
-        if not isinstance(part.get("text"), str) or part.keys() != {"type", "text"}:
+        if not isinstance(part.get("text"), str):
             raise invalid(
                 f"{param}.{index}",
                 "A text part must have the fields type and text.",
                 "invalid_type",
             )
+        check_extra_fields(
+            {name: value for name, value in part.items() if name not in ("type", "text")},
+            (*path, index),
+            ignored,
+            no_effect_fields=_CACHE_CONTROL,
+        )
         texts.append(part["text"])
     return "\n".join(texts)

@@ -14,10 +14,15 @@ from llmkit.runtime.server.schemas.base_request import (
     MAX_STOP_CHARS,
     MAX_STOPS,
     BaseRequest,
+    CacheSalt,
+    Effort,
+    ReasoningControl,
     StrictModel,
     TimeoutSeconds,
     any_of_schema,
     build_request,
+    check_extra_fields,
+    given_controls,
 )
 from llmkit.runtime.server.schemas.chat_request import (
     MAX_MESSAGES,
@@ -26,10 +31,13 @@ from llmkit.runtime.server.schemas.chat_request import (
     ChatCompletionRequest,
     content_parts_schema,
 )
+from llmkit.runtime.server.schemas.ignored_fields import FieldPath, IgnoredFields
 
 # Fields of content blocks without effect: prefixes are cached anyway, and a result that is an error
 # says so in its text.
-_IGNORED_BLOCK_FIELDS = frozenset({"cache_control", "citations", "is_error", "signature", "caller"})
+_NO_EFFECT_BLOCK_FIELDS = frozenset(
+    {"cache_control", "citations", "is_error", "signature", "caller"}
+)
 # By type of content block: the roles that may have it, and its fields.
 _BLOCKS: dict[str, tuple[set[str], dict[str, type]]] = {
     "text": ({"user", "assistant", "system"}, {"text": str}),
@@ -78,20 +86,44 @@ class OutputConfig(StrictModel):
     """`output_config`."""
 
     format: OutputFormat | None = None
+    effort: Effort | None = None
+
+
+class ThinkingConfig(StrictModel):
+    """`thinking`."""
+
+    no_effect_fields = frozenset({"display"})
+
+    type: Literal["disabled", "adaptive", "enabled"]
+    budget_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
+
+
+# An edit of the context that leaves it as it is.
+_KEEP_ALL_THINKING = {"type": "clear_thinking_20251015", "keep": "all"}
+
+
+class ContextManagement(StrictModel):
+    """`context_management`."""
+
+    edits: list[dict[str, Any]] | None = None
+
+    @property
+    def changes_nothing(self) -> bool:
+        """Whether the context stays as it is."""
+        return all(edit == _KEEP_ALL_THINKING for edit in self.edits or [])
 
 
 class CountTokensRequest(BaseRequest):
     """POST /v1/messages/count_tokens."""
 
+    uses_chat_template = True
     neutral_values = {  # noqa: RUF012
-        "thinking": ({"type": "disabled"},),
         "container": (),
         "diagnostics": (),
-        "context_management": (),
         "mcp_servers": ([],),
         "output_format": (),
     }
-    ignored_fields = frozenset(
+    no_effect_fields = frozenset(
         {
             "metadata",
             "service_tier",
@@ -110,9 +142,23 @@ class CountTokensRequest(BaseRequest):
     tools: Annotated[list[MessagesTool], Field(max_length=MAX_TOOLS)] | None = None
     tool_choice: MessagesToolChoice | None = None
     output_config: OutputConfig | None = None
+    thinking: ThinkingConfig | None = None
+    context_management: ContextManagement | None = None
 
     def check(self) -> None:
         _ = self.chat  # raises ApiError when it cannot be converted
+
+    @property
+    def reasoning_controls(self) -> list[ReasoningControl]:
+        effort = self.output_config.effort if self.output_config else None
+        controls = given_controls((("output_config", "effort"), effort, "high"))
+        if self.thinking is not None:
+            # `disabled` is what leaving it out means; `adaptive` lets the model decide.
+            controls.append(ReasoningControl(("thinking",), self.thinking.type != "enabled"))
+        if self.context_management is not None:
+            is_default = self.context_management.changes_nothing
+            controls.append(ReasoningControl(("context_management",), is_default))
+        return controls
 
     @cached_property
     def chat(self) -> ChatCompletionRequest:
@@ -123,14 +169,17 @@ class CountTokensRequest(BaseRequest):
     def _chat_fields(self) -> dict[str, Any]:
         messages: list[dict[str, Any]] = []
         if self.system is not None:
-            messages.append({"role": "system", "content": _text(self.system, "system", "system")})
+            text = _text(self.system, "system", ("system",), self.ignored)
+            messages.append({"role": "system", "content": text})
         for index, message in enumerate(self.messages):
-            messages += _chat_messages(message, f"messages.{index}.content")
-        if self.messages[-1].role == "assistant":
-            error = (
-                "The last message must be the user's: an answer that is begun cannot be continued."
+            messages += _chat_messages(message, ("messages", index, "content"), self.ignored)
+        # The answer continues an assistant's message at the end.
+        continues = self.messages[-1].role == "assistant"
+        if continues and "tool_calls" in messages[-1]:
+            raise invalid(
+                f"messages.{len(self.messages) - 1}.content",
+                "The last message has tool_use: its tool_result must follow.",
             )
-            raise invalid(f"messages.{len(self.messages) - 1}.role", error, "unsupported")
         choice = self.tool_choice or MessagesToolChoice(type="auto")
         forced_tool = {"type": "function", "function": {"name": choice.name or ""}}
         tool_choices = {"auto": "auto", "any": "required", "tool": forced_tool, "none": "none"}
@@ -157,6 +206,7 @@ class CountTokensRequest(BaseRequest):
             "tool_choice": tool_choices[choice.type],
             "response_format": response_format,
             "parallel_tool_calls": not choice.disable_parallel_tool_use,
+            "continue_final_message": continues or None,
         }
 
 
@@ -175,6 +225,7 @@ class MessagesRequest(CountTokensRequest):
     temperature: Annotated[float, Field(ge=0, le=1)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=0, lt=2**31)] | None = None
+    cache_salt: CacheSalt | None = None
     timeout: TimeoutSeconds | None = None
 
     def _chat_fields(self) -> dict[str, Any]:
@@ -186,18 +237,21 @@ class MessagesRequest(CountTokensRequest):
             "temperature": self.temperature,
             "top_p": self.top_p,
             "top_k": self.top_k,
+            "cache_salt": self.cache_salt,
             "timeout": self.timeout,
         }
 
 
-def _chat_messages(message: MessageParam, param: str) -> list[dict[str, Any]]:
+def _chat_messages(
+    message: MessageParam, path: FieldPath, ignored: IgnoredFields
+) -> list[dict[str, Any]]:
     """Convert one message to the messages of a chat.
 
     Each tool result becomes a separate message; these messages come first.
     """
     if isinstance(message.content, str):
         return [{"role": message.role, "content": message.content}]
-    blocks = _checked_blocks(message.content, message.role, param)
+    blocks = _checked_blocks(message.content, message.role, path, ignored)
     results: list[dict[str, Any]] = []
     texts = []
     calls = []
@@ -205,7 +259,8 @@ def _chat_messages(message: MessageParam, param: str) -> list[dict[str, Any]]:
     for index, block in enumerate(blocks):
         match block["type"]:
             case "tool_result":
-                content = _text(block.get("content") or "", "user", f"{param}.{index}.content")
+                content_path = (*path, index, "content")
+                content = _text(block.get("content") or "", "user", content_path, ignored)
                 results.append(
                     {"role": "tool", "tool_call_id": block["tool_use_id"], "content": content}
                 )
@@ -226,19 +281,26 @@ def _chat_messages(message: MessageParam, param: str) -> list[dict[str, Any]]:
     return [*results, chat_message]
 
 
-def _text(content: Any, role: str, param: str) -> str:
+def _text(content: Any, role: str, path: FieldPath, ignored: IgnoredFields) -> str:
     """Return the text of a string or of text blocks."""
     if isinstance(content, str):
         return content
-    blocks = _checked_blocks(content, role, param)
+    blocks = _checked_blocks(content, role, path, ignored)
     for index, block in enumerate(blocks):
         if block["type"] != "text":
-            raise invalid(f"{param}.{index}", "Only text blocks are supported here.", "unsupported")
+            param = ".".join(map(str, (*path, index)))
+            raise invalid(param, "Only text blocks are supported here.", "unsupported")
     return "\n".join(block["text"] for block in blocks)
 
 
-def _checked_blocks(content: Any, role: str, param: str) -> list[Mapping[str, Any]]:
-    """Return `content`, a list of blocks that this role may have, with valid fields."""
+def _checked_blocks(
+    content: Any, role: str, path: FieldPath, ignored: IgnoredFields
+) -> list[Mapping[str, Any]]:
+    """Return `content`, a list of blocks that this role may have, with valid fields.
+
+    Their unknown fields are added to `ignored`.
+    """
+    param = ".".join(map(str, path))
     if not isinstance(content, list) or not content:
         raise invalid(param, f"{param} must be a string or a list of blocks.", "invalid_type")
     for index, block in enumerate(content):
@@ -260,14 +322,9 @@ def _checked_blocks(content: Any, role: str, param: str) -> list[Mapping[str, An
                     f"{block_param}.{name} is missing or of the wrong type.",
                     "invalid_type",
                 )
-        known = {"type", *fields} | _IGNORED_BLOCK_FIELDS
+        known = {"type", *fields}
         if kind == "tool_result":
             known.add("content")
-        unknown = block.keys() - known
-        if unknown:
-            raise invalid(
-                f"{block_param}.{min(unknown)}",
-                f"Unknown field: {min(unknown)}.",
-                "unknown_parameter",
-            )
+        extra = {name: value for name, value in block.items() if name not in known}
+        check_extra_fields(extra, (*path, index), ignored, no_effect_fields=_NO_EFFECT_BLOCK_FIELDS)
     return content

@@ -13,10 +13,16 @@ from pydantic import Field
 from llmkit.runtime.server.http.http_errors import invalid
 from llmkit.runtime.server.schemas.base_request import (
     BaseRequest,
+    CacheSalt,
+    Effort,
+    ReasoningControl,
     StrictModel,
     TimeoutSeconds,
+    Verbosity,
     any_of_schema,
     build_request,
+    check_extra_fields,
+    given_controls,
 )
 from llmkit.runtime.server.schemas.chat_request import (
     MAX_MESSAGES,
@@ -24,9 +30,25 @@ from llmkit.runtime.server.schemas.chat_request import (
     TOOL_NAME_PATTERN,
     ChatCompletionRequest,
 )
+from llmkit.runtime.server.schemas.ignored_fields import FieldPath, IgnoredFields
 
 # Fields of an item that clients send back as they received them; they have no effect.
-_IGNORED_ITEM_FIELDS = frozenset({"id", "status", "type", "phase", "encrypted_content", "summary"})
+_NO_EFFECT_ITEM_FIELDS = frozenset(
+    {"id", "status", "type", "phase", "encrypted_content", "summary"}
+)
+_NO_EFFECT_PART_FIELDS = frozenset({"annotations", "logprobs"})
+# Values of `include` for items that no answer of this server has.
+_EMPTY_INCLUDES = frozenset(
+    {
+        "code_interpreter_call.outputs",
+        "computer_call_output.output.image_url",
+        "file_search_call.results",
+        "message.input_image.image_url",
+        "web_search_call.action.sources",
+        "web_search_call.results",
+    }
+)
+_ENCRYPTED_REASONING = "reasoning.encrypted_content"
 
 _TOOL_CHOICE_SCHEMA = {
     "type": "object",
@@ -66,6 +88,15 @@ class TextOptions(StrictModel):
     """`text`."""
 
     format: TextFormat | None = None
+    verbosity: Verbosity | None = None
+
+
+class ReasoningOptions(StrictModel):
+    """`reasoning`. Answers have the reasoning itself and no summary of it."""
+
+    effort: Effort | None = None
+    summary: Literal["auto", "concise", "detailed"] | None = None
+    generate_summary: Literal["auto", "concise", "detailed"] | None = None
 
 
 class ResponsesStreamOptions(StrictModel):
@@ -77,23 +108,21 @@ class ResponsesStreamOptions(StrictModel):
 class ResponsesRequest(BaseRequest):
     """POST /v1/responses."""
 
+    uses_chat_template = True
     neutral_values = {  # noqa: RUF012
         "previous_response_id": (),
         "conversation": (),
         "prompt": (),
         "background": (False,),
-        "include": ([],),
-        "reasoning": ({},),
         "max_tool_calls": (),
         "top_logprobs": (0,),
         "truncation": ("disabled",),
-        "context_management": (),
         "moderation": (),
         "image": (),
         "access_programs": (),
     }
     # `store: true` is accepted: the response says that it is not stored.
-    ignored_fields = frozenset(
+    no_effect_fields = frozenset(
         {
             "store",
             "service_tier",
@@ -117,14 +146,47 @@ class ResponsesRequest(BaseRequest):
         Any, any_of_schema({"enum": ["auto", "none", "required"]}, _TOOL_CHOICE_SCHEMA)
     ] = None
     parallel_tool_calls: bool | None = None
+    reasoning: ReasoningOptions | None = None
+    include: list[str] | None = None
+    context_management: list[dict[str, Any]] | None = None
     metadata: dict[str, str] | None = None
+    cache_salt: CacheSalt | None = None
     user: str | None = None
     timeout: TimeoutSeconds | None = None
 
     def check(self) -> None:
         if self.stream_options is not None and not self.stream:
             raise invalid("stream_options", "stream_options can be given with stream: true only.")
+        for index, name in enumerate(self.include or []):
+            if name not in _EMPTY_INCLUDES | {_ENCRYPTED_REASONING}:
+                raise invalid(
+                    f"include.{index}",
+                    f"{name[:80]!r} is not supported; "
+                    f"{', '.join(sorted(_EMPTY_INCLUDES))} and {_ENCRYPTED_REASONING} are.",
+                    "unsupported",
+                )
         _ = self.chat  # raises ApiError when it cannot be converted
+
+    @property
+    def reasoning_controls(self) -> list[ReasoningControl]:
+        reasoning = self.reasoning or ReasoningOptions()
+        controls = given_controls(
+            (("reasoning", "effort"), reasoning.effort, "medium"),
+            (("reasoning", "summary"), reasoning.summary, reasoning.summary),
+            (
+                ("reasoning", "generate_summary"),
+                reasoning.generate_summary,
+                reasoning.generate_summary,
+            ),
+            (("text", "verbosity"), self.text.verbosity if self.text else None, "medium"),
+        )
+        if self.include:
+            controls.append(
+                ReasoningControl(("include",), _ENCRYPTED_REASONING not in self.include)
+            )
+        if self.context_management:
+            controls.append(ReasoningControl(("context_management",), is_default=False))
+        return controls
 
     @cached_property
     def chat(self) -> ChatCompletionRequest:
@@ -143,6 +205,7 @@ class ResponsesRequest(BaseRequest):
             "temperature": self.temperature,
             "top_p": self.top_p,
             "stream": self.stream,
+            "cache_salt": self.cache_salt,
             "timeout": self.timeout,
             "tools": tools,
             "tool_choice": choice,
@@ -180,15 +243,16 @@ class ResponsesRequest(BaseRequest):
             param = f"input.{index}"
             if not isinstance(item, dict):
                 raise invalid(param, "An item of the input must be an object.", "invalid_type")
+            content_path = ("input", index, "content")
             kind = item.get("type", "message")
             if kind == "reasoning":
-                content = _item_fields(item, param, "content")["content"] or ""
-                thought = _text(content, f"{param}.content", "reasoning_text")
+                content = self._item_fields(item, index, "content")["content"] or ""
+                thought = _text(content, content_path, self.ignored, "reasoning_text")
                 continue
             if kind == "message":
-                message = _chat_message(item, param)
+                message = self._chat_message(item, index)
             elif kind == "function_call":
-                fields = _item_fields(item, param, "call_id", "name", "arguments")
+                fields = self._item_fields(item, index, "call_id", "name", "arguments")
                 function = {"name": fields["name"], "arguments": fields["arguments"]}
                 call = {"id": fields["call_id"], "function": function}
                 message = {"role": "assistant", "content": None, "tool_calls": [call]}
@@ -197,8 +261,9 @@ class ResponsesRequest(BaseRequest):
                     messages[-1].setdefault("tool_calls", []).append(call)
                     continue
             elif kind == "function_call_output":
-                fields = _item_fields(item, param, "call_id", "output")
-                text = _text(fields["output"], f"{param}.output", "input_text")
+                fields = self._item_fields(item, index, "call_id", "output")
+                output_path = ("input", index, "output")
+                text = _text(fields["output"], output_path, self.ignored, "input_text")
                 message = {"role": "tool", "tool_call_id": fields["call_id"], "content": text}
             else:
                 raise invalid(
@@ -212,36 +277,44 @@ class ResponsesRequest(BaseRequest):
             messages.append(message)
         return messages
 
-
-def _chat_message(item: dict[str, Any], param: str) -> dict[str, Any]:
-    fields = _item_fields(item, param, "role", "content")
-    if fields["role"] not in ("user", "assistant", "system", "developer"):
-        raise invalid(f"{param}.role", "role must be user, assistant, system or developer.")
-    content = _text(fields["content"], f"{param}.content", "input_text", "output_text")
-    return {"role": fields["role"], "content": content}
-
-
-def _item_fields(item: dict[str, Any], param: str, *names: str) -> dict[str, Any]:
-    """Return the fields `names` of an item. Raises ApiError when one is missing, or unknown."""
-    unknown = item.keys() - _IGNORED_ITEM_FIELDS - set(names)
-    if unknown:
-        raise invalid(
-            f"{param}.{min(unknown)}", f"Unknown field: {min(unknown)}.", "unknown_parameter"
-        )
-    for name in names:
-        if name not in item and item.get("type") != "reasoning":
+    def _chat_message(self, item: dict[str, Any], index: int) -> dict[str, Any]:
+        """Convert an item of the type message."""
+        fields = self._item_fields(item, index, "role", "content")
+        if fields["role"] not in ("user", "assistant", "system", "developer"):
             raise invalid(
-                f"{param}.{name}", f"{param}.{name} is missing.", "missing_required_parameter"
+                f"input.{index}.role", "role must be user, assistant, system or developer."
             )
-        if name in ("call_id", "name", "arguments") and not isinstance(item[name], str):
-            raise invalid(f"{param}.{name}", f"{param}.{name} must be a string.", "invalid_type")
-    return {name: item.get(name) for name in names}
+        path = ("input", index, "content")
+        content = _text(fields["content"], path, self.ignored, "input_text", "output_text")
+        return {"role": fields["role"], "content": content}
+
+    def _item_fields(self, item: dict[str, Any], index: int, *names: str) -> dict[str, Any]:
+        """Return the fields `names` of an item. Raises ApiError when one is missing or wrong."""
+        param = f"input.{index}"
+        extra = {name: value for name, value in item.items() if name not in names}
+        check_extra_fields(
+            extra, ("input", index), self.ignored, no_effect_fields=_NO_EFFECT_ITEM_FIELDS
+        )
+        for name in names:
+            if name not in item and item.get("type") != "reasoning":
+                raise invalid(
+                    f"{param}.{name}", f"{param}.{name} is missing.", "missing_required_parameter"
+                )
+            if name in ("call_id", "name", "arguments") and not isinstance(item[name], str):
+                raise invalid(
+                    f"{param}.{name}", f"{param}.{name} must be a string.", "invalid_type"
+                )
+        return {name: item.get(name) for name in names}
 
 
-def _text(content: Any, param: str, *part_types: str) -> str:
-    """Return the text of a string, or of content parts of these types."""
+def _text(content: Any, path: FieldPath, ignored: IgnoredFields, *part_types: str) -> str:
+    """Return the text of a string, or of content parts of these types.
+
+    Unknown fields of a part are added to `ignored`.
+    """
     if isinstance(content, str):
         return content
+    param = ".".join(map(str, path))
     if not isinstance(content, list) or not content:
         raise invalid(param, f"{param} must be a string or a list of parts.", "invalid_type")
     for index, part in enumerate(content):
@@ -249,11 +322,16 @@ def _text(content: Any, param: str, *part_types: str) -> str:
             raise invalid(
                 f"{param}.{index}", "A part must be an object with a text.", "invalid_type"
             )
-        has_unknown_field = part.keys() - {"type", "text", "annotations", "logprobs"}
-        if part.get("type") not in part_types or "text" not in part or has_unknown_field:
+        if part.get("type") not in part_types or "text" not in part:
             raise invalid(
                 f"{param}.{index}",
                 f"Only parts of the types {', '.join(part_types)} are supported.",
                 "unsupported",
             )
+        check_extra_fields(
+            {name: value for name, value in part.items() if name not in ("type", "text")},
+            (*path, index),
+            ignored,
+            no_effect_fields=_NO_EFFECT_PART_FIELDS,
+        )
     return "\n".join(part["text"] for part in content)

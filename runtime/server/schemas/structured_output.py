@@ -22,8 +22,9 @@ from llmkit.runtime.server.text.tool_calls import ToolCallFormat
 MAX_GRAMMAR_BYTES = 64 * 1024  # of a schema, a regular expression or a grammar, as JSON
 MAX_COMBINED_GRAMMAR_BYTES = 256 * 1024  # of the grammar that is built, with all tools
 MAX_DEPTH = 64  # of a schema
-# Limits white space between JSON tokens: a model that cannot stop writing it would fill the answer.
-_WHITE_SPACE = {"x-guidance": {"whitespace_pattern": r"[ \n\t]{0,32}"}}
+# White space between JSON tokens: a space, or a line feed and its indentation. A model that cannot
+# stop writing white space would fill the answer with it.
+_WHITE_SPACE = {"x-guidance": {"whitespace_pattern": r" |\n(?: {0,16}|\t{0,8})"}}
 
 _SCHEMA = any_of_schema({"type": "object"}, {"type": "string"})  # a JSON schema, or the text of one
 
@@ -42,7 +43,7 @@ class OutputConstraint(NamedTuple):
 class JsonSchema(StrictModel):
     """`json_schema` of a response_format; every answer follows it, whatever `strict` says."""
 
-    model_config = ConfigDict(strict=True, extra="forbid", populate_by_name=True)
+    model_config = ConfigDict(populate_by_name=True)
 
     name: Annotated[str, Field(max_length=256)]
     description: str | None = None
@@ -59,6 +60,14 @@ class ResponseFormat(StrictModel):
 
 class StructuredOutputs(StrictModel):
     """vLLM's `structured_outputs`, whose fields are also known as `guided_json` and so on."""
+
+    neutral_values = {  # noqa: RUF012
+        "structural_tag": (),
+        "whitespace_pattern": (),
+        "disable_any_whitespace": (False,),
+        "disable_additional_properties": (False,),
+    }
+    no_effect_fields = frozenset({"disable_fallback"})
 
     json_: Annotated[Any, _SCHEMA] = Field(None, alias="json")
     regex: str | None = None
@@ -224,10 +233,9 @@ def tool_call_grammars(
     `parallel`: there may be several calls. `optional`: there may be other text and no call, but
     text that begins like a call must be one. `lark` converts a text to a Lark expression.
     """
-    key = "parameters" if call_format.whole_answer else "arguments"
     rules = []
     for index, tool in enumerate(tools):
-        head = f'{{"name": {json.dumps(tool["function"]["name"])}, "{key}": '
+        head = call_format.call_head(tool["function"]["name"])
         rules.append(f"c{index}: {lark_string(head)} @args_{index} " + '"}"')
     call = "(" + " | ".join(f"c{index}" for index in range(len(tools))) + ")"
     opener = lark(call_format.opener)

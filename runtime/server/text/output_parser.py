@@ -6,6 +6,7 @@ or a tool call is returned as text, unchanged.
 
 from __future__ import annotations
 
+import re
 from typing import Literal, NamedTuple
 
 from llmkit.runtime.server.text.stop_strings import partial_match_length
@@ -13,6 +14,15 @@ from llmkit.runtime.server.text.tool_calls import TextPart, ToolCallParser, Tool
 
 THINK_START = "<think>"
 THINK_END = "</think>"
+# What a chat template has if its model can reason: the mark, or a variable for it.
+_REASONING_IN_TEMPLATE = re.compile(
+    rf"{THINK_START}|\b(enable_thinking|thinking|thinking_budget|reasoning_effort)\b"
+)
+
+
+def has_reasoning(template: str) -> bool:
+    """Whether a chat template has reasoning."""
+    return _REASONING_IN_TEMPLATE.search(template) is not None
 
 
 class ReasoningPart(NamedTuple):

@@ -18,8 +18,10 @@ def partial_match_length(text: str, marks: Sequence[str]) -> int:
 class StopStringBuffer:
     """Passes text on up to the first stop string, and holds back a possible beginning of one."""
 
-    def __init__(self, stop_strings: tuple[str, ...]) -> None:
+    def __init__(self, stop_strings: tuple[str, ...], include_match: bool = False) -> None:
+        """Create a buffer. `include_match`: the text that is shown ends with the stop string."""
         self.matched: str | None = None  # the stop string that was found
+        self._include_match = include_match
         self._stop_strings = stop_strings
         self._buffer = ""  # text that is held back
 
@@ -31,8 +33,8 @@ class StopStringBuffer:
     def feed(self, text: str, final: bool = False) -> str:
         """Add the next `text`; return what can be shown now.
 
-        The stop string itself is never shown, nor anything after it. `final` says that no text
-        follows, so that nothing needs to be held back.
+        Nothing after the stop string is ever shown. `final` says that no text follows, so that
+        nothing needs to be held back.
         """
         if self.stopped:
             return ""
@@ -46,7 +48,8 @@ class StopStringBuffer:
                 matches.append((position, stop_string))
         if matches:
             position, self.matched = min(matches)
-            shown = self._buffer[:position]
+            end = position + (len(self.matched) if self._include_match else 0)
+            shown = self._buffer[:end]
             self._buffer = ""
             return shown
         held_back = 0 if final else partial_match_length(self._buffer, self._stop_strings)
