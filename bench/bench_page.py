@@ -25,13 +25,16 @@ from llmkit.common.html_page import render_page
 
 if TYPE_CHECKING:
     from llmkit.bench.bench_report import BenchReport
+    from llmkit.bench.gates import GateResult
 
 TEMPLATES = Path(__file__).parent / "templates"
 MAX_TIMELINES = 12  # on a page
+GATES_HEAD = ("Result", "Gate", "Target", "Metric", "Value", "Limit")
 
 
 def report_page(report: BenchReport) -> bytes:
     """A benchmark report as a self-contained HTML5 page in UTF-8."""
+    gates = sorted(report.gates, key=lambda result: result.passed)  # failed ones first
     return render_page(
         TEMPLATES,
         "bench_report.html.jinja",
@@ -40,8 +43,10 @@ def report_page(report: BenchReport) -> bytes:
         lead=_lead(report),
         command_line=report.command,
         definitions=list(DEFINITIONS.items()),
-        gates=_gate_rows(report),
-        num_failed_gates=sum(not result.passed for result in report.gates),
+        gates_head=GATES_HEAD,
+        gates=[_gate_row(result) for result in gates],
+        gate_styles=["pass" if result.passed else "fail" for result in gates],
+        num_failed_gates=sum(not result.passed for result in gates),
         notes=report.notes,
         metrics_head=_metrics_head(report),
         metric_tables=_metric_tables(report),
@@ -105,19 +110,16 @@ def _lead(report: BenchReport) -> list[str]:
     return [str(fact) for fact in facts if fact]
 
 
-def _gate_rows(report: BenchReport) -> list[Sequence[str]]:
-    """The table of gates; failed ones come first."""
-    return [
-        (
-            "pass" if result.passed else "FAIL",
-            result.gate,
-            result.target,
-            result.metric,
-            number_text(result.value),
-            number_text(result.limit),
-        )
-        for result in sorted(report.gates, key=lambda result: result.passed)
-    ]
+def _gate_row(result: GateResult) -> Sequence[str]:
+    """A row of the table of gates. Its mark says without colour whether the gate passed."""
+    return (
+        "✓ pass" if result.passed else "✗ FAIL",
+        result.gate,
+        result.target,
+        result.metric,
+        number_text(result.value),
+        number_text(result.limit),
+    )
 
 
 def _metrics_head(report: BenchReport) -> list[str]:

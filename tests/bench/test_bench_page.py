@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import csv
+import io
 import math
 import re
 import sys
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 from xml.etree import ElementTree as Xml
 
 import pytest
+from PIL import Image
 from support.html_parser import Page
 
 from llmkit.bench.bench_charts import MAX_TIMELINE_REQUESTS
@@ -23,6 +26,9 @@ from llmkit.bench.gates import GateResult
 from llmkit.bench.report_files import check_outputs, write_report
 from llmkit.common.errors import ShortageError, UsageError
 from llmkit.common.svg_charts import linear_ticks
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser
 
 EVIL = '<script>alert("x")</script>|\x07'
 
@@ -96,6 +102,43 @@ def test_page_is_complete_escaped_and_loads_nothing() -> None:
         "Requests",
     ):
         assert heading in page.within("h2")
+
+
+def test_page_marks_failed_gates_without_colour_and_with_it() -> None:
+    content = report_page(report()).decode()
+    (table,) = re.findall(r'<div class="scroll gates".*?</div>', content, re.DOTALL)
+    rows = re.findall(r'<tr class="(\w+)">\s*<th scope="row">([^<]+)</th>', table)
+    assert rows == [("fail", "✗ FAIL"), ("pass", "✓ pass")], "failed ones first"
+    assert '<p class="outcome fail">✗ 1 of 2 checks failed</p>' in content
+    for style in ("fail", "pass"):
+        assert f".{style} > th, .outcome.{style} {{ color: var(--{style})" in content
+    passed = report_page(report(gates=[report().gates[1]])).decode()
+    assert '<p class="outcome pass">✓ all checks passed</p>' in passed
+
+
+@pytest.mark.browser
+def test_wide_tables_of_a_page_scroll_on_a_phone_and_show_a_cue(
+    tmp_path: Path, browser: Browser
+) -> None:
+    page = browser.new_page(viewport={"width": 390, "height": 844})
+    (tmp_path / "report.html").write_bytes(report_page(report()))
+    page.goto((tmp_path / "report.html").as_uri())
+    assert page.evaluate("document.scrollingElement.scrollWidth") == 390
+    table = page.locator(".scroll.gates")
+    assert table.evaluate("(it) => it.scrollWidth > it.clientWidth"), "the table is wide"
+    at_start = _edge_darkness(table.screenshot())
+    table.evaluate("(it) => { it.scrollLeft = it.scrollWidth }")
+    at_end = _edge_darkness(table.screenshot())
+    assert at_start[1] > 30 > at_start[0], "it goes on at the right"
+    assert at_end[0] > 30 > at_end[1], "it goes on at the left"
+    page.close()
+
+
+def _edge_darkness(image: bytes) -> tuple[int, int]:
+    """How much darker than paper the left and the right edge of a table's last row are."""
+    picture = Image.open(io.BytesIO(image)).convert("L")
+    row = picture.height - 6
+    return 252 - picture.getpixel((3, row)), 252 - picture.getpixel((picture.width - 1, row))
 
 
 def test_page_leaves_out_what_was_not_measured() -> None:

@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import re
-import shutil
 import subprocess
 import tomllib
 from collections.abc import Iterator
@@ -31,9 +30,6 @@ VENDOR = FOLDER / "vendor"
 OWN_FILES = [file for file in sorted(FOLDER.iterdir()) if file.is_file()]
 # The files that the server answers with, relative to the folder.
 SERVED_FILES = [file.name for file in OWN_FILES] + ["vendor/markdown-it.esm.min.mjs"]
-CHROMIUM = next(
-    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
-)
 TEMPLATE = "{{ messages[-1]['content'] }}"  # so that the end of the question decides
 MARKDOWN = """# Sharding
 
@@ -95,17 +91,6 @@ def page_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LlmkitServ
     }
     with serving(folder / "log", talking_model(folder / "model"), KEY, **options) as running:
         yield running
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    if CHROMIUM is None:
-        pytest.skip("there is no Chromium on this machine")
-    with sync_api.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield browser
-        browser.close()
 
 
 class PageTab:

@@ -5,7 +5,7 @@ import { make } from "./dom.js";
 const WIDTH = 300;
 const HEIGHT = 72;
 const MARGIN = 2; // above and below the lines
-const EDGE_PERCENT = 8; // a time nearer than this to an edge is written beside its tick
+const EDGE_PERCENT = 8; // a time nearer than this to an edge has no room centred at its tick
 const MINUTE_MS = 60_000;
 const SVG = "http://www.w3.org/2000/svg";
 
@@ -83,14 +83,11 @@ export class Chart {
     for (let time = Math.ceil(start / MINUTE_MS) * MINUTE_MS; time <= end; time += MINUTE_MS) {
       const percent = ((time - start) / this.span.windowMs) * 100;
       const x = `${percent.toFixed(2)}%`;
-      let anchor = "middle";
-      if (percent < EDGE_PERCENT) anchor = "start";
-      else if (percent > 100 - EDGE_PERCENT) anchor = "end";
+      nodes.push(svgNode("line", { x1: x, x2: x, y1: 0, y2: HEIGHT + 3 }));
+      if (percent > 100 - EDGE_PERCENT) continue;
+      const anchor = percent < EDGE_PERCENT ? "start" : "middle";
       const label = { x, y: HEIGHT + 16, "text-anchor": anchor };
-      nodes.push(
-        svgNode("line", { x1: x, x2: x, y1: 0, y2: HEIGHT + 3 }),
-        svgNode("text", label, timeOfDay(time)),
-      );
+      nodes.push(svgNode("text", label, timeOfDay(time)));
     }
     this.axis.replaceChildren(...nodes);
   }

@@ -5,6 +5,7 @@ import { byId, copyButton, count, make, rate, seconds } from "./dom.js";
 import { MarkdownView } from "./markdown.js";
 
 const FOLLOW_PX = 80; // the log follows the answer while its end is this near
+const MIN_DECODE_SECONDS = 0.01; // the speed of less is noise
 const NEW_TURN = {
   answer: "",
   reasoning: "",
@@ -95,13 +96,11 @@ export class Turn {
     this.frameRequested = true;
     requestAnimationFrame(() => {
       this.frameRequested = false;
-      if (!this.data.complete) this.show();
+      if (!this.data.complete) follow(() => this.show());
     });
   }
 
   show() {
-    const log = byId("log");
-    const atEnd = log.scrollHeight - log.scrollTop - log.clientHeight < FOLLOW_PX;
     const { answer, reasoning, isJson } = this.data;
     if (reasoning) {
       this.reasoningNode ??= this.insertReasoning();
@@ -110,12 +109,15 @@ export class Turn {
     this.view.show(isJson && answer ? `\`\`\`json\n${answer}` : answer);
     if (this.startTime !== undefined) this.data.figures = this.figureTexts().join(" · ");
     this.figures.textContent = this.data.figures;
-    if (atEnd) log.scrollTop = log.scrollHeight;
   }
 
   /** Show the answer as it stays, with its note and its buttons. */
   finish() {
     this.data.complete = true;
+    follow(() => this.showWhole());
+  }
+
+  showWhole() {
     this.show();
     const { note, failed, answer } = this.data;
     if (note) {
@@ -143,7 +145,7 @@ export class Turn {
     const texts = [`first token ${seconds((this.firstTokenTime - this.startTime) / 1000)}`];
     const numTokens = this.usage?.completion_tokens ?? this.numTokens;
     const decodeSeconds = (this.lastTokenTime - this.firstTokenTime) / 1000;
-    if (numTokens > 1 && decodeSeconds > 0) {
+    if (numTokens > 1 && decodeSeconds >= MIN_DECODE_SECONDS) {
       texts.push(`${rate((numTokens - 1) / decodeSeconds)} tokens/s`);
     }
     texts.push(`${count(numTokens)} ${numTokens === 1 ? "token" : "tokens"}`);
@@ -186,8 +188,17 @@ export class Turn {
     });
     this.question.node.classList.add("editing");
     this.question.body.replaceChildren(form);
+    form.scrollIntoView({ block: "nearest" });
     field.focus();
   }
+}
+
+/** Draw, and keep the end of the log in view if it is there now. */
+function follow(draw) {
+  const log = byId("log");
+  const atEnd = log.scrollHeight - log.scrollTop - log.clientHeight < FOLLOW_PX;
+  draw();
+  if (atEnd) log.scrollTop = log.scrollHeight;
 }
 
 function makeArticle(role, name) {
