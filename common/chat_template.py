@@ -13,7 +13,7 @@ from datetime import datetime
 from functools import lru_cache
 from typing import Any, NoReturn
 
-from jinja2 import Template, TemplateError, nodes
+from jinja2 import Template, TemplateError, TemplateSyntaxError, nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -58,15 +58,36 @@ def render_chat_template(
         ) from error
 
 
+def check_chat_template(template: str) -> None:
+    """Raise ChatTemplateError, with the line, when a template does not compile.
+
+    Nothing of the template is computed.
+    """
+    try:
+        # The optimizer would compute constant expressions.
+        _environment(optimized=False).compile(template, raw=True)
+    except TemplateSyntaxError as error:
+        raise ChatTemplateError(f"line {error.lineno}: {error.message}") from error
+    except RecursionError as error:
+        raise ChatTemplateError("it is nested too deeply") from error
+
+
 @lru_cache(maxsize=16)
 def _compile(template: str) -> Template:
+    return _environment().from_string(template)
+
+
+def _environment(optimized: bool = True) -> ImmutableSandboxedEnvironment:
     environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, loopcontrols]
+        trim_blocks=True,
+        lstrip_blocks=True,
+        extensions=[_GenerationTag, loopcontrols],
+        optimized=optimized,
     )
     environment.filters["tojson"] = _tojson
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = _strftime_now
-    return environment.from_string(template)
+    return environment
 
 
 def _tojson(

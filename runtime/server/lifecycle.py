@@ -19,6 +19,7 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from llmkit.common.errors import InputError, ShortageError
+from llmkit.common.formatting import count_text
 from llmkit.runtime.server.app import build_app
 from llmkit.runtime.server.async_waits import StopSignals, run_in_thread, wait_first
 from llmkit.runtime.server.engines.engine_client import EngineClient
@@ -30,7 +31,9 @@ from llmkit.runtime.server.http.http_errors import ApiError
 from llmkit.runtime.server.http.protocol import LimitedHttpProtocol
 from llmkit.runtime.server.http.tls import tls_context
 from llmkit.runtime.server.response_cache import ResponseCache
-from llmkit.runtime.server.serve_options import ServeOptions, default_name
+from llmkit.runtime.server.sandbox import SandboxError
+from llmkit.runtime.server.sandbox_process import CheckTemplate
+from llmkit.runtime.server.serve_options import ServeOptions, default_name, template_error
 from llmkit.runtime.server.server_metrics import ServerMetrics
 from llmkit.runtime.server.server_state import Phase, ServerState, TextResources
 from llmkit.runtime.server.state_metrics import StateCollector
@@ -46,6 +49,8 @@ _LAST_SPANS_S = 2.0
 # How long a shutdown waits for the thread that loads the tokenizer: an interpreter should not end
 # while a thread imports a module.
 _TEXT_WAIT_S = 5.0
+# How much of a body that is too large is received, as a multiple of the limit.
+_DROP_FACTOR = 16
 # Longer than the idle time of common clients and proxies, so that they close first.
 _KEEP_ALIVE_S = 75
 
@@ -91,15 +96,14 @@ async def serve(
         app = build_app(state, clients)
         http_server = HttpServer(app, options)
         serving = asyncio.create_task(http_server.serve(sockets=[listener]))
-        text = run_in_thread(lambda: _load_text(options.model, api_seconds))
-        text.add_done_callback(lambda _: _start_template_sandbox(state, text))
+        text = run_in_thread(lambda: _load_text(options, api_seconds))
         # Done when an engine process has ended for good.
         engine_lost: asyncio.Future[EngineClient] | None = None
         grpc_server = None
         try:
             if options.grpc_port is not None:
                 grpc_server, grpc_port = await _start_grpc(app, options)
-            loaded = asyncio.ensure_future(_load(replicas.ready(), text))
+            loaded = asyncio.ensure_future(_load(replicas.ready(), _checked_text(state, text)))
             await wait_first(loaded, stop.first)
             if not loaded.done():
                 loaded.cancel()
@@ -127,6 +131,7 @@ async def serve(
             if engine_lost.done():
                 await _raise_engine_death(state, engine_lost.result(), stop)
             state.phase = Phase.DRAINING
+            log(stopping_text(state.num_active_requests))
             idle = asyncio.ensure_future(state.wait_until_idle())
             await wait_first(idle, engine_lost, stop.second, timeout=options.drain_timeout)
             if stop.second.done():
@@ -147,6 +152,14 @@ async def serve(
             if text.done():
                 text.exception()  # read, so that asyncio does not report it as never retrieved
             state.close_sandboxes()
+
+
+def stopping_text(num_requests: int) -> str:
+    """The line for the user at the first signal."""
+    if not num_requests:
+        return "stopping: no requests left"
+    what = "it" if num_requests == 1 else "them"
+    return f"stopping: {count_text(num_requests, 'requests')} left, Ctrl-C again to cut {what}"
 
 
 def _become_ready(
@@ -173,6 +186,8 @@ def _become_ready(
             f"{model_limit} (see --kv-cache-memory)"
         )
     state.become_ready(engine, text)
+    if text.edit_warning is not None:
+        log(f"warning: {text.edit_warning}")
     for setting in text.not_applied:
         log(f"generation_config.json has {setting}, which is not applied")
     return {
@@ -189,19 +204,30 @@ def _become_ready(
     }
 
 
-def _load_text(model: str, api_seconds: dict[str, float]) -> TextResources:
+def _load_text(options: ServeOptions, api_seconds: dict[str, float]) -> TextResources:
     start_time = time.perf_counter()
-    text = TextResources.load(model)
+    text = TextResources.load(options.model, options.chat_template)
     api_seconds["tokenizer"] = _seconds_since(start_time)
     return text
 
 
-def _start_template_sandbox(state: ServerState, text: asyncio.Future[TextResources]) -> None:
-    """Start the sandbox while the engine still loads, so that the first chat need not wait."""
-    if text.cancelled() or text.exception() is not None:
-        return
-    if text.result().tokenizer.chat_template is not None:
-        state.templates.start()
+async def _checked_text(state: ServerState, text: asyncio.Future[TextResources]) -> TextResources:
+    """Wait for `text`, and check that its chat templates compile. Cancelling does not cancel it.
+
+    This starts the sandbox while the engine still loads, so that the first chat need not wait.
+    Raises InputError with the line that does not compile.
+    """
+    resources = await asyncio.shield(text)
+    options = state.options
+    for template in resources.tokenizer.chat_templates.values():
+        try:
+            await state.templates.run(CheckTemplate(template))
+        except SandboxError as error:
+            what = f"the chat template of {options.model}"
+            if options.chat_template is not None:
+                what = f"--chat-template {options.chat_template}"
+            raise template_error(what, error) from None
+    return resources
 
 
 def _seconds_since(start_time: float) -> float:
@@ -224,9 +250,12 @@ class HttpServer(uvicorn.Server):
 
     def __init__(self, app: ASGIApp, options: ServeOptions) -> None:
         logging.getLogger("uvicorn").setLevel(logging.ERROR)
-        protocol_class = type(
-            "Protocol", (LimitedHttpProtocol,), {"write_timeout_s": options.write_timeout}
-        )
+        limits = {
+            "write_timeout_s": options.write_timeout,
+            "max_dropped_bytes": options.max_body_bytes * _DROP_FACTOR,
+            "drop_timeout_s": options.body_timeout,
+        }
+        protocol_class = type("Protocol", (LimitedHttpProtocol,), limits)
         super().__init__(
             uvicorn.Config(
                 app,
@@ -262,10 +291,10 @@ async def _start_grpc(app: ASGIApp, options: ServeOptions) -> tuple[Any, int]:
 
 
 async def _load(
-    engine: Awaitable[EngineReady], text: asyncio.Future[TextResources]
+    engine: Awaitable[EngineReady], text: Awaitable[TextResources]
 ) -> tuple[EngineReady, TextResources]:
-    """Return both results, or raise the first error. Cancelling this does not cancel `text`."""
-    return await asyncio.gather(engine, asyncio.shield(text))
+    """Return both results, or raise the first error."""
+    return await asyncio.gather(engine, text)
 
 
 def server_url(options: ServeOptions, listener: socket.socket) -> str:

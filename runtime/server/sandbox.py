@@ -10,6 +10,7 @@ import subprocess
 from llmkit.runtime.process_channel import FrameReader, end_process, frame, spawn
 from llmkit.runtime.server.http.http_errors import ApiError
 from llmkit.runtime.server.sandbox_process import (
+    CheckTemplate,
     CompileGrammar,
     JobFailed,
     RenderTemplate,
@@ -54,7 +55,7 @@ class Sandbox:
         self.process, self._socket = spawn(_MODULE, self._setup, {})
         self._socket.setblocking(False)
 
-    async def run(self, job: RenderTemplate | CompileGrammar) -> str:
+    async def run(self, job: RenderTemplate | CheckTemplate | CompileGrammar) -> str:
         """Run `job` and return its text.
 
         Raises SandboxError, and ApiError 429 when earlier jobs take too long.

@@ -38,6 +38,12 @@ class RenderTemplate(msgspec.Struct, tag=True):
     variables: dict[str, Any]
 
 
+class CheckTemplate(msgspec.Struct, tag=True):
+    """A job: check that `template` compiles."""
+
+    template: str
+
+
 class CompileGrammar(msgspec.Struct, tag=True):
     """A job: check that `grammar` compiles."""
 
@@ -56,7 +62,7 @@ class JobFailed(msgspec.Struct, tag=True):
     message: str
 
 
-SandboxMessage = SandboxSetup | RenderTemplate | CompileGrammar
+SandboxMessage = SandboxSetup | RenderTemplate | CheckTemplate | CompileGrammar
 SandboxReply = JobDone | JobFailed
 
 _job_decoder = msgspec.msgpack.Decoder(SandboxMessage)
@@ -82,7 +88,7 @@ def _prepare(setup: SandboxSetup) -> Callable[[SandboxMessage], JobDone]:
 
         import jinja2.debug  # noqa: F401
 
-        from llmkit.common.chat_template import render_chat_template
+        from llmkit.common.chat_template import check_chat_template, render_chat_template
 
         # This makes Python read the files of the codec and of the time zone before the limits.
         render_chat_template(r"{{ '\n' ~ strftime_now('%Y') }}", [])
@@ -90,6 +96,9 @@ def _prepare(setup: SandboxSetup) -> Callable[[SandboxMessage], JobDone]:
     def do_job(job: SandboxMessage) -> JobDone:
         if isinstance(job, CompileGrammar):
             compile_grammar(tokenizer, job.grammar).compute_bitmask()
+            return JobDone()
+        if isinstance(job, CheckTemplate):
+            check_chat_template(job.template)
             return JobDone()
         assert isinstance(job, RenderTemplate)
         prompt = render_chat_template(job.template, **job.variables)
