@@ -94,17 +94,22 @@ def serve(output: Output, arguments: ServeArguments) -> int:
 
     started_at = time.perf_counter() - process_age()
     if models:
-        from llmkit.runtime.server.router.run_models import run_models
+        from llmkit.runtime.server.router.check_models import ModelCheck
 
-        return run_models(
-            options,
-            models,
-            arguments.max_loaded,
-            arguments.idle_timeout,
-            lambda text: output.message(f"llmkit serve: {text}"),
-            lambda facts: output.result(facts, lambda console: None),
-            started_at,
-        )
+        with ModelCheck(options, models) as check:
+            # Imported here, while the process checks the models.
+            from llmkit.runtime.server.router.run_models import run_models
+
+            return run_models(
+                options,
+                models,
+                arguments.max_loaded,
+                arguments.idle_timeout,
+                lambda text: output.message(f"llmkit serve: {text}"),
+                lambda facts: output.result(facts, lambda console: None),
+                started_at,
+                check.wait,
+            )
     return run_server(
         options,
         lambda text: output.message(f"llmkit serve: {text}"),

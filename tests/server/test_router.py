@@ -30,8 +30,10 @@ from llmkit.common.errors import InputError, LlmkitError
 from llmkit.runtime.engine.engine_options import EngineOptions
 from llmkit.runtime.engine.sampling_params import SamplingParams
 from llmkit.runtime.engine_loader import load_engine
+from llmkit.runtime.server.router.check_models import check_models
 from llmkit.runtime.server.router.model_pool import ModelPool, PooledModel
 from llmkit.runtime.server.run_server import bind
+from llmkit.runtime.server.serve_options import ServeOptions
 
 PROMPT = [5, 9, 11, 300] * 5
 ASKED: dict[str, Any] = {
@@ -392,27 +394,33 @@ def test_router_reports_why_a_model_cannot_load_and_retries(
     assert states(http)["late"] == "loaded"
 
 
-@pytest.mark.parametrize(
-    ("wrong", "code", "message"),
-    [
-        ("MISSING", 3, "the model b: MISSING does not exist. A directory, a hub id"),
-        ("TORN", 3, "the model b: MISSING/tokenizer.json is malformed"),
-    ],
-)
-def test_router_refuses_a_wrong_model_before_it_listens(
-    folder: Path, tmp_path: Path, wrong: str, code: int, message: str
-) -> None:
-    place = tmp_path / "b"
-    if wrong == "TORN":
-        shutil.copytree(folder / "one", place)
-        (place / "tokenizer.json").write_text('{"model"')
+def test_router_refuses_a_wrong_model_before_it_listens(folder: Path, tmp_path: Path) -> None:
     with bind("127.0.0.1", 0) as taken:
         # A port in use is reported only when the server listens, which it does not come to.
         options = ("--port", str(taken.getsockname()[1]))
-        running = LlmkitRouter(tmp_path / "log", {"a": folder / "one", "b": place}, *options)
-        assert running.process.wait(60) == code
+        models = {"a": folder / "one", "b": tmp_path / "none"}
+        running = LlmkitRouter(tmp_path / "log", models, *options)
+        assert running.process.wait(60) == 3
     (line,) = running.log.read_text().splitlines()
-    assert line.startswith(f"llmkit serve: error: {message.replace('MISSING', str(place))}")
+    assert line == (
+        f"llmkit serve: error: the model b: {tmp_path / 'none'} does not exist. "
+        "A directory, a hub id or a .gguf file was expected."
+    )
+
+
+def test_router_checks_tokenizers_and_options_of_every_model(folder: Path, tmp_path: Path) -> None:
+    models = {"a": str(folder / "one"), "b": str(shutil.copytree(folder / "two", tmp_path / "b"))}
+    options = ServeOptions("", engine=EngineOptions(device="cpu"))
+    assert check_models(options, models) is None
+    (tmp_path / "b" / "tokenizer.json").write_text('{"model"')
+    failed = check_models(options, models)
+    assert failed is not None
+    assert failed.what.startswith(f"the model b: {tmp_path / 'b' / 'tokenizer.json'} is malformed")
+    long = ServeOptions("", engine=EngineOptions(device="cpu", max_model_len=5000))
+    failed = check_models(long, models)
+    assert failed is not None
+    assert failed.what == "the model a: --max-model-len 5000 is over the model's limit"
+    assert isinstance(failed.error(), InputError)
 
 
 @pytest.fixture

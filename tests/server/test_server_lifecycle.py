@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -58,7 +59,28 @@ def test_graceful_stop_finishes_running_requests_and_refuses_new_ones(
     assert '"finish_reason":"length"' in received[-2]
     assert fresh_server.process.wait(30) == 0
     assert not engine.is_running()
-    assert len(fresh_server.log.read_text().splitlines()) == 1
+    assert fresh_server.log.read_text().splitlines()[1:] == [
+        "llmkit serve: stopping: 1 request left, Ctrl-C again to cut it"
+    ]
+
+
+def test_first_signal_tells_how_many_requests_are_left(fresh_server: LlmkitServer) -> None:
+    with fresh_server.client() as client, contextlib.ExitStack() as streams:
+        answers = [
+            streams.enter_context(client.stream("POST", "/v1/completions", json=LONG))
+            for _ in range(3)
+        ]
+        assert [answer.status_code for answer in answers] == [200, 200, 200]
+        fresh_server.process.send_signal(signal.SIGINT)
+        told = "llmkit serve: stopping: 3 requests left, Ctrl-C again to cut them"
+        wait_for(lambda: last_line(fresh_server) == told)
+        assert fresh_server.stop(signal.SIGINT) == 130
+        assert fresh_server.log.read_text().count("stopping") == 1
+
+
+def test_signal_without_requests_says_that_none_are_left(fresh_server: LlmkitServer) -> None:
+    assert fresh_server.stop(signal.SIGINT) == 0
+    assert last_line(fresh_server) == "llmkit serve: stopping: no requests left"
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

@@ -71,8 +71,8 @@ class ModelCheck:
         end_process(self._process)
 
 
-def _check(options: ServeOptions, models: Mapping[str, str]) -> Failed | None:
-    """Open every model, and plan its memory as its engine will. No tensor is read."""
+def check_models(options: ServeOptions, models: Mapping[str, str]) -> Failed | None:
+    """The first error of opening the models and planning their memory; no tensor is read."""
     # Imported here, because the parent process imports this module without torch.
     from llmkit.checkpoint.open_checkpoint import open_checkpoint
     from llmkit.checkpoint.tokenizer import load_tokenizer
@@ -110,7 +110,7 @@ def main() -> int:
         (message,) = channel.receive(wait=True)
     except EOFError:  # the parent has ended before it sent the message
         return 0
-    channel.send(Checked(_check(ServeOptions.from_dict(message.options), message.models)))
+    channel.send(Checked(check_models(ServeOptions.from_dict(message.options), message.models)))
     return 0
 
 

@@ -108,8 +108,19 @@ class Router:
 
         options = self._options
         return SecurityMiddleware(
-            tracked_app, options.host, clients, options.debug, options.open_metrics
+            tracked_app,
+            options.host,
+            clients,
+            options.debug,
+            options.open_metrics,
+            options.allowed_hosts,
+            options.allowed_origins,
         )
+
+    @property
+    def num_active_requests(self) -> int:
+        """HTTP requests without a complete response."""
+        return self._num_active
 
     async def wait_until_idle(self) -> None:
         """Wait until every response is complete."""

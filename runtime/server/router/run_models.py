@@ -12,10 +12,10 @@ from typing import Any
 from llmkit.runtime.server.async_waits import StopSignals, wait_first
 from llmkit.runtime.server.http.api_keys import Client, load_api_keys
 from llmkit.runtime.server.http.tls import new_event_loop, tls_context
-from llmkit.runtime.server.lifecycle import HttpServer, server_url
+from llmkit.runtime.server.lifecycle import HttpServer, server_url, stopping_text
 from llmkit.runtime.server.router.model_pool import ModelPool, PooledModel
 from llmkit.runtime.server.router.router_app import Router
-from llmkit.runtime.server.run_server import bind, check_exposure
+from llmkit.runtime.server.run_server import bind, check_exposure, log_open_doors
 from llmkit.runtime.server.serve_options import ServeOptions
 from llmkit.runtime.server_process import ServerProcess
 
@@ -33,15 +33,19 @@ def run_models(
     log: Log,
     on_ready: OnReady,
     start_time: float,
+    check_models: Callable[[], None],
 ) -> int:
     """Serve until a signal and return the exit code, as `run_server` does.
 
     options: for every model; `options.model` is ignored. models: directories or hub ids, by
     name. max_loaded, idle_s: see `ModelPool`. log, on_ready, start_time: see `run_server`.
+    check_models: raises the LlmkitError of a wrong model; called before the server listens.
     """
     clients = load_api_keys(options)
     check_exposure(options, clients)
+    log_open_doors(options, clients, log)
     tls_context(options)  # reports wrong files at once
+    check_models()
     with (
         bind(options.host, options.port) as listener,
         asyncio.Runner(loop_factory=lambda: new_event_loop(options)) as runner,
@@ -88,6 +92,7 @@ async def _serve(
             on_ready({"models": dict(models), "url": url, "ready_s": ready_s})
             await wait_first(stop.first, serving)
             router.draining = True
+            log(stopping_text(router.num_active_requests))
             idle = asyncio.ensure_future(router.wait_until_idle())
             await wait_first(idle, stop.second, timeout=options.drain_timeout)
             if stop.second.done():
