@@ -134,6 +134,11 @@ def test_min_tokens_delays_the_end(decoder: Decoder) -> None:
         ).values():
             assert len(ids) == 5
             assert ids.index(EOS_ID) == 4
+    own = replace(
+        wanted, logit_bias={9: 1000.0}, stop_token_ids=(9,), ignore_eos=True, max_tokens=9
+    )
+    for ids in engine(decoder).generate(PROMPTS, own):
+        assert (len(ids), ids.index(9)) == (5, 4)
     stops = replace(
         wanted, logit_bias={}, stop_token_ids=tuple(range(512)), ignore_eos=True, min_tokens=0
     )

@@ -387,6 +387,36 @@ def test_scheduler_lets_small_requests_skip_a_large_one_at_most_max_skips_times(
     assert set(order) >= {f"small {index}" for index in range(60)}
 
 
+def test_scheduler_lets_nothing_skip_a_request_at_its_limit_behind_another_large_one() -> None:
+    state = scheduler(max_model_len=200, num_blocks=20, max_num_batched_tokens=200)
+    state.add(sequence("holds", [5] * 60, 4))
+    run_step(state)
+    state.add(sequence("large", [6] * 60, 1))
+    late = sequence("at its limit", [7] * 50, 1)
+    state.add(late)
+    late.skip_count = MAX_SKIPS
+    state.add(sequence("small", [8, 9], 1))
+    order = []
+    while state.running or state.waiting:
+        order += [name for name, start, _ in run_step(state) if start == 0]
+    assert order == ["large", "at its limit", "small"]
+
+
+def test_scheduler_lets_nothing_skip_a_preempted_request() -> None:
+    """A later one would take the blocks that it freed for the others."""
+    state = scheduler(num_blocks=10, max_num_batched_tokens=40)
+    state.add(sequence("first", [6] * 20, 10))
+    state.add(sequence("later", [5] * 15, 20))
+    while not state.num_preemptions:
+        run_step(state)
+    state.add(sequence("small", [7], 1))
+    steps: dict[str, list[int]] = {"first": [], "later": [], "small": []}
+    for index in range(80):
+        for name, _, _ in run_step(state):
+            steps[name].append(index)
+    assert steps["first"][-1] < steps["later"][0] <= steps["small"][0]
+
+
 def test_scheduler_runs_most_urgent_first_and_preempts_least_urgent() -> None:
     state = scheduler(num_blocks=10, max_num_batched_tokens=40)
     state.add(sequence("later", [5] * 15, 20, priority=1))

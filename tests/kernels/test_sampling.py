@@ -163,6 +163,43 @@ def test_sample_filters_match_transformers(p: float, spread: float) -> None:
             assert (kept != want).sum() <= 1, "at most the token at the very edge, by rounding"
 
 
+def exact_logit(probability: float) -> float:
+    """The logit whose exponential in float32 is the probability exactly."""
+    logit = torch.tensor(probability).log()
+    for _ in range(8):
+        if logit.exp() == probability:
+            return logit.item()
+        toward = float("inf") if logit.exp() < probability else float("-inf")
+        logit = logit.nextafter(torch.tensor(toward))
+    pytest.skip(f"no float32 has the exponential {probability} here")
+
+
+@pytest.mark.parametrize(
+    ("p", "kept"), [(0.25, 1), (0.5, 1), (0.5000001, 2), (0.75, 2), (0.7500001, 4), (1.0, 4)]
+)
+def test_sample_top_p_ends_with_the_token_that_reaches_p(p: float, kept: int) -> None:
+    """Probabilities 1/2, 1/4, 1/8, 1/8, whose sums float32 holds exactly."""
+    half, quarter = exact_logit(0.5), exact_logit(0.25)
+    scaled = torch.tensor([[quarter, 0.0, half, quarter]])
+    got = sampling._top_p(scaled, torch.tensor([p]), sampling.FULL_VOCAB)[0].isfinite()
+    assert got.nonzero()[:, 0].tolist() == {1: [1], 2: [1, 2], 4: [0, 1, 2, 3]}[kept]
+
+
+@pytest.mark.parametrize(
+    ("p", "kept"), [(0.49, 2048), (0.5, 2048), (0.5000001, 6144), (0.9, 6144), (1.0, 6144)]
+)
+def test_sample_top_p_ends_a_wide_nucleus_with_the_token_that_reaches_p(
+    p: float, kept: int
+) -> None:
+    """2048 tokens with 1/4096 each and 4096 with half of that: more than are sorted at first."""
+    scaled = torch.full((1, 6144), exact_logit(0.5))
+    scaled[0, 1::3] = 0.0
+    assert sampling._NUCLEUS < 2048
+    got = sampling._top_p(scaled, torch.tensor([p]), sampling.FULL_VOCAB)[0].isfinite()
+    assert int(got.sum()) == kept
+    assert bool(got[1::3].all())
+
+
 def test_sample_noise_is_the_published_hashes() -> None:
     def splitmix(x: int) -> int:
         x = (x + 0x9E3779B97F4A7C15) % 2**64

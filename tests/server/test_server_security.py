@@ -356,6 +356,54 @@ def test_tokens_per_minute_come_back_with_time(monkeypatch: pytest.MonkeyPatch) 
     assert isinstance(client.admit(), Admission)
 
 
+@pytest.mark.parametrize(
+    ("used", "retry_after"), [(119, None), (120, "1"), (121, "1"), (122, "1"), (123, "2")]
+)
+def test_tokens_per_minute_are_refused_from_the_last_one_on(
+    monkeypatch: pytest.MonkeyPatch, used: int, retry_after: str | None
+) -> None:
+    """120 tokens a minute are two a second: a wait is rounded up, and never 0."""
+    monkeypatch.setattr(api_keys.time, "monotonic", lambda: 1000.0)
+    client = Client(max_tokens_per_minute=120)
+    admission = client.admit()
+    choice = Choice(engine_request("1", [1, 2], max_tokens=200), 0, None)  # type: ignore[arg-type]
+    choice.completion_tokens = used - 2
+    admission.reserve([choice])
+    for _ in range(2):  # charged once, however often the client asks
+        if retry_after is None:
+            client.release(client.admit())
+            continue
+        with pytest.raises(ApiError) as caught:
+            client.admit()
+        assert caught.value.headers["retry-after"] == retry_after
+
+
+def test_tokens_per_minute_are_not_saved_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [1000.0]
+    monkeypatch.setattr(api_keys.time, "monotonic", lambda: now[0])
+    client = Client(max_tokens_per_minute=120)
+    client.admit()
+    now[0] += 3600
+    admission = client.admit()
+    choice = Choice(engine_request("1", [1] * 120, max_tokens=9), 0, None)  # type: ignore[arg-type]
+    admission.reserve([choice])
+    with pytest.raises(ApiError):
+        client.admit()
+    now[0] += 0.5
+    client.release(client.admit())  # one token has come back
+
+
+def test_requests_of_a_key_are_admitted_up_to_its_limit() -> None:
+    client = Client(max_requests=2)
+    first = client.admit()
+    client.admit()
+    with pytest.raises(ApiError) as caught:
+        client.admit()
+    assert caught.value.status == 429
+    client.release(first)
+    client.admit()
+
+
 # Templates and grammars
 
 

@@ -524,6 +524,32 @@ def test_generation_aborts_the_request_after_a_stop_string() -> None:
     asyncio.run(run())
 
 
+@pytest.mark.parametrize(
+    ("min_tokens", "pieces", "text"),
+    [
+        (0, "xab", ""),
+        (1, "xab", "xab"),
+        (1, "xxb", "x"),
+        (2, "xxb", "xxb"),
+        (2, "xaxb", "xa"),
+        (9, "xxxab", "xxxab"),
+    ],
+)
+def test_stop_string_ends_an_answer_after_min_tokens_only(
+    min_tokens: int, pieces: str, text: str
+) -> None:
+    request = engine_request("0", [1], 99, min_tokens=min_tokens)
+    choice = Choice(request, 0, Letters(), ("x",))  # type: ignore[arg-type]
+    shown = ""
+    for piece in pieces:
+        shown += choice.process_output(output("0", piece), frozenset()).text
+        if choice.finish_reason:
+            break
+    stops = text != pieces
+    assert (shown, choice.finish_reason) == (text, "stop" if stops else None)
+    assert choice.completion_tokens == len(text) + stops
+
+
 def test_generation_fails_with_its_choice_and_aborts_the_others() -> None:
     async def run() -> None:
         engine = FakeEngine()
