@@ -228,11 +228,10 @@ class ApiRoutes:
         self._check_ready()
         options = self._state.options
         data = await read_json_body(request, options.max_body_bytes, options.body_timeout)
-        body = parse_request(schema, data, options.strict_fields)
+        body = parse_request(schema, data, options.strict_fields, self._state.model_name)
         request.scope["llmkit.ignored_fields"].append(body.ignored)
         check_reasoning_controls(body, self._state.text.tokenizer)
-        if body.model:  # optional for /tokenize
-            self._check_model(body.model)
+        self._check_model(body.model)
         return body
 
     async def _chat(

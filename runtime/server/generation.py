@@ -99,6 +99,8 @@ class Generation:
     async def deltas(self) -> AsyncIterator[list[Delta]]:
         """Yield the new deltas, until every choice is finished or the client is gone.
 
+        They may be empty, for example after `wake`.
+
         Raises ApiError when the engine refuses or fails the request, or dies.
         """
         try:
@@ -107,13 +109,15 @@ class Generation:
                 self._wake_up.clear()
                 inbox = self._inbox
                 self._inbox = []
-                deltas = [delta for delta in map(self._process, inbox) if delta is not None]
-                if deltas:
-                    yield deltas
+                yield [delta for delta in map(self._process, inbox) if delta is not None]
             if self._error is not None:
                 raise self._error
         finally:
             self.abort()
+
+    def wake(self) -> None:
+        """Make `deltas` yield, even if there is nothing new."""
+        self._wake_up.set()
 
     def fail(self, error: ApiError) -> None:
         """End the request with `error`; it is aborted in the engine at once."""

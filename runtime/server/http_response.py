@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator
 
 from fastapi import Request, Response
 from starlette.types import Receive, Scope, Send
@@ -16,6 +16,9 @@ from llmkit.runtime.server.http.http_errors import ApiError
 from llmkit.runtime.server.request_log import log_request
 from llmkit.runtime.server.responses.response_builder import FullResponseBuilder, ResponseBuilder
 from llmkit.runtime.server.server_state import ServerState
+
+# Clients ignore it: a line that begins with a colon is a comment (WHATWG HTML, 9.2.6).
+KEEP_ALIVE_COMMENT = b": keep-alive\n\n"
 
 
 async def respond(
@@ -84,7 +87,8 @@ def _new_generation(
 class EventStreamResponse(Response):
     """Server-sent events.
 
-    The status is sent with the first event, so that an error before it has a status of its own.
+    The status is sent with the first event or keep-alive comment, so that an error before it has a
+    status of its own.
     """
 
     def __init__(
@@ -127,13 +131,49 @@ async def _send_body(send: Send, body: bytes, more: bool = True) -> None:
 async def _stream_events(
     state: ServerState, request: Request, builder: ResponseBuilder, generation: Generation
 ) -> AsyncGenerator[bytes]:
-    with _running(state, request, generation):
+    keep_alive = _KeepAlive(state.options.stream_keep_alive, generation.wake)
+    with _running(state, request, generation), contextlib.closing(keep_alive):
         async for deltas in generation.deltas():
-            events = builder.stream_events(generation.choices, deltas)
+            events = builder.stream_events(generation.choices, deltas) if deltas else b""
+            if not events and keep_alive.is_due:
+                events = KEEP_ALIVE_COMMENT
             if events:
+                keep_alive.restart()
                 yield events
         if not generation.disconnected:
             yield builder.final_events(generation.choices)
+
+
+class _KeepAlive:
+    """Calls `on_due` whenever `interval_s` seconds have passed since the last `restart`.
+
+    Proxies and clients close a stream that is silent for long, for example while a long prompt is
+    computed.
+    """
+
+    def __init__(self, interval_s: float, on_due: Callable[[], None]) -> None:
+        self.is_due = False
+        self._interval_s = interval_s
+        self._on_due = on_due
+        self._loop = asyncio.get_running_loop()
+        self._restart_time = self._loop.time()
+        self._timer = self._loop.call_later(interval_s, self._check)
+
+    def restart(self) -> None:
+        """Count from now. The timer is not set again here, because this runs for every event."""
+        self.is_due = False
+        self._restart_time = self._loop.time()
+
+    def close(self) -> None:
+        self._timer.cancel()
+
+    def _check(self) -> None:
+        remaining_s = self._restart_time + self._interval_s - self._loop.time()
+        if remaining_s <= 0:
+            self.is_due = True
+            self._on_due()
+            remaining_s = self._interval_s
+        self._timer = self._loop.call_later(remaining_s, self._check)
 
 
 @contextlib.contextmanager
@@ -150,7 +190,13 @@ def _running(state: ServerState, request: Request, generation: Generation) -> It
         model = generation.choices[0].request.adapter or state.model_name
         if state.options.log_requests:
             admission: Admission = request.scope["llmkit.admission"]
-            log_request(model, generation.choices, generation.outcome, admission.client.name)
+            log_request(
+                model,
+                generation.choices,
+                generation.outcome,
+                admission.client.name,
+                request.scope["llmkit.request_id"],
+            )
         if state.tracing is not None:
             state.tracing.record(request.scope, model, generation)
         watch.cancel()

@@ -11,11 +11,13 @@ import msgspec
 from llmkit.runtime.server.choice import Choice
 
 
-def log_request(model: str, choices: Sequence[Choice], outcome: str, client_name: str) -> None:
+def log_request(
+    model: str, choices: Sequence[Choice], outcome: str, client_name: str, request_id: str
+) -> None:
     """Write the line of a request for `model` to stderr.
 
     `outcome` is "finished", "cancelled" or the code of its error. `client_name` is the name of its
-    API key, or "".
+    API key, or "". `request_id` is its `x-request-id`.
     """
     first = choices[0]
     times = first.times
@@ -23,6 +25,7 @@ def log_request(model: str, choices: Sequence[Choice], outcome: str, client_name
         "event": "request",
         "time": round(time.time(), 3),
         "id": first.request.request_id.rpartition("-")[0],
+        "request_id": request_id,
         "model": model,
         **({"client": client_name} if client_name else {}),
         "ended": outcome,

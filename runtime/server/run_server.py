@@ -53,6 +53,8 @@ def run_server(
     start_time = time.perf_counter() if start_time is None else start_time
     clients = load_api_keys(options)
     check_exposure(options, clients)
+    if listener is None:  # otherwise the router has warned
+        log_open_doors(options, clients, log)
     _raise_open_files_limit()
     if options.ssl_certfile or options.ssl_keyfile or options.ssl_ca_certs:
         # Imported here, as uvloop would delay the start of the engine processes.
@@ -127,6 +129,23 @@ def check_exposure(options: ServeOptions, clients: tuple[Client, ...]) -> None:
             "An address other than loopback needs an API key",
             f"Give --api-key-file FILE or set {API_KEY_VARIABLE}, or serve on 127.0.0.1",
         )
+
+
+def log_open_doors(
+    options: ServeOptions, clients: tuple[Client, ...], log: Callable[[str], None]
+) -> None:
+    """Log a warning for each option that lets every web page use a server without a key."""
+    if clients:
+        return
+    for option, values in (
+        ("--allowed-origins", options.allowed_origins),
+        ("--allowed-hosts", options.allowed_hosts),
+    ):
+        if "*" in values:
+            log(
+                f"warning: with {option} '*' and no API key, every web page that a browser on this "
+                f"machine opens can use the server. Name what you need, or give --api-key-file"
+            )
 
 
 def bind(host: str, port: int) -> socket.socket:

@@ -87,7 +87,7 @@ class Tracing:
             SPAN_NAME,
             context=self._propagator.extract(trace_headers),
             kind=SpanKind.SERVER,
-            attributes=_attributes(generation, model, scope["path"], arrived, now),
+            attributes=_attributes(generation, model, scope, arrived, now),
             start_time=now_ns - int((now - arrived) * 1e9),
         )
         if generation.outcome not in ("finished", "cancelled"):
@@ -101,7 +101,7 @@ class Tracing:
 
 
 def _attributes(
-    generation: Generation, model: str, path: str, arrived: float, now: float
+    generation: Generation, model: str, scope: Scope, arrived: float, now: float
 ) -> dict[str, Any]:
     """Return a span's attributes: vLLM's names, and the conventions' names for the same values."""
     choices = generation.choices
@@ -111,6 +111,7 @@ def _attributes(
     times = choices[0].times
     prompt = sum(len(choice.request.prompt_token_ids) for choice in choices)
     completion = sum(choice.completion_tokens for choice in choices)
+    path: str = scope["path"]
     operation = "text_completion"
     if request.pooling:
         operation = "embeddings"
@@ -120,6 +121,7 @@ def _attributes(
         "gen_ai.operation.name": operation,
         "gen_ai.provider.name": "llmkit",
         "url.path": path,
+        "http.request.header.x-request-id": [scope["llmkit.request_id"]],
         "gen_ai.request.model": model,
         "gen_ai.response.model": model,
         "gen_ai.request.id": request_id,

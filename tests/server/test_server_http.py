@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+import re
 import socket
+import time
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
+from contextlib import ExitStack
 from typing import Any
 
+import anthropic
 import httpx
 import openai
+import psutil
 import pytest
 from support.server_process import LlmkitServer, wait_for
 from support.tiny_models import VOCAB
@@ -25,6 +33,7 @@ SERVER: dict[str, Any] = {
     "served_model_name": "tiny",
     "max_body_bytes": MAX_BODY_BYTES,
     "body_timeout": 1.0,
+    "stream_keep_alive": 0.2,
     "max_num_seqs": 4,
     "max_waiting": QUEUE - 4,
     "kv_cache_memory": 64 * 2**20,
@@ -245,16 +254,37 @@ def test_routes_but_health_need_a_key(server: LlmkitServer) -> None:
         ({"origin": "https://evil.example"}, 403),
         ({"origin": "null"}, 403),
         ({"host": "localhost:9", "origin": "http://localhost:8"}, 403),
+        ({"host": "localhost:8000", "origin": "http://evil.localhost:8000"}, 403),
+        ({"host": "localhost:8000", "origin": "http://localhost:8000.evil.example"}, 403),
+        ({"host": "localhost:8000", "origin": "http://localhost:80000"}, 403),
+        ({"host": "localhost:8000", "origin": "http://xlocalhost:8000"}, 403),
+        ({"host": "localhost:8000", "origin": "ws://localhost:8000"}, 403),
+        ({"host": "localhost:8000", "origin": "localhost:8000"}, 403),
+        ({"host": "evil.localhost:8000", "origin": "http://evil.localhost:8000"}, 403),
         ({"host": "localhost:9", "origin": "http://localhost:9"}, 200),
     ],
 )
 def test_foreign_hosts_and_origins_are_refused(
     http: httpx.Client, headers: dict[str, str], status: int
 ) -> None:
-    answer = http.get("/health", headers=headers)
+    answer = http.get("/version", headers=headers)
     assert answer.status_code == status
     if status == 403:
         assert error_of(answer)["type"] == "permission_error"
+        option = (
+            "--allowed-origins"
+            if error_of(answer)["code"] == "foreign_origin"
+            else "--allowed-hosts"
+        )
+        assert option in error_of(answer)["message"]
+
+
+@pytest.mark.parametrize("path", ["/health", "/ready", "/v2/health/live", "/v2/health/ready"])
+def test_health_is_told_to_any_host_but_no_foreign_page(http: httpx.Client, path: str) -> None:
+    assert http.get(path, headers={"host": "10.1.2.3:8000"}).status_code == 200
+    foreign = {"host": "10.1.2.3:8000", "origin": "https://evil.example"}
+    assert http.get(path, headers=foreign).status_code == 403
+    assert http.get(f"{path}/", headers={"host": "10.1.2.3:8000"}).status_code == 403
 
 
 WRONG: list[tuple[dict[str, Any], int, str | None, str]] = [
@@ -360,6 +390,204 @@ def test_large_body_is_a_413_declared_or_not(http: httpx.Client) -> None:
         error_of(answer)
 
 
+def test_large_body_is_a_413_for_a_client_that_reads_after_sending(server: LlmkitServer) -> None:
+    """urllib sends the whole body before it reads: 8 times the limit, as 64 MB to a real server."""
+    body = b"x" * (8 * MAX_BODY_BYTES)
+    for headers, status in (
+        ({"authorization": f"Bearer {KEY}", "content-type": "application/json"}, 413),
+        ({"authorization": f"Bearer {KEY}", "content-type": "text/plain"}, 415),
+        ({"content-type": "application/json"}, 401),
+    ):
+        url = f"{server.url}/v1/completions"
+        request = urllib.request.Request(url, body, headers)
+        with pytest.raises(urllib.error.HTTPError) as caught:
+            urllib.request.urlopen(request, timeout=30)
+        assert caught.value.code == status
+        assert caught.value.headers["connection"] == "close"
+        assert json.loads(caught.value.read())["error"]["message"]
+
+
+def test_large_body_is_dropped_up_to_a_number_of_bytes(server: LlmkitServer) -> None:
+    """Beyond 16 times the limit the connection is cut, however much the client would send."""
+    sent = 0
+
+    def pour(connection: socket.socket) -> None:
+        nonlocal sent
+        while sent < (64 << 20):  # the bound, and what lies between two sockets, is far less
+            connection.sendall(b"x" * MAX_BODY_BYTES)
+            sent += MAX_BODY_BYTES
+
+    with socket.create_connection(("127.0.0.1", server.port), timeout=30) as connection:
+        connection.sendall(head(server, length=1 << 40))
+        with pytest.raises(ConnectionError):
+            pour(connection)
+    assert sent > 8 * MAX_BODY_BYTES
+
+
+def test_large_body_is_dropped_for_a_limited_time(server: LlmkitServer) -> None:
+    def drip(connection: socket.socket) -> None:
+        while time.monotonic() < start_time + 20:  # `body_timeout` is 1 s
+            connection.sendall(b"x")
+            time.sleep(0.02)
+
+    with socket.create_connection(("127.0.0.1", server.port), timeout=30) as connection:
+        connection.sendall(head(server, length=1 << 40))
+        assert connection.recv(12) == b"HTTP/1.1 413"
+        start_time = time.monotonic()
+        with pytest.raises(ConnectionError):
+            drip(connection)
+    assert time.monotonic() > start_time + 0.5
+
+
+def test_large_body_that_stops_is_not_waited_for(server: LlmkitServer) -> None:
+    with socket.create_connection(("127.0.0.1", server.port), timeout=30) as connection:
+        connection.sendall(head(server, length=1 << 40))
+        while connection.recv(65536):  # the answer, and the end of what the server sends
+            pass
+        port = connection.getsockname()[1]
+        process = psutil.Process(server.process.pid)
+
+        def is_open() -> bool:
+            return any(one.raddr and one.raddr.port == port for one in process.net_connections())
+
+        wait_for(lambda: not is_open(), timeout_s=10)
+
+
+def test_body_in_gzip_is_decoded_within_the_limit(
+    http: httpx.Client, client: openai.OpenAI
+) -> None:
+    body = json.dumps({**GREEDY, "prompt": "hello " * 500, "max_tokens": 2}).encode()
+    headers = {"content-type": "application/json", "content-encoding": "gzip"}
+
+    def post(content: bytes, **more: str) -> httpx.Response:
+        more = {name.replace("_", "-"): value for name, value in more.items()}
+        return http.post("/v1/completions", content=content, headers=headers | more)
+
+    plain = http.post("/v1/completions", content=body, headers=headers | {"content-encoding": ""})
+    for answer in (post(gzip.compress(body)), post(gzip.compress(body), content_encoding="X-GZIP")):
+        assert answer.status_code == 200
+        assert answer.json()["choices"] == plain.json()["choices"]
+    for content, status, code in (
+        (gzip.compress(b" " * MAX_BODY_BYTES), 400, "invalid_json"),
+        (gzip.compress(b" " * (MAX_BODY_BYTES + 1)), 413, "body_too_large"),
+        (gzip.compress(b" " * (1 << 28)), 413, "body_too_large"),  # 256 MiB in 260 KB: refused
+        (gzip.compress(b" " * (1 << 24)), 413, "body_too_large"),  # 16 MiB in 16 KB: a bomb
+        (body, 400, "invalid_gzip"),
+        (gzip.compress(body)[:-1], 400, "invalid_gzip"),
+        (gzip.compress(body) + b"x", 400, "invalid_gzip"),
+    ):
+        answer = post(content)
+        assert (answer.status_code, error_of(answer)["code"]) == (status, code)
+    for coding in ("br", "deflate", "zstd", "gzip, gzip"):
+        answer = post(body, content_encoding=coding)
+        assert (answer.status_code, error_of(answer)["code"]) == (415, "content_encoding")
+        assert coding in error_of(answer)["message"]
+        assert answer.headers["accept-encoding"] == "gzip"
+
+
+def test_head_is_answered_as_get_without_a_body(server: LlmkitServer, http: httpx.Client) -> None:
+    for path in (
+        "/health",
+        "/v1/models",
+        "/v1/models/tiny",
+        "/metrics",
+        "/openapi.json",
+        "/",
+        "/v2",
+    ):
+        head_answer = http.head(path)
+        get_answer = http.get(path)
+        assert (head_answer.status_code, head_answer.content) == (200, b"")
+        assert head_answer.headers["content-type"] == get_answer.headers["content-type"]
+        if path != "/metrics":
+            assert head_answer.headers["content-length"] == str(len(get_answer.content))
+    assert http.head("/nowhere").status_code == 404
+    assert http.head("/v1/completions").status_code == 405
+    assert http.delete("/health").headers["allow"] == "GET, HEAD"
+    assert httpx.head(f"{server.url}/v1/models").status_code == 401
+    # The connection goes on: no body stands between two answers.
+    two = b"HEAD /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", server.port), timeout=30) as connection:
+        for _ in range(2):
+            connection.sendall(two)
+            received = b""
+            while not received.endswith(b"\r\n\r\n"):
+                received += connection.recv(65536)
+            assert received.count(b"HTTP/1.1 200") == 1
+
+
+def test_http_1_0_gets_no_chunks(server: LlmkitServer) -> None:
+    for stream in (True, False):
+        body = json.dumps({**GREEDY, "prompt": "x", "max_tokens": 9, "stream": stream}).encode()
+        request = head(server, length=len(body)).replace(b"HTTP/1.1", b"HTTP/1.0") + body
+        headers, _, content = raw(server, request).partition(b"\r\n\r\n")
+        assert headers.startswith(b"HTTP/1.1 200 ")
+        assert b"transfer-encoding" not in headers.lower()
+        assert b"connection: close" in headers.lower()
+        assert (b"content-length" in headers) is not stream
+        if stream:
+            assert content.startswith(b"data: {")
+            assert content.endswith(b"data: [DONE]\n\n")
+            assert len(list(events(content.decode().splitlines().__iter__()))) >= 2
+        else:
+            assert json.loads(content)["object"] == "text_completion"
+    health = raw(server, b"HEAD /health HTTP/1.0\r\nHost: localhost\r\n\r\n")
+    assert health.endswith(b"\r\n\r\n")
+
+
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [
+        ("req_1-a.b~c:d/e+f=g@h", True),
+        ("x" * 128, True),
+        ("x" * 129, False),
+        ("", False),
+        ("a b", False),
+        ('a"b', False),
+        ("a;b", False),
+        ("\xe9", False),
+        (None, False),
+    ],
+)
+def test_request_id_is_returned_if_sane_else_replaced(
+    http: httpx.Client, given: str | None, kept: bool
+) -> None:
+    headers = {} if given is None else {"x-request-id": given.encode("latin-1")}
+    for method, path, status in (
+        ("GET", "/health", 200),
+        ("GET", "/nowhere", 404),
+        ("POST", "/v1/completions", 415),
+        ("OPTIONS", "/v1/completions", 405),
+    ):
+        answer = http.request(method, path, headers=headers)  # type: ignore[arg-type]
+        assert answer.status_code == status
+        assert answer.headers.get_list("x-request-id") == [answer.headers["x-request-id"]]
+        if kept:
+            assert answer.headers["x-request-id"] == given
+        else:
+            assert re.fullmatch("[0-9a-f]{32}", answer.headers["x-request-id"])
+
+
+def test_request_id_reaches_the_real_clients(server: LlmkitServer, client: openai.OpenAI) -> None:
+    headers = {"x-request-id": "mine-1"}
+    answer = client.completions.create(**GREEDY, prompt="x", max_tokens=1, extra_headers=headers)
+    assert answer._request_id == "mine-1"
+    with pytest.raises(openai.NotFoundError) as caught:
+        client.completions.create(model="other", prompt="x", extra_headers=headers)
+    assert caught.value.request_id == "mine-1"
+    with anthropic.Anthropic(base_url=server.url, api_key=KEY, default_headers=headers) as claude:
+        message = claude.messages.create(
+            model="tiny", max_tokens=1, messages=[{"role": "user", "content": "x"}]
+        )
+    assert message._request_id == "mine-1"
+    two = b"GET /health HTTP/1.1\r\nHost: localhost\r\nx-request-id: a\r\nx-request-id: b\r\n"
+    for data in (two + b"Connection: close\r\n\r\n", b"not http\r\n\r\n", b"GET / HTTP/9\r\n\r\n"):
+        assert re.search(rb"\r\nx-request-id: [0-9a-f]{32}\r\n", raw(server, data))
+    refused = raw(server, b"GET / HTTP/1.1\r\nx-request-id: mine-2\r\n\r\n")
+    assert refused.startswith(b"HTTP/1.1 400 ")
+    assert b"\r\nx-request-id: mine-2\r\n" in refused
+
+
 def raw(server: LlmkitServer, data: bytes) -> bytes:
     """Send bytes, wait for the server to close or answer in full, return what came."""
     with socket.create_connection(("127.0.0.1", server.port), timeout=30) as connection:
@@ -370,19 +598,20 @@ def raw(server: LlmkitServer, data: bytes) -> bytes:
     return received
 
 
-def head(server: LlmkitServer, more: str = "") -> bytes:
+def head(server: LlmkitServer, more: str = "\r\n", length: int = 100) -> bytes:
+    """The headers of a completion's request, complete unless there is `more`."""
     lines = [
         "POST /v1/completions HTTP/1.1",
         f"host: 127.0.0.1:{server.port}",
         f"authorization: Bearer {KEY}",
     ]
     return "\r\n".join(
-        [*lines, "content-type: application/json", "content-length: 100", more]
+        [*lines, "content-type: application/json", f"content-length: {length}", more]
     ).encode()
 
 
 def test_slow_body_is_a_408(server: LlmkitServer) -> None:
-    answer = raw(server, head(server) + b"\r\n{")
+    answer = raw(server, head(server) + b"{")
     assert answer.startswith(b"HTTP/1.1 408 ")
     assert b'"code":"body_timeout"' in answer
 
@@ -424,6 +653,40 @@ def test_client_that_disconnects_frees_the_engine(server: LlmkitServer, http: ht
         http.post("/v1/completions", json=LONG, timeout=0.3)
     wait_for(lambda: idle(server), timeout_s=5)
     assert server.metric("kv_cache_usage_perc") == 0
+
+
+def test_stream_that_waits_gets_comments_and_clients_ignore_them(
+    server: LlmkitServer, client: openai.OpenAI, http: httpx.Client
+) -> None:
+    chat: dict[str, Any] = {**GREEDY, "messages": CHAT, "max_tokens": 8}
+    plain = client.chat.completions.create(**chat)
+    with ExitStack() as stack:
+        # All places are taken. Each of these streams has begun.
+        busy = stack.enter_context(
+            http.stream("POST", "/v1/completions", json=LONG | {"stream": True, "n": 4})
+        )
+        next(events(busy.iter_lines()))
+        waiting = stack.enter_context(
+            http.stream("POST", "/v1/chat/completions", json=chat | {"stream": True})
+        )
+        assert waiting.headers["content-type"].startswith("text/event-stream")
+        lines = waiting.iter_lines()
+        silence = [next(lines) for _ in range(4)]
+        assert silence == [": keep-alive", "", ": keep-alive", ""]
+        stream = client.chat.completions.create(**chat, stream=True)
+        claude = stack.enter_context(
+            anthropic.Anthropic(base_url=server.url, api_key=KEY, max_retries=0)
+        )
+        message = {"model": "tiny", "max_tokens": 8, "messages": CHAT, "temperature": 0}
+        with claude.messages.stream(**message) as messages:
+            busy.close()
+            text = "".join(chunk.choices[0].delta.content or "" for chunk in stream)
+            assert text == plain.choices[0].message.content
+            assert "".join(messages.text_stream) == text
+        rest = list(lines)
+    assert rest[-2] == "data: [DONE]"
+    first_event = next(index for index, line in enumerate(rest) if line.startswith("data:"))
+    assert set(rest[:first_event]) <= {": keep-alive", ""}
 
 
 def test_full_queue_is_a_429_and_running_requests_continue(

@@ -230,7 +230,12 @@ def test_tracing_sends_remaining_spans_at_the_end(
     sent = tracing.Tracing(f"{collector.url}/elsewhere")
     choice = Choice(engine_request("cmpl-1-0", [1, 2, 3], 5), 0, None)  # type: ignore[arg-type]
     never_started = Generation(None, ServerMetrics(EngineStats, gpus=False), [choice], (), 0.0)
-    scope = {"llmkit.arrival_time": time.perf_counter(), "headers": [], "path": "/v1/completions"}
+    scope = {
+        "llmkit.arrival_time": time.perf_counter(),
+        "llmkit.request_id": "id-1",
+        "headers": [],
+        "path": "/v1/completions",
+    }
     sent.record(scope, "tiny", never_started)
     assert collector.raw == []
     sent.close()

@@ -65,8 +65,12 @@ class ApiError(Exception):
         """Return the error as JSON, in the form that the API of `path` uses."""
         if path == "/v2" or path.startswith("/v2/"):
             return msgspec.json.encode(self.flat_envelope())
-        anthropic = path == "/v1/messages" or path.startswith("/v1/messages/")
-        return msgspec.json.encode(self.envelope(anthropic))
+        return msgspec.json.encode(self.envelope(is_anthropic(path)))
+
+
+def is_anthropic(path: str) -> bool:
+    """Return whether a path belongs to Anthropic's API."""
+    return path == "/v1/messages" or path.startswith("/v1/messages/")
 
 
 def invalid(param: str, message: str, code: str = "invalid_value") -> ApiError:

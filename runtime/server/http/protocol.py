@@ -16,13 +16,22 @@ from types import SimpleNamespace
 from typing import Any
 
 from httptools import HttpParserError, HttpParserUpgrade, HttpRequestParser
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
+from llmkit.runtime.server.http import request_ids
 from llmkit.runtime.server.http.http_errors import ApiError
 from llmkit.runtime.server.http.security_middleware import MAX_HEADER_BYTES, headers_too_large
 
 HEADER_TIMEOUT_S = 20.0
 WRITE_TIMEOUT_S = 30.0
+# After an answer to a body that is still arriving. A client that does not read while it sends, such
+# as Python's urllib, gets the answer if it sends no more than this.
+MAX_DROPPED_BYTES = 128 * 1024 * 1024
+DROP_TIMEOUT_S = 30.0
+# After an answer to bytes that are no request: nothing says how many follow.
+_MAX_DROPPED_AFTER_REFUSAL = 1024 * 1024
+_DROP_CHECKS = 6  # a client that is silent for a sixth of DROP_TIMEOUT_S sends no more
 # Headers that may occur once only. Of two, a proxy could use one and this server the other.
 _SINGLE_HEADERS = (
     b"host",
@@ -41,18 +50,33 @@ class LimitedHttpProtocol(HttpToolsProtocol):
     `write_timeout_s`. Requests are not pipelined: a request that arrives before the last response
     is complete is not read. The connection closes after that response, so the client sends the
     request again. Trailers are dropped: they are not headers.
+
+    A response may be complete before its request is. Then the rest of the request is received and
+    dropped, up to `max_dropped_bytes` and `drop_timeout_s`, and the connection is closed. A
+    connection that is closed with unread data is reset, and its client could lose the response.
+
+    An HTTP/1.0 client gets no chunked encoding. The end of the connection ends a response without a
+    length.
     """
 
     write_timeout_s = WRITE_TIMEOUT_S
+    max_dropped_bytes = MAX_DROPPED_BYTES
+    drop_timeout_s = DROP_TIMEOUT_S
     # Runs while the write buffer is full.
     _write_timer: asyncio.TimerHandle | None = None
-    # Runs while headers, or the rest of an unread body, are incomplete.
+    # Runs while headers are incomplete.
     _header_timer: asyncio.TimerHandle | None = None
     _in_headers = False
     # Received since the last complete request or part of a body.
     _num_header_bytes = 0
     # The current response is the last one of the connection. Everything received is dropped.
     _last_response = False
+    _num_dropped_bytes = 0
+    _drop_deadline = 0.0  # loop.time(); set when the response is complete
+    # Runs while the rest of a request is dropped.
+    _drop_timer: asyncio.TimerHandle | None = None
+    # The current response began before its request was complete.
+    _is_early = False
     # Why a request is refused although it parses.
     _refusal: str | None = None
 
@@ -63,6 +87,8 @@ class LimitedHttpProtocol(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_header_timer()
         self._stop_write_timer()
+        if self._drop_timer is not None:
+            self._drop_timer.cancel()
         self._unset_keepalive_if_required()
         super().connection_lost(exc)
 
@@ -76,6 +102,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         if self._last_response:
+            self._drop(data)
             return
         self._num_header_bytes += len(data)
         self._unset_keepalive_if_required()
@@ -115,6 +142,77 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         self._num_header_bytes = 0
         self._stop_header_timer()
         super().on_message_complete()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        self.headers = []  # a later refusal is not about this request
+        if self._is_early and not self.transport.is_closing():
+            if self.cycle.more_body:
+                self._close_after_rest(self.max_dropped_bytes)
+            else:
+                self.transport.close()
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGIApp) -> None:  # type: ignore[override]
+        super()._start_asgi_task(cycle, self._with_framing(cycle, app))  # type: ignore[arg-type]
+
+    def _with_framing(self, cycle: RequestResponseCycle, app: ASGIApp) -> ASGIApp:
+        """Return `app`, whose response says where it ends in a way that suits its request."""
+        ends_with_connection = False
+
+        async def framed_app(scope: Scope, receive: Receive, send: Send) -> None:
+            async def framed_send(message: Message) -> None:
+                nonlocal ends_with_connection
+                if message["type"] == "http.response.start":
+                    headers = list(message.get("headers", ()))
+                    has_length = any(name == b"content-length" for name, _ in headers)
+                    if scope["http_version"] == "1.0" and not has_length:
+                        ends_with_connection = True
+                        cycle.chunked_encoding = False
+                    if not cycle.more_body:
+                        await send(message)
+                        return
+                    self._is_early = True
+                    headers.append((b"connection", b"close"))
+                    await send({**message, "headers": headers})
+                    # Otherwise the cycle closes the connection with the response's last byte.
+                    cycle.keep_alive = True
+                    return
+                if ends_with_connection:
+                    cycle.expected_content_length = len(message.get("body", b""))
+                await send(message)
+
+            await app(scope, receive, framed_send)
+
+        return framed_app
+
+    def _drop(self, data: bytes) -> None:
+        self._num_dropped_bytes += len(data)
+        if self._num_dropped_bytes > self.max_dropped_bytes:
+            self.transport.abort()
+
+    def _close_after_rest(self, max_bytes: int) -> None:
+        """Receive and drop what the client still sends, within limits, then close."""
+        self._last_response = True
+        self.max_dropped_bytes = max_bytes
+        self._num_dropped_bytes = 0
+        self._drop_deadline = self.loop.time() + self.drop_timeout_s
+        self._unset_keepalive_if_required()
+        self._stop_header_timer()
+        self._check_rest_later()
+        if self.transport.can_write_eof():
+            self.transport.write_eof()
+
+    def _check_rest_later(self) -> None:
+        self._drop_timer = self.loop.call_later(
+            self.drop_timeout_s / _DROP_CHECKS, self._check_rest, self._num_dropped_bytes
+        )
+
+    def _check_rest(self, num_dropped_before: int) -> None:
+        is_silent = self._num_dropped_bytes == num_dropped_before
+        if is_silent or self.loop.time() >= self._drop_deadline:
+            self.transport.close()
+        else:
+            self._check_rest_later()
 
     def _parse(self, data: bytes) -> None:
         try:
@@ -205,8 +303,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             message = f"The headers did not arrive within {HEADER_TIMEOUT_S:g} s."
             self._refuse(ApiError(408, message, code="header_timeout"))
         else:
-            # The rest of a body that is already answered, or line feeds only.
-            self.transport.close()
+            self.transport.close()  # line feeds only
 
     def _refuse(self, error: ApiError) -> None:
         """Answer with `error` and close; after a started response, only close."""
@@ -225,8 +322,9 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             "content-type": "application/json",
             "content-length": len(body),
             "connection": "close",
+            request_ids.HEADER.decode(): request_ids.request_id(self.headers or ()).decode(),
         }
         lines = [f"HTTP/1.1 {error.status} {HTTPStatus(error.status).phrase}"]
         lines += [f"{name}: {value}" for name, value in headers.items()]
         self.transport.write("\r\n".join([*lines, "", ""]).encode("latin-1") + body)
-        self.transport.close()
+        self._close_after_rest(_MAX_DROPPED_AFTER_REFUSAL)

@@ -185,6 +185,8 @@ class InferenceService(GRPCInferenceServiceServicer):  # type: ignore[misc]
             async for chunk in http.chunks():
                 *events, incomplete = (incomplete + chunk).split(b"\n\n")
                 for event in events:
+                    if event.startswith(b":"):  # a keep-alive comment
+                        continue
                     document = msgspec.json.decode(event.removeprefix(b"data: "))
                     if "error" in document:
                         yield error_response(document["error"])
@@ -222,8 +224,8 @@ def _model_path(name: str, version: str, suffix: str) -> str:
 
 
 def _headers(context: Context) -> Headers:
-    """Return the call's metadata that the HTTP server needs: the API key and the trace."""
-    kept = {"authorization", "x-api-key", "traceparent"}
+    """Return the call's metadata that the HTTP server needs: the API key, the trace and the id."""
+    kept = {"authorization", "x-api-key", "traceparent", "x-request-id"}
     headers = []
     for key, value in context.invocation_metadata() or ():
         if key in kept:
