@@ -80,14 +80,14 @@ class Engine:
                     "not_supported", "a grammar needs a model with a tokenizer", "grammar"
                 )
             grammar_matcher = self.compile_grammar(request.grammar)
-        self.scheduler.add(
-            Sequence(
-                request,
-                seed=secrets.randbits(63) if seed is None else seed,
-                adapter_id=adapter_id,
-                grammar_matcher=grammar_matcher,
-            )
+        sequence = Sequence(
+            request,
+            seed=secrets.randbits(63) if seed is None else seed,
+            adapter_id=adapter_id,
+            grammar_matcher=grammar_matcher,
         )
+        sequence.rope_offset = self.model.spec.rope_offset(sequence.max_num_tokens)
+        self.scheduler.add(sequence)
 
     def cancel(self, request_id: str) -> None:
         """Drop a request at once; it has no further output. Unknown ids are ignored."""

@@ -21,6 +21,8 @@ class Sequence:
     seed: int  # of its random draws
     adapter_id: int = 0  # its LoRA adapter's id in the LoraManager; 0: the base model
     grammar_matcher: GrammarMatcher | None = None
+    # `ModelSpec.rope_offset` of its length: keys of another offset are rotated differently.
+    rope_offset: int = 0
     arrival: int = 0  # its number in the order of arrival, set by Scheduler.add
 
     token_ids: list[int] = field(init=False)  # the prompt and the known output tokens
@@ -88,12 +90,14 @@ class Sequence:
     def block_hashes(self, num_blocks: int, block_size: int) -> list[bytes]:
         """The hashes of its first blocks.
 
-        A hash covers all tokens up to the end of the block, the adapter and the salt.
+        A hash covers all tokens up to the end of the block, the adapter, the RoPE offset and the
+        salt.
         """
         if self._block_hashes:
             parent = self._block_hashes[-1]
         else:
-            root = f"{self.adapter_id} {self.request.cache_salt}"
+            keys = f"{self.adapter_id}+{self.rope_offset}" if self.rope_offset else self.adapter_id
+            root = f"{keys} {self.request.cache_salt}"
             parent = hashlib.sha256(root.encode()).digest()
         first = len(self._block_hashes) * block_size
         for start in range(first, num_blocks * block_size, block_size):

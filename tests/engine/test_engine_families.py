@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -87,6 +88,28 @@ def test_outputs_do_not_depend_on_the_prefix_cache(family: Family) -> None:
     assert [running.generate([p], GREEDY)[0] for p in reversed(family.prompts)] == family.expected[
         ::-1
     ]
+
+
+def test_longrope_requests_share_no_prefix_with_those_of_other_frequencies(
+    tmp_path: Path,
+) -> None:
+    oracle = family_oracle("phi3-longrope", tmp_path)
+    model = load_model(open_checkpoint(tmp_path), torch.float32)
+    original_length = next(iter(model.spec.ropes.values())).original_max_position_embeddings
+    prompt = torch.randint(3, 90, (40,), generator=torch.Generator().manual_seed(1)).tolist()
+    running = engine(model, max_model_len=128)
+    running.generate([prompt], GREEDY)
+    assert len(prompt) + OUTPUT <= original_length, "the first one is short"
+    num_tokens = original_length - len(prompt) + 10
+    long = SamplingParams(temperature=0.0, max_tokens=num_tokens, ignore_eos=True)
+    (answer,) = running.generate([prompt], long)
+    assert running.stats().prefix_hits_total == 0
+    # Of a text beyond the original length, transformers computes all positions anew, as here.
+    logits = oracle_logits(oracle, torch.tensor(prompt + answer))[len(prompt) - 1 : -1]
+    beyond = original_length - len(prompt)
+    assert logits.argmax(-1).tolist()[beyond:] == answer[beyond:]
+    assert running.generate([prompt], long) == [answer]
+    assert running.stats().prefix_hits_total > 0, "requests of the same kind share it"
 
 
 def test_draft_model_changes_only_the_number_of_steps(family: Family) -> None:
