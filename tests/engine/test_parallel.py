@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -146,6 +147,60 @@ def test_ranks_answer_the_same_in_every_mode(
         assert running.stats().prefix_hits_total > 0
         assert all(pool.num_used_blocks == 0 for pool in running.scheduler.pools)
         assert mode != "preempted" or running.stats().preemptions_total > 0
+
+
+@pytest.mark.parametrize("layout", [{"tp": 2}, {"pp": 2}], ids=["TP 2", "PP 2"])
+def test_ranks_drop_a_cancelled_request_together(layout: dict[str, int], tmp_path: Path) -> None:
+    """Ranks that disagree on a step's tokens would break the others' collective operations."""
+    model = tiny_checkpoint(tmp_path / "model")
+    with engine(model) as alone:
+        (expected,) = alone.generate([[7, 8, 9]], GREEDY)
+    with engine(model, **layout) as running:
+        running.add(EngineRequest("cancelled", [5, 6], replace(GREEDY, max_tokens=200)))
+        for _ in range(4):
+            running.step()
+        running.cancel("cancelled")
+        running.add(EngineRequest("kept", [7, 8, 9], GREEDY))
+        found = []
+        while running.has_work:
+            for output in running.step():
+                assert output.request_id == "kept"
+                found += output.token_ids
+        assert found == expected
+        assert all(pool.num_used_blocks == 0 for pool in running.scheduler.pools)
+
+
+@pytest.mark.parametrize(
+    "vocab_size", [130, 60], ids=["half of rank 1 is padding", "all of rank 1 is padding"]
+)
+def test_ranks_never_draw_padding_of_the_vocabulary(vocab_size: int, tmp_path: Path) -> None:
+    """Its logits would be 0: as probable as any token for this model and temperature."""
+    model = tiny_checkpoint(tmp_path / "model", vocab_size=vocab_size)
+    hot = [
+        SamplingParams(temperature=50.0, seed=seed, max_tokens=16, ignore_eos=True)
+        for seed in range(4)
+    ]
+    asked = [[3, 4, 5 + index] for index in range(4)]
+    with engine(model) as alone:
+        expected = alone.generate(asked, hot)
+    assert max(map(max, expected)) >= 0.9 * vocab_size, "the last tokens are drawn as well"
+    with engine(model, tp=2) as running:
+        assert running.generate(asked, hot) == expected
+
+
+@pytest.mark.parametrize("pp_layers", [(2, 1), (1, 2)], ids=str)
+def test_ranks_use_the_least_blocks_and_length_of_any(
+    pp_layers: tuple[int, int], tmp_path: Path
+) -> None:
+    """The stage with two layers has half as many blocks in the same memory as the other one."""
+    model = tiny_checkpoint(tmp_path / "model", num_hidden_layers=3, max_position_embeddings=4096)
+    shard(model, tmp_path / "out", 1, 2, pp_layers=pp_layers)
+    block = 2 * 2 * 2 * 16 * 4 * 16  # k and v, two layers, KV heads, head_dim, float32, tokens
+    with engine(tmp_path / "out", kv_cache_memory=40 * block) as running:
+        assert running.config.num_blocks == 40
+        assert running.config.max_model_len == 640
+        (answer,) = running.generate([[5] * 620], replace(GREEDY, max_tokens=20))
+        assert len(answer) == 20
 
 
 def test_pipeline_stages_work_on_different_steps(tmp_path: Path) -> None:
