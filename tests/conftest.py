@@ -25,6 +25,14 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+# Hypothesis tries the same examples in every run, and an example may take as long as it needs on a
+# busy machine. GPU machines may lack it.
+with suppress(ImportError):
+    import hypothesis
+
+    hypothesis.settings.register_profile("llmkit", derandomize=True, deadline=None)
+    hypothesis.settings.load_profile("llmkit")
+
 # Tests compile kernels for GPUs. llmkit itself imports Triton only where there is a GPU.
 with suppress(ImportError):
     import triton  # noqa: F401

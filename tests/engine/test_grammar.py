@@ -152,7 +152,7 @@ WASTE = ["  ", "\n\n", " \n", "\n \n", "\t", "\r\n", "\n" + " " * 17, "\n\t \t"]
 
 
 @given(st.lists(GAPS, min_size=11, max_size=11), st.integers(0, 10), st.sampled_from(WASTE))
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=60)
 def test_json_answers_have_one_line_feed_between_tokens(
     byte_tokenizer: LLTokenizer, gaps: list[str], place: int, waste: str
 ) -> None:

@@ -254,13 +254,11 @@ class RandomRequests(RuleBasedStateMachine):
         assert state.num_prompt_tokens <= sum(len(prompt) for prompt, _ in self.asked.values())
 
 
-RandomRequests.TestCase.settings = settings(
-    max_examples=200, stateful_step_count=30, deadline=None, derandomize=True
-)
+RandomRequests.TestCase.settings = settings(max_examples=200, stateful_step_count=30)
 TestSchedulerWithRandomRequests = RandomRequests.TestCase
 
 
-@settings(max_examples=100, deadline=None, derandomize=True)
+@settings(max_examples=100)
 @given(
     st.lists(
         st.tuples(

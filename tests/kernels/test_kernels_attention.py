@@ -129,7 +129,7 @@ def test_paged_attention_with_mixed_batches(
     close(inputs.run(softcap=softcap), inputs.expected(softcap))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.lists(st.tuples(st.integers(1, 32), st.integers(0, 60)), min_size=1, max_size=7),
     st.sampled_from([None, 1, 5, 17, 64]),

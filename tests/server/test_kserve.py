@@ -322,7 +322,7 @@ VALUES = st.recursive(
 )
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(
     value=st.dictionaries(KEYS, VALUES, max_size=6),
     tensor=st.dictionaries(KEYS, VALUES),

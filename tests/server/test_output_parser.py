@@ -184,7 +184,7 @@ REQUIRED = {
     st.booleans(),
     st.booleans(),
 )
-@settings(max_examples=400, deadline=None, derandomize=True)
+@settings(max_examples=400)
 def test_parser_required_call_cut_anywhere_is_a_call(
     call_format: ToolCallFormat, length: int, cuts: list[int], reasons: bool, opener: bool
 ) -> None:
@@ -276,7 +276,7 @@ FRAGMENTS = [
     st.booleans(),
 )
 @example(f"<tool_call>{CITY}</tool_call>", [1], HERMES, True, False, False)
-@settings(max_examples=600, deadline=None)
+@settings(max_examples=600)
 def test_parser_result_is_independent_of_cuts(
     text: str,
     cuts: list[int],

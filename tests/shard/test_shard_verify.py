@@ -82,12 +82,7 @@ def test_verify_figures_of_an_intact_directory(ranks: Path) -> None:
     assert json.loads(json.dumps(result.to_json()))["ok"] is True
 
 
-@settings(
-    max_examples=30,
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
+@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.sampled_from([RANK0, RANK1, "config.json"]), st.integers(0, 2**30))
 def test_verify_finds_a_flipped_bit_anywhere(ranks: Path, file: str, position: int) -> None:
     path = ranks / file
@@ -101,12 +96,7 @@ def test_verify_finds_a_flipped_bit_anywhere(ranks: Path, file: str, position: i
     assert verify(ranks).ok
 
 
-@settings(
-    max_examples=60,
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.integers(0, 2**30))
 def test_verify_finds_a_flipped_bit_of_the_manifest(ranks: Path, position: int) -> None:
     path = ranks / "llmkit.json"

@@ -80,8 +80,6 @@ def _attempts(
     @seed(number)
     @settings(
         max_examples=examples,
-        deadline=None,
-        database=None,
         suppress_health_check=list(HealthCheck),
         phases=[Phase.generate, Phase.shrink],
     )
