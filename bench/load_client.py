@@ -20,9 +20,9 @@ from typing import Any
 import aiohttp
 
 from llmkit.bench.bench_metrics import RequestTimeline, RunResult
-from llmkit.bench.sse import EventParser
 from llmkit.bench.workload import WorkloadRequest, group_conversations
 from llmkit.common.errors import InputError, ShortageError
+from llmkit.common.sse import EventParser
 from llmkit.runtime.process_channel import API_KEY_VARIABLE
 
 CONNECT_TIMEOUT_S = 10.0
@@ -56,13 +56,14 @@ def base_url(url: str) -> str:
     return url.rstrip("/").removesuffix("/v1")
 
 
-def query_server(url: str, model: str | None = None) -> Server:
+def query_server(url: str, model: str | None = None, key: str | None = None) -> Server:
     """Read the model list of a server and pick `model`, or else its first entry.
 
+    key: the API key; None: that of the environment, if there is one.
     Raises ShortageError, with the errno, when the server cannot be reached, and InputError when the
     answer is no model list.
     """
-    return asyncio.run(_query_server(base_url(url), model))
+    return asyncio.run(_query_server(base_url(url), model, key))
 
 
 def run_load(
@@ -163,10 +164,10 @@ def _request_body(server: Server, request: WorkloadRequest) -> bytes:
     return json.dumps(fields).encode()
 
 
-def open_session(read_timeout_s: float) -> aiohttp.ClientSession:
-    """An HTTP session that sends the API key of the environment, if there is one."""
+def open_session(read_timeout_s: float, key: str | None = None) -> aiohttp.ClientSession:
+    """An HTTP session that sends the key, or else that of the environment, if there is one."""
     headers = {"Content-Type": "application/json"}
-    key = os.environ.get(API_KEY_VARIABLE)
+    key = key or os.environ.get(API_KEY_VARIABLE)
     if key:
         headers["Authorization"] = f"Bearer {key}"
     # Every request gets its own connection: a server may close an idle one just as the next
@@ -227,11 +228,11 @@ async def _send(
         record.error = _printable(f"{type(error).__name__}: {error}")
 
 
-async def _query_server(url: str, model: str | None) -> Server:
+async def _query_server(url: str, model: str | None, key: str | None) -> Server:
     address = f"{url}/v1/models"
     try:
         async with (
-            open_session(CONNECT_TIMEOUT_S) as session,
+            open_session(CONNECT_TIMEOUT_S, key) as session,
             session.get(address, allow_redirects=False) as response,
         ):
             status = response.status

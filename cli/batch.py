@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import secrets
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any
 
 from llmkit.cli.error_report import Stopped
 from llmkit.cli.output import Output, seconds_text
-from llmkit.cli.serve import serve_options
+from llmkit.cli.servers import own_server, own_server_options, running_server
 from llmkit.common.errors import InputError, UsageError
 from llmkit.common.option_values import within
 from llmkit.common.options import Argument, Option
@@ -20,10 +17,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from llmkit.runtime.batch_lines import Tally
-    from llmkit.runtime.run_batch import Server
-
-# Restarts of a dead engine within an hour, so that one crash does not end a long run.
-MAX_RESTARTS = 3
+    from llmkit.runtime.server_client import Server
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,10 +91,24 @@ def batch(output: Output, arguments: BatchArguments) -> None:
         raise UsageError("-o - and --json both want stdout", todo="Write the results to a file")
     started_at = time.perf_counter()
     if arguments.url is not None:
-        name, start_server = _running_server(arguments.url, arguments.model)
+        name, server = running_server(arguments.url, arguments.model)
+
+        def start_server() -> Server:
+            return server
+
     else:
         assert arguments.model is not None
-        name, start_server = _own_server(output, arguments.model, arguments)
+        name, options = own_server_options(arguments.model, arguments.serve_words)
+        # --concurrency already limits the waiting requests.
+        options = replace(
+            options,
+            max_waiting=options.max_waiting + arguments.concurrency,
+            max_waiting_tokens=0,
+        )
+
+        def start_server() -> Server:
+            return own_server(options, output.message)
+
     # A run continues only with the same model and options.
     identity = {
         "model": arguments.model,
@@ -125,44 +133,6 @@ def batch(output: Output, arguments: BatchArguments) -> None:
         raise InputError(
             f"none of the {tally.requests} requests of {arguments.file} succeeded ({codes})"
         )
-
-
-def _running_server(url: str, model: str | None) -> tuple[str, Callable[[], Server]]:
-    """The model's name on a running server, and a function that returns the server."""
-    from llmkit.bench.backends import is_url
-    from llmkit.bench.load_client import query_server
-    from llmkit.runtime.process_channel import API_KEY_VARIABLE
-    from llmkit.runtime.run_batch import Server
-
-    if not is_url(url):
-        raise UsageError(f"--url {url} is not a URL", "Addresses begin with http:// or https://")
-    found = query_server(url, model)
-    server = Server(found.url, os.environ.get(API_KEY_VARIABLE, ""))
-    return found.model, lambda: server
-
-
-def _own_server(
-    output: Output, model: str, arguments: BatchArguments
-) -> tuple[str, Callable[[], Server]]:
-    """The model's name, and a function that starts a server of it."""
-    from llmkit.runtime.run_batch import Server
-    from llmkit.runtime.server.serve_options import default_name
-    from llmkit.runtime.server_process import ServerProcess
-
-    name = default_name(model)
-    options = serve_options(model, name, list(arguments.serve_words), None)
-    # --concurrency already limits the waiting requests.
-    options = replace(
-        options,
-        max_waiting=options.max_waiting + arguments.concurrency,
-        max_waiting_tokens=0,
-        restart=MAX_RESTARTS,
-    )
-
-    def start_server() -> Server:
-        return Server(process=ServerProcess(options, secrets.token_urlsafe(32), output.message))
-
-    return name, start_server
 
 
 def _document(

@@ -15,7 +15,19 @@ from typing import Annotated
 
 import typer
 
-from llmkit.cli import batch, bench, deploy, doctor, inspect, plan, quantize, recipes, serve, shard
+from llmkit.cli import (
+    batch,
+    bench,
+    chat,
+    deploy,
+    doctor,
+    inspect,
+    plan,
+    quantize,
+    recipes,
+    serve,
+    shard,
+)
 from llmkit.cli import registries as registry
 from llmkit.cli import run as run_recipe
 from llmkit.cli.command import Command, stop_on_sigterm, typer_app
@@ -74,6 +86,7 @@ COMMANDS = {
         Command("bench compare", bench.compare, bench.CompareArguments),
         Command("bench show", bench.show, bench.ShowArguments),
         Command("serve", serve.serve, serve.ServeArguments),
+        Command("chat", chat.chat, chat.ChatArguments),
         Command("plan", plan.plan, plan.PlanArguments),
         Command("deploy ray", deploy.ray, deploy.RayArguments),
         Command("deploy triton", deploy.triton, deploy.TritonArguments),

@@ -54,6 +54,7 @@ class Option:
     follows: str | None = None  # the option before it in --help; None: the order of the fields
     in_recipes: bool = True  # False: a recipe's stage cannot set it
     is_model: bool = False  # names a model: a remote one is downloaded before the command runs
+    completes_models: bool = False  # the shell completes models, as it does where `is_model` is set
 
 
 @dataclass(frozen=True)

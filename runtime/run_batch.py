@@ -26,6 +26,7 @@ from llmkit.common.progress import Progress
 from llmkit.runtime.batch_lines import Line, Tally, error_result, read_lines, response_result
 from llmkit.runtime.batch_output import BatchOutput, creation_time, resume
 from llmkit.runtime.server.async_waits import StopSignals, run_in_thread, wait_first
+from llmkit.runtime.server_client import Server, open_session
 from llmkit.runtime.server_process import ServerProcess
 
 STREAM = "-"  # stdin or stdout
@@ -33,15 +34,6 @@ _MAX_BUFFERED = 4  # results that may wait for an earlier one, as a multiple of 
 _MAX_TRIES = 6  # for a request that does not reach the server or finds it not ready
 _MIN_RETRY_S = 1.0  # before the second try; doubled for each further one
 _MAX_RETRY_S = 60.0
-
-
-@dataclass(frozen=True)
-class Server:
-    """The server of a batch: the URL of a running one, or a process that is still loading."""
-
-    url: str = ""
-    key: str = ""  # API key for `url`
-    process: ServerProcess | None = None
 
 
 @dataclass(frozen=True)
@@ -139,8 +131,8 @@ class _Run:
                 if stop.first.done():
                     return stop.first.result()
                 ready.result()
-            async with _session(server) as session:
-                url = process.url if process is not None else server.url
+            async with open_session(server) as session:
+                url = server.base_url
                 try:
                     await self._run_lines(session, url, lines, stop.first)
                 except ShortageError:
@@ -296,18 +288,3 @@ class _ConcurrencyLimit:
             waiter = self._waiters.popleft()
             if not waiter.done():
                 waiter.set_result(None)
-
-
-def _session(server: Server) -> aiohttp.ClientSession:
-    process = server.process
-    key = process.key if process is not None else server.key
-    headers = {"Content-Type": "application/json"}
-    if key:
-        headers["Authorization"] = f"Bearer {key}"
-    connector: aiohttp.BaseConnector
-    if process is not None and process.socket_path:
-        connector = aiohttp.UnixConnector(process.socket_path, limit=0)
-    else:
-        connector = aiohttp.TCPConnector(limit=0)
-    timeout = aiohttp.ClientTimeout(total=None, sock_connect=10)
-    return aiohttp.ClientSession(headers=headers, connector=connector, timeout=timeout)

@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmkit.bench.sse import EventParser
+from llmkit.common.sse import EventParser
 
 STREAM = (
     'data: {"text": "naïve 日本 🦊"}\n\n'
