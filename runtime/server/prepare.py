@@ -116,6 +116,9 @@ async def prepare_chat(
     tokenizer = state.text.tokenizer
     tools = request.offered_tools
     call_format = _tool_call_format(tokenizer) if tools else None
+    max_tokens = request.max_new_tokens
+    if max_tokens == AS_MANY_AS_FIT:
+        max_tokens = None
     token_ids, text = await encode_chat(
         state,
         request.conversation,
@@ -124,16 +127,11 @@ async def prepare_chat(
         request.adds_generation_prompt,
         continue_final_message=bool(request.continue_final_message),
         add_special_tokens=bool(request.add_special_tokens),
+        max_prompt_tokens=prompt_limit(state, request.truncate_prompt_tokens, max_tokens or 1),
     )
     template = tokenizer.template(bool(tools)) or ""
     if request.enable_thinking is not None and "enable_thinking" not in template:
         request.ignored.add(("enable_thinking",))
-    max_tokens = request.max_new_tokens
-    if max_tokens == AS_MANY_AS_FIT:
-        max_tokens = None
-    max_prompt_tokens = prompt_limit(state, request.truncate_prompt_tokens, max_tokens or 1)
-    if max_prompt_tokens is not None:
-        token_ids = token_ids[-max_prompt_tokens:]
     may_reason = THINK_START in template
     starts_in_reasoning = text.rstrip().endswith(THINK_START)
     begun_answer = request.conversation[-1]["content"] if request.continue_final_message else ""
@@ -176,11 +174,13 @@ async def encode_chat(
     *,
     continue_final_message: bool = False,
     add_special_tokens: bool = False,
+    max_prompt_tokens: int | None = None,
 ) -> tuple[list[int], str]:
     """Return the token ids and the text of a conversation's prompt.
 
     continue_final_message: the prompt ends with the content of the last message, without what the
     template writes after it. add_special_tokens: add the tokenizer's, beside the template's.
+    max_prompt_tokens: keep only the last ones.
     Raises ApiError 400 when the chat template cannot express the whole conversation.
     """
     tokenizer = state.text.tokenizer
@@ -216,7 +216,7 @@ async def encode_chat(
             raise invalid("continue_final_message", message, "unsupported")
         text = text.partition(end_mark)[0]
     # The template writes the special tokens itself.
-    return await tokenize_text(tokenizer, text, add_special_tokens), text
+    return await tokenize_text(tokenizer, text, add_special_tokens, max_prompt_tokens), text
 
 
 async def tokenize_text(
@@ -251,9 +251,12 @@ def check_reasoning_controls(request: BaseRequest, tokenizer: Tokenizer) -> None
     They have no effect where the chat template has no reasoning, and are added to the request's
     ignored fields. Raises ApiError 400 where it has, unless the value means the default.
     """
+    controls = request.reasoning_controls
+    if not controls:
+        return
     templates = [tokenizer.template(tools) or "" for tools in (False, True)]
     can_reason = request.uses_chat_template and any(map(has_reasoning, templates))
-    for control in request.reasoning_controls:
+    for control in controls:
         if can_reason and not control.is_default:
             param = ".".join(map(str, control.path))
             raise invalid(

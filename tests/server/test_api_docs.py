@@ -49,6 +49,7 @@ def test_api_docs_list_a_test_for_every_request_field(kind: type[BaseRequest]) -
             assert names <= kind.no_effect_fields | {"user"}
         elif cell == "no":
             assert not names & kind.model_fields.keys()
+            assert names <= kind.neutral_values.keys() | kind.no_effect_fields
     assert kind.model_fields.keys() - {"user"} <= named, "fields that the page does not tell of"
 
 

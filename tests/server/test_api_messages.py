@@ -204,6 +204,23 @@ def test_messages_accept_text_blocks_and_cache_control(anthropic_client: Any) ->
     )
 
 
+def test_messages_take_reasoning_controls_that_mean_the_default(anthropic_client: Any) -> None:
+    raw = anthropic_client.messages.with_raw_response.create(
+        **request_body(
+            "think",
+            thinking={"type": "adaptive"},
+            output_config={"effort": "high"},
+            extra_body={
+                "context_management": {
+                    "edits": [{"type": "clear_thinking_20251015", "keep": "all"}]
+                }
+            },
+        )
+    )
+    assert raw.headers["x-llmkit-ignored"] == "output_config.effort, thinking, context_management"
+    assert [block.type for block in raw.parse().content] == ["thinking", "text"]
+
+
 WRONG: list[tuple[dict[str, Any], str, str]] = [
     ({"max_tokens": None}, "max_tokens", "invalid_type"),
     ({"max_tokens": 0}, "max_tokens", "invalid_value"),

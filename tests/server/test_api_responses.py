@@ -165,6 +165,49 @@ def test_responses_accept_store_and_do_not_store(scripted_client: openai.OpenAI)
     )
 
 
+def test_responses_take_reasoning_controls_that_mean_the_default(
+    scripted_client: openai.OpenAI,
+) -> None:
+    raw = scripted_client.responses.with_raw_response.create(
+        **request_body(
+            "think",
+            reasoning={"effort": "medium", "summary": "detailed"},
+            text={"verbosity": "medium"},
+            include=["file_search_call.results"],
+        )
+    )
+    assert raw.headers["x-llmkit-ignored"] == (
+        "reasoning.effort, reasoning.summary, text.verbosity, include"
+    )
+    assert [item.type for item in raw.parse().output] == ["reasoning", "message"]
+
+
+def test_continue_final_message_knows_whether_reasoning_is_open(
+    scripted_client: openai.OpenAI,
+) -> None:
+    def continued(begun: str) -> tuple[Any, Any]:
+        message = (
+            scripted_client.chat.completions.create(
+                model="said",
+                messages=[
+                    {"role": "user", "content": "x"},
+                    {"role": "assistant", "content": begun},
+                ],
+                temperature=0,
+                extra_body={"continue_final_message": True},
+            )
+            .choices[0]
+            .message
+        )
+        return getattr(message, "reasoning_content", None), message.content
+
+    assert continued("<think>\n" + trigger("plain")) == ("Just words.", "")
+    assert continued("<think>a</think>" + trigger("plain")) == (None, "Just words.")
+    # After an answer has begun, the mark is text.
+    thought, text = continued("Well: " + trigger("think"))
+    assert thought is None and text.startswith("<think>\nA call?")
+
+
 @pytest.mark.parametrize(
     ("fields", "param", "code"),
     [

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
+import json
 import shutil
 import signal
 import subprocess
@@ -235,6 +237,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def router(folder: Path) -> Iterator[LlmkitRouter]:
     models = {"one": folder / "one", "team/two": folder / "two", "late": folder / "late"}
     options = ("--max-loaded", "2", "--api-key-file", str(folder / "keys"), "--max-num-seqs", "8")
+    options += ("--allowed-hosts", "llm.example.com", "--allowed-origins", "app://obsidian.md")
     running = LlmkitRouter(folder / "log", models, *options, key="key-one")
     try:
         running.wait_ready()
@@ -328,7 +331,7 @@ def test_router_answers_wrong_requests_as_a_single_server_does(
 ) -> None:
     ask = "/v1/completions"
     body = {"model": "one", "prompt": "a"}
-    json = {"content-type": "application/json"}
+    as_json = {"content-type": "application/json"}
     for status, code, got in (
         (401, "invalid_api_key", httpx.post(f"{router.url}{ask}", json=body)),
         (401, "invalid_api_key", httpx.get(f"{router.url}/metrics")),
@@ -343,9 +346,11 @@ def test_router_answers_wrong_requests_as_a_single_server_does(
         (404, "not_found", http.post("/v1/unheard", json=body)),
         (405, "method_not_allowed", http.get(ask)),
         (415, "content_type", http.post(ask, content="{}", headers={"content-type": "text/plain"})),
-        (413, "body_too_large", http.post(ask, content=b"x" * (9 << 20), headers=json)),
-        (400, "invalid_json", http.post(ask, content="{", headers=json)),
+        (413, "body_too_large", http.post(ask, content=b"x" * (9 << 20), headers=as_json)),
+        (400, "invalid_json", http.post(ask, content="{", headers=as_json)),
         (400, "missing_required_parameter", http.post(ask, json={"prompt": "a"})),
+        (400, "missing_required_parameter", http.get("/tokenizer_info")),
+        (404, "model_not_found", http.get("/tokenizer_info?model=three")),
         (400, "invalid_type", http.post(ask, json=body | {"model": 3})),
         (400, "invalid_value", http.post(ask, json=body | {"max_tokens": -3})),
     ):
@@ -355,6 +360,71 @@ def test_router_answers_wrong_requests_as_a_single_server_does(
     assert http.post("/v1/messages", json={"model": "three"}).json()["type"] == "error", (
         "Anthropic's shape"
     )
+
+
+def test_router_tells_of_a_loaded_model_without_loading_others(
+    router: LlmkitRouter, client: openai.OpenAI, http: httpx.Client
+) -> None:
+    client.completions.create(model="one", **ASKED)
+    for path in ("/v2/models/one", "/v2/models/one/versions/1"):
+        assert http.get(f"{path}/ready").status_code == 200
+        (stats,) = http.get(f"{path}/stats").json()["model_stats"]
+        assert (stats["name"], stats["inference_stats"]["success"]["count"] > 0) == ("one", True)
+    assert http.get("/v2/models/one/versions/2/ready").status_code == 404
+    assert http.get("/v2/models/three/versions/1/ready").status_code == 404
+    states = {entry["id"]: entry["state"] for entry in http.get("/v1/models").json()["data"]}
+    (unloaded,) = [name for name, state in states.items() if state == "unloaded"][:1] or [None]
+    if unloaded is not None:
+        for end in ("ready", "stats", "versions/1/ready"):
+            assert http.get(f"/v2/models/{unloaded}/{end}").status_code == 503
+        assert http.get("/v1/models").json()["data"] == http.get("/v1/models").json()["data"]
+    assert http.get("/tokenizer_info?model=one").json()["eos_token"] == "<|im_end|>"
+
+
+def test_router_forwards_the_header_of_ignored_fields(client: openai.OpenAI) -> None:
+    for stream in (False, True):
+        raw = client.completions.with_raw_response.create(
+            model="one", prompt="a", max_tokens=2, stream=stream, extra_body={"unheard": 1}
+        )
+        assert raw.headers["x-llmkit-ignored"] == "unheard"
+
+
+def test_router_accepts_hosts_and_origins_by_option(
+    router: LlmkitRouter, http: httpx.Client
+) -> None:
+    headers = {"host": "llm.example.com", "origin": "app://obsidian.md", "x-request-id": "mine-1"}
+    body = {"model": "one", "prompt": "a", "max_tokens": 1}
+    for stream in (False, True):
+        answer = http.post("/v1/completions", json=body | {"stream": stream}, headers=headers)
+        assert answer.status_code == 200
+        # Each header once, although the model's server has set it too.
+        for name, value in (
+            ("access-control-allow-origin", "app://obsidian.md"),
+            ("x-request-id", "mine-1"),
+            ("vary", "Origin"),
+        ):
+            assert answer.headers.get_list(name) == [value]
+    asked = httpx.options(
+        f"{router.url}/v1/completions",
+        headers=headers | {"access-control-request-method": "POST"},
+    )
+    assert (asked.status_code, asked.headers["x-request-id"]) == (204, "mine-1")
+    other = http.post("/v1/completions", json=body, headers={"origin": "app://evil.obsidian.md"})
+    assert (other.status_code, other.json()["error"]["code"]) == (403, "foreign_origin")
+
+
+def test_router_forwards_gzip_bodies_and_heads(http: httpx.Client) -> None:
+    body = gzip.compress(json.dumps({"model": "one", "prompt": "a", "max_tokens": 1}).encode())
+    headers = {"content-type": "application/json", "content-encoding": "gzip"}
+    answer = http.post("/v1/completions", content=body, headers=headers)
+    assert (answer.status_code, answer.json()["usage"]["completion_tokens"]) == (200, 1)
+    refused = http.post(
+        "/v1/completions", content=body, headers=headers | {"content-encoding": "br"}
+    )
+    assert (refused.status_code, refused.json()["error"]["code"]) == (415, "content_encoding")
+    for path in ("/health", "/v1/models", "/v2/models/one"):
+        assert (http.head(path).status_code, http.head(path).content) == (200, b"")
+        assert int(http.head(path).headers["content-length"]) == len(http.get(path).content)
 
 
 def test_router_client_that_disconnects_frees_the_engine(
