@@ -15,6 +15,7 @@ from llmkit.checkpoint.quantized_formats import format_of
 from llmkit.checkpoint.safetensors_header import byte_count
 from llmkit.common.errors import InputError, ShortageError, is_out_of_memory
 from llmkit.common.formatting import bytes_text
+from llmkit.common.option_values import format_size
 from llmkit.model.checkpoint_tensors import scheme_of
 from llmkit.model.decoder import Decoder
 from llmkit.model.full_forward import hidden_states
@@ -40,6 +41,10 @@ CPU_KV_CACHE_SHARE = 0.5
 # On a CPU, the default size of the KV cache unless one request needs more. Unused pages take no
 # memory.
 CPU_KV_CACHE_BYTES = 640 << 20
+# The shortest context that is chosen without --max-model-len: a chat template, a question and an
+# answer of a few sentences.
+MIN_CONTEXT_TOKENS = 512
+MEBIBYTE = 1 << 20
 # For each logit of a step while it is sampled: float32, its sorted copy and the int64 indices.
 BYTES_PER_LOGIT = 16
 CGROUP = Path("/sys/fs/cgroup")
@@ -102,9 +107,9 @@ def plan_memory(
     """Divide the free memory of a "cpu" or "cuda" device.
 
     kv_cache_memory: bytes of the KV cache; None: what is left on CUDA, a share of it on a CPU.
-    max_model_len: None means the model's own limit, or the longest request that fits. Raises
-    InputError for a length over the model's limit, and ShortageError when weights or workspace do
-    not fit or the cache cannot hold one request of that length.
+    max_model_len: None means the model's own limit, or the longest request that fits, but at least
+    MIN_CONTEXT_TOKENS. Raises InputError for a length over the model's limit, and ShortageError
+    when weights or workspace do not fit or the cache cannot hold one request of that length.
     """
     limit = spec.max_position_embeddings
     if max_model_len is not None and max_model_len > limit:
@@ -138,16 +143,15 @@ def plan_memory(
     num_blocks = cache_bytes // bytes_per_block
     cache_tokens = num_blocks * block_size
     request_tokens = min(limit, cache_tokens) if max_model_len is None else max_model_len
-    if request_tokens > cache_tokens or cache_tokens == 0:
-        needed_bytes = -(-(max_model_len or 1) // block_size) * bytes_per_block
-        todo = "Give it more with --kv-cache-memory"
-        if cache_tokens:
-            todo = f"Use --max-model-len {cache_tokens}"
-        raise ShortageError(
-            f"the KV cache cannot hold one request of {max_model_len or 1} tokens: that needs "
-            f"{_exact(needed_bytes)} and there are {_exact(cache_bytes)}",
-            f"At most {cache_tokens} tokens fit",
-            todo,
+    least_tokens = max_model_len or min(limit, MIN_CONTEXT_TOKENS)
+    if cache_tokens < least_tokens:
+        raise _too_small_cache(
+            least_tokens,
+            cache_tokens,
+            -(-least_tokens // block_size) * bytes_per_block,
+            cache_bytes,
+            left_bytes,
+            is_auto=max_model_len is None,
         )
     if kv_cache_memory is None:
         # No more than max_num_seqs requests of full length can use.
@@ -161,6 +165,42 @@ def plan_memory(
         block_size=block_size,
         max_model_len=request_tokens,
         model_limit=limit,
+    )
+
+
+def _too_small_cache(
+    least_tokens: int,
+    cache_tokens: int,
+    needed_bytes: int,
+    cache_bytes: int,
+    left_bytes: int,
+    is_auto: bool,
+) -> ShortageError:
+    """The error for a KV cache that cannot hold one request.
+
+    least_tokens: the tokens of --max-model-len; with is_auto, the least that is useful.
+    needed_bytes: for these tokens. left_bytes: what weights and workspace leave.
+    """
+    need = f"that needs {_exact(needed_bytes)} and there are {_exact(cache_bytes)}"
+    size = -(-needed_bytes // MEBIBYTE) * MEBIBYTE
+    ways = []
+    if size <= left_bytes:
+        ways.append(f"use --kv-cache-memory {format_size(size)}")
+    if cache_tokens:
+        short = " if so short a context is enough" if is_auto else ""
+        ways.append(f"use --max-model-len {cache_tokens}{short}")
+    todo = " or ".join(ways) or "free some memory or use a smaller model"
+    todo = todo[0].upper() + todo[1:]
+    if is_auto:
+        return ShortageError(
+            f"the KV cache is too small: it holds {cache_tokens} tokens",
+            f"At least {least_tokens} for one request were expected; {need}",
+            todo,
+        )
+    return ShortageError(
+        f"the KV cache cannot hold one request of {least_tokens} tokens: {need}",
+        f"At most {cache_tokens} tokens fit",
+        todo,
     )
 
 

@@ -61,12 +61,12 @@ def plan(spec: ModelSpec, free: int, device: str = "cpu", **given: Any) -> Memor
 
 
 def test_kv_cache_gets_what_weights_and_workspace_leave(spec: ModelSpec) -> None:
-    half = plan(spec, 1100 + 20 * BLOCK + 1)
-    assert half == MemoryPlan(1100 + 20 * BLOCK + 1, 1000, 100, 10, BLOCK, 16, 160, 256)
-    assert (half.kv_cache_bytes, half.num_requests(160), half.num_requests(33)) == (
-        10 * BLOCK,
+    half = plan(spec, 1100 + 40 * BLOCK + 1)
+    assert half == MemoryPlan(1100 + 40 * BLOCK + 1, 1000, 100, 20, BLOCK, 16, 256, 256)
+    assert (half.kv_cache_bytes, half.num_requests(256), half.num_requests(33)) == (
+        20 * BLOCK,
         1,
-        3,
+        6,
     )
     assert plan(spec, 1100 + 20 * BLOCK, "cuda").num_blocks == 20
     assert plan(spec, 1100 + 20 * BLOCK, "cuda", kv_bytes_per_token=BLOCK // 32).num_blocks == 40
@@ -82,7 +82,7 @@ def test_kv_cache_on_a_cpu_is_small_unless_one_request_needs_more(spec: ModelSpe
         plan(long, 1 << 40, **many).num_blocks * 16 == plan(long, 1 << 40).max_model_len == 1 << 22
     )
     assert plan(long, 1 << 40, max_model_len=64, **many).kv_cache_bytes == memory.CPU_KV_CACHE_BYTES
-    assert plan(long, 1100 + 4 * BLOCK).max_model_len == 2 * 16  # the most that fits
+    assert plan(long, 1100 + 80 * BLOCK).max_model_len == 40 * 16  # the most that fits
     assert plan(long, 1 << 40, kv_cache_memory=100 * BLOCK).max_model_len == 1600
 
 
@@ -112,13 +112,21 @@ def test_kv_cache_on_a_cpu_is_small_unless_one_request_needs_more(spec: ModelSpe
             {"kv_cache_memory": 6 * BLOCK, "max_model_len": 200},
             1 << 40,
             "one request of 200 tokens: that needs .* At most 96 tokens fit. "
-            "Use --max-model-len 96",
+            "Use --kv-cache-memory 1MiB or use --max-model-len 96",
         ),
         (
             ShortageError,
             {},
             1105,
-            "one request of 1 tokens: .* Give it more with --kv-cache-memory",
+            "holds 0 tokens. At least 256 for one request .* Free some memory or use a smaller",
+        ),
+        (
+            ShortageError,
+            {"kv_cache_memory": 15 * BLOCK},
+            1 << 40,
+            "is too small: it holds 240 tokens. At least 256 for one request were expected; that "
+            r"needs 131072 bytes .* and there are 122880 bytes .*\. Use --kv-cache-memory 1MiB or "
+            "use --max-model-len 240 if so short a context is enough",
         ),
     ],
 )
@@ -245,7 +253,9 @@ def test_memory_is_planned_before_weights_are_read(
 
 def test_engine_follows_its_plan(model: Path) -> None:
     report = StartupReport()
-    engine = load_engine(model, EngineOptions(kv_cache_memory=6 * BLOCK + 1, device="cpu"), report)
+    engine = load_engine(
+        model, EngineOptions(kv_cache_memory=6 * BLOCK + 1, max_model_len=96, device="cpu"), report
+    )
     assert (engine.config.num_blocks, engine.config.max_model_len) == (6, 96)
     assert report.plan is not None
     assert report.plan.as_dict()["kv_cache_bytes"] == 6 * BLOCK
@@ -365,7 +375,8 @@ def test_serve_plan_prints_the_plan(model: Path, spec: ModelSpec) -> None:
         "model_limit": 256,
         "requests": {"256": 12},
     }
-    table = serve_plan(model, "--kv-cache-memory", str(5 * BLOCK)).stdout
+    short = ("--kv-cache-memory", str(5 * BLOCK), "--max-model-len", "80")
+    table = serve_plan(model, *short).stdout
     for part in (
         "cpu in float32",
         "80 (5 blocks)",
@@ -382,7 +393,12 @@ def test_serve_plan_prints_the_plan(model: Path, spec: ModelSpec) -> None:
         (
             ("--kv-cache-memory", str(5 * BLOCK), "--max-model-len", "100"),
             4,
-            ["100 tokens", "Use --max-model-len 80"],
+            ["100 tokens", "Use --kv-cache-memory 1MiB or use --max-model-len 80"],
+        ),
+        (
+            ("--kv-cache-memory", str(5 * BLOCK)),
+            4,
+            ["the KV cache is too small: it holds 80 tokens. At least 256 for one request"],
         ),
         (("--kv-cache-memory", "1000TB"), 4, ["does not fit on cpu", "Use a smaller one"]),
     ],

@@ -12,6 +12,7 @@ from typing import Any
 
 from support.gguf_files import convert
 from support.server_process import serving, wait_for
+from support.tiny_models import tiny_checkpoint
 
 from llmkit.checkpoint.open_checkpoint import open_checkpoint
 
@@ -148,11 +149,14 @@ def test_quiet_server_prints_nothing(model: Path) -> None:
     assert notes == ""
 
 
-def test_context_limited_by_memory_is_reported(model: Path, tmp_path: Path) -> None:
+def test_context_limited_by_memory_is_reported(tmp_path: Path) -> None:
     per_token = 2 * 2 * 2 * 16 * 4
-    with serving(tmp_path / "log", model, kv_cache_memory=100 * per_token) as server:
+    model = tiny_checkpoint(tmp_path / "model", max_position_embeddings=1024)
+    with serving(tmp_path / "log", model, kv_cache_memory=600 * per_token) as server:
         with server.client() as client:
-            assert client.get("/v1/models").json()["data"][0]["max_model_len"] == 96
+            assert client.get("/v1/models").json()["data"][0]["max_model_len"] == 592
         wait_for(
-            lambda: "the model's own limit is 256 (see --kv-cache-memory)" in server.log.read_text()
+            lambda: (
+                "the model's own limit is 1024 (see --kv-cache-memory)" in server.log.read_text()
+            )
         )
