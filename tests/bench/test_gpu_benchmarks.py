@@ -32,9 +32,15 @@ def test_decode_steps_measures_every_weight_scheme(weights: str) -> None:
     kv = 2 * 3 * 64 * 4  # bytes of a token
     assert (decode.floor_ms - prefill.floor_ms) * 1e6 == pytest.approx(2 * 40 * kv)
     linears = 960 * 576 + 576 * 576 + 3 * 1536 * 576
-    scheme = steps.WEIGHT_SCHEMES[weights]
-    least = linears * (4 if scheme is None else scheme.bits / 8) + 512 * 576 * 4
-    assert least * 0.999 <= prefill.floor_ms * 1e6 - 40 * kv <= 8 * least
+    rows = 960 + 576 + 2 * 1536 + 576
+    down = 1536 * 576  # the only linear whose inputs are whole groups of 128
+    stored = {
+        "bf16": 4 * linears,  # in float32 on a CPU
+        "fp8": 2 * linears + 4 * rows,  # the CPU kernel keeps 16-bit values, and a scale a row
+        "int8": linears,
+        "int4": 4 * (linears - down) + down / 2 + 2 * 4 * down / 128,  # scale and offset a group
+    }
+    assert prefill.floor_ms * 1e6 - 40 * kv == pytest.approx(stored[weights] + 512 * 576 * 4)
     assert steps.full_engine_tps(model, 3, 8, 5) > 0
 
 

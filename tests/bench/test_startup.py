@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import tempfile
 from pathlib import Path
@@ -21,10 +20,13 @@ def test_page_cache_is_filled_and_dropped(tmp_path: Path) -> None:
     for file, size in zip(files, (3_000_000, 10, 0), strict=True):
         file.write_bytes(bytes(size))
     assert set_page_cache_state(files, "warm") == 1.0 == resident_share(files)
-    with contextlib.suppress(ShortageError):  # where the tests' folder itself is in memory
-        assert set_page_cache_state(files, "cold") == 0.0 == resident_share(files)
-    assert set_page_cache_state(files, "warm") == 1.0
     assert resident_share([]) == 1.0
+    try:
+        share = set_page_cache_state(files, "cold")
+    except ShortageError:
+        pytest.skip("the tests' folder itself is in memory")
+    assert share == 0.0 == resident_share(files)
+    assert set_page_cache_state(files, "warm") == 1.0 == resident_share(files)
 
 
 def test_page_cache_cannot_drop_tmpfs() -> None:
@@ -42,9 +44,9 @@ def test_startup_is_measured_in_stages(model: Path, tmp_path: Path) -> None:
     html = tmp_path / "x.html"
     gates = [
         "--gate",
-        "startup.first_token_s>0",
+        "startup.first_token_s<=600",
         "--gate",
-        "stage_building_s>=0",
+        "ready_s<=0.001",
         "--gate",
         "cached_share>=1",
     ]
@@ -73,14 +75,19 @@ def test_startup_is_measured_in_stages(model: Path, tmp_path: Path) -> None:
                 str(tmp_path / "charts"),
             ]
         )
-        == 0
+        == 1
     )
     report = json.loads(out.read_text())
     (target,) = report["targets"]
+    assert [(gate["metric"], gate["passed"]) for gate in report["gates"]] == [
+        ("startup.first_token_s", True),
+        ("startup.ready_s", False),
+        ("startup.cached_share", True),
+    ]
     assert len(target["rounds"]["startup"]) == 2
     for figures in target["rounds"]["startup"]:
         assert {*STARTUP_METRICS, *map(stage_metric_name, STARTUP_STAGES)} <= figures.keys()
-        assert figures["ready_s"] < figures["first_token_s"]
+        assert 0 < figures["stage_building_s"] < figures["ready_s"] < figures["first_token_s"]
         stages = sum(value for name, value in figures.items() if name.startswith("stage_"))
         assert stages == pytest.approx(figures["ready_s"], abs=0.05), (
             "the stages are all of the start"
