@@ -274,8 +274,9 @@ FRAGMENTS = [
     st.booleans(),
     st.booleans(),
     st.booleans(),
+    st.booleans(),
 )
-@example(f"<tool_call>{CITY}</tool_call>", [1], HERMES, True, False, False)
+@example(f"<tool_call>{CITY}</tool_call>", [1], HERMES, True, False, False, False)
 @settings(max_examples=600)
 def test_parser_result_is_independent_of_cuts(
     text: str,
@@ -284,14 +285,17 @@ def test_parser_result_is_independent_of_cuts(
     parallel: bool,
     may_reason: bool,
     starts_in_reasoning: bool,
+    required: bool,
 ) -> None:
     edges = [0, *sorted(min(cut, len(text)) for cut in cuts), len(text)]
     pieces = [text[start:end] for start, end in itertools.pairwise(edges)]
-    whole = read([text], call_format, parallel, may_reason, starts_in_reasoning)
-    assert read(pieces, call_format, parallel, may_reason, starts_in_reasoning) == whole
-    assert read(list(text), call_format, parallel, may_reason, starts_in_reasoning) == whole
+    options = call_format, parallel, may_reason, starts_in_reasoning, required
+    whole = read([text], *options)
+    assert read(pieces, *options) == whole
+    assert read(list(text), *options) == whole
     if (
-        not may_reason
+        not required
+        and not may_reason
         and not starts_in_reasoning
         and not any(isinstance(part, tuple) and not hasattr(part, "text") for part in whole)
     ):
