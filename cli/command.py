@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from llmkit.checkpoint.hub import is_url
+from llmkit.cli.completion import CommandGroup
 from llmkit.cli.error_report import INTERRUPTED, TERMINATED, Stopped
 from llmkit.cli.output import Output
 from llmkit.cli.typer_options import set_signature, typer_signature
@@ -85,7 +86,7 @@ def typer_app(
     """
     app = typer.Typer(
         name="llmkit",
-        add_completion=False,
+        cls=CommandGroup,
         rich_markup_mode="rich",
         context_settings={"help_option_names": ["--help", "-h"]},
     )

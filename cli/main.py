@@ -19,6 +19,7 @@ from llmkit.cli import (
     batch,
     bench,
     chat,
+    checkpoints_list,
     deploy,
     doctor,
     inspect,
@@ -26,6 +27,7 @@ from llmkit.cli import (
     quantize,
     recipes,
     serve,
+    servers_list,
     shard,
 )
 from llmkit.cli import registries as registry
@@ -87,6 +89,7 @@ COMMANDS = {
         Command("bench show", bench.show, bench.ShowArguments),
         Command("serve", serve.serve, serve.ServeArguments),
         Command("chat", chat.chat, chat.ChatArguments),
+        Command("ps", servers_list.ps, recipes.NoArguments),
         Command("plan", plan.plan, plan.PlanArguments),
         Command("deploy ray", deploy.ray, deploy.RayArguments),
         Command("deploy triton", deploy.triton, deploy.TritonArguments),
@@ -103,6 +106,7 @@ COMMANDS = {
         Command("push", registry.push, registry.PushArguments),
         Command("sign", registry.sign, registry.SignArguments),
         Command("verify", registry.verify, registry.VerifyArguments),
+        Command("list", checkpoints_list.list_checkpoints, checkpoints_list.ListArguments),
         Command("inspect", inspect.inspect, inspect.InspectArguments),
         Command("doctor", doctor.doctor, doctor.DoctorArguments),
     )

@@ -36,6 +36,7 @@ class ServeArguments:
         Argument(
             "More models behind the same port, each loaded when a request names it.",
             metavar="[NAME=]MODEL",
+            completes_models=True,
             follows="model",
             in_recipes=False,
         ),

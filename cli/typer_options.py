@@ -7,6 +7,7 @@ from typing import Annotated, Any, TypeVar
 
 import typer
 
+from llmkit.cli.completion import complete_model
 from llmkit.common.options import Argument, OptionField, build_options, option_fields
 
 T = TypeVar("T")
@@ -61,12 +62,16 @@ def _parameter(field: OptionField) -> inspect.Parameter:
 
 def _typer_info(field: OptionField) -> Any:
     option = field.option
-    shown = {"show_default": option.unset} if option.unset is not None else {}
+    shown: dict[str, Any] = {}
+    if option.unset is not None:
+        shown["show_default"] = option.unset
+    if option.is_model or option.completes_models:
+        shown["autocompletion"] = complete_model
     if isinstance(option, Argument):
         return typer.Argument(
             metavar=option.metavar,
             help=option.help,
-            **shown,  # type: ignore[arg-type]
+            **shown,
         )
     return typer.Option(
         *field.flags,
@@ -75,5 +80,5 @@ def _typer_info(field: OptionField) -> Any:
         min=option.min,
         max=option.max,
         rich_help_panel=option.panel,
-        **shown,  # type: ignore[arg-type]
+        **shown,
     )

@@ -22,6 +22,7 @@ from llmkit.runtime.server.http.api_keys import Client, load_api_keys
 from llmkit.runtime.server.http.hosts import is_loopback
 from llmkit.runtime.server.serve_options import ServeOptions
 from llmkit.runtime.server.tracing import require_tracing
+from llmkit.runtime.server_files import server_file
 
 _ENGINE_MODULE = "llmkit.runtime.server.engines.engine_process"
 _BACKLOG = 2048
@@ -66,9 +67,13 @@ def run_server(
         require_tracing(options.otlp_traces_endpoint)
     if listener is None:
         listener = bind(options.host, options.port)
-    with listener:
+    with listener, server_file() as file:
         engines: list[tuple[subprocess.Popen[bytes], socket.socket]] = []
         environments = replica_environments(options.engine.dp, options.engine.device)
+
+        def announce(facts: Mapping[str, Any]) -> None:
+            file.write(facts)
+            on_ready(facts)
 
         def start_engine(replica: int) -> tuple[subprocess.Popen[bytes], socket.socket]:
             message = LoadModel(options.model, options.engine, options.debug, prefix_store)
@@ -91,7 +96,7 @@ def run_server(
                         start_engine,
                         start_time,
                         log,
-                        on_ready,
+                        announce,
                     )
                 )
         finally:

@@ -56,6 +56,7 @@ class ServeOptions:
             "A checkpoint: a directory, a hub id or a .gguf file; NAME=MODEL loads it when a "
             "request names it.",
             metavar="MODEL",
+            completes_models=True,
         ),
     ]
     host: Annotated[

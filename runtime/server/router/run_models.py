@@ -17,6 +17,7 @@ from llmkit.runtime.server.router.model_pool import ModelPool, PooledModel
 from llmkit.runtime.server.router.router_app import Router
 from llmkit.runtime.server.run_server import bind, check_exposure, log_open_doors
 from llmkit.runtime.server.serve_options import ServeOptions
+from llmkit.runtime.server_files import server_file
 from llmkit.runtime.server_process import ServerProcess
 
 _STOP_S = 5.0  # for the models' servers to end, once no request is running
@@ -49,10 +50,16 @@ def run_models(
     with (
         bind(options.host, options.port) as listener,
         asyncio.Runner(loop_factory=lambda: new_event_loop(options)) as runner,
+        server_file() as file,
     ):
+
+        def announce(facts: Mapping[str, Any]) -> None:
+            file.write(facts)
+            on_ready(facts)
+
         return runner.run(
             _serve(
-                options, models, max_loaded, idle_s, clients, listener, log, on_ready, start_time
+                options, models, max_loaded, idle_s, clients, listener, log, announce, start_time
             )
         )
 
