@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -37,6 +39,7 @@ from llmkit.runtime.engine.engine_request import EngineRequest
 from llmkit.runtime.engine.sampling_params import SamplingParams
 from llmkit.runtime.engine_loader import load_engine
 from llmkit.runtime.parallel.leader import LeadEngine
+from llmkit.runtime.parallel.rank_messages import RunStep
 from llmkit.runtime.part_loader import StartupReport
 from llmkit.shard.shard_checkpoint import shard
 
@@ -147,6 +150,55 @@ def test_ranks_answer_the_same_in_every_mode(
         assert running.stats().prefix_hits_total > 0
         assert all(pool.num_used_blocks == 0 for pool in running.scheduler.pools)
         assert mode != "preempted" or running.stats().preemptions_total > 0
+
+
+class RecordingRank:
+    """Another rank that only notes what it is sent."""
+
+    index = 1
+
+    def __init__(self) -> None:
+        self.socket, self._peer = socket.socketpair()
+        self.sent: list[RunStep] = []
+
+    @property
+    def channel(self) -> RecordingRank:
+        return self
+
+    def send(self, message: RunStep) -> None:
+        self.sent.append(message)
+
+    def close(self) -> None:
+        self._peer.close()
+        self.socket.close()
+
+    def end(self) -> None:
+        self.close()
+
+
+def test_leader_sends_requests_and_cancels_with_the_next_step(tmp_path: Path) -> None:
+    """In order, once, and with a seed: ranks that drew different tokens would part."""
+    loaded = load_engine(tiny_checkpoint(tmp_path / "model"), EngineOptions(device="cpu"))
+    lead = LeadEngine(loaded.model, loaded.config)
+    rank = RecordingRank()
+    group = SimpleNamespace(disconnect=lambda: None)
+    lead.attach_ranks([rank], group)  # type: ignore[arg-type, list-item]
+    unseeded = replace(GREEDY, seed=None, max_tokens=200)
+    lead.add(EngineRequest("a", [5, 6], unseeded))
+    lead.add(EngineRequest("b", [7, 8], unseeded))
+    lead.step()
+    lead.cancel("a")
+    lead.add(EngineRequest("c", [9], GREEDY))
+    lead.step()
+    lead.step()
+    lead.close()
+    first, second, third = (
+        [event if isinstance(event, str) else f"+{event.request_id}" for event in message.events]
+        for message in rank.sent
+    )
+    assert (first, second, third) == (["+a", "+b"], ["a", "+c"], [])
+    seeds = [event.sampling_params.seed for event in rank.sent[0].events]  # type: ignore[union-attr]
+    assert None not in seeds and len(set(seeds)) == 2
 
 
 @pytest.mark.parametrize("layout", [{"tp": 2}, {"pp": 2}], ids=["TP 2", "PP 2"])
