@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import ast
+import re
 import tomllib
 from pathlib import Path
+
+import hypothesis
 
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -29,9 +32,11 @@ def dotted(folder: Path) -> str:
 
 
 def test_every_subpackage_is_listed_and_nothing_else() -> None:
-    folders = package_folders()
-    assert {dotted(folder) for folder in folders} == set(SETUPTOOLS["packages"])
-    assert {dotted(folder): folder.as_posix() for folder in folders} == SETUPTOOLS["package-dir"]
+    expected = {dotted(folder): folder.as_posix() for folder in package_folders()}
+    # The folder of `python -m llmkit`. It has no __init__.py: llmkit is a namespace package.
+    expected["llmkit"] = "cli/program"
+    assert set(SETUPTOOLS["packages"]) == set(expected)
+    assert SETUPTOOLS["package-dir"] == expected
 
 
 def test_every_subpackage_is_typed() -> None:
@@ -94,6 +99,16 @@ def test_no_line_is_longer_than_100_columns() -> None:
             if len(line) > 100:
                 long_lines.append(f"{path}:{number}")
     assert long_lines == []
+
+
+def test_hypothesis_tries_the_same_examples_in_every_run() -> None:
+    """By the profile in tests/conftest.py; no test has an exception of its own."""
+    assert hypothesis.settings().derandomize is True
+    assert hypothesis.settings(max_examples=3).deadline is None
+    for path in (ROOT / "tests").rglob("*.py"):
+        if path.name != "conftest.py":
+            calls = re.findall(r"settings\(([^)]*)", path.read_text())
+            assert not any("derandomize=" in call or "deadline=" in call for call in calls), path
 
 
 def test_versions_agree() -> None:
