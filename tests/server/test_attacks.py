@@ -6,6 +6,8 @@ import asyncio
 import json
 import re
 import socket
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
 from typing import Any
 
@@ -225,6 +227,16 @@ def test_body_of_a_million_wrong_values_is_refused_quickly() -> None:
         with pytest.raises(ApiError) as caught:
             parse_request(kind, data.encode())
         assert (caught.value.status, caught.value.code) == (400, code)
+
+
+def test_body_of_64_mb_is_a_413_for_urllib(server: LlmkitServer) -> None:
+    """urllib reads nothing before it has sent everything."""
+    url = f"{server.url}/v1/completions"
+    headers = {"content-type": "application/json", "authorization": f"Bearer {KEY}"}
+    with pytest.raises(urllib.error.HTTPError) as caught:
+        urllib.request.urlopen(urllib.request.Request(url, b"x" * 64_000_000, headers), timeout=60)
+    assert caught.value.code == 413
+    assert json.loads(caught.value.read())["error"]["code"] == "body_too_large"
 
 
 def test_two_hundred_concurrent_clients_get_an_answer_or_429(server: LlmkitServer) -> None:

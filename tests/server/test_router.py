@@ -425,6 +425,7 @@ def test_router_forwards_gzip_bodies_and_heads(http: httpx.Client) -> None:
     for path in ("/health", "/v1/models", "/v2/models/one"):
         assert (http.head(path).status_code, http.head(path).content) == (200, b"")
         assert int(http.head(path).headers["content-length"]) == len(http.get(path).content)
+        assert len(http.get(path).headers.get_list("date")) == 1
 
 
 def test_router_client_that_disconnects_frees_the_engine(

@@ -5,10 +5,9 @@ from __future__ import annotations
 import gzip
 import json
 import re
+import select
 import socket
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from contextlib import ExitStack
 from typing import Any
@@ -390,21 +389,29 @@ def test_large_body_is_a_413_declared_or_not(http: httpx.Client) -> None:
         error_of(answer)
 
 
-def test_large_body_is_a_413_for_a_client_that_reads_after_sending(server: LlmkitServer) -> None:
-    """urllib sends the whole body before it reads: 8 times the limit, as 64 MB to a real server."""
-    body = b"x" * (8 * MAX_BODY_BYTES)
-    for headers, status in (
-        ({"authorization": f"Bearer {KEY}", "content-type": "application/json"}, 413),
-        ({"authorization": f"Bearer {KEY}", "content-type": "text/plain"}, 415),
-        ({"content-type": "application/json"}, 401),
+def test_large_body_is_answered_although_the_client_still_sends(server: LlmkitServer) -> None:
+    """The answer is not lost in a reset of the connection, whatever it says."""
+    length = 8 * MAX_BODY_BYTES
+    with_key = head(server, length=length)
+    for data, status in (
+        (with_key, 413),
+        (with_key.replace(b"application/json", b"text/plain"), 415),
+        (with_key.replace(KEY.encode(), b"wrong"), 401),
+        (with_key.replace(b"/v1/completions", b"/nowhere"), 404),
+        (with_key.replace(b"HTTP/1.1", b"HTTP/1.0"), 413),
     ):
-        url = f"{server.url}/v1/completions"
-        request = urllib.request.Request(url, body, headers)
-        with pytest.raises(urllib.error.HTTPError) as caught:
-            urllib.request.urlopen(request, timeout=30)
-        assert caught.value.code == status
-        assert caught.value.headers["connection"] == "close"
-        assert json.loads(caught.value.read())["error"]["message"]
+        with socket.create_connection(("127.0.0.1", server.port), timeout=30) as connection:
+            connection.sendall(data + b"x" * (2 * MAX_BODY_BYTES))
+            select.select([connection], [], [], 30)  # the answer is there, and not read yet
+            for _ in range(6):
+                connection.sendall(b"x" * MAX_BODY_BYTES)
+                time.sleep(0.001)
+            received = b""
+            while chunk := connection.recv(65536):
+                received += chunk
+        assert received.startswith(f"HTTP/1.1 {status} ".encode())
+        assert received.count(b"connection: close\r\n") == 1
+        assert received.endswith(b"}}")
 
 
 def test_large_body_is_dropped_up_to_a_number_of_bytes(server: LlmkitServer) -> None:
@@ -470,8 +477,7 @@ def test_body_in_gzip_is_decoded_within_the_limit(
     for content, status, code in (
         (gzip.compress(b" " * MAX_BODY_BYTES), 400, "invalid_json"),
         (gzip.compress(b" " * (MAX_BODY_BYTES + 1)), 413, "body_too_large"),
-        (gzip.compress(b" " * (1 << 28)), 413, "body_too_large"),  # 256 MiB in 260 KB: refused
-        (gzip.compress(b" " * (1 << 24)), 413, "body_too_large"),  # 16 MiB in 16 KB: a bomb
+        (gzip.compress(b" " * (1 << 24)), 413, "body_too_large"),  # a bomb: 16 MiB in 16 KB
         (body, 400, "invalid_gzip"),
         (gzip.compress(body)[:-1], 400, "invalid_gzip"),
         (gzip.compress(body) + b"x", 400, "invalid_gzip"),
@@ -665,7 +671,8 @@ def test_stream_that_waits_gets_comments_and_clients_ignore_them(
         busy = stack.enter_context(
             http.stream("POST", "/v1/completions", json=LONG | {"stream": True, "n": 4})
         )
-        next(events(busy.iter_lines()))
+        busy_events = events(busy.iter_lines())  # httpx closes the connection with its iterator
+        next(busy_events)
         waiting = stack.enter_context(
             http.stream("POST", "/v1/chat/completions", json=chat | {"stream": True})
         )
@@ -677,8 +684,8 @@ def test_stream_that_waits_gets_comments_and_clients_ignore_them(
         claude = stack.enter_context(
             anthropic.Anthropic(base_url=server.url, api_key=KEY, max_retries=0)
         )
-        message = {"model": "tiny", "max_tokens": 8, "messages": CHAT, "temperature": 0}
-        with claude.messages.stream(**message) as messages:
+        message: dict[str, Any] = {"model": "tiny", "max_tokens": 8, "messages": CHAT}
+        with claude.messages.stream(**message, extra_body={"temperature": 0}) as messages:
             busy.close()
             text = "".join(chunk.choices[0].delta.content or "" for chunk in stream)
             assert text == plain.choices[0].message.content

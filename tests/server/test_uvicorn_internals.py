@@ -39,6 +39,7 @@ PROTOCOL_METHODS = {
     "on_body": ["body"],
     "on_message_complete": [],
     "on_response_complete": [],
+    "_start_asgi_task": ["cycle", "app"],
     "_unset_keepalive_if_required": [],
 }
 PROTOCOL_ATTRIBUTES = ("loop", "parser", "transport", "headers", "cycle")
@@ -48,6 +49,8 @@ CYCLE_ATTRIBUTES = {
     "response_started": False,
     "response_complete": False,
     "disconnected": False,
+    "chunked_encoding": None,
+    "expected_content_length": 0,
 }
 REQUEST = b"POST /path HTTP/1.1\r\nHost: a\r\nContent-Length: 4\r\n\r\n"
 
@@ -187,6 +190,59 @@ def test_uvicorn_cycle_closes_the_connection_without_keep_alive() -> None:
                 await asyncio.sleep(0)
         check(transport.closed, "a cycle without `keep_alive` leaves the connection open")
         check(b"connection: close" in transport.written, "the response lacks connection: close")
+        protocol.connection_lost(None)
+
+    asyncio.run(exchange())
+
+
+def test_uvicorn_cycle_writes_a_body_without_length_or_chunks() -> None:
+    """As for HTTP/1.0, whose responses end with the connection."""
+
+    async def exchange() -> None:
+        protocol = new_protocol()
+        transport = Transport()
+        protocol.connection_made(transport)
+        protocol.data_received(REQUEST + b"body")
+        cycle = protocol.cycle
+        cycle.keep_alive = False
+        cycle.chunked_encoding = False
+        cycle.expected_content_length = len(b"body")
+        async with asyncio.timeout(10):
+            while protocol.tasks:
+                await asyncio.sleep(0)
+        check(transport.written.endswith(b"\r\n\r\nbody"), "a body without length has a frame")
+        check(b"transfer-encoding" not in transport.written, "chunked_encoding False is ignored")
+        check(transport.closed, "the connection stays open after a body without length")
+        protocol.connection_lost(None)
+
+    asyncio.run(exchange())
+
+
+def test_uvicorn_cycle_leaves_the_connection_open_when_keep_alive_is_set_again() -> None:
+    """So that llmkit receives the rest of a request before it closes the connection."""
+
+    async def exchange() -> None:
+        protocol = new_protocol()
+
+        async def early_app(scope: Any, receive: Any, send: Any) -> None:
+            headers = [(b"connection", b"close"), (b"content-length", b"4")]
+            await send({"type": "http.response.start", "status": 413, "headers": headers})
+            protocol.cycle.keep_alive = True
+            await send({"type": "http.response.body", "body": b"much"})
+
+        protocol.app = early_app
+        transport = Transport()
+        protocol.connection_made(transport)
+        protocol.data_received(REQUEST)
+        async with asyncio.timeout(10):
+            while protocol.tasks:
+                await asyncio.sleep(0)
+        check(
+            transport.written.endswith(b"connection: close\r\ncontent-length: 4\r\n\r\nmuch"),
+            "unexpected response",
+        )
+        check(not transport.closed, "a cycle whose keep_alive is set again closes the connection")
+        check(protocol.cycle.more_body is True, "more_body is False before the body has come")
         protocol.connection_lost(None)
 
     asyncio.run(exchange())

@@ -35,7 +35,7 @@ class SecurityMiddleware:
 
     Host and Origin: see `AllowedHosts` and `AllowedOrigins`. Health checks may have any Host. A
     key's limits count its POST requests only: other requests are cheap and report the server's
-    state. HEAD is answered as GET is, and the HTTP server leaves out the body.
+    state. HEAD is answered as GET is, without the body.
 
     A route finds in its scope "llmkit.cache_salt", which keeps the prefix caches of keys apart,
     "llmkit.admission", the request's Admission (None unless it is a POST), and
@@ -100,6 +100,7 @@ class SecurityMiddleware:
         ]
         if scope["method"] == "HEAD":
             scope["method"] = "GET"
+            send = _without_body(send)
         try:
             await self._app(scope, receive, send)
         finally:
@@ -197,6 +198,20 @@ def _with_headers(headers: Headers, send: Send) -> Send:
         await send(message)
 
     return send_with_headers
+
+
+def _without_body(send: Send) -> Send:
+    """Return `send` that completes the response to a HEAD with its headers.
+
+    The client may send its next request as soon as it has them.
+    """
+
+    async def send_headers(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            await send(message)
+            await send({"type": "http.response.body", "body": b""})
+
+    return send_headers
 
 
 def _with_log(scope: Scope, request_id: bytes, send: Send) -> Send:

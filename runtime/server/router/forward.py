@@ -17,7 +17,7 @@ from llmkit.runtime.server.http.http_errors import ApiError
 from llmkit.runtime.server.responses.response_builder import sse_event
 from llmkit.runtime.server.router.model_pool import ModelPool, PooledModel
 
-# Headers of one connection only, and headers that aiohttp sets itself.
+# Headers of one connection only, and headers that aiohttp or the HTTP server sets itself.
 _NOT_FORWARDED = frozenset(
     (
         b"connection",
@@ -31,6 +31,7 @@ _NOT_FORWARDED = frozenset(
         b"upgrade",
         b"expect",
         b"content-length",
+        b"date",
     )
 )
 
