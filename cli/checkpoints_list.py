@@ -10,6 +10,7 @@ from llmkit.cli.output import Output
 from llmkit.common.errors import InputError
 from llmkit.common.formatting import bytes_text
 from llmkit.common.options import Argument, Option
+from llmkit.common.terminal_text import clean_line
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -79,10 +80,13 @@ def _show(console: Console, checkpoints: list[LocalCheckpoint]) -> None:
     table.columns[3].no_wrap = True
     for checkpoint in checkpoints:
         table.add_row(
-            Text(checkpoint.name),
-            Text(checkpoint.architecture or "-"),
-            Text(checkpoint.quantization or "-"),
+            Text(clean_line(checkpoint.name)),
+            Text(clean_line(checkpoint.architecture or "-")),
+            Text(clean_line(checkpoint.quantization or "-")),
             bytes_text(checkpoint.weight_bytes),
-            Text(checkpoint.problem or "complete", style="red" if checkpoint.problem else ""),
+            Text(
+                clean_line(checkpoint.problem or "complete"),
+                style="red" if checkpoint.problem else "",
+            ),
         )
     console.print(table)

@@ -170,6 +170,18 @@ def test_list_shows_local_checkpoints_and_what_they_lack(
     assert "is not a folder" in capsys.readouterr().err
 
 
+def test_list_shows_no_escape_sequences_of_a_config(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = folder / "whole" / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | {"architectures": ["Evil\x1b]0;title\x07Arch"]}))
+    assert main.run(["list", str(folder / "whole"), "--no-hub"]) == 0
+    shown = capsys.readouterr().out
+    assert "EvilArch" in shown
+    assert "\x1b" not in shown
+
+
 def test_list_imports_no_torch(folder: Path) -> None:
     code = (
         "import sys\n"
