@@ -6,6 +6,7 @@ import re
 import sys
 from typing import Protocol
 
+from markdown_it import MarkdownIt
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.live import Live
 from rich.markdown import Markdown
@@ -15,6 +16,8 @@ from rich.text import Text
 from llmkit.runtime.chat_client import Answer
 
 REFRESHES_PER_S = 8
+# As rich's own, but HTML is text.
+_PARSER = MarkdownIt("commonmark", {"html": False}).enable(["strikethrough", "table"])
 _FENCE = re.compile(r" {0,3}(`{3,}|~{3,})")
 # A block that begins like this may belong to the list before it.
 _CONTINUES = re.compile(r"\s|[-*+] |\d+[.)] ")
@@ -171,7 +174,10 @@ def finished_chars(text: str) -> int:
 
 def _markdown(text: str) -> Markdown:
     # With hyperlinks a link's text could show another address than the one that it leads to.
-    return Markdown(text, hyperlinks=False)
+    markdown = Markdown(text, hyperlinks=False)
+    # rich leaves HTML out, and so would lose words such as <div> of an answer.
+    markdown.parsed = _PARSER.parse(text)
+    return markdown
 
 
 def _dimmed(text: str) -> Text:

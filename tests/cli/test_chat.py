@@ -318,7 +318,7 @@ def test_markdown_view_prints_every_block_once() -> None:
     console = Console(
         file=io.StringIO(), force_terminal=True, force_interactive=False, width=40, height=6
     )
-    text = "".join(f"Paragraph {number}.\n\n" for number in range(9)) + "[link](http://x.y)"
+    text = "".join(f"Paragraph {number}.\n\n" for number in range(9)) + "[<b>](http://x.y)"
     answer = Answer(reasoning="First line.\nSecond line.")
     with MarkdownView(console) as view:
         view.update(answer)
@@ -329,7 +329,7 @@ def test_markdown_view_prints_every_block_once() -> None:
     assert isinstance(file, io.StringIO)
     shown = [line.strip() for line in clean_lines(file.getvalue()) if line.strip()]
     paragraphs = [f"Paragraph {number}." for number in range(9)]
-    assert shown == ["First line.", "Second line.", *paragraphs, "link (http://x.y)"]
+    assert shown == ["First line.", "Second line.", *paragraphs, "<b> (http://x.y)"]
 
 
 def clean_lines(text: str) -> list[str]:
