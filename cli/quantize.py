@@ -16,6 +16,8 @@ from llmkit.quant.quantize_options import QuantizeOptions
 if TYPE_CHECKING:
     from rich.console import Console
 
+LONG_SECONDS = 60  # a dry run offers cheaper settings for a run that takes longer
+
 
 @dataclass(frozen=True, kw_only=True)
 class QuantizeArguments:
@@ -175,6 +177,18 @@ def _show_plan(console: Console, report: dict[str, Any]) -> None:
         highlight=False,
         soft_wrap=True,
     )
+    lines = []
+    if plan["samples"] is not None:
+        lines.append(
+            f"calibrates on {plan['samples']} windows of {plan['seq_len']:,} tokens "
+            f"(--samples {plan['samples']} --seq-len {plan['seq_len']})"
+        )
+    if plan["seconds"] >= LONG_SECONDS:
+        lines += [
+            f"{entry['options']}: about {seconds_text(entry['seconds'])} instead"
+            for entry in plan["cheaper"]
+        ]
+    console.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
 
 
 def _stored(report: dict[str, Any]) -> str:

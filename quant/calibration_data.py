@@ -38,11 +38,11 @@ def load_calibration_data(
     def render(messages: list[dict[str, Any]]) -> str:
         return tokenizer.render_chat(messages, add_generation_prompt=False)
 
-    limit = options.samples * plan.seq_len * _CHARACTERS_PER_TOKEN
+    limit = plan.samples * plan.seq_len * _CHARACTERS_PER_TOKEN
     text = load_text(options.calibration, render if tokenizer.chat_template else None, limit)
     is_builtin = options.calibration == BUILTIN
     windows = calibration_windows(
-        tokenizer, text, is_builtin, options.samples, plan.seq_len, options.seed
+        tokenizer, text, is_builtin, plan.samples, plan.seq_len, options.seed
     )
     largest_id = int(windows.max())
     if largest_id >= plan.spec.vocab_size:
@@ -51,10 +51,10 @@ def load_calibration_data(
             f"{plan.spec.vocab_size} rows",
             "A tokenizer that belongs to the model was expected",
         )
-    if len(windows) < options.samples:
+    if len(windows) < plan.samples:
         progress.message(
             f"{text.name} has {len(windows)} windows of {plan.seq_len} tokens for calibration, "
-            f"fewer than the {options.samples} asked for; all are used"
+            f"fewer than the {plan.samples} asked for; all are used"
         )
     return CalibrationData(
         windows,
@@ -80,12 +80,12 @@ def _generate_calibration_data(
             "--calibration self needs an engine to write the text with", "A generator was expected"
         )
     options = plan.options
-    progress.message(f"the model writes {options.samples * plan.seq_len:,} tokens to calibrate on")
+    progress.message(f"the model writes {plan.samples * plan.seq_len:,} tokens to calibrate on")
     source = plan.source
     if source.file_format == "gguf":
         source = source.with_dtype("BF16")
     windows = generated_windows(
-        source, tokenizer, generate, options.samples, plan.seq_len, options.seed, plan.device.type
+        source, tokenizer, generate, plan.samples, plan.seq_len, options.seed, plan.device.type
     )
     return CalibrationData(
         windows,

@@ -130,7 +130,15 @@ class QuantizeOptions:
             metavar="FILE|ID|builtin|self",
         ),
     ] = "builtin"
-    samples: Annotated[int, Option("Windows of calibration text.", metavar="N", min=1)] = 128
+    samples: Annotated[
+        int | None,
+        Option(
+            "Windows of calibration text.",
+            metavar="N",
+            min=1,
+            unset="128 on a GPU, 8 to 128 on a CPU by the model's width",
+        ),
+    ] = None
     seq_len: Annotated[
         int,
         Option("Tokens of a window, at most the model's positions.", metavar="N", min=1),

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from llmkit.model.parameter_table import parameters
 from llmkit.model.spec import ModelSpec
 from llmkit.quant import memory_estimate as memory
 from llmkit.quant.algorithm import Algorithm
+from llmkit.quant.calibration_size import MIN_TOKENS, MIN_WINDOWS, default_windows
 from llmkit.quant.methods import (
     Method,
     MethodOptions,
@@ -36,7 +38,7 @@ from llmkit.quant.methods import (
 from llmkit.quant.output_layout import planned_tensors, unquantized_dtype
 from llmkit.quant.quantize_options import QuantizeOptions
 from llmkit.quant.target_engines import check_engine
-from llmkit.quant.time_estimate import estimate_seconds
+from llmkit.quant.time_estimate import Work, estimate_seconds, measure_speed
 from llmkit.quant.token_windows import EVALUATION_TOKENS
 
 MIN_SEQ_LEN = 16  # tokens; shorter windows are useless for calibration
@@ -67,7 +69,7 @@ def check_options(options: QuantizeOptions) -> None:
         ("seq-len", options.seq_len, MIN_SEQ_LEN),
         ("eval-windows", options.eval_windows, 1),
     ):
-        if value < minimum:
+        if value is not None and value < minimum:
             raise UsageError(f"--{name} is {value}", f"At least {minimum} was expected")
     if not 0 < options.damp <= 1:
         raise UsageError(f"--damp is {options.damp}", "A share above 0 and up to 1 was expected")
@@ -130,6 +132,12 @@ class QuantizePlan:
         return method_options(self.options).algorithm(self.options.damp)
 
     @property
+    def samples(self) -> int:
+        """The calibration windows of a calibrated run."""
+        assert self.options.samples is not None, "make_plan chooses it"
+        return self.options.samples
+
+    @property
     def dtype(self) -> str:
         """The dtype of the unquantized tensors, as in a safetensors header."""
         return unquantized_dtype(self.source, self.method.dtype)
@@ -164,7 +172,7 @@ class QuantizePlan:
                 prefetch=self.device.type == "cuda",
             )
             # With the hidden states on disk, one window at a time is in memory.
-            windows = 1 if offload else self.options.samples
+            windows = 1 if offload else self.samples
             peak = max(peak, layer + memory.hidden_bytes(self.spec, windows, self.seq_len))
         return peak
 
@@ -206,6 +214,8 @@ def make_plan(source: str, out: Path, options: QuantizeOptions, progress: Progre
     check_engine(options.engine, quantization)
     out = out.expanduser().absolute()
     seq_len = min(options.seq_len, spec.max_position_embeddings)
+    if options.samples is None and (method_options(options).calibrated or options.mixed):
+        options = dataclasses.replace(options, samples=default_windows(spec, seq_len, device))
     plan = QuantizePlan(checkpoint, spec, out, options, None, [], {}, device, seq_len)
     plan = _with_quantization(plan, quantization)
     check_output(plan.out, checkpoint.path, planned_bytes(plan.files))
@@ -246,6 +256,12 @@ def _layer_range(text: str | None, num_layers: int) -> range | None:
 
 def plan_summary(plan: QuantizePlan) -> dict[str, Any]:
     """What a dry run reports."""
+    speed = measure_speed(plan.device)
+    seconds = estimate_seconds(plan.spec, _work(plan), speed)
+    cheaper = [
+        {"options": words, "seconds": estimate_seconds(plan.spec, _work(other), speed)}
+        for words, other in _cheaper_plans(plan)
+    ]
     files = {file: sum(tensor.nbytes for tensor in tensors) for file, tensors in plan.files.items()}
     return {
         "files": files,
@@ -255,12 +271,41 @@ def plan_summary(plan: QuantizePlan) -> dict[str, Any]:
         "offload": plan.offloads(),
         "memory_available_bytes": memory.available_bytes(plan.device),
         "disk_bytes": planned_bytes(plan.files),
-        "seconds": estimate_seconds(
-            plan.spec,
-            plan.source.weight_bytes,
-            plan.options.samples * plan.seq_len if plan.calibrated else 0,
-            plan.algorithm if plan.calibrated else None,
-            plan.options.eval_windows if plan.options.evaluate else 0,
-            plan.device,
-        ),
+        "samples": plan.samples if plan.calibrated else None,
+        "seq_len": plan.seq_len if plan.calibrated else None,
+        "seconds": seconds,
+        # Only what saves a tenth of the time or more.
+        "cheaper": [entry for entry in cheaper if entry["seconds"] <= 0.9 * seconds],
     }
+
+
+def _work(plan: QuantizePlan) -> Work:
+    """What the time of a run depends on."""
+    options = plan.options
+    eval_windows = options.eval_windows if options.evaluate else 0
+    if not plan.calibrated:
+        return Work(plan.source.weight_bytes, eval_windows=eval_windows)
+    return Work(
+        plan.source.weight_bytes,
+        plan.samples * plan.seq_len,
+        plan.algorithm,
+        searches=plan.method.grouped and options.effort != "fast",
+        eval_windows=eval_windows,
+    )
+
+
+def _cheaper_plans(plan: QuantizePlan) -> Iterator[tuple[str, QuantizePlan]]:
+    """Plans that take less time, with the options that lead to them; the best quality first."""
+    if not plan.calibrated:
+        return
+    efforts = ["max", "normal", "fast"]
+    lower_efforts = efforts[efforts.index(plan.options.effort) + 1 :]
+    fewer = min(plan.samples, math.ceil(MIN_TOKENS / plan.seq_len))
+    fewer = max(fewer, min(plan.samples, MIN_WINDOWS))
+    changes: list[dict[str, Any]] = [{"effort": effort} for effort in lower_efforts]
+    if fewer < plan.samples:
+        changes.append({"samples": fewer})
+        changes += [{"samples": fewer, "effort": effort} for effort in lower_efforts[-1:]]
+    for change in changes:
+        words = " ".join(f"--{name} {value}" for name, value in change.items())
+        yield words, dataclasses.replace(plan, options=dataclasses.replace(plan.options, **change))

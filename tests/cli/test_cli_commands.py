@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import socket
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ import torch
 from safetensors.torch import load_file
 
 from llmkit.cli import main
+from llmkit.quant import quantize_plan
+from llmkit.quant.time_estimate import Speed
 
 MODEL = {"max_position_embeddings": 512}
 
@@ -107,6 +110,22 @@ def test_dry_run_writes_nothing(
     assert not out.exists()
 
 
+def test_dry_run_names_the_calibration_and_cheaper_settings_of_a_long_run(
+    model: Path, work: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ("quantize", model, "--method", "gptq", "-o", work / "nothing", "--dry-run")
+    table = shown(capsys, *words, "--samples", "1000")
+    assert re.search(r"calibrates on 1000 windows of \d+ tokens \(--samples 1000 ", table)
+    assert "instead" not in table, "the run is short"
+    monkeypatch.setattr(quantize_plan, "measure_speed", lambda _: Speed(1e7, 0.01))
+    table = shown(capsys, *words, "--samples", "1000")
+    assert re.search(r"--samples \d+ --effort fast: about \d+ min \d+ s instead", table)
+
+
+def verified_tensors(folder: Path) -> list[str]:
+    return list(json.loads((folder / "llmkit.json").read_text())["tensors"])
+
+
 def test_shard_verify_and_merge(int4: Path, work: Path, capsys: pytest.CaptureFixture[str]) -> None:
     ranks = work / "tp2"
     merged = work / "merged"
@@ -122,6 +141,20 @@ def test_shard_verify_and_merge(int4: Path, work: Path, capsys: pytest.CaptureFi
     assert (verified["tp"], verified["pp"], verified["problems"]) == (2, 2, [])
     assert f"{ranks} verifies: TP 2, PP 2" in shown(capsys, "shard", "verify", ranks)
     assert "model.safetensors: " in shown(capsys, "shard", "merge", ranks, "-o", merged)
+    lost = ranks / "rank-pp0-tp1.safetensors"
+    kept = lost.rename(work / "kept.safetensors")
+    capsys.readouterr()
+    assert main.run(["shard", "verify", str(ranks)]) == 3
+    count = len([key for key in verified_tensors(ranks) if key.startswith(lost.name)])
+    assert capsys.readouterr().out.splitlines() == [
+        f"{lost} is in llmkit.json but absent; {count} more problems of {lost.name}",
+        "--json lists every problem",
+    ]
+    assert main.run(["shard", "verify", str(ranks), "--json"]) == 3
+    assert len(json.loads(capsys.readouterr().out.partition("\n}\n")[0] + "}")["problems"]) == (
+        count + 1
+    )
+    kept.rename(lost)
     before = load_file(int4 / "model.safetensors")
     after = load_file(merged / "model.safetensors")
     assert before.keys() == after.keys()
@@ -284,5 +317,8 @@ def test_cuda_device_that_is_missing_is_a_shortage(
         command, []
     )
     line = refused(capsys, 4, command, model, "--device", "cuda", *more)
-    assert "--device cuda" in line
-    assert "--device cpu" in line
+    assert line.endswith(
+        "--device cuda was given, and PyTorch sees no CUDA device. An NVIDIA GPU, its driver and "
+        "a PyTorch built for CUDA were expected. Use --device cpu, or see with llmkit doctor what "
+        "is missing."
+    )
