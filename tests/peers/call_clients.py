@@ -97,13 +97,14 @@ def langchain(url: str, model: str) -> str:
         city: Literal["Oslo"]
         rains: bool
 
-    @tool
+    @tool(return_direct=True)  # a small model would call for ever
     def get_weather(city: str) -> str:
         """The weather of a city."""
         return f"It rains in {city}."
 
     fields: dict[str, Any] = {"base_url": f"{url}/v1", "api_key": "none", "temperature": 0}
-    chat = ChatOpenAI(model=model, seed=SEED, max_completion_tokens=256, **fields)
+    chat = ChatOpenAI(model=model, seed=SEED, max_completion_tokens=12, **fields)
+    longer = ChatOpenAI(model=model, seed=SEED, max_completion_tokens=96, **fields)
     answer = chat.invoke(QUESTION)
     usage = answer.usage_metadata
     expect(answer.content and usage and usage["output_tokens"] > 0, "no text or usage")
@@ -112,7 +113,7 @@ def langchain(url: str, model: str) -> str:
     expect(any(chunk.usage_metadata for chunk in streamed), "no usage in the stream")
     expect(len(chat.batch([QUESTION, "Hello"])) == 2, "no batch")
 
-    caller = chat.bind_tools([get_weather], tool_choice="any", parallel_tool_calls=False)
+    caller = longer.bind_tools([get_weather], tool_choice="any", parallel_tool_calls=False)
     first = caller.invoke(QUESTION)
     (call,) = first.tool_calls
     result = ToolMessage(get_weather.invoke(call["args"]), tool_call_id=call["id"])
@@ -121,13 +122,13 @@ def langchain(url: str, model: str) -> str:
     expect(chunks, "no streamed call")
 
     for method in ("json_schema", "function_calling"):
-        found = chat.with_structured_output(Weather, method=method).invoke(QUESTION)
+        found = longer.with_structured_output(Weather, method=method).invoke(QUESTION)
         expect(isinstance(found, Weather), f"{method}: {found}")
 
-    responses = ChatOpenAI(model=model, use_responses_api=True, max_completion_tokens=48, **fields)
+    responses = ChatOpenAI(model=model, use_responses_api=True, max_completion_tokens=12, **fields)
     expect(responses.invoke(QUESTION).text, "no text by Responses")
     expect(OpenAI(model=model, max_tokens=8, **fields).invoke("The capital of France is"), "none")
-    agent = create_agent(chat, tools=[get_weather])
+    agent = create_agent(longer, tools=[get_weather])
     expect(agent.invoke({"messages": [HumanMessage(QUESTION)]})["messages"][-1].content, "no agent")
     return (
         "text, stream, batch, a tool call and its result, streamed calls, structured output in "
@@ -156,7 +157,7 @@ def pydantic_ai(url: str, model: str) -> str:
     expect(isinstance(native.run_sync(QUESTION).output, Weather), "no output by a schema")
 
     for api in (chat, OpenAIResponsesModel(model, provider=provider)):
-        plain = Agent(api, instructions="Answer briefly.", model_settings={"max_tokens": 48})
+        plain = Agent(api, instructions="Answer briefly.", model_settings={"max_tokens": 12})
 
         @plain.tool_plain
         def get_weather(city: str) -> str:
