@@ -163,6 +163,20 @@ def test_sample_filters_match_transformers(p: float, spread: float) -> None:
             assert (kept != want).sum() <= 1, "at most the token at the very edge, by rounding"
 
 
+def test_sample_runs_no_filter_that_keeps_every_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each costs as much as a layer, and top-p of 1 would drop what rounding makes of a tail."""
+    logits = torch.randn(2, V, generator=torch.Generator().manual_seed(1))
+    off = [(1.0, 0, 1.0, 0.0, seed, 0) for seed in range(2)]
+    expected = sample(logits, *columns(*off))
+    for name in ("_top_k", "_top_p", "_min_p"):
+        monkeypatch.setattr(sampling, name, lambda *_: pytest.fail("a filter ran"))
+    assert sample(logits, *columns(*off)).tolist() == expected.tolist()
+    for change in ({1: 3}, {2: 0.999}, {3: 0.001}):
+        row = [change.get(index, value) for index, value in enumerate(off[1])]
+        with pytest.raises(pytest.fail.Exception, match="a filter ran"):
+            sample(logits, *columns(off[0], tuple(row)))
+
+
 def exact_logit(probability: float) -> float:
     """The logit whose exponential in float32 is the probability exactly."""
     logit = torch.tensor(probability).log()
