@@ -49,6 +49,7 @@ CYCLE_ATTRIBUTES = {
     "response_started": False,
     "response_complete": False,
     "disconnected": False,
+    "waiting_for_100_continue": False,
     "chunked_encoding": None,
     "expected_content_length": 0,
 }

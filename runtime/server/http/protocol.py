@@ -107,7 +107,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         self._num_header_bytes += len(data)
         self._unset_keepalive_if_required()
         self._parse(data)
-        if self.transport.is_closing():
+        if self._last_response or self.transport.is_closing():
             return
         if self._num_header_bytes > MAX_HEADER_BYTES:
             self._refuse(headers_too_large())
@@ -313,6 +313,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             response_started = self.cycle.response_started
             # The route, if it still runs, writes nothing after this.
             self.cycle.disconnected = True
+            self.cycle.waiting_for_100_continue = False
             self.cycle.message_event.set()
             if response_started:
                 self.transport.close()
