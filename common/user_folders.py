@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from pathlib import Path
 
 
@@ -11,10 +12,14 @@ def state_folder() -> Path:
 
     It may not exist yet.
     """
-    home = os.environ.get("XDG_STATE_HOME", "")
+    configured = Path(os.environ.get("XDG_STATE_HOME", ""))
     # The specification of these variables says that a relative path counts as not set.
-    base = Path(home) if Path(home).is_absolute() else Path.home() / ".local" / "state"
-    return base / "llmkit"
+    if configured.is_absolute():
+        return configured / "llmkit"
+    try:
+        return Path.home() / ".local" / "state" / "llmkit"
+    except RuntimeError:  # a container's user that is in no list of users
+        return Path(tempfile.gettempdir()) / f"llmkit-{os.getuid()}"
 
 
 def make_private_folder(folder: Path) -> None:

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from support.server_process import LlmkitServer
 
 from llmkit.cli import main
 from llmkit.cli.servers_list import uptime_text
+from llmkit.common.user_folders import state_folder
 from llmkit.runtime.server_files import ServerFile, server_entries
 
 SERVER = {"kv_cache_memory": 2**25}
@@ -97,6 +99,19 @@ def test_server_file_that_cannot_be_written_does_not_stop_the_server(tmp_path: P
     file = ServerFile(tmp_path / "file" / "servers")
     file.write({"url": "http://127.0.0.1:1", "model": "m"})
     file.remove()
+
+
+def test_state_folder_without_a_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A relative XDG_STATE_HOME counts as not set; a user without a home still has a folder."""
+
+    def no_home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setenv("XDG_STATE_HOME", "relative")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert state_folder() == tmp_path / ".local" / "state" / "llmkit"
+    monkeypatch.setattr(Path, "home", no_home)
+    assert state_folder() == Path(tempfile.gettempdir()) / f"llmkit-{os.getuid()}"
 
 
 @pytest.mark.parametrize(
