@@ -27,7 +27,7 @@ from llmkit.pipeline.run_recipe import RunDirectory
 from llmkit.quant.output_layout import output_config
 from llmkit.quant.quantize_options import QuantizeOptions
 from llmkit.quant.quantize_plan import QuantizePlan, make_plan, plan_summary
-from llmkit.quant.time_estimate import READ_BYTES_PER_S, measure_flops_per_second
+from llmkit.quant.time_estimate import READ_BYTES_PER_S, measure_speed
 from llmkit.runtime.engine.engine_options import EngineOptions
 from llmkit.runtime.engine_plan import EnginePlan, plan_engine
 from llmkit.shard.shard_checkpoint import shard
@@ -216,7 +216,7 @@ class RecipePlanner:
         references = [name for _, name in stage.references(("models", "baseline"))]
         names = [name for name in dict.fromkeys(references) if not self._has_no_checkpoint(name)]
         device = resolve_device(settings["device"])
-        flops_per_s = measure_flops_per_second(device)
+        flops_per_s = measure_speed(device).flops_per_second
         max_model_len = settings["max_model_len"]
         if max_model_len == "auto":
             max_model_len = None

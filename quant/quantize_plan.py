@@ -259,7 +259,7 @@ def plan_summary(plan: QuantizePlan) -> dict[str, Any]:
     speed = measure_speed(plan.device)
     seconds = estimate_seconds(plan.spec, _work(plan), speed)
     cheaper = [
-        {"options": words, "seconds": estimate_seconds(plan.spec, _work(other), speed)}
+        (words, estimate_seconds(plan.spec, _work(other), speed))
         for words, other in _cheaper_plans(plan)
     ]
     files = {file: sum(tensor.nbytes for tensor in tensors) for file, tensors in plan.files.items()}
@@ -275,7 +275,9 @@ def plan_summary(plan: QuantizePlan) -> dict[str, Any]:
         "seq_len": plan.seq_len if plan.calibrated else None,
         "seconds": seconds,
         # Only what saves a tenth of the time or more.
-        "cheaper": [entry for entry in cheaper if entry["seconds"] <= 0.9 * seconds],
+        "cheaper": [
+            {"options": words, "seconds": less} for words, less in cheaper if less <= 0.9 * seconds
+        ],
     }
 
 
