@@ -122,7 +122,11 @@ def test_request_log_has_a_line_per_request_without_text(
 ) -> None:
     before = len(logged_lines(server))
     with server.client() as client:
-        whole = client.post("/v1/completions", json=PROMPT | {"max_tokens": 5, "n": 2}).json()
+        whole = client.post(
+            "/v1/completions",
+            json=PROMPT | {"max_tokens": 5, "n": 2},
+            headers={"x-request-id": "mine-1"},
+        ).json()
         refused = client.post(
             "/v1/completions", json=PROMPT | {"prompt": [1] * 4000, "max_tokens": 5000}
         )
@@ -132,7 +136,7 @@ def test_request_log_has_a_line_per_request_without_text(
             next(stream.iter_lines())
     wait_for(lambda: len(logged_lines(server)) == before + 2)
     first, second = logged_lines(server)[before:]
-    assert first["id"] == whole["id"]
+    assert (first["id"], first["request_id"]) == (whole["id"], "mine-1")
     assert (first["model"], first["ended"], first["finish_reasons"]) == (
         "tiny",
         "finished",

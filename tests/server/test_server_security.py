@@ -223,7 +223,7 @@ def test_foreign_web_pages_are_refused_and_get_no_cors_headers(
     }
     with server.client() as client:
         for method, path in (
-            ("GET", "/health"),
+            ("GET", "/version"),
             ("POST", "/v1/completions"),
             ("OPTIONS", "/v1/completions"),
         ):

@@ -125,7 +125,7 @@ def test_tracing_span_has_vllms_attributes_and_the_clients_parent(
 ) -> None:
     began = time.time_ns()
     with traced_server.client() as client:
-        headers = {"traceparent": f"00-{TRACE}-{PARENT}-01"}
+        headers = {"traceparent": f"00-{TRACE}-{PARENT}-01", "x-request-id": "mine-1"}
         answer = client.post("/v1/completions", json=BODY | {"n": 2}, headers=headers).json()
     ((span, attributes),) = spans_of(collector, 1)
     assert (span.name, span.kind) == ("llm_request", span.SPAN_KIND_SERVER)
@@ -135,6 +135,7 @@ def test_tracing_span_has_vllms_attributes_and_the_clients_parent(
         attributes["gen_ai.latency.e2e"], abs=1e-3
     )
     assert attributes["gen_ai.request.id"] == attributes["gen_ai.response.id"] == answer["id"]
+    assert attributes["http.request.header.x-request-id"] == ["mine-1"]
     assert attributes["gen_ai.request.model"] == attributes["gen_ai.response.model"] == "tiny"
     assert attributes["gen_ai.operation.name"] == "text_completion"
     assert (
