@@ -48,6 +48,7 @@ SERVER: dict[str, Any] = {
     "max_waiting": 4,
     "max_num_seqs": 8,
     "kv_cache_memory": 2**26,
+    "stream_keep_alive": 0.1,
 }
 PROMPT = "the quick brown fox"
 SAMPLING: dict[str, Any] = {"temperature": 0, "max_tokens": 12, "ignore_eos": True}
@@ -135,6 +136,8 @@ def test_infer_returns_what_a_completion_returns(
     inputs = tensors(triton_http, binary, **text_inputs())
     # The output contains the prompt, as with Triton's vLLM backend.
     assert text_of(over_http.infer("tiny", inputs, headers=bearer())) == PROMPT + expected
+    packed = over_http.infer("tiny", inputs, headers=bearer(), request_compression_algorithm="gzip")
+    assert text_of(packed) == PROMPT + expected
     inputs = tensors(
         triton_http, binary, **text_inputs(exclude_input_in_output=True, return_finish_reason=True)
     )
@@ -441,6 +444,31 @@ def test_grpc_stream_sends_the_text_in_parts(
     assert ["".join(texts[name]) for name in "012"] == [expected, expected, PROMPT + expected]
     assert len(texts["0"]) > 1
     assert sum(not result.get_response().outputs for result, _ in found) == 3 * empty
+
+
+def test_grpc_stream_has_no_keep_alive_comments(
+    server: LlmkitServer, over_grpc: triton_grpc.InferenceServerClient, expected: str
+) -> None:
+    inbox: queue.Queue[tuple[Any, InferenceServerException | None]] = queue.Queue()
+    engine = server.engine()
+    engine.suspend()
+    try:
+        over_grpc.start_stream(lambda result, error: inbox.put((result, error)), headers=bearer())
+        inputs = tensors(triton_grpc, **text_inputs(exclude_input_in_output=True))
+        over_grpc.async_stream_infer("tiny", inputs)
+        with pytest.raises(queue.Empty):
+            inbox.get(timeout=5 * SERVER["stream_keep_alive"])
+    finally:
+        engine.resume()
+    text = ""
+    is_final = False
+    while not is_final:
+        result, error = inbox.get(timeout=60)
+        assert error is None
+        text += text_of(result)
+        is_final = result.get_response().parameters["triton_final_response"].bool_param
+    over_grpc.stop_stream()
+    assert text == expected
 
 
 def test_grpc_stream_reports_wrong_requests_and_continues(
