@@ -67,6 +67,7 @@ def build_app(state: ServerState, clients: tuple[Client, ...]) -> ASGIApp:
         ("/v1/messages/count_tokens", "POST", routes.count_tokens),
         ("/tokenize", "POST", routes.tokenize),
         ("/detokenize", "POST", routes.detokenize),
+        ("/tokenizer_info", "GET", routes.tokenizer_info),
         ("/v1/models", "GET", routes.models),
         ("/v1/models/{name:path}", "GET", routes.model),
         ("/health", "GET", routes.health),
@@ -222,6 +223,22 @@ class ApiRoutes:
         check_token_ids(body.tokens, self._state.engine_info.vocab_size, "tokens")
         prompt = self._state.text.tokenizer.decode(body.tokens, skip_special_tokens=False)
         return _json_response({"prompt": prompt})
+
+    async def tokenizer_info(self, model: str = "") -> Response:
+        """Return the tokenizer's config with the chat template, as vLLM does."""
+        self._check_ready()
+        self._check_model(model or self._state.model_name)
+        tokenizer = self._state.text.tokenizer
+        return _json_response(
+            {
+                "bos_token": None,
+                "eos_token": None,
+                "pad_token": None,
+                **tokenizer.settings,
+                **tokenizer.special_tokens,
+                "chat_template": tokenizer.chat_template,
+            }
+        )
 
     async def _read(self, schema: type[RequestT], request: Request) -> RequestT:
         """Read and check the body of a request to a model of this server."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -82,6 +83,8 @@ class ServerMetrics:
             _STEP_TOKENS_BUCKETS,
         )
 
+        self._last_finished = 0.0  # Unix time of the last request that ended
+
     def record_tokens(self, times: RequestTimes, num_tokens: int) -> None:
         """New tokens of a request have arrived; updates `times`."""
         now = time.perf_counter()
@@ -103,11 +106,45 @@ class ServerMetrics:
         `times` are those of an answer that was computed; None for one that failed or was cached.
         """
         self._finished[reason].inc()
+        self._last_finished = time.time()
         if times is not None:
             self._e2e.observe(times.last_token - times.arrived)
             self._decode.observe(times.decode_s)
             if times.num_tokens > 1:
                 self._tpot.observe(times.decode_s / (times.num_tokens - 1))
+
+    def statistics(self, cache_hits: int) -> dict[str, Any]:
+        """The figures of Triton's statistics extension, in the form of its ModelStatistics.
+
+        cache_hits: answers from the response cache. An execution is an engine step with new tokens.
+        Times that are not measured are 0.
+        """
+        finished = {reason: int(_total(count)) for reason, count in self._finished.items()}
+        num_answers = finished["stop"] + finished["length"]
+        num_computed = int(_total(self._e2e, "_count"))
+
+        def duration(count: int, *histograms: Histogram) -> dict[str, int]:
+            seconds = sum(_total(histogram, "_sum") for histogram in histograms)
+            return {"count": count, "ns": round(seconds * 1e9)}
+
+        return {
+            "last_inference": round(self._last_finished * 1e3),
+            "inference_count": num_answers,
+            "execution_count": int(_total(self._step_tokens, "_count")),
+            "inference_stats": {
+                "success": duration(num_answers, self._e2e),
+                "fail": duration(finished["cancelled"] + finished["error"]),
+                "queue": duration(int(_total(self._queue, "_count")), self._queue),
+                "compute_input": duration(0),
+                "compute_infer": duration(num_computed, self._prefill, self._decode),
+                "compute_output": duration(0),
+                "cache_hit": duration(cache_hits),
+                "cache_miss": duration(0),
+            },
+            "response_stats": {},
+            "batch_stats": [],
+            "memory_usage": [],
+        }
 
     def record_step(self, before: EngineStats, after: EngineStats) -> None:
         """Count the tokens of an engine step from the statistics before and after it."""
@@ -126,6 +163,16 @@ class ServerMetrics:
 
     def _histogram(self, name: str, text: str, buckets: Sequence[float]) -> Histogram:
         return Histogram(f"llmkit:{name}", text, registry=self._registry, buckets=buckets)
+
+
+def _total(metric: Counter | Histogram, suffix: str = "_total") -> float:
+    """The sum of a metric's samples whose names end in `suffix`."""
+    return sum(
+        sample.value
+        for family in metric.collect()
+        for sample in family.samples
+        if sample.name.endswith(suffix)
+    )
 
 
 class _EngineCollector(Collector):

@@ -9,6 +9,7 @@ import queue
 import signal
 import socket
 import sys
+import time
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -127,6 +128,47 @@ def test_http_reports_the_server_and_its_models(
     assert [one["name"] for one in over_http.get_model_repository_index(headers=bearer())] == [
         "tiny"
     ]
+
+
+def test_statistics_count_requests_and_their_time(
+    over_http: triton_http.InferenceServerClient,
+    over_grpc: triton_grpc.InferenceServerClient,
+    http: httpx.Client,
+) -> None:
+    def statistics() -> dict[str, Any]:
+        document = over_http.get_inference_statistics("tiny", "1", headers=bearer())
+        (model,) = document["model_stats"]
+        return dict(model)
+
+    before = statistics()
+    started_ms = time.time() * 1e3
+    body = {"model": "tiny", "prompt": PROMPT, "n": 2, **SAMPLING}
+    http.post("/v1/completions", json=body).raise_for_status()
+    after = statistics()
+    assert (after["name"], after["version"]) == ("tiny", "1")
+    assert after["inference_count"] - before["inference_count"] == 2
+    # Both choices run together: a step for the prompt, and one for each further token.
+    assert 12 <= after["execution_count"] - before["execution_count"] <= 14
+    assert started_ms - 1 <= after["last_inference"] <= time.time() * 1e3 + 1
+    grown = {
+        name: {key: after["inference_stats"][name][key] - duration[key] for key in duration}
+        for name, duration in before["inference_stats"].items()
+    }
+    assert grown["success"]["count"] == grown["queue"]["count"] == 2
+    assert grown["compute_infer"]["count"] == 2
+    assert 0 < grown["compute_infer"]["ns"] <= grown["success"]["ns"] < 60e9
+    assert grown["fail"] == {"count": 0, "ns": 0}
+
+    over_rpc = over_grpc.get_inference_statistics("tiny", headers=bearer(), as_json=True)
+    (model,) = over_rpc["model_stats"]
+    assert int(model["inference_count"]) == after["inference_count"]
+    assert (
+        int(model["inference_stats"]["success"]["ns"]) == after["inference_stats"]["success"]["ns"]
+    )
+    assert len(over_grpc.get_inference_statistics(headers=bearer()).model_stats) == 1
+    assert len(http.get("/v2/models/stats").json()["model_stats"]) == 1
+    assert http.get("/v2/models/other/stats").status_code == 404
+    assert "statistics" in http.get("/v2").json()["extensions"]
 
 
 @pytest.mark.parametrize("binary", [True, False])

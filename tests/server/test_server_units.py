@@ -144,7 +144,6 @@ WRONG_IN_BOTH = [
     ({"stream_options": {"include_usage": True}}, "stream_options", "invalid_value"),
     ({"user": 5}, "user", "invalid_type"),
     ({"model": 5}, "model", "invalid_type"),
-    ({"model": None}, "model", "invalid_type"),
     ({"n": 0}, "n", "invalid_value"),
     ({"n": 129}, "n", "invalid_value"),
     ({"n": True}, "n", "invalid_type"),

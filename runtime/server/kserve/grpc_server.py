@@ -131,6 +131,13 @@ class InferenceService(GRPCInferenceServiceServicer):  # type: ignore[misc]
         document = await self._document(path, context)
         return json_format.ParseDict({"config": document}, pb.ModelConfigResponse())
 
+    async def ModelStatistics(self, request: Any, context: Context) -> Any:  # noqa: N802
+        path = _model_path(request.name, request.version, "/stats")
+        if not request.name:
+            path = "/v2/models/stats"
+        document = await self._document(path, context)
+        return json_format.ParseDict(document, pb.ModelStatisticsResponse())
+
     async def RepositoryIndex(self, request: Any, context: Context) -> Any:  # noqa: N802
         document = await self._document("/v2/repository/index", context, "POST")
         return json_format.ParseDict({"models": document}, pb.RepositoryIndexResponse())

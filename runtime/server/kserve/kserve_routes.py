@@ -28,7 +28,7 @@ from llmkit.runtime.server.server_state import ServerState
 
 # Triton's header: how many bytes of the body are JSON. Binary data follows them.
 JSON_LENGTH_HEADER = "inference-header-content-length"
-EXTENSIONS = ["binary_tensor_data", "generate", "model_configuration", "parameters"]
+EXTENSIONS = ["binary_tensor_data", "generate", "model_configuration", "parameters", "statistics"]
 # The content types of infer. Triton's client sends none.
 _INFER_MEDIA_TYPES = ("", "application/json", "application/octet-stream")
 
@@ -40,9 +40,11 @@ def add_kserve_routes(app: FastAPI, state: ServerState) -> None:
     app.add_api_route("/v2/health/live", routes.live, methods=["GET"], response_model=None)
     app.add_api_route("/v2/health/ready", routes.ready, methods=["GET"], response_model=None)
     app.add_api_route("/v2/repository/index", routes.index, methods=["POST"], response_model=None)
+    app.add_api_route("/v2/models/stats", routes.all_stats, methods=["GET"], response_model=None)
     for path, method, endpoint in (
         ("/ready", "GET", routes.model_ready),
         ("/config", "GET", routes.config),
+        ("/stats", "GET", routes.stats),
         ("/infer", "POST", routes.infer),
         ("/generate", "POST", routes.generate),
         ("/generate_stream", "POST", routes.generate_stream),
@@ -105,6 +107,21 @@ class KserveRoutes:
                 "model_transaction_policy": {"decoupled": True},
             }
         )
+
+    async def stats(self, name: str, version: str = VERSION) -> Response:
+        """Triton's statistics. All names of this server have the same: they share an engine."""
+        self._check_model(name, version)
+        return self._stats_of(name)
+
+    async def all_stats(self) -> Response:
+        self._check_ready()
+        return self._stats_of(*self._state.models)
+
+    def _stats_of(self, *names: str) -> Response:
+        cache = self._state.response_cache
+        figures = self._state.metrics.statistics(0 if cache is None else cache.hits)
+        models = [{"name": name, "version": VERSION, **figures} for name in names]
+        return _json_response({"model_stats": models})
 
     async def infer(self, request: Request, name: str, version: str = VERSION) -> Response:
         self._check_model(name, version)

@@ -26,6 +26,7 @@ from llmkit.runtime.server.http.assets import page_routes
 from llmkit.runtime.server.http.http_errors import ApiError, unknown_model
 from llmkit.runtime.server.http.request_body import read_json_body
 from llmkit.runtime.server.http.security_middleware import SecurityMiddleware
+from llmkit.runtime.server.kserve.kserve_response import VERSION
 from llmkit.runtime.server.router.forward import ForwardedResponse, upstream_request
 from llmkit.runtime.server.router.model_pool import ModelPool, PooledModel
 from llmkit.runtime.server.router.router_metrics import merge_metrics
@@ -85,7 +86,9 @@ class Router:
             "/ready": self.ready,
             "/v2/health/live": self.health,
             "/v2/health/ready": self.ready,
-            "/v2/models/{name:path}/ready": self.model_ready,
+            "/v2/models/{rest:path}/ready": self.model_ready,
+            "/v2/models/{rest:path}/stats": self.model_stats,
+            "/tokenizer_info": self.tokenizer_info,
             "/metrics": self.metrics,
             "/version": self.version,
             "/info": self.info,
@@ -152,11 +155,19 @@ class Router:
     async def model(self, name: str) -> Response:
         return _json_response(self._model_entry(self._find(name)))
 
-    async def model_ready(self, name: str) -> Response:
+    async def model_ready(self, rest: str) -> Response:
         """Report whether a model is loaded. This does not load it."""
-        if self._find(name).state == "loaded" and not self.draining:
-            return _json_response({"status": "ok"})
-        raise ApiError(503, f"The model {name!r} is not loaded.", code="not_loaded")
+        self._find_loaded(rest)
+        return _json_response({"status": "ok"})
+
+    async def model_stats(self, request: Request, rest: str) -> Response:
+        """Forward a request for a loaded model's statistics. This does not load it."""
+        return self._forward(request, self._find_loaded(rest).name, None)
+
+    async def tokenizer_info(self, request: Request, model: str = "") -> Response:
+        """Forward the request to the model that the query names."""
+        self._check_ready()
+        return self._forward(request, self._named_or_only(model), None)
 
     async def metrics(self, request: Request) -> Response:
         """Return the metrics of every loaded model, with its name as a label, and of the pool."""
@@ -180,7 +191,8 @@ class Router:
         self._check_ready()
         options = self._options
         data = await read_json_body(request, options.max_body_bytes, options.body_timeout)
-        return self._forward(request, parse_request(RoutedRequest, data).model, data)
+        name = self._named_or_only(parse_request(RoutedRequest, data).model)
+        return self._forward(request, name, data)
 
     async def by_path(self, request: Request, rest: str) -> Response:
         """Forward a request to the model that its path names."""
@@ -194,6 +206,29 @@ class Router:
                 request, options.max_body_bytes, options.body_timeout, _KSERVE_MEDIA_TYPES
             )
         return self._forward(request, name, data)
+
+    def _named_or_only(self, name: str) -> str:
+        """Return `name`; if it is empty, the name of the only model."""
+        if not name and len(self.pool.models) > 1:
+            raise ApiError(
+                400,
+                f"model is missing. There are several: {', '.join(self.pool.models)}.",
+                code="missing_required_parameter",
+                param="model",
+            )
+        return name or next(iter(self.pool.models))
+
+    def _find_loaded(self, rest: str) -> PooledModel:
+        """Return the loaded model of a path, NAME or NAME/versions/1."""
+        name = self._name_in_path(rest)
+        model = self._find(name)
+        version = rest[len(name) :]
+        if version not in ("", f"/versions/{VERSION}"):
+            message = f"The model {name!r} has no {version[1:]!r}; its version is {VERSION}."
+            raise ApiError(404, message, code="model_not_found", param="version")
+        if model.state != "loaded" or self.draining:
+            raise ApiError(503, f"The model {name!r} is not loaded.", code="not_loaded")
+        return model
 
     def _name_in_path(self, rest: str) -> str:
         """Return the longest prefix of whole path segments that is a model's name, else `rest`."""

@@ -17,6 +17,7 @@ from typing import Annotated, Any, ClassVar, Literal, NamedTuple, TypeVar
 
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     PrivateAttr,
@@ -99,6 +100,14 @@ class StreamOptions(StrictModel):
     continuous_usage_stats: bool | None = None
 
 
+ModelName = Annotated[
+    str,
+    Field(max_length=1024),
+    BeforeValidator(lambda name: "" if name is None else name),
+    any_of_schema({"type": "string", "maxLength": 1024}),
+]
+
+
 class ReasoningControl(NamedTuple):
     """A field that asks the model to reason, or to write, more or less than it does by itself."""
 
@@ -114,7 +123,8 @@ class BaseRequest(StrictModel):
 
     _ignored: IgnoredFields = PrivateAttr(default_factory=IgnoredFields)
 
-    model: Annotated[str, Field(min_length=1, max_length=1024)]
+    # Empty only where the server has several models; see `parse_request`.
+    model: ModelName = ""
 
     @property
     def ignored(self) -> IgnoredFields:
@@ -330,10 +340,13 @@ def check_truncation(truncate_prompt_tokens: int | None) -> None:
 RequestT = TypeVar("RequestT", bound=BaseRequest)
 
 
-def parse_request(kind: type[RequestT], data: bytes, strict_fields: bool = True) -> RequestT:
+def parse_request(
+    kind: type[RequestT], data: bytes, strict_fields: bool = True, default_model: str = ""
+) -> RequestT:
     """Parse a request's body. Raises ApiError 400 that names the field at fault.
 
     strict_fields: whether an unknown field is an error; otherwise it is in the request's `ignored`.
+    default_model: the model of a request that names none.
     """
     try:
         request = kind.model_validate_json(data)
@@ -341,6 +354,7 @@ def parse_request(kind: type[RequestT], data: bytes, strict_fields: bool = True)
         raise _validation_error(error) from None
     except RecursionError:
         raise ApiError(400, "The JSON is nested too deeply.", code="invalid_json") from None
+    request.model = request.model or default_model
     return _checked(request, strict_fields)
 
 

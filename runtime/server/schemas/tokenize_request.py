@@ -23,7 +23,6 @@ from llmkit.runtime.server.schemas.chat_request import (
 class TokenizeRequest(BaseRequest):
     """POST /tokenize: a prompt or messages."""
 
-    model: str = ""  # any of the server's models: all have the same tokenizer
     prompt: str | None = None
     messages: (
         Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
@@ -66,5 +65,4 @@ class TokenizeRequest(BaseRequest):
 class DetokenizeRequest(BaseRequest):
     """POST /detokenize."""
 
-    model: str = ""
     tokens: Annotated[list[NonNegativeInt], Field(fail_fast=True)]
