@@ -18,6 +18,7 @@ from llmkit.bench.bench_metrics import (
     find_metric,
 )
 from llmkit.bench.confidence_intervals import STDERR_SUFFIX, Z_95, confidence_interval
+from llmkit.common.formatting import count_text, same_decimals
 
 if TYPE_CHECKING:
     from llmkit.bench.bench_report import BenchReport, TargetReport
@@ -70,13 +71,14 @@ def gate_table(report: BenchReport) -> Table:
     for column in ("gate", "target", "metric", "value", "limit", "result"):
         table.add_column(column, justify="right" if column in ("value", "limit") else "left")
     for result in sorted(report.gates, key=lambda result: result.passed):
+        value, limit = same_decimals([result.value, result.limit])
         verdict = "[green]pass[/green]" if result.passed else "[bold red]FAIL[/bold red]"
         table.add_row(
             escape(result.gate),
             escape(result.target),
             result.metric,
-            number_text(result.value),
-            number_text(result.limit),
+            value,
+            limit,
             verdict,
         )
     return table
@@ -122,19 +124,17 @@ def _rows(report: BenchReport, keys: Iterable[str]) -> list[Row]:
         metric = find_metric(key)
         if metric and metric.headline:
             unit, scale = _unit(metric, max(values[key] for values in metrics if key in values))
-            cells = [_cell(report, target, key, metric, scale) for target in report.targets]
+            present = [values[key] / scale for values in metrics if key in values]
+            texts = iter(same_decimals(present))
+            cells = []
+            for target, values in zip(report.targets, metrics, strict=True):
+                if key not in values:
+                    cells.append(Cell())
+                    continue
+                ratio, color = _ratio(report, target, key, metric)
+                cells.append(Cell(next(texts), spread_text(target, key, scale), ratio, color))
             rows.append(Row(metric.title, unit, cells))
     return rows
-
-
-def _cell(
-    report: BenchReport, target: TargetReport, key: str, metric: Metric, scale: float
-) -> Cell:
-    value = target.all_metrics().get(key)
-    if value is None:
-        return Cell()
-    ratio, color = _ratio(report, target, key, metric)
-    return Cell(number_text(value / scale), spread_text(target, key, scale), ratio, color)
 
 
 def _load_description(report: BenchReport, scenario: str) -> str:
@@ -145,7 +145,7 @@ def _load_description(report: BenchReport, scenario: str) -> str:
                 return f": {entry['about']}"
             rate = entry.get("arrivals_per_s")
             pace = f"{rate:.3g} a second" if rate else f"{entry['clients']} at a time"
-            return f": {entry['requests']} requests, {pace}"
+            return f": {count_text(entry['requests'], 'requests')}, {pace}"
     return ""
 
 

@@ -24,6 +24,7 @@ from llmkit.bench.workload import Workload, build_workload, check_context_length
 from llmkit.checkpoint.checkpoint import Checkpoint
 from llmkit.checkpoint.tokenizer import load_tokenizer
 from llmkit.common.errors import InputError
+from llmkit.common.formatting import milliseconds_text
 from llmkit.common.progress import Progress
 
 # Above these the load client itself may limit the measured speed.
@@ -137,9 +138,9 @@ def _client_warnings(report: BenchReport) -> list[str]:
             late_ms = metrics.get("client_late_ms", 0.0)
             if busy > MAX_CLIENT_BUSY or late_ms > MAX_CLIENT_LATE_MS:
                 warnings.append(
-                    f"the load client was busy {busy:.0%} of the time and {late_ms:.0f} ms"
-                    f" behind its schedule in {scenario} at {target.name}: it, not the server,"
-                    " may be what limits these figures"
+                    f"the load client was busy {busy:.0%} of the time and"
+                    f" {milliseconds_text(late_ms)} behind its schedule in {scenario} at"
+                    f" {target.name}: it, not the server, may be what limits these figures"
                 )
     return warnings
 

@@ -10,6 +10,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from llmkit.common.errors import InputError
+from llmkit.common.formatting import shortened
 
 HUB_SCHEME = "hf://"
 SIGNATURE = "model.sig"  # written by the OpenSSF model-signing library
@@ -58,7 +59,7 @@ def download_from_hub(hub_id: str) -> Path:
     Raises InputError when there is no such model, no access to it, or no network.
     """
     # Only needed for a hub id, and slow to import.
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import constants, snapshot_download
 
     try:
         return Path(
@@ -68,7 +69,14 @@ def download_from_hub(hub_id: str) -> Path:
         )
     # The hub's client raises its own errors, those of requests and httpx, and OSError.
     except Exception as error:
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        if constants.HF_HUB_OFFLINE:
+            raise InputError(
+                f"{hub_id} is not a path here and not in the hub's cache, and HF_HUB_OFFLINE"
+                " forbids a download",
+                "A directory, a cached hub id or a .gguf file was expected",
+                "Check the spelling, or unset HF_HUB_OFFLINE",
+            ) from error
+        reason = shortened(str(error), 200) or type(error).__name__
         raise InputError(
             f"{hub_id} is not a path here and could not be fetched from the hub ({reason})",
             "A directory, a hub id or a .gguf file was expected",

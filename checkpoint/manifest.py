@@ -20,6 +20,7 @@ from llmkit.checkpoint.output_directory import sync_directory, write_errors, wri
 from llmkit.checkpoint.safetensors_header import read_header
 from llmkit.checkpoint.tensor_reader import DIGEST_BYTES, FileDigest, read_into, sha256_file
 from llmkit.common.errors import InputError
+from llmkit.common.formatting import count_text
 from llmkit.common.version import version
 
 MANIFEST = "llmkit.json"
@@ -238,6 +239,18 @@ def accept_edits(folder: Path, differences: Sequence[Difference]) -> list[str]:
 def manifest_text(manifest: Mapping[str, Any]) -> bytes:
     """The content of llmkit.json."""
     return (json.dumps(manifest, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def lines_by_file(differences: Sequence[Difference]) -> list[str]:
+    """One line for each file: its first difference, and the number of its others."""
+    texts: dict[str, list[str]] = {}
+    for difference in differences:
+        texts.setdefault(difference.file, []).append(difference.text)
+    lines = []
+    for file, (first, *others) in texts.items():
+        more = f"; {count_text(len(others), 'more problems')} of {file}" if others else ""
+        lines.append(first + more)
+    return lines
 
 
 def verify_manifest(path: Path) -> list[str]:

@@ -194,7 +194,11 @@ def load_tokenizer(model: ModelFiles, chat_template: Path | None = None) -> Toke
         try:
             tokenizer = tokenizers.Tokenizer.from_buffer(files["tokenizer.json"])
         except Exception as error:  # the tokenizers library raises plain Exception
-            raise InputError(f"{model.path / 'tokenizer.json'} is malformed ({error})") from error
+            raise InputError(
+                f"{model.path / 'tokenizer.json'} is malformed ({error})",
+                "A file that the tokenizers library can load was expected",
+                "Copy it again from where the model came from",
+            ) from error
     elif any(name in files for name in _SLOW_TOKENIZER_FILES) or any(
         name.endswith(".tiktoken") for name in files
     ):

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from llmkit.cli.output import Output
 from llmkit.common.errors import UsageError
+from llmkit.common.formatting import milliseconds_text
 from llmkit.common.option_values import INTEGERS, RATE, TOKEN_RANGE, within
 from llmkit.common.options import SEED, Argument, Option
 
@@ -253,7 +254,7 @@ def _show(console: Console, rows: list[dict[str, Any]], times_source: str) -> No
             str(row["replicas"]),
             str(row["gpus"] or "-"),
             f"{row['attained']:.1%}",
-            *("-" if ms is None else f"{ms:,.0f} ms" for ms in times),
+            *("-" if ms is None else milliseconds_text(ms) for ms in times),
             f"{row['busy']:.0%}",
             f"{row['kv_share']:.0%}" if row["kv_share"] > 1e-6 else "-",
             *cost,

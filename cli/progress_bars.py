@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 from rich.console import Console
 from rich.progress import (
@@ -16,10 +15,16 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.progress import Progress as RichProgress
+from rich.progress_bar import ProgressBar
+from rich.table import Column
 from rich.text import Text
 
-from llmkit.common.formatting import bytes_text
+from llmkit.common.formatting import bytes_text, count_text
 from llmkit.common.progress import Progress
+
+# The width of a bar by the least width of the terminal.
+BAR_WIDTHS = ((110, 30), (80, 16), (70, 10))
+MIN_BAR_WIDTH = 5
 
 
 class StageLines(Progress):
@@ -43,8 +48,25 @@ class StageLines(Progress):
         self._write(text)
 
 
+class _Bar(ProgressColumn):
+    """The bar, as wide as the terminal leaves room for."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__(table_column=Column(no_wrap=True))
+        self._console = console
+
+    def render(self, task: Task) -> ProgressBar:
+        width = next(
+            (width for least, width in BAR_WIDTHS if self._console.width >= least), MIN_BAR_WIDTH
+        )
+        return BarColumn(bar_width=width).render(task)
+
+
 class _Amount(ProgressColumn):
     """The finished and the total amount, in the stage's unit."""
+
+    def __init__(self) -> None:
+        super().__init__(table_column=Column(no_wrap=True))
 
     def render(self, task: Task) -> Text:
         unit = str(task.fields.get("unit", ""))
@@ -53,9 +75,18 @@ class _Amount(ProgressColumn):
         text = (
             f"{bytes_text(done)} of {bytes_text(total)}"
             if unit == "bytes"
-            else f"{done} of {total} {unit}"
+            else f"{done} of {count_text(total, unit)}"
         )
         return Text(text, style="progress.download")
+
+
+class _Note(ProgressColumn):
+    """What is being worked on. It is cut at the end of the line, so that a bar is one line."""
+
+    def render(self, task: Task) -> Text:
+        return Text(
+            str(task.fields.get("note", "")), style="dim", no_wrap=True, overflow="ellipsis"
+        )
 
 
 class Bars(Progress):
@@ -69,13 +100,13 @@ class Bars(Progress):
     def start(self, stage: str, total: int, unit: str) -> None:
         """Opens a bar of `total` units, and closes the one before."""
         self.finish()
-        columns: list[Any] = [
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=30),
+        columns: list[ProgressColumn] = [
+            TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True)),
+            _Bar(self._console),
             _Amount(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(compact=True),
-            TextColumn("[dim]{task.fields[note]}"),
+            TimeElapsedColumn(table_column=Column(no_wrap=True)),
+            TimeRemainingColumn(compact=True, table_column=Column(no_wrap=True)),
+            _Note(),
         ]
         self._bars = RichProgress(*columns, console=self._console, refresh_per_second=5)
         self._task = self._bars.add_task(stage, total=max(total, 1), unit=unit, note="")
@@ -99,4 +130,4 @@ class Bars(Progress):
 
 
 def _amount(total: int, unit: str) -> str:
-    return bytes_text(total) if unit == "bytes" else f"{total} {unit}"
+    return bytes_text(total) if unit == "bytes" else count_text(total, unit)

@@ -169,7 +169,7 @@ def verify(output: Output, arguments: VerifyArguments) -> None:
         edited = sorted({difference.file for difference in differences if difference.is_edit})
         output.result(
             {"ok": False, "signature": "not checked", "problems": problems, "edited": edited},
-            lambda console: show_problems(console, problems),
+            lambda console: show_problems(console, differences),
         )
         raise differences_error(path, differences)
     signature = "not checked"

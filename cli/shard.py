@@ -9,15 +9,18 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from llmkit.cli.command import MODEL, OUTPUT_DIRECTORY
 from llmkit.cli.output import Output
-from llmkit.common.formatting import bytes_text
+from llmkit.common.formatting import bytes_text, count_text
 from llmkit.common.option_values import LAYER_COUNTS, parse_size
 from llmkit.common.options import Argument, Option
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-# At most this many problems of a layout are printed; the rest are counted.
-MAX_PRINTED_PROBLEMS = 20
+    from llmkit.checkpoint.manifest import Difference
+    from llmkit.shard.verify import VerifyResult
+
+# The problems of at most this many files are printed; the rest are counted.
+MAX_PRINTED_FILES = 20
 
 LAYOUT = Argument("A folder that `llmkit shard` wrote.", metavar="DIR")
 
@@ -160,7 +163,7 @@ def verify(output: Output, arguments: VerifyArguments) -> None:
     layout = arguments.layout
     result = verify_layout.verify(layout)
     document = result.to_json()
-    output.result(document, lambda console: _show_verified(console, layout, document))
+    output.result(document, lambda console: _show_verified(console, layout, result))
     if not result.ok:
         raise differences_error(Path(layout), result.differences)
 
@@ -258,17 +261,24 @@ def _node_line(model: str, gpu: str | None, node: dict[str, Any]) -> str:
     )
 
 
-def show_problems(console: Console, problems: Sequence[str]) -> None:
-    """Print the first MAX_PRINTED_PROBLEMS of a checkpoint's problems, and count the rest."""
-    for problem in problems[:MAX_PRINTED_PROBLEMS]:
-        console.print(problem, markup=False, highlight=False, soft_wrap=True)
-    if len(problems) > MAX_PRINTED_PROBLEMS:
-        console.print(f"and {len(problems) - MAX_PRINTED_PROBLEMS} more", highlight=False)
+def show_problems(console: Console, differences: Sequence[Difference]) -> None:
+    """Print a line for each file with problems, at most MAX_PRINTED_FILES, and count the rest."""
+    from llmkit.checkpoint.manifest import lines_by_file  # keeps torch off the start path
+
+    lines = lines_by_file(differences)
+    for line in lines[:MAX_PRINTED_FILES]:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    more = len(lines) - MAX_PRINTED_FILES
+    if more > 0:
+        console.print(f"and problems of {count_text(more, 'more files')}", highlight=False)
+    if len(differences) > min(len(lines), MAX_PRINTED_FILES):
+        console.print("--json lists every problem", highlight=False)
 
 
-def _show_verified(console: Console, layout: str, result: dict[str, Any]) -> None:
-    show_problems(console, result["problems"])
-    if not result["problems"]:
+def _show_verified(console: Console, layout: str, verified: VerifyResult) -> None:
+    result = verified.to_json()
+    show_problems(console, verified.differences)
+    if verified.ok:
         console.print(
             f"{layout} verifies: TP {result['tp']}, PP {result['pp']}, EP {result['ep']}, "
             f"{result['tensors']} tensors"

@@ -24,9 +24,9 @@ def resolve_device(name: str) -> torch.device:
     available = torch.cuda.is_available()
     if name == "cuda" and not available:
         raise ShortageError(
-            "--device cuda, and PyTorch sees no CUDA device",
-            "An NVIDIA GPU and its driver",
-            "Use --device cpu",
+            "--device cuda was given, and PyTorch sees no CUDA device",
+            "An NVIDIA GPU, its driver and a PyTorch built for CUDA were expected",
+            "Use --device cpu, or see with llmkit doctor what is missing",
         )
     use_cuda = name == "cuda" or (name == "auto" and available)
     return torch.device("cuda" if use_cuda else "cpu")

@@ -78,14 +78,12 @@ def quantize(
     """
     watch = Stopwatch()
     plan = make_plan(source, Path(output), options, progress)
+    tokenizer = _load_tokenizer(plan)
     if options.dry_run:
         return build_report(plan, watch, {"plan": plan_summary(plan)})
     _check_memory(plan)
     if options.resume and not partial_path(plan.out).is_dir():
         progress.message(f"nothing of {plan.out} was written yet: starting from the beginning")
-    tokenizer = None
-    if plan.calibrated or options.evaluate:
-        tokenizer = load_tokenizer(plan.source)
     calibration = None
     with watch("read"):
         if plan.calibrated and tokenizer is not None:
@@ -127,13 +125,23 @@ def check_gates(report: Report, options: QuantizeOptions) -> None:
         )
 
 
+def _load_tokenizer(plan: QuantizePlan) -> Tokenizer | None:
+    """The tokenizer, which the output gets a copy of; None when the source has none to need.
+
+    Raises InputError when it is malformed, or absent and calibration or evaluation needs it.
+    """
+    if plan.calibrated or plan.options.evaluate or "tokenizer.json" in plan.source.side_files():
+        return load_tokenizer(plan.source)
+    return None
+
+
 def _check_memory(plan: QuantizePlan) -> None:
     """Raises ShortageError when the run needs more memory than is free."""
     offload = plan.offloads()
     needed = plan.memory_bytes(offload)
     free = memory.available_bytes(plan.device)
     bytes_per_sample = 0 if offload else memory.hidden_bytes(plan.spec, 1, plan.seq_len)
-    memory.check_memory(needed, bytes_per_sample, plan.options.samples, free, plan.calibrated)
+    memory.check_memory(needed, bytes_per_sample, plan.options.samples or 0, free, plan.calibrated)
 
 
 def _source_tensors(plan: QuantizePlan) -> list[str]:

@@ -12,8 +12,13 @@ from __future__ import annotations
 import re
 from contextlib import AbstractContextManager, nullcontext
 
-from llmkit.checkpoint.hub import HUB_SCHEME, is_hub_url
-from llmkit.checkpoint.registry.store_interface import URL_FORMS, Store, WritableStore
+from llmkit.checkpoint.hub import HUB_SCHEME, is_hub_id, is_hub_url
+from llmkit.checkpoint.registry.store_interface import (
+    CREDENTIALS,
+    URL_FORMS,
+    Store,
+    WritableStore,
+)
 from llmkit.common.errors import UsageError
 
 
@@ -41,9 +46,26 @@ def open_store(reference: str) -> AbstractContextManager[Store]:
         from llmkit.checkpoint.registry.mlflow_store import open_mlflow_store
 
         return open_mlflow_store(reference)
-    # A URL may contain a secret (presigned URLs do), so that the message repeats only the scheme.
-    raise UsageError(
-        f"{scheme}:/... is not the address of a checkpoint", f"{URL_FORMS} was expected"
+    raise _unknown_address(reference, scheme)
+
+
+def _unknown_address(reference: str, scheme: str) -> UsageError:
+    """The error for a URL that is none of URL_FORMS.
+
+    A URL may contain a secret (presigned URLs do), so that the message repeats only the scheme and
+    the name of a model on the hub.
+    """
+    expected = f"{URL_FORMS} was expected"
+    if scheme in CREDENTIALS:
+        return UsageError(f"the {scheme}: address is not the address of a checkpoint", expected)
+    page = re.match(r"https?://(?:www\.)?(?:huggingface\.co|hf\.co)/([^/?#]+/[^/?#]+)", reference)
+    todo = ""
+    if page is not None and is_hub_id(page[1]):
+        todo = f"Write {HUB_SCHEME}{page[1]}"
+    return UsageError(
+        f"an address that begins with {scheme}:// is not the address of a checkpoint",
+        expected,
+        todo,
     )
 
 

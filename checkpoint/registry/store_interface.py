@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, Protocol
 
 from llmkit.checkpoint.tensor_reader import DIGEST_BYTES
 from llmkit.common.errors import InputError, LlmkitError, ShortageError
+from llmkit.common.formatting import shortened
 from llmkit.common.progress import Progress
 
 URL_FORMS = (
@@ -115,7 +116,7 @@ def store_errors(reference: str) -> Iterator[None]:
     except Exception as error:
         if isinstance(error, OSError) and error.filename is not None:
             raise  # a local file
-        reason = re.sub(r"//[^/@\s]+@", "//", " ".join(str(error).split()))[:200]
+        reason = shortened(re.sub(r"//[^/@\s]+@", "//", str(error)), 200)
         credentials = CREDENTIALS.get(reference.partition(":")[0], "")
         raise ShortageError(
             f"{reference} could not be reached ({reason or type(error).__name__})",

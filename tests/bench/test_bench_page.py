@@ -261,7 +261,7 @@ def test_summary_shows_failed_gates_first() -> None:
     widths = [len(re.findall(r"(?<!\\)\|", line)) for line in tables]
     assert widths[:4] == [7] * 4 and set(widths[4:]) == {5}
     assert any(
-        "KL divergence from baseline, mean" in line and "| 0.05 |" in line for line in tables
+        "KL divergence from baseline, mean" in line and "| 0.05000 |" in line for line in tables
     )
     assert any("c1: output throughput" in line and "(1.50x)" in line for line in tables)
     assert "all gate checks passed" in summary(report(gates=[report().gates[1]]))

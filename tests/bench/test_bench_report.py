@@ -142,9 +142,9 @@ def test_report_table() -> None:
     output = text(make_report(targets=[base, other]))
     assert cells(output.splitlines()[2]) == ["metric", "unit", "bf16", "int4 [g64]", "vs base"]
     assert row(output, "perplexity  ") == ["perplexity", "", "10", "12", "1.20x"]
-    assert row(output, "checkpoint ") == ["checkpoint", "GiB", "1", "0.25", "0.25x"]
-    assert row(output, "same token") == ["same token as baseline", "%", "-", "87.5", ""]
-    assert row(output, "tokens/s") == ["output throughput", "tokens/s", "241", "120.5", "0.50x"]
+    assert row(output, "checkpoint ") == ["checkpoint", "GiB", "1.000", "0.250", "0.25x"]
+    assert row(output, "same token") == ["same token as baseline", "%", "-", "87.50", ""]
+    assert row(output, "tokens/s") == ["output throughput", "tokens/s", "241.0", "120.5", "0.50x"]
     assert "quick: 8 requests, 4 at a time" in output
     assert "medians of 2 rounds" in output
     assert "FAIL" in output

@@ -139,6 +139,7 @@ def test_open_checkpoint_of_a_hub_id_without_network(
         raise ConnectionError("Name or service\nnot known")
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", offline)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     text = refused(
         "organization/model",
         "organization/model is not a path here and could not be fetched from the hub",

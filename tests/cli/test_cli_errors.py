@@ -6,6 +6,7 @@ import errno
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from io import StringIO
 
 import pytest
 from rich.console import Console
+from support.server_process import wait_for
 
 from llmkit.cli import main
 from llmkit.cli.command import Command
@@ -29,7 +31,13 @@ from llmkit.common.errors import (
     ShortageError,
     UsageError,
 )
-from llmkit.common.formatting import bytes_text
+from llmkit.common.formatting import (
+    bytes_text,
+    count_text,
+    milliseconds_text,
+    same_decimals,
+    shortened,
+)
 
 
 @pytest.fixture
@@ -245,6 +253,31 @@ def test_progress_bars_on_a_terminal() -> None:
     assert "4.0 KiB of 4.0 KiB" in shown
 
 
+@pytest.mark.parametrize("colors", ["standard", None])
+@pytest.mark.parametrize("width", [50, 60, 80, 120])
+def test_progress_bar_is_one_line_on_a_narrow_terminal(width: int, colors: str | None) -> None:
+    stream = StringIO()
+    console = Console(file=stream, force_terminal=True, width=width, color_system=colors)  # type: ignore[arg-type]
+    bars = Bars(console)
+    bars.start("sensitivity", 30, "layers")
+    bars.advance(12, "model.layers.12.mlp.down_proj [1/2] error 1.23e-04, 12,345 tokens/s")
+    if width >= 60:
+        wait_for(lambda: "mod" in stream.getvalue())
+    bars.start("write", 40 << 30, "bytes")
+    bars.advance(12 << 30, "model.layers.12.mlp.down_proj.weight")
+    bars.finish()
+    lines = re.split(r"[\r\n]+", re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", stream.getvalue()))
+    assert max(map(len, lines)) <= width
+    drawn = [line for line in lines if line.strip()]
+    for line in drawn:
+        if line.startswith("sensitivity"):
+            assert re.match(r"sensitivity .* (0|12) of 30 layers 0:00:0", line)
+        else:
+            assert re.match(r"write .* (0 B|12.0 GiB) of 40.0 GiB 0:00:0", line)
+    assert any("━" in line for line in drawn)
+    assert any(line.rstrip().endswith("…") and "mod" in line for line in drawn) == (width >= 60)
+
+
 def test_json_output_is_one_document_without_nan(capsys: pytest.CaptureFixture[str]) -> None:
     Output(as_json=True).result(
         {"a": math.nan, "b": [1.5, math.inf], "c": {"d": "é"}}, lambda console: None
@@ -263,6 +296,31 @@ def test_formatted_sizes_and_durations() -> None:
         "5.0 TiB",
     ]
     assert [seconds_text(s) for s in (0.04, 59.9, 200)] == ["0.0 s", "59.9 s", "3 min 20 s"]
+
+
+def test_formatted_counts_times_and_columns() -> None:
+    assert [count_text(n, "runs") for n in (0, 1, 2, 1200)] == [
+        "0 runs",
+        "1 run",
+        "2 runs",
+        "1,200 runs",
+    ]
+    assert [milliseconds_text(ms) for ms in (0, 0.0004, 0.34, 2.54, 12.4, 1250)] == [
+        "0 ms",
+        "1 µs",
+        "340 µs",
+        "2.5 ms",
+        "12 ms",
+        "1,250 ms",
+    ]
+    assert same_decimals([12.5, 14.99]) == ["12.50", "14.99"]
+    assert same_decimals([12.5]) == ["12.50"]
+    assert same_decimals([8, 12.0]) == ["8", "12"]
+    assert same_decimals([0.0123, 14.99]) == ["0.012", "14.990"]
+    assert same_decimals([1234.5, 0.5, math.inf]) == ["1,234", "0.50", "inf"]
+    assert same_decimals([3e-9, 0.0]) == ["3e-09", "0.000000"]
+    assert shortened("One is\nshort. Two is long and", 20) == "One is short"
+    assert shortened("a sentence of many words", 12) == "a sentence ..."
 
 
 def test_closed_pipe_is_no_error() -> None:

@@ -185,8 +185,48 @@ def test_hub_id_without_a_network_is_refused(capsys: pytest.CaptureFixture[str])
     """The tests run with HF_HUB_OFFLINE=1."""
     assert main.run(["inspect", "nobody/no-such-model"]) == 3
     shown = capsys.readouterr().err
-    assert "nobody/no-such-model is not a path here and could not be fetched from the hub" in shown
-    assert "network" in shown
+    assert shown == (
+        "llmkit inspect: error: nobody/no-such-model is not a path here and not in the hub's cache,"
+        " and HF_HUB_OFFLINE forbids a download. A directory, a cached hub id or a .gguf file was"
+        " expected. Check the spelling, or unset HF_HUB_OFFLINE.\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("reference", "message"),
+    [
+        ("http://server/model?key=secret", "an address that begins with http:// is not the addr"),
+        ("https://huggingface.co/org/name", "was expected. Write hf://org/name."),
+        ("https://huggingface.co/org/name?token=secret", "was expected. Write hf://org/name."),
+        ("s3://Bucket#secret/x", "the s3: address is not the address of a checkpoint. s3://BUCKET"),
+    ],
+)
+def test_pull_says_which_addresses_there_are(
+    reference: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main.run(["pull", reference, "-o", str(tmp_path / "out")]) == 2
+    shown = capsys.readouterr().err
+    assert message in shown
+    assert "hf://ORGANIZATION/NAME was expected" in shown
+    assert "secret" not in shown
+
+
+@pytest.mark.parametrize("words", [["--no-eval"], ["--no-eval", "--dry-run"]])
+def test_quantize_refuses_a_corrupt_tokenizer_before_it_writes(
+    checkpoint: Path, tmp_path: Path, words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    tokenizer = checkpoint / "tokenizer.json"
+    tokenizer.write_bytes(tokenizer.read_bytes()[:-100])
+    out = tmp_path / "out"
+    command = ["quantize", str(checkpoint), "--method", "bf16", "-o", str(out), "--quiet", *words]
+    assert main.run(command) == 3
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"llmkit quantize: error: {tokenizer} is malformed (")
+    assert line.endswith("Copy it again from where the model came from.")
+    assert list(tmp_path.iterdir()) == [checkpoint]
+    tokenizer.unlink()  # weights without any tokenizer may still be quantized
+    (checkpoint / "tokenizer_config.json").unlink(missing_ok=True)
+    assert main.run(command) == 0
 
 
 def test_file_changed_after_writing_is_refused(
