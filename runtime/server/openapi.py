@@ -17,6 +17,8 @@ from llmkit.runtime.server.schemas.base_request import BaseRequest
 from llmkit.runtime.server.schemas.chat_request import ChatCompletionRequest
 from llmkit.runtime.server.schemas.completion_request import CompletionRequest
 from llmkit.runtime.server.schemas.embedding_request import EmbeddingRequest
+from llmkit.runtime.server.schemas.ignored_fields import HEADER as IGNORED_FIELDS_HEADER
+from llmkit.runtime.server.schemas.ignored_fields import MAX_HEADER_CHARS
 from llmkit.runtime.server.schemas.messages_request import CountTokensRequest, MessagesRequest
 from llmkit.runtime.server.schemas.responses_request import ResponsesRequest
 from llmkit.runtime.server.schemas.tokenize_request import DetokenizeRequest, TokenizeRequest
@@ -92,6 +94,13 @@ _FLAT_ERROR = {
 }
 
 
+# Of responses to requests that may have unknown fields.
+_IGNORED_FIELDS = {
+    "description": "The request's fields that had no effect, separated by commas.",
+    "schema": {"type": "string", "maxLength": MAX_HEADER_CHARS},
+}
+
+
 def openapi(routes: Iterable[Any], needs_key: bool, strict_fields: bool = False) -> dict[str, Any]:
     """Return the document of `routes`, without those that are not an APIRoute.
 
@@ -163,6 +172,8 @@ def _operation(path: str, request_schema: type[BaseRequest] | None) -> dict[str,
         ]
     schema: dict[str, Any] | None = None
     if request_schema is not None:
+        if request_schema.model_config.get("extra") == "allow":
+            operation["responses"]["200"]["headers"] = {IGNORED_FIELDS_HEADER: _IGNORED_FIELDS}
         schema = {"$ref": _REF_PREFIX + _schema_name(request_schema.__name__)}
     elif path.endswith(("/generate", "/generate_stream")):
         schema = _GENERATE

@@ -204,6 +204,8 @@ def test_openapi_document_describes_every_route_and_body(http: httpx.Client) -> 
     chat = document["components"]["schemas"]["ChatBody"]
     assert chat["additionalProperties"] is True
     assert document["components"]["schemas"]["InferBody"]["additionalProperties"] is False
+    answer = document["paths"]["/v1/chat/completions"]["post"]["responses"]["200"]
+    assert "x-llmkit-ignored" in answer["headers"]
     assert chat["properties"]["tool_choice"]["anyOf"][0]["enum"] == ["auto", "none", "required"]
     assert chat["properties"]["modalities"] == {"enum": [None, ["text"]]}
 

@@ -96,6 +96,8 @@ def _log(text: str) -> None:
 def _printable(part: str | int) -> str:
     """Return a part of a path for a header or a log line: short, ASCII, without spaces."""
     text = str(part)
+    if not text:
+        return '""'
     shortened = text[:_MAX_NAME_CHARS]
     suffix = "" if shortened == text else "..."
     # A lone surrogate cannot be encoded.
