@@ -340,7 +340,8 @@ def test_page_sends_settings_and_reports_wrong_ones(tab: PageTab) -> None:
         "scripted",
     )
     assert "top_p" not in body
-    answer.get_by_text("no more tokens were allowed").wait_for()
+    note = answer.get_by_text("no more tokens were allowed")
+    assert note.evaluate("(it) => parseFloat(getComputedStyle(it).marginTop)") >= 8
     page.get_by_label("Temperature").fill("3")
     tab.ask("not sent")
     assert tab.message.input_value() == "not sent"
@@ -373,7 +374,9 @@ def test_page_keeps_the_conversation_over_a_reload(tab: PageTab) -> None:
     new_tab.goto(tab.server.url)
     assert new_tab.locator("article").count() == 4, "a new tab begins with the last conversation"
     new_tab.close()
-    page.get_by_role("button", name="New conversation").click()
+    new = page.get_by_role("button", name="New conversation")
+    assert new.evaluate("(it) => getComputedStyle(it).borderTopStyle") == "solid"
+    new.click()
     assert page.evaluate("localStorage.length") == 0
     page.reload()
     page.get_by_text("Ask the model something").wait_for()
