@@ -238,6 +238,10 @@ def test_parser_keeps_unfinished_calls_that_nothing_requires(call_format: ToolCa
     assert read([text], call_format) == [TextPart(text)]
     other = text.replace("add", "sub")
     assert read([other], call_format, required=True) == [TextPart(other)]
+    unknown = written_call(call_format, "sub", "{}")
+    mixed = REQUIRED[call_format].format(unknown, "")
+    mixed = mixed[: mixed.index(unknown)] + unknown + ", " + written_call(call_format, "add", "{")
+    assert read([mixed], call_format, required=True) == [TextPart(mixed)]
 
 
 FRAGMENTS = [
