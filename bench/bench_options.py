@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Annotated
 
-from llmkit.common.option_values import INTEGERS, NUMBERS, TOKEN_RANGE, count_or_auto
+from llmkit.common.option_values import DTYPE, INTEGERS, NUMBERS, TOKEN_RANGE, count_or_auto
 from llmkit.common.options import DEVICE, SEED, Option
 
 LOAD_PANEL = "Load"
@@ -328,8 +328,8 @@ class BenchOptions:
         str,
         Option(
             "auto, float32, bfloat16 or float16; auto: bfloat16 on CUDA, float32 on CPU.",
-            choices=("auto", "float32", "bfloat16", "float16"),
             metavar="DTYPE",
+            format=DTYPE,
         ),
     ] = "auto"
     max_model_len: Annotated[

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import getpass
+import os
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -17,7 +20,7 @@ from llmkit.common.formatting import bytes_text
 from llmkit.common.option_values import within
 from llmkit.common.options import Argument, Option
 from llmkit.runtime.engine.engine_options import EngineOptions, duplicate_adapter
-from llmkit.runtime.server.serve_options import ServeOptions, default_name
+from llmkit.runtime.server.serve_options import SERVER_PANEL, ServeOptions, default_name
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -58,6 +61,7 @@ class ServeArguments:
             check=within(1),
             follows="dp",
             in_recipes=False,
+            panel=SERVER_PANEL,
         ),
     ] = 1
     idle_timeout: Annotated[
@@ -68,8 +72,19 @@ class ServeArguments:
             check=within(0),
             follows="max_loaded",
             in_recipes=False,
+            panel=SERVER_PANEL,
         ),
     ] = 0.0
+    api_key: Annotated[
+        str | None,
+        Option(
+            "The key that clients must send; - asks for it on a terminal or reads a line of stdin.",
+            metavar="KEY|-",
+            unset="LLMKIT_API_KEY, if set",
+            is_secret=True,
+            in_recipes=False,
+        ),
+    ] = None
     plan: Annotated[
         bool,
         Option(
@@ -90,6 +105,7 @@ def serve(output: Output, arguments: ServeArguments) -> int:
     options = server_options(arguments, output.debug)
     if arguments.plan:
         return _plan(output, options.model, options.engine)
+    _take_api_key(arguments)
     from llmkit.runtime.server.process_age import process_age
     from llmkit.runtime.server.run_server import run_server
 
@@ -154,6 +170,11 @@ def serve_options(
     Raises what the command line raises.
     """
     arguments = parse_words(ServeArguments, "serve", [model, *words])
+    if arguments.api_key is not None:
+        raise UsageError(
+            "--api-key is for `llmkit serve`, and this command gives its servers their keys",
+            todo="Leave it out",
+        )
     options = server_options(replace(arguments, served_model_name=(name,)))
     return replace(options, api_key_file=None if api_key_file is None else Path(api_key_file))
 
@@ -180,6 +201,33 @@ def named_models(model: str, more: Sequence[str]) -> dict[str, str]:
             raise UsageError(f"two models have the name {name!r}", todo=f"Write OTHER={reference}")
         models[name] = reference
     return models
+
+
+def _take_api_key(arguments: ServeArguments) -> None:
+    """Move the key of --api-key to the environment, from which it is read and never shown.
+
+    Raises UsageError when it is empty, or given beside --api-key-file.
+    """
+    # Keeps the library of messages between processes off the start path of other commands.
+    from llmkit.runtime.process_channel import API_KEY_VARIABLE
+
+    key = arguments.api_key
+    if key is None:
+        return
+    if arguments.options.api_key_file is not None:
+        raise UsageError("--api-key and --api-key-file exclude each other", todo="Give one of them")
+    if key != "-":
+        sys.stderr.write(
+            "llmkit serve: warning: other users of this machine can see a key on the command line. "
+            f"Give it with {API_KEY_VARIABLE}, --api-key-file or --api-key -.\n"
+        )
+    elif sys.stdin.isatty():
+        key = getpass.getpass("API key: ")
+    else:
+        key = sys.stdin.readline()
+    if not key.strip():
+        raise UsageError("the API key is empty", "One line with the key was expected")
+    os.environ[API_KEY_VARIABLE] = key.strip()
 
 
 def _refuse_options_of_one_model(arguments: ServeArguments) -> None:

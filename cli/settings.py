@@ -110,6 +110,11 @@ def read_file(path: str, options: Mapping[str, Spelling], defaults: Defaults) ->
             raise UsageError(f"{origin}: {key!r} was already set in line {lines[option.parameter]}")
         lines[option.parameter] = file.line([key])
         if value is not None:
+            if option.option.option.is_secret:
+                raise UsageError(
+                    f"{origin}: {key!r} is a secret and cannot be in this file",
+                    todo=f"Set {PREFIX}{name.upper()}",
+                )
             defaults.set(option, value, origin)
 
 
@@ -120,7 +125,7 @@ def read_environment(
     for prefix in _prefixes(command):
         for name, option in options.items():
             variable = prefix + name.upper()
-            if environ.get(variable):
+            if environ.get(variable) and not option.option.option.is_secret:
                 defaults.set(option, environ[variable], variable)
 
 
@@ -131,7 +136,9 @@ def unknown_variables(environ: Mapping[str, str], commands: Mapping[str, Command
         return []
     known = set(SECRET_VARIABLES)
     for command in commands.values():
-        for name in spellings(command):
+        for name, spelling in spellings(command).items():
+            if spelling.option.option.is_secret:
+                continue
             known |= {prefix + name.upper() for prefix in _prefixes(command.name)}
     warnings = []
     for name in candidates:

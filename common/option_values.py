@@ -158,6 +158,10 @@ def count_or_auto(*also: int) -> ValueFormat:
     )
 
 
+def _parse_dtype(_option: str, name: str) -> str:
+    return {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}.get(name, name)
+
+
 def _negate(_option: str, value: bool) -> bool:
     return not value
 
@@ -178,3 +182,8 @@ SHARE = ValueFormat(parse_share, lambda share: f"{_format_number(100 * share)}%"
 LAYER_COUNTS = ValueFormat(parse_layer_counts, _format_numbers)
 # A flag that turns off a default: --no-prefix-cache. The field has the opposite value of the flag.
 NEGATED = ValueFormat(_negate, lambda value: not value, written_type=bool)
+# A floating-point dtype, or auto. The short names are read, and the long ones shown.
+DTYPE = ValueFormat(
+    _parse_dtype,
+    written_type=Literal["auto", "float32", "bfloat16", "float16", "fp32", "bf16", "fp16"],
+)

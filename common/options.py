@@ -53,6 +53,7 @@ class Option:
     panel: str | None = None  # heading in --help
     follows: str | None = None  # the option before it in --help; None: the order of the fields
     in_recipes: bool = True  # False: a recipe's stage cannot set it
+    is_secret: bool = False  # not read from files; its variable is read where it is needed
     is_model: bool = False  # names a model: a remote one is downloaded before the command runs
     completes_models: bool = False  # the shell completes models, as it does where `is_model` is set
 

@@ -4,8 +4,12 @@ from dataclasses import dataclass, field
 from typing import Annotated
 
 from llmkit.common.errors import UsageError
-from llmkit.common.option_values import NEGATED, SIZE, count_or_auto, within
+from llmkit.common.option_values import DTYPE, NEGATED, SIZE, count_or_auto, within
 from llmkit.common.options import DEVICE, Option, ValueFormat
+
+MODEL_PANEL = "Model"
+PERFORMANCE_PANEL = "Performance"
+MEMORY_PANEL = "Memory"
 
 
 def parse_adapters(option: str, values: list[str]) -> dict[str, str]:
@@ -51,8 +55,8 @@ class EngineOptions:
         Option(
             "auto, float32, bfloat16 or float16; auto takes the model's own on CUDA and float32 on "
             "the CPU.",
-            choices=("auto", "float32", "bfloat16", "float16"),
             metavar="DTYPE",
+            format=DTYPE,
         ),
     ] = "auto"
     max_model_len: Annotated[
@@ -64,7 +68,13 @@ class EngineOptions:
         ),
     ] = None
     max_num_seqs: Annotated[
-        int, Option("Maximum requests in one step.", metavar="N", check=within(1))
+        int,
+        Option(
+            "Maximum requests in one step.",
+            metavar="N",
+            check=within(1),
+            panel=PERFORMANCE_PANEL,
+        ),
     ] = 256
     max_num_batched_tokens: Annotated[
         int | None,
@@ -73,6 +83,7 @@ class EngineOptions:
             metavar="N",
             unset="8192, on the CPU 512",
             check=within(1),
+            panel=PERFORMANCE_PANEL,
         ),
     ] = None
     kv_cache_memory: Annotated[
@@ -82,6 +93,7 @@ class EngineOptions:
             metavar="SIZE",
             format=SIZE,
             unset="from the free memory",
+            panel=MEMORY_PANEL,
         ),
     ] = None
     kv_cache_dtype: Annotated[
@@ -91,12 +103,16 @@ class EngineOptions:
             "scales for, else the model's.",
             choices=("auto", "int8", "fp8"),
             metavar="DTYPE",
+            panel=MEMORY_PANEL,
         ),
     ] = "auto"
     gpu_memory_utilization: Annotated[
         float,
         Option(
-            "Share of the GPU's memory that may be used.", metavar="SHARE", check=within(0.05, 1)
+            "Share of the GPU's memory that may be used.",
+            metavar="SHARE",
+            check=within(0.05, 1),
+            panel=MEMORY_PANEL,
         ),
     ] = 0.9
     cpu_offload: Annotated[
@@ -106,6 +122,7 @@ class EngineOptions:
             metavar="SIZE",
             format=SIZE,
             unset="none",
+            panel=MEMORY_PANEL,
         ),
     ] = 0
     tp: Annotated[
@@ -124,6 +141,7 @@ class EngineOptions:
             flags=("--pp", "--pipeline-parallel-size"),
             metavar="N",
             check=within(1),
+            panel=PERFORMANCE_PANEL,
         ),
     ] = 1
     ep: Annotated[
@@ -132,6 +150,7 @@ class EngineOptions:
             "Groups of the --tp ranks that experts are divided over.",
             metavar="N",
             check=within(1),
+            panel=PERFORMANCE_PANEL,
         ),
     ] = 1
     prefix_cache: Annotated[
@@ -141,6 +160,7 @@ class EngineOptions:
             flags=("--no-prefix-cache",),
             format=NEGATED,
             follows="pooling",
+            panel=PERFORMANCE_PANEL,
         ),
     ] = True
     speculate: Annotated[
@@ -150,6 +170,7 @@ class EngineOptions:
             metavar="N",
             check=within(0, 64),
             follows="response_cache",
+            panel=PERFORMANCE_PANEL,
         ),
     ] = 0
     draft_model: Annotated[
@@ -159,6 +180,7 @@ class EngineOptions:
             metavar="MODEL",
             unset="tokens are looked up in the earlier text",
             follows="speculate",
+            panel=PERFORMANCE_PANEL,
         ),
     ] = None
     adapters: Annotated[
@@ -170,6 +192,7 @@ class EngineOptions:
             format=ADAPTERS,
             unset="none",
             follows="draft_model",
+            panel=MODEL_PANEL,
         ),
     ] = field(default_factory=dict)
     dp: Annotated[
@@ -179,5 +202,6 @@ class EngineOptions:
             metavar="N",
             check=within(1, 64),
             follows="lora_dir",
+            panel=PERFORMANCE_PANEL,
         ),
     ] = 1
