@@ -7,19 +7,45 @@ from __future__ import annotations
 
 import json
 import os
+import time
+from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 Key = tuple[str, str]  # file, tensor
 
 
-class Journal:
-    """The tensors on disk and their SHA-256, for a run with one `identity`."""
+@dataclass
+class RunClock:
+    """The time of a run, and of the interrupted runs that it continues."""
 
-    def __init__(self, path: Path, identity: dict[str, Any]) -> None:
+    earlier_s: float = 0.0  # of earlier runs; set by `Journal.load`
+    started: float = field(default_factory=time.perf_counter)
+
+    @property
+    def total_s(self) -> float:
+        """The time of all runs until now."""
+        return self.earlier_s + time.perf_counter() - self.started
+
+
+class Journal:
+    """The tensors on disk and their SHA-256, for a run with one `identity`; and its time."""
+
+    def __init__(self, path: Path, identity: dict[str, Any], clock: RunClock) -> None:
         self._path = path
         self._first_line = json.dumps({"identity": identity}, sort_keys=True)
+        self._clock = clock
         self.entries: dict[Key, str] = {}
+
+    def changed_settings(self) -> list[str]:
+        """The entries of the identity in which the journal of an earlier run differs."""
+        old: dict[str, Any] = {}
+        with suppress(OSError, ValueError, KeyError, TypeError), self._path.open() as file:
+            old = dict(json.loads(file.readline())["identity"])
+        # The identity as JSON gives it back: lists in the place of tuples.
+        new = json.loads(self._first_line)["identity"]
+        return sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
 
     def load(self) -> bool:
         """Read the journal of an earlier run; False when there is none with the same identity."""
@@ -32,10 +58,14 @@ class Journal:
             return False
         valid_bytes = len(lines[0].encode())
         for line in lines[1:]:
-            entry = _parse_line(line)
-            if entry is None:  # the machine stopped while this line was written
-                break
-            self.entries[entry[0]] = entry[1]
+            seconds = _parse_seconds(line)
+            if seconds is None:
+                entry = _parse_line(line)
+                if entry is None:  # the machine stopped while this line was written
+                    break
+                self.entries[entry[0]] = entry[1]
+            else:
+                self._clock.earlier_s = max(self._clock.earlier_s, seconds)
             valid_bytes += len(line.encode())
         os.truncate(self._path, valid_bytes)
         return True
@@ -46,8 +76,9 @@ class Journal:
         self._write("w", self._first_line + "\n")
 
     def append(self, entries: dict[Key, str]) -> None:
-        """Record tensors that are on disk."""
+        """Record tensors that are on disk, and the time until now."""
         lines = [json.dumps([*key, digest]) + "\n" for key, digest in entries.items()]
+        lines.append(json.dumps({"seconds": round(self._clock.total_s, 3)}) + "\n")
         self._write("a", "".join(lines))
         self.entries |= entries
 
@@ -60,6 +91,14 @@ class Journal:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
+
+
+def _parse_seconds(line: str) -> float | None:
+    """The time in a complete line `{"seconds": 12.5}`; None for any other line."""
+    try:
+        return float(json.loads(line)["seconds"]) if line.endswith("\n") else None
+    except (ValueError, TypeError, KeyError):
+        return None
 
 
 def _parse_line(line: str) -> tuple[Key, str] | None:

@@ -25,7 +25,7 @@ import torch
 
 from llmkit.checkpoint.checkpoint import Checkpoint
 from llmkit.checkpoint.dtypes import DTYPE_NAMES, DTYPES
-from llmkit.checkpoint.journal import Journal, Key
+from llmkit.checkpoint.journal import Journal, Key, RunClock
 from llmkit.checkpoint.manifest import (
     FORMAT_VERSION,
     MANIFEST,
@@ -52,6 +52,7 @@ from llmkit.checkpoint.tensor_reader import (
     tensor_bytes,
 )
 from llmkit.common.errors import LlmkitError, OutputError
+from llmkit.common.formatting import bytes_text, count_text
 from llmkit.common.version import version
 
 # A write of at least this size bypasses the page cache, and threads hash it at the same time.
@@ -105,6 +106,7 @@ class CheckpointWriter:
                 writer.commit()  # from time to time
             writer.finish(config, side_files, manifest)
 
+    clock: the time of the run; its journal keeps it for a run that continues.
     identity: everything that determines the bytes: command, options, hashes of the source. A
     partial output of the same identity and plan is continued, any other is replaced. An exception
     or a kill keeps the partial output, and tensors that were committed need not be written again.
@@ -119,6 +121,7 @@ class CheckpointWriter:
         files: Mapping[str, Sequence[TensorInfo]],
         source: Checkpoint | None = None,
         identity: Mapping[str, Any] | None = None,
+        clock: RunClock | None = None,
     ) -> None:
         assert all(is_plain_name(file) for file in files)
         self.out = Path(out).expanduser().absolute()
@@ -134,9 +137,14 @@ class CheckpointWriter:
                 self._files_of.setdefault(name, []).append(file)
         headers = b"".join(file.encode() + header for file, header in self._headers.items())
         plan = hashlib.sha256(headers).hexdigest()
+        self._clock = clock or RunClock()
         self._journal = Journal(
-            sibling(self.out, ".partial.journal"), {"plan": plan, **(identity or {})}
+            sibling(self.out, ".partial.journal"),
+            {"tensors": plan, **(identity or {})},
+            self._clock,
         )
+        # What became of the partial output of an earlier run, for the user; "": there was none.
+        self.resume_note = ""
         # SHA-256 objects of the tensors that were written since the last commit.
         self._uncommitted: dict[Key, Any] = {}
         # SHA-256 objects and written bytes of the tensors that `write_chunk` has not completed.
@@ -158,7 +166,10 @@ class CheckpointWriter:
             sizes = {file: self._file_bytes(file) for file in self._headers}
             check_output(self.out, source_path, sum(sizes.values()))
             with write_errors(self._partial):
-                if not self._can_resume(sizes):
+                if self._can_resume(sizes):
+                    self.resume_note = self._resumed_text()
+                else:
+                    self.resume_note = self._replaced_text()
                     self._start_new(sizes)
                 for file, header in self._headers.items():
                     self._fds[file] = os.open(self._partial / file, os.O_RDWR | os.O_CLOEXEC)
@@ -186,6 +197,7 @@ class CheckpointWriter:
                 # uncommitted tensors again.
                 with suppress(OSError, LlmkitError):
                     self.commit()
+                    self._journal.append({})  # the time until now
 
     def write(self, name: str, tensor: torch.Tensor, file: str | None = None) -> None:
         """Write a whole tensor.
@@ -232,6 +244,16 @@ class CheckpointWriter:
             self._uncommitted[key] = digest
         else:
             self._incomplete[key] = digest, offset + len(data)
+
+    def time_note(self) -> str:
+        """The time of a continued run, with its earlier runs, for the user; "" for any other."""
+        if not self._resumed:
+            return ""
+        clock = self._clock
+        return (
+            f"the whole run took {clock.total_s:.1f} s, {clock.earlier_s:.1f} s of them before it "
+            "was interrupted"
+        )
 
     def files_with(self, name: str) -> tuple[str, ...]:
         """The planned files that hold a tensor of this name."""
@@ -380,6 +402,27 @@ class CheckpointWriter:
                 if handle.read(len(self._headers[file])) != self._headers[file]:
                     return False
         return self._journal.load() and self._journal.entries.keys() <= self._tensors.keys()
+
+    def _resumed_text(self) -> str:
+        written = sum(self._tensors[key].nbytes for key in self._journal.entries)
+        total = sum(info.nbytes for info in self._tensors.values())
+        left = len(self._tensors) - len(self._journal.entries)
+        earlier = self._clock.earlier_s
+        return (
+            f"continuing an interrupted run of {earlier:.1f} s: "
+            f"{len(self._journal.entries)} of {count_text(len(self._tensors), 'tensors')} "
+            f"({bytes_text(written)} of {bytes_text(total)}) are written, {left} are left"
+        )
+
+    def _replaced_text(self) -> str:
+        """Empty unless the partial output of an interrupted run is removed."""
+        if not self._partial.is_dir():
+            return ""
+        changed = ", ".join(self._journal.changed_settings()) or "its files"
+        return (
+            f"the interrupted run had other settings (changed: {changed}): its partial output "
+            f"{self._partial} is removed, and this run starts from the beginning"
+        )
 
     def _start_new(self, sizes: Mapping[str, int]) -> None:
         self._journal.remove()

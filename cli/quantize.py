@@ -11,7 +11,7 @@ from llmkit.cli.output import Output, seconds_text
 from llmkit.common.errors import LlmkitError, UsageError
 from llmkit.common.formatting import bytes_text
 from llmkit.common.options import Argument, Option
-from llmkit.quant.quantize_options import QuantizeOptions
+from llmkit.quant.quantize_options import OUTPUT_PANEL, QuantizeOptions
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -38,6 +38,7 @@ class QuantizeArguments:
             metavar="ADDRESS",
             unset="this machine",
             in_recipes=False,
+            panel=OUTPUT_PANEL,
         ),
     ] = None
 
@@ -143,7 +144,9 @@ def _show(console: Console, report: dict[str, Any]) -> None:
         table.add_row("KL divergence, mean", "", f"{quality['mean_kl']:.4f} nats a token")
         table.add_row("KL divergence, 99th percentile", "", f"{quality['p99_kl']:.4f}")
         table.add_row("same most likely token", "", f"{quality['top1']:.1%}")
-    table.add_row("time", "", seconds_text(sum(report["seconds"].values())))
+    earlier = report["seconds"].get("earlier runs")
+    note = f" ({seconds_text(earlier)} of it in interrupted runs)" if earlier else ""
+    table.add_row("time", "", seconds_text(sum(report["seconds"].values())) + note)
     console.print(table)
     notes = []
     if report["calibration"]:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from llmkit.checkpoint.checkpoint import Checkpoint
+from llmkit.checkpoint.journal import RunClock
 from llmkit.checkpoint.output_directory import partial_path, sibling, write_errors
 from llmkit.checkpoint.tokenizer import Tokenizer, load_tokenizer
 from llmkit.checkpoint.writer import CheckpointWriter, planned_bytes
@@ -39,6 +40,7 @@ from llmkit.quant.quantize_options import QuantizeOptions
 from llmkit.quant.quantize_page import report_page
 from llmkit.quant.quantize_plan import QuantizePlan, make_plan, plan_summary
 from llmkit.quant.quantize_report import (
+    EARLIER_RUNS,
     Report,
     Stopwatch,
     build_report,
@@ -77,6 +79,7 @@ def quantize(
     text, ShortageError for too little memory or disk, and OutputError for an output in the way.
     """
     watch = Stopwatch()
+    clock = RunClock()
     plan = make_plan(source, Path(output), options, progress)
     tokenizer = _load_tokenizer(plan)
     if options.dry_run:
@@ -92,7 +95,7 @@ def quantize(
         check_finite(plan.source, _source_tensors(plan), progress)
     with watch("hash"):
         plan.source.source_hashes()
-    run = _Run(plan, watch, tokenizer, calibration, generate, progress, solver)
+    run = _Run(plan, watch, tokenizer, calibration, generate, progress, solver, clock)
     if options.mixed:
         return _quantize_mixed(run)
     report = run.write_output(plan)
@@ -188,6 +191,8 @@ class _Run:
     generate: GenerateFn | None
     progress: Progress
     solver: Solver
+    clock: RunClock
+    num_attempts: int = 0
 
     def identity(self, plan: QuantizePlan) -> dict[str, Any]:
         """Everything that decides the weights' bytes. A run resumes one with an equal identity."""
@@ -197,9 +202,9 @@ class _Run:
             "method": plan.options.method,
             "quantization": dataclasses.asdict(plan.quantization) if plan.quantization else None,
             "algorithm": repr(plan.algorithm) if calibration else None,
-            "windows_sha256": calibration.info["windows_sha256"] if calibration else None,
+            "calibration text": calibration.info["windows_sha256"] if calibration else None,
             # The order of float additions depends on the number of threads.
-            "threads": torch.get_num_threads() if calibration else None,
+            "number of threads": torch.get_num_threads() if calibration else None,
             "source": plan.source.source_hashes(),
         }
 
@@ -220,8 +225,14 @@ class _Run:
     def write_output(self, plan: QuantizePlan, search: BitSearch | None = None) -> Report | None:
         """Write the output of `plan`. Returns None when `search` needs another attempt instead."""
         with CheckpointWriter(
-            plan.out, plan.files, plan.source, self.identity(plan)
+            plan.out, plan.files, plan.source, self.identity(plan), self.clock
         ) as checkpoint_writer:
+            # A later attempt of a bit search replaces the one before it, which is no news.
+            if checkpoint_writer.resume_note and not self.num_attempts:
+                self.progress.message(checkpoint_writer.resume_note)
+            self.num_attempts += 1
+            if self.clock.earlier_s:
+                self.watch.seconds[EARLIER_RUNS] = round(self.clock.earlier_s, 3)
             writer = ParameterWriter(
                 plan.source, plan.spec, plan.quantization, plan.tensors, checkpoint_writer
             )

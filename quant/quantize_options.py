@@ -7,6 +7,10 @@ from typing import Annotated, Literal
 from llmkit.common.option_values import count_or_auto
 from llmkit.common.options import DEVICE, SEED, Option, option_fields
 
+METHOD_PANEL = "Method"
+CALIBRATION_PANEL = "Calibration"
+OUTPUT_PANEL = "Output"
+
 Effort = Literal["fast", "normal", "max"]
 
 
@@ -42,6 +46,7 @@ class QuantizeOptions:
             choices=("gptq", "awq", "compressed-tensors"),
             metavar="FORMAT",
             unset="the method's own",
+            panel=METHOD_PANEL,
         ),
     ] = None
     symmetric: Annotated[
@@ -50,16 +55,22 @@ class QuantizeOptions:
             "Quantized values around zero, or with zero points.",
             flags=("--symmetric/--asymmetric",),
             unset="asymmetric in the awq format and with --method awq",
+            panel=METHOD_PANEL,
         ),
     ] = None
     activations: Annotated[
-        bool, Option("int8: quantize the inputs of linear layers too (W8A8, SmoothQuant).")
+        bool,
+        Option(
+            "int8: quantize the inputs of linear layers too (W8A8, SmoothQuant).",
+            panel=METHOD_PANEL,
+        ),
     ] = False
     static_activations: Annotated[
         bool,
         Option(
             "fp8: one fixed scale for a layer's inputs instead of one for each token.",
             flags=("--static",),
+            panel=METHOD_PANEL,
         ),
     ] = False
     kv: Annotated[
@@ -69,6 +80,7 @@ class QuantizeOptions:
             choices=("fp8", "int8"),
             metavar="fp8|int8",
             unset="16-bit KV cache",
+            panel=METHOD_PANEL,
         ),
     ] = ""
     effort: Annotated[
@@ -84,6 +96,7 @@ class QuantizeOptions:
             "Mix 4, 8 and 16 bits: the smallest checkpoint of at most this mean KL.",
             metavar="X",
             unset="off",
+            panel=METHOD_PANEL,
         ),
     ] = None
     target_bits: Annotated[
@@ -92,6 +105,7 @@ class QuantizeOptions:
             "Mix 4, 8 and 16 bits: the best checkpoint of at most B bits a weight.",
             metavar="B",
             unset="off",
+            panel=METHOD_PANEL,
         ),
     ] = None
     keep: Annotated[
@@ -100,17 +114,26 @@ class QuantizeOptions:
             "Linear layers to leave unquantized, by name.",
             metavar="REGEX",
             unset="none",
+            panel=METHOD_PANEL,
         ),
     ] = None
     lm_head: Annotated[
         int | None,
         Option(
-            "Quantize the output projection too, to N bits.", metavar="N", unset="not quantized"
+            "Quantize the output projection too, to N bits.",
+            metavar="N",
+            unset="not quantized",
+            panel=METHOD_PANEL,
         ),
     ] = None
     layers: Annotated[
         str | None,
-        Option("Decoder layers to quantize; others stay.", metavar="A-B", unset="all"),
+        Option(
+            "Decoder layers to quantize; others stay.",
+            metavar="A-B",
+            unset="all",
+            panel=METHOD_PANEL,
+        ),
     ] = None
     engine: Annotated[
         str | None,
@@ -120,6 +143,7 @@ class QuantizeOptions:
             choices=("vllm", "sglang", "transformers"),
             metavar="ENGINE",
             unset="any engine",
+            panel=METHOD_PANEL,
         ),
     ] = None
     calibration: Annotated[
@@ -128,6 +152,7 @@ class QuantizeOptions:
             "Calibration text: a .txt, .jsonl or .parquet file, a dataset of the hub, CPython's "
             "own reference, or text that the model writes itself.",
             metavar="FILE|ID|builtin|self",
+            panel=CALIBRATION_PANEL,
         ),
     ] = "builtin"
     samples: Annotated[
@@ -137,15 +162,25 @@ class QuantizeOptions:
             metavar="N",
             min=1,
             unset="128 on a GPU, 8 to 128 on a CPU by the model's width",
+            panel=CALIBRATION_PANEL,
         ),
     ] = None
     seq_len: Annotated[
         int,
-        Option("Tokens of a window, at most the model's positions.", metavar="N", min=1),
+        Option(
+            "Tokens of a window, at most the model's positions.",
+            metavar="N",
+            min=1,
+            panel=CALIBRATION_PANEL,
+        ),
     ] = 2048
     damp: Annotated[
         float,
-        Option("GPTQ's damping, as a share of the Hessian's diagonal.", metavar="SHARE"),
+        Option(
+            "GPTQ's damping, as a share of the Hessian's diagonal.",
+            metavar="SHARE",
+            panel=METHOD_PANEL,
+        ),
     ] = 0.01
     offload: Annotated[
         Literal["auto", "disk", "memory"],
@@ -153,6 +188,7 @@ class QuantizeOptions:
             "Where the hidden states of the calibration text are kept; auto: in memory if they "
             "fit.",
             metavar="auto|disk|memory",
+            panel=CALIBRATION_PANEL,
         ),
     ] = "auto"
     evaluate: Annotated[
@@ -170,6 +206,7 @@ class QuantizeOptions:
             metavar="X",
             unset="off",
             in_recipes=False,
+            panel=OUTPUT_PANEL,
         ),
     ] = None
     max_ppl_ratio: Annotated[
@@ -179,13 +216,16 @@ class QuantizeOptions:
             metavar="X",
             unset="off",
             in_recipes=False,
+            panel=OUTPUT_PANEL,
         ),
     ] = None
     # For the command line that an interrupted run prints. A run also resumes without it.
     resume: Annotated[
         bool,
         Option(
-            "Resume an interrupted run; this also happens without the option.", in_recipes=False
+            "Resume an interrupted run; this also happens without the option.",
+            in_recipes=False,
+            panel=OUTPUT_PANEL,
         ),
     ] = False
     dry_run: Annotated[

@@ -25,6 +25,8 @@ from llmkit.model.parameter_table import parameters
 from llmkit.quant.quantize_plan import QuantizePlan
 
 Report = dict[str, Any]
+# Among a report's seconds: the time of the interrupted runs that this run continued.
+EARLIER_RUNS = "earlier runs"
 
 
 class Stopwatch:

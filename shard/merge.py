@@ -41,8 +41,11 @@ def merge(
             full_slice = source.layout.slices_by_source[tensor.name][0].full_slice()
             slices[tensor.name] = [replace(full_slice, file=file, target=tensor.name)]
     identity = {"command": "shard merge", "source": checkpoint.stamps}
+    progress = progress or SilentProgress()
     with CheckpointWriter(output, files, checkpoint, identity) as writer:
-        write_output(
-            source, slices, writer, {"source": source.origin}, progress or SilentProgress()
-        )
+        if writer.resume_note:
+            progress.message(writer.resume_note)
+        write_output(source, slices, writer, {"source": source.origin}, progress)
+    if writer.time_note():
+        progress.message(writer.time_note())
     return files

@@ -63,9 +63,13 @@ def shard(
     if shard_source.origin:
         manifest["source"] = shard_source.origin
     with CheckpointWriter(output, files, checkpoint, identity) as writer:
+        if writer.resume_note:
+            progress.message(writer.resume_note)
         for file, name, data in plan.constants():
             writer.write_chunk(file, name, 0, data)
         write_output(shard_source, plan.slices_by_source(), writer, manifest, progress)
+    if writer.time_note():
+        progress.message(writer.time_note())
     if plan.left_out:
         progress.message(
             f"Left out, because other tensors hold the same: {', '.join(plan.left_out)}"

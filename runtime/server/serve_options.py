@@ -7,10 +7,13 @@ from typing import Annotated, Any
 from llmkit.common.errors import ChatTemplateError, InputError
 from llmkit.common.option_values import SIZE, within, zero_or_at_least
 from llmkit.common.options import Argument, Option
-from llmkit.runtime.engine.engine_options import EngineOptions
+from llmkit.runtime.engine.engine_options import MODEL_PANEL, PERFORMANCE_PANEL, EngineOptions
 from llmkit.runtime.engine.sampling_params import Pooling
 from llmkit.runtime.server.http.hosts import check_allowed_host
 from llmkit.runtime.server.http.origins import check_allowed_origin
+
+SERVER_PANEL = "Server"
+SECURITY_PANEL = "Security"
 
 
 def default_name(model: str) -> str:
@@ -70,6 +73,7 @@ class ServeOptions:
             "Port of the Open Inference Protocol over gRPC; 0 takes a free one.",
             metavar="N",
             unset="off",
+            panel=SERVER_PANEL,
         ),
     ] = None
     engine: EngineOptions = field(default_factory=EngineOptions)
@@ -82,15 +86,26 @@ class ServeOptions:
             "A file of API keys, one a line, with optional limits; clients must send one of them.",
             metavar="FILE",
             unset="LLMKIT_API_KEY, if set",
+            panel=SECURITY_PANEL,
         ),
     ] = None
     ssl_certfile: Annotated[
         Path | None,
-        Option("Speak HTTPS with this certificate and chain (PEM).", metavar="FILE", unset="HTTP"),
+        Option(
+            "Speak HTTPS with this certificate and chain (PEM).",
+            metavar="FILE",
+            unset="HTTP",
+            panel=SECURITY_PANEL,
+        ),
     ] = None
     ssl_keyfile: Annotated[
         Path | None,
-        Option("The certificate's key (PEM).", metavar="FILE", unset="in --ssl-certfile"),
+        Option(
+            "The certificate's key (PEM).",
+            metavar="FILE",
+            unset="in --ssl-certfile",
+            panel=SECURITY_PANEL,
+        ),
     ] = None
     ssl_ca_certs: Annotated[
         Path | None,
@@ -98,6 +113,7 @@ class ServeOptions:
             "Clients must show a certificate that one of these has signed (PEM).",
             metavar="FILE",
             unset="no certificate is required",
+            panel=SECURITY_PANEL,
         ),
     ] = None
     allowed_hosts: Annotated[
@@ -107,6 +123,7 @@ class ServeOptions:
             metavar="NAME",
             unset="loopback names; on other addresses every name",
             check=check_allowed_host,
+            panel=SECURITY_PANEL,
         ),
     ] = ()
     allowed_origins: Annotated[
@@ -117,13 +134,23 @@ class ServeOptions:
             metavar="ORIGIN",
             unset="the server's own page",
             check=check_allowed_origin,
+            panel=SECURITY_PANEL,
         ),
     ] = ()
-    open_metrics: Annotated[bool, Option("Allow /metrics to be read without a key.")] = False
+    open_metrics: Annotated[
+        bool,
+        Option(
+            "Allow /metrics to be read without a key.",
+            panel=SECURITY_PANEL,
+        ),
+    ] = False
     drain_timeout: Annotated[
         float,
         Option(
-            "How long running requests may take after SIGTERM.", metavar="SECONDS", check=within(0)
+            "How long running requests may take after SIGTERM.",
+            metavar="SECONDS",
+            check=within(0),
+            panel=SERVER_PANEL,
         ),
     ] = 30.0
     request_timeout: Annotated[
@@ -133,6 +160,7 @@ class ServeOptions:
             metavar="SECONDS",
             unset="no limit",
             check=within(0.001, 86_400),
+            panel=SERVER_PANEL,
         ),
     ] = None
     max_waiting: Annotated[
@@ -141,6 +169,7 @@ class ServeOptions:
             "Requests that may wait beyond --max-num-seqs; more get 429.",
             metavar="N",
             check=within(0),
+            panel=SERVER_PANEL,
         ),
     ] = 1024
     max_waiting_tokens: Annotated[
@@ -149,6 +178,7 @@ class ServeOptions:
             "Maximum tokens of all prompts without a response yet; 0: no limit.",
             metavar="N",
             check=within(0),
+            panel=SERVER_PANEL,
         ),
     ] = 1 << 20
     engine_timeout: Annotated[
@@ -158,6 +188,7 @@ class ServeOptions:
             "computes; 0: never.",
             metavar="SECONDS",
             check=zero_or_at_least(1),
+            panel=SERVER_PANEL,
         ),
     ] = 60.0
     restart: Annotated[
@@ -166,6 +197,7 @@ class ServeOptions:
             "Restart an engine that died or hung, up to N times in an hour.",
             metavar="N",
             check=within(0),
+            panel=SERVER_PANEL,
         ),
     ] = 0
     chat_template: Annotated[
@@ -175,6 +207,7 @@ class ServeOptions:
             metavar="FILE",
             unset="the checkpoint's",
             check=_compiles,
+            panel=MODEL_PANEL,
         ),
     ] = None
     pooling: Annotated[
@@ -184,6 +217,7 @@ class ServeOptions:
             "tokens'.",
             metavar="KIND",
             unset="the checkpoint's, else last",
+            panel=MODEL_PANEL,
         ),
     ] = None
     prefix_cache_dir: Annotated[
@@ -192,6 +226,7 @@ class ServeOptions:
             "Keep long prefixes that requests share in this private folder, also over a restart.",
             metavar="DIR",
             unset="memory only",
+            panel=PERFORMANCE_PANEL,
         ),
     ] = None
     prefix_cache_size: Annotated[
@@ -200,6 +235,7 @@ class ServeOptions:
             "Maximum size of --prefix-cache-dir; the prefixes used last stay.",
             metavar="SIZE",
             format=SIZE,
+            panel=PERFORMANCE_PANEL,
         ),
     ] = 10 << 30
     response_cache: Annotated[
@@ -210,6 +246,7 @@ class ServeOptions:
             metavar="SIZE",
             format=SIZE,
             unset="none",
+            panel=PERFORMANCE_PANEL,
         ),
     ] = 0
     lora_dir: Annotated[
@@ -219,17 +256,23 @@ class ServeOptions:
             metavar="DIR",
             unset="none",
             check=_is_directory,
+            panel=MODEL_PANEL,
         ),
     ] = None
     strict_fields: Annotated[
         bool,
         Option(
             "Refuse requests with unknown fields; without it these are ignored and named in the "
-            "header x-llmkit-ignored."
+            "header x-llmkit-ignored.",
+            panel=SERVER_PANEL,
         ),
     ] = False
     log_requests: Annotated[
-        bool, Option("Write a JSON line to stderr for each request, without its text.")
+        bool,
+        Option(
+            "Write a JSON line to stderr for each request, without its text.",
+            panel=SERVER_PANEL,
+        ),
     ] = False
     otlp_traces_endpoint: Annotated[
         str | None,
@@ -237,6 +280,7 @@ class ServeOptions:
             "Send a span for each request to this OpenTelemetry collector, by OTLP over HTTP.",
             metavar="URL",
             unset="none",
+            panel=SERVER_PANEL,
         ),
     ] = None
     # Not on the command line.

@@ -166,7 +166,9 @@ def test_writer_rewrites_a_torn_journal_line(tmp_path: Path) -> None:
     with pytest.raises(InterruptedRunError):
         run(tmp_path / "out", stop="d.scalar")
     journal = tmp_path / "out.partial.journal"
-    journal.write_bytes(journal.read_bytes()[:-20])
+    written = journal.read_bytes()
+    last_tensor = written.rindex(b'["model')
+    journal.write_bytes(written[: last_tensor + 20])
     with CheckpointWriter(tmp_path / "out", PLAN, identity=IDENTITY) as writer:
         assert [writer.is_written(name) for name in TENSORS] == [True, True, False, False, False]
     run(tmp_path / "out")
@@ -213,7 +215,8 @@ def test_writer_killed_at_any_moment_resumes_to_the_same_bytes(tmp_path: Path) -
     assert start("whole", -1) == 0
     assert start("killed", 2) == -signal.SIGKILL
     assert not (tmp_path / "killed").exists()
-    assert (tmp_path / "killed.partial.journal").read_text().count("\n") == 3
+    lines = (tmp_path / "killed.partial.journal").read_text().splitlines()
+    assert len([line for line in lines if line.startswith("[")]) == 2
     assert start("killed", 5) == -signal.SIGKILL
     assert start("killed", -1) == 0
     assert contents(tmp_path / "whole") == contents(tmp_path / "killed")

@@ -81,6 +81,31 @@ def test_help_has_a_sentence_and_a_default_for_every_option(
                 )
 
 
+@pytest.mark.parametrize(
+    ("name", "panels"),
+    [
+        ("quantize", ["Method", "Calibration", "Output"]),
+        ("serve", ["Model", "Server", "Security", "Performance", "Memory"]),
+    ],
+)
+def test_help_shows_the_common_options_on_one_screen(
+    name: str,
+    panels: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    assert main.run([name, "--help"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80
+    headings = [line.split()[1:-1] for line in lines if line.startswith("╭")]
+    titles = [" ".join(word for word in words if word.strip("─")) for words in headings]
+    assert titles[:2] == ["Arguments", "Options"]
+    assert set(panels) <= set(titles)
+    ends = [index for index, line in enumerate(lines, 1) if line.startswith("╰")]
+    assert ends[1] <= 50, "move the less common options to a panel of their own"
+
+
 def test_options_page_is_current() -> None:
     written = (Path(__file__).parents[2] / "docs" / "options.md").read_text()
     assert written == options_page(), "run: make docs"

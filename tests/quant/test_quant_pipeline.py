@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -352,9 +353,41 @@ def test_resume_starts_over_with_another_number_of_threads(llama: Path, tmp_path
 def test_resume_starts_over_with_other_options(llama: Path, tmp_path: Path) -> None:
     with pytest.raises(InterruptedRunError):
         quantize(str(llama), str(tmp_path / "out"), OPTIONS, StopAfter("quantize", 2))
-    run(llama, tmp_path / "out", group_size=32)
+    told: list[str] = []
+
+    class Listener(SilentProgress):
+        def message(self, text: str) -> None:
+            told.append(text)
+
+    options = dataclasses.replace(OPTIONS, group_size=32)
+    report = quantize(str(llama), str(tmp_path / "out"), options, Listener())
+    assert "earlier runs" not in report["seconds"]
+    (replaced,) = [text for text in told if "interrupted" in text]
+    assert re.match(
+        r"the interrupted run had other settings \(changed: .*quantization.*\): its partial output "
+        rf"{tmp_path / 'out.partial'} is removed, and this run starts from the beginning",
+        replaced,
+    )
     run(llama, tmp_path / "fresh", group_size=32)
     assert_same_output(tmp_path / "out", tmp_path / "fresh")
+
+
+def test_resume_reports_the_time_of_the_whole_run(llama: Path, tmp_path: Path) -> None:
+    with pytest.raises(InterruptedRunError):
+        quantize(str(llama), str(tmp_path / "out"), OPTIONS, StopAfter("quantize", 2))
+    journal = tmp_path / "out.partial.journal"
+    with journal.open("a") as file:
+        file.write('{"seconds": 1234.5}\n')  # as if the interrupted run had been a long one
+    told: list[str] = []
+
+    class Listener(SilentProgress):
+        def message(self, text: str) -> None:
+            told.append(text)
+
+    report = quantize(str(llama), str(tmp_path / "out"), OPTIONS, Listener())
+    assert report["seconds"]["earlier runs"] == 1234.5
+    (continued,) = [text for text in told if "interrupted" in text]
+    assert continued.startswith("continuing an interrupted run of 1234.5 s: ")
 
 
 def test_fused_checkpoint_stays_fused(tmp_path: Path) -> None:

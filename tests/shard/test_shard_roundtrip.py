@@ -1,5 +1,6 @@
 """Sharding loses nothing: merge(shard(x)) equals x, and the ranks compute what the model does."""
 
+import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ from llmkit.checkpoint import tensor_reader as reading
 from llmkit.checkpoint.open_checkpoint import open_checkpoint
 from llmkit.checkpoint.quantized_formats import format_of
 from llmkit.checkpoint.quantized_weight import QuantizationConfig, QuantizedWeight, Scheme
+from llmkit.cli import main
 from llmkit.common.errors import InputError
 from llmkit.model.families import SUPPORTED, model_spec
 from llmkit.model.spec import ModelSpec
@@ -429,7 +431,9 @@ def test_shard_leaves_a_repeated_tied_head_out(tmp_path: Path) -> None:
     assert open_checkpoint(tmp_path / "ranks").layout["left_out"] == ["lm_head.weight"]
 
 
-def test_shard_interrupted_continues_to_the_same_bytes(tmp_path: Path, monkeypatch) -> None:
+def test_shard_interrupted_continues_to_the_same_bytes(
+    tmp_path: Path, monkeypatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     from llmkit.checkpoint.writer import CheckpointWriter
 
     source = synthetic_checkpoint(tmp_path / "source", GPTQ)
@@ -450,7 +454,14 @@ def test_shard_interrupted_continues_to_the_same_bytes(tmp_path: Path, monkeypat
     assert not (tmp_path / "ranks").exists()
     calls.clear()
     limit = -1
-    shard(source, tmp_path / "ranks", 2, 2)
+    command = ["shard", str(source), "--tp", "2", "--pp", "2", "-o", str(tmp_path / "ranks")]
+    assert main.run(command) == 0
+    told = capsys.readouterr().err
+    found = re.search(r"continuing an interrupted run of [0-9.]+ s: (\d+) of (\d+) tensors", told)
+    assert found is not None, told
+    left = int(found[2]) - int(found[1])
+    assert f" are written, {left} are left" in told
+    assert re.search(r"the whole run took [0-9.]+ s, [0-9.]+ s of them before it was inter", told)
     again = len(calls)
     calls.clear()
     shard(source, tmp_path / "full", 2, 2)
