@@ -129,7 +129,7 @@ def test_batch_line_that_is_wrong_gets_an_error_result(
     }
     refused = {
         "model_not_found": request(6, body={"model": "other", "prompt": "a"}),
-        "invalid_value": request(7, body={"prompt": "a", "max_tokens": -1}),
+        "invalid_value": request(7, body={"prompt": "a", "max_tokens": -2}),
     }
     source = tmp_path / "in.jsonl"
     out = tmp_path / "out.jsonl"
