@@ -10,6 +10,7 @@ from fastapi.routing import APIRoute
 from pydantic.json_schema import models_json_schema
 
 from llmkit.common.version import version
+from llmkit.runtime.server.http.assets import PAGE_PATHS
 from llmkit.runtime.server.http.security_middleware import OPEN_PATHS
 from llmkit.runtime.server.kserve.kserve_request import InferRequest
 from llmkit.runtime.server.lora_adapters import LoadLoraAdapterRequest, UnloadLoraAdapterRequest
@@ -150,7 +151,7 @@ def _operation(path: str, request_schema: type[BaseRequest] | None) -> dict[str,
         content["text/event-stream"] = {}
     elif path == "/metrics":
         content = {CONTENT_TYPE: {}}
-    elif path == "/" or path.startswith("/page/"):
+    elif path in PAGE_PATHS:
         content = {"*/*": {}}
     elif path.endswith("/generate_stream"):
         content = {"text/event-stream": {}}

@@ -378,6 +378,8 @@ def test_router_tells_of_a_loaded_model_without_loading_others(
         for end in ("ready", "stats", "versions/1/ready"):
             assert http.get(f"/v2/models/{unloaded}/{end}").status_code == 503
         assert http.get("/v1/models").json()["data"] == http.get("/v1/models").json()["data"]
+    assert "/v1/chat/completions" in http.get("/openapi.json").json()["paths"]
+    assert http.get("/docs").status_code == 200
     assert http.get("/tokenizer_info?model=one").json()["eos_token"] == "<|im_end|>"
 
 

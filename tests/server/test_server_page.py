@@ -144,7 +144,8 @@ def test_page_files_need_no_key_and_its_data_does(page_server: LlmkitServer) -> 
     with httpx.Client(base_url=page_server.url) as stranger:
         for path in (
             "/",
-            *(f"/page/{name}" for name in SERVED_FILES if name != "index.html"),
+            "/docs",
+            *(f"/page/{name}" for name in SERVED_FILES if not name.endswith(".html")),
         ):
             answer = stranger.get(path)
             assert answer.status_code == 200, path
@@ -166,6 +167,29 @@ def test_page_files_need_no_key_and_its_data_does(page_server: LlmkitServer) -> 
         assert stranger.get("/", headers={"host": "rebound.example"}).status_code == 403
 
 
+def test_docs_page_lists_every_route_and_field(browser: Browser, page_server: LlmkitServer) -> None:
+    made = PageTab(browser, page_server)
+    made.page.goto(f"{page_server.url}/docs")
+    made.page.get_by_label("API key").fill(KEY)
+    made.page.get_by_role("button", name="Use key").click()
+    made.page.locator("#routes details").first.wait_for()
+    made.problems.clear()  # the 401s that asked for the key are on the console
+    with page_server.client() as client:
+        document = client.get("/openapi.json").json()
+    summaries = made.page.locator("#routes summary").all_inner_texts()
+    api = [
+        path for path in document["paths"] if path not in ("/", "/docs") and "/page/" not in path
+    ]
+    assert {text.split()[1] for text in summaries if " " in text} == set(api)
+    chat = made.page.locator("details", has=made.page.get_by_text("POST /v1/chat/completions"))
+    chat.first.locator("summary").click()
+    fields = chat.first.locator("td:first-child").all_inner_texts()
+    assert set(fields) == document["components"]["schemas"]["ChatBody"]["properties"].keys()
+    assert made.problems == []
+    assert [url for url in made.loaded if not url.startswith(page_server.url + "/")] == []
+    made.context.close()
+
+
 @pytest.mark.parametrize(
     "path", ["/page/index.html", "/page/../app.py", "/page/%2e%2e/app.py", "/page/none.js"]
 )
@@ -175,8 +199,9 @@ def test_page_serves_no_other_file(page_server: LlmkitServer, path: str) -> None
 
 
 def test_page_files_have_nothing_inline_and_no_foreign_urls() -> None:
-    html = (FOLDER / "index.html").read_text()
-    assert re.findall(r"<script(?![^>]* src=)|<style|\sstyle=|\son\w+=", html) == []
+    for page in FOLDER.glob("*.html"):
+        html = page.read_text()
+        assert re.findall(r"<script(?![^>]* src=)|<style|\sstyle=|\son\w+=", html) == []
     for file in OWN_FILES:
         text = file.read_text()
         urls = set(re.findall(r"(?:https?:)?//[\w.-]+\.\w+[^\s\"']*", text)) - {

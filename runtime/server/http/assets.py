@@ -1,4 +1,4 @@
-"""The web page at `/`: its files, and headers that forbid the browser to load anything else.
+"""The web pages at `/` and `/docs`: their files, and headers that forbid to load anything else.
 
 The files hold no secret, so they need no key. The page gets its data from the API, with a key.
 """
@@ -45,8 +45,9 @@ _HEADERS = {
 
 
 def _url_path(file: Path) -> str:
-    if file == _FOLDER / "index.html":
-        return "/"
+    for name, path in (("index.html", "/"), ("docs.html", "/docs")):
+        if file == _FOLDER / name:
+            return path
     return f"/page/{file.relative_to(_FOLDER).as_posix()}"
 
 

@@ -27,6 +27,7 @@ from llmkit.runtime.server.http.http_errors import ApiError, unknown_model
 from llmkit.runtime.server.http.request_body import read_json_body
 from llmkit.runtime.server.http.security_middleware import SecurityMiddleware
 from llmkit.runtime.server.kserve.kserve_response import VERSION
+from llmkit.runtime.server.openapi import openapi
 from llmkit.runtime.server.router.forward import ForwardedResponse, upstream_request
 from llmkit.runtime.server.router.model_pool import ModelPool, PooledModel
 from llmkit.runtime.server.router.router_metrics import merge_metrics
@@ -77,6 +78,11 @@ class Router:
         one of them.
         """
         app = new_app()
+
+        async def openapi_endpoint() -> Response:
+            document = openapi(app.routes, bool(clients), self._options.strict_fields)
+            return _json_response(document)
+
         for path in ROUTED_BY_BODY:
             app.add_api_route(path, self.by_body, methods=["POST"], response_model=None)
         get_routes: dict[str, Callable[..., Awaitable[Response]]] = {
@@ -92,6 +98,7 @@ class Router:
             "/metrics": self.metrics,
             "/version": self.version,
             "/info": self.info,
+            "/openapi.json": openapi_endpoint,
         }
         for path, endpoint in (get_routes | page_routes()).items():
             app.add_api_route(path, endpoint, methods=["GET"], response_model=None)
