@@ -166,9 +166,8 @@ def test_sigterm_unwinds_the_command() -> None:
         (["quantise"], "llmkit: error: no such command: quantise. The nearest is quantize."),
         (
             ["xyzzy"],
-            "no such command: xyzzy. Commands are quantize, shard, bench, serve, plan, deploy, "
-            "batch, run, recipes, "
-            "pull, push, sign, verify, inspect, doctor.",
+            "no such command: xyzzy. Commands are quantize, shard, bench, serve, chat, ps, plan, "
+            "deploy, batch, run, recipes, pull, push, sign, verify, list, inspect, doctor.",
         ),
         (
             ["shard", "verfy", "d"],
