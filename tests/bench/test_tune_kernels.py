@@ -314,7 +314,8 @@ def test_tuner_needs_a_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     model = tiny_checkpoint(tmp_path / "model")
     assert main.run(["doctor", "--tune", str(model), "--json"]) == 4
     captured = capsys.readouterr()
-    assert captured.out == "" and "--tune, and PyTorch sees no CUDA device" in captured.err
+    assert "--tune, and PyTorch sees no CUDA device" in captured.err
+    assert json.loads(captured.out)["error"]["exit_code"] == 4
 
 
 def test_doctor_shows_tuning_results(

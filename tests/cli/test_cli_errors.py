@@ -256,7 +256,7 @@ def test_progress_bars_on_a_terminal() -> None:
 @pytest.mark.parametrize("width", [50, 60, 80, 120])
 def test_progress_bar_is_one_line_on_a_narrow_terminal(width: int, colors: str | None) -> None:
     stream = StringIO()
-    console = Console(file=stream, force_terminal=True, width=width, color_system=colors)  # type: ignore[arg-type]
+    console = Console(file=stream, force_terminal=True, width=width, no_color=colors is None)
     bars = Bars(console)
     bars.start("sensitivity", 30, "layers")
     bars.advance(12, "model.layers.12.mlp.down_proj [1/2] error 1.23e-04, 12,345 tokens/s")

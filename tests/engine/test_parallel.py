@@ -197,7 +197,7 @@ def test_leader_sends_requests_and_cancels_with_the_next_step(tmp_path: Path) ->
         for message in rank.sent
     )
     assert (first, second, third) == (["+a", "+b"], ["a", "+c"], [])
-    seeds = [event.sampling_params.seed for event in rank.sent[0].events]  # type: ignore[union-attr]
+    seeds = [event.sampling_params.seed for event in rank.sent[0].events]
     assert None not in seeds and len(set(seeds)) == 2
 
 

@@ -143,7 +143,7 @@ def test_add_special_tokens_of_texts_and_chats(client: openai.OpenAI, http: http
     with_bos = complete(client).usage.prompt_tokens
     assert complete(client, {"add_special_tokens": False}).usage.prompt_tokens == with_bos - 1
     chat = [
-        client.chat.completions.create(**CHAT, extra_body=extra).usage.prompt_tokens  # type: ignore[union-attr]
+        client.chat.completions.create(**CHAT, extra_body=extra).usage.prompt_tokens
         for extra in ({}, {"add_special_tokens": True})
     ]
     assert chat[1] == chat[0] + 1

@@ -147,8 +147,8 @@ def test_statistics_count_requests_and_their_time(
     after = statistics()
     assert (after["name"], after["version"]) == ("tiny", "1")
     assert after["inference_count"] - before["inference_count"] == 2
-    # Both choices run together: a step for the prompt, and one for each further token.
-    assert 12 <= after["execution_count"] - before["execution_count"] <= 14
+    # A step for each token of a choice. The choices share those that they run at the same time.
+    assert 12 <= after["execution_count"] - before["execution_count"] <= 24
     assert started_ms - 1 <= after["last_inference"] <= time.time() * 1e3 + 1
     grown = {
         name: {key: after["inference_stats"][name][key] - duration[key] for key in duration}

@@ -342,7 +342,6 @@ def test_context_error_of_a_chat_has_its_length(http: httpx.Client) -> None:
         ("GET", "/nowhere", 404),
         ("GET", "/v1/models/other", 404),
         ("GET", "/v1/models/", 404),
-        ("GET", "/docs", 404),
         ("GET", "/redoc", 404),
         ("GET", "/v1/completions", 405),
         ("DELETE", "/health", 405),

@@ -152,7 +152,9 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             else:
                 self.transport.close()
 
-    def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGIApp) -> None:  # type: ignore[override]
+    def _start_asgi_task(  # type: ignore[override]
+        self, cycle: RequestResponseCycle, app: ASGIApp
+    ) -> None:
         super()._start_asgi_task(cycle, self._with_framing(cycle, app))  # type: ignore[arg-type]
 
     def _with_framing(self, cycle: RequestResponseCycle, app: ASGIApp) -> ASGIApp:

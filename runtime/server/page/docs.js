@@ -68,7 +68,12 @@ async function show() {
         make("details", {}, make("summary", {}, name), fieldTable(schema)),
       );
     byId("routes").replaceChildren(
-      make("p", {}, "The whole description for programs: ", make("a", { href: "/openapi.json" }, "/openapi.json")),
+      make(
+        "p",
+        {},
+        "The whole description for programs: ",
+        make("a", { href: "/openapi.json" }, "/openapi.json"),
+      ),
       make("h2", {}, "Routes"),
       ...routes,
       make("h2", {}, "Objects"),
