@@ -1,4 +1,4 @@
-"""How much text a run calibrates on when `--samples` is not given."""
+"""How much text a run calibrates on when `--samples` or `--seq-len` is not given."""
 
 from __future__ import annotations
 
@@ -9,24 +9,37 @@ import torch
 from llmkit.model.parameter_table import parameters
 from llmkit.model.spec import ModelSpec
 
-MAX_WINDOWS = 128  # the default on a GPU; twice as many change little
+WINDOW_TOKENS = 2048
+GPU_WINDOWS = 128  # twice as many change little
+# As much text in many short windows gives a better model than in few long ones (measured, see
+# docs/benchmarks.md). The first token of a window has by far the largest activations, and short
+# windows give it more weight in the Hessian.
+CPU_WINDOW_TOKENS = 256
+MAX_TOKENS = GPU_WINDOWS * WINDOW_TOKENS
 MIN_WINDOWS = 8  # so that the text has some variety
 MIN_TOKENS = 16_384
 # A Hessian [inputs, inputs] of fewer tokens than inputs is singular; with this many it is stable.
 TOKENS_PER_INPUT = 8
 
 
-def default_windows(spec: ModelSpec, seq_len: int, device: torch.device) -> int:
-    """The calibration windows of a model.
+def default_seq_len(samples: int | None, device: torch.device) -> int:
+    """The tokens of a calibration window. A number of windows that is given has long ones."""
+    if samples is None and device.type == "cpu":
+        return CPU_WINDOW_TOKENS
+    return WINDOW_TOKENS
 
-    On a GPU MAX_WINDOWS. A CPU is slower by a factor of 100, so that it gets what the widest linear
+
+def default_windows(spec: ModelSpec, seq_len: int, device: torch.device) -> int:
+    """The number of calibration windows of a model.
+
+    On a GPU GPU_WINDOWS. A CPU is slower by a factor of 100, so that it gets what the widest linear
     needs. The result depends on nothing that changes from run to run, such as the machine's load:
     the same command writes the same bytes.
     """
     if device.type != "cpu":
-        return MAX_WINDOWS
-    windows = math.ceil(needed_tokens(spec) / seq_len)
-    return min(max(windows, MIN_WINDOWS), MAX_WINDOWS)
+        return GPU_WINDOWS
+    num_tokens = min(needed_tokens(spec), MAX_TOKENS)
+    return max(math.ceil(num_tokens / seq_len), MIN_WINDOWS)
 
 
 def needed_tokens(spec: ModelSpec) -> int:

@@ -161,19 +161,20 @@ class QuantizeOptions:
             "Windows of calibration text.",
             metavar="N",
             min=1,
-            unset="128 on a GPU, 8 to 128 on a CPU by the model's width",
+            unset="128 on a GPU, by the model's width on a CPU",
             panel=CALIBRATION_PANEL,
         ),
     ] = None
     seq_len: Annotated[
-        int,
+        int | None,
         Option(
             "Tokens of a window, at most the model's positions.",
             metavar="N",
             min=1,
+            unset="2048, on a CPU without --samples 256",
             panel=CALIBRATION_PANEL,
         ),
-    ] = 2048
+    ] = None
     damp: Annotated[
         float,
         Option(

@@ -27,7 +27,12 @@ from llmkit.model.parameter_table import parameters
 from llmkit.model.spec import ModelSpec
 from llmkit.quant import memory_estimate as memory
 from llmkit.quant.algorithm import Algorithm
-from llmkit.quant.calibration_size import MIN_TOKENS, MIN_WINDOWS, default_windows
+from llmkit.quant.calibration_size import (
+    MIN_TOKENS,
+    MIN_WINDOWS,
+    default_seq_len,
+    default_windows,
+)
 from llmkit.quant.methods import (
     Method,
     MethodOptions,
@@ -213,7 +218,9 @@ def make_plan(source: str, out: Path, options: QuantizeOptions, progress: Progre
         quantization = dataclasses.replace(quantization, damp=options.damp)
     check_engine(options.engine, quantization)
     out = out.expanduser().absolute()
-    seq_len = min(options.seq_len, spec.max_position_embeddings)
+    wanted_seq_len = options.seq_len or default_seq_len(options.samples, device)
+    options = dataclasses.replace(options, seq_len=wanted_seq_len)
+    seq_len = min(wanted_seq_len, spec.max_position_embeddings)
     if options.samples is None and (method_options(options).calibrated or options.mixed):
         options = dataclasses.replace(options, samples=default_windows(spec, seq_len, device))
     plan = QuantizePlan(checkpoint, spec, out, options, None, [], {}, device, seq_len)
@@ -221,7 +228,7 @@ def make_plan(source: str, out: Path, options: QuantizeOptions, progress: Progre
     check_output(plan.out, checkpoint.path, planned_bytes(plan.files))
     if options.device == "auto" and device.type == "cpu":
         progress.message("no CUDA device: running on the CPU")
-    if plan.calibrated and seq_len < options.seq_len:
+    if plan.calibrated and seq_len < wanted_seq_len:
         progress.message(
             f"calibration windows have {seq_len} tokens: the model has no more positions"
         )
@@ -306,8 +313,9 @@ def _cheaper_plans(plan: QuantizePlan) -> Iterator[tuple[str, QuantizePlan]]:
     fewer = max(fewer, min(plan.samples, MIN_WINDOWS))
     changes: list[dict[str, Any]] = [{"effort": effort} for effort in lower_efforts]
     if fewer < plan.samples:
-        changes.append({"samples": fewer})
-        changes += [{"samples": fewer, "effort": effort} for effort in lower_efforts[-1:]]
+        less_text = {"samples": fewer, "seq_len": plan.seq_len}
+        changes.append(less_text)
+        changes += [less_text | {"effort": effort} for effort in lower_efforts[-1:]]
     for change in changes:
-        words = " ".join(f"--{name} {value}" for name, value in change.items())
+        words = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in change.items())
         yield words, dataclasses.replace(plan, options=dataclasses.replace(plan.options, **change))

@@ -119,7 +119,9 @@ def test_dry_run_names_the_calibration_and_cheaper_settings_of_a_long_run(
     assert "instead" not in table, "the run is short"
     monkeypatch.setattr(quantize_plan, "measure_speed", lambda _: Speed(1e7, 0.01))
     table = shown(capsys, *words, "--samples", "1000")
-    assert re.search(r"--samples \d+ --effort fast: about \d+ min \d+ s instead", table)
+    assert re.search(
+        r"--samples \d+ --seq-len \d+ --effort fast: about \d+ min \d+ s instead", table
+    )
 
 
 def verified_tensors(folder: Path) -> list[str]:

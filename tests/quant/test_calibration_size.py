@@ -14,14 +14,14 @@ from llmkit.common.progress import SilentProgress
 from llmkit.model.families import model_spec
 from llmkit.quant import quantize_plan
 from llmkit.quant.algorithm import Algorithm
-from llmkit.quant.calibration_size import default_windows
+from llmkit.quant.calibration_size import default_seq_len, default_windows
 from llmkit.quant.gptq import GptqQuantizer
 from llmkit.quant.grid import FULL_SEARCH
 from llmkit.quant.quantize_checkpoint import quantize
 from llmkit.quant.quantize_options import QuantizeOptions
 from llmkit.quant.time_estimate import Speed, Work, estimate_seconds, measure_speed
 
-MODEL = {"dtype": "float32"}
+MODEL = {"dtype": "float32", "max_position_embeddings": 4096}
 CPU = torch.device("cpu")
 SMOLLM2 = {
     "architectures": ["LlamaForCausalLM"],
@@ -59,11 +59,11 @@ GPTQ = Algorithm(GptqQuantizer(0.01, FULL_SEARCH))
     ("config", "seq_len", "windows"),
     [
         (SMOLLM2, 2048, 8),  # 16,384 tokens
-        (SMOLLM2, 1024, 16),
-        (SMOLLM2, 64, 128),  # never more than on a GPU
-        (LLAMA_8B, 2048, 56),  # 8 * 14,336 tokens
+        (SMOLLM2, 256, 64),
+        (LLAMA_8B, 256, 448),  # 8 * 14,336 tokens
         (LLAMA_8B, 65536, 8),  # never fewer than 8
-        (QWEN3_30B_A3B, 2048, 128),  # 8 * 2,048 * 128 / 8 tokens, for an expert
+        (QWEN3_30B_A3B, 256, 1024),  # 8 * 2,048 * 128 / 8 tokens, for an expert
+        (QWEN3_30B_A3B | {"num_experts_per_tok": 4}, 256, 1024),  # no more tokens than on a GPU
     ],
 )
 def test_default_windows_on_a_cpu_follow_the_widest_linear(
@@ -77,7 +77,7 @@ def test_default_windows_on_a_cpu_follow_the_widest_linear(
 def test_default_windows_are_recorded_and_explicit_ones_kept(
     model: Path, tmp_path: Path, short_builtin_text: None
 ) -> None:
-    options = QuantizeOptions("gptq", seq_len=64, evaluate=False, device="cpu", dry_run=True)
+    options = QuantizeOptions("gptq", seq_len=128, evaluate=False, device="cpu", dry_run=True)
 
     def plan(**changes: Any) -> dict[str, Any]:
         chosen = dataclasses.replace(options, **changes)
@@ -89,7 +89,23 @@ def test_default_windows_are_recorded_and_explicit_ones_kept(
     assert plan(method="rtn")["options"]["samples"] is None
     report = plan(dry_run=False)
     assert report["options"]["samples"] == 128
-    assert "--samples 128" in report["command_line"]
+    assert "--samples 128 --seq-len 128" in report["command_line"]
+
+
+def test_default_windows_are_short_on_a_cpu_unless_their_number_is_given(
+    model: Path, tmp_path: Path
+) -> None:
+    def windows(samples: int | None, seq_len: int | None) -> tuple[int, int]:
+        options = QuantizeOptions(
+            "gptq", samples=samples, seq_len=seq_len, device="cpu", dry_run=True
+        )
+        plan = quantize(str(model), str(tmp_path / "out"), options, SilentProgress())["plan"]
+        return plan["samples"], plan["seq_len"]
+
+    assert windows(None, None) == (64, 256)
+    assert windows(16, None) == (16, 2048)
+    assert windows(None, 128) == (128, 128)
+    assert default_seq_len(None, torch.device("cuda")) == 2048
 
 
 @pytest.mark.parametrize(
@@ -144,11 +160,11 @@ def test_dry_run_offers_settings_that_take_less_time(
         return [entry["options"] for entry in plan["cheaper"]], plan
 
     names, plan = cheaper()
-    assert names[-2:] == ["--samples 256", "--samples 256 --effort fast"]
+    assert names[-2:] == ["--samples 256 --seq-len 64", "--samples 256 --seq-len 64 --effort fast"]
     # What is offered takes the time that is promised for it.
     _, taken = cheaper(samples=256)
     promised = {entry["options"]: entry["seconds"] for entry in plan["cheaper"]}
-    assert taken["seconds"] == pytest.approx(promised["--samples 256"])
+    assert taken["seconds"] == pytest.approx(promised["--samples 256 --seq-len 64"])
     assert cheaper(effort="max")[0][0] == "--effort normal"
     assert not any("samples" in name for name in cheaper(samples=2)[0])
     assert cheaper(method="rtn", samples=None)[0] == []
