@@ -99,6 +99,7 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
             "original_max_position_embeddings": 99,
         },
     ),
+    ("phi3", {"rope_scaling": LONG | {"factor": 1.0}, "original_max_position_embeddings": 4096}),
     ("phi3", {"partial_rotary_factor": 0.5}),
     (
         "gemma2",

@@ -5,8 +5,8 @@
     make mutants MUTANTS="--all shard bench/gates.py --sample 50"
 
 Each mutant changes one operator, comparison, number or condition in a clone of the last commit. The
-tests that import the changed module run on it, then the others of its folder. A mutant that passes
-all of them has survived. The mutations are those of cosmic-ray, which the environment must have.
+tests of the module, its folder and the modules that import it run on it. A mutant that passes all
+of them has survived. The mutations are those of cosmic-ray, which the environment must have.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from cosmic_ray.ast import ast_nodes, get_ast_from_path
@@ -92,20 +92,30 @@ def copy_repository(target: Path) -> None:
         shutil.copy(library, target / "kernels" / "cpu")
 
 
-def tests_of(module: str, root: Path) -> list[str]:
-    """The test files that import a module, given by its path, and then the others of its folder."""
+def importers(module: str, files: Iterable[Path]) -> list[Path]:
+    """The files that import a module, given by its path."""
     dotted = "llmkit." + module.removesuffix(".py").replace("/", ".")
     package, _, name = dotted.rpartition(".")
     imports = re.compile(rf"{re.escape(dotted)}\b|from {re.escape(package)} import .*\b{name}\b")
-    importers = [
-        file
-        for file in sorted((root / "tests").rglob("test_*.py"))
-        if imports.search(file.read_text(encoding="utf-8"))
+    return [file for file in files if imports.search(file.read_text(encoding="utf-8"))]
+
+
+def tests_of(module: str, root: Path) -> list[str]:
+    """The test files for a module, given by its path; those that find a mutant soonest come first.
+
+    They import the module, are in its folder, or import a module that imports it.
+    """
+    tests = sorted((root / "tests").rglob("test_*.py"))
+    direct = importers(module, tests)
+    direct.sort(key=lambda file: Path(module).stem not in file.stem)  # its own tests first
+    folder = next(name for start, name in TEST_FOLDERS.items() if module.startswith(start))
+    indirect = [
+        test
+        for file in importers(module, chosen_files(["."], root))
+        for test in importers(str(file.relative_to(root)), tests)
     ]
-    importers.sort(key=lambda file: name not in file.stem)  # its own tests first
-    folder = next(tests for start, tests in TEST_FOLDERS.items() if module.startswith(start))
-    others = sorted((root / "tests" / folder).glob("test_*.py"))
-    return [str(file) for file in dict.fromkeys([*importers, *others])]
+    of_folder = sorted((root / "tests" / folder).glob("test_*.py"))
+    return [str(file) for file in dict.fromkeys([*direct, *of_folder, *indirect])]
 
 
 def mutations(module: Path) -> Iterator[MutationSpec]:
@@ -129,13 +139,16 @@ def mutations(module: Path) -> Iterator[MutationSpec]:
             )
 
 
-def chosen_modules(paths: list[str], root: Path) -> list[str]:
-    """The product's modules among `paths`, which are files and folders."""
-    modules = []
+def chosen_files(paths: list[str], root: Path) -> list[Path]:
+    """The product's Python files among `paths`, which are files and folders."""
+    files = []
     for path in paths:
-        files = [root / path] if path.endswith(".py") else sorted((root / path).rglob("*.py"))
-        modules += [str(file.relative_to(root)) for file in files]
-    return [module for module in modules if not module.startswith(("tests/", "recipes/"))]
+        found = [root / path] if path.endswith(".py") else sorted((root / path).rglob("*.py"))
+        for file in found:
+            folder = file.relative_to(root).parts[0]
+            if folder not in ("tests", "recipes") and not folder.startswith("."):
+                files.append(file)
+    return files
 
 
 def run(arguments: argparse.Namespace, root: Path) -> int:
@@ -143,7 +156,8 @@ def run(arguments: argparse.Namespace, root: Path) -> int:
     lines = None
     if not arguments.all:
         lines = changed_lines(arguments.since)
-    modules = chosen_modules(arguments.paths or sorted(lines or ()), root)
+    files = chosen_files(arguments.paths or sorted(lines or ()), root)
+    modules = [str(file.relative_to(root)) for file in files]
     found = [(module, mutation) for module in modules for mutation in mutations(root / module)]
     if lines is not None:
         found = [(m, spec) for m, spec in found if spec.start_pos[0] in lines.get(m, ())]
