@@ -153,8 +153,8 @@ def pydantic_ai(url: str, model: str) -> str:
     settings = ModelSettings(temperature=0, max_tokens=64, seed=SEED)
     typed = Agent(chat, output_type=Weather, model_settings=settings)  # by a required call
     expect(isinstance(typed.run_sync(QUESTION).output, Weather), "no typed output")
-    native = Agent(chat, output_type=NativeOutput(Weather), model_settings=settings)
-    expect(isinstance(native.run_sync(QUESTION).output, Weather), "no output by a schema")
+    with_schema = Agent(chat, output_type=NativeOutput(Weather), model_settings=settings)
+    expect(isinstance(with_schema.run_sync(QUESTION).output, Weather), "no output by a schema")
 
     for api in (chat, OpenAIResponsesModel(model, provider=provider)):
         plain = Agent(api, instructions="Answer briefly.", model_settings={"max_tokens": 12})
