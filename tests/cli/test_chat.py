@@ -152,16 +152,14 @@ def test_chat_ctrl_c_stops_the_answer_and_twice_ends(
     terminal.write("again\n")
     assert "Yes." in terminal.wait_for(">>> ")
     assert fake_server.bodies[-1]["messages"][1] == {"role": "assistant", "content": "It begins"}
-    terminal.write(CTRL_C)
-    terminal.wait_for("Ctrl-C again ends the chat")
+    terminal.interrupt_prompt("Ctrl-C again ends the chat")
     terminal.wait_for(">>> ")
     terminal.write("again\n")  # a line between the two: the next Ctrl-C is a first one
     terminal.wait_for("\n>>> ")
-    terminal.write(CTRL_C)
-    terminal.wait_for("Ctrl-C again ends the chat")
+    terminal.interrupt_prompt("Ctrl-C again ends the chat")
     terminal.wait_for(">>> ")
     assert terminal.process.poll() is None
-    terminal.write(CTRL_C)
+    terminal.interrupt_prompt("\n")
     assert terminal.wait_end() == 130
     assert "Traceback" not in terminal.text
 

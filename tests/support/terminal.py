@@ -13,7 +13,7 @@ import sys
 import termios
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 CTRL_C = "\x03"
 CTRL_D = "\x04"
@@ -57,10 +57,23 @@ class Terminal:
             pass
         return self.process.wait(30)
 
-    def _read(self) -> bool:
+    def interrupt_prompt(self, text: str) -> None:
+        """Press Ctrl-C at a prompt, and wait until the program has written a text.
+
+        CPython misses a signal in the moment after it has shown the prompt and before it waits for
+        a key. The next signal is noticed, so Ctrl-C is pressed once more when nothing comes.
+        """
+        for _ in range(5):
+            self.write(CTRL_C)
+            with suppress(TimeoutError):
+                self._read(5)
+                break
+        self.wait_for(text)
+
+    def _read(self, timeout_s: float = 30) -> bool:
         """Read what has come. False at the end of the program."""
-        if not select.select([self._master], [], [], 30)[0]:
-            raise TimeoutError(f"nothing came for 30 s after {self.text!r}")
+        if not select.select([self._master], [], [], timeout_s)[0]:
+            raise TimeoutError(f"nothing came for {timeout_s} s after {self.text!r}")
         try:
             data = os.read(self._master, 1 << 16)
         except OSError:  # EIO: the program has ended
