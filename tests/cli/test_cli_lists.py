@@ -99,6 +99,8 @@ def test_server_file_that_cannot_be_written_does_not_stop_the_server(tmp_path: P
     file = ServerFile(tmp_path / "file" / "servers")
     file.write({"url": "http://127.0.0.1:1", "model": "m"})
     file.remove()
+    assert list(tmp_path.iterdir()) == [tmp_path / "file"]
+    assert (tmp_path / "file").read_text() == ""
 
 
 def test_state_folder_without_a_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
