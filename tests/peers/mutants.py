@@ -12,6 +12,8 @@ of them has survived. The mutations are those of cosmic-ray, which the environme
 from __future__ import annotations
 
 import argparse
+import difflib
+import json
 import os
 import random
 import re
@@ -23,9 +25,10 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from cosmic_ray.ast import ast_nodes, get_ast_from_path
-from cosmic_ray.mutating import mutate_and_test
+from cosmic_ray.mutating import use_mutation
+from cosmic_ray.operators.operator import Operator
 from cosmic_ray.plugins import get_operator
-from cosmic_ray.work_item import MutationSpec, TestOutcome
+from cosmic_ray.work_item import MutationSpec
 
 ROOT = Path(__file__).resolve().parents[2]
 TEST_TIMEOUT_S = 600.0
@@ -151,6 +154,49 @@ def chosen_files(paths: list[str], root: Path) -> list[Path]:
     return files
 
 
+def start_pytest_server(python: str, root: Path) -> subprocess.Popen[str]:
+    """Start the process that runs the tests of the clone at `root`."""
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(root / ".typecheck"),
+        "OMP_NUM_THREADS": "1",
+        # Python compares times in seconds: two mutants within one could share their bytecode.
+        "PYTHONDONTWRITEBYTECODE": "1",
+    }
+    compile_all = ["-m", "compileall", "-q", "--invalidation-mode", "checked-hash", "."]
+    subprocess.run([python, *compile_all], cwd=root, check=True)
+    return subprocess.Popen(
+        [python, Path(__file__).with_name("pytest_server.py")],
+        cwd=root,
+        env=environment,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+
+def run_tests(server: subprocess.Popen[str], tests: list[str]) -> str:
+    """The exit code of pytest on `tests`, or `timeout`."""
+    assert server.stdin is not None and server.stdout is not None
+    print(json.dumps({"tests": tests, "timeout_s": TEST_TIMEOUT_S}), file=server.stdin, flush=True)
+    outcome = server.stdout.readline().strip()
+    if not outcome:
+        raise RuntimeError("the process that runs the tests has ended")
+    return outcome
+
+
+def operator_of(mutation: MutationSpec) -> Operator:
+    """What makes the mutation."""
+    operator: Operator = get_operator(mutation.operator_name)()
+    return operator
+
+
+def changed_text(before: str, after: str) -> list[str]:
+    """The lines that differ, with `-` and `+`."""
+    lines = difflib.unified_diff(before.splitlines(), after.splitlines(), lineterm="", n=0)
+    return [line for line in lines if re.match(r"[+-](?![+-])", line)]
+
+
 def run(arguments: argparse.Namespace, root: Path) -> int:
     """Try the mutants in the clone at `root`; the exit code."""
     lines = None
@@ -163,24 +209,26 @@ def run(arguments: argparse.Namespace, root: Path) -> int:
         found = [(m, spec) for m, spec in found if spec.start_pos[0] in lines.get(m, ())]
     random.Random(arguments.seed).shuffle(found)
     found = found[: arguments.sample]
-    environment = {"PYTHONPATH": str(root / ".typecheck"), "OMP_NUM_THREADS": "1"}
-    os.environ.update(environment)
     os.chdir(root)
+    server = start_pytest_server(arguments.python, root)
     survived = 0
     for index, (module, mutation) in enumerate(found, start=1):
-        command = [arguments.python, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
-        result = mutate_and_test(
-            [mutation], " ".join([*command, *tests_of(module, root)]), TEST_TIMEOUT_S
-        )
-        is_survivor = result.test_outcome == TestOutcome.SURVIVED
+        tests = tests_of(module, root)
+        if arguments.tests:
+            tests = [str(root / path) for path in arguments.tests]
+        with use_mutation(root / module, operator_of(mutation), mutation.occurrence) as codes:
+            outcome = run_tests(server, tests)
+        is_survivor = outcome == "0"
         survived += is_survivor
         where = f"{module}:{mutation.start_pos[0]}"
         name = mutation.operator_name.removeprefix("core/")
-        outcome = "SURVIVED" if is_survivor else "killed"
-        print(f"{index}/{len(found)} {outcome} {where} {name}", flush=True)
+        print(
+            f"{index}/{len(found)} {'SURVIVED' if is_survivor else 'killed'} {where} {name}",
+            flush=True,
+        )
         if is_survivor:
-            changes = [x for x in (result.diff or "").splitlines() if re.match(r"[+-](?![+-])", x)]
-            print("\n".join(changes), flush=True)
+            print("\n".join(changed_text(*codes)), flush=True)
+    server.terminate()
     percent = 100 * survived / max(len(found), 1)
     print(f"{survived} of {len(found)} mutants survived ({percent:.0f} %)")
     return int(percent > MAX_SURVIVING_PERCENT)
@@ -195,6 +243,7 @@ def main() -> int:
     parser.add_argument("--all", action="store_true", help="all lines, not only changed ones")
     parser.add_argument("--since", default="HEAD~1", help="the commit before the changes")
     parser.add_argument("--sample", type=int, default=100, help="at most so many mutants")
+    parser.add_argument("--tests", nargs="*", help="run these test files only")
     parser.add_argument("--seed", type=int, default=0, help="of the sample")
     parser.add_argument("--python", default=str(ROOT / ".venv/bin/python"), help="runs the tests")
     arguments = parser.parse_args()
