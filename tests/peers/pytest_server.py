@@ -1,13 +1,14 @@
-"""Runs pytest again and again, each time in a fork of one process that has imported the libraries.
+"""Runs pytest again and again, in forks of one process that has imported the libraries.
 
-Reads one JSON object per line from standard input: `{"tests": [path, ...], "timeout_s": 60}`. Writes
-one line for each: the exit code of pytest, or `timeout`. Importing torch and transformers takes longer
-than most test files do. llmkit itself is not imported before the fork, so each run reads its
-source files as they are at that time.
+Reads one JSON object per line from standard input: `{"tests": [path, ...], "timeout_s": 60}`.
+Writes one line for each: the exit code of pytest, or `timeout`. Importing torch and transformers
+takes longer than most test files do. llmkit itself is not imported before the fork, so each run
+reads its source files as they are at that time.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import os
@@ -56,10 +57,8 @@ def run_in_fork(tests: list[str], timeout_s: float) -> str:
 
 
 def _kill_group(process: int) -> None:
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(process, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
 
 
 def main() -> None:
