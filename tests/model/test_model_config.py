@@ -11,7 +11,7 @@ import torch
 import transformers
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from llmkit.checkpoint.hf_config import FAMILIES
+from llmkit.checkpoint.config_defaults import FAMILIES
 from llmkit.common.errors import InputError
 from llmkit.model.families import SUPPORTED, model_spec
 
