@@ -150,6 +150,7 @@ async def prepare_chat(
                 tool_names,
                 parallel=request.allows_parallel_calls,
                 required=request.requires_tool_call,
+                strict=_strict_calls(request, call_format),
             )
         return OutputParser(may_reason, starts_in_reasoning, calls)
 
@@ -454,6 +455,14 @@ async def _chat_grammar(
     param = constraint.param if constraint is not None else "tools"
     await check_grammar(state.grammars, grammar, param)
     return grammar
+
+
+def _strict_calls(request: ChatCompletionRequest, call_format: ToolCallFormat) -> bool:
+    """Whether the grammar of `_chat_grammar` lets only a call begin as calls do."""
+    if request.output_constraint is None:
+        return request.strict_tool_calls
+    # A call without an opener may look like an answer in JSON.
+    return not call_format.whole_answer
 
 
 def _lark_mark(tokenizer: Tokenizer, text: str) -> str:

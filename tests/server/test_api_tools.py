@@ -293,6 +293,71 @@ def test_optional_tool_call_cut_by_max_tokens_is_text(scripted_client: openai.Op
     assert reason == "length"
 
 
+@pytest.mark.parametrize("offered", [1, 2])
+def test_strict_tool_call_cut_by_max_tokens_is_partial(
+    scripted_client: openai.OpenAI, offered: int
+) -> None:
+    """With `tool_choice: auto`: what follows the opener can only be a call."""
+    strict = [
+        {"type": "function", "function": tool["function"] | {"strict": True}}
+        for tool in TOOLS[:offered]
+    ]
+    body = request_body("call", tools=strict, parallel_tool_calls=False)
+    shown = set()
+    for max_tokens in range(2, 26, 3):
+        whole = scripted_client.chat.completions.create(**body, max_tokens=max_tokens).choices[0]
+        assert whole.finish_reason == "length"
+        # Where the opener is not complete, text may still follow.
+        content = whole.message.content or ""
+        assert "Sure. \n<tool_call".startswith(content)
+        for call in whole.message.tool_calls or []:
+            assert content == "Sure."
+            assert call.function.name == "get_weather"
+            assert '{"city": "Paris"}'.startswith(call.function.arguments)
+            shown.add(call.function.arguments)
+        stream = scripted_client.chat.completions.create(**body, max_tokens=max_tokens, stream=True)
+        deltas = [chunk.choices[0].delta for chunk in stream]
+        assert "".join(delta.content or "" for delta in deltas) == content
+        streamed = [call for delta in deltas for call in delta.tool_calls or []]
+        assert [call.function and call.function.arguments for call in streamed] == [
+            call.function.arguments for call in whole.message.tool_calls or []
+        ]
+    assert "" in shown
+    assert any(arguments for arguments in shown)
+
+
+def test_required_tool_call_cut_by_a_stop_string_is_partial(
+    scripted_client: openai.OpenAI,
+) -> None:
+    body = request_body("plain", tools=TOOLS[:1], tool_choice="required", max_tokens=400)
+    for stop, include, arguments in (
+        ("city", False, '{"'),
+        ("city", True, '{"city'),
+        ("weather", False, ""),
+    ):
+        answer = scripted_client.chat.completions.create(
+            **body, stop=[stop], extra_body={"include_stop_str_in_output": include}
+        ).choices[0]
+        # The stop string was met, and the call is not complete: not "tool_calls".
+        assert answer.finish_reason == "stop"
+        assert answer.message.content is None
+        (call,) = answer.message.tool_calls or []
+        assert (call.function.name, call.function.arguments) == ("get_weather", arguments)
+        stream = scripted_client.chat.completions.create(
+            **body,
+            stop=[stop],
+            stream=True,
+            extra_body={"include_stop_str_in_output": include},
+        )
+        choices = [chunk.choices[0] for chunk in stream]
+        assert not any(choice.delta.content for choice in choices)
+        assert choices[-1].finish_reason == "stop"
+        pieces = [call for choice in choices for call in choice.delta.tool_calls or []]
+        assert "".join(call.function.arguments or "" for call in pieces if call.function) == (
+            arguments
+        )
+
+
 def test_strict_tool_calls_follow_the_schema(scripted_client: openai.OpenAI) -> None:
     strict = [{"type": "function", "function": TOOLS[0]["function"] | {"strict": True}}]
     assert answer_both_ways(scripted_client, **request_body("plain", tools=strict)) == (

@@ -36,6 +36,7 @@ def read(
     may_reason: bool = False,
     starts_in_reasoning: bool = False,
     required: bool = False,
+    strict: bool = False,
 ) -> list[Any]:
     """The parts of a text in `pieces`: adjacent ones of a kind joined, calls without ids.
 
@@ -44,7 +45,7 @@ def read(
     parser = OutputParser(
         may_reason,
         starts_in_reasoning,
-        ToolCallParser(call_format, NAMES, parallel, required) if call_format else None,
+        ToolCallParser(call_format, NAMES, parallel, required, strict) if call_format else None,
     )
     parts: list[OutputPart] = [part for piece in pieces for part in parser.feed(piece)]
     parts += parser.feed("", final=True)
@@ -217,6 +218,32 @@ def test_parser_required_call_cut_anywhere_is_a_call(
 
 
 @pytest.mark.parametrize("call_format", FORMATS)
+def test_parser_strict_call_cut_anywhere_is_a_call(call_format: ToolCallFormat) -> None:
+    before = "" if call_format is LLAMA else "Sure. \n"
+    first = written_call(call_format, "get_weather", OSLO)
+    text = REQUIRED[call_format].format(first, written_call(call_format, "add", TOTAL))
+    opener_end = len(before) + len(call_format.opener)
+    text = before + text
+    for length in range(len(text) + 1):
+        cut = text[:length]
+        found = read([cut], call_format, strict=True)
+        assert read(list(cut), call_format, strict=True) == found
+        if length < opener_end:  # other text may begin in the same way
+            assert found == ([TextPart(cut)] if cut else [])
+            continue
+        if before:
+            assert found.pop(0) == TextPart("Sure.")
+        expected = read([cut[len(before) :]], call_format, required=True)
+        if found != expected:  # the same before the second opener
+            assert call_format is HERMES
+            assert found.pop() == TextPart(cut[cut.rindex("<") :])
+            assert HERMES.opener.startswith(cut[cut.rindex("<") :])
+        assert found == expected
+    other = before + call_format.opener + "other"
+    assert read([other], call_format, strict=True) == [TextPart(other)]
+
+
+@pytest.mark.parametrize("call_format", FORMATS)
 def test_parser_names_the_only_tool_before_the_model_does(call_format: ToolCallFormat) -> None:
     for text in (call_format.opener[:2], call_format.opener, call_format.opener + '{"na'):
         if call_format is MISTRAL:
@@ -278,9 +305,9 @@ FRAGMENTS = [
     st.booleans(),
     st.booleans(),
     st.booleans(),
-    st.booleans(),
+    st.sampled_from(["no", "strict", "required"]),
 )
-@example(f"<tool_call>{CITY}</tool_call>", [1], HERMES, True, False, False, False)
+@example(f"<tool_call>{CITY}</tool_call>", [1], HERMES, True, False, False, "no")
 @settings(max_examples=600)
 def test_parser_result_is_independent_of_cuts(
     text: str,
@@ -289,16 +316,17 @@ def test_parser_result_is_independent_of_cuts(
     parallel: bool,
     may_reason: bool,
     starts_in_reasoning: bool,
-    required: bool,
+    grammar: str,
 ) -> None:
     edges = [0, *sorted(min(cut, len(text)) for cut in cuts), len(text)]
     pieces = [text[start:end] for start, end in itertools.pairwise(edges)]
-    options = call_format, parallel, may_reason, starts_in_reasoning, required
+    options = call_format, parallel, may_reason, starts_in_reasoning
+    options = *options, grammar == "required", grammar == "strict"
     whole = read([text], *options)
     assert read(pieces, *options) == whole
     assert read(list(text), *options) == whole
     if (
-        not required
+        grammar == "no"
         and not may_reason
         and not starts_in_reasoning
         and not any(isinstance(part, tuple) and not hasattr(part, "text") for part in whole)

@@ -1,8 +1,9 @@
 """Finds tool calls in the text of an answer, as it arrives, in the formats that models write.
 
 A possible call is held back until it is complete: only then is it known to be a call. Text that
-only looks like a call is returned as text. Where a grammar requires calls, an unfinished one at the
-end of the answer is a call too, with the part of its arguments that was written.
+only looks like a call is returned as text. Where a grammar lets only a call follow the opener, an
+unfinished one at the end of the answer is a call too, with the part of its arguments that was
+written.
 """
 
 from __future__ import annotations
@@ -86,11 +87,13 @@ class ToolCallParser:
         tool_names: Collection[str],
         parallel: bool = True,
         required: bool = False,
+        strict: bool = False,
     ) -> None:
         """Create a parser.
 
         `parallel`: the answer may have more than one call. `required`: a grammar lets the model
-        write calls and nothing else.
+        write calls and nothing else. `strict`: a grammar lets only a call follow the opener, or be
+        the whole answer, and allows other text.
         """
         self.count = 0  # of the complete calls found so far
         self.stopped = False  # the answer is complete although the text may go on
@@ -98,6 +101,7 @@ class ToolCallParser:
         self._tool_names = frozenset(tool_names)
         self._parallel = parallel
         self._required = required
+        self._strict = strict or required
         self._buffer = ""  # text that is held back
         self._json: _JsonScanner | None = None  # scans what follows the opener in the buffer
         self._space = ""  # white space that is text unless a call follows
@@ -137,7 +141,8 @@ class ToolCallParser:
             if calls:
                 self._buffer = ""
                 return self._call_parts(calls)
-            if final and begin and self._required:
+            begins_call = begin.startswith(self._format.opener) or body.startswith("{")
+            if final and begin and (self._required or (self._strict and begins_call)):
                 unfinished = self._parse_unfinished(
                     "" if self._format.opener.startswith(begin) else body
                 )
@@ -204,7 +209,7 @@ class ToolCallParser:
                 self._buffer = self._buffer[length:]
                 parts += self._call_parts(calls)
                 continue
-            if final and self._required:
+            if final and self._strict:
                 unfinished = self._parse_unfinished(self._buffer[length:])
                 if unfinished is not None:
                     self._buffer = ""
