@@ -64,18 +64,22 @@ def paged_attention(
     metadata: AttentionMetadata,
     scale: float,
     softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """softmax(softcap(scale q k')) v for every token, causal, within the sliding window.
 
     q: [T, N, D]. The cache already holds the keys and values of this step. Returns [T, N, D].
+    sinks: float32 [N], attention sinks (arXiv 2309.17453): a logit per query head that joins the
+    softmax's sum and contributes no value. The soft cap does not apply to it.
     """
-    if cpu_attention.supports(q, cache):
-        return cpu_attention.attention(q, cache, metadata, scale, softcap)
-    if flash_attention.supports(q, cache):
-        return flash_attention.attention(q, cache, metadata, scale, softcap)
-    if triton_attention.supports(q, cache):
-        return triton_attention.attention(q, cache, metadata, scale, softcap)
-    return paged_attention_reference(q, cache, metadata, scale, softcap)
+    if sinks is None:
+        if cpu_attention.supports(q, cache):
+            return cpu_attention.attention(q, cache, metadata, scale, softcap)
+        if flash_attention.supports(q, cache):
+            return flash_attention.attention(q, cache, metadata, scale, softcap)
+        if triton_attention.supports(q, cache):
+            return triton_attention.attention(q, cache, metadata, scale, softcap)
+    return paged_attention_reference(q, cache, metadata, scale, softcap, sinks)
 
 
 def paged_attention_reference(
@@ -84,6 +88,7 @@ def paged_attention_reference(
     metadata: AttentionMetadata,
     scale: float,
     softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """`paged_attention` in plain torch, one sequence after the other."""
     outputs = []
@@ -94,7 +99,7 @@ def paged_attention_reference(
         end_query = first_query + sequence.num_queries
         rows = q[first_query:end_query].unflatten(1, (len(k), -1))
         rows = rows.permute(1, 2, 0, 3)  # [K, N / K, queries, D]
-        output = _masked_attention(rows, k, v, sequence.mask, scale, softcap)
+        output = _masked_attention(rows, k, v, sequence.mask, scale, softcap, sinks)
         outputs.append(output.permute(2, 0, 1, 3).flatten(1, 2))
         first_query = end_query
     return torch.cat(outputs)
@@ -107,13 +112,22 @@ def _masked_attention(
     mask: torch.Tensor | None,
     scale: float,
     softcap: float | None,
+    sinks: torch.Tensor | None,
 ) -> torch.Tensor:
     """q: [K, N / K, queries, D]; k, v: [K, 1, L, D]; mask: bool [queries, L]; None: no mask."""
-    if softcap is None:
+    if softcap is None and sinks is None:
         k = k.expand(*q.shape[:2], -1, -1)
         v = v.expand(*q.shape[:2], -1, -1)
         return scaled_dot_product_attention(q, k, v, mask, scale=scale)
-    scores = ((q @ k.mT) * (scale / softcap)).tanh().mul(softcap).float()
+    scores = q @ k.mT
+    if softcap is None:
+        scores = (scores * scale).float()
+    else:
+        scores = (scores * (scale / softcap)).tanh().mul(softcap).float()
     if mask is not None:
         scores = scores.masked_fill(~mask, float("-inf"))
-    return scores.softmax(-1).to(q.dtype) @ v
+    if sinks is None:
+        return scores.softmax(-1).to(q.dtype) @ v
+    sink_scores = sinks.view(*q.shape[:2], 1, 1).expand(*scores.shape[:-1], 1)
+    probabilities = torch.cat((scores, sink_scores), dim=-1).softmax(-1)
+    return probabilities[..., :-1].to(q.dtype) @ v
