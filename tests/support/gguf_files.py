@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import struct
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -104,3 +106,51 @@ def convert(
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+def raw_value(value: Any) -> tuple[int, bytes]:
+    """GGUF's type number and bytes of a metadata value.
+
+    A tuple (type, bytes) is taken as it is, so that a test can write any type.
+    """
+    if isinstance(value, tuple):
+        return value
+    if isinstance(value, bool):
+        return 7, struct.pack("<?", value)
+    if isinstance(value, int):
+        return 4, struct.pack("<I", value)
+    if isinstance(value, float):
+        return 6, struct.pack("<f", value)
+    if isinstance(value, str):
+        return 8, raw_string(value)
+    kind = raw_value(value[0])[0] if value else 8
+    items = b"".join(raw_value(item)[1] for item in value)
+    return 9, struct.pack("<IQ", kind, len(value)) + items
+
+
+def raw_string(text: str) -> bytes:
+    """A string of a GGUF file: its length and its bytes."""
+    return struct.pack("<Q", len(text.encode())) + text.encode()
+
+
+def raw_tensor(name: str, shape: tuple[int, ...], kind: int = 0, offset: int = 0) -> bytes:
+    """A tensor's entry in the header. `shape` is torch's; kind 0 is F32."""
+    sizes = struct.pack(f"<I{len(shape)}Q", len(shape), *shape[::-1])
+    return raw_string(name) + sizes + struct.pack("<IQ", kind, offset)
+
+
+def raw_gguf(
+    metadata: dict[str, Any], tensors: Sequence[bytes] = (), data: bytes = b"", alignment: int = 32
+) -> bytes:
+    """A GGUF file, byte by byte: what the gguf package would refuse to write too.
+
+    Without `data` it ends with the header.
+    """
+    header = b"GGUF" + struct.pack("<IQQ", 3, len(tensors), len(metadata))
+    for key, value in metadata.items():
+        kind, content = raw_value(value)
+        header += raw_string(key) + struct.pack("<I", kind) + content
+    header += b"".join(tensors)
+    if data:
+        header += bytes(-len(header) % alignment)
+    return header + data
