@@ -15,7 +15,7 @@ from llmkit.kernels import elementwise, flash_attention
 from llmkit.kernels import paged_attention as triton_attention
 from llmkit.kernels.attention_metadata import AttentionMetadata
 from llmkit.kernels.cpu import cpu_attention
-from llmkit.kernels.elementwise import apply_rotary_emb_, rms_norm
+from llmkit.kernels.elementwise import apply_rotary_emb_, norm_heads
 from llmkit.kernels.kv_cache import KVCache
 
 Quantize = Callable[[torch.Tensor], torch.Tensor]
@@ -30,25 +30,47 @@ def rope_and_cache(
     cache: KVCache,
     slot_mapping: torch.Tensor,
     kv_quant: tuple[Quantize, Quantize] | None = None,
+    *,
+    interleaved: bool = False,
+    norm_after_rope: bool = False,
+    norm_subtracts_mean: bool = False,
+    query_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """QK norm, RoPE, and the write to the KV cache: the steps between the QKV linear and attention.
 
-    qkv: [T, N + 2K, D]; its values may be overwritten. norms: the RMS norm weights of query heads
-    and of key heads, [D] each; None: no norm. cos_sin: see `apply_rotary_emb_`; None: no RoPE.
-    slot_mapping: int64 [T]. kv_quant: fake quantization of keys and of values before they are
-    stored.
+    qkv: [T, N + 2K, D]; its values may be overwritten. norms: the weights of the norms of query
+    heads and of key heads, [D] each, or [N, D] and [K, D]; None: no norm. cos_sin, interleaved: see
+    `apply_rotary_emb_`; None: no RoPE. slot_mapping: int64 [T]. kv_quant: fake quantization of keys
+    and of values before they are stored.
+    norm_after_rope: the norms follow RoPE. norm_subtracts_mean: they are layer norms, not RMS
+    norms. query_scale: float32 [T], a last factor of each token's queries, which is rounded to the
+    dtype first.
     Returns the queries [T, N, D].
     """
-    if kv_quant is None and triton_attention.supports(qkv, cache):
+    is_plain = not (interleaved or norm_after_rope or norm_subtracts_mean)
+    is_plain = is_plain and query_scale is None and (norms is None or norms[0].dim() == 1)
+    if is_plain and kv_quant is None and triton_attention.supports(qkv, cache):
         return elementwise.rope_and_cache_triton(
             qkv, num_heads, norms, eps, cos_sin, cache, slot_mapping
         )
     first_value_head = (num_heads + qkv.shape[1]) // 2
-    if norms is not None:
+
+    def norm_queries_and_keys(qkv: torch.Tensor) -> torch.Tensor:
+        if norms is None:
+            return qkv
         q, k, v = qkv.tensor_split((num_heads, first_value_head), dim=1)
-        qkv = torch.cat((rms_norm(q, norms[0], eps), rms_norm(k, norms[1], eps), v), dim=1)
+        q = norm_heads(q, norms[0], eps, norm_subtracts_mean)
+        k = norm_heads(k, norms[1], eps, norm_subtracts_mean)
+        return torch.cat((q, k, v), dim=1)
+
+    if not norm_after_rope:
+        qkv = norm_queries_and_keys(qkv)
     if cos_sin is not None:
-        apply_rotary_emb_(qkv[:, :first_value_head], *cos_sin)
+        apply_rotary_emb_(qkv[:, :first_value_head], *cos_sin, interleaved)
+    if norm_after_rope:
+        qkv = norm_queries_and_keys(qkv)
+    if query_scale is not None:
+        qkv[:, :num_heads].mul_(query_scale[:, None, None].to(qkv.dtype))
     kv = qkv[:, num_heads:]
     if kv_quant is not None:
         k, v = kv.chunk(2, dim=1)
@@ -72,13 +94,12 @@ def paged_attention(
     sinks: float32 [N], attention sinks (arXiv 2309.17453): a logit per query head that joins the
     softmax's sum and contributes no value. The soft cap does not apply to it.
     """
-    if sinks is None:
-        if cpu_attention.supports(q, cache):
-            return cpu_attention.attention(q, cache, metadata, scale, softcap)
-        if flash_attention.supports(q, cache):
-            return flash_attention.attention(q, cache, metadata, scale, softcap)
-        if triton_attention.supports(q, cache):
-            return triton_attention.attention(q, cache, metadata, scale, softcap)
+    if cpu_attention.supports(q, cache):
+        return cpu_attention.attention(q, cache, metadata, scale, softcap, sinks)
+    if sinks is None and flash_attention.supports(q, cache):  # the library knows no sinks
+        return flash_attention.attention(q, cache, metadata, scale, softcap)
+    if triton_attention.supports(q, cache):
+        return triton_attention.attention(q, cache, metadata, scale, softcap, sinks)
     return paged_attention_reference(q, cache, metadata, scale, softcap, sinks)
 
 

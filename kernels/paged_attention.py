@@ -36,6 +36,7 @@ def attention(
     metadata: AttentionMetadata,
     scale: float,
     softcap: float | None,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """See `attention.paged_attention`. q: [T, N, D], whose last two dimensions are contiguous.
 
@@ -97,6 +98,7 @@ def attention(
             tensors.tiles,
             scales,
             split_lse,
+            sinks,
             group,
             block_size,
             head_dim,
@@ -106,6 +108,7 @@ def attention(
             window,
             (softcap or 0.0) * LOG2_E,
             int(cache.scales is not None),
+            LOG2_E,
             num_warps=warps,
             num_stages=stages,
         )
@@ -143,6 +146,7 @@ def _paged_attention_kernel(
     tiles: tl.tensor,
     scales: tl.tensor,
     split_lse: tl.tensor,
+    sinks: tl.tensor,
     GROUP: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -152,12 +156,13 @@ def _paged_attention_kernel(
     WINDOW: tl.constexpr,
     SOFTCAP: tl.constexpr,
     DYNAMIC_SCALES: tl.constexpr,
+    LOG2E: tl.constexpr,
 ) -> None:
     """A program computes one tile over one split of its context: online softmax in base 2.
 
     out: [T, N, D]. With `split_lse`, out is float32 [T, N, splits, D], and split_lse, float32
     [T, N, splits], gets the base-2 logarithm of each split's sum of exponentials: -inf where a row
-    attends to no token of the split.
+    attends to no token of the split. The sink of a row counts in the first split.
     Tokens that no row of the tile attends to are not read: their blocks may be freed or hold NaN.
     """
     head = tl.program_id(1)
@@ -204,6 +209,9 @@ def _paged_attention_kernel(
     scales_per_head = head_stride // HEAD_DIM if DYNAMIC_SCALES else 1
     max_score = tl.full((ROWS,), float("-inf"), tl.float32)
     exp_sum = tl.zeros((ROWS,), tl.float32)
+    if sinks is not None and split == 0:
+        max_score = tl.load(sinks + query_head) * LOG2E
+        exp_sum += 1
     acc = tl.zeros((ROWS, PADDED_DIM), tl.float32)
     for masked in tl.static_range(1 - skips_mask, 2):
         for token in tl.range(middle if masked else start, stop if masked else middle, TOKENS):

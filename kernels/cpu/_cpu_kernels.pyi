@@ -55,6 +55,7 @@ def paged_attention(
     block_tables: int,
     table_starts: int,
     window: int,
+    sinks: int,
     scale: float,
     softcap: float,
     /,

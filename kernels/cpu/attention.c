@@ -231,8 +231,9 @@ static void attend_tile(const PagedAttention *a, Scratch *s, const QueryTile *ti
         const float *q = a->q + token * a->q_stride + head * head_dim;
         for (int64_t d = 0; d < head_dim; d++)
             s->q[row * head_dim + d] = q[d] * a->scale;
-        s->max_score[row] = NO_SCORE;
-        s->exp_sum[row] = 0;
+        /* The sink is a first score, without a value. */
+        s->max_score[row] = a->sinks && a->sinks[head] > NO_SCORE ? a->sinks[head] : NO_SCORE;
+        s->exp_sum[row] = a->sinks ? 1 : 0;
     }
     memset(s->acc, 0, n_rows * head_dim * sizeof(float));
     /* The first token that any query of the tile attends to. */

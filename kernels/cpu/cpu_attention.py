@@ -38,8 +38,12 @@ def attention(
     metadata: AttentionMetadata,
     scale: float,
     softcap: float | None,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """See `attention.paged_attention`. q: [T, N, D], whose last two dimensions are contiguous."""
+    """See `attention.paged_attention`.
+
+    q: [T, N, D], whose last two dimensions are contiguous; sinks: contiguous.
+    """
     assert cpu_kernels.library is not None
     out = torch.empty(q.shape)
     both, _, block_size, head_dim = cache.kv.shape
@@ -65,6 +69,7 @@ def attention(
         block_tables,
         table_starts,
         metadata.window or 0,
+        cpu_kernels.address(sinks),
         scale,
         softcap or 0.0,
     )

@@ -82,6 +82,7 @@ typedef struct {
     int64_t window;              /* 0: none */
     float scale;
     float softcap;               /* 0: none */
+    const float *sinks;          /* [n_heads]: a logit that joins the softmax's sum; NULL: none */
 } PagedAttention;
 
 /* matmul.c */

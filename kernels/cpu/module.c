@@ -7,7 +7,7 @@
 #include "cpu_kernels.h"
 
 /* Every kernel takes integers (some of them addresses), then floats. */
-enum { MAX_INTS = 18, MAX_FLOATS = 2 };
+enum { MAX_INTS = 19, MAX_FLOATS = 2 };
 
 /* Returns 0 when out of memory. */
 typedef int (*KernelFunction)(const int64_t *ints, const double *floats);
@@ -121,7 +121,7 @@ KERNEL(linear_w8a8, 10, 0) {
     return enough_memory;
 }
 
-KERNEL(paged_attention, 18, 2) {
+KERNEL(paged_attention, 19, 2) {
     PagedAttention a = {
         .q = ADDRESS(const float, 0),
         .out = ADDRESS(float, 1),
@@ -141,6 +141,7 @@ KERNEL(paged_attention, 18, 2) {
         .block_tables = ADDRESS(const int64_t, 15),
         .table_starts = ADDRESS(const int64_t, 16),
         .window = ints[17],
+        .sinks = ADDRESS(const float, 18),
         .scale = (float)floats[0],
         .softcap = (float)floats[1],
     };

@@ -366,7 +366,30 @@ def test_cpu_attention(
 
 
 @needs_library
-def test_cpu_attention_does_not_depend_on_the_batch_or_chunks() -> None:
+@pytest.mark.parametrize("window", [None, 20])
+@pytest.mark.parametrize("quantized", [False, True])
+def test_cpu_attention_with_sinks(
+    window: int | None, quantized: bool, without: pytest.MonkeyPatch
+) -> None:
+    new, contexts = MIXED
+    rows, blocks = tables(contexts)
+    cache = KVCache(random(4, blocks, 16, 64) * 2)
+    if quantized:
+        values = (cache.kv * 20).round().clamp(-127, 127).to(torch.int8)
+        cache = KVCache(values, scales=random(4, blocks, 16, 1).abs() * 0.03)
+    queries = random(sum(new), 8, 64, seed=2)
+    group = AttentionBatch.build(new, contexts, {None: rows}, 16).metadata(window)
+    sinks = torch.tensor([-4.0, 0.0, 1.0, 3.0, 9.0, 40.0, -90.0, 0.5])
+    assert cpu_attention.supports(queries, cache)
+    ours = paged_attention(queries, cache, group, 0.125, None, sinks)
+    without.setattr(cpu_kernels, "library", None)
+    theirs = paged_attention(queries, cache, group, 0.125, None, sinks)
+    torch.testing.assert_close(ours, theirs, atol=3e-5, rtol=3e-5)
+
+
+@needs_library
+@pytest.mark.parametrize("sinks", [None, torch.linspace(-1.0, 3.0, 9)], ids=["plain", "sinks"])
+def test_cpu_attention_does_not_depend_on_the_batch_or_chunks(sinks: torch.Tensor | None) -> None:
     rows, blocks = tables([230, 90])
     cache = KVCache(random(6, blocks, 16, 64))
     queries = random(320, 9, 64, seed=1)
@@ -376,13 +399,15 @@ def test_cpu_attention_does_not_depend_on_the_batch_or_chunks() -> None:
             cache,
             AttentionBatch.build([230, 90], [230, 90], {None: rows}, 16).metadata(window),
             0.125,
+            sinks=sinks,
         )
         for start, stop in ((0, 1), (0, 100), (100, 230), (229, 230), (17, 18)):
             group = AttentionBatch.build([stop - start], [stop], {None: rows[:1]}, 16).metadata(
                 window
             )
             assert torch.equal(
-                paged_attention(queries[start:stop], cache, group, 0.125), whole[start:stop]
+                paged_attention(queries[start:stop], cache, group, 0.125, sinks=sinks),
+                whole[start:stop],
             )
 
 

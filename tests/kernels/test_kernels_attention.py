@@ -29,7 +29,12 @@ MIXED = ([1, 7, 1, 33, 5, 5, 1, 20], [30, 7, 1, 50, 9, 61, 64, 21])  # new token
 
 
 def dense(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int | None, softcap: float | None
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    window: int | None,
+    softcap: float | None,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attention of the last tokens, q [n, N, D], of a sequence [L, K, D]; all in float64."""
     new = len(q)
@@ -46,7 +51,11 @@ def dense(
         scores[:, row, place + 1 :] = float("-inf")
         if window is not None:
             scores[:, row, : max(0, place - window + 1)] = float("-inf")
-    return torch.einsum("hqk,khd->qhd", scores.softmax(-1), v).float()
+    weights = scores.exp()
+    total = weights.sum(-1, keepdim=True)
+    if sinks is not None:
+        total = total + sinks.double().exp()[:, None, None]
+    return torch.einsum("hqk,khd->qhd", weights / total, v).float()
 
 
 class AttentionInputs:
@@ -101,14 +110,19 @@ class AttentionInputs:
         self.cache.store(torch.cat(own), self.batch().metadata(self.window).slot_mapping)
 
     def run(
-        self, batch: AttentionBatch | None = None, softcap: float | None = None
+        self,
+        batch: AttentionBatch | None = None,
+        softcap: float | None = None,
+        sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
         group = (batch or self.batch()).metadata(self.window)
-        return paged_attention(torch.cat(self.q), self.cache, group, SCALE, softcap)
+        return paged_attention(torch.cat(self.q), self.cache, group, SCALE, softcap, sinks)
 
-    def expected(self, softcap: float | None = None) -> torch.Tensor:
+    def expected(
+        self, softcap: float | None = None, sinks: torch.Tensor | None = None
+    ) -> torch.Tensor:
         parts = [
-            dense(q, *kv.chunk(2, 1), self.window, softcap)
+            dense(q, *kv.chunk(2, 1), self.window, softcap, sinks)
             for q, kv in zip(self.q, self.kv, strict=True)
         ]
         return torch.cat(parts)
@@ -127,6 +141,49 @@ def test_paged_attention_with_mixed_batches(
     inputs = AttentionInputs(*MIXED, heads, window)
     inputs.fill()
     close(inputs.run(softcap=softcap), inputs.expected(softcap))
+
+
+@pytest.mark.parametrize("window", [None, 3, 40])
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("heads", [(4, 4), (6, 2), (4, 1)])
+def test_paged_attention_with_sinks(
+    window: int | None, softcap: float | None, heads: tuple[int, int]
+) -> None:
+    inputs = AttentionInputs(*MIXED, heads, window)
+    inputs.fill()
+    sinks = torch.linspace(-3.0, 6.0, heads[0])
+    close(inputs.run(softcap=softcap, sinks=sinks), inputs.expected(softcap, sinks))
+
+
+def test_paged_attention_with_extreme_sinks() -> None:
+    """A sink of -inf changes nothing; one far above all scores leaves no weight for the values."""
+    inputs = AttentionInputs(*MIXED, window=12)
+    inputs.fill()
+    sinks = torch.tensor([float("-inf"), 1000.0, -1000.0, -1e30, 80.0, 0.0])
+    out = inputs.run(sinks=sinks)
+    plain = inputs.run()
+    close(out[:, [0, 2, 3]], plain[:, [0, 2, 3]])
+    assert not out[:, [1, 4]].any() or out[:, [1, 4]].abs().max() < 1e-20
+    close(out[:, 5], inputs.expected(sinks=sinks)[:, 5])
+
+
+def test_paged_attention_of_a_slice_of_heads_takes_their_sinks() -> None:
+    """What a tensor-parallel rank computes: one key-value head, its query heads, their sinks."""
+    inputs = AttentionInputs(*MIXED, (6, 2), window=20)
+    inputs.fill()
+    sinks = torch.linspace(-2.0, 4.0, 6)
+    whole = inputs.run(sinks=sinks)
+    for rank in range(2):
+        kv = inputs.cache.kv[[rank, 2 + rank]].contiguous()
+        q = torch.cat(inputs.q)[:, 3 * rank : 3 * rank + 3]
+        part = paged_attention(
+            q,
+            KVCache(kv),
+            inputs.batch().metadata(20),
+            SCALE,
+            sinks=sinks[3 * rank : 3 * rank + 3],
+        )
+        close(part, whole[:, 3 * rank : 3 * rank + 3])
 
 
 @settings(max_examples=60)

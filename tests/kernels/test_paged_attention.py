@@ -103,6 +103,8 @@ COMPILED = [
         ),
     ),
     (90, Case("decode, fp8", *DECODE, dim=128, kv_cache_dtype="fp8", dynamic_scales=True)),
+    (90, Case("decode, sinks, window", [1], [9000], heads=(8, 1), window=8000, sinks=True)),
+    (90, Case("prefill, sinks", *PROMPT, heads=(8, 1), sinks=True)),
     (90, Case("prefill", *PROMPT, dim=128, heads=(8, 2))),
     (90, Case("prefill, window, cap, dim 256", *PROMPT, dim=256, window=100, softcap=50.0)),
     (90, Case("prefill, int8", *PROMPT, dim=128, kv_cache_dtype="int8", dynamic_scales=True)),

@@ -36,6 +36,7 @@ class Case:
     dim: int = 64
     window: int | None = None
     softcap: float | None = None
+    sinks: bool = False
     kv_cache_dtype: str | None = None
     dynamic_scales: bool = False
     splits: int = 1
@@ -59,6 +60,7 @@ class AttentionInputs:
             case.dtype
         )
         kv = torch.randn(*pages, case.dim, generator=draw)
+        self.sinks = torch.arange(case.heads[0]) * 1.5 - 2 if case.sinks else None
         scales = None
         stored = None
         poison = float("nan")
@@ -109,7 +111,7 @@ class AttentionInputs:
         if self.case.kv_cache_dtype is None:
             cache = KVCache(cache.kv.float())
         group = self.batch().metadata(self.case.window)
-        return paged_attention(self.q.float(), cache, group, SCALE, self.case.softcap)
+        return paged_attention(self.q.float(), cache, group, SCALE, self.case.softcap, self.sinks)
 
     def run_kernel(self, device: str = "cpu", replayed: bool = False) -> torch.Tensor:
         """The kernel's output. replayed: the metadata is of other sequences, then overwritten."""
@@ -130,8 +132,9 @@ class AttentionInputs:
             )
         parts = (self.with_nan.kv, self.with_nan.scales, self.with_nan.static_scales)
         cache = KVCache(*(None if part is None else part.to(device) for part in parts))
+        sinks = None if self.sinks is None else self.sinks.to(device)
         with poisoned_memory():
-            return paged.attention(self.q.to(device), cache, group, SCALE, case.softcap)
+            return paged.attention(self.q.to(device), cache, group, SCALE, case.softcap, sinks)
 
 
 @contextmanager
@@ -163,6 +166,18 @@ def cases() -> Iterator[Case]:
     yield Case("window of 1", *MIXED, window=1)
     yield Case("soft cap", *MIXED, softcap=2.0)
     yield Case("soft cap, window, float32", *DECODE, softcap=2.0, window=40, dtype=torch.float32)
+    yield Case("sinks, mixed", *MIXED, sinks=True)
+    yield Case("sinks, window, 3 heads a head", *MIXED, heads=(3, 1), window=20, sinks=True)
+    yield Case("sinks, window, splits", *DECODE, window=70, splits=4, sinks=True)
+    yield Case("sinks, soft cap, float32", *DECODE, softcap=2.0, dtype=torch.float32, sinks=True)
+    yield Case(
+        "sinks, int8, splits",
+        *DECODE,
+        kv_cache_dtype="int8",
+        dynamic_scales=True,
+        splits=2,
+        sinks=True,
+    )
     for splits in (2, 4, 16):
         yield Case(f"{splits} splits", *DECODE, splits=splits)
     yield Case("splits, mixed", *MIXED, splits=2)
