@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from llmkit.checkpoint import safetensors_header
 from llmkit.checkpoint.dtypes import DTYPE_NAMES, DTYPES
 from llmkit.checkpoint.safetensors_header import TensorInfo, read_header, write_header
 from llmkit.checkpoint.tensor_reader import SafetensorsRows
@@ -87,7 +88,17 @@ def test_header_written_is_padded_and_read_back(tmp_path: Path) -> None:
             8,
             r"tensor a is F32 \[3\], which is 12 bytes, but its range has 8",
         ),
+        (
+            {"a": entry("F32", [1], 0, 4), "b": entry("F32", [2], 4, 8)},
+            8,
+            r"tensor b is F32 \[2\], which is 8 bytes, but its range has 4",
+        ),
         ({"a": entry("F4", [2], 0, 8)}, 8, "tensor a has the unknown dtype 'F4'"),
+        ({"a": entry("F" * 50, [2], 0, 8)}, 8, "the unknown dtype 'F{40}'"),
+        ({"a": entry("F32", [10**90, -1], 0, 8)}, 8, r"impossible shape \[10{78}\."),
+        ({"a": entry("F32", [2], 10**90, 0)}, 8, r"impossible byte range \[10{78}\."),
+        ({"a": entry("F32", [-1], 0, 8)}, 8, r"impossible shape \[-1\]"),
+        ({"a": entry("F32", [2], -1, 7)}, 8, r"impossible byte range \[-1, 7\]"),
         ({"a": entry("F32", [-1, -2], 0, 8)}, 8, "impossible shape"),
         ({"a": entry("F32", [True, 2], 0, 8)}, 8, "impossible shape"),
         ({"a": entry("F32", [2**70, 2], 0, 8)}, 8, "which is .* bytes, but its range has 8"),
@@ -103,7 +114,7 @@ def test_header_written_is_padded_and_read_back(tmp_path: Path) -> None:
         (b"{", 0, "not valid JSON"),
         (b"\xff\xfe{}", 0, "not valid JSON"),
         (b"[" * 200_000, 0, "not valid JSON"),
-        (b'{"a": 1, "a": 2}', 0, "a occurs twice"),
+        (b'{"b": 1, "a": 1, "a": 2}', 0, "a occurs twice"),
     ],
 )
 def test_header_errors_are_named(tmp_path: Path, header: object, data: int, message: str) -> None:
@@ -114,11 +125,39 @@ def test_header_errors_are_named(tmp_path: Path, header: object, data: int, mess
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("length", [100, 2**32, 2**63, 2**64 - 1])
+@pytest.mark.parametrize("length", [3, 100, 2**32, 2**63, 2**64 - 1])
 def test_header_longer_than_the_file(tmp_path: Path, length: int) -> None:
     path = write(tmp_path / "bad.safetensors", {}, length=length)
     with pytest.raises(InputError, match=f"claims {length} bytes, but the file has 10"):
         read_header(path)
+
+
+def test_header_has_a_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """That of the safetensors library."""
+    path = write(tmp_path / "a.safetensors", {}, length=100_000_001)
+    with path.open("r+b") as file:
+        file.truncate(2**27)
+    with pytest.raises(InputError, match="claims 100000001 bytes, more than the 100000000 allowed"):
+        read_header(path)
+    monkeypatch.setattr(safetensors_header, "MAX_HEADER_BYTES", 10)
+    assert read_header(write(path, b"{}" + b" " * 8)) == {}
+    with pytest.raises(InputError, match="claims 11 bytes, more than the 10 allowed"):
+        read_header(write(path, b"{}" + b" " * 9))
+
+
+@pytest.mark.parametrize("length", range(8))
+def test_header_written_is_padded_for_every_length(length: int, tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    planned = TensorInfo("é" + "x" * length, "U8", (1,))
+    assert (planned.file, planned.start, planned.end) == ("", 0, 0)  # not written yet
+    data, infos = write_header([planned])
+    assert len(data) % 8 == 0
+    assert f'"{planned.name}"'.encode() in data
+    assert data.removesuffix(b" " * 8) == data
+    path.write_bytes(data + b"!")
+    (found,) = read_header(path).values()
+    assert (found.start, found.end) == (len(data), len(data) + 1)
+    assert infos[planned.name].start == len(data)
 
 
 @pytest.mark.parametrize("content", [b"", b"1234567"])
