@@ -87,6 +87,18 @@ _GENERATE = {
         "parameters": {"type": ["object", "null"]},
     },
 }
+# Query parameters by path. The others have none.
+_QUERY_PARAMETERS = {
+    "/tokenizer_info": [
+        {
+            "name": "model",
+            "in": "query",
+            "required": False,
+            "description": "The model's name; it may be left out where one model is served.",
+            "schema": {"type": "string"},
+        }
+    ]
+}
 # Errors of /v2, in the format of the Open Inference Protocol.
 _FLAT_ERROR = {
     "type": "object",
@@ -165,12 +177,13 @@ def _operation(path: str, request_schema: type[BaseRequest] | None) -> dict[str,
             "default": {"description": "An error, of at most 16 KiB.", "content": error_content},
         }
     }
-    path_parameters = re.findall(r"{(\w+)}", path)
-    if path_parameters:
-        operation["parameters"] = [
-            {"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
-            for name in path_parameters
-        ]
+    parameters = [
+        {"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
+        for name in re.findall(r"{(\w+)}", path)
+    ]
+    parameters += _QUERY_PARAMETERS.get(path, [])
+    if parameters:
+        operation["parameters"] = parameters
     schema: dict[str, Any] | None = None
     if request_schema is not None:
         if request_schema.model_config.get("extra") == "allow":

@@ -283,16 +283,18 @@ def test_max_tokens_minus_one_fills_the_context(client: openai.OpenAI) -> None:
     for fields, extra in (
         ({"max_tokens": -1}, {}),
         ({"max_tokens": None}, {"n_predict": -1}),
+        ({"max_tokens": None}, {"max_completion_tokens": -1}),
     ):
         answer = complete(client, endless | extra, prompt=prompt, **fields)
         assert answer.usage.completion_tokens == 20
         assert answer.choices[0].finish_reason == "length"
-    chat = client.chat.completions.create(
-        **CHAT | {"max_tokens": -1},
-        extra_body=endless | {"truncate_prompt_tokens": CONTEXT - 20},
-    )
-    assert chat.usage is not None
-    assert chat.usage.prompt_tokens + chat.usage.completion_tokens == CONTEXT
+    for fields in ({"max_tokens": -1}, {"max_tokens": None, "max_completion_tokens": -1}):
+        chat = client.chat.completions.create(
+            **CHAT | fields,
+            extra_body=endless | {"truncate_prompt_tokens": CONTEXT - 20},
+        )
+        assert chat.usage is not None
+        assert chat.usage.prompt_tokens + chat.usage.completion_tokens == CONTEXT
 
 
 def test_llama_cpp_names_mean_the_same(client: openai.OpenAI) -> None:

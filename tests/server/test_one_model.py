@@ -78,3 +78,7 @@ def test_tokenizer_info_serves_the_remote_tokenizer_of_lm_eval(
     assert http.get("/tokenizer_info?model=other").json() == http.get("/tokenizer_info").json()
     assert http.get("/tokenizer_info?model=wrong").status_code == 404
     assert http.get("/tokenizer_info").json()["model_max_length"] == 256
+    documented = http.get("/openapi.json").json()["paths"]["/tokenizer_info"]["get"]["parameters"]
+    assert [(one["name"], one["in"], one["required"]) for one in documented] == [
+        ("model", "query", False)
+    ]

@@ -181,12 +181,22 @@ def test_docs_page_lists_every_route_and_field(browser: Browser, page_server: Ll
         path for path in document["paths"] if path not in ("/", "/docs") and "/page/" not in path
     ]
     assert {text.split()[1] for text in summaries if " " in text} == set(api)
+    # A link to /openapi.json would be followed without the key.
+    assert made.page.locator("#routes a[href='/openapi.json']").count() == 0
+    with made.page.expect_download() as download:
+        made.page.get_by_role("link", name="save it").click()
+    assert download.value.suggested_filename == "openapi.json"
+    assert json.loads(Path(download.value.path()).read_text()) == document
     chat = made.page.locator("details", has=made.page.get_by_text("POST /v1/chat/completions"))
     chat.first.locator("summary").click()
     fields = chat.first.locator("td:first-child").all_inner_texts()
     assert set(fields) == document["components"]["schemas"]["ChatBody"]["properties"].keys()
+    info = made.page.locator("details", has=made.page.get_by_text("GET /tokenizer_info"))
+    info.first.locator("summary").click()
+    assert info.first.locator("td").all_inner_texts()[:2] == ["model", "string"]
     assert made.problems == []
-    assert [url for url in made.loaded if not url.startswith(page_server.url + "/")] == []
+    loaded = [url.removeprefix("blob:") for url in made.loaded]
+    assert [url for url in loaded if not url.startswith(page_server.url + "/")] == []
     made.context.close()
 
 

@@ -1,6 +1,6 @@
 // The API's documentation, made from /openapi.json of this server. Nothing else is loaded.
 
-import { getJson, hasKey, useKey } from "./api.js";
+import { hasKey, request, useKey } from "./api.js";
 import { byId, make } from "./dom.js";
 
 /** The schema that a "$ref" names, or the schema itself. */
@@ -34,10 +34,24 @@ function fieldTable(schema) {
   return make("table", {}, make("thead", {}, make("tr", {}, ...head)), make("tbody", {}, ...rows));
 }
 
+/** The parameters of a path and its query, as the schema of an object. */
+function parametersSchema(parameters) {
+  const fields = parameters.map(({ name, schema, description }) => [
+    name,
+    { ...schema, description },
+  ]);
+  const required = parameters.filter((parameter) => parameter.required);
+  return {
+    properties: Object.fromEntries(fields),
+    required: required.map((parameter) => parameter.name),
+  };
+}
+
 function route(document, path, method, operation) {
   const summary = make("summary", {}, make("strong", {}, method.toUpperCase()), ` ${path}`);
-  const content = operation.requestBody?.content["application/json"];
   const parts = [];
+  if (operation.parameters) parts.push(fieldTable(parametersSchema(operation.parameters)));
+  const content = operation.requestBody?.content["application/json"];
   if (content) {
     const schema = resolve(document, content.schema);
     if (schema.description) parts.push(make("p", {}, schema.description));
@@ -49,12 +63,17 @@ function route(document, path, method, operation) {
   return make("details", {}, summary, ...parts);
 }
 
+/** The URL of a file with `text`. A link to the server would be followed without the key. */
+const fileUrl = (text) =>
+  URL.createObjectURL(new Blob([text], { type: "application/json" }));
+
 /** Whether a path is of the API, and not a file of a page. */
 const isApi = (path) => path !== "/" && path !== "/docs" && !path.startsWith("/page/");
 
 async function show() {
   try {
-    const document = await getJson("/openapi.json");
+    const text = await (await request("/openapi.json")).text();
+    const document = JSON.parse(text);
     const routes = Object.entries(document.paths)
       .filter(([path]) => isApi(path))
       .flatMap(([path, operations]) =>
@@ -71,8 +90,10 @@ async function show() {
       make(
         "p",
         {},
-        "The whole description for programs: ",
-        make("a", { href: "/openapi.json" }, "/openapi.json"),
+        "The whole description for programs is at ",
+        make("code", {}, "/openapi.json"),
+        document.components.securitySchemes.bearer ? " (with the key): " : ": ",
+        make("a", { href: fileUrl(text), download: "openapi.json" }, "save it"),
       ),
       make("h2", {}, "Routes"),
       ...routes,

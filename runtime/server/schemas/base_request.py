@@ -187,7 +187,7 @@ class GenerationRequest(BaseRequest):
 
     max_tokens: MaxTokens | None = None
     n_predict: MaxTokens | None = None  # llama.cpp's name of max_tokens
-    max_completion_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
+    max_completion_tokens: MaxTokens | None = None
     min_tokens: NonNegativeInt | None = None
     n: Annotated[int, Field(ge=1, le=MAX_N)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
@@ -245,11 +245,10 @@ class GenerationRequest(BaseRequest):
                 f"max_tokens ({self.max_tokens}) and max_completion_tokens "
                 f"({self.max_completion_tokens}) differ; give one of them.",
             )
-        if self.max_tokens == 0 and not self.allows_empty_output:
-            message = (
-                "max_tokens must be at least 1, or -1 for as many as fit; 0 goes with echo only."
-            )
-            raise invalid("max_tokens", message)
+        if self.max_new_tokens == 0 and not self.allows_empty_output:
+            name = "max_completion_tokens" if self.max_tokens is None else "max_tokens"
+            message = f"{name} must be at least 1, or -1 for as many as fit; 0 goes with echo only."
+            raise invalid(name, message)
         _ = self.stop_strings  # raises ApiError when `stop` is invalid
 
     @property
