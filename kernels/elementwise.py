@@ -1,4 +1,4 @@
-"""The operations between the linear layers: norms, residual additions, gated activations, RoPE.
+"""The operations between the linear layers: norms, residual additions, activations, RoPE.
 
 Legend: T tokens, H hidden, N query heads, K key-value heads, D head_dim.
 """
@@ -8,7 +8,8 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-from torch.nn.functional import gelu, silu
+from torch.nn.functional import gelu, silu, softplus
+from torch.nn.functional import layer_norm as torch_layer_norm
 from torch.nn.functional import rms_norm as torch_rms_norm
 
 from llmkit.kernels.activation_quant import FP8, FP8_MAX, INT8_MAX
@@ -20,34 +21,100 @@ from llmkit.kernels.triton_support import jit, runs_triton, tl
 MAX_HIDDEN = 1 << 15  # elements of a row that one Triton program holds
 
 
-def apply_rotary_emb_(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
+# "gelu" is the exact one, by the error function; "relu2" is max(x, 0) squared.
+Activation = Literal["silu", "gelu_tanh", "gelu", "relu2"]
+
+
+def apply_rotary_emb_(
+    x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool = False
+) -> None:
     """Rotate (RoPE, arXiv 2104.09864) the first R dimensions of each head in place, in float32.
 
     x: [T, N, D]; the dimensions after R are unchanged. cos, sin: float32 [T, 1, R]. The second half
     of cos equals the first half, and the first half of sin is the negative of the second half.
+    Pair i is made of the dimensions i and i + R / 2, or 2 i and 2 i + 1 if `interleaved`.
     """
     rotary_dim = cos.shape[-1]
     compact = x.stride()[1:] == (x.shape[2], 1)
-    if compact and cpu_kernels.supports(x):
+    if compact and not interleaved and cpu_kernels.supports(x):
         cpu_kernels.apply_rotary_emb_(x, cos, sin)
         return
     x = x[..., :rotary_dim]
     rotated = x.float()  # x itself when it is float32
-    partner = rotated.roll(rotary_dim // 2, -1)
+    if interleaved:
+        partner = rotated.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+        cos = _interleave_halves(cos)
+        sin = _interleave_halves(sin)
+    else:
+        partner = rotated.roll(rotary_dim // 2, -1)
     rotated.mul_(cos).addcmul_(partner, sin)
     if rotated is not x:
         x.copy_(rotated)
 
 
-def act_and_mul(gate_up: torch.Tensor, activation: Literal["silu", "gelu_tanh"]) -> torch.Tensor:
+def _interleave_halves(values: torch.Tensor) -> torch.Tensor:
+    """[..., R] -> [..., R]: element i of the two halves become elements 2 i and 2 i + 1."""
+    return values.unflatten(-1, (2, -1)).mT.flatten(-2)
+
+
+def act_and_mul(gate_up: torch.Tensor, activation: Activation) -> torch.Tensor:
     """act(gate) * up. gate_up: [T, 2 * size], first gate, then up. Returns [T, size]."""
-    if cpu_kernels.supports(gate_up) and gate_up.is_contiguous() and gate_up.shape[1] % 16 == 0:
+    has_kernel = activation in ("silu", "gelu_tanh") and gate_up.is_contiguous()
+    if cpu_kernels.supports(gate_up) and has_kernel and gate_up.shape[1] % 16 == 0:
         return cpu_kernels.act_and_mul(gate_up, activation == "gelu_tanh")
-    if runs_triton(gate_up) and gate_up.is_contiguous():
+    if runs_triton(gate_up) and has_kernel:
         return act_and_mul_triton(gate_up, activation == "gelu_tanh")
     gate, up = gate_up.chunk(2, dim=-1)
-    activated = silu(gate) if activation == "silu" else gelu(gate, approximate="tanh")
-    return activated.mul_(up)
+    return _activate(gate, activation).mul_(up)
+
+
+def swiglu_clamped(gate_up: torch.Tensor, limit: float, alpha: float = 1.702) -> torch.Tensor:
+    """gate sigmoid(alpha gate) (up + 1), with gate <= limit and -limit <= up <= limit (gpt-oss).
+
+    gate_up: [T, 2 * size], first gate, then up. Returns [T, size].
+    """
+    if cpu_kernels.supports(gate_up) and gate_up.is_contiguous() and gate_up.shape[1] % 16 == 0:
+        return cpu_kernels.swiglu_clamped(gate_up, limit, alpha)
+    if runs_triton(gate_up) and gate_up.is_contiguous():
+        return swiglu_clamped_triton(gate_up, limit, alpha)
+    gate, up = gate_up.chunk(2, dim=-1)
+    gate = gate.clamp(max=limit)
+    up = up.clamp(min=-limit, max=limit)
+    return (up + 1) * (gate * (gate * alpha).sigmoid())
+
+
+def act(x: torch.Tensor, activation: Activation) -> torch.Tensor:
+    """act(x), of x's shape and dtype, for an MLP without a gate."""
+    return _activate(x, activation)
+
+
+def _activate(x: torch.Tensor, activation: Activation) -> torch.Tensor:
+    if activation == "silu":
+        return silu(x)
+    if activation == "relu2":
+        return x.relu().square()
+    return gelu(x, approximate="tanh" if activation == "gelu_tanh" else "none")
+
+
+def xielu(
+    x: torch.Tensor,
+    alpha_p: torch.Tensor,
+    alpha_n: torch.Tensor,
+    beta: torch.Tensor,
+    eps: torch.Tensor,
+) -> torch.Tensor:
+    """xIELU (arXiv 2411.13010), in float32, of x's shape and dtype.
+
+    With ap = softplus(alpha_p) and an = beta + softplus(alpha_n):
+    ap x^2 + beta x for x > 0, otherwise an (expm1(min(x, eps)) - x) + beta x.
+    alpha_p, alpha_n, beta, eps: one element each, as a checkpoint stores them.
+    """
+    wide = x.float()
+    alpha_p = softplus(alpha_p.float())
+    alpha_n = beta.float() + softplus(alpha_n.float())
+    positive = alpha_p * wide.square()
+    negative = alpha_n * (wide.minimum(eps.float()).expm1() - wide)
+    return (positive.where(wide > 0, negative) + beta.float() * wide).to(x.dtype)
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -59,6 +126,16 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     if cpu_kernels.supports(x) and x.is_contiguous() and weight.dtype == x.dtype:
         return cpu_kernels.rms_norm(x, weight, eps)
     return torch_rms_norm(x, weight.shape, weight, eps)
+
+
+def layer_norm(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float
+) -> torch.Tensor:
+    """(x - mean) / std * weight + bias over the last dimension, in float32 (arXiv 1607.06450).
+
+    x: [..., size]; weight, bias: [size]; None: no bias. Returns x's shape and dtype.
+    """
+    return torch_layer_norm(x, weight.shape, weight, bias, eps)
 
 
 def add_residual(residual: torch.Tensor, update: torch.Tensor, scale: float) -> torch.Tensor:
@@ -93,6 +170,40 @@ def add_rms_norm(
     if weight is None:
         return residual, residual
     return residual, rms_norm(residual, weight, eps)
+
+
+def add_layer_norm(
+    residual: torch.Tensor,
+    update: torch.Tensor | None,
+    scale: float,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    eps: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`add_rms_norm` with `layer_norm`."""
+    if update is not None:
+        residual = add_residual(residual, update, scale)
+    if weight is None:
+        return residual, residual
+    return residual, layer_norm(residual, weight, bias, eps)
+
+
+def norm_heads(
+    x: torch.Tensor, weight: torch.Tensor, eps: float, subtract_mean: bool = False
+) -> torch.Tensor:
+    """Normalize each head: `rms_norm`, or `layer_norm` if `subtract_mean`, of its dimensions.
+
+    x: [T, N, D]; weight: [D], or [N, D] with a weight of its own for each head.
+    """
+    if weight.dim() == 1:
+        return layer_norm(x, weight, None, eps) if subtract_mean else rms_norm(x, weight, eps)
+    wide = x.float()
+    size = x.shape[-1:]
+    if subtract_mean:
+        normed = torch_layer_norm(wide, size, eps=eps)
+    else:
+        normed = torch_rms_norm(wide, size, eps=eps)
+    return (normed * weight.float()).to(x.dtype)
 
 
 def rope_and_cache_triton(
@@ -172,6 +283,17 @@ def act_and_mul_triton(gate_up: torch.Tensor, gelu: bool) -> torch.Tensor:
     y = gate_up.new_empty(rows, both // 2)
     with torch.cuda.device_of(gate_up):
         _act_and_mul_kernel[rows, -(-both // 2048)](gate_up, y, both // 2, GELU=gelu, TILE=1024)
+    return y
+
+
+def swiglu_clamped_triton(gate_up: torch.Tensor, limit: float, alpha: float) -> torch.Tensor:
+    """`swiglu_clamped` as one kernel. gate_up: contiguous [T, 2 * size]."""
+    rows, both = gate_up.shape
+    y = gate_up.new_empty(rows, both // 2)
+    with torch.cuda.device_of(gate_up):
+        _swiglu_clamped_kernel[rows, -(-both // 2048)](
+            gate_up, y, both // 2, limit, alpha, TILE=1024
+        )
     return y
 
 
@@ -307,3 +429,31 @@ def _act_and_mul_kernel(
     inner = 1.5957691216057308 * (gate + 0.044715 * gate * gate * gate) if GELU else gate
     out = gate * up / (1 + tl.exp(-inner))
     tl.store(y + row * size + d, out.to(y.dtype.element_ty), mask=inside)
+
+
+@jit
+def _swiglu_clamped_kernel(
+    gate_up: tl.tensor,
+    y: tl.tensor,
+    size: tl.tensor,
+    limit: tl.tensor,
+    alpha: tl.tensor,
+    TILE: tl.constexpr,
+) -> None:
+    """A program computes TILE outputs of a row."""
+    row = tl.program_id(0).to(tl.int64)
+    d = tl.program_id(1) * TILE + tl.arange(0, TILE)
+    inside = d < size
+    gate = tl.load(gate_up + row * 2 * size + d, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(gate_up + row * 2 * size + size + d, mask=inside, other=0.0).to(tl.float32)
+    out = clamped_swiglu(gate, up, limit, alpha)
+    tl.store(y + row * size + d, out.to(y.dtype.element_ty), mask=inside)
+
+
+@jit
+def clamped_swiglu(gate: tl.tensor, up: tl.tensor, limit: tl.tensor, alpha: tl.tensor) -> tl.tensor:
+    """`swiglu_clamped` of float32 tensors in a Triton kernel. NaN stays NaN."""
+    gate = tl.where(gate > limit, limit, gate)
+    up = tl.where(up > limit, limit, up)
+    up = tl.where(up < -limit, -limit, up)
+    return (up + 1) * gate / (1 + tl.exp(-alpha * gate))
