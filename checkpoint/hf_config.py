@@ -27,6 +27,9 @@ class RopeSpec:
     attention_scaling: float = 1.0  # multiplies cos and sin
     long_inv_freq: tuple[float, ...] = ()
     original_max_position_embeddings: int = 0
+    # A query at position p is multiplied by 1 + beta * log(1 + floor(p / length)) (Llama 4,
+    # Ministral 3), with length `original_max_position_embeddings`.
+    query_scale_beta: float = 0.0
 
 
 def complete_config(config: dict[str, Any], model_type: str) -> Any:

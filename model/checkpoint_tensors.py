@@ -45,7 +45,9 @@ def _stored_tensors(
 ) -> list[PackedTensor]:
     """What a checkpoint stores in place of the dense tensor `source_name`."""
     sources = parameter.sources_in(source_name)
-    shape = (sum(source.shape[0] for source in sources), *sources[0].shape[1:])
+    shape = sources[0].shape
+    if shape:
+        shape = (sum(source.shape[0] for source in sources), *shape[1:])
     scheme = scheme_of(parameter, source_name, quantization)
     module, _, suffix = source_name.rpartition(".")
     if quantization is None or scheme is None:

@@ -12,11 +12,20 @@ from functools import cached_property
 from typing import TypeVar
 
 import torch
-from torch.nn.functional import embedding
+from torch.nn.functional import embedding, softplus
 
 from llmkit.kernels.attention import paged_attention, rope_and_cache
 from llmkit.kernels.attention_metadata import AttentionBatch
-from llmkit.kernels.elementwise import act_and_mul, add_residual, add_rms_norm, rms_norm
+from llmkit.kernels.elementwise import (
+    act,
+    act_and_mul,
+    add_layer_norm,
+    add_residual,
+    add_rms_norm,
+    layer_norm,
+    rms_norm,
+    xielu,
+)
 from llmkit.kernels.fused_experts import FusedExperts, stack_experts
 from llmkit.kernels.fused_experts import supports as supports_fused_experts
 from llmkit.kernels.kv_cache import KV_CACHE_DTYPES, KVCache
@@ -24,7 +33,9 @@ from llmkit.kernels.triton_support import runs_triton
 from llmkit.model.device import lazy_zeros
 from llmkit.model.linear import ActivationQuant, Linear
 from llmkit.model.parallel_group import ParallelGroup
+from llmkit.model.parameter_table import XIELU_PARAMETERS
 from llmkit.model.rope import CosSin, make_rotary_embeddings
+from llmkit.model.router import select_experts
 from llmkit.model.spec import ModelSpec
 
 SINGLE_RANK = ParallelGroup()
@@ -67,15 +78,21 @@ class DecoderLayer:
         # The layer runs inside this context. Weight offloading replaces it with one that copies the
         # layer's weights to the device.
         self.weights_on_device: Callable[[], AbstractContextManager[None]] = nullcontext
+        self.norm_biases: dict[str, torch.Tensor] = {}
+        # The other parameters, by name within the layer ("mlp.router.correction_bias").
+        self.vectors: dict[str, torch.Tensor] = {}
         for name, tensor in tensors.items():
             module, _, kind = name.rpartition(".")
-            if kind != "weight":
-                continue
-            if tensor.dim() == 2:
+            if module.endswith("norm"):
+                if kind == "bias":
+                    self.norm_biases[module] = tensor
+                else:
+                    self.norms[module] = tensor + spec.norm_offset if spec.norm_offset else tensor
+            elif kind == "weight":
                 bias = tensors.get(f"{module}.bias")
                 self.linears[module] = Linear(tensor, bias, self.activation_quant.get(module))
-            else:
-                self.norms[module] = tensor + spec.norm_offset if spec.norm_offset else tensor
+            elif kind != "bias":
+                self.vectors[name] = tensor
 
     def __call__(
         self,
@@ -102,12 +119,12 @@ class DecoderLayer:
         added to `residual`; None for the first layer.
         Returns the new residual, and the output of this layer's MLP.
         """
-        scale = self.spec.residual_multiplier
-        eps = self.spec.rms_norm_eps
         with self.weights_on_device():
-            residual, x = add_rms_norm(residual, update, scale, self.norms.get("attn_norm"), eps)
+            residual, x = self._add_norm(residual, update, "attn_norm")
             update = self._attention(x, cos_sin, batch, cache)
-            residual, x = add_rms_norm(residual, update, scale, self.norms.get("mlp_norm"), eps)
+            if self.spec.parallel_block:
+                return residual, add_residual(update, self._mlp_or_moe(x), 1.0)
+            residual, x = self._add_norm(residual, update, "mlp_norm")
             return residual, self._mlp_or_moe(x)
 
     def attention_block(
@@ -147,19 +164,33 @@ class DecoderLayer:
             cache = KVCache(cache.kv, static_scales=self._kv_scales)
         elif not cache.quantized and "attn.k" in self.activation_quant:
             kv_quant = self.activation_quant["attn.k"], self.activation_quant["attn.v"]
+        rope = cos_sin[self.layer.rope] if self.layer.rope else None
         q = rope_and_cache(
             qkv,
             spec.num_heads,
             norms,
             spec.rms_norm_eps,
-            cos_sin[self.layer.rope] if self.layer.rope else None,
+            None if rope is None else (rope.cos, rope.sin),
             cache,
             metadata.slot_mapping,
             kv_quant,
+            interleaved=spec.rope_interleaved,
+            norm_after_rope=spec.norm_after_rope,
+            query_scale=None if rope is None else rope.query_scale,
         )
         out = paged_attention(q, cache, metadata, spec.attention_scale, spec.attn_logit_softcapping)
+        if spec.attention_gate != "none":
+            out = self._gated(out, x)
         update = self.parallel_group.all_reduce(self.linears["attn.o"](out.flatten(1)))
         return self._norm(update, "attn_post_norm")
+
+    def _gated(self, out: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """Attention's output [T, N, D], multiplied by the gate that its input x [T, H] computes."""
+        gate = self.linears["attn.gate"](x).float()
+        is_sigmoid = self.spec.attention_gate_activation == "sigmoid"
+        gate = gate.sigmoid() if is_sigmoid else softplus(gate)
+        # One value for each element, or one for each head.
+        return out * gate.to(out.dtype).view(*out.shape[:2], -1)
 
     def _mlp_or_moe(self, x: torch.Tensor) -> torch.Tensor:
         """x: [T, H], normalized. Returns the update of the residual, [T, H]."""
@@ -167,17 +198,38 @@ class DecoderLayer:
         return self._norm(self.parallel_group.all_reduce(update), "mlp_post_norm")
 
     def _mlp(self, x: torch.Tensor, module: str) -> torch.Tensor:
-        gate_up = self.linears[f"{module}.gate_up"](x)
-        return self.linears[f"{module}.down"](act_and_mul(gate_up, self.spec.activation))
+        activation = self.spec.activation
+        if self.spec.gated_mlp:
+            assert activation != "xielu"
+            y = act_and_mul(self.linears[f"{module}.gate_up"](x), activation)
+        elif activation == "xielu":
+            parameters = [self.vectors[f"{module}.act.{name}"] for name in XIELU_PARAMETERS]
+            y = xielu(self.linears[f"{module}.up"](x), *parameters)
+        else:
+            y = act(self.linears[f"{module}.up"](x), activation)
+        return self.linears[f"{module}.down"](y)
 
     def _moe(self, x: torch.Tensor) -> torch.Tensor:
-        """The outputs of each token's most probable experts, weighted by the router."""
+        """The outputs of each token's best experts, weighted by the router, and the shared one."""
         moe = self.spec.moe
         assert moe is not None
-        probabilities = self.linears["mlp.router"](x).float().softmax(-1)
-        topk_weights, topk_ids = probabilities.topk(moe.num_experts_per_tok, dim=-1)
-        if moe.norm_topk_prob:
-            topk_weights = topk_weights / topk_weights.sum(-1, keepdim=True)
+        topk_weights, topk_ids = select_experts(
+            self.linears["mlp.router"](x), moe, self.vectors.get("mlp.router.correction_bias")
+        )
+        if moe.shared_intermediate_size:
+            return self._experts(x, topk_ids, topk_weights) + self._shared_expert(x)
+        return self._experts(x, topk_ids, topk_weights)
+
+    def _shared_expert(self, x: torch.Tensor) -> torch.Tensor:
+        """The output of the expert that every token uses, [T, H]."""
+        out = self._mlp(x, "mlp.shared_expert")
+        gate = self.linears.get("mlp.shared_expert_gate")
+        return out if gate is None else out * gate(x).sigmoid()
+
+    def _experts(
+        self, x: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """The sum of the chosen experts' outputs of each token, [T, H]."""
         if runs_triton(x) and not self.has_lora_rows and self.fused_experts is not None:
             return self.fused_experts(x, topk_ids, topk_weights)
         out = torch.zeros_like(x)
@@ -214,6 +266,8 @@ class DecoderLayer:
         gate_up_stack = stack_experts([linear.weight for linear in gate_up])
         down_stack = stack_experts([linear.weight for linear in down])
         if gate_up_stack is None or down_stack is None or not supports_fused_experts(gate_up_stack):
+            return None
+        if not self.spec.gated_mlp or self.spec.activation not in ("silu", "gelu_tanh"):
             return None
         gelu = self.spec.activation == "gelu_tanh"
         return FusedExperts(gate_up_stack, down_stack, local[0], moe.num_experts, gelu)
@@ -261,9 +315,21 @@ class DecoderLayer:
         return normed.to(x.dtype)
 
     def _norm(self, x: torch.Tensor, name: str) -> torch.Tensor:
-        """Apply the RMS norm `name`. Returns x itself when the model has no such norm."""
+        """Apply the norm `name`. Returns x itself when the model has no such norm."""
         weight = self.norms.get(name)
-        return x if weight is None else rms_norm(x, weight, self.spec.rms_norm_eps)
+        if weight is None:
+            return x
+        if self.spec.norm == "layer":
+            return layer_norm(x, weight, self.norm_biases.get(name), self.spec.rms_norm_eps)
+        return rms_norm(x, weight, self.spec.rms_norm_eps)
+
+    def _add_norm(
+        self, residual: torch.Tensor, update: torch.Tensor | None, name: str
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The sum of the residual and the scaled update, and the sum after the norm `name`."""
+        return _add_norm(
+            self.spec, residual, update, self.norms.get(name), self.norm_biases.get(name)
+        )
 
 
 class Decoder:
@@ -303,6 +369,7 @@ class Decoder:
             head = Linear(weight, None, activation_quant.get("lm_head"))
         self.head = head
         self.final_norm = tensors.pop("norm.weight", missing) + spec.norm_offset
+        self.final_norm_bias = tensors.pop("norm.bias", None)
         self.layers = []
         for index in range(len(spec.layers)):
             prefix = f"layers.{index}."
@@ -358,9 +425,7 @@ class Decoder:
         for layer, cache in zip(self.layers, caches, strict=True):
             residual, update = layer.forward_with_residual(residual, update, cos_sin, batch, cache)
         final_norm = self.final_norm if self.spec.is_last_stage else None
-        _, hidden = add_rms_norm(
-            residual, update, self.spec.residual_multiplier, final_norm, self.spec.rms_norm_eps
-        )
+        _, hidden = _add_norm(self.spec, residual, update, final_norm, self.final_norm_bias)
         return hidden
 
     def embed_tokens(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -412,6 +477,20 @@ class Decoder:
         ):
             return KVCache(kv)
         return KVCache(kv, lazy_zeros((*shape, 1), torch.float32, self.device))
+
+
+def _add_norm(
+    spec: ModelSpec,
+    residual: torch.Tensor,
+    update: torch.Tensor | None,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """residual + residual_multiplier * update, [T, H], and the norm of the sum."""
+    scale = spec.residual_multiplier
+    if spec.norm == "layer" and weight is not None:
+        return add_layer_norm(residual, update, scale, weight, bias, spec.rms_norm_eps)
+    return add_rms_norm(residual, update, scale, weight, spec.rms_norm_eps)
 
 
 def _with_prefix(values: Mapping[str, _Value], prefix: str) -> dict[str, _Value]:

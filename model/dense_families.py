@@ -54,7 +54,8 @@ def _phi3(config: Any) -> dict[str, Any]:
             f"unsupported RoPE scaling of Phi-3 ({rope_type})", "One of default, longrope"
         )
     return {
-        "fused_checkpoint": True,
+        "fused_qkv": True,
+        "fused_gate_up": True,
         "layers": equal_layers(config, config.sliding_window),
         "ropes": {"global": rope(config, parameters)},
     }

@@ -35,10 +35,6 @@ def _qwen3_moe(config: Any) -> dict[str, Any]:
         num_experts_per_tok=config.num_experts_per_tok,
         intermediate_size=config.moe_intermediate_size,
         norm_topk_prob=config.norm_topk_prob,
-        module="mlp",
-        gate="gate_proj",
-        up="up_proj",
-        down="down_proj",
     )
     return {
         "qk_norm": "head",

@@ -34,6 +34,7 @@ from typing import Literal
 from llmkit.model.spec import ModelSpec, RankSpec
 
 VOCAB_MULTIPLE = 64  # the vocabulary rows of a rank are padded to a multiple of this
+XIELU_PARAMETERS = ("alpha_p", "alpha_n", "beta", "eps")
 EMBEDDING_STAGE = -1  # in Parameter.layers: the first pipeline stage, with the embedding
 
 SplitKind = Literal["replicated", "heads", "kv_heads", "features", "vocab"]
@@ -93,6 +94,30 @@ class Split:
 
 REPLICATED = Split()
 
+# The modules of Llama's checkpoints by runtime module, without the prefix of the layer.
+# `ModelSpec.module_names` has what differs.
+MODULES = {
+    "embed": "embed_tokens",
+    "norm": "norm",
+    "attn_norm": "input_layernorm",
+    "attn.qkv": "self_attn.qkv_proj",  # only with `fused_qkv`
+    "attn.q": "self_attn.q_proj",
+    "attn.k": "self_attn.k_proj",
+    "attn.v": "self_attn.v_proj",
+    "attn.q_norm": "self_attn.q_norm",
+    "attn.k_norm": "self_attn.k_norm",
+    "attn.gate": "self_attn.gate_proj",
+    "attn.o": "self_attn.o_proj",
+    "attn_post_norm": "post_attention_layernorm",
+    "mlp_norm": "post_attention_layernorm",  # "pre_feedforward_layernorm" with `post_norm`
+    "mlp": "mlp",
+    "mlp.gate_up": "mlp.gate_up_proj",  # only with `fused_gate_up`
+    "mlp.gate": "mlp.gate_proj",
+    "mlp.up": "mlp.up_proj",
+    "mlp.down": "mlp.down_proj",
+    "mlp_post_norm": "post_feedforward_layernorm",
+}
+
 
 @dataclass(frozen=True)
 class SourceTensor:
@@ -116,13 +141,18 @@ class Parameter:
     # len(spec.layers) for the final norm and lm_head. A tied embedding has both of these.
     layers: tuple[int, ...]
     is_linear: bool = False  # the weight of a linear layer that quantization may pack
-    input_from: str | None = None  # the norm or linear whose output is its input
+    # The norm or linear whose output is its input. None also where scales cannot be moved from one
+    # to the other: others read the output too, or something not linear lies between them.
+    input_from: str | None = None
     expert: int | None = None  # the expert it belongs to; None outside experts
+    is_float32: bool = False  # kept in float32 whatever the dtype of the model
 
     @property
     def shape(self) -> tuple[int, ...]:
         """The shape of the runtime tensor."""
         first = self.sources[0].shape
+        if not first:  # a number
+            return ()
         return (sum(source.shape[0] for source in self.sources), *first[1:])
 
     @property
@@ -182,17 +212,23 @@ def _model_rows(spec: ModelSpec) -> Iterator[Parameter]:
     num_layers = len(spec.layers)
     vocab = Split("vocab", 0, spec.vocab_size)
     shape = (spec.vocab_size, spec.hidden_size)
-    embedding = SourceTensor("model.embed_tokens.weight", shape, vocab)
+    embedding = SourceTensor(f"model.{_module(spec, 'embed')}.weight", shape, vocab)
     stages = (EMBEDDING_STAGE, num_layers) if spec.tie_word_embeddings else (EMBEDDING_STAGE,)
     yield Parameter("embed.weight", (embedding,), stages)
     for index in range(num_layers):
         yield from _layer_rows(spec, index)
-    norm = SourceTensor("model.norm.weight", (spec.hidden_size,))
     last_linear = f"layers.{num_layers - 1}.mlp.down.weight"
-    yield Parameter("norm.weight", (norm,), (num_layers,), input_from=last_linear)
+    for kind in ("weight", "bias") if spec.norm_bias else ("weight",):
+        norm = SourceTensor(f"model.{_module(spec, 'norm')}.{kind}", (spec.hidden_size,))
+        yield Parameter(f"norm.{kind}", (norm,), (num_layers,), input_from=last_linear)
     if not spec.tie_word_embeddings:
         head = SourceTensor("lm_head.weight", shape, vocab)
         yield Parameter("lm_head.weight", (head,), (num_layers,), input_from="norm.weight")
+
+
+def _module(spec: ModelSpec, name: str) -> str:
+    """The checkpoint's name of a runtime module of `MODULES`."""
+    return spec.module_names.get(name, MODULES[name])
 
 
 def _layer_rows(spec: ModelSpec, index: int) -> Iterator[Parameter]:
@@ -200,67 +236,92 @@ def _layer_rows(spec: ModelSpec, index: int) -> Iterator[Parameter]:
     name = f"layers.{index}"
     layers = (index,)
 
-    def norm(runtime: str, checkpoint: str, size: int, split: Split = REPLICATED) -> Parameter:
-        weight = SourceTensor(f"{source}.{checkpoint}.weight", (size,), split)
-        return Parameter(f"{name}.{runtime}.weight", (weight,), layers)
+    def norm(module: str, size: int, split: Split = REPLICATED) -> Iterator[Parameter]:
+        checkpoint = _module(spec, module)
+        if module == "mlp_norm" and spec.post_norm and module not in spec.module_names:
+            # In Llama, `post_attention_layernorm` is the norm before the MLP. In families that
+            # normalize the output of attention, it is the norm of that output.
+            checkpoint = "pre_feedforward_layernorm"
+        is_qk_norm = module.startswith("attn.")
+        for kind in ("weight", "bias") if spec.norm_bias and not is_qk_norm else ("weight",):
+            tensor = SourceTensor(f"{source}.{checkpoint}.{kind}", (size,), split)
+            yield Parameter(f"{name}.{module}.{kind}", (tensor,), layers)
+
+    def linear(module: str) -> str:
+        return f"{source}.{_module(spec, module)}"
 
     heads = Split("heads", 0, spec.num_heads, spec.head_dim)
     kv_heads = Split("kv_heads", 0, spec.num_kv_heads, spec.head_dim)
     q_size = spec.num_heads * spec.head_dim
     kv_size = spec.num_kv_heads * spec.head_dim
     if spec.pre_norm:
-        yield norm("attn_norm", "input_layernorm", spec.hidden_size)
+        yield from norm("attn_norm", spec.hidden_size)
+    has_gate = spec.attention_gate != "none"
+    is_only_reader = spec.pre_norm and not spec.parallel_block and not has_gate
     yield from _fused_linear(
         spec,
         f"{name}.attn.qkv",
-        f"{source}.self_attn.qkv_proj",
+        linear("attn.qkv") if spec.fused_qkv else None,
         [
-            (f"{source}.self_attn.q_proj", q_size, heads),
-            (f"{source}.self_attn.k_proj", kv_size, kv_heads),
-            (f"{source}.self_attn.v_proj", kv_size, kv_heads),
+            (linear("attn.q"), q_size, heads),
+            (linear("attn.k"), kv_size, kv_heads),
+            (linear("attn.v"), kv_size, kv_heads),
         ],
         spec.qkv_bias,
         layers,
-        f"{name}.attn_norm.weight" if spec.pre_norm else None,
+        f"{name}.attn_norm.weight" if is_only_reader else None,
     )
     if spec.qk_norm == "full":
-        yield norm("attn.q_norm", "self_attn.q_norm", q_size, heads)
-        yield norm("attn.k_norm", "self_attn.k_norm", kv_size, kv_heads)
+        yield from norm("attn.q_norm", q_size, heads)
+        yield from norm("attn.k_norm", kv_size, kv_heads)
     elif spec.qk_norm == "head":
-        yield norm("attn.q_norm", "self_attn.q_norm", spec.head_dim)
-        yield norm("attn.k_norm", "self_attn.k_norm", spec.head_dim)
+        yield from norm("attn.q_norm", spec.head_dim)
+        yield from norm("attn.k_norm", spec.head_dim)
+    if has_gate:
+        unit = spec.head_dim if spec.attention_gate == "element" else 1
+        yield from _linear(
+            f"{name}.attn.gate",
+            linear("attn.gate"),
+            (spec.num_heads * unit, spec.hidden_size),
+            Split("heads", 0, spec.num_heads, unit),
+            False,
+            layers,
+            None,
+            is_linear=spec.attention_gate == "element",
+        )
     yield from _linear(
         f"{name}.attn.o",
-        f"{source}.self_attn.o_proj",
+        linear("attn.o"),
         (spec.hidden_size, q_size),
         Split("heads", 1, spec.num_heads, spec.head_dim),
         spec.o_proj_bias,
         layers,
         f"{name}.attn.qkv.weight",
     )
-    # In Llama, `post_attention_layernorm` is the norm before the MLP. In families that normalize
-    # the output of attention, it is the norm of that output.
-    mlp_norm = "post_attention_layernorm"
     if spec.post_norm:
-        yield norm("attn_post_norm", "post_attention_layernorm", spec.hidden_size)
-        mlp_norm = "pre_feedforward_layernorm"
-    if spec.pre_norm:
-        yield norm("mlp_norm", mlp_norm, spec.hidden_size)
-    mlp_input = f"{name}.mlp_norm.weight" if spec.pre_norm else None
+        yield from norm("attn_post_norm", spec.hidden_size)
+    has_mlp_norm = spec.pre_norm and not spec.parallel_block
+    if has_mlp_norm:
+        yield from norm("mlp_norm", spec.hidden_size)
+    mlp_input = f"{name}.mlp_norm.weight" if has_mlp_norm else None
     if spec.layers[index].is_moe:
         yield from _moe_rows(spec, index, mlp_input)
     else:
         yield from _mlp_rows(
             spec,
             f"{name}.mlp",
-            f"{source}.mlp",
-            ("gate_proj", "up_proj", "down_proj"),
+            (linear("mlp.gate_up"), linear("mlp.gate"), linear("mlp.up"), linear("mlp.down")),
             spec.intermediate_size,
             layers,
             mlp_input,
         )
+        if spec.activation == "xielu":
+            for parameter in XIELU_PARAMETERS:
+                shape = (1,) if parameter.startswith("alpha") else ()
+                tensor = SourceTensor(f"{source}.mlp.act_fn.{parameter}", shape)
+                yield Parameter(f"{name}.mlp.act.{parameter}", (tensor,), layers, is_float32=True)
     if spec.post_norm:
-        yield norm("mlp_post_norm", "post_feedforward_layernorm", spec.hidden_size)
+        yield from norm("mlp_post_norm", spec.hidden_size)
 
 
 def _source_layer(spec: ModelSpec, index: int) -> str:
@@ -274,67 +335,87 @@ def _moe_rows(spec: ModelSpec, index: int, input_from: str | None) -> Iterator[P
     assert moe is not None
     source = f"{_source_layer(spec, index)}.{moe.module}"
     name = f"layers.{index}.mlp"
-    router_shape = (moe.num_experts, spec.hidden_size)
+    layers = (index,)
     yield from _linear(
         f"{name}.router",
-        f"{source}.gate",
-        router_shape,
+        f"{source}.{moe.router}",
+        (moe.num_experts, spec.hidden_size),
         REPLICATED,
         False,
-        (index,),
+        layers,
         input_from,
         is_linear=False,
     )
-    for expert in range(moe.num_experts):
-        rows = _mlp_rows(
-            spec,
-            f"{name}.experts.{expert}",
-            f"{source}.experts.{expert}",
-            (moe.gate, moe.up, moe.down),
-            moe.intermediate_size,
-            (index,),
-            input_from,
+    if moe.correction_bias is not None:
+        bias = SourceTensor(f"{source}.{moe.correction_bias}", (moe.num_experts,))
+        yield Parameter(f"{name}.router.correction_bias", (bias,), layers, is_float32=True)
+
+    def mlp_rows(runtime: str, module: str, size: int) -> Iterator[Parameter]:
+        names = (f"{module}.gate_up_proj", *(f"{module}.{x}" for x in (moe.gate, moe.up, moe.down)))
+        return _mlp_rows(spec, f"{name}.{runtime}", names, size, layers, None)
+
+    if moe.shared_intermediate_size:
+        shared = f"{source}.{moe.shared_expert}"
+        yield from mlp_rows("shared_expert", shared, moe.shared_intermediate_size)
+    if moe.shared_expert_gate is not None:
+        yield from _linear(
+            f"{name}.shared_expert_gate",
+            f"{source}.{moe.shared_expert_gate}",
+            (1, spec.hidden_size),
+            REPLICATED,
+            False,
+            layers,
+            None,
+            is_linear=False,
         )
-        for row in rows:
+    for expert in range(moe.num_experts):
+        module = f"{source}.experts.{expert}"
+        for row in mlp_rows(f"experts.{expert}", module, moe.intermediate_size):
             yield replace(row, expert=expert)
 
 
 def _mlp_rows(
     spec: ModelSpec,
     name: str,
-    source: str,
-    linears: tuple[str, str, str],
+    modules: tuple[str, ...],
     size: int,
     layers: tuple[int, ...],
     input_from: str | None,
 ) -> Iterator[Parameter]:
-    """The fused gate and up projection and the down projection of an MLP, `size` features wide."""
-    gate, up, down = linears
+    """The linears of an MLP, `size` features wide.
+
+    modules: the checkpoint's modules of gate and up in one, of gate, of up and of down.
+    """
+    gate_up, gate, up, down = modules
     features = Split("features", 0, size)
-    yield from _fused_linear(
-        spec,
-        f"{name}.gate_up",
-        f"{source}.gate_up_proj",
-        [(f"{source}.{gate}", size, features), (f"{source}.{up}", size, features)],
-        spec.mlp_bias,
-        layers,
-        input_from,
-    )
+    if spec.gated_mlp:
+        yield from _fused_linear(
+            spec,
+            f"{name}.gate_up",
+            gate_up if spec.fused_gate_up else None,
+            [(gate, size, features), (up, size, features)],
+            spec.mlp_bias,
+            layers,
+            input_from,
+        )
+    else:
+        shape = (size, spec.hidden_size)
+        yield from _linear(f"{name}.up", up, shape, features, spec.mlp_bias, layers, input_from)
     yield from _linear(
         f"{name}.down",
-        f"{source}.{down}",
+        down,
         (spec.hidden_size, size),
         Split("features", 1, size),
         spec.mlp_bias,
         layers,
-        f"{name}.gate_up.weight",
+        f"{name}.gate_up.weight" if spec.gated_mlp else None,
     )
 
 
 def _fused_linear(
     spec: ModelSpec,
     name: str,
-    fused_source: str,
+    fused_source: str | None,
     linears: list[tuple[str, int, Split]],
     has_bias: bool,
     layers: tuple[int, ...],
@@ -342,7 +423,7 @@ def _fused_linear(
 ) -> Iterator[Parameter]:
     """A runtime linear that concatenates several checkpoint linears of the hidden state.
 
-    fused_source: the checkpoint module that holds all of them, if `spec.fused_checkpoint`.
+    fused_source: the checkpoint module that holds all of them, if there is one.
     linears: for each: its checkpoint module (otherwise), its output size and its split.
     """
     for kind in ("weight", "bias") if has_bias else ("weight",):
@@ -350,7 +431,7 @@ def _fused_linear(
         sources = []
         first_row = 0
         for module, size, split in linears:
-            if spec.fused_checkpoint:
+            if fused_source is not None:
                 tensor = f"{fused_source}.{kind}"
                 sources.append(SourceTensor(tensor, (size, *columns), split, first_row))
             else:

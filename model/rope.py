@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 
 from llmkit.checkpoint.hf_config import RopeSpec
 from llmkit.model.spec import ModelSpec
 
-# Cosines and sines, float32 [T, 1, 2R] for R rotated pairs, in the form that the rope kernels read:
-# both halves of the cosines are equal, the first half of the sines is negated.
-CosSin = tuple[torch.Tensor, torch.Tensor]
+
+class CosSin(NamedTuple):
+    """What a rotary embedding needs for the tokens of a step.
+
+    cos, sin: float32 [T, 1, 2R] for R rotated pairs, in the form that the rope kernels read: both
+    halves of the cosines are equal, the first half of the sines is negated.
+    query_scale: float32 [T], multiplies the queries; None: they stay as they are.
+    """
+
+    cos: torch.Tensor
+    sin: torch.Tensor
+    query_scale: torch.Tensor | None = None
 
 
 class RotaryEmbedding:
@@ -17,6 +28,8 @@ class RotaryEmbedding:
 
     def __init__(self, spec: RopeSpec, max_position_embeddings: int, device: torch.device) -> None:
         self.attention_scaling = spec.attention_scaling
+        self.query_scale_beta = spec.query_scale_beta
+        self.original_max_position_embeddings = spec.original_max_position_embeddings
         self.max_position_embeddings = max_position_embeddings
         self.inv_freq = torch.tensor(spec.inv_freq, dtype=torch.float32, device=device)
         self.long_inv_freq = torch.tensor(spec.long_inv_freq, dtype=torch.float32, device=device)
@@ -35,7 +48,11 @@ class RotaryEmbedding:
             angles = positions[:, None].float() * self.inv_freq
         cos = (angles.cos() * self.attention_scaling)[:, None]
         sin = (angles.sin() * self.attention_scaling)[:, None]
-        return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
+        scale = None
+        if self.query_scale_beta:
+            periods = (positions // self.original_max_position_embeddings).float()
+            scale = 1 + self.query_scale_beta * periods.log1p()
+        return CosSin(torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1), scale)
 
 
 def make_rotary_embeddings(spec: ModelSpec, device: torch.device) -> dict[str, RotaryEmbedding]:

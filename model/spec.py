@@ -11,6 +11,8 @@ from typing import Literal
 
 from llmkit.checkpoint.hf_config import RopeSpec
 
+Activation = Literal["silu", "gelu_tanh", "gelu", "relu2", "xielu"]
+
 
 @dataclass(frozen=True)
 class LayerSpec:
@@ -25,17 +27,30 @@ class LayerSpec:
 class MoeSpec:
     """The mixture of experts of a model.
 
-    `module`, `gate`, `up` and `down` are the names in the family's checkpoint tensors.
+    `module`, `gate`, `up`, `down`, `router`, `correction_bias`, `shared_expert` and
+    `shared_expert_gate` are names in the family's checkpoint tensors.
     """
 
     num_experts: int
     num_experts_per_tok: int
     intermediate_size: int  # of one expert
-    norm_topk_prob: bool  # the probabilities of the chosen experts are scaled to a sum of one
-    module: str  # "mlp" or "block_sparse_moe"
-    gate: str  # "gate_proj" or "w1"
-    up: str  # "up_proj" or "w3"
-    down: str  # "down_proj" or "w2"
+    norm_topk_prob: bool  # the scores of the chosen experts are scaled to a sum of one
+    module: str = "mlp"  # or "block_sparse_moe"
+    gate: str = "gate_proj"  # or "w1"
+    up: str = "up_proj"  # or "w3"
+    down: str = "down_proj"  # or "w2"
+    router: str = "gate"  # the linear that computes the logits of the experts
+    scoring: Literal["softmax", "sigmoid"] = "softmax"  # from logits to scores
+    router_logit_softcapping: float | None = None
+    # A tensor [num_experts] that is added to the scores to choose experts, but not to weight them.
+    correction_bias: str | None = None
+    # The experts form groups. Only those of the `topk_groups` best groups may be chosen.
+    num_groups: int = 1
+    topk_groups: int = 1
+    routed_scaling_factor: float = 1.0  # multiplies the output of the experts
+    shared_intermediate_size: int = 0  # of the expert that every token uses; 0: there is none
+    shared_expert: str = "shared_experts"  # its module
+    shared_expert_gate: str | None = None  # a linear whose sigmoid multiplies its output
 
 
 @dataclass(frozen=True)
@@ -72,16 +87,31 @@ class ModelSpec:
     max_position_embeddings: int  # the longest context, in tokens
     layers: tuple[LayerSpec, ...]
     ropes: dict[str, RopeSpec] = field(hash=False)
-    rms_norm_eps: float = 1e-6
+    rms_norm_eps: float = 1e-6  # of layer norms too
+    norm: Literal["rms", "layer"] = "rms"
+    norm_bias: bool = False
     norm_offset: float = 0.0  # Gemma multiplies by (1 + weight)
     pre_norm: bool = True  # attention and MLP read a normalized hidden state
     post_norm: bool = False  # the output of attention and MLP is normalized before the residual add
+    # Attention and MLP read the same normalized hidden state, and both outputs are added to it.
+    parallel_block: bool = False
     qk_norm: Literal["none", "head", "full"] = "none"  # over head_dim, or over all heads at once
-    activation: Literal["silu", "gelu_tanh"] = "silu"
+    norm_after_rope: bool = False  # the QK norm comes after RoPE
+    rope_interleaved: bool = False  # RoPE rotates dimensions 2i and 2i + 1 rather than i and i + R
+    # A linear of attention's input whose activation multiplies attention's output: one value for
+    # each element, or one for each head.
+    attention_gate: Literal["none", "element", "head"] = "none"
+    attention_gate_activation: Literal["sigmoid", "softplus"] = "sigmoid"
+    activation: Activation = "silu"
+    gated_mlp: bool = True  # act(gate) * up; otherwise act(up)
     qkv_bias: bool = False
     o_proj_bias: bool = False
     mlp_bias: bool = False
-    fused_checkpoint: bool = False  # the checkpoint stores qkv_proj and gate_up_proj (Phi-3)
+    fused_qkv: bool = False  # the checkpoint stores qkv_proj (Phi-3)
+    fused_gate_up: bool = False  # the checkpoint stores gate_up_proj (Phi-3, GLM)
+    # Names of modules in the checkpoint that differ from Llama's: {"mlp_norm": "ffn_norm"}. The
+    # keys are those of `parameter_table.MODULES`.
+    module_names: dict[str, str] = field(default_factory=dict, hash=False)
     tie_word_embeddings: bool = False
     attention_scale: float = 1.0  # multiplies the attention scores
     attn_logit_softcapping: float | None = None

@@ -128,6 +128,8 @@ def read_parameter(
     device: torch.device | str = "cpu",
 ) -> torch.Tensor:
     """One dense runtime tensor: its sources are dequantized, concatenated and cast to `dtype`."""
+    if parameter.is_float32:
+        dtype = torch.float32
     dense: dict[str, torch.Tensor] = {}
     for name in parameter.source_names:
         quantized = _read_quantized(checkpoint, parameter, name, device)
@@ -135,6 +137,8 @@ def read_parameter(
             dense[name] = _read_cast(checkpoint, name, dtype, device)
         else:
             dense[name] = quantized.dequantize()
+    if not parameter.shape:
+        return dense[parameter.source_names[0]].to(dtype)
     parts = [
         dense[source.name][source.first_row : source.first_row + source.shape[0]]
         for source in parameter.sources

@@ -1,7 +1,8 @@
 """Runs a decoder layer on the calibration text and collects the inputs of its linears.
 
-A decoder layer has two sublayers, attention and MLP. The linears of a sublayer form two groups: the
-inputs of the second group depend on the outputs of the first.
+A decoder layer has two sublayers, attention and MLP. A layer that computes both from the same input
+is one sublayer. The linears of a sublayer form two groups: the inputs of the second group depend on
+the outputs of the first.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from llmkit.quant.layer_stream import BatchContext, MicroBatch
 
 @dataclass(frozen=True)
 class SubLayer:
-    """Half of a decoder layer: attention or MLP."""
+    """Half of a decoder layer, attention or MLP, or a layer that computes both at once."""
 
     # Runs hidden states [T, H] through the sublayer.
     run: Callable[[torch.Tensor, BatchContext], torch.Tensor]
@@ -35,8 +36,11 @@ class SubLayer:
             micro_batch.hidden = self.run(micro_batch.hidden.to(context.device), context).cpu()
 
 
-def sublayers(layer: DecoderLayer) -> tuple[SubLayer, SubLayer]:
-    """The attention and the MLP of a decoder layer."""
+def sublayers(layer: DecoderLayer) -> tuple[SubLayer, ...]:
+    """The attention and the MLP of a decoder layer. The first has the attention."""
+
+    def both(hidden: torch.Tensor, context: BatchContext) -> torch.Tensor:
+        return layer(hidden, context.cos_sin, context.batch, context.cache)
 
     def attention(hidden: torch.Tensor, context: BatchContext) -> torch.Tensor:
         return layer.attention_block(hidden, context.cos_sin, context.batch, context.cache)
@@ -44,12 +48,18 @@ def sublayers(layer: DecoderLayer) -> tuple[SubLayer, SubLayer]:
     def mlp(hidden: torch.Tensor, context: BatchContext) -> torch.Tensor:
         return layer.mlp_block(hidden)
 
-    mlp_linears = [name for name in layer.linears if name.startswith("mlp.")]
-    gate_up = tuple(name for name in mlp_linears if name.endswith(".gate_up"))
-    down = tuple(name for name in mlp_linears if name.endswith(".down"))
+    def linears(*endings: str) -> tuple[str, ...]:
+        return tuple(name for name in layer.linears if name.endswith(endings))
+
+    attention_groups = (linears("attn.qkv", "attn.gate"), ("attn.o",))
+    mlp_groups = (linears(".gate_up", "mlp.up"), linears(".down"))
+    is_moe = layer.layer.is_moe
+    if layer.spec.parallel_block:
+        groups = tuple(a + b for a, b in zip(attention_groups, mlp_groups, strict=True))
+        return (SubLayer(both, groups, is_moe),)
     return (
-        SubLayer(attention, (("attn.qkv",), ("attn.o",)), is_moe=False),
-        SubLayer(mlp, (gate_up, down), is_moe=layer.layer.is_moe),
+        SubLayer(attention, attention_groups, is_moe=False),
+        SubLayer(mlp, mlp_groups, is_moe),
     )
 
 

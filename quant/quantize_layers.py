@@ -198,9 +198,9 @@ def _quantize_layer(
     solver: Solver,
 ) -> None:
     """Quantize a layer's linears in place and run `batches` through the quantized layer."""
-    attention, mlp = sublayers(state.layer)
-    _calibrate_kv(state, attention, batches, writer)
-    for sublayer in (attention, mlp):
+    layer_parts = sublayers(state.layer)
+    _calibrate_kv(state, layer_parts[0], batches, writer)
+    for sublayer in layer_parts:
         input_stats: dict[str, InputStats] = {}
         if algorithm.smoother is not None:
             input_stats = _smooth(state, sublayer, batches, writer, algorithm, algorithm.smoother)
@@ -262,8 +262,8 @@ def _smooth(
             continue
         used = apply_scales(state.layer, mapping, scales, vector_dtypes)
         input_stats[name].divide_inputs(used)
-        vector = "weight" if mapping.rows is None else "bias"
-        state.smoothed_vectors.add(f"{mapping.smooth_layer}.{vector}")
+        smoothed = ("bias",) if mapping.rows is not None else ("weight", "bias")
+        state.smoothed_vectors.update(f"{mapping.smooth_layer}.{vector}" for vector in smoothed)
     return input_stats
 
 
@@ -393,6 +393,8 @@ def _write_layer(state: LayerState, writer: ParameterWriter) -> None:
             writer.write_quantized(parameter, result.weight)
         elif name not in state.smoothed_vectors:
             writer.write_cast(parameter)
+        elif module in state.layer.norms and name.endswith(".bias"):
+            writer.write_value(parameter, state.layer.norm_biases[module])
         elif module in state.layer.norms:
             writer.write_value(parameter, state.layer.norms[module] - writer.spec.norm_offset)
         else:

@@ -53,7 +53,7 @@ def find_mapping(
     """The mapping to a linear of the layer.
 
     None when its inputs cannot be scaled: they do not come from a linear or norm of this layer, or
-    a router reads them too.
+    others, such as a router, read them too.
     """
     if parameter.input_from is None:
         return None
@@ -61,8 +61,6 @@ def find_mapping(
     source = parameter.input_from.rpartition(".")[0].removeprefix(prefix)
     linear = parameter.module.removeprefix(prefix)
     if source in layer.norms:
-        if ".experts." in linear:
-            return None
         return SmoothingMapping(source, linear, None)
     if source.endswith("attn.qkv"):
         first_v_row = (spec.num_heads + spec.num_kv_heads) * spec.head_dim
@@ -96,6 +94,10 @@ def apply_scales(
         after = torch.where(usable, after, before)
         used = torch.where(usable, before / after, torch.ones_like(after))
         layer.norms[mapping.smooth_layer] = after
+        bias = layer.norm_biases.get(mapping.smooth_layer)
+        if bias is not None:
+            stored = dtypes[f"{mapping.smooth_layer}.bias"]
+            layer.norm_biases[mapping.smooth_layer] = (bias / used).to(stored).float()
     else:
         smooth = layer.linears[mapping.smooth_layer]
         used = mapping.repeat_kv(scales)

@@ -248,7 +248,12 @@ def loaded_bytes(model: Decoder) -> int:
     linears = [model.head, *(linear for layer in model.layers for linear in layer.linears.values())]
     packed = sum(linear.kernel.nbytes for linear in linears if isinstance(linear, PackedLinear))
     dense = [linear.weight for linear in linears if not isinstance(linear, PackedLinear)]
-    norms = [norm for layer in model.layers for norm in layer.norms.values()]
+    norms = [
+        vector
+        for layer in model.layers
+        for vectors in (layer.norms, layer.norm_biases, layer.vectors)
+        for vector in vectors.values()
+    ]
     held = {
         tensor.data_ptr(): tensor.nbytes
         for tensor in (model.embedding, model.final_norm, *dense, *norms)

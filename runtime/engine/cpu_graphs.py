@@ -71,9 +71,10 @@ class CpuGraph(StaticDecodeBatch):
     def embed(self, model: Decoder, token_ids: torch.Tensor) -> None:
         """Write the input of the first layer. Call `fill` before."""
         self.input.copy_(model.embed_tokens(token_ids))
-        for name, (cos, sin) in model.cos_sin(self.positions).items():
-            self.cos_sin[name][0].copy_(cos)
-            self.cos_sin[name][1].copy_(sin)
+        for name, cos_sin in model.cos_sin(self.positions).items():
+            for recorded, value in zip(self.cos_sin[name], cos_sin, strict=True):
+                if recorded is not None and value is not None:
+                    recorded.copy_(value)
 
     def record(self, model: Decoder, kv_caches: Sequence[KVCache]) -> bool:
         """Run the layers and record them. Returns False when they cannot be replayed."""
