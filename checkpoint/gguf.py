@@ -108,12 +108,17 @@ class GgufModel:
         return files
 
     def _dequantize(self, tensor: TensorInfo, start: int, stop: int) -> npt.NDArray[np.float32]:
+        shape = (stop - start, *tensor.shape[1:])
+        if len(tensor.shape) == 1:  # always read whole, as one row: it may be stored in blocks
+            tensor = replace(tensor, shape=(1, *tensor.shape))
+            start = 0
+            stop = 1
         row_bytes = (tensor.end - tensor.start) // max(1, tensor.shape[0])
         stored = np.empty((stop - start) * row_bytes, np.uint8)
         read_into(self._path, tensor.start + start * row_bytes, stored.data)
         qtype = GGMLQuantizationType[tensor.ggml_type]
-        values = dequantize(stored.reshape(stop - start, -1), qtype)
-        return values.reshape(stop - start, *tensor.shape[1:])
+        values = dequantize(stored.reshape(stop - start, row_bytes), qtype)
+        return values.reshape(shape)
 
     def _permuted_heads(self, name: str) -> int | None:
         """The number of heads of q and k in llama files; None for tensors in Hugging Face order."""
