@@ -106,6 +106,8 @@ void apply_rotary_emb(float *x, int64_t x_stride, int64_t n_tokens, int64_t n_he
 void store_kv(const float *kv, int64_t kv_stride, int64_t n_tokens, int64_t n_heads,
               int64_t head_dim, const int64_t *slot_mapping, float *cache, int64_t head_stride);
 void act_and_mul(const float *gate_up, float *y, int64_t rows, int64_t size, int gelu);
+void swiglu_clamped(const float *gate_up, float *y, int64_t rows, int64_t size, float limit,
+                    float alpha);
 
 #pragma GCC visibility pop
 

@@ -308,3 +308,13 @@ def act_and_mul(gate_up: torch.Tensor, gelu: bool) -> torch.Tensor:
     y = torch.empty(rows, size)
     library.act_and_mul(gate_up.data_ptr(), y.data_ptr(), rows, size, gelu)
     return y
+
+
+def swiglu_clamped(gate_up: torch.Tensor, limit: float, alpha: float) -> torch.Tensor:
+    """See `elementwise.swiglu_clamped`. gate_up: contiguous [T, 2 * size], size a multiple of 8."""
+    assert library is not None
+    rows, both = gate_up.shape
+    size = both // 2
+    y = torch.empty(rows, size)
+    library.swiglu_clamped(gate_up.data_ptr(), y.data_ptr(), rows, size, limit, alpha)
+    return y

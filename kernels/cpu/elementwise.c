@@ -92,3 +92,23 @@ void act_and_mul(const float *gate_up, float *y, int64_t rows, int64_t size, int
         _mm256_storeu_ps(y + row * size + d, _mm256_mul_ps(activated, up));
     }
 }
+
+/* y = gate sigmoid(alpha gate) (up + 1), with gate <= limit and |up| <= limit; gate_up as above. */
+void swiglu_clamped(const float *gate_up, float *y, int64_t rows, int64_t size, float limit,
+                    float alpha) {
+    const __m256 most = _mm256_set1_ps(limit);
+    const __m256 least = _mm256_set1_ps(-limit);
+    const __m256 slope = _mm256_set1_ps(alpha);
+    int64_t n_vectors = rows * size / 8;
+#pragma omp parallel for if (rows * size > PARALLEL_MIN_ELEMENTS / 4)
+    for (int64_t i = 0; i < n_vectors; i++) {
+        int64_t row = i * 8 / size;
+        int64_t d = i * 8 % size;
+        /* Of NaN and a number, min and max return the second operand: NaN stays NaN. */
+        __m256 gate = _mm256_min_ps(most, _mm256_loadu_ps(gate_up + row * 2 * size + d));
+        __m256 up = _mm256_min_ps(most, _mm256_loadu_ps(gate_up + row * 2 * size + size + d));
+        up = _mm256_max_ps(least, up);
+        __m256 activated = _mm256_mul_ps(gate, sigmoid_ps(_mm256_mul_ps(gate, slope)));
+        _mm256_storeu_ps(y + row * size + d, _mm256_fmadd_ps(activated, up, activated));
+    }
+}

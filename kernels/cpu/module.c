@@ -180,6 +180,12 @@ KERNEL(act_and_mul, 5, 0) {
     return 1;
 }
 
+KERNEL(swiglu_clamped, 4, 2) {
+    swiglu_clamped(ADDRESS(const float, 0), ADDRESS(float, 1), ints[2], ints[3], (float)floats[0],
+                   (float)floats[1]);
+    return 1;
+}
+
 #define FOR_EACH_KERNEL(DO)                                                                        \
     DO(linear)                                                                                     \
     DO(linear_w8a8)                                                                                \
@@ -188,7 +194,8 @@ KERNEL(act_and_mul, 5, 0) {
     DO(add_residual)                                                                               \
     DO(apply_rotary_emb)                                                                           \
     DO(store_kv)                                                                                   \
-    DO(act_and_mul)
+    DO(act_and_mul)                                                                                \
+    DO(swiglu_clamped)
 
 typedef struct {
     const char *name;

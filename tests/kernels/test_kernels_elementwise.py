@@ -107,6 +107,46 @@ def test_act_and_mul_matches_torch(activation: str, tmp_path: Path) -> None:
         )
 
 
+def swiglu_clamped_in_float64(x: torch.Tensor, limit: float, alpha: float) -> torch.Tensor:
+    gate, up = x.double().chunk(2, -1)
+    gate = torch.where(gate > limit, limit, gate)
+    up = torch.where(up.abs() > limit, up.sign() * limit, up)
+    return gate / (1 + torch.exp(-alpha * gate)) * (up + 1)
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("shape", [(1, 16), (3, 100), (130, 3072)])
+def test_swiglu_clamped_on_a_cpu(shape: tuple[int, int], grad: bool) -> None:
+    """Compiled, and in torch."""
+    x = torch.randn(*shape, generator=torch.Generator().manual_seed(3)) * 6
+    x[0, :8] = torch.tensor([0.0, -0.0, 100, -100, 1e-30, 7, -7, 20])
+    x[0, -8:] = torch.tensor([0.0, -0.0, 100, -100, 1e-30, 7, -7, 20])
+    with torch.set_grad_enabled(grad):
+        for limit, alpha in ((7.0, 1.702), (2.5, 1.0)):
+            out = elementwise.swiglu_clamped(x, limit, alpha)
+            expected = swiglu_clamped_in_float64(x, limit, alpha)
+            torch.testing.assert_close(out.double(), expected, atol=2e-6, rtol=2e-6)
+        x[0, 1] = torch.nan
+        x[0, -2] = torch.nan
+        out = elementwise.swiglu_clamped(x, 7.0)
+        assert out[0, 1].isnan() and out[0, -2].isnan() and out[0, 0].isfinite()
+
+
+def test_swiglu_clamped_kernel_matches_torch(tmp_path: Path) -> None:
+    draw = torch.Generator().manual_seed(4)
+    calls = [
+        (torch.randn(rows, 2 * size, generator=draw).mul(6).to(dtype), limit, 1.702)
+        for rows, size, limit in ((1, 1536, 7.0), (5, 100, 3.0))
+        for dtype in (torch.float32, torch.float16)
+    ]
+    calls[0][0][0, :3] = torch.tensor([90.0, -90.0, float("nan")])
+    results = interpreted("llmkit.kernels.elementwise", "swiglu_clamped_triton", calls, tmp_path)
+    for (x, limit, alpha), got in zip(calls, results, strict=True):
+        expected = swiglu_clamped_in_float64(x, limit, alpha).to(x.dtype)
+        limit = 2e-3 if x.dtype == torch.float16 else 1e-5
+        torch.testing.assert_close(got, expected, rtol=limit, atol=1e-5, equal_nan=True)
+
+
 def placing(
     capability: int, folder: Path, cache_dtype: str | None, own: bool, normed: bool, dim: int
 ) -> Compiled:
@@ -195,3 +235,9 @@ def test_act_and_mul_kernel_compiles(capability: int, gelu: bool, tmp_path: Path
         ).stack_bytes
         == 0
     )
+
+
+def test_swiglu_clamped_kernel_compiles(tmp_path: Path) -> None:
+    types = {"gate_up": "*bf16", "y": "*bf16", "size": "i32", "limit": "fp32", "alpha": "fp32"}
+    kernel = elementwise._swiglu_clamped_kernel
+    assert compiled_for(90, kernel, types, {"TILE": 1024}, tmp_path).stack_bytes == 0
