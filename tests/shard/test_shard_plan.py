@@ -7,8 +7,6 @@ from hashlib import sha256
 from pathlib import Path
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from support.synthetic_checkpoint import LLAMA, synthetic_checkpoint
 
 from llmkit.checkpoint.open_checkpoint import open_checkpoint
@@ -329,30 +327,6 @@ def test_plan_counts_one_byte_for_8_bit_keys_and_values() -> None:
             spec(), QuantizationConfig("compressed-tensors", Scheme(8, inputs="token"), kv=kv), 1, 1
         )
         assert plan.kv_bytes_per_layer == 2 * 2 * 8 * itemsize
-
-
-@given(
-    st.lists(st.integers(1, 50), min_size=1, max_size=9),
-    st.integers(1, 9),
-    st.integers(0, 60),
-    st.integers(0, 60),
-)
-def test_balanced_stages_are_contiguous_and_optimal(
-    sizes: list[int], pp: int, first: int, last: int
-) -> None:
-    pp = min(pp, len(sizes))
-    stages = balanced_stages(sizes, pp, first, last)
-    assert [layer for stage in stages for layer in stage] == list(range(len(sizes)))
-    assert len(stages) == pp
-    assert all(stages)
-
-    def largest(start: int, pp: int) -> int:
-        if pp == 1:
-            return sum(sizes[start:])
-        stops = range(start + 1, len(sizes) - pp + 2)
-        return min(max(sum(sizes[start:stop]), largest(stop, pp - 1)) for stop in stops)
-
-    assert max(sum(sizes[layer] for layer in stage) for stage in stages) == largest(0, pp)
 
 
 def test_balanced_stages_give_the_ends_fewer_layers() -> None:
