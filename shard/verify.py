@@ -74,7 +74,7 @@ def verify(path: str | Path) -> VerifyResult:
         tensors=len(layout.slices),
         bytes=sum(piece.nbytes for piece in layout.slices),
         replica_groups=sum(
-            piece.replicas[0] == piece.file and len(piece.replicas) > 1 for piece in layout.slices
+            len(piece.replicas) > 1 and piece.replicas[0] == piece.file for piece in layout.slices
         ),
         padding_bytes=sum(piece.padding_bytes for piece in layout.slices),
         differences=differences,

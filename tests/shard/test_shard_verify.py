@@ -4,6 +4,7 @@ import json
 import random
 import re
 import shutil
+from collections.abc import Callable
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,12 @@ from llmkit.checkpoint.manifest import manifest_digest
 from llmkit.checkpoint.quantized_weight import QuantizationConfig, Scheme
 from llmkit.checkpoint.safetensors_header import read_header
 from llmkit.common.errors import InputError
+from llmkit.shard import verify as verify_module
 from llmkit.shard.merge import merge
 from llmkit.shard.shard_checkpoint import shard
 from llmkit.shard.verify import verify
 
+Change = Callable[[dict[str, Any]], object]
 RANK0 = "rank-pp0-tp0.safetensors"
 RANK1 = "rank-pp0-tp1.safetensors"
 
@@ -220,37 +223,103 @@ def test_verify_finds_a_layout_without_a_tensors_end(ranks: Path) -> None:
     assert "its slices end at 63 of 64" in rejected(ranks)
 
 
-def malformed() -> list[Any]:
-    key = f"{RANK1}::model.norm.weight"
+NORM = f"{RANK1}::model.norm.weight"
 
-    def entry(**changes: Any):
-        return lambda manifest: manifest["layout"]["tensors"][key].update(changes)
 
-    return [
-        entry(intervals=[[0, 33]]),
-        entry(intervals=[[8, 4]]),
-        entry(intervals=7),
-        entry(dim=5),
-        entry(dim=-1),
-        entry(padding=-1),
-        entry(source="lm_head.weight"),
-        entry(replicas=[9]),
-        entry(derived={"kind": "unheard-of"}),
-        lambda manifest: manifest["layout"].update(tp=3),
-        lambda manifest: manifest["layout"].update(ep=3),
+def layout_change(**changes: Any) -> Change:
+    return lambda manifest: manifest["layout"].update(changes)
+
+
+def norm_change(**changes: Any) -> Change:
+    """A change of the layout's entry of the last norm, which has 32 elements."""
+    return lambda manifest: manifest["layout"]["tensors"][NORM].update(changes)
+
+
+def of_unknown_file(manifest: dict[str, Any]) -> None:
+    for tensors in (manifest["tensors"], manifest["layout"]["tensors"]):
+        tensors["other.safetensors::model.norm.weight"] = tensors.pop(NORM)
+
+
+def swapped_ranks(manifest: dict[str, Any]) -> None:
+    manifest["layout"]["ranks"].reverse()
+
+
+MALFORMED: list[tuple[Change, str]] = [
+    (norm_change(intervals=[[0, 33]]), "model.norm.weight has the interval [0, 33) of 32"),
+    (norm_change(intervals=[[8, 4]]), "has the interval [8, 4)"),
+    (norm_change(intervals=[[4, 4]]), "has the interval [4, 4)"),
+    (norm_change(intervals=[[-1, 4]]), "has the interval [-1, 4)"),
+    (norm_change(intervals=[[0, 8], [7, 32]]), "has the interval [7, 32)"),
+    (norm_change(intervals=7), "TypeError"),
+    (norm_change(dim=5), "IndexError"),
+    (norm_change(dim=-1), "model.norm.weight has padding 0 along dimension -1"),
+    (norm_change(padding=-1), "model.norm.weight has padding -1 along dimension 0"),
+    (norm_change(source="lm_head.weight"), f"{NORM} belongs to no rank"),
+    (of_unknown_file, "other.safetensors::model.norm.weight belongs to no rank"),
+    (norm_change(replicas=[9]), "IndexError"),
+    (norm_change(derived={"kind": "new"}), "is derived by new, which this llmkit does not know"),
+    (layout_change(tp=3), "2 ranks for TP 3 and PP 1"),
+    (layout_change(pp=2), "2 ranks for TP 2 and PP 2"),
+    (swapped_ranks, "2 ranks for TP 2 and PP 1"),
+    (layout_change(ep=3), "EP 3 for TP 2"),
+    (layout_change(ep=0), "EP 0 for TP 2"),
+    (layout_change(ep=-1), "EP -1 for TP 2"),
+    (
         lambda manifest: manifest["layout"]["order"].pop(),
-        lambda manifest: manifest["layout"].pop("stages"),
-        lambda manifest: manifest["layout"]["tensors"].pop(key),
-        lambda manifest: manifest.update(layout=[1]),
-    ]
+        "order does not list the tensors of the ranks",
+    ),
+    (lambda manifest: manifest["layout"].pop("stages"), "KeyError: 'stages'"),
+    (
+        lambda manifest: manifest["layout"]["tensors"].pop(NORM),
+        "layout and manifest list different tensors",
+    ),
+    (lambda manifest: manifest.update(layout=[1]), "TypeError"),
+]
 
 
-@pytest.mark.parametrize("change", malformed(), ids=range(len(malformed())))
-def test_verify_refuses_a_malformed_layout(change, ranks: Path) -> None:
+@pytest.mark.parametrize(("change", "text"), MALFORMED, ids=range(len(MALFORMED)))
+def test_verify_refuses_a_malformed_layout(change: Change, text: str, ranks: Path) -> None:
     edit(ranks, change)
-    with pytest.raises(InputError, match=r"llmkit\.json: layout is malformed"):
+    with pytest.raises(InputError, match=rf"llmkit\.json: layout is malformed.*{re.escape(text)}"):
         verify(ranks)
     assert "layout is malformed" in rejected(ranks)
+
+
+@pytest.mark.parametrize("change", [layout_change(ep=2), norm_change(padding=0)], ids=range(2))
+def test_verify_accepts_other_layouts(change: Change, ranks: Path) -> None:
+    edit(ranks, change)
+    assert verify(ranks).ok
+
+
+@pytest.mark.parametrize("replicas", [[], [1], [0]], ids=str)
+def test_verify_finds_replicas_that_are_not_mutual(replicas: list[int], ranks: Path) -> None:
+    edit(ranks, norm_change(replicas=replicas))
+    other = f"{RANK0}::model.norm.weight"
+    expected = [f"{other} and {RANK1} do not both name each other as replicas"]
+    if replicas == [0]:
+        expected = []
+    assert verify(ranks).problems == expected
+    edit(ranks, lambda manifest: manifest["layout"]["tensors"][other].update(replicas=[0]))
+    expected = [f"{NORM} and {RANK0} do not both name each other as replicas"]
+    assert verify(ranks).problems == (expected if replicas == [0] else [])
+
+
+def test_verify_finds_a_tensor_of_another_type(ranks: Path) -> None:
+    edit(ranks, norm_change(dtype="F16"))
+    assert f"{NORM} is BF16 [32], the layout says F16 [32]" in verify(ranks).problems
+    edit(ranks, norm_change(dtype="BF16", source_shape=[31], intervals=[[0, 31]]))
+    assert f"{NORM} is BF16 [32], the layout says BF16 [31]" in verify(ranks).problems
+
+
+def test_verify_checks_other_ranks_beside_a_broken_one(
+    ranks: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(verify_module, "CHUNK_BYTES", 1000)  # of 58 rows of 64 bytes
+    overwrite(ranks, RANK1, "lm_head.weight", 64 * 64 - 1, 1)
+    (ranks / RANK0).write_bytes(b"\0" * 100)
+    problems = verify(ranks).problems
+    assert f"{RANK1}::lm_head.weight: its 58 rows of padding are not all zero" in problems
+    assert any(str(ranks / RANK0) in problem for problem in problems)
 
 
 def test_verify_refuses_a_layout_of_the_first_form(ranks: Path) -> None:
