@@ -109,11 +109,12 @@ class GgufModel:
 
     def _dequantize(self, tensor: TensorInfo, start: int, stop: int) -> npt.NDArray[np.float32]:
         shape = (stop - start, *tensor.shape[1:])
+        num_rows = max(1, tensor.shape[0])
         if len(tensor.shape) == 1:  # always read whole, as one row: it may be stored in blocks
-            tensor = replace(tensor, shape=(1, *tensor.shape))
+            num_rows = 1
             start = 0
             stop = 1
-        row_bytes = (tensor.end - tensor.start) // max(1, tensor.shape[0])
+        row_bytes = (tensor.end - tensor.start) // num_rows
         stored = np.empty((stop - start) * row_bytes, np.uint8)
         read_into(self._path, tensor.start + start * row_bytes, stored.data)
         qtype = GGMLQuantizationType[tensor.ggml_type]

@@ -276,7 +276,7 @@ def _read_object(model: ModelFiles, files: Mapping[str, bytes], name: str) -> di
         return {}
     try:
         value = json.loads(files[name])
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{model.path / name} is not valid JSON ({error})") from error
     return value if isinstance(value, dict) else {}
 

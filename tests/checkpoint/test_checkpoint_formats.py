@@ -377,6 +377,7 @@ def test_gptq_writes_quantize_config_json() -> None:
     (file,) = FORMATS["gptq"].extra_files(settings).items()
     assert file[0] == "quantize_config.json"
     written = json.loads(file[1])
+    assert file[1].decode() == json.dumps(written, indent=2) + "\n"
     assert written == FORMATS["gptq"].config_dict(settings)
     for name in (
         "bits",

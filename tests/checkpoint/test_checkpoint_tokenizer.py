@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import random
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import tokenizers
 import torch
 from safetensors.torch import save_file
 from support.tiny_models import write_tokenizer
-from tokenizers import decoders, models, pre_tokenizers
+from tokenizers import decoders, models, pre_tokenizers, processors
 
 from llmkit.checkpoint.detokenizer import Detokenizer, TokenBytes
 from llmkit.checkpoint.open_checkpoint import open_checkpoint
@@ -46,6 +46,10 @@ def load(
     path: Path, config: dict[str, Any] | None = None, generation: dict[str, Any] | None = None
 ) -> Tokenizer:
     return load_tokenizer(open_checkpoint(model(path, config, generation)))
+
+
+def write_roles(path: Path, settings: dict[str, Any]) -> None:
+    (path / "tokenizer_config.json").write_text(json.dumps(settings))
 
 
 @pytest.fixture
@@ -89,12 +93,28 @@ def test_tokenizer_eos_ids_come_from_every_config(
     assert load(tmp_path, config, generation).eos_token_ids == expected
 
 
-@pytest.mark.parametrize(("config", "expected"), [({}, 0), ({"bos_token_id": 1}, 1)])
+@pytest.mark.parametrize(
+    ("config", "generation", "expected"),
+    [
+        ({}, None, 0),  # the tokenizer's own bos_token
+        ({"bos_token_id": 1}, None, 1),
+        ({"bos_token_id": 1}, {"bos_token_id": 2}, 2),
+        ({"bos_token_id": 1}, {"bos_token_id": 0}, 0),
+        ({"bos_token_id": [5, 6]}, {"bos_token_id": True}, 5),
+    ],
+)
 def test_tokenizer_bos_id_comes_from_the_configs(
-    tmp_path: Path, config: dict[str, Any], expected: int
+    tmp_path: Path, config: dict[str, Any], generation: dict[str, Any] | None, expected: int
 ) -> None:
     write_tokenizer(tmp_path)
-    assert load(tmp_path, config).bos_token_id == expected
+    assert load(tmp_path, config, generation).bos_token_id == expected
+
+
+def test_tokenizer_bos_id_of_the_config_may_be_zero(tmp_path: Path) -> None:
+    write_tokenizer(tmp_path)
+    write_roles(tmp_path, {"bos_token": "<|im_end|>"})
+    assert load(tmp_path).bos_token_id == 2
+    assert load(tmp_path, {"bos_token_id": 0}).bos_token_id == 0
 
 
 def test_tokenizer_disables_truncation_and_padding(tmp_path: Path) -> None:
@@ -107,6 +127,58 @@ def test_tokenizer_disables_truncation_and_padding(tmp_path: Path) -> None:
     assert load(tmp_path).decode(ids) == "the quick brown fox jumps over"
 
 
+@pytest.mark.parametrize(
+    ("keep", "limit", "expected"),
+    [
+        ("first", 7, [0, 10, 11, 12, 13, 14, 2]),
+        ("first", 6, [0, 10, 11, 12, 13, 2]),
+        ("first", 3, [0, 10, 2]),
+        ("first", 2, [0, 10]),  # no room for the text beside the special tokens
+        ("first", 1, [0]),
+        ("last", 8, [0, 10, 11, 12, 13, 14, 2]),
+        ("last", 6, [0, 11, 12, 13, 14, 2]),
+        ("last", 3, [0, 14, 2]),
+        ("last", 2, [14, 2]),
+        ("last", 1, [2]),
+    ],
+)
+def test_tokenizer_truncates_the_text_beside_its_special_tokens(
+    tokenizer: Tokenizer, keep: Literal["first", "last"], limit: int, expected: list[int]
+) -> None:
+    raw = tokenizers.Tokenizer.from_str(tokenizer.to_json())
+    raw.post_processor = processors.TemplateProcessing(
+        single="<|endoftext|> $A <|im_end|>",
+        special_tokens=[("<|endoftext|>", 0), ("<|im_end|>", 2)],
+    )
+    text = raw.decode(range(10, 15))
+    both = Tokenizer(raw, {}, {}, None, ())
+    assert both.encode(text) == [0, 10, 11, 12, 13, 14, 2]
+    assert both.encode(text, max_tokens=limit, keep=keep) == expected
+    plain = list(range(10, 15))
+    kept = plain[:limit] if keep == "first" else plain[-limit:]
+    assert both.encode(text, add_special_tokens=False, max_tokens=limit, keep=keep) == kept
+    if keep == "last":
+        assert both.encode(text, max_tokens=limit) == expected
+
+
+def test_tokenizer_knows_tokens_added_to_its_vocabulary(tokenizer: Tokenizer) -> None:
+    raw = tokenizers.Tokenizer.from_str(tokenizer.to_json())
+    raw.add_tokens(["<plain>"])
+    raw.add_special_tokens(["<special>"])
+    wider = Tokenizer(raw, {"bos_token": "<special>", "eos_token": "<unknown>"}, {}, None, ())
+    assert wider.vocab_size == 514
+    assert wider.special_ids == {0, 1, 2, 513}
+    assert (wider.special_id("<special>"), wider.special_id("<plain>")) == (513, None)
+    assert wider.special_id("<unknown>") is None
+    assert (wider.bos_token_id, wider.eos_token_ids) == (513, ())
+    assert (wider.token_bytes(512), wider.token_bytes(514)) == (b"<plain>", b"")
+    ids = wider.encode("<plain><special>a<|im_end|>")
+    assert wider.stream().add(ids) == "<plain>a"
+    assert wider.stream(shown=["<|im_end|>", "<unknown>"]).add(ids) == "<plain>a<|im_end|>"
+    assert Tokenizer(raw, {}, {}, 0, (5,)).bos_token_id == 0
+    assert Tokenizer(raw, {"eos_token": "<special>"}, {}, 0, (5,)).eos_token_ids == (5,)
+
+
 def test_tokenizer_missing_or_malformed_is_an_input_error(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="has no tokenizer"):
         load(tmp_path / "a")
@@ -115,6 +187,19 @@ def test_tokenizer_missing_or_malformed_is_an_input_error(tmp_path: Path) -> Non
         (tmp_path / name / name).write_text("{")
         with pytest.raises(InputError, match=rf"{name} is (malformed|not valid JSON)"):
             load(tmp_path / name)
+    (tmp_path / "tokenizer.json" / "special_tokens_map.json").write_text("[" * 10**5)
+    with pytest.raises(InputError, match=r"special_tokens_map.json is not valid JSON \(maximum"):
+        load(tmp_path / "tokenizer.json")
+
+
+def test_tokenizer_runs_no_code_of_the_checkpoint(tmp_path: Path) -> None:
+    model(tmp_path, {"auto_map": {"AutoTokenizer": ["tokenization_own.Own", None]}})
+    (tmp_path / "own.tiktoken").touch()
+    (tmp_path / "tokenization_own.py").write_text(f"open({str(tmp_path / 'has_run')!r}, 'w')")
+    write_roles(tmp_path, {"auto_map": {"AutoTokenizer": ["tokenization_own.Own", None]}})
+    with pytest.raises(InputError, match="its tokenizer could not be converted"):
+        load_tokenizer(open_checkpoint(tmp_path))
+    assert not (tmp_path / "has_run").exists()
 
 
 def test_tokenizer_converts_slow_tokenizer_files(tmp_path: Path) -> None:
@@ -208,12 +293,56 @@ def test_detokenizer_supports_metaspace() -> None:
         assert "".join(pieces(Detokenizer(table), [0, 1, 2, 0], 1)) == raw.decode([0, 1, 2, 0])
 
 
-def test_detokenizer_refuses_unknown_decoders() -> None:
+def sequence(*kinds: str) -> dict[str, Any]:
+    return {"type": "Sequence", "decoders": [{"type": kind} for kind in kinds]}
+
+
+SENTENCEPIECE = ("Replace", "ByteFallback", "Fuse")
+
+
+@pytest.mark.parametrize(
+    ("decoder", "found", "strips"),
+    [
+        ({"type": "ByteLevel"}, b"\x81a", False),
+        (sequence("ByteLevel"), b"\x81a", False),
+        ({"type": "Metaspace"}, "\u0123a".encode(), True),
+        ({"type": "Metaspace", "prepend_scheme": "first"}, "\u0123a".encode(), True),
+        ({"type": "Metaspace", "prepend_scheme": "never"}, "\u0123a".encode(), False),
+        (sequence(*SENTENCEPIECE), "\u0123a".encode(), False),
+        (sequence(*SENTENCEPIECE, "Strip"), "\u0123a".encode(), True),
+    ],
+)
+def test_detokenizer_reads_decoders(decoder: dict[str, Any], found: bytes, strips: bool) -> None:
+    vocabulary = {"\u0123a": 0, "\u2581a": 1, "<0xfE>": 2, " ": 3}
+    table = TokenBytes(tokenizers.Tokenizer(models.BPE(vocabulary, [])), decoder)
+    assert table.bytes_of[0] == found
+    assert table.strips_space is strips
+    if decoder["type"] == "Metaspace" or "Fuse" in str(decoder):
+        assert table.bytes_of[1] == b" a"
+    assert table.bytes_of[2] == (b"\xfe" if "Fuse" in str(decoder) else b"<0xfE>")
+    assert table.bytes_of[3] == b" "  # no character of GPT-2's alphabet: an added token
+    stream = Detokenizer(table)
+    texts = ["" if strips else " ", " ", " "]
+    assert [stream.add([]), *(stream.add([3]) for _ in range(3))] == ["", *texts]
+
+
+@pytest.mark.parametrize(
+    ("decoder", "name"),
+    [
+        (None, "None"),
+        ({"type": "WordPiece"}, "WordPiece"),
+        (sequence(), ""),
+        (sequence("ByteLevel", "Strip"), r"ByteLevel \+ Strip"),
+        (sequence("Replace", "ByteFallback"), r"Replace \+ ByteFallback"),
+        (sequence("Replace", "Fuse", "Strip"), r"Replace \+ Fuse \+ Strip"),
+        (sequence(*SENTENCEPIECE, "Other"), r"Replace \+ ByteFallback \+ Fuse \+ Other"),
+        (sequence(*SENTENCEPIECE, "Strip", "Strip"), r"Fuse \+ Strip \+ Strip"),
+    ],
+)
+def test_detokenizer_refuses_unknown_decoders(decoder: dict[str, Any] | None, name: str) -> None:
     raw = tokenizers.Tokenizer(models.BPE({"a": 0}, []))
-    raw.decoder = decoders.WordPiece()
-    for decoder in (json.loads(raw.to_str())["decoder"], None):
-        with pytest.raises(InputError, match="The tokenizer has the decoder"):
-            TokenBytes(raw, decoder)
+    with pytest.raises(InputError, match=rf"The tokenizer has the decoder .*{name}\. ByteLevel, "):
+        TokenBytes(raw, decoder)
 
 
 def test_detokenizer_alphabet_covers_every_byte() -> None:
@@ -311,14 +440,36 @@ def test_chat_templates_are_found_in_every_place(tmp_path: Path) -> None:
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": named}))
     assert load(tmp_path).render_chat([]) == "plain"
     assert load(tmp_path).render_chat([], TOOLS) == "tools"
+    odd = [*named, "text", {"name": "no template"}, {"template": "no name"}]
+    write_roles(tmp_path, settings | {"chat_template": odd})
+    assert load(tmp_path).chat_templates == {"default": "plain", "tool_use": "tools"}
+    write_roles(tmp_path, settings | {"chat_template": named[:1]})
+    assert load(tmp_path).render_chat([], TOOLS) == "plain"
+    write_roles(tmp_path, settings | {"chat_template": 7})
+    assert load(tmp_path).chat_templates == {}
     (tmp_path / "chat_template.jinja").write_text("newest")
     assert load(tmp_path).render_chat([], TOOLS) == "newest"
+
+
+def test_chat_template_of_a_file_replaces_the_models(tmp_path: Path) -> None:
+    write_tokenizer(tmp_path / "model")
+    files = open_checkpoint(model(tmp_path / "model"))
+    file = tmp_path / "own.jinja"
+    file.write_text("{{ add_generation_prompt }}ü", encoding="utf-8")
+    tokenizer = load_tokenizer(files, file)
+    assert tokenizer.chat_templates == {"default": "{{ add_generation_prompt }}ü"}
+    assert tokenizer.render_chat([], TOOLS) == "Trueü"
+    file.write_bytes(b"\xff")
+    with pytest.raises(InputError, match=rf"the chat template is not UTF-8 \({file}\)"):
+        load_tokenizer(files, file)
+    with pytest.raises(InputError, match=rf"cannot be read \({tmp_path}/none: No such file"):
+        load_tokenizer(files, tmp_path / "none")
 
 
 def test_tokenizer_reads_special_tokens_written_as_objects(tmp_path: Path) -> None:
     write_tokenizer(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text(
-        json.dumps({"eos_token": {"content": "<|im_end|>", "lstrip": False}})
+        json.dumps({"eos_token": {"content": "<|im_end|>", "lstrip": False}, "pad_token": 3})
     )
     tokenizer = load(tmp_path)
     assert tokenizer.special_tokens == {"eos_token": "<|im_end|>"}
