@@ -37,6 +37,7 @@ NULLABLE: dict[str, type] = {
     "mlp_only_layers": list,
     "use_bidirectional_attention": bool,
     "rope_local_base_freq": float,
+    "attention_multiplier": float,
 }
 _QWEN_SLIDING_WINDOW = {
     "use_sliding_window": False,
@@ -51,6 +52,19 @@ _GEMMA = {
     "tie_word_embeddings": True,
     "query_pre_attn_scalar": 256,
     "sliding_window": 4096,
+}
+_GLM = {
+    "num_key_value_heads": 2,
+    "head_dim": 128,
+    "rms_norm_eps": 1.5625e-7,
+    "attention_bias": True,
+    "partial_rotary_factor": 0.5,
+}
+_COHERE = {
+    "layer_norm_eps": 1e-5,
+    "logit_scale": 0.0625,
+    "tie_word_embeddings": True,
+    "use_qk_norm": False,
 }
 # The defaults of each model_type. They extend or override the defaults above. A field whose value
 # here is a type (int) is required.
@@ -95,5 +109,102 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "moe_intermediate_size": int,
         "norm_topk_prob": False,
         "decoder_sparse_step": 1,
+    },
+    "gemma": {
+        "hidden_act": "gelu_pytorch_tanh",
+        "head_dim": 256,
+        "num_key_value_heads": 16,
+        "tie_word_embeddings": True,
+    },
+    "vaultgemma": _GEMMA | {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
+    "ministral": {"num_key_value_heads": 8, "sliding_window": 4096},
+    "ministral3": {
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 1e6,
+    },
+    "olmo3": {"rms_norm_eps": 1e-5, "rope_theta": 5e5, "sliding_window": 4096},
+    "glm": _GLM,
+    "glm4": _GLM,
+    "ernie4_5": {
+        "num_key_value_heads": 2,
+        "head_dim": 128,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 5e5,
+        "tie_word_embeddings": True,
+        "use_bias": False,
+    },
+    "helium": {
+        "num_key_value_heads": 20,
+        "head_dim": 128,
+        "rms_norm_eps": 1e-8,
+        "rope_theta": 1e5,
+        "mlp_bias": False,
+    },
+    "seed_oss": {
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "attention_bias": True,
+        "attention_out_bias": False,
+        "mlp_bias": False,
+    },
+    "hunyuan_v1_dense": {"rms_norm_eps": 1e-5, "mlp_bias": False},
+    "exaone4": {
+        "num_key_value_heads": 32,
+        "rms_norm_eps": 1e-5,
+        "sliding_window": 4096,
+        "sliding_window_pattern": 4,
+    },
+    "cohere": _COHERE | {"rope_theta": 5e5},
+    "cohere2": _COHERE | {"sliding_window": 4096, "sliding_window_pattern": 4},
+    "hyperclovax": {
+        "mlp_bias": False,
+        "attention_multiplier": None,
+        "embedding_multiplier": 1.0,
+        "residual_multiplier": 1.0,
+        "logits_scaling": 1.0,
+        "use_post_norm": True,
+    },
+    "starcoder2": {
+        "num_key_value_heads": 2,
+        "hidden_act": "gelu_pytorch_tanh",
+        "norm_epsilon": 1e-5,
+        "tie_word_embeddings": True,
+        "use_bias": True,
+    },
+    "arcee": {"hidden_act": "relu2", "rms_norm_eps": 1e-5, "mlp_bias": False},
+    "jais2": {
+        "hidden_act": "relu2",
+        "layer_norm_eps": 1e-5,
+        "attention_bias": True,
+        "mlp_bias": True,
+    },
+    "nemotron": {
+        "hidden_act": "relu2",
+        "norm_eps": 1e-5,
+        "mlp_bias": False,
+        "partial_rotary_factor": 0.5,
+    },
+    "stablelm": {
+        "num_key_value_heads": 32,
+        "layer_norm_eps": 1e-5,
+        "partial_rotary_factor": 0.25,
+        "use_qkv_bias": False,
+        "qk_layernorm": False,
+        "use_parallel_residual": False,
+    },
+    "apertus": {"hidden_act": "xielu", "rms_norm_eps": 1e-5, "rope_theta": 12e6},
+    "internlm3": {
+        "num_key_value_heads": 2,
+        "head_dim": 128,
+        "rms_norm_eps": 1e-5,
+        "mlp_bias": False,
+    },
+    "iquestcoder": {
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "rms_norm_eps": 1e-5,
+        "mlp_bias": False,
     },
 }

@@ -50,7 +50,12 @@ def rope_spec(
             return _to_spec(_llama3(1.0 / wavelengths, parameters, original))
         if rope_type == "yarn":
             inv_freq = _yarn(wavelengths, parameters, dim, original)
-            return _to_spec(inv_freq, _yarn_attention_scaling(parameters))
+            return RopeSpec(
+                tuple(inv_freq.tolist()),
+                _yarn_attention_scaling(parameters),
+                original_max_position_embeddings=original,
+                query_scale_beta=float(parameters.get("llama_4_scaling_beta") or 0.0),
+            )
         if rope_type == "longrope":
             short = 1.0 / (torch.tensor(parameters["short_factor"]).float() * wavelengths)
             long = 1.0 / (torch.tensor(parameters["long_factor"]).float() * wavelengths)

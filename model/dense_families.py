@@ -13,6 +13,7 @@ from llmkit.model.family_fields import (
     rope,
     rope_parameters,
     with_rope_defaults,
+    without_global_rope,
 )
 from llmkit.model.spec import LayerSpec
 
@@ -139,6 +140,227 @@ def _smollm3(config: Any) -> dict[str, Any]:
     return _llama(config) | {"layers": layers}
 
 
+def _gemma(config: Any) -> dict[str, Any]:
+    if config.use_bidirectional_attention:
+        raise InputError("Gemma with use_bidirectional_attention", "A causal language model")
+    # Old configs say "gelu" and mean the approximation.
+    hidden_act = "gelu_pytorch_tanh" if config.hidden_act == "gelu" else config.hidden_act
+    return {
+        "norm_offset": 1.0,
+        "activation": activation(hidden_act),
+        "qkv_bias": config.attention_bias,
+        "o_proj_bias": config.attention_bias,
+        "embedding_multiplier": config.hidden_size**0.5,
+    }
+
+
+def _vaultgemma(config: Any) -> dict[str, Any]:
+    return _gemma2(config) | {
+        "post_norm": False,
+        "module_names": {"mlp_norm": "pre_feedforward_layernorm"},
+    }
+
+
+def _ministral(config: Any) -> dict[str, Any]:
+    has_window = [config.sliding_window is not None] * config.num_hidden_layers
+    return {"layers": mixed_layers(config, has_window, config.sliding_window)}
+
+
+def _ministral3(config: Any) -> dict[str, Any]:
+    parameters = rope_parameters(config)
+    if config.rope_scaling is None and config.rope_parameters is None:
+        parameters = parameters | {
+            "rope_type": "yarn",
+            "factor": 16.0,
+            "original_max_position_embeddings": 16384,
+            "mscale": 1.0,
+            "mscale_all_dim": 1.0,
+            "llama_4_scaling_beta": 0.1,
+        }
+    return _mistral(config) | {"ropes": {"global": rope(config, parameters)}}
+
+
+def _olmo3(config: Any) -> dict[str, Any]:
+    has_window = [(index + 1) % 4 != 0 for index in range(config.num_hidden_layers)]
+    layers = []
+    for layer in mixed_layers(config, has_window, config.sliding_window):
+        layer_type = "full_attention" if layer.sliding_window is None else "sliding_attention"
+        layers.append(LayerSpec(layer.sliding_window, rope=layer_type))
+    # Scaling applies to full attention only.
+    scaling = {"full_attention": config.rope_scaling or {}}
+    by_layer_type = config.rope_parameters or {}
+    ropes = {}
+    for name in dict.fromkeys(layer.rope for layer in layers if layer.rope is not None):
+        parameters = (by_layer_type.get(name) or {}) | scaling.get(name, {})
+        ropes[name] = rope(config, with_rope_defaults(parameters, config.rope_theta, config))
+    return _olmo2(config) | {"layers": tuple(layers), "ropes": ropes}
+
+
+def _glm(config: Any) -> dict[str, Any]:
+    return {"qkv_bias": config.attention_bias, "fused_gate_up": True, "rope_interleaved": True}
+
+
+def _glm4(config: Any) -> dict[str, Any]:
+    return _glm(config) | {
+        "post_norm": True,
+        "module_names": {
+            "attn_post_norm": "post_self_attn_layernorm",
+            "mlp_norm": "post_attention_layernorm",
+            "mlp_post_norm": "post_mlp_layernorm",
+        },
+    }
+
+
+def _ernie4_5(config: Any) -> dict[str, Any]:
+    return {
+        "qkv_bias": config.use_bias,
+        "o_proj_bias": config.use_bias,
+        "mlp_bias": config.use_bias,
+        "rope_interleaved": True,
+    }
+
+
+def _helium(config: Any) -> dict[str, Any]:
+    return _llama(config) | {"o_proj_bias": False, "rope_interleaved": True}
+
+
+def _seed_oss(config: Any) -> dict[str, Any]:
+    return _llama(config) | {"o_proj_bias": config.attention_out_bias}
+
+
+def _hunyuan(config: Any) -> dict[str, Any]:
+    parameters = rope_parameters(config)
+    alpha = parameters.get("alpha")
+    if parameters["rope_type"] == "dynamic" and alpha:
+        # Frequencies that `alpha` changes once and for all, whatever the length.
+        exponent = config.head_dim / (config.head_dim - 2)
+        theta = parameters["rope_theta"] * alpha**exponent
+        parameters = parameters | {"rope_type": "default", "rope_theta": theta}
+    return _llama(config) | {
+        "qk_norm": "head",
+        "norm_after_rope": True,
+        "ropes": {"global": rope(config, parameters)},
+        "module_names": {
+            "attn.q_norm": "self_attn.query_layernorm",
+            "attn.k_norm": "self_attn.key_layernorm",
+        },
+    }
+
+
+def _exaone4(config: Any) -> dict[str, Any]:
+    pattern = config.sliding_window_pattern or 1
+    num_layers = config.num_hidden_layers
+    has_window = [(index + 1) % pattern != 0 for index in range(num_layers)]
+    layers = mixed_layers(config, has_window, config.sliding_window)
+    if config.sliding_window is not None:
+        layers = without_global_rope(layers)
+    return {"qk_norm": "head", "pre_norm": False, "post_norm": True, "layers": layers}
+
+
+def _cohere(config: Any) -> dict[str, Any]:
+    if config.use_qk_norm:
+        raise InputError("Cohere with use_qk_norm", "A model without query and key norms")
+    return {
+        "norm": "layer",
+        "rms_norm_eps": config.layer_norm_eps,
+        "parallel_block": True,
+        "rope_interleaved": True,
+        "qkv_bias": config.attention_bias,
+        "o_proj_bias": config.attention_bias,
+        "logit_scale": config.logit_scale,
+    }
+
+
+def _cohere2(config: Any) -> dict[str, Any]:
+    pattern = config.sliding_window_pattern
+    has_window = [(index + 1) % pattern != 0 for index in range(config.num_hidden_layers)]
+    layers = mixed_layers(config, has_window, config.sliding_window)
+    return _cohere(config) | {"layers": without_global_rope(layers)}
+
+
+def _hyperclovax(config: Any) -> dict[str, Any]:
+    differences = _granite(config) | {
+        "attention_scale": config.attention_multiplier or config.head_dim**-0.5,
+    }
+    if config.use_post_norm:
+        differences |= {
+            "post_norm": True,
+            "module_names": {
+                "attn_post_norm": "post_norm1",
+                "mlp_norm": "post_attention_layernorm",
+                "mlp_post_norm": "post_norm2",
+            },
+        }
+    return differences
+
+
+def _starcoder2(config: Any) -> dict[str, Any]:
+    return {
+        "norm": "layer",
+        "norm_bias": True,
+        "rms_norm_eps": config.norm_epsilon,
+        "gated_mlp": False,
+        "qkv_bias": config.use_bias,
+        "o_proj_bias": config.use_bias,
+        "mlp_bias": config.use_bias,
+        "layers": equal_layers(config, config.sliding_window),
+        "module_names": {"mlp.up": "mlp.c_fc", "mlp.down": "mlp.c_proj"},
+    }
+
+
+def _arcee(config: Any) -> dict[str, Any]:
+    return _llama(config) | {"gated_mlp": False}
+
+
+def _jais2(config: Any) -> dict[str, Any]:
+    return _arcee(config) | {
+        "norm": "layer",
+        "norm_bias": True,
+        "rms_norm_eps": config.layer_norm_eps,
+    }
+
+
+def _nemotron(config: Any) -> dict[str, Any]:
+    return _arcee(config) | {
+        "norm": "layer",
+        "norm_bias": True,
+        "norm_offset": 1.0,
+        "rms_norm_eps": config.norm_eps,
+    }
+
+
+def _stablelm(config: Any) -> dict[str, Any]:
+    if config.qk_layernorm:
+        raise InputError("StableLM with qk_layernorm", "A model without query and key norms")
+    return {
+        "norm": "layer",
+        "norm_bias": True,
+        "rms_norm_eps": config.layer_norm_eps,
+        "qkv_bias": config.use_qkv_bias,
+        "parallel_block": config.use_parallel_residual,
+    }
+
+
+def _apertus(config: Any) -> dict[str, Any]:
+    parameters = rope_parameters(config)
+    if config.rope_scaling is None and config.rope_parameters is None:
+        parameters = parameters | {
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "original_max_position_embeddings": 8192,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+        }
+    return {
+        "qkv_bias": config.attention_bias,
+        "o_proj_bias": config.attention_bias,
+        "qk_norm": "head",
+        "gated_mlp": False,
+        "ropes": {"global": rope(config, parameters)},
+        "module_names": {"attn_norm": "attention_layernorm", "mlp_norm": "feedforward_layernorm"},
+    }
+
+
 # By architecture: its model_type and its function.
 DENSE_FAMILIES: dict[str, tuple[str, FamilyFunction]] = {
     "LlamaForCausalLM": ("llama", _llama),
@@ -151,4 +373,27 @@ DENSE_FAMILIES: dict[str, tuple[str, FamilyFunction]] = {
     "GraniteForCausalLM": ("granite", _granite),
     "Olmo2ForCausalLM": ("olmo2", _olmo2),
     "SmolLM3ForCausalLM": ("smollm3", _smollm3),
+    "GemmaForCausalLM": ("gemma", _gemma),
+    "VaultGemmaForCausalLM": ("vaultgemma", _vaultgemma),
+    "MinistralForCausalLM": ("ministral", _ministral),
+    "Ministral3ForCausalLM": ("ministral3", _ministral3),
+    "Olmo3ForCausalLM": ("olmo3", _olmo3),
+    "GlmForCausalLM": ("glm", _glm),
+    "Glm4ForCausalLM": ("glm4", _glm4),
+    "Ernie4_5ForCausalLM": ("ernie4_5", _ernie4_5),
+    "HeliumForCausalLM": ("helium", _helium),
+    "SeedOssForCausalLM": ("seed_oss", _seed_oss),
+    "HunYuanDenseV1ForCausalLM": ("hunyuan_v1_dense", _hunyuan),
+    "Exaone4ForCausalLM": ("exaone4", _exaone4),
+    "CohereForCausalLM": ("cohere", _cohere),
+    "Cohere2ForCausalLM": ("cohere2", _cohere2),
+    "HyperCLOVAXForCausalLM": ("hyperclovax", _hyperclovax),
+    "Starcoder2ForCausalLM": ("starcoder2", _starcoder2),
+    "ArceeForCausalLM": ("arcee", _arcee),
+    "Jais2ForCausalLM": ("jais2", _jais2),
+    "NemotronForCausalLM": ("nemotron", _nemotron),
+    "StableLmForCausalLM": ("stablelm", _stablelm),
+    "ApertusForCausalLM": ("apertus", _apertus),
+    "InternLM3ForCausalLM": ("internlm3", _llama),
+    "IQuestCoderForCausalLM": ("iquestcoder", _llama),
 }

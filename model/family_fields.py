@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from llmkit.checkpoint.hf_config import RopeSpec
@@ -15,7 +16,14 @@ FamilyFunction = Callable[[Any], dict[str, Any]]
 
 def activation(hidden_act: str) -> str:
     """The activation of the MLP by its name in a config."""
-    activations = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
+    activations = {
+        "silu": "silu",
+        "gelu_pytorch_tanh": "gelu_tanh",
+        "gelu_new": "gelu_tanh",
+        "gelu": "gelu",
+        "relu2": "relu2",
+        "xielu": "xielu",
+    }
     if hidden_act not in activations:
         raise InputError(
             f"unsupported activation ({hidden_act})", f"One of {', '.join(activations)}"
@@ -46,6 +54,13 @@ def mixed_layers(
             )
         has_window = [known[layer_type] for layer_type in layer_types]
     return tuple(LayerSpec(window if windowed else None) for windowed in has_window)
+
+
+def without_global_rope(layers: Sequence[LayerSpec]) -> tuple[LayerSpec, ...]:
+    """The layers, of which only those with a sliding window have RoPE."""
+    return tuple(
+        layer if layer.sliding_window is not None else replace(layer, rope=None) for layer in layers
+    )
 
 
 def rope_parameters(config: Any) -> dict[str, Any]:
