@@ -14,8 +14,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from llmkit.kernels import elementwise, flash_attention
 from llmkit.kernels import paged_attention as triton_attention
 from llmkit.kernels.attention_metadata import AttentionMetadata
-from llmkit.kernels.cpu import cpu_attention
-from llmkit.kernels.elementwise import apply_rotary_emb_, norm_heads
+from llmkit.kernels.cpu import cpu_attention, cpu_kernels
+from llmkit.kernels.elementwise import apply_rotary_emb_, norm_heads, scale_tokens_
 from llmkit.kernels.kv_cache import KVCache
 
 Quantize = Callable[[torch.Tensor], torch.Tensor]
@@ -54,23 +54,14 @@ def rope_and_cache(
             qkv, num_heads, norms, eps, cos_sin, cache, slot_mapping
         )
     first_value_head = (num_heads + qkv.shape[1]) // 2
-
-    def norm_queries_and_keys(qkv: torch.Tensor) -> torch.Tensor:
-        if norms is None:
-            return qkv
-        q, k, v = qkv.tensor_split((num_heads, first_value_head), dim=1)
-        q = norm_heads(q, norms[0], eps, norm_subtracts_mean)
-        k = norm_heads(k, norms[1], eps, norm_subtracts_mean)
-        return torch.cat((q, k, v), dim=1)
-
-    if not norm_after_rope:
-        qkv = norm_queries_and_keys(qkv)
+    if norms is not None and not norm_after_rope:
+        qkv = _norm_queries_and_keys(qkv, num_heads, norms, eps, norm_subtracts_mean)
     if cos_sin is not None:
         apply_rotary_emb_(qkv[:, :first_value_head], *cos_sin, interleaved)
-    if norm_after_rope:
-        qkv = norm_queries_and_keys(qkv)
+    if norms is not None and norm_after_rope:
+        qkv = _norm_queries_and_keys(qkv, num_heads, norms, eps, norm_subtracts_mean)
     if query_scale is not None:
-        qkv[:, :num_heads].mul_(query_scale[:, None, None].to(qkv.dtype))
+        scale_tokens_(qkv[:, :num_heads], query_scale)
     kv = qkv[:, num_heads:]
     if kv_quant is not None:
         k, v = kv.chunk(2, dim=1)
@@ -78,6 +69,25 @@ def rope_and_cache(
         kv = torch.cat((quantize_k(k), quantize_v(v)), dim=1)
     cache.store(kv, slot_mapping)
     return qkv[:, :num_heads]
+
+
+def _norm_queries_and_keys(
+    qkv: torch.Tensor,
+    num_heads: int,
+    norms: tuple[torch.Tensor, torch.Tensor],
+    eps: float,
+    subtract_mean: bool,
+) -> torch.Tensor:
+    """qkv [T, N + 2K, D] with normalized queries and keys. Its values may be overwritten."""
+    q, k, v = qkv.tensor_split((num_heads, (num_heads + qkv.shape[1]) // 2), dim=1)
+    q_norm, k_norm = norms
+    if cpu_kernels.supports(qkv) and qkv.stride()[1:] == (qkv.shape[2], 1):
+        cpu_kernels.norm_heads_(q, q_norm, eps, subtract_mean)
+        cpu_kernels.norm_heads_(k, k_norm, eps, subtract_mean)
+        return qkv
+    q = norm_heads(q, q_norm, eps, subtract_mean)
+    k = norm_heads(k, k_norm, eps, subtract_mean)
+    return torch.cat((q, k, v), dim=1)
 
 
 def paged_attention(

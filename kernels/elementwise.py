@@ -36,8 +36,8 @@ def apply_rotary_emb_(
     """
     rotary_dim = cos.shape[-1]
     compact = x.stride()[1:] == (x.shape[2], 1)
-    if compact and not interleaved and cpu_kernels.supports(x):
-        cpu_kernels.apply_rotary_emb_(x, cos, sin)
+    if compact and cpu_kernels.supports(x):
+        cpu_kernels.apply_rotary_emb_(x, cos, sin, interleaved)
         return
     x = x[..., :rotary_dim]
     rotated = x.float()  # x itself when it is float32
@@ -60,8 +60,8 @@ def _interleave_halves(values: torch.Tensor) -> torch.Tensor:
 def act_and_mul(gate_up: torch.Tensor, activation: Activation) -> torch.Tensor:
     """act(gate) * up. gate_up: [T, 2 * size], first gate, then up. Returns [T, size]."""
     has_kernel = activation in ("silu", "gelu_tanh") and gate_up.is_contiguous()
-    if cpu_kernels.supports(gate_up) and has_kernel and gate_up.shape[1] % 16 == 0:
-        return cpu_kernels.act_and_mul(gate_up, activation == "gelu_tanh")
+    if cpu_kernels.supports(gate_up) and gate_up.is_contiguous() and gate_up.shape[1] % 16 == 0:
+        return cpu_kernels.act_and_mul(gate_up, activation)
     if runs_triton(gate_up) and has_kernel:
         return act_and_mul_triton(gate_up, activation == "gelu_tanh")
     gate, up = gate_up.chunk(2, dim=-1)
@@ -85,6 +85,8 @@ def swiglu_clamped(gate_up: torch.Tensor, limit: float, alpha: float = 1.702) ->
 
 def act(x: torch.Tensor, activation: Activation) -> torch.Tensor:
     """act(x), of x's shape and dtype, for an MLP without a gate."""
+    if cpu_kernels.supports(x) and x.is_contiguous():
+        return cpu_kernels.act(x, activation)
     return _activate(x, activation)
 
 
@@ -109,6 +111,13 @@ def xielu(
     ap x^2 + beta x for x > 0, otherwise an (expm1(min(x, eps)) - x) + beta x.
     alpha_p, alpha_n, beta, eps: one element each, as a checkpoint stores them.
     """
+    parameters = (alpha_p, alpha_n, beta, eps)
+    if (
+        cpu_kernels.supports(x)
+        and x.is_contiguous()
+        and all(parameter.dtype == torch.float32 for parameter in parameters)
+    ):
+        return cpu_kernels.xielu(x, *parameters)
     wide = x.float()
     alpha_p = softplus(alpha_p.float())
     alpha_n = beta.float() + softplus(alpha_n.float())
@@ -135,6 +144,8 @@ def layer_norm(
 
     x: [..., size]; weight, bias: [size]; None: no bias. Returns x's shape and dtype.
     """
+    if cpu_kernels.supports(x) and x.is_contiguous() and weight.dtype == x.dtype:
+        return cpu_kernels.layer_norm(x, weight, bias, eps)
     return torch_layer_norm(x, weight.shape, weight, bias, eps)
 
 
@@ -204,6 +215,17 @@ def norm_heads(
     else:
         normed = torch_rms_norm(wide, size, eps=eps)
     return (normed * weight.float()).to(x.dtype)
+
+
+def scale_tokens_(x: torch.Tensor, factors: torch.Tensor) -> None:
+    """Multiply each token of x [T, N, D] by its factor in place.
+
+    factors: float32 [T]; they are rounded to the dtype of x first.
+    """
+    if cpu_kernels.supports(x) and x.stride()[1:] == (x.shape[2], 1):
+        cpu_kernels.scale_tokens_(x, factors)
+        return
+    x.mul_(factors[:, None, None].to(x.dtype))
 
 
 def rope_and_cache_triton(

@@ -61,7 +61,23 @@ def paged_attention(
     /,
 ) -> None: ...
 def rms_norm(x: int, weight: int, y: int, rows: int, hidden_size: int, eps: float, /) -> None: ...
+def layer_norm(
+    x: int, weight: int, bias: int, y: int, rows: int, hidden_size: int, eps: float, /
+) -> None: ...
+def norm_heads(
+    x: int,
+    x_stride: int,
+    num_tokens: int,
+    num_heads: int,
+    head_dim: int,
+    weight: int,
+    weight_stride: int,
+    subtract_mean: int,
+    eps: float,
+    /,
+) -> None: ...
 def add_residual(residual: int, update: int, y: int, size: int, scale: float, /) -> None: ...
+def scale_tokens(x: int, x_stride: int, num_tokens: int, size: int, factors: int, /) -> None: ...
 def apply_rotary_emb(
     x: int,
     x_stride: int,
@@ -71,6 +87,7 @@ def apply_rotary_emb(
     cos: int,
     sin: int,
     half: int,
+    interleaved: int,
     /,
 ) -> None: ...
 def store_kv(
@@ -84,7 +101,11 @@ def store_kv(
     head_stride: int,
     /,
 ) -> None: ...
-def act_and_mul(gate_up: int, y: int, rows: int, size: int, gelu: int, /) -> None: ...
+def act_and_mul(gate_up: int, y: int, rows: int, size: int, activation: int, /) -> None: ...
+def act(x: int, y: int, size: int, activation: int, /) -> None: ...
+def xielu(
+    x: int, y: int, size: int, raw_alpha_p: int, raw_alpha_n: int, beta: int, eps: int, /
+) -> None: ...
 def swiglu_clamped(
     gate_up: int, y: int, rows: int, size: int, limit: float, alpha: float, /
 ) -> None: ...

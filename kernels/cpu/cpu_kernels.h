@@ -28,6 +28,9 @@ enum {
 /* How a weight is stored. The numbers are those of WEIGHT_TYPES in cpu_kernels.py. */
 enum { WEIGHT_F32, WEIGHT_BF16, WEIGHT_F16, WEIGHT_INT8, WEIGHT_INT4 };
 
+/* Activations. The numbers are those of ACTIVATIONS in cpu_kernels.py. */
+enum { ACT_SILU, ACT_GELU_TANH, ACT_GELU, ACT_RELU2 };
+
 /* ---- functions that the files share ---- */
 
 #pragma GCC visibility push(hidden)
@@ -100,12 +103,21 @@ int paged_attention(const PagedAttention *a); /* returns 0 when out of memory */
 /* elementwise.c */
 void rms_norm(const float *x, const float *weight, float *y, int64_t rows, int64_t hidden_size,
               float eps);
+void layer_norm(const float *x, const float *weight, const float *bias, float *y, int64_t rows,
+                int64_t hidden_size, float eps);
+void norm_heads(float *x, int64_t x_stride, int64_t n_tokens, int64_t n_heads, int64_t head_dim,
+                const float *weight, int64_t weight_stride, int subtract_mean, float eps);
 void add_residual(const float *residual, const float *update, float *y, int64_t size, float scale);
+void scale_tokens(float *x, int64_t x_stride, int64_t n_tokens, int64_t size, const float *factors);
 void apply_rotary_emb(float *x, int64_t x_stride, int64_t n_tokens, int64_t n_heads,
-                      int64_t head_dim, const float *cos, const float *sin, int64_t half);
+                      int64_t head_dim, const float *cos, const float *sin, int64_t half,
+                      int interleaved);
 void store_kv(const float *kv, int64_t kv_stride, int64_t n_tokens, int64_t n_heads,
               int64_t head_dim, const int64_t *slot_mapping, float *cache, int64_t head_stride);
-void act_and_mul(const float *gate_up, float *y, int64_t rows, int64_t size, int gelu);
+void act_and_mul(const float *gate_up, float *y, int64_t rows, int64_t size, int activation);
+void act(const float *x, float *y, int64_t size, int activation);
+void xielu(const float *x, float *y, int64_t size, const float *raw_alpha_p,
+           const float *raw_alpha_n, const float *beta, const float *eps);
 void swiglu_clamped(const float *gate_up, float *y, int64_t rows, int64_t size, float limit,
                     float alpha);
 
@@ -164,6 +176,45 @@ INLINE __m256 exp_nonpositive(__m256 x) {
     __m256i exponent = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
     __m256 power = _mm256_castsi256_ps(_mm256_slli_epi32(exponent, 23));
     return _mm256_andnot_ps(underflows, _mm256_mul_ps(y, power));
+}
+
+/* e^x - 1 - x for x <= 0. Near 0, where that would cancel, the first terms of its series. */
+INLINE __m256 exp_minus_one_minus(__m256 x) {
+    __m256 far = _mm256_sub_ps(_mm256_sub_ps(exp_nonpositive(x), _mm256_set1_ps(1.0f)), x);
+    __m256 near = _mm256_set1_ps(1.0f / 362880);
+    near = _mm256_fmadd_ps(near, x, _mm256_set1_ps(1.0f / 40320));
+    near = _mm256_fmadd_ps(near, x, _mm256_set1_ps(1.0f / 5040));
+    near = _mm256_fmadd_ps(near, x, _mm256_set1_ps(1.0f / 720));
+    near = _mm256_fmadd_ps(near, x, _mm256_set1_ps(1.0f / 120));
+    near = _mm256_fmadd_ps(near, x, _mm256_set1_ps(1.0f / 24));
+    near = _mm256_fmadd_ps(near, x, _mm256_set1_ps(1.0f / 6));
+    near = _mm256_fmadd_ps(near, x, _mm256_set1_ps(0.5f));
+    near = _mm256_mul_ps(near, _mm256_mul_ps(x, x));
+    __m256 is_near = _mm256_cmp_ps(x, _mm256_set1_ps(-0.7f), _CMP_GT_OQ);
+    return _mm256_blendv_ps(far, near, is_near);
+}
+
+/* erfc(|x| / sqrt(2)) / 2, to 2e-7; relative to the value, to 2e-6 for |x| < 6.
+ * erfc(z) = t e^(P(1 - t) - z^2) with t = 1 / (1 + z / 2). P is a Chebyshev fit of
+ * log(erfc(z) e^(z^2) / t) for z < 10, of degree 9 and without a constant term. */
+INLINE __m256 half_erfc(__m256 x) {
+    const __m256 one = _mm256_set1_ps(1.0f);
+    __m256 magnitude = _mm256_andnot_ps(_mm256_set1_ps(-0.0f), x);
+    __m256 half_z = _mm256_mul_ps(magnitude, _mm256_set1_ps(0.35355339f));
+    __m256 t = _mm256_div_ps(one, _mm256_add_ps(one, half_z));
+    __m256 u = _mm256_mul_ps(half_z, t); /* 1 - t, without its rounding error */
+    __m256 p = _mm256_set1_ps(-0.13956807f);
+    p = _mm256_fmadd_ps(p, u, _mm256_set1_ps(0.60322278f));
+    p = _mm256_fmadd_ps(p, u, _mm256_set1_ps(-0.89523341f));
+    p = _mm256_fmadd_ps(p, u, _mm256_set1_ps(0.48371802f));
+    p = _mm256_fmadd_ps(p, u, _mm256_set1_ps(-0.15399206f));
+    p = _mm256_fmadd_ps(p, u, _mm256_set1_ps(0.24056208f));
+    p = _mm256_fmadd_ps(p, u, _mm256_set1_ps(0.15549326f));
+    p = _mm256_fmadd_ps(p, u, _mm256_set1_ps(-0.30287368f));
+    p = _mm256_fmadd_ps(p, u, _mm256_set1_ps(-1.256766f));
+    __m256 z_squared = _mm256_mul_ps(_mm256_mul_ps(magnitude, magnitude), _mm256_set1_ps(0.5f));
+    __m256 e = exp_nonpositive(_mm256_fmsub_ps(p, u, z_squared));
+    return _mm256_mul_ps(_mm256_mul_ps(t, e), _mm256_set1_ps(0.5f));
 }
 
 /* tanh(x) = (1 - e) / (1 + e) with e = e^(-2 |x|), and the sign of x. */

@@ -33,6 +33,7 @@ WEIGHT_TYPES = {
     torch.int8: 3,
     torch.uint8: 4,
 }
+ACTIVATIONS = {"silu": 0, "gelu_tanh": 1, "gelu": 2, "relu2": 3}
 
 
 def _load() -> ModuleType | None:
@@ -258,6 +259,42 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     return y
 
 
+def layer_norm(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float
+) -> torch.Tensor:
+    """See `elementwise.layer_norm`. x: contiguous."""
+    assert library is not None
+    y = torch.empty_like(x)
+    size = x.shape[-1]
+    library.layer_norm(
+        x.data_ptr(),
+        weight.data_ptr(),
+        address(bias),
+        y.data_ptr(),
+        x.numel() // size,
+        size,
+        eps,
+    )
+    return y
+
+
+def norm_heads_(x: torch.Tensor, weight: torch.Tensor, eps: float, subtract_mean: bool) -> None:
+    """`elementwise.norm_heads` in place. x: [T, N, D]; its last two dimensions are contiguous."""
+    assert library is not None
+    num_tokens, num_heads, head_dim = x.shape
+    library.norm_heads(
+        x.data_ptr(),
+        x.stride(0),
+        num_tokens,
+        num_heads,
+        head_dim,
+        weight.data_ptr(),
+        head_dim if weight.dim() == 2 else 0,
+        subtract_mean,
+        eps,
+    )
+
+
 def add_residual(residual: torch.Tensor, update: torch.Tensor, scale: float) -> torch.Tensor:
     """See `elementwise.add_residual`. Both are contiguous."""
     assert library is not None
@@ -268,7 +305,21 @@ def add_residual(residual: torch.Tensor, update: torch.Tensor, scale: float) -> 
     return y
 
 
-def apply_rotary_emb_(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
+def scale_tokens_(x: torch.Tensor, factors: torch.Tensor) -> None:
+    """Multiply each token of x [T, N, D] by its factor, float32 [T], in place.
+
+    The last two dimensions of x are contiguous.
+    """
+    assert library is not None
+    num_tokens, num_heads, head_dim = x.shape
+    library.scale_tokens(
+        x.data_ptr(), x.stride(0), num_tokens, num_heads * head_dim, factors.data_ptr()
+    )
+
+
+def apply_rotary_emb_(
+    x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool
+) -> None:
     """See `elementwise.apply_rotary_emb_`. x: [T, N, D]; its last two dimensions are contiguous."""
     assert library is not None
     num_tokens, num_heads, head_dim = x.shape
@@ -281,6 +332,7 @@ def apply_rotary_emb_(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> 
         cos.data_ptr(),
         sin.data_ptr(),
         cos.shape[-1] // 2,
+        interleaved,
     )
 
 
@@ -300,13 +352,43 @@ def store_kv(kv: torch.Tensor, slot_mapping: torch.Tensor, cache: torch.Tensor) 
     )
 
 
-def act_and_mul(gate_up: torch.Tensor, gelu: bool) -> torch.Tensor:
+def act_and_mul(gate_up: torch.Tensor, activation: str) -> torch.Tensor:
     """See `elementwise.act_and_mul`. gate_up: contiguous [T, 2 * size], size a multiple of 8."""
     assert library is not None
     rows, both = gate_up.shape
     size = both // 2
     y = torch.empty(rows, size)
-    library.act_and_mul(gate_up.data_ptr(), y.data_ptr(), rows, size, gelu)
+    library.act_and_mul(gate_up.data_ptr(), y.data_ptr(), rows, size, ACTIVATIONS[activation])
+    return y
+
+
+def act(x: torch.Tensor, activation: str) -> torch.Tensor:
+    """See `elementwise.act`. x: contiguous."""
+    assert library is not None
+    y = torch.empty_like(x)
+    library.act(x.data_ptr(), y.data_ptr(), x.numel(), ACTIVATIONS[activation])
+    return y
+
+
+def xielu(
+    x: torch.Tensor,
+    alpha_p: torch.Tensor,
+    alpha_n: torch.Tensor,
+    beta: torch.Tensor,
+    eps: torch.Tensor,
+) -> torch.Tensor:
+    """See `elementwise.xielu`. x: contiguous. All are float32."""
+    assert library is not None
+    y = torch.empty_like(x)
+    library.xielu(
+        x.data_ptr(),
+        y.data_ptr(),
+        x.numel(),
+        alpha_p.data_ptr(),
+        alpha_n.data_ptr(),
+        beta.data_ptr(),
+        eps.data_ptr(),
+    )
     return y
 
 

@@ -154,16 +154,34 @@ KERNEL(rms_norm, 5, 1) {
     return 1;
 }
 
+KERNEL(layer_norm, 6, 1) {
+    layer_norm(ADDRESS(const float, 0), ADDRESS(const float, 1), ADDRESS(const float, 2),
+               ADDRESS(float, 3), ints[4], ints[5], (float)floats[0]);
+    return 1;
+}
+
+KERNEL(norm_heads, 8, 1) {
+    norm_heads(ADDRESS(float, 0), ints[1], ints[2], ints[3], ints[4], ADDRESS(const float, 5),
+               ints[6], (int)ints[7], (float)floats[0]);
+    return 1;
+}
+
 KERNEL(add_residual, 4, 1) {
     add_residual(ADDRESS(const float, 0), ADDRESS(const float, 1), ADDRESS(float, 2), ints[3],
                  (float)floats[0]);
     return 1;
 }
 
-KERNEL(apply_rotary_emb, 8, 0) {
+KERNEL(scale_tokens, 5, 0) {
+    (void)floats;
+    scale_tokens(ADDRESS(float, 0), ints[1], ints[2], ints[3], ADDRESS(const float, 4));
+    return 1;
+}
+
+KERNEL(apply_rotary_emb, 9, 0) {
     (void)floats;
     apply_rotary_emb(ADDRESS(float, 0), ints[1], ints[2], ints[3], ints[4],
-                     ADDRESS(const float, 5), ADDRESS(const float, 6), ints[7]);
+                     ADDRESS(const float, 5), ADDRESS(const float, 6), ints[7], (int)ints[8]);
     return 1;
 }
 
@@ -180,6 +198,19 @@ KERNEL(act_and_mul, 5, 0) {
     return 1;
 }
 
+KERNEL(act, 4, 0) {
+    (void)floats;
+    act(ADDRESS(const float, 0), ADDRESS(float, 1), ints[2], (int)ints[3]);
+    return 1;
+}
+
+KERNEL(xielu, 7, 0) {
+    (void)floats;
+    xielu(ADDRESS(const float, 0), ADDRESS(float, 1), ints[2], ADDRESS(const float, 3),
+          ADDRESS(const float, 4), ADDRESS(const float, 5), ADDRESS(const float, 6));
+    return 1;
+}
+
 KERNEL(swiglu_clamped, 4, 2) {
     swiglu_clamped(ADDRESS(const float, 0), ADDRESS(float, 1), ints[2], ints[3], (float)floats[0],
                    (float)floats[1]);
@@ -191,9 +222,14 @@ KERNEL(swiglu_clamped, 4, 2) {
     DO(linear_w8a8)                                                                                \
     DO(paged_attention)                                                                            \
     DO(rms_norm)                                                                                   \
+    DO(layer_norm)                                                                                 \
+    DO(norm_heads)                                                                                 \
     DO(add_residual)                                                                               \
+    DO(scale_tokens)                                                                               \
     DO(apply_rotary_emb)                                                                           \
     DO(store_kv)                                                                                   \
+    DO(act)                                                                                        \
+    DO(xielu)                                                                                      \
     DO(act_and_mul)                                                                                \
     DO(swiglu_clamped)
 
