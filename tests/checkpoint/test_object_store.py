@@ -26,6 +26,7 @@ from llmkit.common.progress import SilentProgress
 URL = "memory://models/there"
 PART = 16
 STREAMS = 3
+LIMITS = (objects.PART_BYTES, objects.MAX_PARTS)
 CONTENTS = {"config.json": b"{}", "exact.json": bytes(range(PART)), "long.json": bytes(range(50))}
 
 
@@ -363,6 +364,11 @@ def test_push_of_parts_leaves_none_after_an_error(reason: str, folder: Path) -> 
     ]
 
 
+def test_push_of_parts_stays_within_the_limits_of_s3() -> None:
+    """10,000 parts of at least 5 MiB; the parts of this size are documented."""
+    assert LIMITS == (16 * 2**20, 10_000)
+
+
 @pytest.mark.parametrize(
     ("size", "sizes"),
     [(48, [16, 16, 16]), (49, [17, 17, 15]), (51, [17, 17, 17]), (52, [18, 18, 16])],
@@ -402,6 +408,41 @@ def test_push_of_parts_holds_few_of_them_in_memory(tmp_path: Path) -> None:
     S3Store(URL, Bucket(), pool).publish(tmp_path, entries({"x": data}), b"{}", False, stages)
     assert most[:10] == [1, 2, 3, 3, 3, 3, 3, 3, 3, 3]
     assert stages.seen[1] == ["send", 160, 160]
+
+
+class LazyPool(Pool):
+    """Its first task ends as `error` says; the others never begin."""
+
+    def __init__(self, error: Exception | None) -> None:
+        self.futures: list[Future[Any]] = []
+        self._error = error
+
+    def submit(self, task: Callable[..., Any], *arguments: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        if not self.futures and self._error is not None:
+            future.set_exception(self._error)
+        elif not self.futures:
+            future.set_result(task(*arguments))
+        self.futures.append(future)
+        return future
+
+
+def test_transfers_that_stop_cancel_their_other_requests(folder: Path) -> None:
+    bucket = Bucket()
+    bucket.pipe_file(f"{URL}/x", bytes(10 * PART))
+    pool: Any = LazyPool(None)
+    ranges = ObjectStore(URL, bucket, pool)._read_ranges("x", 0, 10 * PART)
+    assert next(ranges) == bytes(PART)
+    ranges.close()  # type: ignore[attr-defined]
+    assert [future.cancelled() for future in pool.futures] == [False, True, True]
+
+    (folder / "long.json").write_bytes(bytes(10 * PART))
+    files = entries({"long.json": bytes(10 * PART)})
+    pool = LazyPool(ConnectionError("the line is cut"))
+    with pytest.raises(ConnectionError, match="line is cut"):
+        S3Store(URL, bucket, pool).publish(folder, files, MANIFEST, False, SilentProgress())
+    assert [future.cancelled() for future in pool.futures] == [False, True, True]
+    assert bucket.requests[-1] == ("abort", "long.json")
 
 
 @pytest.mark.parametrize(("scheme", "kind"), [("s3", S3Store), ("gs", ObjectStore)])
