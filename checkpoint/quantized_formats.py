@@ -13,6 +13,7 @@ import torch
 from llmkit.checkpoint.awq_format import AwqFormat
 from llmkit.checkpoint.compressed_tensors import CompressedTensorsFormat
 from llmkit.checkpoint.gptq_format import GptqFormat
+from llmkit.checkpoint.mxfp4_format import Mxfp4Format
 from llmkit.checkpoint.quantized_weight import (
     PackedTensor,
     QuantizationConfig,
@@ -51,6 +52,7 @@ FORMATS: dict[str, QuantizedFormat] = {
     "gptq": GptqFormat(),
     "awq": AwqFormat(),
     "compressed-tensors": CompressedTensorsFormat(),
+    "mxfp4": Mxfp4Format(),
 }
 
 

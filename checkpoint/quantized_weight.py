@@ -11,7 +11,9 @@ from typing import Literal
 
 import torch
 
-Format = Literal["gptq", "awq", "compressed-tensors"]
+Format = Literal["gptq", "awq", "compressed-tensors", "mxfp4"]
+# The values of a 4-bit float (E2M1) by its code. The highest bit is the sign.
+FP4_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 
 @dataclass(frozen=True)
@@ -21,7 +23,7 @@ class Scheme:
     bits: int
     group_size: int = -1  # along `in`; -1: one scale per output row
     symmetric: bool = True
-    kind: Literal["int", "float"] = "int"  # float: FP8 e4m3
+    kind: Literal["int", "float"] = "int"  # float: FP8 e4m3, or with 4 bits MXFP4
     # none: not quantized; token: a dynamic scale per token; tensor: one stored scale.
     inputs: Literal["none", "token", "tensor"] = "none"
 
@@ -32,7 +34,9 @@ class Scheme:
     @property
     def label(self) -> str:
         """A description for people: "INT4 in groups of 64", "INT8, inputs too"."""
-        name = "FP8" if self.kind == "float" else f"INT{self.bits}"
+        name = f"INT{self.bits}"
+        if self.kind == "float":
+            name = "FP8" if self.bits == 8 else "MXFP4"
         group_text = "" if self.group_size == -1 else f" in groups of {self.group_size}"
         zeros = "" if self.symmetric else " with zero points"
         input_texts = {
@@ -41,6 +45,11 @@ class Scheme:
             "tensor": ", inputs too by a fixed scale",
         }
         return name + group_text + zeros + input_texts[self.inputs]
+
+    @property
+    def is_fp4(self) -> bool:
+        """Whether quantized values are codes of 4-bit floats (see FP4_VALUES)."""
+        return self.kind == "float" and self.bits == 4
 
     @property
     def half(self) -> int:
@@ -95,7 +104,8 @@ def _matches(entry: str, module: str) -> bool:
 class QuantizedWeight:
     """W[o, i] = scales[o, g(i)] * (q[o, i] - zeros[o, g(i)]), with g(i) = i // group_size.
 
-    q: uint8 [out, in], 0 .. 2^bits - 1; float8_e4m3fn for FP8.
+    q: uint8 [out, in], 0 .. 2^bits - 1; float8_e4m3fn for FP8. In MXFP4, q is a code that stands
+    for one of FP4_VALUES.
     scales: float16, bfloat16 or float32 [out, G].
     zeros: uint8 [out, G]; `scheme.half` everywhere when symmetric.
     input_scale: float32 [1] when the inputs have a stored scale (`scheme.inputs` is "tensor").
@@ -117,7 +127,7 @@ class QuantizedWeight:
         """The dense weight [out, in], computed in float32 and cast to `dtype`."""
         rows, columns = self.shape
         size = columns if self.scheme.group_size == -1 else self.scheme.group_size
-        dense = self.q.float()
+        dense = self._values()
         if columns % size:  # the last group is smaller
             index = torch.arange(columns, device=dense.device) // size
             return (
@@ -128,6 +138,13 @@ class QuantizedWeight:
         groups = dense.view(rows, -1, size)
         groups.sub_(self.zeros.float().unsqueeze(2)).mul_(self.scales.float().unsqueeze(2))
         return dense.to(dtype)
+
+    def _values(self) -> torch.Tensor:
+        """q as float32, a new tensor."""
+        if not self.scheme.is_fp4:
+            return self.q.float()
+        positive = torch.tensor(FP4_VALUES, device=self.q.device)
+        return torch.cat((positive, -positive))[self.q.int()]
 
     def rows(self, rows: slice) -> QuantizedWeight:
         """The weight of some rows."""
