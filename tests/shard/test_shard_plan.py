@@ -21,7 +21,14 @@ from llmkit.shard.layout_capacity import gpu_bytes, plan_report
 from llmkit.shard.pipeline_stages import balanced_stages
 from llmkit.shard.shard_checkpoint import open_source, shard
 from llmkit.shard.shard_plan import ShardPlan, plan_shards
-from llmkit.shard.valid_layouts import explain_tp, valid_ep, valid_layouts, valid_tp
+from llmkit.shard.valid_layouts import (
+    expert_count,
+    explain_ep,
+    explain_tp,
+    valid_ep,
+    valid_layouts,
+    valid_tp,
+)
 
 INT4_64 = QuantizationConfig("gptq", Scheme(4, 64))
 INT4_128 = QuantizationConfig("gptq", Scheme(4, 128))
@@ -137,6 +144,12 @@ REFUSALS = [
         "k_proj: one KV head of 4 = 0.5 packed words of 8; TP 1 works",
     ),
     (
+        {"num_heads": 8, "num_kv_heads": 4, "head_dim": 4, "intermediate_size": 64},
+        QuantizationConfig("gptq", Scheme(4, 8)),
+        4,
+        "k_proj: 16/4 = 0.5 packed words of 8; TP 1, 2 work",
+    ),
+    (
         {"num_heads": 24, "num_kv_heads": 8, "head_dim": 8, "intermediate_size": 96},
         None,
         12,
@@ -231,6 +244,21 @@ def test_plan_refuses_experts_that_do_not_divide(experts: int, tp: int, ep: int,
     with pytest.raises(InputError, match=re.escape(text)) as caught:
         plan_of(moe(experts), None, tp, 1, ep)
     assert caught.value.exit_code == 3
+
+
+def test_valid_sizes_of_experts() -> None:
+    assert valid_tp(moe(6), None, 4) == []  # four groups do not divide six experts
+    assert valid_tp(moe(6), None, 2) == [2, 4, 8]
+    assert valid_ep(moe(6), None, 4) == [1, 2]
+    assert valid_ep(moe(8), None, 8) == [1, 2, 4, 8]
+    assert valid_ep(moe(8), None, 3) == valid_ep(moe(8), None, 16) == []
+    assert explain_ep(moe(6), None, 4, 2) is None
+    assert explain_ep(spec(), None, 4, 1) is None
+    assert (
+        explain_ep(moe(6), None, 3, 3) is None
+    )  # two experts each; that TP 3 does not work is told later
+    assert expert_count(moe(6)) == 6
+    assert expert_count(spec()) == 0
 
 
 def test_plan_refuses_expert_parallelism_of_a_dense_model() -> None:

@@ -311,6 +311,37 @@ def test_verify_finds_a_tensor_of_another_type(ranks: Path) -> None:
     assert f"{NORM} is BF16 [32], the layout says BF16 [31]" in verify(ranks).problems
 
 
+def norms_change(**changes: Any) -> Change:
+    """A change of the last norm's entries of all ranks."""
+
+    def change(manifest: dict[str, Any]) -> None:
+        for key, entry in manifest["layout"]["tensors"].items():
+            if key.endswith("::model.norm.weight"):
+                entry.update(changes)
+
+    return change
+
+
+def test_merge_refuses_files_that_differ_from_the_layout(ranks: Path) -> None:
+    edit(ranks, norms_change(dtype="F16"))
+    text = f"{ranks / RANK0}: tensor model.norm.weight is BF16 [32]. F16 [32]. Shard the source"
+    assert text in rejected(ranks)
+    edit(ranks, norms_change(dtype="BF16", source_shape=[31], intervals=[[0, 31]]))
+    assert "tensor model.norm.weight is BF16 [32]. BF16 [31]" in rejected(ranks)
+
+
+def test_merge_names_the_first_gap(ranks: Path) -> None:
+    def change(manifest: dict[str, Any]) -> None:
+        for name in ("up_proj", "down_proj"):
+            key = f"{RANK1}::model.layers.0.mlp.{name}.scales"
+            manifest["layout"]["tensors"][key]["intervals"] = [[3, 4]]
+
+    edit(ranks, change)
+    first, second = verify(ranks).problems[:2]
+    assert f"{ranks}: {first}. Ranks that make up the whole checkpoint" in rejected(ranks)
+    assert second not in rejected(ranks)
+
+
 def test_verify_checks_other_ranks_beside_a_broken_one(
     ranks: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -10,15 +10,19 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from support.synthetic_checkpoint import synthetic_checkpoint
+from support.synthetic_checkpoint import LLAMA, synthetic_checkpoint
 from support.tiny_models import tiny_checkpoint
 
 from llmkit.checkpoint.quantized_weight import QuantizationConfig, Scheme
+from llmkit.checkpoint.safetensors_header import TensorInfo
 from llmkit.common.errors import InputError, UsageError
+from llmkit.model.checkpoint_tensors import checkpoint_tensors
+from llmkit.model.families import model_spec
 from llmkit.shard import chunking as blocks
 from llmkit.shard.merge import merge
 from llmkit.shard.shard_checkpoint import shard
 from llmkit.shard.verify import verify
+from llmkit.shard.vllm_format import VllmPlan, plan_vllm
 
 Tensors = dict[str, torch.Tensor]
 
@@ -159,6 +163,81 @@ def test_vllm_format_refuses_other_models(
     with pytest.raises(InputError, match=text):
         shard(source, tmp_path / "out", tp, output_format="vllm")
     assert not (tmp_path / "out").exists()
+
+
+def vllm_plan(dtypes: tuple[str, ...], tp: int, **config: Any) -> VllmPlan:
+    """The plan of a Llama whose tensors have these dtypes in turn."""
+    spec = model_spec(LLAMA | config)
+    names = enumerate(checkpoint_tensors(spec, None).items())
+    infos = {
+        name: TensorInfo(name, dtypes[index % len(dtypes)], packed.shape)
+        for index, (name, (_, packed)) in names
+    }
+    return plan_vllm(spec, None, infos, tp)
+
+
+@pytest.mark.parametrize(
+    ("vocab_size", "tp", "expected"),
+    [
+        (64, 2, [(((0, 32),), 0), (((32, 64),), 0)]),
+        (65, 4, [(((0, 32),), 0), (((32, 64),), 0), (((64, 65),), 31), ((), 32)]),
+        (96, 4, [(((0, 32),), 0), (((32, 64),), 0), (((64, 96),), 0), ((), 32)]),
+        (70, 1, [(((0, 70),), 58)]),
+    ],
+)
+def test_vllm_format_pads_the_whole_vocabulary(vocab_size: int, tp: int, expected: list) -> None:
+    plan = vllm_plan(("BF16",), tp, vocab_size=vocab_size)
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        pieces = [piece for rank in plan.ranks for piece in rank.slices if piece.name == name]
+        assert [(piece.intervals, piece.padding) for piece in pieces] == expected
+
+
+def test_vllm_format_has_one_dtype() -> None:
+    assert vllm_plan(("F16",), 1).tp == vllm_plan(("BF16",), 1).tp == 1
+    for dtypes, text in (
+        (("BF16", "F16"), "BF16 and F16 tensors. All BF16 or all F16"),
+        (("F32", "BF16"), "BF16 and F32 tensors"),
+        (("F64",), "F64 tensors"),
+    ):
+        with pytest.raises(InputError, match=f"--format vllm of {text}"):
+            vllm_plan(dtypes, 1)
+
+
+def test_vllm_format_places_the_parts_of_a_fused_tensor() -> None:
+    slices = vllm_plan(("BF16",), 2).slices_by_source()
+    places = {}
+    for name in ("q_proj", "k_proj", "v_proj"):
+        places[name] = [
+            (piece.file, piece.target, piece.target_offset)
+            for piece in slices[f"model.layers.1.self_attn.{name}.weight"]
+        ]
+    # 16 rows of q and 8 each of k and v on a rank, of 32 columns in bf16.
+    for name, offset in (("q_proj", 0), ("k_proj", 1024), ("v_proj", 1536)):
+        assert places[name] == [
+            (
+                f"model-rank-{rank}-part-0.safetensors",
+                "model.layers.1.self_attn.qkv_proj.weight",
+                offset,
+            )
+            for rank in range(2)
+        ]
+
+
+def test_vllm_format_verify_has_no_stages_or_replicas(tmp_path: Path) -> None:
+    source = tiny_checkpoint(tmp_path / "source", "llama")
+    plan = shard(source, tmp_path / "out", 2, output_format="vllm").to_json()
+    assert verify(tmp_path / "out").to_json() == {
+        "ok": True,
+        "tp": 2,
+        "pp": 1,
+        "ep": 1,
+        "files": 2,
+        "tensors": sum(rank["tensors"] for rank in plan["ranks"]),
+        "bytes": plan["bytes"],
+        "replica_groups": 0,
+        "padding_bytes": 0,
+        "problems": [],
+    }
 
 
 @pytest.mark.parametrize("more", [{"pp": 2}, {"ep": 2}, {"pp_layers": (1, 1)}], ids=str)
