@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from llmkit.runtime.server_client import Server
 
 
+_MAX_FIELDS_SHOWN = 10  # that were ignored; --json has them all
+
+
 @dataclass(frozen=True, kw_only=True)
 class BatchArguments:
     """What `llmkit batch` takes."""
@@ -147,6 +150,7 @@ def _document(
         "succeeded": tally.succeeded,
         "failed": tally.failed,
         "errors": dict(tally.errors.most_common()),
+        "ignored_fields": dict(tally.ignored_fields.most_common()),
         "prompt_tokens": tally.prompt_tokens,
         "completion_tokens": tally.completion_tokens,
         "seconds": round(seconds, 3),
@@ -160,6 +164,8 @@ def _show(console: Console, document: dict[str, Any]) -> None:
     table.columns[1].justify = "right"
     rows = {name: f"{document[name]:,}" for name in ("requests", "succeeded", "failed")}
     rows |= {f"  {code}": f"{count:,}" for code, count in document["errors"].items()}
+    ignored = list(document["ignored_fields"].items())  # the most frequent first
+    rows |= {f"ignored: {name}": f"{count:,}" for name, count in ignored[:_MAX_FIELDS_SHOWN]}
     if document["resumed"]:
         rows["of an earlier run"] = f"{document['resumed']:,}"
     rows |= {

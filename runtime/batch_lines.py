@@ -11,6 +11,8 @@ from typing import Any, BinaryIO
 
 import msgspec
 
+from llmkit.runtime.server.schemas.ignored_fields import HEADER as IGNORED_FIELDS_HEADER
+
 URLS = (
     "/v1/chat/completions",
     "/v1/completions",
@@ -21,6 +23,7 @@ URLS = (
 MAX_LINE_BYTES = 64 << 20
 MAX_ID_CHARS = 512
 _BOM = b"\xef\xbb\xbf"
+_POSITION = re.compile(r"\.\d+(?=\.|$)")  # in a list, in the name of a field
 _ID_PREFIX = re.compile(r"[a-z]+[-_]")  # of a response, such as "chatcmpl-"
 
 
@@ -119,11 +122,14 @@ def error_result(line: Line, error: LineError) -> bytes:
     return _result(line, None, {"code": error.code, "message": str(error)})
 
 
-def response_result(line: Line, status: int, content: bytes, created: int) -> bytes:
+def response_result(
+    line: Line, status: int, content: bytes, created: int, ignored_fields: str = ""
+) -> bytes:
     """The result of a line with the server's response.
 
     It is the same in every run: the response's id and `created` (Unix seconds) are replaced, and
-    the number of cached tokens is left out.
+    the number of cached tokens is left out. ignored_fields: the value of the response's header
+    IGNORED_FIELDS_HEADER, which is kept if it is not empty.
     """
     try:
         body = msgspec.json.decode(content)
@@ -141,9 +147,10 @@ def response_result(line: Line, status: int, content: bytes, created: int) -> by
         if isinstance(usage, dict):
             for name in ("prompt_tokens_details", "input_tokens_details"):
                 usage.pop(name, None)
-    return _result(
-        line, {"status_code": status, "request_id": f"req_{line.id}", "body": body}, None
-    )
+    response = {"status_code": status, "request_id": f"req_{line.id}", "body": body}
+    if ignored_fields:
+        response["headers"] = {IGNORED_FIELDS_HEADER: ignored_fields}
+    return _result(line, response, None)
 
 
 def _result(line: Line, response: dict[str, Any] | None, error: dict[str, Any] | None) -> bytes:
@@ -175,6 +182,7 @@ class _Body(msgspec.Struct):
 class _Response(msgspec.Struct):
     status_code: int
     body: Any
+    headers: dict[str, str] = {}
 
 
 class Result(msgspec.Struct):
@@ -195,6 +203,8 @@ class Tally:
     prompt_tokens: int = 0
     completion_tokens: int = 0
     errors: Counter[str] = field(default_factory=Counter)  # by code
+    # Requests by the field that had no effect in them; `*` is any position in a list.
+    ignored_fields: Counter[str] = field(default_factory=Counter)
 
     @property
     def failed(self) -> int:
@@ -208,6 +218,8 @@ class Tally:
         response = result.response
         code = result.error.code if result.error else None
         if response is not None:
+            header = response.headers.get(IGNORED_FIELDS_HEADER, "")
+            self.ignored_fields.update({_POSITION.sub(".*", name) for name in _names(header)})
             try:
                 body = msgspec.convert(response.body, _Body)
             except msgspec.ValidationError:
@@ -222,3 +234,8 @@ class Tally:
         if code is not None:
             self.errors[code] += 1
         return result
+
+
+def _names(header: str) -> list[str]:
+    """The names in the value of a header; what it only counts ("and 3 more") is no name."""
+    return [name for name in header.split(", ") if name and " " not in name]

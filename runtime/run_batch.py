@@ -26,6 +26,7 @@ from llmkit.common.progress import Progress
 from llmkit.runtime.batch_lines import Line, Tally, error_result, read_lines, response_result
 from llmkit.runtime.batch_output import BatchOutput, creation_time, resume
 from llmkit.runtime.server.async_waits import StopSignals, run_in_thread, wait_first
+from llmkit.runtime.server.schemas.ignored_fields import HEADER as IGNORED_FIELDS_HEADER
 from llmkit.runtime.server_client import Server, open_session
 from llmkit.runtime.server_process import ServerProcess
 
@@ -235,7 +236,8 @@ class _Run:
             if status == 401:
                 raise InputError("the server wants another API key", todo="Set LLMKIT_API_KEY")
             if status not in (0, 429, 503):
-                return response_result(line, status, content, self._created)
+                ignored_fields = response.headers.get(IGNORED_FIELDS_HEADER, "")
+                return response_result(line, status, content, self._created, ignored_fields)
             if status == 429:  # the server's queue was full: try again without a limit
                 retry_after = response.headers.get("retry-after", "")
                 wait_s = _MIN_RETRY_S

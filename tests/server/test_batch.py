@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from support.server_process import LlmkitServer, wait_for
 from llmkit.checkpoint.open_checkpoint import open_checkpoint
 from llmkit.cli import main
 from llmkit.runtime import batch_lines
-from llmkit.runtime.batch_lines import read_lines
+from llmkit.runtime.batch_lines import Line, Tally, read_lines
 from llmkit.runtime.engine.engine_options import EngineOptions
 from llmkit.runtime.engine.sampling_params import SamplingParams
 from llmkit.runtime.engine_loader import load_engine
@@ -146,6 +147,47 @@ def test_batch_line_that_is_wrong_gets_an_error_result(
         assert (one["response"]["body"]["error"]["code"], one["error"]) == (code, None)
         assert one["response"]["status_code"] in (400, 404)
     assert len({one["id"] for one in results(out)}) == 14
+
+
+def test_batch_results_name_the_fields_that_had_no_effect(
+    given: list[str], tmp_path: Path, server: LlmkitServer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    odd = {"role": "user", "content": "hello", "odd": 1}
+    chats = [
+        {"messages": [odd] * count, "max_tokens": 1, "unheard": None, "other": 1}
+        for count in (1, 2)
+    ]
+    source = write(
+        tmp_path / "in.jsonl",
+        request(0),
+        *({**request(1 + i, "/v1/chat/completions"), "body": one} for i, one in enumerate(chats)),
+    )
+    out = tmp_path / "out.jsonl"
+    assert run(source, "-o", out, *given, "--json") == 0
+    assert json.loads(capsys.readouterr().out)["ignored_fields"] == {
+        "unheard": 2,
+        "other": 2,
+        "messages.*.odd": 2,
+    }
+    assert [one["response"].get("headers") for one in results(out)] == [
+        None,
+        {"x-llmkit-ignored": "unheard, other, messages.0.odd"},
+        {"x-llmkit-ignored": "unheard, other, messages.0.odd, messages.1.odd"},
+    ]
+    log = server.log.read_text()
+    for name in ("unheard", "other", "messages.*.odd"):
+        assert log.count(f"the field {name} in a request to /v1/chat/completions is ignored") == 1
+    assert run(source, "-o", tmp_path / "again", *given) == 0
+    assert re.search(r"ignored: messages\.\*\.odd +│ +2 ", capsys.readouterr().out)
+
+
+def test_batch_counts_no_fields_that_a_header_only_counts() -> None:
+    result = batch_lines.response_result(
+        Line(1, 10, "a", "/v1/completions"), 200, b"{}", 0, "top.12.x.3, 4, and 7 more"
+    )
+    tally = Tally()
+    tally.add(result)
+    assert tally.ignored_fields == {"top.*.x.*": 1, "4": 1}
 
 
 def test_batch_without_a_success_exits_with_3(
