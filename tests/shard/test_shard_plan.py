@@ -404,9 +404,14 @@ def test_plan_figures() -> None:
 
 def test_plan_counts_shared_kv_heads_of_a_fused_tensor_as_replicated() -> None:
     fused = spec(
-        num_heads=4, num_kv_heads=2, head_dim=8, fused_checkpoint=True, layers=(LayerSpec(),)
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=8,
+        fused_qkv=True,
+        fused_gate_up=True,
+        layers=(LayerSpec(),),
     )
-    apart = replace(fused, fused_checkpoint=False)
+    apart = replace(fused, fused_qkv=False, fused_gate_up=False)
     figures = [
         [r["replicated_bytes"] for r in plan_of(model, None, 4, 1).to_json()["ranks"]]
         for model in (fused, apart)
