@@ -69,7 +69,7 @@ def rope_spec(
             )
         factor = parameters["factor"] if rope_type == "linear" else 1.0
         return _to_spec(1.0 / wavelengths / factor)
-    except (TypeError, ValueError, RuntimeError) as error:
+    except (ArithmeticError, TypeError, ValueError, RuntimeError) as error:
         raise InputError(
             f"config.json has a {rope_type} RoPE scaling that cannot be computed ({error})"
         ) from error
