@@ -127,7 +127,7 @@ def test_output_lock_is_waited_for(tmp_path: Path) -> None:
     assert not path.exists()
 
 
-IDENTITY = {"seed": 1, "shape": (2, 3)}
+IDENTITY = {"shape": (2, 3), "seed": 1}  # in any order
 FIRST = '{"identity": {"seed": 1, "shape": [2, 3]}}\n'
 A = '["f", "a", "aa"]\n'
 B = '["f", "b", "bb"]\n'
