@@ -14,11 +14,12 @@ from llmkit.runtime.server.generation import Generation
 from llmkit.runtime.server.http.api_keys import Admission
 from llmkit.runtime.server.http.http_errors import ApiError
 from llmkit.runtime.server.request_log import log_request
-from llmkit.runtime.server.responses.response_builder import FullResponseBuilder, ResponseBuilder
+from llmkit.runtime.server.responses.response_builder import (
+    KEEP_ALIVE_COMMENT,
+    FullResponseBuilder,
+    ResponseBuilder,
+)
 from llmkit.runtime.server.server_state import ServerState
-
-# Clients ignore it: a line that begins with a colon is a comment (WHATWG HTML, 9.2.6).
-KEEP_ALIVE_COMMENT = b": keep-alive\n\n"
 
 
 async def respond(

@@ -66,6 +66,47 @@ def test_chat_template_option_replaces_the_template_of_an_edited_checkpoint(
     assert "ready at" in log.read_text()
 
 
+def prompt_of(url: str, **model: str) -> tuple[str, int]:
+    """The prompt of a conversation with "ab", and how many of its tokens a chat reports."""
+    body = {"messages": [{"role": "user", "content": "ab"}], **model}
+    with httpx.Client(base_url=url, timeout=60) as http:
+        tokens = http.post("/tokenize", json=body).raise_for_status().json()["tokens"]
+        prompt = http.post("/detokenize", json={"tokens": tokens, **model}).json()["prompt"]
+        chat = http.post("/v1/chat/completions", json=body | {"max_tokens": 2}).raise_for_status()
+        assert chat.json()["usage"]["prompt_tokens"] == len(tokens)
+        return prompt, len(tokens)
+
+
+@pytest.fixture
+def template(tmp_path: Path) -> Path:
+    file = tmp_path / "template.jinja"
+    file.write_text(TEMPLATE)
+    return file
+
+
+def test_chat_template_option_is_used_with_replicas_of_ranks(
+    checkpoint: Path, template: Path, tmp_path: Path
+) -> None:
+    layout = ("--dp", "2", "--tp", "2", "--kv-cache-memory", "32MiB")
+    with serve(tmp_path / "log", checkpoint, *layout, "--chat-template", template) as (url, _):
+        # Requests go to the replica with fewer of them, in turns where both have none.
+        assert [prompt_of(url) for _ in range(2)] == [("[ab]", 4)] * 2
+
+
+def test_chat_template_option_is_used_through_a_router(
+    checkpoint: Path, template: Path, tmp_path: Path
+) -> None:
+    words = [f"a={checkpoint}", f"b={checkpoint}", "--kv-cache-memory", "32MiB"]
+    with serve(tmp_path / "log", *words, "--chat-template", template) as (url, _):
+        assert prompt_of(url, model="b") == ("[ab]", 4)
+        with (
+            openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client,
+            pytest.raises(openai.BadRequestError, match="Name one of a, b") as refused,
+        ):
+            client.chat.completions.create(model="", messages=[{"role": "user", "content": ""}])
+        assert (refused.value.code, refused.value.param) == ("missing_required_parameter", "model")
+
+
 @pytest.mark.parametrize(
     ("text", "reason"),
     [

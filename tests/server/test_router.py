@@ -21,7 +21,7 @@ import httpx
 import openai
 import psutil
 import pytest
-from support.router_process import LlmkitRouter
+from support.router_process import LlmkitRouter, UncheckedRouter
 from support.server_process import wait_for
 from support.tiny_models import tiny_checkpoint
 
@@ -468,6 +468,68 @@ def test_router_reports_why_a_model_cannot_load_and_retries(
     assert states(http)["late"] == "loaded"
 
 
+@pytest.fixture
+def eager_router(folder: Path, tmp_path: Path) -> Iterator[UncheckedRouter]:
+    """A server whose streams get comments long before a model is loaded."""
+    models = {"one": folder / "one", "absent": tmp_path / "absent"}
+    running = UncheckedRouter(tmp_path / "log", models, stream_keep_alive=0.2)
+    try:
+        running.wait_ready()
+        yield running
+    finally:
+        running.process.kill()
+        running.process.wait()
+
+
+def test_router_stream_gets_comments_while_its_model_loads(eager_router: UncheckedRouter) -> None:
+    body = {"model": "one", "prompt": "a", "max_tokens": 3, "stream": True}
+    wrong = body | {"max_tokens": "3"}
+    turn = {"model": "one", "messages": [{"role": "user", "content": "a"}], "max_tokens": "3"}
+
+    def lines(path: str, json_body: dict[str, Any]) -> tuple[int, str, list[str]]:
+        with eager_router.client() as http, http.stream("POST", path, json=json_body) as got:
+            kind = got.headers["content-type"]
+            return got.status_code, kind, [line for line in got.iter_lines() if line]
+
+    asked: list[tuple[str, dict[str, Any]]] = [
+        ("/v1/completions", body),
+        ("/v1/completions", wrong),
+        ("/v1/messages", turn | {"stream": True}),
+        ("/v2/models/one/generate_stream", {"text_input": "a", "max_tokens": "3"}),
+        ("/v1/chat/completions", turn | {"model": "absent", "stream": True}),
+        # These are no streams.
+        ("/v1/completions", wrong | {"stream": False}),
+        ("/v1/embeddings", {"model": "absent", "input": "a", "stream": True}),
+    ]
+    with Threads(len(asked) + 1) as threads:
+        found = [threads.submit(lines, path, given) for path, given in asked]
+        with openai.OpenAI(base_url=f"{eager_router.url}/v1", api_key="none") as client:
+            chunks = list(client.completions.create(**body))
+            assert [chunk.model for chunk in chunks] == ["one"] * len(chunks)
+            assert chunks[-1].choices[0].finish_reason == "length"
+    *streams, full, unknown = [one.result() for one in found]
+    for status, kind, texts in streams:
+        assert (status, kind) == (200, "text/event-stream; charset=utf-8")
+        assert texts[:2] == [": keep-alive", ": keep-alive"]
+    (*_, done), *errors = [texts for _, _, texts in streams]
+    assert done == "data: [DONE]"
+    last = [texts[-2:] for texts in errors]
+    documents = [json.loads(texts[-1].removeprefix("data: ")) for texts in last]
+    assert [texts[0] for texts in last] == [
+        ": keep-alive",
+        "event: error",
+        ": keep-alive",
+        ": keep-alive",
+    ]
+    completion, message, inference, absent = documents
+    assert completion["error"]["param"] == message["error"]["param"] == "max_tokens"
+    assert message["type"] == "error"
+    assert "max_tokens" in inference["error"]
+    assert absent["error"]["code"] == "model_failed"
+    assert (full[0], full[1]) == (400, "application/json")
+    assert (unknown[0], unknown[1]) == (503, "application/json")
+
+
 def test_router_refuses_a_wrong_model_before_it_listens(folder: Path, tmp_path: Path) -> None:
     with bind("127.0.0.1", 0) as taken:
         # A port in use is reported only when the server listens, which it does not come to.
@@ -516,9 +578,8 @@ def test_router_finishes_streams_after_sigterm_and_leaves_no_process(
     def read() -> None:
         with (
             fresh_router.client() as http,
-            http.stream(
-                "POST", "/v1/completions", json=LONG | {"model": "one", "max_tokens": 3000}
-            ) as got,
+            # The name of the only model may be left out.
+            http.stream("POST", "/v1/completions", json=LONG | {"max_tokens": 3000}) as got,
         ):
             ended.extend(line for line in got.iter_lines() if line)
 
@@ -535,6 +596,7 @@ def test_router_finishes_streams_after_sigterm_and_leaves_no_process(
         )
     reader.join(60)
     assert ended[-1] == "data: [DONE]"
+    assert json.loads(ended[0].removeprefix("data: "))["model"] == "one"
     assert fresh_router.process.wait(60) == 0
     assert (
         "llmkit serve: stopping: 1 request left, Ctrl-C again to cut it"

@@ -2,16 +2,36 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import psutil
 from prometheus_client.parser import text_string_to_metric_families
 
 from support.server_process import LlmkitServer
+
+_LAUNCHER = """
+import json, sys, time
+from llmkit.runtime.engine.engine_options import EngineOptions
+from llmkit.runtime.server.router.run_models import run_models
+from llmkit.runtime.server.serve_options import ServeOptions
+engine = EngineOptions(device="cpu", kv_cache_memory=2**25)
+options = ServeOptions("", port=0, engine=engine, **json.loads(sys.argv[2]))
+def log(text):
+    sys.stderr.write(f"{text}\\n")
+    sys.stderr.flush()
+sys.exit(
+    run_models(
+        options, json.loads(sys.argv[1]), 2, 0.0, log, lambda facts: None, time.perf_counter(),
+        lambda: None,
+    )
+)
+"""
 
 
 class LlmkitRouter(LlmkitServer):
@@ -45,3 +65,23 @@ class LlmkitRouter(LlmkitServer):
             if sample.name == f"llmkit:{metric}" and sample.labels == labels | {"model": model}
         )
         return value
+
+
+class UncheckedRouter(LlmkitRouter):
+    """`run_models` as a process: with options that are not on the command line.
+
+    The models are not checked at the start. Two of them may be loaded at a time.
+    """
+
+    def __init__(self, log: Path, models: Mapping[str, Path], **options: Any) -> None:
+        self.log = log
+        self.key = None
+        words = [json.dumps({name: str(path) for name, path in models.items()})]
+        words.append(json.dumps(options))
+        with log.open("w") as stream:
+            self.process = subprocess.Popen(
+                [sys.executable, "-c", _LAUNCHER, *words],
+                stdout=stream,
+                stderr=stream,
+                env=os.environ,
+            )

@@ -13,6 +13,9 @@ import msgspec
 from llmkit.runtime.server.choice import Choice, Delta
 from llmkit.runtime.server.http.http_errors import ApiError
 
+# Clients ignore it: a line that begins with a colon is a comment (WHATWG HTML, 9.2.6).
+KEEP_ALIVE_COMMENT = b": keep-alive\n\n"
+
 
 class FullResponseBuilder(Protocol):
     """Builds a response that is not streamed."""

@@ -27,7 +27,7 @@ from llmkit.runtime.server.http.http_errors import ApiError, unknown_model
 from llmkit.runtime.server.http.request_body import read_json_body
 from llmkit.runtime.server.http.security_middleware import SecurityMiddleware
 from llmkit.runtime.server.kserve.kserve_response import VERSION
-from llmkit.runtime.server.openapi import openapi
+from llmkit.runtime.server.openapi import REQUEST_SCHEMAS, openapi
 from llmkit.runtime.server.router.forward import ForwardedResponse, upstream_request
 from llmkit.runtime.server.router.model_pool import ModelPool, PooledModel
 from llmkit.runtime.server.router.router_metrics import merge_metrics
@@ -47,6 +47,9 @@ ROUTED_BY_BODY = (
     "/tokenize",
     "/detokenize",
 )
+_STREAMING_PATHS = frozenset(
+    path for path in ROUTED_BY_BODY if "stream" in REQUEST_SCHEMAS[path].model_fields
+)
 # Routes whose path has the model's name, which may contain slashes.
 _ROUTED_BY_PATH = "/v2/models/{rest:path}"
 _KSERVE_MEDIA_TYPES = frozenset({"", "application/json", "application/octet-stream"})
@@ -54,9 +57,11 @@ _SCRAPE_TIMEOUT_S = 5.0
 
 
 class RoutedRequest(BaseRequest):
-    """The model's name in a request's body. The model's server checks all other fields."""
+    """What the router needs of a request's body. The model's server checks all fields."""
 
     model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False)
+
+    stream: Any = None
 
 
 class Router:
@@ -198,8 +203,9 @@ class Router:
         self._check_ready()
         options = self._options
         data = await read_json_body(request, options.max_body_bytes, options.body_timeout)
-        name = self._named_or_only(parse_request(RoutedRequest, data).model)
-        return self._forward(request, name, data)
+        body = parse_request(RoutedRequest, data)
+        streams = body.stream is True and request.scope["path"] in _STREAMING_PATHS
+        return self._forward(request, self._named_or_only(body.model), data, streams)
 
     async def by_path(self, request: Request, rest: str) -> Response:
         """Forward a request to the model that its path names."""
@@ -212,14 +218,14 @@ class Router:
             data = await read_json_body(
                 request, options.max_body_bytes, options.body_timeout, _KSERVE_MEDIA_TYPES
             )
-        return self._forward(request, name, data)
+        return self._forward(request, name, data, streams=rest.endswith("/generate_stream"))
 
     def _named_or_only(self, name: str) -> str:
         """Return `name`; if it is empty, the name of the only model."""
         if not name and len(self.pool.models) > 1:
             raise ApiError(
                 400,
-                f"model is missing. There are several: {', '.join(self.pool.models)}.",
+                f"model is missing. Name one of {', '.join(self.pool.models)}.",
                 code="missing_required_parameter",
                 param="model",
             )
@@ -246,14 +252,17 @@ class Router:
                 return name
         return rest
 
-    def _forward(self, request: Request, name: str, data: bytes | None) -> Response:
+    def _forward(
+        self, request: Request, name: str, data: bytes | None, streams: bool = False
+    ) -> Response:
         model = self._find(name)
         self._check_ready()  # again: draining may have begun while the body was read
         num_waiting = self.pool.num_waiting
         if num_waiting >= self._options.max_waiting:
             message = f"{num_waiting} requests wait for their models. Try again later."
             raise ApiError(429, message, code="queue_full", headers={"retry-after": "1"})
-        return ForwardedResponse(self.pool, model, request, data)
+        keep_alive_s = self._options.stream_keep_alive if streams else None
+        return ForwardedResponse(self.pool, model, request, data, keep_alive_s)
 
     def _check_ready(self) -> None:
         if self.draining:
