@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from llmkit.checkpoint.open_checkpoint import open_checkpoint
 from llmkit.checkpoint.quantized_weight import QuantizationConfig, Scheme
 from llmkit.checkpoint.writer import CheckpointWriter
 from llmkit.shard import chunking, copy_slices, shard_source
-from llmkit.shard.chunking import ByteShape
+from llmkit.shard.chunking import ByteShape, Chunk
 from llmkit.shard.merge import merge
 from llmkit.shard.shard_checkpoint import open_source, shard
 
@@ -126,35 +127,45 @@ def test_shard_commits_every_gib() -> None:
     assert copy_slices.COMMIT_BYTES == 1024 * 1024 * 1024
 
 
-def test_shard_source_reads_chunks_of_a_sharded_tensor(tmp_path: Path) -> None:
-    """Each chunk of rows or columns, whatever its bounds, is that of the whole tensor."""
-    path = synthetic_checkpoint(tmp_path / "source", GPTQ)
+PHI3 = {"architectures": ["Phi3ForCausalLM"], "model_type": "phi3", "pad_token_id": 0}
+
+
+@pytest.mark.parametrize(
+    ("quantization", "config", "name", "dim"),
+    [
+        (GPTQ, {}, "model.layers.0.mlp.down_proj.g_idx", 0),
+        (GPTQ, {}, "model.layers.0.mlp.gate_proj.qweight", 1),
+        (GPTQ, {}, "model.layers.0.mlp.down_proj.qweight", 0),
+        (None, {}, "model.norm.weight", 0),
+        (None, PHI3, "model.layers.1.self_attn.qkv_proj.weight", 0),  # three intervals on a rank
+    ],
+)
+def test_shard_source_reads_any_chunk_of_a_sharded_tensor(
+    quantization: QuantizationConfig | None,
+    config: dict[str, Any],
+    name: str,
+    dim: int,
+    tmp_path: Path,
+) -> None:
+    path = synthetic_checkpoint(tmp_path / "source", quantization, **config)
     shard(path, tmp_path / "ranks", 2)
-    whole = load_file(path / "model.safetensors")
     source = open_source(tmp_path / "ranks")
-    assert source.layout is not None
-    assert list(source.tensors) == list(source.layout.order)
-    for name, dim in (
-        ("model.layers.0.mlp.down_proj.g_idx", 0),
-        ("model.layers.0.mlp.gate_proj.qweight", 1),
-        ("model.layers.0.mlp.down_proj.qweight", 0),
-        ("model.norm.weight", 0),
-    ):
-        info = source.tensors[name]
-        byte_shape = ByteShape.of(info.dtype, info.shape, dim)
-        data = whole[name].contiguous().view(torch.uint8).numpy()
-        data = data.reshape(byte_shape.outer, byte_shape.length, byte_shape.inner)
-        outer = byte_shape.outer
-        for first, end in {(0, 1), (outer - 1, outer), (0, outer)}:
-            for start in range(byte_shape.length):
-                for stop in range(start + 1, byte_shape.length + 1):
-                    if outer > 1 and (start, stop) != (0, byte_shape.length):
-                        continue  # chunks of columns are whole rows
-                    chunk = chunking.Chunk(first, end, start, stop)
-                    found = source.read(name, byte_shape, chunk)
-                    expected = data[first:end, start:stop]
-                    assert found.data.tobytes() == expected.tobytes(), (name, chunk)
-                    assert found.data.shape == expected.shape
+    info = source.tensors[name]
+    byte_shape = ByteShape.of(info.dtype, info.shape, dim)
+    outer = byte_shape.outer
+    length = byte_shape.length
+    tensor = load_file(path / "model.safetensors")[name].view(torch.uint8)
+    data = tensor.numpy().reshape(outer, length, byte_shape.inner)
+    bounds = [(start, stop) for stop in range(1, length + 1) for start in range(stop)]
+    if outer > 1:  # chunks are whole rows, of which columns are cut out
+        chunks = [Chunk(row, end, 0, length) for row, end in ((0, 1), (outer - 1, outer), (1, 3))]
+    else:
+        chunks = [Chunk(0, 1, start, stop) for start, stop in bounds]
+    for chunk in chunks:
+        found = source.read(name, byte_shape, chunk).data
+        expected = data[chunk.first_row : chunk.end_row, chunk.start : chunk.stop]
+        assert found.shape == expected.shape
+        assert found.tobytes() == expected.tobytes(), chunk
 
 
 def test_shard_source_keeps_what_it_reads_early(tmp_path: Path) -> None:
