@@ -190,6 +190,28 @@ def test_push_with_force_keeps_the_newer_of_other_files(folder: Path, tmp_path: 
     assert not old.exists()
 
 
+def test_push_with_force_removes_the_old_manifest_last(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that the next push can tell what belongs to the old checkpoint."""
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    out = tmp_path / "out"
+    push(folder, str(out), QUIET)
+    (out / "notes.md").write_text("mine")
+    (folder / "config.json").write_text("[]")
+    (folder / "llmkit.json").unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            push(folder, str(out), QUIET, force=True)
+    assert contents(tmp_path / "out.replaced").keys() == {"llmkit.json", "config.json"}
+    assert push(folder, str(out), QUIET).already_there
+    assert contents(out).keys() == {"llmkit.json", "config.json", WEIGHTS, "notes.md"}
+
+
 @pytest.mark.parametrize("manifest", ["{", None])
 def test_push_replaces_a_checkpoint_without_a_good_manifest(
     manifest: str | None, folder: Path, tmp_path: Path
