@@ -8,6 +8,7 @@ from typing import Literal
 from llmkit.checkpoint.manifest import tensor_key
 from llmkit.checkpoint.quantized_weight import PackedTensor
 from llmkit.checkpoint.safetensors_header import TensorInfo, byte_count
+from llmkit.common.errors import InputError
 from llmkit.model.parameter_table import REPLICATED, Parameter
 
 Intervals = tuple[tuple[int, int], ...]
@@ -54,6 +55,8 @@ class TensorSlice:
     @property
     def shape(self) -> tuple[int, ...]:
         """The shape of the slice, including padding."""
+        if not self.source_shape:  # a scalar is whole
+            return ()
         shape = list(self.source_shape)
         shape[self.dim] = self.length + self.padding
         return tuple(shape)
@@ -80,11 +83,27 @@ class TensorSlice:
             self.dtype,
             self.source_shape,
             self.dim,
-            ((0, self.source_shape[self.dim]),),
+            ((0, length_along(self.source_shape, self.dim)),),
             derived=self.derived,
             dense_shape=self.source_dense_shape,
             source_dense_shape=self.source_dense_shape,
         )
+
+
+def whole_slice(info: TensorInfo, file: str) -> TensorSlice:
+    """The slice of `file` that is a whole source tensor. Raises InputError for an empty one."""
+    if not info.nbytes:
+        raise InputError(
+            f"tensor {info.name} has shape {list(info.shape)}", "A tensor with values was expected"
+        )
+    length = length_along(info.shape, 0)
+    piece = TensorSlice(info.name, info.dtype, info.shape, 0, ((0, length),))
+    return replace(piece, file=file, target=info.name)
+
+
+def length_along(shape: tuple[int, ...], dim: int) -> int:
+    """The size along `dim`. A scalar has one element along dimension 0."""
+    return shape[dim] if shape else 1
 
 
 def slice_for_rank(
@@ -95,6 +114,8 @@ def slice_for_rank(
     parameter, packed: the entry of `checkpoint_tensors`. info: the tensor in the source.
     The split must divide over `tp` (see valid_layouts.py).
     """
+    if not info.shape:  # a number
+        return TensorSlice(info.name, info.dtype, (), 0, ((0, 1),), target=info.name)
     sources = parameter.sources_in(packed.source_name)
     split = sources[0].split if sources else REPLICATED
     axis = packed.out if split.dim == 0 else packed.in_
@@ -127,6 +148,15 @@ def slice_for_rank(
     return piece
 
 
+def slice_for_expert_group(
+    packed: PackedTensor, info: TensorInfo, group: int, num_groups: int
+) -> TensorSlice:
+    """The experts that a group of expert-parallel ranks stores of a tensor that holds all."""
+    experts = packed.num_experts // num_groups
+    intervals = ((group * experts, (group + 1) * experts),)
+    return TensorSlice(info.name, info.dtype, info.shape, 0, intervals, target=info.name)
+
+
 def _dense_intervals(
     parameter: Parameter, packed: PackedTensor, rank: int, tp: int
 ) -> tuple[Intervals, int]:
@@ -146,8 +176,12 @@ def _dense_intervals(
     for source in sources:
         start, stop = source.split.interval(rank, tp)
         first_row = source.first_row if source.split.dim == 0 else 0
-        if start < stop:  # the last ranks of a small vocabulary hold only padding
-            intervals.append((first_row + start, first_row + stop))
+        interval = first_row + start, first_row + stop
+        if source.row_step > 1:  # the rows of several projections alternate: they share an interval
+            interval = start * source.row_step, stop * source.row_step
+        is_empty = start == stop  # the last ranks of a small vocabulary hold only padding
+        if not is_empty and interval not in intervals:
+            intervals.append(interval)
     padding = 0
     if split.kind == "vocab":
         padding = split.padded_rows(tp) - sum(stop - start for start, stop in intervals)

@@ -21,7 +21,7 @@ import pytest
 import torch
 from support.server_process import serving
 from support.tiny_adapters import write_adapter
-from support.tiny_families import COMMON, FAMILIES, family_oracle
+from support.tiny_families import COMMON, FAMILIES, REPRESENTATIVES, family_oracle
 from support.tiny_models import tiny_checkpoint
 
 from llmkit.checkpoint.open_checkpoint import open_checkpoint
@@ -52,15 +52,16 @@ BLOCK = (
     2 * 2 * 16 * 4 * 16
 )  # bytes of a rank of two: k and v, its layers and KV heads, head_dim, float32, tokens
 LAYOUTS = {"TP 2": (2, 1), "PP 2": (1, 2), "TP 2 x PP 2": (2, 2)}
-# Families that `make test` runs in every layout: each kind of attention, embedding and MLP once.
-REPRESENTATIVES = ("llama", "llama-mha-bias-tied", "qwen2-window", "gemma3", "mixtral")
+# Families that `make test` runs in every layout.
+ALL_LAYOUTS = ("llama", "llama-mha-bias-tied", "qwen2-window", "gemma3", "mixtral")
 
 
 def family_layouts() -> Iterator[Any]:
-    """All families in all layouts; most of them only TP 2 x PP 2 in `make test`."""
+    """All families in all layouts. `make test` runs the representative ones, as TP 2 x PP 2."""
     for name in FAMILIES:
         for layout in LAYOUTS:
-            quick = name in REPRESENTATIVES or layout == "TP 2 x PP 2"
+            has_ranks = name in REPRESENTATIVES and layout == "TP 2 x PP 2"
+            quick = name in ALL_LAYOUTS or has_ranks
             marks = () if quick else pytest.mark.slow
             yield pytest.param(name, layout, marks=marks, id=f"{name}-{layout}")
 

@@ -45,7 +45,8 @@ GEMMA3_ROPE = {
 }
 # What a config of each family may say beside its sizes.
 VARIANTS: list[tuple[str, dict[str, Any]]] = [
-    *((kind, {}) for kind in FAMILIES),
+    # Helium has 20 KV heads by default.
+    *((kind, {"num_key_value_heads": 4} if kind == "helium" else {}) for kind in FAMILIES),
     (
         "llama",
         {
@@ -160,15 +161,16 @@ def test_model_spec_agrees_with_transformers(kind: str, values: dict[str, Any]) 
     for ours, name in (
         ("hidden_size", "hidden_size"),
         ("num_heads", "num_attention_heads"),
-        ("num_kv_heads", "num_key_value_heads"),
         ("head_dim", "head_dim"),
         ("intermediate_size", "intermediate_size"),
         ("vocab_size", "vocab_size"),
         ("max_position_embeddings", "max_position_embeddings"),
-        ("rms_norm_eps", "rms_norm_eps"),
         ("tie_word_embeddings", "tie_word_embeddings"),
     ):
         assert getattr(spec, ours) == getattr(theirs, name), name
+    assert spec.num_kv_heads == (theirs.num_key_value_heads or theirs.num_attention_heads)
+    eps_names = ("rms_norm_eps", "layer_norm_eps", "norm_eps", "norm_epsilon")
+    assert [spec.rms_norm_eps] == [getattr(theirs, x) for x in eps_names if hasattr(theirs, x)]
     types = getattr(theirs, "layer_types", None) or ["sliding_attention"] * 8
     windows = [
         getattr(theirs, "sliding_window", None) if name == "sliding_attention" else None
@@ -179,8 +181,9 @@ def test_model_spec_agrees_with_transformers(kind: str, values: dict[str, Any]) 
         assert [layer.rope is not None for layer in spec.layers] == [
             bool(rotary) for rotary in theirs.no_rope_layers
         ]
-    assert spec.qkv_bias == (kind == "qwen2" or getattr(theirs, "attention_bias", False))
-    assert spec.mlp_bias == getattr(theirs, "mlp_bias", False)
+    bias_names = ("attention_bias", "use_bias", "use_qkv_bias")
+    assert spec.qkv_bias == (kind == "qwen2" or any(getattr(theirs, x, 0) for x in bias_names))
+    assert spec.mlp_bias == (getattr(theirs, "mlp_bias", False) or getattr(theirs, "use_bias", 0))
     assert spec.attn_logit_softcapping == getattr(theirs, "attn_logit_softcapping", None)
     assert spec.final_logit_softcapping == getattr(theirs, "final_logit_softcapping", None)
     if spec.moe is not None:

@@ -189,6 +189,25 @@ FAMILIES = {
     "apertus": ("apertus", {}),
     "internlm3": ("internlm3", {"head_dim": 16, "attention_bias": True, "mlp_bias": True}),
     "iquestcoder": ("iquestcoder", {"head_dim": 16}),
+    "gpt-oss": (
+        "gpt_oss",
+        {
+            "head_dim": 16,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "sliding_window": 12,
+            "swiglu_limit": 0.7,
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 150000.0,
+                "factor": 4.0,
+                "beta_fast": 32.0,
+                "beta_slow": 1.0,
+                "truncate": False,
+                "original_max_position_embeddings": 32,
+            },
+        },
+    ),
     "mixtral": (
         "mixtral",
         {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 12},
@@ -213,6 +232,26 @@ FAMILIES = {
         },
     ),
 }
+
+# Families that show everything the engine does: each kind of attention, position, norm, embedding,
+# MLP and router at least once. `make test` runs the others in fewer modes than these.
+REPRESENTATIVES = (
+    "llama",
+    "llama-mha-bias-tied",
+    "qwen2-window",
+    "phi3-longrope",
+    "gemma3",
+    "granite",
+    "olmo2",
+    "smollm3",
+    "mixtral",
+    "ministral3",
+    "glm4",
+    "hunyuan",
+    "cohere2",
+    "starcoder2",
+    "apertus",
+)
 
 
 def family_oracle(name: str, path: Path) -> torch.nn.Module:
