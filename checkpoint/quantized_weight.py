@@ -6,7 +6,7 @@ Legend: `out` rows, `in` columns, `G` groups along `in`.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -188,6 +188,18 @@ class PackedTensor:
     source_name: str = ""  # the dense tensor it stands for; "" for a KV scale
     source_shape: tuple[int, ...] = ()
     group_size: int = -1
+    num_experts: int = 0  # dimension 0 of a tensor that holds the weights of several experts
+
+    def over_experts(self, num_experts: int) -> PackedTensor:
+        """The tensor that holds the like of this for several experts, in a new dimension 0."""
+        shift = [axis and (axis[0] + 1, axis[1]) for axis in (self.out, self.in_)]
+        return replace(
+            self,
+            shape=(num_experts, *self.shape),
+            out=shift[0],
+            in_=shift[1],
+            num_experts=num_experts,
+        )
 
     @property
     def is_quantized(self) -> bool:

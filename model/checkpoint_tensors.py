@@ -33,6 +33,9 @@ def checkpoint_tensors(
     found: dict[str, tuple[Parameter, PackedTensor]] = {}
     for parameter in parameters(spec):
         for source_name in parameter.source_names:
+            part = parameter.expert_slice(source_name)
+            if part is not None and part.index > 0:
+                continue  # the tensor was found for the first of its experts
             for packed in _stored_tensors(parameter, source_name, quantization):
                 found[packed.name] = parameter, packed
         for name in kv_scales(parameter, quantization).values():
@@ -49,21 +52,41 @@ def _stored_tensors(
     if shape:
         shape = (sum(source.shape[0] for source in sources), *shape[1:])
     scheme = scheme_of(parameter, source_name, quantization)
-    module, _, suffix = source_name.rpartition(".")
+    part = parameter.expert_slice(source_name)
     if quantization is None or scheme is None:
         columns = (1, 1) if len(shape) > 1 else None
+        suffix = source_name.rpartition(".")[2]
         dense = PackedTensor(suffix, "", shape, (0, 1), columns)
+        if part is not None and part.transposed:
+            dense = replace(dense, shape=shape[::-1], out=(1, 1), in_=(0, 1))
+        if part is not None:
+            dense = dense.over_experts(part.num_experts)
         return [replace(dense, name=source_name, source_name=source_name, source_shape=shape)]
-    return [
-        replace(
-            packed,
-            name=f"{module}.{packed.suffix}",
-            source_name=source_name,
-            source_shape=shape,
-            group_size=scheme.group_size,
+    stored = []
+    for packed in format_of(quantization).tensors(scheme, shape[0], shape[1]):
+        if part is not None:
+            packed = packed.over_experts(part.num_experts)
+        stored.append(
+            replace(
+                packed,
+                name=packed_name(source_name, packed.suffix),
+                source_name=source_name,
+                source_shape=shape,
+                group_size=scheme.group_size,
+            )
         )
-        for packed in format_of(quantization).tensors(scheme, shape[0], shape[1])
-    ]
+    return stored
+
+
+def packed_name(source_name: str, suffix: str) -> str:
+    """The name of a tensor that is stored in place of the dense tensor `source_name`.
+
+    "down_proj.weight" and "qweight" make "down_proj.qweight", as a linear module names its tensors.
+    Experts in one tensor are no module: "experts.down_proj" and "blocks" make
+    "experts.down_proj_blocks".
+    """
+    module = source_name.removesuffix(".weight")
+    return f"{source_name}_{suffix}" if module == source_name else f"{module}.{suffix}"
 
 
 def kv_scales(parameter: Parameter, quantization: QuantizationConfig | None) -> dict[str, str]:

@@ -24,6 +24,7 @@ from llmkit.kernels.elementwise import (
     add_rms_norm,
     layer_norm,
     rms_norm,
+    swiglu_clamped,
     xielu,
 )
 from llmkit.kernels.fused_experts import FusedExperts, stack_experts
@@ -178,7 +179,14 @@ class DecoderLayer:
             norm_after_rope=spec.norm_after_rope,
             query_scale=None if rope is None else rope.query_scale,
         )
-        out = paged_attention(q, cache, metadata, spec.attention_scale, spec.attn_logit_softcapping)
+        out = paged_attention(
+            q,
+            cache,
+            metadata,
+            spec.attention_scale,
+            spec.attn_logit_softcapping,
+            self.vectors.get("attn.sinks"),
+        )
         if spec.attention_gate != "none":
             out = self._gated(out, x)
         update = self.parallel_group.all_reduce(self.linears["attn.o"](out.flatten(1)))
@@ -200,14 +208,22 @@ class DecoderLayer:
     def _mlp(self, x: torch.Tensor, module: str) -> torch.Tensor:
         activation = self.spec.activation
         if self.spec.gated_mlp:
-            assert activation != "xielu"
-            y = act_and_mul(self.linears[f"{module}.gate_up"](x), activation)
+            y = self._act_and_mul(self.linears[f"{module}.gate_up"](x))
         elif activation == "xielu":
             parameters = [self.vectors[f"{module}.act.{name}"] for name in XIELU_PARAMETERS]
             y = xielu(self.linears[f"{module}.up"](x), *parameters)
         else:
+            assert activation != "swiglu_clamped"
             y = act(self.linears[f"{module}.up"](x), activation)
         return self.linears[f"{module}.down"](y)
+
+    def _act_and_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
+        """The activation of a gated MLP: [T, 2I] -> [T, I]."""
+        spec = self.spec
+        if spec.activation == "swiglu_clamped":
+            return swiglu_clamped(gate_up, spec.swiglu_limit, spec.swiglu_alpha)
+        assert spec.activation != "xielu"
+        return act_and_mul(gate_up, spec.activation)
 
     def _moe(self, x: torch.Tensor) -> torch.Tensor:
         """The outputs of each token's best experts, weighted by the router, and the shared one."""

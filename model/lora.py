@@ -45,7 +45,9 @@ def load_adapter(
     linears = [
         row
         for row in parameters(spec.full_model)
-        if row.name.startswith("layers.") and len(row.shape) == 2
+        if row.name.startswith("layers.")
+        and len(row.shape) == 2
+        and row.sources[0].expert is None  # experts in one tensor are no linear modules
     ]
     shapes = {
         tensor: (sum(part.shape[0] for part in row.sources if part.name == tensor), row.shape[1])

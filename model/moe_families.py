@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
-from llmkit.model.family_fields import FamilyFunction, equal_layers
-from llmkit.model.spec import LayerSpec, MoeSpec
+from llmkit.common.errors import InputError
+from llmkit.model.family_fields import FamilyFunction, equal_layers, mixed_layers
+from llmkit.model.spec import ExpertStack, LayerSpec, MoeSpec
 
 
 def _mixtral(config: Any) -> dict[str, Any]:
@@ -45,8 +47,38 @@ def _qwen3_moe(config: Any) -> dict[str, Any]:
     }
 
 
+def _gpt_oss(config: Any) -> dict[str, Any]:
+    has_window = [index % 2 == 0 for index in range(config.num_hidden_layers)]
+    layers = mixed_layers(config, has_window, config.sliding_window)
+    if config.swiglu_limit <= 0:
+        raise InputError(
+            f"config.json has swiglu_limit {config.swiglu_limit}", "A positive number was expected"
+        )
+    moe = MoeSpec(
+        num_experts=config.num_local_experts,
+        num_experts_per_tok=config.num_experts_per_tok,
+        intermediate_size=config.intermediate_size,
+        norm_topk_prob=True,
+        expert_stack=ExpertStack(interleaved=True, transposed=True),
+        router="router",
+        router_bias=True,
+    )
+    return {
+        "layers": tuple(replace(layer, is_moe=True) for layer in layers),
+        "qkv_bias": config.attention_bias,
+        "o_proj_bias": config.attention_bias,
+        "mlp_bias": True,
+        "attention_sinks": True,
+        "activation": "swiglu_clamped",
+        "swiglu_limit": config.swiglu_limit,
+        "swiglu_alpha": config.swiglu_alpha,
+        "moe": moe,
+    }
+
+
 # By architecture: its model_type and its function.
 MOE_FAMILIES: dict[str, tuple[str, FamilyFunction]] = {
+    "GptOssForCausalLM": ("gpt_oss", _gpt_oss),
     "MixtralForCausalLM": ("mixtral", _mixtral),
     "Qwen3MoeForCausalLM": ("qwen3_moe", _qwen3_moe),
 }

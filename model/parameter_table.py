@@ -31,7 +31,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
 
-from llmkit.model.spec import ModelSpec, RankSpec
+from llmkit.model.spec import ExpertStack, ModelSpec, MoeSpec, RankSpec
 
 VOCAB_MULTIPLE = 64  # the vocabulary rows of a rank are padded to a multiple of this
 XIELU_PARAMETERS = ("alpha_p", "alpha_n", "beta", "eps")
@@ -120,6 +120,15 @@ MODULES = {
 
 
 @dataclass(frozen=True)
+class ExpertSlice:
+    """One expert's part of a checkpoint tensor that holds all of a layer's, [experts, ...]."""
+
+    index: int  # in the checkpoint tensor; the tensor of a rank holds the rank's experts
+    num_experts: int  # in the checkpoint tensor
+    transposed: bool = False  # a dense weight is stored as [in, out]
+
+
+@dataclass(frozen=True)
 class SourceTensor:
     """The rows of a parameter that come from one checkpoint tensor."""
 
@@ -129,6 +138,15 @@ class SourceTensor:
     # The first of these rows in the checkpoint tensor. It is 0 unless the checkpoint stores several
     # projections in one tensor, as Phi-3 does.
     first_row: int = 0
+    row_step: int = 1  # the distance of these rows in the checkpoint tensor; 2: every second row
+    # Set when the checkpoint tensor holds all experts. The rows are those of this expert's weight.
+    expert: ExpertSlice | None = None
+
+    @property
+    def rows(self) -> slice:
+        """These rows in the checkpoint tensor."""
+        end_row = self.first_row + (self.shape[0] - 1) * self.row_step + 1
+        return slice(self.first_row, end_row, self.row_step)
 
 
 @dataclass(frozen=True)
@@ -169,6 +187,10 @@ class Parameter:
     def source_names(self) -> tuple[str, ...]:
         """The distinct checkpoint tensors, in order."""
         return tuple(dict.fromkeys(source.name for source in self.sources))
+
+    def expert_slice(self, tensor: str) -> ExpertSlice | None:
+        """The part of the checkpoint tensor `tensor` that it uses; None: the whole tensor."""
+        return self.sources_in(tensor)[0].expert
 
     def sources_in(self, tensor: str) -> tuple[SourceTensor, ...]:
         """The sources in the checkpoint tensor `tensor`, in order. Phi-3's qkv_proj has three."""
@@ -277,6 +299,13 @@ def _layer_rows(spec: ModelSpec, index: int) -> Iterator[Parameter]:
     elif spec.qk_norm == "head":
         yield from norm("attn.q_norm", spec.head_dim)
         yield from norm("attn.k_norm", spec.head_dim)
+    if spec.attention_sinks:
+        sinks = SourceTensor(
+            f"{source}.self_attn.sinks",
+            (spec.num_heads,),
+            Split("heads", 0, spec.num_heads, 1),
+        )
+        yield Parameter(f"{name}.attn.sinks", (sinks,), layers, is_float32=True)
     if has_gate:
         unit = spec.head_dim if spec.attention_gate == "element" else 1
         yield from _linear(
@@ -341,7 +370,7 @@ def _moe_rows(spec: ModelSpec, index: int, input_from: str | None) -> Iterator[P
         f"{source}.{moe.router}",
         (moe.num_experts, spec.hidden_size),
         REPLICATED,
-        False,
+        moe.router_bias,
         layers,
         input_from,
         is_linear=False,
@@ -369,9 +398,73 @@ def _moe_rows(spec: ModelSpec, index: int, input_from: str | None) -> Iterator[P
             is_linear=False,
         )
     for expert in range(moe.num_experts):
+        if moe.expert_stack is not None:
+            yield from _stacked_expert_rows(spec, moe, moe.expert_stack, name, source, expert, layers)
+            continue
         module = f"{source}.experts.{expert}"
         for row in mlp_rows(f"experts.{expert}", module, moe.intermediate_size):
             yield replace(row, expert=expert)
+
+
+def _stacked_expert_rows(
+    spec: ModelSpec,
+    moe: MoeSpec,
+    stack: ExpertStack,
+    name: str,
+    source: str,
+    expert: int,
+    layers: tuple[int, ...],
+) -> Iterator[Parameter]:
+    """The rows of one expert, whose weights lie in tensors with those of the other experts."""
+    size = moe.intermediate_size
+    first_expert = 0
+    num_experts = moe.num_experts
+    if spec.rank is not None:
+        num_experts //= spec.rank.ep_size
+        ranks_per_group = spec.rank.tp_size // spec.rank.ep_size
+        first_expert = spec.rank.tp_rank // ranks_per_group * num_experts
+    features = Split("features", 0, size)
+    first_row_of_up = 1 if stack.interleaved else size
+    row_step = 2 if stack.interleaved else 1
+    for is_bias in (False, True) if spec.mlp_bias else (False,):
+        kind = "bias" if is_bias else "weight"
+        suffix = stack.bias_suffix if is_bias else ""
+        part = ExpertSlice(expert - first_expert, num_experts, stack.transposed and not is_bias)
+        columns = () if is_bias else (spec.hidden_size,)
+        gate_up = [
+            SourceTensor(
+                f"{source}.{stack.gate_up}{suffix}",
+                (size, *columns),
+                features,
+                first_row,
+                row_step,
+                part,
+            )
+            for first_row in (0, first_row_of_up)
+        ]
+        columns = () if is_bias else (size,)
+        down = SourceTensor(
+            f"{source}.{stack.down}{suffix}",
+            (spec.hidden_size, *columns),
+            REPLICATED if is_bias else Split("features", 1, size),
+            expert=part,
+        )
+        module = f"{name}.experts.{expert}"
+        yield Parameter(
+            f"{module}.gate_up.{kind}",
+            tuple(gate_up),
+            layers,
+            is_linear=not is_bias,
+            expert=expert,
+        )
+        yield Parameter(
+            f"{module}.down.{kind}",
+            (down,),
+            layers,
+            is_linear=not is_bias,
+            input_from=None if is_bias else f"{module}.gate_up.weight",
+            expert=expert,
+        )
 
 
 def _mlp_rows(

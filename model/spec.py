@@ -11,7 +11,7 @@ from typing import Literal
 
 from llmkit.checkpoint.hf_config import RopeSpec
 
-Activation = Literal["silu", "gelu_tanh", "gelu", "relu2", "xielu"]
+Activation = Literal["silu", "gelu_tanh", "gelu", "relu2", "xielu", "swiglu_clamped"]
 
 
 @dataclass(frozen=True)
@@ -21,6 +21,20 @@ class LayerSpec:
     sliding_window: int | None = None  # in tokens; None: the layer attends to the whole context
     rope: str | None = "global"  # key into ModelSpec.ropes; None: no position encoding
     is_moe: bool = False  # the layer has experts in place of one MLP
+
+
+@dataclass(frozen=True)
+class ExpertStack:
+    """How a checkpoint stores all experts of a layer in one tensor, [experts, out, in].
+
+    There is one tensor for gate and up, and one for down, and as many for their biases.
+    """
+
+    gate_up: str = "experts.gate_up_proj"  # the tensors, without the module of the MoE
+    down: str = "experts.down_proj"
+    bias_suffix: str = "_bias"
+    interleaved: bool = False  # rows of gate and up alternate; otherwise all of gate come first
+    transposed: bool = False  # dense weights are stored as [experts, in, out]
 
 
 @dataclass(frozen=True)
@@ -39,7 +53,9 @@ class MoeSpec:
     gate: str = "gate_proj"  # or "w1"
     up: str = "up_proj"  # or "w3"
     down: str = "down_proj"  # or "w2"
+    expert_stack: ExpertStack | None = None  # None: a checkpoint stores experts one by one
     router: str = "gate"  # the linear that computes the logits of the experts
+    router_bias: bool = False
     scoring: Literal["softmax", "sigmoid"] = "softmax"  # from logits to scores
     router_logit_softcapping: float | None = None
     # A tensor [num_experts] that is added to the scores to choose experts, but not to weight them.
@@ -102,7 +118,11 @@ class ModelSpec:
     # each element, or one for each head.
     attention_gate: Literal["none", "element", "head"] = "none"
     attention_gate_activation: Literal["sigmoid", "softplus"] = "sigmoid"
+    # A learned logit for each query head joins the softmax's sum (see `paged_attention`).
+    attention_sinks: bool = False
     activation: Activation = "silu"
+    swiglu_limit: float = 0.0  # of "swiglu_clamped"; see `elementwise.swiglu_clamped`
+    swiglu_alpha: float = 1.702
     gated_mlp: bool = True  # act(gate) * up; otherwise act(up)
     qkv_bias: bool = False
     o_proj_bias: bool = False

@@ -14,7 +14,12 @@ from llmkit.checkpoint.quantized_weight import QuantizationConfig, QuantizedWeig
 from llmkit.checkpoint.tensor_reader import CHUNK_BYTES, row_chunks
 from llmkit.common.errors import InputError
 from llmkit.kernels.fused_experts import copy_to_expert_stack
-from llmkit.model.checkpoint_tensors import check_checkpoint, kv_scales, scheme_of
+from llmkit.model.checkpoint_tensors import (
+    check_checkpoint,
+    kv_scales,
+    packed_name,
+    scheme_of,
+)
 from llmkit.model.decoder import SINGLE_RANK, Decoder
 from llmkit.model.device import upload
 from llmkit.model.families import model_spec
@@ -62,7 +67,7 @@ def load_model(
     offloaded_layers = tuple(
         f"layers.{index}." for index in range(num_layers - offloaded, num_layers)
     )
-    rows = {row.name: row for row in parameters(spec) if not _is_added_by_rank_0(spec, row)}
+    rows = {row.name: row for row in parameters(spec) if not _is_added_by_other(spec, row)}
     num_experts = len({row.expert for row in rows.values()} - {None})
     tensors: dict[str, torch.Tensor] = {}
     expert_stacks: dict[str, list[torch.Tensor]] = {}
@@ -114,11 +119,16 @@ def load_model(
         )
 
 
-def _is_added_by_rank_0(spec: ModelSpec, row: Parameter) -> bool:
-    """Whether it is the bias of a row-parallel linear and this is not rank 0, which adds it."""
-    if spec.rank is None or spec.rank.tp_rank == 0:
+def _is_added_by_other(spec: ModelSpec, row: Parameter) -> bool:
+    """Whether it is the bias of a row-parallel linear, and another rank adds it."""
+    rank = spec.rank
+    if rank is None:
         return False
-    return row.name.endswith((".attn.o.bias", ".mlp.down.bias"))
+    if row.expert is not None:  # only the ranks of its group compute an expert
+        is_first = rank.tp_rank % (rank.tp_size // rank.ep_size) == 0
+    else:
+        is_first = rank.tp_rank == 0
+    return not is_first and row.name.endswith((".attn.o.bias", ".down.bias"))
 
 
 def read_parameter(
@@ -134,15 +144,12 @@ def read_parameter(
     for name in parameter.source_names:
         quantized = _read_quantized(checkpoint, parameter, name, device)
         if quantized is None:
-            dense[name] = _read_cast(checkpoint, name, dtype, device)
+            dense[name] = _read_cast(checkpoint, parameter, name, dtype, device)
         else:
             dense[name] = quantized.dequantize()
     if not parameter.shape:
         return dense[parameter.source_names[0]].to(dtype)
-    parts = [
-        dense[source.name][source.first_row : source.first_row + source.shape[0]]
-        for source in parameter.sources
-    ]
+    parts = [dense[source.name][source.rows] for source in parameter.sources]
     joined = parts[0] if len(parts) == 1 else torch.cat(parts)
     return joined.to(dtype)
 
@@ -159,10 +166,10 @@ def _read_quantized(
     module = tensor.removesuffix(".weight")
     num_rows = sum(source.shape[0] for source in parameter.sources_in(tensor))
     packed_tensors = format_.tensors(scheme, num_rows, parameter.shape[1])
-    stored = {
-        packed.suffix: upload(checkpoint.read(f"{module}.{packed.suffix}"), device)
-        for packed in packed_tensors
-    }
+    stored = {}
+    for packed in packed_tensors:
+        name = packed_name(tensor, packed.suffix)
+        stored[packed.suffix] = upload(_read_part(checkpoint, parameter, tensor, name), device)
     return format_.unpack(scheme, stored)
 
 
@@ -190,25 +197,49 @@ def _read_stored(
     stored: dict[str, torch.Tensor | QuantizedWeight] = {}
     for name in parameter.source_names:
         quantized = _read_quantized(checkpoint, parameter, name, device)
-        stored[name] = upload(checkpoint.read(name), device) if quantized is None else quantized
+        if quantized is None:
+            stored[name] = upload(_read_part(checkpoint, parameter, name, name), device)
+        else:
+            stored[name] = quantized
     weights: list[torch.Tensor | QuantizedWeight] = []
     for source in parameter.sources:
         weight = stored[source.name]
-        rows = slice(source.first_row, source.first_row + source.shape[0])
+        rows = source.rows
         weights.append(weight.rows(rows) if isinstance(weight, QuantizedWeight) else weight[rows])
     return weights
 
 
+def _read_part(
+    checkpoint: Checkpoint, parameter: Parameter, source_name: str, name: str
+) -> torch.Tensor:
+    """What a parameter uses of a stored tensor: all of it, or the part of one expert.
+
+    name: of the stored tensor: `source_name`, or one that is stored in its place.
+    """
+    part = parameter.expert_slice(source_name)
+    if part is None:
+        return checkpoint.read(name)
+    matrix = checkpoint.read_slice(name, [(part.index, part.index + 1)], 0)[0]
+    if part.transposed and name == source_name:
+        matrix = matrix.T.contiguous()
+    return matrix
+
+
 def _read_cast(
-    checkpoint: Checkpoint, tensor: str, dtype: torch.dtype, device: torch.device | str
+    checkpoint: Checkpoint,
+    parameter: Parameter,
+    tensor: str,
+    dtype: torch.dtype,
+    device: torch.device | str,
 ) -> torch.Tensor:
     """A tensor cast to `dtype` in chunks, so that a large embedding is never in memory twice.
 
     A small tensor is not cast: the caller casts it.
     """
     info = checkpoint.tensors[tensor]
-    if info.torch_dtype == dtype or info.nbytes <= CHUNK_BYTES:
-        return upload(checkpoint.read(tensor), device)
+    is_part = parameter.expert_slice(tensor) is not None
+    if info.torch_dtype == dtype or info.nbytes <= CHUNK_BYTES or is_part:
+        return upload(_read_part(checkpoint, parameter, tensor, tensor), device)
     result = torch.empty(info.shape, dtype=dtype, device=device)
     for start, stop in row_chunks(info, CHUNK_BYTES):
         result[start:stop] = upload(checkpoint.read_slice(tensor, [(start, stop)], 0), device)

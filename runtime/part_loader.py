@@ -218,8 +218,10 @@ def _cores_left_to_readers() -> Iterator[None]:
 def _tensors_read_whole(checkpoint: Checkpoint, spec: ModelSpec, dtype: torch.dtype) -> list[str]:
     """The tensors that are read in one piece, in loading order; large casts are read in chunks."""
     names = []
-    for name in checkpoint_tensors(spec, checkpoint.quantization):
+    for name, (_, packed) in checkpoint_tensors(spec, checkpoint.quantization).items():
         info = checkpoint.tensors.get(name)
+        if packed.num_experts:  # read expert by expert
+            continue
         if info is not None and (info.torch_dtype == dtype or info.nbytes <= CHUNK_BYTES):
             names.append(info.name)
     return names

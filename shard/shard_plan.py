@@ -214,6 +214,10 @@ def plan_shards(
         for rank in range(tp):
             if parameter.expert is None:
                 piece = slice_for_rank(parameter, packed, info, rank, tp)
+            elif packed.num_experts and ep > 1:
+                piece = slice_for_expert_group(packed, info, rank // ranks_per_group, ep)
+            elif packed.num_experts:
+                piece = slice_for_rank(parameter, packed, info, rank, tp)
             elif parameter.expert // experts_per_group == rank // ranks_per_group:
                 rank_in_group = rank % ranks_per_group
                 piece = slice_for_rank(parameter, packed, info, rank_in_group, ranks_per_group)

@@ -35,10 +35,12 @@ def valid_tp(spec: ModelSpec, quantization: QuantizationConfig | None, ep: int =
 
     The experts are divided over `ep` groups. The list is empty when no size works.
     """
-    if _explain_experts(spec, ep):
-        return []
     rules = _split_rules(spec, quantization)
-    return [tp for tp in range(ep, spec.num_heads + 1, ep) if _explain(rules, tp, ep) is None]
+    return [
+        tp
+        for tp in range(ep, spec.num_heads + 1, ep)
+        if _explain_experts(spec, tp, ep) is None and _explain(rules, tp, ep) is None
+    ]
 
 
 def valid_ep(spec: ModelSpec, quantization: QuantizationConfig | None, tp: int) -> list[int]:
@@ -76,14 +78,16 @@ def explain_ep(
     if tp % ep:
         refusal: str | None = f"{tp}/{ep} = {_format_number(tp / ep)} tensor-parallel ranks"
     else:
-        refusal = _explain_experts(spec, ep)
+        refusal = _explain_experts(spec, tp, ep)
     if refusal is None:
         return None
     return f"{refusal}; {_sizes_that_work('EP', valid_ep(spec, quantization, tp))} with TP {tp}"
 
 
 def _valid_ep(spec: ModelSpec, rules: list[_SplitRule], tp: int) -> list[int]:
-    divisors = [ep for ep in range(1, tp + 1) if tp % ep == 0 and not _explain_experts(spec, ep)]
+    divisors = [
+        ep for ep in range(1, tp + 1) if tp % ep == 0 and not _explain_experts(spec, tp, ep)
+    ]
     return [ep for ep in divisors if _explain(rules, tp, ep) is None]
 
 
@@ -93,10 +97,17 @@ def _sizes_that_work(name: str, sizes: list[int]) -> str:
     return f"{name} {', '.join(map(str, sizes))} work{'s' if len(sizes) == 1 else ''}"
 
 
-def _explain_experts(spec: ModelSpec, ep: int) -> str | None:
+def _explain_experts(spec: ModelSpec, tp: int, ep: int) -> str | None:
     """Why `ep` does not divide the experts; None when it does."""
     count = expert_count(spec)
-    if ep == 1 or (count and count % ep == 0):
+    if ep == 1:
+        return None
+    if count and count % ep == 0:
+        if spec.moe is not None and spec.moe.expert_stack is not None and ep < tp:
+            return (
+                f"the checkpoint stores all experts in one tensor, which can be split over"
+                f" {ep} groups or {tp} ranks, but not over both"
+            )
         return None
     if not count:
         return f"{spec.architecture} has no experts"
@@ -109,7 +120,7 @@ def _split_rules(spec: ModelSpec, quantization: QuantizationConfig | None) -> li
     for parameter, packed in checkpoint_tensors(spec, quantization).values():
         for source in parameter.sources_in(packed.source_name):
             rule = _SplitRule(
-                source.name.split(".")[-2],
+                source.name.removesuffix(".weight").removesuffix(".bias").rpartition(".")[2],
                 source.split,
                 packed.out,
                 packed.in_,
