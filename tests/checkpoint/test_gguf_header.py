@@ -121,6 +121,12 @@ def test_gguf_header_accepts_small_alignments(tmp_path: Path, alignment: int) ->
     assert (tensors["b"].start, tensors["b"].end) == (first + 16, first + 20)
 
 
+@pytest.mark.parametrize("alignment", [0, 3, 24])
+def test_gguf_header_refuses_alignments(tmp_path: Path, alignment: int) -> None:
+    content = raw_gguf({"general.alignment": alignment})
+    refused(tmp_path, content, f"alignment is {alignment}, and a power of two was expected")
+
+
 def test_gguf_header_aligns_tensors_to_32_bytes(tmp_path: Path) -> None:
     for size in (16, 17, 32):  # of the key, so that the header has another length each time
         entry = raw_tensor("a", (2, 1, 32), Q8_0)

@@ -364,6 +364,7 @@ def test_gguf_refuses_other_rope_factors(tmp_path: Path, values: list[float]) ->
     [
         ({"block_count": True}, "llama.block_count is True. A positive number was expected"),
         ({"block_count": 1.0}, "llama.block_count is 1.0"),
+        ({"block_count": 0}, "llama.block_count is 0"),
         ({"attention__value_length": 31}, "attention.value_length is 31. 32 was expected"),
         ({"attention__key_length": 16, "rope__dimension_count": 32}, "count is 32. 16 was exp"),
         ({"rope__scaling__type": "linear"}, "lacks llama.rope.scaling.factor in its metadata"),
