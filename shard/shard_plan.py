@@ -16,7 +16,7 @@ from llmkit.model.checkpoint_tensors import checkpoint_tensors
 from llmkit.model.parameter_table import EMBEDDING_STAGE, Parameter, Split
 from llmkit.model.spec import ModelSpec
 from llmkit.shard.pipeline_stages import balanced_stages, explicit_stages
-from llmkit.shard.tensor_slice import TensorSlice, slice_for_rank
+from llmkit.shard.tensor_slice import TensorSlice, slice_for_expert_group, slice_for_rank
 from llmkit.shard.valid_layouts import expert_count, explain_ep, explain_tp
 
 
