@@ -25,7 +25,7 @@ from llmkit.bench.workload import Scenario, select_scenarios
 from llmkit.checkpoint.open_checkpoint import open_checkpoint
 from llmkit.common.errors import UsageError
 from llmkit.model.device import resolve_device
-from llmkit.model.families import model_spec
+from llmkit.model.families import checkpoint_spec
 from llmkit.runtime.engine_plan import DTYPES
 
 
@@ -148,7 +148,7 @@ def _open_target(reference: str, name: str, options: BenchOptions) -> Target:
     else:
         kind = "served"
     report = TargetReport(name, reference, kind, {"checkpoint_bytes": checkpoint.weight_bytes})
-    return Target(report, checkpoint, model_spec(checkpoint.config))
+    return Target(report, checkpoint, checkpoint_spec(checkpoint))
 
 
 def _column_names(references: Sequence[str]) -> list[str]:

@@ -11,7 +11,7 @@ import torch
 from llmkit.bench.bench_metrics import RequestTimeline
 from llmkit.bench.peak_performance import PeakPerformance
 from llmkit.checkpoint.checkpoint import Checkpoint
-from llmkit.model.parameter_table import parameters
+from llmkit.model.parameter_table import embedding_tensor, parameters
 from llmkit.model.spec import ModelSpec
 from llmkit.runtime.engine.engine_options import EngineOptions
 from llmkit.runtime.engine_plan import plan_engine
@@ -55,7 +55,7 @@ def count_model_costs(
     head = [row for row in rows if row.is_lm_head]
     dense = weight_bytes(checkpoint, spec, dtype, torch.device(device), [*linear, *head])
     if spec.tie_word_embeddings:
-        stored = checkpoint.tensors["model.embed_tokens.weight"].torch_dtype.itemsize
+        stored = checkpoint.tensors[embedding_tensor(spec)].torch_dtype.itemsize
         dense += spec.vocab_size * spec.hidden_size * min(stored, dtype.itemsize)
     return ModelCosts(
         dense,

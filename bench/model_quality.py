@@ -18,9 +18,9 @@ from llmkit.checkpoint.checkpoint import Checkpoint
 from llmkit.checkpoint.tokenizer import Tokenizer
 from llmkit.common.errors import InputError
 from llmkit.common.progress import Progress
-from llmkit.model.decoder import Decoder
-from llmkit.model.families import model_spec
+from llmkit.model.families import checkpoint_spec
 from llmkit.model.full_forward import make_batch
+from llmkit.model.language_model import LanguageModel
 from llmkit.model.weight_loader import load_model
 from llmkit.quant.calibration_text import BUILTIN, load_text, windows_sha256
 from llmkit.quant.output_quality import Quality, score_logits
@@ -140,7 +140,7 @@ def score_targets(
 class ServedModel:
     """A model with the KV cache dtype that the engine would use."""
 
-    model: Decoder
+    model: LanguageModel
     kv_cache_dtype: str | None  # "int8" or "fp8"; None: the model's dtype
 
     @torch.inference_mode()
@@ -154,7 +154,7 @@ class ServedModel:
         for window in windows:
             scratch = model.new_kv_cache(batch.num_blocks, batch.block_size, self.kv_cache_dtype)
             yield model.logits(
-                model(window.to(model.device), positions, batch, [scratch] * len(model.layers))
+                model(window.to(model.device), positions, batch, [scratch] * len(model.spec.layers))
             )
 
 
@@ -189,7 +189,7 @@ def _quality_metrics(quality: Quality) -> dict[str, float]:
 
 def _check_same_vocabulary(checkpoints: Mapping[str, Checkpoint], baseline: str) -> None:
     sizes = {
-        name: model_spec(checkpoint.config).vocab_size for name, checkpoint in checkpoints.items()
+        name: checkpoint_spec(checkpoint).vocab_size for name, checkpoint in checkpoints.items()
     }
     for name, size in sizes.items():
         if size != sizes[baseline]:

@@ -78,6 +78,13 @@ class Checkpoint(ModelFiles):
         return (self.manifest or {}).get("layout")
 
     @property
+    def tensor_names(self) -> tuple[str, ...]:
+        """The names of all tensors; of a sharded checkpoint, those of its source."""
+        if self.layout is None:
+            return tuple(self.tensors)
+        return tuple(map(str, self.layout.get("order", ())))
+
+    @property
     def folder(self) -> Path:
         """The directory that holds the weight files."""
         return self.path if self.file_format == "safetensors" else self.path.parent
@@ -127,6 +134,8 @@ class Checkpoint(ModelFiles):
         """
         info = self.tensors[name]
         self._verify(info)
+        if not info.shape:  # a number is read as one row
+            info = replace(info, shape=(1,))
         for start, stop in intervals:
             assert 0 <= start <= stop <= info.shape[dim], (
                 f"{name}: [{start}, {stop}) of {info.shape[dim]}"
@@ -179,12 +188,13 @@ class Checkpoint(ModelFiles):
         tensors = {name: replace(info, dtype=dtype) for name, info in self.tensors.items()}
         return replace(self, tensors=tensors)
 
-    def with_untied_embeddings(self) -> Checkpoint:
-        """The same model with a separate lm_head, whose weight equals the embedding."""
-        head = {"lm_head.weight": self.tensors["model.embed_tokens.weight"]}
-        return replace(
-            self, config=self.config | {"tie_word_embeddings": False}, tensors=self.tensors | head
-        )
+    def with_untied_embeddings(self, embedding: str, lm_head: str) -> Checkpoint:
+        """The same model with a separate tensor `lm_head` that equals the tensor `embedding`."""
+        config = self.config | {"tie_word_embeddings": False}
+        if isinstance(config.get("text_config"), dict):
+            config["text_config"] = config["text_config"] | {"tie_word_embeddings": False}
+        tensors = self.tensors | {lm_head: self.tensors[embedding]}
+        return replace(self, config=config, tensors=tensors)
 
     def _read_rows(self, info: TensorInfo, start: int, stop: int) -> torch.Tensor:
         return self.row_reader.rows(info, start, stop).to(info.torch_dtype)

@@ -29,12 +29,12 @@ def inspect(output: Output, arguments: InspectArguments) -> None:
     """
     from llmkit.checkpoint.open_checkpoint import open_checkpoint
     from llmkit.model.checkpoint_tensors import check_checkpoint
-    from llmkit.model.families import model_spec
+    from llmkit.model.families import checkpoint_spec
     from llmkit.quant.inspect_checkpoint import inspect_checkpoint
     from llmkit.shard.valid_layouts import valid_tp
 
     checkpoint = open_checkpoint(arguments.model)
-    spec = model_spec(checkpoint.config)
+    spec = checkpoint_spec(checkpoint)
     if checkpoint.layout is None:
         check_checkpoint(checkpoint, spec)
     facts = inspect_checkpoint(checkpoint) | {"tp": valid_tp(spec, checkpoint.quantization)}

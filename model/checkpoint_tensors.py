@@ -9,8 +9,9 @@ from llmkit.checkpoint.checkpoint import Checkpoint
 from llmkit.checkpoint.dtypes import FLOATS
 from llmkit.checkpoint.quantized_formats import format_of
 from llmkit.checkpoint.quantized_weight import PackedTensor, QuantizationConfig, Scheme
+from llmkit.checkpoint.safetensors_header import TensorInfo
 from llmkit.common.errors import InputError
-from llmkit.model.parameter_table import Parameter, is_redundant, parameters
+from llmkit.model.parameter_table import Parameter, is_carried, is_redundant, parameters
 from llmkit.model.spec import ModelSpec
 
 
@@ -20,7 +21,10 @@ def scheme_of(
     """How the checkpoint tensor `tensor` of a parameter is quantized; None when it is not."""
     if quantization is None or not (parameter.is_linear or parameter.is_lm_head):
         return None
-    return quantization.scheme_of(tensor.removesuffix(".weight"))
+    module = tensor.removesuffix(".weight")
+    if parameter.is_lm_head and "lm_head" in quantization.ignore:
+        return None  # configs say "lm_head", whatever the name of the module
+    return quantization.scheme_of(module)
 
 
 def checkpoint_tensors(
@@ -120,7 +124,9 @@ def check_checkpoint(checkpoint: Checkpoint, spec: ModelSpec) -> None:
             "Download the checkpoint again, or check that config.json belongs to it",
         )
     extra = [
-        name for name in checkpoint.tensors if name not in expected and not is_redundant(spec, name)
+        name
+        for name in checkpoint.tensors
+        if not (name in expected or is_redundant(spec, name) or is_carried(spec, name))
     ]
     if extra:
         raise InputError(
@@ -143,6 +149,18 @@ def check_checkpoint(checkpoint: Checkpoint, spec: ModelSpec) -> None:
                 f"tensor {name} has dtype {info.dtype}",
                 f"Dtype {' or '.join(dtypes)} was expected",
             )
+
+
+def carried_tensors(checkpoint: Checkpoint, spec: ModelSpec) -> dict[str, TensorInfo]:
+    """The tensors of parts that do not run, in the order of the checkpoint."""
+    if not spec.carried:
+        return {}
+    expected = checkpoint_tensors(spec, checkpoint.quantization)
+    return {
+        name: info
+        for name, info in checkpoint.tensors.items()
+        if is_carried(spec, name) and name not in expected
+    }
 
 
 def _list_tensors(names: Sequence[str]) -> str:

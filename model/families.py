@@ -7,7 +7,10 @@ test against transformers.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Collection
+from dataclasses import replace
+from difflib import get_close_matches
+from typing import TYPE_CHECKING, Any
 
 from llmkit.checkpoint.config_defaults import FAMILIES
 from llmkit.checkpoint.hf_config import complete_config
@@ -22,34 +25,54 @@ from llmkit.model.family_fields import (
 )
 from llmkit.model.moe_families import MOE_FAMILIES
 from llmkit.model.spec import ModelSpec
+from llmkit.model.wrappers import WRAPPERS, mtp_prefixes, text_model
+
+if TYPE_CHECKING:
+    from llmkit.checkpoint.checkpoint import Checkpoint
 
 # By architecture: its model_type and its function.
 SUPPORTED: dict[str, tuple[str, FamilyFunction]] = DENSE_FAMILIES | MOE_FAMILIES
 
 
-def model_spec(config: dict[str, Any]) -> ModelSpec:
+def checkpoint_spec(checkpoint: Checkpoint) -> ModelSpec:
+    """The spec of a checkpoint, with the names that its tensors have. Raises as `model_spec`."""
+    return model_spec(checkpoint.config, checkpoint.tensor_names)
+
+
+def model_spec(config: dict[str, Any], tensors: Collection[str] = ()) -> ModelSpec:
     """The spec of a checkpoint's config.json.
 
-    Raises InputError for an unsupported architecture, for a config that needs remote code, and for
-    one with values that its family does not allow.
+    tensors: the names of the checkpoint's tensors. They say how a multimodal checkpoint names its
+    text model, which the config does not. Use `checkpoint_spec` where there is a checkpoint.
+
+    An architecture that is not in the tables runs by transformers' own modeling code, the fallback,
+    where that is possible (`ModelSpec.transformers`). Remote code is never run: `auto_map` is
+    ignored.
+
+    Raises InputError for an unsupported architecture, and for values that its family does not
+    allow.
     """
-    if "auto_map" in config:
-        raise InputError(
-            f"config.json has an auto_map ({', '.join(sorted(config['auto_map']))})",
-            "A model without remote code: remote code is never run",
-            "Remove auto_map if the architecture is one of " + ", ".join(SUPPORTED),
-        )
-    architecture = (config.get("architectures") or ["(none)"])[0]
-    if architecture not in SUPPORTED:
-        raise InputError(
-            f"unsupported architecture ({architecture})", f"One of {', '.join(SUPPORTED)}"
-        )
-    model_type, family = SUPPORTED[architecture]
-    if config.get("model_type") not in FAMILIES:
-        raise InputError(
-            f"config.json has model_type {config.get('model_type')!r}",
-            f"{model_type}, as its architecture says",
-        )
+    architecture = _architecture(config)
+    text = text_model(config, tensors)
+    names: dict[str, Any] = {}  # the fields of ModelSpec about the checkpoint's names
+    if text is not None:
+        model_type = text.model_type
+        family = _text_family(model_type)
+        config = text.config
+        names = {
+            "tensor_prefix": text.names.prefix,
+            "lm_head_name": text.names.lm_head,
+            "carried": text.carried,
+        }
+    elif architecture not in SUPPORTED:
+        return _fallback_spec(config, tensors)
+    else:
+        model_type, family = SUPPORTED[architecture]
+        if config.get("model_type") not in FAMILIES:
+            raise InputError(
+                f"config.json has model_type {config.get('model_type')!r}",
+                f"{model_type}, as its architecture says",
+            )
     completed = complete_config(config, model_type)
     differences = family(completed)
     values: dict[str, Any] = {
@@ -71,10 +94,67 @@ def model_spec(config: dict[str, Any]) -> ModelSpec:
         values["ropes"] = {"global": rope(completed, rope_parameters(completed))}
     if "activation" not in differences:
         values["activation"] = activation(completed.hidden_act)
-    spec = ModelSpec(architecture=architecture, **(values | differences))
+    spec = ModelSpec(architecture=architecture, **(values | names | differences))
+    mtp = mtp_prefixes(config, spec.tensor_prefix, len(spec.layers))
+    spec = replace(spec, carried=(*spec.carried, *mtp))
     if spec.num_heads % spec.num_kv_heads:
         raise InputError(
             f"{spec.num_heads} heads and {spec.num_kv_heads} KV heads",
             "Heads are a multiple of KV heads",
         )
     return spec
+
+
+def require_native(spec: ModelSpec, feature: str) -> None:
+    """Raises InputError for the fallback, which lacks the feature."""
+    if spec.transformers is not None:
+        raise InputError(
+            f"{feature} is not possible with {spec.architecture}: it is no family of llmkit's own"
+            " and runs by transformers' modeling code",
+            todo=f"Leave it out, or use another model; {_nearest(spec.architecture)}",
+        )
+
+
+def _fallback_spec(config: dict[str, Any], tensors: Collection[str]) -> ModelSpec:
+    """The spec of a model that runs by transformers' own modeling code."""
+    # transformers' modeling code takes seconds to import, and only the fallback needs it.
+    from llmkit.model.transformers_spec import UnsupportedError, transformers_spec
+
+    architecture = _architecture(config)
+    try:
+        return transformers_spec(config, tensors)
+    except UnsupportedError as error:
+        known = ", ".join([*SUPPORTED, *WRAPPERS])
+        remote = ""
+        if "auto_map" in config:
+            names = ", ".join(sorted(config["auto_map"]))
+            remote = f"; its auto_map ({names}) does not help: remote code is never run"
+        raise InputError(
+            f"unsupported architecture ({architecture})",
+            f"One of {known}, or one that runs by transformers' own modeling code, which this one "
+            f"does not: {error}{remote}",
+            f"{_nearest(architecture)[0].upper()}{_nearest(architecture)[1:]}",
+        ) from error
+
+
+def _architecture(config: dict[str, Any]) -> str:
+    return str((config.get("architectures") or ["(none)"])[0])
+
+
+def _nearest(architecture: str) -> str:
+    """The name of the supported architecture that is spelled most like this one, as a phrase."""
+    names = [*SUPPORTED, *WRAPPERS]
+    matches = get_close_matches(architecture, names, n=1, cutoff=0.0)
+    return f"the supported architecture with the most similar name is {matches[0]}"
+
+
+def _text_family(model_type: str) -> FamilyFunction:
+    """The family of a multimodal model's text model."""
+    for family_type, family in SUPPORTED.values():
+        if family_type == model_type:
+            return family
+    known = dict.fromkeys(family_type for family_type, _ in SUPPORTED.values())
+    raise InputError(
+        f"config.json has a text_config of model_type {model_type!r}, which is not supported",
+        f"One of {', '.join(known)}",
+    )

@@ -31,7 +31,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
 
-from llmkit.model.spec import ExpertStack, ModelSpec, MoeSpec, RankSpec
+from llmkit.model.spec import ExpertStack, ModelSpec, MoeSpec, RankSpec, TransformersSpec
 
 VOCAB_MULTIPLE = 64  # the vocabulary rows of a rank are padded to a multiple of this
 XIELU_PARAMETERS = ("alpha_p", "alpha_n", "beta", "eps")
@@ -181,7 +181,7 @@ class Parameter:
     @property
     def is_lm_head(self) -> bool:
         """Whether it is the output projection, which is quantized only on request."""
-        return self.module == "lm_head"
+        return self.name == "lm_head.weight"
 
     @cached_property
     def source_names(self) -> tuple[str, ...]:
@@ -202,6 +202,8 @@ def parameters(spec: ModelSpec) -> list[Parameter]:
 
     For the spec of a rank, it has only the parameters that the rank holds, in the rank's shapes.
     """
+    if spec.transformers is not None:
+        return _transformers_rows(spec, spec.transformers)
     rank = spec.rank
     return [row for row in _model_rows(spec) if rank is None or _is_held_by(row, spec, rank)]
 
@@ -210,7 +212,14 @@ def is_redundant(spec: ModelSpec, name: str) -> bool:
     """Whether a checkpoint tensor repeats others or can be computed, and may be left out."""
     if re.search(r"rotary_emb\.inv_freq$", name):
         return True
-    return spec.tie_word_embeddings and name == "lm_head.weight"
+    if spec.transformers is not None:
+        return any(re.search(pattern, name) for pattern in spec.transformers.ignored)
+    return spec.tie_word_embeddings and name == f"{spec.lm_head_name}.weight"
+
+
+def is_carried(spec: ModelSpec, name: str) -> bool:
+    """Whether a checkpoint tensor belongs to a part that does not run (see `ModelSpec.carried`)."""
+    return name.startswith(spec.carried)
 
 
 def _is_held_by(row: Parameter, spec: ModelSpec, rank: RankSpec) -> bool:
@@ -230,22 +239,42 @@ def _is_held_by(row: Parameter, spec: ModelSpec, rank: RankSpec) -> bool:
     return False
 
 
+def _transformers_rows(spec: ModelSpec, model: TransformersSpec) -> list[Parameter]:
+    """The table of the fallback: a row for each checkpoint tensor."""
+    return [
+        Parameter(
+            tensor.name,
+            (SourceTensor(tensor.source, tensor.shape),),
+            (len(spec.layers) if tensor.layer is None else tensor.layer,),
+            is_linear=tensor.is_linear,
+            is_float32=tensor.is_float32,
+        )
+        for tensor in model.tensors
+    ]
+
+
 def _model_rows(spec: ModelSpec) -> Iterator[Parameter]:
     num_layers = len(spec.layers)
     vocab = Split("vocab", 0, spec.vocab_size)
     shape = (spec.vocab_size, spec.hidden_size)
-    embedding = SourceTensor(f"model.{_module(spec, 'embed')}.weight", shape, vocab)
+    embedding = SourceTensor(embedding_tensor(spec), shape, vocab)
     stages = (EMBEDDING_STAGE, num_layers) if spec.tie_word_embeddings else (EMBEDDING_STAGE,)
     yield Parameter("embed.weight", (embedding,), stages)
     for index in range(num_layers):
         yield from _layer_rows(spec, index)
     last_linear = f"layers.{num_layers - 1}.mlp.down.weight"
     for kind in ("weight", "bias") if spec.norm_bias else ("weight",):
-        norm = SourceTensor(f"model.{_module(spec, 'norm')}.{kind}", (spec.hidden_size,))
+        source = f"{spec.tensor_prefix}.{_module(spec, 'norm')}.{kind}"
+        norm = SourceTensor(source, (spec.hidden_size,))
         yield Parameter(f"norm.{kind}", (norm,), (num_layers,), input_from=last_linear)
     if not spec.tie_word_embeddings:
-        head = SourceTensor("lm_head.weight", shape, vocab)
+        head = SourceTensor(f"{spec.lm_head_name}.weight", shape, vocab)
         yield Parameter("lm_head.weight", (head,), (num_layers,), input_from="norm.weight")
+
+
+def embedding_tensor(spec: ModelSpec) -> str:
+    """The checkpoint's name of the embedding."""
+    return f"{spec.tensor_prefix}.{_module(spec, 'embed')}.weight"
 
 
 def _module(spec: ModelSpec, name: str) -> str:
@@ -356,7 +385,7 @@ def _layer_rows(spec: ModelSpec, index: int) -> Iterator[Parameter]:
 def _source_layer(spec: ModelSpec, index: int) -> str:
     """The prefix of a layer's tensors in the checkpoint. A rank numbers its layers from 0."""
     first_layer = spec.rank.first_layer if spec.rank else 0
-    return f"model.layers.{first_layer + index}"
+    return f"{spec.tensor_prefix}.layers.{first_layer + index}"
 
 
 def _moe_rows(spec: ModelSpec, index: int, input_from: str | None) -> Iterator[Parameter]:
@@ -399,7 +428,9 @@ def _moe_rows(spec: ModelSpec, index: int, input_from: str | None) -> Iterator[P
         )
     for expert in range(moe.num_experts):
         if moe.expert_stack is not None:
-            yield from _stacked_expert_rows(spec, moe, moe.expert_stack, name, source, expert, layers)
+            yield from _stacked_expert_rows(
+                spec, moe, moe.expert_stack, name, source, expert, layers
+            )
             continue
         module = f"{source}.experts.{expert}"
         for row in mlp_rows(f"experts.{expert}", module, moe.intermediate_size):

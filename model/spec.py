@@ -7,7 +7,7 @@ differs from Llama.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from llmkit.checkpoint.hf_config import RopeSpec
 
@@ -86,6 +86,30 @@ class RankSpec:
 
 
 @dataclass(frozen=True)
+class TransformersTensor:
+    """A checkpoint tensor of a model that runs by transformers' own modeling code."""
+
+    name: str  # of the runtime tensor, "layers.3.attn.c_proj.weight"
+    source: str  # in the checkpoint, "transformer.h.3.attn.c_proj.weight"
+    # The parameter or buffer of transformers' model that it is; None: transformers makes one out of
+    # several checkpoint tensors, as it does for experts.
+    parameter: str | None
+    shape: tuple[int, ...]
+    layer: int | None
+    is_linear: bool  # the weight of an nn.Linear of a layer
+    is_float32: bool  # kept in float32 whatever the dtype of the model
+
+
+@dataclass(frozen=True)
+class TransformersSpec:
+    """What the fallback through transformers needs besides the sizes in `ModelSpec`."""
+
+    config: dict[str, Any] = field(hash=False)  # config.json
+    tensors: tuple[TransformersTensor, ...]
+    ignored: tuple[str, ...]  # patterns of the names of checkpoint tensors that it does not need
+
+
+@dataclass(frozen=True)
 class ModelSpec:
     """A decoder-only transformer, or the share of one that a rank holds.
 
@@ -132,6 +156,12 @@ class ModelSpec:
     # Names of modules in the checkpoint that differ from Llama's: {"mlp_norm": "ffn_norm"}. The
     # keys are those of `parameter_table.MODULES`.
     module_names: dict[str, str] = field(default_factory=dict, hash=False)
+    # What the names of the embedding, the layers and the last norm begin with in the checkpoint.
+    tensor_prefix: str = "model"
+    lm_head_name: str = "lm_head"  # the output projection's module in the checkpoint
+    # What the names of carried tensors begin with: parts that do not run, such as a vision tower or
+    # layers that predict several tokens. Outputs get them byte for byte.
+    carried: tuple[str, ...] = ()
     tie_word_embeddings: bool = False
     attention_scale: float = 1.0  # multiplies the attention scores
     attn_logit_softcapping: float | None = None
@@ -141,6 +171,8 @@ class ModelSpec:
     logit_scale: float = 1.0  # multiplies the logits
     moe: MoeSpec | None = None
     rank: RankSpec | None = None  # None: this is the full model
+    # Set for the fallback: the model runs by transformers' own modeling code.
+    transformers: TransformersSpec | None = None
 
     @property
     def full_model(self) -> ModelSpec:

@@ -22,7 +22,8 @@ from llmkit.model.checkpoint_tensors import (
 )
 from llmkit.model.decoder import SINGLE_RANK, Decoder
 from llmkit.model.device import upload
-from llmkit.model.families import model_spec
+from llmkit.model.families import checkpoint_spec
+from llmkit.model.language_model import LanguageModel
 from llmkit.model.linear import (
     ActivationQuant,
     Linear,
@@ -46,7 +47,7 @@ def load_model(
     spec: ModelSpec | None = None,
     parallel_group: ParallelGroup = SINGLE_RANK,
     offloaded: int = 0,
-) -> Decoder:
+) -> LanguageModel:
     """Load a model on one device.
 
     packed: for serving. Linears keep the packed form that `serving_linear` chooses. Otherwise all
@@ -60,7 +61,7 @@ def load_model(
     Raises InputError when the checkpoint does not match its config.json.
     """
     if spec is None:
-        spec = model_spec(checkpoint.config)
+        spec = checkpoint_spec(checkpoint)
         check_checkpoint(checkpoint, spec)
     is_cpu = torch.device(device).type == "cpu"
     num_layers = len(spec.layers)
@@ -110,13 +111,13 @@ def load_model(
                     tensors[row.name] = copy_to_expert_stack(
                         expert_stacks, row.name, tensors[row.name], num_experts
                     )
-        return Decoder(
-            spec,
-            tensors,
-            activation_quant,
-            {name: linear.result() for name, linear in linears.items()},
-            parallel_group,
-        )
+        loaded = {name: linear.result() for name, linear in linears.items()}
+        if spec.transformers is not None:
+            # transformers' modeling code takes seconds to import, and only the fallback needs it.
+            from llmkit.model.transformers_model import TransformersModel
+
+            return TransformersModel(spec, tensors, activation_quant, loaded)
+        return Decoder(spec, tensors, activation_quant, loaded, parallel_group)
 
 
 def _is_added_by_other(spec: ModelSpec, row: Parameter) -> bool:
@@ -163,7 +164,6 @@ def _read_quantized(
     if quantization is None or scheme is None:
         return None
     format_ = format_of(quantization)
-    module = tensor.removesuffix(".weight")
     num_rows = sum(source.shape[0] for source in parameter.sources_in(tensor))
     packed_tensors = format_.tensors(scheme, num_rows, parameter.shape[1])
     stored = {}

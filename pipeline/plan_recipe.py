@@ -20,7 +20,7 @@ from llmkit.checkpoint.tensor_reader import CHUNK_BYTES, SafetensorsRows
 from llmkit.common.errors import InputError, LlmkitError
 from llmkit.common.progress import SilentProgress
 from llmkit.model.device import resolve_device
-from llmkit.model.families import model_spec
+from llmkit.model.families import checkpoint_spec
 from llmkit.model.parameter_table import parameters
 from llmkit.pipeline.recipe import GATE, Stage
 from llmkit.pipeline.run_recipe import RunDirectory
@@ -71,7 +71,7 @@ class StageModel:
     @property
     def num_parameters(self) -> int:
         """The number of parameters. Quantized ones count as the original ones."""
-        return sum(math.prod(row.shape) for row in parameters(model_spec(self.checkpoint.config)))
+        return sum(math.prod(row.shape) for row in parameters(checkpoint_spec(self.checkpoint)))
 
     @property
     def weight_bytes(self) -> int:
@@ -178,7 +178,7 @@ class RecipePlanner:
                 dry_run=True,
             )
         else:
-            spec = model_spec(checkpoint.config)
+            spec = checkpoint_spec(checkpoint)
             plan = plan_shards(
                 spec, checkpoint.quantization, checkpoint.tensors, tp, pp, ep, layers
             )

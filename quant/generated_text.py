@@ -17,7 +17,7 @@ import torch
 from llmkit.checkpoint.checkpoint import Checkpoint
 from llmkit.checkpoint.tokenizer import ChatTemplateError, Tokenizer
 from llmkit.common.errors import InputError, ShortageError
-from llmkit.model.families import model_spec
+from llmkit.model.families import checkpoint_spec
 
 PROMPTS = (
     "What is the capital of France, and what is it known for?",
@@ -197,7 +197,7 @@ class _TextGenerator:
 
     def __post_init__(self) -> None:
         assert self.min_tokens > 1
-        vocab_size = model_spec(self.checkpoint.config).vocab_size
+        vocab_size = checkpoint_spec(self.checkpoint).vocab_size
         self.words = start_tokens(self.tokenizer, vocab_size)
 
     @property

@@ -11,7 +11,7 @@ from llmkit.checkpoint.checkpoint import Checkpoint
 from llmkit.checkpoint.quantized_weight import QuantizationConfig, Scheme
 from llmkit.checkpoint.safetensors_header import byte_count
 from llmkit.model.checkpoint_tensors import checkpoint_tensors
-from llmkit.model.families import model_spec
+from llmkit.model.families import checkpoint_spec
 from llmkit.model.parameter_table import parameters
 from llmkit.model.spec import ModelSpec
 
@@ -26,7 +26,7 @@ def inspect_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
     Bytes are of weights: `disk_bytes` as stored, `weight_bytes` as llmkit would store them at each
     precision. Raises InputError for an architecture that llmkit does not know.
     """
-    spec = model_spec(checkpoint.config)
+    spec = checkpoint_spec(checkpoint)
     manifest = checkpoint.manifest
     windows = [layer.sliding_window for layer in spec.layers if layer.sliding_window]
     return {

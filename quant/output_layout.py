@@ -13,7 +13,7 @@ from llmkit.checkpoint.quantized_formats import format_of
 from llmkit.checkpoint.quantized_weight import QuantizationConfig
 from llmkit.checkpoint.safetensors_header import TensorInfo
 from llmkit.model.checkpoint_tensors import checkpoint_tensors, scheme_of
-from llmkit.model.families import model_spec
+from llmkit.model.families import checkpoint_spec
 from llmkit.model.parameter_table import parameters
 from llmkit.model.spec import ModelSpec
 
@@ -69,7 +69,7 @@ def output_config(
         # transformers does not read "dynamic": it needs the names of the quantized modules.
         modules = [
             name.removesuffix(".weight")
-            for parameter in parameters(model_spec(source.config))
+            for parameter in parameters(checkpoint_spec(source))
             for name in parameter.source_names
             if scheme_of(parameter, name, quantization)
         ]

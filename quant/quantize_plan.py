@@ -22,8 +22,8 @@ from llmkit.common.errors import InputError, UsageError
 from llmkit.common.progress import Progress
 from llmkit.model.checkpoint_tensors import check_checkpoint, scheme_of
 from llmkit.model.device import resolve_device
-from llmkit.model.families import model_spec
-from llmkit.model.parameter_table import parameters
+from llmkit.model.families import checkpoint_spec
+from llmkit.model.parameter_table import embedding_tensor, parameters
 from llmkit.model.spec import ModelSpec
 from llmkit.quant import memory_estimate as memory
 from llmkit.quant.algorithm import Algorithm
@@ -205,12 +205,14 @@ def make_plan(source: str, out: Path, options: QuantizeOptions, progress: Progre
             "Quantize the original model",
         )
     checkpoint.require_unsharded()
-    spec = model_spec(checkpoint.config)
+    spec = checkpoint_spec(checkpoint)
     check_checkpoint(checkpoint, spec)
     if options.lm_head is not None and spec.tie_word_embeddings:
         # The output projection gets separate tensors; the embedding is not quantized.
-        checkpoint = checkpoint.with_untied_embeddings()
-        spec = model_spec(checkpoint.config)
+        checkpoint = checkpoint.with_untied_embeddings(
+            embedding_tensor(spec), f"{spec.lm_head_name}.weight"
+        )
+        spec = checkpoint_spec(checkpoint)
     layers = _layer_range(options.layers, len(spec.layers))
     ignore = ignored_modules(spec, options.keep, layers)
     quantization = build_quantization_config(spec, method_options(options), ignore)

@@ -8,7 +8,7 @@ from llmkit.checkpoint.checkpoint import Checkpoint
 from llmkit.checkpoint.open_checkpoint import open_checkpoint
 from llmkit.common.errors import InputError
 from llmkit.common.formatting import bytes_text
-from llmkit.model.families import model_spec
+from llmkit.model.families import checkpoint_spec
 from llmkit.runtime.engine.engine import Engine
 from llmkit.runtime.engine.engine_options import EngineOptions
 from llmkit.runtime.engine_plan import open_draft_model, uses_several_ranks
@@ -40,7 +40,7 @@ def load_engine(
         from llmkit.runtime.parallel.leader import load_on_ranks
 
         return load_on_ranks(checkpoint, options, report)
-    part = load_part(checkpoint, model_spec(checkpoint.config), options, report)
+    part = load_part(checkpoint, checkpoint_spec(checkpoint), options, report)
     return part.make_engine(report, Engine)
 
 
@@ -57,7 +57,7 @@ def _load_with_prefix_store(
             "--prefix-cache-dir is not possible with a model on several ranks",
             todo="Leave out --prefix-cache-dir; each rank caches prefixes in memory anyway",
         )
-    spec = model_spec(checkpoint.config)
+    spec = checkpoint_spec(checkpoint)
     part = load_part(checkpoint, spec, options, report)
     engine = part.make_engine(report, PrefixStoreEngine)
     checkpoints = [checkpoint]

@@ -14,7 +14,7 @@ from llmkit.checkpoint.open_checkpoint import open_checkpoint
 from llmkit.common.errors import InputError
 from llmkit.model.checkpoint_tensors import check_checkpoint
 from llmkit.model.device import resolve_device
-from llmkit.model.families import model_spec
+from llmkit.model.families import checkpoint_spec, require_native
 from llmkit.model.spec import ModelSpec
 from llmkit.runtime.engine.engine_options import EngineOptions
 from llmkit.runtime.memory_plan import (
@@ -65,7 +65,7 @@ def plan_engine(checkpoint: Checkpoint, options: EngineOptions) -> EnginePlan:
     For a model on several ranks, it is the plan of the rank with the smallest KV cache.
     """
     if not uses_several_ranks(checkpoint, options):
-        return plan_part(checkpoint, model_spec(checkpoint.config), options)
+        return plan_part(checkpoint, checkpoint_spec(checkpoint), options)
     parts = rank_parts(checkpoint, options.tp, options.pp, options.ep)
     plans = [plan_part(part.checkpoint, part.spec, options, len(parts)) for part in parts]
     return min(plans, key=lambda plan: plan.memory.num_blocks)
@@ -81,6 +81,13 @@ def plan_part(
 ) -> EnginePlan:
     """The plan of a whole model, or of one of its parts; the parts share the memory of a CPU."""
     check_checkpoint(checkpoint, spec)
+    for name, is_used in (
+        ("--require-native", options.require_native),
+        ("--lora", bool(options.adapters)),
+        ("--cpu-offload", bool(options.cpu_offload)),
+    ):
+        if is_used:
+            require_native(spec, name)
     device = resolve_device(options.device)
     dtype = resolve_dtype(options.dtype, checkpoint, device)
     free = free_bytes(device, options.gpu_memory_utilization)
@@ -92,7 +99,7 @@ def plan_part(
     draft = None
     if options.draft_model is not None:
         draft = open_draft_model(options.draft_model, spec)
-        weights += weight_bytes(draft, model_spec(draft.config), dtype, device)
+        weights += weight_bytes(draft, checkpoint_spec(draft), dtype, device)
     require_weights_fit(weights, free, dtype, device)
 
     max_num_batched_tokens = options.max_num_batched_tokens or DEFAULT_BATCHED_TOKENS[device.type]
@@ -110,7 +117,7 @@ def plan_part(
         per_token_head_scales=kv_cache_dtype not in (None, checkpoint_kv_dtype),
     )
     if draft is not None:
-        kv_bytes_per_token += model_spec(draft.config).kv_bytes_per_token(dtype.itemsize)
+        kv_bytes_per_token += checkpoint_spec(draft).kv_bytes_per_token(dtype.itemsize)
     memory = plan_memory(
         spec,
         device.type,
@@ -145,7 +152,7 @@ def open_draft_model(reference: str, spec: ModelSpec) -> Checkpoint:
     """
     draft = open_checkpoint(reference, warn_of_edits=False)
     draft.require_unsharded()
-    draft_spec = model_spec(draft.config)
+    draft_spec = checkpoint_spec(draft)
     check_checkpoint(draft, draft_spec)
     if draft_spec.vocab_size != spec.vocab_size:
         raise InputError(

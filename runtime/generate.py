@@ -11,7 +11,7 @@ import torch
 
 from llmkit.checkpoint.checkpoint import Checkpoint
 from llmkit.model.device import resolve_device
-from llmkit.model.families import model_spec
+from llmkit.model.families import checkpoint_spec
 from llmkit.runtime.engine.engine_options import EngineOptions
 from llmkit.runtime.engine.sampling_params import SamplingParams
 from llmkit.runtime.engine_loader import load_engine
@@ -72,7 +72,7 @@ def _engine_options(
 ) -> EngineOptions:
     """Run as many prompts at once as can finish without preemption."""
     dtype = resolve_dtype("auto", checkpoint, resolve_device(device))
-    elements_per_token = model_spec(checkpoint.config).kv_elements_per_token
+    elements_per_token = checkpoint_spec(checkpoint).kv_elements_per_token
     sequence_bytes = max_model_len * elements_per_token * dtype.itemsize
     num_sequences = min(num_prompts, MAX_SEQUENCES, MAX_KV_CACHE_BYTES // sequence_bytes)
     return EngineOptions(

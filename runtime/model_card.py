@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 from llmkit.checkpoint.checkpoint import Checkpoint
-from llmkit.model.families import model_spec
+from llmkit.model.families import checkpoint_spec
 from llmkit.model.parameter_table import parameters
 
 
@@ -15,7 +15,7 @@ def model_card(checkpoint: Checkpoint) -> dict[str, Any]:
 
     Raises InputError for an unknown architecture.
     """
-    spec = model_spec(checkpoint.config)
+    spec = checkpoint_spec(checkpoint)
     quantization = checkpoint.quantization
     quantization_text = "GGUF, dequantized" if checkpoint.file_format == "gguf" else None
     if quantization:

@@ -18,7 +18,8 @@ from llmkit.kernels.cpu import cpu_kernels
 from llmkit.kernels.cpu.cpu_linear import has_int8_matmul
 from llmkit.model.checkpoint_tensors import checkpoint_tensors
 from llmkit.model.decoder import SINGLE_RANK, Decoder
-from llmkit.model.families import model_spec
+from llmkit.model.families import checkpoint_spec
+from llmkit.model.language_model import LanguageModel
 from llmkit.model.parallel_group import ParallelGroup
 from llmkit.model.spec import ModelSpec
 from llmkit.model.weight_loader import load_model
@@ -35,6 +36,10 @@ if TYPE_CHECKING:
     from llmkit.runtime.grammar_backend import GrammarBackend
 
 MIN_PREFILL_CHUNK = 256  # tokens of a prompt in a step while other prompts wait
+FALLBACK = (
+    "fallback: no family of llmkit's own, runs by transformers' modeling code; slower (projections "
+    "are not fused, no recorded decode steps), one rank, no adapters"
+)
 E = TypeVar("E", bound=Engine)
 
 
@@ -60,8 +65,8 @@ class LoadedPart:
 
     checkpoint: Checkpoint
     options: EngineOptions
-    model: Decoder
-    draft: Decoder | None
+    model: LanguageModel
+    draft: LanguageModel | None
     plan: EnginePlan
 
     def make_engine(self, report: StartupReport, engine_class: type[E]) -> E:
@@ -70,6 +75,8 @@ class LoadedPart:
         plan = self.plan
         report.plan = plan
         report.fast_paths += fast_paths(plan.device)
+        if self.model.spec.transformers is not None:
+            report.fast_paths.append(FALLBACK)
         if plan.offload.num_layers:
             report.fast_paths.append(
                 f"CUDA graphs: off, the weights of {plan.offload.num_layers} layers come from host "
@@ -137,7 +144,7 @@ def load_part(
     draft = None
     if options.draft_model is not None:
         draft_checkpoint = open_draft_model(options.draft_model, spec)
-        draft_spec = model_spec(draft_checkpoint.config)
+        draft_spec = checkpoint_spec(draft_checkpoint)
         draft = load_weights(draft_checkpoint, draft_spec, plan.dtype, device, report)
 
     # Plan the memory again, now with the real sizes.
@@ -175,7 +182,7 @@ def load_weights(
     report: StartupReport,
     parallel_group: ParallelGroup = SINGLE_RANK,
     num_offloaded_layers: int = 0,
-) -> Decoder:
+) -> LanguageModel:
     """Read the weights while the model is built from them."""
     names = _tensors_read_whole(checkpoint, spec, dtype)
     with (
@@ -193,6 +200,7 @@ def load_weights(
             offloaded=num_offloaded_layers,
         )
         if num_offloaded_layers:
+            assert isinstance(model, Decoder), "plan_part refuses it"
             WeightOffload(model.layers[-num_offloaded_layers:], device)
     checkpoint.require_unchanged()
     report.seconds["building"] -= read_ahead.waited_s

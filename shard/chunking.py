@@ -42,7 +42,8 @@ class ByteShape:
 
     @staticmethod
     def of(dtype: str, shape: tuple[int, ...], dim: int) -> ByteShape:
-        """The byte shape of a tensor that is split along `dim`."""
+        """The byte shape of a tensor that is split along `dim`. A scalar has one element."""
+        shape = shape or (1,)
         inner = math.prod(shape[dim + 1 :]) * DTYPES[dtype].itemsize
         return ByteShape(math.prod(shape[:dim]), shape[dim], inner)
 

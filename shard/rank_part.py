@@ -17,7 +17,7 @@ from llmkit.checkpoint.safetensors_header import TensorInfo, read_header
 from llmkit.checkpoint.tensor_reader import CHUNK_BYTES, row_chunks, tensor_bytes
 from llmkit.common.errors import UsageError
 from llmkit.model.checkpoint_tensors import check_checkpoint
-from llmkit.model.families import model_spec
+from llmkit.model.families import checkpoint_spec, require_native
 from llmkit.model.parallel_group import rank_spec
 from llmkit.model.spec import ModelSpec
 from llmkit.shard.copy_slices import derived_values
@@ -48,7 +48,8 @@ def rank_parts(checkpoint: Checkpoint, tp: int = 1, pp: int = 1, ep: int = 1) ->
     Raises UsageError for other sizes, InputError for a layout that does not match the model or the
     files.
     """
-    full_spec = model_spec(checkpoint.config)
+    full_spec = checkpoint_spec(checkpoint)
+    require_native(full_spec, "sharding")
     if checkpoint.layout is None:
         return _slice_checkpoint(checkpoint, full_spec, tp, pp, ep)
     layout = read_layout(checkpoint.path)

@@ -10,11 +10,12 @@ from typing import Literal
 
 from llmkit.checkpoint.open_checkpoint import open_checkpoint
 from llmkit.checkpoint.output_directory import check_output
+from llmkit.checkpoint.tokenizer import check_copied_tokenizer
 from llmkit.checkpoint.writer import CheckpointWriter, planned_bytes
 from llmkit.common.errors import UsageError
 from llmkit.common.progress import Progress, SilentProgress
 from llmkit.model.checkpoint_tensors import check_checkpoint
-from llmkit.model.families import model_spec
+from llmkit.model.families import checkpoint_spec, require_native
 from llmkit.model.spec import ModelSpec
 from llmkit.shard.copy_slices import require_ordered_groups, write_output
 from llmkit.shard.shard_plan import ShardPlan, plan_shards
@@ -45,9 +46,9 @@ def shard(
     A source that is sharded in another layout gives the same bytes as its unsharded checkpoint. An
     interrupted run is continued. Returns the plan.
 
-    Raises InputError for a bad source and for ranks that do not divide it; UsageError for ranks
-    below 1 and sizes that contradict each other; OutputError and ShortageError as CheckpointWriter
-    does.
+    Raises InputError for a bad source (its tokenizer, too) and for ranks that do not divide it;
+    UsageError for ranks below 1 and sizes that contradict each other; OutputError and ShortageError
+    as CheckpointWriter does.
     """
     progress = progress or SilentProgress()
     shard_source = open_source(source)
@@ -56,6 +57,7 @@ def shard(
         return plan
     files = plan.files()
     checkpoint = shard_source.checkpoint
+    check_copied_tokenizer(checkpoint)
     check_output(Path(output).expanduser(), checkpoint.path, planned_bytes(files))
     sizes = {"tp": plan.tp, "pp": plan.pp, "ep": plan.ep, "stages": plan.stages}
     identity = {"command": "shard", **sizes, "source": checkpoint.stamps}
@@ -93,7 +95,8 @@ def validated_spec(source: ShardSource) -> ModelSpec:
 
     Raises InputError unless the source has exactly the model's tensors.
     """
-    spec = model_spec(source.checkpoint.config)
+    spec = checkpoint_spec(source.checkpoint)
+    require_native(spec, "sharding")
     check_checkpoint(source.unsharded, spec)
     return spec
 

@@ -13,11 +13,25 @@ from llmkit.checkpoint.quantized_weight import QuantizationConfig
 from llmkit.checkpoint.safetensors_header import TensorInfo
 from llmkit.common.errors import InputError, UsageError
 from llmkit.model.checkpoint_tensors import checkpoint_tensors
-from llmkit.model.parameter_table import EMBEDDING_STAGE, Parameter, Split
+from llmkit.model.parameter_table import (
+    EMBEDDING_STAGE,
+    Parameter,
+    Split,
+    embedding_tensor,
+    is_carried,
+)
 from llmkit.model.spec import ModelSpec
 from llmkit.shard.pipeline_stages import balanced_stages, explicit_stages
-from llmkit.shard.tensor_slice import TensorSlice, slice_for_expert_group, slice_for_rank
+from llmkit.shard.tensor_slice import (
+    TensorSlice,
+    slice_for_expert_group,
+    slice_for_rank,
+    whole_slice,
+)
 from llmkit.shard.valid_layouts import expert_count, explain_ep, explain_tp
+
+# The file of the tensors that no rank loads (see `ModelSpec.carried`).
+CARRIED_FILE = "carried.safetensors"
 
 
 @dataclass(frozen=True)
@@ -48,6 +62,7 @@ class ShardPlan:
     experts: tuple[tuple[int, ...], ...]  # of each expert-parallel group; () for a dense model
     order: tuple[str, ...]  # the tensors of the source in the order of its files
     ranks: tuple[RankPlan, ...]
+    carried: tuple[TensorSlice, ...]  # whole tensors of parts that do not run, in CARRIED_FILE
     left_out: tuple[str, ...]  # source tensors that repeat others and are not stored
     # The bytes of K and V of one token, in one layer of one rank.
     kv_bytes_per_layer: int
@@ -84,10 +99,11 @@ class ShardPlan:
 
     def files(self) -> dict[str, list[TensorInfo]]:
         """The tensors that a CheckpointWriter writes into each file."""
-        return {
-            rank.file: [TensorInfo(piece.name, piece.dtype, piece.shape) for piece in rank.slices]
-            for rank in self.ranks
-        }
+        files = {rank.file: _slice_infos(rank.slices) for rank in self.ranks}
+        return files | self._carried_files()
+
+    def _carried_files(self) -> dict[str, list[TensorInfo]]:
+        return {CARRIED_FILE: _slice_infos(self.carried)} if self.carried else {}
 
     def slices_by_source(self) -> dict[str, list[TensorSlice]]:
         """The slices of each source tensor over all ranks."""
@@ -95,6 +111,8 @@ class ShardPlan:
         for rank in self.ranks:
             for piece in rank.slices:
                 slices[piece.name].append(piece)
+        for piece in self.carried:
+            slices[piece.name].append(piece)
         return slices
 
     def constants(self) -> list[tuple[str, str, bytes]]:
@@ -113,13 +131,15 @@ class ShardPlan:
                 {"file": rank.file, "pp": rank.pp, "tp": rank.tp, "ep": rank.ep}
                 for rank in self.ranks
             ],
+            "carried_files": list(self._carried_files()),
             "left_out": list(self.left_out),
             "order": list(self.order),
             "tensors": {
                 f"{rank.file}::{piece.name}": _layout_entry(piece, self.replicas[piece])
                 for rank in self.ranks
                 for piece in rank.slices
-            },
+            }
+            | {f"{piece.file}::{piece.name}": _layout_entry(piece, ()) for piece in self.carried},
         }
 
     def to_json(self) -> dict[str, Any]:
@@ -139,6 +159,7 @@ class ShardPlan:
             "stages": [list(stage) for stage in self.stages],
             "experts": [list(group) for group in self.experts],
             "bytes": sum(sizes.values()),
+            "carried": {"tensors": len(self.carried), "bytes": sizes.get(CARRIED_FILE, 0)},
             "left_out": list(self.left_out),
             "ranks": [
                 {
@@ -202,13 +223,21 @@ def plan_shards(
     for stage, layers in enumerate(stages):
         for layer in layers:
             stage_of_layer[layer] = stage
-    order = tuple(name for name in source_tensors if name in expected)
+    carried = tuple(
+        whole_slice(info, CARRIED_FILE)
+        for name, info in source_tensors.items()
+        if name not in expected and is_carried(spec, name)
+    )
+    kept = expected.keys() | {piece.name for piece in carried}
+    order = tuple(name for name in source_tensors if name in kept)
     ranks_per_group = tp // ep  # the ranks that an expert is split over
     experts_per_group = expert_count(spec) // ep
     slices: dict[tuple[int, int], list[TensorSlice]] = {
         (stage, rank): [] for stage in range(pp) for rank in range(tp)
     }
     for name in order:
+        if name not in expected:
+            continue
         parameter, packed = expected[name]
         info = source_tensors[name]
         for rank in range(tp):
@@ -242,9 +271,14 @@ def plan_shards(
             RankPlan(stage, rank, rank // ranks_per_group, _rank_file(stage, rank), tuple(pieces))
             for (stage, rank), pieces in slices.items()
         ),
-        left_out=tuple(name for name in source_tensors if name not in expected),
+        carried=carried,
+        left_out=tuple(name for name in source_tensors if name not in kept),
         kv_bytes_per_layer=_kv_bytes_per_layer(spec, quantization, source_tensors, tp),
     )
+
+
+def _slice_infos(slices: Iterable[TensorSlice]) -> list[TensorInfo]:
+    return [TensorInfo(piece.name, piece.dtype, piece.shape) for piece in slices]
 
 
 def _rank_file(stage: int, rank: int) -> str:
@@ -274,7 +308,7 @@ def _kv_bytes_per_layer(
     if quantization is not None and quantization.kv:
         itemsize = 1
     else:
-        itemsize = DTYPES[source_tensors["model.embed_tokens.weight"].dtype].itemsize
+        itemsize = DTYPES[source_tensors[embedding_tensor(spec)].dtype].itemsize
     return 2 * (stop - start) * itemsize
 
 

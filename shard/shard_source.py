@@ -55,7 +55,7 @@ class ShardSource:
                     "Shard the source again",
                 )
             self._headers = {
-                file: read_header(checkpoint.path / file) for file in self.layout.files
+                file: read_header(checkpoint.path / file) for file in self.layout.all_files
             }
             for piece in self.layout.slices:
                 self._find_slice(piece)

@@ -11,7 +11,7 @@ from typing import Any
 from llmkit.checkpoint.manifest import MANIFEST, load_manifest, manifest_digest
 from llmkit.checkpoint.safetensors_header import TensorInfo
 from llmkit.common.errors import InputError
-from llmkit.shard.tensor_slice import TensorSlice
+from llmkit.shard.tensor_slice import TensorSlice, length_along
 
 
 @dataclass(frozen=True)
@@ -22,10 +22,16 @@ class ShardedLayout:
     pp: int
     ep: int
     stages: tuple[tuple[int, ...], ...]  # the layers of each pipeline stage
-    files: tuple[str, ...]  # by stage, then by tensor-parallel rank
+    files: tuple[str, ...]  # of the ranks: by stage, then by tensor-parallel rank
     order: tuple[str, ...]  # the source's tensors, in the order of its files
     left_out: tuple[str, ...]  # the source's tensors that are not stored
     slices: tuple[TensorSlice, ...]
+    carried_files: tuple[str, ...] = ()  # with the tensors that no rank loads: one or none
+
+    @property
+    def all_files(self) -> tuple[str, ...]:
+        """Every weight file."""
+        return self.files + self.carried_files
 
     @cached_property
     def slices_by_source(self) -> dict[str, list[TensorSlice]]:
@@ -118,12 +124,13 @@ def _parse_layout(layout: Mapping[str, Any], tensors: Mapping[str, Any]) -> Shar
     if ep < 1 or tp % ep:
         raise ValueError(f"EP {ep} for TP {tp}")
     files = tuple(file for _, _, file in ranks)
+    carried_files = tuple(map(str, layout.get("carried_files", ())))
     if layout["tensors"].keys() != tensors.keys():
         raise ValueError("layout and manifest list different tensors")
     slices = []
     for key, entry in layout["tensors"].items():
         file, _, name = key.partition("::")
-        if file not in files or entry["source"] != name:
+        if file not in files + carried_files or entry["source"] != name:
             raise ValueError(f"{key} belongs to no rank")
         slices.append(
             replace(
@@ -139,7 +146,7 @@ def _parse_layout(layout: Mapping[str, Any], tensors: Mapping[str, Any]) -> Shar
         raise ValueError("order does not list the tensors of the ranks")
     stages = tuple(tuple(map(int, stage)) for stage in layout["stages"])
     left_out = tuple(map(str, layout["left_out"]))
-    return ShardedLayout(tp, pp, ep, stages, files, order, left_out, tuple(slices))
+    return ShardedLayout(tp, pp, ep, stages, files, order, left_out, tuple(slices), carried_files)
 
 
 def _parse_slice(entry: Mapping[str, Any]) -> TensorSlice:
@@ -149,9 +156,10 @@ def _parse_slice(entry: Mapping[str, Any]) -> TensorSlice:
     intervals = tuple((int(start), int(stop)) for start, stop in entry["intervals"])
     position = 0
     for start, stop in intervals:
-        if not position <= start < stop <= shape[dim]:
+        if not position <= start < stop <= length_along(shape, dim):
             raise ValueError(
-                f"{entry['source']} has the interval [{start}, {stop}) of {shape[dim]}"
+                f"{entry['source']} has the interval [{start}, {stop})"
+                f" of {length_along(shape, dim)}"
             )
         position = stop
     if padding < 0 or dim < 0:
@@ -185,7 +193,7 @@ def _find_gap(name: str, slices: list[TensorSlice]) -> str | None:
     ):
         return f"{name}: its slices are of different tensors"
     position = 0
-    length = first.source_shape[first.dim]
+    length = length_along(first.source_shape, first.dim)
     # Several ranks can share the interval of a KV head and have other intervals that they do not
     # share.
     intervals = {interval for piece in slices for interval in piece.intervals}

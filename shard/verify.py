@@ -26,7 +26,7 @@ class VerifyResult:
     tp: int
     pp: int
     ep: int
-    files: int  # rank files
+    files: int  # of ranks, and one with carried tensors if there are any
     tensors: int  # over all ranks
     bytes: int  # the size of these tensors
     replica_groups: int  # slices that several ranks store
@@ -70,7 +70,7 @@ def verify(path: str | Path) -> VerifyResult:
         tp=layout.tp,
         pp=layout.pp,
         ep=layout.ep,
-        files=len(layout.files),
+        files=len(layout.all_files),
         tensors=len(layout.slices),
         bytes=sum(piece.nbytes for piece in layout.slices),
         replica_groups=sum(
@@ -116,7 +116,7 @@ def _check_tensors(folder: Path, layout: ShardedLayout) -> list[Difference]:
     """Tensors whose dtype or shape differs from the layout, and padding that is not zero."""
     differences = []
     headers: dict[str, dict[str, TensorInfo]] = {}
-    for file in layout.files:
+    for file in layout.all_files:
         try:
             headers[file] = read_header(folder / file)
         except InputError:

@@ -118,6 +118,12 @@ def plan_vllm(
             todo,
         )
     plan = plan_shards(spec, quantization, source_tensors, tp)
+    if plan.carried:
+        raise InputError(
+            f"--format vllm of a checkpoint with {plan.carried[0].name}",
+            "A model without parts that do not run",
+            todo,
+        )
     padded_vocab = -(-spec.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
     if padded_vocab % tp:
         works = [size for size in range(1, spec.num_heads + 1) if padded_vocab % size == 0]

@@ -25,7 +25,7 @@ from llmkit.kernels.kv_cache import KVCache
 from llmkit.kernels.quantized_linear import WeightOnlyLinear
 from llmkit.kernels.tuned_configs import Config, Shape, Tunable
 from llmkit.model.checkpoint_tensors import scheme_of
-from llmkit.model.families import model_spec
+from llmkit.model.families import checkpoint_spec
 from llmkit.model.linear import PackedLinear, serving_linear
 from llmkit.model.parameter_table import parameters
 from llmkit.model.spec import ModelSpec
@@ -181,7 +181,7 @@ def tune(checkpoint: Checkpoint, report_progress: Callable[[str], None]) -> list
         )
     device = torch.device("cuda", torch.cuda.current_device())
     dtype = resolve_dtype("auto", checkpoint, device)
-    spec = model_spec(checkpoint.config)
+    spec = checkpoint_spec(checkpoint)
     cache_filler = torch.empty(CACHE_BYTES, dtype=torch.uint8, device=device)
 
     def clock(run: Callable[[], object]) -> float:

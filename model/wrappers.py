@@ -1,0 +1,246 @@
+"""Multimodal models whose text model is a family of ours: a table, one row for each architecture.
+
+Such a model's config.json has the text model's config under `text_config`, and its checkpoint has
+tensors of other parts: towers, projectors. The text model runs; the other parts are carried (see
+`ModelSpec.carried`). To add a wrapper: a row of `WRAPPERS`, and a parity test.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from typing import Any
+
+from llmkit.common.errors import InputError
+from llmkit.model.text_config_defaults import TEXT_DEFAULTS
+
+
+@dataclass(frozen=True)
+class TextNames:
+    """How a checkpoint names the tensors of its text model."""
+
+    prefix: str  # of the embedding, the layers and the last norm
+    lm_head: str
+
+
+@dataclass(frozen=True)
+class Wrapper:
+    """A multimodal architecture.
+
+    Its checkpoints have one of the `names`. The first is that of the modules in transformers 5; the
+    others are in files of the hub, and `save_pretrained` writes them, too.
+    """
+
+    model_type: str  # of config.json
+    text_types: tuple[str, ...]  # that text_config.model_type may be; the first is the default
+    carried: tuple[str, ...]  # the other parts: modules and parameters
+    names: tuple[TextNames, ...]
+    is_flat: bool = False  # an older config.json has the text model's fields at the top level
+    tie_word_embeddings: bool = False  # when config.json does not say it
+    # Text model types that are a family of ours in another name: that family's model_type.
+    families: dict[str, str] = field(default_factory=dict)
+
+
+_LLAVA_NAMES = (
+    TextNames("model.language_model", "lm_head"),
+    TextNames("language_model.model", "language_model.lm_head"),
+)
+_QWEN_NAMES = (
+    TextNames("model.language_model", "lm_head"),
+    TextNames("model", "lm_head"),
+)
+_IDEFICS_NAMES = (TextNames("model.text_model", "lm_head"),)
+_TOWER = ("vision_tower", "multi_modal_projector")
+# The text models that LLaVA's classes are used with.
+_LLAVA_TEXT = ("llama", "mistral", "qwen2", "qwen3")
+
+# By architecture.
+WRAPPERS: dict[str, Wrapper] = {
+    "Gemma3ForConditionalGeneration": Wrapper(
+        "gemma3", ("gemma3_text",), _TOWER, _LLAVA_NAMES, tie_word_embeddings=True
+    ),
+    "Mistral3ForConditionalGeneration": Wrapper(
+        "mistral3", ("mistral", "ministral3"), _TOWER, _LLAVA_NAMES, tie_word_embeddings=True
+    ),
+    "LlavaForConditionalGeneration": Wrapper("llava", _LLAVA_TEXT, _TOWER, _LLAVA_NAMES),
+    "LlavaNextForConditionalGeneration": Wrapper(
+        "llava_next", _LLAVA_TEXT, (*_TOWER, "image_newline"), _LLAVA_NAMES
+    ),
+    "LlavaOnevisionForConditionalGeneration": Wrapper(
+        "llava_onevision",
+        ("qwen2", "llama", "mistral", "qwen3"),
+        (*_TOWER, "image_newline"),
+        _LLAVA_NAMES,
+    ),
+    "InternVLForConditionalGeneration": Wrapper(
+        "internvl",
+        ("qwen2", "qwen3", "llama", "qwen3_moe"),
+        _TOWER,
+        _LLAVA_NAMES,
+        tie_word_embeddings=True,
+    ),
+    "Qwen2VLForConditionalGeneration": Wrapper(
+        "qwen2_vl",
+        ("qwen2_vl_text",),
+        ("visual",),
+        _QWEN_NAMES,
+        is_flat=True,
+        families={"qwen2_vl_text": "qwen2"},
+    ),
+    "Qwen2_5_VLForConditionalGeneration": Wrapper(
+        "qwen2_5_vl",
+        ("qwen2_5_vl_text",),
+        ("visual",),
+        _QWEN_NAMES,
+        is_flat=True,
+        families={"qwen2_5_vl_text": "qwen2"},
+    ),
+    "Qwen3VLForConditionalGeneration": Wrapper(
+        "qwen3_vl",
+        ("qwen3_vl_text",),
+        ("visual",),
+        _QWEN_NAMES[:1],
+        families={"qwen3_vl_text": "qwen3"},
+    ),
+    "Idefics3ForConditionalGeneration": Wrapper(
+        "idefics3", ("llama", "mistral"), ("vision_model", "connector"), _IDEFICS_NAMES
+    ),
+    "SmolVLMForConditionalGeneration": Wrapper(
+        "smolvlm", ("llama",), ("vision_model", "connector"), _IDEFICS_NAMES
+    ),
+}
+# config.json's fields that give the number of layers for multi-token prediction.
+_MTP_COUNTS = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers")
+
+
+@dataclass(frozen=True)
+class TextModel:
+    """The text model of a wrapper's checkpoint."""
+
+    model_type: str  # of the family whose function reads the config
+    config: dict[str, Any]  # like the config.json of a text model
+    names: TextNames
+    carried: tuple[str, ...]  # see ModelSpec.carried
+
+
+def text_model(config: dict[str, Any], tensors: Collection[str]) -> TextModel | None:
+    """The text model of a config.json; None when its architecture is no wrapper.
+
+    tensors: the names of the checkpoint's tensors. Without them, those of transformers 5 are
+    assumed.
+    Raises InputError for a config without a text model, or with one that does not belong to the
+    architecture, and for tensors of several namings.
+    """
+    architecture = (config.get("architectures") or [""])[0]
+    wrapper = WRAPPERS.get(architecture)
+    if wrapper is None:
+        return None
+    if config.get("model_type") != wrapper.model_type:
+        raise InputError(
+            f"config.json has model_type {config.get('model_type')!r}",
+            f"{wrapper.model_type}, as its architecture {architecture} says",
+        )
+    given = _text_config(config, wrapper, architecture)
+    model_type = given.get("model_type", wrapper.text_types[0])
+    if wrapper.is_flat and model_type == wrapper.model_type:  # older configs repeat the wrapper's
+        model_type = wrapper.text_types[0]
+    if model_type not in wrapper.text_types:
+        raise InputError(
+            f"config.json has a text_config of model_type {model_type!r}",
+            f"{' or '.join(wrapper.text_types)}, as its architecture {architecture} says",
+        )
+    names = _find_names(wrapper, architecture, tensors)
+    text_config = TEXT_DEFAULTS.get(model_type, {}) | given
+    for key in ("rope_scaling", "rope_parameters"):
+        if isinstance(text_config.get(key), dict):
+            text_config[key] = _text_rope(text_config[key])
+    text_config["tie_word_embeddings"] = _is_tied(config, wrapper, names, tensors)
+    return TextModel(
+        wrapper.families.get(model_type, model_type),
+        text_config,
+        names,
+        _carried_prefixes(wrapper),
+    )
+
+
+def mtp_prefixes(config: dict[str, Any], prefix: str, num_layers: int) -> tuple[str, ...]:
+    """The prefixes of the tensors that predict several tokens at once, as `ModelSpec.carried`.
+
+    They are layers after the last one (DeepSeek-V3, GLM-4.5), or in modules of their own. `config`
+    says how many there are.
+    """
+    counts = [config.get(name) for name in _MTP_COUNTS]
+    count = next((count for count in counts if isinstance(count, int) and count > 0), 0)
+    if not count:
+        return ()
+    layers = [f"{prefix}.layers.{num_layers + index}." for index in range(count)]
+    return (*layers, "mtp.", f"{prefix}.mtp.", f"{prefix}.mtp_")
+
+
+def _text_config(config: dict[str, Any], wrapper: Wrapper, architecture: str) -> dict[str, Any]:
+    """The text model's part of a config.json, without the defaults."""
+    given = config.get("text_config")
+    if isinstance(given, dict):
+        return given
+    if given is None and wrapper.is_flat and "hidden_size" in config:
+        return config
+    raise InputError(
+        f"config.json has {'no text_config' if given is None else 'a text_config of another type'}",
+        f"An object with the config of the text model of a {architecture}",
+        "Download config.json again",
+    )
+
+
+def _text_rope(parameters: dict[str, Any]) -> dict[str, Any]:
+    """RoPE parameters for text.
+
+    M-RoPE (arXiv 2409.12191, section 2.1) has three positions for each token. For text they are
+    equal, and it is plain RoPE.
+    """
+    plain = {key: value for key, value in parameters.items() if not key.startswith("mrope_")}
+    for key in ("type", "rope_type"):
+        if plain.get(key) == "mrope":
+            plain[key] = "default"
+    return plain
+
+
+def _find_names(wrapper: Wrapper, architecture: str, tensors: Collection[str]) -> TextNames:
+    """The naming that a checkpoint's tensors have."""
+    examples: dict[TextNames, str] = {}
+    for names in wrapper.names:
+        parts = tuple(f"{names.prefix}.{part}." for part in ("embed_tokens", "layers", "norm"))
+        found = next((tensor for tensor in tensors if tensor.startswith(parts)), None)
+        if found is not None:
+            examples[names] = found
+    if len(examples) > 1:
+        raise InputError(
+            f"the checkpoint names its text model in {len(examples)} ways"
+            f" ({', '.join(examples.values())})",
+            f"One prefix for all tensors of the text model of a {architecture}",
+            "Save it again with one version of transformers",
+        )
+    return next(iter(examples), wrapper.names[0])
+
+
+def _is_tied(
+    config: dict[str, Any], wrapper: Wrapper, names: TextNames, tensors: Collection[str]
+) -> bool:
+    """Whether the output projection is the embedding.
+
+    The wrapper's flag says it, or the text model's, where older versions of transformers wrote it.
+    Many checkpoints say neither, and transformers' default is wrong for some of them: an output
+    projection that the checkpoint has is never tied.
+    """
+    if f"{names.lm_head}.weight" in tensors:
+        return False
+    text_flag = (config.get("text_config") or {}).get("tie_word_embeddings")
+    return bool(text_flag or config.get("tie_word_embeddings", wrapper.tie_word_embeddings))
+
+
+def _carried_prefixes(wrapper: Wrapper) -> tuple[str, ...]:
+    """The carried parts with and without "model.", as older and newer checkpoints have them."""
+    prefixes = []
+    for part in wrapper.carried:
+        name = part if part == "image_newline" else f"{part}."
+        prefixes += [name, f"model.{name}"]
+    return tuple(prefixes)
