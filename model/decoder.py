@@ -477,6 +477,16 @@ class Decoder:
             logits[:, max(0, spec.vocab_size - padding) :] = MASKED_LOGIT
         return logits
 
+    def weights(self) -> tuple[list[Linear], list[torch.Tensor]]:
+        """Its linear layers, and its other tensors."""
+        linears = [self.head]
+        others = [self.embedding, self.final_norm]
+        for layer in self.layers:
+            linears += layer.linears.values()
+            for vectors in (layer.norms, layer.norm_biases, layer.vectors):
+                others += vectors.values()
+        return linears, others
+
     def new_kv_cache(
         self, num_blocks: int, block_size: int = 16, kv_cache_dtype: str | None = None
     ) -> KVCache:

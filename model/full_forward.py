@@ -7,10 +7,10 @@ from collections.abc import Iterator
 import torch
 
 from llmkit.kernels.attention_metadata import AttentionBatch
-from llmkit.model.decoder import Decoder
+from llmkit.model.language_model import LanguageModel
 
 
-def make_batch(model: Decoder, lengths: list[int]) -> tuple[torch.Tensor, AttentionBatch]:
+def make_batch(model: LanguageModel, lengths: list[int]) -> tuple[torch.Tensor, AttentionBatch]:
     """Positions [T] and the batch for complete sequences of these lengths, one after the other."""
     offset = model.spec.rope_offset(max(lengths))
     positions = torch.cat([torch.arange(length) for length in lengths]) + offset
@@ -18,7 +18,7 @@ def make_batch(model: Decoder, lengths: list[int]) -> tuple[torch.Tensor, Attent
 
 
 @torch.inference_mode()
-def hidden_states(model: Decoder, sequences: list[torch.Tensor]) -> torch.Tensor:
+def hidden_states(model: LanguageModel, sequences: list[torch.Tensor]) -> torch.Tensor:
     """Hidden states [T, H] after the last norm. sequences: int64 token ids, one [n] each.
 
     All layers share one KV cache: a layer reads only what it has just written.
@@ -26,11 +26,11 @@ def hidden_states(model: Decoder, sequences: list[torch.Tensor]) -> torch.Tensor
     positions, batch = make_batch(model, [len(sequence) for sequence in sequences])
     cache = model.new_kv_cache(batch.num_blocks, batch.block_size)
     tokens = torch.cat(sequences).to(model.device)
-    return model(tokens, positions, batch, [cache] * len(model.layers))
+    return model(tokens, positions, batch, [cache] * len(model.spec.layers))
 
 
 @torch.inference_mode()
-def window_logits(model: Decoder, windows: torch.Tensor) -> Iterator[torch.Tensor]:
+def window_logits(model: LanguageModel, windows: torch.Tensor) -> Iterator[torch.Tensor]:
     """Logits float32 [L, vocab] of each window of token ids [n, L], one window at a time."""
     for window in windows:
         yield model.logits(hidden_states(model, [window]))

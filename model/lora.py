@@ -15,6 +15,7 @@ import torch
 
 from llmkit.checkpoint.lora_files import AdapterFiles
 from llmkit.model.decoder import Decoder, DecoderLayer
+from llmkit.model.language_model import LanguageModel
 from llmkit.model.linear import Linear
 from llmkit.model.parameter_table import Parameter, parameters
 from llmkit.model.spec import ModelSpec, RankSpec
@@ -120,11 +121,12 @@ class LoraManager:
     Ids are never reused, so that results cached for one adapter are never used for another.
     """
 
-    def __init__(self, model: Decoder) -> None:
+    def __init__(self, model: LanguageModel) -> None:
         self.adapter_ids: dict[str, int] = {}  # by name; ids begin at 1
         # The adapter ids of the current step and their rows; `activate` sets it.
         self.active_rows: list[tuple[int, Rows]] = []
-        self._layers = model.layers
+        # The fallback has no layers that take adapters.
+        self._layers = model.layers if isinstance(model, Decoder) else []
         self._last_id = 0
 
     def add(self, name: str, weights: dict[str, LoraWeights]) -> None:

@@ -116,7 +116,7 @@ def load_model(
             # transformers' modeling code takes seconds to import, and only the fallback needs it.
             from llmkit.model.transformers_model import TransformersModel
 
-            return TransformersModel(spec, tensors, activation_quant, loaded)
+            return TransformersModel(spec, tensors, activation_quant, loaded, dtype)
         return Decoder(spec, tensors, activation_quant, loaded, parallel_group)
 
 

@@ -17,8 +17,8 @@ from llmkit.common.errors import InputError, ShortageError, is_out_of_memory
 from llmkit.common.formatting import bytes_text
 from llmkit.common.option_values import format_size
 from llmkit.model.checkpoint_tensors import scheme_of
-from llmkit.model.decoder import Decoder
 from llmkit.model.full_forward import hidden_states
+from llmkit.model.language_model import LanguageModel
 from llmkit.model.linear import PackedLinear, keeps_weights_int8, keeps_weights_packed
 from llmkit.model.parameter_table import Parameter, parameters
 from llmkit.model.spec import ModelSpec
@@ -243,21 +243,12 @@ def weight_bytes(
     return total
 
 
-def loaded_bytes(model: Decoder) -> int:
+def loaded_bytes(model: LanguageModel) -> int:
     """Bytes of the weights of a loaded model."""
-    linears = [model.head, *(linear for layer in model.layers for linear in layer.linears.values())]
+    linears, others = model.weights()
     packed = sum(linear.kernel.nbytes for linear in linears if isinstance(linear, PackedLinear))
     dense = [linear.weight for linear in linears if not isinstance(linear, PackedLinear)]
-    norms = [
-        vector
-        for layer in model.layers
-        for vectors in (layer.norms, layer.norm_biases, layer.vectors)
-        for vector in vectors.values()
-    ]
-    held = {
-        tensor.data_ptr(): tensor.nbytes
-        for tensor in (model.embedding, model.final_norm, *dense, *norms)
-    }
+    held = {tensor.data_ptr(): tensor.nbytes for tensor in (*dense, *others)}
     return packed + sum(held.values())
 
 
@@ -320,7 +311,7 @@ def estimate_workspace(
 
 
 @torch.inference_mode()
-def measure_workspace(model: Decoder, step_tokens: int, max_num_seqs: int) -> int:
+def measure_workspace(model: LanguageModel, step_tokens: int, max_num_seqs: int) -> int:
     """As `estimate_workspace`, but measured on CUDA with one step of prompts.
 
     Sampling does not run; its logits are counted as `estimate_workspace` does. May raise

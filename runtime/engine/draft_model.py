@@ -8,7 +8,7 @@ from itertools import accumulate
 import torch
 
 from llmkit.kernels.sampling import sample
-from llmkit.model.decoder import Decoder
+from llmkit.model.language_model import LanguageModel
 from llmkit.runtime.engine.engine_config import EngineConfig
 from llmkit.runtime.engine.paged_model import PagedModel, Span, int64_tensor
 from llmkit.runtime.engine.sampling_tensors import SamplingTensorCache
@@ -26,7 +26,7 @@ class DraftModelProposer:
     model.
     """
 
-    def __init__(self, model: Decoder, config: EngineConfig) -> None:
+    def __init__(self, model: LanguageModel, config: EngineConfig) -> None:
         self._config = config
         kv_caches = [
             model.new_kv_cache(config.num_blocks, config.block_size) for _ in model.spec.layers

@@ -10,7 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from llmkit.common.errors import InputError, LlmkitError, ShortageError, is_out_of_memory
-from llmkit.model.decoder import Decoder
+from llmkit.model.families import require_native
+from llmkit.model.language_model import LanguageModel
 from llmkit.model.lora import load_adapter
 from llmkit.runtime.engine.draft_model import DraftModelProposer
 from llmkit.runtime.engine.drafting import DraftProposer, NgramProposer
@@ -30,10 +31,10 @@ class Engine:
 
     def __init__(
         self,
-        model: Decoder,
+        model: LanguageModel,
         config: EngineConfig,
         eos_token_ids: tuple[int, ...] = (),
-        draft: Decoder | None = None,
+        draft: LanguageModel | None = None,
     ) -> None:
         config = replace(
             config,
@@ -112,6 +113,7 @@ class Engine:
         Raises RequestError when the name is taken, InputError for a directory that is no plain LoRA
         adapter of this model, ShortageError when memory runs out.
         """
+        require_native(self.model.spec, f"the adapter {name!r}")
         if name in self.adapters:
             raise RequestError(
                 "already_exists", f"there is an adapter {name!r} already; remove it first", "model"

@@ -59,6 +59,14 @@ class EngineOptions:
             format=DTYPE,
         ),
     ] = "auto"
+    require_native: Annotated[
+        bool,
+        Option(
+            "Refuse a model that is no family of llmkit's own and would run by transformers' "
+            "modeling code, which is slower.",
+            panel=MODEL_PANEL,
+        ),
+    ] = False
     max_model_len: Annotated[
         int | None,
         Option(

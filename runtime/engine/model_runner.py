@@ -15,6 +15,7 @@ import torch
 
 from llmkit.kernels.sampling import gather_logprobs, sample
 from llmkit.model.decoder import Decoder
+from llmkit.model.language_model import LanguageModel
 from llmkit.model.lora import LoraManager
 from llmkit.model.parallel_group import Waitable
 from llmkit.runtime.engine.cpu_graphs import CpuGraphRunner
@@ -23,6 +24,7 @@ from llmkit.runtime.engine.draft_model import DraftModelProposer
 from llmkit.runtime.engine.drafting import accepted_tokens
 from llmkit.runtime.engine.engine_config import EngineConfig
 from llmkit.runtime.engine.logits_processors import apply_logits_processors
+from llmkit.runtime.engine.no_graphs import NoGraphRunner
 from llmkit.runtime.engine.paged_model import ForwardInputs, PagedModel, int64_tensor
 from llmkit.runtime.engine.sampling_tensors import SamplingTensorCache, SamplingTensors
 from llmkit.runtime.engine.scheduler_output import (
@@ -134,7 +136,7 @@ class ModelRunner:
 
     def __init__(
         self,
-        model: Decoder,
+        model: LanguageModel,
         config: EngineConfig,
         draft_model: DraftModelProposer | None = None,
         eos_token_ids: tuple[int, ...] = (),
@@ -161,8 +163,10 @@ class ModelRunner:
         self.paged_model = PagedModel(model, kv_caches, config, table_of_window)
 
         max_blocks = -(-config.max_model_len // config.block_size)
-        self.graph_runner: CpuGraphRunner | CudaGraphRunner
-        if on_gpu:
+        self.graph_runner: CpuGraphRunner | CudaGraphRunner | NoGraphRunner
+        if not isinstance(model, Decoder):
+            self.graph_runner = NoGraphRunner()
+        elif on_gpu:
             self.graph_runner = CudaGraphRunner(
                 model,
                 kv_caches,

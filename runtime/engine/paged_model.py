@@ -11,7 +11,7 @@ import torch
 from llmkit.kernels.attention_metadata import AttentionBatch
 from llmkit.kernels.device_copy import to_device
 from llmkit.kernels.kv_cache import KVCache
-from llmkit.model.decoder import Decoder
+from llmkit.model.language_model import LanguageModel
 from llmkit.runtime.engine.engine_config import EngineConfig
 from llmkit.runtime.engine.sequence import Sequence
 from llmkit.runtime.engine.static_batch import BlockTables
@@ -34,7 +34,7 @@ class PagedModel:
 
     def __init__(
         self,
-        model: Decoder,
+        model: LanguageModel,
         kv_caches: list[KVCache],
         config: EngineConfig,
         table_of_window: Mapping[int | None, int],

@@ -14,7 +14,7 @@ import torch
 
 from llmkit.kernels.device_copy import to_device
 from llmkit.kernels.sampling import gather_logprobs
-from llmkit.model.decoder import Decoder
+from llmkit.model.language_model import LanguageModel
 from llmkit.runtime.engine.engine_outputs import Logprobs
 from llmkit.runtime.engine.scheduler_output import ScheduledRequest
 
@@ -74,7 +74,7 @@ def empty_logprobs(requests: SequenceOf[ScheduledRequest]) -> LogprobsTensors | 
 
 
 def compute_prompt_logprobs(
-    model: Decoder, requests: SequenceOf[ScheduledRequest], hidden: torch.Tensor
+    model: LanguageModel, requests: SequenceOf[ScheduledRequest], hidden: torch.Tensor
 ) -> list[LogprobsTensors]:
     """The logprobs of the prompts in a step, a few positions at a time.
 

@@ -19,8 +19,8 @@ import torch
 from llmkit.checkpoint.checkpoint import Checkpoint
 from llmkit.common.errors import InputError, LlmkitError, ShortageError
 from llmkit.common.formatting import bytes_text
-from llmkit.model.decoder import Decoder
 from llmkit.model.device import resolve_device
+from llmkit.model.language_model import LanguageModel
 from llmkit.runtime.engine.cuda_graphs import CudaGraphRunner, DecodeGraph
 from llmkit.runtime.engine.engine import Engine
 from llmkit.runtime.engine.engine_config import EngineConfig
@@ -92,10 +92,10 @@ class LeadEngine(Engine):
 
     def __init__(
         self,
-        model: Decoder,
+        model: LanguageModel,
         config: EngineConfig,
         eos_token_ids: tuple[int, ...] = (),
-        draft: Decoder | None = None,
+        draft: LanguageModel | None = None,
     ) -> None:
         super().__init__(model, config, eos_token_ids, draft)
         self._events: list[EngineRequest | str] = []  # since the last step; see RunStep

@@ -116,7 +116,8 @@ def test_model_spec_lists_the_supported_architectures(checkpoint: Path) -> None:
 
 
 def test_model_spec_refuses_remote_code(checkpoint: Path) -> None:
-    message = rejected(configured(checkpoint, auto_map={"AutoModel": "evil.Model"}))
+    config = {"architectures": ["EvilModel"], "auto_map": {"AutoModel": "evil.Model"}}
+    message = rejected(configured(checkpoint, **config))
     assert "auto_map (AutoModel)" in message and "remote code is never run" in message
 
 
