@@ -11,12 +11,13 @@ from collections.abc import Callable
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from llmkit.kernels import elementwise, flash_attention
+from llmkit.kernels import flash_attention
 from llmkit.kernels import paged_attention as triton_attention
 from llmkit.kernels.attention_metadata import AttentionMetadata
 from llmkit.kernels.cpu import cpu_attention, cpu_kernels
 from llmkit.kernels.elementwise import apply_rotary_emb_, norm_heads, scale_tokens_
 from llmkit.kernels.kv_cache import KVCache
+from llmkit.kernels.rope_and_cache_triton import rope_and_cache_triton
 
 Quantize = Callable[[torch.Tensor], torch.Tensor]
 
@@ -47,11 +48,19 @@ def rope_and_cache(
     dtype first.
     Returns the queries [T, N, D].
     """
-    is_plain = not (interleaved or norm_after_rope or norm_subtracts_mean)
-    is_plain = is_plain and query_scale is None and (norms is None or norms[0].dim() == 1)
-    if is_plain and kv_quant is None and triton_attention.supports(qkv, cache):
-        return elementwise.rope_and_cache_triton(
-            qkv, num_heads, norms, eps, cos_sin, cache, slot_mapping
+    if kv_quant is None and triton_attention.supports(qkv, cache):
+        return rope_and_cache_triton(
+            qkv,
+            num_heads,
+            norms,
+            eps,
+            cos_sin,
+            cache,
+            slot_mapping,
+            interleaved=interleaved,
+            norm_after_rope=norm_after_rope,
+            norm_subtracts_mean=norm_subtracts_mean,
+            query_scale=query_scale,
         )
     first_value_head = (num_heads + qkv.shape[1]) // 2
     if norms is not None and not norm_after_rope:

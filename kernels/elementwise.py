@@ -12,10 +12,7 @@ from torch.nn.functional import gelu, silu, softplus
 from torch.nn.functional import layer_norm as torch_layer_norm
 from torch.nn.functional import rms_norm as torch_rms_norm
 
-from llmkit.kernels.activation_quant import FP8, FP8_MAX, INT8_MAX
 from llmkit.kernels.cpu import cpu_kernels
-from llmkit.kernels.kv_cache import KVCache
-from llmkit.kernels.quantized_linear import quantize, row_scale
 from llmkit.kernels.triton_support import jit, runs_triton, tl
 
 MAX_HIDDEN = 1 << 15  # elements of a row that one Triton program holds
@@ -59,11 +56,10 @@ def _interleave_halves(values: torch.Tensor) -> torch.Tensor:
 
 def act_and_mul(gate_up: torch.Tensor, activation: Activation) -> torch.Tensor:
     """act(gate) * up. gate_up: [T, 2 * size], first gate, then up. Returns [T, size]."""
-    has_kernel = activation in ("silu", "gelu_tanh") and gate_up.is_contiguous()
     if cpu_kernels.supports(gate_up) and gate_up.is_contiguous() and gate_up.shape[1] % 16 == 0:
         return cpu_kernels.act_and_mul(gate_up, activation)
-    if runs_triton(gate_up) and has_kernel:
-        return act_and_mul_triton(gate_up, activation == "gelu_tanh")
+    if runs_triton(gate_up) and gate_up.is_contiguous():
+        return act_and_mul_triton(gate_up, activation)
     gate, up = gate_up.chunk(2, dim=-1)
     return _activate(gate, activation).mul_(up)
 
@@ -87,6 +83,8 @@ def act(x: torch.Tensor, activation: Activation) -> torch.Tensor:
     """act(x), of x's shape and dtype, for an MLP without a gate."""
     if cpu_kernels.supports(x) and x.is_contiguous():
         return cpu_kernels.act(x, activation)
+    if runs_triton(x) and x.is_contiguous():
+        return act_triton(x, activation)
     return _activate(x, activation)
 
 
@@ -118,6 +116,8 @@ def xielu(
         and all(parameter.dtype == torch.float32 for parameter in parameters)
     ):
         return cpu_kernels.xielu(x, *parameters)
+    if runs_triton(x) and x.is_contiguous():
+        return xielu_triton(x, *parameters)
     wide = x.float()
     alpha_p = softplus(alpha_p.float())
     alpha_n = beta.float() + softplus(alpha_n.float())
@@ -192,6 +192,9 @@ def add_layer_norm(
     eps: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`add_rms_norm` with `layer_norm`."""
+    fits = runs_triton(residual) and residual.is_contiguous() and residual.shape[1] <= MAX_HIDDEN
+    if fits and update is not None and weight is not None:
+        return add_layer_norm_triton(residual, update.contiguous(), scale, weight, bias, eps)
     if update is not None:
         residual = add_residual(residual, update, scale)
     if weight is None:
@@ -228,83 +231,89 @@ def scale_tokens_(x: torch.Tensor, factors: torch.Tensor) -> None:
     x.mul_(factors[:, None, None].to(x.dtype))
 
 
-def rope_and_cache_triton(
-    qkv: torch.Tensor,
-    num_heads: int,
-    norms: tuple[torch.Tensor, torch.Tensor] | None,
-    eps: float,
-    cos_sin: tuple[torch.Tensor, torch.Tensor] | None,
-    cache: KVCache,
-    slot_mapping: torch.Tensor,
-) -> torch.Tensor:
-    """`attention.rope_and_cache` as one kernel.
-
-    qkv: [T, N + 2K, D], whose last two dimensions are contiguous; D is 256 at most.
-    """
-    num_tokens, all_heads, head_dim = qkv.shape
-    q = qkv.new_empty(num_tokens, num_heads, head_dim)
-    padded_dim = max(16, 1 << (head_dim - 1).bit_length())
-    q_norm, k_norm = norms or (None, None)
-    cos, sin = cos_sin or (None, None)
-    max_value = {torch.int8: INT8_MAX, FP8: FP8_MAX}.get(cache.kv.dtype, 0.0)
-    scales = cache.static_scales if cache.scales is None else cache.scales
-    tile_heads = 1024 // padded_dim
-    with torch.cuda.device_of(qkv):
-        _rope_and_cache_kernel[num_tokens, -(-all_heads // tile_heads)](
-            qkv,
-            q,
-            cache.kv,
-            slot_mapping,
-            q_norm,
-            k_norm,
-            cos,
-            sin,
-            scales,
-            qkv.stride(0),
-            cache.kv.stride(0),
-            eps,
-            num_heads,
-            all_heads,
-            head_dim,
-            padded_dim,
-            tile_heads,
-            0 if cos is None else cos.shape[-1],
-            max_value,
-            int(cache.scales is not None),
-        )
-    return q
-
-
 def add_rms_norm_triton(
     residual: torch.Tensor, update: torch.Tensor, scale: float, weight: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`add_rms_norm` as one kernel. residual, update: contiguous, at most MAX_HIDDEN wide."""
+    return _add_norm_triton(residual, update, scale, weight, None, eps, subtract_mean=False)
+
+
+def add_layer_norm_triton(
+    residual: torch.Tensor,
+    update: torch.Tensor,
+    scale: float,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    eps: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`add_layer_norm` as one kernel. residual, update: contiguous, at most MAX_HIDDEN wide."""
+    return _add_norm_triton(residual, update, scale, weight, bias, eps, subtract_mean=True)
+
+
+def _add_norm_triton(
+    residual: torch.Tensor,
+    update: torch.Tensor,
+    scale: float,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    eps: float,
+    *,
+    subtract_mean: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
     rows, size = residual.shape
     total = torch.empty_like(residual)
     normed = torch.empty_like(residual)
     tile = max(128, 1 << (size - 1).bit_length())
     with torch.cuda.device_of(residual):
-        _add_rms_norm_kernel[(rows,)](
+        _add_norm_kernel[(rows,)](
             residual,
             update,
             weight,
+            bias,
             total,
             normed,
             scale,
             eps,
             size,
+            SUBTRACT_MEAN=subtract_mean,
             TILE=tile,
             num_warps=max(1, min(16, tile // 512)),
         )
     return total, normed
 
 
-def act_and_mul_triton(gate_up: torch.Tensor, gelu: bool) -> torch.Tensor:
+def act_and_mul_triton(gate_up: torch.Tensor, activation: Activation) -> torch.Tensor:
     """`act_and_mul` as one kernel. gate_up: contiguous [T, 2 * size]."""
     rows, both = gate_up.shape
     y = gate_up.new_empty(rows, both // 2)
     with torch.cuda.device_of(gate_up):
-        _act_and_mul_kernel[rows, -(-both // 2048)](gate_up, y, both // 2, GELU=gelu, TILE=1024)
+        _act_and_mul_kernel[rows, -(-both // 2048)](
+            gate_up, y, both // 2, ACTIVATION=activation, TILE=1024
+        )
+    return y
+
+
+def act_triton(x: torch.Tensor, activation: Activation) -> torch.Tensor:
+    """`act` as one kernel. x: contiguous."""
+    y = torch.empty_like(x)
+    with torch.cuda.device_of(x):
+        _act_kernel[(-(-x.numel() // 1024),)](x, y, x.numel(), ACTIVATION=activation, TILE=1024)
+    return y
+
+
+def xielu_triton(
+    x: torch.Tensor,
+    alpha_p: torch.Tensor,
+    alpha_n: torch.Tensor,
+    beta: torch.Tensor,
+    eps: torch.Tensor,
+) -> torch.Tensor:
+    """`xielu` as one kernel. x: contiguous."""
+    y = torch.empty_like(x)
+    with torch.cuda.device_of(x):
+        _xielu_kernel[(-(-x.numel() // 1024),)](
+            x, y, x.numel(), alpha_p, alpha_n, beta, eps, TILE=1024
+        )
     return y
 
 
@@ -320,108 +329,23 @@ def swiglu_clamped_triton(gate_up: torch.Tensor, limit: float, alpha: float) -> 
 
 
 @jit
-def _rope_and_cache_kernel(
-    qkv: tl.tensor,
-    q: tl.tensor,
-    kv: tl.tensor,
-    slot_mapping: tl.tensor,
-    q_norm: tl.tensor,
-    k_norm: tl.tensor,
-    cos: tl.tensor,
-    sin: tl.tensor,
-    scales: tl.tensor,
-    qkv_stride: tl.tensor,
-    head_stride: tl.tensor,
-    eps: tl.tensor,
-    HEADS: tl.constexpr,
-    ALL_HEADS: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    PADDED_DIM: tl.constexpr,
-    TILE: tl.constexpr,
-    ROTARY_DIM: tl.constexpr,
-    MAX_VALUE: tl.constexpr,
-    DYNAMIC_SCALES: tl.constexpr,
-) -> None:
-    """A program computes TILE of a token's heads: HEADS query heads, then key and value heads.
-
-    The result of each operation is rounded to the dtype, as in torch. MAX_VALUE: the largest value
-    of a quantized cache; 0 for other caches. DYNAMIC_SCALES: a scale per token and head is
-    computed and stored.
-    """
-    token = tl.program_id(0).to(tl.int64)
-    head = tl.program_id(1) * TILE + tl.arange(0, TILE)
-    d = tl.arange(0, PADDED_DIM)
-    dtype: tl.constexpr = qkv.dtype.element_ty
-    inside = (head < ALL_HEADS)[:, None] & (d < HEAD_DIM)[None, :]
-    row = qkv + token * qkv_stride + head[:, None] * HEAD_DIM
-    x = _load_heads(row, d, inside, head, q_norm, k_norm, eps, HEADS, ALL_HEADS, HEAD_DIM)
-    if cos is not None:
-        rotates = d < ROTARY_DIM
-        half: tl.constexpr = ROTARY_DIM // 2
-        partner = tl.where(rotates, tl.where(d < half, d + half, d - half), d)
-        other = _load_heads(
-            row, partner, inside, head, q_norm, k_norm, eps, HEADS, ALL_HEADS, HEAD_DIM
-        )
-        c = tl.load(cos + token * ROTARY_DIM + d, mask=rotates, other=1.0)[None, :]
-        s = tl.load(sin + token * ROTARY_DIM + d, mask=rotates, other=0.0)[None, :]
-        rotated = (x * c + other * s).to(dtype).to(tl.float32)
-        is_query_or_key = head[:, None] < (HEADS + ALL_HEADS) // 2
-        x = tl.where(is_query_or_key, rotated, x)
-    q_at = q + (token * HEADS + head)[:, None] * HEAD_DIM + d[None, :]
-    tl.store(q_at, x.to(dtype), mask=inside & (head < HEADS)[:, None])
-    is_kv = (head >= HEADS) & (head < ALL_HEADS)
-    slot = tl.load(slot_mapping + token)
-    kv_head = (head - HEADS).to(tl.int64)
-    if DYNAMIC_SCALES:
-        scale = row_scale(x, MAX_VALUE)
-        tl.store(scales + kv_head * (head_stride // HEAD_DIM) + slot, scale, mask=is_kv)
-    elif MAX_VALUE > 0:
-        scale = tl.load(scales + kv_head, mask=is_kv, other=1.0)
-    if MAX_VALUE > 0:
-        x = quantize(x, scale[:, None], MAX_VALUE)
-    kv_at = kv + kv_head[:, None] * head_stride + slot * HEAD_DIM + d[None, :]
-    tl.store(kv_at, x.to(kv.dtype.element_ty), mask=inside & is_kv[:, None])
-
-
-@jit
-def _load_heads(
-    row: tl.tensor,
-    at: tl.tensor,
-    inside: tl.tensor,
-    head: tl.tensor,
-    q_norm: tl.tensor,
-    k_norm: tl.tensor,
-    eps: tl.tensor,
-    HEADS: tl.constexpr,
-    ALL_HEADS: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-) -> tl.tensor:
-    """Load heads as float32, and normalize queries and keys. at: the dimensions, in any order."""
-    x = tl.load(row + at[None, :], mask=inside, other=0.0)
-    wide = x.to(tl.float32)
-    if q_norm is not None:
-        q = tl.load(q_norm + at, mask=at < HEAD_DIM, other=0.0).to(tl.float32)[None, :]
-        k = tl.load(k_norm + at, mask=at < HEAD_DIM, other=0.0).to(tl.float32)[None, :]
-        inverse_rms = tl.rsqrt(tl.sum(wide * wide, 1) / HEAD_DIM + eps)[:, None]
-        normed = wide * inverse_rms * tl.where(head[:, None] < HEADS, q, k)
-        is_query_or_key = head[:, None] < (HEADS + ALL_HEADS) // 2
-        wide = tl.where(is_query_or_key, normed.to(x.dtype).to(tl.float32), wide)
-    return wide
-
-
-@jit
-def _add_rms_norm_kernel(
+def _add_norm_kernel(
     residual: tl.tensor,
     update: tl.tensor,
     weight: tl.tensor,
+    bias: tl.tensor,
     total: tl.tensor,
     normed: tl.tensor,
     scale: tl.tensor,
     eps: tl.tensor,
     size: tl.tensor,
+    SUBTRACT_MEAN: tl.constexpr,
     TILE: tl.constexpr,
 ) -> None:
-    """A program computes one row. As in torch, the sum is rounded to the dtype before the norm."""
+    """A program computes one row: an RMS norm, or a layer norm with SUBTRACT_MEAN.
+
+    As in torch, the sum is rounded to the dtype before the norm.
+    """
     d = tl.arange(0, TILE)
     at = tl.program_id(0).to(tl.int64) * size + d
     inside = d < size
@@ -430,27 +354,90 @@ def _add_rms_norm_kernel(
     x = (x + scale * added).to(total.dtype.element_ty)
     tl.store(total + at, x, mask=inside)
     wide = x.to(tl.float32)
+    if SUBTRACT_MEAN:
+        wide = tl.where(inside, wide - tl.sum(wide, 0) / size, 0.0)
     wide *= tl.rsqrt(tl.sum(wide * wide, 0) / size + eps)
     wide *= tl.load(weight + d, mask=inside, other=0.0).to(tl.float32)
+    if bias is not None:
+        wide += tl.load(bias + d, mask=inside, other=0.0).to(tl.float32)
     tl.store(normed + at, wide.to(normed.dtype.element_ty), mask=inside)
 
 
 @jit
 def _act_and_mul_kernel(
-    gate_up: tl.tensor, y: tl.tensor, size: tl.tensor, GELU: tl.constexpr, TILE: tl.constexpr
+    gate_up: tl.tensor, y: tl.tensor, size: tl.tensor, ACTIVATION: tl.constexpr, TILE: tl.constexpr
 ) -> None:
-    """A program computes TILE outputs of a row.
-
-    silu(g) = g sigmoid(g); gelu_tanh(g) = g (1 + tanh(u)) / 2 = g sigmoid(2 u).
-    """
+    """A program computes TILE outputs of a row."""
     row = tl.program_id(0).to(tl.int64)
     d = tl.program_id(1) * TILE + tl.arange(0, TILE)
     inside = d < size
     gate = tl.load(gate_up + row * 2 * size + d, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(gate_up + row * 2 * size + size + d, mask=inside, other=0.0).to(tl.float32)
-    inner = 1.5957691216057308 * (gate + 0.044715 * gate * gate * gate) if GELU else gate
-    out = gate * up / (1 + tl.exp(-inner))
+    out = _activate_tile(gate, ACTIVATION) * up
     tl.store(y + row * size + d, out.to(y.dtype.element_ty), mask=inside)
+
+
+@jit
+def _act_kernel(
+    x: tl.tensor, y: tl.tensor, size: tl.tensor, ACTIVATION: tl.constexpr, TILE: tl.constexpr
+) -> None:
+    """A program computes TILE elements."""
+    at = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
+    values = tl.load(x + at, mask=at < size, other=0.0).to(tl.float32)
+    out = _activate_tile(values, ACTIVATION)
+    tl.store(y + at, out.to(y.dtype.element_ty), mask=at < size)
+
+
+@jit
+def _activate_tile(x: tl.tensor, ACTIVATION: tl.constexpr) -> tl.tensor:
+    """act(x) in float32.
+
+    silu(x) = x sigmoid(x); gelu_tanh(x) = x (1 + tanh(u)) / 2 = x sigmoid(2 u).
+    """
+    if ACTIVATION == "silu":
+        y = x / (1 + tl.exp(-x))
+    elif ACTIVATION == "gelu_tanh":
+        y = x / (1 + tl.exp(-1.5957691216057308 * (x + 0.044715 * x * x * x)))
+    elif ACTIVATION == "gelu":
+        y = x * (1 + tl.erf(x * 0.7071067811865476)) * 0.5
+    else:
+        positive = tl.where(x < 0, 0.0, x)  # NaN stays NaN
+        y = positive * positive
+    return y
+
+
+@jit
+def _xielu_kernel(
+    x: tl.tensor,
+    y: tl.tensor,
+    size: tl.tensor,
+    alpha_p: tl.tensor,
+    alpha_n: tl.tensor,
+    beta: tl.tensor,
+    eps: tl.tensor,
+    TILE: tl.constexpr,
+) -> None:
+    """A program computes TILE elements. alpha_p, alpha_n, beta, eps: one element each."""
+    at = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
+    values = tl.load(x + at, mask=at < size, other=0.0).to(tl.float32)
+    slope = tl.load(beta).to(tl.float32)
+    ap = _softplus(tl.load(alpha_p).to(tl.float32))
+    an = slope + _softplus(tl.load(alpha_n).to(tl.float32))
+    limit = tl.load(eps).to(tl.float32)
+    m = tl.where(values < limit, values, limit)
+    # e^m - 1 - m: near 0, where that would cancel, the first terms of its series.
+    series = 1 / 720 + m * (1 / 5040 + m * (1 / 40320 + m * (1 / 362880)))
+    series = m * m * (0.5 + m * (1 / 6 + m * (1 / 24 + m * (1 / 120 + m * series))))
+    curve = tl.where(m > -0.7, series, tl.exp(m) - 1 - m)
+    negative = an * (curve + (m - values))
+    out = tl.where(values > 0, ap * values * values, negative) + slope * values
+    tl.store(y + at, out.to(y.dtype.element_ty), mask=at < size)
+
+
+@jit
+def _softplus(x: tl.tensor) -> tl.tensor:
+    """log(1 + e^x); from 20 on, x itself, as in torch."""
+    return tl.where(x > 20, x, tl.log(1 + tl.exp(tl.minimum(x, 20.0))))
 
 
 @jit

@@ -49,7 +49,7 @@ LOOK = (
     "looks by nonzero",
     "kernels/sampling.py",
 )  # how wide a nucleus is, where it is not found in a graph
-COMMON = {"_rope_and_cache_kernel", "_paged_attention_kernel", "_add_rms_norm_kernel"}
+COMMON = {"_rope_and_cache_kernel", "_paged_attention_kernel", "_add_norm_kernel"}
 # name: (architecture, options, kernels besides COMMON, what a step waits for)
 LOADED: dict[str, tuple[str, dict[str, Any], set[str], set[tuple[str, str]]]] = {
     "plain": ("llama", {}, {"_act_and_mul_kernel", "_sample_kernel"}, set()),

@@ -9,6 +9,7 @@ import torch
 from llmkit.kernels import elementwise
 from llmkit.kernels.attention import rope_and_cache
 from llmkit.kernels.kv_cache import KV_CACHE_DTYPES, KVCache
+from llmkit.kernels.rope_and_cache_triton import rope_and_cache_triton
 
 TOKENS = 7
 BLOCKS = 3
@@ -28,6 +29,11 @@ class RopeCacheCase:
     kv_cache_dtype: str | None = None
     dynamic_scales: bool = False
     dtype: torch.dtype = torch.float32
+    interleaved: bool = False
+    norm_after_rope: bool = False
+    norm_subtracts_mean: bool = False
+    per_head_norm: bool = False
+    query_scale: bool = False
 
     @property
     def label(self) -> str:
@@ -36,7 +42,15 @@ class RopeCacheCase:
         cache = f" {self.kv_cache_dtype} {kind_of_scales}" if self.kv_cache_dtype else ""
         kind = str(self.dtype).removeprefix("torch.")
         heads = f"{self.heads}+{self.kv_heads}x{self.dim}, rotary {self.rotary_dim}"
-        return f"{heads}{', normed' * self.normed}{cache}, {kind}"
+        flags = (
+            "interleaved",
+            "norm_after_rope",
+            "norm_subtracts_mean",
+            "per_head_norm",
+            "query_scale",
+        )
+        chosen = "".join(f", {flag}" for flag in flags if getattr(self, flag))
+        return f"{heads}{', normed' * self.normed}{chosen}{cache}, {kind}"
 
 
 def rope_cache_cases() -> list[RopeCacheCase]:
@@ -59,9 +73,35 @@ def rope_cache_cases() -> list[RopeCacheCase]:
             (False, "fp8", False),
         )
     ]
+    flags = [
+        RopeCacheCase(6, 2, 64, 64, interleaved=True),
+        RopeCacheCase(3, 1, 80, 20, normed=True, interleaved=True),
+        RopeCacheCase(4, 2, 128, 128, normed=True, norm_after_rope=True),
+        RopeCacheCase(
+            5,
+            1,
+            96,
+            48,
+            True,
+            "int8",
+            True,
+            norm_after_rope=True,
+            interleaved=True,
+            query_scale=True,
+        ),
+        RopeCacheCase(4, 4, 64, 64, normed=True, norm_subtracts_mean=True, per_head_norm=True),
+        RopeCacheCase(
+            6, 3, 80, 80, True, interleaved=True, norm_subtracts_mean=True, per_head_norm=True
+        ),
+        RopeCacheCase(3, 3, 80, 16, True, norm_after_rope=True, norm_subtracts_mean=True),
+        RopeCacheCase(8, 2, 32, 32, True, norm_after_rope=True, per_head_norm=True),
+        RopeCacheCase(4, 1, 128, 128, query_scale=True),
+        RopeCacheCase(2, 2, 512, 128, normed=True, query_scale=True),
+        RopeCacheCase(3, 1, 64, normed=True, norm_subtracts_mean=True, query_scale=True),
+    ]
     return [
         replace(one, dtype=dtype)
-        for one in (*plain, *coded)
+        for one in (*plain, *coded, *flags)
         for dtype in (torch.float32, torch.float16)
     ]
 
@@ -74,6 +114,8 @@ Arguments = tuple[
     torch.Tensor,
     torch.Tensor | None,
     torch.Tensor | None,
+    torch.Tensor | None,
+    dict[str, bool],
     torch.Tensor,
 ]
 
@@ -84,7 +126,12 @@ def rope_cache_arguments(case: RopeCacheCase, seed: int = 0) -> Arguments:
     count = case.heads + 2 * case.kv_heads
     wide = torch.randn(TOKENS, count + 2, case.dim, generator=draw)
     wide[2], wide[3] = 0, wide[3] * 50
-    weights = torch.rand(2, case.dim, generator=draw).add(0.5).to(case.dtype)
+    if case.per_head_norm:
+        weights = torch.rand(case.heads + case.kv_heads, case.dim, generator=draw)
+    else:
+        weights = torch.rand(2, case.dim, generator=draw)
+    weights = weights.add(0.5).to(case.dtype)
+    norms = weights.split(case.heads) if case.per_head_norm else weights.unbind()
     angles = torch.rand(TOKENS, 1, case.rotary_dim // 2, generator=draw) * 6
     rotation = (
         torch.cat((angles.cos(), angles.cos()), -1),
@@ -106,11 +153,17 @@ def rope_cache_arguments(case: RopeCacheCase, seed: int = 0) -> Arguments:
     return (
         wide.to(case.dtype)[:, :count],
         case.heads,
-        (weights[0], weights[1]) if case.normed else None,
+        (norms[0], norms[-1]) if case.normed else None,
         rotation if case.rotary_dim else None,
         kv,
         scales,
         None if case.dynamic_scales else stored,
+        torch.rand(TOKENS, generator=draw).add(1) if case.query_scale else None,
+        {
+            "interleaved": case.interleaved,
+            "norm_after_rope": case.norm_after_rope,
+            "norm_subtracts_mean": case.norm_subtracts_mean,
+        },
         torch.randperm(BLOCKS * BLOCK, generator=draw)[:TOKENS],
     )
 
@@ -126,23 +179,38 @@ def run_kernel(
     kv: torch.Tensor,
     scales: torch.Tensor | None,
     stored: torch.Tensor | None,
+    query_scale: torch.Tensor | None,
+    flags: dict[str, bool],
     slots: torch.Tensor,
 ) -> Placement:
     """Returns queries, cache and scales."""
-    q = elementwise.rope_and_cache_triton(
-        qkv, heads, norms, 1e-5, rotation, KVCache(kv, scales, stored), slots
+    cache = KVCache(kv, scales, stored)
+    q = rope_and_cache_triton(
+        qkv, heads, norms, 1e-5, rotation, cache, slots, **flags, query_scale=query_scale
     )
     return q, kv, scales
 
 
-def run_reference(arguments: Arguments) -> Placement:
-    """The same with torch's operators: gradients are enabled, so that no kernel runs."""
-    qkv, heads, norms, rotation, kv, scales, stored, slots = arguments
+def run_reference(arguments: Arguments, grad: bool = True) -> Placement:
+    """The same with torch's operators, or, if `grad` is False, with the kernels of this device.
+
+    Where gradients are enabled, no kernel runs.
+    """
+    qkv, heads, norms, rotation, kv, scales, stored, query_scale, flags, slots = arguments
     kv = kv.clone()
     scales = None if scales is None else scales.clone()
-    with torch.enable_grad():
+    cache = KVCache(kv, scales, stored)
+    with torch.set_grad_enabled(grad):
         q = rope_and_cache(
-            qkv.clone(), heads, norms, 1e-5, rotation, KVCache(kv, scales, stored), slots
+            qkv.clone(),
+            heads,
+            norms,
+            1e-5,
+            rotation,
+            cache,
+            slots,
+            **flags,
+            query_scale=query_scale,
         )
     return q, kv, scales
 
@@ -200,3 +268,8 @@ def add_norm_arguments(rows: int, size: int, dtype: torch.dtype, seed: int = 0) 
         torch.rand(size, generator=draw).to(dtype),
         1e-5,
     )
+
+
+def run_elementwise(function: str, *arguments: object) -> object:
+    """A function of `llmkit.kernels.elementwise`, so that one interpreter runs them all."""
+    return getattr(elementwise, function)(*arguments)
