@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -267,12 +268,18 @@ def _product_file() -> str:
     """The file of llmkit that is running, relative to the repository; else the outermost file."""
     frame = sys._getframe()
     while True:
-        path = Path(frame.f_code.co_filename)
+        path = _resolved(frame.f_code.co_filename)
         if ROOT in path.parents and TESTS not in path.parents:
             return path.relative_to(ROOT).as_posix()
         if frame.f_back is None:  # called by a test
             return path.name
         frame = frame.f_back
+
+
+@cache
+def _resolved(file: str) -> Path:
+    """Without links: a clone imports llmkit through those of `.typecheck`."""
+    return Path(file).resolve()
 
 
 def _flat(values: Any) -> Iterator[Any]:
