@@ -219,6 +219,8 @@ def pack_weight(weight: torch.Tensor | QuantizedWeight) -> PackedWeight:
     group_size = columns if scheme.group_size == -1 else scheme.group_size
     if columns % group_size or (scheme.bits == 4 and group_size % 2):
         return PackedWeight.pack(weight.dequantize().float())
+    if scheme.is_fp4:
+        return PackedWeight.pack(weight.q, scales, is_fp4=True)
     if scheme.kind == "float":  # bfloat16 represents every FP8 value exactly
         return PackedWeight.pack(weight.q.to(torch.bfloat16), scales)
     if scheme.bits == 4:

@@ -26,7 +26,7 @@ enum {
 };
 
 /* How a weight is stored. The numbers are those of WEIGHT_TYPES in cpu_kernels.py. */
-enum { WEIGHT_F32, WEIGHT_BF16, WEIGHT_F16, WEIGHT_INT8, WEIGHT_INT4 };
+enum { WEIGHT_F32, WEIGHT_BF16, WEIGHT_F16, WEIGHT_INT8, WEIGHT_INT4, WEIGHT_FP4 };
 
 /* Activations. The numbers are those of ACTIVATIONS in cpu_kernels.py. */
 enum { ACT_SILU, ACT_GELU_TANH, ACT_GELU, ACT_RELU2 };

@@ -33,6 +33,7 @@ WEIGHT_TYPES = {
     torch.int8: 3,
     torch.uint8: 4,
 }
+FP4_WEIGHT_TYPE = 5  # codes of 4-bit floats, which are uint8, too
 ACTIVATIONS = {"silu": 0, "gelu_tanh": 1, "gelu": 2, "relu2": 3}
 
 
@@ -125,6 +126,7 @@ class PackedWeight:
     shape: tuple[int, int]  # [C, K]
     scales: torch.Tensor | None = None
     offsets: torch.Tensor | None = None
+    is_fp4: bool = False  # q stands for twice the values of 4-bit floats (E2M1)
 
     @classmethod
     def pack(
@@ -132,12 +134,18 @@ class PackedWeight:
         q: torch.Tensor,
         scales: torch.Tensor | None = None,
         offsets: torch.Tensor | None = None,
+        *,
+        is_fp4: bool = False,
     ) -> PackedWeight:
         """Pack a weight.
 
         q: [C, K], floats, int8, or 4-bit values in uint8, for which K and group size are even.
         scales, offsets: [C, G].
+        is_fp4: q holds codes of 4-bit floats (E2M1), which have scales.
         """
+        if is_fp4:  # the kernel multiplies by twice the values, which are integers
+            assert scales is not None
+            scales = scales.float() / 2
         cols, depth = q.shape
         num_panels = -(-cols // PANEL_WIDTH)
         q = torch.nn.functional.pad(q, (0, 0, 0, num_panels * PANEL_WIDTH - cols))
@@ -153,6 +161,7 @@ class PackedWeight:
             (cols, depth),
             _pad_columns(scales, num_panels),
             _pad_columns(offsets, num_panels),
+            is_fp4,
         )
 
     @property
@@ -167,7 +176,7 @@ class PackedWeight:
         cols, depth = self.shape
         num_groups = 1 if self.scales is None else len(self.scales)
         return (
-            WEIGHT_TYPES[self.q.dtype],
+            FP4_WEIGHT_TYPE if self.is_fp4 else WEIGHT_TYPES[self.q.dtype],
             self.q.data_ptr(),
             address(self.scales),
             address(self.offsets),

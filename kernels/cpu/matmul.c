@@ -38,7 +38,8 @@ static int64_t min_int64(int64_t a, int64_t b) {
     return a < b ? a : b;
 }
 
-/* Load the weights of step k as two vectors; for INT4, those of steps k and k + 1 as four. */
+/* Load the weights of step k as two vectors; for 4 bits, those of steps k and k + 1 as four.
+ * FP4 weights are loaded as twice their values, which are integers. */
 INLINE void load_weights(int weight_type, const char *panel, int64_t k, __m256 *values) {
     if (weight_type == WEIGHT_F32) {
         values[0] = _mm256_loadu_ps((const float *)panel + k * PANEL_WIDTH);
@@ -55,15 +56,21 @@ INLINE void load_weights(int weight_type, const char *panel, int64_t k, __m256 *
     } else if (weight_type == WEIGHT_INT8) {
         values[0] = load_int8(panel + k * PANEL_WIDTH);
         values[1] = load_int8(panel + k * PANEL_WIDTH + 8);
-    } else { /* INT4: the low halves of the bytes are step k, the high halves step k + 1 */
+    } else { /* 4 bits: the low halves of the bytes are step k, the high halves step k + 1 */
         __m128i bytes = _mm_loadu_si128((const __m128i *)(panel + k * PANEL_WIDTH / 2));
         __m128i low_half = _mm_set1_epi8(15);
         __m128i low = _mm_and_si128(bytes, low_half);
         __m128i high = _mm_and_si128(_mm_srli_epi16(bytes, 4), low_half);
-        values[0] = _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(low));
-        values[1] = _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_unpackhi_epi64(low, low)));
-        values[2] = _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(high));
-        values[3] = _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_unpackhi_epi64(high, high)));
+        if (weight_type == WEIGHT_FP4) { /* E2M1: sign, two bits of exponent, one of mantissa */
+            const __m128i twice_value =
+                _mm_setr_epi8(0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12);
+            low = _mm_shuffle_epi8(twice_value, low);
+            high = _mm_shuffle_epi8(twice_value, high);
+        }
+        values[0] = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(low));
+        values[1] = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_unpackhi_epi64(low, low)));
+        values[2] = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(high));
+        values[3] = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_unpackhi_epi64(high, high)));
     }
 }
 
@@ -71,7 +78,7 @@ INLINE void load_weights(int weight_type, const char *panel, int64_t k, __m256 *
 INLINE void multiply_tile(int weight_type, int n_rows, int n_panels, const Linear *p,
                           const float *x, const char *weight, int64_t begin, int64_t end,
                           __m256 acc[][TILE_ROWS][2]) {
-    const int steps = weight_type == WEIGHT_INT4 ? 2 : 1; /* steps per load */
+    const int steps = weight_type >= WEIGHT_INT4 ? 2 : 1; /* steps per load */
 #pragma GCC unroll 6
     for (int j = 0; j < n_panels; j++)
 #pragma GCC unroll 6
@@ -197,6 +204,7 @@ DEFINE_LINEAR_ROWS(linear_rows_bf16, WEIGHT_BF16)
 DEFINE_LINEAR_ROWS(linear_rows_f16, WEIGHT_F16)
 DEFINE_LINEAR_ROWS(linear_rows_int8, WEIGHT_INT8)
 DEFINE_LINEAR_ROWS(linear_rows_int4, WEIGHT_INT4)
+DEFINE_LINEAR_ROWS(linear_rows_fp4, WEIGHT_FP4)
 
 typedef void (*LinearRows)(const Linear *, int64_t row, int64_t n_rows, int64_t panel,
                            int64_t end_panel);
@@ -216,18 +224,26 @@ static void sum_groups(const Linear *p, const float *x, float *sums) {
     }
 }
 
-/* Convert a panel of int8 or INT4 to float32, once for many rows. */
+/* Convert a panel of 4-bit weights to float32. */
+INLINE void unpack_4bit_panel(int weight_type, const Linear *p, const char *weight, float *to) {
+    __m256 values[4];
+    for (int64_t k = 0; k < p->depth; k += 2, to += 2 * PANEL_WIDTH) {
+        load_weights(weight_type, weight, k, values);
+        _mm256_storeu_ps(to, values[0]);
+        _mm256_storeu_ps(to + 8, values[1]);
+        _mm256_storeu_ps(to + 16, values[2]);
+        _mm256_storeu_ps(to + 24, values[3]);
+    }
+}
+
+/* Convert a panel of int8 or 4-bit weights to float32, once for many rows. */
 static void unpack_panel(const Linear *p, int64_t panel, float *to) {
     const char *weight = p->weight + panel * p->panel_stride;
     __m256 values[4];
     if (p->weight_type == WEIGHT_INT4)
-        for (int64_t k = 0; k < p->depth; k += 2, to += 2 * PANEL_WIDTH) {
-            load_weights(WEIGHT_INT4, weight, k, values);
-            _mm256_storeu_ps(to, values[0]);
-            _mm256_storeu_ps(to + 8, values[1]);
-            _mm256_storeu_ps(to + 16, values[2]);
-            _mm256_storeu_ps(to + 24, values[3]);
-        }
+        unpack_4bit_panel(WEIGHT_INT4, p, weight, to);
+    else if (p->weight_type == WEIGHT_FP4)
+        unpack_4bit_panel(WEIGHT_FP4, p, weight, to);
     else
         for (int64_t k = 0; k < p->depth; k++, to += PANEL_WIDTH) {
             load_weights(WEIGHT_INT8, weight, k, values);
@@ -247,7 +263,8 @@ static int64_t panels_per_turn(int64_t n_panels, int64_t turns) {
 
 void linear(const Linear *p, float *group_sums) {
     static const LinearRows by_weight_type[] = {linear_rows_f32, linear_rows_bf16, linear_rows_f16,
-                                                linear_rows_int8, linear_rows_int4};
+                                                linear_rows_int8, linear_rows_int4,
+                                                linear_rows_fp4};
     LinearRows linear_rows = by_weight_type[p->weight_type];
     int64_t n_panels = count_panels(p);
     int64_t n_groups = p->depth / p->group_size;

@@ -366,6 +366,30 @@ def test_cpu_attention(
 
 
 @needs_library
+@pytest.mark.parametrize(("out", "columns"), [(1, 32), (16, 64), (40, 96), (100, 1536)])
+def test_cpu_linear_with_mxfp4(out: int, columns: int) -> None:
+    generator = torch.Generator().manual_seed(3)
+    codes = torch.randint(0, 16, (out, columns), generator=generator)
+    powers = torch.randint(-9, 5, (out, columns // 32), generator=generator)
+    values = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6], dtype=torch.float64)
+    dense = torch.cat((values, -values))[codes] * (2.0**powers).repeat_interleave(32, 1)
+    scales = (2.0**powers).float()
+    weight = QuantizedWeight(
+        codes.to(torch.uint8),
+        scales,
+        torch.zeros_like(scales).to(torch.uint8),
+        Scheme(4, 32, kind="float"),
+    )
+    assert torch.equal(weight.dequantize().double(), dense)
+    bias = random(out, seed=2)
+    linear = packed_linear([weight], bias)
+    assert linear.nbytes <= -(-out // 16) * 16 * (columns // 2 + columns // 8 + 4)
+    for rows in TOKENS:
+        x = random(rows, columns, seed=1)
+        close(linear(x), x.double() @ dense.T + bias.double())
+
+
+@needs_library
 @pytest.mark.parametrize("window", [None, 20])
 @pytest.mark.parametrize("quantized", [False, True])
 def test_cpu_attention_with_sinks(
