@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from llmkit.common.option_values import DTYPE, INTEGERS, NUMBERS, TOKEN_RANGE, count_or_auto
-from llmkit.common.options import DEVICE, SEED, Option
+from llmkit.common.options import DEVICE, REQUIRE_NATIVE, SEED, Option
 
 LOAD_PANEL = "Load"
 QUALITY_PANEL = "Quality"
@@ -290,6 +290,7 @@ class BenchOptions:
     offline: Annotated[
         bool, Option("Run checkpoints in this process instead of behind `llmkit serve`.")
     ] = False
+    require_native: Annotated[bool, REQUIRE_NATIVE] = False
     baseline: Annotated[
         str | None,
         Option(

@@ -25,7 +25,7 @@ from llmkit.bench.workload import Scenario, select_scenarios
 from llmkit.checkpoint.open_checkpoint import open_checkpoint
 from llmkit.common.errors import UsageError
 from llmkit.model.device import resolve_device
-from llmkit.model.families import checkpoint_spec
+from llmkit.model.families import checkpoint_spec, require_native
 from llmkit.runtime.engine_plan import DTYPES
 
 
@@ -148,7 +148,10 @@ def _open_target(reference: str, name: str, options: BenchOptions) -> Target:
     else:
         kind = "served"
     report = TargetReport(name, reference, kind, {"checkpoint_bytes": checkpoint.weight_bytes})
-    return Target(report, checkpoint, checkpoint_spec(checkpoint))
+    spec = checkpoint_spec(checkpoint)
+    if options.require_native:
+        require_native(spec, "--require-native")
+    return Target(report, checkpoint, spec)
 
 
 def _column_names(references: Sequence[str]) -> list[str]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
 from llmkit.cli.command import MODEL
-from llmkit.cli.output import Output
+from llmkit.cli.output import Output, carried_text
 from llmkit.common.formatting import bytes_text
 
 if TYPE_CHECKING:
@@ -75,6 +75,7 @@ def _lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
             f"{facts['architecture']}, {facts['parameters'] / 1e6:,.1f} million "
             f"parameters{experts}",
         ),
+        ("runs", f"{facts['support']}: {facts['support_reason']}"),
         (
             "layers",
             f"{facts['layers']} of hidden {facts['hidden']:,}, MLP {facts['intermediate']:,}",
@@ -91,6 +92,8 @@ def _lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
             (dtypes or "in one file a rank") + (", dequantized" if facts["kind"] == "gguf" else ""),
         ),
     ]
+    if facts["carried"]:
+        lines.append(("does not run", carried_text(facts["carried"])))
     if quantization:
         schemes = [scheme["label"] for scheme in quantization["schemes"]]
         kv = [f"{quantization['kv'].upper()} KV cache"] if quantization["kv"] else []

@@ -115,6 +115,13 @@ def require_native(spec: ModelSpec, feature: str) -> None:
         )
 
 
+def support(spec: ModelSpec) -> tuple[str, str]:
+    """How a model runs, "native" or "fallback", and why."""
+    if spec.transformers is None:
+        return "native", "a family of llmkit's own"
+    return "fallback", "no family of llmkit's own; runs by transformers' modeling code on one rank"
+
+
 def _fallback_spec(config: dict[str, Any], tensors: Collection[str]) -> ModelSpec:
     """The spec of a model that runs by transformers' own modeling code."""
     # transformers' modeling code takes seconds to import, and only the fallback needs it.
@@ -128,12 +135,12 @@ def _fallback_spec(config: dict[str, Any], tensors: Collection[str]) -> ModelSpe
         remote = ""
         if "auto_map" in config:
             names = ", ".join(sorted(config["auto_map"]))
-            remote = f"; its auto_map ({names}) does not help: remote code is never run"
+            remote = f"; nor does its auto_map ({names}): remote code is never run"
         raise InputError(
-            f"unsupported architecture ({architecture})",
-            f"One of {known}, or one that runs by transformers' own modeling code, which this one "
-            f"does not: {error}{remote}",
+            f"unsupported architecture ({architecture}): it is no family of llmkit's own, and"
+            f" transformers' modeling code does not help: {error}{remote}",
             f"{_nearest(architecture)[0].upper()}{_nearest(architecture)[1:]}",
+            f"Use one of {known}",
         ) from error
 
 

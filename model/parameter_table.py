@@ -274,6 +274,8 @@ def _model_rows(spec: ModelSpec) -> Iterator[Parameter]:
 
 def embedding_tensor(spec: ModelSpec) -> str:
     """The checkpoint's name of the embedding."""
+    if spec.transformers is not None:
+        return next(row.source for row in spec.transformers.tensors if row.name == "embed.weight")
     return f"{spec.tensor_prefix}.{_module(spec, 'embed')}.weight"
 
 
@@ -405,7 +407,8 @@ def _moe_rows(spec: ModelSpec, index: int, input_from: str | None) -> Iterator[P
         is_linear=False,
     )
     if moe.correction_bias is not None:
-        bias = SourceTensor(f"{source}.{moe.correction_bias}", (moe.num_experts,))
+        shape = moe.correction_bias_shape or (moe.num_experts,)
+        bias = SourceTensor(f"{source}.{moe.correction_bias}", shape)
         yield Parameter(f"{name}.router.correction_bias", (bias,), layers, is_float32=True)
 
     def mlp_rows(runtime: str, module: str, size: int) -> Iterator[Parameter]:

@@ -61,6 +61,7 @@ class Trace:
     """What a forward pass showed."""
 
     calls: list[AttentionCall] = field(default_factory=list)
+    mask_windows: set[int | None] = field(default_factory=set)  # of the masks that were made
 
 
 _trace: ContextVar[Trace] = ContextVar("_trace")
@@ -100,9 +101,13 @@ def _traced_attention(
     return query.new_empty(1, query.shape[2], query.shape[1], value.shape[-1]), None
 
 
+def _traced_mask(local_size: int | None = None, **_: Any) -> None:
+    """A mask function that only notes which window the mask is for."""
+    _trace.get().mask_windows.add(local_size)
+
+
 ALL_ATTENTION_FUNCTIONS.register(TRACED_ATTENTION, _traced_attention)
-# Without a mask function of the same name, transformers makes no masks.
-assert TRACED_ATTENTION not in ALL_MASK_ATTENTION_FUNCTIONS
+ALL_MASK_ATTENTION_FUNCTIONS.register(TRACED_ATTENTION, _traced_mask)
 
 
 @dataclass
@@ -272,7 +277,13 @@ def _trace_forward(model: Any) -> tuple[torch.Tensor, torch.Tensor]:
     try:
         tokens = torch.zeros(1, NUM_TRACED_TOKENS, dtype=torch.int64, device="meta")
         with torch.no_grad():
-            output = decoder(input_ids=tokens, position_ids=tokens, use_cache=False)
+            # Without a mask, transformers would look for the ends of sequences in the positions.
+            output = decoder(
+                input_ids=tokens,
+                attention_mask=torch.ones_like(tokens),
+                position_ids=tokens,
+                use_cache=False,
+            )
             given.hidden = output[0]
             return output[0], model(input_ids=tokens, use_cache=False).logits
     finally:
@@ -313,6 +324,9 @@ def _traced_layers(model: Any, trace: Trace) -> tuple[tuple[LayerSpec, ...], lis
             raise UnsupportedError(
                 f"layer {index} is {layer_type}, and its attention function is not told so"
             )
+    windows = {call.sliding_window for call in calls}
+    if trace.mask_windows and not windows <= trace.mask_windows:
+        raise UnsupportedError("its attention function is not told the window of its mask")
     names = {id(module): name for name, module in model.named_modules()}
     prefixes = [_layer_prefix(model, names[id(call.module)]) for call in calls]
     lists = {prefix.rstrip(".").rpartition(".")[0] for prefix in prefixes}

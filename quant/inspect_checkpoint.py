@@ -10,8 +10,8 @@ from typing import Any
 from llmkit.checkpoint.checkpoint import Checkpoint
 from llmkit.checkpoint.quantized_weight import QuantizationConfig, Scheme
 from llmkit.checkpoint.safetensors_header import byte_count
-from llmkit.model.checkpoint_tensors import checkpoint_tensors
-from llmkit.model.families import checkpoint_spec
+from llmkit.model.checkpoint_tensors import carried_summary, checkpoint_tensors
+from llmkit.model.families import checkpoint_spec, support
 from llmkit.model.parameter_table import parameters
 from llmkit.model.spec import ModelSpec
 
@@ -33,6 +33,8 @@ def inspect_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
         "reference": checkpoint.reference,
         "kind": checkpoint.file_format,
         "architecture": spec.architecture,
+        "support": support(spec)[0],
+        "support_reason": support(spec)[1],
         "model_type": checkpoint.config.get("model_type"),
         "parameters": parameter_count(spec),
         "layers": len(spec.layers),
@@ -47,6 +49,7 @@ def inspect_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
         "max_positions": spec.max_position_embeddings,
         "sliding_window": windows[0] if windows else None,
         "disk_bytes": checkpoint.weight_bytes,
+        "carried": carried_summary(checkpoint, spec),
         "stored_dtypes": dict(Counter(info.dtype for info in checkpoint.tensors.values())),
         "quantization": _quantization_entry(checkpoint.quantization),
         "written_by": None if manifest is None else manifest.get("tool"),

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from llmkit.common.option_values import count_or_auto
-from llmkit.common.options import DEVICE, SEED, Option, option_fields
+from llmkit.common.options import DEVICE, REQUIRE_NATIVE, SEED, Option, option_fields
 
 METHOD_PANEL = "Method"
 CALIBRATION_PANEL = "Calibration"
@@ -232,6 +232,7 @@ class QuantizeOptions:
     dry_run: Annotated[
         bool, Option("Show what would be done and write nothing.", in_recipes=False)
     ] = False
+    require_native: Annotated[bool, REQUIRE_NATIVE] = False
     device: Annotated[str, DEVICE] = "auto"
     seed: Annotated[int, SEED] = 0
 

@@ -35,6 +35,8 @@ def valid_tp(spec: ModelSpec, quantization: QuantizationConfig | None, ep: int =
 
     The experts are divided over `ep` groups. The list is empty when no size works.
     """
+    if spec.transformers is not None:
+        return [1]
     rules = _split_rules(spec, quantization)
     return [
         tp

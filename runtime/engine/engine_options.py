@@ -5,7 +5,7 @@ from typing import Annotated
 
 from llmkit.common.errors import UsageError
 from llmkit.common.option_values import DTYPE, NEGATED, SIZE, count_or_auto, within
-from llmkit.common.options import DEVICE, Option, ValueFormat
+from llmkit.common.options import DEVICE, REQUIRE_NATIVE, Option, ValueFormat
 
 MODEL_PANEL = "Model"
 PERFORMANCE_PANEL = "Performance"
@@ -59,14 +59,7 @@ class EngineOptions:
             format=DTYPE,
         ),
     ] = "auto"
-    require_native: Annotated[
-        bool,
-        Option(
-            "Refuse a model that is no family of llmkit's own and would run by transformers' "
-            "modeling code, which is slower.",
-            panel=MODEL_PANEL,
-        ),
-    ] = False
+    require_native: Annotated[bool, REQUIRE_NATIVE] = False
     max_model_len: Annotated[
         int | None,
         Option(
