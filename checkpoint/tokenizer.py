@@ -186,10 +186,7 @@ def load_tokenizer(model: ModelFiles, chat_template: Path | None = None) -> Toke
     Raises InputError when the model has no tokenizer, or a file is malformed or cannot be read.
     """
     files = model.side_files()
-    settings = {
-        **_read_object(model, files, "special_tokens_map.json"),
-        **_read_object(model, files, "tokenizer_config.json"),
-    }
+    settings = _settings(model, files)
     if "tokenizer.json" in files:
         try:
             tokenizer = tokenizers.Tokenizer.from_buffer(files["tokenizer.json"])
@@ -223,6 +220,39 @@ def load_tokenizer(model: ModelFiles, chat_template: Path | None = None) -> Toke
         bos_ids[0] if bos_ids else None,
         tuple(dict.fromkeys(eos_token_ids)),
     )
+
+
+def check_copied_tokenizer(model: ModelFiles) -> Tokenizer | None:
+    """The tokenizer that an output of `model` gets a copy of; None when there is none.
+
+    Raises InputError when it is malformed.
+    """
+    return load_tokenizer(model) if "tokenizer.json" in model.side_files() else None
+
+
+def check_chat_templates(model: ModelFiles) -> None:
+    """Raise InputError, with the line, when a chat template that a model uses does not compile."""
+    # Imported here, because this is the only use of Jinja2 where no chat is rendered.
+    from llmkit.common.chat_template import check_chat_template
+
+    files = model.side_files()
+    for template in _chat_templates(model, files, _settings(model, files)).values():
+        try:
+            check_chat_template(template)
+        except ChatTemplateError as error:
+            raise InputError(
+                f"the chat template of {model.path} does not compile ({error})",
+                "A Jinja2 template as transformers renders it was expected",
+                "Mend it",
+            ) from None
+
+
+def _settings(model: ModelFiles, files: Mapping[str, bytes]) -> dict[str, Any]:
+    """The settings of a model's tokenizer."""
+    return {
+        **_read_object(model, files, "special_tokens_map.json"),
+        **_read_object(model, files, "tokenizer_config.json"),
+    }
 
 
 def _convert_slow_tokenizer(path: Path) -> tokenizers.Tokenizer:

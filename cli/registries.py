@@ -147,7 +147,9 @@ def verify(output: Output, arguments: VerifyArguments) -> None:
         find_differences,
         load_manifest,
     )
+    from llmkit.checkpoint.open_model_files import open_model_files
     from llmkit.checkpoint.registry import signing
+    from llmkit.checkpoint.tokenizer import check_chat_templates
 
     path = Path(arguments.directory).expanduser()
     if (load_manifest(path) or {}).get("layout") is not None:
@@ -158,6 +160,8 @@ def verify(output: Output, arguments: VerifyArguments) -> None:
         differences = find_differences(path)
     accepted: list[str] = []
     if arguments.update:
+        if differences and all(difference.is_edit for difference in differences):
+            check_chat_templates(open_model_files(path))
         accepted = accept_edits(path, differences)
         if accepted and (path / SIGNATURE).is_file():
             output.message(

@@ -16,7 +16,7 @@ import torch
 from llmkit.checkpoint.checkpoint import Checkpoint
 from llmkit.checkpoint.journal import RunClock
 from llmkit.checkpoint.output_directory import partial_path, sibling, write_errors
-from llmkit.checkpoint.tokenizer import Tokenizer, load_tokenizer
+from llmkit.checkpoint.tokenizer import Tokenizer, check_copied_tokenizer, load_tokenizer
 from llmkit.checkpoint.writer import CheckpointWriter, planned_bytes
 from llmkit.common.errors import GateError, InputError
 from llmkit.common.progress import Progress
@@ -133,9 +133,9 @@ def _load_tokenizer(plan: QuantizePlan) -> Tokenizer | None:
 
     Raises InputError when it is malformed, or absent and calibration or evaluation needs it.
     """
-    if plan.calibrated or plan.options.evaluate or "tokenizer.json" in plan.source.side_files():
+    if plan.calibrated or plan.options.evaluate:
         return load_tokenizer(plan.source)
-    return None
+    return check_copied_tokenizer(plan.source)
 
 
 def _check_memory(plan: QuantizePlan) -> None:

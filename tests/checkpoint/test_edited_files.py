@@ -89,6 +89,20 @@ def test_verify_names_edited_files_and_update_accepts_them(
     assert not [path for path in folder.iterdir() if path.name.startswith(".")]
 
 
+def test_verify_update_refuses_a_template_that_does_not_compile(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    template = folder / "chat_template.jinja"
+    template.write_text("{% for message in messages %}\n{{ message.content }\n{% endfor %}")
+    manifest = (folder / "llmkit.json").read_bytes()
+    refused = Ran(capsys, 3, "verify", folder, "--update")
+    reason = "does not compile (line 2: unexpected '}')"
+    assert f"the chat template of {folder} {reason}" in refused.stderr
+    assert (folder / "llmkit.json").read_bytes() == manifest
+    template.write_text(TEMPLATE + "?")
+    assert "updated: chat_template.jinja" in Ran(capsys, 0, "verify", folder, "--update").stdout
+
+
 @pytest.mark.parametrize("file", ["config.json", "tokenizer.json", "weights"])
 def test_verify_update_refuses_other_files(
     folder: Path, file: str, capsys: pytest.CaptureFixture[str]

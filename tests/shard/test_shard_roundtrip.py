@@ -347,6 +347,20 @@ def test_shard_refuses_to_split_act_order_of_a_sharded_source(tmp_path: Path) ->
     assert not list(tmp_path.glob("two*"))
 
 
+def test_shard_refuses_a_tokenizer_that_cannot_be_loaded(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = tiny_checkpoint(tmp_path / "source")
+    whole = (source / "tokenizer.json").read_bytes()
+    (source / "tokenizer.json").write_bytes(whole[: len(whole) // 2])
+    words = ["shard", str(source), "--tp", "2", "-o", str(tmp_path / "out")]
+    assert main.run(words) == 3
+    assert f"{source / 'tokenizer.json'} is malformed (" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
+    (source / "tokenizer.json").unlink()  # none is needed
+    assert main.run(words) == 0
+
+
 def test_shard_of_several_source_files_and_side_files(tmp_path: Path) -> None:
     source = tiny_checkpoint(tmp_path / "source", "qwen3", max_shard_size="100KB")
     assert len(list(source.glob("*.safetensors"))) > 1
