@@ -11,6 +11,7 @@ Zero points are stored unchanged, so that every asymmetric scheme fits.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -125,7 +126,8 @@ class AwqFormat:
         # has dots, matches only that module.
         words = [str(word) for word in d.get("modules_to_not_convert") or ()]
         ignore = tuple(
-            word if "." in word or word == "lm_head" else f"re:.*{word}" for word in words
+            word if "." in word or word == "lm_head" else f"re:.*{re.escape(word)}"
+            for word in words
         )
         if "lm_head" not in ignore:
             ignore = ("lm_head", *ignore)

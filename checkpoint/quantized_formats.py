@@ -5,6 +5,7 @@ How a weight is quantized is the subject of `llmkit.quant`.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any, Protocol
 
@@ -72,4 +73,13 @@ def parse_quantization(d: object) -> QuantizationConfig:
             f"This checkpoint is quantized with {method or 'a method it does not name'}",
             f"One of {', '.join(FORMATS)} was expected",
         )
-    return FORMATS[method].parse(d)
+    config = FORMATS[method].parse(d)
+    for entry in (*config.ignore, *(entry for entry, _ in config.overrides)):
+        try:
+            re.compile(entry[3:] if entry.startswith("re:") else "")
+        except re.error as error:
+            raise InputError(
+                f"This checkpoint's quantization_config has {entry} ({error})",
+                "A regular expression was expected after re:",
+            ) from error
+    return config

@@ -31,6 +31,7 @@ FLOAT8 = Scheme(8, kind="float", inputs="tensor")
         (Scheme(8, 96, symmetric=False), "INT8 in groups of 96 with zero points", 128, 1),
         (Scheme(8, inputs="token"), "INT8, inputs too", 128, 1),
         (FLOAT8, "FP8, inputs too by a fixed scale", 0, 1),
+        (Scheme(4, 32, kind="float"), "MXFP4 in groups of 32", 0, 3),
     ],
 )
 def test_scheme_describes_itself(scheme: Scheme, label: str, half: int, groups: int) -> None:
@@ -85,6 +86,17 @@ def test_packed_tensor_is_dense_without_a_dtype() -> None:
     assert (dense.derived, dense.name, dense.source_name, dense.source_shape) == ("", "", "", ())
     assert dense.group_size == -1
     assert len({dense, PackedTensor("weight", "", (4, 8), (0, 1), (1, 1))}) == 1
+
+
+def test_packed_tensor_of_several_experts_has_them_in_its_first_dimension() -> None:
+    one = PackedTensor("blocks", "U8", (4, 3, 16), (0, 1), (1, 32), group_size=32)
+    assert one.over_experts(5) == PackedTensor(
+        "blocks", "U8", (5, 4, 3, 16), (1, 1), (2, 32), group_size=32, num_experts=5
+    )
+    assert PackedTensor("input_scale", "F32", (1,), None, None).over_experts(2) == PackedTensor(
+        "input_scale", "F32", (2, 1), None, None, num_experts=2
+    )
+    assert one.num_experts == 0
 
 
 @pytest.mark.parametrize(
@@ -176,6 +188,25 @@ def test_formats_store_a_weight_of_one_row_and_one_column() -> None:
     assert form.unpack(scheme, form.pack(scheme, weight)).dequantize().tolist() == [[1.0]]
 
 
+@pytest.mark.parametrize(
+    "document",
+    [
+        {"quant_method": "gptq", "bits": 4, "dynamic": {"-:(": {}}},
+        {
+            "quant_method": "compressed-tensors",
+            "format": "pack-quantized",
+            "config_groups": {
+                "g": {"targets": ["re:("], "weights": {"num_bits": 4, "strategy": "channel"}}
+            },
+        },
+        {"quant_method": "mxfp4", "modules_to_not_convert": ["("]},
+    ],
+)
+def test_parse_refuses_patterns_that_do_not_compile(document: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match=r"\(missing \), unterminated subpattern at position 0"):
+        parse_quantization(document)
+
+
 # Configs that are written
 
 
@@ -247,7 +278,7 @@ def test_compressed_tensors_config_dict_is_what_vllm_reads() -> None:
         FLOAT8,
         ("lm_head",),
         (("a.b", AWQ), ("a.c", AWQ), ("a.d", FLOAT8)),
-        "int8",
+        kv="int8",
     )
     assert FORMATS["compressed-tensors"].config_dict(config) == {
         "quant_method": "compressed-tensors",
@@ -324,6 +355,12 @@ def awq(**changes: Any) -> dict[str, Any]:
                 Scheme(4, 1, symmetric=False),
                 ("re:.*visual", "lm_head", "a.b"),
                 method="awq",
+            ),
+        ),
+        (
+            awq(modules_to_not_convert=["a(b"]),  # a word, no pattern
+            QuantizationConfig(
+                "awq", Scheme(4, symmetric=False), ("lm_head", r"re:.*a\(b"), method="awq"
             ),
         ),
         (
