@@ -13,7 +13,7 @@ from llmkit.kernels.kv_cache import KVCache
 
 # Sizes of the C kernel's scratch memory (attention.c).
 MAX_HEADS_PER_KV_HEAD = 48
-MAX_HEAD_DIM = 256
+MAX_HEAD_DIM = 512
 KV_CHUNK = 64  # in tokens; the block size of the cache must divide it
 
 

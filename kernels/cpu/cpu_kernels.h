@@ -21,7 +21,7 @@
 
 enum {
     PANEL_WIDTH = 16,               /* columns of a panel of packed weights */
-    MAX_HEAD_DIM = 256,             /* the largest head_dim of attention */
+    MAX_HEAD_DIM = 512,             /* the largest head_dim of attention */
     PARALLEL_MIN_ELEMENTS = 1 << 14 /* operations on at most this many elements use one thread */
 };
 

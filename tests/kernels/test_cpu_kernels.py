@@ -314,6 +314,7 @@ HEADS = [
     (2, 2, 40),
     (14, 2, 128),
     (6, 2, 256),
+    (2, 1, 512),
 ]  # queries, keys, dimensions
 MIXED = ([1, 1, 5, 40, 1, 130, 3], [1, 65, 5, 40, 300, 200, 67])  # new tokens, context
 
@@ -476,7 +477,8 @@ def test_cpu_attention_supports() -> None:
 
     assert fits() == (cpu_kernels.library is not None)
     assert not fits(dim=60)
-    assert not fits(dim=264)
+    assert fits(dim=512) == fits()
+    assert not fits(dim=520)
     assert not fits(size=24)
     assert not fits(heads=49, kv_heads=1)
     assert not fits(dtype=torch.bfloat16)
