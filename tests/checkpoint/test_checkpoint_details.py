@@ -123,6 +123,13 @@ def test_checkpoint_stamps_the_files_that_it_reads(folder: Path, tmp_path: Path)
         given.require_unchanged()
 
 
+def test_checkpoint_representation_has_no_readers(folder: Path) -> None:
+    text = repr(open_checkpoint(folder))
+    assert "config={}" in text
+    for name in ("load_side_files", "row_reader", "stamps", "_verified", "_read_ahead"):
+        assert f"{name}=" not in text
+
+
 def test_checkpoint_hashes_are_kept_and_may_be_given(folder: Path) -> None:
     opened = open_checkpoint(folder)
     expected = {

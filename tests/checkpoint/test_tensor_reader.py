@@ -207,6 +207,44 @@ def test_read_ahead_reads_one_tensor_that_is_larger_than_its_limit(
     assert ahead.waited_s == 3.0
 
 
+MIB = 2**20
+
+
+def test_read_ahead_and_chunks_have_their_documented_sizes(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """128 MiB wait, for 50 tensors; chunks have 64 MiB, and 8 MiB where a file is hashed."""
+
+    def begin(count: int, nbytes: int) -> tuple[reading.ReadAhead, list[str]]:
+        begun: list[str] = []
+
+        def read(info: TensorInfo) -> torch.Tensor:
+            begun.append(info.name)
+            return torch.tensor(0)
+
+        infos = [TensorInfo(str(index), "U8", (nbytes,)) for index in range(count)]
+        return reading.ReadAhead(read, infos), begun
+
+    monkeypatch.setattr(reading, "ThreadPoolExecutor", Pool)
+    assert len(begin(3, 64 * MIB)[1]) == 2
+    assert len(begin(3, 64 * MIB - 1)[1]) == 3
+    ahead, begun = begin(60, 1)
+    assert len(begun) == 60
+    ahead.take("51")
+    assert (ahead.take("0"), ahead.take("1")) == (None, torch.tensor(0))
+
+    assert list(reading.row_chunks(TensorInfo("a", "U8", (65537, 1024)))) == [
+        (0, 65536),
+        (65536, 65537),
+    ]
+    with (tmp_path / "file").open("wb") as file:
+        file.truncate(8 * MIB + 1)
+    sizes: list[int] = []
+    monkeypatch.setattr(reading, "read_into", lambda path, at, view: sizes.append(len(view)))
+    reading.FileDigest(tmp_path / "file").hexdigest(8 * MIB + 1)
+    assert sizes == [8 * MIB, 1]
+
+
 @pytest.mark.parametrize(
     ("rows", "nbytes_of_row", "limit", "expected"),
     [

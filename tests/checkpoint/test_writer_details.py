@@ -157,13 +157,14 @@ def test_writer_writes_on_after_a_short_write(
 
 
 class DirectWrites:
-    """Notes the writes past the page cache, on any file system; `code` refuses the first one.
+    """Notes the writes past the page cache, on any file system; `code` refuses them.
 
     They must lie at whole pages.
     """
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, code: int = 0) -> None:
         self.seen: list[tuple[int, int]] = []
+        self.refusals = 0
         self._code = code
         self._fds: set[int] = set()
         self._open = os.open
@@ -181,6 +182,7 @@ class DirectWrites:
     def pwrite(self, fd: int, view: memoryview, position: int) -> int:
         if fd in self._fds:
             if self._code:
+                self.refusals += 1
                 raise OSError(self._code, os.strerror(self._code))
             assert position % 4096 == len(view) % 4096 == 0
             self.seen.append((position, len(view)))
@@ -199,7 +201,8 @@ def test_writer_bypasses_the_page_cache_with_the_full_pages_of_large_writes(
     with CheckpointWriter(tmp_path / "out", plan) as writer:
         start = read_header(tmp_path / "out.partial" / FILE)["a"].start
         assert 0 < start < 4096
-        cuts = [0, MIB - 1, 2 * MIB - 1, 2 * MIB + 4096 - start, 11 * MIB]
+        page = 4096 - start  # the first byte at a page's beginning
+        cuts = [0, page, page + 1, MIB - 1, 2 * MIB - 1, 2 * MIB + 4096 - start, 11 * MIB]
         for first, last in itertools.pairwise(cuts):
             writer.write_chunk(FILE, "a", first, memoryview(data.numpy())[first:last])
         writer.finish({}, {}, {})
@@ -210,6 +213,20 @@ def test_writer_bypasses_the_page_cache_with_the_full_pages_of_large_writes(
     ]
     assert torch.equal(open_checkpoint(tmp_path / "out").read("a"), data)
     assert verify_manifest(tmp_path / "out") == []
+
+
+def test_writer_goes_through_the_page_cache_where_it_must(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    direct = DirectWrites(monkeypatch, errno.EINVAL)
+    data = torch.arange(3 * MIB).to(torch.uint8)
+    with CheckpointWriter(tmp_path / "out", {FILE: [TensorInfo("a", "U8", (3 * MIB,))]}) as writer:
+        page = 4096 - read_header(tmp_path / "out.partial" / FILE)["a"].start
+        for first, last in itertools.pairwise([0, page, page + MIB, 3 * MIB]):
+            writer.write_chunk(FILE, "a", first, memoryview(data.numpy())[first:last])
+        writer.finish({}, {}, {})
+    assert torch.equal(open_checkpoint(tmp_path / "out").read("a"), data)
+    assert direct.refusals == 1  # it is not tried again
 
 
 def test_writer_full_disk_past_the_page_cache_is_a_shortage(
