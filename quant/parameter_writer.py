@@ -44,7 +44,7 @@ class ParameterWriter:
         self.quantization = quantization
         self.dtypes = {tensor.name: DTYPES[tensor.dtype] for tensor in planned}
         self._checkpoint_writer = checkpoint_writer
-        # The output's tensors by parameter.
+        # The output's tensors by parameter. A tensor of several experts is that of the first.
         self._tensor_names: dict[str, list[str]] = {}
         for name, (parameter, _) in checkpoint_tensors(spec, quantization).items():
             self._tensor_names.setdefault(parameter.name, []).append(name)
@@ -63,7 +63,7 @@ class ParameterWriter:
         return all(
             self._checkpoint_writer.is_written(tensor)
             for parameter in parameters
-            for tensor in self._tensor_names[parameter.name]
+            for tensor in self._tensor_names.get(parameter.name, ())
         )
 
     def commit(self) -> None:

@@ -216,6 +216,13 @@ def make_plan(source: str, out: Path, options: QuantizeOptions, progress: Progre
     layers = _layer_range(options.layers, len(spec.layers))
     ignore = ignored_modules(spec, options.keep, layers)
     quantization = build_quantization_config(spec, method_options(options), ignore)
+    if quantization is not None and spec.moe is not None and spec.moe.expert_stack is not None:
+        raise InputError(
+            f"{source} stores all experts of a layer in one tensor, which --method"
+            f" {options.method} cannot write",
+            "A model whose checkpoint stores its experts one by one was expected",
+            "Cast it with --method bf16 or fp16, or serve it as it is",
+        )
     if quantization is not None and options.method == "gptq":
         quantization = dataclasses.replace(quantization, damp=options.damp)
     check_engine(options.engine, quantization)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+
 from support.tiny_families import COMMON, FAMILIES
 
 VALUES = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
@@ -26,7 +27,7 @@ QUANTIZATION = {
 
 @dataclass(frozen=True)
 class Mxfp4Weight:
-    """blocks, scales: the stored tensors of [experts, out, in]; dense: the values they stand for."""
+    """The stored tensors of [experts, out, in], and the values that they stand for."""
 
     blocks: torch.Tensor
     scales: torch.Tensor
