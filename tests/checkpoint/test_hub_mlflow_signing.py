@@ -8,7 +8,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import sys
+import threading
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -18,6 +20,7 @@ from huggingface_hub.hf_api import RepoFile, RepoFolder
 
 from llmkit.checkpoint import hub
 from llmkit.checkpoint.manifest import make_manifest, manifest_text
+from llmkit.checkpoint.output_directory import output_lock
 from llmkit.checkpoint.registry import local_copies, signing
 from llmkit.checkpoint.registry.hub_upload import HubStore
 from llmkit.checkpoint.registry.mlflow_store import MlflowStore, open_mlflow_store
@@ -496,6 +499,31 @@ def test_local_copy_of_a_url_is_made_once(
 
     monkeypatch.setattr(local_copies, "download_from_hub", lambda hub_id: tmp_path / hub_id)
     assert local_copies.local_copy("hf://a/b") == tmp_path / "a" / "b"
+
+
+def test_local_copy_waits_for_another_process_that_makes_it(
+    fake_mlflow: FakeMlflow,
+    checkpoint_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(local_copies, "_copies", {})
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    url = "models:/tiny/1"
+    files = {path.name: path.read_bytes() for path in checkpoint_folder.iterdir()}
+    fake_mlflow.artifacts = {f"{url}/{name}": data for name, data in files.items()}
+    out = local_copies.copies_folder() / hashlib.sha256(files[LLMKIT_JSON]).hexdigest()
+    made: list[Path] = []
+    thread = threading.Thread(target=lambda: made.append(local_copies.local_copy(url)))
+    with output_lock(out):
+        thread.start()
+        thread.join(0.1)
+        assert thread.is_alive()
+        shutil.copytree(checkpoint_folder, out)
+        (out / "mark").touch()
+    thread.join(10)
+    assert made == [out]
+    assert (out / "mark").exists()  # it was not made again
 
 
 @pytest.mark.parametrize(
