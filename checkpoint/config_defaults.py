@@ -38,6 +38,14 @@ NULLABLE: dict[str, type] = {
     "use_bidirectional_attention": bool,
     "rope_local_base_freq": float,
     "attention_multiplier": float,
+    "mlp_layer_types": list,
+    "clip_qkv": float,
+    "rotary_dim": int,
+}
+# Other names of a field.
+ALIASES = {
+    "num_local_experts": ("num_experts", "n_routed_experts", "moe_num_experts"),
+    "num_experts_per_tok": ("moe_k", "moe_topk"),
 }
 _QWEN_SLIDING_WINDOW = {
     "use_sliding_window": False,
@@ -65,6 +73,14 @@ _COHERE = {
     "logit_scale": 0.0625,
     "tie_word_embeddings": True,
     "use_qk_norm": False,
+}
+_EXPERTS = {"num_local_experts": int, "num_experts_per_tok": int}
+_SIGMOID_ROUTER = _EXPERTS | {
+    "moe_intermediate_size": 1408,
+    "norm_topk_prob": True,
+    "routed_scaling_factor": 1.0,
+    "n_group": 1,
+    "topk_group": 1,
 }
 # The defaults of each model_type. They extend or override the defaults above. A field whose value
 # here is a type (int) is required.
@@ -226,5 +242,101 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "head_dim": 128,
         "rms_norm_eps": 1e-5,
         "mlp_bias": False,
+    },
+    "qwen2_moe": _QWEN_SLIDING_WINDOW
+    | _EXPERTS
+    | {
+        "num_key_value_heads": 16,
+        "shared_expert_intermediate_size": 5632,
+        "moe_intermediate_size": 1408,
+        "norm_topk_prob": False,
+        "decoder_sparse_step": 1,
+        "qkv_bias": True,
+    },
+    "olmoe": _EXPERTS | {"rms_norm_eps": 1e-5, "norm_topk_prob": False},
+    "flex_olmo": _EXPERTS | {"rope_theta": 5e5, "norm_topk_prob": False},
+    "mellum": _EXPERTS
+    | {
+        "num_key_value_heads": 4,
+        "head_dim": 128,
+        "sliding_window": 1024,
+        "moe_intermediate_size": 896,
+        "norm_topk_prob": True,
+    },
+    "glm4_moe": _SIGMOID_ROUTER
+    | {
+        "num_key_value_heads": 8,
+        "rms_norm_eps": 1e-5,
+        "partial_rotary_factor": 0.5,
+        "n_shared_experts": 1,
+        "first_k_dense_replace": 1,
+        "use_qk_norm": False,
+    },
+    "dots1": _SIGMOID_ROUTER
+    | {
+        "num_key_value_heads": 32,
+        "sliding_window": 4096,
+        "max_window_layers": 62,
+        "n_shared_experts": int,
+        "first_k_dense_replace": 0,
+        "norm_topk_prob": False,
+    },
+    "solar_open": _SIGMOID_ROUTER
+    | {
+        "intermediate_size": 10240,  # no layer uses it
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 1e6,
+        "moe_intermediate_size": 1280,
+        "n_shared_experts": 1,
+    },
+    "exaone_moe": _SIGMOID_ROUTER
+    | {
+        "num_key_value_heads": 32,
+        "rms_norm_eps": 1e-5,
+        "sliding_window": 4096,
+        "sliding_window_pattern": 4,
+        "moe_intermediate_size": 1024,
+        "num_shared_experts": 1,
+        "first_k_dense_replace": 1,
+        "routed_scaling_factor": 2.5,
+    },
+    "minimax_m2": _EXPERTS | {"num_key_value_heads": 8, "head_dim": 128, "rope_theta": 5e6},
+    "ernie4_5_moe": _EXPERTS
+    | {
+        "num_key_value_heads": 4,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 5e5,
+        "tie_word_embeddings": True,
+        "use_bias": False,
+        "moe_intermediate_size": 1536,
+        "moe_num_shared_experts": 2,
+        "moe_layer_start_index": 1,
+        "moe_layer_end_index": -1,
+        "moe_layer_interval": 1,
+    },
+    "hunyuan_v1_moe": _EXPERTS | {"rms_norm_eps": 1e-5, "mlp_bias": False},
+    "hy_v3": _SIGMOID_ROUTER
+    | {
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 11158840.0,
+        "mlp_bias": False,
+        "moe_intermediate_size": 1536,
+        "num_shared_experts": 1,
+        "router_scaling_factor": 2.826,
+    },
+    "afmoe": _SIGMOID_ROUTER
+    | {
+        "head_dim": 128,
+        "rms_norm_eps": 1e-5,
+        "sliding_window": 1024,
+        "num_dense_layers": 1,
+        "num_shared_experts": 2,
+        "route_scale": 1.0,
+        "global_attn_every_n_layers": 4,
+        "mup_enabled": False,
     },
 }

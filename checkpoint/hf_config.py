@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
-from llmkit.checkpoint.config_defaults import COMMON, FAMILIES, NULLABLE, REQUIRED_SIZES
+from llmkit.checkpoint.config_defaults import ALIASES, COMMON, FAMILIES, NULLABLE, REQUIRED_SIZES
 from llmkit.common.errors import InputError
 
 
@@ -42,8 +42,10 @@ def complete_config(config: dict[str, Any], model_type: str) -> Any:
         dict.fromkeys(REQUIRED_SIZES, int) | COMMON | dict.fromkeys(NULLABLE) | FAMILIES[model_type]
     )
     config = dict(config)
-    if "num_local_experts" in defaults and "num_experts" in config:  # two names of one field
-        config.setdefault("num_local_experts", config["num_experts"])
+    for name, aliases in ALIASES.items():
+        for alias in aliases:
+            if name in defaults and alias in config:
+                config.setdefault(name, config[alias])
     values = {
         name: _checked_value(config, name, default, model_type)
         for name, default in defaults.items()

@@ -6,13 +6,14 @@ from typing import Any
 
 from llmkit.common.errors import InputError
 from llmkit.model.family_fields import (
+    LAYER_TYPES,
     FamilyFunction,
     activation,
     equal_layers,
     mixed_layers,
     rope,
     rope_parameters,
-    with_rope_defaults,
+    ropes_by_layer_type,
     without_global_rope,
 )
 from llmkit.model.spec import LayerSpec
@@ -83,22 +84,13 @@ def _gemma3(config: Any) -> dict[str, Any]:
         raise InputError("Gemma 3 with use_bidirectional_attention", "A causal language model")
     pattern = config.sliding_window_pattern
     has_window = [(index + 1) % pattern != 0 for index in range(config.num_hidden_layers)]
-    layers = []
-    for layer in mixed_layers(config, has_window, config.sliding_window):
-        layer_type = "full_attention" if layer.sliding_window is None else "sliding_attention"
-        layers.append(LayerSpec(layer.sliding_window, rope=layer_type))
-    # Each layer type has its own rotary embedding. Scaling applies to full attention only.
     rope_theta = {
         "full_attention": config.rope_theta,
         "sliding_attention": config.rope_local_base_freq,
     }
-    rope_scaling = {"full_attention": config.rope_scaling or {}}
-    by_layer_type = config.rope_parameters or {}
-    ropes = {}
-    for name in dict.fromkeys(layer.rope for layer in layers if layer.rope is not None):
-        parameters = (by_layer_type.get(name) or {}) | rope_scaling.get(name, {})
-        ropes[name] = rope(config, with_rope_defaults(parameters, rope_theta[name], config))
-    return _gemma2(config) | {"qk_norm": "head", "layers": tuple(layers), "ropes": ropes}
+    layers = mixed_layers(config, has_window, config.sliding_window)
+    differences = _gemma2(config) | ropes_by_layer_type(config, layers, rope_theta)
+    return differences | {"qk_norm": "head"}
 
 
 def _granite(config: Any) -> dict[str, Any]:
@@ -182,18 +174,9 @@ def _ministral3(config: Any) -> dict[str, Any]:
 
 def _olmo3(config: Any) -> dict[str, Any]:
     has_window = [(index + 1) % 4 != 0 for index in range(config.num_hidden_layers)]
-    layers = []
-    for layer in mixed_layers(config, has_window, config.sliding_window):
-        layer_type = "full_attention" if layer.sliding_window is None else "sliding_attention"
-        layers.append(LayerSpec(layer.sliding_window, rope=layer_type))
-    # Scaling applies to full attention only.
-    scaling = {"full_attention": config.rope_scaling or {}}
-    by_layer_type = config.rope_parameters or {}
-    ropes = {}
-    for name in dict.fromkeys(layer.rope for layer in layers if layer.rope is not None):
-        parameters = (by_layer_type.get(name) or {}) | scaling.get(name, {})
-        ropes[name] = rope(config, with_rope_defaults(parameters, config.rope_theta, config))
-    return _olmo2(config) | {"layers": tuple(layers), "ropes": ropes}
+    layers = mixed_layers(config, has_window, config.sliding_window)
+    rope_theta = dict.fromkeys(LAYER_TYPES, config.rope_theta)
+    return _olmo2(config) | ropes_by_layer_type(config, layers, rope_theta)
 
 
 def _glm(config: Any) -> dict[str, Any]:
@@ -228,7 +211,8 @@ def _seed_oss(config: Any) -> dict[str, Any]:
     return _llama(config) | {"o_proj_bias": config.attention_out_bias}
 
 
-def _hunyuan(config: Any) -> dict[str, Any]:
+def hunyuan(config: Any) -> dict[str, Any]:
+    """Hunyuan, dense; the mixture of experts has the same attention."""
     parameters = rope_parameters(config)
     alpha = parameters.get("alpha")
     if parameters["rope_type"] == "dynamic" and alpha:
@@ -383,7 +367,7 @@ DENSE_FAMILIES: dict[str, tuple[str, FamilyFunction]] = {
     "Ernie4_5ForCausalLM": ("ernie4_5", _ernie4_5),
     "HeliumForCausalLM": ("helium", _helium),
     "SeedOssForCausalLM": ("seed_oss", _seed_oss),
-    "HunYuanDenseV1ForCausalLM": ("hunyuan_v1_dense", _hunyuan),
+    "HunYuanDenseV1ForCausalLM": ("hunyuan_v1_dense", hunyuan),
     "Exaone4ForCausalLM": ("exaone4", _exaone4),
     "CohereForCausalLM": ("cohere", _cohere),
     "Cohere2ForCausalLM": ("cohere2", _cohere2),

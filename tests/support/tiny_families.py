@@ -231,6 +231,119 @@ FAMILIES = {
             "norm_topk_prob": True,
         },
     ),
+    "qwen2-moe": (
+        "qwen2_moe",
+        {
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 24,
+            "shared_expert_intermediate_size": 40,
+            "mlp_only_layers": [0],
+        },
+    ),
+    "olmoe": ("olmoe", {"num_experts": 4, "num_experts_per_tok": 2}),
+    "flex-olmo": ("flex_olmo", {"num_experts": 4, "num_experts_per_tok": 2}),
+    "mellum": (
+        "mellum",
+        {
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 24,
+            "head_dim": 16,
+            "sliding_window": 12,
+            "layer_types": GEMMA_LAYERS,
+        },
+    ),
+    "glm4-moe": (
+        "glm4_moe",
+        {
+            "n_routed_experts": 8,
+            "n_group": 4,
+            "topk_group": 2,
+            "num_experts_per_tok": 3,
+            "moe_intermediate_size": 24,
+            "routed_scaling_factor": 1.5,
+            "use_qk_norm": True,
+            "attention_bias": True,
+            "head_dim": 16,
+        },
+    ),
+    "dots1": (
+        "dots1",
+        {
+            "n_routed_experts": 4,
+            "n_shared_experts": 1,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 24,
+            "first_k_dense_replace": 1,
+            "sliding_window": 12,
+            "max_window_layers": 2,
+            "head_dim": 16,
+        },
+    ),
+    "solar-open": (
+        "solar_open",
+        {
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 24,
+            "head_dim": 16,
+        },
+    ),
+    "exaone-moe": (
+        "exaone_moe",
+        {
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 24,
+            "sliding_window": 12,
+            "sliding_window_pattern": 2,
+        },
+    ),
+    "minimax-m2": (
+        "minimax_m2",
+        {
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "head_dim": 16,
+            "rotary_dim": 8,
+        },
+    ),
+    "ernie4.5-moe": (
+        "ernie4_5_moe",
+        {
+            "moe_num_experts": 4,
+            "moe_k": 2,
+            "moe_intermediate_size": 24,
+            "head_dim": 16,
+        },
+    ),
+    "hunyuan-moe": (
+        "hunyuan_v1_moe",
+        {"num_experts": 4, "moe_topk": 2, "head_dim": 16},
+    ),
+    "hy3": (
+        "hy_v3",
+        {
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 24,
+            "head_dim": 16,
+        },
+    ),
+    "afmoe": (
+        "afmoe",
+        {
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 24,
+            "head_dim": 16,
+            "sliding_window": 12,
+            "global_attn_every_n_layers": 2,
+            "route_scale": 1.5,
+            "mup_enabled": True,
+        },
+    ),
 }
 
 # Families that show everything the engine does: each kind of attention, position, norm, embedding,
@@ -251,6 +364,10 @@ REPRESENTATIVES = (
     "cohere2",
     "starcoder2",
     "apertus",
+    "glm4-moe",
+    "qwen2-moe",
+    "ernie4.5-moe",
+    "afmoe",
 )
 
 
@@ -267,6 +384,10 @@ def family_oracle(name: str, path: Path) -> torch.nn.Module:
     with torch.no_grad():
         for parameter in oracle.parameters():  # norms and biases too, which start as ones and zeros
             parameter.add_(torch.randn_like(parameter) * 0.1)
+        names = dict(oracle.named_parameters())
+        for name, buffer in oracle.state_dict().items():  # the biases that choose experts
+            if name not in names:
+                buffer.add_(torch.randn_like(buffer) * 0.1)
     oracle.save_pretrained(path)
     return oracle
 
