@@ -13,6 +13,8 @@ from llmkit.cli.serve import serve_options
 from llmkit.common.errors import UsageError
 from llmkit.common.option_values import SHARE, parse_range, within
 from llmkit.common.options import Argument, Option, ValueFormat
+from llmkit.runtime.server.http.hosts import check_allowed_host
+from llmkit.runtime.server.http.origins import check_allowed_origin
 from llmkit.runtime.server.serve_options import default_name
 
 if TYPE_CHECKING:
@@ -100,6 +102,24 @@ class RayArguments:
         str | None,
         Option("A file of keys, on every node; see `llmkit serve`.", metavar="FILE", unset="none"),
     ] = None
+    allowed_hosts: Annotated[
+        tuple[str, ...],
+        Option(
+            "Name in the Host header to accept, too; see `llmkit serve`.",
+            metavar="NAME",
+            unset="loopback names; on other addresses every name",
+            check=check_allowed_host,
+        ),
+    ] = ()
+    allowed_origins: Annotated[
+        tuple[str, ...],
+        Option(
+            "Origin of web pages that may use the models; see `llmkit serve`.",
+            metavar="ORIGIN",
+            unset="the models' own page",
+            check=check_allowed_origin,
+        ),
+    ] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,7 +203,14 @@ def ray(output: Output, arguments: RayArguments) -> None:
     lowest, highest = arguments.autoscale or (arguments.replicas, None)
     name = arguments.name or (re.split(r"[/\\]", model.rstrip("/"))[-1] if model else "")
     cluster = Cluster(
-        ClusterAddress(arguments.address, arguments.host, arguments.port, arguments.api_key_file)
+        ClusterAddress(
+            arguments.address,
+            arguments.host,
+            arguments.port,
+            arguments.api_key_file,
+            arguments.allowed_hosts,
+            arguments.allowed_origins,
+        )
     )
     if model is not None:
         options = serve_options(model, name, list(arguments.serve_words), arguments.api_key_file)

@@ -39,6 +39,8 @@ class ApplicationArguments(msgspec.Struct, frozen=True, forbid_unknown_fields=Tr
     models: list[ModelArguments]
     host: str = "127.0.0.1"  # any other than loopback needs a file of keys
     api_key_file: str | None = None  # a path on every node
+    allowed_hosts: tuple[str, ...] = ()  # see `llmkit serve`
+    allowed_origins: tuple[str, ...] = ()
 
 
 def build(args: dict[str, Any]) -> Application:
@@ -47,8 +49,14 @@ def build(args: dict[str, Any]) -> Application:
     Raises msgspec.ValidationError and UsageError for a mistake in the file.
     """
     # Ray is an extra: imported only where it is used.
-    from llmkit.deploy.ray_serve import ModelVersion, ReplicaOptions, application
-    from llmkit.runtime.server.http.hosts import is_loopback
+    from llmkit.deploy.ray_serve import (
+        ClusterAddress,
+        ModelVersion,
+        ReplicaOptions,
+        application,
+    )
+    from llmkit.runtime.server.http.hosts import check_allowed_host, is_loopback
+    from llmkit.runtime.server.http.origins import check_allowed_origin
 
     arguments = msgspec.convert(args, ApplicationArguments)
     if not arguments.models:
@@ -58,6 +66,10 @@ def build(args: dict[str, Any]) -> Application:
             f"host {arguments.host} can be reached from elsewhere",
             "An api_key_file is needed there",
         )
+    for name in arguments.allowed_hosts:
+        check_allowed_host("allowed_hosts:", name)
+    for origin in arguments.allowed_origins:
+        check_allowed_origin("allowed_origins:", origin)
     versions = []
     for model, share in zip(arguments.models, _shares(arguments.models), strict=True):
         options = serve_options(
@@ -67,7 +79,13 @@ def build(args: dict[str, Any]) -> Application:
             model.replicas, model.most_replicas, model.cpus, model.gpus, model.downscale_delay
         )
         versions.append(ModelVersion(model.name, options, replicas, share))
-    return application(versions, arguments.host, arguments.api_key_file)
+    address = ClusterAddress(
+        host=arguments.host,
+        api_key_file=arguments.api_key_file,
+        allowed_hosts=arguments.allowed_hosts,
+        allowed_origins=arguments.allowed_origins,
+    )
+    return application(versions, address)
 
 
 def _shares(models: list[ModelArguments]) -> list[float]:

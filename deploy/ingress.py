@@ -12,7 +12,7 @@ import asyncio
 import json
 import random
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing, suppress
 from hashlib import blake2b
 from pathlib import Path
@@ -45,6 +45,8 @@ _BODY_TIMEOUT_S = 30.0
 HOP_HEADERS = frozenset(
     {"connection", "content-length", "transfer-encoding", "host", "date", "server"}
 )
+# Of a request. The ingress checks where it comes from; a replica knows no such origin.
+_NOT_FORWARDED = HOP_HEADERS | {"origin"}
 _OPEN_PATHS = ("/health", "/ready")
 
 
@@ -70,8 +72,9 @@ class Controller:
 class Ingress:
     """The Serve deployment that all requests go through.
 
-    host, key_file: see Routes. controller: the application whose Routes it polls; "" when its
-    user_config is the table, and `replicas` has the handle of each version.
+    host, key_file, allowed_hosts, allowed_origins: see Routes. controller: the application whose
+    Routes it polls; "" when its user_config is the table, and `replicas` has the handle of each
+    version.
     """
 
     async def __init__(  # type: ignore[misc]  # Serve awaits it
@@ -80,9 +83,18 @@ class Ingress:
         key_file: str | None,
         controller: str,
         replicas: dict[str, DeploymentHandle],
+        allowed_hosts: Sequence[str],
+        allowed_origins: Sequence[str],
     ) -> None:
         keys = load_api_keys(ServeOptions("", api_key_file=Path(key_file))) if key_file else ()
-        self._security = SecurityMiddleware(self._answer, host, keys, debug=False)
+        self._security = SecurityMiddleware(
+            self._answer,
+            host,
+            keys,
+            debug=False,
+            allowed_hosts=allowed_hosts,
+            allowed_origins=allowed_origins,
+        )
         self._table: RolloutTable = {}
         self._replicas = replicas
         self._handles: dict[str, DeploymentHandle] = {}
@@ -151,7 +163,7 @@ class Ingress:
         handle = self._handle(self._version(fields.get("model")).app)
         url = request.url.path + (f"?{request.url.query}" if request.url.query else "")
         headers = [
-            (name, value) for name, value in request.headers.items() if name not in HOP_HEADERS
+            (name, value) for name, value in request.headers.items() if name not in _NOT_FORWARDED
         ]
         started = False
         async with aclosing(
@@ -184,16 +196,23 @@ class Ingress:
         await send({"type": "http.response.body", "body": b""})
 
     def _version(self, model: object) -> Version:
-        """A version of the requested model, drawn by the shares. No name means the only model."""
+        """A version of the requested model, drawn by the shares. No name is the only model's."""
         if not self._table:
             raise ApiError(
                 503, "No model is deployed.", code="loading", headers={"retry-after": "1"}
             )
-        if model is None and len(self._table) == 1:
+        known = ", ".join(self._table)
+        if model in (None, ""):
+            if len(self._table) > 1:
+                raise ApiError(
+                    400,
+                    f"model is missing. Name one of {known}.",
+                    code="missing_required_parameter",
+                    param="model",
+                )
             model = next(iter(self._table))
         versions = self._table.get(model) if isinstance(model, str) else None
         if versions is None:
-            known = ", ".join(self._table)
             raise ApiError(
                 404,
                 f"There is no model {model!r}. There are: {known}.",

@@ -17,7 +17,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -90,6 +90,12 @@ class ClusterAddress:
     host: str = "127.0.0.1"
     port: int = 8000
     api_key_file: str | None = None  # a path on every node
+    allowed_hosts: tuple[str, ...] = ()  # see `llmkit serve`
+    allowed_origins: tuple[str, ...] = ()
+
+    def routes(self) -> Routes:
+        """The Routes of an ingress without models."""
+        return Routes({}, self.host, self.api_key_file, self.allowed_hosts, self.allowed_origins)
 
 
 @dataclass(frozen=True)
@@ -102,12 +108,10 @@ class ModelVersion:
     share: float  # of the model's traffic
 
 
-def application(
-    versions: Sequence[ModelVersion], host: str, api_key_file: str | None
-) -> Application:
+def application(versions: Sequence[ModelVersion], address: ClusterAddress) -> Application:
     """The ingress and every version as one Serve application.
 
-    host, api_key_file: see `ClusterAddress`.
+    address: without `address` and `port`, which the Serve config file has.
     """
     table: RolloutTable = {}
     deployments = {}
@@ -118,7 +122,21 @@ def application(
         deployment = _replica_deployment(name, version.options, version.replicas)
         deployments[name] = deployment.bind(version.options)
     ingress = _ingress_deployment().options(user_config=msgspec.to_builtins(table))
-    return ingress.bind(host, api_key_file, "", deployments)
+    return _bind_ingress(ingress, address.routes(), "", deployments)
+
+
+def _bind_ingress(
+    ingress: Deployment, routes: Routes, controller: str, replicas: Mapping[str, Any]
+) -> Application:
+    """The ingress with the arguments of `Ingress`."""
+    return ingress.bind(
+        routes.host,
+        routes.api_key_file,
+        controller,
+        replicas,
+        routes.allowed_hosts,
+        routes.allowed_origins,
+    )
 
 
 def _ingress_deployment() -> Deployment:
@@ -136,6 +154,22 @@ def _ingress_deployment() -> Deployment:
         autoscaling_config=_INGRESS_AUTOSCALING,
         ray_actor_options={"num_cpus": 0.1},
     )
+
+
+def _check_same_ingress(routes: Routes, address: ClusterAddress) -> None:
+    """Raise UsageError when a model would change the ingress of those that are deployed."""
+    for option, deployed, given in (
+        ("--api-key-file", routes.api_key_file, address.api_key_file),
+        ("--allowed-hosts", routes.allowed_hosts, address.allowed_hosts),
+        ("--allowed-origins", routes.allowed_origins, address.allowed_origins),
+    ):
+        if deployed != given:
+            text = deployed if isinstance(deployed, str) else " ".join(deployed or ())
+            raise UsageError(
+                f"the models that are deployed have {option} {text or 'none'}",
+                "One ingress is for all",
+                "Give the same, or --remove the models first",
+            )
 
 
 def _replica_deployment(name: str, options: ServeOptions, replicas: ReplicaOptions) -> Deployment:
@@ -195,11 +229,8 @@ class Cluster:
         """
         routes = self._routes()
         table = {} if routes is None else routes.models
-        if routes is not None and routes.api_key_file != self._address.api_key_file:
-            raise UsageError(
-                f"the models that are deployed have --api-key-file {routes.api_key_file or 'none'}",
-                "One for all was expected",
-            )
+        if routes is not None:
+            _check_same_ingress(routes, self._address)
         versions = table.get(name, [])
         if versions and share is None:
             raise OutputError(
@@ -276,7 +307,7 @@ class Cluster:
 
         from llmkit.deploy.ingress import Controller
 
-        routes = self._routes() or Routes({}, self._address.host, self._address.api_key_file)
+        routes = self._routes() or self._address.routes()
         controller = serve.deployment(
             Controller, name="controller", ray_actor_options={"num_cpus": 0}
         )
@@ -286,9 +317,7 @@ class Cluster:
             route_prefix=None,
         )
         if INGRESS_APP not in self._serve.status().applications:
-            ingress = _ingress_deployment().bind(
-                routes.host, routes.api_key_file, CONTROLLER_APP, {}
-            )
+            ingress = _bind_ingress(_ingress_deployment(), routes, CONTROLLER_APP, {})
             self._serve.run(ingress, name=INGRESS_APP, route_prefix="/")
         handle = self._serve.get_app_handle(INGRESS_APP)
         deadline = time.monotonic() + _ROLLOUT_TIMEOUT_S

@@ -25,7 +25,9 @@ class Routes(msgspec.Struct, frozen=True):
 
     models: RolloutTable
     host: str  # address that Ray's HTTP proxies listen on
-    api_key_file: str | None = None  # see `llmkit serve`
+    api_key_file: str | None = None  # see `llmkit serve`, as for the next two
+    allowed_hosts: tuple[str, ...] = ()
+    allowed_origins: tuple[str, ...] = ()
 
 
 def with_share(versions: Sequence[Version], app: str, share: float) -> list[Version]:

@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -297,6 +298,41 @@ def stream_in_background(client: openai.OpenAI) -> Any:
     streams = [pool.submit(stream, client, f"drained {number}", 300) for number in range(8)]
     time.sleep(1.0)
     return pool.submit(lambda: [one.result() for one in streams] and None)
+
+
+def test_ingress_checks_host_and_origin_by_option(
+    address: ClusterAddress, models: list[Path]
+) -> None:
+    opened = replace(
+        address, allowed_hosts=("llm.example.com",), allowed_origins=("app://obsidian.md",)
+    )
+    cluster = Cluster(opened)
+    options = serve_options(str(models[0]), "chat", WORDS, None)
+    try:
+        cluster.deploy("chat", options, ReplicaOptions(1, cpus=0.5), None)
+        with pytest.raises(UsageError, match="have --allowed-hosts llm"):
+            Cluster(address).deploy("other", options, ReplicaOptions(1, cpus=0.5), None)
+        url = f"http://127.0.0.1:{address.port}/v1/completions"
+        body = {"prompt": "a", "max_tokens": 1}
+        own = {"origin": f"http://127.0.0.1:{address.port}"}
+        for headers, status, allowed in (
+            ({}, 200, None),
+            (own, 200, None),  # of a page of the models' server
+            ({"host": "llm.example.com"}, 200, None),
+            ({"origin": "app://obsidian.md"}, 200, "app://obsidian.md"),
+            ({"host": "evil.example"}, 403, None),
+            ({"origin": "http://evil.example"}, 403, None),
+        ):
+            answer = httpx.post(url, json=body, headers=headers, timeout=60)
+            assert answer.status_code == status, (headers, answer.text)
+            assert answer.headers.get("access-control-allow-origin") == allowed
+        asked = {"access-control-request-method": "POST", "origin": "app://obsidian.md"}
+        preflight = httpx.options(url, headers=asked)
+        assert preflight.status_code == 204
+        assert preflight.headers["access-control-allow-origin"] == "app://obsidian.md"
+    finally:
+        for name in cluster.table():
+            cluster.remove(name)
 
 
 def test_several_models_behind_one_address(

@@ -42,6 +42,8 @@ def test_shipped_config_files_can_be_built(file: dict[str, Any]) -> None:
     [
         ({"models": []}, "models: there is none"),
         ({"models": [CHAT], "host": "0.0.0.0"}, "can be reached from elsewhere"),
+        ({"models": [CHAT], "allowed_hosts": ["http://a"]}, "'http://a' is not a host name"),
+        ({"models": [CHAT], "allowed_origins": ["a.example"]}, "'a.example' is not an origin"),
         ({"models": [CHAT, CHAT]}, "the shares of chat do not sum to 100%"),
         ({"models": [CHAT | {"share": "40%"}]}, "the shares of chat do not sum to 100%"),
         ({"models": [CHAT | {"share": "0.4"}]}, "'0.4' is not a share"),
