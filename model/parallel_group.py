@@ -23,7 +23,11 @@ def rank_spec(
     first, end = layers or (0, len(full_model.layers))
     moe = full_model.moe
     if moe is not None:
-        moe = replace(moe, intermediate_size=moe.intermediate_size // (tp // ep))
+        moe = replace(
+            moe,
+            intermediate_size=moe.intermediate_size // (tp // ep),
+            shared_intermediate_size=moe.shared_intermediate_size // tp,
+        )
     return replace(
         full_model,
         num_heads=full_model.num_heads // tp,
