@@ -180,7 +180,7 @@ class CompressedTensorsFormat:
             )
         ignore = tuple(str(name) for name in d.get("ignore") or ())
         return QuantizationConfig(
-            "compressed-tensors", default_scheme, ignore, tuple(overrides), kv
+            "compressed-tensors", default_scheme, ignore, tuple(overrides), kv=kv
         )
 
     def extra_files(self, config: QuantizationConfig) -> dict[str, bytes]:

@@ -350,7 +350,7 @@ def test_config_dict_of_mixed_schemes_is_inverted_by_parse(kv: Any) -> None:
     names = ("model.layers.0.mlp.down_proj", "model.layers.1.mlp.down_proj")
     overrides = tuple((name, Scheme(8, 128)) for name in names)
     settings = QuantizationConfig(
-        "compressed-tensors", Scheme(4, 128), ("lm_head", "re:.*gate$"), overrides, kv
+        "compressed-tensors", Scheme(4, 128), ("lm_head", "re:.*gate$"), overrides, kv=kv
     )
     written = json.loads(json.dumps(format_of(settings).config_dict(settings)))
     assert parse_quantization(written) == settings
