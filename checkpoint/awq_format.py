@@ -99,7 +99,10 @@ class AwqFormat:
             "group_size": config.scheme.group_size,
             "zero_point": True,
             "version": "gemm",
-            "modules_to_not_convert": list(config.ignore),
+            "modules_to_not_convert": [
+                *config.ignore,
+                *(prefix.removesuffix(".") for prefix in config.carried),
+            ],
         }
 
     def parse(self, d: Mapping[str, Any]) -> QuantizationConfig:

@@ -17,6 +17,7 @@ For W[out, in] of `b` bits with G groups:
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -145,7 +146,10 @@ class CompressedTensorsFormat:
             "quant_method": "compressed-tensors",
             "format": MIXED if len(storages) > 1 else next(iter(storages), "dense"),
             "quantization_status": "compressed",
-            "ignore": list(config.ignore),
+            "ignore": [
+                *config.ignore,
+                *(f"re:{re.escape(prefix)}.*" for prefix in config.carried),
+            ],
             "kv_cache_scheme": None if not config.kv else _kv_scheme(config.kv),
             "config_groups": {
                 f"group_{index}": _group(scheme, names)

@@ -132,6 +132,7 @@ class GptqFormat:
             "damp_percent": config.damp,
             "lm_head": "lm_head" not in config.ignore,
         }
+        ignored += [f"re:{re.escape(prefix)}.*" for prefix in config.carried]
         if ignored:
             document["dynamic"] = {_to_dynamic(entry): {} for entry in ignored}
         document["meta"] = {"quantizer": ["llmkit"], "method": config.method}

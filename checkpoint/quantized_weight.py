@@ -71,6 +71,9 @@ class QuantizationConfig:
     scheme: Scheme | None
     ignore: tuple[str, ...] = ("lm_head",)
     overrides: tuple[tuple[str, Scheme], ...] = ()
+    # What the names of modules that do not run begin with ("vision_tower."). They are stored as
+    # they were, and readers that run them are told so. Only set for writing.
+    carried: tuple[str, ...] = ()
     # The dtype of a quantized KV cache; the checkpoint stores its scales for each layer.
     kv: Literal["", "fp8", "int8"] = ""
     # The method that quantized the weights (gptq, rtn, int8); "" when the checkpoint does not say.

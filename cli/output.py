@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rich.console import Console
 
-from llmkit.common.formatting import finite
+from llmkit.common.formatting import bytes_text, count_text, finite
 from llmkit.common.progress import Progress
 
 # Columns of a table that is not printed on a terminal.
@@ -93,3 +93,10 @@ def seconds_text(seconds: float) -> str:
     if seconds < 60:
         return f"{seconds:.1f} s"
     return f"{int(seconds // 60)} min {int(seconds % 60)} s"
+
+
+def carried_text(carried: Mapping[str, Any]) -> str:
+    """The tensors that do not run: "12 tensors, 1.5 MiB (vision_tower, multi_modal_projector)"."""
+    number = count_text(carried["tensors"], "tensors")
+    parts = ", ".join(carried["prefixes"])
+    return f"{number}, {bytes_text(carried['bytes'])} ({parts})"

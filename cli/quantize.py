@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from llmkit.cli.command import MODEL, OUTPUT_DIRECTORY
-from llmkit.cli.output import Output, seconds_text
+from llmkit.cli.output import Output, carried_text, seconds_text
 from llmkit.common.errors import LlmkitError, UsageError
 from llmkit.common.formatting import bytes_text
 from llmkit.common.options import Argument, Option
@@ -155,6 +155,8 @@ def _show(console: Console, report: dict[str, Any]) -> None:
         notes.append(f"calibrated on {calibration['source']} ({calibration['name']}), {shape}")
     if quality is not None:
         notes.append(f"scored on {quality['text']}, {quality['tokens']:,} tokens")
+    if report["carried"]:
+        notes.append(f"copied as they were: {carried_text(report['carried'])}")
     if report["fallbacks"]:
         notes.append(f"rounded to the nearest instead: {', '.join(report['fallbacks'])}")
     console.print("\n".join(notes), markup=False, highlight=False, soft_wrap=True)

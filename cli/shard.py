@@ -221,8 +221,16 @@ def _show_plan(console: Console, title: str, report: dict[str, Any]) -> None:
             *([f"{rank['tokens']:,}"] if "tokens" in report else []),
         )
     console.print(table)
-    files = "1 file" if len(report["ranks"]) == 1 else f"{len(report['ranks'])} files"
+    num_files = len(report["ranks"]) + (report["carried"]["tensors"] > 0)
+    files = "1 file" if num_files == 1 else f"{num_files} files"
     console.print(f"{bytes_text(report['bytes'])} in {files}", highlight=False)
+    carried = report["carried"]
+    if carried["tensors"]:
+        console.print(
+            f"{bytes_text(carried['bytes'])} of it in {carried['file']}, which no rank loads:"
+            f" {carried['tensors']:,} tensors of parts that do not run",
+            highlight=False,
+        )
 
 
 def _show_report(console: Console, model: str, gpu: str | None, report: dict[str, Any]) -> None:

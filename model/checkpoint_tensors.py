@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 from llmkit.checkpoint.checkpoint import Checkpoint
 from llmkit.checkpoint.dtypes import FLOATS
@@ -155,11 +156,36 @@ def carried_tensors(checkpoint: Checkpoint, spec: ModelSpec) -> dict[str, Tensor
     """The tensors of parts that do not run, in the order of the checkpoint."""
     if not spec.carried:
         return {}
+    if checkpoint.layout is not None and checkpoint.manifest is not None:
+        files = checkpoint.layout.get("carried_files", ())
+        sharded = {}
+        for key, entry in checkpoint.manifest["tensors"].items():
+            name = key.partition("::")[2]
+            if entry["file"] in files:
+                sharded[name] = TensorInfo(name, entry["dtype"], tuple(entry["shape"]))
+        return sharded
     expected = checkpoint_tensors(spec, checkpoint.quantization)
     return {
         name: info
         for name, info in checkpoint.tensors.items()
         if is_carried(spec, name) and name not in expected
+    }
+
+
+def carried_summary(checkpoint: Checkpoint, spec: ModelSpec) -> dict[str, Any] | None:
+    """How many carried tensors there are, their bytes and prefixes; None when there are none."""
+    tensors = carried_tensors(checkpoint, spec)
+    if not tensors:
+        return None
+    prefixes = [
+        prefix.removesuffix(".")
+        for prefix in spec.carried
+        if any(name.startswith(prefix) for name in tensors)
+    ]
+    return {
+        "tensors": len(tensors),
+        "bytes": sum(info.nbytes for info in tensors.values()),
+        "prefixes": prefixes,
     }
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from llmkit.common.errors import InputError
+from llmkit.model.spec import ModelSpec
 from llmkit.model.text_config_defaults import TEXT_DEFAULTS
 
 
@@ -35,6 +36,7 @@ class Wrapper:
     text_types: tuple[str, ...]  # that text_config.model_type may be; the first is the default
     carried: tuple[str, ...]  # the other parts: modules and parameters
     names: tuple[TextNames, ...]
+    vllm: TextNames = TextNames("language_model.model", "language_model.lm_head")  # vLLM's modules
     is_flat: bool = False  # an older config.json has the text model's fields at the top level
     tie_word_embeddings: bool = False  # when config.json does not say it
     # Text model types that are a family of ours in another name: that family's model_type.
@@ -103,10 +105,18 @@ WRAPPERS: dict[str, Wrapper] = {
         families={"qwen3_vl_text": "qwen3"},
     ),
     "Idefics3ForConditionalGeneration": Wrapper(
-        "idefics3", ("llama", "mistral"), ("vision_model", "connector"), _IDEFICS_NAMES
+        "idefics3",
+        ("llama", "mistral"),
+        ("vision_model", "connector"),
+        _IDEFICS_NAMES,
+        vllm=_IDEFICS_NAMES[0],
     ),
     "SmolVLMForConditionalGeneration": Wrapper(
-        "smolvlm", ("llama",), ("vision_model", "connector"), _IDEFICS_NAMES
+        "smolvlm",
+        ("llama",),
+        ("vision_model", "connector"),
+        _IDEFICS_NAMES,
+        vllm=_IDEFICS_NAMES[0],
     ),
 }
 # config.json's fields that give the number of layers for multi-token prediction.
@@ -161,6 +171,22 @@ def text_model(config: dict[str, Any], tensors: Collection[str]) -> TextModel | 
         names,
         _carried_prefixes(wrapper),
     )
+
+
+def module_names(spec: ModelSpec, module: str) -> list[str]:
+    """The names that a `quantization_config` needs for a module of the checkpoint's text model.
+
+    They are the checkpoint's own name, and those of transformers' and vLLM's modules, which compare
+    names with their own modules.
+    """
+    wrapper = WRAPPERS.get(spec.architecture)
+    if wrapper is None:
+        return [module]
+    names = (wrapper.names[0], wrapper.vllm)
+    if module == spec.lm_head_name:
+        return list(dict.fromkeys([module, *(name.lm_head for name in names)]))
+    rest = module.removeprefix(spec.tensor_prefix)
+    return list(dict.fromkeys([module, *(name.prefix + rest for name in names)]))
 
 
 def mtp_prefixes(config: dict[str, Any], prefix: str, num_layers: int) -> tuple[str, ...]:

@@ -16,6 +16,7 @@ from llmkit.checkpoint.quantized_weight import Format, QuantizationConfig, Schem
 from llmkit.common.errors import InputError, UsageError
 from llmkit.model.parameter_table import Parameter, parameters
 from llmkit.model.spec import ModelSpec
+from llmkit.model.wrappers import module_names
 from llmkit.quant.algorithm import Algorithm, AutoRound
 from llmkit.quant.awq import AwqSmoother, ClippingQuantizer
 from llmkit.quant.gptq import GptqQuantizer
@@ -279,15 +280,16 @@ def build_quantization_config(
     scheme = options.scheme(group_size)
     lm_head_scheme = options.lm_head_scheme(scheme)
     ignored: list[str] = []
+    head_names = list(dict.fromkeys(["lm_head", *module_names(spec, spec.lm_head_name)]))
     if lm_head_scheme is None:
-        ignored.append("lm_head")
+        ignored += head_names
     if format_name == "compressed-tensors" and scheme is not None:
         # Readers of this format take every linear layer as quantized that is not under `ignore`.
         ignored += _router_modules(spec)
     ignored += ignore
     overrides: tuple[tuple[str, Scheme], ...] = ()
     if lm_head_scheme is not None and format_name != "gptq":
-        overrides = (("lm_head", lm_head_scheme),)
+        overrides = tuple((name, lm_head_scheme) for name in head_names)
     return QuantizationConfig(
         _known_format(format_name),
         scheme,
@@ -309,17 +311,23 @@ def with_mixed_bits(
         module_bits = bits.get(parameter.module) if parameter.is_linear else None
         if module_bits is None or module_bits == quantization.scheme.bits:
             continue
+        modules = config_modules(spec, parameter)
         if module_bits == 16:
-            ignore += checkpoint_modules(parameter)
+            ignore += modules
         else:
             scheme = replace(quantization.scheme, bits=module_bits)
-            overrides += [(module, scheme) for module in checkpoint_modules(parameter)]
+            overrides += [(module, scheme) for module in modules]
     return replace(quantization, ignore=tuple(ignore), overrides=tuple(overrides))
 
 
 def checkpoint_modules(parameter: Parameter) -> list[str]:
     """The checkpoint modules of a parameter, in order."""
     return [tensor.removesuffix(".weight") for tensor in parameter.source_names]
+
+
+def config_modules(spec: ModelSpec, parameter: Parameter) -> list[str]:
+    """The names of a parameter's modules for a `quantization_config`, in order."""
+    return [name for module in checkpoint_modules(parameter) for name in module_names(spec, module)]
 
 
 def ignored_modules(spec: ModelSpec, pattern: str | None, layers: range | None) -> list[str]:
@@ -344,7 +352,7 @@ def ignored_modules(spec: ModelSpec, pattern: str | None, layers: range | None) 
         has_match = has_match or matches
         outside = layers is not None and parameter.layers[0] not in layers
         if matches or outside:
-            ignored += modules
+            ignored += config_modules(spec, parameter)
     if expression is not None and not has_match:
         example = checkpoint_modules(linears[0])[0]
         raise UsageError(
@@ -390,7 +398,7 @@ def _router_modules(spec: ModelSpec) -> list[str]:
     for parameter in parameters(spec):
         is_matrix = len(parameter.shape) == 2
         if is_matrix and not parameter.is_linear and parameter.name.startswith("layers."):
-            modules += checkpoint_modules(parameter)
+            modules += config_modules(spec, parameter)
     return modules
 
 

@@ -12,10 +12,11 @@ from llmkit.checkpoint.dtypes import DTYPE_NAMES, DTYPES
 from llmkit.checkpoint.quantized_formats import format_of
 from llmkit.checkpoint.quantized_weight import QuantizationConfig
 from llmkit.checkpoint.safetensors_header import TensorInfo
-from llmkit.model.checkpoint_tensors import checkpoint_tensors, scheme_of
+from llmkit.model.checkpoint_tensors import carried_tensors, checkpoint_tensors, scheme_of
 from llmkit.model.families import checkpoint_spec
 from llmkit.model.parameter_table import parameters
 from llmkit.model.spec import ModelSpec
+from llmkit.model.wrappers import module_names
 
 HALF_DTYPES = ("BF16", "F16")
 
@@ -51,7 +52,22 @@ def planned_tensors(
             keeps_dtype = cast is None and source_dtype in HALF_DTYPES
             dtype = source_dtype if keeps_dtype else other_dtype
         planned.append(TensorInfo(name, dtype, packed.shape))
-    return planned
+    carried = carried_tensors(source, spec).values()
+    return planned + [TensorInfo(info.name, info.dtype, info.shape) for info in carried]
+
+
+def carried_modules(source: Checkpoint, spec: ModelSpec) -> tuple[str, ...]:
+    """The prefixes of carried modules for a `quantization_config`, with and without "model.".
+
+    transformers and vLLM name these modules differently. Only parts that the source has are named.
+    """
+    found = {
+        prefix.removeprefix("model.")
+        for name in carried_tensors(source, spec)
+        for prefix in spec.carried
+        if name.startswith(prefix)
+    }
+    return tuple(prefix for prefix in spec.carried if prefix.removeprefix("model.") in found)
 
 
 def output_config(
@@ -62,16 +78,22 @@ def output_config(
     dtype_name = str(DTYPES[dtype]).removeprefix("torch.")
     dtype_keys = [key for key in ("dtype", "torch_dtype") if key in config] or ["torch_dtype"]
     config |= dict.fromkeys(dtype_keys, dtype_name)
+    text_config = config.get("text_config")
+    if isinstance(text_config, dict):
+        nested_keys = [key for key in ("dtype", "torch_dtype") if key in text_config]
+        config["text_config"] = text_config | dict.fromkeys(nested_keys, dtype_name)
     if quantization is None:
         return config
     quantization_config = format_of(quantization).config_dict(quantization)
     if "dynamic" in quantization_config:
         # transformers does not read "dynamic": it needs the names of the quantized modules.
+        spec = checkpoint_spec(source)
         modules = [
-            name.removesuffix(".weight")
-            for parameter in parameters(checkpoint_spec(source))
+            module
+            for parameter in parameters(spec)
             for name in parameter.source_names
             if scheme_of(parameter, name, quantization)
+            for module in module_names(spec, name.removesuffix(".weight"))
         ]
         quantization_config["modules_in_block_to_quantize"] = [modules]
     config["quantization_config"] = quantization_config

@@ -15,14 +15,16 @@ from llmkit.checkpoint.output_directory import partial_path, write_errors
 from llmkit.checkpoint.quantized_formats import format_of
 from llmkit.checkpoint.quantized_weight import QuantizationConfig, QuantizedWeight, Scheme
 from llmkit.checkpoint.safetensors_header import TensorInfo, read_header
-from llmkit.checkpoint.tensor_reader import SafetensorsRows, row_chunks, tensor_bytes
+from llmkit.checkpoint.tensor_reader import CHUNK_BYTES, SafetensorsRows, row_chunks, tensor_bytes
 from llmkit.checkpoint.writer import CheckpointWriter
-from llmkit.model.checkpoint_tensors import checkpoint_tensors, scheme_of
+from llmkit.model.checkpoint_tensors import carried_tensors, checkpoint_tensors, scheme_of
 from llmkit.model.parameter_table import Parameter
 from llmkit.model.spec import ModelSpec
 
 # A file of the partial output only: the report's entries of the layers that are already written.
 LAYER_RECORDS = "linears.jsonl"
+# An interrupted run copies at most about this much of the carried tensors again.
+CARRIED_COMMIT_BYTES = 2**30
 
 
 class ParameterWriter:
@@ -115,6 +117,27 @@ class ParameterWriter:
         assert self.quantization is not None
         for suffix, value in format_of(self.quantization).pack(weight.scheme, weight).items():
             self._write(f"{tensor.removesuffix('.weight')}.{suffix}", value)
+
+    def write_carried(self) -> None:
+        """Copy the tensors of parts that do not run, byte for byte."""
+        uncommitted = 0
+        for name, info in carried_tensors(self.source, self.spec).items():
+            if self._checkpoint_writer.is_written(name):
+                continue
+            if info.nbytes <= CHUNK_BYTES or not info.shape:
+                self._checkpoint_writer.write(name, self.source.read(name))
+            else:
+                (file,) = self._checkpoint_writer.files_with(name)
+                offset = 0
+                for rows in row_chunks(info):
+                    data = tensor_bytes(self.source.read_slice(name, [rows], 0))
+                    self._checkpoint_writer.write_chunk(file, name, offset, data)
+                    offset += len(data)
+            uncommitted += info.nbytes
+            if uncommitted >= CARRIED_COMMIT_BYTES:
+                self.commit()
+                uncommitted = 0
+        self.commit()
 
     def write_kv_scale(self, name: str, scale: torch.Tensor) -> None:
         """Write the scale [1] of a layer's keys or values."""

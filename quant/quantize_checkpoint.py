@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,9 @@ from llmkit.checkpoint.tokenizer import Tokenizer, check_copied_tokenizer, load_
 from llmkit.checkpoint.writer import CheckpointWriter, planned_bytes
 from llmkit.common.errors import GateError, InputError
 from llmkit.common.progress import Progress
+from llmkit.model.full_forward import window_logits
 from llmkit.model.parameter_table import parameters
+from llmkit.model.weight_loader import load_model
 from llmkit.quant import memory_estimate as memory
 from llmkit.quant.algorithm import QuantTarget, Solver
 from llmkit.quant.bit_search import BitSearch
@@ -237,6 +240,7 @@ class _Run:
                 plan.source, plan.spec, plan.quantization, plan.tensors, checkpoint_writer
             )
             with self.watch("quantize" if plan.quantization else "cast"):
+                writer.write_carried()
                 linears = self._write_parameters(plan, writer)
             quality = None
             if self.tokenizer is not None and plan.options.evaluate:
@@ -268,6 +272,20 @@ class _Run:
             if not parameter.name.startswith("layers."):
                 head_entries += write_parameter(parameter, writer, plan.device, FULL_SEARCH)
         writer.commit()
+        if plan.spec.transformers is not None:
+            # transformers' modeling code takes seconds to import, and only the fallback needs it.
+            from llmkit.quant.quantize_transformers import quantize_transformers_layers
+
+            layer_entries = quantize_transformers_layers(
+                plan.source,
+                self.calibration.windows,
+                writer,
+                plan.algorithm,
+                plan.device,
+                self.progress,
+                self.solver,
+            )
+            return layer_entries + head_entries
         hidden_folder = None
         if plan.offloads():
             hidden_folder = partial_path(plan.out) / HIDDEN_FOLDER
@@ -329,6 +347,20 @@ def _output_stream(plan: QuantizePlan, writer: ParameterWriter) -> LayerStream:
     return LayerStream.from_checkpoint(_output_checkpoint(plan, writer), plan.spec, plan.device)
 
 
+def _logits(
+    checkpoint: Checkpoint, plan: QuantizePlan, windows: torch.Tensor, progress: Progress
+) -> Iterator[torch.Tensor]:
+    """The logits, float32 [L, vocab], of each token window of [n, L]."""
+    if plan.spec.transformers is None:
+        stream = LayerStream.from_checkpoint(checkpoint, plan.spec, plan.device)
+        return stream.logits(windows, progress.advance)
+    # The layers of the fallback cannot be read one at a time.
+    model = load_model(checkpoint, torch.float32, plan.device, spec=plan.spec)
+    for _ in plan.spec.layers:
+        progress.advance()
+    return window_logits(model, windows)
+
+
 def _evaluate(
     plan: QuantizePlan, writer: ParameterWriter, tokenizer: Tokenizer, progress: Progress
 ) -> dict[str, Any]:
@@ -336,8 +368,8 @@ def _evaluate(
     window_tokens = plan.eval_window_tokens
     windows = evaluation_windows(tokenizer, plan.options.eval_windows, window_tokens)
     progress.start("evaluate", 2 * len(plan.spec.layers), "layers")
-    output_logits = _output_stream(plan, writer).logits(windows, progress.advance)
-    source_logits = _source_stream(plan).logits(windows, progress.advance)
+    output_logits = _logits(_output_checkpoint(plan, writer), plan, windows, progress)
+    source_logits = _logits(plan.source, plan, windows, progress)
     quality: Quality = score_logits(output_logits, source_logits, windows)
     progress.finish()
     if quality.reference_perplexity is None or not math.isfinite(quality.reference_perplexity):

@@ -72,6 +72,11 @@ def _headline(report: Entry) -> list[Sequence[str]]:
         before = bytes_text(sizes["source_bytes"])
         after = bytes_text(sizes["checkpoint_bytes"])
         rows.append(("Size of the weights", before, after, f"{sizes['ratio']:.1%} of the size"))
+    carried = report.get("carried")
+    if carried:
+        size = bytes_text(carried["bytes"])
+        parts = f"as they were: {', '.join(carried['prefixes'])}"
+        rows.append((f"{carried['tensors']:,} tensors that do not run", size, size, parts))
     quality = report.get("quality")
     if quality:
         rows += _quality_rows(quality)

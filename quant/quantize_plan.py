@@ -22,7 +22,7 @@ from llmkit.common.errors import InputError, UsageError
 from llmkit.common.progress import Progress
 from llmkit.model.checkpoint_tensors import check_checkpoint, scheme_of
 from llmkit.model.device import resolve_device
-from llmkit.model.families import checkpoint_spec
+from llmkit.model.families import checkpoint_spec, require_native
 from llmkit.model.parameter_table import embedding_tensor, parameters
 from llmkit.model.spec import ModelSpec
 from llmkit.quant import memory_estimate as memory
@@ -40,7 +40,7 @@ from llmkit.quant.methods import (
     ignored_modules,
     with_mixed_bits,
 )
-from llmkit.quant.output_layout import planned_tensors, unquantized_dtype
+from llmkit.quant.output_layout import carried_modules, planned_tensors, unquantized_dtype
 from llmkit.quant.quantize_options import QuantizeOptions
 from llmkit.quant.target_engines import check_engine
 from llmkit.quant.time_estimate import Work, estimate_seconds, measure_speed
@@ -165,6 +165,14 @@ class QuantizePlan:
             if scheme_of(parameter, parameter.source_names[0], self.quantization)
         ]
         peak = memory.casting_bytes(quantized)
+        if self.spec.transformers is not None:
+            if self.calibrated:
+                hidden = memory.hidden_bytes(self.spec, self.samples, self.seq_len)
+                peak = max(peak, memory.fallback_bytes(self.spec, 1, self.seq_len) + hidden)
+            if self.options.evaluate:
+                models = memory.fallback_bytes(self.spec, 2, self.eval_window_tokens)
+                peak = max(peak, models)
+            return peak
         if self.options.evaluate:
             peak = max(peak, memory.evaluation_bytes(self.spec, self.eval_window_tokens))
         if self.calibrated:
@@ -206,6 +214,7 @@ def make_plan(source: str, out: Path, options: QuantizeOptions, progress: Progre
         )
     checkpoint.require_unsharded()
     spec = checkpoint_spec(checkpoint)
+    _check_fallback(spec, options)
     check_checkpoint(checkpoint, spec)
     if options.lm_head is not None and spec.tie_word_embeddings:
         # The output projection gets separate tensors; the embedding is not quantized.
@@ -216,6 +225,9 @@ def make_plan(source: str, out: Path, options: QuantizeOptions, progress: Progre
     layers = _layer_range(options.layers, len(spec.layers))
     ignore = ignored_modules(spec, options.keep, layers)
     quantization = build_quantization_config(spec, method_options(options), ignore)
+    if quantization is not None:
+        carried = carried_modules(checkpoint, spec)
+        quantization = dataclasses.replace(quantization, carried=carried)
     if quantization is not None and spec.moe is not None and spec.moe.expert_stack is not None:
         raise InputError(
             f"{source} stores all experts of a layer in one tensor, which --method"
@@ -242,6 +254,30 @@ def make_plan(source: str, out: Path, options: QuantizeOptions, progress: Progre
             f"calibration windows have {seq_len} tokens: the model has no more positions"
         )
     return plan
+
+
+def _check_fallback(spec: ModelSpec, options: QuantizeOptions) -> None:
+    """Raises InputError for options that need a native family, when the model has none."""
+    method = method_options(options)
+    algorithm = method.algorithm(options.damp) if method.calibrated else None
+    for name, is_used in (
+        ("--require-native", options.require_native),
+        ("--kv", bool(options.kv)),
+        ("--target-kl or --target-bits", options.mixed),
+        ("--effort max", algorithm is not None and algorithm.auto_round is not None),
+        ("smoothing of inputs", algorithm is not None and algorithm.smoother is not None),
+        (
+            "--lm-head with a tied embedding",
+            options.lm_head is not None and spec.tie_word_embeddings,
+        ),
+    ):
+        if is_used:
+            require_native(spec, name)
+    if method.method_row.formats and not any(row.is_linear for row in parameters(spec)):
+        raise InputError(
+            f"{spec.architecture} has no linear layers of the class nn.Linear to quantize",
+            todo="Cast it with --method bf16 or fp16",
+        )
 
 
 def _with_quantization(plan: QuantizePlan, quantization: QuantizationConfig | None) -> QuantizePlan:

@@ -20,7 +20,7 @@ import torch
 from llmkit.checkpoint.quantized_weight import Scheme
 from llmkit.common.formatting import finite
 from llmkit.common.version import version
-from llmkit.model.checkpoint_tensors import scheme_of
+from llmkit.model.checkpoint_tensors import carried_summary, scheme_of
 from llmkit.model.parameter_table import parameters
 from llmkit.quant.quantize_plan import QuantizePlan
 
@@ -64,6 +64,7 @@ def build_report(plan: QuantizePlan, watch: Stopwatch, results: dict[str, Any]) 
         "schemes": scheme_entries(plan),
         "kv": quantization.kv or None if quantization else None,
         "dtype": plan.dtype,
+        "carried": carried_summary(plan.source, plan.spec),
         "device": str(plan.device),
         "options": dataclasses.asdict(plan.options),
         **results,

@@ -159,7 +159,11 @@ class ShardPlan:
             "stages": [list(stage) for stage in self.stages],
             "experts": [list(group) for group in self.experts],
             "bytes": sum(sizes.values()),
-            "carried": {"tensors": len(self.carried), "bytes": sizes.get(CARRIED_FILE, 0)},
+            "carried": {
+                "file": CARRIED_FILE,
+                "tensors": len(self.carried),
+                "bytes": sizes.get(CARRIED_FILE, 0),
+            },
             "left_out": list(self.left_out),
             "ranks": [
                 {

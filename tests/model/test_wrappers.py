@@ -1,0 +1,165 @@
+"""The text models of multimodal checkpoints against transformers, under all their tensor names."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from support.tiny_wrappers import WRAPPERS, save_wrapper, tiny_wrapper, wrapper_logits
+
+from llmkit.checkpoint.config_defaults import FAMILIES, REQUIRED_SIZES
+from llmkit.checkpoint.open_checkpoint import open_checkpoint
+from llmkit.common.errors import InputError
+from llmkit.model import wrappers
+from llmkit.model.checkpoint_tensors import check_checkpoint
+from llmkit.model.families import checkpoint_spec, model_spec
+from llmkit.model.full_forward import window_logits
+from llmkit.model.text_config_defaults import TEXT_DEFAULTS
+from llmkit.model.weight_loader import load_model
+
+TOKENS = torch.randint(3, 512, (40,), generator=torch.Generator().manual_seed(1))
+SIZES = dict(zip(REQUIRED_SIZES, (512, 64, 128, 2, 4, 256), strict=True))
+LLAVA = {
+    "architectures": ["LlavaForConditionalGeneration"],
+    "model_type": "llava",
+    "text_config": {"model_type": "llama"},
+}
+
+
+@pytest.mark.parametrize("name", WRAPPERS)
+def test_wrapper_text_model_agrees_with_transformers(name: str, tmp_path: Path) -> None:
+    oracle = tiny_wrapper(name)
+    expected = wrapper_logits(oracle, TOKENS)
+    prefixes = set()
+    for hub_names in (True, False):
+        path = save_wrapper(oracle, tmp_path / str(hub_names), hub_names)
+        checkpoint = open_checkpoint(path)
+        spec = checkpoint_spec(checkpoint)
+        prefixes.add(spec.tensor_prefix)
+        check_checkpoint(checkpoint, spec)
+        logits = next(window_logits(load_model(checkpoint, torch.float32), TOKENS[None]))
+        torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
+        assert spec.architecture == type(oracle).__name__
+    known = wrappers.WRAPPERS[type(oracle).__name__].names
+    assert prefixes == {names.prefix for names in known}
+
+
+def test_wrapper_reads_a_flat_config_of_older_files(tmp_path: Path) -> None:
+    """The hub's Qwen2.5-VL has the text model's fields at the top level, and M-RoPE as a type."""
+    oracle = tiny_wrapper("qwen2.5-vl")
+    path = save_wrapper(oracle, tmp_path / "model", hub_names=True)
+    file = path / "config.json"
+    config = json.loads(file.read_text())
+    config |= config.pop("text_config") | {"model_type": "qwen2_5_vl", "rope_theta": 10000.0}
+    del config["rope_parameters"]
+    config["rope_scaling"] = {"type": "mrope", "mrope_section": [4, 2, 2]}
+    file.write_text(json.dumps(config))
+    logits = next(window_logits(load_model(open_checkpoint(path), torch.float32), TOKENS[None]))
+    torch.testing.assert_close(logits, wrapper_logits(oracle, TOKENS), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("text_type", TEXT_DEFAULTS)
+def test_wrapper_text_defaults_agree_with_transformers(text_type: str) -> None:
+    theirs = transformers.CONFIG_MAPPING[text_type]()
+    for name, value in TEXT_DEFAULTS[text_type].items():
+        if name == "rope_theta":
+            assert value == theirs.rope_parameters["rope_theta"]
+        else:
+            assert value == getattr(theirs, name), name
+
+
+@pytest.mark.parametrize("architecture", wrappers.WRAPPERS)
+def test_wrapper_spec_of_an_empty_text_config(architecture: str) -> None:
+    """What a text_config leaves out has the default of its config class."""
+    wrapper = wrappers.WRAPPERS[architecture]
+    for text_type in wrapper.text_types:
+        family = wrapper.families.get(text_type, text_type)
+        if family not in FAMILIES or text_type not in TEXT_DEFAULTS:
+            continue
+        config = {
+            "architectures": [architecture],
+            "model_type": wrapper.model_type,
+            "text_config": {"model_type": text_type},
+        }
+        spec = model_spec(config)
+        theirs = transformers.CONFIG_MAPPING[wrapper.model_type](**config)
+        text = theirs.text_config
+        assert spec.hidden_size == text.hidden_size
+        assert spec.num_kv_heads == text.num_key_value_heads
+        assert spec.rms_norm_eps == text.rms_norm_eps
+        assert len(spec.layers) == text.num_hidden_layers
+        assert spec.tie_word_embeddings == theirs.tie_word_embeddings
+        assert spec.tensor_prefix == wrapper.names[0].prefix
+
+
+@pytest.mark.parametrize(
+    ("flags", "has_head", "tied"),
+    [
+        ({}, False, True),
+        ({}, True, False),
+        ({"tie_word_embeddings": True}, True, False),
+        ({"tie_word_embeddings": False}, False, False),
+        ({"text_config": {"tie_word_embeddings": False}}, False, True),
+        (
+            {"tie_word_embeddings": False, "text_config": {"tie_word_embeddings": True}},
+            False,
+            True,
+        ),
+    ],
+)
+def test_wrapper_ties_embeddings_as_transformers(
+    flags: dict[str, Any], has_head: bool, tied: bool
+) -> None:
+    """Mistral 3's flag is true by default, and its larger checkpoints have an lm_head."""
+    tensors = ["language_model.model.embed_tokens.weight"]
+    tensors += ["language_model.lm_head.weight"] * has_head
+    config = {
+        "architectures": ["Mistral3ForConditionalGeneration"],
+        "model_type": "mistral3",
+        **flags,
+        "text_config": SIZES | {"num_key_value_heads": 2} | flags.get("text_config", {}),
+    }
+    assert model_spec(config, tensors).tie_word_embeddings == tied
+
+
+def edit_tensors(path: Path, change: dict[str, str | None]) -> None:
+    """Rename tensors, or remove them (None)."""
+    file = path / "model.safetensors"
+    tensors = load_file(file)
+    renamed = {change.get(name, name): tensor for name, tensor in tensors.items()}
+    save_file({name: tensor for name, tensor in renamed.items() if name}, file, {"format": "pt"})
+
+
+def test_wrapper_refuses_two_prefixes_and_unknown_tensors(tmp_path: Path) -> None:
+    path = save_wrapper(tiny_wrapper("llava"), tmp_path / "model", hub_names=False)
+    norm = "model.language_model.norm.weight"
+    edit_tensors(path, {norm: "language_model.model.norm.weight"})
+    with pytest.raises(InputError, match="names its text model in 2 ways") as mixed:
+        checkpoint_spec(open_checkpoint(path))
+    assert "One prefix for all tensors" in str(mixed.value)
+    edit_tensors(path, {"language_model.model.norm.weight": norm})
+    first = "model.vision_tower.embeddings.class_embedding"
+    edit_tensors(path, {first: "model.audio_tower.class_embedding"})
+    checkpoint = open_checkpoint(path)
+    with pytest.raises(InputError, match=r"has 1 tensor \(model.audio_tower.class_embedding\)"):
+        check_checkpoint(checkpoint, checkpoint_spec(checkpoint))
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"text_config": None}, "has no text_config. An object with the config of the text model"),
+        ({"text_config": "llama"}, "a text_config of another type"),
+        ({"text_config": {"model_type": "gpt2"}}, "a text_config of model_type 'gpt2'. llama or"),
+        ({"model_type": "llama"}, "model_type 'llama'. llava, as its architecture"),
+        ({"text_config": {"model_type": "llama", "hidden_size": "64"}}, "hidden_size '64'"),
+    ],
+)
+def test_wrapper_refuses_wrong_configs(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        model_spec(LLAVA | values)

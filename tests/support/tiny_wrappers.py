@@ -1,0 +1,120 @@
+"""Tiny random multimodal models, each with a tower, as transformers makes and saves them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from support.tiny_models import write_tokenizer
+
+TEXT: dict[str, Any] = {
+    "vocab_size": 512,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "pad_token_id": 0,
+    "bos_token_id": 0,
+    "eos_token_id": 2,
+}
+VISION: dict[str, Any] = {
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 28,
+    "patch_size": 14,
+}
+QWEN_VISION: dict[str, Any] = {
+    "depth": 1,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_heads": 2,
+    "out_hidden_size": 64,
+}
+GEMMA3: dict[str, Any] = {
+    "head_dim": 16,
+    "query_pre_attn_scalar": 24,
+    "sliding_window": 12,
+    "layer_types": ["sliding_attention", "full_attention"],
+}
+MROPE: dict[str, Any] = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 2, 2]}
+CLIP = VISION | {"model_type": "clip_vision_model"}
+# name: model_type, text_config, vision_config
+WRAPPERS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "gemma3": ("gemma3", GEMMA3, VISION),
+    "mistral3": (
+        "mistral3",
+        {"model_type": "mistral", "sliding_window": None, "head_dim": 8},
+        VISION | {"model_type": "pixtral", "head_dim": 8},
+    ),
+    "llava": ("llava", {"model_type": "llama"}, CLIP),
+    "llava-mistral": ("llava", {"model_type": "mistral", "sliding_window": 12}, CLIP),
+    "llava-qwen2": ("llava", {"model_type": "qwen2"}, CLIP),
+    "llava-next": ("llava_next", {"model_type": "llama"}, CLIP),
+    "llava-onevision": (
+        "llava_onevision",
+        {"model_type": "qwen2"},
+        VISION | {"model_type": "siglip_vision_model"},
+    ),
+    "internvl": (
+        "internvl",
+        {"model_type": "qwen3", "head_dim": 16},
+        VISION | {"image_size": [28, 28], "patch_size": [14, 14]},
+    ),
+    "qwen2-vl": (
+        "qwen2_vl",
+        {"rope_parameters": MROPE},
+        {"depth": 1, "embed_dim": 16, "hidden_size": 64, "num_heads": 2},
+    ),
+    "qwen2.5-vl": (
+        "qwen2_5_vl",
+        {"rope_parameters": MROPE},
+        QWEN_VISION | {"fullatt_block_indexes": [0]},
+    ),
+    "qwen3-vl": (
+        "qwen3_vl",
+        {"head_dim": 16, "rope_parameters": MROPE | {"mrope_interleaved": True}},
+        QWEN_VISION | {"deepstack_visual_indexes": [0], "num_position_embeddings": 16},
+    ),
+    "idefics3": ("idefics3", {"model_type": "llama"}, VISION),
+    "smolvlm": ("smolvlm", {"model_type": "llama"}, VISION),
+}
+
+
+def tiny_wrapper(name: str, dtype: torch.dtype = torch.float32) -> Any:
+    """The model of a row of WRAPPERS, with random values also where models start with ones."""
+    model_type, text, vision = WRAPPERS[name]
+    config = transformers.CONFIG_MAPPING[model_type](text_config=TEXT | text, vision_config=vision)
+    torch.manual_seed(0)
+    model = transformers.AutoModelForImageTextToText.from_config(
+        config, attn_implementation="eager"
+    ).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model.to(dtype)
+
+
+def save_wrapper(model: Any, path: Path, hub_names: bool) -> Path:
+    """Save a model with a tokenizer and its processor's files.
+
+    hub_names: with the names that files of the hub have, rather than those of transformers 5.
+    """
+    model.save_pretrained(path, save_original_format=hub_names)
+    write_tokenizer(path)
+    (path / "preprocessor_config.json").write_text('{"size": 28}')
+    (path / "processor_config.json").write_text('{"image_seq_length": 4}')
+    return path
+
+
+def wrapper_logits(model: Any, tokens: torch.Tensor) -> torch.Tensor:
+    """Logits [n, vocab] of one sequence of token ids [n]."""
+    with torch.inference_mode():
+        logits: torch.Tensor = model(input_ids=tokens[None], use_cache=False).logits[0]
+        return logits.float()
