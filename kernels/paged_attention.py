@@ -14,7 +14,7 @@ from llmkit.kernels.kv_cache import KVCache
 from llmkit.kernels.triton_support import jit, runs_triton, tl
 from llmkit.kernels.tuned_configs import Tunable
 
-MAX_HEAD_DIM = 256
+MAX_HEAD_DIM = 512
 MAX_SPLITS = 64
 LOG2_E = 1.4426950408889634
 # The choices for: tokens of a tile of keys, warps, stages, and programs per multiprocessor.
@@ -59,10 +59,11 @@ def attention(
             and padded_dim <= 128
             and torch.cuda.get_device_capability(q.device) >= (9, 0)
         )
-        rows = max(rows, 128 if is_large else 64)
+        # The sums of 64 rows of 512 dimensions do not fit into a program's registers.
+        rows = max(rows, 128 if is_large else 64 if padded_dim <= 256 else 32)
     default = (
-        min(128, 16384 // padded_dim) // q.element_size(),
-        8 if rows >= 64 else 4,
+        max(16, min(128, 16384 // padded_dim) // q.element_size()),
+        8 if rows >= 64 or rows * padded_dim >= 1 << 14 else 4,
         3 if is_float32 or (padded_dim > 128 and rows > 16) else 5,
         4,
     )
@@ -115,7 +116,13 @@ def attention(
         TILE.notify_observer(compiled)
         if split_lse is not None:
             _combine_splits_kernel[num_tokens * num_heads,](
-                split_out, split_lse, out, head_dim, padded_dim, splits
+                split_out,
+                split_lse,
+                out,
+                head_dim,
+                padded_dim,
+                splits,
+                num_warps=8 if splits * padded_dim > 1 << 14 else 4,
             )
     return out
 

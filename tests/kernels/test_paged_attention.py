@@ -109,6 +109,8 @@ COMPILED = [
     (90, Case("prefill, window, cap, dim 256", *PROMPT, dim=256, window=100, softcap=50.0)),
     (90, Case("prefill, int8", *PROMPT, dim=128, kv_cache_dtype="int8", dynamic_scales=True)),
     (90, Case("prefill, fp8", *PROMPT, dim=80, kv_cache_dtype="fp8")),
+    (90, Case("decode, dim 512", [1], [9000], dim=512, heads=(2, 1))),
+    (90, Case("32 rows, dim 512", *PROMPT, dim=512, heads=(8, 2))),  # HGMMA needs 64 rows
     (80, Case("decode", *DECODE, dim=128, heads=(8, 2))),
     (80, Case("prefill", *PROMPT, dim=128, heads=(8, 2))),
     (80, Case("prefill, window, cap, dim 256", *PROMPT, dim=256, window=100, softcap=50.0)),

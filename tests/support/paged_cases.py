@@ -160,6 +160,7 @@ def cases() -> Iterator[Case]:
     yield Case("dim 80", *MIXED, dim=80)
     yield Case("dim 128", *MIXED, dim=128, heads=(4, 1))
     yield Case("dim 256", *DECODE, dim=256, heads=(2, 1))
+    yield Case("dim 512", [1, 20], [40, 20], dim=512, heads=(2, 1))
     yield Case("float32", *MIXED, dtype=torch.float32, heads=(3, 1))
     yield Case("window", *MIXED, window=20)
     yield Case("window, decode", *DECODE, window=20, splits=2)
