@@ -6,7 +6,7 @@ differs from Llama.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from llmkit.checkpoint.hf_config import RopeSpec
@@ -21,6 +21,15 @@ class LayerSpec:
     sliding_window: int | None = None  # in tokens; None: the layer attends to the whole context
     rope: str | None = "global"  # key into ModelSpec.ropes; None: no position encoding
     is_moe: bool = False  # the layer has experts in place of one MLP
+    # Sizes of this layer; None: those of the model.
+    num_heads: int | None = None
+    num_kv_heads: int | None = None
+    head_dim: int | None = None
+    intermediate_size: int | None = None
+    # The layer has no keys and values of its own. It reads those of the layer that is so many
+    # layers before it. 0: it has its own.
+    reads_kv_of: int = 0
+    value_is_key: bool = False  # there is no v_proj: values are keys before their norm
 
 
 @dataclass(frozen=True)
@@ -65,6 +74,9 @@ class MoeSpec:
     num_groups: int = 1
     topk_groups: int = 1
     routed_scaling_factor: float = 1.0  # multiplies the output of the experts
+    # The layer has its MLP, too. Router and experts read the hidden state before the MLP's norm,
+    # each with norms of their own, and the outputs of both are added (Gemma 4).
+    beside_mlp: bool = False
     shared_intermediate_size: int = 0  # of the expert that every token uses; 0: there is none
     shared_expert: str = "shared_experts"  # its module
     shared_expert_gate: str | None = None  # a linear whose sigmoid multiplies its output
@@ -146,6 +158,7 @@ class ModelSpec:
     attention_gate_activation: Literal["sigmoid", "softplus"] = "sigmoid"
     # A learned logit for each query head joins the softmax's sum (see `paged_attention`).
     attention_sinks: bool = False
+    v_norm: bool = False  # values are normalized over head_dim, without a weight
     activation: Activation = "silu"
     swiglu_limit: float = 0.0  # of "swiglu_clamped"; see `elementwise.swiglu_clamped`
     swiglu_alpha: float = 1.702
@@ -165,6 +178,9 @@ class ModelSpec:
     # layers that predict several tokens. Outputs get them byte for byte.
     carried: tuple[str, ...] = ()
     tie_word_embeddings: bool = False
+    # A second embedding gives every layer a vector of this size for each token (Gemma 4); 0: none.
+    per_layer_input_size: int = 0
+    layer_scalar: bool = False  # a number multiplies the output of each layer
     attention_scale: float = 1.0  # multiplies the attention scores
     attn_logit_softcapping: float | None = None
     final_logit_softcapping: float | None = None
@@ -194,7 +210,22 @@ class ModelSpec:
     @property
     def kv_elements_per_token(self) -> int:
         """The elements of K and V of one token over all layers."""
-        return 2 * len(self.layers) * self.num_kv_heads * self.head_dim
+        return sum(self.kv_elements_of_layer(index) for index in range(len(self.layers)))
+
+    def kv_elements_of_layer(self, index: int) -> int:
+        """The elements of K and V of one token in a layer."""
+        spec = self.for_layer(index)
+        return 0 if self.layers[index].reads_kv_of else 2 * spec.num_kv_heads * spec.head_dim
+
+    def for_layer(self, index: int) -> ModelSpec:
+        """The spec with the sizes of a layer, if they differ from those of the model."""
+        layer = self.layers[index]
+        sizes = {
+            name: getattr(layer, name)
+            for name in ("num_heads", "num_kv_heads", "head_dim", "intermediate_size")
+            if getattr(layer, name) is not None
+        }
+        return replace(self, **sizes) if sizes else self
 
     def kv_bytes_per_token(self, itemsize: int, per_token_head_scales: bool = False) -> int:
         """The bytes of K and V of one token over all layers.
@@ -203,9 +234,13 @@ class ModelSpec:
         per_token_head_scales: an 8-bit cache also stores a float32 scale for each token and head.
         It does so where the checkpoint has no KV scales.
         """
-        elements = self.kv_elements_per_token
-        scale_bytes = 4 * (elements // self.head_dim) if per_token_head_scales else 0
-        return elements * itemsize + scale_bytes
+        num_bytes = 0
+        for index in range(len(self.layers)):
+            elements = self.kv_elements_of_layer(index)
+            num_bytes += elements * itemsize
+            if per_token_head_scales:
+                num_bytes += 4 * (elements // self.for_layer(index).head_dim)
+        return num_bytes
 
     @property
     def sliding_windows(self) -> tuple[int | None, ...]:

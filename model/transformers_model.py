@@ -8,7 +8,8 @@ to the attention function.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
@@ -102,6 +103,9 @@ class TransformersModel:
         self.dtype = dtype
         self.device = tensors["embed.weight"].device
         self.model = build_model(spec.transformers.config, PAGED_ATTENTION, self.dtype)
+        self.layers: list[nn.Module] = [
+            self.model.get_submodule(name) for name in spec.transformers.layers
+        ]
         self._rows = {row.name: row for row in spec.transformers.tensors}
         self._load_tensors(tensors)
         self._make_buffers()
@@ -128,15 +132,21 @@ class TransformersModel:
         caches: Sequence[KVCache],
     ) -> torch.Tensor:
         """See `LanguageModel`."""
-        token = _step.set(Step(self.spec, batch, caches))
-        try:
+        with self.step(batch, caches):
             output = self.decoder(
                 input_ids=tokens[None], position_ids=positions[None], use_cache=False
             )
-        finally:
-            _step.reset(token)
         hidden: torch.Tensor = output[0][0]
         return hidden
+
+    @contextmanager
+    def step(self, batch: AttentionBatch, caches: Sequence[KVCache]) -> Iterator[None]:
+        """Inside the `with` block, the layers attend to the sequences of `batch`."""
+        token = _step.set(Step(self.spec, batch, caches))
+        try:
+            yield
+        finally:
+            _step.reset(token)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """See `LanguageModel`. The model's own code scales and caps them."""
@@ -188,11 +198,10 @@ class TransformersModel:
             setattr(parent, attribute, linear)
 
     def _place(self, module: str) -> tuple[nn.Module, str]:
-        """The module that holds a runtime module, and its attribute there."""
-        parameter = self._rows[f"{module}.weight"].parameter
-        assert parameter is not None
-        parent, attribute, _ = parameter.rsplit(".", 2)
-        return self.model.get_submodule(parent), attribute
+        """The module that holds a runtime module of a layer, and its attribute there."""
+        _, index, name = module.split(".", 2)
+        parent, _, attribute = name.rpartition(".")
+        return self.layers[int(index)].get_submodule(parent), attribute
 
     def _load_tensors(self, tensors: dict[str, torch.Tensor]) -> None:
         """Put tensors into the model. transformers converts those that it holds in another form."""

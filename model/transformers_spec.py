@@ -198,7 +198,12 @@ def _spec_of(config_json: str) -> tuple[ModelSpec, str]:
         layers=layers,
         ropes={},
         tie_word_embeddings=tied,
-        transformers=TransformersSpec(config, tensors, _ignored_names(model)),
+        transformers=TransformersSpec(
+            config,
+            tuple(prefix.removesuffix(".") for prefix in prefixes),
+            tensors,
+            _ignored_names(model),
+        ),
     )
     return spec, f"{model.base_model_prefix}."
 

@@ -78,6 +78,22 @@ def calibration_bytes(
     return _BASE_BYTES + 2 * CHUNK_BYTES + peak
 
 
+def fallback_bytes(spec: ModelSpec, num_models: int, seq_len: int) -> int:
+    """The peak of running whole models at once on a window, as the fallback does.
+
+    In memory are the models, the Hessians and quantized values of a layer, and the logits.
+    """
+    layers = []
+    for layer in _layers(spec):
+        linears = [parameter for parameter in layer if parameter.is_linear]
+        hessians = sum(parameter.shape[1] ** 2 for parameter in linears)
+        layers.append(2 * hessians + _total_elements(linears))
+    activations = seq_len * (4 * spec.hidden_size + 2 * spec.intermediate_size)
+    model = _total_elements(parameters(spec))
+    others = max(layers) + activations + 4 * seq_len * spec.vocab_size
+    return _BASE_BYTES + 2 * CHUNK_BYTES + FLOAT_BYTES * (num_models * model + others)
+
+
 def hidden_bytes(spec: ModelSpec, samples: int, seq_len: int) -> int:
     """The hidden states of all calibration windows."""
     return FLOAT_BYTES * samples * seq_len * spec.hidden_size

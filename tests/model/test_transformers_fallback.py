@@ -1,0 +1,236 @@
+"""The fallback through transformers' modeling code, against transformers and the native decoder."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from support.tiny_families import COMMON, family_oracle, oracle_logits
+
+from llmkit.checkpoint.open_checkpoint import open_checkpoint
+from llmkit.common.errors import InputError
+from llmkit.kernels.attention_metadata import AttentionBatch
+from llmkit.model.checkpoint_tensors import check_checkpoint
+from llmkit.model.families import model_spec, support
+from llmkit.model.full_forward import window_logits
+from llmkit.model.language_model import LanguageModel
+from llmkit.model.spec import ModelSpec
+from llmkit.model.transformers_model import TransformersModel
+from llmkit.model.transformers_spec import UnsupportedError, transformers_spec
+from llmkit.model.weight_loader import load_model
+
+BLOCK = 16
+# By model_type: what differs from COMMON. They run by the fallback here even where the table of
+# native families knows them.
+MODELS: dict[str, dict[str, Any]] = {
+    "gpt2": {"n_embd": 32, "n_layer": 4, "n_head": 4, "n_positions": 128},  # learned positions
+    "gpt_neox": {},  # QKV in one linear, parallel residual
+    "opt": {"ffn_dim": 48},  # learned positions with an offset, tied embeddings
+    "phi": {},  # partial rotary embedding, biases everywhere
+    "stablelm": {},
+    "persimmon": {},
+    "nanochat": {},  # no weights in its norms, a soft cap of the logits
+    "gemma2": {"head_dim": 16, "sliding_window": 12},  # soft caps, windows, scaled embedding
+    "gpt_oss": {  # sinks, windows, experts
+        "head_dim": 8,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "sliding_window": 12,
+    },
+    "olmoe": {"num_experts": 4, "num_experts_per_tok": 2},  # experts that transformers stacks
+}
+
+
+def make_oracle(kind: str, path: Path, **differences: Any) -> torch.nn.Module:
+    """Save a random model of transformers at `path` and return it."""
+    config = transformers.AutoConfig.for_model(kind, **(COMMON | MODELS[kind] | differences))
+    torch.manual_seed(0)
+    oracle = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    oracle = oracle.float().eval()
+    with torch.no_grad():
+        for parameter in oracle.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    oracle.save_pretrained(path)
+    return oracle
+
+
+def load_fallback(path: Path, *, packed: bool = True) -> LanguageModel:
+    checkpoint = open_checkpoint(path)
+    spec = transformers_spec(checkpoint.config, checkpoint.tensor_names)
+    check_checkpoint(checkpoint, spec)
+    model = load_model(checkpoint, torch.float32, packed=packed, spec=spec)
+    assert isinstance(model, TransformersModel)
+    return model
+
+
+def tokens_of(length: int, seed: int) -> torch.Tensor:
+    return torch.randint(
+        3, COMMON["vocab_size"], (length,), generator=torch.Generator().manual_seed(seed)
+    )
+
+
+class Sequences:
+    """Several sequences in one paged cache, advanced by any number of tokens at a time."""
+
+    def __init__(self, model: LanguageModel, sequences: list[torch.Tensor]) -> None:
+        self.model = model
+        self.sequences = sequences
+        self.done = [0] * len(sequences)
+        per = 128 // BLOCK
+        order = torch.randperm(
+            per * len(sequences), generator=torch.Generator().manual_seed(1)
+        ).tolist()
+        self.tables = [order[i * per : (i + 1) * per] for i in range(len(sequences))]
+        self.caches = [model.new_kv_cache(per * len(sequences), BLOCK) for _ in model.spec.layers]
+
+    @torch.inference_mode()
+    def step(self, counts: list[int]) -> dict[int, torch.Tensor]:
+        """Advance sequence i by counts[i] tokens; the logits of those that advanced."""
+        spans = {i: (self.done[i], self.done[i] + n) for i, n in enumerate(counts) if n}
+        batch = AttentionBatch.build(
+            [stop - start for start, stop in spans.values()],
+            [stop for _, stop in spans.values()],
+            {None: [self.tables[i] for i in spans]},
+            BLOCK,
+        )
+        tokens = torch.cat([self.sequences[i][slice(*span)] for i, span in spans.items()])
+        positions = torch.cat([torch.arange(*span) for span in spans.values()])
+        logits = self.model.logits(self.model(tokens, positions, batch, self.caches))
+        for i, (_, stop) in spans.items():
+            self.done[i] = stop
+        parts = logits.split([stop - start for start, stop in spans.values()])
+        return dict(zip(spans, parts, strict=True))
+
+
+def close(ours: torch.Tensor, theirs: torch.Tensor) -> None:
+    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
+
+
+def check_model(oracle: torch.nn.Module, model: LanguageModel) -> None:
+    """Compare a whole prompt, and chunks and decoded tokens of three sequences in one cache."""
+    tokens = tokens_of(100, 5)
+    close(next(window_logits(model, tokens[None])), oracle_logits(oracle, tokens))
+    sequences = [tokens_of(n, n) for n in (30, 100, 57)]
+    run = Sequences(model, sequences)
+    found: list[list[torch.Tensor]] = [[] for _ in sequences]
+    decoding = [[1, 0, 0]] * 3
+    for counts in [[25, 0, 0], *decoding, [1, 40, 0], [1, 40, 17], [0, 19, 1], [0, 1, 39]]:
+        for index, logits in run.step(counts).items():
+            found[index].append(logits)
+    assert run.done == [30, 100, 57]
+    for sequence, parts in zip(sequences, found, strict=True):
+        close(torch.cat(parts), oracle_logits(oracle, sequence))
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_fallback_agrees_with_transformers(kind: str, tmp_path: Path) -> None:
+    check_model(make_oracle(kind, tmp_path), load_fallback(tmp_path))
+
+
+def test_fallback_agrees_with_the_native_decoder(tmp_path: Path) -> None:
+    oracle = family_oracle("llama", tmp_path)
+    check_model(oracle, load_fallback(tmp_path))
+    tokens = tokens_of(40, 3)[None]
+    native = load_model(open_checkpoint(tmp_path), torch.float32)
+    for packed in (False, True):
+        fallback = load_fallback(tmp_path, packed=packed)
+        close(next(window_logits(fallback, tokens)), next(window_logits(native, tokens)))
+
+
+def test_fallback_reads_a_checkpoint_without_the_decoders_prefix(tmp_path: Path) -> None:
+    oracle = make_oracle("gpt2", tmp_path)
+    oracle.transformer.save_pretrained(tmp_path)  # names without "transformer."
+    config = tmp_path / "config.json"
+    config.write_text(config.read_text().replace("GPT2Model", "GPT2LMHeadModel"))
+    assert "h.0.ln_1.weight" in open_checkpoint(tmp_path).tensor_names
+    check_model(oracle, load_fallback(tmp_path))
+
+
+def test_fallback_8_bit_cache_is_close(tmp_path: Path) -> None:
+    oracle = make_oracle("stablelm", tmp_path)
+    model = load_fallback(tmp_path)
+    tokens = tokens_of(40, 3)
+    batch = AttentionBatch.for_sequences([40])
+    caches = [model.new_kv_cache(batch.num_blocks, 16, "int8") for _ in model.spec.layers]
+    assert all(cache.scales is not None for cache in caches)
+    with torch.inference_mode():
+        hidden = model(tokens, torch.arange(40), batch, caches)
+        difference = model.logits(hidden) - oracle_logits(oracle, tokens)
+    assert 0 < difference.abs().max() < 0.1
+
+
+def spec_of(kind: str, architecture: str, **differences: Any) -> ModelSpec:
+    config = transformers.AutoConfig.for_model(kind, **(COMMON | differences))
+    return transformers_spec(config.to_dict() | {"architectures": [architecture]})
+
+
+def test_fallback_spec_says_what_the_engine_plans_with() -> None:
+    spec = spec_of(
+        "gemma2",
+        "Gemma2ForCausalLM",
+        head_dim=16,
+        sliding_window=12,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+    )
+    sizes = (spec.num_heads, spec.num_kv_heads, spec.head_dim, spec.hidden_size, spec.vocab_size)
+    assert sizes == (4, 2, 16, 32, 128)
+    assert [layer.sliding_window for layer in spec.layers] == [12, None, 12, None]
+    assert spec.max_position_embeddings == 128
+    assert spec.tie_word_embeddings
+    assert support(spec)[0] == "fallback"
+
+
+@pytest.mark.parametrize(
+    ("kind", "architecture", "differences", "reason"),
+    [
+        ("mamba", "MambaForCausalLM", {}, "recurrent state"),
+        ("t5", "T5ForConditionalGeneration", {}, "not as a causal language model"),
+        ("bloom", "BloomForCausalLM", {}, "takes no position_ids"),
+        ("gptj", "GPTJForCausalLM", {}, "registry of attention functions"),
+        ("deepseek_v3", "DeepseekV3ForCausalLM", {}, "its keys have 192 and its values 128"),
+        ("lfm2", "Lfm2ForCausalLM", {"layer_types": ["conv"] * 4}, "layers of the type conv"),
+        ("llama4_text", "Llama4ForCausalLM", {}, "more than causal attention within a window"),
+        ("bert", "BertLMHeadModel", {}, "its attention is not causal"),
+        (
+            "stablelm",
+            "StableLmForCausalLM",
+            {
+                "rope_parameters": {
+                    "rope_type": "dynamic",
+                    "rope_theta": 1e4,
+                    "factor": 2.0,
+                    "partial_rotary_factor": 1.0,
+                }
+            },
+            "its dynamic RoPE",
+        ),
+        # The mask of these has a window that the attention function is not told of, or none.
+        ("phimoe", "PhimoeForCausalLM", {"sliding_window": 12}, "not told the window"),
+        ("olmoe", "OlmoeForCausalLM", {"sliding_window": 12}, "not told the window"),
+    ],
+    ids=lambda value: value if isinstance(value, str) and value.islower() else "",
+)
+def test_fallback_refuses_a_model_with_the_reason(
+    kind: str, architecture: str, differences: dict[str, Any], reason: str
+) -> None:
+    with pytest.raises(UnsupportedError, match=reason):
+        spec_of(kind, architecture, **differences)
+
+
+def test_fallback_error_names_reason_and_nearest_architecture() -> None:
+    config = {"architectures": ["Mistral9ForCausalLM"], "model_type": "mistral9"}
+    with pytest.raises(InputError) as caught:
+        model_spec(config | {"auto_map": {"AutoModelForCausalLM": "evil.Mistral9"}})
+    message = str(caught.value)
+    assert message.startswith("unsupported architecture (Mistral9ForCausalLM): ")
+    assert "has no causal language model Mistral9ForCausalLM of model_type mistral9" in message
+    assert "the most similar name is MistralForCausalLM" in message
+    assert "nor does its auto_map (AutoModelForCausalLM): remote code is never run" in message
+
+
+def test_fallback_error_of_a_wrong_config_is_an_input_error(tmp_path: Path) -> None:
+    make_oracle("persimmon", tmp_path)
+    config = open_checkpoint(tmp_path).config | {"num_attention_heads": 5}
+    with pytest.raises(InputError, match=r"no PersimmonForCausalLM that transformers can build"):
+        transformers_spec(config)
