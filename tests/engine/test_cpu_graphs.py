@@ -63,6 +63,7 @@ def layers_run(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         ("mistral", {"sliding_window": 24}),
         ("gemma2", {"sliding_window": 24}),
         ("qwen2", {}),
+        ("qwen3", {}),
     ],
 )
 def test_cpu_graphs_give_the_same_tokens_with_fewer_forward_passes(
