@@ -164,6 +164,7 @@ class DirectWrites:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, code: int = 0) -> None:
         self.seen: list[tuple[int, int]] = []
+        self.other_bytes = 0  # through the page cache
         self.refusals = 0
         self._code = code
         self._fds: set[int] = set()
@@ -186,6 +187,8 @@ class DirectWrites:
                 raise OSError(self._code, os.strerror(self._code))
             assert position % 4096 == len(view) % 4096 == 0
             self.seen.append((position, len(view)))
+        else:
+            self.other_bytes += len(view)
         return self._pwrite(fd, view, position)
 
 
@@ -201,6 +204,7 @@ def test_writer_bypasses_the_page_cache_with_the_full_pages_of_large_writes(
     with CheckpointWriter(tmp_path / "out", plan) as writer:
         start = read_header(tmp_path / "out.partial" / FILE)["a"].start
         assert 0 < start < 4096
+        direct.other_bytes = 0  # those of the lock
         page = 4096 - start  # the first byte at a page's beginning
         cuts = [0, page, page + 1, MIB - 1, 2 * MIB - 1, 2 * MIB + 4096 - start, 11 * MIB]
         for first, last in itertools.pairwise(cuts):
@@ -211,6 +215,7 @@ def test_writer_bypasses_the_page_cache_with_the_full_pages_of_large_writes(
         (2 * MIB + 4096, 8 * MIB),  # the last write, in pieces of 8 MiB
         (10 * MIB + 4096, MIB - 4096),
     ]
+    assert direct.other_bytes == 11 * MIB - sum(length for _, length in direct.seen)
     assert torch.equal(open_checkpoint(tmp_path / "out").read("a"), data)
     assert verify_manifest(tmp_path / "out") == []
 
