@@ -15,6 +15,7 @@ from llmkit.runtime.server.http.api_keys import Admission
 from llmkit.runtime.server.http.http_errors import ApiError
 from llmkit.runtime.server.request_log import log_request
 from llmkit.runtime.server.responses.response_builder import (
+    END_OF_COMMENTS,
     KEEP_ALIVE_COMMENT,
     FullResponseBuilder,
     ResponseBuilder,
@@ -104,6 +105,7 @@ class EventStreamResponse(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         started = False
+        end_of_comments = b""
         try:
             async with contextlib.aclosing(self._events) as events:
                 async for event in events:
@@ -116,11 +118,16 @@ class EventStreamResponse(Response):
                                 "headers": self.raw_headers,
                             }
                         )
-                    await _send_body(send, event)
+                    if event == KEEP_ALIVE_COMMENT:
+                        end_of_comments = END_OF_COMMENTS
+                        await _send_body(send, event)
+                    else:
+                        await _send_body(send, end_of_comments + event)
+                        end_of_comments = b""
         except ApiError as error:
             if not started:
                 raise
-            await _send_body(send, self._builder.error_event(error))
+            await _send_body(send, end_of_comments + self._builder.error_event(error))
         if started:
             await _send_body(send, b"", more=False)
 

@@ -395,7 +395,7 @@ def test_config_file_makes_one_application(
     both = reported()
     other = say(client, "who are you", 24, model="embed")
     assert len(both) == 2 and other in both
-    with pytest.raises(UsageError, match="out of a file"):
+    with pytest.raises(UsageError, match="from a file"):
         Cluster(address).remove("chat")
     servers_before = {one.pid for one in servers()}
     table = [

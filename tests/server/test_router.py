@@ -515,12 +515,8 @@ def test_router_stream_gets_comments_while_its_model_loads(eager_router: Uncheck
     assert done == "data: [DONE]"
     last = [texts[-2:] for texts in errors]
     documents = [json.loads(texts[-1].removeprefix("data: ")) for texts in last]
-    assert [texts[0] for texts in last] == [
-        ": keep-alive",
-        "event: error",
-        ": keep-alive",
-        ": keep-alive",
-    ]
+    # The line ":" ends the comments for clients that strip what they receive.
+    assert [texts[0] for texts in last] == [":", "event: error", ":", ":"]
     completion, message, inference, absent = documents
     assert completion["error"]["param"] == message["error"]["param"] == "max_tokens"
     assert message["type"] == "error"

@@ -676,9 +676,9 @@ def test_stream_that_waits_gets_comments_and_clients_ignore_them(
             http.stream("POST", "/v1/chat/completions", json=chat | {"stream": True})
         )
         assert waiting.headers["content-type"].startswith("text/event-stream")
-        lines = waiting.iter_lines()
-        silence = [next(lines) for _ in range(4)]
-        assert silence == [": keep-alive", "", ": keep-alive", ""]
+        parts = waiting.iter_raw()  # as the server sent them
+        silence = [next(parts) for _ in range(2)]
+        assert silence == [b": keep-alive\n\n"] * 2
         stream = client.chat.completions.create(**chat, stream=True)
         claude = stack.enter_context(
             anthropic.Anthropic(base_url=server.url, api_key=KEY, max_retries=0)
@@ -689,10 +689,13 @@ def test_stream_that_waits_gets_comments_and_clients_ignore_them(
             text = "".join(chunk.choices[0].delta.content or "" for chunk in stream)
             assert text == plain.choices[0].message.content
             assert "".join(messages.text_stream) == text
-        rest = list(lines)
-    assert rest[-2] == "data: [DONE]"
-    first_event = next(index for index, line in enumerate(rest) if line.startswith("data:"))
-    assert set(rest[:first_event]) <= {": keep-alive", ""}
+        rest = list(parts)
+    assert rest[-1].endswith(b"data: [DONE]\n\n")
+    first = next(index for index, part in enumerate(rest) if b"data:" in part)
+    assert set(rest[:first]) <= {b": keep-alive\n\n"}
+    # vLLM's bench client strips each part, so the comment must end in the event's part, too.
+    assert rest[first].startswith(b":\n\ndata: {")
+    assert b":\n\n" not in b"".join(rest[first + 1 :])
 
 
 def test_full_queue_is_a_429_and_running_requests_continue(

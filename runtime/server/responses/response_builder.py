@@ -15,6 +15,9 @@ from llmkit.runtime.server.http.http_errors import ApiError
 
 # Clients ignore it: a line that begins with a colon is a comment (WHATWG HTML, 9.2.6).
 KEEP_ALIVE_COMMENT = b": keep-alive\n\n"
+# Goes before the event that follows comments, in the same part of the body. A client that strips
+# each part, as vLLM's bench client does, would take the event for the rest of the comment.
+END_OF_COMMENTS = b":\n\n"
 
 
 class FullResponseBuilder(Protocol):

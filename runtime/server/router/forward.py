@@ -15,7 +15,11 @@ from yarl import URL
 
 from llmkit.common.errors import LlmkitError
 from llmkit.runtime.server.http.http_errors import ApiError, is_anthropic
-from llmkit.runtime.server.responses.response_builder import KEEP_ALIVE_COMMENT, sse_event
+from llmkit.runtime.server.responses.response_builder import (
+    END_OF_COMMENTS,
+    KEEP_ALIVE_COMMENT,
+    sse_event,
+)
 from llmkit.runtime.server.router.model_pool import ModelPool, PooledModel
 
 # Headers of one connection only, and headers that aiohttp or the HTTP server sets itself.
@@ -64,6 +68,7 @@ class ForwardedResponse(Response):
         # What the client has begun to receive.
         self._started: Literal["", "full", "events"] = ""
         self._has_answer = False  # the server's response has begun
+        self._end_of_comments = b""  # sent before the next part of the body
         self.background = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -128,6 +133,7 @@ class ForwardedResponse(Response):
             ]
             await send({"type": "http.response.start", "status": 200, "headers": headers})
         await send({"type": "http.response.body", "body": KEEP_ALIVE_COMMENT, "more_body": True})
+        self._end_of_comments = END_OF_COMMENTS
 
     async def _forward(self, server: Any, send: Send) -> None:
         path = _path_and_query(self._request)
@@ -150,7 +156,9 @@ class ForwardedResponse(Response):
     async def _forward_body(self, response: aiohttp.ClientResponse, send: Send) -> None:
         self._has_answer = True
         async for chunk in response.content.iter_any():
-            await send({"type": "http.response.body", "body": chunk, "more_body": True})
+            body = self._end_of_comments + chunk
+            self._end_of_comments = b""
+            await send({"type": "http.response.body", "body": body, "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _forward_events(
@@ -162,22 +170,21 @@ class ForwardedResponse(Response):
             return
         error = await response.read()
         self._has_answer = True
-        await _send_last_event(error, self._request.scope["path"], send)
+        await self._send_last_event(error, self._request.scope["path"], send)
 
     async def _send_error(self, error: ApiError, path: str, send: Send) -> None:
         if not self._started:
             raise error
         if self._started == "events":
-            await _send_last_event(error.body(path), path, send)
+            await self._send_last_event(error.body(path), path, send)
         # Otherwise the connection closes before the declared length, so the client sees that the
         # response is incomplete.
 
-
-async def _send_last_event(error: bytes, path: str, send: Send) -> None:
-    """End a stream with `error`, the JSON that `path` answers with."""
-    name = "error" if is_anthropic(path) else None
-    event = sse_event(msgspec.Raw(error), name)
-    await send({"type": "http.response.body", "body": event, "more_body": False})
+    async def _send_last_event(self, error: bytes, path: str, send: Send) -> None:
+        """End a stream with `error`, the JSON that `path` answers with."""
+        name = "error" if is_anthropic(path) else None
+        event = self._end_of_comments + sse_event(msgspec.Raw(error), name)
+        await send({"type": "http.response.body", "body": event, "more_body": False})
 
 
 async def _wait_for_disconnect(receive: Receive) -> None:
