@@ -51,7 +51,8 @@ def apply_rotary_emb_(
 
 def _interleave_halves(values: torch.Tensor) -> torch.Tensor:
     """[..., R] -> [..., R]: element i of the two halves become elements 2 i and 2 i + 1."""
-    return values.unflatten(-1, (2, -1)).mT.flatten(-2)
+    first, second = values.chunk(2, -1)
+    return torch.stack((first, second), -1).flatten(-2)
 
 
 def act_and_mul(gate_up: torch.Tensor, activation: Activation) -> torch.Tensor:

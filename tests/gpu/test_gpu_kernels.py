@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -39,7 +39,14 @@ from llmkit.kernels import sampling
 from llmkit.kernels import sampling_triton as sampling_gpu
 from llmkit.kernels.attention import paged_attention
 from llmkit.kernels.attention_metadata import AttentionBatch
-from llmkit.kernels.elementwise import add_rms_norm
+from llmkit.kernels.elementwise import (
+    Activation,
+    act,
+    act_and_mul,
+    add_layer_norm,
+    add_rms_norm,
+    xielu,
+)
 from llmkit.kernels.fused_experts import FusedExperts
 from llmkit.kernels.kv_cache import KVCache
 
@@ -163,6 +170,38 @@ def test_add_rms_norm_matches_torch(rows: int, size: int, dtype: torch.dtype) ->
         torch.testing.assert_close(
             ours.cpu(), theirs, atol=TOLERANCES[dtype], rtol=TOLERANCES[dtype]
         )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("biased", [False, True])
+def test_add_layer_norm_matches_torch(biased: bool, dtype: torch.dtype) -> None:
+    pytest.importorskip("triton")
+    seed = random.randrange(1 << 31)
+    hidden, update, scale, weight, eps = add_norm_arguments(70, 5120, dtype, seed)
+    call = (hidden, update, scale, weight, weight.flip(0) if biased else None, eps)
+    with poisoned_memory():
+        got = add_layer_norm(*moved(call))
+    for ours, theirs in zip(got, add_layer_norm(*call), strict=True):
+        torch.testing.assert_close(
+            ours.cpu(), theirs, atol=TOLERANCES[dtype], rtol=TOLERANCES[dtype]
+        )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_activations_match_torch(dtype: torch.dtype) -> None:
+    pytest.importorskip("triton")
+    x = (torch.randn(33, 2 * 1100) * 4).to(dtype)
+    parameters = torch.tensor([[0.3], [-0.7], [0.5], [-1e-6]])
+    limit = 4 * TOLERANCES[dtype]
+    with poisoned_memory():
+        pairs = [(xielu(x.cuda(), *parameters.cuda()), xielu(x.float(), *parameters))]
+        for activation in get_args(Activation):
+            pairs.append((act(x.cuda(), activation), act(x.float(), activation)))
+            both = act_and_mul(x.cuda(), activation), act_and_mul(x.float(), activation)
+            pairs.append(both)
+    for ours, theirs in pairs:
+        assert ours.dtype == dtype
+        torch.testing.assert_close(ours.cpu().float(), theirs, atol=limit, rtol=limit)
 
 
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
