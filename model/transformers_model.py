@@ -157,7 +157,11 @@ class TransformersModel:
         return logits[0].float()
 
     def new_kv_cache(
-        self, num_blocks: int, block_size: int = 16, kv_cache_dtype: str | None = None
+        self,
+        num_blocks: int,
+        block_size: int = 16,
+        kv_cache_dtype: str | None = None,
+        layer: int = 0,
     ) -> KVCache:
         """See `LanguageModel`."""
         shape = (2 * self.spec.num_kv_heads, num_blocks, block_size)
@@ -180,13 +184,13 @@ class TransformersModel:
         others += [*self.decoder.parameters(), *self.decoder.buffers()]
         return list(self.linears.values()), others
 
-    def linear(self, module: str) -> nn.Module:
+    def linear(self, module: str) -> nn.Linear | Linear:
         """A linear layer by its runtime module."""
         if module == "lm_head":
-            head: nn.Module = self.model.get_output_embeddings()
+            head: nn.Linear | Linear = self.model.get_output_embeddings()
             return head
         parent, attribute = self._place(module)
-        linear: nn.Module = getattr(parent, attribute)
+        linear: nn.Linear | Linear = getattr(parent, attribute)
         return linear
 
     def replace_linear(self, module: str, linear: Linear) -> None:
@@ -219,18 +223,18 @@ class TransformersModel:
             setattr(module, attribute, tensor)
         if not to_convert:
             return
-        mapping = get_model_conversion_mapping(self.model)
+        mapping: Any = get_model_conversion_mapping(self.model)
         config = LoadStateDictConfig(
             device_map={"": self.device}, dtype=self.dtype, weight_mapping=mapping
         )
         shows_progress = logging.is_progress_bar_enabled()
-        logging.disable_progress_bar()
+        logging.disable_progress_bar()  # type: ignore[no-untyped-call]
         try:
             for layer in list(to_convert):
                 convert_and_load_state_dict_in_model(self.model, to_convert.pop(layer), config)
         finally:
             if shows_progress:
-                logging.enable_progress_bar()
+                logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 
     def _make_buffers(self) -> None:
         """Compute the buffers that no checkpoint holds, such as RoPE frequencies."""

@@ -205,7 +205,7 @@ def _collect(
     for target in targets:
         columns = target.parameter.shape[1]
         stats[target.name] = InputStats(columns, algorithm.required_stats, model.device)
-        linear = model.linear(target.parameter.module)
+        linear: nn.Module = model.linear(target.parameter.module)
         handles.append(linear.register_forward_pre_hook(hook(target.name)))
     try:
         if algorithm.required_stats:
