@@ -90,7 +90,8 @@ def _norm_queries_and_keys(
     """qkv [T, N + 2K, D] with normalized queries and keys. Its values may be overwritten."""
     q, k, v = qkv.tensor_split((num_heads, (num_heads + qkv.shape[1]) // 2), dim=1)
     q_norm, k_norm = norms
-    if cpu_kernels.supports(qkv) and qkv.stride()[1:] == (qkv.shape[2], 1):
+    compact = qkv.stride()[1:] == (qkv.shape[2], 1)
+    if compact and cpu_kernels.supports(qkv) and q_norm.dtype == k_norm.dtype == qkv.dtype:
         cpu_kernels.norm_heads_(q, q_norm, eps, subtract_mean)
         cpu_kernels.norm_heads_(k, k_norm, eps, subtract_mean)
         return qkv

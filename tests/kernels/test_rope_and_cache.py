@@ -27,6 +27,7 @@ from llmkit.kernels.kv_cache import KVCache
 from llmkit.kernels.rope_and_cache_triton import _rope_and_cache_kernel
 
 PLACED = rope_cache_cases()
+NOT_FINITE = [float("inf"), float("nan")]
 UNQUANTIZED = [
     case for case in PLACED if case.dtype == torch.float32 and case.kv_cache_dtype is None
 ]
@@ -35,9 +36,19 @@ needs_library = pytest.mark.skipif(
 )
 
 
+def nan_arguments(bad: float) -> Arguments:
+    """A key and a value of a quantized cache are not finite."""
+    case = RopeCacheCase(2, 1, 64, 64, kv_cache_dtype="int8", dynamic_scales=True)
+    arguments = rope_cache_arguments(case)
+    arguments[0][4, 2:, 5] = bad
+    return arguments
+
+
 @pytest.fixture(scope="module")
 def placements(tmp_path_factory: pytest.TempPathFactory) -> list[Placement]:
+    """Of every case, then with NaN and with infinity; from one interpreter, which starts slowly."""
     calls: list[tuple[object, ...]] = [rope_cache_arguments(case) for case in PLACED]
+    calls += [nan_arguments(bad) for bad in NOT_FINITE]
     return interpreted(
         "support.elementwise_cases", "run_kernel", calls, tmp_path_factory.mktemp("interpreted")
     )
@@ -49,21 +60,16 @@ def test_rope_and_cache_matches_torch(case: RopeCacheCase, placements: list[Plac
     assert_same_outputs(placements[PLACED.index(case)], run_reference(arguments), arguments, case)
 
 
-def test_rope_and_cache_keeps_nan_in_a_quantized_cache(tmp_path: Path) -> None:
+@pytest.mark.parametrize("index", [0, 1], ids=["inf", "nan"])
+def test_rope_and_cache_keeps_nan_in_a_quantized_cache(
+    index: int, placements: list[Placement]
+) -> None:
     """The engine finds such a sequence by its logits."""
-    case = RopeCacheCase(2, 1, 64, 64, kv_cache_dtype="int8", dynamic_scales=True)
-    calls = []
-    for bad in (float("nan"), float("inf")):
-        arguments = rope_cache_arguments(case)
-        arguments[0][4, 2:, 5] = bad  # key and value
-        calls.append(arguments)
-    for (_, kv, scales), arguments in zip(
-        interpreted("support.elementwise_cases", "run_kernel", calls, tmp_path), calls, strict=True
-    ):
-        assert scales is not None
-        values = (kv.float() * scales).flatten(1, 2)[:, arguments[-1]]
-        assert not values[:, 4].isfinite().all(-1).any()
-        assert values[:, [0, 1, 2, 3, 5, 6]].isfinite().all()
+    _, kv, scales = placements[len(PLACED) + index]
+    assert scales is not None
+    values = (kv.float() * scales).flatten(1, 2)[:, nan_arguments(NOT_FINITE[index])[-1]]
+    assert not values[:, 4].isfinite().all(-1).any()
+    assert values[:, [0, 1, 2, 3, 5, 6]].isfinite().all()
 
 
 def in_float64(case: RopeCacheCase, arguments: Arguments) -> tuple[torch.Tensor, torch.Tensor]:
