@@ -39,7 +39,7 @@ def read_pooling_config(files: ModelFiles) -> PoolingConfig:
         sizes = tuple(size for size in dimensions if isinstance(size, int))
     return PoolingConfig(
         pooling=_pooling(files.path) if files.path.is_dir() else "last",
-        size=int(config.get("hidden_size") or 0),
+        size=int(config.get("hidden_size") or files.text_config.get("hidden_size") or 0),
         sizes=sizes,
         any_size=config.get("is_matryoshka") is True and not dimensions,
     )

@@ -55,6 +55,12 @@ class ModelFiles:
     generation_config: dict[str, Any]
     load_side_files: Callable[[], dict[str, bytes]] = field(repr=False)
 
+    @property
+    def text_config(self) -> dict[str, Any]:
+        """The config of a multimodal model's text model; {} for other models."""
+        nested = self.config.get("text_config")
+        return nested if isinstance(nested, dict) else {}
+
     def side_files(self) -> dict[str, bytes]:
         """The files that an output copies: tokenizer, chat template, generation config, licence.
 

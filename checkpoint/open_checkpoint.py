@@ -86,7 +86,10 @@ def _open_directory(reference: str, path: Path, warn_of_edits: bool) -> Checkpoi
 
 
 def _quantization(path: Path, config: Mapping[str, Any]) -> QuantizationConfig | None:
+    text_config = config.get("text_config")
     entry = config.get("quantization_config")
+    if entry is None and isinstance(text_config, dict):  # of a multimodal model, in some tools
+        entry = text_config.get("quantization_config")
     legacy = path / "quantize_config.json"
     if entry is None and legacy.is_file():  # old versions of AutoGPTQ wrote only this file
         entry = {"quant_method": "gptq", **load_json(legacy)}

@@ -206,10 +206,13 @@ def load_tokenizer(model: ModelFiles, chat_template: Path | None = None) -> Toke
         )
     bos_ids = _to_ids(model.generation_config.get("bos_token_id"))
     bos_ids = bos_ids or _to_ids(model.config.get("bos_token_id"))
+    bos_ids = bos_ids or _to_ids(model.text_config.get("bos_token_id"))
     eos_token_ids = (
         *_to_ids(model.generation_config.get("eos_token_id")),
         *_to_ids(model.config.get("eos_token_id")),
     )
+    # Last, because a nested config may repeat its class's defaults, whatever the tokenizer.
+    eos_token_ids = eos_token_ids or _to_ids(model.text_config.get("eos_token_id"))
     templates = _chat_templates(model, files, settings)
     if chat_template is not None:
         templates = {"default": read_chat_template(chat_template)}
