@@ -26,6 +26,7 @@ from llmkit.checkpoint.tokenizer import load_tokenizer
 from llmkit.common.errors import InputError
 from llmkit.common.formatting import milliseconds_text
 from llmkit.common.progress import Progress
+from llmkit.model.families import FALLBACK
 
 # Above these the load client itself may limit the measured speed.
 MAX_CLIENT_BUSY = 0.8  # of a core
@@ -51,6 +52,10 @@ def bench(targets: Sequence[str], options: BenchOptions, progress: Progress) -> 
         report.workload = describe_startup(options.rounds, options.page_cache)
         _check_same_sha256(plan, "workload", report.workload["sha256"], "repeats and page cache")
         measure_startups(plan, progress)
+    for target in plan.targets:
+        if target.spec is not None and target.spec.transformers is not None:
+            progress.message(f"{target.name}: {FALLBACK}")
+            report.notes.append(f"{target.name}: {FALLBACK}")
     workload = None
     if options.speed and not plan.measures_startup:
         tokenizer = tokenizer_checkpoint(plan)

@@ -23,6 +23,7 @@ from llmkit.model.family_fields import (
     rope,
     rope_parameters,
 )
+from llmkit.model.gemma4_family import gemma4
 from llmkit.model.moe_families import MOE_FAMILIES
 from llmkit.model.spec import ModelSpec
 from llmkit.model.wrappers import WRAPPERS, mtp_prefixes, text_model
@@ -31,7 +32,11 @@ if TYPE_CHECKING:
     from llmkit.checkpoint.checkpoint import Checkpoint
 
 # By architecture: its model_type and its function.
-SUPPORTED: dict[str, tuple[str, FamilyFunction]] = DENSE_FAMILIES | MOE_FAMILIES
+SUPPORTED: dict[str, tuple[str, FamilyFunction]] = {
+    **DENSE_FAMILIES,
+    **MOE_FAMILIES,
+    "Gemma4ForCausalLM": ("gemma4_text", gemma4),
+}
 
 
 def checkpoint_spec(checkpoint: Checkpoint) -> ModelSpec:
@@ -103,6 +108,13 @@ def model_spec(config: dict[str, Any], tensors: Collection[str] = ()) -> ModelSp
             "Heads are a multiple of KV heads",
         )
     return spec
+
+
+# What a user is told when a model runs by the fallback, and what that costs.
+FALLBACK = (
+    "fallback: no family of llmkit's own, runs by transformers' modeling code; slower (projections"
+    " are not fused, no recorded decode steps), whole in memory, one rank, no adapters"
+)
 
 
 def require_native(spec: ModelSpec, feature: str) -> None:

@@ -22,7 +22,7 @@ from llmkit.common.errors import InputError, UsageError
 from llmkit.common.progress import Progress
 from llmkit.model.checkpoint_tensors import check_checkpoint, scheme_of
 from llmkit.model.device import resolve_device
-from llmkit.model.families import checkpoint_spec, require_native
+from llmkit.model.families import FALLBACK, checkpoint_spec, require_native
 from llmkit.model.parameter_table import embedding_tensor, parameters
 from llmkit.model.spec import ModelSpec
 from llmkit.quant import memory_estimate as memory
@@ -235,6 +235,15 @@ def make_plan(source: str, out: Path, options: QuantizeOptions, progress: Progre
             "A model whose checkpoint stores its experts one by one was expected",
             "Cast it with --method bf16 or fp16, or serve it as it is",
         )
+    needs_forward = method_options(options).calibrated or options.mixed
+    shares_kv = any(layer.reads_kv_of for layer in spec.layers)
+    if needs_forward and (spec.per_layer_input_size or shares_kv):
+        raise InputError(
+            f"the layers of {source} read more than the output of the layer before them"
+            " (embeddings or keys of other layers), which calibration does not provide",
+            "A method without calibration was expected",
+            "Use --method rtn, or fp8 or int8 without --static",
+        )
     if quantization is not None and options.method == "gptq":
         quantization = dataclasses.replace(quantization, damp=options.damp)
     check_engine(options.engine, quantization)
@@ -247,6 +256,8 @@ def make_plan(source: str, out: Path, options: QuantizeOptions, progress: Progre
     plan = QuantizePlan(checkpoint, spec, out, options, None, [], {}, device, seq_len)
     plan = _with_quantization(plan, quantization)
     check_output(plan.out, checkpoint.path, planned_bytes(plan.files))
+    if spec.transformers is not None:
+        progress.message(FALLBACK)
     if options.device == "auto" and device.type == "cpu":
         progress.message("no CUDA device: running on the CPU")
     if plan.calibrated and seq_len < wanted_seq_len:

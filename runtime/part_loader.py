@@ -18,7 +18,7 @@ from llmkit.kernels.cpu import cpu_kernels
 from llmkit.kernels.cpu.cpu_linear import has_int8_matmul
 from llmkit.model.checkpoint_tensors import checkpoint_tensors
 from llmkit.model.decoder import SINGLE_RANK, Decoder
-from llmkit.model.families import checkpoint_spec
+from llmkit.model.families import FALLBACK, checkpoint_spec
 from llmkit.model.language_model import LanguageModel
 from llmkit.model.parallel_group import ParallelGroup
 from llmkit.model.spec import ModelSpec
@@ -36,10 +36,6 @@ if TYPE_CHECKING:
     from llmkit.runtime.grammar_backend import GrammarBackend
 
 MIN_PREFILL_CHUNK = 256  # tokens of a prompt in a step while other prompts wait
-FALLBACK = (
-    "fallback: no family of llmkit's own, runs by transformers' modeling code; slower (projections "
-    "are not fused, no recorded decode steps), one rank, no adapters"
-)
 E = TypeVar("E", bound=Engine)
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.tiny_models import tiny_checkpoint
 
 from llmkit.cli import main
 
@@ -49,7 +50,11 @@ def of_another_architecture(model: Path) -> None:
 
 
 def with_remote_code(model: Path) -> None:
-    edit_config(model, auto_map={"AutoModelForCausalLM": "modeling_evil.EvilForCausalLM"})
+    edit_config(
+        model,
+        architectures=["EvilForCausalLM"],
+        auto_map={"AutoModelForCausalLM": "modeling_evil.EvilForCausalLM"},
+    )
 
 
 def pickled(model: Path) -> None:
@@ -121,7 +126,8 @@ CASES: list[tuple[Callable[[Path], None], str]] = [
     (without_config, "has no config.json; it holds "),
     (
         of_another_architecture,
-        "unsupported architecture (T5ForConditionalGeneration). One of LlamaForCausalLM, Mistral",
+        "unsupported architecture (T5ForConditionalGeneration): it is no family of llmkit's own,"
+        " and transformers' modeling code does not help: transformers",
     ),
     (with_remote_code, "remote code is never run"),
     (
@@ -163,6 +169,21 @@ def test_model_is_refused(
     assert message in captured.err
     assert captured.err.count("\n") == 1
     assert captured.out == ""
+
+
+@pytest.mark.parametrize(
+    ("architecture", "support"), [("llama", "native"), ("persimmon", "fallback")]
+)
+def test_inspect_says_how_a_model_runs(
+    architecture: str, support: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tiny_checkpoint(tmp_path / "model", architecture)
+    assert main.run(["inspect", str(path), "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["support"] == support
+    assert facts["tp"] == ([1] if support == "fallback" else [1, 2, 4])
+    assert main.run(["inspect", str(path)]) == 0
+    assert f"{support}: {facts['support_reason']}" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("command", ["quantize", "shard", "shard plan", "bench", "inspect"])

@@ -16,14 +16,14 @@ from support.tiny_models import tiny_checkpoint
 from llmkit.checkpoint.checkpoint import Checkpoint
 from llmkit.checkpoint.open_checkpoint import open_checkpoint
 from llmkit.common.errors import InputError
-from llmkit.model.families import checkpoint_spec
+from llmkit.model.families import FALLBACK, checkpoint_spec
 from llmkit.model.transformers_model import TransformersModel
 from llmkit.model.transformers_spec import transformers_spec
 from llmkit.runtime.engine.engine import Engine
 from llmkit.runtime.engine.engine_options import EngineOptions
 from llmkit.runtime.engine.sampling_params import SamplingParams
 from llmkit.runtime.engine_loader import load_engine
-from llmkit.runtime.part_loader import FALLBACK, StartupReport, load_part
+from llmkit.runtime.part_loader import StartupReport, load_part
 
 MODEL = {"dtype": "float32"}  # of the fixture `model`, a Llama
 OPTIONS = EngineOptions(device="cpu", dtype="float32", max_num_batched_tokens=32)

@@ -6,6 +6,7 @@ import httpx
 import openai
 
 MODEL = {"architecture": "persimmon"}
+API_KEYS = ("secret",)
 
 
 def test_server_fallback_answers_and_streams(client: openai.OpenAI) -> None:
