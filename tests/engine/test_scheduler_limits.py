@@ -105,6 +105,18 @@ def test_scheduler_admits_a_prompt_that_just_fits(num_blocks: int, second: list)
     assert run_step(state) == [("first", 0, 16), *second]
 
 
+@pytest.mark.parametrize(("num_blocks", "long"), [(3, []), (4, [("long", 0, 8)])])
+def test_scheduler_admits_a_prompt_whose_first_chunk_fits_in_the_window(
+    num_blocks: int, long: list
+) -> None:
+    """The blocks behind the window are freed between the chunks of 8."""
+    state = scheduler(sliding_windows=(4,), num_window_blocks=num_blocks, prefill_chunk_size=8)
+    add(state, "holds", [5] * 4, 8)
+    run_step(state)
+    add(state, "long", [6] * 16, 8)
+    assert run_step(state) == [("holds", 4, 1), *long]  # "holds" has two blocks now
+
+
 def test_scheduler_counts_cached_blocks_that_it_reuses_once() -> None:
     state = scheduler(num_blocks=6)
     add(state, "first", [5, 6, 7, 8] * 4, 1)
