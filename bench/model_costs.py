@@ -63,9 +63,15 @@ def count_model_costs(
         _expert_share(spec),
         token_flops(spec),
         2.0 * spec.vocab_size * spec.hidden_size,
-        4.0 * len(spec.layers) * spec.num_heads * spec.head_dim,
+        4.0 * sum(attention_elements(spec, index) for index in range(len(spec.layers))),
         plan.memory.bytes_per_block // plan.memory.block_size,
     )
+
+
+def attention_elements(spec: ModelSpec, layer: int) -> int:
+    """The elements of a token's queries in a layer."""
+    own = spec.for_layer(layer)
+    return own.num_heads * own.head_dim
 
 
 def token_flops(spec: ModelSpec) -> float:

@@ -20,7 +20,7 @@ from llmkit.common.errors import InputError
 from llmkit.common.progress import Progress
 from llmkit.model.families import checkpoint_spec
 from llmkit.model.full_forward import make_batch
-from llmkit.model.language_model import LanguageModel
+from llmkit.model.language_model import LanguageModel, scratch_kv_caches
 from llmkit.model.weight_loader import load_model
 from llmkit.quant.calibration_text import BUILTIN, load_text, windows_sha256
 from llmkit.quant.output_quality import Quality, score_logits
@@ -145,17 +145,14 @@ class ServedModel:
 
     @torch.inference_mode()
     def logits(self, windows: torch.Tensor) -> Iterator[torch.Tensor]:
-        """Logits float32 [L, vocab] of each window of token ids [n, L], one at a time.
-
-        All layers share one scratch cache: a layer reads only what it has just written.
-        """
+        """Logits float32 [L, vocab] of each window of token ids [n, L], one at a time."""
         model = self.model
         positions, batch = make_batch(model, [windows.shape[1]])
         for window in windows:
-            scratch = model.new_kv_cache(batch.num_blocks, batch.block_size, self.kv_cache_dtype)
-            yield model.logits(
-                model(window.to(model.device), positions, batch, [scratch] * len(model.spec.layers))
+            caches = scratch_kv_caches(
+                model, model.spec, batch.num_blocks, batch.block_size, self.kv_cache_dtype
             )
+            yield model.logits(model(window.to(model.device), positions, batch, caches))
 
 
 def _score(

@@ -41,11 +41,16 @@ NULLABLE: dict[str, type] = {
     "mlp_layer_types": list,
     "clip_qkv": float,
     "rotary_dim": int,
+    "num_global_key_value_heads": int,
+    "num_local_experts": int,
+    "num_experts_per_tok": int,
+    "moe_intermediate_size": int,
+    "per_layer_config": dict,
 }
 # Other names of a field.
 ALIASES = {
     "num_local_experts": ("num_experts", "n_routed_experts", "moe_num_experts"),
-    "num_experts_per_tok": ("moe_k", "moe_topk"),
+    "num_experts_per_tok": ("moe_k", "moe_topk", "top_k_experts"),
 }
 _QWEN_SLIDING_WINDOW = {
     "use_sliding_window": False,
@@ -338,5 +343,20 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "route_scale": 1.0,
         "global_attn_every_n_layers": 4,
         "mup_enabled": False,
+    },
+    "gemma4_text": {
+        "hidden_activation": "gelu_pytorch_tanh",
+        "head_dim": 256,
+        "num_key_value_heads": 4,
+        "tie_word_embeddings": True,
+        "sliding_window": 512,
+        "use_bidirectional_attention": "",  # "vision": between the tokens of an image
+        "global_head_dim": 512,
+        "hidden_size_per_layer_input": 256,
+        "vocab_size_per_layer_input": 262144,
+        "attention_k_eq_v": False,
+        "num_kv_shared_layers": 0,
+        "enable_moe_block": False,
+        "use_double_wide_mlp": False,
     },
 }

@@ -73,7 +73,7 @@ def _checked_value(config: dict[str, Any], name: str, default: Any, model_type: 
     is_required = isinstance(default, type)
     if is_required:
         type_ = default
-    elif name in NULLABLE:
+    elif default is None:
         type_ = NULLABLE[name]
     else:
         type_ = type(default)
@@ -84,7 +84,7 @@ def _checked_value(config: dict[str, Any], name: str, default: Any, model_type: 
             )
         return default
     value = config[name]
-    if value is None and name in NULLABLE:
+    if value is None and name in NULLABLE and not is_required:
         return None
     has_type = isinstance(value, (int, float) if type_ is float else type_)
     is_stray_bool = isinstance(value, bool) and type_ is not bool

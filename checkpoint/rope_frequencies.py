@@ -22,6 +22,7 @@ REQUIRED_PARAMETERS = {
     "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
     "yarn": ("factor",),
     "longrope": ("short_factor", "long_factor"),
+    "proportional": (),
 }
 
 
@@ -67,6 +68,8 @@ def rope_spec(
                 tuple(long.tolist()),
                 original,
             )
+        if rope_type == "proportional":
+            return _to_spec(_proportional(parameters, head_dim))
         factor = parameters["factor"] if rope_type == "linear" else 1.0
         return _to_spec(1.0 / wavelengths / factor)
     except (ArithmeticError, TypeError, ValueError, RuntimeError) as error:
@@ -115,6 +118,18 @@ def _yarn(
     original_share = 1 - ramp
     interpolated: torch.Tensor = 1.0 / (parameters["factor"] * wavelengths)
     return interpolated * (1 - original_share) + 1.0 / wavelengths * original_share
+
+
+def _proportional(parameters: Mapping[str, Any], head_dim: int) -> torch.Tensor:
+    """A share of the pairs rotates; the others have the frequency 0 (Gemma 4).
+
+    The frequencies are those of a head that rotates completely.
+    """
+    num_rotated = int(parameters.get("partial_rotary_factor", 1.0) * head_dim // 2)
+    exponents = torch.arange(0, 2 * num_rotated, 2).float() / head_dim
+    inv_freq = torch.zeros(head_dim // 2)
+    inv_freq[:num_rotated] = 1.0 / (parameters["rope_theta"] ** exponents)
+    return inv_freq / parameters.get("factor", 1.0)
 
 
 def _yarn_attention_scaling(parameters: Mapping[str, Any]) -> float:

@@ -12,7 +12,7 @@ from functools import cached_property
 from typing import TypeVar
 
 import torch
-from torch.nn.functional import embedding, softplus
+from torch.nn.functional import embedding, linear, softplus
 
 from llmkit.kernels.attention import paged_attention, rope_and_cache
 from llmkit.kernels.attention_metadata import AttentionBatch
@@ -22,6 +22,7 @@ from llmkit.kernels.elementwise import (
     add_layer_norm,
     add_residual,
     add_rms_norm,
+    apply_rotary_emb_,
     layer_norm,
     rms_norm,
     swiglu_clamped,
@@ -65,7 +66,8 @@ class DecoderLayer:
         linears: Mapping[str, Linear] | None = None,
         parallel_group: ParallelGroup = SINGLE_RANK,
     ) -> None:
-        self.spec = spec
+        self.index = index
+        self.spec = spec.for_layer(index)
         self.layer = spec.layers[index]
         self.parallel_group = parallel_group
         self.activation_quant = dict(activation_quant or {})
@@ -104,6 +106,8 @@ class DecoderLayer:
     ) -> torch.Tensor:
         """hidden: [T, H] in and out. Writes the step's keys and values into `cache`."""
         residual, update = self.forward_with_residual(hidden, None, cos_sin, batch, cache)
+        if update is None:
+            return residual
         return add_residual(residual, update, self.spec.residual_multiplier)
 
     def forward_with_residual(
@@ -113,20 +117,25 @@ class DecoderLayer:
         cos_sin: Mapping[str, CosSin],
         batch: AttentionBatch,
         cache: KVCache,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        per_layer_input: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Run the layer. The residual addition is deferred, so that it fuses with the next norm.
 
         residual: [T, H]. update: [T, H], the output of the previous layer's MLP, which is not yet
-        added to `residual`; None for the first layer.
+        added to `residual`; None: there is nothing to add. per_layer_input: [T, P], see
+        `ModelSpec.per_layer_input_size`.
         Returns the new residual, and the output of this layer's MLP.
         """
         with self.weights_on_device():
             residual, x = self._add_norm(residual, update, "attn_norm")
             update = self._attention(x, cos_sin, batch, cache)
             if self.spec.parallel_block:
-                return residual, add_residual(update, self._mlp_or_moe(x), 1.0)
+                return residual, add_residual(update, self._mlp_or_moe(x, residual), 1.0)
             residual, x = self._add_norm(residual, update, "mlp_norm")
-            return residual, self._mlp_or_moe(x)
+            update = self._mlp_or_moe(x, residual)
+            if per_layer_input is None and not self.spec.layer_scalar:
+                return residual, update
+            return self._finish(residual, update, per_layer_input), None
 
     def attention_block(
         self,
@@ -141,8 +150,22 @@ class DecoderLayer:
 
     def mlp_block(self, hidden: torch.Tensor) -> torch.Tensor:
         """The second half of the layer, norms and residual addition included."""
-        update = self._mlp_or_moe(self._norm(hidden, "mlp_norm"))
+        update = self._mlp_or_moe(self._norm(hidden, "mlp_norm"), hidden)
+        if self.spec.layer_scalar:
+            return self._finish(hidden, update, None)
         return add_residual(hidden, update, self.spec.residual_multiplier)
+
+    def _finish(
+        self, residual: torch.Tensor, update: torch.Tensor, per_layer_input: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Add the update, what the layer's own input of each token [T, P] adds, and scale."""
+        hidden = add_residual(residual, update, self.spec.residual_multiplier)
+        if per_layer_input is not None:
+            assert self.spec.activation not in ("xielu", "swiglu_clamped")
+            gate = act(self.linears["per_layer.gate"](hidden), self.spec.activation)
+            projected = self.linears["per_layer.projection"](gate * per_layer_input)
+            hidden = hidden + self._norm(projected, "per_layer.norm")
+        return hidden * self.vectors["layer_scalar"]
 
     def _attention(
         self,
@@ -155,30 +178,40 @@ class DecoderLayer:
         spec = self.spec
         metadata = batch.metadata(self.layer.sliding_window)
         qkv = self.linears["attn.qkv"](x).view(len(x), -1, spec.head_dim)  # [T, N + 2K, D]
+        if self.layer.value_is_key:
+            qkv = torch.cat((qkv, qkv[:, spec.num_heads :]), dim=1)
+        if spec.v_norm and not self.layer.reads_kv_of:
+            qkv = self._normalize_values(qkv)
         norms = None
         if spec.qk_norm == "full":
             qkv = self._full_qk_norm(qkv)
         elif spec.qk_norm == "head":
-            norms = self.norms["attn.q_norm"], self.norms["attn.k_norm"]
+            q_norm = self.norms["attn.q_norm"]
+            norms = q_norm, self.norms.get("attn.k_norm", q_norm)
         kv_quant = None
         if cache.quantized and cache.scales is None:
             cache = KVCache(cache.kv, static_scales=self._kv_scales)
         elif not cache.quantized and "attn.k" in self.activation_quant:
             kv_quant = self.activation_quant["attn.k"], self.activation_quant["attn.v"]
         rope = cos_sin[self.layer.rope] if self.layer.rope else None
-        q = rope_and_cache(
-            qkv,
-            spec.num_heads,
-            norms,
-            spec.rms_norm_eps,
-            None if rope is None else (rope.cos, rope.sin),
-            cache,
-            metadata.slot_mapping,
-            kv_quant,
-            interleaved=spec.rope_interleaved,
-            norm_after_rope=spec.norm_after_rope,
-            query_scale=None if rope is None else rope.query_scale,
-        )
+        if self.layer.reads_kv_of:
+            assert norms is not None and rope is not None
+            q = rms_norm(qkv, norms[0], spec.rms_norm_eps)
+            apply_rotary_emb_(q, rope.cos, rope.sin, spec.rope_interleaved)
+        else:
+            q = rope_and_cache(
+                qkv,
+                spec.num_heads,
+                norms,
+                spec.rms_norm_eps,
+                None if rope is None else (rope.cos, rope.sin),
+                cache,
+                metadata.slot_mapping,
+                kv_quant,
+                interleaved=spec.rope_interleaved,
+                norm_after_rope=spec.norm_after_rope,
+                query_scale=None if rope is None else rope.query_scale,
+            )
         out = paged_attention(
             q,
             cache,
@@ -192,6 +225,13 @@ class DecoderLayer:
         update = self.parallel_group.all_reduce(self.linears["attn.o"](out.flatten(1)))
         return self._norm(update, "attn_post_norm")
 
+    def _normalize_values(self, qkv: torch.Tensor) -> torch.Tensor:
+        """[T, N + 2K, D] with the values divided by their root mean square over D."""
+        first_value_head = (self.spec.num_heads + qkv.shape[1]) // 2
+        values = qkv[:, first_value_head:].contiguous()
+        normed = rms_norm(values, values.new_ones(values.shape[-1]), self.spec.rms_norm_eps)
+        return torch.cat((qkv[:, :first_value_head], normed), dim=1)
+
     def _gated(self, out: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """Attention's output [T, N, D], multiplied by the gate that its input x [T, H] computes."""
         gate = self.linears["attn.gate"](x).float()
@@ -200,10 +240,29 @@ class DecoderLayer:
         # One value for each element, or one for each head.
         return out * gate.to(out.dtype).view(*out.shape[:2], -1)
 
-    def _mlp_or_moe(self, x: torch.Tensor) -> torch.Tensor:
-        """x: [T, H], normalized. Returns the update of the residual, [T, H]."""
-        update = self._moe(x) if self.layer.is_moe else self._mlp(x, "mlp")
-        return self._norm(self.parallel_group.all_reduce(update), "mlp_post_norm")
+    def _mlp_or_moe(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        """x: [T, H], the residual normalized. Returns the update of the residual, [T, H]."""
+        moe = self.spec.moe
+        if moe is not None and moe.beside_mlp and self.layer.is_moe:
+            update = self._mlp_beside_experts(x, residual)
+        else:
+            update = self._moe(x) if self.layer.is_moe else self._mlp(x, "mlp")
+            update = self.parallel_group.all_reduce(update)
+        return self._norm(update, "mlp_post_norm")
+
+    def _mlp_beside_experts(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        """The sum of the MLP of x and of the experts of the residual, [T, H] (Gemma 4)."""
+        moe = self.spec.moe
+        assert moe is not None
+        group = self.parallel_group
+        from_mlp = self._norm(group.all_reduce(self._mlp(x, "mlp")), "mlp.post_mlp_norm")
+        scale = self.vectors["mlp.router.scale"] * self.spec.hidden_size**-0.5
+        router_input = rms_norm(residual, scale, self.spec.rms_norm_eps)
+        weights, ids = select_experts(self.linears["mlp.router"](router_input), moe, None)
+        weights = weights * self.vectors["mlp.router.per_expert_scale"][ids]
+        experts = self._experts(self._norm(residual, "mlp.pre_experts_norm"), ids, weights)
+        from_experts = self._norm(group.all_reduce(experts), "mlp.post_experts_norm")
+        return from_mlp + from_experts
 
     def _mlp(self, x: torch.Tensor, module: str) -> torch.Tensor:
         activation = self.spec.activation
@@ -276,17 +335,26 @@ class DecoderLayer:
             return None
         gate_up = [self.linears[f"{modules[expert]}.gate_up"] for expert in local]
         down = [self.linears[f"{modules[expert]}.down"] for expert in local]
-        for linear in gate_up + down:
-            if linear.bias is not None or linear.activation_quant:
-                return None
+        if any(linear.activation_quant for linear in gate_up + down):
+            return None
         gate_up_stack = stack_experts([linear.weight for linear in gate_up])
         down_stack = stack_experts([linear.weight for linear in down])
         if gate_up_stack is None or down_stack is None or not supports_fused_experts(gate_up_stack):
             return None
-        if not self.spec.gated_mlp or self.spec.activation not in ("silu", "gelu_tanh"):
+        spec = self.spec
+        if not spec.gated_mlp or spec.activation not in ("silu", "gelu_tanh", "swiglu_clamped"):
             return None
-        gelu = self.spec.activation == "gelu_tanh"
-        return FusedExperts(gate_up_stack, down_stack, local[0], moe.num_experts, gelu)
+        is_clamped = spec.activation == "swiglu_clamped"
+        return FusedExperts(
+            gate_up_stack,
+            down_stack,
+            local[0],
+            moe.num_experts,
+            spec.activation == "gelu_tanh",
+            _stack_biases(gate_up),
+            _stack_biases(down),
+            swiglu=(spec.swiglu_limit, spec.swiglu_alpha) if is_clamped else None,
+        )
 
     def has_kv_scales(self, kv_cache_dtype: str) -> bool:
         """Whether the checkpoint has scales for an "int8" or "fp8" cache of this layer."""
@@ -386,6 +454,11 @@ class Decoder:
         self.head = head
         self.final_norm = tensors.pop("norm.weight", missing) + spec.norm_offset
         self.final_norm_bias = tensors.pop("norm.bias", None)
+        self.per_layer = {
+            name: tensors.pop(f"per_layer.{name}.weight")
+            for name in ("embed", "projection", "norm")
+            if spec.per_layer_input_size
+        }
         self.layers = []
         for index in range(len(spec.layers)):
             prefix = f"layers.{index}."
@@ -417,13 +490,16 @@ class Decoder:
         Returns hidden states [T, H] after the last norm. A pipeline stage receives its input from
         the stage before it and sends its output to the next.
         """
+        per_layer_inputs = None
         if self.spec.is_first_stage:
             hidden = self.embed_tokens(tokens)
+            if self.per_layer:
+                per_layer_inputs = self.per_layer_inputs(tokens, hidden)
         else:
             hidden = self.parallel_group.receive(
                 len(tokens), self.spec.hidden_size, self.dtype, self.device
             )
-        hidden = self.run_layers(hidden, self.cos_sin(positions), batch, caches)
+        hidden = self.run_layers(hidden, self.cos_sin(positions), batch, caches, per_layer_inputs)
         if not self.spec.is_last_stage:
             self.parallel_group.send(hidden)
         return hidden
@@ -434,29 +510,57 @@ class Decoder:
         cos_sin: Mapping[str, CosSin],
         batch: AttentionBatch,
         caches: Sequence[KVCache],
+        per_layer_inputs: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """[T, H] embedded tokens -> [T, H] after the last norm."""
+        """[T, H] embedded tokens -> [T, H] after the last norm.
+
+        per_layer_inputs: [T, layers, P], as `per_layer_inputs` computes them.
+        """
         residual = hidden
         update = None
-        for layer, cache in zip(self.layers, caches, strict=True):
-            residual, update = layer.forward_with_residual(residual, update, cos_sin, batch, cache)
+        for index, (layer, cache) in enumerate(zip(self.layers, caches, strict=True)):
+            own_input = None if per_layer_inputs is None else per_layer_inputs[:, index]
+            residual, update = layer.forward_with_residual(
+                residual, update, cos_sin, batch, cache, own_input
+            )
+        return self.normalize(residual, update)
+
+    def normalize(self, residual: torch.Tensor, update: torch.Tensor | None = None) -> torch.Tensor:
+        """The last norm of the sum, [T, H]; only the sum before the last pipeline stage."""
         final_norm = self.final_norm if self.spec.is_last_stage else None
         _, hidden = _add_norm(self.spec, residual, update, final_norm, self.final_norm_bias)
         return hidden
 
     def embed_tokens(self, tokens: torch.Tensor) -> torch.Tensor:
         """[T] -> [T, H]"""
-        group = self.parallel_group
-        if group.tp_size == 1:
-            hidden = embedding(tokens, self.embedding).to(self.dtype)
-        else:  # each rank holds the rows of its part of the vocabulary
-            rows = tokens - group.vocab_start
-            is_here = (rows >= 0) & (rows < len(self.embedding))
-            partial = embedding(rows.where(is_here, 0), self.embedding).to(self.dtype)
-            hidden = group.all_reduce(partial * is_here[:, None])
+        hidden = self._embed(tokens, self.embedding)
         if self.spec.embedding_multiplier != 1.0:
             hidden = hidden * self.spec.embedding_multiplier
         return hidden
+
+    def _embed(self, tokens: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+        """The rows of a table that is split over the ranks by the vocabulary."""
+        group = self.parallel_group
+        if group.tp_size == 1:
+            return embedding(tokens, table).to(self.dtype)
+        rows = tokens - group.vocab_start
+        is_here = (rows >= 0) & (rows < len(table))
+        partial = embedding(rows.where(is_here, 0), table).to(self.dtype)
+        return group.all_reduce(partial * is_here[:, None])
+
+    def per_layer_inputs(self, tokens: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+        """What each layer gets of each token beside the hidden state, [T, layers, P].
+
+        It is the sum of a row of the second embedding and of a projection of the first one's.
+        hidden: [T, H], as `embed_tokens` returns it.
+        """
+        size = self.spec.per_layer_input_size
+        rows = self._embed(tokens, self.per_layer["embed"]) * size**0.5
+        projected = linear(hidden, self.per_layer["projection"]) * self.spec.hidden_size**-0.5
+        normed = rms_norm(
+            projected.unflatten(-1, (-1, size)), self.per_layer["norm"], self.spec.rms_norm_eps
+        )
+        return (normed + rows.unflatten(-1, (-1, size))) * 2**-0.5
 
     def cos_sin(self, positions: torch.Tensor) -> dict[str, CosSin]:
         """The cosines and sines of a step, for every rotary embedding of the model."""
@@ -480,7 +584,7 @@ class Decoder:
     def weights(self) -> tuple[list[Linear], list[torch.Tensor]]:
         """Its linear layers, and its other tensors."""
         linears = [self.head]
-        others = [self.embedding, self.final_norm]
+        others = [self.embedding, self.final_norm, *self.per_layer.values()]
         for layer in self.layers:
             linears += layer.linears.values()
             for vectors in (layer.norms, layer.norm_biases, layer.vectors):
@@ -488,16 +592,22 @@ class Decoder:
         return linears, others
 
     def new_kv_cache(
-        self, num_blocks: int, block_size: int = 16, kv_cache_dtype: str | None = None
+        self,
+        num_blocks: int,
+        block_size: int = 16,
+        kv_cache_dtype: str | None = None,
+        layer_spec: ModelSpec | None = None,
     ) -> KVCache:
-        """One layer's empty cache on the model's device.
+        """A layer's empty cache on the model's device.
 
+        layer_spec: the spec with the layer's sizes; None: those of the model.
         kv_cache_dtype: "int8", "fp8", or None for the model's dtype. An 8-bit cache uses the
         checkpoint's scales if there are any for this dtype, otherwise a scale per token and head.
         """
-        shape = (2 * self.spec.num_kv_heads, num_blocks, block_size)
+        spec = layer_spec or self.spec
+        shape = (2 * spec.num_kv_heads, num_blocks, block_size)
         dtype = KV_CACHE_DTYPES[kv_cache_dtype] if kv_cache_dtype else self.dtype
-        kv = lazy_zeros((*shape, self.spec.head_dim), dtype, self.device)
+        kv = lazy_zeros((*shape, spec.head_dim), dtype, self.device)
         if kv_cache_dtype is None or all(
             layer.has_kv_scales(kv_cache_dtype) for layer in self.layers
         ):
@@ -517,6 +627,12 @@ def _add_norm(
     if spec.norm == "layer" and weight is not None:
         return add_layer_norm(residual, update, scale, weight, bias, spec.rms_norm_eps)
     return add_rms_norm(residual, update, scale, weight, spec.rms_norm_eps)
+
+
+def _stack_biases(linears: Sequence[Linear]) -> torch.Tensor | None:
+    """The biases of experts as one tensor [E, out]; None where they have none."""
+    biases = [linear.bias for linear in linears if linear.bias is not None]
+    return torch.stack(biases) if biases else None
 
 
 def _with_prefix(values: Mapping[str, _Value], prefix: str) -> dict[str, _Value]:

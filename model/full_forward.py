@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 
 from llmkit.kernels.attention_metadata import AttentionBatch
-from llmkit.model.language_model import LanguageModel
+from llmkit.model.language_model import LanguageModel, scratch_kv_caches
 
 
 def make_batch(model: LanguageModel, lengths: list[int]) -> tuple[torch.Tensor, AttentionBatch]:
@@ -19,14 +19,11 @@ def make_batch(model: LanguageModel, lengths: list[int]) -> tuple[torch.Tensor, 
 
 @torch.inference_mode()
 def hidden_states(model: LanguageModel, sequences: list[torch.Tensor]) -> torch.Tensor:
-    """Hidden states [T, H] after the last norm. sequences: int64 token ids, one [n] each.
-
-    All layers share one KV cache: a layer reads only what it has just written.
-    """
+    """Hidden states [T, H] after the last norm. sequences: int64 token ids, one [n] each."""
     positions, batch = make_batch(model, [len(sequence) for sequence in sequences])
-    cache = model.new_kv_cache(batch.num_blocks, batch.block_size)
+    caches = scratch_kv_caches(model, model.spec, batch.num_blocks, batch.block_size)
     tokens = torch.cat(sequences).to(model.device)
-    return model(tokens, positions, batch, [cache] * len(model.spec.layers))
+    return model(tokens, positions, batch, caches)
 
 
 @torch.inference_mode()

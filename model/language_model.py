@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
@@ -11,7 +11,7 @@ from llmkit.kernels.attention_metadata import AttentionBatch
 from llmkit.kernels.kv_cache import KVCache
 from llmkit.model.linear import Linear
 from llmkit.model.parallel_group import ParallelGroup
-from llmkit.model.spec import ModelSpec
+from llmkit.model.spec import LayerSpec, ModelSpec
 
 
 class LanguageModel(Protocol):
@@ -40,14 +40,71 @@ class LanguageModel(Protocol):
         ...
 
     def new_kv_cache(
-        self, num_blocks: int, block_size: int = 16, kv_cache_dtype: str | None = None
+        self,
+        num_blocks: int,
+        block_size: int = 16,
+        kv_cache_dtype: str | None = None,
+        layer_spec: ModelSpec | None = None,
     ) -> KVCache:
-        """One layer's empty cache on the model's device.
+        """A layer's empty cache on the model's device.
 
         kv_cache_dtype: "int8", "fp8", or None for the model's dtype.
+        layer_spec: the spec with the layer's sizes; None: those of the model.
         """
         ...
 
     def weights(self) -> tuple[list[Linear], list[torch.Tensor]]:
         """Its linear layers, and its other tensors. A tensor may occur several times."""
         ...
+
+
+def new_kv_caches(
+    model: LanguageModel,
+    num_blocks: Callable[[LayerSpec], int],
+    block_size: int,
+    kv_cache_dtype: str | None = None,
+) -> list[KVCache]:
+    """A cache for each layer. A layer that reads the keys and values of another has its cache.
+
+    num_blocks: the blocks of a layer.
+    """
+    caches: list[KVCache] = []
+    for index, layer in enumerate(model.spec.layers):
+        if layer.reads_kv_of:
+            caches.append(caches[index - layer.reads_kv_of])
+        else:
+            blocks = num_blocks(layer)
+            own = model.spec.for_layer(index)
+            caches.append(model.new_kv_cache(blocks, block_size, kv_cache_dtype, own))
+    return caches
+
+
+def scratch_kv_caches(
+    model: LanguageModel,
+    spec: ModelSpec,
+    num_blocks: int,
+    block_size: int,
+    kv_cache_dtype: str | None = None,
+) -> list[KVCache]:
+    """A cache for each layer of `spec`, for a step whose keys and values are not read again.
+
+    Layers of equal sizes share one: a layer reads only what it has just written. A layer whose keys
+    and values others read has its own.
+    """
+    layers = spec.layers
+    is_read = {index - layer.reads_kv_of for index, layer in enumerate(layers) if layer.reads_kv_of}
+    caches: list[KVCache] = []
+    shared: dict[tuple[int, int], KVCache] = {}
+    for index, layer in enumerate(layers):
+        if layer.reads_kv_of:
+            caches.append(caches[index - layer.reads_kv_of])
+            continue
+        own = spec.for_layer(index)
+        sizes = (own.num_kv_heads, own.head_dim)
+        if index in is_read:
+            caches.append(model.new_kv_cache(num_blocks, block_size, kv_cache_dtype, own))
+            continue
+        if sizes not in shared:
+            shared[sizes] = model.new_kv_cache(num_blocks, block_size, kv_cache_dtype, own)
+        caches.append(shared[sizes])
+    return caches

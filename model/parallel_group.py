@@ -9,7 +9,7 @@ import torch
 
 from llmkit.kernels.sampling import VocabParallel
 from llmkit.model.parameter_table import Split
-from llmkit.model.spec import ModelSpec, RankSpec
+from llmkit.model.spec import LayerSpec, ModelSpec, RankSpec
 
 
 def rank_spec(
@@ -34,10 +34,22 @@ def rank_spec(
         num_kv_heads=max(1, full_model.num_kv_heads // tp),
         intermediate_size=full_model.intermediate_size // tp,
         vocab_size=Split("vocab", 0, full_model.vocab_size).padded_rows(tp),
-        layers=full_model.layers[first:end],
+        layers=tuple(_layer_of_rank(layer, tp) for layer in full_model.layers[first:end]),
         moe=moe,
         rank=RankSpec(full_model, rank, tp, ep, first, end),
     )
+
+
+def _layer_of_rank(layer: LayerSpec, tp: int) -> LayerSpec:
+    """A layer whose own sizes are those of one of `tp` ranks."""
+    sizes = {}
+    if layer.num_heads is not None:
+        sizes["num_heads"] = layer.num_heads // tp
+    if layer.num_kv_heads is not None:
+        sizes["num_kv_heads"] = max(1, layer.num_kv_heads // tp)
+    if layer.intermediate_size is not None:
+        sizes["intermediate_size"] = layer.intermediate_size // tp
+    return replace(layer, **sizes)
 
 
 class Waitable(Protocol):

@@ -116,7 +116,15 @@ MODULES = {
     "mlp.up": "mlp.up_proj",
     "mlp.down": "mlp.down_proj",
     "mlp_post_norm": "post_feedforward_layernorm",
+    "mlp.post_mlp_norm": "post_feedforward_layernorm_1",
+    "mlp.pre_experts_norm": "pre_feedforward_layernorm_2",
+    "mlp.post_experts_norm": "post_feedforward_layernorm_2",
+    "per_layer.gate": "per_layer_input_gate",
+    "per_layer.projection": "per_layer_projection",
+    "per_layer.norm": "post_per_layer_input_norm",
 }
+# The norms of a layer whose MLP is beside its experts (`MoeSpec.beside_mlp`).
+BESIDE_MLP_NORMS = ("mlp.post_mlp_norm", "mlp.pre_experts_norm", "mlp.post_experts_norm")
 
 
 @dataclass(frozen=True)
@@ -260,6 +268,8 @@ def _model_rows(spec: ModelSpec) -> Iterator[Parameter]:
     embedding = SourceTensor(embedding_tensor(spec), shape, vocab)
     stages = (EMBEDDING_STAGE, num_layers) if spec.tie_word_embeddings else (EMBEDDING_STAGE,)
     yield Parameter("embed.weight", (embedding,), stages)
+    if spec.per_layer_input_size:
+        yield from _per_layer_input_rows(spec, vocab)
     for index in range(num_layers):
         yield from _layer_rows(spec, index)
     last_linear = f"layers.{num_layers - 1}.mlp.down.weight"
@@ -270,6 +280,23 @@ def _model_rows(spec: ModelSpec) -> Iterator[Parameter]:
     if not spec.tie_word_embeddings:
         head = SourceTensor(f"{spec.lm_head_name}.weight", shape, vocab)
         yield Parameter("lm_head.weight", (head,), (num_layers,), input_from="norm.weight")
+
+
+def _per_layer_input_rows(spec: ModelSpec, vocab: Split) -> Iterator[Parameter]:
+    """The second embedding, which gives every layer a vector for each token."""
+    prefix = spec.tensor_prefix
+    size = len(spec.full_model.layers) * spec.per_layer_input_size
+    layers = (EMBEDDING_STAGE,)
+    embedding = SourceTensor(
+        f"{prefix}.embed_tokens_per_layer.weight", (spec.vocab_size, size), vocab
+    )
+    yield Parameter("per_layer.embed.weight", (embedding,), layers)
+    projection = SourceTensor(
+        f"{prefix}.per_layer_model_projection.weight", (size, spec.hidden_size)
+    )
+    yield Parameter("per_layer.projection.weight", (projection,), layers)
+    norm = SourceTensor(f"{prefix}.per_layer_projection_norm.weight", (spec.per_layer_input_size,))
+    yield Parameter("per_layer.norm.weight", (norm,), layers)
 
 
 def embedding_tensor(spec: ModelSpec) -> str:
@@ -288,6 +315,8 @@ def _layer_rows(spec: ModelSpec, index: int) -> Iterator[Parameter]:
     source = _source_layer(spec, index)
     name = f"layers.{index}"
     layers = (index,)
+    layer = spec.layers[index]
+    spec = spec.for_layer(index)
 
     def norm(module: str, size: int, split: Split = REPLICATED) -> Iterator[Parameter]:
         checkpoint = _module(spec, module)
@@ -309,17 +338,18 @@ def _layer_rows(spec: ModelSpec, index: int) -> Iterator[Parameter]:
     kv_size = spec.num_kv_heads * spec.head_dim
     if spec.pre_norm:
         yield from norm("attn_norm", spec.hidden_size)
+    projections = [(linear("attn.q"), q_size, heads)]
+    if not layer.reads_kv_of:
+        projections.append((linear("attn.k"), kv_size, kv_heads))
+    if not layer.reads_kv_of and not layer.value_is_key:
+        projections.append((linear("attn.v"), kv_size, kv_heads))
     has_gate = spec.attention_gate != "none"
     is_only_reader = spec.pre_norm and not spec.parallel_block and not has_gate
     yield from _fused_linear(
         spec,
         f"{name}.attn.qkv",
         linear("attn.qkv") if spec.fused_qkv else None,
-        [
-            (linear("attn.q"), q_size, heads),
-            (linear("attn.k"), kv_size, kv_heads),
-            (linear("attn.v"), kv_size, kv_heads),
-        ],
+        projections,
         spec.qkv_bias,
         layers,
         f"{name}.attn_norm.weight" if is_only_reader else None,
@@ -329,7 +359,8 @@ def _layer_rows(spec: ModelSpec, index: int) -> Iterator[Parameter]:
         yield from norm("attn.k_norm", kv_size, kv_heads)
     elif spec.qk_norm == "head":
         yield from norm("attn.q_norm", spec.head_dim)
-        yield from norm("attn.k_norm", spec.head_dim)
+        if not layer.reads_kv_of:
+            yield from norm("attn.k_norm", spec.head_dim)
     if spec.attention_sinks:
         sinks = SourceTensor(
             f"{source}.self_attn.sinks",
@@ -356,7 +387,7 @@ def _layer_rows(spec: ModelSpec, index: int) -> Iterator[Parameter]:
         Split("heads", 1, spec.num_heads, spec.head_dim),
         spec.o_proj_bias,
         layers,
-        f"{name}.attn.qkv.weight",
+        None if spec.v_norm else f"{name}.attn.qkv.weight",
     )
     if spec.post_norm:
         yield from norm("attn_post_norm", spec.hidden_size)
@@ -364,9 +395,13 @@ def _layer_rows(spec: ModelSpec, index: int) -> Iterator[Parameter]:
     if has_mlp_norm:
         yield from norm("mlp_norm", spec.hidden_size)
     mlp_input = f"{name}.mlp_norm.weight" if has_mlp_norm else None
-    if spec.layers[index].is_moe:
-        yield from _moe_rows(spec, index, mlp_input)
-    else:
+    has_mlp = not layer.is_moe or (spec.moe is not None and spec.moe.beside_mlp)
+    if layer.is_moe:
+        yield from _moe_rows(spec, index, None if has_mlp else mlp_input)
+        if has_mlp:
+            for module in BESIDE_MLP_NORMS:
+                yield from norm(module, spec.hidden_size)
+    if has_mlp:
         yield from _mlp_rows(
             spec,
             f"{name}.mlp",
@@ -382,6 +417,25 @@ def _layer_rows(spec: ModelSpec, index: int) -> Iterator[Parameter]:
                 yield Parameter(f"{name}.mlp.act.{parameter}", (tensor,), layers, is_float32=True)
     if spec.post_norm:
         yield from norm("mlp_post_norm", spec.hidden_size)
+    if spec.per_layer_input_size:
+        for module, shape in (
+            ("per_layer.gate", (spec.per_layer_input_size, spec.hidden_size)),
+            ("per_layer.projection", (spec.hidden_size, spec.per_layer_input_size)),
+        ):
+            yield from _linear(
+                f"{name}.{module}",
+                linear(module),
+                shape,
+                REPLICATED,
+                False,
+                layers,
+                None,
+                is_linear=False,
+            )
+        yield from norm("per_layer.norm", spec.hidden_size)
+    if spec.layer_scalar:
+        scalar = SourceTensor(f"{source}.layer_scalar", (1,))
+        yield Parameter(f"{name}.layer_scalar", (scalar,), layers)
 
 
 def _source_layer(spec: ModelSpec, index: int) -> str:
@@ -393,7 +447,9 @@ def _source_layer(spec: ModelSpec, index: int) -> str:
 def _moe_rows(spec: ModelSpec, index: int, input_from: str | None) -> Iterator[Parameter]:
     moe = spec.moe
     assert moe is not None
-    source = f"{_source_layer(spec, index)}.{moe.module}"
+    source = _source_layer(spec, index)
+    if moe.module:
+        source = f"{source}.{moe.module}"
     name = f"layers.{index}.mlp"
     layers = (index,)
     yield from _linear(
@@ -410,6 +466,11 @@ def _moe_rows(spec: ModelSpec, index: int, input_from: str | None) -> Iterator[P
         shape = moe.correction_bias_shape or (moe.num_experts,)
         bias = SourceTensor(f"{source}.{moe.correction_bias}", shape)
         yield Parameter(f"{name}.router.correction_bias", (bias,), layers, is_float32=True)
+
+    if moe.beside_mlp:
+        for vector, size in (("scale", spec.hidden_size), ("per_expert_scale", moe.num_experts)):
+            tensor = SourceTensor(f"{source}.router.{vector}", (size,))
+            yield Parameter(f"{name}.router.{vector}", (tensor,), layers)
 
     def mlp_rows(runtime: str, module: str, size: int) -> Iterator[Parameter]:
         names = (f"{module}.gate_up_proj", *(f"{module}.{x}" for x in (moe.gate, moe.up, moe.down)))

@@ -161,7 +161,7 @@ class TransformersModel:
         num_blocks: int,
         block_size: int = 16,
         kv_cache_dtype: str | None = None,
-        layer: int = 0,
+        layer_spec: ModelSpec | None = None,
     ) -> KVCache:
         """See `LanguageModel`."""
         shape = (2 * self.spec.num_kv_heads, num_blocks, block_size)

@@ -180,7 +180,7 @@ def _relative_loss(
 def _run(layer: DecoderLayer, windows: TuningWindows, inputs: torch.Tensor) -> torch.Tensor:
     """The layer's output. Each run has its own KV cache, because gradients pass through it."""
     context = windows.context
-    cache = KVCache(torch.zeros_like(context.cache.kv))
+    cache = KVCache(torch.zeros_like(context.caches[layer.index].kv))
     return layer(inputs, context.cos_sin, context.batch, cache)
 
 

@@ -40,10 +40,12 @@ def sublayers(layer: DecoderLayer) -> tuple[SubLayer, ...]:
     """The attention and the MLP of a decoder layer. The first has the attention."""
 
     def both(hidden: torch.Tensor, context: BatchContext) -> torch.Tensor:
-        return layer(hidden, context.cos_sin, context.batch, context.cache)
+        cache = context.caches[layer.index]
+        return layer(hidden, context.cos_sin, context.batch, cache)
 
     def attention(hidden: torch.Tensor, context: BatchContext) -> torch.Tensor:
-        return layer.attention_block(hidden, context.cos_sin, context.batch, context.cache)
+        cache = context.caches[layer.index]
+        return layer.attention_block(hidden, context.cos_sin, context.batch, cache)
 
     def mlp(hidden: torch.Tensor, context: BatchContext) -> torch.Tensor:
         return layer.mlp_block(hidden)
@@ -110,7 +112,7 @@ def collect_input_stats(
 
 
 def max_abs_kv(
-    attention: SubLayer, batches: Sequence[MicroBatch]
+    layer: DecoderLayer, attention: SubLayer, batches: Sequence[MicroBatch]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The largest magnitudes [1] of the keys and of the values that go into the KV cache."""
     max_key = torch.zeros(1)
@@ -118,7 +120,7 @@ def max_abs_kv(
     for micro_batch in batches:
         context = micro_batch.context
         attention.run(micro_batch.hidden.to(context.device), context)
-        keys, values = context.cache.kv.chunk(2)
+        keys, values = context.caches[layer.index].kv.chunk(2)
         max_key.clamp_(min=keys.abs().max().item())
         max_value.clamp_(min=values.abs().max().item())
     return max_key, max_value

@@ -14,7 +14,6 @@ from dataclasses import dataclass, replace
 import torch
 
 from llmkit.common.progress import Progress
-from llmkit.kernels.elementwise import rms_norm
 from llmkit.quant.algorithm import QuantTarget
 from llmkit.quant.grid import FULL_SEARCH, round_to_nearest
 from llmkit.quant.layer_stream import LayerStream, MicroBatch
@@ -120,7 +119,7 @@ def _kl_divergences(
 
     def log_probs(batch: MicroBatch) -> torch.Tensor:
         hidden = batch.hidden.to(source.device)
-        hidden = rms_norm(hidden, decoder.final_norm, source.spec.rms_norm_eps)
+        hidden = decoder.normalize(hidden)
         return torch.log_softmax(decoder.logits(hidden), dim=-1)
 
     reference = log_probs(base)

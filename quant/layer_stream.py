@@ -16,10 +16,10 @@ from llmkit.checkpoint.checkpoint import Checkpoint
 from llmkit.checkpoint.output_directory import write_errors
 from llmkit.checkpoint.tensor_reader import read_range, tensor_bytes
 from llmkit.kernels.attention_metadata import AttentionBatch
-from llmkit.kernels.elementwise import rms_norm
 from llmkit.kernels.kv_cache import KVCache
 from llmkit.model.decoder import Decoder, DecoderLayer
 from llmkit.model.full_forward import make_batch
+from llmkit.model.language_model import scratch_kv_caches
 from llmkit.model.linear import ActivationQuant
 from llmkit.model.parameter_table import Parameter, parameters
 from llmkit.model.rope import CosSin
@@ -35,16 +35,16 @@ BATCH_ELEMENTS = 1 << 26
 
 @dataclass(frozen=True)
 class BatchContext:
-    """What micro-batches of one size share: positions, attention inputs, a scratch KV cache."""
+    """What micro-batches of one size share: positions, attention inputs, scratch KV caches."""
 
     cos_sin: Mapping[str, CosSin]
     batch: AttentionBatch
-    cache: KVCache
+    caches: Sequence[KVCache]  # one for each layer
 
     @property
     def device(self) -> torch.device:
         """The device of the layers."""
-        return self.cache.kv.device
+        return self.caches[0].kv.device
 
 
 class MicroBatch:
@@ -160,7 +160,7 @@ class LayerStream:
         for chunk in windows.split(max(1, batch_tokens // length)):
             count = len(chunk)
             if count not in contexts:
-                contexts[count] = _batch_context(decoder, count, length)
+                contexts[count] = self._batch_context(decoder, count, length)
             file = folder / f"hidden-{len(batches)}.bin" if folder is not None else None
             hidden = decoder.embed_tokens(chunk.flatten().to(self.device)).cpu()
             batches.append(MicroBatch(hidden, contexts[count], file))
@@ -168,7 +168,12 @@ class LayerStream:
 
     def batch_context(self, count: int, length: int) -> BatchContext:
         """The context of a micro-batch of `count` windows of `length` tokens."""
-        return _batch_context(self.decoder_without_layers(with_head=False), count, length)
+        return self._batch_context(self.decoder_without_layers(with_head=False), count, length)
+
+    def _batch_context(self, decoder: Decoder, count: int, length: int) -> BatchContext:
+        positions, batch = make_batch(decoder, [length] * count)
+        caches = scratch_kv_caches(decoder, self.spec, batch.num_blocks, batch.block_size)
+        return BatchContext(decoder.cos_sin(positions), batch, caches)
 
     @torch.no_grad()
     def run_layer(self, layer: DecoderLayer, batches: list[MicroBatch]) -> None:
@@ -176,7 +181,8 @@ class LayerStream:
         for micro_batch in batches:
             context = micro_batch.context
             hidden = micro_batch.hidden.to(context.device)
-            hidden = layer(hidden, context.cos_sin, context.batch, context.cache)
+            cache = context.caches[layer.index]
+            hidden = layer(hidden, context.cos_sin, context.batch, cache)
             micro_batch.hidden = hidden.cpu()
 
     @torch.no_grad()
@@ -192,17 +198,16 @@ class LayerStream:
             self.run_layer(self.layer(index), batches)
             advance()
         decoder = self.decoder_without_layers(with_head=True)
-        eps = self.spec.rms_norm_eps
         for micro_batch in batches:
             for hidden in micro_batch.hidden.split(windows.shape[1]):
-                yield decoder.logits(rms_norm(hidden.to(self.device), decoder.final_norm, eps))
+                yield decoder.logits(decoder.normalize(hidden.to(self.device)))
 
     def decoder_without_layers(self, with_head: bool) -> Decoder:
         """The decoder with no layers, and with the output projection only if `with_head`."""
         # A tied decoder needs no lm_head tensor.
         tied = self.spec.tie_word_embeddings or not with_head
         spec = replace(self.spec, layers=(), tie_word_embeddings=tied)
-        names = {"embed.weight", "norm.weight"}
+        names = {"embed.weight", "norm.weight", "norm.bias"}
         if not tied:
             names.add("lm_head.weight")
         tensors: dict[str, torch.Tensor] = {}
@@ -232,9 +237,3 @@ def prefetch_layers(
             yield layer
             del layer  # a held reference would keep three layers in memory
         yield future.result()
-
-
-def _batch_context(decoder: Decoder, count: int, length: int) -> BatchContext:
-    positions, batch = make_batch(decoder, [length] * count)
-    cache = decoder.new_kv_cache(batch.num_blocks, batch.block_size)
-    return BatchContext(decoder.cos_sin(positions), batch, cache)

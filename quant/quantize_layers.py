@@ -356,7 +356,8 @@ def _learn_rounding(
     for micro_batch, layer_input in zip(batches, windows.inputs, strict=True):
         context = micro_batch.context
         hidden = layer_input.hidden.to(context.device)
-        hidden = state.layer(hidden, context.cos_sin, context.batch, context.cache)
+        cache = context.caches[state.layer.index]
+        hidden = state.layer(hidden, context.cos_sin, context.batch, cache)
         micro_batch.hidden = hidden.cpu()
 
 
@@ -374,7 +375,7 @@ def _calibrate_kv(
             continue
         kind = KV_CACHE_TYPES[quantization.kv]
         max_value = FP8_MAX if kind == "float" else INT8_MAX
-        max_abs = max_abs_kv(attention, batches)
+        max_abs = max_abs_kv(state.layer, attention, batches)
         for (name, tensor), magnitude in zip(names.items(), max_abs, strict=True):
             scale = (magnitude / max_value).clamp(min=MIN_SCALE)
             state.kv_scales[tensor] = scale

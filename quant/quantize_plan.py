@@ -235,14 +235,14 @@ def make_plan(source: str, out: Path, options: QuantizeOptions, progress: Progre
             "A model whose checkpoint stores its experts one by one was expected",
             "Cast it with --method bf16 or fp16, or serve it as it is",
         )
-    needs_forward = method_options(options).calibrated or options.mixed
+    needs_forward = method_options(options).calibrated or options.mixed or options.evaluate
     shares_kv = any(layer.reads_kv_of for layer in spec.layers)
     if needs_forward and (spec.per_layer_input_size or shares_kv):
         raise InputError(
-            f"the layers of {source} read more than the output of the layer before them"
-            " (embeddings or keys of other layers), which calibration does not provide",
-            "A method without calibration was expected",
-            "Use --method rtn, or fp8 or int8 without --static",
+            f"the layers of {source} read more than the output of the layer before them:"
+            " embeddings or keys of other layers",
+            "A model whose layers can run one at a time, for calibration and evaluation",
+            "Use a method without calibration (rtn, fp8, int8) and --no-eval; then llmkit bench",
         )
     if quantization is not None and options.method == "gptq":
         quantization = dataclasses.replace(quantization, damp=options.damp)

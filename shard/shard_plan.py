@@ -64,8 +64,8 @@ class ShardPlan:
     ranks: tuple[RankPlan, ...]
     carried: tuple[TensorSlice, ...]  # whole tensors of parts that do not run, in CARRIED_FILE
     left_out: tuple[str, ...]  # source tensors that repeat others and are not stored
-    # The bytes of K and V of one token, in one layer of one rank.
-    kv_bytes_per_layer: int
+    # The bytes of K and V of one token in each layer, on one rank.
+    kv_bytes_per_layer: tuple[int, ...]
 
     @cached_property
     def replicas(self) -> dict[TensorSlice, tuple[int, ...]]:
@@ -176,7 +176,9 @@ class ShardPlan:
                     "bytes": sizes[rank.file],
                     "replicated_bytes": sum(self._replicated_bytes(piece) for piece in rank.slices),
                     "padding_bytes": sum(piece.padding_bytes for piece in rank.slices),
-                    "kv_bytes_per_token": self.kv_bytes_per_layer * len(self.stages[rank.pp]),
+                    "kv_bytes_per_token": sum(
+                        self.kv_bytes_per_layer[layer] for layer in self.stages[rank.pp]
+                    ),
                 }
                 for rank in self.ranks
             ],
@@ -223,6 +225,12 @@ def plan_shards(
     else:
         rows = [(parameter, source_tensors[name]) for name, (parameter, _) in expected.items()]
         stages = _balanced_stages(num_layers, rows, pp)
+    if pp > 1 and (spec.per_layer_input_size or any(x.reads_kv_of for x in spec.layers)):
+        raise UsageError(
+            f"--pp {pp}: layers of {spec.architecture} read embeddings or keys of other stages",
+            "One stage",
+            "Use --tp",
+        )
     stage_of_layer = {EMBEDDING_STAGE: 0, num_layers: pp - 1}
     for stage, layers in enumerate(stages):
         for layer in layers:
@@ -307,13 +315,17 @@ def _kv_bytes_per_layer(
     quantization: QuantizationConfig | None,
     source_tensors: Mapping[str, TensorInfo],
     tp: int,
-) -> int:
-    start, stop = Split("kv_heads", 0, spec.num_kv_heads, spec.head_dim).interval(0, tp)
+) -> tuple[int, ...]:
     if quantization is not None and quantization.kv:
         itemsize = 1
     else:
         itemsize = DTYPES[source_tensors[embedding_tensor(spec)].dtype].itemsize
-    return 2 * (stop - start) * itemsize
+    sizes = []
+    for index, layer in enumerate(spec.layers):
+        own = spec.for_layer(index)
+        start, stop = Split("kv_heads", 0, own.num_kv_heads, own.head_dim).interval(0, tp)
+        sizes.append(0 if layer.reads_kv_of else 2 * (stop - start) * itemsize)
+    return tuple(sizes)
 
 
 def _layout_entry(piece: TensorSlice, replicas: tuple[int, ...]) -> dict[str, Any]:

@@ -117,7 +117,9 @@ class CpuGraphRunner:
         self._last_num_rows = 0  # sequences of the decode step before
         is_single_rank = model.spec.rank is None  # collective operations are not recorded
         has_kernels = cpu_kernels.library is not None and model.dtype == torch.float32
-        self.enabled = enabled and is_single_rank and has_kernels
+        # What each layer adds of a second embedding is not recorded.
+        has_one_embedding = not model.spec.per_layer_input_size
+        self.enabled = enabled and is_single_rank and has_kernels and has_one_embedding
 
     @property
     def num_graphs(self) -> int:

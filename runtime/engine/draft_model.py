@@ -8,7 +8,7 @@ from itertools import accumulate
 import torch
 
 from llmkit.kernels.sampling import sample
-from llmkit.model.language_model import LanguageModel
+from llmkit.model.language_model import LanguageModel, new_kv_caches
 from llmkit.runtime.engine.engine_config import EngineConfig
 from llmkit.runtime.engine.paged_model import PagedModel, Span, int64_tensor
 from llmkit.runtime.engine.sampling_tensors import SamplingTensorCache
@@ -28,9 +28,7 @@ class DraftModelProposer:
 
     def __init__(self, model: LanguageModel, config: EngineConfig) -> None:
         self._config = config
-        kv_caches = [
-            model.new_kv_cache(config.num_blocks, config.block_size) for _ in model.spec.layers
-        ]
+        kv_caches = new_kv_caches(model, lambda _: config.num_blocks, config.block_size)
         full_attention = config.sliding_windows.index(None)
         table_of_window = dict.fromkeys(model.spec.sliding_windows, full_attention)
         self.paged_model = PagedModel(model, kv_caches, config, table_of_window)

@@ -15,7 +15,7 @@ import torch
 
 from llmkit.kernels.sampling import gather_logprobs, sample
 from llmkit.model.decoder import Decoder
-from llmkit.model.language_model import LanguageModel
+from llmkit.model.language_model import LanguageModel, new_kv_caches
 from llmkit.model.lora import LoraManager
 from llmkit.model.parallel_group import Waitable
 from llmkit.runtime.engine.cpu_graphs import CpuGraphRunner
@@ -149,14 +149,12 @@ class ModelRunner:
 
         on_gpu = config.device.type == "cuda"
         num_padding_blocks = int(on_gpu)  # unused rows of a CUDA graph write to it
-        kv_caches = [
-            model.new_kv_cache(
-                config.num_blocks_for(layer.sliding_window) + num_padding_blocks,
-                config.block_size,
-                config.kv_cache_dtype,
-            )
-            for layer in model.spec.layers
-        ]
+        kv_caches = new_kv_caches(
+            model,
+            lambda layer: config.num_blocks_for(layer.sliding_window) + num_padding_blocks,
+            config.block_size,
+            config.kv_cache_dtype,
+        )
         table_of_window = {
             window: config.sliding_windows.index(window) for window in model.spec.sliding_windows
         }

@@ -51,8 +51,12 @@ GEMMA3_ROPE = {
 }
 # What a config of each family may say beside its sizes.
 VARIANTS: list[tuple[str, dict[str, Any]]] = [
-    # Helium has 20 KV heads by default.
-    *((kind, {"num_key_value_heads": 4} if kind == "helium" else {}) for kind in FAMILIES),
+    # Helium has 20 KV heads by default. Gemma 4 has a test of its own.
+    *(
+        (kind, {"num_key_value_heads": 4} if kind == "helium" else {})
+        for kind in FAMILIES
+        if kind != "gemma4_text"
+    ),
     (
         "llama",
         {
@@ -213,6 +217,44 @@ def test_model_spec_agrees_with_transformers(kind: str, values: dict[str, Any]) 
             assert (list(rope.long_inv_freq), rope.attention_scaling) == frequencies(
                 theirs, layer_type, 4097
             )
+
+
+def test_model_spec_of_gemma4_agrees_with_transformers() -> None:
+    """Its layers have sizes of their own."""
+    values = {"vocab_size_per_layer_input": SIZES["vocab_size"], "num_kv_shared_layers": 3}
+    values |= {"num_global_key_value_heads": 2, "attention_k_eq_v": True}
+    config = config_of("gemma4_text", values)
+    spec = model_spec(config)
+    theirs = transformers.AutoConfig.for_model(**config)
+    for index, layer in enumerate(spec.layers):
+        own = theirs.per_layer_config[index]
+        sizes = spec.for_layer(index)
+        assert sizes.num_kv_heads == own.num_key_value_heads
+        assert sizes.head_dim == own.head_dim
+        is_sliding = theirs.layer_types[index] == "sliding_attention"
+        assert layer.sliding_window == (theirs.sliding_window if is_sliding else None)
+        assert bool(layer.reads_kv_of) == (theirs.kv_sharing_modes[index] == "reuse")
+        source = index - layer.reads_kv_of
+        assert not layer.reads_kv_of or theirs.kv_sharing_modes[source] == "store"
+    for name, rope in spec.ropes.items():
+        found, _ = ROPE_INIT_FUNCTIONS["proportional"](theirs, torch.device("cpu"), layer_type=name)
+        assert list(rope.inv_freq) == found.tolist()
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"vocab_size_per_layer_input": 7}, "vocab_size_per_layer_input 7"),
+        ({"enable_moe_block": True, "hidden_size_per_layer_input": 0}, "no moe_intermediate_size"),
+        ({"num_kv_shared_layers": 8}, "8 num_kv_shared_layers"),
+        ({"use_bidirectional_attention": "all"}, "use_bidirectional_attention"),
+    ],
+)
+def test_model_spec_refuses_contradictions_of_gemma4(values: dict[str, Any], message: str) -> None:
+    config = config_of("gemma4_text", {"vocab_size_per_layer_input": SIZES["vocab_size"]} | values)
+    config = {name: value for name, value in config.items() if name != "moe_intermediate_size"}
+    with pytest.raises(InputError, match=message):
+        model_spec(config)
 
 
 @pytest.mark.parametrize(

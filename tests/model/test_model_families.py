@@ -10,6 +10,7 @@ from llmkit.checkpoint.open_checkpoint import open_checkpoint
 from llmkit.kernels.attention_metadata import AttentionBatch
 from llmkit.model.decoder import Decoder
 from llmkit.model.full_forward import window_logits
+from llmkit.model.language_model import new_kv_caches
 from llmkit.model.weight_loader import load_model
 
 BLOCK = 16
@@ -41,7 +42,7 @@ class Sequences:
             per * len(sequences), generator=torch.Generator().manual_seed(1)
         ).tolist()
         self.tables = [order[i * per : (i + 1) * per] for i in range(len(sequences))]
-        self.caches = [model.new_kv_cache(per * len(sequences), BLOCK) for _ in model.layers]
+        self.caches = new_kv_caches(model, lambda _: per * len(sequences), BLOCK)
 
     @torch.inference_mode()
     def step(self, counts: list[int]) -> list[torch.Tensor]:

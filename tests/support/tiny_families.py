@@ -344,6 +344,37 @@ FAMILIES = {
             "mup_enabled": True,
         },
     ),
+    "gemma4": (
+        "gemma4_text",
+        {
+            "num_hidden_layers": 6,
+            "head_dim": 16,
+            "global_head_dim": 32,
+            "sliding_window": 12,
+            "layer_types": ["sliding_attention", "full_attention"] * 3,
+            "hidden_size_per_layer_input": 8,
+            "vocab_size_per_layer_input": 128,
+            "num_kv_shared_layers": 2,
+            "use_double_wide_mlp": True,
+            "final_logit_softcapping": 20.0,
+        },
+    ),
+    "gemma4-moe": (
+        "gemma4_text",
+        {
+            "head_dim": 16,
+            "global_head_dim": 32,
+            "sliding_window": 12,
+            "layer_types": GEMMA_LAYERS,
+            "hidden_size_per_layer_input": 0,
+            "attention_k_eq_v": True,
+            "num_global_key_value_heads": 1,
+            "enable_moe_block": True,
+            "num_experts": 4,
+            "top_k_experts": 2,
+            "moe_intermediate_size": 24,
+        },
+    ),
 }
 
 # Families that show everything the engine does: each kind of attention, position, norm, embedding,
@@ -368,6 +399,9 @@ REPRESENTATIVES = (
     "qwen2-moe",
     "ernie4.5-moe",
     "afmoe",
+    "gemma4",
+    "gemma4-moe",
+    "gpt-oss",
 )
 
 
