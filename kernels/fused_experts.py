@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
+from llmkit.kernels.elementwise import clamped_swiglu
 from llmkit.kernels.triton_support import jit, tl
 
 # Each entry: the largest average number of choices per expert, then BM, BN and BK of a tile, warps
@@ -23,7 +24,10 @@ TILES = ((16, 16, 64, 128, 4, 4), (64, 64, 128, 64, 8, 4), (1 << 30, 128, 256, 6
 class FusedExperts:
     """The experts [first, first + E) of a layer with `count` experts.
 
-    gate_up: [E, 2I, H] and down: [E, H, I], each expert's weight contiguous.
+    gate_up: [E, 2I, H] and down: [E, H, I], each expert's weight contiguous; or in MXFP4: uint8
+    [E, 2I, H / 2] and [E, H, I / 2], with their scales, uint8 [E, 2I, H / 32] and [E, H, I / 32].
+    gate_up_bias: [E, 2I]; down_bias: [E, H].
+    swiglu: limit and alpha of `elementwise.swiglu_clamped`, in place of silu and gelu.
     """
 
     gate_up: torch.Tensor
@@ -31,6 +35,11 @@ class FusedExperts:
     first: int
     count: int
     gelu: bool
+    gate_up_bias: torch.Tensor | None = None
+    down_bias: torch.Tensor | None = None
+    gate_up_scales: torch.Tensor | None = None
+    down_scales: torch.Tensor | None = None
+    swiglu: tuple[float, float] | None = None
 
     def __call__(
         self, x: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor
@@ -40,6 +49,12 @@ class FusedExperts:
         x: [T, H]; topk_ids: int64 [T, C]; topk_weights: float32 [T, C].
         """
         num_experts, hidden, intermediate = self.down.shape
+        if self.down_scales is not None:
+            intermediate *= 2
+        first_activation = 2 if self.gelu else 1
+        if self.swiglu is not None:
+            first_activation = 3
+        limit, alpha = self.swiglu or (0.0, 0.0)
         num_choices = topk_ids.numel()
         x = x.contiguous()
         order = topk_ids.new_empty(num_choices, dtype=torch.int32)
@@ -55,9 +70,16 @@ class FusedExperts:
             _sort_by_expert_kernel[(num_experts,)](
                 topk_ids, order, counts, num_choices, self.first, CHUNK=1024
             )
-            for rows, weight, y, activation in (
-                (x, self.gate_up, activated, 2 if self.gelu else 1),
-                (activated, self.down, outputs, 0),
+            for rows, weight, scales, bias, y, activation in (
+                (
+                    x,
+                    self.gate_up,
+                    self.gate_up_scales,
+                    self.gate_up_bias,
+                    activated,
+                    first_activation,
+                ),
+                (activated, self.down, self.down_scales, self.down_bias, outputs, 0),
             ):
                 tile_outputs = BN // 2 if activation else BN
                 _fused_moe_kernel[max_tiles, -(-y.shape[1] // tile_outputs)](
@@ -67,6 +89,10 @@ class FusedExperts:
                     order,
                     counts,
                     topk_weights,
+                    scales,
+                    bias,
+                    limit,
+                    alpha,
                     weight.stride(0),
                     num_experts,
                     y.shape[1],
@@ -169,6 +195,10 @@ def _fused_moe_kernel(
     order: tl.tensor,
     counts: tl.tensor,
     topk_weights: tl.tensor,
+    scales: tl.tensor,
+    bias: tl.tensor,
+    limit: tl.tensor,
+    alpha: tl.tensor,
     expert_stride: tl.tensor,
     num_experts: tl.tensor,
     N: tl.tensor,
@@ -182,10 +212,12 @@ def _fused_moe_kernel(
 ) -> None:
     """A program computes BN outputs for BM choices of one expert.
 
-    ACTIVATION 1 (silu) or 2 (gelu): the first product. x has a row per token, w is gate_up, and the
-    rows of y are in the order of `order`.
+    ACTIVATION 1 (silu), 2 (gelu) or 3 (clamped SwiGLU): the first product. x has a row per token, w
+    is gate_up, and the rows of y are in the order of `order`.
     ACTIVATION 0: the second product. The rows of x are in the order of `order`, w is down, and y
     has a row per choice, weighted by the router.
+    scales: of a weight in MXFP4, whose bytes hold two columns each. They are multiplied by even and
+    odd columns of x in two products.
     """
     e = tl.arange(0, PADDED_EXPERTS)
     tile = tl.program_id(0)
@@ -203,27 +235,82 @@ def _fused_moe_kernel(
     n = (tl.program_id(1) * BN + tl.arange(0, BN))[None, :]
     k = tl.arange(0, BK)
     row = choice // TOP_K if ACTIVATION else position.to(tl.int64)[:, None]
+    expert_row = expert.to(tl.int64) * (N * 2 if ACTIVATION else N)
     weight = w + expert.to(tl.int64) * expert_stride
     total = tl.zeros((BM, BN), tl.float32)  # of the gate, or of down
     up = tl.zeros((BM, BN), tl.float32)
-    for start in tl.range(0, K, BK):
-        column = start + k
-        part = tl.load(x + row * K + column[None, :], mask=valid & (column < K)[None, :], other=0.0)
-        at = weight + n.to(tl.int64) * K + column[:, None]
-        inside = (column < K)[:, None] & (n < N)
-        total = tl.dot(part, tl.load(at, mask=inside, other=0.0), total, input_precision="ieee")
+    if scales is not None:
+        pair = tl.arange(0, BK // 2)
+        for start in tl.range(0, K // 2, BK // 2):
+            byte = start + pair
+            inside = (byte < K // 2)[:, None] & (n < N)
+            part_at = x + row * K + 2 * byte[None, :]
+            part_mask = valid & (byte < K // 2)[None, :]
+            even = tl.load(part_at, mask=part_mask, other=0.0)
+            odd = tl.load(part_at + 1, mask=part_mask, other=0.0)
+            at = n.to(tl.int64) * (K // 2) + byte[:, None]
+            scale_at = scales + (expert_row + n) * (K // 32) + (byte // 16)[:, None]
+            low, high = _load_mxfp4(weight + at, scale_at, inside, even.dtype)
+            total = tl.dot(even, low, total, input_precision="ieee")
+            total = tl.dot(odd, high, total, input_precision="ieee")
+            if ACTIVATION:
+                up_at = weight + at + N * (K // 2)
+                low, high = _load_mxfp4(up_at, scale_at + N * (K // 32), inside, even.dtype)
+                up = tl.dot(even, low, up, input_precision="ieee")
+                up = tl.dot(odd, high, up, input_precision="ieee")
+    else:
+        for start in tl.range(0, K, BK):
+            column = start + k
+            part_mask = valid & (column < K)[None, :]
+            part = tl.load(x + row * K + column[None, :], mask=part_mask, other=0.0)
+            at = weight + n.to(tl.int64) * K + column[:, None]
+            inside = (column < K)[:, None] & (n < N)
+            total = tl.dot(part, tl.load(at, mask=inside, other=0.0), total, input_precision="ieee")
+            if ACTIVATION:
+                up_weight = tl.load(at + N * K, mask=inside, other=0.0)
+                up = tl.dot(part, up_weight, up, input_precision="ieee")
+    if bias is not None:
+        total += tl.load(bias + expert_row + n, mask=n < N, other=0.0).to(tl.float32)
         if ACTIVATION:
-            up_weight = tl.load(at + N * K, mask=inside, other=0.0)
-            up = tl.dot(part, up_weight, up, input_precision="ieee")
+            up += tl.load(bias + expert_row + N + n, mask=n < N, other=0.0).to(tl.float32)
     if ACTIVATION:
         dtype: tl.constexpr = y.dtype.element_ty
         gate = total.to(dtype).to(tl.float32)  # rounded like the output of a linear layer
         row = position.to(tl.int64)[:, None]
-        inner = gate
-        if ACTIVATION == 2:  # see `elementwise._act_and_mul_kernel`
-            inner = 1.5957691216057308 * (gate + 0.044715 * gate * gate * gate)
-        total = gate * up.to(dtype).to(tl.float32) / (1 + tl.exp(-inner))
+        up = up.to(dtype).to(tl.float32)
+        if ACTIVATION == 3:
+            total = clamped_swiglu(gate, up, limit, alpha)
+        else:
+            inner = gate
+            if ACTIVATION == 2:  # see `elementwise._act_and_mul_kernel`
+                inner = 1.5957691216057308 * (gate + 0.044715 * gate * gate * gate)
+            total = gate * up / (1 + tl.exp(-inner))
     else:
         row = choice
         total = total * tl.load(topk_weights + choice, mask=valid, other=0.0)
     tl.store(y + row * N + n, total.to(y.dtype.element_ty), mask=valid & (n < N))
+
+
+@jit
+def _load_mxfp4(
+    at: tl.tensor, scale_at: tl.tensor, inside: tl.tensor, dtype: tl.constexpr
+) -> tuple[tl.tensor, tl.tensor]:
+    """The weights in the low and in the high halves of bytes, times their scales.
+
+    The scale 0, which stands for 2^-127, counts as 0.
+    """
+    packed = tl.load(at, mask=inside, other=0).to(tl.int32)
+    exponent = tl.load(scale_at, mask=inside, other=0).to(tl.int32)
+    scale = (exponent << 23).to(tl.float32, bitcast=True)
+    low = (_e2m1(packed & 15) * scale).to(dtype)
+    high = (_e2m1(packed >> 4) * scale).to(dtype)
+    return low, high
+
+
+@jit
+def _e2m1(code: tl.tensor) -> tl.tensor:
+    """The values of 4-bit floats: sign, two bits of exponent, one bit of mantissa."""
+    mantissa = code & 1
+    exponent = (code >> 1) & 3
+    size = tl.where(exponent == 0, 2 * mantissa, (2 + mantissa) << exponent).to(tl.float32) * 0.25
+    return tl.where(code >= 8, -size, size)

@@ -116,6 +116,7 @@ def check_checkpoint(checkpoint: Checkpoint, spec: ModelSpec) -> None:
 
     Names, shapes and dtypes are compared; no tensor is read.
     """
+    _check_stacked_experts(checkpoint, spec)
     expected = checkpoint_tensors(spec, checkpoint.quantization)
     missing = [name for name in expected if name not in checkpoint.tensors]
     if missing:
@@ -150,6 +151,22 @@ def check_checkpoint(checkpoint: Checkpoint, spec: ModelSpec) -> None:
                 f"tensor {name} has dtype {info.dtype}",
                 f"Dtype {' or '.join(dtypes)} was expected",
             )
+
+
+def _check_stacked_experts(checkpoint: Checkpoint, spec: ModelSpec) -> None:
+    """Raises InputError for a format that cannot store all experts of a layer in one tensor."""
+    quantization = checkpoint.quantization
+    if quantization is None or quantization.format == "mxfp4":
+        return
+    for parameter in parameters(spec):
+        for source in parameter.sources:
+            if source.expert is not None and scheme_of(parameter, source.name, quantization):
+                raise InputError(
+                    f"{checkpoint.reference}: {source.name} holds all experts of a layer,"
+                    f" and config.json says that it is quantized in the format"
+                    f" {quantization.format}",
+                    "mxfp4, or experts that are not quantized, were expected",
+                )
 
 
 def carried_tensors(checkpoint: Checkpoint, spec: ModelSpec) -> dict[str, TensorInfo]:

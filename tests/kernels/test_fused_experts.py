@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from support.expert_cases import MOE_CASES, MoeCase, expected, moe_arguments
+from support.expert_cases import (
+    GPT_OSS_ALPHA,
+    GPT_OSS_LIMIT,
+    MOE_CASES,
+    MoeCase,
+    expected,
+    moe_arguments,
+)
+from support.mxfp4_files import pack_mxfp4
 from support.triton_checks import SHARED_BYTES, compiled_for, interpreted
 
 from llmkit.kernels import fused_experts as experts
@@ -36,6 +45,61 @@ def test_fused_experts_match_float64(
     wanted = expected(*moe_arguments(case, dtype))
     assert got.dtype == dtype
     torch.testing.assert_close(got.double(), wanted, atol=LIMITS[dtype], rtol=LIMITS[dtype])
+
+
+GPT_OSS = [(kind, dtype, size) for kind in ("dense", "mxfp4") for dtype in LIMITS for size in (1, 70)]
+
+
+@pytest.fixture(scope="module")
+def gpt_oss(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """For each of GPT_OSS: the output of the kernels, and the formula in float64.
+
+    A rank holds three of five experts, from the second on; a token chooses two.
+    """
+    calls = []
+    wanted = []
+    for kind, dtype, tokens in GPT_OSS:
+        draw = torch.Generator().manual_seed(tokens)
+        weights, chosen = torch.rand(tokens, 5, generator=draw).topk(2)
+        x = torch.randn(tokens, 64, generator=draw).to(dtype)
+        packed = [
+            pack_mxfp4(torch.randn(3, out, columns, generator=draw) / columns**0.5)
+            for out, columns in ((2 * 96, 64), (64, 96))
+        ]
+        biases = tuple(torch.randn(3, out, generator=draw).to(dtype) for out in (2 * 96, 64))
+        if kind == "dense":
+            stacks = [weight.dense.to(dtype) for weight in packed]
+            scales: list[torch.Tensor | None] = [None, None]
+        else:
+            stacks = [weight.blocks.flatten(-2) for weight in packed]
+            scales = [weight.scales for weight in packed]
+        calls.append((x, chosen, weights, tuple(stacks), tuple(scales), biases, 1, 5))
+        gate_up, down = (weight.dense.double() for weight in packed)
+        out = torch.zeros(tokens, 64, dtype=torch.float64)
+        for token, place in product(range(tokens), range(2)):
+            expert = int(chosen[token, place]) - 1
+            if not 0 <= expert < 3:
+                continue
+            both = gate_up[expert] @ x[token].double() + biases[0][expert].double()
+            gate = both[:96].clamp(max=GPT_OSS_LIMIT)
+            up = both[96:].clamp(-GPT_OSS_LIMIT, GPT_OSS_LIMIT)
+            inner = gate / (1 + (-GPT_OSS_ALPHA * gate).exp()) * (up + 1)
+            total = down[expert] @ inner + biases[1][expert].double()
+            out[token] += weights[token, place].double() * total
+        wanted.append(out)
+    folder = tmp_path_factory.mktemp("gpt_oss")
+    found = interpreted("support.expert_cases", "run_gpt_oss_experts", calls, folder)
+    return list(zip(found, wanted, strict=True))
+
+
+@pytest.mark.parametrize("case", GPT_OSS, ids=str)
+def test_fused_experts_of_gpt_oss_match_float64(
+    case: tuple[str, torch.dtype, int], gpt_oss: list[tuple[torch.Tensor, torch.Tensor]]
+) -> None:
+    got, wanted = gpt_oss[GPT_OSS.index(case)]
+    assert got.dtype == case[1]
+    limit = 2 * LIMITS[case[1]]
+    torch.testing.assert_close(got.double(), wanted, atol=limit, rtol=limit)
 
 
 def test_fused_experts_cases_cover_every_tile() -> None:
@@ -71,12 +135,17 @@ def test_stack_experts_views_neighbouring_weights() -> None:
     assert torch.equal(stack_experts(put[:1]), weights[:1])  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("gate", [0, 1])
-@pytest.mark.parametrize(
-    ("capability", "tile"), [(90, tile) for tile in TILES] + [(80, tile) for tile in TILES[:-1]]
-)
+COMPILED = [
+    (capability, tile, gate, False)
+    for capability, tile in [(90, tile) for tile in TILES] + [(80, tile) for tile in TILES[:-1]]
+    for gate in (0, 1)
+]
+COMPILED += [(90, tile, gate, True) for tile in TILES for gate in (0, 3)]
+
+
+@pytest.mark.parametrize(("capability", "tile", "gate", "is_mxfp4"), COMPILED)
 def test_fused_moe_kernel_compiles(
-    capability: int, tile: tuple[int, ...], gate: int, tmp_path: Path
+    capability: int, tile: tuple[int, ...], gate: int, is_mxfp4: bool, tmp_path: Path
 ) -> None:
     _, BM, BN, BK, warps, stages = tile
     kinds = dict.fromkeys(("x", "w", "y"), "*bf16") | {
@@ -84,13 +153,17 @@ def test_fused_moe_kernel_compiles(
         "counts": "*i32",
         "topk_weights": "*fp32",
     }
+    kinds |= dict.fromkeys(("limit", "alpha"), "fp32")
     kinds |= dict.fromkeys(("expert_stride", "num_experts", "N", "K"), "i32")
-    constants: dict[str, Any] = {
+    constants: dict[str, Any] = {} if is_mxfp4 else {"scales": None, "bias": None}
+    if is_mxfp4:
+        kinds |= {"w": "*u8", "scales": "*u8", "bias": "*bf16"}
+    constants |= {
         "TOP_K": 8,
         "ACTIVATION": gate,
         "PADDED_EXPERTS": 128,
         "BM": BM,
-        "BN": BN // (1 + gate),
+        "BN": BN // 2 if gate else BN,
         "BK": BK,
     }
     compiled = compiled_for(
@@ -102,7 +175,7 @@ def test_fused_moe_kernel_compiles(
         num_warps=warps,
         num_stages=stages,
     )
-    assert compiled.stack_bytes == 0
+    assert compiled.stack_bytes == 0 or is_mxfp4
     assert compiled.shared_bytes <= SHARED_BYTES[capability]
     assert ("HGMMA" if capability == 90 and BM >= 64 else "HMMA") in compiled.code
 

@@ -242,6 +242,15 @@ def test_gpt_oss_wrong_tensors_are_named(
         load_model(open_checkpoint(tmp_path), torch.float32)
 
 
+def test_experts_in_one_tensor_need_a_format_for_them(gpt_oss: GptOss, tmp_path: Path) -> None:
+    shutil.copy(gpt_oss.dense / "model.safetensors", tmp_path)
+    config = json.loads((gpt_oss.dense / "config.json").read_text(encoding="utf-8"))
+    config["quantization_config"] = {"quant_method": "gptq", "bits": 4, "group_size": 32}
+    (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    with pytest.raises(InputError, match=r"gate_up_proj holds all experts.*in the format gptq"):
+        load_model(open_checkpoint(tmp_path), torch.float32)
+
+
 def test_gpt_oss_config_without_a_limit_is_refused(gpt_oss: GptOss) -> None:
     config = json.loads((gpt_oss.dense / "config.json").read_text(encoding="utf-8"))
     with pytest.raises(InputError, match=r"swiglu_limit -1\.0"):

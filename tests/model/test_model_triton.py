@@ -70,6 +70,7 @@ CASES = [
     ("granite", None),
     ("smollm3", None),
     ("mixtral", None),
+    ("gpt-oss", None),
     ("qwen3-moe", None),
     ("qwen3", "int8"),
     ("llama", "fp8"),

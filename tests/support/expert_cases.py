@@ -35,6 +35,8 @@ class MoeCase:
         return f"{self.tokens} tokens, {experts}, {self.hidden} x {self.inner}{flags}"
 
 
+GPT_OSS_LIMIT = 1.0
+GPT_OSS_ALPHA = 1.702
 MOE_CASES = [
     MoeCase(1, 2, 8, 64, 96),
     MoeCase(5, 8, 20, 96, 72),
@@ -120,6 +122,24 @@ def expected(
             inner = act_and_mul(both, "gelu_tanh" if gelu else "silu")
             out[token] += weights[token, place].double() * (inner @ down[expert].double().T)[0]
     return out
+
+
+def run_gpt_oss_experts(
+    x: torch.Tensor,
+    chosen: torch.Tensor,
+    weights: torch.Tensor,
+    stacks: tuple[torch.Tensor, torch.Tensor],
+    scales: tuple[torch.Tensor | None, torch.Tensor | None],
+    biases: tuple[torch.Tensor, torch.Tensor],
+    first: int,
+    count: int,
+) -> torch.Tensor:
+    """By the kernels, with the tiles of a Hopper GPU. scales: of stacks in MXFP4."""
+    torch.cuda.get_device_capability = lambda *_: (9, 0)
+    experts = FusedExperts(
+        *stacks, first, count, False, *biases, *scales, swiglu=(GPT_OSS_LIMIT, GPT_OSS_ALPHA)
+    )
+    return experts(x, chosen, weights)
 
 
 def run_fused_experts_interpreted(*arguments: Any) -> torch.Tensor:
