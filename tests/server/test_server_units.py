@@ -354,6 +354,16 @@ def test_chat_request_with_wrong_messages(messages: object, param: str, code: st
     assert (caught.value.status, caught.value.param, caught.value.code) == (400, param, code)
 
 
+@pytest.mark.parametrize("kind", ["image_url", "input_audio"])
+def test_chat_request_with_another_medium_names_it(kind: str) -> None:
+    messages = [{"role": "user", "content": [{"type": kind, kind: {}}]}]
+    with pytest.raises(ApiError) as caught:
+        parse_request(
+            ChatCompletionRequest, json.dumps({"model": "m", "messages": messages}).encode()
+        )
+    assert caught.value.message == f"Only text parts are supported, not {kind}."
+
+
 @pytest.mark.parametrize(
     "data",
     [

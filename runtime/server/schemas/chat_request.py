@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from llmkit.common.formatting import shortened
 from llmkit.runtime.server.http.http_errors import invalid
 from llmkit.runtime.server.schemas.base_request import (
     LogprobCount,
@@ -350,7 +351,9 @@ def _text(content: Any, path: FieldPath, ignored: IgnoredFields) -> str:
                 f"{param}.{index}", "A content part must be an object with a type.", "invalid_type"
             )
         if part["type"] != "text":
-            raise invalid(f"{param}.{index}", "Only text parts are supported.", "unsupported")
+            kind = shortened(part["type"], 40)
+            message = f"Only text parts are supported, not {kind}."
+            raise invalid(f"{param}.{index}", message, "unsupported")
         if not isinstance(part.get("text"), str):
             raise invalid(
                 f"{param}.{index}",
