@@ -5,6 +5,8 @@ from __future__ import annotations
 import httpx
 import openai
 
+from llmkit.model.families import FALLBACK
+
 MODEL = {"architecture": "persimmon"}
 API_KEYS = ("secret",)
 
@@ -24,5 +26,6 @@ def test_server_fallback_answers_and_streams(client: openai.OpenAI) -> None:
     assert text == whole.choices[0].message.content
 
 
-def test_server_fallback_says_so_at_start(http: httpx.Client, server) -> None:
-    assert "fallback: no family of llmkit's own" in server.log.read_text()
+def test_server_fallback_is_named_among_the_fast_paths(http: httpx.Client) -> None:
+    """`llmkit serve` prints them at its start."""
+    assert FALLBACK in http.get("/info").json()["paths"]
