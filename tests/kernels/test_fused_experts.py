@@ -47,7 +47,9 @@ def test_fused_experts_match_float64(
     torch.testing.assert_close(got.double(), wanted, atol=LIMITS[dtype], rtol=LIMITS[dtype])
 
 
-GPT_OSS = [(kind, dtype, size) for kind in ("dense", "mxfp4") for dtype in LIMITS for size in (1, 70)]
+GPT_OSS = [
+    (kind, dtype, size) for kind in ("dense", "mxfp4") for dtype in LIMITS for size in (1, 70)
+]
 
 
 @pytest.fixture(scope="module")
@@ -175,7 +177,8 @@ def test_fused_moe_kernel_compiles(
         num_warps=warps,
         num_stages=stages,
     )
-    assert compiled.stack_bytes == 0 or is_mxfp4
+    # Unpacking MXFP4 takes registers: some 8 to 72 bytes are spilled.
+    assert compiled.stack_bytes <= (128 if is_mxfp4 else 0)
     assert compiled.shared_bytes <= SHARED_BYTES[capability]
     assert ("HGMMA" if capability == 90 and BM >= 64 else "HMMA") in compiled.code
 
