@@ -156,8 +156,9 @@ def stack_experts(weights: Sequence[torch.Tensor]) -> torch.Tensor | None:
 
 
 def supports(weight: torch.Tensor) -> bool:
-    """Whether `FusedExperts` takes weights of this dtype on this device."""
-    return tl is not None and weight.is_cuda and weight.element_size() == 2
+    """Whether `FusedExperts` takes these weights: 16-bit or MXFP4, on a GPU."""
+    is_16_bit = weight.element_size() == 2
+    return tl is not None and weight.is_cuda and (is_16_bit or weight.dtype == torch.uint8)
 
 
 @jit

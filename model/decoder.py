@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch.nn.functional import embedding, linear, softplus
@@ -31,9 +31,10 @@ from llmkit.kernels.elementwise import (
 from llmkit.kernels.fused_experts import FusedExperts, stack_experts
 from llmkit.kernels.fused_experts import supports as supports_fused_experts
 from llmkit.kernels.kv_cache import KV_CACHE_DTYPES, KVCache
+from llmkit.kernels.mxfp4_linear import Mxfp4Linear
 from llmkit.kernels.triton_support import runs_triton
 from llmkit.model.device import lazy_zeros
-from llmkit.model.linear import ActivationQuant, Linear
+from llmkit.model.linear import ActivationQuant, Linear, PackedLinear
 from llmkit.model.parallel_group import ParallelGroup
 from llmkit.model.parameter_table import XIELU_PARAMETERS
 from llmkit.model.rope import CosSin, make_rotary_embeddings
@@ -337,8 +338,17 @@ class DecoderLayer:
         down = [self.linears[f"{modules[expert]}.down"] for expert in local]
         if any(linear.activation_quant for linear in gate_up + down):
             return None
-        gate_up_stack = stack_experts([linear.weight for linear in gate_up])
-        down_stack = stack_experts([linear.weight for linear in down])
+        mxfp4 = _stack_mxfp4(gate_up), _stack_mxfp4(down)
+        scales: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None)
+        gate_up_stack: torch.Tensor | None
+        down_stack: torch.Tensor | None
+        if mxfp4[0] is not None and mxfp4[1] is not None:
+            gate_up_stack = mxfp4[0].blocks
+            down_stack = mxfp4[1].blocks
+            scales = mxfp4[0].scales, mxfp4[1].scales
+        else:
+            gate_up_stack = stack_experts([linear.weight for linear in gate_up])
+            down_stack = stack_experts([linear.weight for linear in down])
         if gate_up_stack is None or down_stack is None or not supports_fused_experts(gate_up_stack):
             return None
         spec = self.spec
@@ -353,6 +363,7 @@ class DecoderLayer:
             spec.activation == "gelu_tanh",
             _stack_biases(gate_up),
             _stack_biases(down),
+            *scales,
             swiglu=(spec.swiglu_limit, spec.swiglu_alpha) if is_clamped else None,
         )
 
@@ -631,8 +642,41 @@ def _add_norm(
 
 def _stack_biases(linears: Sequence[Linear]) -> torch.Tensor | None:
     """The biases of experts as one tensor [E, out]; None where they have none."""
-    biases = [linear.bias for linear in linears if linear.bias is not None]
+    owners = [_mxfp4_kernel(linear) or linear for linear in linears]
+    biases = [owner.bias for owner in owners if owner.bias is not None]
     return torch.stack(biases) if biases else None
+
+
+def _mxfp4_kernel(linear: Linear) -> Mxfp4Linear | None:
+    """The kernel of a linear layer with a weight in MXFP4; None for others."""
+    kernel = linear.kernel if isinstance(linear, PackedLinear) else None
+    return kernel if isinstance(kernel, Mxfp4Linear) else None
+
+
+class _Mxfp4Stack(NamedTuple):
+    """The weights of experts in MXFP4, [E, ...]; see `FusedExperts`."""
+
+    blocks: torch.Tensor
+    scales: torch.Tensor
+
+
+def _stack_mxfp4(linears: Sequence[Linear]) -> _Mxfp4Stack | None:
+    """Put the weights of experts next to each other; None unless all are in MXFP4.
+
+    Afterwards the linear layers use the copies, so that no weight is in memory twice.
+    """
+    found = [_mxfp4_kernel(linear) for linear in linears]
+    kernels = [kernel for kernel in found if kernel is not None]
+    if len(kernels) < len(linears):
+        return None
+    stack = _Mxfp4Stack(
+        torch.stack([kernel.blocks for kernel in kernels]),
+        torch.stack([kernel.scales for kernel in kernels]),
+    )
+    for index, kernel in enumerate(kernels):
+        kernel.blocks = stack.blocks[index]
+        kernel.scales = stack.scales[index]
+    return stack
 
 
 def _with_prefix(values: Mapping[str, _Value], prefix: str) -> dict[str, _Value]:

@@ -21,6 +21,7 @@ from llmkit.kernels.cpu.cpu_linear import (
     has_int8_matmul,
 )
 from llmkit.kernels.linear_kernel import LinearKernel
+from llmkit.kernels.mxfp4_linear import Mxfp4Linear
 from llmkit.kernels.quantized_linear import W8A8Linear, WeightOnlyLinear
 from llmkit.kernels.triton_support import tl
 
@@ -148,6 +149,8 @@ def supported_on_gpu(
     scheme: Scheme, shape: tuple[int, ...], dtype: torch.dtype, capability: tuple[int, int]
 ) -> bool:
     """Whether a weight [out, in] stays quantized on a CUDA device, for inputs of `dtype`."""
+    if scheme.is_fp4:
+        return dtype.itemsize == 2 and capability >= (8, 0)
     if scheme.inputs == "none":
         return scheme.kind == "int" and max(scheme.group_size, 0) % 32 == 0 and capability >= (8, 0)
     if scheme.kind == "float":
@@ -161,6 +164,8 @@ def _gpu_kernel(
     weight: QuantizedWeight, bias: torch.Tensor | None, activation_quant: ActivationQuant | None
 ) -> LinearKernel:
     scheme = weight.scheme
+    if scheme.is_fp4:
+        return Mxfp4Linear(weight.q, weight.scales, bias)
     if activation_quant is None:
         return WeightOnlyLinear(
             weight.q, weight.scales, weight.zeros, scheme.bits, scheme.group_size, bias

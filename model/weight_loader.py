@@ -86,6 +86,8 @@ def load_model(
                 stays_packed = packed and can_stay_packed(
                     device, row, checkpoint.quantization, dtype
                 )
+                if row.expert is not None and is_offloaded:
+                    stays_packed = False
             if packed and is_cpu and row.name == "embed.weight":
                 # The embedding keeps its stored dtype when that is smaller than `dtype`.
                 (table,) = _read_stored(checkpoint, row, device)
@@ -181,11 +183,14 @@ def can_stay_packed(
 ) -> bool:
     """Whether a GPU multiplies with the packed weight as it is stored.
 
-    Experts and weights whose sources have different schemes are dequantized.
+    Experts that are not in MXFP4, and weights whose sources have different schemes, are
+    dequantized.
     """
     schemes = {scheme_of(parameter, name, quantization) for name in parameter.source_names}
     scheme = next(iter(schemes))
-    if scheme is None or len(schemes) > 1 or ".experts." in parameter.name:
+    if scheme is None or len(schemes) > 1:
+        return False
+    if ".experts." in parameter.name and not scheme.is_fp4:
         return False
     return supported_on_gpu(scheme, parameter.shape, dtype, gpu_capability(gpu))
 

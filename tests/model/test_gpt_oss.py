@@ -19,6 +19,8 @@ from llmkit.checkpoint.open_checkpoint import open_checkpoint
 from llmkit.common.errors import InputError
 from llmkit.common.progress import SilentProgress
 from llmkit.kernels.cpu import cpu_kernels
+from llmkit.kernels.mxfp4_linear import Mxfp4Linear
+from llmkit.model import decoder, weight_loader
 from llmkit.model.families import checkpoint_spec, model_spec
 from llmkit.model.full_forward import window_logits
 from llmkit.model.linear import PackedLinear
@@ -88,6 +90,57 @@ def test_gpt_oss_without_compiled_kernels(gpt_oss: GptOss, monkeypatch: pytest.M
     with torch.inference_mode():
         logits = next(window_logits(model, tokens()[None]))
     torch.testing.assert_close(logits, oracle_logits(gpt_oss.oracle, tokens()), atol=1e-4, rtol=0)
+
+
+def test_mxfp4_experts_stay_packed_on_a_gpu(
+    gpt_oss: GptOss, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The linear layers of a GPU, here on the CPU: one by one, and next to each other."""
+    checkpoint = open_checkpoint(gpt_oss.mxfp4)
+    model = load_model(checkpoint, torch.float32)
+    quantization = checkpoint.quantization
+    row = next(row for row in parameters(model.spec) if row.expert == 1 and row.is_linear)
+    for dtype, capability, stays in (
+        (torch.bfloat16, (9, 0), True),
+        (torch.bfloat16, (7, 5), False),
+        (torch.float32, (9, 0), False),
+    ):
+        monkeypatch.setattr(weight_loader, "gpu_capability", lambda _, found=capability: found)
+        assert weight_loader.can_stay_packed("cuda", row, quantization, dtype) is stays
+    stored = load_file(gpt_oss.mxfp4 / "model.safetensors")
+    for index, layer in enumerate(model.layers):
+        for name in [name for name in layer.linears if ".experts." in name]:
+            row = next(
+                row for row in parameters(model.spec) if row.name == f"layers.{index}.{name}.weight"
+            )
+            parts = weight_loader._read_stored(checkpoint, row, "cpu")
+            weight = torch.cat([part.q for part in parts])  # type: ignore[union-attr]
+            scales = torch.cat([part.scales for part in parts])  # type: ignore[union-attr]
+            linear = layer.linears[name]
+            kernel = Mxfp4Linear(weight, scales, linear.bias)
+            assert torch.equal(kernel.dequantize(), linear.weight)
+            layer.linears[name] = PackedLinear(kernel, (linear.weight.shape[0], weight.shape[1]))
+    oracle = oracle_logits(gpt_oss.oracle, tokens())
+    with torch.inference_mode():
+        torch.testing.assert_close(
+            next(window_logits(model, tokens()[None])), oracle, atol=1e-4, rtol=0
+        )
+        monkeypatch.setattr(decoder, "supports_fused_experts", lambda _: True)
+        experts = model.layers[0].fused_experts
+        assert experts is not None and experts.gate_up_scales is not None
+        assert experts.gate_up.shape == (4, 128, 16) and experts.down.shape == (4, 32, 32)
+        gates_first = torch.cat((torch.arange(0, 128, 2), torch.arange(1, 128, 2)))
+        blocks = stored[f"{GATE_UP}_blocks"][:, gates_first].flatten(-2)
+        assert torch.equal(experts.gate_up, blocks)
+        assert torch.equal(experts.gate_up_scales, stored[f"{GATE_UP}_scales"][:, gates_first])
+        assert experts.gate_up_bias is not None and experts.down_bias is not None
+        assert torch.equal(experts.gate_up_bias, stored[f"{GATE_UP}_bias"][:, gates_first])
+        assert experts.swiglu == (pytest.approx(0.7), pytest.approx(1.702))
+        kernel = model.layers[0].linears["mlp.experts.2.down"].kernel  # type: ignore[assignment]
+        assert kernel.blocks.data_ptr() == experts.down[2].data_ptr(), "nothing is held twice"
+        torch.testing.assert_close(
+            next(window_logits(model, tokens()[None])), oracle, atol=1e-4, rtol=0
+        )
 
 
 def answers(path: Path, **options: object) -> list[list[int]]:
