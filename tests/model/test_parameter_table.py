@@ -121,6 +121,12 @@ def test_model_spec_refuses_remote_code(checkpoint: Path) -> None:
     assert "auto_map (AutoModel)" in message and "remote code is never run" in message
 
 
+def test_model_spec_ignores_an_auto_map_of_a_known_architecture(checkpoint: Path) -> None:
+    config = open_checkpoint(checkpoint).config
+    remote = {"auto_map": {"AutoModelForCausalLM": "evil.Model"}}
+    assert model_spec(config | remote) == model_spec(config)
+
+
 def test_load_model_casts_tensors_in_chunks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,11 +1,13 @@
 """The fallback through transformers' modeling code, against transformers and the native decoder."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from support.tiny_families import COMMON, family_oracle, oracle_logits
 
 from llmkit.checkpoint.open_checkpoint import open_checkpoint
@@ -227,6 +229,39 @@ def test_fallback_error_names_reason_and_nearest_architecture() -> None:
     assert "has no causal language model Mistral9ForCausalLM of model_type mistral9" in message
     assert "the most similar name is MistralForCausalLM" in message
     assert "nor does its auto_map (AutoModelForCausalLM): remote code is never run" in message
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda tensors: tensors.pop("model.layers.1.mlp.dense_4h_to_h.bias"), r"lacks 1 tensor "),
+        (lambda tensors: tensors.update(more=torch.zeros(2)), r"has 1 tensor \(more\)"),
+        (
+            lambda tensors: tensors.update({"lm_head.weight": torch.zeros(128, 8)}),
+            r"lm_head.weight has shape \[128, 8\]. Shape \[128, 32\] was expected",
+        ),
+        # Old buffers of attention, and frequencies that are computed, may lie in a checkpoint.
+        (
+            lambda tensors: tensors.update(
+                {"model.layers.0.attention.masked_bias": torch.zeros(1)}
+            ),
+            "",
+        ),
+    ],
+    ids=["missing", "extra", "shape", "ignored"],
+)
+def test_fallback_checks_the_checkpoints_tensors(
+    tmp_path: Path, change: Callable[[dict[str, torch.Tensor]], object], message: str
+) -> None:
+    make_oracle("persimmon", tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    change(tensors)
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    if message:
+        with pytest.raises(InputError, match=message):
+            load_fallback(tmp_path)
+    else:
+        load_fallback(tmp_path)
 
 
 def test_fallback_error_of_a_wrong_config_is_an_input_error(tmp_path: Path) -> None:

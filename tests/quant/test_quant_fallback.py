@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from support.tiny_models import tiny_checkpoint
 
 from llmkit.checkpoint.open_checkpoint import open_checkpoint
 from llmkit.common.errors import InputError
@@ -101,3 +102,13 @@ def test_quantize_fallback_refuses(
     with pytest.raises(InputError, match=f"^{feature} is not possible with PersimmonForCausalLM"):
         run(model, tmp_path / "out", **options)
     assert not (tmp_path / "out").exists()
+
+
+def test_quantize_fallback_refuses_a_model_without_linears(tmp_path: Path) -> None:
+    """GPT-2's projections are of transformers' own class Conv1D."""
+    sizes = {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 256}
+    path = tiny_checkpoint(tmp_path / "model", "gpt2", **sizes)
+    with pytest.raises(InputError, match="GPT2LMHeadModel has no linear layers of the class"):
+        run(path, tmp_path / "out", method="rtn")
+    run(path, tmp_path / "out", method="bf16", evaluate=True, eval_windows=1)
+    torch.testing.assert_close(logits_of(tmp_path / "out"), logits_of(path), atol=1e-4, rtol=0)
