@@ -129,7 +129,8 @@ def _proportional(parameters: Mapping[str, Any], head_dim: int) -> torch.Tensor:
     exponents = torch.arange(0, 2 * num_rotated, 2).float() / head_dim
     inv_freq = torch.zeros(head_dim // 2)
     inv_freq[:num_rotated] = 1.0 / (parameters["rope_theta"] ** exponents)
-    return inv_freq / parameters.get("factor", 1.0)
+    scaled: torch.Tensor = inv_freq / parameters.get("factor", 1.0)
+    return scaled
 
 
 def _yarn_attention_scaling(parameters: Mapping[str, Any]) -> float:

@@ -162,8 +162,9 @@ class DecoderLayer:
         """Add the update, what the layer's own input of each token [T, P] adds, and scale."""
         hidden = add_residual(residual, update, self.spec.residual_multiplier)
         if per_layer_input is not None:
-            assert self.spec.activation not in ("xielu", "swiglu_clamped")
-            gate = act(self.linears["per_layer.gate"](hidden), self.spec.activation)
+            activation = self.spec.activation
+            assert activation != "xielu" and activation != "swiglu_clamped"
+            gate = act(self.linears["per_layer.gate"](hidden), activation)
             projected = self.linears["per_layer.projection"](gate * per_layer_input)
             hidden = hidden + self._norm(projected, "per_layer.norm")
         return hidden * self.vectors["layer_scalar"]
@@ -557,7 +558,8 @@ class Decoder:
         rows = tokens - group.vocab_start
         is_here = (rows >= 0) & (rows < len(table))
         partial = embedding(rows.where(is_here, 0), table).to(self.dtype)
-        return group.all_reduce(partial * is_here[:, None])
+        rows_of_all: torch.Tensor = group.all_reduce(partial * is_here[:, None])
+        return rows_of_all
 
     def per_layer_inputs(self, tokens: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
         """What each layer gets of each token beside the hidden state, [T, layers, P].
@@ -568,10 +570,10 @@ class Decoder:
         size = self.spec.per_layer_input_size
         rows = self._embed(tokens, self.per_layer["embed"]) * size**0.5
         projected = linear(hidden, self.per_layer["projection"]) * self.spec.hidden_size**-0.5
-        normed = rms_norm(
+        normed: torch.Tensor = rms_norm(
             projected.unflatten(-1, (-1, size)), self.per_layer["norm"], self.spec.rms_norm_eps
         )
-        return (normed + rows.unflatten(-1, (-1, size))) * 2**-0.5
+        return (normed + rows.unflatten(-1, (-1, size))) * 2.0**-0.5
 
     def cos_sin(self, positions: torch.Tensor) -> dict[str, CosSin]:
         """The cosines and sines of a step, for every rotary embedding of the model."""

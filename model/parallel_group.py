@@ -42,14 +42,15 @@ def rank_spec(
 
 def _layer_of_rank(layer: LayerSpec, tp: int) -> LayerSpec:
     """A layer whose own sizes are those of one of `tp` ranks."""
-    sizes = {}
-    if layer.num_heads is not None:
-        sizes["num_heads"] = layer.num_heads // tp
-    if layer.num_kv_heads is not None:
-        sizes["num_kv_heads"] = max(1, layer.num_kv_heads // tp)
-    if layer.intermediate_size is not None:
-        sizes["intermediate_size"] = layer.intermediate_size // tp
-    return replace(layer, **sizes)
+    num_heads = layer.num_heads
+    num_kv_heads = layer.num_kv_heads
+    intermediate_size = layer.intermediate_size
+    return replace(
+        layer,
+        num_heads=None if num_heads is None else num_heads // tp,
+        num_kv_heads=None if num_kv_heads is None else max(1, num_kv_heads // tp),
+        intermediate_size=None if intermediate_size is None else intermediate_size // tp,
+    )
 
 
 class Waitable(Protocol):

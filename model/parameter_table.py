@@ -418,14 +418,15 @@ def _layer_rows(spec: ModelSpec, index: int) -> Iterator[Parameter]:
     if spec.post_norm:
         yield from norm("mlp_post_norm", spec.hidden_size)
     if spec.per_layer_input_size:
-        for module, shape in (
-            ("per_layer.gate", (spec.per_layer_input_size, spec.hidden_size)),
-            ("per_layer.projection", (spec.hidden_size, spec.per_layer_input_size)),
+        sizes = (spec.per_layer_input_size, spec.hidden_size)
+        for module, weight_shape in (
+            ("per_layer.gate", sizes),
+            ("per_layer.projection", (sizes[1], sizes[0])),
         ):
             yield from _linear(
                 f"{name}.{module}",
                 linear(module),
-                shape,
+                weight_shape,
                 REPLICATED,
                 False,
                 layers,

@@ -39,4 +39,5 @@ def _within_best_groups(choice: torch.Tensor, moe: MoeSpec) -> torch.Tensor:
     group_scores = groups.topk(2, dim=-1).values.sum(-1)
     best = group_scores.topk(moe.topk_groups, dim=-1).indices
     is_best = torch.zeros_like(group_scores, dtype=torch.bool).scatter_(-1, best, True)
-    return groups.masked_fill(~is_best[..., None], float("-inf")).flatten(-2)
+    allowed: torch.Tensor = groups.masked_fill(~is_best[..., None], float("-inf"))
+    return allowed.flatten(-2)

@@ -5,8 +5,9 @@
     make mutants MUTANTS="--all shard bench/gates.py --sample 50"
 
 Each mutant changes one operator, comparison, number or condition in a clone of the last commit. The
-tests of the module, its folder and the modules that import it run on it. A mutant that passes all
-of them has survived. The mutations are those of cosmic-ray, which the environment must have.
+tests of the module, its folder and the modules that import it run on it, after they have passed
+without it. A mutant that passes all of them has survived. The mutations are those of cosmic-ray,
+which the environment must have.
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ import json
 import os
 import random
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -88,11 +88,11 @@ def changed_lines(since: str) -> dict[str, set[int]]:
     return lines
 
 
-def copy_repository(target: Path) -> None:
-    """A clone of the last commit, with the compiled kernels."""
+def copy_repository(target: Path, python: str) -> None:
+    """A clone of the last commit, with its compiled kernels."""
     subprocess.run(["git", "clone", "--quiet", "--shared", ROOT, target], check=True)
-    for library in (ROOT / "kernels" / "cpu").glob("*.so"):
-        shutil.copy(library, target / "kernels" / "cpu")
+    build = [python, "-c", "import setuptools; setuptools.setup()", "build_ext", "--inplace"]
+    subprocess.run(build, cwd=target, check=True, capture_output=True)
 
 
 def importers(module: str, files: Iterable[Path]) -> list[Path]:
@@ -212,20 +212,23 @@ def run(arguments: argparse.Namespace, root: Path) -> int:
     os.chdir(root)
     server = start_pytest_server(arguments.python, root)
     survived = 0
+    passes_unchanged: dict[str, bool] = {}
     for index, (module, mutation) in enumerate(found, start=1):
         tests = tests_of(module, root)
         if arguments.tests:
             tests = [str(root / path) for path in arguments.tests]
+        if module not in passes_unchanged:
+            passes_unchanged[module] = run_tests(server, tests) == "0"
+        if not passes_unchanged[module]:
+            raise RuntimeError(f"the tests of {module} fail without a mutant: {' '.join(tests)}")
         with use_mutation(root / module, operator_of(mutation), mutation.occurrence) as codes:
             outcome = run_tests(server, tests)
         is_survivor = outcome == "0"
         survived += is_survivor
         where = f"{module}:{mutation.start_pos[0]}"
         name = mutation.operator_name.removeprefix("core/")
-        print(
-            f"{index}/{len(found)} {'SURVIVED' if is_survivor else 'killed'} {where} {name}",
-            flush=True,
-        )
+        verdict = "SURVIVED" if is_survivor else "timeout" if outcome == "timeout" else "killed"
+        print(f"{index}/{len(found)} {verdict} {where} {name}", flush=True)
         if is_survivor:
             print("\n".join(changed_text(*codes)), flush=True)
     server.terminate()
@@ -249,7 +252,7 @@ def main() -> int:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder) / "llmkit"
-        copy_repository(root)
+        copy_repository(root, arguments.python)
         return run(arguments, root)
 
 
