@@ -185,7 +185,7 @@ def _spec_of(config_json: str) -> tuple[ModelSpec, str]:
     widths = [
         tensor.shape[0] for tensor in tensors if tensor.is_linear and tensor.layer is not None
     ]
-    tied = "lm_head.weight" not in {tensor.name for tensor in tensors}
+    heads = [tensor.source for tensor in tensors if tensor.name == "lm_head.weight"]
     spec = ModelSpec(
         architecture=model_class.__name__,
         hidden_size=hidden.shape[-1],
@@ -197,7 +197,8 @@ def _spec_of(config_json: str) -> tuple[ModelSpec, str]:
         max_position_embeddings=_max_positions(model.config),
         layers=layers,
         ropes={},
-        tie_word_embeddings=tied,
+        tie_word_embeddings=not heads,
+        lm_head_name=heads[0].removesuffix(".weight") if heads else "lm_head",
         transformers=TransformersSpec(
             config,
             tuple(prefix.removesuffix(".") for prefix in prefixes),

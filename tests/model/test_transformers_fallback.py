@@ -13,14 +13,16 @@ from support.tiny_families import COMMON, family_oracle, oracle_logits
 from llmkit.checkpoint.open_checkpoint import open_checkpoint
 from llmkit.common.errors import InputError
 from llmkit.kernels.attention_metadata import AttentionBatch
-from llmkit.model.checkpoint_tensors import check_checkpoint
+from llmkit.model.checkpoint_tensors import check_checkpoint, scheme_of
 from llmkit.model.families import model_spec, support
 from llmkit.model.full_forward import window_logits
 from llmkit.model.language_model import LanguageModel
+from llmkit.model.parameter_table import parameters
 from llmkit.model.spec import ModelSpec
 from llmkit.model.transformers_model import TransformersModel
 from llmkit.model.transformers_spec import UnsupportedError, transformers_spec
 from llmkit.model.weight_loader import load_model
+from llmkit.quant.methods import MethodOptions, build_quantization_config
 
 BLOCK = 16
 # By model_type: what differs from COMMON. They run by the fallback here even where the table of
@@ -181,6 +183,26 @@ def test_fallback_spec_says_what_the_engine_plans_with() -> None:
     assert spec.max_position_embeddings == 128
     assert spec.tie_word_embeddings
     assert support(spec)[0] == "fallback"
+
+
+def test_fallback_spec_has_the_checkpoints_name_of_the_output_projection() -> None:
+    spec = spec_of("gpt_neox", "GPTNeoXForCausalLM")
+    assert spec.lm_head_name == "embed_out"
+    (head,) = [row for row in parameters(spec) if row.is_lm_head]
+    assert head.source_names == ("embed_out.weight",)
+    quantization = build_quantization_config(spec, MethodOptions("rtn", group_size=-1))
+    assert quantization is not None
+    quantized = {
+        row.name.split(".", 2)[2]
+        for row in parameters(spec)
+        if scheme_of(row, row.source_names[0], quantization)
+    }
+    assert quantized == {
+        "attention.query_key_value.weight",
+        "attention.dense.weight",
+        "mlp.dense_h_to_4h.weight",
+        "mlp.dense_4h_to_h.weight",
+    }
 
 
 @pytest.mark.parametrize(
