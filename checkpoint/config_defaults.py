@@ -46,6 +46,8 @@ NULLABLE: dict[str, type] = {
     "num_experts_per_tok": int,
     "moe_intermediate_size": int,
     "per_layer_config": dict,
+    "layer_rope_theta": list,
+    "num_attention_heads_per_layer": list,
 }
 # Other names of a field.
 ALIASES = {
@@ -87,8 +89,23 @@ _SIGMOID_ROUTER = _EXPERTS | {
     "n_group": 1,
     "topk_group": 1,
 }
+_GRANITE = {
+    "mlp_bias": False,
+    "attention_multiplier": 1.0,
+    "embedding_multiplier": 1.0,
+    "residual_multiplier": 1.0,
+    "logits_scaling": 1.0,
+}
+_GRANITE_SWA = _GRANITE | {
+    "num_key_value_heads": 4,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": True,
+    "sliding_window": 128,
+}
+_GRANITE_MOE = _EXPERTS | _GRANITE | {"shared_intermediate_size": 0}
 # The defaults of each model_type. They extend or override the defaults above. A field whose value
-# here is a type (int) is required.
+# here is a type (int) is required. One whose value here is a tuple has one of these values; the
+# first is the default.
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {"mlp_bias": False},
     "mistral": {"num_key_value_heads": 8, "sliding_window": 4096},
@@ -98,13 +115,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gemma2": _GEMMA | {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
     "gemma3_text": _GEMMA
     | {"rope_theta": 1e6, "rope_local_base_freq": 1e4, "sliding_window_pattern": 6},
-    "granite": {
-        "mlp_bias": False,
-        "attention_multiplier": 1.0,
-        "embedding_multiplier": 1.0,
-        "residual_multiplier": 1.0,
-        "logits_scaling": 1.0,
-    },
+    "granite": _GRANITE,
     "olmo2": {"rms_norm_eps": 1e-5},
     "smollm3": {
         "mlp_bias": False,
@@ -358,5 +369,21 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "num_kv_shared_layers": 0,
         "enable_moe_block": False,
         "use_double_wide_mlp": False,
+    },
+    "granite_swa": _GRANITE_SWA,
+    "granitemoe": _GRANITE_MOE,
+    "granitemoeshared": _GRANITE_MOE,
+    "granitemoe_swa": _GRANITE_MOE | {"sliding_window": 128},
+    "laguna": _EXPERTS
+    | {
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "sliding_window": 512,
+        "moe_intermediate_size": 512,
+        "shared_expert_intermediate_size": 512,
+        "gating": (True, "per-head", "per-element"),
+        "moe_routed_scaling_factor": 1.0,
+        "moe_apply_router_weight_on_input": False,
+        "moe_router_logit_softcapping": 0.0,
     },
 }

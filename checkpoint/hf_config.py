@@ -70,6 +70,12 @@ def complete_config(config: dict[str, Any], model_type: str) -> Any:
 
 
 def _checked_value(config: dict[str, Any], name: str, default: Any, model_type: str) -> Any:
+    if isinstance(default, tuple):
+        value = config.get(name, default[0])
+        if value not in default:
+            allowed = ", ".join(map(repr, default))
+            raise InputError(f"config.json has {name} {str(value)[:40]!r}", f"One of {allowed}")
+        return value
     is_required = isinstance(default, type)
     if is_required:
         type_ = default

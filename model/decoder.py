@@ -187,7 +187,7 @@ class DecoderLayer:
         norms = None
         if spec.qk_norm == "full":
             qkv = self._full_qk_norm(qkv)
-        elif spec.qk_norm == "head":
+        elif spec.qk_norm != "none":
             q_norm = self.norms["attn.q_norm"]
             norms = q_norm, self.norms.get("attn.k_norm", q_norm)
         kv_quant = None
@@ -213,6 +213,7 @@ class DecoderLayer:
                 interleaved=spec.rope_interleaved,
                 norm_after_rope=spec.norm_after_rope,
                 query_scale=None if rope is None else rope.query_scale,
+                norm_subtracts_mean=spec.norm == "layer",
             )
         out = paged_attention(
             q,

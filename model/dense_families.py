@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from llmkit.common.errors import InputError
@@ -93,7 +94,8 @@ def _gemma3(config: Any) -> dict[str, Any]:
     return differences | {"qk_norm": "head"}
 
 
-def _granite(config: Any) -> dict[str, Any]:
+def granite(config: Any) -> dict[str, Any]:
+    """Granite, dense; the mixture of experts has the same scaling factors."""
     return _llama(config) | {
         "attention_scale": config.attention_multiplier,
         "embedding_multiplier": config.embedding_multiplier,
@@ -242,16 +244,42 @@ def _exaone4(config: Any) -> dict[str, Any]:
 
 
 def _cohere(config: Any) -> dict[str, Any]:
-    if config.use_qk_norm:
-        raise InputError("Cohere with use_qk_norm", "A model without query and key norms")
     return {
         "norm": "layer",
+        "qk_norm": "each_head" if config.use_qk_norm else "none",
         "rms_norm_eps": config.layer_norm_eps,
         "parallel_block": True,
         "rope_interleaved": True,
         "qkv_bias": config.attention_bias,
         "o_proj_bias": config.attention_bias,
         "logit_scale": config.logit_scale,
+    }
+
+
+def granite_swa(config: Any) -> dict[str, Any]:
+    """Granite with sliding windows and sinks; the mixture of experts has the same attention."""
+    num_layers = config.num_hidden_layers
+    has_window = [index % 4 != 0 for index in range(num_layers)]
+    layers = mixed_layers(config, has_window, config.sliding_window)
+    parameters = rope_parameters(config)
+    thetas = config.layer_rope_theta or [parameters["rope_theta"]] * num_layers
+    if len(thetas) != num_layers:
+        raise InputError(
+            f"config.json has {len(thetas)} layer_rope_theta",
+            f"One for each of {num_layers} layers",
+        )
+    # A theta of 0 stands for a layer without position encoding.
+    return granite(config) | {
+        "attention_sinks": True,
+        "layers": tuple(
+            replace(layer, rope=str(theta) if theta else None)
+            for layer, theta in zip(layers, thetas, strict=True)
+        ),
+        "ropes": {
+            str(theta): rope(config, parameters | {"rope_theta": theta})
+            for theta in dict.fromkeys(thetas)
+            if theta
+        },
     }
 
 
@@ -263,7 +291,7 @@ def _cohere2(config: Any) -> dict[str, Any]:
 
 
 def _hyperclovax(config: Any) -> dict[str, Any]:
-    differences = _granite(config) | {
+    differences = granite(config) | {
         "attention_scale": config.attention_multiplier or config.head_dim**-0.5,
     }
     if config.use_post_norm:
@@ -354,7 +382,8 @@ DENSE_FAMILIES: dict[str, tuple[str, FamilyFunction]] = {
     "Phi3ForCausalLM": ("phi3", _phi3),
     "Gemma2ForCausalLM": ("gemma2", _gemma2),
     "Gemma3ForCausalLM": ("gemma3_text", _gemma3),
-    "GraniteForCausalLM": ("granite", _granite),
+    "GraniteForCausalLM": ("granite", granite),
+    "GraniteSWAForCausalLM": ("granite_swa", granite_swa),
     "Olmo2ForCausalLM": ("olmo2", _olmo2),
     "SmolLM3ForCausalLM": ("smollm3", _smollm3),
     "GemmaForCausalLM": ("gemma", _gemma),

@@ -7,9 +7,10 @@ test against transformers.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from difflib import get_close_matches
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from llmkit.checkpoint.config_defaults import FAMILIES
@@ -39,16 +40,21 @@ SUPPORTED: dict[str, tuple[str, FamilyFunction]] = {
 }
 
 
+NO_TENSORS: Mapping[str, tuple[int, ...]] = MappingProxyType({})
+
+
 def checkpoint_spec(checkpoint: Checkpoint) -> ModelSpec:
     """The spec of a checkpoint, with the names that its tensors have. Raises as `model_spec`."""
-    return model_spec(checkpoint.config, checkpoint.tensor_names)
+    return model_spec(checkpoint.config, checkpoint.tensor_shapes)
 
 
-def model_spec(config: dict[str, Any], tensors: Collection[str] = ()) -> ModelSpec:
+def model_spec(
+    config: dict[str, Any], tensors: Mapping[str, tuple[int, ...]] = NO_TENSORS
+) -> ModelSpec:
     """The spec of a checkpoint's config.json.
 
-    tensors: the names of the checkpoint's tensors. They say how a multimodal checkpoint names its
-    text model, which the config does not. Use `checkpoint_spec` where there is a checkpoint.
+    tensors: the shapes of the checkpoint's tensors. Their names say how a multimodal checkpoint
+    names its text model, which the config does not. Use `checkpoint_spec` where there is a checkpoint.
 
     An architecture that is not in the tables runs by transformers' own modeling code, the fallback,
     where that is possible (`ModelSpec.transformers`). Remote code is never run: `auto_map` is
@@ -100,6 +106,8 @@ def model_spec(config: dict[str, Any], tensors: Collection[str] = ()) -> ModelSp
     if "activation" not in differences:
         values["activation"] = activation(completed.hidden_act)
     spec = ModelSpec(architecture=architecture, **(values | names | differences))
+    if text is not None and text.expert_stack is not None and spec.moe is not None:
+        spec = replace(spec, moe=replace(spec.moe, expert_stack=text.expert_stack))
     mtp = mtp_prefixes(config, spec.tensor_prefix, len(spec.layers))
     spec = replace(spec, carried=(*spec.carried, *mtp))
     if spec.num_heads % spec.num_kv_heads:

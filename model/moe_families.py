@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from llmkit.common.errors import InputError
-from llmkit.model.dense_families import hunyuan
+from llmkit.model.dense_families import granite, granite_swa, hunyuan
 from llmkit.model.family_fields import (
     FamilyFunction,
     equal_layers,
@@ -323,6 +323,91 @@ def _gpt_oss(config: Any) -> dict[str, Any]:
     }
 
 
+def _granite_moe(config: Any) -> dict[str, Any]:
+    moe = MoeSpec(
+        num_experts=config.num_local_experts,
+        num_experts_per_tok=config.num_experts_per_tok,
+        intermediate_size=config.intermediate_size,
+        norm_topk_prob=True,
+        module="",
+        router="block_sparse_moe.router.layer",
+        expert_stack=ExpertStack(
+            gate_up="block_sparse_moe.input_linear.weight",
+            down="block_sparse_moe.output_linear.weight",
+        ),
+        shared_intermediate_size=config.shared_intermediate_size,
+        shared_expert="shared_mlp",
+        gate_up="input_linear",
+        down="output_linear",
+    )
+    return granite(config) | {
+        "fused_gate_up": True,  # of the shared expert
+        "layers": equal_layers(config, None, is_moe=True),
+        "moe": moe,
+    }
+
+
+def _granite_moe_swa(config: Any) -> dict[str, Any]:
+    attention = granite_swa(config)
+    differences = _granite_moe(config)
+    moe = replace(
+        differences["moe"],
+        router="block_sparse_moe.router",
+        expert_stack=ExpertStack(
+            gate_up="block_sparse_moe.experts.gate_up_proj",
+            down="block_sparse_moe.experts.down_proj",
+        ),
+    )
+    layers = tuple(replace(layer, is_moe=True) for layer in attention["layers"])
+    return differences | attention | {"layers": layers, "moe": moe}
+
+
+def _laguna(config: Any) -> dict[str, Any]:
+    if config.moe_apply_router_weight_on_input:
+        raise InputError(
+            "Laguna with moe_apply_router_weight_on_input", "A router that weights outputs"
+        )
+    num_layers = config.num_hidden_layers
+    layers = mixed_layers(config, [False] * num_layers, config.sliding_window)
+    is_moe = _sparse_layers(config, [index > 0 for index in range(num_layers)])
+    heads = config.num_attention_heads_per_layer or [config.num_attention_heads] * num_layers
+    if len(heads) != num_layers or any(count % config.num_key_value_heads for count in heads):
+        raise InputError(
+            f"config.json has the num_attention_heads_per_layer {heads}",
+            f"A multiple of {config.num_key_value_heads} for each of {num_layers} layers",
+        )
+    layers = tuple(
+        replace(layer, num_heads=count)
+        for layer, count in zip(_with_experts(layers, is_moe), heads, strict=True)
+    )
+    # Full attention rotates half of a head unless the config says otherwise.
+    given = config.rope_parameters or {"full_attention": {"partial_rotary_factor": 0.5}}
+    config.rope_parameters = given
+    rope_theta = {"full_attention": 5e5, "sliding_attention": 1e4}
+    moe = MoeSpec(
+        num_experts=config.num_local_experts,
+        num_experts_per_tok=config.num_experts_per_tok,
+        intermediate_size=config.moe_intermediate_size,
+        norm_topk_prob=True,
+        scoring="sigmoid",
+        router_logit_softcapping=config.moe_router_logit_softcapping or None,
+        correction_bias="experts.e_score_correction_bias",
+        routed_scaling_factor=config.moe_routed_scaling_factor,
+        shared_intermediate_size=config.shared_expert_intermediate_size,
+        shared_expert="shared_expert",
+    )
+    return {
+        "qk_norm": "head",
+        "attention_gate": "head" if config.gating in (True, "per-head") else "element",
+        "attention_gate_activation": "softplus",
+        "qkv_bias": config.attention_bias,
+        "o_proj_bias": config.attention_bias,
+        "moe": moe,
+        "module_names": {"attn.gate": "self_attn.g_proj"},
+        **ropes_by_layer_type(config, layers, rope_theta),
+    }
+
+
 def _sigmoid_router(config: Any, num_shared_experts: int | None = None) -> MoeSpec:
     """The mixture of DeepSeek-V3, which several families have taken over.
 
@@ -395,4 +480,8 @@ MOE_FAMILIES: dict[str, tuple[str, FamilyFunction]] = {
     "HunYuanMoEV1ForCausalLM": ("hunyuan_v1_moe", _hunyuan_moe),
     "HYV3ForCausalLM": ("hy_v3", _hy_v3),
     "AfmoeForCausalLM": ("afmoe", _afmoe),
+    "GraniteMoeForCausalLM": ("granitemoe", _granite_moe),
+    "GraniteMoeSharedForCausalLM": ("granitemoeshared", _granite_moe),
+    "GraniteMoeSWAForCausalLM": ("granitemoe_swa", _granite_moe_swa),
+    "LagunaForCausalLM": ("laguna", _laguna),
 }

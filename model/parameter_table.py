@@ -318,7 +318,7 @@ def _layer_rows(spec: ModelSpec, index: int) -> Iterator[Parameter]:
     layer = spec.layers[index]
     spec = spec.for_layer(index)
 
-    def norm(module: str, size: int, split: Split = REPLICATED) -> Iterator[Parameter]:
+    def norm(module: str, *shape: int, split: Split = REPLICATED) -> Iterator[Parameter]:
         checkpoint = _module(spec, module)
         if module == "mlp_norm" and spec.post_norm and module not in spec.module_names:
             # In Llama, `post_attention_layernorm` is the norm before the MLP. In families that
@@ -326,7 +326,7 @@ def _layer_rows(spec: ModelSpec, index: int) -> Iterator[Parameter]:
             checkpoint = "pre_feedforward_layernorm"
         is_qk_norm = module.startswith("attn.")
         for kind in ("weight", "bias") if spec.norm_bias and not is_qk_norm else ("weight",):
-            tensor = SourceTensor(f"{source}.{checkpoint}.{kind}", (size,), split)
+            tensor = SourceTensor(f"{source}.{checkpoint}.{kind}", shape, split)
             yield Parameter(f"{name}.{module}.{kind}", (tensor,), layers)
 
     def linear(module: str) -> str:
@@ -355,8 +355,11 @@ def _layer_rows(spec: ModelSpec, index: int) -> Iterator[Parameter]:
         f"{name}.attn_norm.weight" if is_only_reader else None,
     )
     if spec.qk_norm == "full":
-        yield from norm("attn.q_norm", q_size, heads)
-        yield from norm("attn.k_norm", kv_size, kv_heads)
+        yield from norm("attn.q_norm", q_size, split=heads)
+        yield from norm("attn.k_norm", kv_size, split=kv_heads)
+    elif spec.qk_norm == "each_head":
+        for module, split in (("attn.q_norm", heads), ("attn.k_norm", kv_heads)):
+            yield from norm(module, split.count, spec.head_dim, split=replace(split, unit=1))
     elif spec.qk_norm == "head":
         yield from norm("attn.q_norm", spec.head_dim)
         if not layer.reads_kv_of:
@@ -474,7 +477,8 @@ def _moe_rows(spec: ModelSpec, index: int, input_from: str | None) -> Iterator[P
             yield Parameter(f"{name}.router.{vector}", (tensor,), layers)
 
     def mlp_rows(runtime: str, module: str, size: int) -> Iterator[Parameter]:
-        names = (f"{module}.gate_up_proj", *(f"{module}.{x}" for x in (moe.gate, moe.up, moe.down)))
+        modules = (moe.gate_up, moe.gate, moe.up, moe.down)
+        names = tuple(f"{module}.{linear}" for linear in modules)
         return _mlp_rows(spec, f"{name}.{runtime}", names, size, layers, None)
 
     if moe.shared_intermediate_size:

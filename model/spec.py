@@ -62,6 +62,7 @@ class MoeSpec:
     gate: str = "gate_proj"  # or "w1"
     up: str = "up_proj"  # or "w3"
     down: str = "down_proj"  # or "w2"
+    gate_up: str = "gate_up_proj"  # gate and up in one; only with `ModelSpec.fused_gate_up`
     expert_stack: ExpertStack | None = None  # None: a checkpoint stores experts one by one
     router: str = "gate"  # the linear that computes the logits of the experts
     router_bias: bool = False
@@ -149,7 +150,8 @@ class ModelSpec:
     post_norm: bool = False  # the output of attention and MLP is normalized before the residual add
     # Attention and MLP read the same normalized hidden state, and both outputs are added to it.
     parallel_block: bool = False
-    qk_norm: Literal["none", "head", "full"] = "none"  # over head_dim, or over all heads at once
+    # Over head_dim, over head_dim with weights for each head, or over all heads at once.
+    qk_norm: Literal["none", "head", "each_head", "full"] = "none"
     norm_after_rope: bool = False  # the QK norm comes after RoPE
     rope_interleaved: bool = False  # RoPE rotates dimensions 2i and 2i + 1 rather than i and i + R
     # A linear of attention's input whose activation multiplies attention's output: one value for

@@ -33,6 +33,15 @@ TEXT_DEFAULTS: dict[str, dict[str, Any]] = {
     "qwen3": _sizes(151936, 4096, 22016, 32, 32, 32768),
     "qwen3_moe": _sizes(151936, 2048, 6144, 24, 32, 32768)
     | {"num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768},
+    "qwen3_vl_moe_text": _sizes(151936, 2048, 5632, 24, 16, 128000)
+    | {
+        "num_key_value_heads": 16,
+        "num_experts": 60,
+        "num_experts_per_tok": 4,
+        "moe_intermediate_size": 1408,
+        "norm_topk_prob": True,  # no field of this config: its router always does so
+        "rope_theta": 5e5,
+    },
     "gemma3_text": _sizes(262208, 2304, 9216, 26, 8, 131072),
     "qwen2_vl_text": _QWEN_VL,
     "qwen2_5_vl_text": _QWEN_VL,

@@ -7,12 +7,12 @@ tensors of other parts: towers, projectors. The text model runs; the other parts
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from llmkit.common.errors import InputError
-from llmkit.model.spec import ModelSpec
+from llmkit.model.spec import ExpertStack, ModelSpec
 from llmkit.model.text_config_defaults import TEXT_DEFAULTS
 
 
@@ -41,6 +41,7 @@ class Wrapper:
     tie_word_embeddings: bool = False  # when config.json does not say it
     # Text model types that are a family of ours in another name: that family's model_type.
     families: dict[str, str] = field(default_factory=dict)
+    stacks_experts: bool = False  # all experts of a layer are in one tensor; the family's are not
 
 
 _LLAVA_NAMES = (
@@ -60,6 +61,13 @@ _LLAVA_TEXT = ("llama", "mistral", "qwen2", "qwen3")
 WRAPPERS: dict[str, Wrapper] = {
     "Gemma3ForConditionalGeneration": Wrapper(
         "gemma3", ("gemma3_text",), _TOWER, _LLAVA_NAMES, tie_word_embeddings=True
+    ),
+    "Gemma4ForConditionalGeneration": Wrapper(
+        "gemma4",
+        ("gemma4_text",),
+        ("vision_tower", "embed_vision", "audio_tower", "embed_audio"),
+        _LLAVA_NAMES[:1],
+        tie_word_embeddings=True,
     ),
     "Mistral3ForConditionalGeneration": Wrapper(
         "mistral3", ("mistral", "ministral3"), _TOWER, _LLAVA_NAMES, tie_word_embeddings=True
@@ -104,6 +112,14 @@ WRAPPERS: dict[str, Wrapper] = {
         _QWEN_NAMES[:1],
         families={"qwen3_vl_text": "qwen3"},
     ),
+    "Qwen3VLMoeForConditionalGeneration": Wrapper(
+        "qwen3_vl_moe",
+        ("qwen3_vl_moe_text",),
+        ("visual",),
+        _QWEN_NAMES[:1],
+        families={"qwen3_vl_moe_text": "qwen3_moe"},
+        stacks_experts=True,
+    ),
     "Idefics3ForConditionalGeneration": Wrapper(
         "idefics3",
         ("llama", "mistral"),
@@ -131,12 +147,13 @@ class TextModel:
     config: dict[str, Any]  # like the config.json of a text model
     names: TextNames
     carried: tuple[str, ...]  # see ModelSpec.carried
+    expert_stack: ExpertStack | None  # see MoeSpec; None: as in the family
 
 
-def text_model(config: dict[str, Any], tensors: Collection[str]) -> TextModel | None:
+def text_model(config: dict[str, Any], tensors: Mapping[str, tuple[int, ...]]) -> TextModel | None:
     """The text model of a config.json; None when its architecture is no wrapper.
 
-    tensors: the names of the checkpoint's tensors. Without them, those of transformers 5 are
+    tensors: the shapes of the checkpoint's tensors. Without them, those of transformers 5 are
     assumed.
     Raises InputError for a config without a text model, or with one that does not belong to the
     architecture, and for tensors of several namings.
@@ -170,6 +187,7 @@ def text_model(config: dict[str, Any], tensors: Collection[str]) -> TextModel | 
         text_config,
         names,
         _carried_prefixes(wrapper),
+        _expert_stack(text_config, tensors) if wrapper.stacks_experts else None,
     )
 
 
@@ -261,6 +279,16 @@ def _is_tied(
         return False
     text_flag = (config.get("text_config") or {}).get("tie_word_embeddings")
     return bool(text_flag or config.get("tie_word_embeddings", wrapper.tie_word_embeddings))
+
+
+def _expert_stack(
+    text_config: dict[str, Any], tensors: Mapping[str, tuple[int, ...]]
+) -> ExpertStack:
+    """How experts are stored: transformers writes [out, in], and files of the hub have [in, out]."""
+    stack = ExpertStack()
+    shape = next((tensors[name] for name in tensors if name.endswith(stack.down)), None)
+    is_plain = shape is None or shape[-2:-1] == (text_config.get("hidden_size"),)
+    return stack if is_plain else ExpertStack(transposed=True)
 
 
 def _carried_prefixes(wrapper: Wrapper) -> tuple[str, ...]:

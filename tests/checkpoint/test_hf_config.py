@@ -33,6 +33,8 @@ def test_config_defaults_are_those_of_transformers(kind: str) -> None:
         value = getattr(type(completed), name, rope.get(name))
         if value is None or ours is None or isinstance(ours, type):
             continue
+        if isinstance(ours, tuple):
+            (ours, *_) = ours
         if isinstance(ours, dict):  # theirs has rope_theta in it
             value = {key: value[key] for key in ours}
         assert value == ours, name

@@ -375,6 +375,54 @@ FAMILIES = {
             "moe_intermediate_size": 24,
         },
     ),
+    "cohere-qk-norm": ("cohere", {"use_qk_norm": True}),
+    "granite-swa": (
+        "granite_swa",
+        {
+            "sliding_window": 12,
+            "attention_multiplier": 0.2,
+            "residual_multiplier": 0.4,
+            "layer_rope_theta": [0, 10000.0, 500.0, 10000.0],
+        },
+    ),
+    "granite-moe": (
+        "granitemoe",
+        {"num_local_experts": 4, "num_experts_per_tok": 2, "attention_multiplier": 0.2},
+    ),
+    "granite-moe-shared": (
+        "granitemoeshared",
+        {"num_local_experts": 4, "num_experts_per_tok": 2, "shared_intermediate_size": 24},
+    ),
+    "granite-moe-swa": (
+        "granitemoe_swa",
+        {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 12},
+    ),
+    "laguna": (
+        "laguna",
+        {
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 24,
+            "shared_expert_intermediate_size": 40,
+            "head_dim": 16,
+            "sliding_window": 12,
+            "layer_types": GEMMA_LAYERS,
+            "num_attention_heads_per_layer": [4, 6, 4, 2],
+            "moe_routed_scaling_factor": 1.5,
+            "moe_router_logit_softcapping": 3.0,
+        },
+    ),
+    "laguna-elements": (
+        "laguna",
+        {
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 24,
+            "shared_expert_intermediate_size": 40,
+            "head_dim": 16,
+            "gating": "per-element",
+        },
+    ),
 }
 
 # Families that show everything the engine does: each kind of attention, position, norm, embedding,
@@ -402,6 +450,7 @@ REPRESENTATIVES = (
     "gemma4",
     "gemma4-moe",
     "gpt-oss",
+    "laguna",
 )
 
 
