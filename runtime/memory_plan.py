@@ -235,6 +235,8 @@ def weight_bytes(
                     num_rows = sum(shape[0] for shape in shapes)
                     stored = quantized_format.tensors(scheme, num_rows, shapes[0][1])
                     total += sum(byte_count(tensor.dtype, tensor.shape) for tensor in stored)
+                    if on_cpu and scheme.is_fp4:  # the kernel's scales are float32, not a byte
+                        total += 3 * num_rows * scheme.groups(shapes[0][1])
                     continue
             itemsize = dtype.itemsize
             if keeps_small_dtype and not scheme:

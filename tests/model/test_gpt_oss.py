@@ -31,6 +31,7 @@ from llmkit.quant.quantize_options import QuantizeOptions
 from llmkit.runtime.engine.engine_options import EngineOptions
 from llmkit.runtime.engine.sampling_params import SamplingParams
 from llmkit.runtime.engine_loader import load_engine
+from llmkit.runtime.memory_plan import weight_bytes
 from llmkit.runtime.parallel.leader import LeadEngine
 from llmkit.shard.merge import merge
 from llmkit.shard.shard_checkpoint import shard
@@ -90,6 +91,23 @@ def test_gpt_oss_without_compiled_kernels(gpt_oss: GptOss, monkeypatch: pytest.M
     with torch.inference_mode():
         logits = next(window_logits(model, tokens()[None]))
     torch.testing.assert_close(logits, oracle_logits(gpt_oss.oracle, tokens()), atol=1e-4, rtol=0)
+
+
+@pytest.mark.skipif(cpu_kernels.library is None, reason="without the compiled kernels")
+def test_memory_plan_counts_mxfp4_experts_as_they_are_held(gpt_oss: GptOss) -> None:
+    checkpoint = open_checkpoint(gpt_oss.mxfp4)
+    spec = checkpoint_spec(checkpoint)
+    rows = [row for row in parameters(spec) if row.expert is not None and row.is_linear]
+    cpu = torch.device("cpu")
+    planned = weight_bytes(checkpoint, spec, torch.float32, cpu, rows)
+    model = load_model(checkpoint, torch.float32, packed=True)
+    held = 0
+    for layer in model.layers:
+        for name, linear in layer.linears.items():
+            if ".experts." in name:
+                assert isinstance(linear, PackedLinear)
+                held += linear.kernel.nbytes
+    assert planned == held
 
 
 def test_mxfp4_experts_stay_packed_on_a_gpu(
