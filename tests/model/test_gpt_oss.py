@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from support.mxfp4_files import pack_mxfp4, write_gpt_oss
 from support.synthetic_checkpoint import stored_bytes
+from support.tiny_adapters import write_adapter
 from support.tiny_families import oracle_logits
 
 from llmkit.checkpoint.open_checkpoint import open_checkpoint
@@ -24,6 +25,7 @@ from llmkit.model import decoder, weight_loader
 from llmkit.model.families import checkpoint_spec, model_spec
 from llmkit.model.full_forward import window_logits
 from llmkit.model.linear import PackedLinear
+from llmkit.model.lora import load_adapter
 from llmkit.model.parameter_table import parameters
 from llmkit.model.weight_loader import load_model
 from llmkit.quant.quantize_checkpoint import quantize
@@ -263,6 +265,17 @@ def test_quantize_refuses_experts_in_one_tensor(gpt_oss: GptOss, tmp_path: Path)
     assert torch.equal(
         cast[GATE_UP], load_file(gpt_oss.dense / "model.safetensors")[GATE_UP].bfloat16()
     )
+
+
+def test_gpt_oss_adapters_are_of_attention(gpt_oss: GptOss, tmp_path: Path) -> None:
+    """Experts in one tensor are no linear modules, which an adapter could be of."""
+    spec = checkpoint_spec(open_checkpoint(gpt_oss.mxfp4))
+    attention = write_adapter(gpt_oss.mxfp4, tmp_path / "a", r"self_attn\.\w+\.weight")
+    loaded = load_adapter(attention, spec, torch.float32)
+    assert set(loaded) == {f"layers.{n}.attn.{name}" for n in range(4) for name in ("qkv", "o")}
+    experts = write_adapter(gpt_oss.dense, tmp_path / "b", "experts.down_proj_bias")
+    with pytest.raises(InputError, match="experts"):
+        load_adapter(experts, spec, torch.float32)
 
 
 Tensors = dict[str, torch.Tensor]
