@@ -15,8 +15,11 @@ from support.mxfp4_files import pack_mxfp4, write_gpt_oss
 from support.synthetic_checkpoint import stored_bytes
 from support.tiny_adapters import write_adapter
 from support.tiny_families import oracle_logits
+from transformers.integrations.mxfp4 import _convert_moe_packed_tensors
 
+from llmkit.checkpoint.mxfp4_format import SCHEME
 from llmkit.checkpoint.open_checkpoint import open_checkpoint
+from llmkit.checkpoint.quantized_formats import FORMATS
 from llmkit.common.errors import InputError
 from llmkit.common.progress import SilentProgress
 from llmkit.kernels.cpu import cpu_kernels
@@ -358,6 +361,15 @@ def test_gpt_oss_20b_has_its_size() -> None:
     total = sum(torch.Size(row.shape).numel() for row in parameters(spec))
     assert round(total / 1e9, 2) == 20.91
     assert [layer.sliding_window for layer in spec.layers[:3]] == [128, None, 128]
+
+
+def test_mxfp4_values_are_those_of_transformers(gpt_oss: GptOss) -> None:
+    stored = load_file(gpt_oss.mxfp4 / "model.safetensors")
+    blocks, scales = stored[f"{GATE_UP}_blocks"], stored[f"{GATE_UP}_scales"]
+    theirs = _convert_moe_packed_tensors(blocks, scales, dtype=torch.float32)
+    for expert in range(4):
+        ours = FORMATS["mxfp4"].unpack(SCHEME, {"blocks": blocks[expert], "scales": scales[expert]})
+        assert torch.equal(ours.dequantize(), theirs[expert].T)
 
 
 def test_pack_mxfp4_of_the_tests_keeps_values_of_the_format() -> None:
