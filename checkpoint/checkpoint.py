@@ -78,11 +78,19 @@ class Checkpoint(ModelFiles):
         return (self.manifest or {}).get("layout")
 
     @property
-    def tensor_names(self) -> tuple[str, ...]:
-        """The names of all tensors; of a sharded checkpoint, those of its source."""
+    def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shapes of all tensors by name; of a sharded checkpoint, those of its source."""
         if self.layout is None:
-            return tuple(self.tensors)
-        return tuple(map(str, self.layout.get("order", ())))
+            return {name: info.shape for name, info in self.tensors.items()}
+        shapes = {}
+        for entry in self.layout.get("tensors", {}).values():
+            shapes[str(entry["source"])] = tuple(entry["source_shape"])
+        return shapes
+
+    @property
+    def tensor_names(self) -> tuple[str, ...]:
+        """The names of `tensor_shapes`."""
+        return tuple(self.tensor_shapes)
 
     @property
     def folder(self) -> Path:

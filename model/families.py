@@ -54,7 +54,8 @@ def model_spec(
     """The spec of a checkpoint's config.json.
 
     tensors: the shapes of the checkpoint's tensors. Their names say how a multimodal checkpoint
-    names its text model, which the config does not. Use `checkpoint_spec` where there is a checkpoint.
+    names its text model, which the config does not. Use `checkpoint_spec` where there is a
+    checkpoint.
 
     An architecture that is not in the tables runs by transformers' own modeling code, the fallback,
     where that is possible (`ModelSpec.transformers`). Remote code is never run: `auto_map` is
@@ -131,7 +132,8 @@ def require_native(spec: ModelSpec, feature: str) -> None:
         raise InputError(
             f"{feature} is not possible with {spec.architecture}: it is no family of llmkit's own"
             " and runs by transformers' modeling code",
-            todo=f"Leave it out, or use another model; {_nearest(spec.architecture)}",
+            expected=_nearest(spec.architecture),
+            todo="Leave it out, or use another model",
         )
 
 
@@ -151,7 +153,6 @@ def _fallback_spec(config: dict[str, Any], tensors: Collection[str]) -> ModelSpe
     try:
         return transformers_spec(config, tensors)
     except UnsupportedError as error:
-        known = ", ".join([*SUPPORTED, *WRAPPERS])
         remote = ""
         if "auto_map" in config:
             names = ", ".join(sorted(config["auto_map"]))
@@ -159,8 +160,8 @@ def _fallback_spec(config: dict[str, Any], tensors: Collection[str]) -> ModelSpe
         raise InputError(
             f"unsupported architecture ({architecture}): it is no family of llmkit's own, and"
             f" transformers' modeling code does not help: {error}{remote}",
-            f"{_nearest(architecture)[0].upper()}{_nearest(architecture)[1:]}",
-            f"Use one of {known}",
+            _nearest(architecture),
+            f"docs/models.md lists the {len(SUPPORTED) + len(WRAPPERS)} supported architectures",
         ) from error
 
 
@@ -169,10 +170,21 @@ def _architecture(config: dict[str, Any]) -> str:
 
 
 def _nearest(architecture: str) -> str:
-    """The name of the supported architecture that is spelled most like this one, as a phrase."""
-    names = [*SUPPORTED, *WRAPPERS]
-    matches = get_close_matches(architecture, names, n=1, cutoff=0.0)
-    return f"the supported architecture with the most similar name is {matches[0]}"
+    """A sentence with the supported architecture of a similar name; empty when there is none."""
+    stems: dict[str, str] = {}
+    for name in (*SUPPORTED, *WRAPPERS):
+        stems.setdefault(_stem(name), name)
+    matches = get_close_matches(_stem(architecture), stems, n=1, cutoff=0.7)
+    if not matches:
+        return ""
+    return f"The supported architecture with the most similar name is {stems[matches[0]]}"
+
+
+def _stem(architecture: str) -> str:
+    """The part of an architecture's name that tells families apart."""
+    for ending in ("ForCausalLM", "ForConditionalGeneration", "LMHeadModel"):
+        architecture = architecture.removesuffix(ending)
+    return architecture.lower()
 
 
 def _text_family(model_type: str) -> FamilyFunction:

@@ -284,7 +284,7 @@ def _is_tied(
 def _expert_stack(
     text_config: dict[str, Any], tensors: Mapping[str, tuple[int, ...]]
 ) -> ExpertStack:
-    """How experts are stored: transformers writes [out, in], and files of the hub have [in, out]."""
+    """How experts are stored: [out, in] by transformers, [in, out] in files of the hub."""
     stack = ExpertStack()
     shape = next((tensors[name] for name in tensors if name.endswith(stack.down)), None)
     is_plain = shape is None or shape[-2:-1] == (text_config.get("hidden_size"),)
