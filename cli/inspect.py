@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import TYPE_CHECKING, Annotated, Any
 
 from llmkit.cli.command import MODEL
@@ -63,8 +64,11 @@ def _show(console: Console, facts: dict[str, Any]) -> None:
 def _lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
     quantization = facts["quantization"]
     layout = facts["layout"]
-    experts = f", {facts['experts']} experts" if facts["experts"] else ""
-    window = f", sliding window {facts['sliding_window']:,}" if facts["sliding_window"] else ""
+    active = (
+        f", of which a token uses {facts['active_parameters'] / 1e6:,.1f} million"
+        if facts["moe"]
+        else ""
+    )
     dtypes = ", ".join(
         f"{count} {dtype}" for dtype, count in sorted(facts["stored_dtypes"].items())
     )
@@ -72,20 +76,17 @@ def _lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
         ("model", f"{facts['reference']} ({facts['kind']})"),
         (
             "architecture",
-            f"{facts['architecture']}, {facts['parameters'] / 1e6:,.1f} million "
-            f"parameters{experts}",
+            f"{facts['architecture']}, {facts['parameters'] / 1e6:,.1f} million parameters{active}",
         ),
         ("runs", f"{facts['support']}: {facts['support_reason']}"),
         (
             "layers",
             f"{facts['layers']} of hidden {facts['hidden']:,}, MLP {facts['intermediate']:,}",
         ),
-        ("heads", f"{facts['heads']} query, {facts['kv_heads']} KV, of {facts['head_dim']}"),
-        (
-            "vocabulary",
-            f"{facts['vocab']:,}{', embeddings tied' if facts['tied_embeddings'] else ''}",
-        ),
-        ("context", f"{facts['max_positions']:,} tokens{window}"),
+        *zip_longest(["attention"], _attention_lines(facts), fillvalue=""),
+        *([("experts", _experts_text(facts["moe"], facts["layers"]))] if facts["moe"] else []),
+        ("vocabulary", _vocabulary_text(facts)),
+        ("context", f"{facts['max_positions']:,} tokens"),
         ("on disk", bytes_text(facts["disk_bytes"])),
         (
             "tensors",
@@ -112,3 +113,40 @@ def _lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
     lines.append(("KV cache", f"{bytes_text(facts['kv_bytes_per_token']['bf16'])} a token in bf16"))
     lines.append(("TP that works", ", ".join(map(str, facts["tp"]))))
     return lines
+
+
+def _attention_lines(facts: dict[str, Any]) -> list[str]:
+    """A line for each kind of attention layers."""
+    kinds = facts["attention"]
+    lines = []
+    for kind in kinds:
+        layers = f"{kind['layers']} layers: " if len(kinds) > 1 else ""
+        window = f", window of {kind['sliding_window']:,}" if kind["sliding_window"] else ""
+        heads = f"{kind['heads']} query heads, {kind['kv_heads']} KV, of {kind['head_dim']}"
+        lines.append(layers + heads + window)
+    if facts["shared_kv_layers"]:
+        lines.append(f"{facts['shared_kv_layers']} layers read keys and values of earlier layers")
+    return lines
+
+
+def _experts_text(moe: dict[str, Any], num_layers: int) -> str:
+    parts = [f"{moe['experts_per_token']} of {moe['experts']}, MLP {moe['intermediate']:,}"]
+    if moe["shared_intermediate"]:
+        parts.append(f"a shared one of {moe['shared_intermediate']:,}")
+    if moe["layers"] < num_layers:
+        parts.append(f"in {moe['layers']} of {num_layers} layers")
+    router = f"{moe['router']} router"
+    if moe["groups"] > 1:
+        router += f", {moe['groups_per_token']} of {moe['groups']} groups"
+    if moe["correction_bias"]:
+        router += ", correction bias"
+    return "; ".join([", ".join(parts), router])
+
+
+def _vocabulary_text(facts: dict[str, Any]) -> str:
+    parts = [f"{facts['vocab']:,}"]
+    if facts["tied_embeddings"]:
+        parts.append("embeddings tied")
+    if facts["per_layer_input_size"]:
+        parts.append(f"{facts['per_layer_input_size']:,} more embedding dimensions for each layer")
+    return ", ".join(parts)

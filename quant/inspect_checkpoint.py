@@ -37,13 +37,18 @@ def inspect_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
         "support_reason": support(spec)[1],
         "model_type": checkpoint.config.get("model_type"),
         "parameters": parameter_count(spec),
+        "active_parameters": active_parameter_count(spec),
         "layers": len(spec.layers),
         "hidden": spec.hidden_size,
         "heads": spec.num_heads,
         "kv_heads": spec.num_kv_heads,
         "head_dim": spec.head_dim,
         "intermediate": spec.intermediate_size,
+        "attention": _attention_entries(spec),
+        "shared_kv_layers": sum(layer.reads_kv_of > 0 for layer in spec.layers),
+        "per_layer_input_size": spec.per_layer_input_size,
         "experts": spec.moe.num_experts if spec.moe else None,
+        "moe": _moe_entry(spec),
         "vocab": spec.vocab_size,
         "tied_embeddings": spec.tie_word_embeddings,
         "max_positions": spec.max_position_embeddings,
@@ -62,6 +67,42 @@ def inspect_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
     }
 
 
+def _attention_entries(spec: ModelSpec) -> list[dict[str, Any]]:
+    """The kinds of attention layers, in the order of their first layers."""
+    kinds: Counter[tuple[int, int, int, int | None]] = Counter()
+    for index, layer in enumerate(spec.layers):
+        sizes = spec.for_layer(index)
+        kinds[sizes.num_heads, sizes.num_kv_heads, sizes.head_dim, layer.sliding_window] += 1
+    return [
+        {
+            "layers": count,
+            "heads": num_heads,
+            "kv_heads": num_kv_heads,
+            "head_dim": head_dim,
+            "sliding_window": window,
+        }
+        for (num_heads, num_kv_heads, head_dim, window), count in kinds.items()
+    ]
+
+
+def _moe_entry(spec: ModelSpec) -> dict[str, Any] | None:
+    moe = spec.moe
+    if moe is None:
+        return None
+    return {
+        "layers": sum(layer.is_moe for layer in spec.layers),
+        "experts": moe.num_experts,
+        "experts_per_token": moe.num_experts_per_tok,
+        "intermediate": moe.intermediate_size,
+        "shared_intermediate": moe.shared_intermediate_size or None,
+        "router": moe.scoring,
+        "correction_bias": moe.correction_bias is not None,
+        "groups": moe.num_groups,
+        "groups_per_token": moe.topk_groups,
+        "stacked": moe.expert_stack is not None,
+    }
+
+
 def _quantization_entry(quantization: QuantizationConfig | None) -> dict[str, Any] | None:
     if quantization is None:
         return None
@@ -76,6 +117,15 @@ def _quantization_entry(quantization: QuantizationConfig | None) -> dict[str, An
 def parameter_count(spec: ModelSpec) -> int:
     """The number of weights. Tied embeddings count once."""
     return sum(math.prod(parameter.shape) for parameter in parameters(spec))
+
+
+def active_parameter_count(spec: ModelSpec) -> int:
+    """The number of weights without those of experts that a token does not use."""
+    if spec.moe is None:
+        return parameter_count(spec)
+    of_experts = sum(math.prod(row.shape) for row in parameters(spec) if row.expert is not None)
+    share = spec.moe.num_experts_per_tok / spec.moe.num_experts
+    return parameter_count(spec) - round(of_experts * (1 - share))
 
 
 def weight_bytes(spec: ModelSpec) -> dict[str, int]:

@@ -313,7 +313,7 @@ def test_inspect_shows_the_model(checkpoint: Path, capsys: pytest.CaptureFixture
     shown = capsys.readouterr().out
     for part in (
         "LlamaForCausalLM, 0.1 million parameters",
-        "4 query, 2 KV, of 16",
+        "4 query heads, 2 KV, of 16",
         "int4",
         "1, 2, 4",
     ):

@@ -17,6 +17,7 @@ from llmkit.model.checkpoint_tensors import check_checkpoint, checkpoint_tensors
 from llmkit.model.families import SUPPORTED, model_spec
 from llmkit.model.parameter_table import Split, parameters
 from llmkit.model.weight_loader import load_model
+from llmkit.model.wrappers import WRAPPERS
 
 
 def rewrite(path: Path, change) -> None:
@@ -109,10 +110,26 @@ def test_check_checkpoint_allows_a_repeated_tied_head(tmp_path: Path) -> None:
     assert model.head.weight is model.embedding
 
 
-def test_model_spec_lists_the_supported_architectures(checkpoint: Path) -> None:
-    message = rejected(configured(checkpoint, architectures=["MambaForCausalLM"]))
-    assert "unsupported architecture (MambaForCausalLM)" in message
-    assert all(name in message for name in SUPPORTED)
+@pytest.mark.parametrize(
+    ("architecture", "nearest"),
+    [
+        ("LLaMAForCausalLM", "LlamaForCausalLM"),
+        ("Gemma9ForConditionalGeneration", "GemmaForCausalLM"),
+        ("NemotronHForCausalLM", "NemotronForCausalLM"),
+        ("MambaForCausalLM", None),
+    ],
+)
+def test_model_spec_names_the_nearest_architecture(
+    checkpoint: Path, architecture: str, nearest: str | None
+) -> None:
+    message = rejected(configured(checkpoint, architectures=[architecture]))
+    assert f"unsupported architecture ({architecture})" in message
+    assert ("most similar name" in message) == (nearest is not None)
+    if nearest is not None:
+        assert f"The supported architecture with the most similar name is {nearest}." in message
+    number = len(SUPPORTED) + len(WRAPPERS)
+    assert f"docs/models.md lists the {number} supported architectures" in message
+    assert len(message) < 480
 
 
 def test_model_spec_refuses_remote_code(checkpoint: Path) -> None:

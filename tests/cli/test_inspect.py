@@ -1,0 +1,124 @@
+"""`llmkit inspect`: what it says about experts, attention, the KV cache and unknown models."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.tiny_families import family_oracle
+from support.tiny_models import tiny_checkpoint
+
+from llmkit.cli import main
+
+
+def document(capsys: pytest.CaptureFixture[str], path: Path) -> dict[str, Any]:
+    assert main.run(["inspect", str(path), "--json"]) == 0
+    facts: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return facts
+
+
+def shown(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, path: Path
+) -> list[str]:
+    """The lines of the text, each without repeated spaces."""
+    monkeypatch.setenv("COLUMNS", "160")
+    assert main.run(["inspect", str(path)]) == 0
+    return [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+
+
+def test_inspect_shows_experts_and_router(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    oracle = family_oracle("glm4-moe", tmp_path)
+    facts = document(capsys, tmp_path)
+    assert facts["moe"] == {
+        "layers": 3,
+        "experts": 8,
+        "experts_per_token": 3,
+        "intermediate": 24,
+        "shared_intermediate": 24,
+        "router": "sigmoid",
+        "correction_bias": True,
+        "groups": 4,
+        "groups_per_token": 2,
+        "stacked": False,
+    }
+    biases = 3 * 8  # transformers counts them as buffers
+    assert facts["parameters"] == sum(p.numel() for p in oracle.parameters()) + biases
+    unused = 3 * 5 * 3 * 24 * 32  # layers, experts, matrices of an expert, their sizes
+    assert facts["parameters"] - facts["active_parameters"] == unused
+    assert facts["kv_bytes_per_token"] == {"fp32": 1024, "bf16": 512}
+    lines = shown(capsys, monkeypatch, tmp_path)
+    assert "attention 4 query heads, 2 KV, of 16" in lines
+    assert (
+        "experts 3 of 8, MLP 24, a shared one of 24, in 3 of 4 layers;"
+        " sigmoid router, 2 of 4 groups, correction bias"
+    ) in lines
+
+
+def test_inspect_shows_each_kind_of_attention(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Gemma 4: heads of two sizes, layers without keys and values, per-layer embeddings."""
+    family_oracle("gemma4", tmp_path)
+    facts = document(capsys, tmp_path)
+    heads = {"layers": 3, "heads": 4, "kv_heads": 2}
+    assert facts["attention"] == [
+        heads | {"head_dim": 16, "sliding_window": 12},
+        heads | {"head_dim": 32, "sliding_window": None},
+    ]
+    assert facts["shared_kv_layers"] == 2
+    assert facts["per_layer_input_size"] == 8
+    assert facts["moe"] is None
+    assert facts["active_parameters"] == facts["parameters"]
+    elements = 2 * (2 * 2 * 16) + 2 * (2 * 2 * 32)  # two layers of each kind have K and V
+    assert facts["kv_bytes_per_token"] == {"fp32": 4 * elements, "bf16": 2 * elements}
+    lines = shown(capsys, monkeypatch, tmp_path)
+    first = lines.index("attention 3 layers: 4 query heads, 2 KV, of 16, window of 12")
+    assert lines[first + 1 : first + 3] == [
+        "3 layers: 4 query heads, 2 KV, of 32",
+        "2 layers read keys and values of earlier layers",
+    ]
+    assert "vocabulary 128, embeddings tied, 8 more embedding dimensions for each layer" in lines
+
+
+@pytest.mark.parametrize(
+    ("architecture", "model_type", "reason", "nearest"),
+    [
+        (
+            "JambaForCausalLM",
+            "jamba",
+            "its layers keep a recurrent state besides keys and values",
+            "",
+        ),
+        (
+            "Gemma9ForCausalLM",
+            "gemma9",
+            "has no causal language model Gemma9ForCausalLM of model_type gemma9",
+            " The supported architecture with the most similar name is GemmaForCausalLM.",
+        ),
+    ],
+)
+def test_inspect_says_why_a_model_does_not_run(
+    architecture: str,
+    model_type: str,
+    reason: str,
+    nearest: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    path = tiny_checkpoint(tmp_path / "model")
+    capsys.readouterr()  # what saving printed
+    config = path / "config.json"
+    changed = {"architectures": [architecture], "model_type": model_type}
+    config.write_text(json.dumps(json.loads(config.read_text()) | changed))
+    assert main.run(["inspect", str(path)]) == 3
+    error = capsys.readouterr().err
+    assert error.startswith(f"llmkit inspect: error: unsupported architecture ({architecture}): ")
+    assert f"{reason}.{nearest} docs/models.md lists the " in error
+    assert error.count("\n") == 1
+    assert len(error) < 5 * 80
+    assert main.run(["inspect", str(path), "--json"]) == 3
+    assert reason in json.loads(capsys.readouterr().out)["error"]["what"]
