@@ -210,6 +210,11 @@ class ModelSpec:
         return self.rank is None or self.rank.end_layer == len(self.full_model.layers)
 
     @property
+    def has_independent_layers(self) -> bool:
+        """Whether a layer reads nothing but the output of the layer before it."""
+        return not self.per_layer_input_size and not any(x.reads_kv_of for x in self.layers)
+
+    @property
     def kv_elements_per_token(self) -> int:
         """The elements of K and V of one token over all layers."""
         return sum(self.kv_elements_of_layer(index) for index in range(len(self.layers)))

@@ -228,7 +228,7 @@ def make_plan(source: str, out: Path, options: QuantizeOptions, progress: Progre
     if quantization is not None:
         carried = carried_modules(checkpoint, spec)
         quantization = dataclasses.replace(quantization, carried=carried)
-    if quantization is not None and spec.moe is not None and spec.moe.expert_stack is not None:
+    if quantization is not None and not can_quantize(spec):
         raise InputError(
             f"{source} stores all experts of a layer in one tensor, which --method"
             f" {options.method} cannot write",
@@ -236,8 +236,7 @@ def make_plan(source: str, out: Path, options: QuantizeOptions, progress: Progre
             "Cast it with --method bf16 or fp16, or serve it as it is",
         )
     needs_forward = method_options(options).calibrated or options.mixed or options.evaluate
-    shares_kv = any(layer.reads_kv_of for layer in spec.layers)
-    if needs_forward and (spec.per_layer_input_size or shares_kv):
+    if needs_forward and not spec.has_independent_layers:
         raise InputError(
             f"the layers of {source} read more than the output of the layer before them:"
             " embeddings or keys of other layers",
@@ -265,6 +264,11 @@ def make_plan(source: str, out: Path, options: QuantizeOptions, progress: Progre
             f"calibration windows have {seq_len} tokens: the model has no more positions"
         )
     return plan
+
+
+def can_quantize(spec: ModelSpec) -> bool:
+    """Whether a quantized format has a place for every weight of the model."""
+    return spec.moe is None or spec.moe.expert_stack is None
 
 
 def _check_fallback(spec: ModelSpec, options: QuantizeOptions) -> None:

@@ -225,7 +225,7 @@ def plan_shards(
     else:
         rows = [(parameter, source_tensors[name]) for name, (parameter, _) in expected.items()]
         stages = _balanced_stages(num_layers, rows, pp)
-    if pp > 1 and (spec.per_layer_input_size or any(x.reads_kv_of for x in spec.layers)):
+    if pp > 1 and not spec.has_independent_layers:
         raise UsageError(
             f"--pp {pp}: layers of {spec.architecture} read embeddings or keys of other stages",
             "One stage",
