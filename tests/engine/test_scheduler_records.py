@@ -77,14 +77,14 @@ def test_scheduler_preempts_the_newest_prompt_when_all_wait_for_blocks() -> None
         sliding_windows=(40,),
         num_window_blocks=6,
         prefill_chunk_size=4,
-        max_num_batched_tokens=8,
+        max_num_batched_tokens=12,
     )
     add(state, "old", [5] * 20)
     add(state, "new", [6] * 20)
-    for start in (0, 4, 8):
-        assert run_step(state) == [("old", start, 4), ("new", start, 4)]
+    assert run_step(state) == [("old", 0, 8), ("new", 0, 4)]
+    assert run_step(state) == [("old", 8, 8), ("new", 4, 4)]
     assert state.pools[0].num_available_blocks == 0
-    assert run_step(state) == [("old", 12, 8)]
+    assert run_step(state) == [("old", 16, 4)]  # nothing else begins in that step
     assert [s.request.request_id for s in state.waiting] == ["new"]
     assert (state.num_preemptions, state.waiting[0].skip_count) == (1, MAX_SKIPS)
 
@@ -335,6 +335,7 @@ def test_scheduler_preempts_the_others_of_an_aborted_step_once() -> None:
     assert run_step(state) == [("small", 0, 4)]
     assert state.cancel("small")
     assert not state.running
+    assert state.take_blocks_to_zero() is None
 
 
 def test_scheduler_takes_held_requests_out_of_its_queue() -> None:
@@ -353,6 +354,7 @@ def test_scheduler_ignores_the_results_of_a_cancelled_request() -> None:
     kept = add(state, "b", [6], 8)
     step = state.schedule()
     assert state.cancel("a")
+    assert state.take_blocks_to_zero() is None
     (output,) = state.update(step, result([[9], [8]]))
     assert (output.request_id, output.token_ids) == ("b", [8])
     assert kept.num_in_flight == 0
