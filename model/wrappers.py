@@ -275,7 +275,8 @@ def _is_tied(
     Many checkpoints say neither, and transformers' default is wrong for some of them: an output
     projection that the checkpoint has is never tied.
     """
-    if f"{names.lm_head}.weight" in tensors:
+    # A quantized one has several tensors.
+    if any(name.startswith(f"{names.lm_head}.") for name in tensors):
         return False
     text_flag = (config.get("text_config") or {}).get("tie_word_embeddings")
     return bool(text_flag or config.get("tie_word_embeddings", wrapper.tie_word_embeddings))

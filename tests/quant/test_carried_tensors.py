@@ -21,6 +21,8 @@ from llmkit.common.errors import InputError
 from llmkit.common.progress import SilentProgress
 from llmkit.model.checkpoint_tensors import carried_tensors, check_checkpoint
 from llmkit.model.families import checkpoint_spec
+from llmkit.model.full_forward import window_logits
+from llmkit.model.weight_loader import load_model
 from llmkit.quant.inspect_checkpoint import inspect_checkpoint
 from llmkit.quant.quantize_checkpoint import quantize
 from llmkit.quant.quantize_options import QuantizeOptions
@@ -249,6 +251,30 @@ def test_carried_modules_are_ignored_under_the_names_of_other_readers(
         return renamed.removeprefix("model.")
 
     assert [module for module in linears if not is_ignored(vllm_name(module))] == quantized
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_carried_wrapper_with_a_quantized_lm_head(tied: bool, tmp_path: Path) -> None:
+    """Mistral 3's flag says tied where nothing else does, but the output has an lm_head."""
+    source = save_wrapper(tiny_wrapper("mistral3", torch.bfloat16), tmp_path / "source", True)
+    name = "language_model.lm_head.weight"
+    if not tied:
+        tensors = load_file(source / "model.safetensors")
+        tensors[name] = torch.randn(512, 64).bfloat16()
+        save_file(tensors, source / "model.safetensors", {"format": "pt"})
+        config = json.loads((source / "config.json").read_text())
+        config.pop("tie_word_embeddings", None)
+        (source / "config.json").write_text(json.dumps(config))
+    run(source, tmp_path / "out", "rtn", group_size=32, lm_head=8)
+    checkpoint = open_checkpoint(tmp_path / "out")
+    spec = checkpoint_spec(checkpoint)
+    check_checkpoint(checkpoint, spec)
+    assert not spec.tie_word_embeddings
+    assert f"{name}_packed" in checkpoint.tensors
+    original = load_model(open_checkpoint(source), torch.float32)
+    logits = next(window_logits(load_model(checkpoint, torch.float32), TOKENS[None]))
+    expected = next(window_logits(original, TOKENS[None]))
+    assert torch.corrcoef(torch.stack([logits.flatten(), expected.flatten()]))[0, 1] > 0.9
 
 
 def test_carried_wrapper_is_served_on_two_ranks_as_on_one(
