@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
 
+from llmkit.runtime.engine.block_pool import BlockPool
 from llmkit.runtime.engine.engine_config import EngineConfig
 from llmkit.runtime.engine.engine_outputs import Logprobs
 from llmkit.runtime.engine.engine_request import EngineRequest
@@ -87,6 +89,17 @@ def test_scheduler_preempts_the_newest_prompt_when_all_wait_for_blocks() -> None
     assert run_step(state) == [("old", 16, 4)]  # nothing else begins in that step
     assert [s.request.request_id for s in state.waiting] == ["new"]
     assert (state.num_preemptions, state.waiting[0].skip_count) == (1, MAX_SKIPS)
+
+
+def test_scheduler_preempts_the_newest_when_the_oldest_needs_a_block() -> None:
+    state = scheduler(num_blocks=4)
+    for token, name in enumerate(("old", "new"), start=5):
+        add(state, name, [token] * 8, 4)
+    assert run_step(state) == [("old", 0, 8), ("new", 0, 8)]
+    assert run_step(state) == [("old", 8, 1)]
+    assert [s.request.request_id for s in state.waiting] == ["new"]
+    assert state.num_preemptions == 1
+    assert state.pools[0].num_used_blocks == 3
 
 
 def test_scheduler_preempts_nobody_while_tokens_are_in_flight() -> None:
@@ -231,6 +244,8 @@ def test_scheduler_counts_a_preempted_prompt_once() -> None:
     sequence = add(state, "a", [5] * 9, 4)
     run_step(state)
     state._preempt(sequence)
+    assert (sequence.num_computed_tokens, sequence.num_draft_computed_tokens) == (0, 0)
+    assert (sequence.num_hashed_blocks, sequence.slot, sequence.block_tables) == (0, -1, [])
     assert run_step(state) == [("a", 8, 2)]  # two cached blocks, and the token that was sampled
     assert sequence.num_draft_computed_tokens == 10
     assert (state.num_prefix_queries, state.num_prefix_hits, sequence.num_cached_tokens) == (
@@ -361,6 +376,42 @@ def test_scheduler_ignores_the_results_of_a_cancelled_request() -> None:
     assert (state.num_prompt_tokens, state.num_generation_tokens) == (1, 1)
 
 
+def test_block_pool_checks_that_each_block_is_in_one_state() -> None:
+    pool = BlockPool(5)
+    cached = pool.allocate(2)
+    used = pool.allocate(1)
+    for block in (*cached, *used):
+        pool.cache_block(block, bytes([block]))
+    pool.free(cached)
+    pool.check_invariants()
+    assert (pool.num_cached_blocks, pool.num_used_blocks, pool.num_available_blocks) == (2, 1, 4)
+    assert [pool.is_cached(block) for block in (*cached, *used)] == [True, True, False]
+    pool.touch(cached[:1])
+    pool.touch(used)
+    assert pool.free(used) == []  # another sequence holds it
+    assert pool.free(used) == used
+    pool.cache_block(cached[0], b"other")  # it keeps its first hash
+    assert pool.get_cached_block(b"other") is None
+    pool.evict([cached[1], 4])
+    assert (pool.num_cached_blocks, pool.num_used_blocks) == (1, 1)
+    pool.check_invariants()
+    for break_it in (
+        lambda: pool._free.update({cached[0]: None}),  # used and free
+        lambda: pool._cached.update({cached[0]: None}),  # used and cached
+        lambda: pool._free.update({used[0]: None}),  # cached and free
+        lambda: pool._free.pop(4),  # in no state
+        lambda: pool._hash_of_block.pop(used[0]),  # cached without a hash
+        lambda: pool._hash_of_block.update({4: b"4"}),  # free with a hash
+        lambda: pool._block_of_hash.update({b"4": 4}),
+    ):
+        before = copy.deepcopy(vars(pool))
+        break_it()
+        with pytest.raises(AssertionError):
+            pool.check_invariants()
+        vars(pool).update(before)
+        pool.check_invariants()
+
+
 def test_sequence_starts_with_nothing_computed() -> None:
     request = EngineRequest("a", [5, 6, 7], SamplingParams(max_tokens=4))
     sequence = Sequence(request, seed=3)
@@ -401,10 +452,11 @@ def test_sequence_block_hashes_depend_on_all_that_precedes() -> None:
         hashes(prompt, "salt"),
         hashes(prompt, adapter_id=1),
         hashes(prompt, rope_offset=1),
+        hashes(prompt, rope_offset=2),
         hashes(prompt, adapter_id=1, rope_offset=1),
         hashes(prompt, adapter_id=11),
     ]
-    assert len({one for each in [whole, *others] for one in each}) == 3 * 7
+    assert len({one for each in [whole, *others] for one in each}) == 3 * 8
 
     request = EngineRequest("a", prompt, SamplingParams())
     step_by_step = Sequence(request, seed=0)
