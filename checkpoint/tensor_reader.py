@@ -142,8 +142,11 @@ def read_into(path: Path, start: int, view: memoryview) -> None:
 
 
 def row_chunks(info: TensorInfo, limit: int = CHUNK_BYTES) -> Iterator[tuple[int, int]]:
-    """Intervals of a tensor's rows. Each has at most about `limit` bytes, and at least one row."""
-    count = info.shape[0]
+    """Intervals of a tensor's rows. Each has at most about `limit` bytes, and at least one row.
+
+    A number, which has no dimensions, is one row.
+    """
+    count = info.shape[0] if info.shape else 1
     step = max(1, limit * count // max(1, info.nbytes))
     for start in range(0, count, step):
         yield start, min(start + step, count)

@@ -41,15 +41,20 @@ def planned_tensors(
     quantization: QuantizationConfig | None,
     cast: torch.dtype | None,
 ) -> list[TensorInfo]:
-    """Every tensor of the output. Without `cast`, 16-bit tensors keep their dtype."""
+    """Every tensor of the output. Without `cast`, 16-bit tensors keep their dtype.
+
+    Parameters that models keep in float32, such as the biases that choose experts, always keep the
+    dtype of the source: close scores of two experts would change places.
+    """
     other_dtype = unquantized_dtype(source, cast)
     planned = []
-    for name, (_, packed) in checkpoint_tensors(spec, quantization).items():
+    for name, (parameter, packed) in checkpoint_tensors(spec, quantization).items():
         if packed.is_quantized:  # the format fixes the dtype
             dtype = packed.dtype
         else:
             source_dtype = source.tensors[name].dtype
-            keeps_dtype = cast is None and source_dtype in HALF_DTYPES
+            is_half = cast is None and source_dtype in HALF_DTYPES
+            keeps_dtype = is_half or parameter.is_float32
             dtype = source_dtype if keeps_dtype else other_dtype
         planned.append(TensorInfo(name, dtype, packed.shape))
     carried = carried_tensors(source, spec).values()

@@ -94,10 +94,9 @@ class ParameterWriter:
         stored = {
             name: self._cast(name, self.source.read(name))[0] for name in parameter.source_names
         }
-        parts = [
-            stored[part.name][part.first_row : part.first_row + part.shape[0]]
-            for part in parameter.sources
-        ]
+        if not parameter.shape:
+            return stored[parameter.source_names[0]].to(device, torch.float32)
+        parts = [stored[part.name][part.rows] for part in parameter.sources]
         return torch.cat(parts).to(device, torch.float32)
 
     def write_value(self, parameter: Parameter, value: torch.Tensor) -> None:

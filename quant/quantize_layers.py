@@ -213,10 +213,7 @@ def _quantize_layer(
                 )
             # Free the memory of the forward passes before a Hessian is factorized.
             trim_heap()
-            jobs = (
-                _job(state, sublayer, name, input_stats.pop(name), batches, algorithm)
-                for name in names
-            )
+            jobs = (_job(state, name, input_stats.pop(name), batches, algorithm) for name in names)
             results = solver(algorithm.quantizer, jobs)
             for name, result in zip(names, results, strict=True):
                 _take_result(state, name, result, algorithm)
@@ -250,7 +247,7 @@ def _smooth(
     }
     for name in names:
         target = state.targets[name]
-        mapping = find_mapping(writer.spec, state.layer, target.parameter)
+        mapping = find_mapping(state.layer, target.parameter)
         if mapping is None or input_stats[name].num_tokens == 0:
             continue
         # Skip a smooth layer that is a linear and stays in 16 bits: it would be rounded again.
@@ -269,7 +266,6 @@ def _smooth(
 
 def _job(
     state: LayerState,
-    sublayer: SubLayer,
     name: str,
     input_stats: InputStats,
     batches: Sequence[MicroBatch],
@@ -279,7 +275,7 @@ def _job(
     if algorithm.auto_round is not None:
         state.input_stats[name] = input_stats.clone()
     min_tokens: float = 1
-    if sublayer.is_moe:
+    if ".experts." in name:
         num_tokens = sum(micro_batch.num_tokens for micro_batch in batches)
         min_tokens = max(MIN_EXPERT_TOKENS, MIN_EXPERT_SHARE * num_tokens)
     fallback = None

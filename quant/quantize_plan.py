@@ -224,18 +224,20 @@ def make_plan(source: str, out: Path, options: QuantizeOptions, progress: Progre
         spec = checkpoint_spec(checkpoint)
     layers = _layer_range(options.layers, len(spec.layers))
     ignore = ignored_modules(spec, options.keep, layers)
-    quantization = build_quantization_config(spec, method_options(options), ignore)
-    if quantization is not None:
-        carried = carried_modules(checkpoint, spec)
-        quantization = dataclasses.replace(quantization, carried=carried)
-    if quantization is not None and not can_quantize(spec):
+    method = method_options(options)
+    is_cast = method.chosen_format is None and not method.kv
+    if not is_cast and not can_quantize(spec):
         raise InputError(
             f"{source} stores all experts of a layer in one tensor, which --method"
             f" {options.method} cannot write",
             "A model whose checkpoint stores its experts one by one was expected",
             "Cast it with --method bf16 or fp16, or serve it as it is",
         )
-    needs_forward = method_options(options).calibrated or options.mixed or options.evaluate
+    quantization = build_quantization_config(spec, method, ignore)
+    if quantization is not None:
+        carried = carried_modules(checkpoint, spec)
+        quantization = dataclasses.replace(quantization, carried=carried)
+    needs_forward = method.calibrated or options.mixed or options.evaluate
     if needs_forward and not spec.has_independent_layers:
         raise InputError(
             f"the layers of {source} read more than the output of the layer before them:"
@@ -250,7 +252,7 @@ def make_plan(source: str, out: Path, options: QuantizeOptions, progress: Progre
     wanted_seq_len = options.seq_len or default_seq_len(options.samples, device)
     options = dataclasses.replace(options, seq_len=wanted_seq_len)
     seq_len = min(wanted_seq_len, spec.max_position_embeddings)
-    if options.samples is None and (method_options(options).calibrated or options.mixed):
+    if options.samples is None and (method.calibrated or options.mixed):
         options = dataclasses.replace(options, samples=default_windows(spec, seq_len, device))
     plan = QuantizePlan(checkpoint, spec, out, options, None, [], {}, device, seq_len)
     plan = _with_quantization(plan, quantization)

@@ -15,7 +15,6 @@ import torch
 
 from llmkit.model.decoder import DecoderLayer
 from llmkit.model.parameter_table import Parameter
-from llmkit.model.spec import ModelSpec
 
 
 @dataclass(frozen=True)
@@ -47,9 +46,7 @@ class SmoothingMapping:
         return scales.view(-1, 1, head_dim).expand(-1, heads, head_dim).flatten()
 
 
-def find_mapping(
-    spec: ModelSpec, layer: DecoderLayer, parameter: Parameter
-) -> SmoothingMapping | None:
+def find_mapping(layer: DecoderLayer, parameter: Parameter) -> SmoothingMapping | None:
     """The mapping to a linear of the layer.
 
     None when its inputs cannot be scaled: they do not come from a linear or norm of this layer, or
@@ -63,6 +60,7 @@ def find_mapping(
     if source in layer.norms:
         return SmoothingMapping(source, linear, None)
     if source.endswith("attn.qkv"):
+        spec = layer.spec  # the sizes of this layer
         first_v_row = (spec.num_heads + spec.num_kv_heads) * spec.head_dim
         kv_group = (spec.num_heads // spec.num_kv_heads, spec.head_dim)
         return SmoothingMapping(source, linear, slice(first_v_row, None), kv_group)

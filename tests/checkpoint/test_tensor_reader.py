@@ -264,6 +264,10 @@ def test_row_chunks_have_at_most_the_limit(
     assert list(reading.row_chunks(info, limit)) == expected
 
 
+def test_row_chunks_of_a_number_are_one_row() -> None:
+    assert list(reading.row_chunks(TensorInfo("a", "F32", ()))) == [(0, 1)]
+
+
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
     """A file of the bytes 0 to 19."""

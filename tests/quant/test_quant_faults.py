@@ -945,7 +945,7 @@ def test_apply_scales_does_not_change_the_layers_output(
 
     def update(layer: object) -> torch.Tensor:
         assert callable(layer)
-        output: torch.Tensor = layer(hidden, context.cos_sin, context.batch, context.cache)
+        output: torch.Tensor = layer(hidden, context.cos_sin, context.batch, context.caches[0])
         return output - hidden
 
     together = stream.layer(0)
@@ -953,7 +953,7 @@ def test_apply_scales_does_not_change_the_layers_output(
     mappings = [
         mapping
         for row in stream.layer_parameters(0)
-        if row.is_linear and (mapping := find_mapping(spec, together, row)) is not None
+        if row.is_linear and (mapping := find_mapping(together, row)) is not None
     ]
     assert len(mappings) == NUM_MAPPINGS.get(architecture, 4)
     for mapping in mappings:

@@ -1,0 +1,344 @@
+"""`quantize` on a model of each piece in which families differ from Llama."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import save_file
+from support.tiny_families import family_oracle
+from support.tiny_models import VOCAB, write_tokenizer
+from support.tiny_quantized import PIECES, dense_checkpoint, piece_checkpoint, stored_tensors
+
+from llmkit.checkpoint.open_checkpoint import open_checkpoint
+from llmkit.checkpoint.tokenizer import load_tokenizer
+from llmkit.common.errors import InputError
+from llmkit.common.progress import SilentProgress
+from llmkit.model.decoder import Decoder, DecoderLayer
+from llmkit.model.families import checkpoint_spec
+from llmkit.model.full_forward import window_logits
+from llmkit.model.weight_loader import load_model
+from llmkit.quant.calibration_text import load_text
+from llmkit.quant.layer_stream import LayerStream
+from llmkit.quant.quantize_checkpoint import quantize
+from llmkit.quant.quantize_options import QuantizeOptions
+from llmkit.quant.quantize_report import Report
+from llmkit.quant.smoothing_mappings import SmoothingMapping, apply_scales, find_mapping
+from llmkit.quant.token_windows import calibration_windows
+
+pytestmark = pytest.mark.usefixtures("short_builtin_text")
+
+BASE = QuantizeOptions("rtn", samples=4, seq_len=64, evaluate=False, device="cpu")
+METHODS = {
+    "gptq": replace(BASE, method="gptq", group_size=16),
+    "awq": replace(BASE, method="awq", group_size=32),
+    "fp8": replace(BASE, method="fp8"),
+    "int8": replace(BASE, method="int8", activations=True),
+}
+# How far a method may move the logits of these models, relative to the logits.
+MAX_ERROR = {"gptq": 0.5, "awq": 0.4, "fp8": 0.2, "int8": 0.1}
+# Every piece takes AWQ, which moves scales between layers; these take all methods. The other pairs
+# are slow tests.
+ALL_METHODS = ("norms with offset and bias", "groups of experts, shared expert")
+CASES = [
+    pytest.param(
+        piece,
+        method,
+        marks=() if method == "awq" or piece in ALL_METHODS else pytest.mark.slow,
+    )
+    for piece in PIECES
+    for method in METHODS
+]
+
+
+@pytest.fixture(scope="module")
+def pieces(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    folder = tmp_path_factory.mktemp("pieces")
+
+    def made(name: str) -> Path:
+        path = folder / PIECES[name][0]
+        return path if path.exists() else piece_checkpoint(name, path)
+
+    return made
+
+
+def run(source: Path, out: Path, options: QuantizeOptions) -> Report:
+    return quantize(str(source), str(out), options, SilentProgress())
+
+
+def windows(count: int = 2, length: int = 40) -> torch.Tensor:
+    return torch.randint(3, VOCAB, (count, length), generator=torch.Generator().manual_seed(1))
+
+
+def transformers_logits(path: Path, tokens: torch.Tensor) -> torch.Tensor:
+    oracle = transformers.AutoModelForCausalLM.from_pretrained(
+        path, attn_implementation="eager", dtype=torch.float32
+    ).eval()
+    with torch.inference_mode():
+        logits: torch.Tensor = oracle(tokens, use_cache=False).logits
+    return logits
+
+
+def logits_without_rounded_inputs(model: Decoder, tokens: torch.Tensor) -> torch.Tensor:
+    for layer in model.layers:
+        for linear in layer.linears.values():
+            linear.activation_quant = None
+    return torch.stack(list(window_logits(model, tokens)))
+
+
+@pytest.mark.parametrize(("piece", "method"), CASES)
+def test_quantized_model_is_close_and_equals_transformers_with_its_dense_weights(
+    pieces: Callable[[str], Path], tmp_path: Path, piece: str, method: str
+) -> None:
+    source = pieces(piece)
+    report = run(source, tmp_path / "out", METHODS[method])
+    checkpoint = open_checkpoint(tmp_path / "out")
+    spec = checkpoint_spec(checkpoint)
+    assert {entry["name"].split(".")[1] for entry in report["linears"]} == {
+        str(index) for index in range(len(spec.layers))
+    }
+    tokens = windows()
+    dense = dense_checkpoint(checkpoint, tmp_path / "dense")
+    wanted = transformers_logits(dense, tokens)
+    streamed = torch.stack(list(LayerStream.from_checkpoint(checkpoint, spec).logits(tokens)))
+    model = load_model(checkpoint, torch.float32)
+    loaded = logits_without_rounded_inputs(model, tokens)
+    torch.testing.assert_close(loaded, wanted, atol=1e-4, rtol=1e-4)
+    before = load_model(open_checkpoint(source), torch.float32)
+    reference = torch.stack(list(window_logits(before, tokens)))
+    error = (streamed - reference).norm() / reference.norm()
+    assert 0 < error < MAX_ERROR[method]
+
+
+def smoothable(stream: LayerStream, index: int) -> list[SmoothingMapping]:
+    layer = stream.layer(index)
+    found = [find_mapping(layer, row) for row in stream.layer_parameters(index) if row.is_linear]
+    return [mapping for mapping in found if mapping is not None]
+
+
+# What each kind of mapping is, by piece: from a norm, from v to o, from up to down. Of the last
+# layer, which has experts where a layer has them.
+MAPPINGS = {
+    "layer norms with bias, ungated MLP": {"attn.qkv", "attn.o", "mlp.up"},
+    "norms with offset and bias": {"attn.qkv", "attn.o", "mlp.up"},
+    "parallel block": {"attn.o", "mlp.down"},
+    "norms before and after, fused gate_up": {"attn.qkv", "attn.o", "mlp.gate_up", "mlp.down"},
+    "xIELU": {"attn.qkv", "attn.o", "mlp.up"},
+    "norms after, no positions": {"attn.o", "mlp.down"},
+    "attention gate": {"attn.o", "mlp.experts.3.down", "mlp.shared_expert.down"},
+    "groups of experts, shared expert": {
+        "attn.qkv",
+        "attn.o",
+        "mlp.experts.3.down",
+        "mlp.shared_expert.down",
+    },
+    "gate of the shared expert": {
+        "attn.qkv",
+        "attn.o",
+        "mlp.experts.3.down",
+        "mlp.shared_expert.down",
+    },
+    "bias that chooses experts": {
+        "attn.qkv",
+        "attn.o",
+        "mlp.experts.3.down",
+        "mlp.shared_expert.down",
+    },
+    "sizes by layer": {"attn.qkv", "mlp.gate_up", "mlp.down"},
+}
+
+
+@pytest.mark.parametrize("piece", PIECES)
+def test_apply_scales_keeps_the_layers_output(pieces: Callable[[str], Path], piece: str) -> None:
+    checkpoint = open_checkpoint(pieces(piece))
+    spec = checkpoint_spec(checkpoint)
+    stream = LayerStream.from_checkpoint(checkpoint, spec)
+    generator = torch.Generator().manual_seed(3)
+    context = stream.batch_context(2, 24)
+    hidden = torch.randn(48, spec.hidden_size, generator=generator)
+
+    def update(layer: DecoderLayer) -> torch.Tensor:
+        cache = context.caches[layer.index]
+        return layer(hidden, context.cos_sin, context.batch, cache) - hidden
+
+    for index in range(len(spec.layers)):
+        wanted = update(stream.layer(index))
+        layer = stream.layer(index)
+        mappings = smoothable(stream, index)
+        for mapping in mappings:
+            rows = mapping.rows
+            smooth = layer.linears.get(mapping.smooth_layer)
+            size = len(smooth.weight[rows]) if rows and smooth else spec.hidden_size
+            scales = torch.rand(size, generator=generator) * 1.5 + 0.5
+            names = (f"{mapping.smooth_layer}.{kind}" for kind in ("weight", "bias"))
+            apply_scales(layer, mapping, scales, dict.fromkeys(names, torch.float32))
+            difference = (update(layer) - wanted).abs().max()
+            assert difference <= 1e-4 * wanted.abs().max(), (mapping, difference)
+    expected = MAPPINGS[piece]
+    linears = {mapping.linear for mapping in mappings}
+    assert {name for name in linears if not name.startswith("mlp.experts")} | {
+        name for name in linears if name == "mlp.experts.3.down"
+    } == expected
+
+
+@pytest.mark.parametrize("piece", ["layer norms with bias, ungated MLP", *ALL_METHODS[:1]])
+def test_apply_scales_is_exact_in_float64_for_a_norm_with_bias(
+    pieces: Callable[[str], Path], piece: str
+) -> None:
+    checkpoint = open_checkpoint(pieces(piece))
+    stream = LayerStream.from_checkpoint(checkpoint, checkpoint_spec(checkpoint))
+    normed = torch.randn(50, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
+
+    def output(layer: DecoderLayer, mapping: SmoothingMapping) -> torch.Tensor:
+        norm = layer.norms[mapping.smooth_layer].double()
+        bias = layer.norm_biases[mapping.smooth_layer].double()
+        return (normed * norm + bias) @ layer.linears[mapping.linear].weight.double().T
+
+    mappings = [mapping for mapping in smoothable(stream, 0) if mapping.rows is None]
+    assert {mapping.linear for mapping in mappings} == {"attn.qkv", "mlp.up"}
+    for mapping in mappings:
+        layer = stream.layer(0)
+        before = output(layer, mapping)
+        old_bias = layer.norm_biases[mapping.smooth_layer]
+        dtypes = dict.fromkeys(
+            (f"{mapping.smooth_layer}.weight", f"{mapping.smooth_layer}.bias"), torch.float64
+        )
+        apply_scales(layer, mapping, torch.linspace(0.1, 10, 64, dtype=torch.float64), dtypes)
+        assert not torch.equal(layer.norm_biases[mapping.smooth_layer], old_bias)
+        torch.testing.assert_close(output(layer, mapping), before, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("piece", "norm", "linears"),
+    [
+        ("layer norms with bias, ungated MLP", "input_layernorm", ("q_proj", "k_proj")),
+        ("norms with offset and bias", "post_attention_layernorm", ("up_proj",)),
+    ],
+)
+def test_smoothquant_writes_the_weight_and_the_bias_of_a_norm(
+    pieces: Callable[[str], Path],
+    tmp_path: Path,
+    piece: str,
+    norm: str,
+    linears: tuple[str, ...],
+) -> None:
+    """The norm's output has outliers, so that scales move. The products stay the same."""
+    shutil.copytree(pieces(piece), tmp_path / "source")
+    tensors = stored_tensors(tmp_path / "source")
+    for layer in range(2):
+        tensors[f"model.layers.{layer}.{norm}.weight"][::16] *= 50
+        tensors[f"model.layers.{layer}.{norm}.bias"] *= 5
+    save_file(tensors, tmp_path / "source" / "model.safetensors", {"format": "pt"})
+    run(tmp_path / "source", tmp_path / "out", METHODS["int8"])
+    dense_checkpoint(open_checkpoint(tmp_path / "out"), tmp_path / "dense")
+    dense = stored_tensors(tmp_path / "dense")
+    offset = 1.0 if "offset" in piece else 0.0
+    for layer in range(2):
+        prefix = f"model.layers.{layer}."
+        changed = []
+        for kind in ("weight", "bias"):
+            added = offset if kind == "weight" else 0.0
+            old = tensors[f"{prefix}{norm}.{kind}"].float() + added
+            new = dense[f"{prefix}{norm}.{kind}"] + added
+            changed.append(bool((new / old - 1).abs().max() > 0.5))
+            for name, weight in tensors.items():
+                if name.startswith(prefix) and name.removesuffix(".weight").endswith(linears):
+                    before = weight.float() * old
+                    after = dense[name] * new
+                    assert (after - before).norm() < 0.05 * before.norm(), name
+        assert changed == [True, True]
+
+
+def test_biases_that_choose_experts_stay_in_float32(tmp_path: Path) -> None:
+    """Rounded to 16 bits, the close scores of two experts would change places."""
+    source = piece_checkpoint(ALL_METHODS[1], tmp_path / "source")
+    name = "model.layers.1.mlp.gate.e_score_correction_bias"
+    tensors = stored_tensors(source)
+    bias = torch.linspace(7.0, 7.01, 8)
+    tensors[name] = bias
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    for method in ("bf16", "fp16", "fp8", "gptq"):
+        run(source, tmp_path / method, replace(BASE, method=method))
+        assert torch.equal(stored_tensors(tmp_path / method)[name], bias), method
+    (layer,) = load_model(open_checkpoint(tmp_path / "gptq"), torch.bfloat16).layers[1:]
+    assert torch.equal(layer.vectors["mlp.router.correction_bias"], bias)
+
+
+def test_report_counts_the_tokens_of_experts_and_names_starved_ones(tmp_path: Path) -> None:
+    """With groups of experts and a shared one: the tokens are those that transformers' router
+    sends to each expert, and only experts with too few are rounded to nearest."""
+    source = piece_checkpoint(ALL_METHODS[1], tmp_path / "source")
+    tensors = stored_tensors(source)
+    tensors["model.layers.1.mlp.gate.e_score_correction_bias"] = torch.tensor(
+        [0.0, 0.0, 0.0, 0.0, -9.0, 0.05, 0.0, 0.1]
+    )
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    # Attention and the first layer stay as they are, so that the router sees the source's inputs.
+    options = replace(BASE, method="gptq", group_size=16, samples=8, layers="1", keep="self_attn")
+    report = run(source, tmp_path / "out", options)
+    oracle = transformers.AutoModelForCausalLM.from_pretrained(
+        source, attn_implementation="eager", dtype=torch.float32
+    )
+    chosen: list[torch.Tensor] = []
+    oracle.model.layers[1].mlp.experts.register_forward_pre_hook(
+        lambda _, inputs: chosen.append(inputs[1])
+    )
+    tokens = calibration_windows(
+        load_tokenizer(open_checkpoint(source)), load_text("builtin"), True, 8, 64, 0
+    )
+    with torch.inference_mode():
+        oracle(tokens, use_cache=False)
+    counts = torch.cat(chosen).flatten().bincount(minlength=8).tolist()
+    assert sum(counts) == 3 * 8 * 64
+    entries = {entry["name"]: entry for entry in report["linears"]}
+    for linear in ("gate_up", "down"):
+        found = [entries[f"layers.1.mlp.experts.{expert}.{linear}"] for expert in range(8)]
+        assert [entry["tokens"] for entry in found] == counts
+        starved = [entry["name"] for entry in found if entry["tokens"] < 128]
+        assert f"layers.1.mlp.experts.4.{linear}" in starved
+        assert 0 < len(starved) < 8
+        assert [name for name in report["fallbacks"] if name.endswith(linear)] == starved
+        shared = entries[f"layers.1.mlp.shared_expert.{linear}"]
+        assert (shared["tokens"], shared["method"], shared["fallback"]) == (512, "gptq", None)
+    assert entries["layers.1.mlp.experts.4.down"]["fallback"] == (
+        "saw 0 calibration tokens of the 128 an expert needs"
+    )
+
+
+def test_shared_expert_needs_no_more_tokens_than_other_linears(
+    pieces: Callable[[str], Path], tmp_path: Path
+) -> None:
+    options = replace(METHODS["gptq"], samples=1)
+    report = run(pieces(ALL_METHODS[1]), tmp_path / "out", options)
+    methods = {entry["name"]: entry["method"] for entry in report["linears"]}
+    assert methods["layers.1.mlp.shared_expert.down"] == methods["layers.1.attn.o"] == "gptq"
+    assert methods["layers.1.mlp.experts.0.down"] == "rtn"
+
+
+def test_layers_that_read_other_layers_are_rounded_without_calibration(tmp_path: Path) -> None:
+    family_oracle("gemma4", tmp_path / "source")
+    write_tokenizer(tmp_path / "source", vocab=512)
+    source = tmp_path / "source"
+    with pytest.raises(InputError, match=r"embeddings or keys of other layers.*rtn, fp8, int8"):
+        run(source, tmp_path / "out", METHODS["gptq"])
+    run(source, tmp_path / "out", METHODS["fp8"])
+    checkpoint = open_checkpoint(tmp_path / "out")
+    tokens = windows() % 128
+    wanted = transformers_logits(dense_checkpoint(checkpoint, tmp_path / "dense"), tokens)
+    loaded = logits_without_rounded_inputs(load_model(checkpoint, torch.float32), tokens)
+    torch.testing.assert_close(loaded, wanted, atol=1e-4, rtol=1e-4)
+
+
+def test_experts_in_one_tensor_are_refused_with_a_way_out(tmp_path: Path) -> None:
+    family_oracle("gemma4-moe", tmp_path / "source")
+    for method in METHODS.values():
+        with pytest.raises(
+            InputError, match=r"all experts of a layer in one tensor.*Cast it with --method bf16"
+        ):
+            run(tmp_path / "source", tmp_path / "out", method)
+    assert not (tmp_path / "out").exists()
