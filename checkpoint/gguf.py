@@ -8,7 +8,8 @@ from __future__ import annotations
 import json
 import math
 import re
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,14 @@ import numpy.typing as npt
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
 
+from llmkit.checkpoint.gguf_architectures import (
+    CONFIG_TENSORS,
+    TOP_MODULES,
+    gguf_architecture,
+    gguf_config,
+)
 from llmkit.checkpoint.gguf_header import read_gguf_header
+from llmkit.checkpoint.gguf_metadata import GgufMetadata
 from llmkit.checkpoint.gguf_tokenizer import tokenizer_files
 from llmkit.checkpoint.safetensors_header import TensorInfo
 from llmkit.checkpoint.tensor_reader import read_into
@@ -27,27 +35,26 @@ from llmkit.common.errors import InputError
 if TYPE_CHECKING:
     import torch
 
-# By GGUF architecture: the Hugging Face architecture and model_type.
-ARCHITECTURES = {
-    "llama": ("LlamaForCausalLM", "llama"),
-    "qwen2": ("Qwen2ForCausalLM", "qwen2"),
-    "qwen3": ("Qwen3ForCausalLM", "qwen3"),
-}
-_TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
-_LAYER = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "attn_q_norm": "self_attn.q_norm",
-    "attn_k_norm": "self_attn.k_norm",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
-_ROPE_FACTORS = "rope_freqs.weight"
+# The tensors of a layer that gpt-oss stores in two, gate and up.
+_STACKED_EXPERTS = ("ffn_gate_exps", "ffn_up_exps", "ffn_down_exps")
+# Tensors without the ending ".weight" in Hugging Face's names.
+_BARE = frozenset({"self_attn.sinks"})
+# Of one dimension in GGUF files and of two in Hugging Face's.
+_ONE_ROW = "mlp.shared_expert_gate"
+
+
+@dataclass(frozen=True)
+class _Source:
+    """Where a Hugging Face tensor comes from.
+
+    parts: tensors of the file, which have the same number of rows as the Hugging Face tensor.
+    arrange: from the same rows of all parts to rows of the Hugging Face tensor; None: one part as
+    it is. needs_all_rows: `arrange` moves rows, so it gets all of them.
+    """
+
+    parts: tuple[TensorInfo, ...]
+    arrange: Callable[..., torch.Tensor] | None = None
+    needs_all_rows: bool = False
 
 
 class GgufModel:
@@ -55,42 +62,43 @@ class GgufModel:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._metadata, tensors = read_gguf_header(path)
-        self._architecture = str(self._metadata.get("general.architecture"))
-        if self._architecture not in ARCHITECTURES:
-            raise InputError(
-                f"{path} has the architecture {self._architecture}",
-                f"One of {', '.join(ARCHITECTURES)} was expected",
-            )
-        self._rope_factors = tensors.pop(_ROPE_FACTORS, None)
-        self.tensors: dict[str, TensorInfo] = {}  # by Hugging Face name
-        for tensor in tensors.values():
-            name = self._hf_name(tensor.name)
-            self.tensors[name] = replace(tensor, name=name)
+        values, tensors = read_gguf_header(path)
+        self._metadata = GgufMetadata(path, values, tensors, self._read_vector)
+        self._architecture = gguf_architecture(self._metadata)
         for tensor in tensors.values():
             self._check_type(tensor)
-        self.config = self._make_config()
+        self.config = gguf_config(self._metadata, self._architecture) | self._token_ids()
+        self._check_experts()
+        self.tensors: dict[str, TensorInfo] = {}  # by Hugging Face name
+        self._sources: dict[str, _Source] = {}  # by Hugging Face name
+        for tensor in tensors.values():
+            if tensor.name not in CONFIG_TENSORS:
+                self._add_tensor(tensor)
         self.generation_config = {
             name: value for name, value in self._token_ids().items() if value is not None
         }
 
     def rows(self, info: TensorInfo, start: int, stop: int) -> torch.Tensor:
-        """Rows [start, stop) as float32. Only these are read, except for q and k of llama files."""
+        """Rows [start, stop) as float32.
+
+        Only these are read, except for vectors and for q and k of files that interleave them.
+        """
         import torch  # keeps torch off the path that reads configs and tokenizers
 
-        num_heads = self._permuted_heads(info.name)
-        if num_heads is None and len(info.shape) > 1:
-            return torch.from_numpy(self._dequantize(info, start, stop))
+        source = self._sources[info.name]
         num_rows = info.shape[0]
-        tensor = torch.from_numpy(self._dequantize(info, 0, num_rows))
-        if num_heads is not None:
-            # RoPE rotates pairs of rows. In llama.cpp a pair is two neighbouring rows of a head; in
-            # Hugging Face it is one row of each half. This undoes the permutation of llama.cpp's
-            # converter.
-            num_pairs = num_rows // num_heads // 2
-            interleaved = tensor.reshape(num_heads, num_pairs, 2, *info.shape[1:])
-            tensor = interleaved.transpose(1, 2).reshape(info.shape)
-        return tensor if (start, stop) == (0, num_rows) else tensor[start:stop].clone()
+        reads_all = source.needs_all_rows or len(source.parts[0].shape) == 1
+        first, last = (0, num_rows) if reads_all else (start, stop)
+        parts = [
+            torch.from_numpy(self._dequantize(part, first, last)).reshape(
+                last - first, *part.shape[1:]
+            )
+            for part in source.parts
+        ]
+        tensor = parts[0] if source.arrange is None else source.arrange(*parts)
+        if (first, last) == (start, stop):
+            return tensor.contiguous()
+        return tensor[start:stop].clone()
 
     def side_files(self) -> dict[str, bytes]:
         """Tokenizer, chat template and generation config as Hugging Face files.
@@ -101,7 +109,9 @@ class GgufModel:
 
     @cached_property
     def _side_files(self) -> dict[str, bytes]:
-        files = tokenizer_files(self._path, self._metadata, self.config["max_position_embeddings"])
+        files = tokenizer_files(
+            self._path, self._metadata.values, self.config["max_position_embeddings"]
+        )
         files["generation_config.json"] = (
             json.dumps(self.generation_config, indent=2) + "\n"
         ).encode()
@@ -121,26 +131,106 @@ class GgufModel:
         values = dequantize(stored.reshape(stop - start, row_bytes), qtype)
         return values.reshape(shape)
 
-    def _permuted_heads(self, name: str) -> int | None:
-        """The number of heads of q and k in llama files; None for tensors in Hugging Face order."""
-        if self._architecture != "llama":
-            return None
-        if ".q_proj." in name:
-            return int(self.config["num_attention_heads"])
-        return int(self.config["num_key_value_heads"]) if ".k_proj." in name else None
+    def _read_vector(self, tensor: TensorInfo) -> npt.NDArray[np.float32]:
+        return self._dequantize(tensor, 0, tensor.shape[0])
 
-    def _hf_name(self, name: str) -> str:
-        match = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.(weight|bias)", name)
-        if match:
-            layer, part, kind = match.groups()
-            if layer is None and part in _TOP:
-                return f"{_TOP[part]}.{kind}"
-            if layer is not None and part in _LAYER:
-                return f"model.layers.{int(layer)}.{_LAYER[part]}.{kind}"
-        raise InputError(
+    def _add_tensor(self, tensor: TensorInfo) -> None:
+        match = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.(weight|bias)", tensor.name)
+        if match is None:
+            raise self._unknown(tensor.name)
+        layer, part, kind = match.groups()
+        if layer is None:
+            if part not in TOP_MODULES:
+                raise self._unknown(tensor.name)
+            self._add_module(tensor, TOP_MODULES[part], kind)
+            return
+        prefix = f"model.layers.{int(layer)}"
+        experts = self._architecture.experts or {}
+        if part in self._architecture.modules:
+            self._add_module(tensor, f"{prefix}.{self._architecture.modules[part]}", kind)
+        elif part in experts and len(tensor.shape) == 3:
+            self._add_experts(tensor, f"{prefix}.{experts[part]}.{kind}")
+        elif self._architecture.stacked_experts and part in _STACKED_EXPERTS:
+            self._add_stacked_experts(tensor, int(layer), part, kind)
+        else:
+            raise self._unknown(tensor.name)
+
+    def _add_module(self, tensor: TensorInfo, module: str, kind: str) -> None:
+        name = module if module.endswith(tuple(_BARE)) else f"{module}.{kind}"
+        arrange: Callable[..., torch.Tensor] | None = None
+        needs_all_rows = False
+        if self._architecture.interleaved_qk and module.endswith((".q_proj", ".k_proj")):
+            head_count = self._metadata.integer("attention.head_count")
+            if module.endswith(".k_proj"):
+                head_count = self._metadata.integer("attention.head_count_kv", head_count)
+            arrange = _by_halves(head_count)
+            needs_all_rows = True
+        elif self._architecture.norm_offset and module.endswith("norm"):
+            arrange = _minus(self._architecture.norm_offset)
+        elif module.endswith(_ONE_ROW):
+            tensor = replace(tensor, shape=(1, math.prod(tensor.shape)))
+        self._add(name, tensor.shape, _Source((tensor,), arrange, needs_all_rows))
+
+    def _add_experts(self, tensor: TensorInfo, name: str) -> None:
+        """Each expert of a [experts, out, in] tensor as a tensor of its own."""
+        num_experts = tensor.shape[0]
+        expert_bytes = (tensor.end - tensor.start) // max(1, num_experts)
+        for index in range(num_experts):
+            start = tensor.start + index * expert_bytes
+            part = replace(tensor, shape=tensor.shape[1:], start=start, end=start + expert_bytes)
+            self._add(name.format(index), part.shape, _Source((part,)))
+
+    def _add_stacked_experts(self, tensor: TensorInfo, layer: int, part: str, kind: str) -> None:
+        """The experts of a layer as gpt-oss has them: [experts, in, out], or [experts, out]."""
+        suffix = "" if kind == "weight" else "_bias"
+        num_dimensions = 3 if kind == "weight" else 2
+        if len(tensor.shape) != num_dimensions:
+            raise InputError(
+                f"{self._path}: tensor {tensor.name} has the shape {list(tensor.shape)}",
+                f"{num_dimensions} dimensions were expected, the first of them experts",
+            )
+        name = f"model.layers.{layer}.mlp.experts"
+        shape = [tensor.shape[0], *tensor.shape[:0:-1]]
+        if part == "ffn_down_exps":
+            arrange = _transposed if kind == "weight" else None
+            self._add(f"{name}.down_proj{suffix}", tuple(shape), _Source((tensor,), arrange))
+            return
+        if part == "ffn_up_exps":  # added with the gate
+            part_name = f"blk.{layer}.ffn_gate_exps.{kind}"
+            if part_name not in self._metadata.tensors:
+                raise InputError(f"{self._path} has {tensor.name}, but no {part_name}")
+            return
+        up = self._metadata.tensors.get(f"blk.{layer}.ffn_up_exps.{kind}")
+        if up is None or up.shape != tensor.shape:
+            raise InputError(
+                f"{self._path}: tensor {tensor.name} has the shape {list(tensor.shape)}, and"
+                f" blk.{layer}.ffn_up_exps.{kind} has {list(up.shape) if up else 'none'}",
+                "Equal shapes were expected",
+            )
+        shape[-1] *= 2
+        arrange = _gate_and_up_in_turn
+        self._add(f"{name}.gate_up_proj{suffix}", tuple(shape), _Source((tensor, up), arrange))
+
+    def _add(self, name: str, shape: tuple[int, ...], source: _Source) -> None:
+        self.tensors[name] = replace(source.parts[0], name=name, shape=shape)
+        self._sources[name] = source
+
+    def _check_experts(self) -> None:
+        """Raises InputError when the tensors have another number of experts than the metadata."""
+        if not self._architecture.has_experts:
+            return
+        num_experts = self._metadata.integer("expert_count")
+        for name, tensor in self._metadata.tensors.items():
+            if re.search(r"_exps\.", name) and tensor.shape[0] != num_experts:
+                raise self._metadata.error(
+                    "expert_count", f"{tensor.shape[0]} was expected, as {name} has"
+                )
+
+    def _unknown(self, name: str) -> InputError:
+        return InputError(
             f"{self._path} has the tensor {name},"
-            f" which this {self._architecture} reader does not know",
-            "A dense decoder was expected",
+            f" which this {self._metadata.architecture} reader does not know",
+            "The tensors of a decoder of this architecture were expected",
         )
 
     def _check_type(self, tensor: TensorInfo) -> None:
@@ -153,129 +243,48 @@ class GgufModel:
                 f"{self._path}: tensor {tensor.name} is stored as {tensor.ggml_type}"
             ) from None
 
-    def _get(self, key: str, default: Any = None) -> Any:
-        value = self._metadata.get(f"{self._architecture}.{key}", default)
-        if value is None:
-            raise InputError(f"{self._path} lacks {self._architecture}.{key} in its metadata")
-        return value
-
-    def _integer(self, key: str, default: int | None = None) -> int:
-        value = self._get(key, default)
-        if type(value) is not int or value < 1:
-            raise InputError(
-                f"{self._path}: {self._architecture}.{key} is {value}",
-                "A positive number was expected",
-            )
-        return value
-
-    def _make_config(self) -> dict[str, Any]:
-        name, kind = ARCHITECTURES[self._architecture]
-        hidden = self._integer("embedding_length")
-        heads = self._integer("attention.head_count")
-        head_dim = self._integer("attention.key_length", hidden // heads)
-        if "model.embed_tokens.weight" not in self.tensors:
-            raise InputError(f"{self._path} has no token_embd.weight")
-        for key, expected in (
-            ("attention.value_length", head_dim),
-            ("rope.dimension_count", head_dim),
-        ):
-            found = self._get(key, expected)
-            if found != expected:
-                raise InputError(
-                    f"{self._path}: {self._architecture}.{key} is {found}",
-                    f"{expected} was expected",
-                )
-        for key in ("expert_count", "attention.sliding_window"):
-            found = self._get(key, 0)
-            if found:
-                raise InputError(
-                    f"{self._path}: {self._architecture}.{key} is {found}",
-                    "A dense decoder was expected",
-                )
-        config: dict[str, Any] = {
-            "architectures": [name],
-            "model_type": kind,
-            "vocab_size": self.tensors["model.embed_tokens.weight"].shape[0],
-            "hidden_size": hidden,
-            "intermediate_size": self._integer("feed_forward_length"),
-            "num_hidden_layers": self._integer("block_count"),
-            "num_attention_heads": heads,
-            "num_key_value_heads": self._integer("attention.head_count_kv", heads),
-            "head_dim": head_dim,
-            "hidden_act": "silu",
-            "max_position_embeddings": self._integer("context_length"),
-            "rms_norm_eps": self._get("attention.layer_norm_rms_epsilon"),
-            "rope_theta": self._get("rope.freq_base", 10000.0),
-            "tie_word_embeddings": "lm_head.weight" not in self.tensors,
-            "dtype": "bfloat16",
-            "use_cache": True,
-            **self._token_ids(),
-        }
-        if kind != "qwen2":
-            config["attention_bias"] = any(part.endswith("q_proj.bias") for part in self.tensors)
-        if kind == "llama":
-            config["mlp_bias"] = any(part.endswith("up_proj.bias") for part in self.tensors)
-        scaling = self._rope_scaling(config)
-        if scaling:
-            config["rope_scaling"] = scaling
-        return config
-
     def _token_ids(self) -> dict[str, Any]:
-        metadata = self._metadata
-        eos = metadata.get("tokenizer.ggml.eos_token_id")
-        end_of_turn = metadata.get("tokenizer.ggml.eot_token_id")
+        values = self._metadata.values
+        eos = values.get("tokenizer.ggml.eos_token_id")
+        end_of_turn = values.get("tokenizer.ggml.eot_token_id")
         ends = [token for token in dict.fromkeys((eos, end_of_turn)) if token is not None]
         return {
-            "bos_token_id": metadata.get("tokenizer.ggml.bos_token_id"),
+            "bos_token_id": values.get("tokenizer.ggml.bos_token_id"),
             "eos_token_id": ends if len(ends) > 1 else next(iter(ends), None),
-            "pad_token_id": metadata.get("tokenizer.ggml.padding_token_id"),
+            "pad_token_id": values.get("tokenizer.ggml.padding_token_id"),
         }
 
-    def _rope_scaling(self, config: dict[str, Any]) -> dict[str, Any] | None:
-        kind = self._get("rope.scaling.type", "none")
-        if self._rope_factors is not None:
-            return self._llama3_scaling(self._rope_factors, config)
-        if kind == "none":
-            return None
-        if kind not in ("linear", "yarn"):
-            raise InputError(
-                f"{self._path} scales RoPE by {kind}", "none, linear, yarn or llama3 was expected"
-            )
-        scaling = {"rope_type": kind, "factor": float(self._get("rope.scaling.factor"))}
-        if kind == "yarn":
-            scaling["original_max_position_embeddings"] = self._integer(
-                "rope.scaling.original_context_length"
-            )
-        return scaling
 
-    def _llama3_scaling(self, tensor: TensorInfo, config: dict[str, Any]) -> dict[str, Any]:
-        """The parameters of Llama 3's RoPE scaling.
+def _by_halves(num_heads: int) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Undoes the permutation of llama.cpp's converter.
 
-        The file has no parameters, only the divisor of each frequency. `factor` is the largest
-        divisor; the other parameters are assumed to be Llama 3's, and the divisors that follow from
-        them are compared with those of the file.
-        """
-        found = self._dequantize(tensor, 0, tensor.shape[0]).astype(np.float64)
-        factor = float(found.max())
-        low = 1.0
-        high = 4.0
-        original = 8192
-        frequencies = config["rope_theta"] ** (
-            -np.arange(0, config["head_dim"], 2) / config["head_dim"]
-        )
-        smooth = ((original * frequencies / (2 * math.pi) - low) / (high - low)).clip(0, 1)
-        expected = 1 / ((1 - smooth) / factor + smooth)
-        if found.shape != expected.shape or not np.allclose(found, expected, rtol=1e-4):
-            raise InputError(
-                f"{self._path}: {_ROPE_FACTORS} is not Llama 3's scaling", "Llama 3's was expected"
-            )
-        return {
-            "rope_type": "llama3",
-            "factor": factor,
-            "low_freq_factor": low,
-            "high_freq_factor": high,
-            "original_max_position_embeddings": original,
-        }
+    RoPE rotates pairs of rows. In llama.cpp a pair is two neighbouring rows of a head; in Hugging
+    Face it is one row of each half.
+    """
+
+    def arrange(tensor: torch.Tensor) -> torch.Tensor:
+        num_pairs = len(tensor) // num_heads // 2
+        interleaved = tensor.reshape(num_heads, num_pairs, 2, *tensor.shape[1:])
+        return interleaved.transpose(1, 2).reshape(tensor.shape)
+
+    return arrange
+
+
+def _minus(offset: float) -> Callable[[torch.Tensor], torch.Tensor]:
+    return lambda tensor: tensor - offset
+
+
+def _transposed(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.mT
+
+
+def _gate_and_up_in_turn(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """[experts, in, 2 * out] from two [experts, out, in], or [experts, 2 * out] of biases."""
+    import torch
+
+    if gate.ndim == 2:
+        return torch.stack((gate, up), dim=-1).flatten(1)
+    return torch.stack((gate, up), dim=2).flatten(1, 2).mT
 
 
 def open_gguf(path: Path) -> GgufModel:

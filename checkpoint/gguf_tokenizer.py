@@ -1,4 +1,7 @@
-"""Makes the tokenizer files of a GGUF file from its vocabulary (byte-level BPE)."""
+"""Makes the tokenizer files of a GGUF file from its vocabulary.
+
+Byte-level BPE is here, SentencePiece in gguf_sentencepiece.py.
+"""
 
 from __future__ import annotations
 
@@ -19,11 +22,9 @@ from tokenizers import (
     processors,
 )
 
+from llmkit.checkpoint.gguf_sentencepiece import CONTROL, USER_DEFINED, sentencepiece_tokenizer
 from llmkit.common.errors import InputError
 
-# Values of tokenizer.ggml.token_type.
-_CONTROL = 3
-_USER_DEFINED = 4
 _WORD_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
     r"|[^\r\n\p{L}\p{N}]?\p{L}+"
@@ -39,26 +40,80 @@ _WORD_PATTERN = (
 class _PreTokenizer:
     """How text is split before merges are applied. A GGUF file holds only its name."""
 
-    split: str | None = None  # a pattern; None: GPT-2's, which is built into ByteLevel
+    # Patterns, applied one after the other; none: GPT-2's, which is built into ByteLevel.
+    splits: tuple[str, ...] = ()
     single_digits: bool = False  # each digit is a word
     nfc: bool = False
     ignore_merges: bool = False  # a word in the vocabulary is one token, without merges
     adds_bos: bool = False  # used when the file has no add_bos_token
 
 
-_LLAMA3 = _PreTokenizer(
-    _WORD_PATTERN.replace("DIGITS", r"\p{N}{1,3}"), ignore_merges=True, adds_bos=True
+_THREE_DIGITS = _WORD_PATTERN.replace("DIGITS", r"\p{N}{1,3}")
+_ONE_DIGIT = _WORD_PATTERN.replace("DIGITS", r"\p{N}")
+# Words whose capital letters come first: "HTMLParser" is "HTMLParser", "helloWorld" two words.
+_LOWER = r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_UPPER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]"
+_CASED_WORD_PATTERN = (
+    rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+SUFFIX"
+    rf"|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*SUFFIX"
+    r"|DIGITS"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n/]*"
+    r"|\s*[\r\n]+"
+    r"|\s+(?!\S)"
+    r"|\s+"
 )
-_QWEN2 = _PreTokenizer(_WORD_PATTERN.replace("DIGITS", r"\p{N}"), nfc=True)
+_GPT_4O = _CASED_WORD_PATTERN.replace("SUFFIX", r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?").replace(
+    "DIGITS", r"\p{N}{1,3}"
+)
+_TEKKEN = _CASED_WORD_PATTERN.replace("SUFFIX", "").replace("DIGITS", r"\p{N}")
+_SEED = _ONE_DIGIT.replace(r"| ?[^\s\p{L}\p{N}]+[\r\n]*", r"| ?[^\s\p{L}\p{N}\r\n]+")
+_DEEPSEEK3 = (
+    r"\p{N}{1,3}",
+    "[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+",
+    r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+"""
+    r"|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"
+    r"| ?[\p{P}\p{S}]+[\r\n]*"
+    r"|\s*[\r\n]+"
+    r"|\s+(?!\S)"
+    r"|\s+",
+)
+_GPT2 = _PreTokenizer()
+_GPT2_DIGITS = _PreTokenizer(single_digits=True)
+_GPT4 = _PreTokenizer((_THREE_DIGITS,))
+_LLAMA3 = _PreTokenizer((_THREE_DIGITS,), ignore_merges=True, adds_bos=True)
+_QWEN2 = _PreTokenizer((_ONE_DIGIT,), nfc=True)
+# By tokenizer.ggml.pre.
 PRE_TOKENIZERS = {
-    "smollm": _PreTokenizer(single_digits=True),
-    "gpt-2": _PreTokenizer(),
-    "default": _PreTokenizer(),
+    "smollm": _GPT2_DIGITS,
+    "gpt-2": _GPT2,
+    "default": _GPT2,
     "llama-bpe": _LLAMA3,
     "llama3": _LLAMA3,
     "qwen2": _QWEN2,
     "deepseek-r1-qwen": _QWEN2,
+    "gpt-4o": _PreTokenizer((_GPT_4O,)),
+    "llama4": _PreTokenizer((_GPT_4O,)),
+    "tekken": _PreTokenizer((_TEKKEN,), ignore_merges=True, adds_bos=True),
+    "glm4": _GPT4,
+    "dbrx": _GPT4,
+    "smaug-bpe": _GPT4,
+    "starcoder": _GPT2_DIGITS,
+    "refact": _GPT2_DIGITS,
+    "command-r": _GPT2_DIGITS,
+    "codeshell": _GPT2_DIGITS,
+    "exaone": _GPT2_DIGITS,
+    "exaone4": _GPT2,
+    "olmo": _GPT2,
+    "hunyuan": _PreTokenizer((_ONE_DIGIT,)),
+    "hunyuan-dense": _PreTokenizer(_DEEPSEEK3),
+    "seed-coder": _PreTokenizer((_SEED,)),
 }
+# The models in tokenizer.ggml.model.
+_BYTE_LEVEL = "gpt2"
+_SENTENCEPIECE = "llama"
+_OTHER_TOKENIZER = (
+    "Take the tokenizer from the original model: convert the GGUF file or use that model"
+)
 
 
 def tokenizer_files(path: Path, metadata: Mapping[str, Any], max_tokens: int) -> dict[str, bytes]:
@@ -68,28 +123,51 @@ def tokenizer_files(path: Path, metadata: Mapping[str, Any], max_tokens: int) ->
     Raises InputError when the vocabulary is malformed or its pre-tokenizer is unknown.
     """
     model = metadata.get("tokenizer.ggml.model")
-    pre = metadata.get("tokenizer.ggml.pre", "default")
-    if model != "gpt2" or pre not in PRE_TOKENIZERS:
-        raise InputError(
-            f"{path} has the tokenizer {model}/{pre}",
-            f"gpt2 with one of {', '.join(PRE_TOKENIZERS)} was expected",
-            "Take the tokenizer from the original model: convert the GGUF file or use that model",
-        )
-    pre_tokenizer = PRE_TOKENIZERS[pre]
     tokens = metadata.get("tokenizer.ggml.tokens")
     types = metadata.get("tokenizer.ggml.token_type")
-    merges = metadata.get("tokenizer.ggml.merges")
-    if not isinstance(tokens, list) or not isinstance(merges, list):
-        raise InputError(f"{path} lacks tokenizer.ggml.tokens or tokenizer.ggml.merges")
+    if model not in (_BYTE_LEVEL, _SENTENCEPIECE):
+        raise InputError(
+            f"{path} has the tokenizer {model}",
+            f"{_BYTE_LEVEL} (byte-level BPE) or {_SENTENCEPIECE} (SentencePiece) was expected",
+            _OTHER_TOKENIZER,
+        )
+    if model == _SENTENCEPIECE:
+        ranking = "scores"
+        adds_bos = True
+    else:
+        pre = metadata.get("tokenizer.ggml.pre", "default")
+        if pre not in PRE_TOKENIZERS:
+            raise InputError(
+                f"{path} has the tokenizer {model}/{pre}",
+                f"{model} with one of {', '.join(PRE_TOKENIZERS)} was expected",
+                _OTHER_TOKENIZER,
+            )
+        ranking = "merges"
+        adds_bos = PRE_TOKENIZERS[pre].adds_bos
+    ranks = metadata.get(f"tokenizer.ggml.{ranking}")
+    if not isinstance(tokens, list) or not isinstance(ranks, list):
+        raise InputError(f"{path} lacks tokenizer.ggml.tokens or tokenizer.ggml.{ranking}")
     if not isinstance(types, list) or len(types) != len(tokens):
         types = [1] * len(tokens)
     special_tokens = _special_tokens(path, metadata, tokens)
     bos = None
-    adds_bos = metadata.get("tokenizer.ggml.add_bos_token", pre_tokenizer.adds_bos)
-    if adds_bos and "bos_token" in special_tokens:
+    if metadata.get("tokenizer.ggml.add_bos_token", adds_bos) and "bos_token" in special_tokens:
         bos = special_tokens["bos_token"], metadata["tokenizer.ggml.bos_token_id"]
     try:
-        tokenizer = _build_tokenizer(tokens, types, merges, pre_tokenizer, bos)
+        if model == _SENTENCEPIECE:
+            if len(ranks) != len(tokens):
+                raise ValueError(f"{len(tokens)} tokens and {len(ranks)} scores")
+            tokenizer = sentencepiece_tokenizer(
+                tokens,
+                types,
+                ranks,
+                unknown=special_tokens.get("unk_token"),
+                bos=bos,
+                adds_space_prefix=metadata.get("tokenizer.ggml.add_space_prefix", True) is True,
+                strips_after=_strips_after(metadata, tokens),
+            )
+        else:
+            tokenizer = _build_tokenizer(tokens, types, ranks, PRE_TOKENIZERS[pre], bos)
     except Exception as error:  # the tokenizers library raises plain Exception
         raise InputError(f"{path}: its vocabulary is malformed ({error})") from error
     config: dict[str, Any] = {
@@ -108,6 +186,17 @@ def tokenizer_files(path: Path, metadata: Mapping[str, Any], max_tokens: int) ->
         files["chat_template.jinja"] = template.encode()
     files["tokenizer_config.json"] = _json(config)
     return files
+
+
+def _strips_after(metadata: Mapping[str, Any], tokens: list[str]) -> list[str]:
+    """The special tokens that take the white space after them.
+
+    Those of Phi-3 do. No key says so; llama.cpp goes by the model's name too.
+    """
+    name = str(metadata.get("general.name", "")).lower()
+    if "phi-3" not in name and "phi3" not in name:
+        return []
+    return [token for token in tokens if token not in ("<unk>", "<s>", "<|endoftext|>")]
 
 
 def _special_tokens(path: Path, metadata: Mapping[str, Any], tokens: list[str]) -> dict[str, str]:
@@ -145,9 +234,8 @@ def _build_tokenizer(
     steps: list[pre_tokenizers.PreTokenizer] = []
     if rules.single_digits:
         steps.append(pre_tokenizers.Digits(individual_digits=True))
-    if rules.split:
-        steps.append(pre_tokenizers.Split(Regex(rules.split), behavior="isolated"))
-    steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=rules.split is None))
+    steps += [pre_tokenizers.Split(Regex(split), behavior="isolated") for split in rules.splits]
+    steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=not rules.splits))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
     tokenizer.decoder = decoders.ByteLevel()
     if bos:
@@ -160,14 +248,14 @@ def _build_tokenizer(
         [
             AddedToken(token, special=True, normalized=False)
             for token, token_type in zip(tokens, types, strict=True)
-            if token_type == _CONTROL
+            if token_type == CONTROL
         ]
     )
     tokenizer.add_tokens(
         [
             AddedToken(token, special=False, normalized=False)
             for token, token_type in zip(tokens, types, strict=True)
-            if token_type == _USER_DEFINED
+            if token_type == USER_DEFINED
         ]
     )
     return tokenizer

@@ -52,8 +52,13 @@ def split_at(digits: str) -> list[dict[str, Any]]:
         r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|" + digits + r"| ?[^\s\p{L}\p{N}]+"
         r"[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
     )
-    split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated"}
-    return [split | {"invert": False}, byte_level(add_prefix_space=False, use_regex=False)]
+    return split_by(pattern)
+
+
+def split_by(*patterns: str) -> list[dict[str, Any]]:
+    split = {"type": "Split", "behavior": "Isolated", "invert": False}
+    steps = [split | {"pattern": {"Regex": pattern}} for pattern in patterns]
+    return [*steps, byte_level(add_prefix_space=False, use_regex=False)]
 
 
 BOS_FIRST = {
@@ -68,16 +73,52 @@ BOS_FIRST = {
 LLAMA3 = (None, split_at(r"\p{N}{1,3}"), True, True)
 QWEN2 = ("NFC", split_at(r"\p{N}"), False, False)
 GPT2 = (None, [byte_level(add_prefix_space=False)], False, False)
+GPT4 = (None, split_at(r"\p{N}{1,3}"), False, False)
+GPT4O = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+TEKKEN = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+SEED = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}\r\n]+"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+DEEPSEEK3 = (
+    r"\p{N}{1,3}",
+    "[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+",
+    r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"""
+    r"| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+)
 DIGITS = {"type": "Digits", "individual_digits": True}
+GPT2_DIGITS = (None, [DIGITS, byte_level(add_prefix_space=False)], False, False)
 # normalizer, pre-tokenizers, whether words of the vocabulary need no merges, whether BOS is added
 RULES: dict[str, tuple[str | None, list[dict[str, Any]], bool, bool]] = {
-    "smollm": (None, [DIGITS, byte_level(add_prefix_space=False)], False, False),
+    "smollm": GPT2_DIGITS,
     "gpt-2": GPT2,
     "default": GPT2,
     "llama-bpe": LLAMA3,
     "llama3": LLAMA3,
     "qwen2": QWEN2,
     "deepseek-r1-qwen": QWEN2,
+    "gpt-4o": (None, split_by(GPT4O), False, False),
+    "llama4": (None, split_by(GPT4O), False, False),
+    "tekken": (None, split_by(TEKKEN), True, True),
+    "glm4": GPT4,
+    "dbrx": GPT4,
+    "smaug-bpe": GPT4,
+    **dict.fromkeys(("starcoder", "refact", "command-r", "codeshell", "exaone"), GPT2_DIGITS),
+    "exaone4": GPT2,
+    "olmo": GPT2,
+    "hunyuan": (None, split_at(r"\p{N}"), False, False),
+    "hunyuan-dense": (None, split_by(*DEEPSEEK3), False, False),
+    "seed-coder": (None, split_by(SEED), False, False),
 }
 
 
@@ -158,8 +199,10 @@ def test_gguf_tokenizer_files_are_complete() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model": "llama"}, "a.gguf has the tokenizer llama/default. gpt2 with one of smollm"),
-        ({"model": None}, "the tokenizer None/default"),
+        ({"model": "bert"}, r"a.gguf has the tokenizer bert. gpt2 \(byte-level BPE\) or llama"),
+        ({"model": None}, "the tokenizer None"),
+        ({"model": "llama"}, "lacks tokenizer.ggml.tokens or tokenizer.ggml.scores"),
+        ({"model": "llama", "scores": [0.5]}, r"malformed \(12 tokens and 1 scores\)"),
         ({"pre": "klingon"}, "the tokenizer gpt2/klingon"),
         ({"tokens": None}, "lacks tokenizer.ggml.tokens or tokenizer.ggml.merges"),
         ({"merges": None}, "lacks tokenizer.ggml.tokens or tokenizer.ggml.merges"),
@@ -372,7 +415,11 @@ def test_gguf_refuses_other_rope_factors(tmp_path: Path, values: list[float]) ->
             {"rope__scaling__type": "yarn", "rope__scaling__factor": 2.0},
             "lacks llama.rope.scaling.original_context_length",
         ),
-        ({"expert_count": 1}, "llama.expert_count is 1. A dense decoder was expected"),
+        ({"expert_count": 1}, "lacks llama.expert_used_count in its metadata"),
+        (
+            {"architecture": "qwen2", "expert_count": 1},
+            "qwen2.expert_count is 1. A dense decoder was expected",
+        ),
         ({"tensors": (("blk.0.output_norm.weight", (64,), 0),)}, "tensor blk.0.output_norm.weight"),
         ({"tensors": (("ffn_up.weight", (96, 64), 0),)}, "the tensor ffn_up.weight"),
         ({"tensors": (("output_norm.scale", (64,), 0),)}, "the tensor output_norm.scale"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -407,7 +408,7 @@ FAMILIES = {
             "head_dim": 16,
             "sliding_window": 12,
             "layer_types": GEMMA_LAYERS,
-            "num_attention_heads_per_layer": [4, 6, 4, 2],
+            "num_attention_heads_per_layer": [4, 8, 4, 4],
             "moe_routed_scaling_factor": 1.5,
             "moe_router_logit_softcapping": 3.0,
         },
@@ -454,10 +455,13 @@ REPRESENTATIVES = (
 )
 
 
-def family_oracle(name: str, path: Path) -> torch.nn.Module:
-    """Make the model of a row of FAMILIES, save it as a checkpoint at `path` and return it."""
+def family_oracle(name: str, path: Path, **changes: Any) -> torch.nn.Module:
+    """Make the model of a row of FAMILIES, save it as a checkpoint at `path` and return it.
+
+    changes: values of its config that differ from the row.
+    """
     kind, differences = FAMILIES[name]
-    config = transformers.AutoConfig.for_model(kind, **(COMMON | differences))
+    config = transformers.AutoConfig.for_model(kind, **(COMMON | differences | changes))
     torch.manual_seed(0)
     oracle = (
         transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")

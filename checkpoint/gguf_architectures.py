@@ -1,0 +1,620 @@
+"""The architectures of GGUF files: tensor names, and a function to config.json for each.
+
+Tensor names are those of the `gguf` package (`gguf.constants.MODEL_TENSORS`). How each family's
+weights are stored is what llama.cpp's converter does to them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import Any, Literal
+
+import numpy as np
+
+from llmkit.checkpoint.gguf_metadata import GgufMetadata
+from llmkit.common.errors import InputError
+
+# From the metadata to the fields of config.json that differ from Llama's.
+ConfigFunction = Callable[[GgufMetadata], dict[str, Any]]
+
+ROPE_FREQS = "rope_freqs.weight"
+ROPE_FACTORS_LONG = "rope_factors_long.weight"
+ROPE_FACTORS_SHORT = "rope_factors_short.weight"
+# Tensors that become values of config.json.
+CONFIG_TENSORS = (ROPE_FREQS, ROPE_FACTORS_LONG, ROPE_FACTORS_SHORT)
+
+TOP_MODULES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+_ATTENTION = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+}
+_QK_NORM = {"attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"}
+_MLP = {
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+_FFN_NORM = {"ffn_norm": "post_attention_layernorm"}
+_LLAMA = _ATTENTION | _QK_NORM | _FFN_NORM | _MLP
+_GEMMA2 = (
+    _ATTENTION
+    | _MLP
+    | {
+        "post_attention_norm": "post_attention_layernorm",
+        "ffn_norm": "pre_feedforward_layernorm",
+        "post_ffw_norm": "post_feedforward_layernorm",
+    }
+)
+# Norms after attention and MLP only.
+_POST_NORM = {
+    name: module for name, module in (_ATTENTION | _QK_NORM | _MLP).items() if name != "attn_norm"
+} | {
+    "post_attention_norm": "post_attention_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
+}
+_NO_GATE = {name: module for name, module in _MLP.items() if name != "ffn_gate"}
+_GLM4 = (
+    _ATTENTION
+    | {
+        "post_attention_norm": "post_self_attn_layernorm",
+        "ffn_norm": "post_attention_layernorm",
+        "post_ffw_norm": "post_mlp_layernorm",
+    }
+    | {"ffn_up": "mlp.gate_up_proj", "ffn_down": "mlp.down_proj"}
+)
+_QWEN_MOE = _ATTENTION | _QK_NORM | _FFN_NORM | {"ffn_gate_inp": "mlp.gate"}
+# Of one expert, by the name of the GGUF tensor that holds all of a layer.
+_EXPERTS = {
+    "ffn_gate_exps": "mlp.experts.{}.gate_proj",
+    "ffn_up_exps": "mlp.experts.{}.up_proj",
+    "ffn_down_exps": "mlp.experts.{}.down_proj",
+}
+
+
+@dataclass(frozen=True)
+class GgufArchitecture:
+    """How a family's GGUF files are read."""
+
+    architecture: str  # the Hugging Face architecture
+    model_type: str
+    config: ConfigFunction
+    modules: Mapping[str, str]  # of a layer: from GGUF names to Hugging Face ones
+    # The field of config.json for the epsilon of norms. RMS norms and layer norms have different
+    # keys in GGUF.
+    epsilon: Literal["rms_norm_eps", "layer_norm_eps", "norm_epsilon"] = "rms_norm_eps"
+    # The rows of q and k are stored so that RoPE rotates neighbouring rows of a head.
+    interleaved_qk: bool = False
+    norm_offset: float = 0.0  # stored norms are larger by this
+    partial_rotary: bool = False  # RoPE may rotate a part of a head
+    sliding_window: bool = False  # the family has sliding windows
+    # Modules of one expert, for families that store each expert in tensors of its own.
+    experts: Mapping[str, str] | None = None
+    # gpt-oss stores the experts of a layer in one tensor, gate and up rows in turn, transposed.
+    stacked_experts: bool = False
+
+    @property
+    def has_experts(self) -> bool:
+        return self.experts is not None or self.stacked_experts
+
+
+def gguf_architecture(metadata: GgufMetadata) -> GgufArchitecture:
+    """The architecture of a file. Raises InputError, with the nearest name, for unknown ones."""
+    name = metadata.architecture
+    if name not in ARCHITECTURES:
+        nearest = get_close_matches(name, ARCHITECTURES, n=1, cutoff=0.0)[0]
+        raise InputError(
+            f"{metadata.path} has the architecture {name}",
+            f"One of {', '.join(ARCHITECTURES)} was expected; the most similar name is {nearest}",
+            "Use the original checkpoint, or convert the model to another format",
+        )
+    for key, variant in _VARIANTS.get(name, {}).items():
+        if metadata.optional(key):
+            return variant
+    return ARCHITECTURES[name]
+
+
+def gguf_config(metadata: GgufMetadata, architecture: GgufArchitecture) -> dict[str, Any]:
+    """The config.json of a file, without the ids of special tokens.
+
+    Raises InputError when the metadata lacks a value or contradicts itself.
+    """
+    hidden_size = metadata.integer("embedding_length")
+    num_heads = metadata.integer("attention.head_count")
+    head_dim = metadata.integer("attention.key_length", hidden_size // num_heads)
+    if not metadata.has_tensor("token_embd.weight"):
+        raise InputError(f"{metadata.path} has no token_embd.weight")
+    metadata.expect("attention.value_length", head_dim)
+    rotary_dim = metadata.get("rope.dimension_count", head_dim)
+    if not architecture.partial_rotary:
+        metadata.expect("rope.dimension_count", head_dim)
+    elif type(rotary_dim) is not int or not 0 < rotary_dim <= head_dim or rotary_dim % 2:
+        raise metadata.error(
+            "rope.dimension_count", f"An even number up to {head_dim} was expected"
+        )
+    for key, is_known in (
+        ("expert_count", architecture.has_experts),
+        ("attention.sliding_window", architecture.sliding_window),
+    ):
+        if metadata.optional(key) and not is_known:
+            raise metadata.error(key, "A dense decoder was expected")
+    is_rms = architecture.epsilon == "rms_norm_eps"
+    config: dict[str, Any] = {
+        "architectures": [architecture.architecture],
+        "model_type": architecture.model_type,
+        "vocab_size": metadata.tensors["token_embd.weight"].shape[0],
+        "hidden_size": hidden_size,
+        "intermediate_size": metadata.integer("feed_forward_length"),
+        "num_hidden_layers": metadata.integer("block_count"),
+        "num_attention_heads": num_heads,
+        "num_key_value_heads": metadata.integer("attention.head_count_kv", num_heads),
+        "head_dim": head_dim,
+        "hidden_act": "silu",
+        "max_position_embeddings": metadata.integer("context_length"),
+        architecture.epsilon: metadata.get(
+            "attention.layer_norm_rms_epsilon" if is_rms else "attention.layer_norm_epsilon"
+        ),
+        "rope_theta": metadata.get("rope.freq_base", 10000.0),
+        "tie_word_embeddings": not metadata.has_tensor("output.weight"),
+        "dtype": "bfloat16",
+        "use_cache": True,
+    }
+    if architecture.partial_rotary:
+        config["partial_rotary_factor"] = rotary_dim / head_dim
+    scaling = _rope_scaling(metadata, head_dim)
+    if scaling is not None:
+        config["rope_scaling"] = scaling
+    config |= architecture.config(metadata)
+    return {name: value for name, value in config.items() if value is not _ABSENT}
+
+
+# The value of a field of config.json that a family does not have.
+_ABSENT = object()
+
+
+def _rope_scaling(metadata: GgufMetadata, head_dim: int) -> dict[str, Any] | None:
+    kind = metadata.get("rope.scaling.type", "none")
+    if metadata.has_tensor(ROPE_FREQS):
+        return _llama3_scaling(metadata, head_dim)
+    if metadata.has_tensor(ROPE_FACTORS_LONG) or metadata.has_tensor(ROPE_FACTORS_SHORT):
+        return _longrope_scaling(metadata, head_dim)
+    if kind == "none":
+        return None
+    if kind not in ("linear", "yarn"):
+        raise InputError(
+            f"{metadata.path} scales RoPE by {kind}", "none, linear, yarn or llama3 was expected"
+        )
+    scaling = {"rope_type": kind, "factor": float(metadata.get("rope.scaling.factor"))}
+    if kind == "yarn":
+        scaling["original_max_position_embeddings"] = metadata.integer(
+            "rope.scaling.original_context_length"
+        )
+        metadata.expect("rope.scaling.yarn_ext_factor", 1.0)
+        for key, field in (
+            ("rope.scaling.yarn_beta_fast", "beta_fast"),
+            ("rope.scaling.yarn_beta_slow", "beta_slow"),
+            ("rope.scaling.yarn_attn_factor", "attention_factor"),
+        ):
+            if metadata.optional(key) is not None:
+                scaling[field] = metadata.number(key)
+    return scaling
+
+
+def _llama3_scaling(metadata: GgufMetadata, head_dim: int) -> dict[str, Any]:
+    """The parameters of Llama 3's RoPE scaling.
+
+    The file has no parameters, only the divisor of each frequency. `factor` is the largest
+    divisor; the other parameters are assumed to be Llama 3's, and the divisors that follow from
+    them are compared with those of the file.
+    """
+    found = np.array(metadata.vector(ROPE_FREQS))
+    factor = float(found.max())
+    low = 1.0
+    high = 4.0
+    original = 8192
+    theta = metadata.get("rope.freq_base", 10000.0)
+    frequencies = theta ** (-np.arange(0, head_dim, 2) / head_dim)
+    smooth = ((original * frequencies / (2 * math.pi) - low) / (high - low)).clip(0, 1)
+    expected = 1 / ((1 - smooth) / factor + smooth)
+    if found.shape != expected.shape or not np.allclose(found, expected, rtol=1e-4):
+        raise InputError(
+            f"{metadata.path}: {ROPE_FREQS} is not Llama 3's scaling", "Llama 3's was expected"
+        )
+    return {
+        "rope_type": "llama3",
+        "factor": factor,
+        "low_freq_factor": low,
+        "high_freq_factor": high,
+        "original_max_position_embeddings": original,
+    }
+
+
+def _longrope_scaling(metadata: GgufMetadata, head_dim: int) -> dict[str, Any]:
+    rotary_dim = metadata.get("rope.dimension_count", head_dim)
+    factors = {}
+    for name, field in ((ROPE_FACTORS_SHORT, "short_factor"), (ROPE_FACTORS_LONG, "long_factor")):
+        factors[field] = metadata.vector(name)
+        if len(factors[field]) != rotary_dim // 2:
+            raise InputError(
+                f"{metadata.path}: {name} has {len(factors[field])} values",
+                f"{rotary_dim // 2} were expected, one for each pair of rotated dimensions",
+            )
+    original = metadata.integer("rope.scaling.original_context_length")
+    scaling = {
+        "rope_type": "longrope",
+        **factors,
+        "original_max_position_embeddings": original,
+    }
+    scale = max(1.0, metadata.integer("context_length") / original)
+    computed = math.sqrt(1 + math.log(scale) / math.log(original))
+    stored = metadata.number("rope.scaling.attn_factor", computed)
+    if not math.isclose(stored, computed, rel_tol=1e-5):  # otherwise it follows from the sizes
+        scaling["attention_factor"] = stored
+    return scaling
+
+
+def _layer_types(metadata: GgufMetadata, period: int) -> list[str]:
+    """The attention of each layer. Without a pattern in the file, each `period`th is full."""
+    num_layers = metadata.integer("block_count")
+    key = "attention.sliding_window_pattern"
+    pattern = metadata.get(key, period)
+    if isinstance(pattern, list):
+        if len(pattern) != num_layers or not set(pattern) <= {0, 1}:
+            raise metadata.error(key, f"True or False for each of {num_layers} layers was expected")
+        has_window = pattern
+    else:
+        period = metadata.integer(key, period)
+        has_window = [(index + 1) % period != 0 for index in range(num_layers)]
+    return ["sliding_attention" if windowed else "full_attention" for windowed in has_window]
+
+
+def _biases(metadata: GgufMetadata) -> dict[str, bool]:
+    return {
+        "attention_bias": metadata.has_tensor("attn_q.bias"),
+        "mlp_bias": metadata.has_tensor("ffn_up.bias"),
+    }
+
+
+def _experts(metadata: GgufMetadata) -> dict[str, int]:
+    return {
+        "num_experts": metadata.integer("expert_count"),
+        "num_experts_per_tok": metadata.integer("expert_used_count"),
+    }
+
+
+def _mixtral(metadata: GgufMetadata) -> dict[str, Any]:
+    return {
+        "num_local_experts": metadata.integer("expert_count"),
+        "num_experts_per_tok": metadata.integer("expert_used_count"),
+        "sliding_window": None,
+    }
+
+
+def _qwen2(metadata: GgufMetadata) -> dict[str, Any]:
+    return {}
+
+
+def _attention_bias(metadata: GgufMetadata) -> dict[str, Any]:
+    return {"attention_bias": metadata.has_tensor("attn_q.bias")}
+
+
+def _qwen3_moe(metadata: GgufMetadata) -> dict[str, Any]:
+    metadata.expect("expert_weights_norm", True)  # what llama.cpp computes, whatever the file says
+    return _attention_bias(metadata) | {
+        **_experts(metadata),
+        "moe_intermediate_size": metadata.integer("expert_feed_forward_length"),
+        "norm_topk_prob": True,
+    }
+
+
+def _qwen2_moe(metadata: GgufMetadata) -> dict[str, Any]:
+    metadata.expect("expert_weights_norm", False)
+    return {
+        **_experts(metadata),
+        "moe_intermediate_size": metadata.integer("expert_feed_forward_length"),
+        "shared_expert_intermediate_size": metadata.integer("expert_shared_feed_forward_length"),
+        "norm_topk_prob": False,
+    }
+
+
+def _olmoe(metadata: GgufMetadata) -> dict[str, Any]:
+    metadata.expect("expert_weights_norm", False)
+    return _experts(metadata) | {"norm_topk_prob": False}
+
+
+def _gemma(metadata: GgufMetadata) -> dict[str, Any]:
+    return {"hidden_act": "gelu_pytorch_tanh", "hidden_activation": "gelu_pytorch_tanh"}
+
+
+def _query_scalar(metadata: GgufMetadata, largest_num_layers: int) -> dict[str, Any]:
+    """What queries are scaled by, which no key of a Gemma file says.
+
+    It is the size of a head, except in the largest model, known by its number of layers.
+    """
+    hidden_size = metadata.integer("embedding_length")
+    per_head = hidden_size // metadata.integer("attention.head_count")
+    if metadata.integer("block_count") == largest_num_layers:
+        return {"query_pre_attn_scalar": per_head}
+    return {"query_pre_attn_scalar": metadata.integer("attention.key_length", per_head)}
+
+
+def _gemma2(metadata: GgufMetadata) -> dict[str, Any]:
+    return {
+        **_gemma(metadata),
+        **_query_scalar(metadata, 46),
+        "attn_logit_softcapping": metadata.number("attn_logit_softcapping"),
+        "final_logit_softcapping": metadata.number("final_logit_softcapping"),
+        "sliding_window": metadata.integer("attention.sliding_window"),
+        "layer_types": _layer_types(metadata, 2),
+    }
+
+
+def _gemma3(metadata: GgufMetadata) -> dict[str, Any]:
+    head_dim = metadata.integer("attention.key_length")
+    full = {"rope_type": "default", **(_rope_scaling(metadata, head_dim) or {})}
+    full["rope_theta"] = metadata.number("rope.freq_base", 1e6)
+    sliding = {
+        "rope_type": "default",
+        "rope_theta": metadata.number("rope.freq_base_swa", 1e4),
+    }
+    has_window = bool(metadata.optional("attention.sliding_window"))
+    differences = {
+        **_gemma(metadata),
+        **_query_scalar(metadata, 62),
+        "sliding_window": metadata.integer("attention.sliding_window") if has_window else None,
+        "layer_types": _layer_types(metadata, 6 if has_window else 1),
+        "rope_parameters": {"full_attention": full, "sliding_attention": sliding},
+        "rope_theta": _ABSENT,
+        "rope_scaling": _ABSENT,
+    }
+    if metadata.optional("final_logit_softcapping"):
+        differences["final_logit_softcapping"] = metadata.number("final_logit_softcapping")
+    return differences
+
+
+def _glm4(metadata: GgufMetadata) -> dict[str, Any]:
+    metadata.integer("rope.dimension_count")  # required
+    return _attention_bias(metadata)
+
+
+def _gpt_oss(metadata: GgufMetadata) -> dict[str, Any]:
+    if metadata.get("rope.scaling.type") != "yarn":
+        raise metadata.error("rope.scaling.type", "yarn was expected")
+    scaling = _rope_scaling(metadata, metadata.integer("attention.key_length"))
+    return {
+        **_attention_bias(metadata),
+        "num_local_experts": metadata.integer("expert_count"),
+        "num_experts_per_tok": metadata.integer("expert_used_count"),
+        "intermediate_size": metadata.integer("expert_feed_forward_length"),
+        "sliding_window": metadata.integer("attention.sliding_window"),
+        "layer_types": _layer_types(metadata, 2),
+        "swiglu_limit": 7.0,
+        "rope_scaling": {**(scaling or {}), "truncate": False},
+    }
+
+
+def _granite(metadata: GgufMetadata) -> dict[str, Any]:
+    return _biases(metadata) | {
+        "attention_multiplier": metadata.number("attention.scale"),
+        "embedding_multiplier": metadata.number("embedding_scale"),
+        "residual_multiplier": metadata.number("residual_scale"),
+        "logits_scaling": metadata.number("logit_scale"),
+    }
+
+
+def _olmo3(metadata: GgufMetadata) -> dict[str, Any]:
+    return _attention_bias(metadata) | {
+        "sliding_window": metadata.integer("attention.sliding_window"),
+        "layer_types": _layer_types(metadata, 4),
+    }
+
+
+def _phi3(metadata: GgufMetadata) -> dict[str, Any]:
+    window = metadata.get("attention.sliding_window")  # 0: none
+    return {
+        "sliding_window": metadata.integer("attention.sliding_window") if window else None,
+        "original_max_position_embeddings": metadata.integer(
+            "rope.scaling.original_context_length"
+        ),
+    }
+
+
+def _starcoder2(metadata: GgufMetadata) -> dict[str, Any]:
+    return {
+        "hidden_act": "gelu_pytorch_tanh",
+        "use_bias": metadata.has_tensor("attn_q.bias"),
+        "sliding_window": None,  # no key says it
+    }
+
+
+def _cohere(metadata: GgufMetadata) -> dict[str, Any]:
+    return _attention_bias(metadata) | {"logit_scale": metadata.number("logit_scale")}
+
+
+def _cohere2(metadata: GgufMetadata) -> dict[str, Any]:
+    return _cohere(metadata) | {
+        "sliding_window": metadata.integer("attention.sliding_window"),
+        "layer_types": _layer_types(metadata, 4),
+    }
+
+
+def _exaone4(metadata: GgufMetadata) -> dict[str, Any]:
+    has_window = bool(metadata.optional("attention.sliding_window"))
+    return {
+        "sliding_window": metadata.integer("attention.sliding_window") if has_window else None,
+        "layer_types": _layer_types(metadata, 4 if has_window else 1),
+    }
+
+
+def _ernie4_5(metadata: GgufMetadata) -> dict[str, Any]:
+    return {"use_bias": metadata.has_tensor("attn_q.bias")}
+
+
+def _seed_oss(metadata: GgufMetadata) -> dict[str, Any]:
+    return _biases(metadata) | {"attention_out_bias": metadata.has_tensor("attn_output.bias")}
+
+
+def _smollm3(metadata: GgufMetadata) -> dict[str, Any]:
+    # No key says it: every fourth layer has no RoPE.
+    has_rope = [int((index + 1) % 4 != 0) for index in range(metadata.integer("block_count"))]
+    return _biases(metadata) | {"no_rope_layers": has_rope, "use_sliding_window": False}
+
+
+def _arcee(metadata: GgufMetadata) -> dict[str, Any]:
+    return _biases(metadata) | {"hidden_act": "relu2"}
+
+
+# By GGUF architecture.
+ARCHITECTURES = {
+    "llama": GgufArchitecture("LlamaForCausalLM", "llama", _biases, _LLAMA, interleaved_qk=True),
+    "qwen2": GgufArchitecture("Qwen2ForCausalLM", "qwen2", _qwen2, _LLAMA),
+    "qwen3": GgufArchitecture("Qwen3ForCausalLM", "qwen3", _attention_bias, _LLAMA),
+    "gemma": GgufArchitecture(
+        "GemmaForCausalLM", "gemma", _gemma, _ATTENTION | _FFN_NORM | _MLP, norm_offset=1.0
+    ),
+    "gemma2": GgufArchitecture(
+        "Gemma2ForCausalLM", "gemma2", _gemma2, _GEMMA2, norm_offset=1.0, sliding_window=True
+    ),
+    "gemma3": GgufArchitecture(
+        "Gemma3ForCausalLM",
+        "gemma3_text",
+        _gemma3,
+        _GEMMA2 | _QK_NORM,
+        norm_offset=1.0,
+        sliding_window=True,
+    ),
+    "glm4": GgufArchitecture("Glm4ForCausalLM", "glm4", _glm4, _GLM4, partial_rotary=True),
+    "gpt-oss": GgufArchitecture(
+        "GptOssForCausalLM",
+        "gpt_oss",
+        _gpt_oss,
+        _ATTENTION
+        | {
+            "attn_sinks": "self_attn.sinks",
+            "post_attention_norm": "post_attention_layernorm",
+            "ffn_gate_inp": "mlp.router",
+        },
+        sliding_window=True,
+        stacked_experts=True,
+    ),
+    "granite": GgufArchitecture(
+        "GraniteForCausalLM",
+        "granite",
+        _granite,
+        _ATTENTION | _FFN_NORM | _MLP,
+        interleaved_qk=True,
+    ),
+    "olmo2": GgufArchitecture("Olmo2ForCausalLM", "olmo2", _attention_bias, _POST_NORM),
+    "phi3": GgufArchitecture(
+        "Phi3ForCausalLM",
+        "phi3",
+        _phi3,
+        {
+            "attn_norm": "input_layernorm",
+            "attn_qkv": "self_attn.qkv_proj",
+            "attn_output": "self_attn.o_proj",
+            "ffn_norm": "post_attention_layernorm",
+            "ffn_up": "mlp.gate_up_proj",
+            "ffn_down": "mlp.down_proj",
+        },
+        partial_rotary=True,
+        sliding_window=True,
+    ),
+    "starcoder2": GgufArchitecture(
+        "Starcoder2ForCausalLM",
+        "starcoder2",
+        _starcoder2,
+        _ATTENTION | _FFN_NORM | {"ffn_up": "mlp.c_fc", "ffn_down": "mlp.c_proj"},
+        epsilon="norm_epsilon",
+    ),
+    "command-r": GgufArchitecture(
+        "CohereForCausalLM", "cohere", _cohere, _ATTENTION | _MLP, epsilon="layer_norm_eps"
+    ),
+    "cohere2": GgufArchitecture(
+        "Cohere2ForCausalLM",
+        "cohere2",
+        _cohere2,
+        _ATTENTION | _MLP,
+        epsilon="layer_norm_eps",
+        sliding_window=True,
+    ),
+    "exaone4": GgufArchitecture(
+        "Exaone4ForCausalLM", "exaone4", _exaone4, _POST_NORM, sliding_window=True
+    ),
+    "ernie4_5": GgufArchitecture(
+        "Ernie4_5ForCausalLM", "ernie4_5", _ernie4_5, _ATTENTION | _FFN_NORM | _MLP
+    ),
+    "hunyuan-dense": GgufArchitecture(
+        "HunYuanDenseV1ForCausalLM",
+        "hunyuan_v1_dense",
+        _biases,
+        _ATTENTION
+        | _FFN_NORM
+        | _MLP
+        | {"attn_q_norm": "self_attn.query_layernorm", "attn_k_norm": "self_attn.key_layernorm"},
+    ),
+    "seed_oss": GgufArchitecture(
+        "SeedOssForCausalLM",
+        "seed_oss",
+        _seed_oss,
+        _ATTENTION | _MLP | {"post_attention_norm": "post_attention_layernorm"},
+    ),
+    "smollm3": GgufArchitecture(
+        "SmolLM3ForCausalLM",
+        "smollm3",
+        _smollm3,
+        _ATTENTION | _FFN_NORM | _MLP,
+        interleaved_qk=True,
+    ),
+    "arcee": GgufArchitecture(
+        "ArceeForCausalLM",
+        "arcee",
+        _arcee,
+        _ATTENTION | _FFN_NORM | _NO_GATE,
+        interleaved_qk=True,
+    ),
+    "qwen3moe": GgufArchitecture(
+        "Qwen3MoeForCausalLM", "qwen3_moe", _qwen3_moe, _QWEN_MOE, experts=_EXPERTS
+    ),
+    "qwen2moe": GgufArchitecture(
+        "Qwen2MoeForCausalLM",
+        "qwen2_moe",
+        _qwen2_moe,
+        _QWEN_MOE
+        | {
+            "ffn_gate_inp_shexp": "mlp.shared_expert_gate",
+            "ffn_gate_shexp": "mlp.shared_expert.gate_proj",
+            "ffn_up_shexp": "mlp.shared_expert.up_proj",
+            "ffn_down_shexp": "mlp.shared_expert.down_proj",
+        },
+        experts=_EXPERTS,
+    ),
+    "olmoe": GgufArchitecture("OlmoeForCausalLM", "olmoe", _olmoe, _QWEN_MOE, experts=_EXPERTS),
+}
+# By GGUF architecture: a key, and the family of files in which it is not 0.
+_VARIANTS = {
+    "llama": {
+        "expert_count": GgufArchitecture(
+            "MixtralForCausalLM",
+            "mixtral",
+            _mixtral,
+            _ATTENTION | _FFN_NORM | {"ffn_gate_inp": "block_sparse_moe.gate"},
+            interleaved_qk=True,
+            experts={
+                "ffn_gate_exps": "block_sparse_moe.experts.{}.w1",
+                "ffn_up_exps": "block_sparse_moe.experts.{}.w3",
+                "ffn_down_exps": "block_sparse_moe.experts.{}.w2",
+            },
+        )
+    },
+    "olmo2": {
+        "attention.sliding_window": GgufArchitecture(
+            "Olmo3ForCausalLM", "olmo3", _olmo3, _POST_NORM, sliding_window=True
+        )
+    },
+}

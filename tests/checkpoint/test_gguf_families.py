@@ -1,0 +1,226 @@
+"""GGUF files of every family that is imported, against transformers on tiny random models."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import save_file
+from support import tiny_families
+from support.gguf_families import Qtype, convert_family, round_like
+from support.mxfp4_files import write_gpt_oss
+from support.tiny_families import COMMON, family_oracle, oracle_logits
+
+from llmkit.checkpoint.gguf import open_gguf
+from llmkit.checkpoint.gguf_architectures import ARCHITECTURES
+from llmkit.checkpoint.open_checkpoint import open_checkpoint
+from llmkit.common.errors import InputError
+from llmkit.model.full_forward import window_logits
+from llmkit.model.weight_loader import load_model
+
+TOKENS = torch.randint(3, COMMON["vocab_size"], (40,), generator=torch.Generator().manual_seed(7))
+# Rows of FAMILIES, and what a GGUF file cannot say otherwise: two layers are enough, Gemma's
+# queries are scaled by the size of a head, gpt-oss clamps at 7.
+TWO = {"num_hidden_layers": 2}
+WINDOWS = TWO | {"layer_types": ["sliding_attention", "full_attention"]}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama-yarn": TWO,
+    "llama-mha-bias-tied": TWO,
+    "mixtral": TWO | {"sliding_window": None},
+    "gemma": TWO,
+    "gemma2": WINDOWS | {"query_pre_attn_scalar": 16},
+    "gemma3": WINDOWS | {"query_pre_attn_scalar": 16},
+    "glm4": TWO,
+    "gpt-oss": TWO | {"swiglu_limit": 7.0},
+    "granite": TWO,
+    "olmo2": TWO,
+    "olmo3": {},
+    "phi3": TWO | {"original_max_position_embeddings": 128},
+    "phi3-longrope": TWO,
+    "phi3-partial": TWO | {"original_max_position_embeddings": 128},
+    "starcoder2": TWO | {"sliding_window": None},
+    "cohere": TWO,
+    "cohere2": {"layer_types": ["sliding_attention"] * 3 + ["full_attention"]},
+    "exaone4": WINDOWS,
+    "exaone4-global": TWO | {"layer_types": ["full_attention"] * 2},
+    "ernie4.5": TWO,
+    "ernie4.5-bias": TWO,
+    "hunyuan": TWO,
+    "seed-oss": TWO,
+    "smollm3": {},
+    "arcee": TWO,
+    "qwen3-moe-normalized": TWO,
+    "qwen2-moe": TWO | {"mlp_only_layers": []},
+    "olmoe": TWO,
+}
+
+
+def logits(path: Path) -> torch.Tensor:
+    model = load_model(open_checkpoint(path), torch.float32)
+    return next(window_logits(model, TOKENS[None]))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gguf_family_agrees_with_transformers(tmp_path: Path, family: str) -> None:
+    oracle = family_oracle(family, tmp_path, **FAMILIES[family])
+    found = logits(convert_family(tmp_path, tmp_path / "model.gguf"))
+    torch.testing.assert_close(found, oracle_logits(oracle, TOKENS), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("family", "qtype"),
+    [
+        ("gemma3", Qtype.F16),
+        ("phi3", Qtype.Q8_0),
+        ("qwen3-moe-normalized", Qtype.Q8_0),
+    ],
+)
+def test_gguf_family_in_a_stored_type_agrees_with_transformers(
+    tmp_path: Path, family: str, qtype: Qtype
+) -> None:
+    sizes = {"intermediate_size": 64, "moe_intermediate_size": 32}
+    oracle = family_oracle(family, tmp_path, **(FAMILIES[family] | sizes))
+    found = logits(convert_family(tmp_path, tmp_path / "model.gguf", qtype))
+    round_like(oracle, qtype)
+    torch.testing.assert_close(found, oracle_logits(oracle, TOKENS), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gguf_family_loads_in_transformers(tmp_path: Path, family: str) -> None:
+    """The config and tensors of a file are a checkpoint that transformers reads."""
+    oracle = family_oracle(family, tmp_path, **FAMILIES[family])
+    opened = open_checkpoint(convert_family(tmp_path, tmp_path / "model.gguf"))
+    imported = tmp_path / "imported"
+    imported.mkdir()
+    (imported / "config.json").write_text(json.dumps(opened.config), encoding="utf-8")
+    tensors = {name: opened.read(name) for name in opened.tensors}
+    save_file(tensors, imported / "model.safetensors", {"format": "pt"})
+    model, report = transformers.AutoModelForCausalLM.from_pretrained(
+        imported, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
+    )
+    assert not report["missing_keys"]
+    assert not report["unexpected_keys"]
+    found = oracle_logits(model.eval(), TOKENS)
+    torch.testing.assert_close(found, oracle_logits(oracle, TOKENS), atol=1e-5, rtol=0)
+
+
+def test_gguf_families_are_all_tested() -> None:
+    tested = {tiny_families.FAMILIES[family][0] for family in FAMILIES}
+    assert {row.model_type for row in ARCHITECTURES.values()} - tested == {"qwen2", "qwen3"}
+
+
+def test_gguf_gpt_oss_in_mxfp4_agrees_with_transformers(tmp_path: Path) -> None:
+    """The experts' values are exactly those of MXFP4 blocks, so that quantizing loses nothing."""
+    oracle = write_gpt_oss(tmp_path / "dense", tmp_path / "packed", swiglu_limit=7.0)
+    path = convert_family(tmp_path / "dense", tmp_path / "model.gguf", experts_qtype=Qtype.MXFP4)
+    opened = open_gguf(path)
+    types = {info.ggml_type for name, info in opened.tensors.items() if name.endswith("down_proj")}
+    assert types == {"MXFP4"}
+    torch.testing.assert_close(logits(path), oracle_logits(oracle, TOKENS), atol=1e-4, rtol=0)
+
+
+def test_gguf_expert_tensors_are_read_by_rows(tmp_path: Path) -> None:
+    family_oracle("gpt-oss", tmp_path, **FAMILIES["gpt-oss"])
+    opened = open_checkpoint(convert_family(tmp_path, tmp_path / "model.gguf"))
+    for part in ("gate_up_proj", "down_proj", "gate_up_proj_bias"):
+        name = f"model.layers.1.mlp.experts.{part}"
+        whole = opened.read(name)
+        assert torch.equal(opened.read_slice(name, [(3, 4), (1, 2)], 0), whole[[3, 1]])
+        assert torch.equal(opened.read_slice(name, [(2, 5)], 1), whole[:, 2:5])
+
+
+# Defaults for keys that files lack
+
+
+def test_gguf_gemma_without_a_pattern_has_the_windows_of_its_family(tmp_path: Path) -> None:
+    changes = {"num_hidden_layers": 7, "layer_types": ["full_attention"] * 7}
+    expected = {"gemma2": "SFSFSFS", "gemma3": "SSSSSFS"}
+    for family, pattern in expected.items():
+        family_oracle(family, tmp_path, **changes)
+        without = ("attention.sliding_window_pattern", "rope.freq_base_swa")
+        config = open_gguf(convert_family(tmp_path, tmp_path / "a.gguf", without=without)).config
+        assert "".join(name[0].upper() for name in config["layer_types"]) == pattern
+    assert config["rope_parameters"]["sliding_attention"]["rope_theta"] == 10000.0
+    without = ("attention.sliding_window", "attention.sliding_window_pattern")
+    config = open_gguf(convert_family(tmp_path, tmp_path / "b.gguf", without=without)).config
+    assert set(config["layer_types"]) == {"full_attention"}
+
+
+@pytest.mark.parametrize(("family", "num_layers"), [("gemma2", 46), ("gemma3", 62)])
+def test_gguf_gemma_27b_scales_queries_by_hidden_size_and_heads(
+    tmp_path: Path, family: str, num_layers: int
+) -> None:
+    family_oracle(family, tmp_path, **FAMILIES[family])
+    path = convert_family(
+        tmp_path,
+        tmp_path / "a.gguf",
+        without=("attention.sliding_window_pattern",),
+        block_count=num_layers,
+    )
+    assert open_gguf(path).config["query_pre_attn_scalar"] == 8
+    path = convert_family(tmp_path, tmp_path / "b.gguf")
+    assert open_gguf(path).config["query_pre_attn_scalar"] == 16
+
+
+# Wrong input
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "message"),
+    [
+        ("granite", {"without": ("logit_scale",)}, "lacks granite.logit_scale in its metadata"),
+        ("granite", {"residual_scale": 0.0}, "granite.residual_scale is 0.0. A positive number"),
+        ("phi3", {"without": ("attention.sliding_window",)}, "lacks phi3.attention.sliding_window"),
+        ("glm4", {"without": ("rope.dimension_count",)}, "lacks glm4.rope.dimension_count"),
+        ("glm4", {"rope__dimension_count": 18}, "dimension_count is 18. An even number up to 16"),
+        ("gemma2", {"without": ("attn_logit_softcapping",)}, "lacks gemma2.attn_logit_softcapping"),
+        ("cohere2", {"attention__sliding_window_pattern": [True]}, "for each of 4 layers was exp"),
+        ("cohere2", {"attention__sliding_window_pattern": 0}, "pattern is 0. A positive number"),
+        (
+            "starcoder2",
+            {"without": ("attention.layer_norm_epsilon",)},
+            "lacks starcoder2.attention",
+        ),
+        ("gpt-oss", {"without": ("rope.scaling.type",)}, "lacks gpt-oss.rope.scaling.type"),
+        ("gpt-oss", {"rope__scaling__type": "linear"}, "type is linear. yarn was expected"),
+        ("gpt-oss", {"expert_count": 5}, "expert_count is 5. 4 was expected, as blk.0.ffn_"),
+        ("olmoe", {"without": ("expert_used_count",)}, "lacks olmoe.expert_used_count"),
+        ("olmoe", {"expert_weights_norm": True}, "weights_norm is True. False was expected"),
+        ("olmo2", {"rope__dimension_count": 4}, "rope.dimension_count is 4. 8 was expected"),
+        ("llama-yarn", {"rope__scaling__yarn_ext_factor": 0.5}, "ext_factor is 0.5. 1.0 was exp"),
+        ("phi3-longrope", {"rope__dimension_count": 4}, "short.weight has 4 values. 2 were exp"),
+    ],
+)
+def test_gguf_family_refuses_metadata(
+    tmp_path: Path, family: str, changes: dict[str, Any], message: str
+) -> None:
+    family_oracle(family, tmp_path, **FAMILIES[family])
+    path = convert_family(tmp_path, tmp_path / "model.gguf", **changes)
+    with pytest.raises(InputError, match=message):
+        open_gguf(path)
+
+
+@pytest.mark.parametrize(
+    ("dropped", "message"),
+    [
+        ("blk.1.ffn_up_exps.weight", "and blk.1.ffn_up_exps.weight has none. Equal shapes"),
+        ("blk.1.ffn_gate_exps.bias", "has blk.1.ffn_up_exps.bias, but no blk.1.ffn_gate_exps.bias"),
+    ],
+)
+def test_gguf_gpt_oss_needs_gate_and_up(tmp_path: Path, dropped: str, message: str) -> None:
+    family_oracle("gpt-oss", tmp_path, **FAMILIES["gpt-oss"])
+    path = convert_family(tmp_path, tmp_path / "model.gguf", without=(dropped,))
+    with pytest.raises(InputError, match=message):
+        open_gguf(path)
+
+
+def test_gguf_phi3_needs_both_lists_of_rope_factors(tmp_path: Path) -> None:
+    family_oracle("phi3-longrope", tmp_path, **FAMILIES["phi3-longrope"])
+    for dropped in ("rope_factors_long.weight", "rope_factors_short.weight"):
+        path = convert_family(tmp_path, tmp_path / "model.gguf", without=(dropped,))
+        with pytest.raises(InputError, match=f"has no {dropped}"):
+            open_gguf(path)

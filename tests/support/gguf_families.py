@@ -1,0 +1,255 @@
+"""Converts a tiny checkpoint of any family to GGUF, by the rules of llama.cpp's converter.
+
+Tensor names come from the `gguf` package's own map.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import torch
+from safetensors.torch import load_file
+
+from support.gguf_files import add_vocabulary, converters_permutation
+
+Arch = gguf.MODEL_ARCH
+Qtype = gguf.GGMLQuantizationType
+# By model_type. Mixtral is a llama with experts, OLMo 3 an OLMo 2 with sliding windows.
+ARCHITECTURES = {
+    "llama": Arch.LLAMA,
+    "mixtral": Arch.LLAMA,
+    "qwen2_moe": Arch.QWEN2MOE,
+    "qwen3_moe": Arch.QWEN3MOE,
+    "olmoe": Arch.OLMOE,
+    "gemma": Arch.GEMMA,
+    "gemma2": Arch.GEMMA2,
+    "gemma3_text": Arch.GEMMA3,
+    "glm4": Arch.GLM4,
+    "gpt_oss": Arch.GPT_OSS,
+    "granite": Arch.GRANITE,
+    "olmo2": Arch.OLMO2,
+    "olmo3": Arch.OLMO2,
+    "phi3": Arch.PHI3,
+    "starcoder2": Arch.STARCODER2,
+    "cohere": Arch.COMMAND_R,
+    "cohere2": Arch.COHERE2,
+    "exaone4": Arch.EXAONE4,
+    "ernie4_5": Arch.ERNIE4_5,
+    "hunyuan_v1_dense": Arch.HUNYUAN_DENSE,
+    "seed_oss": Arch.SEED_OSS,
+    "smollm3": Arch.SMOLLM3,
+    "arcee": Arch.ARCEE,
+}
+PERMUTED = {"llama", "mixtral", "granite", "smollm3", "arcee"}
+NORM_PLUS_ONE = {"gemma", "gemma2", "gemma3_text"}
+PARTIAL_ROTARY = {"glm4", "phi3"}
+# Where the converter writes which layers have a window.
+WINDOW_PATTERN = {"olmo3", "exaone4", "gemma3_text"}
+
+Array = np.ndarray[Any, Any]
+
+
+def convert_family(
+    source: Path,
+    path: Path,
+    qtype: Qtype = Qtype.F32,
+    experts_qtype: Qtype | None = None,
+    without: tuple[str, ...] = (),
+    **keys: Any,
+) -> Path:
+    """Write the checkpoint in the folder `source` as GGUF.
+
+    qtype: of the matrices; experts_qtype: of experts, if that is another. without: tensors and
+    keys (without the architecture) that are left out. keys: more keys, "__" for a dot.
+    """
+    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    kind = config["model_type"]
+    arch = ARCHITECTURES[kind]
+    names = gguf.get_tensor_name_map(arch, config["num_hidden_layers"])
+    writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[arch])
+    metadata = family_metadata(config) | {key.replace("__", "."): keys[key] for key in keys}
+    for key, value in metadata.items():
+        if key not in without:
+            _add_value(writer, f"{gguf.MODEL_ARCH_NAMES[arch]}.{key}", value)
+    add_vocabulary(writer, config["vocab_size"], "gpt-2")
+    weights = {
+        name: t.float().numpy() for name, t in load_file(source / "model.safetensors").items()
+    }
+    for name, values in [*_tensors(weights, config), *_rope_tensors(config)]:
+        values = np.squeeze(values)
+        stored_as = names.get_name(name, try_suffixes=(".weight", ".bias")) or name
+        if stored_as in without:
+            continue
+        stored_type = (experts_qtype or qtype) if "_exps" in stored_as else qtype
+        if values.ndim < 2 or stored_type == Qtype.F32 or stored_as.endswith(".bias"):
+            writer.add_tensor(stored_as, np.ascontiguousarray(values, np.float32))
+        else:
+            flat = np.ascontiguousarray(values).reshape(-1, values.shape[-1])
+            packed = gguf.quants.quantize(flat, stored_type)
+            writer.add_tensor(
+                stored_as, packed.reshape(*values.shape[:-1], -1), raw_dtype=stored_type
+            )
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def round_like(oracle: torch.nn.Module, qtype: Qtype) -> None:
+    """Round the weights of a model as `convert_family` does. Each expert is a slice of a tensor."""
+    with torch.no_grad():
+        for name, parameter in oracle.named_parameters():
+            if parameter.ndim > 1 and "bias" not in name:
+                flat = parameter.numpy().reshape(-1, parameter.shape[-1])
+                values = gguf.quants.dequantize(gguf.quants.quantize(flat, qtype), qtype)
+                parameter.copy_(torch.from_numpy(values).reshape(parameter.shape))
+
+
+def family_metadata(config: dict[str, Any]) -> dict[str, Any]:
+    """The metadata of a checkpoint without the name of the architecture."""
+    kind = config["model_type"]
+    heads = config["num_attention_heads"]
+    head_dim = config.get("head_dim") or config["hidden_size"] // heads
+    rope = config["rope_parameters"]
+    full = rope.get("full_attention", rope)
+    metadata = {
+        "block_count": config["num_hidden_layers"],
+        "context_length": config["max_position_embeddings"],
+        "embedding_length": config["hidden_size"],
+        "feed_forward_length": config["intermediate_size"],
+        "attention.head_count": heads,
+        "attention.head_count_kv": config.get("num_key_value_heads", heads),
+        "rope.freq_base": float(full["rope_theta"]),
+        "attention.key_length": head_dim,
+        "attention.value_length": head_dim,
+    }
+    for field, key in (
+        ("rms_norm_eps", "attention.layer_norm_rms_epsilon"),
+        ("layer_norm_eps", "attention.layer_norm_epsilon"),
+        ("norm_epsilon", "attention.layer_norm_epsilon"),
+        ("sliding_window", "attention.sliding_window"),
+        ("attn_logit_softcapping", "attn_logit_softcapping"),
+        ("final_logit_softcapping", "final_logit_softcapping"),
+        ("attention_multiplier", "attention.scale"),
+        ("embedding_multiplier", "embedding_scale"),
+        ("residual_multiplier", "residual_scale"),
+        ("logits_scaling", "logit_scale"),
+        ("logit_scale", "logit_scale"),
+        ("num_experts", "expert_count"),
+        ("num_local_experts", "expert_count"),
+        ("num_experts_per_tok", "expert_used_count"),
+        ("moe_intermediate_size", "expert_feed_forward_length"),
+        ("shared_expert_intermediate_size", "expert_shared_feed_forward_length"),
+    ):
+        if config.get(field) is not None:
+            metadata[key] = config[field]
+    if kind in ("qwen2_moe", "qwen3_moe", "starcoder2"):  # their converters write no window
+        metadata.pop("attention.sliding_window", None)
+    if kind == "gpt_oss":
+        metadata["expert_feed_forward_length"] = config["intermediate_size"]
+    if kind == "phi3" and not config.get("sliding_window"):
+        metadata["attention.sliding_window"] = 0
+    if kind == "phi3":
+        original = full.get("original_max_position_embeddings")
+        metadata["rope.scaling.original_context_length"] = (
+            original or config["original_max_position_embeddings"]
+        )
+    if kind in PARTIAL_ROTARY:
+        rotary = int(head_dim * full.get("partial_rotary_factor", 1.0))
+        metadata["rope.dimension_count"] = rotary
+    if kind in WINDOW_PATTERN and config.get("sliding_window"):
+        metadata["attention.sliding_window_pattern"] = [
+            layer == "sliding_attention" for layer in config["layer_types"]
+        ]
+    if "sliding_attention" in rope:
+        metadata["rope.freq_base_swa"] = float(rope["sliding_attention"]["rope_theta"])
+    if full["rope_type"] in ("linear", "yarn"):
+        metadata["rope.scaling.type"] = full["rope_type"]
+        metadata["rope.scaling.factor"] = float(full["factor"])
+    if full["rope_type"] == "yarn":
+        original = full["original_max_position_embeddings"]
+        metadata["rope.scaling.original_context_length"] = original
+        for field in ("beta_fast", "beta_slow"):
+            if full.get(field):
+                metadata[f"rope.scaling.yarn_{field}"] = float(full[field])
+    if full["rope_type"] == "dynamic":
+        exponent = head_dim / (head_dim - 2)
+        metadata["rope.freq_base"] = full["rope_theta"] * full["alpha"] ** exponent
+        metadata["rope.scaling.type"] = "none"
+        metadata["rope.scaling.factor"] = 1.0
+    return metadata
+
+
+def _add_value(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
+    if isinstance(value, list):
+        writer.add_array(key, value)
+        return
+    kinds: dict[type, Callable[..., None]] = {
+        bool: writer.add_bool,
+        int: writer.add_uint32,
+        float: writer.add_float32,
+        str: writer.add_string,
+    }
+    kinds[type(value)](key, value)
+
+
+def _tensors(weights: dict[str, Array], config: dict[str, Any]) -> Iterator[tuple[str, Array]]:
+    """The tensors that the converter names and stores, under names that its map knows."""
+    kind = config["model_type"]
+    heads = config["num_attention_heads"]
+    kv_heads = config.get("num_key_value_heads", heads)
+    experts: dict[str, list[Array]] = {}
+    for name, values in weights.items():
+        if name == "lm_head.weight" and config.get("tie_word_embeddings"):
+            continue
+        if kind in PERMUTED and ".q_proj." in name:
+            values = converters_permutation(values, heads)
+        if kind in PERMUTED and ".k_proj." in name:
+            values = converters_permutation(values, kv_heads)
+        if kind in NORM_PLUS_ONE and name.endswith("norm.weight"):
+            values = values + 1
+        expert = re.fullmatch(r"model\.(layers\.\d+\.)(\w+)\.experts\.(\d+)\.(\w+)\.weight", name)
+        if kind == "gpt_oss" and ".experts." in name:
+            yield from _gpt_oss_experts(name, values)
+        elif name.endswith(".sinks"):
+            yield f"{name}.weight", values
+        elif expert:
+            layer, _, index, part = expert.groups()
+            merged = f"model.{layer}mlp.experts.{part}.weight"
+            if kind == "mixtral":
+                merged = f"{layer}feed_forward.experts.{part}.weight"
+            stack = experts.setdefault(merged, [])
+            assert len(stack) == int(index), "experts come in order"
+            stack.append(values)
+        else:
+            yield name, values
+    for name, stack in experts.items():
+        yield name, np.stack(stack)
+
+
+def _gpt_oss_experts(name: str, values: Array) -> Iterator[tuple[str, Array]]:
+    """gate and up are stored in turn, and weights are transposed."""
+    if name.endswith("_bias"):
+        name = name.removesuffix("_bias") + ".bias"
+    else:
+        name = name + ".weight"
+        values = values.swapaxes(1, 2)
+    if "gate_up_proj" not in name:
+        yield name, values
+        return
+    yield name.replace("gate_up_proj", "gate_proj"), values[:, 0::2]
+    yield name.replace("gate_up_proj", "up_proj"), values[:, 1::2]
+
+
+def _rope_tensors(config: dict[str, Any]) -> Iterator[tuple[str, Array]]:
+    rope = config["rope_parameters"]
+    if rope.get("rope_type") == "longrope":
+        yield "rope_factors_long.weight", np.array(rope["long_factor"], np.float32)
+        yield "rope_factors_short.weight", np.array(rope["short_factor"], np.float32)
