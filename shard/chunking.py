@@ -69,6 +69,16 @@ class ByteShape:
         num_rows, num_elements, inner = self.chunk_shape(chunk)
         return start, start + num_rows * num_elements * inner
 
+    def covering_chunk(self, start: int, stop: int) -> Chunk:
+        """The smallest contiguous chunk of whole rows with the tensor's bytes [start, stop).
+
+        Of a single row it is the smallest chunk of whole elements.
+        """
+        if self.outer == 1:
+            return Chunk(0, 1, start // self.inner, -(-stop // self.inner))
+        row_bytes = self.length * self.inner
+        return Chunk(start // row_bytes, -(-stop // row_bytes), 0, self.length)
+
     @property
     def full_chunk(self) -> Chunk:
         """The whole tensor as one chunk."""

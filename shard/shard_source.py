@@ -167,6 +167,9 @@ class ShardSource:
         if first.derived == "shape":
             shape = np.array(first.source_dense_shape, "<i8").view(np.uint8)
             return ChunkData(shape.reshape(byte_shape.chunk_shape(chunk)), ())
+        stored_shape = ByteShape.of(first.dtype, first.source_shape, first.dim)
+        if stored_shape != byte_shape:
+            return self._join_other_slices(name, stored_shape, byte_shape, chunk)
         joined = None
         reads = []
         for piece in slices:
@@ -195,6 +198,21 @@ class ShardSource:
                 joined[:, part_start - chunk.start : part_stop - chunk.start] = part
         assert joined is not None, "a layout without gaps covers every chunk"
         return ChunkData(joined, tuple(reads))
+
+    def _join_other_slices(
+        self, name: str, stored_shape: ByteShape, byte_shape: ByteShape, chunk: Chunk
+    ) -> ChunkData:
+        """As `_join_slices`, for slices along another dimension than that of the chunk.
+
+        A tensor of all experts is split by experts in one layout and by features in another. What
+        was read is hashed later: it may be more than the chunk.
+        """
+        start, stop = byte_shape.byte_range(chunk)
+        covering = stored_shape.covering_chunk(start, stop)
+        first_byte, _ = stored_shape.byte_range(covering)
+        data = self._join_slices(name, stored_shape, covering).data.reshape(-1)
+        wanted = data[start - first_byte : stop - first_byte]
+        return ChunkData(wanted.reshape(byte_shape.chunk_shape(chunk)), ())
 
 
 def _count_from_zero(data: Bytes, first_group: int) -> Bytes:

@@ -95,3 +95,18 @@ def test_cut_chunk_joins_its_parts() -> None:
     assert two[0].flags.c_contiguous and one[0].flags.c_contiguous
     rows = cut_chunk(data[:1], Chunk(0, 1, 10, 20), ((12, 15),))
     assert rows is not None and np.shares_memory(rows[0], data)  # contiguous: not copied
+
+
+@pytest.mark.parametrize(
+    ("shape", "interval", "expected"),
+    [
+        (ByteShape(1, 10, 4), (4, 12), Chunk(0, 1, 1, 3)),
+        (ByteShape(1, 10, 4), (5, 13), Chunk(0, 1, 1, 4)),
+        (ByteShape(3, 10, 4), (40, 80), Chunk(1, 2, 0, 10)),
+        (ByteShape(3, 10, 4), (39, 81), Chunk(0, 3, 0, 10)),
+    ],
+)
+def test_covering_chunk_is_the_smallest_of_whole_rows_or_elements(
+    shape: ByteShape, interval: tuple[int, int], expected: Chunk
+) -> None:
+    assert shape.covering_chunk(*interval) == expected

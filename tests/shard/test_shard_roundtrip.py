@@ -43,6 +43,8 @@ MOE: dict[str, Any] = {
     "num_experts": 3,
     "num_experts_per_tok": 2,
     "moe_intermediate_size": 64,
+    "n_shared_experts": 1,
+    "hidden_size_per_layer_input": 0,  # otherwise Gemma 4 has one stage only
     "pad_token_id": 0,
 }
 
@@ -154,6 +156,33 @@ def test_shard_any_chain_of_layouts_loses_nothing(data: st.DataObject) -> None:
         if len(chain) > 1:
             shard(source, work / "direct", **chain[-1])
             assert bytes_of(at) == bytes_of(work / "direct")
+
+
+@pytest.mark.parametrize(
+    "chain",
+    [
+        [{"tp": 2}, {"tp": 2, "ep": 2}],
+        [{"tp": 2, "ep": 2}, {"tp": 2}],
+        [{"tp": 4, "ep": 4}, {"tp": 2, "ep": 2}],
+    ],
+)
+@pytest.mark.parametrize("chunk_bytes", [64, 1000, 2**26])
+def test_shard_of_stacked_experts_changes_between_features_and_experts(
+    chain: list[dict[str, int]], chunk_bytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(blocks, "CHUNK_BYTES", chunk_bytes)
+    sizes = {"num_local_experts": 4, "num_experts_per_tok": 2, "num_attention_heads": 4}
+    names = {"architectures": ["GraniteMoeForCausalLM"], "model_type": "granitemoe"}
+    source = synthetic_checkpoint(tmp_path / "source", None, dtype="F16", **(names | sizes))
+    at = source
+    for index, layout in enumerate(chain):
+        shard(at, tmp_path / str(index), **layout)
+        at = tmp_path / str(index)
+    assert verify(at).problems == []
+    merge(at, tmp_path / "merged")
+    assert stored_bytes(tmp_path / "merged") == stored_bytes(source)
+    shard(source, tmp_path / "direct", **chain[-1])
+    assert bytes_of(at) == bytes_of(tmp_path / "direct")
 
 
 @pytest.mark.parametrize(
