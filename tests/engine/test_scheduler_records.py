@@ -235,7 +235,8 @@ def test_scheduler_caches_the_blocks_after_a_cached_prefix() -> None:
         step = state.schedule()
         assert scheduled(step) == [(name, start, length - start)]
         assert sequence.num_hashed_blocks == length // 4
-        state.update(step, result([[9]]))
+        (output,) = state.update(step, result([[9]]))
+        assert (output.prompt_tokens, output.cached_tokens) == (length, start)
     assert state.num_prefix_hits == 8 + 16
 
 
@@ -392,6 +393,10 @@ def test_block_pool_checks_that_each_block_is_in_one_state() -> None:
     assert pool.free(used) == used
     pool.cache_block(cached[0], b"other")  # it keeps its first hash
     assert pool.get_cached_block(b"other") is None
+    (same,) = pool.allocate(1)
+    pool.cache_block(same, bytes(cached[:1]))  # the first block with a hash keeps it
+    assert pool.get_cached_block(bytes(cached[:1])) == cached[0]
+    pool.free([same])
     pool.evict([cached[1], 4])
     assert (pool.num_cached_blocks, pool.num_used_blocks) == (1, 1)
     pool.check_invariants()
