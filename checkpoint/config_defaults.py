@@ -42,6 +42,8 @@ NULLABLE: dict[str, type] = {
     "clip_qkv": float,
     "rotary_dim": int,
     "num_global_key_value_heads": int,
+    "scoring_func": str,
+    "topk_method": str,
     "num_local_experts": int,
     "num_experts_per_tok": int,
     "moe_intermediate_size": int,

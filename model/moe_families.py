@@ -182,6 +182,7 @@ def _minimax_m2(config: Any) -> dict[str, Any]:
             for name, value in parameters.items()
             if name != "partial_rotary_factor" or value != 1.0
         }
+    _check_sigmoid(config)
     moe = MoeSpec(
         num_experts=config.num_local_experts,
         num_experts_per_tok=config.num_experts_per_tok,
@@ -415,6 +416,7 @@ def _sigmoid_router(config: Any, num_shared_experts: int | None = None) -> MoeSp
     """
     if num_shared_experts is None:
         num_shared_experts = config.n_shared_experts
+    _check_sigmoid(config)
     if config.num_local_experts % config.n_group or config.topk_group > config.n_group:
         raise InputError(
             f"config.json has {config.num_local_experts} experts, n_group {config.n_group}"
@@ -433,6 +435,20 @@ def _sigmoid_router(config: Any, num_shared_experts: int | None = None) -> MoeSp
         routed_scaling_factor=config.routed_scaling_factor,
         shared_intermediate_size=config.moe_intermediate_size * num_shared_experts,
     )
+
+
+def _check_sigmoid(config: Any) -> None:
+    """Raises InputError when a config names another router than that of its family.
+
+    "noaux_tc" is DeepSeek-V3's: sigmoid scores and a correction bias.
+    """
+    for name, allowed in (
+        ("scoring_func", ("sigmoid", "noaux_tc")),
+        ("topk_method", ("noaux_tc",)),
+    ):
+        value = getattr(config, name)
+        if value is not None and value not in allowed:
+            raise InputError(f"config.json has {name} {value!r}", f"One of {', '.join(allowed)}")
 
 
 def _with_experts(layers: Sequence[LayerSpec], is_moe: Sequence[bool]) -> tuple[LayerSpec, ...]:

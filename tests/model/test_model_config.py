@@ -288,6 +288,17 @@ def test_model_spec_refuses_contradictions_of_gemma4(values: dict[str, Any], mes
         ("qwen2", {"layer_types": ["linear_attention"] * 8}, "the layer_types linear_attention"),
         ("smollm3", {"no_rope_layers": [1]}, "1 no_rope_layers"),
         ("llama", {"model_type": "gpt2"}, "model_type 'gpt2'. llama"),
+        ("glm4_moe", {"scoring_func": "softmax"}, "scoring_func 'softmax'. One of sigmoid"),
+        ("minimax_m2", {"scoring_func": "sqrtsoftplus"}, "scoring_func 'sqrtsoftplus'"),
+        ("dots1", {"topk_method": "greedy"}, "topk_method 'greedy'. One of noaux_tc"),
+        ("glm4_moe", {"n_group": 3}, "4 experts, n_group 3 and topk_group 1"),
+        ("glm4_moe", {"topk_group": 2}, "n_group 1 and topk_group 2"),
+        ("hy_v3", {"mlp_layer_types": ["dense"]}, "mlp_layer_types dense for 1 layers"),
+        ("laguna", {"num_attention_heads_per_layer": [8]}, r"num_attention_heads_per_layer \[8\]"),
+        ("laguna", {"gating": "twice"}, "gating 'twice'. One of True, 'per-head'"),
+        ("granite_swa", {"layer_rope_theta": [1.0]}, "1 layer_rope_theta"),
+        ("olmoe", {"clip_qkv": 8.0}, "clip_qkv"),
+        ("stablelm", {"qk_layernorm": True}, "qk_layernorm"),
     ],
 )
 def test_model_spec_refuses_unsupported_configs(
