@@ -113,7 +113,7 @@ def gguf_architecture(metadata: GgufMetadata) -> GgufArchitecture:
             f"One of {', '.join(ARCHITECTURES)} was expected; the most similar name is {nearest}",
             "Use the original checkpoint, or convert the model to another format",
         )
-    for key, variant in _VARIANTS.get(name, {}).items():
+    for key, variant in VARIANTS.get(name, {}).items():
         if metadata.optional(key):
             return variant
     return ARCHITECTURES[name]
@@ -597,7 +597,7 @@ ARCHITECTURES = {
     "olmoe": GgufArchitecture("OlmoeForCausalLM", "olmoe", _olmoe, _QWEN_MOE, experts=_EXPERTS),
 }
 # By GGUF architecture: a key, and the family of files in which it is not 0.
-_VARIANTS = {
+VARIANTS = {
     "llama": {
         "expert_count": GgufArchitecture(
             "MixtralForCausalLM",

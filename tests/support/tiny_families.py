@@ -376,6 +376,18 @@ FAMILIES = {
             "moe_intermediate_size": 24,
         },
     ),
+    "gemma4-dense": (
+        "gemma4_text",
+        {
+            "head_dim": 16,
+            "global_head_dim": 32,
+            "sliding_window": 12,
+            "layer_types": GEMMA_LAYERS,
+            "hidden_size_per_layer_input": 0,
+            "attention_k_eq_v": True,
+            "num_global_key_value_heads": 1,
+        },
+    ),
     "cohere-qk-norm": ("cohere", {"use_qk_norm": True}),
     "granite-swa": (
         "granite_swa",
