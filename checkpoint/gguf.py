@@ -63,6 +63,12 @@ class GgufModel:
     def __init__(self, path: Path) -> None:
         self._path = path
         values, tensors = read_gguf_header(path)
+        self.files: tuple[str, ...] = (path.name,)  # one, or the parts of a model in several
+        if values.get("split.count", 1) != 1:
+            self.files = _part_names(path, values)
+            for name in self.files[1:]:
+                _add_part(path, tensors, path.with_name(name))
+            _check_tensor_count(path, values, tensors)
         self._metadata = GgufMetadata(path, values, tensors, self._read_vector)
         self._architecture = gguf_architecture(self._metadata)
         for tensor in tensors.values():
@@ -126,7 +132,8 @@ class GgufModel:
             stop = 1
         row_bytes = (tensor.end - tensor.start) // num_rows
         stored = np.empty((stop - start) * row_bytes, np.uint8)
-        read_into(self._path, tensor.start + start * row_bytes, stored.data)
+        file = self._path.with_name(tensor.file)
+        read_into(file, tensor.start + start * row_bytes, stored.data)
         qtype = GGMLQuantizationType[tensor.ggml_type]
         values = dequantize(stored.reshape(stop - start, row_bytes), qtype)
         return values.reshape(shape)
@@ -208,8 +215,8 @@ class GgufModel:
                 "Equal shapes were expected",
             )
         shape[-1] *= 2
-        arrange = _gate_and_up_in_turn
-        self._add(f"{name}.gate_up_proj{suffix}", tuple(shape), _Source((tensor, up), arrange))
+        source = _Source((tensor, up), _gate_and_up_in_turn)
+        self._add(f"{name}.gate_up_proj{suffix}", tuple(shape), source)
 
     def _add(self, name: str, shape: tuple[int, ...], source: _Source) -> None:
         self.tensors[name] = replace(source.parts[0], name=name, shape=shape)
@@ -253,6 +260,61 @@ class GgufModel:
             "eos_token_id": ends if len(ends) > 1 else next(iter(ends), None),
             "pad_token_id": values.get("tokenizer.ggml.padding_token_id"),
         }
+
+
+def _part_names(path: Path, values: dict[str, Any]) -> tuple[str, ...]:
+    """The files of a model that is split, named NAME-00001-of-00003.gguf, given the first one."""
+    count = values["split.count"]
+    number = values.get("split.no")
+    if type(count) is not int or type(number) is not int or not 0 <= number < count < 10**5:
+        raise InputError(
+            f"{path}: its metadata says part {number} of {count}",
+            "A part below the number of parts was expected",
+            "Download it again",
+        )
+    ending = f"-{number + 1:05}-of-{count:05}.gguf"
+    if not path.name.endswith(ending):
+        raise InputError(
+            f"{path} is part {number + 1} of a model in {count} files",
+            f"A name that ends with {ending} was expected",
+            "Give the files the names that they had",
+        )
+    stem = path.name.removesuffix(ending)
+    names = tuple(f"{stem}-{index + 1:05}-of-{count:05}.gguf" for index in range(count))
+    if number != 0:
+        raise InputError(
+            f"{path} is part {number + 1} of a model in {count} files",
+            "The first one was expected",
+            f"Give {path.with_name(names[0])}",
+        )
+    return names
+
+
+def _add_part(path: Path, tensors: dict[str, TensorInfo], part: Path) -> None:
+    """Add the tensors of another file of the model."""
+    if not part.exists():
+        raise InputError(
+            f"{path} needs {part.name}, which is not beside it",
+            "All files of the model were expected in one directory",
+            "Download the others",
+        )
+    _, others = read_gguf_header(part)
+    twice = tensors.keys() & others.keys()
+    if twice:
+        raise InputError(
+            f"{part} has the tensor {min(twice)}, which is in another file of the model too",
+            "The files of one model were expected",
+        )
+    tensors |= others
+
+
+def _check_tensor_count(path: Path, values: dict[str, Any], tensors: dict[str, TensorInfo]) -> None:
+    expected = values.get("split.tensors.count", len(tensors))
+    if len(tensors) != expected:
+        raise InputError(
+            f"{path} and its other files have {len(tensors)} tensors",
+            f"{expected} were expected, as its metadata says",
+        )
 
 
 def _by_halves(num_heads: int) -> Callable[[torch.Tensor], torch.Tensor]:

@@ -55,7 +55,7 @@ def open_checkpoint(reference: str | Path, warn_of_edits: bool = True) -> Checkp
         model.tensors,
         None,
         None,
-        (path.name,),
+        model.files,
         model,
     )
 

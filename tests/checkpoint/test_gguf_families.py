@@ -12,6 +12,7 @@ import transformers
 from safetensors.torch import save_file
 from support import tiny_families
 from support.gguf_families import Qtype, convert_family, round_like
+from support.gguf_files import raw_gguf
 from support.mxfp4_files import write_gpt_oss
 from support.tiny_families import COMMON, family_oracle, oracle_logits
 
@@ -113,6 +114,14 @@ def test_gguf_families_are_all_tested() -> None:
     assert {row.model_type for row in ARCHITECTURES.values()} - tested == {"qwen2", "qwen3"}
 
 
+def test_gguf_families_are_all_documented() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "formats.md").read_text(encoding="utf-8")
+    section = page.split("## GGUF\n")[1].split("\n## ")[0]
+    rows = [line for line in section.splitlines() if line.startswith("| `")]
+    listed = {name for row in rows for name in row.split("|")[1].strip(" `").split("`, `")}
+    assert listed == set(ARCHITECTURES)
+
+
 def test_gguf_gpt_oss_in_mxfp4_agrees_with_transformers(tmp_path: Path) -> None:
     """The experts' values are exactly those of MXFP4 blocks, so that quantizing loses nothing."""
     oracle = write_gpt_oss(tmp_path / "dense", tmp_path / "packed", swiglu_limit=7.0)
@@ -131,6 +140,42 @@ def test_gguf_expert_tensors_are_read_by_rows(tmp_path: Path) -> None:
         whole = opened.read(name)
         assert torch.equal(opened.read_slice(name, [(3, 4), (1, 2)], 0), whole[[3, 1]])
         assert torch.equal(opened.read_slice(name, [(2, 5)], 1), whole[:, 2:5])
+
+
+# Models in several files
+
+
+def test_gguf_in_several_files_is_the_same_model(tmp_path: Path) -> None:
+    oracle = family_oracle("gpt-oss", tmp_path, **FAMILIES["gpt-oss"])
+    convert_family(tmp_path, tmp_path / "model.gguf", tensors_per_file=15)
+    files = sorted(path.name for path in tmp_path.glob("model-*.gguf"))
+    assert files == [f"model-0000{index}-of-00003.gguf" for index in (1, 2, 3)]
+    opened = open_checkpoint(tmp_path / files[0])
+    assert sorted(opened.weight_files) == files
+    assert opened.weight_bytes == sum((tmp_path / name).stat().st_size for name in files)
+    found = logits(tmp_path / files[0])
+    torch.testing.assert_close(found, oracle_logits(oracle, TOKENS), atol=1e-4, rtol=0)
+    later = tmp_path / files[1]
+    with pytest.raises(InputError, match=f"is part 2 of a model in 3 files.*Give .*{files[0]}"):
+        open_checkpoint(later)
+    content = later.read_bytes()
+    later.unlink()
+    with pytest.raises(InputError, match=f"needs {files[1]}, which is not beside it"):
+        open_checkpoint(tmp_path / files[0])
+    later.write_bytes((tmp_path / files[2]).read_bytes())
+    with pytest.raises(InputError, match=r"has the tensor .*, which is in another file"):
+        open_checkpoint(tmp_path / files[0])
+    later.write_bytes(content[: len(content) // 2])
+    with pytest.raises(InputError, match=f"{files[1]}: "):
+        open_checkpoint(tmp_path / files[0])
+    later.write_bytes(raw_gguf({"general.architecture": "gpt-oss"}))
+    with pytest.raises(InputError, match=r"have \d+ tensors. \d+ were expected, as its metadata"):
+        open_checkpoint(tmp_path / files[0])
+    renamed = (tmp_path / files[0]).rename(tmp_path / "other.gguf")
+    with pytest.raises(
+        InputError, match=r"A name that ends with -00001-of-00003.gguf was expected"
+    ):
+        open_checkpoint(renamed)
 
 
 # Defaults for keys that files lack

@@ -61,18 +61,20 @@ def convert_family(
     qtype: Qtype = Qtype.F32,
     experts_qtype: Qtype | None = None,
     without: tuple[str, ...] = (),
+    tensors_per_file: int = 0,
     **keys: Any,
 ) -> Path:
     """Write the checkpoint in the folder `source` as GGUF.
 
     qtype: of the matrices; experts_qtype: of experts, if that is another. without: tensors and
-    keys (without the architecture) that are left out. keys: more keys, "__" for a dot.
+    keys (without the architecture) that are left out. tensors_per_file: of a model in several
+    files. keys: more keys, "__" for a dot.
     """
     config = json.loads((source / "config.json").read_text(encoding="utf-8"))
     kind = config["model_type"]
     arch = ARCHITECTURES[kind]
     names = gguf.get_tensor_name_map(arch, config["num_hidden_layers"])
-    writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[arch])
+    writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[arch], split_max_tensors=tensors_per_file)
     metadata = family_metadata(config) | {key.replace("__", "."): keys[key] for key in keys}
     for key, value in metadata.items():
         if key not in without:
