@@ -47,6 +47,7 @@ def load_adapter(
         row
         for row in parameters(spec.full_model)
         if row.name.startswith("layers.")
+        and row.name.endswith(".weight")
         and len(row.shape) == 2
         and row.sources[0].expert is None  # experts in one tensor are no linear modules
     ]

@@ -136,6 +136,15 @@ def start(case: Case, **chosen: object) -> Engine:
         "olmo2",
         "mixtral",
         "qwen3-moe",
+        "glm4",
+        "starcoder2",
+        "cohere2",
+        "apertus",
+        "glm4-moe",
+        "qwen2-moe",
+        "ernie4.5-moe",
+        "afmoe",
+        "gemma4",
     ],
 )
 def test_adapters_of_one_batch_equal_peft(tmp_path: Path, family: str) -> None:

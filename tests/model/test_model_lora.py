@@ -53,7 +53,23 @@ def same_as_merged(base: Path, adapter: Path, path: Path, scale: Callable[[str],
     assert not updates
 
 
-@pytest.mark.parametrize("family", ["llama", "phi3", "qwen3-moe", "mixtral"])
+@pytest.mark.parametrize(
+    "family",
+    [
+        "llama",
+        "phi3",
+        "qwen3-moe",
+        "mixtral",
+        "glm4",
+        "starcoder2",
+        "apertus",
+        "afmoe",
+        "glm4-moe",
+        "qwen2-moe",
+        "ernie4.5-moe",
+        "gemma4",
+    ],
+)
 @pytest.mark.parametrize("wanted", ["", r"layers\.[12].*(v_proj|qkv_proj|up_proj|w3)"])
 def test_load_adapter_weights_follow_the_parameter_table(
     tmp_path: Path, family: str, wanted: str
@@ -231,6 +247,20 @@ def test_load_adapter_refuses_tensors(
     with pytest.raises(InputError, match=message) as caught:
         load_adapter(adapter, spec, torch.float16)
     assert str(adapter / WEIGHTS) in str(caught.value)
+
+
+def test_load_adapter_refuses_a_bias_that_has_two_dimensions(tmp_path: Path) -> None:
+    """ERNIE stores the biases that choose experts as [1, experts]."""
+    family_oracle("ernie4.5-moe", tmp_path / "base")
+    spec = model_spec(open_checkpoint(tmp_path / "base").config)
+    adapter = write_adapter(tmp_path / "base", tmp_path / "a", "q_proj")
+    module = f"{PREFIX}model.layers.1.mlp.moe_statics.e_score_correction_bias"
+    pair = {
+        f"{module}.lora_A.weight": torch.ones(4, 4),
+        f"{module}.lora_B.weight": torch.ones(1, 4),
+    }
+    with pytest.raises(InputError, match=r"2 tensors of no linear layer .*correction_bias"):
+        load_adapter(rewritten(adapter, lambda t: t.update(pair)), spec, torch.float32)
 
 
 def test_load_adapter_refuses_files(base: Path, spec: ModelSpec, tmp_path: Path) -> None:

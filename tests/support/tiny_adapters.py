@@ -33,7 +33,8 @@ def write_adapter(
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
     for name, weight in load_file(base / "model.safetensors").items():
-        if name.startswith("model.layers.") and weight.dim() == 2 and re.search(wanted, name):
+        is_linear = name.endswith(".weight") and weight.dim() == 2
+        if name.startswith("model.layers.") and is_linear and re.search(wanted, name):
             module, (rows, columns) = name.removesuffix(".weight"), weight.shape
             for side, shape in (("A", (rank(module), columns)), ("B", (rows, rank(module)))):
                 tensors[f"{PREFIX}{module}.lora_{side}.weight"] = (
