@@ -19,10 +19,10 @@ LLAMACPP ?= .llamacpp
 LLAMACPP_SDIST := llama-cpp-python==0.3.36
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help venv demo test test-slow test-scale soak lint docs gpu bench-quant bench-memory bench-shard bench-serve interop interop-shard clients mutants clean
+.PHONY: help venv demo test test-slow test-scale soak lint docs gpu bench-quant bench-memory bench-shard bench-serve interop interop-shard coverage-models clients mutants clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' Makefile
 
 venv: $(VENV)/.dev ## install llmkit, its tests' needs and the demo's model into .venv
 
@@ -48,9 +48,10 @@ lint: $(VENV)/.dev ## ruff, mypy --strict and the import rules
 	@$(BIN)/lint-imports
 	@$(BIN)/python tests/packaging/import_circles.py
 
-docs: $(VENV)/.dev ## write docs/options.md and recipes/schema.json from the options classes
+docs: $(VENV)/.dev ## write docs/options.md, recipes/schema.json and docs/models.md from the code
 	@$(BIN)/python -m llmkit.cli.options_table > docs/options.md
 	@$(BIN)/llmkit recipes schema > recipes/schema.json
+	@PYTHONPATH=tests $(BIN)/python -m support.models_page > docs/models.md
 
 # A GPU machine may have torch and no llmkit installed: the folders are then found through .typecheck.
 # A part that ended well has left RESULTS/PART.json and is not run again: `make gpu PART="kernels steps"` runs some.
@@ -104,6 +105,10 @@ interop: $(VENV)/.dev $(PEERS:%=.venv-%/.ready) ## what llmkit writes in vLLM an
 
 interop-shard: $(VENV)/.dev .venv-vllm/.ready ## what `shard --format vllm` writes in vLLM's own loaders (5 minutes)
 	@HF_HUB_OFFLINE=1 $(BIN)/python tests/peers/interop_shard.py
+
+coverage-models: $(VENV)/.dev .venv-vllm/.ready ## which of the models that vLLM, SGLang and llm-compressor list run here?
+	@$(BIN)/python tests/peers/model_coverage.py
+	@$(MAKE) --no-print-directory docs
 
 MUTANTS ?=
 mutants: $(VENV)/.dev .venv-mutants/.ready ## which small changes of the code does no test notice? (changed lines; see tests/peers/mutants.py)
