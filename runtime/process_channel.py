@@ -115,7 +115,7 @@ class Channel(Generic[In]):
     def receive(self, wait: bool) -> list[In]:
         """The messages that have arrived; with `wait` at least one.
 
-        Raises EOFError when the peer has ended.
+        Raises EOFError when the peer has ended and all its messages have been returned.
         """
         messages: list[In] = []
         while True:
@@ -124,7 +124,13 @@ class Channel(Generic[In]):
                 data = self.socket.recv(_READ_BYTES, 0 if block else socket.MSG_DONTWAIT)
             except BlockingIOError:
                 return messages
+            except ConnectionResetError:  # the peer has ended without reading all that was sent
+                if messages:
+                    return messages
+                raise
             if not data:
+                if messages:
+                    return messages
                 raise EOFError
             messages += [self._decoder.decode(body) for body in self._frames.feed(data)]
 
