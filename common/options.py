@@ -283,5 +283,6 @@ DEVICE = Option(
 SEED = Option("Seed of everything drawn at random.", metavar="N", min=0, panel=COMMON_PANEL)
 REQUIRE_NATIVE = Option(
     "Refuse a model that is no family of llmkit's own and would run, slower, by transformers' "
-    "modeling code."
+    "modeling code.",
+    panel=COMMON_PANEL,
 )
