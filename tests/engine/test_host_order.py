@@ -139,6 +139,19 @@ def test_embeddings_are_copied_without_an_extra_wait(tmp_path: Path, device: Dev
     assert {output.request_id for output in reported if output.embedding is not None} == set(KINDS)
 
 
+@pytest.mark.parametrize("enforce_eager", [False, True])
+def test_caches_on_a_gpu_have_a_block_for_unused_rows_of_graphs(
+    tmp_path: Path, device: Device, enforce_eager: bool
+) -> None:
+    config = EngineConfig(64, 32, GPU, torch.float32, enforce_eager=enforce_eager)
+    with device:
+        model = load_model(open_checkpoint(tiny_checkpoint(tmp_path)), torch.float32, GPU)
+        runner = Engine(model, config).runner
+    assert [cache.kv.shape[1] for cache in runner.paged_model.kv_caches] == [33, 33]
+    assert isinstance(runner.graph_runner, CudaGraphRunner)
+    assert runner.graph_runner.enabled == (not enforce_eager)
+
+
 def test_fake_device_notices_a_look(device: Device) -> None:
     with device:
         there = torch.ones(3, device=GPU) * 2

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import secrets
 import socket
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import FrozenInstanceError, replace
@@ -221,7 +223,10 @@ def lead(monkeypatch: pytest.MonkeyPatch) -> Iterator[LeadEngine]:
         rank.socket.close()  # type: ignore[attr-defined]
 
 
-def test_leader_sends_each_event_to_all_ranks_once(lead: Any) -> None:
+def test_leader_sends_each_event_to_all_ranks_once(
+    lead: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(secrets, "randbits", lambda count: 1000 + count)
     unseeded = EngineRequest("a", [5], SamplingParams())
     seeded = EngineRequest("b", [5], SamplingParams(seed=0))
     lead.add(unseeded)
@@ -232,11 +237,13 @@ def test_leader_sends_each_event_to_all_ranks_once(lead: Any) -> None:
     first, same, name, *steps = lead.log
     assert (same, name, steps) == (seeded, "a", ["step", "step"])
     assert replace(first, sampling_params=unseeded.sampling_params) == unseeded
-    assert first.sampling_params.seed >= 2**40, "63 bits are drawn"
+    assert first.sampling_params.seed == 1063, "seeds are positive int64 numbers"
     for rank in lead._ranks:
         assert [message.events for message in rank.log] == [[first, seeded, "a"], []]
     with pytest.raises(RequestError, match="adapters are loaded at the start"):
         lead.add_adapter("late", "x")
+    watching = [thread for thread in threading.enumerate() if thread.name == "rank-watch"]
+    assert watching and all(thread.daemon for thread in watching)
     lead.close()
     assert [rank.log[2:] for rank in lead._ranks] == [["close", "end"]] * 2
     assert lead.log[-1] == "disconnect"
