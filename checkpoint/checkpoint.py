@@ -37,8 +37,8 @@ class Checkpoint(ModelFiles):
     """An opened model. Its headers are checked; a tensor is read on request and not kept.
 
     `tensors` has Hugging Face names, for GGUF too. GGUF tensors are read as float32: dequantized,
-    with the rows of q and k in Hugging Face order. `tensors` is empty for an output of
-    `llmkit shard`, whose `layout` says which file holds what.
+    with the rows of q and k in Hugging Face order. Only experts in MXFP4 stay as they are.
+    `tensors` is empty for an output of `llmkit shard`, whose `layout` says which file holds what.
     """
 
     tensors: dict[str, TensorInfo]
@@ -193,7 +193,10 @@ class Checkpoint(ModelFiles):
         It equals the checkpoint that `llmkit quantize` would write for it in this dtype.
         """
         assert self.file_format == "gguf"
-        tensors = {name: replace(info, dtype=dtype) for name, info in self.tensors.items()}
+        tensors = {
+            name: info if info.dtype == "U8" else replace(info, dtype=dtype)  # U8: MXFP4 experts
+            for name, info in self.tensors.items()
+        }
         return replace(self, tensors=tensors)
 
     def with_untied_embeddings(self, embedding: str, lm_head: str) -> Checkpoint:

@@ -1,6 +1,7 @@
 """Reads a GGUF file as a Hugging Face checkpoint.
 
 Config, tensor names and row order are those of Hugging Face; tensors are dequantized to float32.
+The experts of gpt-oss stay in MXFP4, in the tensors that Hugging Face has for it.
 """
 
 from __future__ import annotations
@@ -39,6 +40,16 @@ if TYPE_CHECKING:
 _STACKED_EXPERTS = ("ffn_gate_exps", "ffn_up_exps", "ffn_down_exps")
 # Tensors without the ending ".weight" in Hugging Face's names.
 _BARE = frozenset({"self_attn.sinks"})
+# What Hugging Face's gpt-oss has in config.json. The modules are not in MXFP4.
+_MXFP4_CONFIG = {
+    "quant_method": "mxfp4",
+    "modules_to_not_convert": [
+        "model.layers.*.self_attn",
+        "model.layers.*.mlp.router",
+        "model.embed_tokens",
+        "lm_head",
+    ],
+}
 # Of one dimension in GGUF files and of two in Hugging Face's.
 _ONE_ROW = "mlp.shared_expert_gate"
 
@@ -49,18 +60,23 @@ class _Source:
 
     parts: tensors of the file, which have the same number of rows as the Hugging Face tensor.
     arrange: from the same rows of all parts to rows of the Hugging Face tensor; None: one part as
-    it is. needs_all_rows: `arrange` moves rows, so it gets all of them.
+    it is. needs_all_rows: `arrange` moves rows, so it gets all of them. is_stored: `arrange` gets
+    the stored bytes, uint8 [experts, out, blocks, bytes of a block].
     """
 
     parts: tuple[TensorInfo, ...]
     arrange: Callable[..., torch.Tensor] | None = None
     needs_all_rows: bool = False
+    is_stored: bool = False
 
 
 class GgufModel:
-    """An opened GGUF file. Tensors are dequantized when read (`RowReader`)."""
+    """An opened GGUF file. Tensors are dequantized when read (`RowReader`).
 
-    def __init__(self, path: Path) -> None:
+    dequantize: of gpt-oss' experts too, which otherwise stay in MXFP4.
+    """
+
+    def __init__(self, path: Path, dequantize: bool = False) -> None:
         self._path = path
         values, tensors = read_gguf_header(path)
         self.files: tuple[str, ...] = (path.name,)  # one, or the parts of a model in several
@@ -74,6 +90,14 @@ class GgufModel:
         for tensor in tensors.values():
             self._check_type(tensor)
         self.config = gguf_config(self._metadata, self._architecture) | self._token_ids()
+        stacks = [tensor for tensor in tensors.values() if tensor.name.endswith("_exps.weight")]
+        self._keeps_mxfp4 = (
+            self._architecture.stacked_experts
+            and not dequantize
+            and all(tensor.ggml_type == "MXFP4" for tensor in stacks)
+        )
+        if self._keeps_mxfp4:
+            self.config["quantization_config"] = _MXFP4_CONFIG
         self._check_experts()
         self.tensors: dict[str, TensorInfo] = {}  # by Hugging Face name
         self._sources: dict[str, _Source] = {}  # by Hugging Face name
@@ -85,7 +109,7 @@ class GgufModel:
         }
 
     def rows(self, info: TensorInfo, start: int, stop: int) -> torch.Tensor:
-        """Rows [start, stop) as float32.
+        """Rows [start, stop) as float32; of blocks and scales of MXFP4, as uint8.
 
         Only these are read, except for vectors and for q and k of files that interleave them.
         """
@@ -95,12 +119,8 @@ class GgufModel:
         num_rows = info.shape[0]
         reads_all = source.needs_all_rows or len(source.parts[0].shape) == 1
         first, last = (0, num_rows) if reads_all else (start, stop)
-        parts = [
-            torch.from_numpy(self._dequantize(part, first, last)).reshape(
-                last - first, *part.shape[1:]
-            )
-            for part in source.parts
-        ]
+        read = self._read_stored if source.is_stored else self._dequantize
+        parts = [torch.from_numpy(read(part, first, last)) for part in source.parts]
         tensor = parts[0] if source.arrange is None else source.arrange(*parts)
         if (first, last) == (start, stop):
             return tensor.contiguous()
@@ -131,12 +151,23 @@ class GgufModel:
             start = 0
             stop = 1
         row_bytes = (tensor.end - tensor.start) // num_rows
-        stored = np.empty((stop - start) * row_bytes, np.uint8)
-        file = self._path.with_name(tensor.file)
-        read_into(file, tensor.start + start * row_bytes, stored.data)
+        stored = self._read_bytes(tensor, start * row_bytes, (stop - start) * row_bytes)
         qtype = GGMLQuantizationType[tensor.ggml_type]
         values = dequantize(stored.reshape(stop - start, row_bytes), qtype)
         return values.reshape(shape)
+
+    def _read_stored(self, tensor: TensorInfo, start: int, stop: int) -> npt.NDArray[np.uint8]:
+        """The blocks of rows [start, stop), with their bytes as the last dimension."""
+        block, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType[tensor.ggml_type]]
+        row_bytes = (tensor.end - tensor.start) // max(1, tensor.shape[0])
+        stored = self._read_bytes(tensor, start * row_bytes, (stop - start) * row_bytes)
+        inner = tensor.shape[1:-1]
+        return stored.reshape(stop - start, *inner, tensor.shape[-1] // block, block_bytes)
+
+    def _read_bytes(self, tensor: TensorInfo, start: int, count: int) -> npt.NDArray[np.uint8]:
+        stored = np.empty(count, np.uint8)
+        read_into(self._path.with_name(tensor.file), tensor.start + start, stored.data)
+        return stored
 
     def _read_vector(self, tensor: TensorInfo) -> npt.NDArray[np.float32]:
         return self._dequantize(tensor, 0, tensor.shape[0])
@@ -198,6 +229,10 @@ class GgufModel:
             )
         name = f"model.layers.{layer}.mlp.experts"
         shape = [tensor.shape[0], *tensor.shape[:0:-1]]
+        keeps_mxfp4 = kind == "weight" and self._keeps_mxfp4
+        if part == "ffn_down_exps" and keeps_mxfp4:
+            self._add_mxfp4(f"{name}.down_proj", (tensor,))
+            return
         if part == "ffn_down_exps":
             arrange = _transposed if kind == "weight" else None
             self._add(f"{name}.down_proj{suffix}", tuple(shape), _Source((tensor,), arrange))
@@ -214,12 +249,25 @@ class GgufModel:
                 f" blk.{layer}.ffn_up_exps.{kind} has {list(up.shape) if up else 'none'}",
                 "Equal shapes were expected",
             )
+        if keeps_mxfp4:
+            self._add_mxfp4(f"{name}.gate_up_proj", (tensor, up))
+            return
         shape[-1] *= 2
         source = _Source((tensor, up), _gate_and_up_in_turn)
         self._add(f"{name}.gate_up_proj{suffix}", tuple(shape), source)
 
-    def _add(self, name: str, shape: tuple[int, ...], source: _Source) -> None:
-        self.tensors[name] = replace(source.parts[0], name=name, shape=shape)
+    def _add_mxfp4(self, name: str, parts: tuple[TensorInfo, ...]) -> None:
+        """Blocks [experts, out, in/32, 16] and scales [experts, out, in/32]."""
+        num_experts, num_rows, in_features = parts[0].shape
+        block, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType.MXFP4]
+        shape = (num_experts, num_rows * len(parts), in_features // block)
+        blocks = _Source(parts, _mxfp4_blocks, is_stored=True)
+        scales = _Source(parts, _mxfp4_scales, is_stored=True)
+        self._add(f"{name}_blocks", (*shape, block_bytes - 1), blocks, "U8")
+        self._add(f"{name}_scales", shape, scales, "U8")
+
+    def _add(self, name: str, shape: tuple[int, ...], source: _Source, dtype: str = "F32") -> None:
+        self.tensors[name] = replace(source.parts[0], name=name, shape=shape, dtype=dtype)
         self._sources[name] = source
 
     def _check_experts(self) -> None:
@@ -346,12 +394,36 @@ def _gate_and_up_in_turn(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
 
     if gate.ndim == 2:
         return torch.stack((gate, up), dim=-1).flatten(1)
-    return torch.stack((gate, up), dim=2).flatten(1, 2).mT
+    return _in_turn((gate, up)).mT
 
 
-def open_gguf(path: Path) -> GgufModel:
-    """Read and check the header of a GGUF file.
+def _mxfp4_blocks(*parts: torch.Tensor) -> torch.Tensor:
+    """The 4-bit values of blocks, gate and up rows in turn.
+
+    A block is a byte of scale and 16 bytes of values. In GGUF byte i holds the values i and i + 16;
+    in Hugging Face's files it holds 2i and 2i + 1.
+    """
+    import torch
+
+    packed = _in_turn(parts)[..., 1:]
+    values = torch.cat((packed & 15, packed >> 4), dim=-1)
+    return values[..., 0::2] | values[..., 1::2] << 4
+
+
+def _mxfp4_scales(*parts: torch.Tensor) -> torch.Tensor:
+    return _in_turn(parts)[..., 0]
+
+
+def _in_turn(parts: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    """[experts, out * parts, ...] from parts [experts, out, ...]."""
+    import torch
+
+    return torch.stack(parts, dim=2).flatten(1, 2)
+
+
+def open_gguf(path: Path, dequantize: bool = False) -> GgufModel:
+    """Read and check the header of a GGUF file. dequantize: see `GgufModel`.
 
     Raises InputError when it is damaged, incomplete or of an unknown architecture.
     """
-    return GgufModel(path)
+    return GgufModel(path, dequantize)

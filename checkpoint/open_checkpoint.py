@@ -28,12 +28,16 @@ from llmkit.common.errors import InputError
 SINGLE_FILE = "model.safetensors"
 
 
-def open_checkpoint(reference: str | Path, warn_of_edits: bool = True) -> Checkpoint:
+def open_checkpoint(
+    reference: str | Path, warn_of_edits: bool = True, dequantize_gguf: bool = False
+) -> Checkpoint:
     """Open a model: a directory, a hub id (organization/name), a .gguf file or a URL.
 
     All headers are checked; no tensor is read.
     warn_of_edits: log a warning about a chat template or another text file that was edited since
     llmkit wrote the checkpoint. A server's API process warns, so that its engines need not.
+    dequantize_gguf: dequantize the MXFP4 experts of a .gguf file too, which otherwise stay as they
+    are.
 
     Raises InputError when there is no such model, when files are missing, malformed, cut short or
     changed since llmkit wrote them, and when the weights are pickled.
@@ -44,7 +48,7 @@ def open_checkpoint(reference: str | Path, warn_of_edits: bool = True) -> Checkp
         return _open_directory(text, path, warn_of_edits)
     from llmkit.checkpoint.gguf import open_gguf  # keeps the gguf package off the start path
 
-    model = open_gguf(path)
+    model = open_gguf(path, dequantize_gguf)
     return Checkpoint(
         text,
         path,
@@ -53,7 +57,7 @@ def open_checkpoint(reference: str | Path, warn_of_edits: bool = True) -> Checkp
         model.generation_config,
         model.side_files,
         model.tensors,
-        None,
+        _quantization(path, model.config),
         None,
         model.files,
         model,

@@ -203,7 +203,7 @@ def make_plan(source: str, out: Path, options: QuantizeOptions, progress: Progre
     """
     check_options(options)
     device = resolve_device(options.device)
-    checkpoint = open_checkpoint(source)
+    checkpoint = open_checkpoint(source, dequantize_gguf=True)
     if checkpoint.quantization is not None:
         found = checkpoint.quantization
         labels = ", ".join(scheme.label for scheme in found.schemes)

@@ -122,14 +122,48 @@ def test_gguf_families_are_all_documented() -> None:
     assert listed == set(ARCHITECTURES)
 
 
-def test_gguf_gpt_oss_in_mxfp4_agrees_with_transformers(tmp_path: Path) -> None:
+def test_gguf_gpt_oss_stays_in_mxfp4(tmp_path: Path) -> None:
     """The experts' values are exactly those of MXFP4 blocks, so that quantizing loses nothing."""
     oracle = write_gpt_oss(tmp_path / "dense", tmp_path / "packed", swiglu_limit=7.0)
     path = convert_family(tmp_path / "dense", tmp_path / "model.gguf", experts_qtype=Qtype.MXFP4)
-    opened = open_gguf(path)
-    types = {info.ggml_type for name, info in opened.tensors.items() if name.endswith("down_proj")}
-    assert types == {"MXFP4"}
+    opened = open_checkpoint(path)
+    original = open_checkpoint(tmp_path / "packed")
+    assert opened.quantization == original.quantization
+    assert opened.tensors.keys() == original.tensors.keys()
+    for name, expected in original.tensors.items():
+        if expected.dtype == "U8":
+            whole = original.read(name)
+            if name.endswith("_blocks"):
+                whole = without_negative_zeros(whole)
+            found = opened.with_dtype("BF16").read(name)
+            assert found.dtype == torch.uint8
+            assert torch.equal(found, whole)
+            assert torch.equal(opened.read_slice(name, [(2, 3), (1, 2)], 0), whole[[2, 1]])
     torch.testing.assert_close(logits(path), oracle_logits(oracle, TOKENS), atol=1e-4, rtol=0)
+
+
+def without_negative_zeros(blocks: torch.Tensor) -> torch.Tensor:
+    """The gguf package writes zeros without a sign."""
+    low, high = blocks & 15, blocks >> 4
+    return low.masked_fill(low == 8, 0) | high.masked_fill(high == 8, 0) << 4
+
+
+def test_gguf_gpt_oss_in_mxfp4_can_be_dequantized(tmp_path: Path) -> None:
+    write_gpt_oss(tmp_path / "dense", tmp_path / "packed", swiglu_limit=7.0)
+    path = convert_family(tmp_path / "dense", tmp_path / "model.gguf", experts_qtype=Qtype.MXFP4)
+    opened = open_checkpoint(path, dequantize_gguf=True)
+    original = open_checkpoint(tmp_path / "dense")
+    assert opened.quantization is None
+    assert "quantization_config" not in opened.config
+    assert opened.tensors.keys() == original.tensors.keys()
+    for name in opened.tensors:
+        assert torch.equal(opened.read(name), original.read(name)), name
+
+
+def test_gguf_gpt_oss_with_experts_of_two_types_is_dequantized(tmp_path: Path) -> None:
+    write_gpt_oss(tmp_path / "dense", tmp_path / "packed", swiglu_limit=7.0)
+    path = convert_family(tmp_path / "dense", tmp_path / "model.gguf", experts_qtype=Qtype.F16)
+    assert open_checkpoint(path).quantization is None
 
 
 def test_gguf_expert_tensors_are_read_by_rows(tmp_path: Path) -> None:
