@@ -222,6 +222,12 @@ def is_redundant(spec: ModelSpec, name: str) -> bool:
         return True
     if spec.transformers is not None:
         return any(re.search(pattern, name) for pattern in spec.transformers.ignored)
+    # Checkpoints of Gemma 4 have keys and values of layers that read those of another layer.
+    prefix = re.escape(spec.tensor_prefix)
+    unused = re.match(rf"{prefix}\.layers\.(\d+)\.self_attn\.(k_proj|v_proj|k_norm|v_norm)\.", name)
+    layers = spec.full_model.layers
+    if unused and int(unused[1]) < len(layers) and layers[int(unused[1])].reads_kv_of:
+        return True
     return spec.tie_word_embeddings and name == f"{spec.lm_head_name}.weight"
 
 
@@ -476,14 +482,14 @@ def _moe_rows(spec: ModelSpec, index: int, input_from: str | None) -> Iterator[P
             tensor = SourceTensor(f"{source}.router.{vector}", (size,))
             yield Parameter(f"{name}.router.{vector}", (tensor,), layers)
 
-    def mlp_rows(runtime: str, module: str, size: int) -> Iterator[Parameter]:
+    def mlp_rows(spec: ModelSpec, runtime: str, module: str, size: int) -> Iterator[Parameter]:
         modules = (moe.gate_up, moe.gate, moe.up, moe.down)
         names = tuple(f"{module}.{linear}" for linear in modules)
         return _mlp_rows(spec, f"{name}.{runtime}", names, size, layers, None)
 
     if moe.shared_intermediate_size:
         shared = f"{source}.{moe.shared_expert}"
-        yield from mlp_rows("shared_expert", shared, moe.shared_intermediate_size)
+        yield from mlp_rows(spec, "shared_expert", shared, moe.shared_intermediate_size)
     if moe.shared_expert_gate is not None:
         yield from _linear(
             f"{name}.shared_expert_gate",
@@ -495,6 +501,8 @@ def _moe_rows(spec: ModelSpec, index: int, input_from: str | None) -> Iterator[P
             None,
             is_linear=False,
         )
+    # Experts that are stored one by one have no biases in any family, even where MLPs have.
+    without_bias = replace(spec, mlp_bias=False)
     for expert in range(moe.num_experts):
         if moe.expert_stack is not None:
             yield from _stacked_expert_rows(
@@ -502,7 +510,7 @@ def _moe_rows(spec: ModelSpec, index: int, input_from: str | None) -> Iterator[P
             )
             continue
         module = f"{source}.experts.{expert}"
-        for row in mlp_rows(f"experts.{expert}", module, moe.intermediate_size):
+        for row in mlp_rows(without_bias, f"experts.{expert}", module, moe.intermediate_size):
             yield replace(row, expert=expert)
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from support.expert_cases import stack_layer_experts
 from support.tiny_models import tiny_checkpoint
 from support.triton_checks import interpreted
@@ -64,3 +65,23 @@ def test_decoder_fused_experts_match_single_experts(architecture: str, tmp_path:
         found["0"] + found["123"], found["all"], atol=1e-5, rtol=1e-5
     )  # two ranks'
     assert found["0"].any() and found["123"].any()
+
+
+def test_experts_have_no_biases_where_other_mlps_have(tmp_path: Path) -> None:
+    path = tiny_checkpoint(
+        tmp_path,
+        "hy_v3",
+        dtype="float32",
+        mlp_bias=True,
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=32,
+    )
+    oracle = transformers.AutoModelForCausalLM.from_pretrained(path, attn_implementation="eager")
+    with torch.inference_mode():
+        wanted = oracle(WINDOWS, use_cache=False).logits
+    model = load_model(open_checkpoint(path), torch.float32)
+    assert model.layers[1].linears["mlp.shared_expert.down"].bias is not None
+    assert model.layers[1].linears["mlp.experts.0.down"].bias is None
+    logits = torch.stack(list(window_logits(model, WINDOWS)))
+    torch.testing.assert_close(logits, wanted, atol=1e-4, rtol=1e-4)

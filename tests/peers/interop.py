@@ -1,9 +1,10 @@
 """`make interop`: vLLM and transformers run llmkit's formats, and llmkit reads those of others.
 
-    python tests/peers/interop.py [--only REGEX] [--work DIR]
+    python tests/peers/interop.py [--only REGEX] [--engines vllm,transformers] [--work DIR]
 
 Every format of SmolLM2-135M-Instruct answers ten prompts with sixteen greedy tokens in
-`llmkit serve`, vLLM (CPU) and transformers. Answers agree when their tokens are equal, or when the
+`llmkit serve`, vLLM (CPU) and transformers; so do tiny random models of other families, in fewer
+formats. Answers agree when their tokens are equal, or when the
 first different tokens are a near tie: both about as probable. Formats that quantize the inputs of
 their layers (W8A8, FP8) only have to run, because the last digit of an input can change a rounding.
 Weights that auto-gptq, autoawq and llm-compressor pack must be read bit for bit. Exit code 1 when a
@@ -27,10 +28,12 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-from bench_quant import THEIRS, run_theirs
+from bench_quant import THEIRS, run_llmcompressor
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from support.server_process import serving
+from support.tiny_models import VOCAB
+from support.tiny_quantized import PIECES, piece_checkpoint
 
 from common import llmkit, real_model, run_peer, table
 from llmkit.checkpoint.checkpoint import Checkpoint
@@ -40,15 +43,19 @@ from llmkit.checkpoint.quantized_weight import Scheme
 from llmkit.checkpoint.tokenizer import load_tokenizer
 from llmkit.model.families import model_spec
 from llmkit.model.parameter_table import parameters
-from llmkit.model.weight_loader import read_parameter
+from llmkit.model.weight_loader import load_model, read_parameter
 from llmkit.quant.calibration_text import load_text
 from llmkit.quant.generated_text import PROMPTS, prompt_ids
 from llmkit.quant.layer_stream import LayerStream
 from llmkit.quant.token_windows import calibration_windows
+from llmkit.runtime.engine.engine import Engine
+from llmkit.runtime.engine.engine_config import EngineConfig
+from llmkit.runtime.engine.sampling_params import SamplingParams
 
 TOKENS = 16
 TIE = 0.05  # nats between two tokens of which either may be taken for the likelier one
 CALIBRATION = ("--samples", "2", "--seq-len", "256")
+FAMILY_CALIBRATION = ("--samples", "8", "--seq-len", "128")
 GRADES = ("refuse", "run", "same")
 
 
@@ -120,6 +127,24 @@ WRITTEN = {
 }
 
 
+FAMILY_FORMATS = {
+    "gptq": case("--method gptq", "same", "same"),
+    "awq": case("--method awq", "same", "same"),
+    "pack-quantized, 4 bits": case("--method rtn", "same", "same"),
+    "int-quantized (W8A8)": case("--method int8 --activations", "run", "run"),
+    "float-quantized (FP8)": case("--method fp8", "run", "run"),
+}
+# The sizes for which vLLM's CPU kernels exist: heads of 32 dimensions, groups of 64 weights.
+FAMILY_SIZES = {
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "head_dim": 32,
+    "global_head_dim": 64,
+    "moe_intermediate_size": 128,
+    "shared_expert_intermediate_size": 128,
+}
+
+
 def served(model: Path, prompts: Sequence[Sequence[int]], log: Path) -> list[list[int]]:
     """The greedy tokens that `llmkit serve` answers with."""
     body = {
@@ -137,6 +162,14 @@ def served(model: Path, prompts: Sequence[Sequence[int]], log: Path) -> list[lis
             .json()
         )
     return [choice["token_ids"] for choice in answer["choices"]]
+
+
+def generated(model: Path, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
+    """The greedy tokens of llmkit's engine, without a server."""
+    config = EngineConfig(64, num_blocks=64, device=torch.device("cpu"), dtype=torch.float32)
+    engine = Engine(load_model(open_checkpoint(model), torch.float32), config)
+    greedy = SamplingParams(temperature=0.0, max_tokens=TOKENS, ignore_eos=True)
+    return engine.generate([list(prompt) for prompt in prompts], greedy)
 
 
 def answered(
@@ -223,8 +256,42 @@ def agreement(
     return ("same" if all(one <= TIE for one in ties) else "run"), words
 
 
-def written(work: Path, only: str) -> tuple[list[list[str]], list[str]]:
+def compared(
+    name: str, what: Case, model: Path, ours: list[list[int]], prompts: Path, engines: Sequence[str]
+) -> tuple[list[str], list[str]]:
+    """Run a checkpoint in the other engines: a row of the table, and what did not hold.
+
+    ours: llmkit's answers to the prompts in the file `prompts`.
+    """
+    opened = open_checkpoint(model)
+    ids = json.loads(prompts.read_text())
+    row = [name]
+    wrong = []
+    for engine, wanted in (("vllm", what.vllm), ("transformers", what.transformers)):
+        if wanted is None or engine not in engines:
+            row.append("")
+            continue
+        out = prompts.parent / f"{_file_name(name)}.{engine}.json"
+        theirs = answered(engine, model, prompts, out, what.more.get(engine, ()))
+        happened, words = agreement(opened, ids, ours, theirs)
+        row.append(f"{happened}: {words}" if happened != "refuse" else words)
+        # More than expected is as good: another machine's build may have the kernel that this one
+        # lacks.
+        if GRADES.index(happened) < GRADES.index(wanted):
+            wrong.append(f"{name} in {engine}: {words}")
+    print(" | ".join(row), flush=True)
+    return row, wrong
+
+
+def _file_name(name: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def written(work: Path, only: str, engines: Sequence[str]) -> tuple[list[list[str]], list[str]]:
     """Run every format through every engine: rows of a table, and what did not hold."""
+    cases = {name: what for name, what in WRITTEN.items() if re.search(only, name)}
+    if not cases:
+        return [], []
     source = real_model(work)
     tokenizer = load_tokenizer(open_checkpoint(source))
     prompts = [prompt_ids(tokenizer, prompt) for prompt in PROMPTS]
@@ -232,38 +299,57 @@ def written(work: Path, only: str) -> tuple[list[list[str]], list[str]]:
     file.write_text(json.dumps(prompts))
     rows = []
     wrong = []
-    for name, what in WRITTEN.items():
-        if not re.search(only, name):
-            continue
+    for name, what in cases.items():
         model = work / hashlib.sha256(" ".join(what.options).encode()).hexdigest()[:12]
-        if not model.exists():
-            llmkit(
-                "quantize",
-                source,
-                *what.options,
-                *CALIBRATION,
-                "--no-eval",
-                "--quiet",
-                "--output",
-                model,
-            )
-        opened = open_checkpoint(model)
+        quantized(source, model, what, CALIBRATION)
         ours = served(model, prompts, work / "serve.log")
-        row = [name]
-        for engine, wanted in (("vllm", what.vllm), ("transformers", what.transformers)):
-            if wanted is None:
-                row.append("")
-                continue
-            out = work / f"{re.sub(r'[^a-z0-9]+', '-', name.lower())}.{engine}.json"
-            theirs = answered(engine, model, file, out, what.more.get(engine, ()))
-            happened, words = agreement(opened, prompts, ours, theirs)
-            row.append(f"{happened}: {words}" if happened != "refuse" else words)
-            # More than expected is as good: another machine's build may have the kernel that this
-            # one lacks.
-            if GRADES.index(happened) < GRADES.index(wanted):
-                wrong.append(f"{name} in {engine}: {words}")
+        row, problems = compared(name, what, model, ours, file, engines)
         rows.append(row)
-        print(" | ".join(row), flush=True)
+        wrong += problems
+    return rows, wrong
+
+
+def quantized(source: Path, model: Path, what: Case, calibration: Sequence[str]) -> None:
+    """Write the checkpoint of a case, unless an earlier run has."""
+    if not model.exists():
+        llmkit(
+            "quantize",
+            source,
+            *what.options,
+            *calibration,
+            "--no-eval",
+            "--quiet",
+            "--output",
+            model,
+        )
+
+
+def families(work: Path, only: str, engines: Sequence[str]) -> tuple[list[list[str]], list[str]]:
+    """Run tiny models of other families: rows of a table, and what did not hold."""
+    generator = torch.Generator().manual_seed(0)
+    prompts = [
+        torch.randint(3, VOCAB, (length,), generator=generator).tolist()
+        for length in (1, 5, 17, 30)
+    ]
+    file = work / "family-prompts.json"
+    file.write_text(json.dumps(prompts))
+    rows = []
+    wrong = []
+    for piece, (kind, differences) in PIECES.items():
+        for name, what in FAMILY_FORMATS.items():
+            label = f"{kind}: {name}"
+            if not re.search(only, label):
+                continue
+            source = work / kind
+            if not source.exists():
+                changed = {"hidden_size", "intermediate_size", "head_dim", *differences}
+                sizes = {key: size for key, size in FAMILY_SIZES.items() if key in changed}
+                piece_checkpoint(piece, source, **sizes)
+            model = work / _file_name(label)
+            quantized(source, model, what, FAMILY_CALIBRATION)
+            row, problems = compared(label, what, model, generated(model, prompts), file, engines)
+            rows.append(row)
+            wrong += problems
     return rows, wrong
 
 
@@ -311,7 +397,7 @@ def compressed(work: Path, only: str) -> tuple[list[list[str]], list[str]]:
             continue
         out = work / f"llm-compressor-{scheme}"
         if not out.exists():
-            run_theirs(source, out, scheme, tokens)
+            run_llmcompressor(source, out, scheme, tokens)
         file = out.with_suffix(".safetensors")
         run_peer("llmcompressor", "llmcompressor_dense.py", "--model", out, "--out", file)
         dense = load_file(file)
@@ -348,14 +434,27 @@ def main() -> None:
     parser.add_argument(
         "--work", type=Path, default=Path(".interop"), help="folder for checkpoints and results"
     )
+    parser.add_argument(
+        "--engines", default="vllm,transformers", help="the engines that run llmkit's checkpoints"
+    )
+    parser.add_argument(
+        "--skip-packed", action="store_true", help="without the weights of auto-gptq and autoawq"
+    )
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)
-    read, wrong = packed(arguments.work)
+    engines = arguments.engines.split(",")
+    read: list[list[str]] = []
+    wrong: list[str] = []
+    if not arguments.skip_packed:
+        read, wrong = packed(arguments.work)
     if not arguments.skip_llmcompressor:
         more, problems = compressed(arguments.work, arguments.only)
         read = read + more
         wrong = wrong + problems
-    rows, problems = written(arguments.work, arguments.only)
+    rows, problems = written(arguments.work, arguments.only, engines)
+    wrong += problems
+    more, problems = families(arguments.work, arguments.only, engines)
+    rows += more
     wrong += problems
     print(table(("written by llmkit", "vLLM, CPU", "transformers"), rows))
     print(table(("read by llmkit", ""), read))

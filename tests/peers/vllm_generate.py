@@ -92,7 +92,8 @@ def supply_wna16(always: bool) -> None:
     """Put `wna16` in the place of vLLM's 4 bit CPU operator where its library has none.
 
     The build has three libraries, and the one for CPUs without AVX-512 has no `cpu_gemm_wna16`,
-    although the Python above it picks that kernel on every CPU. No CPU has it for 8 bits; where
+    although the Python above it picks that kernel on every CPU. The others have it in half
+    precision only. No CPU has it for 8 bits; where
     `wna16` stands in, 8 bits pass too, so that their loading can be tried."""
     from vllm import _custom_ops
     from vllm.model_executor.kernels.linear.mixed_precision import cpu
@@ -141,7 +142,7 @@ def generate(
     `vllm.LLM`."""
     from vllm import LLM, SamplingParams
 
-    supply_wna16(reference)
+    supply_wna16(reference or dtype == "float32")
     longest = max(map(len, prompts)) + steps
     llm = LLM(
         str(model),

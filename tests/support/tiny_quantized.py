@@ -25,7 +25,10 @@ EXPERTS: dict[str, Any] = {
 PIECES: dict[str, tuple[str, dict[str, Any]]] = {
     "layer norms with bias, ungated MLP": ("starcoder2", {}),
     "norms with offset and bias": ("nemotron", {}),
-    "parallel block": ("cohere2", {"sliding_window": 12, "layer_types": WINDOWS}),
+    "parallel block": (
+        "cohere2",
+        {"sliding_window": 12, "layer_types": WINDOWS, "tie_word_embeddings": True},
+    ),
     "norms before and after, fused gate_up": ("glm4", {}),
     "xIELU": ("apertus", {}),
     "norms after, no positions": ("exaone4", {"sliding_window": 12, "sliding_window_pattern": 2}),
