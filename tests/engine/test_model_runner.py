@@ -13,11 +13,13 @@ import pytest
 import torch
 
 from llmkit.checkpoint.open_checkpoint import open_checkpoint
+from llmkit.common.errors import InputError, ShortageError
 from llmkit.kernels.cpu import cpu_kernels
 from llmkit.model.decoder import Decoder
 from llmkit.model.parallel_group import ParallelGroup
 from llmkit.model.weight_loader import load_model
 from llmkit.runtime.engine import cpu_graphs, model_runner
+from llmkit.runtime.engine import engine as engine_module
 from llmkit.runtime.engine.cpu_graphs import CpuGraphRunner
 from llmkit.runtime.engine.engine import Engine
 from llmkit.runtime.engine.engine_config import EngineConfig
@@ -509,6 +511,81 @@ def test_cpu_graphs_forget_the_recording_that_was_not_used_for_longest(decoder: 
     assert sizes == [[1], [1, 2], [1, 2, 3], [1, 2, 3, 4], [2, 3, 4, 1], [3, 4, 1, 5]]
     assert replayed == [1, 1, 2, 2, 3, 3, 4, 4, 1, 1, 1, 1, 5, 5]
     assert runner.enabled
+
+
+@needs_library
+def test_cpu_graphs_are_given_up_when_torch_computes(model: Path, decoder: Decoder) -> None:
+    """Weights that are not packed are multiplied by torch, which no recording repeats."""
+    prompts = [[5, 6, 7], [8], [9] * 9]
+    expected = engine(decoder, enforce_eager=True).generate(prompts, GREEDY)
+    recorded = engine(decoder)
+    assert recorded.generate(prompts, GREEDY) == expected
+    assert recorded.runner.graph_runner.num_graphs == 1  # type: ignore[union-attr]
+    unpacked = engine(load_model(open_checkpoint(model), torch.float32))
+    assert unpacked.runner.graph_runner.enabled  # type: ignore[union-attr]
+    assert unpacked.generate(prompts, GREEDY) == expected
+    assert not unpacked.runner.graph_runner.enabled  # type: ignore[union-attr]
+    assert unpacked.runner.graph_runner.num_graphs == 0  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("rank", [None, "rank"])
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("a bug")])
+def test_engine_ends_one_request_for_want_of_memory_unless_ranks_wait(
+    decoder: Decoder, monkeypatch: pytest.MonkeyPatch, rank: str | None, error: Exception
+) -> None:
+    running = engine(decoder)
+
+    def launch(step: SchedulerOutput) -> InFlightStep:
+        raise error
+
+    monkeypatch.setattr(running.runner, "launch", launch)
+    running.add(EngineRequest("a", [5, 6], GREEDY))
+    running.model = SimpleNamespace(spec=SimpleNamespace(rank=rank))  # type: ignore[assignment]
+    if rank or isinstance(error, RuntimeError):
+        with pytest.raises(type(error)) as caught:
+            running.step()
+        assert caught.value is error
+        return
+    (output,) = running.step()
+    assert (output.finish_reason, output.error) == (
+        "error", "there was not enough memory to compute it"
+    )  # fmt: skip
+    assert not running.has_work
+    assert running.num_steps == 1
+
+
+def test_engine_zeroes_the_blocks_of_a_request_that_fails(
+    decoder: Decoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    running = engine(decoder)
+    zeroed: list[list[list[int]]] = []
+    monkeypatch.setattr(running.runner, "zero_blocks", zeroed.append)
+    running.generate([[5]], GREEDY)
+    assert zeroed == []
+    monkeypatch.setattr(running.runner, "launch", lambda step: in_flight(step, [9, -1]))
+    with pytest.raises(InputError, match="prompt 1: the model's logits were not finite"):
+        running.generate([[5], [6] * 5], GREEDY)
+    assert [[len(blocks) for blocks in pools] for pools in zeroed] == [[2]]
+    assert not running.has_work
+    assert running.stats().kv_used_blocks == 0
+
+
+def test_engine_tells_why_an_adapter_is_not_loaded(
+    decoder: Decoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    running = engine(decoder)
+    running.runner.adapters.adapter_ids["it"] = 1
+    with pytest.raises(RequestError, match="there is an adapter 'it' already"):
+        running.add_adapter("it", "nowhere")
+    for error, raised in ((MemoryError(), ShortageError), (RuntimeError("a bug"), RuntimeError)):
+
+        def load(*_: object, error: Exception = error) -> None:
+            raise error
+
+        monkeypatch.setattr(engine_module, "load_adapter", load)
+        with pytest.raises(raised, match=r"a bug|not enough memory for the adapter 'new'"):
+            running.add_adapter("new", "nowhere")
+    assert running.adapters == ["it"]
 
 
 @pytest.mark.parametrize(
