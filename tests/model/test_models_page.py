@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 from support import models_page, tiny_wrappers
 from support.model_coverage import coverage, peer_lists
-from support.tiny_families import FAMILIES
+from support.tiny_families import COMMON, FAMILIES, family_oracle
+from support.tiny_models import write_tokenizer
 
+from llmkit.cli import main
 from llmkit.model.families import SUPPORTED
 from llmkit.model.wrappers import WRAPPERS
 
@@ -56,11 +58,56 @@ def test_models_page_counts_native_architectures_of_other_programs() -> None:
         ("OPTForCausalLM", "fallback", ""),
         ("MambaForCausalLM", "no", "a state besides keys and values, such as a recurrent one"),
         ("MiniCPM3ForCausalLM", "no", "keys and values of different sizes, as in latent attention"),
-        ("BaichuanForCausalLM", "no", "no causal language model of that name in transformers 5.23"),
+        ("BaichuanForCausalLM", "no", "no causal language model of that name"),
     ],
 )
 def test_model_coverage_decides_like_the_commands(architecture: str, way: str, reason: str) -> None:
-    assert coverage(architecture) == (way, reason)
+    found_way, found_reason = coverage(architecture)
+    assert found_way == way
+    assert found_reason.startswith(reason)
+
+
+@pytest.fixture(scope="module")
+def gemma4(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Checkpoints of three kinds of Gemma 4, by the name of the parity test."""
+    path = tmp_path_factory.mktemp("gemma4")
+    for name in ("gemma4", "gemma4-moe", "gemma4-dense"):
+        family_oracle(name, path / name)
+        write_tokenizer(path / name, vocab=COMMON["vocab_size"])
+    return path
+
+
+@pytest.mark.parametrize(
+    ("name", "words", "error"),
+    [
+        ("gemma4", "quantize MODEL --method int8 --no-eval", ""),
+        ("gemma4", "quantize MODEL --method int8", "read more than the output"),
+        ("gemma4", "quantize MODEL --method gptq --no-eval", "read more than the out"),
+        ("gemma4", "shard plan MODEL --tp 2", ""),
+        (
+            "gemma4",
+            "shard plan MODEL --tp 1 --pp 2",
+            "read embeddings or keys of other stages. One stage",
+        ),
+        ("gemma4-moe", "quantize MODEL --method bf16 --no-eval", ""),
+        ("gemma4-moe", "quantize MODEL --method int8 --no-eval", "stores all experts"),
+        ("gemma4-moe", "shard plan MODEL --tp 2 --pp 2 --ep 2", ""),
+        ("gemma4-dense", "quantize MODEL --method int8", ""),
+        ("gemma4-dense", "shard plan MODEL --tp 1 --pp 2", ""),
+    ],
+)
+def test_models_page_limits_are_those_of_the_commands(
+    name: str,
+    words: str,
+    error: str,
+    gemma4: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    arguments = words.replace("MODEL", str(gemma4 / name)).split()
+    if arguments[0] == "quantize":
+        arguments += ["--dry-run", "-o", str(gemma4 / "out")]
+    assert (main.run([*arguments, "--quiet"]) == 0) == (not error)
+    assert error in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -29,7 +29,8 @@ LLMCOMPRESSOR = "0.14.0.1"
 CAUSAL_LM = re.compile(r"\w+(ForCausalLM|LMHeadModel)")
 # SGLang's classes that are no architecture of a checkpoint: drafts, other engines' code, variants.
 NO_MODEL = re.compile(
-    r"Transformers|TorchNative|MindSpore|Quant|DFlash|Eagle3|Beam|Llava|YiVL|\w*AssistantForCausalLM"
+    r"Transformers|TorchNative|MindSpore|Quant|DFlash|Eagle3|Beam|Llava|YiVL"
+    r"|\w*AssistantForCausalLM"
 )
 
 

@@ -124,9 +124,9 @@ The tests of a row are `pytest tests/model/test_model_families.py -k NAME`, and
 
 NOTES = """The words of the table:
 
-- **quantize** *all*: every [method](quantize.md). *no calibration*: `rtn`, `fp8` and `int8` with
-  `--no-eval`, because a layer reads more than the output of the layer before it. *casts*: `bf16`
-  and `fp16`, because the checkpoint stores all experts of a layer in one tensor.
+- **quantize** *all*: every [method](quantize.md). *no calibration*: casts, `rtn`, `fp8` and `int8`,
+  with `--no-eval`, because a layer reads more than the output of the layer before it. *casts*:
+  `bf16` and `fp16`, because the checkpoint stores all experts of a layer in one tensor.
 - **shard** lists what `shard` and `serve` split over ranks: tensors (TP), layers (PP), experts
   (EP). The sizes must divide the model; `llmkit inspect` shows those that do.
 - **LoRA** *no experts*: adapters of attention and MLP work, and those of experts are refused.
