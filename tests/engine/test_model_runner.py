@@ -452,6 +452,15 @@ def test_engine_generates_on_an_idle_engine_only(decoder: Decoder) -> None:
         running.generate([[6]], GREEDY)
 
 
+def test_model_that_cannot_be_recorded_runs_every_step() -> None:
+    runner = NoGraphRunner()
+    assert [runner.should_run(rows) for rows in (1, 1)] == [False, False]
+    assert not runner.samples_tokens
+    assert not CpuGraphRunner.samples_tokens
+    with pytest.raises(AssertionError):
+        runner.run()
+
+
 def graph_runner(
     enabled: bool = True, dtype: torch.dtype = torch.float32, **spec: Any
 ) -> CpuGraphRunner:

@@ -183,6 +183,10 @@ def test_leader_reports_the_rank_that_failed_first_of_all(
     assert watch(*ranks) is ranks[failing[-1]].reason
 
 
+def test_leader_waits_longer_for_a_reason_than_it_takes_to_find_it() -> None:
+    assert 0 < leader._SETTLE_S < leader._GRACE_S
+
+
 def test_leader_reports_nothing_for_a_channel_that_it_has_closed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -536,6 +540,7 @@ class FakeDist:
         self.initialized = True
 
     def all_reduce(self, x: torch.Tensor, operation: Any = None, group: Any = None) -> None:
+        assert x.numel(), "nothing to wait for"
         self.calls.append(("all_reduce", group))
         if self.others:
             join: dict[Any, Callable[..., torch.Tensor]] = {
