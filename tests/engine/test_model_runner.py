@@ -420,8 +420,10 @@ def test_engine_gives_each_request_a_seed(
 
 def test_engine_refuses_grammars_without_a_compiler_and_unknown_adapters(decoder: Decoder) -> None:
     running = engine(decoder)
-    with pytest.raises(RequestError, match="a grammar needs a model with a tokenizer"):
+    with pytest.raises(RequestError, match="a grammar needs a model with a tokenizer") as caught:
         running.add(EngineRequest("a", [5], GREEDY, grammar="root ::= 'a'"))
+    assert (caught.value.code, caught.value.param) == ("not_supported", "grammar")
+    assert caught.value.exit_code == InputError.exit_code
     with pytest.raises(RequestError, match="no adapter 'it'; none is loaded"):
         running.add(EngineRequest("a", [5], GREEDY, adapter="it"))
     running.runner.adapters.adapter_ids.update({"one": 1, "two": 2})

@@ -339,6 +339,25 @@ def test_scheduler_fails_a_prompt_at_its_first_chunk_that_is_not_finite() -> Non
     assert scheduled(state.schedule()) == [("b", 0, 4)]  # nothing of it is cached
 
 
+@pytest.mark.parametrize("token", [0, 9, -1])
+def test_scheduler_returns_an_embedding_in_place_of_tokens(token: int) -> None:
+    state = scheduler()
+    request = EngineRequest("a", [5, 6], SamplingParams(max_tokens=1), pooling="last")
+    state.add(Sequence(request, seed=0))
+    step = state.schedule()
+    assert step.requests[0].returns_embedding
+    (output,) = state.update(step, result([[token]], embeddings={"a": b"1234"}))
+    expected = (b"1234", "stop", None) if token >= 0 else (None, "error", LOGITS_NOT_FINITE)
+    assert (output.embedding, output.finish_reason, output.error) == expected
+    assert output.token_ids == []
+    assert state.num_generation_tokens == 0
+    assert not state.running
+    plain = add(state, "b", [5], 1)
+    (output,) = state.update(state.schedule(), result([[9]], embeddings={"b": b"1234"}))
+    assert (output.embedding, output.finish_reason) == (None, "length")
+    assert plain.is_finished
+
+
 def test_scheduler_preempts_the_others_of_an_aborted_step_once() -> None:
     state = scheduler()
     small = add(state, "small", [5] * 4)
