@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from llmkit.cli.command import MODEL
 from llmkit.cli.output import Output, carried_text
-from llmkit.common.formatting import bytes_text
+from llmkit.common.formatting import bytes_text, count_text
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -53,8 +53,12 @@ def _show(console: Console, facts: dict[str, Any]) -> None:
     memory = Table(title=f"memory with {tokens:,} tokens of KV cache", title_justify="left")
     for column in ("precision", "weights", "KV cache", "together"):
         memory.add_column(column, justify="left" if column == "precision" else "right")
-    for precision, weights in facts["weight_bytes"].items():
-        cache = facts["kv_bytes_per_token"]["fp32" if precision == "fp32" else "bf16"] * tokens
+    sizes = dict(facts["weight_bytes"])
+    if facts["quantization"]:
+        carried_bytes = facts["carried"]["bytes"] if facts["carried"] else 0
+        sizes["as stored"] = facts["disk_bytes"] - carried_bytes
+    for precision, weights in sizes.items():
+        cache = _kv_cache_bytes(facts, tokens, itemsize=4 if precision == "fp32" else 2)
         memory.add_row(
             precision, bytes_text(weights), bytes_text(cache), bytes_text(weights + cache)
         )
@@ -110,7 +114,7 @@ def _lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
                 f"{facts['written_by'].get('name')} {facts['written_by'].get('version')}",
             )
         )
-    lines.append(("KV cache", f"{bytes_text(facts['kv_bytes_per_token']['bf16'])} a token in bf16"))
+    lines.append(("KV cache", _kv_cache_text(facts)))
     lines.append(("TP that works", ", ".join(map(str, facts["tp"]))))
     return lines
 
@@ -120,13 +124,32 @@ def _attention_lines(facts: dict[str, Any]) -> list[str]:
     kinds = facts["attention"]
     lines = []
     for kind in kinds:
-        layers = f"{kind['layers']} layers: " if len(kinds) > 1 else ""
+        layers = f"{count_text(kind['layers'], 'layers')}: " if len(kinds) > 1 else ""
         window = f", window of {kind['sliding_window']:,}" if kind["sliding_window"] else ""
         heads = f"{kind['heads']} query heads, {kind['kv_heads']} KV, of {kind['head_dim']}"
         lines.append(layers + heads + window)
     if facts["shared_kv_layers"]:
-        lines.append(f"{facts['shared_kv_layers']} layers read keys and values of earlier layers")
+        layers = count_text(facts["shared_kv_layers"], "layers")
+        lines.append(f"{layers} without keys and values: those of earlier layers are read")
     return lines
+
+
+def _kv_cache_bytes(facts: dict[str, Any], tokens: int, itemsize: int) -> int:
+    """The bytes of one sequence's keys and values."""
+    return sum(
+        kind["kv_elements_per_token"] * min(tokens, kind["sliding_window"] or tokens) * itemsize
+        for kind in facts["attention"]
+    )
+
+
+def _kv_cache_text(facts: dict[str, Any]) -> str:
+    text = f"{bytes_text(facts['kv_bytes_per_token']['bf16'])} a token in bf16"
+    windows = [kind for kind in facts["attention"] if kind["sliding_window"]]
+    if windows:
+        in_windows = 2 * sum(kind["kv_elements_per_token"] for kind in windows)
+        beyond = facts["kv_bytes_per_token"]["bf16"] - in_windows
+        text += f", {bytes_text(beyond)} beyond the sliding windows"
+    return text
 
 
 def _experts_text(moe: dict[str, Any], num_layers: int) -> str:

@@ -140,7 +140,8 @@ def require_native(spec: ModelSpec, feature: str) -> None:
 def support(spec: ModelSpec) -> tuple[str, str]:
     """How a model runs, "native" or "fallback", and why."""
     if spec.transformers is None:
-        return "native", "a family of llmkit's own"
+        family = "a family of llmkit's own"
+        return "native", f"its text model is {family}" if spec.architecture in WRAPPERS else family
     return "fallback", "no family of llmkit's own; runs by transformers' modeling code on one rank"
 
 

@@ -14,6 +14,7 @@ from llmkit.model.checkpoint_tensors import carried_summary, checkpoint_tensors
 from llmkit.model.families import checkpoint_spec, support
 from llmkit.model.parameter_table import parameters
 from llmkit.model.spec import ModelSpec
+from llmkit.quant.quantize_plan import can_quantize
 
 # INT4 is estimated with the largest of these group sizes that divides every layer, else per row.
 GROUP_SIZES = (128, 64, 32)
@@ -68,20 +69,27 @@ def inspect_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def _attention_entries(spec: ModelSpec) -> list[dict[str, Any]]:
-    """The kinds of attention layers, in the order of their first layers."""
-    kinds: Counter[tuple[int, int, int, int | None]] = Counter()
+    """The kinds of attention layers, in the order of their first layers.
+
+    The keys and values of a layer with a sliding window are kept for the tokens in the window.
+    """
+    layers: Counter[tuple[int, int, int, int | None]] = Counter()
+    kv_elements: Counter[tuple[int, int, int, int | None]] = Counter()
     for index, layer in enumerate(spec.layers):
         sizes = spec.for_layer(index)
-        kinds[sizes.num_heads, sizes.num_kv_heads, sizes.head_dim, layer.sliding_window] += 1
+        kind = (sizes.num_heads, sizes.num_kv_heads, sizes.head_dim, layer.sliding_window)
+        layers[kind] += 1
+        kv_elements[kind] += spec.kv_elements_of_layer(index)
     return [
         {
             "layers": count,
-            "heads": num_heads,
-            "kv_heads": num_kv_heads,
-            "head_dim": head_dim,
-            "sliding_window": window,
+            "heads": kind[0],
+            "kv_heads": kind[1],
+            "head_dim": kind[2],
+            "sliding_window": kind[3],
+            "kv_elements_per_token": kv_elements[kind],
         }
-        for (num_heads, num_kv_heads, head_dim, window), count in kinds.items()
+        for kind, count in layers.items()
     ]
 
 
@@ -129,7 +137,7 @@ def active_parameter_count(spec: ModelSpec) -> int:
 
 
 def weight_bytes(spec: ModelSpec) -> dict[str, int]:
-    """The bytes of all weights at each precision.
+    """The bytes of all weights at each precision that `quantize` can write.
 
     Quantized precisions keep embeddings, norms and biases in 16 bits.
     """
@@ -141,12 +149,10 @@ def weight_bytes(spec: ModelSpec) -> dict[str, int]:
             group_size = size
             break
     int4 = QuantizationConfig("gptq", Scheme(4, group_size))
-    return {
-        "fp32": count * 4,
-        "bf16": count * 2,
-        "int8": _stored_bytes(spec, INT8),
-        "int4": _stored_bytes(spec, int4),
-    }
+    sizes = {"fp32": count * 4, "bf16": count * 2}
+    if can_quantize(spec):
+        sizes |= {"int8": _stored_bytes(spec, INT8), "int4": _stored_bytes(spec, int4)}
+    return sizes
 
 
 def _stored_bytes(spec: ModelSpec, quantization: QuantizationConfig) -> int:

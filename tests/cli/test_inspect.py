@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+from support.mxfp4_files import write_gpt_oss
 from support.tiny_families import family_oracle
 from support.tiny_models import tiny_checkpoint
+from support.tiny_wrappers import save_wrapper, tiny_wrapper
 
 from llmkit.cli import main
 
@@ -66,8 +69,8 @@ def test_inspect_shows_each_kind_of_attention(
     facts = document(capsys, tmp_path)
     heads = {"layers": 3, "heads": 4, "kv_heads": 2}
     assert facts["attention"] == [
-        heads | {"head_dim": 16, "sliding_window": 12},
-        heads | {"head_dim": 32, "sliding_window": None},
+        heads | {"head_dim": 16, "sliding_window": 12, "kv_elements_per_token": 128},
+        heads | {"head_dim": 32, "sliding_window": None, "kv_elements_per_token": 256},
     ]
     assert facts["shared_kv_layers"] == 2
     assert facts["per_layer_input_size"] == 8
@@ -79,9 +82,40 @@ def test_inspect_shows_each_kind_of_attention(
     first = lines.index("attention 3 layers: 4 query heads, 2 KV, of 16, window of 12")
     assert lines[first + 1 : first + 3] == [
         "3 layers: 4 query heads, 2 KV, of 32",
-        "2 layers read keys and values of earlier layers",
+        "2 layers without keys and values: those of earlier layers are read",
     ]
+    assert "KV cache 768 B a token in bf16, 512 B beyond the sliding windows" in lines
+    # 12 tokens of two layers, and 128 tokens of two others
+    cache = 2 * (128 * 12 + 256 * 128) / 1024
+    (row,) = [line for line in lines if line.startswith("│ bf16")]
+    assert f"│ {cache:.1f} KiB │" in row
     assert "vocabulary 128, embeddings tied, 8 more embedding dimensions for each layer" in lines
+
+
+def test_inspect_shows_the_precisions_that_there_are(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """gpt-oss: experts in one tensor, which `quantize` cannot write, and stored as MXFP4."""
+    write_gpt_oss(tmp_path / "dense", tmp_path / "packed")
+    facts = document(capsys, tmp_path / "packed")
+    assert facts["moe"]["stacked"]
+    assert list(facts["weight_bytes"]) == ["fp32", "bf16"]
+    lines = shown(capsys, monkeypatch, tmp_path / "packed")
+    rows = [line.split(" ")[1] for line in lines if line.startswith("│ ")]
+    assert rows == ["fp32", "bf16", "as"]
+    assert any(line.startswith(f"│ as stored │ {facts['disk_bytes'] / 1024:.1f}") for line in lines)
+
+
+def test_inspect_shows_a_multimodal_model(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = save_wrapper(tiny_wrapper("gemma4"), tmp_path / "model", hub_names=False)
+    capsys.readouterr()
+    assert document(capsys, path)["support"] == "native"
+    lines = shown(capsys, monkeypatch, path)
+    assert "runs native: its text model is a family of llmkit's own" in lines
+    assert "attention 1 layer: 4 query heads, 2 KV, of 16, window of 12" in lines
+    assert any(re.fullmatch(r"does not run \d+ tensors, .*\(.*vision_tower.*\)", x) for x in lines)
 
 
 @pytest.mark.parametrize(
