@@ -91,11 +91,12 @@ def test_scheduler_preempts_the_newest_prompt_when_all_wait_for_blocks() -> None
     assert (state.num_preemptions, state.waiting[0].skip_count) == (1, MAX_SKIPS)
 
 
-def test_scheduler_preempts_the_newest_when_the_oldest_needs_a_block() -> None:
+@pytest.mark.parametrize("length", [7, 8])  # the next token of 7 has a place, but is newer
+def test_scheduler_preempts_the_newest_when_the_oldest_needs_a_block(length: int) -> None:
     state = scheduler(num_blocks=4)
-    for token, name in enumerate(("old", "new"), start=5):
-        add(state, name, [token] * 8, 4)
-    assert run_step(state) == [("old", 0, 8), ("new", 0, 8)]
+    add(state, "old", [5] * 8, 4)
+    add(state, "new", [6] * length, 4)
+    assert run_step(state) == [("old", 0, 8), ("new", 0, length)]
     assert run_step(state) == [("old", 8, 1)]
     assert [s.request.request_id for s in state.waiting] == ["new"]
     assert state.num_preemptions == 1
