@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 # The tensors of a layer that gpt-oss stores in two, gate and up.
 _STACKED_EXPERTS = ("ffn_gate_exps", "ffn_up_exps", "ffn_down_exps")
 # Tensors without the ending ".weight" in Hugging Face's names.
-_BARE = frozenset({"self_attn.sinks"})
+_BARE = ("self_attn.sinks", "e_score_correction_bias")
 # What Hugging Face's gpt-oss has in config.json. The modules are not in MXFP4.
 _MXFP4_CONFIG = {
     "quant_method": "mxfp4",
@@ -51,7 +51,7 @@ _MXFP4_CONFIG = {
     ],
 }
 # Of one dimension in GGUF files and of two in Hugging Face's.
-_ONE_ROW = "mlp.shared_expert_gate"
+_ONE_ROW = ("mlp.shared_expert_gate", "moe_statics.e_score_correction_bias")
 
 
 @dataclass(frozen=True)
@@ -173,7 +173,7 @@ class GgufModel:
         return self._dequantize(tensor, 0, tensor.shape[0])
 
     def _add_tensor(self, tensor: TensorInfo) -> None:
-        match = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.(weight|bias)", tensor.name)
+        match = re.fullmatch(r"(?:blk\.(\d+)\.)?((?:nextn\.)?\w+)\.(weight|bias)", tensor.name)
         if match is None:
             raise self._unknown(tensor.name)
         layer, part, kind = match.groups()
@@ -194,7 +194,7 @@ class GgufModel:
             raise self._unknown(tensor.name)
 
     def _add_module(self, tensor: TensorInfo, module: str, kind: str) -> None:
-        name = module if module.endswith(tuple(_BARE)) else f"{module}.{kind}"
+        name = module if module.endswith(_BARE) else f"{module}.{kind}"
         arrange: Callable[..., torch.Tensor] | None = None
         needs_all_rows = False
         if self._architecture.interleaved_qk and module.endswith((".q_proj", ".k_proj")):

@@ -75,6 +75,28 @@ _EXPERTS = {
     "ffn_up_exps": "mlp.experts.{}.up_proj",
     "ffn_down_exps": "mlp.experts.{}.down_proj",
 }
+_MIXTRAL_EXPERTS = {
+    "ffn_gate_exps": "block_sparse_moe.experts.{}.w1",
+    "ffn_up_exps": "block_sparse_moe.experts.{}.w3",
+    "ffn_down_exps": "block_sparse_moe.experts.{}.w2",
+}
+# Of a layer that predicts several tokens at once.
+_PREDICTION = {
+    "nextn.eh_proj": "eh_proj",
+    "nextn.embed_tokens": "embed_tokens",
+    "nextn.enorm": "enorm",
+    "nextn.hnorm": "hnorm",
+    "nextn.shared_head_norm": "shared_head.norm",
+    "nextn.shared_head_head": "shared_head.head",
+}
+
+
+def _shared_expert(module: str) -> dict[str, str]:
+    return {
+        "ffn_gate_shexp": f"{module}.gate_proj",
+        "ffn_up_shexp": f"{module}.up_proj",
+        "ffn_down_shexp": f"{module}.down_proj",
+    }
 
 
 @dataclass(frozen=True)
@@ -150,7 +172,7 @@ def gguf_config(metadata: GgufMetadata, architecture: GgufArchitecture) -> dict[
         "vocab_size": metadata.tensors["token_embd.weight"].shape[0],
         "hidden_size": hidden_size,
         "intermediate_size": metadata.integer("feed_forward_length"),
-        "num_hidden_layers": metadata.integer("block_count"),
+        "num_hidden_layers": _num_layers(metadata),
         "num_attention_heads": num_heads,
         "num_key_value_heads": metadata.integer("attention.head_count_kv", num_heads),
         "head_dim": head_dim,
@@ -173,8 +195,20 @@ def gguf_config(metadata: GgufMetadata, architecture: GgufArchitecture) -> dict[
     return {name: value for name, value in config.items() if value is not _ABSENT}
 
 
+_SIGMOID = 2  # of expert_gating_func
 # The value of a field of config.json that a family does not have.
 _ABSENT = object()
+
+
+def _num_layers(metadata: GgufMetadata) -> int:
+    """The layers without those that predict several tokens at once, which are the last ones."""
+    num_predicting = metadata.get("nextn_predict_layers", 0)
+    num_layers = metadata.integer("block_count")
+    if type(num_predicting) is not int or not 0 <= num_predicting < num_layers:
+        raise metadata.error(
+            "nextn_predict_layers", f"A number below {num_layers} was expected, the block_count"
+        )
+    return num_layers - num_predicting
 
 
 def _rope_scaling(metadata: GgufMetadata, head_dim: int) -> dict[str, Any] | None:
@@ -260,7 +294,7 @@ def _longrope_scaling(metadata: GgufMetadata, head_dim: int) -> dict[str, Any]:
 
 def _layer_types(metadata: GgufMetadata, period: int) -> list[str]:
     """The attention of each layer. Without a pattern in the file, each `period`th is full."""
-    num_layers = metadata.integer("block_count")
+    num_layers = _num_layers(metadata)
     key = "attention.sliding_window_pattern"
     pattern = metadata.get(key, period)
     if isinstance(pattern, list):
@@ -319,6 +353,58 @@ def _qwen2_moe(metadata: GgufMetadata) -> dict[str, Any]:
         "moe_intermediate_size": metadata.integer("expert_feed_forward_length"),
         "shared_expert_intermediate_size": metadata.integer("expert_shared_feed_forward_length"),
         "norm_topk_prob": False,
+    }
+
+
+def _glm4_moe(metadata: GgufMetadata) -> dict[str, Any]:
+    _expect_sigmoid(metadata)
+    metadata.integer("rope.dimension_count")  # required
+    return _attention_bias(metadata) | {
+        "n_routed_experts": metadata.integer("expert_count"),
+        "num_experts_per_tok": metadata.integer("expert_used_count"),
+        "n_shared_experts": metadata.integer("expert_shared_count"),
+        "moe_intermediate_size": metadata.integer("expert_feed_forward_length"),
+        "first_k_dense_replace": metadata.get("leading_dense_block_count"),
+        "n_group": metadata.integer("expert_group_count", 1),
+        "topk_group": metadata.integer("expert_group_used_count", 1),
+        "norm_topk_prob": metadata.get("expert_weights_norm"),
+        "routed_scaling_factor": metadata.number("expert_weights_scale"),
+        "use_qk_norm": metadata.has_tensor("attn_q_norm.weight"),
+        "num_nextn_predict_layers": metadata.get("nextn_predict_layers", 0),
+    }
+
+
+def _expect_sigmoid(metadata: GgufMetadata) -> None:
+    """Raises InputError for a router whose scores are not sigmoids."""
+    metadata.expect("expert_gating_func", _SIGMOID)
+
+
+def _minimax_m2(metadata: GgufMetadata) -> dict[str, Any]:
+    _expect_sigmoid(metadata)
+    return {
+        "num_local_experts": metadata.integer("expert_count"),
+        "num_experts_per_tok": metadata.integer("expert_used_count"),
+        "intermediate_size": metadata.integer("expert_feed_forward_length"),
+        "rotary_dim": metadata.integer("rope.dimension_count"),
+    }
+
+
+def _ernie4_5_moe(metadata: GgufMetadata) -> dict[str, Any]:
+    return _ernie4_5(metadata) | {
+        "moe_num_experts": metadata.integer("expert_count"),
+        "moe_k": metadata.integer("expert_used_count"),
+        "moe_num_shared_experts": metadata.get("expert_shared_count"),
+        "moe_intermediate_size": metadata.integer("expert_feed_forward_length"),
+        "moe_layer_start_index": metadata.get("leading_dense_block_count"),
+        "moe_layer_interval": metadata.integer("interleave_moe_layer_step"),
+    }
+
+
+def _hunyuan_moe(metadata: GgufMetadata) -> dict[str, Any]:
+    return _biases(metadata) | {
+        "num_experts": metadata.integer("expert_count"),
+        "moe_topk": metadata.integer("expert_used_count"),
+        "intermediate_size": metadata.integer("expert_feed_forward_length"),
     }
 
 
@@ -419,7 +505,7 @@ def _phi3(metadata: GgufMetadata) -> dict[str, Any]:
     return {
         "sliding_window": metadata.integer("attention.sliding_window") if window else None,
         "original_max_position_embeddings": metadata.integer(
-            "rope.scaling.original_context_length"
+            "rope.scaling.original_context_length", metadata.integer("context_length")
         ),
     }
 
@@ -586,15 +672,70 @@ ARCHITECTURES = {
         "qwen2_moe",
         _qwen2_moe,
         _QWEN_MOE
-        | {
-            "ffn_gate_inp_shexp": "mlp.shared_expert_gate",
-            "ffn_gate_shexp": "mlp.shared_expert.gate_proj",
-            "ffn_up_shexp": "mlp.shared_expert.up_proj",
-            "ffn_down_shexp": "mlp.shared_expert.down_proj",
-        },
+        | {"ffn_gate_inp_shexp": "mlp.shared_expert_gate"}
+        | _shared_expert("mlp.shared_expert"),
         experts=_EXPERTS,
     ),
     "olmoe": GgufArchitecture("OlmoeForCausalLM", "olmoe", _olmoe, _QWEN_MOE, experts=_EXPERTS),
+    "glm4moe": GgufArchitecture(
+        "Glm4MoeForCausalLM",
+        "glm4_moe",
+        _glm4_moe,
+        _ATTENTION
+        | _QK_NORM
+        | _MLP
+        | _PREDICTION
+        | _shared_expert("mlp.shared_experts")
+        | {
+            "post_attention_norm": "post_attention_layernorm",
+            "ffn_gate_inp": "mlp.gate",
+            "exp_probs_b": "mlp.gate.e_score_correction_bias",
+        },
+        partial_rotary=True,
+        experts=_EXPERTS,
+    ),
+    "minimax-m2": GgufArchitecture(
+        "MiniMaxM2ForCausalLM",
+        "minimax_m2",
+        _minimax_m2,
+        _ATTENTION
+        | _QK_NORM
+        | _FFN_NORM
+        | {
+            "ffn_gate_inp": "block_sparse_moe.gate",
+            "exp_probs_b": "block_sparse_moe.e_score_correction_bias",
+        },
+        partial_rotary=True,
+        experts=_MIXTRAL_EXPERTS,
+    ),
+    "ernie4_5-moe": GgufArchitecture(
+        "Ernie4_5_MoeForCausalLM",
+        "ernie4_5_moe",
+        _ernie4_5_moe,
+        _ATTENTION
+        | _FFN_NORM
+        | _MLP
+        | _shared_expert("mlp.shared_experts")
+        | {
+            "ffn_gate_inp": "mlp.gate",
+            "exp_probs_b": "mlp.moe_statics.e_score_correction_bias",
+        },
+        experts=_EXPERTS,
+    ),
+    "hunyuan-moe": GgufArchitecture(
+        "HunYuanMoEV1ForCausalLM",
+        "hunyuan_v1_moe",
+        _hunyuan_moe,
+        _ATTENTION
+        | _FFN_NORM
+        | _shared_expert("mlp.shared_mlp")
+        | {
+            "attn_q_norm": "self_attn.query_layernorm",
+            "attn_k_norm": "self_attn.key_layernorm",
+            "ffn_gate_inp": "mlp.gate.wg",
+        },
+        experts=_EXPERTS,
+    ),
 }
 # By GGUF architecture: a key, and the family of files in which it is not 0.
 VARIANTS = {
@@ -605,11 +746,7 @@ VARIANTS = {
             _mixtral,
             _ATTENTION | _FFN_NORM | {"ffn_gate_inp": "block_sparse_moe.gate"},
             interleaved_qk=True,
-            experts={
-                "ffn_gate_exps": "block_sparse_moe.experts.{}.w1",
-                "ffn_up_exps": "block_sparse_moe.experts.{}.w3",
-                "ffn_down_exps": "block_sparse_moe.experts.{}.w2",
-            },
+            experts=_MIXTRAL_EXPERTS,
         )
     },
     "olmo2": {

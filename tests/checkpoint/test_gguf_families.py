@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -20,6 +21,8 @@ from llmkit.checkpoint.gguf import open_gguf
 from llmkit.checkpoint.gguf_architectures import ARCHITECTURES
 from llmkit.checkpoint.open_checkpoint import open_checkpoint
 from llmkit.common.errors import InputError
+from llmkit.model.checkpoint_tensors import carried_tensors
+from llmkit.model.families import checkpoint_spec
 from llmkit.model.full_forward import window_logits
 from llmkit.model.weight_loader import load_model
 
@@ -57,6 +60,10 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3-moe-normalized": TWO,
     "qwen2-moe": TWO | {"mlp_only_layers": []},
     "olmoe": TWO,
+    "glm4-moe": TWO | {"num_nextn_predict_layers": 0},
+    "minimax-m2": TWO,
+    "ernie4.5-moe": TWO,
+    "hunyuan-moe": TWO,
 }
 
 
@@ -174,6 +181,28 @@ def test_gguf_expert_tensors_are_read_by_rows(tmp_path: Path) -> None:
         whole = opened.read(name)
         assert torch.equal(opened.read_slice(name, [(3, 4), (1, 2)], 0), whole[[3, 1]])
         assert torch.equal(opened.read_slice(name, [(2, 5)], 1), whole[:, 2:5])
+
+
+def test_gguf_layer_that_predicts_tokens_is_carried(tmp_path: Path) -> None:
+    """GLM-4.5's last layer has the tensors of a layer and those of the prediction."""
+    oracle = family_oracle("glm4-moe", tmp_path, **FAMILIES["glm4-moe"])
+    vector = np.arange(32, dtype=np.float32)
+    extra = {
+        f"model.layers.2.{module}.weight": vector
+        for module in ("enorm", "hnorm", "shared_head.norm", "input_layernorm")
+    }
+    extra["model.layers.2.eh_proj.weight"] = np.ones((32, 64), np.float32)
+    keys = {"block_count": 3, "nextn_predict_layers": 1}
+    path = convert_family(tmp_path, tmp_path / "model.gguf", extra=extra, **keys)
+    opened = open_checkpoint(path)
+    assert opened.config["num_hidden_layers"] == 2
+    assert carried_tensors(opened, checkpoint_spec(opened)).keys() == extra.keys()
+    assert opened.read("model.layers.2.hnorm.weight").tolist() == vector.tolist()
+    torch.testing.assert_close(logits(path), oracle_logits(oracle, TOKENS), atol=1e-4, rtol=0)
+    for number in (3, 4, 1.5):
+        keys = {"block_count": 3, "nextn_predict_layers": number}
+        with pytest.raises(InputError, match="A number below 3 was expected, the block_count"):
+            open_gguf(convert_family(tmp_path, tmp_path / "a.gguf", **keys))
 
 
 # Models in several files

@@ -45,10 +45,14 @@ ARCHITECTURES = {
     "seed_oss": Arch.SEED_OSS,
     "smollm3": Arch.SMOLLM3,
     "arcee": Arch.ARCEE,
+    "glm4_moe": Arch.GLM4_MOE,
+    "minimax_m2": Arch.MINIMAXM2,
+    "ernie4_5_moe": Arch.ERNIE4_5_MOE,
+    "hunyuan_v1_moe": Arch.HUNYUAN_MOE,
 }
 PERMUTED = {"llama", "mixtral", "granite", "smollm3", "arcee"}
 NORM_PLUS_ONE = {"gemma", "gemma2", "gemma3_text"}
-PARTIAL_ROTARY = {"glm4", "phi3"}
+PARTIAL_ROTARY = {"glm4", "phi3", "glm4_moe", "minimax_m2"}
 # Where the converter writes which layers have a window.
 WINDOW_PATTERN = {"olmo3", "exaone4", "gemma3_text"}
 
@@ -62,18 +66,19 @@ def convert_family(
     experts_qtype: Qtype | None = None,
     without: tuple[str, ...] = (),
     tensors_per_file: int = 0,
+    extra: dict[str, Array] | None = None,
     **keys: Any,
 ) -> Path:
     """Write the checkpoint in the folder `source` as GGUF.
 
     qtype: of the matrices; experts_qtype: of experts, if that is another. without: tensors and
     keys (without the architecture) that are left out. tensors_per_file: of a model in several
-    files. keys: more keys, "__" for a dot.
+    files. extra: more tensors, under Hugging Face's names. keys: more keys, "__" for a dot.
     """
     config = json.loads((source / "config.json").read_text(encoding="utf-8"))
     kind = config["model_type"]
     arch = ARCHITECTURES[kind]
-    names = gguf.get_tensor_name_map(arch, config["num_hidden_layers"])
+    names = gguf.get_tensor_name_map(arch, config["num_hidden_layers"] + 1)
     writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[arch], split_max_tensors=tensors_per_file)
     metadata = family_metadata(config) | {key.replace("__", "."): keys[key] for key in keys}
     for key, value in metadata.items():
@@ -83,6 +88,7 @@ def convert_family(
     weights = {
         name: t.float().numpy() for name, t in load_file(source / "model.safetensors").items()
     }
+    weights |= extra or {}
     for name, values in [*_tensors(weights, config), *_rope_tensors(config)]:
         values = np.squeeze(values)
         stored_as = names.get_name(name, try_suffixes=(".weight", ".bias")) or name
@@ -146,6 +152,18 @@ def family_metadata(config: dict[str, Any]) -> dict[str, Any]:
         ("logit_scale", "logit_scale"),
         ("num_experts", "expert_count"),
         ("num_local_experts", "expert_count"),
+        ("n_routed_experts", "expert_count"),
+        ("moe_num_experts", "expert_count"),
+        ("moe_k", "expert_used_count"),
+        ("moe_topk", "expert_used_count"),
+        ("n_shared_experts", "expert_shared_count"),
+        ("moe_num_shared_experts", "expert_shared_count"),
+        ("first_k_dense_replace", "leading_dense_block_count"),
+        ("moe_layer_start_index", "leading_dense_block_count"),
+        ("moe_layer_interval", "interleave_moe_layer_step"),
+        ("n_group", "expert_group_count"),
+        ("topk_group", "expert_group_used_count"),
+        ("routed_scaling_factor", "expert_weights_scale"),
         ("num_experts_per_tok", "expert_used_count"),
         ("moe_intermediate_size", "expert_feed_forward_length"),
         ("shared_expert_intermediate_size", "expert_shared_feed_forward_length"),
@@ -154,7 +172,10 @@ def family_metadata(config: dict[str, Any]) -> dict[str, Any]:
             metadata[key] = config[field]
     if kind in ("qwen2_moe", "qwen3_moe", "starcoder2"):  # their converters write no window
         metadata.pop("attention.sliding_window", None)
-    if kind == "gpt_oss":
+    if kind == "glm4_moe":
+        metadata["expert_weights_norm"] = config["norm_topk_prob"]
+        metadata["expert_gating_func"] = 2  # sigmoid
+    if kind in ("gpt_oss", "minimax_m2", "hunyuan_v1_moe"):
         metadata["expert_feed_forward_length"] = config["intermediate_size"]
     if kind == "phi3" and not config.get("sliding_window"):
         metadata["attention.sliding_window"] = 0
@@ -220,11 +241,15 @@ def _tensors(weights: dict[str, Array], config: dict[str, Any]) -> Iterator[tupl
         expert = re.fullmatch(r"model\.(layers\.\d+\.)(\w+)\.experts\.(\d+)\.(\w+)\.weight", name)
         if kind == "gpt_oss" and ".experts." in name:
             yield from _gpt_oss_experts(name, values)
+        elif name.endswith("e_score_correction_bias"):
+            yield name.removesuffix("_bias") + ".bias", values
         elif name.endswith(".sinks"):
             yield f"{name}.weight", values
         elif expert:
             layer, _, index, part = expert.groups()
             merged = f"model.{layer}mlp.experts.{part}.weight"
+            if kind == "minimax_m2":
+                merged = f"model.{layer}block_sparse_moe.experts.{part}.weight"
             if kind == "mixtral":
                 merged = f"{layer}feed_forward.experts.{part}.weight"
             stack = experts.setdefault(merged, [])
