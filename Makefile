@@ -51,7 +51,7 @@ lint: $(VENV)/.dev ## ruff, mypy --strict and the import rules
 docs: $(VENV)/.dev ## write docs/options.md, recipes/schema.json and docs/models.md from the code
 	@$(BIN)/python -m llmkit.cli.options_table > docs/options.md
 	@$(BIN)/llmkit recipes schema > recipes/schema.json
-	@PYTHONPATH=tests $(BIN)/python -m support.models_page > docs/models.md
+	@PYTHONPATH=tests $(BIN)/python -m support.models_page docs/models.md
 
 # A GPU machine may have torch and no llmkit installed: the folders are then found through .typecheck.
 # A part that ended well has left RESULTS/PART.json and is not run again: `make gpu PART="kernels steps"` runs some.

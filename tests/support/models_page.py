@@ -1,4 +1,4 @@
-"""Writes docs/models.md, the table of models: `python -m support.models_page` in tests/.
+"""Writes docs/models.md, the table of models: `python -m support.models_page FILE` in tests/.
 
 The tables are made from the families, the wrappers and the parity tests. The names that people know
 models by, and those of variants with limits of their own, are the only words written by hand.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import transformers
 
@@ -20,7 +21,7 @@ from support import tiny_wrappers
 from support.model_coverage import PeerList, coverage, peer_lists, refusals
 from support.tiny_families import COMMON, FAMILIES
 
-# What people call the models of an architecture.
+# What people call the models of an architecture; of several spellings, the first.
 MODEL_NAMES = {
     "LlamaForCausalLM": "Llama 1 to 3.3, SmolLM 1 and 2, Yi, R1-Distill-Llama",
     "MistralForCausalLM": "Mistral 7B, Nemo, Small 3 (24B)",
@@ -172,7 +173,7 @@ def tables_section() -> str:
     """The page without the comparison, which takes seconds to compute."""
     native = _table(
         ("architecture", "models", "quantize", "shard", "LoRA", "GGUF", "parity tests"),
-        [_native_row(architecture) for architecture in SUPPORTED],
+        [_native_row(names) for names in native_architectures().values()],
     )
     multimodal = _table(
         ("architecture", "models", "text model", "carried", "parity tests"),
@@ -202,6 +203,14 @@ def coverage_section() -> str:
     return head + "".join(rows) + "\n" + _remaining(lists[0])
 
 
+def native_architectures() -> dict[str, list[str]]:
+    """The architectures of native families by model_type. Those in MODEL_NAMES come first."""
+    found: dict[str, list[str]] = {}
+    for architecture in sorted(SUPPORTED, key=lambda name: name not in MODEL_NAMES):
+        found.setdefault(SUPPORTED[architecture][0], []).append(architecture)
+    return found
+
+
 def parity_tests(architecture: str) -> list[str]:
     """The names of the parity tests of an architecture."""
     if architecture in WRAPPERS:
@@ -218,11 +227,12 @@ def spec_of(name: str, architecture: str) -> ModelSpec:
     return model_spec(config | {"architectures": [architecture]})
 
 
-def _native_row(architecture: str) -> list[str]:
+def _native_row(names: Sequence[str]) -> list[str]:
+    architecture = names[0]
     tests = parity_tests(architecture)
     specs = {name: spec_of(name, architecture) for name in tests}
     return [
-        f"`{architecture}`",
+        _code(names),
         MODEL_NAMES[architecture],
         _by_limits(specs, _quantize_cell),
         _by_limits(specs, _shard_cell),
@@ -274,7 +284,7 @@ def _lora_cell(spec: ModelSpec) -> str:
 def _wrapper_row(architecture: str) -> list[str]:
     wrapper = WRAPPERS[architecture]
     families = {wrapper.families.get(name, name) for name in wrapper.text_types}
-    texts = [name for name, (model_type, _) in SUPPORTED.items() if model_type in families]
+    texts = [names[0] for kind, names in native_architectures().items() if kind in families]
     return [
         f"`{architecture}`",
         MODEL_NAMES[architecture],
@@ -304,4 +314,4 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 if __name__ == "__main__":
     transformers.logging.set_verbosity_error()
-    sys.stdout.write(models_page())
+    Path(sys.argv[1]).write_text(models_page())
