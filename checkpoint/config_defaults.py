@@ -22,7 +22,8 @@ COMMON: dict[str, Any] = {
     "rope_theta": 10000.0,
 }
 # Optional fields of every family: the default is null.
-NULLABLE: dict[str, type] = {
+NULLABLE: dict[str, type | tuple[type, ...]] = {
+    "sliding_window_pattern": (int, str),
     "num_key_value_heads": int,
     "head_dim": int,
     "sliding_window": int,
@@ -42,6 +43,7 @@ NULLABLE: dict[str, type] = {
     "clip_qkv": float,
     "rotary_dim": int,
     "num_global_key_value_heads": int,
+    "num_shared_expert": int,
     "scoring_func": str,
     "topk_method": str,
     "num_local_experts": int,
@@ -51,6 +53,27 @@ NULLABLE: dict[str, type] = {
     "layer_rope_theta": list,
     "num_attention_heads_per_layer": list,
 }
+# Numbers that configs may have as a list, with one for each layer. Only equal ones are allowed.
+MAYBE_LISTS = (
+    "num_local_experts",
+    "num_experts_per_tok",
+    "moe_intermediate_size",
+    "num_shared_expert",
+)
+# Fields that must be positive in families that have a default for them.
+POSITIVE = (
+    "sliding_window_pattern",
+    "no_rope_layer_interval",
+    "global_attn_every_n_layers",
+    "decoder_sparse_step",
+    "moe_layer_interval",
+    "n_group",
+    "topk_group",
+    "num_experts_per_tok",
+    "logits_scaling",
+    "logit_scale",
+    "rms_norm_eps",
+)
 # Other names of a field.
 ALIASES = {
     "num_local_experts": ("num_experts", "n_routed_experts", "moe_num_experts"),
@@ -69,6 +92,12 @@ _GEMMA = {
     "tie_word_embeddings": True,
     "query_pre_attn_scalar": 256,
     "sliding_window": 4096,
+}
+_HUNYUAN = {
+    "rms_norm_eps": 1e-5,
+    "mlp_bias": False,
+    "use_qk_norm": (True,),
+    "use_cla": (False,),
 }
 _GLM = {
     "num_key_value_heads": 2,
@@ -203,12 +232,12 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "attention_out_bias": False,
         "mlp_bias": False,
     },
-    "hunyuan_v1_dense": {"rms_norm_eps": 1e-5, "mlp_bias": False},
+    "hunyuan_v1_dense": _HUNYUAN,
     "exaone4": {
         "num_key_value_heads": 32,
         "rms_norm_eps": 1e-5,
         "sliding_window": 4096,
-        "sliding_window_pattern": 4,
+        "sliding_window_pattern": None,
     },
     "cohere": _COHERE | {"rope_theta": 5e5},
     "cohere2": _COHERE | {"sliding_window": 4096, "sliding_window_pattern": 4},
@@ -248,7 +277,13 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "qk_layernorm": False,
         "use_parallel_residual": False,
     },
-    "apertus": {"hidden_act": "xielu", "rms_norm_eps": 1e-5, "rope_theta": 12e6},
+    "apertus": {
+        "hidden_act": ("xielu",),
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 12e6,
+        "qk_norm": (True,),
+        "post_norm": (False,),
+    },
     "internlm3": {
         "num_key_value_heads": 2,
         "head_dim": 128,
@@ -314,13 +349,21 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 32,
         "rms_norm_eps": 1e-5,
         "sliding_window": 4096,
-        "sliding_window_pattern": 4,
+        "sliding_window_pattern": None,
         "moe_intermediate_size": 1024,
         "num_shared_experts": 1,
         "first_k_dense_replace": 1,
         "routed_scaling_factor": 2.5,
     },
-    "minimax_m2": _EXPERTS | {"num_key_value_heads": 8, "head_dim": 128, "rope_theta": 5e6},
+    "minimax_m2": _EXPERTS
+    | {
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "rope_theta": 5e6,
+        "use_qk_norm": (True,),
+        "qk_norm_type": ("per_layer",),
+        "shared_intermediate_size": (0,),
+    },
     "ernie4_5_moe": _EXPERTS
     | {
         "num_key_value_heads": 4,
@@ -334,7 +377,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "moe_layer_end_index": -1,
         "moe_layer_interval": 1,
     },
-    "hunyuan_v1_moe": _EXPERTS | {"rms_norm_eps": 1e-5, "mlp_bias": False},
+    "hunyuan_v1_moe": _EXPERTS | _HUNYUAN,
     "hy_v3": _SIGMOID_ROUTER
     | {
         "num_key_value_heads": 8,
@@ -356,6 +399,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "route_scale": 1.0,
         "global_attn_every_n_layers": 4,
         "mup_enabled": False,
+        "score_func": ("sigmoid",),
+        "route_norm": (True,),
     },
     "gemma4_text": {
         "hidden_activation": "gelu_pytorch_tanh",

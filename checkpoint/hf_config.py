@@ -10,7 +10,15 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
-from llmkit.checkpoint.config_defaults import ALIASES, COMMON, FAMILIES, NULLABLE, REQUIRED_SIZES
+from llmkit.checkpoint.config_defaults import (
+    ALIASES,
+    COMMON,
+    FAMILIES,
+    MAYBE_LISTS,
+    NULLABLE,
+    POSITIVE,
+    REQUIRED_SIZES,
+)
 from llmkit.common.errors import InputError
 
 
@@ -46,10 +54,21 @@ def complete_config(config: dict[str, Any], model_type: str) -> Any:
         for alias in aliases:
             if name in defaults and alias in config:
                 config.setdefault(name, config[alias])
+    if model_type == "internlm3":  # it has names of its own
+        config = {"attention_bias": config.get("qkv_bias", False)} | config
+        config = {"mlp_bias": config.get("bias", False)} | config
+    for name in MAYBE_LISTS:
+        if isinstance(config.get(name), list):
+            config[name] = _equal_number(name, config[name])
     values = {
         name: _checked_value(config, name, default, model_type)
         for name, default in defaults.items()
     }
+    for name in POSITIVE:
+        value = values.get(name)
+        has_default = defaults.get(name) is not None
+        if has_default and isinstance(value, (int, float)) and value <= 0:
+            raise InputError(f"config.json has {name} {value}", "A positive number was expected")
     completed = SimpleNamespace(**values)
     for name in (*REQUIRED_SIZES, "head_dim", "num_key_value_heads"):
         if values[name] is not None and values[name] < 1:
@@ -67,6 +86,15 @@ def complete_config(config: dict[str, Any], model_type: str) -> Any:
         completed.head_dim = completed.hidden_size // num_heads
     completed.num_key_value_heads = completed.num_key_value_heads or num_heads
     return completed
+
+
+def _equal_number(name: str, numbers: list[Any]) -> Any:
+    if not numbers or any(number != numbers[0] for number in numbers):
+        raise InputError(
+            f"config.json has different numbers for {name} ({str(numbers)[:40]})",
+            "The same number for all layers",
+        )
+    return numbers[0]
 
 
 def _checked_value(config: dict[str, Any], name: str, default: Any, model_type: str) -> Any:

@@ -19,6 +19,7 @@ from llmkit.common.errors import InputError
 REQUIRED_PARAMETERS = {
     "default": (),
     "linear": ("factor",),
+    "dynamic": (),  # up to max_position_embeddings, the longest request, it is the default
     "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
     "yarn": ("factor",),
     "longrope": ("short_factor", "long_factor"),

@@ -135,6 +135,8 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """
     if cpu_kernels.supports(x) and x.is_contiguous() and weight.dtype == x.dtype:
         return cpu_kernels.rms_norm(x, weight, eps)
+    if weight.dtype != x.dtype:
+        return torch_rms_norm(x.float(), weight.shape, weight.float(), eps).to(x.dtype)
     return torch_rms_norm(x, weight.shape, weight, eps)
 
 

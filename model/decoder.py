@@ -91,7 +91,7 @@ class DecoderLayer:
                 if kind == "bias":
                     self.norm_biases[module] = tensor
                 else:
-                    self.norms[module] = tensor + spec.norm_offset if spec.norm_offset else tensor
+                    self.norms[module] = _norm_weight(tensor, spec)
             elif kind == "weight":
                 bias = tensors.get(f"{module}.bias")
                 self.linears[module] = Linear(tensor, bias, self.activation_quant.get(module))
@@ -291,8 +291,9 @@ class DecoderLayer:
         """The outputs of each token's best experts, weighted by the router, and the shared one."""
         moe = self.spec.moe
         assert moe is not None
+        router = self.linears["mlp.router"]
         topk_weights, topk_ids = select_experts(
-            self.linears["mlp.router"](x), moe, self.vectors.get("mlp.router.correction_bias")
+            router(x.to(router.weight.dtype)), moe, self.vectors.get("mlp.router.correction_bias")
         )
         if moe.shared_intermediate_size:
             return self._experts(x, topk_ids, topk_weights) + self._shared_expert(x)
@@ -465,7 +466,7 @@ class Decoder:
                 weight = tensors.pop("lm_head.weight", missing)
             head = Linear(weight, None, activation_quant.get("lm_head"))
         self.head = head
-        self.final_norm = tensors.pop("norm.weight", missing) + spec.norm_offset
+        self.final_norm = _norm_weight(tensors.pop("norm.weight", missing), spec)
         self.final_norm_bias = tensors.pop("norm.bias", None)
         self.per_layer = {
             name: tensors.pop(f"per_layer.{name}.weight")
@@ -574,7 +575,8 @@ class Decoder:
         normed: torch.Tensor = rms_norm(
             projected.unflatten(-1, (-1, size)), self.per_layer["norm"], self.spec.rms_norm_eps
         )
-        return (normed + rows.unflatten(-1, (-1, size))) * 2.0**-0.5
+        inputs: torch.Tensor = (normed + rows.unflatten(-1, (-1, size))) * 2.0**-0.5
+        return inputs
 
     def cos_sin(self, positions: torch.Tensor) -> dict[str, CosSin]:
         """The cosines and sines of a step, for every rotary embedding of the model."""
@@ -627,6 +629,11 @@ class Decoder:
         ):
             return KVCache(kv)
         return KVCache(kv, lazy_zeros((*shape, 1), torch.float32, self.device))
+
+
+def _norm_weight(weight: torch.Tensor, spec: ModelSpec) -> torch.Tensor:
+    """What a norm multiplies by. A sum with the offset is in float32, where it is exact."""
+    return weight.float() + spec.norm_offset if spec.norm_offset else weight
 
 
 def _add_norm(

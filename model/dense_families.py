@@ -15,6 +15,7 @@ from llmkit.model.family_fields import (
     rope,
     rope_parameters,
     ropes_by_layer_type,
+    windows_of_pattern,
     without_global_rope,
 )
 from llmkit.model.spec import LayerSpec
@@ -52,6 +53,9 @@ def _qwen3(config: Any) -> dict[str, Any]:
 def _phi3(config: Any) -> dict[str, Any]:
     parameters = rope_parameters(config)
     rope_type = parameters["rope_type"]
+    if rope_type == "su":  # its name in the first releases
+        rope_type = "longrope"
+        parameters = parameters | {"rope_type": rope_type}
     if rope_type not in ("default", "longrope"):
         raise InputError(
             f"unsupported RoPE scaling of Phi-3 ({rope_type})", "One of default, longrope"
@@ -83,8 +87,7 @@ def _gemma2(config: Any) -> dict[str, Any]:
 def _gemma3(config: Any) -> dict[str, Any]:
     if config.use_bidirectional_attention:
         raise InputError("Gemma 3 with use_bidirectional_attention", "A causal language model")
-    pattern = config.sliding_window_pattern
-    has_window = [(index + 1) % pattern != 0 for index in range(config.num_hidden_layers)]
+    has_window = windows_of_pattern(config.sliding_window_pattern, config.num_hidden_layers)
     rope_theta = {
         "full_attention": config.rope_theta,
         "sliding_attention": config.rope_local_base_freq,
@@ -175,8 +178,9 @@ def _ministral3(config: Any) -> dict[str, Any]:
 
 
 def _olmo3(config: Any) -> dict[str, Any]:
-    has_window = [(index + 1) % 4 != 0 for index in range(config.num_hidden_layers)]
-    layers = mixed_layers(config, has_window, config.sliding_window)
+    layers = mixed_layers(
+        config, windows_of_pattern(4, config.num_hidden_layers), config.sliding_window
+    )
     rope_theta = dict.fromkeys(LAYER_TYPES, config.rope_theta)
     return _olmo2(config) | ropes_by_layer_type(config, layers, rope_theta)
 
@@ -233,13 +237,15 @@ def hunyuan(config: Any) -> dict[str, Any]:
     }
 
 
-def _exaone4(config: Any) -> dict[str, Any]:
-    pattern = config.sliding_window_pattern or 1
-    num_layers = config.num_hidden_layers
-    has_window = [(index + 1) % pattern != 0 for index in range(num_layers)]
+def exaone_layers(config: Any) -> tuple[LayerSpec, ...]:
+    """Layers of which those with full attention have no position encoding."""
+    has_window = windows_of_pattern(config.sliding_window_pattern or 4, config.num_hidden_layers)
     layers = mixed_layers(config, has_window, config.sliding_window)
-    if config.sliding_window is not None:
-        layers = without_global_rope(layers)
+    return layers if config.sliding_window is None else without_global_rope(layers)
+
+
+def _exaone4(config: Any) -> dict[str, Any]:
+    layers = exaone_layers(config)
     return {"qk_norm": "head", "pre_norm": False, "post_norm": True, "layers": layers}
 
 
@@ -284,8 +290,7 @@ def granite_swa(config: Any) -> dict[str, Any]:
 
 
 def _cohere2(config: Any) -> dict[str, Any]:
-    pattern = config.sliding_window_pattern
-    has_window = [(index + 1) % pattern != 0 for index in range(config.num_hidden_layers)]
+    has_window = windows_of_pattern(config.sliding_window_pattern, config.num_hidden_layers)
     layers = mixed_layers(config, has_window, config.sliding_window)
     return _cohere(config) | {"layers": without_global_rope(layers)}
 

@@ -114,9 +114,32 @@ def model_spec(
     if spec.num_heads % spec.num_kv_heads:
         raise InputError(
             f"{spec.num_heads} heads and {spec.num_kv_heads} KV heads",
-            "Heads are a multiple of KV heads",
+            "num_attention_heads must be a multiple of num_key_value_heads",
         )
+    _check_values(spec)
     return spec
+
+
+def _check_values(spec: ModelSpec) -> None:
+    """Raises InputError for values that contradict each other."""
+    if any(spec.for_layer(index).head_dim % 2 for index in range(len(spec.layers))):
+        raise InputError(f"config.json has head_dim {spec.head_dim}", "An even number was expected")
+    if spec.activation == "xielu" and spec.gated_mlp:
+        raise InputError(f"{spec.architecture} with the activation xielu", "One of its family")
+    moe = spec.moe
+    if moe is None or not any(layer.is_moe for layer in spec.layers):
+        return
+    if not 1 <= moe.num_experts_per_tok <= moe.num_experts:
+        raise InputError(
+            f"config.json has {moe.num_experts} experts and {moe.num_experts_per_tok} of them"
+            " for each token",
+            "At least one for each token, and no more than there are",
+        )
+    if moe.topk_groups < moe.num_groups and moe.num_experts < 2 * moe.num_groups:
+        raise InputError(
+            f"config.json has {moe.num_experts} experts in {moe.num_groups} groups",
+            "At least two in each group",
+        )
 
 
 # What a user is told when a model runs by the fallback, and what that costs.

@@ -58,6 +58,18 @@ def mixed_layers(
     return tuple(LayerSpec(window if windowed else None) for windowed in has_window)
 
 
+def windows_of_pattern(pattern: int | str, num_layers: int) -> list[bool]:
+    """Which layers have a sliding window.
+
+    pattern: the period of the layers without one, which end it; or a text such as "LLLG" that is
+    repeated, L for a layer with a window. The last layer of a text's model has none.
+    """
+    if isinstance(pattern, int):
+        return [(index + 1) % pattern != 0 for index in range(num_layers)]
+    windows = [pattern[index % len(pattern)] == "L" for index in range(num_layers)]
+    return [*windows[:-1], False]
+
+
 def without_global_rope(layers: Sequence[LayerSpec]) -> tuple[LayerSpec, ...]:
     """The layers, of which only those with a sliding window have RoPE."""
     return tuple(
@@ -75,6 +87,11 @@ def ropes_by_layer_type(
     """
     scaling = {"full_attention": config.rope_scaling or {}}
     by_layer_type = config.rope_parameters or {}
+    if by_layer_type and not by_layer_type.keys() & set(LAYER_TYPES):
+        raise InputError(
+            f"config.json has rope_parameters for all layers ({', '.join(by_layer_type)})",
+            f"Parameters for {' and '.join(LAYER_TYPES)}",
+        )
     named = []
     ropes = {}
     for layer in layers:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import replace
 from typing import Any
 
 from llmkit.common.errors import InputError
-from llmkit.model.dense_families import granite, granite_swa, hunyuan
+from llmkit.model.dense_families import exaone_layers, granite, granite_swa, hunyuan
 from llmkit.model.family_fields import (
     FamilyFunction,
     equal_layers,
@@ -15,6 +16,7 @@ from llmkit.model.family_fields import (
     rope,
     rope_parameters,
     ropes_by_layer_type,
+    windows_of_pattern,
     without_global_rope,
 )
 from llmkit.model.spec import ExpertStack, LayerSpec, MoeSpec
@@ -159,13 +161,8 @@ def _solar_open(config: Any) -> dict[str, Any]:
 
 
 def _exaone_moe(config: Any) -> dict[str, Any]:
-    pattern = config.sliding_window_pattern or 1
-    num_layers = config.num_hidden_layers
-    has_window = [(index + 1) % pattern != 0 for index in range(num_layers)]
-    layers = mixed_layers(config, has_window, config.sliding_window)
-    if config.sliding_window is not None:
-        layers = without_global_rope(layers)
-    is_moe = [index >= config.first_k_dense_replace for index in range(num_layers)]
+    layers = exaone_layers(config)
+    is_moe = [index >= config.first_k_dense_replace for index in range(len(layers))]
     moe = _sigmoid_router(config, config.num_shared_experts)
     return {
         "qk_norm": "head",
@@ -220,6 +217,7 @@ def _ernie4_5_moe(config: Any) -> dict[str, Any]:
         norm_topk_prob=True,
         correction_bias="moe_statics.e_score_correction_bias",
         correction_bias_shape=(1, num_experts),
+        float32_router=True,
         shared_intermediate_size=config.moe_intermediate_size * config.moe_num_shared_experts,
     )
     return {
@@ -233,12 +231,20 @@ def _ernie4_5_moe(config: Any) -> dict[str, Any]:
 
 
 def _hunyuan_moe(config: Any) -> dict[str, Any]:
+    expert_size = config.moe_intermediate_size or config.intermediate_size
+    if expert_size != config.intermediate_size or config.num_shared_expert not in (None, 1):
+        raise InputError(
+            f"config.json has moe_intermediate_size {expert_size}, intermediate_size"
+            f" {config.intermediate_size} and num_shared_expert {config.num_shared_expert}",
+            "Equal sizes, and one shared expert",
+        )
     moe = MoeSpec(
         num_experts=config.num_local_experts,
         num_experts_per_tok=config.num_experts_per_tok,
         intermediate_size=config.intermediate_size,
         norm_topk_prob=True,
         router="gate.wg",
+        float32_router=True,
         shared_intermediate_size=config.intermediate_size,
         shared_expert="shared_mlp",
     )
@@ -268,8 +274,7 @@ def _hy_v3(config: Any) -> dict[str, Any]:
 
 def _afmoe(config: Any) -> dict[str, Any]:
     num_layers = config.num_hidden_layers
-    every = config.global_attn_every_n_layers
-    has_window = [(index + 1) % every != 0 for index in range(num_layers)]
+    has_window = windows_of_pattern(config.global_attn_every_n_layers, num_layers)
     layers = without_global_rope(mixed_layers(config, has_window, config.sliding_window))
     is_moe = [index >= config.num_dense_layers for index in range(num_layers)]
     moe = replace(
@@ -278,6 +283,7 @@ def _afmoe(config: Any) -> dict[str, Any]:
         router="router.gate",
         correction_bias="expert_bias",
         routed_scaling_factor=config.route_scale,
+        float32_router=False,
     )
     return {
         "qk_norm": "head",
@@ -382,8 +388,9 @@ def _laguna(config: Any) -> dict[str, Any]:
         for layer, count in zip(_with_experts(layers, is_moe), heads, strict=True)
     )
     # Full attention rotates half of a head unless the config says otherwise.
-    given = config.rope_parameters or {"full_attention": {"partial_rotary_factor": 0.5}}
-    config.rope_parameters = given
+    config = copy(config)
+    if config.rope_parameters is None:
+        config.rope_parameters = {"full_attention": {"partial_rotary_factor": 0.5}}
     rope_theta = {"full_attention": 5e5, "sliding_attention": 1e4}
     moe = MoeSpec(
         num_experts=config.num_local_experts,
@@ -434,6 +441,7 @@ def _sigmoid_router(config: Any, num_shared_experts: int | None = None) -> MoeSp
         topk_groups=config.topk_group,
         routed_scaling_factor=config.routed_scaling_factor,
         shared_intermediate_size=config.moe_intermediate_size * num_shared_experts,
+        float32_router=True,
     )
 
 
@@ -490,6 +498,7 @@ MOE_FAMILIES: dict[str, tuple[str, FamilyFunction]] = {
     "Glm4MoeForCausalLM": ("glm4_moe", _glm4_moe),
     "Dots1ForCausalLM": ("dots1", _dots1),
     "SolarOpenForCausalLM": ("solar_open", _solar_open),
+    "ExaoneMoEForCausalLM": ("exaone_moe", _exaone_moe),  # in files of the hub
     "ExaoneMoeForCausalLM": ("exaone_moe", _exaone_moe),
     "MiniMaxM2ForCausalLM": ("minimax_m2", _minimax_m2),
     "Ernie4_5_MoeForCausalLM": ("ernie4_5_moe", _ernie4_5_moe),

@@ -462,7 +462,7 @@ def _moe_rows(spec: ModelSpec, index: int, input_from: str | None) -> Iterator[P
         source = f"{source}.{moe.module}"
     name = f"layers.{index}.mlp"
     layers = (index,)
-    yield from _linear(
+    router = _linear(
         f"{name}.router",
         f"{source}.{moe.router}",
         (moe.num_experts, spec.hidden_size),
@@ -472,6 +472,8 @@ def _moe_rows(spec: ModelSpec, index: int, input_from: str | None) -> Iterator[P
         input_from,
         is_linear=False,
     )
+    for row in router:
+        yield replace(row, is_float32=moe.float32_router)
     if moe.correction_bias is not None:
         shape = moe.correction_bias_shape or (moe.num_experts,)
         bias = SourceTensor(f"{source}.{moe.correction_bias}", shape)

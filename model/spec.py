@@ -1,7 +1,7 @@
 """`ModelSpec` describes a model for the decoder, the parameter table and the planners.
 
-Fields that exist in Hugging Face configs have the same name here. The other fields say how a family
-differs from Llama.
+Most fields that exist in Hugging Face configs have the same name here. The other fields say how a
+family differs from Llama.
 """
 
 from __future__ import annotations
@@ -66,6 +66,7 @@ class MoeSpec:
     expert_stack: ExpertStack | None = None  # None: a checkpoint stores experts one by one
     router: str = "gate"  # the linear that computes the logits of the experts
     router_bias: bool = False
+    float32_router: bool = False  # logits in float32, whatever the dtype of the model
     scoring: Literal["softmax", "sigmoid"] = "softmax"  # from logits to scores
     router_logit_softcapping: float | None = None
     # A tensor [num_experts] that is added to the scores to choose experts, but not to weight them.

@@ -88,13 +88,14 @@ def load_model(
                 )
                 if row.expert is not None and is_offloaded:
                     stays_packed = False
-            if packed and is_cpu and row.name == "embed.weight":
-                # The embedding keeps its stored dtype when that is smaller than `dtype`.
+            if packed and is_cpu and row.name in ("embed.weight", "per_layer.embed.weight"):
+                # An embedding keeps its stored dtype when that is smaller than `dtype`.
                 (table,) = _read_stored(checkpoint, row, device)
                 assert isinstance(table, torch.Tensor)
                 is_smaller = table.dtype.itemsize < dtype.itemsize
                 tensors[row.name] = table if is_smaller else table.to(dtype)
-                if spec.tie_word_embeddings and spec.is_last_stage:
+                is_head = row.name == "embed.weight" and spec.tie_word_embeddings
+                if is_head and spec.is_last_stage:
                     linears["lm_head"] = pool.submit(serving_linear, [table], None, None, dtype)
             elif stays_packed:
                 weights = _read_stored(checkpoint, row, row_device)

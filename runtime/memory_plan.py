@@ -221,7 +221,8 @@ def weight_bytes(
     total = 0
     for row in parameters(spec) if rows is None else rows:
         is_embedding = row.name == "embed.weight"
-        keeps_small_dtype = cpu_packs and (row.is_linear or row.is_lm_head or is_embedding)
+        is_table = is_embedding or row.name == "per_layer.embed.weight"
+        keeps_small_dtype = cpu_packs and (row.is_linear or row.is_lm_head or is_table)
         gpu_packs = not on_cpu and can_stay_packed(device, row, checkpoint.quantization, dtype)
         # A tied embedding is held twice: as the embedding table and as the packed LM head.
         copies = 2 if keeps_small_dtype and spec.tie_word_embeddings and is_embedding else 1
@@ -305,7 +306,8 @@ def estimate_workspace(
 
     Counted are its widest activations and the logits that it samples from.
     """
-    widest = spec.intermediate_size
+    layers = [spec.for_layer(index) for index in range(len(spec.layers))]
+    widest = max((layer.intermediate_size for layer in layers), default=spec.intermediate_size)
     if spec.moe is not None:
         widest = max(widest, spec.moe.num_experts_per_tok * spec.moe.intermediate_size)
     activations = step_tokens * (2 * spec.hidden_size + 3 * widest) * dtype.itemsize

@@ -126,7 +126,7 @@ def test_llama3_keeps_high_frequencies_and_divides_low_ones() -> None:
 @pytest.mark.parametrize(
     ("parameters", "message"),
     [
-        ({"rope_type": "dynamic"}, r"RoPE scaling \(dynamic\). One of default, linear, llama3, "),
+        ({"rope_type": "axial"}, r"RoPE scaling \(axial\). One of default, linear, dynamic"),
         ({"rope_type": "yarn"}, "config.json lacks factor of its yarn RoPE scaling"),
         ({"rope_type": "longrope"}, "lacks short_factor, long_factor of its longrope"),
         ({"rope_type": "linear", "factor": "x"}, "a linear RoPE scaling that cannot be computed"),

@@ -45,16 +45,21 @@ LONG = {
     "long_factor": [1.0, 2.0, 4.0, 8.0],
 }
 HALF = ["sliding_attention", "full_attention"] * 4
+FULL = ["full_attention"] * 8
 GEMMA3_ROPE = {
     "sliding_attention": {"rope_type": "default", "rope_theta": 12345.0},
     "full_attention": {"rope_type": "linear", "rope_theta": 54321.0, "factor": 8.0},
 }
+NEEDED: dict[str, dict[str, Any]] = {
+    "helium": {"num_key_value_heads": 4},
+    "hunyuan_v1_moe": {"moe_intermediate_size": 48},
+}
 # What a config of each family may say beside its sizes.
 VARIANTS: list[tuple[str, dict[str, Any]]] = [
-    # Helium has 20 KV heads by default. Gemma 4 has a test of its own. Each layer of a Granite with
-    # sliding windows has a rope_theta of its own.
+    # Helium has 20 KV heads by default. Hunyuan's experts have the intermediate_size. Gemma 4 has a
+    # test of its own. Each layer of a Granite with sliding windows has a rope_theta of its own.
     *(
-        (kind, {"num_key_value_heads": 4} if kind == "helium" else {})
+        (kind, NEEDED.get(kind, {}))
         for kind in FAMILIES
         if kind not in ("gemma4_text", "granite_swa", "granitemoe_swa")
     ),
@@ -136,6 +141,18 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("smollm3", {"no_rope_layers": [1, 0] * 4, "use_sliding_window": True, "sliding_window": 20}),
     ("smollm3", {"no_rope_layer_interval": 2, "tie_word_embeddings": False}),
     ("mixtral", {"sliding_window": 12, "rope_theta": 10.0}),
+    # As released: EXAONE 4.0 32B and 1.2B, Hunyuan-A13B, InternLM3, the first Phi-3 with 128k.
+    ("exaone4", {"sliding_window_pattern": "LLLG", "layer_types": HALF}),
+    ("exaone4", {"sliding_window_pattern": None, "sliding_window": None, "layer_types": FULL}),
+    (
+        "hunyuan_v1_moe",
+        {
+            "num_experts_per_tok": [2] * 8,
+            "moe_intermediate_size": [48] * 8,
+            "num_shared_expert": [1] * 8,
+        },
+    ),
+    ("internlm3", {"qkv_bias": True, "bias": True}),
     ("qwen3_moe", {"norm_topk_prob": True, "mlp_only_layers": [1], "decoder_sparse_step": 2}),
     ("qwen3_moe", {"use_sliding_window": True, "sliding_window": 12, "attention_bias": True}),
 ]
@@ -269,8 +286,8 @@ def test_model_spec_refuses_contradictions_of_gemma4(values: dict[str, Any], mes
         ("llama", {"hidden_act": "relu"}, r"unsupported activation \(relu\)"),
         (
             "llama",
-            {"rope_scaling": {"type": "dynamic", "factor": 2.0}},
-            r"unsupported RoPE scaling \(dynamic\)",
+            {"rope_scaling": {"type": "axial", "factor": 2.0}},
+            r"unsupported RoPE scaling \(axial\)",
         ),
         (
             "llama",
@@ -299,6 +316,21 @@ def test_model_spec_refuses_contradictions_of_gemma4(values: dict[str, Any], mes
         ("granite_swa", {"layer_rope_theta": [1.0]}, "1 layer_rope_theta"),
         ("olmoe", {"clip_qkv": 8.0}, "clip_qkv"),
         ("stablelm", {"qk_layernorm": True}, "qk_layernorm"),
+        ("mixtral", {"num_experts_per_tok": 9}, "4 experts and 9 of them"),
+        ("mixtral", {"num_experts_per_tok": 0}, "num_experts_per_tok 0. A positive"),
+        ("glm4_moe", {"n_group": 4}, "4 experts in 4 groups"),
+        ("glm4_moe", {"n_group": 0}, "n_group 0. A positive"),
+        ("gemma3_text", {"sliding_window_pattern": 0}, "sliding_window_pattern 0"),
+        ("gemma3_text", {"rope_parameters": YARN}, "rope_parameters for all layers"),
+        ("granite", {"logits_scaling": 0.0}, "logits_scaling 0.0"),
+        ("llama", {"rms_norm_eps": -1.0}, "rms_norm_eps -1.0"),
+        ("llama", {"head_dim": 33}, "head_dim 33. An even"),
+        ("llama", {"hidden_act": "xielu"}, "with the activation xielu"),
+        ("apertus", {"hidden_act": "silu"}, "hidden_act 'silu'. One of 'xielu'"),
+        ("minimax_m2", {"use_qk_norm": False}, "use_qk_norm 'False'. One of True"),
+        ("hunyuan_v1_moe", {"num_experts_per_tok": [2, 3]}, "different numbers for num_experts"),
+        ("hunyuan_v1_moe", {"moe_intermediate_size": 24}, "moe_intermediate_size 24"),
+        ("hunyuan_v1_moe", NEEDED["hunyuan_v1_moe"] | {"num_shared_expert": [2]}, "num_shared"),
     ],
 )
 def test_model_spec_refuses_unsupported_configs(

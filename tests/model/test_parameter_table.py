@@ -8,6 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from support.tiny_families import family_oracle
 from support.tiny_models import tiny_checkpoint
 
 from llmkit.checkpoint.open_checkpoint import open_checkpoint
@@ -130,6 +131,34 @@ def test_model_spec_names_the_nearest_architecture(
     number = len(SUPPORTED) + len(WRAPPERS)
     assert f"docs/models.md lists the {number} supported architectures" in message
     assert len(message) < 480
+
+
+def test_check_checkpoint_allows_unused_keys_of_layers_that_read_others(tmp_path: Path) -> None:
+    family_oracle("gemma4", tmp_path)
+    file = tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    tensors["model.layers.5.self_attn.k_proj.weight"] = torch.ones(64, 32)
+    save_file(tensors, file, {"format": "pt"})
+    checkpoint = open_checkpoint(tmp_path)
+    check_checkpoint(checkpoint, model_spec(checkpoint.config))
+    tensors["model.layers.5.self_attn.k_proj.scale"] = torch.ones(1)
+    tensors["model.layers.5.self_attn.sinks"] = torch.ones(4)
+    save_file(tensors, file, {"format": "pt"})
+    checkpoint = open_checkpoint(tmp_path)
+    with pytest.raises(InputError, match=r"has 1 tensor \(model.layers.5.self_attn.sinks\)"):
+        check_checkpoint(checkpoint, model_spec(checkpoint.config))
+
+
+def test_check_checkpoint_names_the_missing_bias_that_chooses_experts(tmp_path: Path) -> None:
+    family_oracle("glm4-moe", tmp_path)
+    file = tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    del tensors["model.layers.2.mlp.gate.e_score_correction_bias"]
+    save_file(tensors, file, {"format": "pt"})
+    checkpoint = open_checkpoint(tmp_path)
+    missing = r"lacks 1 tensor \(model.layers.2.mlp.gate.e_score_correction_bias\)"
+    with pytest.raises(InputError, match=missing):
+        check_checkpoint(checkpoint, model_spec(checkpoint.config))
 
 
 def test_model_spec_refuses_remote_code(checkpoint: Path) -> None:
