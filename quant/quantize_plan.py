@@ -247,7 +247,7 @@ def make_plan(source: str, out: Path, options: QuantizeOptions, progress: Progre
         )
     if quantization is not None and options.method == "gptq":
         quantization = dataclasses.replace(quantization, damp=options.damp)
-    check_engine(options.engine, quantization)
+    check_engine(options.engine, quantization, spec)
     out = out.expanduser().absolute()
     wanted_seq_len = options.seq_len or default_seq_len(options.samples, device)
     options = dataclasses.replace(options, seq_len=wanted_seq_len)

@@ -8,12 +8,20 @@ from __future__ import annotations
 
 from llmkit.checkpoint.quantized_weight import QuantizationConfig, Scheme
 from llmkit.common.errors import UsageError
+from llmkit.model.checkpoint_tensors import scheme_of
+from llmkit.model.parameter_table import parameters
+from llmkit.model.spec import ModelSpec
 
 ENGINES = ("vllm", "sglang", "transformers")
 MARLIN_GROUP_SIZES = (-1, 32, 64, 128)
+# vLLM looks for gate_proj and up_proj among the quantized modules of these families, whose
+# checkpoints have gate_up_proj.
+VLLM_SPLITS_GATE_UP = ("GlmForCausalLM", "Glm4ForCausalLM")
 
 
-def check_engine(engine: str | None, quantization: QuantizationConfig | None) -> None:
+def check_engine(
+    engine: str | None, quantization: QuantizationConfig | None, spec: ModelSpec
+) -> None:
     """Raises UsageError, with an option that helps, when `engine` cannot load the output."""
     if engine is None or quantization is None:
         return
@@ -28,6 +36,9 @@ def check_engine(engine: str | None, quantization: QuantizationConfig | None) ->
             _check_marlin_group_size(engine, scheme)
     if engine == "transformers":
         _check_transformers_lm_head(quantization)
+        _check_transformers_experts(quantization, spec)
+    if engine == "vllm" and quantization.format == "gptq":
+        _check_vllm_gptq_modules(spec)
     if quantization.kv == "int8":
         raise UsageError(f"{engine} knows no INT8 KV cache", "FP8 was expected", "Use --kv fp8")
     if quantization.kv and engine == "transformers":
@@ -41,6 +52,20 @@ def _check_marlin_group_size(engine: str, scheme: Scheme) -> None:
             f"{engine} has no kernel for groups of {scheme.group_size}",
             f"One of {', '.join(map(str, MARLIN_GROUP_SIZES))} was expected",
             "Choose another --group-size",
+        )
+
+
+def _check_vllm_gptq_modules(spec: ModelSpec) -> None:
+    """vLLM finds the quantized modules of the gptq format by the names that it expects."""
+    problem = None
+    if spec.architecture in VLLM_SPLITS_GATE_UP:
+        problem = "takes gate_up_proj as not quantized"
+    elif any(layer.value_is_key for layer in spec.layers):
+        problem = "does not load layers without v_proj"
+    if problem is not None:
+        raise UsageError(
+            f"vLLM {problem} in the gptq format of a {spec.architecture}",
+            todo="Use --format awq or compressed-tensors",
         )
 
 
@@ -61,3 +86,17 @@ def _check_transformers_lm_head(quantization: QuantizationConfig) -> None:
             "and generates nonsense without an error",
             todo="Leave out --lm-head, or use --format compressed-tensors",
         )
+
+
+def _check_transformers_experts(quantization: QuantizationConfig, spec: ModelSpec) -> None:
+    for parameter in parameters(spec):
+        if parameter.expert is None:
+            continue
+        for tensor in parameter.source_names:
+            scheme = scheme_of(parameter, tensor, quantization)
+            if scheme is not None and scheme.kind == "int" and scheme.inputs != "none":
+                raise UsageError(
+                    "transformers does not load INT8 experts whose inputs are quantized too",
+                    "FP8, or weights alone, were expected",
+                    "Use --method fp8, or leave out --activations",
+                )

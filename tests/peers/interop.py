@@ -20,7 +20,7 @@ import math
 import re
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -134,7 +134,23 @@ FAMILY_FORMATS = {
     "int-quantized (W8A8)": case("--method int8 --activations", "run", "run"),
     "float-quantized (FP8)": case("--method fp8", "run", "run"),
 }
-# The sizes for which vLLM's CPU kernels exist: heads of 32 dimensions, groups of 64 weights.
+# What is known to differ, by the beginning of the case and the engine.
+FAMILY_GRADES = (
+    # Few of its CPU kernels take experts; and it reads a field that transformers does not write.
+    (r"(afmoe|\w+_moe): ", "vllm", "refuse"),
+    # It looks for modules that the checkpoint does not have; `--for vllm` refuses both.
+    (r"(glm4|gemma4_text): gptq", "vllm", "refuse"),
+    (r"starcoder2: int", "vllm", "refuse"),  # its backend of transformers' modeling code
+    (r"apertus: (gptq|awq)", "vllm", "run"),  # xIELU in float16
+    # It reads FP8 and packed experts only; `--for transformers` refuses these.
+    (r"(afmoe|\w+_moe): int", "transformers", "refuse"),
+)
+# More arguments of vllm_generate.py for formats that vLLM accepts in half precision only.
+HALF_PRECISION = {
+    "glm4": ("--dtype", "bfloat16"),  # vLLM refuses float16
+    "apertus": ("--reference",),  # its xIELU computes float32, which the 4-bit product refuses
+}
+# What differs from tiny_quantized: the sizes for which vLLM's CPU kernels exist.
 FAMILY_SIZES = {
     "hidden_size": 128,
     "intermediate_size": 256,
@@ -142,6 +158,12 @@ FAMILY_SIZES = {
     "global_head_dim": 64,
     "moe_intermediate_size": 128,
     "shared_expert_intermediate_size": 128,
+}
+FAMILY_FIELDS = {
+    # vLLM reads them, and transformers does not write them.
+    "afmoe": {"score_func": "sigmoid", "route_norm": True, "n_group": 1, "topk_group": 1},
+    # In vLLM a window of Cohere 2 has one token more than in transformers. No prompt is as long.
+    "cohere2": {"sliding_window": 64},
 }
 
 
@@ -344,9 +366,16 @@ def families(work: Path, only: str, engines: Sequence[str]) -> tuple[list[list[s
             if not source.exists():
                 changed = {"hidden_size", "intermediate_size", "head_dim", *differences}
                 sizes = {key: size for key, size in FAMILY_SIZES.items() if key in changed}
-                piece_checkpoint(piece, source, **sizes)
+                piece_checkpoint(piece, source, **sizes, **FAMILY_FIELDS.get(kind, {}))
             model = work / _file_name(label)
             quantized(source, model, what, FAMILY_CALIBRATION)
+            if name in ("gptq", "awq") and kind in HALF_PRECISION:
+                what = replace(what, more={"vllm": list(HALF_PRECISION[kind])})
+            for pattern, engine, grade in FAMILY_GRADES:
+                if re.match(pattern, label) and engine == "vllm":
+                    what = replace(what, vllm=grade)
+                elif re.match(pattern, label):
+                    what = replace(what, transformers=grade)
             row, problems = compared(label, what, model, generated(model, prompts), file, engines)
             rows.append(row)
             wrong += problems

@@ -47,7 +47,10 @@ STOOD_IN: set[str] = set()  # operators that were called and are not vLLM's own
 def dtype_for(model: Path) -> str:
     """Return the most exact dtype in which vLLM accepts the checkpoint."""
     quantization = json.loads((model / "config.json").read_text()).get("quantization_config") or {}
-    return "float16" if quantization.get("quant_method") in HALF_ONLY else "float32"
+    if quantization.get("quant_method") in HALF_ONLY:
+        return "float16"
+    # W8A8: the product of CPUs with AMX takes no float32.
+    return "bfloat16" if quantization.get("format") == "int-quantized" else "float32"
 
 
 def wna16(

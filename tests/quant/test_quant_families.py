@@ -17,7 +17,7 @@ from support.tiny_quantized import PIECES, dense_checkpoint, piece_checkpoint, s
 
 from llmkit.checkpoint.open_checkpoint import open_checkpoint
 from llmkit.checkpoint.tokenizer import load_tokenizer
-from llmkit.common.errors import InputError
+from llmkit.common.errors import InputError, UsageError
 from llmkit.common.progress import SilentProgress
 from llmkit.model.decoder import Decoder, DecoderLayer
 from llmkit.model.families import checkpoint_spec
@@ -342,3 +342,23 @@ def test_experts_in_one_tensor_are_refused_with_a_way_out(tmp_path: Path) -> Non
         ):
             run(tmp_path / "source", tmp_path / "out", method)
     assert not (tmp_path / "out").exists()
+
+
+def test_check_engine_refuses_what_engines_do_not_load_of_a_family(
+    pieces: Callable[[str], Path], tmp_path: Path
+) -> None:
+    glm4 = pieces("norms before and after, fused gate_up")
+    gemma4 = pieces("sizes by layer")
+    moe = pieces(ALL_METHODS[1])
+    for source, engine, options, message in (
+        (glm4, "vllm", replace(BASE, method="gptq"), r"gate_up_proj .* Glm4.*--format awq"),
+        (gemma4, "vllm", replace(BASE, method="gptq"), r"v_proj .* Gemma4.*--format awq"),
+        (moe, "transformers", METHODS["int8"], r"INT8 experts.*--method fp8"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            run(source, tmp_path / "out", replace(options, engine=engine, dry_run=True))
+        run(source, tmp_path / "out", replace(options, dry_run=True))
+    awq = replace(METHODS["awq"], engine="vllm", dry_run=True)
+    run(glm4, tmp_path / "out", awq)
+    kept = replace(METHODS["int8"], engine="transformers", keep=r"\.experts\.", dry_run=True)
+    run(moe, tmp_path / "out", kept)

@@ -185,10 +185,12 @@ def test_check_engine_refuses_a_gptq_lm_head_for_transformers(source: Path) -> N
     spec = dataclasses.replace(
         model_spec(open_checkpoint(source).config), tie_word_embeddings=False
     )
+
+    def check(engine: str, options: MethodOptions) -> None:
+        check_engine(engine, build_quantization_config(spec, options), spec)
+
     with pytest.raises(UsageError, match="lm_head"):
-        check_engine(
-            "transformers", build_quantization_config(spec, MethodOptions("gptq", lm_head=4))
-        )
-    check_engine("vllm", build_quantization_config(spec, MethodOptions("gptq", lm_head=4)))
-    check_engine("transformers", build_quantization_config(spec, MethodOptions("gptq")))
-    check_engine("transformers", build_quantization_config(spec, MethodOptions("rtn", lm_head=8)))
+        check("transformers", MethodOptions("gptq", lm_head=4))
+    check("vllm", MethodOptions("gptq", lm_head=4))
+    check("transformers", MethodOptions("gptq"))
+    check("transformers", MethodOptions("rtn", lm_head=8))
