@@ -86,9 +86,11 @@ def test_scheduler_preempts_the_newest_prompt_when_all_wait_for_blocks() -> None
     assert run_step(state) == [("old", 0, 8), ("new", 0, 4)]
     assert run_step(state) == [("old", 8, 8), ("new", 4, 4)]
     assert state.pools[0].num_available_blocks == 0
+    urgent = Sequence(EngineRequest("urgent", [7], SamplingParams(), priority=-1), seed=0)
+    state.add(urgent)
     assert run_step(state) == [("old", 16, 4)]  # nothing else begins in that step
-    assert [s.request.request_id for s in state.waiting] == ["new"]
-    assert (state.num_preemptions, state.waiting[0].skip_count) == (1, MAX_SKIPS)
+    assert [s.request.request_id for s in state.waiting] == ["urgent", "new"]
+    assert (state.num_preemptions, state.waiting[1].skip_count) == (1, MAX_SKIPS)
 
 
 @pytest.mark.parametrize("length", [7, 8])  # the next token of 7 has a place, but is newer
@@ -361,14 +363,14 @@ def test_scheduler_returns_an_embedding_in_place_of_tokens(token: int) -> None:
 
 def test_scheduler_preempts_the_others_of_an_aborted_step_once() -> None:
     state = scheduler()
-    small = add(state, "small", [5] * 4)
-    large = add(state, "large", [6] * 8)
+    small = add(state, "small", [5] * 8)
+    large = add(state, "large", [6] * 12)
     output = state.abort_step(state.schedule(), "no memory")
     assert (output.request_id, output.error, output.token_ids) == ("large", "no memory", [])
     assert (state.num_preemptions, large.is_finished) == (1, True)
     assert (small.num_in_flight, large.num_in_flight) == (0, 0)
     assert not state.cancel("large")
-    assert run_step(state) == [("small", 0, 4)]
+    assert run_step(state) == [("small", 0, 8)]  # nothing that the step wrote is cached
     assert state.cancel("small")
     assert not state.running
     assert state.take_blocks_to_zero() is None
