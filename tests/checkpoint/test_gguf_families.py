@@ -21,10 +21,13 @@ from llmkit.checkpoint.gguf import open_gguf
 from llmkit.checkpoint.gguf_architectures import ARCHITECTURES
 from llmkit.checkpoint.open_checkpoint import open_checkpoint
 from llmkit.common.errors import InputError
+from llmkit.common.progress import SilentProgress
 from llmkit.model.checkpoint_tensors import carried_tensors
 from llmkit.model.families import checkpoint_spec
 from llmkit.model.full_forward import window_logits
 from llmkit.model.weight_loader import load_model
+from llmkit.quant.quantize_checkpoint import quantize
+from llmkit.quant.quantize_options import QuantizeOptions
 
 TOKENS = torch.randint(3, COMMON["vocab_size"], (40,), generator=torch.Generator().manual_seed(7))
 # Rows of FAMILIES, and what a GGUF file cannot say otherwise: two layers are enough, Gemma's
@@ -165,6 +168,20 @@ def test_gguf_gpt_oss_in_mxfp4_can_be_dequantized(tmp_path: Path) -> None:
     assert opened.tensors.keys() == original.tensors.keys()
     for name in opened.tensors:
         assert torch.equal(opened.read(name), original.read(name)), name
+
+
+def test_gguf_gpt_oss_in_mxfp4_is_cast_by_quantize(tmp_path: Path) -> None:
+    write_gpt_oss(tmp_path / "dense", tmp_path / "packed", swiglu_limit=7.0, vocab_size=512)
+    path = convert_family(tmp_path / "dense", tmp_path / "model.gguf", experts_qtype=Qtype.MXFP4)
+    options = QuantizeOptions("bf16", evaluate=False, device="cpu")
+    quantize(str(path), str(tmp_path / "out"), options, SilentProgress())
+    written = open_checkpoint(tmp_path / "out")
+    original = open_checkpoint(tmp_path / "dense")
+    assert written.tensors.keys() == original.tensors.keys()
+    for name in written.tensors:  # sinks stay float32
+        found = written.read(name)
+        assert found.dtype == (torch.float32 if name.endswith("sinks") else torch.bfloat16)
+        assert torch.equal(found, original.read(name).to(found.dtype)), name
 
 
 def test_gguf_gpt_oss_with_experts_of_two_types_is_dequantized(tmp_path: Path) -> None:
