@@ -88,8 +88,9 @@ def test_scheduler_preempts_the_newest_prompt_when_all_wait_for_blocks() -> None
     assert state.pools[0].num_available_blocks == 0
     urgent = Sequence(EngineRequest("urgent", [7], SamplingParams(), priority=-1), seed=0)
     state.add(urgent)
+    add(state, "later", [8])
     assert run_step(state) == [("old", 16, 4)]  # nothing else begins in that step
-    assert [s.request.request_id for s in state.waiting] == ["urgent", "new"]
+    assert [s.request.request_id for s in state.waiting] == ["urgent", "new", "later"]
     assert (state.num_preemptions, state.waiting[1].skip_count) == (1, MAX_SKIPS)
 
 
@@ -277,6 +278,18 @@ def test_scheduler_skips_a_block_that_one_window_has_lost_and_none_needs() -> No
     assert NULL_BLOCK not in again.block_tables[0] + again.block_tables[1][3:]
     assert full.num_used_blocks == 5
     assert window.num_used_blocks == 2
+
+
+def test_scheduler_frees_only_the_blocks_of_windows() -> None:
+    state = scheduler(sliding_windows=(4, None, 8))
+    sequence = add(state, "a", [5] * 12)
+    run_step(state)
+    run_step(state)
+    # Twelve tokens are in the cache when the next one is scheduled.
+    assert [[block == NULL_BLOCK for block in table] for table in sequence.block_tables] == [
+        [True, True, False, False], [False] * 4, [True, False, False, False]
+    ]  # fmt: skip
+    assert [pool.num_used_blocks for pool in state.pools] == [2, 4, 3]
 
 
 @pytest.mark.parametrize("is_taken", [False, True])
