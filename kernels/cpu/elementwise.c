@@ -169,7 +169,7 @@ INLINE __m256 activate(__m256 x, int activation) {
         __m256 u = _mm256_fmadd_ps(cube, _mm256_set1_ps(0.044715f), x);
         return _mm256_mul_ps(x, sigmoid_ps(_mm256_mul_ps(_mm256_add_ps(root, root), u)));
     }
-    if (activation == ACT_GELU) { /* x - x q for x >= 0 and x q below, q = erfc(|x| / sqrt(2)) / 2 */
+    if (activation == ACT_GELU) { /* x - x q for x >= 0, x q below; q = erfc(|x| / sqrt(2)) / 2 */
         __m256 q = _mm256_mul_ps(x, half_erfc(x));
         return _mm256_blendv_ps(_mm256_sub_ps(x, q), q, x);
     }

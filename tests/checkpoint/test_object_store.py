@@ -78,7 +78,13 @@ class Bucket(MemoryFileSystem):
         bucket, _, key = path.removeprefix("memory://").partition("/")
         return bucket, key, None
 
-    def call_s3(self, method: str, Bucket: str, Key: str, **given: Any) -> dict[str, Any]:  # noqa: N803
+    def call_s3(
+        self,
+        method: str,
+        Bucket: str,  # noqa: N803
+        Key: str,  # noqa: N803
+        **given: Any,
+    ) -> dict[str, Any]:
         assert Bucket == "models"
         name = Key.removeprefix("there/")
         if method == "create_multipart_upload":

@@ -363,7 +363,9 @@ def test_leader_loads_a_single_part_in_its_own_process(monkeypatch: pytest.Monke
     seen: list[Any] = []
     monkeypatch.setattr(leader, "load_part", lambda *a: seen.append(a) or loaded)
     report = StartupReport()
-    assert leader.load_on_ranks(None, OPTIONS, report) is Engine  # type: ignore[arg-type, comparison-overlap]
+    checkpoint: Any = None
+    loaded: Any = leader.load_on_ranks(checkpoint, OPTIONS, report)
+    assert loaded is Engine
     assert seen == [("checkpoint", "spec", OPTIONS, report)]
 
 
@@ -379,7 +381,8 @@ def test_leader_connects_all_ranks_with_the_least_sizes(monkeypatch: pytest.Monk
     )
     monkeypatch.setattr(leader, "load_rank", lambda *arguments: seen.append(arguments) or own)
     report = StartupReport()
-    found: Any = leader._load_leader(["a", "b", "c"], OPTIONS, report, ranks, 2)  # type: ignore[list-item]
+    parts: Any = ["a", "b", "c"]
+    found: Any = leader._load_leader(parts, OPTIONS, report, ranks, 2)
     assert found is engine
     load, (sizes, existed), made, attached = seen
     assert load == (["a", "b", "c"], 0, OPTIONS, report, 2)
