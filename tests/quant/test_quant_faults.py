@@ -726,7 +726,7 @@ def test_calibrated_methods_beat_rtn_and_leave_the_source_alone(
     structured: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
     opened = open_checkpoint(structured)
-    monkeypatch.setattr(plan, "open_checkpoint", lambda _: opened)
+    monkeypatch.setattr(plan, "open_checkpoint", lambda *_, **__: opened)
     before = sha256_file(structured / WEIGHTS)
     runs = [
         run(structured, tmp_path / name, METHODS[method], samples=16, seq_len=128, eval_windows=4)
