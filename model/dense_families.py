@@ -380,7 +380,6 @@ def _apertus(config: Any) -> dict[str, Any]:
 
 # By architecture: its model_type and its function.
 DENSE_FAMILIES: dict[str, tuple[str, FamilyFunction]] = {
-    "LLaMAForCausalLM": ("llama", _llama),  # in old files of the hub
     "LlamaForCausalLM": ("llama", _llama),
     "MistralForCausalLM": ("mistral", _mistral),
     "Qwen2ForCausalLM": ("qwen2", _qwen2),

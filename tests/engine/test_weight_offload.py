@@ -114,10 +114,10 @@ def test_offload_recovers_from_a_step_that_failed(
     found = hosted(path, 5, LateCuda())
     run = DecoderLayer._mlp_or_moe
 
-    def fails(self: DecoderLayer, hidden: torch.Tensor) -> torch.Tensor:
+    def fails(self: DecoderLayer, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
         if self is found.layers[3]:
             raise RuntimeError("out of memory")
-        return run(self, hidden)
+        return run(self, x, residual)
 
     with monkeypatch.context() as patched:
         patched.setattr(DecoderLayer, "_mlp_or_moe", fails)
