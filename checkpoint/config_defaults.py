@@ -79,6 +79,8 @@ ALIASES = {
     "num_local_experts": ("num_experts", "n_routed_experts", "moe_num_experts"),
     "num_experts_per_tok": ("moe_k", "moe_topk", "top_k_experts"),
 }
+# Those that only one family has: elsewhere the same names are other fields.
+FAMILY_ALIASES = {"internlm3": {"attention_bias": ("qkv_bias",), "mlp_bias": ("bias",)}}
 _QWEN_SLIDING_WINDOW = {
     "use_sliding_window": False,
     "sliding_window": 4096,

@@ -14,6 +14,7 @@ from llmkit.checkpoint.config_defaults import (
     ALIASES,
     COMMON,
     FAMILIES,
+    FAMILY_ALIASES,
     MAYBE_LISTS,
     NULLABLE,
     POSITIVE,
@@ -50,13 +51,10 @@ def complete_config(config: dict[str, Any], model_type: str) -> Any:
         dict.fromkeys(REQUIRED_SIZES, int) | COMMON | dict.fromkeys(NULLABLE) | FAMILIES[model_type]
     )
     config = dict(config)
-    for name, aliases in ALIASES.items():
+    for name, aliases in (ALIASES | FAMILY_ALIASES.get(model_type, {})).items():
         for alias in aliases:
             if name in defaults and alias in config:
                 config.setdefault(name, config[alias])
-    if model_type == "internlm3":  # it has names of its own
-        config = {"attention_bias": config.get("qkv_bias", False)} | config
-        config = {"mlp_bias": config.get("bias", False)} | config
     for name in MAYBE_LISTS:
         if isinstance(config.get(name), list):
             config[name] = _equal_number(name, config[name])

@@ -30,10 +30,10 @@ from llmkit.kernels.elementwise import (
 )
 from llmkit.kernels.fused_experts import FusedExperts, stack_experts
 from llmkit.kernels.fused_experts import supports as supports_fused_experts
-from llmkit.kernels.kv_cache import KV_CACHE_DTYPES, KVCache
+from llmkit.kernels.kv_cache import KVCache
 from llmkit.kernels.mxfp4_linear import Mxfp4Linear
 from llmkit.kernels.triton_support import runs_triton
-from llmkit.model.device import lazy_zeros
+from llmkit.model.language_model import empty_kv_cache
 from llmkit.model.linear import ActivationQuant, Linear, PackedLinear
 from llmkit.model.parallel_group import ParallelGroup
 from llmkit.model.parameter_table import XIELU_PARAMETERS
@@ -620,15 +620,17 @@ class Decoder:
         kv_cache_dtype: "int8", "fp8", or None for the model's dtype. An 8-bit cache uses the
         checkpoint's scales if there are any for this dtype, otherwise a scale per token and head.
         """
-        spec = layer_spec or self.spec
-        shape = (2 * spec.num_kv_heads, num_blocks, block_size)
-        dtype = KV_CACHE_DTYPES[kv_cache_dtype] if kv_cache_dtype else self.dtype
-        kv = lazy_zeros((*shape, spec.head_dim), dtype, self.device)
-        if kv_cache_dtype is None or all(
+        has_static_scales = kv_cache_dtype is not None and all(
             layer.has_kv_scales(kv_cache_dtype) for layer in self.layers
-        ):
-            return KVCache(kv)
-        return KVCache(kv, lazy_zeros((*shape, 1), torch.float32, self.device))
+        )
+        return empty_kv_cache(
+            self,
+            layer_spec or self.spec,
+            num_blocks,
+            block_size,
+            kv_cache_dtype,
+            has_static_scales=has_static_scales,
+        )
 
 
 def _norm_weight(weight: torch.Tensor, spec: ModelSpec) -> torch.Tensor:

@@ -8,7 +8,7 @@ from typing import Any
 
 from llmkit.checkpoint.hf_config import RopeSpec
 from llmkit.common.errors import InputError
-from llmkit.model.spec import LayerSpec
+from llmkit.model.spec import LayerSpec, MoeSpec
 
 # From a completed config to the keyword arguments of ModelSpec that differ from Llama.
 FamilyFunction = Callable[[Any], dict[str, Any]]
@@ -56,6 +56,19 @@ def mixed_layers(
             )
         has_window = [known[layer_type] for layer_type in layer_types]
     return tuple(LayerSpec(window if windowed else None) for windowed in has_window)
+
+
+def experts(
+    config: Any, intermediate_size: int, *, norm_topk_prob: bool = True, **differences: Any
+) -> MoeSpec:
+    """The mixture of experts of a config. differences: the other fields of `MoeSpec`."""
+    return MoeSpec(
+        num_experts=config.num_local_experts,
+        num_experts_per_tok=config.num_experts_per_tok,
+        intermediate_size=intermediate_size,
+        norm_topk_prob=norm_topk_prob,
+        **differences,
+    )
 
 
 def windows_of_pattern(pattern: int | str, num_layers: int) -> list[bool]:

@@ -6,8 +6,8 @@ from dataclasses import replace
 from typing import Any
 
 from llmkit.common.errors import InputError
-from llmkit.model.family_fields import activation, mixed_layers
-from llmkit.model.spec import ExpertStack, LayerSpec, MoeSpec
+from llmkit.model.family_fields import activation, experts, mixed_layers, windows_of_pattern
+from llmkit.model.spec import ExpertStack, LayerSpec
 
 SLIDING_ROPE = {"rope_type": "default", "rope_theta": 10_000.0}
 FULL_ROPE = {
@@ -27,11 +27,9 @@ def gemma4(config: Any) -> dict[str, Any]:
         for name in ("num_local_experts", "num_experts_per_tok", "moe_intermediate_size"):
             if getattr(config, name) is None:
                 raise InputError(f"config.json has enable_moe_block and no {name}")
-        moe = MoeSpec(
-            num_experts=config.num_local_experts,
-            num_experts_per_tok=config.num_experts_per_tok,
-            intermediate_size=config.moe_intermediate_size,
-            norm_topk_prob=True,
+        moe = experts(
+            config,
+            config.moe_intermediate_size,
             module="",
             router="router.proj",
             expert_stack=ExpertStack(),
@@ -66,7 +64,7 @@ def gemma4(config: Any) -> dict[str, Any]:
 
 def _layers(config: Any) -> tuple[LayerSpec, ...]:
     num_layers = config.num_hidden_layers
-    has_window = [(index + 1) % 6 != 0 for index in range(num_layers)]
+    has_window = windows_of_pattern(6, num_layers)
     layers = list(mixed_layers(config, has_window, config.sliding_window))
     layers[-1] = replace(layers[-1], sliding_window=None)
     num_kv_heads = config.num_global_key_value_heads if config.attention_k_eq_v else None

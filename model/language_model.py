@@ -8,7 +8,8 @@ from typing import Protocol
 import torch
 
 from llmkit.kernels.attention_metadata import AttentionBatch
-from llmkit.kernels.kv_cache import KVCache
+from llmkit.kernels.kv_cache import KV_CACHE_DTYPES, KVCache
+from llmkit.model.device import lazy_zeros
 from llmkit.model.linear import Linear
 from llmkit.model.parallel_group import ParallelGroup
 from llmkit.model.spec import LayerSpec, ModelSpec
@@ -56,6 +57,27 @@ class LanguageModel(Protocol):
     def weights(self) -> tuple[list[Linear], list[torch.Tensor]]:
         """Its linear layers, and its other tensors. A tensor may occur several times."""
         ...
+
+
+def empty_kv_cache(
+    model: LanguageModel,
+    spec: ModelSpec,
+    num_blocks: int,
+    block_size: int,
+    kv_cache_dtype: str | None,
+    *,
+    has_static_scales: bool,
+) -> KVCache:
+    """A cache in the sizes of `spec`; see `LanguageModel.new_kv_cache`.
+
+    has_static_scales: an 8-bit cache needs no scale for each token and head.
+    """
+    shape = (2 * spec.num_kv_heads, num_blocks, block_size)
+    dtype = KV_CACHE_DTYPES[kv_cache_dtype] if kv_cache_dtype else model.dtype
+    kv = lazy_zeros((*shape, spec.head_dim), dtype, model.device)
+    if kv_cache_dtype is None or has_static_scales:
+        return KVCache(kv)
+    return KVCache(kv, lazy_zeros((*shape, 1), torch.float32, model.device))
 
 
 def new_kv_caches(

@@ -12,6 +12,7 @@ from llmkit.model.dense_families import exaone_layers, granite, granite_swa, hun
 from llmkit.model.family_fields import (
     FamilyFunction,
     equal_layers,
+    experts,
     mixed_layers,
     rope,
     rope_parameters,
@@ -23,11 +24,9 @@ from llmkit.model.spec import ExpertStack, LayerSpec, MoeSpec
 
 
 def _mixtral(config: Any) -> dict[str, Any]:
-    moe = MoeSpec(
-        num_experts=config.num_local_experts,
-        num_experts_per_tok=config.num_experts_per_tok,
-        intermediate_size=config.intermediate_size,
-        norm_topk_prob=True,
+    moe = experts(
+        config,
+        config.intermediate_size,
         module="block_sparse_moe",
         gate="w1",
         up="w3",
@@ -38,10 +37,9 @@ def _mixtral(config: Any) -> dict[str, Any]:
 
 def _qwen3_moe(config: Any) -> dict[str, Any]:
     window = config.sliding_window if config.use_sliding_window else None
-    moe = MoeSpec(
-        num_experts=config.num_local_experts,
-        num_experts_per_tok=config.num_experts_per_tok,
-        intermediate_size=config.moe_intermediate_size,
+    moe = experts(
+        config,
+        config.moe_intermediate_size,
         norm_topk_prob=config.norm_topk_prob,
     )
     return {
@@ -69,10 +67,9 @@ def _qwen2_moe(config: Any) -> dict[str, Any]:
         config.use_sliding_window and (index + 1) % 2 != 0 and index < config.max_window_layers
         for index in range(num_layers)
     ]
-    moe = MoeSpec(
-        num_experts=config.num_local_experts,
-        num_experts_per_tok=config.num_experts_per_tok,
-        intermediate_size=config.moe_intermediate_size,
+    moe = experts(
+        config,
+        config.moe_intermediate_size,
         norm_topk_prob=config.norm_topk_prob,
         shared_intermediate_size=config.shared_expert_intermediate_size,
         shared_expert="shared_expert",
@@ -89,10 +86,9 @@ def _qwen2_moe(config: Any) -> dict[str, Any]:
 def _olmoe(config: Any) -> dict[str, Any]:
     if config.clip_qkv is not None:
         raise InputError("OLMoE with clip_qkv", "A model that does not clip queries and keys")
-    moe = MoeSpec(
-        num_experts=config.num_local_experts,
-        num_experts_per_tok=config.num_experts_per_tok,
-        intermediate_size=config.intermediate_size,
+    moe = experts(
+        config,
+        config.intermediate_size,
         norm_topk_prob=config.norm_topk_prob,
     )
     return {
@@ -113,10 +109,9 @@ def _mellum(config: Any) -> dict[str, Any]:
     layers = mixed_layers(config, [False] * num_layers, config.sliding_window)
     layers = _with_experts(layers, _sparse_layers(config, [True] * num_layers))
     rope_theta = {"full_attention": 5e5, "sliding_attention": 1e4}
-    moe = MoeSpec(
-        num_experts=config.num_local_experts,
-        num_experts_per_tok=config.num_experts_per_tok,
-        intermediate_size=config.moe_intermediate_size,
+    moe = experts(
+        config,
+        config.moe_intermediate_size,
         norm_topk_prob=config.norm_topk_prob,
     )
     return {
@@ -180,11 +175,9 @@ def _minimax_m2(config: Any) -> dict[str, Any]:
             if name != "partial_rotary_factor" or value != 1.0
         }
     _check_sigmoid(config)
-    moe = MoeSpec(
-        num_experts=config.num_local_experts,
-        num_experts_per_tok=config.num_experts_per_tok,
-        intermediate_size=config.intermediate_size,
-        norm_topk_prob=True,
+    moe = experts(
+        config,
+        config.intermediate_size,
         module="block_sparse_moe",
         gate="w1",
         up="w3",
@@ -209,14 +202,11 @@ def _ernie4_5_moe(config: Any) -> dict[str, Any]:
         (index + 1) % config.moe_layer_interval == 0 and first <= index <= last
         for index in range(config.num_hidden_layers)
     ]
-    num_experts = config.num_local_experts
-    moe = MoeSpec(
-        num_experts=num_experts,
-        num_experts_per_tok=config.num_experts_per_tok,
-        intermediate_size=config.moe_intermediate_size,
-        norm_topk_prob=True,
+    moe = experts(
+        config,
+        config.moe_intermediate_size,
         correction_bias="moe_statics.e_score_correction_bias",
-        correction_bias_shape=(1, num_experts),
+        correction_bias_shape=(1, config.num_local_experts),
         float32_router=True,
         shared_intermediate_size=config.moe_intermediate_size * config.moe_num_shared_experts,
     )
@@ -238,11 +228,9 @@ def _hunyuan_moe(config: Any) -> dict[str, Any]:
             f" {config.intermediate_size} and num_shared_expert {config.num_shared_expert}",
             "Equal sizes, and one shared expert",
         )
-    moe = MoeSpec(
-        num_experts=config.num_local_experts,
-        num_experts_per_tok=config.num_experts_per_tok,
-        intermediate_size=config.intermediate_size,
-        norm_topk_prob=True,
+    moe = experts(
+        config,
+        config.intermediate_size,
         router="gate.wg",
         float32_router=True,
         shared_intermediate_size=config.intermediate_size,
@@ -308,11 +296,9 @@ def _gpt_oss(config: Any) -> dict[str, Any]:
         raise InputError(
             f"config.json has swiglu_limit {config.swiglu_limit}", "A positive number was expected"
         )
-    moe = MoeSpec(
-        num_experts=config.num_local_experts,
-        num_experts_per_tok=config.num_experts_per_tok,
-        intermediate_size=config.intermediate_size,
-        norm_topk_prob=True,
+    moe = experts(
+        config,
+        config.intermediate_size,
         expert_stack=ExpertStack(interleaved=True, transposed=True),
         router="router",
         router_bias=True,
@@ -331,11 +317,9 @@ def _gpt_oss(config: Any) -> dict[str, Any]:
 
 
 def _granite_moe(config: Any) -> dict[str, Any]:
-    moe = MoeSpec(
-        num_experts=config.num_local_experts,
-        num_experts_per_tok=config.num_experts_per_tok,
-        intermediate_size=config.intermediate_size,
-        norm_topk_prob=True,
+    moe = experts(
+        config,
+        config.intermediate_size,
         module="",
         router="block_sparse_moe.router.layer",
         expert_stack=ExpertStack(
@@ -392,11 +376,9 @@ def _laguna(config: Any) -> dict[str, Any]:
     if config.rope_parameters is None:
         config.rope_parameters = {"full_attention": {"partial_rotary_factor": 0.5}}
     rope_theta = {"full_attention": 5e5, "sliding_attention": 1e4}
-    moe = MoeSpec(
-        num_experts=config.num_local_experts,
-        num_experts_per_tok=config.num_experts_per_tok,
-        intermediate_size=config.moe_intermediate_size,
-        norm_topk_prob=True,
+    moe = experts(
+        config,
+        config.moe_intermediate_size,
         scoring="sigmoid",
         router_logit_softcapping=config.moe_router_logit_softcapping or None,
         correction_bias="experts.e_score_correction_bias",
@@ -430,10 +412,9 @@ def _sigmoid_router(config: Any, num_shared_experts: int | None = None) -> MoeSp
             f" and topk_group {config.topk_group}",
             "Groups of equal size, and no more chosen groups than there are",
         )
-    return MoeSpec(
-        num_experts=config.num_local_experts,
-        num_experts_per_tok=config.num_experts_per_tok,
-        intermediate_size=config.moe_intermediate_size,
+    return experts(
+        config,
+        config.moe_intermediate_size,
         norm_topk_prob=config.norm_topk_prob,
         scoring="sigmoid",
         correction_bias="gate.e_score_correction_bias",

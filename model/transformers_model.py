@@ -23,9 +23,9 @@ from transformers.utils import logging
 
 from llmkit.kernels.attention import paged_attention
 from llmkit.kernels.attention_metadata import AttentionBatch
-from llmkit.kernels.kv_cache import KV_CACHE_DTYPES, KVCache
+from llmkit.kernels.kv_cache import KVCache
 from llmkit.model.decoder import SINGLE_RANK
-from llmkit.model.device import lazy_zeros
+from llmkit.model.language_model import empty_kv_cache
 from llmkit.model.linear import ActivationQuant, Linear
 from llmkit.model.spec import ModelSpec
 from llmkit.model.transformers_spec import build_model, split_head
@@ -164,12 +164,14 @@ class TransformersModel:
         layer_spec: ModelSpec | None = None,
     ) -> KVCache:
         """See `LanguageModel`."""
-        shape = (2 * self.spec.num_kv_heads, num_blocks, block_size)
-        dtype = KV_CACHE_DTYPES[kv_cache_dtype] if kv_cache_dtype else self.dtype
-        kv = lazy_zeros((*shape, self.spec.head_dim), dtype, self.device)
-        if kv_cache_dtype is None:
-            return KVCache(kv)
-        return KVCache(kv, lazy_zeros((*shape, 1), torch.float32, self.device))
+        return empty_kv_cache(
+            self,
+            layer_spec or self.spec,
+            num_blocks,
+            block_size,
+            kv_cache_dtype,
+            has_static_scales=False,
+        )
 
     def weights(self) -> tuple[list[Linear], list[torch.Tensor]]:
         """See `LanguageModel`."""

@@ -8,6 +8,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from support.paged_sequences import Sequences, close, tokens_of
 from support.tiny_families import COMMON, family_oracle, oracle_logits
 
 from llmkit.checkpoint.open_checkpoint import open_checkpoint
@@ -24,7 +25,6 @@ from llmkit.model.transformers_spec import UnsupportedError, transformers_spec
 from llmkit.model.weight_loader import load_model
 from llmkit.quant.methods import MethodOptions, build_quantization_config
 
-BLOCK = 16
 # By model_type: what differs from COMMON. They run by the fallback here even where the table of
 # native families knows them.
 MODELS: dict[str, dict[str, Any]] = {
@@ -66,49 +66,6 @@ def load_fallback(path: Path, *, packed: bool = True) -> LanguageModel:
     model = load_model(checkpoint, torch.float32, packed=packed, spec=spec)
     assert isinstance(model, TransformersModel)
     return model
-
-
-def tokens_of(length: int, seed: int) -> torch.Tensor:
-    return torch.randint(
-        3, COMMON["vocab_size"], (length,), generator=torch.Generator().manual_seed(seed)
-    )
-
-
-class Sequences:
-    """Several sequences in one paged cache, advanced by any number of tokens at a time."""
-
-    def __init__(self, model: LanguageModel, sequences: list[torch.Tensor]) -> None:
-        self.model = model
-        self.sequences = sequences
-        self.done = [0] * len(sequences)
-        per = 128 // BLOCK
-        order = torch.randperm(
-            per * len(sequences), generator=torch.Generator().manual_seed(1)
-        ).tolist()
-        self.tables = [order[i * per : (i + 1) * per] for i in range(len(sequences))]
-        self.caches = [model.new_kv_cache(per * len(sequences), BLOCK) for _ in model.spec.layers]
-
-    @torch.inference_mode()
-    def step(self, counts: list[int]) -> dict[int, torch.Tensor]:
-        """Advance sequence i by counts[i] tokens; the logits of those that advanced."""
-        spans = {i: (self.done[i], self.done[i] + n) for i, n in enumerate(counts) if n}
-        batch = AttentionBatch.build(
-            [stop - start for start, stop in spans.values()],
-            [stop for _, stop in spans.values()],
-            {None: [self.tables[i] for i in spans]},
-            BLOCK,
-        )
-        tokens = torch.cat([self.sequences[i][slice(*span)] for i, span in spans.items()])
-        positions = torch.cat([torch.arange(*span) for span in spans.values()])
-        logits = self.model.logits(self.model(tokens, positions, batch, self.caches))
-        for i, (_, stop) in spans.items():
-            self.done[i] = stop
-        parts = logits.split([stop - start for start, stop in spans.values()])
-        return dict(zip(spans, parts, strict=True))
-
-
-def close(ours: torch.Tensor, theirs: torch.Tensor) -> None:
-    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
 
 
 def check_model(oracle: torch.nn.Module, model: LanguageModel) -> None:
