@@ -180,9 +180,9 @@ class DecoderLayer:
         spec = self.spec
         metadata = batch.metadata(self.layer.sliding_window)
         qkv = self.linears["attn.qkv"](x).view(len(x), -1, spec.head_dim)  # [T, N + 2K, D]
-        if self.layer.value_is_key:
+        if self.layer.k_eq_v:
             qkv = torch.cat((qkv, qkv[:, spec.num_heads :]), dim=1)
-        if spec.v_norm and not self.layer.reads_kv_of:
+        if spec.v_norm and not self.layer.kv_shared_layer_offset:
             qkv = self._normalize_values(qkv)
         norms = None
         if spec.qk_norm == "full":
@@ -196,7 +196,7 @@ class DecoderLayer:
         elif not cache.quantized and "attn.k" in self.activation_quant:
             kv_quant = self.activation_quant["attn.k"], self.activation_quant["attn.v"]
         rope = cos_sin[self.layer.rope] if self.layer.rope else None
-        if self.layer.reads_kv_of:
+        if self.layer.kv_shared_layer_offset:
             assert norms is not None and rope is not None
             q = rms_norm(qkv, norms[0], spec.rms_norm_eps)
             apply_rotary_emb_(q, rope.cos, rope.sin, spec.rope_interleaved)
@@ -246,7 +246,7 @@ class DecoderLayer:
     def _mlp_or_moe(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
         """x: [T, H], the residual normalized. Returns the update of the residual, [T, H]."""
         moe = self.spec.moe
-        if moe is not None and moe.beside_mlp and self.layer.is_moe:
+        if moe is not None and moe.parallel_mlp and self.layer.is_moe:
             update = self._mlp_beside_experts(x, residual)
         else:
             update = self._moe(x) if self.layer.is_moe else self._mlp(x, "mlp")

@@ -33,7 +33,7 @@ def gemma4(config: Any) -> dict[str, Any]:
             module="",
             router="router.proj",
             expert_stack=ExpertStack(),
-            beside_mlp=True,
+            parallel_mlp=True,
         )
         layers = tuple(replace(layer, is_moe=True) for layer in layers)
     if config.hidden_size_per_layer_input:
@@ -76,7 +76,7 @@ def _layers(config: Any) -> tuple[LayerSpec, ...]:
                 rope="full_attention",
                 head_dim=own.get("head_dim", config.global_head_dim),
                 num_kv_heads=own.get("num_key_value_heads", num_kv_heads),
-                value_is_key=config.attention_k_eq_v,
+                k_eq_v=config.attention_k_eq_v,
             )
         else:
             layers[index] = replace(layer, rope="sliding_attention")
@@ -93,8 +93,8 @@ def _layers(config: Any) -> tuple[LayerSpec, ...]:
         wide = 2 * config.intermediate_size if config.use_double_wide_mlp else None
         layers[index] = replace(
             layers[index],
-            reads_kv_of=index - sources[-1],
-            value_is_key=False,
+            kv_shared_layer_offset=index - sources[-1],
+            k_eq_v=False,
             intermediate_size=wide,
         )
     return tuple(layers)

@@ -92,8 +92,8 @@ def new_kv_caches(
     """
     caches: list[KVCache] = []
     for index, layer in enumerate(model.spec.layers):
-        if layer.reads_kv_of:
-            caches.append(caches[index - layer.reads_kv_of])
+        if layer.kv_shared_layer_offset:
+            caches.append(caches[index - layer.kv_shared_layer_offset])
         else:
             blocks = num_blocks(layer)
             own = model.spec.for_layer(index)
@@ -114,12 +114,16 @@ def scratch_kv_caches(
     and values others read has its own.
     """
     layers = spec.layers
-    is_read = {index - layer.reads_kv_of for index, layer in enumerate(layers) if layer.reads_kv_of}
+    is_read = {
+        index - layer.kv_shared_layer_offset
+        for index, layer in enumerate(layers)
+        if layer.kv_shared_layer_offset
+    }
     caches: list[KVCache] = []
     shared: dict[tuple[int, int], KVCache] = {}
     for index, layer in enumerate(layers):
-        if layer.reads_kv_of:
-            caches.append(caches[index - layer.reads_kv_of])
+        if layer.kv_shared_layer_offset:
+            caches.append(caches[index - layer.kv_shared_layer_offset])
             continue
         own = spec.for_layer(index)
         sizes = (own.num_kv_heads, own.head_dim)

@@ -123,7 +123,7 @@ MODULES = {
     "per_layer.projection": "per_layer_projection",
     "per_layer.norm": "post_per_layer_input_norm",
 }
-# The norms of a layer whose MLP is beside its experts (`MoeSpec.beside_mlp`).
+# The norms of a layer whose MLP is beside its experts (`MoeSpec.parallel_mlp`).
 BESIDE_MLP_NORMS = ("mlp.post_mlp_norm", "mlp.pre_experts_norm", "mlp.post_experts_norm")
 
 
@@ -226,7 +226,7 @@ def is_redundant(spec: ModelSpec, name: str) -> bool:
     prefix = re.escape(spec.tensor_prefix)
     unused = re.match(rf"{prefix}\.layers\.(\d+)\.self_attn\.(k_proj|v_proj|k_norm|v_norm)\.", name)
     layers = spec.full_model.layers
-    if unused and int(unused[1]) < len(layers) and layers[int(unused[1])].reads_kv_of:
+    if unused and int(unused[1]) < len(layers) and layers[int(unused[1])].kv_shared_layer_offset:
         return True
     return spec.tie_word_embeddings and name == f"{spec.lm_head_name}.weight"
 
@@ -345,9 +345,9 @@ def _layer_rows(spec: ModelSpec, index: int) -> Iterator[Parameter]:
     if spec.pre_norm:
         yield from norm("attn_norm", spec.hidden_size)
     projections = [(linear("attn.q"), q_size, heads)]
-    if not layer.reads_kv_of:
+    if not layer.kv_shared_layer_offset:
         projections.append((linear("attn.k"), kv_size, kv_heads))
-    if not layer.reads_kv_of and not layer.value_is_key:
+    if not layer.kv_shared_layer_offset and not layer.k_eq_v:
         projections.append((linear("attn.v"), kv_size, kv_heads))
     has_gate = spec.attention_gate != "none"
     is_only_reader = spec.pre_norm and not spec.parallel_block and not has_gate
@@ -368,7 +368,7 @@ def _layer_rows(spec: ModelSpec, index: int) -> Iterator[Parameter]:
             yield from norm(module, split.count, spec.head_dim, split=replace(split, unit=1))
     elif spec.qk_norm == "head":
         yield from norm("attn.q_norm", spec.head_dim)
-        if not layer.reads_kv_of:
+        if not layer.kv_shared_layer_offset:
             yield from norm("attn.k_norm", spec.head_dim)
     if spec.attention_sinks:
         sinks = SourceTensor(
@@ -404,7 +404,7 @@ def _layer_rows(spec: ModelSpec, index: int) -> Iterator[Parameter]:
     if has_mlp_norm:
         yield from norm("mlp_norm", spec.hidden_size)
     mlp_input = f"{name}.mlp_norm.weight" if has_mlp_norm else None
-    has_mlp = not layer.is_moe or (spec.moe is not None and spec.moe.beside_mlp)
+    has_mlp = not layer.is_moe or (spec.moe is not None and spec.moe.parallel_mlp)
     if layer.is_moe:
         yield from _moe_rows(spec, index, None if has_mlp else mlp_input)
         if has_mlp:
@@ -479,7 +479,7 @@ def _moe_rows(spec: ModelSpec, index: int, input_from: str | None) -> Iterator[P
         bias = SourceTensor(f"{source}.{moe.correction_bias}", shape)
         yield Parameter(f"{name}.router.correction_bias", (bias,), layers, is_float32=True)
 
-    if moe.beside_mlp:
+    if moe.parallel_mlp:
         for vector, size in (("scale", spec.hidden_size), ("per_expert_scale", moe.num_experts)):
             tensor = SourceTensor(f"{source}.router.{vector}", (size,))
             yield Parameter(f"{name}.router.{vector}", (tensor,), layers)

@@ -28,8 +28,8 @@ class LayerSpec:
     intermediate_size: int | None = None
     # The layer has no keys and values of its own. It reads those of the layer that is so many
     # layers before it. 0: it has its own.
-    reads_kv_of: int = 0
-    value_is_key: bool = False  # there is no v_proj: values are keys before their norm
+    kv_shared_layer_offset: int = 0
+    k_eq_v: bool = False  # there is no v_proj: values are keys before their norm
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class MoeSpec:
     routed_scaling_factor: float = 1.0  # multiplies the output of the experts
     # The layer has its MLP, too. Router and experts read the hidden state before the MLP's norm,
     # each with norms of their own, and the outputs of both are added (Gemma 4).
-    beside_mlp: bool = False
+    parallel_mlp: bool = False
     shared_intermediate_size: int = 0  # of the expert that every token uses; 0: there is none
     shared_expert: str = "shared_experts"  # its module
     shared_expert_gate: str | None = None  # a linear whose sigmoid multiplies its output
@@ -213,7 +213,9 @@ class ModelSpec:
     @property
     def has_independent_layers(self) -> bool:
         """Whether a layer reads nothing but the output of the layer before it."""
-        return not self.per_layer_input_size and not any(x.reads_kv_of for x in self.layers)
+        return not self.per_layer_input_size and not any(
+            x.kv_shared_layer_offset for x in self.layers
+        )
 
     @property
     def kv_elements_per_token(self) -> int:
@@ -223,7 +225,11 @@ class ModelSpec:
     def kv_elements_of_layer(self, index: int) -> int:
         """The elements of K and V of one token in a layer."""
         spec = self.for_layer(index)
-        return 0 if self.layers[index].reads_kv_of else 2 * spec.num_kv_heads * spec.head_dim
+        return (
+            0
+            if self.layers[index].kv_shared_layer_offset
+            else 2 * spec.num_kv_heads * spec.head_dim
+        )
 
     def for_layer(self, index: int) -> ModelSpec:
         """The spec with the sizes of a layer, if they differ from those of the model."""

@@ -46,7 +46,7 @@ def inspect_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
         "head_dim": spec.head_dim,
         "intermediate": spec.intermediate_size,
         "attention": _attention_entries(spec),
-        "shared_kv_layers": sum(layer.reads_kv_of > 0 for layer in spec.layers),
+        "shared_kv_layers": sum(layer.kv_shared_layer_offset > 0 for layer in spec.layers),
         "per_layer_input_size": spec.per_layer_input_size,
         "experts": spec.moe.num_experts if spec.moe else None,
         "moe": _moe_entry(spec),

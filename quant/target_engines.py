@@ -60,7 +60,7 @@ def _check_vllm_gptq_modules(spec: ModelSpec) -> None:
     problem = None
     if spec.architecture in VLLM_SPLITS_GATE_UP:
         problem = "takes gate_up_proj as not quantized"
-    elif any(layer.value_is_key for layer in spec.layers):
+    elif any(layer.k_eq_v for layer in spec.layers):
         problem = "does not load layers without v_proj"
     if problem is not None:
         raise UsageError(

@@ -324,7 +324,7 @@ def _kv_bytes_per_layer(
     for index, layer in enumerate(spec.layers):
         own = spec.for_layer(index)
         start, stop = Split("kv_heads", 0, own.num_kv_heads, own.head_dim).interval(0, tp)
-        sizes.append(0 if layer.reads_kv_of else 2 * (stop - start) * itemsize)
+        sizes.append(0 if layer.kv_shared_layer_offset else 2 * (stop - start) * itemsize)
     return tuple(sizes)
 
 

@@ -349,7 +349,7 @@ class CountingModel:
     parallel_group = ParallelGroup()
 
     def __init__(self) -> None:
-        layer = SimpleNamespace(sliding_window=4, reads_kv_of=0)
+        layer = SimpleNamespace(sliding_window=4, kv_shared_layer_offset=0)
         self.spec = SimpleNamespace(
             layers=[layer],
             sliding_windows=(4,),
@@ -460,7 +460,7 @@ def test_paged_model_zeroes_the_blocks_of_each_layer_by_its_window() -> None:
     cleared = []
     model: Any = CountingModel()
     model.spec.layers = [
-        SimpleNamespace(sliding_window=window, reads_kv_of=0) for window in (4, None)
+        SimpleNamespace(sliding_window=window, kv_shared_layer_offset=0) for window in (4, None)
     ]
     caches: Any = [SimpleNamespace(clear=cleared.append) for _ in range(2)]
     PagedModel(model, caches, config(), {4: 1, None: 0}).zero_blocks([[1, 2], [3]])

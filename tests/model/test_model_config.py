@@ -251,9 +251,9 @@ def test_model_spec_of_gemma4_agrees_with_transformers() -> None:
         assert sizes.head_dim == own.head_dim
         is_sliding = theirs.layer_types[index] == "sliding_attention"
         assert layer.sliding_window == (theirs.sliding_window if is_sliding else None)
-        assert bool(layer.reads_kv_of) == (theirs.kv_sharing_modes[index] == "reuse")
-        source = index - layer.reads_kv_of
-        assert not layer.reads_kv_of or theirs.kv_sharing_modes[source] == "store"
+        assert bool(layer.kv_shared_layer_offset) == (theirs.kv_sharing_modes[index] == "reuse")
+        source = index - layer.kv_shared_layer_offset
+        assert not layer.kv_shared_layer_offset or theirs.kv_sharing_modes[source] == "store"
     for name, rope in spec.ropes.items():
         found, _ = ROPE_INIT_FUNCTIONS["proportional"](theirs, torch.device("cpu"), layer_type=name)
         assert list(rope.inv_freq) == found.tolist()
