@@ -6,10 +6,12 @@ Every family answers with 64 tokens; the representative ones answer in every mod
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from support.parity import check_greedy_tokens
 from support.tiny_families import (
     COMMON,
     FAMILIES,
@@ -83,13 +85,7 @@ def test_greedy_tokens_of_every_family_equal_those_of_transformers(
 ) -> None:
     oracle = family_oracle(name, tmp_path)
     model = load_model(open_checkpoint(tmp_path), torch.float32)
-    prompts = [[5, 6, 7], [9, 8, 7, 6] * 5]
-    greedy = SamplingParams(temperature=0.0, max_tokens=64, ignore_eos=True)
-    answers = engine(model, max_model_len=100).generate(prompts, greedy)
-    for prompt, answer in zip(prompts, answers, strict=True):
-        logits = oracle_logits(oracle, torch.tensor(prompt + answer))[len(prompt) - 1 : -1]
-        assert len(answer) == 64
-        assert logits.argmax(-1).tolist() == answer
+    check_greedy_tokens(model, partial(oracle_logits, oracle))
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -23,6 +23,7 @@ from support.server_process import serving
 from support.tiny_adapters import write_adapter
 from support.tiny_families import COMMON, FAMILIES, REPRESENTATIVES, family_oracle
 from support.tiny_models import tiny_checkpoint
+from support.tiny_wrappers import WRAPPERS, save_wrapper, tiny_wrapper
 
 from llmkit.checkpoint.open_checkpoint import open_checkpoint
 from llmkit.checkpoint.tokenizer import load_tokenizer
@@ -55,17 +56,30 @@ LAYOUTS = {"TP 2": (2, 1), "PP 2": (1, 2), "TP 2 x PP 2": (2, 2)}
 # Families that `make test` runs in every layout.
 ALL_LAYOUTS = ("llama", "llama-mha-bias-tied", "qwen2-window", "gemma3", "mixtral")
 
-ONE_STAGE = ("gemma4",)  # its layers read embeddings and keys of other layers
+# Their layers read embeddings and keys of other layers.
+ONE_STAGE = ("gemma4", "wrapper of gemma4")
+# Multimodal models, one for each way to name the text model's tensors.
+WRAPPER_REPRESENTATIVES = ("wrapper of gemma3", "wrapper of qwen2.5-vl", "wrapper of smolvlm")
+WRAPPER_NAMES = tuple(f"wrapper of {name}" for name in WRAPPERS)
+
+
+def save_model(name: str, path: Path) -> Path:
+    """Save the tiny model of a family, or of a wrapper with the names of the hub's files."""
+    if name in WRAPPER_NAMES:
+        return save_wrapper(tiny_wrapper(name.removeprefix("wrapper of ")), path, hub_names=True)
+    family_oracle(name, path)
+    return path
 
 
 def family_layouts() -> Iterator[Any]:
     """All families in all layouts. `make test` runs the representative ones, as TP 2 x PP 2."""
-    for name in FAMILIES:
+    representatives = (*REPRESENTATIVES, *WRAPPER_REPRESENTATIVES)
+    for name in (*FAMILIES, *WRAPPER_NAMES):
         for layout in LAYOUTS:
             if name in ONE_STAGE and layout != "TP 2":
                 continue
-            has_ranks = name in REPRESENTATIVES and layout == "TP 2 x PP 2"
-            quick = name in (*ALL_LAYOUTS, *ONE_STAGE) or has_ranks
+            has_ranks = name in representatives and layout == "TP 2 x PP 2"
+            quick = name in (*ALL_LAYOUTS, "gemma4") or has_ranks
             marks = () if quick else pytest.mark.slow
             yield pytest.param(name, layout, marks=marks, id=f"{name}-{layout}")
 
@@ -102,8 +116,7 @@ def answers(model: Path, **options: Any) -> list[list[int]]:
 def family(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, list[list[int]]]:
-    path = tmp_path_factory.mktemp("family")
-    family_oracle(request.param, path)
+    path = save_model(request.param, tmp_path_factory.mktemp("family"))
     return path, answers(path)
 
 
@@ -134,11 +147,12 @@ def families_with_experts() -> Iterator[Any]:
         if names & differences.keys():
             quick = name in ("mixtral", "glm4-moe", "gpt-oss")
             yield pytest.param(name, marks=() if quick else pytest.mark.slow)
+    yield pytest.param("wrapper of qwen3-vl-moe", marks=pytest.mark.slow)
 
 
 @pytest.mark.parametrize("name", families_with_experts())
 def test_ranks_divide_experts(name: str, tmp_path: Path) -> None:
-    family_oracle(name, tmp_path / "model")
+    save_model(name, tmp_path / "model")
     expected = answers(tmp_path / "model")
     assert answers(tmp_path / "model", tp=2, ep=2) == expected
     spec = checkpoint_spec(open_checkpoint(tmp_path / "model"))

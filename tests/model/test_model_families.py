@@ -2,9 +2,12 @@
 mixed batches.
 """
 
+from functools import partial
+
 import pytest
 import torch
-from support.paged_sequences import Sequences, close, tokens_of
+from support.paged_sequences import close, tokens_of
+from support.parity import check_decoding, check_mixed_batches
 from support.tiny_families import FAMILIES, family_oracle, oracle_logits
 
 from llmkit.checkpoint.open_checkpoint import open_checkpoint
@@ -29,24 +32,12 @@ def test_decoder_agrees_with_transformers_on_a_prompt(pair, length: int) -> None
 
 def test_decoder_agrees_with_transformers_when_decoding(pair) -> None:
     oracle, model = pair
-    tokens = tokens_of(60, 7)
-    run = Sequences(model, [tokens])
-    logits = [run.step([20])[0], *(run.step([1])[0] for _ in range(40))]
-    close(torch.cat(logits), oracle_logits(oracle, tokens))
+    check_decoding(model, partial(oracle_logits, oracle))
 
 
 def test_decoder_agrees_with_transformers_on_mixed_batches(pair) -> None:
-    """Prefill chunks and decodes share a batch; each sequence is computed as if alone."""
     oracle, model = pair
-    sequences = [tokens_of(n, n) for n in (30, 100, 57)]
-    run = Sequences(model, sequences)
-    plan = [[29, 0, 0], [1, 40, 0], [0, 40, 17], [0, 19, 1], [0, 1, 39]]
-    got: list[list[torch.Tensor]] = [[] for _ in sequences]
-    for counts in plan:
-        for i, logits in run.step(counts).items():
-            got[i].append(logits)
-    for tokens, logits in zip(sequences, got, strict=True):
-        close(torch.cat(logits), oracle_logits(oracle, tokens))
+    check_mixed_batches(model, partial(oracle_logits, oracle))
 
 
 def test_decoder_longrope_selects_factors_by_total_length(pair) -> None:

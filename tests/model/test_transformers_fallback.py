@@ -1,6 +1,7 @@
 """The fallback through transformers' modeling code, against transformers and the native decoder."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,8 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from support.paged_sequences import Sequences, close, tokens_of
+from support.paged_sequences import close, tokens_of
+from support.parity import check_mixed_batches
 from support.tiny_families import COMMON, family_oracle, oracle_logits
 
 from llmkit.checkpoint.open_checkpoint import open_checkpoint
@@ -72,16 +74,9 @@ def check_model(oracle: torch.nn.Module, model: LanguageModel) -> None:
     """Compare a whole prompt, and chunks and decoded tokens of three sequences in one cache."""
     tokens = tokens_of(100, 5)
     close(next(window_logits(model, tokens[None])), oracle_logits(oracle, tokens))
-    sequences = [tokens_of(n, n) for n in (30, 100, 57)]
-    run = Sequences(model, sequences)
-    found: list[list[torch.Tensor]] = [[] for _ in sequences]
     decoding = [[1, 0, 0]] * 3
-    for counts in [[25, 0, 0], *decoding, [1, 40, 0], [1, 40, 17], [0, 19, 1], [0, 1, 39]]:
-        for index, logits in run.step(counts).items():
-            found[index].append(logits)
-    assert run.done == [30, 100, 57]
-    for sequence, parts in zip(sequences, found, strict=True):
-        close(torch.cat(parts), oracle_logits(oracle, sequence))
+    steps = [[25, 0, 0], *decoding, [1, 40, 0], [1, 40, 17], [0, 19, 1], [0, 1, 39]]
+    check_mixed_batches(model, partial(oracle_logits, oracle), steps)
 
 
 @pytest.mark.parametrize("kind", MODELS)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,8 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from support.paged_sequences import close
+from support.parity import check_decoding, check_greedy_tokens, check_mixed_batches
 from support.tiny_wrappers import WRAPPERS, save_wrapper, tiny_wrapper, wrapper_logits
 
 from llmkit.checkpoint.config_defaults import FAMILIES, REQUIRED_SIZES
@@ -19,6 +23,7 @@ from llmkit.model import wrappers
 from llmkit.model.checkpoint_tensors import check_checkpoint
 from llmkit.model.families import checkpoint_spec, model_spec
 from llmkit.model.full_forward import window_logits
+from llmkit.model.language_model import LanguageModel
 from llmkit.model.text_config_defaults import TEXT_DEFAULTS
 from llmkit.model.weight_loader import load_model
 
@@ -31,22 +36,54 @@ LLAVA = {
 }
 
 
-@pytest.mark.parametrize("name", WRAPPERS)
-def test_wrapper_text_model_agrees_with_transformers(name: str, tmp_path: Path) -> None:
-    oracle = tiny_wrapper(name)
-    expected = wrapper_logits(oracle, TOKENS)
+@dataclass
+class Pair:
+    """A model of transformers, and its checkpoints with hub names and with its own."""
+
+    oracle: Any
+    paths: tuple[Path, Path]
+
+    @cached_property
+    def model(self) -> LanguageModel:
+        return load_model(open_checkpoint(self.paths[0]), torch.float32)
+
+    def reference(self, tokens: torch.Tensor) -> torch.Tensor:
+        return wrapper_logits(self.oracle, tokens)
+
+
+@pytest.fixture(scope="module", params=WRAPPERS)
+def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Pair:
+    path = tmp_path_factory.mktemp("wrapper")
+    oracle = tiny_wrapper(request.param)
+    hub, own = (save_wrapper(oracle, path / str(names), names) for names in (True, False))
+    return Pair(oracle, (hub, own))
+
+
+def test_wrapper_text_model_agrees_with_transformers(pair: Pair) -> None:
+    expected = pair.reference(TOKENS)
     prefixes = set()
-    for hub_names in (True, False):
-        path = save_wrapper(oracle, tmp_path / str(hub_names), hub_names)
+    for path in pair.paths:
         checkpoint = open_checkpoint(path)
         spec = checkpoint_spec(checkpoint)
         prefixes.add(spec.tensor_prefix)
         check_checkpoint(checkpoint, spec)
         logits = next(window_logits(load_model(checkpoint, torch.float32), TOKENS[None]))
-        torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
-        assert spec.architecture == type(oracle).__name__
-    known = wrappers.WRAPPERS[type(oracle).__name__].names
+        close(logits, expected)
+        assert spec.architecture == type(pair.oracle).__name__
+    known = wrappers.WRAPPERS[type(pair.oracle).__name__].names
     assert prefixes == {names.prefix for names in known}
+
+
+def test_wrapper_agrees_with_transformers_when_decoding(pair: Pair) -> None:
+    check_decoding(pair.model, pair.reference)
+
+
+def test_wrapper_agrees_with_transformers_on_mixed_batches(pair: Pair) -> None:
+    check_mixed_batches(pair.model, pair.reference)
+
+
+def test_wrapper_greedy_tokens_equal_those_of_transformers(pair: Pair) -> None:
+    check_greedy_tokens(pair.model, pair.reference)
 
 
 def test_wrapper_reads_experts_as_the_hub_stores_them(tmp_path: Path) -> None:
