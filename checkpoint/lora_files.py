@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from llmkit.common.errors import InputError
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
+_PAIR = re.compile(re.escape(PREFIX) + r"(.+)\.lora_([AB])\.weight")
 # The allowed values of some fields of adapter_config.json. Other init_lora_weights change the
 # weights of the base model. A field that is neither here nor in ALLOWED_FIELDS must be empty.
 ALLOWED_VALUES: dict[str, tuple[Any, ...]] = {
@@ -64,33 +66,43 @@ class AdapterFiles:
     """An adapter's directory.
 
     linears: the shapes [out, in] of the model's linear layers by checkpoint tensor.
+    checkpoint_name: the checkpoint's name of a module that PEFT may name differently.
+    unused: what the names of modules begin with that do not run; the adapter may have pairs of
+    them, which are not read.
     Raises InputError unless the adapter is plain LoRA of these layers.
     """
 
-    def __init__(self, directory: Path, linears: Mapping[str, Shape]) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        linears: Mapping[str, Shape],
+        checkpoint_name: Callable[[str], str] = str,
+        unused: tuple[str, ...] = (),
+    ) -> None:
         self.directory = directory
         self.linears = linears
         self._config = _Config(directory / CONFIG)
-        self._tensors = _read_adapter_header(directory / WEIGHTS, list(linears))
+        self._pairs = _read_pairs(directory / WEIGHTS, linears, checkpoint_name, unused)
 
     def read(self, tensor: str, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor] | None:
         """A [r, in] and B [out, r] of a linear layer, or None when the adapter does not change it.
 
         B includes the scale: the adapter adds B A to the weight.
         """
-        a_name = _peft_name(tensor, "A")
-        b_name = _peft_name(tensor, "B")
-        if a_name not in self._tensors:
+        pair = self._pairs.get(tensor)
+        if pair is None:
             return None
         out_features, in_features = self.linears[tensor]
-        rank, scale = self._config.rank_and_scale(tensor.removesuffix(".weight"))
-        a = _read(self.directory, self._tensors[a_name], (rank, in_features)).to(dtype)
-        b = _read(self.directory, self._tensors[b_name], (out_features, rank))
+        rank, scale = self._config.rank_and_scale(pair.module)
+        a_info = pair.sides["A"]
+        b_info = pair.sides["B"]
+        a = _read(self.directory, a_info, (rank, in_features)).to(dtype)
+        b = _read(self.directory, b_info, (out_features, rank))
         b = (b * scale).to(dtype)
-        for value, name in ((a, a_name), (b, b_name)):
+        for value, info in ((a, a_info), (b, b_info)):
             if not value.isfinite().all():
                 raise InputError(
-                    f"{self.directory / WEIGHTS}: tensor {name} has values"
+                    f"{self.directory / WEIGHTS}: tensor {info.name} has values"
                     f" that are not finite in {dtype}",
                     "Finite values were expected",
                     "Train or download the adapter again",
@@ -98,13 +110,26 @@ class AdapterFiles:
         return a, b
 
 
-def _peft_name(tensor: str, side: str) -> str:
-    """PEFT's name of the A or B of a checkpoint tensor."""
-    return f"{PREFIX}{tensor.removesuffix('.weight')}.lora_{side}.weight"
+@dataclass(frozen=True)
+class _Pair:
+    """The A and B of a linear layer."""
+
+    module: str  # PEFT's name
+    sides: dict[str, TensorInfo]  # by "A" and "B"
 
 
-def _read_adapter_header(path: Path, linears: list[str]) -> dict[str, TensorInfo]:
-    """The header of an adapter's file.
+def _peft_name(module: str, side: str) -> str:
+    """PEFT's name of the A or B of a module."""
+    return f"{PREFIX}{module}.lora_{side}.weight"
+
+
+def _read_pairs(
+    path: Path,
+    linears: Mapping[str, Shape],
+    checkpoint_name: Callable[[str], str],
+    unused: tuple[str, ...],
+) -> dict[str, _Pair]:
+    """The pairs of an adapter's file by checkpoint tensor.
 
     Raises InputError unless every tensor is the A or B of one of `linears`, and each A has its B.
     """
@@ -115,28 +140,41 @@ def _read_adapter_header(path: Path, linears: list[str]) -> dict[str, TensorInfo
             " can run code and is never loaded",
             "Save it again with a newer peft: model.save_pretrained(DIRECTORY)",
         )
-    tensors = read_header(path)
-    pairs = [[_peft_name(tensor, side) for side in "AB"] for tensor in linears]
-    unknown = sorted(tensors.keys() - {name for pair in pairs for name in pair})
-    if unknown or not tensors:
+    pairs: dict[str, _Pair] = {}
+    unknown = []
+    for name, info in read_header(path).items():
+        if unused and name.startswith(tuple(PREFIX + prefix for prefix in unused)):
+            continue
+        match = _PAIR.fullmatch(name)
+        module = match[1] if match else ""
+        tensor = f"{checkpoint_name(module)}.weight"
+        # Both names of a module in one adapter would be two updates of one weight.
+        if match and tensor in linears and pairs.get(tensor, _Pair(module, {})).module == module:
+            pairs.setdefault(tensor, _Pair(module, {})).sides[match[2]] = info
+        else:
+            unknown.append(name)
+    if unknown or not pairs:
         problem = "has no tensors"
         if unknown:
-            names = ", ".join(unknown[:5])
+            names = ", ".join(sorted(unknown)[:5])
             problem = f"has {len(unknown)} tensors of no linear layer of the model ({names})"
+        elif unused:
+            problem = "has no tensors of the text model"
+        first_module = next(iter(linears)).removesuffix(".weight")
         raise InputError(
             f"{path} {problem}",
-            f"Names like {pairs[0][0]} were expected;"
+            f"Names like {_peft_name(first_module, 'A')} were expected;"
             " adapters of embeddings and of lm_head are not supported",
             "Check that the adapter was made for this model",
         )
-    for pair in pairs:
-        missing = [name for name in pair if name not in tensors]
-        if len(missing) == 1:
-            raise InputError(
-                f"{path} lacks {missing[0]}",
-                "lora_A and lora_B of a linear layer were expected together",
-            )
-    return tensors
+    for pair in pairs.values():
+        for side in "AB":
+            if side not in pair.sides:
+                raise InputError(
+                    f"{path} lacks {_peft_name(pair.module, side)}",
+                    "lora_A and lora_B of a linear layer were expected together",
+                )
+    return pairs
 
 
 def _read(directory: Path, info: TensorInfo, shape: Shape) -> torch.Tensor:
@@ -178,7 +216,7 @@ class _Config:
         self.alpha_patterns = self._patterns("alpha_pattern")
 
     def rank_and_scale(self, module: str) -> tuple[int, float]:
-        """The rank and the scale of a checkpoint module ("model.layers.3.self_attn.q_proj")."""
+        """The rank and the scale of a module by PEFT's name ("model.layers.3.self_attn.q_proj")."""
         rank = _first_match(self.rank_patterns, module, self.rank)
         alpha = _first_match(self.alpha_patterns, module, self.alpha)
         return int(rank), alpha / (math.sqrt(rank) if self.values.get("use_rslora") else rank)

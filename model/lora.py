@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,6 +20,7 @@ from llmkit.model.language_model import LanguageModel
 from llmkit.model.linear import Linear
 from llmkit.model.parameter_table import Parameter, parameters
 from llmkit.model.spec import ModelSpec, RankSpec
+from llmkit.model.wrappers import checkpoint_name
 
 Rows = slice | torch.Tensor  # rows of a step: consecutive ones, or int64 [n]
 
@@ -40,7 +42,8 @@ def load_adapter(
 ) -> dict[str, LoraWeights]:
     """Load an adapter that PEFT saved. Returns its weights by runtime module ("layers.3.attn.qkv").
 
-    For the spec of a rank, the result is the rank's part of the adapter.
+    For the spec of a rank, the result is the rank's part of the adapter. What an adapter adds to
+    carried parts, such as a vision tower, is not loaded: they do not run.
     Raises InputError unless the adapter is plain LoRA of linear layers that the model has.
     """
     linears = [
@@ -59,7 +62,7 @@ def load_adapter(
     # The runtime modules of this rank, by their checkpoint tensors. A pipeline stage numbers its
     # layers from 0, so the checkpoint tensors identify a module.
     modules = {row.source_names: row.module for row in parameters(spec)}
-    files = AdapterFiles(directory, shapes)
+    files = AdapterFiles(directory, shapes, partial(checkpoint_name, spec), spec.carried)
     weights = {}
     for row in linears:
         if row.source_names not in modules:

@@ -207,6 +207,20 @@ def module_names(spec: ModelSpec, module: str) -> list[str]:
     return list(dict.fromkeys([module, *(name.prefix + rest for name in names)]))
 
 
+def checkpoint_name(spec: ModelSpec, module: str) -> str:
+    """The checkpoint's name of a module of the text model.
+
+    A file that belongs to the model, such as a LoRA adapter, may have another of the `names` than
+    the checkpoint: that of the modules of the transformers version that made it.
+    """
+    wrapper = WRAPPERS.get(spec.architecture)
+    prefixes = [names.prefix for names in wrapper.names] if wrapper is not None else []
+    for prefix in sorted(prefixes, key=len, reverse=True):
+        if module.startswith(f"{prefix}."):
+            return spec.tensor_prefix + module.removeprefix(prefix)
+    return module
+
+
 def mtp_prefixes(config: dict[str, Any], prefix: str, num_layers: int) -> tuple[str, ...]:
     """The prefixes of the tensors that predict several tokens at once, as `ModelSpec.carried`.
 

@@ -14,6 +14,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 from support.paged_sequences import close
 from support.parity import check_decoding, check_greedy_tokens, check_mixed_batches
+from support.tiny_adapters import PREFIX, WEIGHTS, write_adapter
 from support.tiny_wrappers import WRAPPERS, save_wrapper, tiny_wrapper, wrapper_logits
 
 from llmkit.checkpoint.config_defaults import FAMILIES, REQUIRED_SIZES
@@ -24,10 +25,12 @@ from llmkit.model.checkpoint_tensors import check_checkpoint
 from llmkit.model.families import checkpoint_spec, model_spec
 from llmkit.model.full_forward import window_logits
 from llmkit.model.language_model import LanguageModel
+from llmkit.model.lora import LoraManager, load_adapter
 from llmkit.model.text_config_defaults import TEXT_DEFAULTS
 from llmkit.model.weight_loader import load_model
 
 TOKENS = torch.randint(3, 512, (40,), generator=torch.Generator().manual_seed(1))
+FLOAT = torch.float32
 SIZES = dict(zip(REQUIRED_SIZES, (512, 64, 128, 2, 4, 256), strict=True))
 LLAVA = {
     "architectures": ["LlavaForConditionalGeneration"],
@@ -216,3 +219,88 @@ def test_wrapper_refuses_two_prefixes_and_unknown_tensors(tmp_path: Path) -> Non
 def test_wrapper_refuses_wrong_configs(values: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         model_spec(LLAVA | values)
+
+
+def peft_adapter(base: Path, path: Path, prefix: str, tower: bool = False, **config: Any) -> Path:
+    """An adapter of all text linears, whose modules PEFT found below `prefix` in a model's class.
+
+    tower: with a pair of the vision tower, which `target_modules=["q_proj"]` matches, too.
+    """
+    spec = checkpoint_spec(open_checkpoint(base))
+    own = spec.tensor_prefix
+    adapter = write_adapter(base, path, prefix=f"{own}.layers.", **config)
+    tensors = {
+        name.replace(f"{PREFIX}{own}.", f"{PREFIX}{prefix}."): tensor
+        for name, tensor in load_file(adapter / WEIGHTS).items()
+    }
+    if tower:
+        module = f"{PREFIX}{spec.carried[1]}encoder.layers.0.self_attn.q_proj"
+        tensors |= {f"{module}.lora_A.weight": torch.ones(4, 16)}
+        tensors |= {f"{module}.lora_B.weight": torch.ones(16, 4)}
+    save_file(tensors, adapter / WEIGHTS)
+    return adapter
+
+
+@pytest.mark.parametrize("hub_names", [True, False])
+@pytest.mark.parametrize("name", ["gemma3", "qwen2.5-vl", "smolvlm"])
+def test_wrapper_adapter_has_any_of_its_names(name: str, hub_names: bool, tmp_path: Path) -> None:
+    """PEFT's names are those of the modules of the transformers version that trained."""
+    oracle = tiny_wrapper(name)
+    base = save_wrapper(oracle, tmp_path / "base", hub_names)
+    spec = checkpoint_spec(open_checkpoint(base))
+    expected = load_adapter(peft_adapter(base, tmp_path / "a", spec.tensor_prefix), spec, FLOAT)
+    assert {module.split(".", 2)[2] for module in expected} == {
+        "attn.qkv",
+        "attn.o",
+        "mlp.gate_up",
+        "mlp.down",
+    }
+    for index, names in enumerate(wrappers.WRAPPERS[spec.architecture].names):
+        adapter = peft_adapter(base, tmp_path / str(index), names.prefix, tower=True)
+        loaded = load_adapter(adapter, spec, FLOAT)
+        assert loaded.keys() == expected.keys()
+        for module, lora in loaded.items():
+            assert torch.equal(lora.lora_a, expected[module].lora_a)
+            assert torch.equal(lora.lora_b, expected[module].lora_b)
+
+
+def test_wrapper_adapter_answers_as_the_merged_model(tmp_path: Path) -> None:
+    """The text layers of transformers' model get the weights with the updates."""
+    oracle = tiny_wrapper("gemma3")
+    base = save_wrapper(oracle, tmp_path / "base", hub_names=True)
+    pattern = {"model.language_model.layers.1.self_attn.q_proj": 4}
+    adapter = peft_adapter(
+        base, tmp_path / "a", "model.language_model", tower=True, alpha_pattern=pattern
+    )
+    modules = dict(oracle.named_modules())
+    updates = load_file(adapter / WEIGHTS)
+    for name in [name for name in updates if ".lora_A." in name and "language" in name]:
+        module = name.removeprefix(PREFIX).removesuffix(".lora_A.weight")
+        scale = pattern.get(module, 8) / 4
+        update = updates[name.replace("lora_A", "lora_B")] @ updates[name]
+        modules[module].weight.data += scale * update
+    checkpoint = open_checkpoint(base)
+    model = load_model(checkpoint, FLOAT)
+    adapters = LoraManager(model)
+    adapters.add("a", load_adapter(adapter, checkpoint_spec(checkpoint), FLOAT))
+    with adapters.activate([(1, len(TOKENS))], torch.tensor):
+        logits = next(window_logits(model, TOKENS[None]))
+    close(logits, wrapper_logits(oracle, TOKENS))
+
+
+def test_wrapper_adapter_of_towers_only_is_refused(tmp_path: Path) -> None:
+    base = save_wrapper(tiny_wrapper("gemma3"), tmp_path / "base", hub_names=True)
+    spec = checkpoint_spec(open_checkpoint(base))
+    adapter = peft_adapter(base, tmp_path / "a", "model.language_model", tower=True)
+    tensors = load_file(adapter / WEIGHTS)
+    towers = {name: tensor for name, tensor in tensors.items() if "vision" in name}
+    save_file(towers, adapter / WEIGHTS)
+    with pytest.raises(InputError, match=r"no tensors of the text model.*language_model\.model"):
+        load_adapter(adapter, spec, FLOAT)
+    twice = {
+        name.replace("model.language_model", "language_model.model"): tensor.clone()
+        for name, tensor in tensors.items()
+    }
+    save_file(tensors | twice, adapter / WEIGHTS)
+    with pytest.raises(InputError, match="28 tensors of no linear layer"):
+        load_adapter(adapter, spec, FLOAT)

@@ -23,20 +23,22 @@ def write_adapter(
     *,
     seed: int = 1,
     rank: Callable[[str], int] = lambda _: 4,
+    prefix: str = "model.layers.",
     **config: Any,
 ) -> Path:
     """Write a random adapter for the linears with `wanted` in their names; returns `path`.
 
     "" stands for all linears.
 
-    `rank` says for a module's name how large its A and B are; `config` overrides r 4 and lora_alpha
+    `rank` says for a module's name how large its A and B are; `prefix` is what the names of layers
+    begin with in the base; `config` overrides r 4 and lora_alpha
     8.
     """
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
     for name, weight in load_file(base / "model.safetensors").items():
         is_wanted = re.search(wanted or r"\.weight$", name)
-        if name.startswith("model.layers.") and weight.dim() == 2 and is_wanted:
+        if name.startswith(prefix) and weight.dim() == 2 and is_wanted:
             module, (rows, columns) = name.removesuffix(".weight"), weight.shape
             for side, shape in (("A", (rank(module), columns)), ("B", (rows, rank(module)))):
                 tensors[f"{PREFIX}{module}.lora_{side}.weight"] = (
