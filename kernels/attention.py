@@ -28,7 +28,7 @@ def rope_and_cache(
     norms: tuple[torch.Tensor, torch.Tensor] | None,
     eps: float,
     cos_sin: tuple[torch.Tensor, torch.Tensor] | None,
-    cache: KVCache,
+    cache: KVCache | None,
     slot_mapping: torch.Tensor,
     kv_quant: tuple[Quantize, Quantize] | None = None,
     *,
@@ -41,14 +41,15 @@ def rope_and_cache(
 
     qkv: [T, N + 2K, D]; its values may be overwritten. norms: the weights of the norms of query
     heads and of key heads, [D] each, or [N, D] and [K, D]; None: no norm. cos_sin, interleaved: see
-    `apply_rotary_emb_`; None: no RoPE. slot_mapping: int64 [T]. kv_quant: fake quantization of keys
+    `apply_rotary_emb_`; None: no RoPE. cache: None: qkv has only queries, [T, N, D], for the keys
+    and values of another layer. slot_mapping: int64 [T]. kv_quant: fake quantization of keys
     and of values before they are stored.
     norm_after_rope: the norms follow RoPE. norm_subtracts_mean: they are layer norms, not RMS
     norms. query_scale: float32 [T], a last factor of each token's queries, which is rounded to the
     dtype first.
     Returns the queries [T, N, D].
     """
-    if kv_quant is None and triton_attention.supports(qkv, cache):
+    if cache is not None and kv_quant is None and triton_attention.supports(qkv, cache):
         return rope_and_cache_triton(
             qkv,
             num_heads,
@@ -71,6 +72,8 @@ def rope_and_cache(
         qkv = _norm_queries_and_keys(qkv, num_heads, norms, eps, norm_subtracts_mean)
     if query_scale is not None:
         scale_tokens_(qkv[:, :num_heads], query_scale)
+    if cache is None:
+        return qkv
     kv = qkv[:, num_heads:]
     if kv_quant is not None:
         k, v = kv.chunk(2, dim=1)
@@ -93,10 +96,12 @@ def _norm_queries_and_keys(
     compact = qkv.stride()[1:] == (qkv.shape[2], 1)
     if compact and cpu_kernels.supports(qkv) and q_norm.dtype == k_norm.dtype == qkv.dtype:
         cpu_kernels.norm_heads_(q, q_norm, eps, subtract_mean)
-        cpu_kernels.norm_heads_(k, k_norm, eps, subtract_mean)
+        if k.shape[1]:
+            cpu_kernels.norm_heads_(k, k_norm, eps, subtract_mean)
         return qkv
     q = norm_heads(q, q_norm, eps, subtract_mean)
-    k = norm_heads(k, k_norm, eps, subtract_mean)
+    if k.shape[1]:
+        k = norm_heads(k, k_norm, eps, subtract_mean)
     return torch.cat((q, k, v), dim=1)
 
 

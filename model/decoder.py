@@ -12,7 +12,7 @@ from functools import cached_property
 from typing import NamedTuple, TypeVar
 
 import torch
-from torch.nn.functional import embedding, linear, softplus
+from torch.nn.functional import softplus
 
 from llmkit.kernels.attention import paged_attention, rope_and_cache
 from llmkit.kernels.attention_metadata import AttentionBatch
@@ -22,7 +22,6 @@ from llmkit.kernels.elementwise import (
     add_layer_norm,
     add_residual,
     add_rms_norm,
-    apply_rotary_emb_,
     layer_norm,
     rms_norm,
     swiglu_clamped,
@@ -35,14 +34,16 @@ from llmkit.kernels.mxfp4_linear import Mxfp4Linear
 from llmkit.kernels.triton_support import runs_triton
 from llmkit.model.language_model import empty_kv_cache
 from llmkit.model.linear import ActivationQuant, Linear, PackedLinear
-from llmkit.model.parallel_group import ParallelGroup
+from llmkit.model.parallel_group import ParallelGroup, mask_padding
 from llmkit.model.parameter_table import XIELU_PARAMETERS
 from llmkit.model.rope import CosSin, make_rotary_embeddings
 from llmkit.model.router import select_experts
 from llmkit.model.spec import ModelSpec
+from llmkit.model.token_embedding import TokenEmbedding
 
 SINGLE_RANK = ParallelGroup()
-MASKED_LOGIT = -1e30  # the logit of padding tokens: below every real logit, and finite
+# The tables that are looked up by token. They may have another dtype than the model.
+TABLES = ("embed.weight", "per_layer.embed.weight")
 
 _Value = TypeVar("_Value")
 
@@ -104,12 +105,12 @@ class DecoderLayer:
         cos_sin: Mapping[str, CosSin],
         batch: AttentionBatch,
         cache: KVCache,
+        per_layer_input: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """hidden: [T, H] in and out. Writes the step's keys and values into `cache`."""
-        residual, update = self.forward_with_residual(hidden, None, cos_sin, batch, cache)
-        if update is None:
-            return residual
-        return add_residual(residual, update, self.spec.residual_multiplier)
+        """Run the layer. hidden: [T, H] in and out; the other inputs: see `attention_block`."""
+        return self.add_update(
+            *self.forward_with_residual(hidden, None, cos_sin, batch, cache, per_layer_input)
+        )
 
     def forward_with_residual(
         self,
@@ -123,51 +124,68 @@ class DecoderLayer:
         """Run the layer. The residual addition is deferred, so that it fuses with the next norm.
 
         residual: [T, H]. update: [T, H], the output of the previous layer's MLP, which is not yet
-        added to `residual`; None: there is nothing to add. per_layer_input: [T, P], see
-        `ModelSpec.per_layer_input_size`.
+        added to `residual`; None: there is nothing to add. The other inputs: see `attention_block`.
         Returns the new residual, and the output of this layer's MLP.
         """
         with self.weights_on_device():
-            residual, x = self._add_norm(residual, update, "attn_norm")
-            update = self._attention(x, cos_sin, batch, cache)
             if self.spec.parallel_block:
+                residual, x = self._add_norm(residual, update, "attn_norm")
+                update = self._attention(x, cos_sin, batch, cache)
                 return residual, add_residual(update, self._mlp_or_moe(x, residual), 1.0)
-            residual, x = self._add_norm(residual, update, "mlp_norm")
-            update = self._mlp_or_moe(x, residual)
-            if per_layer_input is None and not self.spec.layer_scalar:
-                return residual, update
-            return self._finish(residual, update, per_layer_input), None
+            residual, update = self.attention_block(residual, update, cos_sin, batch, cache)
+            return self.mlp_block(residual, update, per_layer_input)
 
     def attention_block(
         self,
-        hidden: torch.Tensor,
+        residual: torch.Tensor,
+        update: torch.Tensor | None,
         cos_sin: Mapping[str, CosSin],
         batch: AttentionBatch,
         cache: KVCache,
-    ) -> torch.Tensor:
-        """The first half of the layer, norms and residual addition included."""
-        update = self._attention(self._norm(hidden, "attn_norm"), cos_sin, batch, cache)
-        return add_residual(hidden, update, self.spec.residual_multiplier)
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The first half of the layer; see `forward_with_residual`.
 
-    def mlp_block(self, hidden: torch.Tensor) -> torch.Tensor:
-        """The second half of the layer, norms and residual addition included."""
-        update = self._mlp_or_moe(self._norm(hidden, "mlp_norm"), hidden)
-        if self.spec.layer_scalar:
-            return self._finish(hidden, update, None)
-        return add_residual(hidden, update, self.spec.residual_multiplier)
+        cache: where the step's keys and values are written. A layer that has none reads those that
+        an earlier layer has written there.
+        """
+        residual, x = self._add_norm(residual, update, "attn_norm")
+        return residual, self._attention(x, cos_sin, batch, cache)
 
-    def _finish(
-        self, residual: torch.Tensor, update: torch.Tensor, per_layer_input: torch.Tensor | None
-    ) -> torch.Tensor:
-        """Add the update, what the layer's own input of each token [T, P] adds, and scale."""
-        hidden = add_residual(residual, update, self.spec.residual_multiplier)
+    def mlp_block(
+        self,
+        residual: torch.Tensor,
+        update: torch.Tensor | None,
+        per_layer_input: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The second half of the layer; see `forward_with_residual`.
+
+        per_layer_input: [T, P], what the layer reads of each token, see
+        `ModelSpec.per_layer_input_size`.
+        """
+        residual, x = self._add_norm(residual, update, "mlp_norm")
+        update = self._mlp_or_moe(x, residual)
+        if not self.spec.layer_scalar:
+            return residual, update
+        hidden = self.add_update(residual, update)
         if per_layer_input is not None:
-            activation = self.spec.activation
-            assert activation != "xielu" and activation != "swiglu_clamped"
-            gate = act(self.linears["per_layer.gate"](hidden), activation)
-            projected = self.linears["per_layer.projection"](gate * per_layer_input)
-            hidden = hidden + self._norm(projected, "per_layer.norm")
-        return hidden * self.vectors["layer_scalar"]
+            hidden = hidden + self._per_layer_update(hidden, per_layer_input)
+        return hidden * self.vectors["layer_scalar"], None
+
+    def add_update(self, residual: torch.Tensor, update: torch.Tensor | None) -> torch.Tensor:
+        """The hidden states [T, H] whose addition a block has deferred."""
+        if update is None:
+            return residual
+        return add_residual(residual, update, self.spec.residual_multiplier)
+
+    def _per_layer_update(
+        self, hidden: torch.Tensor, per_layer_input: torch.Tensor
+    ) -> torch.Tensor:
+        """What the layer's own input of each token [T, P] adds to the hidden states [T, H]."""
+        activation = self.spec.activation
+        assert activation != "xielu" and activation != "swiglu_clamped"
+        gate = act(self.linears["per_layer.gate"](hidden), activation)
+        projected = self.linears["per_layer.projection"](gate * per_layer_input)
+        return self._norm(projected, "per_layer.norm")
 
     def _attention(
         self,
@@ -196,25 +214,20 @@ class DecoderLayer:
         elif not cache.quantized and "attn.k" in self.activation_quant:
             kv_quant = self.activation_quant["attn.k"], self.activation_quant["attn.v"]
         rope = cos_sin[self.layer.rope] if self.layer.rope else None
-        if self.layer.kv_shared_layer_offset:
-            assert norms is not None and rope is not None
-            q = rms_norm(qkv, norms[0], spec.rms_norm_eps)
-            apply_rotary_emb_(q, rope.cos, rope.sin, spec.rope_interleaved)
-        else:
-            q = rope_and_cache(
-                qkv,
-                spec.num_heads,
-                norms,
-                spec.rms_norm_eps,
-                None if rope is None else (rope.cos, rope.sin),
-                cache,
-                metadata.slot_mapping,
-                kv_quant,
-                interleaved=spec.rope_interleaved,
-                norm_after_rope=spec.norm_after_rope,
-                query_scale=None if rope is None else rope.query_scale,
-                norm_subtracts_mean=spec.norm == "layer",
-            )
+        q = rope_and_cache(
+            qkv,
+            spec.num_heads,
+            norms,
+            spec.rms_norm_eps,
+            None if rope is None else (rope.cos, rope.sin),
+            None if self.layer.kv_shared_layer_offset else cache,
+            metadata.slot_mapping,
+            kv_quant,
+            interleaved=spec.rope_interleaved,
+            norm_after_rope=spec.norm_after_rope,
+            query_scale=None if rope is None else rope.query_scale,
+            norm_subtracts_mean=spec.norm == "layer",
+        )
         out = paged_attention(
             q,
             cache,
@@ -434,7 +447,7 @@ class Decoder:
     """A model, or the part of one that a rank holds.
 
     tensors: the runtime tensors by the names of the parameter table, on one device and of one
-    dtype; only the embedding may have another dtype. Tensors are removed from the mapping as they
+    dtype; only TABLES may have another dtype. Tensors are removed from the mapping as they
     are used, so that it keeps no second reference to them.
     activation_quant, linears: by runtime module ("layers.3.attn.qkv", "lm_head"); see
     `DecoderLayer`.
@@ -453,11 +466,11 @@ class Decoder:
         self.parallel_group = parallel_group
         activation_quant = activation_quant or {}
         linears = linears or {}
-        example = next(tensor for name, tensor in tensors.items() if name != "embed.weight")
+        example = next(tensor for name, tensor in tensors.items() if name not in TABLES)
         self.dtype = example.dtype
         self.device = example.device
         missing = example.new_empty(0)  # stands for tensors that only other pipeline stages hold
-        self.embedding = tensors.pop("embed.weight", missing)
+        self.embed_tokens = TokenEmbedding(spec, tensors, self.dtype, parallel_group)
         head = linears.get("lm_head")
         if head is None:
             if spec.tie_word_embeddings:
@@ -468,11 +481,6 @@ class Decoder:
         self.head = head
         self.final_norm = _norm_weight(tensors.pop("norm.weight", missing), spec)
         self.final_norm_bias = tensors.pop("norm.bias", None)
-        self.per_layer = {
-            name: tensors.pop(f"per_layer.{name}.weight")
-            for name in ("embed", "projection", "norm")
-            if spec.per_layer_input_size
-        }
         self.layers = []
         for index in range(len(spec.layers)):
             prefix = f"layers.{index}."
@@ -504,18 +512,10 @@ class Decoder:
         Returns hidden states [T, H] after the last norm. A pipeline stage receives its input from
         the stage before it and sends its output to the next.
         """
-        per_layer_inputs = None
-        if self.spec.is_first_stage:
-            hidden = self.embed_tokens(tokens)
-            if self.per_layer:
-                per_layer_inputs = self.per_layer_inputs(tokens, hidden)
-        else:
-            hidden = self.parallel_group.receive(
-                len(tokens), self.spec.hidden_size, self.dtype, self.device
-            )
+        hidden, per_layer_inputs = self._embed_or_receive(tokens)
         hidden = self.run_layers(hidden, self.cos_sin(positions), batch, caches, per_layer_inputs)
         if not self.spec.is_last_stage:
-            self.parallel_group.send(hidden)
+            self._send(hidden, per_layer_inputs)
         return hidden
 
     def run_layers(
@@ -528,7 +528,7 @@ class Decoder:
     ) -> torch.Tensor:
         """[T, H] embedded tokens -> [T, H] after the last norm.
 
-        per_layer_inputs: [T, layers, P], as `per_layer_inputs` computes them.
+        per_layer_inputs: [T, layers, P]; see `TokenEmbedding.per_layer_inputs`.
         """
         residual = hidden
         update = None
@@ -545,38 +545,36 @@ class Decoder:
         _, hidden = _add_norm(self.spec, residual, update, final_norm, self.final_norm_bias)
         return hidden
 
-    def embed_tokens(self, tokens: torch.Tensor) -> torch.Tensor:
-        """[T] -> [T, H]"""
-        hidden = self._embed(tokens, self.embedding)
-        if self.spec.embedding_multiplier != 1.0:
-            hidden = hidden * self.spec.embedding_multiplier
-        return hidden
+    @property
+    def embedding(self) -> torch.Tensor:
+        """The embedding table, [vocabulary rows, H]; empty on stages that do not hold it."""
+        return self.embed_tokens.table
 
-    def _embed(self, tokens: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-        """The rows of a table that is split over the ranks by the vocabulary."""
-        group = self.parallel_group
-        if group.tp_size == 1:
-            return embedding(tokens, table).to(self.dtype)
-        rows = tokens - group.vocab_start
-        is_here = (rows >= 0) & (rows < len(table))
-        partial = embedding(rows.where(is_here, 0), table).to(self.dtype)
-        rows_of_all: torch.Tensor = group.all_reduce(partial * is_here[:, None])
-        return rows_of_all
+    def _embed_or_receive(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The stage's input: hidden states [T, H], and per-layer inputs [T, layers, P] or None."""
+        spec = self.spec
+        if spec.is_first_stage:
+            hidden = self.embed_tokens(tokens)
+            return hidden, self.embed_tokens.per_layer_inputs(tokens, hidden)
+        assert spec.rank is not None
+        # Those of this stage's layers and of the later stages' layers.
+        num_layers = len(spec.full_model.layers) - spec.rank.first_layer
+        sizes = (spec.hidden_size, num_layers * spec.per_layer_input_size)
+        received = self.parallel_group.receive(len(tokens), sum(sizes), self.dtype, self.device)
+        if not spec.per_layer_input_size:
+            return received, None
+        hidden, per_layer_inputs = received.split(sizes, dim=1)
+        return hidden, per_layer_inputs.unflatten(1, (num_layers, -1))
 
-    def per_layer_inputs(self, tokens: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
-        """What each layer gets of each token beside the hidden state, [T, layers, P].
+    def _send(self, hidden: torch.Tensor, per_layer_inputs: torch.Tensor | None) -> None:
+        """Send the stage's output, and the per-layer inputs of later layers, to the next stage.
 
-        It is the sum of a row of the second embedding and of a projection of the first one's.
-        hidden: [T, H], as `embed_tokens` returns it.
+        They are sent because the tables that they are looked up in are most of such a model.
         """
-        size = self.spec.per_layer_input_size
-        rows = self._embed(tokens, self.per_layer["embed"]) * size**0.5
-        projected = linear(hidden, self.per_layer["projection"]) * self.spec.hidden_size**-0.5
-        normed: torch.Tensor = rms_norm(
-            projected.unflatten(-1, (-1, size)), self.per_layer["norm"], self.spec.rms_norm_eps
-        )
-        inputs: torch.Tensor = (normed + rows.unflatten(-1, (-1, size))) * 2.0**-0.5
-        return inputs
+        if per_layer_inputs is not None:
+            of_later_layers = per_layer_inputs[:, len(self.layers) :].flatten(1)
+            hidden = torch.cat((hidden, of_later_layers), dim=1)
+        self.parallel_group.send(hidden)
 
     def cos_sin(self, positions: torch.Tensor) -> dict[str, CosSin]:
         """The cosines and sines of a step, for every rotary embedding of the model."""
@@ -591,16 +589,12 @@ class Decoder:
         softcap = spec.final_logit_softcapping
         if softcap is not None:
             logits = torch.tanh(logits / softcap) * softcap
-        # The vocabulary parts of the last ranks may contain padding.
-        padding = self.parallel_group.vocab_start + spec.vocab_size - spec.full_model.vocab_size
-        if padding > 0:
-            logits[:, max(0, spec.vocab_size - padding) :] = MASKED_LOGIT
-        return logits
+        return mask_padding(logits, spec, self.parallel_group)
 
     def weights(self) -> tuple[list[Linear], list[torch.Tensor]]:
         """Its linear layers, and its other tensors."""
         linears = [self.head]
-        others = [self.embedding, self.final_norm, *self.per_layer.values()]
+        others = [self.embedding, self.final_norm, *self.embed_tokens.per_layer.values()]
         for layer in self.layers:
             linears += layer.linears.values()
             for vectors in (layer.norms, layer.norm_biases, layer.vectors):

@@ -80,6 +80,7 @@ def _gemma2(config: Any) -> dict[str, Any]:
         "attn_logit_softcapping": config.attn_logit_softcapping,
         "final_logit_softcapping": config.final_logit_softcapping,
         "embedding_multiplier": config.hidden_size**0.5,
+        "rounds_embedding_multiplier": True,
         "layers": mixed_layers(config, has_window, config.sliding_window),
     }
 
@@ -148,6 +149,7 @@ def _gemma(config: Any) -> dict[str, Any]:
         "qkv_bias": config.attention_bias,
         "o_proj_bias": config.attention_bias,
         "embedding_multiplier": config.hidden_size**0.5,
+        "rounds_embedding_multiplier": True,
     }
 
 

@@ -54,6 +54,7 @@ def gemma4(config: Any) -> dict[str, Any]:
         "attention_scale": 1.0,
         "final_logit_softcapping": config.final_logit_softcapping,
         "embedding_multiplier": config.hidden_size**0.5,
+        "rounds_embedding_multiplier": True,
         "per_layer_input_size": config.hidden_size_per_layer_input,
         "layer_scalar": True,
         "layers": layers,

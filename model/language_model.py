@@ -113,15 +113,10 @@ def scratch_kv_caches(
     Layers of equal sizes share one: a layer reads only what it has just written. A layer whose keys
     and values others read has its own.
     """
-    layers = spec.layers
-    is_read = {
-        index - layer.kv_shared_layer_offset
-        for index, layer in enumerate(layers)
-        if layer.kv_shared_layer_offset
-    }
+    is_read = spec.kv_source_layers
     caches: list[KVCache] = []
     shared: dict[tuple[int, int], KVCache] = {}
-    for index, layer in enumerate(layers):
+    for index, layer in enumerate(spec.layers):
         if layer.kv_shared_layer_offset:
             caches.append(caches[index - layer.kv_shared_layer_offset])
             continue

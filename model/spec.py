@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from llmkit.checkpoint.hf_config import RopeSpec
+from llmkit.model.split import REPLICATED, Split
 
 Activation = Literal["silu", "gelu_tanh", "gelu", "relu2", "xielu", "swiglu_clamped"]
 
@@ -62,8 +63,9 @@ class MoeSpec:
     gate: str = "gate_proj"  # or "w1"
     up: str = "up_proj"  # or "w3"
     down: str = "down_proj"  # or "w2"
-    gate_up: str = "gate_up_proj"  # gate and up in one; only with `ModelSpec.fused_gate_up`
+    experts: str = "experts"  # the module of the experts that are stored one by one
     expert_stack: ExpertStack | None = None  # None: a checkpoint stores experts one by one
+    expert_bias: bool = False  # the linears of experts have biases
     router: str = "gate"  # the linear that computes the logits of the experts
     router_bias: bool = False
     float32_router: bool = False  # logits in float32, whatever the dtype of the model
@@ -81,6 +83,8 @@ class MoeSpec:
     parallel_mlp: bool = False
     shared_intermediate_size: int = 0  # of the expert that every token uses; 0: there is none
     shared_expert: str = "shared_experts"  # its module
+    shared_gate_up: str = "gate_up_proj"  # its gate and up; only with `ModelSpec.fused_gate_up`
+    shared_down: str = "down_proj"
     shared_expert_gate: str | None = None  # a linear whose sigmoid multiplies its output
 
 
@@ -113,6 +117,7 @@ class TransformersTensor:
     layer: int | None
     is_linear: bool  # the weight of an nn.Linear of a layer
     is_float32: bool  # kept in float32 whatever the dtype of the model
+    split: Split = REPLICATED  # over tensor-parallel ranks, as the model's tp_plan says
 
 
 @dataclass(frozen=True)
@@ -122,7 +127,8 @@ class TransformersSpec:
     config: dict[str, Any] = field(hash=False)  # config.json
     layers: tuple[str, ...]  # transformers' names of the layers' modules
     tensors: tuple[TransformersTensor, ...]
-    ignored: tuple[str, ...]  # patterns of the names of checkpoint tensors that it does not need
+    tied: tuple[str, ...]  # the names of tensors that repeat others; checkpoints may have them
+    tp_refusal: str  # why the tensors cannot be split over ranks; "" when they can
 
 
 @dataclass(frozen=True)
@@ -188,6 +194,8 @@ class ModelSpec:
     attn_logit_softcapping: float | None = None
     final_logit_softcapping: float | None = None
     embedding_multiplier: float = 1.0
+    # The factors of embeddings are rounded to the dtype of the model first, as Gemma's code does.
+    rounds_embedding_multiplier: bool = False
     residual_multiplier: float = 1.0
     logit_scale: float = 1.0  # multiplies the logits
     moe: MoeSpec | None = None
@@ -213,8 +221,39 @@ class ModelSpec:
     @property
     def has_independent_layers(self) -> bool:
         """Whether a layer reads nothing but the output of the layer before it."""
-        return not self.per_layer_input_size and not any(
-            x.kv_shared_layer_offset for x in self.layers
+        return not self.per_layer_input_size and not self.kv_source_layers
+
+    @property
+    def kv_source_layers(self) -> frozenset[int]:
+        """The layers whose keys and values later layers read, too."""
+        return frozenset(
+            index - layer.kv_shared_layer_offset
+            for index, layer in enumerate(self.layers)
+            if layer.kv_shared_layer_offset
+        )
+
+    @property
+    def stage_starts(self) -> tuple[int, ...]:
+        """The layers with which a pipeline stage after the first one can begin.
+
+        Such a layer, and those after it, read no keys and values of the layers before it.
+        """
+        first_source = len(self.layers)
+        starts = []
+        for index in reversed(range(1, len(self.layers))):
+            first_source = min(first_source, index - self.layers[index].kv_shared_layer_offset)
+            if first_source >= index:
+                starts.append(index)
+        return tuple(reversed(starts))
+
+    @property
+    def splits_attention(self) -> bool:
+        """Whether a tensor-parallel rank holds only some of the heads of attention.
+
+        In the fallback, some models' ranks hold all of them.
+        """
+        return self.transformers is None or any(
+            tensor.split.kind in ("heads", "kv_heads") for tensor in self.transformers.tensors
         )
 
     @property

@@ -18,7 +18,7 @@ from llmkit.checkpoint.quantized_weight import QuantizedWeight
 from llmkit.kernels.kv_cache import KVCache
 from llmkit.model.decoder import DecoderLayer
 from llmkit.quant.algorithm import AutoRound
-from llmkit.quant.layer_stream import LayerStream, MicroBatch
+from llmkit.quant.layer_stream import LayerInputs, LayerStream, MicroBatch
 
 HELD_OUT_STEPS = 2  # the result is judged on the windows of this many steps
 # A weight starts at most this far from the middle of its rounding interval, as a fraction of a
@@ -118,6 +118,31 @@ class TuningWindows:
             windows.append(batches[batch].hidden[start : start + self.length])
         return torch.cat(windows).to(self.context.device)
 
+    def layer_inputs(self, index: int, chosen: Sequence[int]) -> LayerInputs:
+        """What a layer reads of the chosen windows besides the hidden states.
+
+        The cache is a new one in each call, because gradients pass through it.
+        """
+        context = self.context
+        kv = torch.zeros_like(context.caches[index].kv)
+        blocks_per_window = kv.shape[1] // self.count
+        per_layer_inputs = []
+        for position, window in enumerate(chosen):
+            batch, start = self.positions[window]
+            micro_batch = self.inputs[batch]
+            kept = micro_batch.kept_kv(index)
+            if kept is not None:
+                first = position * blocks_per_window
+                kept_first = start // self.length * blocks_per_window
+                kv[:, first : first + blocks_per_window] = kept[
+                    :, kept_first : kept_first + blocks_per_window
+                ]
+            per_layer_input = micro_batch.per_layer_input(index)
+            if per_layer_input is not None:
+                per_layer_inputs.append(per_layer_input[start : start + self.length])
+        joined = torch.cat(per_layer_inputs).to(context.device) if per_layer_inputs else None
+        return LayerInputs(context.cos_sin, context.batch, KVCache(kv), joined)
+
 
 def tune_rounding(
     layer: DecoderLayer,
@@ -173,15 +198,8 @@ def _relative_loss(
 ) -> torch.Tensor:
     """The mean squared error of the layer's output, relative to the target's mean square."""
     inputs, targets = windows.get(chosen)
-    outputs = _run(layer, windows, inputs)
+    outputs = layer(inputs, *windows.layer_inputs(layer.index, chosen))
     return (outputs - targets).square().mean() / targets.square().mean()
-
-
-def _run(layer: DecoderLayer, windows: TuningWindows, inputs: torch.Tensor) -> torch.Tensor:
-    """The layer's output. Each run has its own KV cache, because gradients pass through it."""
-    context = windows.context
-    cache = KVCache(torch.zeros_like(context.caches[layer.index].kv))
-    return layer(inputs, context.cos_sin, context.batch, cache)
 
 
 @torch.no_grad()

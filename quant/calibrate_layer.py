@@ -16,7 +16,7 @@ from torch import nn
 
 from llmkit.model.decoder import DecoderLayer
 from llmkit.quant.input_stats import InputStats, StatKind
-from llmkit.quant.layer_stream import BatchContext, MicroBatch
+from llmkit.quant.layer_stream import LayerInputs, MicroBatch
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,8 @@ class SubLayer:
     """Half of a decoder layer, attention or MLP, or a layer that computes both at once."""
 
     # Runs hidden states [T, H] through the sublayer.
-    run: Callable[[torch.Tensor, BatchContext], torch.Tensor]
+    run: Callable[[torch.Tensor, LayerInputs], torch.Tensor]
+    layer_index: int
     # Its linears by name within the layer, in the order in which they run.
     linear_groups: tuple[tuple[str, ...], ...]
     is_moe: bool  # a micro-batch may send no token to some linear
@@ -32,23 +33,21 @@ class SubLayer:
     def advance(self, batches: Sequence[MicroBatch]) -> None:
         """Run micro-batches through the sublayer."""
         for micro_batch in batches:
-            context = micro_batch.context
-            micro_batch.hidden = self.run(micro_batch.hidden.to(context.device), context).cpu()
+            micro_batch.advance(self.layer_index, self.run)
 
 
 def sublayers(layer: DecoderLayer) -> tuple[SubLayer, ...]:
     """The attention and the MLP of a decoder layer. The first has the attention."""
 
-    def both(hidden: torch.Tensor, context: BatchContext) -> torch.Tensor:
-        cache = context.caches[layer.index]
-        return layer(hidden, context.cos_sin, context.batch, cache)
+    def both(hidden: torch.Tensor, inputs: LayerInputs) -> torch.Tensor:
+        return layer(hidden, *inputs)
 
-    def attention(hidden: torch.Tensor, context: BatchContext) -> torch.Tensor:
-        cache = context.caches[layer.index]
-        return layer.attention_block(hidden, context.cos_sin, context.batch, cache)
+    def attention(hidden: torch.Tensor, inputs: LayerInputs) -> torch.Tensor:
+        block = layer.attention_block(hidden, None, inputs.cos_sin, inputs.batch, inputs.cache)
+        return layer.add_update(*block)
 
-    def mlp(hidden: torch.Tensor, context: BatchContext) -> torch.Tensor:
-        return layer.mlp_block(hidden)
+    def mlp(hidden: torch.Tensor, inputs: LayerInputs) -> torch.Tensor:
+        return layer.add_update(*layer.mlp_block(hidden, None, inputs.per_layer_input))
 
     def linears(*endings: str) -> tuple[str, ...]:
         return tuple(name for name in layer.linears if name.endswith(endings))
@@ -58,10 +57,10 @@ def sublayers(layer: DecoderLayer) -> tuple[SubLayer, ...]:
     is_moe = layer.layer.is_moe
     if layer.spec.parallel_block:
         groups = tuple(a + b for a, b in zip(attention_groups, mlp_groups, strict=True))
-        return (SubLayer(both, groups, is_moe),)
+        return (SubLayer(both, layer.index, groups, is_moe),)
     return (
-        SubLayer(attention, attention_groups, is_moe=False),
-        SubLayer(mlp, mlp_groups, is_moe),
+        SubLayer(attention, layer.index, attention_groups, is_moe=False),
+        SubLayer(mlp, layer.index, mlp_groups, is_moe),
     )
 
 
@@ -102,9 +101,9 @@ def collect_input_stats(
     try:
         for micro_batch in batches:
             waiting.update(names)
-            context = micro_batch.context
+            hidden = micro_batch.hidden.to(micro_batch.context.device)
             with suppress(_AllCollected):
-                sublayer.run(micro_batch.hidden.to(context.device), context)
+                sublayer.run(hidden, micro_batch.layer_inputs(layer.index))
     finally:
         for handle in handles:
             handle.remove()
@@ -118,9 +117,9 @@ def max_abs_kv(
     max_key = torch.zeros(1)
     max_value = torch.zeros(1)
     for micro_batch in batches:
-        context = micro_batch.context
-        attention.run(micro_batch.hidden.to(context.device), context)
-        keys, values = context.caches[layer.index].kv.chunk(2)
+        inputs = micro_batch.layer_inputs(layer.index)
+        attention.run(micro_batch.hidden.to(micro_batch.context.device), inputs)
+        keys, values = inputs.cache.kv.chunk(2)
         max_key.clamp_(min=keys.abs().max().item())
         max_value.clamp_(min=values.abs().max().item())
     return max_key, max_value

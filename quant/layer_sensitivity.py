@@ -63,7 +63,7 @@ def measure_sensitivity(
                 rounded, ratio = _round_to_4_bits(original[target.name], target)
                 layer.linears[target.name].weight = rounded
                 ratios.append(ratio)
-            variant = MicroBatch(base.hidden, base.context)
+            variant = base.snapshot()
             source.run_layer(layer, [variant])
             variants[name] = variant
             members[name] = group

@@ -16,6 +16,9 @@ from llmkit.model.spec import ModelSpec
 from llmkit.quant.layer_stream import BATCH_ELEMENTS, BATCH_TOKENS
 
 FLOAT_BYTES = 4  # everything is computed in float32
+# Per-layer inputs are kept once for each distinct token of a text. English text of a usual size
+# repeats its tokens at least as often as this.
+TOKENS_PER_DISTINCT_TOKEN = 4
 _BASE_BYTES = 512 * 2**20  # libraries, the tokenizer and small buffers
 # Copies of a layer's weights in learned rounding: the weights, gradients and what autograd keeps.
 _AUTO_ROUND_COPIES = 10
@@ -37,7 +40,10 @@ def evaluation_bytes(spec: ModelSpec, seq_len: int) -> int:
     Hidden states are not included.
     """
     layer_elements = max(_total_elements(layer) for layer in _layers(spec))
-    not_in_layers = [row for row in parameters(spec) if not row.name.startswith("layers.")]
+    # Of the tables of per-layer inputs, only the rows of the text's tokens are in memory.
+    not_in_layers = [
+        row for row in parameters(spec) if not row.name.startswith(("layers.", "per_layer."))
+    ]
     running_layer = layer_elements + _activation_elements(spec, seq_len)
     computing_logits = _total_elements(not_in_layers) + 4 * seq_len * spec.vocab_size
     return _BASE_BYTES + 2 * CHUNK_BYTES + FLOAT_BYTES * max(running_layer, computing_logits)
@@ -95,8 +101,10 @@ def fallback_bytes(spec: ModelSpec, num_models: int, seq_len: int) -> int:
 
 
 def hidden_bytes(spec: ModelSpec, samples: int, seq_len: int) -> int:
-    """The hidden states of all calibration windows."""
-    return FLOAT_BYTES * samples * seq_len * spec.hidden_size
+    """The hidden states of all calibration windows, and what later layers read besides them."""
+    kv = sum(spec.kv_elements_of_layer(index) for index in spec.kv_source_layers)
+    per_layer_inputs = len(spec.layers) * spec.per_layer_input_size // TOKENS_PER_DISTINCT_TOKEN
+    return FLOAT_BYTES * samples * seq_len * (spec.hidden_size + kv + per_layer_inputs)
 
 
 def available_bytes(device: torch.device) -> int:

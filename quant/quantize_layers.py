@@ -350,11 +350,8 @@ def _learn_rounding(
         entry["method"] += ", learned"
         entry["error"] = output_error(dense[name], weight, state.input_stats[name])
     for micro_batch, layer_input in zip(batches, windows.inputs, strict=True):
-        context = micro_batch.context
-        hidden = layer_input.hidden.to(context.device)
-        cache = context.caches[state.layer.index]
-        hidden = state.layer(hidden, context.cos_sin, context.batch, cache)
-        micro_batch.hidden = hidden.cpu()
+        micro_batch.hidden = layer_input.hidden
+        micro_batch.advance(state.index, lambda hidden, inputs: state.layer(hidden, *inputs))
 
 
 def _calibrate_kv(

@@ -25,6 +25,7 @@ from llmkit.model.device import resolve_device
 from llmkit.model.families import FALLBACK, checkpoint_spec, require_native
 from llmkit.model.parameter_table import embedding_tensor, parameters
 from llmkit.model.spec import ModelSpec
+from llmkit.model.unstacked_experts import with_unstacked_experts
 from llmkit.quant import memory_estimate as memory
 from llmkit.quant.algorithm import Algorithm
 from llmkit.quant.calibration_size import (
@@ -204,7 +205,9 @@ def make_plan(source: str, out: Path, options: QuantizeOptions, progress: Progre
     check_options(options)
     device = resolve_device(options.device)
     checkpoint = open_checkpoint(source, dequantize_gguf=True)
-    if checkpoint.quantization is not None:
+    is_mxfp4 = checkpoint.quantization is not None and checkpoint.quantization.format == "mxfp4"
+    method = method_options(options)
+    if checkpoint.quantization is not None and not (is_mxfp4 and method.chosen_format):
         found = checkpoint.quantization
         labels = ", ".join(scheme.label for scheme in found.schemes)
         raise InputError(
@@ -216,6 +219,14 @@ def make_plan(source: str, out: Path, options: QuantizeOptions, progress: Progre
     spec = checkpoint_spec(checkpoint)
     _check_fallback(spec, options)
     check_checkpoint(checkpoint, spec)
+    if method.chosen_format is not None:
+        checkpoint = with_unstacked_experts(checkpoint, spec)
+        spec = checkpoint_spec(checkpoint)
+    if is_mxfp4:
+        progress.message(
+            f"the experts of {source} are in MXFP4: they are dequantized when they are read, and"
+            " the output is compared with them"
+        )
     if options.lm_head is not None and spec.tie_word_embeddings:
         # The output projection gets separate tensors; the embedding is not quantized.
         checkpoint = checkpoint.with_untied_embeddings(
@@ -224,27 +235,10 @@ def make_plan(source: str, out: Path, options: QuantizeOptions, progress: Progre
         spec = checkpoint_spec(checkpoint)
     layers = _layer_range(options.layers, len(spec.layers))
     ignore = ignored_modules(spec, options.keep, layers)
-    method = method_options(options)
-    is_cast = method.chosen_format is None and not method.kv
-    if not is_cast and not can_quantize(spec):
-        raise InputError(
-            f"{source} stores all experts of a layer in one tensor, which --method"
-            f" {options.method} cannot write",
-            "A model whose checkpoint stores its experts one by one was expected",
-            "Cast it with --method bf16 or fp16, or serve it as it is",
-        )
     quantization = build_quantization_config(spec, method, ignore)
     if quantization is not None:
         carried = carried_modules(checkpoint, spec)
         quantization = dataclasses.replace(quantization, carried=carried)
-    needs_forward = method.calibrated or options.mixed or options.evaluate
-    if needs_forward and not spec.has_independent_layers:
-        raise InputError(
-            f"the layers of {source} read more than the output of the layer before them:"
-            " embeddings or keys of other layers",
-            "A model whose layers can run one at a time, for calibration and evaluation",
-            "Use a method without calibration (rtn, fp8, int8) and --no-eval; then llmkit bench",
-        )
     if quantization is not None and options.method == "gptq":
         quantization = dataclasses.replace(quantization, damp=options.damp)
     check_engine(options.engine, quantization, spec)
@@ -266,11 +260,6 @@ def make_plan(source: str, out: Path, options: QuantizeOptions, progress: Progre
             f"calibration windows have {seq_len} tokens: the model has no more positions"
         )
     return plan
-
-
-def can_quantize(spec: ModelSpec) -> bool:
-    """Whether a quantized format has a place for every weight of the model."""
-    return spec.moe is None or spec.moe.expert_stack is None
 
 
 def _check_fallback(spec: ModelSpec, options: QuantizeOptions) -> None:

@@ -13,7 +13,7 @@ from llmkit.checkpoint.checkpoint import Checkpoint
 from llmkit.model.families import checkpoint_spec
 from llmkit.model.parameter_table import parameters
 from llmkit.model.weight_loader import read_parameter
-from support.tiny_models import tiny_checkpoint
+from support.tiny_models import VOCAB, tiny_checkpoint
 
 WINDOWS = ["sliding_attention", "full_attention"]
 EXPERTS: dict[str, Any] = {
@@ -71,6 +71,19 @@ PIECES: dict[str, tuple[str, dict[str, Any]]] = {
             "num_kv_shared_layers": 0,
             "sliding_window": 12,
             "layer_types": WINDOWS,
+        },
+    ),
+    "shared keys, input of each layer": (
+        "gemma4_text",
+        {
+            "num_hidden_layers": 4,
+            "global_head_dim": 32,
+            "hidden_size_per_layer_input": 8,
+            "vocab_size_per_layer_input": VOCAB,
+            "num_kv_shared_layers": 2,
+            "use_double_wide_mlp": True,
+            "sliding_window": 12,
+            "layer_types": WINDOWS * 2,
         },
     ),
 }
