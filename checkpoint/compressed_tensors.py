@@ -9,7 +9,7 @@ For W[out, in] of `b` bits with G groups:
     int-quantized    weight             int8 [out, in]
                      weight_scale       [out, 1]
     float-quantized  weight             e4m3 [out, in]
-                     weight_scale       [out, 1]
+                     weight_scale       [out, 1], or [ceil(out/R), ceil(in/C)] in blocks of R x C
                      input_scale        [1]                         if inputs are static
 
 (https://github.com/vllm-project/compressed-tensors)
@@ -23,6 +23,12 @@ from typing import Any, Literal
 
 import torch
 
+from llmkit.checkpoint.block_scales import (
+    block_scale_shape,
+    check_block_scales,
+    expand_block_scales,
+    gather_block_scales,
+)
 from llmkit.checkpoint.packing import pack, unpack
 from llmkit.checkpoint.quantized_weight import (
     PackedTensor,
@@ -58,7 +64,14 @@ class CompressedTensorsFormat:
             dtype = "F8_E4M3" if storage == "float-quantized" else "I8"
             stored = (
                 PackedTensor("weight", dtype, (out, in_), (0, 1), (1, 1)),
-                PackedTensor("weight_scale", W8A8_SCALE_DTYPE, (out, groups), (0, 1), along),
+                PackedTensor(
+                    "weight_scale",
+                    W8A8_SCALE_DTYPE,
+                    block_scale_shape(scheme, out, in_),
+                    (0, scheme.block_rows),
+                    along,
+                    covers=scheme.block_rows > 1,
+                ),
             )
             scale = PackedTensor("input_scale", W8A8_SCALE_DTYPE, (1,), None, None)
             return (*stored, scale) if scheme.inputs == "tensor" else stored
@@ -92,7 +105,7 @@ class CompressedTensorsFormat:
                 q = (q ^ 128).view(torch.int8)  # from 0 .. 255 to -128 .. 127
             stored = {
                 "weight": q.contiguous(),
-                "weight_scale": weight.scales.float().contiguous(),
+                "weight_scale": gather_block_scales(weight.scales.float(), scheme),
             }
             if weight.input_scale is not None:
                 stored["input_scale"] = weight.input_scale
@@ -123,6 +136,9 @@ class CompressedTensorsFormat:
                     f"{list(expected.shape)} was expected",
                 )
         scales = tensors["weight_scale"]
+        if scheme.block_rows != 1:
+            check_block_scales("weight_scale", scales.float())
+            scales = expand_block_scales(scales, scheme, out)
         if is_packed:
             q = unpack(tensors["weight_packed"], scheme.bits, in_)
         elif scheme.kind == "float":
@@ -203,6 +219,12 @@ def _group(scheme: Scheme, targets: list[str]) -> dict[str, Any]:
         "dynamic": False,
         "actorder": None,
     }
+    if scheme.block_rows > 1:
+        weights |= {
+            "strategy": "block",
+            "group_size": None,
+            "block_structure": [scheme.block_rows, scheme.group_size],
+        }
     inputs = None
     if scheme.inputs != "none":
         inputs = {
@@ -210,8 +232,8 @@ def _group(scheme: Scheme, targets: list[str]) -> dict[str, Any]:
             "type": scheme.kind,
             "symmetric": True,
             "strategy": scheme.inputs,
-            "group_size": None,
-            "dynamic": scheme.inputs == "token",
+            "group_size": scheme.group_size if scheme.inputs == "group" else None,
+            "dynamic": scheme.inputs != "tensor",
             "actorder": None,
         }
     return {
@@ -230,27 +252,52 @@ def _parse_group(group: object) -> Scheme:
     if group.get("output_activations"):
         raise _unsupported("output_activations", "set", "none")
     kind: Literal["int", "float"] = "float" if weights.get("type") == "float" else "int"
-    inputs = _parse_inputs(group.get("input_activations"), kind)
+    block_rows = 1
+    size: object = -1
+    if kind == "float" and weights.get("strategy") == "block":
+        block_rows, size = _parse_blocks(weights.get("block_structure"))
+    inputs = _parse_inputs(group.get("input_activations"), kind, size if block_rows > 1 else None)
     is_w8a8 = kind == "float" or inputs != "none"
+    strategies = ("group", "channel")
+    if is_w8a8:
+        strategies = ("channel", "block") if kind == "float" else ("channel",)
     for name, allowed in (
         ("num_bits", (8,) if is_w8a8 else (4, 8)),
         ("type", ("int", "float", None)),
         ("symmetric", (True, None) if is_w8a8 else (True, False, None)),
         ("dynamic", (False, None)),
-        ("strategy", ("channel",) if is_w8a8 else ("group", "channel")),
+        ("strategy", strategies),
         ("actorder", (None, False, "weight", "static")),
     ):
         if weights.get(name) not in allowed:
             raise _unsupported(
                 name, weights.get(name), " or ".join(str(value) for value in allowed)
             )
-    size = weights.get("group_size") if weights["strategy"] == "group" else -1
+    if weights["strategy"] == "group":
+        size = weights.get("group_size")
     if type(size) is not int or (size < 1 and size != -1):
         raise _unsupported("group_size", size, "a positive number")
-    return Scheme(weights["num_bits"], size, weights.get("symmetric") is not False, kind, inputs)
+    return Scheme(
+        weights["num_bits"], size, weights.get("symmetric") is not False, kind, inputs, block_rows
+    )
 
 
-def _parse_inputs(inputs: object, kind: str) -> Literal["none", "token", "tensor"]:
+def _parse_blocks(structure: object) -> tuple[int, int]:
+    """The rows and columns of a block; a block of one row is not known."""
+    if (
+        not isinstance(structure, (list, tuple))
+        or len(structure) != 2
+        or any(type(size) is not int or size < 1 for size in structure)
+        or structure[0] == 1
+    ):
+        raise _unsupported("block_structure", structure, "two numbers such as [128, 128]")
+    return structure[0], structure[1]
+
+
+def _parse_inputs(
+    inputs: object, kind: str, block_columns: object
+) -> Literal["none", "token", "group", "tensor"]:
+    """How inputs are quantized. block_columns: of the weight's blocks; None when it has none."""
     if not inputs:
         if kind == "float":
             raise _unsupported("input_activations", "none", "8 bits, for weights of the type float")
@@ -262,6 +309,15 @@ def _parse_inputs(inputs: object, kind: str) -> Literal["none", "token", "tensor
             raise _unsupported(
                 f"input_activations {name}", inputs.get(name), " or ".join(map(str, allowed))
             )
+    if block_columns is not None:
+        found = inputs.get("strategy"), inputs.get("group_size")
+        if inputs.get("dynamic") is True and found == ("group", block_columns):
+            return "group"
+        raise _unsupported(
+            "input_activations strategy",
+            f"{found[0]} with group_size {found[1]}",
+            f"group with group_size {block_columns} and dynamic true, as weights are in blocks",
+        )
     if inputs.get("dynamic") is True and inputs.get("strategy") == "token":
         return "token"
     if not inputs.get("dynamic") and inputs.get("strategy") == "tensor" and kind == "float":

@@ -13,6 +13,7 @@ import torch
 
 from llmkit.checkpoint.awq_format import AwqFormat
 from llmkit.checkpoint.compressed_tensors import CompressedTensorsFormat
+from llmkit.checkpoint.fp8_format import Fp8Format
 from llmkit.checkpoint.gptq_format import GptqFormat
 from llmkit.checkpoint.mxfp4_format import Mxfp4Format
 from llmkit.checkpoint.quantized_weight import (
@@ -54,6 +55,7 @@ FORMATS: dict[str, QuantizedFormat] = {
     "awq": AwqFormat(),
     "compressed-tensors": CompressedTensorsFormat(),
     "mxfp4": Mxfp4Format(),
+    "fp8": Fp8Format(),
 }
 
 

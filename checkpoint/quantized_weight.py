@@ -5,13 +5,14 @@ Legend: `out` rows, `in` columns, `G` groups along `in`.
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 
-Format = Literal["gptq", "awq", "compressed-tensors", "mxfp4"]
+Format = Literal["gptq", "awq", "compressed-tensors", "mxfp4", "fp8"]
 # The values of a 4-bit float (E2M1) by its code. The highest bit is the sign.
 FP4_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
@@ -24,8 +25,10 @@ class Scheme:
     group_size: int = -1  # along `in`; -1: one scale per output row
     symmetric: bool = True
     kind: Literal["int", "float"] = "int"  # float: FP8 e4m3, or with 4 bits MXFP4
-    # none: not quantized; token: a dynamic scale per token; tensor: one stored scale.
-    inputs: Literal["none", "token", "tensor"] = "none"
+    # none: not quantized; token: a dynamic scale per token; group: a dynamic scale per token and
+    # group of `group_size` inputs; tensor: one stored scale.
+    inputs: Literal["none", "token", "group", "tensor"] = "none"
+    block_rows: int = 1  # output rows that share their scales; -1: all rows
 
     def groups(self, in_features: int) -> int:
         """The number of groups in a row of `in_features` weights."""
@@ -38,13 +41,23 @@ class Scheme:
         if self.kind == "float":
             name = "FP8" if self.bits == 8 else "MXFP4"
         group_text = "" if self.group_size == -1 else f" in groups of {self.group_size}"
+        if self.block_rows == -1:
+            group_text = " with one scale per weight"
+        elif self.block_rows > 1:
+            group_text = f" in blocks of {self.block_rows}x{self.group_size}"
         zeros = "" if self.symmetric else " with zero points"
         input_texts = {
             "none": "",
             "token": ", inputs too",
+            "group": f", inputs too in groups of {self.group_size}",
             "tensor": ", inputs too by a fixed scale",
         }
         return name + group_text + zeros + input_texts[self.inputs]
+
+    @property
+    def is_fp8(self) -> bool:
+        """Whether quantized values are 8-bit floats (e4m3)."""
+        return self.kind == "float" and self.bits == 8
 
     @property
     def is_fp4(self) -> bool:
@@ -109,7 +122,7 @@ class QuantizedWeight:
 
     q: uint8 [out, in], 0 .. 2^bits - 1; float8_e4m3fn for FP8. In MXFP4, q is a code that stands
     for one of FP4_VALUES.
-    scales: float16, bfloat16 or float32 [out, G].
+    scales: float16, bfloat16 or float32 [out, G]. The rows of a block have equal scales.
     zeros: uint8 [out, G]; `scheme.half` everywhere when symmetric.
     input_scale: float32 [1] when the inputs have a stored scale (`scheme.inputs` is "tensor").
     """
@@ -155,6 +168,19 @@ class QuantizedWeight:
             self.q[rows], self.scales[rows], self.zeros[rows], self.scheme, self.input_scale
         )
 
+    def with_even_groups(self) -> QuantizedWeight:
+        """The same weight with groups that divide the columns. Scales are repeated for that."""
+        columns = self.shape[1]
+        size = self.scheme.group_size
+        if size == -1 or columns % size == 0:
+            return self
+        smaller = math.gcd(columns, size)
+        index = torch.arange(0, columns, smaller, device=self.scales.device) // size
+        scheme = replace(self.scheme, group_size=smaller)
+        return QuantizedWeight(
+            self.q, self.scales[:, index], self.zeros[:, index], scheme, self.input_scale
+        )
+
     def to(self, device: torch.device | str) -> QuantizedWeight:
         """The same weight on another device."""
         scale = None if self.input_scale is None else self.input_scale.to(device)
@@ -186,6 +212,9 @@ class PackedTensor:
     # group_index: group numbers, counted from the first group of the slice (GPTQ's g_idx).
     # shape: the shape of the dense slice (compressed-tensors' weight_shape).
     derived: Literal["", "group_index", "shape"] = ""
+    # Its elements may cover more than the slice of the weight: an element that the slice's first or
+    # last row (column) cuts is stored whole, on both sides of the cut.
+    covers: bool = False
     # Set by `checkpoint_tensors`, for a checkpoint of a given model:
     name: str = ""  # "model.layers.3.mlp.up_proj.qweight"
     source_name: str = ""  # the dense tensor it stands for; "" for a KV scale

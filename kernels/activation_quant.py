@@ -8,6 +8,7 @@ the product with the 8-bit values, up to the order of summation. kind is "int" (
 from __future__ import annotations
 
 import torch
+from torch.nn.functional import pad
 
 FP8 = torch.float8_e4m3fn
 FP8_MAX = 448.0
@@ -39,6 +40,16 @@ def fake_quantize_static(x: torch.Tensor, scale: torch.Tensor, kind: str) -> tor
     """Quantize and dequantize x with one given scale [1]; values out of range are clamped."""
     scale = scale.to(x.device)
     return quantize_static(x.float(), scale, kind).mul_(scale).to(x.dtype)
+
+
+def fake_quantize_per_group(x: torch.Tensor, kind: str, group_size: int) -> torch.Tensor:
+    """Quantize and dequantize x [..., C], with a scale for each token and group of channels.
+
+    The last group is smaller where `group_size` does not divide C.
+    """
+    padded = pad(x, (0, -x.shape[-1] % group_size))
+    groups = padded.unflatten(-1, (-1, group_size))
+    return fake_quantize_per_token(groups, kind).flatten(-2)[..., : x.shape[-1]]
 
 
 def quantize_static(x: torch.Tensor, scale: torch.Tensor, kind: str) -> torch.Tensor:

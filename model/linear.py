@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,7 +11,11 @@ from torch import nn
 from torch.nn.functional import linear
 
 from llmkit.checkpoint.quantized_weight import QuantizedWeight, Scheme
-from llmkit.kernels.activation_quant import fake_quantize_per_token, fake_quantize_static
+from llmkit.kernels.activation_quant import (
+    fake_quantize_per_group,
+    fake_quantize_per_token,
+    fake_quantize_static,
+)
 from llmkit.kernels.cpu import cpu_kernels
 from llmkit.kernels.cpu.cpu_kernels import PackedWeight
 from llmkit.kernels.cpu.cpu_linear import (
@@ -28,13 +32,19 @@ from llmkit.kernels.triton_support import tl
 
 @dataclass(frozen=True)
 class ActivationQuant:
-    """8-bit fake quantization of activations, with a stored scale or one for each token."""
+    """8-bit fake quantization of activations.
+
+    With a stored scale, or with one for each token, or for each token and group of channels.
+    """
 
     kind: str  # "int" or "float"
-    scale: torch.Tensor | None = None  # float32 [1]; None: each token has a scale
+    scale: torch.Tensor | None = None  # float32 [1]; None: each token has its own
+    group_size: int = 0  # channels that share a token's scale; 0: all
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """x: [..., C] in and out."""
+        if self.group_size:
+            return fake_quantize_per_group(x, self.kind, self.group_size)
         if self.scale is None:
             return fake_quantize_per_token(x, self.kind)
         return fake_quantize_static(x, self.scale, self.kind)
@@ -187,14 +197,17 @@ def _merge_parts(
     weights = [part for part in parts if isinstance(part, QuantizedWeight)]
     if len(weights) < len(parts):
         return parts
-    if len({(weight.scheme, weight.scales.dtype) for weight in weights}) > 1:
+    # The scales of blocks lie here for every row, so that blocks of other rows do not matter.
+    schemes = [replace(weight.scheme, block_rows=1) for weight in weights]
+    dtypes = [weight.scales.dtype for weight in weights]
+    if len(set(zip(schemes, dtypes, strict=True))) > 1:
         return parts
     return [
         QuantizedWeight(
             torch.cat([weight.q for weight in weights]),
             torch.cat([weight.scales for weight in weights]),
             torch.cat([weight.zeros for weight in weights]),
-            weights[0].scheme,
+            schemes[0],
         )
     ]
 
@@ -218,6 +231,7 @@ def pack_weight(weight: torch.Tensor | QuantizedWeight) -> PackedWeight:
         return PackedWeight.pack(
             weight if weight.dtype in cpu_kernels.WEIGHT_TYPES else weight.float()
         )
+    weight = weight.with_even_groups() if weight.scheme.is_fp8 else weight
     scheme = weight.scheme
     scales = weight.scales.float()
     columns = weight.shape[1]

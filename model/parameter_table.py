@@ -100,6 +100,7 @@ MODULES = {
     "embed": "embed_tokens",
     "norm": "norm",
     "attn_norm": "input_layernorm",
+    start: tuple[int, int] = (0, 0)  # the row and column of the full model where a rank's begin
     "attn.qkv": "self_attn.qkv_proj",  # only with `fused_qkv`
     "attn.q": "self_attn.q_proj",
     "attn.k": "self_attn.k_proj",
@@ -213,7 +214,31 @@ def parameters(spec: ModelSpec) -> list[Parameter]:
     if spec.transformers is not None:
         return _transformers_rows(spec, spec.transformers)
     rank = spec.rank
-    return [row for row in _model_rows(spec) if rank is None or _is_held_by(row, spec, rank)]
+    if rank is None:
+        return list(_model_rows(spec))
+    # Runtime names count the layers of a stage from 0.
+    full_rows = {(row.source_names, row.expert): row for row in _model_rows(rank.full_model)}
+    return [
+        _with_starts(row, full_rows[row.source_names, row.expert], rank)
+        for row in _model_rows(spec)
+        if _is_held_by(row, spec, rank)
+    ]
+
+
+def _with_starts(row: Parameter, full_row: Parameter, rank: RankSpec) -> Parameter:
+    """A rank's row of the table, with the places where its sources begin in the full model."""
+    tp_rank = rank.tp_rank
+    tp = rank.tp_size
+    if row.expert is not None:
+        tp //= rank.ep_size
+        tp_rank %= tp
+    sources = []
+    for source, full in zip(row.sources, full_row.sources, strict=True):
+        first, _ = full.split.interval(tp_rank, tp)
+        is_split = full.split.kind != "replicated"
+        start = (0, first) if full.split.dim == 1 else (first, 0)
+        sources.append(replace(source, start=start) if is_split else source)
+    return replace(row, sources=tuple(sources))
 
 
 def is_redundant(spec: ModelSpec, name: str) -> bool:
@@ -224,6 +249,21 @@ def is_redundant(spec: ModelSpec, name: str) -> bool:
         return any(re.search(pattern, name) for pattern in spec.transformers.ignored)
     # Checkpoints of Gemma 4 have keys and values of layers that read those of another layer.
     prefix = re.escape(spec.tensor_prefix)
+    return rows if spec.rank is None else [_with_starts(row, row, spec.rank) for row in rows]
+
+
+def _shape_on_rank(tensor: TransformersTensor, rank: RankSpec | None) -> tuple[int, ...]:
+    """The shape of the part of a tensor that a rank holds; None: of all of it."""
+    split = tensor.split
+    if rank is None or split.kind == "replicated":
+        return tensor.shape
+    shape = list(tensor.shape)
+    if split.kind == "vocab":
+        shape[split.dim] = split.padded_rows(rank.tp_size)
+    else:
+        intervals = split.intervals(rank.tp_rank, rank.tp_size)
+        shape[split.dim] = sum(stop - start for start, stop in intervals)
+    return tuple(shape)
     unused = re.match(rf"{prefix}\.layers\.(\d+)\.self_attn\.(k_proj|v_proj|k_norm|v_norm)\.", name)
     layers = spec.full_model.layers
     if unused and int(unused[1]) < len(layers) and layers[int(unused[1])].kv_shared_layer_offset:

@@ -7,10 +7,11 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 
+from llmkit.checkpoint.block_scales import realign_block_scales, realigned_scheme
 from llmkit.checkpoint.checkpoint import Checkpoint
 from llmkit.checkpoint.compressed_tensors import KV_CACHE_TYPES
 from llmkit.checkpoint.quantized_formats import format_of
-from llmkit.checkpoint.quantized_weight import QuantizationConfig, QuantizedWeight
+from llmkit.checkpoint.quantized_weight import QuantizationConfig, QuantizedWeight, Scheme
 from llmkit.checkpoint.tensor_reader import CHUNK_BYTES, row_chunks
 from llmkit.common.errors import InputError
 from llmkit.kernels.fused_experts import copy_to_expert_stack
@@ -172,8 +173,15 @@ def _read_quantized(
     stored = {}
     for packed in packed_tensors:
         name = packed_name(tensor, packed.suffix)
-        stored[packed.suffix] = upload(_read_part(checkpoint, parameter, tensor, name), device)
-    return format_.unpack(scheme, stored)
+        values = upload(_read_part(checkpoint, parameter, tensor, name), device)
+        if packed.covers:
+            values = realign_block_scales(values, scheme, sources[0].start, shape)
+        stored[packed.suffix] = values
+    try:
+        return format_.unpack(realigned_scheme(scheme, sources[0].start), stored)
+    except InputError as error:
+        what = f"{checkpoint.reference}: {tensor}: {error.what}"
+        raise InputError(what, error.expected, error.todo) from error
 
 
 def can_stay_packed(
@@ -184,14 +192,14 @@ def can_stay_packed(
 ) -> bool:
     """Whether a GPU multiplies with the packed weight as it is stored.
 
-    Experts that are not in MXFP4, and weights whose sources have different schemes, are
-    dequantized.
+    Experts that are neither in MXFP4 nor in FP8 blocks, and weights whose sources have different
+    schemes, are dequantized.
     """
     schemes = {scheme_of(parameter, name, quantization) for name in parameter.source_names}
     scheme = next(iter(schemes))
     if scheme is None or len(schemes) > 1:
         return False
-    if ".experts." in parameter.name and not scheme.is_fp4:
+    if ".experts." in parameter.name and not (scheme.is_fp4 or scheme.inputs == "group"):
         return False
     return supported_on_gpu(scheme, parameter.shape, dtype, gpu_capability(gpu))
 
@@ -205,6 +213,7 @@ def _read_stored(
         quantized = _read_quantized(checkpoint, parameter, name, device)
         if quantized is None:
             stored[name] = upload(_read_part(checkpoint, parameter, name, name), device)
+    scheme = realigned_scheme(scheme, parameter.sources[0].start)
         else:
             stored[name] = quantized
     weights: list[torch.Tensor | QuantizedWeight] = []
@@ -267,20 +276,31 @@ def read_activation_quant(
             scale = checkpoint.read(tensor).float().to(device)
             found[name] = ActivationQuant(KV_CACHE_TYPES[quantization.kv], scale)
     schemes = {name: scheme_of(parameter, name, quantization) for name in parameter.source_names}
-    inputs = {
-        (scheme.kind, scheme.inputs) if scheme else ("", "none") for scheme in schemes.values()
-    }
+    # All sources read the same columns.
+    start = parameter.sources[0].start
+    inputs = {_input_quantization(scheme, start) for scheme in schemes.values()}
     if len(inputs) > 1:
         raise InputError(
             f"{checkpoint.reference}: the inputs of {', '.join(schemes)}"
             " are rounded in different ways",
             "Linears that read the same inputs were expected to round them alike",
         )
-    ((kind, granularity),) = inputs
-    if granularity == "token":
-        found[parameter.module] = ActivationQuant(kind)
+    ((kind, granularity, group_size),) = inputs
+    if granularity in ("token", "group"):
+        found[parameter.module] = ActivationQuant(kind, group_size=group_size)
     elif granularity == "tensor":
-        names = [f"{name.removesuffix('.weight')}.input_scale" for name in parameter.source_names]
-        scales = torch.cat([checkpoint.read(name).float() for name in names])
+        assert quantization is not None
+        suffix = "activation_scale" if quantization.format == "fp8" else "input_scale"
+        names = [packed_name(name, suffix) for name in parameter.source_names]
+        scales = torch.cat([checkpoint.read(name).float().reshape(1) for name in names])
         found[parameter.module] = ActivationQuant(kind, scales.amax(dim=0, keepdim=True).to(device))
     return found
+
+
+def _input_quantization(scheme: Scheme | None, start: tuple[int, int]) -> tuple[str, str, int]:
+    """How the inputs of a weight that begins at `start` are quantized: kind, `inputs`, group."""
+    if scheme is None:
+        return "", "none", 0
+    if scheme.inputs != "group":
+        return scheme.kind, scheme.inputs, 0
+    return scheme.kind, scheme.inputs, realigned_scheme(scheme, start).group_size

@@ -346,4 +346,6 @@ def _layout_entry(piece: TensorSlice, replicas: tuple[int, ...]) -> dict[str, An
             "shape": list(piece.dense_shape),
             "source_shape": list(piece.source_dense_shape),
         }
+    if piece.may_overlap:
+        entry["may_overlap"] = True
     return entry

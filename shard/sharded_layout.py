@@ -164,7 +164,15 @@ def _parse_slice(entry: Mapping[str, Any]) -> TensorSlice:
         position = stop
     if padding < 0 or dim < 0:
         raise ValueError(f"{entry['source']} has padding {padding} along dimension {dim}")
-    piece = TensorSlice(str(entry["source"]), str(entry["dtype"]), shape, dim, intervals, padding)
+    piece = TensorSlice(
+        str(entry["source"]),
+        str(entry["dtype"]),
+        shape,
+        dim,
+        intervals,
+        padding,
+        may_overlap=bool(entry.get("may_overlap", False)),
+    )
     derived = entry.get("derived", {"kind": ""})
     if derived["kind"] == "group_index":
         return replace(piece, derived="group_index", first_group=int(derived["first_group"]))
@@ -198,6 +206,8 @@ def _find_gap(name: str, slices: list[TensorSlice]) -> str | None:
     # share.
     intervals = {interval for piece in slices for interval in piece.intervals}
     for start, stop in sorted(intervals):
+        if first.may_overlap and position - 1 <= start < position:
+            start = position  # the next slice begins inside the same block
         if start != position:
             problem = "overlap at" if start < position else "leave out"
             return f"{name}: its slices {problem} {start} of {length}"

@@ -34,6 +34,9 @@ class TensorSlice:
     intervals: Intervals
     padding: int = 0  # elements along `dim`
     derived: Literal["", "group_index", "shape"] = ""
+    # Its first and its last element may be in the slices of other ranks, too: the scales of blocks
+    # that a split cuts.
+    may_overlap: bool = False
     first_group: int = 0
     dense_shape: tuple[int, ...] = ()
     source_dense_shape: tuple[int, ...] = ()
@@ -85,6 +88,7 @@ class TensorSlice:
             self.dim,
             ((0, length_along(self.source_shape, self.dim)),),
             derived=self.derived,
+            may_overlap=self.may_overlap,
             dense_shape=self.source_dense_shape,
             source_dense_shape=self.source_dense_shape,
         )
@@ -130,7 +134,14 @@ def slice_for_rank(
             for start, stop in dense_intervals
         )
     piece = TensorSlice(
-        info.name, info.dtype, info.shape, dim, intervals, padding, target=info.name
+        info.name,
+        info.dtype,
+        info.shape,
+        dim,
+        intervals,
+        padding,
+        may_overlap=packed.covers,
+        target=info.name,
     )
     if packed.derived == "group_index":
         has_groups = split.dim == 1 and packed.group_size != -1

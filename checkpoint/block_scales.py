@@ -1,0 +1,84 @@
+"""Scales of blocks: a tile of a weight's rows and columns shares one scale.
+
+For W[out, in] with blocks of R x C, the scales are [ceil(out/R), ceil(in/C)]. The last blocks may
+be smaller. The formats that store such scales are `fp8_format` and `compressed_tensors`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import torch
+
+from llmkit.checkpoint.quantized_weight import Scheme
+from llmkit.common.errors import InputError
+
+
+def block_scale_shape(scheme: Scheme, out: int, in_: int) -> tuple[int, int]:
+    """The shape of the scales of an [out, in_] weight: a scale for each block."""
+    rows = 1 if scheme.block_rows == -1 else -(-out // scheme.block_rows)
+    return rows, scheme.groups(in_)
+
+
+def expand_block_scales(scales: torch.Tensor, scheme: Scheme, out: int) -> torch.Tensor:
+    """The scales of every row, float32 [out, G], from those of blocks."""
+    rows = out if scheme.block_rows == -1 else scheme.block_rows
+    return scales.float().repeat_interleave(rows, dim=0)[:out].contiguous()
+
+
+def gather_block_scales(scales: torch.Tensor, scheme: Scheme) -> torch.Tensor:
+    """The inverse of `expand_block_scales`. Raises InputError for rows of a block that differ."""
+    rows = len(scales) if scheme.block_rows == -1 else scheme.block_rows
+    blocks = scales[::rows]
+    if not torch.equal(blocks.repeat_interleave(rows, dim=0)[: len(scales)], scales):
+        raise InputError(
+            f"The rows of a block have different scales, in blocks of {rows} rows",
+            "One scale for each block was expected",
+        )
+    return blocks.contiguous()
+
+
+def check_block_scales(name: str, scales: torch.Tensor) -> None:
+    """Raises InputError for scales that are not finite or not above 0."""
+    bad = ~((scales > 0) & scales.isfinite())
+    if bool(bad.any()):
+        first = scales[bad].flatten()[0].item()
+        raise InputError(
+            f"{int(bad.sum())} of {scales.numel()} values of {name} are no scales, such as {first}",
+            "Finite numbers above 0 were expected",
+            "Download the checkpoint again or get it from its maker",
+        )
+
+
+def realigned_scheme(scheme: Scheme, start: tuple[int, int]) -> Scheme:
+    """The scheme of a slice that begins at `start` (row, column) of the whole weight.
+
+    Where the slice begins inside a block, its blocks are smaller, so that its first one is whole.
+    """
+    first_row, first_column = start
+    if scheme.block_rows == -1:
+        return scheme
+    rows = math.gcd(scheme.block_rows, first_row)
+    columns = math.gcd(scheme.group_size, first_column)
+    return replace(scheme, block_rows=rows, group_size=columns)
+
+
+def realign_block_scales(
+    scales: torch.Tensor, scheme: Scheme, start: tuple[int, int], shape: tuple[int, int]
+) -> torch.Tensor:
+    """The scales of a slice in the blocks of `realigned_scheme`, with equal values.
+
+    scales: of the blocks, in the sizes of `scheme`, that the slice covers wholly or in part.
+    start: where the slice begins in the whole weight. shape: [rows, columns] of the slice.
+    """
+    smaller = realigned_scheme(scheme, start)
+    if smaller == scheme:
+        return scales
+    sizes = ((scheme.block_rows, smaller.block_rows), (scheme.group_size, smaller.group_size))
+    for dim, (size, smaller_size) in enumerate(sizes):
+        skipped = start[dim] % size // smaller_size
+        length = -(-shape[dim] // smaller_size)
+        scales = scales.repeat_interleave(size // smaller_size, dim=dim)
+        scales = scales.narrow(dim, skipped, length)
+    return scales.contiguous()
