@@ -100,7 +100,6 @@ MODULES = {
     "embed": "embed_tokens",
     "norm": "norm",
     "attn_norm": "input_layernorm",
-    start: tuple[int, int] = (0, 0)  # the row and column of the full model where a rank's begin
     "attn.qkv": "self_attn.qkv_proj",  # only with `fused_qkv`
     "attn.q": "self_attn.q_proj",
     "attn.k": "self_attn.k_proj",
@@ -150,6 +149,7 @@ class SourceTensor:
     row_step: int = 1  # the distance of these rows in the checkpoint tensor; 2: every second row
     # Set when the checkpoint tensor holds all experts. The rows are those of this expert's weight.
     expert: ExpertSlice | None = None
+    start: tuple[int, int] = (0, 0)  # the row and column of the full model where a rank's begin
 
     @property
     def rows(self) -> slice:
@@ -249,21 +249,6 @@ def is_redundant(spec: ModelSpec, name: str) -> bool:
         return any(re.search(pattern, name) for pattern in spec.transformers.ignored)
     # Checkpoints of Gemma 4 have keys and values of layers that read those of another layer.
     prefix = re.escape(spec.tensor_prefix)
-    return rows if spec.rank is None else [_with_starts(row, row, spec.rank) for row in rows]
-
-
-def _shape_on_rank(tensor: TransformersTensor, rank: RankSpec | None) -> tuple[int, ...]:
-    """The shape of the part of a tensor that a rank holds; None: of all of it."""
-    split = tensor.split
-    if rank is None or split.kind == "replicated":
-        return tensor.shape
-    shape = list(tensor.shape)
-    if split.kind == "vocab":
-        shape[split.dim] = split.padded_rows(rank.tp_size)
-    else:
-        intervals = split.intervals(rank.tp_rank, rank.tp_size)
-        shape[split.dim] = sum(stop - start for start, stop in intervals)
-    return tuple(shape)
     unused = re.match(rf"{prefix}\.layers\.(\d+)\.self_attn\.(k_proj|v_proj|k_norm|v_norm)\.", name)
     layers = spec.full_model.layers
     if unused and int(unused[1]) < len(layers) and layers[int(unused[1])].kv_shared_layer_offset:

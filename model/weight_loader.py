@@ -168,10 +168,10 @@ def _read_quantized(
     if quantization is None or scheme is None:
         return None
     format_ = format_of(quantization)
-    num_rows = sum(source.shape[0] for source in parameter.sources_in(tensor))
-    packed_tensors = format_.tensors(scheme, num_rows, parameter.shape[1])
+    sources = parameter.sources_in(tensor)
+    shape = (sum(source.shape[0] for source in sources), parameter.shape[1])
     stored = {}
-    for packed in packed_tensors:
+    for packed in format_.tensors(scheme, *shape):
         name = packed_name(tensor, packed.suffix)
         values = upload(_read_part(checkpoint, parameter, tensor, name), device)
         if packed.covers:
@@ -201,6 +201,7 @@ def can_stay_packed(
         return False
     if ".experts." in parameter.name and not (scheme.is_fp4 or scheme.inputs == "group"):
         return False
+    scheme = realigned_scheme(scheme, parameter.sources[0].start)
     return supported_on_gpu(scheme, parameter.shape, dtype, gpu_capability(gpu))
 
 
@@ -213,7 +214,6 @@ def _read_stored(
         quantized = _read_quantized(checkpoint, parameter, name, device)
         if quantized is None:
             stored[name] = upload(_read_part(checkpoint, parameter, name, name), device)
-    scheme = realigned_scheme(scheme, parameter.sources[0].start)
         else:
             stored[name] = quantized
     weights: list[torch.Tensor | QuantizedWeight] = []

@@ -338,6 +338,8 @@ def _layout_entry(piece: TensorSlice, replicas: tuple[int, ...]) -> dict[str, An
         "padding": piece.padding,
         "replicas": list(replicas),
     }
+    if piece.may_overlap:
+        entry["may_overlap"] = True
     if piece.derived == "group_index":
         entry["derived"] = {"kind": "group_index", "first_group": piece.first_group}
     elif piece.derived == "shape":
@@ -346,6 +348,4 @@ def _layout_entry(piece: TensorSlice, replicas: tuple[int, ...]) -> dict[str, An
             "shape": list(piece.dense_shape),
             "source_shape": list(piece.source_dense_shape),
         }
-    if piece.may_overlap:
-        entry["may_overlap"] = True
     return entry

@@ -33,10 +33,10 @@ class TensorSlice:
     dim: int
     intervals: Intervals
     padding: int = 0  # elements along `dim`
-    derived: Literal["", "group_index", "shape"] = ""
     # Its first and its last element may be in the slices of other ranks, too: the scales of blocks
     # that a split cuts.
     may_overlap: bool = False
+    derived: Literal["", "group_index", "shape"] = ""
     first_group: int = 0
     dense_shape: tuple[int, ...] = ()
     source_dense_shape: tuple[int, ...] = ()
@@ -87,8 +87,8 @@ class TensorSlice:
             self.source_shape,
             self.dim,
             ((0, length_along(self.source_shape, self.dim)),),
-            derived=self.derived,
             may_overlap=self.may_overlap,
+            derived=self.derived,
             dense_shape=self.source_dense_shape,
             source_dense_shape=self.source_dense_shape,
         )
