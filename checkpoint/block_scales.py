@@ -60,7 +60,7 @@ def realigned_scheme(scheme: Scheme, start: tuple[int, int]) -> Scheme:
     if scheme.block_rows == -1:
         return scheme
     rows = math.gcd(scheme.block_rows, first_row)
-    columns = math.gcd(scheme.group_size, first_column)
+    columns = -1 if scheme.group_size == -1 else math.gcd(scheme.group_size, first_column)
     return replace(scheme, block_rows=rows, group_size=columns)
 
 

@@ -59,7 +59,8 @@ def _stored_tensors(
     scheme = scheme_of(parameter, source_name, quantization)
     part = parameter.expert_slice(source_name)
     if quantization is None or scheme is None:
-        columns = (1, 1) if len(shape) > 1 else None
+        # Only a split along the columns reads where they are, in a tensor of three dimensions too.
+        columns = (max(1, sources[0].split.dim), 1) if len(shape) > 1 else None
         suffix = source_name.rpartition(".")[2]
         dense = PackedTensor(suffix, "", shape, (0, 1), columns)
         if part is not None and part.transposed:

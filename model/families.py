@@ -7,6 +7,7 @@ test against transformers.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 from difflib import get_close_matches
@@ -109,6 +110,8 @@ def model_spec(
     spec = ModelSpec(architecture=architecture, **(values | names | differences))
     if text is not None and text.expert_stack is not None and spec.moe is not None:
         spec = replace(spec, moe=replace(spec.moe, expert_stack=text.expert_stack))
+    if _stores_experts_one_by_one(spec, tensors):
+        spec = unstack_experts(spec)
     mtp = mtp_prefixes(config, spec.tensor_prefix, len(spec.layers))
     spec = replace(spec, carried=(*spec.carried, *mtp))
     if spec.num_heads % spec.num_kv_heads:
@@ -118,6 +121,25 @@ def model_spec(
         )
     _check_values(spec)
     return spec
+
+
+def unstack_experts(spec: ModelSpec) -> ModelSpec:
+    """The spec of the same model in a checkpoint that stores experts one by one.
+
+    Quantized checkpoints do so, because their formats are of linear layers.
+    """
+    if spec.moe is None:
+        return spec
+    return replace(spec, moe=replace(spec.moe, expert_stack=None))
+
+
+def _stores_experts_one_by_one(spec: ModelSpec, tensors: Collection[str]) -> bool:
+    """Whether the names of a checkpoint's tensors have the numbers of experts."""
+    if spec.moe is None or spec.moe.expert_stack is None:
+        return False
+    experts = re.compile(rf"\.{re.escape(spec.moe.experts)}\.\d+\.")
+    prefix = f"{spec.tensor_prefix}.layers."
+    return any(name.startswith(prefix) and experts.search(name) for name in tensors)
 
 
 def _check_values(spec: ModelSpec) -> None:
@@ -157,6 +179,17 @@ def require_native(spec: ModelSpec, feature: str) -> None:
             " and runs by transformers' modeling code",
             expected=_nearest(spec.architecture),
             todo="Leave it out, or use another model",
+        )
+
+
+def require_tp_plan(spec: ModelSpec) -> None:
+    """Raises InputError for a model whose tensors cannot be split over ranks."""
+    if spec.transformers is not None and spec.transformers.tp_refusal:
+        raise InputError(
+            f"sharding is not possible with {spec.architecture}: it is no family of llmkit's own"
+            f" and runs by transformers' modeling code, and {spec.transformers.tp_refusal}",
+            expected=_nearest(spec.architecture),
+            todo="Serve it on one rank; llmkit quantize makes it smaller",
         )
 
 

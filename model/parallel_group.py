@@ -8,8 +8,10 @@ from typing import Protocol
 import torch
 
 from llmkit.kernels.sampling import VocabParallel
-from llmkit.model.parameter_table import Split
 from llmkit.model.spec import LayerSpec, ModelSpec, RankSpec
+from llmkit.model.split import Split
+
+MASKED_LOGIT = -1e30  # the logit of padding tokens: below every real logit, and finite
 
 
 def rank_spec(
@@ -28,10 +30,11 @@ def rank_spec(
             intermediate_size=moe.intermediate_size // (tp // ep),
             shared_intermediate_size=moe.shared_intermediate_size // tp,
         )
+    head_ranks = tp if full_model.splits_attention else 1
     return replace(
         full_model,
-        num_heads=full_model.num_heads // tp,
-        num_kv_heads=max(1, full_model.num_kv_heads // tp),
+        num_heads=full_model.num_heads // head_ranks,
+        num_kv_heads=max(1, full_model.num_kv_heads // head_ranks),
         intermediate_size=full_model.intermediate_size // tp,
         vocab_size=Split("vocab", 0, full_model.vocab_size).padded_rows(tp),
         layers=tuple(_layer_of_rank(layer, tp) for layer in full_model.layers[first:end]),
@@ -51,6 +54,14 @@ def _layer_of_rank(layer: LayerSpec, tp: int) -> LayerSpec:
         num_kv_heads=None if num_kv_heads is None else max(1, num_kv_heads // tp),
         intermediate_size=None if intermediate_size is None else intermediate_size // tp,
     )
+
+
+def mask_padding(logits: torch.Tensor, spec: ModelSpec, group: ParallelGroup) -> torch.Tensor:
+    """Mask the padding among the logits [n, vocab] of a rank's part of the vocabulary, in place."""
+    padding = group.vocab_start + spec.vocab_size - spec.full_model.vocab_size
+    if padding > 0:
+        logits[:, max(0, spec.vocab_size - padding) :] = MASKED_LOGIT
+    return logits
 
 
 class Waitable(Protocol):

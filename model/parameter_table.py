@@ -29,70 +29,21 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Literal
 
-from llmkit.model.spec import ExpertStack, ModelSpec, MoeSpec, RankSpec, TransformersSpec
+from llmkit.model.spec import (
+    ExpertStack,
+    ModelSpec,
+    MoeSpec,
+    RankSpec,
+    TransformersSpec,
+    TransformersTensor,
+)
+from llmkit.model.split import REPLICATED, Split
 
-VOCAB_MULTIPLE = 64  # the vocabulary rows of a rank are padded to a multiple of this
 XIELU_PARAMETERS = ("alpha_p", "alpha_n", "beta", "eps")
+# Buffers of attention that old versions of transformers stored.
+OLD_BUFFERS = r"\.(attn|attention)\.(masked_)?bias$"
 EMBEDDING_STAGE = -1  # in Parameter.layers: the first pipeline stage, with the embedding
-
-SplitKind = Literal["replicated", "heads", "kv_heads", "features", "vocab"]
-
-
-@dataclass(frozen=True)
-class Split:
-    """How a tensor divides over tensor-parallel ranks.
-
-    The tensor consists of `count` units of `unit` elements along `dim`. A unit is never divided.
-    For a q_proj with 9 heads of 64 elements: Split("heads", 0, 9, 64).
-    """
-
-    kind: SplitKind = "replicated"
-    dim: int = 0
-    count: int = 1
-    unit: int = 1
-
-    def divides_over(self, tp: int) -> bool:
-        """Whether each of `tp` ranks gets the same number of units.
-
-        KV heads may be replicated instead, and the vocabulary is padded.
-        """
-        if self.kind in ("replicated", "vocab"):
-            return True
-        if self.kind == "kv_heads" and tp > self.count:
-            return tp % self.count == 0
-        return self.count % tp == 0
-
-    def interval(self, rank: int, tp: int) -> tuple[int, int]:
-        """The elements [start, stop) along `dim` that `rank` of `tp` holds.
-
-        The vocabulary interval of the last ranks may be shorter than that of others, or empty.
-        """
-        if self.kind == "vocab":
-            rows = self.padded_rows(tp)
-            return min(rank * rows, self.count), min((rank + 1) * rows, self.count)
-        if self.kind == "kv_heads" and tp > self.count:
-            head = rank * self.count // tp
-            return head * self.unit, (head + 1) * self.unit
-        units_per_rank = self.count // tp
-        return rank * units_per_rank * self.unit, (rank + 1) * units_per_rank * self.unit
-
-    def padded_rows(self, tp: int) -> int:
-        """The vocabulary rows of each rank, including padding."""
-        if tp == 1:
-            return self.count
-        rows = -(-self.count // tp)
-        return -(-rows // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
-
-    def num_replicas(self, tp: int) -> int:
-        """The number of ranks that hold the same slice."""
-        if self.kind == "replicated":
-            return tp
-        return max(1, tp // self.count) if self.kind == "kv_heads" else 1
-
-
-REPLICATED = Split()
 
 # The modules of Llama's checkpoints by runtime module, without the prefix of the layer.
 # `ModelSpec.module_names` has what differs.
@@ -173,6 +124,8 @@ class Parameter:
     input_from: str | None = None
     expert: int | None = None  # the expert it belongs to; None outside experts
     is_float32: bool = False  # kept in float32 whatever the dtype of the model
+    # The bias of a row-parallel linear. Every rank stores it, and only the first one adds it.
+    is_added_once: bool = False
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -246,7 +199,7 @@ def is_redundant(spec: ModelSpec, name: str) -> bool:
     if re.search(r"rotary_emb\.inv_freq$", name):
         return True
     if spec.transformers is not None:
-        return any(re.search(pattern, name) for pattern in spec.transformers.ignored)
+        return name in spec.transformers.tied or re.search(OLD_BUFFERS, name) is not None
     # Checkpoints of Gemma 4 have keys and values of layers that read those of another layer.
     prefix = re.escape(spec.tensor_prefix)
     unused = re.match(rf"{prefix}\.layers\.(\d+)\.self_attn\.(k_proj|v_proj|k_norm|v_norm)\.", name)
@@ -280,16 +233,37 @@ def _is_held_by(row: Parameter, spec: ModelSpec, rank: RankSpec) -> bool:
 
 def _transformers_rows(spec: ModelSpec, model: TransformersSpec) -> list[Parameter]:
     """The table of the fallback: a row for each checkpoint tensor."""
-    return [
+    row_parallel_biases = {
+        f"{tensor.name.removesuffix('.weight')}.bias"
+        for tensor in model.tensors
+        if tensor.split.dim == 1
+    }
+    rows = [
         Parameter(
             tensor.name,
-            (SourceTensor(tensor.source, tensor.shape),),
+            (SourceTensor(tensor.source, _shape_on_rank(tensor, spec.rank), tensor.split),),
             (len(spec.layers) if tensor.layer is None else tensor.layer,),
             is_linear=tensor.is_linear,
             is_float32=tensor.is_float32,
+            is_added_once=tensor.name in row_parallel_biases,
         )
         for tensor in model.tensors
     ]
+    return rows if spec.rank is None else [_with_starts(row, row, spec.rank) for row in rows]
+
+
+def _shape_on_rank(tensor: TransformersTensor, rank: RankSpec | None) -> tuple[int, ...]:
+    """The shape of the part of a tensor that a rank holds; None: of all of it."""
+    split = tensor.split
+    if rank is None or split.kind == "replicated":
+        return tensor.shape
+    shape = list(tensor.shape)
+    if split.kind == "vocab":
+        shape[split.dim] = split.padded_rows(rank.tp_size)
+    else:
+        intervals = split.intervals(rank.tp_rank, rank.tp_size)
+        shape[split.dim] = sum(stop - start for start, stop in intervals)
+    return tuple(shape)
 
 
 def _model_rows(spec: ModelSpec) -> Iterator[Parameter]:
@@ -509,14 +483,11 @@ def _moe_rows(spec: ModelSpec, index: int, input_from: str | None) -> Iterator[P
             tensor = SourceTensor(f"{source}.router.{vector}", (size,))
             yield Parameter(f"{name}.router.{vector}", (tensor,), layers)
 
-    def mlp_rows(spec: ModelSpec, runtime: str, module: str, size: int) -> Iterator[Parameter]:
-        modules = (moe.gate_up, moe.gate, moe.up, moe.down)
-        names = tuple(f"{module}.{linear}" for linear in modules)
-        return _mlp_rows(spec, f"{name}.{runtime}", names, size, layers, None)
-
     if moe.shared_intermediate_size:
-        shared = f"{source}.{moe.shared_expert}"
-        yield from mlp_rows(spec, "shared_expert", shared, moe.shared_intermediate_size)
+        linears = (moe.shared_gate_up, moe.gate, moe.up, moe.shared_down)
+        modules = tuple(f"{source}.{moe.shared_expert}.{linear}" for linear in linears)
+        size = moe.shared_intermediate_size
+        yield from _mlp_rows(spec, f"{name}.shared_expert", modules, size, layers, None)
     if moe.shared_expert_gate is not None:
         yield from _linear(
             f"{name}.shared_expert_gate",
@@ -528,78 +499,57 @@ def _moe_rows(spec: ModelSpec, index: int, input_from: str | None) -> Iterator[P
             None,
             is_linear=False,
         )
-    # Experts that are stored one by one have no biases in any family, even where MLPs have.
-    without_bias = replace(spec, mlp_bias=False)
+    expert_spec = replace(spec, mlp_bias=moe.expert_bias, fused_gate_up=False)
     for expert in range(moe.num_experts):
-        if moe.expert_stack is not None:
-            yield from _stacked_expert_rows(
-                spec, moe, moe.expert_stack, name, source, expert, layers
-            )
-            continue
-        module = f"{source}.experts.{expert}"
-        for row in mlp_rows(without_bias, f"experts.{expert}", module, moe.intermediate_size):
-            yield replace(row, expert=expert)
+        linears = ("", moe.gate, moe.up, moe.down)  # gate and up have tensors of their own
+        modules = tuple(f"{source}.{moe.experts}.{expert}.{linear}" for linear in linears)
+        size = moe.intermediate_size
+        runtime = f"{name}.experts.{expert}"
+        for row in _mlp_rows(expert_spec, runtime, modules, size, layers, None):
+            sources = row.sources
+            if moe.expert_stack is not None:
+                sources = _stacked_sources(spec, moe, moe.expert_stack, source, expert, row)
+            yield replace(row, sources=sources, expert=expert)
 
 
-def _stacked_expert_rows(
+def _stacked_sources(
     spec: ModelSpec,
     moe: MoeSpec,
     stack: ExpertStack,
-    name: str,
     source: str,
     expert: int,
-    layers: tuple[int, ...],
-) -> Iterator[Parameter]:
-    """The rows of one expert, whose weights lie in tensors with those of the other experts."""
-    size = moe.intermediate_size
+    row: Parameter,
+) -> tuple[SourceTensor, ...]:
+    """Where the rows of one expert lie in the tensors of all experts.
+
+    row: that of an expert that is stored on its own.
+    """
     first_expert = 0
     num_experts = moe.num_experts
     if spec.rank is not None:
         num_experts //= spec.rank.ep_size
         ranks_per_group = spec.rank.tp_size // spec.rank.ep_size
         first_expert = spec.rank.tp_rank // ranks_per_group * num_experts
-    features = Split("features", 0, size)
-    first_row_of_up = 1 if stack.interleaved else size
-    row_step = 2 if stack.interleaved else 1
-    for is_bias in (False, True) if spec.mlp_bias else (False,):
-        kind = "bias" if is_bias else "weight"
-        suffix = stack.bias_suffix if is_bias else ""
-        part = ExpertSlice(expert - first_expert, num_experts, stack.transposed and not is_bias)
-        columns = () if is_bias else (spec.hidden_size,)
-        gate_up = [
-            SourceTensor(
-                f"{source}.{stack.gate_up}{suffix}",
-                (size, *columns),
-                features,
-                first_row,
-                row_step,
-                part,
-            )
-            for first_row in (0, first_row_of_up)
-        ]
-        columns = () if is_bias else (size,)
-        down = SourceTensor(
-            f"{source}.{stack.down}{suffix}",
-            (spec.hidden_size, *columns),
-            REPLICATED if is_bias else Split("features", 1, size),
+    is_bias = row.name.endswith(".bias")
+    part = ExpertSlice(expert - first_expert, num_experts, stack.transposed and not is_bias)
+    if row.module.endswith(".down"):
+        tensor = stack.down
+        first_rows = [0]
+        row_step = 1
+    else:
+        tensor = stack.gate_up
+        first_rows = [0, 1 if stack.interleaved else moe.intermediate_size]
+        row_step = 2 if stack.interleaved else 1
+    return tuple(
+        replace(
+            own,
+            name=f"{source}.{tensor}{stack.bias_suffix if is_bias else ''}",
+            first_row=first_row,
+            row_step=row_step,
             expert=part,
         )
-        module = f"{name}.experts.{expert}"
-        yield Parameter(
-            f"{module}.gate_up.{kind}",
-            tuple(gate_up),
-            layers,
-            is_linear=not is_bias,
-            expert=expert,
-        )
-        yield Parameter(
-            f"{module}.down.{kind}",
-            (down,),
-            layers,
-            is_linear=not is_bias,
-            input_from=None if is_bias else f"{module}.gate_up.weight",
-            expert=expert,
-        )
+        for own, first_row in zip(row.sources, first_rows, strict=True)
+    )
 
 
 def _mlp_rows(
@@ -616,6 +566,8 @@ def _mlp_rows(
     """
     gate_up, gate, up, down = modules
     features = Split("features", 0, size)
+    # The output of up is multiplied, unless it is clamped first.
+    scales_move = spec.gated_mlp and spec.activation != "swiglu_clamped"
     if spec.gated_mlp:
         yield from _fused_linear(
             spec,
@@ -636,7 +588,7 @@ def _mlp_rows(
         Split("features", 1, size),
         spec.mlp_bias,
         layers,
-        f"{name}.gate_up.weight" if spec.gated_mlp else None,
+        f"{name}.gate_up.weight" if scales_move else None,
     )
 
 
@@ -693,8 +645,12 @@ def _linear(
         input_from=input_from,
     )
     if has_bias:
-        # The bias of a row-parallel linear must be added once, not by every rank. Every rank stores
-        # it, and only rank 0 adds it.
-        bias_split = split if split.dim == 0 else REPLICATED
-        bias = SourceTensor(f"{source}.bias", shape[:1], bias_split)
-        yield Parameter(f"{name}.bias", (bias,), layers, input_from=input_from)
+        is_row_parallel = split.dim == 1
+        bias = SourceTensor(f"{source}.bias", shape[:1], REPLICATED if is_row_parallel else split)
+        yield Parameter(
+            f"{name}.bias",
+            (bias,),
+            layers,
+            input_from=input_from,
+            is_added_once=is_row_parallel,
+        )

@@ -219,11 +219,6 @@ class ModelSpec:
         return self.rank is None or self.rank.end_layer == len(self.full_model.layers)
 
     @property
-    def has_independent_layers(self) -> bool:
-        """Whether a layer reads nothing but the output of the layer before it."""
-        return not self.per_layer_input_size and not self.kv_source_layers
-
-    @property
     def kv_source_layers(self) -> frozenset[int]:
         """The layers whose keys and values later layers read, too."""
         return frozenset(

@@ -27,7 +27,9 @@ from llmkit.kernels.kv_cache import KVCache
 from llmkit.model.decoder import SINGLE_RANK
 from llmkit.model.language_model import empty_kv_cache
 from llmkit.model.linear import ActivationQuant, Linear
+from llmkit.model.parallel_group import ParallelGroup, mask_padding
 from llmkit.model.spec import ModelSpec
+from llmkit.model.transformers_ranks import connect_modules, shrink_parameters
 from llmkit.model.transformers_spec import build_model, split_head
 
 PAGED_ATTENTION = "llmkit_paged"
@@ -86,9 +88,8 @@ class TransformersModel:
     activation_quant: how the inputs of linear layers are quantized, by runtime module.
     linears: the packed linear layers by runtime module ("layers.3.mlp.up_proj", "lm_head").
     dtype: of the hidden states, and of the tensors but for the embedding.
+    parallel_group: the ranks of the model. All ranks run the same steps.
     """
-
-    parallel_group = SINGLE_RANK
 
     def __init__(
         self,
@@ -97,15 +98,19 @@ class TransformersModel:
         activation_quant: Mapping[str, ActivationQuant],
         linears: Mapping[str, Linear],
         dtype: torch.dtype,
+        parallel_group: ParallelGroup = SINGLE_RANK,
     ) -> None:
         assert spec.transformers is not None
         self.spec = spec
+        self.parallel_group = parallel_group
         self.dtype = dtype
         self.device = tensors["embed.weight"].device
         self.model = build_model(spec.transformers.config, PAGED_ATTENTION, self.dtype)
         self.layers: list[nn.Module] = [
             self.model.get_submodule(name) for name in spec.transformers.layers
         ]
+        if spec.rank is not None:
+            shrink_parameters(self.model, spec.rank)
         self._rows = {row.name: row for row in spec.transformers.tensors}
         self._load_tensors(tensors)
         self._make_buffers()
@@ -121,6 +126,8 @@ class TransformersModel:
         self.model.get_input_embeddings().register_forward_hook(
             lambda _module, _inputs, output: output.to(self.dtype)
         )
+        if spec.rank is not None:
+            connect_modules(self.model, spec.rank, parallel_group)
         self.model.requires_grad_(False)
         self.decoder, self._given = split_head(self.model)
 
@@ -154,7 +161,7 @@ class TransformersModel:
         token = torch.zeros(1, 1, dtype=torch.int64, device=self.device)
         logits: torch.Tensor = self.model(input_ids=token, use_cache=False).logits
         self._given.hidden = None
-        return logits[0].float()
+        return mask_padding(logits[0].float(), self.spec, self.parallel_group)
 
     def new_kv_cache(
         self,

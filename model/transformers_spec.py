@@ -26,7 +26,11 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from llmkit.common.errors import InputError
+from llmkit.model.parameter_table import is_redundant
 from llmkit.model.spec import LayerSpec, ModelSpec, TransformersSpec, TransformersTensor
+from llmkit.model.split import REPLICATED, Split
+from llmkit.model.transformers_tp_plan import AttentionHeads, NoSplitError, tensor_splits
+from llmkit.model.wrappers import mtp_prefixes
 
 TRACED_ATTENTION = "llmkit_traced"
 NUM_TRACED_TOKENS = 3
@@ -141,20 +145,21 @@ def transformers_spec(config: dict[str, Any], names: Collection[str] = ()) -> Mo
         for key, value in config.items()
         if key not in ("auto_map", "quantization_config", "dtype", "torch_dtype")
     }
-    spec, prefix = _spec_of(json.dumps(weightless, sort_keys=True))
-    if not names or any(name.startswith(prefix) for name in names):
-        return spec
+    spec, unused = _spec_of(json.dumps(weightless, sort_keys=True))
     assert spec.transformers is not None
-    tensors = tuple(
-        replace(tensor, source=tensor.source.removeprefix(prefix))
-        for tensor in spec.transformers.tensors
-    )
-    return replace(spec, transformers=replace(spec.transformers, tensors=tensors))
+    prefix = f"{spec.tensor_prefix}."
+    if names and not any(name.startswith(prefix) for name in names):
+        tensors = tuple(
+            replace(tensor, source=tensor.source.removeprefix(prefix))
+            for tensor in spec.transformers.tensors
+        )
+        spec = replace(spec, transformers=replace(spec.transformers, tensors=tensors))
+    return replace(spec, carried=_carried_prefixes(spec, config, names, unused))
 
 
 @lru_cache(maxsize=4)
-def _spec_of(config_json: str) -> tuple[ModelSpec, str]:
-    """The spec, and the prefix of the names of the decoder's tensors."""
+def _spec_of(config_json: str) -> tuple[ModelSpec, tuple[str, ...]]:
+    """The spec, and patterns of the names of tensors that transformers does not load."""
     config = json.loads(config_json)
     model_class = _model_class(config)
     try:
@@ -182,6 +187,12 @@ def _spec_of(config_json: str) -> tuple[ModelSpec, str]:
     layers, prefixes = _traced_layers(model, trace)
     first = trace.calls[0]
     tensors = _tensors(model, prefixes)
+    splits: dict[str, Split] = {}
+    tp_refusal = ""
+    try:
+        splits = tensor_splits(model, tensors, _attention_heads(model, trace))
+    except NoSplitError as error:
+        tp_refusal = str(error)
     widths = [
         tensor.shape[0] for tensor in tensors if tensor.is_linear and tensor.layer is not None
     ]
@@ -197,16 +208,20 @@ def _spec_of(config_json: str) -> tuple[ModelSpec, str]:
         max_position_embeddings=_max_positions(model.config),
         layers=layers,
         ropes={},
+        tensor_prefix=model.base_model_prefix,
         tie_word_embeddings=not heads,
         lm_head_name=heads[0].removesuffix(".weight") if heads else "lm_head",
         transformers=TransformersSpec(
             config,
             tuple(prefix.removesuffix(".") for prefix in prefixes),
-            tensors,
-            _ignored_names(model),
+            tuple(
+                replace(tensor, split=splits.get(tensor.source, REPLICATED)) for tensor in tensors
+            ),
+            tuple(sorted(model.all_tied_weights_keys)),
+            tp_refusal,
         ),
     )
-    return spec, f"{model.base_model_prefix}."
+    return spec, tuple(sorted(model._keys_to_ignore_on_load_unexpected or ()))
 
 
 def _model_class(config: dict[str, Any]) -> Any:
@@ -400,13 +415,32 @@ def _name_of(model: Any, wanted: nn.Module | None) -> str:
     return next((name for name, module in model.named_modules() if module is wanted), "")
 
 
-def _ignored_names(model: Any) -> tuple[str, ...]:
-    """Patterns of the names of checkpoint tensors that the model does not need."""
-    patterns = set(model._keys_to_ignore_on_load_unexpected or ())
-    patterns.update(f"^{re.escape(name)}$" for name in model.all_tied_weights_keys)
-    # Old versions of transformers stored these buffers of attention.
-    patterns.update((r"\.(attn|attention)\.(masked_)?bias$",))
-    return tuple(sorted(patterns))
+def _attention_heads(model: Any, trace: Trace) -> AttentionHeads:
+    names = {id(module): name for name, module in model.named_modules()}
+    first = trace.calls[0]
+    modules = tuple(f"{names[id(call.module)]}." for call in trace.calls)
+    return AttentionHeads(modules, first.num_heads, first.num_kv_heads, first.head_dim)
+
+
+def _carried_prefixes(
+    spec: ModelSpec, config: dict[str, Any], names: Collection[str], unused: Collection[str]
+) -> tuple[str, ...]:
+    """The prefixes of tensors that do not run, as `ModelSpec.carried`.
+
+    unused: patterns of the names of tensors that transformers does not load.
+    """
+    rows = {row.source for row in spec.transformers.tensors} if spec.transformers else set()
+    prefixes: dict[str, None] = {}
+    for name in names:
+        if name in rows or is_redundant(spec, name):
+            continue
+        parts = re.findall(r"[^.]+\.?", name)
+        starts = ("".join(parts[: end + 1]) for end in range(len(parts)))
+        # The shortest one: a module, where the pattern is one of modules.
+        found = next((start for start in starts if any(re.search(p, start) for p in unused)), None)
+        if found is not None:
+            prefixes[found] = None
+    return (*prefixes, *mtp_prefixes(config, spec.tensor_prefix, len(spec.layers)))
 
 
 def _max_positions(config: Any) -> int:

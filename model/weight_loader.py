@@ -33,7 +33,7 @@ from llmkit.model.linear import (
     supported_on_gpu,
 )
 from llmkit.model.parallel_group import ParallelGroup
-from llmkit.model.parameter_table import Parameter, parameters
+from llmkit.model.parameter_table import Parameter, SourceTensor, parameters
 from llmkit.model.spec import ModelSpec
 
 NUM_PACKING_THREADS = 4  # threads that pack weights while the next weights are read
@@ -120,7 +120,7 @@ def load_model(
             # transformers' modeling code takes seconds to import, and only the fallback needs it.
             from llmkit.model.transformers_model import TransformersModel
 
-            return TransformersModel(spec, tensors, activation_quant, loaded, dtype)
+            return TransformersModel(spec, tensors, activation_quant, loaded, dtype, parallel_group)
         return Decoder(spec, tensors, activation_quant, loaded, parallel_group)
 
 
@@ -133,7 +133,7 @@ def _is_added_by_other(spec: ModelSpec, row: Parameter) -> bool:
         is_first = rank.tp_rank % (rank.tp_size // rank.ep_size) == 0
     else:
         is_first = rank.tp_rank == 0
-    return not is_first and row.name.endswith((".attn.o.bias", ".down.bias"))
+    return not is_first and row.is_added_once
 
 
 def read_parameter(
@@ -157,6 +157,14 @@ def read_parameter(
     parts = [dense[source.name][source.rows] for source in parameter.sources]
     joined = parts[0] if len(parts) == 1 else torch.cat(parts)
     return joined.to(dtype)
+
+
+def read_source(checkpoint: Checkpoint, parameter: Parameter, source: SourceTensor) -> torch.Tensor:
+    """The rows of a parameter that come from one checkpoint tensor, dense, on the CPU."""
+    quantized = _read_quantized(checkpoint, parameter, source.name, "cpu")
+    if quantized is not None:
+        return quantized.rows(source.rows).dequantize()
+    return _read_part(checkpoint, parameter, source.name, source.name)[source.rows]
 
 
 def _read_quantized(

@@ -15,9 +15,9 @@ from llmkit.checkpoint.checkpoint import Checkpoint
 from llmkit.checkpoint.dtypes import DTYPES
 from llmkit.checkpoint.safetensors_header import TensorInfo, read_header
 from llmkit.checkpoint.tensor_reader import CHUNK_BYTES, row_chunks, tensor_bytes
-from llmkit.common.errors import UsageError
+from llmkit.common.errors import InputError, UsageError
 from llmkit.model.checkpoint_tensors import check_checkpoint
-from llmkit.model.families import checkpoint_spec, require_native
+from llmkit.model.families import checkpoint_spec, require_tp_plan
 from llmkit.model.parallel_group import rank_spec
 from llmkit.model.spec import ModelSpec
 from llmkit.shard.copy_slices import derived_values
@@ -49,7 +49,8 @@ def rank_parts(checkpoint: Checkpoint, tp: int = 1, pp: int = 1, ep: int = 1) ->
     files.
     """
     full_spec = checkpoint_spec(checkpoint)
-    require_native(full_spec, "sharding")
+    require_tp_plan(full_spec)
+    _require_split_vocabulary(full_spec)
     if checkpoint.layout is None:
         return _slice_checkpoint(checkpoint, full_spec, tp, pp, ep)
     layout = read_layout(checkpoint.path)
@@ -72,6 +73,20 @@ def rank_parts(checkpoint: Checkpoint, tp: int = 1, pp: int = 1, ep: int = 1) ->
         rank_checkpoint = replace(checkpoint, tensors=tensors, weight_files=(file,), stamps={})
         parts.append(RankPart(rank_checkpoint, spec, file))
     return parts
+
+
+def _require_split_vocabulary(spec: ModelSpec) -> None:
+    """Raises InputError for a model whose ranks would not each compute a part of the logits."""
+    if spec.transformers is None:
+        return
+    head = "embed.weight" if spec.tie_word_embeddings else "lm_head.weight"
+    splits = {tensor.name: tensor.split for tensor in spec.transformers.tensors}
+    if splits[head].kind != "vocab":
+        raise InputError(
+            f"the tp_plan of {spec.architecture} does not split its output projection by the"
+            " vocabulary, so it cannot be served on several ranks",
+            todo="Serve it on one rank",
+        )
 
 
 def _slice_checkpoint(

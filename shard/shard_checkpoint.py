@@ -15,7 +15,7 @@ from llmkit.checkpoint.writer import CheckpointWriter, planned_bytes
 from llmkit.common.errors import UsageError
 from llmkit.common.progress import Progress, SilentProgress
 from llmkit.model.checkpoint_tensors import check_checkpoint
-from llmkit.model.families import checkpoint_spec, require_native
+from llmkit.model.families import checkpoint_spec, require_native, require_tp_plan
 from llmkit.model.spec import ModelSpec
 from llmkit.shard.copy_slices import require_ordered_groups, write_output
 from llmkit.shard.shard_plan import ShardPlan, plan_shards
@@ -96,7 +96,7 @@ def validated_spec(source: ShardSource) -> ModelSpec:
     Raises InputError unless the source has exactly the model's tensors.
     """
     spec = checkpoint_spec(source.checkpoint)
-    require_native(spec, "sharding")
+    require_tp_plan(spec)
     check_checkpoint(source.unsharded, spec)
     return spec
 
@@ -113,6 +113,7 @@ def plan_source(
     spec = validated_spec(source)
     quantization = source.checkpoint.quantization
     if output_format == "vllm":
+        require_native(spec, "--format vllm")
         if pp > 1 or ep > 1 or pp_layers:
             raise UsageError(
                 "--format vllm with --pp, --pp-layers or --ep", "Tensor-parallel ranks only (--tp)"

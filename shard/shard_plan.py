@@ -16,11 +16,11 @@ from llmkit.model.checkpoint_tensors import checkpoint_tensors
 from llmkit.model.parameter_table import (
     EMBEDDING_STAGE,
     Parameter,
-    Split,
     embedding_tensor,
     is_carried,
 )
 from llmkit.model.spec import ModelSpec
+from llmkit.model.split import Split
 from llmkit.shard.pipeline_stages import balanced_stages, explicit_stages
 from llmkit.shard.tensor_slice import (
     TensorSlice,
@@ -203,7 +203,7 @@ def plan_shards(
 
     Raises UsageError for sizes below 1 or that contradict each other; InputError, with the
     arithmetic and the sizes that work, for a `tp` or `ep` that does not divide the model, and for
-    stages that do not cover its layers.
+    stages that do not cover its layers or that its layers do not allow.
     """
     if min(tp, pp, ep) < 1:
         raise UsageError(f"--tp {tp} --pp {pp} --ep {ep}", "All are at least 1")
@@ -221,13 +221,14 @@ def plan_shards(
     num_layers = len(spec.layers)
     if pp_layers:
         pp = len(pp_layers)
-        stages = explicit_stages(num_layers, pp_layers)
+        stages = explicit_stages(num_layers, pp_layers, spec.stage_starts)
     else:
         rows = [(parameter, source_tensors[name]) for name, (parameter, _) in expected.items()]
-        stages = _balanced_stages(num_layers, rows, pp)
-    if pp > 1 and not spec.has_independent_layers:
+        stages = _balanced_stages(spec, rows, pp)
+    if pp > 1 and spec.transformers is not None:
         raise UsageError(
-            f"--pp {pp}: layers of {spec.architecture} read embeddings or keys of other stages",
+            f"--pp {pp}: {spec.architecture} runs by transformers' modeling code, which is not"
+            " divided into stages",
             "One stage",
             "Use --tp",
         )
@@ -298,15 +299,20 @@ def _rank_file(stage: int, rank: int) -> str:
 
 
 def _balanced_stages(
-    num_layers: int, rows: Iterable[tuple[Parameter, TensorInfo]], pp: int
+    spec: ModelSpec, rows: Iterable[tuple[Parameter, TensorInfo]], pp: int
 ) -> tuple[tuple[int, ...], ...]:
+    num_layers = len(spec.layers)
     sizes = dict.fromkeys(range(EMBEDDING_STAGE, num_layers + 1), 0)
     for parameter, info in rows:
         for layer in parameter.layers:
             sizes[layer] += info.nbytes
     layer_bytes = [sizes[layer] for layer in range(num_layers)]
     return balanced_stages(
-        layer_bytes, pp, embedding_bytes=sizes[EMBEDDING_STAGE], head_bytes=sizes[num_layers]
+        layer_bytes,
+        pp,
+        embedding_bytes=sizes[EMBEDDING_STAGE],
+        head_bytes=sizes[num_layers],
+        starts=spec.stage_starts,
     )
 
 
@@ -323,7 +329,8 @@ def _kv_bytes_per_layer(
     sizes = []
     for index, layer in enumerate(spec.layers):
         own = spec.for_layer(index)
-        start, stop = Split("kv_heads", 0, own.num_kv_heads, own.head_dim).interval(0, tp)
+        split = Split("kv_heads", 0, own.num_kv_heads, own.head_dim)
+        start, stop = split.interval(0, tp if spec.splits_attention else 1)
         sizes.append(0 if layer.kv_shared_layer_offset else 2 * (stop - start) * itemsize)
     return tuple(sizes)
 

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 from llmkit.checkpoint.quantized_weight import QuantizationConfig
 from llmkit.model.checkpoint_tensors import checkpoint_tensors
-from llmkit.model.parameter_table import VOCAB_MULTIPLE, Split
+from llmkit.model.parameter_table import SourceTensor
 from llmkit.model.spec import ModelSpec
+from llmkit.model.split import VOCAB_MULTIPLE, Split
 
 UNIT_NAMES = {"heads": "heads", "kv_heads": "KV heads", "features": "features"}
 
@@ -23,6 +24,10 @@ class _SplitRule:
     is_quantized: bool
     group_size: int
     is_expert: bool
+    covers: bool  # see PackedTensor
+    # Where the second of several projections in a tensor begins; 0: there is one. Only for tensors
+    # with `covers`.
+    second_start: int
 
 
 def expert_count(spec: ModelSpec) -> int:
@@ -35,7 +40,7 @@ def valid_tp(spec: ModelSpec, quantization: QuantizationConfig | None, ep: int =
 
     The experts are divided over `ep` groups. The list is empty when no size works.
     """
-    if spec.transformers is not None:
+    if spec.transformers is not None and spec.transformers.tp_refusal:
         return [1]
     rules = _split_rules(spec, quantization)
     return [
@@ -111,6 +116,8 @@ def _explain_experts(spec: ModelSpec, tp: int, ep: int) -> str | None:
                 f" {ep} groups or {tp} ranks, but not over both"
             )
         return None
+    if spec.transformers is not None:
+        return f"transformers' tp_plan of {spec.architecture} splits every expert over all ranks"
     if not count:
         return f"{spec.architecture} has no experts"
     return f"{count}/{ep} = {_format_number(count / ep)} experts"
@@ -129,9 +136,20 @@ def _split_rules(spec: ModelSpec, quantization: QuantizationConfig | None) -> li
                 packed.is_quantized,
                 packed.group_size,
                 parameter.expert is not None,
+                packed.covers,
+                _second_start(source) if packed.covers else 0,
             )
             rules[rule] = None
     return list(rules)
+
+
+def _second_start(source: SourceTensor) -> int:
+    """Where another projection begins in the source's tensor, as far as the source says; 0: none.
+
+    A source after the first says where it begins itself.
+    """
+    split = source.split
+    return split.count * split.unit if split.parts > 1 else source.first_row
 
 
 def _explain(rules: list[_SplitRule], tp: int, ep: int) -> str | None:
@@ -163,10 +181,17 @@ def _explain_rule(rule: _SplitRule, tp: int) -> str | None:
         return None
     start, stop = split.interval(0, tp)
     dense_per_element = axis[1]
+    if rule.covers:
+        # A slice may begin inside a block, but slices of several projections do not join there.
+        if not rule.second_start or tp == 1:
+            return None
+        if rule.second_start % dense_per_element:
+            blocks = f"{_format_number(rule.second_start / dense_per_element)} blocks of"
+            return f"{rule.module}: a projection in it begins at {blocks} {dense_per_element} rows"
     if (stop - start) % dense_per_element == 0:
         return None
     is_group = split.dim == 1 and dense_per_element == rule.group_size
-    unit = "groups" if is_group else "packed words"
+    unit = "groups" if is_group else "blocks" if rule.covers else "packed words"
     elements = f"{_format_number((stop - start) / dense_per_element)} {unit} of {dense_per_element}"
     if has_replicated_kv_heads:
         return f"{rule.module}: one KV head of {split.unit} = {elements}"

@@ -16,7 +16,8 @@ from llmkit.common.errors import InputError
 from llmkit.model import weight_loader as loader
 from llmkit.model.checkpoint_tensors import check_checkpoint, checkpoint_tensors
 from llmkit.model.families import SUPPORTED, model_spec
-from llmkit.model.parameter_table import Split, parameters
+from llmkit.model.parameter_table import parameters
+from llmkit.model.split import Split
 from llmkit.model.weight_loader import load_model
 from llmkit.model.wrappers import WRAPPERS
 
