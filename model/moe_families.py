@@ -300,6 +300,7 @@ def _gpt_oss(config: Any) -> dict[str, Any]:
         config,
         config.intermediate_size,
         expert_stack=ExpertStack(interleaved=True, transposed=True),
+        expert_bias=True,
         router="router",
         router_bias=True,
     )
@@ -307,7 +308,6 @@ def _gpt_oss(config: Any) -> dict[str, Any]:
         "layers": tuple(replace(layer, is_moe=True) for layer in layers),
         "qkv_bias": config.attention_bias,
         "o_proj_bias": config.attention_bias,
-        "mlp_bias": True,
         "attention_sinks": True,
         "activation": "swiglu_clamped",
         "swiglu_limit": config.swiglu_limit,
@@ -322,14 +322,15 @@ def _granite_moe(config: Any) -> dict[str, Any]:
         config.intermediate_size,
         module="",
         router="block_sparse_moe.router.layer",
+        experts="block_sparse_moe.experts",
         expert_stack=ExpertStack(
             gate_up="block_sparse_moe.input_linear.weight",
             down="block_sparse_moe.output_linear.weight",
         ),
         shared_intermediate_size=config.shared_intermediate_size,
         shared_expert="shared_mlp",
-        gate_up="input_linear",
-        down="output_linear",
+        shared_gate_up="input_linear",
+        shared_down="output_linear",
     )
     return granite(config) | {
         "fused_gate_up": True,  # of the shared expert

@@ -11,10 +11,9 @@ from llmkit.checkpoint.checkpoint import Checkpoint
 from llmkit.checkpoint.quantized_weight import QuantizationConfig, Scheme
 from llmkit.checkpoint.safetensors_header import byte_count
 from llmkit.model.checkpoint_tensors import carried_summary, checkpoint_tensors
-from llmkit.model.families import checkpoint_spec, support
+from llmkit.model.families import checkpoint_spec, support, unstack_experts
 from llmkit.model.parameter_table import parameters
 from llmkit.model.spec import ModelSpec
-from llmkit.quant.quantize_plan import can_quantize
 
 # INT4 is estimated with the largest of these group sizes that divides every layer, else per row.
 GROUP_SIZES = (128, 64, 32)
@@ -149,10 +148,13 @@ def weight_bytes(spec: ModelSpec) -> dict[str, int]:
             group_size = size
             break
     int4 = QuantizationConfig("gptq", Scheme(4, group_size))
-    sizes = {"fp32": count * 4, "bf16": count * 2}
-    if can_quantize(spec):
-        sizes |= {"int8": _stored_bytes(spec, INT8), "int4": _stored_bytes(spec, int4)}
-    return sizes
+    quantized = unstack_experts(spec)
+    return {
+        "fp32": count * 4,
+        "bf16": count * 2,
+        "int8": _stored_bytes(quantized, INT8),
+        "int4": _stored_bytes(quantized, int4),
+    }
 
 
 def _stored_bytes(spec: ModelSpec, quantization: QuantizationConfig) -> int:
