@@ -78,7 +78,7 @@ def plan_report(
     Raises InputError for a bad source, UsageError for sizes that contradict each other.
     """
     works = working_sizes(source)
-    max_pp = len(validated_spec(source).layers)
+    max_pp = len(validated_spec(source).stage_starts) + 1
     return {
         **layout_figures(source, tp, pp, ep, pp_layers, memory),
         "works": works,
@@ -160,7 +160,7 @@ def smallest_layout(
     for tp in tp_sizes:
         if fits(tp, 1):
             return tp, 1
-    for pp in range(2, len(validated_spec(source).layers) + 1):
+    for pp in range(2, len(validated_spec(source).stage_starts) + 2):
         if fits(max_tp, pp):
             return max_tp, pp
     raise InputError(

@@ -56,8 +56,6 @@ LAYOUTS = {"TP 2": (2, 1), "PP 2": (1, 2), "TP 2 x PP 2": (2, 2)}
 # Families that `make test` runs in every layout.
 ALL_LAYOUTS = ("llama", "llama-mha-bias-tied", "qwen2-window", "gemma3", "mixtral")
 
-# Their layers read embeddings and keys of other layers.
-ONE_STAGE = ("gemma4", "wrapper of gemma4")
 # Multimodal models, one for each way to name the text model's tensors.
 WRAPPER_REPRESENTATIVES = ("wrapper of gemma3", "wrapper of qwen2.5-vl", "wrapper of smolvlm")
 WRAPPER_NAMES = tuple(f"wrapper of {name}" for name in WRAPPERS)
@@ -76,8 +74,6 @@ def family_layouts() -> Iterator[Any]:
     representatives = (*REPRESENTATIVES, *WRAPPER_REPRESENTATIVES)
     for name in (*FAMILIES, *WRAPPER_NAMES):
         for layout in LAYOUTS:
-            if name in ONE_STAGE and layout != "TP 2":
-                continue
             has_ranks = name in representatives and layout == "TP 2 x PP 2"
             quick = name in (*ALL_LAYOUTS, "gemma4") or has_ranks
             marks = () if quick else pytest.mark.slow
@@ -132,12 +128,6 @@ def test_ranks_answer_as_one_rank_for_every_family(
         assert answers(tmp_path / "out") == expected
     else:
         assert answers(path, tp=tp, pp=pp) == expected
-
-
-def test_ranks_refuse_stages_of_layers_that_read_other_layers(tmp_path: Path) -> None:
-    family_oracle("gemma4", tmp_path / "model")
-    with pytest.raises(UsageError, match="--pp 2: layers of Gemma4ForCausalLM read"):
-        shard(tmp_path / "model", tmp_path / "out", 1, 2)
 
 
 def families_with_experts() -> Iterator[Any]:

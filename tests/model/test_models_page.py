@@ -82,17 +82,12 @@ def gemma4(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("name", "words", "error"),
     [
-        ("gemma4", "quantize MODEL --method int8 --no-eval", ""),
-        ("gemma4", "quantize MODEL --method int8", "read more than the output"),
-        ("gemma4", "quantize MODEL --method gptq --no-eval", "read more than the out"),
+        ("gemma4", "quantize MODEL --method int8", ""),
+        ("gemma4", "quantize MODEL --method gptq", ""),
         ("gemma4", "shard plan MODEL --tp 2", ""),
-        (
-            "gemma4",
-            "shard plan MODEL --tp 1 --pp 2",
-            "read embeddings or keys of other stages. One stage",
-        ),
+        ("gemma4", "shard plan MODEL --tp 1 --pp 2", ""),
         ("gemma4-moe", "quantize MODEL --method bf16 --no-eval", ""),
-        ("gemma4-moe", "quantize MODEL --method int8 --no-eval", "stores all experts"),
+        ("gemma4-moe", "quantize MODEL --method int8 --no-eval", ""),
         ("gemma4-moe", "shard plan MODEL --tp 2 --pp 2 --ep 2", ""),
         ("gemma4-dense", "quantize MODEL --method int8", ""),
         ("gemma4-dense", "shard plan MODEL --tp 1 --pp 2", ""),

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llmkit.common.errors import InputError
+from llmkit.model.spec import LayerSpec, ModelSpec
 from llmkit.shard.pipeline_stages import balanced_stages, explicit_stages
 
 
@@ -26,11 +27,13 @@ def divisions(num_layers: int, pp: int, first: int = 0) -> Iterator[tuple[tuple[
     st.integers(1, 8),
     st.integers(0, 60),
     st.integers(0, 60),
+    st.sets(st.integers(1, 7)),
 )
 def test_balanced_stages_are_the_best_of_all_divisions(
-    sizes: list[int], pp: int, embedding: int, head: int
+    sizes: list[int], pp: int, embedding: int, head: int, never_first: set[int]
 ) -> None:
-    pp = min(pp, len(sizes))
+    starts = set(range(1, len(sizes))) - never_first
+    pp = min(pp, len(starts) + 1)
 
     def cost(stages: tuple[tuple[int, ...], ...]) -> tuple[int, int]:
         stage_bytes = [sum(sizes[layer] for layer in stage) for stage in stages]
@@ -39,8 +42,12 @@ def test_balanced_stages_are_the_best_of_all_divisions(
         stage_bytes[-1] += head
         return largest, sum(size**2 for size in stage_bytes)
 
-    stages = balanced_stages(sizes, pp, embedding, head)
-    possible = list(divisions(len(sizes), pp))
+    stages = balanced_stages(sizes, pp, embedding, head, starts)
+    possible = [
+        division
+        for division in divisions(len(sizes), pp)
+        if {stage[0] for stage in division[1:]} <= starts
+    ]
     assert stages in possible
     assert cost(stages) == min(map(cost, possible))
 
@@ -85,3 +92,25 @@ def test_explicit_stages_cover_all_layers() -> None:
     ):
         with pytest.raises(InputError, match=re.escape(text)):
             explicit_stages(6, counts)
+
+
+def test_stages_begin_only_with_layers_that_read_no_earlier_keys() -> None:
+    """Layers 4 and 5 read the keys and values of layers 2 and 3."""
+    layers = [LayerSpec()] * 4 + [LayerSpec(kv_shared_layer_offset=2)] * 2
+    starts = shared_spec(tuple(layers)).stage_starts
+    assert starts == (1, 2)
+    assert balanced_stages([10] * 6, 3, starts=starts) == ((0,), (1,), (2, 3, 4, 5))
+    assert explicit_stages(6, (2, 4), starts) == ((0, 1), (2, 3, 4, 5))
+    reason = "stages can begin with layers 0, 1, 2 only, because later layers read keys and values"
+    with pytest.raises(InputError, match=f"4 pipeline stages: {reason}.* At most 3 stages"):
+        balanced_stages([10] * 6, 4, starts=starts)
+    with pytest.raises(InputError, match=f"--pp-layers 3,3: {reason}"):
+        explicit_stages(6, (3, 3), starts)
+    layers = [LayerSpec(), LayerSpec(kv_shared_layer_offset=1)]
+    with pytest.raises(InputError, match=r"layer 0 only.* At most 1 stage\. Lower --pp, or use"):
+        balanced_stages([10] * 2, 2, starts=shared_spec(tuple(layers)).stage_starts)
+    assert shared_spec((LayerSpec(),) * 3).stage_starts == (1, 2)
+
+
+def shared_spec(layers: tuple[LayerSpec, ...]) -> ModelSpec:
+    return ModelSpec("Gemma4ForCausalLM", 8, 1, 1, 8, 8, 8, 8, layers, {})

@@ -15,6 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from support.synthetic_checkpoint import stored_bytes, synthetic_checkpoint
+from support.tiny_families import family_oracle
 from support.tiny_models import tiny_checkpoint
 
 from llmkit.checkpoint import tensor_reader as reading
@@ -44,7 +45,7 @@ MOE: dict[str, Any] = {
     "num_experts_per_tok": 2,
     "moe_intermediate_size": 64,
     "n_shared_experts": 1,
-    "hidden_size_per_layer_input": 0,  # otherwise Gemma 4 has one stage only
+    "hidden_size_per_layer_input": 8,
     "pad_token_id": 0,
 }
 
@@ -106,7 +107,8 @@ def layouts(
     tp = draw(st.sampled_from(valid_tp(spec, quantization)), "tp")
     ep = draw(st.sampled_from(valid_ep(spec, quantization, tp)), "ep")
     count = len(spec.layers)
-    stops = draw(st.sets(st.integers(1, count - 1)) if count > 1 else st.just(set()), "stages")
+    starts = spec.stage_starts
+    stops = draw(st.sets(st.sampled_from(starts)) if starts else st.just(set()), "stages")
     bounds = [0, *sorted(stops), count]
     layers = tuple(stop - start for start, stop in pairwise(bounds))
     even = draw(st.booleans(), "even")
@@ -123,6 +125,7 @@ def test_shard_any_chain_of_layouts_loses_nothing(data: st.DataObject) -> None:
     heads = kv_heads * data.draw(st.sampled_from([1, 2, 3, 4]), "queries per KV head")
     quantization = data.draw(quantizations, "quantization")
     experts = data.draw(st.integers(2, 6), "experts")
+    vocab_size = data.draw(st.integers(1, 200), "vocab")
     config = {
         "architectures": [data.draw(st.sampled_from(list(SUPPORTED)), "architecture")],
         "num_attention_heads": heads,
@@ -130,9 +133,10 @@ def test_shard_any_chain_of_layouts_loses_nothing(data: st.DataObject) -> None:
         "head_dim": data.draw(st.sampled_from([8, 16]), "head_dim"),
         "hidden_size": heads * 8,
         "intermediate_size": 32 * data.draw(st.integers(1, 6), "intermediate / 32"),
-        "vocab_size": data.draw(st.integers(1, 200), "vocab"),
+        "vocab_size": vocab_size,
         "max_position_embeddings": 64,
         "num_hidden_layers": data.draw(st.integers(1, 4), "layers"),
+        "vocab_size_per_layer_input": vocab_size,
         "tie_word_embeddings": data.draw(st.booleans(), "tied"),
         **MOE,
         "num_local_experts": experts,
@@ -183,6 +187,17 @@ def test_shard_of_stacked_experts_changes_between_features_and_experts(
     assert stored_bytes(tmp_path / "merged") == stored_bytes(source)
     shard(source, tmp_path / "direct", **chain[-1])
     assert bytes_of(at) == bytes_of(tmp_path / "direct")
+
+
+@pytest.mark.parametrize(("tp", "pp"), [(2, 1), (1, 2), (2, 3)])
+def test_shard_of_layers_that_read_earlier_layers_round_trips(
+    tp: int, pp: int, tmp_path: Path
+) -> None:
+    family_oracle("gemma4", tmp_path / "source")
+    round_trip(tmp_path / "source", tmp_path, tp, pp)
+    with pytest.raises(InputError, match="4 pipeline stages: stages can begin with layers 0, 1, 2"):
+        shard(tmp_path / "source", tmp_path / "refused", 1, 4)
+    assert not (tmp_path / "refused").exists()
 
 
 @pytest.mark.parametrize(
