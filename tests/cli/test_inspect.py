@@ -95,14 +95,16 @@ def test_inspect_shows_each_kind_of_attention(
 def test_inspect_shows_the_precisions_that_there_are(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """gpt-oss: experts in one tensor, which `quantize` cannot write, and stored as MXFP4."""
+    """gpt-oss: experts in one tensor, which `quantize` unstacks, and stored as MXFP4."""
     write_gpt_oss(tmp_path / "dense", tmp_path / "packed")
     facts = document(capsys, tmp_path / "packed")
     assert facts["moe"]["stacked"]
-    assert list(facts["weight_bytes"]) == ["fp32", "bf16"]
+    sizes = facts["weight_bytes"]
+    assert list(sizes) == ["fp32", "bf16", "int8", "int4"]
+    assert sizes["bf16"] > sizes["int8"] > sizes["int4"] > 0
     lines = shown(capsys, monkeypatch, tmp_path / "packed")
     rows = [line.split(" ")[1] for line in lines if line.startswith("│ ")]
-    assert rows == ["fp32", "bf16", "as"]
+    assert rows == ["fp32", "bf16", "int8", "int4", "as"]
     assert any(line.startswith(f"│ as stored │ {facts['disk_bytes'] / 1024:.1f}") for line in lines)
 
 

@@ -252,16 +252,7 @@ def test_experts_in_one_tensor_are_split_in_one_way(gpt_oss: GptOss, tmp_path: P
         shard(gpt_oss.mxfp4, tmp_path / "out", 4)
 
 
-def test_quantize_refuses_experts_in_one_tensor(gpt_oss: GptOss, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"already quantized \(mxfp4, MXFP4 in groups of 32\)"):
-        quantize(
-            str(gpt_oss.mxfp4), tmp_path / "out", QuantizeOptions(method="int8"), SilentProgress()
-        )
-    with pytest.raises(InputError, match=r"all experts of a layer in one tensor.*--method bf16"):
-        quantize(
-            str(gpt_oss.dense), tmp_path / "out", QuantizeOptions(method="int8"), SilentProgress()
-        )
-    assert not (tmp_path / "out").exists()
+def test_cast_keeps_experts_in_one_tensor(gpt_oss: GptOss, tmp_path: Path) -> None:
     options = QuantizeOptions(method="bf16", evaluate=False)
     quantize(str(gpt_oss.dense), tmp_path / "out", options, SilentProgress())
     cast = load_file(tmp_path / "out" / "model.safetensors")

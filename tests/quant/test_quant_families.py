@@ -11,13 +11,12 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import save_file
-from support.tiny_families import family_oracle
 from support.tiny_models import VOCAB
 from support.tiny_quantized import PIECES, dense_checkpoint, piece_checkpoint, stored_tensors
 
 from llmkit.checkpoint.open_checkpoint import open_checkpoint
 from llmkit.checkpoint.tokenizer import load_tokenizer
-from llmkit.common.errors import InputError, UsageError
+from llmkit.common.errors import UsageError
 from llmkit.common.progress import SilentProgress
 from llmkit.model.decoder import Decoder, DecoderLayer
 from llmkit.model.families import checkpoint_spec
@@ -323,16 +322,6 @@ def test_shared_expert_needs_no_more_tokens_than_other_linears(
     methods = {entry["name"]: entry["method"] for entry in report["linears"]}
     assert methods["layers.1.mlp.shared_expert.down"] == methods["layers.1.attn.o"] == "gptq"
     assert methods["layers.1.mlp.experts.0.down"] == "rtn"
-
-
-def test_experts_in_one_tensor_are_refused_with_a_way_out(tmp_path: Path) -> None:
-    family_oracle("gemma4-moe", tmp_path / "source")
-    for method in METHODS.values():
-        with pytest.raises(
-            InputError, match=r"all experts of a layer in one tensor.*Cast it with --method bf16"
-        ):
-            run(tmp_path / "source", tmp_path / "out", method)
-    assert not (tmp_path / "out").exists()
 
 
 def test_check_engine_refuses_what_engines_do_not_load_of_a_family(
