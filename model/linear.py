@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.functional import linear
 
 from llmkit.checkpoint.quantized_weight import QuantizedWeight, Scheme
+from llmkit.kernels import fp8_block_linear
 from llmkit.kernels.activation_quant import (
     fake_quantize_per_group,
     fake_quantize_per_token,
@@ -28,6 +29,8 @@ from llmkit.kernels.linear_kernel import LinearKernel
 from llmkit.kernels.mxfp4_linear import Mxfp4Linear
 from llmkit.kernels.quantized_linear import W8A8Linear, WeightOnlyLinear
 from llmkit.kernels.triton_support import tl
+
+MIN_FP8_CAPABILITY = (8, 9)  # of GPUs that multiply 8-bit floats
 
 
 @dataclass(frozen=True)
@@ -121,7 +124,7 @@ def serving_linear(
     if len(parts) == 1 and isinstance(parts[0], QuantizedWeight):
         weight = parts[0]
         if not on_cpu:
-            return PackedLinear(_gpu_kernel(weight, bias, activation_quant), shape)
+            return PackedLinear(_gpu_kernel(weight, bias, activation_quant, device), shape)
         if weight.scheme.inputs == "token" and supports_w8a8(weight):
             if has_int8_matmul():
                 return PackedLinear(OneDnnInt8Linear(weight.q, weight.scales, bias), shape)
@@ -161,19 +164,32 @@ def supported_on_gpu(
     """Whether a weight [out, in] stays quantized on a CUDA device, for inputs of `dtype`."""
     if scheme.is_fp4:
         return dtype.itemsize == 2 and capability >= (8, 0)
+    if scheme.inputs == "group":
+        return scheme.group_size in fp8_block_linear.GROUP_SIZES and capability >= (8, 0)
     if scheme.inputs == "none":
         return scheme.kind == "int" and max(scheme.group_size, 0) % 32 == 0 and capability >= (8, 0)
     if scheme.kind == "float":
         aligned = all(size % 16 == 0 for size in shape)
-        return aligned and dtype != torch.float32 and capability >= (8, 9)
+        return aligned and dtype != torch.float32 and capability >= MIN_FP8_CAPABILITY
     aligned = all(size % 8 == 0 for size in shape)
     return aligned and scheme.inputs == "token" and capability >= (8, 0)
 
 
 def _gpu_kernel(
-    weight: QuantizedWeight, bias: torch.Tensor | None, activation_quant: ActivationQuant | None
+    weight: QuantizedWeight,
+    bias: torch.Tensor | None,
+    activation_quant: ActivationQuant | None,
+    device: torch.device | str,
 ) -> LinearKernel:
     scheme = weight.scheme
+    if scheme.inputs == "group":
+        return fp8_block_linear.Fp8BlockLinear(
+            weight.q,
+            weight.scales,
+            scheme.group_size,
+            bias,
+            quantize_inputs=gpu_capability(device) >= MIN_FP8_CAPABILITY,
+        )
     if scheme.is_fp4:
         return Mxfp4Linear(weight.q, weight.scales, bias)
     if activation_quant is None:

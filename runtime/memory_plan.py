@@ -12,6 +12,7 @@ import torch
 
 from llmkit.checkpoint.checkpoint import Checkpoint
 from llmkit.checkpoint.quantized_formats import format_of
+from llmkit.checkpoint.quantized_weight import Scheme
 from llmkit.checkpoint.safetensors_header import byte_count
 from llmkit.common.errors import InputError, ShortageError, is_out_of_memory
 from llmkit.common.formatting import bytes_text
@@ -236,14 +237,25 @@ def weight_bytes(
                     num_rows = sum(shape[0] for shape in shapes)
                     stored = quantized_format.tensors(scheme, num_rows, shapes[0][1])
                     total += sum(byte_count(tensor.dtype, tensor.shape) for tensor in stored)
-                    if on_cpu and scheme.is_fp4:  # the kernel's scales are float32, not a byte
-                        total += 3 * num_rows * scheme.groups(shapes[0][1])
+                    total += _unpacked_bytes(scheme, num_rows, shapes[0][1], on_cpu)
                     continue
             itemsize = dtype.itemsize
             if keeps_small_dtype and not scheme:
                 itemsize = min(itemsize, checkpoint.tensors[tensor].torch_dtype.itemsize)
             total += copies * itemsize * sum(math.prod(shape) for shape in shapes)
     return total
+
+
+def _unpacked_bytes(scheme: Scheme, rows: int, columns: int, on_cpu: bool) -> int:
+    """Bytes that a weight [rows, columns] needs in memory beyond those in the checkpoint."""
+    groups = scheme.groups(columns)
+    if scheme.is_fp4:  # the scales of the CPU's kernel are float32, not a byte
+        return 3 * rows * groups if on_cpu else 0
+    if not scheme.is_fp8:
+        return 0
+    # A CPU holds FP8 values as bfloat16. Every row has the scales of its block.
+    values = rows * columns if on_cpu else 0
+    return values if scheme.block_rows == 1 else values + 4 * rows * groups
 
 
 def loaded_bytes(model: LanguageModel) -> int:

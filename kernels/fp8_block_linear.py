@@ -1,0 +1,200 @@
+"""A linear layer with an FP8 weight in blocks on a GPU: y = x W' + b, W [N, K] in e4m3.
+
+A weight and a token's inputs have a scale for each group of inputs. Products of one group are
+summed in FP8's tensor cores, and their sums are multiplied by both scales. GPUs without FP8
+products multiply inputs as they are with the weight's values, which 16 bits hold exactly.
+Legend: M rows of x, N outputs, K inputs, G groups of inputs.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from llmkit.kernels.activation_quant import FP8, FP8_MAX
+from llmkit.kernels.quantized_linear import epilogue, quantize, row_scale
+from llmkit.kernels.triton_support import jit, tl
+
+GROUP_SIZES = (32, 64, 128)  # the sizes of groups that the kernels take
+# Each entry: the largest number of rows, then rows and outputs of a tile, warps and stages.
+TILES = ((16, 16, 64, 4, 4), (64, 64, 64, 4, 4), (1 << 30, 128, 128, 8, 3))
+WEIGHT_ONLY_TILES = ((16, 16, 64, 4, 4), (1 << 30, 64, 64, 4, 3))
+MAX_SPLITS = 16
+
+
+class Fp8BlockLinear:
+    """W = q * scales, group by group; inputs are quantized by token and group.
+
+    q: e4m3 [N, K]; scales: float [N, G], one for each group of `group_size` inputs, which is in
+    GROUP_SIZES; bias: [N]. quantize_inputs: whether the GPU multiplies FP8 values (sm_89 and
+    later); otherwise inputs keep their dtype.
+    """
+
+    def __init__(
+        self,
+        q: torch.Tensor,
+        scales: torch.Tensor,
+        group_size: int,
+        bias: torch.Tensor | None = None,
+        *,
+        quantize_inputs: bool = True,
+    ) -> None:
+        self.q = q.contiguous()
+        self.scales = scales.float().T.contiguous()  # [G, N]: the scales of a group lie together
+        self.group_size = group_size
+        self._bias = bias
+        self._quantize_inputs = quantize_inputs
+        self.nbytes = self.q.nbytes + self.scales.nbytes
+
+    def __call__(self, x: torch.Tensor, splits: int = 0) -> torch.Tensor:
+        """x: [..., K]. Returns [..., N] in x's dtype.
+
+        splits: the number of partial sums over the inputs; 0: chosen so that the GPU is busy.
+        """
+        rows = x.reshape(-1, x.shape[-1]).contiguous()
+        M, K = rows.shape
+        N = len(self.q)
+        num_groups = len(self.scales)
+        row_scales = None
+        if self._quantize_inputs:
+            rows, row_scales = quantize_groups(rows, self.group_size)
+        tiles = TILES if self._quantize_inputs else WEIGHT_ONLY_TILES
+        BM, BN, warps, stages = next(tile[1:] for tile in tiles if tile[0] >= M)
+        if x.dtype == torch.float32 and not self._quantize_inputs:
+            BM = 16  # float32 values take twice the registers and shared memory
+        grid = (-(-M // BM), -(-N // BN))
+        if not splits:
+            num_cores = torch.cuda.get_device_properties(x.device).multi_processor_count
+            wanted = 2 * num_cores // max(1, grid[0] * grid[1])
+            splits = max(1, min(wanted, num_groups // 2, MAX_SPLITS))
+        groups_per_split = -(-num_groups // splits)
+        splits = -(-num_groups // groups_per_split)  # so that no split is empty
+        y_dtype = torch.float32 if splits > 1 else x.dtype
+        y = torch.empty(splits, M, N, dtype=y_dtype, device=x.device)
+        with torch.cuda.device_of(x):
+            _fp8_block_linear_kernel[(*grid, splits)](
+                rows,
+                row_scales,
+                self.q if self._quantize_inputs else self.q.view(torch.uint8),
+                self.scales,
+                None if splits > 1 else self._bias,
+                y,
+                M,
+                N,
+                K,
+                groups_per_split,
+                GROUP=self.group_size,
+                BM=BM,
+                BN=BN,
+                STAGES=stages,
+                num_warps=warps,
+            )
+        result = epilogue(y, M, x.dtype, self._bias) if splits > 1 else y[0]
+        return result.view(*x.shape[:-1], N)
+
+    def dequantize(self) -> torch.Tensor:
+        """The weight, float32 [N, K]."""
+        K = self.q.shape[1]
+        scales = self.scales.T.repeat_interleave(self.group_size, dim=1)[:, :K]
+        return self.q.float() * scales
+
+
+def quantize_groups(x: torch.Tensor, group_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Quantize x [M, K], contiguous, to FP8 with a scale for each row and group of inputs.
+
+    Returns the values, e4m3 [M, K], and the scales, float32 [M, G].
+    """
+    M, K = x.shape
+    num_groups = -(-K // group_size)
+    q = torch.empty(M, K, dtype=FP8, device=x.device)
+    scales = torch.empty(M, num_groups, dtype=torch.float32, device=x.device)
+    tile = min(16, 1 << (num_groups - 1).bit_length())
+    with torch.cuda.device_of(x):
+        _quantize_groups_kernel[(M, -(-num_groups // tile))](
+            x, q, scales, K, num_groups, GROUP=group_size, TILE=tile, MAX_VALUE=FP8_MAX
+        )
+    return q, scales
+
+
+@jit
+def _quantize_groups_kernel(
+    x: tl.tensor,
+    q: tl.tensor,
+    scales: tl.tensor,
+    K: tl.tensor,
+    G: tl.tensor,
+    GROUP: tl.constexpr,
+    TILE: tl.constexpr,
+    MAX_VALUE: tl.constexpr,
+) -> None:
+    """A program quantizes TILE groups of one row."""
+    m = tl.program_id(0).to(tl.int64)
+    g = tl.program_id(1) * TILE + tl.arange(0, TILE)
+    k = g[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
+    values = tl.load(x + m * K + k, mask=k < K, other=0.0).to(tl.float32)
+    scale = row_scale(values, MAX_VALUE)
+    rounded = quantize(values, scale[:, None], MAX_VALUE)
+    tl.store(q + m * K + k, rounded.to(q.dtype.element_ty), mask=k < K)
+    tl.store(scales + m * G + g, scale, mask=g < G)
+
+
+@jit
+def _fp8_block_linear_kernel(
+    x: tl.tensor,
+    row_scales: tl.tensor,
+    w: tl.tensor,
+    scales: tl.tensor,
+    bias: tl.tensor,
+    y: tl.tensor,
+    M: tl.tensor,
+    N: tl.tensor,
+    K: tl.tensor,
+    groups_per_split: tl.tensor,
+    GROUP: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    STAGES: tl.constexpr,
+) -> None:
+    """A program computes one tile of one split, transposed (W x').
+
+    row_scales: of FP8 inputs. Without them, x has the model's dtype and w holds the bits of e4m3.
+    """
+    m = tl.program_id(0) * BM + tl.arange(0, BM)
+    n = tl.program_id(1) * BN + tl.arange(0, BN)
+    num_groups = tl.cdiv(K, GROUP)
+    first = tl.program_id(2) * groups_per_split
+    stop = tl.minimum(first + groups_per_split, num_groups)
+    x_row = m.to(tl.int64) * K
+    w_row = n.to(tl.int64) * K
+    total = tl.zeros((BN, BM), tl.float32)
+    for group in tl.range(first, stop, num_stages=STAGES):
+        k = group * GROUP + tl.arange(0, GROUP)
+        inside = (m < M)[None, :] & (k < K)[:, None]
+        x_transposed = tl.load(x + x_row[None, :] + k[:, None], mask=inside, other=0.0)
+        inside = (n < N)[:, None] & (k < K)[None, :]
+        scale = tl.load(scales + group * N + n, mask=n < N, other=0.0)[:, None]
+        if row_scales is not None:
+            weight = tl.load(w + w_row[:, None] + k[None, :], mask=inside, other=0.0)
+            row_at = row_scales + m * num_groups + group
+            part = tl.dot(weight, x_transposed)
+            scale = scale * tl.load(row_at, mask=m < M, other=0.0)[None, :]
+        else:
+            bits = tl.load(w + w_row[:, None] + k[None, :], mask=inside, other=0).to(tl.int16)
+            values = e4m3_times_2_to_minus_8(bits).to(x.dtype.element_ty)
+            part = tl.dot(values, x_transposed, input_precision="ieee")
+            scale = scale * 256.0
+        total += part * scale
+    if bias is not None:
+        total += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
+    at = (tl.program_id(2) * M + m[None, :]).to(tl.int64) * N + n[:, None]
+    tl.store(y + at, total.to(y.dtype.element_ty), mask=(m < M)[None, :] & (n < N)[:, None])
+
+
+@jit
+def e4m3_times_2_to_minus_8(bits: tl.tensor) -> tl.tensor:
+    """The values of e4m3 bits, int16, divided by 256, as float16, exactly; NaN is not kept.
+
+    With its exponent and mantissa in the upper bits of those of a float16, a value is 2^8 times
+    smaller, because the biases of the exponents are 7 and 15.
+    """
+    half = ((bits & 0x80) << 8) | ((bits & 0x7F) << 7)
+    return half.to(tl.float16, bitcast=True)
