@@ -16,7 +16,6 @@ from llmkit.checkpoint.gguf_architectures import ARCHITECTURES, VARIANTS
 from llmkit.model.families import SUPPORTED, model_spec
 from llmkit.model.spec import ModelSpec
 from llmkit.model.wrappers import WRAPPERS
-from llmkit.quant.quantize_plan import can_quantize
 from support import tiny_wrappers
 from support.model_coverage import PeerList, coverage, peer_lists, refusals
 from support.tiny_families import COMMON, FAMILIES
@@ -125,11 +124,10 @@ The tests of a row are `pytest tests/model/test_model_families.py -k NAME`, and
 
 NOTES = """The words of the table:
 
-- **quantize** *all*: every [method](quantize.md). *no calibration*: casts, `rtn`, `fp8` and `int8`,
-  with `--no-eval`, because a layer reads more than the output of the layer before it. *casts*:
-  `bf16` and `fp16`, because the checkpoint stores all experts of a layer in one tensor.
+- **quantize** *all*: every [method](quantize.md).
 - **shard** lists what `shard` and `serve` split over ranks: tensors (TP), layers (PP), experts
-  (EP). The sizes must divide the model; `llmkit inspect` shows those that do.
+  (EP). The sizes must divide the model; `llmkit inspect` shows those that do. Gemma 4's E2B and E4B
+  have fewer stages than layers: a layer that reads keys of an earlier one is in its stage.
 - **LoRA** *no experts*: adapters of attention and MLP work, and those of experts are refused.
 - **GGUF** is the architecture's name in the GGUF files that can be imported.
 - **Tool calls** depend on the chat template, not on the architecture. Three formats are parsed:
@@ -236,7 +234,7 @@ def _native_row(names: Sequence[str]) -> list[str]:
     return [
         _code(names),
         MODEL_NAMES[architecture],
-        _by_limits(specs, _quantize_cell),
+        "all",
         _by_limits(specs, _shard_cell),
         _by_limits(specs, _lora_cell),
         ", ".join(_gguf_names(architecture)),
@@ -263,16 +261,8 @@ def _by_limits(specs: dict[str, ModelSpec], cell: Callable[[ModelSpec], str]) ->
     )
 
 
-def _quantize_cell(spec: ModelSpec) -> str:
-    if not can_quantize(spec):
-        return "casts"
-    return "all" if spec.has_independent_layers else "no calibration"
-
-
 def _shard_cell(spec: ModelSpec) -> str:
-    kinds = ["TP"]
-    if spec.has_independent_layers:
-        kinds.append("PP")
+    kinds = ["TP", "PP"]
     if spec.moe is not None:
         kinds.append("EP")
     return ", ".join(kinds)
