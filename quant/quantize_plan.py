@@ -21,6 +21,7 @@ from llmkit.checkpoint.writer import plan_files, planned_bytes
 from llmkit.common.errors import InputError, UsageError
 from llmkit.common.progress import Progress
 from llmkit.model.checkpoint_tensors import check_checkpoint, scheme_of
+from llmkit.model.dequantized_checkpoint import dequantized_checkpoint
 from llmkit.model.device import resolve_device
 from llmkit.model.families import FALLBACK, checkpoint_spec, require_native
 from llmkit.model.parameter_table import embedding_tensor, parameters
@@ -207,7 +208,8 @@ def make_plan(source: str, out: Path, options: QuantizeOptions, progress: Progre
     checkpoint = open_checkpoint(source, dequantize_gguf=True)
     is_mxfp4 = checkpoint.quantization is not None and checkpoint.quantization.format == "mxfp4"
     method = method_options(options)
-    if checkpoint.quantization is not None and not (is_mxfp4 and method.chosen_format):
+    is_dequantized = (is_mxfp4 and method.chosen_format) or _is_fp8(checkpoint)
+    if checkpoint.quantization is not None and not is_dequantized:
         found = checkpoint.quantization
         labels = ", ".join(scheme.label for scheme in found.schemes)
         raise InputError(
@@ -219,6 +221,12 @@ def make_plan(source: str, out: Path, options: QuantizeOptions, progress: Progre
     spec = checkpoint_spec(checkpoint)
     _check_fallback(spec, options)
     check_checkpoint(checkpoint, spec)
+    if _is_fp8(checkpoint):
+        checkpoint = dequantized_checkpoint(checkpoint, spec)
+        progress.message(
+            "the source is FP8: its weights are dequantized layer by layer, and the output is"
+            " compared with them, without rounding inputs"
+        )
     if method.chosen_format is not None:
         checkpoint = with_unstacked_experts(checkpoint, spec)
         spec = checkpoint_spec(checkpoint)
@@ -260,6 +268,14 @@ def make_plan(source: str, out: Path, options: QuantizeOptions, progress: Progre
             f"calibration windows have {seq_len} tokens: the model has no more positions"
         )
     return plan
+
+
+def _is_fp8(checkpoint: Checkpoint) -> bool:
+    """Whether all that is quantized are weights in FP8, which keep most of the model's quality."""
+    quantization = checkpoint.quantization
+    if quantization is None or quantization.kv:
+        return False
+    return all(scheme.is_fp8 for scheme in quantization.schemes)
 
 
 def _check_fallback(spec: ModelSpec, options: QuantizeOptions) -> None:

@@ -1,0 +1,76 @@
+"""A quantized checkpoint, read as the dense one that it stands for."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from llmkit.checkpoint.checkpoint import Checkpoint
+from llmkit.checkpoint.quantized_formats import format_of
+from llmkit.checkpoint.safetensors_header import TensorInfo, byte_count
+from llmkit.model.checkpoint_tensors import packed_name, scheme_of
+from llmkit.model.parameter_table import Parameter, SourceTensor, parameters
+from llmkit.model.spec import ModelSpec
+from llmkit.model.weight_loader import read_source
+
+DENSE_DTYPE = "F32"  # values times scales; 16 bits would round them
+
+
+def dequantized_checkpoint(checkpoint: Checkpoint, spec: ModelSpec) -> Checkpoint:
+    """A view of a quantized checkpoint with dense tensors, dequantized when they are read.
+
+    The checkpoint must have passed `check_checkpoint`, and store a weight in a tensor of its own.
+    """
+    quantization = checkpoint.quantization
+    assert quantization is not None
+    quantized: dict[str, Parameter] = {}
+    tensors = dict(checkpoint.tensors)
+    for parameter in parameters(spec):
+        for name in parameter.source_names:
+            scheme = scheme_of(parameter, name, quantization)
+            if scheme is None:
+                continue
+            rows = sum(source.shape[0] for source in parameter.sources_in(name))
+            shape = (rows, parameter.shape[1])
+            quantized[name] = parameter
+            tensors[name] = TensorInfo(name, DENSE_DTYPE, shape, end=byte_count(DENSE_DTYPE, shape))
+            for packed in format_of(quantization).tensors(scheme, *shape):
+                stored = packed_name(name, packed.suffix)
+                if stored != name:
+                    del tensors[stored]
+    config = {
+        key: value for key, value in checkpoint.config.items() if key != "quantization_config"
+    }
+    return replace(
+        checkpoint,
+        config=config,
+        tensors=tensors,
+        quantization=None,
+        manifest=None,  # `_DequantizedRows` reads through the checkpoint, which verifies the bytes
+        row_reader=_DequantizedRows(checkpoint, quantized),
+    )
+
+
+class _DequantizedRows:
+    """Reads rows of dense tensors. See `RowReader`.
+
+    The last dequantized tensor is kept, because its rows are read in chunks.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, quantized: dict[str, Parameter]) -> None:
+        self._checkpoint = checkpoint
+        self._quantized = quantized
+        self._last: tuple[str, torch.Tensor] | None = None
+
+    def rows(self, info: TensorInfo, start: int, stop: int) -> torch.Tensor:
+        """See `RowReader.rows`."""
+        parameter = self._quantized.get(info.name)
+        if parameter is None:
+            return self._checkpoint.read_slice(info.name, [(start, stop)], 0)
+        last = self._last  # threads read ahead: another may replace it
+        if last is None or last[0] != info.name:
+            whole = SourceTensor(info.name, info.shape)
+            last = info.name, read_source(self._checkpoint, parameter, whole)
+            self._last = last
+        return last[1][start:stop].clone()
