@@ -3,6 +3,7 @@ mixed batches.
 """
 
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from support.parity import check_decoding, check_mixed_batches
 from support.tiny_families import FAMILIES, family_oracle, oracle_logits
 
 from llmkit.checkpoint.open_checkpoint import open_checkpoint
+from llmkit.model.decoder import Decoder
 from llmkit.model.full_forward import window_logits
 from llmkit.model.weight_loader import load_model
 
@@ -45,3 +47,19 @@ def test_decoder_longrope_selects_factors_by_total_length(pair) -> None:
     longrope = any(rope.long_inv_freq for rope in model.spec.ropes.values())
     assert model.spec.rope_offset(64) == 0
     assert model.spec.rope_offset(65) == (128 if longrope else 0)
+
+
+@pytest.mark.parametrize(
+    "name", ["gemma", "gemma2", "gemma3", "vaultgemma", "gemma4-dense", "granite"]
+)
+def test_embeddings_are_scaled_as_in_transformers_in_bfloat16(name: str, tmp_path: Path) -> None:
+    """Gemma's code rounds the factor to the dtype of the model first; Granite's does not."""
+    changes = {"embedding_multiplier": 6.3} if name == "granite" else {}
+    oracle = family_oracle(name, tmp_path, **changes).to(torch.bfloat16)
+    tokens = tokens_of(40, 1)
+    expected = []
+    oracle.model.layers[0].register_forward_pre_hook(lambda _, inputs: expected.append(inputs[0]))
+    oracle_logits(oracle, tokens)
+    model = load_model(open_checkpoint(tmp_path), torch.bfloat16)
+    assert isinstance(model, Decoder)
+    assert torch.equal(model.embed_tokens(tokens), expected[0][0])
