@@ -210,7 +210,7 @@ class CompressedTensorsFormat:
 
 def _group(scheme: Scheme, targets: list[str]) -> dict[str, Any]:
     channel = scheme.group_size == -1
-    weights = {
+    weights: dict[str, Any] = {
         "num_bits": scheme.bits,
         "type": scheme.kind,
         "symmetric": scheme.symmetric,
@@ -258,7 +258,7 @@ def _parse_group(group: object) -> Scheme:
         block_rows, size = _parse_blocks(weights.get("block_structure"))
     inputs = _parse_inputs(group.get("input_activations"), kind, size if block_rows > 1 else None)
     is_w8a8 = kind == "float" or inputs != "none"
-    strategies = ("group", "channel")
+    strategies: tuple[str, ...] = ("group", "channel")
     if is_w8a8:
         strategies = ("channel", "block") if kind == "float" else ("channel",)
     for name, allowed in (

@@ -114,12 +114,13 @@ class Fp8Format:
 
     def parse(self, d: Mapping[str, Any]) -> QuantizationConfig:
         """Parse a `quantization_config`. Raises InputError, naming the field, for other schemes."""
-        for name, allowed in (
+        fields: tuple[tuple[str, tuple[object, ...]], ...] = (
             ("activation_scheme", ("dynamic", "static", None)),
             ("fmt", ("e4m3", "float8_e4m3fn", None)),
             ("expert_dtype", ("fp8", None)),
             ("modules_to_convert", (None, [])),
-        ):
+        )
+        for name, allowed in fields:
             if d.get(name) not in allowed:
                 expected = " or ".join("none" if not value else str(value) for value in allowed)
                 raise _unsupported(name, d[name], expected)

@@ -91,9 +91,9 @@ def test_quantized_source_is_refused_with_its_method(
     )
     source = copy(llama, tmp_path / "fp8")
     config = json.loads((source / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "fp8"}
+    config["quantization_config"] = {"quant_method": "bitsandbytes"}
     (source / "config.json").write_text(json.dumps(config))
-    refused(source, tmp_path / "out", "quantized with fp8", InputError, 3)
+    refused(source, tmp_path / "out", "quantized with bitsandbytes", InputError, 3)
 
 
 @pytest.mark.parametrize(
