@@ -18,13 +18,8 @@ from llmkit.kernels.activation_quant import (
     fake_quantize_static,
 )
 from llmkit.kernels.cpu import cpu_kernels
-from llmkit.kernels.cpu.cpu_kernels import PackedWeight
-from llmkit.kernels.cpu.cpu_linear import (
-    CpuLinear,
-    OneDnnInt8Linear,
-    has_bfloat16_matmul,
-    has_int8_matmul,
-)
+from llmkit.kernels.cpu.cpu_kernels import InputType, PackedWeight
+from llmkit.kernels.cpu.cpu_linear import CpuLinear
 from llmkit.kernels.linear_kernel import LinearKernel
 from llmkit.kernels.mxfp4_linear import Mxfp4Linear
 from llmkit.kernels.quantized_linear import W8A8Linear, WeightOnlyLinear
@@ -109,6 +104,7 @@ def serving_linear(
     activation_quant: ActivationQuant | None,
     dtype: torch.dtype,
     device: torch.device | str = "cpu",
+    cpu_inputs: InputType = "float32",
 ) -> Linear:
     """The linear layer that serves a weight, for inputs of `dtype`.
 
@@ -117,6 +113,7 @@ def serving_linear(
     parts: the weight in parts of some rows each: float tensors [rows, in], or quantized weights. On
     a GPU, their scheme must be `supported_on_gpu`.
     bias: [out], of `dtype`.
+    cpu_inputs: what a CPU rounds inputs to, where the weight is stored in a type that allows it.
     """
     shape = (sum(part.shape[0] for part in parts), parts[0].shape[1])
     parts = _merge_parts(parts)
@@ -125,30 +122,24 @@ def serving_linear(
         weight = parts[0]
         if not on_cpu:
             return PackedLinear(_gpu_kernel(weight, bias, activation_quant, device), shape)
-        if weight.scheme.inputs == "token" and supports_w8a8(weight):
-            if has_int8_matmul():
-                return PackedLinear(OneDnnInt8Linear(weight.q, weight.scales, bias), shape)
-            if keeps_weights_packed(dtype):
-                kernel = CpuLinear([pack_weight(weight)], bias, quantize_inputs=True)
-                return PackedLinear(kernel, shape)
-    if on_cpu and keeps_weights_packed(dtype):
-        kernel = CpuLinear([pack_weight(part) for part in parts], bias)
+        is_w8a8 = weight.scheme.inputs == "token" and supports_w8a8(weight)
+        if is_w8a8 and keeps_weights_packed():
+            return PackedLinear(CpuLinear([pack_weight(weight)], bias, inputs="int8"), shape)
+    if on_cpu and keeps_weights_packed():
+        if dtype == torch.bfloat16:  # inputs are rounded already
+            cpu_inputs = "bfloat16"
+        # Inputs that are quantized already stay as they are.
+        inputs: InputType = "float32" if activation_quant is not None else cpu_inputs
+        kernel = CpuLinear([pack_weight(part) for part in parts], bias, inputs=inputs)
         return PackedLinear(kernel, shape, activation_quant)
     dense = [part.dequantize() if isinstance(part, QuantizedWeight) else part for part in parts]
     joined = dense[0] if len(dense) == 1 else torch.cat(dense)
     return Linear(joined.to(dtype), bias, activation_quant)
 
 
-def keeps_weights_packed(dtype: torch.dtype) -> bool:
-    """Whether a CPU keeps weights in their stored type, for inputs of `dtype`."""
-    if cpu_kernels.library is None:
-        return False
-    return not (dtype == torch.bfloat16 and has_bfloat16_matmul())
-
-
-def keeps_weights_int8(scheme: Scheme) -> bool:
-    """Whether a CPU multiplies weights of this scheme as int8, which oneDNN does."""
-    return scheme.kind == "int" and scheme.inputs == "token" and has_int8_matmul()
+def keeps_weights_packed() -> bool:
+    """Whether a CPU keeps weights in their stored type."""
+    return cpu_kernels.library is not None
 
 
 def gpu_capability(device: torch.device | str) -> tuple[int, int]:
@@ -231,13 +222,11 @@ def _merge_parts(
 def supports_w8a8(weight: QuantizedWeight) -> bool:
     """Whether the weight can be multiplied with 8-bit inputs as integers."""
     scheme = weight.scheme
-    rows, columns = weight.shape
     return (
         scheme.kind == "int"
         and scheme.bits == 8
         and scheme.symmetric
-        and columns % 2 == 0
-        and weight.scales.shape == (rows, 1)
+        and weight.scales.shape == (weight.shape[0], 1)
     )
 
 
@@ -252,7 +241,8 @@ def pack_weight(weight: torch.Tensor | QuantizedWeight) -> PackedWeight:
     scales = weight.scales.float()
     columns = weight.shape[1]
     group_size = columns if scheme.group_size == -1 else scheme.group_size
-    if columns % group_size or (scheme.bits == 4 and group_size % 2):
+    values_per_word = 8 if scheme.bits == 4 else 2 if scheme.kind == "float" else 4
+    if group_size != columns and (columns % group_size or group_size % values_per_word):
         return PackedWeight.pack(weight.dequantize().float())
     if scheme.is_fp4:
         return PackedWeight.pack(weight.q, scales, is_fp4=True)

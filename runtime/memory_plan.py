@@ -20,7 +20,7 @@ from llmkit.common.option_values import format_size
 from llmkit.model.checkpoint_tensors import scheme_of
 from llmkit.model.full_forward import hidden_states
 from llmkit.model.language_model import LanguageModel
-from llmkit.model.linear import PackedLinear, keeps_weights_int8, keeps_weights_packed
+from llmkit.model.linear import PackedLinear, keeps_weights_packed
 from llmkit.model.parameter_table import Parameter, parameters
 from llmkit.model.spec import ModelSpec
 from llmkit.model.weight_loader import can_stay_packed
@@ -218,7 +218,7 @@ def weight_bytes(
     weights of the checkpoint.
     """
     on_cpu = device.type == "cpu"
-    cpu_packs = on_cpu and keeps_weights_packed(dtype)
+    cpu_packs = on_cpu and keeps_weights_packed()
     total = 0
     for row in parameters(spec) if rows is None else rows:
         is_embedding = row.name == "embed.weight"
@@ -231,7 +231,7 @@ def weight_bytes(
             scheme = scheme_of(row, tensor, checkpoint.quantization)
             shapes = [part.shape for part in row.sources if part.name == tensor]
             if checkpoint.quantization and scheme:
-                stays_packed = cpu_packs or gpu_packs or (on_cpu and keeps_weights_int8(scheme))
+                stays_packed = cpu_packs or gpu_packs
                 if stays_packed:
                     quantized_format = format_of(checkpoint.quantization)
                     num_rows = sum(shape[0] for shape in shapes)
@@ -295,7 +295,7 @@ def require_weights_fit(weights: int, free: int, dtype: torch.dtype, device: tor
     """Raises ShortageError when the weights alone do not fit. Both sizes are in bytes."""
     if weights <= free:
         return
-    is_dense = device.type != "cpu" or not keeps_weights_packed(dtype)
+    is_dense = device.type != "cpu" or not keeps_weights_packed()
     if is_dense and dtype.itemsize > 2 and weights // 2 <= free:
         todo = "Use --dtype bfloat16"
     elif device.type == "cpu":

@@ -15,7 +15,6 @@ from llmkit.checkpoint.checkpoint import Checkpoint
 from llmkit.checkpoint.tensor_reader import CHUNK_BYTES, NUM_READER_THREADS
 from llmkit.common.errors import InputError
 from llmkit.kernels.cpu import cpu_kernels
-from llmkit.kernels.cpu.cpu_linear import has_int8_matmul
 from llmkit.model.checkpoint_tensors import checkpoint_tensors
 from llmkit.model.decoder import SINGLE_RANK, Decoder
 from llmkit.model.families import FALLBACK, checkpoint_spec
@@ -239,12 +238,10 @@ def fast_paths(device: torch.device) -> list[str]:
     vectors = torch.backends.cpu.get_cpu_capability()
     if vectors == "DEFAULT":
         vectors = "off, neither AVX2 nor AVX-512"
-    int8 = "on" if has_int8_matmul() else "off, no exact oneDNN product on this processor"
     return [
         f"CUDA: off, {no_cuda}",
         f"CPU vector operators: {vectors}",
         f"compiled kernels: {cpu_kernels.status()}",
-        f"integer matrix products: {int8}",
         f"CPU threads: {torch.get_num_threads()}",
     ]
 

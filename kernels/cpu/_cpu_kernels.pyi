@@ -4,11 +4,16 @@ Tensors are passed as addresses; strides are counted in elements. `cpu_kernels` 
 arguments and checks them.
 """
 
-def supported() -> bool: ...
+def levels() -> list[str]: ...
+def set_level(name: str, /) -> None: ...
+def has_bfloat16() -> bool: ...
+def set_num_threads(n: int, /) -> None: ...
+def num_threads() -> int: ...
 def program(calls: list[tuple[str, tuple[float, ...]]], /) -> bytes: ...
 def run(program: bytes, /) -> None: ...
 def linear(
     weight_type: int,
+    inputs: int,
     x: int,
     x_stride: int,
     weight: int,
@@ -21,19 +26,6 @@ def linear(
     cols: int,
     depth: int,
     group_size: int,
-    /,
-) -> None: ...
-def linear_w8a8(
-    x: int,
-    x_stride: int,
-    weight: int,
-    scales: int,
-    bias: int,
-    y: int,
-    y_stride: int,
-    rows: int,
-    cols: int,
-    depth: int,
     /,
 ) -> None: ...
 def paged_attention(
@@ -60,9 +52,16 @@ def paged_attention(
     softcap: float,
     /,
 ) -> None: ...
-def rms_norm(x: int, weight: int, y: int, rows: int, hidden_size: int, eps: float, /) -> None: ...
-def layer_norm(
-    x: int, weight: int, bias: int, y: int, rows: int, hidden_size: int, eps: float, /
+def norm(
+    x: int,
+    weight: int,
+    bias: int,
+    y: int,
+    rows: int,
+    hidden_size: int,
+    subtract_mean: int,
+    eps: float,
+    /,
 ) -> None: ...
 def norm_heads(
     x: int,
@@ -101,11 +100,17 @@ def store_kv(
     head_stride: int,
     /,
 ) -> None: ...
-def act_and_mul(gate_up: int, y: int, rows: int, size: int, activation: int, /) -> None: ...
-def act(x: int, y: int, size: int, activation: int, /) -> None: ...
+def act_and_mul(
+    gate_up: int,
+    y: int,
+    rows: int,
+    size: int,
+    activation: int,
+    limit: float,
+    alpha: float,
+    /,
+) -> None: ...
+def act(x: int, y: int, rows: int, size: int, activation: int, /) -> None: ...
 def xielu(
     x: int, y: int, size: int, raw_alpha_p: int, raw_alpha_n: int, beta: int, eps: int, /
-) -> None: ...
-def swiglu_clamped(
-    gate_up: int, y: int, rows: int, size: int, limit: float, alpha: float, /
 ) -> None: ...

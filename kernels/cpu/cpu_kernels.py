@@ -1,8 +1,8 @@
 """Loads the compiled CPU kernels. A wrapper for each takes tensors and passes addresses to C.
 
-The kernels compute in float32 on x86 processors with AVX2. Each has a reference in torch, which
-runs in all other cases: on GPUs, in 16 bits, on other processors, and where llmkit was installed
-without a C compiler.
+The kernels compute in float32 on x86 processors with AVX2, in the fastest of several levels of
+instructions that the processor has. Each has a reference in torch, which runs in all other cases:
+on GPUs, in 16 bits, on other processors, and where llmkit was installed without a C compiler.
 
 Legend: T tokens, N heads, D head_dim. For linear layers: R rows, C columns (outputs), K depth
 (inputs), G groups.
@@ -10,16 +10,18 @@ Legend: T tokens, N heads, D head_dim. For linear layers: R rows, C columns (out
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from types import ModuleType
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from torch.nn.functional import pad
 
-try:  # imported after torch, so that both use torch's OpenMP library
+try:
     from llmkit.kernels.cpu import _cpu_kernels
 except ImportError:
     _cpu_kernels = None  # type: ignore[assignment]
@@ -35,11 +37,27 @@ WEIGHT_TYPES = {
 }
 FP4_WEIGHT_TYPE = 5  # codes of 4-bit floats, which are uint8, too
 ACTIVATIONS = {"silu": 0, "gelu_tanh": 1, "gelu": 2, "relu2": 3}
+SWIGLU_CLAMPED = 4
+# What the inputs of a linear layer are rounded to: nothing, bfloat16, or int8 with a scale for each
+# token and group of the weight.
+InputType = Literal["float32", "bfloat16", "int8"]
+INPUT_TYPES: dict[InputType, int] = {"float32": 0, "bfloat16": 1, "int8": 2}
+# Weights below 32 bits are padded with zeros to a multiple of so many inputs.
+DEPTH_MULTIPLE = 64
+
+
+def levels() -> list[str]:
+    """The levels of instructions that this processor has kernels for, the fastest last."""
+    return [] if _cpu_kernels is None else _cpu_kernels.levels()
 
 
 def _load() -> ModuleType | None:
-    if _cpu_kernels is None or not _cpu_kernels.supported():
+    available = levels()
+    if not available:
         return None
+    assert _cpu_kernels is not None
+    _cpu_kernels.set_level(os.environ.get("LLMKIT_CPU_LEVEL") or available[-1])
+    _cpu_kernels.set_num_threads(len(os.sched_getaffinity(0)))
     return _cpu_kernels
 
 
@@ -139,7 +157,8 @@ class PackedWeight:
     ) -> PackedWeight:
         """Pack a weight.
 
-        q: [C, K], floats, int8, or 4-bit values in uint8, for which K and group size are even.
+        q: [C, K], floats, int8, or 4-bit values in uint8. With several groups, a group has a
+        multiple of 2 inputs (16 bits), 4 (int8) or 8 (4 bits).
         scales, offsets: [C, G].
         is_fp4: q holds codes of 4-bit floats (E2M1), which have scales.
         """
@@ -148,16 +167,16 @@ class PackedWeight:
             scales = scales.float() / 2
         cols, depth = q.shape
         num_panels = -(-cols // PANEL_WIDTH)
-        q = torch.nn.functional.pad(q, (0, 0, 0, num_panels * PANEL_WIDTH - cols))
-        if q.dtype == torch.bfloat16:  # columns j and j + 8 in one word of 32 bits
-            packed = q.view(num_panels, 2, PANEL_WIDTH // 2, depth).permute(0, 3, 2, 1)
-        elif q.dtype == torch.uint8:  # steps k and k + 1 in one byte
-            pairs = q.view(num_panels, PANEL_WIDTH, depth // 2, 2).permute(3, 0, 2, 1)
-            packed = pairs[0] | pairs[1] << 4
-        else:
-            packed = q.view(num_panels, PANEL_WIDTH, depth).transpose(1, 2)
+        # A word of 32 bits holds consecutive inputs of a column.
+        word_values = 8 if q.dtype == torch.uint8 else 4 // q.element_size()
+        padded_depth = depth + (-depth % DEPTH_MULTIPLE if word_values > 1 else 0)
+        q = pad(q, (0, padded_depth - depth, 0, num_panels * PANEL_WIDTH - cols))
+        words = q.view(num_panels, PANEL_WIDTH, padded_depth // word_values, word_values)
+        words = words.transpose(1, 2)
+        if q.dtype == torch.uint8:  # a byte holds inputs k and k + 4
+            words = words[..., :4] | words[..., 4:] << 4
         return cls(
-            packed.contiguous(),
+            words.contiguous(),
             (cols, depth),
             _pad_columns(scales, num_panels),
             _pad_columns(offsets, num_panels),
@@ -191,7 +210,7 @@ def _pad_columns(values: torch.Tensor | None, num_panels: int) -> torch.Tensor |
     if values is None:
         return None
     missing = num_panels * PANEL_WIDTH - len(values)
-    return torch.nn.functional.pad(values.float().T, (0, missing)).contiguous()
+    return pad(values.float().T, (0, missing)).contiguous()
 
 
 def address(tensor: torch.Tensor | None) -> int:
@@ -205,17 +224,19 @@ def linear(
     bias: torch.Tensor | None,
     y: torch.Tensor,
     first_column: int,
+    inputs: InputType = "float32",
 ) -> None:
     """y[:, first_column : first_column + C] = x W' + bias.
 
     x: [R, K], whose last dimension is contiguous; y: [R, columns], contiguous; bias: padded to
-    whole panels.
+    whole panels. inputs: what x is rounded to. `supports_inputs` says which weights take which.
     """
     assert library is not None
     rows, y_stride = y.shape
     weight_type, q, scales, offsets, cols, depth, group_size = weight.kernel_arguments
     library.linear(
         weight_type,
+        INPUT_TYPES[inputs],
         x.data_ptr(),
         x.stride(0),
         q,
@@ -231,32 +252,14 @@ def linear(
     )
 
 
-def linear_w8a8(
-    x: torch.Tensor,
-    weight: PackedWeight,
-    bias: torch.Tensor | None,
-    y: torch.Tensor,
-    first_column: int,
-) -> None:
-    """`linear` with each row of x quantized to 8 bits.
-
-    weight: int8, with one scale for each column and no offsets; K is even.
-    """
-    assert library is not None
-    rows, y_stride = y.shape
-    _, q, scales, _, cols, depth, _ = weight.kernel_arguments
-    library.linear_w8a8(
-        x.data_ptr(),
-        x.stride(0),
-        q,
-        scales,
-        address(bias),
-        y.data_ptr() + 4 * first_column,
-        y_stride,
-        rows,
-        cols,
-        depth,
-    )
+def supports_inputs(weight: PackedWeight, inputs: InputType) -> bool:
+    """Whether `linear` multiplies this weight by inputs that are rounded to `inputs`."""
+    if inputs == "int8":
+        return weight.q.dtype in (torch.int8, torch.uint8)
+    if inputs == "bfloat16":
+        assert library is not None
+        return weight.q.dtype == torch.bfloat16 and library.has_bfloat16()
+    return True
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -264,7 +267,8 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     assert library is not None
     y = torch.empty_like(x)
     size = x.shape[-1]
-    library.rms_norm(x.data_ptr(), weight.data_ptr(), y.data_ptr(), x.numel() // size, size, eps)
+    rows = x.numel() // size
+    library.norm(x.data_ptr(), weight.data_ptr(), 0, y.data_ptr(), rows, size, False, eps)
     return y
 
 
@@ -275,13 +279,14 @@ def layer_norm(
     assert library is not None
     y = torch.empty_like(x)
     size = x.shape[-1]
-    library.layer_norm(
+    library.norm(
         x.data_ptr(),
         weight.data_ptr(),
         address(bias),
         y.data_ptr(),
         x.numel() // size,
         size,
+        True,
         eps,
     )
     return y
@@ -362,12 +367,13 @@ def store_kv(kv: torch.Tensor, slot_mapping: torch.Tensor, cache: torch.Tensor) 
 
 
 def act_and_mul(gate_up: torch.Tensor, activation: str) -> torch.Tensor:
-    """See `elementwise.act_and_mul`. gate_up: contiguous [T, 2 * size], size a multiple of 8."""
+    """See `elementwise.act_and_mul`. gate_up: contiguous [T, 2 * size]."""
     assert library is not None
     rows, both = gate_up.shape
     size = both // 2
     y = torch.empty(rows, size)
-    library.act_and_mul(gate_up.data_ptr(), y.data_ptr(), rows, size, ACTIVATIONS[activation])
+    code = ACTIVATIONS[activation]
+    library.act_and_mul(gate_up.data_ptr(), y.data_ptr(), rows, size, code, 0.0, 0.0)
     return y
 
 
@@ -375,7 +381,7 @@ def act(x: torch.Tensor, activation: str) -> torch.Tensor:
     """See `elementwise.act`. x: contiguous."""
     assert library is not None
     y = torch.empty_like(x)
-    library.act(x.data_ptr(), y.data_ptr(), x.numel(), ACTIVATIONS[activation])
+    library.act(x.data_ptr(), y.data_ptr(), 1, x.numel(), ACTIVATIONS[activation])
     return y
 
 
@@ -402,10 +408,10 @@ def xielu(
 
 
 def swiglu_clamped(gate_up: torch.Tensor, limit: float, alpha: float) -> torch.Tensor:
-    """See `elementwise.swiglu_clamped`. gate_up: contiguous [T, 2 * size], size a multiple of 8."""
+    """See `elementwise.swiglu_clamped`. gate_up: contiguous [T, 2 * size]."""
     assert library is not None
     rows, both = gate_up.shape
     size = both // 2
     y = torch.empty(rows, size)
-    library.swiglu_clamped(gate_up.data_ptr(), y.data_ptr(), rows, size, limit, alpha)
+    library.act_and_mul(gate_up.data_ptr(), y.data_ptr(), rows, size, SWIGLU_CLAMPED, limit, alpha)
     return y

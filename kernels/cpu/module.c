@@ -4,7 +4,19 @@
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include "cpu_kernels.h"
+#include "thread_pool.h"
+
+/* The functions of the level in use. */
+static const Kernels *kernels = NULL;
 
 /* Every kernel takes integers (some of them addresses), then floats. */
 enum { MAX_INTS = 19, MAX_FLOATS = 2 };
@@ -61,68 +73,28 @@ static PyObject *run_calls(const Call *calls, int64_t n_calls) {
 /* Integer argument I as an address. */
 #define ADDRESS(TYPE, I) ((TYPE *)(intptr_t)ints[I])
 
-KERNEL(linear, 13, 0) {
+KERNEL(linear, 14, 0) {
     (void)floats;
-    Linear p = {
+    return kernels->linear(&(Linear){
         .weight_type = (int)ints[0],
-        .x = ADDRESS(const float, 1),
-        .x_stride = ints[2],
-        .weight = ADDRESS(const char, 3),
-        .scales = ADDRESS(const float, 4),
-        .offsets = ADDRESS(const float, 5),
-        .bias = ADDRESS(const float, 6),
-        .y = ADDRESS(float, 7),
-        .y_stride = ints[8],
-        .rows = ints[9],
-        .cols = ints[10],
-        .depth = ints[11],
-        .group_size = ints[12],
-    };
-    p.panel_stride = packed_panel_bytes(p.weight_type, p.depth);
-    float *group_sums = NULL;
-    if (p.offsets) {
-        group_sums = malloc((p.rows * (p.depth / p.group_size) + 1) * sizeof *group_sums);
-        if (group_sums == NULL)
-            return 0;
-    }
-    p.group_sums = group_sums;
-    linear(&p, group_sums);
-    free(group_sums);
-    return 1;
-}
-
-KERNEL(linear_w8a8, 10, 0) {
-    (void)floats;
-    const float *x = ADDRESS(const float, 0);
-    int64_t x_stride = ints[1];
-    Linear layer = {
-        .weight_type = WEIGHT_INT8,
-        .weight = ADDRESS(const char, 2),
-        .scales = ADDRESS(const float, 3),
-        .bias = ADDRESS(const float, 4),
-        .y = ADDRESS(float, 5),
-        .y_stride = ints[6],
-        .rows = ints[7],
-        .cols = ints[8],
-        .depth = ints[9],
-        .group_size = ints[9],
-    };
-    layer.panel_stride = packed_panel_bytes(WEIGHT_INT8, layer.depth);
-    int16_t *q = malloc(layer.rows * layer.depth * sizeof *q + 64);
-    float *row_scales = malloc(layer.rows * sizeof *row_scales + 64);
-    int enough_memory = q && row_scales;
-    if (enough_memory) {
-        quantize_rows(x, x_stride, layer.rows, layer.depth, q, row_scales);
-        LinearW8A8 p = {.linear = layer, .q = q, .row_scales = row_scales};
-        linear_w8a8(&p);
-    }
-    free(q);
-    free(row_scales);
-    return enough_memory;
+        .inputs = (int)ints[1],
+        .x = ADDRESS(const float, 2),
+        .x_stride = ints[3],
+        .weight = ADDRESS(const char, 4),
+        .scales = ADDRESS(const float, 5),
+        .offsets = ADDRESS(const float, 6),
+        .bias = ADDRESS(const float, 7),
+        .y = ADDRESS(float, 8),
+        .y_stride = ints[9],
+        .rows = ints[10],
+        .cols = ints[11],
+        .depth = ints[12],
+        .group_size = ints[13],
+    });
 }
 
 KERNEL(paged_attention, 19, 2) {
-    PagedAttention a = {
+    return kernels->paged_attention(&(PagedAttention){
         .q = ADDRESS(const float, 0),
         .out = ADDRESS(float, 1),
         .q_stride = ints[2],
@@ -144,109 +116,149 @@ KERNEL(paged_attention, 19, 2) {
         .sinks = ADDRESS(const float, 18),
         .scale = (float)floats[0],
         .softcap = (float)floats[1],
-    };
-    return paged_attention(&a);
+    });
 }
 
-KERNEL(rms_norm, 5, 1) {
-    rms_norm(ADDRESS(const float, 0), ADDRESS(const float, 1), ADDRESS(float, 2), ints[3], ints[4],
-             (float)floats[0]);
-    return 1;
-}
-
-KERNEL(layer_norm, 6, 1) {
-    layer_norm(ADDRESS(const float, 0), ADDRESS(const float, 1), ADDRESS(const float, 2),
-               ADDRESS(float, 3), ints[4], ints[5], (float)floats[0]);
-    return 1;
+KERNEL(norm, 7, 1) {
+    return kernels->norm(&(Norm){
+        .x = ADDRESS(const float, 0),
+        .weight = ADDRESS(const float, 1),
+        .bias = ADDRESS(const float, 2),
+        .y = ADDRESS(float, 3),
+        .rows = ints[4],
+        .hidden_size = ints[5],
+        .subtract_mean = (int)ints[6],
+        .eps = (float)floats[0],
+    });
 }
 
 KERNEL(norm_heads, 8, 1) {
-    norm_heads(ADDRESS(float, 0), ints[1], ints[2], ints[3], ints[4], ADDRESS(const float, 5),
-               ints[6], (int)ints[7], (float)floats[0]);
-    return 1;
+    return kernels->norm_heads(&(HeadNorm){
+        .x = ADDRESS(float, 0),
+        .x_stride = ints[1],
+        .n_tokens = ints[2],
+        .n_heads = ints[3],
+        .head_dim = ints[4],
+        .weight = ADDRESS(const float, 5),
+        .weight_stride = ints[6],
+        .subtract_mean = (int)ints[7],
+        .eps = (float)floats[0],
+    });
 }
 
 KERNEL(add_residual, 4, 1) {
-    add_residual(ADDRESS(const float, 0), ADDRESS(const float, 1), ADDRESS(float, 2), ints[3],
-                 (float)floats[0]);
-    return 1;
+    return kernels->add_residual(&(Residual){
+        .residual = ADDRESS(const float, 0),
+        .update = ADDRESS(const float, 1),
+        .y = ADDRESS(float, 2),
+        .size = ints[3],
+        .scale = (float)floats[0],
+    });
 }
 
 KERNEL(scale_tokens, 5, 0) {
     (void)floats;
-    scale_tokens(ADDRESS(float, 0), ints[1], ints[2], ints[3], ADDRESS(const float, 4));
-    return 1;
+    return kernels->scale_tokens(&(TokenScales){
+        .x = ADDRESS(float, 0),
+        .x_stride = ints[1],
+        .n_tokens = ints[2],
+        .size = ints[3],
+        .factors = ADDRESS(const float, 4),
+    });
 }
 
 KERNEL(apply_rotary_emb, 9, 0) {
     (void)floats;
-    apply_rotary_emb(ADDRESS(float, 0), ints[1], ints[2], ints[3], ints[4],
-                     ADDRESS(const float, 5), ADDRESS(const float, 6), ints[7], (int)ints[8]);
-    return 1;
+    return kernels->apply_rotary_emb(&(Rotary){
+        .x = ADDRESS(float, 0),
+        .x_stride = ints[1],
+        .n_tokens = ints[2],
+        .n_heads = ints[3],
+        .head_dim = ints[4],
+        .cos = ADDRESS(const float, 5),
+        .sin = ADDRESS(const float, 6),
+        .half = ints[7],
+        .interleaved = (int)ints[8],
+    });
 }
 
 KERNEL(store_kv, 8, 0) {
     (void)floats;
-    store_kv(ADDRESS(const float, 0), ints[1], ints[2], ints[3], ints[4],
-             ADDRESS(const int64_t, 5), ADDRESS(float, 6), ints[7]);
-    return 1;
+    return kernels->store_kv(&(StoreKv){
+        .kv = ADDRESS(const float, 0),
+        .kv_stride = ints[1],
+        .n_tokens = ints[2],
+        .n_heads = ints[3],
+        .head_dim = ints[4],
+        .slot_mapping = ADDRESS(const int64_t, 5),
+        .cache = ADDRESS(float, 6),
+        .head_stride = ints[7],
+    });
 }
 
-KERNEL(act_and_mul, 5, 0) {
-    (void)floats;
-    act_and_mul(ADDRESS(const float, 0), ADDRESS(float, 1), ints[2], ints[3], (int)ints[4]);
-    return 1;
+KERNEL(act_and_mul, 5, 2) {
+    return kernels->act_and_mul(&(Activation){
+        .x = ADDRESS(const float, 0),
+        .y = ADDRESS(float, 1),
+        .rows = ints[2],
+        .size = ints[3],
+        .activation = (int)ints[4],
+        .limit = (float)floats[0],
+        .alpha = (float)floats[1],
+    });
 }
 
-KERNEL(act, 4, 0) {
+KERNEL(act, 5, 0) {
     (void)floats;
-    act(ADDRESS(const float, 0), ADDRESS(float, 1), ints[2], (int)ints[3]);
-    return 1;
+    return kernels->act(&(Activation){
+        .x = ADDRESS(const float, 0),
+        .y = ADDRESS(float, 1),
+        .rows = ints[2],
+        .size = ints[3],
+        .activation = (int)ints[4],
+    });
 }
 
 KERNEL(xielu, 7, 0) {
     (void)floats;
-    xielu(ADDRESS(const float, 0), ADDRESS(float, 1), ints[2], ADDRESS(const float, 3),
-          ADDRESS(const float, 4), ADDRESS(const float, 5), ADDRESS(const float, 6));
-    return 1;
-}
-
-KERNEL(swiglu_clamped, 4, 2) {
-    swiglu_clamped(ADDRESS(const float, 0), ADDRESS(float, 1), ints[2], ints[3], (float)floats[0],
-                   (float)floats[1]);
-    return 1;
+    return kernels->xielu(&(Xielu){
+        .x = ADDRESS(const float, 0),
+        .y = ADDRESS(float, 1),
+        .size = ints[2],
+        .raw_alpha_p = ADDRESS(const float, 3),
+        .raw_alpha_n = ADDRESS(const float, 4),
+        .beta = ADDRESS(const float, 5),
+        .eps = ADDRESS(const float, 6),
+    });
 }
 
 #define FOR_EACH_KERNEL(DO)                                                                        \
     DO(linear)                                                                                     \
-    DO(linear_w8a8)                                                                                \
     DO(paged_attention)                                                                            \
-    DO(rms_norm)                                                                                   \
-    DO(layer_norm)                                                                                 \
+    DO(norm)                                                                                       \
     DO(norm_heads)                                                                                 \
     DO(add_residual)                                                                               \
     DO(scale_tokens)                                                                               \
     DO(apply_rotary_emb)                                                                           \
     DO(store_kv)                                                                                   \
-    DO(act)                                                                                        \
-    DO(xielu)                                                                                      \
     DO(act_and_mul)                                                                                \
-    DO(swiglu_clamped)
+    DO(act)                                                                                        \
+    DO(xielu)
 
 typedef struct {
     const char *name;
     KernelFunction run;
     int n_ints;
     int n_floats;
-} Kernel;
+} NamedKernel;
 
 #define KERNEL_ROW(NAME) {#NAME, run_##NAME, NAME##_n_ints, NAME##_n_floats},
-static const Kernel kernels[] = {FOR_EACH_KERNEL(KERNEL_ROW)};
+static const NamedKernel named_kernels[] = {FOR_EACH_KERNEL(KERNEL_ROW)};
 
-static const Kernel *find_kernel(const char *name) {
-    for (size_t i = 0; i < sizeof kernels / sizeof *kernels; i++)
-        if (strcmp(kernels[i].name, name) == 0)
-            return &kernels[i];
+static const NamedKernel *find_kernel(const char *name) {
+    for (size_t i = 0; i < sizeof named_kernels / sizeof *named_kernels; i++)
+        if (strcmp(named_kernels[i].name, name) == 0)
+            return &named_kernels[i];
     return NULL;
 }
 
@@ -256,7 +268,7 @@ static int parse_call(PyObject *item, Call *call) {
     PyObject *arguments;
     if (!PyArg_ParseTuple(item, "sO!", &name, &PyTuple_Type, &arguments))
         return 0;
-    const Kernel *kernel = find_kernel(name);
+    const NamedKernel *kernel = find_kernel(name);
     if (kernel == NULL) {
         PyErr_Format(PyExc_ValueError, "there is no kernel %s", name);
         return 0;
@@ -294,12 +306,115 @@ static PyObject *py_run(PyObject *self, PyObject *program) {
     return run_calls(calls, PyBytes_GET_SIZE(program) / (Py_ssize_t)sizeof(Call));
 }
 
-/* supported(): whether this processor has the instructions that the kernels use. */
-static PyObject *py_supported(PyObject *self, PyObject *none) {
+/* ---- levels ---- */
+
+#if defined(__x86_64__)
+static int has_avx2(void) {
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+           __builtin_cpu_supports("f16c");
+}
+
+static int has_avx_vnni(void) {
+    unsigned eax, ebx, ecx, edx;
+    return has_avx2() && __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && eax >> 4 & 1;
+}
+
+static int has_avx512(void) {
+    return has_avx2() && __builtin_cpu_supports("avx512f") &&
+           __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+           __builtin_cpu_supports("avx512dq");
+}
+
+static int has_avx512_vnni(void) {
+    return has_avx512() && __builtin_cpu_supports("avx512vnni");
+}
+
+static int has_avx512_bf16(void) {
+    unsigned eax, ebx, ecx, edx;
+    return has_avx512_vnni() && __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && eax >> 5 & 1;
+}
+
+/* Linux gives a process the tiles of AMX when it asks for them. */
+static int has_amx(void) {
+#if defined(__linux__)
+    enum { REQUEST_PERMISSION = 0x1023, TILE_DATA = 18 };
+    unsigned eax, ebx, ecx, edx;
+    if (!has_avx512_bf16() || !__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx))
+        return 0;
+    int has_tiles = edx >> 22 & edx >> 24 & edx >> 25 & 1; /* bf16, tile, int8 */
+    return has_tiles && syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) == 0;
+#else
+    return 0;
+#endif
+}
+#endif
+
+/* From the slowest to the fastest. */
+static const struct {
+    const Kernels *kernels;
+    int (*is_supported)(void);
+} levels[] = {
+#if defined(__x86_64__)
+    {&kernels_avx2, has_avx2},
+    {&kernels_avx_vnni, has_avx_vnni},
+    {&kernels_avx512, has_avx512},
+    {&kernels_avx512_vnni, has_avx512_vnni},
+    {&kernels_avx512_bf16, has_avx512_bf16},
+    {&kernels_amx, has_amx},
+#endif
+    {NULL, NULL},
+};
+
+/* levels(): the names of the levels that this processor has, the fastest last. */
+static PyObject *py_levels(PyObject *self, PyObject *none) {
     (void)self;
     (void)none;
-    return PyBool_FromLong(__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-                           __builtin_cpu_supports("f16c"));
+    PyObject *names = PyList_New(0);
+    for (int i = 0; names && levels[i].kernels; i++) {
+        if (!levels[i].is_supported())
+            continue;
+        PyObject *name = PyUnicode_FromString(levels[i].kernels->name);
+        if (name == NULL || PyList_Append(names, name) < 0)
+            Py_CLEAR(names);
+        Py_XDECREF(name);
+    }
+    return names;
+}
+
+/* set_level(name): use the functions of this level. */
+static PyObject *py_set_level(PyObject *self, PyObject *name) {
+    (void)self;
+    for (int i = 0; levels[i].kernels; i++)
+        if (PyUnicode_Check(name) &&
+            PyUnicode_CompareWithASCIIString(name, levels[i].kernels->name) == 0 &&
+            levels[i].is_supported()) {
+            kernels = levels[i].kernels;
+            Py_RETURN_NONE;
+        }
+    return PyErr_Format(PyExc_ValueError, "this processor has no level %R", name);
+}
+
+/* has_bfloat16(): whether the level multiplies bfloat16. */
+static PyObject *py_has_bfloat16(PyObject *self, PyObject *none) {
+    (void)self;
+    (void)none;
+    return PyBool_FromLong(kernels && kernels->has_bfloat16);
+}
+
+/* set_num_threads(n): how many threads the kernels use. */
+static PyObject *py_set_num_threads(PyObject *self, PyObject *n) {
+    (void)self;
+    long value = PyLong_AsLong(n);
+    if (value == -1 && PyErr_Occurred())
+        return NULL;
+    set_num_threads((int)value);
+    Py_RETURN_NONE;
+}
+
+static PyObject *py_num_threads(PyObject *self, PyObject *none) {
+    (void)self;
+    (void)none;
+    return PyLong_FromLong(num_threads());
 }
 
 #define KERNEL_METHOD(NAME) {#NAME, (PyCFunction)(void (*)(void))py_##NAME, METH_FASTCALL, NULL},
@@ -307,7 +422,11 @@ static PyMethodDef methods[] = {
     FOR_EACH_KERNEL(KERNEL_METHOD)
     {"program", py_program, METH_O, NULL},
     {"run", py_run, METH_O, NULL},
-    {"supported", py_supported, METH_NOARGS, NULL},
+    {"levels", py_levels, METH_NOARGS, NULL},
+    {"set_level", py_set_level, METH_O, NULL},
+    {"has_bfloat16", py_has_bfloat16, METH_NOARGS, NULL},
+    {"set_num_threads", py_set_num_threads, METH_O, NULL},
+    {"num_threads", py_num_threads, METH_NOARGS, NULL},
     {NULL, NULL, 0, NULL},
 };
 

@@ -141,8 +141,7 @@ def test_plan_memory_refuses_what_does_not_fit(
 def test_weight_bytes_are_those_in_memory(
     spec: ModelSpec, model: Path, monkeypatch: pytest.MonkeyPatch, packs: bool
 ) -> None:
-    monkeypatch.setattr(memory, "keeps_weights_packed", lambda _: packs)
-    monkeypatch.setattr(memory, "keeps_weights_int8", lambda _: False)
+    monkeypatch.setattr(memory, "keeps_weights_packed", lambda: packs)
     count = parameter_count(spec)
     cpu = torch.device("cpu")
     cuda = torch.device("cuda")
@@ -233,7 +232,7 @@ def test_free_bytes_are_what_a_container_limit_leaves(
 def test_memory_is_planned_before_weights_are_read(
     model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(memory, "keeps_weights_packed", lambda _: False)
+    monkeypatch.setattr(memory, "keeps_weights_packed", lambda: False)
     weights = parameter_count(model_spec(open_checkpoint(model).config)) * 4
     monkeypatch.setattr(Checkpoint, "read", lambda *_: pytest.fail("read a tensor"))
     monkeypatch.setattr(Checkpoint, "read_info", lambda *_: pytest.fail("read a tensor"))

@@ -15,7 +15,8 @@ from llmkit.kernels.activation_quant import fake_quantize_per_token
 from llmkit.kernels.attention import paged_attention
 from llmkit.kernels.attention_metadata import AttentionBatch
 from llmkit.kernels.cpu import cpu_attention, cpu_kernels
-from llmkit.kernels.cpu.cpu_linear import CpuLinear, OneDnnInt8Linear
+from llmkit.kernels.cpu.cpu_kernels import InputType, PackedWeight
+from llmkit.kernels.cpu.cpu_linear import CpuLinear
 from llmkit.kernels.elementwise import act_and_mul, apply_rotary_emb_, rms_norm
 from llmkit.kernels.kv_cache import KV_CACHE_DTYPES, KVCache
 from llmkit.model.linear import pack_weight, supports_w8a8
@@ -43,6 +44,19 @@ def no_gradients() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(autouse=True, params=cpu_kernels.levels() or ["none"])
+def level(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Run each test at every level that this processor has."""
+    level: str = request.param
+    if cpu_kernels.library is None:
+        yield level
+        return
+    library = cpu_kernels.library
+    library.set_level(level)
+    yield level
+    library.set_level(cpu_kernels.levels()[-1])
+
+
 @pytest.fixture
 def without(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """Call `.setattr(cpu_kernels, "library", None)` on it to have torch's kernels."""
@@ -57,9 +71,9 @@ def packed_linear(
     parts: Sequence[torch.Tensor | QuantizedWeight],
     bias: torch.Tensor | None = None,
     *,
-    quantize_inputs: bool = False,
+    inputs: InputType = "float32",
 ) -> CpuLinear:
-    return CpuLinear([pack_weight(part) for part in parts], bias, quantize_inputs=quantize_inputs)
+    return CpuLinear([pack_weight(part) for part in parts], bias, inputs=inputs)
 
 
 def close(y: torch.Tensor, expected: torch.Tensor, limit: float = 2e-6) -> None:
@@ -158,7 +172,11 @@ def test_cpu_linear_row_does_not_depend_on_the_batch() -> None:
         packed_linear(
             [round_to_nearest(random(100, 576), Scheme(4, 64, symmetric=False), torch.float16)]
         ),
-        packed_linear([int8], quantize_inputs=True),
+        packed_linear([int8], inputs="int8"),
+        packed_linear(
+            [round_to_nearest(random(100, 576), Scheme(4, 64), torch.float16)], inputs="int8"
+        ),
+        packed_linear([random(100, 576).bfloat16()], inputs="bfloat16"),
     ]
     x = random(210, 576, seed=1)
     for product in products:
@@ -193,9 +211,9 @@ def test_cpu_linear_w8a8_quantizes_each_token() -> None:
             x = random(tokens, columns, seed=tokens)
             x[0] *= tokens % 2  # a token of zeros stays zeros
             expected = fake_quantize_per_token(x, "int").double() @ dense.T + bias.double()
-            close(packed_linear([weight], bias, quantize_inputs=True)(x), expected)
+            close(packed_linear([weight], bias, inputs="int8")(x), expected)
     x[2, 3] = torch.nan
-    y = packed_linear([weight], quantize_inputs=True)(x)
+    y = packed_linear([weight], inputs="int8")(x)
     assert y[2].isnan().all()
     assert y[[0, 1, 3]].isfinite().all()
 
@@ -210,46 +228,92 @@ def test_supports_w8a8_refuses_other_schemes() -> None:
             scheme or Scheme(8),
         )
 
-    assert supports_w8a8(weight(6))
-    assert not supports_w8a8(weight(7))
+    assert supports_w8a8(weight(7))
     assert not supports_w8a8(weight(64, 2, Scheme(8, 32)))
     assert not supports_w8a8(weight(6, scheme=Scheme(8, symmetric=False)))
     assert not supports_w8a8(weight(6, scheme=Scheme(4, 6)))
 
 
-def test_onednn_int8_linear_is_exact() -> None:
-    """Codes small enough not to overflow without VNNI, in sizes that no kernel's block divides."""
-    generator = torch.Generator().manual_seed(0)
-    for tokens, out, columns in SIZES[:5]:
-        quantized = torch.randint(
-            128 - 60, 128 + 61, (out, columns), generator=generator, dtype=torch.uint8
-        )
-        x = torch.randint(-127, 128, (tokens, columns), generator=generator).float()
-        scales = torch.exp2(torch.randint(-9, 0, (out, 1), generator=generator).float())
-        expected = (x.double() @ (quantized.double() - 128).T * scales.double().T).float()
-        assert torch.equal(OneDnnInt8Linear(quantized, scales).multiply(x), expected)
+def quantized_by_group(x: torch.Tensor, group_size: int) -> torch.Tensor:
+    """x [T, K] rounded to int8 with a scale for each token and group, as float64."""
+    groups = x.unflatten(1, (-1, group_size))
+    return fake_quantize_per_token(groups, "int").flatten(1).double()
 
 
-def test_has_int8_matmul_detects_saturation(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Sums of two products that saturate at 16 bits, as without VNNI, and exact ones."""
-    from llmkit.kernels.cpu import cpu_linear as linear
+@needs_library
+@pytest.mark.parametrize(
+    "scheme",
+    [
+        Scheme(4, 32),
+        Scheme(4, 64, symmetric=False),
+        Scheme(4, 192),
+        Scheme(8, 32),
+        Scheme(8),
+        Scheme(8, symmetric=False),
+    ],
+    ids=str,
+)
+def test_cpu_linear_with_int8_inputs_has_a_scale_for_each_group(scheme: Scheme) -> None:
+    weight = round_to_nearest(random(70, 192) * 0.1, scheme, torch.float32)
+    bias = random(70, seed=2)
+    group_size = 192 if scheme.group_size == -1 else scheme.group_size
+    for tokens in TOKENS:
+        x = random(tokens, 192, seed=tokens)
+        expected = quantized_by_group(x, group_size) @ weight.dequantize().double().T
+        close(packed_linear([weight], bias, inputs="int8")(x), expected + bias.double(), 4e-6)
 
-    class Pairs(OneDnnInt8Linear):
-        limit = 2**15 - 1
 
-        def __init__(self, quantized: torch.Tensor, scales: torch.Tensor) -> None:
-            self.weight = quantized.double() - 128
+@needs_library
+def test_cpu_linear_with_int8_inputs_and_fp4_weights() -> None:
+    codes = torch.randint(16, (40, 128), generator=torch.Generator().manual_seed(0)).byte()
+    scales = random(40, 4, seed=1).exp()
+    packed = PackedWeight.pack(codes, scales, is_fp4=True)
+    values = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6], dtype=torch.float64)
+    dense = (
+        torch.cat((values, -values))[codes.long()].unflatten(1, (4, 32))
+        * scales.double()[..., None]
+    )
+    for tokens in TOKENS:
+        x = random(tokens, 128, seed=tokens)
+        expected = quantized_by_group(x, 32) @ dense.flatten(1).T
+        close(CpuLinear([packed], inputs="int8")(x), expected, 4e-6)
 
-        def multiply(self, quantized: torch.Tensor) -> torch.Tensor:
-            pairs = ((quantized[:, None] + 128) * self.weight).unflatten(-1, (-1, 2)).sum(-1)
-            return (
-                pairs.clamp(-self.limit - 1, self.limit).sum(-1) - 128 * self.weight.sum(-1)
-            ).float()
 
-    monkeypatch.setattr(linear, "OneDnnInt8Linear", Pairs)
-    assert not linear.has_int8_matmul.__wrapped__()
-    monkeypatch.setattr(Pairs, "limit", 2**31)
-    assert linear.has_int8_matmul.__wrapped__()
+@needs_library
+def test_cpu_linear_with_bfloat16_inputs(level: str) -> None:
+    if not cpu_kernels.library.has_bfloat16():
+        pytest.skip(f"{level} has no bfloat16 products")
+    bias = random(70, seed=2)
+    for columns in (33, 70, 512):
+        weight = random(70, columns).bfloat16()
+        for tokens in TOKENS:
+            x = random(tokens, columns, seed=tokens)
+            expected = x.bfloat16().double() @ weight.double().T + bias.double()
+            close(packed_linear([weight], bias, inputs="bfloat16")(x), expected, 4e-6)
+    # Weights with a scale for each group of inputs, as FP8 has.
+    values = random(40, 256).bfloat16()
+    scales = random(40, 4, seed=1).exp()
+    dense = (values.double().unflatten(1, (4, 64)) * scales.double()[..., None]).flatten(1)
+    x = random(9, 256, seed=3)
+    y = CpuLinear([PackedWeight.pack(values, scales)], inputs="bfloat16")(x)
+    close(y, x.bfloat16().double() @ dense.T, 4e-6)
+
+
+@needs_library
+def test_cpu_linear_with_int8_inputs_gives_the_same_bits_at_every_level(level: str) -> None:
+    library = cpu_kernels.library
+    weights = [
+        round_to_nearest(random(70, 192), scheme, torch.float32)
+        for scheme in (Scheme(8, inputs="token"), Scheme(4, 64), Scheme(4, 32, symmetric=False))
+    ]
+    for weight in weights:
+        product = packed_linear([weight], random(70, seed=2), inputs="int8")
+        for tokens in TOKENS:
+            x = random(tokens, 192, seed=tokens)
+            library.set_level(level)
+            y = product(x)
+            library.set_level(cpu_kernels.levels()[0])
+            assert torch.equal(y, product(x))
 
 
 @needs_library
@@ -384,7 +448,8 @@ def test_cpu_linear_with_mxfp4(out: int, columns: int) -> None:
     assert torch.equal(weight.dequantize().double(), dense)
     bias = random(out, seed=2)
     linear = packed_linear([weight], bias)
-    assert linear.nbytes <= -(-out // 16) * 16 * (columns // 2 + columns // 8 + 4)
+    padded = -(-columns // 64) * 64
+    assert linear.nbytes <= -(-out // 16) * 16 * (padded // 2 + columns // 8 + 4)
     for rows in TOKENS:
         x = random(rows, columns, seed=1)
         close(linear(x), x.double() @ dense.T + bias.double())
@@ -487,7 +552,7 @@ def test_cpu_attention_supports() -> None:
 
 @needs_library
 def test_cpu_kernels_refuse_wrong_arguments() -> None:
-    with pytest.raises(TypeError, match="13 numbers were expected, 1 were given"):
+    with pytest.raises(TypeError, match="14 numbers were expected, 1 were given"):
         cpu_kernels.library.linear(1)
     with pytest.raises(TypeError):
-        cpu_kernels.library.rms_norm(0, 0, 0, 0, "0", 1.0)
+        cpu_kernels.library.norm(0, 0, 0, 0, 0, "0", 0, 1.0)

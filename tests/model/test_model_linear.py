@@ -14,7 +14,7 @@ from llmkit.checkpoint.open_checkpoint import open_checkpoint
 from llmkit.checkpoint.quantized_weight import QuantizedWeight, Scheme
 from llmkit.common.progress import SilentProgress
 from llmkit.kernels.cpu import cpu_kernels
-from llmkit.kernels.cpu.cpu_linear import CpuLinear, has_bfloat16_matmul, has_int8_matmul
+from llmkit.kernels.cpu.cpu_linear import CpuLinear
 from llmkit.model.decoder import Decoder
 from llmkit.model.full_forward import window_logits
 from llmkit.model.linear import ActivationQuant, Linear, PackedLinear, serving_linear
@@ -26,8 +26,6 @@ from llmkit.quant.quantize_options import QuantizeOptions
 FLOAT = torch.float32
 BRAIN = torch.bfloat16
 PACKED = "packed" if cpu_kernels.library is not None else "dense"
-IN_BRAIN = "dense" if has_bfloat16_matmul() else PACKED
-TOKEN = "integers" if has_int8_matmul() else PACKED
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -41,10 +39,11 @@ def rounded(
 
 
 def form(one: Linear) -> str:
-    """The form of a linear: "packed", "integers" of oneDNN, or "dense"."""
+    """The form of a linear: "packed" or "dense"."""
     if not isinstance(one, PackedLinear):
         return "dense"
-    return "packed" if isinstance(one.kernel, CpuLinear) else "integers"
+    assert isinstance(one.kernel, CpuLinear)
+    return "packed"
 
 
 GROUPS = Scheme(4, 32)
@@ -62,15 +61,15 @@ CASES = [
     ([random(5, 7).to(BRAIN)], FLOAT, PACKED),
     ([random(5, 7).to(BRAIN), random(1, 7, seed=1).half() * 1e-3], FLOAT, PACKED),
     ([random(5, 7)], FLOAT, PACKED),
-    ([random(5, 7)], BRAIN, IN_BRAIN),
+    ([random(5, 7)], BRAIN, PACKED),
     ([random(5, 7), rounded(PER_ROW, 4, 7)], FLOAT, PACKED),
     ([rounded(GROUPS, 32, 64), rounded(GROUPS, 16, 64, seed=1)], FLOAT, PACKED),
     ([rounded(GROUPS, 32, 64, torch.float16)], FLOAT, PACKED),
     ([rounded(UNEVEN, 30, 64, torch.float16)], torch.float16, PACKED),
     ([SHORT], FLOAT, PACKED),
-    ([rounded(GROUPS, 32, 64), rounded(Scheme(4, 64), 32, 64)], BRAIN, IN_BRAIN),
+    ([rounded(GROUPS, 32, 64), rounded(Scheme(4, 64), 32, 64)], BRAIN, PACKED),
     ([rounded(PER_ROW, 33, 70), rounded(PER_ROW, 3, 70, seed=1)], FLOAT, PACKED),
-    ([rounded(TOKENS, 33, 70, FLOAT), rounded(TOKENS, 3, 70, FLOAT, seed=1)], FLOAT, TOKEN),
+    ([rounded(TOKENS, 33, 70, FLOAT), rounded(TOKENS, 3, 70, FLOAT, seed=1)], FLOAT, PACKED),
     ([rounded(FP8, 33, 70, FLOAT), rounded(FP8, 3, 70, FLOAT, seed=1)], FLOAT, PACKED),
 ]
 
@@ -100,18 +99,8 @@ def test_serving_linear_form_and_output(
         assert (y.double() - wanted).abs().max() <= limit * wanted.abs().max()
 
 
-def test_serving_linear_keeps_bfloat16_dense_with_amx(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    for amx, expected in ((True, "dense"), (False, PACKED)):
-        monkeypatch.setattr("llmkit.model.linear.has_bfloat16_matmul", lambda amx=amx: amx)
-        assert form(serving_linear([random(5, 7).to(BRAIN)], None, None, BRAIN)) == expected
-        assert form(serving_linear([random(5, 7).to(BRAIN)], None, None, FLOAT)) == PACKED
-
-
 def test_serving_linear_is_dense_without_compiled_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu_kernels, "library", None)
-    monkeypatch.setattr("llmkit.model.linear.has_int8_matmul", lambda: False)
     for parts in (
         [random(5, 7).to(BRAIN)],
         [rounded(GROUPS, 32, 64)],
@@ -178,10 +167,10 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 FORMATS = [
     (QuantizeOptions("rtn"), FLOAT, PACKED, 0.15),
-    (QuantizeOptions("rtn", format="gptq"), BRAIN, IN_BRAIN, 0.15),
+    (QuantizeOptions("rtn", format="gptq"), BRAIN, PACKED, 0.15),
     (QuantizeOptions("rtn", format="awq"), FLOAT, PACKED, 0.15),
     (QuantizeOptions("int8"), FLOAT, PACKED, 0.26),
-    (QuantizeOptions("int8", activations=True), FLOAT, TOKEN, 0.26),
+    (QuantizeOptions("int8", activations=True), FLOAT, PACKED, 0.26),
     (QuantizeOptions("fp8"), FLOAT, PACKED, 0.51),
     (QuantizeOptions("fp8", static_activations=True), FLOAT, PACKED, 0.51),
 ]

@@ -5,8 +5,6 @@
  * score so far, the sum of the exponentials, and the weighted sum of the values.
  */
 
-#include "cpu_kernels.h"
-
 enum {
     KV_CHUNK = 64,   /* tokens in a chunk of keys and values; a multiple of the block size */
     TILE_ROWS = 48,  /* rows of a tile: queries times heads */
@@ -35,42 +33,48 @@ typedef struct {
 /* scores[row, 0:4] = q[row] keys[0:4]'. */
 INLINE void score_four_keys(int n_rows, const float *q, const float *keys, int64_t head_dim,
                             float *scores) {
-    __m256 acc[ROWS_AT_ONCE][4];
+    vfloat acc[ROWS_AT_ONCE][4];
 #pragma GCC unroll 3
     for (int i = 0; i < n_rows; i++)
 #pragma GCC unroll 4
         for (int t = 0; t < 4; t++)
-            acc[i][t] = _mm256_setzero_ps();
-    for (int64_t d = 0; d < head_dim; d += 8) {
-        __m256 key[4];
+            acc[i][t] = v_zero();
+    for (int64_t d = 0; d < head_dim; d += VECTOR_WIDTH) {
+        vfloat key[4];
 #pragma GCC unroll 4
         for (int t = 0; t < 4; t++)
-            key[t] = _mm256_loadu_ps(keys + t * head_dim + d);
+            key[t] = load_of_row(keys + t * head_dim, d, head_dim);
 #pragma GCC unroll 3
         for (int i = 0; i < n_rows; i++) {
-            __m256 query = _mm256_loadu_ps(q + i * head_dim + d);
+            vfloat query = load_of_row(q + i * head_dim, d, head_dim);
 #pragma GCC unroll 4
             for (int t = 0; t < 4; t++)
-                acc[i][t] = _mm256_fmadd_ps(query, key[t], acc[i][t]);
+                acc[i][t] = v_fma(query, key[t], acc[i][t]);
         }
     }
 #pragma GCC unroll 3
     for (int i = 0; i < n_rows; i++)
-        _mm_storeu_ps(scores + i * KV_CHUNK,
-                      horizontal_sums(acc[i][0], acc[i][1], acc[i][2], acc[i][3]));
+#pragma GCC unroll 4
+        for (int t = 0; t < 4; t++)
+            scores[i * KV_CHUNK + t] = v_sum(acc[i][t]);
 }
 
-/* out[row, d : d + 8 n_vectors] += weights[row, begin:end] values[begin:end].
+/* Vector j of n_vectors; a single one may be the last part of a row, of which `size` are left. */
+INLINE vfloat load_of_part(const float *part, int j, int n_vectors, int64_t size) {
+    return n_vectors == 1 ? load_of_row(part, 0, size) : v_load(part + VECTOR_WIDTH * j);
+}
+
+/* out[row, d : d + VECTOR_WIDTH n_vectors] += weights[row, begin:end] values[begin:end].
  * blocks: the address of the values of each block of the chunk. */
 INLINE void accumulate_columns(int n_rows, int n_vectors, const float *weights,
                                const float *const *blocks, int64_t block_size, int64_t begin,
                                int64_t end, int64_t head_dim, int64_t d, float *out) {
-    __m256 acc[ROWS_AT_ONCE][4];
+    vfloat acc[ROWS_AT_ONCE][4];
 #pragma GCC unroll 3
     for (int i = 0; i < n_rows; i++)
 #pragma GCC unroll 4
         for (int j = 0; j < n_vectors; j++)
-            acc[i][j] = _mm256_loadu_ps(out + i * head_dim + d + 8 * j);
+            acc[i][j] = load_of_part(out + i * head_dim + d, j, n_vectors, head_dim - d);
     for (int64_t t = begin; t < end;) {
         const float *v = blocks[t / block_size] + (t % block_size) * head_dim + d;
         int64_t block_end = (t / block_size + 1) * block_size;
@@ -79,17 +83,21 @@ INLINE void accumulate_columns(int n_rows, int n_vectors, const float *weights,
         for (; t < block_end; t++, v += head_dim)
 #pragma GCC unroll 3
             for (int i = 0; i < n_rows; i++) {
-                __m256 weight = _mm256_broadcast_ss(weights + i * KV_CHUNK + t);
+                vfloat weight = v_set(weights[i * KV_CHUNK + t]);
 #pragma GCC unroll 4
                 for (int j = 0; j < n_vectors; j++)
-                    acc[i][j] = _mm256_fmadd_ps(weight, _mm256_loadu_ps(v + 8 * j), acc[i][j]);
+                    acc[i][j] = v_fma(
+                        weight, load_of_part(v, j, n_vectors, head_dim - d), acc[i][j]);
             }
     }
 #pragma GCC unroll 3
     for (int i = 0; i < n_rows; i++)
 #pragma GCC unroll 4
         for (int j = 0; j < n_vectors; j++)
-            _mm256_storeu_ps(out + i * head_dim + d + 8 * j, acc[i][j]);
+            if (n_vectors == 1)
+                store_of_row(out + i * head_dim + d, 0, head_dim - d, acc[i][j]);
+            else
+                v_store(out + i * head_dim + d + VECTOR_WIDTH * j, acc[i][j]);
 }
 
 /* out[row] += weights[row, begin:end] values[begin:end], for all of head_dim. */
@@ -97,9 +105,9 @@ INLINE void accumulate_values(int n_rows, const float *weights, const float *con
                               int64_t block_size, int64_t begin, int64_t end, int64_t head_dim,
                               float *out) {
     int64_t d = 0;
-    for (; d + 32 <= head_dim; d += 32)
+    for (; d + 4 * VECTOR_WIDTH <= head_dim; d += 4 * VECTOR_WIDTH)
         accumulate_columns(n_rows, 4, weights, blocks, block_size, begin, end, head_dim, d, out);
-    for (; d < head_dim; d += 8)
+    for (; d < head_dim; d += VECTOR_WIDTH)
         accumulate_columns(n_rows, 1, weights, blocks, block_size, begin, end, head_dim, d, out);
 }
 
@@ -112,11 +120,10 @@ static const float *load_block(const PagedAttention *a, int64_t head, int64_t bl
         return (const float *)a->kv + begin;
     const float *scales = a->static_scales ? a->scales + head : a->scales + begin / a->head_dim;
     for (int64_t t = 0; t < n_valid; t++) {
-        __m256 scale = _mm256_set1_ps(scales[a->static_scales ? 0 : t]);
-        for (int64_t d = 0; d < a->head_dim; d += 8) {
-            __m256 q = load_int8(a->kv + begin + t * a->head_dim + d);
-            _mm256_storeu_ps(to + t * a->head_dim + d, _mm256_mul_ps(q, scale));
-        }
+        float scale = scales[a->static_scales ? 0 : t];
+        const int8_t *q = (const int8_t *)a->kv + begin + t * a->head_dim;
+        for (int64_t d = 0; d < a->head_dim; d++)
+            to[t * a->head_dim + d] = (float)q[d] * scale;
     }
     return to;
 }
@@ -130,8 +137,8 @@ INLINE void prefetch_four_tokens(const PagedAttention *a, int64_t head, int64_t 
     const char *keys = a->kv + element * element_size;
     const char *values = keys + a->n_kv_heads * a->head_stride * element_size;
     for (int64_t i = 0; i < 4 * a->head_dim * element_size; i += 64) {
-        _mm_prefetch(keys + i, _MM_HINT_T1);
-        _mm_prefetch(values + i, _MM_HINT_T1);
+        __builtin_prefetch(keys + i, 0, 2);
+        __builtin_prefetch(values + i, 0, 2);
     }
 }
 
@@ -141,48 +148,45 @@ INLINE void prefetch_four_tokens(const PagedAttention *a, int64_t head, int64_t 
  * token. */
 static void online_softmax(const PagedAttention *a, Scratch *s, int64_t n_rows, int64_t group,
                            int64_t position, int64_t chunk) {
-    const __m256 lanes = _mm256_setr_ps(0, 1, 2, 3, 4, 5, 6, 7);
-    const __m256 minus_infinity = _mm256_set1_ps(-INFINITY);
+    const vfloat lanes = v_indices();
+    const vfloat minus_infinity = v_set(-INFINITY);
     for (int64_t row = 0; row < n_rows; row++) {
         float *scores = s->scores + row * KV_CHUNK;
         int64_t query = position + row / group; /* it attends to (query - window, query] */
         float last = (float)(query - chunk);
         float before = a->window ? (float)(query - a->window - chunk) : NO_SCORE;
-        __m256 max_lanes = minus_infinity;
-        for (int64_t t = 0; t < KV_CHUNK; t += 8) {
-            __m256 x = _mm256_loadu_ps(scores + t);
-            __m256 token = _mm256_add_ps(lanes, _mm256_set1_ps((float)t));
+        vfloat max_lanes = minus_infinity;
+        for (int64_t t = 0; t < KV_CHUNK; t += VECTOR_WIDTH) {
+            vfloat x = v_load(scores + t);
+            vfloat token = v_add(lanes, v_set((float)t));
             if (a->softcap != 0) {
-                __m256 cap = _mm256_set1_ps(a->softcap);
-                x = _mm256_mul_ps(tanh_ps(_mm256_div_ps(x, cap)), cap);
+                vfloat cap = v_set(a->softcap);
+                x = v_mul(tanh_ps(v_div(x, cap)), cap);
             }
-            __m256 not_after = _mm256_cmp_ps(token, _mm256_set1_ps(last), _CMP_LE_OQ);
-            __m256 in_window = _mm256_cmp_ps(token, _mm256_set1_ps(before), _CMP_GT_OQ);
-            x = _mm256_blendv_ps(minus_infinity, x, _mm256_and_ps(not_after, in_window));
-            _mm256_storeu_ps(scores + t, x);
-            max_lanes = _mm256_max_ps(max_lanes, x);
+            vmask not_after = v_less_equal(token, v_set(last));
+            vmask in_window = v_less(v_set(before), token);
+            x = v_select(v_both(not_after, in_window), x, minus_infinity);
+            v_store(scores + t, x);
+            max_lanes = v_max(max_lanes, x);
         }
-        float largest = horizontal_max(max_lanes);
+        float largest = v_largest(max_lanes);
         if (!(largest > s->max_score[row]))
             largest = s->max_score[row];
         float rescale = 1.0f;
         if (s->max_score[row] != largest)
             rescale = expf(s->max_score[row] - largest);
-        __m256 sums = _mm256_setzero_ps();
-        __m256 offset = _mm256_set1_ps(largest);
-        for (int64_t t = 0; t < KV_CHUNK; t += 8) {
-            __m256 p = exp_nonpositive(_mm256_sub_ps(_mm256_loadu_ps(scores + t), offset));
-            _mm256_storeu_ps(scores + t, p);
-            sums = _mm256_add_ps(sums, p);
+        vfloat sums = v_zero();
+        vfloat offset = v_set(largest);
+        for (int64_t t = 0; t < KV_CHUNK; t += VECTOR_WIDTH) {
+            vfloat p = exp_nonpositive(v_sub(v_load(scores + t), offset));
+            v_store(scores + t, p);
+            sums = v_add(sums, p);
         }
-        s->exp_sum[row] = s->exp_sum[row] * rescale + horizontal_sum(sums);
+        s->exp_sum[row] = s->exp_sum[row] * rescale + v_sum(sums);
         s->max_score[row] = largest;
         if (rescale != 1.0f)
-            for (int64_t d = 0; d < a->head_dim; d += 8) {
-                float *acc = s->acc + row * a->head_dim + d;
-                _mm256_storeu_ps(acc,
-                                 _mm256_mul_ps(_mm256_loadu_ps(acc), _mm256_set1_ps(rescale)));
-            }
+            for (int64_t d = 0; d < a->head_dim; d++)
+                s->acc[row * a->head_dim + d] *= rescale;
     }
 }
 
@@ -269,10 +273,29 @@ static void attend_tile(const PagedAttention *a, Scratch *s, const QueryTile *ti
     }
 }
 
-int paged_attention(const PagedAttention *a) {
-    static _Thread_local Scratch scratch;
-    int64_t group = a->n_heads / a->n_kv_heads;
-    int64_t tile_queries = TILE_ROWS / group;
+/* The tiles of all sequences. */
+typedef struct {
+    const PagedAttention *attention;
+    const QueryTile *tiles;
+    int64_t n_tiles;
+    int64_t tile_queries;
+} AttentionOperation;
+
+static void attention_piece(const void *operation, int64_t piece) {
+    const AttentionOperation *o = operation;
+    const PagedAttention *a = o->attention;
+    /* In reverse order: the last tiles of a prompt attend to the most tokens and run longest. */
+    const QueryTile *tile = &o->tiles[o->n_tiles - 1 - piece / a->n_kv_heads];
+    int64_t end_query = tile->first_query + o->tile_queries;
+    if (end_query > a->query_lens[tile->sequence])
+        end_query = a->query_lens[tile->sequence];
+    Scratch *scratch = thread_scratch(SCRATCH_ATTENTION, sizeof *scratch);
+    if (scratch)
+        attend_tile(a, scratch, tile, end_query, piece % a->n_kv_heads);
+}
+
+static int paged_attention(const PagedAttention *a) {
+    int64_t tile_queries = TILE_ROWS / (a->n_heads / a->n_kv_heads);
     int64_t n_tiles = 0;
     for (int64_t i = 0; i < a->n_sequences; i++)
         n_tiles += (a->query_lens[i] + tile_queries - 1) / tile_queries;
@@ -286,15 +309,8 @@ int paged_attention(const PagedAttention *a) {
             tiles[n_made++] = (QueryTile){i, first_token, query};
         first_token += a->query_lens[i];
     }
-    /* In reverse order: the last tiles of a prompt attend to the most tokens and run longest. */
-#pragma omp parallel for schedule(dynamic, 1)
-    for (int64_t i = 0; i < n_tiles * a->n_kv_heads; i++) {
-        const QueryTile *tile = &tiles[n_tiles - 1 - i / a->n_kv_heads];
-        int64_t end_query = tile->first_query + tile_queries;
-        if (end_query > a->query_lens[tile->sequence])
-            end_query = a->query_lens[tile->sequence];
-        attend_tile(a, &scratch, tile, end_query, i % a->n_kv_heads);
-    }
+    AttentionOperation operation = {a, tiles, n_tiles, tile_queries};
+    run_pieces(n_tiles * a->n_kv_heads, attention_piece, &operation);
     free(tiles);
     return 1;
 }

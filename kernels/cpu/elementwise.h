@@ -1,0 +1,272 @@
+/* The operations between the linear layers: norms, residual additions, rotary embeddings, writes
+ * to the KV cache and activations. */
+
+/* An exponential is more expensive than other operations, so that fewer elements justify several
+ * threads. */
+enum { ACT_MIN_ELEMENTS = PARALLEL_MIN_ELEMENTS / 4 };
+
+static float row_sum(const float *row, int64_t size) {
+    vfloat sums = v_zero();
+    for (int64_t d = 0; d < size; d += VECTOR_WIDTH)
+        sums = v_add(sums, load_of_row(row, d, size));
+    return v_sum(sums);
+}
+
+/* The sum of (row - mean)^2. */
+static float square_sum(const float *row, int64_t size, float mean) {
+    vfloat squares = v_zero();
+    int64_t d = 0;
+    for (; d + VECTOR_WIDTH <= size; d += VECTOR_WIDTH) {
+        vfloat x = v_sub(v_load(row + d), v_set(mean));
+        squares = v_fma(x, x, squares);
+    }
+    float rest = 0;
+    for (; d < size; d++)
+        rest += (row[d] - mean) * (row[d] - mean);
+    return v_sum(squares) + rest;
+}
+
+/* y = (x - mean) / sqrt(mean((x - mean)^2) + eps) * weight + bias. bias: NULL: none. */
+INLINE void norm_row(const float *x, const float *weight, const float *bias, float *y,
+                     int64_t size, int subtract_mean, float eps) {
+    float mean = subtract_mean ? row_sum(x, size) / (float)size : 0.0f;
+    float variance = square_sum(x, size, mean) / (float)size;
+    vfloat factor = v_set(1.0f / sqrtf(variance + eps));
+    for (int64_t d = 0; d < size; d += VECTOR_WIDTH) {
+        vfloat centered = v_sub(load_of_row(x, d, size), v_set(mean));
+        vfloat scaled = v_mul(v_mul(centered, factor), load_of_row(weight, d, size));
+        if (bias)
+            scaled = v_add(scaled, load_of_row(bias, d, size));
+        store_of_row(y, d, size, scaled);
+    }
+}
+
+static void norm_rows(const void *operation, int64_t begin, int64_t end) {
+    const Norm *o = operation;
+    int64_t size = o->hidden_size;
+    for (int64_t row = begin; row < end; row++)
+        norm_row(o->x + row * size, o->weight, o->bias, o->y + row * size, size, o->subtract_mean,
+                 o->eps);
+}
+
+static int norm(const Norm *o) {
+    run_ranges(o->rows, 1 + PARALLEL_MIN_ELEMENTS / o->hidden_size, norm_rows, o);
+    return 1;
+}
+
+static void norm_heads_of_tokens(const void *operation, int64_t begin, int64_t end) {
+    const HeadNorm *o = operation;
+    for (int64_t token = begin; token < end; token++)
+        for (int64_t head = 0; head < o->n_heads; head++) {
+            float *values = o->x + token * o->x_stride + head * o->head_dim;
+            norm_row(values, o->weight + head * o->weight_stride, NULL, values, o->head_dim,
+                     o->subtract_mean, o->eps);
+        }
+}
+
+static int norm_heads(const HeadNorm *o) {
+    int64_t elements = o->n_heads * o->head_dim;
+    run_ranges(o->n_tokens, 1 + PARALLEL_MIN_ELEMENTS / elements, norm_heads_of_tokens, o);
+    return 1;
+}
+
+static void add_elements(const void *operation, int64_t begin, int64_t end) {
+    const Residual *o = operation;
+    vfloat scale = v_set(o->scale);
+    for (int64_t i = begin; i < end; i += VECTOR_WIDTH) {
+        vfloat update = load_of_row(o->update, i, end);
+        store_of_row(o->y, i, end, v_fma(scale, update, load_of_row(o->residual, i, end)));
+    }
+}
+
+static int add_residual(const Residual *o) {
+    run_ranges(o->size, PARALLEL_MIN_ELEMENTS, add_elements, o);
+    return 1;
+}
+
+static void scale_range_of_tokens(const void *operation, int64_t begin, int64_t end) {
+    const TokenScales *o = operation;
+    for (int64_t token = begin; token < end; token++) {
+        float *x = o->x + token * o->x_stride;
+        vfloat factor = v_set(o->factors[token]);
+        for (int64_t i = 0; i < o->size; i += VECTOR_WIDTH)
+            store_of_row(x, i, o->size, v_mul(load_of_row(x, i, o->size), factor));
+    }
+}
+
+static int scale_tokens(const TokenScales *o) {
+    run_ranges(o->n_tokens, 1 + PARALLEL_MIN_ELEMENTS / o->size, scale_range_of_tokens, o);
+    return 1;
+}
+
+/* Rotate the pairs (i, half + i) of a head. */
+INLINE void rotate_halves(float *head, const float *c, const float *s, int64_t half) {
+    for (int64_t d = 0; d < half; d += VECTOR_WIDTH) {
+        vfloat left = load_of_row(head, d, half);
+        vfloat right = load_of_row(head + half, d, half);
+        vfloat first = v_mul(right, load_of_row(s, d, half));
+        vfloat second = v_mul(left, load_of_row(s + half, d, half));
+        store_of_row(head, d, half, v_fma(left, load_of_row(c, d, half), first));
+        store_of_row(head + half, d, half, v_fma(right, load_of_row(c + half, d, half), second));
+    }
+}
+
+/* Rotate the pairs (2 i, 2 i + 1) of a head. */
+INLINE void rotate_pairs(float *head, const float *c, const float *s, int64_t half) {
+    for (int64_t i = 0; i < half; i++) {
+        float left = head[2 * i];
+        float right = head[2 * i + 1];
+        head[2 * i] = left * c[i] + right * s[i];
+        head[2 * i + 1] = right * c[half + i] + left * s[half + i];
+    }
+}
+
+static void rotate_tokens(const void *operation, int64_t begin, int64_t end) {
+    const Rotary *o = operation;
+    for (int64_t token = begin; token < end; token++) {
+        const float *c = o->cos + token * 2 * o->half;
+        const float *s = o->sin + token * 2 * o->half;
+        float *heads = o->x + token * o->x_stride;
+        for (int64_t head = 0; head < o->n_heads; head++)
+            if (o->interleaved)
+                rotate_pairs(heads + head * o->head_dim, c, s, o->half);
+            else
+                rotate_halves(heads + head * o->head_dim, c, s, o->half);
+    }
+}
+
+static int apply_rotary_emb(const Rotary *o) {
+    int64_t elements = o->n_heads * o->head_dim;
+    run_ranges(o->n_tokens, 1 + PARALLEL_MIN_ELEMENTS / elements, rotate_tokens, o);
+    return 1;
+}
+
+static void store_tokens(const void *operation, int64_t begin, int64_t end) {
+    const StoreKv *o = operation;
+    for (int64_t token = begin; token < end; token++)
+        for (int64_t head = 0; head < o->n_heads; head++) {
+            int64_t slot = head * o->head_stride + o->slot_mapping[token] * o->head_dim;
+            memcpy(o->cache + slot, o->kv + token * o->kv_stride + head * o->head_dim,
+                   o->head_dim * sizeof(float));
+        }
+}
+
+static int store_kv(const StoreKv *o) {
+    int64_t elements = o->n_heads * o->head_dim;
+    run_ranges(o->n_tokens, 1 + PARALLEL_MIN_ELEMENTS / elements, store_tokens, o);
+    return 1;
+}
+
+/* act(x). The activation is a constant, so that no loop tests it. */
+INLINE vfloat activate(vfloat x, int activation) {
+    if (activation == ACT_SILU) /* x sigmoid(x) */
+        return v_mul(x, sigmoid_ps(x));
+    if (activation == ACT_GELU_TANH) { /* x (1 + tanh(u)) / 2 = x sigmoid(2 u) */
+        const vfloat root = v_set(0.7978845608028654f); /* sqrt(2 / pi) */
+        vfloat cube = v_mul(v_mul(x, x), x);
+        vfloat u = v_fma(cube, v_set(0.044715f), x);
+        return v_mul(x, sigmoid_ps(v_mul(v_add(root, root), u)));
+    }
+    if (activation == ACT_GELU) { /* x - x q for x >= 0, x q below; q = erfc(|x| / sqrt(2)) / 2 */
+        vfloat q = v_mul(x, half_erfc(x));
+        return v_select(v_is_negative(x), q, v_sub(x, q));
+    }
+    vfloat positive = v_max(v_zero(), x); /* in this order, NaN stays NaN */
+    return v_mul(positive, positive);
+}
+
+/* gate sigmoid(alpha gate) (up + 1), with gate <= limit and |up| <= limit. */
+INLINE vfloat swiglu_clamped(vfloat gate, vfloat up, float limit, float alpha) {
+    /* Of NaN and a number, min and max return the second operand: NaN stays NaN. */
+    gate = v_min(v_set(limit), gate);
+    up = v_max(v_set(-limit), v_min(v_set(limit), up));
+    vfloat activated = v_mul(gate, sigmoid_ps(v_mul(gate, v_set(alpha))));
+    return v_fma(activated, up, activated);
+}
+
+INLINE void act_and_mul_rows_with(const Activation *o, int64_t begin, int64_t end,
+                                  int activation) {
+    int64_t size = o->size;
+    for (int64_t row = begin; row < end; row++) {
+        const float *gates = o->x + row * 2 * size;
+        for (int64_t d = 0; d < size; d += VECTOR_WIDTH) {
+            vfloat gate = load_of_row(gates, d, size);
+            vfloat up = load_of_row(gates + size, d, size);
+            vfloat y = activation == ACT_SWIGLU_CLAMPED
+                           ? swiglu_clamped(gate, up, o->limit, o->alpha)
+                           : v_mul(activate(gate, activation), up);
+            store_of_row(o->y + row * size, d, size, y);
+        }
+    }
+}
+
+static void act_and_mul_rows(const void *operation, int64_t begin, int64_t end) {
+    const Activation *o = operation;
+    if (o->activation == ACT_SILU)
+        act_and_mul_rows_with(o, begin, end, ACT_SILU);
+    else if (o->activation == ACT_GELU_TANH)
+        act_and_mul_rows_with(o, begin, end, ACT_GELU_TANH);
+    else if (o->activation == ACT_GELU)
+        act_and_mul_rows_with(o, begin, end, ACT_GELU);
+    else if (o->activation == ACT_SWIGLU_CLAMPED)
+        act_and_mul_rows_with(o, begin, end, ACT_SWIGLU_CLAMPED);
+    else
+        act_and_mul_rows_with(o, begin, end, ACT_RELU2);
+}
+
+static int act_and_mul(const Activation *o) {
+    run_ranges(o->rows, 1 + ACT_MIN_ELEMENTS / o->size, act_and_mul_rows, o);
+    return 1;
+}
+
+INLINE void act_elements_with(const Activation *o, int64_t begin, int64_t end, int activation) {
+    for (int64_t i = begin; i < end; i += VECTOR_WIDTH)
+        store_of_row(o->y, i, end, activate(load_of_row(o->x, i, end), activation));
+}
+
+static void act_elements(const void *operation, int64_t begin, int64_t end) {
+    const Activation *o = operation;
+    if (o->activation == ACT_SILU)
+        act_elements_with(o, begin, end, ACT_SILU);
+    else if (o->activation == ACT_GELU_TANH)
+        act_elements_with(o, begin, end, ACT_GELU_TANH);
+    else if (o->activation == ACT_GELU)
+        act_elements_with(o, begin, end, ACT_GELU);
+    else
+        act_elements_with(o, begin, end, ACT_RELU2);
+}
+
+static int act(const Activation *o) {
+    run_ranges(o->rows * o->size, ACT_MIN_ELEMENTS, act_elements, o);
+    return 1;
+}
+
+/* log(1 + e^x); from 20 on, x itself, as in torch. */
+static float softplus(float x) {
+    return x > 20 ? x : log1pf(expf(x));
+}
+
+/* alpha_p x^2 + beta x for x > 0, otherwise alpha_n (e^m - 1 - x) + beta x with m = min(x, eps). */
+INLINE vfloat xielu_of(vfloat x, float alpha_p, float alpha_n, float beta, float eps) {
+    vfloat positive = v_mul(v_set(alpha_p), v_mul(x, x));
+    vfloat m = v_min(v_set(eps), x); /* in this order, NaN stays NaN */
+    vfloat difference = v_add(exp_minus_one_minus(m), v_sub(m, x));
+    vfloat negative = v_mul(v_set(alpha_n), difference);
+    vfloat y = v_select(v_less(v_zero(), x), positive, negative);
+    return v_fma(v_set(beta), x, y);
+}
+
+static void xielu_elements(const void *operation, int64_t begin, int64_t end) {
+    const Xielu *o = operation;
+    float alpha_p = softplus(*o->raw_alpha_p);
+    float alpha_n = *o->beta + softplus(*o->raw_alpha_n);
+    for (int64_t i = begin; i < end; i += VECTOR_WIDTH) {
+        vfloat x = load_of_row(o->x, i, end);
+        store_of_row(o->y, i, end, xielu_of(x, alpha_p, alpha_n, *o->beta, *o->eps));
+    }
+}
+
+static int xielu(const Xielu *o) {
+    run_ranges(o->size, ACT_MIN_ELEMENTS, xielu_elements, o);
+    return 1;
+}

@@ -1,0 +1,32 @@
+/* All kernels, for the level that the including file describes. */
+
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "cpu_kernels.h"
+#include "thread_pool.h"
+#include "vector_math.h"
+#include "vectors.h"
+
+#include "attention.h"
+#include "elementwise.h"
+#include "linear.h"
+
+const Kernels LEVEL_TABLE = {
+    .name = LEVEL_NAME,
+#if defined(LEVEL_BF16)
+    .has_bfloat16 = 1,
+#endif
+    .linear = linear,
+    .paged_attention = paged_attention,
+    .norm = norm,
+    .norm_heads = norm_heads,
+    .add_residual = add_residual,
+    .scale_tokens = scale_tokens,
+    .apply_rotary_emb = apply_rotary_emb,
+    .store_kv = store_kv,
+    .act_and_mul = act_and_mul,
+    .act = act,
+    .xielu = xielu,
+};

@@ -1,0 +1,18 @@
+/* The kernels for processors with AVX-512 with VNNI. */
+
+#if defined(__x86_64__)
+#define LEVEL_AVX512
+#define LEVEL_VNNI
+#define LEVEL_TABLE kernels_avx512_vnni
+#define LEVEL_NAME "avx512_vnni"
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni"))), apply_to = function)
+#else
+#pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")
+#endif
+#include "level.h"
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+#endif

@@ -1,0 +1,802 @@
+/* Linear layers with packed weights: y[rows, cols] = inputs[rows, depth] w[depth, cols] + bias.
+ *
+ * A weight is packed into panels of PANEL_WIDTH columns. A panel is a sequence of words of 32 bits,
+ * PANEL_WIDTH of them for each step over depth, one a column. A word holds as many consecutive
+ * values of its column as fit: one float32, two bfloat16, four int8 or eight 4-bit values. Steps
+ * read memory sequentially, and integer and bfloat16 instructions take words as they are.
+ *
+ * Inputs are float32, or rounded to bfloat16 or to int8 before the product (`Linear.inputs`).
+ * Integer sums are exact: every level gives the same bits. In other cases, an output is one chain
+ * of additions in the order of depth, group by group, in every tile. Results therefore do not
+ * depend on the number of rows or threads. They do depend on the level.
+ */
+
+enum {
+    VECTORS = PANEL_WIDTH / VECTOR_WIDTH, /* of a step over depth, in a panel */
+    MIN_PANELS = 4,                       /* the fewest panels of a piece with few rows */
+    PIECES_OF_THREAD = 4,
+    PIECE_BYTES = 1 << 18, /* the most bytes of weights of a piece with few rows */
+    ROW_BLOCK_BYTES = 1 << 18, /* of inputs that stay in the cache while panels change */
+    PREFETCH_BYTES = 1024,
+    /* Rows that are multiplied with packed weights. With more, float32 panels are made first. */
+    FEW_ROWS = 4,
+#if defined(LEVEL_AVX512)
+    FLOAT_ROWS = 12, /* rows and panels of a tile of float32 */
+    FLOAT_PANELS = 2,
+    INT8_ROWS = 8, /* the same of int8 */
+    INT8_PANELS = 2,
+    FEW_ROWS_PANELS = 4,
+#else
+    FLOAT_ROWS = 6,
+    FLOAT_PANELS = 1,
+    INT8_ROWS = 4,
+    INT8_PANELS = 1,
+    FEW_ROWS_PANELS = 2,
+#endif
+};
+
+INLINE int64_t min_int64(int64_t a, int64_t b) {
+    return a < b ? a : b;
+}
+
+INLINE int64_t max_int64(int64_t a, int64_t b) {
+    return a > b ? a : b;
+}
+
+/* ---- weights ---- */
+
+static const int8_t TWICE_FP4[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};
+
+/* Values of a word. */
+INLINE int word_values(int weight_type) {
+    return weight_type == WEIGHT_F32    ? 1
+           : weight_type <= WEIGHT_F16  ? 2
+           : weight_type == WEIGHT_INT8 ? 4
+                                        : 8;
+}
+
+/* Convert value i of each word to float; FP4 to twice its value, which is an integer. */
+INLINE vfloat word_value(int weight_type, vint words, int i) {
+    if (weight_type == WEIGHT_F32)
+        return vi_as_float(words);
+    if (weight_type == WEIGHT_BF16)
+        return vi_as_float(i ? vi_and(words, vi_set((int)0xffff0000)) : vi_shift_left(words, 16));
+    if (weight_type == WEIGHT_F16)
+        return vi_f16_to_float(i ? vi_shift_right(words, 16) : words);
+    if (weight_type == WEIGHT_INT8)
+        return vi_to_float(vi_shift_right_signed(vi_shift_left(words, 24 - 8 * i), 24));
+    /* Of byte b: the low half is value b, the high half value b + 4. */
+    vint codes = vi_shift_right(words, i < 4 ? 8 * i : 8 * (i - 4) + 4);
+    codes = vi_and(codes, vi_set(15));
+    if (weight_type == WEIGHT_INT4)
+        return vi_to_float(codes);
+    vint bytes = vi_lookup(TWICE_FP4, codes);
+    return vi_to_float(vi_shift_right_signed(vi_shift_left(bytes, 24), 24));
+}
+
+/* The bytes of 4-bit values 0 .. 3 (half 0) or 4 .. 7 (half 1) of each word. */
+INLINE vint bytes_of_half(int weight_type, vint words, int half) {
+    vint codes = vi_and(half ? vi_shift_right(words, 4) : words, vi_set(0x0f0f0f0f));
+    return weight_type == WEIGHT_INT4 ? codes : vi_lookup(TWICE_FP4, codes);
+}
+
+/* ---- results ---- */
+
+/* Scale the sums of one row, panel and group, add the previous groups and the bias, and store. */
+INLINE void store_sums(const Linear *p, int64_t row, int64_t panel, int64_t group, vfloat *sums) {
+    int64_t col = panel * PANEL_WIDTH;
+    float *y = p->y + row * p->y_stride + col;
+    float edge[PANEL_WIDTH]; /* used for the last panel, which may extend beyond y */
+    int64_t valid = p->cols - col < PANEL_WIDTH ? p->cols - col : PANEL_WIDTH;
+    if (valid < PANEL_WIDTH) {
+        memset(edge, 0, sizeof edge);
+        if (group)
+            memcpy(edge, y, valid * sizeof(float));
+        y = edge;
+    }
+#pragma GCC unroll 4
+    for (int v = 0; v < VECTORS; v++) {
+        int64_t column = group * p->padded_cols + col + v * VECTOR_WIDTH;
+        vfloat sum = sums[v];
+        if (p->input_scales)
+            sum = v_mul(sum, v_set(p->input_scales[row * p->n_groups + group]));
+        if (p->scales)
+            sum = v_mul(sum, v_load(p->scales + column));
+        if (p->offsets) { /* a group has one offset, so its contribution is sum(x) * offset */
+            vfloat inputs = v_set(p->input_sums[row * p->n_groups + group]);
+            sum = v_fnma(inputs, v_load(p->offsets + column), sum);
+        }
+        if (group)
+            sum = v_add(sum, v_load(y + v * VECTOR_WIDTH));
+        if (p->bias && group + 1 == p->n_groups)
+            sum = v_add(sum, v_load(p->bias + col + v * VECTOR_WIDTH));
+        v_store(y + v * VECTOR_WIDTH, sum);
+    }
+    if (valid < PANEL_WIDTH)
+        memcpy(p->y + row * p->y_stride + col, edge, valid * sizeof(float));
+}
+
+/* The same for integer sums. */
+INLINE void store_int_sums(const Linear *p, int weight_type, int64_t row, int64_t panel,
+                           int64_t group, vint *int_sums, int weight_offset) {
+    vfloat sums[VECTORS];
+    int32_t surplus = 0;
+    if (weight_type != WEIGHT_INT4 && weight_offset)
+        surplus = weight_offset * p->int_input_sums[row * p->n_groups + group];
+#pragma GCC unroll 4
+    for (int v = 0; v < VECTORS; v++)
+        sums[v] = vi_to_float(vi_sub(int_sums[v], vi_set(surplus)));
+    store_sums(p, row, panel, group, sums);
+}
+
+/* The words [*begin, *end) of a group. */
+INLINE void group_words(const Linear *p, int weight_type, int64_t group, int64_t *begin,
+                        int64_t *end) {
+    int values = word_values(weight_type);
+    *begin = group * p->group_size / values;
+    *end = ((group + 1) * p->group_size + values - 1) / values;
+}
+
+/* ---- inputs as float32 ---- */
+
+/* Compute n_rows rows of n_panels panels. */
+INLINE void float_tile(int weight_type, int n_rows, int n_panels, const Linear *p, int64_t row,
+                       int64_t panel) {
+    const int values = word_values(weight_type);
+    const float *x = p->float_inputs + row * p->float_stride;
+    vfloat acc[FEW_ROWS_PANELS][FLOAT_ROWS][VECTORS];
+    for (int64_t group = 0; group < p->n_groups; group++) {
+        int64_t begin;
+        int64_t end;
+        group_words(p, weight_type, group, &begin, &end);
+#pragma GCC unroll 16
+        for (int j = 0; j < n_panels; j++)
+#pragma GCC unroll 16
+            for (int i = 0; i < n_rows; i++)
+#pragma GCC unroll 4
+                for (int v = 0; v < VECTORS; v++)
+                    acc[j][i][v] = v_zero();
+        for (int64_t word = begin; word < end; word++)
+#pragma GCC unroll 16
+            for (int j = 0; j < n_panels; j++) {
+                const char *step =
+                    p->weight + (panel + j) * p->panel_bytes + word * PANEL_WIDTH * 4;
+                if (n_rows <= FEW_ROWS)
+                    __builtin_prefetch(step + PREFETCH_BYTES);
+                vint words[VECTORS];
+#pragma GCC unroll 4
+                for (int v = 0; v < VECTORS; v++)
+                    words[v] = vi_load(step + v * VECTOR_WIDTH * 4);
+#pragma GCC unroll 8
+                for (int k = 0; k < values; k++) {
+                    vfloat weights[VECTORS];
+#pragma GCC unroll 4
+                    for (int v = 0; v < VECTORS; v++)
+                        weights[v] = word_value(weight_type, words[v], k);
+#pragma GCC unroll 16
+                    for (int i = 0; i < n_rows; i++) {
+                        vfloat input = v_set(x[i * p->float_stride + word * values + k]);
+#pragma GCC unroll 4
+                        for (int v = 0; v < VECTORS; v++)
+                            acc[j][i][v] = v_fma(input, weights[v], acc[j][i][v]);
+                    }
+                }
+            }
+#pragma GCC unroll 16
+        for (int j = 0; j < n_panels; j++)
+#pragma GCC unroll 16
+            for (int i = 0; i < n_rows; i++)
+                store_sums(p, row + i, panel + j, group, acc[j][i]);
+    }
+}
+
+/* Some rows of the panels [panel, end_panel), n_panels at a time. */
+INLINE void float_rows(int weight_type, int n_rows, int n_panels, const Linear *p, int64_t row,
+                       int64_t panel, int64_t end_panel) {
+    for (; panel + n_panels <= end_panel; panel += n_panels)
+        float_tile(weight_type, n_rows, n_panels, p, row, panel);
+    for (; panel < end_panel; panel++)
+        float_tile(weight_type, n_rows, 1, p, row, panel);
+}
+
+/* A function for each weight type, for up to FEW_ROWS rows. A tile covers several panels, so that
+ * enough independent additions run at once to hide their latency. */
+#define DEFINE_FEW_ROWS(NAME, WEIGHT_TYPE)                                                         \
+    static void NAME(const Linear *p, int64_t row, int64_t n_rows, int64_t panel,                  \
+                     int64_t end_panel) {                                                          \
+        if (n_rows == 1)                                                                           \
+            float_rows(WEIGHT_TYPE, 1, FEW_ROWS_PANELS, p, row, panel, end_panel);                 \
+        else if (n_rows == 2)                                                                      \
+            float_rows(WEIGHT_TYPE, 2, FEW_ROWS_PANELS, p, row, panel, end_panel);                 \
+        else if (n_rows == 3)                                                                      \
+            float_rows(WEIGHT_TYPE, 3, FLOAT_PANELS, p, row, panel, end_panel);                    \
+        else                                                                                       \
+            float_rows(WEIGHT_TYPE, 4, FLOAT_PANELS, p, row, panel, end_panel);                    \
+    }
+DEFINE_FEW_ROWS(few_rows_f32, WEIGHT_F32)
+DEFINE_FEW_ROWS(few_rows_bf16, WEIGHT_BF16)
+DEFINE_FEW_ROWS(few_rows_f16, WEIGHT_F16)
+DEFINE_FEW_ROWS(few_rows_int8, WEIGHT_INT8)
+DEFINE_FEW_ROWS(few_rows_int4, WEIGHT_INT4)
+DEFINE_FEW_ROWS(few_rows_fp4, WEIGHT_FP4)
+
+typedef void (*RowsFunction)(const Linear *, int64_t row, int64_t n_rows, int64_t panel,
+                             int64_t end_panel);
+static const RowsFunction few_rows[] = {few_rows_f32,  few_rows_bf16, few_rows_f16,
+                                        few_rows_int8, few_rows_int4, few_rows_fp4};
+
+/* Up to FLOAT_ROWS rows of one or FLOAT_PANELS panels of float32. */
+#define FLOAT_CASE(N)                                                                              \
+    case N:                                                                                        \
+        float_rows(WEIGHT_F32, N <= FLOAT_ROWS ? N : 1, FLOAT_PANELS, p, row, panel, end_panel);   \
+        break;
+static void float32_rows(const Linear *p, int64_t row, int64_t n_rows, int64_t panel,
+                         int64_t end_panel) {
+    switch (n_rows) {
+        FLOAT_CASE(1)
+        FLOAT_CASE(2)
+        FLOAT_CASE(3)
+        FLOAT_CASE(4)
+        FLOAT_CASE(5)
+        FLOAT_CASE(6)
+#if defined(LEVEL_AVX512)
+        FLOAT_CASE(7)
+        FLOAT_CASE(8)
+        FLOAT_CASE(9)
+        FLOAT_CASE(10)
+        FLOAT_CASE(11)
+        FLOAT_CASE(12)
+#endif
+    }
+}
+
+/* Convert a panel to float32, once for many rows. */
+#define DEFINE_UNPACK(NAME, WEIGHT_TYPE)                                                           \
+    static void NAME(const char *panel, int64_t depth, float *to) {                                \
+        const int values = word_values(WEIGHT_TYPE);                                               \
+        for (int64_t word = 0; word * values < depth; word++)                                      \
+            for (int v = 0; v < VECTORS; v++) {                                                    \
+                vint words = vi_load(panel + (word * PANEL_WIDTH + v * VECTOR_WIDTH) * 4);         \
+                for (int k = 0; k < values; k++)                                                   \
+                    v_store(to + (word * values + k) * PANEL_WIDTH + v * VECTOR_WIDTH,             \
+                            word_value(WEIGHT_TYPE, words, k));                                    \
+            }                                                                                      \
+    }
+DEFINE_UNPACK(unpack_bf16, WEIGHT_BF16)
+DEFINE_UNPACK(unpack_f16, WEIGHT_F16)
+DEFINE_UNPACK(unpack_int8, WEIGHT_INT8)
+DEFINE_UNPACK(unpack_int4, WEIGHT_INT4)
+DEFINE_UNPACK(unpack_fp4, WEIGHT_FP4)
+typedef void (*UnpackFunction)(const char *panel, int64_t depth, float *to);
+static const UnpackFunction unpack_panel[] = {NULL,        unpack_bf16, unpack_f16,
+                                              unpack_int8, unpack_int4, unpack_fp4};
+
+static void float_block(const Linear *p, int64_t row, int64_t end_row, int64_t panel,
+                        int64_t end_panel) {
+    if (p->rows <= FEW_ROWS) {
+        few_rows[p->weight_type](p, row, end_row - row, panel, end_panel);
+        return;
+    }
+    Linear unpacked = *p; /* panels of float32, whose numbers begin with 0 */
+    if (p->weight_type != WEIGHT_F32) {
+        int64_t depth = (p->depth + 7) / 8 * 8; /* whole words */
+        unpacked.panel_bytes = depth * PANEL_WIDTH * sizeof(float);
+        unpacked.weight = thread_scratch(SCRATCH_PANELS, FLOAT_PANELS * unpacked.panel_bytes);
+        unpacked.weight_type = WEIGHT_F32;
+        if (unpacked.weight == NULL) { /* each tile converts them */
+            for (; row < end_row; row += FEW_ROWS)
+                few_rows[p->weight_type](p, row, min_int64(end_row - row, FEW_ROWS), panel,
+                                         end_panel);
+            return;
+        }
+    }
+    for (; panel < end_panel; panel += FLOAT_PANELS) {
+        int64_t n_panels = min_int64(end_panel - panel, FLOAT_PANELS);
+        if (p->weight_type != WEIGHT_F32) {
+            for (int64_t j = 0; j < n_panels; j++)
+                unpack_panel[p->weight_type](p->weight + (panel + j) * p->panel_bytes, p->depth,
+                                             (float *)(unpacked.weight + j * unpacked.panel_bytes));
+            /* So that the panel's number stays that of its columns. */
+            unpacked.weight -= panel * unpacked.panel_bytes;
+        }
+        for (int64_t r = row; r < end_row; r += FLOAT_ROWS)
+            float32_rows(&unpacked, r, min_int64(end_row - r, FLOAT_ROWS), panel,
+                         panel + n_panels);
+        if (p->weight_type != WEIGHT_F32)
+            unpacked.weight += panel * unpacked.panel_bytes;
+    }
+}
+
+/* ---- inputs as int8, products summed as integers ---- */
+
+/* The four inputs that belong to word `word` of int8. */
+INLINE vint four_inputs(const int8_t *inputs, int64_t word) {
+    int32_t four;
+    memcpy(&four, inputs + 4 * word, sizeof four);
+    return vi_set(four);
+}
+
+/* Compute n_rows rows of n_panels panels. */
+INLINE void int8_tile(int weight_type, int n_rows, int n_panels, const Linear *p, int64_t row,
+                      int64_t panel) {
+    const int8_t *inputs = (const int8_t *)p->rounded_inputs + row * p->padded_depth;
+    vint acc[FEW_ROWS_PANELS][INT8_ROWS][VECTORS];
+    for (int64_t group = 0; group < p->n_groups; group++) {
+        int64_t begin;
+        int64_t end;
+        group_words(p, weight_type, group, &begin, &end);
+#pragma GCC unroll 16
+        for (int j = 0; j < n_panels; j++)
+#pragma GCC unroll 16
+            for (int i = 0; i < n_rows; i++)
+#pragma GCC unroll 4
+                for (int v = 0; v < VECTORS; v++)
+                    acc[j][i][v] = vi_zero();
+        for (int64_t word = begin; word < end; word++)
+#pragma GCC unroll 16
+            for (int j = 0; j < n_panels; j++) {
+                const char *step =
+                    p->weight + (panel + j) * p->panel_bytes + word * PANEL_WIDTH * 4;
+                if (n_rows <= FEW_ROWS)
+                    __builtin_prefetch(step + PREFETCH_BYTES);
+#pragma GCC unroll 4
+                for (int v = 0; v < VECTORS; v++) {
+                    vint words = vi_load(step + v * VECTOR_WIDTH * 4);
+                    if (weight_type == WEIGHT_INT8) {
+                        vint weights = vi_dot_weights(words);
+#pragma GCC unroll 16
+                        for (int i = 0; i < n_rows; i++)
+                            acc[j][i][v] = vi_dot_8bit(
+                                acc[j][i][v], weights,
+                                four_inputs(inputs + i * p->padded_depth, word));
+                    } else {
+#pragma GCC unroll 2
+                        for (int half = 0; half < 2; half++) {
+                            vint weights = bytes_of_half(weight_type, words, half);
+                            if (weight_type == WEIGHT_FP4)
+                                weights = vi_dot_weights(weights);
+#pragma GCC unroll 16
+                            for (int i = 0; i < n_rows; i++) {
+                                vint four = four_inputs(inputs + i * p->padded_depth,
+                                                        2 * word + half);
+                                acc[j][i][v] =
+                                    weight_type == WEIGHT_INT4
+                                        ? vi_dot_4bit(acc[j][i][v], weights, four)
+                                        : vi_dot_8bit(acc[j][i][v], weights, four);
+                            }
+                        }
+                    }
+                }
+            }
+#pragma GCC unroll 16
+        for (int j = 0; j < n_panels; j++)
+#pragma GCC unroll 16
+            for (int i = 0; i < n_rows; i++)
+                store_int_sums(p, weight_type, row + i, panel + j, group, acc[j][i],
+                               DOT_WEIGHT_OFFSET);
+    }
+}
+
+INLINE void int8_rows(int weight_type, int n_rows, int n_panels, const Linear *p, int64_t row,
+                      int64_t panel, int64_t end_panel) {
+    for (; panel + n_panels <= end_panel; panel += n_panels)
+        int8_tile(weight_type, n_rows, n_panels, p, row, panel);
+    for (; panel < end_panel; panel++)
+        int8_tile(weight_type, n_rows, 1, p, row, panel);
+}
+
+#define DEFINE_INT8_BLOCK(NAME, WEIGHT_TYPE)                                                       \
+    static void NAME(const Linear *p, int64_t row, int64_t end_row, int64_t panel,                 \
+                     int64_t end_panel) {                                                          \
+        for (; end_row - row >= INT8_ROWS; row += INT8_ROWS)                                       \
+            int8_rows(WEIGHT_TYPE, INT8_ROWS, INT8_PANELS, p, row, panel, end_panel);              \
+        for (; end_row - row >= 4; row += 4)                                                       \
+            int8_rows(WEIGHT_TYPE, 4, INT8_PANELS, p, row, panel, end_panel);                      \
+        if (end_row - row == 3)                                                                    \
+            int8_rows(WEIGHT_TYPE, 3, INT8_PANELS, p, row, panel, end_panel);                      \
+        else if (end_row - row == 2)                                                               \
+            int8_rows(WEIGHT_TYPE, 2, FEW_ROWS_PANELS, p, row, panel, end_panel);                  \
+        else if (end_row - row == 1)                                                               \
+            int8_rows(WEIGHT_TYPE, 1, FEW_ROWS_PANELS, p, row, panel, end_panel);                  \
+    }
+DEFINE_INT8_BLOCK(int8_block_int8, WEIGHT_INT8)
+DEFINE_INT8_BLOCK(int8_block_int4, WEIGHT_INT4)
+DEFINE_INT8_BLOCK(int8_block_fp4, WEIGHT_FP4)
+
+/* Quantize one row, with a scale for each group: the largest magnitude of a group becomes 127.
+ * A group with NaN or infinity gets the scale NaN, so that its outputs are NaN. */
+static void quantize_row(const Linear *p, int64_t row) {
+    const float *x = p->x + row * p->x_stride;
+    int8_t *q = (int8_t *)p->rounded_inputs + row * p->padded_depth;
+    for (int64_t group = 0; group < p->n_groups; group++) {
+        int64_t begin = group * p->group_size;
+        int64_t end = begin + p->group_size;
+        vfloat largest_lanes = v_zero();
+        vfloat not_finite = v_zero(); /* 0 * x: 0 where x is finite, else NaN */
+        for (int64_t k = begin; k < end; k += VECTOR_WIDTH) {
+            vfloat v = end - k < VECTOR_WIDTH ? v_load_first(x + k, end - k) : v_load(x + k);
+            largest_lanes = v_max(largest_lanes, v_abs(v));
+            not_finite = v_fma(v, v_zero(), not_finite);
+        }
+        /* The smallest scale avoids a division by zero for a group of zeros. */
+        float scale = v_largest(largest_lanes) / 127.0f;
+        scale = (scale > 1e-12f ? scale : 1e-12f) + v_sum(not_finite);
+        int32_t sum = 0;
+        for (int64_t k = begin; k < end; k += VECTOR_WIDTH) {
+            int8_t edge[VECTOR_WIDTH];
+            int64_t valid = end - k < VECTOR_WIDTH ? end - k : VECTOR_WIDTH;
+            vfloat v = valid < VECTOR_WIDTH ? v_load_first(x + k, valid) : v_load(x + k);
+            v_store_int8(edge, v_div(v, v_set(scale)));
+            memcpy(q + k, edge, valid);
+        }
+        for (int64_t k = begin; k < end; k++)
+            sum += q[k];
+        p->input_scales[row * p->n_groups + group] = scale;
+        p->int_input_sums[row * p->n_groups + group] = sum;
+        p->input_sums[row * p->n_groups + group] = scale * (float)sum;
+    }
+    memset(q + p->depth, 0, p->padded_depth - p->depth);
+}
+
+/* ---- inputs as bfloat16 ---- */
+
+#if defined(LEVEL_BF16)
+/* Round a row to bfloat16: to the nearest, ties to even. */
+static void round_row_to_bf16(const Linear *p, int64_t row) {
+    const float *x = p->x + row * p->x_stride;
+    uint16_t *to = (uint16_t *)p->rounded_inputs + row * p->padded_depth;
+    int64_t k = 0;
+    for (; k + VECTOR_WIDTH <= p->depth; k += VECTOR_WIDTH)
+        v_store_bf16(to + k, v_load(x + k));
+    if (k < p->depth) {
+        uint16_t edge[VECTOR_WIDTH];
+        v_store_bf16(edge, v_load_first(x + k, p->depth - k));
+        memcpy(to + k, edge, (p->depth - k) * sizeof *to);
+    }
+    memset(to + p->depth, 0, (p->padded_depth - p->depth) * sizeof *to);
+}
+#endif
+
+#if defined(LEVEL_BF16) && !defined(LEVEL_AMX)
+INLINE void bf16_tile(int n_rows, int n_panels, const Linear *p, int64_t row, int64_t panel) {
+    const uint16_t *inputs = (const uint16_t *)p->rounded_inputs + row * p->padded_depth;
+    vfloat acc[FEW_ROWS_PANELS][INT8_ROWS][1];
+    for (int64_t group = 0; group < p->n_groups; group++) {
+        int64_t begin;
+        int64_t end;
+        group_words(p, WEIGHT_BF16, group, &begin, &end);
+#pragma GCC unroll 16
+        for (int j = 0; j < n_panels; j++)
+#pragma GCC unroll 16
+            for (int i = 0; i < n_rows; i++)
+                acc[j][i][0] = v_zero();
+        for (int64_t word = begin; word < end; word++)
+#pragma GCC unroll 16
+            for (int j = 0; j < n_panels; j++) {
+                const char *step =
+                    p->weight + (panel + j) * p->panel_bytes + word * PANEL_WIDTH * 4;
+                if (n_rows <= FEW_ROWS)
+                    __builtin_prefetch(step + PREFETCH_BYTES);
+                vint words = vi_load(step);
+#pragma GCC unroll 16
+                for (int i = 0; i < n_rows; i++) {
+                    int32_t two;
+                    memcpy(&two, inputs + i * p->padded_depth + 2 * word, sizeof two);
+                    acc[j][i][0] = v_dot_bf16(acc[j][i][0], words, vi_set(two));
+                }
+            }
+#pragma GCC unroll 16
+        for (int j = 0; j < n_panels; j++)
+#pragma GCC unroll 16
+            for (int i = 0; i < n_rows; i++)
+                store_sums(p, row + i, panel + j, group, acc[j][i]);
+    }
+}
+
+INLINE void bf16_rows(int n_rows, int n_panels, const Linear *p, int64_t row, int64_t panel,
+                      int64_t end_panel) {
+    for (; panel + n_panels <= end_panel; panel += n_panels)
+        bf16_tile(n_rows, n_panels, p, row, panel);
+    for (; panel < end_panel; panel++)
+        bf16_tile(n_rows, 1, p, row, panel);
+}
+
+static void bf16_block(const Linear *p, int64_t row, int64_t end_row, int64_t panel,
+                       int64_t end_panel) {
+    for (; end_row - row >= INT8_ROWS; row += INT8_ROWS)
+        bf16_rows(INT8_ROWS, INT8_PANELS, p, row, panel, end_panel);
+    for (; end_row - row >= 4; row += 4)
+        bf16_rows(4, INT8_PANELS, p, row, panel, end_panel);
+    for (; end_row - row >= 2; row += 2)
+        bf16_rows(2, FEW_ROWS_PANELS, p, row, panel, end_panel);
+    if (end_row - row == 1)
+        bf16_rows(1, FEW_ROWS_PANELS, p, row, panel, end_panel);
+}
+#endif
+
+/* ---- AMX: products of tiles of 16 rows ---- */
+
+#if defined(LEVEL_AMX)
+enum { AMX_ROWS = 16, AMX_WORDS = 16 }; /* of a tile: rows, and words of 32 bits in a row */
+
+/* All tiles have 16 rows of 64 bytes. Tiles 0 .. 3 hold sums, 4 and 5 inputs, 6 and 7 weights. */
+static void configure_tiles(void) {
+    struct {
+        uint8_t palette;
+        uint8_t start_row;
+        uint8_t reserved[14];
+        uint16_t row_bytes[16];
+        uint8_t rows[16];
+    } __attribute__((packed)) config = {.palette = 1};
+    for (int i = 0; i < 8; i++) {
+        config.row_bytes[i] = 64;
+        config.rows[i] = AMX_ROWS;
+    }
+    _tile_loadconfig(&config);
+}
+
+/* Sums of the words [begin, end), a multiple of AMX_WORDS, for two blocks of 16 rows and two
+ * panels. sums: [row block, panel][row, column]. */
+INLINE void amx_product(int is_bf16, int two_row_blocks, const char *inputs, int64_t row_bytes,
+                        const char *panels, int64_t panel_bytes, int64_t begin, int64_t end,
+                        char sums[2][2][AMX_ROWS * PANEL_WIDTH * 4]) {
+    _tile_zero(0);
+    _tile_zero(1);
+    if (two_row_blocks) {
+        _tile_zero(2);
+        _tile_zero(3);
+    }
+    for (int64_t word = begin; word < end; word += AMX_WORDS) {
+        const char *weights = panels + word * PANEL_WIDTH * 4;
+        __builtin_prefetch(weights + PREFETCH_BYTES);
+        _tile_loadd(6, weights, 64);
+        _tile_loadd(7, weights + panel_bytes, 64);
+        _tile_loadd(4, inputs + word * 4, row_bytes);
+        if (is_bf16) {
+            _tile_dpbf16ps(0, 4, 6);
+            _tile_dpbf16ps(1, 4, 7);
+        } else {
+            _tile_dpbssd(0, 4, 6);
+            _tile_dpbssd(1, 4, 7);
+        }
+        if (two_row_blocks) {
+            _tile_loadd(5, inputs + AMX_ROWS * row_bytes + word * 4, row_bytes);
+            if (is_bf16) {
+                _tile_dpbf16ps(2, 5, 6);
+                _tile_dpbf16ps(3, 5, 7);
+            } else {
+                _tile_dpbssd(2, 5, 6);
+                _tile_dpbssd(3, 5, 7);
+            }
+        }
+    }
+    _tile_stored(0, sums[0][0], 64);
+    _tile_stored(1, sums[0][1], 64);
+    if (two_row_blocks) {
+        _tile_stored(2, sums[1][0], 64);
+        _tile_stored(3, sums[1][1], 64);
+    }
+}
+
+/* The rows [row, end_row), at most 32, of one or two panels. */
+INLINE void amx_tile(int is_bf16, const Linear *p, int64_t row, int64_t end_row,
+                     const char *panels, int64_t panel_bytes, int64_t panel, int64_t n_panels) {
+    char sums[2][2][AMX_ROWS * PANEL_WIDTH * 4] __attribute__((aligned(64)));
+    int weight_type = is_bf16 ? WEIGHT_BF16 : WEIGHT_INT8;
+    int64_t row_bytes = p->padded_depth * (is_bf16 ? 2 : 1);
+    const char *inputs = (const char *)p->rounded_inputs + row * row_bytes;
+    for (int64_t group = 0; group < p->n_groups; group++) {
+        int64_t begin;
+        int64_t end;
+        group_words(p, weight_type, group, &begin, &end);
+        end = (end + AMX_WORDS - 1) / AMX_WORDS * AMX_WORDS; /* padded with zeros */
+        if (end_row - row > AMX_ROWS)
+            amx_product(is_bf16, 1, inputs, row_bytes, panels, panel_bytes, begin, end, sums);
+        else
+            amx_product(is_bf16, 0, inputs, row_bytes, panels, panel_bytes, begin, end, sums);
+        for (int64_t r = row; r < end_row; r++)
+            for (int64_t j = 0; j < n_panels; j++) {
+                int64_t i = r - row;
+                const char *sum = sums[i / AMX_ROWS][j] + i % AMX_ROWS * PANEL_WIDTH * 4;
+                if (is_bf16) {
+                    vfloat values = v_load((const float *)sum);
+                    store_sums(p, r, panel + j, group, &values);
+                } else {
+                    vint values = vi_load(sum);
+                    store_int_sums(p, p->weight_type, r, panel + j, group, &values, 0);
+                }
+            }
+    }
+}
+
+/* Convert a panel of 4-bit values to int8. */
+#define DEFINE_UNPACK_TO_INT8(NAME, WEIGHT_TYPE)                                                   \
+    static void NAME(const char *panel, int64_t padded_depth, char *to) {                          \
+        for (int64_t word = 0; word < padded_depth / 8; word++) {                                  \
+            vint words = vi_load(panel + word * PANEL_WIDTH * 4);                                  \
+            vi_store(to + 2 * word * PANEL_WIDTH * 4, bytes_of_half(WEIGHT_TYPE, words, 0));       \
+            vi_store(to + (2 * word + 1) * PANEL_WIDTH * 4, bytes_of_half(WEIGHT_TYPE, words, 1)); \
+        }                                                                                          \
+    }
+DEFINE_UNPACK_TO_INT8(unpack_int4_to_int8, WEIGHT_INT4)
+DEFINE_UNPACK_TO_INT8(unpack_fp4_to_int8, WEIGHT_FP4)
+
+/* Whether groups consist of whole tiles. */
+static int amx_supports(const Linear *p) {
+    int values = p->inputs == INPUTS_BF16 ? 2 : 4;
+    return p->n_groups == 1 || p->group_size % (AMX_WORDS * values) == 0;
+}
+
+static void amx_block(const Linear *p, int64_t row, int64_t end_row, int64_t panel,
+                      int64_t end_panel) {
+    int is_4bit = p->weight_type == WEIGHT_INT4 || p->weight_type == WEIGHT_FP4;
+    int64_t int8_bytes = p->padded_depth * PANEL_WIDTH;
+    char *unpacked = is_4bit ? thread_scratch(SCRATCH_PANELS, 2 * int8_bytes) : NULL;
+    configure_tiles();
+    for (; panel < end_panel; panel += 2) {
+        int64_t n_panels = min_int64(end_panel - panel, 2);
+        const char *panels = p->weight + panel * p->panel_bytes;
+        int64_t panel_bytes = p->panel_bytes;
+        if (unpacked) {
+            for (int64_t j = 0; j < n_panels; j++)
+                (p->weight_type == WEIGHT_INT4 ? unpack_int4_to_int8 : unpack_fp4_to_int8)(
+                    panels + j * p->panel_bytes, p->padded_depth, unpacked + j * int8_bytes);
+            panels = unpacked;
+            panel_bytes = int8_bytes;
+        }
+        if (n_panels == 1)
+            panel_bytes = 0; /* the second panel is not there: the first is multiplied twice */
+        for (int64_t r = row; r < end_row; r += 2 * AMX_ROWS) {
+            int64_t end = min_int64(end_row, r + 2 * AMX_ROWS);
+            if (p->inputs == INPUTS_BF16)
+                amx_tile(1, p, r, end, panels, panel_bytes, panel, n_panels);
+            else
+                amx_tile(0, p, r, end, panels, panel_bytes, panel, n_panels);
+        }
+    }
+    _tile_release();
+}
+#endif
+
+/* ---- the layer ---- */
+
+typedef void (*BlockFunction)(const Linear *, int64_t row, int64_t end_row, int64_t panel,
+                              int64_t end_panel);
+
+/* The operation that the threads divide among themselves. */
+typedef struct {
+    Linear layer;
+    BlockFunction block;
+    int64_t block_rows; /* of a piece */
+    int64_t block_panels;
+    int64_t n_chunks; /* of panels */
+} LinearOperation;
+
+static void linear_piece(const void *operation, int64_t piece) {
+    const LinearOperation *o = operation;
+    int64_t row = piece / o->n_chunks * o->block_rows;
+    int64_t panel = piece % o->n_chunks * o->block_panels;
+    int64_t n_panels = o->layer.padded_cols / PANEL_WIDTH;
+    o->block(&o->layer, row, min_int64(row + o->block_rows, o->layer.rows), panel,
+             min_int64(panel + o->block_panels, n_panels));
+}
+
+static void prepare_row(const Linear *p, int64_t row) {
+    if (p->inputs == INPUTS_INT8) {
+        quantize_row(p, row);
+        return;
+    }
+#if defined(LEVEL_BF16)
+    if (p->inputs == INPUTS_BF16) {
+        round_row_to_bf16(p, row);
+        if (!p->offsets)
+            return;
+    }
+#endif
+    const float *x = p->x + row * p->x_stride;
+    if (p->float_inputs != p->x && p->inputs == INPUTS_F32) { /* a copy, padded with zeros */
+        float *copy = (float *)p->float_inputs + row * p->float_stride;
+        memcpy(copy, x, p->depth * sizeof(float));
+        memset(copy + p->depth, 0, (p->float_stride - p->depth) * sizeof(float));
+    }
+    if (p->offsets)
+        for (int64_t group = 0; group < p->n_groups; group++) {
+            const float *values = x + group * p->group_size;
+            vfloat lanes = v_zero();
+            int64_t k = 0;
+            for (; k + VECTOR_WIDTH <= p->group_size; k += VECTOR_WIDTH)
+                lanes = v_add(lanes, v_load(values + k));
+            if (k < p->group_size)
+                lanes = v_add(lanes, v_load_first(values + k, p->group_size - k));
+            p->input_sums[row * p->n_groups + group] = v_sum(lanes);
+        }
+}
+
+static void prepare_rows(const void *operation, int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; row++)
+        prepare_row(operation, row);
+}
+
+/* Allocate and fill what `p` needs of its inputs. Returns 0 when out of memory. */
+static int prepare_inputs(Linear *p) {
+    int64_t padded_rows = (p->rows + 31) / 32 * 32; /* AMX reads whole tiles */
+    int64_t words = word_values(p->weight_type);
+    int copies = p->inputs == INPUTS_F32 && p->depth % words != 0;
+    size_t per_group = padded_rows * p->n_groups * sizeof(float);
+    size_t input_bytes = 0;
+    if (p->inputs != INPUTS_F32)
+        input_bytes = padded_rows * p->padded_depth * (p->inputs == INPUTS_BF16 ? 2 : 1);
+    else if (copies)
+        input_bytes = p->rows * p->padded_depth * sizeof(float);
+    p->float_inputs = p->x;
+    p->float_stride = p->x_stride;
+    if (input_bytes == 0 && p->offsets == NULL)
+        return 1;
+    input_bytes = (input_bytes + 63) / 64 * 64;
+    char *memory = thread_scratch(SCRATCH_INPUTS, input_bytes + 3 * per_group);
+    if (memory == NULL)
+        return 0;
+    p->rounded_inputs = memory;
+    p->input_sums = (float *)(memory + input_bytes);
+    if (p->inputs == INPUTS_INT8) {
+        p->input_scales = (float *)(memory + input_bytes + per_group);
+        p->int_input_sums = (int32_t *)(memory + input_bytes + 2 * per_group);
+    } else if (copies) {
+        p->float_inputs = (float *)memory;
+        p->float_stride = p->padded_depth;
+    }
+    run_ranges(p->rows, 1 + PARALLEL_MIN_ELEMENTS / p->depth, prepare_rows, p);
+    return 1;
+}
+
+static BlockFunction block_function(const Linear *p) {
+#if defined(LEVEL_AMX)
+    if (p->inputs == INPUTS_BF16 || (p->inputs == INPUTS_INT8 && p->rows > FEW_ROWS))
+        if (amx_supports(p))
+            return amx_block;
+#endif
+#if defined(LEVEL_BF16) && !defined(LEVEL_AMX)
+    if (p->inputs == INPUTS_BF16)
+        return bf16_block;
+#endif
+    if (p->inputs == INPUTS_INT8)
+        return p->weight_type == WEIGHT_INT8   ? int8_block_int8
+               : p->weight_type == WEIGHT_INT4 ? int8_block_int4
+                                               : int8_block_fp4;
+    return float_block;
+}
+
+static int linear(const Linear *layer) {
+    LinearOperation o = {.layer = *layer};
+    Linear *p = &o.layer;
+    int64_t n_panels = (p->cols + PANEL_WIDTH - 1) / PANEL_WIDTH;
+    p->padded_cols = n_panels * PANEL_WIDTH;
+    p->padded_depth = (p->depth + DEPTH_MULTIPLE - 1) / DEPTH_MULTIPLE * DEPTH_MULTIPLE;
+    p->panel_bytes = (p->weight_type == WEIGHT_F32 ? p->depth : p->padded_depth) /
+                     word_values(p->weight_type) * PANEL_WIDTH * 4;
+    p->n_groups = p->depth / p->group_size;
+#if defined(LEVEL_AMX)
+    if (p->inputs == INPUTS_BF16 && !amx_supports(p))
+        p->inputs = INPUTS_F32;
+#endif
+    if (!prepare_inputs(p))
+        return 0;
+    o.block = block_function(p);
+    int64_t turns = num_threads() * PIECES_OF_THREAD;
+    int64_t n_row_blocks = 1;
+    o.block_rows = p->rows;
+    if (p->rows <= FEW_ROWS) {
+        o.block_panels = max_int64((n_panels + turns - 1) / turns, MIN_PANELS);
+        o.block_panels = min_int64(o.block_panels, PIECE_BYTES / p->panel_bytes + 1);
+    } else {
+        int64_t row_bytes = p->depth * (p->inputs == INPUTS_F32 ? 4 : 2);
+        o.block_rows = max_int64(ROW_BLOCK_BYTES / row_bytes / 48, 1) * 48;
+        n_row_blocks = (p->rows + o.block_rows - 1) / o.block_rows;
+        o.block_panels = max_int64(n_panels * n_row_blocks / turns, 2);
+        o.block_panels = min_int64(o.block_panels, 32);
+    }
+    o.block_panels = (o.block_panels + 1) / 2 * 2; /* tiles are of two panels */
+    o.n_chunks = (n_panels + o.block_panels - 1) / o.block_panels;
+    run_pieces(n_row_blocks * o.n_chunks, linear_piece, &o);
+    return 1;
+}

@@ -1,0 +1,213 @@
+/* The thread pool.
+ *
+ * OpenMP gives each thread its share of an operation and waits for all of them. When another
+ * process runs on a core, the thread there starts its share some milliseconds late, and every
+ * operation of a step waits for it. Here threads take pieces as they come. A thread that does not
+ * come costs nothing. The caller waits only for pieces that others have taken, and helpers give up
+ * the core between two pieces, so that they are rarely interrupted within one.
+ */
+
+#define _GNU_SOURCE
+#include "thread_pool.h"
+
+#include <pthread.h>
+#include <sched.h>
+#include <stdatomic.h>
+#include <stdlib.h>
+#include <time.h>
+
+enum {
+    MAX_THREADS = 256,
+    PIECES_PER_THREAD = 4,
+    PIECE_BITS = 20,     /* of the ticket: the next piece, and as many for the number of pieces */
+    SPIN_NS = 100000,    /* a helper without work looks for some for so long before it sleeps */
+    CALLER_SPINS = 2000, /* how often a caller looks whether the last pieces have ended, before it
+                            lets other threads run */
+    YIELD_NS = 1000000   /* a helper lets other processes run after so long */
+};
+
+static struct {
+    /* The operation's number, its number of pieces, and the next piece that nobody has taken. */
+    _Atomic uint64_t ticket;
+    _Atomic int64_t n_ended; /* pieces of the operation that have ended */
+    RunPiece run;
+    const void *operation;
+    pthread_mutex_t caller; /* held by the thread whose operation it is */
+    pthread_mutex_t mutex;  /* of `work_came` */
+    pthread_cond_t work_came;
+    _Atomic int n_sleeping;
+    _Atomic int n_threads; /* wanted, the caller included */
+    int n_helpers;         /* started */
+} pool = {
+    .caller = PTHREAD_MUTEX_INITIALIZER,
+    .mutex = PTHREAD_MUTEX_INITIALIZER,
+    .work_came = PTHREAD_COND_INITIALIZER,
+    .n_threads = 1,
+};
+
+static const uint64_t PIECE_MASK = (1 << PIECE_BITS) - 1;
+
+static int64_t now_ns(void) {
+    struct timespec time;
+    clock_gettime(CLOCK_MONOTONIC, &time);
+    return time.tv_sec * 1000000000LL + time.tv_nsec;
+}
+
+static inline void pause_cpu(void) {
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    __asm__ volatile("yield");
+#endif
+}
+
+static int has_pieces(uint64_t ticket) {
+    return (ticket & PIECE_MASK) < (ticket >> PIECE_BITS & PIECE_MASK);
+}
+
+/* Take the next piece and run it. Returns 0 when there is none. */
+static int run_next_piece(void) {
+    uint64_t ticket = atomic_load_explicit(&pool.ticket, memory_order_acquire);
+    do {
+        if (!has_pieces(ticket))
+            return 0;
+    } while (!atomic_compare_exchange_weak_explicit(&pool.ticket, &ticket, ticket + 1,
+                                                    memory_order_acq_rel, memory_order_acquire));
+    /* The operation cannot end before this piece does, so that these two do not change. */
+    pool.run(pool.operation, ticket & PIECE_MASK);
+    atomic_fetch_add_explicit(&pool.n_ended, 1, memory_order_release);
+    return 1;
+}
+
+static void sleep_until_work_comes(void) {
+    pthread_mutex_lock(&pool.mutex);
+    atomic_fetch_add(&pool.n_sleeping, 1);
+    while (!has_pieces(atomic_load(&pool.ticket)))
+        pthread_cond_wait(&pool.work_came, &pool.mutex);
+    atomic_fetch_sub(&pool.n_sleeping, 1);
+    pthread_mutex_unlock(&pool.mutex);
+}
+
+static void *help(void *number) {
+    int64_t last_work = now_ns();
+    int64_t last_yield = last_work;
+    for (;;) {
+        while ((intptr_t)number < atomic_load(&pool.n_threads) && run_next_piece()) {
+            last_work = now_ns();
+            if (last_work - last_yield > YIELD_NS) {
+                sched_yield();
+                last_yield = now_ns();
+            }
+        }
+        for (int i = 0; i < 32 && !has_pieces(atomic_load(&pool.ticket)); i++)
+            pause_cpu();
+        if (now_ns() - last_work > SPIN_NS) {
+            sleep_until_work_comes();
+            last_work = last_yield = now_ns();
+        }
+    }
+    return NULL;
+}
+
+/* A child process has no helpers; it starts its own. */
+static void forget_helpers(void) {
+    pthread_mutex_init(&pool.caller, NULL);
+    pthread_mutex_init(&pool.mutex, NULL);
+    pthread_cond_init(&pool.work_came, NULL);
+    atomic_store(&pool.ticket, 0);
+    atomic_store(&pool.n_sleeping, 0);
+    pool.n_helpers = 0;
+}
+
+static void start_helpers(void) {
+    static int is_registered = 0;
+    if (!is_registered)
+        pthread_atfork(NULL, NULL, forget_helpers);
+    is_registered = 1;
+    while (pool.n_helpers + 1 < atomic_load(&pool.n_threads)) {
+        pthread_t thread;
+        intptr_t number = pool.n_helpers + 1;
+        if (pthread_create(&thread, NULL, help, (void *)number))
+            return;
+        pthread_detach(thread);
+        pool.n_helpers++;
+    }
+}
+
+void set_num_threads(int n) {
+    atomic_store(&pool.n_threads, n < 1 ? 1 : n > MAX_THREADS ? MAX_THREADS : n);
+}
+
+int num_threads(void) {
+    return atomic_load(&pool.n_threads);
+}
+
+void run_pieces(int64_t n_pieces, RunPiece run, const void *operation) {
+    /* Another thread's operation may have the helpers; then this one has no help. */
+    if (n_pieces <= 1 || num_threads() == 1 || pthread_mutex_trylock(&pool.caller)) {
+        for (int64_t piece = 0; piece < n_pieces; piece++)
+            run(operation, piece);
+        return;
+    }
+    if (pool.n_helpers + 1 < num_threads())
+        start_helpers();
+    pool.run = run;
+    pool.operation = operation;
+    atomic_store_explicit(&pool.n_ended, 0, memory_order_relaxed);
+    uint64_t operation_number = (atomic_load(&pool.ticket) >> 2 * PIECE_BITS) + 1;
+    atomic_store(&pool.ticket,
+                 operation_number << 2 * PIECE_BITS | (uint64_t)n_pieces << PIECE_BITS);
+    if (atomic_load(&pool.n_sleeping)) {
+        pthread_mutex_lock(&pool.mutex);
+        pthread_cond_broadcast(&pool.work_came);
+        pthread_mutex_unlock(&pool.mutex);
+    }
+    while (run_next_piece())
+        continue;
+    for (int spins = 0; atomic_load_explicit(&pool.n_ended, memory_order_acquire) < n_pieces;) {
+        if (spins++ < CALLER_SPINS)
+            pause_cpu();
+        else
+            sched_yield();
+    }
+    pthread_mutex_unlock(&pool.caller);
+}
+
+typedef struct {
+    RunRange run;
+    const void *operation;
+    int64_t n_items;
+    int64_t items_per_piece;
+} Ranges;
+
+static void run_range(const void *operation, int64_t piece) {
+    const Ranges *ranges = operation;
+    int64_t begin = piece * ranges->items_per_piece;
+    int64_t end = begin + ranges->items_per_piece;
+    ranges->run(ranges->operation, begin, end < ranges->n_items ? end : ranges->n_items);
+}
+
+void run_ranges(int64_t n_items, int64_t min_items, RunRange run, const void *operation) {
+    int64_t wanted = num_threads() * PIECES_PER_THREAD;
+    Ranges ranges = {run, operation, n_items, (n_items + wanted - 1) / wanted};
+    if (ranges.items_per_piece < min_items)
+        ranges.items_per_piece = min_items;
+    if (ranges.items_per_piece >= n_items)
+        run(operation, 0, n_items);
+    else
+        run_pieces((n_items + ranges.items_per_piece - 1) / ranges.items_per_piece, run_range,
+                   &ranges);
+}
+
+void *thread_scratch(int kind, size_t bytes) {
+    static _Thread_local void *memory[SCRATCH_KINDS];
+    static _Thread_local size_t size[SCRATCH_KINDS];
+    if (bytes > size[kind]) {
+        free(memory[kind]);
+        size[kind] = (bytes + 4095) / 4096 * 4096;
+        memory[kind] = aligned_alloc(64, size[kind]);
+        if (memory[kind] == NULL)
+            size[kind] = 0;
+    }
+    return memory[kind];
+}
