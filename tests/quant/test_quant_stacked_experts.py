@@ -24,7 +24,7 @@ from llmkit.checkpoint.open_checkpoint import open_checkpoint
 from llmkit.checkpoint.tokenizer import load_tokenizer
 from llmkit.common.errors import InputError
 from llmkit.common.progress import SilentProgress
-from llmkit.model.families import checkpoint_spec
+from llmkit.model.families import checkpoint_spec, unstack_experts
 from llmkit.model.full_forward import window_logits
 from llmkit.model.parameter_table import parameters
 from llmkit.model.unstacked_experts import with_unstacked_experts
@@ -213,6 +213,19 @@ def test_report_names_starved_experts_of_a_stack(
     assert entries["layers.0.mlp.experts.2.down"]["fallback"] == (
         "saw 0 calibration tokens of the 128 an expert needs"
     )
+
+
+@pytest.mark.parametrize("family", MODULES)
+def test_scales_move_from_up_to_down_of_experts_unless_up_is_clamped(
+    sources: Callable[[str], Path], family: str
+) -> None:
+    spec = checkpoint_spec(open_checkpoint(sources(family)))
+    for form in (spec, unstack_experts(spec)):
+        rows = {row.name: row for row in parameters(form)}
+        gate_up = rows["layers.1.mlp.experts.2.gate_up.weight"]
+        assert gate_up.input_from is None
+        down = rows["layers.1.mlp.experts.2.down.weight"]
+        assert down.input_from == (None if family == "gpt-oss" else gate_up.name)
 
 
 def test_kept_experts_are_unstacked_too(sources: Callable[[str], Path], tmp_path: Path) -> None:
