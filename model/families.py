@@ -167,7 +167,7 @@ def _check_values(spec: ModelSpec) -> None:
 # What a user is told when a model runs by the fallback, and what that costs.
 FALLBACK = (
     "fallback: no family of llmkit's own, runs by transformers' modeling code; slower (projections"
-    " are not fused, no recorded decode steps), whole in memory, one rank, no adapters"
+    " are not fused, no recorded decode steps), whole in memory to calibrate, no adapters, no --pp"
 )
 
 
@@ -198,7 +198,10 @@ def support(spec: ModelSpec) -> tuple[str, str]:
     if spec.transformers is None:
         family = "a family of llmkit's own"
         return "native", f"its text model is {family}" if spec.architecture in WRAPPERS else family
-    return "fallback", "no family of llmkit's own; runs by transformers' modeling code on one rank"
+    ranks = "on several ranks (TP), too"
+    if spec.transformers.tp_refusal:
+        ranks = f"on one rank, because {spec.transformers.tp_refusal}"
+    return "fallback", f"no family of llmkit's own; runs by transformers' modeling code, {ranks}"
 
 
 def _fallback_spec(config: dict[str, Any], tensors: Collection[str]) -> ModelSpec:

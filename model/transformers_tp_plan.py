@@ -114,6 +114,10 @@ def tensor_splits(
         count = size
         if tensor.name.startswith(("embed.", "lm_head.")) and axis.dim == 0:
             kind = "vocab"
+        elif name.startswith(heads.modules) and axis.parts > 1:
+            raise NoSplitError(
+                f"its tp_plan has the style {parameter_style(plan, name)} for {name}"
+            )
         elif name.startswith(heads.modules) and parameter_style(plan, name) in LOCAL_STYLES:
             kind, count = heads.of_features(size)
             if size % count:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from support.tiny_fallback import make_oracle
 from support.tiny_models import tiny_checkpoint
 
 from llmkit.checkpoint.checkpoint import Checkpoint
@@ -23,7 +24,9 @@ from llmkit.runtime.engine.engine import Engine
 from llmkit.runtime.engine.engine_options import EngineOptions
 from llmkit.runtime.engine.sampling_params import SamplingParams
 from llmkit.runtime.engine_loader import load_engine
+from llmkit.runtime.parallel.leader import LeadEngine
 from llmkit.runtime.part_loader import StartupReport, load_part
+from llmkit.shard.shard_checkpoint import shard
 
 MODEL = {"dtype": "float32"}  # of the fixture `model`, a Llama
 OPTIONS = EngineOptions(device="cpu", dtype="float32", max_num_batched_tokens=32)
@@ -79,6 +82,19 @@ def test_engine_fallback_answers_as_transformers(
     engine = load_engine(persimmon, dataclasses.replace(OPTIONS, **options))
     assert isinstance(engine.model, TransformersModel)
     assert engine.generate(PROMPTS, GREEDY) == transformers_answers(persimmon.path)
+
+
+def test_engine_fallback_on_two_ranks_answers_as_transformers(tmp_path: Path) -> None:
+    make_oracle("phi", tmp_path / "model", vocab_size=400)
+    expected = transformers_answers(tmp_path / "model")
+    shard(tmp_path / "model", tmp_path / "ranks", 2)
+    options = dataclasses.replace(OPTIONS, kv_cache_memory=1 << 20)
+    engine = load_engine(tmp_path / "ranks", options)
+    assert isinstance(engine, LeadEngine)
+    try:
+        assert engine.generate(PROMPTS, GREEDY) == expected
+    finally:
+        engine.close()
 
 
 @pytest.mark.parametrize(

@@ -57,7 +57,7 @@ def test_models_page_counts_native_architectures_of_other_programs() -> None:
     ("architecture", "way", "reason"),
     [
         ("LlamaForCausalLM", "native", ""),
-        ("OPTForCausalLM", "fallback", ""),
+        ("OPTForCausalLM", "fallback", "its class has no tp_plan"),
         ("MambaForCausalLM", "no", "a state besides keys and values, such as a recurrent one"),
         ("MiniCPM3ForCausalLM", "no", "keys and values of different sizes, as in latent attention"),
         ("BaichuanForCausalLM", "no", "no causal language model of that name"),

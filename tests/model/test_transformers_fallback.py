@@ -11,6 +11,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 from support.paged_sequences import close, tokens_of
 from support.parity import check_mixed_batches
+from support.tiny_fallback import MODELS, make_oracle
 from support.tiny_families import COMMON, family_oracle, oracle_logits
 
 from llmkit.checkpoint.open_checkpoint import open_checkpoint
@@ -26,39 +27,6 @@ from llmkit.model.transformers_model import TransformersModel
 from llmkit.model.transformers_spec import UnsupportedError, transformers_spec
 from llmkit.model.weight_loader import load_model
 from llmkit.quant.methods import MethodOptions, build_quantization_config
-
-# By model_type: what differs from COMMON. They run by the fallback here even where the table of
-# native families knows them.
-MODELS: dict[str, dict[str, Any]] = {
-    "gpt2": {"n_embd": 32, "n_layer": 4, "n_head": 4, "n_positions": 128},  # learned positions
-    "gpt_neox": {},  # QKV in one linear, parallel residual
-    "opt": {"ffn_dim": 48},  # learned positions with an offset, tied embeddings
-    "phi": {},  # partial rotary embedding, biases everywhere
-    "stablelm": {},
-    "persimmon": {},
-    "nanochat": {},  # no weights in its norms, a soft cap of the logits
-    "gemma2": {"head_dim": 16, "sliding_window": 12},  # soft caps, windows, scaled embedding
-    "gpt_oss": {  # sinks, windows, experts
-        "head_dim": 8,
-        "num_local_experts": 4,
-        "num_experts_per_tok": 2,
-        "sliding_window": 12,
-    },
-    "olmoe": {"num_experts": 4, "num_experts_per_tok": 2},  # experts that transformers stacks
-}
-
-
-def make_oracle(kind: str, path: Path, **differences: Any) -> torch.nn.Module:
-    """Save a random model of transformers at `path` and return it."""
-    config = transformers.AutoConfig.for_model(kind, **(COMMON | MODELS[kind] | differences))
-    torch.manual_seed(0)
-    oracle = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
-    oracle = oracle.float().eval()
-    with torch.no_grad():
-        for parameter in oracle.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.1)
-    oracle.save_pretrained(path)
-    return oracle
 
 
 def load_fallback(path: Path, *, packed: bool = True) -> LanguageModel:

@@ -63,7 +63,7 @@ def peer_lists() -> list[PeerList]:
 
 @cache
 def coverage(architecture: str) -> tuple[str, str]:
-    """("native", ""), ("fallback", "") or ("no", reason).
+    """("native", ""), ("fallback", why it has no TP, or "") or ("no", reason).
 
     The fallback decides about a tiny model of each model_type that transformers has for the
     architecture, and about one of transformers' default sizes where it cannot build the tiny one.
@@ -78,14 +78,15 @@ def coverage(architecture: str) -> tuple[str, str]:
         for sizes in (COMMON | NEEDED.get(kind, {}), {}):
             try:
                 config = transformers.AutoConfig.for_model(kind, **sizes).to_dict()
-                transformers_spec(config | {"architectures": [architecture]})
+                spec = transformers_spec(config | {"architectures": [architecture]})
             except UnsupportedError as error:
                 reasons.append(str(error))
                 break
             except Exception as error:  # whatever transformers raises for values it does not allow
                 reasons.append(f"{type(error).__name__}: {error}".splitlines()[0])
             else:
-                return "fallback", ""
+                assert spec.transformers is not None
+                return "fallback", spec.transformers.tp_refusal
     return "no", _in_words(reasons[-1])
 
 

@@ -147,10 +147,15 @@ Remote code is never run.
 
 | | fallback |
 |---|---|
-| serve, bench | one rank; chunked prompts, prefix cache, speculative decoding, 8-bit KV cache |
+| serve, bench | chunked prompts, prefix cache, speculative decoding, 8-bit KV cache |
 | quantize | `rtn`, `int8`, `fp8` and `gptq` of its `nn.Linear`s |
-| not possible | `shard`, adapters, `--cpu-offload`, `awq`, `--effort max`, `--kv`, mixed bits |
-| tests | `tests/model/test_transformers_fallback.py` |
+| shard, several ranks | `--tp`, if transformers' class has a tp_plan; `llmkit inspect` says so |
+| not possible | `--pp`, `--ep`, LoRA, `--cpu-offload`, `awq`, `--effort max`, `--kv`, mixed bits |
+| tests | `tests/model/test_transformers_fallback.py`, `tests/shard/test_shard_fallback.py` |
+
+A tp_plan says which linears are split by output features (`colwise`) or by input features
+(`rowwise`). The vocabulary is split as in native models, and heads are never cut. A plan with a
+style that has no such meaning for a checkpoint tensor is refused, with the names of both.
 """
 
 COVERAGE_HEAD = """## Beside other programs
@@ -288,8 +293,13 @@ def _wrapper_row(architecture: str) -> list[str]:
 
 def _remaining(peer: PeerList) -> str:
     """A program's architectures that are not native, with the reasons."""
-    fallback = [name for name in peer.architectures if coverage(name)[0] == "fallback"]
-    rows = [["fallback", _code(fallback)]]
+    fallback = {
+        name: coverage(name)[1] for name in peer.architectures if coverage(name)[0] == "fallback"
+    }
+    rows = [
+        ["fallback, TP", _code([name for name, refusal in fallback.items() if not refusal])],
+        ["fallback, one rank", _code([name for name, refusal in fallback.items() if refusal])],
+    ]
     rows += [[reason, _code(names)] for reason, names in refusals(peer.architectures).items()]
     table = _table(("why", "architectures"), rows)
     return f"The architectures of {peer.name}'s list that are not native:\n\n{table}"
