@@ -13,9 +13,7 @@ from llmkit.cli.serve import serve_options
 from llmkit.common.errors import UsageError
 from llmkit.common.option_values import SHARE, parse_range, within
 from llmkit.common.options import Argument, Option, ValueFormat
-from llmkit.runtime.server.http.hosts import check_allowed_host
-from llmkit.runtime.server.http.origins import check_allowed_origin
-from llmkit.runtime.server.serve_options import default_name
+from llmkit.runtime.server.serve_options import ALLOWED_HOSTS, ALLOWED_ORIGINS, default_name
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -104,21 +102,11 @@ class RayArguments:
     ] = None
     allowed_hosts: Annotated[
         tuple[str, ...],
-        Option(
-            "Name in the Host header to accept, too; see `llmkit serve`.",
-            metavar="NAME",
-            unset="loopback names; on other addresses every name",
-            check=check_allowed_host,
-        ),
+        ALLOWED_HOSTS,
     ] = ()
     allowed_origins: Annotated[
         tuple[str, ...],
-        Option(
-            "Origin of web pages that may use the models; see `llmkit serve`.",
-            metavar="ORIGIN",
-            unset="the models' own page",
-            check=check_allowed_origin,
-        ),
+        ALLOWED_ORIGINS,
     ] = ()
 
 

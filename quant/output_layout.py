@@ -57,8 +57,18 @@ def planned_tensors(
             keeps_dtype = is_half or parameter.is_float32
             dtype = source_dtype if keeps_dtype else other_dtype
         planned.append(TensorInfo(name, dtype, packed.shape))
-    carried = carried_tensors(source, spec).values()
+    carried = carried_tensors(with_stored_dtypes(source, cast), spec).values()
     return planned + [TensorInfo(info.name, info.dtype, info.shape) for info in carried]
+
+
+def with_stored_dtypes(source: Checkpoint, cast: torch.dtype | None) -> Checkpoint:
+    """A source whose carried tensors have the dtypes in which they are stored.
+
+    A GGUF file is read as float32 whatever it stores, so its tensors are rounded like the others.
+    """
+    if source.file_format != "gguf":
+        return source
+    return source.with_dtype(unquantized_dtype(source, cast))
 
 
 def carried_modules(source: Checkpoint, spec: ModelSpec) -> tuple[str, ...]:

@@ -77,17 +77,7 @@ class ParameterWriter:
         for name in parameter.source_names:
             if self._checkpoint_writer.is_written(name):
                 continue
-            (file,) = self._checkpoint_writer.files_with(name)
-            offset = 0
-            overflowed = 0
-            for rows in row_chunks(self.source.tensors[name]):
-                chunk = self.source.read_slice(name, [rows], 0)
-                stored, chunk_overflowed = self._cast(name, chunk)
-                data = tensor_bytes(stored)
-                self._checkpoint_writer.write_chunk(file, name, offset, data)
-                offset += len(data)
-                overflowed += chunk_overflowed
-            self._record_overflow(name, overflowed)
+            self._write_in_chunks(name)
 
     def read_as_stored(self, parameter: Parameter, device: torch.device) -> torch.Tensor:
         """An unquantized parameter in float32, rounded as the output stores it."""
@@ -118,20 +108,20 @@ class ParameterWriter:
             self._write(f"{tensor.removesuffix('.weight')}.{suffix}", value)
 
     def write_carried(self) -> None:
-        """Copy the tensors of parts that do not run, byte for byte."""
+        """Copy the tensors of parts that do not run, byte for byte.
+
+        Those of a GGUF file are rounded to their planned dtype.
+        """
         uncommitted = 0
         for name, info in carried_tensors(self.source, self.spec).items():
             if self._checkpoint_writer.is_written(name):
                 continue
             if info.nbytes <= CHUNK_BYTES or not info.shape:
-                self._checkpoint_writer.write(name, self.source.read(name))
+                stored, overflowed = self._cast(name, self.source.read(name))
+                self._checkpoint_writer.write(name, stored)
+                self._record_overflow(name, overflowed)
             else:
-                (file,) = self._checkpoint_writer.files_with(name)
-                offset = 0
-                for rows in row_chunks(info):
-                    data = tensor_bytes(self.source.read_slice(name, [rows], 0))
-                    self._checkpoint_writer.write_chunk(file, name, offset, data)
-                    offset += len(data)
+                self._write_in_chunks(name)
             uncommitted += info.nbytes
             if uncommitted >= CARRIED_COMMIT_BYTES:
                 self.commit()
@@ -182,6 +172,20 @@ class ParameterWriter:
             limit = torch.finfo(stored.dtype).max
             stored = stored.clamp(-limit, limit)
         return stored, overflowed
+
+    def _write_in_chunks(self, name: str) -> None:
+        """Write a tensor of the source in its planned dtype, a chunk of rows at a time."""
+        (file,) = self._checkpoint_writer.files_with(name)
+        offset = 0
+        overflowed = 0
+        for rows in row_chunks(self.source.tensors[name]):
+            chunk = self.source.read_slice(name, [rows], 0)
+            stored, chunk_overflowed = self._cast(name, chunk)
+            data = tensor_bytes(stored)
+            self._checkpoint_writer.write_chunk(file, name, offset, data)
+            offset += len(data)
+            overflowed += chunk_overflowed
+        self._record_overflow(name, overflowed)
 
     def _write(self, name: str, tensor: torch.Tensor) -> None:
         if not self._checkpoint_writer.is_written(name):

@@ -22,6 +22,7 @@ from llmkit.common.formatting import finite
 from llmkit.common.version import version
 from llmkit.model.checkpoint_tensors import carried_summary, scheme_of
 from llmkit.model.parameter_table import parameters
+from llmkit.quant.output_layout import with_stored_dtypes
 from llmkit.quant.quantize_plan import QuantizePlan
 
 Report = dict[str, Any]
@@ -64,7 +65,7 @@ def build_report(plan: QuantizePlan, watch: Stopwatch, results: dict[str, Any]) 
         "schemes": scheme_entries(plan),
         "kv": quantization.kv or None if quantization else None,
         "dtype": plan.dtype,
-        "carried": carried_summary(plan.source, plan.spec),
+        "carried": carried_summary(with_stored_dtypes(plan.source, plan.method.dtype), plan.spec),
         "device": str(plan.device),
         "options": dataclasses.asdict(plan.options),
         **results,

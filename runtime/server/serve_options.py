@@ -14,6 +14,21 @@ from llmkit.runtime.server.http.origins import check_allowed_origin
 
 SERVER_PANEL = "Server"
 SECURITY_PANEL = "Security"
+# Options of servers of several kinds.
+ALLOWED_HOSTS = Option(
+    "Name in the Host header to accept, too; repeat for more, * accepts every one.",
+    metavar="NAME",
+    unset="loopback names; on other addresses every name",
+    check=check_allowed_host,
+    panel=SECURITY_PANEL,
+)
+ALLOWED_ORIGINS = Option(
+    "Origin of web pages that may use the server; repeat for more, SCHEME://* or * accept many.",
+    metavar="ORIGIN",
+    unset="the server's own page",
+    check=check_allowed_origin,
+    panel=SECURITY_PANEL,
+)
 
 
 def default_name(model: str) -> str:
@@ -118,24 +133,11 @@ class ServeOptions:
     ] = None
     allowed_hosts: Annotated[
         tuple[str, ...],
-        Option(
-            "Name in the Host header to accept, too; repeat for more, * accepts every one.",
-            metavar="NAME",
-            unset="loopback names; on other addresses every name",
-            check=check_allowed_host,
-            panel=SECURITY_PANEL,
-        ),
+        ALLOWED_HOSTS,
     ] = ()
     allowed_origins: Annotated[
         tuple[str, ...],
-        Option(
-            "Origin of web pages that may use the server; repeat for more, SCHEME://* or * accept "
-            "many.",
-            metavar="ORIGIN",
-            unset="the server's own page",
-            check=check_allowed_origin,
-            panel=SECURITY_PANEL,
-        ),
+        ALLOWED_ORIGINS,
     ] = ()
     open_metrics: Annotated[
         bool,

@@ -9,10 +9,13 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from support.gguf_families import convert_family
+from support.tiny_families import family_oracle
 from support.tiny_models import tiny_checkpoint
 from support.tiny_wrappers import save_wrapper, tiny_wrapper, wrapper_logits
 
@@ -287,6 +290,31 @@ def test_carried_wrapper_is_served_on_two_ranks_as_on_one(
         sampling = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
         answers.append(engine.generate([TOKENS.tolist()], sampling))
     assert answers[0] == answers[1]
+
+
+@pytest.mark.parametrize(("method", "dtype"), [("int8", torch.bfloat16), ("fp16", torch.half)])
+def test_carried_tensors_of_a_gguf_file_are_stored_in_16_bits(
+    method: str, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    """A GGUF file is read as float32, whatever it stores."""
+    family_oracle("glm4-moe", tmp_path)
+    vector = np.array([1.5, -2.25, 1e5, *range(29)], np.float32)  # one is too large for float16
+    extra = {
+        f"model.layers.4.{module}.weight": vector
+        for module in ("enorm", "hnorm", "shared_head.norm", "input_layernorm")
+    }
+    extra["model.layers.4.eh_proj.weight"] = np.ones((32, 64), np.float32)
+    keys = {"block_count": 5, "nextn_predict_layers": 1}
+    source = convert_family(tmp_path, tmp_path / "model.gguf", extra=extra, **keys)
+    options = QuantizeOptions(method=method, device="cpu", evaluate=False)
+    report = quantize(str(source), str(tmp_path / "out"), options, SilentProgress())
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    limit = torch.finfo(dtype).max
+    expected = torch.from_numpy(vector).clamp(-limit, limit).to(dtype)
+    assert {tensors[name].dtype for name in extra} == {dtype}
+    assert torch.equal(tensors["model.layers.4.hnorm.weight"], expected)
+    assert report["carried"]["bytes"] == sum(2 * tensor.size for tensor in extra.values())
+    assert len(report["overflows"]) == (4 if dtype == torch.half else 0)
 
 
 def test_carried_tensors_need_the_configs_word(tmp_path: Path) -> None:
