@@ -69,6 +69,8 @@ def _phi3(config: Any) -> dict[str, Any]:
 
 
 def _gemma2(config: Any) -> dict[str, Any]:
+    if config.use_bidirectional_attention:
+        raise InputError("Gemma with use_bidirectional_attention", "A causal language model")
     has_window = [index % 2 == 0 for index in range(config.num_hidden_layers)]
     return {
         "norm_offset": 1.0,
@@ -86,8 +88,6 @@ def _gemma2(config: Any) -> dict[str, Any]:
 
 
 def _gemma3(config: Any) -> dict[str, Any]:
-    if config.use_bidirectional_attention:
-        raise InputError("Gemma 3 with use_bidirectional_attention", "A causal language model")
     has_window = windows_of_pattern(config.sliding_window_pattern, config.num_hidden_layers)
     rope_theta = {
         "full_attention": config.rope_theta,

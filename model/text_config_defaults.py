@@ -43,6 +43,7 @@ TEXT_DEFAULTS: dict[str, dict[str, Any]] = {
         "rope_theta": 5e5,
     },
     "gemma3_text": _sizes(262208, 2304, 9216, 26, 8, 131072),
+    "gemma4_text": _sizes(262144, 2304, 9216, 30, 8, 131072),
     "qwen2_vl_text": _QWEN_VL,
     "qwen2_5_vl_text": _QWEN_VL,
     "qwen3_vl_text": _sizes(151936, 4096, 22016, 32, 32, 128000) | {"rope_theta": 5e5},

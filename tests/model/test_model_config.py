@@ -301,6 +301,7 @@ def test_model_spec_refuses_contradictions_of_gemma4(values: dict[str, Any], mes
         ),
         ("phi3", {"rope_scaling": {"type": "linear", "factor": 2.0}}, "RoPE scaling of Phi-3"),
         ("gemma3_text", {"use_bidirectional_attention": True}, "bidirectional"),
+        ("gemma2", {"use_bidirectional_attention": True}, "bidirectional"),
         ("qwen2", {"layer_types": HALF[:3]}, "for 3 layers"),
         ("qwen2", {"layer_types": ["linear_attention"] * 8}, "the layer_types linear_attention"),
         ("smollm3", {"no_rope_layers": [1]}, "1 no_rope_layers"),
