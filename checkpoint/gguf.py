@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 # The tensors of a layer that gpt-oss stores in two, gate and up.
 _STACKED_EXPERTS = ("ffn_gate_exps", "ffn_up_exps", "ffn_down_exps")
 # Tensors without the ending ".weight" in Hugging Face's names.
-_BARE = ("self_attn.sinks", "e_score_correction_bias")
+_BARE = ("self_attn.sinks", "e_score_correction_bias", "layer_scalar")
 # What Hugging Face's gpt-oss has in config.json. The modules are not in MXFP4.
 _MXFP4_CONFIG = {
     "quant_method": "mxfp4",

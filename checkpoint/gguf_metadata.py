@@ -51,6 +51,14 @@ class GgufMetadata:
             raise self.error(key, "A positive number was expected")
         return value
 
+    def integers(self, key: str, count: int) -> list[int]:
+        """Numbers from 1, one for each of `count` layers. One number stands for all of them."""
+        value = self.get(key)
+        values = value if isinstance(value, list) else [value] * count
+        if len(values) != count or not all(type(each) is int and each > 0 for each in values):
+            raise self.error(key, f"A positive number, or {count} of them, was expected")
+        return values
+
     def number(self, key: str, default: float | None = None) -> float:
         """A positive number."""
         value = self.get(key, default)

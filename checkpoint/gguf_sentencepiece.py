@@ -3,7 +3,8 @@
 A SentencePiece BPE vocabulary has no list of merges, but a score for each token. Text is split into
 characters, and the two neighbours that make the token with the highest score are merged until
 nothing is left to merge. Characters that are not in the vocabulary become tokens of their bytes
-(`<0x0A>`). Here the scores become a list of merges, which the tokenizers library applies.
+(`<0x0A>`). Here the scores become a list of merges, which the tokenizers library applies. Files of
+Gemma 4 have the list.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ _SPACE = "\u2581"  # stands for a space in tokens
 def sentencepiece_tokenizer(
     tokens: Sequence[str],
     types: Sequence[int],
-    scores: Sequence[float],
+    merges: Sequence[tuple[str, str]],
     unknown: str | None,
     bos: tuple[str, int] | None,
     adds_space_prefix: bool,
@@ -32,6 +33,7 @@ def sentencepiece_tokenizer(
 ) -> Tokenizer:
     """A tokenizer for a SentencePiece vocabulary.
 
+    merges: in the order in which they are applied (see `merges_by_score`).
     unknown: the token for characters without byte tokens.
     bos: the token before a text, with its id.
     adds_space_prefix: a text begins with a space, and so does text after a special token.
@@ -44,7 +46,7 @@ def sentencepiece_tokenizer(
     tokenizer = Tokenizer(
         models.BPE(
             vocab=vocabulary,
-            merges=_merges(vocabulary, tokens, types, scores),
+            merges=list(merges),
             unk_token=unknown,
             fuse_unk=True,
             byte_fallback=True,
@@ -79,13 +81,17 @@ def sentencepiece_tokenizer(
     return tokenizer
 
 
-def _merges(
-    vocabulary: dict[str, int], tokens: Sequence[str], types: Sequence[int], scores: Sequence[float]
+def merges_by_score(
+    tokens: Sequence[str], types: Sequence[int], scores: Sequence[float]
 ) -> list[tuple[str, str]]:
     """The pairs of tokens that make a token, those with the highest score first.
 
     Of tokens with the same score, the one with the lower id is first.
+    Raises ValueError unless each token has a score.
     """
+    if len(scores) != len(tokens):
+        raise ValueError(f"{len(tokens)} tokens and {len(scores)} scores")
+    vocabulary = set(tokens)
     order = sorted(
         (index for index, token_type in enumerate(types) if token_type == NORMAL),
         key=lambda index: (-scores[index], index),

@@ -22,7 +22,12 @@ from tokenizers import (
     processors,
 )
 
-from llmkit.checkpoint.gguf_sentencepiece import CONTROL, USER_DEFINED, sentencepiece_tokenizer
+from llmkit.checkpoint.gguf_sentencepiece import (
+    CONTROL,
+    USER_DEFINED,
+    merges_by_score,
+    sentencepiece_tokenizer,
+)
 from llmkit.common.errors import InputError
 
 _WORD_PATTERN = (
@@ -111,6 +116,7 @@ PRE_TOKENIZERS = {
 # The models in tokenizer.ggml.model.
 _BYTE_LEVEL = "gpt2"
 _SENTENCEPIECE = "llama"
+_GEMMA4 = "gemma4"  # SentencePiece with a list of merges in place of scores
 _OTHER_TOKENIZER = (
     "Take the tokenizer from the original model: convert the GGUF file or use that model"
 )
@@ -125,14 +131,18 @@ def tokenizer_files(path: Path, metadata: Mapping[str, Any], max_tokens: int) ->
     model = metadata.get("tokenizer.ggml.model")
     tokens = metadata.get("tokenizer.ggml.tokens")
     types = metadata.get("tokenizer.ggml.token_type")
-    if model not in (_BYTE_LEVEL, _SENTENCEPIECE):
+    if model not in (_BYTE_LEVEL, _SENTENCEPIECE, _GEMMA4):
         raise InputError(
             f"{path} has the tokenizer {model}",
-            f"{_BYTE_LEVEL} (byte-level BPE) or {_SENTENCEPIECE} (SentencePiece) was expected",
+            f"{_BYTE_LEVEL} (byte-level BPE), {_SENTENCEPIECE} (SentencePiece) or {_GEMMA4} was"
+            " expected",
             _OTHER_TOKENIZER,
         )
     if model == _SENTENCEPIECE:
         ranking = "scores"
+        adds_bos = True
+    elif model == _GEMMA4:
+        ranking = "merges"
         adds_bos = True
     else:
         pre = metadata.get("tokenizer.ggml.pre", "default")
@@ -154,13 +164,12 @@ def tokenizer_files(path: Path, metadata: Mapping[str, Any], max_tokens: int) ->
     if metadata.get("tokenizer.ggml.add_bos_token", adds_bos) and "bos_token" in special_tokens:
         bos = special_tokens["bos_token"], metadata["tokenizer.ggml.bos_token_id"]
     try:
-        if model == _SENTENCEPIECE:
-            if len(ranks) != len(tokens):
-                raise ValueError(f"{len(tokens)} tokens and {len(ranks)} scores")
+        if model in (_SENTENCEPIECE, _GEMMA4):
+            by_score = model == _SENTENCEPIECE
             tokenizer = sentencepiece_tokenizer(
                 tokens,
                 types,
-                ranks,
+                merges_by_score(tokens, types, ranks) if by_score else _pairs(ranks),
                 unknown=special_tokens.get("unk_token"),
                 bos=bos,
                 adds_space_prefix=metadata.get("tokenizer.ggml.add_space_prefix", True) is True,
@@ -215,6 +224,11 @@ def _special_tokens(path: Path, metadata: Mapping[str, Any], tokens: list[str]) 
     return special_tokens
 
 
+def _pairs(merges: list[str]) -> list[tuple[str, str]]:
+    """The pairs of tokens of merges such as "th e"."""
+    return [(left, right) for left, _, right in (merge.partition(" ") for merge in merges)]
+
+
 def _build_tokenizer(
     tokens: list[str],
     types: list[int],
@@ -225,9 +239,8 @@ def _build_tokenizer(
     vocabulary = {token: index for index, token in enumerate(tokens)}
     if len(vocabulary) != len(tokens):
         raise ValueError(f"{len(tokens) - len(vocabulary)} of {len(tokens)} tokens occur twice")
-    pairs = [(left, right) for left, _, right in (merge.partition(" ") for merge in merges)]
     tokenizer = Tokenizer(
-        models.BPE(vocab=vocabulary, merges=pairs, ignore_merges=rules.ignore_merges)
+        models.BPE(vocab=vocabulary, merges=_pairs(merges), ignore_merges=rules.ignore_merges)
     )
     if rules.nfc:
         tokenizer.normalizer = normalizers.NFC()

@@ -11,7 +11,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import save_file
-from support import tiny_families
+from support import gguf_families, tiny_families
 from support.gguf_families import Qtype, convert_family, round_like
 from support.gguf_files import raw_gguf
 from support.mxfp4_files import write_gpt_oss
@@ -41,6 +41,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gemma": TWO,
     "gemma2": WINDOWS | {"query_pre_attn_scalar": 16},
     "gemma3": WINDOWS | {"query_pre_attn_scalar": 16},
+    "gemma4": {},
+    "gemma4-dense": {},
     "glm4": TWO,
     "gpt-oss": TWO | {"swiglu_limit": 7.0},
     "granite": TWO,
@@ -130,6 +132,38 @@ def test_gguf_families_are_all_documented() -> None:
     rows = [line for line in section.splitlines() if line.startswith("| `")]
     listed = {name for row in rows for name in row.split("|")[1].strip(" `").split("`, `")}
     assert listed == set(ARCHITECTURES)
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"feed_forward_length": [48] * 5}, "feed_forward_length is .* or 6 of them"),
+        ({"feed_forward_length": [48, 96] * 3}, "feed_forward_length is .*twice as much"),
+        ({"attention__head_count_kv": [2, 2, 1, 2, 2, 2]}, "head_count_kv is .*sliding_attention"),
+        ({"attention__shared_kv_layers": 6}, "shared_kv_layers is 6. A number below 6"),
+        ({"attention__value_length_swa": 8}, "value_length_swa is 8. 16 was expected"),
+        ({"expert_count": 4}, "expert_count is 4. A dense decoder"),
+    ],
+)
+def test_gguf_gemma4_refuses_layers_that_contradict_each_other(
+    keys: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    family_oracle("gemma4", tmp_path)
+    with pytest.raises(InputError, match=message):
+        open_checkpoint(convert_family(tmp_path, tmp_path / "model.gguf", **keys))
+
+
+def test_gguf_gemma4_needs_the_rotated_pairs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    family_oracle("gemma4", tmp_path)
+    path = convert_family(tmp_path, tmp_path / "model.gguf", without=("rope_freqs.weight",))
+    with pytest.raises(InputError, match=r"has no rope_freqs\.weight"):
+        open_checkpoint(path)
+    wrong = np.array([1.0, 2.0] + [1e30] * 14, np.float32)
+    monkeypatch.setattr(gguf_families, "_rope_tensors", lambda _: [("rope_freqs.weight", wrong)])
+    with pytest.raises(InputError, match=r"rope_freqs\.weight is not Gemma 4's\. 16 values"):
+        open_checkpoint(convert_family(tmp_path, tmp_path / "model.gguf"))
 
 
 def test_gguf_gpt_oss_stays_in_mxfp4(tmp_path: Path) -> None:

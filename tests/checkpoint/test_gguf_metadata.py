@@ -199,7 +199,7 @@ def test_gguf_tokenizer_files_are_complete() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model": "bert"}, r"a.gguf has the tokenizer bert. gpt2 \(byte-level BPE\) or llama"),
+        ({"model": "bert"}, r"a.gguf has the tokenizer bert. gpt2 \(byte-level BPE\), llama"),
         ({"model": None}, "the tokenizer None"),
         ({"model": "llama"}, "lacks tokenizer.ggml.tokens or tokenizer.ggml.scores"),
         ({"model": "llama", "scores": [0.5]}, r"malformed \(12 tokens and 1 scores\)"),

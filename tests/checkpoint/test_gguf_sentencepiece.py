@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, models, normalizers, trainers
 from transformers import AutoTokenizer
 
 from llmkit.checkpoint.detokenizer import Detokenizer, TokenBytes
@@ -277,3 +277,45 @@ def test_sentencepiece_refuses_tokens_that_occur_twice(trained: Vocabulary) -> N
     tokens = [*trained.tokens[:-1], "<s>"]
     with pytest.raises(InputError, match=r"malformed \(1 of \d+ tokens occur twice\)"):
         trained.tokenizer(tokens=tokens)
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_gemma4_vocabulary_with_merges_is_the_original_tokenizer(text: str) -> None:
+    special = ["<unk>", "</s>", "<s>", "<|user|>"]
+    original = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    original.normalizer = normalizers.Replace(" ", SPACE)
+    original.train_from_iterator(
+        [CORPUS, "a\n\n\nb\n\n\nc"],
+        trainers.BpeTrainer(
+            vocab_size=400,
+            special_tokens=special + [f"<0x{byte:02X}>" for byte in range(256)],
+            show_progress=False,
+        ),
+    )
+    model = json.loads(original.to_str())["model"]
+    assert ["\n", "\n"] in model["merges"]
+    tokens = sorted(model["vocab"], key=model["vocab"].get)
+    types = [CONTROL if token in special else NORMAL for token in tokens]
+    for index, token in enumerate(tokens):
+        if token.startswith("<0x"):
+            types[index] = BYTE
+    vocabulary = Vocabulary(tokens, types)
+    imported = vocabulary.tokenizer(
+        model="gemma4",
+        scores=None,
+        merges=[" ".join(pair) for pair in model["merges"]],
+        bos_token_id=2,
+        add_space_prefix=False,
+    )
+    plain = Tokenizer(models.BPE(**(model_arguments(model))))
+    plain.normalizer = original.normalizer
+    plain.add_special_tokens(special)
+    assert imported.encode(text, add_special_tokens=False).ids == plain.encode(text).ids
+    assert imported.encode(text).ids[0] == 2
+
+
+def model_arguments(model: dict[str, Any]) -> dict[str, Any]:
+    """What tokenizers' BPE takes of a tokenizer.json."""
+    names = ("unk_token", "fuse_unk", "byte_fallback")
+    merges = [tuple(pair) for pair in model["merges"]]
+    return {name: model[name] for name in names} | {"vocab": model["vocab"], "merges": merges}

@@ -30,6 +30,7 @@ ARCHITECTURES = {
     "gemma": Arch.GEMMA,
     "gemma2": Arch.GEMMA2,
     "gemma3_text": Arch.GEMMA3,
+    "gemma4_text": Arch.GEMMA4,
     "glm4": Arch.GLM4,
     "gpt_oss": Arch.GPT_OSS,
     "granite": Arch.GRANITE,
@@ -54,7 +55,7 @@ PERMUTED = {"llama", "mixtral", "granite", "smollm3", "arcee"}
 NORM_PLUS_ONE = {"gemma", "gemma2", "gemma3_text"}
 PARTIAL_ROTARY = {"glm4", "phi3", "glm4_moe", "minimax_m2"}
 # Where the converter writes which layers have a window.
-WINDOW_PATTERN = {"olmo3", "exaone4", "gemma3_text"}
+WINDOW_PATTERN = {"olmo3", "exaone4", "gemma3_text", "gemma4_text"}
 
 Array = np.ndarray[Any, Any]
 
@@ -90,7 +91,7 @@ def convert_family(
     }
     weights |= extra or {}
     for name, values in [*_tensors(weights, config), *_rope_tensors(config)]:
-        values = np.squeeze(values)
+        values = np.squeeze(values) if values.size > 1 else values
         stored_as = names.get_name(name, try_suffixes=(".weight", ".bias")) or name
         if stored_as in without:
             continue
@@ -191,6 +192,8 @@ def family_metadata(config: dict[str, Any]) -> dict[str, Any]:
         metadata["attention.sliding_window_pattern"] = [
             layer == "sliding_attention" for layer in config["layer_types"]
         ]
+    if kind == "gemma4_text":
+        metadata |= _gemma4_metadata(config)
     if "sliding_attention" in rope:
         metadata["rope.freq_base_swa"] = float(rope["sliding_attention"]["rope_theta"])
     if full["rope_type"] in ("linear", "yarn"):
@@ -207,6 +210,35 @@ def family_metadata(config: dict[str, Any]) -> dict[str, Any]:
         metadata["rope.freq_base"] = full["rope_theta"] * full["alpha"] ** exponent
         metadata["rope.scaling.type"] = "none"
         metadata["rope.scaling.factor"] = 1.0
+    return metadata
+
+
+def _gemma4_metadata(config: dict[str, Any]) -> dict[str, Any]:
+    """What the converter writes of Gemma 4, whose layers differ."""
+    num_layers = config["num_hidden_layers"]
+    num_shared = config["num_kv_shared_layers"]
+    of_full_layers = next(iter(config["per_layer_config"].values()))
+    full_dim = of_full_layers["head_dim"]
+    metadata: dict[str, Any] = {
+        "attention.shared_kv_layers": num_shared,
+        "embedding_length_per_layer_input": config["hidden_size_per_layer_input"] or 0,
+        "attention.key_length": full_dim,
+        "attention.value_length": full_dim,
+        "attention.key_length_swa": config["head_dim"],
+        "attention.value_length_swa": config["head_dim"],
+        "rope.dimension_count": full_dim,
+        "rope.dimension_count_swa": config["head_dim"],
+    }
+    if config["use_double_wide_mlp"]:
+        size = config["intermediate_size"]
+        metadata["feed_forward_length"] = [
+            size if layer < num_layers - num_shared else 2 * size for layer in range(num_layers)
+        ]
+    if "num_key_value_heads" in of_full_layers:
+        metadata["attention.head_count_kv"] = [
+            (config if kind == "sliding_attention" else of_full_layers)["num_key_value_heads"]
+            for kind in config["layer_types"]
+        ]
     return metadata
 
 
@@ -243,7 +275,7 @@ def _tensors(weights: dict[str, Array], config: dict[str, Any]) -> Iterator[tupl
             yield from _gpt_oss_experts(name, values)
         elif name.endswith("e_score_correction_bias"):
             yield name.removesuffix("_bias") + ".bias", values
-        elif name.endswith(".sinks"):
+        elif name.endswith((".sinks", ".layer_scalar")):
             yield f"{name}.weight", values
         elif expert:
             layer, _, index, part = expert.groups()
@@ -277,6 +309,11 @@ def _gpt_oss_experts(name: str, values: Array) -> Iterator[tuple[str, Array]]:
 
 def _rope_tensors(config: dict[str, Any]) -> Iterator[tuple[str, Array]]:
     rope = config["rope_parameters"]
+    if config["model_type"] == "gemma4_text":
+        num_pairs = next(iter(config["per_layer_config"].values()))["head_dim"] // 2
+        num_rotated = int(num_pairs * rope["full_attention"]["partial_rotary_factor"])
+        divisors = [1.0] * num_rotated + [1e30] * (num_pairs - num_rotated)
+        yield "rope_freqs.weight", np.array(divisors, np.float32)
     if rope.get("rope_type") == "longrope":
         yield "rope_factors_long.weight", np.array(rope["long_factor"], np.float32)
         yield "rope_factors_short.weight", np.array(rope["short_factor"], np.float32)
