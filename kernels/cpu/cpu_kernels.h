@@ -20,6 +20,7 @@ enum {
     PANEL_WIDTH = 16,               /* columns of a panel of packed weights */
     DEPTH_MULTIPLE = 64,            /* panels of weights below 32 bits have so many steps */
     MAX_HEAD_DIM = 512,             /* the largest head_dim of attention */
+    MAX_EXPERTS = 1024,             /* of a layer */
     PARALLEL_MIN_ELEMENTS = 1 << 14 /* operations on at most this many elements use one thread */
 };
 
@@ -32,6 +33,9 @@ enum { INPUTS_F32, INPUTS_BF16, INPUTS_INT8 };
 
 /* Activations. The numbers are those of ACTIVATIONS in cpu_kernels.py. */
 enum { ACT_SILU, ACT_GELU_TANH, ACT_GELU, ACT_RELU2, ACT_SWIGLU_CLAMPED };
+
+/* What a gate goes through. The numbers are those of GATE_ACTIVATIONS in cpu_kernels.py. */
+enum { GATE_IDENTITY, GATE_SIGMOID, GATE_SOFTPLUS };
 
 /* ---- operations ---- */
 
@@ -184,6 +188,77 @@ typedef struct {
     const float *eps;
 } Xielu;
 
+/* y = x * act(gate). */
+typedef struct {
+    const float *x;    /* [rows, size] */
+    const float *gate; /* [rows, size], a row every gate_stride elements, or [rows] */
+    int64_t gate_stride;
+    float *y; /* [rows, size] */
+    int64_t rows;
+    int64_t size;
+    int per_row; /* a row has one gate */
+    int activation;
+} Gate;
+
+/* Copy the first `size` elements of each row. */
+typedef struct {
+    const float *from; /* a row every from_stride elements */
+    int64_t from_stride;
+    float *to;
+    int64_t to_stride;
+    int64_t rows;
+    int64_t size;
+} RowCopy;
+
+/* The experts of each token, and their weights. */
+typedef struct {
+    const float *logits;          /* [n_tokens, n_experts] */
+    const float *correction_bias; /* [n_experts], added to scores to choose; NULL: none */
+    const float *expert_scales;   /* [n_experts], of the weights; NULL: none */
+    float *weights;               /* [n_tokens, n_chosen] */
+    int64_t *ids;                 /* the same */
+    int64_t n_tokens;
+    int64_t n_experts; /* at most MAX_EXPERTS */
+    int64_t n_chosen;
+    int64_t n_groups;
+    int64_t topk_groups; /* experts of so many groups may be chosen */
+    int sigmoid;         /* scores are sigmoids, otherwise a softmax */
+    int normalize;       /* weights are scaled to a sum of one */
+    float softcap;       /* of the logits; 0: none */
+    float scaling_factor;
+} Router;
+
+/* A linear layer of an expert; see Linear. Python fills it as int64. */
+typedef struct {
+    int64_t weight_type;
+    int64_t inputs;
+    const char *weight;
+    const float *scales;
+    const float *offsets;
+    const float *bias;
+    int64_t cols; /* 0: the expert is on another rank */
+    int64_t depth;
+    int64_t group_size;
+} ExpertLinear;
+
+/* The weighted sum of the outputs of each token's experts. */
+typedef struct {
+    const float *x; /* [n_tokens, hidden_size] */
+    float *y;       /* the same */
+    const int64_t *ids; /* [n_tokens, n_chosen] */
+    const float *weights;
+    int64_t n_tokens;
+    int64_t n_chosen;
+    int64_t hidden_size;
+    int64_t intermediate_size;
+    const ExpertLinear (*linears)[2]; /* [n_experts]: gate_up (or up), and down */
+    int64_t n_experts;                /* at most MAX_EXPERTS */
+    int gated;                        /* act(gate) * up, otherwise act(up) */
+    int activation;
+    float limit; /* see Activation */
+    float alpha;
+} Experts;
+
 /* The functions of a level. They return 0 when out of memory. */
 typedef struct {
     const char *name;
@@ -199,6 +274,10 @@ typedef struct {
     int (*act_and_mul)(const Activation *);
     int (*act)(const Activation *);
     int (*xielu)(const Xielu *);
+    int (*apply_gate)(const Gate *);
+    int (*copy_rows)(const RowCopy *);
+    int (*select_experts)(const Router *);
+    int (*experts)(const Experts *);
 } Kernels;
 
 extern const Kernels kernels_avx2, kernels_avx_vnni, kernels_avx512, kernels_avx512_vnni,

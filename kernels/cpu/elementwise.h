@@ -270,3 +270,41 @@ static int xielu(const Xielu *o) {
     run_ranges(o->size, ACT_MIN_ELEMENTS, xielu_elements, o);
     return 1;
 }
+
+static void gate_rows(const void *operation, int64_t begin, int64_t end) {
+    const Gate *o = operation;
+    for (int64_t row = begin; row < end; row++) {
+        const float *x = o->x + row * o->size;
+        const float *gates = o->gate + row * (o->per_row ? 1 : o->gate_stride);
+        float *y = o->y + row * o->size;
+        for (int64_t d = 0; d < o->size; d += VECTOR_WIDTH) {
+            vfloat gate = o->per_row ? v_set(*gates) : load_of_row(gates, d, o->size);
+            if (o->activation == GATE_SIGMOID) {
+                gate = sigmoid_ps(gate);
+            } else if (o->activation == GATE_SOFTPLUS) {
+                float values[VECTOR_WIDTH];
+                v_store(values, gate);
+                for (int i = 0; i < VECTOR_WIDTH; i++)
+                    values[i] = softplus(values[i]);
+                gate = v_load(values);
+            }
+            store_of_row(y, d, o->size, v_mul(load_of_row(x, d, o->size), gate));
+        }
+    }
+}
+
+static int apply_gate(const Gate *o) {
+    run_ranges(o->rows, 1 + ACT_MIN_ELEMENTS / o->size, gate_rows, o);
+    return 1;
+}
+
+static void copy_range_of_rows(const void *operation, int64_t begin, int64_t end) {
+    const RowCopy *o = operation;
+    for (int64_t row = begin; row < end; row++)
+        memcpy(o->to + row * o->to_stride, o->from + row * o->from_stride, o->size * sizeof(float));
+}
+
+static int copy_rows(const RowCopy *o) {
+    run_ranges(o->rows, 1 + PARALLEL_MIN_ELEMENTS / o->size, copy_range_of_rows, o);
+    return 1;
+}

@@ -13,6 +13,8 @@
 #include "elementwise.h"
 #include "linear.h"
 
+#include "experts.h"
+
 const Kernels LEVEL_TABLE = {
     .name = LEVEL_NAME,
 #if defined(LEVEL_BF16)
@@ -29,4 +31,8 @@ const Kernels LEVEL_TABLE = {
     .act_and_mul = act_and_mul,
     .act = act,
     .xielu = xielu,
+    .apply_gate = apply_gate,
+    .copy_rows = copy_rows,
+    .select_experts = select_experts,
+    .experts = experts,
 };

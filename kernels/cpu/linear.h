@@ -717,35 +717,61 @@ static void prepare_rows(const void *operation, int64_t begin, int64_t end) {
         prepare_row(operation, row);
 }
 
-/* Allocate and fill what `p` needs of its inputs. Returns 0 when out of memory. */
-static int prepare_inputs(Linear *p) {
-    int64_t padded_rows = (p->rows + 31) / 32 * 32; /* AMX reads whole tiles */
-    int64_t words = word_values(p->weight_type);
-    int copies = p->inputs == INPUTS_F32 && p->depth % words != 0;
-    size_t per_group = padded_rows * p->n_groups * sizeof(float);
-    size_t input_bytes = 0;
+/* Whether `prepare_row` copies inputs of float32: those whose depth must be padded. */
+static int copies_inputs(const Linear *p) {
+    return p->inputs == INPUTS_F32 && p->depth % word_values(p->weight_type) != 0;
+}
+
+static int64_t padded_rows(const Linear *p) {
+    return (p->rows + 31) / 32 * 32; /* AMX reads whole tiles */
+}
+
+/* Bytes of rounded or copied inputs. */
+static size_t rounded_input_bytes(const Linear *p) {
+    size_t bytes = 0;
     if (p->inputs != INPUTS_F32)
-        input_bytes = padded_rows * p->padded_depth * (p->inputs == INPUTS_BF16 ? 2 : 1);
-    else if (copies)
-        input_bytes = p->rows * p->padded_depth * sizeof(float);
+        bytes = padded_rows(p) * p->padded_depth * (p->inputs == INPUTS_BF16 ? 2 : 1);
+    else if (copies_inputs(p))
+        bytes = p->rows * p->padded_depth * sizeof(float);
+    return (bytes + 63) / 64 * 64;
+}
+
+/* Bytes of memory that `prepare_row` fills, a multiple of 64; 0: it has nothing to do. */
+static size_t input_memory_bytes(const Linear *p) {
+    size_t bytes = rounded_input_bytes(p);
+    if (bytes == 0 && p->offsets == NULL)
+        return 0;
+    return bytes + (3 * padded_rows(p) * p->n_groups * sizeof(float) + 63) / 64 * 64;
+}
+
+/* Have `prepare_row` fill this memory, of `input_memory_bytes`. */
+static void use_input_memory(Linear *p, char *memory) {
+    size_t per_group = padded_rows(p) * p->n_groups * sizeof(float);
     p->float_inputs = p->x;
     p->float_stride = p->x_stride;
-    if (input_bytes == 0 && p->offsets == NULL)
-        return 1;
-    input_bytes = (input_bytes + 63) / 64 * 64;
-    char *memory = thread_scratch(SCRATCH_INPUTS, input_bytes + 3 * per_group);
     if (memory == NULL)
-        return 0;
+        return;
     p->rounded_inputs = memory;
-    p->input_sums = (float *)(memory + input_bytes);
+    memory += rounded_input_bytes(p);
+    p->input_sums = (float *)memory;
     if (p->inputs == INPUTS_INT8) {
-        p->input_scales = (float *)(memory + input_bytes + per_group);
-        p->int_input_sums = (int32_t *)(memory + input_bytes + 2 * per_group);
-    } else if (copies) {
-        p->float_inputs = (float *)memory;
+        p->input_scales = (float *)(memory + per_group);
+        p->int_input_sums = (int32_t *)(memory + 2 * per_group);
+    } else if (copies_inputs(p)) {
+        p->float_inputs = (float *)p->rounded_inputs;
         p->float_stride = p->padded_depth;
     }
-    run_ranges(p->rows, 1 + PARALLEL_MIN_ELEMENTS / p->depth, prepare_rows, p);
+}
+
+/* Allocate and fill what `p` needs of its inputs. Returns 0 when out of memory. */
+static int prepare_inputs(Linear *p) {
+    size_t bytes = input_memory_bytes(p);
+    char *memory = bytes ? thread_scratch(SCRATCH_INPUTS, bytes) : NULL;
+    if (bytes && memory == NULL)
+        return 0;
+    use_input_memory(p, memory);
+    if (bytes)
+        run_ranges(p->rows, 1 + PARALLEL_MIN_ELEMENTS / p->depth, prepare_rows, p);
     return 1;
 }
 
@@ -766,11 +792,9 @@ static BlockFunction block_function(const Linear *p) {
     return float_block;
 }
 
-static int linear(const Linear *layer) {
-    LinearOperation o = {.layer = *layer};
-    Linear *p = &o.layer;
-    int64_t n_panels = (p->cols + PANEL_WIDTH - 1) / PANEL_WIDTH;
-    p->padded_cols = n_panels * PANEL_WIDTH;
+/* Set the fields that follow from the layer's sizes. */
+static void derive_sizes(Linear *p) {
+    p->padded_cols = (p->cols + PANEL_WIDTH - 1) / PANEL_WIDTH * PANEL_WIDTH;
     p->padded_depth = (p->depth + DEPTH_MULTIPLE - 1) / DEPTH_MULTIPLE * DEPTH_MULTIPLE;
     p->panel_bytes = (p->weight_type == WEIGHT_F32 ? p->depth : p->padded_depth) /
                      word_values(p->weight_type) * PANEL_WIDTH * 4;
@@ -779,24 +803,36 @@ static int linear(const Linear *layer) {
     if (p->inputs == INPUTS_BF16 && !amx_supports(p))
         p->inputs = INPUTS_F32;
 #endif
-    if (!prepare_inputs(p))
-        return 0;
-    o.block = block_function(p);
-    int64_t turns = num_threads() * PIECES_OF_THREAD;
+}
+
+/* Choose the blocks of a layer whose inputs are prepared, for about `turns` pieces. Returns how many
+ * pieces they are. */
+static int64_t divide_layer(LinearOperation *o, int64_t turns) {
+    const Linear *p = &o->layer;
+    int64_t n_panels = p->padded_cols / PANEL_WIDTH;
     int64_t n_row_blocks = 1;
-    o.block_rows = p->rows;
+    o->block = block_function(p);
+    o->block_rows = p->rows;
     if (p->rows <= FEW_ROWS) {
-        o.block_panels = max_int64((n_panels + turns - 1) / turns, MIN_PANELS);
-        o.block_panels = min_int64(o.block_panels, PIECE_BYTES / p->panel_bytes + 1);
+        o->block_panels = max_int64((n_panels + turns - 1) / turns, MIN_PANELS);
+        o->block_panels = min_int64(o->block_panels, PIECE_BYTES / p->panel_bytes + 1);
     } else {
         int64_t row_bytes = p->depth * (p->inputs == INPUTS_F32 ? 4 : 2);
-        o.block_rows = max_int64(ROW_BLOCK_BYTES / row_bytes / 48, 1) * 48;
-        n_row_blocks = (p->rows + o.block_rows - 1) / o.block_rows;
-        o.block_panels = max_int64(n_panels * n_row_blocks / turns, 2);
-        o.block_panels = min_int64(o.block_panels, 32);
+        o->block_rows = max_int64(ROW_BLOCK_BYTES / row_bytes / 48, 1) * 48;
+        n_row_blocks = (p->rows + o->block_rows - 1) / o->block_rows;
+        o->block_panels = max_int64(n_panels * n_row_blocks / turns, 2);
+        o->block_panels = min_int64(o->block_panels, 32);
     }
-    o.block_panels = (o.block_panels + 1) / 2 * 2; /* tiles are of two panels */
-    o.n_chunks = (n_panels + o.block_panels - 1) / o.block_panels;
-    run_pieces(n_row_blocks * o.n_chunks, linear_piece, &o);
+    o->block_panels = (o->block_panels + 1) / 2 * 2; /* tiles are of two panels */
+    o->n_chunks = (n_panels + o->block_panels - 1) / o->block_panels;
+    return n_row_blocks * o->n_chunks;
+}
+
+static int linear(const Linear *layer) {
+    LinearOperation o = {.layer = *layer};
+    derive_sizes(&o.layer);
+    if (!prepare_inputs(&o.layer))
+        return 0;
+    run_pieces(divide_layer(&o, num_threads() * PIECES_OF_THREAD), linear_piece, &o);
     return 1;
 }

@@ -232,6 +232,70 @@ KERNEL(xielu, 7, 0) {
     });
 }
 
+KERNEL(apply_gate, 8, 0) {
+    (void)floats;
+    return kernels->apply_gate(&(Gate){
+        .x = ADDRESS(const float, 0),
+        .gate = ADDRESS(const float, 1),
+        .gate_stride = ints[2],
+        .y = ADDRESS(float, 3),
+        .rows = ints[4],
+        .size = ints[5],
+        .per_row = (int)ints[6],
+        .activation = (int)ints[7],
+    });
+}
+
+KERNEL(copy_rows, 6, 0) {
+    (void)floats;
+    return kernels->copy_rows(&(RowCopy){
+        .from = ADDRESS(const float, 0),
+        .from_stride = ints[1],
+        .to = ADDRESS(float, 2),
+        .to_stride = ints[3],
+        .rows = ints[4],
+        .size = ints[5],
+    });
+}
+
+KERNEL(select_experts, 12, 2) {
+    return kernels->select_experts(&(Router){
+        .logits = ADDRESS(const float, 0),
+        .correction_bias = ADDRESS(const float, 1),
+        .expert_scales = ADDRESS(const float, 2),
+        .weights = ADDRESS(float, 3),
+        .ids = ADDRESS(int64_t, 4),
+        .n_tokens = ints[5],
+        .n_experts = ints[6],
+        .n_chosen = ints[7],
+        .n_groups = ints[8],
+        .topk_groups = ints[9],
+        .sigmoid = (int)ints[10],
+        .normalize = (int)ints[11],
+        .softcap = (float)floats[0],
+        .scaling_factor = (float)floats[1],
+    });
+}
+
+KERNEL(experts, 12, 2) {
+    return kernels->experts(&(Experts){
+        .x = ADDRESS(const float, 0),
+        .y = ADDRESS(float, 1),
+        .ids = ADDRESS(const int64_t, 2),
+        .weights = ADDRESS(const float, 3),
+        .n_tokens = ints[4],
+        .n_chosen = ints[5],
+        .hidden_size = ints[6],
+        .intermediate_size = ints[7],
+        .linears = (const ExpertLinear(*)[2])(intptr_t)ints[8],
+        .n_experts = ints[9],
+        .gated = (int)ints[10],
+        .activation = (int)ints[11],
+        .limit = (float)floats[0],
+        .alpha = (float)floats[1],
+    });
+}
+
 #define FOR_EACH_KERNEL(DO)                                                                        \
     DO(linear)                                                                                     \
     DO(paged_attention)                                                                            \
@@ -243,7 +307,11 @@ KERNEL(xielu, 7, 0) {
     DO(store_kv)                                                                                   \
     DO(act_and_mul)                                                                                \
     DO(act)                                                                                        \
-    DO(xielu)
+    DO(xielu)                                                                                      \
+    DO(apply_gate)                                                                                 \
+    DO(copy_rows)                                                                                  \
+    DO(select_experts)                                                                             \
+    DO(experts)
 
 typedef struct {
     const char *name;
