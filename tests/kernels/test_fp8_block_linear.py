@@ -158,5 +158,5 @@ def test_fp8_blocks_on_a_gpu_round_inputs_where_it_multiplies_fp8(
     layer = serving_linear([weight], None, quant, torch.bfloat16, "cuda")
     assert isinstance(layer, PackedLinear) and isinstance(layer.kernel, Fp8BlockLinear)
     assert layer.activation_quant is None
-    assert layer.kernel._quantize_inputs is rounds
+    assert layer.kernel.quantize_inputs is rounds
     assert layer.kernel.nbytes == 64 * 128 + 64 * 2 * 4
