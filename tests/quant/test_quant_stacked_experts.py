@@ -22,7 +22,7 @@ from support.tiny_wrappers import save_wrapper, tiny_wrapper
 from llmkit.checkpoint.checkpoint import Checkpoint
 from llmkit.checkpoint.open_checkpoint import open_checkpoint
 from llmkit.checkpoint.tokenizer import load_tokenizer
-from llmkit.common.errors import InputError
+from llmkit.common.errors import InputError, UsageError
 from llmkit.common.progress import SilentProgress
 from llmkit.model.families import checkpoint_spec, unstack_experts
 from llmkit.model.full_forward import window_logits
@@ -226,6 +226,22 @@ def test_scales_move_from_up_to_down_of_experts_unless_up_is_clamped(
         assert gate_up.input_from is None
         down = rows["layers.1.mlp.experts.2.down.weight"]
         assert down.input_from == (None if family == "gpt-oss" else gate_up.name)
+
+
+def test_check_engine_refuses_unstacked_experts_that_an_engine_ignores(
+    sources: Callable[[str], Path], tmp_path: Path
+) -> None:
+    for engine, family in (
+        ("transformers", "gemma4-moe"),
+        ("transformers", "gpt-oss"),
+        ("vllm", "gpt-oss"),
+    ):
+        options = replace(METHODS["fp8"], engine=engine, dry_run=True)
+        with pytest.raises(UsageError, match=rf"{engine} reads the experts of .* one by one"):
+            run(sources(family), tmp_path / "out", options)
+        run(sources(family), tmp_path / "out", replace(options, method="bf16"))
+    options = replace(METHODS["fp8"], engine="vllm", dry_run=True)
+    run(sources("granite-moe-shared"), tmp_path / "out", options)
 
 
 def test_kept_experts_are_unstacked_too(sources: Callable[[str], Path], tmp_path: Path) -> None:
