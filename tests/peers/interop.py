@@ -149,6 +149,7 @@ FAMILY_GRADES = (
 # More arguments of vllm_generate.py for formats that vLLM accepts in half precision only.
 HALF_PRECISION = {
     "glm4": ("--dtype", "bfloat16"),  # vLLM refuses float16
+    "gemma3": ("--dtype", "bfloat16"),
     "apertus": ("--reference",),  # its xIELU computes float32, which the 4-bit product refuses
 }
 # What differs from tiny_quantized: the sizes for which vLLM's CPU kernels exist.
@@ -409,12 +410,11 @@ def wrappers(work: Path, only: str, engines: Sequence[str]) -> tuple[list[list[s
                 save_wrapper(oracle, source, hub_names=True)
             model = work / _file_name(label)
             quantized(source, model, what, FAMILY_CALIBRATION)
-            half = (
-                ["--dtype", "bfloat16"] if wrapper == "gemma3" and name in ("gptq", "awq") else []
-            )
-            text_only = ["--engine", '{"limit_mm_per_prompt": {"image": 0}}']
+            arguments = ["--engine", '{"limit_mm_per_prompt": {"image": 0}}']  # text only
+            if name in ("gptq", "awq"):
+                arguments += HALF_PRECISION.get(wrapper, ())
             # vLLM's multimodal classes import torchvision, which vllm.txt does not install.
-            what = replace(what, vllm="refuse", more={"vllm": [*half, *text_only]})
+            what = replace(what, vllm="refuse", more={"vllm": arguments})
             row, problems = compared(label, what, model, generated(model, prompts), file, engines)
             rows.append(row)
             wrong += problems
