@@ -34,6 +34,10 @@ from llmkit.quant.quantize_checkpoint import quantize
 from llmkit.quant.quantize_options import QuantizeOptions
 from llmkit.quant.quantize_report import Report
 from llmkit.quant.token_windows import calibration_windows
+from llmkit.runtime.engine.engine_options import EngineOptions
+from llmkit.runtime.engine.sampling_params import SamplingParams
+from llmkit.runtime.engine_loader import load_engine
+from llmkit.runtime.parallel.leader import LeadEngine
 from llmkit.shard.merge import merge
 from llmkit.shard.shard_checkpoint import shard
 from llmkit.shard.valid_layouts import valid_layouts
@@ -69,7 +73,7 @@ CASES = [
     pytest.param(
         family,
         method,
-        marks=() if method in ("gptq", "fp8") or "granite" in family else pytest.mark.slow,
+        marks=() if method == "gptq" or "granite" in family else pytest.mark.slow,
     )
     for family in MODULES
     for method in METHODS
@@ -180,7 +184,13 @@ def test_quantized_experts_are_unstacked_and_equal_transformers_with_their_dense
     assert 0 < error < MAX_ERROR[method]
 
 
-@pytest.mark.parametrize("family", MODULES)
+@pytest.mark.parametrize(
+    "family",
+    [
+        pytest.param(family, marks=() if family == "gpt-oss" else pytest.mark.slow)
+        for family in MODULES
+    ],
+)
 def test_gptq_of_stacked_experts_loses_less_than_rounding_to_nearest(
     sources: Callable[[str], Path], tmp_path: Path, family: str
 ) -> None:
@@ -294,6 +304,31 @@ def test_unstacked_experts_divide_over_ranks(
     bias = stored["model.layers.0.mlp.experts.2.up_proj.bias"]
     assert torch.equal(rank["model.layers.0.mlp.experts.2.up_proj.bias"], bias[32:])
     assert not any(".experts.0." in name for name in rank)
+
+
+@pytest.mark.parametrize(
+    ("family", "method"),
+    [("gpt-oss", "gptq"), pytest.param("gemma4-moe", "int8", marks=pytest.mark.slow)],
+)
+def test_unstacked_experts_are_served_packed_and_by_two_ranks(
+    sources: Callable[[str], Path], tmp_path: Path, family: str, method: str
+) -> None:
+    """The greedy tokens are the likeliest of the dense weights, also with an expert's half each."""
+    run(sources(family), tmp_path / "out", METHODS[method])
+    prompts = [[5, 6, 7], [9, 8, 7, 6, 5]]
+    greedy = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
+    options = EngineOptions(device="cpu", max_model_len=64, dtype="float32")
+    answers = load_engine(open_checkpoint(tmp_path / "out"), options).generate(prompts, greedy)
+    model = load_model(open_checkpoint(tmp_path / "out"), torch.float32)
+    for prompt, answer in zip(prompts, answers, strict=True):
+        (logits,) = window_logits(model, torch.tensor([prompt + answer]))
+        assert logits[len(prompt) - 1 : -1].argmax(-1).tolist() == answer
+    ranks = load_engine(open_checkpoint(tmp_path / "out"), replace(options, tp=2, ep=2))
+    assert isinstance(ranks, LeadEngine)
+    try:
+        assert ranks.generate(prompts, greedy) == answers
+    finally:
+        ranks.close()
 
 
 @pytest.fixture(scope="module")
