@@ -41,8 +41,8 @@ class Fp8BlockLinear:
         self.q = q.contiguous()
         self.scales = scales.float().T.contiguous()  # [G, N]: the scales of a group lie together
         self.group_size = group_size
-        self._bias = bias
-        self._quantize_inputs = quantize_inputs
+        self.bias = bias
+        self.quantize_inputs = quantize_inputs
         self.nbytes = self.q.nbytes + self.scales.nbytes
 
     def __call__(self, x: torch.Tensor, splits: int = 0) -> torch.Tensor:
@@ -55,11 +55,11 @@ class Fp8BlockLinear:
         N = len(self.q)
         num_groups = len(self.scales)
         row_scales = None
-        if self._quantize_inputs:
+        if self.quantize_inputs:
             rows, row_scales = quantize_groups(rows, self.group_size)
-        tiles = TILES if self._quantize_inputs else WEIGHT_ONLY_TILES
+        tiles = TILES if self.quantize_inputs else WEIGHT_ONLY_TILES
         BM, BN, warps, stages = next(tile[1:] for tile in tiles if tile[0] >= M)
-        if x.dtype == torch.float32 and not self._quantize_inputs:
+        if x.dtype == torch.float32 and not self.quantize_inputs:
             BM = 16  # float32 values take twice the registers and shared memory
         grid = (-(-M // BM), -(-N // BN))
         if not splits:
@@ -74,9 +74,9 @@ class Fp8BlockLinear:
             _fp8_block_linear_kernel[(*grid, splits)](
                 rows,
                 row_scales,
-                self.q if self._quantize_inputs else self.q.view(torch.uint8),
+                self.q if self.quantize_inputs else self.q.view(torch.uint8),
                 self.scales,
-                None if splits > 1 else self._bias,
+                None if splits > 1 else self.bias,
                 y,
                 M,
                 N,
@@ -88,7 +88,7 @@ class Fp8BlockLinear:
                 STAGES=stages,
                 num_warps=warps,
             )
-        result = epilogue(y, M, x.dtype, self._bias) if splits > 1 else y[0]
+        result = epilogue(y, M, x.dtype, self.bias) if splits > 1 else y[0]
         return result.view(*x.shape[:-1], N)
 
     def dequantize(self) -> torch.Tensor:

@@ -12,7 +12,9 @@ from dataclasses import dataclass
 
 import torch
 
+from llmkit.kernels.activation_quant import FP8
 from llmkit.kernels.elementwise import clamped_swiglu
+from llmkit.kernels.fp8_block_linear import e4m3_times_2_to_minus_8, quantize_groups
 from llmkit.kernels.triton_support import jit, tl
 
 # Each entry: the largest average number of choices per expert, then BM, BN and BK of a tile, warps
@@ -25,7 +27,10 @@ class FusedExperts:
     """The experts [first, first + E) of a layer with `count` experts.
 
     gate_up: [E, 2I, H] and down: [E, H, I], each expert's weight contiguous; or in MXFP4: uint8
-    [E, 2I, H / 2] and [E, H, I / 2], with their scales, uint8 [E, 2I, H / 32] and [E, H, I / 32].
+    [E, 2I, H / 2] and [E, H, I / 2], with their scales, uint8 [E, 2I, H / 32] and [E, H, I / 32];
+    or in FP8: e4m3 with scales, float32 [E, groups of H, 2I] and [E, groups of I, H].
+    group_size: of FP8, as `Fp8BlockLinear` takes it; 0 for others. quantize_inputs: whether the
+    inputs of FP8 weights are quantized by token and group.
     gate_up_bias: [E, 2I]; down_bias: [E, H].
     swiglu: limit and alpha of `elementwise.swiglu_clamped`, in place of silu and gelu.
     """
@@ -40,6 +45,8 @@ class FusedExperts:
     gate_up_scales: torch.Tensor | None = None
     down_scales: torch.Tensor | None = None
     swiglu: tuple[float, float] | None = None
+    group_size: int = 0
+    quantize_inputs: bool = False
 
     def __call__(
         self, x: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor
@@ -49,7 +56,7 @@ class FusedExperts:
         x: [T, H]; topk_ids: int64 [T, C]; topk_weights: float32 [T, C].
         """
         num_experts, hidden, intermediate = self.down.shape
-        if self.down_scales is not None:
+        if self.down_scales is not None and not self.group_size:
             intermediate *= 2
         first_activation = 2 if self.gelu else 1
         if self.swiglu is not None:
@@ -62,7 +69,8 @@ class FusedExperts:
         activated = x.new_empty(num_choices, intermediate)
         outputs = x.new_zeros(num_choices, hidden)
         BM, BN, BK, warps, stages = _tile(
-            num_choices / self.count, torch.cuda.get_device_capability(x.device)
+            num_choices / self.count,
+            (0, 0) if self.group_size else torch.cuda.get_device_capability(x.device),
         )
         max_tiles = num_choices // BM + min(num_experts, num_choices)
         padded_experts = 1 << (num_experts - 1).bit_length()
@@ -82,6 +90,11 @@ class FusedExperts:
                 (activated, self.down, self.down_scales, self.down_bias, outputs, 0),
             ):
                 tile_outputs = BN // 2 if activation else BN
+                row_scales = None
+                if self.quantize_inputs:
+                    rows, row_scales = quantize_groups(rows, self.group_size)
+                elif self.group_size:
+                    weight = weight.view(torch.uint8)
                 _fused_moe_kernel[max_tiles, -(-y.shape[1] // tile_outputs)](
                     rows,
                     weight,
@@ -90,6 +103,7 @@ class FusedExperts:
                     counts,
                     topk_weights,
                     scales,
+                    row_scales,
                     bias,
                     limit,
                     alpha,
@@ -103,6 +117,7 @@ class FusedExperts:
                     BM=BM,
                     BN=tile_outputs,
                     BK=BK,
+                    GROUP=self.group_size,
                     num_warps=warps,
                     num_stages=stages,
                 )
@@ -112,7 +127,8 @@ class FusedExperts:
 def _tile(choices_per_expert: float, capability: tuple[int, int]) -> tuple[int, ...]:
     """The entry of TILES for this number of choices per expert, without that number.
 
-    The last entry needs the registers of a Hopper GPU.
+    The last entry needs the registers of a Hopper GPU. FP8 needs twice as many, for the sum of a
+    group, and never takes it: its capability is (0, 0).
     """
     for max_choices, *tile in TILES[:-2]:
         if choices_per_expert <= max_choices:
@@ -156,9 +172,9 @@ def stack_experts(weights: Sequence[torch.Tensor]) -> torch.Tensor | None:
 
 
 def supports(weight: torch.Tensor) -> bool:
-    """Whether `FusedExperts` takes these weights: 16-bit or MXFP4, on a GPU."""
-    is_16_bit = weight.element_size() == 2
-    return tl is not None and weight.is_cuda and (is_16_bit or weight.dtype == torch.uint8)
+    """Whether `FusedExperts` takes these weights: 16-bit, MXFP4 or FP8, on a GPU."""
+    is_known = weight.element_size() == 2 or weight.dtype in (torch.uint8, FP8)
+    return tl is not None and weight.is_cuda and is_known
 
 
 @jit
@@ -197,6 +213,7 @@ def _fused_moe_kernel(
     counts: tl.tensor,
     topk_weights: tl.tensor,
     scales: tl.tensor,
+    row_scales: tl.tensor,
     bias: tl.tensor,
     limit: tl.tensor,
     alpha: tl.tensor,
@@ -210,6 +227,7 @@ def _fused_moe_kernel(
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
+    GROUP: tl.constexpr,
 ) -> None:
     """A program computes BN outputs for BM choices of one expert.
 
@@ -219,6 +237,8 @@ def _fused_moe_kernel(
     has a row per choice, weighted by the router.
     scales: of a weight in MXFP4, whose bytes hold two columns each. They are multiplied by even and
     odd columns of x in two products.
+    GROUP: of a weight in FP8; 0 for others. row_scales: of x in FP8. Without them, x has the
+    model's dtype and w holds the bits of e4m3.
     """
     e = tl.arange(0, PADDED_EXPERTS)
     tile = tl.program_id(0)
@@ -240,7 +260,24 @@ def _fused_moe_kernel(
     weight = w + expert.to(tl.int64) * expert_stride
     total = tl.zeros((BM, BN), tl.float32)  # of the gate, or of down
     up = tl.zeros((BM, BN), tl.float32)
-    if scales is not None:
+    if GROUP > 0:
+        num_groups = tl.cdiv(K, GROUP)
+        num_rows = N * 2 if ACTIVATION else N
+        scale_at = scales + expert_row * num_groups + n
+        for group in tl.range(0, num_groups):
+            column = group * GROUP + tl.arange(0, GROUP)
+            part_mask = valid & (column < K)[None, :]
+            part = tl.load(x + row * K + column[None, :], mask=part_mask, other=0.0)
+            at = weight + n.to(tl.int64) * K + column[:, None]
+            inside = (column < K)[:, None] & (n < N)
+            factor = 1.0
+            if row_scales is not None:
+                factor = tl.load(row_scales + row * num_groups + group, mask=valid, other=0.0)
+            group_at = scale_at + group * num_rows
+            total += _fp8_product(part, at, group_at, inside, n < N) * factor
+            if ACTIVATION:
+                up += _fp8_product(part, at + N * K, group_at + N, inside, n < N) * factor
+    elif scales is not None:
         pair = tl.arange(0, BK // 2)
         for start in tl.range(0, K // 2, BK // 2):
             byte = start + pair
@@ -290,6 +327,22 @@ def _fused_moe_kernel(
         row = choice
         total = total * tl.load(topk_weights + choice, mask=valid, other=0.0)
     tl.store(y + row * N + n, total.to(y.dtype.element_ty), mask=valid & (n < N))
+
+
+@jit
+def _fp8_product(
+    part: tl.tensor, at: tl.tensor, scale_at: tl.tensor, inside: tl.tensor, is_output: tl.tensor
+) -> tl.tensor:
+    """The product of a group's inputs with weights in FP8, times the weights' scales."""
+    scale = tl.load(scale_at, mask=is_output, other=0.0)
+    if part.dtype == at.dtype.element_ty:  # both in FP8
+        sums = tl.dot(part, tl.load(at, mask=inside, other=0.0))
+    else:
+        bits = tl.load(at, mask=inside, other=0).to(tl.int16)
+        values = e4m3_times_2_to_minus_8(bits).to(part.dtype)
+        sums = tl.dot(part, values, input_precision="ieee")
+        scale *= 256.0
+    return sums * scale
 
 
 @jit

@@ -27,6 +27,7 @@ from llmkit.kernels.elementwise import (
     swiglu_clamped,
     xielu,
 )
+from llmkit.kernels.fp8_block_linear import Fp8BlockLinear
 from llmkit.kernels.fused_experts import FusedExperts, stack_experts
 from llmkit.kernels.fused_experts import supports as supports_fused_experts
 from llmkit.kernels.kv_cache import KVCache
@@ -355,6 +356,9 @@ class DecoderLayer:
         if any(linear.activation_quant for linear in gate_up + down):
             return None
         mxfp4 = _stack_mxfp4(gate_up), _stack_mxfp4(down)
+        fp8 = _stack_fp8(gate_up), _stack_fp8(down)
+        group_size = 0
+        quantize_inputs = False
         scales: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None)
         gate_up_stack: torch.Tensor | None
         down_stack: torch.Tensor | None
@@ -362,6 +366,14 @@ class DecoderLayer:
             gate_up_stack = mxfp4[0].blocks
             down_stack = mxfp4[1].blocks
             scales = mxfp4[0].scales, mxfp4[1].scales
+        elif fp8[0] is not None and fp8[1] is not None:
+            if fp8[0].group_size != fp8[1].group_size:
+                return None
+            gate_up_stack = fp8[0].q
+            down_stack = fp8[1].q
+            scales = fp8[0].scales, fp8[1].scales
+            group_size = fp8[0].group_size
+            quantize_inputs = fp8[0].quantize_inputs
         else:
             gate_up_stack = stack_experts([linear.weight for linear in gate_up])
             down_stack = stack_experts([linear.weight for linear in down])
@@ -381,6 +393,8 @@ class DecoderLayer:
             _stack_biases(down),
             *scales,
             swiglu=(spec.swiglu_limit, spec.swiglu_alpha) if is_clamped else None,
+            group_size=group_size,
+            quantize_inputs=quantize_inputs,
         )
 
     def has_kv_scales(self, kv_cache_dtype: str) -> bool:
@@ -648,7 +662,7 @@ def _add_norm(
 
 def _stack_biases(linears: Sequence[Linear]) -> torch.Tensor | None:
     """The biases of experts as one tensor [E, out]; None where they have none."""
-    owners = [_mxfp4_kernel(linear) or linear for linear in linears]
+    owners = [_mxfp4_kernel(linear) or _fp8_kernel(linear) or linear for linear in linears]
     biases = [owner.bias for owner in owners if owner.bias is not None]
     return torch.stack(biases) if biases else None
 
@@ -657,6 +671,12 @@ def _mxfp4_kernel(linear: Linear) -> Mxfp4Linear | None:
     """The kernel of a linear layer with a weight in MXFP4; None for others."""
     kernel = linear.kernel if isinstance(linear, PackedLinear) else None
     return kernel if isinstance(kernel, Mxfp4Linear) else None
+
+
+def _fp8_kernel(linear: Linear) -> Fp8BlockLinear | None:
+    """The kernel of a linear layer with a weight in FP8 blocks on a GPU; None for others."""
+    kernel = linear.kernel if isinstance(linear, PackedLinear) else None
+    return kernel if isinstance(kernel, Fp8BlockLinear) else None
 
 
 class _Mxfp4Stack(NamedTuple):
@@ -681,6 +701,36 @@ def _stack_mxfp4(linears: Sequence[Linear]) -> _Mxfp4Stack | None:
     )
     for index, kernel in enumerate(kernels):
         kernel.blocks = stack.blocks[index]
+        kernel.scales = stack.scales[index]
+    return stack
+
+
+class _Fp8Stack(NamedTuple):
+    """The weights of experts in FP8, [E, ...]; see `FusedExperts`."""
+
+    q: torch.Tensor
+    scales: torch.Tensor
+    group_size: int
+    quantize_inputs: bool
+
+
+def _stack_fp8(linears: Sequence[Linear]) -> _Fp8Stack | None:
+    """Put the weights of experts next to each other; None unless all are in equal FP8 blocks.
+
+    Afterwards the linear layers use the copies, so that no weight is in memory twice.
+    """
+    found = [_fp8_kernel(linear) for linear in linears]
+    kernels = [kernel for kernel in found if kernel is not None]
+    if len(kernels) < len(linears) or len({kernel.group_size for kernel in kernels}) > 1:
+        return None
+    stack = _Fp8Stack(
+        torch.stack([kernel.q for kernel in kernels]),
+        torch.stack([kernel.scales for kernel in kernels]),
+        kernels[0].group_size,
+        kernels[0].quantize_inputs,
+    )
+    for index, kernel in enumerate(kernels):
+        kernel.q = stack.q[index]
         kernel.scales = stack.scales[index]
     return stack
 

@@ -245,9 +245,11 @@ def pack_weight(weight: torch.Tensor | QuantizedWeight) -> PackedWeight:
     if group_size != columns and (columns % group_size or group_size % values_per_word):
         return PackedWeight.pack(weight.dequantize().float())
     if scheme.is_fp4:
-        return PackedWeight.pack(weight.q, scales, is_fp4=True)
+        return PackedWeight.pack(weight.q, scales, four_bit_type="fp4")
     if scheme.kind == "float":  # bfloat16 represents every FP8 value exactly
         return PackedWeight.pack(weight.q.to(torch.bfloat16), scales)
+    if scheme.bits == 4 and bool((weight.zeros == 8).all()):
+        return PackedWeight.pack(weight.q, scales, four_bit_type="int4")
     if scheme.bits == 4:
         return PackedWeight.pack(weight.q, scales, scales * weight.zeros.float())
     int8_zeros = weight.zeros.float() - 128

@@ -227,9 +227,11 @@ def make_plan(source: str, out: Path, options: QuantizeOptions, progress: Progre
             "the source is FP8: its weights are dequantized layer by layer, and the output is"
             " compared with them, without rounding inputs"
         )
+    stored = checkpoint
     if method.chosen_format is not None:
         checkpoint = with_unstacked_experts(checkpoint, spec)
         spec = checkpoint_spec(checkpoint)
+    unstacks_experts = checkpoint is not stored
     if is_mxfp4:
         progress.message(
             f"the experts of {source} are in MXFP4: they are dequantized when they are read, and"
@@ -249,7 +251,7 @@ def make_plan(source: str, out: Path, options: QuantizeOptions, progress: Progre
         quantization = dataclasses.replace(quantization, carried=carried)
     if quantization is not None and options.method == "gptq":
         quantization = dataclasses.replace(quantization, damp=options.damp)
-    check_engine(options.engine, quantization, spec)
+    check_engine(options.engine, quantization, spec, unstacks_experts)
     out = out.expanduser().absolute()
     wanted_seq_len = options.seq_len or default_seq_len(options.samples, device)
     options = dataclasses.replace(options, seq_len=wanted_seq_len)

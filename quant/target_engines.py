@@ -20,15 +20,23 @@ VLLM_SPLITS_GATE_UP = ("GlmForCausalLM", "Glm4ForCausalLM")
 
 
 def check_engine(
-    engine: str | None, quantization: QuantizationConfig | None, spec: ModelSpec
+    engine: str | None,
+    quantization: QuantizationConfig | None,
+    spec: ModelSpec,
+    unstacks_experts: bool = False,
 ) -> None:
-    """Raises UsageError, with an option that helps, when `engine` cannot load the output."""
+    """Raises UsageError, with an option that helps, when `engine` cannot load the output.
+
+    unstacks_experts: the output stores experts one by one, unlike other models of the family.
+    """
     if engine is None or quantization is None:
         return
     if engine not in ENGINES:
         raise UsageError(
             f"--for {engine} is not known", f"One of {', '.join(ENGINES)} was expected"
         )
+    if unstacks_experts:
+        _check_unstacked_experts(engine, spec)
     for scheme in quantization.schemes:
         if engine == "transformers":
             _check_transformers_scheme(quantization, scheme)
@@ -43,6 +51,16 @@ def check_engine(
         raise UsageError(f"{engine} knows no INT8 KV cache", "FP8 was expected", "Use --kv fp8")
     if quantization.kv and engine == "transformers":
         raise UsageError("transformers keeps its KV cache in 16 bits", todo="Leave out --kv")
+
+
+def _check_unstacked_experts(engine: str, spec: ModelSpec) -> None:
+    """An engine that ignores the tensors runs with random experts, and only warns."""
+    if engine == "transformers" or (engine == "vllm" and spec.architecture == "GptOssForCausalLM"):
+        raise UsageError(
+            f"{engine} reads the experts of a {spec.architecture} from one tensor for all of a"
+            " layer, and ignores those that are stored one by one, as quantized experts are",
+            todo="Leave out --for and serve it with llmkit",
+        )
 
 
 def _check_marlin_group_size(engine: str, scheme: Scheme) -> None:

@@ -19,13 +19,23 @@
 enum {
     PANEL_WIDTH = 16,               /* columns of a panel of packed weights */
     DEPTH_MULTIPLE = 64,            /* panels of weights below 32 bits have so many steps */
+    INT4_ZERO = 8,                  /* the code of 0 */
     MAX_HEAD_DIM = 512,             /* the largest head_dim of attention */
     MAX_EXPERTS = 1024,             /* of a layer */
     PARALLEL_MIN_ELEMENTS = 1 << 14 /* operations on at most this many elements use one thread */
 };
 
 /* How a weight is stored. The numbers are those of WEIGHT_TYPES in cpu_kernels.py. */
-enum { WEIGHT_F32, WEIGHT_BF16, WEIGHT_F16, WEIGHT_INT8, WEIGHT_INT4, WEIGHT_FP4 };
+enum {
+    WEIGHT_F32,
+    WEIGHT_BF16,
+    WEIGHT_F16,
+    WEIGHT_INT8,
+    WEIGHT_UINT4, /* codes 0 .. 15 */
+    WEIGHT_INT4,  /* codes minus INT4_ZERO */
+    WEIGHT_FP4    /* codes of E2M1, which stand for twice their values */
+};
+
 
 /* What the inputs of a linear layer are rounded to: nothing, bfloat16, or int8 with a scale for each
  * row and group of the weight. The numbers are those of INPUT_TYPES in cpu_kernels.py. */

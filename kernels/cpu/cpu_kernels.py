@@ -26,16 +26,18 @@ try:
 except ImportError:
     _cpu_kernels = None  # type: ignore[assignment]
 
+FourBitType = Literal["uint4", "int4", "fp4"]
 PANEL_WIDTH = 16  # columns of a panel of packed weights
-# The numbers are those of cpu_kernels.h. uint8 stands for 4-bit values; packing puts two in a byte.
+# The numbers are those of cpu_kernels.h.
 WEIGHT_TYPES = {
     torch.float32: 0,
     torch.bfloat16: 1,
     torch.float16: 2,
     torch.int8: 3,
-    torch.uint8: 4,
 }
-FP4_WEIGHT_TYPE = 5  # codes of 4-bit floats, which are uint8, too
+# 4-bit values, which are uint8 until packing puts two in a byte: codes 0 to 15, codes minus 8, and
+# 4-bit floats (E2M1).
+FOUR_BIT_TYPES: dict[FourBitType, int] = {"uint4": 4, "int4": 5, "fp4": 6}
 ACTIVATIONS = {"silu": 0, "gelu_tanh": 1, "gelu": 2, "relu2": 3}
 SWIGLU_CLAMPED = 4
 # What the inputs of a linear layer are rounded to: nothing, bfloat16, or int8 with a scale for each
@@ -144,7 +146,7 @@ class PackedWeight:
     shape: tuple[int, int]  # [C, K]
     scales: torch.Tensor | None = None
     offsets: torch.Tensor | None = None
-    is_fp4: bool = False  # q stands for twice the values of 4-bit floats (E2M1)
+    four_bit_type: FourBitType = "uint4"  # what q stands for if it has 4 bits
 
     @classmethod
     def pack(
@@ -153,16 +155,17 @@ class PackedWeight:
         scales: torch.Tensor | None = None,
         offsets: torch.Tensor | None = None,
         *,
-        is_fp4: bool = False,
+        four_bit_type: FourBitType = "uint4",
     ) -> PackedWeight:
         """Pack a weight.
 
         q: [C, K], floats, int8, or 4-bit values in uint8. With several groups, a group has a
         multiple of 2 inputs (16 bits), 4 (int8) or 8 (4 bits).
         scales, offsets: [C, G].
-        is_fp4: q holds codes of 4-bit floats (E2M1), which have scales.
+        four_bit_type: what q stands for if it has 4 bits: codes 0 to 15; "int4": codes minus 8;
+        "fp4": codes of E2M1, which must have scales.
         """
-        if is_fp4:  # the kernel multiplies by twice the values, which are integers
+        if four_bit_type == "fp4":  # the kernel multiplies by twice the values, which are integers
             assert scales is not None
             scales = scales.float() / 2
         cols, depth = q.shape
@@ -180,7 +183,7 @@ class PackedWeight:
             (cols, depth),
             _pad_columns(scales, num_panels),
             _pad_columns(offsets, num_panels),
-            is_fp4,
+            four_bit_type,
         )
 
     @property
@@ -194,8 +197,9 @@ class PackedWeight:
         """Weight type, addresses of q, scales and offsets, columns, depth and group size."""
         cols, depth = self.shape
         num_groups = 1 if self.scales is None else len(self.scales)
+        is_4bit = self.q.dtype == torch.uint8
         return (
-            FP4_WEIGHT_TYPE if self.is_fp4 else WEIGHT_TYPES[self.q.dtype],
+            FOUR_BIT_TYPES[self.four_bit_type] if is_4bit else WEIGHT_TYPES[self.q.dtype],
             self.q.data_ptr(),
             address(self.scales),
             address(self.offsets),

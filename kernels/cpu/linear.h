@@ -16,7 +16,8 @@ enum {
     MIN_PANELS = 4,                       /* the fewest panels of a piece with few rows */
     PIECES_OF_THREAD = 4,
     PIECE_BYTES = 1 << 18, /* the most bytes of weights of a piece with few rows */
-    ROW_BLOCK_BYTES = 1 << 18, /* of inputs that stay in the cache while panels change */
+    ROW_BLOCK = 96, /* rows of a piece are a multiple: whole tiles of every kind */
+    ROW_BLOCK_BYTES = 1 << 19, /* of inputs that stay in the cache while panels change */
     PREFETCH_BYTES = 1024,
     /* Rows that are multiplied with packed weights. With more, float32 panels are made first. */
     FEW_ROWS = 4,
@@ -68,16 +69,26 @@ INLINE vfloat word_value(int weight_type, vint words, int i) {
     /* Of byte b: the low half is value b, the high half value b + 4. */
     vint codes = vi_shift_right(words, i < 4 ? 8 * i : 8 * (i - 4) + 4);
     codes = vi_and(codes, vi_set(15));
-    if (weight_type == WEIGHT_INT4)
+    if (weight_type == WEIGHT_UINT4)
         return vi_to_float(codes);
+    if (weight_type == WEIGHT_INT4)
+        return vi_to_float(vi_sub(codes, vi_set(INT4_ZERO)));
     vint bytes = vi_lookup(TWICE_FP4, codes);
     return vi_to_float(vi_shift_right_signed(vi_shift_left(bytes, 24), 24));
 }
 
-/* The bytes of 4-bit values 0 .. 3 (half 0) or 4 .. 7 (half 1) of each word. */
+/* The bytes of 4-bit values 0 .. 3 (half 0) or 4 .. 7 (half 1) of each word: codes of integers,
+ * values of FP4. */
 INLINE vint bytes_of_half(int weight_type, vint words, int half) {
     vint codes = vi_and(half ? vi_shift_right(words, 4) : words, vi_set(0x0f0f0f0f));
-    return weight_type == WEIGHT_INT4 ? codes : vi_lookup(TWICE_FP4, codes);
+    return weight_type == WEIGHT_FP4 ? vi_lookup(TWICE_FP4, codes) : codes;
+}
+
+/* What the bytes that are multiplied exceed the weights by. */
+INLINE int surplus_of_weights(int weight_type, int dot_weight_offset) {
+    return weight_type == WEIGHT_UINT4  ? 0
+           : weight_type == WEIGHT_INT4 ? INT4_ZERO
+                                        : dot_weight_offset;
 }
 
 /* ---- results ---- */
@@ -116,13 +127,13 @@ INLINE void store_sums(const Linear *p, int64_t row, int64_t panel, int64_t grou
         memcpy(p->y + row * p->y_stride + col, edge, valid * sizeof(float));
 }
 
-/* The same for integer sums. */
-INLINE void store_int_sums(const Linear *p, int weight_type, int64_t row, int64_t panel,
-                           int64_t group, vint *int_sums, int weight_offset) {
+/* The same for integer sums. weight_surplus: see `surplus_of_weights`. */
+INLINE void store_int_sums(const Linear *p, int64_t row, int64_t panel, int64_t group,
+                           vint *int_sums, int weight_surplus) {
     vfloat sums[VECTORS];
     int32_t surplus = 0;
-    if (weight_type != WEIGHT_INT4 && weight_offset)
-        surplus = weight_offset * p->int_input_sums[row * p->n_groups + group];
+    if (weight_surplus)
+        surplus = weight_surplus * p->int_input_sums[row * p->n_groups + group];
 #pragma GCC unroll 4
     for (int v = 0; v < VECTORS; v++)
         sums[v] = vi_to_float(vi_sub(int_sums[v], vi_set(surplus)));
@@ -217,13 +228,14 @@ DEFINE_FEW_ROWS(few_rows_f32, WEIGHT_F32)
 DEFINE_FEW_ROWS(few_rows_bf16, WEIGHT_BF16)
 DEFINE_FEW_ROWS(few_rows_f16, WEIGHT_F16)
 DEFINE_FEW_ROWS(few_rows_int8, WEIGHT_INT8)
+DEFINE_FEW_ROWS(few_rows_uint4, WEIGHT_UINT4)
 DEFINE_FEW_ROWS(few_rows_int4, WEIGHT_INT4)
 DEFINE_FEW_ROWS(few_rows_fp4, WEIGHT_FP4)
 
 typedef void (*RowsFunction)(const Linear *, int64_t row, int64_t n_rows, int64_t panel,
                              int64_t end_panel);
-static const RowsFunction few_rows[] = {few_rows_f32,  few_rows_bf16, few_rows_f16,
-                                        few_rows_int8, few_rows_int4, few_rows_fp4};
+static const RowsFunction few_rows[] = {few_rows_f32,   few_rows_bf16, few_rows_f16, few_rows_int8,
+                                        few_rows_uint4, few_rows_int4, few_rows_fp4};
 
 /* Up to FLOAT_ROWS rows of one or FLOAT_PANELS panels of float32. */
 #define FLOAT_CASE(N)                                                                              \
@@ -265,11 +277,13 @@ static void float32_rows(const Linear *p, int64_t row, int64_t n_rows, int64_t p
 DEFINE_UNPACK(unpack_bf16, WEIGHT_BF16)
 DEFINE_UNPACK(unpack_f16, WEIGHT_F16)
 DEFINE_UNPACK(unpack_int8, WEIGHT_INT8)
+DEFINE_UNPACK(unpack_uint4, WEIGHT_UINT4)
 DEFINE_UNPACK(unpack_int4, WEIGHT_INT4)
 DEFINE_UNPACK(unpack_fp4, WEIGHT_FP4)
 typedef void (*UnpackFunction)(const char *panel, int64_t depth, float *to);
-static const UnpackFunction unpack_panel[] = {NULL,        unpack_bf16, unpack_f16,
-                                              unpack_int8, unpack_int4, unpack_fp4};
+static const UnpackFunction unpack_panel[] = {
+    NULL, unpack_bf16, unpack_f16, unpack_int8, unpack_uint4, unpack_int4, unpack_fp4,
+};
 
 static void float_block(const Linear *p, int64_t row, int64_t end_row, int64_t panel,
                         int64_t end_panel) {
@@ -360,9 +374,9 @@ INLINE void int8_tile(int weight_type, int n_rows, int n_panels, const Linear *p
                                 vint four = four_inputs(inputs + i * p->padded_depth,
                                                         2 * word + half);
                                 acc[j][i][v] =
-                                    weight_type == WEIGHT_INT4
-                                        ? vi_dot_4bit(acc[j][i][v], weights, four)
-                                        : vi_dot_8bit(acc[j][i][v], weights, four);
+                                    weight_type == WEIGHT_FP4
+                                        ? vi_dot_8bit(acc[j][i][v], weights, four)
+                                        : vi_dot_4bit(acc[j][i][v], weights, four);
                             }
                         }
                     }
@@ -372,8 +386,8 @@ INLINE void int8_tile(int weight_type, int n_rows, int n_panels, const Linear *p
         for (int j = 0; j < n_panels; j++)
 #pragma GCC unroll 16
             for (int i = 0; i < n_rows; i++)
-                store_int_sums(p, weight_type, row + i, panel + j, group, acc[j][i],
-                               DOT_WEIGHT_OFFSET);
+                store_int_sums(p, row + i, panel + j, group, acc[j][i],
+                               surplus_of_weights(weight_type, DOT_WEIGHT_OFFSET));
     }
 }
 
@@ -400,6 +414,7 @@ INLINE void int8_rows(int weight_type, int n_rows, int n_panels, const Linear *p
             int8_rows(WEIGHT_TYPE, 1, FEW_ROWS_PANELS, p, row, panel, end_panel);                  \
     }
 DEFINE_INT8_BLOCK(int8_block_int8, WEIGHT_INT8)
+DEFINE_INT8_BLOCK(int8_block_uint4, WEIGHT_UINT4)
 DEFINE_INT8_BLOCK(int8_block_int4, WEIGHT_INT4)
 DEFINE_INT8_BLOCK(int8_block_fp4, WEIGHT_FP4)
 
@@ -578,10 +593,52 @@ INLINE void amx_product(int is_bf16, int two_row_blocks, const char *inputs, int
     }
 }
 
+/* Two blocks of rows of two panels, one float for each output. */
+typedef float AmxOutputs[2][2][AMX_ROWS][PANEL_WIDTH];
+
+/* Scale the sums of one group of a panel and add them to the outputs. The operations and their
+ * order are those of `store_sums`, so that the number of rows does not change a result. */
+INLINE void add_amx_group(int is_bf16, const Linear *p, int64_t row, int64_t n_rows, int64_t panel,
+                          int64_t group, const char (*sums)[2][AMX_ROWS * PANEL_WIDTH * 4], int j,
+                          AmxOutputs outputs) {
+    int64_t column = group * p->padded_cols + panel * PANEL_WIDTH;
+    vfloat scales = p->scales ? v_load(p->scales + column) : v_set(1.0f);
+    vfloat offsets = p->offsets ? v_load(p->offsets + column) : v_zero();
+    for (int64_t i = 0; i < n_rows; i++) {
+        const char *sum_of_row = sums[i / AMX_ROWS][j] + i % AMX_ROWS * PANEL_WIDTH * 4;
+        float *output = outputs[i / AMX_ROWS][j][i % AMX_ROWS];
+        int64_t input = (row + i) * p->n_groups + group;
+        vfloat sum;
+        if (is_bf16)
+            sum = v_load((const float *)sum_of_row);
+        else
+            sum = v_mul(vi_to_float(vi_load(sum_of_row)), v_set(p->input_scales[input]));
+        if (p->scales)
+            sum = v_mul(sum, scales);
+        if (p->offsets)
+            sum = v_fnma(v_set(p->input_sums[input]), offsets, sum);
+        v_store(output, group ? v_add(sum, v_load(output)) : sum);
+    }
+}
+
+/* Add the bias and store the outputs of one row and panel. */
+INLINE void store_outputs(const Linear *p, int64_t row, int64_t panel, const float *outputs) {
+    int64_t col = panel * PANEL_WIDTH;
+    float *y = p->y + row * p->y_stride + col;
+    vfloat sum = v_load(outputs);
+    if (p->bias)
+        sum = v_add(sum, v_load(p->bias + col));
+    if (p->cols - col < PANEL_WIDTH)
+        v_store_first(y, sum, p->cols - col);
+    else
+        v_store(y, sum);
+}
+
 /* The rows [row, end_row), at most 32, of one or two panels. */
 INLINE void amx_tile(int is_bf16, const Linear *p, int64_t row, int64_t end_row,
                      const char *panels, int64_t panel_bytes, int64_t panel, int64_t n_panels) {
     char sums[2][2][AMX_ROWS * PANEL_WIDTH * 4] __attribute__((aligned(64)));
+    AmxOutputs outputs __attribute__((aligned(64)));
     int weight_type = is_bf16 ? WEIGHT_BF16 : WEIGHT_INT8;
     int64_t row_bytes = p->padded_depth * (is_bf16 ? 2 : 1);
     const char *inputs = (const char *)p->rounded_inputs + row * row_bytes;
@@ -594,19 +651,18 @@ INLINE void amx_tile(int is_bf16, const Linear *p, int64_t row, int64_t end_row,
             amx_product(is_bf16, 1, inputs, row_bytes, panels, panel_bytes, begin, end, sums);
         else
             amx_product(is_bf16, 0, inputs, row_bytes, panels, panel_bytes, begin, end, sums);
-        for (int64_t r = row; r < end_row; r++)
-            for (int64_t j = 0; j < n_panels; j++) {
-                int64_t i = r - row;
-                const char *sum = sums[i / AMX_ROWS][j] + i % AMX_ROWS * PANEL_WIDTH * 4;
-                if (is_bf16) {
-                    vfloat values = v_load((const float *)sum);
-                    store_sums(p, r, panel + j, group, &values);
-                } else {
-                    vint values = vi_load(sum);
-                    store_int_sums(p, p->weight_type, r, panel + j, group, &values, 0);
-                }
-            }
+        for (int j = 0; j < n_panels; j++)
+            add_amx_group(is_bf16, p, row, end_row - row, panel + j, group, sums, j, outputs);
     }
+    for (int64_t i = 0; i < end_row - row; i++)
+        for (int64_t j = 0; j < n_panels; j++)
+            store_outputs(p, row + i, panel + j, outputs[i / AMX_ROWS][j][i % AMX_ROWS]);
+}
+
+/* The weights of a half of each word as int8. */
+INLINE vint int8_of_half(int weight_type, vint words, int half) {
+    vint bytes = bytes_of_half(weight_type, words, half);
+    return weight_type == WEIGHT_INT4 ? vi_sub_bytes(bytes, INT4_ZERO) : bytes;
 }
 
 /* Convert a panel of 4-bit values to int8. */
@@ -614,10 +670,12 @@ INLINE void amx_tile(int is_bf16, const Linear *p, int64_t row, int64_t end_row,
     static void NAME(const char *panel, int64_t padded_depth, char *to) {                          \
         for (int64_t word = 0; word < padded_depth / 8; word++) {                                  \
             vint words = vi_load(panel + word * PANEL_WIDTH * 4);                                  \
-            vi_store(to + 2 * word * PANEL_WIDTH * 4, bytes_of_half(WEIGHT_TYPE, words, 0));       \
-            vi_store(to + (2 * word + 1) * PANEL_WIDTH * 4, bytes_of_half(WEIGHT_TYPE, words, 1)); \
+            char *first = to + 2 * word * PANEL_WIDTH * 4;                                         \
+            vi_store(first, int8_of_half(WEIGHT_TYPE, words, 0));                                  \
+            vi_store(first + PANEL_WIDTH * 4, int8_of_half(WEIGHT_TYPE, words, 1));                \
         }                                                                                          \
     }
+DEFINE_UNPACK_TO_INT8(unpack_uint4_to_int8, WEIGHT_UINT4)
 DEFINE_UNPACK_TO_INT8(unpack_int4_to_int8, WEIGHT_INT4)
 DEFINE_UNPACK_TO_INT8(unpack_fp4_to_int8, WEIGHT_FP4)
 
@@ -629,9 +687,13 @@ static int amx_supports(const Linear *p) {
 
 static void amx_block(const Linear *p, int64_t row, int64_t end_row, int64_t panel,
                       int64_t end_panel) {
-    int is_4bit = p->weight_type == WEIGHT_INT4 || p->weight_type == WEIGHT_FP4;
+    void (*unpack)(const char *panel, int64_t padded_depth, char *to) =
+        p->weight_type == WEIGHT_UINT4  ? unpack_uint4_to_int8
+        : p->weight_type == WEIGHT_INT4 ? unpack_int4_to_int8
+        : p->weight_type == WEIGHT_FP4  ? unpack_fp4_to_int8
+                                        : NULL;
     int64_t int8_bytes = p->padded_depth * PANEL_WIDTH;
-    char *unpacked = is_4bit ? thread_scratch(SCRATCH_PANELS, 2 * int8_bytes) : NULL;
+    char *unpacked = unpack ? thread_scratch(SCRATCH_PANELS, 2 * int8_bytes) : NULL;
     configure_tiles();
     for (; panel < end_panel; panel += 2) {
         int64_t n_panels = min_int64(end_panel - panel, 2);
@@ -639,8 +701,7 @@ static void amx_block(const Linear *p, int64_t row, int64_t end_row, int64_t pan
         int64_t panel_bytes = p->panel_bytes;
         if (unpacked) {
             for (int64_t j = 0; j < n_panels; j++)
-                (p->weight_type == WEIGHT_INT4 ? unpack_int4_to_int8 : unpack_fp4_to_int8)(
-                    panels + j * p->panel_bytes, p->padded_depth, unpacked + j * int8_bytes);
+                unpack(panels + j * p->panel_bytes, p->padded_depth, unpacked + j * int8_bytes);
             panels = unpacked;
             panel_bytes = int8_bytes;
         }
@@ -786,9 +847,10 @@ static BlockFunction block_function(const Linear *p) {
         return bf16_block;
 #endif
     if (p->inputs == INPUTS_INT8)
-        return p->weight_type == WEIGHT_INT8   ? int8_block_int8
-               : p->weight_type == WEIGHT_INT4 ? int8_block_int4
-                                               : int8_block_fp4;
+        return p->weight_type == WEIGHT_INT8    ? int8_block_int8
+               : p->weight_type == WEIGHT_UINT4 ? int8_block_uint4
+               : p->weight_type == WEIGHT_INT4  ? int8_block_int4
+                                                : int8_block_fp4;
     return float_block;
 }
 
@@ -818,7 +880,7 @@ static int64_t divide_layer(LinearOperation *o, int64_t turns) {
         o->block_panels = min_int64(o->block_panels, PIECE_BYTES / p->panel_bytes + 1);
     } else {
         int64_t row_bytes = p->depth * (p->inputs == INPUTS_F32 ? 4 : 2);
-        o->block_rows = max_int64(ROW_BLOCK_BYTES / row_bytes / 48, 1) * 48;
+        o->block_rows = max_int64(ROW_BLOCK_BYTES / row_bytes / ROW_BLOCK, 1) * ROW_BLOCK;
         n_row_blocks = (p->rows + o->block_rows - 1) / o->block_rows;
         o->block_panels = max_int64(n_panels * n_row_blocks / turns, 2);
         o->block_panels = min_int64(o->block_panels, 32);

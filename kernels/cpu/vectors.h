@@ -111,6 +111,7 @@ INLINE vint vi_zero(void) { return _mm512_setzero_si512(); }
 INLINE vint vi_and(vint a, vint b) { return _mm512_and_si512(a, b); }
 INLINE vint vi_add(vint a, vint b) { return _mm512_add_epi32(a, b); }
 INLINE vint vi_sub(vint a, vint b) { return _mm512_sub_epi32(a, b); }
+INLINE vint vi_sub_bytes(vint a, int8_t b) { return _mm512_sub_epi8(a, _mm512_set1_epi8(b)); }
 #define vi_shift_left(x, bits) _mm512_slli_epi32(x, bits)
 #define vi_shift_right(x, bits) _mm512_srli_epi32(x, bits)
 #define vi_shift_right_signed(x, bits) _mm512_srai_epi32(x, bits)
@@ -212,6 +213,7 @@ INLINE vint vi_zero(void) { return _mm256_setzero_si256(); }
 INLINE vint vi_and(vint a, vint b) { return _mm256_and_si256(a, b); }
 INLINE vint vi_add(vint a, vint b) { return _mm256_add_epi32(a, b); }
 INLINE vint vi_sub(vint a, vint b) { return _mm256_sub_epi32(a, b); }
+INLINE vint vi_sub_bytes(vint a, int8_t b) { return _mm256_sub_epi8(a, _mm256_set1_epi8(b)); }
 #define vi_shift_left(x, bits) _mm256_slli_epi32(x, bits)
 #define vi_shift_right(x, bits) _mm256_srli_epi32(x, bits)
 #define vi_shift_right_signed(x, bits) _mm256_srai_epi32(x, bits)

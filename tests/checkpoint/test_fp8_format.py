@@ -211,8 +211,11 @@ def test_inspect_names_fp8_blocks(fp8: Path) -> None:
     assert (scheme["block_rows"], scheme["group_size"], scheme["inputs"]) == (32, 32, "group")
 
 
-def test_memory_plan_counts_fp8_blocks_as_they_are_held(fp8: Path) -> None:
-    checkpoint = open_checkpoint(fp8)
+def test_memory_plan_counts_fp8_blocks_as_they_are_held(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1}
+    family_oracle("qwen3", tmp_path / "dense", **sizes)
+    write_fp8(tmp_path / "dense", tmp_path / "fp8", (32, 32))
+    checkpoint = open_checkpoint(tmp_path / "fp8")
     spec = checkpoint_spec(checkpoint)
     planned = weight_bytes(checkpoint, spec, torch.float32, torch.device("cpu"))
     held = loaded_bytes(load_model(checkpoint, torch.float32, packed=True))

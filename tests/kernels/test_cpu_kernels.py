@@ -267,7 +267,7 @@ def test_cpu_linear_with_int8_inputs_has_a_scale_for_each_group(scheme: Scheme) 
 def test_cpu_linear_with_int8_inputs_and_fp4_weights() -> None:
     codes = torch.randint(16, (40, 128), generator=torch.Generator().manual_seed(0)).byte()
     scales = random(40, 4, seed=1).exp()
-    packed = PackedWeight.pack(codes, scales, is_fp4=True)
+    packed = PackedWeight.pack(codes, scales, four_bit_type="fp4")
     values = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6], dtype=torch.float64)
     dense = (
         torch.cat((values, -values))[codes.long()].unflatten(1, (4, 32))

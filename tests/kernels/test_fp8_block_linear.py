@@ -84,8 +84,11 @@ def test_fp8_block_linear_quantizes_groups_as_the_reference(tmp_path: Path) -> N
         assert torch.equal(expected, round_inputs(inputs.float(), size))
 
 
-@pytest.mark.parametrize("tile", TILES, ids=lambda tile: str(tile[1]))
-@pytest.mark.parametrize("group_size", [128, 64])
+@pytest.mark.parametrize(
+    ("tile", "group_size"),
+    zip(TILES, (128, 64, 128), strict=True),
+    ids=lambda value: str(value[1] if isinstance(value, tuple) else value),
+)
 def test_fp8_block_linear_kernel_compiles(
     tile: tuple[int, ...], group_size: int, tmp_path: Path
 ) -> None:
@@ -95,8 +98,9 @@ def test_fp8_block_linear_kernel_compiles(
     assert "QGMMA" in compiled.code  # Hopper's products of 8-bit floats
 
 
-@pytest.mark.parametrize("tile", WEIGHT_ONLY_TILES, ids=lambda tile: str(tile[1]))
-@pytest.mark.parametrize("capability", [90, 80])
+@pytest.mark.parametrize(
+    ("tile", "capability"), [(WEIGHT_ONLY_TILES[0], 80), (WEIGHT_ONLY_TILES[1], 90)]
+)
 def test_fp8_block_linear_kernel_compiles_weight_only(
     tile: tuple[int, ...], capability: int, tmp_path: Path
 ) -> None:
@@ -158,5 +162,5 @@ def test_fp8_blocks_on_a_gpu_round_inputs_where_it_multiplies_fp8(
     layer = serving_linear([weight], None, quant, torch.bfloat16, "cuda")
     assert isinstance(layer, PackedLinear) and isinstance(layer.kernel, Fp8BlockLinear)
     assert layer.activation_quant is None
-    assert layer.kernel._quantize_inputs is rounds
+    assert layer.kernel.quantize_inputs is rounds
     assert layer.kernel.nbytes == 64 * 128 + 64 * 2 * 4

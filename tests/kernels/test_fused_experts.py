@@ -161,6 +161,8 @@ def test_fused_moe_kernel_compiles(
     if is_mxfp4:
         kinds |= {"w": "*u8", "scales": "*u8", "bias": "*bf16"}
     constants |= {
+        "row_scales": None,
+        "GROUP": 0,
         "TOP_K": 8,
         "ACTIVATION": gate,
         "PADDED_EXPERTS": 128,

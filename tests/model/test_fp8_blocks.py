@@ -16,10 +16,13 @@ from support.tiny_families import family_oracle, oracle_logits
 from support.tiny_wrappers import save_wrapper, tiny_wrapper, wrapper_logits
 
 from llmkit.checkpoint.open_checkpoint import open_checkpoint
+from llmkit.checkpoint.quantized_weight import QuantizedWeight
 from llmkit.kernels.cpu import cpu_kernels
+from llmkit.kernels.fp8_block_linear import Fp8BlockLinear
+from llmkit.model import decoder, weight_loader
 from llmkit.model.families import checkpoint_spec
 from llmkit.model.full_forward import window_logits
-from llmkit.model.linear import ActivationQuant, Linear
+from llmkit.model.linear import ActivationQuant, Linear, PackedLinear, _merge_parts
 from llmkit.model.parameter_table import parameters
 from llmkit.model.weight_loader import load_model, read_parameter
 
@@ -163,3 +166,37 @@ def test_fp8_with_one_scale_per_weight(tmp_path: Path) -> None:
             tensors[name] = tensor.bfloat16()
     save_file(tensors, fp8 / "model.safetensors", {"format": "pt"})
     assert logits_of(load_model(open_checkpoint(fp8), torch.float32)).isfinite().all()
+
+
+def test_fp8_experts_stay_packed_on_a_gpu(
+    models: tuple[str, Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The linear layers of a GPU, here on the CPU: next to each other for `FusedExperts`."""
+    name, dense, fp8 = models
+    if name != "minimax-m2":
+        pytest.skip("it has no experts")
+    checkpoint = open_checkpoint(fp8)
+    model = load_model(checkpoint, torch.float32)
+    rows = {row.module: row for row in parameters(model.spec) if row.expert is not None}
+    for capability, stays in (((9, 0), True), ((7, 5), False)):
+        monkeypatch.setattr(weight_loader, "gpu_capability", lambda _, found=capability: found)
+        row = rows["layers.0.mlp.experts.1.down"]
+        can_stay = weight_loader.can_stay_packed("cuda", row, checkpoint.quantization, torch.half)
+        assert can_stay is stays
+    layer = model.layers[1]
+    for module in [module for module in layer.linears if ".experts." in module]:
+        parts = weight_loader._read_stored(checkpoint, rows[f"layers.1.{module}"], "cpu")
+        joined = _merge_parts(parts)[0]
+        assert isinstance(joined, QuantizedWeight) and joined.scheme.inputs == "group"
+        kernel = Fp8BlockLinear(joined.q, joined.scales, joined.scheme.group_size)
+        layer.linears[module] = PackedLinear(kernel, joined.shape)
+    monkeypatch.setattr(decoder, "supports_fused_experts", lambda _: True)
+    experts = layer.fused_experts
+    assert experts is not None and experts.gate_up_scales is not None
+    assert experts.gate_up.shape == (4, 80, 64) and experts.gate_up_scales.shape == (4, 2, 80)
+    assert experts.down.shape == (4, 64, 40) and experts.down.dtype == torch.float8_e4m3fn
+    assert (experts.group_size, experts.quantize_inputs) == (32, True)
+    values = load_file(dense / "model.safetensors")
+    prefix = "model.layers.1.block_sparse_moe.experts.2"
+    gate_up = torch.cat([values[f"{prefix}.w1.weight"], values[f"{prefix}.w3.weight"]])
+    assert torch.equal(layer.linears["mlp.experts.2.gate_up"].kernel.dequantize(), gate_up)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +14,8 @@ import torch
 import transformers
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from llmkit.checkpoint.config_defaults import FAMILIES
+from llmkit.checkpoint.config_defaults import ALIASES, FAMILIES, NULLABLE, REQUIRED_SIZES
+from llmkit.checkpoint.config_defaults import COMMON as COMMON_DEFAULTS
 from llmkit.common.errors import InputError
 from llmkit.model.families import SUPPORTED, model_spec
 
@@ -361,3 +365,46 @@ def test_model_spec_does_not_import_transformers() -> None:
     ).stdout.split()
     assert "torch" in loaded
     assert "transformers" not in loaded
+
+
+# Fields that transformers' modeling code reads and that change nothing here: dropout and losses of
+# training, tokens, towers beside the text model, and how sums are rounded.
+UNREAD = {
+    "_attn_implementation",
+    "_experts_implementation",
+    "attention_dropout",
+    "dtype",
+    "enable_moe_fp32_combine",
+    "initializer_range",
+    "moe_norm_min",
+    "output_router_logits",
+    "pad_token_id",
+    "resid_pdrop",
+    "use_cache",
+    "residual_dropout",
+    "embedding_dropout",
+    "hidden_dropout",
+    "router_aux_loss_coef",
+    "router_jitter_noise",
+    "kv_sharing_modes",
+    "text_config",
+    "vision_config",
+    "audio_config",
+}
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_families_know_every_field_that_transformers_code_reads(kind: str) -> None:
+    """A flag that transformers reads and we do not would be a model that is silently another."""
+    config = transformers.AutoConfig.for_model(kind)
+    folder = Path(inspect.getfile(type(config))).parent
+    code = folder / f"modeling_{folder.name}.py"
+    if not code.exists():
+        pytest.skip("transformers has the config only, for the modeling code of another family")
+    source = code.read_text(encoding="utf-8")
+    used = set(re.findall(r"config\.([a-z_]\w*)", source))
+    used |= set(re.findall(r"getattr\((?:self\.)?config, \"(\w+)\"", source))
+    fields = used & config.to_dict().keys()  # not methods, nor fields of a vision tower
+    known = {*REQUIRED_SIZES, *COMMON_DEFAULTS, *NULLABLE, *FAMILIES[kind], *UNREAD}
+    known |= {alias for names in ALIASES.values() for alias in names}
+    assert fields <= known

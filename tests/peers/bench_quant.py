@@ -25,7 +25,7 @@ from common import llmkit, real_model, run_peer, table
 from llmkit.checkpoint.checkpoint import Checkpoint
 from llmkit.checkpoint.open_checkpoint import open_checkpoint
 from llmkit.checkpoint.tokenizer import load_tokenizer
-from llmkit.model.families import model_spec
+from llmkit.model.families import checkpoint_spec
 from llmkit.quant.calibration_text import load_text
 from llmkit.quant.layer_stream import LayerStream
 from llmkit.quant.output_quality import Quality, score_logits
@@ -119,7 +119,7 @@ def score(out: Path, source: Checkpoint, windows: torch.Tensor) -> Quality:
     """Score a checkpoint against the source, in float32."""
     checkpoint = open_checkpoint(out)
     streams = [
-        LayerStream.from_checkpoint(one, model_spec(one.config)).logits(windows)
+        LayerStream.from_checkpoint(one, checkpoint_spec(one)).logits(windows)
         for one in (checkpoint, source)
     ]
     return score_logits(streams[0], streams[1], windows)

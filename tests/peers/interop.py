@@ -34,6 +34,7 @@ from safetensors.torch import load_file, save_file
 from support.server_process import serving
 from support.tiny_models import VOCAB
 from support.tiny_quantized import PIECES, piece_checkpoint
+from support.tiny_wrappers import save_wrapper, tiny_wrapper
 
 from common import llmkit, real_model, run_peer, table
 from llmkit.checkpoint.checkpoint import Checkpoint
@@ -41,7 +42,7 @@ from llmkit.checkpoint.open_checkpoint import open_checkpoint
 from llmkit.checkpoint.quantized_formats import FORMATS
 from llmkit.checkpoint.quantized_weight import Scheme
 from llmkit.checkpoint.tokenizer import load_tokenizer
-from llmkit.model.families import model_spec
+from llmkit.model.families import checkpoint_spec
 from llmkit.model.parameter_table import parameters
 from llmkit.model.weight_loader import load_model, read_parameter
 from llmkit.quant.calibration_text import load_text
@@ -148,6 +149,7 @@ FAMILY_GRADES = (
 # More arguments of vllm_generate.py for formats that vLLM accepts in half precision only.
 HALF_PRECISION = {
     "glm4": ("--dtype", "bfloat16"),  # vLLM refuses float16
+    "gemma3": ("--dtype", "bfloat16"),
     "apertus": ("--reference",),  # its xIELU computes float32, which the 4-bit product refuses
 }
 # What differs from tiny_quantized: the sizes for which vLLM's CPU kernels exist.
@@ -159,6 +161,8 @@ FAMILY_SIZES = {
     "moe_intermediate_size": 128,
     "shared_expert_intermediate_size": 128,
 }
+# Multimodal models, of support.tiny_wrappers.
+WRAPPERS = ("gemma3", "mistral3", "qwen2.5-vl", "qwen3-vl")
 FAMILY_FIELDS = {
     # vLLM reads them, and transformers does not write them.
     "afmoe": {"score_func": "sigmoid", "route_norm": True, "n_group": 1, "topk_group": 1},
@@ -226,7 +230,7 @@ def log_probabilities(
     texts = [[*prompt, *answer] for prompt, answer in zip(prompts, answers, strict=True)]
     longest = max(map(len, texts))
     windows = torch.tensor([text + [0] * (longest - len(text)) for text in texts])
-    stream = LayerStream.from_checkpoint(model, model_spec(model.config)).logits(windows)
+    stream = LayerStream.from_checkpoint(model, checkpoint_spec(model)).logits(windows)
     return [
         logits[len(prompt) - 1 :][:TOKENS].log_softmax(-1)
         for prompt, logits in zip(prompts, stream, strict=True)
@@ -382,6 +386,41 @@ def families(work: Path, only: str, engines: Sequence[str]) -> tuple[list[list[s
     return rows, wrong
 
 
+def wrappers(work: Path, only: str, engines: Sequence[str]) -> tuple[list[list[str]], list[str]]:
+    """Run tiny multimodal models: rows of a table, and what did not hold.
+
+    Their tensors have the names of the hub's files, which transformers renames when it loads them.
+    """
+    generator = torch.Generator().manual_seed(0)
+    prompts = [
+        torch.randint(3, 512, (length,), generator=generator).tolist() for length in (1, 5, 17, 24)
+    ]
+    file = work / "wrapper-prompts.json"
+    file.write_text(json.dumps(prompts))
+    rows = []
+    wrong = []
+    for wrapper in WRAPPERS:
+        for name, what in FAMILY_FORMATS.items():
+            label = f"wrapper {wrapper}: {name}"
+            if not re.search(only, label):
+                continue
+            source = work / f"wrapper-{wrapper}"
+            if not source.exists():
+                oracle = tiny_wrapper(wrapper, hidden_size=128, intermediate_size=256)
+                save_wrapper(oracle, source, hub_names=True)
+            model = work / _file_name(label)
+            quantized(source, model, what, FAMILY_CALIBRATION)
+            arguments = ["--engine", '{"limit_mm_per_prompt": {"image": 0}}']  # text only
+            if name in ("gptq", "awq"):
+                arguments += HALF_PRECISION.get(wrapper, ())
+            # vLLM's multimodal classes import torchvision, which vllm.txt does not install.
+            what = replace(what, vllm="refuse", more={"vllm": arguments})
+            row, problems = compared(label, what, model, generated(model, prompts), file, engines)
+            rows.append(row)
+            wrong += problems
+    return rows, wrong
+
+
 def packed(work: Path) -> tuple[list[list[str]], list[str]]:
     """Read what auto-gptq and autoawq packed."""
     rows = []
@@ -431,7 +470,7 @@ def compressed(work: Path, only: str) -> tuple[list[list[str]], list[str]]:
         run_peer("llmcompressor", "llmcompressor_dense.py", "--model", out, "--out", file)
         dense = load_file(file)
         checkpoint = open_checkpoint(out)
-        linears = [row for row in parameters(model_spec(checkpoint.config)) if row.is_linear]
+        linears = [row for row in parameters(checkpoint_spec(checkpoint)) if row.is_linear]
         alike = sum(
             torch.equal(
                 read_parameter(checkpoint, row, torch.float32),
@@ -482,9 +521,10 @@ def main() -> None:
         wrong = wrong + problems
     rows, problems = written(arguments.work, arguments.only, engines)
     wrong += problems
-    more, problems = families(arguments.work, arguments.only, engines)
-    rows += more
-    wrong += problems
+    for checked in (families, wrappers):
+        more, problems = checked(arguments.work, arguments.only, engines)
+        rows += more
+        wrong += problems
     print(table(("written by llmkit", "vLLM, CPU", "transformers"), rows))
     print(table(("read by llmkit", ""), read))
     if wrong:

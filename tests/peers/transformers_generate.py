@@ -33,12 +33,16 @@ def generate(
     With `dequantize` compressed-tensors weights are made dense after loading, as asymmetric ones
     need it."""
     import torch
-    from transformers import AutoModelForCausalLM, CompressedTensorsConfig
+    from transformers import (
+        AutoModelForCausalLM,
+        AutoModelForImageTextToText,
+        CompressedTensorsConfig,
+    )
 
     more = {"quantization_config": CompressedTensorsConfig(dequantize=True)} if dequantize else {}
-    causal = AutoModelForCausalLM.from_pretrained(
-        model, dtype=dtype, local_files_only=True, **more
-    ).eval()
+    is_multimodal = "text_config" in json.loads((model / "config.json").read_text())
+    auto_class = AutoModelForImageTextToText if is_multimodal else AutoModelForCausalLM
+    causal = auto_class.from_pretrained(model, dtype=dtype, local_files_only=True, **more).eval()
     unpack_once(causal)
     tokens = []
     top = []

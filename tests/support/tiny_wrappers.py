@@ -136,10 +136,16 @@ WRAPPERS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
 }
 
 
-def tiny_wrapper(name: str, dtype: torch.dtype = torch.float32) -> Any:
-    """The model of a row of WRAPPERS, with random values also where models start with ones."""
+def tiny_wrapper(name: str, dtype: torch.dtype = torch.float32, **sizes: Any) -> Any:
+    """The model of a row of WRAPPERS, with random values also where models start with ones.
+
+    sizes: fields of the text_config that differ from the row.
+    """
     model_type, text, vision = WRAPPERS[name]
-    config = transformers.CONFIG_MAPPING[model_type](text_config=TEXT | text, vision_config=vision)
+    if "out_hidden_size" in vision and "hidden_size" in sizes:
+        vision = vision | {"out_hidden_size": sizes["hidden_size"]}
+    text = TEXT | text | sizes
+    config = transformers.CONFIG_MAPPING[model_type](text_config=text, vision_config=vision)
     torch.manual_seed(0)
     model = transformers.AutoModelForImageTextToText.from_config(
         config, attn_implementation="eager"
