@@ -5,6 +5,7 @@ Legend: T tokens, H hidden, N query heads, K key-value heads, D head_dim.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -221,6 +222,47 @@ def norm_heads(
     else:
         normed = torch_rms_norm(wide, size, eps=eps)
     return (normed * weight.float()).to(x.dtype)
+
+
+def apply_gate(
+    x: torch.Tensor,
+    gate: torch.Tensor,
+    activation: Literal["identity", "sigmoid", "softplus"],
+) -> torch.Tensor:
+    """x multiplied by the activated gate. x: [R, size]; gate: [R, size], or [R, 1]."""
+    if (
+        cpu_kernels.supports(x)
+        and cpu_kernels.supports(gate)
+        and x.is_contiguous()
+        and gate.stride(1) == 1
+    ):
+        return cpu_kernels.apply_gate(x, gate, activation)
+    wide = gate.float()
+    if activation == "sigmoid":
+        wide = wide.sigmoid()
+    elif activation == "softplus":
+        wide = softplus(wide)
+    return x * wide.to(x.dtype)
+
+
+def cat_heads(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    """[T, N, D] each, joined along N."""
+    if not all(cpu_kernels.supports(part) and _is_compact(part) for part in parts):
+        return torch.cat(tuple(parts), dim=1)
+    num_tokens, _, head_dim = parts[0].shape
+    y = torch.empty(num_tokens, sum(part.shape[1] for part in parts) * head_dim)
+    first_column = 0
+    for part in parts:
+        columns = part.shape[1] * head_dim
+        cpu_kernels.copy_columns(part.as_strided((num_tokens, columns), (part.stride(0), 1)),
+                                 y, first_column)
+        first_column += columns
+    return y.view(num_tokens, -1, head_dim)
+
+
+def _is_compact(x: torch.Tensor) -> bool:
+    """Whether the last two dimensions of x [T, N, D] are contiguous."""
+    return x.stride()[1:] == (x.shape[2], 1)
 
 
 def scale_tokens_(x: torch.Tensor, factors: torch.Tensor) -> None:

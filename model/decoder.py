@@ -9,19 +9,24 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
+from itertools import pairwise
 from typing import NamedTuple, TypeVar
 
 import torch
-from torch.nn.functional import softplus
 
 from llmkit.kernels.attention import paged_attention, rope_and_cache
 from llmkit.kernels.attention_metadata import AttentionBatch
+from llmkit.kernels.cpu import cpu_kernels
+from llmkit.kernels.cpu.cpu_experts import CpuExperts
+from llmkit.kernels.cpu.cpu_linear import CpuLinear
 from llmkit.kernels.elementwise import (
     act,
     act_and_mul,
     add_layer_norm,
     add_residual,
     add_rms_norm,
+    apply_gate,
+    cat_heads,
     layer_norm,
     rms_norm,
     swiglu_clamped,
@@ -169,8 +174,10 @@ class DecoderLayer:
             return residual, update
         hidden = self.add_update(residual, update)
         if per_layer_input is not None:
-            hidden = hidden + self._per_layer_update(hidden, per_layer_input)
-        return hidden * self.vectors["layer_scalar"], None
+            update = self._per_layer_update(hidden, per_layer_input)
+            hidden = add_residual(hidden, update, 1.0)
+        scalar = self.vectors["layer_scalar"]
+        return apply_gate(hidden, scalar.expand(len(hidden), 1), "identity"), None
 
     def add_update(self, residual: torch.Tensor, update: torch.Tensor | None) -> torch.Tensor:
         """The hidden states [T, H] whose addition a block has deferred."""
@@ -185,7 +192,9 @@ class DecoderLayer:
         activation = self.spec.activation
         assert activation != "xielu" and activation != "swiglu_clamped"
         gate = act(self.linears["per_layer.gate"](hidden), activation)
-        projected = self.linears["per_layer.projection"](gate * per_layer_input)
+        projected = self.linears["per_layer.projection"](
+            apply_gate(gate, per_layer_input, "identity")
+        )
         return self._norm(projected, "per_layer.norm")
 
     def _attention(
@@ -200,7 +209,7 @@ class DecoderLayer:
         metadata = batch.metadata(self.layer.sliding_window)
         qkv = self.linears["attn.qkv"](x).view(len(x), -1, spec.head_dim)  # [T, N + 2K, D]
         if self.layer.k_eq_v:
-            qkv = torch.cat((qkv, qkv[:, spec.num_heads :]), dim=1)
+            qkv = cat_heads((qkv, qkv[:, spec.num_heads :]))
         if spec.v_norm and not self.layer.kv_shared_layer_offset:
             qkv = self._normalize_values(qkv)
         norms = None
@@ -243,19 +252,31 @@ class DecoderLayer:
         return self._norm(update, "attn_post_norm")
 
     def _normalize_values(self, qkv: torch.Tensor) -> torch.Tensor:
-        """[T, N + 2K, D] with the values divided by their root mean square over D."""
+        """[T, N + 2K, D] with the values divided by their root mean square over D.
+
+        The values of `qkv` may be overwritten.
+        """
         first_value_head = (self.spec.num_heads + qkv.shape[1]) // 2
-        values = qkv[:, first_value_head:].contiguous()
-        normed = rms_norm(values, values.new_ones(values.shape[-1]), self.spec.rms_norm_eps)
+        values = qkv[:, first_value_head:]
+        if cpu_kernels.supports(qkv):
+            cpu_kernels.norm_heads_(values, self._head_of_ones, self.spec.rms_norm_eps, False)
+            return qkv
+        normed = rms_norm(
+            values.contiguous(), qkv.new_ones(qkv.shape[-1]), self.spec.rms_norm_eps
+        )
         return torch.cat((qkv[:, :first_value_head], normed), dim=1)
+
+    @cached_property
+    def _head_of_ones(self) -> torch.Tensor:
+        """Weights [D] of a norm that has none."""
+        return torch.ones(self.spec.head_dim)
 
     def _gated(self, out: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """Attention's output [T, N, D], multiplied by the gate that its input x [T, H] computes."""
-        gate = self.linears["attn.gate"](x).float()
-        is_sigmoid = self.spec.attention_gate_activation == "sigmoid"
-        gate = gate.sigmoid() if is_sigmoid else softplus(gate)
+        heads = out.flatten(0, 1)
         # One value for each element, or one for each head.
-        return out * gate.to(out.dtype).view(*out.shape[:2], -1)
+        gate = self.linears["attn.gate"](x).view(len(heads), -1)
+        return apply_gate(heads, gate, self.spec.attention_gate_activation).view_as(out)
 
     def _mlp_or_moe(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
         """x: [T, H], the residual normalized. Returns the update of the residual, [T, H]."""
@@ -273,13 +294,18 @@ class DecoderLayer:
         assert moe is not None
         group = self.parallel_group
         from_mlp = self._norm(group.all_reduce(self._mlp(x, "mlp")), "mlp.post_mlp_norm")
-        scale = self.vectors["mlp.router.scale"] * self.spec.hidden_size**-0.5
-        router_input = rms_norm(residual, scale, self.spec.rms_norm_eps)
-        weights, ids = select_experts(self.linears["mlp.router"](router_input), moe, None)
-        weights = weights * self.vectors["mlp.router.per_expert_scale"][ids]
+        router_input = rms_norm(residual, self._router_scale, self.spec.rms_norm_eps)
+        logits = self.linears["mlp.router"](router_input)
+        expert_scales = self.vectors["mlp.router.per_expert_scale"]
+        weights, ids = select_experts(logits, moe, None, expert_scales)
         experts = self._experts(self._norm(residual, "mlp.pre_experts_norm"), ids, weights)
         from_experts = self._norm(group.all_reduce(experts), "mlp.post_experts_norm")
-        return from_mlp + from_experts
+        return add_residual(from_mlp, from_experts, 1.0)
+
+    @cached_property
+    def _router_scale(self) -> torch.Tensor:
+        """The weight [H] of the norm before the router (Gemma 4)."""
+        return self.vectors["mlp.router.scale"] * self.spec.hidden_size**-0.5
 
     def _mlp(self, x: torch.Tensor, module: str) -> torch.Tensor:
         activation = self.spec.activation
@@ -310,14 +336,15 @@ class DecoderLayer:
             router(x.to(router.weight.dtype)), moe, self.vectors.get("mlp.router.correction_bias")
         )
         if moe.shared_intermediate_size:
-            return self._experts(x, topk_ids, topk_weights) + self._shared_expert(x)
+            experts = self._experts(x, topk_ids, topk_weights)
+            return add_residual(experts, self._shared_expert(x), 1.0)
         return self._experts(x, topk_ids, topk_weights)
 
     def _shared_expert(self, x: torch.Tensor) -> torch.Tensor:
         """The output of the expert that every token uses, [T, H]."""
         out = self._mlp(x, "mlp.shared_expert")
         gate = self.linears.get("mlp.shared_expert_gate")
-        return out if gate is None else out * gate(x).sigmoid()
+        return out if gate is None else apply_gate(out, gate(x), "sigmoid")
 
     def _experts(
         self, x: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor
@@ -325,6 +352,13 @@ class DecoderLayer:
         """The sum of the chosen experts' outputs of each token, [T, H]."""
         if runs_triton(x) and not self.has_lora_rows and self.fused_experts is not None:
             return self.fused_experts(x, topk_ids, topk_weights)
+        if (
+            cpu_kernels.supports(x)
+            and x.is_contiguous()
+            and not self.has_lora_rows
+            and self.cpu_experts is not None
+        ):
+            return self.cpu_experts(x, topk_ids, topk_weights)
         out = torch.zeros_like(x)
         for expert in topk_ids.unique().tolist():
             module = f"mlp.experts.{expert}"
@@ -397,6 +431,32 @@ class DecoderLayer:
             quantize_inputs=quantize_inputs,
         )
 
+    @cached_property
+    def cpu_experts(self) -> CpuExperts | None:
+        """This rank's experts as one compiled kernel; None where their weights do not allow it."""
+        moe = self.spec.moe
+        spec = self.spec
+        if moe is None or spec.activation == "xielu":
+            return None
+        first = "gate_up" if spec.gated_mlp else "up"
+        kernels: dict[str, list[CpuLinear | None]] = {}
+        for part in (first, "down"):
+            kernels[part] = []
+            for expert in range(moe.num_experts):
+                linear = self.linears.get(f"mlp.experts.{expert}.{part}")
+                kernels[part].append(None if linear is None else _cpu_kernel(linear))
+                if linear is not None and kernels[part][-1] is None:
+                    return None
+            if not CpuExperts.supports(kernels[part]):
+                return None
+        return CpuExperts(
+            kernels[first],
+            kernels["down"],
+            gated=spec.gated_mlp,
+            activation=spec.activation,
+            swiglu=(spec.swiglu_limit, spec.swiglu_alpha),
+        )
+
     def has_kv_scales(self, kv_cache_dtype: str) -> bool:
         """Whether the checkpoint has scales for an "int8" or "fp8" cache of this layer."""
         kind = {"int8": "int", "fp8": "float"}[kv_cache_dtype]
@@ -417,8 +477,23 @@ class DecoderLayer:
         return torch.cat(scales).float().repeat_interleave(self.spec.num_kv_heads)[:, None, None]
 
     def _full_qk_norm(self, qkv: torch.Tensor) -> torch.Tensor:
-        """[T, N + 2K, D] with queries and keys each normalized over all their heads at once."""
+        """[T, N + 2K, D] with queries and keys each normalized over all their heads at once.
+
+        The values of `qkv` may be overwritten.
+        """
         spec = self.spec
+        q_norm, k_norm = (self.norms[f"attn.{name}_norm"] for name in "qk")
+        if (
+            self.parallel_group.tp_size == 1
+            and cpu_kernels.supports(qkv)
+            and q_norm.dtype == k_norm.dtype == qkv.dtype
+        ):
+            # All heads of a token as one long head.
+            ends = (0, spec.num_heads, spec.num_heads + spec.num_kv_heads)
+            for (begin, end), weight in zip(pairwise(ends), (q_norm, k_norm), strict=True):
+                heads = qkv[:, begin:end].flatten(1)[:, None]
+                cpu_kernels.norm_heads_(heads, weight, spec.rms_norm_eps, spec.norm == "layer")
+            return qkv
         q, k, v = qkv.split((spec.num_heads, spec.num_kv_heads, spec.num_kv_heads), dim=1)
         q = self._norm_over_ranks(q.flatten(1), "attn.q_norm")
         k = self._norm_over_ranks(k.flatten(1), "attn.k_norm")
@@ -665,6 +740,13 @@ def _stack_biases(linears: Sequence[Linear]) -> torch.Tensor | None:
     owners = [_mxfp4_kernel(linear) or _fp8_kernel(linear) or linear for linear in linears]
     biases = [owner.bias for owner in owners if owner.bias is not None]
     return torch.stack(biases) if biases else None
+
+
+def _cpu_kernel(linear: Linear) -> CpuLinear | None:
+    """The compiled kernel of a linear layer whose inputs are not quantized; None for others."""
+    if not isinstance(linear, PackedLinear) or linear.activation_quant is not None:
+        return None
+    return linear.kernel if isinstance(linear.kernel, CpuLinear) else None
 
 
 def _mxfp4_kernel(linear: Linear) -> Mxfp4Linear | None:

@@ -4,17 +4,41 @@ from __future__ import annotations
 
 import torch
 
+from llmkit.kernels.cpu import cpu_experts, cpu_kernels
 from llmkit.model.spec import MoeSpec
 
 
 def select_experts(
-    logits: torch.Tensor, moe: MoeSpec, correction_bias: torch.Tensor | None
+    logits: torch.Tensor,
+    moe: MoeSpec,
+    correction_bias: torch.Tensor | None,
+    expert_scales: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The weights and the ids of each token's experts, float32 and int64 [T, num_experts_per_tok].
 
     logits: [T, num_experts]. correction_bias: float32 [num_experts], added to the scores to choose
     the experts, not to weight them (auxiliary-loss-free balancing, arXiv 2408.15664).
+    expert_scales: [num_experts], multiplied by the weights. Of experts with equal scores, the
+    compiled kernel chooses the first; torch does not say which it chooses.
     """
+    vectors = (correction_bias, expert_scales)
+    if (
+        cpu_kernels.supports(logits)
+        and logits.is_contiguous()
+        and moe.num_experts <= cpu_experts.MAX_EXPERTS
+        and all(vector is None or vector.dtype == torch.float32 for vector in vectors)
+    ):
+        return cpu_experts.select_experts(
+            logits,
+            *vectors,
+            moe.num_experts_per_tok,
+            num_groups=moe.num_groups,
+            topk_groups=moe.topk_groups,
+            scoring=moe.scoring,
+            normalize=moe.norm_topk_prob,
+            softcap=moe.router_logit_softcapping,
+            scaling_factor=moe.routed_scaling_factor,
+        )
     logits = logits.float()
     softcap = moe.router_logit_softcapping
     if softcap is not None:
@@ -27,7 +51,10 @@ def select_experts(
     topk_weights = scores.gather(-1, topk_ids)
     if moe.norm_topk_prob:
         topk_weights = topk_weights / topk_weights.sum(-1, keepdim=True)
-    return topk_weights * moe.routed_scaling_factor, topk_ids
+    topk_weights = topk_weights * moe.routed_scaling_factor
+    if expert_scales is not None:
+        topk_weights = topk_weights * expert_scales[topk_ids]
+    return topk_weights, topk_ids
 
 
 def _within_best_groups(choice: torch.Tensor, moe: MoeSpec) -> torch.Tensor:

@@ -37,6 +37,14 @@ from llmkit.model.parameter_table import Parameter, SourceTensor, parameters
 from llmkit.model.spec import ModelSpec
 
 NUM_PACKING_THREADS = 4  # threads that pack weights while the next weights are read
+# Linear layers that no quantizer packs. A CPU multiplies them by inputs in float32.
+SMALL_LINEARS = (
+    "mlp.router.weight",
+    "mlp.shared_expert_gate.weight",
+    "attn.gate.weight",
+    "per_layer.gate.weight",
+    "per_layer.projection.weight",
+)
 
 
 def load_model(
@@ -82,7 +90,8 @@ def load_model(
             is_offloaded = row.name.startswith(offloaded_layers) and len(row.shape) == 2
             row_device = "cpu" if is_offloaded else device
             if is_cpu:
-                stays_packed = packed and (row.is_linear or row.is_lm_head)
+                is_small = dtype == torch.float32 and row.name.endswith(SMALL_LINEARS)
+                stays_packed = packed and (row.is_linear or row.is_lm_head or is_small)
             else:
                 stays_packed = packed and can_stay_packed(
                     device, row, checkpoint.quantization, dtype
@@ -108,7 +117,8 @@ def load_model(
                 packing.append(linears[row.module])
                 if len(packing) > NUM_PACKING_THREADS:
                     packing.popleft().result()
-            elif row.module not in linears:  # a bias of a packed linear was read with its weight
+            elif row.module not in linears or not row.name.endswith(".bias"):
+                # The bias of a packed linear was read with its weight.
                 tensors[row.name] = read_parameter(checkpoint, row, dtype, row_device)
                 is_expert = row.expert is not None and row.is_linear
                 if is_expert and not is_cpu and not is_offloaded:

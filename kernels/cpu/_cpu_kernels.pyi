@@ -114,3 +114,51 @@ def act(x: int, y: int, rows: int, size: int, activation: int, /) -> None: ...
 def xielu(
     x: int, y: int, size: int, raw_alpha_p: int, raw_alpha_n: int, beta: int, eps: int, /
 ) -> None: ...
+def apply_gate(
+    x: int,
+    gate: int,
+    gate_stride: int,
+    y: int,
+    rows: int,
+    size: int,
+    per_row: int,
+    activation: int,
+    /,
+) -> None: ...
+def copy_rows(
+    from_: int, from_stride: int, to: int, to_stride: int, rows: int, size: int, /
+) -> None: ...
+def select_experts(
+    logits: int,
+    correction_bias: int,
+    expert_scales: int,
+    weights: int,
+    ids: int,
+    n_tokens: int,
+    n_experts: int,
+    n_chosen: int,
+    n_groups: int,
+    topk_groups: int,
+    sigmoid: int,
+    normalize: int,
+    softcap: float,
+    scaling_factor: float,
+    /,
+) -> None: ...
+def experts(
+    x: int,
+    y: int,
+    ids: int,
+    weights: int,
+    n_tokens: int,
+    n_chosen: int,
+    hidden_size: int,
+    intermediate_size: int,
+    linears: int,
+    n_experts: int,
+    gated: int,
+    activation: int,
+    limit: float,
+    alpha: float,
+    /,
+) -> None: ...

@@ -201,7 +201,7 @@ typedef struct {
 /* y = x * act(gate). */
 typedef struct {
     const float *x;    /* [rows, size] */
-    const float *gate; /* [rows, size], a row every gate_stride elements, or [rows] */
+    const float *gate; /* [rows, size], or one element a row */
     int64_t gate_stride;
     float *y; /* [rows, size] */
     int64_t rows;

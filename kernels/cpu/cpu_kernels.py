@@ -40,6 +40,8 @@ WEIGHT_TYPES = {
 FOUR_BIT_TYPES: dict[FourBitType, int] = {"uint4": 4, "int4": 5, "fp4": 6}
 ACTIVATIONS = {"silu": 0, "gelu_tanh": 1, "gelu": 2, "relu2": 3}
 SWIGLU_CLAMPED = 4
+# What a gate goes through before the product.
+GATE_ACTIVATIONS = {"identity": 0, "sigmoid": 1, "softplus": 2}
 # What the inputs of a linear layer are rounded to: nothing, bfloat16, or int8 with a scale for each
 # token and group of the weight.
 InputType = Literal["float32", "bfloat16", "int8"]
@@ -419,3 +421,33 @@ def swiglu_clamped(gate_up: torch.Tensor, limit: float, alpha: float) -> torch.T
     y = torch.empty(rows, size)
     library.act_and_mul(gate_up.data_ptr(), y.data_ptr(), rows, size, SWIGLU_CLAMPED, limit, alpha)
     return y
+
+
+def apply_gate(x: torch.Tensor, gate: torch.Tensor, activation: str) -> torch.Tensor:
+    """See `elementwise.apply_gate`.
+
+    x: contiguous [R, size]. gate: [R, 1] or [R, size]; its last dimension is contiguous.
+    """
+    assert library is not None
+    y = torch.empty_like(x)
+    rows, size = x.shape
+    library.apply_gate(
+        x.data_ptr(),
+        gate.data_ptr(),
+        gate.stride(0),
+        y.data_ptr(),
+        rows,
+        size,
+        gate.shape[1] == 1,
+        GATE_ACTIVATIONS[activation],
+    )
+    return y
+
+
+def copy_columns(x: torch.Tensor, y: torch.Tensor, first_column: int) -> None:
+    """y[:, first_column : first_column + columns] = x. x: [R, columns]; y: contiguous."""
+    assert library is not None
+    rows, size = x.shape
+    library.copy_rows(
+        x.data_ptr(), x.stride(0), y.data_ptr() + 4 * first_column, y.shape[1], rows, size
+    )

@@ -43,6 +43,14 @@ class CpuLinear:
             self.out_features += rows
         self.nbytes = sum(weight.nbytes for weight in weights)
 
+    @property
+    def only_segment(self) -> tuple[PackedWeight, torch.Tensor | None, InputType] | None:
+        """The weight, the padded bias and the inputs; None where the weight has several parts."""
+        if len(self._segments) != 1:
+            return None
+        weight, bias, _, inputs = self._segments[0]
+        return weight, bias, inputs
+
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """See `LinearKernel`."""
         is_plain = x.dtype is torch.float32 and x.dim() == 2 and x.stride(1) == 1

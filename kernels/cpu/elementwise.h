@@ -275,7 +275,7 @@ static void gate_rows(const void *operation, int64_t begin, int64_t end) {
     const Gate *o = operation;
     for (int64_t row = begin; row < end; row++) {
         const float *x = o->x + row * o->size;
-        const float *gates = o->gate + row * (o->per_row ? 1 : o->gate_stride);
+        const float *gates = o->gate + row * o->gate_stride;
         float *y = o->y + row * o->size;
         for (int64_t d = 0; d < o->size; d += VECTOR_WIDTH) {
             vfloat gate = o->per_row ? v_set(*gates) : load_of_row(gates, d, o->size);

@@ -9,15 +9,18 @@ enum { EXPERTS_BYTES = 1 << 26 }; /* of intermediate results; more tokens run on
 
 /* ---- the router ---- */
 
-/* The index of the largest value that is not taken. NaN is the largest, as in torch. Of equal
- * values, the first. */
+/* The index of the largest value that is not taken; 0 when all are. NaN is the largest, as in torch.
+ * Of equal values, the first. */
 static int64_t largest_index(const float *values, const uint8_t *taken, int64_t n) {
-    int64_t best = -1;
+    int64_t best = 0;
+    int has_best = 0;
     for (int64_t i = 0; i < n; i++) {
         if (taken[i])
             continue;
-        if (best < 0 || values[i] > values[best] || (isnan(values[i]) && !isnan(values[best])))
+        if (!has_best || values[i] > values[best] || (isnan(values[i]) && !isnan(values[best]))) {
             best = i;
+            has_best = 1;
+        }
     }
     return best;
 }
@@ -54,8 +57,8 @@ static void router_scores(const Router *o, const float *logits, float *scores) {
         store_of_row(scores, d, n, v_div(load_of_row(scores, d, n), sum));
 }
 
-/* Minus infinity for the experts outside the best groups. A group's value is the sum of its two
- * largest. */
+/* Minus infinity for the experts outside the best groups. A group has two or more. Its
+ * value is the sum of its two largest. */
 static void keep_best_groups(const Router *o, float *choice) {
     float group_values[MAX_EXPERTS];
     uint8_t group_taken[MAX_EXPERTS] = {0};
@@ -65,8 +68,7 @@ static void keep_best_groups(const Router *o, float *choice) {
         const float *values = choice + group * size;
         int64_t first = largest_index(values, taken, size);
         taken[first] = 1;
-        int64_t second = largest_index(values, taken, size);
-        group_values[group] = values[first] + (second < 0 ? 0 : values[second]);
+        group_values[group] = values[first] + values[largest_index(values, taken, size)];
     }
     for (int64_t i = 0; i < o->topk_groups; i++)
         group_taken[largest_index(group_values, group_taken, o->n_groups)] = 1;

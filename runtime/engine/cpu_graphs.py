@@ -63,6 +63,11 @@ class CpuGraph(StaticDecodeBatch):
         padding_blocks = dict.fromkeys(model.spec.sliding_windows, 0)
         super().__init__(num_rows, max_blocks, block_size, padding_blocks)
         self.input = torch.zeros(num_rows, model.spec.hidden_size)
+        self.per_layer_inputs: torch.Tensor | None = None  # [rows, layers, P]
+        if model.spec.per_layer_input_size:
+            shape = len(model.layers), num_rows, model.spec.per_layer_input_size
+            # A layer's inputs lie together, because the kernels take rows that do.
+            self.per_layer_inputs = torch.zeros(shape).transpose(0, 1)
         self.output = self.input  # [rows, H], after the last norm
         self.cos_sin = model.cos_sin(self.positions)
         self._program = b""
@@ -70,7 +75,11 @@ class CpuGraph(StaticDecodeBatch):
 
     def embed(self, model: Decoder, token_ids: torch.Tensor) -> None:
         """Write the input of the first layer. Call `fill` before."""
-        self.input.copy_(model.embed_tokens(token_ids))
+        hidden = model.embed_tokens(token_ids)
+        self.input.copy_(hidden)
+        per_layer_inputs = model.embed_tokens.per_layer_inputs(token_ids, hidden)
+        if self.per_layer_inputs is not None and per_layer_inputs is not None:
+            self.per_layer_inputs.copy_(per_layer_inputs)
         for name, cos_sin in model.cos_sin(self.positions).items():
             for recorded, value in zip(self.cos_sin[name], cos_sin, strict=True):
                 if recorded is not None and value is not None:
@@ -79,7 +88,9 @@ class CpuGraph(StaticDecodeBatch):
     def record(self, model: Decoder, kv_caches: Sequence[KVCache]) -> bool:
         """Run the layers and record them. Returns False when they cannot be replayed."""
         with cpu_kernels.recording() as recorder, _TorchWatcher() as watcher:
-            self.output = model.run_layers(self.input, self.cos_sin, self.batch, kv_caches)
+            self.output = model.run_layers(
+                self.input, self.cos_sin, self.batch, kv_caches, self.per_layer_inputs
+            )
         if watcher.computed:
             return False
         self._program = recorder.program()
@@ -117,9 +128,7 @@ class CpuGraphRunner:
         self._last_num_rows = 0  # sequences of the decode step before
         is_single_rank = model.spec.rank is None  # collective operations are not recorded
         has_kernels = cpu_kernels.library is not None and model.dtype == torch.float32
-        # What each layer adds of a second embedding is not recorded.
-        has_one_embedding = not model.spec.per_layer_input_size
-        self.enabled = enabled and is_single_rank and has_kernels and has_one_embedding
+        self.enabled = enabled and is_single_rank and has_kernels
 
     @property
     def num_graphs(self) -> int:

@@ -21,8 +21,10 @@ from support.tiny_families import (
 )
 
 from llmkit.checkpoint.open_checkpoint import open_checkpoint
+from llmkit.kernels.cpu import cpu_kernels
 from llmkit.model.decoder import Decoder
 from llmkit.model.weight_loader import load_model
+from llmkit.runtime.engine.cpu_graphs import CpuGraphRunner
 from llmkit.runtime.engine.engine import Engine
 from llmkit.runtime.engine.engine_config import EngineConfig
 from llmkit.runtime.engine.sampling_params import SamplingParams
@@ -83,9 +85,15 @@ MODES: dict[str, dict[str, object]] = {
 def test_greedy_tokens_of_every_family_equal_those_of_transformers(
     name: str, tmp_path: Path
 ) -> None:
+    """Where the compiled kernels run, every family's decode steps are recorded calls of them."""
     oracle = family_oracle(name, tmp_path)
-    model = load_model(open_checkpoint(tmp_path), torch.float32)
-    check_greedy_tokens(model, partial(oracle_logits, oracle))
+    model = load_model(open_checkpoint(tmp_path), torch.float32, packed=True)
+    answered = check_greedy_tokens(model, partial(oracle_logits, oracle))
+    if cpu_kernels.library is not None:
+        recorded = answered.runner.graph_runner
+        assert isinstance(recorded, CpuGraphRunner)
+        assert recorded.enabled, "an operator of torch computes in its decode steps"
+        assert recorded.num_graphs > 0
 
 
 @pytest.mark.parametrize("mode", MODES)

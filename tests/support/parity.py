@@ -42,8 +42,11 @@ def check_mixed_batches(
         close(torch.cat(logits), reference(tokens))
 
 
-def check_greedy_tokens(model: LanguageModel, reference: Reference) -> None:
-    """Compare the engine's 64 greedy tokens after two prompts with the likeliest ones."""
+def check_greedy_tokens(model: LanguageModel, reference: Reference) -> Engine:
+    """Compare the engine's 64 greedy tokens after two prompts with the likeliest ones.
+
+    Returns the engine, after it has answered.
+    """
     prompts = [[5, 6, 7], [9, 8, 7, 6] * 5]
     config = EngineConfig(
         max_model_len=100,
@@ -53,8 +56,10 @@ def check_greedy_tokens(model: LanguageModel, reference: Reference) -> None:
         dtype=torch.float32,
     )
     greedy = SamplingParams(temperature=0.0, max_tokens=64, ignore_eos=True)
-    answers = Engine(model, config).generate(prompts, greedy)
+    engine = Engine(model, config)
+    answers = engine.generate(prompts, greedy)
     for prompt, answer in zip(prompts, answers, strict=True):
         logits = reference(torch.tensor(prompt + answer))[len(prompt) - 1 : -1]
         assert len(answer) == 64
         assert logits.argmax(-1).tolist() == answer
+    return engine
