@@ -145,7 +145,7 @@ class ServedModel:
     """A model with the KV cache dtype that the engine would use."""
 
     model: LanguageModel
-    kv_cache_dtype: str | None  # "int8" or "fp8"; None: the model's dtype
+    kv_cache_dtype: str | None  # a name in KV_CACHE_DTYPES; None: the model's dtype
 
     @torch.inference_mode()
     def logits(self, windows: torch.Tensor) -> Iterator[torch.Tensor]:

@@ -42,6 +42,14 @@ WEIGHT_TYPES = {
 # 4-bit values, which are uint8 until packing puts two in a byte: codes 0 to 15, codes minus 8, and
 # 4-bit floats (E2M1).
 FOUR_BIT_TYPES: dict[FourBitType, int] = {"uint4": 4, "int4": 5, "fp4": 6}
+# The dtypes of a KV cache.
+KV_TYPES = {
+    torch.float32: 0,
+    torch.bfloat16: 1,
+    torch.float16: 2,
+    torch.int8: 3,
+    torch.float8_e4m3fn: 4,
+}
 ACTIVATIONS = {"silu": 0, "gelu_tanh": 1, "gelu": 2, "relu2": 3}
 SWIGLU_CLAMPED = 4
 # What the inputs of a linear layer are rounded to: nothing, bfloat16, or int8 with a scale for each
@@ -433,8 +441,20 @@ def apply_rotary_emb_(
     )
 
 
-def store_kv(kv: torch.Tensor, slot_mapping: torch.Tensor, cache: torch.Tensor) -> None:
-    """Write keys and values [T, 2K, D] to their slots of a cache [2K, blocks, block_size, D]."""
+def store_kv(
+    kv: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    cache: torch.Tensor,
+    scales: torch.Tensor | None,
+    *,
+    static_scales: bool,
+) -> None:
+    """Write keys and values [T, 2K, D] to their slots of a cache [2K, blocks, block_size, D].
+
+    The last two dimensions of kv are contiguous. cache: of a dtype in KV_TYPES. scales: of an 8-bit
+    cache, float32 [2K, blocks, block_size, 1], which are computed and written, or with
+    static_scales [2K, 1, 1], which are read.
+    """
     assert library is not None
     num_tokens, num_heads, head_dim = kv.shape
     library.store_kv(
@@ -444,8 +464,11 @@ def store_kv(kv: torch.Tensor, slot_mapping: torch.Tensor, cache: torch.Tensor) 
         num_heads,
         head_dim,
         slot_mapping.data_ptr(),
+        KV_TYPES[cache.dtype],
         cache.data_ptr(),
         cache.stride(0),
+        address(scales),
+        static_scales,
     )
 
 

@@ -109,9 +109,9 @@ class EngineOptions:
     kv_cache_dtype: Annotated[
         str,
         Option(
-            "auto, int8 or fp8: the type of keys and values; auto: the one that the checkpoint has "
-            "scales for, else the model's.",
-            choices=("auto", "int8", "fp8"),
+            "auto, bfloat16, float16, int8 or fp8: the type of keys and values; auto: the one that "
+            "the checkpoint has scales for, else the model's.",
+            choices=("auto", "bfloat16", "float16", "int8", "fp8"),
             metavar="DTYPE",
             panel=MEMORY_PANEL,
         ),
