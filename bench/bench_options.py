@@ -3,8 +3,22 @@
 from dataclasses import dataclass
 from typing import Annotated
 
-from llmkit.common.option_values import DTYPE, INTEGERS, NUMBERS, TOKEN_RANGE, count_or_auto
-from llmkit.common.options import DEVICE, REQUIRE_NATIVE, SEED, Option
+from llmkit.common.option_values import (
+    DTYPE,
+    INTEGERS,
+    NUMBERS,
+    THREADS,
+    TOKEN_RANGE,
+    count_or_auto,
+)
+from llmkit.common.options import (
+    CPU_ACTIVATIONS,
+    DEVICE,
+    REQUIRE_NATIVE,
+    SEED,
+    CpuActivations,
+    Option,
+)
 
 LOAD_PANEL = "Load"
 QUALITY_PANEL = "Quality"
@@ -358,5 +372,7 @@ class BenchOptions:
             unset="their first",
         ),
     ] = None
+    threads: Annotated[int | None, THREADS] = None
+    cpu_activations: Annotated[CpuActivations, CPU_ACTIVATIONS] = "auto"
     device: Annotated[str, DEVICE] = "auto"
     seed: Annotated[int, SEED] = 0

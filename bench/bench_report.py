@@ -18,6 +18,8 @@ from llmkit.bench.metric_definitions import DEFINITIONS
 from llmkit.common.errors import GateError, InputError
 
 FORMAT_VERSION = 1
+# Of the environment; reports of earlier versions do not have them.
+_CPU_SETTINGS = ("threads", "cpu_level", "cpu_activations")
 MetricValues = dict[str, int | float]  # by metric name
 
 
@@ -225,10 +227,11 @@ def comparability_notes(a: BenchReport, b: BenchReport) -> list[str]:
         notes.append("the evaluation windows differ: quality does not compare")
     if a.tasks and b.tasks and a.tasks != b.tasks:
         notes.append("the tasks, or their versions and sizes, differ: their figures do not compare")
-    for name in ("cpu", "cores", "gpu", "torch", "dtype", "device"):
+    for name in ("cpu", "cores", "gpu", "torch", "dtype", "device", *_CPU_SETTINGS):
         value_a = a.environment.get(name)
         value_b = b.environment.get(name)
-        if value_a != value_b:
+        is_unknown = name in _CPU_SETTINGS and None in (value_a, value_b)
+        if value_a != value_b and not is_unknown:
             notes.append(f"{name} differs ({value_a} and {value_b}): speed does not compare")
     if a.workload and b.workload:
         notes.append(

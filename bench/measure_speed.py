@@ -211,10 +211,17 @@ def _make_backend(plan: BenchPlan, target: Target) -> Backend:
     context_tokens = target.spec.max_position_embeddings
     if options.offline:
         engine_options = EngineOptions(
-            dtype=options.dtype, device=plan.device, max_model_len=options.max_model_len
+            dtype=options.dtype,
+            device=plan.device,
+            max_model_len=options.max_model_len,
+            threads=options.threads,
+            cpu_activations=options.cpu_activations,
         )
         return OfflineBackend(target.name, reference, context_tokens, engine_options)
     arguments = ["--device", plan.device, "--dtype", options.dtype]
+    arguments += ["--cpu-activations", options.cpu_activations]
+    if options.threads is not None:
+        arguments += ["--threads", str(options.threads)]
     if options.max_model_len is not None:
         arguments += ["--max-model-len", str(options.max_model_len)]
     return ServedBackend(target.name, reference, context_tokens, arguments)

@@ -17,6 +17,7 @@ from llmkit.bench.unsharded_view import unsharded
 from llmkit.checkpoint.checkpoint import Checkpoint
 from llmkit.checkpoint.tokenizer import Tokenizer
 from llmkit.common.errors import InputError
+from llmkit.common.options import CpuActivations
 from llmkit.common.progress import Progress
 from llmkit.model.families import checkpoint_spec
 from llmkit.model.full_forward import make_batch
@@ -79,11 +80,12 @@ def score_targets(
     dtype: torch.dtype,
     device: str,
     progress: Progress,
+    cpu_activations: CpuActivations = "auto",
 ) -> dict[str, dict[str, float]]:
     """Score checkpoints and servers on windows [n, L], against the baseline.
 
     baseline: one of the names of `targets`, or None. At most two models are in memory at a time.
-    Sharded checkpoints are scored unsharded.
+    Sharded checkpoints are scored unsharded. cpu_activations: as the engine's option.
 
     Returns the metrics by name: perplexity, load_s of checkpoints and, for targets other than the
     baseline, QUALITY_METRICS, or QUALITY_BOUND_METRICS when target or baseline is a server. Raises
@@ -107,7 +109,9 @@ def score_targets(
         if isinstance(target, PromptLogprobsClient):
             return target
         start_s = time.perf_counter()
-        model = load_model(checkpoints[name], dtype, device, packed=True)
+        model = load_model(
+            checkpoints[name], dtype, device, packed=True, cpu_activations=cpu_activations
+        )
         if device != "cpu":
             torch.cuda.synchronize()
         metrics[name]["load_s"] = time.perf_counter() - start_s
@@ -141,7 +145,7 @@ class ServedModel:
     """A model with the KV cache dtype that the engine would use."""
 
     model: LanguageModel
-    kv_cache_dtype: str | None  # "int8" or "fp8"; None: the model's dtype
+    kv_cache_dtype: str | None  # a name in KV_CACHE_DTYPES; None: the model's dtype
 
     @torch.inference_mode()
     def logits(self, windows: torch.Tensor) -> Iterator[torch.Tensor]:

@@ -26,6 +26,7 @@ from llmkit.checkpoint.tokenizer import load_tokenizer
 from llmkit.common.errors import InputError
 from llmkit.common.formatting import milliseconds_text
 from llmkit.common.progress import Progress
+from llmkit.kernels.cpu import cpu_kernels
 from llmkit.model.families import FALLBACK
 
 # Above these the load client itself may limit the measured speed.
@@ -40,10 +41,15 @@ def bench(targets: Sequence[str], options: BenchOptions, progress: Progress) -> 
     Raises as `make_plan` does, and InputError when requests fail or do not fit a target.
     """
     plan = make_plan(targets, options)
+    threads = cpu_kernels.use_threads(options.threads)
+    environment = describe_environment(plan.device, plan.dtype)
+    if plan.device == "cpu":
+        environment |= {"threads": threads.count, "cpu_activations": options.cpu_activations}
+        environment["cpu_level"] = cpu_kernels.level()
     report = BenchReport(
         [target.report for target in plan.targets],
         baseline=plan.baseline,
-        environment=describe_environment(plan.device, plan.dtype),
+        environment=environment,
         command=shlex.join(["llmkit", *sys.argv[1:]]),
         notes=plan.notes,
         joined=not plan.interleaved,
@@ -175,7 +181,13 @@ def _measure_quality(plan: BenchPlan, progress: Progress) -> dict[str, str | int
         plan, "evaluation", str(description["sha256"]), "text, windows, seed and tokenizer"
     )
     metrics = score_targets(
-        quality_targets, baseline, evaluation.windows, plan.dtype, plan.device, progress
+        quality_targets,
+        baseline,
+        evaluation.windows,
+        plan.dtype,
+        plan.device,
+        progress,
+        options.cpu_activations,
     )
     for target in plan.targets:
         # A load_s that the engine measured in this process stays.

@@ -79,7 +79,9 @@ def examine() -> dict[str, Any]:
     import torch
 
     from llmkit.common.version import version
+    from llmkit.kernels.cpu import cpu_kernels
 
+    threads = cpu_kernels.use_threads()
     gpus = [
         {
             "name": torch.cuda.get_device_name(index),
@@ -105,7 +107,8 @@ def examine() -> dict[str, Any]:
         "packages": packages,
         "torch": {
             "cuda_build": torch.version.cuda,
-            "threads": torch.get_num_threads(),
+            "threads": threads.count,
+            "threads_why": threads.why,
             "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         },
         "gpus": gpus,
@@ -228,12 +231,20 @@ def _compiled_kernels() -> dict[str, Any]:
     from llmkit.kernels.cpu import cpu_kernels
 
     active = cpu_kernels.library is not None
-    why = (
-        "C, built when llmkit was installed"
-        if active
-        else cpu_kernels.status().removeprefix("off, ")
-    )
-    return {"name": "compiled kernels on the CPU", "active": active, "why": why}
+    why = cpu_kernels.status().removeprefix("off, ")
+    if active:
+        others = [name for name in cpu_kernels.levels() if name != cpu_kernels.level()]
+        products = "bfloat16 and int8" if cpu_kernels.has_bfloat16() else "int8"
+        why = f"level {cpu_kernels.level()}, products in float32, {products}"
+        if others:
+            why += f"; {cpu_kernels.LEVEL_VARIABLE} may be {', '.join(others)}"
+    return {
+        "name": "compiled kernels on the CPU",
+        "active": active,
+        "why": why,
+        "level": cpu_kernels.level(),
+        "levels": cpu_kernels.levels(),
+    }
 
 
 def _package_version(name: str) -> str | None:
@@ -283,7 +294,7 @@ def _show(console: Console, document: dict[str, Any]) -> None:
         (
             "torch",
             f"{document['packages']['torch']} ({torch_build}),"
-            f" {document['torch']['threads']} threads",
+            f" {document['torch']['threads']} threads ({document['torch']['threads_why']})",
         ),
         (
             "packages",

@@ -19,6 +19,8 @@ Each command takes the options of its table, and those of all commands at the en
   Otherwise the default holds.
 - The variable of `--max-num-seqs` is `LLMKIT_MAX_NUM_SEQS`. For `llmkit serve` alone it is
   `LLMKIT_SERVE_MAX_NUM_SEQS`, which wins.
+- `LLMKIT_CPU_LEVEL` is the variable of no option: it forces a lower level of CPU instructions
+  (`llmkit doctor` lists those of the processor).
 - The key in a file of `--config` is `max-num-seqs` or `max_num_seqs`.
 - The key in a recipe's stage is `max_num_seqs`.
 """

@@ -45,11 +45,13 @@ class QuantizeArguments:
 
 def quantize(output: Output, arguments: QuantizeArguments) -> None:
     """Write a checkpoint in another precision, with a report of its quality, size and time."""
+    from llmkit.kernels.cpu import cpu_kernels
     from llmkit.model.device import resolve_device
     from llmkit.quant import quantize_checkpoint
     from llmkit.quant.quantize_linear import solve_locally
 
     options = arguments.options
+    cpu_kernels.use_threads(options.threads)
     if arguments.more:
         _quantize_all(output, arguments)
         return

@@ -18,6 +18,8 @@ from llmkit.common.options import OptionField, option_name
 PREFIX = "LLMKIT_"
 # The commands read these themselves: a secret is no option.
 SECRET_VARIABLES = {"LLMKIT_API_KEY", "LLMKIT_KEY_PASSWORD"}
+# kernels/cpu/cpu_kernels.py reads it in every process that computes.
+CPU_LEVEL_VARIABLE = "LLMKIT_CPU_LEVEL"
 TRUE = {"1", "true", "yes", "on"}
 FALSE = {"0", "false", "no", "off"}
 
@@ -134,7 +136,7 @@ def unknown_variables(environ: Mapping[str, str], commands: Mapping[str, Command
     candidates = [name for name in sorted(environ) if name.startswith(PREFIX)]
     if not candidates:
         return []
-    known = set(SECRET_VARIABLES)
+    known = {*SECRET_VARIABLES, CPU_LEVEL_VARIABLE}
     for command in commands.values():
         for name, spelling in spellings(command).items():
             if spelling.option.option.is_secret:

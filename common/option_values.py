@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Literal
 
 from llmkit.common.errors import UsageError
-from llmkit.common.options import ValueFormat
+from llmkit.common.options import PERFORMANCE_PANEL, Option, ValueFormat
 
 _UNITS = {"": 1, "b": 1} | {
     letter + tail: base**power
@@ -180,6 +180,14 @@ RATE = ValueFormat(parse_rate, lambda rate: f"{_format_number(rate)}/s")
 SHARE = ValueFormat(parse_share, lambda share: f"{_format_number(100 * share)}%")
 # Layers of each pipeline stage: 8,9,9,6.
 LAYER_COUNTS = ValueFormat(parse_layer_counts, _format_numbers)
+# Threads that compute on a CPU.
+THREADS = Option(
+    "Threads that compute on a CPU; auto: as many as the CPU affinity, the cgroup's CPU quota and "
+    "OMP_NUM_THREADS allow.",
+    metavar="N|auto",
+    format=count_or_auto(),
+    panel=PERFORMANCE_PANEL,
+)
 # A flag that turns off a default: --no-prefix-cache. The field has the opposite value of the flag.
 NEGATED = ValueFormat(_negate, lambda value: not value, written_type=bool)
 # A floating-point dtype, or auto. The short names are read, and the long ones shown.

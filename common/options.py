@@ -22,6 +22,7 @@ from typing import Any, Literal, TypeVar
 from llmkit.common.errors import UsageError
 
 COMMON_PANEL = "Common options"
+PERFORMANCE_PANEL = "Performance"
 
 T = TypeVar("T")
 
@@ -281,6 +282,15 @@ DEVICE = Option(
     panel=COMMON_PANEL,
 )
 SEED = Option("Seed of everything drawn at random.", metavar="N", min=0, panel=COMMON_PANEL)
+CpuActivations = Literal["auto", "float32", "bfloat16", "int8"]
+CPU_ACTIVATIONS = Option(
+    "auto, float32, bfloat16 or int8: what a CPU rounds the inputs of linear layers to, where the "
+    "weight's type allows it; auto: bfloat16 for bfloat16 weights on a CPU that multiplies them, "
+    "else float32.",
+    choices=("auto", "float32", "bfloat16", "int8"),
+    metavar="DTYPE",
+    panel=PERFORMANCE_PANEL,
+)
 REQUIRE_NATIVE = Option(
     "Refuse a model that is no family of llmkit's own and would run, slower, by transformers' "
     "modeling code.",

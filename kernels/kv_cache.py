@@ -1,4 +1,4 @@
-"""One layer's paged KV cache, in the model's dtype or quantized to 8 bits.
+"""One layer's paged KV cache, in the model's dtype, in 16 bits, or quantized to 8 bits.
 
 Legend: T tokens of this step, K key-value heads, D head_dim. Each token has a slot. Block b holds
 the slots [b * block_size, (b + 1) * block_size).
@@ -13,8 +13,13 @@ import torch
 from llmkit.kernels.activation_quant import FP8, quantize_per_token, quantize_static
 from llmkit.kernels.cpu import cpu_kernels
 
-# The 8-bit dtypes by the names of --kv-cache-dtype.
-KV_CACHE_DTYPES = {"int8": torch.int8, "fp8": FP8}
+# The 8-bit dtypes by the names of --kv-cache-dtype, which have scales, and all dtypes.
+QUANTIZED_KV_CACHE_DTYPES = {"int8": torch.int8, "fp8": FP8}
+KV_CACHE_DTYPES = {
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    **QUANTIZED_KV_CACHE_DTYPES,
+}
 
 
 @dataclass(frozen=True)
@@ -35,13 +40,15 @@ class KVCache:
     @property
     def quantized(self) -> bool:
         """Whether keys and values are 8-bit."""
-        return self.kv.dtype in KV_CACHE_DTYPES.values()
+        return self.kv.dtype in QUANTIZED_KV_CACHE_DTYPES.values()
 
     def store(self, kv: torch.Tensor, slot_mapping: torch.Tensor) -> None:
         """Write new keys and values [T, 2K, D] to their slots, int64 [T]."""
         compact = kv.stride()[1:] == (kv.shape[2], 1)
-        if cpu_kernels.supports(kv) and not self.quantized and compact:
-            cpu_kernels.store_kv(kv, slot_mapping, self.kv)
+        if cpu_kernels.supports(kv) and self.kv.dtype in cpu_kernels.KV_TYPES and compact:
+            static = self.scales is None
+            scales = self.static_scales if static else self.scales
+            cpu_kernels.store_kv(kv, slot_mapping, self.kv, scales, static_scales=static)
             return
         kv = kv.transpose(0, 1)
         if self.quantized:
@@ -52,7 +59,8 @@ class KVCache:
             else:
                 q, scale = quantize_per_token(kv, kind)
                 self.scales.flatten(1, 2).index_copy_(1, slot_mapping, scale)
-            kv = q.to(self.kv.dtype)
+            kv = q
+        kv = kv.to(self.kv.dtype)
         _view_fp8_as_bytes(self.kv).flatten(1, 2).index_copy_(
             1, slot_mapping, _view_fp8_as_bytes(kv)
         )
@@ -61,7 +69,7 @@ class KVCache:
         """The keys and values of n blocks: [2K, n * block_size, D], possibly a view."""
         kv = _select_blocks(_view_fp8_as_bytes(self.kv), blocks)
         if not self.quantized:
-            return kv
+            return kv.to(dtype)
         scale = self.static_scales if self.scales is None else _select_blocks(self.scales, blocks)
         assert scale is not None
         return kv.view(self.kv.dtype).float().mul_(scale).to(dtype)

@@ -457,9 +457,9 @@ class DecoderLayer:
             swiglu=(spec.swiglu_limit, spec.swiglu_alpha),
         )
 
-    def has_kv_scales(self, kv_cache_dtype: str) -> bool:
-        """Whether the checkpoint has scales for an "int8" or "fp8" cache of this layer."""
-        kind = {"int8": "int", "fp8": "float"}[kv_cache_dtype]
+    def has_kv_scales(self, kv_cache_dtype: str | None) -> bool:
+        """Whether the checkpoint has scales for a cache of this dtype in this layer."""
+        kind = {"int8": "int", "fp8": "float"}.get(kv_cache_dtype or "")
         for name in ("attn.k", "attn.v"):
             quant = self.activation_quant.get(name)
             if quant is None or quant.kind != kind or quant.scale is None:
@@ -700,12 +700,11 @@ class Decoder:
         """A layer's empty cache on the model's device.
 
         layer_spec: the spec with the layer's sizes; None: those of the model.
-        kv_cache_dtype: "int8", "fp8", or None for the model's dtype. An 8-bit cache uses the
-        checkpoint's scales if there are any for this dtype, otherwise a scale per token and head.
+        kv_cache_dtype: a name in KV_CACHE_DTYPES, or None for the model's dtype. An 8-bit cache
+        uses the checkpoint's scales if there are any for this dtype, otherwise a scale per token
+        and head.
         """
-        has_static_scales = kv_cache_dtype is not None and all(
-            layer.has_kv_scales(kv_cache_dtype) for layer in self.layers
-        )
+        has_static_scales = all(layer.has_kv_scales(kv_cache_dtype) for layer in self.layers)
         return empty_kv_cache(
             self,
             layer_spec or self.spec,

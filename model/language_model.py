@@ -49,7 +49,7 @@ class LanguageModel(Protocol):
     ) -> KVCache:
         """A layer's empty cache on the model's device.
 
-        kv_cache_dtype: "int8", "fp8", or None for the model's dtype.
+        kv_cache_dtype: a name in KV_CACHE_DTYPES, or None for the model's dtype.
         layer_spec: the spec with the layer's sizes; None: those of the model.
         """
         ...
@@ -74,10 +74,10 @@ def empty_kv_cache(
     """
     shape = (2 * spec.num_kv_heads, num_blocks, block_size)
     dtype = KV_CACHE_DTYPES[kv_cache_dtype] if kv_cache_dtype else model.dtype
-    kv = lazy_zeros((*shape, spec.head_dim), dtype, model.device)
-    if kv_cache_dtype is None or has_static_scales:
-        return KVCache(kv)
-    return KVCache(kv, lazy_zeros((*shape, 1), torch.float32, model.device))
+    cache = KVCache(lazy_zeros((*shape, spec.head_dim), dtype, model.device))
+    if not cache.quantized or has_static_scales:
+        return cache
+    return KVCache(cache.kv, lazy_zeros((*shape, 1), torch.float32, model.device))
 
 
 def new_kv_caches(

@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.functional import linear
 
 from llmkit.checkpoint.quantized_weight import QuantizedWeight, Scheme
+from llmkit.common.options import CpuActivations
 from llmkit.kernels import fp8_block_linear
 from llmkit.kernels.activation_quant import (
     fake_quantize_per_group,
@@ -18,7 +19,7 @@ from llmkit.kernels.activation_quant import (
     fake_quantize_static,
 )
 from llmkit.kernels.cpu import cpu_kernels
-from llmkit.kernels.cpu.cpu_kernels import InputType, PackedWeight
+from llmkit.kernels.cpu.cpu_kernels import PackedWeight
 from llmkit.kernels.cpu.cpu_linear import CpuLinear
 from llmkit.kernels.linear_kernel import LinearKernel
 from llmkit.kernels.mxfp4_linear import Mxfp4Linear
@@ -104,7 +105,7 @@ def serving_linear(
     activation_quant: ActivationQuant | None,
     dtype: torch.dtype,
     device: torch.device | str = "cpu",
-    cpu_inputs: InputType = "float32",
+    cpu_activations: CpuActivations = "float32",
 ) -> Linear:
     """The linear layer that serves a weight, for inputs of `dtype`.
 
@@ -113,7 +114,7 @@ def serving_linear(
     parts: the weight in parts of some rows each: float tensors [rows, in], or quantized weights. On
     a GPU, their scheme must be `supported_on_gpu`.
     bias: [out], of `dtype`.
-    cpu_inputs: what a CPU rounds inputs to, where the weight is stored in a type that allows it.
+    cpu_activations: what a CPU rounds inputs to, where the weight's stored type allows it.
     """
     shape = (sum(part.shape[0] for part in parts), parts[0].shape[1])
     parts = _merge_parts(parts)
@@ -127,9 +128,9 @@ def serving_linear(
             return PackedLinear(CpuLinear([pack_weight(weight)], bias, inputs="int8"), shape)
     if on_cpu and keeps_weights_packed():
         if dtype == torch.bfloat16:  # inputs are rounded already
-            cpu_inputs = "bfloat16"
+            cpu_activations = "bfloat16"
         # Inputs that are quantized already stay as they are.
-        inputs: InputType = "float32" if activation_quant is not None else cpu_inputs
+        inputs: CpuActivations = "float32" if activation_quant is not None else cpu_activations
         kernel = CpuLinear([pack_weight(part) for part in parts], bias, inputs=inputs)
         return PackedLinear(kernel, shape, activation_quant)
     dense = [part.dequantize() if isinstance(part, QuantizedWeight) else part for part in parts]

@@ -14,6 +14,7 @@ from llmkit.checkpoint.quantized_formats import format_of
 from llmkit.checkpoint.quantized_weight import QuantizationConfig, QuantizedWeight, Scheme
 from llmkit.checkpoint.tensor_reader import CHUNK_BYTES, row_chunks
 from llmkit.common.errors import InputError
+from llmkit.common.options import CpuActivations
 from llmkit.kernels.fused_experts import copy_to_expert_stack
 from llmkit.model.checkpoint_tensors import (
     check_checkpoint,
@@ -56,6 +57,7 @@ def load_model(
     spec: ModelSpec | None = None,
     parallel_group: ParallelGroup = SINGLE_RANK,
     offloaded: int = 0,
+    cpu_activations: CpuActivations = "float32",
 ) -> LanguageModel:
     """Load a model on one device.
 
@@ -65,6 +67,7 @@ def load_model(
     already. None: check the checkpoint and load the full model.
     parallel_group: the ranks that the model communicates with.
     offloaded: the number of last layers whose linears stay in host memory.
+    cpu_activations: with `packed`, what a CPU rounds the inputs of linears to (`serving_linear`).
 
     At most about NUM_PACKING_THREADS weights are in memory both as stored and packed.
     Raises InputError when the checkpoint does not match its config.json.
@@ -106,13 +109,26 @@ def load_model(
                 tensors[row.name] = table if is_smaller else table.to(dtype)
                 is_head = row.name == "embed.weight" and spec.tie_word_embeddings
                 if is_head and spec.is_last_stage:
-                    linears["lm_head"] = pool.submit(serving_linear, [table], None, None, dtype)
+                    linears["lm_head"] = pool.submit(
+                        serving_linear,
+                        [table],
+                        None,
+                        None,
+                        dtype,
+                        cpu_activations=cpu_activations,
+                    )
             elif stays_packed:
                 weights = _read_stored(checkpoint, row, row_device)
                 bias_row = rows.get(f"{row.module}.bias")
                 bias = read_parameter(checkpoint, bias_row, dtype, device) if bias_row else None
                 linears[row.module] = pool.submit(
-                    serving_linear, weights, bias, activation_quant.get(row.module), dtype, device
+                    serving_linear,
+                    weights,
+                    bias,
+                    activation_quant.get(row.module),
+                    dtype,
+                    device,
+                    cpu_activations,
                 )
                 packing.append(linears[row.module])
                 if len(packing) > NUM_PACKING_THREADS:

@@ -4,7 +4,7 @@ import shlex
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from llmkit.common.option_values import count_or_auto
+from llmkit.common.option_values import THREADS, count_or_auto
 from llmkit.common.options import DEVICE, REQUIRE_NATIVE, SEED, Option, option_fields
 
 METHOD_PANEL = "Method"
@@ -233,6 +233,7 @@ class QuantizeOptions:
         bool, Option("Show what would be done and write nothing.", in_recipes=False)
     ] = False
     require_native: Annotated[bool, REQUIRE_NATIVE] = False
+    threads: Annotated[int | None, THREADS] = None
     device: Annotated[str, DEVICE] = "auto"
     seed: Annotated[int, SEED] = 0
 

@@ -8,6 +8,7 @@ from llmkit.checkpoint.checkpoint import Checkpoint
 from llmkit.checkpoint.open_checkpoint import open_checkpoint
 from llmkit.common.errors import InputError
 from llmkit.common.formatting import bytes_text
+from llmkit.kernels.cpu import cpu_kernels
 from llmkit.model.families import checkpoint_spec
 from llmkit.runtime.engine.engine import Engine
 from llmkit.runtime.engine.engine_options import EngineOptions
@@ -29,6 +30,8 @@ def load_engine(
     InputError for a checkpoint that cannot be run and ShortageError when the machine cannot run it.
     """
     options = options or EngineOptions()
+    # Replicas share the threads; without the option, each finds its share in OMP_NUM_THREADS.
+    cpu_kernels.use_threads(options.threads and max(1, options.threads // options.dp))
     report = report or StartupReport()
     with report.stage("checkpoint check"):
         checkpoint = model if isinstance(model, Checkpoint) else open_checkpoint(model)

@@ -12,6 +12,7 @@ import torch
 from llmkit.checkpoint.checkpoint import Checkpoint
 from llmkit.checkpoint.open_checkpoint import open_checkpoint
 from llmkit.common.errors import InputError
+from llmkit.kernels.kv_cache import KV_CACHE_DTYPES, QUANTIZED_KV_CACHE_DTYPES
 from llmkit.model.checkpoint_tensors import check_checkpoint
 from llmkit.model.device import resolve_device
 from llmkit.model.families import checkpoint_spec, require_native
@@ -39,7 +40,7 @@ class EnginePlan:
 
     device: torch.device
     dtype: torch.dtype
-    kv_cache_dtype: str | None  # "int8" or "fp8"; None: `dtype`
+    kv_cache_dtype: str | None  # a name in KV_CACHE_DTYPES; None: `dtype`
     max_num_batched_tokens: int
     memory: MemoryPlan
     offload: OffloadPlan
@@ -112,9 +113,18 @@ def plan_part(
         kv_cache_dtype = checkpoint_kv_dtype
         if kv_cache_dtype == "fp8" and device.type == "cpu":
             kv_cache_dtype = None  # a CPU converts FP8 slowly
+    kv_dtype = KV_CACHE_DTYPES[kv_cache_dtype] if kv_cache_dtype else dtype
+    is_quantized = kv_cache_dtype in QUANTIZED_KV_CACHE_DTYPES
+    if device.type != "cpu" and not is_quantized and kv_dtype != dtype:
+        raise InputError(
+            f"--kv-cache-dtype {kv_cache_dtype} is not possible with a model in "
+            f"{str(dtype).removeprefix('torch.')}",
+            "On a GPU, keys and values have the model's dtype or 8 bits",
+            "Leave out --kv-cache-dtype, or choose int8 or fp8",
+        )
     kv_bytes_per_token = spec.kv_bytes_per_token(
-        1 if kv_cache_dtype else dtype.itemsize,
-        per_token_head_scales=kv_cache_dtype not in (None, checkpoint_kv_dtype),
+        kv_dtype.itemsize,
+        per_token_head_scales=is_quantized and kv_cache_dtype != checkpoint_kv_dtype,
     )
     if draft is not None:
         kv_bytes_per_token += checkpoint_spec(draft).kv_bytes_per_token(dtype.itemsize)

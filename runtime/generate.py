@@ -77,6 +77,8 @@ def _engine_options(
     num_sequences = min(num_prompts, MAX_SEQUENCES, MAX_KV_CACHE_BYTES // sequence_bytes)
     return EngineOptions(
         device=device,
+        threads=torch.get_num_threads(),  # those of the command that generates
+        cpu_activations="float32",  # calibration texts come from the model as it is
         max_model_len=max_model_len,
         max_num_seqs=max(1, num_sequences),
         max_num_batched_tokens=STEP_TOKENS,

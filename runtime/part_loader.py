@@ -13,7 +13,9 @@ import torch
 
 from llmkit.checkpoint.checkpoint import Checkpoint
 from llmkit.checkpoint.tensor_reader import CHUNK_BYTES, NUM_READER_THREADS
+from llmkit.common.cpu_threads import choose_threads
 from llmkit.common.errors import InputError
+from llmkit.common.options import CpuActivations
 from llmkit.kernels.cpu import cpu_kernels
 from llmkit.model.checkpoint_tensors import checkpoint_tensors
 from llmkit.model.decoder import SINGLE_RANK, Decoder
@@ -69,7 +71,7 @@ class LoadedPart:
         options = self.options
         plan = self.plan
         report.plan = plan
-        report.fast_paths += fast_paths(plan.device)
+        report.fast_paths += fast_paths(plan.device, options)
         if self.model.spec.transformers is not None:
             report.fast_paths.append(FALLBACK)
         if plan.offload.num_layers:
@@ -134,13 +136,27 @@ def load_part(
         plan = plan_part(checkpoint, spec, options, num_parts)
     device = plan.device
     model = load_weights(
-        checkpoint, spec, plan.dtype, device, report, parallel_group, plan.offload.num_layers
+        checkpoint,
+        spec,
+        plan.dtype,
+        device,
+        report,
+        parallel_group,
+        plan.offload.num_layers,
+        options.cpu_activations,
     )
     draft = None
     if options.draft_model is not None:
         draft_checkpoint = open_draft_model(options.draft_model, spec)
         draft_spec = checkpoint_spec(draft_checkpoint)
-        draft = load_weights(draft_checkpoint, draft_spec, plan.dtype, device, report)
+        draft = load_weights(
+            draft_checkpoint,
+            draft_spec,
+            plan.dtype,
+            device,
+            report,
+            cpu_activations=options.cpu_activations,
+        )
 
     # Plan the memory again, now with the real sizes.
     with report.stage("memory plan"):
@@ -177,6 +193,7 @@ def load_weights(
     report: StartupReport,
     parallel_group: ParallelGroup = SINGLE_RANK,
     num_offloaded_layers: int = 0,
+    cpu_activations: CpuActivations = "auto",
 ) -> LanguageModel:
     """Read the weights while the model is built from them."""
     names = _tensors_read_whole(checkpoint, spec, dtype)
@@ -193,6 +210,7 @@ def load_weights(
             spec=spec,
             parallel_group=parallel_group,
             offloaded=num_offloaded_layers,
+            cpu_activations=cpu_activations,
         )
         if num_offloaded_layers:
             assert isinstance(model, Decoder), "plan_part refuses it"
@@ -230,7 +248,7 @@ def _tensors_read_whole(checkpoint: Checkpoint, spec: ModelSpec, dtype: torch.dt
     return names
 
 
-def fast_paths(device: torch.device) -> list[str]:
+def fast_paths(device: torch.device, options: EngineOptions) -> list[str]:
     """What makes the engine fast on this machine, and what is missing, one line each."""
     if device.type == "cuda":
         return [f"CUDA: {torch.cuda.get_device_name(device)}"]
@@ -241,9 +259,40 @@ def fast_paths(device: torch.device) -> list[str]:
     return [
         f"CUDA: off, {no_cuda}",
         f"CPU vector operators: {vectors}",
-        f"compiled kernels: {cpu_kernels.status()}",
-        f"CPU threads: {torch.get_num_threads()}",
+        f"compiled kernels: {_kernels_text()}",
+        f"CPU threads: {_threads_text(options.threads)}",
+        f"CPU activations: {_activations_text(options.cpu_activations)}",
     ]
+
+
+def _kernels_text() -> str:
+    """The level of the compiled kernels, or why they do not run."""
+    if cpu_kernels.library is None:
+        return cpu_kernels.status()
+    return f"level {cpu_kernels.level()}"
+
+
+def _activations_text(wanted: CpuActivations) -> str:
+    """What the inputs of linear layers are rounded to."""
+    if cpu_kernels.library is None:
+        return "in the model's dtype, as the compiled kernels are off"
+    if wanted in ("auto", "bfloat16") and not cpu_kernels.has_bfloat16():
+        return f"float32 ({wanted}; level {cpu_kernels.level()} has no bfloat16 products)"
+    return {
+        "auto": "bfloat16 for bfloat16 weights, else float32 (auto)",
+        "float32": "float32",
+        "bfloat16": "bfloat16 for bfloat16 weights, else float32",
+        "int8": "int8 for int8 and 4-bit weights, else float32",
+    }[wanted]
+
+
+def _threads_text(wanted: int | None) -> str:
+    """How many threads compute, and why."""
+    used = torch.get_num_threads()
+    allowed = choose_threads(wanted)
+    if used == allowed.count:
+        return f"{used}, {allowed.why}"
+    return f"{used}, a share of {allowed.count}, {allowed.why}"
 
 
 def eos_token_ids(checkpoint: Checkpoint) -> tuple[int, ...]:

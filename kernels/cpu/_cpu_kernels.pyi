@@ -32,7 +32,7 @@ def paged_attention(
     q: int,
     out: int,
     q_stride: int,
-    quantized: int,
+    kv_type: int,
     kv: int,
     scales: int,
     static_scales: int,
@@ -96,8 +96,11 @@ def store_kv(
     num_heads: int,
     head_dim: int,
     slot_mapping: int,
+    kv_type: int,
     cache: int,
     head_stride: int,
+    scales: int,
+    static_scales: int,
     /,
 ) -> None: ...
 def act_and_mul(

@@ -11,7 +11,7 @@ from llmkit.kernels.attention_metadata import AttentionMetadata
 from llmkit.kernels.cpu import cpu_kernels
 from llmkit.kernels.kv_cache import KVCache
 
-# Sizes of the C kernel's scratch memory (attention.c).
+# Sizes of the C kernel's scratch memory (attention.h).
 MAX_HEADS_PER_KV_HEAD = 48
 MAX_HEAD_DIM = 512
 KV_CHUNK = 64  # in tokens; the block size of the cache must divide it
@@ -26,9 +26,8 @@ def supports(q: torch.Tensor, cache: KVCache) -> bool:
         head_dim % 8 == 0
         and head_dim <= MAX_HEAD_DIM
         and KV_CHUNK % block_size == 0
-        and block_size % 4 == 0
         and q.shape[1] <= MAX_HEADS_PER_KV_HEAD * both // 2
-        and cache.kv.dtype in (torch.float32, torch.int8)
+        and cache.kv.dtype in cpu_kernels.KV_TYPES
     )
 
 
@@ -54,7 +53,7 @@ def attention(
         q.data_ptr(),
         out.data_ptr(),
         q.stride(0),
-        cache.quantized,
+        cpu_kernels.KV_TYPES[cache.kv.dtype],
         cache.kv.data_ptr(),
         cpu_kernels.address(scales),
         has_static_scales,

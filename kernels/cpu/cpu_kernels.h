@@ -41,6 +41,10 @@ enum {
  * row and group of the weight. The numbers are those of INPUT_TYPES in cpu_kernels.py. */
 enum { INPUTS_F32, INPUTS_BF16, INPUTS_INT8 };
 
+/* The types of a KV cache. The numbers are those of KV_TYPES in cpu_kernels.py. FP8 is e4m3, without
+ * infinities. */
+enum { KV_F32, KV_BF16, KV_F16, KV_INT8, KV_FP8 };
+
 /* Activations. The numbers are those of ACTIVATIONS in cpu_kernels.py. */
 enum { ACT_SILU, ACT_GELU_TANH, ACT_GELU, ACT_RELU2, ACT_SWIGLU_CLAMPED };
 
@@ -85,10 +89,10 @@ typedef struct {
     const float *q;              /* [n_tokens, n_heads, head_dim], a token every q_stride */
     float *out;                  /* [n_tokens, n_heads, head_dim] */
     int64_t q_stride;
-    int quantized;               /* 1: the cache holds int8 values; 0: float32 */
+    int kv_type;
     const char *kv;              /* [2 n_kv_heads, n_blocks, block_size, head_dim]: first the heads
                                     of the keys; a head every head_stride elements */
-    const float *scales;         /* of a quantized cache: [2 n_kv_heads, n_blocks, block_size], or
+    const float *scales;         /* of an 8-bit cache: [2 n_kv_heads, n_blocks, block_size], or
                                     [2 n_kv_heads] with static_scales */
     int static_scales;
     int64_t head_stride;
@@ -171,8 +175,12 @@ typedef struct {
     int64_t n_heads;
     int64_t head_dim;
     const int64_t *slot_mapping; /* [n_tokens] */
-    float *cache;                /* [n_heads, slots, head_dim], a head every head_stride elements */
+    int kv_type;
+    char *cache;         /* [n_heads, slots, head_dim], a head every head_stride elements */
     int64_t head_stride;
+    float *scales;       /* of an 8-bit cache: [n_heads, slots], which are written; [n_heads] with
+                            static_scales, which are read */
+    int static_scales;
 } StoreKv;
 
 /* y = act(gate) * up, or y = act(x). */

@@ -21,6 +21,10 @@ from typing import Any, Literal
 import torch
 from torch.nn.functional import pad
 
+from llmkit.common.cpu_threads import ThreadCount, choose_threads
+from llmkit.common.errors import InputError
+from llmkit.common.options import CpuActivations
+
 try:
     from llmkit.kernels.cpu import _cpu_kernels
 except ImportError:
@@ -38,6 +42,14 @@ WEIGHT_TYPES = {
 # 4-bit values, which are uint8 until packing puts two in a byte: codes 0 to 15, codes minus 8, and
 # 4-bit floats (E2M1).
 FOUR_BIT_TYPES: dict[FourBitType, int] = {"uint4": 4, "int4": 5, "fp4": 6}
+# The dtypes of a KV cache.
+KV_TYPES = {
+    torch.float32: 0,
+    torch.bfloat16: 1,
+    torch.float16: 2,
+    torch.int8: 3,
+    torch.float8_e4m3fn: 4,
+}
 ACTIVATIONS = {"silu": 0, "gelu_tanh": 1, "gelu": 2, "relu2": 3}
 SWIGLU_CLAMPED = 4
 # What a gate goes through before the product.
@@ -46,6 +58,9 @@ GATE_ACTIVATIONS = {"identity": 0, "sigmoid": 1, "softplus": 2}
 # token and group of the weight.
 InputType = Literal["float32", "bfloat16", "int8"]
 INPUT_TYPES: dict[InputType, int] = {"float32": 0, "bfloat16": 1, "int8": 2}
+# What `--cpu-activations auto` rounds inputs to, by the weight's type.
+AUTO_INPUTS: dict[torch.dtype, InputType] = {torch.bfloat16: "bfloat16"}
+LEVEL_VARIABLE = "LLMKIT_CPU_LEVEL"
 # Weights below 32 bits are padded with zeros to a multiple of so many inputs.
 DEPTH_MULTIPLE = 64
 
@@ -55,19 +70,82 @@ def levels() -> list[str]:
     return [] if _cpu_kernels is None else _cpu_kernels.levels()
 
 
-def _load() -> ModuleType | None:
+def level() -> str | None:
+    """The level in use: the one of LLMKIT_CPU_LEVEL, else the fastest; None without kernels."""
     available = levels()
-    if not available:
+    wanted = os.environ.get(LEVEL_VARIABLE)
+    if wanted in available:
+        return wanted
+    return available[-1] if available else None
+
+
+def _load() -> ModuleType | None:
+    name = level()  # `check_level` refuses a wrong LLMKIT_CPU_LEVEL, where a message can be shown
+    if name is None:
         return None
     assert _cpu_kernels is not None
-    _cpu_kernels.set_level(os.environ.get("LLMKIT_CPU_LEVEL") or available[-1])
-    _cpu_kernels.set_num_threads(len(os.sched_getaffinity(0)))
+    _cpu_kernels.set_level(name)
+    _cpu_kernels.set_num_threads(choose_threads().count)
     return _cpu_kernels
 
 
 # The extension module; None where the kernels do not run. Tests set it to None to run the torch
 # references.
 library = _load()
+
+
+def has_bfloat16() -> bool:
+    """Whether the level multiplies bfloat16 by bfloat16."""
+    return library is not None and bool(library.has_bfloat16())
+
+
+def check_level() -> None:
+    """Raise InputError when LLMKIT_CPU_LEVEL is not a level of this processor."""
+    wanted = os.environ.get(LEVEL_VARIABLE)
+    available = levels()
+    if not wanted or wanted in available:
+        return
+    expected = f"One of {', '.join(available)} was expected"
+    if not available:
+        expected = f"The compiled kernels are {status()}"
+    raise InputError(
+        f"{LEVEL_VARIABLE}: this processor has no level {wanted!r}", expected, "Change or unset it"
+    )
+
+
+def use_threads(wanted: int | None = None) -> ThreadCount:
+    """Set the threads of the compiled kernels and of torch, and return how many there are and why.
+
+    wanted: None: as many as this process may use (see `choose_threads`). torch keeps a number for
+    each Python thread that calls it; this sets the calling thread's and that of later threads.
+    Raises InputError for a wrong LLMKIT_CPU_LEVEL.
+    """
+    check_level()
+    threads = choose_threads(wanted)
+    set_num_threads(threads.count)
+    return threads
+
+
+def set_num_threads(count: int) -> None:
+    """Let the compiled kernels and torch use this many threads."""
+    torch.set_num_threads(count)
+    if _cpu_kernels is not None:
+        _cpu_kernels.set_num_threads(count)
+
+
+@contextmanager
+def torch_on_one_thread() -> Iterator[None]:
+    """Let torch use only the calling thread inside the block; the compiled kernels keep theirs.
+
+    After an operator, torch's threads spin for a while, on the cores that the kernels need. And an
+    operator waits for all of its threads, however late another process lets them run.
+    """
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(num_threads)
 
 
 class CallRecorder:
@@ -263,9 +341,18 @@ def supports_inputs(weight: PackedWeight, inputs: InputType) -> bool:
     if inputs == "int8":
         return weight.q.dtype in (torch.int8, torch.uint8)
     if inputs == "bfloat16":
-        assert library is not None
-        return weight.q.dtype == torch.bfloat16 and library.has_bfloat16()
+        return weight.q.dtype == torch.bfloat16 and has_bfloat16()
     return True
+
+
+def inputs_for(weight: PackedWeight, activations: CpuActivations) -> InputType:
+    """What the inputs of a linear layer with this weight are rounded to.
+
+    activations: the wish of `--cpu-activations`. Inputs stay in float32 where the weight's type or
+    the processor does not allow it.
+    """
+    wanted = AUTO_INPUTS.get(weight.q.dtype, "float32") if activations == "auto" else activations
+    return wanted if supports_inputs(weight, wanted) else "float32"
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -356,8 +443,20 @@ def apply_rotary_emb_(
     )
 
 
-def store_kv(kv: torch.Tensor, slot_mapping: torch.Tensor, cache: torch.Tensor) -> None:
-    """Write keys and values [T, 2K, D] to their slots of a cache [2K, blocks, block_size, D]."""
+def store_kv(
+    kv: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    cache: torch.Tensor,
+    scales: torch.Tensor | None,
+    *,
+    static_scales: bool,
+) -> None:
+    """Write keys and values [T, 2K, D] to their slots of a cache [2K, blocks, block_size, D].
+
+    The last two dimensions of kv are contiguous. cache: of a dtype in KV_TYPES. scales: of an 8-bit
+    cache, float32 [2K, blocks, block_size, 1], which are computed and written, or with
+    static_scales [2K, 1, 1], which are read.
+    """
     assert library is not None
     num_tokens, num_heads, head_dim = kv.shape
     library.store_kv(
@@ -367,8 +466,11 @@ def store_kv(kv: torch.Tensor, slot_mapping: torch.Tensor, cache: torch.Tensor) 
         num_heads,
         head_dim,
         slot_mapping.data_ptr(),
+        KV_TYPES[cache.dtype],
         cache.data_ptr(),
         cache.stride(0),
+        address(scales),
+        static_scales,
     )
 
 

@@ -11,15 +11,21 @@ from collections.abc import Sequence
 import torch
 from torch.nn.functional import pad
 
+from llmkit.common.options import CpuActivations
 from llmkit.kernels.cpu import cpu_kernels
-from llmkit.kernels.cpu.cpu_kernels import PANEL_WIDTH, InputType, PackedWeight
+from llmkit.kernels.cpu.cpu_kernels import (
+    PANEL_WIDTH,
+    InputType,
+    PackedWeight,
+)
 
 
 class CpuLinear:
     """A linear layer with the compiled kernels: weights as stored, inputs and sums in float32.
 
     weights: parts of the weight, [rows, in] each, in the order of their rows. bias: [out].
-    inputs: what inputs are rounded to before the product with a weight that supports it.
+    inputs: what inputs are rounded to before the product with a weight that supports it; auto: the
+    type that suits the weight (`cpu_kernels.AUTO_INPUTS`).
     """
 
     def __init__(
@@ -27,7 +33,7 @@ class CpuLinear:
         weights: Sequence[PackedWeight],
         bias: torch.Tensor | None = None,
         *,
-        inputs: InputType = "float32",
+        inputs: CpuActivations = "float32",
     ) -> None:
         # For each part: its weight, its padded bias, its first output, and its inputs.
         self._segments: list[tuple[PackedWeight, torch.Tensor | None, int, InputType]] = []
@@ -38,8 +44,8 @@ class CpuLinear:
             padded_bias = None
             if bias is not None:
                 padded_bias = pad(bias[first : first + rows].float(), (0, -rows % PANEL_WIDTH))
-            supported = cpu_kernels.supports_inputs(weight, inputs)
-            self._segments.append((weight, padded_bias, first, inputs if supported else "float32"))
+            rounded_to = cpu_kernels.inputs_for(weight, inputs)
+            self._segments.append((weight, padded_bias, first, rounded_to))
             self.out_features += rows
         self.nbytes = sum(weight.nbytes for weight in weights)
 

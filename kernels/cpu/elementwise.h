@@ -141,14 +141,56 @@ static int apply_rotary_emb(const Rotary *o) {
     return 1;
 }
 
-static void store_tokens(const void *operation, int64_t begin, int64_t end) {
-    const StoreKv *o = operation;
+/* The scale of a token: its largest magnitude / largest_value, as in activation_quant.py. */
+static float token_scale(const float *x, int64_t size, float largest_value) {
+    vfloat largest = v_zero();
+    vfloat zeros = v_zero(); /* or NaN, where the token has NaN or infinity */
+    for (int64_t d = 0; d < size; d += VECTOR_WIDTH) {
+        vfloat part = load_of_row(x, d, size);
+        largest = v_max(largest, v_abs(part));
+        zeros = v_fma(part, v_zero(), zeros);
+    }
+    float scale = v_largest(largest) / largest_value;
+    return (scale < 1e-12f ? 1e-12f : scale) + v_sum(zeros);
+}
+
+INLINE void store_tokens_as(const StoreKv *o, int64_t begin, int64_t end, int kv_type) {
+    const int64_t size = kv_element_size(kv_type);
     for (int64_t token = begin; token < end; token++)
         for (int64_t head = 0; head < o->n_heads; head++) {
-            int64_t slot = head * o->head_stride + o->slot_mapping[token] * o->head_dim;
-            memcpy(o->cache + slot, o->kv + token * o->kv_stride + head * o->head_dim,
-                   o->head_dim * sizeof(float));
+            const float *x = o->kv + token * o->kv_stride + head * o->head_dim;
+            int64_t element = head * o->head_stride + o->slot_mapping[token] * o->head_dim;
+            float scale = 1;
+            if (kv_is_quantized(kv_type) && o->static_scales)
+                scale = o->scales[head];
+            else if (kv_is_quantized(kv_type)) {
+                scale = token_scale(x, o->head_dim, kv_type == KV_INT8 ? 127.0f : 448.0f);
+                o->scales[element / o->head_dim] = scale;
+            }
+            char *to = o->cache + element * size;
+            int64_t d = 0;
+            for (; d + VECTOR_WIDTH <= o->head_dim; d += VECTOR_WIDTH)
+                store_elements(to + d * size, v_load(x + d), kv_type, scale);
+            if (d < o->head_dim) {
+                char rest[4 * VECTOR_WIDTH];
+                store_elements(rest, load_of_row(x, d, o->head_dim), kv_type, scale);
+                memcpy(to + d * size, rest, (o->head_dim - d) * size);
+            }
         }
+}
+
+static void store_tokens(const void *operation, int64_t begin, int64_t end) {
+    const StoreKv *o = operation;
+    if (o->kv_type == KV_F32)
+        store_tokens_as(o, begin, end, KV_F32);
+    else if (o->kv_type == KV_BF16)
+        store_tokens_as(o, begin, end, KV_BF16);
+    else if (o->kv_type == KV_F16)
+        store_tokens_as(o, begin, end, KV_F16);
+    else if (o->kv_type == KV_INT8)
+        store_tokens_as(o, begin, end, KV_INT8);
+    else
+        store_tokens_as(o, begin, end, KV_FP8);
 }
 
 static int store_kv(const StoreKv *o) {

@@ -9,6 +9,8 @@
 #include "vector_math.h"
 #include "vectors.h"
 
+#include "kv_types.h"
+
 #include "attention.h"
 #include "elementwise.h"
 #include "linear.h"

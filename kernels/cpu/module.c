@@ -98,7 +98,7 @@ KERNEL(paged_attention, 19, 2) {
         .q = ADDRESS(const float, 0),
         .out = ADDRESS(float, 1),
         .q_stride = ints[2],
-        .quantized = (int)ints[3],
+        .kv_type = (int)ints[3],
         .kv = ADDRESS(const char, 4),
         .scales = ADDRESS(const float, 5),
         .static_scales = (int)ints[6],
@@ -182,7 +182,7 @@ KERNEL(apply_rotary_emb, 9, 0) {
     });
 }
 
-KERNEL(store_kv, 8, 0) {
+KERNEL(store_kv, 11, 0) {
     (void)floats;
     return kernels->store_kv(&(StoreKv){
         .kv = ADDRESS(const float, 0),
@@ -191,8 +191,11 @@ KERNEL(store_kv, 8, 0) {
         .n_heads = ints[3],
         .head_dim = ints[4],
         .slot_mapping = ADDRESS(const int64_t, 5),
-        .cache = ADDRESS(float, 6),
-        .head_stride = ints[7],
+        .kv_type = (int)ints[6],
+        .cache = ADDRESS(char, 7),
+        .head_stride = ints[8],
+        .scales = ADDRESS(float, 9),
+        .static_scales = (int)ints[10],
     });
 }
 

@@ -27,7 +27,14 @@ void set_num_threads(int n);
 int num_threads(void);
 
 /* What a thread needs memory for at the same time. */
-enum { SCRATCH_INPUTS, SCRATCH_PANELS, SCRATCH_ATTENTION, SCRATCH_EXPERTS, SCRATCH_KINDS };
+enum {
+    SCRATCH_INPUTS,
+    SCRATCH_PANELS,
+    SCRATCH_ATTENTION,
+    SCRATCH_PARTS,
+    SCRATCH_EXPERTS,
+    SCRATCH_KINDS
+};
 
 /* Memory of the calling thread, until its next call for the same kind. NULL when there is none. */
 void *thread_scratch(int kind, size_t bytes);

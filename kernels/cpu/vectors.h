@@ -90,9 +90,39 @@ INLINE vfloat v_load_bf16(const uint16_t *p) {
 INLINE vfloat v_load_f16(const uint16_t *p) {
     return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p));
 }
+INLINE void v_store_f16(uint16_t *p, vfloat x) {
+    _mm256_storeu_si256((__m256i *)p, _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
+}
 /* Rounded to the nearest; ties to even. Values beyond the range saturate. NaN becomes 0 or -128. */
 INLINE void v_store_int8(int8_t *p, vfloat x) {
     _mm_storeu_si128((__m128i *)p, _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(x)));
+}
+
+/* Transpose a square of VECTOR_WIDTH vectors: first squares of 4, then their places. */
+INLINE void v_transpose(vfloat *x) {
+    __m512 y[16];
+#pragma GCC unroll 4
+    for (int i = 0; i < 16; i += 4) {
+        __m512d low = _mm512_castps_pd(_mm512_unpacklo_ps(x[i], x[i + 1]));
+        __m512d high = _mm512_castps_pd(_mm512_unpackhi_ps(x[i], x[i + 1]));
+        __m512d next_low = _mm512_castps_pd(_mm512_unpacklo_ps(x[i + 2], x[i + 3]));
+        __m512d next_high = _mm512_castps_pd(_mm512_unpackhi_ps(x[i + 2], x[i + 3]));
+        y[i] = _mm512_castpd_ps(_mm512_unpacklo_pd(low, next_low));
+        y[i + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(low, next_low));
+        y[i + 2] = _mm512_castpd_ps(_mm512_unpacklo_pd(high, next_high));
+        y[i + 3] = _mm512_castpd_ps(_mm512_unpackhi_pd(high, next_high));
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) {
+        __m512 low = _mm512_shuffle_f32x4(y[i], y[i + 4], 0x44);
+        __m512 high = _mm512_shuffle_f32x4(y[i], y[i + 4], 0xee);
+        __m512 next_low = _mm512_shuffle_f32x4(y[i + 8], y[i + 12], 0x44);
+        __m512 next_high = _mm512_shuffle_f32x4(y[i + 8], y[i + 12], 0xee);
+        x[i] = _mm512_shuffle_f32x4(low, next_low, 0x88);
+        x[i + 4] = _mm512_shuffle_f32x4(low, next_low, 0xdd);
+        x[i + 8] = _mm512_shuffle_f32x4(high, next_high, 0x88);
+        x[i + 12] = _mm512_shuffle_f32x4(high, next_high, 0xdd);
+    }
 }
 
 #if defined(LEVEL_BF16)
@@ -105,6 +135,10 @@ INLINE void v_store_bf16(uint16_t *p, vfloat x) {
 /* ---- 32-bit integers ---- */
 
 INLINE vint vi_load(const void *p) { return _mm512_loadu_si512(p); }
+/* Signed bytes as 32-bit integers. */
+INLINE vint vi_load_bytes(const void *p) {
+    return _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p));
+}
 INLINE void vi_store(void *p, vint x) { _mm512_storeu_si512(p, x); }
 INLINE vint vi_set(int32_t x) { return _mm512_set1_epi32(x); }
 INLINE vint vi_zero(void) { return _mm512_setzero_si512(); }
@@ -199,6 +233,9 @@ INLINE vfloat v_load_bf16(const uint16_t *p) {
 INLINE vfloat v_load_f16(const uint16_t *p) {
     return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p));
 }
+INLINE void v_store_f16(uint16_t *p, vfloat x) {
+    _mm_storeu_si128((__m128i *)p, _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
+}
 INLINE void v_store_int8(int8_t *p, vfloat x) {
     __m256i rounded = _mm256_cvtps_epi32(x);
     __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(rounded),
@@ -206,7 +243,30 @@ INLINE void v_store_int8(int8_t *p, vfloat x) {
     _mm_storel_epi64((__m128i *)p, _mm_packs_epi16(words, words));
 }
 
+INLINE void v_transpose(vfloat *x) {
+    __m256 y[8];
+#pragma GCC unroll 2
+    for (int i = 0; i < 8; i += 4) {
+        __m256d low = _mm256_castps_pd(_mm256_unpacklo_ps(x[i], x[i + 1]));
+        __m256d high = _mm256_castps_pd(_mm256_unpackhi_ps(x[i], x[i + 1]));
+        __m256d next_low = _mm256_castps_pd(_mm256_unpacklo_ps(x[i + 2], x[i + 3]));
+        __m256d next_high = _mm256_castps_pd(_mm256_unpackhi_ps(x[i + 2], x[i + 3]));
+        y[i] = _mm256_castpd_ps(_mm256_unpacklo_pd(low, next_low));
+        y[i + 1] = _mm256_castpd_ps(_mm256_unpackhi_pd(low, next_low));
+        y[i + 2] = _mm256_castpd_ps(_mm256_unpacklo_pd(high, next_high));
+        y[i + 3] = _mm256_castpd_ps(_mm256_unpackhi_pd(high, next_high));
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) {
+        x[i] = _mm256_permute2f128_ps(y[i], y[i + 4], 0x20);
+        x[i + 4] = _mm256_permute2f128_ps(y[i], y[i + 4], 0x31);
+    }
+}
+
 INLINE vint vi_load(const void *p) { return _mm256_loadu_si256((const __m256i *)p); }
+INLINE vint vi_load_bytes(const void *p) {
+    return _mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)p));
+}
 INLINE void vi_store(void *p, vint x) { _mm256_storeu_si256((__m256i *)p, x); }
 INLINE vint vi_set(int32_t x) { return _mm256_set1_epi32(x); }
 INLINE vint vi_zero(void) { return _mm256_setzero_si256(); }

@@ -24,7 +24,7 @@ class EngineConfig:
     # tables. Set by Engine.
     sliding_windows: tuple[int | None, ...] = (None,)
     num_window_blocks: int | None = None  # KV cache blocks of each sliding window; None: num_blocks
-    kv_cache_dtype: str | None = None  # "int8" or "fp8"; None: `dtype`
+    kv_cache_dtype: str | None = None  # a name in KV_CACHE_DTYPES; None: `dtype`
     enable_prefix_caching: bool = True
     prefill_chunk_size: int = 2048  # tokens of one prompt in a step while other prompts wait
     async_scheduling: bool = False  # launch the next step before this one's tokens are known

@@ -4,11 +4,18 @@ from dataclasses import dataclass, field
 from typing import Annotated
 
 from llmkit.common.errors import UsageError
-from llmkit.common.option_values import DTYPE, NEGATED, SIZE, count_or_auto, within
-from llmkit.common.options import DEVICE, REQUIRE_NATIVE, Option, ValueFormat
+from llmkit.common.option_values import DTYPE, NEGATED, SIZE, THREADS, count_or_auto, within
+from llmkit.common.options import (
+    CPU_ACTIVATIONS,
+    DEVICE,
+    PERFORMANCE_PANEL,
+    REQUIRE_NATIVE,
+    CpuActivations,
+    Option,
+    ValueFormat,
+)
 
 MODEL_PANEL = "Model"
-PERFORMANCE_PANEL = "Performance"
 MEMORY_PANEL = "Memory"
 
 
@@ -87,6 +94,8 @@ class EngineOptions:
             panel=PERFORMANCE_PANEL,
         ),
     ] = None
+    threads: Annotated[int | None, THREADS] = None
+    cpu_activations: Annotated[CpuActivations, CPU_ACTIVATIONS] = "auto"
     kv_cache_memory: Annotated[
         int | None,
         Option(
@@ -100,9 +109,9 @@ class EngineOptions:
     kv_cache_dtype: Annotated[
         str,
         Option(
-            "auto, int8 or fp8: the type of keys and values; auto: the one that the checkpoint has "
-            "scales for, else the model's.",
-            choices=("auto", "int8", "fp8"),
+            "auto, bfloat16, float16, int8 or fp8: the type of keys and values; auto: the one that "
+            "the checkpoint has scales for, else the model's.",
+            choices=("auto", "bfloat16", "float16", "int8", "fp8"),
             metavar="DTYPE",
             panel=MEMORY_PANEL,
         ),

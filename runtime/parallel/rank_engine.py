@@ -8,6 +8,7 @@ from typing import TypeVar
 
 import torch
 
+from llmkit.kernels.cpu import cpu_kernels
 from llmkit.model.device import resolve_device
 from llmkit.runtime.engine.engine import Engine
 from llmkit.runtime.engine.engine_options import EngineOptions
@@ -59,7 +60,7 @@ def load_rank(
     if resolve_device(options.device).type == "cuda":
         torch.cuda.set_device(rank)
     else:
-        torch.set_num_threads(num_threads)
+        cpu_kernels.set_num_threads(num_threads)
     num_stages = len(parts) // part.spec.rank.tp_size
     group = DistributedGroup(part.spec, rank, num_stages)
     seconds_before = sum(report.seconds.values())

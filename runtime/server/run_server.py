@@ -69,7 +69,9 @@ def run_server(
         listener = bind(options.host, options.port)
     with listener, server_file() as file:
         engines: list[tuple[subprocess.Popen[bytes], socket.socket]] = []
-        environments = replica_environments(options.engine.dp, options.engine.device)
+        environments = replica_environments(
+            options.engine.dp, options.engine.device, options.engine.threads
+        )
 
         def announce(facts: Mapping[str, Any]) -> None:
             file.write(facts)

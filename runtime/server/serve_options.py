@@ -6,8 +6,8 @@ from typing import Annotated, Any
 
 from llmkit.common.errors import ChatTemplateError, InputError
 from llmkit.common.option_values import SIZE, within, zero_or_at_least
-from llmkit.common.options import Argument, Option
-from llmkit.runtime.engine.engine_options import MODEL_PANEL, PERFORMANCE_PANEL, EngineOptions
+from llmkit.common.options import PERFORMANCE_PANEL, Argument, Option
+from llmkit.runtime.engine.engine_options import MODEL_PANEL, EngineOptions
 from llmkit.runtime.engine.sampling_params import Pooling
 from llmkit.runtime.server.http.hosts import check_allowed_host
 from llmkit.runtime.server.http.origins import check_allowed_origin

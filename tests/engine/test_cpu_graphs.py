@@ -10,6 +10,7 @@ import torch
 from support.tiny_models import tiny_checkpoint
 
 from llmkit.kernels.cpu import cpu_kernels
+from llmkit.kernels.kv_cache import KV_CACHE_DTYPES
 from llmkit.model.decoder import DecoderLayer
 from llmkit.runtime.engine import cpu_graphs
 from llmkit.runtime.engine.engine import Engine
@@ -109,21 +110,30 @@ def test_cpu_graphs_give_the_same_logits_bit_for_bit(
 
 
 @needs_library
-@pytest.mark.parametrize(
-    ("architecture", "options"),
-    [("mixtral", {}), ("llama", {"kv_cache_dtype": "int8"})],
-    ids=["experts", "quantized"],
-)
-def test_cpu_graphs_do_not_replay_steps_in_which_torch_computes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, architecture: str, options: dict[str, Any]
+@pytest.mark.parametrize("kv_cache_dtype", KV_CACHE_DTYPES)
+def test_cpu_graphs_replay_steps_with_a_cache_of_another_dtype(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kv_cache_dtype: str
 ) -> None:
-    model = tiny_checkpoint(tmp_path, architecture)
-    one = engine(model, **options)
+    model = tiny_checkpoint(tmp_path)
+    recorded = engine(model, kv_cache_dtype=kv_cache_dtype)
+    assert recorded.config.kv_cache_dtype == kv_cache_dtype
+    first = answers(recorded)
+    assert recorded.runner.graph_runner.num_graphs
+    monkeypatch.setattr(cpu_graphs, "MAX_HIDDEN_ELEMENTS", 0)
+    assert answers(engine(model, kv_cache_dtype=kv_cache_dtype)) == first
+
+
+@needs_library
+def test_cpu_graphs_do_not_replay_steps_in_which_torch_computes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_checkpoint(tmp_path, "mixtral")
+    one = engine(model)
     first = answers(one)
     assert not one.runner.graph_runner.enabled
     assert not one.runner.graph_runner.num_graphs
     monkeypatch.setattr(cpu_graphs, "MAX_HIDDEN_ELEMENTS", 0)
-    assert answers(engine(model, **options)) == first
+    assert answers(engine(model)) == first
 
 
 def test_cpu_graphs_are_off_without_compiled_kernels(

@@ -29,6 +29,7 @@ from llmkit.quant.inspect_checkpoint import parameter_count
 from llmkit.runtime import memory_plan as memory
 from llmkit.runtime.engine.engine_options import EngineOptions
 from llmkit.runtime.engine_loader import load_engine
+from llmkit.runtime.engine_plan import plan_engine
 from llmkit.runtime.memory_plan import (
     MemoryPlan,
     estimate_workspace,
@@ -177,15 +178,21 @@ def test_kv_bytes_per_token(spec: ModelSpec) -> None:
     )  # quantized values and a float32 scale
 
 
-@pytest.mark.parametrize("kv_cache_dtype", [None, "int8", "fp8"])
+@pytest.mark.parametrize(
+    ("kv_cache_dtype", "itemsize"),
+    [("auto", 4), ("bfloat16", 2), ("float16", 2), ("int8", 1), ("fp8", 1)],
+)
 def test_kv_cache_is_as_large_as_planned(
-    spec: ModelSpec, model: Path, kv_cache_dtype: str | None
+    spec: ModelSpec, model: Path, kv_cache_dtype: str, itemsize: int
 ) -> None:
+    checkpoint = open_checkpoint(model)
+    plan = plan_engine(checkpoint, EngineOptions(device="cpu", kv_cache_dtype=kv_cache_dtype))
     decoder = load_model(open_checkpoint(model), torch.float32)
-    cache = decoder.new_kv_cache(10, 16, kv_cache_dtype)
+    cache = decoder.new_kv_cache(10, 16, plan.kv_cache_dtype)
     size = cache.kv.nbytes + (0 if cache.scales is None else cache.scales.nbytes)
-    assert size * len(spec.layers) == 160 * spec.kv_bytes_per_token(
-        1 if kv_cache_dtype else 4, per_token_head_scales=kv_cache_dtype is not None
+    assert size * len(spec.layers) == 160 * plan.memory.as_dict()["kv_bytes_per_token"]
+    assert plan.memory.as_dict()["kv_bytes_per_token"] == spec.kv_bytes_per_token(
+        itemsize, per_token_head_scales=itemsize == 1
     )
 
 

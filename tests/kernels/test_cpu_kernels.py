@@ -431,6 +431,80 @@ def test_cpu_attention(
 
 
 @needs_library
+@pytest.mark.parametrize(("heads", "kv_heads", "dim"), HEADS)
+@pytest.mark.parametrize("kind", ["bfloat16", "float16", "fp8"])
+def test_cpu_attention_over_a_cache_of_another_dtype(
+    heads: int, kv_heads: int, dim: int, kind: str, without: pytest.MonkeyPatch
+) -> None:
+    new, contexts = MIXED
+    rows, blocks = tables(contexts)
+    kv = random(2 * kv_heads, blocks, 16, dim) * 2
+    kv[0, 0, 0, :8] = torch.tensor([0, -0.0, 2**-9, -(2**-7), 0.01, 448, -448, 1e-6])
+    kv[:, sorted(set(range(blocks)) - {block for row in rows for block in row})] = torch.nan
+    scales = random(2 * kv_heads, blocks, 16, 1).abs() + 0.1
+    cache = KVCache(kv.to(KV_CACHE_DTYPES[kind]), scales if kind == "fp8" else None)
+    plain = KVCache(cache.kv.float() * scales if kind == "fp8" else cache.kv.float())
+    queries = random(sum(new), heads, dim, seed=2)
+    ours, exact = [], []
+    for window in (None, 20):
+        batch = AttentionBatch.build(new, contexts, {None: rows}, 16).metadata(window)
+        assert cpu_attention.supports(queries, cache)
+        ours.append(paged_attention(queries, cache, batch, dim**-0.5))
+        exact.append(paged_attention(queries, plain, batch, dim**-0.5))
+    assert all(map(torch.equal, ours, exact)), "the kernel reads the exact values"
+    without.setattr(cpu_kernels, "library", None)
+    theirs = paged_attention(queries, cache, batch, dim**-0.5)
+    torch.testing.assert_close(ours[-1], theirs, atol=3e-5, rtol=3e-5)
+
+
+@needs_library
+def test_cpu_attention_over_fp8_keeps_nan() -> None:
+    codes = torch.full((2, 1, 16, 16), 0x38, dtype=torch.uint8)  # 1.0
+    codes[1, 0, 3, 5], codes[1, 0, 3, 6], codes[1, 0, 3, 7] = 0x7F, 0xFF, 0x7E
+    cache = KVCache(codes.view(KV_CACHE_DTYPES["fp8"]), static_scales=torch.ones(2, 1, 1))
+    batch = AttentionBatch.build([1], [4], {None: [[0]]}, 16).metadata(None)
+    y = paged_attention(random(1, 1, 16), cache, batch, 0.25)[0, 0]
+    assert y[5:7].isnan().all()
+    close(y[[0, 7]], torch.tensor([1.0, (3 + 448) / 4]).double())
+
+
+@needs_library
+@pytest.mark.parametrize("window", [None, 300])
+@pytest.mark.parametrize("kind", [None, *KV_CACHE_DTYPES])
+def test_cpu_attention_to_a_long_context_does_not_depend_on_batch_chunks_or_threads(
+    kind: str | None, window: int | None
+) -> None:
+    """Its segments are computed by several threads in one case, one after the other in another."""
+    rows, blocks = tables([700, 40, 90])
+    values = (random(4, blocks, 16, 64) * 20).to(KV_CACHE_DTYPES[kind] if kind else torch.float32)
+    cache = KVCache(values)
+    if cache.quantized:
+        cache = KVCache(values, static_scales=torch.full((4, 1, 1), 0.05))
+    sinks = torch.linspace(-1.0, 3.0, 6) if window else None
+    queries = random(700, 6, 64, seed=1)
+    library = cpu_kernels.library
+    num_threads = library.num_threads()
+
+    def attend(start: int, stop: int, threads: int, others: int = 0) -> torch.Tensor:
+        library.set_num_threads(threads)
+        new = [stop - start, 1, 30][: 1 + others]
+        seen = [stop, 40, 90][: 1 + others]
+        batch = AttentionBatch.build(new, seen, {None: rows[: len(new)]}, 16)
+        q = torch.cat((queries[start:stop], queries[: sum(new[1:])]))
+        y = paged_attention(q, cache, batch.metadata(window), 0.125, sinks=sinks)
+        return y[: stop - start]
+
+    try:
+        whole = attend(0, 700, 2)
+        for start, stop in ((699, 700), (256, 257), (500, 516), (511, 513), (690, 700)):
+            for threads in (1, 2, 5):
+                for others in (0, 2):
+                    assert torch.equal(attend(start, stop, threads, others), whole[start:stop])
+    finally:
+        library.set_num_threads(num_threads)
+
+
+@needs_library
 @pytest.mark.parametrize(("out", "columns"), [(1, 32), (16, 64), (40, 96), (100, 1536)])
 def test_cpu_linear_with_mxfp4(out: int, columns: int) -> None:
     generator = torch.Generator().manual_seed(3)
@@ -517,15 +591,54 @@ def test_cpu_attention_does_not_read_freed_blocks() -> None:
 
 
 @needs_library
-def test_cpu_store_kv_writes_to_the_slots(without: pytest.MonkeyPatch) -> None:
-    qkv = random(70, 15, 64)
+@pytest.mark.parametrize("dim", [64, 40])
+@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("kind", [None, *KV_CACHE_DTYPES])
+def test_cpu_store_kv_writes_the_same_bits_as_torch(
+    kind: str | None, static: bool, dim: int, without: pytest.MonkeyPatch
+) -> None:
+    qkv = random(70, 15, dim) * random(70, 15, 1, seed=1).exp()
+    qkv[3] = 0
+    qkv[4] *= 1e-4  # subnormal in FP8, with static scales, and in float16
+    qkv[5] *= 1e-6
+    qkv[6] *= 1e-3
+    qkv[7, :, 1] = 1e20 if kind != "float16" else 1e4  # beyond the range, with static scales
+    qkv[8, :, 2] = -1e20 if kind != "float16" else -1e4
+    qkv[9] = torch.arange(dim) - dim / 2  # ties
+    qkv[10] = 1 + (torch.arange(dim) - dim / 2) / 256
     slots = torch.randperm(160, generator=torch.Generator().manual_seed(1))[:70]
-    ours = KVCache(torch.zeros(6, 10, 16, 64))
-    theirs = KVCache(torch.zeros(6, 10, 16, 64))
-    ours.store(qkv[:, 9:], slots)
+
+    def stored() -> KVCache:
+        kv = torch.zeros(6, 10, 16, dim, dtype=KV_CACHE_DTYPES[kind] if kind else torch.float32)
+        cache = KVCache(kv)
+        if cache.quantized and static:
+            cache = KVCache(kv, static_scales=torch.linspace(0.01, 0.5, 6)[:, None, None])
+        elif cache.quantized:
+            cache = KVCache(kv, torch.zeros(6, 10, 16, 1))
+        cache.store(qkv[:, 9:], slots)
+        return cache
+
+    ours = stored()
     without.setattr(cpu_kernels, "library", None)
-    theirs.store(qkv[:, 9:], slots)
-    assert torch.equal(ours.kv, theirs.kv)
+    theirs = stored()
+    assert torch.equal(ours.kv.view(torch.uint8), theirs.kv.view(torch.uint8))
+    if theirs.scales is not None:
+        assert torch.equal(ours.scales, theirs.scales)
+
+
+@needs_library
+@pytest.mark.parametrize("kind", KV_CACHE_DTYPES)
+def test_cpu_store_kv_keeps_nan(kind: str) -> None:
+    kv = random(2, 2, 24)
+    kv[1, 0, 20] = torch.nan
+    cache = KVCache(torch.zeros(2, 1, 16, 24, dtype=KV_CACHE_DTYPES[kind]))
+    if cache.quantized:
+        cache = KVCache(cache.kv, torch.zeros(2, 1, 16, 1))
+    cache.store(kv, torch.tensor([3, 4]))
+    stored = cache.gather(slice(0, 1), torch.float32)
+    assert stored[0, 4, 20].isnan()
+    assert stored[0, 3].isfinite().all()
+    assert stored[1].isfinite().all()
 
 
 def test_cpu_attention_supports() -> None:
@@ -546,8 +659,9 @@ def test_cpu_attention_supports() -> None:
     assert not fits(dim=520)
     assert not fits(size=24)
     assert not fits(heads=49, kv_heads=1)
-    assert not fits(dtype=torch.bfloat16)
-    assert not fits(dtype=KV_CACHE_DTYPES["fp8"])
+    for dtype in KV_CACHE_DTYPES.values():
+        assert fits(dtype=dtype) == fits()
+    assert not fits(dtype=torch.float64)
 
 
 @needs_library

@@ -16,7 +16,7 @@ from llmkit.kernels.activation_quant import fake_quantize_per_token, fake_quanti
 from llmkit.kernels.attention import paged_attention
 from llmkit.kernels.attention_metadata import AttentionBatch
 from llmkit.kernels.elementwise import apply_rotary_emb_
-from llmkit.kernels.kv_cache import KV_CACHE_DTYPES, KVCache
+from llmkit.kernels.kv_cache import QUANTIZED_KV_CACHE_DTYPES, KVCache
 from llmkit.model.decoder import Decoder
 from llmkit.model.linear import ActivationQuant
 from llmkit.model.weight_loader import load_model
@@ -285,13 +285,13 @@ def test_attention_batch_for_complete_sequences() -> None:
     close(inputs.run(batch), inputs.expected())
 
 
-@pytest.mark.parametrize("name", KV_CACHE_DTYPES)
+@pytest.mark.parametrize("name", QUANTIZED_KV_CACHE_DTYPES)
 @pytest.mark.parametrize("stored", [True, False])
 def test_kv_cache_quantizes_as_fake_quantize(name: str, stored: bool) -> None:
     """Attention over a quantized cache is exactly attention over a cache of rounded values."""
     coded = AttentionInputs(*MIXED)
     plain = AttentionInputs(*MIXED)
-    kv = torch.zeros(coded.cache.kv.shape, dtype=KV_CACHE_DTYPES[name])
+    kv = torch.zeros(coded.cache.kv.shape, dtype=QUANTIZED_KV_CACHE_DTYPES[name])
     if stored:
         scale = torch.tensor([0.02, 0.05])
         coded.cache = KVCache(kv, static_scales=scale.repeat_interleave(2)[:, None, None])
@@ -351,7 +351,7 @@ def run(decoder: Decoder, caches: list[KVCache], chunks: list[int]) -> torch.Ten
     return torch.cat(parts)
 
 
-@pytest.mark.parametrize("name", KV_CACHE_DTYPES)
+@pytest.mark.parametrize("name", QUANTIZED_KV_CACHE_DTYPES)
 def test_kv_cache_with_static_scales(decoder: Decoder, name: str) -> None:
     """Exactly what rounded values give, in whole prompts, chunks and decoding."""
     scales = {"attn.k": torch.tensor([0.03]), "attn.v": torch.tensor([0.02])}
@@ -363,21 +363,22 @@ def test_kv_cache_with_static_scales(decoder: Decoder, name: str) -> None:
             }
         caches = [decoder.new_kv_cache(4, kv_cache_dtype=name) for _ in decoder.layers]
         assert all(
-            cache.kv.dtype == KV_CACHE_DTYPES[name] and cache.scales is None for cache in caches
+            cache.kv.dtype == QUANTIZED_KV_CACHE_DTYPES[name] and cache.scales is None
+            for cache in caches
         )
         for chunks in ([50], [20, 1, 17, *[1] * 12]):
             values = [decoder.new_kv_cache(4) for _ in decoder.layers]
             torch.testing.assert_close(
                 run(decoder, caches, chunks), run(decoder, values, chunks), atol=1e-5, rtol=1e-5
             )
-        other = next(kind for kind in KV_CACHE_DTYPES if kind != name)
+        other = next(kind for kind in QUANTIZED_KV_CACHE_DTYPES if kind != name)
         assert decoder.new_kv_cache(4, kv_cache_dtype=other).scales is not None
     finally:
         for layer, rounding in zip(decoder.layers, before, strict=True):
             layer.activation_quant = rounding
 
 
-@pytest.mark.parametrize("name", KV_CACHE_DTYPES)
+@pytest.mark.parametrize("name", QUANTIZED_KV_CACHE_DTYPES)
 def test_kv_cache_with_dynamic_scales(decoder: Decoder, name: str) -> None:
     exact = run(decoder, [decoder.new_kv_cache(4) for _ in decoder.layers], [50])
     caches = [decoder.new_kv_cache(4, kv_cache_dtype=name) for _ in decoder.layers]

@@ -34,7 +34,7 @@ from safetensors.torch import load_file, save_file
 from support.server_process import serving
 from support.tiny_models import VOCAB
 from support.tiny_quantized import PIECES, piece_checkpoint
-from support.tiny_wrappers import save_wrapper, tiny_wrapper
+from support.tiny_wrappers import MROPE, save_wrapper, tiny_wrapper
 
 from common import llmkit, real_model, run_peer, table
 from llmkit.checkpoint.checkpoint import Checkpoint
@@ -161,8 +161,13 @@ FAMILY_SIZES = {
     "moe_intermediate_size": 128,
     "shared_expert_intermediate_size": 128,
 }
-# Multimodal models, of support.tiny_wrappers.
-WRAPPERS = ("gemma3", "mistral3", "qwen2.5-vl", "qwen3-vl")
+# Multimodal models of support.tiny_wrappers: fields of the text_config that kernels need.
+WRAPPERS: dict[str, dict[str, Any]] = {
+    "gemma3": {},
+    "mistral3": {"head_dim": 32},
+    "qwen2.5-vl": {"rope_parameters": MROPE | {"mrope_section": [8, 4, 4]}},
+    "qwen3-vl": {},
+}
 FAMILY_FIELDS = {
     # vLLM reads them, and transformers does not write them.
     "afmoe": {"score_func": "sigmoid", "route_norm": True, "n_group": 1, "topk_group": 1},
@@ -399,14 +404,16 @@ def wrappers(work: Path, only: str, engines: Sequence[str]) -> tuple[list[list[s
     file.write_text(json.dumps(prompts))
     rows = []
     wrong = []
-    for wrapper in WRAPPERS:
+    for wrapper, fields in WRAPPERS.items():
         for name, what in FAMILY_FORMATS.items():
             label = f"wrapper {wrapper}: {name}"
             if not re.search(only, label):
                 continue
             source = work / f"wrapper-{wrapper}"
             if not source.exists():
-                oracle = tiny_wrapper(wrapper, hidden_size=128, intermediate_size=256)
+                oracle = tiny_wrapper(
+                    wrapper, **(fields | {"hidden_size": 128, "intermediate_size": 256})
+                )
                 save_wrapper(oracle, source, hub_names=True)
             model = work / _file_name(label)
             quantized(source, model, what, FAMILY_CALIBRATION)

@@ -15,6 +15,7 @@ from support.engine_requests import engine_request
 from support.server_process import LlmkitServer, serving, wait_for
 
 from llmkit.checkpoint.open_checkpoint import open_checkpoint
+from llmkit.common import cpu_threads
 from llmkit.common.errors import LlmkitError, ShortageError
 from llmkit.runtime.engine.engine_options import EngineOptions
 from llmkit.runtime.engine.engine_outputs import EngineStats
@@ -212,6 +213,8 @@ def test_replicas_skip_a_dead_one_and_keep_its_counters() -> None:
 
 
 def test_replica_environments_divide_threads_and_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_threads, "_affinity_cpus", lambda: 16)
+    monkeypatch.setattr(cpu_threads, "cgroup_quota", lambda: None)
     monkeypatch.setenv("OMP_NUM_THREADS", "9")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,3, 5,GPU-7")
     assert replica_environments(1, "auto") == [{}]
@@ -224,6 +227,7 @@ def test_replica_environments_divide_threads_and_gpus(monkeypatch: pytest.Monkey
         "3",
         "5",
     ]
+    assert replica_environments(2, "cpu", threads=7) == [{"OMP_NUM_THREADS": "3"}] * 2
     assert replica_environments(10, "cpu") == [{"OMP_NUM_THREADS": "1"}] * 10
     with pytest.raises(ShortageError, match="5 replicas need a GPU each, and there are 4"):
         replica_environments(5, "auto")

@@ -15,7 +15,7 @@ import torch
 from llmkit.kernels import paged_attention as paged
 from llmkit.kernels.attention import paged_attention
 from llmkit.kernels.attention_metadata import AttentionBatch
-from llmkit.kernels.kv_cache import KV_CACHE_DTYPES, KVCache
+from llmkit.kernels.kv_cache import QUANTIZED_KV_CACHE_DTYPES, KVCache
 
 BLOCK = 16
 SCALE = 0.2
@@ -68,7 +68,7 @@ class AttentionInputs:
         if case.kv_cache_dtype is None:
             kv = kv.to(case.dtype)
         else:
-            kv = (kv * 40).clamp(-120, 120).to(KV_CACHE_DTYPES[case.kv_cache_dtype])
+            kv = (kv * 40).clamp(-120, 120).to(QUANTIZED_KV_CACHE_DTYPES[case.kv_cache_dtype])
             poison = float("nan") if case.kv_cache_dtype == "fp8" else 127
             scale = torch.rand(*pages, 1, generator=draw) * 0.03 + 0.01
             scales, stored = (
@@ -183,7 +183,7 @@ def cases() -> Iterator[Case]:
         yield Case(f"{splits} splits", *DECODE, splits=splits)
     yield Case("splits, mixed", *MIXED, splits=2)
     yield Case("splits, float32", *DECODE, splits=4, dtype=torch.float32)
-    for name in KV_CACHE_DTYPES:
+    for name in QUANTIZED_KV_CACHE_DTYPES:
         for own in (False, True):
             label = f"{name}, {'own' if own else 'stored'} scales"
             yield Case(label, *MIXED, kv_cache_dtype=name, dynamic_scales=own)

@@ -5,19 +5,22 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from llmkit.common.cpu_threads import choose_threads
 from llmkit.common.errors import ShortageError
 
 
-def replica_environments(count: int, device: str) -> list[dict[str, str]]:
+def replica_environments(
+    count: int, device: str, threads: int | None = None
+) -> list[dict[str, str]]:
     """Return the environment variables that give each process its CPU threads and GPUs.
 
-    `count` is the number of processes. `device` is "auto", "cuda" or "cpu". Raises ShortageError
-    when there are GPUs, but fewer than processes.
+    `count` is the number of processes. `device` is "auto", "cuda" or "cpu". `threads` is for all of
+    them together; None: as many as this process may use. Raises ShortageError when there are GPUs,
+    but fewer than processes.
     """
     if count == 1:
         return [{}]
-    omp_threads = os.environ.get("OMP_NUM_THREADS", "")
-    threads = int(omp_threads) if omp_threads.isdigit() else len(os.sched_getaffinity(0))
+    num_threads = choose_threads(threads).count
     gpus = [] if device == "cpu" else visible_gpus()
     gpus_each = len(gpus) // count
     if gpus and not gpus_each:
@@ -27,7 +30,7 @@ def replica_environments(count: int, device: str) -> list[dict[str, str]]:
         )
     environments = []
     for index in range(count):
-        environment = {"OMP_NUM_THREADS": str(max(1, threads // count))}
+        environment = {"OMP_NUM_THREADS": str(max(1, num_threads // count))}
         if gpus:
             own_gpus = gpus[index * gpus_each : (index + 1) * gpus_each]
             environment["CUDA_VISIBLE_DEVICES"] = ",".join(own_gpus)
