@@ -254,8 +254,9 @@ def cat_heads(parts: Sequence[torch.Tensor]) -> torch.Tensor:
     first_column = 0
     for part in parts:
         columns = part.shape[1] * head_dim
-        cpu_kernels.copy_columns(part.as_strided((num_tokens, columns), (part.stride(0), 1)),
-                                 y, first_column)
+        cpu_kernels.copy_columns(
+            part.as_strided((num_tokens, columns), (part.stride(0), 1)), y, first_column
+        )
         first_column += columns
     return y.view(num_tokens, -1, head_dim)
 

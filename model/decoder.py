@@ -261,9 +261,7 @@ class DecoderLayer:
         if cpu_kernels.supports(qkv):
             cpu_kernels.norm_heads_(values, self._head_of_ones, self.spec.rms_norm_eps, False)
             return qkv
-        normed = rms_norm(
-            values.contiguous(), qkv.new_ones(qkv.shape[-1]), self.spec.rms_norm_eps
-        )
+        normed = rms_norm(values.contiguous(), qkv.new_ones(qkv.shape[-1]), self.spec.rms_norm_eps)
         return torch.cat((qkv[:, :first_value_head], normed), dim=1)
 
     @cached_property

@@ -82,6 +82,7 @@ def load_model(
     )
     rows = {row.name: row for row in parameters(spec) if not _is_added_by_other(spec, row)}
     num_experts = len({row.expert for row in rows.values()} - {None})
+    can_pack_small = packed and is_cpu and dtype == torch.float32 and spec.transformers is None
     tensors: dict[str, torch.Tensor] = {}
     expert_stacks: dict[str, list[torch.Tensor]] = {}
     activation_quant: dict[str, ActivationQuant] = {}
@@ -92,9 +93,9 @@ def load_model(
             activation_quant |= read_activation_quant(checkpoint, row, device)
             is_offloaded = row.name.startswith(offloaded_layers) and len(row.shape) == 2
             row_device = "cpu" if is_offloaded else device
+            is_small = row.name.endswith(SMALL_LINEARS) and can_pack_small
             if is_cpu:
-                is_small = dtype == torch.float32 and row.name.endswith(SMALL_LINEARS)
-                stays_packed = packed and (row.is_linear or row.is_lm_head or is_small)
+                stays_packed = is_small or (packed and (row.is_linear or row.is_lm_head))
             else:
                 stays_packed = packed and can_stay_packed(
                     device, row, checkpoint.quantization, dtype
@@ -128,7 +129,7 @@ def load_model(
                     activation_quant.get(row.module),
                     dtype,
                     device,
-                    cpu_activations,
+                    "float32" if is_small else cpu_activations,
                 )
                 packing.append(linears[row.module])
                 if len(packing) > NUM_PACKING_THREADS:

@@ -57,8 +57,8 @@ def select_experts(
 class CpuExperts:
     """The experts of a layer: sum over a token's experts of weight * down(act(gate_up(x))).
 
-    gate_up, down: the linear layers of each expert; None: the expert is on another rank. Those of an
-    MLP without a gate have only `up`.
+    gate_up, down: the linear layers of each expert; None: the expert is on another rank. An MLP
+    without a gate has `up` in the place of `gate_up`.
     """
 
     def __init__(

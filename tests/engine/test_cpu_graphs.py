@@ -9,7 +9,7 @@ import pytest
 import torch
 from support.tiny_models import tiny_checkpoint
 
-from llmkit.kernels.cpu import cpu_kernels
+from llmkit.kernels.cpu import cpu_experts, cpu_kernels
 from llmkit.kernels.kv_cache import KV_CACHE_DTYPES
 from llmkit.model.decoder import DecoderLayer
 from llmkit.runtime.engine import cpu_graphs
@@ -65,6 +65,7 @@ def layers_run(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         ("gemma2", {"sliding_window": 24}),
         ("qwen2", {}),
         ("qwen3", {}),
+        ("mixtral", {}),
     ],
 )
 def test_cpu_graphs_give_the_same_tokens_with_fewer_forward_passes(
@@ -127,6 +128,8 @@ def test_cpu_graphs_replay_steps_with_a_cache_of_another_dtype(
 def test_cpu_graphs_do_not_replay_steps_in_which_torch_computes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """The kernel of the experts takes at most MAX_EXPERTS of them; more are chosen by torch."""
+    monkeypatch.setattr(cpu_experts, "MAX_EXPERTS", 2)
     model = tiny_checkpoint(tmp_path, "mixtral")
     one = engine(model)
     first = answers(one)

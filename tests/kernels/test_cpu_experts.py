@@ -210,7 +210,9 @@ def test_cpu_experts_on_other_ranks_add_nothing() -> None:
     ids, weights = choices(7, 4)
     total = torch.zeros(x.shape)
     for held in (range(2), range(2, 6)):
-        mine = [[one if i in held else None for i, one in enumerate(all_)] for all_ in (first, down)]
+        mine = [
+            [one if i in held else None for i, one in enumerate(all_)] for all_ in (first, down)
+        ]
         total += CpuExperts(mine[0], mine[1], gated=True, activation="silu")(x, ids, weights)
     together = CpuExperts(first, down, gated=True, activation="silu")(x, ids, weights)
     torch.testing.assert_close(total, together, rtol=1e-5, atol=1e-5)
