@@ -59,6 +59,7 @@ GATE_ACTIVATIONS = {"identity": 0, "sigmoid": 1, "softplus": 2}
 InputType = Literal["float32", "bfloat16", "int8"]
 INPUT_TYPES: dict[InputType, int] = {"float32": 0, "bfloat16": 1, "int8": 2}
 # What `--cpu-activations auto` rounds inputs to, by the weight's type.
+# int8 is no default: what it costs has been measured with one model only (docs/benchmarks.md).
 AUTO_INPUTS: dict[torch.dtype, InputType] = {torch.bfloat16: "bfloat16"}
 LEVEL_VARIABLE = "LLMKIT_CPU_LEVEL"
 # Weights below 32 bits are padded with zeros to a multiple of so many inputs.
