@@ -93,7 +93,8 @@ def load_model(
             activation_quant |= read_activation_quant(checkpoint, row, device)
             is_offloaded = row.name.startswith(offloaded_layers) and len(row.shape) == 2
             row_device = "cpu" if is_offloaded else device
-            is_small = row.name.endswith(SMALL_LINEARS) and can_pack_small
+            is_in_layer = row.name.startswith("layers.")
+            is_small = can_pack_small and is_in_layer and row.name.endswith(SMALL_LINEARS)
             if is_cpu:
                 stays_packed = is_small or (packed and (row.is_linear or row.is_lm_head))
             else:
