@@ -14,6 +14,7 @@
 #include "attention.h"
 #include "elementwise.h"
 #include "linear.h"
+#include "sampling.h"
 
 const Kernels LEVEL_TABLE = {
     .name = LEVEL_NAME,
@@ -31,4 +32,5 @@ const Kernels LEVEL_TABLE = {
     .act_and_mul = act_and_mul,
     .act = act,
     .xielu = xielu,
+    .argmax = argmax,
 };

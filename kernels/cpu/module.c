@@ -235,6 +235,18 @@ KERNEL(xielu, 7, 0) {
     });
 }
 
+KERNEL(argmax, 6, 0) {
+    (void)floats;
+    return kernels->argmax(&(Argmax){
+        .x = ADDRESS(const int32_t, 0),
+        .x_stride = ints[1],
+        .rows = ints[2],
+        .cols = ints[3],
+        .ids = ADDRESS(int64_t, 4),
+        .is_finite = ADDRESS(uint8_t, 5),
+    });
+}
+
 #define FOR_EACH_KERNEL(DO)                                                                        \
     DO(linear)                                                                                     \
     DO(paged_attention)                                                                            \
@@ -246,6 +258,7 @@ KERNEL(xielu, 7, 0) {
     DO(store_kv)                                                                                   \
     DO(act_and_mul)                                                                                \
     DO(act)                                                                                        \
+    DO(argmax)                                                                                     \
     DO(xielu)
 
 typedef struct {
