@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import torch
 
+from llmkit.kernels.cpu import cpu_kernels
 from llmkit.kernels.device_copy import to_device
 
 # splitmix64 (Steele et al., 2014), in signed integers: the increment 2^64 / phi, and two factors.
@@ -34,6 +35,8 @@ class VocabParallel:
 
     def argmax(self, x: torch.Tensor) -> torch.Tensor:
         """The token with the largest value in each row [n, V]; the first one on a tie. int64 [n]"""
+        if cpu_kernels.supports(x) and cpu_kernels.has_compact_rows(x):
+            return cpu_kernels.argmax(x)[0]
         return x.argmax(-1)
 
     def all_reduce_max(self, x: torch.Tensor) -> torch.Tensor:
@@ -50,7 +53,11 @@ class VocabParallel:
 
     def rows_finite(self, x: torch.Tensor) -> torch.Tensor:
         """Whether all values of a row [n, V] are finite: bool [n]."""
-        return self.all_reduce_max((~torch.isfinite(x.sum(-1))).float()) == 0
+        if cpu_kernels.supports(x) and cpu_kernels.has_compact_rows(x):
+            is_finite = cpu_kernels.argmax(x)[1]
+        else:
+            is_finite = torch.isfinite(x.sum(-1))
+        return self.all_reduce_max((~is_finite).float()) == 0
 
 
 FULL_VOCAB = VocabParallel()

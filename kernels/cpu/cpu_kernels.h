@@ -277,6 +277,17 @@ typedef struct {
     float alpha;
 } Experts;
 
+/* The column of the largest value of each row, the first one on a tie, and whether all values are
+ * finite. Values are passed by their bits; NaN counts as the largest. */
+typedef struct {
+    const int32_t *x; /* [rows, cols], a row every x_stride elements */
+    int64_t x_stride;
+    int64_t rows;
+    int64_t cols;       /* at least 1 */
+    int64_t *ids;       /* [rows] */
+    uint8_t *is_finite; /* [rows] */
+} Argmax;
+
 /* The functions of a level. They return 0 when out of memory. */
 typedef struct {
     const char *name;
@@ -296,6 +307,7 @@ typedef struct {
     int (*copy_rows)(const RowCopy *);
     int (*select_experts)(const Router *);
     int (*experts)(const Experts *);
+    int (*argmax)(const Argmax *);
 } Kernels;
 
 extern const Kernels kernels_avx2, kernels_avx_vnni, kernels_avx512, kernels_avx512_vnni,

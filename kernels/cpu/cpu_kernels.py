@@ -554,3 +554,22 @@ def copy_columns(x: torch.Tensor, y: torch.Tensor, first_column: int) -> None:
     library.copy_rows(
         x.data_ptr(), x.stride(0), y.data_ptr() + 4 * first_column, y.shape[1], rows, size
     )
+
+
+def has_compact_rows(x: torch.Tensor) -> bool:
+    """Whether x is [n, V] with contiguous rows that are not empty."""
+    return x.dim() == 2 and x.shape[1] > 0 and x.stride(1) == 1
+
+
+def argmax(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The column of the largest value of each row of x [n, V], and whether its values are finite.
+
+    x: `has_compact_rows`. Returns int64 [n] (the first column on a tie; NaN counts as the largest)
+    and bool [n].
+    """
+    assert library is not None
+    rows, cols = x.shape
+    ids = torch.empty(rows, dtype=torch.int64)
+    is_finite = torch.empty(rows, dtype=torch.bool)
+    library.argmax(x.data_ptr(), x.stride(0), rows, cols, ids.data_ptr(), is_finite.data_ptr())
+    return ids, is_finite

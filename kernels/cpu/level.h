@@ -14,6 +14,7 @@
 #include "attention.h"
 #include "elementwise.h"
 #include "linear.h"
+#include "sampling.h"
 
 #include "experts.h"
 
@@ -37,4 +38,5 @@ const Kernels LEVEL_TABLE = {
     .copy_rows = copy_rows,
     .select_experts = select_experts,
     .experts = experts,
+    .argmax = argmax,
 };

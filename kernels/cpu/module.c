@@ -299,6 +299,18 @@ KERNEL(experts, 12, 2) {
     });
 }
 
+KERNEL(argmax, 6, 0) {
+    (void)floats;
+    return kernels->argmax(&(Argmax){
+        .x = ADDRESS(const int32_t, 0),
+        .x_stride = ints[1],
+        .rows = ints[2],
+        .cols = ints[3],
+        .ids = ADDRESS(int64_t, 4),
+        .is_finite = ADDRESS(uint8_t, 5),
+    });
+}
+
 #define FOR_EACH_KERNEL(DO)                                                                        \
     DO(linear)                                                                                     \
     DO(paged_attention)                                                                            \
@@ -314,7 +326,8 @@ KERNEL(experts, 12, 2) {
     DO(apply_gate)                                                                                 \
     DO(copy_rows)                                                                                  \
     DO(select_experts)                                                                             \
-    DO(experts)
+    DO(experts)                                                                                    \
+    DO(argmax)
 
 typedef struct {
     const char *name;

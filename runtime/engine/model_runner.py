@@ -7,12 +7,13 @@ reads sequences and never changes them.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import accumulate
 
 import torch
 
+from llmkit.kernels.cpu import cpu_kernels
 from llmkit.kernels.sampling import gather_logprobs, sample
 from llmkit.model.decoder import Decoder
 from llmkit.model.language_model import LanguageModel, new_kv_caches
@@ -43,6 +44,10 @@ from llmkit.runtime.engine.step_logprobs import (
     sampled_logprob_rows,
     split_logprobs,
 )
+
+# Logits of a step that one thread samples from: starting and ending the parallel loops of torch's
+# operators takes longer than a thread saves.
+MAX_SERIAL_LOGITS = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -182,6 +187,14 @@ class ModelRunner:
                 enabled=not config.enforce_eager,
             )
         self._graphs_enabled = True
+        # Whether compiled CPU kernels compute a step; torch has little to do beside them.
+        self._is_compiled = (
+            isinstance(model, Decoder)
+            and cpu_kernels.library is not None
+            and not on_gpu
+            and config.dtype == torch.float32
+            and not any(layer.is_moe for layer in model.spec.layers)
+        )
         self._sampling_tensors = SamplingTensorCache()
         # The last sampled token of each sequence, by slot; for async scheduling.
         self._last_token_ids = torch.zeros(
@@ -245,6 +258,13 @@ class ModelRunner:
 
     def execute(self, inputs: StepInputs) -> StepResult:
         """Compute the logits of all sampled rows."""
+        has_adapters = any(request.sequence.adapter_id for request in inputs.step.requests)
+        if not self._is_compiled or has_adapters or inputs.wants_prompt_logprobs:
+            return self._execute(inputs)
+        with cpu_kernels.torch_on_one_thread():
+            return self._execute(inputs)
+
+    def _execute(self, inputs: StepInputs) -> StepResult:
         if inputs.use_graph:
             logits, token_ids = self.graph_runner.run(
                 inputs.token_ids,
@@ -312,7 +332,9 @@ class ModelRunner:
                     self.eos_token_ids,
                 )
             counters = torch.tensor(inputs.num_sampled)
-            token_ids = sample(logits, *inputs.sampling, counters, group)
+            is_small = logits.numel() <= MAX_SERIAL_LOGITS
+            with cpu_kernels.torch_on_one_thread() if is_small else nullcontext():
+                token_ids = sample(logits, *inputs.sampling, counters, group)
             token_ids = torch.where(is_finite, token_ids, -1)
 
         tables = list(result.prompt_logprobs)

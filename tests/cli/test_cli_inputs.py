@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from support.tiny_models import tiny_checkpoint
 
 from llmkit.cli import main
@@ -340,9 +341,52 @@ def test_doctor_shows_the_machine(capsys: pytest.CaptureFixture[str]) -> None:
         path for path in found["paths"] if path["name"] == "compiled kernels on the CPU"
     )
     assert compiled["active"] == (cpu_kernels.library is not None)
+    assert compiled["levels"] == cpu_kernels.levels()
+    assert compiled["level"] in (*cpu_kernels.levels(), None)
+    assert found["torch"]["threads"] == torch.get_num_threads()
+    assert found["torch"]["threads_why"]
     assert all(path["why"] for path in found["paths"])
     assert main.run(["doctor"]) == 0
     assert torch.__version__ in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", [["doctor"], ["bench", "MODEL", "--no-speed"]])
+def test_cpu_level_that_the_processor_lacks_is_refused(
+    command: list[str],
+    model: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from llmkit.kernels.cpu import cpu_kernels
+
+    monkeypatch.setenv("LLMKIT_CPU_LEVEL", "avx9")
+    assert main.run([str(model) if word == "MODEL" else word for word in command]) == 3
+    levels = cpu_kernels.levels()
+    expected = f"One of {', '.join(levels)} was expected" if levels else "The compiled kernels are"
+    error = capsys.readouterr().err
+    assert f"LLMKIT_CPU_LEVEL: this processor has no level 'avx9'. {expected}" in error
+    assert "Traceback" not in error
+    assert "not a variable" not in error
+
+
+@pytest.mark.parametrize("name", ["avx2", ""])
+def test_cpu_level_is_forced_and_shown(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from llmkit.kernels.cpu import cpu_kernels
+    from llmkit.runtime.engine.engine_options import EngineOptions
+    from llmkit.runtime.part_loader import fast_paths
+
+    if "avx2" not in cpu_kernels.levels():
+        pytest.skip("a processor without AVX2")
+    monkeypatch.setenv("LLMKIT_CPU_LEVEL", name)
+    cpu_kernels.check_level()
+    level = name or cpu_kernels.levels()[-1]
+    assert cpu_kernels.level() == level
+    options = EngineOptions(threads=3, cpu_activations="int8")
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    lines = fast_paths(torch.device("cpu"), options)
+    assert f"compiled kernels: level {level}" in lines
+    assert "CPU threads: 1, a share of 3, --threads" in lines
+    assert "CPU activations: int8 for int8 and 4-bit weights, else float32" in lines
 
 
 def test_doctor_shows_why_a_path_is_off() -> None:

@@ -619,3 +619,28 @@ def test_logprobs_tensors_are_what_the_last_stage_sends() -> None:
     embedding = torch.zeros(3)
     flight = in_flight(step, [], logprobs=table, embeddings=(embedding,))
     assert [id(tensor) for tensor in flight.tensors[1:]] == [*map(id, table), id(embedding)]
+
+
+@needs_library
+def test_step_of_compiled_kernels_uses_one_thread_of_torch(
+    decoder: Decoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    running = engine(decoder)
+    seen: list[int] = []
+    forward = running.runner.paged_model.forward
+
+    def watched(*arguments: Any) -> torch.Tensor:
+        seen.append(torch.get_num_threads())
+        return forward(*arguments)
+
+    monkeypatch.setattr(running.runner.paged_model, "forward", watched)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        for params in (GREEDY, replace(GREEDY, prompt_logprobs=1)):
+            running.generate([[5, 9, 11]], [params])
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(threads)
+    assert seen[0] == 1
+    assert 3 in seen  # logprobs of a prompt are computed by torch

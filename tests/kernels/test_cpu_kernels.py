@@ -11,6 +11,7 @@ import torch
 from torch.nn import functional
 
 from llmkit.checkpoint.quantized_weight import QuantizedWeight, Scheme
+from llmkit.common.options import CpuActivations
 from llmkit.kernels.activation_quant import fake_quantize_per_token
 from llmkit.kernels.attention import paged_attention
 from llmkit.kernels.attention_metadata import AttentionBatch
@@ -19,6 +20,7 @@ from llmkit.kernels.cpu.cpu_kernels import InputType, PackedWeight
 from llmkit.kernels.cpu.cpu_linear import CpuLinear
 from llmkit.kernels.elementwise import act_and_mul, apply_rotary_emb_, rms_norm
 from llmkit.kernels.kv_cache import KV_CACHE_DTYPES, KVCache
+from llmkit.kernels.sampling import FULL_VOCAB
 from llmkit.model.linear import pack_weight, supports_w8a8
 from llmkit.quant.grid import round_to_nearest
 
@@ -300,6 +302,48 @@ def test_cpu_linear_with_bfloat16_inputs(level: str) -> None:
 
 
 @needs_library
+@pytest.mark.parametrize("activations", ["auto", "float32", "bfloat16", "int8"])
+def test_cpu_activations_are_rounded_where_the_weight_allows_it(
+    activations: CpuActivations, level: str
+) -> None:
+    weight = random(16, 64)
+    has_bfloat16 = cpu_kernels.library is not None and cpu_kernels.library.has_bfloat16()
+    of_bfloat16 = "bfloat16" if activations in ("auto", "bfloat16") and has_bfloat16 else "float32"
+    of_int8 = "int8" if activations == "int8" else "float32"
+    scales = torch.ones(16, 1)
+    for values, expected in (
+        (weight, "float32"),
+        (weight.half(), "float32"),
+        (weight.bfloat16(), of_bfloat16),
+        (weight.to(torch.int8), of_int8),
+    ):
+        packed = PackedWeight.pack(values, scales if values.dtype == torch.int8 else None)
+        assert cpu_kernels.inputs_for(packed, activations) == expected
+    four_bits = PackedWeight.pack(torch.zeros(16, 64, dtype=torch.uint8), scales)
+    assert cpu_kernels.inputs_for(four_bits, activations) == of_int8
+
+
+SPECIAL = [0.0, -0.0, 1.0, -1.0, 2.5, float("inf"), float("-inf"), float("nan"), -float("nan")]
+
+
+@pytest.mark.parametrize("cols", [1, 7, 512, 513, 5000])
+def test_cpu_argmax_is_that_of_torch(cols: int, without: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(cols)
+    choices = torch.tensor(SPECIAL)
+    rows = [random(6, cols), random(6, cols).round()]  # the latter with ties
+    for count in (2, 3, 5, 7, 9):
+        picked = torch.randint(count, (6, cols), generator=generator)
+        rows.append(choices[picked])
+        rows.append(-choices[picked])
+    x = torch.cat([*rows, torch.full((1, cols), float("-inf")), torch.full((1, cols), -0.0)])
+    wide = torch.cat([x, x], dim=1)[:, :cols]  # rows that are not adjacent
+    found = [(FULL_VOCAB.argmax(y), FULL_VOCAB.rows_finite(y)) for y in (x, wide)]
+    without.setattr(cpu_kernels, "library", None)
+    for ids, is_finite in found:
+        assert torch.equal(ids, FULL_VOCAB.argmax(x))
+        assert torch.equal(is_finite, FULL_VOCAB.rows_finite(x))
+
+
 def test_cpu_linear_with_int8_inputs_gives_the_same_bits_at_every_level(level: str) -> None:
     library = cpu_kernels.library
     weights = [
