@@ -82,6 +82,14 @@ class ParallelGroup(VocabParallel):
     tp_size = 1  # ranks of a stage
     pp_size = 1  # stages
 
+    @property
+    def reduces_in_kernels(self) -> bool:
+        """Whether `all_reduce` of float32 is one of the compiled kernels, or does nothing.
+
+        Then the decode steps of a CPU can be recorded.
+        """
+        return True
+
     def receive(
         self, tokens: int, hidden: int, dtype: torch.dtype, device: torch.device
     ) -> torch.Tensor:

@@ -13,6 +13,7 @@
 #endif
 
 #include "cpu_kernels.h"
+#include "shared_reduce.h"
 #include "thread_pool.h"
 
 /* The functions of the level in use. */
@@ -21,7 +22,7 @@ static const Kernels *kernels = NULL;
 /* Every kernel takes integers (some of them addresses), then floats. */
 enum { MAX_INTS = 19, MAX_FLOATS = 2 };
 
-/* Returns 0 when out of memory. */
+/* Returns 1, 0 when out of memory, or COLLECTIVE_STOPPED. */
 typedef int (*KernelFunction)(const int64_t *ints, const double *floats);
 
 typedef struct {
@@ -46,12 +47,14 @@ static int parse_numbers(PyObject *const *args, Py_ssize_t n_args, int64_t *ints
 }
 
 static PyObject *run_calls(const Call *calls, int64_t n_calls) {
-    int done = 1;
+    int result = 1;
     Py_BEGIN_ALLOW_THREADS
-    for (int64_t i = 0; done && i < n_calls; i++)
-        done = calls[i].run(calls[i].ints, calls[i].floats);
+    for (int64_t i = 0; result == 1 && i < n_calls; i++)
+        result = calls[i].run(calls[i].ints, calls[i].floats);
     Py_END_ALLOW_THREADS
-    if (!done)
+    if (result == COLLECTIVE_STOPPED)
+        return PyErr_Format(PyExc_RuntimeError, "another rank has ended or does not answer");
+    if (!result)
         return PyErr_NoMemory();
     Py_RETURN_NONE;
 }
@@ -299,6 +302,18 @@ KERNEL(experts, 12, 2) {
     });
 }
 
+KERNEL(all_reduce, 5, 0) {
+    (void)floats;
+    return all_reduce_shared(&(SharedGroup){ADDRESS(char, 0), ints[1], ints[2]}, ADDRESS(float, 3),
+                             ints[4]);
+}
+
+KERNEL(all_gather, 6, 0) {
+    (void)floats;
+    return all_gather_shared(&(SharedGroup){ADDRESS(char, 0), ints[1], ints[2]},
+                             ADDRESS(const char, 3), ints[4], ADDRESS(char, 5));
+}
+
 KERNEL(argmax, 6, 0) {
     (void)floats;
     return kernels->argmax(&(Argmax){
@@ -327,7 +342,9 @@ KERNEL(argmax, 6, 0) {
     DO(copy_rows)                                                                                  \
     DO(select_experts)                                                                             \
     DO(experts)                                                                                    \
-    DO(argmax)
+    DO(argmax)                                                                                     \
+    DO(all_reduce)                                                                                 \
+    DO(all_gather)
 
 typedef struct {
     const char *name;
@@ -501,6 +518,28 @@ static PyObject *py_num_threads(PyObject *self, PyObject *none) {
     return PyLong_FromLong(num_threads());
 }
 
+/* shared_memory_bytes(num_ranks): the size of the memory that all_reduce and all_gather share. */
+static PyObject *py_shared_memory_bytes(PyObject *self, PyObject *num_ranks) {
+    (void)self;
+    long value = PyLong_AsLong(num_ranks);
+    if (value == -1 && PyErr_Occurred())
+        return NULL;
+    return PyLong_FromLongLong(shared_memory_bytes(value));
+}
+
+/* stop_ranks(address): let the collective operations over this memory fail from now on. */
+static PyObject *py_stop_ranks(PyObject *self, PyObject *address) {
+    (void)self;
+    void *memory = PyLong_AsVoidPtr(address);
+    if (memory == NULL) {
+        if (!PyErr_Occurred())
+            PyErr_SetString(PyExc_ValueError, "an address was expected");
+        return NULL;
+    }
+    stop_shared(memory);
+    Py_RETURN_NONE;
+}
+
 #define KERNEL_METHOD(NAME) {#NAME, (PyCFunction)(void (*)(void))py_##NAME, METH_FASTCALL, NULL},
 static PyMethodDef methods[] = {
     FOR_EACH_KERNEL(KERNEL_METHOD)
@@ -511,6 +550,8 @@ static PyMethodDef methods[] = {
     {"has_bfloat16", py_has_bfloat16, METH_NOARGS, NULL},
     {"set_num_threads", py_set_num_threads, METH_O, NULL},
     {"num_threads", py_num_threads, METH_NOARGS, NULL},
+    {"shared_memory_bytes", py_shared_memory_bytes, METH_O, NULL},
+    {"stop_ranks", py_stop_ranks, METH_O, NULL},
     {NULL, NULL, 0, NULL},
 };
 

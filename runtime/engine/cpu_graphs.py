@@ -126,9 +126,11 @@ class CpuGraphRunner:
         self._block_size = block_size
         self._graphs: OrderedDict[int, CpuGraph] = OrderedDict()
         self._last_num_rows = 0  # sequences of the decode step before
-        is_single_rank = model.spec.rank is None  # collective operations are not recorded
+        # Other collective operations than those of the compiled kernels are not recorded.
+        group = model.parallel_group
+        has_recorded_group = group.reduces_in_kernels and group.pp_size == 1
         has_kernels = cpu_kernels.library is not None and model.dtype == torch.float32
-        self.enabled = enabled and is_single_rank and has_kernels
+        self.enabled = enabled and has_recorded_group and has_kernels
 
     @property
     def num_graphs(self) -> int:

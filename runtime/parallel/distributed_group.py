@@ -1,9 +1,14 @@
-"""`ParallelGroup` over torch.distributed: NCCL between GPUs, gloo between processes on a CPU."""
+"""`ParallelGroup` over torch.distributed: NCCL between GPUs, gloo between processes on a CPU.
+
+On a CPU with compiled kernels, the ranks of a stage reduce through shared memory instead.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections import deque
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +18,18 @@ from torch.distributed.distributed_c10d import _abort_process_group
 
 from llmkit.model.parallel_group import ParallelGroup, Waitable
 from llmkit.model.spec import ModelSpec
+from llmkit.runtime.parallel.shared_memory_group import (
+    SharedMemoryGroup,
+    can_share_memory,
+    create_shared_memory,
+)
 
+# What replaces gloo's operations when a rank has the values of all, [ranks, ...].
+_REDUCTIONS: dict[Any, Callable[[torch.Tensor], torch.Tensor]] = {
+    dist.ReduceOp.SUM: lambda gathered: gathered.sum(0, dtype=gathered.dtype),
+    dist.ReduceOp.MAX: lambda gathered: gathered.amax(0),
+    dist.ReduceOp.MIN: lambda gathered: gathered.amin(0),
+}
 _NO_TOKEN = torch.iinfo(torch.int64).max  # larger than every token id
 
 
@@ -33,6 +49,7 @@ class DistributedGroup(ParallelGroup):
         self.pp_size = num_stages
         self.rank = rank
         self.vocab_start = spec.rank.tp_rank * spec.vocab_size
+        self._shared: SharedMemoryGroup | None = None  # set by `connect`
         # Sends under way, with the tensors that must live until they are done.
         self._sends: deque[tuple[Any, torch.Tensor]] = deque()
 
@@ -67,8 +84,43 @@ class DistributedGroup(ParallelGroup):
         stage_groups = [dist.new_group(stage) for stage in stages]
         self._stage_group = stage_groups[self.rank // self.tp_size]
         self._results_group = dist.new_group(backend="gloo")  # results are on the host
+        if gpu is None and self.tp_size > 1:
+            self._share_memory()
         # After this, no rank needs the store any more.
         dist.all_reduce(torch.zeros(1), group=self._results_group)
+
+    def _share_memory(self) -> None:
+        """Let the ranks of each stage share memory, if all ranks can."""
+        descriptor = -1
+        if self.rank == 0 and can_share_memory():
+            descriptor = create_shared_memory(self.tp_size, self.pp_size)
+        owner = torch.tensor([os.getpid(), descriptor])
+        dist.broadcast(owner, 0, self._results_group)
+        pid, number = owner.tolist()
+        shared = None
+        if number >= 0 and can_share_memory():
+            with contextlib.suppress(OSError):
+                file = Path(f"/proc/{pid}/fd/{number}")
+                shared = SharedMemoryGroup(file, self.rank, self.tp_size, self.pp_size)
+        num_sharing = torch.tensor(int(shared is not None))
+        dist.all_reduce(num_sharing, group=self._results_group)
+        if num_sharing == self.tp_size * self.pp_size:
+            self._shared = shared
+        if descriptor >= 0:
+            os.close(descriptor)
+
+    @property
+    def reduces_in_kernels(self) -> bool:
+        """See `ParallelGroup`."""
+        return self.tp_size == 1 or self._shared is not None
+
+    def stop(self) -> None:
+        """Let reductions fail, on all ranks, since one of them has ended.
+
+        NCCL and gloo find that out by themselves.
+        """
+        if self._shared is not None:
+            self._shared.stop()
 
     def disconnect(self) -> None:
         """Disconnect from the other ranks, which have ended.
@@ -84,6 +136,10 @@ class DistributedGroup(ParallelGroup):
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
         """See `VocabParallel`; over the ranks of the stage."""
+        if self._shared is not None and x.dtype is torch.float32:
+            x = x.contiguous()
+            self._shared.all_reduce_(x)
+            return x
         return self._all_reduce(x, dist.ReduceOp.SUM)
 
     def all_reduce_max(self, x: torch.Tensor) -> torch.Tensor:
@@ -103,6 +159,8 @@ class DistributedGroup(ParallelGroup):
         """See `VocabParallel`."""
         if self.tp_size == 1:
             return x
+        if self._shared is not None:
+            return torch.cat(self._shared.all_gather(x.contiguous()).unbind(), -1)
         parts = [torch.empty_like(x) for _ in range(self.tp_size)]
         dist.all_gather(parts, x.contiguous(), self._stage_group)
         return torch.cat(parts, -1)
@@ -135,6 +193,8 @@ class DistributedGroup(ParallelGroup):
         return _Receives([dist.irecv(result, last, self._results_group) for result in results])
 
     def _all_reduce(self, x: torch.Tensor, operation: Any) -> torch.Tensor:
+        if self._shared is not None:
+            return _REDUCTIONS[operation](self._shared.all_gather(x.contiguous()))
         if self.tp_size > 1:
             x = x.contiguous()
             dist.all_reduce(x, operation, self._stage_group)

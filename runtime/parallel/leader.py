@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import secrets
 import select
 import tempfile
@@ -19,6 +20,13 @@ import torch
 from llmkit.checkpoint.checkpoint import Checkpoint
 from llmkit.common.errors import InputError, LlmkitError, ShortageError
 from llmkit.common.formatting import bytes_text
+from llmkit.common.numa_nodes import (
+    move_process,
+    numa_nodes,
+    place_ranks,
+    started_threads_on,
+    threads_of_rank,
+)
 from llmkit.model.device import resolve_device
 from llmkit.model.language_model import LanguageModel
 from llmkit.runtime.engine.cuda_graphs import CudaGraphRunner, DecodeGraph
@@ -109,7 +117,7 @@ class LeadEngine(Engine):
         graphs = graph_runner.graphs if isinstance(graph_runner, CudaGraphRunner) else None
         self._close = weakref.finalize(self, _end_ranks, ranks, group, graphs)
         threading.Thread(
-            target=_watch_ranks, args=(ranks, self._death), name="rank-watch", daemon=True
+            target=_watch_ranks, args=(ranks, group, self._death), name="rank-watch", daemon=True
         ).start()
 
     def on_death(self, callback: Callable[[LlmkitError], None]) -> None:
@@ -179,13 +187,22 @@ def load_on_ranks(checkpoint: Checkpoint, options: EngineOptions, report: Startu
         return loaded.make_engine(report, Engine)
     device = resolve_device(options.device)
     _check_ranks(options, device, len(parts))
-    num_threads = max(1, torch.get_num_threads() // len(parts))
+    # Each rank's threads and memory are on its own nodes.
+    places = place_ranks(numa_nodes() if device.type == "cpu" else [], len(parts))
+    num_threads = threads_of_rank(places, torch.get_num_threads() // len(parts))
     ranks: list[_Rank] = []
     try:
         for rank in range(1, len(parts)):
             message = LoadPart(rank, checkpoint.reference, options, num_threads)
-            ranks.append(_Rank(message, device))
-        return _load_leader(parts, options, report, ranks, num_threads)
+            with started_threads_on(places[rank]):
+                ranks.append(_Rank(message, device))
+        if places[0] is None:
+            return _load_leader(parts, options, report, ranks, num_threads)
+        cpus_before = os.sched_getaffinity(0)
+        move_process(places[0])
+        engine = _load_leader(parts, options, report, ranks, num_threads)
+        weakref.finalize(engine, move_process, cpus_before)
+        return engine
     except BaseException:
         _end_ranks(ranks)
         raise
@@ -235,9 +252,10 @@ def _load_leader(
     return engine
 
 
-def _watch_ranks(ranks: list[_Rank], death: Future[LlmkitError]) -> None:
+def _watch_ranks(ranks: list[_Rank], group: DistributedGroup, death: Future[LlmkitError]) -> None:
     """Wait until a rank sends a message or ends: both mean that it has failed.
 
+    No rank waits for it any longer then.
     One failure can make other ranks fail. An internal error is therefore reported only when no rank
     has failed for another reason.
     """
@@ -246,6 +264,7 @@ def _watch_ranks(ranks: list[_Rank], death: Future[LlmkitError]) -> None:
     for fd in by_fd:
         poll.register(fd, select.POLLIN)
     poll.poll()
+    group.stop()
     time.sleep(_SETTLE_S)
     failed = []
     for fd, _ in poll.poll(0):

@@ -29,16 +29,19 @@ from llmkit.checkpoint.open_checkpoint import open_checkpoint
 from llmkit.checkpoint.tokenizer import load_tokenizer
 from llmkit.common.errors import InputError, LlmkitError, UsageError
 from llmkit.common.progress import SilentProgress
+from llmkit.kernels.cpu import cpu_kernels
 from llmkit.model.families import checkpoint_spec, model_spec
 from llmkit.model.parallel_group import rank_spec
 from llmkit.model.parameter_table import parameters
 from llmkit.quant.quantize_checkpoint import quantize
 from llmkit.quant.quantize_options import QuantizeOptions
+from llmkit.runtime.engine.cpu_graphs import CpuGraphRunner
 from llmkit.runtime.engine.engine import Engine
 from llmkit.runtime.engine.engine_options import EngineOptions
 from llmkit.runtime.engine.engine_request import EngineRequest
 from llmkit.runtime.engine.sampling_params import SamplingParams
 from llmkit.runtime.engine_loader import load_engine
+from llmkit.runtime.parallel import distributed_group
 from llmkit.runtime.parallel.leader import LeadEngine
 from llmkit.runtime.parallel.rank_messages import RunStep
 from llmkit.runtime.part_loader import StartupReport
@@ -180,6 +183,26 @@ def test_ranks_answer_the_same_in_every_mode(
         assert mode != "preempted" or running.stats().preemptions_total > 0
 
 
+@pytest.mark.parametrize("shares_memory", [True, False], ids=["shared memory", "gloo"])
+def test_ranks_of_a_stage_reduce_through_shared_memory(
+    shares_memory: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Then their decode steps are recorded. Without it, gloo gives the same answers."""
+    model = tiny_checkpoint(tmp_path / "model")
+    expected = answers(model)
+    if not shares_memory:
+        monkeypatch.setattr(distributed_group, "can_share_memory", lambda: False)
+    with engine(model, tp=2) as running:
+        vocab = running.model.spec.full_model.vocab_size
+        assert running.generate(prompts(vocab), SAMPLING) == expected
+        has_kernels = cpu_kernels.library is not None
+        group = running.model.parallel_group
+        assert group.reduces_in_kernels == (shares_memory and has_kernels)
+        graph_runner = running.runner.graph_runner
+        assert isinstance(graph_runner, CpuGraphRunner)
+        assert bool(graph_runner.num_graphs) == (shares_memory and has_kernels)
+
+
 class RecordingRank:
     """Another rank that only notes what it is sent."""
 
@@ -209,7 +232,7 @@ def test_leader_sends_requests_and_cancels_with_the_next_step(tmp_path: Path) ->
     loaded = load_engine(tiny_checkpoint(tmp_path / "model"), EngineOptions(device="cpu"))
     lead = LeadEngine(loaded.model, loaded.config)
     rank = RecordingRank()
-    group = SimpleNamespace(disconnect=lambda: None)
+    group = SimpleNamespace(disconnect=lambda: None, stop=lambda: None)
     lead.attach_ranks([rank], group)  # type: ignore[arg-type, list-item]
     unseeded = replace(GREEDY, seed=None, max_tokens=200)
     lead.add(EngineRequest("a", [5, 6], unseeded))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import os
 import secrets
 import socket
 import threading
@@ -166,7 +168,10 @@ def replace_loaded(**values: Any) -> PartLoaded:
 
 def watch(*ranks: Rank) -> LlmkitError:
     death: Future[LlmkitError] = Future()
-    leader._watch_ranks(ranks, death)  # type: ignore[arg-type]
+    stopped: list[str] = []
+    group: Any = SimpleNamespace(stop=lambda: stopped.append("stopped"))
+    leader._watch_ranks(ranks, group, death)  # type: ignore[arg-type]
+    assert stopped == ["stopped"], "or the ranks would wait for it"
     return death.result(0)
 
 
@@ -198,7 +203,8 @@ def test_leader_reports_nothing_for_a_channel_that_it_has_closed(
         fileno=lambda: next(numbers), real=rank.socket
     )
     death: Future[LlmkitError] = Future()
-    leader._watch_ranks([rank], death)  # type: ignore[list-item]
+    group: Any = SimpleNamespace(stop=lambda: None)
+    leader._watch_ranks([rank], group, death)  # type: ignore[list-item]
     assert not death.done()
 
 
@@ -220,7 +226,9 @@ def lead(monkeypatch: pytest.MonkeyPatch) -> Iterator[LeadEngine]:
     log.clear()
     engine.attach_ranks(
         [Rank(1), Rank(2)],  # type: ignore[list-item]
-        SimpleNamespace(disconnect=lambda: log.append("disconnect")),  # type: ignore[arg-type]
+        SimpleNamespace(  # type: ignore[arg-type]
+            disconnect=lambda: log.append("disconnect"), stop=lambda: None
+        ),
     )
     yield engine
     for rank in engine._ranks:
@@ -337,6 +345,7 @@ def test_leader_starts_the_other_ranks_with_a_share_of_the_threads(
     monkeypatch.setattr(leader, "_Rank", start)
     monkeypatch.setattr(leader, "_end_ranks", ended.append)
     monkeypatch.setattr(leader, "_load_leader", lambda *arguments: arguments)
+    monkeypatch.setattr(leader, "numa_nodes", list)
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     checkpoint: Any = SimpleNamespace(reference="model")
     options = replace(OPTIONS, tp=2, pp=3, ep=1)
@@ -354,6 +363,27 @@ def test_leader_starts_the_other_ranks_with_a_share_of_the_threads(
     with pytest.raises(KeyboardInterrupt):
         leader.load_on_ranks(checkpoint, options, report)
     assert ended == [["rank 1", "rank 2"]]
+
+
+def test_leader_places_ranks_on_numa_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other rank inherits its CPUs, this process moves, and moves back after the engine."""
+    left = frozenset({0, 1})
+    right = frozenset({2, 3})
+    calls: list[Any] = []
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2, 3})
+    monkeypatch.setattr(os, "sched_setaffinity", lambda thread, cpus: calls.append((thread, cpus)))
+    monkeypatch.setattr(leader, "numa_nodes", lambda: [left, right])
+    monkeypatch.setattr(leader, "move_process", lambda cpus: calls.append(cpus))
+    monkeypatch.setattr(leader, "rank_parts", lambda *_: ["a", "b"])
+    monkeypatch.setattr(leader, "_Rank", lambda message, _: calls.append(message.num_threads))
+    monkeypatch.setattr(leader, "_load_leader", lambda *_: Rank())
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 16)
+    checkpoint: Any = SimpleNamespace(reference="model")
+    engine = leader.load_on_ranks(checkpoint, replace(OPTIONS, tp=2), StartupReport())
+    assert calls == [(0, right), 2, (0, {0, 1, 2, 3}), left]
+    del engine
+    gc.collect()
+    assert calls[4:] == [{0, 1, 2, 3}]
 
 
 def test_leader_loads_a_single_part_in_its_own_process(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -541,6 +571,8 @@ class FakeDist:
         self.calls: list[Any] = []
         self.done = False
         self.initialized = True
+        # What another rank broadcasts: its pid and no shared memory. None: this rank is the sender.
+        self.owner: torch.Tensor | None = torch.tensor([1, -1])
 
     def all_reduce(self, x: torch.Tensor, operation: Any = None, group: Any = None) -> None:
         assert x.numel(), "nothing to wait for"
@@ -552,6 +584,11 @@ class FakeDist:
                 dist.ReduceOp.MIN: torch.minimum,
             }
             x.copy_(join[operation](x, self.others.pop(0)))
+
+    def broadcast(self, x: torch.Tensor, rank: int, group: Any) -> None:
+        self.calls.append(("broadcast", rank, group))
+        if self.owner is not None:
+            x.copy_(self.owner)
 
     def all_gather(self, parts: list[torch.Tensor], x: torch.Tensor, group: Any) -> None:
         assert x.is_contiguous()
@@ -708,8 +745,11 @@ def test_distributed_group_connects_its_stage_and_all_ranks(
         ),
         *(("new_group", ranks, None) for ranks in ([0, 1], [2, 3], [4, 5])),
         ("new_group", None, "gloo"),
+        ("broadcast", 0, "all"),
+        ("all_reduce", "all"),
         ("all_reduce", "all"),
     ]
+    assert not group.reduces_in_kernels, "the first rank has no shared memory"
     assert group._stage_group == stage
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
     fake.calls.clear()
