@@ -26,7 +26,14 @@ ROPE_FACTORS_SHORT = "rope_factors_short.weight"
 # Tensors that become values of config.json.
 CONFIG_TENSORS = (ROPE_FREQS, ROPE_FACTORS_LONG, ROPE_FACTORS_SHORT)
 
-TOP_MODULES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+TOP_MODULES = {
+    "token_embd": "model.embed_tokens",
+    "output_norm": "model.norm",
+    "output": "lm_head",
+    "per_layer_token_embd": "model.embed_tokens_per_layer",
+    "per_layer_model_proj": "model.per_layer_model_projection",
+    "per_layer_proj_norm": "model.per_layer_projection_norm",
+}
 _ATTENTION = {
     "attn_norm": "input_layernorm",
     "attn_q": "self_attn.q_proj",
@@ -115,6 +122,9 @@ class GgufArchitecture:
     norm_offset: float = 0.0  # stored norms are larger by this
     partial_rotary: bool = False  # RoPE may rotate a part of a head
     sliding_window: bool = False  # the family has sliding windows
+    # Sizes of the MLP and numbers of KV heads may be lists with a value for each layer, and
+    # rope_freqs says which pairs of a head RoPE rotates (Gemma 4).
+    differs_by_layer: bool = False
     # Modules of one expert, for families that store each expert in tensors of its own.
     experts: Mapping[str, str] | None = None
     # gpt-oss stores the experts of a layer in one tensor, gate and up rows in turn, transposed.
@@ -165,16 +175,24 @@ def gguf_config(metadata: GgufMetadata, architecture: GgufArchitecture) -> dict[
     ):
         if metadata.optional(key) and not is_known:
             raise metadata.error(key, "A dense decoder was expected")
+    if architecture.differs_by_layer:
+        sizes = {}  # `architecture.config` reads them
+        scaling = None
+    else:
+        sizes = {
+            "intermediate_size": metadata.integer("feed_forward_length"),
+            "num_key_value_heads": metadata.integer("attention.head_count_kv", num_heads),
+        }
+        scaling = _rope_scaling(metadata, head_dim)
     is_rms = architecture.epsilon == "rms_norm_eps"
     config: dict[str, Any] = {
         "architectures": [architecture.architecture],
         "model_type": architecture.model_type,
         "vocab_size": metadata.tensors["token_embd.weight"].shape[0],
         "hidden_size": hidden_size,
-        "intermediate_size": metadata.integer("feed_forward_length"),
         "num_hidden_layers": _num_layers(metadata),
         "num_attention_heads": num_heads,
-        "num_key_value_heads": metadata.integer("attention.head_count_kv", num_heads),
+        **sizes,
         "head_dim": head_dim,
         "hidden_act": "silu",
         "max_position_embeddings": metadata.integer("context_length"),
@@ -188,7 +206,6 @@ def gguf_config(metadata: GgufMetadata, architecture: GgufArchitecture) -> dict[
     }
     if architecture.partial_rotary:
         config["partial_rotary_factor"] = rotary_dim / head_dim
-    scaling = _rope_scaling(metadata, head_dim)
     if scaling is not None:
         config["rope_scaling"] = scaling
     config |= architecture.config(metadata)
@@ -460,6 +477,91 @@ def _gemma3(metadata: GgufMetadata) -> dict[str, Any]:
     return differences
 
 
+def _gemma4(metadata: GgufMetadata) -> dict[str, Any]:
+    layer_types = _layer_types(metadata, 6)
+    num_layers = len(layer_types)
+    num_shared = metadata.get("attention.shared_kv_layers", 0)
+    if type(num_shared) is not int or not 0 <= num_shared < num_layers:
+        raise metadata.error(
+            "attention.shared_kv_layers", f"A number below {num_layers} was expected"
+        )
+    sliding_dim = metadata.integer("attention.key_length_swa")
+    for key in ("attention.value_length_swa", "rope.dimension_count_swa"):
+        metadata.expect(key, sliding_dim)
+    kv_heads = {}
+    all_kv_heads = metadata.integers("attention.head_count_kv", num_layers)
+    for kind in ("sliding_attention", "full_attention"):
+        of_kind = [
+            count for layer, count in zip(layer_types, all_kv_heads, strict=True) if layer == kind
+        ]
+        if len(set(of_kind)) > 1:
+            raise metadata.error(
+                "attention.head_count_kv", f"One number for all layers of {kind} was expected"
+            )
+        kv_heads[kind] = of_kind[0] if of_kind else all_kv_heads[0]
+    sizes = metadata.integers("feed_forward_length", num_layers)
+    first_shared = num_layers - num_shared
+    is_double = sizes[-1] == 2 * sizes[0]
+    expected = [
+        sizes[0] * (2 if is_double and index >= first_shared else 1) for index in range(num_layers)
+    ]
+    if sizes != expected:
+        raise metadata.error(
+            "feed_forward_length",
+            "One number, or twice as much in the layers that read the keys of others",
+        )
+    full_layers = [index for index in range(first_shared) if layer_types[index] == "full_attention"]
+    has_values = [metadata.has_tensor(f"blk.{index}.attn_v.weight") for index in full_layers]
+    per_layer_size = metadata.get("embedding_length_per_layer_input", 0)
+    differences = {
+        **_gemma(metadata),
+        **_attention_bias(metadata),
+        "intermediate_size": sizes[0],
+        "use_double_wide_mlp": is_double,
+        "num_kv_shared_layers": num_shared,
+        "num_key_value_heads": kv_heads["sliding_attention"],
+        "num_global_key_value_heads": kv_heads["full_attention"],
+        "attention_k_eq_v": bool(has_values) and not any(has_values),
+        "head_dim": sliding_dim,
+        "global_head_dim": metadata.integer("attention.key_length"),
+        "hidden_size_per_layer_input": per_layer_size,
+        "sliding_window": metadata.integer("attention.sliding_window"),
+        "layer_types": layer_types,
+        "rope_parameters": {
+            "full_attention": _proportional_rope(metadata),
+            "sliding_attention": {
+                "rope_type": "default",
+                "rope_theta": metadata.number("rope.freq_base_swa", 1e4),
+            },
+        },
+        "rope_theta": _ABSENT,
+        "final_logit_softcapping": None,
+    }
+    if per_layer_size and metadata.has_tensor("per_layer_token_embd.weight"):
+        rows = metadata.tensors["per_layer_token_embd.weight"].shape[0]
+        differences["vocab_size_per_layer_input"] = rows
+    if metadata.optional("final_logit_softcapping"):
+        differences["final_logit_softcapping"] = metadata.number("final_logit_softcapping")
+    return differences
+
+
+def _proportional_rope(metadata: GgufMetadata) -> dict[str, Any]:
+    """RoPE of Gemma 4's full attention: rope_freqs has 1 for pairs that are rotated, then 1e30."""
+    num_pairs = metadata.integer("attention.key_length") // 2
+    divisors = metadata.vector(ROPE_FREQS)
+    num_rotated = divisors.count(1.0)
+    if divisors != [1.0] * num_rotated + [1e30] * (num_pairs - num_rotated):
+        raise InputError(
+            f"{metadata.path}: {ROPE_FREQS} is not Gemma 4's",
+            f"{num_pairs} values were expected, first 1, then 1e30",
+        )
+    return {
+        "rope_type": "proportional",
+        "partial_rotary_factor": num_rotated / num_pairs,
+        "rope_theta": metadata.number("rope.freq_base", 1e6),
+    }
+
+
 def _glm4(metadata: GgufMetadata) -> dict[str, Any]:
     metadata.integer("rope.dimension_count")  # required
     return _attention_bias(metadata)
@@ -568,6 +670,21 @@ ARCHITECTURES = {
         _GEMMA2 | _QK_NORM,
         norm_offset=1.0,
         sliding_window=True,
+    ),
+    "gemma4": GgufArchitecture(
+        "Gemma4ForCausalLM",
+        "gemma4_text",
+        _gemma4,
+        _GEMMA2
+        | _QK_NORM
+        | {
+            "layer_output_scale": "layer_scalar",
+            "inp_gate": "per_layer_input_gate",
+            "proj": "per_layer_projection",
+            "post_norm": "post_per_layer_input_norm",
+        },
+        sliding_window=True,
+        differs_by_layer=True,
     ),
     "glm4": GgufArchitecture("Glm4ForCausalLM", "glm4", _glm4, _GLM4, partial_rotary=True),
     "gpt-oss": GgufArchitecture(

@@ -5,8 +5,8 @@
  *
  * All arithmetic is in float32. Only weights, the inputs of linear layers and the KV cache may have
  * other types. The order of summation depends neither on the number of rows nor on how a prompt is
- * divided into steps. A request therefore gets the same result, bit for bit, whatever other requests
- * are in its batch.
+ * divided into steps. A request therefore gets the same result, bit for bit, whatever other
+ * requests are in its batch.
  * cpu_kernels.py checks the arguments and documents the layouts.
  */
 
@@ -36,13 +36,12 @@ enum {
     WEIGHT_FP4    /* codes of E2M1, which stand for twice their values */
 };
 
-
-/* What the inputs of a linear layer are rounded to: nothing, bfloat16, or int8 with a scale for each
- * row and group of the weight. The numbers are those of INPUT_TYPES in cpu_kernels.py. */
+/* What the inputs of a linear layer are rounded to: nothing, bfloat16, or int8 with a scale for
+ * each row and group of the weight. The numbers are those of INPUT_TYPES in cpu_kernels.py. */
 enum { INPUTS_F32, INPUTS_BF16, INPUTS_INT8 };
 
-/* The types of a KV cache. The numbers are those of KV_TYPES in cpu_kernels.py. FP8 is e4m3, without
- * infinities. */
+/* The types of a KV cache. The numbers are those of KV_TYPES in cpu_kernels.py. FP8 is e4m3,
+ * without infinities. */
 enum { KV_F32, KV_BF16, KV_F16, KV_INT8, KV_FP8 };
 
 /* Activations. The numbers are those of ACTIVATIONS in cpu_kernels.py. */

@@ -1,5 +1,5 @@
-/* The elements of a KV cache, in each of its types, as floats. The type is a constant everywhere, so
- * that no loop tests it. */
+/* The elements of a KV cache, in each of its types, as floats. The type is a constant everywhere,
+ * so that no loop tests it. */
 
 INLINE int64_t kv_element_size(int kv_type) {
     return kv_type == KV_F32 ? 4 : kv_type == KV_BF16 || kv_type == KV_F16 ? 2 : 1;

@@ -9,9 +9,15 @@
 #define LEVEL_NAME "amx"
 
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512bf16,amx-tile,amx-int8,amx-bf16"))), apply_to = function)
+#pragma clang attribute push( \
+    __attribute__((target("avx2,fma,f16c," \
+                          "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512bf16," \
+                          "amx-tile,amx-int8,amx-bf16"))), \
+    apply_to = function)
 #else
-#pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512bf16,amx-tile,amx-int8,amx-bf16")
+#pragma GCC target("avx2,fma,f16c", \
+                   "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512bf16", \
+                   "amx-tile,amx-int8,amx-bf16")
 #endif
 #include "level.h"
 #if defined(__clang__)

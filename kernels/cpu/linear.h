@@ -532,7 +532,12 @@ static void bf16_block(const Linear *p, int64_t row, int64_t end_row, int64_t pa
 /* ---- AMX: products of tiles of 16 rows ---- */
 
 #if defined(LEVEL_AMX)
-enum { AMX_ROWS = 16, AMX_WORDS = 16 }; /* of a tile: rows, and words of 32 bits in a row */
+enum {
+    AMX_ROWS = 16,  /* of a tile */
+    AMX_WORDS = 16, /* of 32 bits, in a row of a tile */
+    AMX_TILE_BYTES = AMX_ROWS * AMX_WORDS * 4,
+    AMX_PREFETCH_BYTES = 3 * AMX_TILE_BYTES
+};
 
 /* All tiles have 16 rows of 64 bytes. Tiles 0 .. 3 hold sums, 4 and 5 inputs, 6 and 7 weights. */
 static void configure_tiles(void) {
@@ -551,8 +556,9 @@ static void configure_tiles(void) {
 }
 
 /* Sums of the words [begin, end), a multiple of AMX_WORDS, for two blocks of 16 rows and two
- * panels. sums: [row block, panel][row, column]. */
-INLINE void amx_product(int is_bf16, int two_row_blocks, const char *inputs, int64_t row_bytes,
+ * panels. prefetches: the panels come from memory. sums: [row block, panel][row, column]. */
+INLINE void amx_product(int is_bf16, int two_row_blocks, int prefetches, const char *inputs,
+                        int64_t row_bytes,
                         const char *panels, int64_t panel_bytes, int64_t begin, int64_t end,
                         char sums[2][2][AMX_ROWS * PANEL_WIDTH * 4]) {
     _tile_zero(0);
@@ -563,7 +569,12 @@ INLINE void amx_product(int is_bf16, int two_row_blocks, const char *inputs, int
     }
     for (int64_t word = begin; word < end; word += AMX_WORDS) {
         const char *weights = panels + word * PANEL_WIDTH * 4;
-        __builtin_prefetch(weights + PREFETCH_BYTES);
+        if (prefetches)
+#pragma GCC unroll 16
+            for (int line = 0; line < AMX_TILE_BYTES; line += 64) {
+                __builtin_prefetch(weights + AMX_PREFETCH_BYTES + line);
+                __builtin_prefetch(weights + panel_bytes + AMX_PREFETCH_BYTES + line);
+            }
         _tile_loadd(6, weights, 64);
         _tile_loadd(7, weights + panel_bytes, 64);
         _tile_loadd(4, inputs + word * 4, row_bytes);
@@ -635,7 +646,7 @@ INLINE void store_outputs(const Linear *p, int64_t row, int64_t panel, const flo
 }
 
 /* The rows [row, end_row), at most 32, of one or two panels. */
-INLINE void amx_tile(int is_bf16, const Linear *p, int64_t row, int64_t end_row,
+INLINE void amx_tile(int is_bf16, const Linear *p, int64_t row, int64_t end_row, int prefetches,
                      const char *panels, int64_t panel_bytes, int64_t panel, int64_t n_panels) {
     char sums[2][2][AMX_ROWS * PANEL_WIDTH * 4] __attribute__((aligned(64)));
     AmxOutputs outputs __attribute__((aligned(64)));
@@ -648,9 +659,11 @@ INLINE void amx_tile(int is_bf16, const Linear *p, int64_t row, int64_t end_row,
         group_words(p, weight_type, group, &begin, &end);
         end = (end + AMX_WORDS - 1) / AMX_WORDS * AMX_WORDS; /* padded with zeros */
         if (end_row - row > AMX_ROWS)
-            amx_product(is_bf16, 1, inputs, row_bytes, panels, panel_bytes, begin, end, sums);
+            amx_product(is_bf16, 1, prefetches, inputs, row_bytes, panels, panel_bytes, begin, end,
+                        sums);
         else
-            amx_product(is_bf16, 0, inputs, row_bytes, panels, panel_bytes, begin, end, sums);
+            amx_product(is_bf16, 0, prefetches, inputs, row_bytes, panels, panel_bytes, begin, end,
+                        sums);
         for (int j = 0; j < n_panels; j++)
             add_amx_group(is_bf16, p, row, end_row - row, panel + j, group, sums, j, outputs);
     }
@@ -709,10 +722,11 @@ static void amx_block(const Linear *p, int64_t row, int64_t end_row, int64_t pan
             panel_bytes = 0; /* the second panel is not there: the first is multiplied twice */
         for (int64_t r = row; r < end_row; r += 2 * AMX_ROWS) {
             int64_t end = min_int64(end_row, r + 2 * AMX_ROWS);
+            int prefetches = r == row && panels != unpacked;
             if (p->inputs == INPUTS_BF16)
-                amx_tile(1, p, r, end, panels, panel_bytes, panel, n_panels);
+                amx_tile(1, p, r, end, prefetches, panels, panel_bytes, panel, n_panels);
             else
-                amx_tile(0, p, r, end, panels, panel_bytes, panel, n_panels);
+                amx_tile(0, p, r, end, prefetches, panels, panel_bytes, panel, n_panels);
         }
     }
     _tile_release();

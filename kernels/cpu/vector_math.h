@@ -77,9 +77,7 @@ INLINE vfloat tanh_ps(vfloat x) {
 INLINE vfloat sigmoid_ps(vfloat x) {
     const vfloat one = v_set(1.0f);
     vfloat e = exp_nonpositive(v_sub(v_zero(), v_abs(x)));
-    vfloat positive = v_div(one, v_add(one, e));
-    vfloat negative = v_div(e, v_add(one, e));
-    return v_select(v_is_negative(x), negative, positive);
+    return v_div(v_select(v_is_negative(x), e, one), v_add(one, e));
 }
 
 #endif

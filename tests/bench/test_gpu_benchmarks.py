@@ -38,11 +38,11 @@ def test_decode_steps_measures_every_weight_scheme(weights: str) -> None:
     stored = {
         "bf16": 4 * linears,  # in float32 on a CPU
         "fp8": 2 * linears + 4 * rows,  # the CPU kernel keeps 16-bit values, and a scale a row
-        "int8": linears,
-        "int4": 4 * (linears - down) + down / 2 + 2 * 4 * down / 128,  # scale and offset a group
+        "int8": linears + 4 * rows,
+        "int4": 4 * (linears - down) + down / 2 + 4 * down / 128,  # a scale a group
     }
     if cpu_kernels.library is None:  # torch's operators multiply by dense weights
-        stored |= {"fp8": 4 * linears, "int4": 4 * linears}
+        stored |= {"fp8": 4 * linears, "int8": 4 * linears, "int4": 4 * linears}
     assert prefill.floor_ms * 1e6 - 40 * kv == pytest.approx(stored[weights] + 512 * 576 * 4)
     assert steps.full_engine_tps(model, 3, 8, 5) > 0
 

@@ -188,6 +188,7 @@ def test_inspect_shows_what_llmkit_wrote(
                 "symmetric": True,
                 "kind": "int",
                 "inputs": "none",
+                "block_rows": 1,
                 "label": "INT4 in groups of 32",
             }
         ],
