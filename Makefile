@@ -19,7 +19,7 @@ LLAMACPP ?= .llamacpp
 LLAMACPP_SDIST := llama-cpp-python==0.3.36
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help venv demo test test-slow test-scale soak lint docs gpu bench-quant bench-memory bench-shard bench-serve interop interop-shard coverage-models clients mutants clean
+.PHONY: help venv demo test test-slow test-arm test-scale soak lint docs gpu bench-quant bench-memory bench-shard bench-serve interop interop-shard coverage-models clients mutants clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' Makefile
@@ -34,6 +34,9 @@ test: $(VENV)/.dev ## run the tests
 
 test-slow: $(VENV)/.dev ## more layouts and families than `make test` has time for (2 minutes)
 	@$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal -m slow
+
+test-arm: $(VENV)/.dev ## the CPU kernels of every level, optimized, also as Arm in qemu (CONTRIBUTING.md)
+	@LLMKIT_TEST_OPTIMIZATION=-O3 $(BIN)/python -m pytest -m "slow or not slow" --timeout 1800 tests/kernels/test_cpu_levels.py
 
 test-scale: $(VENV)/.scale .venv-mlflow/.ready ## the tests beside other engines and servers: Ray, nginx, S3, MLflow
 	@$(BIN)/python -m pytest -m scale

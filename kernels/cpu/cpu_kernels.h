@@ -1,7 +1,7 @@
 /* What the CPU kernels share: sizes, the operations, and the table of a level's functions.
  *
  * The kernels are compiled once for each level of instructions, a source file a level (level_*.c).
- * `module.c` chooses a level when it runs.
+ * `levels.c` says which of them the processor has.
  *
  * All arithmetic is in float32. Only weights, the inputs of linear layers and the KV cache may have
  * other types. The order of summation depends neither on the number of rows nor on how a prompt is
@@ -309,8 +309,21 @@ typedef struct {
     int (*argmax)(const Argmax *);
 } Kernels;
 
+typedef struct {
+    const Kernels *kernels;
+    int (*is_supported)(void); /* by this processor */
+} Level;
+
+/* The levels of this architecture, from the slowest to the fastest; at the end one of NULLs. */
+extern const Level levels[];
+
+/* In arm_neon.h of an older clang, the compiler's options decide which instructions there are. */
+#if !defined(__clang__) || __clang_major__ >= 17 || (defined(__APPLE__) && __clang_major__ >= 16)
+#define HAS_NEON_EXTENSIONS
+#endif
+
 extern const Kernels kernels_avx2, kernels_avx_vnni, kernels_avx512, kernels_avx512_vnni,
-    kernels_avx512_bf16, kernels_amx;
+    kernels_avx512_bf16, kernels_amx, kernels_neon, kernels_neon_dotprod, kernels_neon_bf16;
 
 #pragma GCC visibility pop
 

@@ -1,8 +1,9 @@
 """Loads the compiled CPU kernels. A wrapper for each takes tensors and passes addresses to C.
 
-The kernels compute in float32 on x86 processors with AVX2, in the fastest of several levels of
-instructions that the processor has. Each has a reference in torch, which runs in all other cases:
-on GPUs, in 16 bits, on other processors, and where llmkit was installed without a C compiler.
+The kernels compute in float32 on x86 processors with AVX2 and on 64-bit Arm, in the fastest of
+several levels of instructions that the processor has. Each has a reference in torch, which runs in
+all other cases: on GPUs, in 16 bits, on other processors, and where llmkit was installed without a
+C compiler.
 
 Legend: T tokens, N heads, D head_dim. For linear layers: R rows, C columns (outputs), K depth
 (inputs), G groups.
@@ -202,7 +203,7 @@ def status() -> str:
         return "on"
     if _cpu_kernels is None:
         return "off, llmkit was installed without a C compiler"
-    return "off, a processor without AVX2"
+    return "off, a processor that is neither x86 with AVX2 nor 64-bit Arm"
 
 
 def supports(x: torch.Tensor) -> bool:

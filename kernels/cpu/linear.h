@@ -475,7 +475,7 @@ static void round_row_to_bf16(const Linear *p, int64_t row) {
 #if defined(LEVEL_BF16) && !defined(LEVEL_AMX)
 INLINE void bf16_tile(int n_rows, int n_panels, const Linear *p, int64_t row, int64_t panel) {
     const uint16_t *inputs = (const uint16_t *)p->rounded_inputs + row * p->padded_depth;
-    vfloat acc[FEW_ROWS_PANELS][INT8_ROWS][1];
+    vfloat acc[FEW_ROWS_PANELS][INT8_ROWS][VECTORS];
     for (int64_t group = 0; group < p->n_groups; group++) {
         int64_t begin;
         int64_t end;
@@ -484,7 +484,9 @@ INLINE void bf16_tile(int n_rows, int n_panels, const Linear *p, int64_t row, in
         for (int j = 0; j < n_panels; j++)
 #pragma GCC unroll 16
             for (int i = 0; i < n_rows; i++)
-                acc[j][i][0] = v_zero();
+#pragma GCC unroll 4
+                for (int v = 0; v < VECTORS; v++)
+                    acc[j][i][v] = v_zero();
         for (int64_t word = begin; word < end; word++)
 #pragma GCC unroll 16
             for (int j = 0; j < n_panels; j++) {
@@ -492,12 +494,17 @@ INLINE void bf16_tile(int n_rows, int n_panels, const Linear *p, int64_t row, in
                     p->weight + (panel + j) * p->panel_bytes + word * PANEL_WIDTH * 4;
                 if (n_rows <= FEW_ROWS)
                     __builtin_prefetch(step + PREFETCH_BYTES);
-                vint words = vi_load(step);
+                vint words[VECTORS];
+#pragma GCC unroll 4
+                for (int v = 0; v < VECTORS; v++)
+                    words[v] = vi_load(step + v * VECTOR_WIDTH * 4);
 #pragma GCC unroll 16
                 for (int i = 0; i < n_rows; i++) {
                     int32_t two;
                     memcpy(&two, inputs + i * p->padded_depth + 2 * word, sizeof two);
-                    acc[j][i][0] = v_dot_bf16(acc[j][i][0], words, vi_set(two));
+#pragma GCC unroll 4
+                    for (int v = 0; v < VECTORS; v++)
+                        acc[j][i][v] = v_dot_bf16(acc[j][i][v], words[v], vi_set(two));
                 }
             }
 #pragma GCC unroll 16

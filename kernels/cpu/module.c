@@ -4,14 +4,6 @@
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
-#if defined(__x86_64__)
-#include <cpuid.h>
-#endif
-#if defined(__linux__)
-#include <sys/syscall.h>
-#include <unistd.h>
-#endif
-
 #include "cpu_kernels.h"
 #include "shared_reduce.h"
 #include "thread_pool.h"
@@ -408,63 +400,6 @@ static PyObject *py_run(PyObject *self, PyObject *program) {
 }
 
 /* ---- levels ---- */
-
-#if defined(__x86_64__)
-static int has_avx2(void) {
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-           __builtin_cpu_supports("f16c");
-}
-
-static int has_avx_vnni(void) {
-    unsigned eax, ebx, ecx, edx;
-    return has_avx2() && __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && eax >> 4 & 1;
-}
-
-static int has_avx512(void) {
-    return has_avx2() && __builtin_cpu_supports("avx512f") &&
-           __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-           __builtin_cpu_supports("avx512dq");
-}
-
-static int has_avx512_vnni(void) {
-    return has_avx512() && __builtin_cpu_supports("avx512vnni");
-}
-
-static int has_avx512_bf16(void) {
-    unsigned eax, ebx, ecx, edx;
-    return has_avx512_vnni() && __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && eax >> 5 & 1;
-}
-
-/* Linux gives a process the tiles of AMX when it asks for them. */
-static int has_amx(void) {
-#if defined(__linux__)
-    enum { REQUEST_PERMISSION = 0x1023, TILE_DATA = 18 };
-    unsigned eax, ebx, ecx, edx;
-    if (!has_avx512_bf16() || !__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx))
-        return 0;
-    int has_tiles = edx >> 22 & edx >> 24 & edx >> 25 & 1; /* bf16, tile, int8 */
-    return has_tiles && syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) == 0;
-#else
-    return 0;
-#endif
-}
-#endif
-
-/* From the slowest to the fastest. */
-static const struct {
-    const Kernels *kernels;
-    int (*is_supported)(void);
-} levels[] = {
-#if defined(__x86_64__)
-    {&kernels_avx2, has_avx2},
-    {&kernels_avx_vnni, has_avx_vnni},
-    {&kernels_avx512, has_avx512},
-    {&kernels_avx512_vnni, has_avx512_vnni},
-    {&kernels_avx512_bf16, has_avx512_bf16},
-    {&kernels_amx, has_amx},
-#endif
-    {NULL, NULL},
-};
 
 /* levels(): the names of the levels that this processor has, the fastest last. */
 static PyObject *py_levels(PyObject *self, PyObject *none) {

@@ -290,6 +290,133 @@ INLINE vint vi_lookup(const int8_t *table, vint x) {
     return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(entries), x);
 }
 
+#elif defined(LEVEL_NEON)
+#include <arm_neon.h>
+
+enum { VECTOR_WIDTH = 4 };
+typedef float32x4_t vfloat;
+typedef int32x4_t vint;
+typedef uint32x4_t vmask;
+
+INLINE vfloat v_load(const float *p) { return vld1q_f32(p); }
+INLINE void v_store(float *p, vfloat x) { vst1q_f32(p, x); }
+INLINE vfloat v_set(float x) { return vdupq_n_f32(x); }
+INLINE vfloat v_zero(void) { return vdupq_n_f32(0); }
+INLINE vfloat v_add(vfloat a, vfloat b) { return vaddq_f32(a, b); }
+INLINE vfloat v_sub(vfloat a, vfloat b) { return vsubq_f32(a, b); }
+INLINE vfloat v_mul(vfloat a, vfloat b) { return vmulq_f32(a, b); }
+INLINE vfloat v_div(vfloat a, vfloat b) { return vdivq_f32(a, b); }
+INLINE vfloat v_fma(vfloat a, vfloat b, vfloat c) { return vfmaq_f32(c, a, b); }
+INLINE vfloat v_fms(vfloat a, vfloat b, vfloat c) { return vfmaq_f32(vnegq_f32(c), a, b); }
+INLINE vfloat v_fnma(vfloat a, vfloat b, vfloat c) { return vfmsq_f32(c, a, b); }
+/* Not vminq_f32 and vmaxq_f32: where one is NaN, they return NaN. */
+INLINE vfloat v_min(vfloat a, vfloat b) { return vbslq_f32(vcltq_f32(a, b), a, b); }
+INLINE vfloat v_max(vfloat a, vfloat b) { return vbslq_f32(vcgtq_f32(a, b), a, b); }
+INLINE vfloat v_abs(vfloat x) { return vabsq_f32(x); }
+INLINE vfloat v_round(vfloat x) { return vrndnq_f32(x); }
+INLINE vfloat v_copysign(vfloat a, vfloat b) {
+    return vbslq_f32(vdupq_n_u32(0x80000000), b, a);
+}
+INLINE vmask v_less(vfloat a, vfloat b) { return vcltq_f32(a, b); }
+INLINE vmask v_less_equal(vfloat a, vfloat b) { return vcleq_f32(a, b); }
+INLINE vmask v_is_negative(vfloat x) { return vcltzq_s32(vreinterpretq_s32_f32(x)); }
+INLINE vmask v_both(vmask a, vmask b) { return vandq_u32(a, b); }
+INLINE vfloat v_select(vmask mask, vfloat yes, vfloat no) { return vbslq_f32(mask, yes, no); }
+INLINE vfloat v_exp2_whole(vfloat n) {
+    int32x4_t exponent = vaddq_s32(vcvtq_s32_f32(n), vdupq_n_s32(127));
+    return vreinterpretq_f32_s32(vshlq_n_s32(exponent, 23));
+}
+INLINE float v_sum(vfloat x) { return vaddvq_f32(x); }
+INLINE float v_largest(vfloat x) { return vmaxnmvq_f32(x); }
+INLINE vfloat v_indices(void) {
+    const float indices[] = {0, 1, 2, 3};
+    return vld1q_f32(indices);
+}
+INLINE vfloat v_load_first(const float *p, int64_t n) {
+    vfloat x = v_zero();
+    if (n > 0)
+        x = vld1q_lane_f32(p, x, 0);
+    if (n > 1)
+        x = vld1q_lane_f32(p + 1, x, 1);
+    if (n > 2)
+        x = vld1q_lane_f32(p + 2, x, 2);
+    return x;
+}
+INLINE void v_store_first(float *p, vfloat x, int64_t n) {
+    if (n > 0)
+        vst1q_lane_f32(p, x, 0);
+    if (n > 1)
+        vst1q_lane_f32(p + 1, x, 1);
+    if (n > 2)
+        vst1q_lane_f32(p + 2, x, 2);
+}
+INLINE vfloat v_load_int8(const int8_t *p) {
+    int32_t four;
+    memcpy(&four, p, sizeof four);
+    int16x8_t words = vmovl_s8(vreinterpret_s8_s32(vdup_n_s32(four)));
+    return vcvtq_f32_s32(vmovl_s16(vget_low_s16(words)));
+}
+INLINE vfloat v_load_bf16(const uint16_t *p) {
+    return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(p), 16));
+}
+INLINE vfloat v_load_f16(const uint16_t *p) {
+    return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p)));
+}
+INLINE void v_store_int8(int8_t *p, vfloat x) {
+    int16x4_t words = vqmovn_s32(vcvtnq_s32_f32(x));
+    int8x8_t bytes = vqmovn_s16(vcombine_s16(words, words));
+    int32_t four = vget_lane_s32(vreinterpret_s32_s8(bytes), 0);
+    memcpy(p, &four, sizeof four);
+}
+INLINE void v_store_f16(uint16_t *p, vfloat x) {
+    vst1_u16(p, vreinterpret_u16_f16(vcvt_f16_f32(x)));
+}
+INLINE void v_transpose(vfloat *x) {
+    float64x2_t a = vreinterpretq_f64_f32(vtrn1q_f32(x[0], x[1]));
+    float64x2_t b = vreinterpretq_f64_f32(vtrn2q_f32(x[0], x[1]));
+    float64x2_t c = vreinterpretq_f64_f32(vtrn1q_f32(x[2], x[3]));
+    float64x2_t d = vreinterpretq_f64_f32(vtrn2q_f32(x[2], x[3]));
+    x[0] = vreinterpretq_f32_f64(vzip1q_f64(a, c));
+    x[1] = vreinterpretq_f32_f64(vzip1q_f64(b, d));
+    x[2] = vreinterpretq_f32_f64(vzip2q_f64(a, c));
+    x[3] = vreinterpretq_f32_f64(vzip2q_f64(b, d));
+}
+
+#if defined(LEVEL_BF16)
+INLINE void v_store_bf16(uint16_t *p, vfloat x) {
+    vst1_u16(p, vreinterpret_u16_bf16(vcvt_bf16_f32(x)));
+}
+#endif
+
+INLINE vint vi_load_bytes(const void *p) {
+    int32_t four;
+    memcpy(&four, p, sizeof four);
+    return vmovl_s16(vget_low_s16(vmovl_s8(vreinterpret_s8_s32(vdup_n_s32(four)))));
+}
+INLINE vint vi_load(const void *p) { return vreinterpretq_s32_u8(vld1q_u8(p)); }
+INLINE void vi_store(void *p, vint x) { vst1q_u8(p, vreinterpretq_u8_s32(x)); }
+INLINE vint vi_set(int32_t x) { return vdupq_n_s32(x); }
+INLINE vint vi_zero(void) { return vdupq_n_s32(0); }
+INLINE vint vi_and(vint a, vint b) { return vandq_s32(a, b); }
+INLINE vint vi_add(vint a, vint b) { return vaddq_s32(a, b); }
+INLINE vint vi_sub(vint a, vint b) { return vsubq_s32(a, b); }
+INLINE vint vi_sub_bytes(vint a, int8_t b) {
+    return vreinterpretq_s32_s8(vsubq_s8(vreinterpretq_s8_s32(a), vdupq_n_s8(b)));
+}
+/* Operators, because the intrinsics with immediate counts refuse those of unrolled loops. */
+#define vi_shift_left(x, bits) ((vint)((uint32x4_t)(x) << (bits)))
+#define vi_shift_right(x, bits) ((vint)((uint32x4_t)(x) >> (bits)))
+#define vi_shift_right_signed(x, bits) ((vint)(x) >> (bits))
+INLINE vfloat vi_to_float(vint x) { return vcvtq_f32_s32(x); }
+INLINE vfloat vi_as_float(vint bits) { return vreinterpretq_f32_s32(bits); }
+INLINE vfloat vi_f16_to_float(vint words) {
+    return vcvt_f32_f16(vreinterpret_f16_s16(vmovn_s32(words)));
+}
+INLINE vint v_bits(vfloat x) { return vreinterpretq_s32_f32(x); }
+INLINE vint vi_lookup(const int8_t *table, vint x) {
+    return vreinterpretq_s32_s8(vqtbl1q_s8(vld1q_s8(table), vreinterpretq_u8_s32(x)));
+}
+
 #else
 #error "a source file of a level must define what it may use"
 #endif
@@ -308,9 +435,26 @@ INLINE void store_of_row(float *row, int64_t d, int64_t size, vfloat x) {
 
 /* ---- products of bytes, summed as 32-bit integers ---- */
 
+#if defined(LEVEL_NEON)
+/* sums + the products of signed bytes, four neighbours a sum; inputs from -127 to 127. */
+INLINE vint vi_dot_bytes(vint sums, vint weights, vint inputs) {
+    int8x16_t a = vreinterpretq_s8_s32(weights);
+    int8x16_t b = vreinterpretq_s8_s32(inputs);
+#if defined(LEVEL_DOTPROD)
+    return vdotq_s32(sums, a, b);
+#else
+    int16x8_t low = vmull_s8(vget_low_s8(a), vget_low_s8(b));
+    int16x8_t high = vmull_high_s8(a, b);
+    return vpadalq_s16(sums, vpaddq_s16(low, high)); /* pairs are at most 2 x 128 x 127 */
+#endif
+}
+#endif
+
 /* sums + the products of unsigned bytes 0 .. 15 and signed bytes, four neighbours a sum. */
 INLINE vint vi_dot_4bit(vint sums, vint weights, vint inputs) {
-#if defined(LEVEL_AVX512) && defined(LEVEL_VNNI)
+#if defined(LEVEL_NEON)
+    return vi_dot_bytes(sums, weights, inputs);
+#elif defined(LEVEL_AVX512) && defined(LEVEL_VNNI)
     return _mm512_dpbusd_epi32(sums, weights, inputs);
 #elif defined(LEVEL_AVX512)
     __m512i pairs = _mm512_maddubs_epi16(weights, inputs); /* at most 2 x 15 x 127 */
@@ -341,7 +485,9 @@ INLINE vint vi_dot_weights(vint weights) {
 #endif
 }
 INLINE vint vi_dot_8bit(vint sums, vint weights, vint inputs) {
-#if defined(LEVEL_AVX512) && defined(LEVEL_VNNI)
+#if defined(LEVEL_NEON)
+    return vi_dot_bytes(sums, weights, inputs);
+#elif defined(LEVEL_AVX512) && defined(LEVEL_VNNI)
     return _mm512_dpbusd_epi32(sums, weights, inputs);
 #elif defined(LEVEL_AVX512)
     __mmask64 negative = _mm512_movepi8_mask(weights);
@@ -362,7 +508,11 @@ INLINE vint vi_dot_8bit(vint sums, vint weights, vint inputs) {
 #if defined(LEVEL_BF16)
 /* sums + the products of two pairs of bfloat16. */
 INLINE vfloat v_dot_bf16(vfloat sums, vint weights, vint inputs) {
+#if defined(LEVEL_NEON)
+    return vbfdotq_f32(sums, vreinterpretq_bf16_s32(weights), vreinterpretq_bf16_s32(inputs));
+#else
     return _mm512_dpbf16_ps(sums, (__m512bh)weights, (__m512bh)inputs);
+#endif
 }
 #endif
 

@@ -1,0 +1,634 @@
+/* Compares the CPU kernels of every level that the processor has with plain loops in double.
+ *
+ * It needs no Python, so that it also runs for another architecture in an emulator. It is linked
+ * with kernels/cpu/level_*.c, levels.c and thread_pool.c (see test_cpu_levels.py), prints the
+ * levels that passed, and exits with 1 after the first difference.
+ */
+
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "cpu_kernels.h"
+#include "thread_pool.h"
+
+static const Kernels *kernels;
+
+/* ---- data and comparisons ---- */
+
+static uint32_t random_state = 1;
+
+static uint32_t random_bits(void) {
+    random_state = random_state * 1664525u + 1013904223u;
+    return random_state >> 8;
+}
+
+/* From -1 to 1. */
+static float random_float(void) {
+    return (float)random_bits() / (1 << 23) - 1.0f;
+}
+
+static void *allocate(size_t bytes) {
+    void *memory = calloc(1, bytes + 1);
+    if (memory == NULL) {
+        fprintf(stderr, "out of memory\n");
+        exit(2);
+    }
+    return memory;
+}
+
+static float *random_floats(int64_t n, float largest) {
+    float *values = allocate(n * sizeof *values);
+    for (int64_t i = 0; i < n; i++)
+        values[i] = largest * random_float();
+    return values;
+}
+
+static void expect(int condition, const char *what, const char *message) {
+    if (condition)
+        return;
+    printf("%s: %s: %s\n", kernels->name, what, message);
+    exit(1);
+}
+
+/* magnitude: of the terms whose sum is expected. */
+static void expect_close(double actual, double expected, double magnitude, const char *what) {
+    char message[128];
+    snprintf(message, sizeof message, "%.9g where %.9g was expected", actual, expected);
+    expect(fabs(actual - expected) <= 1e-6 * magnitude + 1e-30, what, message);
+}
+
+static float bf16_to_float(uint16_t half) {
+    uint32_t bits = (uint32_t)half << 16;
+    float x;
+    memcpy(&x, &bits, sizeof x);
+    return x;
+}
+
+/* To the nearest, ties to even. */
+static uint16_t float_to_bf16(float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    return (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+/* Of normal float16. */
+static float f16_to_float(uint16_t half) {
+    float magnitude = ldexpf((float)(1024 + (half & 1023)), (half >> 10 & 31) - 25);
+    return half >> 15 ? -magnitude : magnitude;
+}
+
+/* Of e4m3, except NaN. */
+static float fp8_to_float(uint8_t byte) {
+    int exponent = byte >> 3 & 15;
+    int digits = (exponent ? 8 : 0) + (byte & 7);
+    float magnitude = ldexpf((float)digits, (exponent ? exponent : 1) - 10);
+    return byte >> 7 ? -magnitude : magnitude;
+}
+
+/* ---- linear layers ---- */
+
+static const int TWICE_FP4[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};
+static const char *const WEIGHT_NAMES[] = {"f32", "bf16", "f16", "int8", "uint4", "int4", "fp4"};
+static const char *const INPUT_NAMES[] = {"f32", "bf16", "int8"};
+
+static int values_of_word(int weight_type) {
+    return weight_type == WEIGHT_F32    ? 1
+           : weight_type <= WEIGHT_F16  ? 2
+           : weight_type == WEIGHT_INT8 ? 4
+                                        : 8;
+}
+
+/* Put a random value into a packed weight, and return what it stands for. */
+static double put_random_value(int weight_type, uint32_t *words, int64_t depth_words,
+                               int64_t column, int64_t k) {
+    int values = values_of_word(weight_type);
+    int64_t panel = column / PANEL_WIDTH;
+    int i = (int)(k % values);
+    uint32_t *word =
+        words + (panel * depth_words + k / values) * PANEL_WIDTH + column % PANEL_WIDTH;
+    if (weight_type == WEIGHT_F32) {
+        float x = random_float();
+        memcpy(word, &x, sizeof x);
+        return x;
+    }
+    if (weight_type == WEIGHT_BF16) {
+        uint16_t x = float_to_bf16(random_float());
+        *word |= (uint32_t)x << 16 * i;
+        return bf16_to_float(x);
+    }
+    if (weight_type == WEIGHT_F16) {
+        uint16_t x = (uint16_t)((random_bits() & 0x83ff) | (10 + random_bits() % 6) << 10);
+        *word |= (uint32_t)x << 16 * i;
+        return f16_to_float(x);
+    }
+    if (weight_type == WEIGHT_INT8) {
+        uint8_t x = (uint8_t)random_bits();
+        *word |= (uint32_t)x << 8 * i;
+        return (int8_t)x;
+    }
+    uint32_t code = random_bits() & 15;
+    *word |= code << (i < 4 ? 8 * i : 8 * (i - 4) + 4);
+    return weight_type == WEIGHT_UINT4  ? (double)code
+           : weight_type == WEIGHT_INT4 ? (double)code - INT4_ZERO
+                                        : TWICE_FP4[code];
+}
+
+/* What the inputs of a row are rounded to. */
+static void round_inputs(const float *x, int inputs, int64_t depth, int64_t group_size,
+                         double *to) {
+    for (int64_t begin = 0; begin < depth; begin += group_size) {
+        float largest = 0;
+        for (int64_t k = begin; k < begin + group_size; k++)
+            largest = fmaxf(largest, fabsf(x[k]));
+        float scale = fmaxf(largest / 127.0f, 1e-12f);
+        for (int64_t k = begin; k < begin + group_size; k++)
+            to[k] = inputs == INPUTS_BF16   ? bf16_to_float(float_to_bf16(x[k]))
+                    : inputs == INPUTS_INT8 ? (double)scale * nearbyintf(x[k] / scale)
+                                            : x[k];
+    }
+}
+
+static void check_linear(int weight_type, int inputs, int64_t rows, int64_t cols, int64_t depth,
+                         int64_t n_groups, int has_offsets) {
+    char what[128];
+    snprintf(what, sizeof what, "linear, %s x %s, %d rows, %d columns, depth %d in %d groups",
+             INPUT_NAMES[inputs], WEIGHT_NAMES[weight_type], (int)rows, (int)cols, (int)depth,
+             (int)n_groups);
+    int64_t group_size = depth / n_groups;
+    int64_t padded_cols = (cols + PANEL_WIDTH - 1) / PANEL_WIDTH * PANEL_WIDTH;
+    int64_t padded_depth = (depth + DEPTH_MULTIPLE - 1) / DEPTH_MULTIPLE * DEPTH_MULTIPLE;
+    int64_t depth_words =
+        (weight_type == WEIGHT_F32 ? depth : padded_depth) / values_of_word(weight_type);
+    uint32_t *words = allocate(padded_cols * depth_words * sizeof *words);
+    double *weight = allocate(cols * depth * sizeof *weight);
+    for (int64_t c = 0; c < cols; c++)
+        for (int64_t k = 0; k < depth; k++)
+            weight[c * depth + k] = put_random_value(weight_type, words, depth_words, c, k);
+    int has_scales = weight_type >= WEIGHT_INT8;
+    float *scales = random_floats(n_groups * padded_cols, 0.1f);
+    float *offsets = random_floats(n_groups * padded_cols, 0.1f);
+    float *bias = random_floats(padded_cols, 1.0f);
+    int64_t x_stride = depth + 3;
+    int64_t y_stride = cols + 5;
+    float *x = random_floats(rows * x_stride, 2.0f);
+    float *y = random_floats(rows * y_stride, 1.0f);
+    float *alone = allocate(y_stride * sizeof *alone);
+    float guard = y[cols];
+    Linear layer = {
+        .weight_type = weight_type,
+        .inputs = inputs,
+        .x = x,
+        .x_stride = x_stride,
+        .weight = (const char *)words,
+        .scales = has_scales ? scales : NULL,
+        .offsets = has_offsets ? offsets : NULL,
+        .bias = bias,
+        .y = y,
+        .y_stride = y_stride,
+        .rows = rows,
+        .cols = cols,
+        .depth = depth,
+        .group_size = group_size,
+    };
+    expect(kernels->linear(&layer), what, "out of memory");
+    double *rounded = allocate(depth * sizeof *rounded);
+    for (int64_t row = 0; row < rows; row++) {
+        round_inputs(x + row * x_stride, inputs, depth, group_size, rounded);
+        for (int64_t c = 0; c < cols; c++) {
+            double sum = bias[c];
+            double magnitude = fabs(sum);
+            for (int64_t k = 0; k < depth; k++) {
+                int64_t parameter = k / group_size * padded_cols + c;
+                double w = weight[c * depth + k] * (has_scales ? scales[parameter] : 1);
+                double offset = has_offsets ? offsets[parameter] : 0;
+                sum += rounded[k] * (w - offset);
+                magnitude += fabs(rounded[k]) * (fabs(w) + fabs(offset));
+            }
+            expect_close(y[row * y_stride + c], sum, magnitude, what);
+        }
+    }
+    expect(y[cols] == guard, what, "it wrote beyond its columns");
+    layer.x = x + (rows - 1) * x_stride;
+    layer.y = alone;
+    layer.rows = 1;
+    expect(kernels->linear(&layer), what, "out of memory");
+    expect(memcmp(alone, y + (rows - 1) * y_stride, cols * sizeof *y) == 0, what,
+           "a row alone has other results than in a batch");
+    free(words);
+    free(weight);
+    free(scales);
+    free(offsets);
+    free(bias);
+    free(x);
+    free(y);
+    free(alone);
+    free(rounded);
+}
+
+static void check_linears(void) {
+    static const int64_t sizes[][3] = {/* rows, columns, depth */
+                                       {1, 7, 5},   {2, 33, 70},  {3, 64, 96},  {4, 40, 64},
+                                       {5, 17, 48}, {7, 100, 72}, {13, 16, 130}, {97, 36, 64}};
+    for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++)
+        for (int type = WEIGHT_F32; type <= WEIGHT_FP4; type++)
+            for (int inputs = INPUTS_F32; inputs <= INPUTS_INT8; inputs++) {
+                int64_t depth = sizes[i][2];
+                if (inputs == INPUTS_BF16 && (type != WEIGHT_BF16 || !kernels->has_bfloat16))
+                    continue;
+                if (inputs == INPUTS_INT8 && type < WEIGHT_INT8)
+                    continue;
+                check_linear(type, inputs, sizes[i][0], sizes[i][1], depth, 1, 0);
+                if (type >= WEIGHT_INT8 && depth % 24 == 0)
+                    check_linear(type, inputs, sizes[i][0], sizes[i][1], depth, depth / 24, 1);
+            }
+}
+
+static void check_not_finite_inputs(void) {
+    const float bad[] = {NAN, INFINITY, -INFINITY};
+    for (int i = 0; i < 3; i++) {
+        uint32_t words[DEPTH_MULTIPLE / 4 * PANEL_WIDTH];
+        float x[DEPTH_MULTIPLE];
+        float scales[PANEL_WIDTH];
+        float y[PANEL_WIDTH];
+        memset(words, 1, sizeof words);
+        for (int k = 0; k < DEPTH_MULTIPLE; k++)
+            x[k] = random_float();
+        for (int c = 0; c < PANEL_WIDTH; c++)
+            scales[c] = 1;
+        x[9] = bad[i];
+        kernels->linear(&(Linear){.weight_type = WEIGHT_INT8,
+                                  .inputs = INPUTS_INT8,
+                                  .x = x,
+                                  .weight = (const char *)words,
+                                  .scales = scales,
+                                  .y = y,
+                                  .rows = 1,
+                                  .cols = PANEL_WIDTH,
+                                  .depth = DEPTH_MULTIPLE,
+                                  .group_size = DEPTH_MULTIPLE});
+        expect(isnan(y[0]) && isnan(y[PANEL_WIDTH - 1]), "linear", "NaN is lost in int8 inputs");
+    }
+}
+
+/* ---- norms, residuals, rotary embeddings, the KV cache ---- */
+
+static void check_norm_of(const float *x, const float *weight, const float *bias, const float *y,
+                          int64_t size, int subtract_mean, const char *what) {
+    double mean = 0;
+    double variance = 0;
+    for (int64_t d = 0; d < size; d++)
+        mean += subtract_mean ? x[d] / (double)size : 0;
+    for (int64_t d = 0; d < size; d++)
+        variance += (x[d] - mean) * (x[d] - mean) / (double)size;
+    for (int64_t d = 0; d < size; d++) {
+        double expected = (x[d] - mean) / sqrt(variance + 1e-5) * weight[d];
+        expect_close(y[d], expected + (bias ? bias[d] : 0), 4, what);
+    }
+}
+
+static void check_norms(void) {
+    static const int64_t sizes[] = {1, 3, 4, 15, 48, 67, 576};
+    for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++)
+        for (int subtract_mean = 0; subtract_mean < 2; subtract_mean++) {
+            int64_t size = sizes[i];
+            int64_t rows = 41;
+            float *x = random_floats(rows * size, 3.0f);
+            float *weight = random_floats(size, 1.0f);
+            float *bias = random_floats(size, 1.0f);
+            float *y = allocate(rows * size * sizeof *y);
+            kernels->norm(&(Norm){.x = x,
+                                  .weight = weight,
+                                  .bias = subtract_mean ? bias : NULL,
+                                  .y = y,
+                                  .rows = rows,
+                                  .hidden_size = size,
+                                  .subtract_mean = subtract_mean,
+                                  .eps = 1e-5f});
+            for (int64_t row = 0; row < rows; row++)
+                check_norm_of(x + row * size, weight, subtract_mean ? bias : NULL, y + row * size,
+                              size, subtract_mean, "norm");
+            memcpy(y, x, rows * size * sizeof *y);
+            kernels->norm_heads(&(HeadNorm){.x = y,
+                                            .x_stride = 4 * size,
+                                            .n_tokens = 10,
+                                            .n_heads = 3,
+                                            .head_dim = size,
+                                            .weight = weight,
+                                            .subtract_mean = subtract_mean,
+                                            .eps = 1e-5f});
+            for (int64_t head = 0; head < 40; head++)
+                if (head % 4 < 3)
+                    check_norm_of(x + head * size, weight, NULL, y + head * size, size,
+                                  subtract_mean, "norm_heads");
+                else
+                    expect(memcmp(x + head * size, y + head * size, size * sizeof *x) == 0,
+                           "norm_heads", "a head beyond n_heads has changed");
+            free(x);
+            free(weight);
+            free(bias);
+            free(y);
+        }
+}
+
+static void check_residual(int64_t size) {
+    float *residual = random_floats(size, 1.0f);
+    float *update = random_floats(size, 1.0f);
+    float *y = allocate(size * sizeof *y);
+    kernels->add_residual(&(Residual){residual, update, y, size, 0.5f});
+    for (int64_t i = 0; i < size; i++)
+        expect_close(y[i], residual[i] + 0.5 * update[i], 1, "add_residual");
+    memcpy(y, residual, size * sizeof *y);
+    if (size > 6) {
+        kernels->scale_tokens(&(TokenScales){y, size, 1, size - 1, update});
+        for (int64_t i = 0; i < size - 1; i++)
+            expect_close(y[i], residual[i] * (double)update[0], 1, "scale_tokens");
+        expect(y[size - 1] == residual[size - 1], "scale_tokens", "it wrote beyond its size");
+    }
+    free(residual);
+    free(update);
+    free(y);
+}
+
+static void check_rotary(int64_t half, int interleaved) {
+    enum { TOKENS = 5, HEADS = 3 };
+    int64_t head_dim = 2 * half + 3;
+    int64_t stride = HEADS * head_dim;
+    float *x = random_floats(TOKENS * stride, 1.0f);
+    float *y = allocate(TOKENS * stride * sizeof *y);
+    float *cos = random_floats(TOKENS * 2 * half, 1.0f);
+    float *sin = random_floats(TOKENS * 2 * half, 1.0f);
+    memcpy(y, x, TOKENS * stride * sizeof *y);
+    kernels->apply_rotary_emb(&(Rotary){.x = y,
+                                        .x_stride = stride,
+                                        .n_tokens = TOKENS,
+                                        .n_heads = HEADS,
+                                        .head_dim = head_dim,
+                                        .cos = cos,
+                                        .sin = sin,
+                                        .half = half,
+                                        .interleaved = interleaved});
+    for (int64_t i = 0; i < TOKENS * stride; i++) {
+        int64_t d = i % head_dim;
+        if (d >= 2 * half) {
+            expect(y[i] == x[i], "apply_rotary_emb", "a dimension beyond 2 half has changed");
+            continue;
+        }
+        int64_t pair = interleaved ? d / 2 : d % half;
+        int is_second = interleaved ? d % 2 : d >= half;
+        int64_t other = i + (is_second ? -1 : 1) * (interleaved ? 1 : half);
+        int64_t angle = i / stride * 2 * half + is_second * half + pair;
+        double expected = (double)x[i] * cos[angle] + (double)x[other] * sin[angle];
+        expect_close(y[i], expected, 2, "apply_rotary_emb");
+    }
+    free(x);
+    free(y);
+    free(cos);
+    free(sin);
+}
+
+static void check_store_kv(void) {
+    enum { TOKENS = 3, HEADS = 2, DIM = 5, SLOTS = 8 };
+    static const int64_t slots[TOKENS] = {6, 0, 3};
+    float *kv = random_floats(TOKENS * HEADS * DIM, 1.0f);
+    float cache[HEADS * SLOTS * DIM] = {0};
+    kernels->store_kv(&(StoreKv){.kv = kv,
+                                 .kv_stride = HEADS * DIM,
+                                 .n_tokens = TOKENS,
+                                 .n_heads = HEADS,
+                                 .head_dim = DIM,
+                                 .slot_mapping = slots,
+                                 .kv_type = KV_F32,
+                                 .cache = (char *)cache,
+                                 .head_stride = SLOTS * DIM});
+    for (int t = 0; t < TOKENS; t++)
+        for (int head = 0; head < HEADS; head++)
+            expect(memcmp(cache + (head * SLOTS + slots[t]) * DIM, kv + (t * HEADS + head) * DIM,
+                          DIM * sizeof *kv) == 0,
+                   "store_kv", "other values are in the cache");
+    free(kv);
+}
+
+/* ---- activations ---- */
+
+static double sigmoid(double x) {
+    return 1 / (1 + exp(-x));
+}
+
+static double activation_of(int activation, double x) {
+    if (activation == ACT_SILU)
+        return x * sigmoid(x);
+    if (activation == ACT_GELU_TANH)
+        return x * sigmoid(2 * 0.7978845608028654 * (x + 0.044715 * x * x * x));
+    if (activation == ACT_GELU)
+        return x * erfc(-x / sqrt(2)) / 2;
+    return x > 0 ? x * x : 0;
+}
+
+static double swiglu_clamped(double gate, double up, double limit, double alpha) {
+    gate = fmin(gate, limit);
+    up = fmax(fmin(up, limit), -limit);
+    return gate * sigmoid(alpha * gate) * (up + 1);
+}
+
+static void check_activations(int64_t size) {
+    enum { ROWS = 3 };
+    float *x = random_floats(ROWS * 2 * size, 12.0f);
+    float *y = allocate(ROWS * 2 * size * sizeof *y);
+    for (int activation = ACT_SILU; activation <= ACT_SWIGLU_CLAMPED; activation++) {
+        Activation operation = {x, y, ROWS, size, activation, 7.0f, 1.702f};
+        kernels->act_and_mul(&operation);
+        for (int64_t i = 0; i < ROWS * size; i++) {
+            const float *gate = x + i / size * 2 * size + i % size;
+            double expected = activation == ACT_SWIGLU_CLAMPED
+                                  ? swiglu_clamped(gate[0], gate[size], 7, 1.702f)
+                                  : activation_of(activation, gate[0]) * gate[size];
+            expect_close(y[i], expected, 3 * fabs(expected) + 1, "act_and_mul");
+        }
+        if (activation == ACT_SWIGLU_CLAMPED)
+            continue;
+        operation.size = 2 * size;
+        kernels->act(&operation);
+        for (int64_t i = 0; i < ROWS * 2 * size; i++) {
+            double expected = activation_of(activation, x[i]);
+            expect_close(y[i], expected, 3 * fabs(expected) + 1, "act");
+        }
+    }
+    x[0] = NAN;
+    for (int activation = ACT_SILU; activation <= ACT_SWIGLU_CLAMPED; activation++) {
+        kernels->act_and_mul(&(Activation){x, y, 1, size, activation, 7.0f, 1.702f});
+        expect(isnan(y[0]), "act_and_mul", "NaN is lost");
+    }
+    free(x);
+    free(y);
+}
+
+static void check_xielu(int64_t size) {
+    float *x = random_floats(size, 5.0f);
+    float *y = allocate(size * sizeof *y);
+    const float raw_p = 0.4f;
+    const float raw_n = 0.3f;
+    const float beta = 0.5f;
+    const float eps = -1e-6f;
+    kernels->xielu(&(Xielu){x, y, size, &raw_p, &raw_n, &beta, &eps});
+    double alpha_p = log1p(exp(raw_p));
+    double alpha_n = beta + log1p(exp(raw_n));
+    for (int64_t i = 0; i < size; i++) {
+        double m = fmin(x[i], eps);
+        double curve = x[i] > 0 ? alpha_p * x[i] * x[i] : alpha_n * (expm1(m) - x[i]);
+        expect_close(y[i], curve + beta * x[i], 3 * fabs(curve) + 4, "xielu");
+    }
+    free(x);
+    free(y);
+}
+
+/* ---- attention ---- */
+
+enum {
+    N_HEADS = 6,
+    N_KV_HEADS = 2,
+    BLOCK_SIZE = 16,
+    N_BLOCKS = 40,
+    SLOTS = N_BLOCKS * BLOCK_SIZE,
+    N_SEQUENCES = 3
+};
+
+/* The element d of a key (head < N_KV_HEADS) or value. */
+static double cached(const PagedAttention *a, int64_t head, int64_t slot, int64_t d) {
+    int64_t element = head * a->head_stride + slot * a->head_dim + d;
+    if (a->kv_type == KV_F32)
+        return ((const float *)a->kv)[element];
+    if (a->kv_type == KV_BF16)
+        return bf16_to_float(((const uint16_t *)a->kv)[element]);
+    if (a->kv_type == KV_F16)
+        return f16_to_float(((const uint16_t *)a->kv)[element]);
+    double scale = a->scales[a->static_scales ? head : head * SLOTS + slot];
+    if (a->kv_type == KV_INT8)
+        return scale * ((const int8_t *)a->kv)[element];
+    return scale * fp8_to_float(((const uint8_t *)a->kv)[element]);
+}
+
+static void check_query(const PagedAttention *a, int64_t sequence, int64_t token, int64_t position,
+                        int64_t head) {
+    int64_t kv_head = head / (N_HEADS / N_KV_HEADS);
+    const float *q = a->q + token * a->q_stride + head * a->head_dim;
+    double *out = allocate(a->head_dim * sizeof *out);
+    double total = a->sinks ? exp(a->sinks[head]) : 0;
+    int64_t first = a->window && position >= a->window ? position - a->window + 1 : 0;
+    for (int64_t t = first; t <= position; t++) {
+        int64_t block = a->block_tables[a->table_starts[sequence] + t / BLOCK_SIZE];
+        int64_t slot = block * BLOCK_SIZE + t % BLOCK_SIZE;
+        double score = 0;
+        for (int64_t d = 0; d < a->head_dim; d++)
+            score += q[d] * cached(a, kv_head, slot, d);
+        score *= a->scale;
+        if (a->softcap != 0)
+            score = a->softcap * tanh(score / a->softcap);
+        total += exp(score);
+        for (int64_t d = 0; d < a->head_dim; d++)
+            out[d] += exp(score) * cached(a, N_KV_HEADS + kv_head, slot, d);
+    }
+    for (int64_t d = 0; d < a->head_dim; d++)
+        expect_close(a->out[(token * N_HEADS + head) * a->head_dim + d], out[d] / total, 2,
+                     "paged_attention");
+    free(out);
+}
+
+static void check_attention(int64_t head_dim, int kv_type, int static_scales, int64_t window,
+                            float softcap, int has_sinks) {
+    static const int64_t query_lens[N_SEQUENCES] = {1, 19, 5};
+    static const int64_t seq_lens[N_SEQUENCES] = {131, 19, 70};
+    static const int64_t table_starts[N_SEQUENCES] = {0, 12, 20};
+    int64_t block_tables[N_BLOCKS];
+    for (int64_t i = 0; i < N_BLOCKS; i++)
+        block_tables[i] = i * 7 % N_BLOCKS;
+    int64_t elements = 2 * N_KV_HEADS * SLOTS * head_dim;
+    float *kv = random_floats(elements, 1.0f);
+    for (int64_t i = 0; i < elements; i++)
+        if (kv_type == KV_BF16)
+            ((uint16_t *)kv)[i] = float_to_bf16(random_float());
+        else if (kv_type == KV_F16)
+            ((uint16_t *)kv)[i] = (uint16_t)((random_bits() & 0x83ff) | 14 << 10);
+        else if (kv_type == KV_INT8)
+            ((uint8_t *)kv)[i] = (uint8_t)random_bits();
+        else if (kv_type == KV_FP8)
+            ((uint8_t *)kv)[i] = (uint8_t)(random_bits() & 0xbf); /* below 2, also subnormal */
+    int quantized = kv_type == KV_INT8 || kv_type == KV_FP8;
+    float *scales = random_floats(2 * N_KV_HEADS * SLOTS, 0.01f);
+    float sinks[N_HEADS];
+    for (int i = 0; i < N_HEADS; i++)
+        sinks[i] = random_float();
+    int64_t q_stride = N_HEADS * head_dim + 7;
+    float *q = random_floats(25 * q_stride, 2.0f);
+    float *out = allocate(25 * N_HEADS * head_dim * sizeof *out);
+    PagedAttention a = {
+        .q = q,
+        .out = out,
+        .q_stride = q_stride,
+        .kv_type = kv_type,
+        .kv = (const char *)kv,
+        .scales = quantized ? scales : NULL,
+        .static_scales = static_scales,
+        .head_stride = SLOTS * head_dim,
+        .block_size = BLOCK_SIZE,
+        .head_dim = head_dim,
+        .n_heads = N_HEADS,
+        .n_kv_heads = N_KV_HEADS,
+        .n_sequences = N_SEQUENCES,
+        .query_lens = query_lens,
+        .seq_lens = seq_lens,
+        .block_tables = block_tables,
+        .table_starts = table_starts,
+        .window = window,
+        .scale = 0.3f,
+        .softcap = softcap,
+        .sinks = has_sinks ? sinks : NULL,
+    };
+    expect(kernels->paged_attention(&a), "paged_attention", "out of memory");
+    int64_t token = 0;
+    for (int64_t sequence = 0; sequence < N_SEQUENCES; sequence++)
+        for (int64_t i = 0; i < query_lens[sequence]; i++, token++)
+            for (int64_t head = 0; head < N_HEADS; head++)
+                check_query(&a, sequence, token, seq_lens[sequence] - query_lens[sequence] + i,
+                            head);
+    free(kv);
+    free(scales);
+    free(q);
+    free(out);
+}
+
+static void check_level(void) {
+    static const int64_t sizes[] = {1, 2, 3, 4, 7, 8, 16, 33, 100};
+    check_linears();
+    check_not_finite_inputs();
+    check_norms();
+    for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++) {
+        check_residual(sizes[i]);
+        check_rotary(sizes[i], 0);
+        check_rotary(sizes[i], 1);
+        check_activations(sizes[i]);
+        check_xielu(sizes[i]);
+    }
+    check_residual(3 * PARALLEL_MIN_ELEMENTS + 1); /* several threads */
+    check_xielu(PARALLEL_MIN_ELEMENTS + 1);
+    check_store_kv();
+    check_attention(64, KV_F32, 0, 0, 0.0f, 0);
+    check_attention(30, KV_F32, 0, 33, 5.0f, 1);
+    check_attention(20, KV_INT8, 0, 0, 0.0f, 0);
+    check_attention(48, KV_INT8, 1, 70, 0.0f, 1);
+    check_attention(18, KV_BF16, 0, 0, 0.0f, 0);
+    check_attention(22, KV_F16, 0, 0, 0.0f, 0);
+    check_attention(24, KV_FP8, 0, 0, 0.0f, 0);
+}
+
+int main(void) {
+    set_num_threads(3);
+    for (const Level *level = levels; level->kernels; level++)
+        if (level->is_supported()) {
+            kernels = level->kernels;
+            check_level();
+            printf("%s\n", kernels->name);
+        }
+    return 0;
+}

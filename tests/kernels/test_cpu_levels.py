@@ -1,0 +1,69 @@
+"""The kernels of every level against plain C loops: a C program, also run as Arm in qemu."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from llmkit.kernels.cpu import cpu_kernels
+
+ROOT = Path(__file__).resolve().parents[2]
+SOURCES = ROOT / "kernels/cpu"
+ARM_COMPILER = "aarch64-linux-gnu-gcc"
+EMULATOR = "qemu-aarch64"
+needs_arm = pytest.mark.skipif(
+    not (shutil.which(ARM_COMPILER) and shutil.which(EMULATOR)),
+    reason=f"no {ARM_COMPILER} or no {EMULATOR} (CONTRIBUTING.md says how to install them)",
+)
+
+
+def compile_program(compiler: str, program: Path, *options: str) -> Path:
+    # Without optimization, the compiler takes a fifth of the time.
+    level = os.environ.get("LLMKIT_TEST_OPTIMIZATION", "-O0")
+    sources = [*sorted(SOURCES.glob("level*.c")), SOURCES / "thread_pool.c"]
+    sources.append(ROOT / "tests/kernels/check_levels.c")
+    flags = [level, "-std=gnu11", "-Wall", "-Wextra", "-Werror", "-ffp-contract=off", "-pthread"]
+    command = [compiler, *flags, *options, f"-I{SOURCES}", *sources, "-lm", "-o", program]
+    subprocess.run(command, check=True)
+    return program
+
+
+def levels_that_pass(*command: str | Path) -> list[str]:
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout.split()
+
+
+@pytest.fixture(scope="module")
+def arm_program(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    program = tmp_path_factory.mktemp("arm") / "check_levels"
+    return compile_program(ARM_COMPILER, program, "-static")
+
+
+@needs_arm
+@pytest.mark.parametrize(
+    ("cpu", "levels"),
+    [
+        ("cortex-a53", ["neon"]),
+        pytest.param("neoverse-n1", ["neon", "neon_dotprod"], marks=pytest.mark.slow),
+        ("max", ["neon", "neon_dotprod", "neon_bf16"]),
+    ],
+)
+def test_arm_levels_equal_plain_loops(arm_program: Path, cpu: str, levels: list[str]) -> None:
+    assert levels_that_pass(EMULATOR, "-cpu", cpu, arm_program) == levels
+
+
+@pytest.mark.slow  # test_cpu_kernels.py runs the same levels from Python
+@pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")
+@pytest.mark.skipif(
+    platform.machine() not in ("x86_64", "aarch64", "arm64"),
+    reason="an architecture without levels",
+)
+def test_levels_of_this_machine_equal_plain_loops(tmp_path: Path) -> None:
+    levels = levels_that_pass(compile_program("cc", tmp_path / "check_levels"))
+    assert levels == (cpu_kernels.levels() or levels)
