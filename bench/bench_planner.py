@@ -19,11 +19,12 @@ from llmkit.bench.gpu_monitor import GpuMonitor
 from llmkit.bench.load_client import query_server
 from llmkit.bench.load_modes import load_scenarios
 from llmkit.bench.page_cache import PAGE_CACHE_STATES
-from llmkit.bench.peak_performance import load_peaks
+from llmkit.bench.peak_performance import PeakPerformance, load_peaks, measure_peaks
 from llmkit.bench.server_quality import PromptLogprobsClient, detect_prompt_logprobs_api
 from llmkit.bench.workload import Scenario, select_scenarios
 from llmkit.checkpoint.open_checkpoint import open_checkpoint
 from llmkit.common.errors import UsageError
+from llmkit.kernels.cpu import cpu_kernels
 from llmkit.model.device import resolve_device
 from llmkit.model.families import checkpoint_spec, require_native
 from llmkit.runtime.engine_plan import DTYPES
@@ -69,7 +70,9 @@ def make_plan(references: Sequence[str], options: BenchOptions) -> BenchPlan:
         baseline = SAVED_BASELINE
     elif len(targets) > 1:
         baseline = targets[0].name
-    peaks = load_peaks(device, dtype)
+    serves = options.speed and (options.load is None or options.load.mode != STARTUP)
+    has_checkpoints = any(target.checkpoint for target in targets)
+    peaks = _peaks(device, dtype, is_used=serves and has_checkpoints)
     tasks = EvalTasks(options.tasks) if options.tasks else None
     plan = BenchPlan(
         options,
@@ -103,6 +106,18 @@ def make_plan(references: Sequence[str], options: BenchOptions) -> BenchPlan:
     for target in targets:
         target.report.absent = missing_metrics(plan, target)
     return plan
+
+
+def _peaks(device: str, dtype: torch.dtype, is_used: bool) -> PeakPerformance | None:
+    """The peaks of this device.
+
+    is_used: measure a CPU's, which takes a moment, when they were not measured before.
+    """
+    peaks = load_peaks(device, dtype)
+    if peaks is None and is_used and device == "cpu" and cpu_kernels.library is not None:
+        measure_peaks(device)
+        peaks = load_peaks(device, dtype)
+    return peaks
 
 
 def _check_options(references: Sequence[str], options: BenchOptions) -> tuple[Scenario, ...]:

@@ -23,6 +23,7 @@ from llmkit.bench.gpu_monitor import energy_metrics
 from llmkit.bench.load_modes import is_saturated
 from llmkit.bench.model_costs import count_model_costs, utilization
 from llmkit.bench.offline_backend import OfflineBackend
+from llmkit.bench.peak_performance import load_peaks
 from llmkit.bench.startup import measure_startup
 from llmkit.bench.workload import WARMUP, Scenario, Workload, WorkloadRequest, check_context_length
 from llmkit.checkpoint.checkpoint import Checkpoint
@@ -67,7 +68,11 @@ def measure_running_targets(
             # Counting plans an engine. It needs free memory, which a running server takes.
             if plan.has_utilization(target) and target.checkpoint and target.spec:
                 target.costs = count_model_costs(
-                    target.checkpoint, target.spec, plan.dtype, plan.device
+                    target.checkpoint,
+                    target.spec,
+                    plan.dtype,
+                    plan.device,
+                    plan.options.cpu_activations,
                 )
     groups = [plan.targets] if plan.interleaved else [[target] for target in plan.targets]
     for group in groups:
@@ -148,7 +153,8 @@ def _measure_run(
         price_per_s = plan.options.price_per_hour / 3600
         metrics["cost_per_million"] = price_per_s * 1e6 / metrics["output_tps"]
     if target.costs and plan.peaks:
-        metrics |= utilization(target.costs, plan.peaks, run.timelines, run.wall_s)
+        peaks = load_peaks(plan.device, target.costs.inputs) or plan.peaks
+        metrics |= utilization(target.costs, peaks, run.timelines, run.wall_s)
     if target.checkpoint is not None:
         metrics |= energy_metrics(
             energy_before_j, energy_after_j, energy_span_s, int(metrics["output_tokens"])

@@ -17,11 +17,13 @@ DEFINITIONS: dict[str, str] = {
     " by Student's t; targets that took turns are compared by a paired t test, others by Welch's,"
     " both at 5 %",
     "MBU": "bytes a decode step must read (weights, and keys and values of the requests in flight)"
-    " over the mean TPOT, as a share of the copy bandwidth that `llmkit doctor --peaks` measured;"
-    " a copy also writes, so that reading alone may pass 100 %",
+    " over the mean TPOT, as a share of the measured bandwidth: on a CPU with compiled kernels that"
+    " of reading a large weight, otherwise that of a copy, which also writes, so that reading alone"
+    " may pass 100 %",
     "MFU": "operations of all tokens computed (products and attention, two for a multiplication"
-    " and its addition) over the wall time, as a share of the rate of a large matrix product that"
-    " `llmkit doctor --peaks` measured",
+    " and its addition) over the wall time, as a share of the measured rate of a large matrix"
+    " product; on a CPU with compiled kernels that of their product in the cache, with inputs of"
+    " the same dtype",
     "GPU energy": "the GPUs' own counters over a run, idle power included, divided by output"
     " tokens",
     "cost": "--price-per-hour over the wall time, for a million output tokens, in the price's"

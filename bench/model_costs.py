@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -11,7 +12,13 @@ import torch
 from llmkit.bench.bench_metrics import RequestTimeline
 from llmkit.bench.peak_performance import PeakPerformance
 from llmkit.checkpoint.checkpoint import Checkpoint
-from llmkit.model.parameter_table import embedding_tensor, parameters
+from llmkit.checkpoint.quantized_weight import Scheme
+from llmkit.common.options import CpuActivations
+from llmkit.kernels.cpu import cpu_kernels
+from llmkit.kernels.cpu.cpu_kernels import InputType, PackedWeight
+from llmkit.model.checkpoint_tensors import scheme_of
+from llmkit.model.linear import keeps_weights_packed
+from llmkit.model.parameter_table import Parameter, embedding_tensor, parameters
 from llmkit.model.spec import ModelSpec
 from llmkit.runtime.engine.engine_options import EngineOptions
 from llmkit.runtime.engine_plan import plan_engine
@@ -29,6 +36,7 @@ class ModelCosts:
     head_flops: float  # the LM head, for each sampled token
     context_flops: float  # attention, for each token and each token that it attends to
     kv_bytes: int  # keys and values, for each token
+    inputs: str = "float32"  # the dtype of the linear layers' inputs: whose peak the products have
 
     def step_bytes(self, num_requests: float, context_tokens: float) -> float:
         """Bytes that a decode step reads. All experts are taken to be equally likely."""
@@ -43,29 +51,95 @@ class ModelCosts:
 
 
 def count_model_costs(
-    checkpoint: Checkpoint, spec: ModelSpec, dtype: torch.dtype, device: str
+    checkpoint: Checkpoint,
+    spec: ModelSpec,
+    dtype: torch.dtype,
+    device: str,
+    cpu_activations: CpuActivations = "auto",
 ) -> ModelCosts:
-    """The costs of a checkpoint that is served in `dtype` on "cpu" or "cuda"."""
-    plan = plan_engine(
-        checkpoint, EngineOptions(device=device, dtype=str(dtype).removeprefix("torch."))
-    )
+    """The costs of a checkpoint that is served in `dtype` on "cpu" or "cuda".
+
+    cpu_activations: as the engine's option.
+    """
+    dtype_name = str(dtype).removeprefix("torch.")
+    plan = plan_engine(checkpoint, EngineOptions(device=device, dtype=dtype_name))
     rows = parameters(spec)
     linear = [row for row in rows if row.is_linear and row.expert is None]
     experts = [row for row in rows if row.expert is not None]
     head = [row for row in rows if row.is_lm_head]
-    dense = weight_bytes(checkpoint, spec, dtype, torch.device(device), [*linear, *head])
+
+    def read_bytes(weights: Sequence[Parameter]) -> int:
+        if plan.device.type == "cpu" and keeps_weights_packed():
+            return _cpu_read_bytes(checkpoint, weights)
+        return weight_bytes(checkpoint, spec, dtype, torch.device(device), weights)
+
+    dense = read_bytes([*linear, *head])
     if spec.tie_word_embeddings:
         stored = checkpoint.tensors[embedding_tensor(spec)].torch_dtype.itemsize
         dense += spec.vocab_size * spec.hidden_size * min(stored, dtype.itemsize)
+    inputs = dtype_name
+    if plan.device.type == "cpu" and keeps_weights_packed():
+        rounded_to = "bfloat16" if dtype == torch.bfloat16 else cpu_activations
+        inputs = _cpu_inputs(checkpoint, linear, rounded_to)
     return ModelCosts(
         dense,
-        weight_bytes(checkpoint, spec, dtype, torch.device(device), experts),
+        read_bytes(experts),
         _expert_share(spec),
         token_flops(spec),
         2.0 * spec.vocab_size * spec.hidden_size,
         4.0 * sum(attention_elements(spec, index) for index in range(len(spec.layers))),
         plan.memory.bytes_per_block // plan.memory.block_size,
+        inputs,
     )
+
+
+def _cpu_inputs(
+    checkpoint: Checkpoint, linear: Sequence[Parameter], cpu_activations: CpuActivations
+) -> str:
+    """What the inputs of most linear weights are rounded to on a CPU."""
+    elements: Counter[str] = Counter()
+    for row in linear:
+        for source in row.sources:
+            stored, scheme = _cpu_weight_type(checkpoint, row, source.name)
+            inputs: InputType = "float32"
+            if scheme is not None and scheme.inputs != "none":  # rounded by the checkpoint's rule
+                inputs = "int8" if stored == torch.int8 and scheme.inputs == "token" else inputs
+            else:
+                empty_weight = PackedWeight(torch.empty(0, dtype=stored), (0, 0))
+                inputs = cpu_kernels.inputs_for(empty_weight, cpu_activations)
+            elements[inputs] += math.prod(source.shape)
+    return elements.most_common(1)[0][0] if elements else "float32"
+
+
+def _cpu_weight_type(
+    checkpoint: Checkpoint, row: Parameter, tensor: str
+) -> tuple[torch.dtype, Scheme | None]:
+    """The dtype in which the compiled kernels hold a weight, uint8 for 4 bits, and its scheme."""
+    scheme = scheme_of(row, tensor, checkpoint.quantization)
+    if scheme is None:
+        return checkpoint.tensors[tensor].torch_dtype, None
+    if scheme.is_fp8:
+        return torch.bfloat16, scheme  # which represents every FP8 value
+    return (torch.int8 if scheme.bits == 8 else torch.uint8), scheme
+
+
+def _cpu_read_bytes(checkpoint: Checkpoint, rows: Sequence[Parameter]) -> int:
+    """Bytes that the compiled kernels read of these weights: values, scales and zero points.
+
+    Both of the last are float32, one for each row and group.
+    """
+    total = 0.0
+    for row in rows:
+        for source in row.sources:
+            stored, scheme = _cpu_weight_type(checkpoint, row, source.name)
+            num_rows, columns = math.prod(source.shape[:-1]), source.shape[-1]
+            value_bytes = min(4.0, stored.itemsize)
+            if scheme is not None:
+                value_bytes = 0.5 if scheme.bits == 4 else value_bytes
+                scales = num_rows * scheme.groups(columns)
+                total += 4 * scales * (1 if scheme.symmetric else 2)
+            total += value_bytes * num_rows * columns
+    return round(total)
 
 
 def attention_elements(spec: ModelSpec, layer: int) -> int:

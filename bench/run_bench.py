@@ -40,8 +40,8 @@ def bench(targets: Sequence[str], options: BenchOptions, progress: Progress) -> 
     The report has the results of the gates; `BenchReport.require_gates` raises for failed ones.
     Raises as `make_plan` does, and InputError when requests fail or do not fit a target.
     """
+    threads = cpu_kernels.use_threads(options.threads)  # with which the plan measures a CPU's peaks
     plan = make_plan(targets, options)
-    threads = cpu_kernels.use_threads(options.threads)
     environment = describe_environment(plan.device, plan.dtype)
     if plan.device == "cpu":
         environment |= {"threads": threads.count, "cpu_activations": options.cpu_activations}

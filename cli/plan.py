@@ -64,7 +64,10 @@ class PlanArguments:
     gpu: Annotated[
         str | None,
         Option(
-            "h200, l4 ...: estimate step times from its data sheet.", metavar="NAME", unset="none"
+            "h200, l4 ...: estimate step times from its data sheet; cpu: from this machine's "
+            "measured peaks.",
+            metavar="NAME",
+            unset="none",
         ),
     ] = None
     tp: Annotated[
@@ -148,6 +151,7 @@ def plan(output: Output, arguments: PlanArguments) -> None:
     from llmkit.bench.bench_report import read_report
     from llmkit.deploy.capacity_planning import (
         Demand,
+        cpu_engine,
         engines,
         measured_engine,
         plan_replicas,
@@ -179,7 +183,10 @@ def plan(output: Output, arguments: PlanArguments) -> None:
     else:
         assert arguments.model is not None and arguments.gpu is not None
         source = open_source(arguments.model)
-        candidates = engines(source, arguments.gpu, list(arguments.tp), limits)
+        if arguments.gpu == "cpu":
+            candidates = [cpu_engine(source, limits)]
+        else:
+            candidates = engines(source, arguments.gpu, list(arguments.tp), limits)
     if arguments.replicas is not None:
         plans = [predict(engine, demand, arguments.replicas) for engine in candidates]
     else:
@@ -198,6 +205,8 @@ def plan(output: Output, arguments: PlanArguments) -> None:
     }
     if fit_error is not None:
         times_source = f"measured times, fitted within {fit_error:.0%}"
+    elif arguments.gpu == "cpu":
+        times_source = "estimated from this CPU's measured peaks: --bench of a replica is better"
     else:
         times_source = (
             f"estimated from the data sheet of {arguments.gpu}: measure one replica and use "

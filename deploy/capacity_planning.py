@@ -7,13 +7,18 @@ from dataclasses import dataclass, replace
 from random import Random
 from typing import Any
 
+import torch
+
 from llmkit.bench.bench_metrics import RequestTimeline, calculate_metrics
 from llmkit.bench.bench_report import BenchReport, require_single_target
 from llmkit.bench.load_modes import gamma_arrivals
-from llmkit.bench.model_costs import token_flops
+from llmkit.bench.model_costs import count_model_costs, token_flops
+from llmkit.bench.peak_performance import load_peaks, measure_peaks
 from llmkit.common.errors import InputError, ShortageError, UsageError
 from llmkit.deploy.queue_simulation import Arrival, Limits, SimulatedReplica, StepTime, simulate
 from llmkit.deploy.step_time import EFFICIENCY, RooflineStepTime, fit_step_time
+from llmkit.runtime.engine.engine_options import EngineOptions
+from llmkit.runtime.engine_plan import plan_engine
 from llmkit.shard.layout_capacity import (
     GPUS,
     UTILIZATION,
@@ -176,6 +181,31 @@ def engines(source: ShardSource, gpu: str, tps: Sequence[int], limits: Limits) -
             "Name a larger GPU or more with --tp, or see `llmkit deploy vllm` for several machines",
         )
     return fitting
+
+
+def cpu_engine(source: ShardSource, limits: Limits) -> Engine:
+    """An engine on this machine's CPU, with step times from its measured peaks.
+
+    They are measured now if they were not before. Raises as `plan_engine` does.
+    """
+    checkpoint = source.checkpoint
+    spec = validated_spec(source)
+    memory = plan_engine(checkpoint, EngineOptions(device="cpu")).memory
+    costs = count_model_costs(checkpoint, spec, torch.float32, "cpu")
+    if load_peaks("cpu", costs.inputs) is None:
+        measure_peaks("cpu")
+    peaks = load_peaks("cpu", costs.inputs)
+    assert peaks is not None
+    step = RooflineStepTime(
+        costs.dense_bytes + costs.expert_bytes,
+        costs.kv_bytes,
+        costs.token_flops,
+        len(spec.layers),
+        1,
+        EFFICIENCY * peaks.flops_per_s,
+        EFFICIENCY * peaks.bytes_per_s,
+    )
+    return Engine("CPU", 0, step, replace(limits, kv_tokens=memory.num_blocks * memory.block_size))
 
 
 def measured_engine(report: BenchReport, source: str, limits: Limits, gpus: int) -> Engine:

@@ -22,6 +22,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from support.tiny_models import tiny_checkpoint
 
+from llmkit.bench import bench_planner
 from llmkit.bench.backends import ServedBackend, UrlBackend, is_url, short_name
 from llmkit.bench.bench_metrics import (
     CONDITIONAL_SPEED_METRICS,
@@ -47,6 +48,7 @@ from llmkit.checkpoint.tokenizer import load_tokenizer
 from llmkit.cli import main
 from llmkit.common.errors import GateError, InputError, ShortageError, UsageError
 from llmkit.common.progress import SilentProgress
+from llmkit.kernels.cpu import cpu_kernels
 from llmkit.runtime.engine.engine_options import EngineOptions
 from llmkit.runtime.engine.engine_request import EngineRequest
 from llmkit.runtime.engine.sampling_params import SamplingParams
@@ -61,6 +63,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """An empty cache directory, so that nothing measured on this machine before is found."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        patch.setattr(bench_planner, "measure_peaks", lambda device: [])
         yield
 
 
@@ -351,6 +354,25 @@ class TestLoads:
             "1 conversations longer than 90 tokens were left out",
             "1 of 2 conversations repeat earlier ones of this run: a prefix cache has them",
         ]
+
+    @pytest.mark.skipif(cpu_kernels.library is None, reason="no compiled kernels")
+    def test_bench_measures_a_cpu_that_was_not_measured(
+        self, folder: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        measured: list[str] = []
+
+        def measure(device: str) -> None:
+            measured.append(device)
+            measure_peaks(device, copy_bytes=1 << 20)
+
+        monkeypatch.setattr(bench_planner, "measure_peaks", measure)
+        options = replace(OFFLINE, rounds=1, quality=False, gates=("mbu>0", "mfu>0"))
+        for _ in range(2):
+            (target,) = run(folder / "a", options=options).targets
+            assert target.scenarios["quick"]["mbu"] > 0
+            assert target.scenarios["quick"]["mfu"] > 0
+        peaks_file().unlink()
+        assert measured == ["cpu"], "the second time they are stored"
 
     def test_costs_are_counted_before_targets_start(
         self, folder: Path, monkeypatch: pytest.MonkeyPatch

@@ -13,7 +13,13 @@ from llmkit.bench.gpu_monitor import GpuMonitor, energy_metrics
 from llmkit.bench.model_costs import ModelCosts, count_model_costs, utilization
 from llmkit.bench.peak_performance import PeakPerformance, load_peaks, measure_peaks, peaks_file
 from llmkit.checkpoint.open_checkpoint import open_checkpoint
+from llmkit.common.options import CpuActivations
+from llmkit.common.progress import SilentProgress
+from llmkit.kernels.cpu import cpu_kernels
 from llmkit.model.families import model_spec
+from llmkit.model.weight_loader import load_model
+from llmkit.quant.quantize_checkpoint import quantize
+from llmkit.quant.quantize_options import QuantizeOptions
 
 LINEARS = (4 + 2 * 2) * 16 * 64 + 64 * 64 + 2 * 128 * 64 + 64 * 128  # weights of a layer's linears
 HEAD = 512 * 64
@@ -45,6 +51,44 @@ def test_costs_of_experts_grow_with_the_batch(tmp_path: Path) -> None:
     assert alone < costs.step_bytes(4, 0) - costs.dense_bytes < costs.expert_bytes
 
 
+@pytest.mark.skipif(cpu_kernels.library is None, reason="no compiled kernels")
+@pytest.mark.parametrize(
+    ("method", "row_bytes", "activations", "inputs"),
+    [
+        # Bytes of a row of 64 inputs: values, and float32 scales and zero points of its groups.
+        ("rtn", 32 + 2 * 4, "auto", "float32"),
+        ("rtn", 32 + 2 * 4, "int8", "int8"),
+        ("int8", 64 + 4, "auto", "float32"),
+        ("int8 with activations", 64 + 4, "float32", "int8"),
+    ],
+)
+def test_costs_of_packed_weights_are_what_kernels_read(
+    tmp_path: Path, method: str, row_bytes: int, activations: CpuActivations, inputs: str
+) -> None:
+    source = tiny_checkpoint(tmp_path / "tiny", dtype="float32", intermediate_size=64)
+    group_size = 32 if method == "rtn" else None
+    options = QuantizeOptions(
+        method.partition(" ")[0],
+        group_size=group_size,
+        activations=method.endswith("activations"),
+        samples=2,
+        seq_len=32,
+        evaluate=False,
+        device="cpu",
+    )
+    quantize(source, tmp_path / "packed", options, SilentProgress())
+    checkpoint = open_checkpoint(tmp_path / "packed")
+    spec = model_spec(checkpoint.config)
+    costs = count_model_costs(checkpoint, spec, torch.float32, "cpu", activations)
+    rows = (4 + 2 * 2) * 16 + 64 + 2 * 64 + 64  # of a layer; all have 64 inputs
+    head = checkpoint.tensors["lm_head.weight"].torch_dtype.itemsize * HEAD
+    assert costs.dense_bytes == 2 * rows * row_bytes + head
+    assert costs.inputs == inputs
+    model = load_model(checkpoint, torch.float32, packed=True)
+    kernels = [one.kernel for layer in model.layers for one in layer.linears.values()]
+    assert sum(kernel.nbytes for kernel in kernels) == costs.dense_bytes - head
+
+
 def test_utilization_is_a_share_of_the_peaks() -> None:
     costs = ModelCosts(1000, 0, 0.0, 50.0, 20.0, 2.0, 4)
     timelines = [
@@ -64,11 +108,12 @@ def test_peaks_are_stored_and_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert load_peaks("cpu", torch.float32) is None
     found = measure_peaks("cpu", copy_bytes=1 << 20, matrix_size=64)
-    assert {one.dtype for one in found} == {"float32", "bfloat16", "float16"}
+    dtypes = {"float32", "bfloat16", "float16"} | ({"int8"} if cpu_kernels.library else set())
+    assert {one.dtype for one in found} == dtypes
     assert all(one.bytes_per_s > 0 and one.flops_per_s > 0 for one in found)
     assert load_peaks("cpu", torch.float32) in found
     again = measure_peaks("cpu", copy_bytes=1 << 20, matrix_size=64)
-    assert len(again) == 3
+    assert len(again) == len(dtypes)
     assert load_peaks("cpu", torch.bfloat16) in again, "the newest, once"
     peaks_file().write_text("{")
     assert load_peaks("cpu", torch.float32) is None

@@ -11,16 +11,21 @@ from pathlib import Path
 from random import Random
 
 import pytest
+import torch
 from support.tiny_models import tiny_checkpoint
 
 from llmkit.bench.bench_metrics import RequestTimeline
 from llmkit.bench.bench_report import BenchReport, RequestMetrics, TargetReport
+from llmkit.bench.model_costs import count_model_costs
+from llmkit.bench.peak_performance import load_peaks, measure_peaks
 from llmkit.cli.main import run
 from llmkit.common.errors import InputError, ShortageError, UsageError
+from llmkit.deploy import capacity_planning
 from llmkit.deploy.capacity_planning import (
     CapacityPlan,
     Demand,
     Engine,
+    cpu_engine,
     engines,
     measured_engine,
     plan_replicas,
@@ -29,12 +34,14 @@ from llmkit.deploy.capacity_planning import (
 from llmkit.deploy.queue_simulation import Arrival, Limits, SimulatedReplica, simulate
 from llmkit.deploy.step_time import (
     ALL_REDUCE_S,
+    EFFICIENCY,
     STEP_OVERHEAD_S,
     FittedStepTime,
     RooflineStepTime,
     fit_step_time,
 )
-from llmkit.shard.shard_checkpoint import open_source
+from llmkit.kernels.cpu import cpu_kernels
+from llmkit.shard.shard_checkpoint import open_source, validated_spec
 
 STEP = FittedStepTime(fixed_s=0.010, request_s=0.001, context_s=1e-6, prompt_s=1e-4, error=0.0)
 
@@ -179,6 +186,33 @@ def test_engines_fit_on_a_gpu_by_tp_size(tmp_path: Path) -> None:
         engines(source, "a100", (1,), Limits())
     with pytest.raises(ShortageError, match="TP that works"):
         engines(source, "t4", (1,), Limits(max_num_batched_tokens=1 << 40))
+
+
+@pytest.mark.skipif(cpu_kernels.library is None, reason="no compiled kernels")
+def test_roofline_of_a_cpu_has_its_measured_peaks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    model = tiny_checkpoint(tmp_path / "model", dtype="float32")
+    measured: list[str] = []
+
+    def measure(device: str) -> None:
+        measured.append(device)
+        measure_peaks(device, copy_bytes=1 << 20)
+
+    monkeypatch.setattr(capacity_planning, "measure_peaks", measure)
+    source = open_source(str(model))
+    engine = [cpu_engine(source, Limits()) for _ in range(2)][1]
+    peaks = load_peaks("cpu", torch.float32)
+    assert measured == ["cpu"] and peaks is not None
+    assert (engine.name, engine.gpus) == ("CPU", 0)
+    assert engine.limits.kv_tokens > 0
+    step = engine.step
+    assert isinstance(step, RooflineStepTime)
+    costs = count_model_costs(source.checkpoint, validated_spec(source), torch.float32, "cpu")
+    assert (step.weight_bytes, step.kv_bytes) == (costs.dense_bytes, costs.kv_bytes)
+    assert step.flops_per_s == EFFICIENCY * peaks.flops_per_s
+    assert step.bytes_per_s == EFFICIENCY * peaks.bytes_per_s
 
 
 def test_roofline_step_computes_a_token_for_each_decoding_request() -> None:
