@@ -32,7 +32,7 @@ demo: $(VENV)/.demo ## quantize, shard, serve and measure a real model (under 8 
 test: $(VENV)/.dev ## run the tests
 	@$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
 
-test-slow: $(VENV)/.dev ## more layouts and families than `make test` has time for (2 minutes)
+test-slow: $(VENV)/.dev ## more layouts and families than `make test` has time for (20 minutes on 2 cores)
 	@$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal -m slow
 
 test-arm: $(VENV)/.dev ## the CPU kernels of every level, optimized, also as Arm in qemu (CONTRIBUTING.md)

@@ -4,6 +4,10 @@
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
+#if defined(__GLIBC__)
+#include <malloc.h>
+#endif
+
 #include "cpu_kernels.h"
 #include "shared_reduce.h"
 #include "thread_pool.h"
@@ -497,6 +501,17 @@ static struct PyModuleDef module = {
     .m_methods = methods,
 };
 
+/* Keep freed memory instead of giving it back to the system. Steps allocate the same tensors again
+ * and again, and every page that comes from the system is first filled with zeros. */
+static void keep_freed_memory(void) {
+#if defined(__GLIBC__)
+    enum { LARGEST_KEPT = 1 << 25, MOST_KEPT = 1 << 29 };
+    mallopt(M_MMAP_THRESHOLD, LARGEST_KEPT);
+    mallopt(M_TRIM_THRESHOLD, MOST_KEPT);
+#endif
+}
+
 PyMODINIT_FUNC PyInit__cpu_kernels(void) {
+    keep_freed_memory();
     return PyModule_Create(&module);
 }

@@ -133,8 +133,8 @@ NOTES = """The words of the table:
 - **Tool calls** depend on the chat template, not on the architecture. Three formats are parsed:
   Hermes (`<tool_call>` with JSON), Mistral (`[TOOL_CALLS]` with JSON) and Llama 3. See
   [serve](serve.md).
-- **The stored format** is another matter ([formats](formats.md)): checkpoints in blocks of FP8
-  (as MiniMax-M2 and Ministral 3 are released) and in NVFP4 are not read yet.
+- **The stored format** is another matter ([formats](formats.md)): checkpoints in NVFP4 are not read
+  yet.
 """
 
 FALLBACK = """## Fallback
