@@ -303,7 +303,8 @@ class DecoderLayer:
     @cached_property
     def _router_scale(self) -> torch.Tensor:
         """The weight [H] of the norm before the router (Gemma 4)."""
-        return self.vectors["mlp.router.scale"] * self.spec.hidden_size**-0.5
+        factor: float = self.spec.hidden_size**-0.5
+        return self.vectors["mlp.router.scale"] * factor
 
     def _mlp(self, x: torch.Tensor, module: str) -> torch.Tensor:
         activation = self.spec.activation
