@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Literal
 
 import torch
@@ -110,9 +111,15 @@ class QuantizationConfig:
         return tuple(dict.fromkeys([*found, *(scheme for _, scheme in self.overrides)]))
 
 
+@cache
+def _pattern(expression: str) -> re.Pattern[str]:
+    """re's own cache is too small for lists that name hundreds of modules."""
+    return re.compile(expression)
+
+
 def _matches(entry: str, module: str) -> bool:
     if entry.startswith("re:"):
-        return re.match(entry[3:], module) is not None
+        return _pattern(entry[3:]).match(module) is not None
     return entry == module
 
 

@@ -9,6 +9,7 @@ import torch
 from llmkit.checkpoint.checkpoint import Checkpoint
 from llmkit.checkpoint.quantized_formats import format_of
 from llmkit.checkpoint.safetensors_header import TensorInfo, byte_count
+from llmkit.common.errors import InputError
 from llmkit.model.checkpoint_tensors import packed_name, scheme_of
 from llmkit.model.parameter_table import Parameter, SourceTensor, parameters
 from llmkit.model.spec import ModelSpec
@@ -21,6 +22,7 @@ def dequantized_checkpoint(checkpoint: Checkpoint, spec: ModelSpec) -> Checkpoin
     """A view of a quantized checkpoint with dense tensors, dequantized when they are read.
 
     The checkpoint must have passed `check_checkpoint`, and store a weight in a tensor of its own.
+    Raises InputError for FP8 tensors that no parameter uses, such as those of MTP layers.
     """
     quantization = checkpoint.quantization
     assert quantization is not None
@@ -39,6 +41,14 @@ def dequantized_checkpoint(checkpoint: Checkpoint, spec: ModelSpec) -> Checkpoin
                 stored = packed_name(name, packed.suffix)
                 if stored != name:
                     del tensors[stored]
+    left = [info.name for info in tensors.values() if info.dtype.startswith("F8_")]
+    if left:
+        raise InputError(
+            f"{checkpoint.reference} has {len(left)} FP8 tensors that do not run here, such as"
+            f" {left[0]}",
+            "They would be copied as they are, without a config that describes them",
+            "Quantize the checkpoint in 16 bits that it was made from",
+        )
     config = {
         key: value for key, value in checkpoint.config.items() if key != "quantization_config"
     }

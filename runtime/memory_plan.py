@@ -17,6 +17,7 @@ from llmkit.checkpoint.safetensors_header import byte_count
 from llmkit.common.errors import InputError, ShortageError, is_out_of_memory
 from llmkit.common.formatting import bytes_text
 from llmkit.common.option_values import format_size
+from llmkit.kernels.cpu.cpu_kernels import DEPTH_MULTIPLE
 from llmkit.model.checkpoint_tensors import scheme_of
 from llmkit.model.full_forward import hidden_states
 from llmkit.model.language_model import LanguageModel
@@ -249,8 +250,9 @@ def weight_bytes(
 def _unpacked_bytes(scheme: Scheme, rows: int, columns: int, on_cpu: bool) -> int:
     """Bytes that a weight [rows, columns] needs in memory beyond those in the checkpoint."""
     groups = scheme.groups(columns)
-    if scheme.is_fp4:  # the scales of the CPU's kernel are float32, not a byte
-        return 3 * rows * groups if on_cpu else 0
+    if scheme.is_fp4:  # a CPU's kernel pads the columns; its scales are float32, not a byte
+        padding = rows * (-columns % DEPTH_MULTIPLE) // 2
+        return padding + 3 * rows * groups if on_cpu else 0
     if not scheme.is_fp8:
         return 0
     # A CPU holds FP8 values as bfloat16. Every row has the scales of its block.

@@ -3,11 +3,11 @@
  * The kernels are compiled once for each level of instructions, a source file a level (level_*.c).
  * `levels.c` says which of them the processor has.
  *
- * All arithmetic is in float32. Only weights, the inputs of linear layers and the KV cache may have
- * other types. The order of summation depends neither on the number of rows nor on how a prompt is
- * divided into steps. A request therefore gets the same result, bit for bit, whatever other
- * requests are in its batch.
- * cpu_kernels.py checks the arguments and documents the layouts.
+ * Sums are float32, or exact 32-bit integers where the inputs of a linear layer are int8. Only
+ * weights, the inputs of linear layers and the KV cache may have other types. The order of
+ * summation depends neither on the number of rows nor on how a prompt is divided into steps. A
+ * request therefore gets the same result, bit for bit, whatever other requests are in its batch.
+ * cpu_kernels.py documents the layouts. Its callers check dtypes and strides.
  */
 
 #ifndef LLMKIT_CPU_KERNELS_H

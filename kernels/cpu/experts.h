@@ -1,16 +1,17 @@
 /* Mixtures of experts: the choice of each token's experts, and the sum of their outputs.
  *
  * Rows are sorted by expert, then multiplied by linear.h. The order of summation does not depend on
- * which other tokens are in the step: linear.h promises it for each expert, and a token's outputs are
- * added in the order of its choices.
+ * which other tokens are in the step: linear.h promises it for each expert, and a token's outputs
+ * are added in the order of its choices.
  */
 
-enum { EXPERTS_BYTES = 1 << 26 }; /* of intermediate results; more tokens run one part after another */
+/* Of intermediate results; more tokens run one part after another. */
+enum { EXPERTS_BYTES = 1 << 26 };
 
 /* ---- the router ---- */
 
-/* The index of the largest value that is not taken; 0 when all are. NaN is the largest, as in torch.
- * Of equal values, the first. */
+/* The index of the largest value that is not taken; 0 when all are. NaN is the largest, as in
+ * torch. Of equal values, the first. */
 static int64_t largest_index(const float *values, const uint8_t *taken, int64_t n) {
     int64_t best = 0;
     int has_best = 0;
@@ -277,7 +278,8 @@ static int run_experts_part(const Experts *e) {
     size_t hidden = whole_lines(o.n_rows * e->hidden_size * sizeof(float));
     size_t intermediate = whole_lines(o.n_rows * o.width * sizeof(float));
     size_t inputs = input_bytes[0] > input_bytes[1] ? input_bytes[0] : input_bytes[1];
-    char *memory = thread_scratch(SCRATCH_EXPERTS, indices + layers + hidden + intermediate + inputs);
+    size_t bytes = indices + layers + hidden + intermediate + inputs;
+    char *memory = thread_scratch(SCRATCH_EXPERTS, bytes);
     if (memory == NULL)
         return 0;
     o.first_row = (int64_t *)memory;

@@ -418,6 +418,17 @@ DEFINE_INT8_BLOCK(int8_block_uint4, WEIGHT_UINT4)
 DEFINE_INT8_BLOCK(int8_block_int4, WEIGHT_INT4)
 DEFINE_INT8_BLOCK(int8_block_fp4, WEIGHT_FP4)
 
+/* Computes some rows of some panels. */
+typedef void (*BlockFunction)(const Linear *, int64_t row, int64_t end_row, int64_t panel,
+                              int64_t end_panel);
+
+static BlockFunction int8_block(int weight_type) {
+    return weight_type == WEIGHT_INT8    ? int8_block_int8
+           : weight_type == WEIGHT_UINT4 ? int8_block_uint4
+           : weight_type == WEIGHT_INT4  ? int8_block_int4
+                                         : int8_block_fp4;
+}
+
 /* Quantize one row, with a scale for each group: the largest magnitude of a group becomes 127.
  * A group with NaN or infinity gets the scale NaN, so that its outputs are NaN. */
 static void quantize_row(const Linear *p, int64_t row) {
@@ -548,17 +559,17 @@ enum {
 
 /* All tiles have 16 rows of 64 bytes. Tiles 0 .. 3 hold sums, 4 and 5 inputs, 6 and 7 weights. */
 static void configure_tiles(void) {
-    struct {
+    static const struct {
         uint8_t palette;
         uint8_t start_row;
         uint8_t reserved[14];
         uint16_t row_bytes[16];
         uint8_t rows[16];
-    } __attribute__((packed)) config = {.palette = 1};
-    for (int i = 0; i < 8; i++) {
-        config.row_bytes[i] = 64;
-        config.rows[i] = AMX_ROWS;
-    }
+    } __attribute__((packed)) config = {
+        .palette = 1,
+        .row_bytes = {64, 64, 64, 64, 64, 64, 64, 64},
+        .rows = {AMX_ROWS, AMX_ROWS, AMX_ROWS, AMX_ROWS, AMX_ROWS, AMX_ROWS, AMX_ROWS, AMX_ROWS},
+    };
     _tile_loadconfig(&config);
 }
 
@@ -714,6 +725,10 @@ static void amx_block(const Linear *p, int64_t row, int64_t end_row, int64_t pan
                                         : NULL;
     int64_t int8_bytes = p->padded_depth * PANEL_WIDTH;
     char *unpacked = unpack ? thread_scratch(SCRATCH_PANELS, 2 * int8_bytes) : NULL;
+    if (unpack && unpacked == NULL) {
+        int8_block(p->weight_type)(p, row, end_row, panel, end_panel); /* the same results */
+        return;
+    }
     configure_tiles();
     for (; panel < end_panel; panel += 2) {
         int64_t n_panels = min_int64(end_panel - panel, 2);
@@ -741,9 +756,6 @@ static void amx_block(const Linear *p, int64_t row, int64_t end_row, int64_t pan
 #endif
 
 /* ---- the layer ---- */
-
-typedef void (*BlockFunction)(const Linear *, int64_t row, int64_t end_row, int64_t panel,
-                              int64_t end_panel);
 
 /* The operation that the threads divide among themselves. */
 typedef struct {
@@ -867,12 +879,7 @@ static BlockFunction block_function(const Linear *p) {
     if (p->inputs == INPUTS_BF16)
         return bf16_block;
 #endif
-    if (p->inputs == INPUTS_INT8)
-        return p->weight_type == WEIGHT_INT8    ? int8_block_int8
-               : p->weight_type == WEIGHT_UINT4 ? int8_block_uint4
-               : p->weight_type == WEIGHT_INT4  ? int8_block_int4
-                                                : int8_block_fp4;
-    return float_block;
+    return p->inputs == INPUTS_INT8 ? int8_block(p->weight_type) : float_block;
 }
 
 /* Set the fields that follow from the layer's sizes. */
@@ -888,8 +895,8 @@ static void derive_sizes(Linear *p) {
 #endif
 }
 
-/* Choose the blocks of a layer whose inputs are prepared, for about `turns` pieces. Returns how many
- * pieces they are. */
+/* Choose the blocks of a layer whose inputs are prepared, for about `turns` pieces. Returns how
+ * many pieces they are. */
 static int64_t divide_layer(LinearOperation *o, int64_t turns) {
     const Linear *p = &o->layer;
     int64_t n_panels = p->padded_cols / PANEL_WIDTH;
@@ -913,6 +920,8 @@ static int64_t divide_layer(LinearOperation *o, int64_t turns) {
 
 static int linear(const Linear *layer) {
     LinearOperation o = {.layer = *layer};
+    if (layer->rows == 0)
+        return 1;
     derive_sizes(&o.layer);
     if (!prepare_inputs(&o.layer))
         return 0;

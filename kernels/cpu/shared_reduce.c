@@ -1,7 +1,7 @@
-/* Each rank copies its data into a slot of its own, notes that it has done so, waits until all ranks
- * have, and reads all slots. It has two slots, which it uses in turn. It writes a slot again only
- * after a wait in which every rank has noted the round in between, and a rank that notes a round has
- * read the slots of the round before. So one wait a round is enough.
+/* Each rank copies its data into a slot of its own, notes that it has done so, waits until all
+ * ranks have, and reads all slots. It has two slots, which it uses in turn. It writes a slot again
+ * only after a wait in which every rank has noted the round in between, and a rank that notes a
+ * round has read the slots of the round before. So one wait a round is enough.
  */
 
 #include "shared_reduce.h"

@@ -27,7 +27,8 @@ enum {
 };
 
 static struct {
-    /* The operation's number, its number of pieces, and the next piece that nobody has taken. */
+    /* The operation's number, its number of pieces, and the next piece that nobody has taken. The
+     * number only tells operations apart when one looks at them. */
     _Atomic uint64_t ticket;
     _Atomic int64_t n_ended; /* pieces of the operation that have ended */
     RunPiece run;
@@ -79,30 +80,38 @@ static int run_next_piece(void) {
     return 1;
 }
 
-static void sleep_until_work_comes(void) {
+/* Whether helper `number` may take a piece now. */
+static int may_help(intptr_t number) {
+    return number < atomic_load(&pool.n_threads) && has_pieces(atomic_load(&pool.ticket));
+}
+
+/* Sleep until an operation begins. It may have ended when the helper wakes up, but the next ones
+ * follow soon. */
+static void sleep_until_work_comes(intptr_t number) {
     pthread_mutex_lock(&pool.mutex);
     atomic_fetch_add(&pool.n_sleeping, 1);
-    while (!has_pieces(atomic_load(&pool.ticket)))
+    if (!may_help(number))
         pthread_cond_wait(&pool.work_came, &pool.mutex);
     atomic_fetch_sub(&pool.n_sleeping, 1);
     pthread_mutex_unlock(&pool.mutex);
 }
 
-static void *help(void *number) {
+static void *help(void *argument) {
+    intptr_t number = (intptr_t)argument;
     int64_t last_work = now_ns();
     int64_t last_yield = last_work;
     for (;;) {
-        while ((intptr_t)number < atomic_load(&pool.n_threads) && run_next_piece()) {
+        while (may_help(number) && run_next_piece()) {
             last_work = now_ns();
             if (last_work - last_yield > YIELD_NS) {
                 sched_yield();
                 last_yield = now_ns();
             }
         }
-        for (int i = 0; i < 32 && !has_pieces(atomic_load(&pool.ticket)); i++)
+        for (int i = 0; i < 32 && !may_help(number); i++)
             pause_cpu();
         if (now_ns() - last_work > SPIN_NS) {
-            sleep_until_work_comes();
+            sleep_until_work_comes(number);
             last_work = last_yield = now_ns();
         }
     }
@@ -144,7 +153,8 @@ int num_threads(void) {
 
 void run_pieces(int64_t n_pieces, RunPiece run, const void *operation) {
     /* Another thread's operation may have the helpers; then this one has no help. */
-    if (n_pieces <= 1 || num_threads() == 1 || pthread_mutex_trylock(&pool.caller)) {
+    int has_helpers = n_pieces > 1 && n_pieces <= MAX_PIECES && num_threads() > 1;
+    if (!has_helpers || pthread_mutex_trylock(&pool.caller)) {
         for (int64_t piece = 0; piece < n_pieces; piece++)
             run(operation, piece);
         return;

@@ -11,8 +11,9 @@ enum { MAX_PIECES = 1 << 19 }; /* of one operation */
 /* Computes one piece of an operation. Pieces may run at the same time and in any order. */
 typedef void (*RunPiece)(const void *operation, int64_t piece);
 
-/* Run the pieces 0 .. n_pieces - 1 of an operation, at most MAX_PIECES, and return when all have
- * ended. The calling thread takes pieces, too. It never waits for a thread that has not taken one.
+/* Run the pieces 0 .. n_pieces - 1 of an operation, and return when all have ended. The calling
+ * thread takes pieces, too. It never waits for a thread that has not taken one. More than
+ * MAX_PIECES run on the calling thread alone.
  */
 void run_pieces(int64_t n_pieces, RunPiece run, const void *operation);
 

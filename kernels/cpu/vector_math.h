@@ -1,4 +1,4 @@
-/* Functions of vectors of floats, in the operations of vectors.h. */
+/* Functions of vectors of floats, in the operations of vectors.h. Of NaN they are NaN. */
 
 #ifndef LLMKIT_VECTOR_MATH_H
 #define LLMKIT_VECTOR_MATH_H
@@ -11,7 +11,7 @@ INLINE vfloat exp_nonpositive(vfloat x) {
     const vfloat smallest = v_set(-87.0f);
     const vfloat log2_e = v_set(1.44269504088896341f);
     vmask underflows = v_less(x, smallest);
-    x = v_max(x, smallest);
+    x = v_max(smallest, x); /* in this order, NaN stays NaN */
     vfloat n = v_round(v_mul(x, log2_e));
     /* r = x - n ln 2, with ln 2 in two parts. The first part has few bits, so that n times it is
      * exact. */

@@ -228,6 +228,8 @@ class Server:
             "1024",
             "--served-model-name",
             "smollm2",
+            "--cpu-activations",
+            "float32",  # as transformers computes
             "--json",
         ]
         self.result = log.with_suffix(".json")

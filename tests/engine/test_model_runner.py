@@ -15,7 +15,7 @@ import torch
 from llmkit.checkpoint.open_checkpoint import open_checkpoint
 from llmkit.common.errors import InputError, ShortageError
 from llmkit.kernels.cpu import cpu_kernels
-from llmkit.model.decoder import Decoder
+from llmkit.model.decoder import SINGLE_RANK, Decoder
 from llmkit.model.parallel_group import ParallelGroup
 from llmkit.model.weight_loader import load_model
 from llmkit.runtime.engine import cpu_graphs, model_runner
@@ -464,10 +464,12 @@ def test_model_that_cannot_be_recorded_runs_every_step() -> None:
 
 
 def graph_runner(
-    enabled: bool = True, dtype: torch.dtype = torch.float32, **spec: Any
+    enabled: bool = True,
+    dtype: torch.dtype = torch.float32,
+    group: Any = SINGLE_RANK,
 ) -> CpuGraphRunner:
-    values = {"hidden_size": 1 << 12, "rank": None, "per_layer_input_size": 0} | spec
-    model: Any = SimpleNamespace(spec=SimpleNamespace(**values), dtype=dtype)
+    spec = SimpleNamespace(hidden_size=1 << 12)
+    model: Any = SimpleNamespace(spec=spec, dtype=dtype, parallel_group=group)
     return CpuGraphRunner(model, [], 4, 16, enabled)
 
 
@@ -494,8 +496,10 @@ def test_cpu_graphs_are_off_where_a_replay_would_miss_something(
     assert graph_runner().enabled
     assert not graph_runner(enabled=False).enabled
     assert not graph_runner(dtype=torch.bfloat16).enabled
-    assert not graph_runner(rank=object()).enabled
-    assert not graph_runner(per_layer_input_size=1).enabled
+    gloo = SimpleNamespace(reduces_in_kernels=False, pp_size=1)
+    stages = SimpleNamespace(reduces_in_kernels=True, pp_size=2)
+    assert not graph_runner(group=gloo).enabled
+    assert not graph_runner(group=stages).enabled
     monkeypatch.setattr(cpu_kernels, "library", None)
     assert not graph_runner().enabled
 

@@ -5,7 +5,7 @@ order on odd rounds, because the speed of shared machines changes within minutes
 are not measured are stopped (SIGSTOP), so that their idle threads take no processor time.
 
     python tests/peers/bench_serve.py [--servers SERVER ...] [--only REGEX] [--rounds 3]
-        [--scenarios NAME ...] [--limit N] [--work DIR] [--llamacpp DIR]
+        [--scenarios NAME ...] [--limit N] [--work DIR] [--llamacpp DIR] [--busy N]
 
 A SERVER is `llmkit=fp32|int8|w8a8|int4|DIR`, `vllm=fp32|bf16|DIR` or `llamacpp=f32|q8_0|q4_0`.
 Words after a blank are more options of the server's command, as in "llamacpp=q4_0 --kv-unified".
@@ -445,6 +445,9 @@ def main() -> int:
     parser.add_argument(
         "--llamacpp", type=Path, default=ROOT / ".llamacpp", help="folder of its sources and build"
     )
+    parser.add_argument(
+        "--busy", type=int, default=0, help="processes that compute beside the servers (default 0)"
+    )
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)
     wanted = [
@@ -469,6 +472,9 @@ def main() -> int:
         for server in servers:
             stack.callback(server.stop)
             results["servers"][server.name] = start(server, rounds[0]["warmup"])
+        for _ in range(arguments.busy):
+            neighbour = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+            stack.callback(neighbour.kill)
         for number, scenario in product(range(arguments.rounds), arguments.scenarios):
             for server in servers if number % 2 == 0 else servers[::-1]:
                 if not re.search(arguments.only, f"{server.name}: {scenario}"):
