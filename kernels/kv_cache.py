@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from llmkit.kernels.activation_quant import FP8, quantize_per_token, quantize_static
-from llmkit.kernels.cpu import cpu_kernels
+from llmkit.kernels.cpu import cpu_kernels, packed_cache
 
 # The 8-bit dtypes by the names of --kv-cache-dtype, which have scales, and all dtypes.
 QUANTIZED_KV_CACHE_DTYPES = {"int8": torch.int8, "fp8": FP8}
@@ -31,11 +31,13 @@ class KVCache:
     scales: float32 [2K, blocks, block_size, 1], one per token and head, computed when it is stored.
     static_scales: float32 [2K, 1, 1], from the checkpoint.
     A quantized cache has one of the two, other caches have neither.
+    is_packed: the elements of a head are in the order of `packed_cache`.
     """
 
     kv: torch.Tensor
     scales: torch.Tensor | None = None
     static_scales: torch.Tensor | None = None
+    is_packed: bool = False
 
     @property
     def quantized(self) -> bool:
@@ -45,7 +47,7 @@ class KVCache:
     def store(self, kv: torch.Tensor, slot_mapping: torch.Tensor) -> None:
         """Write new keys and values [T, 2K, D] to their slots, int64 [T]."""
         compact = kv.stride()[1:] == (kv.shape[2], 1)
-        if cpu_kernels.supports(kv) and self.kv.dtype in cpu_kernels.KV_TYPES and compact:
+        if self.is_packed and compact and cpu_kernels.supports(kv):
             static = self.scales is None
             scales = self.static_scales if static else self.scales
             cpu_kernels.store_kv(kv, slot_mapping, self.kv, scales, static_scales=static)
@@ -60,14 +62,23 @@ class KVCache:
                 q, scale = quantize_per_token(kv, kind)
                 self.scales.flatten(1, 2).index_copy_(1, slot_mapping, scale)
             kv = q
-        kv = kv.to(self.kv.dtype)
-        _view_fp8_as_bytes(self.kv).flatten(1, 2).index_copy_(
-            1, slot_mapping, _view_fp8_as_bytes(kv)
-        )
+        kv = _view_fp8_as_bytes(kv.to(self.kv.dtype))
+        to = _view_fp8_as_bytes(self.kv)
+        if not self.is_packed:
+            to.flatten(1, 2).index_copy_(1, slot_mapping, kv)
+            return
+        indices = packed_cache.element_indices(slot_mapping, kv.shape[2], kv.dtype)
+        for part, index, elements in zip(to.chunk(2), indices, kv.chunk(2), strict=True):
+            part.flatten(1).index_copy_(1, index.flatten(), elements.flatten(1))
 
     def gather(self, blocks: torch.Tensor | slice, dtype: torch.dtype) -> torch.Tensor:
         """The keys and values of n blocks: [2K, n * block_size, D], possibly a view."""
-        kv = _select_blocks(_view_fp8_as_bytes(self.kv), blocks)
+        kv = _view_fp8_as_bytes(self.kv)
+        if self.is_packed:
+            selected = kv[:, blocks] if isinstance(blocks, slice) else kv.index_select(1, blocks)
+            kv = packed_cache.unpack_blocks(selected).flatten(1, 2)
+        else:
+            kv = _select_blocks(kv, blocks)
         if not self.quantized:
             return kv.to(dtype)
         scale = self.static_scales if self.scales is None else _select_blocks(self.scales, blocks)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from functools import cached_property
 from itertools import pairwise
 from typing import NamedTuple, TypeVar
@@ -220,7 +221,7 @@ class DecoderLayer:
             norms = q_norm, self.norms.get("attn.k_norm", q_norm)
         kv_quant = None
         if cache.quantized and cache.scales is None:
-            cache = KVCache(cache.kv, static_scales=self._kv_scales)
+            cache = replace(cache, static_scales=self._kv_scales)
         elif not cache.quantized and "attn.k" in self.activation_quant:
             kv_quant = self.activation_quant["attn.k"], self.activation_quant["attn.v"]
         rope = cos_sin[self.layer.rope] if self.layer.rope else None

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Protocol
 
 import torch
 
 from llmkit.kernels.attention_metadata import AttentionBatch
+from llmkit.kernels.cpu.packed_cache import can_pack
 from llmkit.kernels.kv_cache import KV_CACHE_DTYPES, KVCache
 from llmkit.model.device import lazy_zeros
 from llmkit.model.linear import Linear
@@ -74,10 +76,13 @@ def empty_kv_cache(
     """
     shape = (2 * spec.num_kv_heads, num_blocks, block_size)
     dtype = KV_CACHE_DTYPES[kv_cache_dtype] if kv_cache_dtype else model.dtype
-    cache = KVCache(lazy_zeros((*shape, spec.head_dim), dtype, model.device))
+    cache = KVCache(
+        lazy_zeros((*shape, spec.head_dim), dtype, model.device),
+        is_packed=can_pack(block_size, spec.head_dim, dtype, model.device),
+    )
     if not cache.quantized or has_static_scales:
         return cache
-    return KVCache(cache.kv, lazy_zeros((*shape, 1), torch.float32, model.device))
+    return replace(cache, scales=lazy_zeros((*shape, 1), torch.float32, model.device))
 
 
 def new_kv_caches(

@@ -11,11 +11,11 @@ Legend: `out` rows, `in` columns, `G` groups along `in`, L tokens of a window, H
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 
 from llmkit.checkpoint.quantized_weight import QuantizedWeight
-from llmkit.kernels.kv_cache import KVCache
 from llmkit.model.decoder import DecoderLayer
 from llmkit.quant.algorithm import AutoRound
 from llmkit.quant.layer_stream import LayerInputs, LayerStream, MicroBatch
@@ -141,7 +141,7 @@ class TuningWindows:
             if per_layer_input is not None:
                 per_layer_inputs.append(per_layer_input[start : start + self.length])
         joined = torch.cat(per_layer_inputs).to(context.device) if per_layer_inputs else None
-        return LayerInputs(context.cos_sin, context.batch, KVCache(kv), joined)
+        return LayerInputs(context.cos_sin, context.batch, replace(context.caches[index], kv=kv), joined)
 
 
 def tune_rounding(

@@ -22,6 +22,7 @@ import torch
 from llmkit.checkpoint.checkpoint import Checkpoint
 from llmkit.checkpoint.tensor_reader import tensor_bytes
 from llmkit.common.version import version
+from llmkit.kernels.cpu import cpu_kernels
 from llmkit.runtime.engine.engine_config import EngineConfig
 from llmkit.runtime.prefix_folder import PAGE_SUFFIX, PARTIAL_SUFFIX, files_in
 
@@ -132,6 +133,7 @@ def model_identity(checkpoints: Sequence[Checkpoint], config: EngineConfig) -> b
         str(config.dtype),
         config.kv_cache_dtype,
         config.device.type,
+        cpu_kernels.library is not None,  # the order of a block's elements
     )
     digest.update(repr(layout).encode())
     for checkpoint in checkpoints:

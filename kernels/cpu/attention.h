@@ -1,8 +1,13 @@
 /* Attention over a paged KV cache, with online softmax (arXiv 1805.02867).
  *
  * A tile is some queries of one sequence times the heads that share a key-value head; they read its
- * keys and values once. The keys come in chunks of KV_CHUNK tokens, which are transposed first, so
- * that a vector holds the scores of several tokens and no sum goes across a vector.
+ * keys and values once. Keys and values come in chunks of KV_CHUNK tokens, in words as kv_types.h
+ * describes. A vector holds the scores of several tokens, or the sums of several dimensions, so that
+ * no sum goes across a vector.
+ *
+ * Products are of float32 numbers: caches of other types are converted chunk by chunk. Where the
+ * level has bfloat16 products, a bfloat16 cache is multiplied as it is, and queries and
+ * probabilities are rounded to bfloat16.
  *
  * The tokens of a sequence are divided into segments. Each row of a tile gets the softmax's sums of
  * each segment, and these are merged in the order of the segments. So the segments may run on
@@ -13,10 +18,12 @@
 #include <stdatomic.h>
 
 enum {
-    KV_CHUNK = 64,        /* tokens in a chunk of keys and values; a multiple of the block size */
+    KV_CHUNK = 64, /* tokens in a chunk of keys and values; a multiple of the block size */
+    CHUNK_PANELS = KV_CHUNK / PANEL_WIDTH,
     SEGMENT = 256,        /* tokens; a multiple of KV_CHUNK */
     TILE_ROWS = 48,       /* rows of a tile: queries times heads */
     ROWS_AT_ONCE = 3,     /* the sums of this many rows fit into registers, beside four vectors */
+    VECTORS_AT_ONCE = 4,
     PIECES_PER_THREAD = 4 /* a tile that would be a larger part is divided into its segments */
 };
 static const float NO_SCORE = -1e30f; /* not -inf, because -inf - -inf is NaN */
@@ -25,14 +32,29 @@ static const float NO_SCORE = -1e30f; /* not -inf, because -inf - -inf is NaN */
  * of the values. */
 enum { SUMS_MAX, SUMS_EXP, SUMS_VALUES = 16, MAX_SUMS = SUMS_VALUES + MAX_HEAD_DIM };
 
-/* The working memory of a thread. */
+/* What products multiply: words of one float32 or of two bfloat16. */
+enum { PRODUCTS_F32, PRODUCTS_BF16 };
+
+#if defined(LEVEL_BF16)
+INLINE int products_of(int kv_type) {
+    return kv_type == KV_BF16 ? PRODUCTS_BF16 : PRODUCTS_F32;
+}
+#else
+INLINE int products_of(int kv_type) {
+    (void)kv_type;
+    return PRODUCTS_F32;
+}
+#endif
+
+/* The working memory of a thread. Rows of queries and probabilities are words of products. */
 typedef struct {
     float q[TILE_ROWS * MAX_HEAD_DIM];     /* the queries, scaled */
     float total[TILE_ROWS * MAX_SUMS];     /* the sums of all segments */
     float segment[TILE_ROWS * MAX_SUMS];   /* the sums of a segment */
     float scores[TILE_ROWS * KV_CHUNK];    /* of the current chunk; then their exponentials */
-    float keys[MAX_HEAD_DIM * KV_CHUNK];   /* transposed: [head_dim, KV_CHUNK] */
-    float values[KV_CHUNK * MAX_HEAD_DIM]; /* as floats, where the cache has another type */
+    float weights[TILE_ROWS * KV_CHUNK];   /* the exponentials in bfloat16 */
+    float keys[MAX_HEAD_DIM * KV_CHUNK];   /* panels of keys, where they are converted */
+    float values[KV_CHUNK * MAX_HEAD_DIM]; /* rows of values, where they are copied */
 } Scratch;
 
 /* Some queries of a sequence, for all heads. */
@@ -50,33 +72,106 @@ typedef struct {
     atomic_int *left;    /* is_divided: [n_kv_heads], the segments that have not ended */
 } QueryTile;
 
+/* ---- products ---- */
+
+/* sum + the product of words, or of both halves of them. */
+INLINE vfloat add_product(int products, vfloat factor, vfloat words, vfloat sum) {
+#if defined(LEVEL_BF16)
+    if (products == PRODUCTS_BF16)
+        return v_dot_bf16(sum, v_bits(words), v_bits(factor));
+#endif
+    (void)products;
+    return v_fma(factor, words, sum);
+}
+
+/* scores[i, j PANEL_WIDTH:] = the products of row i of q with panel j, for n_rows rows and n_panels
+ * panels. q: n_words words a row. */
+INLINE void score_panels(int products, int n_rows, int n_panels, const float *q, int64_t n_words,
+                         const float *const *panels, float *scores) {
+    vfloat sums[ROWS_AT_ONCE][VECTORS_AT_ONCE];
+#pragma GCC unroll 3
+    for (int i = 0; i < n_rows; i++)
+#pragma GCC unroll 4
+        for (int j = 0; j < n_panels * VECTORS; j++)
+            sums[i][j] = v_zero();
+    for (int64_t word = 0; word < n_words; word++) {
+        vfloat keys[VECTORS_AT_ONCE];
+#pragma GCC unroll 4
+        for (int j = 0; j < n_panels * VECTORS; j++)
+            keys[j] = v_load(panels[j / VECTORS] + word * PANEL_WIDTH + j % VECTORS * VECTOR_WIDTH);
+#pragma GCC unroll 3
+        for (int i = 0; i < n_rows; i++) {
+            vfloat factor = v_set(q[i * n_words + word]);
+#pragma GCC unroll 4
+            for (int j = 0; j < n_panels * VECTORS; j++)
+                sums[i][j] = add_product(products, factor, keys[j], sums[i][j]);
+        }
+    }
+#pragma GCC unroll 3
+    for (int i = 0; i < n_rows; i++)
+#pragma GCC unroll 4
+        for (int j = 0; j < n_panels * VECTORS; j++)
+            v_store(scores + i * KV_CHUNK + j * VECTOR_WIDTH, sums[i][j]);
+}
+
+/* The scores of n_rows rows, for the panels [panel, end_panel). */
+INLINE void score_rows(int products, int n_rows, const float *q, int64_t n_words,
+                       const float *const *panels, int64_t panel, int64_t end_panel,
+                       float *scores) {
+    const int at_once = VECTORS_AT_ONCE / VECTORS;
+    for (; panel + at_once <= end_panel; panel += at_once)
+        score_panels(products, n_rows, at_once, q, n_words, panels + panel,
+                     scores + panel * PANEL_WIDTH);
+    for (; panel < end_panel; panel++)
+        score_panels(products, n_rows, 1, q, n_words, panels + panel,
+                     scores + panel * PANEL_WIDTH);
+}
+
+INLINE void score_tokens(int products, int64_t n_rows, const float *q, int64_t n_words,
+                         const float *const *panels, int64_t panel, int64_t end_panel,
+                         float *scores) {
+    int64_t i = 0;
+    for (; i + 3 <= n_rows; i += 3)
+        score_rows(products, 3, q + i * n_words, n_words, panels, panel, end_panel,
+                   scores + i * KV_CHUNK);
+    if (n_rows - i == 2)
+        score_rows(products, 2, q + i * n_words, n_words, panels, panel, end_panel,
+                   scores + i * KV_CHUNK);
+    if (n_rows - i == 1)
+        score_rows(products, 1, q + i * n_words, n_words, panels, panel, end_panel,
+                   scores + i * KV_CHUNK);
+}
+
 /* Vector j of n_vectors; a single one may be the last part of a row, of which `size` are left. */
 INLINE vfloat load_of_part(const float *part, int j, int n_vectors, int64_t size) {
     return n_vectors == 1 ? load_of_row(part, 0, size) : v_load(part + VECTOR_WIDTH * j);
 }
 
-/* out[i, column : column + VECTOR_WIDTH n_vectors] += factors[i, begin:end] rows[begin:end], for
- * n_rows rows i of `factors` and `out`. Without `adds`, out is overwritten. size: of a row. */
-INLINE void add_columns(int n_rows, int n_vectors, const float *factors, int64_t factors_stride,
+/* out[i, column : column + VECTOR_WIDTH n_vectors] += weights[i, begin:end] rows[begin:end], for
+ * n_rows rows i of `weights` and `out`. size: of a row. */
+INLINE void add_columns(int products, int n_rows, int n_vectors, const float *weights,
                         const float *const *rows, int64_t begin, int64_t end, int64_t column,
-                        int64_t size, float *out, int64_t out_stride, int adds) {
-    vfloat sums[ROWS_AT_ONCE][4];
+                        int64_t size, float *out) {
+    const int64_t out_stride = SUMS_VALUES + size;
+    const int64_t weights_stride = products == PRODUCTS_BF16 ? KV_CHUNK / 2 : KV_CHUNK;
+    vfloat sums[ROWS_AT_ONCE][VECTORS_AT_ONCE];
 #pragma GCC unroll 3
     for (int i = 0; i < n_rows; i++)
 #pragma GCC unroll 4
         for (int j = 0; j < n_vectors; j++)
-            sums[i][j] = adds ? load_of_part(out + i * out_stride + column, j, n_vectors,
-                                             size - column)
-                              : v_zero();
+            sums[i][j] = load_of_part(out + i * out_stride + column, j, n_vectors, size - column);
     for (int64_t t = begin; t < end; t++) {
         const float *row = rows[t] + column;
+        vfloat values[VECTORS_AT_ONCE];
+#pragma GCC unroll 4
+        for (int j = 0; j < n_vectors; j++)
+            values[j] = load_of_part(row, j, n_vectors, size - column);
 #pragma GCC unroll 3
         for (int i = 0; i < n_rows; i++) {
-            vfloat factor = v_set(factors[i * factors_stride + t]);
+            vfloat factor = v_set(weights[i * weights_stride + t]);
 #pragma GCC unroll 4
             for (int j = 0; j < n_vectors; j++)
-                sums[i][j] = v_fma(factor, load_of_part(row, j, n_vectors, size - column),
-                                   sums[i][j]);
+                sums[i][j] = add_product(products, factor, values[j], sums[i][j]);
         }
     }
 #pragma GCC unroll 3
@@ -89,162 +184,243 @@ INLINE void add_columns(int n_rows, int n_vectors, const float *factors, int64_t
                 v_store(out + i * out_stride + column + VECTOR_WIDTH * j, sums[i][j]);
 }
 
-INLINE void add_products_of_rows(int n_rows, const float *factors, int64_t factors_stride,
-                                 const float *const *rows, int64_t begin, int64_t end,
-                                 int64_t size, float *out, int64_t out_stride, int adds) {
+INLINE void add_values_of_rows(int products, int n_rows, const float *weights,
+                               const float *const *rows, int64_t begin, int64_t end, int64_t size,
+                               float *out) {
     int64_t column = 0;
-    for (; column + 4 * VECTOR_WIDTH <= size; column += 4 * VECTOR_WIDTH)
-        add_columns(n_rows, 4, factors, factors_stride, rows, begin, end, column, size, out,
-                    out_stride, adds);
+    for (; column + VECTORS_AT_ONCE * VECTOR_WIDTH <= size;
+         column += VECTORS_AT_ONCE * VECTOR_WIDTH)
+        add_columns(products, n_rows, VECTORS_AT_ONCE, weights, rows, begin, end, column, size,
+                    out);
     for (; column < size; column += VECTOR_WIDTH)
-        add_columns(n_rows, 1, factors, factors_stride, rows, begin, end, column, size, out,
-                    out_stride, adds);
+        add_columns(products, n_rows, 1, weights, rows, begin, end, column, size, out);
 }
 
-/* out[i] += factors[i, begin:end] rows[begin:end], or without `adds` =, for i < n_rows. */
-INLINE void add_products(int64_t n_rows, const float *factors, int64_t factors_stride,
-                         const float *const *rows, int64_t begin, int64_t end, int64_t size,
-                         float *out, int64_t out_stride, int adds) {
+/* The sums of the values += weights[:, begin:end] rows[begin:end]: rows of tokens, or of pairs. */
+INLINE void add_values(int products, int64_t n_rows, const float *weights,
+                       const float *const *rows, int64_t begin, int64_t end, int64_t head_dim,
+                       float *sums) {
+    const int64_t weights_stride = products == PRODUCTS_BF16 ? KV_CHUNK / 2 : KV_CHUNK;
+    const int64_t sums_stride = SUMS_VALUES + head_dim;
+    float *out = sums + SUMS_VALUES;
     int64_t i = 0;
     for (; i + 3 <= n_rows; i += 3)
-        add_products_of_rows(3, factors + i * factors_stride, factors_stride, rows, begin, end,
-                             size, out + i * out_stride, out_stride, adds);
+        add_values_of_rows(products, 3, weights + i * weights_stride, rows, begin, end, head_dim,
+                           out + i * sums_stride);
     if (n_rows - i == 2)
-        add_products_of_rows(2, factors + i * factors_stride, factors_stride, rows, begin, end,
-                             size, out + i * out_stride, out_stride, adds);
+        add_values_of_rows(products, 2, weights + i * weights_stride, rows, begin, end, head_dim,
+                           out + i * sums_stride);
     if (n_rows - i == 1)
-        add_products_of_rows(1, factors + i * factors_stride, factors_stride, rows, begin, end,
-                             size, out + i * out_stride, out_stride, adds);
+        add_values_of_rows(products, 1, weights + i * weights_stride, rows, begin, end, head_dim,
+                           out + i * sums_stride);
 }
 
-static void score_tokens(int64_t n_rows, const float *q, int64_t head_dim,
-                         const float *const *keys, float *scores) {
-    add_products(n_rows, q, head_dim, keys, 0, head_dim, KV_CHUNK, scores, KV_CHUNK, 0);
+#if defined(LEVEL_AMX)
+/* Whether AMX tiles multiply: they take the depth of a head in steps of 32. */
+INLINE int uses_amx(int products, int64_t head_dim) {
+    return products == PRODUCTS_BF16 && head_dim % 32 == 0;
 }
 
-static void add_values(int64_t n_rows, const float *weights, const float *const *values,
-                       int64_t begin, int64_t end, int64_t head_dim, float *sums) {
-    add_products(n_rows, weights, KV_CHUNK, values, begin, end, head_dim, sums + SUMS_VALUES,
-                 SUMS_VALUES + head_dim, 1);
+/* Tiles 0 .. 3 hold sums and 4 queries or probabilities, of `rows` rows; 5 holds keys or values. */
+static void configure_attention_tiles(int64_t rows) {
+    TileConfig config = {.palette = 1};
+    for (int tile = 0; tile < 6; tile++) {
+        config.row_bytes[tile] = 64;
+        config.rows[tile] = tile < 5 ? (uint8_t)rows : AMX_ROWS;
+    }
+    _tile_loadconfig(&config);
 }
+
+/* The scores of up to 16 rows for all panels of a chunk. */
+static void amx_scores(const char *q, int64_t row_bytes, const float *const *panels,
+                       int64_t panel, int64_t end_panel, float *scores) {
+    const int64_t tile_words = AMX_ROWS * AMX_WORDS;
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    for (int64_t i = 0; i < row_bytes / 64; i++) {
+        _tile_loadd(4, q + i * 64, row_bytes);
+#define ADD_PANEL(N)                                                                               \
+    if (panel <= N && N < end_panel) {                                                             \
+        _tile_loadd(5, panels[N] + i * tile_words, 64);                                            \
+        _tile_dpbf16ps(N, 4, 5);                                                                   \
+    }
+        ADD_PANEL(0)
+        ADD_PANEL(1)
+        ADD_PANEL(2)
+        ADD_PANEL(3)
+#undef ADD_PANEL
+    }
+    _tile_stored(0, scores, KV_CHUNK * 4);
+    _tile_stored(1, scores + PANEL_WIDTH, KV_CHUNK * 4);
+    _tile_stored(2, scores + 2 * PANEL_WIDTH, KV_CHUNK * 4);
+    _tile_stored(3, scores + 3 * PANEL_WIDTH, KV_CHUNK * 4);
+}
+
+/* Add the values of the pairs [0, end) to the sums of up to 16 rows. */
+static void amx_values(const float *weights, const float *values, int64_t end, int64_t head_dim,
+                       float *sums) {
+    const int64_t sums_bytes = (SUMS_VALUES + head_dim) * 4;
+    for (int64_t d = 0; d < head_dim; d += 2 * PANEL_WIDTH) {
+        float *out = sums + SUMS_VALUES + d;
+        _tile_loadd(0, out, sums_bytes);
+        _tile_loadd(1, out + PANEL_WIDTH, sums_bytes);
+        for (int64_t pair = 0; pair < end; pair += AMX_ROWS) {
+            const float *rows = values + pair * head_dim + d;
+            _tile_loadd(4, weights + pair, KV_CHUNK * 2);
+            _tile_loadd(5, rows, head_dim * 4);
+            _tile_dpbf16ps(0, 4, 5);
+            _tile_loadd(5, rows + PANEL_WIDTH, head_dim * 4);
+            _tile_dpbf16ps(1, 4, 5);
+        }
+        _tile_stored(0, out, sums_bytes);
+        _tile_stored(1, out + PANEL_WIDTH, sums_bytes);
+    }
+}
+#endif
+
+/* ---- chunks of the cache ---- */
 
 /* The tokens [begin, end) of a chunk in the cache. */
 typedef struct {
     int64_t begin;
     int64_t end;
-    int64_t slots[KV_CHUNK]; /* where each token is in the cache */
+    int64_t slots[CHUNK_PANELS]; /* where the first token of each panel is in the cache */
 } Chunk;
+
+INLINE int64_t first_panel(const Chunk *chunk) {
+    return chunk->begin / PANEL_WIDTH;
+}
+
+INLINE int64_t end_panel(const Chunk *chunk) {
+    return (chunk->end + PANEL_WIDTH - 1) / PANEL_WIDTH;
+}
 
 static void find_chunk(const PagedAttention *a, const int64_t *block_table, int64_t first_token,
                        int64_t oldest, int64_t last, Chunk *chunk) {
     chunk->begin = oldest > first_token ? oldest - first_token : 0;
     chunk->end = last - first_token + 1 < KV_CHUNK ? last - first_token + 1 : KV_CHUNK;
-    for (int64_t t = chunk->begin; t < chunk->end; t++) {
-        int64_t token = first_token + t;
-        chunk->slots[t] =
+    for (int64_t panel = first_panel(chunk); panel < end_panel(chunk); panel++) {
+        int64_t token = first_token + panel * PANEL_WIDTH;
+        chunk->slots[panel] =
             block_table[token / a->block_size] * a->block_size + token % a->block_size;
     }
 }
 
-/* What the elements of a token are multiplied by. */
-INLINE float scale_of_token(const PagedAttention *a, int64_t head, int64_t slot) {
-    return a->static_scales ? a->scales[head]
-                            : a->scales[head * (a->head_stride / a->head_dim) + slot];
+/* The words of PANEL_WIDTH tokens of a head. */
+INLINE const char *panel_words(const PagedAttention *a, int64_t head, int64_t slot, int kv_type) {
+    return a->kv + (head * a->head_stride + slot * a->head_dim) * kv_element_size(kv_type);
 }
 
-/* Transpose the keys of a chunk, and prefetch the next chunk's keys and values: the hardware does
- * not, because the addresses of blocks follow no pattern. next: NULL: there is none. */
-INLINE void load_keys(const PagedAttention *a, int64_t head, const Chunk *chunk, const Chunk *next,
-                      float *to, int kv_type) {
-    const int64_t size = kv_element_size(kv_type);
-    const int64_t head_dim = a->head_dim;
-    const char *keys = a->kv + head * a->head_stride * size;
-    int64_t to_values = a->n_kv_heads * a->head_stride * size;
-    for (int64_t t = chunk->begin / VECTOR_WIDTH * VECTOR_WIDTH; t < chunk->end;
-         t += VECTOR_WIDTH) {
-        const char *tokens[VECTOR_WIDTH];
-        const char *next_tokens[VECTOR_WIDTH];
-        float scales[VECTOR_WIDTH];
-        for (int i = 0; i < VECTOR_WIDTH; i++) {
-            /* A token outside of the chunk is replaced by one of it; its score is masked. */
-            int64_t token = t + i < chunk->begin ? chunk->begin : t + i;
-            token = token < chunk->end ? token : chunk->end - 1;
-            tokens[i] = keys + chunk->slots[token] * head_dim * size;
-            if (kv_is_quantized(kv_type))
-                scales[i] = scale_of_token(a, head, chunk->slots[token]);
-            next_tokens[i] = NULL;
-            if (next && t + i < next->end)
-                next_tokens[i] = keys + next->slots[t + i] * head_dim * size;
-        }
-        for (int64_t d = 0; d < head_dim; d += VECTOR_WIDTH) {
-            vfloat square[VECTOR_WIDTH];
-#pragma GCC unroll 16
-            for (int i = 0; i < VECTOR_WIDTH; i++) {
-                square[i] = load_of_token(tokens[i], d, head_dim, kv_type);
-                if (kv_is_quantized(kv_type))
-                    square[i] = v_mul(square[i], v_set(scales[i]));
-            }
-            v_transpose(square);
-            if (head_dim - d >= VECTOR_WIDTH) {
-#pragma GCC unroll 16
-                for (int i = 0; i < VECTOR_WIDTH; i++)
-                    v_store(to + (d + i) * KV_CHUNK + t, square[i]);
-            } else {
-                for (int i = 0; i < head_dim - d; i++)
-                    v_store(to + (d + i) * KV_CHUNK + t, square[i]);
-            }
-            if (next && d * size % 64 == 0)
-                for (int i = 0; i < VECTOR_WIDTH && next_tokens[i]; i++) {
-                    __builtin_prefetch(next_tokens[i] + d * size, 0, 2);
-                    __builtin_prefetch(next_tokens[i] + to_values + d * size, 0, 2);
+/* Prefetch a panel: the hardware does not, because the addresses of blocks follow no pattern. */
+INLINE void prefetch_panel(const PagedAttention *a, int64_t head, int64_t slot, int kv_type) {
+    const char *words = panel_words(a, head, slot, kv_type);
+    for (int64_t i = 0; i < PANEL_WIDTH * a->head_dim * kv_element_size(kv_type); i += PF_STEP)
+        __builtin_prefetch(words + i, 0, 2);
+}
+
+/* Prefetch the keys or values of a chunk. chunk: NULL: there is none. */
+INLINE void prefetch_chunk(const PagedAttention *a, int64_t head, const Chunk *chunk,
+                           int kv_type) {
+    if (chunk)
+        for (int64_t panel = first_panel(chunk); panel < end_panel(chunk); panel++)
+            prefetch_panel(a, head, chunk->slots[panel], kv_type);
+}
+
+/* What the elements of PANEL_WIDTH tokens are multiplied by. */
+INLINE void panel_scales(const PagedAttention *a, int64_t head, int64_t slot, float *scales) {
+    const float *of_head = a->scales + head * (a->head_stride / a->head_dim);
+    for (int i = 0; i < PANEL_WIDTH; i++)
+        scales[i] = a->static_scales ? a->scales[head] : of_head[slot + i];
+}
+
+/* The panels of keys of a chunk as words of products: in the cache, or their copies as floats. */
+INLINE void load_keys(const PagedAttention *a, int64_t head, const Chunk *chunk, float *to,
+                      const float **panels, int kv_type) {
+    const int values = kv_word_values(kv_type);
+    for (int64_t panel = first_panel(chunk); panel < end_panel(chunk); panel++) {
+        const char *words = panel_words(a, head, chunk->slots[panel], kv_type);
+        panels[panel] = (const float *)words;
+        if (kv_type == KV_F32 || products_of(kv_type) == PRODUCTS_BF16)
+            continue;
+        float *copy = to + panel * PANEL_WIDTH * a->head_dim;
+        panels[panel] = copy;
+        float scales[PANEL_WIDTH];
+        if (kv_is_quantized(kv_type))
+            panel_scales(a, head, chunk->slots[panel], scales);
+        for (int64_t d = 0; d < a->head_dim; d += values)
+            for (int v = 0; v < PANEL_WIDTH; v += VECTOR_WIDTH) {
+                vint word = vi_load(words + (d / values * PANEL_WIDTH + v) * 4);
+#pragma GCC unroll 4
+                for (int k = 0; k < values; k++) {
+                    vfloat x = kv_word_value(kv_type, word, k);
+                    if (kv_is_quantized(kv_type))
+                        x = v_mul(x, v_load(scales + v));
+                    v_store(copy + (d + k) * PANEL_WIDTH + v, x);
                 }
-        }
+            }
     }
 }
 
-/* The addresses of the values of each token of a chunk: in the cache, or of their copies as floats.
- */
+/* The rows of values of each token of a chunk as floats: in the cache, or their copies. */
 INLINE void load_values(const PagedAttention *a, int64_t head, const Chunk *chunk, float *to,
-                        const float **values, int kv_type) {
-    const int64_t size = kv_element_size(kv_type);
+                        const float **rows, int kv_type) {
+    const int values = kv_word_values(kv_type);
     const int64_t head_dim = a->head_dim;
-    const char *of_head = a->kv + head * a->head_stride * size;
-    for (int64_t t = chunk->begin; t < chunk->end; t++) {
-        const char *token = of_head + chunk->slots[t] * head_dim * size;
+    for (int64_t panel = first_panel(chunk); panel < end_panel(chunk); panel++) {
+        const char *words = panel_words(a, head, chunk->slots[panel], kv_type);
+        int64_t first = panel * PANEL_WIDTH;
         if (kv_type == KV_F32) {
-            values[t] = (const float *)token;
+            for (int64_t t = 0; t < PANEL_WIDTH; t++)
+                rows[first + t] = (const float *)words + t * head_dim;
             continue;
         }
-        float scale = kv_is_quantized(kv_type) ? scale_of_token(a, head, chunk->slots[t]) : 1;
-        values[t] = to + t * head_dim;
-        for (int64_t d = 0; d < head_dim; d += VECTOR_WIDTH) {
-            vfloat x = load_of_token(token, d, head_dim, kv_type);
-            if (kv_is_quantized(kv_type))
-                x = v_mul(x, v_set(scale));
-            store_of_row(to + t * head_dim, d, head_dim, x);
-        }
+        float scales[PANEL_WIDTH];
+        if (kv_is_quantized(kv_type))
+            panel_scales(a, head, chunk->slots[panel], scales);
+        for (int64_t t = 0; t < PANEL_WIDTH; t += values, words += head_dim * 4)
+            for (int64_t d = 0; d < head_dim; d += VECTOR_WIDTH) {
+                vint word = v_bits(load_of_row((const float *)words, d, head_dim));
+#pragma GCC unroll 4
+                for (int k = 0; k < values; k++) {
+                    vfloat x = kv_word_value(kv_type, word, k);
+                    if (kv_is_quantized(kv_type))
+                        x = v_mul(x, v_set(scales[t + k]));
+                    store_of_row(to + (first + t + k) * head_dim, d, head_dim, x);
+                }
+            }
+        for (int64_t t = first; t < first + PANEL_WIDTH; t++)
+            rows[t] = to + t * head_dim;
     }
 }
 
-INLINE void load_chunk_as(const PagedAttention *a, int64_t kv_head, const Chunk *chunk,
-                          const Chunk *next, Scratch *s, const float **values, int kv_type) {
-    load_keys(a, kv_head, chunk, next, s->keys, kv_type);
-    load_values(a, a->n_kv_heads + kv_head, chunk, s->values, values, kv_type);
+#if defined(LEVEL_BF16)
+/* The rows of values of each pair of tokens of a chunk, copied: other tokens become zeros, because
+ * 0 times NaN is NaN. Returns the end of the pairs that are written, a multiple of 16. */
+static int64_t load_value_pairs(const PagedAttention *a, int64_t head, const Chunk *chunk,
+                                float *to, const float **rows) {
+    const int64_t head_dim = a->head_dim;
+    int64_t end = (chunk->end + 31) / 32 * 16;
+    for (int64_t pair = 0; pair < end; pair++) {
+        int64_t token = 2 * pair;
+        float *copy = to + pair * head_dim;
+        rows[pair] = copy;
+        if (token + 1 < chunk->begin || token >= chunk->end) {
+            memset(copy, 0, head_dim * sizeof *copy);
+            continue;
+        }
+        const char *words = panel_words(a, head, chunk->slots[token / PANEL_WIDTH], KV_BF16);
+        memcpy(copy, words + token % PANEL_WIDTH / 2 * head_dim * 4, head_dim * sizeof *copy);
+        uint16_t *halves = (uint16_t *)copy;
+        for (int k = 0; k < 2; k++)
+            if (token + k < chunk->begin || token + k >= chunk->end)
+                for (int64_t d = 0; d < head_dim; d++)
+                    halves[2 * d + k] = 0;
+    }
+    return end;
 }
-
-static void load_chunk(const PagedAttention *a, int64_t kv_head, const Chunk *chunk,
-                       const Chunk *next, Scratch *s, const float **values) {
-    if (a->kv_type == KV_F32)
-        load_chunk_as(a, kv_head, chunk, next, s, values, KV_F32);
-    else if (a->kv_type == KV_BF16)
-        load_chunk_as(a, kv_head, chunk, next, s, values, KV_BF16);
-    else if (a->kv_type == KV_F16)
-        load_chunk_as(a, kv_head, chunk, next, s, values, KV_F16);
-    else if (a->kv_type == KV_INT8)
-        load_chunk_as(a, kv_head, chunk, next, s, values, KV_INT8);
-    else
-        load_chunk_as(a, kv_head, chunk, next, s, values, KV_FP8);
-}
+#endif
 
 /* One chunk of the online softmax: softcap and mask the scores, replace them by their exponentials,
  * and rescale the previous sums to the new maximum.
@@ -294,12 +470,77 @@ static void online_softmax(const PagedAttention *a, float *chunk_scores, int64_t
     }
 }
 
+/* A chunk of keys and values, for all rows of a tile: scores, softmax, sums of the values.
+ * next: the chunk after it, which is prefetched; NULL: there is none. */
+INLINE void attend_chunk_as(const PagedAttention *a, Scratch *s, const QueryTile *tile,
+                            int64_t kv_head, int64_t first_token, const Chunk *chunk,
+                            const Chunk *next, float *sums, int kv_type) {
+    const int products = products_of(kv_type);
+    const int64_t head_dim = a->head_dim;
+    const int64_t group = a->n_heads / a->n_kv_heads;
+    const int64_t n_rows = tile->n_queries * group;
+    const int64_t value_head = a->n_kv_heads + kv_head;
+    const float *panels[CHUNK_PANELS] = {NULL};
+    const float *rows[KV_CHUNK];
+    load_keys(a, kv_head, chunk, s->keys, panels, kv_type);
+    prefetch_chunk(a, kv_head, next, kv_type);
+#if defined(LEVEL_AMX)
+    if (uses_amx(products, head_dim))
+        for (int64_t row = 0; row < n_rows; row += AMX_ROWS) {
+            if (row == 0 || n_rows - row < AMX_ROWS)
+                configure_attention_tiles(min_int64(n_rows - row, AMX_ROWS));
+            amx_scores((const char *)(s->q + row * head_dim / 2), head_dim * 2, panels,
+                       first_panel(chunk), end_panel(chunk), s->scores + row * KV_CHUNK);
+        }
+    else
+#endif
+        score_tokens(products, n_rows, s->q, products == PRODUCTS_BF16 ? head_dim / 2 : head_dim,
+                     panels, first_panel(chunk), end_panel(chunk), s->scores);
+    online_softmax(a, s->scores, n_rows, group, tile->position, first_token, sums);
+    prefetch_chunk(a, value_head, next, kv_type);
+#if defined(LEVEL_BF16)
+    if (products == PRODUCTS_BF16) {
+        int64_t end = load_value_pairs(a, value_head, chunk, s->values, rows);
+        round_to_bf16(s->scores, n_rows * KV_CHUNK, (uint16_t *)s->weights);
+#if defined(LEVEL_AMX)
+        if (uses_amx(products, head_dim)) {
+            for (int64_t row = 0; row < n_rows; row += AMX_ROWS) {
+                if (n_rows > AMX_ROWS && (row == 0 || n_rows - row < AMX_ROWS))
+                    configure_attention_tiles(min_int64(n_rows - row, AMX_ROWS));
+                amx_values(s->weights + row * KV_CHUNK / 2, s->values, end, head_dim,
+                           sums + row * (SUMS_VALUES + head_dim));
+            }
+            return;
+        }
+#endif
+        add_values(products, n_rows, s->weights, rows, chunk->begin / 2, end, head_dim, sums);
+        return;
+    }
+#endif
+    load_values(a, value_head, chunk, s->values, rows, kv_type);
+    add_values(products, n_rows, s->scores, rows, chunk->begin, chunk->end, head_dim, sums);
+}
+
+static void attend_chunk(const PagedAttention *a, Scratch *s, const QueryTile *tile,
+                         int64_t kv_head, int64_t first_token, const Chunk *chunk,
+                         const Chunk *next, float *sums) {
+    if (a->kv_type == KV_F32)
+        attend_chunk_as(a, s, tile, kv_head, first_token, chunk, next, sums, KV_F32);
+    else if (a->kv_type == KV_BF16)
+        attend_chunk_as(a, s, tile, kv_head, first_token, chunk, next, sums, KV_BF16);
+    else if (a->kv_type == KV_F16)
+        attend_chunk_as(a, s, tile, kv_head, first_token, chunk, next, sums, KV_F16);
+    else if (a->kv_type == KV_INT8)
+        attend_chunk_as(a, s, tile, kv_head, first_token, chunk, next, sums, KV_INT8);
+    else
+        attend_chunk_as(a, s, tile, kv_head, first_token, chunk, next, sums, KV_FP8);
+}
+
 /* The sums of a tile over the tokens of a segment. */
 static void attend_segment(const PagedAttention *a, Scratch *s, const QueryTile *tile,
                            int64_t kv_head, int64_t segment, float *sums) {
-    int64_t group = a->n_heads / a->n_kv_heads; /* query heads per key-value head */
     int64_t head_dim = a->head_dim;
-    int64_t n_rows = tile->n_queries * group;
+    int64_t n_rows = tile->n_queries * (a->n_heads / a->n_kv_heads);
     for (int64_t row = 0; row < n_rows; row++) {
         float *of_row = sums + row * (SUMS_VALUES + head_dim);
         memset(of_row, 0, (SUMS_VALUES + head_dim) * sizeof(float));
@@ -312,24 +553,20 @@ static void attend_segment(const PagedAttention *a, Scratch *s, const QueryTile 
     int64_t end = first + SEGMENT < last + 1 ? first + SEGMENT : last + 1;
     if (oldest > first)
         first = oldest / KV_CHUNK * KV_CHUNK;
-    const float *keys[MAX_HEAD_DIM]; /* a row for each dimension */
-    for (int64_t d = 0; d < head_dim; d++)
-        keys[d] = s->keys + d * KV_CHUNK;
     Chunk chunks[2];
     find_chunk(a, block_table, first, oldest, last, &chunks[0]);
     for (int64_t token = first, i = 0; token < end; token += KV_CHUNK, i ^= 1) {
-        const Chunk *chunk = &chunks[i];
         Chunk *next = NULL;
-        if (token + KV_CHUNK < end) {
+        if (token + KV_CHUNK <= last) { /* perhaps of the next segment */
             next = &chunks[i ^ 1];
             find_chunk(a, block_table, token + KV_CHUNK, oldest, last, next);
         }
-        const float *values[KV_CHUNK];
-        load_chunk(a, kv_head, chunk, next, s, values);
-        score_tokens(n_rows, s->q, head_dim, keys, s->scores);
-        online_softmax(a, s->scores, n_rows, group, tile->position, token, sums);
-        add_values(n_rows, s->scores, values, chunk->begin, chunk->end, head_dim, sums);
+        attend_chunk(a, s, tile, kv_head, token, &chunks[i], next, sums);
     }
+#if defined(LEVEL_AMX)
+    if (uses_amx(products_of(a->kv_type), head_dim))
+        _tile_release();
+#endif
 }
 
 /* total += the sums of a segment. A segment without any score changes nothing. */
@@ -360,8 +597,18 @@ static void load_queries(const PagedAttention *a, Scratch *s, const QueryTile *t
         int64_t token = tile->first_token + tile->first_query + row / group;
         int64_t head = kv_head * group + row % group;
         const float *q = a->q + token * a->q_stride + head * a->head_dim;
+        float *scaled = s->q + row * a->head_dim;
+#if defined(LEVEL_BF16)
+        float of_row[MAX_HEAD_DIM];
+        if (products_of(a->kv_type) == PRODUCTS_BF16)
+            scaled = of_row;
+#endif
         for (int64_t d = 0; d < a->head_dim; d++)
-            s->q[row * a->head_dim + d] = q[d] * a->scale;
+            scaled[d] = q[d] * a->scale;
+#if defined(LEVEL_BF16)
+        if (scaled == of_row)
+            round_to_bf16(of_row, a->head_dim, (uint16_t *)s->q + row * a->head_dim);
+#endif
     }
 }
 

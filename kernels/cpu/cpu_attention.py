@@ -11,24 +11,14 @@ from llmkit.kernels.attention_metadata import AttentionMetadata
 from llmkit.kernels.cpu import cpu_kernels
 from llmkit.kernels.kv_cache import KVCache
 
-# Sizes of the C kernel's scratch memory (attention.h).
-MAX_HEADS_PER_KV_HEAD = 48
-MAX_HEAD_DIM = 512
-KV_CHUNK = 64  # in tokens; the block size of the cache must divide it
+MAX_HEADS_PER_KV_HEAD = 48  # rows of the C kernel's scratch memory (attention.h)
 
 
 def supports(q: torch.Tensor, cache: KVCache) -> bool:
     """Whether `attention` takes these queries [T, N, D] and this cache."""
     if not cpu_kernels.supports(q) or q.stride()[1:] != (q.shape[2], 1):
         return False
-    both, _, block_size, head_dim = cache.kv.shape
-    return (
-        head_dim % 8 == 0
-        and head_dim <= MAX_HEAD_DIM
-        and KV_CHUNK % block_size == 0
-        and q.shape[1] <= MAX_HEADS_PER_KV_HEAD * both // 2
-        and cache.kv.dtype in cpu_kernels.KV_TYPES
-    )
+    return cache.is_packed and q.shape[1] <= MAX_HEADS_PER_KV_HEAD * cache.kv.shape[0] // 2
 
 
 def attention(

@@ -154,29 +154,44 @@ static float token_scale(const float *x, int64_t size, float largest_value) {
     return (scale < 1e-12f ? 1e-12f : scale) + v_sum(zeros);
 }
 
+/* Write the elements of a token of one head, as kv_types.h describes. */
+INLINE void store_head(const float *x, int64_t slot, int64_t head_dim, int is_key, float scale,
+                       char *cache, int kv_type) {
+    const int values = kv_word_values(kv_type);
+    char elements[4 * (MAX_HEAD_DIM + VECTOR_WIDTH)];
+    for (int64_t d = 0; d < head_dim; d += VECTOR_WIDTH)
+        store_elements(elements + d * kv_element_size(kv_type), load_of_row(x, d, head_dim),
+                       kv_type, scale);
+    if (is_key) { /* whole words */
+        char *to = cache + key_element(slot, 0, head_dim, values) * kv_element_size(kv_type);
+        for (int64_t d = 0; d < head_dim; d += values)
+            memcpy(to + d / values * PANEL_WIDTH * 4, elements + d / values * 4, 4);
+    } else if (kv_type == KV_F32) {
+        memcpy(cache + slot * head_dim * 4, elements, head_dim * 4);
+    } else {
+        char *to = cache + value_element(slot, 0, head_dim, values) * kv_element_size(kv_type);
+        for (int64_t d = 0; d < head_dim; d++)
+            memcpy(to + d * 4, elements + d * kv_element_size(kv_type), kv_element_size(kv_type));
+    }
+}
+
 INLINE void store_tokens_as(const StoreKv *o, int64_t begin, int64_t end, int kv_type) {
-    const int64_t size = kv_element_size(kv_type);
-    for (int64_t token = begin; token < end; token++)
-        for (int64_t head = 0; head < o->n_heads; head++) {
+    for (int64_t head = 0; head < o->n_heads; head++) {
+        char *cache = o->cache + head * o->head_stride * kv_element_size(kv_type);
+        int64_t n_slots = o->head_stride / o->head_dim;
+        for (int64_t token = begin; token < end; token++) {
             const float *x = o->kv + token * o->kv_stride + head * o->head_dim;
-            int64_t element = head * o->head_stride + o->slot_mapping[token] * o->head_dim;
+            int64_t slot = o->slot_mapping[token];
             float scale = 1;
-            if (kv_is_quantized(kv_type) && o->static_scales)
+            if (kv_is_quantized(kv_type) && o->static_scales) {
                 scale = o->scales[head];
-            else if (kv_is_quantized(kv_type)) {
+            } else if (kv_is_quantized(kv_type)) {
                 scale = token_scale(x, o->head_dim, kv_type == KV_INT8 ? 127.0f : 448.0f);
-                o->scales[element / o->head_dim] = scale;
+                o->scales[head * n_slots + slot] = scale;
             }
-            char *to = o->cache + element * size;
-            int64_t d = 0;
-            for (; d + VECTOR_WIDTH <= o->head_dim; d += VECTOR_WIDTH)
-                store_elements(to + d * size, v_load(x + d), kv_type, scale);
-            if (d < o->head_dim) {
-                char rest[4 * VECTOR_WIDTH];
-                store_elements(rest, load_of_row(x, d, o->head_dim), kv_type, scale);
-                memcpy(to + d * size, rest, (o->head_dim - d) * size);
-            }
+            store_head(x, slot, o->head_dim, head < o->n_heads / 2, scale, cache, kv_type);
         }
+    }
 }
 
 static void store_tokens(const void *operation, int64_t begin, int64_t end) {

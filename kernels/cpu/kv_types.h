@@ -1,8 +1,20 @@
-/* The elements of a KV cache, in each of its types, as floats. The type is a constant everywhere,
- * so that no loop tests it. */
+/* The elements of a KV cache, in each of its types. The type is a constant everywhere, so that no
+ * loop tests it.
+ *
+ * A cache consists of words of 32 bits, in the order in which products take them. Of each head,
+ * PANEL_WIDTH tokens lie together:
+ * - Keys are a panel as those of linear.h, with a token in each column: [head_dim / v, PANEL_WIDTH]
+ *   words, v consecutive dimensions of a token in each.
+ * - Values are [PANEL_WIDTH / v, head_dim] words, v consecutive tokens of a dimension in each.
+ */
 
 INLINE int64_t kv_element_size(int kv_type) {
     return kv_type == KV_F32 ? 4 : kv_type == KV_BF16 || kv_type == KV_F16 ? 2 : 1;
+}
+
+/* The elements of a word. */
+INLINE int kv_word_values(int kv_type) {
+    return kv_type == KV_F32 ? 1 : kv_type == KV_BF16 || kv_type == KV_F16 ? 2 : 4;
 }
 
 /* Whether the elements are multiples of a scale. */
@@ -10,34 +22,36 @@ INLINE int kv_is_quantized(int kv_type) {
     return kv_type == KV_INT8 || kv_type == KV_FP8;
 }
 
-/* FP8 (e4m3) as floats: as the float16 of the same digits, whose exponent is 8 too small. */
-INLINE vfloat load_fp8(const char *p) {
-    vint bytes = vi_load_bytes(p);
+/* Where element d of the token in a slot is, among the elements of a head. */
+INLINE int64_t key_element(int64_t slot, int64_t d, int64_t head_dim, int values) {
+    int64_t panel = slot / PANEL_WIDTH;
+    int64_t word = d / values * PANEL_WIDTH + slot % PANEL_WIDTH;
+    return panel * PANEL_WIDTH * head_dim + word * values + d % values;
+}
+
+INLINE int64_t value_element(int64_t slot, int64_t d, int64_t head_dim, int values) {
+    return (slot / values * head_dim + d) * values + slot % values;
+}
+
+/* FP8 (e4m3), with its sign in all bits above, as floats: as the float16 of the same digits, whose
+ * exponent is 8 too small. */
+INLINE vfloat fp8_to_float(vint bytes) {
     vint magnitude = vi_shift_left(vi_and(bytes, vi_set(0x7f)), 7);
     vfloat x = vi_f16_to_float(vi_add(magnitude, vi_and(bytes, vi_set(0x8000))));
     /* The largest digits mean NaN; as a float16 they would be 1.875. */
     return v_select(v_less(v_abs(x), v_set(1.8125f)), v_mul(x, v_set(256)), v_set(NAN));
 }
 
-/* VECTOR_WIDTH elements. */
-INLINE vfloat load_elements(const char *p, int kv_type) {
+/* Element i of each word as a float. */
+INLINE vfloat kv_word_value(int kv_type, vint words, int i) {
     if (kv_type == KV_F32)
-        return v_load((const float *)p);
+        return vi_as_float(words);
     if (kv_type == KV_BF16)
-        return v_load_bf16((const uint16_t *)p);
+        return vi_as_float(i ? vi_and(words, vi_set((int)0xffff0000)) : vi_shift_left(words, 16));
     if (kv_type == KV_F16)
-        return v_load_f16((const uint16_t *)p);
-    return kv_type == KV_INT8 ? v_load_int8((const int8_t *)p) : load_fp8(p);
-}
-
-/* The elements [d, d + VECTOR_WIDTH) of a token; zeros beyond its end. */
-INLINE vfloat load_of_token(const char *token, int64_t d, int64_t head_dim, int kv_type) {
-    const int64_t size = kv_element_size(kv_type);
-    if (head_dim - d >= VECTOR_WIDTH)
-        return load_elements(token + d * size, kv_type);
-    char rest[4 * VECTOR_WIDTH] = {0};
-    memcpy(rest, token + d * size, (head_dim - d) * size);
-    return load_elements(rest, kv_type);
+        return vi_f16_to_float(i ? vi_shift_right(words, 16) : words);
+    vint bytes = vi_shift_right_signed(vi_shift_left(words, 24 - 8 * i), 24);
+    return kv_type == KV_INT8 ? vi_to_float(bytes) : fp8_to_float(bytes);
 }
 
 /* Write the low `bytes` bytes of each word. */
@@ -77,12 +91,16 @@ INLINE vint fp8_bits(vfloat x) {
     return vi_add(v_bits(y), vi_and(vi_shift_right(v_bits(x), 24), vi_set(0x80)));
 }
 
-/* Write VECTOR_WIDTH elements of a cache. The type is a constant. */
+/* Write VECTOR_WIDTH elements, one after the other. */
 INLINE void store_elements(char *to, vfloat x, int kv_type, float scale) {
     if (kv_type == KV_F32) {
         v_store((float *)to, x);
     } else if (kv_type == KV_BF16) {
+#if defined(LEVEL_BF16)
+        v_store_bf16((uint16_t *)to, x);
+#else
         store_narrow(to, bf16_bits(x), 2);
+#endif
     } else if (kv_type == KV_F16) {
         v_store_f16((uint16_t *)to, x);
     } else if (kv_type == KV_INT8) {

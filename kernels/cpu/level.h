@@ -11,11 +11,11 @@
 
 #include "kv_types.h"
 
-#include "attention.h"
 #include "elementwise.h"
 #include "linear.h"
 #include "sampling.h"
 
+#include "attention.h"
 #include "experts.h"
 
 const Kernels LEVEL_TABLE = {

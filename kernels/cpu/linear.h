@@ -468,17 +468,20 @@ static void quantize_row(const Linear *p, int64_t row) {
 
 #if defined(LEVEL_BF16)
 /* Round a row to bfloat16: to the nearest, ties to even. */
-static void round_row_to_bf16(const Linear *p, int64_t row) {
-    const float *x = p->x + row * p->x_stride;
-    uint16_t *to = (uint16_t *)p->rounded_inputs + row * p->padded_depth;
+static void round_to_bf16(const float *x, int64_t size, uint16_t *to) {
     int64_t k = 0;
-    for (; k + VECTOR_WIDTH <= p->depth; k += VECTOR_WIDTH)
+    for (; k + VECTOR_WIDTH <= size; k += VECTOR_WIDTH)
         v_store_bf16(to + k, v_load(x + k));
-    if (k < p->depth) {
+    if (k < size) {
         uint16_t edge[VECTOR_WIDTH];
-        v_store_bf16(edge, v_load_first(x + k, p->depth - k));
-        memcpy(to + k, edge, (p->depth - k) * sizeof *to);
+        v_store_bf16(edge, v_load_first(x + k, size - k));
+        memcpy(to + k, edge, (size - k) * sizeof *to);
     }
+}
+
+static void round_row_to_bf16(const Linear *p, int64_t row) {
+    uint16_t *to = (uint16_t *)p->rounded_inputs + row * p->padded_depth;
+    round_to_bf16(p->x + row * p->x_stride, p->depth, to);
     memset(to + p->depth, 0, (p->padded_depth - p->depth) * sizeof *to);
 }
 #endif
@@ -557,15 +560,17 @@ enum {
     AMX_PREFETCH_BYTES = 3 * AMX_TILE_BYTES
 };
 
+typedef struct {
+    uint8_t palette;
+    uint8_t start_row;
+    uint8_t reserved[14];
+    uint16_t row_bytes[16];
+    uint8_t rows[16];
+} __attribute__((packed)) TileConfig;
+
 /* All tiles have 16 rows of 64 bytes. Tiles 0 .. 3 hold sums, 4 and 5 inputs, 6 and 7 weights. */
 static void configure_tiles(void) {
-    static const struct {
-        uint8_t palette;
-        uint8_t start_row;
-        uint8_t reserved[14];
-        uint16_t row_bytes[16];
-        uint8_t rows[16];
-    } __attribute__((packed)) config = {
+    static const TileConfig config = {
         .palette = 1,
         .row_bytes = {64, 64, 64, 64, 64, 64, 64, 64},
         .rows = {AMX_ROWS, AMX_ROWS, AMX_ROWS, AMX_ROWS, AMX_ROWS, AMX_ROWS, AMX_ROWS, AMX_ROWS},

@@ -389,8 +389,8 @@ static void check_rotary(int64_t half, int interleaved) {
 }
 
 static void check_store_kv(void) {
-    enum { TOKENS = 3, HEADS = 2, DIM = 5, SLOTS = 8 };
-    static const int64_t slots[TOKENS] = {6, 0, 3};
+    enum { TOKENS = 3, HEADS = 2, DIM = 5, SLOTS = 32 };
+    static const int64_t slots[TOKENS] = {6, 0, 19};
     float *kv = random_floats(TOKENS * HEADS * DIM, 1.0f);
     float cache[HEADS * SLOTS * DIM] = {0};
     kernels->store_kv(&(StoreKv){.kv = kv,
@@ -404,9 +404,13 @@ static void check_store_kv(void) {
                                  .head_stride = SLOTS * DIM});
     for (int t = 0; t < TOKENS; t++)
         for (int head = 0; head < HEADS; head++)
-            expect(memcmp(cache + (head * SLOTS + slots[t]) * DIM, kv + (t * HEADS + head) * DIM,
-                          DIM * sizeof *kv) == 0,
-                   "store_kv", "other values are in the cache");
+            for (int d = 0; d < DIM; d++) {
+                int64_t panel = (head * SLOTS + slots[t] / 16 * 16) * DIM;
+                int64_t key = panel + d * 16 + slots[t] % 16;
+                int64_t value = panel + slots[t] % 16 * DIM + d;
+                expect(cache[head ? value : key] == kv[(t * HEADS + head) * DIM + d], "store_kv",
+                       "other values are in the cache");
+            }
     free(kv);
 }
 
@@ -496,7 +500,12 @@ enum {
 
 /* The element d of a key (head < N_KV_HEADS) or value. */
 static double cached(const PagedAttention *a, int64_t head, int64_t slot, int64_t d) {
-    int64_t element = head * a->head_stride + slot * a->head_dim + d;
+    int64_t width = a->kv_type == KV_F32 ? 1 : a->kv_type <= KV_F16 ? 2 : 4; /* of a word */
+    int64_t element = head * a->head_stride + slot / 16 * 16 * a->head_dim;
+    if (head < N_KV_HEADS)
+        element += (d / width * 16 + slot % 16) * width + d % width;
+    else
+        element += (slot % 16 / width * a->head_dim + d) * width + slot % width;
     if (a->kv_type == KV_F32)
         return ((const float *)a->kv)[element];
     if (a->kv_type == KV_BF16)

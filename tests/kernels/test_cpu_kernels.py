@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Literal
 
 import pytest
 import torch
+from support.packed_caches import packed
 from torch.nn import functional
 
 from llmkit.checkpoint.quantized_weight import QuantizedWeight, Scheme
@@ -18,6 +20,7 @@ from llmkit.kernels.attention_metadata import AttentionBatch
 from llmkit.kernels.cpu import cpu_attention, cpu_kernels
 from llmkit.kernels.cpu.cpu_kernels import InputType, PackedWeight
 from llmkit.kernels.cpu.cpu_linear import CpuLinear
+from llmkit.kernels.cpu.packed_cache import pack_blocks, unpack_blocks
 from llmkit.kernels.elementwise import act_and_mul, apply_rotary_emb_, rms_norm
 from llmkit.kernels.kv_cache import KV_CACHE_DTYPES, KVCache
 from llmkit.kernels.sampling import FULL_VOCAB
@@ -452,6 +455,9 @@ def test_cpu_attention(
     rows, blocks = tables(contexts)
     shape = (2 * kv_heads, blocks, 16, dim)
     kv = random(*shape) * 2
+    nobody = sorted(set(range(blocks)) - {block for row in rows for block in row})
+    if not kind:
+        kv[:, nobody] = torch.nan
     cache = KVCache(kv)
     if kind:
         quantized = torch.randint(-127, 128, shape, generator=torch.Generator().manual_seed(1)).to(
@@ -460,9 +466,7 @@ def test_cpu_attention(
         cache = KVCache(quantized, scales=random(2 * kv_heads, blocks, 16, 1).abs() * 0.03)
         if window:
             cache = KVCache(quantized, static_scales=random(2 * kv_heads, 1, 1).abs() * 0.03)
-    nobody = sorted(set(range(blocks)) - {block for row in rows for block in row})
-    if not kind:
-        kv[:, nobody] = torch.nan
+    cache = packed(cache)
     queries = random(sum(new), heads + 2, dim, seed=2)[
         :, :heads
     ]  # rows that do not lie side by side
@@ -487,17 +491,26 @@ def test_cpu_attention_over_a_cache_of_another_dtype(
     kv[:, sorted(set(range(blocks)) - {block for row in rows for block in row})] = torch.nan
     scales = random(2 * kv_heads, blocks, 16, 1).abs() + 0.1
     cache = KVCache(kv.to(KV_CACHE_DTYPES[kind]), scales if kind == "fp8" else None)
-    plain = KVCache(cache.kv.float() * scales if kind == "fp8" else cache.kv.float())
+    plain = packed(KVCache(cache.kv.float() * scales if kind == "fp8" else cache.kv.float()))
+    cache = packed(cache)
     queries = random(sum(new), heads, dim, seed=2)
+    rounds = kind == "bfloat16" and cpu_kernels.library.has_bfloat16()
+    if rounds:
+        queries = queries.bfloat16().float()
     ours, exact = [], []
     for window in (None, 20):
         batch = AttentionBatch.build(new, contexts, {None: rows}, 16).metadata(window)
         assert cpu_attention.supports(queries, cache)
-        ours.append(paged_attention(queries, cache, batch, dim**-0.5))
-        exact.append(paged_attention(queries, plain, batch, dim**-0.5))
+        ours.append(paged_attention(queries, cache, batch, 0.125))
+        exact.append(paged_attention(queries, plain, batch, 0.125))
+    if rounds:
+        for one, other in zip(ours, exact, strict=True):  # probabilities are rounded
+            assert (one - other).abs().max() < 0.03
+            assert (one - other).square().mean() < 1e-5 * other.square().mean()
+        return
     assert all(map(torch.equal, ours, exact)), "the kernel reads the exact values"
     without.setattr(cpu_kernels, "library", None)
-    theirs = paged_attention(queries, cache, batch, dim**-0.5)
+    theirs = paged_attention(queries, cache, batch, 0.125)
     torch.testing.assert_close(ours[-1], theirs, atol=3e-5, rtol=3e-5)
 
 
@@ -505,7 +518,7 @@ def test_cpu_attention_over_a_cache_of_another_dtype(
 def test_cpu_attention_over_fp8_keeps_nan() -> None:
     codes = torch.full((2, 1, 16, 16), 0x38, dtype=torch.uint8)  # 1.0
     codes[1, 0, 3, 5], codes[1, 0, 3, 6], codes[1, 0, 3, 7] = 0x7F, 0xFF, 0x7E
-    cache = KVCache(codes.view(KV_CACHE_DTYPES["fp8"]), static_scales=torch.ones(2, 1, 1))
+    cache = packed(KVCache(codes.view(KV_CACHE_DTYPES["fp8"]), static_scales=torch.ones(2, 1, 1)))
     batch = AttentionBatch.build([1], [4], {None: [[0]]}, 16).metadata(None)
     y = paged_attention(random(1, 1, 16), cache, batch, 0.25)[0, 0]
     assert y[5:7].isnan().all()
@@ -524,6 +537,7 @@ def test_cpu_attention_to_a_long_context_does_not_depend_on_batch_chunks_or_thre
     cache = KVCache(values)
     if cache.quantized:
         cache = KVCache(values, static_scales=torch.full((4, 1, 1), 0.05))
+    cache = packed(cache)
     sinks = torch.linspace(-1.0, 3.0, 6) if window else None
     queries = random(700, 6, 64, seed=1)
     library = cpu_kernels.library
@@ -585,6 +599,7 @@ def test_cpu_attention_with_sinks(
     if quantized:
         values = (cache.kv * 20).round().clamp(-127, 127).to(torch.int8)
         cache = KVCache(values, scales=random(4, blocks, 16, 1).abs() * 0.03)
+    cache = packed(cache)
     queries = random(sum(new), 8, 64, seed=2)
     group = AttentionBatch.build(new, contexts, {None: rows}, 16).metadata(window)
     sinks = torch.tensor([-4.0, 0.0, 1.0, 3.0, 9.0, 40.0, -90.0, 0.5])
@@ -599,7 +614,7 @@ def test_cpu_attention_with_sinks(
 @pytest.mark.parametrize("sinks", [None, torch.linspace(-1.0, 3.0, 9)], ids=["plain", "sinks"])
 def test_cpu_attention_does_not_depend_on_the_batch_or_chunks(sinks: torch.Tensor | None) -> None:
     rows, blocks = tables([230, 90])
-    cache = KVCache(random(6, blocks, 16, 64))
+    cache = packed(KVCache(random(6, blocks, 16, 64)))
     queries = random(320, 9, 64, seed=1)
     for window in (None, 50):
         whole = paged_attention(
@@ -621,7 +636,7 @@ def test_cpu_attention_does_not_depend_on_the_batch_or_chunks(sinks: torch.Tenso
 
 @needs_library
 def test_cpu_attention_does_not_read_freed_blocks() -> None:
-    cache = KVCache(random(6, 10, 16, 64))
+    cache = packed(KVCache(random(6, 10, 16, 64)))
     queries = random(2, 9, 64, seed=1)
     kept = [[3, 4, 5, 6, 7, 8]]
     freed = [[-1, -1, 5, 6, 7, 8]]
@@ -654,17 +669,18 @@ def test_cpu_store_kv_writes_the_same_bits_as_torch(
 
     def stored() -> KVCache:
         kv = torch.zeros(6, 10, 16, dim, dtype=KV_CACHE_DTYPES[kind] if kind else torch.float32)
-        cache = KVCache(kv)
+        cache = KVCache(kv, is_packed=True)
         if cache.quantized and static:
-            cache = KVCache(kv, static_scales=torch.linspace(0.01, 0.5, 6)[:, None, None])
+            cache = replace(cache, static_scales=torch.linspace(0.01, 0.5, 6)[:, None, None])
         elif cache.quantized:
-            cache = KVCache(kv, torch.zeros(6, 10, 16, 1))
+            cache = replace(cache, scales=torch.zeros(6, 10, 16, 1))
         cache.store(qkv[:, 9:], slots)
         return cache
 
     ours = stored()
     without.setattr(cpu_kernels, "library", None)
     theirs = stored()
+    assert ours.kv.float().any()
     assert torch.equal(ours.kv.view(torch.uint8), theirs.kv.view(torch.uint8))
     if theirs.scales is not None:
         assert torch.equal(ours.scales, theirs.scales)
@@ -675,14 +691,37 @@ def test_cpu_store_kv_writes_the_same_bits_as_torch(
 def test_cpu_store_kv_keeps_nan(kind: str) -> None:
     kv = random(2, 2, 24)
     kv[1, 0, 20] = torch.nan
-    cache = KVCache(torch.zeros(2, 1, 16, 24, dtype=KV_CACHE_DTYPES[kind]))
+    cache = packed(KVCache(torch.zeros(2, 1, 16, 24, dtype=KV_CACHE_DTYPES[kind])))
     if cache.quantized:
-        cache = KVCache(cache.kv, torch.zeros(2, 1, 16, 1))
+        cache = replace(cache, scales=torch.zeros(2, 1, 16, 1))
     cache.store(kv, torch.tensor([3, 4]))
     stored = cache.gather(slice(0, 1), torch.float32)
     assert stored[0, 4, 20].isnan()
     assert stored[0, 3].isfinite().all()
     assert stored[1].isfinite().all()
+
+
+@needs_library
+@pytest.mark.parametrize("kind", [None, *KV_CACHE_DTYPES])
+@pytest.mark.parametrize("block_size", [16, 64])
+def test_cpu_attention_caches_are_packed_in_words(kind: str | None, block_size: int) -> None:
+    """Keys by dimension, then token; values by token, then dimension; a word of 32 bits of each."""
+    dtype = KV_CACHE_DTYPES[kind] if kind else torch.float32
+    numbers = torch.randint(0, 100, (4, 3, block_size, 24)).to(dtype)
+    cache = packed(KVCache(numbers))
+    width = 4 // dtype.itemsize
+    blocks = cache.kv.float().view(4, 3, block_size // 16, 16 * 24)
+    for token, d in ((0, 0), (3, 5), (15, 23), (6, 10)):
+        key = (d // width * 16 + token) * width + d % width
+        value = (token // width * 24 + d) * width + token % width
+        assert torch.equal(blocks[:2, :, 0, key], numbers[:2, :, token, d].float())
+        assert torch.equal(blocks[2:, :, 0, value], numbers[2:, :, token, d].float())
+    restored = unpack_blocks(pack_blocks(numbers))
+    assert torch.equal(restored.float(), numbers.float())
+    if cache.quantized:
+        cache = replace(cache, static_scales=torch.ones(4, 1, 1))
+    some = cache.gather(torch.tensor([2, 0]), torch.float32)
+    assert torch.equal(some, numbers[:, [2, 0]].flatten(1, 2).float())
 
 
 def test_cpu_attention_supports() -> None:
@@ -693,15 +732,16 @@ def test_cpu_attention_supports() -> None:
         dim: int = 64,
         dtype: torch.dtype = torch.float32,
     ) -> bool:
-        return cpu_attention.supports(
-            torch.zeros(1, heads, dim), KVCache(torch.zeros(2 * kv_heads, 2, size, dim).to(dtype))
-        )
+        cache = packed(KVCache(torch.zeros(2 * kv_heads, 2, size, dim).to(dtype)))
+        return cpu_attention.supports(torch.zeros(1, heads, dim), cache)
 
     assert fits() == (cpu_kernels.library is not None)
     assert not fits(dim=60)
     assert fits(dim=512) == fits()
     assert not fits(dim=520)
     assert not fits(size=24)
+    assert not fits(size=8)
+    assert fits(size=64) == fits()
     assert not fits(heads=49, kv_heads=1)
     for dtype in KV_CACHE_DTYPES.values():
         assert fits(dtype=dtype) == fits()
