@@ -93,7 +93,9 @@ def score_targets(
     """
     progress.start("quality", len(targets), "models")
     metrics: dict[str, dict[str, float]] = {name: {} for name in targets}
-    options = EngineOptions(dtype=str(dtype).removeprefix("torch."), device=device)
+    options = EngineOptions(
+        dtype=str(dtype).removeprefix("torch."), device=device, cpu_activations=cpu_activations
+    )
     checkpoints = {
         name: unsharded(target)
         for name, target in targets.items()

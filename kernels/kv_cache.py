@@ -16,6 +16,7 @@ from llmkit.kernels.cpu import cpu_kernels, packed_cache
 # The 8-bit dtypes by the names of --kv-cache-dtype, which have scales, and all dtypes.
 QUANTIZED_KV_CACHE_DTYPES = {"int8": torch.int8, "fp8": FP8}
 KV_CACHE_DTYPES = {
+    "float32": torch.float32,
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
     **QUANTIZED_KV_CACHE_DTYPES,
@@ -68,8 +69,11 @@ class KVCache:
             to.flatten(1, 2).index_copy_(1, slot_mapping, kv)
             return
         indices = packed_cache.element_indices(slot_mapping, kv.shape[2], kv.dtype)
-        for part, index, elements in zip(to.chunk(2), indices, kv.chunk(2), strict=True):
-            part.flatten(1).index_copy_(1, index.flatten(), elements.flatten(1))
+        num_kv_heads = len(kv) // 2
+        for index, heads in zip(
+            indices, (slice(num_kv_heads), slice(num_kv_heads, None)), strict=True
+        ):
+            to[heads].flatten(1).index_copy_(1, index.flatten(), kv[heads].flatten(1))
 
     def gather(self, blocks: torch.Tensor | slice, dtype: torch.dtype) -> torch.Tensor:
         """The keys and values of n blocks: [2K, n * block_size, D], possibly a view."""

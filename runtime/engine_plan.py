@@ -12,6 +12,8 @@ import torch
 from llmkit.checkpoint.checkpoint import Checkpoint
 from llmkit.checkpoint.open_checkpoint import open_checkpoint
 from llmkit.common.errors import InputError
+from llmkit.common.options import CpuActivations
+from llmkit.kernels.cpu import cpu_kernels
 from llmkit.kernels.kv_cache import KV_CACHE_DTYPES, QUANTIZED_KV_CACHE_DTYPES
 from llmkit.model.checkpoint_tensors import check_checkpoint
 from llmkit.model.device import resolve_device
@@ -113,6 +115,8 @@ def plan_part(
         kv_cache_dtype = checkpoint_kv_dtype
         if kv_cache_dtype == "fp8" and device.type == "cpu":
             kv_cache_dtype = None  # a CPU converts FP8 slowly
+        if kv_cache_dtype is None and device.type == "cpu" and dtype == torch.float32:
+            kv_cache_dtype = _cpu_kv_cache_dtype(checkpoint, options.cpu_activations)
     kv_dtype = KV_CACHE_DTYPES[kv_cache_dtype] if kv_cache_dtype else dtype
     is_quantized = kv_cache_dtype in QUANTIZED_KV_CACHE_DTYPES
     if device.type != "cpu" and not is_quantized and kv_dtype != dtype:
@@ -151,8 +155,24 @@ def resolve_dtype(name: str, checkpoint: Checkpoint, device: torch.device) -> to
         return DTYPES[name]
     if device.type == "cpu":
         return torch.float32
-    own = str(checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype") or "bfloat16")
+    own = _own_dtype(checkpoint)
     return DTYPES[own] if own in ("float16", "bfloat16") else torch.bfloat16
+
+
+def _own_dtype(checkpoint: Checkpoint) -> str:
+    """The dtype that the checkpoint's config names, perhaps none."""
+    return str(checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype") or "")
+
+
+def _cpu_kv_cache_dtype(checkpoint: Checkpoint, activations: CpuActivations) -> str | None:
+    """The type of keys and values of a model that a CPU computes in float32; None: float32.
+
+    As with the inputs of linear layers, it is bfloat16 for models in bfloat16 where the processor
+    multiplies it.
+    """
+    is_bfloat16 = _own_dtype(checkpoint) == "bfloat16"
+    wanted = activations != "float32" and is_bfloat16 and cpu_kernels.has_bfloat16()
+    return "bfloat16" if wanted else None
 
 
 def open_draft_model(reference: str, spec: ModelSpec) -> Checkpoint:

@@ -223,12 +223,7 @@ INLINE int uses_amx(int products, int64_t head_dim) {
 
 /* Tiles 0 .. 3 hold sums and 4 queries or probabilities, of `rows` rows; 5 holds keys or values. */
 static void configure_attention_tiles(int64_t rows) {
-    TileConfig config = {.palette = 1};
-    for (int tile = 0; tile < 6; tile++) {
-        config.row_bytes[tile] = 64;
-        config.rows[tile] = tile < 5 ? (uint8_t)rows : AMX_ROWS;
-    }
-    _tile_loadconfig(&config);
+    configure_tiles(5, 6, rows);
 }
 
 /* The scores of up to 16 rows for all panels of a chunk. */
@@ -316,7 +311,7 @@ INLINE const char *panel_words(const PagedAttention *a, int64_t head, int64_t sl
 /* Prefetch a panel: the hardware does not, because the addresses of blocks follow no pattern. */
 INLINE void prefetch_panel(const PagedAttention *a, int64_t head, int64_t slot, int kv_type) {
     const char *words = panel_words(a, head, slot, kv_type);
-    for (int64_t i = 0; i < PANEL_WIDTH * a->head_dim * kv_element_size(kv_type); i += PF_STEP)
+    for (int64_t i = 0; i < PANEL_WIDTH * a->head_dim * kv_element_size(kv_type); i += 64)
         __builtin_prefetch(words + i, 0, 2);
 }
 
@@ -488,7 +483,7 @@ INLINE void attend_chunk_as(const PagedAttention *a, Scratch *s, const QueryTile
     if (uses_amx(products, head_dim))
         for (int64_t row = 0; row < n_rows; row += AMX_ROWS) {
             if (row == 0 || n_rows - row < AMX_ROWS)
-                configure_attention_tiles(min_int64(n_rows - row, AMX_ROWS));
+                configure_attention_tiles(n_rows - row);
             amx_scores((const char *)(s->q + row * head_dim / 2), head_dim * 2, panels,
                        first_panel(chunk), end_panel(chunk), s->scores + row * KV_CHUNK);
         }
@@ -506,7 +501,7 @@ INLINE void attend_chunk_as(const PagedAttention *a, Scratch *s, const QueryTile
         if (uses_amx(products, head_dim)) {
             for (int64_t row = 0; row < n_rows; row += AMX_ROWS) {
                 if (n_rows > AMX_ROWS && (row == 0 || n_rows - row < AMX_ROWS))
-                    configure_attention_tiles(min_int64(n_rows - row, AMX_ROWS));
+                    configure_attention_tiles(n_rows - row);
                 amx_values(s->weights + row * KV_CHUNK / 2, s->values, end, head_dim,
                            sums + row * (SUMS_VALUES + head_dim));
             }

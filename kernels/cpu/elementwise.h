@@ -5,6 +5,9 @@
  * threads. */
 enum { ACT_MIN_ELEMENTS = PARALLEL_MIN_ELEMENTS / 4 };
 
+/* A cache is too large for the processor's caches: each token waits for memory. */
+enum { STORE_MIN_ELEMENTS = PARALLEL_MIN_ELEMENTS / 8 };
+
 static float row_sum(const float *row, int64_t size) {
     vfloat sums = v_zero();
     for (int64_t d = 0; d < size; d += VECTOR_WIDTH)
@@ -210,7 +213,7 @@ static void store_tokens(const void *operation, int64_t begin, int64_t end) {
 
 static int store_kv(const StoreKv *o) {
     int64_t elements = o->n_heads * o->head_dim;
-    run_ranges(o->n_tokens, 1 + PARALLEL_MIN_ELEMENTS / elements, store_tokens, o);
+    run_ranges(o->n_tokens, 1 + STORE_MIN_ELEMENTS / elements, store_tokens, o);
     return 1;
 }
 

@@ -568,22 +568,43 @@ typedef struct {
     uint8_t rows[16];
 } __attribute__((packed)) TileConfig;
 
-/* All tiles have 16 rows of 64 bytes. Tiles 0 .. 3 hold sums, 4 and 5 inputs, 6 and 7 weights. */
-static void configure_tiles(void) {
-    static const TileConfig config = {
-        .palette = 1,
-        .row_bytes = {64, 64, 64, 64, 64, 64, 64, 64},
-        .rows = {AMX_ROWS, AMX_ROWS, AMX_ROWS, AMX_ROWS, AMX_ROWS, AMX_ROWS, AMX_ROWS, AMX_ROWS},
-    };
+/* Tiles have rows of 64 bytes. The first n_left hold sums and inputs of `rows` rows; the tiles up to
+ * n_tiles hold weights, keys or values, of 16 rows. */
+static void configure_tiles(int n_left, int n_tiles, int64_t rows) {
+    TileConfig config = {.palette = 1};
+    for (int tile = 0; tile < n_tiles; tile++) {
+        config.row_bytes[tile] = 64;
+        config.rows[tile] = (uint8_t)(tile < n_left ? min_int64(rows, AMX_ROWS) : AMX_ROWS);
+    }
     _tile_loadconfig(&config);
 }
 
-/* Sums of the words [begin, end), a multiple of AMX_WORDS, for two blocks of 16 rows and two
- * panels. prefetches: the panels come from memory. sums: [row block, panel][row, column]. */
-INLINE void amx_product(int is_bf16, int two_row_blocks, int prefetches, const char *inputs,
-                        int64_t row_bytes,
-                        const char *panels, int64_t panel_bytes, int64_t begin, int64_t end,
-                        char sums[2][2][AMX_ROWS * PANEL_WIDTH * 4]) {
+/* Sums of two blocks of 16 rows of two panels: floats of bfloat16 inputs, otherwise integers. */
+typedef int32_t AmxSums[2][2][AMX_ROWS][PANEL_WIDTH];
+
+/* Some words of up to 32 rows of two panels: what the tiles compute at once. */
+typedef struct {
+    int64_t row;
+    int64_t n_rows;
+    int64_t panel;
+    int64_t n_panels; /* 1: the second panel is not there, and the first is multiplied twice */
+    int64_t group;
+    const char *panels; /* of weights that tiles take */
+    int64_t panel_bytes;
+    int prefetches; /* the panels come from memory */
+} AmxStep;
+
+/* Multiply the words of a step's group. Tiles 0 .. 3 hold the sums, 4 and 5 inputs, 6 and 7
+ * weights. */
+INLINE void amx_multiply(int is_bf16, int two_row_blocks, const Linear *p, const AmxStep *step) {
+    const int64_t row_bytes = p->padded_depth * (is_bf16 ? 2 : 1);
+    const int64_t panel_bytes = step->panel_bytes;
+    const int prefetches = step->prefetches;
+    int64_t begin;
+    int64_t end;
+    group_words(p, is_bf16 ? WEIGHT_BF16 : WEIGHT_INT8, step->group, &begin, &end);
+    end = (end + AMX_WORDS - 1) / AMX_WORDS * AMX_WORDS; /* padded with zeros */
+    const char *inputs = p->rounded_inputs + step->row * row_bytes;
     _tile_zero(0);
     _tile_zero(1);
     if (two_row_blocks) {
@@ -591,7 +612,7 @@ INLINE void amx_product(int is_bf16, int two_row_blocks, int prefetches, const c
         _tile_zero(3);
     }
     for (int64_t word = begin; word < end; word += AMX_WORDS) {
-        const char *weights = panels + word * PANEL_WIDTH * 4;
+        const char *weights = step->panels + word * PANEL_WIDTH * 4;
         if (prefetches)
 #pragma GCC unroll 16
             for (int line = 0; line < AMX_TILE_BYTES; line += 64) {
@@ -619,80 +640,101 @@ INLINE void amx_product(int is_bf16, int two_row_blocks, int prefetches, const c
             }
         }
     }
-    _tile_stored(0, sums[0][0], 64);
-    _tile_stored(1, sums[0][1], 64);
-    if (two_row_blocks) {
-        _tile_stored(2, sums[1][0], 64);
-        _tile_stored(3, sums[1][1], 64);
+}
+
+/* Scale the sums of a step, add them to those of the previous groups, and after the last group
+ * store the outputs. The operations and their order are those of `store_sums`, so that the number
+ * of rows does not change a result. */
+INLINE void amx_finish(int is_bf16, int is_scaled, const Linear *p, const AmxStep *step,
+                       const AmxSums sums, float (*previous)[2 * AMX_ROWS][PANEL_WIDTH]) {
+    const int64_t n_groups = p->n_groups;
+    const int64_t group = step->group;
+    for (int64_t j = 0; j < step->n_panels; j++) {
+        int64_t col = (step->panel + j) * PANEL_WIDTH;
+        int64_t column = group * p->padded_cols + col;
+        int64_t n_cols = min_int64(p->cols - col, PANEL_WIDTH);
+        vfloat scales = p->scales ? v_load(p->scales + column) : v_set(1.0f);
+        vfloat offsets = p->offsets ? v_load(p->offsets + column) : v_zero();
+        vfloat bias = p->bias ? v_load(p->bias + col) : v_zero();
+        const float *input_scales = p->input_scales + step->row * n_groups + group;
+        const float *input_sums = p->input_sums + step->row * n_groups + group;
+        float *y = p->y + step->row * p->y_stride + col;
+        for (int64_t i = 0; i < step->n_rows; i++, y += p->y_stride) {
+            const int32_t *words = sums[i / AMX_ROWS][j][i % AMX_ROWS];
+            vfloat sum = is_bf16 ? v_load((const float *)words)
+                                 : v_mul(vi_to_float(vi_load(words)),
+                                         v_set(input_scales[i * n_groups]));
+            if (is_scaled) {
+                if (p->scales)
+                    sum = v_mul(sum, scales);
+                if (p->offsets)
+                    sum = v_fnma(v_set(input_sums[i * n_groups]), offsets, sum);
+                if (group)
+                    sum = v_add(sum, v_load(previous[j][i]));
+                if (group + 1 < n_groups) {
+                    v_store(previous[j][i], sum);
+                    continue;
+                }
+            }
+            if (p->bias)
+                sum = v_add(sum, bias);
+            if (n_cols < PANEL_WIDTH)
+                v_store_first(y, sum, n_cols);
+            else
+                v_store(y, sum);
+        }
     }
 }
 
-/* Two blocks of rows of two panels, one float for each output. */
-typedef float AmxOutputs[2][2][AMX_ROWS][PANEL_WIDTH];
-
-/* Scale the sums of one group of a panel and add them to the outputs. The operations and their
- * order are those of `store_sums`, so that the number of rows does not change a result. */
-INLINE void add_amx_group(int is_bf16, const Linear *p, int64_t row, int64_t n_rows, int64_t panel,
-                          int64_t group, const char (*sums)[2][AMX_ROWS * PANEL_WIDTH * 4], int j,
-                          AmxOutputs outputs) {
-    int64_t column = group * p->padded_cols + panel * PANEL_WIDTH;
-    vfloat scales = p->scales ? v_load(p->scales + column) : v_set(1.0f);
-    vfloat offsets = p->offsets ? v_load(p->offsets + column) : v_zero();
-    for (int64_t i = 0; i < n_rows; i++) {
-        const char *sum_of_row = sums[i / AMX_ROWS][j] + i % AMX_ROWS * PANEL_WIDTH * 4;
-        float *output = outputs[i / AMX_ROWS][j][i % AMX_ROWS];
-        int64_t input = (row + i) * p->n_groups + group;
-        vfloat sum;
-        if (is_bf16)
-            sum = v_load((const float *)sum_of_row);
-        else
-            sum = v_mul(vi_to_float(vi_load(sum_of_row)), v_set(p->input_scales[input]));
-        if (p->scales)
-            sum = v_mul(sum, scales);
-        if (p->offsets)
-            sum = v_fnma(v_set(p->input_sums[input]), offsets, sum);
-        v_store(output, group ? v_add(sum, v_load(output)) : sum);
-    }
+/* The next step after `step`: the groups of some rows, then other rows. Returns 0 after the last.
+ */
+INLINE int next_amx_step(const Linear *p, int64_t end_row, AmxStep *step) {
+    if (++step->group < p->n_groups)
+        return 1;
+    step->group = 0;
+    step->row += step->n_rows;
+    step->n_rows = min_int64(end_row - step->row, 2 * AMX_ROWS);
+    step->prefetches = 0;
+    return step->row < end_row;
 }
 
-/* Add the bias and store the outputs of one row and panel. */
-INLINE void store_outputs(const Linear *p, int64_t row, int64_t panel, const float *outputs) {
-    int64_t col = panel * PANEL_WIDTH;
-    float *y = p->y + row * p->y_stride + col;
-    vfloat sum = v_load(outputs);
-    if (p->bias)
-        sum = v_add(sum, v_load(p->bias + col));
-    if (p->cols - col < PANEL_WIDTH)
-        v_store_first(y, sum, p->cols - col);
+/* The sums of the step before, which are finished while the tiles multiply. */
+typedef struct {
+    AmxSums sums;
+    float previous[2][2 * AMX_ROWS][PANEL_WIDTH]; /* outputs of the groups before */
+    AmxStep step;
+    int is_empty;
+} AmxPending;
+
+INLINE void finish_pending(int is_bf16, const Linear *p, AmxPending *pending) {
+    if (pending->is_empty)
+        return;
+    if (p->scales || p->offsets || p->n_groups > 1)
+        amx_finish(is_bf16, 1, p, &pending->step, pending->sums, pending->previous);
     else
-        v_store(y, sum);
+        amx_finish(is_bf16, 0, p, &pending->step, pending->sums, pending->previous);
 }
 
-/* The rows [row, end_row), at most 32, of one or two panels. */
-INLINE void amx_tile(int is_bf16, const Linear *p, int64_t row, int64_t end_row, int prefetches,
-                     const char *panels, int64_t panel_bytes, int64_t panel, int64_t n_panels) {
-    char sums[2][2][AMX_ROWS * PANEL_WIDTH * 4] __attribute__((aligned(64)));
-    AmxOutputs outputs __attribute__((aligned(64)));
-    int weight_type = is_bf16 ? WEIGHT_BF16 : WEIGHT_INT8;
-    int64_t row_bytes = p->padded_depth * (is_bf16 ? 2 : 1);
-    const char *inputs = (const char *)p->rounded_inputs + row * row_bytes;
-    for (int64_t group = 0; group < p->n_groups; group++) {
-        int64_t begin;
-        int64_t end;
-        group_words(p, weight_type, group, &begin, &end);
-        end = (end + AMX_WORDS - 1) / AMX_WORDS * AMX_WORDS; /* padded with zeros */
-        if (end_row - row > AMX_ROWS)
-            amx_product(is_bf16, 1, prefetches, inputs, row_bytes, panels, panel_bytes, begin, end,
-                        sums);
+/* All rows of one or two panels, beginning with `step`. */
+INLINE void amx_rows(int is_bf16, const Linear *p, int64_t end_row, AmxStep step,
+                     AmxPending *pending) {
+    int more;
+    do {
+        if (step.n_rows > AMX_ROWS)
+            amx_multiply(is_bf16, 1, p, &step);
         else
-            amx_product(is_bf16, 0, prefetches, inputs, row_bytes, panels, panel_bytes, begin, end,
-                        sums);
-        for (int j = 0; j < n_panels; j++)
-            add_amx_group(is_bf16, p, row, end_row - row, panel + j, group, sums, j, outputs);
-    }
-    for (int64_t i = 0; i < end_row - row; i++)
-        for (int64_t j = 0; j < n_panels; j++)
-            store_outputs(p, row + i, panel + j, outputs[i / AMX_ROWS][j][i % AMX_ROWS]);
+            amx_multiply(is_bf16, 0, p, &step);
+        finish_pending(is_bf16, p, pending);
+        _tile_stored(0, pending->sums[0][0], 64);
+        _tile_stored(1, pending->sums[0][1], 64);
+        if (step.n_rows > AMX_ROWS) {
+            _tile_stored(2, pending->sums[1][0], 64);
+            _tile_stored(3, pending->sums[1][1], 64);
+        }
+        pending->step = step;
+        pending->is_empty = 0;
+        more = next_amx_step(p, end_row, &step);
+    } while (more);
 }
 
 /* The weights of a half of each word as int8. */
@@ -734,7 +776,9 @@ static void amx_block(const Linear *p, int64_t row, int64_t end_row, int64_t pan
         int8_block(p->weight_type)(p, row, end_row, panel, end_panel); /* the same results */
         return;
     }
-    configure_tiles();
+    AmxPending pending __attribute__((aligned(64)));
+    pending.is_empty = 1;
+    configure_tiles(6, 8, end_row - row);
     for (; panel < end_panel; panel += 2) {
         int64_t n_panels = min_int64(end_panel - panel, 2);
         const char *panels = p->weight + panel * p->panel_bytes;
@@ -745,17 +789,24 @@ static void amx_block(const Linear *p, int64_t row, int64_t end_row, int64_t pan
             panels = unpacked;
             panel_bytes = int8_bytes;
         }
-        if (n_panels == 1)
-            panel_bytes = 0; /* the second panel is not there: the first is multiplied twice */
-        for (int64_t r = row; r < end_row; r += 2 * AMX_ROWS) {
-            int64_t end = min_int64(end_row, r + 2 * AMX_ROWS);
-            int prefetches = r == row && panels != unpacked;
-            if (p->inputs == INPUTS_BF16)
-                amx_tile(1, p, r, end, prefetches, panels, panel_bytes, panel, n_panels);
-            else
-                amx_tile(0, p, r, end, prefetches, panels, panel_bytes, panel, n_panels);
-        }
+        AmxStep step = {
+            .row = row,
+            .n_rows = min_int64(end_row - row, 2 * AMX_ROWS),
+            .panel = panel,
+            .n_panels = n_panels,
+            .panels = panels,
+            .panel_bytes = n_panels == 1 ? 0 : panel_bytes,
+            .prefetches = panels != unpacked,
+        };
+        if (p->inputs == INPUTS_BF16)
+            amx_rows(1, p, end_row, step, &pending);
+        else
+            amx_rows(0, p, end_row, step, &pending);
     }
+    if (p->inputs == INPUTS_BF16)
+        finish_pending(1, p, &pending);
+    else
+        finish_pending(0, p, &pending);
     _tile_release();
 }
 #endif

@@ -109,9 +109,10 @@ class EngineOptions:
     kv_cache_dtype: Annotated[
         str,
         Option(
-            "auto, bfloat16, float16, int8 or fp8: the type of keys and values; auto: the one that "
-            "the checkpoint has scales for, else the model's.",
-            choices=("auto", "bfloat16", "float16", "int8", "fp8"),
+            "auto, float32, bfloat16, float16, int8 or fp8: the type of keys and values; auto: the "
+            "one that the checkpoint has scales for, else the model's, and on a CPU that multiplies "
+            "bfloat16, bfloat16 for a model in it.",
+            choices=("auto", "float32", "bfloat16", "float16", "int8", "fp8"),
             metavar="DTYPE",
             panel=MEMORY_PANEL,
         ),

@@ -20,6 +20,7 @@ from llmkit.checkpoint.checkpoint import Checkpoint
 from llmkit.checkpoint.open_checkpoint import open_checkpoint
 from llmkit.checkpoint.quantized_weight import QuantizationConfig, Scheme
 from llmkit.common.errors import InputError, ShortageError, is_out_of_memory
+from llmkit.kernels.cpu import cpu_kernels
 from llmkit.model.device import lazy_zeros
 from llmkit.model.families import model_spec
 from llmkit.model.linear import PackedLinear
@@ -180,12 +181,13 @@ def test_kv_bytes_per_token(spec: ModelSpec) -> None:
 
 @pytest.mark.parametrize(
     ("kv_cache_dtype", "itemsize"),
-    [("auto", 4), ("bfloat16", 2), ("float16", 2), ("int8", 1), ("fp8", 1)],
+    [("auto", 0), ("float32", 4), ("bfloat16", 2), ("float16", 2), ("int8", 1), ("fp8", 1)],
 )
 def test_kv_cache_is_as_large_as_planned(
     spec: ModelSpec, model: Path, kv_cache_dtype: str, itemsize: int
 ) -> None:
     checkpoint = open_checkpoint(model)
+    itemsize = itemsize or (2 if cpu_kernels.has_bfloat16() else 4)  # the model is in bfloat16
     plan = plan_engine(checkpoint, EngineOptions(device="cpu", kv_cache_dtype=kv_cache_dtype))
     decoder = load_model(open_checkpoint(model), torch.float32)
     cache = decoder.new_kv_cache(10, 16, plan.kv_cache_dtype)
@@ -194,6 +196,24 @@ def test_kv_cache_is_as_large_as_planned(
     assert plan.memory.as_dict()["kv_bytes_per_token"] == spec.kv_bytes_per_token(
         itemsize, per_token_head_scales=itemsize == 1
     )
+
+
+@pytest.mark.parametrize("has_bfloat16", [False, True])
+def test_kv_cache_of_a_cpu_is_bfloat16_for_models_in_it(
+    model: Path, monkeypatch: pytest.MonkeyPatch, has_bfloat16: bool
+) -> None:
+    monkeypatch.setattr(cpu_kernels, "has_bfloat16", lambda: has_bfloat16)
+
+    def planned(own_dtype: str, **options: Any) -> str | None:
+        checkpoint = open_checkpoint(model)
+        checkpoint.config["dtype"] = checkpoint.config["torch_dtype"] = own_dtype
+        return plan_engine(checkpoint, EngineOptions(device="cpu", **options)).kv_cache_dtype
+
+    assert planned("bfloat16") == ("bfloat16" if has_bfloat16 else None)
+    assert planned("float32") is planned("float16") is None
+    assert planned("bfloat16", cpu_activations="float32") is None
+    assert planned("bfloat16", kv_cache_dtype="float32") == "float32"
+    assert planned("bfloat16", dtype="bfloat16") is None
 
 
 @pytest.mark.parametrize("tied", [False, True])

@@ -233,7 +233,7 @@ def test_paged_attention_does_not_read_freed_blocks(shuffled: bool) -> None:
 
 
 def test_attention_batch_refuses_freed_blocks_in_use() -> None:
-    inputs = AttentionInputs([1], [30], window=10)
+    inputs = AttentionInputs([1], [40], window=10)
     (table,) = inputs.tables
     with pytest.raises(AssertionError, match="within the window"):
         inputs.run(inputs.batch([[*table[:-2], -1, table[-1]]]))

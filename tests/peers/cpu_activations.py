@@ -4,6 +4,8 @@
 
 For each MODEL it prints KL(REFERENCE || MODEL) with float32 inputs, and for each type of inputs
 KL(MODEL with float32 inputs || MODEL with these inputs), in nats per token, as a Markdown table.
+So for each type of the KV cache, with float32 inputs. `auto` with a bfloat16 cache is what a model in
+bfloat16 gets on a processor that multiplies it.
 The windows are those of `llmkit bench`.
 """
 
@@ -21,18 +23,19 @@ from llmkit.checkpoint.open_checkpoint import open_checkpoint
 from llmkit.checkpoint.tokenizer import load_tokenizer
 from llmkit.common.options import CpuActivations
 from llmkit.kernels.cpu import cpu_kernels
+from llmkit.kernels.kv_cache import KV_CACHE_DTYPES
 from llmkit.model.weight_loader import load_model
 from llmkit.quant.output_quality import Quality, score_logits
 
 
 def logits(
-    model: str, activations: CpuActivations, windows: torch.Tensor
+    model: str, activations: CpuActivations, windows: torch.Tensor, kv_cache: str | None = None
 ) -> Iterator[torch.Tensor]:
-    """The logits of a checkpoint on the windows [n, L], with these inputs."""
+    """The logits of a checkpoint on the windows [n, L], with these inputs and this KV cache."""
     loaded = load_model(
         open_checkpoint(model), torch.float32, packed=True, cpu_activations=activations
     )
-    yield from ServedModel(loaded, None).logits(windows)
+    yield from ServedModel(loaded, kv_cache).logits(windows)
 
 
 def row(model: str, inputs: str, quality: Quality) -> str:
@@ -64,12 +67,19 @@ def main() -> None:
             reference = logits(arguments.reference, "float32", windows)
             cost = score_logits(logits(model, "float32", windows), reference, windows)
             print(row(model, "float32, beside the reference", cost), flush=True)
-        for activations in get_args(CpuActivations):
-            if activations == "float32":
-                continue
+        cases: list[tuple[CpuActivations, str | None]] = [
+            (activations, None)
+            for activations in get_args(CpuActivations)
+            if activations != "float32"
+        ]
+        cases += [("float32", name) for name in KV_CACHE_DTYPES if name != "float32"]
+        cases.append(("auto", "bfloat16"))
+        for activations, kv_cache in cases:
             reference = logits(model, "float32", windows)
-            quality = score_logits(logits(model, activations, windows), reference, windows)
-            print(row(model, activations, quality), flush=True)
+            rounded = logits(model, activations, windows, kv_cache)
+            quality = score_logits(rounded, reference, windows)
+            name = f"{activations}, {kv_cache} cache" if kv_cache else activations
+            print(row(model, name, quality), flush=True)
 
 
 if __name__ == "__main__":
