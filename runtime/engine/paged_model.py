@@ -46,12 +46,16 @@ class PagedModel:
         self.kv_caches = kv_caches
         self._config = config
         self._table_of_window = table_of_window
+        # Whether a request can be so long that its positions have an offset.
+        self._has_rope_offsets = model.spec.rope_offset(config.max_model_len) != 0
 
     def forward_inputs(self, spans: SequenceOf[Span]) -> ForwardInputs:
         """The inputs for these spans."""
         positions: list[int] = []
         for sequence, start, stop in spans:
-            offset = self.model.spec.rope_offset(sequence.max_num_tokens)
+            offset = 0
+            if self._has_rope_offsets:
+                offset = self.model.spec.rope_offset(sequence.max_num_tokens)
             positions += range(start + offset, stop + offset)
         return ForwardInputs(
             query_lens=[stop - start for _, start, stop in spans],

@@ -161,9 +161,9 @@ def test_model_runner_makes_a_row_for_each_draft(decoder: Decoder) -> None:
     )
     inputs = running.runner.prepare_inputs(step)
     assert inputs.token_ids.tolist() == [7, 8, 9, 6, 7]
-    assert inputs.sequences == [first, first, first, second]
+    assert inputs.rows.sequences == [first, first, first, second]
     assert inputs.num_sampled == [4, 5, 6, 0]
-    assert inputs.sampling.seeds.tolist() == [0, 0, 0, 1]
+    assert inputs.rows.sampling.seeds.tolist() == [0, 0, 0, 1]
     assert inputs.forward.positions == [2, 3, 4, 1, 2]
     rows = torch.arange(5.0)[:, None].expand(-1, decoder.spec.hidden_size)
     running.runner.paged_model.forward = lambda *_: rows  # type: ignore[method-assign]
