@@ -14,7 +14,8 @@ import torch
 
 from llmkit.kernels.activation_quant import FP8
 from llmkit.kernels.elementwise import clamped_swiglu
-from llmkit.kernels.fp8_block_linear import e4m3_times_2_to_minus_8, quantize_groups
+from llmkit.kernels.fp8_block_linear import e4m3_times_2_to_minus_8
+from llmkit.kernels.input_quant import InputQuant, quantize_input
 from llmkit.kernels.triton_support import jit, tl
 
 # Each entry: the largest average number of choices per expert, then BM, BN and BK of a tile, warps
@@ -92,7 +93,9 @@ class FusedExperts:
                 tile_outputs = BN // 2 if activation else BN
                 row_scales = None
                 if self.quantize_inputs:
-                    rows, row_scales = quantize_groups(rows, self.group_size)
+                    quantized = quantize_input(rows, InputQuant(FP8, self.group_size))
+                    rows = quantized.values
+                    row_scales = quantized.scales
                 elif self.group_size:
                     weight = weight.view(torch.uint8)
                 _fused_moe_kernel[max_tiles, -(-y.shape[1] // tile_outputs)](

@@ -1,6 +1,6 @@
 """Linear layers with quantized weights on a GPU: y = x W' + b with W [N, K] held in 4 or 8 bits.
 
-The results agree with `QuantizedWeight.dequantize` and, for 8-bit inputs, with `activation_quant`.
+The results agree with `QuantizedWeight.dequantize`.
 Legend: M rows of x, N outputs, K inputs, G groups of inputs.
 
 `WeightOnlyLinear` packs quantized values into 16-bit words of F = 16 / bits fields. A block of W
@@ -14,7 +14,6 @@ from __future__ import annotations
 import torch
 from torch.nn.functional import linear, pad
 
-from llmkit.kernels.activation_quant import FP8, FP8_MAX, INT8_MAX
 from llmkit.kernels.triton_support import jit, tl
 from llmkit.kernels.tuned_configs import Tunable
 
@@ -136,72 +135,6 @@ class WeightOnlyLinear:
                 BN=64,
             )
         return weight
-
-
-class W8A8Linear:
-    """Products of 8-bit weights and 8-bit inputs, int8 or FP8 e4m3.
-
-    q: [N, K], with N and K multiples of 8, or of 16 for FP8; scales: [N, 1]; input_scale: float32
-    [1], the stored scale of all inputs; None: each input row gets a scale.
-    """
-
-    def __init__(
-        self,
-        q: torch.Tensor,
-        scales: torch.Tensor,
-        bias: torch.Tensor | None,
-        input_scale: torch.Tensor | None = None,
-    ) -> None:
-        self.q = q.T
-        self.scales = scales.float().T.contiguous()
-        self._input_scale = input_scale
-        self._bias = bias.to(torch.bfloat16) if bias is not None and q.dtype == FP8 else bias
-        self.nbytes = q.nbytes + self.scales.nbytes
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """x: [..., K]. Returns [..., N] in x's dtype."""
-        rows = x.reshape(-1, x.shape[-1]).contiguous()
-        q, row_scales = quantize_rows(rows, self.q.dtype, self._input_scale)
-        if q.dtype == FP8:
-            # With few rows, memory is the bottleneck, and exact accumulation costs nothing.
-            fast_accumulation = len(rows) > 64
-            y = torch._scaled_mm(
-                q,
-                self.q,
-                row_scales,
-                self.scales,
-                self._bias,
-                None,
-                torch.bfloat16,
-                fast_accumulation,
-            )
-            y = y.to(x.dtype)
-        else:
-            sums = torch._int_mm(q, self.q)[None]
-            y = epilogue(sums, len(rows), x.dtype, self._bias, row_scales, self.scales)
-        return y.view(*x.shape[:-1], y.shape[1])
-
-
-def quantize_rows(
-    x: torch.Tensor, dtype: torch.dtype, scale: torch.Tensor | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Quantize x [M, K] to int8 or FP8, with a scale for each row or the given `scale` [1].
-
-    Returns the 8-bit values and the scales, float32 [M, 1]. int8 values are padded with
-    uninitialized rows to the number that `torch._int_mm` needs: a multiple of 8, at least 32.
-    """
-    M, K = x.shape
-    is_float = dtype == FP8
-    q = x.new_empty(M if is_float else max(32, M + -M % 8), K, dtype=dtype)
-    scales = x.new_empty(M, 1, dtype=torch.float32)
-    tile = 1 << (K - 1).bit_length()
-    max_value = FP8_MAX if is_float else INT8_MAX
-    warps = min(16, max(4, tile // 1024))
-    with torch.cuda.device_of(x):
-        _quantize_rows_kernel[(M,)](
-            x, scale, q, scales, K, MAX_VALUE=max_value, TILE=tile, num_warps=warps
-        )
-    return q, scales
 
 
 def epilogue(
@@ -356,52 +289,3 @@ def _epilogue_kernel(
     if bias is not None:
         total += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)
     tl.store(y + m * N + n, total.to(y.dtype.element_ty), mask=n < N)
-
-
-@jit
-def row_scale(x: tl.tensor, MAX_VALUE: tl.constexpr) -> tl.tensor:
-    """The scale of each row, as `activation_quant.quantize_per_token` computes it.
-
-    The maximum is taken over bit patterns as integers: there NaN is above infinity, so that it is
-    not lost.
-    """
-    bits = tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=len(x.shape) - 1)
-    scale = tl.div_rn(bits.to(tl.float32, bitcast=True), MAX_VALUE)
-    return tl.maximum(scale, 1e-12, propagate_nan=tl.PropagateNan.ALL)
-
-
-@jit
-def quantize(x: tl.tensor, scale: tl.tensor, MAX_VALUE: tl.constexpr) -> tl.tensor:
-    """The 8-bit values of x, as `activation_quant.quantize_static` computes them, as float32.
-
-    MAX_VALUE: 127 for int8, 448 for FP8 e4m3.
-    """
-    min_value = -128.0 if MAX_VALUE == 127 else -MAX_VALUE
-    steps = tl.div_rn(x, scale)
-    steps = tl.clamp(steps, min_value, MAX_VALUE, propagate_nan=tl.PropagateNan.ALL)
-    # Adding and subtracting 1.5 * 2^23 quanta rounds to a multiple of the quantum, ties to even.
-    shift = 12582912.0
-    if MAX_VALUE == 448:  # e4m3 has 3 bits after the leading one, which is 2^-6 or more
-        leading = (steps.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
-        shift = tl.maximum(leading, 0.015625) * 1572864.0
-    return (steps + shift) - shift
-
-
-@jit
-def _quantize_rows_kernel(
-    x: tl.tensor,
-    static_scale: tl.tensor,
-    q: tl.tensor,
-    scales: tl.tensor,
-    K: tl.tensor,
-    MAX_VALUE: tl.constexpr,
-    TILE: tl.constexpr,
-) -> None:
-    """A program quantizes one row."""
-    m = tl.program_id(0)
-    k = tl.arange(0, TILE)
-    row = tl.load(x + m * K + k, mask=k < K, other=0.0).to(tl.float32)
-    scale = row_scale(row, MAX_VALUE) if static_scale is None else tl.load(static_scale)
-    values = quantize(row, scale, MAX_VALUE)
-    tl.store(q + m * K + k, values.to(q.dtype.element_ty), mask=k < K)
-    tl.store(scales + m, scale)

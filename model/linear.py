@@ -21,12 +21,18 @@ from llmkit.kernels.activation_quant import (
 from llmkit.kernels.cpu import cpu_kernels
 from llmkit.kernels.cpu.cpu_kernels import PackedWeight
 from llmkit.kernels.cpu.cpu_linear import CpuLinear
+from llmkit.kernels.input_quant import InputQuant, LinearInput, QuantizedInput
 from llmkit.kernels.linear_kernel import LinearKernel
 from llmkit.kernels.mxfp4_linear import Mxfp4Linear
-from llmkit.kernels.quantized_linear import W8A8Linear, WeightOnlyLinear
+from llmkit.kernels.quantized_linear import WeightOnlyLinear
 from llmkit.kernels.triton_support import tl
+from llmkit.kernels.w8a8_linear import W8A8Linear, scales_rows
 
 MIN_FP8_CAPABILITY = (8, 9)  # of GPUs that multiply 8-bit floats
+# Matrix products of 16-bit floats and int8. FP8 products are left out, because the FP8 of gfx942
+# has another bias (e4m3fnuz).
+AMD_CAPABILITY = (8, 0)
+QUANTIZING_KERNELS = (W8A8Linear, fp8_block_linear.Fp8BlockLinear)  # they quantize their inputs
 
 
 @dataclass(frozen=True)
@@ -57,7 +63,7 @@ class Linear(nn.Module):
 
     if TYPE_CHECKING:  # nn.Module's own returns Any
 
-        def __call__(self, x: torch.Tensor) -> torch.Tensor: ...
+        def __call__(self, x: LinearInput) -> torch.Tensor: ...
 
     def __init__(
         self,
@@ -69,6 +75,11 @@ class Linear(nn.Module):
         self.weight = weight
         self.bias = bias
         self.activation_quant = activation_quant
+
+    @property
+    def input_quant(self) -> InputQuant | None:
+        """How the kernel before may quantize the inputs; None: it must not."""
+        return None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: [..., in]. Returns [..., out]."""
@@ -92,11 +103,27 @@ class PackedLinear(Linear):
         super().__init__(torch.empty(shape, device="meta"), None, activation_quant)
         self.kernel = kernel
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """x: [..., in]. Returns [..., out]. Hooks do not run."""
+    @property
+    def input_quant(self) -> InputQuant | None:
+        """How the kernel quantizes its inputs; None if it takes them as they are."""
+        return self.kernel.input_quant if isinstance(self.kernel, QUANTIZING_KERNELS) else None
+
+    def __call__(self, x: LinearInput) -> torch.Tensor:
+        """x: [..., in], or as `input_quant` says. Returns [..., out]. Hooks do not run."""
+        if isinstance(x, QuantizedInput):
+            assert isinstance(self.kernel, QUANTIZING_KERNELS)
+            return self.kernel(x)
         if self.activation_quant is not None:
             x = self.activation_quant(x)
         return self.kernel(x)
+
+
+def common_input_quant(linears: Sequence[Linear]) -> InputQuant | None:
+    """How the inputs of several linear layers are quantized; None unless all do it alike."""
+    quants = [linear.input_quant for linear in linears]
+    first = quants[0]
+    is_common = first is not None and all(first.is_same(other) for other in quants[1:])
+    return first if is_common else None
 
 
 def serving_linear(
@@ -144,9 +171,14 @@ def keeps_weights_packed() -> bool:
 
 
 def gpu_capability(device: torch.device | str) -> tuple[int, int]:
-    """The compute capability of a CUDA device; (0, 0) without CUDA or without Triton."""
+    """The compute capability of a CUDA device; (0, 0) without CUDA or without Triton.
+
+    An AMD GPU counts as AMD_CAPABILITY: its own numbers mean something else.
+    """
     if tl is None or not torch.cuda.is_available():
         return (0, 0)
+    if torch.version.hip is not None:
+        return AMD_CAPABILITY
     return torch.cuda.get_device_capability(device)
 
 
@@ -188,8 +220,13 @@ def _gpu_kernel(
         return WeightOnlyLinear(
             weight.q, weight.scales, weight.zeros, scheme.bits, scheme.group_size, bias
         )
-    q = weight.q if scheme.kind == "float" else _as_int8(weight.q)
-    return W8A8Linear(q, weight.scales, bias, activation_quant.scale)
+    return W8A8Linear(
+        weight.q if scheme.kind == "float" else _as_int8(weight.q),
+        weight.scales,
+        bias,
+        activation_quant.scale,
+        row_scaling=scales_rows(gpu_capability(device), torch.__version__),
+    )
 
 
 def _merge_parts(

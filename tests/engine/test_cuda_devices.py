@@ -19,7 +19,7 @@ from support.tiny_adapters import write_adapter
 from support.tiny_models import tiny_checkpoint
 from support.triton_checks import interpreted
 
-from llmkit.bench.gpu.decode_steps import MODEL_CONFIGS, WEIGHT_SCHEMES, random_model
+from llmkit.bench.gpu.model_shapes import MODEL_CONFIGS, WEIGHT_SCHEMES, random_model
 from llmkit.model import device as transfer
 from llmkit.model.families import model_spec
 from llmkit.runtime.engine.cuda_graphs import CudaGraph, CudaGraphRunner
@@ -83,7 +83,7 @@ LOADED: dict[str, tuple[str, dict[str, Any], set[str], set[tuple[str, str]]]] = 
     "host weights": ("llama", {"cpu_offload": 1 << 30}, {"_act_and_mul_kernel"}, set()),
 }
 MADE = {
-    "fp8": "_quantize_rows_kernel",
+    "fp8": "_act_and_mul_quantize_kernel",
     "int8": "_epilogue_kernel",
     "int4": "_weight_only_linear_kernel",
 }  # kernels of weights

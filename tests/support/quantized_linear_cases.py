@@ -7,7 +7,9 @@ from dataclasses import dataclass
 import torch
 
 from llmkit.checkpoint.quantized_weight import QuantizedWeight, Scheme
-from llmkit.kernels.quantized_linear import W8A8Linear, WeightOnlyLinear, quantize_rows
+from llmkit.kernels.input_quant import InputQuant, quantize_input
+from llmkit.kernels.quantized_linear import WeightOnlyLinear
+from llmkit.kernels.w8a8_linear import W8A8Linear
 
 FP8 = torch.float8_e4m3fn
 
@@ -102,8 +104,8 @@ def run_w8a8_linear(
 def run_quantize_rows(
     x: torch.Tensor, dtype: torch.dtype, scale: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    q, scales = quantize_rows(x, dtype, scale)
-    return q[: len(x)], scales
+    got = quantize_input(x, InputQuant(dtype, scale=scale))
+    return got.values[: len(x)], got.scales[: len(x)]
 
 
 def assert_close(got: torch.Tensor, expected: torch.Tensor, limit: float) -> None:
