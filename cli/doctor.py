@@ -48,7 +48,8 @@ class DoctorArguments:
         str | None,
         Option(
             "Measure which configurations of GPU kernels are fastest for this model's shapes, and "
-            "keep them.",
+            "keep them. A checkpoint, or without weights: a config.json, or a name such as "
+            "Llama-3.1-8B.",
             metavar="MODEL",
             unset="none",
         ),
@@ -127,10 +128,9 @@ def examine() -> dict[str, Any]:
 
 def _tune(output: Output, model: str) -> None:
     from llmkit.bench.gpu.tune_kernels import tune
-    from llmkit.checkpoint.open_checkpoint import open_checkpoint
     from llmkit.kernels.tuned_configs import user_file
 
-    results = tune(open_checkpoint(model), output.message)
+    results = tune(model, output.message)
     document = {"file": str(user_file()), "tuned": [asdict(result) for result in results]}
     output.result(document, lambda console: _show_tuned(console, results))
     output.message(f"kept in {user_file()}")

@@ -147,7 +147,7 @@ def _made(weights: str) -> Engine:
     )
     engine = Engine(model, config)
     assert isinstance(engine.runner.graph_runner, CudaGraphRunner)
-    engine.runner.graph_runner.capture_common_sizes()
+    engine.runner.capture_graphs()
     return engine
 
 

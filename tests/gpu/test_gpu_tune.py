@@ -11,7 +11,7 @@ from support.quantized_linear_cases import Case, assert_close
 from support.tiny_models import tiny_checkpoint
 
 from llmkit.bench.gpu import tune_kernels as tune
-from llmkit.bench.gpu.decode_steps import time_ms
+from llmkit.bench.gpu.timing import time_ms
 from llmkit.checkpoint.open_checkpoint import open_checkpoint
 from llmkit.common.progress import SilentProgress
 from llmkit.kernels import tuned_configs as tuning
@@ -75,7 +75,7 @@ def test_tune_model_keeps_outputs_on_gpu(tmp_path: Path, monkeypatch: pytest.Mon
         list(window_logits(load_model(checkpoint, BRAIN, "cuda", packed=True), windows))
     )
     lines: list[str] = []
-    found = tune.tune(checkpoint, lines.append)
+    found = tune.tune(str(tmp_path / "out"), lines.append)
     kernels = {one.name.split("; ")[2] for one in found}
     assert kernels - {"grouped_rows"} == {"attention", "grouped_product"} and len(lines) == 2 + 4
     assert tuning.read_configs(tuning.user_file()).keys() == {one.name for one in found}
