@@ -14,7 +14,7 @@ from llmkit.kernels.kv_cache import KVCache
 from llmkit.model.language_model import LanguageModel
 from llmkit.runtime.engine.engine_config import EngineConfig
 from llmkit.runtime.engine.sequence import Sequence
-from llmkit.runtime.engine.static_batch import BlockTables
+from llmkit.runtime.engine.slot_block_tables import BlockTables
 
 Span = tuple[Sequence, int, int]  # the positions [start, stop) of a sequence
 
@@ -27,6 +27,7 @@ class ForwardInputs:
     seq_lens: list[int]  # tokens of each sequence up to the end of its span
     positions: list[int]  # of all tokens, for the rotary embeddings
     block_tables: BlockTables
+    slots: list[int]  # of each sequence
 
 
 class PagedModel:
@@ -65,6 +66,7 @@ class PagedModel:
                 window: [sequence.block_tables[table] for sequence, _, _ in spans]
                 for window, table in self._table_of_window.items()
             },
+            slots=[sequence.slot for sequence, _, _ in spans],
         )
 
     def forward(self, token_ids: torch.Tensor, inputs: ForwardInputs) -> torch.Tensor:

@@ -113,7 +113,7 @@ def test_model_runner_records_requests_of_the_whole_length(
     monkeypatch.setattr(model_runner, "CpuGraphRunner", note)
     sizes = {"max_model_len": max_model_len, "block_size": block_size, "num_blocks": 20}
     engine(decoder, **sizes, enforce_eager=enforce_eager)
-    assert made == [(2, 20, max_blocks, block_size, not enforce_eager)]
+    assert made == [(2, 20, max_blocks, block_size, 256, not enforce_eager)]
 
 
 def test_model_runner_replays_plain_decode_steps_only(decoder: Decoder) -> None:
@@ -468,9 +468,9 @@ def graph_runner(
     dtype: torch.dtype = torch.float32,
     group: Any = SINGLE_RANK,
 ) -> CpuGraphRunner:
-    spec = SimpleNamespace(hidden_size=1 << 12)
+    spec = SimpleNamespace(hidden_size=1 << 12, sliding_windows=(None,))
     model: Any = SimpleNamespace(spec=spec, dtype=dtype, parallel_group=group)
-    return CpuGraphRunner(model, [], 4, 16, enabled)
+    return CpuGraphRunner(model, [], 4, 16, 256, enabled)
 
 
 @needs_library
