@@ -147,6 +147,9 @@ class Scheduler:
                     self.num_prompt_tokens += sequence.num_prompt_tokens
             elif token_ids[-1] >= 0:
                 continue
+            if sequence.is_plain and len(token_ids) == 1 and token_ids[0] >= 0:
+                outputs.append(self._append_plain_token(sequence, token_ids))
+                continue
             sampled_logprobs = [] if output.logprobs is None else output.logprobs[index]
             embedding = None
             if output.embeddings:
@@ -201,6 +204,23 @@ class Scheduler:
         # The draft model has computed every known token and every draft token except the last.
         num_known = request.stop - num_drafts
         sequence.num_draft_computed_tokens = num_known + min(num_drafts - 1, num_accepted)
+
+    def _append_plain_token(self, sequence: Sequence, token_ids: list[int]) -> EngineOutput:
+        """What `_append_tokens` does for a token of a plain sequence: the most frequent case."""
+        sequence.token_ids.append(token_ids[0])
+        self.num_generation_tokens += 1
+        finish_reason = self._finish_reason(sequence, token_ids[0])
+        if finish_reason is not None:
+            self._finish(sequence)
+        # Values are passed by their order, because names would take twice as long.
+        return EngineOutput(
+            sequence.request.request_id,
+            token_ids,
+            finish_reason,
+            None,
+            sequence.num_prompt_tokens,
+            sequence.num_cached_tokens or 0,
+        )
 
     def _append_tokens(
         self,
@@ -286,12 +306,17 @@ class Scheduler:
         requests: list[ScheduledRequest] = []
 
         # With a pipeline, each of the steps in flight gets its share of the decoding sequences.
-        max_decodes = -(-len(self.running) // self.config.pipeline_parallel_size)
+        num_stages = self.config.pipeline_parallel_size
+        max_decodes = -(-len(self.running) // num_stages)
         num_decodes = 0
         for sequence in self.running:
             if not budget or num_decodes >= max_decodes:
                 break
-            if sequence.num_uncomputed_tokens != 1 or not self._can_decode(sequence):
+            if sequence.num_uncomputed_tokens != 1:
+                continue
+            # A step in flight may still be sampling its last token, which only the device knows
+            # then.
+            if sequence.num_in_flight and (num_stages > 1 or sequence.needs_known_tokens):
                 continue
             num_decodes += 1
             draft: list[int] = []
@@ -338,15 +363,6 @@ class Scheduler:
             requests.sort(key=lambda request: request.num_tokens > 1)
         return requests
 
-    def _can_decode(self, sequence: Sequence) -> bool:
-        """Whether the next step can decode this sequence.
-
-        A step in flight may still be sampling its last token, which only the device knows then.
-        """
-        if not sequence.num_in_flight:
-            return True
-        return self.config.pipeline_parallel_size == 1 and not sequence.needs_known_tokens
-
     def _has_tokens_in_flight(self) -> bool:
         return any(sequence.num_in_flight for sequence in self.running)
 
@@ -387,16 +403,19 @@ class Scheduler:
 
     def _make_request(self, sequence: Sequence, start: int, draft: list[int]) -> ScheduledRequest:
         """The tokens that were reserved for a sequence since `start`."""
-        num_tokens = sequence.num_computed_tokens - start
-        samples_next_token = sequence.num_computed_tokens - len(draft) == sequence.num_tokens
+        stop = sequence.num_computed_tokens
+        num_tokens = sequence.num_tokens
+        samples_next_token = stop - len(draft) == num_tokens
+        token_ids = sequence.token_ids[start:stop]
+        # Values are passed by their order, because names would take twice as long.
         request = ScheduledRequest(
-            sequence=sequence,
-            start=start,
-            num_tokens=num_tokens,
-            samples_next_token=samples_next_token,
-            num_sampled=sequence.num_output_tokens,
-            token_ids=sequence.token_ids[start : start + num_tokens] + draft,
-            num_draft_tokens=len(draft),
+            sequence,
+            start,
+            stop - start,
+            samples_next_token,
+            num_tokens - sequence.num_prompt_tokens,
+            token_ids + draft if draft else token_ids,
+            len(draft),
         )
         if samples_next_token:
             sequence.num_in_flight += 1

@@ -32,6 +32,8 @@ class Sequence:
     max_num_tokens: int = field(init=False)  # the most that it can have, prompt and output
     # Whether the host must know all tokens before it can sample the next one.
     needs_known_tokens: bool = field(init=False)
+    # Whether it wants tokens only: no logprobs, no pooling and no grammar.
+    is_plain: bool = field(init=False)
 
     token_ids: list[int] = field(init=False)  # the prompt and the known output tokens
     # Tokens whose keys and values are in the KV cache once the steps in flight are done.
@@ -61,6 +63,8 @@ class Sequence:
             self.num_prompt_tokens if self.request.pooling else self._num_tokens_at_end
         )
         self.needs_known_tokens = self.grammar_matcher is not None or params.has_penalties
+        wants_logprobs = params.logprobs is not None or params.prompt_logprobs is not None
+        self.is_plain = not (wants_logprobs or self.request.pooling or self.grammar_matcher)
 
     @property
     def num_tokens(self) -> int:
