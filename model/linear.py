@@ -120,10 +120,10 @@ class PackedLinear(Linear):
 
 def common_input_quant(linears: Sequence[Linear]) -> InputQuant | None:
     """How the inputs of several linear layers are quantized; None unless all do it alike."""
-    quants = [linear.input_quant for linear in linears]
-    first = quants[0]
-    is_common = first is not None and all(first.is_same(other) for other in quants[1:])
-    return first if is_common else None
+    first = linears[0].input_quant if linears else None
+    if first is None or not all(first.is_same(linear.input_quant) for linear in linears[1:]):
+        return None
+    return first
 
 
 def serving_linear(

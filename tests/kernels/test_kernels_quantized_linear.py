@@ -11,12 +11,14 @@ from support.quantized_linear_cases import FP8, Case, assert_close
 from support.synthetic_checkpoint import LLAMA
 from support.triton_checks import HOPPER_SHARED_BYTES, Compiled, compiled_for, interpreted
 
-from llmkit.checkpoint.quantized_weight import QuantizationConfig, Scheme
-from llmkit.kernels import quantized_linear
+from llmkit.checkpoint.quantized_weight import QuantizationConfig, QuantizedWeight, Scheme
+from llmkit.kernels import quantized_linear, tuned_configs, w8a8_linear
 from llmkit.kernels.activation_quant import quantize_per_token, quantize_static
 from llmkit.kernels.quantized_linear import FLOAT32_TILE, MAX_FUSED_ROWS, TILES, WeightOnlyLinear
+from llmkit.kernels.w8a8_linear import W8A8Linear
+from llmkit.model import linear
 from llmkit.model.families import model_spec
-from llmkit.model.linear import supported_on_gpu
+from llmkit.model.linear import ActivationQuant, PackedLinear, serving_linear, supported_on_gpu
 from llmkit.model.parameter_table import parameters
 from llmkit.model.weight_loader import can_stay_packed
 
@@ -123,18 +125,21 @@ EIGHT_BITS = [
     (3, 32, 64, FP8, HALF, None),
     (70, 16, 144, FP8, BRAIN, SCALE),
 ]
+# Of `torch._scaled_mm`: FP8 as on sm_89 before torch 2.12.
+SEPARATE_SCALES = [(3, 32, 64, FP8, HALF, None), (17, 32, 64, FP8, BRAIN, SCALE)]
 
 
 def test_w8a8_linear_matches_dequantized(tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(0)
     calls = []
     wanted = []
-    for rows, outputs, columns, kind, dtype, scale in EIGHT_BITS:
+    for case in (*EIGHT_BITS, *SEPARATE_SCALES):
+        rows, outputs, columns, kind, dtype, scale = case
         quantized = torch.randint(-127, 128, (outputs, columns), generator=generator).to(kind)
         scales = torch.rand(outputs, 1, generator=generator) * 0.01
         x = torch.randn(rows, columns, generator=generator).to(dtype)
         bias = torch.randn(outputs, generator=generator).to(dtype) if rows != 33 else None
-        calls.append((x, quantized, scales, bias, scale))
+        calls.append((x, quantized, scales, bias, scale, case not in SEPARATE_SCALES))
         steps, own = quantize_per_token(x, "int" if kind == torch.int8 else "float")
         if scale is not None:
             steps = quantize_static(x.float(), scale, "float")
@@ -149,6 +154,62 @@ def test_w8a8_linear_matches_dequantized(tmp_path: Path) -> None:
             expected,
             1e-6 if x.dtype == FLOAT else 1e-3 if quantized.dtype == torch.int8 else 8e-3,
         )
+
+
+@pytest.mark.parametrize(
+    ("capability", "version", "expected"),
+    [
+        ((8, 9), "2.11.0+cu130", False),  # it ignores the stream that a graph captures
+        ((8, 9), "2.9.1", False),
+        ((8, 9), "2.12.0", True),
+        ((8, 9), "2.13.0a0+git1234", True),
+        ((8, 9), "3.0", True),
+        ((9, 0), "2.11.0+cu130", True),
+        ((12, 0), "2.11.0", True),
+    ],
+)
+def test_fp8_rows_are_scaled_by_torch_where_graphs_capture_it(
+    capability: tuple[int, int], version: str, expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(linear, "gpu_capability", lambda _: capability)
+    monkeypatch.setattr(torch, "__version__", version)
+    scheme = Scheme(8, kind="float", inputs="token")
+    q = torch.ones(16, 32).to(FP8)
+    weight = QuantizedWeight(q, torch.ones(16, 1), torch.zeros(16, 1, dtype=torch.uint8), scheme)
+    quant = ActivationQuant("float")
+    layer = serving_linear([weight], None, quant, BRAIN, "cuda")
+    assert isinstance(layer, PackedLinear) and isinstance(layer.kernel, W8A8Linear)
+    given = []
+
+    def scaled_mm(*arguments: Any) -> torch.Tensor:
+        given.append(arguments)
+        return torch.zeros(len(arguments[0]), 16, dtype=arguments[6])
+
+    monkeypatch.setattr(torch, "_scaled_mm", scaled_mm)
+    monkeypatch.setattr(w8a8_linear, "epilogue", lambda sums, rows, *_: sums[0, :rows])
+    x = layer.kernel.input_quant.empty(3, 32, torch.zeros(0, dtype=BRAIN))
+    assert layer(x).shape == (3, 16)
+    ((values, _, row_scales, scales, *_, dtype, _),) = given
+    assert len(values) == 17
+    assert (row_scales.shape == (17, 1) and scales.shape == (1, 16)) == expected
+    assert (row_scales.numel() == scales.numel() == 1) != expected
+    assert dtype == (BRAIN if expected else FLOAT)
+
+
+@pytest.mark.parametrize(("measured", "rows", "expected"), [(1, 3, 3), (17, 3, 17), (17, 40, 40)])
+def test_fp8_rows_are_padded_as_measured(
+    measured: int, rows: int, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kernel = W8A8Linear(torch.ones(16, 32).to(FP8), torch.ones(16, 1), None)
+    shapes = []
+
+    def choose(shape: tuple[object, ...], _: tuple[int, ...]) -> tuple[int, ...]:
+        shapes.append(shape)
+        return (measured,)
+
+    monkeypatch.setitem(tuned_configs.trials, "scaled_mm_rows", choose)
+    assert len(kernel.input_quant.empty(rows, 32, torch.zeros(0)).values) == expected
+    assert shapes == [(16, 32)]
 
 
 def compiled_product(

@@ -97,8 +97,9 @@ def run_w8a8_linear(
     scales: torch.Tensor,
     bias: torch.Tensor | None,
     scale: torch.Tensor | None,
+    row_scaling: bool,
 ) -> torch.Tensor:
-    return W8A8Linear(q, scales, bias, scale)(x)
+    return W8A8Linear(q, scales, bias, scale, row_scaling=row_scaling)(x)
 
 
 def run_quantize_rows(
