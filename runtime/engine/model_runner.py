@@ -211,6 +211,7 @@ class ModelRunner:
                 kv_caches,
                 max_blocks,
                 config.block_size,
+                config.max_num_seqs,
                 enabled=not config.enforce_eager,
             )
         self._graphs_enabled = True
@@ -289,12 +290,12 @@ class ModelRunner:
         """
         if rows.has_pooling or not self._graphs_enabled:
             return False
-        if isinstance(self.graph_runner, CudaGraphRunner):
-            query_len = max(request.num_tokens for request in requests)
-            return self.graph_runner.should_run(len(requests), query_len, rows.adapter_ids)
-        if rows.has_adapters or len(rows.sequences) > len(requests):
-            return False
-        return self.graph_runner.should_run(len(requests))
+        if isinstance(self.graph_runner, CpuGraphRunner | NoGraphRunner):
+            is_plain_decode = len(rows.sequences) == len(requests) and not rows.has_adapters
+            return is_plain_decode and self.graph_runner.should_run(len(requests))
+        query_len = max(request.num_tokens for request in requests)
+        adapter_ids = set(rows.adapter_ids) if rows.has_adapters else ()
+        return self.graph_runner.should_run(len(requests), query_len, adapter_ids)
 
     def execute(self, inputs: StepInputs) -> StepResult:
         """Compute the logits of all sampled rows."""
@@ -336,22 +337,22 @@ class ModelRunner:
             inputs.rows.sampling,
             inputs.num_sampled,
         )
-        if not isinstance(self.graph_runner, CudaGraphRunner):
-            return StepResult(*self.graph_runner.run(*for_all))
+        if isinstance(self.graph_runner, CpuGraphRunner | NoGraphRunner):
+            return StepResult(*self.graph_runner.run(*for_all, forward.slots))
         query_lens = forward.query_lens
         adapter_ids = inputs.rows.adapter_ids if inputs.rows.has_adapters else ()
-        return StepResult(*self.graph_runner.run(*for_all, query_lens, adapter_ids))
+        return StepResult(*self.graph_runner.run(*for_all, query_lens, adapter_ids, forward.slots))
 
     def capture_graphs(self, captured: Callable[[int, int], None] = lambda *_: None) -> None:
         """Capture all CUDA graphs. captured: see `CudaGraphRunner.capture_all`."""
         draft = None if self.draft_model is None else self.draft_model.graph_runner
         for runner in (self.graph_runner, draft):
-            if isinstance(runner, CudaGraphRunner):
+            if runner is not None and not isinstance(runner, CpuGraphRunner | NoGraphRunner):
                 runner.capture_all(captured)
 
     def update_adapter_graphs(self) -> None:
         """Capture graphs for the adapters as they are now. Call it after they have changed."""
-        if isinstance(self.graph_runner, CudaGraphRunner):
+        if not isinstance(self.graph_runner, CpuGraphRunner | NoGraphRunner):
             self.graph_runner.update_adapters()
 
     def sample(

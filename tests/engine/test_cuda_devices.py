@@ -52,34 +52,34 @@ LOOK = (
 COMMON = {"_rope_and_cache_kernel", "_paged_attention_kernel", "_add_norm_kernel"}
 # name: (architecture, options, kernels besides COMMON, what a step waits for)
 LOADED: dict[str, tuple[str, dict[str, Any], set[str], set[tuple[str, str]]]] = {
-    "plain": ("llama", {}, {"_act_and_mul_kernel", "_sample_kernel"}, set()),
-    "filtered": ("llama", {}, {"_act_and_mul_kernel", "_sample_kernel"}, {LOOK}),
+    "plain": ("llama", {}, {"_act_and_mul_kernel", "_choose_kernel"}, set()),
+    "filtered": ("llama", {}, {"_act_and_mul_kernel", "_choose_kernel"}, {LOOK}),
     "experts": (
         "mixtral",
         {},
-        {"_sort_by_expert_kernel", "_fused_moe_kernel", "_sample_kernel"},
+        {"_sort_by_expert_kernel", "_fused_moe_kernel", "_choose_kernel"},
         set(),
     ),
     "windows": (
         "gemma2",
         {"kv_cache_dtype": "int8"},
-        {"_act_and_mul_kernel", "_sample_kernel"},
+        {"_act_and_mul_kernel", "_choose_kernel"},
         set(),
     ),
     "fp8 cache": (
         "qwen3",
         {"kv_cache_dtype": "fp8"},
-        {"_act_and_mul_kernel", "_sample_kernel"},
+        {"_act_and_mul_kernel", "_choose_kernel"},
         set(),
     ),
-    "speculation": ("llama", {"speculate": 3}, {"_act_and_mul_kernel", "_sample_kernel"}, set()),
+    "speculation": ("llama", {"speculate": 3}, {"_act_and_mul_kernel", "_choose_kernel"}, set()),
     "draft": (
         "llama",
         {"speculate": 3, "draft_model": ""},
-        {"_act_and_mul_kernel", "_sample_kernel"},
+        {"_act_and_mul_kernel", "_choose_kernel"},
         set(),
     ),
-    "adapter": ("llama", {}, {"_act_and_mul_kernel", "_sample_kernel"}, set()),
+    "adapter": ("llama", {}, {"_act_and_mul_kernel", "_choose_kernel"}, set()),
     "host weights": ("llama", {"cpu_offload": 1 << 30}, {"_act_and_mul_kernel"}, set()),
 }
 MADE = {
@@ -190,7 +190,7 @@ def test_engine_steps_keep_host_and_device_apart(name: str, found: dict[str, Any
     more, allowed = (
         LOADED[name][2:]
         if name in LOADED
-        else ({MADE[name], "_act_and_mul_kernel", "_sample_kernel"}, set())
+        else ({MADE[name], "_act_and_mul_kernel", "_choose_kernel"}, set())
     )
     assert wrong == []
     assert kernels >= COMMON | more
