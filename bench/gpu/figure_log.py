@@ -34,6 +34,11 @@ class PartOptions:
     # Small models and few repetitions: it shows that the code runs, and the times mean nothing.
     is_tiny: bool = False
 
+    @property
+    def figures_path(self) -> Path:
+        """The file of the figures. Those of small models are not mixed with real ones."""
+        return self.results / ("tiny.jsonl" if self.is_tiny else FILE_NAME)
+
 
 class NotInstalledError(Exception):
     """A baseline that this machine does not have. Its figure is skipped, which is no failure."""

@@ -80,6 +80,8 @@ def replay_table(step_model: StepModel, batch: int, options: PartOptions) -> dic
             "us": event.self_device_time_total if cuda else event.self_cpu_time_total,
         }
         for event in record.key_averages()
+        # Of an operator, the profiler gives its kernels' time once more.
+        if not cuda or event.device_type == torch.autograd.DeviceType.CUDA
     ]
     kernels = sorted((one for one in kernels if one["us"] > 0), key=lambda one: -one["us"])
     return {

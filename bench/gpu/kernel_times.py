@@ -34,6 +34,7 @@ KV_HEADS = 8
 DIM = 128
 GROUP_SIZE = 128
 LLMKIT = "llmkit"
+PADDED = "padded to 17 rows"
 # [out, in] of the linear layers, by model and layer.
 LINEAR_SHAPES: dict[tuple[str, str], tuple[int, int]] = {
     ("Llama-3.1-8B", "gate_up"): (28672, 4096),
@@ -142,7 +143,7 @@ def linear_cases(
                 case = f"{model} {layer} [{out_features}, {in_features}], {weights}, {rows} rows"
                 size = (out_features, in_features)
                 for name, make in LINEAR_IMPLEMENTATIONS[weights].items():
-                    if name == "tinygemm" and rows > 16:
+                    if name in ("tinygemm", PADDED) and rows > 16:
                         continue
                     yield KernelCase(
                         "linear", case, name, num_bytes, flops, partial(make, setting, size, rows)
@@ -199,7 +200,7 @@ def _humming(setting: Setting, size: tuple[int, int], rows: int) -> Launch:
 
 LINEAR_IMPLEMENTATIONS: dict[str, dict[str, Callable[[Setting, tuple[int, int], int], Launch]]] = {
     "bf16": {f"{LLMKIT} (cuBLAS)": partial(_llmkit_linear, "bf16")},
-    "fp8": {LLMKIT: partial(_llmkit_linear, "fp8"), "llmkit, 17 rows at least": _padded_fp8},
+    "fp8": {LLMKIT: partial(_llmkit_linear, "fp8"), PADDED: _padded_fp8},
     "int4": {
         LLMKIT: partial(_llmkit_linear, "int4"),
         "tinygemm": _tinygemm,

@@ -24,7 +24,6 @@ from typing import Protocol
 import torch
 
 from llmkit.bench.gpu.figure_log import (
-    FILE_NAME,
     DeviceLostError,
     FigureLog,
     PartOptions,
@@ -104,11 +103,11 @@ def main(words: Sequence[str] | None = None) -> int:
         return 0
     incomplete = []
     for name in arguments.parts or PARTS:
-        if part_is_complete(arguments.results / FILE_NAME, name):
+        if part_is_complete(options.figures_path, name):
             sys.stderr.write(f"{name}: ended well before\n")
         elif not run_part(PARTS[name], options, arguments.budget):
             incomplete.append(name)
-    sys.stderr.write(f"figures: {arguments.results / FILE_NAME}\n")
+    sys.stderr.write(f"figures: {options.figures_path}\n")
     if incomplete:
         sys.stderr.write(f"make gpu: incomplete: {' '.join(incomplete)}\n")
     return int(bool(incomplete))
@@ -116,7 +115,7 @@ def main(words: Sequence[str] | None = None) -> int:
 
 def measure_part(part: Part, options: PartOptions, seconds: float, run: str) -> int:
     """Measure a part in this process, for at most about so many seconds. Returns its exit code."""
-    log = FigureLog(options.results / FILE_NAME, part.name, seconds, run)
+    log = FigureLog(options.figures_path, part.name, seconds, run)
     module: PartModule = import_module(f"llmkit.bench.gpu.{part.module}")
     try:
         module.measure(log, options)
@@ -135,7 +134,7 @@ def run_part(part: Part, options: PartOptions, budget_s: float | None = None) ->
     """
     sys.stderr.write(f"== {part.name}\n")
     run = uuid.uuid4().hex
-    path = options.results / FILE_NAME
+    path = options.figures_path
     end_s = time.monotonic() + min(budget_s or part.budget_s, MAX_PART_S - GRACE_S)
     how = "it had no time"
     while (left_s := end_s - time.monotonic()) > 0:
