@@ -101,8 +101,11 @@ class AnyGrammar:
         return False
 
 
-def run(name: str, path: str) -> tuple[list[str], set[str], set[tuple[str, str]]]:
-    """The errors, the launched kernels, and what the host waited for (by file) in some steps."""
+def run(name: str, path: str) -> tuple[list[str], set[str], set[tuple[str, str]], list[str]]:
+    """The errors, the launched kernels, what the host waited for (by file), and the log of steps.
+
+    The log has each graph that is launched or captured, and each step that is no graph.
+    """
     with pytest.MonkeyPatch.context() as patch:
         device = Device()
         stand_in_cuda(patch, device)
@@ -123,7 +126,8 @@ def run(name: str, path: str) -> tuple[list[str], set[str], set[tuple[str, str]]
         for place in device.places
         if not place[0].startswith(("to device", "to host", "event"))
     }
-    return wrong, set(launches), waits
+    log = [what for what in device.log if what in ("graph", "capture", "eager")]
+    return wrong, set(launches), waits, log
 
 
 def _loaded(name: str, path: Path) -> Engine:
@@ -156,6 +160,8 @@ def _steps(name: str, engine: Engine, path: str, device: Device) -> list[str]:
     if name == "adapter":
         engine.add_adapter(adapter := "one", f"{path}-adapter")
     device.places.clear()
+    device.log.clear()
+    _log_eager_steps(engine, device)
     engine.compile_grammar = lambda _: AnyGrammar()
     for index, asked in enumerate([FILTERED] if name == "filtered" else ASKED):
         engine.add(EngineRequest(f"{index}", PROMPTS[index % len(PROMPTS)], asked, adapter=adapter))
@@ -169,6 +175,20 @@ def _steps(name: str, engine: Engine, path: str, device: Device) -> list[str]:
     while engine.has_work:
         wrong += [output.error for output in engine.step() if output.error]
     return wrong
+
+
+def _log_eager_steps(engine: Engine, device: Device) -> None:
+    models = [engine.runner.paged_model]
+    if engine.runner.draft_model is not None:
+        models.append(engine.runner.draft_model.paged_model)
+    for paged_model in models:
+        forward = paged_model.forward
+
+        def logged(*args: Any, forward: Any = forward) -> torch.Tensor:
+            device.log.append("eager")
+            return forward(*args)
+
+        paged_model.forward = logged  # type: ignore[method-assign]
 
 
 @pytest.fixture(scope="module")
@@ -186,7 +206,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", [*LOADED, *MADE])
 def test_engine_steps_keep_host_and_device_apart(name: str, found: dict[str, Any]) -> None:
-    wrong, kernels, waits = found[name]
+    wrong, kernels, waits, log = found[name]
     more, allowed = (
         LOADED[name][2:]
         if name in LOADED
@@ -195,6 +215,11 @@ def test_engine_steps_keep_host_and_device_apart(name: str, found: dict[str, Any
     assert wrong == []
     assert kernels >= COMMON | more
     assert waits == allowed
+    assert "capture" not in log, "graphs are captured at the start"
+    assert ("graph" in log) == (name != "host weights")
+    # Every request but the last two comes after a step of the others, with a prompt of its own.
+    if name in ("speculation", "draft", "adapter"):
+        assert log.count("graph") >= 4 and "eager" not in log[-3:]
 
 
 def ones(where: torch.device | str) -> torch.Tensor:
