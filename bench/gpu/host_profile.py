@@ -8,13 +8,14 @@ that no GPU is needed.
 from __future__ import annotations
 
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 
-from llmkit.bench.gpu.decode_steps import MODEL_CONFIGS
+from llmkit.bench.gpu.model_shapes import MODEL_CONFIGS
 from llmkit.kernels.attention_metadata import AttentionBatch
 from llmkit.kernels.kv_cache import KVCache
 from llmkit.model.decoder import SINGLE_RANK
@@ -35,6 +36,7 @@ from llmkit.runtime.process_channel import frame
 from llmkit.runtime.server.engines.engine_messages import EngineOutputs
 
 CPU = torch.device("cpu")
+BATCHES = (1, 64, 256)  # sequences
 VOCAB_SIZE = 16
 EOS_TOKEN = 2
 SAMPLED_TOKEN = 7
@@ -126,7 +128,7 @@ class StandInModel:
         self.spec: ModelSpec = model_spec(MODEL_CONFIGS["SmolLM2-135M"] | sizes)
         self._hidden = torch.zeros(max_num_tokens, 1)
         self._logits = torch.zeros(max_num_tokens, VOCAB_SIZE)
-        self._logits[:, SAMPLED_TOKEN] = 1.0
+        self._logits[:, SAMPLED_TOKEN] = 100.0  # it is also drawn always
 
     def __call__(
         self,
@@ -229,3 +231,24 @@ def _time_step(engine: Engine, timer: PhaseTimer) -> dict[str, float]:
 def median_step(steps: Sequence[dict[str, float]]) -> dict[str, float]:
     """The median of each phase and of the whole step."""
     return {phase: statistics.median(step[phase] for step in steps) for phase in steps[0]}
+
+
+def host_times(num_steps: int) -> dict[str, dict[str, float]]:
+    """The median milliseconds by phase of each kind of step; also a table on stderr."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the time of the calling thread counts
+    header = "".join(f"{phase:>12}" for phase in (*PHASES, "whole step"))
+    sys.stderr.write(f"{'milliseconds':32}{header}\n")
+    found: dict[str, dict[str, float]] = {}
+    try:
+        for with_prompt in (False, True):
+            for num_seqs in BATCHES:
+                name = f"decode, {num_seqs} sequences"
+                if with_prompt:
+                    name += " + prompt"
+                found[name] = median_step(profile_host(num_seqs, num_steps, with_prompt))
+                row = "".join(f"{spent_ms:12.3f}" for spent_ms in found[name].values())
+                sys.stderr.write(f"{name:32}{row}\n")
+    finally:
+        torch.set_num_threads(threads)
+    return found
