@@ -16,7 +16,7 @@ from llmkit.kernels.activation_quant import FP8
 from llmkit.kernels.elementwise import clamped_swiglu
 from llmkit.kernels.fp8_block_linear import e4m3_times_2_to_minus_8
 from llmkit.kernels.input_quant import InputQuant, quantize_input
-from llmkit.kernels.triton_support import jit, tl
+from llmkit.kernels.triton_support import device_capability, jit, tl
 
 # Each entry: the largest average number of choices per expert, then BM, BN and BK of a tile, warps
 # and stages.
@@ -71,7 +71,7 @@ class FusedExperts:
         outputs = x.new_zeros(num_choices, hidden)
         BM, BN, BK, warps, stages = _tile(
             num_choices / self.count,
-            (0, 0) if self.group_size else torch.cuda.get_device_capability(x.device),
+            (0, 0) if self.group_size else device_capability(x.device),
         )
         max_tiles = num_choices // BM + min(num_experts, num_choices)
         padded_experts = 1 << (num_experts - 1).bit_length()

@@ -35,14 +35,22 @@ from llmkit.checkpoint.open_checkpoint import open_checkpoint
 from llmkit.checkpoint.quantized_weight import Scheme
 from llmkit.common.errors import InputError, ShortageError
 from llmkit.kernels import paged_attention, quantized_linear, triton_support, tuned_configs
+from llmkit.kernels.activation_quant import fake_quantize_per_token
 from llmkit.kernels.attention import paged_attention_reference
 from llmkit.kernels.attention_metadata import AttentionBatch
 from llmkit.kernels.kv_cache import KVCache
 from llmkit.kernels.quantized_linear import WeightOnlyLinear
 from llmkit.kernels.tuned_configs import Config, Shape, Tunable
+from llmkit.kernels.w8a8_linear import MIN_FP8_ROWS, W8A8Linear
 from llmkit.model.checkpoint_tensors import scheme_of
 from llmkit.model.families import checkpoint_spec, model_spec
-from llmkit.model.linear import PackedLinear, serving_linear
+from llmkit.model.linear import (
+    ActivationQuant,
+    PackedLinear,
+    gpu_capability,
+    serving_linear,
+    supported_on_gpu,
+)
 from llmkit.model.parameter_table import parameters
 from llmkit.model.spec import ModelSpec
 from llmkit.model.weight_loader import can_stay_packed
@@ -201,7 +209,7 @@ class TuningTarget:
 
     spec: ModelSpec
     dtype: torch.dtype
-    weights: list[WeightShape]  # that `WeightOnlyLinear` serves
+    weights: list[WeightShape]  # see `tuned_weights`
 
     def problems(self) -> list[tuple[str, Problem]]:
         """What is tuned, with a name for people."""
@@ -210,7 +218,8 @@ class TuningTarget:
             for query_len in (1, CONTEXT)
         ]
         for scheme, shape in self.weights:
-            name = f"linear {list(shape)}, {scheme.bits} bits, groups of {scheme.group_size}"
+            kind = "FP8" if scheme.is_fp8 else f"{scheme.bits} bits, groups of {scheme.group_size}"
+            name = f"linear {list(shape)}, {kind}"
             problems.append((name, partial(tune_weight, scheme, shape)))
         return problems
 
@@ -257,20 +266,20 @@ def tuning_target(model: str, device: torch.device) -> TuningTarget:
     checkpoint = open_checkpoint(model)
     dtype = resolve_dtype("auto", checkpoint, device)
     spec = checkpoint_spec(checkpoint)
-    return TuningTarget(spec, dtype, weight_only_weights(checkpoint, spec, dtype, device))
+    return TuningTarget(spec, dtype, tuned_weights(checkpoint, spec, dtype, device))
 
 
 def shapes_target(config: dict[str, Any], scheme: Scheme | None = None) -> TuningTarget:
-    """The shapes of a config.json in bfloat16, with weights in 4 bits and groups of 128."""
+    """The shapes of a config.json in bfloat16, with weights in 4 bits by 128, and in FP8."""
     spec = model_spec(config)
-    scheme = scheme or WEIGHT_SCHEMES["int4"]
-    assert scheme is not None
-    shapes = {
-        (row.shape[0], row.shape[1]): None
-        for row in parameters(spec)
-        if row.is_linear and row.expert is None and row.shape[1] % max(scheme.group_size, 1) == 0
-    }
-    return TuningTarget(spec, torch.bfloat16, [(scheme, shape) for shape in shapes])
+    schemes = [scheme] if scheme else [WEIGHT_SCHEMES["int4"], WEIGHT_SCHEMES["fp8"]]
+    weights: dict[WeightShape, None] = {}
+    for one in schemes:
+        assert one is not None
+        for row in parameters(spec):
+            if row.is_linear and row.expert is None and row.shape[1] % max(one.group_size, 1) == 0:
+                weights[one, (row.shape[0], row.shape[1])] = None
+    return TuningTarget(spec, torch.bfloat16, list(weights))
 
 
 def gpu_clock(device: torch.device) -> Clock:
@@ -359,22 +368,52 @@ def tune_weight(
     is_over: Callable[[], bool] = never,
 ) -> list[TuningResult]:
     """Tune the linear layer of a weight of this scheme and shape [out, in]."""
-    layer = serving_linear([random_weight(shape, scheme, device)], None, None, dtype, device)
-    if isinstance(layer, PackedLinear) and isinstance(layer.kernel, WeightOnlyLinear):
-        return tune_weight_only_linear(layer.kernel, shape[1], dtype, device, clock, is_over)
-    return []
+    if not supported_on_gpu(scheme, shape, dtype, gpu_capability(device)):
+        return []
+    quant = None if scheme.inputs == "none" else ActivationQuant(scheme.kind)
+    layer = serving_linear([random_weight(shape, scheme, device)], None, quant, dtype, device)
+    assert isinstance(layer, PackedLinear)
+    if isinstance(layer.kernel, W8A8Linear):
+        return tune_fp8_rows(layer.kernel, dtype, device, clock, is_over)
+    assert isinstance(layer.kernel, WeightOnlyLinear)
+    return tune_weight_only_linear(layer.kernel, shape[1], dtype, device, clock, is_over)
 
 
-def weight_only_weights(
+def tune_fp8_rows(
+    kernel: W8A8Linear,
+    dtype: torch.dtype,
+    device: torch.device,
+    clock: Clock,
+    is_over: Callable[[], bool] = never,
+) -> list[TuningResult]:
+    """Find whether few FP8 rows are padded. Products of 1 and of 16 rows are timed together."""
+    inputs = [torch.randn(rows, len(kernel.q), device=device).to(dtype) for rows in (1, 16)]
+    weight = (kernel.q.float() * kernel.scales).T
+    quantized = fake_quantize_per_token(torch.cat(inputs).float(), "float")
+    search = ConfigSearch(
+        MIN_FP8_ROWS,
+        lambda: torch.cat([kernel(x) for x in inputs]),
+        linear(quantized, weight),
+        MAX_ERRORS[dtype],
+        clock,
+        is_over,
+    )
+    return [] if search.search() is None else [search.result(device)]
+
+
+def tuned_weights(
     checkpoint: Checkpoint, spec: ModelSpec, dtype: torch.dtype, device: torch.device
 ) -> list[WeightShape]:
-    """The distinct schemes and shapes [out, in] of the weights that `WeightOnlyLinear` serves."""
+    """The distinct schemes and shapes [out, in] of the weights whose kernels are tuned.
+
+    These are the weights of `WeightOnlyLinear`, and those in FP8 with a scale for each row.
+    """
     weights: dict[tuple[Scheme, tuple[int, int]], None] = {}
     for row in parameters(spec):
         scheme = scheme_of(row, row.source_names[0], checkpoint.quantization)
         if (
             scheme
-            and scheme.inputs == "none"
+            and (scheme.inputs == "none" or (scheme.is_fp8 and scheme.inputs != "group"))
             and can_stay_packed(device, row, checkpoint.quantization, dtype)
         ):
             weights[scheme, (row.shape[0], row.shape[1])] = None

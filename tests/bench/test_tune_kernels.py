@@ -27,13 +27,16 @@ from llmkit.bench.gpu.tune_kernels import (
 from llmkit.checkpoint.quantized_weight import QuantizationConfig, Scheme
 from llmkit.cli import doctor, main
 from llmkit.kernels import paged_attention as paged
-from llmkit.kernels import quantized_linear
+from llmkit.kernels import quantized_linear, w8a8_linear
 from llmkit.kernels import tuned_configs as tuning
+from llmkit.kernels.activation_quant import FP8, quantize_per_token
 from llmkit.kernels.attention import paged_attention_reference
 from llmkit.kernels.attention_metadata import AttentionMetadata
+from llmkit.kernels.input_quant import InputQuant, QuantizedInput
 from llmkit.kernels.kv_cache import KVCache
 from llmkit.kernels.quantized_linear import FLOAT32_TILE, FUSED_ROWS, MAX_FUSED_ROWS, TILE, TILES
 from llmkit.kernels.tuned_configs import Config, Tunable
+from llmkit.kernels.w8a8_linear import W8A8Linear
 from llmkit.model.families import model_spec
 
 CPU = torch.device("cpu")
@@ -292,20 +295,56 @@ def test_linear_is_right_with_every_config(tmp_path: Path) -> None:
         assert None not in times.values()
 
 
-def test_tuner_selects_weight_only_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tuner_selects_weights_with_tuned_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("llmkit.model.weight_loader.gpu_capability", lambda _: (9, 0))
+    fp8 = Scheme(8, kind="float", inputs="token")
     odd = ("model.layers.0.mlp.down_proj", Scheme(8, inputs="token"))
+    other = ("model.layers.1.self_attn.o_proj", fp8)
     checkpoint = SimpleNamespace(
-        quantization=QuantizationConfig("gptq", Scheme(4, 32), ("lm_head",), (odd,))
+        quantization=QuantizationConfig("gptq", Scheme(4, 32), ("lm_head",), (odd, other))
     )
     spec = model_spec(LLAMA)
-    found = tune.weight_only_weights(checkpoint, spec, torch.bfloat16, GPU)
+    found = tune.tuned_weights(checkpoint, spec, torch.bfloat16, GPU)
     q = spec.num_heads * spec.head_dim
     kv = spec.num_kv_heads * spec.head_dim
     h = spec.hidden_size
     i = spec.intermediate_size
-    assert dict(found).keys() == {Scheme(4, 32)}
-    assert {shape for _, shape in found} == {(q + 2 * kv, h), (h, q), (2 * i, h), (h, i)}
+    assert {shape for scheme, shape in found if scheme == Scheme(4, 32)} == {
+        (q + 2 * kv, h),
+        (h, q),
+        (2 * i, h),
+        (h, i),
+    }
+    assert [shape for scheme, shape in found if scheme != Scheme(4, 32)] == [(h, q)]
+    assert (fp8, (h, q)) in found
+
+
+def test_tuner_measures_whether_few_fp8_rows_are_padded(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def quantize(x: torch.Tensor, quant: InputQuant) -> QuantizedInput:
+        empty = quant.empty(*x.shape, x)
+        values, scales = quantize_per_token(x, "float")
+        empty.values.zero_()[: len(x)] = values.to(FP8)
+        empty.scales.zero_()[: len(x)] = scales
+        return empty
+
+    monkeypatch.setattr(w8a8_linear, "quantize_input", quantize)
+    weight = torch.randn(32, 64, generator=torch.Generator().manual_seed(0))
+    q, scales = quantize_per_token(weight, "float")
+    kernel = W8A8Linear(q.to(FP8), scales, None)
+    asked = []
+
+    def clock(run: Callable[[], object]) -> float:
+        run()
+        rows = kernel.input_quant.min_rows
+        asked.append(rows)
+        return float(rows)
+
+    (result,) = tune.tune_fp8_rows(kernel, torch.bfloat16, CPU, clock)
+    assert result.config == (1,) and result.safe == (17,)
+    assert result.name.endswith("; scaled_mm_rows; 32 64")
+    assert sorted(asked) == [1, 17] and result.refused == 0
 
 
 def test_tuner_needs_a_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

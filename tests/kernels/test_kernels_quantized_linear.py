@@ -14,11 +14,18 @@ from support.triton_checks import HOPPER_SHARED_BYTES, Compiled, compiled_for, i
 from llmkit.checkpoint.quantized_weight import QuantizationConfig, QuantizedWeight, Scheme
 from llmkit.kernels import quantized_linear, tuned_configs, w8a8_linear
 from llmkit.kernels.activation_quant import quantize_per_token, quantize_static
+from llmkit.kernels.fp8_block_linear import Fp8BlockLinear
 from llmkit.kernels.quantized_linear import FLOAT32_TILE, MAX_FUSED_ROWS, TILES, WeightOnlyLinear
 from llmkit.kernels.w8a8_linear import W8A8Linear
 from llmkit.model import linear
 from llmkit.model.families import model_spec
-from llmkit.model.linear import ActivationQuant, PackedLinear, serving_linear, supported_on_gpu
+from llmkit.model.linear import (
+    ActivationQuant,
+    PackedLinear,
+    gpu_kernel_type,
+    serving_linear,
+    supported_on_gpu,
+)
 from llmkit.model.parameter_table import parameters
 from llmkit.model.weight_loader import can_stay_packed
 
@@ -42,6 +49,9 @@ CASES = [
     Case(8, -1, 33, 64, 64, symmetric=False, dtype=HALF),
     Case(8, 128, 64, 129, 320, dtype=HALF, splits=2),
     Case(8, 32, 70, 24, 80, dtype=HALF),
+    Case(4, 64, 66, 130, 576, symmetric=False, biased=True, dtype=HALF, splits=2),
+    Case(4, 128, 130, 40, 512, dtype=HALF),
+    Case(4, 64, 66, 130, 576, symmetric=False, dtype=HALF, major=8),
 ]
 
 
@@ -338,9 +348,9 @@ def test_weight_only_linear_has_a_tile_for_every_number_of_rows() -> None:
         (Scheme(8, inputs="token"), (24, 60), FLOAT, (8, 0), False),
         (Scheme(8, kind="float", inputs="token"), (32, 64), BRAIN, (8, 9), True),
         (Scheme(8, kind="float", inputs="tensor"), (32, 64), HALF, (9, 0), True),
-        (Scheme(8, kind="float", inputs="token"), (24, 64), BRAIN, (9, 0), False),
-        (Scheme(8, kind="float", inputs="token"), (32, 64), BRAIN, (8, 6), False),
-        (Scheme(8, kind="float", inputs="token"), (32, 64), FLOAT, (9, 0), False),
+        (Scheme(8, kind="float", inputs="token"), (24, 64), BRAIN, (9, 0), True),
+        (Scheme(8, kind="float", inputs="token"), (32, 64), BRAIN, (8, 6), True),
+        (Scheme(8, kind="float", inputs="token"), (32, 64), BRAIN, (7, 5), False),
     ],
 )
 def test_supported_on_gpu_by_scheme_and_shape(
@@ -351,6 +361,36 @@ def test_supported_on_gpu_by_scheme_and_shape(
     expected: bool,
 ) -> None:
     assert supported_on_gpu(scheme, shape, dtype, capability) == expected
+
+
+@pytest.mark.parametrize(
+    ("scheme", "dtype", "capability", "expected"),
+    [
+        (Scheme(8, kind="float", inputs="token"), BRAIN, (9, 0), W8A8Linear),
+        (Scheme(8, kind="float", inputs="tensor"), BRAIN, (8, 9), W8A8Linear),
+        (Scheme(8, kind="float", inputs="token"), BRAIN, (8, 6), Fp8BlockLinear),
+        (Scheme(8, kind="float", inputs="tensor"), HALF, (8, 0), Fp8BlockLinear),
+        (Scheme(8, kind="float", inputs="none"), BRAIN, (9, 0), Fp8BlockLinear),
+        (Scheme(8, kind="float", inputs="token"), FLOAT, (9, 0), Fp8BlockLinear),
+    ],
+)
+def test_fp8_weights_keep_their_bits_on_gpus_without_fp8_products(
+    scheme: Scheme,
+    dtype: torch.dtype,
+    capability: tuple[int, int],
+    expected: type,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert gpu_kernel_type(scheme, (32, 144), dtype, capability) is expected
+    monkeypatch.setattr(linear, "gpu_capability", lambda _: capability)
+    q, scales = quantize_per_token(torch.randn(32, 144), "float")
+    weight = QuantizedWeight(q.to(FP8), scales, torch.zeros(32, 1, dtype=torch.uint8), scheme)
+    quant = ActivationQuant("float") if scheme.inputs != "none" else None
+    layer = serving_linear([weight], None, quant, dtype, "cuda")
+    assert isinstance(layer, PackedLinear) and type(layer.kernel) is expected
+    if isinstance(layer.kernel, Fp8BlockLinear):
+        assert layer.input_quant is None
+        assert torch.equal(layer.kernel.dequantize(), weight.dequantize())
 
 
 def test_load_model_packs_linears_of_one_scheme(
