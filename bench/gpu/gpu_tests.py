@@ -8,33 +8,33 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from llmkit.bench.gpu.figure_log import FigureLog, NotInstalledError, PartOptions, is_installed
 
 ROOT = Path(__file__).resolve().parents[2]
-GPU_TESTS = ROOT / "tests" / "gpu"
-SMOKE_TESTS = GPU_TESTS / "smoke.txt"  # one test a line, by its name for pytest
+GPU_TESTS = "tests/gpu"
 RESULT = re.compile(r"\b(PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS)\b")
 TEST_NAME = re.compile(r"(tests/gpu/\S+::\S.*?)(?= - | PASSED| FAILED| ERROR| SKIPPED| XFAIL|$)")
 
 
 def measure(log: FigureLog, options: PartOptions) -> None:
     """Run all GPU tests, with a process for each core."""
-    tests = [str(GPU_TESTS.relative_to(ROOT))]
-    if options.is_tiny:
-        tests = ["tests/gpu/test_gpu_usage.py"]
-    run_pytest(log, "tests", tests)
+    if not options.is_tiny:
+        run_pytest(log, "tests", {})
 
 
-def run_pytest(log: FigureLog, figure: str, tests: Sequence[str]) -> None:
-    """Run tests in what is left of the part's time: a figure for each failure, and the counts."""
-    log.measure(figure, "pytest", lambda: _pytest(log, figure, tests), needs_s=5)
+def run_pytest(log: FigureLog, figure: str, environment: Mapping[str, str]) -> None:
+    """Run tests in what is left of the part's time: a figure for each failure, and the counts.
+
+    environment: variables that select tests (tests/gpu/conftest.py).
+    """
+    log.measure(figure, "pytest", lambda: _pytest(log, figure, environment), needs_s=5)
 
 
-def _pytest(log: FigureLog, figure: str, tests: Sequence[str]) -> dict[str, Any]:
+def _pytest(log: FigureLog, figure: str, environment: Mapping[str, str]) -> dict[str, Any]:
     if not is_installed("pytest"):
         raise NotInstalledError("pytest is not installed")
     command = [sys.executable, "-u", "-m", "pytest", "-m", "gpu", "-v", "--tb=short"]
@@ -42,8 +42,9 @@ def _pytest(log: FigureLog, figure: str, tests: Sequence[str]) -> dict[str, Any]
     if is_installed("xdist"):  # Triton compiles on one core each
         command += ["-n", str(len(os.sched_getaffinity(0))), "--dist", "worksteal"]
     process = subprocess.Popen(  # noqa: S603
-        [*command, *tests],
+        [*command, GPU_TESTS],
         cwd=ROOT,
+        env=os.environ | environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

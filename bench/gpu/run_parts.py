@@ -139,10 +139,7 @@ def run_part(part: Part, options: PartOptions, budget_s: float | None = None) ->
     how = "it had no time"
     while (left_s := end_s - time.monotonic()) > 0:
         size = path.stat().st_size if path.exists() else 0
-        command = [sys.executable, "-m", "llmkit.bench.gpu.run_parts"]
-        command += ["--results", str(options.results), "--device", str(options.device)]
-        command += ["--tiny"] if options.is_tiny else []
-        command += ["--one", part.name, str(left_s), run]
+        command = part_command(part, options, left_s, run)
         process = subprocess.Popen(command, start_new_session=True)  # noqa: S603
         try:
             how = _watch(process, path, part.stall_s, left_s + GRACE_S)
@@ -156,6 +153,14 @@ def run_part(part: Part, options: PartOptions, budget_s: float | None = None) ->
             break
     FigureLog(path, part.name, 0, run).end_part(how)
     return False
+
+
+def part_command(part: Part, options: PartOptions, seconds: float, run: str) -> list[str]:
+    """The command line of a part's process."""
+    command = [sys.executable, "-m", "llmkit.bench.gpu.run_parts"]
+    command += ["--results", str(options.results), "--device", str(options.device)]
+    command += ["--tiny"] if options.is_tiny else []
+    return [*command, "--one", part.name, str(seconds), run]
 
 
 def _watch(process: subprocess.Popen[bytes], path: Path, stall_s: float, limit_s: float) -> str:

@@ -85,9 +85,10 @@ def kernel_ms(
     run()  # compiles
     once_ms = time_ms(run, device, 3)
     copies = min(MAX_COPIES, max(1, -(-2 * L2_BYTES // max(num_bytes, 1))))
-    if device.type != "cuda":
-        copies = min(copies, 2)
     launches = max(copies, min(MAX_LAUNCHES, int(MIN_REPLAY_MS / max(once_ms, 1e-3)) + 1))
+    if device.type != "cuda":
+        copies = 2
+        launches = 2
     runs = [run, *(deepcopy(run) for _ in range(copies - 1))]
     graph = capture(_run_all(list(islice(cycle(runs), launches))), device)
     return time_ms(graph.replay, device, repeats) / launches
