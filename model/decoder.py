@@ -701,10 +701,10 @@ class Decoder:
         """The cosines and sines of a step, for every rotary embedding of the model."""
         return {name: rope(positions) for name, rope in self.ropes.items()}
 
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """[n, H] -> float32 [n, vocab]; a rank computes only its part of the vocabulary."""
+    def logits(self, hidden: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """[n, H] -> [n, vocab] of `dtype`; a rank computes only its part of the vocabulary."""
         spec = self.spec
-        logits = self.head(hidden).float()
+        logits = self.head(hidden).to(dtype)
         if spec.logit_scale != 1.0:
             logits = logits * spec.logit_scale
         softcap = spec.final_logit_softcapping

@@ -20,7 +20,11 @@ from llmkit.kernels.triton_support import tl
 from llmkit.model.decoder import Decoder
 from llmkit.model.lora import LoraManager
 from llmkit.model.spec import ModelSpec
-from llmkit.runtime.engine.sampling_tensors import SamplingTensors
+from llmkit.runtime.engine.sampling_tensors import (
+    SamplingTensors,
+    num_packed_values,
+    packed_views,
+)
 from llmkit.runtime.engine.slot_block_tables import BlockTables, SlotBlockTables
 from llmkit.runtime.engine.static_batch import StaticDecodeBatch
 
@@ -119,7 +123,7 @@ class DecodeGraph(StaticDecodeBatch):
             block_size,
             padding_blocks,
             model.device,
-            num_extra=_num_sampling_values(num_rows * max_query_len)
+            num_extra=num_packed_values(num_rows * max_query_len)
             + (0 if adapters is None else num_rows * max_query_len),
             max_query_len=max_query_len,
         )
@@ -129,7 +133,7 @@ class DecodeGraph(StaticDecodeBatch):
         self._logits_buffer = logits_buffer
         self._adapters = adapters
         self._host_sampling: SamplingTensors | None = None  # those in `host_extra`
-        _, integers = _sampling_views(self.host_extra, self.num_tokens)
+        _, integers = packed_views(self.host_extra, self.num_tokens)
         self._host_counters = integers[2].numpy()
         self.token_ids = torch.zeros(self.num_tokens, dtype=torch.int64, device=model.device)
         self.fill([], [], {window: [] for window in padding_blocks})
@@ -145,7 +149,7 @@ class DecodeGraph(StaticDecodeBatch):
                 self.slots,
             )
         adapters = self._adapters
-        slots = self.extra[_num_sampling_values(self.num_tokens) :]
+        slots = self.extra[num_packed_values(self.num_tokens) :]
         with nullcontext() if adapters is None else adapters.activate_slots(slots):
             hidden = self._model(self.token_ids, self.positions, self.batch, self._kv_caches)
         if not self._model.spec.is_last_stage:
@@ -160,7 +164,7 @@ class DecodeGraph(StaticDecodeBatch):
             logits = self._logits_buffer[: self.num_tokens].copy_(logits)
         self.logits = logits
         if self._sampler is not None:
-            floats, integers = _sampling_views(self.extra, self.num_tokens)
+            floats, integers = packed_views(self.extra, self.num_tokens)
             temperature, top_p, min_p = floats
             top_k, seeds, counters = integers
             self.sampled_token_ids = self._sampler(
@@ -179,7 +183,7 @@ class DecodeGraph(StaticDecodeBatch):
         count = len(num_sampled)
         if sampling is not self._host_sampling:  # most steps have those of the step before
             self._host_sampling = sampling
-            floats, integers = _sampling_views(self.host_extra, self.num_tokens)
+            floats, integers = packed_views(self.host_extra, self.num_tokens)
             floats.zero_()  # unused rows are greedy
             integers.zero_()
             floats[0][:count] = sampling.temperature
@@ -194,7 +198,7 @@ class DecodeGraph(StaticDecodeBatch):
 
         Call it after `fill_sampling` and before `fill`.
         """
-        host = self.host_extra[_num_sampling_values(self.num_tokens) :]
+        host = self.host_extra[num_packed_values(self.num_tokens) :]
         host[: len(slots)] = torch.tensor(slots)
         host[len(slots) :] = 0
 
@@ -232,7 +236,8 @@ class CudaGraphRunner:
         self._model = model
         self._kv_caches = kv_caches
         self._capture = capture
-        self._sampler = sampler if model.parallel_group.tp_size == 1 else None
+        # It samples in graphs, and in steps without them; None: the runner samples.
+        self.sampler = sampler if model.parallel_group.tp_size == 1 else None
         self._block_tables = SlotBlockTables(
             max_num_seqs, max_blocks, padding_blocks_of(model.spec, kv_caches), model.device
         )
@@ -240,7 +245,7 @@ class CudaGraphRunner:
         self._adapters = adapters
         self._adapters_version = 0 if adapters is None else adapters.version
         self._captures_all = False
-        self.samples_tokens = self._sampler is not None
+        self.samples_tokens = self.sampler is not None
         self.max_query_len = max_query_len
         # The numbers of sequences that graphs are captured for, by the tokens of each.
         self.sizes = {
@@ -364,7 +369,7 @@ class CudaGraphRunner:
                 self._block_tables,
                 self._block_size,
                 self._capture,
-                self._sampler,
+                self.sampler,
                 self._logits_buffer,
                 key.max_query_len,
                 self._adapters if key.has_adapters else None,
@@ -437,15 +442,3 @@ def estimate_graph_bytes(
     tables = (max_num_seqs + num_rows) * max_blocks * 4 * len(spec.sliding_windows)
     kernels = num_graphs * (len(spec.layers) + 1) * KERNELS_PER_LAYER
     return activations + logits + tables + kernels * BYTES_PER_KERNEL
-
-
-def _num_sampling_values(num_rows: int) -> int:
-    """int64 values for three int64 and three float32 parameters of each row."""
-    return 3 * num_rows + -(-3 * num_rows // 2)
-
-
-def _sampling_views(values: torch.Tensor, num_rows: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Views of the first int64 values: float32 [3, rows] and int64 [3, rows]."""
-    integers = values[: 3 * num_rows].view(3, num_rows)
-    floats = values[3 * num_rows :].view(torch.float32)[: 3 * num_rows].view(3, num_rows)
-    return floats, integers

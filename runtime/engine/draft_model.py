@@ -122,8 +122,8 @@ class DraftModelProposer:
         self,
         token_ids: torch.Tensor,
         spans: list[Span],
-        requests: SequenceOf[ScheduledRequest],
-        drafting: SequenceOf[ScheduledRequest],
+        requests: list[ScheduledRequest],
+        drafting: list[ScheduledRequest],
         rows: list[int],
         num_drafted: int,
     ) -> torch.Tensor:
@@ -162,7 +162,7 @@ class DraftModelProposer:
         )
         chosen = self._to_device(rows)
         if not graph_runner.samples_tokens:
-            return self._sample(logits[chosen], drafting, num_drafted)
+            return self._sample(logits[chosen].float(), drafting, num_drafted)
         # -1, where logits are not finite, is no token; the large model does not accept another.
         return sampled[chosen].clamp_min(0)
 

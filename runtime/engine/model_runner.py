@@ -24,10 +24,17 @@ from llmkit.runtime.engine.cuda_graphs import CudaGraphRunner
 from llmkit.runtime.engine.draft_model import DraftModelProposer
 from llmkit.runtime.engine.drafting import accepted_tokens
 from llmkit.runtime.engine.engine_config import EngineConfig
-from llmkit.runtime.engine.logits_processors import apply_logits_processors
+from llmkit.runtime.engine.logits_processors import (
+    TokenTables,
+    apply_logits_processors,
+)
 from llmkit.runtime.engine.no_graphs import NoGraphRunner
 from llmkit.runtime.engine.paged_model import ForwardInputs, PagedModel, int64_tensor
-from llmkit.runtime.engine.sampling_tensors import SamplingTensorCache, SamplingTensors
+from llmkit.runtime.engine.sampling_tensors import (
+    SamplingTensorCache,
+    SamplingTensors,
+    sampling_tensors_on_device,
+)
 from llmkit.runtime.engine.scheduler_output import (
     ModelRunnerOutput,
     ScheduledRequest,
@@ -90,7 +97,8 @@ class StepInputs:
 class StepResult:
     """What the model computes in a step."""
 
-    logits: torch.Tensor  # float32 [sampled rows, V]; hidden states before the last pipeline stage
+    # [sampled rows, V], float32 or the model's dtype; hidden states before the last pipeline stage
+    logits: torch.Tensor
     token_ids: torch.Tensor | None = None  # int64 [sampled rows], when a graph has sampled them
     prompt_logprobs: tuple[LogprobsTensors, ...] = ()
     embeddings: tuple[torch.Tensor, ...] = ()  # float32 [H] of each request that returns one
@@ -225,6 +233,15 @@ class ModelRunner:
         )
         self._sampling_tensors = SamplingTensorCache()
         self._sampled_rows: SampledRows | None = None  # of the last step
+        # On the CPU, the host knows all tokens and changes few logits.
+        self._token_tables: TokenTables | None = None
+        if on_gpu and model.spec.is_last_stage:
+            self._token_tables = TokenTables(
+                config.max_num_seqs,
+                model.spec.vocab_size,
+                model.parallel_group.vocab_start,
+                config.device,
+            )
         # The last sampled token of each sequence, by slot; for async scheduling.
         self._last_token_ids = torch.zeros(
             config.max_num_seqs, dtype=torch.int64, device=config.device
@@ -371,26 +388,13 @@ class ModelRunner:
         if rows.wants_logprobs:
             logprob_rows = sampled_logprob_rows(inputs.step.requests)
         # Logprobs come from the unchanged logits; the processors change logits in place.
-        raw_logits = logits[self._to_device(logprob_rows)] if logprob_rows else logits
+        raw_logits = logits[self._to_device(logprob_rows)].float() if logprob_rows else logits
 
         graph_samples = rows.is_greedy or self.graph_runner.samples_tokens
         if result.token_ids is not None and graph_samples and not rows.needs_logits_processors:
             token_ids = result.token_ids
         else:
-            is_finite = group.rows_finite(logits)
-            if rows.needs_logits_processors:
-                apply_logits_processors(
-                    logits,
-                    rows.sequences,
-                    inputs.num_sampled,
-                    group.vocab_start,
-                    self.eos_token_ids,
-                )
-            counters = torch.tensor(inputs.num_sampled)
-            is_small = logits.numel() <= MAX_SERIAL_LOGITS
-            with cpu_kernels.torch_on_one_thread() if is_small else nullcontext():
-                token_ids = sample(logits, *rows.sampling, counters, group)
-            token_ids = torch.where(is_finite, token_ids, -1)
+            token_ids = self._sample_eagerly(inputs, logits)
 
         tables = list(result.prompt_logprobs)
         if logprob_rows:
@@ -401,6 +405,50 @@ class ModelRunner:
         if self.config.async_scheduling:
             self._last_token_ids[rows.slots_on_device] = token_ids
         return token_ids, concatenate(tables)
+
+    def _sample_eagerly(self, inputs: StepInputs, logits: torch.Tensor) -> torch.Tensor:
+        """Sample after changes to the logits [rows, V], which may be made in place."""
+        rows = inputs.rows
+        group = self.model.parallel_group
+        sampler = self.graph_runner.sampler
+        if sampler is not None and not rows.needs_logits_processors:
+            arguments = sampling_tensors_on_device(
+                rows.sampling, inputs.num_sampled, self.config.device
+            )
+            return sampler(logits, *arguments)
+        logits = logits.float()  # a graph may leave them in the model's dtype
+        is_finite = group.rows_finite(logits)
+        if rows.needs_logits_processors and self._token_tables is not None:
+            samples = [
+                request.samples_next_token
+                for request in inputs.step.requests
+                for _ in range(request.num_sampled_rows)
+            ]
+            self._token_tables.apply(
+                logits, rows.sequences, inputs.num_sampled, samples, self.eos_token_ids
+            )
+        elif rows.needs_logits_processors:
+            apply_logits_processors(
+                logits,
+                rows.sequences,
+                inputs.num_sampled,
+                group.vocab_start,
+                self.eos_token_ids,
+            )
+        if sampler is not None:
+            arguments = sampling_tensors_on_device(
+                rows.sampling, inputs.num_sampled, self.config.device
+            )
+            token_ids = sampler(logits, *arguments)
+        else:
+            counters = torch.tensor(inputs.num_sampled)
+            is_small = logits.numel() <= MAX_SERIAL_LOGITS
+            with cpu_kernels.torch_on_one_thread() if is_small else nullcontext():
+                token_ids = sample(logits, *rows.sampling, counters, group)
+        token_ids = torch.where(is_finite, token_ids, -1)
+        if rows.needs_logits_processors and self._token_tables is not None:
+            self._token_tables.count(token_ids)
+        return token_ids
 
     def zero_blocks(self, blocks: list[list[int]]) -> None:
         """Zero blocks of each block table in all KV caches."""

@@ -58,6 +58,7 @@ def with_spare_blocks(one: Engine, paged_model: PagedModel) -> list[KVCache]:
 
 def drawn(logits: torch.Tensor, *parameters: torch.Tensor) -> torch.Tensor:
     """What the Triton kernel gives."""
+    logits = logits.float()
     return torch.where(logits.sum(-1).isfinite(), sample(logits, *parameters), -1)
 
 
@@ -337,3 +338,24 @@ def test_cuda_graphs_are_not_used_for_prompts(tmp_path: Path) -> None:
     )
     one.generate([[5] * 40], SamplingParams(temperature=0, max_tokens=5, ignore_eos=True))
     assert asked == [1] * 4, "not for the prompt"
+
+
+@pytest.mark.parametrize(("architecture", "is_scaled"), [("llama", False), ("gemma2", True)])
+def test_cuda_graph_logits_keep_the_models_dtype_unless_they_are_scaled(
+    tmp_path: Path, architecture: str, is_scaled: bool
+) -> None:
+    one = graphed(tiny_checkpoint(tmp_path, architecture), most=1, sampler=argmax, dtype="bfloat16")
+    asked = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True, logprobs=1)
+    one.add(EngineRequest("a", [5, 6, 7], asked))
+    found = [output for _ in range(4) for output in one.step()]
+    runner = one.runner.graph_runner
+    assert isinstance(runner, CudaGraphRunner)
+    (graph,) = runner.graphs.values()
+    assert graph.logits.dtype == (torch.float32 if is_scaled else torch.bfloat16)
+    for output in found:
+        assert output.logprobs is not None
+        assert output.logprobs[0].logprob == pytest.approx(output.logprobs[0].top[0][1])
+
+
+def argmax(logits: torch.Tensor, *_: torch.Tensor) -> torch.Tensor:
+    return logits.argmax(-1)
