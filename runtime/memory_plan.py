@@ -47,7 +47,8 @@ CPU_KV_CACHE_BYTES = 640 << 20
 # answer of a few sentences.
 MIN_CONTEXT_TOKENS = 512
 MEBIBYTE = 1 << 20
-# For each logit of a step while it is sampled: float32, its sorted copy and the int64 indices.
+# For each logit of a step while it is sampled. CPU: float32, its sorted copy and the int64 indices.
+# GPU: the model's dtype, float32, a copy for log probabilities, and the table for penalties.
 BYTES_PER_LOGIT = 16
 CGROUP = Path("/sys/fs/cgroup")
 UNLIMITED = 1 << 62

@@ -113,6 +113,7 @@ class CpuGraphRunner:
     """
 
     samples_tokens = False  # `run` returns logits only
+    sampler = None
 
     def __init__(
         self,

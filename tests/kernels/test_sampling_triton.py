@@ -121,7 +121,7 @@ def test_sample_kernels_match_the_reference_with_crowded_brackets(
     candidates: int, tmp_path: Path
 ) -> None:
     """Some rows are counted twice, and some are searched as a whole."""
-    call = [part[20::3] for part in sampling_arguments(1300, seed=3)]
+    call = [part[20::3].contiguous() for part in sampling_arguments(1300, seed=3)]
     (got,) = interpreted(
         "kernels.test_sampling_triton",
         "sample_with_few_candidates",
