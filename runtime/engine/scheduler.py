@@ -316,7 +316,7 @@ class Scheduler:
                 continue
             # A step in flight may still be sampling its last token, which only the device knows
             # then.
-            if sequence.num_in_flight and (num_stages > 1 or sequence.needs_known_tokens):
+            if sequence.num_in_flight and (num_stages > 1 or self._waits_for_token(sequence)):
                 continue
             num_decodes += 1
             draft: list[int] = []
@@ -382,6 +382,15 @@ class Scheduler:
             return []
         draft = draft_proposer.propose(sequence, max_tokens)
         return draft[: self._allocatable(sequence, 1 + len(draft)) - 1]
+
+    def _waits_for_token(self, sequence: Sequence) -> bool:
+        """Whether the host must know the last token of a sequence before the next step.
+
+        A GPU counts the tokens that it samples itself; see `TokenTables`.
+        """
+        if self.config.device.type == "cuda":
+            return sequence.grammar_matcher is not None
+        return sequence.needs_known_tokens
 
     def _reserve(self, sequence: Sequence, num_tokens: int) -> int:
         """Schedule up to `num_tokens` more tokens of a sequence, as far as blocks are available.

@@ -45,15 +45,11 @@ PROMPTS = [[5, 6, 7], list(range(3, 60)), [9] * 17, [40, 41]]
 OPTIONS = EngineOptions(
     device="cuda", kv_cache_memory=1 << 20, max_num_seqs=6, max_num_batched_tokens=48
 )
-LOOK = (
-    "looks by nonzero",
-    "kernels/sampling.py",
-)  # how wide a nucleus is, where it is not found in a graph
 COMMON = {"_rope_and_cache_kernel", "_paged_attention_kernel", "_add_norm_kernel"}
 # name: (architecture, options, kernels besides COMMON, what a step waits for)
 LOADED: dict[str, tuple[str, dict[str, Any], set[str], set[tuple[str, str]]]] = {
-    "plain": ("llama", {}, {"_act_and_mul_kernel", "_choose_kernel"}, set()),
-    "filtered": ("llama", {}, {"_act_and_mul_kernel", "_choose_kernel"}, {LOOK}),
+    "plain": ("llama", {}, {"_act_and_mul_kernel", "_choose_kernel", "_penalize_kernel"}, set()),
+    "filtered": ("llama", {}, {"_act_and_mul_kernel", "_choose_kernel"}, set()),
     "experts": (
         "mixtral",
         {},
