@@ -143,7 +143,7 @@ class StandInModel:
         metadata.device_tensors()
         return self._hidden[: len(tokens)]
 
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+    def logits(self, hidden: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """The same for each row."""
         return self._logits[: len(hidden)]
 

@@ -61,6 +61,9 @@ class StaticDecodeBatch:
         self._host_slot_mappings = host_parts[3:-2]
         self._host_query_start_loc = host_parts[-2]
 
+        self._slots: Sequence[int] | None = None  # of the last step
+        self._num_tokens = 0
+        self._host_tables = [block_tables.rows(window) for window in padding_blocks]
         # Where the row of each sequence begins in the block tables of all slots.
         self._table_starts = np.full(
             num_rows, block_tables.padding_slot * block_tables.width, dtype=np.int64
@@ -70,8 +73,8 @@ class StaticDecodeBatch:
             np.full(num_rows, 0 if num_starts else 1, dtype=np.int64),
             self._host_seq_lens,
             {
-                window: BlockTable(block_tables.rows(window), self._table_starts, table_sizes)
-                for window in padding_blocks
+                window: BlockTable(rows, self._table_starts, table_sizes)
+                for window, rows in zip(padding_blocks, self._host_tables, strict=True)
             },
             block_size,
             torch.device(device),
@@ -97,14 +100,14 @@ class StaticDecodeBatch:
         num_tokens = len(positions)
         slots = range(num_seqs) if slots is None else slots
         self.block_tables.update(slots, block_tables)
+        if slots != self._slots or num_tokens != self._num_tokens:  # seldom
+            self._slots = list(slots)
+            self._num_tokens = num_tokens
+            self._fill_unused(num_seqs, num_tokens)
+            self._host_slots[:num_seqs] = slots
+            np.multiply(self._host_slots, self.block_tables.width, out=self._table_starts)
         self._host_seq_lens[:num_seqs] = seq_lens
-        # Where rows can have several tokens, unused ones have none.
-        self._host_seq_lens[num_seqs:] = int(self.query_start_loc is None)
         self._host_positions[:num_tokens] = positions
-        self._host_positions[num_tokens:] = 0
-        self._host_slots[:num_seqs] = slots
-        self._host_slots[num_seqs:] = self.block_tables.padding_slot
-        np.multiply(self._host_slots, self.block_tables.width, out=self._table_starts)
 
         # The place of each token in its sequence, and where the sequence's block table begins.
         places = self._host_seq_lens[:num_seqs] - 1
@@ -112,7 +115,6 @@ class StaticDecodeBatch:
         if self.query_start_loc is not None:
             lens = self.batch.query_lens
             lens[:num_seqs] = 1 if query_lens is None else query_lens
-            lens[num_seqs:] = 0
             lens.cumsum(out=self._host_query_start_loc[1:])
             of_sequence = np.repeat(np.arange(num_seqs), lens[:num_seqs])
             ends = self._host_query_start_loc[1:][of_sequence]
@@ -120,12 +122,19 @@ class StaticDecodeBatch:
             table_starts = table_starts[of_sequence]
         blocks, offsets = np.divmod(places, self.block_size)
         blocks += table_starts
-        for slot_mapping, (window, padding) in zip(
-            self._host_slot_mappings, self.padding_blocks.items(), strict=True
-        ):
-            slot_mapping[:num_tokens] = (
-                self.block_tables.rows(window)[blocks] * self.block_size + offsets
-            )
-            slot_mapping[num_tokens:] = padding * self.block_size
+        for slot_mapping, rows in zip(self._host_slot_mappings, self._host_tables, strict=True):
+            slot_mapping[:num_tokens] = rows[blocks] * self.block_size + offsets
         if self.device is not self.host:
             self.device.copy_(self.host.pin_memory(), non_blocking=True)
+
+    def _fill_unused(self, num_seqs: int, num_tokens: int) -> None:
+        """Write the rows and tokens after these."""
+        # Where rows can have several tokens, unused ones have none.
+        self._host_seq_lens[num_seqs:] = int(self.query_start_loc is None)
+        self._host_slots[num_seqs:] = self.block_tables.padding_slot
+        self._host_positions[num_tokens:] = 0
+        if self.query_start_loc is not None:
+            self.batch.query_lens[num_seqs:] = 0
+        paddings = self.padding_blocks.values()
+        for slot_mapping, padding in zip(self._host_slot_mappings, paddings, strict=True):
+            slot_mapping[num_tokens:] = padding * self.block_size

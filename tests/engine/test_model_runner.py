@@ -153,6 +153,7 @@ def test_model_runner_makes_a_row_for_each_draft(decoder: Decoder) -> None:
     )
     for index, sequence in enumerate((first, second)):
         sequence.block_tables = [[index]]
+        sequence.slot = index
     step = SchedulerOutput(
         [
             ScheduledRequest(first, 2, 3, True, 4, [7, 8, 9], 2),

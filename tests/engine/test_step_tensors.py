@@ -460,6 +460,7 @@ def test_draft_model_drafts_in_rounds_for_the_requests_that_want_more() -> None:
         sequence.num_draft_computed_tokens = known
         # The second table is that of full attention.
         sequence.block_tables = [[0] * 3, [5 * index, 5 * index + 1, 5 * index + 2]]
+        sequence.slot = index
         start = length - 1
         requests.append(scheduled(sequence, start, 1 + num_drafts, num_drafts=num_drafts))
     drafts = proposer.run(SchedulerOutput(requests))
@@ -482,6 +483,7 @@ def test_draft_model_orders_the_drafts_of_two_requests() -> None:
     for index, num_drafts in enumerate((2, 3)):
         sequence = new_sequence([20 * (index + 1)], temperature=0.0)
         sequence.block_tables = [[index]]
+        sequence.slot = index
         requests.append(scheduled(sequence, 0, 1 + num_drafts, num_drafts=num_drafts))
     drafts = proposer.run(SchedulerOutput(requests))
     assert drafts is not None
@@ -503,6 +505,7 @@ def test_draft_model_draws_with_the_counters_of_the_large_model(
     proposer = DraftModelProposer(model, config())
     sequence = new_sequence([20], [21], seed=9)
     sequence.block_tables = [[0, 1]]
+    sequence.slot = 0
     sequence.num_draft_computed_tokens = 1
     step = SchedulerOutput([ScheduledRequest(sequence, 1, 4, True, 5, [21, 0, 0, 0], 3)])
     proposer.run(step)
