@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from typing import Literal
@@ -109,13 +110,23 @@ class QuantizationConfig:
 
     def scheme_of(self, module: str) -> Scheme | None:
         """The scheme of a linear layer; None when it is not quantized."""
+        if module not in self._found:
+            self._found[module] = self._find_scheme(module)
+        return self._found[module]
+
+    def _find_scheme(self, module: str) -> Scheme | None:
         names = self._spellings(module)
-        if any(_matches(entry, name) for entry in self.ignore for name in names):
+        if _matches_any(self.ignore, names):
             return None
         for entry, scheme in self.overrides:
-            if any(_matches(entry, name) for name in names):
+            if _matches_any((entry,), names):
                 return scheme
         return self.scheme
+
+    @cached_property
+    def _found(self) -> dict[str, Scheme | None]:
+        """The results of `scheme_of`: lists of hundreds of patterns meet thousands of experts."""
+        return {}
 
     def _spellings(self, module: str) -> tuple[str, ...]:
         """The names that entries may have for a module: first its own.
@@ -150,10 +161,17 @@ def _pattern(expression: str) -> re.Pattern[str]:
     return re.compile(expression)
 
 
-def _matches(entry: str, module: str) -> bool:
-    if entry.startswith("re:"):
-        return _pattern(entry[3:]).match(module) is not None
-    return entry == module
+def _matches_any(entries: Iterable[str], modules: Sequence[str]) -> bool:
+    for entry in entries:
+        if not entry.startswith("re:"):
+            if entry in modules:
+                return True
+            continue
+        match = _pattern(entry[3:]).match
+        for module in modules:
+            if match(module) is not None:
+                return True
+    return False
 
 
 @dataclass
