@@ -121,7 +121,8 @@ def paged_attention(
     """
     if cpu_attention.supports(q, cache):
         return cpu_attention.attention(q, cache, metadata, scale, softcap, sinks)
-    if sinks is None and flash_attention.supports(q, cache):  # the library knows no sinks
+    # The library knows no sinks.
+    if sinks is None and flash_attention.supports(q, cache, metadata.window, softcap):
         return flash_attention.attention(q, cache, metadata, scale, softcap)
     if triton_attention.supports(q, cache):
         return triton_attention.attention(q, cache, metadata, scale, softcap, sinks)
@@ -137,7 +138,7 @@ def paged_attention_reference(
     sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """`paged_attention` in plain torch, one sequence after the other."""
-    outputs = []
+    out = torch.zeros_like(q)  # a CUDA graph may have rows of tokens that belong to no sequence
     first_query = 0
     for sequence in metadata.reference_sequences:
         kv = cache.gather(sequence.blocks, q.dtype)[:, sequence.tokens]
@@ -146,9 +147,9 @@ def paged_attention_reference(
         rows = q[first_query:end_query].unflatten(1, (len(k), -1))
         rows = rows.permute(1, 2, 0, 3)  # [K, N / K, queries, D]
         output = _masked_attention(rows, k, v, sequence.mask, scale, softcap, sinks)
-        outputs.append(output.permute(2, 0, 1, 3).flatten(1, 2))
+        out[first_query:end_query] = output.permute(2, 0, 1, 3).flatten(1, 2)
         first_query = end_query
-    return torch.cat(outputs)
+    return out
 
 
 def _masked_attention(
