@@ -299,7 +299,7 @@ ATTENTION_IMPLEMENTATIONS: dict[str, Callable[..., Launch]] = {
 
 
 def sampling_cases(setting: Setting, model: str, batches: tuple[int, ...]) -> Iterator[KernelCase]:
-    """Sampling from float32 logits, greedy and with top-k and top-p."""
+    """Sampling from the logits of a decode graph, greedy and with top-k and top-p."""
     vocab_size = VOCAB_SIZES[model] // setting.scale
     for batch in batches:
         for is_greedy in (True, False):
@@ -311,7 +311,7 @@ def sampling_cases(setting: Setting, model: str, batches: tuple[int, ...]) -> It
                     "sampling",
                     f"{model} [{batch}, {vocab_size}], {kind}",
                     name,
-                    4 * batch * vocab_size,
+                    2 * batch * vocab_size,
                     {},
                     partial(implementation, setting, batch, vocab_size, is_greedy),
                 )
@@ -319,7 +319,7 @@ def sampling_cases(setting: Setting, model: str, batches: tuple[int, ...]) -> It
 
 def _llmkit_sampling(setting: Setting, batch: int, vocab_size: int, is_greedy: bool) -> Launch:
     device = setting.device
-    logits = 2 * torch.randn(batch, vocab_size, device=device)
+    logits = 2 * setting.randn(batch, vocab_size)
     arguments = (
         torch.full((batch,), 0.0 if is_greedy else 0.8, device=device),
         torch.full((batch,), 0 if is_greedy else 50, device=device),
@@ -333,13 +333,13 @@ def _llmkit_sampling(setting: Setting, batch: int, vocab_size: int, is_greedy: b
 
 
 def _torch_sampling(setting: Setting, batch: int, vocab_size: int, is_greedy: bool) -> Launch:
-    logits = 2 * torch.randn(batch, vocab_size, device=setting.device)
+    logits = 2 * setting.randn(batch, vocab_size)
     return partial(torch.argmax, logits, -1) if is_greedy else partial(sample_with_torch, logits)
 
 
 def sample_with_torch(logits: torch.Tensor) -> torch.Tensor:
     """Top-k 50, then top-p 0.95 of those, as PyTorch's operators do it."""
-    values, tokens = (logits / 0.8).topk(50)
+    values, tokens = (logits.float() / 0.8).topk(50)
     probs = values.softmax(-1)
     probs = probs.masked_fill(probs.cumsum(-1) - probs >= 0.95, 0.0)
     choice = (probs / torch.empty_like(probs).exponential_()).argmax(-1, keepdim=True)
