@@ -63,35 +63,110 @@ class KernelCase:
     options: Mapping[str, int] = field(default_factory=dict)  # of Triton's compiler
 
 
-def w4_cases() -> list[KernelCase]:
-    """The 4-bit product with the configurations that run where nothing is tuned."""
-    from llmkit.kernels.quantized_linear import TILES
+def weight_only_case(
+    name: str,
+    tile: Sequence[int],
+    *,
+    capability: int = 90,
+    bits: int = 4,
+    group: int = 128,
+    symmetric: bool = True,
+    dtype: str = "bf16",
+    split: bool = True,
+    columns: int = 4096,
+) -> KernelCase:
+    """The product with packed weights, for a tile as in `quantized_linear.TILES`."""
+    import torch
 
-    arguments = {"x": "*bf16", "words": "*i16", "scales_and_zeros": "*i32", "y": "*fp32"}
-    arguments |= dict.fromkeys(("M", "N", "K", "blocks_per_split"), "i32")
+    from llmkit.kernels.quantized_linear import compiler_options, tile_constants
+
+    kinds = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+    _, rows, outputs, warps, stages, _ = tile
+    arguments = {"x": f"*{dtype}", "words": "*i16", "scales_and_zeros": "*i32"}
+    arguments |= {"y": "*fp32"} if split else {"bias": f"*{dtype}", "y": f"*{dtype}"}
+    arguments |= {"power": "fp32"} | dict.fromkeys(("M", "N", "K", "blocks_per_split"), "i32")
+    weight = {"BITS": bits, "GROUP": group, "SYMMETRIC": symmetric, "W": 32 if group == 32 else 64}
+    constants = weight | tile_constants(weight, kinds[dtype], columns, rows, capability // 10)
+    constants |= {"BM": rows, "BN": outputs, "STAGES": stages} | ({"bias": None} if split else {})
+    units = outputs / 64 * int(str(constants["COLUMNS"])) * 16 / bits / 256
+    return KernelCase(
+        name,
+        "quantized_linear",
+        "_weight_only_linear_kernel",
+        arguments,
+        constants,
+        unit="64 x 256 weights",
+        units=units,
+        warps=warps,
+        options=compiler_options(rows),
+    )
+
+
+def weight_only_cases(capability: int) -> list[KernelCase]:
+    """The products with 4- and 8-bit weights, with the tiles that run where nothing is tuned."""
+    import torch
+
+    from llmkit.kernels.quantized_linear import default_tile
+
     cases = []
-    for rows, tile_rows, tile_outputs, warps, stages, _ in TILES:
-        constants = {"BITS": 4, "GROUP": 128, "SYMMETRIC": True, "W": 64}
-        constants |= {"BM": tile_rows, "BN": tile_outputs, "STAGES": stages, "bias": None}
+    for bits in (4, 8):
+        for rows in (1, 16, 32, 64, 128, 256):
+            tile = default_tile(rows, torch.bfloat16, capability // 10)
+            name = f"w{bits}-{rows}"
+            cases.append(weight_only_case(name, tile, capability=capability, bits=bits))
+    tile = default_tile(1, torch.bfloat16, capability // 10)
+    zeros = weight_only_case("w4-1-zeros", tile, capability=capability, symmetric=False)
+    half = weight_only_case("w4-1-fp16", tile, capability=capability, dtype="fp16")
+    return [*cases, zeros, half]
+
+
+def sampler_cases() -> list[KernelCase]:
+    """The kernels that sample from 64 rows of 16-bit logits."""
+    from llmkit.kernels import sampling_triton as sampler
+
+    arguments = (
+        {"logits": "*bf16"}
+        | dict.fromkeys(("temperature", "top_p", "min_p", "extremes", "masses"), "*fp32")
+        | dict.fromkeys(("top_k", "seeds", "counters", "ids"), "*i64")
+        | dict.fromkeys(("tokens", "counts", "candidates"), "*i32")
+        | dict.fromkeys(("rows", "row_stride", "vocab_size", "slice_size"), "i32")
+    )
+    splits = sampler.num_splits(64, 128_256)
+    constants = {"SPLITS": splits, "WAYS": sampler.WAYS, "CANDIDATES": sampler.CANDIDATES}
+    tile = {"TILE": sampler.TILE}
+    count = {"THREADS": 32 * sampler.NUM_WARPS, "UNROLL": sampler.UNROLL}
+    warps = sampler.NUM_WARPS
+    kernels: list[tuple[str, Any, dict[str, int], int]] = [
+        ("extremes", sampler._find_extremes_kernel, tile, warps),
+        ("count", sampler._count_kernel, count | {"LEVEL": 0}, warps),
+        ("count-again", sampler._count_kernel, count | {"LEVEL": 1}, warps),
+        ("draw", sampler._draw_kernel, tile, warps),
+        ("choose", sampler._choose_kernel, {"TILE": sampler.CANDIDATES}, 16),
+    ]
+    cases = []
+    for name, kernel, own, num_warps in kernels:
+        names = kernel.arg_names
+        every = constants | own
         cases.append(
             KernelCase(
-                f"w4-{rows}",
-                "quantized_linear",
-                "_weight_only_linear_kernel",
-                arguments,
-                constants,
-                unit="64 x 256 weights",
-                units=tile_outputs / 64,
-                warps=warps,
+                f"sample-{name}",
+                "sampling_triton",
+                kernel.__name__,
+                {name: arguments[name] for name in names if name in arguments},
+                {name: every[name] for name in names if name in every},
+                unit="512 tokens",
+                units=sampler.TILE / 512,
+                warps=num_warps,
             )
         )
     return cases
 
 
-def all_cases() -> list[KernelCase]:
+def all_cases(capability: int = 90) -> list[KernelCase]:
     """Every kernel that can be asked for. A part adds its entries here."""
     return [
-        *w4_cases(),
+        *weight_only_cases(capability),
+        *sampler_cases(),
     ]
 
 
@@ -353,7 +428,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error("triton is not installed: install llmkit[gpu]")
     cases = [
         case
-        for case in all_cases()
+        for case in all_cases(TARGETS[chosen.target])
         if not chosen.names or any(case.name.startswith(name) for name in chosen.names)
     ]
     if not cases:

@@ -14,7 +14,10 @@ from llmkit.runtime.engine.cuda_graphs import CudaGraphRunner
 from llmkit.runtime.engine.engine_config import EngineConfig
 from llmkit.runtime.engine.no_graphs import NoGraphRunner
 from llmkit.runtime.engine.paged_model import PagedModel, Span, int64_tensor
-from llmkit.runtime.engine.sampling_tensors import SamplingTensorCache
+from llmkit.runtime.engine.sampling_tensors import (
+    SamplingTensorCache,
+    sampling_tensors_on_device,
+)
 from llmkit.runtime.engine.scheduler_output import ScheduledRequest, SchedulerOutput
 from llmkit.runtime.engine.sequence import Sequence
 
@@ -174,7 +177,14 @@ class DraftModelProposer:
         The same random draws make both models agree more often.
         """
         sampling = self._sampling_tensors.get([request.sequence for request in requests])
-        counters = torch.tensor([request.num_sampled + num_drafted for request in requests])
+        num_sampled = [request.num_sampled + num_drafted for request in requests]
+        sampler = self.graph_runner.sampler
+        if sampler is not None:
+            device = self._config.device
+            arguments = sampling_tensors_on_device(sampling, num_sampled, device)
+            # -1, where logits are not finite, is no token; see `_compute`.
+            return sampler(logits, *arguments).clamp_min(0)
+        counters = torch.tensor(num_sampled)
         return sample(logits, *sampling, counters, self.paged_model.model.parallel_group)
 
     def _to_device(self, values: list[int]) -> torch.Tensor:

@@ -13,16 +13,19 @@ from llmkit.kernels import sampling_triton as sampling_gpu
 from llmkit.kernels.sampling import sample
 from llmkit.kernels.triton_support import jit, tl
 
-SIZES = (1300, 130)
+SIZES = ((1300, 18, 2), (130, 0, 1))  # tokens, and the rows from one on in steps
 
 
 def test_sample_kernel_matches_the_reference(tmp_path: Path) -> None:
-    calls = [sampling_arguments(size) for size in SIZES]
+    calls = [
+        tuple(part[at::step].contiguous() for part in sampling_arguments(size))
+        for size, at, step in SIZES
+    ]
     for call, got in zip(
         calls, interpreted("llmkit.kernels.sampling_triton", "sample", calls, tmp_path), strict=True
     ):
         expected = sample(*call)
-        assert len(set(expected.tolist())) > 10
+        assert len(set(expected.tolist())) > 8
         assert got.tolist() == expected.tolist()
 
 
@@ -40,7 +43,7 @@ def test_sample_kernel_gives_no_token_for_nan_rows(tmp_path: Path) -> None:
 
 def test_sample_kernel_keeps_ties(tmp_path: Path) -> None:
     """And no others: each of them is drawn by some seed."""
-    count = 24
+    count = 14
     logits = torch.full((count, 200), -30.0)
     logits[:, 3] = 1.0
     logits[:, 50:54] = 0.5
@@ -84,7 +87,7 @@ def test_sample_kernels_match_the_reference_in_extreme_cases(tmp_path: Path) -> 
     calls = []
     for turn, dtype in enumerate((torch.float32, torch.bfloat16, torch.float16)):
         # Each kind of logits meets other parameters in each dtype.
-        order = [(turn * 4 + 5 * row) % len(asked) for row in range(len(logits) + 2)]
+        order = [(turn * 4 + 5 * row) % len(asked) for row in range(len(logits))]
         rows = logits[torch.arange(len(order)) % len(logits)]
         temperature, top_k, top_p, min_p = torch.tensor(asked, dtype=torch.float64)[order].T
         seeds = torch.randint(-(1 << 62), 1 << 62, (len(rows),), generator=draw)
@@ -121,7 +124,7 @@ def test_sample_kernels_match_the_reference_with_crowded_brackets(
     candidates: int, tmp_path: Path
 ) -> None:
     """Some rows are counted twice, and some are searched as a whole."""
-    call = [part[20::3].contiguous() for part in sampling_arguments(1300, seed=3)]
+    call = [part[20::5].contiguous() for part in sampling_arguments(1300, seed=3)]
     (got,) = interpreted(
         "kernels.test_sampling_triton",
         "sample_with_few_candidates",
@@ -161,8 +164,7 @@ def test_sample_splits_fill_a_gpu() -> None:
     assert sampling_gpu.num_splits(1, 5) == 1
 
 
-@pytest.mark.parametrize("capability", [90, 80])
-@pytest.mark.parametrize("dtype", ["*bf16", "*fp32"])
+@pytest.mark.parametrize(("capability", "dtype"), [(90, "*bf16"), (80, "*fp32")])
 def test_sample_kernels_compile(capability: int, dtype: str, tmp_path: Path) -> None:
     kinds = (
         {"logits": dtype}
