@@ -38,7 +38,7 @@ class LayerKind:
     has_softcap: bool = False
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Build:
     """An installed build."""
 
