@@ -55,12 +55,12 @@ def sample(
     splits = num_splits(rows, vocab_size)
     slice_size = -(-vocab_size // (splits * TILE)) * TILE
     ids = torch.empty_like(seeds)
-    like = {"device": logits.device}
-    extremes = torch.empty((3, rows, splits), **like)
-    tokens = torch.empty((2, rows, splits), dtype=torch.int32, **like)
-    masses = torch.empty((2, rows, splits, WAYS), **like)
-    counts = torch.empty((2, rows, splits, WAYS), dtype=torch.int32, **like)
-    candidates = torch.empty((rows, 1 + CANDIDATES), dtype=torch.int32, **like)
+    device = logits.device
+    extremes = torch.empty((3, rows, splits), device=device)
+    tokens = torch.empty((2, rows, splits), dtype=torch.int32, device=device)
+    masses = torch.empty((2, rows, splits, WAYS), device=device)
+    counts = torch.empty((2, rows, splits, WAYS), dtype=torch.int32, device=device)
+    candidates = torch.empty((rows, 1 + CANDIDATES), dtype=torch.int32, device=device)
     sizes = {"rows": rows, "row_stride": logits.stride(0), "vocab_size": vocab_size}
     constants = {"SPLITS": splits, "WAYS": WAYS, "CANDIDATES": CANDIDATES}
     filters = (temperature, top_k, top_p)

@@ -51,6 +51,7 @@ class Scheduler:
         # Unused blocks of each pool that hold values that are not finite; see take_blocks_to_zero.
         self._blocks_to_zero: list[list[int]] = [[] for _ in self.pools]
         self._draft_proposer = draft_proposer
+        self._device_counts_tokens = str(config.device).startswith("cuda")
         self._has_sliding_window = any(window is not None for window in config.sliding_windows)
         self._free_slots = list(range(config.max_num_seqs))
         self._sequences: dict[str, Sequence] = {}  # waiting and running ones, by request id
@@ -388,7 +389,7 @@ class Scheduler:
 
         A GPU counts the tokens that it samples itself; see `TokenTables`.
         """
-        if self.config.device.type == "cuda":
+        if self._device_counts_tokens:
             return sequence.grammar_matcher is not None
         return sequence.needs_known_tokens
 
