@@ -16,11 +16,12 @@ from llmkit.kernels.activation_quant import FP8
 from llmkit.kernels.elementwise import clamped_swiglu
 from llmkit.kernels.fp8_block_linear import e4m3_times_2_to_minus_8
 from llmkit.kernels.input_quant import InputQuant, quantize_input
-from llmkit.kernels.triton_support import device_capability, jit, tl
+from llmkit.kernels.triton_support import device_capability, is_amd, jit, tl
 
 # Each entry: the largest average number of choices per expert, then BM, BN and BK of a tile, warps
 # and stages.
 TILES = ((16, 16, 64, 128, 4, 4), (64, 64, 128, 64, 8, 4), (1 << 30, 128, 256, 64, 8, 3))
+MAX_AMD_STAGES = 3  # the shared memory of a compute unit of gfx90a and gfx942 is 64 KiB
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,8 @@ class FusedExperts:
             num_choices / self.count,
             (0, 0) if self.group_size else device_capability(x.device),
         )
+        if is_amd():
+            stages = min(stages, MAX_AMD_STAGES)
         max_tiles = num_choices // BM + min(num_experts, num_choices)
         padded_experts = 1 << (num_experts - 1).bit_length()
         with torch.cuda.device_of(x):
