@@ -12,7 +12,7 @@ from llmkit.kernels.activation_quant import FP8
 from llmkit.kernels.attention_metadata import AttentionMetadata, QueryTiles
 from llmkit.kernels.kv_cache import KVCache
 from llmkit.kernels.triton_support import device_capability, jit, runs_triton, tl
-from llmkit.kernels.tuned_configs import Tunable
+from llmkit.kernels.tuned_configs import Config, Tunable
 
 MAX_HEAD_DIM = 512
 MIN_UNIT_TILES = 2  # tiles of tokens: a shorter part of a context is not worth a program
@@ -74,6 +74,34 @@ def _tile_rows(q: torch.Tensor, cache: KVCache, max_query_len: int) -> tuple[int
     return rows, max(rows, 128 if is_large else most)
 
 
+def default_config(
+    rows: int,
+    head_dim: int,
+    dtype: torch.dtype,
+    kv_dtype: torch.dtype,
+    dynamic_scales: bool,
+    capability: tuple[int, int],
+) -> Config:
+    """Where nothing was measured: tokens of a tile, warps, stages, programs per multiprocessor."""
+    padded_dim = _padded_dim(head_dim)
+    is_hopper = capability >= (9, 0)
+    is_float32 = dtype == torch.float32
+    tokens = max(16, min(128, 16384 // padded_dim) // dtype.itemsize)
+    if not is_hopper and rows >= 64 and (padded_dim > 128 or dynamic_scales):
+        tokens = max(16, tokens // 2)  # registers, and the 99 KiB of shared memory of sm_86 and 89
+    # The matrix products of Hopper take 64 rows with 4 warps; elsewhere they would need too many
+    # registers.
+    is_small = rows * padded_dim < 1 << 14 and (rows < 64 or (is_hopper and dynamic_scales))
+    return (
+        tokens,
+        4 if is_small else 8,
+        # Keys and values in two buffers each, or three of half the size: two programs or more fit
+        # into a multiprocessor of Hopper.
+        4 if kv_dtype.itemsize == 1 and not is_float32 else 3,
+        2 if rows <= 32 else 1,
+    )
+
+
 def _padded_dim(head_dim: int) -> int:
     return max(16, 1 << (head_dim - 1).bit_length())
 
@@ -95,23 +123,9 @@ def _attend(
     num_kv_heads = both // 2
     group = num_heads // num_kv_heads
     padded_dim = _padded_dim(head_dim)
-    is_float32 = q.element_size() == 4
-    is_hopper = torch.cuda.get_device_capability(q.device) >= (9, 0)
-    # The matrix products of Hopper take 64 rows with 4 warps; elsewhere they would need too many
-    # registers.
-    is_small = rows * padded_dim < 1 << 14 and (
-        rows < 64 or (is_hopper and cache.scales is not None)
-    )
-    tokens = max(16, min(128, 16384 // padded_dim) // q.element_size())
-    if not is_hopper and rows >= 64 and (padded_dim > 128 or cache.scales is not None):
-        tokens = max(16, tokens // 2)  # registers, and the 99 KiB of shared memory of sm_86 and 89
-    default = (
-        tokens,
-        4 if is_small else 8,
-        # Keys and values in two buffers each, or three of half the size: two programs or more fit
-        # into a multiprocessor of Hopper.
-        4 if cache.quantized and not is_float32 else 3,
-        2 if rows <= 32 else 1,
+    capability = torch.cuda.get_device_capability(q.device)
+    default = default_config(
+        rows, head_dim, q.dtype, cache.kv.dtype, cache.scales is not None, capability
     )
     tile_tokens, warps, stages, per_core = TILE.config(
         (head_dim, group, rows, q.dtype, cache.kv.dtype), default, q.device

@@ -155,10 +155,77 @@ def sampler_cases() -> list[KernelCase]:
                 {name: arguments[name] for name in names if name in arguments},
                 {name: every[name] for name in names if name in every},
                 unit="512 tokens",
-                units=sampler.TILE / 512,
+                units=own.get("TILE", sampler.TILE) / 512,
                 warps=num_warps,
             )
         )
+    return cases
+
+
+def attention_cases(capability: int) -> list[KernelCase]:
+    """Decodes and prompts of a model with 4 query heads a KV head, by the dtype of its cache.
+
+    "fp8" has a scale for each token, "fp8-static" those of a checkpoint.
+    """
+    import torch
+
+    from llmkit.kernels import paged_attention as paged
+
+    group = 4
+    dim = 128
+    cases = []
+    kinds = {
+        "bf16": (torch.bfloat16, "*bf16", None),
+        "fp8": (torch.float8_e4m3fn, "*fp8e4nv", 1),
+        "fp8-static": (torch.float8_e4m3fn, "*fp8e4nv", 0),
+        "int8": (torch.int8, "*i8", 1),
+    }
+    for name, (kv_dtype, pointer, dynamic) in kinds.items():
+        is_large = capability >= 90 and not dynamic
+        for step, rows in (("decode", 16), ("prefill", 128 if is_large else 64)):
+            tokens, warps, stages, _ = paged.default_config(
+                rows, dim, torch.bfloat16, kv_dtype, bool(dynamic), divmod(capability, 10)
+            )
+            split = step == "decode"
+            arguments = {"q": "*bf16", "kv": pointer, "out": "*bf16", "scale": "fp32"}
+            for names, kind in (
+                (("block_table", "seq_lens", "query_start_loc", "units"), "*i32"),
+                (("q_stride", "head_stride", "table_stride"), "i32"),
+                (() if dynamic is None else ("scales",), "*fp32"),
+                (("unit_out", "unit_lse") if split else (), "*fp32"),
+                (() if split else ("unit_out",), "*bf16"),
+            ):
+                arguments |= dict.fromkeys(names, kind)
+            constants: dict[str, object] = {
+                "GROUP": group,
+                "BLOCK_SIZE": 16,
+                "HEAD_DIM": dim,
+                "PADDED_DIM": dim,
+                "ROWS": rows,
+                "ROWS_USED": group if split else rows,
+                "TOKENS": tokens,
+                "WINDOW": 1 << 30,
+                "SOFTCAP": 0.0,
+                "DYNAMIC_SCALES": dynamic or 0,
+                "LOG2E": paged.LOG2_E,
+                "sinks": None,
+            }
+            constants |= {} if split else {"unit_lse": None}
+            constants |= {"scales": None} if dynamic is None else {}
+            cases.append(
+                KernelCase(
+                    f"attention-{step}-{name}",
+                    "paged_attention",
+                    "_paged_attention_kernel",
+                    arguments,
+                    constants,
+                    unit="64 tokens",
+                    units=tokens / 64,
+                    warps=warps,
+                    min_capability=89 if pointer == "*fp8e4nv" else 80,
+                    options={"num_stages": stages},
+                )
+            )
     return cases
 
 
@@ -167,6 +234,7 @@ def all_cases(capability: int = 90) -> list[KernelCase]:
     return [
         *weight_only_cases(capability),
         *sampler_cases(),
+        *attention_cases(capability),
     ]
 
 
@@ -288,7 +356,8 @@ def _dominators(predecessors: list[list[int]]) -> list[set[int]]:
     while changed:
         changed = False
         for block in range(1, len(predecessors)):
-            before = [dominators[other] for other in predecessors[block]]
+            # Code that nothing reaches, such as a collective's way back, decides nothing.
+            before = [dominators[other] for other in predecessors[block] if 0 in dominators[other]]
             found = (set.intersection(*before) if before else set()) | {block}
             if found != dominators[block]:
                 dominators[block] = found
