@@ -374,7 +374,8 @@ def add_norm_quantized_triton(
     The result equals `quantize_input` of the normalized sum.
     """
     total = torch.empty_like(residual)
-    normed = quant.empty(*residual.shape, residual)
+    rows, size = residual.shape
+    normed = quant.empty(rows, size, residual)
     _launch_add_norm(
         residual,
         update,
