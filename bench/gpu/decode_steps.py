@@ -42,6 +42,7 @@ from llmkit.runtime.engine.sequence import Sequence
 CONTEXT = 1024  # tokens of each sequence of a decode step
 PREFILL_TOKENS = 2048
 BATCHES = (1, 16, 64, 256)
+KV_CACHE_SHARE = 0.8  # of the free memory of a GPU, at most
 SAMPLERS = {
     "greedy": SamplingParams(temperature=0.0, ignore_eos=True),
     "top-k top-p": SamplingParams(temperature=0.8, top_k=50, top_p=0.95, ignore_eos=True),
@@ -248,9 +249,14 @@ def new_engine(
 ) -> Engine:
     """An engine as `llmkit serve` configures it, without a prefix cache.
 
-    num_tokens: for which the KV cache has room; None: for all sequences at their longest.
+    num_tokens: for which the KV cache has room; None: for all sequences at their longest. On a GPU
+    it takes at most KV_CACHE_SHARE of the free memory.
     """
     tokens = max_num_seqs * (max_model_len + BLOCK_SIZE) if num_tokens is None else num_tokens
+    if model.device.type == "cuda":
+        free_bytes, _ = torch.cuda.mem_get_info()
+        token_bytes = model.spec.kv_elements_per_token * (1.1 if kv_cache_dtype else 2)
+        tokens = min(tokens, int(KV_CACHE_SHARE * free_bytes / token_bytes))
     config = EngineConfig(
         max_model_len,
         -(-tokens // BLOCK_SIZE),

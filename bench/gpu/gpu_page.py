@@ -126,6 +126,8 @@ def make_page(figures: Figures) -> str:
         _kernels(figures),
         "## Throughput",
         _saturated(figures),
+        "## Graphs at the start",
+        _starts(figures),
         "## Latencies",
         "Milliseconds, in an engine without its HTTP server. The floors are those of a lone prefill"
         " of a mean prompt, and of a decode step of one request; the long context is read once more"
@@ -331,6 +333,16 @@ def _saturated(figures: Figures) -> str:
     )
     header = ("engine", "output tokens/s", "bound here", "bound H200", "published for an H200")
     return title + "\n\n" + _table(header, rows)
+
+
+def _starts(figures: Figures) -> str:
+    rows = []
+    for step_model in SERVED:
+        record = figures.get("serving", "start", step_model.label) or {}
+        cells = [_number(record.get(name), 0) for name in ("max_num_seqs", "graphs")]
+        rows.append((step_model.label, *cells, _number(record.get("capture_s"))))
+    header = ("engine", "sequences at most", "graphs", "seconds to capture them")
+    return _table(header, rows)
 
 
 def _latencies(figures: Figures) -> str:

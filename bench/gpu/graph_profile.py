@@ -81,7 +81,7 @@ def replay_table(step_model: StepModel, batch: int, options: PartOptions) -> dic
         }
         for event in record.key_averages()
         # Of an operator, the profiler gives its kernels' time once more.
-        if not cuda or event.device_type == torch.autograd.DeviceType.CUDA
+        if not cuda or event.device_type.name == "CUDA"
     ]
     kernels = sorted((one for one in kernels if one["us"] > 0), key=lambda one: -one["us"])
     return {

@@ -268,14 +268,16 @@ def _triton_attention(setting: Setting, *shape: Any) -> Launch:
     arguments = _attention_inputs(setting, *shape)
     if not triton_attention.supports(*arguments[:2]):
         raise NotInstalledError("the Triton kernel does not run here")
-    return partial(triton_attention.attention, *arguments, None)
+    attention: Callable[..., object] = triton_attention.attention
+    return partial(attention, *arguments, None)
 
 
 def _flash_attention(setting: Setting, *shape: Any) -> Launch:
     arguments = _attention_inputs(setting, *shape)
     if not flash_attention.supports(*arguments[:2]):
         raise NotInstalledError("no FlashAttention-3 runs here for this cache")
-    return partial(flash_attention.attention, *arguments, None)
+    attention: Callable[..., object] = flash_attention.attention
+    return partial(attention, *arguments, None)
 
 
 def _torch_attention(
@@ -396,7 +398,7 @@ def _rope_cache(setting: Setting, rows: int, _: int) -> Launch:
     blocks = -(-rows // BLOCK_SIZE)
     cache = KVCache(setting.randn(2 * KV_HEADS, blocks, BLOCK_SIZE, DIM))
     heads = setting.randn(rows, HEADS + 2 * KV_HEADS, DIM)
-    norms = tuple(torch.ones(DIM, dtype=setting.dtype, device=setting.device) for _ in range(2))
+    norms = (torch.ones(DIM, dtype=setting.dtype, device=setting.device),) * 2
     cos_sin = (torch.ones(rows, 1, DIM, device=setting.device),) * 2
     slots = torch.arange(rows, device=setting.device)
     return partial(rope_and_cache, heads, HEADS, norms, 1e-5, cos_sin, cache, slots)

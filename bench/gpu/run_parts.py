@@ -61,12 +61,12 @@ class PartModule(Protocol):
 PARTS = {
     part.name: part
     for part in (
-        Part("ceilings", "ceilings", 60, 40),
-        Part("steps", "decode_steps", 180, 60),
-        Part("profile", "graph_profile", 40, 40),
-        Part("kernels", "kernel_times", 150, 40),
-        Part("saturate", "saturation", 60, 60),
-        Part("serving", "serving_times", 90, 60),
+        Part("ceilings", "ceilings", 60, 60),
+        Part("steps", "decode_steps", 180, 100),
+        Part("profile", "graph_profile", 40, 60),
+        Part("kernels", "kernel_times", 150, 60),
+        Part("saturate", "saturation", 60, 90),
+        Part("serving", "serving_times", 120, 90),
         Part("tests", "gpu_tests", 440, 240),
         Part("tune", "tune_kernels", 300, 90),
         Part("rivals", "baselines", 420, 240),

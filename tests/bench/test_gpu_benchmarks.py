@@ -186,7 +186,7 @@ def test_host_times_need_requests_that_decode() -> None:
 def test_latency_loads_mix_lengths_and_arrive_during_decode() -> None:
     by_name = loads(is_tiny=False)
     (mixed,) = [name for name in by_name if "32,768" in name]
-    lengths = [one.prompt_tokens + one.output_tokens for one in by_name[mixed]]
+    lengths = [one.num_tokens for one in by_name[mixed]]
     assert len(lengths) == 64 and sorted(lengths)[-2:] == [384, 32768]
     arrivals = by_name["arrivals during decode"]
     assert [one.at_s for one in arrivals] == sorted(one.at_s for one in arrivals)
