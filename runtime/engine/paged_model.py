@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from llmkit.kernels.attention_metadata import AttentionBatch, BlockTable
+from llmkit.kernels.attention_metadata import AttentionBatch, BlockTable, Int64Array
 from llmkit.kernels.device_copy import to_device
 from llmkit.kernels.kv_cache import KVCache
 from llmkit.model.language_model import LanguageModel
@@ -104,7 +104,7 @@ class PagedModel:
             cache.clear(blocks[self._table_of_window[layer.sliding_window]])
 
 
-def _sizes(rows: SequenceOf[SequenceOf[int]]) -> np.ndarray[tuple[int, ...], np.dtype[np.int64]]:
+def _sizes(rows: SequenceOf[SequenceOf[int]]) -> Int64Array:
     """The length of each row."""
     return np.array([len(row) for row in rows], dtype=np.int64)
 

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import torch
 
+from llmkit.kernels.attention_metadata import Int64Array
 from llmkit.kernels.device_copy import to_device
 
 # By attention window, the block table of each sequence; -1 where a block was freed.
@@ -40,7 +41,7 @@ class SlotBlockTables:
         self.width = -(-max_blocks // ROW_MULTIPLE) * ROW_MULTIPLE
         self._index_of_window = {window: index for index, window in enumerate(padding_blocks)}
         shape = (len(padding_blocks), num_slots + 1, self.width)
-        self.host = np.zeros(shape, np.int64)
+        self.host: Int64Array = np.zeros(shape, np.int64)
         self.host[:, num_slots, 0] = list(padding_blocks.values())
         self.device: torch.Tensor | None = None
         if device is not None:
@@ -55,9 +56,10 @@ class SlotBlockTables:
         # Entries of `host` that the device does not have yet, as ranges of the flat table.
         self._unsent: list[tuple[int, int]] = []
 
-    def rows(self, window: int | None) -> np.ndarray[tuple[int, ...], np.dtype[np.int64]]:
+    def rows(self, window: int | None) -> Int64Array:
         """The table of a window on the host, flat: slot s has the entries from s * width."""
-        return self.host[self._index_of_window[window]].reshape(-1)
+        table: Int64Array = self.host[self._index_of_window[window]].reshape(-1)
+        return table
 
     def device_table(self, window: int | None) -> torch.Tensor:
         """The table of a window on the device, int32 [slots + 1, width]."""
