@@ -15,7 +15,13 @@ from llmkit.bench.gpu.timing import time_ms
 from llmkit.checkpoint.open_checkpoint import open_checkpoint
 from llmkit.common.progress import SilentProgress
 from llmkit.kernels import tuned_configs as tuning
-from llmkit.kernels.quantized_linear import MAX_FUSED_ROWS, TILE, TILES, WeightOnlyLinear
+from llmkit.kernels.quantized_linear import (
+    LARGE_TILES,
+    MAX_FUSED_ROWS,
+    TILE,
+    TILES,
+    WeightOnlyLinear,
+)
 from llmkit.model.full_forward import window_logits
 from llmkit.model.weight_loader import load_model
 from llmkit.quant.quantize_checkpoint import quantize
@@ -52,14 +58,14 @@ def test_tune_weight_only_linear_on_gpu(monkeypatch: pytest.MonkeyPatch) -> None
             one.safe_ms is None or one.ms <= one.safe_ms
         )  # Triton 3.6 spills 8 bytes of some, which is refused
     tune.save_results(found, tuning.user_file())
-    shape = (4, 128, 4096, 4096, BRAIN, 16)
+    shape = (4, 128, 4096, 4096, BRAIN, 8)
     assert TILE.config(shape, TILES[0][1:], device) == found[0].config
     for rows in (1, 64):
         one = replace(case, rows=rows)
         assert_close(
             product(one.inputs()[0].cuda()), one.expected(weight.dequantize().cpu()), 1.2e-2
         )
-    assert max(tile[0] for tile in TILES) == MAX_FUSED_ROWS
+    assert max(tile[0] for tile in LARGE_TILES) == MAX_FUSED_ROWS
 
 
 def test_tune_model_keeps_outputs_on_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,13 +9,22 @@ import pytest
 import torch
 from support.quantized_linear_cases import FP8, Case, assert_close
 from support.synthetic_checkpoint import LLAMA
-from support.triton_checks import HOPPER_SHARED_BYTES, Compiled, compiled_for, interpreted
+from support.triton_checks import HOPPER_SHARED_BYTES, compiled_for, interpreted
 
+from llmkit.bench.gpu.kernel_code import TARGETS, KernelCode, kernel_code, weight_only_case
 from llmkit.checkpoint.quantized_weight import QuantizationConfig, QuantizedWeight, Scheme
 from llmkit.kernels import quantized_linear, tuned_configs, w8a8_linear
 from llmkit.kernels.activation_quant import quantize_per_token, quantize_static
 from llmkit.kernels.fp8_block_linear import Fp8BlockLinear
-from llmkit.kernels.quantized_linear import FLOAT32_TILE, MAX_FUSED_ROWS, TILES, WeightOnlyLinear
+from llmkit.kernels.quantized_linear import (
+    FLOAT32_TILE,
+    LARGE_TILES,
+    LARGE_TILES_8,
+    MAX_FUSED_ROWS,
+    TILES,
+    WeightOnlyLinear,
+    default_tile,
+)
 from llmkit.kernels.w8a8_linear import W8A8Linear
 from llmkit.model import linear
 from llmkit.model.families import model_spec
@@ -222,75 +231,75 @@ def test_fp8_rows_are_padded_as_measured(
     assert shapes == [(16, 32)]
 
 
-def compiled_product(
-    capability: int,
-    tile: tuple[int, ...],
-    bits: int,
-    group: int,
-    symmetric: bool,
-    folder: Path,
-    *,
-    dtype: str = "*bf16",
-    splits: bool = True,
-) -> Compiled:
-    _, BM, BN, warps, stages, _ = tile
-    kinds = {
-        "x": dtype,
-        "words": "*i16",
-        "scales_and_zeros": "*i32",
-        "y": "*fp32" if splits else dtype,
-    }
-    kinds |= dict.fromkeys(("M", "N", "K", "blocks_per_split"), "i32")
-    constants: dict[str, Any] = {
-        "BITS": bits,
-        "GROUP": group,
-        "SYMMETRIC": symmetric,
-        "W": 32 if group == 32 else 64,
-    }
-    constants |= {"BM": BM, "BN": BN, "STAGES": stages} | ({"bias": None} if splits else {})
-    arguments = kinds if splits else kinds | {"bias": dtype}
-    return compiled_for(
-        capability,
-        quantized_linear._weight_only_linear_kernel,
-        arguments,
-        constants,
-        folder,
-        num_warps=warps,
-    )
-
-
 WHOLE = 1 << 30
-SHARED = {
-    90: HOPPER_SHARED_BYTES // 3,
-    80: 99 * 1024,
-}  # three programs; the least that GPUs from 8.0 on have
-FORMS = [(4, 128, True, True), (4, 32, False, False), (8, WHOLE, True, False), (8, 64, False, True)]
+SHARED_80 = 99 * 1024  # the least that GPUs from 8.0 on have
+# Bits, group size, symmetric, inputs' type, and whether the inputs are split.
+FORMS = [
+    (4, 128, True, "bf16", True),
+    (4, 32, False, "bf16", False),
+    (4, 64, False, "fp16", True),
+    (8, WHOLE, True, "bf16", False),
+    (8, 64, False, "bf16", True),
+]
 
 
-@pytest.mark.parametrize("tile", TILES, ids=lambda tile: str(tile[0]))
-@pytest.mark.parametrize(
-    ("capability", "bits", "group", "symmetric", "splits"),
-    [(90, *form) for form in FORMS] + [(80, *form) for form in FORMS[:2]],
-)
-def test_weight_only_linear_kernel_compiles(
-    capability: int,
-    tile: tuple[int, ...],
-    bits: int,
-    group: int,
-    symmetric: bool,
-    splits: bool,
-    tmp_path: Path,
+def compiled_product(
+    target: str, tile: tuple[int, ...], form: tuple[int, int, bool, str, bool] = FORMS[0]
+) -> KernelCode:
+    pytest.importorskip("triton")
+    bits, group, symmetric, dtype, split = form
+    case = weight_only_case(
+        "product",
+        tile,
+        capability=TARGETS[target],
+        bits=bits,
+        group=group,
+        symmetric=symmetric,
+        dtype=dtype,
+        split=split,
+    )
+    return kernel_code(case, target)
+
+
+@pytest.mark.parametrize("form", FORMS, ids=lambda form: f"w{form[0]}g{form[1]}-{form[3]}")
+@pytest.mark.parametrize("tile", TILES + LARGE_TILES, ids=lambda tile: str(tile[0]))
+def test_weight_only_linear_kernel_compiles_for_hopper(
+    tile: tuple[int, ...], form: tuple[int, int, bool, str, bool]
 ) -> None:
-    compiled = compiled_product(capability, tile, bits, group, symmetric, tmp_path, splits=splits)
-    assert compiled.stack_bytes == 0
-    assert compiled.shared_bytes <= SHARED[capability]
-    assert ("HGMMA" if capability == 90 and tile[1] >= 32 else "HMMA") in compiled.code
+    code = compiled_product("sm_90a", tile, form)
+    assert code.spill_bytes == 0
+    assert code.shared_bytes * tile[-1] <= HOPPER_SHARED_BYTES
+    loop = code.hottest
+    assert loop is not None
+    opcodes = " ".join(loop.opcodes)
+    assert ("HGMMA" if tile[1] >= 32 else "HMMA") in opcodes
+    assert "LOP3" in opcodes and "HFMA2" in opcodes
+    assert "I2F" not in opcodes and "PRMT" not in opcodes  # nothing is converted or repacked
 
 
-def test_weight_only_linear_kernel_compiles_for_float32(tmp_path: Path) -> None:
-    compiled = compiled_product(90, FLOAT32_TILE, 4, 128, True, tmp_path, dtype="*fp32")
-    assert compiled.stack_bytes == 0
-    assert compiled.shared_bytes <= SHARED[80]
+@pytest.mark.parametrize("target", ["sm_80", "sm_86", "sm_89"])
+@pytest.mark.parametrize("tile", TILES + LARGE_TILES_8, ids=lambda tile: str(tile[0]))
+def test_weight_only_linear_kernel_compiles_for_older_gpus(
+    target: str, tile: tuple[int, ...]
+) -> None:
+    code = compiled_product(target, tile, FORMS[0] if target == "sm_80" else FORMS[1])
+    assert code.spill_bytes == 0
+    assert code.shared_bytes <= SHARED_80
+
+
+@pytest.mark.parametrize(("rows", "limit"), [(1, 1100), (16, 1200), (256, 3300)])
+def test_weight_only_linear_instructions_for_256_weights_of_64_outputs(
+    rows: int, limit: int
+) -> None:
+    """Of all warps; 2,022 for up to 16 rows with single fields, and 11,888 for 256 rows."""
+    code = compiled_product("sm_90a", default_tile(rows, BRAIN, 9))
+    assert 0 < code.per_unit() <= limit
+
+
+def test_weight_only_linear_kernel_compiles_for_float32() -> None:
+    code = compiled_product("sm_90a", FLOAT32_TILE, (4, 128, True, "fp32", True))
+    assert code.spill_bytes == 0
+    assert code.shared_bytes <= SHARED_80
 
 
 OTHERS: list[tuple[str, dict[str, str], dict[str, Any]]] = [
@@ -332,8 +341,11 @@ def test_quantized_linear_kernels_compile(
 
 
 def test_weight_only_linear_has_a_tile_for_every_number_of_rows() -> None:
-    assert [tile[0] for tile in TILES] == sorted(tile[0] for tile in TILES)
-    assert TILES[-1][0] == MAX_FUSED_ROWS
+    for large in (LARGE_TILES, LARGE_TILES_8):
+        rows = [tile[0] for tile in TILES + large]
+        assert rows == sorted(rows) and rows[-1] == MAX_FUSED_ROWS
+    assert default_tile(256, HALF, 9)[1] == 256  # a weight is unpacked once for 256 rows
+    assert default_tile(5, FLOAT, 8) == FLOAT32_TILE
 
 
 @pytest.mark.parametrize(
