@@ -44,13 +44,13 @@ def penalize(
                 num_warps=4,
             )
         return
-    for row, slot, (repetition, presence, frequency) in zip(rows, slots, factors.T, strict=True):
-        values = logits[row]
-        counts = table[slot]
-        repeated = torch.where(values > 0, values / repetition, values * repetition)
-        values = repeated.where(counts > 0, values)
-        times = counts & (IN_PROMPT - 1)
-        logits[row] = values - (presence + frequency * times).where(times > 0, 0.0)
+    repetition, presence, frequency = factors[:, :, None]
+    values = logits[rows]
+    counts = table[slots]
+    repeated = torch.where(values > 0, values / repetition, values * repetition)
+    values = repeated.where(counts > 0, values)
+    times = counts & (IN_PROMPT - 1)
+    logits[rows] = values - (presence + frequency * times).where(times > 0, 0.0)
 
 
 @jit

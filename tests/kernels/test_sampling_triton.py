@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,58 +15,50 @@ from llmkit.kernels import sampling_triton as sampling_gpu
 from llmkit.kernels.sampling import sample
 from llmkit.kernels.triton_support import jit, tl
 
-SIZES = ((1300, 18, 2), (130, 0, 1))  # tokens, and the rows from one on in steps
+# Tokens, and which rows: from one on in steps.
+SIZES = ((1300, 18, 5), (700, 19, 3), (130, 2, 3))
 
 
-def test_sample_kernel_matches_the_reference(tmp_path: Path) -> None:
-    calls = [
+Call = tuple[torch.Tensor, ...]
+
+
+def plain_calls() -> list[Call]:
+    return [
         tuple(part[at::step].contiguous() for part in sampling_arguments(size))
         for size, at, step in SIZES
     ]
-    for call, got in zip(
-        calls, interpreted("llmkit.kernels.sampling_triton", "sample", calls, tmp_path), strict=True
-    ):
-        expected = sample(*call)
-        assert len(set(expected.tolist())) > 8
-        assert got.tolist() == expected.tolist()
 
 
-def test_sample_kernel_gives_no_token_for_nan_rows(tmp_path: Path) -> None:
-    logits, *parameters = (part[:8] for part in sampling_arguments(1300))
+def broken_call() -> Call:
+    """Rows 1, 3 and 5 have a logit that is not finite."""
+    logits, *parameters = (part[16:22] for part in sampling_arguments(1300))
     for row, value in ((1, float("nan")), (3, float("inf")), (5, float("-inf"))):
         logits[row, 1200] = value
-    wide = torch.cat((logits, torch.full((8, 3), float("nan"))), 1)[:, :1300]  # a stride of its own
-    (got,) = interpreted(
-        "llmkit.kernels.sampling_triton", "sample", [(wide, *parameters)], tmp_path
-    )
-    expected = sample(logits, *parameters)
-    assert got.tolist() == [-1 if row in (1, 3, 5) else int(expected[row]) for row in range(8)]
+    wide = torch.cat((logits, torch.full((6, 3), float("nan"))), 1)[:, :1300]  # a stride of its own
+    return wide, *parameters
 
 
-def test_sample_kernel_keeps_ties(tmp_path: Path) -> None:
-    """And no others: each of them is drawn by some seed."""
-    count = 14
+def calls_with_ties() -> list[Call]:
+    count = 7
     logits = torch.full((count, 200), -30.0)
     logits[:, 3] = 1.0
     logits[:, 50:54] = 0.5
     ones = torch.ones(count)
     common = (torch.zeros(count), torch.arange(count), torch.zeros(count, dtype=torch.int64))
-    calls = [
+    return [
         (logits, ones, torch.full((count,), 3), ones, *common),
         (logits, ones, torch.zeros(count, dtype=torch.int64), ones * 0.6, *common),
     ]
-    for got in interpreted("llmkit.kernels.sampling_triton", "sample", calls, tmp_path):
-        assert set(got.tolist()) == {3, 50, 51, 52, 53}
 
 
-def test_sample_kernels_match_the_reference_in_extreme_cases(tmp_path: Path) -> None:
+def extreme_calls() -> list[Call]:
     """Few tokens above a floor, ties, 16-bit logits, and parameters at the ends of their ranges."""
     draw = torch.Generator().manual_seed(7)
     only = torch.full((1, 300), -1e30)
     only[0, 211] = 1.5
     logits = torch.cat(
         (
-            torch.randn(5, 300, generator=draw) * 3,
+            torch.randn(2, 300, generator=draw) * 3,
             torch.zeros(1, 300),
             only,
             torch.randn(1, 300, generator=draw).round() * 1e-4,
@@ -84,7 +78,7 @@ def test_sample_kernels_match_the_reference_in_extreme_cases(tmp_path: Path) -> 
         (2.0, 1, 1.0, 0.0),
         (0.0, 5, 0.5, 0.0),
     ]
-    calls = []
+    calls: list[Call] = []
     for turn, dtype in enumerate((torch.float32, torch.bfloat16, torch.float16)):
         # Each kind of logits meets other parameters in each dtype.
         order = [(turn * 4 + 5 * row) % len(asked) for row in range(len(logits))]
@@ -102,40 +96,21 @@ def test_sample_kernels_match_the_reference_in_extreme_cases(tmp_path: Path) -> 
                 seeds % 1000,
             )
         )
-    for call, got in zip(
-        calls, interpreted("llmkit.kernels.sampling_triton", "sample", calls, tmp_path), strict=True
-    ):
-        logits, *parameters = call
-        assert got.tolist() == sample(logits.float(), *parameters).tolist()
+    return calls
 
 
-def sample_with_few_candidates(*arguments: torch.Tensor) -> torch.Tensor:
-    """`sample` with a short list of candidates, so that rows need every level."""
-    assert sampling_gpu.CANDIDATES == 4096
-    sampling_gpu.CANDIDATES = int(arguments[-1])
-    try:
-        return sampling_gpu.sample(*arguments[:-1])
-    finally:
-        sampling_gpu.CANDIDATES = 4096
+def crowded_call() -> Call:
+    return tuple(part[20::7].contiguous() for part in sampling_arguments(1300, seed=3))
 
 
-@pytest.mark.parametrize("candidates", [64, 8])
-def test_sample_kernels_match_the_reference_with_crowded_brackets(
-    candidates: int, tmp_path: Path
-) -> None:
-    """Some rows are counted twice, and some are searched as a whole."""
-    call = [part[20::5].contiguous() for part in sampling_arguments(1300, seed=3)]
-    (got,) = interpreted(
-        "kernels.test_sampling_triton",
-        "sample_with_few_candidates",
-        [(*call, torch.tensor(candidates))],
-        tmp_path,
-    )
-    assert got.tolist() == sample(*call).tolist()
+def sample_with(num_candidates: int, *arguments: torch.Tensor) -> torch.Tensor:
+    """`sample` with lists of this length: with short ones, rows need every level."""
+    sampling_gpu.CANDIDATES = num_candidates
+    return sampling_gpu.sample(*arguments)  # type: ignore[call-arg]
 
 
 def exponential(u: torch.Tensor) -> torch.Tensor:
-    """The kernel's -log(1 - u), run by the interpreter."""
+    """The kernel's -log(1 - u)."""
     out = torch.empty_like(u)
     _exponential_kernel[(1,)](u, out, count=len(u))
     return out
@@ -147,15 +122,85 @@ def _exponential_kernel(u: tl.tensor, out: tl.tensor, count: tl.constexpr) -> No
     tl.store(out + at, sampling_gpu._exponential(tl.load(u + at)))
 
 
-def test_exponential_has_the_precision_of_float32(tmp_path: Path) -> None:
+def draws() -> torch.Tensor:
+    """Uniform numbers of every size, as the sampler makes them."""
     draw = torch.Generator().manual_seed(0)
     bits = torch.randint(0, 1 << 31, (1 << 16,), generator=draw, dtype=torch.int64)
     bits[: 1 << 14] >>= torch.arange(1 << 14) % 31
     u = ((bits.float() + 0.5) * 2.0**-31).clamp_max(1 - 2.0**-24)
     u[:2] = torch.tensor([2.0**-32, 1 - 2.0**-24])
-    (got,) = interpreted("kernels.test_sampling_triton", "exponential", [(u,)], tmp_path)
-    truth = -torch.log1p(-u.double())
-    assert ((got / truth - 1).abs() < 4e-7).all()
+    return u
+
+
+def run(name: str, *arguments: Any) -> torch.Tensor:
+    """A function of this file, in the interpreter."""
+    function: Callable[..., torch.Tensor] = globals()[name]
+    return function(*arguments)
+
+
+@pytest.fixture(scope="module")
+def ids(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[torch.Tensor]]:
+    """The results of all calls, from one process: it takes seconds to start."""
+    calls: list[tuple[str, tuple[Any, ...]]] = [("draws", ("exponential", draws()))]
+    for name, sampled in (
+        ("plain", plain_calls()),
+        ("broken", [broken_call()]),
+        ("ties", calls_with_ties()),
+        ("extreme", extreme_calls()),
+    ):
+        calls += [(name, ("sample_with", 4096, *call)) for call in sampled]
+    calls += [("crowded", ("sample_with", length, *crowded_call())) for length in (64, 8)]
+    results = interpreted(
+        "kernels.test_sampling_triton",
+        "run",
+        [call for _, call in calls],
+        tmp_path_factory.mktemp("ids"),
+    )
+    found: dict[str, list[torch.Tensor]] = {}
+    for (name, _), result in zip(calls, results, strict=True):
+        found.setdefault(name, []).append(result)
+    return found
+
+
+def test_sample_kernels_match_the_reference(ids: dict[str, list[torch.Tensor]]) -> None:
+    for call, got in zip(plain_calls(), ids["plain"], strict=True):
+        expected = sample(*call)  # type: ignore[call-arg]
+        assert len(set(expected.tolist())) > 4
+        assert got.tolist() == expected.tolist()
+
+
+def test_sample_kernels_give_no_token_for_nan_rows(ids: dict[str, list[torch.Tensor]]) -> None:
+    expected = sample(*broken_call()).tolist()  # type: ignore[call-arg]
+    assert ids["broken"][0].tolist() == [
+        -1 if row in (1, 3, 5) else expected[row] for row in range(6)
+    ]
+
+
+def test_sample_kernels_keep_ties(ids: dict[str, list[torch.Tensor]]) -> None:
+    """Tokens that tie with the last kept one are kept, too."""
+    for call, got in zip(calls_with_ties(), ids["ties"], strict=True):
+        assert got.tolist() == sample(*call).tolist()  # type: ignore[call-arg]
+        assert len(set(got.tolist())) > 3
+
+
+def test_sample_kernels_match_the_reference_in_extreme_cases(
+    ids: dict[str, list[torch.Tensor]],
+) -> None:
+    for (logits, *parameters), got in zip(extreme_calls(), ids["extreme"], strict=True):
+        assert got.tolist() == sample(logits.float(), *parameters).tolist()  # type: ignore[call-arg]
+
+
+def test_sample_kernels_match_the_reference_with_crowded_brackets(
+    ids: dict[str, list[torch.Tensor]],
+) -> None:
+    """Some rows are counted twice, and some are searched as a whole."""
+    expected = sample(*crowded_call()).tolist()  # type: ignore[call-arg]
+    assert [got.tolist() for got in ids["crowded"]] == [expected] * 2
+
+
+def test_exponential_has_the_precision_of_float32(ids: dict[str, list[torch.Tensor]]) -> None:
+    truth = -torch.log1p(-draws().double())
+    assert ((ids["draws"][0] / truth - 1).abs() < 4e-7).all()
 
 
 def test_sample_splits_fill_a_gpu() -> None:
