@@ -88,6 +88,7 @@ class Scheduler:
         sequence.end_token_ids = frozenset(params.stop_token_ids)
         if not params.ignore_eos:
             sequence.end_token_ids |= self.eos_token_ids
+        sequence.waits_for_last_token = self._waits_for_token(sequence)
         sequence.arrival = self._num_arrivals
         self._num_arrivals += 1
         self._sequences[sequence.request.request_id] = sequence
@@ -317,7 +318,7 @@ class Scheduler:
                 continue
             # A step in flight may still be sampling its last token, which only the device knows
             # then.
-            if sequence.num_in_flight and (num_stages > 1 or self._waits_for_token(sequence)):
+            if sequence.num_in_flight and (num_stages > 1 or sequence.waits_for_last_token):
                 continue
             num_decodes += 1
             draft: list[int] = []

@@ -26,6 +26,8 @@ class Sequence:
     arrival: int = 0  # its number in the order of arrival, set by Scheduler.add
     # Sampled tokens that end it: its own stop tokens and the model's, set by Scheduler.add.
     end_token_ids: frozenset[int] = frozenset()
+    # Whether its next step must wait until the host knows its last token, set by Scheduler.add.
+    waits_for_last_token: bool = False
 
     # What every step asks of the request.
     num_prompt_tokens: int = field(init=False)  # tokens of the prompt
