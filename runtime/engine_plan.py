@@ -136,12 +136,18 @@ def plan_part(
         max_graph_tokens = 0
     max_blocks = -(-(options.max_model_len or spec.max_position_embeddings) // BLOCK_SIZE)
     graph_bytes = 0
-    for graph_spec, query_len in (
-        (spec, 1 + options.speculate),
-        *(() if draft is None else ((checkpoint_spec(draft), MAX_KNOWN_TOKENS),)),
-    ):
+    planned = [(spec, 1 + options.speculate, max_num_batched_tokens)]
+    if draft is not None:
+        planned.append((checkpoint_spec(draft), MAX_KNOWN_TOKENS, 0))
+    for graph_spec, query_len, max_mixed_tokens in planned:
         graph_bytes += estimate_graph_bytes(
-            graph_spec, dtype, options.max_num_seqs, query_len, max_graph_tokens, max_blocks
+            graph_spec,
+            dtype,
+            options.max_num_seqs,
+            query_len,
+            max_graph_tokens,
+            max_blocks,
+            max_mixed_tokens,
         )
     memory = plan_memory(
         spec,

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from contextlib import nullcontext
+from itertools import accumulate
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -30,6 +31,10 @@ from llmkit.runtime.engine.static_batch import StaticDecodeBatch
 
 SMALL_SIZES = (1, 2, 4)  # rows of a graph; larger graphs have multiples of SIZE_STEP
 SIZE_STEP = 8
+# Tokens of a step with prompts beside decodes. In larger steps, the host launches kernels in less
+# time than they run.
+MAX_MIXED_TOKENS = 512
+MIXED_SIZES = (16, *range(32, 256, 32), *range(256, MAX_MIXED_TOKENS, 64))
 # Memory of the driver for each kernel of a graph: estimated, not measured.
 BYTES_PER_KERNEL = 8 << 10
 KERNELS_PER_LAYER = 14
@@ -79,25 +84,33 @@ class GraphKey(NamedTuple):
 
     num_rows: int  # sequences
     max_query_len: int  # tokens of each: 1, or more to verify drafts
-    has_adapters: bool
+    has_adapters: bool = False
+    # Prompts beside decodes: all sequences together have up to `max_query_len` tokens.
+    is_mixed: bool = False
 
     @property
     def num_tokens(self) -> int:
         """The tokens of a step."""
-        return self.num_rows * self.max_query_len
+        return self.max_query_len * (1 if self.is_mixed else self.num_rows)
+
+    @property
+    def num_sampled(self) -> int:
+        """The tokens that are sampled from."""
+        return self.num_rows if self.is_mixed else self.num_tokens
 
 
 class DecodeGraph(StaticDecodeBatch):
     """A decode step of `num_rows` sequences. Its results stay valid until the next step.
 
     All tokens of a step are sampled from: they are the last known token and the drafts after it.
+    In a mixed step, with prompts beside decodes, it is the last token of each sequence.
     """
 
-    # [tokens, V], of `logits_dtype` with a sampler, else float32; hidden states before the last
-    # pipeline stage
+    # [sampled tokens, V], of `logits_dtype` with a sampler, else float32; hidden states before the
+    # last pipeline stage
     logits: torch.Tensor
-    # int64 [tokens]: sampled token ids, or the most probable ones without a sampler; -1 where
-    # logits are not finite
+    # int64 [sampled tokens]: sampled token ids, or the most probable ones without a sampler; -1
+    # where logits are not finite
     sampled_token_ids: torch.Tensor
 
     def __init__(
@@ -112,10 +125,16 @@ class DecodeGraph(StaticDecodeBatch):
         logits_buffer: torch.Tensor | None = None,
         max_query_len: int = 1,
         adapters: LoraManager | None = None,
+        is_mixed: bool = False,
     ) -> None:
-        """logits_buffer: [tokens or more, V], shared by all graphs; None: this graph has its own
-        logits. max_query_len: the most tokens of a sequence. adapters: those that the step applies.
+        """logits_buffer: [sampled tokens or more, V], shared by all graphs; None: this graph has
+        its own logits. max_query_len: the most tokens of a sequence; of a mixed step, those of all
+        sequences. adapters: those that the step applies.
         """
+        key = GraphKey(num_rows, max_query_len, adapters is not None, is_mixed)
+        self._num_sampled = key.num_sampled
+        # After the sampling parameters: the rows of sampled tokens, or the adapters of tokens.
+        num_more = key.num_rows if is_mixed else key.num_tokens * key.has_adapters
         padding_blocks = padding_blocks_of(model.spec, kv_caches)
         super().__init__(
             num_rows,
@@ -123,17 +142,18 @@ class DecodeGraph(StaticDecodeBatch):
             block_size,
             padding_blocks,
             model.device,
-            num_extra=num_packed_values(num_rows * max_query_len)
-            + (0 if adapters is None else num_rows * max_query_len),
+            num_extra=num_packed_values(key.num_sampled) + num_more,
             max_query_len=max_query_len,
+            max_num_tokens=key.num_tokens if is_mixed else None,
         )
+        self._is_mixed = is_mixed
         self._model = model
         self._kv_caches = kv_caches
         self._sampler = sampler
         self._logits_buffer = logits_buffer
         self._adapters = adapters
         self._host_sampling: SamplingTensors | None = None  # those in `host_extra`
-        _, integers = packed_views(self.host_extra, self.num_tokens)
+        _, integers = packed_views(self.host_extra, self._num_sampled)
         self._host_counters = integers[2].numpy()
         self.token_ids = torch.zeros(self.num_tokens, dtype=torch.int64, device=model.device)
         self.fill([], [], {window: [] for window in padding_blocks})
@@ -149,22 +169,24 @@ class DecodeGraph(StaticDecodeBatch):
                 self.slots,
             )
         adapters = self._adapters
-        slots = self.extra[num_packed_values(self.num_tokens) :]
-        with nullcontext() if adapters is None else adapters.activate_slots(slots):
+        more = self.extra[num_packed_values(self._num_sampled) :]
+        with nullcontext() if adapters is None else adapters.activate_slots(more):
             hidden = self._model(self.token_ids, self.positions, self.batch, self._kv_caches)
         if not self._model.spec.is_last_stage:
             self.logits = hidden
             self.sampled_token_ids = self.token_ids
             return
+        if self._is_mixed:
+            hidden = hidden[more]
         dtype = torch.float32
         if self._sampler is not None:
             dtype = logits_dtype(self._model.spec, self._model.dtype)
         logits = self._model.logits(hidden, dtype)
         if self._logits_buffer is not None:
-            logits = self._logits_buffer[: self.num_tokens].copy_(logits)
+            logits = self._logits_buffer[: self._num_sampled].copy_(logits)
         self.logits = logits
         if self._sampler is not None:
-            floats, integers = packed_views(self.extra, self.num_tokens)
+            floats, integers = packed_views(self.extra, self._num_sampled)
             temperature, top_p, min_p = floats
             top_k, seeds, counters = integers
             self.sampled_token_ids = self._sampler(
@@ -183,7 +205,7 @@ class DecodeGraph(StaticDecodeBatch):
         count = len(num_sampled)
         if sampling is not self._host_sampling:  # most steps have those of the step before
             self._host_sampling = sampling
-            floats, integers = packed_views(self.host_extra, self.num_tokens)
+            floats, integers = packed_views(self.host_extra, self._num_sampled)
             floats.zero_()  # unused rows are greedy
             integers.zero_()
             floats[0][:count] = sampling.temperature
@@ -193,14 +215,15 @@ class DecodeGraph(StaticDecodeBatch):
             integers[1][:count] = sampling.seeds
         self._host_counters[:count] = num_sampled
 
-    def fill_adapters(self, slots: Sequence[int]) -> None:
-        """Write the adapter slot of each token; see `LoraManager.activate_slots`.
+    def fill_more(self, values: Sequence[int]) -> None:
+        """Write the adapter slot of each token (see `LoraManager.activate_slots`) or, for a mixed
+        step, the rows of the sampled tokens.
 
         Call it after `fill_sampling` and before `fill`.
         """
-        host = self.host_extra[num_packed_values(self.num_tokens) :]
-        host[: len(slots)] = torch.tensor(slots)
-        host[len(slots) :] = 0
+        host = self.host_extra[num_packed_values(self._num_sampled) :]
+        host[: len(values)] = torch.tensor(values)
+        host[len(values) :] = 0
 
     def run(self, token_ids: torch.Tensor) -> None:
         """Compute `logits` and `sampled_token_ids`. Call `fill` before."""
@@ -227,11 +250,14 @@ class CudaGraphRunner:
         *,
         max_query_len: int = 1,
         max_capture_size: int | None = None,
+        max_mixed_tokens: int = 0,
         adapters: LoraManager | None = None,
     ) -> None:
         """max_blocks: blocks of the longest request. sampler: used only when this rank has the
         whole vocabulary. max_query_len: tokens of a sequence in a step that verifies drafts.
         max_capture_size: the most tokens of a graph; None: those of `max_num_seqs` sequences.
+        max_mixed_tokens: the most tokens of a step with prompts beside decodes; 0: they have no
+        graphs.
         """
         self._model = model
         self._kv_caches = kv_caches
@@ -252,6 +278,7 @@ class CudaGraphRunner:
             query_len: capture_sizes(max_num_seqs, query_len, max_capture_size)
             for query_len in {1, max_query_len}
         }
+        self._mixed_keys = mixed_keys(max_num_seqs, max_mixed_tokens, max_capture_size)
         self.graphs: dict[GraphKey, DecodeGraph] = {}
         # Experts can be captured only when the host need not see which ones the router selects.
         moe_layers = [layer for layer in model.layers if layer.layer.is_moe]
@@ -259,7 +286,7 @@ class CudaGraphRunner:
         self.enabled = enabled and can_capture and any(self.sizes.values())
         self._logits_buffer = None
         if model.spec.is_last_stage and self.enabled:
-            num_tokens = max(key.num_tokens for key in self._keys())
+            num_tokens = max(key.num_sampled for key in self._keys())
             shape = (num_tokens, model.spec.vocab_size)
             dtype = torch.float32
             if self.samples_tokens:
@@ -338,10 +365,47 @@ class CudaGraphRunner:
         graph.fill_sampling(sampling, num_sampled)
         if adapters is not None:
             slot_of = {id_: adapters.slot(id_) or 0 for id_ in set(adapter_ids)}
-            graph.fill_adapters([slot_of[adapter_id] for adapter_id in adapter_ids])
+            graph.fill_more([slot_of[adapter_id] for adapter_id in adapter_ids])
         graph.fill(positions, seq_lens, block_tables, query_lens, slots)
         graph.run(token_ids)
         return graph.logits[: len(token_ids)], graph.sampled_token_ids[: len(token_ids)]
+
+    def should_run_mixed(self, num_rows: int, num_tokens: int) -> bool:
+        """Whether `run_mixed` can run a step of this many sequences and tokens."""
+        return self.enabled and self._mixed_key(num_rows, num_tokens) is not None
+
+    def run_mixed(
+        self,
+        token_ids: torch.Tensor,
+        positions: Sequence[int],
+        seq_lens: Sequence[int],
+        block_tables: BlockTables,
+        sampling: SamplingTensors,
+        num_sampled: Sequence[int],
+        query_lens: Sequence[int],
+        slots: Sequence[int] | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """A step with prompts beside decodes: logits [rows, V] and sampled token ids [rows].
+
+        token_ids: int64 [tokens], those of each sequence after those of the one before. sampling,
+        num_sampled: of each sequence, after whose last token is sampled. For the others see `run`.
+        """
+        num_rows = len(seq_lens)
+        key = self._mixed_key(num_rows, len(token_ids))
+        assert key is not None, "a step that should_run_mixed refuses"
+        graph = self._graph(key)
+        graph.fill_sampling(sampling, num_sampled)
+        graph.fill_more([end - 1 for end in accumulate(query_lens)])
+        graph.fill(positions, seq_lens, block_tables, query_lens, slots)
+        graph.run(token_ids)
+        return graph.logits[:num_rows], graph.sampled_token_ids[:num_rows]
+
+    def _mixed_key(self, num_rows: int, num_tokens: int) -> GraphKey | None:
+        """The smallest mixed graph for a step; None: there is none."""
+        for key in self._mixed_keys:
+            if key.num_tokens >= num_tokens and key.num_rows > num_rows:  # one row stays unused
+                return key
+        return None
 
     def _keys(self) -> list[GraphKey]:
         """All graphs that steps may need."""
@@ -351,7 +415,7 @@ class CudaGraphRunner:
             for query_len, sizes in self.sizes.items()
             for size in sizes
             for with_adapters in ((False, True) if has_adapters else (False,))
-        ]
+        ] + self._mixed_keys
 
     def _size(self, num_rows: int, query_len: int) -> int | None:
         """The smallest graph for this many sequences; None: there is none."""
@@ -373,6 +437,7 @@ class CudaGraphRunner:
                 self._logits_buffer,
                 key.max_query_len,
                 self._adapters if key.has_adapters else None,
+                key.is_mixed,
             )
         return self.graphs[key]
 
@@ -409,6 +474,22 @@ def logits_dtype(spec: ModelSpec, dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if spec.scales_logits else dtype
 
 
+def mixed_keys(
+    max_num_seqs: int, max_mixed_tokens: int, max_capture_size: int | None = None
+) -> list[GraphKey]:
+    """The graphs of steps with prompts beside decodes, the smallest first.
+
+    A row more than there can be sequences stays unused.
+    """
+    largest = min(max_mixed_tokens, MAX_MIXED_TOKENS)
+    if max_capture_size is not None:
+        largest = min(largest, max_capture_size)
+    sizes = [size for size in MIXED_SIZES if size < largest]
+    if largest:
+        sizes.append(largest)
+    return [GraphKey(min(size, max_num_seqs) + 1, size, is_mixed=True) for size in sizes]
+
+
 def estimate_graph_bytes(
     spec: ModelSpec,
     dtype: torch.dtype,
@@ -416,6 +497,7 @@ def estimate_graph_bytes(
     max_query_len: int,
     max_capture_size: int | None,
     max_blocks: int,
+    max_mixed_tokens: int = 0,
 ) -> int:
     """Bytes on the device of all CUDA graphs of a model, the logits that they share included.
 
@@ -426,18 +508,20 @@ def estimate_graph_bytes(
         query_len: capture_sizes(max_num_seqs, query_len, max_capture_size)
         for query_len in {1, max_query_len}
     }
-    num_graphs = sum(map(len, sizes.values()))
+    mixed = mixed_keys(max_num_seqs, max_mixed_tokens, max_capture_size)
+    num_graphs = sum(map(len, sizes.values())) + len(mixed)
     if not num_graphs:
         return 0
     num_tokens = max(size * query_len for query_len in sizes for size in sizes[query_len])
     widest = max(spec.for_layer(i).intermediate_size for i in range(len(spec.layers)))
-    activations = num_tokens * (2 * spec.hidden_size + 3 * widest) * dtype.itemsize
+    num_activations = max(num_tokens, *(key.num_tokens for key in mixed), 0)
+    activations = num_activations * (2 * spec.hidden_size + 3 * widest) * dtype.itemsize
     # What the LM head computes, and the buffer; without a sampler in the graph, float32 is between.
     itemsize = 2 * logits_dtype(spec, dtype).itemsize
     if spec.rank is not None or itemsize > 2 * dtype.itemsize:
         itemsize = dtype.itemsize + 4 + 4
     logits = num_tokens * spec.vocab_size * itemsize
-    num_rows = sum(sum(of_len) for of_len in sizes.values())
+    num_rows = sum(sum(of_len) for of_len in sizes.values()) + sum(key.num_rows for key in mixed)
     # int32: those of all slots, and those of each graph's rows.
     tables = (max_num_seqs + num_rows) * max_blocks * 4 * len(spec.sliding_windows)
     kernels = num_graphs * (len(spec.layers) + 1) * KERNELS_PER_LAYER

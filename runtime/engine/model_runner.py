@@ -211,6 +211,7 @@ class ModelRunner:
                 enabled=not config.enforce_eager,
                 max_query_len=1 + config.num_speculative_tokens,
                 max_capture_size=config.max_cudagraph_capture_size,
+                max_mixed_tokens=config.max_num_batched_tokens,
                 adapters=self.adapters,
             )
         else:
@@ -293,20 +294,27 @@ class ModelRunner:
             rows=rows,
             num_sampled=num_sampled,
             use_graph=(
-                not wants_prompt_logprobs
-                and len(token_ids) == len(rows.sequences)
-                and self._should_use_graph(requests, rows)
+                not wants_prompt_logprobs and self._should_use_graph(requests, rows, len(token_ids))
             ),
             wants_prompt_logprobs=wants_prompt_logprobs,
         )
 
-    def _should_use_graph(self, requests: list[ScheduledRequest], rows: SampledRows) -> bool:
-        """Whether a graph can run a step that samples after all of its tokens.
+    def _should_use_graph(
+        self, requests: list[ScheduledRequest], rows: SampledRows, num_tokens: int
+    ) -> bool:
+        """Whether a graph can run the step.
 
-        It is a decode or, on a GPU, the verification of drafts.
+        It is a decode or, on a GPU, the verification of drafts or few tokens of prompts.
         """
         if rows.has_pooling or not self._graphs_enabled:
             return False
+        if num_tokens > len(rows.sequences):
+            has_drafts = len(rows.sequences) > len(requests)
+            if has_drafts or rows.has_adapters:
+                return False
+            if isinstance(self.graph_runner, CpuGraphRunner | NoGraphRunner):
+                return False
+            return self.graph_runner.should_run_mixed(len(requests), num_tokens)
         if isinstance(self.graph_runner, CpuGraphRunner | NoGraphRunner):
             is_plain_decode = len(rows.sequences) == len(requests) and not rows.has_adapters
             return is_plain_decode and self.graph_runner.should_run(len(requests))
@@ -357,6 +365,9 @@ class ModelRunner:
         if isinstance(self.graph_runner, CpuGraphRunner | NoGraphRunner):
             return StepResult(*self.graph_runner.run(*for_all, forward.slots))
         query_lens = forward.query_lens
+        if len(inputs.token_ids) > len(inputs.rows.sequences):
+            mixed = self.graph_runner.run_mixed(*for_all, query_lens, forward.slots)
+            return StepResult(*mixed)
         adapter_ids = inputs.rows.adapter_ids if inputs.rows.has_adapters else ()
         return StepResult(*self.graph_runner.run(*for_all, query_lens, adapter_ids, forward.slots))
 

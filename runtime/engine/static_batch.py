@@ -32,12 +32,14 @@ class StaticDecodeBatch:
         device: torch.device | str = "cpu",
         num_extra: int = 0,
         max_query_len: int = 1,
+        max_num_tokens: int | None = None,
     ) -> None:
         """block_tables: those of all slots. padding_blocks: by window, the block that unused rows
-        write to. max_query_len: the most new tokens of a sequence.
+        write to. max_query_len: the most new tokens of a sequence. max_num_tokens: see
+        `AttentionBatch`; None: all sequences can have as many.
         """
         self.num_rows = num_rows
-        self.num_tokens = num_rows * max_query_len
+        self.num_tokens = max_num_tokens or num_rows * max_query_len
         self.max_query_len = max_query_len
         self.block_tables = block_tables
         self.block_size = block_size
@@ -79,6 +81,7 @@ class StaticDecodeBatch:
             block_size,
             torch.device(device),
             max_query_len,
+            max_num_tokens,
         )
         for window, slot_mapping in zip(padding_blocks, device_parts[3:-2], strict=True):
             self.batch.metadata(window).slot_mapping = slot_mapping

@@ -16,7 +16,7 @@ from llmkit.kernels.sampling import sample
 from llmkit.model.decoder import Decoder
 from llmkit.model.language_model import LanguageModel
 from llmkit.model.lora import LoraManager
-from llmkit.runtime.engine.cuda_graphs import CudaGraphRunner, Sampler, capture_sizes
+from llmkit.runtime.engine.cuda_graphs import CudaGraphRunner, Sampler, capture_sizes, mixed_keys
 from llmkit.runtime.engine.draft_model import MAX_KNOWN_TOKENS
 from llmkit.runtime.engine.engine import Engine
 from llmkit.runtime.engine.engine_options import EngineOptions
@@ -62,7 +62,13 @@ def drawn(logits: torch.Tensor, *parameters: torch.Tensor) -> torch.Tensor:
     return torch.where(logits.sum(-1).isfinite(), sample(logits, *parameters), -1)
 
 
-def graphed(model: Path, most: int = 7, sampler: Sampler | None = drawn, **options: Any) -> Engine:
+def graphed(
+    model: Path,
+    most: int = 7,
+    sampler: Sampler | None = drawn,
+    max_mixed_tokens: int = 0,
+    **options: Any,
+) -> Engine:
     """An engine as it is on CUDA: a block more in every cache, and graphs."""
     one = plain(model, max_num_seqs=most, **options)
     runner = one.runner
@@ -79,6 +85,7 @@ def graphed(model: Path, most: int = 7, sampler: Sampler | None = drawn, **optio
         Rerun,
         sampler,
         max_query_len=1 + one.config.num_speculative_tokens,
+        max_mixed_tokens=max_mixed_tokens,
         adapters=runner.adapters,
     )
     draft = runner.draft_model
@@ -355,6 +362,60 @@ def test_cuda_graph_logits_keep_the_models_dtype_unless_they_are_scaled(
     for output in found:
         assert output.logprobs is not None
         assert output.logprobs[0].logprob == pytest.approx(output.logprobs[0].top[0][1])
+
+
+@pytest.mark.parametrize(
+    ("architecture", "config"), [("llama", {}), ("gemma2", {"sliding_window": 24})]
+)
+def test_cuda_graphs_run_prompts_beside_decodes_as_eager_steps_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, architecture: str, config: dict[str, Any]
+) -> None:
+    model = tiny_checkpoint(tmp_path, architecture, **config)
+    options = {"max_num_batched_tokens": 48}
+    prompts = [*PROMPTS, list(range(30, 90)), [7, 7, 7]]
+    eager: list[int] = []
+    forward = PagedModel.forward
+
+    def generate(one: Engine) -> dict[str, list[int]]:
+        found: dict[str, list[int]] = {}
+        for number, prompt in enumerate(prompts):  # one after the other, beside the others' decodes
+            asked = SamplingParams(
+                temperature=0.7 * (number % 2), seed=number, max_tokens=20, ignore_eos=True
+            )
+            one.add(EngineRequest(f"{number}", prompt, asked))
+            for output in one.step() + one.step():
+                found.setdefault(output.request_id, []).extend(output.token_ids)
+        while one.has_work:
+            for output in one.step():
+                found.setdefault(output.request_id, []).extend(output.token_ids)
+        return found
+
+    def counted(self: PagedModel, tokens: torch.Tensor, inputs: Any) -> torch.Tensor:
+        eager.append(len(tokens))
+        return forward(self, tokens, inputs)
+
+    expected = generate(plain(model, **options))
+    one = graphed(model, 9, max_mixed_tokens=40, **options)
+    one.runner.capture_graphs()
+    before = Rerun.made
+    monkeypatch.setattr(PagedModel, "forward", counted)
+    assert generate(one) == expected
+    assert Rerun.made == before
+    assert eager and min(eager) > 40, "only steps with more tokens than a graph has"
+    runner = one.runner.graph_runner
+    assert isinstance(runner, CudaGraphRunner)
+    mixed = [key for key in runner.graphs if key.is_mixed]
+    assert [(key.num_rows, key.num_tokens) for key in mixed] == [(10, 40), (10, 32), (10, 16)]
+
+
+def test_mixed_cuda_graphs_end_with_the_largest_step() -> None:
+    assert mixed_keys(256, 0) == mixed_keys(256, 8192, 0) == []
+    assert [key.num_tokens for key in mixed_keys(256, 40)] == [16, 32, 40]
+    sizes = [key.num_tokens for key in mixed_keys(100, 8192)]
+    assert sizes == [16, 32, 64, 96, 128, 160, 192, 224, 256, 320, 384, 448, 512]
+    assert [key.num_rows for key in mixed_keys(100, 8192)][:4] == [17, 33, 65, 97]
+    assert mixed_keys(100, 8192)[-1].num_sampled == 101
+    assert [key.num_tokens for key in mixed_keys(256, 8192, 20)] == [16, 20]
 
 
 def argmax(logits: torch.Tensor, *_: torch.Tensor) -> torch.Tensor:

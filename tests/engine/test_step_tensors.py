@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from llmkit.kernels.attention_metadata import AttentionBatch
 from llmkit.kernels.kv_cache import KVCache
 from llmkit.model.parallel_group import ParallelGroup
 from llmkit.runtime.engine.draft_model import DraftModelProposer
@@ -387,6 +388,43 @@ def test_slot_block_tables_are_on_the_host_alone_where_no_device_reads_them() ->
     tables.update([1], {None: [[4, 2]]})
     assert tables.device is None
     assert tables.host[0, 1, :2].tolist() == [4, 2]
+
+
+@pytest.mark.parametrize("tile_sizes", [(4, 32), (16, 16), (1, 8)])
+def test_mixed_graphs_have_the_tiles_of_eager_steps(tile_sizes: tuple[int, int]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(20):
+        count = int(torch.randint(1, 9, (), generator=generator))
+        lens = torch.randint(1, 40, (count,), generator=generator).tolist()
+        lens[::2] = [1] * len(lens[::2])
+        tables = {None: [[row] * 10 for row in range(len(lens))]}
+        eager = AttentionBatch.build(lens, [length + 5 for length in lens], tables, 16)
+        num_tokens = sum(lens) + 3
+        block_tables = SlotBlockTables(10, 10, {None: 9}, "cpu")
+        fixed = StaticDecodeBatch(
+            len(lens) + 2, block_tables, 16, {None: 9}, "cpu", 0, num_tokens, num_tokens
+        )
+        fixed.fill([0] * sum(lens), [length + 5 for length in lens], tables, lens)
+        metadata = fixed.batch.metadata(None)
+        metadata.update_block_tables(
+            block_tables.device_table(None), fixed.seq_lens, fixed.query_start_loc, fixed.slots
+        )
+        found = {}
+        for tiles in metadata.query_tiles(*tile_sizes):
+            assert tiles.tiles is not None and len(tiles.tiles) == tiles.num_tiles
+            real = [tuple(tile) for tile in tiles.tiles.tolist() if tile[0] < len(lens)]
+            rest = {tuple(tile) for tile in tiles.tiles.tolist() if tile[0] >= len(lens)}
+            assert rest <= {(len(lens), 0), (len(lens) + 1, 0)}, "rows without tokens"
+            assert len(real) == len(set(real))
+            if real:
+                found[tiles.tile_queries] = set(real)
+        wanted = {}
+        for tiles in eager.metadata(None).query_tiles(*tile_sizes):
+            rows = [(row, 0) for row in range(len(lens))]
+            if tiles.tiles is not None:
+                rows = [tuple(tile) for tile in tiles.tiles.tolist()]
+            wanted[tiles.tile_queries] = set(rows)
+        assert found == wanted
 
 
 def test_accepted_tokens_end_with_the_first_difference_to_the_drafts() -> None:
