@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from llmkit.kernels.attention_metadata import AttentionBatch, AttentionMetadata
+from llmkit.kernels.attention_reference import paged_attention_reference
 from llmkit.kernels.kv_cache import KVCache
 from llmkit.kernels.triton_support import device_capability
 
@@ -164,9 +165,6 @@ def _refusal(build: Build, kind: LayerKind, device: torch.device) -> str | None:
 
     A build raises an error where a feature was not compiled in.
     """
-    # `attention` imports this file.
-    from llmkit.kernels.attention import paged_attention_reference
-
     if build.library is None:
         return build.error
     window = 20 if kind.has_window else None

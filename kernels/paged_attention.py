@@ -439,14 +439,20 @@ def _paged_attention_kernel(
     table = block_table + sequence * table_stride
     # The blocks of a tile are looked up one tile ahead. Within an iteration, keys and values would
     # wait for them, and the pipeline would have half as many buffers.
+    # `token` is a multiple of TOKENS: where whole blocks fit, only it is divided in the loop.
+    whole_blocks: tl.constexpr = TOKENS % BLOCK_SIZE == 0
     block = tl.load(table + (start + offset) // BLOCK_SIZE, mask=start + offset < stop, other=0)
     for masked in tl.static_range(1 - skips_mask, 2):
         for token in tl.range(middle if masked else start, stop if masked else middle, TOKENS):
             tokens = token + offset
             in_unit = (tokens >= low) & (tokens < stop)
-            slot = block.to(tl.int64) * BLOCK_SIZE + tokens % BLOCK_SIZE
-            next_tokens = tokens + TOKENS
-            block = tl.load(table + next_tokens // BLOCK_SIZE, mask=next_tokens < stop, other=0)
+            if whole_blocks:
+                slot = block.to(tl.int64) * BLOCK_SIZE + offset % BLOCK_SIZE
+                next_block = table + (token + TOKENS) // BLOCK_SIZE + offset // BLOCK_SIZE
+            else:
+                slot = block.to(tl.int64) * BLOCK_SIZE + tokens % BLOCK_SIZE
+                next_block = table + (tokens + TOKENS) // BLOCK_SIZE
+            block = tl.load(next_block, mask=tokens + TOKENS < stop, other=0)
             kv_at = slot[:, None] * HEAD_DIM + dim[None, :]
             kv_mask = in_unit[:, None] & valid_dim
             k = _convert(tl.load(keys + kv_at, mask=kv_mask, other=0.0), queries.dtype)

@@ -36,8 +36,8 @@ from llmkit.checkpoint.quantized_weight import Scheme
 from llmkit.common.errors import InputError, ShortageError
 from llmkit.kernels import paged_attention, quantized_linear, triton_support, tuned_configs
 from llmkit.kernels.activation_quant import fake_quantize_per_token
-from llmkit.kernels.attention import paged_attention_reference
 from llmkit.kernels.attention_metadata import AttentionBatch
+from llmkit.kernels.attention_reference import paged_attention_reference
 from llmkit.kernels.kv_cache import KVCache
 from llmkit.kernels.quantized_linear import WeightOnlyLinear
 from llmkit.kernels.tuned_configs import Config, Shape, Tunable

@@ -32,8 +32,8 @@ from llmkit.kernels import paged_attention as paged
 from llmkit.kernels import quantized_linear, w8a8_linear
 from llmkit.kernels import tuned_configs as tuning
 from llmkit.kernels.activation_quant import FP8, quantize_per_token
-from llmkit.kernels.attention import paged_attention_reference
 from llmkit.kernels.attention_metadata import AttentionMetadata
+from llmkit.kernels.attention_reference import paged_attention_reference
 from llmkit.kernels.input_quant import InputQuant, QuantizedInput
 from llmkit.kernels.kv_cache import KVCache
 from llmkit.kernels.quantized_linear import (
