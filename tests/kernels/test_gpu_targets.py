@@ -52,7 +52,10 @@ TARGETS = {
     "gfx90a": Target((9, 0), 64 * 1024, "gfx90a"),
     "gfx942": Target((9, 4), 64 * 1024, "gfx942"),
 }
-# kernel, its constants, shared bytes, spilled registers (-1: unknown) or an error
+# Of a thread: a few registers, as some kernels need for the tiny models' odd sizes. The tests of
+# each kernel have usual sizes, and allow nothing.
+MAX_SPILLED_BYTES = 8
+# kernel, its constants, shared bytes, spilled bytes, and an error or nothing
 Row = tuple[str, str, int, int, str]
 
 
@@ -171,7 +174,7 @@ def assert_fits(rows: list[Row], target: str) -> None:
         what = f"{name} for {target}, {constants}"
         assert not error, f"{what}: {error}"
         assert shared_bytes <= TARGETS[target].shared_bytes, what
-        assert spilled_bytes == 0, what
+        assert spilled_bytes <= MAX_SPILLED_BYTES, what
 
 
 def test_gpu_targets_take_kernels_of_8_bit_weights(tmp_path: Path) -> None:
