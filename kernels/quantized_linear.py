@@ -24,11 +24,15 @@ from llmkit.kernels.unpack_ptx import field_offsets, unpack_ptx
 MAX_FUSED_ROWS = 512  # with more rows, dequantizing W first is faster on every GPU
 # Each entry: the largest number of rows, then rows and outputs of a tile, warps, stages, and
 # programs per multiprocessor.
-TILES = ((8, 8, 64, 2, 4, 4), (16, 16, 64, 2, 4, 4), (32, 32, 64, 4, 3, 3), (64, 64, 64, 4, 2, 3))
+TILES = ((8, 8, 64, 2, 4, 4), (16, 16, 64, 2, 4, 4), (32, 32, 64, 4, 3, 3))
 # A tile of 256 rows unpacks each weight once for that many. Only GPUs from 9.0 on multiply W from
 # shared memory, so that the warps share what they unpacked.
-LARGE_TILES = ((128, 128, 128, 8, 2, 2), (MAX_FUSED_ROWS, 256, 128, 8, 2, 1))
-LARGE_TILES_8 = ((MAX_FUSED_ROWS, 128, 128, 8, 2, 1),)
+LARGE_TILES = (
+    (64, 64, 64, 4, 2, 3),
+    (128, 128, 128, 8, 2, 2),
+    (MAX_FUSED_ROWS, 256, 128, 8, 2, 1),
+)
+LARGE_TILES_8 = ((64, 64, 128, 8, 2, 1), (MAX_FUSED_ROWS, 128, 128, 8, 2, 1))
 LARGE_ROWS = 128  # rows of a tile from which on weights are scaled instead of sums
 FLOAT32_TILE = (MAX_FUSED_ROWS, 16, 64, 4, 2, 4)
 TILE = Tunable(
