@@ -128,7 +128,7 @@ class LoadedPart:
         rank = self.model.spec.rank
         is_first_rank = rank is None or (rank.tp_rank, rank.first_layer) == (0, 0)
         engine.runner.capture_graphs(
-            _show_captured if is_first_rank and sys.stderr.isatty() else lambda *_: None
+            show_captured if is_first_rank and sys.stderr.isatty() else lambda *_: None
         )
         used = free_before - torch.cuda.mem_get_info(self.plan.device)[0]
         report.fast_paths.append(
@@ -148,7 +148,7 @@ class LoadedPart:
         return self._grammar_backend.compile(grammar)
 
 
-def _show_captured(number: int, total: int) -> None:
+def show_captured(number: int, total: int) -> None:
     """Write a progress bar to the terminal, and remove it at the end."""
     done = BAR_WIDTH * number // total
     bar = "#" * done + "." * (BAR_WIDTH - done)

@@ -6,6 +6,7 @@ graph is captured.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -29,6 +30,7 @@ from llmkit.runtime.engine.engine_options import EngineOptions
 from llmkit.runtime.engine.engine_request import EngineRequest
 from llmkit.runtime.engine.sampling_params import SamplingParams
 from llmkit.runtime.engine_loader import load_engine
+from llmkit.runtime.part_loader import StartupReport, show_captured
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=6, ignore_eos=True)
 DRAWN = replace(GREEDY, temperature=0.7, seed=1)
@@ -130,7 +132,16 @@ def _loaded(name: str, path: Path) -> Engine:
     _, options, *_ = LOADED[name]
     if "draft_model" in options:
         options = options | {"draft_model": str(path)}
-    return load_engine(path, replace(OPTIONS, dtype="bfloat16", **options))
+    report = StartupReport()
+    engine = load_engine(path, replace(OPTIONS, dtype="bfloat16", **options), report)
+    (line,) = [line for line in report.fast_paths if line.startswith("CUDA graphs")]
+    wanted = r"CUDA graphs: \d+, for up to 6 requests, in [\d.]+ s and 0 B"
+    if name == "host weights":
+        wanted = "CUDA graphs: off, the weights of . layers come from host memory"
+    assert re.fullmatch(wanted, line), line
+    assert report.plan is not None
+    assert (report.plan.memory.cuda_graph_bytes > 0) == (name != "host weights")
+    return engine
 
 
 def _made(weights: str) -> Engine:
@@ -203,10 +214,11 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 @pytest.mark.parametrize("name", [*LOADED, *MADE])
 def test_engine_steps_keep_host_and_device_apart(name: str, found: dict[str, Any]) -> None:
     wrong, kernels, waits, log = found[name]
+    # The activation quantizes its outputs where the next linear layer has 8-bit inputs.
+    quantizes = name in ("fp8", "int8")
+    activation = "_act_and_mul_quantize_kernel" if quantizes else "_act_and_mul_kernel"
     more, allowed = (
-        LOADED[name][2:]
-        if name in LOADED
-        else ({MADE[name], "_act_and_mul_kernel", "_choose_kernel"}, set())
+        LOADED[name][2:] if name in LOADED else ({MADE[name], activation, "_choose_kernel"}, set())
     )
     assert wrong == []
     assert kernels >= COMMON | more
@@ -216,6 +228,17 @@ def test_engine_steps_keep_host_and_device_apart(name: str, found: dict[str, Any
     # Every request but the last two comes after a step of the others, with a prompt of its own.
     if name in ("speculation", "draft", "adapter"):
         assert log.count("graph") >= 4 and "eager" not in log[-3:]
+
+
+def test_progress_of_cuda_graphs_is_a_bar_that_is_removed(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for number in (1, 2, 3):
+        show_captured(number, 3)
+    lines = capsys.readouterr().err.split("\r")
+    assert lines[1] == f"CUDA graphs [{'#' * 10}{'.' * 20}] 1/3"
+    assert lines[2] == f"CUDA graphs [{'#' * 20}{'.' * 10}] 2/3"
+    assert lines[3:] == [" " * len(lines[1]), ""]
 
 
 def ones(where: torch.device | str) -> torch.Tensor:
