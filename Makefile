@@ -19,7 +19,7 @@ LLAMACPP ?= .llamacpp
 LLAMACPP_SDIST := llama-cpp-python==0.3.36
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help venv demo test test-slow test-arm test-scale soak lint docs gpu bench-quant bench-memory bench-shard bench-serve interop interop-shard coverage-models clients mutants clean
+.PHONY: help venv demo test test-slow test-arm test-scale soak lint docs gpu gpu-page bench-quant bench-memory bench-shard bench-serve interop interop-shard coverage-models clients mutants clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' Makefile
@@ -57,39 +57,21 @@ docs: $(VENV)/.dev ## write docs/options.md, recipes/schema.json and docs/models
 	@PYTHONPATH=tests $(BIN)/python -m support.models_page docs/models.md
 
 # A GPU machine may have torch and no llmkit installed: the folders are then found through .typecheck.
-# A part that ended well has left RESULTS/PART.json and is not run again: `make gpu PART="kernels steps"` runs some.
-# RESULTS/PART.log grows while a part runs, with every figure so far: nothing is lost where its time runs out.
-gpu: GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,python3)
-gpu: PART ?= tests kernels steps baselines quantize
+# RESULTS/figures.jsonl has every figure as soon as it is measured. A part that ended well is not run again.
+gpu gpu-page: GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,python3)
+PART ?=
 RESULTS ?= gpu-results
-gpu: export PYTHONPATH := $(CURDIR)/.typecheck$(if $(PYTHONPATH),:$(PYTHONPATH))
-gpu: ## run the GPU tests and benchmarks, where there is a GPU
+gpu gpu-page: export PYTHONPATH := $(CURDIR)/.typecheck$(if $(PYTHONPATH),:$(PYTHONPATH))
+gpu: ## measure and test on a GPU, in parts of at most 8 minutes (PART="steps kernels", RESULTS=DIR; docs/gpu.md)
 	@if $(GPU_PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null; then \
-		for part in $(PART); do \
-			$(MAKE) --no-print-directory $(RESULTS)/$$part.json GPU_PYTHON=$(GPU_PYTHON) || failed="$$failed $$part"; \
-		done; \
-		echo "figures: $(RESULTS)/*.json"; \
-		[ -z "$$failed" ] || { echo "make gpu: failed:$$failed" >&2; exit 1; }; \
+		mkdir -p $(RESULTS); \
+		bash -o pipefail -c '$(GPU_PYTHON) -u -m llmkit.bench.gpu.run_parts --results $(RESULTS) $(PART) 2>&1 | tee -a $(RESULTS)/gpu.log'; \
 	else \
 		echo "make gpu: torch of $(GPU_PYTHON) sees no CUDA device here, so nothing was run"; \
 	fi
 
-GPU_RUN_kernels = -m llmkit.bench.gpu.kernel_times
-GPU_RUN_steps = -m llmkit.bench.gpu.decode_steps --weights bf16 fp8 int8 int4 --saturate Llama-3.1-8B:fp8
-GPU_RUN_baselines = -m llmkit.bench.gpu.baselines
-GPU_RUN_quantize = tests/peers/bench_memory.py --device cuda --work gpu-results/8b
-
-# Most of the tests' time is Triton's, which compiles on one core each: side by side, where pytest-xdist is there.
-$(RESULTS)/tests.json:
-	@mkdir -p $(@D)
-	@workers=$$($(GPU_PYTHON) -c 'import os, xdist; print(f"-n {min(8, os.cpu_count())} --dist worksteal")' 2>/dev/null); \
-	bash -o pipefail -c "$(GPU_PYTHON) -u -m pytest -m gpu --tb=short $$workers tests/gpu 2>&1 | tee $(@D)/tests.log"
-	@echo '{"passed": true}' > $@
-
-$(RESULTS)/%.json:
-	@mkdir -p $(@D)
-	@bash -o pipefail -c '$(GPU_PYTHON) -u $(GPU_RUN_$*) 2>&1 >$@.partial | tee $(@D)/$*.log >&2'
-	@mv $@.partial $@
+gpu-page: ## write docs/gpu.md and kernels/tuned.json from the figures in RESULTS
+	@$(GPU_PYTHON) -m llmkit.bench.gpu.gpu_page --results $(RESULTS) --tuned kernels/tuned.json
 
 bench-quant: $(VENV)/.dev .venv-llmcompressor/.ready ## quality and time beside llm-compressor (an hour or more on 2 cores)
 	@HF_HUB_OFFLINE=1 $(BIN)/python tests/peers/bench_quant.py

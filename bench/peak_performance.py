@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from llmkit.bench.environment import describe_environment
-from llmkit.bench.gpu.decode_steps import copy_bandwidth, time_ms
+from llmkit.bench.gpu.timing import copy_bandwidth, time_ms
 from llmkit.kernels.cpu import cpu_kernels
 from llmkit.kernels.cpu.cpu_kernels import InputType, PackedWeight
 

@@ -39,14 +39,19 @@ def gather_block_scales(scales: torch.Tensor, scheme: Scheme) -> torch.Tensor:
     return blocks.contiguous()
 
 
-def check_block_scales(name: str, scales: torch.Tensor) -> None:
-    """Raises InputError for scales that are not finite or not above 0."""
-    bad = ~((scales > 0) & scales.isfinite())
+def check_block_scales(name: str, scales: torch.Tensor, *, may_be_zero: bool = True) -> None:
+    """Raises InputError for scales that are not finite, or below 0.
+
+    may_be_zero: some writers give weights that are all zero the scale 0. Inputs are divided by
+    theirs.
+    """
+    is_scale = (scales >= 0) if may_be_zero else (scales > 0)
+    bad = ~(is_scale & scales.isfinite())
     if bool(bad.any()):
         first = scales[bad].flatten()[0].item()
         raise InputError(
             f"{int(bad.sum())} of {scales.numel()} values of {name} are no scales, such as {first}",
-            "Finite numbers above 0 were expected",
+            f"Finite numbers {'of at least' if may_be_zero else 'above'} 0 were expected",
             "Download the checkpoint again or get it from its maker",
         )
 

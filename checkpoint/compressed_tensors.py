@@ -9,7 +9,8 @@ For W[out, in] of `b` bits with G groups:
     int-quantized    weight             int8 [out, in]
                      weight_scale       [out, 1]
     float-quantized  weight             e4m3 [out, in]
-                     weight_scale       [out, 1], or [ceil(out/R), ceil(in/C)] in blocks of R x C
+                     weight_scale       [out, 1], or [ceil(out/R), ceil(in/C)] in blocks of R x C,
+                                        or [1]
                      input_scale        [1]                         if inputs are static
 
 (https://github.com/vllm-project/compressed-tensors)
@@ -62,17 +63,18 @@ class CompressedTensorsFormat:
         storage = compression_format(scheme)
         if storage != "pack-quantized":
             dtype = "F8_E4M3" if storage == "float-quantized" else "I8"
-            stored = (
-                PackedTensor("weight", dtype, (out, in_), (0, 1), (1, 1)),
-                PackedTensor(
+            weight_scale = PackedTensor("weight_scale", W8A8_SCALE_DTYPE, (1,), None, None)
+            if scheme.block_rows != -1:
+                weight_scale = PackedTensor(
                     "weight_scale",
                     W8A8_SCALE_DTYPE,
                     block_scale_shape(scheme, out, in_),
                     (0, scheme.block_rows),
                     along,
                     covers=scheme.block_rows > 1,
-                ),
-            )
+                )
+            weight = PackedTensor("weight", dtype, (out, in_), (0, 1), (1, 1))
+            stored = (weight, weight_scale)
             scale = PackedTensor("input_scale", W8A8_SCALE_DTYPE, (1,), None, None)
             return (*stored, scale) if scheme.inputs == "tensor" else stored
         per_word = 32 // scheme.bits
@@ -103,10 +105,10 @@ class CompressedTensorsFormat:
             q = weight.q
             if storage == "int-quantized":
                 q = (q ^ 128).view(torch.int8)  # from 0 .. 255 to -128 .. 127
-            stored = {
-                "weight": q.contiguous(),
-                "weight_scale": gather_block_scales(weight.scales.float(), scheme),
-            }
+            scales = gather_block_scales(weight.scales.float(), scheme)
+            if scheme.block_rows == -1:
+                scales = scales.reshape(1)
+            stored = {"weight": q.contiguous(), "weight_scale": scales}
             if weight.input_scale is not None:
                 stored["input_scale"] = weight.input_scale
             return stored
@@ -130,7 +132,7 @@ class CompressedTensorsFormat:
         out, in_ = shape
         for expected in self.tensors(scheme, out, in_):
             found = tuple(tensors[expected.suffix].shape)
-            if found != expected.shape:
+            if not expected.accepts(found):
                 raise InputError(
                     f"{expected.suffix} has shape {list(found)}",
                     f"{list(expected.shape)} was expected",
@@ -138,7 +140,8 @@ class CompressedTensorsFormat:
         scales = tensors["weight_scale"]
         if scheme.block_rows != 1:
             check_block_scales("weight_scale", scales.float())
-            scales = expand_block_scales(scales, scheme, out)
+            stored_scales = scales.reshape(block_scale_shape(scheme, out, in_))
+            scales = expand_block_scales(stored_scales, scheme, out)
         if is_packed:
             q = unpack(tensors["weight_packed"], scheme.bits, in_)
         elif scheme.kind == "float":
@@ -149,7 +152,10 @@ class CompressedTensorsFormat:
             zeros = torch.full(scales.shape, scheme.half, dtype=torch.uint8, device=scales.device)
         else:
             zeros = unpack(tensors["weight_zero_point"].t(), scheme.bits, out).t().contiguous()
-        input_scale = tensors["input_scale"].float() if scheme.inputs == "tensor" else None
+        input_scale = None
+        if scheme.inputs == "tensor":
+            input_scale = tensors["input_scale"].float().reshape(1)
+            check_block_scales("input_scale", input_scale, may_be_zero=False)
         return QuantizedWeight(q, scales, zeros, scheme, input_scale)
 
     def config_dict(self, config: QuantizationConfig) -> dict[str, Any]:
@@ -225,6 +231,8 @@ def _group(scheme: Scheme, targets: list[str]) -> dict[str, Any]:
             "group_size": None,
             "block_structure": [scheme.block_rows, scheme.group_size],
         }
+    if scheme.block_rows == -1:
+        weights["strategy"] = "tensor"
     inputs = None
     if scheme.inputs != "none":
         inputs = {
@@ -254,13 +262,15 @@ def _parse_group(group: object) -> Scheme:
     kind: Literal["int", "float"] = "float" if weights.get("type") == "float" else "int"
     block_rows = 1
     size: object = -1
+    if kind == "float" and weights.get("strategy") == "tensor":
+        block_rows = -1
     if kind == "float" and weights.get("strategy") == "block":
         block_rows, size = _parse_blocks(weights.get("block_structure"))
     inputs = _parse_inputs(group.get("input_activations"), kind, size if block_rows > 1 else None)
     is_w8a8 = kind == "float" or inputs != "none"
     strategies: tuple[str, ...] = ("group", "channel")
     if is_w8a8:
-        strategies = ("channel", "block") if kind == "float" else ("channel",)
+        strategies = ("channel", "block", "tensor") if kind == "float" else ("channel",)
     for name, allowed in (
         ("num_bits", (8,) if is_w8a8 else (4, 8)),
         ("type", ("int", "float", None)),
@@ -318,8 +328,9 @@ def _parse_inputs(
             f"{found[0]} with group_size {found[1]}",
             f"group with group_size {block_columns} and dynamic true, as weights are in blocks",
         )
-    if inputs.get("dynamic") is True and inputs.get("strategy") == "token":
-        return "token"
+    strategies = ("token", "tensor") if kind == "float" else ("token",)
+    if inputs.get("dynamic") is True and inputs.get("strategy") in strategies:
+        return "token"  # vLLM, too, gives each token a scale where config.json says one for all
     if not inputs.get("dynamic") and inputs.get("strategy") == "tensor" and kind == "float":
         return "tensor"
     expected = "token with dynamic true"

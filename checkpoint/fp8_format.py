@@ -1,4 +1,4 @@
-"""FP8 with block scales (`quant_method: fp8`), as DeepSeek V3 and MiniMax-M2 are released.
+"""FP8 with block scales or one scale (`quant_method: fp8`), as DeepSeek V3 is released.
 
 For W[out, in] in blocks of R x C (`weight_block_size`, usually 128 x 128):
 
@@ -8,14 +8,23 @@ For W[out, in] in blocks of R x C (`weight_block_size`, usually 128 x 128):
 
 Without `weight_block_size`, `weight_scale_inv` is one number for the weight, as Ministral 3 is
 released. Dynamic inputs have a scale for each token and group of C inputs; without blocks, for each
-token.
-The names and the config's fields are those of transformers' FineGrainedFP8Config.
+token. The names and the config's fields are those of transformers' FineGrainedFP8Config.
+
+AutoFP8, and vLLM before compressed-tensors, wrote the same `quant_method` with other names:
+
+    weight            e4m3 [out, in]
+    weight_scale      float32 [] or [1]   W = weight * weight_scale
+    input_scale       float32 [] or [1]   if inputs are static
+
+Their configs have no `weight_block_size`, and `ignored_layers` for `modules_to_not_convert`. The
+config does not say which names a checkpoint has, so its tensors decide (`quantized_formats`).
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -27,6 +36,8 @@ from llmkit.checkpoint.block_scales import (
     gather_block_scales,
 )
 from llmkit.checkpoint.quantized_weight import (
+    KV_SCALES,
+    Format,
     PackedTensor,
     QuantizationConfig,
     QuantizedWeight,
@@ -35,21 +46,26 @@ from llmkit.checkpoint.quantized_weight import (
 from llmkit.common.errors import InputError
 
 DEFAULT_BLOCK_SIZE = (128, 128)  # of a config without weight_block_size
-SCALE = "weight_scale_inv"
-INPUT_SCALE = "activation_scale"
+OLD_KV_SCALE = "kv_scale"  # of keys and values, before they had two
 
 
+@dataclass(frozen=True)
 class Fp8Format:
     """Reads and writes checkpoints whose `quant_method` is fp8."""
+
+    name: Format = "fp8"
+    scale: str = "weight_scale_inv"
+    input_scale: str = "activation_scale"
+    has_blocks: bool = True  # whether weights may have a scale for each block
 
     def tensors(self, scheme: Scheme, out: int, in_: int) -> tuple[PackedTensor, ...]:
         """The stored tensors of an [out, in_] weight."""
         weight = PackedTensor("weight", "F8_E4M3", (out, in_), (0, 1), (1, 1))
         if scheme.block_rows == -1:
-            scale = PackedTensor(SCALE, "F32", (), None, None)
+            scale = PackedTensor(self.scale, "F32", (), None, None)
         else:
             scale = PackedTensor(
-                SCALE,
+                self.scale,
                 "F32",
                 block_scale_shape(scheme, out, in_),
                 (0, scheme.block_rows),
@@ -57,7 +73,7 @@ class Fp8Format:
                 covers=True,
             )
         if scheme.inputs == "tensor":
-            return weight, scale, PackedTensor(INPUT_SCALE, "F32", (), None, None)
+            return weight, scale, PackedTensor(self.input_scale, "F32", (), None, None)
         return weight, scale
 
     def pack(self, scheme: Scheme, weight: QuantizedWeight) -> dict[str, torch.Tensor]:
@@ -65,15 +81,15 @@ class Fp8Format:
         scales = gather_block_scales(weight.scales.float(), scheme)
         if scheme.block_rows == -1:
             scales = scales.reshape(())
-        stored = {"weight": weight.q.contiguous(), SCALE: scales}
+        stored = {"weight": weight.q.contiguous(), self.scale: scales}
         if weight.input_scale is not None:
-            stored[INPUT_SCALE] = weight.input_scale.float().reshape(())
+            stored[self.input_scale] = weight.input_scale.float().reshape(())
         return stored
 
     def unpack(self, scheme: Scheme, tensors: Mapping[str, torch.Tensor]) -> QuantizedWeight:
         """The weight from its stored tensors by suffix.
 
-        Raises InputError for shapes that disagree and for scales that are not above 0.
+        Raises InputError for shapes that disagree and for scales that are no scales.
         """
         q = tensors["weight"]
         if q.ndim != 2:
@@ -81,19 +97,20 @@ class Fp8Format:
         out, in_ = q.shape
         for expected in self.tensors(scheme, out, in_):
             found = tensors[expected.suffix]
-            if tuple(found.shape) != expected.shape:
+            if not expected.accepts(tuple(found.shape)):
                 raise InputError(
                     f"{expected.suffix} has shape {list(found.shape)}",
                     f"{list(expected.shape)} was expected",
                 )
             if expected.suffix != "weight":
-                check_block_scales(expected.suffix, found.float())
-        stored = tensors[SCALE].reshape(block_scale_shape(scheme, out, in_))
+                is_input = expected.suffix == self.input_scale
+                check_block_scales(expected.suffix, found.float(), may_be_zero=not is_input)
+        stored = tensors[self.scale].reshape(block_scale_shape(scheme, out, in_))
         scales = expand_block_scales(stored, scheme, out)
         zeros = torch.zeros(scales.shape, dtype=torch.uint8, device=scales.device)
         input_scale = None
         if scheme.inputs == "tensor":
-            input_scale = tensors[INPUT_SCALE].float().reshape(1)
+            input_scale = tensors[self.input_scale].float().reshape(1)
         return QuantizedWeight(q, scales, zeros, scheme, input_scale)
 
     def config_dict(self, config: QuantizationConfig) -> dict[str, Any]:
@@ -125,8 +142,14 @@ class Fp8Format:
                 expected = " or ".join("none" if not value else str(value) for value in allowed)
                 raise _unsupported(name, d[name], expected)
         is_static = d.get("activation_scheme") == "static"
-        default = None if is_static else DEFAULT_BLOCK_SIZE
+        default = None if is_static or not self.has_blocks else DEFAULT_BLOCK_SIZE
         sizes = d.get("weight_block_size", default)
+        if sizes is not None and not self.has_blocks:
+            raise _unsupported(
+                "weight_block_size",
+                f"{sizes}, and tensors with the name {self.scale}",
+                "no weight_block_size, or scales of blocks with the name weight_scale_inv",
+            )
         inputs: Literal["token", "group", "tensor"]
         if sizes is None:
             inputs = "tensor" if is_static else "token"
@@ -152,11 +175,26 @@ class Fp8Format:
             raise _unsupported("modules_to_not_convert", listed, "a list of module names")
         # Readers leave the output projection dense, whether it is listed or not.
         ignore = dict.fromkeys(["lm_head", *(_ignore_entry(key) for key in listed)])
-        return QuantizationConfig("fp8", scheme, tuple(ignore), method="fp8")
+        return QuantizationConfig(self.name, scheme, tuple(ignore), method="fp8")
 
     def extra_files(self, config: QuantizationConfig) -> dict[str, bytes]:
         """No files: config.json holds everything."""
         return {}
+
+
+def has_autofp8_names(tensors: Collection[str]) -> bool:
+    """Whether an FP8 checkpoint has the names of AutoFP8."""
+    suffixes = {name.rpartition(".")[2] for name in tensors}
+    return "weight_scale" in suffixes and "weight_scale_inv" not in suffixes
+
+
+def with_kv_scales(config: QuantizationConfig, tensors: Collection[str]) -> QuantizationConfig:
+    """The config of an AutoFP8 checkpoint, with the KV cache whose scales are among `tensors`."""
+    if any(name.endswith(f".{OLD_KV_SCALE}") for name in tensors):
+        return replace(config, kv="fp8", kv_scales=(OLD_KV_SCALE, OLD_KV_SCALE))
+    if any(name.endswith(f".{KV_SCALES[0]}") for name in tensors):
+        return replace(config, kv="fp8")
+    return config
 
 
 # transformers leaves a module dense when an entry, as a regular expression, matches the beginning
@@ -166,7 +204,7 @@ _BOUNDARY = r"(?:(?<=\.)|(?=\.|$))"
 
 def _ignore_entry(key: str) -> str:
     """An entry of `modules_to_not_convert` as an entry of `QuantizationConfig.ignore`."""
-    if key == "lm_head":
+    if key == "lm_head" or key.startswith("re:"):  # AutoFP8 marks its regular expressions
         return key
     return f"re:(?:{key}){_BOUNDARY}|.*{re.escape(key)}$"
 
@@ -175,7 +213,8 @@ def _module_pattern(entry: str) -> str:
     """The inverse of `_ignore_entry`; other entries stay what they are."""
     if not entry.startswith("re:"):
         return entry
-    return entry.removeprefix("re:").partition(_BOUNDARY)[0].removeprefix("(?:").removesuffix(")")
+    pattern, boundary, _ = entry.removeprefix("re:").partition(_BOUNDARY)
+    return pattern.removeprefix("(?:").removesuffix(")") if boundary else entry
 
 
 def _unsupported(field: str, value: object, expected: str) -> InputError:

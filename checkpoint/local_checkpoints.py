@@ -11,7 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llmkit.checkpoint.model_files import CONFIG, INDEX, PICKLE_SUFFIXES, load_json
+from llmkit.checkpoint.model_files import (
+    CONFIG,
+    INDEX,
+    PICKLE_SUFFIXES,
+    load_json,
+    quantization_entry,
+)
 from llmkit.checkpoint.safetensors_header import read_header
 from llmkit.common.errors import InputError
 
@@ -148,7 +154,7 @@ def _architecture(config: dict[str, Any]) -> str | None:
 
 
 def _quantization(path: Path, config: dict[str, Any]) -> str | None:
-    entry = config.get("quantization_config")
+    entry = quantization_entry(config)
     if not isinstance(entry, dict):
         # Old versions of AutoGPTQ wrote only this file.
         legacy = path / "quantize_config.json"

@@ -6,7 +6,7 @@ This module needs no torch, so that a process that only tokenizes starts fast.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
@@ -18,6 +18,7 @@ from llmkit.common.errors import InputError
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+_QUANTIZATION_KEYS = ("quantization_config", "compression_config")
 # The files beside the weights that an output copies from its source.
 SIDE_FILE_PATTERNS = (
     "tokenizer.json",
@@ -67,6 +68,27 @@ class ModelFiles:
         config.json is not among them.
         """
         return self.load_side_files()
+
+
+def quantization_entry(config: Mapping[str, Any]) -> Any:
+    """What a config.json says about quantized weights; None: nothing.
+
+    Some tools write it in the text model's config of a multimodal model. Old versions of
+    compressed-tensors called it `compression_config`.
+    """
+    for part in (config, config.get("text_config")):
+        for key in _QUANTIZATION_KEYS:
+            if isinstance(part, Mapping) and part.get(key) is not None:
+                return part[key]
+    return None
+
+
+def without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config.json without what `quantization_entry` finds: that of a dense checkpoint."""
+    kept = {key: value for key, value in config.items() if key not in _QUANTIZATION_KEYS}
+    if isinstance(kept.get("text_config"), dict):
+        kept["text_config"] = without_quantization(kept["text_config"])
+    return kept
 
 
 def find_model(reference: str | Path) -> Path:

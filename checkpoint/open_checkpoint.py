@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from llmkit.checkpoint.model_files import (
     list_names,
     load_json,
     pickle_error,
+    quantization_entry,
     read_generation_config,
     read_side_files,
 )
@@ -57,7 +58,7 @@ def open_checkpoint(
         model.generation_config,
         model.side_files,
         model.tensors,
-        _quantization(path, model.config),
+        _quantization(path, model.config, model.tensors),
         None,
         model.files,
         model,
@@ -74,6 +75,8 @@ def _open_directory(reference: str, path: Path, warn_of_edits: bool) -> Checkpoi
         tensors: dict[str, TensorInfo] = {}
     else:
         files, tensors = _find_tensors(path)
+    layout = (manifest or {}).get("layout") or {}
+    names = [*tensors, *(str(entry["source"]) for entry in layout.get("tensors", {}).values())]
     return Checkpoint(
         reference,
         path,
@@ -82,24 +85,23 @@ def _open_directory(reference: str, path: Path, warn_of_edits: bool) -> Checkpoi
         read_generation_config(path),
         lambda: read_side_files(path),
         tensors,
-        _quantization(path, config),
+        _quantization(path, config, names),
         manifest,
         files,
         SafetensorsRows(path),
     )
 
 
-def _quantization(path: Path, config: Mapping[str, Any]) -> QuantizationConfig | None:
-    text_config = config.get("text_config")
-    entry = config.get("quantization_config")
-    if entry is None and isinstance(text_config, dict):  # of a multimodal model, in some tools
-        entry = text_config.get("quantization_config")
+def _quantization(
+    path: Path, config: Mapping[str, Any], tensors: Collection[str]
+) -> QuantizationConfig | None:
+    entry = quantization_entry(config)
     legacy = path / "quantize_config.json"
     if entry is None and legacy.is_file():  # old versions of AutoGPTQ wrote only this file
         entry = {"quant_method": "gptq", **load_json(legacy)}
     if entry is None:
         return None
-    return parse_quantization(entry)
+    return parse_quantization(entry, tensors)
 
 
 def _find_tensors(path: Path) -> tuple[tuple[str, ...], dict[str, TensorInfo]]:

@@ -6,14 +6,14 @@ How a weight is quantized is the subject of `llmkit.quant`.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, Protocol
 
 import torch
 
 from llmkit.checkpoint.awq_format import AwqFormat
 from llmkit.checkpoint.compressed_tensors import CompressedTensorsFormat
-from llmkit.checkpoint.fp8_format import Fp8Format
+from llmkit.checkpoint.fp8_format import Fp8Format, has_autofp8_names, with_kv_scales
 from llmkit.checkpoint.gptq_format import GptqFormat
 from llmkit.checkpoint.mxfp4_format import Mxfp4Format
 from llmkit.checkpoint.quantized_weight import (
@@ -50,12 +50,23 @@ class QuantizedFormat(Protocol):
         """Further files that readers of the format need."""
 
 
-FORMATS: dict[str, QuantizedFormat] = {
+_FP8 = Fp8Format()
+# The names of AutoFP8 and vLLM, under the same `quant_method`.
+_AUTOFP8 = Fp8Format("autofp8", "weight_scale", "input_scale", has_blocks=False)
+# By `quant_method`.
+METHODS: dict[str, QuantizedFormat] = {
     "gptq": GptqFormat(),
     "awq": AwqFormat(),
     "compressed-tensors": CompressedTensorsFormat(),
     "mxfp4": Mxfp4Format(),
-    "fp8": Fp8Format(),
+    "fp8": _FP8,
+}
+FORMATS: dict[str, QuantizedFormat] = METHODS | {"autofp8": _AUTOFP8}
+# What the stored scale of inputs is called, by format.
+INPUT_SCALES = {
+    "compressed-tensors": "input_scale",
+    "fp8": _FP8.input_scale,
+    "autofp8": _AUTOFP8.input_scale,
 }
 
 
@@ -64,18 +75,22 @@ def format_of(config: QuantizationConfig) -> QuantizedFormat:
     return FORMATS[config.format]
 
 
-def parse_quantization(d: object) -> QuantizationConfig:
+def parse_quantization(d: object, tensors: Collection[str] = ()) -> QuantizationConfig:
     """Parse the `quantization_config` of a config.json.
 
+    tensors: the names of the checkpoint's tensors, where the config does not say them.
     Raises InputError for unknown methods and options.
     """
     method = d.get("quant_method") if isinstance(d, dict) else None
-    if not isinstance(d, dict) or method not in FORMATS:
+    if not isinstance(d, dict) or method not in METHODS:
         raise InputError(
             f"This checkpoint is quantized with {method or 'a method it does not name'}",
-            f"One of {', '.join(FORMATS)} was expected",
+            f"One of {', '.join(METHODS)} was expected",
         )
-    config = FORMATS[method].parse(d)
+    if method == "fp8" and has_autofp8_names(tensors):
+        config = with_kv_scales(_AUTOFP8.parse(d), tensors)
+    else:
+        config = METHODS[method].parse(d)
     for entry in (*config.ignore, *(entry for entry, _ in config.overrides)):
         try:
             re.compile(entry[3:] if entry.startswith("re:") else "")

@@ -7,13 +7,24 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, cached_property
 from typing import Literal
 
 import torch
 
-Format = Literal["gptq", "awq", "compressed-tensors", "mxfp4", "fp8"]
+Format = Literal["gptq", "awq", "compressed-tensors", "mxfp4", "fp8", "autofp8"]
+KV_SCALES = ("k_scale", "v_scale")
+_TEXT_MODELS = ("language_model", "text_model")
+# What names of the text model's modules begin with, in multimodal models of all versions of
+# transformers; longer ones first.
+_TEXT_PREFIXES = (
+    "model.language_model.",
+    "language_model.model.",
+    "model.text_model.",
+    "model.",
+)
 # The values of a 4-bit float (E2M1) by its code. The highest bit is the sign.
 FP4_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
@@ -90,6 +101,7 @@ class QuantizationConfig:
     carried: tuple[str, ...] = ()
     # The dtype of a quantized KV cache; the checkpoint stores its scales for each layer.
     kv: Literal["", "fp8", "int8"] = ""
+    kv_scales: tuple[str, str] = KV_SCALES  # what these scales of keys and values are called
     # The method that quantized the weights (gptq, rtn, int8); "" when the checkpoint does not say.
     method: str = ""
     # GPTQ's damping: the share of the mean diagonal that was added to the Hessian. It is only
@@ -98,11 +110,43 @@ class QuantizationConfig:
 
     def scheme_of(self, module: str) -> Scheme | None:
         """The scheme of a linear layer; None when it is not quantized."""
-        if any(_matches(entry, module) for entry in self.ignore):
+        if module not in self._found:
+            self._found[module] = self._find_scheme(module)
+        return self._found[module]
+
+    def _find_scheme(self, module: str) -> Scheme | None:
+        names = self._spellings(module)
+        if _matches_any(self.ignore, names):
             return None
-        return next(
-            (scheme for entry, scheme in self.overrides if _matches(entry, module)), self.scheme
-        )
+        for entry, scheme in self.overrides:
+            if _matches_any((entry,), names):
+                return scheme
+        return self.scheme
+
+    @cached_property
+    def _found(self) -> dict[str, Scheme | None]:
+        """The results of `scheme_of`: lists of hundreds of patterns meet thousands of experts."""
+        return {}
+
+    def _spellings(self, module: str) -> tuple[str, ...]:
+        """The names that entries may have for a module: first its own.
+
+        In a multimodal model they depend on the version of transformers that wrote the entry.
+        """
+        if not self._names_text_model and not any(part in module for part in _TEXT_MODELS):
+            return (module,)
+        if module.endswith("lm_head"):
+            return tuple(dict.fromkeys((module, "lm_head", "language_model.lm_head")))
+        prefix = next((prefix for prefix in _TEXT_PREFIXES if module.startswith(prefix)), None)
+        if prefix is None:
+            return (module,)
+        rest = module.removeprefix(prefix)
+        return tuple(dict.fromkeys((module, *(other + rest for other in _TEXT_PREFIXES))))
+
+    @cached_property
+    def _names_text_model(self) -> bool:
+        entries = (*self.ignore, *(entry for entry, _ in self.overrides))
+        return any(part in entry for entry in entries for part in _TEXT_MODELS)
 
     @property
     def schemes(self) -> tuple[Scheme, ...]:
@@ -117,10 +161,17 @@ def _pattern(expression: str) -> re.Pattern[str]:
     return re.compile(expression)
 
 
-def _matches(entry: str, module: str) -> bool:
-    if entry.startswith("re:"):
-        return _pattern(entry[3:]).match(module) is not None
-    return entry == module
+def _matches_any(entries: Iterable[str], modules: Sequence[str]) -> bool:
+    for entry in entries:
+        if not entry.startswith("re:"):
+            if entry in modules:
+                return True
+            continue
+        match = _pattern(entry[3:]).match
+        for module in modules:
+            if match(module) is not None:
+                return True
+    return False
 
 
 @dataclass
@@ -239,6 +290,10 @@ class PackedTensor:
             in_=shift[1],
             num_experts=num_experts,
         )
+
+    def accepts(self, shape: tuple[int, ...]) -> bool:
+        """Whether a checkpoint may store it in this shape: a number is stored as [] or as [1]."""
+        return shape == self.shape or {shape, self.shape} == {(), (1,)}
 
     @property
     def is_quantized(self) -> bool:

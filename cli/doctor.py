@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from llmkit.bench.gpu.tune_kernels import TuningResult
     from llmkit.bench.peak_performance import PeakPerformance
+    from llmkit.model.kernel_choice import KernelChoice
 
 CPU_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8")
 PACKAGES = (
@@ -48,7 +49,8 @@ class DoctorArguments:
         str | None,
         Option(
             "Measure which configurations of GPU kernels are fastest for this model's shapes, and "
-            "keep them.",
+            "keep them. A checkpoint, or without weights: a config.json, or a name such as "
+            "Llama-3.1-8B.",
             metavar="MODEL",
             unset="none",
         ),
@@ -122,15 +124,34 @@ def examine() -> dict[str, Any]:
             ),
             _compiled_kernels(),
         ],
+        "kernels": [asdict(choice) for choice in kernel_choices(packages["triton"] is not None)],
     }
+
+
+def kernel_choices(has_triton: bool) -> list[KernelChoice]:
+    """The kernel of each kind of work on the current GPU, or on the CPU of a machine without."""
+    import torch
+
+    from llmkit.kernels import flash_attention
+    from llmkit.kernels.triton_support import device_capability, is_amd
+    from llmkit.model.kernel_choice import Gpu, cpu_kernel_choices, gpu_kernel_choices
+
+    if not torch.cuda.is_available():
+        return cpu_kernel_choices()
+    gpu = Gpu(
+        capability=device_capability("cuda"),
+        is_amd=is_amd(),
+        has_triton=has_triton,
+        flash_attention=flash_attention.status(),
+    )
+    return gpu_kernel_choices(gpu)
 
 
 def _tune(output: Output, model: str) -> None:
     from llmkit.bench.gpu.tune_kernels import tune
-    from llmkit.checkpoint.open_checkpoint import open_checkpoint
     from llmkit.kernels.tuned_configs import user_file
 
-    results = tune(open_checkpoint(model), output.message)
+    results = tune(model, output.message)
     document = {"file": str(user_file()), "tuned": [asdict(result) for result in results]}
     output.result(document, lambda console: _show_tuned(console, results))
     output.message(f"kept in {user_file()}")
@@ -324,3 +345,7 @@ def _show(console: Console, document: dict[str, Any]) -> None:
             path["name"], "[green]yes[/]" if path["active"] else "[yellow]no[/]", path["why"]
         )
     console.print(paths)
+    kernels = Table("work", "kernel", "why")
+    for choice in document["kernels"]:
+        kernels.add_row(choice["work"], choice["kernel"], choice["why"])
+    console.print(kernels)

@@ -7,7 +7,7 @@ table.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, chain, pairwise
@@ -19,6 +19,7 @@ import torch
 from llmkit.kernels.device_copy import to_device
 
 Int64Array = np.ndarray[tuple[int, ...], np.dtype[np.int64]]
+Schedule = tuple[torch.Tensor, ...]  # what a kernel made from the metadata, on the device
 NO_WINDOW = 1 << 62  # in tokens: larger than any context
 
 
@@ -32,11 +33,20 @@ class AttentionBatch:
         block_tables: dict[int | None, BlockTable],
         block_size: int,
         device: torch.device,
+        max_query_len: int | None = None,
+        max_num_tokens: int | None = None,
     ) -> None:
+        """max_query_len: for a batch that a CUDA graph reads again after its arrays have changed,
+        the most new tokens of a sequence; None: those of `query_lens`. max_num_tokens: where
+        prompts are beside decodes in such a graph, the most new tokens of all sequences. The last
+        sequence has none then.
+        """
         self.query_lens = query_lens  # [S]
         self.seq_lens = seq_lens  # [S]
         self.block_size = block_size
         self.device = device
+        self._max_query_len = max_query_len
+        self.max_num_tokens = max_num_tokens
         self._block_tables = block_tables  # by window
         self._metadata: dict[int | None, AttentionMetadata] = {}  # by window, made on first use
 
@@ -78,6 +88,23 @@ class AttentionBatch:
         return cls.build(lengths, lengths, {None: tables}, block_size, device)
 
     @property
+    def max_query_len(self) -> int:
+        """The most new tokens that a sequence has or, in a CUDA graph, can have."""
+        return self._max_query_len or int(self.query_lens.max())
+
+    @property
+    def is_fixed(self) -> bool:
+        """Whether a CUDA graph reads this batch again after its arrays have changed."""
+        return self._max_query_len is not None
+
+    @property
+    def query_lens_of_tiles(self) -> Int64Array:
+        """[S]: for how many new tokens of each sequence there are tiles."""
+        if self._max_query_len is None:
+            return self.query_lens
+        return np.full_like(self.query_lens, self._max_query_len)
+
+    @property
     def num_blocks(self) -> int:
         """The number of blocks that a cache needs for a batch of `for_sequences`."""
         return int((-(-self.seq_lens // self.block_size)).sum())
@@ -96,24 +123,37 @@ class BlockTable:
 
     blocks: Int64Array
     starts: Int64Array  # [S]: where each sequence's table begins in `blocks`
+    sizes: Int64Array  # [S]: the blocks of each sequence's table
 
     @classmethod
     def build(cls, rows: Sequence[Sequence[int]]) -> BlockTable:
         """Make it from one list of blocks per sequence."""
         sizes = np.array([len(row) for row in rows], dtype=np.int64)
         blocks = np.fromiter(chain.from_iterable(rows), np.int64, int(sizes.sum()))
-        return cls(blocks, sizes.cumsum() - sizes)
+        return cls(blocks, sizes.cumsum() - sizes, sizes)
 
 
 class DeviceMetadata(NamedTuple):
     """The metadata that a GPU kernel reads: int32 tensors on the device."""
 
-    block_table: torch.Tensor  # [S, W or more]; -1 for a freed or missing block
+    # [S, W or more]; 0 for a freed or missing block, so that tiles can be read whole and masked
+    block_table: torch.Tensor
     seq_lens: torch.Tensor  # [S]
     query_start_loc: torch.Tensor  # [S + 1]: the first query of each sequence, then the total
-    # [number of tiles, 2]: the sequence and first query of each tile, in falling order of attended
-    # tokens. None when every sequence has one query.
+
+
+class QueryTiles(NamedTuple):
+    """The tiles of one launch of an attention kernel. A tile has consecutive queries."""
+
+    tile_queries: int  # the queries of a tile; the last one of a sequence may have fewer
+    # int32 [number of tiles, 2] on the device: the sequence and first query of each tile, in
+    # falling order of attended tokens. None: one tile per sequence, which begins at its first query
     tiles: torch.Tensor | None
+    num_tiles: int
+    max_tokens: int  # the most tokens that a tile attends to
+    # That all tiles attend to; None where lengths may change, because a CUDA graph reads them again
+    # or because they are those of decodes.
+    total_tokens: int | None
 
 
 class ReferenceSequence(NamedTuple):
@@ -133,6 +173,9 @@ class AttentionMetadata:
         self.window = window
         self.block_table = block_table
         self._device_metadata: DeviceMetadata | None = None
+        self._query_tiles: dict[tuple[int, int], tuple[QueryTiles, ...]] = {}
+        self._schedules: dict[object, Schedule] = {}
+        self._zero: torch.Tensor | None = None
 
     @cached_property
     def slot_mapping(self) -> torch.Tensor:
@@ -162,69 +205,165 @@ class AttentionMetadata:
         query_lens, seq_lens, blocks, starts = (array.ctypes.data for array in arrays)
         return len(self.batch.query_lens), query_lens, seq_lens, blocks, starts
 
-    def device_tensors(self, tile_queries: int) -> DeviceMetadata:
-        """The tensors for kernels with tiles of `tile_queries` queries.
-
-        The first call makes them, and later calls return the same tensors. All layers pass the
-        same `tile_queries`. A step with one query per sequence has no tiles.
-        """
+    def device_tensors(self) -> DeviceMetadata:
+        """The tensors for kernels. The first call makes them, later calls return the same ones."""
         if self._device_metadata is None:
-            self._device_metadata = self._make_device_tensors(tile_queries)
+            self._device_metadata = self._make_device_tensors()
         return self._device_metadata
 
-    def _make_device_tensors(self, tile_queries: int) -> DeviceMetadata:
-        query_lens = self.batch.query_lens
-        seq_lens = self.batch.seq_lens
-        num_sequences = len(query_lens)
-        table, width = self._padded_block_table()
+    def query_tiles(self, short_queries: int, long_queries: int) -> tuple[QueryTiles, ...]:
+        """The tiles of a step, for one or two launches.
 
-        tiles_per_sequence = -(-query_lens // tile_queries)
-        sequence = np.repeat(np.arange(num_sequences), tiles_per_sequence)
-        first_tile = np.repeat(tiles_per_sequence.cumsum() - tiles_per_sequence, tiles_per_sequence)
-        first_query = (np.arange(len(sequence)) - first_tile) * tile_queries
-        tiles = np.stack((sequence, first_query), 1)
-        # Tiles that attend to the most tokens take the longest, so they start first.
-        num_seen = (seq_lens - query_lens)[sequence] + first_query
-        tiles = tiles[np.argsort(-num_seen, kind="stable")]
+        A sequence of up to `short_queries` new tokens (a decode) is one tile of that size. Others
+        (prompts) are cut into tiles of `long_queries`, so that a decode beside a prompt does not
+        take a tile of mostly unused rows. All layers with the same sizes get the same tensors.
+        """
+        key = (short_queries, long_queries)
+        if key not in self._query_tiles:
+            self._query_tiles[key] = self._make_query_tiles(*key)
+        return self._query_tiles[key]
 
-        # All parts go to the device in one copy. Each part is aligned to 16 bytes, because Triton
-        # compiles another kernel for other alignments.
-        query_start_loc = np.append(0, query_lens.cumsum())
-        parts = table, seq_lens, query_start_loc, tiles.ravel()
-        padded = [np.pad(part, (0, -len(part) % 4)) for part in parts]
-        together = self._to_device(np.concatenate(padded, dtype=np.int32))
-        on_device = together.split([len(part) for part in padded])
-        return DeviceMetadata(
-            on_device[0].view(-1, width),
-            on_device[1][:num_sequences],
-            on_device[2][: num_sequences + 1],
-            None if query_lens.max() == 1 else on_device[3][: tiles.size].view(-1, 2),
+    def _make_tiles_on_device(
+        self, short_queries: int, long_queries: int, max_num_tokens: int
+    ) -> tuple[QueryTiles, ...]:
+        """`query_tiles` of a CUDA graph with prompts beside decodes, from data on the device.
+
+        There are as many tiles as a step can need. Unused ones are of the last sequence, which has
+        no tokens.
+        """
+        tensors = self.device_tensors()
+        lens = tensors.query_start_loc.diff()
+        last = len(lens) - 1
+        width = tensors.block_table.shape[1] * self.batch.block_size
+        window = self.window or NO_WINDOW
+        is_short = lens <= (short_queries if short_queries < long_queries else 0)
+        num_tiles = ((lens + (long_queries - 1)) // long_queries).masked_fill(is_short, 0)
+        ends = num_tiles.cumsum(0)
+        most_long = min(last, max_num_tokens // (short_queries + 1))
+        if short_queries == long_queries:
+            most_long = last
+        tile = torch.arange(max_num_tokens // long_queries + most_long, device=lens.device)
+        sequence = torch.searchsorted(ends, tile, right=True).clamp_max(last)
+        first_query = (tile - (ends - num_tiles)[sequence]) * long_queries
+        first_query = first_query.masked_fill(sequence == last, 0)
+        tiles = [(long_queries, sequence, first_query)]
+        if short_queries < long_queries:
+            row = torch.arange(last + 1, device=lens.device)
+            tiles.append((short_queries, row.masked_fill(~is_short, last), torch.zeros_like(row)))
+        return tuple(
+            QueryTiles(
+                tile_queries,
+                torch.stack((sequence, first_query), 1).int(),
+                len(sequence),
+                min(width, window + tile_queries - 1),
+                None,
+            )
+            for tile_queries, sequence, first_query in tiles
         )
 
-    def _padded_block_table(self) -> tuple[np.ndarray[Any, Any], int]:
-        """The block table as a flat int32 array of rows of equal width, and that width."""
+    def _make_query_tiles(self, short_queries: int, long_queries: int) -> tuple[QueryTiles, ...]:
+        if self.batch.max_num_tokens is not None:
+            return self._make_tiles_on_device(
+                short_queries, long_queries, self.batch.max_num_tokens
+            )
+        query_lens = self.batch.query_lens_of_tiles
+        width = self.device_tensors().block_table.shape[1] * self.batch.block_size
+        window = self.window or NO_WINDOW
+        num_sequences = len(query_lens)
+        if self.batch.max_query_len <= short_queries:
+            # Contexts grow without new tensors: a graph is launched again with other lengths.
+            most = min(width, window + short_queries - 1)
+            return (QueryTiles(short_queries, None, num_sequences, most, None),)
+        is_short = (query_lens <= short_queries) & (short_queries < long_queries)
+        launches = []
+        for tile_queries, chosen in ((long_queries, ~is_short), (short_queries, is_short)):
+            lens = np.where(chosen, query_lens, 0)
+            num_tiles = -(-lens // tile_queries)
+            if not num_tiles.any():
+                continue
+            sequence = np.repeat(np.arange(num_sequences), num_tiles)
+            first_tile = np.repeat(num_tiles.cumsum() - num_tiles, num_tiles)
+            first_query = (np.arange(len(sequence)) - first_tile) * tile_queries
+            end = np.minimum(first_query + tile_queries, query_lens[sequence])
+            attended = (self.batch.seq_lens - query_lens)[sequence] + end
+            # Tiles that attend to the most tokens take the longest, so they start first.
+            order = np.argsort(-attended, kind="stable")
+            tiles = np.stack((sequence, first_query), 1)[order].astype(np.int32)
+            attended = np.minimum(attended, window + tile_queries - 1)
+            is_fixed = self.batch.is_fixed
+            most = min(width, window + tile_queries - 1) if is_fixed else int(attended.max())
+            total = None if is_fixed else int(attended.sum())
+            on_device = self._to_device(tiles)
+            launches.append(QueryTiles(tile_queries, on_device, len(tiles), most, total))
+        return tuple(launches)
+
+    def schedule(self, key: object, make: Callable[[], Schedule]) -> Schedule:
+        """What `make` returns for this step. All layers with the same `key` share it."""
+        if key not in self._schedules:
+            self._schedules[key] = make()
+        return self._schedules[key]
+
+    def _make_device_tensors(self) -> DeviceMetadata:
+        num_sequences = len(self.batch.seq_lens)
+        # A multiple of 16, because Triton compiles another kernel for other widths.
+        width = -(-int(self.block_table.sizes.max()) // 16) * 16
+        # All parts go to the device in one copy: block table, sequence lengths, query_start_loc.
+        # Each is aligned to 16 bytes, because Triton compiles another kernel for other alignments.
+        sizes = (num_sequences * width, num_sequences, num_sequences + 1)
+        bounds = [0, *accumulate(-(-size // 4) * 4 for size in sizes)]
+        host = np.zeros(bounds[-1], np.int32)
+        table, seq_lens, query_start_loc = (
+            host[start : start + size] for start, size in zip(bounds, sizes, strict=False)
+        )
+        self._write_block_table(table, width)
+        seq_lens[:] = self.batch.seq_lens
+        self.batch.query_lens.cumsum(out=query_start_loc[1:])
+        device = self._to_device(host)
+        parts = [device[start : start + size] for start, size in zip(bounds, sizes, strict=False)]
+        return DeviceMetadata(parts[0].view(-1, width), parts[1], parts[2])
+
+    def _write_block_table(self, table: np.ndarray[Any, Any], width: int) -> None:
+        """Write the block table to zeros, int32 [S * width]."""
         blocks = self.block_table.blocks
         starts = self.block_table.starts
-        num_sequences = len(starts)
-        sizes = np.diff(starts, append=len(blocks))
+        sizes = self.block_table.sizes
         first_seen = self.batch.seq_lens - self.batch.query_lens + 1 - (self.window or NO_WINDOW)
         first_block = np.maximum(0, first_seen) // self.batch.block_size
         assert blocks[starts + first_block].min() >= 0, "a freed block within the window"
-        # A multiple of 16, because Triton compiles another kernel for other widths.
-        width = -(-int(sizes.max()) // 16) * 16
-        table = np.full(num_sequences * width, -1, np.int32)
-        row_offsets = np.repeat(np.arange(num_sequences) * width - starts, sizes)
-        table[row_offsets + np.arange(len(blocks))] = blocks
-        return table, width
+        # The entries of all rows, one after the other: their places in a row, then in the arrays.
+        columns = np.arange(sizes.sum()) - np.repeat(sizes.cumsum() - sizes, sizes)
+        entries = np.repeat(starts, sizes) + columns
+        rows = np.repeat(np.arange(len(starts)) * width, sizes)
+        table[rows + columns] = np.maximum(blocks[entries], 0)
 
-    def update_block_tables(self, blocks: torch.Tensor, seq_lens: torch.Tensor) -> None:
+    def update_block_tables(
+        self,
+        blocks: torch.Tensor,
+        seq_lens: torch.Tensor,
+        query_start_loc: torch.Tensor | None = None,
+        slots: torch.Tensor | None = None,
+    ) -> None:
         """Overwrite the blocks [S, up to W] and sequence lengths [S] in place, on the device.
 
-        A replayed CUDA graph of a decode step reads the same tensors again.
+        A replayed CUDA graph reads the same tensors again. query_start_loc: [S + 1], where the new
+        tokens of each sequence begin; None: each sequence has one. slots: int64 [S], the row of
+        each sequence in `blocks`, int32 [slots, W] without freed blocks; None: row i is sequence i.
         """
-        device_metadata = self.device_tensors(1)
-        device_metadata.block_table[:, : blocks.shape[1]] = blocks
+        device_metadata = self.device_tensors()
+        self._schedules.clear()
+        if self.batch.max_num_tokens is not None:
+            self._query_tiles.clear()
+        # Freed blocks are -1 on the host. `clamp` would not convert int64 to int32 in one kernel.
+        table = device_metadata.block_table[:, : blocks.shape[1]]
+        if slots is not None:
+            torch.index_select(blocks, 0, slots, out=table)
+        else:
+            if self._zero is None:
+                self._zero = blocks.new_zeros(())
+            torch.maximum(blocks, self._zero, out=table)
         device_metadata.seq_lens.copy_(seq_lens)
+        if query_start_loc is not None:
+            device_metadata.query_start_loc.copy_(query_start_loc)
         self.__dict__.pop("reference_sequences", None)
 
     @cached_property
@@ -239,6 +378,8 @@ class AttentionMetadata:
             self.block_table.starts,
             strict=True,
         ):
+            if not query_len:  # an unused row of a CUDA graph
+                continue
             first_block = max(0, seq_len - query_len + 1 - window) // block_size
             last_block = -(-seq_len // block_size)
             blocks = self.block_table.blocks[start + first_block : start + last_block]

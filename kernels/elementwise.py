@@ -14,9 +14,19 @@ from torch.nn.functional import layer_norm as torch_layer_norm
 from torch.nn.functional import rms_norm as torch_rms_norm
 
 from llmkit.kernels.cpu import cpu_kernels
+from llmkit.kernels.input_quant import (
+    InputQuant,
+    LinearInput,
+    QuantizedInput,
+    largest_bits,
+    quantize,
+    scale_of_largest,
+    store_quantized,
+)
 from llmkit.kernels.triton_support import jit, runs_triton, tl
 
 MAX_HIDDEN = 1 << 15  # elements of a row that one Triton program holds
+MAX_ACTIVATED = 1 << 13  # of the outputs of a gated activation
 
 
 # "gelu" is the exact one, by the error function; "relu2" is max(x, 0) squared.
@@ -206,6 +216,41 @@ def add_layer_norm(
     return residual, layer_norm(residual, weight, bias, eps)
 
 
+def add_norm_quantized(
+    residual: torch.Tensor,
+    update: torch.Tensor | None,
+    scale: float,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    eps: float,
+    quant: InputQuant,
+    *,
+    subtract_mean: bool,
+) -> tuple[torch.Tensor, LinearInput]:
+    """`add_rms_norm`, or `add_layer_norm` if `subtract_mean`, for linear layers that quantize.
+
+    The normalized sum is quantized in the same kernel where that is possible. Elsewhere it is
+    returned as it is, and the linear layers quantize it.
+    """
+    fits = runs_triton(residual) and residual.is_contiguous() and residual.shape[1] <= MAX_HIDDEN
+    if fits and update is not None and weight is not None:
+        return add_norm_quantized_triton(
+            residual, update.contiguous(), scale, weight, bias, eps, quant, subtract_mean
+        )
+    if subtract_mean:
+        return add_layer_norm(residual, update, scale, weight, bias, eps)
+    return add_rms_norm(residual, update, scale, weight, eps)
+
+
+def act_and_mul_quantized(
+    gate_up: torch.Tensor, activation: Activation, quant: InputQuant
+) -> LinearInput:
+    """`act_and_mul` for a linear layer that quantizes, in the same kernel where possible."""
+    if runs_triton(gate_up) and gate_up.is_contiguous():
+        return act_and_mul_quantized_triton(gate_up, activation, quant)
+    return act_and_mul(gate_up, activation)
+
+
 def norm_heads(
     x: torch.Tensor, weight: torch.Tensor, eps: float, subtract_mean: bool = False
 ) -> torch.Tensor:
@@ -306,9 +351,62 @@ def _add_norm_triton(
     *,
     subtract_mean: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    rows, size = residual.shape
     total = torch.empty_like(residual)
     normed = torch.empty_like(residual)
+    _launch_add_norm(
+        residual, update, scale, weight, bias, eps, total, normed, None, None, subtract_mean
+    )
+    return total, normed
+
+
+def add_norm_quantized_triton(
+    residual: torch.Tensor,
+    update: torch.Tensor,
+    scale: float,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    eps: float,
+    quant: InputQuant,
+    subtract_mean: bool,
+) -> tuple[torch.Tensor, QuantizedInput]:
+    """`add_norm_quantized` as one kernel. residual, update: as `add_rms_norm_triton` takes them.
+
+    The result equals `quantize_input` of the normalized sum.
+    """
+    total = torch.empty_like(residual)
+    rows, size = residual.shape
+    normed = quant.empty(rows, size, residual)
+    _launch_add_norm(
+        residual,
+        update,
+        scale,
+        weight,
+        bias,
+        eps,
+        total,
+        normed.values,
+        normed.scales,
+        quant,
+        subtract_mean,
+    )
+    return total, normed
+
+
+def _launch_add_norm(
+    residual: torch.Tensor,
+    update: torch.Tensor,
+    scale: float,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    eps: float,
+    total: torch.Tensor,
+    normed: torch.Tensor,
+    normed_scales: torch.Tensor | None,
+    quant: InputQuant | None,
+    subtract_mean: bool,
+) -> None:
+    """Write the sum to `total` and the normalized sum, quantized or not, to `normed`."""
+    rows, size = residual.shape
     tile = max(128, 1 << (size - 1).bit_length())
     with torch.cuda.device_of(residual):
         _add_norm_kernel[(rows,)](
@@ -318,14 +416,18 @@ def _add_norm_triton(
             bias,
             total,
             normed,
+            normed_scales,
+            None if quant is None else quant.scale,
             scale,
             eps,
             size,
+            1 if normed_scales is None else normed_scales.shape[1],
             SUBTRACT_MEAN=subtract_mean,
+            GROUP=0 if quant is None else quant.group_size,
+            MAX_VALUE=0.0 if quant is None else quant.max_value,
             TILE=tile,
             num_warps=max(1, min(16, tile // 512)),
         )
-    return total, normed
 
 
 def act_and_mul_triton(gate_up: torch.Tensor, activation: Activation) -> torch.Tensor:
@@ -335,6 +437,40 @@ def act_and_mul_triton(gate_up: torch.Tensor, activation: Activation) -> torch.T
     with torch.cuda.device_of(gate_up):
         _act_and_mul_kernel[rows, -(-both // 2048)](
             gate_up, y, both // 2, ACTIVATION=activation, TILE=1024
+        )
+    return y
+
+
+def act_and_mul_quantized_triton(
+    gate_up: torch.Tensor, activation: Activation, quant: InputQuant
+) -> QuantizedInput:
+    """`act_and_mul_quantized` as one kernel. gate_up: contiguous [T, 2 * size].
+
+    The result equals `quantize_input` of `act_and_mul_triton`.
+    """
+    rows, both = gate_up.shape
+    size = both // 2
+    y = quant.empty(rows, size, gate_up)
+    one_scale_per_row = not quant.group_size and quant.scale is None
+    tile = 1024
+    if one_scale_per_row:
+        # A program computes whole rows: in one tile, or tile by tile, twice.
+        tile = min(MAX_ACTIVATED, max(128, 1 << (size - 1).bit_length()))
+    tiles = -(-size // tile)
+    with torch.cuda.device_of(gate_up):
+        _act_and_mul_quantize_kernel[rows, 1 if one_scale_per_row else tiles](
+            gate_up,
+            y.values,
+            y.scales,
+            quant.scale,
+            size,
+            y.scales.shape[1],
+            ACTIVATION=activation,
+            GROUP=quant.group_size,
+            MAX_VALUE=quant.max_value,
+            IS_ONE_TILE=not one_scale_per_row or tiles == 1,
+            TILE=tile,
+            num_warps=min(16, max(4, tile // 512)),
         )
     return y
 
@@ -382,15 +518,21 @@ def _add_norm_kernel(
     bias: tl.tensor,
     total: tl.tensor,
     normed: tl.tensor,
+    normed_scales: tl.tensor,
+    static_scale: tl.tensor,
     scale: tl.tensor,
     eps: tl.tensor,
     size: tl.tensor,
+    num_scales: tl.tensor,
     SUBTRACT_MEAN: tl.constexpr,
+    GROUP: tl.constexpr,
+    MAX_VALUE: tl.constexpr,
     TILE: tl.constexpr,
 ) -> None:
     """A program computes one row: an RMS norm, or a layer norm with SUBTRACT_MEAN.
 
-    As in torch, the sum is rounded to the dtype before the norm.
+    As in torch, the sum is rounded to the dtype before the norm. With `normed_scales`, the norm is
+    then quantized, see `store_quantized`.
     """
     d = tl.arange(0, TILE)
     at = tl.program_id(0).to(tl.int64) * size + d
@@ -406,7 +548,20 @@ def _add_norm_kernel(
     wide *= tl.load(weight + d, mask=inside, other=0.0).to(tl.float32)
     if bias is not None:
         wide += tl.load(bias + d, mask=inside, other=0.0).to(tl.float32)
-    tl.store(normed + at, wide.to(normed.dtype.element_ty), mask=inside)
+    if normed_scales is None:
+        tl.store(normed + at, wide.to(normed.dtype.element_ty), mask=inside)
+    else:
+        row = tl.program_id(0).to(tl.int64)
+        store_quantized(
+            wide.to(total.dtype.element_ty).to(tl.float32),
+            normed + row * size,
+            normed_scales + row * num_scales,
+            static_scale,
+            size,
+            GROUP,
+            MAX_VALUE,
+            TILE,
+        )
 
 
 @jit
@@ -416,11 +571,61 @@ def _act_and_mul_kernel(
     """A program computes TILE outputs of a row."""
     row = tl.program_id(0).to(tl.int64)
     d = tl.program_id(1) * TILE + tl.arange(0, TILE)
+    out = _activated_tile(gate_up + row * 2 * size, d, size, ACTIVATION)
+    tl.store(y + row * size + d, out, mask=d < size)
+
+
+@jit
+def _activated_tile(
+    gate_up: tl.tensor, d: tl.tensor, size: tl.tensor, ACTIVATION: tl.constexpr
+) -> tl.tensor:
+    """The outputs d of a row that begins at `gate_up`, in its dtype; 0 from `size` on."""
     inside = d < size
-    gate = tl.load(gate_up + row * 2 * size + d, mask=inside, other=0.0).to(tl.float32)
-    up = tl.load(gate_up + row * 2 * size + size + d, mask=inside, other=0.0).to(tl.float32)
-    out = _activate_tile(gate, ACTIVATION) * up
-    tl.store(y + row * size + d, out.to(y.dtype.element_ty), mask=inside)
+    gate = tl.load(gate_up + d, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(gate_up + size + d, mask=inside, other=0.0).to(tl.float32)
+    return (_activate_tile(gate, ACTIVATION) * up).to(gate_up.dtype.element_ty)
+
+
+@jit
+def _act_and_mul_quantize_kernel(
+    gate_up: tl.tensor,
+    q: tl.tensor,
+    scales: tl.tensor,
+    static_scale: tl.tensor,
+    size: tl.tensor,
+    num_scales: tl.tensor,
+    ACTIVATION: tl.constexpr,
+    GROUP: tl.constexpr,
+    MAX_VALUE: tl.constexpr,
+    IS_ONE_TILE: tl.constexpr,
+    TILE: tl.constexpr,
+) -> None:
+    """A program computes TILE outputs of a row, or all of them unless IS_ONE_TILE.
+
+    A row of several tiles is computed twice: for its scale, and then for its values.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    gate_up += row * 2 * size
+    q += row * size
+    scales += row * num_scales
+    d = tl.arange(0, TILE)
+    if IS_ONE_TILE:
+        first = tl.program_id(1) * TILE
+        out = _activated_tile(gate_up, first + d, size, ACTIVATION).to(tl.float32)
+        if GROUP:
+            scales += first // GROUP
+        store_quantized(out, q + first, scales, static_scale, size - first, GROUP, MAX_VALUE, TILE)
+    else:
+        bits = 0
+        for first in tl.range(0, size, TILE):
+            out = _activated_tile(gate_up, first + d, size, ACTIVATION).to(tl.float32)
+            bits = tl.maximum(bits, largest_bits(out))
+        scale = scale_of_largest(bits, MAX_VALUE)
+        tl.store(scales, scale)
+        for first in tl.range(0, size, TILE):
+            out = _activated_tile(gate_up, first + d, size, ACTIVATION).to(tl.float32)
+            values = quantize(out, scale, MAX_VALUE).to(q.dtype.element_ty)
+            tl.store(q + first + d, values, mask=first + d < size)
 
 
 @jit

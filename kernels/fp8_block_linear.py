@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import torch
 
-from llmkit.kernels.activation_quant import FP8, FP8_MAX
-from llmkit.kernels.quantized_linear import epilogue, quantize, row_scale
+from llmkit.kernels.activation_quant import FP8
+from llmkit.kernels.input_quant import InputQuant, LinearInput, QuantizedInput, quantize_input
+from llmkit.kernels.quantized_linear import epilogue
 from llmkit.kernels.triton_support import jit, tl
 
 GROUP_SIZES = (32, 64, 128)  # the sizes of groups that the kernels take
@@ -45,21 +46,38 @@ class Fp8BlockLinear:
         self.quantize_inputs = quantize_inputs
         self.nbytes = self.q.nbytes + self.scales.nbytes
 
-    def __call__(self, x: torch.Tensor, splits: int = 0) -> torch.Tensor:
-        """x: [..., K]. Returns [..., N] in x's dtype.
+    @property
+    def input_quant(self) -> InputQuant | None:
+        """How inputs are quantized; None if they keep their dtype."""
+        return InputQuant(FP8, self.group_size) if self.quantize_inputs else None
+
+    def __call__(self, x: LinearInput, splits: int = 0) -> torch.Tensor:
+        """x: [..., K], or quantized. Returns [..., N] in x's dtype.
 
         splits: the number of partial sums over the inputs; 0: chosen so that the GPU is busy.
         """
+        if isinstance(x, QuantizedInput):
+            M = len(x)
+            return self._multiply(x.values[:M], x.scales[:M], x.dtype, splits)
         rows = x.reshape(-1, x.shape[-1]).contiguous()
-        M, K = rows.shape
+        quant = self.input_quant
+        if quant is None:
+            y = self._multiply(rows, None, x.dtype, splits)
+        else:
+            quantized = quantize_input(rows, quant)
+            y = self._multiply(quantized.values, quantized.scales, x.dtype, splits)
+        return y.view(*x.shape[:-1], y.shape[1])
+
+    def _multiply(
+        self, x: torch.Tensor, row_scales: torch.Tensor | None, dtype: torch.dtype, splits: int
+    ) -> torch.Tensor:
+        """The product [M, N] in `dtype`. x: [M, K], in FP8 with scales [M, G], or in `dtype`."""
+        M, K = x.shape
         N = len(self.q)
         num_groups = len(self.scales)
-        row_scales = None
-        if self.quantize_inputs:
-            rows, row_scales = quantize_groups(rows, self.group_size)
         tiles = TILES if self.quantize_inputs else WEIGHT_ONLY_TILES
         BM, BN, warps, stages = next(tile[1:] for tile in tiles if tile[0] >= M)
-        if x.dtype == torch.float32 and not self.quantize_inputs:
+        if x.dtype == torch.float32:
             BM = 16  # float32 values take twice the registers and shared memory
         grid = (-(-M // BM), -(-N // BN))
         if not splits:
@@ -68,11 +86,11 @@ class Fp8BlockLinear:
             splits = max(1, min(wanted, num_groups // 2, MAX_SPLITS))
         groups_per_split = -(-num_groups // splits)
         splits = -(-num_groups // groups_per_split)  # so that no split is empty
-        y_dtype = torch.float32 if splits > 1 else x.dtype
+        y_dtype = torch.float32 if splits > 1 else dtype
         y = torch.empty(splits, M, N, dtype=y_dtype, device=x.device)
         with torch.cuda.device_of(x):
             _fp8_block_linear_kernel[(*grid, splits)](
-                rows,
+                x,
                 row_scales,
                 self.q if self.quantize_inputs else self.q.view(torch.uint8),
                 self.scales,
@@ -88,53 +106,13 @@ class Fp8BlockLinear:
                 STAGES=stages,
                 num_warps=warps,
             )
-        result = epilogue(y, M, x.dtype, self.bias) if splits > 1 else y[0]
-        return result.view(*x.shape[:-1], N)
+        return epilogue(y, M, dtype, self.bias) if splits > 1 else y[0]
 
     def dequantize(self) -> torch.Tensor:
         """The weight, float32 [N, K]."""
         K = self.q.shape[1]
         scales = self.scales.T.repeat_interleave(self.group_size, dim=1)[:, :K]
         return self.q.float() * scales
-
-
-def quantize_groups(x: torch.Tensor, group_size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Quantize x [M, K], contiguous, to FP8 with a scale for each row and group of inputs.
-
-    Returns the values, e4m3 [M, K], and the scales, float32 [M, G].
-    """
-    M, K = x.shape
-    num_groups = -(-K // group_size)
-    q = torch.empty(M, K, dtype=FP8, device=x.device)
-    scales = torch.empty(M, num_groups, dtype=torch.float32, device=x.device)
-    tile = min(16, 1 << (num_groups - 1).bit_length())
-    with torch.cuda.device_of(x):
-        _quantize_groups_kernel[(M, -(-num_groups // tile))](
-            x, q, scales, K, num_groups, GROUP=group_size, TILE=tile, MAX_VALUE=FP8_MAX
-        )
-    return q, scales
-
-
-@jit
-def _quantize_groups_kernel(
-    x: tl.tensor,
-    q: tl.tensor,
-    scales: tl.tensor,
-    K: tl.tensor,
-    G: tl.tensor,
-    GROUP: tl.constexpr,
-    TILE: tl.constexpr,
-    MAX_VALUE: tl.constexpr,
-) -> None:
-    """A program quantizes TILE groups of one row."""
-    m = tl.program_id(0).to(tl.int64)
-    g = tl.program_id(1) * TILE + tl.arange(0, TILE)
-    k = g[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
-    values = tl.load(x + m * K + k, mask=k < K, other=0.0).to(tl.float32)
-    scale = row_scale(values, MAX_VALUE)
-    rounded = quantize(values, scale[:, None], MAX_VALUE)
-    tl.store(q + m * K + k, rounded.to(q.dtype.element_ty), mask=k < K)
-    tl.store(scales + m * G + g, scale, mask=g < G)
 
 
 @jit

@@ -14,12 +14,14 @@ import torch
 
 from llmkit.kernels.activation_quant import FP8
 from llmkit.kernels.elementwise import clamped_swiglu
-from llmkit.kernels.fp8_block_linear import e4m3_times_2_to_minus_8, quantize_groups
-from llmkit.kernels.triton_support import jit, tl
+from llmkit.kernels.fp8_block_linear import e4m3_times_2_to_minus_8
+from llmkit.kernels.input_quant import InputQuant, quantize_input
+from llmkit.kernels.triton_support import device_capability, is_amd, jit, tl
 
 # Each entry: the largest average number of choices per expert, then BM, BN and BK of a tile, warps
 # and stages.
 TILES = ((16, 16, 64, 128, 4, 4), (64, 64, 128, 64, 8, 4), (1 << 30, 128, 256, 64, 8, 3))
+MAX_AMD_STAGES = 3  # the shared memory of a compute unit of gfx90a and gfx942 is 64 KiB
 
 
 @dataclass(frozen=True)
@@ -70,8 +72,10 @@ class FusedExperts:
         outputs = x.new_zeros(num_choices, hidden)
         BM, BN, BK, warps, stages = _tile(
             num_choices / self.count,
-            (0, 0) if self.group_size else torch.cuda.get_device_capability(x.device),
+            (0, 0) if self.group_size else device_capability(x.device),
         )
+        if is_amd():
+            stages = min(stages, MAX_AMD_STAGES)
         max_tiles = num_choices // BM + min(num_experts, num_choices)
         padded_experts = 1 << (num_experts - 1).bit_length()
         with torch.cuda.device_of(x):
@@ -92,7 +96,9 @@ class FusedExperts:
                 tile_outputs = BN // 2 if activation else BN
                 row_scales = None
                 if self.quantize_inputs:
-                    rows, row_scales = quantize_groups(rows, self.group_size)
+                    quantized = quantize_input(rows, InputQuant(FP8, self.group_size))
+                    rows = quantized.values
+                    row_scales = quantized.scales
                 elif self.group_size:
                     weight = weight.view(torch.uint8)
                 _fused_moe_kernel[max_tiles, -(-y.shape[1] // tile_outputs)](

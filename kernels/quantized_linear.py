@@ -1,30 +1,43 @@
 """Linear layers with quantized weights on a GPU: y = x W' + b with W [N, K] held in 4 or 8 bits.
 
-The results agree with `QuantizedWeight.dequantize` and, for 8-bit inputs, with `activation_quant`.
+The results agree with `QuantizedWeight.dequantize`.
 Legend: M rows of x, N outputs, K inputs, G groups of inputs.
 
 `WeightOnlyLinear` packs quantized values into 16-bit words of F = 16 / bits fields. A block of W
 words holds F * W inputs of one output: field f of word [b, n, w] is for output n and input
 (b * F + f) * W + w. One field of a tile of words is therefore a tile of the weight, already in the
-registers that a tensor core reads.
+registers that a tensor core reads. `unpack_ptx` takes a field out of two words at once.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
+
 import torch
 from torch.nn.functional import linear, pad
 
-from llmkit.kernels.activation_quant import FP8, FP8_MAX, INT8_MAX
-from llmkit.kernels.triton_support import jit, tl
+from llmkit.kernels.triton_support import device_capability, interprets, jit, runs_ptx, tl
 from llmkit.kernels.tuned_configs import Tunable
+from llmkit.kernels.unpack_ptx import field_offsets, unpack_ptx
 
 MAX_FUSED_ROWS = 512  # with more rows, dequantizing W first is faster on every GPU
 # Each entry: the largest number of rows, then rows and outputs of a tile, warps, stages, and
 # programs per multiprocessor.
-TILES = ((16, 16, 64, 2, 4, 4), (32, 32, 64, 4, 3, 3), (MAX_FUSED_ROWS, 64, 64, 4, 2, 3))
+TILES = ((8, 8, 64, 2, 4, 4), (16, 16, 64, 2, 4, 4), (32, 32, 64, 4, 3, 3))
+# A tile of 256 rows unpacks each weight once for that many. Only GPUs from 9.0 on multiply W from
+# shared memory, so that the warps share what they unpacked.
+LARGE_TILES = (
+    (64, 64, 64, 4, 2, 3),
+    (128, 128, 128, 8, 2, 2),
+    (MAX_FUSED_ROWS, 256, 128, 8, 2, 1),
+)
+LARGE_TILES_8 = ((64, 64, 128, 8, 2, 1), (MAX_FUSED_ROWS, 128, 128, 8, 2, 1))
+LARGE_ROWS = 128  # rows of a tile from which on weights are scaled instead of sums
 FLOAT32_TILE = (MAX_FUSED_ROWS, 16, 64, 4, 2, 4)
 TILE = Tunable(
-    "grouped_product", ((16, 32, 64), (32, 64, 128), (2, 4, 8), (2, 3, 4, 5), (1, 2, 3, 4, 6, 8))
+    "grouped_product",
+    ((8, 16, 32, 64, 128, 256), (32, 64, 128), (2, 4, 8), (2, 3, 4, 5), (1, 2, 3, 4, 6, 8)),
 )
 # With more rows than this, W is dequantized first; measured for each GPU.
 FUSED_ROWS = Tunable("grouped_rows", ((32, 64, 128, 256, MAX_FUSED_ROWS),))
@@ -58,6 +71,9 @@ class WeightOnlyLinear:
         # The zero point replaces the lowest 8 bits of the float32 scale, so that one load reads
         # both.
         scale_bits = (scales.float().view(torch.int32) + 128) & -256
+        # Weights that are scaled in float16 stay below 2^14, and above the subnormal numbers.
+        largest = math.frexp(float(scales.abs().max()))[1] if scales.numel() else 0
+        self._power = 2.0 ** (14 - bits - largest)
         self.scales_and_zeros = (scale_bits | zeros).T.contiguous()
         self._constants = {
             "BITS": bits,
@@ -85,11 +101,9 @@ class WeightOnlyLinear:
         )
         if M > MAX_FUSED_ROWS or FUSED_ROWS.config(shape, (MAX_FUSED_ROWS,), x.device)[0] < M:
             return linear(x, self.dequantize(K, x.dtype), self._bias)
-        if x.dtype == torch.float32:
-            default = FLOAT32_TILE
-        else:
-            default = next(tile for tile in TILES if tile[0] >= M)
-        shape = (*shape, max(16, 1 << (M - 1).bit_length()))
+        major = gpu_major(x.device)
+        default = default_tile(M, x.dtype, major)
+        shape = (*shape, max(TILES[0][0], 1 << (M - 1).bit_length()))
         BM, BN, warps, stages, programs = TILE.config(shape, default[1:], x.device)
         tiles = (-(-M // BM), -(-N // BN))
         if not splits:
@@ -107,15 +121,18 @@ class WeightOnlyLinear:
                 self.scales_and_zeros,
                 None if splits > 1 else self._bias,
                 y,
+                self._power if BM >= LARGE_ROWS else 1.0,
                 M,
                 N,
                 K,
                 blocks_per_split,
                 **self._constants,
+                **tile_constants(self._constants, x.dtype, K, BM, major),
                 BM=BM,
                 BN=BN,
                 STAGES=stages,
                 num_warps=warps,
+                **compiler_options(BM),
             )
         TILE.notify_observer(compiled)
         result = epilogue(y, M, x.dtype, self._bias) if splits > 1 else y[0]
@@ -138,70 +155,56 @@ class WeightOnlyLinear:
         return weight
 
 
-class W8A8Linear:
-    """Products of 8-bit weights and 8-bit inputs, int8 or FP8 e4m3.
+def compiler_options(tile_rows: int) -> dict[str, int]:
+    """Triton's options for a tile.
 
-    q: [N, K], with N and K multiples of 8, or of 16 for FP8; scales: [N, 1]; input_scale: float32
-    [1], the stored scale of all inputs; None: each input row gets a scale.
+    Without a limit, ptxas spills registers of small tiles to fit more programs.
     """
-
-    def __init__(
-        self,
-        q: torch.Tensor,
-        scales: torch.Tensor,
-        bias: torch.Tensor | None,
-        input_scale: torch.Tensor | None = None,
-    ) -> None:
-        self.q = q.T
-        self.scales = scales.float().T.contiguous()
-        self._input_scale = input_scale
-        self._bias = bias.to(torch.bfloat16) if bias is not None and q.dtype == FP8 else bias
-        self.nbytes = q.nbytes + self.scales.nbytes
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """x: [..., K]. Returns [..., N] in x's dtype."""
-        rows = x.reshape(-1, x.shape[-1]).contiguous()
-        q, row_scales = quantize_rows(rows, self.q.dtype, self._input_scale)
-        if q.dtype == FP8:
-            # With few rows, memory is the bottleneck, and exact accumulation costs nothing.
-            fast_accumulation = len(rows) > 64
-            y = torch._scaled_mm(
-                q,
-                self.q,
-                row_scales,
-                self.scales,
-                self._bias,
-                None,
-                torch.bfloat16,
-                fast_accumulation,
-            )
-            y = y.to(x.dtype)
-        else:
-            sums = torch._int_mm(q, self.q)[None]
-            y = epilogue(sums, len(rows), x.dtype, self._bias, row_scales, self.scales)
-        return y.view(*x.shape[:-1], y.shape[1])
+    return {"maxnreg": 168} if tile_rows <= 16 else {}
 
 
-def quantize_rows(
-    x: torch.Tensor, dtype: torch.dtype, scale: torch.Tensor | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Quantize x [M, K] to int8 or FP8, with a scale for each row or the given `scale` [1].
+def gpu_major(device: torch.device) -> int:
+    """The first number of a GPU's compute capability; 9 for Triton's interpreter."""
+    return 9 if interprets else device_capability(device)[0]
 
-    Returns the 8-bit values and the scales, float32 [M, 1]. int8 values are padded with
-    uninitialized rows to the number that `torch._int_mm` needs: a multiple of 8, at least 32.
+
+def default_tile(rows: int, dtype: torch.dtype, major: int) -> tuple[int, ...]:
+    """The entry for a number of rows that runs where nothing was measured.
+
+    major: of the GPU's compute capability.
     """
-    M, K = x.shape
-    is_float = dtype == FP8
-    q = x.new_empty(M if is_float else max(32, M + -M % 8), K, dtype=dtype)
-    scales = x.new_empty(M, 1, dtype=torch.float32)
-    tile = 1 << (K - 1).bit_length()
-    max_value = FP8_MAX if is_float else INT8_MAX
-    warps = min(16, max(4, tile // 1024))
-    with torch.cuda.device_of(x):
-        _quantize_rows_kernel[(M,)](
-            x, scale, q, scales, K, MAX_VALUE=max_value, TILE=tile, num_warps=warps
-        )
-    return q, scales
+    if dtype == torch.float32:
+        return FLOAT32_TILE
+    tiles = TILES + (LARGE_TILES if major >= 9 else LARGE_TILES_8)
+    return next(tile for tile in tiles if tile[0] >= rows)
+
+
+def tile_constants(
+    constants: Mapping[str, int], dtype: torch.dtype, columns: int, tile_rows: int, major: int
+) -> dict[str, object]:
+    """The kernel's constants that depend on the inputs, on their columns and on the tile's rows.
+
+    constants: of the weight. major: of the GPU's compute capability.
+    """
+    bits, width = constants["BITS"], constants["W"]
+    large = tile_rows >= LARGE_ROWS
+    packs = dtype != torch.float32 and runs_ptx()
+    texts: tuple[str | None, ...] = (None,) * 4
+    offsets = [0.0] * 4
+    if packs:
+        # Words of 8-bit values have only two fields.
+        texts = unpack_ptx(bits, dtype, bool(constants["SYMMETRIC"]), large) * 2
+        offsets = field_offsets(bits, dtype)
+    return {
+        # Half a block at a time, so that two stages fit into shared memory.
+        "COLUMNS": width // 2 if large and width == 64 else width,
+        "EVEN": columns % (16 // bits * width) == 0,
+        "X_FIRST": large and major >= 9,
+        "LARGE": large,
+        **{f"PTX{field}": texts[field] for field in range(4)},
+        "OFFSET_EVEN": offsets[0],
+        "OFFSET_ODD": offsets[1],
+    }
 
 
 def epilogue(
@@ -280,12 +283,44 @@ def _dequantize_kernel(
 
 
 @jit
+def _unpack_pairs(
+    word: tl.tensor,
+    scale_and_zero: tl.tensor,
+    scale: tl.tensor,
+    dtype: tl.constexpr,
+    PTX: tl.constexpr,
+    OFFSET: tl.constexpr,
+    SYMMETRIC: tl.constexpr,
+    LARGE: tl.constexpr,
+) -> tl.tensor:
+    """q - zero for one field of the words, or (q - zero) * scale if LARGE, by `unpack_ptx`."""
+    # The lowest mantissa bits of 2^23 hold the zero point.
+    zero = ((scale_and_zero & 255) | 0x4B000000).to(tl.float32, bitcast=True)
+    term = ((8388608.0 - OFFSET) - zero).to(dtype)[:, None]
+    high = scale.to(dtype)
+    low = (scale - high.to(tl.float32)).to(dtype)[:, None]
+    high = high[:, None]
+    if SYMMETRIC:
+        if LARGE:
+            q = tl.inline_asm_elementwise(PTX, "=r,r,r,r", [word, high, low], high.dtype, True, 2)
+        else:
+            q = tl.inline_asm_elementwise(PTX, "=r,r", [word], high.dtype, True, 2)
+    elif LARGE:
+        operands = [word, term, high, low]
+        q = tl.inline_asm_elementwise(PTX, "=r,r,r,r,r", operands, high.dtype, True, 2)
+    else:
+        q = tl.inline_asm_elementwise(PTX, "=r,r,r", [word, term], high.dtype, True, 2)
+    return q
+
+
+@jit
 def _weight_only_linear_kernel(
     x: tl.tensor,
     words: tl.tensor,
     scales_and_zeros: tl.tensor,
     bias: tl.tensor,
     y: tl.tensor,
+    power: tl.tensor,
     M: tl.tensor,
     N: tl.tensor,
     K: tl.tensor,
@@ -294,39 +329,85 @@ def _weight_only_linear_kernel(
     GROUP: tl.constexpr,
     SYMMETRIC: tl.constexpr,
     W: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    EVEN: tl.constexpr,
+    X_FIRST: tl.constexpr,
+    LARGE: tl.constexpr,
+    PTX0: tl.constexpr,
+    PTX1: tl.constexpr,
+    PTX2: tl.constexpr,
+    PTX3: tl.constexpr,
+    OFFSET_EVEN: tl.constexpr,
+    OFFSET_ODD: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     STAGES: tl.constexpr,
 ) -> None:
-    """A program computes one tile of one split, transposed (W x').
+    """A program computes one tile of one split, COLUMNS words of a block at a time.
 
-    In this order, the tensor cores take W from registers. Each group's sum is then scaled.
+    With few rows it computes W x': then tensor cores take W from registers, and each group's sum
+    is scaled. LARGE: W is scaled instead, times `power`. X_FIRST: it computes x W', for which the
+    warps put what they unpacked into shared memory.
     """
     F: tl.constexpr = 16 // BITS
+    PARTS: tl.constexpr = W // COLUMNS
+    dtype: tl.constexpr = x.dtype.element_ty
     # The number of consecutive inputs within a block that share a scale.
     SPAN: tl.constexpr = F * W if GROUP % (F * W) == 0 else (GROUP if F * W % GROUP == 0 else W)
     m = tl.program_id(0) * BM + tl.arange(0, BM)
     n = tl.program_id(1) * BN + tl.arange(0, BN)
-    w = tl.arange(0, W)
+    # Outputs after the last are computed like the last, and not stored.
+    n_inside = tl.minimum(n, N - 1)
+    w = tl.arange(0, COLUMNS)
     first = tl.program_id(2) * blocks_per_split
     stop = tl.minimum(first + blocks_per_split, tl.cdiv(K, F * W))
-    total = tl.zeros((BN, BM), tl.float32)
-    for block in tl.range(first, stop, num_stages=STAGES):
-        word_at = words + (block * N + n[:, None]) * W + w[None, :]
-        word = tl.load(word_at, mask=(n < N)[:, None], other=0)
+    word_at = words + n_inside[:, None] * W + w[None, :]
+    x_at = x + m[None, :] * K + w[:, None]
+    x_inside = tl.broadcast_to((m < M)[None, :], (COLUMNS, BM))
+    total = tl.zeros((BM, BN) if X_FIRST else (BN, BM), tl.float32)
+    for turn in tl.range(first * PARTS, stop * PARTS, num_stages=STAGES):
+        block = turn // PARTS
+        column = turn % PARTS * COLUMNS
+        word = tl.load(word_at + (block * N * W + column))
         for field in tl.static_range(F):
             k = (block * F + field) * W
             if field * W % SPAN == 0:
-                scale_and_zero_at = scales_and_zeros + tl.minimum(k, K - 1) // GROUP * N + n
-                scale_and_zero = tl.load(scale_and_zero_at, mask=n < N, other=0)
-                part = tl.zeros((BN, BM), tl.float32)
-            at = m[None, :] * K + (k + w)[:, None]
-            inside = (m < M)[None, :] & (k + w < K)[:, None]
-            x_transposed = tl.load(x + at, mask=inside, other=0.0)
-            values = _unpack_field(word, scale_and_zero, field, BITS, SYMMETRIC, x.dtype.element_ty)
-            part = tl.dot(values, x_transposed, part, input_precision="ieee")
-            if (field + 1) * W % SPAN == 0:
-                total += part * (scale_and_zero & -256).to(tl.float32, bitcast=True)[:, None]
+                scale_and_zero_at = scales_and_zeros + tl.minimum(k, K - 1) // GROUP * N + n_inside
+                scale_and_zero = tl.load(scale_and_zero_at)
+                scale = (scale_and_zero & -256).to(tl.float32, bitcast=True)
+                if LARGE:
+                    scale *= power
+                else:
+                    part = tl.zeros((BN, BM), tl.float32)
+            inside = x_inside if EVEN else x_inside & (k + column + w < K)[:, None]
+            x_transposed = tl.load(x_at + (k + column), mask=inside, other=0.0)
+            if PTX0 is None:
+                values = _unpack_field(word, scale_and_zero, field, BITS, SYMMETRIC, dtype)
+                if LARGE:
+                    values = (values.to(tl.float32) * scale[:, None]).to(dtype)
+            else:
+                values = _unpack_pairs(
+                    word,
+                    scale_and_zero,
+                    scale,
+                    dtype,
+                    PTX0 if field == 0 else PTX1 if field == 1 else PTX2 if field == 2 else PTX3,
+                    OFFSET_ODD if field % 2 else OFFSET_EVEN,
+                    SYMMETRIC,
+                    LARGE,
+                )
+            if X_FIRST:
+                total = tl.dot(tl.trans(x_transposed), tl.trans(values), total)
+            elif LARGE:
+                total = tl.dot(values, x_transposed, total)
+            else:
+                part = tl.dot(values, x_transposed, part, input_precision="ieee")
+                if (field + 1) * W % SPAN == 0:
+                    total += part * scale[:, None]
+    if X_FIRST:
+        total = tl.trans(total)
+    if LARGE:
+        total /= power
     if bias is not None:
         total += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
     at = (tl.program_id(2) * M + m[None, :]) * N + n[:, None]
@@ -356,52 +437,3 @@ def _epilogue_kernel(
     if bias is not None:
         total += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)
     tl.store(y + m * N + n, total.to(y.dtype.element_ty), mask=n < N)
-
-
-@jit
-def row_scale(x: tl.tensor, MAX_VALUE: tl.constexpr) -> tl.tensor:
-    """The scale of each row, as `activation_quant.quantize_per_token` computes it.
-
-    The maximum is taken over bit patterns as integers: there NaN is above infinity, so that it is
-    not lost.
-    """
-    bits = tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=len(x.shape) - 1)
-    scale = tl.div_rn(bits.to(tl.float32, bitcast=True), MAX_VALUE)
-    return tl.maximum(scale, 1e-12, propagate_nan=tl.PropagateNan.ALL)
-
-
-@jit
-def quantize(x: tl.tensor, scale: tl.tensor, MAX_VALUE: tl.constexpr) -> tl.tensor:
-    """The 8-bit values of x, as `activation_quant.quantize_static` computes them, as float32.
-
-    MAX_VALUE: 127 for int8, 448 for FP8 e4m3.
-    """
-    min_value = -128.0 if MAX_VALUE == 127 else -MAX_VALUE
-    steps = tl.div_rn(x, scale)
-    steps = tl.clamp(steps, min_value, MAX_VALUE, propagate_nan=tl.PropagateNan.ALL)
-    # Adding and subtracting 1.5 * 2^23 quanta rounds to a multiple of the quantum, ties to even.
-    shift = 12582912.0
-    if MAX_VALUE == 448:  # e4m3 has 3 bits after the leading one, which is 2^-6 or more
-        leading = (steps.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
-        shift = tl.maximum(leading, 0.015625) * 1572864.0
-    return (steps + shift) - shift
-
-
-@jit
-def _quantize_rows_kernel(
-    x: tl.tensor,
-    static_scale: tl.tensor,
-    q: tl.tensor,
-    scales: tl.tensor,
-    K: tl.tensor,
-    MAX_VALUE: tl.constexpr,
-    TILE: tl.constexpr,
-) -> None:
-    """A program quantizes one row."""
-    m = tl.program_id(0)
-    k = tl.arange(0, TILE)
-    row = tl.load(x + m * K + k, mask=k < K, other=0.0).to(tl.float32)
-    scale = row_scale(row, MAX_VALUE) if static_scale is None else tl.load(static_scale)
-    values = quantize(row, scale, MAX_VALUE)
-    tl.store(q + m * K + k, values.to(q.dtype.element_ty), mask=k < K)
-    tl.store(scales + m, scale)

@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 
 from llmkit.kernels.activation_quant import FP8, FP8_MAX, INT8_MAX
+from llmkit.kernels.input_quant import quantize, row_scale
 from llmkit.kernels.kv_cache import KVCache
-from llmkit.kernels.quantized_linear import quantize, row_scale
 from llmkit.kernels.triton_support import jit, tl
 
 

@@ -111,7 +111,7 @@ def sample(
 def gather_logprobs(
     logits: torch.Tensor, ids: torch.Tensor, count: int, vocab_parallel: VocabParallel
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Log probabilities from logits, float32 [n, V].
+    """Log probabilities from float32 logits [n, V].
 
     Returns the log probabilities of `ids`, int64 [n], as float32 [n]; the `count` largest of each
     row in falling order, float32 [n, count]; and the tokens of these, int64 [n, count].

@@ -29,7 +29,23 @@ if (
 else:
     triton = tl = None
 
-__all__ = ["jit", "runs_triton", "tl", "triton"]
+__all__ = [
+    "device_capability",
+    "interprets",
+    "is_amd",
+    "jit",
+    "runs_ptx",
+    "runs_triton",
+    "tl",
+    "triton",
+]
+
+# What an AMD GPU counts as: products of 16-bit floats and int8. The numbers of its architecture
+# mean something else, and gfx942 has an FP8 of its own (e4m3fnuz).
+AMD_CAPABILITY = (8, 0)
+
+# The interpreter runs no inline PTX.
+interprets = triton is not None and os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
 def jit(function: Callable[..., Any]) -> Any:
@@ -40,3 +56,18 @@ def jit(function: Callable[..., Any]) -> Any:
 def runs_triton(tensor: torch.Tensor) -> bool:
     """Whether Triton kernels can compute with this tensor. They compute no gradients."""
     return triton is not None and tensor.is_cuda and not torch.is_grad_enabled()
+
+
+def is_amd() -> bool:
+    """Whether torch's CUDA devices are AMD GPUs."""
+    return torch.version.hip is not None
+
+
+def runs_ptx() -> bool:
+    """Whether kernels may use inline assembly: NVIDIA GPUs, and not the interpreter."""
+    return not interprets and not is_amd()
+
+
+def device_capability(device: torch.device | str) -> tuple[int, int]:
+    """The compute capability of a GPU, which says what the kernels may use."""
+    return AMD_CAPABILITY if is_amd() else torch.cuda.get_device_capability(device)

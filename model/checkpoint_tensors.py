@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -21,6 +21,9 @@ def scheme_of(
 ) -> Scheme | None:
     """How the checkpoint tensor `tensor` of a parameter is quantized; None when it is not."""
     if quantization is None or not (parameter.is_linear or parameter.is_lm_head):
+        return None
+    if parameter.expert_slice(tensor) is not None and quantization.format != "mxfp4":
+        # Other formats are of linear layers. All experts of a layer in one tensor are none.
         return None
     module = tensor.removesuffix(".weight")
     if parameter.is_lm_head and "lm_head" in quantization.ignore:
@@ -109,7 +112,8 @@ def kv_scales(parameter: Parameter, quantization: QuantizationConfig | None) -> 
         return {}
     attention = parameter.source_names[0].removesuffix(".weight").rpartition(".")[0]
     prefix = parameter.module.removesuffix("qkv")
-    return {f"{prefix}{name}": f"{attention}.{name}_scale" for name in ("k", "v")}
+    names = zip(("k", "v"), quantization.kv_scales, strict=True)
+    return {f"{prefix}{name}": f"{attention}.{scale}" for name, scale in names}
 
 
 def check_checkpoint(checkpoint: Checkpoint, spec: ModelSpec) -> None:
@@ -131,6 +135,7 @@ def check_checkpoint(checkpoint: Checkpoint, spec: ModelSpec) -> None:
         for name in checkpoint.tensors
         if not (name in expected or is_redundant(spec, name) or is_carried(spec, name))
     ]
+    _check_dense_modules(checkpoint, spec, extra, expected)
     if extra:
         raise InputError(
             f"{checkpoint.reference} has {_list_tensors(extra)}"
@@ -140,7 +145,7 @@ def check_checkpoint(checkpoint: Checkpoint, spec: ModelSpec) -> None:
         )
     for name, (_, packed) in expected.items():
         info = checkpoint.tensors[name]
-        if info.shape != packed.shape:
+        if not packed.accepts(info.shape):
             raise InputError(
                 f"tensor {name} has shape {list(info.shape)}",
                 f"Shape {list(packed.shape)} was expected",
@@ -154,19 +159,61 @@ def check_checkpoint(checkpoint: Checkpoint, spec: ModelSpec) -> None:
             )
 
 
+def _check_dense_modules(
+    checkpoint: Checkpoint,
+    spec: ModelSpec,
+    extra: Sequence[str],
+    expected: Mapping[str, tuple[Parameter, PackedTensor]],
+) -> None:
+    """Raises InputError for tensors of quantized weights that are read as dense ones."""
+    quantization = checkpoint.quantization
+    if quantization is None:
+        return
+    found: dict[str, list[str]] = {"config": [], "model": []}
+    for name in extra:
+        module = name.rpartition(".")[0]
+        row = expected.get(f"{module}.weight")
+        if row is not None and not row[1].is_quantized:
+            is_listed = quantization.scheme_of(module) is None
+            found["config" if is_listed else "model"].append(name)
+    if found["config"]:
+        raise InputError(
+            f"{checkpoint.reference} has {_list_tensors(found['config'])} of quantized layers, and"
+            " the quantization_config in config.json says that these layers are not quantized",
+            "A config that belongs to the tensors was expected",
+            "Download config.json again",
+        )
+    if found["model"]:
+        which = "These layers of a"
+        if spec.transformers is not None:
+            which = "Only linear layers may be quantized where transformers' own code runs the"
+            which += " model (the fallback). Experts and routers of a"
+        raise InputError(
+            f"{checkpoint.reference} has {_list_tensors(found['model'])} of quantized layers that"
+            " run only as dense ones",
+            f"{which} {spec.architecture} were expected in 16 or 32 bits",
+            "Choose a checkpoint that leaves them dense",
+        )
+
+
 def _check_stacked_experts(checkpoint: Checkpoint, spec: ModelSpec) -> None:
-    """Raises InputError for a format that cannot store all experts of a layer in one tensor."""
+    """Raises InputError for quantized tensors of all experts of a layer, in other formats."""
     quantization = checkpoint.quantization
     if quantization is None or quantization.format == "mxfp4":
         return
     for parameter in parameters(spec):
         for source in parameter.sources:
-            if source.expert is not None and scheme_of(parameter, source.name, quantization):
+            if source.expert is None or not parameter.is_linear:
+                continue
+            info = checkpoint.tensors.get(source.name)
+            if info is None or info.dtype not in FLOATS:
+                found = "is absent" if info is None else f"has dtype {info.dtype}"
                 raise InputError(
-                    f"{checkpoint.reference}: {source.name} holds all experts of a layer,"
-                    f" and config.json says that it is quantized in the format"
+                    f"{checkpoint.reference}: {source.name} {found}. It holds all experts of a"
+                    f" layer, and config.json says that linear layers are quantized in the format"
                     f" {quantization.format}",
-                    "mxfp4, or experts that are not quantized, were expected",
+                    "Experts one by one, in mxfp4 or not quantized were expected",
+                    "Choose a checkpoint whose experts are quantized one by one",
                 )
 
 

@@ -23,7 +23,9 @@ from llmkit.kernels.cpu.cpu_linear import CpuLinear
 from llmkit.kernels.elementwise import (
     act,
     act_and_mul,
+    act_and_mul_quantized,
     add_layer_norm,
+    add_norm_quantized,
     add_residual,
     add_rms_norm,
     apply_gate,
@@ -36,11 +38,12 @@ from llmkit.kernels.elementwise import (
 from llmkit.kernels.fp8_block_linear import Fp8BlockLinear
 from llmkit.kernels.fused_experts import FusedExperts, stack_experts
 from llmkit.kernels.fused_experts import supports as supports_fused_experts
+from llmkit.kernels.input_quant import InputQuant, LinearInput
 from llmkit.kernels.kv_cache import KVCache
 from llmkit.kernels.mxfp4_linear import Mxfp4Linear
 from llmkit.kernels.triton_support import runs_triton
 from llmkit.model.language_model import empty_kv_cache
-from llmkit.model.linear import ActivationQuant, Linear, PackedLinear
+from llmkit.model.linear import ActivationQuant, Linear, PackedLinear, common_input_quant
 from llmkit.model.parallel_group import ParallelGroup, mask_padding
 from llmkit.model.parameter_table import XIELU_PARAMETERS
 from llmkit.model.rope import CosSin, make_rotary_embeddings
@@ -200,7 +203,7 @@ class DecoderLayer:
 
     def _attention(
         self,
-        x: torch.Tensor,
+        x: LinearInput,
         cos_sin: Mapping[str, CosSin],
         batch: AttentionBatch,
         cache: KVCache,
@@ -270,14 +273,14 @@ class DecoderLayer:
         """Weights [D] of a norm that has none."""
         return torch.ones(self.spec.head_dim)
 
-    def _gated(self, out: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    def _gated(self, out: torch.Tensor, x: LinearInput) -> torch.Tensor:
         """Attention's output [T, N, D], multiplied by the gate that its input x [T, H] computes."""
         heads = out.flatten(0, 1)
         # One value for each element, or one for each head.
         gate = self.linears["attn.gate"](x).view(len(heads), -1)
         return apply_gate(heads, gate, self.spec.attention_gate_activation).view_as(out)
 
-    def _mlp_or_moe(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+    def _mlp_or_moe(self, x: LinearInput, residual: torch.Tensor) -> torch.Tensor:
         """x: [T, H], the residual normalized. Returns the update of the residual, [T, H]."""
         moe = self.spec.moe
         if moe is not None and moe.parallel_mlp and self.layer.is_moe:
@@ -287,7 +290,7 @@ class DecoderLayer:
             update = self.parallel_group.all_reduce(update)
         return self._norm(update, "mlp_post_norm")
 
-    def _mlp_beside_experts(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+    def _mlp_beside_experts(self, x: LinearInput, residual: torch.Tensor) -> torch.Tensor:
         """The sum of the MLP of x and of the experts of the residual, [T, H] (Gemma 4)."""
         moe = self.spec.moe
         assert moe is not None
@@ -307,30 +310,34 @@ class DecoderLayer:
         factor: float = self.spec.hidden_size**-0.5
         return self.vectors["mlp.router.scale"] * factor
 
-    def _mlp(self, x: torch.Tensor, module: str) -> torch.Tensor:
+    def _mlp(self, x: LinearInput, module: str) -> torch.Tensor:
         activation = self.spec.activation
+        down = self.linears[f"{module}.down"]
+        y: LinearInput
         if self.spec.gated_mlp:
-            y = self._act_and_mul(self.linears[f"{module}.gate_up"](x))
+            y = self._act_and_mul(self.linears[f"{module}.gate_up"](x), down.input_quant)
         elif activation == "xielu":
             parameters = [self.vectors[f"{module}.act.{name}"] for name in XIELU_PARAMETERS]
             y = xielu(self.linears[f"{module}.up"](x), *parameters)
         else:
             assert activation != "swiglu_clamped"
             y = act(self.linears[f"{module}.up"](x), activation)
-        return self.linears[f"{module}.down"](y)
+        return down(y)
 
-    def _act_and_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
-        """The activation of a gated MLP: [T, 2I] -> [T, I]."""
+    def _act_and_mul(self, gate_up: torch.Tensor, quant: InputQuant | None) -> LinearInput:
+        """The activation of a gated MLP: [T, 2I] -> [T, I], quantized if possible."""
         spec = self.spec
         if spec.activation == "swiglu_clamped":
             return swiglu_clamped(gate_up, spec.swiglu_limit, spec.swiglu_alpha)
         assert spec.activation != "xielu"
+        if quant is not None:
+            return act_and_mul_quantized(gate_up, spec.activation, quant)
         return act_and_mul(gate_up, spec.activation)
 
-    def _moe(self, x: torch.Tensor) -> torch.Tensor:
+    def _moe(self, x: LinearInput) -> torch.Tensor:
         """The outputs of each token's best experts, weighted by the router, and the shared one."""
         moe = self.spec.moe
-        assert moe is not None
+        assert moe is not None and isinstance(x, torch.Tensor)
         router = self.linears["mlp.router"]
         topk_weights, topk_ids = select_experts(
             router(x.to(router.weight.dtype)), moe, self.vectors.get("mlp.router.correction_bias")
@@ -525,11 +532,37 @@ class DecoderLayer:
 
     def _add_norm(
         self, residual: torch.Tensor, update: torch.Tensor | None, name: str
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The sum of the residual and the scaled update, and the sum after the norm `name`."""
-        return _add_norm(
-            self.spec, residual, update, self.norms.get(name), self.norm_biases.get(name)
+    ) -> tuple[torch.Tensor, LinearInput]:
+        """The sum of the residual and the scaled update, and the sum after the norm `name`.
+
+        The normalized sum is quantized if possible, where all that read it quantize it alike.
+        """
+        spec = self.spec
+        weight = self.norms.get(name)
+        bias = self.norm_biases.get(name)
+        quant = self._input_quant(name)
+        if quant is None:
+            return _add_norm(spec, residual, update, weight, bias)
+        return add_norm_quantized(
+            residual,
+            update,
+            spec.residual_multiplier,
+            weight,
+            bias,
+            spec.rms_norm_eps,
+            quant,
+            subtract_mean=spec.norm == "layer",
         )
+
+    def _input_quant(self, norm: str) -> InputQuant | None:
+        """How the linear layers that read a norm's output quantize it, if all do it alike."""
+        moe = self.spec.moe
+        names = ["attn.qkv", "attn.gate"] if norm == "attn_norm" else []
+        if norm == "mlp_norm" or self.spec.parallel_block:
+            if self.layer.is_moe and not (moe is not None and moe.parallel_mlp):
+                return None  # router and experts read it as it is
+            names += ["mlp.gate_up", "mlp.up"]
+        return common_input_quant([self.linears[name] for name in names if name in self.linears])
 
 
 class Decoder:
@@ -669,10 +702,10 @@ class Decoder:
         """The cosines and sines of a step, for every rotary embedding of the model."""
         return {name: rope(positions) for name, rope in self.ropes.items()}
 
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """[n, H] -> float32 [n, vocab]; a rank computes only its part of the vocabulary."""
+    def logits(self, hidden: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """[n, H] -> [n, vocab] of `dtype`; a rank computes only its part of the vocabulary."""
         spec = self.spec
-        logits = self.head(hidden).float()
+        logits = self.head(hidden).to(dtype)
         if spec.logit_scale != 1.0:
             logits = logits * spec.logit_scale
         softcap = spec.final_logit_softcapping

@@ -7,6 +7,7 @@ from dataclasses import replace
 import torch
 
 from llmkit.checkpoint.checkpoint import Checkpoint
+from llmkit.checkpoint.model_files import without_quantization
 from llmkit.checkpoint.quantized_formats import format_of
 from llmkit.checkpoint.safetensors_header import TensorInfo, byte_count
 from llmkit.common.errors import InputError
@@ -49,12 +50,9 @@ def dequantized_checkpoint(checkpoint: Checkpoint, spec: ModelSpec) -> Checkpoin
             "They would be copied as they are, without a config that describes them",
             "Quantize the checkpoint in 16 bits that it was made from",
         )
-    config = {
-        key: value for key, value in checkpoint.config.items() if key != "quantization_config"
-    }
     return replace(
         checkpoint,
-        config=config,
+        config=without_quantization(checkpoint.config),
         tensors=tensors,
         quantization=None,
         manifest=None,  # `_DequantizedRows` reads through the checkpoint, which verifies the bytes

@@ -21,12 +21,16 @@ from llmkit.kernels.activation_quant import (
 from llmkit.kernels.cpu import cpu_kernels
 from llmkit.kernels.cpu.cpu_kernels import PackedWeight
 from llmkit.kernels.cpu.cpu_linear import CpuLinear
+from llmkit.kernels.input_quant import InputQuant, LinearInput, QuantizedInput
 from llmkit.kernels.linear_kernel import LinearKernel
 from llmkit.kernels.mxfp4_linear import Mxfp4Linear
-from llmkit.kernels.quantized_linear import W8A8Linear, WeightOnlyLinear
-from llmkit.kernels.triton_support import tl
+from llmkit.kernels.quantized_linear import WeightOnlyLinear
+from llmkit.kernels.triton_support import device_capability, tl
+from llmkit.kernels.w8a8_linear import W8A8Linear, scales_rows
 
+MIN_CAPABILITY = (8, 0)  # of GPUs that the kernels of quantized weights run on
 MIN_FP8_CAPABILITY = (8, 9)  # of GPUs that multiply 8-bit floats
+QUANTIZING_KERNELS = (W8A8Linear, fp8_block_linear.Fp8BlockLinear)  # they quantize their inputs
 
 
 @dataclass(frozen=True)
@@ -57,7 +61,7 @@ class Linear(nn.Module):
 
     if TYPE_CHECKING:  # nn.Module's own returns Any
 
-        def __call__(self, x: torch.Tensor) -> torch.Tensor: ...
+        def __call__(self, x: LinearInput) -> torch.Tensor: ...
 
     def __init__(
         self,
@@ -69,6 +73,11 @@ class Linear(nn.Module):
         self.weight = weight
         self.bias = bias
         self.activation_quant = activation_quant
+
+    @property
+    def input_quant(self) -> InputQuant | None:
+        """How the kernel before may quantize the inputs; None: it must not."""
+        return None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: [..., in]. Returns [..., out]."""
@@ -92,11 +101,27 @@ class PackedLinear(Linear):
         super().__init__(torch.empty(shape, device="meta"), None, activation_quant)
         self.kernel = kernel
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """x: [..., in]. Returns [..., out]. Hooks do not run."""
+    @property
+    def input_quant(self) -> InputQuant | None:
+        """How the kernel quantizes its inputs; None if it takes them as they are."""
+        return self.kernel.input_quant if isinstance(self.kernel, QUANTIZING_KERNELS) else None
+
+    def __call__(self, x: LinearInput) -> torch.Tensor:
+        """x: [..., in], or as `input_quant` says. Returns [..., out]. Hooks do not run."""
+        if isinstance(x, QuantizedInput):
+            assert isinstance(self.kernel, QUANTIZING_KERNELS)
+            return self.kernel(x)
         if self.activation_quant is not None:
             x = self.activation_quant(x)
         return self.kernel(x)
+
+
+def common_input_quant(linears: Sequence[Linear]) -> InputQuant | None:
+    """How the inputs of several linear layers are quantized; None unless all do it alike."""
+    first = linears[0].input_quant if linears else None
+    if first is None or not all(first.is_same(linear.input_quant) for linear in linears[1:]):
+        return None
+    return first
 
 
 def serving_linear(
@@ -122,7 +147,7 @@ def serving_linear(
     if len(parts) == 1 and isinstance(parts[0], QuantizedWeight):
         weight = parts[0]
         if not on_cpu:
-            return PackedLinear(_gpu_kernel(weight, bias, activation_quant, device), shape)
+            return PackedLinear(_gpu_kernel(weight, bias, activation_quant, dtype, device), shape)
         is_w8a8 = weight.scheme.inputs == "token" and supports_w8a8(weight)
         if is_w8a8 and keeps_weights_packed():
             return PackedLinear(CpuLinear([pack_weight(weight)], bias, inputs="int8"), shape)
@@ -144,52 +169,80 @@ def keeps_weights_packed() -> bool:
 
 
 def gpu_capability(device: torch.device | str) -> tuple[int, int]:
-    """The compute capability of a CUDA device; (0, 0) without CUDA or without Triton."""
+    """The compute capability of a GPU; (0, 0) without one or without Triton."""
     if tl is None or not torch.cuda.is_available():
         return (0, 0)
-    return torch.cuda.get_device_capability(device)
+    return device_capability(device)
 
 
 def supported_on_gpu(
     scheme: Scheme, shape: tuple[int, ...], dtype: torch.dtype, capability: tuple[int, int]
 ) -> bool:
     """Whether a weight [out, in] stays quantized on a CUDA device, for inputs of `dtype`."""
+    return gpu_kernel_type(scheme, shape, dtype, capability) is not None
+
+
+def gpu_kernel_type(
+    scheme: Scheme, shape: tuple[int, ...], dtype: torch.dtype, capability: tuple[int, int]
+) -> type[LinearKernel] | None:
+    """The kernel of a quantized weight [out, in] on a GPU; None: the weight is dequantized."""
+    if capability < MIN_CAPABILITY:
+        return None
     if scheme.is_fp4:
-        return dtype.itemsize == 2 and capability >= (8, 0)
+        return Mxfp4Linear if dtype.itemsize == 2 else None
     if scheme.inputs == "group":
-        return scheme.group_size in fp8_block_linear.GROUP_SIZES and capability >= (8, 0)
+        fits = scheme.group_size in fp8_block_linear.GROUP_SIZES
+        return fp8_block_linear.Fp8BlockLinear if fits else None
+    if scheme.is_fp8:
+        aligned = all(size % 16 == 0 for size in shape) and dtype != torch.float32
+        if aligned and scheme.inputs != "none" and capability >= MIN_FP8_CAPABILITY:
+            return W8A8Linear
+        # Inputs keep their dtype.
+        return fp8_block_linear.Fp8BlockLinear if scheme.group_size == -1 else None
     if scheme.inputs == "none":
-        return scheme.kind == "int" and max(scheme.group_size, 0) % 32 == 0 and capability >= (8, 0)
-    if scheme.kind == "float":
-        aligned = all(size % 16 == 0 for size in shape)
-        return aligned and dtype != torch.float32 and capability >= MIN_FP8_CAPABILITY
+        return WeightOnlyLinear if max(scheme.group_size, 0) % 32 == 0 else None
     aligned = all(size % 8 == 0 for size in shape)
-    return aligned and scheme.inputs == "token" and capability >= (8, 0)
+    return W8A8Linear if aligned and scheme.inputs == "token" else None
 
 
 def _gpu_kernel(
     weight: QuantizedWeight,
     bias: torch.Tensor | None,
     activation_quant: ActivationQuant | None,
+    dtype: torch.dtype,
     device: torch.device | str,
 ) -> LinearKernel:
+    """The kernel that `gpu_kernel_type` names."""
     scheme = weight.scheme
-    if scheme.inputs == "group":
+    capability = gpu_capability(device)
+    kind = gpu_kernel_type(scheme, weight.shape, dtype, capability)
+    if kind is fp8_block_linear.Fp8BlockLinear:
+        group_size = scheme.group_size
+        scales = weight.scales
+        if group_size == -1:  # a row's scale is that of all its groups
+            group_size = max(fp8_block_linear.GROUP_SIZES)
+            scales = scales.expand(-1, -(-weight.shape[1] // group_size))
         return fp8_block_linear.Fp8BlockLinear(
             weight.q,
-            weight.scales,
-            scheme.group_size,
+            scales,
+            group_size,
             bias,
-            quantize_inputs=gpu_capability(device) >= MIN_FP8_CAPABILITY,
+            quantize_inputs=scheme.inputs == "group" and capability >= MIN_FP8_CAPABILITY,
         )
-    if scheme.is_fp4:
+    if kind is Mxfp4Linear:
         return Mxfp4Linear(weight.q, weight.scales, bias)
-    if activation_quant is None:
+    if kind is WeightOnlyLinear:
         return WeightOnlyLinear(
             weight.q, weight.scales, weight.zeros, scheme.bits, scheme.group_size, bias
         )
-    q = weight.q if scheme.kind == "float" else _as_int8(weight.q)
-    return W8A8Linear(q, weight.scales, bias, activation_quant.scale)
+    assert kind is W8A8Linear and activation_quant is not None
+    return W8A8Linear(
+        weight.q if scheme.kind == "float" else _as_int8(weight.q),
+        weight.scales,
+        bias,
+        activation_quant.scale,
+        row_scaling=scales_rows(capability, torch.__version__),
+    )
 
 
 def _merge_parts(

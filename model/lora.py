@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from llmkit.checkpoint.lora_files import AdapterFiles
+from llmkit.kernels.input_quant import InputQuant, LinearInput
 from llmkit.model.decoder import Decoder, DecoderLayer
 from llmkit.model.language_model import LanguageModel
 from llmkit.model.linear import Linear
@@ -23,10 +24,10 @@ from llmkit.model.spec import ModelSpec, RankSpec
 from llmkit.model.wrappers import checkpoint_name
 
 Rows = slice | torch.Tensor  # rows of a step: consecutive ones, or int64 [n]
+SLOT_RANK_STEP = 8  # tensor cores take multiples of 8
 
 
-@dataclass(frozen=True)
-class LoraWeights:
+class LoraWeights(NamedTuple):
     """What an adapter adds to a runtime linear: (x lora_a') lora_b'.
 
     A fused linear (QKV, gate_up) has an A and a B for each part; R is the sum of their ranks.
@@ -35,6 +36,11 @@ class LoraWeights:
     lora_a: torch.Tensor  # [R, in]
     # [out, R], scaled by alpha / r. It is 0 where row and column belong to different parts.
     lora_b: torch.Tensor
+
+    @property
+    def padded_rank(self) -> int:
+        """The rows of `lora_a` that a slot needs."""
+        return -(-len(self.lora_a) // SLOT_RANK_STEP) * SLOT_RANK_STEP
 
 
 def load_adapter(
@@ -123,21 +129,35 @@ class LoraManager:
     """The adapters of a model, which share its weights.
 
     Ids are never reused, so that results cached for one adapter are never used for another.
+
+    For CUDA graphs each adapter has a slot. Every linear has the adapters of all slots side by
+    side, and the rows of a step say which slot is theirs: a graph holds no ids.
     """
 
-    def __init__(self, model: LanguageModel) -> None:
+    def __init__(self, model: LanguageModel, uses_slots: bool = False) -> None:
+        """uses_slots: whether steps with adapters are captured as CUDA graphs."""
         self.adapter_ids: dict[str, int] = {}  # by name; ids begin at 1
         # The adapter ids of the current step and their rows; `activate` sets it.
         self.active_rows: list[tuple[int, Rows]] = []
         # The fallback has no layers that take adapters.
         self._layers = model.layers if isinstance(model, Decoder) else []
         self._last_id = 0
+        self._uses_slots = uses_slots
+        self._slots: dict[int, int] = {}  # by adapter id, from 0
+        self.num_slots = 0
+        # Increases when other memory or other linears hold the adapters: graphs are void then.
+        self.version = 0
+        # bool [T, slots, 1]: whether a row of the step has the adapter of a slot; `activate_slots`
+        # sets it.
+        self.rows_of_slots: torch.Tensor | None = None
+        self._slot_numbers = torch.empty(0, dtype=torch.int64)  # 1, 2, ... on the model's device
 
     def add(self, name: str, weights: dict[str, LoraWeights]) -> None:
         """Add an adapter under a free name. weights: as `load_adapter` returns them."""
         assert name not in self.adapter_ids, name
         self._last_id += 1
         self.adapter_ids[name] = self._last_id
+        slot = self._take_slot(weights)
         for runtime_module, lora in weights.items():
             _, index, module = runtime_module.split(".", 2)
             layer = self._layers[int(index)]
@@ -146,17 +166,84 @@ class LoraManager:
                 expert_layer = layer if ".experts." in module else None
                 linear = LinearWithLora(linear, self, expert_layer)
                 layer.linears[module] = linear
+                self.version += slot is not None
             linear.lora_weights[self._last_id] = lora
+            if slot is not None:
+                slots = linear.slots
+                if slots.rank < lora.padded_rank or slots.num_slots < self.num_slots:
+                    slots.grow(self.num_slots, max(slots.rank, lora.padded_rank), lora)
+                    self.version += 1
+                slots.store(slot, lora)
+                self._use_slots(linear)
 
     def remove(self, name: str) -> None:
         """Remove an adapter. Linears that no other adapter changes become plain again."""
         adapter_id = self.adapter_ids.pop(name)
+        slot = self._slots.pop(adapter_id, None)
         for layer in self._layers:
             for module, linear in layer.linears.items():
                 if isinstance(linear, LinearWithLora):
-                    linear.lora_weights.pop(adapter_id, None)
+                    removed = linear.lora_weights.pop(adapter_id, None)
+                    if removed is not None and slot is not None:
+                        linear.slots.clear(slot)
                     if not linear.lora_weights:
                         layer.linears[module] = linear.base
+                        self.version += slot is not None
+
+    @property
+    def has_slots(self) -> bool:
+        """Whether an adapter has a slot."""
+        return bool(self._slots)
+
+    def slot(self, adapter_id: int) -> int | None:
+        """What a row with this adapter has in `activate_slots`; None: no graph applies it."""
+        if not adapter_id:
+            return 0
+        slot = self._slots.get(adapter_id)
+        return None if slot is None else slot + 1
+
+    def _take_slot(self, weights: dict[str, LoraWeights]) -> int | None:
+        """The slot for a new adapter; None: it has none.
+
+        Those of experts have none, because the host sees which rows an expert computes.
+        """
+        if not self._uses_slots or any(".experts." in module for module in weights):
+            return None
+        taken = set(self._slots.values())
+        slot = next(slot for slot in range(len(taken) + 1) if slot not in taken)
+        self._slots[self._last_id] = slot
+        if slot >= self.num_slots:
+            self.num_slots = max(1, 2 * self.num_slots)
+            self.version += 1
+            device = next(iter(weights.values())).lora_a.device if weights else torch.device("cpu")
+            self._slot_numbers = torch.arange(1, self.num_slots + 1, device=device)
+            for layer in self._layers:
+                for linear in layer.linears.values():
+                    if isinstance(linear, LinearWithLora) and linear.slots.num_slots:
+                        example = next(iter(linear.lora_weights.values()))
+                        linear.slots.grow(self.num_slots, linear.slots.rank, example)
+                        self._use_slots(linear)
+        return slot
+
+    def _use_slots(self, linear: LinearWithLora) -> None:
+        """Have all steps read the adapters from their slots, so that there is no second copy."""
+        for adapter_id, lora in linear.lora_weights.items():
+            slot = self._slots.get(adapter_id)
+            if slot is not None:
+                linear.lora_weights[adapter_id] = linear.slots.views(slot, len(lora.lora_a))
+
+    @contextmanager
+    def activate_slots(self, slots: torch.Tensor) -> Iterator[None]:
+        """Apply adapters to the rows of a step that the model computes inside the block.
+
+        slots: int64 [T] on the model's device: `slot` of each row's adapter, 0 for none. A CUDA
+        graph of the block may be replayed after `slots` was overwritten, until `version` changes.
+        """
+        self.rows_of_slots = (slots[:, None] == self._slot_numbers)[..., None]
+        try:
+            yield
+        finally:
+            self.rows_of_slots = None
 
     @contextmanager
     def activate(
@@ -191,6 +278,58 @@ class LoraManager:
                 layer.has_lora_rows = False
 
 
+class LoraSlots:
+    """The adapters of a linear, one beside the other in one A and one B.
+
+    lora_a: [slots * rank, in]. lora_b: [out, slots * rank]. Unused rows and columns are 0.
+    """
+
+    def __init__(self) -> None:
+        self.num_slots = 0
+        self.rank = 0  # rows of `lora_a` that each slot has
+        self.lora_a = torch.empty(0)
+        self.lora_b = torch.empty(0)
+
+    def views(self, slot: int, rank: int) -> LoraWeights:
+        """The adapter of a slot."""
+        rows = slice(slot * self.rank, slot * self.rank + rank)
+        return LoraWeights(self.lora_a[rows], self.lora_b[:, rows])
+
+    def store(self, slot: int, lora: LoraWeights) -> None:
+        """Copy an adapter to its slot."""
+        views = self.views(slot, len(lora.lora_a))
+        views.lora_a.copy_(lora.lora_a)
+        views.lora_b.copy_(lora.lora_b)
+
+    def grow(self, num_slots: int, rank: int, like: LoraWeights) -> None:
+        """Move all adapters to memory for `num_slots` of them with up to `rank` rows each."""
+        a = like.lora_a.new_zeros(num_slots, rank, like.lora_a.shape[1])
+        b = like.lora_b.new_zeros(len(like.lora_b), num_slots, rank)
+        if self.num_slots:
+            a_before = self.lora_a.view(self.num_slots, self.rank, -1)
+            b_before = self.lora_b.view(-1, self.num_slots, self.rank)
+            a[: self.num_slots, : self.rank] = a_before
+            b[:, : self.num_slots, : self.rank] = b_before
+        self.lora_a = a.flatten(0, 1)
+        self.lora_b = b.flatten(1)
+        self.num_slots = num_slots
+        self.rank = rank
+
+    def clear(self, slot: int) -> None:
+        """Set an adapter to 0."""
+        rows = slice(slot * self.rank, (slot + 1) * self.rank)
+        self.lora_a[rows] = 0
+        self.lora_b[:, rows] = 0
+
+    def add_to(self, y: torch.Tensor, x: torch.Tensor, rows_of_slots: torch.Tensor) -> None:
+        """Add to y [T, out] what the adapter of each row adds for x [T, in].
+
+        rows_of_slots: bool [T, slots, 1].
+        """
+        of_slots = (x @ self.lora_a.T).view(len(x), self.num_slots, self.rank)
+        y.addmm_(of_slots.where(rows_of_slots, 0).flatten(1), self.lora_b.T)
+
+
 class LinearWithLora(Linear):
     """A linear layer with adapters. Each adapter is applied to its rows of the step.
 
@@ -206,14 +345,27 @@ class LinearWithLora(Linear):
         self.manager = manager
         self.expert_layer = expert_layer
         self.lora_weights: dict[int, LoraWeights] = {}  # by adapter id
+        self.slots = LoraSlots()
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x: [T, in]. Returns [T, out]."""
+    @property
+    def input_quant(self) -> InputQuant | None:
+        """That of `base`; None in a step with adapters, which read the inputs as they are."""
+        is_active = self.manager.active_rows or self.manager.rows_of_slots is not None
+        return None if is_active else self.base.input_quant
+
+    def forward(self, x: LinearInput) -> torch.Tensor:
+        """x: [T, in], or as `input_quant` says. Returns [T, out]."""
         y = self.base(x)
+        rows_of_slots = self.manager.rows_of_slots
+        if rows_of_slots is not None and self.slots.num_slots:
+            assert isinstance(x, torch.Tensor)
+            self.slots.add_to(y, x, rows_of_slots)
+            return y
         for adapter_id, rows in self.manager.active_rows:
             lora = self.lora_weights.get(adapter_id)
             if lora is None:
                 continue
+            assert isinstance(x, torch.Tensor)
             if self.expert_layer is not None:
                 rows = _positions_in(self.expert_layer.expert_rows, rows)
             if isinstance(rows, slice):

@@ -291,6 +291,11 @@ class ModelSpec:
         return num_bytes
 
     @property
+    def scales_logits(self) -> bool:
+        """Whether the outputs of the LM head are multiplied or capped."""
+        return self.logit_scale != 1.0 or self.final_logit_softcapping is not None
+
+    @property
     def sliding_windows(self) -> tuple[int | None, ...]:
         """The distinct sliding windows of the layers, in layer order.
 

@@ -12,6 +12,7 @@ from dataclasses import replace
 import torch
 
 from llmkit.checkpoint.checkpoint import Checkpoint
+from llmkit.checkpoint.model_files import without_quantization
 from llmkit.checkpoint.safetensors_header import TensorInfo
 from llmkit.model.checkpoint_tensors import checkpoint_tensors
 from llmkit.model.families import unstack_experts
@@ -44,10 +45,9 @@ def with_unstacked_experts(checkpoint: Checkpoint, spec: ModelSpec) -> Checkpoin
         for source, own in zip(row.sources, unstacked.sources, strict=True):
             tensors[own.name] = TensorInfo(own.name, dtypes[source.name], own.shape)
             experts[own.name] = row, source
-    config = {name: value for name, value in checkpoint.config.items() if "quantiz" not in name}
     return replace(
         checkpoint,
-        config=config,
+        config=without_quantization(checkpoint.config),
         tensors=tensors,
         quantization=None,
         manifest=None,  # `_UnstackedRows` reads through the checkpoint, which verifies the bytes

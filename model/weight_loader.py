@@ -10,7 +10,7 @@ import torch
 from llmkit.checkpoint.block_scales import realign_block_scales, realigned_scheme
 from llmkit.checkpoint.checkpoint import Checkpoint
 from llmkit.checkpoint.compressed_tensors import KV_CACHE_TYPES
-from llmkit.checkpoint.quantized_formats import format_of
+from llmkit.checkpoint.quantized_formats import INPUT_SCALES, format_of
 from llmkit.checkpoint.quantized_weight import QuantizationConfig, QuantizedWeight, Scheme
 from llmkit.checkpoint.tensor_reader import CHUNK_BYTES, row_chunks
 from llmkit.common.errors import InputError
@@ -309,7 +309,7 @@ def read_activation_quant(
     found: dict[str, ActivationQuant] = {}
     if quantization is not None:
         for name, tensor in kv_scales(parameter, quantization).items():
-            scale = checkpoint.read(tensor).float().to(device)
+            scale = checkpoint.read(tensor).float().reshape(1).to(device)
             found[name] = ActivationQuant(KV_CACHE_TYPES[quantization.kv], scale)
     schemes = {name: scheme_of(parameter, name, quantization) for name in parameter.source_names}
     # All sources read the same columns.
@@ -326,7 +326,7 @@ def read_activation_quant(
         found[parameter.module] = ActivationQuant(kind, group_size=group_size)
     elif granularity == "tensor":
         assert quantization is not None
-        suffix = "activation_scale" if quantization.format == "fp8" else "input_scale"
+        suffix = INPUT_SCALES[quantization.format]
         names = [packed_name(name, suffix) for name in parameter.source_names]
         scales = torch.cat([checkpoint.read(name).float().reshape(1) for name in names])
         found[parameter.module] = ActivationQuant(kind, scales.amax(dim=0, keepdim=True).to(device))

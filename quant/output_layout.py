@@ -9,6 +9,7 @@ import torch
 
 from llmkit.checkpoint.checkpoint import Checkpoint
 from llmkit.checkpoint.dtypes import DTYPE_NAMES, DTYPES
+from llmkit.checkpoint.model_files import without_quantization
 from llmkit.checkpoint.quantized_formats import format_of
 from llmkit.checkpoint.quantized_weight import QuantizationConfig
 from llmkit.checkpoint.safetensors_header import TensorInfo
@@ -89,7 +90,7 @@ def output_config(
     source: Checkpoint, quantization: QuantizationConfig | None, dtype: str
 ) -> dict[str, Any]:
     """The output's config.json: the source's, with the new dtype and quantization."""
-    config = {key: value for key, value in source.config.items() if key != "quantization_config"}
+    config = without_quantization(source.config)
     dtype_name = str(DTYPES[dtype]).removeprefix("torch.")
     dtype_keys = [key for key in ("dtype", "torch_dtype") if key in config] or ["torch_dtype"]
     config |= dict.fromkeys(dtype_keys, dtype_name)

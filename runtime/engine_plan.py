@@ -19,6 +19,8 @@ from llmkit.model.checkpoint_tensors import check_checkpoint
 from llmkit.model.device import resolve_device
 from llmkit.model.families import checkpoint_spec, require_native
 from llmkit.model.spec import ModelSpec
+from llmkit.runtime.engine.cuda_graphs import estimate_graph_bytes
+from llmkit.runtime.engine.draft_model import MAX_KNOWN_TOKENS
 from llmkit.runtime.engine.engine_options import EngineOptions
 from llmkit.runtime.memory_plan import (
     MemoryPlan,
@@ -33,6 +35,7 @@ from llmkit.shard.rank_part import rank_parts
 
 # Tokens of a step by default. A larger step is no faster on a CPU.
 DEFAULT_BATCHED_TOKENS = {"cuda": 8192, "cpu": 512}
+BLOCK_SIZE = 16  # tokens of a block of the KV cache
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -132,6 +135,24 @@ def plan_part(
     )
     if draft is not None:
         kv_bytes_per_token += checkpoint_spec(draft).kv_bytes_per_token(dtype.itemsize)
+    max_graph_tokens = options.max_cudagraph_capture_size
+    if device.type != "cuda" or offload.num_layers or spec.transformers is not None:
+        max_graph_tokens = 0
+    max_blocks = -(-(options.max_model_len or spec.max_position_embeddings) // BLOCK_SIZE)
+    graph_bytes = 0
+    planned = [(spec, 1 + options.speculate, max_num_batched_tokens)]
+    if draft is not None:
+        planned.append((checkpoint_spec(draft), MAX_KNOWN_TOKENS, 0))
+    for graph_spec, query_len, max_mixed_tokens in planned:
+        graph_bytes += estimate_graph_bytes(
+            graph_spec,
+            dtype,
+            options.max_num_seqs,
+            query_len,
+            max_graph_tokens,
+            max_blocks,
+            max_mixed_tokens,
+        )
     memory = plan_memory(
         spec,
         device.type,
@@ -142,6 +163,8 @@ def plan_part(
         max_model_len=options.max_model_len,
         max_num_seqs=options.max_num_seqs,
         kv_cache_memory=options.kv_cache_memory,
+        cuda_graph_bytes=graph_bytes,
+        block_size=BLOCK_SIZE,
     )
     return EnginePlan(device, dtype, kv_cache_dtype, max_num_batched_tokens, memory, offload)
 

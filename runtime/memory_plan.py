@@ -47,7 +47,8 @@ CPU_KV_CACHE_BYTES = 640 << 20
 # answer of a few sentences.
 MIN_CONTEXT_TOKENS = 512
 MEBIBYTE = 1 << 20
-# For each logit of a step while it is sampled: float32, its sorted copy and the int64 indices.
+# For each logit of a step while it is sampled. CPU: float32, its sorted copy and the int64 indices.
+# GPU: the model's dtype, float32, a copy for log probabilities, and the table for penalties.
 BYTES_PER_LOGIT = 16
 CGROUP = Path("/sys/fs/cgroup")
 UNLIMITED = 1 << 62
@@ -65,6 +66,7 @@ class MemoryPlan:
     block_size: int  # tokens
     max_model_len: int  # tokens of one request
     model_limit: int  # tokens of one request that the model itself allows
+    cuda_graph_bytes: int = 0
 
     @property
     def kv_cache_bytes(self) -> int:
@@ -82,6 +84,7 @@ class MemoryPlan:
             "free_bytes": self.free_bytes,
             "weight_bytes": self.weight_bytes,
             "workspace_bytes": self.workspace_bytes,
+            **({"cuda_graph_bytes": self.cuda_graph_bytes} if self.cuda_graph_bytes else {}),
             "kv_cache_bytes": self.kv_cache_bytes,
             "kv_blocks": self.num_blocks,
             "kv_block_tokens": self.block_size,
@@ -104,6 +107,7 @@ def plan_memory(
     max_model_len: int | None,
     max_num_seqs: int,
     kv_cache_memory: int | None,
+    cuda_graph_bytes: int = 0,
     block_size: int = 16,
 ) -> MemoryPlan:
     """Divide the free memory of a "cpu" or "cuda" device.
@@ -127,6 +131,13 @@ def plan_memory(
             f"{_exact(workspace_bytes)} of a step's workspace do not fit on {device}",
             f"The weights leave {_exact(free_bytes - weight_bytes)}",
             "Use a smaller --max-num-batched-tokens or --max-num-seqs",
+        )
+    left_bytes -= cuda_graph_bytes
+    if left_bytes < 0:
+        raise ShortageError(
+            f"{_exact(cuda_graph_bytes)} of CUDA graphs do not fit on {device}",
+            f"Weights and workspace leave {_exact(left_bytes + cuda_graph_bytes)}",
+            "Use a smaller --max-cudagraph-capture-size or --max-num-seqs",
         )
     if kv_cache_memory is not None and kv_cache_memory > left_bytes:
         raise ShortageError(
@@ -167,6 +178,7 @@ def plan_memory(
         block_size=block_size,
         max_model_len=request_tokens,
         model_limit=limit,
+        cuda_graph_bytes=cuda_graph_bytes,
     )
 
 

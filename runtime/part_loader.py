@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ from llmkit.checkpoint.checkpoint import Checkpoint
 from llmkit.checkpoint.tensor_reader import CHUNK_BYTES, NUM_READER_THREADS
 from llmkit.common.cpu_threads import choose_threads
 from llmkit.common.errors import InputError
+from llmkit.common.formatting import bytes_text
 from llmkit.common.options import CpuActivations
 from llmkit.kernels.cpu import cpu_kernels
 from llmkit.model.checkpoint_tensors import checkpoint_tensors
@@ -37,6 +39,7 @@ if TYPE_CHECKING:
     from llmkit.runtime.grammar_backend import GrammarBackend
 
 MIN_PREFILL_CHUNK = 256  # tokens of a prompt in a step while other prompts wait
+BAR_WIDTH = 30
 E = TypeVar("E", bound=Engine)
 
 
@@ -96,17 +99,42 @@ class LoadedPart:
             ),
             num_speculative_tokens=options.speculate,
             enforce_eager=bool(plan.offload.num_layers),
+            max_cudagraph_capture_size=options.max_cudagraph_capture_size,
         )
         with report.stage("KV cache"):
             engine = engine_class(self.model, config, eos_token_ids(self.checkpoint), self.draft)
             engine.compile_grammar = self._compile_grammar
-        if isinstance(engine.runner.graph_runner, CudaGraphRunner):
-            with report.stage("CUDA graphs"):
-                engine.runner.graph_runner.capture_common_sizes()
         for name, directory in options.adapters.items():
             with report.stage("adapters"):
                 engine.add_adapter(name, directory)
+        if isinstance(engine.runner.graph_runner, CudaGraphRunner):
+            with report.stage("CUDA graphs"):
+                self._capture_graphs(engine, report)
         return engine
+
+    def _capture_graphs(self, engine: Engine, report: StartupReport) -> None:
+        """Capture the CUDA graphs. Show how far it is on a terminal, and report what it took."""
+        runner = engine.runner.graph_runner
+        if not isinstance(runner, CudaGraphRunner) or self.plan.offload.num_layers:
+            return  # weights in host memory: reported already
+        if not runner.enabled:
+            reason = "the host sees which experts are chosen"
+            if engine.config.max_cudagraph_capture_size == 0:
+                reason = "--max-cudagraph-capture-size is 0"
+            report.fast_paths.append(f"CUDA graphs: off, {reason}")
+            return
+        start = time.perf_counter()
+        free_before, _ = torch.cuda.mem_get_info(self.plan.device)
+        rank = self.model.spec.rank
+        is_first_rank = rank is None or (rank.tp_rank, rank.first_layer) == (0, 0)
+        engine.runner.capture_graphs(
+            show_captured if is_first_rank and sys.stderr.isatty() else lambda *_: None
+        )
+        used = free_before - torch.cuda.mem_get_info(self.plan.device)[0]
+        report.fast_paths.append(
+            f"CUDA graphs: {runner.num_graphs}, for up to {max(runner.sizes[1], default=0)} "
+            f"requests, in {time.perf_counter() - start:.1f} s and {bytes_text(max(0, used))}"
+        )
 
     @cached_property
     def _grammar_backend(self) -> GrammarBackend:
@@ -118,6 +146,15 @@ class LoadedPart:
 
     def _compile_grammar(self, grammar: str) -> GrammarMatcher:
         return self._grammar_backend.compile(grammar)
+
+
+def show_captured(number: int, total: int) -> None:
+    """Write a progress bar to the terminal, and remove it at the end."""
+    done = BAR_WIDTH * number // total
+    bar = "#" * done + "." * (BAR_WIDTH - done)
+    line = f"CUDA graphs [{bar}] {number}/{total}"
+    sys.stderr.write(f"\r{line}" if number < total else f"\r{' ' * len(line)}\r")
+    sys.stderr.flush()
 
 
 def load_part(
@@ -181,6 +218,7 @@ def load_part(
             max_model_len=options.max_model_len,
             max_num_seqs=options.max_num_seqs,
             kv_cache_memory=options.kv_cache_memory,
+            cuda_graph_bytes=memory.cuda_graph_bytes,
         )
     return LoadedPart(checkpoint, options, model, draft, replace(plan, memory=memory))
 

@@ -1,15 +1,14 @@
-"""Throughput of llmkit beside other engines (the baselines) on the same device.
+"""Throughput of llmkit beside other engines (the baselines): the part `rivals` of `make gpu`.
 
-Every engine serves random weights in a real shape and gets the same requests, all at once.
-transformers' continuous batching is always measured, vLLM where it is installed, each with its own
-defaults, in its own process, and after a warm-up run. `make gpu` runs it as
-`python -m llmkit.bench.gpu.baselines`.
+Every engine serves random weights in a real shape and gets the same requests, all at once, each
+with its own defaults, in its own process, and after a warm-up run. For few requests, transformers
+runs with a static cache and `torch.compile(mode="reduce-overhead")`; for many, its continuous
+batching. vLLM is measured where it is installed.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import subprocess
 import sys
@@ -17,15 +16,16 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from llmkit.bench.gpu.decode_steps import BLOCK_SIZE, MODEL_CONFIGS, random_model
+from llmkit.bench.gpu.decode_steps import new_engine
+from llmkit.bench.gpu.figure_log import FigureLog, NotInstalledError, PartOptions, is_installed
+from llmkit.bench.gpu.model_shapes import MODEL_CONFIGS, random_model, tiny_config
 from llmkit.model.families import model_spec
-from llmkit.runtime.engine.engine import Engine
-from llmkit.runtime.engine.engine_config import EngineConfig
 from llmkit.runtime.engine.sampling_params import SamplingParams
 
 Prompts = list[list[int]]
@@ -56,35 +56,51 @@ def llmkit(work: Workload) -> Callable[[Prompts], int]:
     device = torch.device(work.device)
     max_model_len = work.prompt + work.output
     model = random_model(model_spec(work.config), torch.bfloat16, device)
-    config = EngineConfig(
-        max_model_len,
-        work.requests * -(-max_model_len // BLOCK_SIZE),
-        device,
-        model.dtype,
-        max_num_seqs=work.requests,
-        block_size=BLOCK_SIZE,
-        enable_prefix_caching=False,
-        async_scheduling=device.type == "cuda",
-    )
-    engine = Engine(model, config)
+    engine = new_engine(model, max_model_len, work.requests)
     sampling = SamplingParams(temperature=0.0, max_tokens=work.output, ignore_eos=True)
     return lambda prompts: sum(map(len, engine.generate(prompts, sampling)))
+
+
+def _transformers_model(work: Workload) -> Any:
+    # Imported only in the subprocess that measures it.
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model(**work.config)
+    load: Any = AutoModelForCausalLM.from_config
+    with torch.device(work.device):
+        return load(config, dtype=torch.bfloat16, attn_implementation="sdpa").eval()
+
+
+def transformers_static(work: Workload) -> Callable[[Prompts], int]:
+    """See `llmkit`. `generate` with a static cache and a compiled decode step."""
+    # Imported only in the subprocess that measures it.
+    from transformers import CompileConfig, GenerationConfig
+
+    model = _transformers_model(work)
+    generation = GenerationConfig(  # type: ignore[no-untyped-call]
+        max_new_tokens=work.output,
+        min_new_tokens=work.output,
+        do_sample=False,
+        eos_token_id=None,
+        pad_token_id=0,
+        cache_implementation="static",
+        compile_config=CompileConfig(mode="reduce-overhead"),
+    )
+
+    def run(prompts: Prompts) -> int:
+        ids = torch.tensor(prompts, device=work.device)
+        output = model.generate(ids, generation, attention_mask=torch.ones_like(ids))
+        return int((output.shape[1] - ids.shape[1]) * len(ids))
+
+    return run
 
 
 def transformers(work: Workload) -> Callable[[Prompts], int]:
     """See `llmkit`. It uses `generate_batch`, with SDPA or an installed flash attention."""
     # Imported only in the subprocess that measures it.
-    from transformers import (
-        AutoConfig,
-        AutoModelForCausalLM,
-        ContinuousBatchingConfig,
-        GenerationConfig,
-    )
+    from transformers import ContinuousBatchingConfig, GenerationConfig
 
-    config = AutoConfig.for_model(**work.config)
-    load: Any = AutoModelForCausalLM.from_config
-    with torch.device(work.device):
-        model = load(config, dtype=torch.bfloat16, attn_implementation="sdpa").eval()
+    model = _transformers_model(work)
     generation = GenerationConfig(  # type: ignore[no-untyped-call]
         max_new_tokens=work.output, do_sample=False, eos_token_id=-1, pad_token_id=0
     )
@@ -138,12 +154,47 @@ def vllm(work: Workload) -> Callable[[Prompts], int]:
 
 ENGINES: dict[str, Callable[[Workload], Callable[[Prompts], int]]] = {
     "llmkit": llmkit,
+    "transformers_static": transformers_static,
     "transformers": transformers,
     "vllm": vllm,
 }
+# The module that an engine needs.
+MODULES = {"transformers_static": "transformers", "transformers": "transformers", "vllm": "vllm"}
+# Engines that are measured for each number of requests.
+ENGINES_FOR = {
+    1: ("llmkit", "transformers_static", "vllm"),
+    16: ("llmkit", "transformers_static", "vllm"),
+    64: ("llmkit", "transformers", "vllm"),
+    256: ("llmkit", "vllm"),
+}
+MODELS = ("Qwen3-0.6B", "Llama-3.1-8B")
+PROMPT_TOKENS = 128
+OUTPUT_TOKENS = 256
+ENGINE_S = 60.0  # a guess of the time of one engine
 
 
-def measure(engine: str, work: Workload) -> dict[str, Any]:
+def measure(log: FigureLog, options: PartOptions) -> None:
+    """Measure every engine with every number of requests."""
+    prompt = 5 if options.is_tiny else PROMPT_TOKENS
+    output = 4 if options.is_tiny else OUTPUT_TOKENS
+    for model in MODELS[:1] if options.is_tiny else MODELS:
+        config = tiny_config(MODEL_CONFIGS[model]) if options.is_tiny else MODEL_CONFIGS[model]
+        for requests, engines in ENGINES_FOR.items():
+            if options.is_tiny and requests > 1:
+                continue
+            work = Workload(config, options.device.type, requests, prompt, output)
+            for engine in engines:
+                name = f"{model}, {requests} requests; {engine}"
+                run = partial(_measure_engine, log, model, engine, work)
+                log.measure("throughput", name, run, needs_s=1 if options.is_tiny else ENGINE_S)
+
+
+def _measure_engine(log: FigureLog, model: str, engine: str, work: Workload) -> dict[str, Any]:
+    found = measure_in_subprocess(engine, work, max(log.time_left_s, 1.0))
+    return {"model": model, "engine": engine, "requests": work.requests, **found}
+
+
+def measure_engine(engine: str, work: Workload) -> dict[str, Any]:
     """Output tokens per second of an engine in this process, and the seconds until it was warm."""
     start_s = time.perf_counter()
     run = ENGINES[engine](work)
@@ -158,75 +209,37 @@ def measure(engine: str, work: Workload) -> dict[str, Any]:
 
 
 def measure_in_subprocess(engine: str, work: Workload, timeout_s: float) -> dict[str, Any]:
-    """Run `measure` in a subprocess. Returns its result, or "skipped" or "failed" with a reason."""
-    if importlib.util.find_spec(engine) is None and engine != "llmkit":
-        return {"skipped": "it is not installed"}
-    module = [sys.executable, "-m", "llmkit.bench.gpu.baselines"]
-    command = [*module, "--one", engine, json.dumps(asdict(work))]
+    """Run `measure_engine` in a subprocess.
+
+    Raises NotInstalledError, and RuntimeError with the last line of its messages.
+    """
+    module = MODULES.get(engine)
+    if module is not None and not is_installed(module):
+        raise NotInstalledError(f"{module} is not installed")
+    command = [sys.executable, "-m", "llmkit.bench.gpu.baselines", engine, json.dumps(asdict(work))]
     try:
         process = subprocess.run(  # noqa: S603
             command, capture_output=True, text=True, timeout=timeout_s
         )
     except subprocess.TimeoutExpired:
-        return {"failed": f"it took more than {timeout_s:.0f} s"}
+        raise RuntimeError(f"it took more than {timeout_s:.0f} s") from None
     if process.returncode:
         sys.stderr.write(process.stderr[-4000:])
-        return {"failed": (process.stderr.strip().splitlines() or ["no error message"])[-1]}
+        raise RuntimeError((process.stderr.strip().splitlines() or ["no error message"])[-1])
     found: dict[str, Any] = json.loads(process.stdout.splitlines()[-1])
     return found
 
 
 def main() -> int:
-    """Measure the engines one after the other: a table on stderr, JSON on stdout."""
+    """Measure one engine in this process: JSON on stdout."""
     parser = argparse.ArgumentParser(
         prog="python -m llmkit.bench.gpu.baselines", description=main.__doc__
     )
-    models = ["Qwen3-0.6B", "Llama-3.1-8B"]
-    parser.add_argument(
-        "--models", nargs="+", default=models, choices=list(MODEL_CONFIGS), metavar="NAME"
-    )
-    parser.add_argument(
-        "--requests", nargs="+", type=int, default=[64], metavar="N", help="at once; default: 64"
-    )
-    parser.add_argument("--prompt", type=int, default=128, help="tokens (default: 128)")
-    parser.add_argument("--output", type=int, default=256, help="tokens (default: 256)")
-    parser.add_argument(
-        "--layers", type=int, help="number of layers, to try it on a CPU (default: all)"
-    )
-    parser.add_argument(
-        "--timeout",
-        type=float,
-        default=90,
-        help="seconds for each engine and workload (default: 90)",
-    )
-    parser.add_argument("--device", default="cuda", help="default: cuda")
-    parser.add_argument("--one", nargs=2, metavar=("ENGINE", "WORKLOAD"), help=argparse.SUPPRESS)
+    parser.add_argument("engine", choices=list(ENGINES))
+    parser.add_argument("workload", help="the fields of Workload, as JSON")
     arguments = parser.parse_args()
-    if arguments.one:
-        engine, work = arguments.one
-        sys.stdout.write(json.dumps(measure(engine, Workload(**json.loads(work)))) + "\n")
-        return 0
-    rows = []
-    for name in arguments.models:
-        layers = {"num_hidden_layers": arguments.layers} if arguments.layers else {}
-        for requests in arguments.requests:
-            work = Workload(
-                MODEL_CONFIGS[name] | layers,
-                arguments.device,
-                requests,
-                arguments.prompt,
-                arguments.output,
-            )
-            for engine in ENGINES:
-                found = measure_in_subprocess(engine, work, arguments.timeout)
-                rows.append({"model": name, "engine": engine, "requests": requests} | found)
-                if "output_tps" in found:
-                    figure = f"{found['output_tps']:10.0f} tokens/s"
-                else:
-                    figure = "; ".join(found.values())
-                sys.stderr.write(f"{name:14} {requests:4} requests  {engine:12} {figure}\n")
-    figures = {"prompt_tokens": arguments.prompt, "output_tokens": arguments.output, "rows": rows}
-    sys.stdout.write(json.dumps({"torch": torch.__version__} | figures, indent=1) + "\n")
+    work = Workload(**json.loads(arguments.workload))
+    sys.stdout.write(json.dumps(measure_engine(arguments.engine, work)) + "\n")
     return 0
 
 

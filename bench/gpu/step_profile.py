@@ -1,7 +1,8 @@
 """The time of a decode step and of a prefill step, by group of operators.
 
 `python -m llmkit.bench.gpu.step_profile MODEL` runs the engine, with its scheduler and sampling,
-under torch's profiler. Time outside all operators is reported as Python's.
+under torch's profiler. Time outside all operators is reported as Python's. With `--host` it
+measures the host's part of a step alone, without a model; see `host_profile`.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from llmkit.bench.gpu.host_profile import host_times
 from llmkit.kernels.cpu import cpu_kernels
 from llmkit.runtime.engine.engine import Engine
 from llmkit.runtime.engine.engine_options import EngineOptions
@@ -120,11 +122,19 @@ def make_busy_engine(
 
 
 def main() -> int:
-    """Profile decode steps and a prefill step: a table on stderr, JSON on stdout."""
+    """Profile decode steps and a prefill step: a table on stderr, JSON on stdout.
+
+    With --host, the host's part of decode steps, for which no model is needed.
+    """
     parser = argparse.ArgumentParser(
         prog="python -m llmkit.bench.gpu.step_profile", description=main.__doc__
     )
-    parser.add_argument("model")
+    parser.add_argument("model", nargs="?", help="not with --host")
+    parser.add_argument(
+        "--host",
+        action="store_true",
+        help="the thread CPU time of the host by phase, with a model that costs nothing",
+    )
     parser.add_argument("--dtype", default="auto", help="default: auto")
     parser.add_argument("--device", default="auto", help="default: auto")
     parser.add_argument(
@@ -134,6 +144,12 @@ def main() -> int:
         "--context", type=int, default=256, help="tokens of each prompt (default: 256)"
     )
     arguments = parser.parse_args()
+    if arguments.steps < 1 or (arguments.model is None) != arguments.host:
+        parser.error("expected a model or --host, and at least one step")
+    if arguments.host:
+        times = host_times(arguments.steps)
+        sys.stdout.write(json.dumps({"torch": torch.__version__, "steps": times}, indent=1) + "\n")
+        return 0
     context = arguments.context
     output = MAX_MODEL_LEN - arguments.context
     if min(arguments.steps, context) < 1 or output < 2 * arguments.steps + SPARE_TOKENS:

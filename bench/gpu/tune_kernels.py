@@ -1,32 +1,56 @@
-"""`llmkit doctor --tune MODEL`: measures configurations of Triton kernels for a model's shapes."""
+"""`llmkit doctor --tune MODEL`: measures configurations of Triton kernels for a model's shapes.
+
+The shapes are enough: no weights are read. It is also the part `tune` of `make gpu`.
+"""
 
 from __future__ import annotations
 
 import json
 import math
 import os
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.nn.functional import linear
 
-from llmkit.bench.gpu.decode_steps import BLOCK_SIZE, random_weight, time_ms
+from llmkit.bench.gpu.figure_log import FigureLog, NotInstalledError, PartOptions
+from llmkit.bench.gpu.model_shapes import (
+    BLOCK_SIZE,
+    MODEL_CONFIGS,
+    WEIGHT_SCHEMES,
+    random_weight,
+    tiny_config,
+)
+from llmkit.bench.gpu.timing import time_ms
 from llmkit.checkpoint.checkpoint import Checkpoint
+from llmkit.checkpoint.open_checkpoint import open_checkpoint
 from llmkit.checkpoint.quantized_weight import Scheme
-from llmkit.common.errors import ShortageError
+from llmkit.common.errors import InputError, ShortageError
 from llmkit.kernels import paged_attention, quantized_linear, triton_support, tuned_configs
-from llmkit.kernels.attention import paged_attention_reference
+from llmkit.kernels.activation_quant import fake_quantize_per_token
 from llmkit.kernels.attention_metadata import AttentionBatch
+from llmkit.kernels.attention_reference import paged_attention_reference
 from llmkit.kernels.kv_cache import KVCache
 from llmkit.kernels.quantized_linear import WeightOnlyLinear
 from llmkit.kernels.tuned_configs import Config, Shape, Tunable
+from llmkit.kernels.w8a8_linear import MIN_FP8_ROWS, W8A8Linear
 from llmkit.model.checkpoint_tensors import scheme_of
-from llmkit.model.families import checkpoint_spec
-from llmkit.model.linear import PackedLinear, serving_linear
+from llmkit.model.families import checkpoint_spec, model_spec
+from llmkit.model.linear import (
+    ActivationQuant,
+    PackedLinear,
+    gpu_capability,
+    serving_linear,
+    supported_on_gpu,
+)
 from llmkit.model.parameter_table import parameters
 from llmkit.model.spec import ModelSpec
 from llmkit.model.weight_loader import can_stay_packed
@@ -42,6 +66,15 @@ MAX_ERRORS = {
 }
 CACHE_BYTES = 256 << 20  # larger than the GPU's caches: writing it clears them
 Clock = Callable[[Callable[[], object]], float]  # milliseconds
+WeightShape = tuple[Scheme, tuple[int, int]]  # of a weight [out, in]
+TUNED_MODELS = ("Llama-3.1-8B", "Qwen3-0.6B")  # by `make gpu`
+COMPILE_SHARE = 0.4  # of the part's time, in which all cores compile
+TUNED_FILE = "tuned.json"
+
+
+def never() -> bool:
+    """A time that is not limited."""
+    return False
 
 
 @dataclass(frozen=True)
@@ -69,16 +102,19 @@ class ConfigSearch:
         expected: torch.Tensor,
         max_error: float,
         clock: Clock,
+        is_over: Callable[[], bool] = never,
     ) -> None:
         """run: launches the kernel. expected: its result in float32.
 
-        max_error: of a result, as a share of the largest expected value.
+        max_error: of a result, as a share of the largest expected value. is_over: says when to end
+        the search with the best configuration so far.
         """
         self.kernel = kernel
         self.run = run
         self.expected = expected
         self.max_error = max_error
         self.clock = clock
+        self.is_over = is_over
         # The kernel gives its class of shapes and its default when it asks for a configuration.
         self.shape: Shape = ()
         self.default: Config = ()
@@ -96,7 +132,7 @@ class ConfigSearch:
             candidates = [best]
             candidates += [(*best[:index], choice, *best[index + 1 :]) for choice in choices]
             for config in candidates:
-                if config not in self.times:
+                if config not in self.times and not (self.times and self.is_over()):
                     self.times[config] = self._measure(config)
             best = min(candidates, key=self._ms)
         return None if self._ms(best) == math.inf else self._ms(best)
@@ -167,12 +203,38 @@ def _count_spills(kernel: Tunable) -> Iterator[list[int]]:
         del tuned_configs.launch_observers[kernel.kernel]
 
 
+@dataclass(frozen=True)
+class TuningTarget:
+    """The shapes for which kernels are tuned."""
+
+    spec: ModelSpec
+    dtype: torch.dtype
+    weights: list[WeightShape]  # see `tuned_weights`
+
+    def problems(self) -> list[tuple[str, Problem]]:
+        """What is tuned, with a name for people."""
+        problems: list[tuple[str, Problem]] = [
+            (f"attention, {query_len} new tokens", partial(tune_attention, self.spec, query_len))
+            for query_len in (1, CONTEXT)
+        ]
+        for scheme, shape in self.weights:
+            kind = "FP8" if scheme.is_fp8 else f"{scheme.bits} bits, groups of {scheme.group_size}"
+            name = f"linear {list(shape)}, {kind}"
+            problems.append((name, partial(tune_weight, scheme, shape)))
+        return problems
+
+
+# Of tune_attention and tune_weight: dtype, device, clock and is_over.
+Problem = Callable[[torch.dtype, torch.device, Clock, Callable[[], bool]], "list[TuningResult]"]
+
+
 @torch.inference_mode()
-def tune(checkpoint: Checkpoint, report_progress: Callable[[str], None]) -> list[TuningResult]:
+def tune(model: str, report_progress: Callable[[str], None]) -> list[TuningResult]:
     """Find the best configurations for a model's linear layers and attention, and store them.
 
-    report_progress: gets a line before each problem. Raises ShortageError without a CUDA device or
-    Triton.
+    model: a checkpoint, a config.json, or a name in MODEL_CONFIGS. report_progress: gets a line
+    before each problem. Raises ShortageError without a CUDA device or Triton, InputError for a
+    config that is none.
     """
     if not torch.cuda.is_available() or triton_support.triton is None:
         raise ShortageError(
@@ -180,36 +242,178 @@ def tune(checkpoint: Checkpoint, report_progress: Callable[[str], None]) -> list
             "An NVIDIA GPU, its driver and triton",
         )
     device = torch.device("cuda", torch.cuda.current_device())
-    dtype = resolve_dtype("auto", checkpoint, device)
-    spec = checkpoint_spec(checkpoint)
-    cache_filler = torch.empty(CACHE_BYTES, dtype=torch.uint8, device=device)
-
-    def clock(run: Callable[[], object]) -> float:
-        return time_ms(run, device, 20, before=cache_filler.zero_)
-
+    target = tuning_target(model, device)
+    clock = gpu_clock(device)
     results: list[TuningResult] = []
-    for query_len in (1, CONTEXT):
-        report_progress(f"attention, {query_len} new tokens")
-        results += tune_attention(spec, query_len, dtype, device, clock)
-    for scheme, shape in weight_only_weights(checkpoint, spec, dtype, device):
-        report_progress(f"linear {list(shape)}, {scheme.bits} bits, groups of {scheme.group_size}")
-        layer = serving_linear([random_weight(shape, scheme, device)], None, None, dtype, device)
-        if isinstance(layer, PackedLinear) and isinstance(layer.kernel, WeightOnlyLinear):
-            results += tune_weight_only_linear(layer.kernel, shape[1], dtype, device, clock)
-    save_results(results, tuned_configs.user_file())
+    for name, problem in target.problems():
+        report_progress(name)
+        found = problem(target.dtype, device, clock, never)
+        save_results(found, tuned_configs.user_file())  # at once: an interrupt loses nothing
+        results += found
     return results
 
 
-def weight_only_weights(
+def tuning_target(model: str, device: torch.device) -> TuningTarget:
+    """The shapes of a checkpoint, of a config.json, or of a name in MODEL_CONFIGS."""
+    if model in MODEL_CONFIGS and not Path(model).exists():
+        return shapes_target(MODEL_CONFIGS[model])
+    if model.endswith(".json"):
+        try:
+            config = json.loads(Path(model).expanduser().read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise InputError(f"{model} is no config.json: {error}") from error
+        return shapes_target(config)
+    checkpoint = open_checkpoint(model)
+    dtype = resolve_dtype("auto", checkpoint, device)
+    spec = checkpoint_spec(checkpoint)
+    return TuningTarget(spec, dtype, tuned_weights(checkpoint, spec, dtype, device))
+
+
+def shapes_target(config: dict[str, Any], scheme: Scheme | None = None) -> TuningTarget:
+    """The shapes of a config.json in bfloat16, with weights in 4 bits by 128, and in FP8."""
+    spec = model_spec(config)
+    schemes = [scheme] if scheme else [WEIGHT_SCHEMES["int4"], WEIGHT_SCHEMES["fp8"]]
+    weights: dict[WeightShape, None] = {}
+    for one in schemes:
+        assert one is not None
+        for row in parameters(spec):
+            if row.is_linear and row.expert is None and row.shape[1] % max(one.group_size, 1) == 0:
+                weights[one, (row.shape[0], row.shape[1])] = None
+    return TuningTarget(spec, torch.bfloat16, list(weights))
+
+
+def gpu_clock(device: torch.device) -> Clock:
+    """Times launches whose operands are not in the L2 cache."""
+    cache_filler = torch.empty(CACHE_BYTES, dtype=torch.uint8, device=device)
+    return lambda run: time_ms(run, device, 20, before=cache_filler.zero_)
+
+
+def measure(log: FigureLog, options: PartOptions) -> None:
+    """Tune the shapes of TUNED_MODELS, as far as the time allows.
+
+    First all cores compile: otherwise one core would compile nearly all the time.
+    """
+    with torch.inference_mode():
+        _measure(log, options)
+
+
+def _measure(log: FigureLog, options: PartOptions) -> None:
+    device = options.device
+    on_gpu = device.type == "cuda" and triton_support.triton is not None
+    figures = [
+        (f"{model}, {name}", target.dtype, problem)
+        for model, target in _part_targets(options)
+        for name, problem in target.problems()
+    ]
+    if on_gpu and any(not log.has("tuned", name) for name, *_ in figures):
+        compile_with_all_cores(log, options, len(figures))
+    clock: Clock = gpu_clock(device) if on_gpu else lambda run: 1.0
+
+    def run_problem(dtype: torch.dtype, problem: Problem) -> dict[str, Any]:
+        if not on_gpu:
+            raise NotInstalledError("tuning needs a CUDA device and Triton")
+        results = problem(dtype, device, clock, lambda: log.time_left_s < 2)
+        for path in (options.results / TUNED_FILE, tuned_configs.user_file()):
+            save_results(results, path)
+        return {"entries": [asdict(result) for result in results]}
+
+    for name, dtype, problem in figures:
+        log.measure("tuned", name, partial(run_problem, dtype, problem), needs_s=3)
+
+
+def _part_targets(options: PartOptions) -> list[tuple[str, TuningTarget]]:
+    configs = {model: MODEL_CONFIGS[model] for model in TUNED_MODELS}
+    if options.is_tiny:
+        configs = {model: tiny_config(config) for model, config in configs.items()}
+    return [(model, shapes_target(config)) for model, config in configs.items()]
+
+
+def compile_with_all_cores(log: FigureLog, options: PartOptions, num_problems: int) -> None:
+    """Fill Triton's cache on disk with the configurations that the searches begin with."""
+    end_s = time.monotonic() + COMPILE_SHARE * log.time_left_s
+    workers = min(num_problems, max(1, len(os.sched_getaffinity(0)) - 1))
+    command = [sys.executable, "-m", "llmkit.bench.gpu.tune_kernels", str(options.results)]
+    processes = [
+        subprocess.Popen([*command, str(worker), str(workers)])  # noqa: S603
+        for worker in range(workers)
+    ]
+    try:
+        for process in processes:
+            while process.poll() is None and time.monotonic() < end_s:
+                log.heartbeat()
+                time.sleep(0.2)
+    finally:
+        for process in processes:
+            process.kill()
+
+
+@torch.inference_mode()
+def compile_problems(options: PartOptions, worker: int, workers: int) -> None:
+    """Compile the part's problems of one worker: searches in which every time is the same."""
+    problems = [
+        (target.dtype, problem)
+        for _, target in _part_targets(options)
+        for _, problem in target.problems()
+    ]
+    for dtype, problem in problems[worker::workers]:
+        problem(dtype, options.device, lambda run: 1.0, never)
+
+
+def tune_weight(
+    scheme: Scheme,
+    shape: tuple[int, int],
+    dtype: torch.dtype,
+    device: torch.device,
+    clock: Clock,
+    is_over: Callable[[], bool] = never,
+) -> list[TuningResult]:
+    """Tune the linear layer of a weight of this scheme and shape [out, in]."""
+    if not supported_on_gpu(scheme, shape, dtype, gpu_capability(device)):
+        return []
+    quant = None if scheme.inputs == "none" else ActivationQuant(scheme.kind)
+    layer = serving_linear([random_weight(shape, scheme, device)], None, quant, dtype, device)
+    assert isinstance(layer, PackedLinear)
+    if isinstance(layer.kernel, W8A8Linear):
+        return tune_fp8_rows(layer.kernel, dtype, device, clock, is_over)
+    assert isinstance(layer.kernel, WeightOnlyLinear)
+    return tune_weight_only_linear(layer.kernel, shape[1], dtype, device, clock, is_over)
+
+
+def tune_fp8_rows(
+    kernel: W8A8Linear,
+    dtype: torch.dtype,
+    device: torch.device,
+    clock: Clock,
+    is_over: Callable[[], bool] = never,
+) -> list[TuningResult]:
+    """Find whether few FP8 rows are padded. Products of 1 and of 16 rows are timed together."""
+    inputs = [torch.randn(rows, len(kernel.q), device=device).to(dtype) for rows in (1, 16)]
+    weight = (kernel.q.float() * kernel.scales).T
+    quantized = fake_quantize_per_token(torch.cat(inputs).float(), "float")
+    search = ConfigSearch(
+        MIN_FP8_ROWS,
+        lambda: torch.cat([kernel(x) for x in inputs]),
+        linear(quantized, weight),
+        MAX_ERRORS[dtype],
+        clock,
+        is_over,
+    )
+    return [] if search.search() is None else [search.result(device)]
+
+
+def tuned_weights(
     checkpoint: Checkpoint, spec: ModelSpec, dtype: torch.dtype, device: torch.device
-) -> list[tuple[Scheme, tuple[int, int]]]:
-    """The distinct schemes and shapes [out, in] of the weights that `WeightOnlyLinear` serves."""
+) -> list[WeightShape]:
+    """The distinct schemes and shapes [out, in] of the weights whose kernels are tuned.
+
+    These are the weights of `WeightOnlyLinear`, and those in FP8 with a scale for each row.
+    """
     weights: dict[tuple[Scheme, tuple[int, int]], None] = {}
     for row in parameters(spec):
         scheme = scheme_of(row, row.source_names[0], checkpoint.quantization)
         if (
             scheme
-            and scheme.inputs == "none"
+            and (scheme.inputs == "none" or (scheme.is_fp8 and scheme.inputs != "group"))
             and can_stay_packed(device, row, checkpoint.quantization, dtype)
         ):
             weights[scheme, (row.shape[0], row.shape[1])] = None
@@ -222,6 +426,7 @@ def tune_weight_only_linear(
     dtype: torch.dtype,
     device: torch.device,
     clock: Clock,
+    is_over: Callable[[], bool] = never,
 ) -> list[TuningResult]:
     """Find the best tile for each class of rows, and the largest class in which the kernel wins.
 
@@ -239,10 +444,17 @@ def tune_weight_only_linear(
 
     with _override_config(quantized_linear.FUSED_ROWS, keep_default):
         for index, rows in enumerate(ROWS):
+            if results and is_over():
+                break
             x = torch.randn(rows, in_features, device=device).to(dtype)
             expected = linear(x.float(), dense_weight)
             search = ConfigSearch(
-                quantized_linear.TILE, partial(kernel, x), expected, MAX_ERRORS[dtype], clock
+                quantized_linear.TILE,
+                partial(kernel, x),
+                expected,
+                MAX_ERRORS[dtype],
+                clock,
+                is_over,
             )
             ms = search.search()
             if ms is not None:
@@ -263,7 +475,12 @@ def tune_weight_only_linear(
 
 
 def tune_attention(
-    spec: ModelSpec, query_len: int, dtype: torch.dtype, device: torch.device, clock: Clock
+    spec: ModelSpec,
+    query_len: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    clock: Clock,
+    is_over: Callable[[], bool] = never,
 ) -> list[TuningResult]:
     """Tune decode steps (`query_len` 1), or prefill steps of one prompt of `query_len` tokens."""
     window = None if None in spec.sliding_windows else spec.sliding_windows[0]
@@ -299,6 +516,7 @@ def tune_attention(
         expected,
         MAX_ERRORS[dtype],
         clock,
+        is_over,
     )
     return [] if search.search() is None else [search.result(device)]
 
@@ -314,3 +532,15 @@ def save_results(results: Sequence[TuningResult], path: Path) -> None:
     partial_file.replace(path)
     tuned_configs.read_configs.cache_clear()
     tuned_configs.measured_config.cache_clear()
+
+
+def main() -> int:
+    """Compile, for `compile_with_all_cores`: the results' folder, this worker, all workers."""
+    results, worker, workers = sys.argv[1:]
+    options = PartOptions(torch.device("cuda"), Path(results))
+    compile_problems(options, int(worker), int(workers))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -17,7 +17,8 @@ from llmkit.kernels.cpu import cpu_kernels
 from llmkit.kernels.kv_cache import KVCache
 from llmkit.model.decoder import Decoder
 from llmkit.runtime.engine.sampling_tensors import SamplingTensors
-from llmkit.runtime.engine.static_batch import BlockTables, StaticDecodeBatch
+from llmkit.runtime.engine.slot_block_tables import BlockTables, SlotBlockTables
+from llmkit.runtime.engine.static_batch import StaticDecodeBatch
 
 # Rows times hidden size of a step that is replayed. In larger steps Python is a small part.
 MAX_HIDDEN_ELEMENTS = 1 << 15
@@ -59,9 +60,11 @@ class _TorchWatcher(TorchDispatchMode):
 class CpuGraph(StaticDecodeBatch):
     """The layers of a model for `num_rows` sequences with one new token each."""
 
-    def __init__(self, model: Decoder, num_rows: int, max_blocks: int, block_size: int) -> None:
+    def __init__(
+        self, model: Decoder, num_rows: int, block_tables: SlotBlockTables, block_size: int
+    ) -> None:
         padding_blocks = dict.fromkeys(model.spec.sliding_windows, 0)
-        super().__init__(num_rows, max_blocks, block_size, padding_blocks)
+        super().__init__(num_rows, block_tables, block_size, padding_blocks)
         self.input = torch.zeros(num_rows, model.spec.hidden_size)
         self.per_layer_inputs: torch.Tensor | None = None  # [rows, layers, P]
         if model.spec.per_layer_input_size:
@@ -110,6 +113,7 @@ class CpuGraphRunner:
     """
 
     samples_tokens = False  # `run` returns logits only
+    sampler = None
 
     def __init__(
         self,
@@ -117,12 +121,14 @@ class CpuGraphRunner:
         kv_caches: Sequence[KVCache],
         max_blocks: int,
         block_size: int,
+        max_num_seqs: int,
         enabled: bool = True,
     ) -> None:
         """max_blocks: blocks of the longest request."""
         self._model = model
         self._kv_caches = kv_caches
-        self._max_blocks = max_blocks
+        padding_blocks = dict.fromkeys(model.spec.sliding_windows, 0)
+        self._block_tables = SlotBlockTables(max_num_seqs, max_blocks, padding_blocks)
         self._block_size = block_size
         self._graphs: OrderedDict[int, CpuGraph] = OrderedDict()
         self._last_num_rows = 0  # sequences of the decode step before
@@ -156,6 +162,7 @@ class CpuGraphRunner:
         block_tables: BlockTables,
         sampling: SamplingTensors,
         num_sampled: Sequence[int],
+        slots: Sequence[int] | None = None,
     ) -> tuple[torch.Tensor, None]:
         """The logits [rows, V] after `token_ids` [rows].
 
@@ -165,8 +172,8 @@ class CpuGraphRunner:
         graph = self._graphs.get(num_rows)
         is_recorded = graph is not None
         if graph is None:
-            graph = CpuGraph(self._model, num_rows, self._max_blocks, self._block_size)
-        graph.fill(positions, seq_lens, block_tables)
+            graph = CpuGraph(self._model, num_rows, self._block_tables, self._block_size)
+        graph.fill(positions, seq_lens, block_tables, slots=slots)
         graph.embed(self._model, token_ids)
         if is_recorded:
             graph.replay()

@@ -1,14 +1,17 @@
 """Decode steps on a GPU as CUDA graphs, from token ids to sampled token ids.
 
 Launching the kernels of a small step one by one takes longer than running them. A graph has a fixed
-number of rows; a step with fewer sequences runs in the next larger graph, whose unused rows write
-to a padding block.
+number of sequences and of tokens for each; a smaller step runs in the next larger graph, whose
+unused rows write to a padding block. Steps that verify draft tokens have graphs of their own, and
+so have steps with adapters. All graphs are captured at the start, so that no step waits for one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Collection, Sequence
+from contextlib import nullcontext
+from itertools import accumulate
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -16,13 +19,25 @@ from llmkit.kernels.kv_cache import KVCache
 from llmkit.kernels.sampling_triton import sample
 from llmkit.kernels.triton_support import tl
 from llmkit.model.decoder import Decoder
-from llmkit.runtime.engine.sampling_tensors import SamplingTensors
-from llmkit.runtime.engine.static_batch import BlockTables, StaticDecodeBatch
+from llmkit.model.lora import LoraManager
+from llmkit.model.spec import ModelSpec
+from llmkit.runtime.engine.sampling_tensors import (
+    SamplingTensors,
+    num_packed_values,
+    packed_views,
+)
+from llmkit.runtime.engine.slot_block_tables import BlockTables, SlotBlockTables
+from llmkit.runtime.engine.static_batch import StaticDecodeBatch
 
 SMALL_SIZES = (1, 2, 4)  # rows of a graph; larger graphs have multiples of SIZE_STEP
 SIZE_STEP = 8
-# Graphs of up to this size are captured at the start, larger ones on first use.
-MAX_SIZE_AT_START = 32
+# Tokens of a step with prompts beside decodes. In larger steps, the host launches kernels in less
+# time than they run.
+MAX_MIXED_TOKENS = 512
+MIXED_SIZES = (16, *range(32, 256, 32), *range(256, MAX_MIXED_TOKENS, 64))
+# Memory of the driver for each kernel of a graph: estimated, not measured.
+BYTES_PER_KERNEL = 8 << 10
+KERNELS_PER_LAYER = 14
 Sampler = Callable[..., torch.Tensor]
 TRITON_SAMPLER: Sampler | None = None if tl is None else sample
 
@@ -64,12 +79,38 @@ class CudaGraph:
 Capture = Callable[[Callable[[], None]], Replayable]
 
 
-class DecodeGraph(StaticDecodeBatch):
-    """A decode step of `num_rows` sequences. Its results stay valid until the next step."""
+class GraphKey(NamedTuple):
+    """What a graph can run."""
 
-    logits: torch.Tensor  # float32 [rows, V]; hidden states before the last pipeline stage
-    # int64 [rows]: sampled token ids, or the most probable ones without a sampler; -1 where logits
-    # are not finite
+    num_rows: int  # sequences
+    max_query_len: int  # tokens of each: 1, or more to verify drafts
+    has_adapters: bool = False
+    # Prompts beside decodes: all sequences together have up to `max_query_len` tokens.
+    is_mixed: bool = False
+
+    @property
+    def num_tokens(self) -> int:
+        """The tokens of a step."""
+        return self.max_query_len * (1 if self.is_mixed else self.num_rows)
+
+    @property
+    def num_sampled(self) -> int:
+        """The tokens that are sampled from."""
+        return self.num_rows if self.is_mixed else self.num_tokens
+
+
+class DecodeGraph(StaticDecodeBatch):
+    """A decode step of `num_rows` sequences. Its results stay valid until the next step.
+
+    All tokens of a step are sampled from: they are the last known token and the drafts after it.
+    In a mixed step, with prompts beside decodes, it is the last token of each sequence.
+    """
+
+    # [sampled tokens, V], of `logits_dtype` with a sampler, else float32; hidden states before the
+    # last pipeline stage
+    logits: torch.Tensor
+    # int64 [sampled tokens]: sampled token ids, or the most probable ones without a sampler; -1
+    # where logits are not finite
     sampled_token_ids: torch.Tensor
 
     def __init__(
@@ -77,49 +118,75 @@ class DecodeGraph(StaticDecodeBatch):
         model: Decoder,
         kv_caches: Sequence[KVCache],
         num_rows: int,
-        max_blocks: int,
+        block_tables: SlotBlockTables,
         block_size: int,
         capture: Capture,
         sampler: Sampler | None = None,
         logits_buffer: torch.Tensor | None = None,
+        max_query_len: int = 1,
+        adapters: LoraManager | None = None,
+        is_mixed: bool = False,
     ) -> None:
-        """logits_buffer: float32 [rows or more, V], shared by all graphs; None: this graph has its
-        own logits.
+        """logits_buffer: [sampled tokens or more, V], shared by all graphs; None: this graph has
+        its own logits. max_query_len: the most tokens of a sequence; of a mixed step, those of all
+        sequences. adapters: those that the step applies.
         """
-        padding_blocks = {
-            layer.sliding_window: cache.kv.shape[1] - 1
-            for layer, cache in zip(model.spec.layers, kv_caches, strict=True)
-        }
+        key = GraphKey(num_rows, max_query_len, adapters is not None, is_mixed)
+        self._num_sampled = key.num_sampled
+        # After the sampling parameters: the rows of sampled tokens, or the adapters of tokens.
+        num_more = key.num_rows if is_mixed else key.num_tokens * key.has_adapters
+        padding_blocks = padding_blocks_of(model.spec, kv_caches)
         super().__init__(
             num_rows,
-            max_blocks,
+            block_tables,
             block_size,
             padding_blocks,
             model.device,
-            num_extra=_num_sampling_values(num_rows),
+            num_extra=num_packed_values(key.num_sampled) + num_more,
+            max_query_len=max_query_len,
+            max_num_tokens=key.num_tokens if is_mixed else None,
         )
+        self._is_mixed = is_mixed
         self._model = model
         self._kv_caches = kv_caches
         self._sampler = sampler
         self._logits_buffer = logits_buffer
-        self.token_ids = torch.zeros(num_rows, dtype=torch.int64, device=model.device)
+        self._adapters = adapters
+        self._host_sampling: SamplingTensors | None = None  # those in `host_extra`
+        _, integers = packed_views(self.host_extra, self._num_sampled)
+        self._host_counters = integers[2].numpy()
+        self.token_ids = torch.zeros(self.num_tokens, dtype=torch.int64, device=model.device)
         self.fill([], [], {window: [] for window in padding_blocks})
         self._captured = capture(self._forward)
 
     def _forward(self) -> None:
-        for window, blocks in self.block_tables.items():
-            self.batch.metadata(window).update_block_tables(blocks, self.seq_lens)
-        hidden = self._model(self.token_ids, self.positions, self.batch, self._kv_caches)
+        for window in self.padding_blocks:
+            metadata = self.batch.metadata(window)
+            metadata.update_block_tables(
+                self.block_tables.device_table(window),
+                self.seq_lens,
+                self.query_start_loc,
+                self.slots,
+            )
+        adapters = self._adapters
+        more = self.extra[num_packed_values(self._num_sampled) :]
+        with nullcontext() if adapters is None else adapters.activate_slots(more):
+            hidden = self._model(self.token_ids, self.positions, self.batch, self._kv_caches)
         if not self._model.spec.is_last_stage:
             self.logits = hidden
             self.sampled_token_ids = self.token_ids
             return
-        logits = self._model.logits(hidden)
+        if self._is_mixed:
+            hidden = hidden[more]
+        dtype = torch.float32
+        if self._sampler is not None:
+            dtype = logits_dtype(self._model.spec, self._model.dtype)
+        logits = self._model.logits(hidden, dtype)
         if self._logits_buffer is not None:
-            logits = self._logits_buffer[: self.num_rows].copy_(logits)
+            logits = self._logits_buffer[: self._num_sampled].copy_(logits)
         self.logits = logits
         if self._sampler is not None:
-            floats, integers = _sampling_views(self.extra, self.num_rows)
+            floats, integers = packed_views(self.extra, self._num_sampled)
             temperature, top_p, min_p = floats
             top_k, seeds, counters = integers
             self.sampled_token_ids = self._sampler(
@@ -131,19 +198,32 @@ class DecodeGraph(StaticDecodeBatch):
             self.sampled_token_ids = torch.where(is_finite, group.argmax(logits), -1)
 
     def fill_sampling(self, sampling: SamplingTensors, num_sampled: Sequence[int]) -> None:
-        """Write the sampling parameters of the next step.
+        """Write the sampling parameters of the next step, of each token.
 
         Call `fill` afterwards: it copies them to the device.
         """
-        self.host_extra.zero_()  # unused rows are greedy
-        floats, integers = _sampling_views(self.host_extra, self.num_rows)
         count = len(num_sampled)
-        floats[0][:count] = sampling.temperature
-        floats[1][:count] = sampling.top_p
-        floats[2][:count] = sampling.min_p
-        integers[0][:count] = sampling.top_k
-        integers[1][:count] = sampling.seeds
-        integers[2][:count] = torch.tensor(num_sampled)
+        if sampling is not self._host_sampling:  # most steps have those of the step before
+            self._host_sampling = sampling
+            floats, integers = packed_views(self.host_extra, self._num_sampled)
+            floats.zero_()  # unused rows are greedy
+            integers.zero_()
+            floats[0][:count] = sampling.temperature
+            floats[1][:count] = sampling.top_p
+            floats[2][:count] = sampling.min_p
+            integers[0][:count] = sampling.top_k
+            integers[1][:count] = sampling.seeds
+        self._host_counters[:count] = num_sampled
+
+    def fill_more(self, values: Sequence[int]) -> None:
+        """Write the adapter slot of each token (see `LoraManager.activate_slots`) or, for a mixed
+        step, the rows of the sampled tokens.
+
+        Call it after `fill_sampling` and before `fill`.
+        """
+        host = self.host_extra[num_packed_values(self._num_sampled) :]
+        host[: len(values)] = torch.tensor(values)
+        host[len(values) :] = 0
 
     def run(self, token_ids: torch.Tensor) -> None:
         """Compute `logits` and `sampled_token_ids`. Call `fill` before."""
@@ -152,7 +232,7 @@ class DecodeGraph(StaticDecodeBatch):
 
 
 class CudaGraphRunner:
-    """The CUDA graphs of a model, by size.
+    """The CUDA graphs of a model.
 
     The KV caches must have one block more than the scheduler allocates: the padding block.
     """
@@ -167,41 +247,94 @@ class CudaGraphRunner:
         capture: Capture = CudaGraph,
         sampler: Sampler | None = TRITON_SAMPLER,
         enabled: bool = True,
+        *,
+        max_query_len: int = 1,
+        max_capture_size: int | None = None,
+        max_mixed_tokens: int = 0,
+        adapters: LoraManager | None = None,
     ) -> None:
         """max_blocks: blocks of the longest request. sampler: used only when this rank has the
-        whole vocabulary.
+        whole vocabulary. max_query_len: tokens of a sequence in a step that verifies drafts.
+        max_capture_size: the most tokens of a graph; None: those of `max_num_seqs` sequences.
+        max_mixed_tokens: the most tokens of a step with prompts beside decodes; 0: they have no
+        graphs.
         """
         self._model = model
         self._kv_caches = kv_caches
         self._capture = capture
-        self._sampler = sampler if model.parallel_group.tp_size == 1 else None
-        self._max_blocks = max_blocks
+        # It samples in graphs, and in steps without them; None: the runner samples.
+        self.sampler = sampler if model.parallel_group.tp_size == 1 else None
+        self._block_tables = SlotBlockTables(
+            max_num_seqs, max_blocks, padding_blocks_of(model.spec, kv_caches), model.device
+        )
         self._block_size = block_size
-        self.samples_tokens = self._sampler is not None
-        small = [size for size in SMALL_SIZES if size < max_num_seqs]
-        self.sizes = [*small, *range(SIZE_STEP, max_num_seqs, SIZE_STEP), max_num_seqs]
-        self.graphs: dict[int, DecodeGraph] = {}  # by size
-        self._logits_buffer = None
-        if model.spec.is_last_stage:
-            shape = (max_num_seqs, model.spec.vocab_size)
-            self._logits_buffer = torch.empty(shape, device=model.device)
+        self._adapters = adapters
+        self._adapters_version = 0 if adapters is None else adapters.version
+        self._captures_all = False
+        self.samples_tokens = self.sampler is not None
+        self.max_query_len = max_query_len
+        # The numbers of sequences that graphs are captured for, by the tokens of each.
+        self.sizes = {
+            query_len: capture_sizes(max_num_seqs, query_len, max_capture_size)
+            for query_len in {1, max_query_len}
+        }
+        self._mixed_keys = mixed_keys(max_num_seqs, max_mixed_tokens, max_capture_size)
+        self.graphs: dict[GraphKey, DecodeGraph] = {}
         # Experts can be captured only when the host need not see which ones the router selects.
         moe_layers = [layer for layer in model.layers if layer.layer.is_moe]
         can_capture = all(layer.fused_experts is not None for layer in moe_layers)
-        self.enabled = enabled and can_capture
+        self.enabled = enabled and can_capture and any(self.sizes.values())
+        self._logits_buffer = None
+        if model.spec.is_last_stage and self.enabled:
+            num_tokens = max(key.num_sampled for key in self._keys())
+            shape = (num_tokens, model.spec.vocab_size)
+            dtype = torch.float32
+            if self.samples_tokens:
+                dtype = logits_dtype(model.spec, model.dtype)
+            self._logits_buffer = torch.empty(shape, device=model.device, dtype=dtype)
 
     @torch.inference_mode()
-    def capture_common_sizes(self) -> None:
-        """Capture the common sizes, the largest first, so that smaller ones reuse its memory."""
+    def capture_all(self, captured: Callable[[int, int], None] = lambda *_: None) -> None:
+        """Capture all graphs that are missing, the largest first: smaller ones reuse its memory.
+
+        captured: called with the number of graphs that exist and of those that will.
+        """
         if not self.enabled:
             return
-        for size in reversed(self.sizes):
-            if size <= MAX_SIZE_AT_START:
-                self._graph(size)
+        self._captures_all = True
+        keys = sorted(self._keys(), key=lambda key: key.num_tokens, reverse=True)
+        for number, key in enumerate(keys, start=1):
+            self._graph(key)
+            captured(number, len(keys))
 
-    def should_run(self, num_rows: int) -> bool:
-        """Whether `run` can run a decode step of this many sequences."""
-        return self.enabled and num_rows <= self.sizes[-1]
+    @property
+    def num_graphs(self) -> int:
+        """How many graphs there are."""
+        return len(self.graphs)
+
+    def update_adapters(self) -> None:
+        """Capture the graphs with adapters again if an adapter was added that they do not have."""
+        adapters = self._adapters
+        if adapters is None or adapters.version == self._adapters_version:
+            return
+        self._adapters_version = adapters.version
+        for key in [key for key in self.graphs if key.has_adapters]:
+            del self.graphs[key]
+        if self._captures_all:
+            self.capture_all()
+
+    def should_run(
+        self, num_rows: int, query_len: int = 1, adapter_ids: Collection[int] = ()
+    ) -> bool:
+        """Whether `run` can run a step of this many sequences.
+
+        query_len: the most tokens of a sequence. adapter_ids: those of the sequences.
+        """
+        adapters = self._adapters
+        for adapter_id in adapter_ids:
+            if adapter_id and (adapters is None or adapters.slot(adapter_id) is None):
+                return False
+        return self.enabled and self._size(num_rows, query_len) is not None
 
     def run(
         self,
@@ -211,41 +344,185 @@ class CudaGraphRunner:
         block_tables: BlockTables,
         sampling: SamplingTensors,
         num_sampled: Sequence[int],
+        query_lens: Sequence[int] | None = None,
+        adapter_ids: Sequence[int] = (),
+        slots: Sequence[int] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """One decode step: the logits [rows, V] and the sampled token ids [rows].
+        """One decode step: the logits [tokens, V] and the sampled token ids [tokens].
 
-        token_ids: int64 [rows], the last token of each sequence. seq_lens: tokens of each
-        sequence, that one included. num_sampled: output tokens before the one that is sampled.
+        token_ids: int64 [tokens], the last known token of each sequence and its drafts. seq_lens:
+        tokens of each sequence, those included. sampling, num_sampled: of each token; the output
+        tokens before the one that is sampled. query_lens: tokens of each sequence in this step;
+        None: one each. adapter_ids: the adapter of each token, 0 for none; (): no token has one.
+        slots: of each sequence, see `StaticDecodeBatch.fill`.
+        """
+        adapters = self._adapters if any(adapter_ids) else None
+        query_len = 1 if query_lens is None else max(query_lens)
+        size = self._size(len(seq_lens), query_len)
+        assert size is not None, "a step that should_run refuses"
+        width = 1 if query_len == 1 else self.max_query_len
+        graph = self._graph(GraphKey(size, width, adapters is not None))
+        graph.fill_sampling(sampling, num_sampled)
+        if adapters is not None:
+            slot_of = {id_: adapters.slot(id_) or 0 for id_ in set(adapter_ids)}
+            graph.fill_more([slot_of[adapter_id] for adapter_id in adapter_ids])
+        graph.fill(positions, seq_lens, block_tables, query_lens, slots)
+        graph.run(token_ids)
+        return graph.logits[: len(token_ids)], graph.sampled_token_ids[: len(token_ids)]
+
+    def should_run_mixed(self, num_rows: int, num_tokens: int) -> bool:
+        """Whether `run_mixed` can run a step of this many sequences and tokens."""
+        return self.enabled and self._mixed_key(num_rows, num_tokens) is not None
+
+    def run_mixed(
+        self,
+        token_ids: torch.Tensor,
+        positions: Sequence[int],
+        seq_lens: Sequence[int],
+        block_tables: BlockTables,
+        sampling: SamplingTensors,
+        num_sampled: Sequence[int],
+        query_lens: Sequence[int],
+        slots: Sequence[int] | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """A step with prompts beside decodes: logits [rows, V] and sampled token ids [rows].
+
+        token_ids: int64 [tokens], those of each sequence after those of the one before. sampling,
+        num_sampled: of each sequence, after whose last token is sampled. For the others see `run`.
         """
         num_rows = len(seq_lens)
-        graph = self._graph(next(size for size in self.sizes if size >= num_rows))
+        key = self._mixed_key(num_rows, len(token_ids))
+        assert key is not None, "a step that should_run_mixed refuses"
+        graph = self._graph(key)
         graph.fill_sampling(sampling, num_sampled)
-        graph.fill(positions, seq_lens, block_tables)
+        graph.fill_more([end - 1 for end in accumulate(query_lens)])
+        graph.fill(positions, seq_lens, block_tables, query_lens, slots)
         graph.run(token_ids)
         return graph.logits[:num_rows], graph.sampled_token_ids[:num_rows]
 
-    def _graph(self, size: int) -> DecodeGraph:
-        if size not in self.graphs:
-            self.graphs[size] = DecodeGraph(
+    def _mixed_key(self, num_rows: int, num_tokens: int) -> GraphKey | None:
+        """The smallest mixed graph for a step; None: there is none."""
+        for key in self._mixed_keys:
+            if key.num_tokens >= num_tokens and key.num_rows > num_rows:  # one row stays unused
+                return key
+        return None
+
+    def _keys(self) -> list[GraphKey]:
+        """All graphs that steps may need."""
+        has_adapters = self._adapters is not None and self._adapters.has_slots
+        return [
+            GraphKey(size, query_len, with_adapters)
+            for query_len, sizes in self.sizes.items()
+            for size in sizes
+            for with_adapters in ((False, True) if has_adapters else (False,))
+        ] + self._mixed_keys
+
+    def _size(self, num_rows: int, query_len: int) -> int | None:
+        """The smallest graph for this many sequences; None: there is none."""
+        if query_len > self.max_query_len:
+            return None
+        sizes = self.sizes[1 if query_len == 1 else self.max_query_len]
+        return next((size for size in sizes if size >= num_rows), None)
+
+    def _graph(self, key: GraphKey) -> DecodeGraph:
+        if key not in self.graphs:
+            self.graphs[key] = DecodeGraph(
                 self._model,
                 self._kv_caches,
-                size,
-                self._max_blocks,
+                key.num_rows,
+                self._block_tables,
                 self._block_size,
                 self._capture,
-                self._sampler,
+                self.sampler,
                 self._logits_buffer,
+                key.max_query_len,
+                self._adapters if key.has_adapters else None,
+                key.is_mixed,
             )
-        return self.graphs[size]
+        return self.graphs[key]
 
 
-def _num_sampling_values(num_rows: int) -> int:
-    """int64 values for three int64 and three float32 parameters of each row."""
-    return 3 * num_rows + -(-3 * num_rows // 2)
+def padding_blocks_of(spec: ModelSpec, kv_caches: Sequence[KVCache]) -> dict[int | None, int]:
+    """By attention window, the block that unused rows of a graph write to: the last one."""
+    return {
+        layer.sliding_window: cache.kv.shape[1] - 1
+        for layer, cache in zip(spec.layers, kv_caches, strict=True)
+    }
 
 
-def _sampling_views(values: torch.Tensor, num_rows: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Views of int64 values: float32 [3, rows] and int64 [3, rows]."""
-    integers = values[: 3 * num_rows].view(3, num_rows)
-    floats = values[3 * num_rows :].view(torch.float32)[: 3 * num_rows].view(3, num_rows)
-    return floats, integers
+def capture_sizes(
+    max_num_seqs: int, query_len: int = 1, max_capture_size: int | None = None
+) -> list[int]:
+    """The numbers of sequences that graphs are captured for: 1, 2, 4, 8, 16, 24 and so on.
+
+    query_len: tokens of each sequence. max_capture_size: the most tokens of a graph.
+    """
+    largest = max_num_seqs
+    if max_capture_size is not None:
+        largest = min(largest, max_capture_size // query_len)
+    if not largest:
+        return []
+    small = [size for size in SMALL_SIZES if size < largest]
+    return [*small, *range(SIZE_STEP, largest, SIZE_STEP), largest]
+
+
+def logits_dtype(spec: ModelSpec, dtype: torch.dtype) -> torch.dtype:
+    """The dtype of logits for the sampler: that of the LM head's outputs, if they are the logits.
+
+    The sampler reads 16-bit logits as they are. That halves their memory traffic, and a copy less.
+    """
+    return torch.float32 if spec.scales_logits else dtype
+
+
+def mixed_keys(
+    max_num_seqs: int, max_mixed_tokens: int, max_capture_size: int | None = None
+) -> list[GraphKey]:
+    """The graphs of steps with prompts beside decodes, the smallest first.
+
+    A row more than there can be sequences stays unused.
+    """
+    largest = min(max_mixed_tokens, MAX_MIXED_TOKENS)
+    if max_capture_size is not None:
+        largest = min(largest, max_capture_size)
+    sizes = [size for size in MIXED_SIZES if size < largest]
+    if largest:
+        sizes.append(largest)
+    return [GraphKey(min(size, max_num_seqs) + 1, size, is_mixed=True) for size in sizes]
+
+
+def estimate_graph_bytes(
+    spec: ModelSpec,
+    dtype: torch.dtype,
+    max_num_seqs: int,
+    max_query_len: int,
+    max_capture_size: int | None,
+    max_blocks: int,
+    max_mixed_tokens: int = 0,
+) -> int:
+    """Bytes on the device of all CUDA graphs of a model, the logits that they share included.
+
+    max_blocks: blocks of the longest request. Counted are logits, the activations of the largest
+    graph, whose memory the others use, too, the inputs of every graph, and the driver's memory.
+    """
+    sizes = {
+        query_len: capture_sizes(max_num_seqs, query_len, max_capture_size)
+        for query_len in {1, max_query_len}
+    }
+    mixed = mixed_keys(max_num_seqs, max_mixed_tokens, max_capture_size)
+    num_graphs = sum(map(len, sizes.values())) + len(mixed)
+    if not num_graphs:
+        return 0
+    num_tokens = max(size * query_len for query_len in sizes for size in sizes[query_len])
+    widest = max(spec.for_layer(i).intermediate_size for i in range(len(spec.layers)))
+    num_activations = max(num_tokens, *(key.num_tokens for key in mixed), 0)
+    activations = num_activations * (2 * spec.hidden_size + 3 * widest) * dtype.itemsize
+    # What the LM head computes, and the buffer; without a sampler in the graph, float32 is between.
+    itemsize = 2 * logits_dtype(spec, dtype).itemsize
+    if spec.rank is not None or itemsize > 2 * dtype.itemsize:
+        itemsize = dtype.itemsize + 4 + 4
+    logits = num_tokens * spec.vocab_size * itemsize
+    num_rows = sum(sum(of_len) for of_len in sizes.values()) + sum(key.num_rows for key in mixed)
+    # int32: those of all slots, and those of each graph's rows.
+    tables = (max_num_seqs + num_rows) * max_blocks * 4 * len(spec.sliding_windows)
+    kernels = num_graphs * (len(spec.layers) + 1) * KERNELS_PER_LAYER
+    return activations + logits + tables + kernels * BYTES_PER_KERNEL

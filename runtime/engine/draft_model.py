@@ -8,13 +8,22 @@ from itertools import accumulate
 import torch
 
 from llmkit.kernels.sampling import sample
+from llmkit.model.decoder import Decoder
 from llmkit.model.language_model import LanguageModel, new_kv_caches
+from llmkit.runtime.engine.cuda_graphs import CudaGraphRunner
 from llmkit.runtime.engine.engine_config import EngineConfig
+from llmkit.runtime.engine.no_graphs import NoGraphRunner
 from llmkit.runtime.engine.paged_model import PagedModel, Span, int64_tensor
-from llmkit.runtime.engine.sampling_tensors import SamplingTensorCache
+from llmkit.runtime.engine.sampling_tensors import (
+    SamplingTensorCache,
+    sampling_tensors_on_device,
+)
 from llmkit.runtime.engine.scheduler_output import ScheduledRequest, SchedulerOutput
 from llmkit.runtime.engine.sequence import Sequence
 
+# Known tokens of a sequence that the draft model computes in a step: the last one, and the last
+# draft token where all were accepted.
+MAX_KNOWN_TOKENS = 2
 PLACEHOLDER = 0  # the draft token that is scheduled before the draft model has run
 
 
@@ -28,11 +37,28 @@ class DraftModelProposer:
 
     def __init__(self, model: LanguageModel, config: EngineConfig) -> None:
         self._config = config
-        kv_caches = new_kv_caches(model, lambda _: config.num_blocks, config.block_size)
+        on_gpu = config.device.type == "cuda"
+        num_padding_blocks = int(on_gpu)  # unused rows of a CUDA graph write to it
+        kv_caches = new_kv_caches(
+            model, lambda _: config.num_blocks + num_padding_blocks, config.block_size
+        )
         full_attention = config.sliding_windows.index(None)
         table_of_window = dict.fromkeys(model.spec.sliding_windows, full_attention)
         self.paged_model = PagedModel(model, kv_caches, config, table_of_window)
         self._sampling_tensors = SamplingTensorCache()
+        self._graph_sampling_tensors = SamplingTensorCache()  # of all tokens of a graph's step
+        self.graph_runner: CudaGraphRunner | NoGraphRunner = NoGraphRunner()
+        if on_gpu and isinstance(model, Decoder):
+            self.graph_runner = CudaGraphRunner(
+                model,
+                kv_caches,
+                -(-config.max_model_len // config.block_size),
+                config.block_size,
+                config.max_num_seqs,
+                enabled=not config.enforce_eager,
+                max_query_len=MAX_KNOWN_TOKENS,
+                max_capture_size=config.max_cudagraph_capture_size,
+            )
 
     def propose(self, sequence: Sequence, max_tokens: int) -> list[int]:
         """See `DraftProposer.propose`; the tokens are placeholders."""
@@ -56,20 +82,20 @@ class DraftModelProposer:
             stop = request.stop - request.num_draft_tokens
             spans.append((sequence, start, stop))
             token_ids += sequence.token_ids[start:stop]
-        hidden = self._forward(spans, self._to_device(token_ids))
         span_ends = list(accumulate(stop - start for _, start, stop in spans))
 
         drafting: list[ScheduledRequest] = []  # requests with drafts left
-        rows: list[int] = []  # the row of each one's last token in `hidden`
+        rows: list[int] = []  # the row of each one's last token
         for request, end in zip(step.requests, span_ends, strict=True):
             if request.num_draft_tokens:
                 drafting.append(request)
                 rows.append(end - 1)
         rounds: list[torch.Tensor] = []  # the draft tokens of each round
+        draft_token_ids = self._compute(
+            self._to_device(token_ids), spans, step.requests, drafting, rows, 0
+        )
         while drafting:
             num_rounds = len(rounds)
-            logits = self.paged_model.model.logits(hidden[self._to_device(rows)])
-            draft_token_ids = self._sample(logits, drafting, num_rounds)
             rounds.append(draft_token_ids)
             left = [
                 index
@@ -83,14 +109,65 @@ class DraftModelProposer:
             for request in drafting:
                 position = request.stop - request.num_draft_tokens + num_rounds
                 spans.append((request.sequence, position, position + 1))
-            hidden = self._forward(spans, draft_token_ids[self._to_device(left)])
-            rows = list(range(len(spans)))
+            draft_token_ids = self._compute(
+                draft_token_ids[self._to_device(left)],
+                spans,
+                drafting,
+                drafting,
+                list(range(len(spans))),
+                num_rounds + 1,
+            )
         if not rounds:
             return None
         return torch.cat(rounds)[self._to_device(_order_by_request(step.requests))]
 
-    def _forward(self, spans: list[Span], token_ids: torch.Tensor) -> torch.Tensor:
-        return self.paged_model.forward(token_ids, self.paged_model.forward_inputs(spans))
+    def _compute(
+        self,
+        token_ids: torch.Tensor,
+        spans: list[Span],
+        requests: list[ScheduledRequest],
+        drafting: list[ScheduledRequest],
+        rows: list[int],
+        num_drafted: int,
+    ) -> torch.Tensor:
+        """Compute the spans of `requests`, and sample a draft token after each of `rows`.
+
+        token_ids: int64 [T] of all spans. drafting: the request of each row. num_drafted: the
+        drafts before. Returns int64 [rows].
+        """
+        inputs = self.paged_model.forward_inputs(spans)
+        model = self.paged_model.model
+        graph_runner = self.graph_runner
+        if not isinstance(graph_runner, CudaGraphRunner) or not graph_runner.should_run(
+            len(spans), max(inputs.query_lens)
+        ):
+            hidden = self.paged_model.forward(token_ids, inputs)
+            if not rows:
+                return token_ids[:0]
+            logits = model.logits(hidden[self._to_device(rows)])
+            return self._sample(logits, drafting, num_drafted)
+
+        of_tokens = [
+            request
+            for request, query_len in zip(requests, inputs.query_lens, strict=True)
+            for _ in range(query_len)
+        ]
+        sequences = [request.sequence for request in of_tokens]
+        logits, sampled = graph_runner.run(
+            token_ids,
+            inputs.positions,
+            inputs.seq_lens,
+            inputs.block_tables,
+            self._graph_sampling_tensors.get(sequences),
+            [request.num_sampled + num_drafted for request in of_tokens],
+            inputs.query_lens,
+            slots=inputs.slots,
+        )
+        chosen = self._to_device(rows)
+        if not graph_runner.samples_tokens:
+            return self._sample(logits[chosen].float(), drafting, num_drafted)
+        # -1, where logits are not finite, is no token; the large model does not accept another.
+        return sampled[chosen].clamp_min(0)
 
     def _sample(
         self, logits: torch.Tensor, requests: list[ScheduledRequest], num_drafted: int
@@ -100,7 +177,14 @@ class DraftModelProposer:
         The same random draws make both models agree more often.
         """
         sampling = self._sampling_tensors.get([request.sequence for request in requests])
-        counters = torch.tensor([request.num_sampled + num_drafted for request in requests])
+        num_sampled = [request.num_sampled + num_drafted for request in requests]
+        sampler = self.graph_runner.sampler
+        if sampler is not None:
+            device = self._config.device
+            arguments = sampling_tensors_on_device(sampling, num_sampled, device)
+            # -1, where logits are not finite, is no token; see `_compute`.
+            return sampler(logits, *arguments).clamp_min(0)
+        counters = torch.tensor(num_sampled)
         return sample(logits, *sampling, counters, self.paged_model.model.parallel_group)
 
     def _to_device(self, values: list[int]) -> torch.Tensor:

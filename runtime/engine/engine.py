@@ -127,6 +127,7 @@ class Engine:
                 raise
             raise ShortageError(f"there was not enough memory for the adapter {name!r}") from error
         self.runner.adapters.add(name, weights)
+        self.runner.update_adapter_graphs()
 
     def remove_adapter(self, name: str) -> None:
         """Unload an adapter.
@@ -141,6 +142,7 @@ class Engine:
                 "in_use", f"{users} running requests use the adapter {name!r}", "model"
             )
         self.runner.adapters.remove(name)
+        self.runner.update_adapter_graphs()
 
     def step(self) -> list[EngineOutput]:
         """Launch the next step and record the oldest one in flight.

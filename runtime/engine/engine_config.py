@@ -31,6 +31,8 @@ class EngineConfig:
     pipeline_parallel_size: int = 1  # stages, and the steps in flight; set by Engine
     num_speculative_tokens: int = 0  # draft tokens per sequence; not with async_scheduling
     enforce_eager: bool = False  # never replay decode steps from a graph
+    # The most tokens of a CUDA graph; None: those of max_num_seqs sequences, drafts included.
+    max_cudagraph_capture_size: int | None = None
 
     def num_blocks_for(self, window: int | None) -> int:
         """The number of KV cache blocks for the layers with this attention window."""

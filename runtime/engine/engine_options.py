@@ -94,6 +94,16 @@ class EngineOptions:
             panel=PERFORMANCE_PANEL,
         ),
     ] = None
+    max_cudagraph_capture_size: Annotated[
+        int | None,
+        Option(
+            "Most tokens of a step that runs as a CUDA graph; 0: none. Fewer shorten the start.",
+            metavar="N",
+            unset="those of --max-num-seqs requests",
+            check=within(0),
+            panel=PERFORMANCE_PANEL,
+        ),
+    ] = None
     threads: Annotated[int | None, THREADS] = None
     cpu_activations: Annotated[CpuActivations, CPU_ACTIVATIONS] = "auto"
     kv_cache_memory: Annotated[

@@ -15,8 +15,7 @@ class Logprobs(NamedTuple):
     top: list[tuple[int, float]]  # the most probable tokens and their logprobs, falling
 
 
-@dataclass(frozen=True)
-class EngineOutput:
+class EngineOutput(NamedTuple):
     """What one step did for one request. Plain data, which msgspec can encode."""
 
     request_id: str

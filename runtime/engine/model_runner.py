@@ -6,7 +6,7 @@ reads sequences and never changes them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import accumulate
@@ -24,10 +24,17 @@ from llmkit.runtime.engine.cuda_graphs import CudaGraphRunner
 from llmkit.runtime.engine.draft_model import DraftModelProposer
 from llmkit.runtime.engine.drafting import accepted_tokens
 from llmkit.runtime.engine.engine_config import EngineConfig
-from llmkit.runtime.engine.logits_processors import apply_logits_processors
+from llmkit.runtime.engine.logits_processors import (
+    TokenTables,
+    apply_logits_processors,
+)
 from llmkit.runtime.engine.no_graphs import NoGraphRunner
 from llmkit.runtime.engine.paged_model import ForwardInputs, PagedModel, int64_tensor
-from llmkit.runtime.engine.sampling_tensors import SamplingTensorCache, SamplingTensors
+from llmkit.runtime.engine.sampling_tensors import (
+    SamplingTensorCache,
+    SamplingTensors,
+    sampling_tensors_on_device,
+)
 from llmkit.runtime.engine.scheduler_output import (
     ModelRunnerOutput,
     ScheduledRequest,
@@ -51,17 +58,37 @@ MAX_SERIAL_LOGITS = 1 << 16
 
 
 @dataclass(frozen=True)
+class SampledRows:
+    """The sequences of a step's sampled rows, and what follows from them.
+
+    A sampled row is a position whose logits are sampled. Most steps have the same rows as the step
+    before and share this.
+    """
+
+    sequences: list[Sequence]
+    slots: list[int]
+    slots_on_device: torch.Tensor  # int64
+    sampling: SamplingTensors
+    is_greedy: bool  # no row is drawn
+    needs_logits_processors: bool
+    wants_logprobs: bool
+    wants_prompt_logprobs: bool
+    adapter_ids: list[int]
+    has_adapters: bool
+    has_pooling: bool
+
+
+@dataclass(frozen=True)
 class StepInputs:
-    """A step, ready for the model. A sampled row is a position whose logits are sampled."""
+    """A step, ready for the model."""
 
     step: SchedulerOutput
     token_ids: torch.Tensor  # int64 [T], on the device
     # The draft model's tokens for all requests, int64 on the device; None: there are none.
     draft_token_ids: torch.Tensor | None
     forward: ForwardInputs
-    sequences: list[Sequence]  # of each sampled row
+    rows: SampledRows
     num_sampled: list[int]  # of each sampled row: the output tokens before it
-    sampling: SamplingTensors  # of each sampled row
     use_graph: bool
     wants_prompt_logprobs: bool
 
@@ -70,7 +97,8 @@ class StepInputs:
 class StepResult:
     """What the model computes in a step."""
 
-    logits: torch.Tensor  # float32 [sampled rows, V]; hidden states before the last pipeline stage
+    # [sampled rows, V], float32 or the model's dtype; hidden states before the last pipeline stage
+    logits: torch.Tensor
     token_ids: torch.Tensor | None = None  # int64 [sampled rows], when a graph has sampled them
     prompt_logprobs: tuple[LogprobsTensors, ...] = ()
     embeddings: tuple[torch.Tensor, ...] = ()  # float32 [H] of each request that returns one
@@ -105,8 +133,10 @@ class InFlightStep:
         prompt_logprobs = None
         if self.logprobs is not None:
             prompt_logprobs, logprobs = split_logprobs(requests, self.logprobs)
-        returning = (r.sequence.request.request_id for r in requests if r.returns_embedding)
-        embeddings = dict(zip(returning, self.embeddings, strict=True))
+        embeddings: dict[str, torch.Tensor] = {}
+        if self.embeddings:
+            returning = (r.sequence.request.request_id for r in requests if r.returns_embedding)
+            embeddings = dict(zip(returning, self.embeddings, strict=True))
         return ModelRunnerOutput(
             token_ids=self._verified_token_ids(),
             logprobs=logprobs,
@@ -117,6 +147,8 @@ class InFlightStep:
     def _verified_token_ids(self) -> list[list[int]]:
         """For each request the accepted draft tokens and the token after them."""
         sampled = self.token_ids.tolist()
+        if len(sampled) == len(self.step.requests):  # no request has drafts
+            return [[token_id] for token_id in sampled]
         draft_model_token_ids = (
             None if self.draft_token_ids is None else self.draft_token_ids.tolist()
         )
@@ -150,9 +182,9 @@ class ModelRunner:
         self.config = config
         self.draft_model = draft_model
         self.eos_token_ids = eos_token_ids
-        self.adapters = LoraManager(model)
-
         on_gpu = config.device.type == "cuda"
+        self.adapters = LoraManager(model, uses_slots=on_gpu and not config.enforce_eager)
+
         num_padding_blocks = int(on_gpu)  # unused rows of a CUDA graph write to it
         kv_caches = new_kv_caches(
             model,
@@ -177,6 +209,10 @@ class ModelRunner:
                 config.block_size,
                 config.max_num_seqs,
                 enabled=not config.enforce_eager,
+                max_query_len=1 + config.num_speculative_tokens,
+                max_capture_size=config.max_cudagraph_capture_size,
+                max_mixed_tokens=config.max_num_batched_tokens,
+                adapters=self.adapters,
             )
         else:
             self.graph_runner = CpuGraphRunner(
@@ -184,6 +220,7 @@ class ModelRunner:
                 kv_caches,
                 max_blocks,
                 config.block_size,
+                config.max_num_seqs,
                 enabled=not config.enforce_eager,
             )
         self._graphs_enabled = True
@@ -196,6 +233,16 @@ class ModelRunner:
             and not any(layer.is_moe for layer in model.spec.layers)
         )
         self._sampling_tensors = SamplingTensorCache()
+        self._sampled_rows: SampledRows | None = None  # of the last step
+        # On the CPU, the host knows all tokens and changes few logits.
+        self._token_tables: TokenTables | None = None
+        if on_gpu and model.spec.is_last_stage:
+            self._token_tables = TokenTables(
+                config.max_num_seqs,
+                model.spec.vocab_size,
+                model.parallel_group.vocab_start,
+                config.device,
+            )
         # The last sampled token of each sequence, by slot; for async scheduling.
         self._last_token_ids = torch.zeros(
             config.max_num_seqs, dtype=torch.int64, device=config.device
@@ -222,21 +269,20 @@ class ModelRunner:
         """Run the draft model and collect token ids, block tables and sampling parameters."""
         requests = step.requests
         draft_token_ids = None if self.draft_model is None else self.draft_model.run(step)
-        token_ids = self._step_token_ids(requests)
+        rows = self._rows_of(requests)
+        token_ids = self._step_token_ids(requests, rows)
         if draft_token_ids is not None:
             token_ids[self._to_device(_draft_rows(requests))] = draft_token_ids
 
-        sequences: list[Sequence] = []
-        num_sampled: list[int] = []
-        for request in requests:
-            for row in range(request.num_sampled_rows):
-                sequences.append(request.sequence)
-                num_sampled.append(request.num_sampled + row)
-        wants_prompt_logprobs = any(num_prompt_logprobs(request) for request in requests)
-        is_plain_decode = (
-            not wants_prompt_logprobs
-            and len(token_ids) == len(requests)
-            and not any(_needs_eager_step(request) for request in requests)
+        num_sampled = [request.num_sampled for request in requests]
+        if len(rows.sequences) > len(requests):
+            num_sampled = [
+                request.num_sampled + row
+                for request in requests
+                for row in range(request.num_sampled_rows)
+            ]
+        wants_prompt_logprobs = rows.wants_prompt_logprobs and any(
+            num_prompt_logprobs(request) for request in requests
         )
         return StepInputs(
             step=step,
@@ -245,36 +291,47 @@ class ModelRunner:
             forward=self.paged_model.forward_inputs(
                 [(request.sequence, request.start, request.stop) for request in requests]
             ),
-            sequences=sequences,
+            rows=rows,
             num_sampled=num_sampled,
-            sampling=self._sampling_tensors.get(sequences),
             use_graph=(
-                is_plain_decode
-                and self._graphs_enabled
-                and self.graph_runner.should_run(len(requests))
+                not wants_prompt_logprobs and self._should_use_graph(requests, rows, len(token_ids))
             ),
             wants_prompt_logprobs=wants_prompt_logprobs,
         )
 
+    def _should_use_graph(
+        self, requests: list[ScheduledRequest], rows: SampledRows, num_tokens: int
+    ) -> bool:
+        """Whether a graph can run the step.
+
+        It is a decode or, on a GPU, the verification of drafts or few tokens of prompts.
+        """
+        if rows.has_pooling or not self._graphs_enabled:
+            return False
+        if num_tokens > len(rows.sequences):
+            has_drafts = len(rows.sequences) > len(requests)
+            if has_drafts or rows.has_adapters:
+                return False
+            if isinstance(self.graph_runner, CpuGraphRunner | NoGraphRunner):
+                return False
+            return self.graph_runner.should_run_mixed(len(requests), num_tokens)
+        if isinstance(self.graph_runner, CpuGraphRunner | NoGraphRunner):
+            is_plain_decode = len(rows.sequences) == len(requests) and not rows.has_adapters
+            return is_plain_decode and self.graph_runner.should_run(len(requests))
+        query_len = max(request.num_tokens for request in requests)
+        adapter_ids = set(rows.adapter_ids) if rows.has_adapters else ()
+        return self.graph_runner.should_run(len(requests), query_len, adapter_ids)
+
     def execute(self, inputs: StepInputs) -> StepResult:
         """Compute the logits of all sampled rows."""
-        has_adapters = any(request.sequence.adapter_id for request in inputs.step.requests)
-        if not self._is_compiled or has_adapters or inputs.wants_prompt_logprobs:
+        if not self._is_compiled or inputs.rows.has_adapters or inputs.wants_prompt_logprobs:
             return self._execute(inputs)
         with cpu_kernels.torch_on_one_thread():
             return self._execute(inputs)
 
     def _execute(self, inputs: StepInputs) -> StepResult:
         if inputs.use_graph:
-            logits, token_ids = self.graph_runner.run(
-                inputs.token_ids,
-                inputs.forward.positions,
-                inputs.forward.seq_lens,
-                inputs.forward.block_tables,
-                inputs.sampling,
-                inputs.num_sampled,
-            )
-            return StepResult(logits, token_ids)
+            return self._run_graph(inputs)
 
         requests = inputs.step.requests
         adapter_rows = [(request.sequence.adapter_id, request.num_tokens) for request in requests]
@@ -282,7 +339,7 @@ class ModelRunner:
             hidden = self.paged_model.forward(inputs.token_ids, inputs.forward)
         if not self.model.spec.is_last_stage:
             return StepResult(hidden)
-        embeddings = self._pool(requests, hidden)
+        embeddings = self._pool(requests, hidden) if inputs.rows.has_pooling else ()
         prompt_logprobs: list[LogprobsTensors] = []
         if inputs.wants_prompt_logprobs:
             prompt_logprobs = compute_prompt_logprobs(self.model, requests, hidden)
@@ -295,6 +352,37 @@ class ModelRunner:
             embeddings=embeddings,
         )
 
+    def _run_graph(self, inputs: StepInputs) -> StepResult:
+        forward = inputs.forward
+        for_all = (
+            inputs.token_ids,
+            forward.positions,
+            forward.seq_lens,
+            forward.block_tables,
+            inputs.rows.sampling,
+            inputs.num_sampled,
+        )
+        if isinstance(self.graph_runner, CpuGraphRunner | NoGraphRunner):
+            return StepResult(*self.graph_runner.run(*for_all, forward.slots))
+        query_lens = forward.query_lens
+        if len(inputs.token_ids) > len(inputs.rows.sequences):
+            mixed = self.graph_runner.run_mixed(*for_all, query_lens, forward.slots)
+            return StepResult(*mixed)
+        adapter_ids = inputs.rows.adapter_ids if inputs.rows.has_adapters else ()
+        return StepResult(*self.graph_runner.run(*for_all, query_lens, adapter_ids, forward.slots))
+
+    def capture_graphs(self, captured: Callable[[int, int], None] = lambda *_: None) -> None:
+        """Capture all CUDA graphs. captured: see `CudaGraphRunner.capture_all`."""
+        draft = None if self.draft_model is None else self.draft_model.graph_runner
+        for runner in (self.graph_runner, draft):
+            if runner is not None and not isinstance(runner, CpuGraphRunner | NoGraphRunner):
+                runner.capture_all(captured)
+
+    def update_adapter_graphs(self) -> None:
+        """Capture graphs for the adapters as they are now. Call it after they have changed."""
+        if not isinstance(self.graph_runner, CpuGraphRunner | NoGraphRunner):
+            self.graph_runner.update_adapters()
+
     def sample(
         self, inputs: StepInputs, result: StepResult
     ) -> tuple[torch.Tensor, LogprobsTensors | None]:
@@ -306,36 +394,18 @@ class ModelRunner:
         """
         logits = result.logits
         group = self.model.parallel_group
-        needs_processors = any(
-            sequence.grammar_matcher is not None
-            or sequence.request.sampling_params.needs_logits_processors
-            for sequence in inputs.sequences
-        )
-        is_greedy = not any(
-            sequence.request.sampling_params.temperature for sequence in inputs.sequences
-        )
-        logprob_rows = sampled_logprob_rows(inputs.step.requests)
+        rows = inputs.rows
+        logprob_rows: list[int] = []
+        if rows.wants_logprobs:
+            logprob_rows = sampled_logprob_rows(inputs.step.requests)
         # Logprobs come from the unchanged logits; the processors change logits in place.
-        raw_logits = logits[self._to_device(logprob_rows)] if logprob_rows else logits
+        raw_logits = logits[self._to_device(logprob_rows)].float() if logprob_rows else logits
 
-        graph_samples = is_greedy or self.graph_runner.samples_tokens
-        if result.token_ids is not None and graph_samples and not needs_processors:
+        graph_samples = rows.is_greedy or self.graph_runner.samples_tokens
+        if result.token_ids is not None and graph_samples and not rows.needs_logits_processors:
             token_ids = result.token_ids
         else:
-            is_finite = group.rows_finite(logits)
-            if needs_processors:
-                apply_logits_processors(
-                    logits,
-                    inputs.sequences,
-                    inputs.num_sampled,
-                    group.vocab_start,
-                    self.eos_token_ids,
-                )
-            counters = torch.tensor(inputs.num_sampled)
-            is_small = logits.numel() <= MAX_SERIAL_LOGITS
-            with cpu_kernels.torch_on_one_thread() if is_small else nullcontext():
-                token_ids = sample(logits, *inputs.sampling, counters, group)
-            token_ids = torch.where(is_finite, token_ids, -1)
+            token_ids = self._sample_eagerly(inputs, logits)
 
         tables = list(result.prompt_logprobs)
         if logprob_rows:
@@ -344,9 +414,52 @@ class ModelRunner:
             table = gather_logprobs(raw_logits, sampled, num_alternatives, group)
             tables.append(LogprobsTensors(*table))
         if self.config.async_scheduling:
-            slots = self._to_device([sequence.slot for sequence in inputs.sequences])
-            self._last_token_ids[slots] = token_ids
+            self._last_token_ids[rows.slots_on_device] = token_ids
         return token_ids, concatenate(tables)
+
+    def _sample_eagerly(self, inputs: StepInputs, logits: torch.Tensor) -> torch.Tensor:
+        """Sample after changes to the logits [rows, V], which may be made in place."""
+        rows = inputs.rows
+        group = self.model.parallel_group
+        sampler = self.graph_runner.sampler
+        if sampler is not None and not rows.needs_logits_processors:
+            arguments = sampling_tensors_on_device(
+                rows.sampling, inputs.num_sampled, self.config.device
+            )
+            return sampler(logits, *arguments)
+        logits = logits.float()  # a graph may leave them in the model's dtype
+        is_finite = group.rows_finite(logits)
+        if rows.needs_logits_processors and self._token_tables is not None:
+            samples = [
+                request.samples_next_token
+                for request in inputs.step.requests
+                for _ in range(request.num_sampled_rows)
+            ]
+            self._token_tables.apply(
+                logits, rows.sequences, inputs.num_sampled, samples, self.eos_token_ids
+            )
+        elif rows.needs_logits_processors:
+            apply_logits_processors(
+                logits,
+                rows.sequences,
+                inputs.num_sampled,
+                group.vocab_start,
+                self.eos_token_ids,
+            )
+        if sampler is not None:
+            arguments = sampling_tensors_on_device(
+                rows.sampling, inputs.num_sampled, self.config.device
+            )
+            token_ids = sampler(logits, *arguments)
+        else:
+            counters = torch.tensor(inputs.num_sampled)
+            is_small = logits.numel() <= MAX_SERIAL_LOGITS
+            with cpu_kernels.torch_on_one_thread() if is_small else nullcontext():
+                token_ids = sample(logits, *rows.sampling, counters, group)
+        token_ids = torch.where(is_finite, token_ids, -1)
+        if rows.needs_logits_processors and self._token_tables is not None:
+            self._token_tables.count(token_ids)
+        return token_ids
 
     def zero_blocks(self, blocks: list[list[int]]) -> None:
         """Zero blocks of each block table in all KV caches."""
@@ -363,33 +476,63 @@ class ModelRunner:
         finally:
             self._graphs_enabled = True
 
-    def _step_token_ids(self, requests: list[ScheduledRequest]) -> torch.Tensor:
+    def _rows_of(self, requests: list[ScheduledRequest]) -> SampledRows:
+        """The sampled rows of a step; those of the last step where they are the same."""
+        sequences = [request.sequence for request in requests]
+        if any(request.num_draft_tokens for request in requests):
+            sequences = [
+                request.sequence for request in requests for _ in range(request.num_sampled_rows)
+            ]
+        slots = [sequence.slot for sequence in sequences]
+        last = self._sampled_rows
+        # Sequences are compared by identity. A preempted one may have come back in another slot.
+        if last is not None and sequences == last.sequences and slots == last.slots:
+            return last
+        params = [sequence.request.sampling_params for sequence in sequences]
+        adapter_ids = [sequence.adapter_id for sequence in sequences]
+        self._sampled_rows = SampledRows(
+            sequences=sequences,
+            slots=slots,
+            slots_on_device=self._to_device(slots),
+            sampling=self._sampling_tensors.get(sequences),
+            is_greedy=not any(p.temperature for p in params),
+            needs_logits_processors=any(p.needs_logits_processors for p in params)
+            or any(sequence.grammar_matcher is not None for sequence in sequences),
+            wants_logprobs=any(p.logprobs is not None for p in params),
+            wants_prompt_logprobs=any(p.prompt_logprobs is not None for p in params),
+            adapter_ids=adapter_ids,
+            has_adapters=any(adapter_ids),
+            has_pooling=any(sequence.request.pooling for sequence in sequences),
+        )
+        return self._sampled_rows
+
+    def _step_token_ids(self, requests: list[ScheduledRequest], rows: SampledRows) -> torch.Tensor:
         """The token ids of a step, on the device.
 
-        Token ids that the host does not know yet come from the device's table of last tokens.
+        Token ids that the host does not know yet come from the device's table of last tokens. -1
+        will end its sequence once the host sees it; until then it counts as token 0.
         """
+        if not any(request.token_ids for request in requests):
+            return self._last_token_ids[rows.slots_on_device].clamp_min(0)
         token_ids: list[int] = []
-        rows: list[int] = []
+        unknown: list[int] = []  # the places in the step of tokens that the host does not know
         slots: list[int] = []
         for request in requests:
             token_ids += request.token_ids
             if len(request.token_ids) < request.num_tokens:
-                rows.append(len(token_ids))
+                unknown.append(len(token_ids))
                 slots.append(request.sequence.slot)
                 token_ids.append(0)
         on_device = self._to_device(token_ids)
-        if rows:
-            # -1 will end its sequence once the host sees it; until then it counts as token 0.
+        if unknown:
             last = self._last_token_ids[self._to_device(slots)]
-            on_device[self._to_device(rows)] = last.clamp_min(0)
+            on_device[self._to_device(unknown)] = last.clamp_min(0)
         return on_device
 
     def _pool(
         self, requests: list[ScheduledRequest], hidden: torch.Tensor
     ) -> tuple[torch.Tensor, ...]:
         """Pool the hidden states [T, H] of a step; return the embeddings that are complete."""
-        if not any(request.sequence.request.pooling for request in requests):
-            return ()
         embeddings = []
         of_requests = hidden.split([request.num_tokens for request in requests])
         for request, rows in zip(requests, of_requests, strict=True):
@@ -409,7 +552,7 @@ class ModelRunner:
         """Start receiving the results of a step from the last pipeline stage."""
         requests = inputs.step.requests
         hidden_size = self.model.spec.hidden_size
-        token_ids = torch.zeros(len(inputs.sequences), dtype=torch.int64)
+        token_ids = torch.zeros(len(inputs.rows.sequences), dtype=torch.int64)
         logprobs = empty_logprobs(requests)
         embeddings = tuple(torch.zeros(hidden_size) for r in requests if r.returns_embedding)
         tensors = [token_ids, *(logprobs or ()), *embeddings]
@@ -440,11 +583,6 @@ class ModelRunner:
 
     def _to_device(self, values: list[int]) -> torch.Tensor:
         return int64_tensor(values, self.config.device)
-
-
-def _needs_eager_step(request: ScheduledRequest) -> bool:
-    """Whether a step with this request cannot be replayed from a graph."""
-    return bool(request.sequence.adapter_id or request.sequence.request.pooling)
 
 
 def _sampled_rows(requests: list[ScheduledRequest]) -> list[int]:

@@ -9,6 +9,7 @@ class NoGraphRunner:
     """Runs no step: every step runs operator by operator."""
 
     samples_tokens = False
+    sampler = None
 
     def should_run(self, num_rows: int) -> bool:
         """Whether `run` shall run a decode step of this many sequences."""

@@ -6,15 +6,16 @@ from collections.abc import Mapping
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
-from llmkit.kernels.attention_metadata import AttentionBatch
+from llmkit.kernels.attention_metadata import AttentionBatch, BlockTable, Int64Array
 from llmkit.kernels.device_copy import to_device
 from llmkit.kernels.kv_cache import KVCache
 from llmkit.model.language_model import LanguageModel
 from llmkit.runtime.engine.engine_config import EngineConfig
 from llmkit.runtime.engine.sequence import Sequence
-from llmkit.runtime.engine.static_batch import BlockTables
+from llmkit.runtime.engine.slot_block_tables import BlockTables, SlotBlockTables
 
 Span = tuple[Sequence, int, int]  # the positions [start, stop) of a sequence
 
@@ -27,6 +28,7 @@ class ForwardInputs:
     seq_lens: list[int]  # tokens of each sequence up to the end of its span
     positions: list[int]  # of all tokens, for the rotary embeddings
     block_tables: BlockTables
+    slots: list[int]  # of each sequence
 
 
 class PagedModel:
@@ -46,12 +48,21 @@ class PagedModel:
         self.kv_caches = kv_caches
         self._config = config
         self._table_of_window = table_of_window
+        self._slot_tables = SlotBlockTables(
+            config.max_num_seqs,
+            -(-config.max_model_len // config.block_size),
+            dict.fromkeys(table_of_window, 0),
+        )
+        # Whether a request can be so long that its positions have an offset.
+        self._has_rope_offsets = model.spec.rope_offset(config.max_model_len) != 0
 
     def forward_inputs(self, spans: SequenceOf[Span]) -> ForwardInputs:
         """The inputs for these spans."""
         positions: list[int] = []
         for sequence, start, stop in spans:
-            offset = self.model.spec.rope_offset(sequence.max_num_tokens)
+            offset = 0
+            if self._has_rope_offsets:
+                offset = self.model.spec.rope_offset(sequence.max_num_tokens)
             positions += range(start + offset, stop + offset)
         return ForwardInputs(
             query_lens=[stop - start for _, start, stop in spans],
@@ -61,14 +72,21 @@ class PagedModel:
                 window: [sequence.block_tables[table] for sequence, _, _ in spans]
                 for window, table in self._table_of_window.items()
             },
+            slots=[sequence.slot for sequence, _, _ in spans],
         )
 
     def forward(self, token_ids: torch.Tensor, inputs: ForwardInputs) -> torch.Tensor:
         """The hidden states [T, H] after `token_ids` int64 [T], which are on the device."""
-        batch = AttentionBatch.build(
-            inputs.query_lens,
-            inputs.seq_lens,
-            inputs.block_tables,
+        tables = self._slot_tables
+        tables.update(inputs.slots, inputs.block_tables)
+        starts = np.array(inputs.slots, dtype=np.int64) * tables.width
+        batch = AttentionBatch(
+            np.array(inputs.query_lens, dtype=np.int64),
+            np.array(inputs.seq_lens, dtype=np.int64),
+            {
+                window: BlockTable(tables.rows(window), starts, _sizes(rows))
+                for window, rows in inputs.block_tables.items()
+            },
             self._config.block_size,
             self._config.device,
         )
@@ -84,6 +102,11 @@ class PagedModel:
         """
         for layer, cache in zip(self.model.spec.layers, self.kv_caches, strict=True):
             cache.clear(blocks[self._table_of_window[layer.sliding_window]])
+
+
+def _sizes(rows: SequenceOf[SequenceOf[int]]) -> Int64Array:
+    """The length of each row."""
+    return np.array([len(row) for row in rows], dtype=np.int64)
 
 
 def int64_tensor(values: list[int], device: torch.device) -> torch.Tensor:

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 
+from llmkit.kernels.device_copy import to_device
 from llmkit.runtime.engine.sampling_params import SamplingParams
 from llmkit.runtime.engine.sequence import Sequence
 
@@ -22,6 +23,40 @@ class SamplingTensors(NamedTuple):
     top_p: torch.Tensor  # float32
     min_p: torch.Tensor  # float32
     seeds: torch.Tensor  # int64
+
+
+def num_packed_values(num_rows: int) -> int:
+    """int64 values for three int64 and three float32 parameters of each row."""
+    return 3 * num_rows + -(-3 * num_rows // 2)
+
+
+def packed_views(values: torch.Tensor, num_rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Views of the first int64 values: float32 [3, rows] and int64 [3, rows].
+
+    They are temperature, top_p and min_p; and top_k, seeds and counters.
+    """
+    integers = values[: 3 * num_rows].view(3, num_rows)
+    floats = values[3 * num_rows :].view(torch.float32)[: 3 * num_rows].view(3, num_rows)
+    return floats, integers
+
+
+def sampling_tensors_on_device(
+    sampling: SamplingTensors, num_sampled: SequenceOf[int], device: torch.device
+) -> tuple[torch.Tensor, ...]:
+    """Parameters and counters for `kernels.sampling_triton.sample`, after one copy to the device.
+
+    num_sampled: of each row, the output tokens before the one that is sampled.
+    """
+    num_rows = len(num_sampled)
+    host = torch.empty(num_packed_values(num_rows), dtype=torch.int64)
+    host[-1] = 0  # half of it may be unused
+    floats, integers = packed_views(host, num_rows)
+    torch.stack((sampling.temperature, sampling.top_p, sampling.min_p), out=floats)
+    torch.stack((sampling.top_k, sampling.seeds, torch.tensor(num_sampled)), out=integers)
+    floats, integers = packed_views(to_device(host, device), num_rows)
+    temperature, top_p, min_p = floats
+    top_k, seeds, counters = integers
+    return temperature, top_k, top_p, min_p, seeds, counters
 
 
 class SamplingTensorCache:

@@ -51,6 +51,8 @@ class Scheduler:
         # Unused blocks of each pool that hold values that are not finite; see take_blocks_to_zero.
         self._blocks_to_zero: list[list[int]] = [[] for _ in self.pools]
         self._draft_proposer = draft_proposer
+        self._device_counts_tokens = str(config.device).startswith("cuda")
+        self._has_sliding_window = any(window is not None for window in config.sliding_windows)
         self._free_slots = list(range(config.max_num_seqs))
         self._sequences: dict[str, Sequence] = {}  # waiting and running ones, by request id
         self._num_arrivals = 0
@@ -82,6 +84,11 @@ class Scheduler:
                 f"{sequence.max_num_tokens} together; at most {limit} fit",
                 "prompt" if num_prompt_tokens >= limit else "max_tokens",
             )
+        params = sequence.request.sampling_params
+        sequence.end_token_ids = frozenset(params.stop_token_ids)
+        if not params.ignore_eos:
+            sequence.end_token_ids |= self.eos_token_ids
+        sequence.waits_for_last_token = self._waits_for_token(sequence)
         sequence.arrival = self._num_arrivals
         self._num_arrivals += 1
         self._sequences[sequence.request.request_id] = sequence
@@ -105,8 +112,9 @@ class Scheduler:
 
     def schedule(self) -> SchedulerOutput:
         """Choose the tokens of the next step, and allocate KV cache blocks for them."""
-        for sequence in self.running:
-            self._free_out_of_window(sequence)
+        if self._has_sliding_window:
+            for sequence in self.running:
+                self._free_out_of_window(sequence)
         preempted = self._allocate_decode_blocks()
         requests = self._schedule_tokens(admit=not preempted)
         # Without a request, all running prompts wait for blocks that the others hold.
@@ -124,21 +132,30 @@ class Scheduler:
         for index, request in enumerate(step.requests):
             sequence = request.sequence
             token_ids = output.token_ids[index]
-            sequence.num_in_flight -= request.samples_next_token
+            if request.samples_next_token:
+                sequence.num_in_flight -= 1
             if output.prompt_logprobs is not None:
                 logprobs = output.prompt_logprobs[index]
                 stop = request.start + len(logprobs)
                 sequence.prompt_logprobs[request.start : stop] = logprobs
             if sequence.is_finished:  # cancelled, or ended by a step before
                 continue
-            self._update_computed_tokens(request, token_ids)
-            is_finite = token_ids[-1] >= 0
-            if not request.samples_next_token and is_finite:
+            if request.num_draft_tokens:
+                self._update_computed_tokens(request, token_ids)
+            else:
+                sequence.num_draft_computed_tokens = request.start + request.num_tokens
+            if request.samples_next_token:
+                if len(sequence.token_ids) == sequence.num_prompt_tokens:
+                    self.num_prompt_tokens += sequence.num_prompt_tokens
+            elif token_ids[-1] >= 0:
                 continue
-            if request.samples_next_token and len(sequence.token_ids) == sequence.num_prompt_tokens:
-                self.num_prompt_tokens += sequence.num_prompt_tokens
+            if sequence.is_plain and len(token_ids) == 1 and token_ids[0] >= 0:
+                outputs.append(self._append_plain_token(sequence, token_ids))
+                continue
             sampled_logprobs = [] if output.logprobs is None else output.logprobs[index]
-            embedding = output.embeddings.get(sequence.request.request_id)
+            embedding = None
+            if output.embeddings:
+                embedding = output.embeddings.get(sequence.request.request_id)
             outputs.append(self._append_tokens(sequence, token_ids, sampled_logprobs, embedding))
         return outputs
 
@@ -156,7 +173,14 @@ class Scheduler:
             if sequence is not largest and not sequence.is_finished:
                 self._preempt(sequence)
         self._finish(largest)
-        return self._make_output(largest, [], "error", message)
+        return EngineOutput(
+            request_id=largest.request.request_id,
+            token_ids=[],
+            finish_reason="error",
+            error=message,
+            prompt_tokens=largest.num_prompt_tokens,
+            cached_tokens=largest.num_cached_tokens or 0,
+        )
 
     def take_blocks_to_zero(self) -> list[list[int]] | None:
         """The blocks of each pool that the runner must zero before the next allocation; or None."""
@@ -169,20 +193,36 @@ class Scheduler:
     # Recording a step
 
     def _update_computed_tokens(self, request: ScheduledRequest, token_ids: list[int]) -> None:
-        """Correct the counts once the draft tokens are verified.
+        """Correct the counts once the draft tokens of a request are verified.
 
         Rejected draft tokens are not computed tokens: later tokens overwrite their KV cache slots.
         """
         sequence = request.sequence
         num_drafts = request.num_draft_tokens
-        if num_drafts:
-            self.num_draft_tokens += num_drafts
-            self.num_accepted_tokens += len(token_ids) - 1
-            sequence.num_computed_tokens = request.start + len(token_ids)
+        num_accepted = len(token_ids) - 1
+        self.num_draft_tokens += num_drafts
+        self.num_accepted_tokens += num_accepted
+        sequence.num_computed_tokens = request.start + len(token_ids)
         # The draft model has computed every known token and every draft token except the last.
         num_known = request.stop - num_drafts
-        num_accepted = len(token_ids) - 1
-        sequence.num_draft_computed_tokens = num_known + min(max(0, num_drafts - 1), num_accepted)
+        sequence.num_draft_computed_tokens = num_known + min(num_drafts - 1, num_accepted)
+
+    def _append_plain_token(self, sequence: Sequence, token_ids: list[int]) -> EngineOutput:
+        """What `_append_tokens` does for a token of a plain sequence: the most frequent case."""
+        sequence.token_ids.append(token_ids[0])
+        self.num_generation_tokens += 1
+        finish_reason = self._finish_reason(sequence, token_ids[0])
+        if finish_reason is not None:
+            self._finish(sequence)
+        # Values are passed by their order, because names would take twice as long.
+        return EngineOutput(
+            sequence.request.request_id,
+            token_ids,
+            finish_reason,
+            None,
+            sequence.num_prompt_tokens,
+            sequence.num_cached_tokens or 0,
+        )
 
     def _append_tokens(
         self,
@@ -191,14 +231,15 @@ class Scheduler:
         logprobs: list[Logprobs],
         embedding: bytes | None,
     ) -> EngineOutput:
-        params = sequence.request.sampling_params
+        request = sequence.request
+        params = request.sampling_params
         is_first_output = len(sequence.token_ids) == sequence.num_prompt_tokens
         new_token_ids: list[int] = []
         finish_reason: FinishReason | None = None
         for token_id in token_ids:
             if token_id < 0:
                 finish_reason = "error"
-            elif sequence.request.pooling:  # its sampled token is not wanted
+            elif request.pooling:  # its sampled token is not wanted
                 finish_reason = "stop"
             else:
                 sequence.token_ids.append(token_id)
@@ -211,11 +252,13 @@ class Scheduler:
             self._finish(sequence, zero_blocks=finish_reason == "error")
 
         returns_prompt_logprobs = is_first_output and params.prompt_logprobs is not None
-        return self._make_output(
-            sequence,
-            new_token_ids,
-            finish_reason,
+        return EngineOutput(
+            request_id=request.request_id,
+            token_ids=new_token_ids,
+            finish_reason=finish_reason,
             error=LOGITS_NOT_FINITE if finish_reason == "error" else None,
+            prompt_tokens=sequence.num_prompt_tokens,
+            cached_tokens=sequence.num_cached_tokens or 0,
             logprobs=None if params.logprobs is None else logprobs[: len(new_token_ids)],
             prompt_logprobs=sequence.prompt_logprobs if returns_prompt_logprobs else None,
             embedding=embedding if finish_reason == "stop" else None,
@@ -223,10 +266,7 @@ class Scheduler:
 
     def _finish_reason(self, sequence: Sequence, token_id: int) -> FinishReason | None:
         """Why the token just appended ends the sequence; None when it does not."""
-        params = sequence.request.sampling_params
-        if token_id in params.stop_token_ids:
-            return "stop"
-        if token_id in self.eos_token_ids and not params.ignore_eos:
+        if token_id in sequence.end_token_ids:
             return "stop"
         matcher = sequence.grammar_matcher
         if matcher is not None:
@@ -265,22 +305,35 @@ class Scheduler:
         """Divide the token budget of a step. admit: whether waiting sequences may begin to run."""
         budget = self.config.max_num_batched_tokens
         chunk_size = self.config.prefill_chunk_size
-        starts: dict[Sequence, int] = {}  # the first position that the step computes
-        drafts: dict[Sequence, list[int]] = {}
+        requests: list[ScheduledRequest] = []
 
         # With a pipeline, each of the steps in flight gets its share of the decoding sequences.
-        max_decodes = -(-len(self.running) // self.config.pipeline_parallel_size)
+        num_stages = self.config.pipeline_parallel_size
+        max_decodes = -(-len(self.running) // num_stages)
+        num_decodes = 0
         for sequence in self.running:
-            if not budget or len(starts) >= max_decodes:
+            if not budget or num_decodes >= max_decodes:
                 break
-            if sequence.num_uncomputed_tokens != 1 or not self._can_decode(sequence):
+            if sequence.num_uncomputed_tokens != 1:
                 continue
-            draft = self._propose_draft(sequence, budget - 1)
-            starts[sequence] = sequence.num_computed_tokens
-            drafts[sequence] = draft
-            budget -= self._reserve(sequence, 1 + len(draft))
+            # A step in flight may still be sampling its last token, which only the device knows
+            # then.
+            if sequence.num_in_flight and (num_stages > 1 or sequence.waits_for_last_token):
+                continue
+            num_decodes += 1
+            draft: list[int] = []
+            if self._draft_proposer is not None:
+                draft = self._propose_draft(self._draft_proposer, sequence, budget - 1)
+            start = sequence.num_computed_tokens
+            num_tokens = self._reserve(sequence, 1 + len(draft))
+            if num_tokens:
+                requests.append(self._make_request(sequence, start, draft))
+            budget -= num_tokens
 
-        prompts = [sequence for sequence in self.running if sequence.num_uncomputed_tokens > 1]
+        prompts: list[Sequence] = []
+        if num_decodes < len(self.running):
+            prompts = [sequence for sequence in self.running if sequence.num_uncomputed_tokens > 1]
+        starts: dict[Sequence, int] = {}  # the first position that the step computes of a prompt
         for sequence in prompts:
             starts[sequence] = sequence.num_computed_tokens
             num_tokens = min(sequence.num_uncomputed_tokens, chunk_size, budget)
@@ -305,26 +358,19 @@ class Scheduler:
         for sequence in prompts:  # the rest of the budget, in the same order
             budget -= self._reserve(sequence, min(sequence.num_uncomputed_tokens, budget))
 
-        requests = []
         for sequence, start in starts.items():
             if sequence.num_computed_tokens > start:
-                requests.append(self._make_request(sequence, start, drafts.get(sequence, [])))
-        requests.sort(key=lambda request: request.num_tokens > 1)
+                requests.append(self._make_request(sequence, start, draft=[]))
+        if starts or self._draft_proposer is not None:
+            requests.sort(key=lambda request: request.num_tokens > 1)
         return requests
-
-    def _can_decode(self, sequence: Sequence) -> bool:
-        """Whether the next step can decode this sequence.
-
-        A step in flight may still be sampling its last token, which only the device knows then.
-        """
-        if not sequence.num_in_flight:
-            return True
-        return self.config.pipeline_parallel_size == 1 and not sequence.needs_known_tokens
 
     def _has_tokens_in_flight(self) -> bool:
         return any(sequence.num_in_flight for sequence in self.running)
 
-    def _propose_draft(self, sequence: Sequence, budget: int) -> list[int]:
+    def _propose_draft(
+        self, draft_proposer: DraftProposer, sequence: Sequence, budget: int
+    ) -> list[int]:
         """Draft tokens for a sequence, as many as the available blocks can hold.
 
         No other sequence is preempted for them.
@@ -334,10 +380,19 @@ class Scheduler:
             budget,
             sequence.request.sampling_params.max_tokens - sequence.num_output_tokens - 1,
         )
-        if self._draft_proposer is None or max_tokens <= 0 or sequence.needs_known_tokens:
+        if max_tokens <= 0 or sequence.needs_known_tokens:
             return []
-        draft = self._draft_proposer.propose(sequence, max_tokens)
+        draft = draft_proposer.propose(sequence, max_tokens)
         return draft[: self._allocatable(sequence, 1 + len(draft)) - 1]
+
+    def _waits_for_token(self, sequence: Sequence) -> bool:
+        """Whether the host must know the last token of a sequence before the next step.
+
+        A GPU counts the tokens that it samples itself; see `TokenTables`.
+        """
+        if self._device_counts_tokens:
+            return sequence.grammar_matcher is not None
+        return sequence.needs_known_tokens
 
     def _reserve(self, sequence: Sequence, num_tokens: int) -> int:
         """Schedule up to `num_tokens` more tokens of a sequence, as far as blocks are available.
@@ -347,26 +402,34 @@ class Scheduler:
         Other sequences can share the blocks that become full at once: in each layer, a step writes
         all keys and values before it reads any.
         """
-        num_tokens = self._allocatable(sequence, num_tokens)
-        self._allocate_blocks(sequence, sequence.num_computed_tokens + num_tokens)
-        sequence.num_computed_tokens += num_tokens
-        self._cache_full_blocks(sequence)
+        stop = sequence.num_computed_tokens + num_tokens
+        if stop > sequence.num_block_tokens:
+            num_tokens = self._allocatable(sequence, num_tokens)
+            stop = sequence.num_computed_tokens + num_tokens
+            self._allocate_blocks(sequence, stop)
+        sequence.num_computed_tokens = stop
+        if stop // self.config.block_size > sequence.num_hashed_blocks:
+            self._cache_full_blocks(sequence)
         return num_tokens
 
     def _make_request(self, sequence: Sequence, start: int, draft: list[int]) -> ScheduledRequest:
         """The tokens that were reserved for a sequence since `start`."""
-        num_tokens = sequence.num_computed_tokens - start
-        samples_next_token = sequence.num_computed_tokens - len(draft) == sequence.num_tokens
+        stop = sequence.num_computed_tokens
+        num_tokens = sequence.num_tokens
+        samples_next_token = stop - len(draft) == num_tokens
+        token_ids = sequence.token_ids[start:stop]
+        # Values are passed by their order, because names would take twice as long.
         request = ScheduledRequest(
-            sequence=sequence,
-            start=start,
-            num_tokens=num_tokens,
-            samples_next_token=samples_next_token,
-            num_sampled=sequence.num_output_tokens,
-            token_ids=[*sequence.token_ids[start : start + num_tokens], *draft],
-            num_draft_tokens=len(draft),
+            sequence,
+            start,
+            stop - start,
+            samples_next_token,
+            num_tokens - sequence.num_prompt_tokens,
+            token_ids + draft if draft else token_ids,
+            len(draft),
         )
-        sequence.num_in_flight += samples_next_token
+        if samples_next_token:
+            sequence.num_in_flight += 1
         return request
 
     # Admission and preemption
@@ -397,6 +460,7 @@ class Scheduler:
             pool.touch(_real_blocks(table))
             table += pool.allocate(count)
         sequence.block_tables = tables
+        sequence.num_block_tokens = min(map(len, tables)) * block_size
         sequence.slot = self._free_slots.pop()
         sequence.num_computed_tokens = num_cached_tokens
         sequence.num_draft_computed_tokens = num_cached_tokens
@@ -488,6 +552,8 @@ class Scheduler:
         """
         num_preemptions = self.num_preemptions
         for sequence in list(self.running):
+            if sequence.num_tokens <= sequence.num_block_tokens:
+                continue
             if sequence.num_uncomputed_tokens != 1:
                 continue
             # A sequence may preempt itself, which empties its block tables.
@@ -509,6 +575,8 @@ class Scheduler:
 
         Returns False, without a change, when there are too few blocks.
         """
+        if num_tokens <= sequence.num_block_tokens:
+            return True
         num_blocks = -(-num_tokens // self.config.block_size)
         missing = [max(0, num_blocks - len(table)) for table in sequence.block_tables]
         for pool, count in zip(self.pools, missing, strict=True):
@@ -517,6 +585,7 @@ class Scheduler:
         for pool, table, count in zip(self.pools, sequence.block_tables, missing, strict=True):
             if count:
                 table += pool.allocate(count)
+        sequence.num_block_tokens = min(map(len, sequence.block_tables)) * self.config.block_size
         return True
 
     def _cache_full_blocks(self, sequence: Sequence) -> None:
@@ -558,6 +627,7 @@ class Scheduler:
             for pool, table in zip(self.pools, sequence.block_tables, strict=True)
         ]
         sequence.block_tables = []
+        sequence.num_block_tokens = 0
         self._free_slots.append(sequence.slot)
         sequence.slot = -1
         self.running.remove(sequence)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from llmkit.runtime.engine.engine_outputs import Logprobs
 from llmkit.runtime.engine.sequence import Sequence
 
 
-@dataclass(frozen=True)
-class ScheduledRequest:
+class ScheduledRequest(NamedTuple):
     """A request's share of a step: the positions [start, stop) of one sequence."""
 
     sequence: Sequence  # for reading only

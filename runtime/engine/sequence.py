@@ -24,6 +24,18 @@ class Sequence:
     # `ModelSpec.rope_offset` of its length: keys of another offset are rotated differently.
     rope_offset: int = 0
     arrival: int = 0  # its number in the order of arrival, set by Scheduler.add
+    # Sampled tokens that end it: its own stop tokens and the model's, set by Scheduler.add.
+    end_token_ids: frozenset[int] = frozenset()
+    # Whether its next step must wait until the host knows its last token, set by Scheduler.add.
+    waits_for_last_token: bool = False
+
+    # What every step asks of the request.
+    num_prompt_tokens: int = field(init=False)  # tokens of the prompt
+    max_num_tokens: int = field(init=False)  # the most that it can have, prompt and output
+    # Whether the host must know all tokens before it can sample the next one.
+    needs_known_tokens: bool = field(init=False)
+    # Whether it wants tokens only: no logprobs, no pooling and no grammar.
+    is_plain: bool = field(init=False)
 
     token_ids: list[int] = field(init=False)  # the prompt and the known output tokens
     # Tokens whose keys and values are in the KV cache once the steps in flight are done.
@@ -35,6 +47,7 @@ class Sequence:
     num_draft_computed_tokens: int = 0
     # Block ids, one table per attention window; empty while the sequence waits.
     block_tables: list[list[int]] = field(default_factory=list)
+    num_block_tokens: int = 0  # tokens that fit in the blocks of each of its block tables
     num_hashed_blocks: int = 0  # full blocks that the prefix cache already knows
     slot: int = -1  # its row in the runner's per-sequence tensors while it runs
     skip_count: int = 0  # sequences admitted before it while it waited
@@ -43,17 +56,17 @@ class Sequence:
     _block_hashes: list[bytes] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        params = self.request.sampling_params
         self.token_ids = list(self.request.prompt_token_ids)
-
-    @property
-    def needs_known_tokens(self) -> bool:
-        """Whether the host must know all tokens before it can sample the next one."""
-        return self.grammar_matcher is not None or self.request.sampling_params.has_penalties
-
-    @property
-    def num_prompt_tokens(self) -> int:
-        """Tokens of the prompt."""
-        return len(self.request.prompt_token_ids)
+        self.num_prompt_tokens = len(self.token_ids)
+        # A pooled request samples a token that is not kept.
+        self._num_tokens_at_end = self.num_prompt_tokens + params.max_tokens
+        self.max_num_tokens = (
+            self.num_prompt_tokens if self.request.pooling else self._num_tokens_at_end
+        )
+        self.needs_known_tokens = self.grammar_matcher is not None or params.has_penalties
+        wants_logprobs = params.logprobs is not None or params.prompt_logprobs is not None
+        self.is_plain = not (wants_logprobs or self.request.pooling or self.grammar_matcher)
 
     @property
     def num_tokens(self) -> int:
@@ -71,16 +84,10 @@ class Sequence:
 
         0 when a step in flight samples the last token that the request may have.
         """
-        if self.num_output_tokens >= self.request.sampling_params.max_tokens:
+        num_tokens = len(self.token_ids) + self.num_in_flight
+        if num_tokens >= self._num_tokens_at_end:
             return 0
-        return self.num_tokens - self.num_computed_tokens
-
-    @property
-    def max_num_tokens(self) -> int:
-        """The most tokens that the sequence can have, prompt and output."""
-        if self.request.pooling:
-            return self.num_prompt_tokens
-        return self.num_prompt_tokens + self.request.sampling_params.max_tokens
+        return num_tokens - self.num_computed_tokens
 
     @property
     def priority_key(self) -> tuple[int, int]:

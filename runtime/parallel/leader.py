@@ -29,7 +29,7 @@ from llmkit.common.numa_nodes import (
 )
 from llmkit.model.device import resolve_device
 from llmkit.model.language_model import LanguageModel
-from llmkit.runtime.engine.cuda_graphs import CudaGraphRunner, DecodeGraph
+from llmkit.runtime.engine.cuda_graphs import CudaGraphRunner, DecodeGraph, GraphKey
 from llmkit.runtime.engine.engine import Engine
 from llmkit.runtime.engine.engine_config import EngineConfig
 from llmkit.runtime.engine.engine_errors import RequestError
@@ -278,7 +278,7 @@ def _watch_ranks(ranks: list[_Rank], group: DistributedGroup, death: Future[Llmk
 def _end_ranks(
     ranks: list[_Rank],
     group: DistributedGroup | None = None,
-    graphs: dict[int, DecodeGraph] | None = None,
+    graphs: dict[GraphKey, DecodeGraph] | None = None,
 ) -> None:
     for rank in ranks:
         rank.channel.close()

@@ -12,7 +12,6 @@ import hashlib
 from collections import OrderedDict
 from collections.abc import Collection, Container, Sequence
 from dataclasses import replace
-from typing import Any, get_type_hints
 
 import msgspec
 
@@ -22,9 +21,7 @@ from llmkit.runtime.server.choice import Choice
 
 HEADER = "x-llmkit-cache"
 _ENTRY_BYTES = 256  # estimated memory of an entry besides its outputs
-# Outputs are encoded as tuples of their fields: field names would multiply the size of an entry.
-_OutputFields: Any = tuple[tuple(get_type_hints(EngineOutput).values())]  # type: ignore[misc]
-_decoder = msgspec.msgpack.Decoder(list[_OutputFields])
+_decoder = msgspec.msgpack.Decoder(list[EngineOutput])
 
 
 class ResponseCache:
@@ -73,11 +70,11 @@ class ResponseCache:
             return None
         self.hits += 1
         self._entries.move_to_end(key)
-        return [EngineOutput(*fields) for fields in _decoder.decode(data)]
+        return _decoder.decode(data)
 
     def put(self, key: bytes, outputs: Sequence[EngineOutput]) -> None:
         """Keep a complete answer, unless it is larger than the whole cache."""
-        data = msgspec.msgpack.encode([tuple(vars(output).values()) for output in outputs])
+        data = msgspec.msgpack.encode(outputs)
         if len(data) + _ENTRY_BYTES > self.limit_bytes or key in self._entries:
             return
         self._entries[key] = data
@@ -111,7 +108,7 @@ class CachedResponses:
             outputs = cache.get(key)
             if outputs is not None:
                 self.outputs[request_id] = [
-                    replace(output, request_id=request_id) for output in outputs
+                    output._replace(request_id=request_id) for output in outputs
                 ]
         if self._keys:
             self.headers = {HEADER: "hit" if len(self.outputs) == len(choices) else "miss"}

@@ -2,80 +2,229 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 
-from llmkit.bench.gpu import baselines as baselines
-from llmkit.bench.gpu import decode_steps as steps
+from llmkit.bench.gpu import baselines
 from llmkit.bench.gpu import kernel_times as kernels
-from llmkit.kernels.cpu import cpu_kernels
+from llmkit.bench.gpu.decode_steps import STEP_MODELS, StepBench, StepModel
+from llmkit.bench.gpu.figure_log import NotInstalledError, Record, latest
+from llmkit.bench.gpu.floors import H200, step_cost
+from llmkit.bench.gpu.gpu_tests import note_result
+from llmkit.bench.gpu.graph_profile import host_times
+from llmkit.bench.gpu.model_shapes import MODEL_CONFIGS, tiny_config
+from llmkit.bench.gpu.serving_times import loads, percentile
+from llmkit.bench.gpu.timing import kernel_ms
 from llmkit.model.families import model_spec
 
 CPU = torch.device("cpu")
+ROOT = Path(__file__).resolve().parents[2]
+# Dependencies that a GPU machine may lack: it has torch, Triton, transformers and what they need.
+ABSENT = (
+    "datasets",
+    "fastapi",
+    "gguf",
+    "httptools",
+    "llguidance",
+    "llmkit_is_not_installed",
+    "msgspec",
+    "pydantic",
+    "starlette",
+    "uvicorn",
+)
+MEASURED_PARTS = ("ceilings", "steps", "profile", "kernels", "saturate", "serving", "tune")
+RUN_WITHOUT = """
+import sys
+
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {absent!r}:
+            raise ModuleNotFoundError(name, name=name)
+
+sys.meta_path.insert(0, Blocker())
+import pathlib, torch
+import llmkit.bench.gpu.baselines, llmkit.bench.gpu.gpu_page, llmkit.bench.gpu.quantize_time
+from llmkit.bench.gpu.figure_log import PartOptions
+from llmkit.bench.gpu.run_parts import COMPLETE, PARTS, measure_part
+options = PartOptions(torch.device("cpu"), pathlib.Path({results!r}), is_tiny=True)
+for name in {parts!r}:
+    assert measure_part(PARTS[name], options, 100, "run") == COMPLETE, name
+"""
 
 
-@pytest.mark.parametrize("weights", steps.WEIGHT_SCHEMES)
-def test_decode_steps_measures_every_weight_scheme(weights: str) -> None:
-    config = steps.MODEL_CONFIGS["SmolLM2-135M"] | {"num_hidden_layers": 1, "vocab_size": 512}
-    model = steps.random_model(
-        model_spec(config), torch.float32, CPU, steps.WEIGHT_SCHEMES[weights]
-    )
-    decode = steps.measure_step("tiny", weights, model, 3, 1, 40, 1e9, repeats=1)
-    prefill = steps.measure_step("tiny", weights, model, 1, 40, 40, 1e9, repeats=1)
-    assert (decode.kind, decode.tokens, prefill.kind, prefill.tokens) == (
-        "decode",
-        3,
-        "prefill",
-        40,
-    )
-    kv = 2 * 3 * 64 * 4  # bytes of a token
-    assert (decode.floor_ms - prefill.floor_ms) * 1e6 == pytest.approx(2 * 40 * kv)
-    linears = 960 * 576 + 576 * 576 + 3 * 1536 * 576
-    rows = 960 + 576 + 2 * 1536 + 576
-    down = 1536 * 576  # the only linear whose inputs are whole groups of 128
-    stored = {
-        "bf16": 4 * linears,  # in float32 on a CPU
-        "fp8": 2 * linears + 4 * rows,  # the CPU kernel keeps 16-bit values, and a scale a row
-        "int8": linears + 4 * rows,
-        "int4": 4 * (linears - down) + down / 2 + 4 * down / 128,  # a scale a group
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[tuple[str, str], Record]]:
+    """The figures of every part that needs no GPU, measured without the packages of ABSENT."""
+    results = tmp_path_factory.mktemp("results")
+    code = RUN_WITHOUT.format(absent=ABSENT, results=str(results), parts=MEASURED_PARTS)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=200, cwd=ROOT / "tests")
+    return {part: latest(results / "tiny.jsonl", part) for part in MEASURED_PARTS}
+
+
+def values(records: dict[tuple[str, str], Record], figure: str) -> list[Record]:
+    """The measured figures of one kind."""
+    return [
+        record
+        for (kind, _), record in records.items()
+        if kind == figure and record["status"] == "measured"
+    ]
+
+
+def test_gpu_parts_run_without_a_gpu_and_without_a_server(
+    measured: dict[str, dict[tuple[str, str], Record]],
+) -> None:
+    steps = measured["steps"]
+    decode = values(steps, "decode")
+    assert len(decode) == 2 * 2 * len(STEP_MODELS)
+    assert {one["sampler"] for one in decode} == {"greedy", "top-k top-p"}
+    assert all(one["step_ms"] > 0 and one["call_ms"] > 0 and one["bytes"] > 0 for one in decode)
+    assert len(values(steps, "prefill")) == 2 * sum(one.has_prefill for one in STEP_MODELS)
+    assert {one["name"] for one in values(measured["ceilings"], "product")} == {
+        "bf16",
+        "fp8",
+        "fp8, scales by rows",
+        "int8",
     }
-    if cpu_kernels.library is None:  # torch's operators multiply by dense weights
-        stored |= {"fp8": 4 * linears, "int8": 4 * linears, "int4": 4 * linears}
-    assert prefill.floor_ms * 1e6 - 40 * kv == pytest.approx(stored[weights] + 512 * 576 * 4)
-    assert steps.full_engine_tps(model, 3, 8, 5) > 0
+    for one in values(measured["saturate"], "saturated"):
+        assert one["is_finished"] and one["output_tokens"] == 4 * 12
+    for one in values(measured["serving"], "latency"):
+        assert 0 < one["ttft_p50_ms"] <= one["ttft_p99_ms"] and one["itl_p99_ms"] > 0
 
 
-def test_kernel_times_measures_every_kernel() -> None:
-    rows, failed = kernels.measure(CPU, scale=128, repeats=1)
-    assert failed == {}
-    names = [row.kernel for row in rows]
-    assert len(names) == len(set(names)) == 5 + 3 * 4 * 5 + 3 * 3
-    assert all(row.ms > 0 and row.floor_ms > 0 and row.bytes > 0 and row.flops > 0 for row in rows)
-    one = next(row for row in rows if row.kernel == "down [32, 112], bf16, 16 rows")
-    assert (one.bytes, one.flops) == ((32 * 112 + 16 * (32 + 112)) * 4, 2 * 16 * 32 * 112)
+def test_gpu_profile_has_kernels_and_the_hosts_time(
+    measured: dict[str, dict[tuple[str, str], Record]],
+) -> None:
+    for one in values(measured["profile"], "kernels"):
+        assert one["launches"] > 10 and one["busy_ms"] > 0
+        assert one["table"] == sorted(one["table"], key=lambda kernel: -kernel["us"])
+    (greedy, sampled) = values(measured["profile"], "host")
+    assert (greedy["sampler"], sampled["sampler"]) == ("greedy", "top-k top-p")
+    for one in (greedy, sampled):
+        stages = one["schedule_ms"] + one["launch_ms"] + one["update_ms"]
+        assert 0 < stages <= one["host_ms"] <= one["step_ms"]
 
 
-def test_decode_steps_measures_experts() -> None:
-    """Its floor counts as many experts as so many tokens choose."""
-    small = {"num_hidden_layers": 2, "vocab_size": 512, "num_experts": 8, "num_experts_per_tok": 2}
-    model = steps.random_model(
-        model_spec(steps.MODEL_CONFIGS["Qwen3-30B-A3B"] | small), torch.float32, CPU
+def test_gpu_kernels_measure_every_case(
+    measured: dict[str, dict[tuple[str, str], Record]],
+) -> None:
+    records = measured["kernels"]
+    setting = kernels.Setting(CPU, 64)
+    cases = list(kernels.kernel_cases(setting))
+    assert len({(case.figure, case.name) for case in cases}) == len(cases)
+    for case in cases:
+        record = records[case.figure, case.name]
+        is_own = case.implementation.startswith(kernels.LLMKIT)
+        needs_gpu = case.figure == "experts" or "Triton" in case.implementation
+        if is_own and not needs_gpu:
+            assert record["status"] == "measured" and record["ms"] > 0, record
+        assert record["status"] in ("measured", "skipped"), record
+    linear = next(case for case in cases if case.case.startswith("Llama-3.1-8B down"))
+    assert (linear.bytes, linear.flops) == (
+        64 * 224 // 2 + 4 * 64 * 2 + 2 * (64 + 224),
+        {"bf16": 2.0 * 64 * 224},
     )
-    one, many = (
-        steps.measure_step("moe", "bf16", model, n, 1, 16, 1e9, repeats=1) for n in (1, 64)
-    )
-    # bytes
-    kv = 16 * 2 * 2 * 4 * 128 * 4
-    expert = 3 * 2048 * 768 * 4
-    rest = 512 * 2048 * 4 + 2 * 4 * (2048 * (4096 + 1024) + 4096 * 2048 + 8 * 2048)
-    assert one.floor_ms * 1e6 == pytest.approx(rest + 2 * 2 * expert + kv)
-    assert many.floor_ms * 1e6 == pytest.approx(rest + 2 * 8 * expert + 64 * kv, rel=1e-4)
+
+
+def test_kernel_time_is_that_of_one_launch_over_copies() -> None:
+    """Launches take turns between copies of the arguments, which together exceed the cache."""
+    seen = set[int]()
+
+    def launch(x: torch.Tensor) -> None:
+        seen.add(x.data_ptr())
+
+    x = torch.zeros(4)
+    assert 0 < kernel_ms(partial(launch, x), 16, CPU, 2) < 1
+    assert len(seen) == 2 and x.data_ptr() in seen
+
+
+@pytest.mark.parametrize(
+    ("model", "weights", "batch", "floor_ms"),
+    [
+        ("Llama-3.1-8B", "bf16", 1, 3.52),
+        ("Llama-3.1-8B", "bf16", 128, 7.49),
+        ("Llama-3.1-8B", "fp8", 1, 1.90),
+        ("Llama-3.1-8B", "int4", 1, 1.14),
+        ("Llama-3.1-8B", "int4", 128, 5.10),
+        ("Qwen3-0.6B", "bf16", 1, 0.305),
+        ("Qwen3-0.6B", "bf16", 128, 3.77),
+    ],
+)
+def test_step_floor_counts_weights_and_context(
+    model: str, weights: str, batch: int, floor_ms: float
+) -> None:
+    cost = step_cost(model_spec(MODEL_CONFIGS[model]), weights, batch, 1, 1024)
+    assert H200.seconds(cost.bytes, cost.flops) * 1e3 == pytest.approx(floor_ms, rel=0.01)
+
+
+@pytest.mark.parametrize(("weights", "floor_ms"), [("bf16", 77.9), ("fp8", 41.8), ("int4", 77.9)])
+def test_prefill_floor_counts_operations(weights: str, floor_ms: float) -> None:
+    cost = step_cost(model_spec(MODEL_CONFIGS["Llama-3.1-8B"]), weights, 1, 4096, 4096)
+    assert H200.seconds(cost.bytes, cost.flops) * 1e3 == pytest.approx(floor_ms, rel=0.01)
+
+
+def test_step_floor_counts_the_experts_that_tokens_choose() -> None:
+    spec = model_spec(MODEL_CONFIGS["Qwen3-30B-A3B"])
+    one = step_cost(spec, "bf16", 1, 1, 16)
+    two = step_cost(spec, "bf16", 2, 1, 16)
+    expert_bytes = 3 * 2048 * 768 * 2 * 48
+    kv_bytes = 16 * 2 * 4 * 128 * 2 * 48
+    chosen = 8 + (1 - 8 / 128) * 8  # of 128, by two tokens
+    assert two.bytes - one.bytes == pytest.approx((chosen - 8) * expert_bytes + kv_bytes)
+
+
+def test_host_times_need_requests_that_decode() -> None:
+    bench = StepBench(StepModel("Qwen3-0.6B", "bf16"), CPU, is_tiny=True)
+    assert host_times(bench, 2, "greedy", 2)["batch"] == 2
+
+
+def test_latency_loads_mix_lengths_and_arrive_during_decode() -> None:
+    by_name = loads(is_tiny=False)
+    (mixed,) = [name for name in by_name if "32,768" in name]
+    lengths = [one.num_tokens for one in by_name[mixed]]
+    assert len(lengths) == 64 and sorted(lengths)[-2:] == [384, 32768]
+    arrivals = by_name["arrivals during decode"]
+    assert [one.at_s for one in arrivals] == sorted(one.at_s for one in arrivals)
+    assert 8 < arrivals[-1].at_s < 20
+
+
+def test_percentile_is_a_measured_value() -> None:
+    assert percentile([3.0, 1.0, 2.0, 4.0], 0.5) == 2.0
+    assert percentile([3.0, 1.0, 2.0, 4.0], 0.99) == 4.0
+    assert percentile([5.0], 0.0) == 5.0
+
+
+def test_gpu_tests_count_results_with_and_without_processes() -> None:
+    counts: dict[str, int] = {}
+    failures: dict[str, str] = {}
+    for line in (
+        "tests/gpu/test_a.py::test_one[1, 2] PASSED                     [ 33%]",
+        "[gw3] [ 66%] PASSED tests/gpu/test_a.py::test_two[x] ",
+        "[gw0] [ 99%] FAILED tests/gpu/test_b.py::test_three[1, 2] ",
+        "FAILED tests/gpu/test_b.py::test_three[1, 2] - AssertionError: far off",
+        "some output that PASSED by",
+    ):
+        note_result(line, counts, failures)
+    assert counts == {"PASSED": 2, "FAILED": 1}
+    assert failures == {"tests/gpu/test_b.py::test_three[1, 2]": "AssertionError: far off"}
+
+
+def test_smoke_tests_are_tests() -> None:
+    lines = (ROOT / "tests" / "gpu" / "smoke.txt").read_text(encoding="utf-8").splitlines()
+    assert 10 <= len(lines) == len(set(lines)) <= 20
+    for line in lines:
+        file, _, name = line.partition("::")
+        source = (ROOT / file).read_text(encoding="utf-8")
+        assert f"def {name.partition('[')[0]}(" in source, line
 
 
 WORK = baselines.Workload(
-    steps.MODEL_CONFIGS["SmolLM2-135M"] | {"num_hidden_layers": 1, "vocab_size": 512},
+    tiny_config(MODEL_CONFIGS["SmolLM2-135M"]),
     "cpu",
     2,
     5,
@@ -84,26 +233,31 @@ WORK = baselines.Workload(
 
 
 def test_baselines_run_the_same_requests(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = baselines.measure("llmkit", WORK)
+    found = baselines.measure_engine("llmkit", WORK)
     assert found["output_tps"] > 0 and found["warm_after_s"] > 0
     given: list[list[list[int]]] = []
     monkeypatch.setitem(
         baselines.ENGINES, "short", lambda work: lambda prompts: given.append(prompts) or 7
     )
     with pytest.raises(RuntimeError, match="gave 7 tokens and not 2 x 4"):
-        baselines.measure("short", WORK)
+        baselines.measure_engine("short", WORK)
     assert given[0] != given[1] and all(len(prompt) == 5 for prompts in given for prompt in prompts)
     assert given[1] == WORK.prompts(seed=2) and max(max(prompt) for prompt in given[1]) < 512
 
 
+def test_baselines_run_transformers_with_a_static_cache() -> None:
+    assert baselines.measure_engine("transformers_static", WORK)["output_tps"] > 0
+
+
 def test_baselines_run_transformers_in_a_subprocess() -> None:
     found = baselines.measure_in_subprocess("transformers", WORK, 120)
-    assert found.get("output_tps", 0) > 0, found
+    assert found["output_tps"] > 0
 
 
-def test_baselines_report_missing_and_failed_engines() -> None:
-    assert baselines.measure_in_subprocess("no_such_engine", WORK, 60) == {
-        "skipped": "it is not installed"
-    }
+def test_baselines_report_missing_and_failed_engines(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(baselines.MODULES, "vllm", "no_such_module")
+    with pytest.raises(NotInstalledError, match="no_such_module is not installed"):
+        baselines.measure_in_subprocess("vllm", WORK, 60)
     wrong = replace(WORK, config=WORK.config | {"architectures": ["NoSuchModel"]})
-    assert "NoSuchModel" in baselines.measure_in_subprocess("llmkit", wrong, 60)["failed"]
+    with pytest.raises(RuntimeError, match="NoSuchModel"):
+        baselines.measure_in_subprocess("llmkit", wrong, 60)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from support.tiny_models import tiny_checkpoint
 
+from llmkit.bench.gpu import host_profile
 from llmkit.bench.gpu import step_profile as profile
 from llmkit.bench.gpu.step_profile import operator_group
 
@@ -54,4 +55,42 @@ def test_profile_refuses_more_steps_than_tokens(
     monkeypatch.setattr("sys.argv", ["profile", "model", *words])
     with pytest.raises(SystemExit, match="2"):
         profile.main()
-    assert "are more than 1792 tokens, or less than 1" in capsys.readouterr().err
+    expected = "at least one step" if words[-1] == "0" and words[0] == "--steps" else "less than 1"
+    assert expected in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("with_prompt", [False, True])
+def test_host_profile_has_phases_that_add_up(with_prompt: bool) -> None:
+    steps = host_profile.profile_host(3, 2, with_prompt)
+    assert len(steps) == 2
+    for step in steps:
+        assert [*step] == [*host_profile.PHASES, "whole step"]
+        assert min(step.values()) > 0, "a phase is not measured, or inside another"
+        rest_ms = step["whole step"] - sum(step[phase] for phase in host_profile.PHASES)
+        assert 0 <= rest_ms < step["whole step"]
+    assert host_profile.median_step(steps)["update"] > 0
+
+
+def test_host_profile_prints_a_table_and_json(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(host_profile, "BATCHES", (1, 2))
+    monkeypatch.setattr("sys.argv", ["profile", "--host", "--steps", "1"])
+    assert profile.main() == 0
+    out, err = capsys.readouterr()
+    steps = json.loads(out)["steps"]
+    assert [*steps] == [
+        f"decode, {count} sequences{prompt}" for prompt in ("", " + prompt") for count in (1, 2)
+    ]
+    assert err.splitlines()[0].split() == ["milliseconds", *host_profile.PHASES, "whole", "step"]
+    assert len(err.splitlines()) == 5
+
+
+@pytest.mark.parametrize("words", [[], ["model", "--host"]])
+def test_profile_takes_a_model_or_the_host_alone(
+    words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["profile", *words])
+    with pytest.raises(SystemExit, match="2"):
+        profile.main()
+    assert "expected a model or --host" in capsys.readouterr().err

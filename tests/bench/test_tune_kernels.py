@@ -18,6 +18,7 @@ from support.tiny_models import tiny_checkpoint
 from support.triton_checks import interpreted
 
 from llmkit.bench.gpu import tune_kernels as tune
+from llmkit.bench.gpu.model_shapes import MODEL_CONFIGS
 from llmkit.bench.gpu.tune_kernels import (
     ConfigSearch,
     TuningResult,
@@ -26,14 +27,26 @@ from llmkit.bench.gpu.tune_kernels import (
 )
 from llmkit.checkpoint.quantized_weight import QuantizationConfig, Scheme
 from llmkit.cli import doctor, main
+from llmkit.common.errors import InputError
 from llmkit.kernels import paged_attention as paged
-from llmkit.kernels import quantized_linear
+from llmkit.kernels import quantized_linear, w8a8_linear
 from llmkit.kernels import tuned_configs as tuning
-from llmkit.kernels.attention import paged_attention_reference
+from llmkit.kernels.activation_quant import FP8, quantize_per_token
 from llmkit.kernels.attention_metadata import AttentionMetadata
+from llmkit.kernels.attention_reference import paged_attention_reference
+from llmkit.kernels.input_quant import InputQuant, QuantizedInput
 from llmkit.kernels.kv_cache import KVCache
-from llmkit.kernels.quantized_linear import FLOAT32_TILE, FUSED_ROWS, MAX_FUSED_ROWS, TILE, TILES
+from llmkit.kernels.quantized_linear import (
+    FLOAT32_TILE,
+    FUSED_ROWS,
+    LARGE_TILES,
+    LARGE_TILES_8,
+    MAX_FUSED_ROWS,
+    TILE,
+    TILES,
+)
 from llmkit.kernels.tuned_configs import Config, Tunable
+from llmkit.kernels.w8a8_linear import W8A8Linear
 from llmkit.model.families import model_spec
 
 CPU = torch.device("cpu")
@@ -237,7 +250,7 @@ def test_tuner_measures_linear_for_all_rows(monkeypatch: pytest.MonkeyPatch, use
     found = tune_weight_only_linear(product, 64, torch.float32, CPU, clock)
     *tiles, rows = found
     assert [one.name.rpartition(" ")[2] for one in tiles] == [str(rows) for rows in tune.ROWS]
-    assert all(one.config == (64, *TILES[0][2:]) for one in tiles)
+    assert all(one.config == (256, *TILES[0][2:]) for one in tiles)
     assert rows.name.endswith("; grouped_rows; 4 128") and rows.config == (128,)
     save_results(found, user)
     assert FUSED_ROWS.config((4, 128), (MAX_FUSED_ROWS,), GPU) == (128,)
@@ -271,12 +284,14 @@ def test_tuner_measures_attention_in_the_models_shape(
 
 
 def test_default_configs_are_among_the_choices() -> None:
-    for *_, config in [(tile[0], tile[1:]) for tile in (*TILES, FLOAT32_TILE)]:
+    for *_, config in [
+        (tile[0], tile[1:]) for tile in (*TILES, *LARGE_TILES, *LARGE_TILES_8, FLOAT32_TILE)
+    ]:
         assert len(config) == len(TILE.choices)
         assert all(number in choices for number, choices in zip(config, TILE.choices, strict=True))
     assert MAX_FUSED_ROWS in FUSED_ROWS.choices[0] and max(tune.ROWS) == MAX_FUSED_ROWS
     assert "TILE.notify_observer(compiled)" in inspect.getsource(quantized_linear.WeightOnlyLinear)
-    assert "TILE.notify_observer(compiled)" in inspect.getsource(paged.attention)
+    assert "TILE.notify_observer(compiled)" in inspect.getsource(paged)
 
 
 def test_linear_is_right_with_every_config(tmp_path: Path) -> None:
@@ -292,20 +307,87 @@ def test_linear_is_right_with_every_config(tmp_path: Path) -> None:
         assert None not in times.values()
 
 
-def test_tuner_selects_weight_only_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tuner_selects_weights_with_tuned_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("llmkit.model.weight_loader.gpu_capability", lambda _: (9, 0))
+    fp8 = Scheme(8, kind="float", inputs="token")
     odd = ("model.layers.0.mlp.down_proj", Scheme(8, inputs="token"))
+    other = ("model.layers.1.self_attn.o_proj", fp8)
     checkpoint = SimpleNamespace(
-        quantization=QuantizationConfig("gptq", Scheme(4, 32), ("lm_head",), (odd,))
+        quantization=QuantizationConfig("gptq", Scheme(4, 32), ("lm_head",), (odd, other))
     )
     spec = model_spec(LLAMA)
-    found = tune.weight_only_weights(checkpoint, spec, torch.bfloat16, GPU)
+    found = tune.tuned_weights(checkpoint, spec, torch.bfloat16, GPU)
     q = spec.num_heads * spec.head_dim
     kv = spec.num_kv_heads * spec.head_dim
     h = spec.hidden_size
     i = spec.intermediate_size
-    assert dict(found).keys() == {Scheme(4, 32)}
-    assert {shape for _, shape in found} == {(q + 2 * kv, h), (h, q), (2 * i, h), (h, i)}
+    assert {shape for scheme, shape in found if scheme == Scheme(4, 32)} == {
+        (q + 2 * kv, h),
+        (h, q),
+        (2 * i, h),
+        (h, i),
+    }
+    assert [shape for scheme, shape in found if scheme != Scheme(4, 32)] == [(h, q)]
+    assert (fp8, (h, q)) in found
+
+
+def test_tuner_measures_whether_few_fp8_rows_are_padded(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def quantize(x: torch.Tensor, quant: InputQuant) -> QuantizedInput:
+        empty = quant.empty(*x.shape, x)
+        values, scales = quantize_per_token(x, "float")
+        empty.values.zero_()[: len(x)] = values.to(FP8)
+        empty.scales.zero_()[: len(x)] = scales
+        return empty
+
+    monkeypatch.setattr(w8a8_linear, "quantize_input", quantize)
+    weight = torch.randn(32, 64, generator=torch.Generator().manual_seed(0))
+    q, scales = quantize_per_token(weight, "float")
+    kernel = W8A8Linear(q.to(FP8), scales, None)
+    asked = []
+
+    def clock(run: Callable[[], object]) -> float:
+        run()
+        rows = kernel.input_quant.min_rows
+        asked.append(rows)
+        return float(rows)
+
+    (result,) = tune.tune_fp8_rows(kernel, torch.bfloat16, CPU, clock)
+    assert result.config == (1,) and result.safe == (17,)
+    assert result.name.endswith("; scaled_mm_rows; 32 64")
+    assert sorted(asked) == [1, 17] and result.refused == 0
+
+
+def test_tuner_takes_shapes_without_a_checkpoint(tmp_path: Path) -> None:
+    """A name, or a config.json: 4-bit and FP8 weights of all linear layers, and attention."""
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(MODEL_CONFIGS["Qwen3-0.6B"]))
+    for model in ("Qwen3-0.6B", str(config)):
+        target = tune.tuning_target(model, GPU)
+        assert target.dtype == torch.bfloat16 and target.spec.hidden_size == 1024
+        shapes = {shape for scheme, shape in target.weights if scheme == Scheme(4, 128)}
+        assert shapes == {(4096, 1024), (1024, 2048), (6144, 1024), (1024, 3072)}
+        names = [name for name, _ in target.problems()]
+        assert names[:2] == ["attention, 1 new tokens", "attention, 4096 new tokens"]
+        assert "linear [4096, 1024], 4 bits, groups of 128" in names
+
+
+@pytest.mark.parametrize("content", [None, "{"])
+def test_tuner_refuses_a_config_that_is_none(tmp_path: Path, content: str | None) -> None:
+    path = tmp_path / "config.json"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(InputError, match=r"config\.json is no config\.json"):
+        tune.tuning_target(str(path), GPU)
+
+
+def test_tuner_ends_with_the_best_config_so_far() -> None:
+    one = FakeKernel(lambda config: 1 / config[0] + abs(config[1] - 20) + config[2])
+    search = one.search()
+    search.is_over = lambda: len(search.times) >= 2
+    assert search.search() == 1 / 2 + 10 + 3
+    assert search.result(GPU).config == (2, 10, 3) and search.result(GPU).tried == 2
 
 
 def test_tuner_needs_a_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

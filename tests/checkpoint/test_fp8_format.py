@@ -20,6 +20,7 @@ from llmkit.checkpoint.quantized_formats import FORMATS, parse_quantization
 from llmkit.checkpoint.quantized_weight import Format, QuantizationConfig, QuantizedWeight, Scheme
 from llmkit.common.errors import InputError
 from llmkit.model.checkpoint_tensors import check_checkpoint
+from llmkit.model.decoder import Decoder
 from llmkit.model.families import checkpoint_spec
 from llmkit.model.linear import pack_weight
 from llmkit.model.weight_loader import load_model
@@ -254,7 +255,7 @@ def test_fp8_checkpoint_with_wrong_tensors_is_refused(
         check_checkpoint(checkpoint, checkpoint_spec(checkpoint))
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), 0.0, -0.5])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -0.5])
 def test_fp8_checkpoint_with_impossible_scales_is_refused(
     fp8: Path, tmp_path: Path, value: float
 ) -> None:
@@ -264,10 +265,32 @@ def test_fp8_checkpoint_with_impossible_scales_is_refused(
         load_model(open_checkpoint(path), torch.float32)
     message = (
         f"{Q_PROJ}.weight: 1 of 2 values of weight_scale_inv are no scales, such as {value}."
-        " Finite numbers above 0 were expected."
+        " Finite numbers of at least 0 were expected."
     )
     assert message in str(caught.value)
     assert caught.value.exit_code == 3
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_fp8_weights_with_the_scale_zero_are_zero(fp8: Path, tmp_path: Path, packed: bool) -> None:
+    """Some writers give it to blocks of zeros; vLLM reads them."""
+    scales = torch.tensor([[0.5], [0.0]])
+    path = broken(fp8, tmp_path / "zeros", {f"{Q_PROJ}.weight_scale_inv": scales})
+    model = load_model(open_checkpoint(path), torch.float32, packed=packed)
+    assert isinstance(model, Decoder)
+    qkv = model.layers[0].linears["attn.qkv"]
+    y = qkv(torch.randn(5, 32, generator=torch.Generator().manual_seed(0)))
+    assert (y[:, :32] != 0).all() and (y[:, 32:64] == 0).all()
+
+
+def test_fp8_inputs_with_the_scale_zero_are_refused(tmp_path: Path) -> None:
+    family_oracle("qwen3", tmp_path / "dense", num_hidden_layers=2)
+    write_fp8(tmp_path / "dense", tmp_path / "fp8", None, static=True)
+    path = broken(
+        tmp_path / "fp8", tmp_path / "broken", {f"{Q_PROJ}.activation_scale": torch.tensor(0.0)}
+    )
+    with pytest.raises(InputError, match=r"activation_scale are no scales.*above 0 were expected"):
+        load_model(open_checkpoint(path), torch.float32)
 
 
 def test_fp8_checkpoint_with_blocks_of_another_size_is_refused(fp8: Path, tmp_path: Path) -> None:

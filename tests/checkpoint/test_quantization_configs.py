@@ -56,6 +56,35 @@ def test_quantization_config_prefers_ignored_modules_then_the_first_override() -
         config.kv = "fp8"  # type: ignore[misc]
 
 
+@pytest.mark.parametrize(
+    ("entry", "module", "matches"),
+    [
+        ("language_model.model.layers.0.up", "model.language_model.layers.0.up", True),
+        ("model.language_model.layers.0.up", "language_model.model.layers.0.up", True),
+        ("model.language_model.layers.0.up", "model.layers.0.up", True),
+        ("model.layers.0.up", "model.language_model.layers.0.up", True),
+        ("model.layers.0.up", "model.text_model.layers.0.up", True),
+        ("re:language_model.*layers.0.*", "model.language_model.layers.0.up", True),
+        (r"re:model\.layers\.0\..*", "language_model.model.layers.0.up", True),
+        ("language_model.lm_head", "lm_head", True),
+        ("lm_head", "language_model.lm_head", True),
+        ("language_model.model.layers.0.up", "model.language_model.layers.1.up", False),
+        ("language_model.model.layers.0.up", "model.language_model.layers.0.up_proj", False),
+        ("re:.*vision.*", "model.language_model.layers.0.up", False),
+        ("model.layers.0.up", "other.layers.0.up", False),
+        ("layers.0.up", "model.layers.0.up", False),
+    ],
+)
+def test_quantization_config_knows_the_names_of_other_versions(
+    entry: str, module: str, matches: bool
+) -> None:
+    """A text model's modules have other names in other versions of transformers."""
+    ignoring = QuantizationConfig("fp8", Scheme(8), (entry,))
+    assert (ignoring.scheme_of(module) is None) is matches
+    overriding = QuantizationConfig("compressed-tensors", Scheme(8), (), ((entry, Scheme(4)),))
+    assert (overriding.scheme_of(module) == Scheme(4)) is matches
+
+
 def test_quantized_weight_dequantizes_slices_and_moves() -> None:
     weight = QuantizedWeight(
         q=torch.tensor([[3, 5, 9], [8, 0, 15]], dtype=torch.uint8),
@@ -445,6 +474,15 @@ def parse_group(group: Any, form: str | None = None) -> QuantizationConfig:
         (FLOAT_GROUP, Scheme(8, kind="float", inputs="token")),
         (changed(FLOAT_GROUP, "input_activations", dynamic=False, strategy="tensor"), FLOAT8),
         (changed(FLOAT_GROUP, "input_activations", dynamic=None, strategy="tensor"), FLOAT8),
+        # vLLM gives each token a scale where config.json says one dynamic scale for all.
+        (
+            changed(FLOAT_GROUP, "input_activations", strategy="tensor"),
+            Scheme(8, kind="float", inputs="token"),
+        ),
+        (
+            changed(FLOAT_GROUP, "weights", strategy="tensor"),
+            Scheme(8, kind="float", inputs="token", block_rows=-1),
+        ),
     ],
 )
 def test_compressed_tensors_parses_groups(group: dict[str, Any], scheme: Scheme) -> None:
@@ -484,9 +522,10 @@ def test_compressed_tensors_parses_groups(group: dict[str, Any], scheme: Scheme)
             r"strategy tensor. Expected token with dynamic true\.$",
         ),
         (
-            changed(FLOAT_GROUP, "input_activations", strategy="tensor"),
-            "strategy tensor. Expected token with dynamic true, or tensor with dynamic false",
+            changed(FLOAT_GROUP, "input_activations", strategy="group"),
+            "strategy group. Expected token with dynamic true, or tensor with dynamic false",
         ),
+        (changed(INT_GROUP, "weights", strategy="tensor"), "strategy tensor. Expected channel"),
         (changed(FLOAT_GROUP, "input_activations", dynamic=False), "strategy token"),
         (changed(FLOAT_GROUP, "input_activations", strategy="channel"), "strategy channel"),
     ],

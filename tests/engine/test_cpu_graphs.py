@@ -16,6 +16,7 @@ from llmkit.runtime.engine import cpu_graphs
 from llmkit.runtime.engine.engine import Engine
 from llmkit.runtime.engine.engine_options import EngineOptions
 from llmkit.runtime.engine.sampling_params import SamplingParams
+from llmkit.runtime.engine.slot_block_tables import SlotBlockTables
 from llmkit.runtime.engine_loader import load_engine
 
 needs_library = pytest.mark.skipif(
@@ -160,7 +161,8 @@ def test_recording_that_fails_restores_the_library(
         raise MemoryError
 
     monkeypatch.setattr(one.model, "run_layers", fail)
-    recording = cpu_graphs.CpuGraph(one.model, 1, 8, 16)
+    tables = SlotBlockTables(1, 8, dict.fromkeys(one.model.spec.sliding_windows, 0))
+    recording = cpu_graphs.CpuGraph(one.model, 1, tables, 16)
     with pytest.raises(MemoryError):
         recording.record(one.model, one.runner.paged_model.kv_caches)
     assert cpu_kernels.library is library

@@ -6,6 +6,7 @@ graph is captured.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +20,7 @@ from support.tiny_adapters import write_adapter
 from support.tiny_models import tiny_checkpoint
 from support.triton_checks import interpreted
 
-from llmkit.bench.gpu.decode_steps import MODEL_CONFIGS, WEIGHT_SCHEMES, random_model
+from llmkit.bench.gpu.model_shapes import MODEL_CONFIGS, WEIGHT_SCHEMES, random_model
 from llmkit.model import device as transfer
 from llmkit.model.families import model_spec
 from llmkit.runtime.engine.cuda_graphs import CudaGraph, CudaGraphRunner
@@ -29,6 +30,7 @@ from llmkit.runtime.engine.engine_options import EngineOptions
 from llmkit.runtime.engine.engine_request import EngineRequest
 from llmkit.runtime.engine.sampling_params import SamplingParams
 from llmkit.runtime.engine_loader import load_engine
+from llmkit.runtime.part_loader import StartupReport, show_captured
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=6, ignore_eos=True)
 DRAWN = replace(GREEDY, temperature=0.7, seed=1)
@@ -45,45 +47,41 @@ PROMPTS = [[5, 6, 7], list(range(3, 60)), [9] * 17, [40, 41]]
 OPTIONS = EngineOptions(
     device="cuda", kv_cache_memory=1 << 20, max_num_seqs=6, max_num_batched_tokens=48
 )
-LOOK = (
-    "looks by nonzero",
-    "kernels/sampling.py",
-)  # how wide a nucleus is, where it is not found in a graph
 COMMON = {"_rope_and_cache_kernel", "_paged_attention_kernel", "_add_norm_kernel"}
 # name: (architecture, options, kernels besides COMMON, what a step waits for)
 LOADED: dict[str, tuple[str, dict[str, Any], set[str], set[tuple[str, str]]]] = {
-    "plain": ("llama", {}, {"_act_and_mul_kernel", "_sample_kernel"}, set()),
-    "filtered": ("llama", {}, {"_act_and_mul_kernel", "_sample_kernel"}, {LOOK}),
+    "plain": ("llama", {}, {"_act_and_mul_kernel", "_choose_kernel", "_penalize_kernel"}, set()),
+    "filtered": ("llama", {}, {"_act_and_mul_kernel", "_choose_kernel"}, set()),
     "experts": (
         "mixtral",
         {},
-        {"_sort_by_expert_kernel", "_fused_moe_kernel", "_sample_kernel"},
+        {"_sort_by_expert_kernel", "_fused_moe_kernel", "_choose_kernel"},
         set(),
     ),
     "windows": (
         "gemma2",
         {"kv_cache_dtype": "int8"},
-        {"_act_and_mul_kernel", "_sample_kernel"},
+        {"_act_and_mul_kernel", "_choose_kernel"},
         set(),
     ),
     "fp8 cache": (
         "qwen3",
         {"kv_cache_dtype": "fp8"},
-        {"_act_and_mul_kernel", "_sample_kernel"},
+        {"_act_and_mul_kernel", "_choose_kernel"},
         set(),
     ),
-    "speculation": ("llama", {"speculate": 3}, {"_act_and_mul_kernel", "_sample_kernel"}, set()),
+    "speculation": ("llama", {"speculate": 3}, {"_act_and_mul_kernel", "_choose_kernel"}, set()),
     "draft": (
         "llama",
         {"speculate": 3, "draft_model": ""},
-        {"_act_and_mul_kernel", "_sample_kernel"},
+        {"_act_and_mul_kernel", "_choose_kernel"},
         set(),
     ),
-    "adapter": ("llama", {}, {"_act_and_mul_kernel", "_sample_kernel"}, set()),
+    "adapter": ("llama", {}, {"_act_and_mul_kernel", "_choose_kernel"}, set()),
     "host weights": ("llama", {"cpu_offload": 1 << 30}, {"_act_and_mul_kernel"}, set()),
 }
 MADE = {
-    "fp8": "_quantize_rows_kernel",
+    "fp8": "_act_and_mul_quantize_kernel",
     "int8": "_epilogue_kernel",
     "int4": "_weight_only_linear_kernel",
 }  # kernels of weights
@@ -101,8 +99,11 @@ class AnyGrammar:
         return False
 
 
-def run(name: str, path: str) -> tuple[list[str], set[str], set[tuple[str, str]]]:
-    """The errors, the launched kernels, and what the host waited for (by file) in some steps."""
+def run(name: str, path: str) -> tuple[list[str], set[str], set[tuple[str, str]], list[str]]:
+    """The errors, the launched kernels, what the host waited for (by file), and the log of steps.
+
+    The log has each graph that is launched or captured, and each step that is no graph.
+    """
     with pytest.MonkeyPatch.context() as patch:
         device = Device()
         stand_in_cuda(patch, device)
@@ -123,14 +124,24 @@ def run(name: str, path: str) -> tuple[list[str], set[str], set[tuple[str, str]]
         for place in device.places
         if not place[0].startswith(("to device", "to host", "event"))
     }
-    return wrong, set(launches), waits
+    log = [what for what in device.log if what in ("graph", "capture", "eager")]
+    return wrong, set(launches), waits, log
 
 
 def _loaded(name: str, path: Path) -> Engine:
     _, options, *_ = LOADED[name]
     if "draft_model" in options:
         options = options | {"draft_model": str(path)}
-    return load_engine(path, replace(OPTIONS, dtype="bfloat16", **options))
+    report = StartupReport()
+    engine = load_engine(path, replace(OPTIONS, dtype="bfloat16", **options), report)
+    (line,) = [line for line in report.fast_paths if line.startswith("CUDA graphs")]
+    wanted = r"CUDA graphs: \d+, for up to 6 requests, in [\d.]+ s and 0 B"
+    if name == "host weights":
+        wanted = "CUDA graphs: off, the weights of . layers come from host memory"
+    assert re.fullmatch(wanted, line), line
+    assert report.plan is not None
+    assert (report.plan.memory.cuda_graph_bytes > 0) == (name != "host weights")
+    return engine
 
 
 def _made(weights: str) -> Engine:
@@ -147,7 +158,7 @@ def _made(weights: str) -> Engine:
     )
     engine = Engine(model, config)
     assert isinstance(engine.runner.graph_runner, CudaGraphRunner)
-    engine.runner.graph_runner.capture_common_sizes()
+    engine.runner.capture_graphs()
     return engine
 
 
@@ -156,6 +167,8 @@ def _steps(name: str, engine: Engine, path: str, device: Device) -> list[str]:
     if name == "adapter":
         engine.add_adapter(adapter := "one", f"{path}-adapter")
     device.places.clear()
+    device.log.clear()
+    _log_eager_steps(engine, device)
     engine.compile_grammar = lambda _: AnyGrammar()
     for index, asked in enumerate([FILTERED] if name == "filtered" else ASKED):
         engine.add(EngineRequest(f"{index}", PROMPTS[index % len(PROMPTS)], asked, adapter=adapter))
@@ -169,6 +182,20 @@ def _steps(name: str, engine: Engine, path: str, device: Device) -> list[str]:
     while engine.has_work:
         wrong += [output.error for output in engine.step() if output.error]
     return wrong
+
+
+def _log_eager_steps(engine: Engine, device: Device) -> None:
+    models = [engine.runner.paged_model]
+    if engine.runner.draft_model is not None:
+        models.append(engine.runner.draft_model.paged_model)
+    for paged_model in models:
+        forward = paged_model.forward
+
+        def logged(*args: Any, forward: Any = forward) -> torch.Tensor:
+            device.log.append("eager")
+            return forward(*args)
+
+        paged_model.forward = logged  # type: ignore[method-assign]
 
 
 @pytest.fixture(scope="module")
@@ -186,15 +213,32 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", [*LOADED, *MADE])
 def test_engine_steps_keep_host_and_device_apart(name: str, found: dict[str, Any]) -> None:
-    wrong, kernels, waits = found[name]
+    wrong, kernels, waits, log = found[name]
+    # The activation quantizes its outputs where the next linear layer has 8-bit inputs.
+    quantizes = name in ("fp8", "int8")
+    activation = "_act_and_mul_quantize_kernel" if quantizes else "_act_and_mul_kernel"
     more, allowed = (
-        LOADED[name][2:]
-        if name in LOADED
-        else ({MADE[name], "_act_and_mul_kernel", "_sample_kernel"}, set())
+        LOADED[name][2:] if name in LOADED else ({MADE[name], activation, "_choose_kernel"}, set())
     )
     assert wrong == []
     assert kernels >= COMMON | more
     assert waits == allowed
+    assert "capture" not in log, "graphs are captured at the start"
+    assert ("graph" in log) == (name != "host weights")
+    # Every request but the last two comes after a step of the others, with a prompt of its own.
+    if name in ("speculation", "draft", "adapter"):
+        assert log.count("graph") >= 4 and "eager" not in log[-3:]
+
+
+def test_progress_of_cuda_graphs_is_a_bar_that_is_removed(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for number in (1, 2, 3):
+        show_captured(number, 3)
+    lines = capsys.readouterr().err.split("\r")
+    assert lines[1] == f"CUDA graphs [{'#' * 10}{'.' * 20}] 1/3"
+    assert lines[2] == f"CUDA graphs [{'#' * 20}{'.' * 10}] 2/3"
+    assert lines[3:] == [" " * len(lines[1]), ""]
 
 
 def ones(where: torch.device | str) -> torch.Tensor:

@@ -8,13 +8,20 @@ from typing import Any
 
 import pytest
 import torch
+from support.tiny_adapters import write_adapter
 from support.tiny_models import tiny_checkpoint
 
+from llmkit.kernels.kv_cache import KVCache
 from llmkit.kernels.sampling import sample
 from llmkit.model.decoder import Decoder
-from llmkit.runtime.engine.cuda_graphs import CudaGraphRunner, Sampler
+from llmkit.model.language_model import LanguageModel
+from llmkit.model.lora import LoraManager
+from llmkit.runtime.engine.cuda_graphs import CudaGraphRunner, Sampler, capture_sizes, mixed_keys
+from llmkit.runtime.engine.draft_model import MAX_KNOWN_TOKENS
 from llmkit.runtime.engine.engine import Engine
 from llmkit.runtime.engine.engine_options import EngineOptions
+from llmkit.runtime.engine.engine_request import EngineRequest
+from llmkit.runtime.engine.paged_model import PagedModel
 from llmkit.runtime.engine.sampling_params import SamplingParams
 from llmkit.runtime.engine_loader import load_engine
 
@@ -34,35 +41,71 @@ class Rerun:
 
 def plain(model: Path, **options: Any) -> Engine:
     one = load_engine(model, EngineOptions(device="cpu", max_model_len=128, **options))
-    one.runner.graph_runner.enabled = False
+    one.runner.graph_runner.enabled = False  # type: ignore[union-attr]
     return one
+
+
+def with_spare_blocks(one: Engine, paged_model: PagedModel) -> list[KVCache]:
+    """Give a model's caches a block more, as they have on CUDA; returns them."""
+    paged_model.kv_caches = [
+        paged_model.model.new_kv_cache(
+            cache.kv.shape[1] + 1, one.config.block_size, one.config.kv_cache_dtype
+        )
+        for cache in paged_model.kv_caches
+    ]
+    return paged_model.kv_caches
 
 
 def drawn(logits: torch.Tensor, *parameters: torch.Tensor) -> torch.Tensor:
     """What the Triton kernel gives."""
+    logits = logits.float()
     return torch.where(logits.sum(-1).isfinite(), sample(logits, *parameters), -1)
 
 
-def graphed(model: Path, most: int = 7, sampler: Sampler | None = drawn, **options: Any) -> Engine:
+def graphed(
+    model: Path,
+    most: int = 7,
+    sampler: Sampler | None = drawn,
+    max_mixed_tokens: int = 0,
+    **options: Any,
+) -> Engine:
     """An engine as it is on CUDA: a block more in every cache, and graphs."""
-    one = plain(model, **options)
+    one = plain(model, max_num_seqs=most, **options)
     runner = one.runner
-    sizes = [cache.kv.shape[1] + 1 for cache in runner.paged_model.kv_caches]
-    runner.paged_model.kv_caches = [
-        one.model.new_kv_cache(blocks, one.config.block_size, one.config.kv_cache_dtype)
-        for blocks in sizes
-    ]
     longest = -(-one.config.max_model_len // one.config.block_size)
+    runner.adapters = LoraManager(one.model, uses_slots=True)
+    for name, directory in options.get("adapters", {}).items():
+        one.add_adapter(name, directory)
     runner.graph_runner = CudaGraphRunner(
-        one.model,
-        runner.paged_model.kv_caches,
+        decoder(one.model),
+        with_spare_blocks(one, runner.paged_model),
         longest,
         one.config.block_size,
         most,
         Rerun,
         sampler,
+        max_query_len=1 + one.config.num_speculative_tokens,
+        max_mixed_tokens=max_mixed_tokens,
+        adapters=runner.adapters,
     )
+    draft = runner.draft_model
+    if draft is not None:
+        draft.graph_runner = CudaGraphRunner(
+            decoder(draft.paged_model.model),
+            with_spare_blocks(one, draft.paged_model),
+            longest,
+            one.config.block_size,
+            most,
+            Rerun,
+            sampler,
+            max_query_len=MAX_KNOWN_TOKENS,
+        )
     return one
+
+
+def decoder(model: LanguageModel) -> Decoder:
+    assert isinstance(model, Decoder)
+    return model
 
 
 def answers(one: Engine, temperature: float = 0.7) -> list[list[int]]:
@@ -117,17 +160,154 @@ def test_cuda_graphs_give_the_same_tokens_as_eager_steps(
     )
 
 
-def test_cuda_graphs_capture_common_sizes_at_the_start(tmp_path: Path) -> None:
-    one = graphed(tiny_checkpoint(tmp_path), most=40)
+def test_cuda_graphs_of_all_sizes_are_captured_at_the_start(tmp_path: Path) -> None:
+    one = graphed(tiny_checkpoint(tmp_path), most=44)
     graphs = one.runner.graph_runner
     assert isinstance(graphs, CudaGraphRunner)
-    assert graphs.sizes == [1, 2, 4, 8, 16, 24, 32, 40]
     before = Rerun.made
-    graphs.capture_common_sizes()
-    assert Rerun.made == before + 7, "all but the largest"
-    assert graphs.should_run(40) and not graphs.should_run(41)
+    progress: list[tuple[int, int]] = []
+    graphs.capture_all(lambda *counts: progress.append(counts))
+    sizes = [1, 2, 4, 8, 16, 24, 32, 40, 44]
+    assert [key.num_rows for key in graphs.graphs] == sizes[::-1], "the largest first"
+    assert progress == [(number, 9) for number in range(1, 10)]
+    assert Rerun.made == before + 9
+    assert graphs.should_run(44) and not graphs.should_run(45)
+    asked = SamplingParams(temperature=0, max_tokens=3, ignore_eos=True)
+    one.generate([[5, 6 + number] for number in range(44)], asked)
     answers(one)
-    assert Rerun.made == before + 7, "nothing new is made for steps of up to 32"
+    assert Rerun.made == before + 9, "nothing is captured while requests run"
+
+
+def test_cuda_graph_sizes_end_with_the_largest_step_or_the_option() -> None:
+    assert capture_sizes(1) == [1]
+    assert capture_sizes(2) == [1, 2]
+    assert capture_sizes(8) == [1, 2, 4, 8]
+    assert capture_sizes(20) == [1, 2, 4, 8, 16, 20]
+    assert capture_sizes(256)[-3:] == [240, 248, 256]
+    assert capture_sizes(256, 1, 16) == [1, 2, 4, 8, 16]
+    assert capture_sizes(256, 5, 16) == [1, 2, 3]
+    assert capture_sizes(256, 5, 4) == capture_sizes(256, 1, 0) == []
+
+
+@pytest.mark.parametrize("limit", [0, 9])
+def test_cuda_graphs_over_the_option_are_never_captured(tmp_path: Path, limit: int) -> None:
+    one = plain(tiny_checkpoint(tmp_path))
+    paged = one.runner.paged_model
+    model = decoder(one.model)
+    limits = {"max_query_len": 4, "max_capture_size": limit}
+    graphs = CudaGraphRunner(model, paged.kv_caches, 8, 16, 40, Rerun, drawn, **limits)
+    before = Rerun.made
+    graphs.capture_all()
+    # For one token each 1, 2, 4, 8 and 9 sequences; for four tokens 1 and 2.
+    assert Rerun.made - before == (7 if limit else 0)
+    assert [graphs.should_run(rows) for rows in (1, 9, 10)] == [limit > 0, limit > 0, False]
+    assert [graphs.should_run(rows, 4) for rows in (1, 2, 3)] == [limit > 0, limit > 0, False]
+    assert not graphs.should_run(1, 5)
+
+
+LOOPING = [[5, 6, 7, 8] * 6, [9] * 20, [11, 12, 11, 12, 11], [3], [4, 4], [8, 9, 10] * 9]
+
+
+@pytest.mark.parametrize("drafter", ["n-gram", "draft model", "the model itself"])
+@pytest.mark.parametrize(
+    ("architecture", "config"), [("llama", {}), ("gemma2", {"sliding_window": 24})]
+)
+def test_cuda_graphs_verify_drafts_as_eager_steps_do(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    architecture: str,
+    config: dict[str, Any],
+    drafter: str,
+) -> None:
+    model = tiny_checkpoint(tmp_path / "model", architecture, **config)
+    options: dict[str, Any] = {"speculate": 3}
+    if drafter != "n-gram":
+        options["draft_model"] = str(model)
+    if drafter == "draft model":  # its drafts are often wrong
+        draft = tiny_checkpoint(tmp_path / "draft", "llama", seed=5)
+        options["draft_model"] = str(draft)
+    asked = [
+        SamplingParams(temperature=0.5 * (n % 2), seed=n, max_tokens=9 + 4 * n, ignore_eos=True)
+        for n in range(len(LOOPING))
+    ]
+    expected = plain(model).generate(LOOPING, asked)
+    one = graphed(model, **options)
+    one.runner.capture_graphs()
+    eager: list[int] = []
+    forward = PagedModel.forward
+
+    def counted(self: PagedModel, tokens: torch.Tensor, inputs: Any) -> torch.Tensor:
+        eager.append(len(tokens))
+        return forward(self, tokens, inputs)
+
+    monkeypatch.setattr(PagedModel, "forward", counted)
+    before = Rerun.made
+    assert one.generate(LOOPING, asked) == expected
+    assert Rerun.made == before
+    stats = one.stats()
+    assert stats.drafted_total > stats.accepted_total or drafter == "the model itself"
+    assert stats.accepted_total > 0 or drafter == "n-gram"
+    # The prompts, by the model and by the draft model; and what the prefix cache left of them.
+    assert len(eager) <= (1 if drafter == "n-gram" else 2), "only prompts run without a graph"
+    runner = one.runner.graph_runner
+    assert isinstance(runner, CudaGraphRunner)
+    assert {key.max_query_len for key in runner.graphs} == {1, 4}
+
+
+def test_cuda_graphs_have_adapters_as_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_checkpoint(tmp_path / "model")
+    wanted = {"all": ("", 4), "some": (r"(q_proj|down_proj)", 12), "one": (r"1.*o_proj", 3)}
+    folders = {
+        name: str(
+            write_adapter(
+                model, tmp_path / name, modules, seed=seed, rank=lambda _, rank=rank: rank, r=rank
+            )
+        )
+        for seed, (name, (modules, rank)) in enumerate(wanted.items())
+    }
+    names = ["all", None, "some", "one", "all", None, "one"]
+
+    def generate(one: Engine, names: list[str | None]) -> dict[str, list[int]]:
+        found: dict[str, list[int]] = {}
+        for number, (name, prompt) in enumerate(zip(names, PROMPTS, strict=False)):
+            asked = SamplingParams(temperature=0, max_tokens=6 + 3 * number, ignore_eos=True)
+            one.add(EngineRequest(f"{number}", prompt, asked, adapter=name))
+        while one.has_work:
+            for output in one.step():
+                found.setdefault(output.request_id, []).extend(output.token_ids)
+        return found
+
+    eager = plain(model, adapters=folders)
+    expected = generate(eager, names)
+    assert expected != generate(eager, [None] * 7), "adapters change the answers"
+    one = graphed(model)
+    for name in ("all", "some"):
+        one.add_adapter(name, folders[name])
+    one.runner.capture_graphs()
+    runner = one.runner.graph_runner
+    assert isinstance(runner, CudaGraphRunner)
+    assert {key.has_adapters for key in runner.graphs} == {True, False}
+    one.add_adapter("one", folders["one"])  # two slots are taken: all graphs are captured again
+    before = Rerun.made
+    for _ in range(2):
+        assert generate(one, names) == expected
+    one.remove_adapter("one")
+    one.remove_adapter("some")
+    # Into a free slot, whose rank is enough.
+    one.add_adapter("again", folders["some"])
+    again = ["again" if name in ("one", "some") else name for name in names]
+    renamed = ["some" if name == "again" else name for name in again]
+    assert generate(one, again) == generate(eager, renamed)
+    assert Rerun.made == before, "ids of adapters are no part of a graph"
+
+
+def test_cuda_graphs_leave_adapters_of_experts_to_eager_steps(tmp_path: Path) -> None:
+    model = tiny_checkpoint(tmp_path / "model", "mixtral")
+    one = graphed(model)
+    one.add_adapter("attention", write_adapter(model, tmp_path / "a", "q_proj"))
+    one.add_adapter("experts", write_adapter(model, tmp_path / "b", r"experts\.0\.w1"))
+    manager = one.runner.adapters
+    assert [manager.slot(id_) for id_ in (0, *manager.adapter_ids.values())] == [0, 1, None]
 
 
 def test_cuda_graph_rows_without_a_sequence_write_to_the_padding_block_only(tmp_path: Path) -> None:
@@ -150,16 +330,93 @@ def test_cuda_graph_rows_without_a_sequence_write_to_the_padding_block_only(tmp_
 def test_cuda_graphs_are_off_for_experts_routed_on_the_host(tmp_path: Path) -> None:
     one = graphed(tiny_checkpoint(tmp_path, "mixtral"))
     before = Rerun.made
-    one.runner.graph_runner.capture_common_sizes()  # type: ignore[union-attr]
+    one.runner.graph_runner.capture_all()  # type: ignore[union-attr]
     assert answers(one) == answers(plain(tmp_path))
     assert Rerun.made == before
 
 
 def test_cuda_graphs_are_not_used_for_prompts(tmp_path: Path) -> None:
-    """A step that is not one token for each sequence of the model itself takes no graph."""
+    """A step that does not sample after all of its tokens takes no graph."""
     one = graphed(tiny_checkpoint(tmp_path))
     asked: list[int] = []
     should_run = one.runner.graph_runner.should_run
-    one.runner.graph_runner.should_run = lambda rows: asked.append(rows) or should_run(rows)
+    one.runner.graph_runner.should_run = lambda rows, *more: (  # type: ignore[method-assign]
+        asked.append(rows) or should_run(rows, *more)
+    )
     one.generate([[5] * 40], SamplingParams(temperature=0, max_tokens=5, ignore_eos=True))
     assert asked == [1] * 4, "not for the prompt"
+
+
+@pytest.mark.parametrize(("architecture", "is_scaled"), [("llama", False), ("gemma2", True)])
+def test_cuda_graph_logits_keep_the_models_dtype_unless_they_are_scaled(
+    tmp_path: Path, architecture: str, is_scaled: bool
+) -> None:
+    one = graphed(tiny_checkpoint(tmp_path, architecture), most=1, sampler=argmax, dtype="bfloat16")
+    asked = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True, logprobs=1)
+    one.add(EngineRequest("a", [5, 6, 7], asked))
+    found = [output for _ in range(4) for output in one.step()]
+    runner = one.runner.graph_runner
+    assert isinstance(runner, CudaGraphRunner)
+    (graph,) = runner.graphs.values()
+    assert graph.logits.dtype == (torch.float32 if is_scaled else torch.bfloat16)
+    for output in found:
+        assert output.logprobs is not None
+        assert output.logprobs[0].logprob == pytest.approx(output.logprobs[0].top[0][1])
+
+
+@pytest.mark.parametrize(
+    ("architecture", "config"), [("llama", {}), ("gemma2", {"sliding_window": 24})]
+)
+def test_cuda_graphs_run_prompts_beside_decodes_as_eager_steps_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, architecture: str, config: dict[str, Any]
+) -> None:
+    model = tiny_checkpoint(tmp_path, architecture, **config)
+    options = {"max_num_batched_tokens": 48}
+    prompts = [*PROMPTS, list(range(30, 90)), [7, 7, 7]]
+    eager: list[int] = []
+    forward = PagedModel.forward
+
+    def generate(one: Engine) -> dict[str, list[int]]:
+        found: dict[str, list[int]] = {}
+        for number, prompt in enumerate(prompts):  # one after the other, beside the others' decodes
+            asked = SamplingParams(
+                temperature=0.7 * (number % 2), seed=number, max_tokens=20, ignore_eos=True
+            )
+            one.add(EngineRequest(f"{number}", prompt, asked))
+            for output in one.step() + one.step():
+                found.setdefault(output.request_id, []).extend(output.token_ids)
+        while one.has_work:
+            for output in one.step():
+                found.setdefault(output.request_id, []).extend(output.token_ids)
+        return found
+
+    def counted(self: PagedModel, tokens: torch.Tensor, inputs: Any) -> torch.Tensor:
+        eager.append(len(tokens))
+        return forward(self, tokens, inputs)
+
+    expected = generate(plain(model, **options))
+    one = graphed(model, 9, max_mixed_tokens=40, **options)
+    one.runner.capture_graphs()
+    before = Rerun.made
+    monkeypatch.setattr(PagedModel, "forward", counted)
+    assert generate(one) == expected
+    assert Rerun.made == before
+    assert eager and min(eager) > 40, "only steps with more tokens than a graph has"
+    runner = one.runner.graph_runner
+    assert isinstance(runner, CudaGraphRunner)
+    mixed = [key for key in runner.graphs if key.is_mixed]
+    assert [(key.num_rows, key.num_tokens) for key in mixed] == [(10, 40), (10, 32), (10, 16)]
+
+
+def test_mixed_cuda_graphs_end_with_the_largest_step() -> None:
+    assert mixed_keys(256, 0) == mixed_keys(256, 8192, 0) == []
+    assert [key.num_tokens for key in mixed_keys(256, 40)] == [16, 32, 40]
+    sizes = [key.num_tokens for key in mixed_keys(100, 8192)]
+    assert sizes == [16, 32, 64, 96, 128, 160, 192, 224, 256, 320, 384, 448, 512]
+    assert [key.num_rows for key in mixed_keys(100, 8192)][:4] == [17, 33, 65, 97]
+    assert mixed_keys(100, 8192)[-1].num_sampled == 101
+    assert [key.num_tokens for key in mixed_keys(256, 8192, 20)] == [16, 20]
+
+
+def argmax(logits: torch.Tensor, *_: torch.Tensor) -> torch.Tensor:
+    return logits.argmax(-1)

@@ -97,6 +97,33 @@ def test_step_is_launched_before_the_host_waits_for_the_last_one(
     ]
 
 
+def test_decode_step_sends_its_inputs_in_one_copy(tmp_path: Path, device: Device) -> None:
+    """Lengths, positions and slots; token ids, block tables and sampling stay on the device."""
+    greedy = SamplingParams(temperature=0.0, max_tokens=40, ignore_eos=True)
+    one = engine(tiny_checkpoint(tmp_path), device, greedy)
+    with device:
+        for _ in range(8):  # no sequence needs another block
+            one.step()
+            assert device.log.count("to device") == 1
+            device.log.clear()
+
+
+def test_step_with_penalties_does_not_wait_for_the_last_token(
+    tmp_path: Path, device: Device
+) -> None:
+    asked = SamplingParams(
+        temperature=0.7, presence_penalty=0.1, repetition_penalty=1.1, max_tokens=40
+    )
+    one = engine(tiny_checkpoint(tmp_path), device, asked)
+    with device:
+        for _ in range(3):
+            one.step()
+    log = [what for what in device.log if what != "to device"]
+    assert log == [
+        what for n in (6, 7, 8) for what in ("graph", "to host", f"event {n}", f"wait for {n - 1}")
+    ]
+
+
 def test_top_p_on_ranks_is_the_only_wait_of_a_step(
     tmp_path: Path, device: Device, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from dataclasses import FrozenInstanceError, replace
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -113,7 +113,7 @@ def test_model_runner_records_requests_of_the_whole_length(
     monkeypatch.setattr(model_runner, "CpuGraphRunner", note)
     sizes = {"max_model_len": max_model_len, "block_size": block_size, "num_blocks": 20}
     engine(decoder, **sizes, enforce_eager=enforce_eager)
-    assert made == [(2, 20, max_blocks, block_size, not enforce_eager)]
+    assert made == [(2, 20, max_blocks, block_size, 256, not enforce_eager)]
 
 
 def test_model_runner_replays_plain_decode_steps_only(decoder: Decoder) -> None:
@@ -153,6 +153,7 @@ def test_model_runner_makes_a_row_for_each_draft(decoder: Decoder) -> None:
     )
     for index, sequence in enumerate((first, second)):
         sequence.block_tables = [[index]]
+        sequence.slot = index
     step = SchedulerOutput(
         [
             ScheduledRequest(first, 2, 3, True, 4, [7, 8, 9], 2),
@@ -161,9 +162,9 @@ def test_model_runner_makes_a_row_for_each_draft(decoder: Decoder) -> None:
     )
     inputs = running.runner.prepare_inputs(step)
     assert inputs.token_ids.tolist() == [7, 8, 9, 6, 7]
-    assert inputs.sequences == [first, first, first, second]
+    assert inputs.rows.sequences == [first, first, first, second]
     assert inputs.num_sampled == [4, 5, 6, 0]
-    assert inputs.sampling.seeds.tolist() == [0, 0, 0, 1]
+    assert inputs.rows.sampling.seeds.tolist() == [0, 0, 0, 1]
     assert inputs.forward.positions == [2, 3, 4, 1, 2]
     rows = torch.arange(5.0)[:, None].expand(-1, decoder.spec.hidden_size)
     running.runner.paged_model.forward = lambda *_: rows  # type: ignore[method-assign]
@@ -468,9 +469,9 @@ def graph_runner(
     dtype: torch.dtype = torch.float32,
     group: Any = SINGLE_RANK,
 ) -> CpuGraphRunner:
-    spec = SimpleNamespace(hidden_size=1 << 12)
+    spec = SimpleNamespace(hidden_size=1 << 12, sliding_windows=(None,))
     model: Any = SimpleNamespace(spec=spec, dtype=dtype, parallel_group=group)
-    return CpuGraphRunner(model, [], 4, 16, enabled)
+    return CpuGraphRunner(model, [], 4, 16, 256, enabled)
 
 
 @needs_library
@@ -611,10 +612,15 @@ def test_engine_tells_why_an_adapter_is_not_loaded(
         StepResult,
     ],
 )  # fmt: skip
-def test_data_of_the_engine_cannot_be_changed(frozen: type) -> None:
-    name = next(iter(frozen.__dataclass_fields__))  # type: ignore[attr-defined]
-    with pytest.raises(FrozenInstanceError):
-        setattr(object.__new__(frozen), name, None)
+def test_data_of_the_engine_cannot_be_changed(frozen: Any) -> None:
+    if issubclass(frozen, tuple):  # a NamedTuple
+        name = frozen._fields[0]
+        instance = frozen(*frozen._fields)
+    else:
+        name = next(iter(frozen.__dataclass_fields__))
+        instance = object.__new__(frozen)
+    with pytest.raises(AttributeError):  # FrozenInstanceError is one
+        setattr(instance, name, None)
 
 
 def test_logprobs_tensors_are_what_the_last_stage_sends() -> None:

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from llmkit.kernels.attention_metadata import AttentionBatch
 from llmkit.kernels.kv_cache import KVCache
 from llmkit.model.parallel_group import ParallelGroup
 from llmkit.runtime.engine.draft_model import DraftModelProposer
@@ -26,6 +27,7 @@ from llmkit.runtime.engine.sampling_params import SamplingParams
 from llmkit.runtime.engine.sampling_tensors import SamplingTensorCache
 from llmkit.runtime.engine.scheduler_output import ScheduledRequest, SchedulerOutput
 from llmkit.runtime.engine.sequence import Sequence
+from llmkit.runtime.engine.slot_block_tables import SlotBlockTables
 from llmkit.runtime.engine.static_batch import StaticDecodeBatch
 from llmkit.runtime.engine.step_logprobs import (
     PROMPT_POSITIONS,
@@ -287,8 +289,10 @@ def test_prompt_logprobs_are_computed_a_few_positions_at_a_time(length: int) -> 
 @pytest.mark.parametrize("num_extra", [0, 3])
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 def test_static_batch_has_the_slots_and_blocks_of_each_row(num_extra: int, device: str) -> None:
-    batch = StaticDecodeBatch(4, 3, 4, {None: 9, 8: 5}, device, num_extra)
-    assert len(batch.host) == 4 * (2 + 2 * (1 + 3)) + num_extra
+    padding = {None: 9, 8: 5}
+    slot_tables = SlotBlockTables(6, 3, padding)
+    batch = StaticDecodeBatch(4, slot_tables, 4, padding, device, num_extra)
+    assert len(batch.host) == 4 * (3 + 2) + num_extra
     assert batch.host.dtype == torch.int64
     assert (batch.device is batch.host) == (device == "cpu")
     assert batch.device.device.type == device
@@ -297,26 +301,130 @@ def test_static_batch_has_the_slots_and_blocks_of_each_row(num_extra: int, devic
     if device != "cpu":
         return
     tables = {None: [[3, 4], [6, 7, 8]], 8: [[1, 2], [-1, 0, 4]]}
-    batch.fill([107, 108], [8, 9], tables)
+    batch.fill([107, 108], [8, 9], tables, slots=[5, 2])
     assert batch.seq_lens.tolist() == [8, 9, 1, 1]
     assert batch.positions.tolist() == [107, 108, 0, 0]
+    assert batch.slots.tolist() == [5, 2, 6, 6]
     assert batch.extra.tolist() == [77] * num_extra
     assert batch.batch.query_lens.tolist() == [1] * 4
     assert batch.batch.seq_lens.tolist() == [8, 9, 1, 1]
     assert batch.batch.metadata(None).slot_mapping.tolist() == [19, 32, 36, 36]
     assert batch.batch.metadata(8).slot_mapping.tolist() == [11, 16, 20, 20]
-    found = batch.block_tables[None].tolist()
-    assert (found[0][:2], found[1], found[2][0], found[3][0]) == ([3, 4], [6, 7, 8], 9, 9)
-    found = batch.block_tables[8].tolist()
-    assert (found[0][:2], found[1], found[2][0], found[3][0]) == ([1, 2], [-1, 0, 4], 5, 5)
-    table = batch.batch.metadata(8).block_table
-    assert table.starts.tolist() == [0, 3, 6, 9]
-    assert np.shares_memory(table.blocks, batch.block_tables[8].numpy())
+    for window, expected in (
+        (None, [[3, 4], [6, 7, 8], [9], [9]]),
+        (8, [[1, 2], [-1, 0, 4], [5], [5]]),
+    ):
+        table = batch.batch.metadata(window).block_table
+        assert table.starts.tolist() == [5 * 16, 2 * 16, 6 * 16, 6 * 16]
+        assert table.sizes.tolist() == [16] * 4
+        assert np.shares_memory(table.blocks, slot_tables.host)
+        for start, row in zip(table.starts.tolist(), expected, strict=True):
+            assert table.blocks[start : start + len(row)].tolist() == row
     batch.fill([1], [5], {None: [[0, 1]], 8: [[2, 3]]})  # the rows before are unused now
     assert batch.seq_lens.tolist() == [5, 1, 1, 1]
     assert batch.positions.tolist() == [1, 0, 0, 0]
+    assert batch.slots.tolist() == [0, 6, 6, 6]
     assert batch.batch.metadata(None).slot_mapping.tolist() == [4, 36, 36, 36]
-    assert batch.block_tables[None][:, 0].tolist() == [0, 9, 9, 9]
+
+
+def test_static_batch_places_several_tokens_of_a_row() -> None:
+    slot_tables = SlotBlockTables(4, 3, {None: 9})
+    batch = StaticDecodeBatch(3, slot_tables, 4, {None: 9}, max_query_len=3)
+    batch.fill([6, 7, 8, 2], [9, 3], {None: [[7, 5, 1], [4]]}, [3, 1])
+    assert batch.seq_lens.tolist() == [9, 3, 0]
+    assert batch.positions.tolist() == [6, 7, 8, 2, 0, 0, 0, 0, 0]
+    assert batch.query_start_loc is not None
+    assert batch.query_start_loc.tolist() == [0, 3, 4, 4]
+    assert batch.batch.query_lens.tolist() == [3, 1, 0]
+    assert batch.batch.metadata(None).slot_mapping.tolist() == [22, 23, 4, 18] + [36] * 5
+    batch.fill([2], [3], {None: [[4]]})
+    assert batch.query_start_loc.tolist() == [0, 1, 1, 1]
+    assert batch.batch.metadata(None).slot_mapping.tolist() == [18] + [36] * 8
+
+
+class Sent(SlotBlockTables):
+    """Notes the entries that are copied to the device."""
+
+    def update(self, slots: Any, block_tables: Any) -> list[tuple[int, ...]]:
+        """The window, slot, column and block of each entry that has changed on the device."""
+        assert self.device is not None
+        self.device[self.device >= 0] += 1000  # whatever is not written again
+        super().update(slots, block_tables)
+        places = (self.device < 1000).nonzero().tolist()
+        changed = [(*place, int(self.device[tuple(place)])) for place in places]
+        self.device[self.device >= 1000] -= 1000
+        return changed
+
+
+def test_slot_block_tables_send_what_has_changed() -> None:
+    tables = Sent(4, 20, {None: 9, 8: 5}, "cpu")
+    assert tables.width == 32
+    assert tables.device is not None
+    assert tables.device.dtype == torch.int32
+    assert tables.device_table(None)[4, 0] == 9
+    assert tables.device_table(8)[4, 0] == 5
+    first, second = [3, 4], [7]
+    windowed, other = [6, 2], [8]
+    steps = {None: [first, second], 8: [windowed, other]}
+    assert tables.update([1, 3], steps) == [
+        (0, 1, 0, 3), (0, 1, 1, 4), (0, 3, 0, 7), (1, 1, 0, 6), (1, 1, 1, 2), (1, 3, 0, 8)
+    ]  # fmt: skip
+    assert tables.update([1, 3], steps) == []
+    first += [0, 1]
+    assert tables.update([1, 3], steps) == [(0, 1, 2, 0), (0, 1, 3, 1)]
+    # Two blocks have left the window; a freed block is 0 on the device.
+    windowed += [5]
+    windowed[:2] = [-1, -1]
+    assert tables.update([1, 3], steps) == [(1, 1, 0, 0), (1, 1, 1, 0), (1, 1, 2, 5)]
+    assert tables.rows(8)[32:35].tolist() == [-1, -1, 5]
+    assert tables.update([1], {None: [first], 8: [windowed]}) == []
+    # Another sequence has the slot now, with equal blocks; the one that had it comes back.
+    assert tables.update([3], {None: [[7]], 8: [[8]]}) == [(0, 3, 0, 7), (1, 3, 0, 8)]
+    assert tables.update([3], {None: [second], 8: [other]}) == [(0, 3, 0, 7), (1, 3, 0, 8)]
+
+
+def test_slot_block_tables_are_on_the_host_alone_where_no_device_reads_them() -> None:
+    tables = SlotBlockTables(2, 3, {None: 0})
+    tables.update([1], {None: [[4, 2]]})
+    assert tables.device is None
+    assert tables.host[0, 1, :2].tolist() == [4, 2]
+
+
+@pytest.mark.parametrize("tile_sizes", [(4, 32), (16, 16), (1, 8)])
+def test_mixed_graphs_have_the_tiles_of_eager_steps(tile_sizes: tuple[int, int]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(20):
+        count = int(torch.randint(1, 9, (), generator=generator))
+        lens = torch.randint(1, 40, (count,), generator=generator).tolist()
+        lens[::2] = [1] * len(lens[::2])
+        tables = {None: [[row] * 10 for row in range(len(lens))]}
+        eager = AttentionBatch.build(lens, [length + 5 for length in lens], tables, 16)
+        num_tokens = sum(lens) + 3
+        block_tables = SlotBlockTables(10, 10, {None: 9}, "cpu")
+        fixed = StaticDecodeBatch(
+            len(lens) + 2, block_tables, 16, {None: 9}, "cpu", 0, num_tokens, num_tokens
+        )
+        fixed.fill([0] * sum(lens), [length + 5 for length in lens], tables, lens)
+        metadata = fixed.batch.metadata(None)
+        metadata.update_block_tables(
+            block_tables.device_table(None), fixed.seq_lens, fixed.query_start_loc, fixed.slots
+        )
+        found = {}
+        for tiles in metadata.query_tiles(*tile_sizes):
+            assert tiles.tiles is not None and len(tiles.tiles) == tiles.num_tiles
+            real = [tuple(tile) for tile in tiles.tiles.tolist() if tile[0] < len(lens)]
+            rest = {tuple(tile) for tile in tiles.tiles.tolist() if tile[0] >= len(lens)}
+            assert rest <= {(len(lens), 0), (len(lens) + 1, 0)}, "rows without tokens"
+            assert len(real) == len(set(real))
+            if real:
+                found[tiles.tile_queries] = set(real)
+        wanted = {}
+        for tiles in eager.metadata(None).query_tiles(*tile_sizes):
+            rows = [(row, 0) for row in range(len(lens))]
+            if tiles.tiles is not None:
+                rows = [tuple(tile) for tile in tiles.tiles.tolist()]
+            wanted[tiles.tile_queries] = set(rows)
+        assert found == wanted
 
 
 def test_accepted_tokens_end_with_the_first_difference_to_the_drafts() -> None:
@@ -390,6 +498,7 @@ def test_draft_model_drafts_in_rounds_for_the_requests_that_want_more() -> None:
         sequence.num_draft_computed_tokens = known
         # The second table is that of full attention.
         sequence.block_tables = [[0] * 3, [5 * index, 5 * index + 1, 5 * index + 2]]
+        sequence.slot = index
         start = length - 1
         requests.append(scheduled(sequence, start, 1 + num_drafts, num_drafts=num_drafts))
     drafts = proposer.run(SchedulerOutput(requests))
@@ -412,6 +521,7 @@ def test_draft_model_orders_the_drafts_of_two_requests() -> None:
     for index, num_drafts in enumerate((2, 3)):
         sequence = new_sequence([20 * (index + 1)], temperature=0.0)
         sequence.block_tables = [[index]]
+        sequence.slot = index
         requests.append(scheduled(sequence, 0, 1 + num_drafts, num_drafts=num_drafts))
     drafts = proposer.run(SchedulerOutput(requests))
     assert drafts is not None
@@ -433,6 +543,7 @@ def test_draft_model_draws_with_the_counters_of_the_large_model(
     proposer = DraftModelProposer(model, config())
     sequence = new_sequence([20], [21], seed=9)
     sequence.block_tables = [[0, 1]]
+    sequence.slot = 0
     sequence.num_draft_computed_tokens = 1
     step = SchedulerOutput([ScheduledRequest(sequence, 1, 4, True, 5, [21, 0, 0, 0], 3)])
     proposer.run(step)
@@ -447,11 +558,13 @@ def test_paged_model_places_each_span_at_its_positions() -> None:
     long = new_sequence([5] * 8, max_tokens=43)
     for index, sequence in enumerate((short, long)):
         sequence.block_tables = [[index, index + 2], [index + 4, index + 6]]
+        sequence.slot = 3 - 2 * index
     inputs = paged.forward_inputs([(short, 2, 5), (long, 6, 8)])
     assert inputs.query_lens == [3, 2]
     assert inputs.seq_lens == [5, 8]
     assert inputs.positions == [2, 3, 4, 1006, 1007]
     assert inputs.block_tables == {4: [[4, 6], [5, 7]], None: [[0, 2], [1, 3]]}
+    assert inputs.slots == [3, 1]
     paged.forward(torch.tensor([1, 2, 3, 4, 5]), inputs)
     assert model.slots == [[18, 19, 24, 30, 31]]
 

@@ -15,7 +15,8 @@ from support.tiny_models import tiny_checkpoint
 from llmkit.checkpoint.open_checkpoint import open_checkpoint
 from llmkit.cli import main, serve
 from llmkit.common.errors import InputError, ShortageError
-from llmkit.kernels.quantized_linear import W8A8Linear, WeightOnlyLinear
+from llmkit.kernels.quantized_linear import WeightOnlyLinear
+from llmkit.kernels.w8a8_linear import W8A8Linear
 from llmkit.model.decoder import Decoder, DecoderLayer
 from llmkit.model.families import model_spec
 from llmkit.model.full_forward import window_logits

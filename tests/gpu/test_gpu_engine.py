@@ -15,17 +15,23 @@ import pytest
 import torch
 from support.tiny_models import tiny_checkpoint
 
-from llmkit.bench.gpu.decode_steps import MODEL_CONFIGS, WEIGHT_SCHEMES, random_model
+from llmkit.bench.gpu.model_shapes import MODEL_CONFIGS, WEIGHT_SCHEMES, random_model
 from llmkit.checkpoint.open_checkpoint import open_checkpoint
 from llmkit.model.decoder import Decoder
 from llmkit.model.device import PinnedUploader
 from llmkit.model.families import model_spec
 from llmkit.model.weight_loader import load_model
-from llmkit.runtime.engine.cuda_graphs import CudaGraph, CudaGraphRunner, DecodeGraph
+from llmkit.runtime.engine.cuda_graphs import (
+    CudaGraph,
+    CudaGraphRunner,
+    DecodeGraph,
+    padding_blocks_of,
+)
 from llmkit.runtime.engine.engine import Engine
 from llmkit.runtime.engine.engine_options import EngineOptions
 from llmkit.runtime.engine.engine_request import EngineRequest
 from llmkit.runtime.engine.sampling_params import SamplingParams
+from llmkit.runtime.engine.slot_block_tables import SlotBlockTables
 from llmkit.runtime.engine_loader import load_engine
 
 pytest.importorskip("transformers")
@@ -114,7 +120,9 @@ def _step(
         )
         if cache.scales is not None:
             cache.scales.fill_(0.02)
-    graph = DecodeGraph(model, caches, rows, width, 16, capture)
+    padding_blocks = padding_blocks_of(model.spec, caches)
+    slot_tables = SlotBlockTables(rows, width, padding_blocks, "cuda")
+    graph = DecodeGraph(model, caches, rows, slot_tables, 16, capture)
     tables = [list(range(row * width, (row + 1) * width)) for row in range(len(contexts))]
     tokens = torch.randint(
         0, model.spec.vocab_size, (len(contexts),), device="cuda", generator=generator

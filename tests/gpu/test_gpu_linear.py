@@ -14,7 +14,8 @@ from support.tiny_models import tiny_checkpoint
 from llmkit.checkpoint.open_checkpoint import open_checkpoint
 from llmkit.checkpoint.quantized_weight import QuantizedWeight, Scheme
 from llmkit.common.progress import SilentProgress
-from llmkit.kernels.quantized_linear import MAX_FUSED_ROWS, W8A8Linear, WeightOnlyLinear
+from llmkit.kernels.quantized_linear import MAX_FUSED_ROWS, WeightOnlyLinear
+from llmkit.kernels.w8a8_linear import W8A8Linear
 from llmkit.model.full_forward import window_logits
 from llmkit.model.linear import ActivationQuant, PackedLinear, gpu_capability, serving_linear
 from llmkit.model.weight_loader import load_model

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable, Iterator
 from itertools import pairwise
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,6 +14,8 @@ import torch
 from support.paged_cases import DECODE, MIXED, PREFILL, SCALE, Case
 
 from llmkit.kernels import flash_attention as flash
+
+BLOCK_N = 128  # tokens of the library's tiles: 128 or more for heads of up to 128 with a window
 
 
 def flash_attn_with_kvcache(
@@ -27,11 +32,12 @@ def flash_attn_with_kvcache(
     window_size: tuple[int, int],
     softcap: float,
 ) -> torch.Tensor:
-    """The function as its documentation says.
+    """The function as its documentation says, and the reads of its paged loader.
 
     q: [total, N, D]; caches: [pages, page size, K, D], of which only the last dimension must be
     contiguous. Queries are at the end of their contexts; softcap 0 is none; window (-1, ...) is
-    unlimited.
+    unlimited. Tiles of tokens are read whole from the one with the window's left edge on: only
+    tokens behind the end of the context are left out. Values that no query sees count 0 times.
     """
     assert causal and window_size[1] == 0
     assert all(one.dtype == torch.int32 for one in (cache_seqlens, page_table, cu_seqlens_q))
@@ -40,25 +46,46 @@ def flash_attn_with_kvcache(
     assert max_seqlen_q == lengths.max() and len(lengths) == len(cache_seqlens) == len(page_table)
     out = torch.empty_like(q)
     share = q.shape[1] // k_cache.shape[2]
+    page_size = k_cache.shape[1]
     for i, (start, stop) in enumerate(pairwise(cu_seqlens_q.tolist())):
         context = int(cache_seqlens[i])
-        token = torch.arange(context)
         query = torch.arange(context - (stop - start), context)[:, None]
+        first = 0
+        if window_size[0] >= 0:
+            edge = context - (stop - start) - window_size[0]
+            first = max(0, edge) // BLOCK_N * BLOCK_N
+        token = torch.arange(first, context)
         seen = token <= query
         if window_size[0] >= 0:
             seen &= token >= query - window_size[0]
-        first = int(token[seen.any(0)][0])  # pages before are not read: -1 stands there
-        place = (
-            page_table[i, token[first:] // k_cache.shape[1]].long(),
-            token[first:] % k_cache.shape[1],
-        )
+        pages = page_table[i, token // page_size].long()
+        assert pages.min() >= 0 and pages.max() < len(k_cache), "an illegal memory access"
+        place = pages, token % page_size
         k, v = (one[place].repeat_interleave(share, 1).double() for one in (k_cache, v_cache))
         scores = torch.einsum("qnd,knd->nqk", q[start:stop].double(), k) * softmax_scale
         if softcap:
             scores = softcap * (scores / softcap).tanh()
-        weights = scores.masked_fill(~seen[:, first:], float("-inf")).softmax(-1)
+        weights = scores.masked_fill(~seen, float("-inf")).softmax(-1)
         out[start:stop] = torch.einsum("nqk,knd->qnd", weights, v).to(q.dtype)
     return out
+
+
+def without(feature: str) -> Any:
+    """A build that lacks a feature, which it says as the library does."""
+
+    def run(*arguments: Any, **options: Any) -> torch.Tensor:
+        wanted = {
+            "paged KV cache": options.get("page_table") is not None,
+            "tanh softcapping": options["softcap"] != 0,
+            "local attention": options["window_size"][0] >= 0,
+            "head dimension 128": arguments[0].shape[2] == 128,
+            "FP16": arguments[0].dtype == torch.float16,
+        }
+        if wanted[feature]:
+            raise RuntimeError(f"This flash attention build does not support {feature}.\nfrom C")
+        return flash_attn_with_kvcache(*arguments, **options)
+
+    return SimpleNamespace(flash_attn_with_kvcache=run)
 
 
 CASES = [
@@ -69,32 +96,172 @@ CASES = [
     Case("window", *MIXED, window=24),
     Case("window, decode", *DECODE, window=40),
     Case("one head each", *MIXED, heads=(4, 4)),
+    # The window's left edge is in the middle of a tile, whose first pages were freed.
+    Case("window, long contexts", [1, 3, 60], [300, 200, 290], window=50),
+    Case("window, long contexts, softcap", [1, 1], [300, 520], window=100, softcap=5.0),
 ]
 
 
+@pytest.fixture(autouse=True)
+def fresh_probes() -> Iterator[None]:
+    """Nothing that was found with other builds."""
+    found = (flash.installed_builds, flash._choose_library, flash._refusal)
+    for function in found:
+        function.cache_clear()
+    yield
+    for function in found:
+        function.cache_clear()
+
+
+@pytest.fixture
+def install(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Installs builds on what passes for a Hopper GPU; the probes run on the CPU."""
+
+    def make(*libraries: Any) -> None:
+        builds = tuple(
+            flash.Build(f"build {index}", library, "" if library else "its import failed: no torch")
+            for index, library in enumerate(libraries)
+        )
+        monkeypatch.setattr(flash, "installed_builds", lambda: builds)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+
+    return make
+
+
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.label)
-def test_flash_attention_gets_documented_arguments(
-    case: Case, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(
-        flash, "library", SimpleNamespace(flash_attn_with_kvcache=flash_attn_with_kvcache)
-    )
+def test_flash_attention_gets_documented_arguments(case: Case) -> None:
     inputs = case.inputs
     got = flash.attention(
-        inputs.q, inputs.clean, inputs.batch().metadata(case.window), SCALE, case.softcap
+        inputs.q,
+        inputs.clean,
+        inputs.batch().metadata(case.window),
+        SCALE,
+        case.softcap,
+        SimpleNamespace(flash_attn_with_kvcache=flash_attn_with_kvcache),
     )
     assert torch.allclose(got.float(), inputs.expected(), atol=2e-3)
 
 
-def test_flash_attention_supports(monkeypatch: pytest.MonkeyPatch) -> None:
+def on_hopper(head_dim: int = 128, dtype: torch.dtype = torch.bfloat16) -> Any:
+    """Queries that say that they are on a GPU."""
+    return SimpleNamespace(
+        is_cuda=True,
+        element_size=lambda: dtype.itemsize,
+        shape=(1, 4, head_dim),
+        dtype=dtype,
+        device=torch.device("cpu"),
+    )
+
+
+CACHE: Any = SimpleNamespace(quantized=False)
+
+
+def test_flash_attention_supports(
+    install: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
     inputs = CASES[0].inputs
     assert not flash.supports(inputs.q, inputs.clean), "it is not installed, and this is no GPU"
-    on_gpu: Any = SimpleNamespace(
-        is_cuda=True, element_size=lambda: 2, shape=inputs.q.shape, device="cuda"
-    )
-    monkeypatch.setattr(flash, "library", object())
+    install(SimpleNamespace(flash_attn_with_kvcache=flash_attn_with_kvcache))
+    assert not flash.supports(inputs.q, inputs.clean), "this is no GPU"
     for capability, wanted in (((9, 0), True), ((8, 0), False), ((12, 0), False)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, found=capability: found)
-        assert flash.supports(on_gpu, inputs.clean) is wanted
+        assert flash.supports(on_hopper(), CACHE) is wanted
+        assert flash.supports(on_hopper(), CACHE, 100, 30.0) is wanted
+        assert not flash.supports(on_hopper(512), CACHE)
+        assert not flash.supports(on_hopper(dtype=torch.float32), CACHE)
     quantized_cache: Any = SimpleNamespace(quantized=True)
-    assert not flash.supports(on_gpu, quantized_cache)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    assert not flash.supports(on_hopper(), quantized_cache)
+
+
+@pytest.mark.parametrize(
+    ("feature", "plain", "window", "softcap", "half", "narrow"),
+    [
+        ("paged KV cache", False, False, False, False, False),  # as fa3-fwd
+        ("tanh softcapping", True, True, False, True, True),  # as tokenspeed-fa3
+        ("local attention", True, False, True, True, True),
+        ("head dimension 128", False, False, False, False, True),
+        ("FP16", True, True, True, False, True),
+    ],
+)
+def test_flash_attention_is_used_for_what_its_build_can_do(
+    feature: str,
+    plain: bool,
+    window: bool,
+    softcap: bool,
+    half: bool,
+    narrow: bool,
+    install: Callable[..., None],
+) -> None:
+    install(without(feature))
+    assert flash.supports(on_hopper(), CACHE) is plain
+    assert flash.supports(on_hopper(), CACHE, window=64) is window
+    assert flash.supports(on_hopper(), CACHE, softcap=30.0) is softcap
+    assert flash.supports(on_hopper(dtype=torch.float16), CACHE) is half
+    assert flash.supports(on_hopper(64), CACHE) is narrow
+
+
+def test_flash_attention_is_not_used_where_its_result_is_wrong(
+    install: Callable[..., None],
+) -> None:
+    def run(*arguments: Any, **options: Any) -> torch.Tensor:
+        return flash_attn_with_kvcache(*arguments, **(options | {"softmax_scale": 1.0}))
+
+    install(SimpleNamespace(flash_attn_with_kvcache=run))
+    assert not flash.supports(on_hopper(), CACHE)
+    used, why = flash.status(torch.device("cpu"))
+    assert not used and "its result on a small problem is wrong by" in why
+
+
+def test_flash_attention_status_says_what_is_used_and_why(
+    install: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert flash.status() == (False, "no CUDA device")
+    install()
+    used, why = flash.status(torch.device("cpu"))
+    assert not used and "flash_attn_interface, fa3_fwd_interface is installed" in why
+    install(None, without("paged KV cache"), without("tanh softcapping"))
+    assert flash.status(torch.device("cpu")) == (
+        True,
+        "build 2 for layers with full attention, build 2 for sliding windows, not for soft-capped "
+        "layers (build 0: its import failed: no torch; "
+        "build 1: This flash attention build does not support paged KV cache.; "
+        "build 2: This flash attention build does not support tanh softcapping.)",
+    )
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
+    assert flash.status(torch.device("cpu"))[1].startswith("it needs a Hopper GPU")
+
+
+def test_flash_attention_probes_a_build_once_for_a_kind_of_layer(
+    install: Callable[..., None],
+) -> None:
+    calls: list[int] = []
+
+    def run(*arguments: Any, **options: Any) -> torch.Tensor:
+        calls.append(1)
+        return flash_attn_with_kvcache(*arguments, **options)
+
+    install(SimpleNamespace(flash_attn_with_kvcache=run))
+    for _ in range(3):
+        assert flash.supports(on_hopper(), CACHE)
+    assert len(calls) == 1
+    assert flash.supports(on_hopper(), CACHE, window=10)
+    assert flash.supports(on_hopper(), CACHE, window=20)
+    assert len(calls) == 2, "the length of a window makes no difference"
+
+
+def test_flash_attention_finds_builds_by_both_module_names(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "fa3_fwd_interface.py").write_text(
+        "raise ImportError('libcudart.so.12 is missing')"
+    )
+    (tmp_path / "flash_attn_interface.py").write_text("flash_attn_with_kvcache = None")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    source, forward_only = flash.installed_builds()
+    assert source.name == "flash_attn_interface" and source.library is not None
+    assert forward_only.library is None
+    assert forward_only.error == "its import failed: libcudart.so.12 is missing"
+    monkeypatch.delitem(sys.modules, "flash_attn_interface")

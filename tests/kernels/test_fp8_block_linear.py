@@ -124,13 +124,6 @@ def compile_product(
     return compiled_for(capability, kernel, kinds, constants, folder, num_warps=warps)
 
 
-def test_fp8_block_linear_quantize_groups_compiles(tmp_path: Path) -> None:
-    kinds = {"x": "*bf16", "q": "*fp8e4nv", "scales": "*fp32", "K": "i32", "G": "i32"}
-    constants = {"GROUP": 128, "TILE": 16, "MAX_VALUE": 448.0}
-    kernel = fp8_block_linear._quantize_groups_kernel
-    assert compiled_for(90, kernel, kinds, constants, tmp_path, num_warps=4).stack_bytes == 0
-
-
 @pytest.mark.parametrize(
     ("group_size", "capability", "expected"),
     [

@@ -326,7 +326,9 @@ def test_add_norm_kernel_compiles(
 ) -> None:
     kinds = dict.fromkeys(("residual", "update", "weight", "total", "normed"), "*bf16")
     kinds |= {"scale": "fp32", "eps": "fp32", "size": "i32"}
+    kinds["num_scales"] = "i32"
     constants: dict[str, object] = {"TILE": tile, "SUBTRACT_MEAN": subtract_mean}
+    constants |= {"normed_scales": None, "static_scale": None, "GROUP": 0, "MAX_VALUE": 0.0}
     if biased:
         kinds["bias"] = "*bf16"
     else:

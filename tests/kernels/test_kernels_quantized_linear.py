@@ -9,14 +9,32 @@ import pytest
 import torch
 from support.quantized_linear_cases import FP8, Case, assert_close
 from support.synthetic_checkpoint import LLAMA
-from support.triton_checks import HOPPER_SHARED_BYTES, Compiled, compiled_for, interpreted
+from support.triton_checks import HOPPER_SHARED_BYTES, compiled_for, interpreted
 
-from llmkit.checkpoint.quantized_weight import QuantizationConfig, Scheme
-from llmkit.kernels import quantized_linear
+from llmkit.bench.gpu.kernel_code import TARGETS, KernelCode, kernel_code, weight_only_case
+from llmkit.checkpoint.quantized_weight import QuantizationConfig, QuantizedWeight, Scheme
+from llmkit.kernels import quantized_linear, tuned_configs, w8a8_linear
 from llmkit.kernels.activation_quant import quantize_per_token, quantize_static
-from llmkit.kernels.quantized_linear import FLOAT32_TILE, MAX_FUSED_ROWS, TILES, WeightOnlyLinear
+from llmkit.kernels.fp8_block_linear import Fp8BlockLinear
+from llmkit.kernels.quantized_linear import (
+    FLOAT32_TILE,
+    LARGE_TILES,
+    LARGE_TILES_8,
+    MAX_FUSED_ROWS,
+    TILES,
+    WeightOnlyLinear,
+    default_tile,
+)
+from llmkit.kernels.w8a8_linear import W8A8Linear
+from llmkit.model import linear
 from llmkit.model.families import model_spec
-from llmkit.model.linear import supported_on_gpu
+from llmkit.model.linear import (
+    ActivationQuant,
+    PackedLinear,
+    gpu_kernel_type,
+    serving_linear,
+    supported_on_gpu,
+)
 from llmkit.model.parameter_table import parameters
 from llmkit.model.weight_loader import can_stay_packed
 
@@ -40,6 +58,9 @@ CASES = [
     Case(8, -1, 33, 64, 64, symmetric=False, dtype=HALF),
     Case(8, 128, 64, 129, 320, dtype=HALF, splits=2),
     Case(8, 32, 70, 24, 80, dtype=HALF),
+    Case(4, 64, 66, 130, 576, symmetric=False, biased=True, dtype=HALF, splits=2),
+    Case(4, 128, 130, 40, 512, dtype=HALF),
+    Case(4, 64, 66, 130, 576, symmetric=False, dtype=HALF, major=8),
 ]
 
 
@@ -101,7 +122,7 @@ ROWS = [
 ]
 
 
-def test_quantize_rows_matches_the_reference(tmp_path: Path) -> None:
+def test_quantize_input_matches_the_reference(tmp_path: Path) -> None:
     results = interpreted("support.quantized_linear_cases", "run_quantize_rows", ROWS, tmp_path)
     for (x, dtype, scale), (quantized, scales) in zip(ROWS, results, strict=True):
         kind = "int" if dtype == torch.int8 else "float"
@@ -123,18 +144,21 @@ EIGHT_BITS = [
     (3, 32, 64, FP8, HALF, None),
     (70, 16, 144, FP8, BRAIN, SCALE),
 ]
+# Of `torch._scaled_mm`: FP8 as on sm_89 before torch 2.12.
+SEPARATE_SCALES = [(3, 32, 64, FP8, HALF, None), (17, 32, 64, FP8, BRAIN, SCALE)]
 
 
 def test_w8a8_linear_matches_dequantized(tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(0)
     calls = []
     wanted = []
-    for rows, outputs, columns, kind, dtype, scale in EIGHT_BITS:
+    for case in (*EIGHT_BITS, *SEPARATE_SCALES):
+        rows, outputs, columns, kind, dtype, scale = case
         quantized = torch.randint(-127, 128, (outputs, columns), generator=generator).to(kind)
         scales = torch.rand(outputs, 1, generator=generator) * 0.01
         x = torch.randn(rows, columns, generator=generator).to(dtype)
         bias = torch.randn(outputs, generator=generator).to(dtype) if rows != 33 else None
-        calls.append((x, quantized, scales, bias, scale))
+        calls.append((x, quantized, scales, bias, scale, case not in SEPARATE_SCALES))
         steps, own = quantize_per_token(x, "int" if kind == torch.int8 else "float")
         if scale is not None:
             steps = quantize_static(x.float(), scale, "float")
@@ -151,75 +175,135 @@ def test_w8a8_linear_matches_dequantized(tmp_path: Path) -> None:
         )
 
 
-def compiled_product(
-    capability: int,
-    tile: tuple[int, ...],
-    bits: int,
-    group: int,
-    symmetric: bool,
-    folder: Path,
-    *,
-    dtype: str = "*bf16",
-    splits: bool = True,
-) -> Compiled:
-    _, BM, BN, warps, stages, _ = tile
-    kinds = {
-        "x": dtype,
-        "words": "*i16",
-        "scales_and_zeros": "*i32",
-        "y": "*fp32" if splits else dtype,
-    }
-    kinds |= dict.fromkeys(("M", "N", "K", "blocks_per_split"), "i32")
-    constants: dict[str, Any] = {
-        "BITS": bits,
-        "GROUP": group,
-        "SYMMETRIC": symmetric,
-        "W": 32 if group == 32 else 64,
-    }
-    constants |= {"BM": BM, "BN": BN, "STAGES": stages} | ({"bias": None} if splits else {})
-    arguments = kinds if splits else kinds | {"bias": dtype}
-    return compiled_for(
-        capability,
-        quantized_linear._weight_only_linear_kernel,
-        arguments,
-        constants,
-        folder,
-        num_warps=warps,
-    )
+@pytest.mark.parametrize(
+    ("capability", "version", "expected"),
+    [
+        ((8, 9), "2.11.0+cu130", False),  # it ignores the stream that a graph captures
+        ((8, 9), "2.9.1", False),
+        ((8, 9), "2.12.0", True),
+        ((8, 9), "2.13.0a0+git1234", True),
+        ((8, 9), "3.0", True),
+        ((9, 0), "2.11.0+cu130", True),
+        ((12, 0), "2.11.0", True),
+    ],
+)
+def test_fp8_rows_are_scaled_by_torch_where_graphs_capture_it(
+    capability: tuple[int, int], version: str, expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(linear, "gpu_capability", lambda _: capability)
+    monkeypatch.setattr(torch, "__version__", version)
+    scheme = Scheme(8, kind="float", inputs="token")
+    q = torch.ones(16, 32).to(FP8)
+    weight = QuantizedWeight(q, torch.ones(16, 1), torch.zeros(16, 1, dtype=torch.uint8), scheme)
+    quant = ActivationQuant("float")
+    layer = serving_linear([weight], None, quant, BRAIN, "cuda")
+    assert isinstance(layer, PackedLinear) and isinstance(layer.kernel, W8A8Linear)
+    given = []
+
+    def scaled_mm(*arguments: Any) -> torch.Tensor:
+        given.append(arguments)
+        return torch.zeros(len(arguments[0]), 16, dtype=arguments[6])
+
+    monkeypatch.setattr(torch, "_scaled_mm", scaled_mm)
+    monkeypatch.setattr(w8a8_linear, "epilogue", lambda sums, rows, *_: sums[0, :rows])
+    x = layer.kernel.input_quant.empty(3, 32, torch.zeros(0, dtype=BRAIN))
+    assert layer(x).shape == (3, 16)
+    ((values, _, row_scales, scales, *_, dtype, _),) = given
+    assert len(values) == 17
+    assert (row_scales.shape == (17, 1) and scales.shape == (1, 16)) == expected
+    assert (row_scales.numel() == scales.numel() == 1) != expected
+    assert dtype == (BRAIN if expected else FLOAT)
+
+
+@pytest.mark.parametrize(("measured", "rows", "expected"), [(1, 3, 3), (17, 3, 17), (17, 40, 40)])
+def test_fp8_rows_are_padded_as_measured(
+    measured: int, rows: int, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kernel = W8A8Linear(torch.ones(16, 32).to(FP8), torch.ones(16, 1), None)
+    shapes = []
+
+    def choose(shape: tuple[object, ...], _: tuple[int, ...]) -> tuple[int, ...]:
+        shapes.append(shape)
+        return (measured,)
+
+    monkeypatch.setitem(tuned_configs.trials, "scaled_mm_rows", choose)
+    assert len(kernel.input_quant.empty(rows, 32, torch.zeros(0)).values) == expected
+    assert shapes == [(16, 32)]
 
 
 WHOLE = 1 << 30
-SHARED = {
-    90: HOPPER_SHARED_BYTES // 3,
-    80: 99 * 1024,
-}  # three programs; the least that GPUs from 8.0 on have
-FORMS = [(4, 128, True, True), (4, 32, False, False), (8, WHOLE, True, False), (8, 64, False, True)]
+SHARED_80 = 99 * 1024  # the least that GPUs from 8.0 on have
+# Bits, group size, symmetric, inputs' type, and whether the inputs are split.
+FORMS = [
+    (4, 128, True, "bf16", True),
+    (4, 32, False, "bf16", False),
+    (4, 64, False, "fp16", True),
+    (8, WHOLE, True, "bf16", False),
+    (8, 64, False, "bf16", True),
+]
 
 
-@pytest.mark.parametrize("tile", TILES, ids=lambda tile: str(tile[0]))
-@pytest.mark.parametrize(
-    ("capability", "bits", "group", "symmetric", "splits"),
-    [(90, *form) for form in FORMS] + [(80, *form) for form in FORMS[:2]],
-)
-def test_weight_only_linear_kernel_compiles(
-    capability: int,
-    tile: tuple[int, ...],
-    bits: int,
-    group: int,
-    symmetric: bool,
-    splits: bool,
-    tmp_path: Path,
+def compiled_product(
+    target: str, tile: tuple[int, ...], form: tuple[int, int, bool, str, bool] = FORMS[0]
+) -> KernelCode:
+    pytest.importorskip("triton")
+    bits, group, symmetric, dtype, split = form
+    case = weight_only_case(
+        "product",
+        tile,
+        capability=TARGETS[target],
+        bits=bits,
+        group=group,
+        symmetric=symmetric,
+        dtype=dtype,
+        split=split,
+    )
+    return kernel_code(case, target)
+
+
+ON_HOPPER = [(tile, form) for tile in TILES + LARGE_TILES for form in FORMS[:2]]
+ON_HOPPER += [(TILES[1], form) for form in FORMS[2:]]
+ON_OLDER = [("sm_80", tile, FORMS[0]) for tile in TILES + LARGE_TILES_8]
+ON_OLDER += [(target, LARGE_TILES_8[0], FORMS[1]) for target in ("sm_86", "sm_89")]
+
+
+@pytest.mark.parametrize(("tile", "form"), ON_HOPPER)
+def test_weight_only_linear_kernel_compiles_for_hopper(
+    tile: tuple[int, ...], form: tuple[int, int, bool, str, bool]
 ) -> None:
-    compiled = compiled_product(capability, tile, bits, group, symmetric, tmp_path, splits=splits)
-    assert compiled.stack_bytes == 0
-    assert compiled.shared_bytes <= SHARED[capability]
-    assert ("HGMMA" if capability == 90 and tile[1] >= 32 else "HMMA") in compiled.code
+    code = compiled_product("sm_90a", tile, form)
+    assert code.spill_bytes == 0
+    assert code.shared_bytes * tile[-1] <= HOPPER_SHARED_BYTES
+    loop = code.hottest
+    assert loop is not None
+    opcodes = " ".join(loop.opcodes)
+    assert ("HGMMA" if tile[1] >= 32 else "HMMA") in opcodes
+    assert "LOP3" in opcodes and ("HFMA2" in opcodes or "HADD2" in opcodes)
+    assert "I2F" not in opcodes and "PRMT" not in opcodes  # nothing is converted or repacked
 
 
-def test_weight_only_linear_kernel_compiles_for_float32(tmp_path: Path) -> None:
-    compiled = compiled_product(90, FLOAT32_TILE, 4, 128, True, tmp_path, dtype="*fp32")
-    assert compiled.stack_bytes == 0
-    assert compiled.shared_bytes <= SHARED[80]
+@pytest.mark.parametrize(("target", "tile", "form"), ON_OLDER)
+def test_weight_only_linear_kernel_compiles_for_older_gpus(
+    target: str, tile: tuple[int, ...], form: tuple[int, int, bool, str, bool]
+) -> None:
+    code = compiled_product(target, tile, form)
+    assert code.spill_bytes == 0
+    assert code.shared_bytes <= SHARED_80
+
+
+@pytest.mark.parametrize(("rows", "limit"), [(1, 1100), (16, 1200), (256, 3300)])
+def test_weight_only_linear_instructions_for_256_weights_of_64_outputs(
+    rows: int, limit: int
+) -> None:
+    """Of all warps; 2,022 for up to 16 rows with single fields, and 11,888 for 256 rows."""
+    code = compiled_product("sm_90a", default_tile(rows, BRAIN, 9))
+    assert 0 < code.per_unit() <= limit
+
+
+def test_weight_only_linear_kernel_compiles_for_float32() -> None:
+    code = compiled_product("sm_90a", FLOAT32_TILE, (4, 128, True, "fp32", True))
+    assert code.spill_bytes == 0
+    assert code.shared_bytes <= SHARED_80
 
 
 OTHERS: list[tuple[str, dict[str, str], dict[str, Any]]] = [
@@ -246,16 +330,6 @@ OTHERS: list[tuple[str, dict[str, str], dict[str, Any]]] = [
         },
         {"SPLITS": 1, "TILE": 512},
     ),
-    (
-        "_quantize_rows_kernel",
-        {"x": "*bf16", "q": "*i8", "scales": "*fp32", "K": "i32"},
-        {"static_scale": None, "MAX_VALUE": 127.0, "TILE": 16384},
-    ),
-    (
-        "_quantize_rows_kernel",
-        {"x": "*bf16", "static_scale": "*fp32", "q": "*fp8e4nv", "scales": "*fp32", "K": "i32"},
-        {"MAX_VALUE": 448.0, "TILE": 16384},
-    ),
 ]
 
 
@@ -263,22 +337,19 @@ OTHERS: list[tuple[str, dict[str, str], dict[str, Any]]] = [
 def test_quantized_linear_kernels_compile(
     name: str, arguments: dict[str, str], constants: dict[str, Any], tmp_path: Path
 ) -> None:
-    warps = 16 if name == "_quantize_rows_kernel" else 4
-    for capability in (90,) if "*fp8e4nv" in arguments.values() else (90, 80):
+    for capability in (90, 80):
         compiled = compiled_for(
-            capability,
-            getattr(quantized_linear, name),
-            arguments,
-            constants,
-            tmp_path,
-            num_warps=warps,
+            capability, getattr(quantized_linear, name), arguments, constants, tmp_path
         )
         assert compiled.stack_bytes == 0
 
 
 def test_weight_only_linear_has_a_tile_for_every_number_of_rows() -> None:
-    assert [tile[0] for tile in TILES] == sorted(tile[0] for tile in TILES)
-    assert TILES[-1][0] == MAX_FUSED_ROWS
+    for large in (LARGE_TILES, LARGE_TILES_8):
+        rows = [tile[0] for tile in TILES + large]
+        assert rows == sorted(rows) and rows[-1] == MAX_FUSED_ROWS
+    assert default_tile(256, HALF, 9)[1] == 256  # a weight is unpacked once for 256 rows
+    assert default_tile(5, FLOAT, 8) == FLOAT32_TILE
 
 
 @pytest.mark.parametrize(
@@ -293,9 +364,9 @@ def test_weight_only_linear_has_a_tile_for_every_number_of_rows() -> None:
         (Scheme(8, inputs="token"), (24, 60), FLOAT, (8, 0), False),
         (Scheme(8, kind="float", inputs="token"), (32, 64), BRAIN, (8, 9), True),
         (Scheme(8, kind="float", inputs="tensor"), (32, 64), HALF, (9, 0), True),
-        (Scheme(8, kind="float", inputs="token"), (24, 64), BRAIN, (9, 0), False),
-        (Scheme(8, kind="float", inputs="token"), (32, 64), BRAIN, (8, 6), False),
-        (Scheme(8, kind="float", inputs="token"), (32, 64), FLOAT, (9, 0), False),
+        (Scheme(8, kind="float", inputs="token"), (24, 64), BRAIN, (9, 0), True),
+        (Scheme(8, kind="float", inputs="token"), (32, 64), BRAIN, (8, 6), True),
+        (Scheme(8, kind="float", inputs="token"), (32, 64), BRAIN, (7, 5), False),
     ],
 )
 def test_supported_on_gpu_by_scheme_and_shape(
@@ -306,6 +377,36 @@ def test_supported_on_gpu_by_scheme_and_shape(
     expected: bool,
 ) -> None:
     assert supported_on_gpu(scheme, shape, dtype, capability) == expected
+
+
+@pytest.mark.parametrize(
+    ("scheme", "dtype", "capability", "expected"),
+    [
+        (Scheme(8, kind="float", inputs="token"), BRAIN, (9, 0), W8A8Linear),
+        (Scheme(8, kind="float", inputs="tensor"), BRAIN, (8, 9), W8A8Linear),
+        (Scheme(8, kind="float", inputs="token"), BRAIN, (8, 6), Fp8BlockLinear),
+        (Scheme(8, kind="float", inputs="tensor"), HALF, (8, 0), Fp8BlockLinear),
+        (Scheme(8, kind="float", inputs="none"), BRAIN, (9, 0), Fp8BlockLinear),
+        (Scheme(8, kind="float", inputs="token"), FLOAT, (9, 0), Fp8BlockLinear),
+    ],
+)
+def test_fp8_weights_keep_their_bits_on_gpus_without_fp8_products(
+    scheme: Scheme,
+    dtype: torch.dtype,
+    capability: tuple[int, int],
+    expected: type,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert gpu_kernel_type(scheme, (32, 144), dtype, capability) is expected
+    monkeypatch.setattr(linear, "gpu_capability", lambda _: capability)
+    q, scales = quantize_per_token(torch.randn(32, 144), "float")
+    weight = QuantizedWeight(q.to(FP8), scales, torch.zeros(32, 1, dtype=torch.uint8), scheme)
+    quant = ActivationQuant("float") if scheme.inputs != "none" else None
+    layer = serving_linear([weight], None, quant, dtype, "cuda")
+    assert isinstance(layer, PackedLinear) and type(layer.kernel) is expected
+    if isinstance(layer.kernel, Fp8BlockLinear):
+        assert layer.input_quant is None
+        assert torch.equal(layer.kernel.dequantize(), weight.dequantize())
 
 
 def test_load_model_packs_linears_of_one_scheme(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+import re
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -71,18 +73,19 @@ class Launches:
 
 
 @pytest.fixture
-def gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[[tuple[int, int]], tuple[Launches, Launches]]:
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[[tuple[int, int]], tuple[Launches, ...]]:
     """Makes the CPU look like a GPU with 132 multiprocessors, and records the kernels' launches."""
     pytest.importorskip("triton")
 
-    def make(capability: tuple[int, int]) -> tuple[Launches, Launches]:
+    def make(capability: tuple[int, int]) -> tuple[Launches, ...]:
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
         properties = SimpleNamespace(multi_processor_count=132)
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
-        both = Launches(paged._paged_attention_kernel), Launches(paged._combine_splits_kernel)
-        monkeypatch.setattr(paged, "_paged_attention_kernel", both[0])
-        monkeypatch.setattr(paged, "_combine_splits_kernel", both[1])
-        return both
+        names = ("_paged_attention_kernel", "_combine_units_kernel", "_schedule_kernel")
+        launches = tuple(Launches(getattr(paged, name)) for name in names)
+        for name, noted in zip(names, launches, strict=True):
+            monkeypatch.setattr(paged, name, noted)
+        return launches
 
     return make
 
@@ -111,6 +114,21 @@ COMPILED = [
     (90, Case("prefill, fp8", *PROMPT, dim=80, kv_cache_dtype="fp8")),
     (90, Case("decode, dim 512", [1], [9000], dim=512, heads=(2, 1))),
     (90, Case("32 rows, dim 512", *PROMPT, dim=512, heads=(8, 2))),  # HGMMA needs 64 rows
+    (
+        90,
+        Case(
+            "prefill, own fp8",
+            *PROMPT,
+            dim=128,
+            heads=(8, 2),
+            kv_cache_dtype="fp8",
+            dynamic_scales=True,
+        ),
+    ),
+    (90, Case("decodes beside a prompt", [1, 200, 1], [9000, 300, 40], dim=128, heads=(8, 2))),
+    (89, Case("decode, fp8", *DECODE, dim=128, kv_cache_dtype="fp8", dynamic_scales=True)),
+    (89, Case("prefill, fp8", *PROMPT, dim=128, kv_cache_dtype="fp8", dynamic_scales=True)),
+    (89, Case("prefill, window, cap, dim 256", *PROMPT, dim=256, window=100, softcap=50.0)),
     (80, Case("decode", *DECODE, dim=128, heads=(8, 2))),
     (80, Case("prefill", *PROMPT, dim=128, heads=(8, 2))),
     (80, Case("prefill, window, cap, dim 256", *PROMPT, dim=256, window=100, softcap=50.0)),
@@ -126,7 +144,7 @@ COMPILED = [
 def test_paged_attention_kernel_compiles_as_launched(
     capability: int,
     case: Case,
-    gpu: Callable[[tuple[int, int]], tuple[Launches, Launches]],
+    gpu: Callable[[tuple[int, int]], tuple[Launches, ...]],
     tmp_path: Path,
 ) -> None:
     inputs = case.inputs
@@ -137,7 +155,7 @@ def test_paged_attention_kernel_compiles_as_launched(
     )
     inputs.run_kernel()
     for noted in launches:
-        assert len(noted.grids) <= 1
+        assert len(noted.grids) <= (2 if "beside" in case.label else 1)
         for arguments, options in zip(noted.arguments, noted.options, strict=True):
             constants = {
                 parameter.name: arguments[parameter.name]
@@ -156,11 +174,20 @@ def test_paged_attention_kernel_compiles_as_launched(
             assert compiled.shared_bytes <= SHARED_BYTES[capability]
             if capability == 90 and "prefill" in case.label and noted is launches[0]:
                 assert "HGMMA" in compiled.code
+            if noted is launches[0]:
+                # Keys and values of a tile are in (stages - 1) buffers each: the lookup of blocks
+                # takes no stage.
+                tile_bytes = arguments["TOKENS"] * arguments["PADDED_DIM"]
+                tile_bytes *= arguments["kv"].element_size()
+                assert compiled.shared_bytes >= 2 * (options["num_stages"] - 1) * tile_bytes
+                if case.kv_cache_dtype:  # two values an instruction, and nothing on slow pipes
+                    slow = re.findall(r"F2F\.\S+|I2F\.F16\S*", compiled.code)
+                    assert slow == []
     assert launches[1].grids or "decode" not in case.label, "short of programs, a context is split"
 
 
 def test_paged_attention_decode_launch_depends_on_shapes_alone(
-    gpu: Callable[[tuple[int, int]], tuple[Launches, Launches]],
+    gpu: Callable[[tuple[int, int]], tuple[Launches, ...]],
 ) -> None:
     """Contexts are nowhere in it, so that a graph can be replayed with others."""
     launches = gpu((9, 0))
@@ -179,21 +206,112 @@ def test_paged_attention_decode_launch_depends_on_shapes_alone(
                 assert (value.shape, value.stride()) == (other.shape, other.stride())
             else:
                 assert value == other
-    assert launches[0].grids[0] == (4, 2, 4), "a split is two tiles of 64 tokens at least"
+    assert launches[0].grids[0] == (4 + 132, 2), "two programs for each multiprocessor"
+    assert launches[1].grids[0] == (4, 2 * 2), "a program for each sequence and query head"
 
 
-@pytest.mark.parametrize(
-    ("programs", "most", "expected"),
-    [(8, 1000, 64), (8, 5, 4), (8, 0, 1), (264, 64, 2), (265, 64, 1), (9999, 64, 1)],
-)
-def test_paged_attention_splits_fill_the_gpu(
-    programs: int,
-    most: int,
-    expected: int,
-    gpu: Callable[[tuple[int, int]], tuple[Launches, Launches]],
+def test_paged_attention_gives_decodes_beside_prompts_small_tiles(
+    gpu: Callable[[tuple[int, int]], tuple[Launches, ...]],
 ) -> None:
-    gpu((9, 0))
-    assert paged._num_splits(torch.device("cuda"), programs, most) == expected
+    attention_kernel, combine, schedule = gpu((9, 0))
+    case = Case("", [1, 200, 1, 1], [5000, 300, 40, 17], dim=128, heads=(8, 2))
+    case.inputs.run_kernel()
+    assert [launch["ROWS"] for launch in attention_kernel.arguments] == [128, 16]
+    assert [launch["TILE_QUERIES"] for launch in schedule.arguments] == [32, 4]
+    assert [options["num_warps"] for options in attention_kernel.options] == [8, 4]
+    tiles = [launch["tiles"].tolist() for launch in schedule.arguments]
+    assert tiles[0] == [[1, 192], *([1, 32 * i] for i in range(5, -1, -1))]
+    assert tiles[1] == [[0, 0], [2, 0], [3, 0]], "the longest context first"
+    assert len(combine.grids) == 2
+
+
+def test_paged_attention_schedules_once_a_step(
+    gpu: Callable[[tuple[int, int]], tuple[Launches, ...]],
+) -> None:
+    """Layers share the schedule; it is made again when a graph's lengths have changed."""
+    attention_kernel, _, schedule = gpu((9, 0))
+    inputs = CASES[0].inputs
+    metadata = inputs.batch().metadata(None)
+    for _ in range(3):
+        paged.attention(inputs.q, inputs.clean, metadata, 1.0, None)
+    assert (len(attention_kernel.grids), len(schedule.grids)) == (3, 1)
+    blocks = torch.tensor([[0], [1], [2], [-1]])
+    metadata.update_block_tables(blocks, torch.tensor([1, 2, 3, 4]))
+    paged.attention(inputs.q, inputs.clean, metadata, 1.0, None)
+    assert len(schedule.grids) == 2
+
+
+def schedules() -> list[tuple[Any, ...]]:
+    """Arguments of `run_schedule`: random batches, the last ones with few or no tokens."""
+    draw = random.Random(0)
+    calls: list[tuple[Any, ...]] = []
+    for _ in range(24):
+        count = draw.choice([1, 2, 7, 40])
+        lens = [draw.choice([1, 1, 1, 2, 3, 9, 70]) for _ in range(count)]
+        contexts = [n + draw.choice([0, 1, 15, 16, 300, 5000]) for n in lens]
+        window = draw.choice([None, None, 1, 40, 1000])
+        queries = draw.choice([(4, 32), (1, 8), (16, 16)])
+        calls.append((lens, contexts, window, queries, draw.choice([16, 64]), draw.choice([1, 33])))
+    calls.append(([1] * 64, [32000, *[200] * 63], None, (4, 32), 64, 66))
+    calls.append(([1] * 300, [17] * 300, None, (4, 32), 64, 8))  # more than a turn of the kernel
+    # Rows of a CUDA graph for 3 tokens each, of which one has none.
+    calls.append(([3, 0, 1], [50, 0, 7], None, (4, 4), 16, 5, 3))
+    calls.append(([6, 0, 1], [50, 0, 7], None, (2, 4), 16, 5, 6))
+    return calls
+
+
+@pytest.fixture(scope="module")
+def scheduled(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
+    return interpreted(
+        "support.paged_cases",
+        "run_schedule",
+        schedules(),
+        tmp_path_factory.mktemp("scheduled"),
+    )
+
+
+@pytest.mark.parametrize("index", range(len(schedules())))
+def test_attention_schedule_covers_each_token_once(index: int, scheduled: list[Any]) -> None:
+    lens, contexts, window, _, tokens, programs, *_ = schedules()[index]
+    queries_seen = [0] * len(lens)
+    for tile_queries, units, parts, tiles in scheduled[index]:
+        if tiles is None:
+            tiles = [[sequence, 0] for sequence in range(len(lens))]
+        assert len(units) == len(tiles) + programs
+        used = [unit for unit in units if unit[3] > unit[2]]
+        assert units == used + [[0, 0, 0, 0]] * (len(units) - len(used))
+        lengths = {}  # in tiles of tokens
+        next_unit = 0
+        for (sequence, first_query), (first_unit, count) in zip(tiles, parts, strict=True):
+            cached = contexts[sequence] - lens[sequence]
+            end = min(lens[sequence], first_query + tile_queries)
+            assert first_unit == next_unit
+            next_unit += count
+            if first_query >= end:
+                assert count == 0
+                continue
+            queries_seen[sequence] += end - first_query
+            low = max(0, cached + first_query + 1 - (window or contexts[sequence]))
+            place = low // tokens * tokens
+            for unit in units[first_unit:next_unit]:
+                assert unit[:3] == [sequence, first_query, place]
+                place = unit[3]
+            assert place == cached + end
+            sizes = [-(-(unit[3] - unit[2]) // tokens) for unit in units[first_unit:next_unit]]
+            assert len(set(sizes[:-1])) <= 1 and sizes[-1] <= sizes[0]
+            lengths[sequence, first_query] = sizes
+        assert next_unit == len(used)
+        total = sum(map(sum, lengths.values()))
+        bound = max(paged.MIN_UNIT_TILES, -(-total // programs))
+        assert max(map(max, lengths.values())) <= bound
+    assert queries_seen == lens
+
+
+def test_attention_schedule_splits_one_long_context(scheduled: list[Any]) -> None:
+    """One of 32,000 tokens among 63 of 200: its 500 tiles of tokens are no longer serial."""
+    ((_, units, parts, _),) = scheduled[24]
+    assert parts[0] == [0, 42] and all(count == 1 for _, count in parts[1:])
+    assert max(stop - start for _, _, start, stop in units) == 12 * 64
 
 
 def test_attention_metadata_device_tensors() -> None:
@@ -202,23 +320,35 @@ def test_attention_metadata_device_tensors() -> None:
         list(range(10 * i, 10 * i + -(-length // BLOCK))) for i, length in enumerate(contexts)
     ]
     group = AttentionBatch.build(new, contexts, {None: tables}, BLOCK).metadata(None)
-    table, context, starts, tiles = group.device_tensors(20)
+    table, context, starts = group.device_tensors()
+    long, short = group.query_tiles(4, 20)
+    assert long.tiles is not None and short.tiles is not None
     assert all(
         part.dtype == torch.int32 and part.data_ptr() % 16 == 0
-        for part in (table, context, starts, tiles)
+        for part in (table, context, starts, long.tiles, short.tiles)
     )
-    assert [[block for block in row if block >= 0] for row in table.tolist()] == tables
-    assert table.shape[1] == 16
+    for row, blocks in zip(table.tolist(), tables, strict=True):
+        assert row == blocks + [0] * (16 - len(blocks))
     assert context.tolist() == contexts
     assert starts.tolist() == [0, 1, 24, 25, 75, 77]
-    assert tiles is not None
-    assert tiles.tolist() == [[3, 40], [0, 0], [3, 20], [3, 0], [4, 0], [1, 20], [1, 0], [2, 0]]
-    assert group.device_tensors(20)[0] is table
+    assert long.tiles.tolist() == [[3, 40], [3, 20], [3, 0], [1, 20], [1, 0]]
+    assert short.tiles.tolist() == [[0, 0], [4, 0], [2, 0]]
+    assert (long.max_tokens, long.total_tokens) == (90, 90 + 80 + 60 + 23 + 20)
+    assert group.device_tensors()[0] is table and group.query_tiles(4, 20)[0] is long
+    (whole,) = group.query_tiles(50, 50)
+    assert whole.tiles is None and whole.num_tiles == 5
 
 
 def test_attention_batch_refuses_freed_blocks_in_use() -> None:
     batch = AttentionBatch.build([1, 1], [30, 40], {20: [[0, 1], [-1, -1, 2]]}, BLOCK)
     with pytest.raises(AssertionError, match="within the window"):
-        batch.metadata(20).device_tensors(1)
+        batch.metadata(20).device_tensors()
+
+
+def test_attention_block_table_on_the_device_has_no_freed_blocks() -> None:
+    """Kernels of libraries read whole tiles before they mask them."""
     batch = AttentionBatch.build([1, 1], [30, 40], {20: [[0, 1], [-1, 3, 2]]}, BLOCK)
-    assert batch.metadata(20).device_tensors(1)[0][:, :3].tolist() == [[0, 1, -1], [-1, 3, 2]]
+    metadata = batch.metadata(20)
+    assert metadata.device_tensors()[0][:, :3].tolist() == [[0, 1, 0], [0, 3, 2]]
+    metadata.update_block_tables(torch.tensor([[-1, 1], [-1, -1]]), torch.tensor([30, 40]))
+    assert metadata.device_tensors()[0][:, :3].tolist() == [[0, 1, 0], [0, 0, 2]]

@@ -76,6 +76,40 @@ def test_sample_frequencies(temperature: float, top_k: int, top_p: float, min_p:
     assert ((got - want).abs() <= 4.5 * deviation + 1e-9).all()
 
 
+def test_sample_follows_the_probabilities_over_a_million_draws() -> None:
+    """Chi-square of a vocabulary of 20 tokens with all filters."""
+    num_tokens, num_draws, parts = 20, 1_000_000, 4
+    logits = torch.randn(num_tokens, generator=torch.Generator().manual_seed(8)) * 2
+    scaled = (logits.double() - logits.double().max()) / 1.3
+    largest, order = scaled.sort(descending=True)
+    shares = largest[:15].softmax(-1)
+    kept = (shares.cumsum(-1) - shares < 0.97) & (largest[:15].exp() >= 0.02)
+    assert 5 < int(kept.sum()) < 15
+    expected = torch.zeros(num_tokens, dtype=torch.float64)
+    expected[order[:15][kept]] = shares[kept] / shares[kept].sum()
+    count = torch.zeros(num_tokens, dtype=torch.int64)
+    rows = num_draws // parts
+    for part in range(parts):
+        ids = sample(
+            logits.expand(rows, num_tokens),
+            torch.full((rows,), 1.3),
+            torch.full((rows,), 15),
+            torch.full((rows,), 0.97),
+            torch.full((rows,), 0.02),
+            torch.arange(rows) + part * rows,
+            torch.arange(rows) % 5,
+        )
+        count += torch.bincount(ids, minlength=num_tokens)
+    possible = expected > 0
+    assert int(count[~possible].sum()) == 0
+    mean = expected[possible] * num_draws
+    statistic = float(((count[possible] - mean) ** 2 / mean).sum())
+    degrees = int(possible.sum()) - 1
+    # The quantile for p = 0.001, by the approximation of Wilson and Hilferty.
+    spread = 2 / (9 * degrees)
+    assert statistic < degrees * (1 - spread + 3.09 * spread**0.5) ** 3
+
+
 def test_sample_temperature_zero_takes_the_first_maximum() -> None:
     logits = torch.tensor([[0.0, 3.0, 3.0, 1.0], [9.0, 3.0, 3.0, 1.0]])
     ids = sample(

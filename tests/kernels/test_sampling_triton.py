@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,63 +13,235 @@ from support.triton_checks import compiled_for, interpreted
 
 from llmkit.kernels import sampling_triton as sampling_gpu
 from llmkit.kernels.sampling import sample
+from llmkit.kernels.triton_support import jit, tl
 
-SIZES = (5000, 130)
-
-
-def test_sample_kernel_matches_the_reference(tmp_path: Path) -> None:
-    calls = [sampling_arguments(size) for size in SIZES]
-    for call, got in zip(
-        calls, interpreted("llmkit.kernels.sampling_triton", "sample", calls, tmp_path), strict=True
-    ):
-        expected = sample(*call)
-        assert len(set(expected.tolist())) > 10
-        assert got.tolist() == expected.tolist()
+# Tokens, and which rows: from one on in steps.
+SIZES = ((1300, 18, 5), (700, 19, 3), (130, 2, 3))
 
 
-def test_sample_kernel_gives_no_token_for_nan_rows(tmp_path: Path) -> None:
-    logits, *parameters = (part[:8] for part in sampling_arguments(5000))
+Call = tuple[torch.Tensor, ...]
+
+
+def plain_calls() -> list[Call]:
+    return [
+        tuple(part[at::step].contiguous() for part in sampling_arguments(size))
+        for size, at, step in SIZES
+    ]
+
+
+def broken_call() -> Call:
+    """Rows 1, 3 and 5 have a logit that is not finite."""
+    logits, *parameters = (part[16:22] for part in sampling_arguments(1300))
     for row, value in ((1, float("nan")), (3, float("inf")), (5, float("-inf"))):
-        logits[row, 4500] = value
-    wide = torch.cat((logits, torch.full((8, 3), float("nan"))), 1)[:, :5000]  # a stride of its own
-    (got,) = interpreted(
-        "llmkit.kernels.sampling_triton", "sample", [(wide, *parameters)], tmp_path
-    )
-    expected = sample(logits, *parameters)
-    assert got.tolist() == [-1 if row in (1, 3, 5) else int(expected[row]) for row in range(8)]
+        logits[row, 1200] = value
+    wide = torch.cat((logits, torch.full((6, 3), float("nan"))), 1)[:, :1300]  # a stride of its own
+    return wide, *parameters
 
 
-def test_sample_kernel_keeps_ties(tmp_path: Path) -> None:
-    """And no others: each of them is drawn by some seed."""
-    count = 40
+def calls_with_ties() -> list[Call]:
+    count = 7
     logits = torch.full((count, 200), -30.0)
     logits[:, 3] = 1.0
     logits[:, 50:54] = 0.5
     ones = torch.ones(count)
     common = (torch.zeros(count), torch.arange(count), torch.zeros(count, dtype=torch.int64))
-    calls = [
+    return [
         (logits, ones, torch.full((count,), 3), ones, *common),
         (logits, ones, torch.zeros(count, dtype=torch.int64), ones * 0.6, *common),
     ]
-    for got in interpreted("llmkit.kernels.sampling_triton", "sample", calls, tmp_path):
-        assert set(got.tolist()) == {3, 50, 51, 52, 53}
 
 
-@pytest.mark.parametrize("capability", [90, 80])
-def test_sample_kernel_compiles(capability: int, tmp_path: Path) -> None:
-    floats = dict.fromkeys(("logits", "temperature", "top_p", "min_p"), "*fp32")
+def extreme_calls() -> list[Call]:
+    """Few tokens above a floor, ties, 16-bit logits, and parameters at the ends of their ranges."""
+    draw = torch.Generator().manual_seed(7)
+    only = torch.full((1, 300), -1e30)
+    only[0, 211] = 1.5
+    logits = torch.cat(
+        (
+            torch.randn(2, 300, generator=draw) * 3,
+            torch.zeros(1, 300),
+            only,
+            torch.randn(1, 300, generator=draw).round() * 1e-4,
+            torch.randn(1, 300, generator=draw) * 1e30,
+        )
+    )
+    asked = [
+        (1.0, 0, 1e-9, 0.0),
+        (1.0, 0, 0.0, 0.0),
+        (1.0, 0, 1.0, 1.0),
+        (1e-38, 0, 0.9, 0.0),
+        (1e3, 30, 0.5, 0.0),
+        (1.0, 3, 0.5, 0.1),
+        (5.0, 20, 0.99, 0.0),
+        (1.0, 50, 0.9999, 0.0),
+        (0.7, 299, 0.3, 0.0),
+        (2.0, 1, 1.0, 0.0),
+        (0.0, 5, 0.5, 0.0),
+    ]
+    calls: list[Call] = []
+    for turn, dtype in enumerate((torch.float32, torch.bfloat16, torch.float16)):
+        # Each kind of logits meets other parameters in each dtype.
+        order = [(turn * 4 + 5 * row) % len(asked) for row in range(len(logits))]
+        rows = logits[torch.arange(len(order)) % len(logits)]
+        temperature, top_k, top_p, min_p = torch.tensor(asked, dtype=torch.float64)[order].T
+        seeds = torch.randint(-(1 << 62), 1 << 62, (len(rows),), generator=draw)
+        calls.append(
+            (
+                (rows.clamp(-6e4, 6e4) if dtype == torch.float16 else rows).to(dtype),
+                temperature.float(),
+                top_k.long(),
+                top_p.float(),
+                min_p.float(),
+                seeds,
+                seeds % 1000,
+            )
+        )
+    return calls
+
+
+def crowded_call() -> Call:
+    return tuple(part[20::7].contiguous() for part in sampling_arguments(1300, seed=3))
+
+
+def sample_with(num_candidates: int, *arguments: torch.Tensor) -> torch.Tensor:
+    """`sample` with lists of this length: with short ones, rows need every level."""
+    sampling_gpu.CANDIDATES = num_candidates
+    return sampling_gpu.sample(*arguments)  # type: ignore[call-arg]
+
+
+def exponential(u: torch.Tensor) -> torch.Tensor:
+    """The kernel's -log(1 - u)."""
+    out = torch.empty_like(u)
+    _exponential_kernel[(1,)](u, out, count=len(u))
+    return out
+
+
+@jit
+def _exponential_kernel(u: tl.tensor, out: tl.tensor, count: tl.constexpr) -> None:
+    at = tl.arange(0, count)
+    tl.store(out + at, sampling_gpu._exponential(tl.load(u + at)))
+
+
+def draws() -> torch.Tensor:
+    """Uniform numbers of every size, as the sampler makes them."""
+    draw = torch.Generator().manual_seed(0)
+    bits = torch.randint(0, 1 << 31, (1 << 16,), generator=draw, dtype=torch.int64)
+    bits[: 1 << 14] >>= torch.arange(1 << 14) % 31
+    u = ((bits.float() + 0.5) * 2.0**-31).clamp_max(1 - 2.0**-24)
+    u[:2] = torch.tensor([2.0**-32, 1 - 2.0**-24])
+    return u
+
+
+def run(name: str, *arguments: Any) -> torch.Tensor:
+    """A function of this file, in the interpreter."""
+    function: Callable[..., torch.Tensor] = globals()[name]
+    return function(*arguments)
+
+
+@pytest.fixture(scope="module")
+def ids(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[torch.Tensor]]:
+    """The results of all calls, from one process: it takes seconds to start."""
+    calls: list[tuple[str, tuple[Any, ...]]] = [("draws", ("exponential", draws()))]
+    for name, sampled in (
+        ("plain", plain_calls()),
+        ("broken", [broken_call()]),
+        ("ties", calls_with_ties()),
+        ("extreme", extreme_calls()),
+    ):
+        calls += [(name, ("sample_with", 4096, *call)) for call in sampled]
+    calls += [("crowded", ("sample_with", length, *crowded_call())) for length in (64, 8)]
+    results = interpreted(
+        "kernels.test_sampling_triton",
+        "run",
+        [call for _, call in calls],
+        tmp_path_factory.mktemp("ids"),
+    )
+    found: dict[str, list[torch.Tensor]] = {}
+    for (name, _), result in zip(calls, results, strict=True):
+        found.setdefault(name, []).append(result)
+    return found
+
+
+def test_sample_kernels_match_the_reference(ids: dict[str, list[torch.Tensor]]) -> None:
+    for call, got in zip(plain_calls(), ids["plain"], strict=True):
+        expected = sample(*call)  # type: ignore[call-arg]
+        assert len(set(expected.tolist())) > 4
+        assert got.tolist() == expected.tolist()
+
+
+def test_sample_kernels_give_no_token_for_nan_rows(ids: dict[str, list[torch.Tensor]]) -> None:
+    expected = sample(*broken_call()).tolist()  # type: ignore[call-arg]
+    assert ids["broken"][0].tolist() == [
+        -1 if row in (1, 3, 5) else expected[row] for row in range(6)
+    ]
+
+
+def test_sample_kernels_keep_ties(ids: dict[str, list[torch.Tensor]]) -> None:
+    """Tokens that tie with the last kept one are kept, too."""
+    for call, got in zip(calls_with_ties(), ids["ties"], strict=True):
+        assert got.tolist() == sample(*call).tolist()  # type: ignore[call-arg]
+        assert len(set(got.tolist())) > 3
+
+
+def test_sample_kernels_match_the_reference_in_extreme_cases(
+    ids: dict[str, list[torch.Tensor]],
+) -> None:
+    for (logits, *parameters), got in zip(extreme_calls(), ids["extreme"], strict=True):
+        assert got.tolist() == sample(logits.float(), *parameters).tolist()  # type: ignore[call-arg]
+
+
+def test_sample_kernels_match_the_reference_with_crowded_brackets(
+    ids: dict[str, list[torch.Tensor]],
+) -> None:
+    """Some rows are counted twice, and some are searched as a whole."""
+    expected = sample(*crowded_call()).tolist()  # type: ignore[call-arg]
+    assert [got.tolist() for got in ids["crowded"]] == [expected] * 2
+
+
+def test_exponential_has_the_precision_of_float32(ids: dict[str, list[torch.Tensor]]) -> None:
+    truth = -torch.log1p(-draws().double())
+    assert ((ids["draws"][0] / truth - 1).abs() < 4e-7).all()
+
+
+def test_sample_splits_fill_a_gpu() -> None:
+    splits = {rows: sampling_gpu.num_splits(rows, 128_256) for rows in (1, 16, 64, 256, 5000)}
+    assert splits == {1: 64, 16: 64, 64: 16, 256: 4, 5000: 1}
+    assert sampling_gpu.num_splits(1, 5) == 1
+
+
+@pytest.mark.parametrize(("capability", "dtype"), [(90, "*bf16"), (80, "*fp32")])
+def test_sample_kernels_compile(capability: int, dtype: str, tmp_path: Path) -> None:
     kinds = (
-        floats
+        {"logits": dtype}
+        | dict.fromkeys(("temperature", "top_p", "min_p", "extremes", "masses"), "*fp32")
         | dict.fromkeys(("top_k", "seeds", "counters", "ids"), "*i64")
-        | {"row_stride": "i32", "vocab_size": "i32"}
+        | dict.fromkeys(("tokens", "counts", "candidates"), "*i32")
+        | dict.fromkeys(("rows", "row_stride", "vocab_size", "slice_size"), "i32")
     )
-    compiled = compiled_for(
-        capability,
-        sampling_gpu._sample_kernel,
-        kinds,
-        {"TILE": 2048, "WAYS": 4},
-        tmp_path,
-        num_warps=16,
-    )
-    assert compiled.stack_bytes == 0
-    assert compiled.shared_bytes <= 99 * 1024
+    gpu = sampling_gpu
+    constants = {
+        "SPLITS": 16,
+        "WAYS": gpu.WAYS,
+        "CANDIDATES": gpu.CANDIDATES,
+        "TILE": gpu.TILE,
+        "THREADS": 32 * gpu.NUM_WARPS,
+        "UNROLL": gpu.UNROLL,
+        "LEVEL": 1,
+    }
+    for kernel, warps, tile in (
+        (gpu._find_extremes_kernel, gpu.NUM_WARPS, gpu.TILE),
+        (gpu._count_kernel, gpu.NUM_WARPS, gpu.TILE),
+        (gpu._draw_kernel, gpu.NUM_WARPS, gpu.TILE),
+        (gpu._choose_kernel, 16, gpu.CANDIDATES),
+    ):
+        names = kernel.arg_names
+        compiled = compiled_for(
+            capability,
+            kernel,
+            {name: kinds[name] for name in names if name in kinds},
+            {name: (constants | {"TILE": tile})[name] for name in names if name in constants},
+            tmp_path,
+            num_warps=warps,
+        )
+        assert compiled.stack_bytes == 0
+        assert compiled.shared_bytes <= 16 * 1024

@@ -323,11 +323,14 @@ def test_gpt_oss_wrong_tensors_are_named(
 
 
 def test_experts_in_one_tensor_need_a_format_for_them(gpt_oss: GptOss, tmp_path: Path) -> None:
-    shutil.copy(gpt_oss.dense / "model.safetensors", tmp_path)
+    tensors = load_file(gpt_oss.dense / "model.safetensors")
+    tensors[GATE_UP] = tensors[GATE_UP].to(torch.int8)
+    save_file(tensors, tmp_path / "model.safetensors")
     config = json.loads((gpt_oss.dense / "config.json").read_text(encoding="utf-8"))
     config["quantization_config"] = {"quant_method": "gptq", "bits": 4, "group_size": 32}
     (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    with pytest.raises(InputError, match=r"gate_up_proj holds all experts.*in the format gptq"):
+    message = r"gate_up_proj has dtype I8. It holds all experts of a layer.*in the format gptq"
+    with pytest.raises(InputError, match=message):
         load_model(open_checkpoint(tmp_path), torch.float32)
 
 

@@ -137,6 +137,7 @@ def stand_in_cuda(monkeypatch: pytest.MonkeyPatch, device: Device) -> None:
     begin = graphs.CudaGraph.__init__
 
     def captured(self: Any, run: Callable[[], None]) -> None:
+        device.log.append("capture")
         begin(self, run)
         self.run = run
         self.reads = set(device.reads)

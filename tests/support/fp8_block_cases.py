@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from llmkit.kernels.fp8_block_linear import Fp8BlockLinear, quantize_groups
+from llmkit.kernels.activation_quant import FP8
+from llmkit.kernels.fp8_block_linear import Fp8BlockLinear
 from llmkit.kernels.fused_experts import FusedExperts
+from llmkit.kernels.input_quant import InputQuant, quantize_input
 
 
 def run_fp8_block_linear(
@@ -23,7 +25,8 @@ def run_fp8_block_linear(
 
 
 def run_quantize_groups(x: torch.Tensor, group_size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    return quantize_groups(x, group_size)
+    got = quantize_input(x, InputQuant(FP8, group_size))
+    return got.values, got.scales
 
 
 def run_fp8_experts(

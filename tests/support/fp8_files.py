@@ -74,13 +74,15 @@ def write_fp8(
     *,
     static: bool = False,
     compressed_tensors: bool = False,
+    autofp8: bool = False,
     linears: str = LINEARS,
     **config: Any,
 ) -> None:
     """Write a checkpoint again in FP8, and round the values of the dense one to the same.
 
-    static: inputs have one stored scale. compressed_tensors: in that format. linears: the tensors
-    that become FP8. config: further values of the `quantization_config`.
+    static: inputs have one stored scale. compressed_tensors: in that format. autofp8: as AutoFP8
+    wrote them, with one scale for each weight. linears: the tensors that become FP8. config:
+    further values of the `quantization_config`.
     """
     shutil.copytree(dense, packed)
     stored: dict[str, torch.Tensor] = {}
@@ -93,9 +95,12 @@ def write_fp8(
         module = name.removesuffix(".weight")
         scales = weight.scales if block else weight.scales.reshape(())
         stored[name] = weight.q
-        stored[f"{module}.{'weight_scale' if compressed_tensors else 'weight_scale_inv'}"] = scales
+        has_short_name = compressed_tensors or autofp8
+        stored[f"{module}.weight_scale{'' if has_short_name else '_inv'}"] = scales
         if static:
-            stored[f"{module}.activation_scale"] = torch.tensor(0.05)
+            stored[f"{module}.{'input' if has_short_name else 'activation'}_scale"] = torch.tensor(
+                0.05
+            )
         rounded[name] = weight.dense
     save_file(rounded, dense / "model.safetensors", {"format": "pt"})
     save_file(stored, packed / "model.safetensors", {"format": "pt"})
@@ -105,13 +110,19 @@ def write_fp8(
         "weight_block_size": list(block) if block else None,
         "modules_to_not_convert": ["lm_head", "gate", "model.vision_tower"],
     }
+    if autofp8:
+        assert block is None
+        quantization = {
+            "quant_method": "fp8",
+            "activation_scheme": "static" if static else "dynamic",
+            "ignored_layers": ["lm_head"],
+        }
     if compressed_tensors:
-        assert block is not None
         quantization = {
             "quant_method": "compressed-tensors",
             "format": "float-quantized",
             "ignore": ["lm_head"],
-            "config_groups": {"group_0": block_group(*block)},
+            "config_groups": {"group_0": block_group(*block) if block else tensor_group(static)},
         }
     edit_config(packed, quantization_config=quantization | config)
 
@@ -125,6 +136,17 @@ def block_group(rows: int, columns: int) -> dict[str, Any]:
         | {"strategy": "block", "block_structure": [rows, columns], "dynamic": False},
         "input_activations": eight_bits
         | {"strategy": "group", "group_size": columns, "dynamic": True},
+    }
+
+
+def tensor_group(static: bool) -> dict[str, Any]:
+    """A group of compressed-tensors with one scale for each weight; static: for inputs, too."""
+    eight_bits = {"num_bits": 8, "type": "float", "symmetric": True}
+    return {
+        "targets": ["Linear"],
+        "weights": eight_bits | {"strategy": "tensor", "dynamic": False},
+        "input_activations": eight_bits
+        | {"strategy": "tensor" if static else "token", "dynamic": not static},
     }
 
 

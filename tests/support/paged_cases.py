@@ -10,12 +10,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
 import torch
 
 from llmkit.kernels import paged_attention as paged
+from llmkit.kernels import tuned_configs
 from llmkit.kernels.attention import paged_attention
-from llmkit.kernels.attention_metadata import AttentionBatch
+from llmkit.kernels.attention_metadata import AttentionBatch, BlockTable
 from llmkit.kernels.kv_cache import QUANTIZED_KV_CACHE_DTYPES, KVCache
+from llmkit.kernels.tuned_configs import Config, Shape
 
 BLOCK = 16
 SCALE = 0.2
@@ -25,6 +28,9 @@ MIXED = (
     [1, 23, 1, 50, 2],
     [70, 23, 1, 90, 40],
 )  # decoding, whole prompts, chunks after earlier ones, drafts
+# One long context among many short ones, and lengths at the edges of blocks and tiles.
+RAGGED = ([1] * 9, [700, 1, 2, 15, 16, 17, 31, 32, 33])
+RAGGED_MIXED = ([1, 20, 1, 1, 40, 2], [600, 20, 1, 16, 340, 33])
 
 
 @dataclass(frozen=True)
@@ -39,7 +45,8 @@ class Case:
     sinks: bool = False
     kv_cache_dtype: str | None = None
     dynamic_scales: bool = False
-    splits: int = 1
+    programs: int = 1  # a KV head's: contexts are split over them
+    tile_tokens: int | None = None  # None: the default
     capability: tuple[int, int] = (9, 0)  # the interpreter's
     dtype: torch.dtype = torch.float16
 
@@ -125,7 +132,7 @@ class AttentionInputs:
             group = AttentionBatch.build(
                 case.query_lens, lengths, {case.window: others}, BLOCK, device
             ).metadata(case.window)
-            group.device_tensors(1)
+            group.device_tensors()
             blocks = [table + [-1] * (longest - len(table)) for table in self.tables]
             group.update_block_tables(
                 torch.tensor(blocks, device=device), torch.tensor(case.seq_lens, device=device)
@@ -163,26 +170,53 @@ def cases() -> Iterator[Case]:
     yield Case("dim 512", [1, 20], [40, 20], dim=512, heads=(2, 1))
     yield Case("float32", *MIXED, dtype=torch.float32, heads=(3, 1))
     yield Case("window", *MIXED, window=20)
-    yield Case("window, decode", *DECODE, window=20, splits=2)
+    yield Case("window, decode", *DECODE, window=20, programs=2)
     yield Case("window of 1", *MIXED, window=1)
     yield Case("soft cap", *MIXED, softcap=2.0)
     yield Case("soft cap, window, float32", *DECODE, softcap=2.0, window=40, dtype=torch.float32)
     yield Case("sinks, mixed", *MIXED, sinks=True)
     yield Case("sinks, window, 3 heads a head", *MIXED, heads=(3, 1), window=20, sinks=True)
-    yield Case("sinks, window, splits", *DECODE, window=70, splits=4, sinks=True)
+    yield Case("sinks, window, splits", *DECODE, window=70, programs=4, sinks=True)
     yield Case("sinks, soft cap, float32", *DECODE, softcap=2.0, dtype=torch.float32, sinks=True)
     yield Case(
         "sinks, int8, splits",
         *DECODE,
         kv_cache_dtype="int8",
         dynamic_scales=True,
-        splits=2,
+        programs=2,
         sinks=True,
     )
-    for splits in (2, 4, 16):
-        yield Case(f"{splits} splits", *DECODE, splits=splits)
-    yield Case("splits, mixed", *MIXED, splits=2)
-    yield Case("splits, float32", *DECODE, splits=4, dtype=torch.float32)
+    for programs in (2, 4, 16):
+        yield Case(f"{programs} programs", *DECODE, programs=programs)
+    yield Case("splits, mixed", *MIXED, programs=2)
+    yield Case("splits, float32", *DECODE, programs=4, dtype=torch.float32)
+    yield Case("ragged", *RAGGED, programs=8, tile_tokens=32)
+    yield Case("ragged, 1 head a head", *RAGGED, heads=(2, 2), programs=5, tile_tokens=16)
+    yield Case("ragged, 5 heads a head", *RAGGED, heads=(5, 1), programs=40, tile_tokens=16)
+    yield Case("ragged, 8 heads a head", *RAGGED, heads=(8, 1), dim=32, programs=8, tile_tokens=32)
+    yield Case("ragged, window", *RAGGED, window=100, programs=8, tile_tokens=16)
+    yield Case("ragged, sinks, cap", *RAGGED, softcap=2.0, sinks=True, programs=8, tile_tokens=32)
+    yield Case("ragged, mixed", *RAGGED_MIXED, programs=12, tile_tokens=16)
+    yield Case("ragged, mixed, 8 heads a head", *RAGGED_MIXED, heads=(8, 1), programs=6)
+    yield Case("ragged, mixed, window", *RAGGED_MIXED, window=70, programs=12, tile_tokens=16)
+    yield Case(
+        "ragged, mixed, sinks, fp8, bfloat16",
+        *RAGGED_MIXED,
+        dtype=torch.bfloat16,
+        kv_cache_dtype="fp8",
+        dynamic_scales=True,
+        sinks=True,
+        programs=12,
+        tile_tokens=32,
+    )
+    yield Case(
+        "ragged, int8, bfloat16",
+        *RAGGED,
+        dtype=torch.bfloat16,
+        kv_cache_dtype="int8",
+        programs=6,
+        tile_tokens=32,
+    )
     for name in QUANTIZED_KV_CACHE_DTYPES:
         for own in (False, True):
             label = f"{name}, {'own' if own else 'stored'} scales"
@@ -192,21 +226,54 @@ def cases() -> Iterator[Case]:
                 *DECODE,
                 kv_cache_dtype=name,
                 dynamic_scales=own,
-                splits=2,
+                programs=2,
                 heads=(3, 1),
             )
 
 
 CASES = list(cases())
-REPLAYED = [case for case in CASES if max(case.query_lens) == 1 and case.splits <= 4]
+REPLAYED = [case for case in CASES if max(case.query_lens) == 1 and case.programs <= 4]
 IDS = [case.label for case in CASES]
+
+
+def use_programs(case: Case) -> None:
+    """Split contexts as the case says, even into single tiles of tokens."""
+
+    def choose(_: Shape, default: Config) -> Config:
+        return (case.tile_tokens or default[0], *default[1:])
+
+    paged._num_programs = lambda *_: case.programs
+    paged.MIN_UNIT_TILES = 1
+    tuned_configs.trials["attention"] = choose
 
 
 def run_kernel_interpreted(index: int, replayed: bool) -> torch.Tensor:
     case = (REPLAYED if replayed else CASES)[index]
-    paged._num_splits = lambda *_: case.splits
+    use_programs(case)
     torch.cuda.get_device_capability = lambda *_: case.capability
     return case.inputs.run_kernel(replayed=replayed)
+
+
+def run_schedule(
+    query_lens: list[int],
+    seq_lens: list[int],
+    window: int | None,
+    queries: tuple[int, int],
+    tile_tokens: int,
+    programs: int,
+    max_query_len: int | None = None,
+) -> list[tuple[int, list[list[int]], list[list[int]], list[list[int]] | None]]:
+    """For each launch: tile_queries, and the units, parts and tiles of `schedule`."""
+    lens = np.array(query_lens), np.array(seq_lens)
+    table = BlockTable.build([[0] * -(-max(seq_lens) // BLOCK) for _ in seq_lens])
+    batch = AttentionBatch(*lens, {window: table}, BLOCK, torch.device("cpu"), max_query_len)
+    metadata = batch.metadata(window)
+    found = []
+    for tiles in metadata.query_tiles(*queries):
+        units, parts = paged.schedule(metadata, tiles, window or 1 << 30, tile_tokens, programs)
+        rows = None if tiles.tiles is None else tiles.tiles.tolist()
+        found.append((tiles.tile_queries, units.tolist(), parts.tolist(), rows))
+    return found
 
 
 def assert_close(answer: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> None:

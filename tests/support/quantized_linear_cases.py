@@ -7,7 +7,10 @@ from dataclasses import dataclass
 import torch
 
 from llmkit.checkpoint.quantized_weight import QuantizedWeight, Scheme
-from llmkit.kernels.quantized_linear import W8A8Linear, WeightOnlyLinear, quantize_rows
+from llmkit.kernels import quantized_linear
+from llmkit.kernels.input_quant import InputQuant, quantize_input
+from llmkit.kernels.quantized_linear import WeightOnlyLinear
+from llmkit.kernels.w8a8_linear import W8A8Linear
 
 FP8 = torch.float8_e4m3fn
 
@@ -23,13 +26,15 @@ class Case:
     biased: bool = False
     dtype: torch.dtype = torch.float32
     splits: int = 1
+    major: int = 9  # of the GPU's compute capability
 
     @property
     def label(self) -> str:
         flags = f"{'' if self.symmetric else '-zeros'}{'-bias' if self.biased else ''}"
         kind = str(self.dtype).removeprefix("torch.")
         form = f"w{self.bits}g{self.group}{flags}-{kind}-split{self.splits}"
-        return f"{form}-{self.rows}x{self.outputs}x{self.columns}"
+        older = "" if self.major == 9 else f"-sm{self.major}"
+        return f"{form}-{self.rows}x{self.outputs}x{self.columns}{older}"
 
     def weight(self) -> QuantizedWeight:
         """All quantized values; scales of several sizes, in float16 as in GPTQ and AWQ."""
@@ -64,6 +69,7 @@ class Case:
             self.group,
             bias,
             self.splits,
+            self.major,
         )
 
     def expected(self, dense: torch.Tensor) -> torch.Tensor:
@@ -83,8 +89,10 @@ def run_weight_only_linear(
     group: int,
     bias: torch.Tensor | None,
     splits: int,
+    major: int = 9,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The product twice, and the dense weight."""
+    """The product twice, and the dense weight. major: of the GPU whose tiles are taken."""
+    quantized_linear.gpu_major = lambda _: major
     product = WeightOnlyLinear(q, scales, zeros, bits, group, bias)
     return product(x, splits), product(x, splits), product.dequantize(x.shape[1], torch.float32)
 
@@ -95,15 +103,16 @@ def run_w8a8_linear(
     scales: torch.Tensor,
     bias: torch.Tensor | None,
     scale: torch.Tensor | None,
+    row_scaling: bool,
 ) -> torch.Tensor:
-    return W8A8Linear(q, scales, bias, scale)(x)
+    return W8A8Linear(q, scales, bias, scale, row_scaling=row_scaling)(x)
 
 
 def run_quantize_rows(
     x: torch.Tensor, dtype: torch.dtype, scale: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    q, scales = quantize_rows(x, dtype, scale)
-    return q[: len(x)], scales
+    got = quantize_input(x, InputQuant(dtype, scale=scale))
+    return got.values[: len(x)], got.scales[: len(x)]
 
 
 def assert_close(got: torch.Tensor, expected: torch.Tensor, limit: float) -> None:
@@ -121,14 +130,16 @@ def measure_configs(
     group: int,
     bias: torch.Tensor | None,
     splits: int,
+    major: int,
 ) -> dict[tuple[int, ...], float | None]:
     """The times by configuration that the tuner finds, with a clock that always says 1.
 
-    None for a configuration that is refused.
+    None for a configuration that is refused. major: of the GPU whose tiles are taken.
     """
     from llmkit.bench.gpu.tune_kernels import MAX_ERRORS, ConfigSearch
     from llmkit.kernels.quantized_linear import TILE
 
+    quantized_linear.gpu_major = lambda _: major
     product = WeightOnlyLinear(q, scales, zeros, bits, group, bias)
     expected = torch.nn.functional.linear(
         x.float(), product.dequantize(x.shape[1], torch.float32), bias

@@ -15,7 +15,7 @@ import torch
 
 HOPPER_SHARED_BYTES = 227 * 1024
 # The shared memory that a program may use, by compute capability.
-SHARED_BYTES = {90: HOPPER_SHARED_BYTES, 80: 163 * 1024}
+SHARED_BYTES = {90: HOPPER_SHARED_BYTES, 89: 99 * 1024, 80: 163 * 1024}
 TESTS = Path(__file__).parents[1]
 _RUN = """
 import importlib, sys, torch

@@ -1,0 +1,74 @@
+"""Inline PTX that turns packed 4- and 8-bit weights into pairs of 16-bit floats.
+
+A register holds two neighbouring words of 16 bits. One `lop3` isolates a field of both and writes
+it into the lowest mantissa bits of a power of two: that is the power plus the field's value, times
+the field's place. One multiply-add of two halves then subtracts the power and the zero point, which
+is exact: no integer is converted.
+"""
+
+from __future__ import annotations
+
+import torch
+
+# lop3's last operand is the table of a function of three bits.
+AND_OR = "0xea"  # (a & b) | c
+NOT_AND_OR = "0xae"  # (~a & b) | c
+
+
+def field_offsets(bits: int, dtype: torch.dtype) -> list[float]:
+    """What each field's floats are above q, before the zero point is subtracted as well."""
+    if dtype == torch.bfloat16:
+        return [128.0] * 4 if bits == 4 else [-128.0] * 2
+    return [1024.0, 64.0] * 2 if bits == 4 else [1024.0] * 2
+
+
+def unpack_ptx(bits: int, dtype: torch.dtype, symmetric: bool, scaled: bool) -> tuple[str, ...]:
+    """For each field: PTX from two words to q - zero of both, in bfloat16 or float16.
+
+    The operands are the result, the words, and unless `symmetric`: -(offset + zero), see
+    `field_offsets`. If `scaled`, the result is (q - zero) * scale; the last two operands are the
+    scale's rounded value and what is missing.
+    """
+    is_brain = dtype == torch.bfloat16
+    fma = "fma.rn.bf16x2" if is_brain else "fma.rn.f16x2"
+    texts = []
+    for field, offset in enumerate(field_offsets(bits, dtype)):
+        lines = [".reg .b32 words, values, factor, term, q;"]
+        place, step = field * bits, 1.0
+        if bits == 4 and not is_brain and field % 2:
+            # The mantissa of float16 is wide enough for a field that is not moved to its end.
+            place, step = place - 4, 0.0625
+        source = "$1"
+        if place:
+            lines.append(f"shr.u32 words, $1, {place};")
+            source = "words"
+        mask = "00f0" if step < 1 else "000f" if bits == 4 else "007f" if is_brain else "00ff"
+        power = "4300" if is_brain else "6400"
+        lines.append(f"lop3.b32 values, {source}, 0x{mask * 2}, 0x{power * 2}, {AND_OR};")
+        lines.append(f"mov.b32 factor, {_pair(step, dtype)};")
+        if bits == 8 and is_brain:
+            # The mantissa has 7 bits. The eighth decides whether 128 or 256 is subtracted, which
+            # gives q - 128.
+            lines.append(f"lop3.b32 term, {source}, 0x00800080, 0xc300c300, {NOT_AND_OR};")
+            lines.append(f"{fma} values, values, factor, term;")
+        if symmetric:
+            lines.append(f"mov.b32 term, {_pair(-offset - 2.0 ** (bits - 1), dtype)};")
+        term = "term" if symmetric else "$2"
+        lines.append(f"{fma} q, values, factor, {term};")
+        if symmetric and offset == -(2.0 ** (bits - 1)):
+            lines[-2:] = ["mov.b32 q, values;"]  # nothing is left to subtract
+        if scaled:
+            high, low = ("$2", "$3") if symmetric else ("$3", "$4")
+            lines.append(f"mov.b32 factor, {_pair(-0.0, dtype)};")
+            lines.append(f"{fma} term, q, {low}, factor;")
+            lines.append(f"{fma} $0, q, {high}, term;")
+        else:
+            lines.append("mov.b32 $0, q;")
+        texts.append("{ " + " ".join(lines) + " }")
+    return tuple(texts)
+
+
+def _pair(value: float, dtype: torch.dtype) -> str:
+    """A register with a number in both halves."""
+    pattern = int(torch.tensor(value, dtype=dtype).view(torch.int16).item()) & 0xFFFF
+    return f"0x{pattern:04x}{pattern:04x}"
