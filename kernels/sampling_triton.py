@@ -46,9 +46,9 @@ def sample(
     """Sample one token for each row of logits [n, V] of the whole vocabulary.
 
     logits: float32, bfloat16 or float16; their rows are contiguous. All tensors are on one GPU:
-    temperature, top_p, min_p: float32 [n]; top_k, seeds, counters: int64 [n]. Parameters and random
-    draws are those of `sampling.sample`. Sums are taken in another order, and tokens tie for top-p
-    when their logits do, so that the result may differ in borderline cases.
+    temperature, top_p, min_p: float32 [n]; top_k, seeds, counters: int64 [n], all contiguous.
+    Parameters and random draws are those of `sampling.sample`. Sums are taken in another order, and
+    tokens tie for top-p when their logits do, so that the result may differ in borderline cases.
     Returns int64 [n]: -1 for a row with a logit that is not finite.
     """
     rows, vocab_size = logits.shape
@@ -765,7 +765,7 @@ def _find_bound(
     The masses of at most CANDIDATES tokens at about the same distance are added exactly.
     """
     d = tl.arange(0, TILE)
-    below = low.to(tl.int32, bitcast=True)
+    below = tl.where(low < 0, -1, low.to(tl.int32, bitcast=True))  # -1: distance 0 may do
     above = high.to(tl.int32, bitcast=True)
     inside = d < num_tokens
     first = tl.load(row_logits + _token(row_candidates, num_listed, d), mask=inside, other=0.0)

@@ -171,6 +171,7 @@ MODELS = ("Qwen3-0.6B", "Llama-3.1-8B")
 PROMPT_TOKENS = 128
 OUTPUT_TOKENS = 256
 ENGINE_S = 60.0  # a guess of the time of one engine
+MAX_ENGINE_S = 150.0  # one that takes longer is given up
 
 
 def measure(log: FigureLog, options: PartOptions) -> None:
@@ -190,7 +191,7 @@ def measure(log: FigureLog, options: PartOptions) -> None:
 
 
 def _measure_engine(log: FigureLog, model: str, engine: str, work: Workload) -> dict[str, Any]:
-    found = measure_in_subprocess(engine, work, max(log.time_left_s, 1.0))
+    found = measure_in_subprocess(engine, work, min(MAX_ENGINE_S, max(log.time_left_s, 1.0)))
     return {"model": model, "engine": engine, "requests": work.requests, **found}
 
 

@@ -23,7 +23,7 @@ TINY_KERNELS = 200  # in the graph that shows what a launch costs
 def measure(log: FigureLog, options: PartOptions) -> None:
     """Measure bandwidth, products and launches, then run the smoke tests."""
     device = options.device
-    side = 128 if options.is_tiny else SIDE
+    side = 64 if options.is_tiny else SIDE
     log.measure("machine", "machine", partial(describe_machine, device))
     copy_bytes = 1 << 20 if options.is_tiny else 2 << 30
     log.measure("bandwidth", "copy", lambda: {"bytes_per_s": copy_bandwidth(device, copy_bytes)})

@@ -139,7 +139,6 @@ class FigureLog:
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
             file.flush()
-            os.fsync(file.fileno())
         self._earlier[figure, name] = record
         if status != "begun":
             sys.stderr.write(f"{self.part:9} {figure}: {name}: {_summary(record)}\n")

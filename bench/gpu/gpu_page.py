@@ -167,7 +167,9 @@ def _introduction(figures: Figures) -> str:
         "Every figure is written to `DIR/figures.jsonl` as soon as it is measured. A part has a"
         " limited time; it stops with what it has, and says what is missing. A part that fails or"
         " hangs does not stop the next one. Run the command again with the same DIR: parts that"
-        " ended well are left out, the others measure what is missing. The models have random"
+        " ended well are left out, the others measure what is missing. DIR has all that the next"
+        " run needs, so it may be copied to another machine of the same kind."
+        " The models have random"
         " weights; nothing is downloaded, and llmkit need not be installed. `--tiny` of `python -m"
         " llmkit.bench.gpu.run_parts` tries the programs on a CPU (`--device cpu`).",
         "",

@@ -17,6 +17,7 @@ from llmkit.runtime.engine.engine_options import ADAPTERS, EngineOptions, parse_
 LIMITS: dict[str, tuple[float, float | None]] = {
     "max_num_seqs": (1, None),
     "max_num_batched_tokens": (1, None),
+    "max_cudagraph_capture_size": (0, None),
     "gpu_memory_utilization": (0.05, 1),
     "tp": (1, None),
     "pp": (1, None),

@@ -248,6 +248,15 @@ def test_sample_on_gpu_matches_the_reference(size: int) -> None:
     assert (got != wanted).sum() <= 1 + len(got) // 100
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_sample_on_gpu_is_the_same_in_every_run(dtype: torch.dtype) -> None:
+    pytest.importorskip("triton")
+    logits, *parameters = moved(sampling_arguments(128_256, random.randrange(1 << 31)))
+    first = sampling_gpu.sample(logits.to(dtype), *parameters)
+    for _ in range(5):
+        assert torch.equal(sampling_gpu.sample(logits.to(dtype), *parameters), first)
+
+
 def test_sample_graph_replays_with_other_parameters() -> None:
     pytest.importorskip("triton")
     first, second = (sampling_arguments(5000, random.randrange(1 << 31)) for _ in range(2))

@@ -51,6 +51,18 @@ def calls_with_ties() -> list[Call]:
     ]
 
 
+def first_bracket_call() -> Call:
+    """Top-k and top-p both end close to the largest logit, top-p first."""
+    count = 12
+    logits = -torch.linspace(3, 40, 100).repeat(count, 1)
+    logits[:, 20] = 0.0
+    logits[:, 70] = -1.0
+    logits[:, 71:74] = -1.5
+    ones = torch.ones(count)
+    seeds = torch.arange(count)
+    return logits, ones, torch.full((count,), 5), ones * 0.6, ones * 0, seeds, seeds
+
+
 def extreme_calls() -> list[Call]:
     """Few tokens above a floor, ties, 16-bit logits, and parameters at the ends of their ranges."""
     draw = torch.Generator().manual_seed(7)
@@ -147,6 +159,7 @@ def ids(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[torch.Tensor
         ("broken", [broken_call()]),
         ("ties", calls_with_ties()),
         ("extreme", extreme_calls()),
+        ("first", [first_bracket_call()]),
     ):
         calls += [(name, ("sample_with", 4096, *call)) for call in sampled]
     calls += [("crowded", ("sample_with", length, *crowded_call())) for length in (64, 8)]
@@ -188,6 +201,14 @@ def test_sample_kernels_match_the_reference_in_extreme_cases(
 ) -> None:
     for (logits, *parameters), got in zip(extreme_calls(), ids["extreme"], strict=True):
         assert got.tolist() == sample(logits.float(), *parameters).tolist()  # type: ignore[call-arg]
+
+
+def test_sample_kernels_find_bounds_next_to_the_largest_logit(
+    ids: dict[str, list[torch.Tensor]],
+) -> None:
+    expected = sample(*first_bracket_call()).tolist()  # type: ignore[call-arg]
+    assert set(expected) == {20, 70}
+    assert ids["first"][0].tolist() == expected
 
 
 def test_sample_kernels_match_the_reference_with_crowded_brackets(
