@@ -32,6 +32,7 @@ class VocabParallel:
     """
 
     vocab_start = 0  # the token of this rank's first column
+    is_split = False  # other ranks hold the other columns
 
     def argmax(self, x: torch.Tensor) -> torch.Tensor:
         """The token with the largest value in each row [n, V]; the first one on a tie. int64 [n]"""
@@ -58,6 +59,13 @@ class VocabParallel:
         else:
             is_finite = torch.isfinite(x.sum(-1))
         return self.all_reduce_max((~is_finite).float()) == 0
+
+    def greedy(self, x: torch.Tensor) -> torch.Tensor:
+        """`argmax`; -1 for the rows whose values are not all finite. int64 [n]"""
+        if not self.is_split and cpu_kernels.supports(x) and cpu_kernels.has_compact_rows(x):
+            ids, is_finite = cpu_kernels.argmax(x)
+            return ids.masked_fill_(~is_finite, -1)
+        return torch.where(self.rows_finite(x), self.argmax(x), -1)
 
 
 FULL_VOCAB = VocabParallel()

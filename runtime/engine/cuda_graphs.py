@@ -193,9 +193,7 @@ class DecodeGraph(StaticDecodeBatch):
                 logits, temperature, top_k, top_p, min_p, seeds, counters
             )
         else:
-            group = self._model.parallel_group
-            is_finite = group.rows_finite(logits)
-            self.sampled_token_ids = torch.where(is_finite, group.argmax(logits), -1)
+            self.sampled_token_ids = self._model.parallel_group.greedy(logits)
 
     def fill_sampling(self, sampling: SamplingTensors, num_sampled: Sequence[int]) -> None:
         """Write the sampling parameters of the next step, of each token.

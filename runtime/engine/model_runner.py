@@ -427,6 +427,8 @@ class ModelRunner:
                 rows.sampling, inputs.num_sampled, self.config.device
             )
             return sampler(logits, *arguments)
+        if rows.is_greedy and not rows.needs_logits_processors:
+            return group.greedy(logits)
         logits = logits.float()  # a graph may leave them in the model's dtype
         is_finite = group.rows_finite(logits)
         if rows.needs_logits_processors and self._token_tables is not None:

@@ -49,6 +49,7 @@ class DistributedGroup(ParallelGroup):
         self.pp_size = num_stages
         self.rank = rank
         self.vocab_start = spec.rank.tp_rank * spec.vocab_size
+        self.is_split = self.tp_size > 1
         self._shared: SharedMemoryGroup | None = None  # set by `connect`
         # Sends under way, with the tensors that must live until they are done.
         self._sends: deque[tuple[Any, torch.Tensor]] = deque()
