@@ -311,8 +311,11 @@ INLINE const char *panel_words(const PagedAttention *a, int64_t head, int64_t sl
 /* Prefetch a panel: the hardware does not, because the addresses of blocks follow no pattern. */
 INLINE void prefetch_panel(const PagedAttention *a, int64_t head, int64_t slot, int kv_type) {
     const char *words = panel_words(a, head, slot, kv_type);
-    for (int64_t i = 0; i < PANEL_WIDTH * a->head_dim * kv_element_size(kv_type); i += 64)
-        __builtin_prefetch(words + i, 0, 2);
+    const char *end = words + PANEL_WIDTH * a->head_dim * kv_element_size(kv_type);
+    for (; words < end; words += 4 * 64)
+#pragma GCC unroll 4
+        for (int line = 0; line < 4; line++)
+            __builtin_prefetch(words + line * 64, 0, 2);
 }
 
 /* Prefetch the keys or values of a chunk. chunk: NULL: there is none. */
@@ -396,24 +399,27 @@ INLINE void load_values(const PagedAttention *a, int64_t head, const Chunk *chun
 static int64_t load_value_pairs(const PagedAttention *a, int64_t head, const Chunk *chunk,
                                 float *to, const float **rows) {
     const int64_t head_dim = a->head_dim;
-    int64_t end = (chunk->end + 31) / 32 * 16;
-    for (int64_t pair = 0; pair < end; pair++) {
-        int64_t token = 2 * pair;
-        float *copy = to + pair * head_dim;
-        rows[pair] = copy;
-        if (token + 1 < chunk->begin || token >= chunk->end) {
-            memset(copy, 0, head_dim * sizeof *copy);
+    const int64_t panel_size = PANEL_WIDTH / 2 * head_dim; /* in words */
+    int64_t n_panels = (chunk->end + 31) / 32 * 2;
+    for (int64_t panel = 0; panel < n_panels; panel++) {
+        int64_t first = panel * PANEL_WIDTH;
+        float *copy = to + panel * panel_size;
+        for (int64_t pair = 0; pair < PANEL_WIDTH / 2; pair++)
+            rows[first / 2 + pair] = copy + pair * head_dim;
+        if (panel < first_panel(chunk) || panel >= end_panel(chunk)) {
+            memset(copy, 0, panel_size * sizeof *copy);
             continue;
         }
-        const char *words = panel_words(a, head, chunk->slots[token / PANEL_WIDTH], KV_BF16);
-        memcpy(copy, words + token % PANEL_WIDTH / 2 * head_dim * 4, head_dim * sizeof *copy);
+        memcpy(copy, panel_words(a, head, chunk->slots[panel], KV_BF16), panel_size * sizeof *copy);
+        if (first >= chunk->begin && first + PANEL_WIDTH <= chunk->end)
+            continue;
         uint16_t *halves = (uint16_t *)copy;
-        for (int k = 0; k < 2; k++)
-            if (token + k < chunk->begin || token + k >= chunk->end)
+        for (int64_t t = 0; t < PANEL_WIDTH; t++)
+            if (first + t < chunk->begin || first + t >= chunk->end)
                 for (int64_t d = 0; d < head_dim; d++)
-                    halves[2 * d + k] = 0;
+                    halves[(t / 2 * head_dim + d) * 2 + t % 2] = 0;
     }
-    return end;
+    return n_panels * PANEL_WIDTH / 2;
 }
 #endif
 

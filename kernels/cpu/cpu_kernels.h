@@ -277,9 +277,9 @@ typedef struct {
 } Experts;
 
 /* The column of the largest value of each row, the first one on a tie, and whether all values are
- * finite. Values are passed by their bits; NaN counts as the largest. */
+ * finite. NaN counts as the largest. */
 typedef struct {
-    const int32_t *x; /* [rows, cols], a row every x_stride elements */
+    const float *x; /* [rows, cols], a row every x_stride elements */
     int64_t x_stride;
     int64_t rows;
     int64_t cols;       /* at least 1 */

@@ -557,7 +557,7 @@ enum {
     AMX_ROWS = 16,  /* of a tile */
     AMX_WORDS = 16, /* of 32 bits, in a row of a tile */
     AMX_TILE_BYTES = AMX_ROWS * AMX_WORDS * 4,
-    AMX_PREFETCH_BYTES = 3 * AMX_TILE_BYTES
+    AMX_PREFETCH_WORDS = 3 * AMX_WORDS /* how far ahead weights are prefetched */
 };
 
 typedef struct {
@@ -613,12 +613,16 @@ INLINE void amx_multiply(int is_bf16, int two_row_blocks, const Linear *p, const
     }
     for (int64_t word = begin; word < end; word += AMX_WORDS) {
         const char *weights = step->panels + word * PANEL_WIDTH * 4;
-        if (prefetches)
+        if (prefetches) {
+            int64_t ahead = (word + AMX_PREFETCH_WORDS) * PANEL_WIDTH * 4;
+            /* After these two panels come the next two. */
+            const char *next = step->panels + ahead + (ahead < panel_bytes ? 0 : panel_bytes);
 #pragma GCC unroll 16
             for (int line = 0; line < AMX_TILE_BYTES; line += 64) {
-                __builtin_prefetch(weights + AMX_PREFETCH_BYTES + line);
-                __builtin_prefetch(weights + panel_bytes + AMX_PREFETCH_BYTES + line);
+                __builtin_prefetch(next + line);
+                __builtin_prefetch(next + panel_bytes + line);
             }
+        }
         _tile_loadd(6, weights, 64);
         _tile_loadd(7, weights + panel_bytes, 64);
         _tile_loadd(4, inputs + word * 4, row_bytes);

@@ -313,7 +313,7 @@ KERNEL(all_gather, 6, 0) {
 KERNEL(argmax, 6, 0) {
     (void)floats;
     return kernels->argmax(&(Argmax){
-        .x = ADDRESS(const int32_t, 0),
+        .x = ADDRESS(const float, 0),
         .x_stride = ints[1],
         .rows = ints[2],
         .cols = ints[3],
