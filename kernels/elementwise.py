@@ -175,6 +175,16 @@ def add_residual(residual: torch.Tensor, update: torch.Tensor, scale: float) -> 
     return torch.add(residual, update, alpha=scale)
 
 
+def _has_cpu_kernel(residual: torch.Tensor, update: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether a compiled kernel computes `add_rms_norm` and `add_layer_norm`."""
+    return (
+        cpu_kernels.supports(residual)
+        and residual.is_contiguous()
+        and update.is_contiguous()
+        and weight.dtype == update.dtype == residual.dtype
+    )
+
+
 def add_rms_norm(
     residual: torch.Tensor,
     update: torch.Tensor | None,
@@ -182,7 +192,7 @@ def add_rms_norm(
     weight: torch.Tensor | None,
     eps: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`add_residual` and the `rms_norm` of the sum, in one kernel on a GPU.
+    """`add_residual` and the `rms_norm` of the sum, in one kernel.
 
     Returns the sum and the normalized sum. If `update` is None, the sum is `residual`. If `weight`
     is None, nothing is normalized, and the sum is returned twice.
@@ -190,6 +200,8 @@ def add_rms_norm(
     fits = runs_triton(residual) and residual.is_contiguous() and residual.shape[1] <= MAX_HIDDEN
     if fits and update is not None and weight is not None:
         return add_rms_norm_triton(residual, update.contiguous(), scale, weight, eps)
+    if update is not None and weight is not None and _has_cpu_kernel(residual, update, weight):
+        return cpu_kernels.add_rms_norm(residual, update, scale, weight, eps)
     if update is not None:
         residual = add_residual(residual, update, scale)
     if weight is None:
@@ -209,6 +221,8 @@ def add_layer_norm(
     fits = runs_triton(residual) and residual.is_contiguous() and residual.shape[1] <= MAX_HIDDEN
     if fits and update is not None and weight is not None:
         return add_layer_norm_triton(residual, update.contiguous(), scale, weight, bias, eps)
+    if update is not None and weight is not None and _has_cpu_kernel(residual, update, weight):
+        return cpu_kernels.add_layer_norm(residual, update, scale, weight, bias, eps)
     if update is not None:
         residual = add_residual(residual, update, scale)
     if weight is None:

@@ -66,7 +66,10 @@ def norm(
     rows: int,
     hidden_size: int,
     subtract_mean: int,
+    update: int,
+    sum_: int,
     eps: float,
+    scale: float,
     /,
 ) -> None: ...
 def norm_heads(

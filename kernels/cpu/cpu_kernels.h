@@ -110,9 +110,13 @@ typedef struct {
     const float *sinks;          /* [n_heads]: a logit that joins the softmax's sum; NULL: none */
 } PagedAttention;
 
-/* y = x / rms(x) * weight, for each row; with `bias` or `subtract_mean`, a layer norm. */
+/* y = x / rms(x) * weight, for each row; with `bias` or `subtract_mean`, a layer norm. With
+ * `update`, x + scale * update takes the place of x, and `sum` gets it. */
 typedef struct {
-    const float *x; /* [rows, hidden_size] */
+    const float *x;      /* [rows, hidden_size] */
+    const float *update; /* the same; NULL: none */
+    float *sum;          /* the same */
+    float scale;
     const float *weight;
     const float *bias; /* NULL: none */
     float *y;

@@ -359,19 +359,48 @@ def inputs_for(weight: PackedWeight, activations: CpuActivations) -> InputType:
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """See `elementwise.rms_norm`. x: contiguous."""
-    assert library is not None
-    y = torch.empty_like(x)
-    size = x.shape[-1]
-    rows = x.numel() // size
-    library.norm(x.data_ptr(), weight.data_ptr(), 0, y.data_ptr(), rows, size, False, eps)
-    return y
+    return _norm(x, None, 1.0, weight, None, eps, subtract_mean=False)[1]
 
 
 def layer_norm(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float
 ) -> torch.Tensor:
     """See `elementwise.layer_norm`. x: contiguous."""
+    return _norm(x, None, 1.0, weight, bias, eps, subtract_mean=True)[1]
+
+
+def add_rms_norm(
+    residual: torch.Tensor, update: torch.Tensor, scale: float, weight: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See `elementwise.add_rms_norm`. residual, update: contiguous."""
+    return _norm(residual, update, scale, weight, None, eps, subtract_mean=False)
+
+
+def add_layer_norm(
+    residual: torch.Tensor,
+    update: torch.Tensor,
+    scale: float,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    eps: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See `elementwise.add_layer_norm`. residual, update: contiguous."""
+    return _norm(residual, update, scale, weight, bias, eps, subtract_mean=True)
+
+
+def _norm(
+    x: torch.Tensor,
+    update: torch.Tensor | None,
+    scale: float,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    eps: float,
+    *,
+    subtract_mean: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """x + scale * update (x without an update), and its norm."""
     assert library is not None
+    total = x if update is None else torch.empty_like(x)
     y = torch.empty_like(x)
     size = x.shape[-1]
     library.norm(
@@ -381,10 +410,13 @@ def layer_norm(
         y.data_ptr(),
         x.numel() // size,
         size,
-        True,
+        subtract_mean,
+        address(update),
+        total.data_ptr(),
         eps,
+        scale,
     )
-    return y
+    return total, y
 
 
 def norm_heads_(x: torch.Tensor, weight: torch.Tensor, eps: float, subtract_mean: bool) -> None:

@@ -44,12 +44,25 @@ INLINE void norm_row(const float *x, const float *weight, const float *bias, flo
     }
 }
 
+/* y = x + scale * update. */
+INLINE void add_scaled(const float *x, const float *update, float scale, float *y, int64_t size) {
+    vfloat factor = v_set(scale);
+    for (int64_t i = 0; i < size; i += VECTOR_WIDTH)
+        store_of_row(y, i, size,
+                     v_fma(factor, load_of_row(update, i, size), load_of_row(x, i, size)));
+}
+
 static void norm_rows(const void *operation, int64_t begin, int64_t end) {
     const Norm *o = operation;
     int64_t size = o->hidden_size;
-    for (int64_t row = begin; row < end; row++)
-        norm_row(o->x + row * size, o->weight, o->bias, o->y + row * size, size, o->subtract_mean,
-                 o->eps);
+    for (int64_t row = begin; row < end; row++) {
+        const float *x = o->x + row * size;
+        if (o->update) {
+            add_scaled(x, o->update + row * size, o->scale, o->sum + row * size, size);
+            x = o->sum + row * size;
+        }
+        norm_row(x, o->weight, o->bias, o->y + row * size, size, o->subtract_mean, o->eps);
+    }
 }
 
 static int norm(const Norm *o) {
@@ -75,11 +88,7 @@ static int norm_heads(const HeadNorm *o) {
 
 static void add_elements(const void *operation, int64_t begin, int64_t end) {
     const Residual *o = operation;
-    vfloat scale = v_set(o->scale);
-    for (int64_t i = begin; i < end; i += VECTOR_WIDTH) {
-        vfloat update = load_of_row(o->update, i, end);
-        store_of_row(o->y, i, end, v_fma(scale, update, load_of_row(o->residual, i, end)));
-    }
+    add_scaled(o->residual + begin, o->update + begin, o->scale, o->y + begin, end - begin);
 }
 
 static int add_residual(const Residual *o) {

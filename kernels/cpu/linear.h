@@ -646,48 +646,66 @@ INLINE void amx_multiply(int is_bf16, int two_row_blocks, const Linear *p, const
     }
 }
 
-/* Scale the sums of a step, add them to those of the previous groups, and after the last group
- * store the outputs. The operations and their order are those of `store_sums`, so that the number
- * of rows does not change a result. */
-INLINE void amx_finish(int is_bf16, int is_scaled, const Linear *p, const AmxStep *step,
-                       const AmxSums sums, float (*previous)[2 * AMX_ROWS][PANEL_WIDTH]) {
+/* How the sums of a group become outputs. */
+enum { SUMS_PLAIN, SUMS_SCALED, SUMS_WITH_OFFSETS };
+
+/* Up to 16 rows of a panel: scale the sums of a step, add them to those of the previous groups, and
+ * after the last group store the outputs. The operations and their order are those of `store_sums`,
+ * so that the number of rows does not change a result.
+ * row: of the layer. previous: the outputs of the groups before, of these rows. */
+INLINE void amx_finish_rows(int is_bf16, int form, const Linear *p, int64_t row, int64_t n_rows,
+                            int64_t col, int64_t group, const int32_t (*sums)[PANEL_WIDTH],
+                            float (*previous)[PANEL_WIDTH]) {
     const int64_t n_groups = p->n_groups;
-    const int64_t group = step->group;
-    for (int64_t j = 0; j < step->n_panels; j++) {
-        int64_t col = (step->panel + j) * PANEL_WIDTH;
-        int64_t column = group * p->padded_cols + col;
-        int64_t n_cols = min_int64(p->cols - col, PANEL_WIDTH);
-        vfloat scales = p->scales ? v_load(p->scales + column) : v_set(1.0f);
-        vfloat offsets = p->offsets ? v_load(p->offsets + column) : v_zero();
-        vfloat bias = p->bias ? v_load(p->bias + col) : v_zero();
-        const float *input_scales = p->input_scales + step->row * n_groups + group;
-        const float *input_sums = p->input_sums + step->row * n_groups + group;
-        float *y = p->y + step->row * p->y_stride + col;
-        for (int64_t i = 0; i < step->n_rows; i++, y += p->y_stride) {
-            const int32_t *words = sums[i / AMX_ROWS][j][i % AMX_ROWS];
-            vfloat sum = is_bf16 ? v_load((const float *)words)
-                                 : v_mul(vi_to_float(vi_load(words)),
-                                         v_set(input_scales[i * n_groups]));
-            if (is_scaled) {
-                if (p->scales)
-                    sum = v_mul(sum, scales);
-                if (p->offsets)
-                    sum = v_fnma(v_set(input_sums[i * n_groups]), offsets, sum);
-                if (group)
-                    sum = v_add(sum, v_load(previous[j][i]));
-                if (group + 1 < n_groups) {
-                    v_store(previous[j][i], sum);
-                    continue;
-                }
-            }
-            if (p->bias)
-                sum = v_add(sum, bias);
-            if (n_cols < PANEL_WIDTH)
-                v_store_first(y, sum, n_cols);
-            else
-                v_store(y, sum);
+    const int64_t column = group * p->padded_cols + col;
+    const int64_t n_cols = min_int64(p->cols - col, PANEL_WIDTH);
+    const int64_t y_stride = p->y_stride;
+    const vfloat scales = p->scales ? v_load(p->scales + column) : v_set(1.0f);
+    const vfloat offsets = p->offsets ? v_load(p->offsets + column) : v_zero();
+    const vfloat bias = p->bias ? v_load(p->bias + col) : v_zero();
+    const int has_bias = p->bias != NULL;
+    const int is_last = group + 1 == n_groups;
+    const float *input_scale = p->input_scales + row * n_groups + group;
+    const float *input_sum = p->input_sums + row * n_groups + group;
+    float *y = p->y + row * y_stride + col;
+    for (int64_t i = 0; i < n_rows; i++) {
+        vfloat sum;
+        if (is_bf16) {
+            sum = v_load((const float *)sums[i]);
+        } else {
+            sum = v_mul(vi_to_float(vi_load(sums[i])), v_set(*input_scale));
+            input_scale += n_groups;
         }
+        if (form >= SUMS_SCALED)
+            sum = v_mul(sum, scales);
+        if (form == SUMS_WITH_OFFSETS) {
+            sum = v_fnma(v_set(*input_sum), offsets, sum);
+            input_sum += n_groups;
+        }
+        if (form >= SUMS_SCALED && group)
+            sum = v_add(sum, v_load(previous[i]));
+        if (form >= SUMS_SCALED && !is_last) {
+            v_store(previous[i], sum);
+            continue;
+        }
+        if (has_bias)
+            sum = v_add(sum, bias);
+        if (n_cols < PANEL_WIDTH)
+            v_store_first(y, sum, n_cols);
+        else
+            v_store(y, sum);
+        y += y_stride;
     }
+}
+
+INLINE void amx_finish(int is_bf16, int form, const Linear *p, const AmxStep *step,
+                       const AmxSums sums, float (*previous)[2 * AMX_ROWS][PANEL_WIDTH]) {
+    for (int64_t j = 0; j < step->n_panels; j++)
+        for (int64_t first = 0; first < step->n_rows; first += AMX_ROWS)
+            amx_finish_rows(is_bf16, form, p, step->row + first,
+                            min_int64(step->n_rows - first, AMX_ROWS),
+                            (step->panel + j) * PANEL_WIDTH, step->group, sums[first / AMX_ROWS][j],
+                            previous[j] + first);
 }
 
 /* The next step after `step`: the groups of some rows, then other rows. Returns 0 after the last.
@@ -713,10 +731,13 @@ typedef struct {
 INLINE void finish_pending(int is_bf16, const Linear *p, AmxPending *pending) {
     if (pending->is_empty)
         return;
-    if (p->scales || p->offsets || p->n_groups > 1)
-        amx_finish(is_bf16, 1, p, &pending->step, pending->sums, pending->previous);
+    if (p->offsets)
+        amx_finish(is_bf16, SUMS_WITH_OFFSETS, p, &pending->step, pending->sums,
+                   pending->previous);
+    else if (p->scales || p->n_groups > 1)
+        amx_finish(is_bf16, SUMS_SCALED, p, &pending->step, pending->sums, pending->previous);
     else
-        amx_finish(is_bf16, 0, p, &pending->step, pending->sums, pending->previous);
+        amx_finish(is_bf16, SUMS_PLAIN, p, &pending->step, pending->sums, pending->previous);
 }
 
 /* All rows of one or two panels, beginning with `step`. */

@@ -118,9 +118,12 @@ KERNEL(paged_attention, 19, 2) {
     });
 }
 
-KERNEL(norm, 7, 1) {
+KERNEL(norm, 9, 2) {
     return kernels->norm(&(Norm){
         .x = ADDRESS(const float, 0),
+        .update = ADDRESS(const float, 7),
+        .sum = ADDRESS(float, 8),
+        .scale = (float)floats[1],
         .weight = ADDRESS(const float, 1),
         .bias = ADDRESS(const float, 2),
         .y = ADDRESS(float, 3),

@@ -21,7 +21,15 @@ from llmkit.kernels.cpu import cpu_attention, cpu_kernels
 from llmkit.kernels.cpu.cpu_kernels import InputType, PackedWeight
 from llmkit.kernels.cpu.cpu_linear import CpuLinear
 from llmkit.kernels.cpu.packed_cache import pack_blocks, unpack_blocks
-from llmkit.kernels.elementwise import act_and_mul, apply_rotary_emb_, rms_norm
+from llmkit.kernels.elementwise import (
+    act_and_mul,
+    add_layer_norm,
+    add_residual,
+    add_rms_norm,
+    apply_rotary_emb_,
+    layer_norm,
+    rms_norm,
+)
 from llmkit.kernels.kv_cache import KV_CACHE_DTYPES, KVCache
 from llmkit.kernels.sampling import FULL_VOCAB
 from llmkit.model.linear import pack_weight, supports_w8a8
@@ -380,6 +388,25 @@ def test_cpu_rms_norm(shape: tuple[int, ...]) -> None:
     weight = random(shape[-1], seed=1)
     y = rms_norm(x, weight, 1e-5)
     close(y, functional.rms_norm(x.double(), weight.shape, weight.double(), 1e-5), 1e-6)
+
+
+@needs_library
+@pytest.mark.parametrize("bias", [None, random(70, seed=4)])
+@pytest.mark.parametrize("rows", [1, 5, 300])
+def test_cpu_add_norm_is_the_addition_and_the_norm(rows: int, bias: torch.Tensor | None) -> None:
+    residual, update = random(rows, 70), random(rows, 70, seed=1)
+    weight = random(70, seed=2)
+    total = add_residual(residual, update, 0.25)
+    close(total, residual.double() + 0.25 * update.double(), 1e-6)
+    for ours, norm in (
+        (add_rms_norm(residual, update, 0.25, weight, 1e-5), rms_norm(total, weight, 1e-5)),
+        (
+            add_layer_norm(residual, update, 0.25, weight, bias, 1e-5),
+            layer_norm(total, weight, bias, 1e-5),
+        ),
+    ):
+        assert torch.equal(ours[0], total)
+        assert torch.equal(ours[1], norm)
 
 
 @needs_library
@@ -753,4 +780,4 @@ def test_cpu_kernels_refuse_wrong_arguments() -> None:
     with pytest.raises(TypeError, match="14 numbers were expected, 1 were given"):
         cpu_kernels.library.linear(1)
     with pytest.raises(TypeError):
-        cpu_kernels.library.norm(0, 0, 0, 0, 0, "0", 0, 1.0)
+        cpu_kernels.library.norm(0, 0, 0, 0, 0, "0", 0, 0, 0, 1.0, 1.0)
