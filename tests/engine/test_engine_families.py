@@ -61,7 +61,7 @@ def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 
 def engine(model: Decoder, *, draft: Decoder | None = None, **chosen: object) -> Engine:
-    sizes = {"max_model_len": 64, "num_blocks": 120, "block_size": 4}
+    sizes = {"max_model_len": 64, "num_blocks": 120, "block_size": 16}
     config = EngineConfig(device=torch.device("cpu"), dtype=torch.float32, **(sizes | chosen))
     return Engine(model, config, draft=draft)
 

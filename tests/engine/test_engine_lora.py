@@ -70,7 +70,7 @@ def case(name: str, path: Path) -> Case:
 
 
 def engine(model: Decoder, draft: Decoder | None = None, **chosen: object) -> Engine:
-    sizes = {"max_model_len": 64, "num_blocks": 200, "block_size": 4}
+    sizes = {"max_model_len": 64, "num_blocks": 200, "block_size": 16}
     config = EngineConfig(device=torch.device("cpu"), dtype=torch.float32, **(sizes | chosen))
     return Engine(model, config, draft=draft)
 

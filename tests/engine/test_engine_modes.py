@@ -43,7 +43,7 @@ def similar(model: Path) -> Decoder:
 def engine(
     decoder: Decoder, *, draft: Decoder | None = None, eos: tuple[int, ...] = (), **chosen: object
 ) -> Engine:
-    sizes = {"max_model_len": 256, "num_blocks": 400, "block_size": 4} | chosen
+    sizes = {"max_model_len": 256, "num_blocks": 400, "block_size": 16} | chosen
     config = EngineConfig(device=torch.device("cpu"), dtype=torch.float32, **sizes)
     return Engine(decoder, config, eos, draft)
 
@@ -145,7 +145,7 @@ def test_requests_that_arrive_together_share_a_prefix(decoder: Decoder) -> None:
         running.add(EngineRequest(str(index), prompt, SAMPLED[0]))
     outputs = drive(running)
     cached = {output.request_id: output.cached_tokens for output in outputs}
-    assert cached == {"0": 0} | dict.fromkeys(("1", "2", "3"), len(common) // 4 * 4)
+    assert cached == {"0": 0} | dict.fromkeys(("1", "2", "3"), len(common) // 16 * 16)
     alone = engine(decoder, enable_prefix_caching=False).generate(asked, SAMPLED[0])
     assert [of(outputs, str(index)) for index in range(4)] == alone
 
@@ -157,7 +157,7 @@ def test_cache_salt_separates_prefixes(decoder: Decoder) -> None:
     for salt in ("", "key", "", "key"):
         running.add(EngineRequest("a", prompt, SAMPLED[0], cache_salt=salt))
         hits.append(drive(running)[-1].cached_tokens)
-    assert hits == [0, 0, 56, 56]
+    assert hits == [0, 0, 48, 48]
 
 
 def test_prefix_cache_never_holds_values_that_are_not_finite(model: Path, decoder: Decoder) -> None:

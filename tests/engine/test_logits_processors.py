@@ -50,7 +50,7 @@ def oracle(model: Path) -> transformers.PreTrainedModel:
 
 
 def engine(decoder: Decoder, **chosen: Any) -> Engine:
-    sizes: dict[str, Any] = {"max_model_len": 80, "num_blocks": 120, "block_size": 4}
+    sizes: dict[str, Any] = {"max_model_len": 80, "num_blocks": 120, "block_size": 16}
     return Engine(
         decoder,
         EngineConfig(device=torch.device("cpu"), dtype=torch.float32, **(sizes | chosen)),

@@ -280,7 +280,14 @@ def test_memory_is_planned_before_weights_are_read(
 def test_engine_follows_its_plan(model: Path) -> None:
     report = StartupReport()
     engine = load_engine(
-        model, EngineOptions(kv_cache_memory=6 * BLOCK + 1, max_model_len=96, device="cpu"), report
+        model,
+        EngineOptions(
+            kv_cache_memory=6 * BLOCK + 1,
+            max_model_len=96,
+            device="cpu",
+            kv_cache_dtype="float32",
+        ),
+        report,
     )
     assert (engine.config.num_blocks, engine.config.max_model_len) == (6, 96)
     assert report.plan is not None
@@ -379,6 +386,9 @@ def serve_plan(decoder: Path, *options: str) -> subprocess.CompletedProcess[str]
     return subprocess.run(command, capture_output=True, text=True, timeout=120)
 
 
+FLOAT32_CACHE = ("--kv-cache-dtype", "float32")
+
+
 def test_serve_plan_prints_the_plan(model: Path, spec: ModelSpec) -> None:
     done = serve_plan(model, "--json", "--kv-cache-memory", str(100 * BLOCK), "--dtype", "bfloat16")
     assert (done.returncode, done.stderr) == (0, "")
@@ -401,7 +411,7 @@ def test_serve_plan_prints_the_plan(model: Path, spec: ModelSpec) -> None:
         "model_limit": 256,
         "requests": {"256": 12},
     }
-    short = ("--kv-cache-memory", str(5 * BLOCK), "--max-model-len", "80")
+    short = ("--kv-cache-memory", str(5 * BLOCK), "--max-model-len", "80", *FLOAT32_CACHE)
     table = serve_plan(model, *short).stdout
     for part in (
         "cpu in float32",
@@ -432,7 +442,7 @@ def test_serve_plan_prints_the_plan(model: Path, spec: ModelSpec) -> None:
 def test_serve_plan_reports_what_does_not_fit(
     model: Path, options: tuple[str, ...], code: int, parts: list[str]
 ) -> None:
-    done = serve_plan(model, *options)
+    done = serve_plan(model, *options, *FLOAT32_CACHE)
     assert (done.returncode, done.stdout) == (code, "")
     (line,) = done.stderr.splitlines()
     assert line.startswith("llmkit serve: error: ")

@@ -51,7 +51,7 @@ def decoder(model: Path) -> Decoder:
 
 
 def engine(decoder: Decoder, draft: Decoder | None = None, **sizes: Any) -> Engine:
-    chosen: dict[str, Any] = {"max_model_len": 64, "num_blocks": 40, "block_size": 4}
+    chosen: dict[str, Any] = {"max_model_len": 64, "num_blocks": 40, "block_size": 16}
     config = EngineConfig(device=torch.device("cpu"), dtype=torch.float32, **(chosen | sizes))
     return Engine(decoder, config, (), draft)
 
@@ -364,7 +364,7 @@ def test_engine_keeps_as_many_steps_in_flight_as_it_may(
 
 
 def test_engine_stats_count_blocks_requests_and_tokens(decoder: Decoder) -> None:
-    running = engine(decoder, max_num_seqs=1, num_blocks=20)
+    running = engine(decoder, max_num_seqs=1, num_blocks=20, block_size=4)
     running.add(EngineRequest("a", [5] * 9, GREEDY))
     running.add(EngineRequest("b", [5] * 6, GREEDY))
     assert running.stats() == EngineStats(waiting=2, kv_total_blocks=20)
@@ -573,7 +573,7 @@ def test_engine_ends_one_request_for_want_of_memory_unless_ranks_wait(
 def test_engine_zeroes_the_blocks_of_a_request_that_fails(
     decoder: Decoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    running = engine(decoder)
+    running = engine(decoder, block_size=4)
     zeroed: list[list[list[int]]] = []
     monkeypatch.setattr(running.runner, "zero_blocks", zeroed.append)
     running.generate([[5]], GREEDY)

@@ -51,7 +51,7 @@ def check_greedy_tokens(model: LanguageModel, reference: Reference) -> Engine:
     config = EngineConfig(
         max_model_len=100,
         num_blocks=120,
-        block_size=4,
+        block_size=16,
         device=torch.device("cpu"),
         dtype=torch.float32,
     )
