@@ -449,7 +449,8 @@ def _count_kernel(
                 for turn in tl.static_range(UNROLL):
                     token = start + turn * THREADS + d
                     inside_row = token < vocab_size
-                    x = tl.load(row_logits + token, mask=inside_row, other=0.0).to(tl.float32)
+                    # After the end, the share is 0: 0 times an infinite share would be NaN.
+                    x = tl.load(row_logits + token, mask=inside_row, other=-3e38).to(tl.float32)
                     distance = (largest - x) * inverse
                     share = tl.exp(-distance)
                     # A token after the end is beyond the last cut, too.

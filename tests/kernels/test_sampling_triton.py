@@ -111,6 +111,12 @@ def extreme_calls() -> list[Call]:
     return calls
 
 
+def negative_call() -> Call:
+    """All logits are so far below 0 that the share of a logit of 0 would be infinite."""
+    logits, *parameters = (part[18::5] for part in sampling_arguments(1300))
+    return (logits - 200, *(part.contiguous() for part in parameters))
+
+
 def crowded_call() -> Call:
     return tuple(part[20::7].contiguous() for part in sampling_arguments(1300, seed=3))
 
@@ -160,6 +166,7 @@ def ids(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[torch.Tensor
         ("ties", calls_with_ties()),
         ("extreme", extreme_calls()),
         ("first", [first_bracket_call()]),
+        ("negative", [negative_call()]),
     ):
         calls += [(name, ("sample_with", 4096, *call)) for call in sampled]
     calls += [("crowded", ("sample_with", length, *crowded_call())) for length in (64, 8)]
@@ -209,6 +216,11 @@ def test_sample_kernels_find_bounds_next_to_the_largest_logit(
     expected = sample(*first_bracket_call()).tolist()  # type: ignore[call-arg]
     assert set(expected) == {20, 70}
     assert ids["first"][0].tolist() == expected
+
+
+def test_sample_kernels_filter_rows_of_negative_logits(ids: dict[str, list[torch.Tensor]]) -> None:
+    expected = sample(*negative_call()).tolist()  # type: ignore[call-arg]
+    assert ids["negative"][0].tolist() == expected
 
 
 def test_sample_kernels_match_the_reference_with_crowded_brackets(
