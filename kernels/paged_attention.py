@@ -123,7 +123,7 @@ def _attend(
     num_kv_heads = both // 2
     group = num_heads // num_kv_heads
     padded_dim = _padded_dim(head_dim)
-    capability = torch.cuda.get_device_capability(q.device)
+    capability = device_capability(q.device)
     default = default_config(
         rows, head_dim, q.dtype, cache.kv.dtype, cache.scales is not None, capability
     )
