@@ -48,14 +48,20 @@ def sampling_tensors_on_device(
     num_sampled: of each row, the output tokens before the one that is sampled.
     """
     num_rows = len(num_sampled)
-    host = torch.empty(num_packed_values(num_rows), dtype=torch.int64)
-    host[-1] = 0  # half of it may be unused
-    floats, integers = packed_views(host, num_rows)
-    torch.stack((sampling.temperature, sampling.top_p, sampling.min_p), out=floats)
-    torch.stack((sampling.top_k, sampling.seeds, torch.tensor(num_sampled)), out=integers)
-    floats, integers = packed_views(to_device(host, device), num_rows)
-    temperature, top_p, min_p = floats
-    top_k, seeds, counters = integers
+    # Each parameter is aligned to 16 bytes, because Triton compiles another kernel for other
+    # alignments.
+    num_aligned = -(-num_rows // 4) * 4
+    host = torch.zeros(num_packed_values(num_aligned), dtype=torch.int64)
+    floats, integers = packed_views(host, num_aligned)
+    floats[0, :num_rows] = sampling.temperature
+    floats[1, :num_rows] = sampling.top_p
+    floats[2, :num_rows] = sampling.min_p
+    integers[0, :num_rows] = sampling.top_k
+    integers[1, :num_rows] = sampling.seeds
+    integers[2, :num_rows] = torch.tensor(num_sampled)
+    floats, integers = packed_views(to_device(host, device), num_aligned)
+    temperature, top_p, min_p = floats[:, :num_rows]
+    top_k, seeds, counters = integers[:, :num_rows]
     return temperature, top_k, top_p, min_p, seeds, counters
 
 
