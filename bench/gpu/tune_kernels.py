@@ -48,8 +48,8 @@ from llmkit.model.linear import (
     ActivationQuant,
     PackedLinear,
     gpu_capability,
+    gpu_kernel_type,
     serving_linear,
-    supported_on_gpu,
 )
 from llmkit.model.parameter_table import parameters
 from llmkit.model.spec import ModelSpec
@@ -368,8 +368,9 @@ def tune_weight(
     is_over: Callable[[], bool] = never,
 ) -> list[TuningResult]:
     """Tune the linear layer of a weight of this scheme and shape [out, in]."""
-    if not supported_on_gpu(scheme, shape, dtype, gpu_capability(device)):
-        return []
+    kind = gpu_kernel_type(scheme, shape, dtype, gpu_capability(device))
+    if kind is not WeightOnlyLinear and not (kind is W8A8Linear and scheme.is_fp8):
+        return []  # its kernel has no configurations
     quant = None if scheme.inputs == "none" else ActivationQuant(scheme.kind)
     layer = serving_linear([random_weight(shape, scheme, device)], None, quant, dtype, device)
     assert isinstance(layer, PackedLinear)

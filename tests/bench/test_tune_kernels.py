@@ -331,6 +331,31 @@ def test_tuner_selects_weights_with_tuned_kernels(monkeypatch: pytest.MonkeyPatc
     assert (fp8, (h, q)) in found
 
 
+@pytest.mark.parametrize(
+    ("scheme", "shape", "capability"),
+    [
+        (Scheme(8, kind="float", inputs="token"), (32, 64), (8, 0)),
+        (Scheme(8, kind="float", inputs="token"), (40, 64), (9, 0)),
+        (Scheme(8, kind="float"), (32, 64), (9, 0)),
+        (Scheme(4, 32, kind="float"), (32, 64), (9, 0)),
+        (Scheme(8, inputs="token"), (32, 64), (9, 0)),
+    ],
+)
+def test_tuner_leaves_out_kernels_without_configurations(
+    scheme: Scheme,
+    shape: tuple[int, int],
+    capability: tuple[int, int],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(tune, "gpu_capability", lambda _: capability)
+
+    def serve(*_: object) -> None:
+        raise AssertionError("no layer is made")
+
+    monkeypatch.setattr(tune, "serving_linear", serve)
+    assert tune.tune_weight(scheme, shape, torch.bfloat16, CPU, lambda run: 1.0) == []
+
+
 def test_tuner_measures_whether_few_fp8_rows_are_padded(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
