@@ -27,17 +27,24 @@ class SamplingTensors(NamedTuple):
 
 def num_packed_values(num_rows: int) -> int:
     """int64 values for three int64 and three float32 parameters of each row."""
-    return 3 * num_rows + -(-3 * num_rows // 2)
+    return 9 * _aligned(num_rows) // 2
 
 
 def packed_views(values: torch.Tensor, num_rows: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Views of the first int64 values: float32 [3, rows] and int64 [3, rows].
 
-    They are temperature, top_p and min_p; and top_k, seeds and counters.
+    They are temperature, top_p and min_p; and top_k, seeds and counters. Where `values` is aligned
+    to 16 bytes, each of the six is, too: Triton compiles another kernel for other alignments.
     """
-    integers = values[: 3 * num_rows].view(3, num_rows)
-    floats = values[3 * num_rows :].view(torch.float32)[: 3 * num_rows].view(3, num_rows)
+    size = 3 * _aligned(num_rows)
+    integers = values[:size].view(3, -1)[:, :num_rows]
+    floats = values[size:].view(torch.float32)[:size].view(3, -1)[:, :num_rows]
     return floats, integers
+
+
+def _aligned(num_rows: int) -> int:
+    """Rows for which float32 values take a multiple of 16 bytes."""
+    return -(-num_rows // 4) * 4
 
 
 def sampling_tensors_on_device(
@@ -48,20 +55,13 @@ def sampling_tensors_on_device(
     num_sampled: of each row, the output tokens before the one that is sampled.
     """
     num_rows = len(num_sampled)
-    # Each parameter is aligned to 16 bytes, because Triton compiles another kernel for other
-    # alignments.
-    num_aligned = -(-num_rows // 4) * 4
-    host = torch.zeros(num_packed_values(num_aligned), dtype=torch.int64)
-    floats, integers = packed_views(host, num_aligned)
-    floats[0, :num_rows] = sampling.temperature
-    floats[1, :num_rows] = sampling.top_p
-    floats[2, :num_rows] = sampling.min_p
-    integers[0, :num_rows] = sampling.top_k
-    integers[1, :num_rows] = sampling.seeds
-    integers[2, :num_rows] = torch.tensor(num_sampled)
-    floats, integers = packed_views(to_device(host, device), num_aligned)
-    temperature, top_p, min_p = floats[:, :num_rows]
-    top_k, seeds, counters = integers[:, :num_rows]
+    host = torch.zeros(num_packed_values(num_rows), dtype=torch.int64)
+    floats, integers = packed_views(host, num_rows)
+    torch.stack((sampling.temperature, sampling.top_p, sampling.min_p), out=floats)
+    torch.stack((sampling.top_k, sampling.seeds, torch.tensor(num_sampled)), out=integers)
+    floats, integers = packed_views(to_device(host, device), num_rows)
+    temperature, top_p, min_p = floats
+    top_k, seeds, counters = integers
     return temperature, top_k, top_p, min_p, seeds, counters
 
 

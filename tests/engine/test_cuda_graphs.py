@@ -449,6 +449,20 @@ def test_cuda_graphs_run_prompts_beside_decodes_as_eager_steps_do(
     assert [(key.num_rows, key.num_tokens) for key in mixed] == [(10, 40), (10, 32), (10, 16)]
 
 
+def test_cuda_graphs_give_the_sampler_aligned_parameters(tmp_path: Path) -> None:
+    """Triton would compile the sampler again for other alignments."""
+    places: set[int] = set()
+
+    def noted(logits: torch.Tensor, *parameters: torch.Tensor) -> torch.Tensor:
+        places.update(parameter.data_ptr() % 16 for parameter in parameters)
+        return argmax(logits)
+
+    model = tiny_checkpoint(tmp_path, "gemma2")
+    one = graphed(model, 9, noted, max_mixed_tokens=40, speculate=2)
+    one.runner.capture_graphs()
+    assert places == {0}
+
+
 def test_mixed_cuda_graphs_end_with_the_largest_step() -> None:
     assert mixed_keys(256, 0) == mixed_keys(256, 8192, 0) == []
     assert [key.num_tokens for key in mixed_keys(256, 40)] == [16, 32, 40]
