@@ -22,12 +22,14 @@ TILE = Tunable("attention", ((16, 32, 64, 128), (2, 4, 8), (1, 2, 3, 4, 5), (1, 
 
 
 def supports(q: torch.Tensor, cache: KVCache) -> bool:
-    """Whether `attention` takes these queries [T, N, D] and this cache.
-
-    GPUs before sm_89 have no FP8.
-    """
+    """Whether `attention` takes these queries [T, N, D] and this cache."""
     fits = runs_triton(q) and q.stride()[1:] == (q.shape[2], 1) and q.shape[2] <= MAX_HEAD_DIM
-    return fits and (cache.kv.dtype != FP8 or device_capability(q.device) >= (8, 9))
+    return fits and supports_cache(cache)
+
+
+def supports_cache(cache: KVCache) -> bool:
+    """Whether `attention` takes this cache on its GPU. GPUs before sm_89 have no FP8."""
+    return cache.kv.dtype != FP8 or device_capability(cache.kv.device) >= (8, 9)
 
 
 def attention(
