@@ -136,7 +136,7 @@ def num_splits(rows: int, vocab_size: int) -> int:
     return 1 << (wanted.bit_length() - 1)
 
 
-@jit
+@jit(do_not_specialize=("rows",))
 def _find_extremes_kernel(
     logits: tl.tensor,
     extremes: tl.tensor,
@@ -244,7 +244,10 @@ def _sums(
     """The counts and masses of a row up to each cut."""
     base = (LEVEL * rows + row) * (SPLITS * WAYS)
     at = base + tl.arange(0, SPLITS)[:, None] * WAYS + tl.arange(0, WAYS)[None, :]
-    return tl.sum(tl.load(counts + at), 0), tl.sum(tl.load(masses + at), 0)
+    # In float64, the order of the additions changes nothing. It differs between the kernels, and
+    # one that found another bracket would read what the kernels before it did not write.
+    mass = tl.sum(tl.load(masses + at).to(tl.float64), 0).to(tl.float32)
+    return tl.sum(tl.load(counts + at), 0), mass
 
 
 @jit
@@ -391,7 +394,7 @@ def _brackets(
     )
 
 
-@jit
+@jit(do_not_specialize=("rows",))
 def _count_kernel(
     logits: tl.tensor,
     temperature: tl.tensor,
@@ -514,7 +517,7 @@ def _exponential(u: tl.tensor) -> tl.tensor:
     return e.to(tl.float32) * -0.6931471805599453 - f * r
 
 
-@jit
+@jit(do_not_specialize=("rows",))
 def _draw_kernel(
     logits: tl.tensor,
     temperature: tl.tensor,
@@ -610,7 +613,7 @@ def _min_p_bound(min_p: tl.tensor, row: tl.tensor) -> tl.tensor:
     return tl.where(share > 0, -tl.log(tl.where(share > 0, share, 1.0)), float("inf"))
 
 
-@jit
+@jit(do_not_specialize=("rows",))
 def _choose_kernel(
     logits: tl.tensor,
     temperature: tl.tensor,

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -48,9 +49,19 @@ AMD_CAPABILITY = (8, 0)
 interprets = triton is not None and os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
-def jit(function: Callable[..., Any]) -> Any:
-    """Make a Triton kernel from a function. Without Triton, the function is returned unchanged."""
-    return function if triton is None else triton.jit(function)
+def jit(
+    function: Callable[..., Any] | None = None, *, do_not_specialize: Sequence[str] = ()
+) -> Any:
+    """Make a Triton kernel from a function. Without Triton, the function is returned unchanged.
+
+    do_not_specialize: integer arguments that change from step to step. For others, Triton compiles
+    further kernels where they are 1 or a multiple of 16.
+    """
+    if function is None:
+        return partial(jit, do_not_specialize=do_not_specialize)
+    if triton is None:
+        return function
+    return triton.jit(function, do_not_specialize=do_not_specialize)
 
 
 def runs_triton(tensor: torch.Tensor) -> bool:

@@ -140,6 +140,30 @@ def _exponential_kernel(u: tl.tensor, out: tl.tensor, count: tl.constexpr) -> No
     tl.store(out + at, sampling_gpu._exponential(tl.load(u + at)))
 
 
+def row_masses(masses: torch.Tensor) -> torch.Tensor:
+    """The kernel's sums of masses [1, 1, S, WAYS] over the splits."""
+    out = torch.empty(masses.shape[-1])
+    counts = torch.zeros(masses.shape, dtype=torch.int32)
+    _row_masses_kernel[(1,)](masses, counts, out, splits=masses.shape[2], ways=masses.shape[3])
+    return out
+
+
+@jit
+def _row_masses_kernel(
+    masses: tl.tensor, counts: tl.tensor, out: tl.tensor, splits: tl.constexpr, ways: tl.constexpr
+) -> None:
+    row = tl.program_id(0)
+    _, mass = sampling_gpu._sums(masses, counts, row, 1, 0, splits, ways)
+    tl.store(out + tl.arange(0, ways), mass)
+
+
+def masses_of_splits() -> list[torch.Tensor]:
+    """Masses of 64 splits, in two orders."""
+    draw = torch.Generator().manual_seed(5)
+    masses = torch.rand(1, 1, 64, 16, generator=draw) * torch.arange(1, 65).view(1, 1, -1, 1)
+    return [masses, masses.flip(2).contiguous()]
+
+
 def draws() -> torch.Tensor:
     """Uniform numbers of every size, as the sampler makes them."""
     draw = torch.Generator().manual_seed(0)
@@ -169,6 +193,7 @@ def ids(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[torch.Tensor
         ("negative", [negative_call()]),
     ):
         calls += [(name, ("sample_with", 4096, *call)) for call in sampled]
+    calls += [("masses", ("row_masses", masses)) for masses in masses_of_splits()]
     calls += [("crowded", ("sample_with", length, *crowded_call())) for length in (64, 8)]
     results = interpreted(
         "kernels.test_sampling_triton",
@@ -231,6 +256,11 @@ def test_sample_kernels_match_the_reference_with_crowded_brackets(
     assert [got.tolist() for got in ids["crowded"]] == [expected] * 2
 
 
+def test_sums_over_splits_are_the_same_in_every_order(ids: dict[str, list[torch.Tensor]]) -> None:
+    """The kernels must agree on them, and each adds in the order of its own warps."""
+    assert torch.equal(*ids["masses"])
+
+
 def test_exponential_has_the_precision_of_float32(ids: dict[str, list[torch.Tensor]]) -> None:
     truth = -torch.log1p(-draws().double())
     assert ((ids["draws"][0] / truth - 1).abs() < 4e-7).all()
@@ -240,6 +270,18 @@ def test_sample_splits_fill_a_gpu() -> None:
     splits = {rows: sampling_gpu.num_splits(rows, 128_256) for rows in (1, 16, 64, 256, 5000)}
     assert splits == {1: 64, 16: 64, 64: 16, 256: 4, 5000: 1}
     assert sampling_gpu.num_splits(1, 5) == 1
+
+
+def test_sample_kernels_are_the_same_for_all_numbers_of_rows_with_as_many_splits() -> None:
+    gpu = sampling_gpu
+    kernels = (
+        gpu._find_extremes_kernel,
+        gpu._count_kernel,
+        gpu._draw_kernel,
+        gpu._choose_kernel,
+    )
+    for kernel in kernels:
+        assert [one.name for one in kernel.params if one.do_not_specialize] == ["rows"]
 
 
 @pytest.mark.parametrize(("capability", "dtype"), [(90, "*bf16"), (80, "*fp32")])
