@@ -79,7 +79,8 @@ class SamplingTensorCache:
         """The sampling tensors of `sequences`, one row each."""
         params = [(sequence.request.sampling_params, sequence.seed) for sequence in sequences]
         if self._tensors is None or params != self._params:
-            floats = torch.tensor([(p.temperature, p.top_p, p.min_p) for p, _ in params]).T
+            shares = [(p.temperature, p.top_p, p.min_p) for p, _ in params]
+            floats = torch.tensor(shares, dtype=torch.float32).T  # parameters may be integers
             integers = torch.tensor([(p.top_k, seed) for p, seed in params]).T
             self._params = params
             self._tensors = SamplingTensors(
