@@ -110,7 +110,7 @@ class WeightOnlyLinear:
             return linear(x, self.dequantize(K, x.dtype), self._bias)
         major = gpu_major(x.device)
         default = default_tile(M, x.dtype, major)
-        shape = (*shape, max(TILES[0][0], 1 << (M - 1).bit_length()))
+        shape = (*shape, rows_class(M))
         BM, BN, warps, stages, programs = TILE.config(shape, default[1:], x.device)
         tiles = (-(-M // BM), -(-N // BN))
         if not splits:
@@ -169,6 +169,11 @@ def compiler_options(tile_rows: int) -> dict[str, int]:
     no such option.
     """
     return {"maxnreg": 168} if tile_rows <= 16 and not is_amd() else {}
+
+
+def rows_class(rows: int) -> int:
+    """The most rows for which the configuration of `rows` rows is measured."""
+    return max(TILES[0][0], 1 << (rows - 1).bit_length())
 
 
 def gpu_major(device: torch.device) -> int:

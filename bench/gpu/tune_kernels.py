@@ -56,7 +56,9 @@ from llmkit.model.spec import ModelSpec
 from llmkit.model.weight_loader import can_stay_packed
 from llmkit.runtime.engine_plan import resolve_dtype
 
-ROWS = (1, 32, 64, 128, 256, 512)  # numbers of inputs, one for each class of shapes
+# Numbers of inputs, one for each of `WeightOnlyLinear`'s classes of shapes. Few rows are one class.
+ROWS = (1, 16, 32, 64, 128, 256, 512)
+MIN_FUSED_ROWS = min(quantized_linear.FUSED_ROWS.choices[0])
 CONTEXT = 4096  # tokens
 # The largest allowed error of a kernel's results, as a share of the largest value.
 MAX_ERRORS = {
@@ -468,7 +470,7 @@ def tune_weight_only_linear(
                 fused_rows = rows
                 fused_ms = ms
     if fused_rows:
-        config = (max(fused_rows, ROWS[1] if len(ROWS) > 1 else fused_rows),)
+        config = (max(fused_rows, MIN_FUSED_ROWS),)
         name = quantized_linear.FUSED_ROWS.name(shapes[0], device)
         default = (quantized_linear.MAX_FUSED_ROWS,)
         results.append(TuningResult(name, config, fused_ms, default, None, len(ROWS), 0))

@@ -44,6 +44,7 @@ from llmkit.kernels.quantized_linear import (
     MAX_FUSED_ROWS,
     TILE,
     TILES,
+    rows_class,
 )
 from llmkit.kernels.tuned_configs import Config, Tunable
 from llmkit.kernels.w8a8_linear import W8A8Linear
@@ -290,6 +291,9 @@ def test_default_configs_are_among_the_choices() -> None:
         assert len(config) == len(TILE.choices)
         assert all(number in choices for number, choices in zip(config, TILE.choices, strict=True))
     assert MAX_FUSED_ROWS in FUSED_ROWS.choices[0] and max(tune.ROWS) == MAX_FUSED_ROWS
+    classes = [rows_class(rows) for rows in range(1, MAX_FUSED_ROWS + 1)]
+    assert [rows_class(rows) for rows in tune.ROWS] == sorted(set(classes))
+    assert all(fused in tune.ROWS for fused in FUSED_ROWS.choices[0])
     assert "TILE.notify_observer(compiled)" in inspect.getsource(quantized_linear.WeightOnlyLinear)
     assert "TILE.notify_observer(compiled)" in inspect.getsource(paged)
 
