@@ -76,6 +76,11 @@ class CudaGraph:
         """Launch the kernels."""
         self._graph.replay()
 
+    @classmethod
+    def release_shared(cls) -> None:
+        """Let go of the graph that is kept alive. The next graph gets new memory."""
+        cls._shared = None
+
 
 Capture = Callable[[Callable[[], None]], Replayable]
 
