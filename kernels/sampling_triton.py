@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import torch
 
-from llmkit.kernels.triton_support import jit, tl
+from llmkit.kernels.triton_support import jit, jit_without_specializing, tl
 
 TILE = 1024  # tokens that a program handles at once
 NUM_WARPS = 4
@@ -136,7 +136,7 @@ def num_splits(rows: int, vocab_size: int) -> int:
     return 1 << (wanted.bit_length() - 1)
 
 
-@jit(do_not_specialize=("rows",))
+@jit_without_specializing("rows")
 def _find_extremes_kernel(
     logits: tl.tensor,
     extremes: tl.tensor,
@@ -394,7 +394,7 @@ def _brackets(
     )
 
 
-@jit(do_not_specialize=("rows",))
+@jit_without_specializing("rows")
 def _count_kernel(
     logits: tl.tensor,
     temperature: tl.tensor,
@@ -517,7 +517,7 @@ def _exponential(u: tl.tensor) -> tl.tensor:
     return e.to(tl.float32) * -0.6931471805599453 - f * r
 
 
-@jit(do_not_specialize=("rows",))
+@jit_without_specializing("rows")
 def _draw_kernel(
     logits: tl.tensor,
     temperature: tl.tensor,
@@ -613,7 +613,7 @@ def _min_p_bound(min_p: tl.tensor, row: tl.tensor) -> tl.tensor:
     return tl.where(share > 0, -tl.log(tl.where(share > 0, share, 1.0)), float("inf"))
 
 
-@jit(do_not_specialize=("rows",))
+@jit_without_specializing("rows")
 def _choose_kernel(
     logits: tl.tensor,
     temperature: tl.tensor,

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -35,6 +34,7 @@ __all__ = [
     "interprets",
     "is_amd",
     "jit",
+    "jit_without_specializing",
     "runs_ptx",
     "runs_triton",
     "tl",
@@ -49,19 +49,21 @@ AMD_CAPABILITY = (8, 0)
 interprets = triton is not None and os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
-def jit(
-    function: Callable[..., Any] | None = None, *, do_not_specialize: Sequence[str] = ()
-) -> Any:
-    """Make a Triton kernel from a function. Without Triton, the function is returned unchanged.
+def jit(function: Callable[..., Any]) -> Any:
+    """Make a Triton kernel from a function. Without Triton, the function is returned unchanged."""
+    return function if triton is None else triton.jit(function)
 
-    do_not_specialize: integer arguments that change from step to step. For others, Triton compiles
-    further kernels where they are 1 or a multiple of 16.
+
+def jit_without_specializing(*arguments: str) -> Callable[[Callable[..., Any]], Any]:
+    """`jit` for kernels with integer arguments that change from step to step.
+
+    For other arguments, Triton compiles further kernels where they are 1 or a multiple of 16.
     """
-    if function is None:
-        return partial(jit, do_not_specialize=do_not_specialize)
-    if triton is None:
-        return function
-    return triton.jit(function, do_not_specialize=do_not_specialize)
+
+    def make_kernel(function: Callable[..., Any]) -> Any:
+        return function if triton is None else triton.jit(function, do_not_specialize=arguments)
+
+    return make_kernel
 
 
 def runs_triton(tensor: torch.Tensor) -> bool:
