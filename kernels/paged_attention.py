@@ -11,10 +11,11 @@ import torch
 from llmkit.kernels.activation_quant import FP8
 from llmkit.kernels.attention_metadata import AttentionMetadata, QueryTiles
 from llmkit.kernels.kv_cache import KVCache
-from llmkit.kernels.triton_support import device_capability, jit, runs_triton, tl
+from llmkit.kernels.triton_support import device_capability, is_amd, jit, runs_triton, tl
 from llmkit.kernels.tuned_configs import Config, Tunable
 
 MAX_HEAD_DIM = 512
+MAX_AMD_STAGES = 2  # the shared memory of a compute unit of gfx90a and gfx942 is 64 KiB
 MIN_UNIT_TILES = 2  # tiles of tokens: a shorter part of a context is not worth a program
 LOG2_E = 1.4426950408889634
 # The choices for: tokens of a tile of keys, warps, stages, and programs per multiprocessor.
@@ -99,7 +100,7 @@ def default_config(
         4 if is_small else 8,
         # Keys and values in two buffers each, or three of half the size: two programs or more fit
         # into a multiprocessor of Hopper.
-        4 if kv_dtype.itemsize == 1 and not is_float32 else 3,
+        MAX_AMD_STAGES if is_amd() else 4 if kv_dtype.itemsize == 1 and not is_float32 else 3,
         2 if rows <= 32 else 1,
     )
 

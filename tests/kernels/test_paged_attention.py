@@ -238,6 +238,18 @@ def test_paged_attention_on_amd_gpus_has_the_tiles_of_sm_80(
     assert [launch["TOKENS"] for launch in attention_kernel.arguments] == [32, 16, 16]
 
 
+@pytest.mark.parametrize("dim", [128, 256])
+def test_paged_attention_fits_into_the_shared_memory_of_amd_gpus(
+    dim: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """64 KiB: queries of a prompt, and keys and values in one buffer each."""
+    monkeypatch.setattr(torch.version, "hip", "7.2")
+    dtype = torch.bfloat16
+    tokens, _, stages, _ = paged.default_config(64, dim, dtype, dtype, False, (8, 0))
+    num_elements = 64 + 2 * (stages - 1) * tokens
+    assert num_elements * dim * dtype.itemsize <= 64 << 10
+
+
 def test_paged_attention_schedules_once_a_step(
     gpu: Callable[[tuple[int, int]], tuple[Launches, ...]],
 ) -> None:
