@@ -96,7 +96,7 @@ def attention(
         cache_seqlens=tensors.seq_lens,
         page_table=tensors.block_table,
         cu_seqlens_q=tensors.query_start_loc,
-        max_seqlen_q=int(metadata.batch.query_lens.max()),
+        max_seqlen_q=metadata.batch.max_query_len,
         softmax_scale=scale,
         causal=True,
         window_size=(-1 if metadata.window is None else metadata.window - 1, 0),

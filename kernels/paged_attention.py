@@ -11,10 +11,11 @@ import torch
 from llmkit.kernels.activation_quant import FP8
 from llmkit.kernels.attention_metadata import AttentionMetadata, QueryTiles
 from llmkit.kernels.kv_cache import KVCache
-from llmkit.kernels.triton_support import device_capability, jit, runs_triton, tl
+from llmkit.kernels.triton_support import device_capability, is_amd, jit, runs_triton, tl
 from llmkit.kernels.tuned_configs import Config, Tunable
 
 MAX_HEAD_DIM = 512
+MAX_AMD_STAGES = 2  # the shared memory of a compute unit of gfx90a and gfx942 is 64 KiB
 MIN_UNIT_TILES = 2  # tiles of tokens: a shorter part of a context is not worth a program
 LOG2_E = 1.4426950408889634
 # The choices for: tokens of a tile of keys, warps, stages, and programs per multiprocessor.
@@ -22,12 +23,14 @@ TILE = Tunable("attention", ((16, 32, 64, 128), (2, 4, 8), (1, 2, 3, 4, 5), (1, 
 
 
 def supports(q: torch.Tensor, cache: KVCache) -> bool:
-    """Whether `attention` takes these queries [T, N, D] and this cache.
-
-    GPUs before sm_89 have no FP8.
-    """
+    """Whether `attention` takes these queries [T, N, D] and this cache."""
     fits = runs_triton(q) and q.stride()[1:] == (q.shape[2], 1) and q.shape[2] <= MAX_HEAD_DIM
-    return fits and (cache.kv.dtype != FP8 or device_capability(q.device) >= (8, 9))
+    return fits and supports_cache(cache)
+
+
+def supports_cache(cache: KVCache) -> bool:
+    """Whether `attention` takes this cache on its GPU. GPUs before sm_89 have no FP8."""
+    return cache.kv.dtype != FP8 or device_capability(cache.kv.device) >= (8, 9)
 
 
 def attention(
@@ -97,7 +100,7 @@ def default_config(
         4 if is_small else 8,
         # Keys and values in two buffers each, or three of half the size: two programs or more fit
         # into a multiprocessor of Hopper.
-        4 if kv_dtype.itemsize == 1 and not is_float32 else 3,
+        MAX_AMD_STAGES if is_amd() else 4 if kv_dtype.itemsize == 1 and not is_float32 else 3,
         2 if rows <= 32 else 1,
     )
 
@@ -123,7 +126,7 @@ def _attend(
     num_kv_heads = both // 2
     group = num_heads // num_kv_heads
     padded_dim = _padded_dim(head_dim)
-    capability = torch.cuda.get_device_capability(q.device)
+    capability = device_capability(q.device)
     default = default_config(
         rows, head_dim, q.dtype, cache.kv.dtype, cache.scales is not None, capability
     )

@@ -17,7 +17,14 @@ from collections.abc import Mapping
 import torch
 from torch.nn.functional import linear, pad
 
-from llmkit.kernels.triton_support import device_capability, interprets, jit, runs_ptx, tl
+from llmkit.kernels.triton_support import (
+    device_capability,
+    interprets,
+    is_amd,
+    jit,
+    runs_ptx,
+    tl,
+)
 from llmkit.kernels.tuned_configs import Tunable
 from llmkit.kernels.unpack_ptx import field_offsets, unpack_ptx
 
@@ -103,7 +110,7 @@ class WeightOnlyLinear:
             return linear(x, self.dequantize(K, x.dtype), self._bias)
         major = gpu_major(x.device)
         default = default_tile(M, x.dtype, major)
-        shape = (*shape, max(TILES[0][0], 1 << (M - 1).bit_length()))
+        shape = (*shape, rows_class(M))
         BM, BN, warps, stages, programs = TILE.config(shape, default[1:], x.device)
         tiles = (-(-M // BM), -(-N // BN))
         if not splits:
@@ -158,9 +165,15 @@ class WeightOnlyLinear:
 def compiler_options(tile_rows: int) -> dict[str, int]:
     """Triton's options for a tile.
 
-    Without a limit, ptxas spills registers of small tiles to fit more programs.
+    Without a limit, ptxas spills registers of small tiles to fit more programs. AMD's compiler has
+    no such option.
     """
-    return {"maxnreg": 168} if tile_rows <= 16 else {}
+    return {"maxnreg": 168} if tile_rows <= 16 and not is_amd() else {}
+
+
+def rows_class(rows: int) -> int:
+    """The most rows for which the configuration of `rows` rows is measured."""
+    return max(TILES[0][0], 1 << (rows - 1).bit_length())
 
 
 def gpu_major(device: torch.device) -> int:
@@ -427,7 +440,7 @@ def _epilogue_kernel(
     TILE: tl.constexpr,
 ) -> None:
     """A program computes TILE outputs of a row."""
-    m = tl.program_id(0)
+    m = tl.program_id(0).to(tl.int64)  # a prompt's sums may be more than 2^31
     n = tl.program_id(1) * TILE + tl.arange(0, TILE)
     total = tl.load(sums + m * N + n, mask=n < N, other=0).to(tl.float32)
     for split in tl.static_range(1, SPLITS):

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import torch
 
-from llmkit.kernels.triton_support import jit, tl
+from llmkit.kernels.triton_support import jit, jit_without_specializing, tl
 
 TILE = 1024  # tokens that a program handles at once
 NUM_WARPS = 4
@@ -136,7 +136,7 @@ def num_splits(rows: int, vocab_size: int) -> int:
     return 1 << (wanted.bit_length() - 1)
 
 
-@jit
+@jit_without_specializing("rows")
 def _find_extremes_kernel(
     logits: tl.tensor,
     extremes: tl.tensor,
@@ -244,7 +244,10 @@ def _sums(
     """The counts and masses of a row up to each cut."""
     base = (LEVEL * rows + row) * (SPLITS * WAYS)
     at = base + tl.arange(0, SPLITS)[:, None] * WAYS + tl.arange(0, WAYS)[None, :]
-    return tl.sum(tl.load(counts + at), 0), tl.sum(tl.load(masses + at), 0)
+    # In float64, the order of the additions changes nothing. It differs between the kernels, and
+    # one that found another bracket would read what the kernels before it did not write.
+    mass = tl.sum(tl.load(masses + at).to(tl.float64), 0).to(tl.float32)
+    return tl.sum(tl.load(counts + at), 0), mass
 
 
 @jit
@@ -391,7 +394,7 @@ def _brackets(
     )
 
 
-@jit
+@jit_without_specializing("rows")
 def _count_kernel(
     logits: tl.tensor,
     temperature: tl.tensor,
@@ -449,7 +452,8 @@ def _count_kernel(
                 for turn in tl.static_range(UNROLL):
                     token = start + turn * THREADS + d
                     inside_row = token < vocab_size
-                    x = tl.load(row_logits + token, mask=inside_row, other=0.0).to(tl.float32)
+                    # After the end, the share is 0: 0 times an infinite share would be NaN.
+                    x = tl.load(row_logits + token, mask=inside_row, other=-3e38).to(tl.float32)
                     distance = (largest - x) * inverse
                     share = tl.exp(-distance)
                     # A token after the end is beyond the last cut, too.
@@ -513,7 +517,7 @@ def _exponential(u: tl.tensor) -> tl.tensor:
     return e.to(tl.float32) * -0.6931471805599453 - f * r
 
 
-@jit
+@jit_without_specializing("rows")
 def _draw_kernel(
     logits: tl.tensor,
     temperature: tl.tensor,
@@ -609,7 +613,7 @@ def _min_p_bound(min_p: tl.tensor, row: tl.tensor) -> tl.tensor:
     return tl.where(share > 0, -tl.log(tl.where(share > 0, share, 1.0)), float("inf"))
 
 
-@jit
+@jit_without_specializing("rows")
 def _choose_kernel(
     logits: tl.tensor,
     temperature: tl.tensor,

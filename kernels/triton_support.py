@@ -34,6 +34,7 @@ __all__ = [
     "interprets",
     "is_amd",
     "jit",
+    "jit_without_specializing",
     "runs_ptx",
     "runs_triton",
     "tl",
@@ -51,6 +52,18 @@ interprets = triton is not None and os.environ.get("TRITON_INTERPRET", "0") == "
 def jit(function: Callable[..., Any]) -> Any:
     """Make a Triton kernel from a function. Without Triton, the function is returned unchanged."""
     return function if triton is None else triton.jit(function)
+
+
+def jit_without_specializing(*arguments: str) -> Callable[[Callable[..., Any]], Any]:
+    """`jit` for kernels with integer arguments that change from step to step.
+
+    For other arguments, Triton compiles further kernels where they are 1 or a multiple of 16.
+    """
+
+    def make_kernel(function: Callable[..., Any]) -> Any:
+        return function if triton is None else triton.jit(function, do_not_specialize=arguments)
+
+    return make_kernel
 
 
 def runs_triton(tensor: torch.Tensor) -> bool:

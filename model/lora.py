@@ -139,6 +139,7 @@ class LoraManager:
         self.adapter_ids: dict[str, int] = {}  # by name; ids begin at 1
         # The adapter ids of the current step and their rows; `activate` sets it.
         self.active_rows: list[tuple[int, Rows]] = []
+        self._model = model
         # The fallback has no layers that take adapters.
         self._layers = model.layers if isinstance(model, Decoder) else []
         self._last_id = 0
@@ -170,7 +171,7 @@ class LoraManager:
             linear.lora_weights[self._last_id] = lora
             if slot is not None:
                 slots = linear.slots
-                if slots.rank < lora.padded_rank or slots.num_slots < self.num_slots:
+                if slots.rank < lora.padded_rank or slots.num_slots <= slot:
                     slots.grow(self.num_slots, max(slots.rank, lora.padded_rank), lora)
                     self.version += 1
                 slots.store(slot, lora)
@@ -184,7 +185,8 @@ class LoraManager:
             for module, linear in layer.linears.items():
                 if isinstance(linear, LinearWithLora):
                     removed = linear.lora_weights.pop(adapter_id, None)
-                    if removed is not None and slot is not None:
+                    # A linear for whose slots there was not enough memory has fewer.
+                    if removed is not None and slot is not None and slot < linear.slots.num_slots:
                         linear.slots.clear(slot)
                     if not linear.lora_weights:
                         layer.linears[module] = linear.base
@@ -215,14 +217,8 @@ class LoraManager:
         if slot >= self.num_slots:
             self.num_slots = max(1, 2 * self.num_slots)
             self.version += 1
-            device = next(iter(weights.values())).lora_a.device if weights else torch.device("cpu")
-            self._slot_numbers = torch.arange(1, self.num_slots + 1, device=device)
-            for layer in self._layers:
-                for linear in layer.linears.values():
-                    if isinstance(linear, LinearWithLora) and linear.slots.num_slots:
-                        example = next(iter(linear.lora_weights.values()))
-                        linear.slots.grow(self.num_slots, linear.slots.rank, example)
-                        self._use_slots(linear)
+            # The adapter may change none of this rank's linears, so its weights tell no device.
+            self._slot_numbers = torch.arange(1, self.num_slots + 1, device=self._model.device)
         return slot
 
     def _use_slots(self, linear: LinearWithLora) -> None:
@@ -324,10 +320,11 @@ class LoraSlots:
     def add_to(self, y: torch.Tensor, x: torch.Tensor, rows_of_slots: torch.Tensor) -> None:
         """Add to y [T, out] what the adapter of each row adds for x [T, in].
 
-        rows_of_slots: bool [T, slots, 1].
+        rows_of_slots: bool [T, slots or more, 1]. No adapter of this linear has a later slot.
         """
         of_slots = (x @ self.lora_a.T).view(len(x), self.num_slots, self.rank)
-        y.addmm_(of_slots.where(rows_of_slots, 0).flatten(1), self.lora_b.T)
+        is_own = rows_of_slots[:, : self.num_slots]
+        y.addmm_(of_slots.where(is_own, 0).flatten(1), self.lora_b.T)
 
 
 class LinearWithLora(Linear):

@@ -18,6 +18,7 @@ from llmkit.kernels.kv_cache import KV_CACHE_DTYPES, QUANTIZED_KV_CACHE_DTYPES
 from llmkit.model.checkpoint_tensors import check_checkpoint
 from llmkit.model.device import resolve_device
 from llmkit.model.families import checkpoint_spec, require_native
+from llmkit.model.linear import MIN_FP8_CAPABILITY, gpu_capability
 from llmkit.model.spec import ModelSpec
 from llmkit.runtime.engine.cuda_graphs import estimate_graph_bytes
 from llmkit.runtime.engine.draft_model import MAX_KNOWN_TOKENS
@@ -116,8 +117,9 @@ def plan_part(
     kv_cache_dtype: str | None = options.kv_cache_dtype
     if kv_cache_dtype == "auto":
         kv_cache_dtype = checkpoint_kv_dtype
-        if kv_cache_dtype == "fp8" and device.type == "cpu":
-            kv_cache_dtype = None  # a CPU converts FP8 slowly
+        has_fp8 = device.type != "cpu" and gpu_capability(device) >= MIN_FP8_CAPABILITY
+        if kv_cache_dtype == "fp8" and not has_fp8:
+            kv_cache_dtype = None  # a CPU converts FP8 slowly, and older GPUs have none
         if kv_cache_dtype is None and device.type == "cpu" and dtype == torch.float32:
             kv_cache_dtype = _cpu_kv_cache_dtype(checkpoint, options.cpu_activations)
     kv_dtype = KV_CACHE_DTYPES[kv_cache_dtype] if kv_cache_dtype else dtype

@@ -119,6 +119,9 @@ class LoadedPart:
             return  # weights in host memory: reported already
         if not runner.enabled:
             reason = "the host sees which experts are chosen"
+            if not runner.can_capture_attention:
+                reason = "attention over this KV cache runs in torch; its kernels need Triton, and"
+                reason += " sm_89 or newer for FP8"
             if engine.config.max_cudagraph_capture_size == 0:
                 reason = "--max-cudagraph-capture-size is 0"
             report.fast_paths.append(f"CUDA graphs: off, {reason}")

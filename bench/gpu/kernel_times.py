@@ -8,7 +8,7 @@ weights, `_weight_int4pack_mm`, scaled dot product attention.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from importlib import import_module
 from typing import Any
@@ -25,7 +25,9 @@ from llmkit.kernels.attention import paged_attention, rope_and_cache
 from llmkit.kernels.attention_metadata import AttentionBatch
 from llmkit.kernels.elementwise import act_and_mul, add_rms_norm
 from llmkit.kernels.fused_experts import FusedExperts
+from llmkit.kernels.input_quant import quantize_input
 from llmkit.kernels.kv_cache import KV_CACHE_DTYPES, KVCache
+from llmkit.kernels.w8a8_linear import W8A8Linear
 from llmkit.model.linear import ActivationQuant, Linear, serving_linear
 
 Launch = Callable[[], object]
@@ -34,7 +36,7 @@ KV_HEADS = 8
 DIM = 128
 GROUP_SIZE = 128
 LLMKIT = "llmkit"
-PADDED = "padded to 17 rows"
+UNPADDED = "not padded to 17 rows"
 # [out, in] of the linear layers, by model and layer.
 LINEAR_SHAPES: dict[tuple[str, str], tuple[int, int]] = {
     ("Llama-3.1-8B", "gate_up"): (28672, 4096),
@@ -143,7 +145,7 @@ def linear_cases(
                 case = f"{model} {layer} [{out_features}, {in_features}], {weights}, {rows} rows"
                 size = (out_features, in_features)
                 for name, make in LINEAR_IMPLEMENTATIONS[weights].items():
-                    if name in ("tinygemm", PADDED) and rows > 16:
+                    if name in ("tinygemm", UNPADDED) and rows > 16:
                         continue
                     yield KernelCase(
                         "linear", case, name, num_bytes, flops, partial(make, setting, size, rows)
@@ -166,9 +168,16 @@ def _llmkit_linear(weights: str, setting: Setting, size: tuple[int, int], rows: 
     return partial(_layer(setting, size, weights), setting.randn(rows, size[1]))
 
 
-def _padded_fp8(setting: Setting, size: tuple[int, int], rows: int) -> Launch:
-    """With 17 rows at least: cuBLAS then chooses other kernels."""
-    return _llmkit_linear("fp8", setting, size, max(rows, 17))
+def _unpadded_fp8(setting: Setting, size: tuple[int, int], rows: int) -> Launch:
+    """Without more rows than there are inputs: cuBLAS then chooses other kernels."""
+    kernel = getattr(_layer(setting, size, "fp8"), "kernel", None)
+    if not isinstance(kernel, W8A8Linear):
+        raise NotInstalledError("it needs a GPU with FP8 products")
+    return partial(_multiply_unpadded, kernel, setting.randn(rows, size[1]))
+
+
+def _multiply_unpadded(kernel: W8A8Linear, x: torch.Tensor) -> torch.Tensor:
+    return kernel(quantize_input(x, replace(kernel.input_quant, min_rows=1)))
 
 
 def _tinygemm(setting: Setting, size: tuple[int, int], rows: int) -> Launch:
@@ -200,7 +209,7 @@ def _humming(setting: Setting, size: tuple[int, int], rows: int) -> Launch:
 
 LINEAR_IMPLEMENTATIONS: dict[str, dict[str, Callable[[Setting, tuple[int, int], int], Launch]]] = {
     "bf16": {f"{LLMKIT} (cuBLAS)": partial(_llmkit_linear, "bf16")},
-    "fp8": {LLMKIT: partial(_llmkit_linear, "fp8"), PADDED: _padded_fp8},
+    "fp8": {LLMKIT: partial(_llmkit_linear, "fp8"), UNPADDED: _unpadded_fp8},
     "int4": {
         LLMKIT: partial(_llmkit_linear, "int4"),
         "tinygemm": _tinygemm,

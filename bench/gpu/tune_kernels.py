@@ -48,15 +48,17 @@ from llmkit.model.linear import (
     ActivationQuant,
     PackedLinear,
     gpu_capability,
+    gpu_kernel_type,
     serving_linear,
-    supported_on_gpu,
 )
 from llmkit.model.parameter_table import parameters
 from llmkit.model.spec import ModelSpec
 from llmkit.model.weight_loader import can_stay_packed
 from llmkit.runtime.engine_plan import resolve_dtype
 
-ROWS = (1, 32, 64, 128, 256, 512)  # numbers of inputs, one for each class of shapes
+# Numbers of inputs, one for each of `WeightOnlyLinear`'s classes of shapes. Few rows are one class.
+ROWS = (1, 16, 32, 64, 128, 256, 512)
+MIN_FUSED_ROWS = min(quantized_linear.FUSED_ROWS.choices[0])
 CONTEXT = 4096  # tokens
 # The largest allowed error of a kernel's results, as a share of the largest value.
 MAX_ERRORS = {
@@ -368,8 +370,9 @@ def tune_weight(
     is_over: Callable[[], bool] = never,
 ) -> list[TuningResult]:
     """Tune the linear layer of a weight of this scheme and shape [out, in]."""
-    if not supported_on_gpu(scheme, shape, dtype, gpu_capability(device)):
-        return []
+    kind = gpu_kernel_type(scheme, shape, dtype, gpu_capability(device))
+    if kind is not WeightOnlyLinear and not (kind is W8A8Linear and scheme.is_fp8):
+        return []  # its kernel has no configurations
     quant = None if scheme.inputs == "none" else ActivationQuant(scheme.kind)
     layer = serving_linear([random_weight(shape, scheme, device)], None, quant, dtype, device)
     assert isinstance(layer, PackedLinear)
@@ -467,7 +470,7 @@ def tune_weight_only_linear(
                 fused_rows = rows
                 fused_ms = ms
     if fused_rows:
-        config = (max(fused_rows, ROWS[1] if len(ROWS) > 1 else fused_rows),)
+        config = (max(fused_rows, MIN_FUSED_ROWS),)
         name = quantized_linear.FUSED_ROWS.name(shapes[0], device)
         default = (quantized_linear.MAX_FUSED_ROWS,)
         results.append(TuningResult(name, config, fused_ms, default, None, len(ROWS), 0))

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 
 from llmkit.kernels.kv_cache import KVCache
+from llmkit.kernels.paged_attention import supports_cache
 from llmkit.kernels.sampling_triton import sample
 from llmkit.kernels.triton_support import tl
 from llmkit.model.decoder import Decoder
@@ -74,6 +75,11 @@ class CudaGraph:
     def replay(self) -> None:
         """Launch the kernels."""
         self._graph.replay()
+
+    @classmethod
+    def release_shared(cls) -> None:
+        """Let go of the graph that is kept alive. The next graph gets new memory."""
+        cls._shared = None
 
 
 Capture = Callable[[Callable[[], None]], Replayable]
@@ -281,6 +287,11 @@ class CudaGraphRunner:
         # Experts can be captured only when the host need not see which ones the router selects.
         moe_layers = [layer for layer in model.layers if layer.layer.is_moe]
         can_capture = all(layer.fused_experts is not None for layer in moe_layers)
+        # Attention in torch reads the sequences on the host, which a replay would not do again.
+        self.can_capture_attention = model.device.type != "cuda" or (
+            tl is not None and all(map(supports_cache, kv_caches))
+        )
+        can_capture = can_capture and self.can_capture_attention
         self.enabled = enabled and can_capture and any(self.sizes.values())
         self._logits_buffer = None
         if model.spec.is_last_stage and self.enabled:

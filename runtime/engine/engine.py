@@ -122,12 +122,15 @@ class Engine:
             weights = load_adapter(
                 Path(directory).expanduser(), self.model.spec, self.config.dtype, self.config.device
             )
+            self.runner.adapters.add(name, weights)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
+            if name in self.adapters:  # some of the linears have it already
+                self.runner.adapters.remove(name)
             raise ShortageError(f"there was not enough memory for the adapter {name!r}") from error
-        self.runner.adapters.add(name, weights)
-        self.runner.update_adapter_graphs()
+        finally:
+            self.runner.update_adapter_graphs()
 
     def remove_adapter(self, name: str) -> None:
         """Unload an adapter.

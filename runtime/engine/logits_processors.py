@@ -117,7 +117,9 @@ class TokenTables:
         if penalized and self._table is not None:
             self._pending = ([row for row, _ in penalized], [slot for _, slot in penalized])
             rows, slots = to_device(torch.tensor(self._pending), self._device)
-            factors = to_device(torch.tensor(penalties).T.contiguous(), self._device)
+            # Parameters may be integers, which the kernel would not take.
+            values = torch.tensor(penalties, dtype=torch.float32)
+            factors = to_device(values.T.contiguous(), self._device)
             penalize(logits, self._table, rows, slots, factors)
 
     def count(self, token_ids: torch.Tensor) -> None:

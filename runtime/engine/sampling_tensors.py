@@ -27,17 +27,24 @@ class SamplingTensors(NamedTuple):
 
 def num_packed_values(num_rows: int) -> int:
     """int64 values for three int64 and three float32 parameters of each row."""
-    return 3 * num_rows + -(-3 * num_rows // 2)
+    return 9 * _aligned(num_rows) // 2
 
 
 def packed_views(values: torch.Tensor, num_rows: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Views of the first int64 values: float32 [3, rows] and int64 [3, rows].
 
-    They are temperature, top_p and min_p; and top_k, seeds and counters.
+    They are temperature, top_p and min_p; and top_k, seeds and counters. Where `values` is aligned
+    to 16 bytes, each of the six is, too: Triton compiles another kernel for other alignments.
     """
-    integers = values[: 3 * num_rows].view(3, num_rows)
-    floats = values[3 * num_rows :].view(torch.float32)[: 3 * num_rows].view(3, num_rows)
+    size = 3 * _aligned(num_rows)
+    integers = values[:size].view(3, -1)[:, :num_rows]
+    floats = values[size:].view(torch.float32)[:size].view(3, -1)[:, :num_rows]
     return floats, integers
+
+
+def _aligned(num_rows: int) -> int:
+    """Rows for which float32 values take a multiple of 16 bytes."""
+    return -(-num_rows // 4) * 4
 
 
 def sampling_tensors_on_device(
@@ -48,8 +55,7 @@ def sampling_tensors_on_device(
     num_sampled: of each row, the output tokens before the one that is sampled.
     """
     num_rows = len(num_sampled)
-    host = torch.empty(num_packed_values(num_rows), dtype=torch.int64)
-    host[-1] = 0  # half of it may be unused
+    host = torch.zeros(num_packed_values(num_rows), dtype=torch.int64)
     floats, integers = packed_views(host, num_rows)
     torch.stack((sampling.temperature, sampling.top_p, sampling.min_p), out=floats)
     torch.stack((sampling.top_k, sampling.seeds, torch.tensor(num_sampled)), out=integers)
@@ -73,7 +79,8 @@ class SamplingTensorCache:
         """The sampling tensors of `sequences`, one row each."""
         params = [(sequence.request.sampling_params, sequence.seed) for sequence in sequences]
         if self._tensors is None or params != self._params:
-            floats = torch.tensor([(p.temperature, p.top_p, p.min_p) for p, _ in params]).T
+            shares = [(p.temperature, p.top_p, p.min_p) for p, _ in params]
+            floats = torch.tensor(shares, dtype=torch.float32).T  # parameters may be integers
             integers = torch.tensor([(p.top_k, seed) for p, seed in params]).T
             self._params = params
             self._tensors = SamplingTensors(

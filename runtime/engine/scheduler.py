@@ -277,28 +277,6 @@ class Scheduler:
             return "length"
         return None
 
-    def _make_output(
-        self,
-        sequence: Sequence,
-        token_ids: list[int],
-        finish_reason: FinishReason | None,
-        error: str | None,
-        logprobs: list[Logprobs] | None = None,
-        prompt_logprobs: list[Logprobs] | None = None,
-        embedding: bytes | None = None,
-    ) -> EngineOutput:
-        return EngineOutput(
-            request_id=sequence.request.request_id,
-            token_ids=token_ids,
-            finish_reason=finish_reason,
-            error=error,
-            prompt_tokens=sequence.num_prompt_tokens,
-            cached_tokens=sequence.num_cached_tokens or 0,
-            logprobs=logprobs,
-            prompt_logprobs=prompt_logprobs,
-            embedding=embedding,
-        )
-
     # Choosing the tokens of a step
 
     def _schedule_tokens(self, admit: bool) -> list[ScheduledRequest]:

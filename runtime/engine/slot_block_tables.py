@@ -49,8 +49,8 @@ class SlotBlockTables:
         # Of each window and slot: the block table whose entries the row has, how many of them, and
         # how many of its first blocks are known to be freed.
         num_rows = num_slots + 1
-        nobody: list[int] = []
-        self._tables: list[list[Sequence[int]]] = [[nobody] * num_rows for _ in padding_blocks]
+        empty: list[int] = []
+        self._tables: list[list[Sequence[int]]] = [[empty] * num_rows for _ in padding_blocks]
         self._num_blocks = [[0] * num_rows for _ in padding_blocks]
         self._num_freed = [[0] * num_rows for _ in padding_blocks]
         # Entries of `host` that the device does not have yet, as ranges of the flat table.

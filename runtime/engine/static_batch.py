@@ -15,10 +15,10 @@ from llmkit.runtime.engine.slot_block_tables import BlockTables, SlotBlockTables
 class StaticDecodeBatch:
     """An attention batch of sequences with a few new tokens each, in buffers that never move.
 
-    host: one int64 tensor on the CPU, of context lengths [rows], positions [tokens], the slot of
-    each row in `block_tables` [rows], for each window the KV cache slots of the tokens [tokens],
-    where each row's tokens begin [rows + 1] if rows can have several, and `num_extra` values for a
-    subclass. device: the same on the device; on a CPU it is `host` itself. A step copies these to
+    host: one int64 tensor on the CPU, of `num_extra` values for a subclass, context lengths [rows],
+    positions [tokens], the slot of each row in `block_tables` [rows], for each window the KV cache
+    slots of the tokens [tokens], and where each row's tokens begin [rows + 1] if rows can have
+    several. device: the same on the device; on a CPU it is `host` itself. A step copies these to
     the device, and the blocks that are new.
     The tokens of a sequence follow those of the sequence before; unused tokens are the last ones.
     """
@@ -46,7 +46,7 @@ class StaticDecodeBatch:
         self.padding_blocks = padding_blocks
         num_starts = num_rows + 1 if max_query_len > 1 else 0
         slot_mappings = (self.num_tokens,) * len(padding_blocks)
-        sizes = (num_rows, self.num_tokens, num_rows, *slot_mappings, num_starts, num_extra)
+        sizes = (num_extra, num_rows, self.num_tokens, num_rows, *slot_mappings, num_starts)
         self.host = torch.zeros(sum(sizes), dtype=torch.int64)
         self.device = self.host
         if torch.device(device).type != "cpu":
@@ -55,13 +55,12 @@ class StaticDecodeBatch:
         bounds = list(pairwise([0, *accumulate(sizes)]))
         host_parts = [self.host[start:stop].numpy() for start, stop in bounds]
         device_parts = [self.device[start:stop] for start, stop in bounds]
-        self.seq_lens, self.positions, self.slots = device_parts[:3]
-        self.query_start_loc = device_parts[-2] if num_starts else None
-        self.extra = device_parts[-1]
-        self.host_extra = self.host[len(self.host) - num_extra :]
-        self._host_seq_lens, self._host_positions, self._host_slots = host_parts[:3]
-        self._host_slot_mappings = host_parts[3:-2]
-        self._host_query_start_loc = host_parts[-2]
+        self.extra, self.seq_lens, self.positions, self.slots = device_parts[:4]
+        self.query_start_loc = device_parts[-1] if num_starts else None
+        self.host_extra = self.host[:num_extra]
+        self._host_seq_lens, self._host_positions, self._host_slots = host_parts[1:4]
+        self._host_slot_mappings = host_parts[4:-1]
+        self._host_query_start_loc = host_parts[-1]
 
         self._slots: Sequence[int] | None = None  # of the last step
         self._num_tokens = 0
@@ -83,7 +82,7 @@ class StaticDecodeBatch:
             max_query_len,
             max_num_tokens,
         )
-        for window, slot_mapping in zip(padding_blocks, device_parts[3:-2], strict=True):
+        for window, slot_mapping in zip(padding_blocks, device_parts[4:-1], strict=True):
             self.batch.metadata(window).slot_mapping = slot_mapping
 
     def fill(

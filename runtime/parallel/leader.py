@@ -29,7 +29,12 @@ from llmkit.common.numa_nodes import (
 )
 from llmkit.model.device import resolve_device
 from llmkit.model.language_model import LanguageModel
-from llmkit.runtime.engine.cuda_graphs import CudaGraphRunner, DecodeGraph, GraphKey
+from llmkit.runtime.engine.cuda_graphs import (
+    CudaGraph,
+    CudaGraphRunner,
+    DecodeGraph,
+    GraphKey,
+)
 from llmkit.runtime.engine.engine import Engine
 from llmkit.runtime.engine.engine_config import EngineConfig
 from llmkit.runtime.engine.engine_errors import RequestError
@@ -286,5 +291,6 @@ def _end_ranks(
         rank.end()
     if graphs is not None:  # NCCL waits for graphs that hold its operations
         graphs.clear()
+        CudaGraph.release_shared()
     if group is not None:
         group.disconnect()

@@ -7,6 +7,7 @@ import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,6 +22,10 @@ from llmkit.bench.gpu.graph_profile import host_times
 from llmkit.bench.gpu.model_shapes import MODEL_CONFIGS, tiny_config
 from llmkit.bench.gpu.serving_times import loads, percentile
 from llmkit.bench.gpu.timing import kernel_ms
+from llmkit.kernels import w8a8_linear
+from llmkit.kernels.activation_quant import FP8
+from llmkit.kernels.input_quant import InputQuant, QuantizedInput
+from llmkit.kernels.w8a8_linear import W8A8Linear
 from llmkit.model.families import model_spec
 
 CPU = torch.device("cpu")
@@ -261,3 +266,25 @@ def test_baselines_report_missing_and_failed_engines(monkeypatch: pytest.MonkeyP
     wrong = replace(WORK, config=WORK.config | {"architectures": ["NoSuchModel"]})
     with pytest.raises(RuntimeError, match="NoSuchModel"):
         baselines.measure_in_subprocess("llmkit", wrong, 60)
+
+
+def test_fp8_products_are_timed_with_and_without_padding(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few rows are padded where nothing is tuned."""
+    rows: list[int] = []
+
+    def scaled_mm(values: torch.Tensor, *_: object) -> torch.Tensor:
+        rows.append(len(values))
+        return torch.zeros(len(values), 32)
+
+    def quantize(x: torch.Tensor, quant: InputQuant) -> QuantizedInput:
+        return quant.empty(*x.shape, x)
+
+    monkeypatch.setattr(torch, "_scaled_mm", scaled_mm)
+    monkeypatch.setattr(kernels, "quantize_input", quantize)
+    monkeypatch.setattr(w8a8_linear, "quantize_input", quantize)
+    kernel = W8A8Linear(torch.ones(32, 64).to(FP8), torch.ones(32, 1), None)
+    monkeypatch.setattr(kernels, "_layer", lambda *_: SimpleNamespace(kernel=kernel))
+    setting = kernels.Setting(torch.device("cpu"))
+    kernel(torch.ones(3, 64))
+    kernels._unpadded_fp8(setting, (32, 64), 3)()
+    assert rows == [17, 3]

@@ -44,6 +44,7 @@ from llmkit.kernels.quantized_linear import (
     MAX_FUSED_ROWS,
     TILE,
     TILES,
+    rows_class,
 )
 from llmkit.kernels.tuned_configs import Config, Tunable
 from llmkit.kernels.w8a8_linear import W8A8Linear
@@ -290,6 +291,9 @@ def test_default_configs_are_among_the_choices() -> None:
         assert len(config) == len(TILE.choices)
         assert all(number in choices for number, choices in zip(config, TILE.choices, strict=True))
     assert MAX_FUSED_ROWS in FUSED_ROWS.choices[0] and max(tune.ROWS) == MAX_FUSED_ROWS
+    classes = [rows_class(rows) for rows in range(1, MAX_FUSED_ROWS + 1)]
+    assert [rows_class(rows) for rows in tune.ROWS] == sorted(set(classes))
+    assert all(fused in tune.ROWS for fused in FUSED_ROWS.choices[0])
     assert "TILE.notify_observer(compiled)" in inspect.getsource(quantized_linear.WeightOnlyLinear)
     assert "TILE.notify_observer(compiled)" in inspect.getsource(paged)
 
@@ -329,6 +333,31 @@ def test_tuner_selects_weights_with_tuned_kernels(monkeypatch: pytest.MonkeyPatc
     }
     assert [shape for scheme, shape in found if scheme != Scheme(4, 32)] == [(h, q)]
     assert (fp8, (h, q)) in found
+
+
+@pytest.mark.parametrize(
+    ("scheme", "shape", "capability"),
+    [
+        (Scheme(8, kind="float", inputs="token"), (32, 64), (8, 0)),
+        (Scheme(8, kind="float", inputs="token"), (40, 64), (9, 0)),
+        (Scheme(8, kind="float"), (32, 64), (9, 0)),
+        (Scheme(4, 32, kind="float"), (32, 64), (9, 0)),
+        (Scheme(8, inputs="token"), (32, 64), (9, 0)),
+    ],
+)
+def test_tuner_leaves_out_kernels_without_configurations(
+    scheme: Scheme,
+    shape: tuple[int, int],
+    capability: tuple[int, int],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(tune, "gpu_capability", lambda _: capability)
+
+    def serve(*_: object) -> None:
+        raise AssertionError("no layer is made")
+
+    monkeypatch.setattr(tune, "serving_linear", serve)
+    assert tune.tune_weight(scheme, shape, torch.bfloat16, CPU, lambda run: 1.0) == []
 
 
 def test_tuner_measures_whether_few_fp8_rows_are_padded(

@@ -23,6 +23,7 @@ from support.triton_checks import interpreted
 from llmkit.bench.gpu.model_shapes import MODEL_CONFIGS, WEIGHT_SCHEMES, random_model
 from llmkit.model import device as transfer
 from llmkit.model.families import model_spec
+from llmkit.runtime.engine import cuda_graphs
 from llmkit.runtime.engine.cuda_graphs import CudaGraph, CudaGraphRunner
 from llmkit.runtime.engine.engine import Engine
 from llmkit.runtime.engine.engine_config import EngineConfig
@@ -228,6 +229,28 @@ def test_engine_steps_keep_host_and_device_apart(name: str, found: dict[str, Any
     # Every request but the last two comes after a step of the others, with a prompt of its own.
     if name in ("speculation", "draft", "adapter"):
         assert log.count("graph") >= 4 and "eager" not in log[-3:]
+
+
+@pytest.mark.parametrize(
+    ("kv_cache_dtype", "capability", "expected"),
+    [("fp8", (8, 0), False), ("fp8", (8, 9), True), (None, (8, 0), True)],
+)
+def test_graphs_are_off_where_attention_reads_the_host(
+    kv_cache_dtype: str | None,
+    capability: tuple[int, int],
+    expected: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    device = Device()
+    stand_in_cuda(monkeypatch, device)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
+    monkeypatch.setattr(cuda_graphs, "tl", object())
+    spec = model_spec(MODEL_CONFIGS["SmolLM2-135M"] | {"num_hidden_layers": 1, "vocab_size": 64})
+    with device:
+        model = random_model(spec, torch.bfloat16, GPU)
+        caches = [model.new_kv_cache(4, 16, kv_cache_dtype)]
+        runner = CudaGraphRunner(model, caches, 2, 16, 2)
+    assert runner.enabled is expected
 
 
 def test_progress_of_cuda_graphs_is_a_bar_that_is_removed(

@@ -11,11 +11,12 @@ import torch
 from support.tiny_adapters import write_adapter
 from support.tiny_models import tiny_checkpoint
 
+from llmkit.common.errors import ShortageError
 from llmkit.kernels.kv_cache import KVCache
 from llmkit.kernels.sampling import sample
 from llmkit.model.decoder import Decoder
 from llmkit.model.language_model import LanguageModel
-from llmkit.model.lora import LoraManager
+from llmkit.model.lora import LoraManager, LoraSlots
 from llmkit.runtime.engine.cuda_graphs import CudaGraphRunner, Sampler, capture_sizes, mixed_keys
 from llmkit.runtime.engine.draft_model import MAX_KNOWN_TOKENS
 from llmkit.runtime.engine.engine import Engine
@@ -301,6 +302,46 @@ def test_cuda_graphs_have_adapters_as_data(tmp_path: Path, monkeypatch: pytest.M
     assert Rerun.made == before, "ids of adapters are no part of a graph"
 
 
+def test_cuda_graphs_are_captured_again_after_an_adapter_that_does_not_fit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_checkpoint(tmp_path / "model")
+    one = graphed(model)
+    one.add_adapter("first", write_adapter(model, tmp_path / "first"))
+    one.runner.capture_graphs()
+    asked = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
+
+    def generate(name: str) -> list[int]:
+        one.add(EngineRequest(name, [5, 6, 7], asked, adapter=name))
+        outputs = [one.step() for _ in range(8)]
+        return [token for (output,) in outputs for token in output.token_ids]
+
+    expected = generate("first")
+    second = write_adapter(model, tmp_path / "second", seed=1)
+    calls = []
+    grow = LoraSlots.grow
+
+    def short(self: LoraSlots, *sizes: Any) -> None:
+        calls.append(self)
+        if len(calls) > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        grow(self, *sizes)
+
+    before = Rerun.made
+    with monkeypatch.context() as patch:
+        patch.setattr(LoraSlots, "grow", short)
+        with pytest.raises(ShortageError, match="not enough memory for the adapter 'second'"):
+            one.add_adapter("second", second)
+    assert one.adapters == ["first"]
+    assert Rerun.made > before, "some linears have moved to larger memory"
+    assert generate("first") == expected
+    one.add_adapter("second", second)
+    eager = plain(model, adapters={"second": str(second)})
+    eager.add(EngineRequest("second", [5, 6, 7], asked, adapter="second"))
+    wanted = [token for _ in range(8) for token in eager.step()[0].token_ids]
+    assert generate("second") == wanted
+
+
 def test_cuda_graphs_leave_adapters_of_experts_to_eager_steps(tmp_path: Path) -> None:
     model = tiny_checkpoint(tmp_path / "model", "mixtral")
     one = graphed(model)
@@ -406,6 +447,20 @@ def test_cuda_graphs_run_prompts_beside_decodes_as_eager_steps_do(
     assert isinstance(runner, CudaGraphRunner)
     mixed = [key for key in runner.graphs if key.is_mixed]
     assert [(key.num_rows, key.num_tokens) for key in mixed] == [(10, 40), (10, 32), (10, 16)]
+
+
+def test_cuda_graphs_give_the_sampler_aligned_parameters(tmp_path: Path) -> None:
+    """Triton would compile the sampler again for other alignments."""
+    places: set[int] = set()
+
+    def noted(logits: torch.Tensor, *parameters: torch.Tensor) -> torch.Tensor:
+        places.update(parameter.data_ptr() % 16 for parameter in parameters)
+        return argmax(logits)
+
+    model = tiny_checkpoint(tmp_path, "gemma2")
+    one = graphed(model, 9, noted, max_mixed_tokens=40, speculate=2)
+    one.runner.capture_graphs()
+    assert places == {0}
 
 
 def test_mixed_cuda_graphs_end_with_the_largest_step() -> None:

@@ -27,6 +27,7 @@ from llmkit.model.linear import PackedLinear
 from llmkit.model.spec import ModelSpec
 from llmkit.model.weight_loader import load_model
 from llmkit.quant.inspect_checkpoint import parameter_count
+from llmkit.runtime import engine_plan
 from llmkit.runtime import memory_plan as memory
 from llmkit.runtime.engine.engine_options import EngineOptions
 from llmkit.runtime.engine_loader import load_engine
@@ -196,6 +197,23 @@ def test_kv_cache_is_as_large_as_planned(
     assert plan.memory.as_dict()["kv_bytes_per_token"] == spec.kv_bytes_per_token(
         itemsize, per_token_head_scales=itemsize == 1
     )
+
+
+@pytest.mark.parametrize(("capability", "expected"), [((8, 0), None), ((8, 9), "fp8")])
+def test_kv_cache_is_fp8_as_the_checkpoint_says_on_gpus_that_have_it(
+    model: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capability: tuple[int, int],
+    expected: str | None,
+) -> None:
+    monkeypatch.setattr(engine_plan, "resolve_device", lambda _: torch.device("cuda"))
+    monkeypatch.setattr(engine_plan, "free_bytes", lambda *_: 1 << 30)
+    monkeypatch.setattr(engine_plan, "gpu_capability", lambda _: capability)
+    checkpoint = open_checkpoint(model)
+    checkpoint.quantization = QuantizationConfig("compressed-tensors", None, kv="fp8")
+    monkeypatch.setattr(engine_plan, "check_checkpoint", lambda *_: None)
+    options = EngineOptions(dtype="bfloat16", max_model_len=64)
+    assert plan_engine(checkpoint, options).kv_cache_dtype == expected
 
 
 @pytest.mark.parametrize("has_bfloat16", [False, True])

@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 
 from llmkit.common.errors import InputError, LlmkitError, ShortageError
+from llmkit.runtime.engine.cuda_graphs import CudaGraph
 from llmkit.runtime.engine.engine import Engine
 from llmkit.runtime.engine.engine_config import EngineConfig
 from llmkit.runtime.engine.engine_errors import RequestError
@@ -287,16 +288,22 @@ def test_leader_raises_the_death_of_a_rank_in_place_of_its_own_error(
     assert heard == [death]
 
 
-def test_leader_ends_ranks_and_then_its_own_group() -> None:
+def test_leader_ends_ranks_and_then_its_own_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    """NCCL waits until no graph is left, the one that keeps the memory pool included."""
     log: list[str] = []
+    monkeypatch.setattr(CudaGraph, "_shared", ("pool", "stream", "the newest graph"))
     ranks: list[Any] = [Rank(1), Rank(2)]
     for rank in ranks:
         rank.log = log
     graphs: Any = {1: "graph"}
     leader._end_ranks(
-        ranks, SimpleNamespace(disconnect=lambda: log.append(f"disconnect {graphs}")), graphs
-    )  # type: ignore[arg-type]
-    assert log == ["close", "close", "end", "end", "disconnect {}"]
+        ranks,
+        SimpleNamespace(  # type: ignore[arg-type]
+            disconnect=lambda: log.append(f"disconnect {graphs} {CudaGraph._shared}")
+        ),
+        graphs,
+    )
+    assert log == ["close", "close", "end", "end", "disconnect {} None"]
     leader._end_ranks([])
 
 

@@ -24,7 +24,10 @@ from llmkit.runtime.engine.engine_request import EngineRequest
 from llmkit.runtime.engine.logits_processors import apply_logits_processors
 from llmkit.runtime.engine.paged_model import PagedModel
 from llmkit.runtime.engine.sampling_params import SamplingParams
-from llmkit.runtime.engine.sampling_tensors import SamplingTensorCache
+from llmkit.runtime.engine.sampling_tensors import (
+    SamplingTensorCache,
+    sampling_tensors_on_device,
+)
 from llmkit.runtime.engine.scheduler_output import ScheduledRequest, SchedulerOutput
 from llmkit.runtime.engine.sequence import Sequence
 from llmkit.runtime.engine.slot_block_tables import SlotBlockTables
@@ -187,6 +190,22 @@ def test_sampling_tensors_hold_each_parameter_in_its_place() -> None:
     other = new_sequence([5], temperature=0.5, top_k=3, top_p=0.75, min_p=0.25, seed=8)
     assert cache.get([other, second]).seeds.tolist() == [8, 2**62 + 1]
     assert cache.get([second]).temperature.tolist() == [0.0]
+
+
+@pytest.mark.parametrize("num_rows", [1, 2, 3, 4, 5, 6])
+def test_sampling_tensors_on_a_device_are_aligned(num_rows: int) -> None:
+    """Triton compiles a kernel again for arguments of another alignment."""
+    sequences = [
+        new_sequence([5], temperature=0.5 * n, top_k=n, top_p=0.75, min_p=0.25, seed=7 + n)
+        for n in range(num_rows)
+    ]
+    sampling = SamplingTensorCache().get(sequences)
+    counters = [10 * n for n in range(num_rows)]
+    found = sampling_tensors_on_device(sampling, counters, torch.device("cpu"))
+    assert [tensor.data_ptr() % 16 for tensor in found] == [0] * 6
+    assert all(tensor.is_contiguous() for tensor in found)
+    wanted = [*sampling, torch.tensor(counters)]
+    assert [tensor.tolist() for tensor in found] == [tensor.tolist() for tensor in wanted]
 
 
 def scheduled(

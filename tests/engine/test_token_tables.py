@@ -10,6 +10,7 @@ from support.triton_checks import compiled_for, interpreted
 
 from llmkit.kernels import penalties
 from llmkit.kernels.penalties import IN_PROMPT, penalize
+from llmkit.runtime.engine import logits_processors
 from llmkit.runtime.engine.engine_request import EngineRequest
 from llmkit.runtime.engine.logits_processors import TokenTables, apply_logits_processors
 from llmkit.runtime.engine.sampling_params import SamplingParams
@@ -96,6 +97,19 @@ def test_token_tables_leave_rows_that_sample_nothing_yet() -> None:
     tables.count(torch.zeros(7, dtype=torch.int64))
     assert (logits == 1).all()
     assert tables._table is None, "nobody has a penalty yet"
+
+
+def test_token_tables_take_penalties_that_are_integers(monkeypatch: pytest.MonkeyPatch) -> None:
+    dtypes = []
+    monkeypatch.setattr(
+        logits_processors, "penalize", lambda *arguments: dtypes.append(arguments[-1].dtype)
+    )
+    params = SamplingParams(repetition_penalty=2, presence_penalty=1, frequency_penalty=1)
+    sequence = Sequence(EngineRequest("a", [5], params), seed=0)
+    sequence.slot = 0
+    tables = TokenTables(1, VOCAB, 0, torch.device("cpu"))
+    tables.apply(torch.zeros(1, VOCAB), [sequence], [0], [True], ())
+    assert dtypes == [torch.float32]
 
 
 def penalized(*arguments: torch.Tensor) -> torch.Tensor:

@@ -9,11 +9,14 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from support.paged_cases import DECODE, MIXED, PREFILL, SCALE, Case
 
 from llmkit.kernels import flash_attention as flash
+from llmkit.kernels.attention_metadata import AttentionBatch, BlockTable
+from llmkit.kernels.kv_cache import KVCache
 
 BLOCK_N = 128  # tokens of the library's tiles: 128 or more for heads of up to 128 with a window
 
@@ -43,7 +46,7 @@ def flash_attn_with_kvcache(
     assert all(one.dtype == torch.int32 for one in (cache_seqlens, page_table, cu_seqlens_q))
     assert k_cache.stride(-1) == v_cache.stride(-1) == 1 and k_cache.dtype == q.dtype
     lengths = cu_seqlens_q.diff()
-    assert max_seqlen_q == lengths.max() and len(lengths) == len(cache_seqlens) == len(page_table)
+    assert max_seqlen_q >= lengths.max() and len(lengths) == len(cache_seqlens) == len(page_table)
     out = torch.empty_like(q)
     share = q.shape[1] // k_cache.shape[2]
     page_size = k_cache.shape[1]
@@ -141,6 +144,28 @@ def test_flash_attention_gets_documented_arguments(case: Case) -> None:
         SimpleNamespace(flash_attn_with_kvcache=flash_attn_with_kvcache),
     )
     assert torch.allclose(got.float(), inputs.expected(), atol=2e-3)
+
+
+def test_flash_attention_in_a_graph_takes_the_most_queries_of_its_steps() -> None:
+    """A graph is captured without sequences, and replayed with up to three tokens of each."""
+    sizes = []
+
+    def run(q: torch.Tensor, *_: torch.Tensor, max_seqlen_q: int, **options: Any) -> torch.Tensor:
+        sizes.append(max_seqlen_q)
+        return q
+
+    nothing = np.zeros(2, dtype=np.int64)
+    tables = {None: BlockTable.build([[0], [1]])}
+    batch = AttentionBatch(nothing, nothing, tables, 16, torch.device("cpu"), max_query_len=3)
+    flash.attention(
+        torch.zeros(6, 4, 64),
+        KVCache(torch.zeros(4, 2, 16, 64)),
+        batch.metadata(None),
+        SCALE,
+        None,
+        SimpleNamespace(flash_attn_with_kvcache=run),
+    )
+    assert sizes == [3]
 
 
 def on_hopper(head_dim: int = 128, dtype: torch.dtype = torch.bfloat16) -> Any:

@@ -300,6 +300,17 @@ def test_weight_only_linear_instructions_for_256_weights_of_64_outputs(
     assert 0 < code.per_unit() <= limit
 
 
+def test_weight_only_linear_gives_amd_compilers_their_own_options(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A launch with an option that its compiler does not know fails."""
+    options: dict[str, dict[str, int]] = {}
+    for name, is_amd in (("cuda", False), ("hip", True)):
+        monkeypatch.setattr(torch.version, "hip", "7.2" if is_amd else None)
+        options[name] = quantized_linear.compiler_options(8)
+    assert options == {"cuda": {"maxnreg": 168}, "hip": {}}
+
+
 def test_weight_only_linear_kernel_compiles_for_float32() -> None:
     code = compiled_product("sm_90a", FLOAT32_TILE, (4, 128, True, "fp32", True))
     assert code.spill_bytes == 0

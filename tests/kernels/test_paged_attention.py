@@ -15,6 +15,7 @@ from support.paged_cases import BLOCK, CASES, DECODE, IDS, MIXED, REPLAYED, Case
 from support.triton_checks import SHARED_BYTES, compiled_for, interpreted
 
 from llmkit.kernels import paged_attention as paged
+from llmkit.kernels import triton_support
 from llmkit.kernels.attention_metadata import AttentionBatch
 
 TYPES = {
@@ -223,6 +224,30 @@ def test_paged_attention_gives_decodes_beside_prompts_small_tiles(
     assert tiles[0] == [[1, 192], *([1, 32 * i] for i in range(5, -1, -1))]
     assert tiles[1] == [[0, 0], [2, 0], [3, 0]], "the longest context first"
     assert len(combine.grids) == 2
+
+
+def test_paged_attention_on_amd_gpus_has_the_tiles_of_sm_80(
+    gpu: Callable[[tuple[int, int]], tuple[Launches, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The number of an AMD GPU's architecture says something else."""
+    attention_kernel, *_ = gpu((9, 0))
+    for capability, is_amd in (((9, 0), False), ((8, 0), False), ((9, 4), True)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, found=capability: found)
+        monkeypatch.setattr(triton_support, "is_amd", lambda found=is_amd: found)
+        Case("", *PROMPT, dim=256).inputs.run_kernel()
+    assert [launch["TOKENS"] for launch in attention_kernel.arguments] == [32, 16, 16]
+
+
+@pytest.mark.parametrize("dim", [128, 256])
+def test_paged_attention_fits_into_the_shared_memory_of_amd_gpus(
+    dim: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """64 KiB: queries of a prompt, and keys and values in one buffer each."""
+    monkeypatch.setattr(torch.version, "hip", "7.2")
+    dtype = torch.bfloat16
+    tokens, _, stages, _ = paged.default_config(64, dim, dtype, dtype, False, (8, 0))
+    num_elements = 64 + 2 * (stages - 1) * tokens
+    assert num_elements * dim * dtype.itemsize <= 64 << 10
 
 
 def test_paged_attention_schedules_once_a_step(

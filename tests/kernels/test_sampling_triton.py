@@ -111,6 +111,12 @@ def extreme_calls() -> list[Call]:
     return calls
 
 
+def negative_call() -> Call:
+    """All logits are so far below 0 that the share of a logit of 0 would be infinite."""
+    logits, *parameters = (part[18::5] for part in sampling_arguments(1300))
+    return (logits - 200, *(part.contiguous() for part in parameters))
+
+
 def crowded_call() -> Call:
     return tuple(part[20::7].contiguous() for part in sampling_arguments(1300, seed=3))
 
@@ -132,6 +138,30 @@ def exponential(u: torch.Tensor) -> torch.Tensor:
 def _exponential_kernel(u: tl.tensor, out: tl.tensor, count: tl.constexpr) -> None:
     at = tl.arange(0, count)
     tl.store(out + at, sampling_gpu._exponential(tl.load(u + at)))
+
+
+def row_masses(masses: torch.Tensor) -> torch.Tensor:
+    """The kernel's sums of masses [1, 1, S, WAYS] over the splits."""
+    out = torch.empty(masses.shape[-1])
+    counts = torch.zeros(masses.shape, dtype=torch.int32)
+    _row_masses_kernel[(1,)](masses, counts, out, splits=masses.shape[2], ways=masses.shape[3])
+    return out
+
+
+@jit
+def _row_masses_kernel(
+    masses: tl.tensor, counts: tl.tensor, out: tl.tensor, splits: tl.constexpr, ways: tl.constexpr
+) -> None:
+    row = tl.program_id(0)
+    _, mass = sampling_gpu._sums(masses, counts, row, 1, 0, splits, ways)
+    tl.store(out + tl.arange(0, ways), mass)
+
+
+def masses_of_splits() -> list[torch.Tensor]:
+    """Masses of 64 splits, in two orders."""
+    draw = torch.Generator().manual_seed(5)
+    masses = torch.rand(1, 1, 64, 16, generator=draw) * torch.arange(1, 65).view(1, 1, -1, 1)
+    return [masses, masses.flip(2).contiguous()]
 
 
 def draws() -> torch.Tensor:
@@ -160,8 +190,10 @@ def ids(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[torch.Tensor
         ("ties", calls_with_ties()),
         ("extreme", extreme_calls()),
         ("first", [first_bracket_call()]),
+        ("negative", [negative_call()]),
     ):
         calls += [(name, ("sample_with", 4096, *call)) for call in sampled]
+    calls += [("masses", ("row_masses", masses)) for masses in masses_of_splits()]
     calls += [("crowded", ("sample_with", length, *crowded_call())) for length in (64, 8)]
     results = interpreted(
         "kernels.test_sampling_triton",
@@ -211,12 +243,22 @@ def test_sample_kernels_find_bounds_next_to_the_largest_logit(
     assert ids["first"][0].tolist() == expected
 
 
+def test_sample_kernels_filter_rows_of_negative_logits(ids: dict[str, list[torch.Tensor]]) -> None:
+    expected = sample(*negative_call()).tolist()  # type: ignore[call-arg]
+    assert ids["negative"][0].tolist() == expected
+
+
 def test_sample_kernels_match_the_reference_with_crowded_brackets(
     ids: dict[str, list[torch.Tensor]],
 ) -> None:
     """Some rows are counted twice, and some are searched as a whole."""
     expected = sample(*crowded_call()).tolist()  # type: ignore[call-arg]
     assert [got.tolist() for got in ids["crowded"]] == [expected] * 2
+
+
+def test_sums_over_splits_are_the_same_in_every_order(ids: dict[str, list[torch.Tensor]]) -> None:
+    """The kernels must agree on them, and each adds in the order of its own warps."""
+    assert torch.equal(*ids["masses"])
 
 
 def test_exponential_has_the_precision_of_float32(ids: dict[str, list[torch.Tensor]]) -> None:
@@ -228,6 +270,18 @@ def test_sample_splits_fill_a_gpu() -> None:
     splits = {rows: sampling_gpu.num_splits(rows, 128_256) for rows in (1, 16, 64, 256, 5000)}
     assert splits == {1: 64, 16: 64, 64: 16, 256: 4, 5000: 1}
     assert sampling_gpu.num_splits(1, 5) == 1
+
+
+def test_sample_kernels_are_the_same_for_all_numbers_of_rows_with_as_many_splits() -> None:
+    gpu = sampling_gpu
+    kernels = (
+        gpu._find_extremes_kernel,
+        gpu._count_kernel,
+        gpu._draw_kernel,
+        gpu._choose_kernel,
+    )
+    for kernel in kernels:
+        assert [one.name for one in kernel.params if one.do_not_specialize] == ["rows"]
 
 
 @pytest.mark.parametrize(("capability", "dtype"), [(90, "*bf16"), (80, "*fp32")])

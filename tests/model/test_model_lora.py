@@ -6,6 +6,8 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -342,6 +344,16 @@ def test_lora_manager_applies_each_adapter_to_its_rows(
         ):
             adapted(x[:, :-1])  # a step that fails
     assert torch.equal(adapted(x), linear(x))
+
+
+def test_lora_slots_are_on_the_models_device_without_weights() -> None:
+    """A pipeline stage may have no layer that the adapter changes."""
+    model: Any = SimpleNamespace(device=torch.device("meta"))
+    adapters = LoraManager(model, uses_slots=True)
+    adapters.add("of another stage", {})
+    with adapters.activate_slots(torch.ones(3, dtype=torch.int64, device="meta")):
+        assert adapters.rows_of_slots is not None
+        assert adapters.rows_of_slots.device == model.device
 
 
 def test_load_adapter_reads_a_real_config(base: Path, spec: ModelSpec, tmp_path: Path) -> None:
