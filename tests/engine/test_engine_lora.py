@@ -257,7 +257,7 @@ def test_prefix_cache_is_separate_for_each_adapter(llama: Case) -> None:
     running = start(llama)
     prompt = llama.prompts[3]
     names = [None, *llama.adapters]
-    for cached in (0, (len(prompt) - 1) // 4 * 4):
+    for cached in (0, (len(prompt) - 1) // 16 * 16):
         for name in names:
             answers, last = run(running, [EngineRequest("a", prompt, GREEDY, adapter=name)])
             assert answers["a"] == llama.expected[name][3]
