@@ -141,7 +141,9 @@ class TuningWindows:
             if per_layer_input is not None:
                 per_layer_inputs.append(per_layer_input[start : start + self.length])
         joined = torch.cat(per_layer_inputs).to(context.device) if per_layer_inputs else None
-        return LayerInputs(context.cos_sin, context.batch, replace(context.caches[index], kv=kv), joined)
+        return LayerInputs(
+            context.cos_sin, context.batch, replace(context.caches[index], kv=kv), joined
+        )
 
 
 def tune_rounding(

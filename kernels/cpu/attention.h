@@ -2,8 +2,8 @@
  *
  * A tile is some queries of one sequence times the heads that share a key-value head; they read its
  * keys and values once. Keys and values come in chunks of KV_CHUNK tokens, in words as kv_types.h
- * describes. A vector holds the scores of several tokens, or the sums of several dimensions, so that
- * no sum goes across a vector.
+ * describes. A vector holds the scores of several tokens, or the sums of several dimensions: no sum
+ * goes across a vector.
  *
  * Products are of float32 numbers: caches of other types are converted chunk by chunk. Where the
  * level has bfloat16 products, a bfloat16 cache is multiplied as it is, and queries and

@@ -568,8 +568,8 @@ typedef struct {
     uint8_t rows[16];
 } __attribute__((packed)) TileConfig;
 
-/* Tiles have rows of 64 bytes. The first n_left hold sums and inputs of `rows` rows; the tiles up to
- * n_tiles hold weights, keys or values, of 16 rows. */
+/* Tiles have rows of 64 bytes. The first n_left hold sums and inputs of `rows` rows; the others, up
+ * to n_tiles, hold weights, keys or values, of 16 rows. */
 static void configure_tiles(int n_left, int n_tiles, int64_t rows) {
     TileConfig config = {.palette = 1};
     for (int tile = 0; tile < n_tiles; tile++) {

@@ -5,7 +5,8 @@ kernels/cpu/kv_types.h). So a cache lies in memory as they take it, and no step 
 shape stays [2K, blocks, block_size, D].
 
 Legend: K key-value heads, D head_dim, w elements of a word. Of each head, PANEL_WIDTH tokens lie
-together: keys as [D / w, PANEL_WIDTH, w], values as [PANEL_WIDTH / w, D, w] with w tokens in a word.
+together: keys as [D / w, PANEL_WIDTH, w], and values as [PANEL_WIDTH / w, D, w], with w tokens in a
+word.
 """
 
 from __future__ import annotations

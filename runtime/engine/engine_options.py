@@ -120,8 +120,8 @@ class EngineOptions:
         str,
         Option(
             "auto, float32, bfloat16, float16, int8 or fp8: the type of keys and values; auto: the "
-            "one that the checkpoint has scales for, else the model's, and on a CPU that multiplies "
-            "bfloat16, bfloat16 for a model in it.",
+            "one that the checkpoint has scales for, else the model's, and on a CPU that "
+            "multiplies bfloat16, bfloat16 for a model in it.",
             choices=("auto", "float32", "bfloat16", "float16", "int8", "fp8"),
             metavar="DTYPE",
             panel=MEMORY_PANEL,

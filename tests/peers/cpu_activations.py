@@ -4,8 +4,8 @@
 
 For each MODEL it prints KL(REFERENCE || MODEL) with float32 inputs, and for each type of inputs
 KL(MODEL with float32 inputs || MODEL with these inputs), in nats per token, as a Markdown table.
-So for each type of the KV cache, with float32 inputs. `auto` with a bfloat16 cache is what a model in
-bfloat16 gets on a processor that multiplies it.
+So for each type of the KV cache, with float32 inputs. `auto` with a bfloat16 cache is what a model
+in bfloat16 gets on a processor that multiplies it.
 The windows are those of `llmkit bench`.
 """
 
