@@ -125,6 +125,15 @@ def _place_rows(row: Parameter, tensor: str, b: torch.Tensor) -> torch.Tensor:
     return placed
 
 
+def _ranks_may_disagree(model: LanguageModel) -> bool:
+    """Whether an adapter may change experts of one rank and none of another.
+
+    Such adapters have no slots, and all ranks must run the same graphs.
+    """
+    group = model.parallel_group
+    return model.spec.moe is not None and group.tp_size * group.pp_size > 1
+
+
 class LoraManager:
     """The adapters of a model, which share its weights.
 
@@ -143,7 +152,7 @@ class LoraManager:
         # The fallback has no layers that take adapters.
         self._layers = model.layers if isinstance(model, Decoder) else []
         self._last_id = 0
-        self._uses_slots = uses_slots
+        self._uses_slots = uses_slots and not _ranks_may_disagree(model)
         self._slots: dict[int, int] = {}  # by adapter id, from 0
         self.num_slots = 0
         # Increases when other memory or other linears hold the adapters: graphs are void then.

@@ -346,9 +346,30 @@ def test_lora_manager_applies_each_adapter_to_its_rows(
     assert torch.equal(adapted(x), linear(x))
 
 
+def rank_of_a_model(**sizes: Any) -> Any:
+    group = SimpleNamespace(tp_size=sizes.get("tp_size", 1), pp_size=sizes.get("pp_size", 1))
+    spec = SimpleNamespace(moe=sizes["moe"])
+    return SimpleNamespace(device=torch.device("meta"), spec=spec, parallel_group=group)
+
+
+@pytest.mark.parametrize("ranks", [{"tp_size": 2}, {"pp_size": 2}])
+def test_lora_slots_are_the_same_on_all_ranks_of_a_model_with_experts(
+    ranks: dict[str, int],
+) -> None:
+    """An adapter of some experts or layers changes experts of one rank only."""
+    for sizes, has_slots in (
+        ({"moe": 1}, True),
+        ({"moe": 1} | ranks, False),
+        ({"moe": None} | ranks, True),
+    ):
+        adapters = LoraManager(rank_of_a_model(**sizes), uses_slots=True)
+        adapters.add("of another rank", {})
+        assert (adapters.slot(1) is not None) == has_slots
+
+
 def test_lora_slots_are_on_the_models_device_without_weights() -> None:
     """A pipeline stage may have no layer that the adapter changes."""
-    model: Any = SimpleNamespace(device=torch.device("meta"))
+    model = rank_of_a_model(moe=None, tp_size=2)
     adapters = LoraManager(model, uses_slots=True)
     adapters.add("of another stage", {})
     with adapters.activate_slots(torch.ones(3, dtype=torch.int64, device="meta")):
