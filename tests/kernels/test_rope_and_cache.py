@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from llmkit.kernels.attention import rope_and_cache
 from llmkit.kernels.cpu import cpu_kernels
+from llmkit.kernels.cpu.packed_cache import pack_blocks
 from llmkit.kernels.kv_cache import KVCache
 from llmkit.kernels.rope_and_cache_triton import _rope_and_cache_kernel
 
@@ -182,7 +183,7 @@ def test_rope_and_cache_is_recorded_and_replayed(case: RopeCacheCase) -> None:
                 norms,
                 1e-5,
                 rotation,
-                KVCache(kv),
+                KVCache(kv, is_packed=True),
                 slots,
                 **flags,
                 query_scale=query_scale,
@@ -199,7 +200,7 @@ def test_rope_and_cache_is_recorded_and_replayed(case: RopeCacheCase) -> None:
         assert library is not None
         library.run(recorder.program())
     assert torch.equal(q, expected_q)
-    assert torch.equal(kv[:, :, :].nan_to_num(7), expected_kv.nan_to_num(7))
+    assert torch.equal(kv.nan_to_num(7), pack_blocks(expected_kv).nan_to_num(7))
 
 
 def placing(
