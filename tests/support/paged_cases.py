@@ -29,8 +29,8 @@ MIXED = (
     [70, 23, 1, 90, 40],
 )  # decoding, whole prompts, chunks after earlier ones, drafts
 # One long context among many short ones, and lengths at the edges of blocks and tiles.
-RAGGED = ([1] * 9, [700, 1, 2, 15, 16, 17, 31, 32, 33])
-RAGGED_MIXED = ([1, 20, 1, 1, 40, 2], [600, 20, 1, 16, 340, 33])
+RAGGED = ([1] * 9, [250, 1, 2, 15, 16, 17, 31, 32, 33])
+RAGGED_MIXED = ([1, 20, 1, 1, 40, 2], [210, 20, 1, 16, 100, 33])
 
 
 @dataclass(frozen=True)
@@ -263,7 +263,11 @@ def run_schedule(
     programs: int,
     max_query_len: int | None = None,
 ) -> list[tuple[int, list[list[int]], list[list[int]], list[list[int]] | None]]:
-    """For each launch: tile_queries, and the units, parts and tiles of `schedule`."""
+    """For each launch: tile_queries, and the units, parts and tiles of `schedule`.
+
+    The kernel takes turns of few tiles, so that small batches need several.
+    """
+    paged.SCHEDULE_STEP = 16
     lens = np.array(query_lens), np.array(seq_lens)
     table = BlockTable.build([[0] * -(-max(seq_lens) // BLOCK) for _ in seq_lens])
     batch = AttentionBatch(*lens, {window: table}, BLOCK, torch.device("cpu"), max_query_len)
