@@ -196,9 +196,16 @@ def cases() -> Iterator[Case]:
     yield Case("ragged, 8 heads a head", *RAGGED, heads=(8, 1), dim=32, programs=8, tile_tokens=32)
     yield Case("ragged, window", *RAGGED, window=100, programs=8, tile_tokens=16)
     yield Case("ragged, sinks, cap", *RAGGED, softcap=2.0, sinks=True, programs=8, tile_tokens=32)
-    yield Case("ragged, mixed", *RAGGED_MIXED, programs=12, tile_tokens=16)
+    yield Case("ragged, mixed", *RAGGED_MIXED, programs=8, tile_tokens=16)
     yield Case("ragged, mixed, 8 heads a head", *RAGGED_MIXED, heads=(8, 1), programs=6)
-    yield Case("ragged, mixed, window", *RAGGED_MIXED, window=70, programs=12, tile_tokens=16)
+    yield Case(
+        "ragged, mixed, window",
+        *RAGGED_MIXED,
+        heads=(4, 1),
+        window=70,
+        programs=8,
+        tile_tokens=16,
+    )
     yield Case(
         "ragged, mixed, sinks, fp8, bfloat16",
         *RAGGED_MIXED,
@@ -206,7 +213,8 @@ def cases() -> Iterator[Case]:
         kv_cache_dtype="fp8",
         dynamic_scales=True,
         sinks=True,
-        programs=12,
+        heads=(4, 1),
+        programs=8,
         tile_tokens=32,
     )
     yield Case(
