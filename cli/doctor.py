@@ -132,17 +132,19 @@ def kernel_choices(has_triton: bool) -> list[KernelChoice]:
     """The kernel of each kind of work on the current GPU, or on the CPU of a machine without."""
     import torch
 
-    from llmkit.kernels import flash_attention
+    from llmkit.kernels import flash_attention, humming_linear
     from llmkit.kernels.triton_support import device_capability, is_amd
     from llmkit.model.kernel_choice import Gpu, cpu_kernel_choices, gpu_kernel_choices
 
     if not torch.cuda.is_available():
         return cpu_kernel_choices()
+    device = torch.device("cuda", torch.cuda.current_device())
     gpu = Gpu(
         capability=device_capability("cuda"),
         is_amd=is_amd(),
         has_triton=has_triton,
         flash_attention=flash_attention.status(),
+        w4a16_library=humming_linear.status(device) if has_triton else "",
     )
     return gpu_kernel_choices(gpu)
 
@@ -186,10 +188,14 @@ def _show_peaks(console: Console, peaks: list[PeakPerformance]) -> None:
 def _show_tuned(console: Console, results: list[TuningResult]) -> None:
     from rich.table import Table
 
+    from llmkit.kernels.humming_linear import CHOICES, LIBRARY
+
     table = Table("kernel", "shapes", "configuration", "ms", "default ms", "tried", "refused")
     for result in results:
         _, _, kernel, sizes = result.name.split("; ")
         numbers = " ".join(map(str, result.config))
+        if kernel == LIBRARY.kernel:
+            numbers = CHOICES[result.config[0]]
         before = "-" if result.safe_ms is None else f"{result.safe_ms:.4f}"
         table.add_row(
             kernel,

@@ -17,6 +17,7 @@ from llmkit.kernels.tuned_configs import Config, Tunable
 MAX_HEAD_DIM = 512
 MAX_AMD_STAGES = 2  # the shared memory of a compute unit of gfx90a and gfx942 is 64 KiB
 MIN_UNIT_TILES = 2  # tiles of tokens: a shorter part of a context is not worth a program
+SCHEDULE_STEP = 256  # tiles of queries that the kernel of the schedule takes in a turn
 LOG2_E = 1.4426950408889634
 # The choices for: tokens of a tile of keys, warps, stages, and programs per multiprocessor.
 TILE = Tunable("attention", ((16, 32, 64, 128), (2, 4, 8), (1, 2, 3, 4, 5), (1, 2, 4, 8)))
@@ -235,7 +236,7 @@ def schedule(
         window,
         programs,
         MIN_UNIT_TILES,
-        256,
+        SCHEDULE_STEP,
         num_warps=4,
     )
     return units, parts

@@ -43,6 +43,12 @@ class Tunable:
             return default
         return measured_config(self, shape, device) or default
 
+    def measured(self, device: torch.device) -> dict[str, Config]:
+        """The entries of this kernel in the files for a GPU, by name."""
+        entries = read_configs(package_file()) | read_configs(user_file())
+        prefix = self.name((), device)
+        return {name: config for name, config in entries.items() if name.startswith(prefix)}
+
     def notify_observer(self, compiled: object) -> None:
         """Pass the compiled kernel of a launch to the tuner while it measures this kernel."""
         observer = launch_observers.get(self.kernel)
@@ -60,13 +66,18 @@ class Tunable:
 @cache
 def measured_config(kernel: Tunable, shape: Shape, device: torch.device) -> Config | None:
     """The configuration in the files; None when there is none or its numbers are not allowed."""
-    for path in (user_file(), Path(__file__).with_name("tuned.json")):
+    for path in (user_file(), package_file()):
         config = read_configs(path).get(kernel.name(shape, device), ())
         if len(config) == len(kernel.choices) and all(
             number in choices for number, choices in zip(config, kernel.choices, strict=True)
         ):
             return config
     return None
+
+
+def package_file() -> Path:
+    """The file with the configurations that come with the package."""
+    return Path(__file__).with_name("tuned.json")
 
 
 def user_file() -> Path:

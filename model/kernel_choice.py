@@ -43,6 +43,7 @@ class Gpu:
     has_triton: bool = True
     torch_version: str = torch.__version__
     flash_attention: tuple[bool, str] = (False, "")  # `flash_attention.status`
+    w4a16_library: str = ""  # `humming_linear.status`
 
     @property
     def name(self) -> str:
@@ -73,7 +74,10 @@ def _linear_choice(work: str, scheme: Scheme, gpu: Gpu) -> KernelChoice:
         oldest = "sm_{}{}".format(*MIN_CAPABILITY)
         why = f"{gpu.name} is older than {oldest}"
         return KernelChoice(work, "torch, dequantized when loaded", why)
-    if kind is WeightOnlyLinear:
+    if kind is WeightOnlyLinear and gpu.w4a16_library:
+        kernel = "humming, Triton for other shapes"
+        why = gpu.w4a16_library
+    elif kind is WeightOnlyLinear:
         kernel = "Triton, weight-only"
         why = "16-bit products; weights are dequantized in registers"
     elif kind is Mxfp4Linear:

@@ -12,7 +12,7 @@ from torch.nn.functional import linear
 
 from llmkit.checkpoint.quantized_weight import QuantizedWeight, Scheme
 from llmkit.common.options import CpuActivations
-from llmkit.kernels import fp8_block_linear
+from llmkit.kernels import fp8_block_linear, humming_linear
 from llmkit.kernels.activation_quant import (
     fake_quantize_per_group,
     fake_quantize_per_token,
@@ -232,6 +232,14 @@ def _gpu_kernel(
     if kind is Mxfp4Linear:
         return Mxfp4Linear(weight.q, weight.scales, bias)
     if kind is WeightOnlyLinear:
+        sizes = (weight.shape, scheme.bits, scheme.group_size)
+        if humming_linear.is_chosen(*sizes, scheme.symmetric, dtype, device):
+            zeros = None if scheme.symmetric else weight.zeros
+            other = humming_linear.try_humming_linear(
+                weight.q, weight.scales, zeros, scheme.group_size, dtype, bias
+            )
+            if other is not None:
+                return other
         return WeightOnlyLinear(
             weight.q, weight.scales, weight.zeros, scheme.bits, scheme.group_size, bias
         )

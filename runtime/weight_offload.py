@@ -17,6 +17,7 @@ import torch
 from llmkit.checkpoint.checkpoint import Checkpoint
 from llmkit.common.errors import InputError, ShortageError
 from llmkit.common.formatting import bytes_text
+from llmkit.kernels.humming_linear import HummingLinear
 from llmkit.model.decoder import DecoderLayer
 from llmkit.model.linear import PackedLinear
 from llmkit.model.parameter_table import Parameter, parameters
@@ -150,7 +151,9 @@ def _aligned(num_bytes: int) -> int:
 def _weights(layer: DecoderLayer) -> Iterator[tuple[object, str, torch.Tensor]]:
     """The matrices of a layer: the owner, the name of the attribute, and the tensor."""
     for linear in layer.linears.values():
-        owner = linear.kernel if isinstance(linear, PackedLinear) else linear
+        owner: object = linear.kernel if isinstance(linear, PackedLinear) else linear
+        if isinstance(owner, HummingLinear):
+            owner = owner.layer
         for name, value in list(vars(owner).items()):
             if isinstance(value, torch.Tensor) and value.dim() > 1:
                 yield owner, name, value

@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,10 +34,17 @@ from llmkit.checkpoint.checkpoint import Checkpoint
 from llmkit.checkpoint.open_checkpoint import open_checkpoint
 from llmkit.checkpoint.quantized_weight import Scheme
 from llmkit.common.errors import InputError, ShortageError
-from llmkit.kernels import paged_attention, quantized_linear, triton_support, tuned_configs
+from llmkit.kernels import (
+    humming_linear,
+    paged_attention,
+    quantized_linear,
+    triton_support,
+    tuned_configs,
+)
 from llmkit.kernels.activation_quant import fake_quantize_per_token
 from llmkit.kernels.attention_metadata import AttentionBatch
 from llmkit.kernels.attention_reference import paged_attention_reference
+from llmkit.kernels.humming_linear import HUMMING, LIBRARY, OURS, HummingLinear
 from llmkit.kernels.kv_cache import KVCache
 from llmkit.kernels.quantized_linear import WeightOnlyLinear
 from llmkit.kernels.tuned_configs import Config, Shape, Tunable
@@ -59,6 +66,7 @@ from llmkit.runtime.engine_plan import resolve_dtype
 # Numbers of inputs, one for each of `WeightOnlyLinear`'s classes of shapes. Few rows are one class.
 ROWS = (1, 16, 32, 64, 128, 256, 512)
 MIN_FUSED_ROWS = min(quantized_linear.FUSED_ROWS.choices[0])
+LIBRARY_ROWS = (1, 16, 64, 256)  # numbers of inputs with which libraries are compared
 CONTEXT = 4096  # tokens
 # The largest allowed error of a kernel's results, as a share of the largest value.
 MAX_ERRORS = {
@@ -160,8 +168,7 @@ class ConfigSearch:
 
         try:
             with self._use_config(config), _count_spills(self.kernel) as spills:
-                error = (self.run().float() - self.expected).abs()
-                is_right = bool((error <= self.max_error * self.expected.abs().max()).all())
+                is_right = _is_right(self.run(), self.expected, self.max_error)
                 return self.clock(self.run) if is_right and not any(spills) else None
         except TritonError:  # it cannot be compiled, or needs too much shared memory
             return None
@@ -223,10 +230,14 @@ class TuningTarget:
             kind = "FP8" if scheme.is_fp8 else f"{scheme.bits} bits, groups of {scheme.group_size}"
             name = f"linear {list(shape)}, {kind}"
             problems.append((name, partial(tune_weight, scheme, shape)))
+            # After the weight's own problem, whose best tiles are used by then.
+            if _has_library(scheme, shape, self.dtype):
+                name = f"w4a16 library, {name}"
+                problems.append((name, partial(tune_library, scheme, shape)))
         return problems
 
 
-# Of tune_attention and tune_weight: dtype, device, clock and is_over.
+# Of tune_attention, tune_weight and tune_library: dtype, device, clock and is_over.
 Problem = Callable[[torch.dtype, torch.device, Clock, Callable[[], bool]], "list[TuningResult]"]
 
 
@@ -374,12 +385,76 @@ def tune_weight(
     if kind is not WeightOnlyLinear and not (kind is W8A8Linear and scheme.is_fp8):
         return []  # its kernel has no configurations
     quant = None if scheme.inputs == "none" else ActivationQuant(scheme.kind)
-    layer = serving_linear([random_weight(shape, scheme, device)], None, quant, dtype, device)
+    with _override_config(LIBRARY, lambda shape, default: (OURS,)):
+        layer = serving_linear([random_weight(shape, scheme, device)], None, quant, dtype, device)
     assert isinstance(layer, PackedLinear)
     if isinstance(layer.kernel, W8A8Linear):
         return tune_fp8_rows(layer.kernel, dtype, device, clock, is_over)
     assert isinstance(layer.kernel, WeightOnlyLinear)
     return tune_weight_only_linear(layer.kernel, shape[1], dtype, device, clock, is_over)
+
+
+def tune_library(
+    scheme: Scheme,
+    shape: tuple[int, int],
+    dtype: torch.dtype,
+    device: torch.device,
+    clock: Clock,
+    is_over: Callable[[], bool] = never,
+) -> list[TuningResult]:
+    """Find whether humming-kernels multiplies a weight [out, in] faster than our kernel.
+
+    A weight is held once, for all numbers of inputs. So the geometric means over LIBRARY_ROWS are
+    compared, in which each number of inputs counts alike.
+    """
+    kind = gpu_kernel_type(scheme, shape, dtype, gpu_capability(device))
+    if kind is None or not _has_library(scheme, shape, dtype) or is_over():
+        return []
+    weight = random_weight(shape, scheme, device)
+    weight = replace(weight, scales=weight.scales * (1 + torch.rand_like(weight.scales)))
+    if not scheme.symmetric:
+        weight = replace(weight, zeros=torch.randint_like(weight.zeros, 1 << scheme.bits))
+    dense = weight.dequantize().float()
+    inputs = [torch.randn(rows, shape[1], device=device).to(dtype) for rows in LIBRARY_ROWS]
+    keys: list[Shape] = []
+    times: dict[Config, float] = {}
+    for choice in (OURS, HUMMING):
+
+        def choose(key: Shape, default: Config, choice: int = choice) -> Config:
+            keys.append(key)
+            return (choice,)
+
+        with _override_config(LIBRARY, choose):
+            layer = serving_linear([weight], None, None, dtype, device)
+        assert isinstance(layer, PackedLinear)
+        kernel = layer.kernel
+        # Where the library fails, our kernel is in its place.
+        if isinstance(kernel, HummingLinear) is (choice == HUMMING) and all(
+            _is_right(kernel(x), linear(x.float(), dense), MAX_ERRORS[dtype]) for x in inputs
+        ):
+            logs = [math.log(clock(partial(kernel, x))) for x in inputs]
+            times[choice,] = math.exp(sum(logs) / len(logs))
+    if not times:
+        return []
+    best = min(times, key=times.__getitem__)
+    name = LIBRARY.name(keys[0], device)
+    refused = 2 - len(times)
+    return [TuningResult(name, best, times[best], (OURS,), times.get((OURS,)), 2, refused)]
+
+
+def _has_library(scheme: Scheme, shape: tuple[int, int], dtype: torch.dtype) -> bool:
+    """Whether there is a library to compare with our kernel."""
+    return (
+        scheme.kind == "int"
+        and scheme.inputs == "none"
+        and humming_linear.supports(shape, scheme.bits, scheme.group_size, dtype)
+    )
+
+
+def _is_right(result: torch.Tensor, expected: torch.Tensor, max_error: float) -> bool:
+    """max_error: the largest allowed one, as a share of the largest expected value."""
+    error = (result.float() - expected).abs()
+    return bool((error <= max_error * expected.abs().max()).all())
 
 
 def tune_fp8_rows(

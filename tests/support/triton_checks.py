@@ -6,7 +6,9 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +62,17 @@ class Compiled:
 
     shared_bytes: int
     stack_bytes: int  # of each thread; spilled registers go there
-    code: str  # SASS; its HGMMA instructions are Hopper's matrix products
+    cubin: bytes
+
+    @cached_property
+    def code(self) -> str:
+        """SASS. Its HGMMA instructions are Hopper's matrix products."""
+        import triton
+
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(self.cubin)
+            file.flush()
+            return _output(triton.knobs.nvidia.nvdisasm.path, "-c", file.name)
 
 
 def compiled_for_hopper(
@@ -90,7 +102,7 @@ def compiled_for(
     nvidia = triton.knobs.nvidia
     try:
         cuobjdump = nvidia.ptxas.path and nvidia.cuobjdump.path
-        nvdisasm = nvidia.nvdisasm.path
+        assert nvidia.nvdisasm.path
     except RuntimeError as error:
         pytest.skip(str(error))
     signature = arguments | dict.fromkeys(constants, "constexpr")
@@ -101,13 +113,12 @@ def compiled_for(
     compiled = triton.compile(source, target=target, options={"enable_fp_fusion": True, **options})
     cubin = folder / "kernel.cubin"
     cubin.write_bytes(compiled.asm["cubin"])
-
-    def output(*command: str | Path) -> str:
-        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
-
-    usage = output(cuobjdump, "--dump-resource-usage", cubin)
+    usage = _output(cuobjdump, "--dump-resource-usage", cubin)
     stack, local = (re.search(rf"\b{kind}:(\d+)", usage) for kind in ("STACK", "LOCAL"))
     assert stack and local, usage
-    return Compiled(
-        compiled.metadata.shared, int(stack[1]) + int(local[1]), output(nvdisasm, "-c", cubin)
-    )
+    spilled_bytes = int(stack[1]) + int(local[1])
+    return Compiled(compiled.metadata.shared, spilled_bytes, compiled.asm["cubin"])
+
+
+def _output(*command: str | Path) -> str:
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
