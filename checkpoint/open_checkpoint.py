@@ -75,8 +75,7 @@ def _open_directory(reference: str, path: Path, warn_of_edits: bool) -> Checkpoi
         tensors: dict[str, TensorInfo] = {}
     else:
         files, tensors = _find_tensors(path)
-    layout = (manifest or {}).get("layout") or {}
-    names = [*tensors, *(str(entry["source"]) for entry in layout.get("tensors", {}).values())]
+    names = [*tensors, *_source_tensors((manifest or {}).get("layout"))]
     return Checkpoint(
         reference,
         path,
@@ -90,6 +89,13 @@ def _open_directory(reference: str, path: Path, warn_of_edits: bool) -> Checkpoi
         files,
         SafetensorsRows(path),
     )
+
+
+def _source_tensors(layout: object) -> list[str]:
+    """The source tensors that a layout names. What is malformed is refused where it is read."""
+    tensors = layout.get("tensors") if isinstance(layout, dict) else None
+    entries = tensors.values() if isinstance(tensors, dict) else ()
+    return [str(entry.get("source")) for entry in entries if isinstance(entry, dict)]
 
 
 def _quantization(

@@ -218,7 +218,12 @@ def test_pages_that_take_too_long_are_computed(
 def test_pages_are_computed_when_the_kv_cache_is_too_small(
     model: Path, folder: Path, expected: list[int]
 ) -> None:
-    small = EngineOptions(device="cpu", kv_cache_memory=60 * 16 * 512, max_model_len=900)
+    small = EngineOptions(
+        device="cpu",
+        kv_cache_memory=60 * 16 * 512,
+        max_model_len=900,
+        kv_cache_dtype="float32",
+    )
     engine = engine_with_store(model, folder, small)
     assert engine.config.num_blocks < 64
     assert run(engine, PROMPT)[0] == expected

@@ -190,7 +190,8 @@ class OurProduct:
     def __init__(self, *arguments: object) -> None:
         q, scales, zeros, bits, group_size, _ = arguments
         scheme = Scheme(bits, group_size)  # type: ignore[arg-type]
-        self.dense = QuantizedWeight(q, scales, zeros, scheme).dequantize()  # type: ignore[arg-type]
+        weight = QuantizedWeight(q, scales, zeros, scheme)  # type: ignore[arg-type]
+        self.dense = weight.dequantize()
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         return dense_linear(x.float(), self.dense.float()).to(x.dtype)

@@ -232,7 +232,8 @@ def test_sample_kernels_match_the_reference_in_extreme_cases(
     ids: dict[str, list[torch.Tensor]],
 ) -> None:
     for (logits, *parameters), got in zip(extreme_calls(), ids["extreme"], strict=True):
-        assert got.tolist() == sample(logits.float(), *parameters).tolist()  # type: ignore[call-arg]
+        expected = sample(logits.float(), *parameters)  # type: ignore[call-arg]
+        assert got.tolist() == expected.tolist()
 
 
 def test_sample_kernels_find_bounds_next_to_the_largest_logit(

@@ -152,7 +152,8 @@ def test_quiet_server_prints_nothing(model: Path) -> None:
 def test_context_limited_by_memory_is_reported(tmp_path: Path) -> None:
     per_token = 2 * 2 * 2 * 16 * 4
     model = tiny_checkpoint(tmp_path / "model", max_position_embeddings=1024)
-    with serving(tmp_path / "log", model, kv_cache_memory=600 * per_token) as server:
+    options = {"kv_cache_memory": 600 * per_token, "kv_cache_dtype": "float32"}
+    with serving(tmp_path / "log", model, **options) as server:
         with server.client() as client:
             assert client.get("/v1/models").json()["data"][0]["max_model_len"] == 592
         wait_for(
