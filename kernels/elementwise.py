@@ -175,6 +175,11 @@ def add_residual(residual: torch.Tensor, update: torch.Tensor, scale: float) -> 
     return torch.add(residual, update, alpha=scale)
 
 
+def _has_triton_kernel(residual: torch.Tensor) -> bool:
+    """Whether a Triton kernel computes `add_rms_norm` and `add_layer_norm`."""
+    return runs_triton(residual) and residual.is_contiguous() and residual.shape[1] <= MAX_HIDDEN
+
+
 def _has_cpu_kernel(residual: torch.Tensor, update: torch.Tensor, weight: torch.Tensor) -> bool:
     """Whether a compiled kernel computes `add_rms_norm` and `add_layer_norm`."""
     return (
@@ -197,16 +202,7 @@ def add_rms_norm(
     Returns the sum and the normalized sum. If `update` is None, the sum is `residual`. If `weight`
     is None, nothing is normalized, and the sum is returned twice.
     """
-    fits = runs_triton(residual) and residual.is_contiguous() and residual.shape[1] <= MAX_HIDDEN
-    if fits and update is not None and weight is not None:
-        return add_rms_norm_triton(residual, update.contiguous(), scale, weight, eps)
-    if update is not None and weight is not None and _has_cpu_kernel(residual, update, weight):
-        return cpu_kernels.add_rms_norm(residual, update, scale, weight, eps)
-    if update is not None:
-        residual = add_residual(residual, update, scale)
-    if weight is None:
-        return residual, residual
-    return residual, rms_norm(residual, weight, eps)
+    return _add_norm(residual, update, scale, weight, None, eps, subtract_mean=False)
 
 
 def add_layer_norm(
@@ -218,16 +214,41 @@ def add_layer_norm(
     eps: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`add_rms_norm` with `layer_norm`."""
-    fits = runs_triton(residual) and residual.is_contiguous() and residual.shape[1] <= MAX_HIDDEN
-    if fits and update is not None and weight is not None:
-        return add_layer_norm_triton(residual, update.contiguous(), scale, weight, bias, eps)
-    if update is not None and weight is not None and _has_cpu_kernel(residual, update, weight):
-        return cpu_kernels.add_layer_norm(residual, update, scale, weight, bias, eps)
+    return _add_norm(residual, update, scale, weight, bias, eps, subtract_mean=True)
+
+
+def _add_norm(
+    residual: torch.Tensor,
+    update: torch.Tensor | None,
+    scale: float,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    eps: float,
+    *,
+    subtract_mean: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    if update is not None and weight is not None:
+        if _has_triton_kernel(residual):
+            return _add_norm_triton(
+                residual,
+                update.contiguous(),
+                scale,
+                weight,
+                bias,
+                eps,
+                subtract_mean=subtract_mean,
+            )
+        if _has_cpu_kernel(residual, update, weight):
+            return cpu_kernels.add_norm(
+                residual, update, scale, weight, bias, eps, subtract_mean=subtract_mean
+            )
     if update is not None:
         residual = add_residual(residual, update, scale)
     if weight is None:
         return residual, residual
-    return residual, layer_norm(residual, weight, bias, eps)
+    if subtract_mean:
+        return residual, layer_norm(residual, weight, bias, eps)
+    return residual, rms_norm(residual, weight, eps)
 
 
 def add_norm_quantized(
@@ -246,14 +267,11 @@ def add_norm_quantized(
     The normalized sum is quantized in the same kernel where that is possible. Elsewhere it is
     returned as it is, and the linear layers quantize it.
     """
-    fits = runs_triton(residual) and residual.is_contiguous() and residual.shape[1] <= MAX_HIDDEN
-    if fits and update is not None and weight is not None:
+    if _has_triton_kernel(residual) and update is not None and weight is not None:
         return add_norm_quantized_triton(
             residual, update.contiguous(), scale, weight, bias, eps, quant, subtract_mean
         )
-    if subtract_mean:
-        return add_layer_norm(residual, update, scale, weight, bias, eps)
-    return add_rms_norm(residual, update, scale, weight, eps)
+    return _add_norm(residual, update, scale, weight, bias, eps, subtract_mean=subtract_mean)
 
 
 def act_and_mul_quantized(

@@ -68,24 +68,23 @@ class KVCache:
         if not self.is_packed:
             to.flatten(1, 2).index_copy_(1, slot_mapping, kv)
             return
-        indices = packed_cache.element_indices(slot_mapping, kv.shape[2], kv.dtype)
-        num_kv_heads = len(kv) // 2
-        for index, heads in zip(
-            indices, (slice(num_kv_heads), slice(num_kv_heads, None)), strict=True
-        ):
-            to[heads].flatten(1).index_copy_(1, index.flatten(), kv[heads].flatten(1))
+        block_size = self.kv.shape[2]
+        blocks, places = (slot_mapping // block_size).unique(return_inverse=True)
+        selected = packed_cache.unpack_blocks(to[:, blocks])
+        selected.flatten(1, 2).index_copy_(1, places * block_size + slot_mapping % block_size, kv)
+        to[:, blocks] = packed_cache.pack_blocks(selected)
 
     def gather(self, blocks: torch.Tensor | slice, dtype: torch.dtype) -> torch.Tensor:
         """The keys and values of n blocks: [2K, n * block_size, D], possibly a view."""
-        kv = _view_fp8_as_bytes(self.kv)
+        kv = _select_blocks(_view_fp8_as_bytes(self.kv), blocks)
         if self.is_packed:
-            selected = kv[:, blocks] if isinstance(blocks, slice) else kv.index_select(1, blocks)
-            kv = packed_cache.unpack_blocks(selected).flatten(1, 2)
-        else:
-            kv = _select_blocks(kv, blocks)
+            kv = packed_cache.unpack_blocks(kv)
+        kv = kv.flatten(1, 2)
         if not self.quantized:
             return kv.to(dtype)
-        scale = self.static_scales if self.scales is None else _select_blocks(self.scales, blocks)
+        scale = self.static_scales
+        if self.scales is not None:
+            scale = _select_blocks(self.scales, blocks).flatten(1, 2)
         assert scale is not None
         return kv.view(self.kv.dtype).float().mul_(scale).to(dtype)
 
@@ -100,9 +99,8 @@ class KVCache:
 
 
 def _select_blocks(pages: torch.Tensor, blocks: torch.Tensor | slice) -> torch.Tensor:
-    """[2K, blocks, block_size, x] -> [2K, n * block_size, x]; a slice is not copied."""
-    selected = pages[:, blocks] if isinstance(blocks, slice) else pages.index_select(1, blocks)
-    return selected.flatten(1, 2)
+    """[2K, blocks, block_size, x] -> [2K, n, block_size, x]; a slice is not copied."""
+    return pages[:, blocks] if isinstance(blocks, slice) else pages.index_select(1, blocks)
 
 
 def _view_fp8_as_bytes(values: torch.Tensor) -> torch.Tensor:

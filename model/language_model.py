@@ -76,10 +76,11 @@ def empty_kv_cache(
     """
     shape = (2 * spec.num_kv_heads, num_blocks, block_size)
     dtype = KV_CACHE_DTYPES[kv_cache_dtype] if kv_cache_dtype else model.dtype
-    cache = KVCache(
-        lazy_zeros((*shape, spec.head_dim), dtype, model.device),
-        is_packed=can_pack(block_size, spec.head_dim, dtype, model.device),
+    # The compiled kernels attend in float32 only. Packed keys and values would slow torch down.
+    is_packed = model.dtype == torch.float32 and can_pack(
+        block_size, spec.head_dim, dtype, model.device
     )
+    cache = KVCache(lazy_zeros((*shape, spec.head_dim), dtype, model.device), is_packed=is_packed)
     if not cache.quantized or has_static_scales:
         return cache
     return replace(cache, scales=lazy_zeros((*shape, 1), torch.float32, model.device))

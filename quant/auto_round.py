@@ -11,11 +11,12 @@ Legend: `out` rows, `in` columns, `G` groups along `in`, L tokens of a window, H
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 
 import torch
 
 from llmkit.checkpoint.quantized_weight import QuantizedWeight
+from llmkit.kernels.cpu.packed_cache import unpack_blocks
+from llmkit.kernels.kv_cache import KVCache
 from llmkit.model.decoder import DecoderLayer
 from llmkit.quant.algorithm import AutoRound
 from llmkit.quant.layer_stream import LayerInputs, LayerStream, MicroBatch
@@ -121,10 +122,12 @@ class TuningWindows:
     def layer_inputs(self, index: int, chosen: Sequence[int]) -> LayerInputs:
         """What a layer reads of the chosen windows besides the hidden states.
 
-        The cache is a new one in each call, because gradients pass through it.
+        The cache is a new one in each call, because gradients pass through it. It is not packed,
+        because torch computes with it.
         """
         context = self.context
-        kv = torch.zeros_like(context.caches[index].kv)
+        cache = context.caches[index]
+        kv = torch.zeros_like(cache.kv)
         blocks_per_window = kv.shape[1] // self.count
         per_layer_inputs = []
         for position, window in enumerate(chosen):
@@ -132,6 +135,7 @@ class TuningWindows:
             micro_batch = self.inputs[batch]
             kept = micro_batch.kept_kv(index)
             if kept is not None:
+                kept = unpack_blocks(kept) if cache.is_packed else kept
                 first = position * blocks_per_window
                 kept_first = start // self.length * blocks_per_window
                 kv[:, first : first + blocks_per_window] = kept[
@@ -141,9 +145,7 @@ class TuningWindows:
             if per_layer_input is not None:
                 per_layer_inputs.append(per_layer_input[start : start + self.length])
         joined = torch.cat(per_layer_inputs).to(context.device) if per_layer_inputs else None
-        return LayerInputs(
-            context.cos_sin, context.batch, replace(context.caches[index], kv=kv), joined
-        )
+        return LayerInputs(context.cos_sin, context.batch, KVCache(kv), joined)
 
 
 def tune_rounding(

@@ -359,36 +359,17 @@ def inputs_for(weight: PackedWeight, activations: CpuActivations) -> InputType:
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """See `elementwise.rms_norm`. x: contiguous."""
-    return _norm(x, None, 1.0, weight, None, eps, subtract_mean=False)[1]
+    return add_norm(x, None, 1.0, weight, None, eps, subtract_mean=False)[1]
 
 
 def layer_norm(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float
 ) -> torch.Tensor:
     """See `elementwise.layer_norm`. x: contiguous."""
-    return _norm(x, None, 1.0, weight, bias, eps, subtract_mean=True)[1]
+    return add_norm(x, None, 1.0, weight, bias, eps, subtract_mean=True)[1]
 
 
-def add_rms_norm(
-    residual: torch.Tensor, update: torch.Tensor, scale: float, weight: torch.Tensor, eps: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """See `elementwise.add_rms_norm`. residual, update: contiguous."""
-    return _norm(residual, update, scale, weight, None, eps, subtract_mean=False)
-
-
-def add_layer_norm(
-    residual: torch.Tensor,
-    update: torch.Tensor,
-    scale: float,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    eps: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """See `elementwise.add_layer_norm`. residual, update: contiguous."""
-    return _norm(residual, update, scale, weight, bias, eps, subtract_mean=True)
-
-
-def _norm(
+def add_norm(
     x: torch.Tensor,
     update: torch.Tensor | None,
     scale: float,
@@ -398,7 +379,10 @@ def _norm(
     *,
     subtract_mean: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """x + scale * update (x without an update), and its norm."""
+    """x + scale * update (x without an update), and its norm: an RMS norm or a layer norm.
+
+    x, update: contiguous, of one shape.
+    """
     assert library is not None
     total = x if update is None else torch.empty_like(x)
     y = torch.empty_like(x)

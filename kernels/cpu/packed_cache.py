@@ -55,23 +55,6 @@ def unpack_blocks(blocks: torch.Tensor) -> torch.Tensor:
     return _joined(keys, values).view(num_heads, count, block_size, head_dim)
 
 
-def element_indices(
-    slot_mapping: torch.Tensor, head_dim: int, dtype: torch.dtype
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Where keys and where values of tokens are among the elements of a head, int64 [T, D] each.
-
-    slot_mapping: int64 [T].
-    """
-    width = 4 // dtype.itemsize
-    slots = slot_mapping[:, None]
-    d = torch.arange(head_dim)
-    panels = slots // PANEL_WIDTH
-    words = d // width * PANEL_WIDTH + slots % PANEL_WIDTH
-    keys = panels * PANEL_WIDTH * head_dim + words * width + d % width
-    values = (slots // width * head_dim + d) * width + slots % width
-    return keys, values
-
-
 def _word_elements(blocks: torch.Tensor) -> int:
     return 4 // blocks.dtype.itemsize
 
