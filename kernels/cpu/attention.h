@@ -46,6 +46,11 @@ INLINE int products_of(int kv_type) {
 }
 #endif
 
+/* The words of a row of probabilities. */
+INLINE int64_t words_of_chunk(int products) {
+    return products == PRODUCTS_BF16 ? KV_CHUNK / 2 : KV_CHUNK;
+}
+
 /* The working memory of a thread. Rows of queries and probabilities are words of products. */
 typedef struct {
     float q[TILE_ROWS * MAX_HEAD_DIM];     /* the queries, scaled */
@@ -153,7 +158,7 @@ INLINE void add_columns(int products, int n_rows, int n_vectors, const float *we
                         const float *const *rows, int64_t begin, int64_t end, int64_t column,
                         int64_t size, float *out) {
     const int64_t out_stride = SUMS_VALUES + size;
-    const int64_t weights_stride = products == PRODUCTS_BF16 ? KV_CHUNK / 2 : KV_CHUNK;
+    const int64_t weights_stride = words_of_chunk(products);
     vfloat sums[ROWS_AT_ONCE][VECTORS_AT_ONCE];
 #pragma GCC unroll 3
     for (int i = 0; i < n_rows; i++)
@@ -200,7 +205,7 @@ INLINE void add_values_of_rows(int products, int n_rows, const float *weights,
 INLINE void add_values(int products, int64_t n_rows, const float *weights,
                        const float *const *rows, int64_t begin, int64_t end, int64_t head_dim,
                        float *sums) {
-    const int64_t weights_stride = products == PRODUCTS_BF16 ? KV_CHUNK / 2 : KV_CHUNK;
+    const int64_t weights_stride = words_of_chunk(products);
     const int64_t sums_stride = SUMS_VALUES + head_dim;
     float *out = sums + SUMS_VALUES;
     int64_t i = 0;

@@ -175,13 +175,13 @@ INLINE void store_head(const float *x, int64_t slot, int64_t head_dim, int is_ke
         store_elements(elements + d * kv_element_size(kv_type), load_of_row(x, d, head_dim),
                        kv_type, scale);
     if (is_key) { /* whole words */
-        char *to = cache + key_element(slot, 0, head_dim, values) * kv_element_size(kv_type);
+        char *to = cache + first_key_element(slot, head_dim, values) * kv_element_size(kv_type);
         for (int64_t d = 0; d < head_dim; d += values)
             memcpy(to + d / values * PANEL_WIDTH * 4, elements + d / values * 4, 4);
     } else if (kv_type == KV_F32) {
         memcpy(cache + slot * head_dim * 4, elements, head_dim * 4);
     } else {
-        char *to = cache + value_element(slot, 0, head_dim, values) * kv_element_size(kv_type);
+        char *to = cache + first_value_element(slot, head_dim, values) * kv_element_size(kv_type);
         for (int64_t d = 0; d < head_dim; d++)
             memcpy(to + d * 4, elements + d * kv_element_size(kv_type), kv_element_size(kv_type));
     }

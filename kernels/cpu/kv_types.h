@@ -12,25 +12,31 @@ INLINE int64_t kv_element_size(int kv_type) {
     return kv_type == KV_F32 ? 4 : kv_type == KV_BF16 || kv_type == KV_F16 ? 2 : 1;
 }
 
-/* The elements of a word. */
-INLINE int kv_word_values(int kv_type) {
-    return kv_type == KV_F32 ? 1 : kv_type == KV_BF16 || kv_type == KV_F16 ? 2 : 4;
-}
-
 /* Whether the elements are multiples of a scale. */
 INLINE int kv_is_quantized(int kv_type) {
     return kv_type == KV_INT8 || kv_type == KV_FP8;
 }
 
-/* Where element d of the token in a slot is, among the elements of a head. */
-INLINE int64_t key_element(int64_t slot, int64_t d, int64_t head_dim, int values) {
-    int64_t panel = slot / PANEL_WIDTH;
-    int64_t word = d / values * PANEL_WIDTH + slot % PANEL_WIDTH;
-    return panel * PANEL_WIDTH * head_dim + word * values + d % values;
+/* The weight type that a word is read as. FP8 has none; its words are those of int8. */
+INLINE int kv_weight_type(int kv_type) {
+    return kv_type == KV_F32    ? WEIGHT_F32
+           : kv_type == KV_BF16 ? WEIGHT_BF16
+           : kv_type == KV_F16  ? WEIGHT_F16
+                                : WEIGHT_INT8;
 }
 
-INLINE int64_t value_element(int64_t slot, int64_t d, int64_t head_dim, int values) {
-    return (slot / values * head_dim + d) * values + slot % values;
+/* The elements of a word. */
+INLINE int kv_word_values(int kv_type) {
+    return word_values(kv_weight_type(kv_type));
+}
+
+/* Where the token in a slot begins, among the elements of a head. */
+INLINE int64_t first_key_element(int64_t slot, int64_t head_dim, int values) {
+    return slot / PANEL_WIDTH * PANEL_WIDTH * head_dim + slot % PANEL_WIDTH * values;
+}
+
+INLINE int64_t first_value_element(int64_t slot, int64_t head_dim, int values) {
+    return slot / values * values * head_dim + slot % values;
 }
 
 /* FP8 (e4m3), with its sign in all bits above, as floats: as the float16 of the same digits, whose
@@ -44,14 +50,9 @@ INLINE vfloat fp8_to_float(vint bytes) {
 
 /* Element i of each word as a float. */
 INLINE vfloat kv_word_value(int kv_type, vint words, int i) {
-    if (kv_type == KV_F32)
-        return vi_as_float(words);
-    if (kv_type == KV_BF16)
-        return vi_as_float(i ? vi_and(words, vi_set((int)0xffff0000)) : vi_shift_left(words, 16));
-    if (kv_type == KV_F16)
-        return vi_f16_to_float(i ? vi_shift_right(words, 16) : words);
-    vint bytes = vi_shift_right_signed(vi_shift_left(words, 24 - 8 * i), 24);
-    return kv_type == KV_INT8 ? vi_to_float(bytes) : fp8_to_float(bytes);
+    if (kv_type == KV_FP8)
+        return fp8_to_float(vi_shift_right_signed(vi_shift_left(words, 24 - 8 * i), 24));
+    return word_value(kv_weight_type(kv_type), words, i);
 }
 
 /* Write the low `bytes` bytes of each word. */

@@ -9,13 +9,13 @@
 #include "vector_math.h"
 #include "vectors.h"
 
-#include "kv_types.h"
-
-#include "elementwise.h"
 #include "linear.h"
 #include "sampling.h"
 
+#include "kv_types.h"
+
 #include "attention.h"
+#include "elementwise.h"
 #include "experts.h"
 
 const Kernels LEVEL_TABLE = {

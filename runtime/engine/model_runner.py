@@ -421,14 +421,11 @@ class ModelRunner:
         """Sample after changes to the logits [rows, V], which may be made in place."""
         rows = inputs.rows
         group = self.model.parallel_group
-        sampler = self.graph_runner.sampler
-        if sampler is not None and not rows.needs_logits_processors:
-            arguments = sampling_tensors_on_device(
-                rows.sampling, inputs.num_sampled, self.config.device
-            )
-            return sampler(logits, *arguments)
-        if rows.is_greedy and not rows.needs_logits_processors:
-            return group.greedy(logits)
+        if not rows.needs_logits_processors:
+            if self.graph_runner.sampler is not None:  # finds logits that are not finite itself
+                return self._draw(inputs, logits)
+            if rows.is_greedy:
+                return group.greedy(logits)
         logits = logits.float()  # a graph may leave them in the model's dtype
         is_finite = group.rows_finite(logits)
         if rows.needs_logits_processors and self._token_tables is not None:
@@ -448,20 +445,24 @@ class ModelRunner:
                 group.vocab_start,
                 self.eos_token_ids,
             )
-        if sampler is not None:
-            arguments = sampling_tensors_on_device(
-                rows.sampling, inputs.num_sampled, self.config.device
-            )
-            token_ids = sampler(logits, *arguments)
-        else:
-            counters = torch.tensor(inputs.num_sampled)
-            is_small = logits.numel() <= MAX_SERIAL_LOGITS
-            with cpu_kernels.torch_on_one_thread() if is_small else nullcontext():
-                token_ids = sample(logits, *rows.sampling, counters, group)
-        token_ids = torch.where(is_finite, token_ids, -1)
+        token_ids = torch.where(is_finite, self._draw(inputs, logits), -1)
         if rows.needs_logits_processors and self._token_tables is not None:
             self._token_tables.count(token_ids)
         return token_ids
+
+    def _draw(self, inputs: StepInputs, logits: torch.Tensor) -> torch.Tensor:
+        """Sample from logits [rows, V] as they are."""
+        sampling = inputs.rows.sampling
+        sampler = self.graph_runner.sampler
+        if sampler is not None:
+            return sampler(
+                logits,
+                *sampling_tensors_on_device(sampling, inputs.num_sampled, self.config.device),
+            )
+        counters = torch.tensor(inputs.num_sampled)
+        is_small = logits.numel() <= MAX_SERIAL_LOGITS
+        with cpu_kernels.torch_on_one_thread() if is_small else nullcontext():
+            return sample(logits, *sampling, counters, self.model.parallel_group)
 
     def zero_blocks(self, blocks: list[list[int]]) -> None:
         """Zero blocks of each block table in all KV caches."""
