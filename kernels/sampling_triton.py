@@ -315,66 +315,56 @@ def _brackets(
     p = tl.load(top_p + row)
     by_count = (k > 0) & (k < vocab_size)
     by_mass = p < 1
-    cuts = _level_0_cuts(reach, WAYS)
-    count, mass = _sums(masses, counts, row, rows, 0, SPLITS, WAYS)
-    total = tl.max(mass, 0)
-    few = count < k
-    k_low, k_high, k_low_count, k_high_count, k_low_mass, k_high_mass = _narrow(
-        cuts, count, mass, few, count >= k, -1.0, float("inf"), 0, 0x7FFFFFFF, 0.0, float("inf")
-    )
-    by_count = by_count & (k_high < float("inf"))
-    # The mass that top-p takes a share of is known only as closely as the bound of top-k.
-    least = p * tl.where(by_count, k_low_mass, total)
-    most = p * tl.where(by_count, k_high_mass, total)
-    p_low, p_high, p_low_count, p_high_count, p_low_mass, p_high_mass = _narrow(
-        cuts,
-        count,
-        mass,
-        mass < least,
-        mass >= most,
-        -1.0,
-        float("inf"),
-        0,
-        0x7FFFFFFF,
-        0.0,
-        float("inf"),
-    )
-    by_mass = by_mass & (p_high < float("inf"))
-    inside = tl.where(by_count & (k_high > 0), k_high_count - k_low_count, 0)
-    inside += tl.where(by_mass & (p_high > 0), p_high_count - p_low_count, 0)
-    if (inside > CANDIDATES) & (LEVELS > 1):
-        cuts = _level_1_cuts(by_count, by_mass, k_low, k_high, p_low, p_high, WAYS)
-        count, mass = _sums(masses, counts, row, rows, 1, SPLITS, WAYS)
-        k_low, k_high, k_low_count, k_high_count, k_low_mass, k_high_mass = _narrow(
-            cuts,
-            count,
-            mass,
-            count < k,
-            count >= k,
-            k_low,
-            k_high,
-            k_low_count,
-            k_high_count,
-            k_low_mass,
-            k_high_mass,
-        )
-        least = p * tl.where(by_count, k_low_mass, total)
-        most = p * tl.where(by_count, k_high_mass, total)
-        p_low, p_high, p_low_count, p_high_count, p_low_mass, p_high_mass = _narrow(
-            cuts,
-            count,
-            mass,
-            mass < least,
-            mass >= most,
-            p_low,
-            p_high,
-            p_low_count,
-            p_high_count,
-            p_low_mass,
-            p_high_mass,
-        )
-        inside = tl.where(by_count & (k_high > 0), k_high_count - k_low_count, 0)
-        inside += tl.where(by_mass & (p_high > 0), p_high_count - p_low_count, 0)
+    k_low, k_high = -1.0, float("inf")
+    k_low_count, k_high_count = 0, 0x7FFFFFFF
+    k_low_mass, k_high_mass = 0.0, float("inf")
+    p_low, p_high = -1.0, float("inf")
+    p_low_count, p_high_count = 0, 0x7FFFFFFF
+    p_low_mass, p_high_mass = 0.0, float("inf")
+    total = 0.0
+    inside = CANDIDATES + 1  # not known yet
+    for level in tl.static_range(LEVELS):
+        if inside > CANDIDATES:
+            if level == 0:
+                cuts = _level_0_cuts(reach, WAYS)
+            else:
+                cuts = _level_1_cuts(by_count, by_mass, k_low, k_high, p_low, p_high, WAYS)
+            count, mass = _sums(masses, counts, row, rows, level, SPLITS, WAYS)
+            if level == 0:
+                total = tl.max(mass, 0)
+            k_low, k_high, k_low_count, k_high_count, k_low_mass, k_high_mass = _narrow(
+                cuts,
+                count,
+                mass,
+                count < k,
+                count >= k,
+                k_low,
+                k_high,
+                k_low_count,
+                k_high_count,
+                k_low_mass,
+                k_high_mass,
+            )
+            by_count = by_count & (k_high < float("inf"))
+            # The mass that top-p takes a share of is known only as closely as the bound of top-k.
+            least = p * tl.where(by_count, k_low_mass, total)
+            most = p * tl.where(by_count, k_high_mass, total)
+            p_low, p_high, p_low_count, p_high_count, p_low_mass, p_high_mass = _narrow(
+                cuts,
+                count,
+                mass,
+                mass < least,
+                mass >= most,
+                p_low,
+                p_high,
+                p_low_count,
+                p_high_count,
+                p_low_mass,
+                p_high_mass,
+            )
+            by_mass = by_mass & (p_high < float("inf"))
+            inside = tl.where(by_count & (k_high > 0), k_high_count - k_low_count, 0)
+            inside += tl.where(by_mass & (p_high > 0), p_high_count - p_low_count, 0)
     # All tokens up to a distance of 0 tie: such a bound is exact.
     k_low_mass = tl.where(k_high > 0, k_low_mass, k_high_mass)
     k_low = tl.where(k_high > 0, k_low, 0.0)
