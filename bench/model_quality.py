@@ -21,7 +21,7 @@ from llmkit.common.options import CpuActivations
 from llmkit.common.progress import Progress
 from llmkit.model.families import checkpoint_spec
 from llmkit.model.full_forward import make_batch
-from llmkit.model.language_model import LanguageModel, scratch_kv_caches
+from llmkit.model.language_model import LanguageModel, scratch_layer_caches
 from llmkit.model.weight_loader import load_model
 from llmkit.quant.calibration_text import BUILTIN, load_text, windows_sha256
 from llmkit.quant.output_quality import Quality, score_logits
@@ -155,7 +155,7 @@ class ServedModel:
         model = self.model
         positions, batch = make_batch(model, [windows.shape[1]])
         for window in windows:
-            caches = scratch_kv_caches(
+            caches = scratch_layer_caches(
                 model, model.spec, batch.num_blocks, batch.block_size, self.kv_cache_dtype
             )
             yield model.logits(model(window.to(model.device), positions, batch, caches))

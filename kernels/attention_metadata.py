@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from llmkit.kernels.device_copy import to_device
+from llmkit.kernels.recurrent_state import RecurrentBatch
 
 Int64Array = np.ndarray[tuple[int, ...], np.dtype[np.int64]]
 Schedule = tuple[torch.Tensor, ...]  # what a kernel made from the metadata, on the device
@@ -35,11 +36,13 @@ class AttentionBatch:
         device: torch.device,
         max_query_len: int | None = None,
         max_num_tokens: int | None = None,
+        recurrent: RecurrentBatch | None = None,
     ) -> None:
         """max_query_len: for a batch that a CUDA graph reads again after its arrays have changed,
         the most new tokens of a sequence; None: those of `query_lens`. max_num_tokens: where
         prompts are beside decodes in such a graph, the most new tokens of all sequences. The last
-        sequence has none then.
+        sequence has none then. recurrent: the rows of recurrent states that the step reads and
+        writes; None: those of whole sequences, whose states are not kept.
         """
         self.query_lens = query_lens  # [S]
         self.seq_lens = seq_lens  # [S]
@@ -49,6 +52,7 @@ class AttentionBatch:
         self.max_num_tokens = max_num_tokens
         self._block_tables = block_tables  # by window
         self._metadata: dict[int | None, AttentionMetadata] = {}  # by window, made on first use
+        self._recurrent = recurrent
 
     @classmethod
     def build(
@@ -86,6 +90,13 @@ class AttentionBatch:
         ends = list(accumulate(-(-length // block_size) for length in lengths))
         tables = [range(first, end) for first, end in pairwise([0, *ends])]
         return cls.build(lengths, lengths, {None: tables}, block_size, device)
+
+    @property
+    def recurrent(self) -> RecurrentBatch:
+        """The rows of recurrent states that the step reads and writes."""
+        if self._recurrent is None:
+            self._recurrent = RecurrentBatch.fresh(self.query_lens, self.device)
+        return self._recurrent
 
     @property
     def max_query_len(self) -> int:

@@ -42,10 +42,11 @@ from llmkit.kernels.input_quant import InputQuant, LinearInput
 from llmkit.kernels.kv_cache import KVCache
 from llmkit.kernels.mxfp4_linear import Mxfp4Linear
 from llmkit.kernels.triton_support import runs_triton
-from llmkit.model.language_model import empty_kv_cache
+from llmkit.model.language_model import LayerCache, empty_kv_cache
 from llmkit.model.linear import ActivationQuant, Linear, PackedLinear, common_input_quant
 from llmkit.model.parallel_group import ParallelGroup, mask_padding
 from llmkit.model.parameter_table import XIELU_PARAMETERS
+from llmkit.model.recurrent_mixers import RECURRENT_MIXERS
 from llmkit.model.rope import CosSin, make_rotary_embeddings
 from llmkit.model.router import select_experts
 from llmkit.model.spec import ModelSpec
@@ -114,7 +115,7 @@ class DecoderLayer:
         hidden: torch.Tensor,
         cos_sin: Mapping[str, CosSin],
         batch: AttentionBatch,
-        cache: KVCache,
+        cache: LayerCache,
         per_layer_input: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Run the layer. hidden: [T, H] in and out; the other inputs: see `attention_block`."""
@@ -128,7 +129,7 @@ class DecoderLayer:
         update: torch.Tensor | None,
         cos_sin: Mapping[str, CosSin],
         batch: AttentionBatch,
-        cache: KVCache,
+        cache: LayerCache,
         per_layer_input: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Run the layer. The residual addition is deferred, so that it fuses with the next norm.
@@ -140,7 +141,7 @@ class DecoderLayer:
         with self.weights_on_device():
             if self.spec.parallel_block:
                 residual, x = self._add_norm(residual, update, "attn_norm")
-                update = self._attention(x, cos_sin, batch, cache)
+                update = self._mix_tokens(x, cos_sin, batch, cache)
                 return residual, add_residual(update, self._mlp_or_moe(x, residual), 1.0)
             residual, update = self.attention_block(residual, update, cos_sin, batch, cache)
             return self.mlp_block(residual, update, per_layer_input)
@@ -151,15 +152,17 @@ class DecoderLayer:
         update: torch.Tensor | None,
         cos_sin: Mapping[str, CosSin],
         batch: AttentionBatch,
-        cache: KVCache,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        cache: LayerCache,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The first half of the layer; see `forward_with_residual`.
 
-        cache: where the step's keys and values are written. A layer that has none reads those that
-        an earlier layer has written there.
+        cache: where the step's keys and values, or its recurrent states, are written. A layer that
+        has no keys and values of its own reads those that an earlier layer has written there.
         """
+        if self.layer.mixer == "none":
+            return residual, update
         residual, x = self._add_norm(residual, update, "attn_norm")
-        return residual, self._attention(x, cos_sin, batch, cache)
+        return residual, self._mix_tokens(x, cos_sin, batch, cache)
 
     def mlp_block(
         self,
@@ -172,6 +175,8 @@ class DecoderLayer:
         per_layer_input: [T, P], what the layer reads of each token, see
         `ModelSpec.per_layer_input_size`.
         """
+        if not self.layer.has_mlp:
+            return residual, update
         residual, x = self._add_norm(residual, update, "mlp_norm")
         update = self._mlp_or_moe(x, residual)
         if not self.spec.layer_scalar:
@@ -200,6 +205,23 @@ class DecoderLayer:
             apply_gate(gate, per_layer_input, "identity")
         )
         return self._norm(projected, "per_layer.norm")
+
+    def _mix_tokens(
+        self,
+        x: LinearInput,
+        cos_sin: Mapping[str, CosSin],
+        batch: AttentionBatch,
+        cache: LayerCache,
+    ) -> torch.Tensor:
+        """Attention, or what the layer has in its place.
+
+        x: [T, H], normalized. Returns the update of the residual, [T, H].
+        """
+        if isinstance(cache, KVCache):
+            return self._attention(x, cos_sin, batch, cache)
+        mix = RECURRENT_MIXERS[self.layer.mixer]
+        update = self.parallel_group.all_reduce(mix(self, x, batch.recurrent, cache))
+        return self._norm(update, "attn_post_norm")
 
     def _attention(
         self,
@@ -627,7 +649,7 @@ class Decoder:
         tokens: torch.Tensor,
         positions: torch.Tensor,
         batch: AttentionBatch,
-        caches: Sequence[KVCache],
+        caches: Sequence[LayerCache],
     ) -> torch.Tensor:
         """Run a step. tokens, positions: int64 [T]; caches: one for each layer.
 
@@ -645,7 +667,7 @@ class Decoder:
         hidden: torch.Tensor,
         cos_sin: Mapping[str, CosSin],
         batch: AttentionBatch,
-        caches: Sequence[KVCache],
+        caches: Sequence[LayerCache],
         per_layer_inputs: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """[T, H] embedded tokens -> [T, H] after the last norm.

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 
 from llmkit.kernels.attention_metadata import AttentionBatch
-from llmkit.model.language_model import LanguageModel, scratch_kv_caches
+from llmkit.model.language_model import LanguageModel, scratch_layer_caches
 
 
 def make_batch(model: LanguageModel, lengths: list[int]) -> tuple[torch.Tensor, AttentionBatch]:
@@ -21,7 +21,7 @@ def make_batch(model: LanguageModel, lengths: list[int]) -> tuple[torch.Tensor, 
 def hidden_states(model: LanguageModel, sequences: list[torch.Tensor]) -> torch.Tensor:
     """Hidden states [T, H] after the last norm. sequences: int64 token ids, one [n] each."""
     positions, batch = make_batch(model, [len(sequence) for sequence in sequences])
-    caches = scratch_kv_caches(model, model.spec, batch.num_blocks, batch.block_size)
+    caches = scratch_layer_caches(model, model.spec, batch.num_blocks, batch.block_size)
     tokens = torch.cat(sequences).to(model.device)
     return model(tokens, positions, batch, caches)
 

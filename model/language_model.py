@@ -11,10 +11,14 @@ import torch
 from llmkit.kernels.attention_metadata import AttentionBatch
 from llmkit.kernels.cpu.packed_cache import can_pack
 from llmkit.kernels.kv_cache import KV_CACHE_DTYPES, KVCache
+from llmkit.kernels.recurrent_state import RecurrentState
 from llmkit.model.device import lazy_zeros
 from llmkit.model.linear import Linear
 from llmkit.model.parallel_group import ParallelGroup
 from llmkit.model.spec import LayerSpec, ModelSpec
+
+# What a layer keeps of the past. A layer without a mixer has an empty state.
+LayerCache = KVCache | RecurrentState
 
 
 class LanguageModel(Protocol):
@@ -30,7 +34,7 @@ class LanguageModel(Protocol):
         tokens: torch.Tensor,
         positions: torch.Tensor,
         batch: AttentionBatch,
-        caches: Sequence[KVCache],
+        caches: Sequence[LayerCache],
     ) -> torch.Tensor:
         """Run a step. tokens, positions: int64 [T]; caches: one for each layer.
 
@@ -86,19 +90,37 @@ def empty_kv_cache(
     return replace(cache, scales=lazy_zeros((*shape, 1), torch.float32, model.device))
 
 
-def new_kv_caches(
+def empty_recurrent_state(
+    model: LanguageModel, spec: ModelSpec, index: int, num_rows: int
+) -> RecurrentState:
+    """The states of a layer that is not attention, all zero; see `RecurrentState`."""
+    width = channels = heads = keys = values = 0
+    if spec.recurrent is not None and spec.layers[index].mixer != "none":
+        width = spec.recurrent.conv_kernel_size - 1
+        channels = spec.recurrent.conv_channels
+        heads, keys, values = spec.recurrent.state_shape
+    return RecurrentState(
+        lazy_zeros((num_rows, width, channels), model.dtype, model.device),
+        lazy_zeros((num_rows, heads, keys, values), torch.float32, model.device),
+    )
+
+
+def new_layer_caches(
     model: LanguageModel,
     num_blocks: Callable[[LayerSpec], int],
     block_size: int,
     kv_cache_dtype: str | None = None,
-) -> list[KVCache]:
+    num_state_rows: int = 0,
+) -> list[LayerCache]:
     """A cache for each layer. A layer that reads the keys and values of another has its cache.
 
-    num_blocks: the blocks of a layer.
+    num_blocks: the blocks of a layer. num_state_rows: the rows of its recurrent states.
     """
-    caches: list[KVCache] = []
+    caches: list[LayerCache] = []
     for index, layer in enumerate(model.spec.layers):
-        if layer.kv_shared_layer_offset:
+        if layer.mixer != "attention":
+            caches.append(empty_recurrent_state(model, model.spec, index, num_state_rows))
+        elif layer.kv_shared_layer_offset:
             caches.append(caches[index - layer.kv_shared_layer_offset])
         else:
             blocks = num_blocks(layer)
@@ -107,22 +129,25 @@ def new_kv_caches(
     return caches
 
 
-def scratch_kv_caches(
+def scratch_layer_caches(
     model: LanguageModel,
     spec: ModelSpec,
     num_blocks: int,
     block_size: int,
     kv_cache_dtype: str | None = None,
-) -> list[KVCache]:
+) -> list[LayerCache]:
     """A cache for each layer of `spec`, for a step whose keys and values are not read again.
 
     Layers of equal sizes share one: a layer reads only what it has just written. A layer whose keys
-    and values others read has its own.
+    and values others read has its own. Recurrent states are not kept.
     """
     is_read = spec.kv_source_layers
-    caches: list[KVCache] = []
+    caches: list[LayerCache] = []
     shared: dict[tuple[int, int], KVCache] = {}
     for index, layer in enumerate(spec.layers):
+        if layer.mixer != "attention":
+            caches.append(empty_recurrent_state(model, spec, index, 0))
+            continue
         if layer.kv_shared_layer_offset:
             caches.append(caches[index - layer.kv_shared_layer_offset])
             continue

@@ -12,6 +12,8 @@ from typing import Any, Literal
 from llmkit.checkpoint.hf_config import RopeSpec
 from llmkit.model.split import REPLICATED, Split
 
+# What mixes the tokens of a layer. "none": the layer has only an MLP or experts.
+Mixer = Literal["attention", "gated_delta_net", "mamba2", "short_conv", "none"]
 Activation = Literal["silu", "gelu_tanh", "gelu", "relu2", "xielu", "swiglu_clamped"]
 
 
@@ -31,6 +33,8 @@ class LayerSpec:
     # layers before it. 0: it has its own.
     kv_shared_layer_offset: int = 0
     k_eq_v: bool = False  # there is no v_proj: values are keys before their norm
+    mixer: Mixer = "attention"
+    has_mlp: bool = True  # or experts
 
 
 @dataclass(frozen=True)
@@ -86,6 +90,83 @@ class MoeSpec:
     shared_gate_up: str = "gate_up_proj"  # its gate and up; only with `ModelSpec.fused_gate_up`
     shared_down: str = "down_proj"
     shared_expert_gate: str | None = None  # a linear whose sigmoid multiplies its output
+
+
+@dataclass(frozen=True)
+class GatedDeltaNetSpec:
+    """The gated delta net layers of a model (Qwen3-Next, Qwen3.5; arXiv 2412.06464)."""
+
+    num_k_heads: int  # queries, too
+    num_v_heads: int  # a multiple of num_k_heads
+    head_k_dim: int
+    head_v_dim: int
+    conv_kernel_size: int
+    # The checkpoint has one linear for queries, keys, values and gates, and one for beta and decay.
+    # Their rows are those of one key head after the other (Qwen3-Next).
+    fused_projections: bool = False
+
+    @property
+    def conv_channels(self) -> int:
+        """The channels of the convolution: queries, keys and values."""
+        return 2 * self.num_k_heads * self.head_k_dim + self.num_v_heads * self.head_v_dim
+
+    @property
+    def state_shape(self) -> tuple[int, int, int]:
+        """The state of a sequence, [heads, K, V]."""
+        return self.num_v_heads, self.head_k_dim, self.head_v_dim
+
+
+@dataclass(frozen=True)
+class Mamba2Spec:
+    """The Mamba 2 layers of a model (arXiv 2405.21060)."""
+
+    num_heads: int
+    head_dim: int
+    n_groups: int  # heads of a group share B and C
+    state_size: int
+    conv_kernel_size: int
+    conv_bias: bool = True
+    proj_bias: bool = False
+    time_step_limit: tuple[float, float] = (0.0, float("inf"))
+    gated_norm: bool = True  # the output is normalized after the gate
+    norm_groups: int = 1  # the norm is over each of so many equal parts of the output
+
+    @property
+    def intermediate_size(self) -> int:
+        """The features of all heads."""
+        return self.num_heads * self.head_dim
+
+    @property
+    def conv_channels(self) -> int:
+        """The channels of the convolution: x, B and C."""
+        return self.intermediate_size + 2 * self.n_groups * self.state_size
+
+    @property
+    def state_shape(self) -> tuple[int, int, int]:
+        """The state of a sequence, [heads, state_size, head_dim]."""
+        return self.num_heads, self.state_size, self.head_dim
+
+
+@dataclass(frozen=True)
+class ShortConvSpec:
+    """The gated short convolutions of a model (LFM2)."""
+
+    channels: int
+    conv_kernel_size: int
+    bias: bool = False
+
+    @property
+    def conv_channels(self) -> int:
+        """The channels of the convolution."""
+        return self.channels
+
+    @property
+    def state_shape(self) -> tuple[int, int, int]:
+        """There is no state besides the last inputs of the convolution."""
+        return 0, 0, 0
+
+
+RecurrentSpec = GatedDeltaNetSpec | Mamba2Spec | ShortConvSpec
 
 
 @dataclass(frozen=True)
@@ -199,6 +280,7 @@ class ModelSpec:
     residual_multiplier: float = 1.0
     logit_scale: float = 1.0  # multiplies the logits
     moe: MoeSpec | None = None
+    recurrent: RecurrentSpec | None = None  # of the layers whose mixer is recurrent
     rank: RankSpec | None = None  # None: this is the full model
     # Set for the fallback: the model runs by transformers' own modeling code.
     transformers: TransformersSpec | None = None
@@ -258,12 +340,27 @@ class ModelSpec:
 
     def kv_elements_of_layer(self, index: int) -> int:
         """The elements of K and V of one token in a layer."""
+        layer = self.layers[index]
+        if layer.kv_shared_layer_offset or layer.mixer != "attention":
+            return 0
         spec = self.for_layer(index)
-        return (
-            0
-            if self.layers[index].kv_shared_layer_offset
-            else 2 * spec.num_kv_heads * spec.head_dim
-        )
+        return 2 * spec.num_kv_heads * spec.head_dim
+
+    @property
+    def num_recurrent_layers(self) -> int:
+        """How many layers keep a recurrent state of each sequence."""
+        return sum(layer.mixer not in ("attention", "none") for layer in self.layers)
+
+    def recurrent_bytes_per_sequence(self, itemsize: int) -> int:
+        """The bytes of the recurrent states of a sequence over all layers.
+
+        itemsize: bytes of an element of the model. State matrices are in float32.
+        """
+        if self.recurrent is None:
+            return 0
+        conv = (self.recurrent.conv_kernel_size - 1) * self.recurrent.conv_channels
+        heads, keys, values = self.recurrent.state_shape
+        return self.num_recurrent_layers * (conv * itemsize + heads * keys * values * 4)
 
     def for_layer(self, index: int) -> ModelSpec:
         """The spec with the sizes of a layer, if they differ from those of the model."""
@@ -299,9 +396,11 @@ class ModelSpec:
     def sliding_windows(self) -> tuple[int | None, ...]:
         """The distinct sliding windows of the layers, in layer order.
 
-        Each of them has separate block tables.
+        Each of them has separate block tables. A model without attention has those of full
+        attention, whose blocks hold nothing, so that it has prefixes as others have.
         """
-        return tuple(dict.fromkeys(layer.sliding_window for layer in self.layers))
+        windows = (layer.sliding_window for layer in self.layers if layer.mixer == "attention")
+        return tuple(dict.fromkeys(windows)) or (None,)
 
     def rope_offset(self, total_tokens: int) -> int:
         """The offset to add to the positions of a request of `total_tokens`, prompt and output.

@@ -25,7 +25,7 @@ from llmkit.kernels.attention import paged_attention
 from llmkit.kernels.attention_metadata import AttentionBatch
 from llmkit.kernels.kv_cache import KVCache
 from llmkit.model.decoder import SINGLE_RANK
-from llmkit.model.language_model import empty_kv_cache
+from llmkit.model.language_model import LayerCache, empty_kv_cache
 from llmkit.model.linear import ActivationQuant, Linear
 from llmkit.model.parallel_group import ParallelGroup, mask_padding
 from llmkit.model.spec import ModelSpec
@@ -41,7 +41,7 @@ class Step:
 
     spec: ModelSpec
     batch: AttentionBatch
-    caches: Sequence[KVCache]
+    caches: Sequence[LayerCache]
 
 
 # The step that runs. Not every model passes unknown keyword arguments on to its attention.
@@ -67,6 +67,7 @@ def _paged_attention(
     step = _step.get()
     index: int = module.layer_idx  # type: ignore[assignment]
     cache = step.caches[index]
+    assert isinstance(cache, KVCache), "the fallback has attention only"
     metadata = step.batch.metadata(step.spec.layers[index].sliding_window)
     dtype = value.dtype
     kv = torch.cat((key[0], value[0])).to(dtype).transpose(0, 1)  # [T, 2K, D]
@@ -136,7 +137,7 @@ class TransformersModel:
         tokens: torch.Tensor,
         positions: torch.Tensor,
         batch: AttentionBatch,
-        caches: Sequence[KVCache],
+        caches: Sequence[LayerCache],
     ) -> torch.Tensor:
         """See `LanguageModel`."""
         with self.step(batch, caches):
@@ -147,7 +148,7 @@ class TransformersModel:
         return hidden
 
     @contextmanager
-    def step(self, batch: AttentionBatch, caches: Sequence[KVCache]) -> Iterator[None]:
+    def step(self, batch: AttentionBatch, caches: Sequence[LayerCache]) -> Iterator[None]:
         """Inside the `with` block, the layers attend to the sequences of `batch`."""
         token = _step.set(Step(self.spec, batch, caches))
         try:

@@ -26,7 +26,7 @@ from llmkit.kernels.attention_metadata import AttentionBatch
 from llmkit.kernels.kv_cache import KVCache
 from llmkit.model.decoder import SINGLE_RANK, TABLES, Decoder, DecoderLayer
 from llmkit.model.full_forward import make_batch
-from llmkit.model.language_model import scratch_kv_caches
+from llmkit.model.language_model import scratch_layer_caches
 from llmkit.model.linear import ActivationQuant
 from llmkit.model.parameter_table import Parameter, parameters
 from llmkit.model.rope import CosSin
@@ -302,7 +302,7 @@ class LayerStream:
         """The context of a micro-batch of `count` windows of `length` tokens."""
         decoder = self.decoder_without_layers(with_head=False)
         positions, batch = make_batch(decoder, [length] * count)
-        caches = scratch_kv_caches(decoder, self.spec, batch.num_blocks, batch.block_size)
+        caches = scratch_layer_caches(decoder, self.spec, batch.num_blocks, batch.block_size)
         return BatchContext(self.spec, decoder.cos_sin(positions), batch, caches)
 
     @torch.no_grad()

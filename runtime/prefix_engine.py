@@ -25,6 +25,7 @@ import torch
 from llmkit.checkpoint.checkpoint import Checkpoint
 from llmkit.common.errors import InputError
 from llmkit.common.formatting import bytes_text
+from llmkit.kernels.recurrent_state import RecurrentState
 from llmkit.runtime.engine.engine import Engine
 from llmkit.runtime.engine.engine_outputs import EngineOutput, EngineStats
 from llmkit.runtime.engine.engine_request import EngineRequest
@@ -79,6 +80,12 @@ class PrefixStoreEngine(Engine):
         # Every tensor of the caches as int64 [2K, blocks, bytes of a block / 8]; K: KV heads.
         self._cache_tensors: list[torch.Tensor] = []
         for cache in kv_caches:
+            if isinstance(cache, RecurrentState):
+                raise InputError(
+                    "--prefix-cache-dir is not possible with a model that has recurrent layers",
+                    "A model with full attention in all layers was expected",
+                    "Leave out --prefix-cache-dir; prefixes are cached in memory anyway",
+                )
             for tensor in (cache.kv, cache.scales):
                 if tensor is not None:
                     self._cache_tensors.append(tensor.flatten(2).view(torch.int64))

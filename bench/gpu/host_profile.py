@@ -20,6 +20,7 @@ from llmkit.kernels.attention_metadata import AttentionBatch
 from llmkit.kernels.kv_cache import KVCache
 from llmkit.model.decoder import SINGLE_RANK
 from llmkit.model.families import model_spec
+from llmkit.model.language_model import LayerCache
 from llmkit.model.linear import Linear
 from llmkit.model.spec import ModelSpec
 from llmkit.runtime.engine.cuda_graphs import CudaGraphRunner
@@ -135,7 +136,7 @@ class StandInModel:
         tokens: torch.Tensor,
         positions: torch.Tensor,
         batch: AttentionBatch,
-        caches: Sequence[KVCache],
+        caches: Sequence[LayerCache],
     ) -> torch.Tensor:
         """Make what the first layer of a model makes on the host for all layers."""
         metadata = batch.metadata(None)

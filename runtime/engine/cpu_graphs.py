@@ -14,8 +14,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from llmkit.kernels.cpu import cpu_kernels
-from llmkit.kernels.kv_cache import KVCache
 from llmkit.model.decoder import Decoder
+from llmkit.model.language_model import LayerCache
 from llmkit.runtime.engine.sampling_tensors import SamplingTensors
 from llmkit.runtime.engine.slot_block_tables import BlockTables, SlotBlockTables
 from llmkit.runtime.engine.static_batch import StaticDecodeBatch
@@ -88,7 +88,7 @@ class CpuGraph(StaticDecodeBatch):
                 if recorded is not None and value is not None:
                     recorded.copy_(value)
 
-    def record(self, model: Decoder, kv_caches: Sequence[KVCache]) -> bool:
+    def record(self, model: Decoder, kv_caches: Sequence[LayerCache]) -> bool:
         """Run the layers and record them. Returns False when they cannot be replayed."""
         with cpu_kernels.recording() as recorder, _TorchWatcher() as watcher:
             self.output = model.run_layers(
@@ -118,7 +118,7 @@ class CpuGraphRunner:
     def __init__(
         self,
         model: Decoder,
-        kv_caches: Sequence[KVCache],
+        kv_caches: Sequence[LayerCache],
         max_blocks: int,
         block_size: int,
         max_num_seqs: int,

@@ -20,6 +20,7 @@ from llmkit.kernels.paged_attention import supports_cache
 from llmkit.kernels.sampling_triton import sample
 from llmkit.kernels.triton_support import tl
 from llmkit.model.decoder import Decoder
+from llmkit.model.language_model import LayerCache
 from llmkit.model.lora import LoraManager
 from llmkit.model.spec import ModelSpec
 from llmkit.runtime.engine.sampling_tensors import (
@@ -122,7 +123,7 @@ class DecodeGraph(StaticDecodeBatch):
     def __init__(
         self,
         model: Decoder,
-        kv_caches: Sequence[KVCache],
+        kv_caches: Sequence[LayerCache],
         num_rows: int,
         block_tables: SlotBlockTables,
         block_size: int,
@@ -244,7 +245,7 @@ class CudaGraphRunner:
     def __init__(
         self,
         model: Decoder,
-        kv_caches: Sequence[KVCache],
+        kv_caches: Sequence[LayerCache],
         max_blocks: int,
         block_size: int,
         max_num_seqs: int,
@@ -289,7 +290,8 @@ class CudaGraphRunner:
         can_capture = all(layer.fused_experts is not None for layer in moe_layers)
         # Attention in torch reads the sequences on the host, which a replay would not do again.
         self.can_capture_attention = model.device.type != "cuda" or (
-            tl is not None and all(map(supports_cache, kv_caches))
+            tl is not None
+            and all(supports_cache(cache) for cache in kv_caches if isinstance(cache, KVCache))
         )
         can_capture = can_capture and self.can_capture_attention
         self.enabled = enabled and can_capture and any(self.sizes.values())
@@ -451,12 +453,13 @@ class CudaGraphRunner:
         return self.graphs[key]
 
 
-def padding_blocks_of(spec: ModelSpec, kv_caches: Sequence[KVCache]) -> dict[int | None, int]:
+def padding_blocks_of(spec: ModelSpec, kv_caches: Sequence[LayerCache]) -> dict[int | None, int]:
     """By attention window, the block that unused rows of a graph write to: the last one."""
-    return {
-        layer.sliding_window: cache.kv.shape[1] - 1
-        for layer, cache in zip(spec.layers, kv_caches, strict=True)
-    }
+    paddings = dict.fromkeys(spec.sliding_windows, 0)  # without attention, nothing is written
+    for layer, cache in zip(spec.layers, kv_caches, strict=True):
+        if isinstance(cache, KVCache):
+            paddings[layer.sliding_window] = cache.kv.shape[1] - 1
+    return paddings
 
 
 def capture_sizes(

@@ -9,7 +9,7 @@ import torch
 
 from llmkit.kernels.sampling import sample
 from llmkit.model.decoder import Decoder
-from llmkit.model.language_model import LanguageModel, new_kv_caches
+from llmkit.model.language_model import LanguageModel, new_layer_caches
 from llmkit.runtime.engine.cuda_graphs import CudaGraphRunner
 from llmkit.runtime.engine.engine_config import EngineConfig
 from llmkit.runtime.engine.no_graphs import NoGraphRunner
@@ -39,7 +39,7 @@ class DraftModelProposer:
         self._config = config
         on_gpu = config.device.type == "cuda"
         num_padding_blocks = int(on_gpu)  # unused rows of a CUDA graph write to it
-        kv_caches = new_kv_caches(
+        kv_caches = new_layer_caches(
             model, lambda _: config.num_blocks + num_padding_blocks, config.block_size
         )
         full_attention = config.sliding_windows.index(None)

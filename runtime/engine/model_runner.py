@@ -16,7 +16,7 @@ import torch
 from llmkit.kernels.cpu import cpu_kernels
 from llmkit.kernels.sampling import gather_logprobs, sample
 from llmkit.model.decoder import Decoder
-from llmkit.model.language_model import LanguageModel, new_kv_caches
+from llmkit.model.language_model import LanguageModel, new_layer_caches
 from llmkit.model.lora import LoraManager
 from llmkit.model.parallel_group import Waitable
 from llmkit.runtime.engine.cpu_graphs import CpuGraphRunner
@@ -186,7 +186,7 @@ class ModelRunner:
         self.adapters = LoraManager(model, uses_slots=on_gpu and not config.enforce_eager)
 
         num_padding_blocks = int(on_gpu)  # unused rows of a CUDA graph write to it
-        kv_caches = new_kv_caches(
+        kv_caches = new_layer_caches(
             model,
             lambda layer: config.num_blocks_for(layer.sliding_window) + num_padding_blocks,
             config.block_size,

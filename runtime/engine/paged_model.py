@@ -11,8 +11,8 @@ import torch
 
 from llmkit.kernels.attention_metadata import AttentionBatch, BlockTable, Int64Array
 from llmkit.kernels.device_copy import to_device
-from llmkit.kernels.kv_cache import KVCache
-from llmkit.model.language_model import LanguageModel
+from llmkit.kernels.recurrent_state import RecurrentState
+from llmkit.model.language_model import LanguageModel, LayerCache
 from llmkit.runtime.engine.engine_config import EngineConfig
 from llmkit.runtime.engine.sequence import Sequence
 from llmkit.runtime.engine.slot_block_tables import BlockTables, SlotBlockTables
@@ -37,7 +37,7 @@ class PagedModel:
     def __init__(
         self,
         model: LanguageModel,
-        kv_caches: list[KVCache],
+        kv_caches: list[LayerCache],
         config: EngineConfig,
         table_of_window: Mapping[int | None, int],
     ) -> None:
@@ -101,7 +101,8 @@ class PagedModel:
         blocks: the block ids, for each block table.
         """
         for layer, cache in zip(self.model.spec.layers, self.kv_caches, strict=True):
-            cache.clear(blocks[self._table_of_window[layer.sliding_window]])
+            if not isinstance(cache, RecurrentState):
+                cache.clear(blocks[self._table_of_window[layer.sliding_window]])
 
 
 def _sizes(rows: SequenceOf[SequenceOf[int]]) -> Int64Array:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from llmkit.kernels.attention_metadata import AttentionBatch
-from llmkit.model.language_model import LanguageModel, new_kv_caches
+from llmkit.model.language_model import LanguageModel, new_layer_caches
 from support.tiny_families import COMMON
 
 BLOCK = 16
@@ -35,7 +35,7 @@ class Sequences:
             per * len(sequences), generator=torch.Generator().manual_seed(1)
         ).tolist()
         self.tables = [order[i * per : (i + 1) * per] for i in range(len(sequences))]
-        self.caches = new_kv_caches(model, lambda _: per * len(sequences), BLOCK)
+        self.caches = new_layer_caches(model, lambda _: per * len(sequences), BLOCK)
 
     @torch.inference_mode()
     def step(self, counts: list[int]) -> dict[int, torch.Tensor]:
