@@ -58,7 +58,7 @@ def _qwen_layers(config: Any, layers: Sequence[LayerSpec]) -> tuple[LayerSpec, .
         and config.num_local_experts > 0
         for index in range(len(layers))
     ]
-    return _with_experts(layers, is_moe)
+    return with_experts(layers, is_moe)
 
 
 def _qwen2_moe(config: Any) -> dict[str, Any]:
@@ -107,7 +107,7 @@ def _flex_olmo(config: Any) -> dict[str, Any]:
 def _mellum(config: Any) -> dict[str, Any]:
     num_layers = config.num_hidden_layers
     layers = mixed_layers(config, [False] * num_layers, config.sliding_window)
-    layers = _with_experts(layers, _sparse_layers(config, [True] * num_layers))
+    layers = with_experts(layers, _sparse_layers(config, [True] * num_layers))
     rope_theta = {"full_attention": 5e5, "sliding_attention": 1e4}
     moe = experts(
         config,
@@ -128,7 +128,7 @@ def _glm4_moe(config: Any) -> dict[str, Any]:
         "qk_norm": "head" if config.use_qk_norm else "none",
         "qkv_bias": config.attention_bias,
         "layers": _dense_first(config, equal_layers(config, None)),
-        "moe": _sigmoid_router(config),
+        "moe": sigmoid_router(config),
     }
 
 
@@ -143,7 +143,7 @@ def _dots1(config: Any) -> dict[str, Any]:
         "qkv_bias": config.attention_bias,
         "o_proj_bias": config.attention_bias,
         "layers": _dense_first(config, layers),
-        "moe": _sigmoid_router(config),
+        "moe": sigmoid_router(config),
     }
 
 
@@ -151,17 +151,17 @@ def _solar_open(config: Any) -> dict[str, Any]:
     return {
         "qkv_bias": config.attention_bias,
         "layers": equal_layers(config, None, is_moe=True),
-        "moe": _sigmoid_router(config),
+        "moe": sigmoid_router(config),
     }
 
 
 def _exaone_moe(config: Any) -> dict[str, Any]:
     layers = exaone_layers(config)
     is_moe = [index >= config.first_k_dense_replace for index in range(len(layers))]
-    moe = _sigmoid_router(config, config.num_shared_experts)
+    moe = sigmoid_router(config, config.num_shared_experts)
     return {
         "qk_norm": "head",
-        "layers": _with_experts(layers, _sparse_layers(config, is_moe)),
+        "layers": with_experts(layers, _sparse_layers(config, is_moe)),
         "moe": replace(moe, correction_bias="e_score_correction_bias"),
     }
 
@@ -215,7 +215,7 @@ def _ernie4_5_moe(config: Any) -> dict[str, Any]:
         "o_proj_bias": config.use_bias,
         "mlp_bias": config.use_bias,
         "rope_interleaved": True,
-        "layers": _with_experts(equal_layers(config, None), is_moe),
+        "layers": with_experts(equal_layers(config, None), is_moe),
         "moe": moe,
     }
 
@@ -243,7 +243,7 @@ def _hy_v3(config: Any) -> dict[str, Any]:
     num_layers = config.num_hidden_layers
     is_moe = _sparse_layers(config, [index > 0 for index in range(num_layers)])
     moe = replace(
-        _sigmoid_router(config, config.num_shared_experts),
+        sigmoid_router(config, config.num_shared_experts),
         norm_topk_prob=True,
         router="router.gate",
         correction_bias="expert_bias",
@@ -255,7 +255,7 @@ def _hy_v3(config: Any) -> dict[str, Any]:
         "qkv_bias": config.attention_bias,
         "o_proj_bias": config.attention_bias,
         "mlp_bias": config.mlp_bias,
-        "layers": _with_experts(equal_layers(config, None), is_moe),
+        "layers": with_experts(equal_layers(config, None), is_moe),
         "moe": moe,
     }
 
@@ -266,7 +266,7 @@ def _afmoe(config: Any) -> dict[str, Any]:
     layers = without_global_rope(mixed_layers(config, has_window, config.sliding_window))
     is_moe = [index >= config.num_dense_layers for index in range(num_layers)]
     moe = replace(
-        _sigmoid_router(config, config.num_shared_experts),
+        sigmoid_router(config, config.num_shared_experts),
         norm_topk_prob=True,
         router="router.gate",
         correction_bias="expert_bias",
@@ -280,7 +280,7 @@ def _afmoe(config: Any) -> dict[str, Any]:
         "qkv_bias": config.attention_bias,
         "o_proj_bias": config.attention_bias,
         "embedding_multiplier": config.hidden_size**0.5 if config.mup_enabled else 1.0,
-        "layers": _with_experts(layers, is_moe),
+        "layers": with_experts(layers, is_moe),
         "moe": moe,
         "module_names": {
             "mlp_norm": "pre_mlp_layernorm",
@@ -316,7 +316,8 @@ def _gpt_oss(config: Any) -> dict[str, Any]:
     }
 
 
-def _granite_moe(config: Any) -> dict[str, Any]:
+def granite_moe(config: Any) -> dict[str, Any]:
+    """Granite with experts in all layers. A `shared_intermediate_size` adds a shared expert."""
     moe = experts(
         config,
         config.intermediate_size,
@@ -341,7 +342,7 @@ def _granite_moe(config: Any) -> dict[str, Any]:
 
 def _granite_moe_swa(config: Any) -> dict[str, Any]:
     attention = granite_swa(config)
-    differences = _granite_moe(config)
+    differences = granite_moe(config)
     moe = replace(
         differences["moe"],
         router="block_sparse_moe.router",
@@ -370,7 +371,7 @@ def _laguna(config: Any) -> dict[str, Any]:
         )
     layers = tuple(
         replace(layer, num_heads=count)
-        for layer, count in zip(_with_experts(layers, is_moe), heads, strict=True)
+        for layer, count in zip(with_experts(layers, is_moe), heads, strict=True)
     )
     # Full attention rotates half of a head unless the config says otherwise.
     config = copy(config)
@@ -399,7 +400,7 @@ def _laguna(config: Any) -> dict[str, Any]:
     }
 
 
-def _sigmoid_router(config: Any, num_shared_experts: int | None = None) -> MoeSpec:
+def sigmoid_router(config: Any, num_shared_experts: int | None = None) -> MoeSpec:
     """The mixture of DeepSeek-V3, which several families have taken over.
 
     num_shared_experts: None: the config's `n_shared_experts`.
@@ -441,7 +442,8 @@ def _check_sigmoid(config: Any) -> None:
             raise InputError(f"config.json has {name} {value!r}", f"One of {', '.join(allowed)}")
 
 
-def _with_experts(layers: Sequence[LayerSpec], is_moe: Sequence[bool]) -> tuple[LayerSpec, ...]:
+def with_experts(layers: Sequence[LayerSpec], is_moe: Sequence[bool]) -> tuple[LayerSpec, ...]:
+    """The layers, some of which have experts in place of one MLP."""
     return tuple(
         replace(layer, is_moe=has_experts)
         for layer, has_experts in zip(layers, is_moe, strict=True)
@@ -451,7 +453,7 @@ def _with_experts(layers: Sequence[LayerSpec], is_moe: Sequence[bool]) -> tuple[
 def _dense_first(config: Any, layers: Sequence[LayerSpec]) -> tuple[LayerSpec, ...]:
     """Layers of which the first `first_k_dense_replace` have no experts."""
     first = config.first_k_dense_replace
-    return _with_experts(layers, [index >= first for index in range(len(layers))])
+    return with_experts(layers, [index >= first for index in range(len(layers))])
 
 
 def _sparse_layers(config: Any, default: list[bool]) -> list[bool]:
@@ -487,8 +489,8 @@ MOE_FAMILIES: dict[str, tuple[str, FamilyFunction]] = {
     "HunYuanMoEV1ForCausalLM": ("hunyuan_v1_moe", _hunyuan_moe),
     "HYV3ForCausalLM": ("hy_v3", _hy_v3),
     "AfmoeForCausalLM": ("afmoe", _afmoe),
-    "GraniteMoeForCausalLM": ("granitemoe", _granite_moe),
-    "GraniteMoeSharedForCausalLM": ("granitemoeshared", _granite_moe),
+    "GraniteMoeForCausalLM": ("granitemoe", granite_moe),
+    "GraniteMoeSharedForCausalLM": ("granitemoeshared", granite_moe),
     "GraniteMoeSWAForCausalLM": ("granitemoe_swa", _granite_moe_swa),
     "LagunaForCausalLM": ("laguna", _laguna),
 }
