@@ -1,0 +1,202 @@
+"""The gated delta rule: its forms against transformers', however a sequence is cut into steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+from transformers.models.qwen3_next import modeling_qwen3_next
+
+from llmkit.kernels import gated_delta_net
+from llmkit.kernels.gated_delta_net import (
+    gated_delta_rule_reference,
+    gated_delta_rule_torch,
+    gated_rms_norm,
+)
+from llmkit.kernels.recurrent_state import NO_ROW, RecurrentBatch, RecurrentState
+
+GatedDeltaRule = Callable[..., torch.Tensor]
+FORMS = [gated_delta_rule_reference, gated_delta_rule_torch]
+NUM_ROWS = 8
+
+
+@dataclass(frozen=True)
+class Layer:
+    """The sizes and parameters of a layer, and inputs of its recurrence."""
+
+    k_heads: int = 2
+    v_heads: int = 4
+    k_dim: int = 16
+    v_dim: int = 24
+    seed: int = 0
+
+    def inputs(self, num_tokens: int, seed: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
+        """qkv and ba."""
+        generator = torch.Generator().manual_seed(seed)
+        width = 2 * self.k_heads * self.k_dim + self.v_heads * self.v_dim
+        qkv = torch.randn(num_tokens, width, generator=generator)
+        return qkv, torch.randn(num_tokens, 2 * self.v_heads, generator=generator)
+
+    def parameters(self) -> tuple[torch.Tensor, torch.Tensor, int]:
+        """A_log, dt_bias and the number of key heads."""
+        generator = torch.Generator().manual_seed(self.seed)
+        A_log = torch.rand(self.v_heads, generator=generator).mul(4).log()
+        return A_log, torch.randn(self.v_heads, generator=generator) - 2, self.k_heads
+
+    def state(self, num_rows: int = NUM_ROWS, fill: float = 0.0) -> RecurrentState:
+        shape = num_rows, self.v_heads, self.k_dim, self.v_dim
+        return RecurrentState(torch.empty(num_rows, 0, 0), torch.full(shape, fill))
+
+    def oracle(
+        self, qkv: torch.Tensor, ba: torch.Tensor, initial: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """transformers' outputs [T, Hv, V], and the state after the last token [Hv, K, V]."""
+        A_log, dt_bias, _ = self.parameters()
+        keys = self.k_heads * self.k_dim
+        q, k, v = qkv[None].split((keys, keys, self.v_heads * self.v_dim), -1)
+        b, a = ba[None].chunk(2, -1)
+        out, state = modeling_qwen3_next.torch_recurrent_gated_delta_rule(
+            q.unflatten(2, (-1, self.k_dim)),
+            k.unflatten(2, (-1, self.k_dim)),
+            v.unflatten(2, (-1, self.v_dim)),
+            g=-A_log.exp() * torch.nn.functional.softplus(a + dt_bias),
+            beta=b.sigmoid(),
+            initial_state=None if initial is None else initial[None],
+            output_final_state=True,
+            use_qk_l2norm_in_kernel=True,
+        )
+        return out[0], state[0]
+
+
+def close(found: torch.Tensor, expected: torch.Tensor, limit: float = 2e-5) -> None:
+    assert found.shape == expected.shape
+    torch.testing.assert_close(found, expected, rtol=limit, atol=limit)
+
+
+def run_in_steps(
+    rule: GatedDeltaRule,
+    layer: Layer,
+    qkv: torch.Tensor,
+    ba: torch.Tensor,
+    state: RecurrentState,
+    step: int,
+) -> torch.Tensor:
+    """A sequence in steps of so many tokens. Its state is in row 3."""
+    outputs = []
+    for begin in range(0, len(qkv), step):
+        part = slice(begin, begin + step)
+        num_tokens = len(qkv[part])
+        batch = RecurrentBatch.build([num_tokens], [3 if begin else NO_ROW], [[(num_tokens, 3)]])
+        outputs.append(rule(qkv[part], ba[part], *layer.parameters(), state, batch))
+    return torch.cat(outputs)
+
+
+@pytest.mark.parametrize("rule", FORMS)
+@pytest.mark.parametrize("step", [1, 7, 64, 150])
+@torch.inference_mode()
+def test_gated_delta_rule_equals_transformers(rule: GatedDeltaRule, step: int) -> None:
+    layer = Layer()
+    qkv, ba = layer.inputs(150)
+    state = layer.state()
+    expected, final = layer.oracle(qkv, ba)
+    close(run_in_steps(rule, layer, qkv, ba, state, step), expected)
+    close(state.state[3], final)
+    assert not state.state[:3].any() and not state.state[4:].any()
+
+
+def mixed_batch(
+    rule: GatedDeltaRule, layer: Layer, state: RecurrentState, lens: Sequence[int] = (70, 1, 3, 5)
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """A prompt with two checkpoints, a decode, draft tokens, and a sequence that keeps nothing."""
+    writes = [[(64, 0), (70, 1)], [(1, 2)], [(1, 3), (2, 4), (3, 5)], []]
+    batch = RecurrentBatch.build(lens, [NO_ROW, 2, 3, 6], writes)
+    qkv, ba = layer.inputs(sum(lens))
+    return rule(qkv, ba, *layer.parameters(), state, batch), qkv, ba
+
+
+@pytest.mark.parametrize("rule", FORMS)
+@torch.inference_mode()
+def test_gated_delta_rule_reads_and_writes_rows(rule: GatedDeltaRule) -> None:
+    layer = Layer()
+    state = layer.state()
+    state.state.normal_(generator=torch.Generator().manual_seed(2))
+    before = state.state.clone()
+    out, qkv, ba = mixed_batch(rule, layer, state)
+
+    def oracle(begin: int, end: int, initial: int | None) -> tuple[torch.Tensor, torch.Tensor]:
+        initial_state = None if initial is None else before[initial]
+        return layer.oracle(qkv[begin:end], ba[begin:end], initial_state)
+
+    for begin, end, initial in ((0, 70, None), (70, 71, 2), (71, 74, 3), (74, 79, 6)):
+        close(out[begin:end], oracle(begin, end, initial)[0])
+    ends = [(0, 64, None), (0, 70, None), (70, 71, 2), (71, 72, 3), (71, 73, 3), (71, 74, 3)]
+    for row, part in enumerate(ends):
+        close(state.state[row], oracle(*part)[1])
+    assert torch.equal(state.state[6:], before[6:])
+
+
+@pytest.mark.parametrize("rule", FORMS)
+@torch.inference_mode()
+def test_gated_delta_rule_decodes_a_batch(rule: GatedDeltaRule) -> None:
+    layer = Layer(k_heads=3, v_heads=3)
+    state = layer.state()
+    state.state.normal_(generator=torch.Generator().manual_seed(2))
+    before = state.state.clone()
+    batch = RecurrentBatch.build([1, 1, 1], [4, NO_ROW, 1], [[(1, 4)], [(1, 0)], [(1, 2), (1, 1)]])
+    qkv, ba = layer.inputs(3)
+    out = rule(qkv, ba, *layer.parameters(), state, batch)
+    for i, (initial, rows) in enumerate([(before[4], [4]), (None, [0]), (before[1], [1, 2])]):
+        expected, after = layer.oracle(qkv[i : i + 1], ba[i : i + 1], initial)
+        close(out[i : i + 1], expected)
+        for row in rows:
+            close(state.state[row], after)
+
+
+@pytest.mark.parametrize("rule", FORMS)
+@torch.inference_mode()
+def test_gated_delta_rule_keeps_nan_in_its_sequence(rule: GatedDeltaRule) -> None:
+    layer = Layer()
+    clean = layer.state(fill=0.5)
+    expected, *_ = mixed_batch(rule, layer, clean)
+    state = layer.state(fill=0.5)
+    state.state[[0, 1, 2, 4, 5, 7]] = torch.nan  # row 2 is the only one of them that is read
+    out, *_ = mixed_batch(rule, layer, state)
+    assert out[70].isnan().all()
+    assert torch.equal(out[:70], expected[:70])
+    assert torch.equal(out[71:], expected[71:])
+    assert state.state[2].isnan().all()
+    for row in (0, 1, 3, 4, 5, 6):
+        assert torch.equal(state.state[row], clean.state[row])
+
+
+@pytest.mark.parametrize("lens", [[9], [5, 4], [1] * 9])
+def test_gated_delta_rule_has_gradients(lens: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gated_delta_net, "CHUNK_TOKENS", 4)
+    layer = Layer()
+    qkv, ba = layer.inputs(9)
+    A_log, dt_bias, k_heads = layer.parameters()
+    batch = RecurrentBatch.fresh(np.array(lens), torch.device("cpu"))
+    gradients = []
+    for rule in (gated_delta_rule_reference, gated_delta_net.gated_delta_rule):
+        leaves = [leaf.clone().requires_grad_() for leaf in (qkv, ba, A_log, dt_bias)]
+        out = rule(*leaves, k_heads, layer.state(num_rows=0), batch)
+        (out * torch.arange(out.numel()).view_as(out).cos()).sum().backward()
+        gradients.append([leaf.grad for leaf in leaves])
+    for expected, found in zip(*gradients, strict=True):
+        assert expected is not None
+        assert found is not None
+        assert expected.any() or max(lens) == 1  # one token from zeros has no decay
+        close(found, expected, 1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.inference_mode()
+def test_gated_rms_norm_equals_transformers(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, z = torch.randn(2, 10, 24, generator=generator).to(dtype)
+    module = modeling_qwen3_next.Qwen3NextRMSNormGated(24, eps=1e-6).to(dtype)
+    module.weight.copy_(torch.randn(24, generator=generator))
+    close(gated_rms_norm(x, z, module.weight, 1e-6), module(x, z), 1e-6)
