@@ -245,6 +245,8 @@ class ModelSpec:
     # A linear of attention's input whose activation multiplies attention's output: one value for
     # each element, or one for each head.
     attention_gate: Literal["none", "element", "head"] = "none"
+    # q_proj has the gate of each head's elements after the head's query (Qwen3-Next).
+    fused_q_gate: bool = False
     attention_gate_activation: Literal["sigmoid", "softplus"] = "sigmoid"
     # A learned logit for each query head joins the softmax's sum (see `paged_attention`).
     attention_sinks: bool = False
@@ -259,7 +261,7 @@ class ModelSpec:
     fused_qkv: bool = False  # the checkpoint stores qkv_proj (Phi-3)
     fused_gate_up: bool = False  # the checkpoint stores gate_up_proj (Phi-3, GLM)
     # Names of modules in the checkpoint that differ from Llama's: {"mlp_norm": "ffn_norm"}. The
-    # keys are those of `parameter_table.MODULES`.
+    # keys are those of `parameter.MODULES`.
     module_names: dict[str, str] = field(default_factory=dict, hash=False)
     # What the names of the embedding, the layers and the last norm begin with in the checkpoint.
     tensor_prefix: str = "model"

@@ -34,7 +34,8 @@ from llmkit.model.linear import (
     supported_on_gpu,
 )
 from llmkit.model.parallel_group import ParallelGroup
-from llmkit.model.parameter_table import Parameter, SourceTensor, parameters
+from llmkit.model.parameter import Parameter, SourceTensor
+from llmkit.model.parameter_table import parameters
 from llmkit.model.spec import ModelSpec
 
 NUM_PACKING_THREADS = 4  # threads that pack weights while the next weights are read
@@ -182,7 +183,7 @@ def read_parameter(
             dense[name] = quantized.dequantize()
     if not parameter.shape:
         return dense[parameter.source_names[0]].to(dtype)
-    parts = [dense[source.name][source.rows] for source in parameter.sources]
+    parts = [source.rows_of(dense[source.name]) for source in parameter.sources]
     joined = parts[0] if len(parts) == 1 else torch.cat(parts)
     return joined.to(dtype)
 
@@ -191,8 +192,8 @@ def read_source(checkpoint: Checkpoint, parameter: Parameter, source: SourceTens
     """The rows of a parameter that come from one checkpoint tensor, dense, on the CPU."""
     quantized = _read_quantized(checkpoint, parameter, source.name, "cpu")
     if quantized is not None:
-        return quantized.rows(source.rows).dequantize()
-    return _read_part(checkpoint, parameter, source.name, source.name)[source.rows]
+        return quantized.select(source.rows_of).dequantize()
+    return source.rows_of(_read_part(checkpoint, parameter, source.name, source.name))
 
 
 def _read_quantized(
@@ -255,8 +256,10 @@ def _read_stored(
     weights: list[torch.Tensor | QuantizedWeight] = []
     for source in parameter.sources:
         weight = stored[source.name]
-        rows = source.rows
-        weights.append(weight.rows(rows) if isinstance(weight, QuantizedWeight) else weight[rows])
+        if isinstance(weight, QuantizedWeight):
+            weights.append(weight.select(source.rows_of))
+        else:
+            weights.append(source.rows_of(weight))
     return weights
 
 
