@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch.nn.functional import pad, silu, softplus
 
+from llmkit.kernels.cpu import cpu_gated_delta_net, cpu_kernels
 from llmkit.kernels.recurrent_state import NO_ROW, RecurrentBatch, RecurrentState
 
 CHUNK_TOKENS = 64  # of the chunkwise form
@@ -58,7 +59,10 @@ def gated_delta_rule(
     then a. A_log, dt_bias: float32 [Hv]. state.state: float32 [R, Hv, K, V]; the rows' number may
     be 0 where `batch` reads and writes none. Returns [T, Hv, V] in the dtype of qkv.
     """
-    return gated_delta_rule_torch(qkv, ba, A_log, dt_bias, num_k_heads, state, batch)
+    run = gated_delta_rule_torch
+    if cpu_gated_delta_net.supports(qkv, ba, state):
+        run = cpu_gated_delta_net.gated_delta_rule
+    return run(qkv, ba, A_log, dt_bias, num_k_heads, state, batch)
 
 
 def gated_rms_norm(
@@ -66,8 +70,13 @@ def gated_rms_norm(
 ) -> torch.Tensor:
     """The norm of each head, times a gate: x / rms(x) * weight * silu(z).
 
-    x, z: [..., D]; weight: [D]. Computed in float32. Returns x's shape and dtype.
+    x, z: [N, D] or [T, N, D]; weight: [D]. Computed in float32. Returns x's shape and dtype.
     """
+    if cpu_kernels.supports(x) and x.is_contiguous() and z.stride(-1) == 1:
+        if x.dim() == 2:
+            return cpu_gated_delta_net.gated_rms_norm(x[:, None], z[:, None], weight, eps)[:, 0]
+        if z.stride(1) == z.shape[2]:
+            return cpu_gated_delta_net.gated_rms_norm(x, z, weight, eps)
     wide = x.float()
     normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     weighted = weight * normed.to(x.dtype)

@@ -231,6 +231,47 @@ typedef struct {
     int64_t size;
 } RowCopy;
 
+/* The rows of states that a step reads and writes, see RecurrentBatch in recurrent_state.py. */
+typedef struct {
+    int64_t n_sequences;
+    const int64_t *query_lens;   /* [n_sequences]: tokens of this step */
+    const int64_t *initial_rows; /* [n_sequences]; -1: a state of zeros */
+    const int64_t *write_starts; /* [n_sequences + 1]: the first write of each sequence */
+    const int64_t *write_ends;   /* a write comes after so many tokens of the sequence */
+    const int64_t *write_rows;   /* where to */
+} RecurrentRows;
+
+/* The gated delta rule over the tokens of each sequence. */
+typedef struct {
+    const float *qkv; /* queries and keys [n_k_heads, k_dim], then values [n_v_heads, v_dim] */
+    int64_t qkv_stride;
+    const float *ba; /* [n_v_heads]: b, then a */
+    int64_t ba_stride;
+    const float *A_log;   /* [n_v_heads] */
+    const float *dt_bias; /* [n_v_heads] */
+    float *out;           /* [n_tokens, n_v_heads, v_dim] */
+    float *state;         /* [n_v_heads, k_dim, v_dim], a row every row_stride elements */
+    int64_t row_stride;
+    int64_t n_k_heads;
+    int64_t n_v_heads;
+    int64_t k_dim;
+    int64_t v_dim;
+    RecurrentRows rows;
+} GatedDeltaRule;
+
+/* y = x / rms(x) * weight * silu(z), for each head of each token. */
+typedef struct {
+    const float *x;      /* [n_tokens, n_heads, head_dim] */
+    const float *z;      /* the same; a token every z_stride elements */
+    const float *weight; /* [head_dim] */
+    float *y;            /* [n_tokens, n_heads, head_dim] */
+    int64_t z_stride;
+    int64_t n_tokens;
+    int64_t n_heads;
+    int64_t head_dim;
+    float eps;
+} GatedNorm;
+
 /* The experts of each token, and their weights. */
 typedef struct {
     const float *logits;          /* [n_tokens, n_experts] */
@@ -310,6 +351,8 @@ typedef struct {
     int (*copy_rows)(const RowCopy *);
     int (*select_experts)(const Router *);
     int (*experts)(const Experts *);
+    int (*gated_delta_rule)(const GatedDeltaRule *);
+    int (*gated_rms_norm)(const GatedNorm *);
     int (*argmax)(const Argmax *);
 } Kernels;
 

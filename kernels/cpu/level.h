@@ -17,6 +17,7 @@
 #include "attention.h"
 #include "elementwise.h"
 #include "experts.h"
+#include "gated_delta_net.h"
 
 const Kernels LEVEL_TABLE = {
     .name = LEVEL_NAME,
@@ -38,5 +39,7 @@ const Kernels LEVEL_TABLE = {
     .copy_rows = copy_rows,
     .select_experts = select_experts,
     .experts = experts,
+    .gated_delta_rule = gated_delta_rule,
+    .gated_rms_norm = gated_rms_norm,
     .argmax = argmax,
 };

@@ -301,6 +301,50 @@ KERNEL(experts, 12, 2) {
     });
 }
 
+/* Integer arguments from I on as the rows of a RecurrentBatch. */
+#define RECURRENT_ROWS(I)                                                                          \
+    (RecurrentRows) {                                                                              \
+        .n_sequences = ints[I], .query_lens = ADDRESS(const int64_t, (I) + 1),                     \
+        .initial_rows = ADDRESS(const int64_t, (I) + 2),                                           \
+        .write_starts = ADDRESS(const int64_t, (I) + 3),                                           \
+        .write_ends = ADDRESS(const int64_t, (I) + 4),                                             \
+        .write_rows = ADDRESS(const int64_t, (I) + 5),                                             \
+    }
+
+KERNEL(gated_delta_rule, 19, 0) {
+    (void)floats;
+    return kernels->gated_delta_rule(&(GatedDeltaRule){
+        .qkv = ADDRESS(const float, 0),
+        .qkv_stride = ints[1],
+        .ba = ADDRESS(const float, 2),
+        .ba_stride = ints[3],
+        .A_log = ADDRESS(const float, 4),
+        .dt_bias = ADDRESS(const float, 5),
+        .out = ADDRESS(float, 6),
+        .state = ADDRESS(float, 7),
+        .row_stride = ints[8],
+        .n_k_heads = ints[9],
+        .n_v_heads = ints[10],
+        .k_dim = ints[11],
+        .v_dim = ints[12],
+        .rows = RECURRENT_ROWS(13),
+    });
+}
+
+KERNEL(gated_rms_norm, 8, 1) {
+    return kernels->gated_rms_norm(&(GatedNorm){
+        .x = ADDRESS(const float, 0),
+        .z = ADDRESS(const float, 1),
+        .z_stride = ints[2],
+        .weight = ADDRESS(const float, 3),
+        .y = ADDRESS(float, 4),
+        .n_tokens = ints[5],
+        .n_heads = ints[6],
+        .head_dim = ints[7],
+        .eps = (float)floats[0],
+    });
+}
+
 KERNEL(all_reduce, 5, 0) {
     (void)floats;
     return all_reduce_shared(&(SharedGroup){ADDRESS(char, 0), ints[1], ints[2]}, ADDRESS(float, 3),
@@ -341,6 +385,8 @@ KERNEL(argmax, 6, 0) {
     DO(copy_rows)                                                                                  \
     DO(select_experts)                                                                             \
     DO(experts)                                                                                    \
+    DO(gated_delta_rule)                                                                           \
+    DO(gated_rms_norm)                                                                             \
     DO(argmax)                                                                                     \
     DO(all_reduce)                                                                                 \
     DO(all_gather)
