@@ -46,12 +46,12 @@ def _qwen3_moe(config: Any) -> dict[str, Any]:
         "qk_norm": "head",
         "qkv_bias": config.attention_bias,
         "o_proj_bias": config.attention_bias,
-        "layers": _qwen_layers(config, equal_layers(config, window)),
+        "layers": qwen_layers(config, equal_layers(config, window)),
         "moe": moe,
     }
 
 
-def _qwen_layers(config: Any, layers: Sequence[LayerSpec]) -> tuple[LayerSpec, ...]:
+def qwen_layers(config: Any, layers: Sequence[LayerSpec]) -> tuple[LayerSpec, ...]:
     is_moe = [
         (index + 1) % config.decoder_sparse_step == 0
         and index not in (config.mlp_only_layers or ())
@@ -78,7 +78,7 @@ def _qwen2_moe(config: Any) -> dict[str, Any]:
     layers = mixed_layers(config, has_window, config.sliding_window)
     return {
         "qkv_bias": config.qkv_bias,
-        "layers": _qwen_layers(config, layers),
+        "layers": qwen_layers(config, layers),
         "moe": moe,
     }
 

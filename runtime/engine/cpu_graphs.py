@@ -18,6 +18,7 @@ from llmkit.model.decoder import Decoder
 from llmkit.model.language_model import LayerCache
 from llmkit.runtime.engine.sampling_tensors import SamplingTensors
 from llmkit.runtime.engine.slot_block_tables import BlockTables, SlotBlockTables
+from llmkit.runtime.engine.state_scheduler import StateRows
 from llmkit.runtime.engine.static_batch import StaticDecodeBatch
 
 # Rows times hidden size of a step that is replayed. In larger steps Python is a small part.
@@ -64,7 +65,14 @@ class CpuGraph(StaticDecodeBatch):
         self, model: Decoder, num_rows: int, block_tables: SlotBlockTables, block_size: int
     ) -> None:
         padding_blocks = dict.fromkeys(model.spec.sliding_windows, 0)
-        super().__init__(num_rows, block_tables, block_size, padding_blocks)
+        padding_state_row = None if model.spec.recurrent is None else 0  # no row is unused
+        super().__init__(
+            num_rows,
+            block_tables,
+            block_size,
+            padding_blocks,
+            padding_state_row=padding_state_row,
+        )
         self.input = torch.zeros(num_rows, model.spec.hidden_size)
         self.per_layer_inputs: torch.Tensor | None = None  # [rows, layers, P]
         if model.spec.per_layer_input_size:
@@ -163,6 +171,7 @@ class CpuGraphRunner:
         sampling: SamplingTensors,
         num_sampled: Sequence[int],
         slots: Sequence[int] | None = None,
+        state_rows: Sequence[StateRows] = (),
     ) -> tuple[torch.Tensor, None]:
         """The logits [rows, V] after `token_ids` [rows].
 
@@ -173,7 +182,7 @@ class CpuGraphRunner:
         is_recorded = graph is not None
         if graph is None:
             graph = CpuGraph(self._model, num_rows, self._block_tables, self._block_size)
-        graph.fill(positions, seq_lens, block_tables, slots=slots)
+        graph.fill(positions, seq_lens, block_tables, slots=slots, state_rows=state_rows)
         graph.embed(self._model, token_ids)
         if is_recorded:
             graph.replay()

@@ -17,6 +17,7 @@ import torch
 
 from llmkit.kernels.kv_cache import KVCache
 from llmkit.kernels.paged_attention import supports_cache
+from llmkit.kernels.recurrent_state import RecurrentState
 from llmkit.kernels.sampling_triton import sample
 from llmkit.kernels.triton_support import tl
 from llmkit.model.decoder import Decoder
@@ -29,6 +30,7 @@ from llmkit.runtime.engine.sampling_tensors import (
     packed_views,
 )
 from llmkit.runtime.engine.slot_block_tables import BlockTables, SlotBlockTables
+from llmkit.runtime.engine.state_scheduler import StateRows
 from llmkit.runtime.engine.static_batch import StaticDecodeBatch
 
 SMALL_SIZES = (1, 2, 4)  # rows of a graph; larger graphs have multiples of SIZE_STEP
@@ -152,6 +154,7 @@ class DecodeGraph(StaticDecodeBatch):
             num_extra=num_packed_values(key.num_sampled) + num_more,
             max_query_len=max_query_len,
             max_num_tokens=key.num_tokens if is_mixed else None,
+            padding_state_row=padding_state_row_of(kv_caches),
         )
         self._is_mixed = is_mixed
         self._model = model
@@ -283,7 +286,9 @@ class CudaGraphRunner:
             query_len: capture_sizes(max_num_seqs, query_len, max_capture_size)
             for query_len in {1, max_query_len}
         }
-        self._mixed_keys = mixed_keys(max_num_seqs, max_mixed_tokens, max_capture_size)
+        self._mixed_keys: list[GraphKey] = []
+        if model.spec.recurrent is None:  # their kernels for prompts need the lengths on the host
+            self._mixed_keys = mixed_keys(max_num_seqs, max_mixed_tokens, max_capture_size)
         self.graphs: dict[GraphKey, DecodeGraph] = {}
         # Experts can be captured only when the host need not see which ones the router selects.
         moe_layers = [layer for layer in model.layers if layer.layer.is_moe]
@@ -358,6 +363,7 @@ class CudaGraphRunner:
         query_lens: Sequence[int] | None = None,
         adapter_ids: Sequence[int] = (),
         slots: Sequence[int] | None = None,
+        state_rows: Sequence[StateRows] = (),
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """One decode step: the logits [tokens, V] and the sampled token ids [tokens].
 
@@ -365,7 +371,7 @@ class CudaGraphRunner:
         tokens of each sequence, those included. sampling, num_sampled: of each token; the output
         tokens before the one that is sampled. query_lens: tokens of each sequence in this step;
         None: one each. adapter_ids: the adapter of each token, 0 for none; (): no token has one.
-        slots: of each sequence, see `StaticDecodeBatch.fill`.
+        slots, state_rows: of each sequence, see `StaticDecodeBatch.fill`.
         """
         adapters = self._adapters if any(adapter_ids) else None
         query_len = 1 if query_lens is None else max(query_lens)
@@ -377,7 +383,7 @@ class CudaGraphRunner:
         if adapters is not None:
             slot_of = {id_: adapters.slot(id_) or 0 for id_ in set(adapter_ids)}
             graph.fill_more([slot_of[adapter_id] for adapter_id in adapter_ids])
-        graph.fill(positions, seq_lens, block_tables, query_lens, slots)
+        graph.fill(positions, seq_lens, block_tables, query_lens, slots, state_rows)
         graph.run(token_ids)
         return graph.logits[: len(token_ids)], graph.sampled_token_ids[: len(token_ids)]
 
@@ -460,6 +466,17 @@ def padding_blocks_of(spec: ModelSpec, kv_caches: Sequence[LayerCache]) -> dict[
         if isinstance(cache, KVCache):
             paddings[layer.sliding_window] = cache.kv.shape[1] - 1
     return paddings
+
+
+def padding_state_row_of(caches: Sequence[LayerCache]) -> int | None:
+    """The row of recurrent states that unused rows of a graph read and write: the last one.
+
+    None: the model has no recurrent layers.
+    """
+    for cache in caches:
+        if isinstance(cache, RecurrentState) and cache.conv.numel():
+            return len(cache.conv) - 1
+    return None
 
 
 def capture_sizes(

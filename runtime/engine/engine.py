@@ -39,6 +39,7 @@ class Engine:
         config = replace(
             config,
             sliding_windows=model.spec.full_model.sliding_windows,
+            has_recurrent_states=model.spec.full_model.recurrent is not None,
             pipeline_parallel_size=model.parallel_group.pp_size,
         )
         draft_model = None if draft is None else DraftModelProposer(draft, config)

@@ -191,6 +191,7 @@ class ModelRunner:
             lambda layer: config.num_blocks_for(layer.sliding_window) + num_padding_blocks,
             config.block_size,
             config.kv_cache_dtype,
+            config.num_state_rows + num_padding_blocks,
         )
         table_of_window = {
             window: config.sliding_windows.index(window) for window in model.spec.sliding_windows
@@ -232,6 +233,7 @@ class ModelRunner:
             and config.dtype == torch.float32
             and not any(layer.is_moe for layer in model.spec.layers)
         )
+        self._is_recurrent = config.has_recurrent_states
         self._sampling_tensors = SamplingTensorCache()
         self._sampled_rows: SampledRows | None = None  # of the last step
         # On the CPU, the host knows all tokens and changes few logits.
@@ -289,7 +291,8 @@ class ModelRunner:
             token_ids=token_ids,
             draft_token_ids=draft_token_ids,
             forward=self.paged_model.forward_inputs(
-                [(request.sequence, request.start, request.stop) for request in requests]
+                [(request.sequence, request.start, request.stop) for request in requests],
+                [request.state_rows for request in requests] if self._is_recurrent else (),
             ),
             rows=rows,
             num_sampled=num_sampled,
@@ -363,13 +366,17 @@ class ModelRunner:
             inputs.num_sampled,
         )
         if isinstance(self.graph_runner, CpuGraphRunner | NoGraphRunner):
-            return StepResult(*self.graph_runner.run(*for_all, forward.slots))
+            return StepResult(*self.graph_runner.run(*for_all, forward.slots, forward.state_rows))
         query_lens = forward.query_lens
         if len(inputs.token_ids) > len(inputs.rows.sequences):
             mixed = self.graph_runner.run_mixed(*for_all, query_lens, forward.slots)
             return StepResult(*mixed)
         adapter_ids = inputs.rows.adapter_ids if inputs.rows.has_adapters else ()
-        return StepResult(*self.graph_runner.run(*for_all, query_lens, adapter_ids, forward.slots))
+        return StepResult(
+            *self.graph_runner.run(
+                *for_all, query_lens, adapter_ids, forward.slots, forward.state_rows
+            )
+        )
 
     def capture_graphs(self, captured: Callable[[int, int], None] = lambda *_: None) -> None:
         """Capture all CUDA graphs. captured: see `CudaGraphRunner.capture_all`."""
