@@ -109,7 +109,8 @@ def mamba2_scan_torch(
         writes = list(sequence_writes(batch, sequence))
         done = 0
         chunk_ends = range(chunk_tokens, length, chunk_tokens)
-        for end in sorted({*chunk_ends, length, *(write_end for write_end, _ in writes)}):
+        ends = {*chunk_ends, length, *(write_end for write_end, _ in writes)} - {0}
+        for end in sorted(ends):
             piece = slice(start + done, start + end)
             scan = _scan_chunk if end - done >= MIN_CHUNK_TOKENS else _scan_tokens
             y, current = scan(current, log_decay[piece], B[piece], C[piece], dt_x[piece])
