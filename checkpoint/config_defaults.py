@@ -52,6 +52,9 @@ NULLABLE: dict[str, type | tuple[type, ...]] = {
     "per_layer_config": dict,
     "layer_rope_theta": list,
     "num_attention_heads_per_layer": list,
+    "n_group": int,
+    "topk_group": int,
+    "q_lora_rank": int,
     "layers_block_type": list,
     "hybrid_override_pattern": str,
     "attn_layer_indices": list,
@@ -136,6 +139,28 @@ _SIGMOID_ROUTER = _EXPERTS | {
     "n_group": 1,
     "topk_group": 1,
 }
+_MLA = {
+    "q_lora_rank": 1536,
+    "kv_lora_rank": 512,
+    "qk_rope_head_dim": 64,
+    "qk_nope_head_dim": 128,
+    "v_head_dim": 128,
+    "head_dim": 64,
+}
+_DEEPSEEK_V3 = (
+    _SIGMOID_ROUTER
+    | _MLA
+    | {
+        "moe_intermediate_size": 2048,
+        "num_experts_per_tok": 8,
+        "routed_scaling_factor": 2.5,
+        "n_group": 8,
+        "topk_group": 4,
+        "n_shared_experts": 1,
+        "first_k_dense_replace": 3,
+        "rope_interleave": True,
+    }
+)
 _GRANITE = {
     "mlp_bias": False,
     "attention_multiplier": 1.0,
@@ -500,6 +525,51 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "num_experts_per_tok": 8,
         "moe_intermediate_size": 512,
         "shared_expert_intermediate_size": 512,
+    },
+    "deepseek_v2": _EXPERTS
+    | _MLA
+    | {
+        "moe_intermediate_size": 1407,
+        "norm_topk_prob": False,
+        "routed_scaling_factor": 1.0,
+        "kv_lora_rank": 512,
+        "q_lora_rank": 1536,
+        "qk_nope_head_dim": 128,
+        "n_shared_experts": 2,
+        "first_k_dense_replace": 0,
+        "moe_layer_freq": 1,
+        "topk_method": "greedy",
+    },
+    "deepseek_v3": _DEEPSEEK_V3,
+    "glm4_moe_lite": _SIGMOID_ROUTER
+    | _MLA
+    | {
+        "rms_norm_eps": 1e-5,
+        "moe_intermediate_size": 1536,
+        "num_experts_per_tok": 4,
+        "routed_scaling_factor": 1.8,
+        "q_lora_rank": 768,
+        "qk_nope_head_dim": 192,
+        "v_head_dim": 256,
+        "n_shared_experts": 1,
+        "rope_interleave": True,
+    },
+    "mistral4": _EXPERTS
+    | _MLA
+    | {
+        "moe_intermediate_size": 2048,
+        "num_experts_per_tok": 4,
+        "norm_topk_prob": True,
+        "routed_scaling_factor": 1.0,
+        "n_group": 1,
+        "topk_group": 1,
+        "kv_lora_rank": 256,
+        "q_lora_rank": 1024,
+        "qk_nope_head_dim": 64,
+        "head_dim": 128,
+        "n_shared_experts": 1,
+        "first_k_dense_replace": 0,
+        "rope_interleave": True,
     },
     "mamba2": {
         # It has no such sizes. Its memory does not depend on the number of tokens.

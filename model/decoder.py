@@ -40,10 +40,12 @@ from llmkit.kernels.fused_experts import FusedExperts, stack_experts
 from llmkit.kernels.fused_experts import supports as supports_fused_experts
 from llmkit.kernels.input_quant import InputQuant, LinearInput
 from llmkit.kernels.kv_cache import KVCache
+from llmkit.kernels.latent_cache import LatentCache
 from llmkit.kernels.mxfp4_linear import Mxfp4Linear
 from llmkit.kernels.triton_support import runs_triton
 from llmkit.model.language_model import LayerCache, empty_kv_cache
 from llmkit.model.linear import ActivationQuant, Linear, PackedLinear, common_input_quant
+from llmkit.model.mla import mla_attention
 from llmkit.model.parallel_group import ParallelGroup, mask_padding
 from llmkit.model.parameter_table import LATENT_LINEARS, XIELU_PARAMETERS
 from llmkit.model.recurrent_mixers import RECURRENT_MIXERS
@@ -58,7 +60,15 @@ TABLES = ("embed.weight", "per_layer.embed.weight")
 # The norms of mixers' outputs: their weight has no offset (`ModelSpec.norm_offset`).
 MIXER_NORMS = ("gdn.norm", "mamba.norm")
 # The linears that read the norm before a mixer.
-MIXER_INPUTS = ("attn.qkv", "attn.gate", "gdn.qkvz", "gdn.ba", "mamba.in_proj", "conv.in_proj")
+MIXER_INPUTS = (
+    "attn.qkv",
+    "attn.qkv_a",
+    "attn.gate",
+    "gdn.qkvz",
+    "gdn.ba",
+    "mamba.in_proj",
+    "conv.in_proj",
+)
 MIXER_OUTPUTS = ("attn.o", "gdn.out", "mamba.out", "conv.out")
 
 _Value = TypeVar("_Value")
@@ -114,7 +124,9 @@ class DecoderLayer:
                 self.vectors[name] = tensor.flatten(1) if kind == "weight" else tensor
             elif kind == "weight":
                 bias = tensors.get(f"{module}.bias")
-                self.linears[module] = Linear(tensor, bias, self.activation_quant.get(module))
+                # The inputs of kv_b are latents, which are not rounded (see mla.py).
+                quant = None if module == "attn.kv_b" else self.activation_quant.get(module)
+                self.linears[module] = Linear(tensor, bias, quant)
             elif kind != "bias":
                 self.vectors[name] = tensor
 
@@ -240,6 +252,9 @@ class DecoderLayer:
         """
         if isinstance(cache, KVCache):
             return self._attention(x, cos_sin, batch, cache)
+        if isinstance(cache, LatentCache):
+            update = self.parallel_group.all_reduce(mla_attention(self, x, cos_sin, batch, cache))
+            return self._norm(update, "attn_post_norm")
         mix = RECURRENT_MIXERS[self.layer.mixer]
         update = self.parallel_group.all_reduce(mix(self, x, batch.recurrent, cache))
         return self._norm(update, "attn_post_norm")
@@ -732,6 +747,10 @@ class Decoder:
         final_norm = self.final_norm if self.spec.is_last_stage else None
         _, hidden = _add_norm(self.spec, residual, update, final_norm, self.final_norm_bias)
         return hidden
+
+    def draft_inputs(self, hidden: torch.Tensor) -> torch.Tensor:
+        """What a draft head reads of the last step, [T, C]. hidden: [T, H], the step's result."""
+        return torch.cat(self.aux_hidden_states, dim=1) if self.aux_layers else hidden
 
     @property
     def embedding(self) -> torch.Tensor:

@@ -116,6 +116,10 @@ class DraftHead:
         residual = normed if self.head.norm_before_residual else hidden.clone()
         return layer.add_update(*layer.mlp_block(residual, update, None))
 
+    def draft_inputs(self, hidden: torch.Tensor) -> torch.Tensor:
+        """What the head reads for the next drafts, [T, H]. hidden: as `__call__` returns them."""
+        return hidden
+
     def logits(self, hidden: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """[n, H] -> [n, V] of `dtype`. hidden: as `__call__` returns them."""
         if self.head.method == "eagle3":

@@ -27,6 +27,7 @@ from llmkit.model.family_fields import (
 )
 from llmkit.model.gemma4_family import gemma4
 from llmkit.model.hybrid_families import HYBRID_FAMILIES
+from llmkit.model.mla_families import MLA_FAMILIES
 from llmkit.model.moe_families import MOE_FAMILIES
 from llmkit.model.parameter_table import embedding_tensor
 from llmkit.model.qwen3_next_families import QWEN3_NEXT_FAMILIES
@@ -42,8 +43,18 @@ SUPPORTED: dict[str, tuple[str, FamilyFunction]] = {
     **MOE_FAMILIES,
     **QWEN3_NEXT_FAMILIES,
     **HYBRID_FAMILIES,
+    **MLA_FAMILIES,
     "Gemma4ForCausalLM": ("gemma4_text", gemma4),
 }
+# Architectures that transformers' modeling code does not run here either, and why.
+_INDEXER = "an indexer chooses the tokens that each token attends to (sparse attention)"
+NOT_SUPPORTED = {
+    "DeepseekV32ForCausalLM": _INDEXER,
+    "GlmMoeDsaForCausalLM": _INDEXER,
+    "DeepseekV4ForCausalLM": "its attention reads compressed parts of the context",
+}
+# What config.json of some checkpoints of a family says as its model_type.
+OTHER_MODEL_TYPES = ("kimi_k2",)
 # The prefix that some checkpoints of an architecture have in place of the family's.
 OTHER_PREFIXES = {"NemotronHForCausalLM": "model"}
 
@@ -83,11 +94,17 @@ def model_spec(
             "lm_head_name": text.names.lm_head,
             "carried": text.carried,
         }
+    elif architecture in NOT_SUPPORTED:
+        raise InputError(
+            f"unsupported architecture ({architecture}): {NOT_SUPPORTED[architecture]}",
+            "A model whose layers attend to all tokens of the context or of a window",
+            "DeepseekV3ForCausalLM is the nearest architecture that runs",
+        )
     elif architecture not in SUPPORTED:
         return _fallback_spec(config, tensors)
     else:
         model_type, family = SUPPORTED[architecture]
-        if config.get("model_type") not in FAMILIES:
+        if config.get("model_type") not in (*FAMILIES, *OTHER_MODEL_TYPES):
             raise InputError(
                 f"config.json has model_type {config.get('model_type')!r}",
                 f"{model_type}, as its architecture says",

@@ -101,7 +101,7 @@ def _nemotron_h(config: Any) -> dict[str, Any]:
 
 def _nemotron_h_layer_types(config: Any) -> list[str]:
     """The block of each layer; the first releases have a text with a letter for each."""
-    types = config.layers_block_type or config.layer_types
+    types = config.layer_types if config.layers_block_type is None else config.layers_block_type
     if types is None:
         pattern = config.hybrid_override_pattern
         types = list(pattern if pattern is not None else "ME*-")  # the default of transformers

@@ -30,6 +30,12 @@ MODULES = {
     "attn.k_norm": "self_attn.k_norm",
     "attn.gate": "self_attn.gate_proj",
     "attn.o": "self_attn.o_proj",
+    "attn.q_a": "self_attn.q_a_proj",  # this and the next five: multi-head latent attention
+    "attn.q_a_norm": "self_attn.q_a_layernorm",
+    "attn.q_b": "self_attn.q_b_proj",
+    "attn.kv_a": "self_attn.kv_a_proj_with_mqa",
+    "attn.kv_a_norm": "self_attn.kv_a_layernorm",
+    "attn.kv_b": "self_attn.kv_b_proj",
     "gdn.qkvz": "linear_attn.in_proj_qkvz",  # only with `fused_projections`
     "gdn.qkv": "linear_attn.in_proj_qkv",
     "gdn.z": "linear_attn.in_proj_z",

@@ -30,6 +30,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from llmkit.model.draft_head_rows import draft_head_rows
+from llmkit.model.mla_rows import mla_rows
 from llmkit.model.parameter import (
     ExpertSlice,
     Parameter,
@@ -227,6 +228,8 @@ def _layer_rows(spec: ModelSpec, index: int) -> Iterator[Parameter]:
         yield from _norm_rows(spec, index, "attn_norm", spec.hidden_size)
     if layer.mixer == "attention":
         yield from _attention_rows(spec.for_layer(index), index)
+    elif layer.mixer == "mla":
+        yield from mla_rows(spec, index)
     elif has_mixer:
         yield from recurrent_rows(spec, index)
     if has_mixer and spec.post_norm:

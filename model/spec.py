@@ -13,7 +13,8 @@ from llmkit.checkpoint.hf_config import RopeSpec
 from llmkit.model.split import REPLICATED, Split
 
 # What mixes the tokens of a layer. "none": the layer has only an MLP or experts.
-Mixer = Literal["attention", "gated_delta_net", "mamba2", "short_conv", "none"]
+Mixer = Literal["attention", "mla", "gated_delta_net", "mamba2", "short_conv", "none"]
+ATTENTION_MIXERS: tuple[Mixer, ...] = ("attention", "mla")  # they cache something of each token
 Activation = Literal["silu", "gelu_tanh", "gelu", "relu2", "xielu", "swiglu_clamped"]
 
 
@@ -81,6 +82,8 @@ class MoeSpec:
     # The experts form groups. Only those of the `topk_groups` best groups may be chosen.
     num_groups: int = 1
     topk_groups: int = 1
+    # A group is as good as the sum of its two best scores, or as its best one (DeepSeek V2).
+    group_score: Literal["top2", "max"] = "top2"
     routed_scaling_factor: float = 1.0  # multiplies the output of the experts
     # The layer has its MLP, too. Router and experts read the hidden state before the MLP's norm,
     # each with norms of their own, and the outputs of both are added (Gemma 4).
@@ -93,6 +96,28 @@ class MoeSpec:
     # Experts read and compute vectors of this size: one linear of the layer makes them of its
     # input, and another the update of their sum (Nemotron 3 Super). 0: they have the hidden size.
     latent_size: int = 0
+
+
+@dataclass(frozen=True)
+class MlaSpec:
+    """The multi-head latent attention of a model (DeepSeek V2, arXiv 2405.04434, section 2.1)."""
+
+    q_lora_rank: int | None  # of the queries' compressed form; None: one linear computes them
+    kv_lora_rank: int
+    qk_nope_head_dim: int  # of a head's queries and keys, without a position
+    qk_rope_head_dim: int  # of their rotated part, which the keys of all heads share
+    v_head_dim: int
+    norm_eps: float = 1e-6  # of the norms of the compressed forms
+
+    @property
+    def qk_head_dim(self) -> int:
+        """The size of a head's queries and keys."""
+        return self.qk_nope_head_dim + self.qk_rope_head_dim
+
+    @property
+    def latent_dim(self) -> int:
+        """What is cached of each token: the compressed keys and values, and the rotated keys."""
+        return self.kv_lora_rank + self.qk_rope_head_dim
 
 
 @dataclass(frozen=True)
@@ -331,6 +356,7 @@ class ModelSpec:
     residual_multiplier: float = 1.0
     logit_scale: float = 1.0  # multiplies the logits
     moe: MoeSpec | None = None
+    mla: MlaSpec | None = None  # of the layers whose mixer is "mla"
     recurrent: RecurrentSpec | None = None  # of the layers whose mixer is recurrent
     mtp: DraftHeadSpec | None = None  # the model's own draft head, whose tensors are carried
     # Set for a draft head: this is a model of one layer, and the rest is of its model.
@@ -395,6 +421,9 @@ class ModelSpec:
     def kv_elements_of_layer(self, index: int) -> int:
         """The elements of K and V of one token in a layer."""
         layer = self.layers[index]
+        if layer.mixer == "mla":
+            assert self.mla is not None
+            return self.mla.latent_dim
         if layer.kv_shared_layer_offset or layer.mixer != "attention":
             return 0
         spec = self.for_layer(index)
@@ -403,7 +432,7 @@ class ModelSpec:
     @property
     def num_recurrent_layers(self) -> int:
         """How many layers keep a recurrent state of each sequence."""
-        return sum(layer.mixer not in ("attention", "none") for layer in self.layers)
+        return sum(layer.mixer not in (*ATTENTION_MIXERS, "none") for layer in self.layers)
 
     def recurrent_bytes_per_sequence(self, itemsize: int) -> int:
         """The bytes of the recurrent states of a sequence over all layers.
@@ -453,7 +482,7 @@ class ModelSpec:
         Each of them has separate block tables. A model without attention has those of full
         attention, whose blocks hold nothing, so that it has prefixes as others have.
         """
-        windows = (layer.sliding_window for layer in self.layers if layer.mixer == "attention")
+        windows = (layer.sliding_window for layer in self.layers if layer.mixer in ATTENTION_MIXERS)
         return tuple(dict.fromkeys(windows)) or (None,)
 
     def rope_offset(self, total_tokens: int) -> int:

@@ -34,6 +34,7 @@ from llmkit.model.linear import (
     serving_linear,
     supported_on_gpu,
 )
+from llmkit.model.mla import LatentLinear
 from llmkit.model.parallel_group import ParallelGroup
 from llmkit.model.parameter import Parameter, SourceTensor
 from llmkit.model.parameter_table import LATENT_LINEARS, parameters
@@ -151,6 +152,13 @@ def load_weights(
                         dtype,
                         cpu_activations=cpu_activations,
                     )
+            elif packed and row.name.endswith("attn.kv_b.weight"):
+                (weight,) = _read_stored(checkpoint, row, device)
+                if isinstance(weight, QuantizedWeight):
+                    weight = weight.dequantize()
+                if not is_cpu:
+                    weight = weight.to(dtype)
+                linears[row.module] = pool.submit(LatentLinear, weight, spec)
             elif stays_packed:
                 weights = _read_stored(checkpoint, row, row_device)
                 bias_row = rows.get(f"{row.module}.bias")

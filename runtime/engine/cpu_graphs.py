@@ -80,6 +80,7 @@ class CpuGraph(StaticDecodeBatch):
             # A layer's inputs lie together, because the kernels take rows that do.
             self.per_layer_inputs = torch.zeros(shape).transpose(0, 1)
         self.output = self.input  # [rows, H], after the last norm
+        self.aux_hidden_states: list[torch.Tensor] = []  # see `Decoder.aux_hidden_states`
         self.cos_sin = model.cos_sin(self.positions)
         self._program = b""
         self._allocated: list[torch.Tensor] = []  # tensors that the program reads and writes
@@ -102,6 +103,7 @@ class CpuGraph(StaticDecodeBatch):
             self.output = model.run_layers(
                 self.input, self.cos_sin, self.batch, kv_caches, self.per_layer_inputs
             )
+        self.aux_hidden_states = model.aux_hidden_states
         if watcher.computed:
             return False
         self._program = recorder.program()
@@ -140,6 +142,8 @@ class CpuGraphRunner:
         self._block_size = block_size
         self._graphs: OrderedDict[int, CpuGraph] = OrderedDict()
         self._last_num_rows = 0  # sequences of the decode step before
+        # What a draft head reads of the tokens of the last step, [T, C].
+        self.hidden_states = torch.empty(0)
         # Other collective operations than those of the compiled kernels are not recorded.
         group = model.parallel_group
         has_recorded_group = group.reduces_in_kernels and group.pp_size == 1
@@ -194,4 +198,7 @@ class CpuGraphRunner:
         else:  # this step's result is valid, but no step of this model can be replayed
             self.enabled = False
             self._graphs.clear()
+        self.hidden_states = graph.output
+        if graph.aux_hidden_states:
+            self.hidden_states = torch.cat(graph.aux_hidden_states, dim=1)
         return self._model.logits(graph.output), None

@@ -21,6 +21,7 @@ from llmkit.kernels.recurrent_state import RecurrentState
 from llmkit.kernels.sampling_triton import sample
 from llmkit.kernels.triton_support import tl
 from llmkit.model.decoder import Decoder
+from llmkit.model.draft_head import DraftHead
 from llmkit.model.language_model import LayerCache
 from llmkit.model.lora import LoraManager
 from llmkit.model.spec import ModelSpec
@@ -124,7 +125,7 @@ class DecodeGraph(StaticDecodeBatch):
 
     def __init__(
         self,
-        model: Decoder,
+        model: Decoder | DraftHead,
         kv_caches: Sequence[LayerCache],
         num_rows: int,
         block_tables: SlotBlockTables,
@@ -135,10 +136,12 @@ class DecodeGraph(StaticDecodeBatch):
         max_query_len: int = 1,
         adapters: LoraManager | None = None,
         is_mixed: bool = False,
+        hidden_buffer: torch.Tensor | None = None,
     ) -> None:
         """logits_buffer: [sampled tokens or more, V], shared by all graphs; None: this graph has
         its own logits. max_query_len: the most tokens of a sequence; of a mixed step, those of all
-        sequences. adapters: those that the step applies.
+        sequences. adapters: those that the step applies. hidden_buffer: [tokens or more, C], shared
+        by all graphs: gets what a draft head reads of each token; None: there is no draft head.
         """
         key = GraphKey(num_rows, max_query_len, adapters is not None, is_mixed)
         self._num_sampled = key.num_sampled
@@ -161,6 +164,7 @@ class DecodeGraph(StaticDecodeBatch):
         self._kv_caches = kv_caches
         self._sampler = sampler
         self._logits_buffer = logits_buffer
+        self._hidden_buffer = hidden_buffer
         self._adapters = adapters
         self._host_sampling: SamplingTensors | None = None  # those in `host_extra`
         _, integers = packed_views(self.host_extra, self._num_sampled)
@@ -186,6 +190,8 @@ class DecodeGraph(StaticDecodeBatch):
             self.logits = hidden
             self.sampled_token_ids = self.token_ids
             return
+        if self._hidden_buffer is not None:
+            self._hidden_buffer[: len(hidden)] = self._model.draft_inputs(hidden)
         if self._is_mixed:
             hidden = hidden[more]
         dtype = torch.float32
@@ -247,7 +253,7 @@ class CudaGraphRunner:
 
     def __init__(
         self,
-        model: Decoder,
+        model: Decoder | DraftHead,
         kv_caches: Sequence[LayerCache],
         max_blocks: int,
         block_size: int,
@@ -260,12 +266,14 @@ class CudaGraphRunner:
         max_capture_size: int | None = None,
         max_mixed_tokens: int = 0,
         adapters: LoraManager | None = None,
+        hidden_size: int = 0,
     ) -> None:
         """max_blocks: blocks of the longest request. sampler: used only when this rank has the
         whole vocabulary. max_query_len: tokens of a sequence in a step that verifies drafts.
         max_capture_size: the most tokens of a graph; None: those of `max_num_seqs` sequences.
         max_mixed_tokens: the most tokens of a step with prompts beside decodes; 0: they have no
-        graphs.
+        graphs. hidden_size: the columns of what a draft head reads of each token (`hidden_states`);
+        0: there is no draft head.
         """
         self._model = model
         self._kv_caches = kv_caches
@@ -308,6 +316,12 @@ class CudaGraphRunner:
             if self.samples_tokens:
                 dtype = logits_dtype(model.spec, model.dtype)
             self._logits_buffer = torch.empty(shape, device=model.device, dtype=dtype)
+        # What a draft head reads of the tokens of the last step, [T, hidden_size].
+        self.hidden_states = torch.empty(0, device=model.device, dtype=model.dtype)
+        self._hidden_buffer = None
+        if hidden_size and self.enabled:
+            num_tokens = max(key.num_tokens for key in self._keys())
+            self._hidden_buffer = self.hidden_states.new_empty(num_tokens, hidden_size)
 
     @torch.inference_mode()
     def capture_all(self, captured: Callable[[int, int], None] = lambda *_: None) -> None:
@@ -385,6 +399,7 @@ class CudaGraphRunner:
             graph.fill_more([slot_of[adapter_id] for adapter_id in adapter_ids])
         graph.fill(positions, seq_lens, block_tables, query_lens, slots, state_rows)
         graph.run(token_ids)
+        self._keep_hidden_states(len(token_ids))
         return graph.logits[: len(token_ids)], graph.sampled_token_ids[: len(token_ids)]
 
     def should_run_mixed(self, num_rows: int, num_tokens: int) -> bool:
@@ -415,7 +430,12 @@ class CudaGraphRunner:
         graph.fill_more([end - 1 for end in accumulate(query_lens)])
         graph.fill(positions, seq_lens, block_tables, query_lens, slots)
         graph.run(token_ids)
+        self._keep_hidden_states(len(token_ids))
         return graph.logits[:num_rows], graph.sampled_token_ids[:num_rows]
+
+    def _keep_hidden_states(self, num_tokens: int) -> None:
+        if self._hidden_buffer is not None:
+            self.hidden_states = self._hidden_buffer[:num_tokens]
 
     def _mixed_key(self, num_rows: int, num_tokens: int) -> GraphKey | None:
         """The smallest mixed graph for a step; None: there is none."""
@@ -455,6 +475,7 @@ class CudaGraphRunner:
                 key.max_query_len,
                 self._adapters if key.has_adapters else None,
                 key.is_mixed,
+                self._hidden_buffer,
             )
         return self.graphs[key]
 

@@ -34,6 +34,8 @@ class EngineConfig:
     async_scheduling: bool = False  # launch the next step before this one's tokens are known
     pipeline_parallel_size: int = 1  # stages, and the steps in flight; set by Engine
     num_speculative_tokens: int = 0  # draft tokens per sequence; not with async_scheduling
+    # Where draft tokens come from without a draft model or head: "ngram" or "suffix".
+    draft_method: str = "ngram"
     enforce_eager: bool = False  # never replay decode steps from a graph
     # Recurrent states. Whether the model has any is set by Engine.
     has_recurrent_states: bool = False
@@ -48,7 +50,7 @@ class EngineConfig:
         A GPU computes the recurrent layers of prompts in chunks of GPU_STATE_CHUNK tokens. A prompt
         that were cut within one would give slightly other results.
         """
-        return lcm(self.block_size, GPU_STATE_CHUNK if self.device.type == "cuda" else 1)
+        return lcm(self.block_size, GPU_STATE_CHUNK if str(self.device).startswith("cuda") else 1)
 
     @property
     def num_state_rows(self) -> int:

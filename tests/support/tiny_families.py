@@ -50,8 +50,8 @@ NEMOTRON_H = {
 }
 GATED_DELTA_NET = {
     "head_dim": 16,
-    "linear_num_key_heads": 2,
-    "linear_num_value_heads": 4,
+    "linear_num_key_heads": 4,
+    "linear_num_value_heads": 8,
     "linear_key_head_dim": 8,
     "linear_value_head_dim": 16,
     "layer_types": ["linear_attention", "linear_attention", "full_attention", "linear_attention"],
