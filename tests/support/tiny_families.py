@@ -587,6 +587,10 @@ REPRESENTATIVES = (
     "gemma4-moe",
     "gpt-oss",
     "laguna",
+    "mamba2",
+    "nemotron-3",
+    "granite-hybrid",
+    "lfm2-moe",
 )
 
 
