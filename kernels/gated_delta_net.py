@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch.nn.functional import pad, silu, softplus
 
-from llmkit.kernels.cpu import cpu_gated_delta_net, cpu_kernels
+from llmkit.kernels.cpu import cpu_gated_delta_net, cpu_mamba2
 from llmkit.kernels.recurrent_state import NO_ROW, RecurrentBatch, RecurrentState
 
 CHUNK_TOKENS = 64  # of the chunkwise form
@@ -72,11 +72,13 @@ def gated_rms_norm(
 
     x, z: [N, D] or [T, N, D]; weight: [D]. Computed in float32. Returns x's shape and dtype.
     """
-    if cpu_kernels.supports(x) and x.is_contiguous() and z.stride(-1) == 1:
-        if x.dim() == 2:
-            return cpu_gated_delta_net.gated_rms_norm(x[:, None], z[:, None], weight, eps)[:, 0]
-        if z.stride(1) == z.shape[2]:
-            return cpu_gated_delta_net.gated_rms_norm(x, z, weight, eps)
+    rows, gates = x.flatten(1), z.flatten(1)
+    if cpu_mamba2.supports_norm(rows, gates, weight):
+        num_groups = x.shape[1] if x.dim() == 3 else 1
+        y = cpu_mamba2.gated_group_rms_norm(
+            rows, gates, weight, eps, num_groups, norm_before_gate=True
+        )
+        return y.view_as(x)
     wide = x.float()
     normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     weighted = weight * normed.to(x.dtype)

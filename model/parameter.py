@@ -30,6 +30,12 @@ MODULES = {
     "attn.k_norm": "self_attn.k_norm",
     "attn.gate": "self_attn.gate_proj",
     "attn.o": "self_attn.o_proj",
+    "attn.q_a": "self_attn.q_a_proj",  # this and the next five: multi-head latent attention
+    "attn.q_a_norm": "self_attn.q_a_layernorm",
+    "attn.q_b": "self_attn.q_b_proj",
+    "attn.kv_a": "self_attn.kv_a_proj_with_mqa",
+    "attn.kv_a_norm": "self_attn.kv_a_layernorm",
+    "attn.kv_b": "self_attn.kv_b_proj",
     "gdn.qkvz": "linear_attn.in_proj_qkvz",  # only with `fused_projections`
     "gdn.qkv": "linear_attn.in_proj_qkv",
     "gdn.z": "linear_attn.in_proj_z",
@@ -41,6 +47,16 @@ MODULES = {
     "gdn.dt_bias": "linear_attn.dt_bias",
     "gdn.norm": "linear_attn.norm",
     "gdn.out": "linear_attn.out_proj",
+    "mamba.in_proj": "mamba.in_proj",
+    "mamba.conv": "mamba.conv1d",
+    "mamba.A_log": "mamba.A_log",
+    "mamba.D": "mamba.D",
+    "mamba.dt_bias": "mamba.dt_bias",
+    "mamba.norm": "mamba.norm",
+    "mamba.out": "mamba.out_proj",
+    "conv.in_proj": "conv.in_proj",
+    "conv.conv": "conv.conv",
+    "conv.out": "conv.out_proj",
     "attn_post_norm": "post_attention_layernorm",
     "mlp_norm": "post_attention_layernorm",  # "pre_feedforward_layernorm" with `post_norm`
     "mlp": "mlp",
@@ -168,6 +184,8 @@ def module_name(spec: ModelSpec, name: str) -> str:
 
 def source_layer(spec: ModelSpec, index: int) -> str:
     """The prefix of a layer's tensors in the checkpoint. A rank numbers its layers from 0."""
+    if spec.draft_head is not None:
+        return spec.draft_head.layer
     first_layer = spec.rank.first_layer if spec.rank else 0
     return f"{spec.tensor_prefix}.layers.{first_layer + index}"
 

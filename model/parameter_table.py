@@ -29,6 +29,8 @@ import re
 from collections.abc import Iterator
 from dataclasses import replace
 
+from llmkit.model.draft_head_rows import draft_head_rows
+from llmkit.model.mla_rows import mla_rows
 from llmkit.model.parameter import (
     ExpertSlice,
     Parameter,
@@ -57,6 +59,9 @@ EMBEDDING_STAGE = -1  # in Parameter.layers: the first pipeline stage, with the 
 
 # The norms of a layer whose MLP is beside its experts (`MoeSpec.parallel_mlp`).
 BESIDE_MLP_NORMS = ("mlp.post_mlp_norm", "mlp.pre_experts_norm", "mlp.post_experts_norm")
+
+# The linears before and after experts of another size (`MoeSpec.latent_size`).
+LATENT_LINEARS = ("fc1_latent_proj", "fc2_latent_proj")
 
 
 def parameters(spec: ModelSpec) -> list[Parameter]:
@@ -167,6 +172,9 @@ def _shape_on_rank(tensor: TransformersTensor, rank: RankSpec | None) -> tuple[i
 
 
 def _model_rows(spec: ModelSpec) -> Iterator[Parameter]:
+    if spec.draft_head is not None:
+        yield from draft_head_rows(spec, spec.draft_head, _layer_rows(spec, 0))
+        return
     num_layers = len(spec.layers)
     vocab = Split("vocab", 0, spec.vocab_size)
     shape = (spec.vocab_size, spec.hidden_size)
@@ -220,6 +228,8 @@ def _layer_rows(spec: ModelSpec, index: int) -> Iterator[Parameter]:
         yield from _norm_rows(spec, index, "attn_norm", spec.hidden_size)
     if layer.mixer == "attention":
         yield from _attention_rows(spec.for_layer(index), index)
+    elif layer.mixer == "mla":
+        yield from mla_rows(spec, index)
     elif has_mixer:
         yield from recurrent_rows(spec, index)
     if has_mixer and spec.post_norm:
@@ -286,8 +296,10 @@ def _attention_rows(spec: ModelSpec, index: int) -> Iterator[Parameter]:
         projections.append((linear("attn.v"), kv_size, kv_heads))
     has_gate = spec.attention_gate != "none" and not spec.fused_q_gate
     is_only_reader = spec.pre_norm and not spec.parallel_block and not has_gate
+    head = spec.draft_head
+    reads_both = head is not None and head.method == "eagle3"
     qkv_rows = fused_linear_rows(
-        spec,
+        replace(spec, hidden_size=2 * spec.hidden_size) if reads_both else spec,
         f"{name}.attn.qkv",
         linear("attn.qkv") if spec.fused_qkv else None,
         projections,
@@ -435,7 +447,29 @@ def _moe_rows(spec: ModelSpec, index: int, input_from: str | None) -> Iterator[P
             None,
             is_linear=False,
         )
-    expert_spec = replace(spec, mlp_bias=moe.expert_bias, fused_gate_up=False)
+    if moe.latent_size:
+        sizes = (moe.latent_size, spec.hidden_size)
+        for module, weight_shape in zip(LATENT_LINEARS, (sizes, sizes[::-1]), strict=True):
+            rows = linear_rows(
+                f"{name}.{module}",
+                f"{source}.{module}",
+                weight_shape,
+                REPLICATED,
+                spec.mlp_bias,
+                layers,
+                None,
+                is_linear=False,
+            )
+            # The second one reads a rank's part of the sum of experts.
+            is_last = module == LATENT_LINEARS[1]
+            for row in rows:
+                yield replace(row, is_added_once=is_last and row.name.endswith(".bias"))
+    expert_spec = replace(
+        spec,
+        hidden_size=moe.latent_size or spec.hidden_size,
+        mlp_bias=moe.expert_bias,
+        fused_gate_up=False,
+    )
     for expert in range(moe.num_experts):
         linears = ("", moe.gate, moe.up, moe.down)  # gate and up have tensors of their own
         modules = tuple(f"{source}.{moe.experts}.{expert}.{linear}" for linear in linears)

@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
-from llmkit.model.parameter import Parameter, SourceTensor, linear_rows, source_module
-from llmkit.model.spec import GatedDeltaNetSpec, Mixer, ModelSpec
+from llmkit.model.parameter import (
+    Parameter,
+    SourceTensor,
+    fused_linear_rows,
+    linear_rows,
+    source_module,
+)
+from llmkit.model.spec import GatedDeltaNetSpec, Mamba2Spec, Mixer, ModelSpec, ShortConvSpec
 from llmkit.model.split import Split
 
 
@@ -83,6 +90,93 @@ def _gated_delta_net_rows(spec: ModelSpec, index: int) -> Iterator[Parameter]:
     )
 
 
+def _mamba2_rows(spec: ModelSpec, index: int) -> Iterator[Parameter]:
+    """A rank has some heads, with the B and C of their groups. Several ranks may share a group."""
+    mamba = spec.recurrent
+    assert isinstance(mamba, Mamba2Spec)
+    name = f"layers.{index}.mamba"
+    layers = (index,)
+    size = mamba.intermediate_size
+    group_size = mamba.n_groups * mamba.state_size
+    heads = Split("heads", 0, mamba.num_heads, mamba.head_dim)
+    groups = Split("kv_heads", 0, mamba.n_groups, mamba.state_size)
+    steps = Split("heads", 0, mamba.num_heads, 1)
+
+    def source(module: str) -> str:
+        return source_module(spec, index, f"mamba.{module}")
+
+    xbc = [("", size, heads), ("", group_size, groups), ("", group_size, groups)]
+    yield from fused_linear_rows(
+        spec,
+        f"{name}.in_proj",
+        source("in_proj"),
+        [("", size, heads), *xbc, ("", mamba.num_heads, steps)],  # z, x, B, C, dt
+        mamba.proj_bias,
+        layers,
+        f"layers.{index}.attn_norm.weight",
+    )
+    for kind in ("weight", "bias") if mamba.conv_bias else ("weight",):
+        columns = (1, mamba.conv_kernel_size) if kind == "weight" else ()
+        sources = []
+        first_row = 0
+        for _, rows, split in xbc:
+            tensor = f"{source('conv')}.{kind}"
+            sources.append(SourceTensor(tensor, (rows, *columns), split, first_row))
+            first_row += rows
+        yield Parameter(f"{name}.conv.{kind}", tuple(sources), layers)
+    for vector in ("A_log", "D", "dt_bias"):
+        tensor = SourceTensor(source(vector), (mamba.num_heads,), steps)
+        yield Parameter(f"{name}.{vector}", (tensor,), layers, is_float32=True)
+    norm = SourceTensor(f"{source('norm')}.weight", (size,), heads)
+    yield Parameter(f"{name}.norm.weight", (norm,), layers)
+    yield from linear_rows(
+        f"{name}.out",
+        source("out"),
+        (spec.hidden_size, size),
+        replace(heads, dim=1),
+        mamba.proj_bias,
+        layers,
+        f"{name}.norm.weight",
+    )
+
+
+def _short_conv_rows(spec: ModelSpec, index: int) -> Iterator[Parameter]:
+    """A rank has some channels."""
+    conv = spec.recurrent
+    assert isinstance(conv, ShortConvSpec)
+    name = f"layers.{index}.conv"
+    layers = (index,)
+    channels = Split("features", 0, conv.channels)
+
+    def source(module: str) -> str:
+        return source_module(spec, index, f"conv.{module}")
+
+    yield from fused_linear_rows(
+        spec,
+        f"{name}.in_proj",
+        source("in_proj"),
+        [("", conv.channels, channels)] * 3,  # B, C, x
+        conv.bias,
+        layers,
+        f"layers.{index}.attn_norm.weight",
+    )
+    for kind in ("weight", "bias") if conv.bias else ("weight",):
+        shape = (conv.channels, 1, conv.conv_kernel_size) if kind == "weight" else (conv.channels,)
+        tensor = SourceTensor(f"{source('conv')}.{kind}", shape, channels)
+        yield Parameter(f"{name}.conv.{kind}", (tensor,), layers)
+    yield from linear_rows(
+        f"{name}.out",
+        source("out"),
+        (spec.hidden_size, conv.channels),
+        replace(channels, dim=1),
+        conv.bias,
+        layers,
+        None,
+    )
+
+
 _ROWS: dict[Mixer, Callable[[ModelSpec, int], Iterator[Parameter]]] = {
     "gated_delta_net": _gated_delta_net_rows,
+    "mamba2": _mamba2_rows,
+    "short_conv": _short_conv_rows,
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import NamedTuple
 
 import torch
 
@@ -33,9 +34,10 @@ from llmkit.model.linear import (
     serving_linear,
     supported_on_gpu,
 )
+from llmkit.model.mla import LatentLinear
 from llmkit.model.parallel_group import ParallelGroup
 from llmkit.model.parameter import Parameter, SourceTensor
-from llmkit.model.parameter_table import parameters
+from llmkit.model.parameter_table import LATENT_LINEARS, parameters
 from llmkit.model.spec import ModelSpec
 
 NUM_PACKING_THREADS = 4  # threads that pack weights while the next weights are read
@@ -43,7 +45,9 @@ NUM_PACKING_THREADS = 4  # threads that pack weights while the next weights are 
 SMALL_LINEARS = (
     "mlp.router.weight",
     "mlp.shared_expert_gate.weight",
+    *(f"mlp.{module}.weight" for module in LATENT_LINEARS),
     "attn.gate.weight",
+    "gdn.ba.weight",
     "per_layer.gate.weight",
     "per_layer.projection.weight",
 )
@@ -76,6 +80,34 @@ def load_model(
     if spec is None:
         spec = checkpoint_spec(checkpoint)
         check_checkpoint(checkpoint, spec)
+    weights = load_weights(checkpoint, spec, dtype, device, packed, offloaded, cpu_activations)
+    tensors, activation_quant, linears = weights
+    if spec.transformers is not None:
+        # transformers' modeling code takes seconds to import, and only the fallback needs it.
+        from llmkit.model.transformers_model import TransformersModel
+
+        return TransformersModel(spec, tensors, activation_quant, linears, dtype, parallel_group)
+    return Decoder(spec, tensors, activation_quant, linears, parallel_group)
+
+
+class LoadedWeights(NamedTuple):
+    """The weights of a model, as `Decoder` takes them."""
+
+    tensors: dict[str, torch.Tensor]
+    activation_quant: dict[str, ActivationQuant]
+    linears: dict[str, Linear]
+
+
+def load_weights(
+    checkpoint: Checkpoint,
+    spec: ModelSpec,
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+    packed: bool = False,
+    offloaded: int = 0,
+    cpu_activations: CpuActivations = "float32",
+) -> LoadedWeights:
+    """Load the weights of the parameter table of `spec`; see `load_model`."""
     is_cpu = torch.device(device).type == "cpu"
     num_layers = len(spec.layers)
     offloaded_layers = tuple(
@@ -120,6 +152,13 @@ def load_model(
                         dtype,
                         cpu_activations=cpu_activations,
                     )
+            elif packed and row.name.endswith("attn.kv_b.weight"):
+                (weight,) = _read_stored(checkpoint, row, device)
+                if isinstance(weight, QuantizedWeight):
+                    weight = weight.dequantize()
+                if not is_cpu:
+                    weight = weight.to(dtype)
+                linears[row.module] = pool.submit(LatentLinear, weight, spec)
             elif stays_packed:
                 weights = _read_stored(checkpoint, row, row_device)
                 bias_row = rows.get(f"{row.module}.bias")
@@ -145,12 +184,7 @@ def load_model(
                         expert_stacks, row.name, tensors[row.name], num_experts
                     )
         loaded = {name: linear.result() for name, linear in linears.items()}
-        if spec.transformers is not None:
-            # transformers' modeling code takes seconds to import, and only the fallback needs it.
-            from llmkit.model.transformers_model import TransformersModel
-
-            return TransformersModel(spec, tensors, activation_quant, loaded, dtype, parallel_group)
-        return Decoder(spec, tensors, activation_quant, loaded, parallel_group)
+    return LoadedWeights(tensors, activation_quant, loaded)
 
 
 def _is_added_by_other(spec: ModelSpec, row: Parameter) -> bool:

@@ -1,4 +1,4 @@
-"""The gated delta rule, and the norm of its outputs with a gate, by the compiled CPU kernels.
+"""The gated delta rule by the compiled CPU kernel.
 
 Legend: see `gated_delta_net`.
 """
@@ -56,27 +56,3 @@ def gated_delta_rule(
         *batch.host_addresses,
     )
     return out
-
-
-def gated_rms_norm(
-    x: torch.Tensor, z: torch.Tensor, weight: torch.Tensor, eps: float
-) -> torch.Tensor:
-    """See `gated_delta_net.gated_rms_norm`.
-
-    x: [T, N, D], contiguous. z: [T, N, D], whose last two dimensions are contiguous.
-    """
-    assert cpu_kernels.library is not None
-    y = torch.empty_like(x)
-    num_tokens, num_heads, head_dim = x.shape
-    cpu_kernels.library.gated_rms_norm(
-        x.data_ptr(),
-        z.data_ptr(),
-        z.stride(0),
-        weight.data_ptr(),
-        y.data_ptr(),
-        num_tokens,
-        num_heads,
-        head_dim,
-        eps,
-    )
-    return y

@@ -1,4 +1,4 @@
-/* The gated delta rule (arXiv 2412.06464), and the norm of its outputs with a gate.
+/* The gated delta rule (arXiv 2412.06464).
  *
  * gated_delta_net.py has the equations. Prompts and single tokens run through the same recurrence,
  * so that the result does not depend on where a prompt is cut. The columns of a state do not depend
@@ -316,27 +316,4 @@ static int gated_delta_rule(const GatedDeltaRule *r) {
     else
         run_pieces(n_pieces, delta_piece, &operation);
     return !atomic_load(&out_of_memory);
-}
-
-static void gated_norm_tokens(const void *operation, int64_t begin, int64_t end) {
-    const GatedNorm *o = operation;
-    int64_t size = o->head_dim;
-    for (int64_t i = begin * o->n_heads; i < end * o->n_heads; i++) {
-        const float *x = o->x + i * size;
-        const float *z = o->z + i / o->n_heads * o->z_stride + i % o->n_heads * size;
-        float variance = dot_product(x, x, size) / (float)size;
-        vfloat factor = v_set(1.0f / sqrtf(variance + o->eps));
-        for (int64_t d = 0; d < size; d += VECTOR_WIDTH) {
-            vfloat normed = v_mul(load_of_row(x, d, size), factor);
-            vfloat weighted = v_mul(normed, load_of_row(o->weight, d, size));
-            vfloat gate = activate(load_of_row(z, d, size), ACT_SILU);
-            store_of_row(o->y + i * size, d, size, v_mul(weighted, gate));
-        }
-    }
-}
-
-static int gated_rms_norm(const GatedNorm *o) {
-    int64_t elements = o->n_heads * o->head_dim;
-    run_ranges(o->n_tokens, 1 + ACT_MIN_ELEMENTS / elements, gated_norm_tokens, o);
-    return 1;
 }

@@ -17,7 +17,10 @@
 #include "attention.h"
 #include "elementwise.h"
 #include "experts.h"
+
+#include "causal_conv.h"
 #include "gated_delta_net.h"
+#include "mamba2.h"
 
 const Kernels LEVEL_TABLE = {
     .name = LEVEL_NAME,
@@ -39,7 +42,9 @@ const Kernels LEVEL_TABLE = {
     .copy_rows = copy_rows,
     .select_experts = select_experts,
     .experts = experts,
+    .causal_conv = causal_conv,
+    .mamba2_scan = mamba2_scan,
     .gated_delta_rule = gated_delta_rule,
-    .gated_rms_norm = gated_rms_norm,
+    .gated_group_rms_norm = gated_group_rms_norm,
     .argmax = argmax,
 };

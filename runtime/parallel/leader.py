@@ -214,9 +214,10 @@ def load_on_ranks(checkpoint: Checkpoint, options: EngineOptions, report: Startu
 
 
 def _check_ranks(options: EngineOptions, device: torch.device, num_ranks: int) -> None:
-    if options.draft_model:
+    drafts = "--speculate mtp" if options.speculation.method == "mtp" else ""
+    if options.draft_model or drafts:
         raise InputError(
-            f"--draft-model on {num_ranks} ranks is not possible",
+            f"{drafts or '--draft-model'} on {num_ranks} ranks is not possible",
             todo="Leave it out, or serve on one rank",
         )
     if device.type == "cuda" and torch.cuda.device_count() < num_ranks:
@@ -244,6 +245,8 @@ def _load_leader(
             num_blocks=min(message.num_blocks for message in loaded),
             max_model_len=min(message.max_model_len for message in loaded),
             store_path=f"{folder}/store",
+            max_num_seqs=min(message.max_num_seqs for message in loaded),
+            num_state_checkpoints=min(message.num_state_checkpoints for message in loaded),
         )
         for rank in ranks:
             rank.channel.send(sizes)

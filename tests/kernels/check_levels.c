@@ -587,28 +587,38 @@ static void check_gated_delta_rule(int64_t k_dim, int64_t v_dim) {
     free(expected);
 }
 
-static void check_gated_rms_norm(int64_t size) {
+static void check_gated_norm(int64_t size) {
     enum { TOKENS = 3, HEADS = 2 };
-    int64_t z_stride = HEADS * size + 5;
+    int64_t gate_stride = HEADS * size + 5;
     float *x = random_floats(TOKENS * HEADS * size, 2.0f);
-    float *z = random_floats(TOKENS * z_stride, 5.0f);
+    float *gates = random_floats(TOKENS * gate_stride, 5.0f);
     float *weight = random_floats(size, 1.0f);
     float *y = allocate(TOKENS * HEADS * size * sizeof *y);
-    kernels->gated_rms_norm(
-        &(GatedNorm){x, z, weight, y, z_stride, TOKENS, HEADS, size, 1e-5f});
+    kernels->gated_group_rms_norm(&(GatedGroupNorm){
+        .x = x,
+        .gate = gates,
+        .gate_stride = gate_stride,
+        .weight = weight,
+        .y = y,
+        .rows = TOKENS,
+        .size = HEADS * size,
+        .n_groups = HEADS,
+        .norm_before_gate = 1,
+        .eps = 1e-5f,
+    });
     for (int64_t i = 0; i < TOKENS * HEADS; i++) {
         double squares = 0;
         for (int64_t d = 0; d < size; d++)
             squares += (double)x[i * size + d] * x[i * size + d];
         double rms = sqrt(squares / (double)size + 1e-5);
         for (int64_t d = 0; d < size; d++) {
-            double gate = z[i / HEADS * z_stride + i % HEADS * size + d];
+            double gate = gates[i / HEADS * gate_stride + i % HEADS * size + d];
             double expected = x[i * size + d] / rms * weight[d] * gate * sigmoid(gate);
-            expect_close(y[i * size + d], expected, fabs(expected) + 1, "gated_rms_norm");
+            expect_close(y[i * size + d], expected, fabs(expected) + 1, "gated_group_rms_norm");
         }
     }
     free(x);
-    free(z);
+    free(gates);
     free(weight);
     free(y);
 }
@@ -748,7 +758,7 @@ static void check_level(void) {
         check_rotary(sizes[i], 1);
         check_activations(sizes[i]);
         check_xielu(sizes[i]);
-        check_gated_rms_norm(sizes[i]);
+        check_gated_norm(sizes[i]);
     }
     check_residual(3 * PARALLEL_MIN_ELEMENTS + 1); /* several threads */
     check_xielu(PARALLEL_MIN_ELEMENTS + 1);
