@@ -86,6 +86,8 @@ def test_draft_heads_of_the_text_they_know_are_accepted(folder: Path, head: str)
     assert running.generate(known, GREEDY) == [text_tokens(24, start + 20) for start in (0, 9, 30)]
     stats = running.stats()
     assert stats.accepted_total >= 0.9 * stats.drafted_total
+    assert stats.accepted_per_pos_total == (stats.accepted_total,)
+    assert stats.drafts_total == stats.drafted_total
     assert running.num_steps <= 15, "two tokens in most steps"
 
 
