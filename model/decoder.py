@@ -20,6 +20,7 @@ from llmkit.kernels.attention_metadata import AttentionBatch
 from llmkit.kernels.cpu import cpu_kernels
 from llmkit.kernels.cpu.cpu_experts import CpuExperts
 from llmkit.kernels.cpu.cpu_linear import CpuLinear
+from llmkit.kernels.cpu.cpu_mlp import CpuMlp
 from llmkit.kernels.elementwise import (
     act,
     act_and_mul,
@@ -106,6 +107,7 @@ class DecoderLayer:
         # The rows of the step that the current expert computes. `_moe` sets them for the expert's
         # `LinearWithLora`.
         self.expert_rows = torch.empty(0, dtype=torch.int64)
+        self._cpu_mlps: dict[str, CpuMlp | None] = {}  # by module; see `_cpu_mlp`
         # The layer runs inside this context. Weight offloading replaces it with one that copies the
         # layer's weights to the device.
         self.weights_on_device: Callable[[], AbstractContextManager[None]] = nullcontext
@@ -381,6 +383,15 @@ class DecoderLayer:
         activation = self.spec.activation
         down = self.linears[f"{module}.down"]
         y: LinearInput
+        if (
+            isinstance(x, torch.Tensor)
+            and cpu_kernels.supports(x)
+            and cpu_kernels.has_compact_rows(x)
+            and not self.has_lora_rows
+        ):
+            cpu_mlp = self._cpu_mlp(module)
+            if cpu_mlp is not None:
+                return cpu_mlp(x)
         if self.spec.gated_mlp:
             y = self._act_and_mul(self.linears[f"{module}.gate_up"](x), down.input_quant)
         elif activation == "xielu":
@@ -390,6 +401,20 @@ class DecoderLayer:
             assert activation != "swiglu_clamped"
             y = act(self.linears[f"{module}.up"](x), activation)
         return down(y)
+
+    def _cpu_mlp(self, module: str) -> CpuMlp | None:
+        """A gated MLP as one compiled kernel; None where its weights do not allow it."""
+        if module not in self._cpu_mlps:
+            spec = self.spec
+            mlp = None
+            if spec.gated_mlp and spec.activation != "xielu":
+                gate_up = _cpu_kernel(self.linears[f"{module}.gate_up"])
+                down = _cpu_kernel(self.linears[f"{module}.down"])
+                if gate_up is not None and down is not None and CpuMlp.supports(gate_up, down):
+                    swiglu = spec.swiglu_limit, spec.swiglu_alpha
+                    mlp = CpuMlp(gate_up, down, spec.activation, swiglu)
+            self._cpu_mlps[module] = mlp
+        return self._cpu_mlps[module]
 
     def _act_and_mul(self, gate_up: torch.Tensor, quant: InputQuant | None) -> LinearInput:
         """The activation of a gated MLP: [T, 2I] -> [T, I], quantized if possible."""

@@ -123,6 +123,17 @@ def act_and_mul(
     /,
 ) -> None: ...
 def act(x: int, y: int, rows: int, size: int, activation: int, /) -> None: ...
+def gated_mlp(
+    x: int,
+    x_stride: int,
+    y: int,
+    rows: int,
+    linears: int,
+    activation: int,
+    limit: float,
+    alpha: float,
+    /,
+) -> None: ...
 def argmax(x: int, x_stride: int, rows: int, cols: int, ids: int, is_finite: int, /) -> None: ...
 def xielu(
     x: int, y: int, size: int, raw_alpha_p: int, raw_alpha_n: int, beta: int, eps: int, /

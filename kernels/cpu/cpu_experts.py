@@ -82,22 +82,10 @@ class CpuExperts:
             for which, linear in enumerate(pair):
                 if linear is None:
                     continue
-                assert linear.only_segment is not None
-                weight, bias, inputs = linear.only_segment
-                weight_type, *addresses, cols, depth, group_size = weight.kernel_arguments
-                fields = [
-                    weight_type,
-                    cpu_kernels.INPUT_TYPES[inputs],
-                    *addresses,
-                    address(bias),
-                    cols,
-                    depth,
-                    group_size,
-                ]
-                self._linears[expert, which] = torch.tensor(fields)
+                self._linears[expert, which] = torch.tensor(linear.fields)
                 self._kept.append(linear.only_segment)
                 if which == 1:
-                    self._intermediate_size = depth
+                    self._intermediate_size = linear.in_features
 
     @staticmethod
     def supports(linears: Sequence[CpuLinear | None]) -> bool:

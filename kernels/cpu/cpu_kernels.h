@@ -71,6 +71,13 @@ typedef struct {
     int64_t cols;
     int64_t depth;
     int64_t group_size;
+    /* With a gate, the outputs are act(gate) * up: gate is the first half of the columns, up the
+     * second. Each half consists of whole panels. */
+    int is_gated;
+    int activation;
+    float limit; /* see Activation */
+    float alpha;
+    int rounds_outputs; /* with a gate: y is bfloat16, a row every y_stride elements of 2 bytes */
     /* ---- the rest is derived in linear.h ---- */
     int64_t panel_bytes;
     int64_t padded_cols;
@@ -334,7 +341,7 @@ typedef struct {
     float scaling_factor;
 } Router;
 
-/* A linear layer of an expert; see Linear. Python fills it as int64. */
+/* A linear layer of an expert or of an MLP; see Linear. Python fills it as int64. */
 typedef struct {
     int64_t weight_type;
     int64_t inputs;
@@ -364,6 +371,18 @@ typedef struct {
     float limit; /* see Activation */
     float alpha;
 } Experts;
+
+/* y = down(act(gate(x)) * up(x)). */
+typedef struct {
+    const float *x; /* a row every x_stride elements */
+    int64_t x_stride;
+    float *y; /* [rows, columns of down] */
+    int64_t rows;
+    const ExpertLinear *linears; /* gate_up, whose halves are whole panels, and down */
+    int activation;
+    float limit; /* see Activation */
+    float alpha;
+} GatedMlp;
 
 /* The column of the largest value of each row, the first one on a tie, and whether all values are
  * finite. NaN counts as the largest. */
@@ -395,6 +414,7 @@ typedef struct {
     int (*copy_rows)(const RowCopy *);
     int (*select_experts)(const Router *);
     int (*experts)(const Experts *);
+    int (*gated_mlp)(const GatedMlp *);
     int (*causal_conv)(const CausalConv *);
     int (*mamba2_scan)(const Mamba2Scan *);
     int (*gated_delta_rule)(const GatedDeltaRule *);

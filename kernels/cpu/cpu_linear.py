@@ -37,6 +37,7 @@ class CpuLinear:
     ) -> None:
         # For each part: its weight, its padded bias, its first output, and its inputs.
         self._segments: list[tuple[PackedWeight, torch.Tensor | None, int, InputType]] = []
+        self.in_features = weights[0].shape[1]
         self.out_features = 0
         for weight in weights:
             first = self.out_features
@@ -56,6 +57,23 @@ class CpuLinear:
             return None
         weight, bias, _, inputs = self._segments[0]
         return weight, bias, inputs
+
+    @property
+    def fields(self) -> list[int]:
+        """The fields of the only segment, as the C code takes them (`ExpertLinear`)."""
+        assert self.only_segment is not None
+        weight, bias, inputs = self.only_segment
+        weight_type, *addresses, cols, depth, group_size = weight.kernel_arguments
+        input_type = cpu_kernels.INPUT_TYPES[inputs]
+        return [
+            weight_type,
+            input_type,
+            *addresses,
+            cpu_kernels.address(bias),
+            cols,
+            depth,
+            group_size,
+        ]
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """See `LinearKernel`."""

@@ -226,33 +226,6 @@ static int store_kv(const StoreKv *o) {
     return 1;
 }
 
-/* act(x). The activation is a constant, so that no loop tests it. */
-INLINE vfloat activate(vfloat x, int activation) {
-    if (activation == ACT_SILU) /* x sigmoid(x) */
-        return v_mul(x, sigmoid_ps(x));
-    if (activation == ACT_GELU_TANH) { /* x (1 + tanh(u)) / 2 = x sigmoid(2 u) */
-        const vfloat root = v_set(0.7978845608028654f); /* sqrt(2 / pi) */
-        vfloat cube = v_mul(v_mul(x, x), x);
-        vfloat u = v_fma(cube, v_set(0.044715f), x);
-        return v_mul(x, sigmoid_ps(v_mul(v_add(root, root), u)));
-    }
-    if (activation == ACT_GELU) { /* x - x q for x >= 0, x q below; q = erfc(|x| / sqrt(2)) / 2 */
-        vfloat q = v_mul(x, half_erfc(x));
-        return v_select(v_is_negative(x), q, v_sub(x, q));
-    }
-    vfloat positive = v_max(v_zero(), x); /* in this order, NaN stays NaN */
-    return v_mul(positive, positive);
-}
-
-/* gate sigmoid(alpha gate) (up + 1), with gate <= limit and |up| <= limit. */
-INLINE vfloat swiglu_clamped(vfloat gate, vfloat up, float limit, float alpha) {
-    /* Of NaN and a number, min and max return the second operand: NaN stays NaN. */
-    gate = v_min(v_set(limit), gate);
-    up = v_max(v_set(-limit), v_min(v_set(limit), up));
-    vfloat activated = v_mul(gate, sigmoid_ps(v_mul(gate, v_set(alpha))));
-    return v_fma(activated, up, activated);
-}
-
 INLINE void act_and_mul_rows_with(const Activation *o, int64_t begin, int64_t end,
                                   int activation) {
     int64_t size = o->size;
@@ -261,9 +234,7 @@ INLINE void act_and_mul_rows_with(const Activation *o, int64_t begin, int64_t en
         for (int64_t d = 0; d < size; d += VECTOR_WIDTH) {
             vfloat gate = load_of_row(gates, d, size);
             vfloat up = load_of_row(gates + size, d, size);
-            vfloat y = activation == ACT_SWIGLU_CLAMPED
-                           ? swiglu_clamped(gate, up, o->limit, o->alpha)
-                           : v_mul(activate(gate, activation), up);
+            vfloat y = activate_gate(gate, up, activation, o->limit, o->alpha);
             store_of_row(o->y + row * size, d, size, y);
         }
     }

@@ -17,6 +17,7 @@
 #include "attention.h"
 #include "elementwise.h"
 #include "experts.h"
+#include "gated_mlp.h"
 
 #include "causal_conv.h"
 #include "gated_delta_net.h"
@@ -42,6 +43,7 @@ const Kernels LEVEL_TABLE = {
     .copy_rows = copy_rows,
     .select_experts = select_experts,
     .experts = experts,
+    .gated_mlp = gated_mlp,
     .causal_conv = causal_conv,
     .mamba2_scan = mamba2_scan,
     .gated_delta_rule = gated_delta_rule,

@@ -17,7 +17,12 @@ enum {
     PIECES_OF_THREAD = 4,
     PIECE_BYTES = 1 << 18, /* the most bytes of weights of a piece with few rows */
     ROW_BLOCK = 96, /* rows of a piece are a multiple: whole tiles of every kind */
-    ROW_BLOCK_BYTES = 1 << 19, /* of inputs that stay in the cache while panels change */
+    GATE_PANELS = 4, /* of gate, and as many of up, whose outputs are in the cache */
+#if defined(LEVEL_AMX)
+    ROW_BLOCK_BYTES = 1 << 20, /* of inputs that stay in the cache while panels change */
+#else
+    ROW_BLOCK_BYTES = 1 << 19,
+#endif
     PREFETCH_BYTES = 1024,
     /* Rows that are multiplied with packed weights. With more, float32 panels are made first. */
     FEW_ROWS = 4,
@@ -550,6 +555,61 @@ static void bf16_block(const Linear *p, int64_t row, int64_t end_row, int64_t pa
 }
 #endif
 
+/* ---- outputs of a gate ---- */
+
+/* act(gate) * up for the activations that are rarer than silu. */
+static __attribute__((noinline)) vfloat other_gate(const Linear *p, vfloat gate, vfloat up) {
+    if (p->activation == ACT_GELU_TANH)
+        return activate_gate(gate, up, ACT_GELU_TANH, 0, 0);
+    if (p->activation == ACT_GELU)
+        return activate_gate(gate, up, ACT_GELU, 0, 0);
+    if (p->activation == ACT_SWIGLU_CLAMPED)
+        return activate_gate(gate, up, ACT_SWIGLU_CLAMPED, p->limit, p->alpha);
+    return activate_gate(gate, up, ACT_RELU2, 0, 0);
+}
+
+/* Store act(gate) * up for the columns from `col` on. */
+INLINE void store_gated(const Linear *p, int64_t row, int64_t col, vfloat gate, vfloat up) {
+    vfloat y = p->activation == ACT_SILU ? activate_gate(gate, up, ACT_SILU, 0, 0)
+                                         : other_gate(p, gate, up);
+#if defined(LEVEL_BF16)
+    if (p->rounds_outputs) {
+        v_store_bf16((uint16_t *)p->y + row * p->y_stride + col, y);
+        return;
+    }
+#endif
+    v_store(p->y + row * p->y_stride + col, y);
+}
+
+/* Some rows of the panels [panel, end_panel) of gate, and of those of up. */
+static void gated_block(BlockFunction block, const Linear *p, int64_t row, int64_t end_row,
+                        int64_t panel, int64_t end_panel) {
+    const int64_t n_gate_panels = p->padded_cols / PANEL_WIDTH / 2;
+    const int64_t stride = 2 * GATE_PANELS * PANEL_WIDTH;
+    float outputs[ROW_BLOCK * 2 * GATE_PANELS * PANEL_WIDTH];
+    Linear part = *p;
+    part.y_stride = stride;
+    for (; panel < end_panel; panel += GATE_PANELS) {
+        const int64_t n_panels = min_int64(end_panel - panel, GATE_PANELS);
+        const int64_t n_cols = n_panels * PANEL_WIDTH;
+        const int64_t up_panel = panel + n_gate_panels;
+        for (int64_t first = row; first < end_row; first += ROW_BLOCK) {
+            const int64_t end = min_int64(first + ROW_BLOCK, end_row);
+            /* So that rows and columns keep their numbers. */
+            part.y = outputs - first * stride - panel * PANEL_WIDTH;
+            block(&part, first, end, panel, panel + n_panels);
+            part.y = outputs + n_cols - first * stride - up_panel * PANEL_WIDTH;
+            block(&part, first, end, up_panel, up_panel + n_panels);
+            for (int64_t r = first; r < end; r++) {
+                const float *gate = outputs + (r - first) * stride;
+                for (int64_t d = 0; d < n_cols; d += VECTOR_WIDTH)
+                    store_gated(p, r, panel * PANEL_WIDTH + d, v_load(gate + d),
+                                v_load(gate + n_cols + d));
+            }
+        }
+    }
+}
+
 /* ---- AMX: products of tiles of 16 rows ---- */
 
 #if defined(LEVEL_AMX)
@@ -588,22 +648,64 @@ typedef struct {
     int64_t n_rows;
     int64_t panel;
     int64_t n_panels; /* 1: the second panel is not there, and the first is multiplied twice */
+    int64_t distance; /* of the second panel from the first: 1, or from gate to up */
     int64_t group;
-    const char *panels; /* of weights that tiles take */
-    int64_t panel_bytes;
-    int prefetches; /* the panels come from memory */
+    const char *panels;     /* of weights that tiles take */
+    int64_t distance_bytes; /* from the first panel to the second */
 } AmxStep;
 
-/* Multiply the words of a step's group. Tiles 0 .. 3 hold the sums, 4 and 5 inputs, 6 and 7
- * weights. */
-INLINE void amx_multiply(int is_bf16, int two_row_blocks, const Linear *p, const AmxStep *step) {
+/* How weights come into the cache before the tiles load them. */
+typedef struct {
+    const char *own;  /* the panels themselves, a few words ahead; NULL: they are in the cache */
+    const char *next; /* the two panels after them, a few lines at a time */
+    int64_t next_at;  /* the bytes of each of the next panels that have been prefetched */
+    int64_t lines;    /* of each of the next panels, at a time */
+    int64_t distance_bytes;
+} AmxPrefetch;
+
+/* The sums of the step before. They become outputs while the tiles multiply: a few rows at a time,
+ * so that the processor sees both kinds of instructions at once. */
+typedef struct AmxPending AmxPending;
+typedef void (*FinishRows)(const Linear *, AmxPending *, int64_t n_rows);
+struct AmxPending {
+    AmxSums sums;
+    float previous[2][2 * AMX_ROWS][PANEL_WIDTH]; /* outputs of the groups before */
+    AmxStep step;
+    int64_t next_row; /* of the step: the first one that is not finished */
+    FinishRows finish_rows;
+};
+
+INLINE void amx_prefetch(const Linear *p, AmxPrefetch *prefetch, int64_t word) {
+    const int64_t panel_bytes = p->panel_bytes;
+    if (prefetch->own) {
+        int64_t ahead = (word + AMX_PREFETCH_WORDS) * PANEL_WIDTH * 4;
+        const char *lines = ahead < panel_bytes ? prefetch->own + ahead
+                                                : prefetch->next + (ahead - panel_bytes);
+#pragma GCC unroll 16
+        for (int line = 0; line < AMX_TILE_BYTES; line += 64) {
+            __builtin_prefetch(lines + line);
+            __builtin_prefetch(lines + prefetch->distance_bytes + line);
+        }
+    } else if (prefetch->lines && prefetch->next_at < panel_bytes) {
+        const char *lines = prefetch->next + prefetch->next_at;
+        for (int64_t i = 0; i < prefetch->lines; i++, lines += 64) {
+            __builtin_prefetch(lines, 0, 2);
+            __builtin_prefetch(lines + prefetch->distance_bytes, 0, 2);
+        }
+        prefetch->next_at += prefetch->lines * 64;
+    }
+}
+
+/* Multiply the words of a step's group, and finish the step before. Tiles 0 .. 3 hold the sums, 4
+ * and 5 inputs, 6 and 7 weights. */
+INLINE void amx_multiply(int is_bf16, int two_row_blocks, const Linear *p, const AmxStep *step,
+                         AmxPrefetch *prefetch, AmxPending *pending) {
     const int64_t row_bytes = p->padded_depth * (is_bf16 ? 2 : 1);
-    const int64_t panel_bytes = step->panel_bytes;
-    const int prefetches = step->prefetches;
     int64_t begin;
     int64_t end;
     group_words(p, is_bf16 ? WEIGHT_BF16 : WEIGHT_INT8, step->group, &begin, &end);
-    end = (end + AMX_WORDS - 1) / AMX_WORDS * AMX_WORDS; /* padded with zeros */
+    int n_tiles = (int)(end - begin + AMX_WORDS - 1) / AMX_WORDS; /* padded with zeros */
+    int rows_at_once = ((int)pending->step.n_rows + n_tiles - 1) / n_tiles;
     const char *inputs = p->rounded_inputs + step->row * row_bytes;
     _tile_zero(0);
     _tile_zero(1);
@@ -613,19 +715,11 @@ INLINE void amx_multiply(int is_bf16, int two_row_blocks, const Linear *p, const
     }
     for (int64_t word = begin; word < end; word += AMX_WORDS) {
         const char *weights = step->panels + word * PANEL_WIDTH * 4;
-        if (prefetches) {
-            int64_t ahead = (word + AMX_PREFETCH_WORDS) * PANEL_WIDTH * 4;
-            /* After these two panels come the next two. */
-            const char *next = step->panels + ahead + (ahead < panel_bytes ? 0 : panel_bytes);
-#pragma GCC unroll 16
-            for (int line = 0; line < AMX_TILE_BYTES; line += 64) {
-                __builtin_prefetch(next + line);
-                __builtin_prefetch(next + panel_bytes + line);
-            }
-        }
+        amx_prefetch(p, prefetch, word);
         _tile_loadd(6, weights, 64);
-        _tile_loadd(7, weights + panel_bytes, 64);
-        _tile_loadd(4, inputs + word * 4, row_bytes);
+        _tile_loadd(7, weights + step->distance_bytes, 64);
+        /* The inputs do not fit into the first cache beside two panels, which return sooner. */
+        _tile_stream_loadd(4, inputs + word * 4, row_bytes);
         if (is_bf16) {
             _tile_dpbf16ps(0, 4, 6);
             _tile_dpbf16ps(1, 4, 7);
@@ -634,7 +728,7 @@ INLINE void amx_multiply(int is_bf16, int two_row_blocks, const Linear *p, const
             _tile_dpbssd(1, 4, 7);
         }
         if (two_row_blocks) {
-            _tile_loadd(5, inputs + AMX_ROWS * row_bytes + word * 4, row_bytes);
+            _tile_stream_loadd(5, inputs + AMX_ROWS * row_bytes + word * 4, row_bytes);
             if (is_bf16) {
                 _tile_dpbf16ps(2, 5, 6);
                 _tile_dpbf16ps(3, 5, 7);
@@ -643,70 +737,114 @@ INLINE void amx_multiply(int is_bf16, int two_row_blocks, const Linear *p, const
                 _tile_dpbssd(3, 5, 7);
             }
         }
+        if (pending->next_row < pending->step.n_rows)
+            pending->finish_rows(p, pending, rows_at_once);
     }
 }
 
 /* How the sums of a group become outputs. */
 enum { SUMS_PLAIN, SUMS_SCALED, SUMS_WITH_OFFSETS };
 
-/* Up to 16 rows of a panel: scale the sums of a step, add them to those of the previous groups, and
- * after the last group store the outputs. The operations and their order are those of `store_sums`,
- * so that the number of rows does not change a result.
- * row: of the layer. previous: the outputs of the groups before, of these rows. */
-INLINE void amx_finish_rows(int is_bf16, int form, const Linear *p, int64_t row, int64_t n_rows,
-                            int64_t col, int64_t group, const int32_t (*sums)[PANEL_WIDTH],
-                            float (*previous)[PANEL_WIDTH]) {
-    const int64_t n_groups = p->n_groups;
-    const int64_t column = group * p->padded_cols + col;
-    const int64_t n_cols = min_int64(p->cols - col, PANEL_WIDTH);
-    const int64_t y_stride = p->y_stride;
-    const vfloat scales = p->scales ? v_load(p->scales + column) : v_set(1.0f);
-    const vfloat offsets = p->offsets ? v_load(p->offsets + column) : v_zero();
-    const vfloat bias = p->bias ? v_load(p->bias + col) : v_zero();
-    const int has_bias = p->bias != NULL;
-    const int is_last = group + 1 == n_groups;
-    const float *input_scale = p->input_scales + row * n_groups + group;
-    const float *input_sum = p->input_sums + row * n_groups + group;
-    float *y = p->y + row * y_stride + col;
-    for (int64_t i = 0; i < n_rows; i++) {
-        vfloat sum;
-        if (is_bf16) {
-            sum = v_load((const float *)sums[i]);
-        } else {
-            sum = v_mul(vi_to_float(vi_load(sums[i])), v_set(*input_scale));
-            input_scale += n_groups;
+/* What the sums of a panel are multiplied with or added to. */
+typedef struct {
+    int64_t col;
+    vfloat scales;
+    vfloat offsets;
+    vfloat bias;
+} AmxColumns;
+
+INLINE AmxColumns amx_columns(const Linear *p, const AmxStep *step, int64_t j) {
+    int64_t col = (step->panel + j * step->distance) * PANEL_WIDTH;
+    int64_t column = step->group * p->padded_cols + col;
+    return (AmxColumns){
+        .col = col,
+        .scales = p->scales ? v_load(p->scales + column) : v_set(1.0f),
+        .offsets = p->offsets ? v_load(p->offsets + column) : v_zero(),
+        .bias = p->bias ? v_load(p->bias + col) : v_zero(),
+    };
+}
+
+/* Row i of panel j of a step: scale the sums and add them to those of the previous groups; after
+ * the last group they are outputs. The operations and their order are those of `store_sums`, so
+ * that the number of rows does not change a result. */
+INLINE vfloat amx_outputs(int is_bf16, int form, const Linear *p, AmxPending *pending,
+                          const AmxColumns *columns, int64_t j, int64_t i) {
+    const AmxStep *step = &pending->step;
+    const int32_t *sums = pending->sums[i / AMX_ROWS][j][i % AMX_ROWS];
+    const int64_t of_row = (step->row + i) * p->n_groups + step->group;
+    vfloat sum;
+    if (is_bf16)
+        sum = v_load((const float *)sums);
+    else
+        sum = v_mul(vi_to_float(vi_load(sums)), v_set(p->input_scales[of_row]));
+    if (form >= SUMS_SCALED)
+        sum = v_mul(sum, columns->scales);
+    if (form == SUMS_WITH_OFFSETS)
+        sum = v_fnma(v_set(p->input_sums[of_row]), columns->offsets, sum);
+    if (form >= SUMS_SCALED && step->group)
+        sum = v_add(sum, v_load(pending->previous[j][i]));
+    if (form >= SUMS_SCALED && step->group + 1 < p->n_groups)
+        v_store(pending->previous[j][i], sum);
+    else if (p->bias)
+        sum = v_add(sum, columns->bias);
+    return sum;
+}
+
+/* Finish the next rows of a step. */
+INLINE void amx_finish_rows(int is_bf16, int form, int is_gated, const Linear *p,
+                            AmxPending *pending, int64_t n_rows) {
+    const AmxStep *step = &pending->step;
+    const int64_t begin = pending->next_row;
+    const int64_t end = min_int64(begin + n_rows, step->n_rows);
+    const int is_last = step->group + 1 == p->n_groups;
+    pending->next_row = end;
+    if (is_gated) {
+        const AmxColumns gates = amx_columns(p, step, 0);
+        const AmxColumns ups = amx_columns(p, step, 1);
+        for (int64_t i = begin; i < end; i++) {
+            vfloat gate = amx_outputs(is_bf16, form, p, pending, &gates, 0, i);
+            vfloat up = amx_outputs(is_bf16, form, p, pending, &ups, 1, i);
+            if (is_last)
+                store_gated(p, step->row + i, gates.col, gate, up);
         }
-        if (form >= SUMS_SCALED)
-            sum = v_mul(sum, scales);
-        if (form == SUMS_WITH_OFFSETS) {
-            sum = v_fnma(v_set(*input_sum), offsets, sum);
-            input_sum += n_groups;
+        return;
+    }
+    for (int64_t j = 0; j < step->n_panels; j++) {
+        const AmxColumns columns = amx_columns(p, step, j);
+        const int64_t n_cols = min_int64(p->cols - columns.col, PANEL_WIDTH);
+        for (int64_t i = begin; i < end; i++) {
+            vfloat sum = amx_outputs(is_bf16, form, p, pending, &columns, j, i);
+            float *y = p->y + (step->row + i) * p->y_stride + columns.col;
+            if (!is_last)
+                continue;
+            if (n_cols < PANEL_WIDTH)
+                v_store_first(y, sum, n_cols);
+            else
+                v_store(y, sum);
         }
-        if (form >= SUMS_SCALED && group)
-            sum = v_add(sum, v_load(previous[i]));
-        if (form >= SUMS_SCALED && !is_last) {
-            v_store(previous[i], sum);
-            continue;
-        }
-        if (has_bias)
-            sum = v_add(sum, bias);
-        if (n_cols < PANEL_WIDTH)
-            v_store_first(y, sum, n_cols);
-        else
-            v_store(y, sum);
-        y += y_stride;
     }
 }
 
-INLINE void amx_finish(int is_bf16, int form, const Linear *p, const AmxStep *step,
-                       const AmxSums sums, float (*previous)[2 * AMX_ROWS][PANEL_WIDTH]) {
-    for (int64_t j = 0; j < step->n_panels; j++)
-        for (int64_t first = 0; first < step->n_rows; first += AMX_ROWS)
-            amx_finish_rows(is_bf16, form, p, step->row + first,
-                            min_int64(step->n_rows - first, AMX_ROWS),
-                            (step->panel + j) * PANEL_WIDTH, step->group, sums[first / AMX_ROWS][j],
-                            previous[j] + first);
-}
+/* A function for each type of inputs and form of sums, without and with a gate. */
+#define DEFINE_FINISH_ROWS(NAME, IS_BF16, FORM)                                                    \
+    static void NAME(const Linear *p, AmxPending *pending, int64_t n_rows) {                       \
+        amx_finish_rows(IS_BF16, FORM, 0, p, pending, n_rows);                                     \
+    }                                                                                              \
+    static void NAME##_gated(const Linear *p, AmxPending *pending, int64_t n_rows) {               \
+        amx_finish_rows(IS_BF16, FORM, 1, p, pending, n_rows);                                     \
+    }
+DEFINE_FINISH_ROWS(finish_int8_plain, 0, SUMS_PLAIN)
+DEFINE_FINISH_ROWS(finish_int8_scaled, 0, SUMS_SCALED)
+DEFINE_FINISH_ROWS(finish_int8_with_offsets, 0, SUMS_WITH_OFFSETS)
+DEFINE_FINISH_ROWS(finish_bf16_plain, 1, SUMS_PLAIN)
+DEFINE_FINISH_ROWS(finish_bf16_scaled, 1, SUMS_SCALED)
+DEFINE_FINISH_ROWS(finish_bf16_with_offsets, 1, SUMS_WITH_OFFSETS)
+static const FinishRows finish_rows_of[2][2][3] = {
+    {{finish_int8_plain, finish_int8_scaled, finish_int8_with_offsets},
+     {finish_int8_plain_gated, finish_int8_scaled_gated, finish_int8_with_offsets_gated}},
+    {{finish_bf16_plain, finish_bf16_scaled, finish_bf16_with_offsets},
+     {finish_bf16_plain_gated, finish_bf16_scaled_gated, finish_bf16_with_offsets_gated}},
+};
 
 /* The next step after `step`: the groups of some rows, then other rows. Returns 0 after the last.
  */
@@ -716,40 +854,18 @@ INLINE int next_amx_step(const Linear *p, int64_t end_row, AmxStep *step) {
     step->group = 0;
     step->row += step->n_rows;
     step->n_rows = min_int64(end_row - step->row, 2 * AMX_ROWS);
-    step->prefetches = 0;
     return step->row < end_row;
-}
-
-/* The sums of the step before, which are finished while the tiles multiply. */
-typedef struct {
-    AmxSums sums;
-    float previous[2][2 * AMX_ROWS][PANEL_WIDTH]; /* outputs of the groups before */
-    AmxStep step;
-    int is_empty;
-} AmxPending;
-
-INLINE void finish_pending(int is_bf16, const Linear *p, AmxPending *pending) {
-    if (pending->is_empty)
-        return;
-    if (p->offsets)
-        amx_finish(is_bf16, SUMS_WITH_OFFSETS, p, &pending->step, pending->sums,
-                   pending->previous);
-    else if (p->scales || p->n_groups > 1)
-        amx_finish(is_bf16, SUMS_SCALED, p, &pending->step, pending->sums, pending->previous);
-    else
-        amx_finish(is_bf16, SUMS_PLAIN, p, &pending->step, pending->sums, pending->previous);
 }
 
 /* All rows of one or two panels, beginning with `step`. */
 INLINE void amx_rows(int is_bf16, const Linear *p, int64_t end_row, AmxStep step,
-                     AmxPending *pending) {
+                     AmxPrefetch prefetch, AmxPending *pending) {
     int more;
     do {
         if (step.n_rows > AMX_ROWS)
-            amx_multiply(is_bf16, 1, p, &step);
+            amx_multiply(is_bf16, 1, p, &step, &prefetch, pending);
         else
-            amx_multiply(is_bf16, 0, p, &step);
-        finish_pending(is_bf16, p, pending);
+            amx_multiply(is_bf16, 0, p, &step, &prefetch, pending);
         _tile_stored(0, pending->sums[0][0], 64);
         _tile_stored(1, pending->sums[0][1], 64);
         if (step.n_rows > AMX_ROWS) {
@@ -757,8 +873,10 @@ INLINE void amx_rows(int is_bf16, const Linear *p, int64_t end_row, AmxStep step
             _tile_stored(3, pending->sums[1][1], 64);
         }
         pending->step = step;
-        pending->is_empty = 0;
+        pending->next_row = 0;
         more = next_amx_step(p, end_row, &step);
+        if (step.group == 0)
+            prefetch.own = NULL; /* other rows */
     } while (more);
 }
 
@@ -797,41 +915,57 @@ static void amx_block(const Linear *p, int64_t row, int64_t end_row, int64_t pan
                                         : NULL;
     int64_t int8_bytes = p->padded_depth * PANEL_WIDTH;
     char *unpacked = unpack ? thread_scratch(SCRATCH_PANELS, 2 * int8_bytes) : NULL;
-    if (unpack && unpacked == NULL) {
-        int8_block(p->weight_type)(p, row, end_row, panel, end_panel); /* the same results */
+    if (unpack && unpacked == NULL) { /* the same results */
+        if (p->is_gated)
+            gated_block(int8_block(p->weight_type), p, row, end_row, panel, end_panel);
+        else
+            int8_block(p->weight_type)(p, row, end_row, panel, end_panel);
         return;
     }
+    int form = p->offsets                        ? SUMS_WITH_OFFSETS
+               : (p->scales || p->n_groups > 1) ? SUMS_SCALED
+                                                 : SUMS_PLAIN;
     AmxPending pending __attribute__((aligned(64)));
-    pending.is_empty = 1;
+    pending.step.n_rows = 0;
+    pending.next_row = 0;
+    pending.finish_rows = finish_rows_of[p->inputs == INPUTS_BF16][p->is_gated][form];
+    const int64_t row_blocks = (end_row - row + 2 * AMX_ROWS - 1) / (2 * AMX_ROWS);
+    const int64_t distance = p->is_gated ? p->padded_cols / PANEL_WIDTH / 2 : 1;
+    const int64_t pair = p->is_gated ? 1 : 2; /* from two panels to the next two */
     configure_tiles(6, 8, end_row - row);
-    for (; panel < end_panel; panel += 2) {
-        int64_t n_panels = min_int64(end_panel - panel, 2);
+    for (int64_t first = panel; panel < end_panel; panel += pair) {
+        int64_t n_panels = p->is_gated ? 2 : min_int64(end_panel - panel, 2);
         const char *panels = p->weight + panel * p->panel_bytes;
-        int64_t panel_bytes = p->panel_bytes;
+        int64_t distance_bytes = distance * p->panel_bytes;
+        AmxPrefetch prefetch = {.own = NULL};
         if (unpacked) {
             for (int64_t j = 0; j < n_panels; j++)
-                unpack(panels + j * p->panel_bytes, p->padded_depth, unpacked + j * int8_bytes);
+                unpack(panels + j * distance_bytes, p->padded_depth, unpacked + j * int8_bytes);
             panels = unpacked;
-            panel_bytes = int8_bytes;
+            distance_bytes = int8_bytes;
+        } else {
+            prefetch.distance_bytes = distance_bytes;
+            prefetch.next = panels + pair * p->panel_bytes;
+            if (panel == first || row_blocks == 1)
+                prefetch.own = panels;
+            if (row_blocks > 1)
+                prefetch.lines = (AMX_WORDS + row_blocks - 1) / row_blocks;
         }
         AmxStep step = {
             .row = row,
             .n_rows = min_int64(end_row - row, 2 * AMX_ROWS),
             .panel = panel,
             .n_panels = n_panels,
+            .distance = distance,
             .panels = panels,
-            .panel_bytes = n_panels == 1 ? 0 : panel_bytes,
-            .prefetches = panels != unpacked,
+            .distance_bytes = n_panels == 1 ? 0 : distance_bytes,
         };
         if (p->inputs == INPUTS_BF16)
-            amx_rows(1, p, end_row, step, &pending);
+            amx_rows(1, p, end_row, step, prefetch, &pending);
         else
-            amx_rows(0, p, end_row, step, &pending);
+            amx_rows(0, p, end_row, step, prefetch, &pending);
     }
-    if (p->inputs == INPUTS_BF16)
-        finish_pending(1, p, &pending);
-    else
-        finish_pending(0, p, &pending);
+    pending.finish_rows(p, &pending, pending.step.n_rows);
     _tile_release();
 }
 #endif
@@ -843,17 +977,32 @@ typedef struct {
     Linear layer;
     BlockFunction block;
     int64_t block_rows; /* of a piece */
-    int64_t block_panels;
-    int64_t n_chunks; /* of panels */
+    int64_t block_panels; /* with a gate: of gate, and as many of up */
+    int64_t n_chunks;     /* of panels */
 } LinearOperation;
+
+/* The panels of outputs. */
+static int64_t output_panels(const Linear *p) {
+    return p->padded_cols / PANEL_WIDTH / (p->is_gated ? 2 : 1);
+}
 
 static void linear_piece(const void *operation, int64_t piece) {
     const LinearOperation *o = operation;
     int64_t row = piece / o->n_chunks * o->block_rows;
     int64_t panel = piece % o->n_chunks * o->block_panels;
-    int64_t n_panels = o->layer.padded_cols / PANEL_WIDTH;
-    o->block(&o->layer, row, min_int64(row + o->block_rows, o->layer.rows), panel,
-             min_int64(panel + o->block_panels, n_panels));
+    int64_t n_panels = output_panels(&o->layer);
+    int64_t end_row = min_int64(row + o->block_rows, o->layer.rows);
+    int64_t end_panel = min_int64(panel + o->block_panels, n_panels);
+#if defined(LEVEL_AMX)
+    if (o->block == amx_block) { /* it computes gates itself */
+        amx_block(&o->layer, row, end_row, panel, end_panel);
+        return;
+    }
+#endif
+    if (o->layer.is_gated)
+        gated_block(o->block, &o->layer, row, end_row, panel, end_panel);
+    else
+        o->block(&o->layer, row, end_row, panel, end_panel);
 }
 
 static void prepare_row(const Linear *p, int64_t row) {
@@ -980,19 +1129,24 @@ static void derive_sizes(Linear *p) {
  * many pieces they are. */
 static int64_t divide_layer(LinearOperation *o, int64_t turns) {
     const Linear *p = &o->layer;
-    int64_t n_panels = p->padded_cols / PANEL_WIDTH;
+    int64_t n_panels = output_panels(p);
+    int64_t of_output = p->is_gated ? 2 : 1; /* panels of weights for each */
     int64_t n_row_blocks = 1;
     o->block = block_function(p);
     o->block_rows = p->rows;
     if (p->rows <= FEW_ROWS) {
-        o->block_panels = max_int64((n_panels + turns - 1) / turns, MIN_PANELS);
-        o->block_panels = min_int64(o->block_panels, PIECE_BYTES / p->panel_bytes + 1);
+        o->block_panels = max_int64((n_panels + turns - 1) / turns, MIN_PANELS / of_output);
+        o->block_panels =
+            min_int64(o->block_panels, PIECE_BYTES / (of_output * p->panel_bytes) + 1);
     } else {
         int64_t row_bytes = p->depth * (p->inputs == INPUTS_F32 ? 4 : 2);
-        o->block_rows = max_int64(ROW_BLOCK_BYTES / row_bytes / ROW_BLOCK, 1) * ROW_BLOCK;
+        int64_t most_rows = max_int64(ROW_BLOCK_BYTES / row_bytes / ROW_BLOCK, 1) * ROW_BLOCK;
+        n_row_blocks = (p->rows + most_rows - 1) / most_rows;
+        o->block_rows = (p->rows + n_row_blocks - 1) / n_row_blocks;
+        o->block_rows = (o->block_rows + ROW_BLOCK - 1) / ROW_BLOCK * ROW_BLOCK;
         n_row_blocks = (p->rows + o->block_rows - 1) / o->block_rows;
         o->block_panels = max_int64(n_panels * n_row_blocks / turns, 2);
-        o->block_panels = min_int64(o->block_panels, 32);
+        o->block_panels = min_int64(o->block_panels, 32 / of_output);
     }
     o->block_panels = (o->block_panels + 1) / 2 * 2; /* tiles are of two panels */
     o->n_chunks = (n_panels + o->block_panels - 1) / o->block_panels;

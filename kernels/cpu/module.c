@@ -301,6 +301,16 @@ KERNEL(experts, 12, 2) {
     });
 }
 
+KERNEL(gated_mlp, 6, 2) {
+    return kernels->gated_mlp(&(GatedMlp){
+        .x = ADDRESS(const float, 0),
+        .x_stride = ints[1],
+        .y = ADDRESS(float, 2),
+        .rows = ints[3],
+        .linears = ADDRESS(const ExpertLinear, 4),
+        .activation = (int)ints[5],
+        .limit = (float)floats[0],
+        .alpha = (float)floats[1],
 /* Six integers: a RecurrentBatch's host_addresses. */
 #define RECURRENT_ROWS(I)                                                                          \
     ((RecurrentRows){                                                                              \
@@ -428,6 +438,7 @@ KERNEL(argmax, 6, 0) {
     DO(copy_rows)                                                                                  \
     DO(select_experts)                                                                             \
     DO(experts)                                                                                    \
+    DO(gated_mlp)                                                                                  \
     DO(causal_conv)                                                                                \
     DO(mamba2_scan)                                                                                \
     DO(gated_delta_rule)                                                                           \

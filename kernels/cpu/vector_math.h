@@ -3,6 +3,7 @@
 #ifndef LLMKIT_VECTOR_MATH_H
 #define LLMKIT_VECTOR_MATH_H
 
+#include "cpu_kernels.h"
 #include "vectors.h"
 
 /* e^x for x <= 0, to 2 units in the last place; 0 below -87.
@@ -78,6 +79,40 @@ INLINE vfloat sigmoid_ps(vfloat x) {
     const vfloat one = v_set(1.0f);
     vfloat e = exp_nonpositive(v_sub(v_zero(), v_abs(x)));
     return v_div(v_select(v_is_negative(x), e, one), v_add(one, e));
+}
+
+/* act(x). The activation is a constant, so that no loop tests it. */
+INLINE vfloat activate(vfloat x, int activation) {
+    if (activation == ACT_SILU) /* x sigmoid(x) */
+        return v_mul(x, sigmoid_ps(x));
+    if (activation == ACT_GELU_TANH) { /* x (1 + tanh(u)) / 2 = x sigmoid(2 u) */
+        const vfloat root = v_set(0.7978845608028654f); /* sqrt(2 / pi) */
+        vfloat cube = v_mul(v_mul(x, x), x);
+        vfloat u = v_fma(cube, v_set(0.044715f), x);
+        return v_mul(x, sigmoid_ps(v_mul(v_add(root, root), u)));
+    }
+    if (activation == ACT_GELU) { /* x - x q for x >= 0, x q below; q = erfc(|x| / sqrt(2)) / 2 */
+        vfloat q = v_mul(x, half_erfc(x));
+        return v_select(v_is_negative(x), q, v_sub(x, q));
+    }
+    vfloat positive = v_max(v_zero(), x); /* in this order, NaN stays NaN */
+    return v_mul(positive, positive);
+}
+
+/* gate sigmoid(alpha gate) (up + 1), with gate <= limit and |up| <= limit. */
+INLINE vfloat swiglu_clamped(vfloat gate, vfloat up, float limit, float alpha) {
+    /* Of NaN and a number, min and max return the second operand: NaN stays NaN. */
+    gate = v_min(v_set(limit), gate);
+    up = v_max(v_set(-limit), v_min(v_set(limit), up));
+    vfloat activated = v_mul(gate, sigmoid_ps(v_mul(gate, v_set(alpha))));
+    return v_fma(activated, up, activated);
+}
+
+/* act(gate) * up. limit, alpha: of ACT_SWIGLU_CLAMPED. */
+INLINE vfloat activate_gate(vfloat gate, vfloat up, int activation, float limit, float alpha) {
+    if (activation == ACT_SWIGLU_CLAMPED)
+        return swiglu_clamped(gate, up, limit, alpha);
+    return v_mul(activate(gate, activation), up);
 }
 
 /* log(1 + e^x) = max(x, 0) + log(1 + e) with e = e^(-|x|), to 3 units in the last place.

@@ -468,6 +468,74 @@ static void check_activations(int64_t size) {
     free(y);
 }
 
+/* A linear layer with a random weight of bfloat16. */
+static ExpertLinear random_layer(int inputs, int64_t cols, int64_t depth) {
+    int64_t depth_words = (depth + DEPTH_MULTIPLE - 1) / DEPTH_MULTIPLE * DEPTH_MULTIPLE / 2;
+    uint32_t *words = allocate(cols * depth_words * sizeof *words);
+    for (int64_t c = 0; c < cols; c++)
+        for (int64_t k = 0; k < depth; k++)
+            put_random_value(WEIGHT_BF16, words, depth_words, c, k);
+    return (ExpertLinear){.weight_type = WEIGHT_BF16,
+                          .inputs = inputs,
+                          .weight = (const char *)words,
+                          .cols = cols,
+                          .depth = depth,
+                          .group_size = depth};
+}
+
+static void multiply(const ExpertLinear *layer, const float *x, float *y, int64_t rows) {
+    kernels->linear(&(Linear){.weight_type = (int)layer->weight_type,
+                              .inputs = (int)layer->inputs,
+                              .x = x,
+                              .x_stride = layer->depth,
+                              .weight = layer->weight,
+                              .y = y,
+                              .y_stride = layer->cols,
+                              .rows = rows,
+                              .cols = layer->cols,
+                              .depth = layer->depth,
+                              .group_size = layer->group_size});
+}
+
+/* The three operations of the MLP, which are checked above, give the same bits. */
+static void check_gated_mlp(int inputs, int activation, int64_t rows) {
+    enum { HIDDEN = 48, INTERMEDIATE = 80 };
+    const float limit = 1.5f;
+    const float alpha = 1.7f;
+    ExpertLinear layers[] = {random_layer(inputs, 2 * INTERMEDIATE, HIDDEN),
+                             random_layer(inputs, HIDDEN, INTERMEDIATE)};
+    float *x = random_floats(rows * HIDDEN, 2.0f);
+    float *gate_up = allocate(rows * 2 * INTERMEDIATE * sizeof *gate_up);
+    float *activated = allocate(rows * INTERMEDIATE * sizeof *activated);
+    float *expected = allocate(rows * HIDDEN * sizeof *expected);
+    float *y = allocate(rows * HIDDEN * sizeof *y);
+    multiply(&layers[0], x, gate_up, rows);
+    kernels->act_and_mul(
+        &(Activation){gate_up, activated, rows, INTERMEDIATE, activation, limit, alpha});
+    multiply(&layers[1], activated, expected, rows);
+    expect(kernels->gated_mlp(&(GatedMlp){x, HIDDEN, y, rows, layers, activation, limit, alpha}),
+           "gated_mlp", "out of memory");
+    expect(memcmp(y, expected, rows * HIDDEN * sizeof *y) == 0, "gated_mlp",
+           "other bits than its parts");
+    free(x);
+    free(gate_up);
+    free(activated);
+    free(expected);
+    free(y);
+    free((void *)layers[0].weight);
+    free((void *)layers[1].weight);
+}
+
+static void check_gated_mlps(void) {
+    static const int64_t rows[] = {1, 3, 6, 50, 110};
+    for (size_t i = 0; i < sizeof rows / sizeof *rows; i++)
+        for (int activation = ACT_SILU; activation <= ACT_SWIGLU_CLAMPED; activation++) {
+            check_gated_mlp(INPUTS_F32, activation, rows[i]);
+            if (kernels->has_bfloat16)
+                check_gated_mlp(INPUTS_BF16, activation, rows[i]);
+        }
+}
+
 static void check_xielu(int64_t size) {
     float *x = random_floats(size, 5.0f);
     float *y = allocate(size * sizeof *y);
@@ -760,6 +828,7 @@ static void check_level(void) {
         check_xielu(sizes[i]);
         check_gated_norm(sizes[i]);
     }
+    check_gated_mlps();
     check_residual(3 * PARALLEL_MIN_ELEMENTS + 1); /* several threads */
     check_xielu(PARALLEL_MIN_ELEMENTS + 1);
     check_gated_delta_rule(7, 5);
