@@ -27,9 +27,10 @@ enum {
     PIECES_PER_THREAD = 4 /* a tile that would be a larger part is divided into its segments */
 };
 static const float NO_SCORE = -1e30f; /* not -inf, because -inf - -inf is NaN */
+static const float LARGEST_EXPONENT = 8; /* of an exponential in the sums of a row */
 
-/* The sums of a row of a tile: the largest score, the sum of the exponentials, and the weighted sum
- * of the values. */
+/* The sums of a row of a tile: the score that exponentials are relative to, the sum of the
+ * exponentials, and the weighted sum of the values. */
 enum { SUMS_MAX, SUMS_EXP, SUMS_VALUES = 16, MAX_SUMS = SUMS_VALUES + MAX_HEAD_DIM };
 
 /* What products multiply: words of one float32 or of two bfloat16. */
@@ -56,6 +57,7 @@ typedef struct {
     float q[TILE_ROWS * MAX_HEAD_DIM];     /* the queries, scaled */
     float total[TILE_ROWS * MAX_SUMS];     /* the sums of all segments */
     float segment[TILE_ROWS * MAX_SUMS];   /* the sums of a segment */
+    float exp_sums[TILE_ROWS * VECTOR_WIDTH]; /* the sums of the exponentials of a segment */
     float scores[TILE_ROWS * KV_CHUNK];    /* of the current chunk; then their exponentials */
     float weights[TILE_ROWS * KV_CHUNK];   /* the exponentials in bfloat16 */
     float keys[MAX_HEAD_DIM * KV_CHUNK];   /* panels of keys, where they are converted */
@@ -73,7 +75,7 @@ typedef struct {
     int64_t n_segments;
     int64_t first_piece; /* the tile's pieces: for each key-value head one, or one a segment */
     int is_divided;      /* each segment is a piece */
-    float *parts;        /* is_divided: [n_kv_heads, n_segments, rows, sums] */
+    float *parts;        /* is_divided: [n_kv_heads, n_segments, part_rows, sums] */
     atomic_int *left;    /* is_divided: [n_kv_heads], the segments that have not ended */
 } QueryTile;
 
@@ -226,9 +228,10 @@ INLINE int uses_amx(int products, int64_t head_dim) {
     return products == PRODUCTS_BF16 && head_dim % 32 == 0;
 }
 
-/* Tiles 0 .. 3 hold sums and 4 queries or probabilities, of `rows` rows; 5 holds keys or values. */
+/* Tiles 0 .. 3 hold sums and 4 queries or probabilities, of up to 16 rows; 5 and 6 hold keys or
+ * values. More than 16 rows run in tiles of 16: what the last one has beyond is not used. */
 static void configure_attention_tiles(int64_t rows) {
-    configure_tiles(5, 6, rows);
+    configure_tiles(5, 7, rows);
 }
 
 /* The scores of up to 16 rows for all panels of a chunk. */
@@ -258,25 +261,47 @@ static void amx_scores(const char *q, int64_t row_bytes, const float *const *pan
     _tile_stored(3, scores + 3 * PANEL_WIDTH, KV_CHUNK * 4);
 }
 
-/* Add the values of the pairs [0, end) to the sums of up to 16 rows. */
+/* Add the values of the pairs [0, end) to the sums of up to 16 rows, for n_panels panels of
+ * dimensions. */
+INLINE void amx_add_values(int n_panels, const float *weights, const float *values, int64_t end,
+                           int64_t head_dim, float *out, int64_t out_bytes) {
+    _tile_loadd(0, out, out_bytes);
+    _tile_loadd(1, out + PANEL_WIDTH, out_bytes);
+    if (n_panels == 4) {
+        _tile_loadd(2, out + 2 * PANEL_WIDTH, out_bytes);
+        _tile_loadd(3, out + 3 * PANEL_WIDTH, out_bytes);
+    }
+    for (int64_t pair = 0; pair < end; pair += AMX_ROWS) {
+        const float *rows = values + pair * head_dim;
+        _tile_loadd(4, weights + pair, KV_CHUNK * 2);
+        _tile_loadd(5, rows, head_dim * 4);
+        _tile_dpbf16ps(0, 4, 5);
+        _tile_loadd(6, rows + PANEL_WIDTH, head_dim * 4);
+        _tile_dpbf16ps(1, 4, 6);
+        if (n_panels == 4) {
+            _tile_loadd(5, rows + 2 * PANEL_WIDTH, head_dim * 4);
+            _tile_dpbf16ps(2, 4, 5);
+            _tile_loadd(6, rows + 3 * PANEL_WIDTH, head_dim * 4);
+            _tile_dpbf16ps(3, 4, 6);
+        }
+    }
+    _tile_stored(0, out, out_bytes);
+    _tile_stored(1, out + PANEL_WIDTH, out_bytes);
+    if (n_panels == 4) {
+        _tile_stored(2, out + 2 * PANEL_WIDTH, out_bytes);
+        _tile_stored(3, out + 3 * PANEL_WIDTH, out_bytes);
+    }
+}
+
 static void amx_values(const float *weights, const float *values, int64_t end, int64_t head_dim,
                        float *sums) {
-    const int64_t sums_bytes = (SUMS_VALUES + head_dim) * 4;
-    for (int64_t d = 0; d < head_dim; d += 2 * PANEL_WIDTH) {
-        float *out = sums + SUMS_VALUES + d;
-        _tile_loadd(0, out, sums_bytes);
-        _tile_loadd(1, out + PANEL_WIDTH, sums_bytes);
-        for (int64_t pair = 0; pair < end; pair += AMX_ROWS) {
-            const float *rows = values + pair * head_dim + d;
-            _tile_loadd(4, weights + pair, KV_CHUNK * 2);
-            _tile_loadd(5, rows, head_dim * 4);
-            _tile_dpbf16ps(0, 4, 5);
-            _tile_loadd(5, rows + PANEL_WIDTH, head_dim * 4);
-            _tile_dpbf16ps(1, 4, 5);
-        }
-        _tile_stored(0, out, sums_bytes);
-        _tile_stored(1, out + PANEL_WIDTH, sums_bytes);
-    }
+    const int64_t out_bytes = (SUMS_VALUES + head_dim) * 4;
+    float *out = sums + SUMS_VALUES;
+    int64_t d = 0;
+    for (; d + 4 * PANEL_WIDTH <= head_dim; d += 4 * PANEL_WIDTH)
+        amx_add_values(4, weights, values + d, end, head_dim, out + d, out_bytes);
+    if (d < head_dim)
+        amx_add_values(2, weights, values + d, end, head_dim, out + d, out_bytes);
 }
 #endif
 
@@ -428,52 +453,94 @@ static int64_t load_value_pairs(const PagedAttention *a, int64_t head, const Chu
 }
 #endif
 
-/* One chunk of the online softmax: softcap and mask the scores, replace them by their exponentials,
- * and rescale the previous sums to the new maximum.
- * position, first_token: the positions in the sequence of the tile's first query and of the chunk's
- * first token. */
-static void online_softmax(const PagedAttention *a, float *chunk_scores, int64_t n_rows,
-                           int64_t group, int64_t position, int64_t first_token, float *sums) {
-    const vfloat lanes = v_indices();
-    const vfloat minus_infinity = v_set(-INFINITY);
-    for (int64_t row = 0; row < n_rows; row++, sums += SUMS_VALUES + a->head_dim) {
-        float *scores = chunk_scores + row * KV_CHUNK;
-        int64_t query = position + row / group; /* it attends to (query - window, query] */
-        float last = (float)(query - first_token);
-        float before = a->window ? (float)(query - a->window - first_token) : NO_SCORE;
-        vfloat max_lanes = minus_infinity;
-        for (int64_t t = 0; t < KV_CHUNK; t += VECTOR_WIDTH) {
-            vfloat x = v_load(scores + t);
-            vfloat token = v_add(lanes, v_set((float)t));
-            if (a->softcap != 0) {
-                vfloat cap = v_set(a->softcap);
-                x = v_mul(tanh_ps(v_div(x, cap)), cap);
-            }
-            vmask not_after = v_less_equal(token, v_set(last));
-            vmask in_window = v_less(v_set(before), token);
-            x = v_select(v_both(not_after, in_window), x, minus_infinity);
-            v_store(scores + t, x);
-            max_lanes = v_max(max_lanes, x);
-        }
-        float largest = v_largest(max_lanes);
-        if (!(largest > sums[SUMS_MAX]))
-            largest = sums[SUMS_MAX];
-        float rescale = 1.0f;
-        if (sums[SUMS_MAX] != largest)
-            rescale = expf(sums[SUMS_MAX] - largest);
-        vfloat exp_sum = v_zero();
-        vfloat offset = v_set(largest);
-        for (int64_t t = 0; t < KV_CHUNK; t += VECTOR_WIDTH) {
-            vfloat p = exp_nonpositive(v_sub(v_load(scores + t), offset));
-            v_store(scores + t, p);
-            exp_sum = v_add(exp_sum, p);
-        }
-        sums[SUMS_EXP] = sums[SUMS_EXP] * rescale + v_sum(exp_sum);
-        sums[SUMS_MAX] = largest;
-        if (rescale != 1.0f)
-            for (int64_t d = 0; d < a->head_dim; d++)
-                sums[SUMS_VALUES + d] *= rescale;
+/* The scores of a chunk for some rows, as vectors. */
+enum { SCORE_VECTORS = KV_CHUNK / VECTOR_WIDTH };
+
+/* Keep the scores of the tokens that a query attends to; those of others become minus infinity.
+ * query: its position, counted from the chunk's first token. */
+INLINE void mask_scores(vfloat *scores, int64_t query, int64_t window) {
+    const vfloat last = v_set((float)query); /* it attends to (query - window, query] */
+    const vfloat before = v_set(window ? (float)(query - window) : NO_SCORE);
+#pragma GCC unroll 16
+    for (int i = 0; i < SCORE_VECTORS; i++) {
+        vfloat token = v_add(v_indices(), v_set((float)(i * VECTOR_WIDTH)));
+        vmask is_seen = v_both(v_less_equal(token, last), v_less(before, token));
+        scores[i] = v_select(is_seen, scores[i], v_set(-INFINITY));
     }
+}
+
+/* What the softmax of a chunk works on. */
+typedef struct {
+    const PagedAttention *attention;
+    Scratch *scratch;
+    int64_t position;    /* in the sequence, of the tile's first query */
+    int64_t first_token; /* of the chunk, in the sequence */
+    int is_masked;       /* not all rows attend to all tokens of the chunk */
+    float *sums;         /* of all rows */
+} SoftmaxChunk;
+
+/* One chunk of the online softmax, for the rows [row, end_row): softcap and mask the scores, and
+ * replace them by their exponentials relative to the row's reference, which `products` multiply.
+ * The reference is a score of the row. A larger one takes its place only where exponentials would
+ * become large: then the previous sums are rescaled. Neither depends on other rows. */
+INLINE void softmax_rows(int is_masked, int products, const SoftmaxChunk *chunk, int64_t row,
+                         int64_t end_row) {
+    const PagedAttention *a = chunk->attention;
+    Scratch *s = chunk->scratch;
+    const int64_t group = a->n_heads / a->n_kv_heads;
+    for (; row < end_row; row++) {
+        float *sums = chunk->sums + row * (SUMS_VALUES + a->head_dim);
+        float *scores = s->scores + row * KV_CHUNK;
+        float *exp_sums = s->exp_sums + row * VECTOR_WIDTH;
+        vfloat x[SCORE_VECTORS];
+#pragma GCC unroll 16
+        for (int i = 0; i < SCORE_VECTORS; i++)
+            x[i] = v_load(scores + i * VECTOR_WIDTH);
+        if (a->softcap != 0)
+            for (int i = 0; i < SCORE_VECTORS; i++)
+                x[i] = v_mul(tanh_ps(v_div(x[i], v_set(a->softcap))), v_set(a->softcap));
+        if (is_masked)
+            mask_scores(x, chunk->position + row / group - chunk->first_token, a->window);
+        vfloat max_lanes = x[0];
+#pragma GCC unroll 16
+        for (int i = 1; i < SCORE_VECTORS; i++)
+            max_lanes = v_max(max_lanes, x[i]);
+        float largest = v_largest(max_lanes);
+        vfloat exp_sum = v_load(exp_sums);
+        if (largest > sums[SUMS_MAX] + LARGEST_EXPONENT) {
+            vfloat rescale = exp_nonpositive(v_set(sums[SUMS_MAX] - largest));
+            sums[SUMS_MAX] = largest;
+            exp_sum = v_mul(exp_sum, rescale);
+            for (int64_t d = 0; d < a->head_dim; d += VECTOR_WIDTH) {
+                vfloat values = load_of_row(sums + SUMS_VALUES, d, a->head_dim);
+                store_of_row(sums + SUMS_VALUES, d, a->head_dim, v_mul(values, rescale));
+            }
+        }
+        const vfloat reference = v_set(sums[SUMS_MAX]);
+#pragma GCC unroll 16
+        for (int i = 0; i < SCORE_VECTORS; i++) {
+            vfloat p = exp_nonpositive(v_sub(x[i], reference));
+            exp_sum = v_add(exp_sum, p);
+#if defined(LEVEL_BF16)
+            if (products == PRODUCTS_BF16) {
+                uint16_t *weights = (uint16_t *)s->weights + row * KV_CHUNK;
+                v_store_bf16(weights + i * VECTOR_WIDTH, p);
+                continue;
+            }
+#endif
+            (void)products;
+            v_store(scores + i * VECTOR_WIDTH, p);
+        }
+        v_store(exp_sums, exp_sum);
+    }
+}
+
+INLINE void online_softmax(int products, const SoftmaxChunk *chunk, int64_t row,
+                           int64_t end_row) {
+    if (chunk->is_masked)
+        softmax_rows(1, products, chunk, row, end_row);
+    else
+        softmax_rows(0, products, chunk, row, end_row);
 }
 
 /* A chunk of keys and values, for all rows of a tile: scores, softmax, sums of the values.
@@ -490,35 +557,38 @@ INLINE void attend_chunk_as(const PagedAttention *a, Scratch *s, const QueryTile
     const float *rows[KV_CHUNK];
     load_keys(a, kv_head, chunk, s->keys, panels, kv_type);
     prefetch_chunk(a, kv_head, next, kv_type);
+    const int64_t last_query = tile->position + tile->n_queries - 1;
+    const int is_masked = first_token + KV_CHUNK > tile->position + 1 ||
+                          (a->window && first_token <= last_query - a->window);
+    const SoftmaxChunk softmax = {a, s, tile->position, first_token, is_masked, sums};
 #if defined(LEVEL_AMX)
-    if (uses_amx(products, head_dim))
-        for (int64_t row = 0; row < n_rows; row += AMX_ROWS) {
-            if (row == 0 || n_rows - row < AMX_ROWS)
-                configure_attention_tiles(n_rows - row);
-            amx_scores((const char *)(s->q + row * head_dim / 2), head_dim * 2, panels,
-                       first_panel(chunk), end_panel(chunk), s->scores + row * KV_CHUNK);
+    if (uses_amx(products, head_dim)) {
+        /* The tiles multiply the next rows while vectors compute the exponentials. */
+        int64_t end = 0;
+        for (int64_t row = -AMX_ROWS; row < n_rows; row += AMX_ROWS) {
+            int64_t next_row = row + AMX_ROWS;
+            if (next_row < n_rows)
+                amx_scores((const char *)(s->q + next_row * head_dim / 2), head_dim * 2, panels,
+                           first_panel(chunk), end_panel(chunk), s->scores + next_row * KV_CHUNK);
+            if (row < 0) {
+                prefetch_chunk(a, value_head, next, kv_type);
+                end = load_value_pairs(a, value_head, chunk, s->values, rows);
+                continue;
+            }
+            online_softmax(products, &softmax, row, min_int64(next_row, n_rows));
+            amx_values(s->weights + row * KV_CHUNK / 2, s->values, end, head_dim,
+                       sums + row * (SUMS_VALUES + head_dim));
         }
-    else
+        return;
+    }
 #endif
-        score_tokens(products, n_rows, s->q, products == PRODUCTS_BF16 ? head_dim / 2 : head_dim,
-                     panels, first_panel(chunk), end_panel(chunk), s->scores);
-    online_softmax(a, s->scores, n_rows, group, tile->position, first_token, sums);
+    score_tokens(products, n_rows, s->q, products == PRODUCTS_BF16 ? head_dim / 2 : head_dim,
+                 panels, first_panel(chunk), end_panel(chunk), s->scores);
+    online_softmax(products, &softmax, 0, n_rows);
     prefetch_chunk(a, value_head, next, kv_type);
 #if defined(LEVEL_BF16)
     if (products == PRODUCTS_BF16) {
         int64_t end = load_value_pairs(a, value_head, chunk, s->values, rows);
-        round_to_bf16(s->scores, n_rows * KV_CHUNK, (uint16_t *)s->weights);
-#if defined(LEVEL_AMX)
-        if (uses_amx(products, head_dim)) {
-            for (int64_t row = 0; row < n_rows; row += AMX_ROWS) {
-                if (n_rows > AMX_ROWS && (row == 0 || n_rows - row < AMX_ROWS))
-                    configure_attention_tiles(n_rows - row);
-                amx_values(s->weights + row * KV_CHUNK / 2, s->values, end, head_dim,
-                           sums + row * (SUMS_VALUES + head_dim));
-            }
-            return;
-        }
-#endif
         add_values(products, n_rows, s->weights, rows, chunk->begin / 2, end, head_dim, sums);
         return;
     }
@@ -551,6 +621,7 @@ static void attend_segment(const PagedAttention *a, Scratch *s, const QueryTile 
         float *of_row = sums + row * (SUMS_VALUES + head_dim);
         memset(of_row, 0, (SUMS_VALUES + head_dim) * sizeof(float));
         of_row[SUMS_MAX] = NO_SCORE;
+        v_store(s->exp_sums + row * VECTOR_WIDTH, v_zero());
     }
     const int64_t *block_table = a->block_tables + a->table_starts[tile->sequence];
     int64_t oldest = a->window ? tile->position - a->window + 1 : 0;
@@ -559,6 +630,10 @@ static void attend_segment(const PagedAttention *a, Scratch *s, const QueryTile 
     int64_t end = first + SEGMENT < last + 1 ? first + SEGMENT : last + 1;
     if (oldest > first)
         first = oldest / KV_CHUNK * KV_CHUNK;
+#if defined(LEVEL_AMX)
+    if (uses_amx(products_of(a->kv_type), head_dim))
+        configure_attention_tiles(n_rows);
+#endif
     Chunk chunks[2];
     find_chunk(a, block_table, first, oldest, last, &chunks[0]);
     for (int64_t token = first, i = 0; token < end; token += KV_CHUNK, i ^= 1) {
@@ -569,6 +644,9 @@ static void attend_segment(const PagedAttention *a, Scratch *s, const QueryTile 
         }
         attend_chunk(a, s, tile, kv_head, token, &chunks[i], next, sums);
     }
+    for (int64_t row = 0; row < n_rows; row++)
+        sums[row * (SUMS_VALUES + head_dim) + SUMS_EXP] =
+            v_sum(v_load(s->exp_sums + row * VECTOR_WIDTH));
 #if defined(LEVEL_AMX)
     if (uses_amx(products_of(a->kv_type), head_dim))
         _tile_release();
@@ -583,14 +661,17 @@ static void merge_sums(int64_t n_rows, int64_t head_dim, const float *segment, f
         if (part[SUMS_EXP] == 0)
             continue;
         float largest = part[SUMS_MAX] > sums[SUMS_MAX] ? part[SUMS_MAX] : sums[SUMS_MAX];
-        float old_weight = expf(sums[SUMS_MAX] - largest);
-        float new_weight = expf(part[SUMS_MAX] - largest);
+        vfloat old_weight = exp_nonpositive(v_set(sums[SUMS_MAX] - largest));
+        vfloat new_weight = exp_nonpositive(v_set(part[SUMS_MAX] - largest));
+        vfloat old_sum = v_mul(v_set(sums[SUMS_EXP]), old_weight);
+        float exp_sum[VECTOR_WIDTH];
+        v_store(exp_sum, v_fma(v_set(part[SUMS_EXP]), new_weight, old_sum));
         sums[SUMS_MAX] = largest;
-        sums[SUMS_EXP] = fmaf(part[SUMS_EXP], new_weight, sums[SUMS_EXP] * old_weight);
+        sums[SUMS_EXP] = exp_sum[0];
         for (int64_t d = 0; d < head_dim; d += VECTOR_WIDTH) {
             vfloat old = load_of_row(sums + SUMS_VALUES, d, head_dim);
             vfloat new = load_of_row(part + SUMS_VALUES, d, head_dim);
-            vfloat sum = v_fma(new, v_set(new_weight), v_mul(old, v_set(old_weight)));
+            vfloat sum = v_fma(new, new_weight, v_mul(old, old_weight));
             store_of_row(sums + SUMS_VALUES, d, head_dim, sum);
         }
     }
@@ -598,23 +679,26 @@ static void merge_sums(int64_t n_rows, int64_t head_dim, const float *segment, f
 
 static void load_queries(const PagedAttention *a, Scratch *s, const QueryTile *tile,
                          int64_t kv_head) {
-    int64_t group = a->n_heads / a->n_kv_heads;
+    const int64_t group = a->n_heads / a->n_kv_heads;
+    const int64_t head_dim = a->head_dim;
     for (int64_t row = 0; row < tile->n_queries * group; row++) {
         int64_t token = tile->first_token + tile->first_query + row / group;
         int64_t head = kv_head * group + row % group;
-        const float *q = a->q + token * a->q_stride + head * a->head_dim;
-        float *scaled = s->q + row * a->head_dim;
+        const float *q = a->q + token * a->q_stride + head * head_dim;
+        for (int64_t d = 0; d < head_dim; d += VECTOR_WIDTH) {
+            vfloat scaled = v_mul(load_of_row(q, d, head_dim), v_set(a->scale));
 #if defined(LEVEL_BF16)
-        float of_row[MAX_HEAD_DIM];
-        if (products_of(a->kv_type) == PRODUCTS_BF16)
-            scaled = of_row;
+            if (products_of(a->kv_type) == PRODUCTS_BF16) {
+                uint16_t *to = (uint16_t *)s->q + row * head_dim + d;
+                uint16_t edge[VECTOR_WIDTH];
+                v_store_bf16(head_dim - d < VECTOR_WIDTH ? edge : to, scaled);
+                if (head_dim - d < VECTOR_WIDTH)
+                    memcpy(to, edge, (head_dim - d) * sizeof *to);
+                continue;
+            }
 #endif
-        for (int64_t d = 0; d < a->head_dim; d++)
-            scaled[d] = q[d] * a->scale;
-#if defined(LEVEL_BF16)
-        if (scaled == of_row)
-            round_to_bf16(of_row, a->head_dim, (uint16_t *)s->q + row * a->head_dim);
-#endif
+            store_of_row(s->q + row * head_dim, d, head_dim, scaled);
+        }
     }
 }
 
@@ -639,8 +723,11 @@ static void write_outputs(const PagedAttention *a, const Scratch *s, const Query
         int64_t head = kv_head * group + row % group;
         const float *sums = s->total + row * (SUMS_VALUES + a->head_dim);
         float *out = a->out + (token * a->n_heads + head) * a->head_dim;
-        for (int64_t d = 0; d < a->head_dim; d++)
-            out[d] = sums[SUMS_VALUES + d] / sums[SUMS_EXP];
+        const vfloat exp_sum = v_set(sums[SUMS_EXP]);
+        for (int64_t d = 0; d < a->head_dim; d += VECTOR_WIDTH) {
+            vfloat values = load_of_row(sums + SUMS_VALUES, d, a->head_dim);
+            store_of_row(out, d, a->head_dim, v_div(values, exp_sum));
+        }
     }
 }
 
@@ -666,11 +753,16 @@ static void attend_tile(const PagedAttention *a, Scratch *s, const QueryTile *ti
     write_outputs(a, s, tile, kv_head);
 }
 
+/* The rows of a divided tile's part, as many as tiles of AMX write. */
+static int64_t part_rows(int64_t rows) {
+    return (rows + 15) / 16 * 16;
+}
+
 /* One segment of a tile. The thread that computes the last one merges all. */
 static void attend_part(const PagedAttention *a, Scratch *s, const QueryTile *tile,
                         int64_t kv_head, int64_t segment) {
     int64_t n_rows = tile->n_queries * (a->n_heads / a->n_kv_heads);
-    int64_t part_size = n_rows * (SUMS_VALUES + a->head_dim);
+    int64_t part_size = part_rows(n_rows) * (SUMS_VALUES + a->head_dim);
     float *parts = tile->parts + kv_head * tile->n_segments * part_size;
     load_queries(a, s, tile, kv_head);
     attend_segment(a, s, tile, kv_head, tile->first_segment + segment,
@@ -751,7 +843,7 @@ static int64_t divide_tiles(const PagedAttention *a, QueryTile *tiles, int64_t n
         tile->first_piece = n_pieces;
         n_pieces += a->n_kv_heads * (tile->is_divided ? tile->n_segments : 1);
         if (tile->is_divided) {
-            int64_t rows = a->n_kv_heads * tile->n_segments * tile->n_queries * group;
+            int64_t rows = a->n_kv_heads * tile->n_segments * part_rows(tile->n_queries * group);
             bytes += rows * (SUMS_VALUES + a->head_dim) * sizeof(float);
             bytes += a->n_kv_heads * sizeof(atomic_int);
         }
@@ -765,7 +857,7 @@ static int64_t divide_tiles(const PagedAttention *a, QueryTile *tiles, int64_t n
         QueryTile *tile = &tiles[i];
         if (!tile->is_divided)
             continue;
-        int64_t rows = a->n_kv_heads * tile->n_segments * tile->n_queries * group;
+        int64_t rows = a->n_kv_heads * tile->n_segments * part_rows(tile->n_queries * group);
         tile->parts = (float *)memory;
         memory += rows * (SUMS_VALUES + a->head_dim) * sizeof(float);
         tile->left = (atomic_int *)memory;

@@ -311,6 +311,9 @@ KERNEL(gated_mlp, 6, 2) {
         .activation = (int)ints[5],
         .limit = (float)floats[0],
         .alpha = (float)floats[1],
+    });
+}
+
 /* Six integers: a RecurrentBatch's host_addresses. */
 #define RECURRENT_ROWS(I)                                                                          \
     ((RecurrentRows){                                                                              \

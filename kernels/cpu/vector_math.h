@@ -6,13 +6,11 @@
 #include "cpu_kernels.h"
 #include "vectors.h"
 
-/* e^x for x <= 0, to 2 units in the last place; 0 below -87.
+/* e^x for x <= 0 (and up to 88), to 2 units in the last place; 0 below -87.
  * The range is reduced by multiples of ln 2 after Cody and Waite; the polynomial has degree 7. */
 INLINE vfloat exp_nonpositive(vfloat x) {
-    const vfloat smallest = v_set(-87.0f);
     const vfloat log2_e = v_set(1.44269504088896341f);
-    vmask underflows = v_less(x, smallest);
-    x = v_max(smallest, x); /* in this order, NaN stays NaN */
+    vmask underflows = v_less(x, v_set(-87.0f));
     vfloat n = v_round(v_mul(x, log2_e));
     /* r = x - n ln 2, with ln 2 in two parts. The first part has few bits, so that n times it is
      * exact. */
@@ -26,7 +24,7 @@ INLINE vfloat exp_nonpositive(vfloat x) {
     y = v_fma(y, r, v_set(0.5f));
     y = v_fma(y, r, v_set(1.0f));
     y = v_fma(y, r, v_set(1.0f));
-    return v_select(underflows, v_zero(), v_mul(y, v_exp2_whole(n)));
+    return v_scale_unless(underflows, y, n);
 }
 
 /* e^x - 1 - x for x <= 0. Near 0, where that would cancel, the first terms of its series. */

@@ -55,10 +55,9 @@ INLINE vmask v_both(vmask a, vmask b) { return a & b; }
 INLINE vfloat v_select(vmask mask, vfloat yes, vfloat no) {
     return _mm512_mask_blend_ps(mask, no, yes);
 }
-/* 2^n, for whole n from -126 to 127. */
-INLINE vfloat v_exp2_whole(vfloat n) {
-    __m512i exponent = _mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127));
-    return _mm512_castsi512_ps(_mm512_slli_epi32(exponent, 23));
+/* y 2^n, for whole n from -126 to 127; 0 where the mask is true, whatever n is. */
+INLINE vfloat v_scale_unless(vmask zero, vfloat y, vfloat n) {
+    return _mm512_maskz_scalef_ps((vmask)~zero, y, n);
 }
 INLINE float v_sum(vfloat x) {
     __m256 high = _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(x), 1));
@@ -198,9 +197,10 @@ INLINE vmask v_both(vmask a, vmask b) { return _mm256_and_ps(a, b); }
 INLINE vfloat v_select(vmask mask, vfloat yes, vfloat no) {
     return _mm256_blendv_ps(no, yes, mask);
 }
-INLINE vfloat v_exp2_whole(vfloat n) {
+INLINE vfloat v_scale_unless(vmask zero, vfloat y, vfloat n) {
     __m256i exponent = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
-    return _mm256_castsi256_ps(_mm256_slli_epi32(exponent, 23));
+    __m256 factor = _mm256_castsi256_ps(_mm256_slli_epi32(exponent, 23));
+    return _mm256_andnot_ps(zero, _mm256_mul_ps(y, factor));
 }
 INLINE float v_sum(vfloat x) {
     __m128 four = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
@@ -322,9 +322,10 @@ INLINE vmask v_less_equal(vfloat a, vfloat b) { return vcleq_f32(a, b); }
 INLINE vmask v_is_negative(vfloat x) { return vcltzq_s32(vreinterpretq_s32_f32(x)); }
 INLINE vmask v_both(vmask a, vmask b) { return vandq_u32(a, b); }
 INLINE vfloat v_select(vmask mask, vfloat yes, vfloat no) { return vbslq_f32(mask, yes, no); }
-INLINE vfloat v_exp2_whole(vfloat n) {
+INLINE vfloat v_scale_unless(vmask zero, vfloat y, vfloat n) {
     int32x4_t exponent = vaddq_s32(vcvtq_s32_f32(n), vdupq_n_s32(127));
-    return vreinterpretq_f32_s32(vshlq_n_s32(exponent, 23));
+    float32x4_t factor = vreinterpretq_f32_s32(vshlq_n_s32(exponent, 23));
+    return vbslq_f32(zero, vdupq_n_f32(0), vmulq_f32(y, factor));
 }
 INLINE float v_sum(vfloat x) { return vaddvq_f32(x); }
 INLINE float v_largest(vfloat x) { return vmaxnmvq_f32(x); }
