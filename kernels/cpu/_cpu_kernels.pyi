@@ -34,6 +34,21 @@ def linear(
     group_size: int,
     /,
 ) -> None: ...
+def head_linear(
+    weight_type: int,
+    x: int,
+    x_stride: int,
+    x_head_stride: int,
+    weight: int,
+    y: int,
+    y_stride: int,
+    y_head_stride: int,
+    rows: int,
+    cols: int,
+    depth: int,
+    num_heads: int,
+    /,
+) -> None: ...
 def paged_attention(
     q: int,
     out: int,
@@ -56,6 +71,25 @@ def paged_attention(
     sinks: int,
     scale: float,
     softcap: float,
+    /,
+) -> None: ...
+def latent_attention(
+    q: int,
+    out: int,
+    q_stride: int,
+    kv_type: int,
+    latents: int,
+    block_size: int,
+    head_dim: int,
+    value_dim: int,
+    num_heads: int,
+    num_head_groups: int,
+    num_sequences: int,
+    query_lens: int,
+    seq_lens: int,
+    block_tables: int,
+    table_starts: int,
+    scale: float,
     /,
 ) -> None: ...
 def norm(
@@ -154,6 +188,7 @@ def select_experts(
     topk_groups: int,
     sigmoid: int,
     normalize: int,
+    group_max: int,
     softcap: float,
     scaling_factor: float,
     /,
