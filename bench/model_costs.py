@@ -18,7 +18,8 @@ from llmkit.kernels.cpu import cpu_kernels
 from llmkit.kernels.cpu.cpu_kernels import InputType, PackedWeight
 from llmkit.model.checkpoint_tensors import scheme_of
 from llmkit.model.linear import keeps_weights_packed
-from llmkit.model.parameter_table import Parameter, embedding_tensor, parameters
+from llmkit.model.parameter import Parameter
+from llmkit.model.parameter_table import embedding_tensor, parameters
 from llmkit.model.spec import ModelSpec
 from llmkit.runtime.engine.engine_options import EngineOptions
 from llmkit.runtime.engine_plan import plan_engine

@@ -52,6 +52,19 @@ NULLABLE: dict[str, type | tuple[type, ...]] = {
     "per_layer_config": dict,
     "layer_rope_theta": list,
     "num_attention_heads_per_layer": list,
+    "n_group": int,
+    "topk_group": int,
+    "q_lora_rank": int,
+    "layers_block_type": list,
+    "hybrid_override_pattern": str,
+    "attn_layer_indices": list,
+    "full_attn_idxs": list,
+    "position_embedding_type": str,
+    "mamba_d_head": (int, str),
+    "time_step_limit": list,
+    "moe_latent_size": int,
+    "block_ff_dim": int,
+    "tie_embedding": bool,
 }
 # Numbers that configs may have as a list, with one for each layer. Only equal ones are allowed.
 MAYBE_LISTS = (
@@ -66,6 +79,7 @@ POSITIVE = (
     "no_rope_layer_interval",
     "global_attn_every_n_layers",
     "decoder_sparse_step",
+    "full_attention_interval",
     "moe_layer_interval",
     "n_group",
     "topk_group",
@@ -80,7 +94,10 @@ ALIASES = {
     "num_experts_per_tok": ("moe_k", "moe_topk", "top_k_experts"),
 }
 # Those that only one family has: elsewhere the same names are other fields.
-FAMILY_ALIASES = {"internlm3": {"attention_bias": ("qkv_bias",), "mlp_bias": ("bias",)}}
+FAMILY_ALIASES = {
+    "internlm3": {"attention_bias": ("qkv_bias",), "mlp_bias": ("bias",)},
+    "nemotron_h": {"head_dim": ("attention_head_dim",)},
+}
 _QWEN_SLIDING_WINDOW = {
     "use_sliding_window": False,
     "sliding_window": 4096,
@@ -122,6 +139,28 @@ _SIGMOID_ROUTER = _EXPERTS | {
     "n_group": 1,
     "topk_group": 1,
 }
+_MLA = {
+    "q_lora_rank": 1536,
+    "kv_lora_rank": 512,
+    "qk_rope_head_dim": 64,
+    "qk_nope_head_dim": 128,
+    "v_head_dim": 128,
+    "head_dim": 64,
+}
+_DEEPSEEK_V3 = (
+    _SIGMOID_ROUTER
+    | _MLA
+    | {
+        "moe_intermediate_size": 2048,
+        "num_experts_per_tok": 8,
+        "routed_scaling_factor": 2.5,
+        "n_group": 8,
+        "topk_group": 4,
+        "n_shared_experts": 1,
+        "first_k_dense_replace": 3,
+        "rope_interleave": True,
+    }
+)
 _GRANITE = {
     "mlp_bias": False,
     "attention_multiplier": 1.0,
@@ -136,6 +175,36 @@ _GRANITE_SWA = _GRANITE | {
     "sliding_window": 128,
 }
 _GRANITE_MOE = _EXPERTS | _GRANITE | {"shared_intermediate_size": 0}
+_GATED_DELTA_NET = {
+    "hidden_act": ("silu",),  # of the convolution, too
+    "head_dim": 256,
+    "partial_rotary_factor": 0.25,
+    "attn_output_gate": (True,),
+    "full_attention_interval": 4,
+    "linear_num_key_heads": 16,
+    "linear_num_value_heads": 32,
+    "linear_key_head_dim": 128,
+    "linear_value_head_dim": 128,
+    "linear_conv_kernel_dim": 4,
+}
+_MAMBA2_LAYERS = {
+    "hidden_act": ("silu",),  # of the convolution, too
+    "mamba_n_heads": 128,
+    "mamba_n_groups": 1,
+    "mamba_d_state": 256,
+    "mamba_d_conv": 4,
+    "mamba_expand": 2,
+    "mamba_conv_bias": True,
+    "mamba_proj_bias": False,
+}
+_LFM2 = {
+    "num_key_value_heads": 8,
+    "norm_eps": 1e-5,
+    "tie_word_embeddings": True,
+    "rope_theta": 1e6,
+    "conv_L_cache": 3,
+    "conv_bias": False,
+}
 # The defaults of each model_type. They extend or override the defaults above. A field whose value
 # here is a type (int) is required. One whose value here is a tuple has one of these values; the
 # first is the default.
@@ -434,5 +503,138 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "moe_routed_scaling_factor": 1.0,
         "moe_apply_router_weight_on_input": False,
         "moe_router_logit_softcapping": 0.0,
+    },
+    "qwen3_next": _GATED_DELTA_NET
+    | _EXPERTS
+    | {
+        "num_key_value_heads": 2,
+        "num_local_experts": 512,
+        "num_experts_per_tok": 10,
+        "moe_intermediate_size": 512,
+        "shared_expert_intermediate_size": 512,
+        "norm_topk_prob": True,
+        "decoder_sparse_step": 1,
+    },
+    "qwen3_5_text": _GATED_DELTA_NET | {"num_key_value_heads": 4},
+    "qwen3_5_moe_text": _GATED_DELTA_NET
+    | _EXPERTS
+    | {
+        "intermediate_size": 512,  # no layer uses it
+        "num_key_value_heads": 2,
+        "num_local_experts": 256,
+        "num_experts_per_tok": 8,
+        "moe_intermediate_size": 512,
+        "shared_expert_intermediate_size": 512,
+    },
+    "deepseek_v2": _EXPERTS
+    | _MLA
+    | {
+        "moe_intermediate_size": 1407,
+        "norm_topk_prob": False,
+        "routed_scaling_factor": 1.0,
+        "kv_lora_rank": 512,
+        "q_lora_rank": 1536,
+        "qk_nope_head_dim": 128,
+        "n_shared_experts": 2,
+        "first_k_dense_replace": 0,
+        "moe_layer_freq": 1,
+        "topk_method": "greedy",
+    },
+    "deepseek_v3": _DEEPSEEK_V3,
+    "glm4_moe_lite": _SIGMOID_ROUTER
+    | _MLA
+    | {
+        "rms_norm_eps": 1e-5,
+        "moe_intermediate_size": 1536,
+        "num_experts_per_tok": 4,
+        "routed_scaling_factor": 1.8,
+        "q_lora_rank": 768,
+        "qk_nope_head_dim": 192,
+        "v_head_dim": 256,
+        "n_shared_experts": 1,
+        "rope_interleave": True,
+    },
+    "mistral4": _EXPERTS
+    | _MLA
+    | {
+        "moe_intermediate_size": 2048,
+        "num_experts_per_tok": 4,
+        "norm_topk_prob": True,
+        "routed_scaling_factor": 1.0,
+        "n_group": 1,
+        "topk_group": 1,
+        "kv_lora_rank": 256,
+        "q_lora_rank": 1024,
+        "qk_nope_head_dim": 64,
+        "head_dim": 128,
+        "n_shared_experts": 1,
+        "first_k_dense_replace": 0,
+        "rope_interleave": True,
+    },
+    "mamba2": {
+        # It has no such sizes. Its memory does not depend on the number of tokens.
+        "intermediate_size": 1,
+        "num_attention_heads": 1,
+        "max_position_embeddings": 2**20,
+        "head_dim": 64,
+        "num_heads": 128,
+        "state_size": 128,
+        "layer_norm_epsilon": 1e-5,
+        "expand": 2,
+        "conv_kernel": 4,
+        "n_groups": 8,
+        "use_bias": False,
+        "use_conv_bias": True,
+        "hidden_act": ("silu",),
+    },
+    "nemotron_h": {
+        "num_hidden_layers": 4,  # the list of layers says how many there are
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "mlp_hidden_act": "relu2",
+        "mlp_bias": False,
+        "layer_norm_epsilon": 1e-5,
+        "ssm_state_size": 128,
+        "mamba_num_heads": 128,
+        "mamba_head_dim": 64,
+        "mamba_hidden_act": ("silu",),
+        "n_groups": 8,
+        "conv_kernel": 4,
+        "time_step_min": 0.001,
+        "use_bias": False,
+        "use_conv_bias": True,
+        "num_local_experts": 8,
+        "num_experts_per_tok": 2,
+        "n_shared_experts": (1,),
+        "moe_intermediate_size": 7688,
+        "moe_shared_expert_intermediate_size": 7688,
+        "routed_scaling_factor": 1.0,
+        "n_group": 1,
+        "topk_group": 1,
+        "norm_topk_prob": True,
+    },
+    "bamba": _MAMBA2_LAYERS
+    | {
+        "num_key_value_heads": 8,
+        "rms_norm_eps": 1e-5,
+        "mlp_bias": False,
+        "partial_rotary_factor": 0.5,
+    },
+    "granitemoehybrid": _MAMBA2_LAYERS | _GRANITE | {"shared_intermediate_size": 1024},
+    "lfm2": _LFM2
+    | {
+        "block_multiple_of": 256,
+        "block_ffn_dim_multiplier": 1.0,
+        "block_auto_adjust_ff_dim": True,
+    },
+    "lfm2_moe": _LFM2
+    | {
+        "num_local_experts": 32,
+        "num_experts_per_tok": 4,
+        "moe_intermediate_size": 1792,
+        "num_dense_layers": 2,
+        "norm_topk_prob": True,
+        "routed_scaling_factor": 1.0,
+        "use_expert_bias": True,
     },
 }

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from typing import Literal
@@ -222,9 +222,12 @@ class QuantizedWeight:
 
     def rows(self, rows: slice) -> QuantizedWeight:
         """The weight of some rows."""
-        return QuantizedWeight(
-            self.q[rows], self.scales[rows], self.zeros[rows], self.scheme, self.input_scale
-        )
+        return self.select(lambda values: values[rows])
+
+    def select(self, rows_of: Callable[[torch.Tensor], torch.Tensor]) -> QuantizedWeight:
+        """The weight of the rows that `rows_of` returns of a tensor [out, ...]."""
+        q, scales, zeros = (rows_of(values) for values in (self.q, self.scales, self.zeros))
+        return QuantizedWeight(q, scales, zeros, self.scheme, self.input_scale)
 
     def with_even_groups(self) -> QuantizedWeight:
         """The same weight with groups that divide the columns. Scales are repeated for that."""

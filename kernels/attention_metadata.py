@@ -62,6 +62,7 @@ class AttentionBatch:
         block_tables: Mapping[int | None, Sequence[Sequence[int]]],
         block_size: int,
         device: torch.device | str = "cpu",
+        recurrent: RecurrentBatch | None = None,
     ) -> AttentionBatch:
         """Make a batch from plain lists. The tokens of a sequence are consecutive.
 
@@ -77,6 +78,7 @@ class AttentionBatch:
             {window: BlockTable.build(rows) for window, rows in block_tables.items()},
             block_size,
             torch.device(device),
+            recurrent=recurrent,
         )
 
     @classmethod

@@ -45,7 +45,10 @@ class RecurrentState:
 
 
 class DeviceRows(NamedTuple):
-    """A `RecurrentBatch` as a GPU kernel reads it: int32 tensors on the device."""
+    """A `RecurrentBatch` as a GPU kernel reads it: integers on the device.
+
+    They are int32, and int64 where a CUDA graph reads them again after they have changed.
+    """
 
     query_start_loc: torch.Tensor  # [S + 1]: the first token of each sequence, then the total
     initial_rows: torch.Tensor  # [S]
@@ -54,7 +57,7 @@ class DeviceRows(NamedTuple):
     write_rows: torch.Tensor  # [W]
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class RecurrentBatch:
     """The rows that a step reads and writes. The arrays may change in place between steps.
 
@@ -63,6 +66,9 @@ class RecurrentBatch:
     write_starts: [S + 1], the first write of each sequence, then their number.
     write_ends: [W]: the state is written after so many of the sequence's new tokens, at least one.
     They grow within a sequence. write_rows: [W], the row that it is written to.
+    max_query_len: for a batch that a CUDA graph reads again after its arrays have changed, the most
+    new tokens of a sequence. Every token has a write then, and unused sequences have no tokens, or
+    one token of a padding row.
     A sequence may write to its initial row. No row is written by one sequence and read or written
     by another in the same step.
     """
@@ -73,6 +79,7 @@ class RecurrentBatch:
     write_ends: Int64Array
     write_rows: Int64Array
     device: torch.device
+    max_query_len: int | None = None
 
     @classmethod
     def build(
@@ -126,6 +133,11 @@ class RecurrentBatch:
         return DeviceRows(
             *(to_device(torch.from_numpy(array.astype(np.int32)), self.device) for array in arrays)
         )
+
+    @property
+    def longest_query(self) -> int:
+        """The most new tokens that a sequence has or, in a CUDA graph, can have."""
+        return self.max_query_len or int(self.query_lens.max())
 
     @property
     def is_decode(self) -> bool:

@@ -12,7 +12,8 @@ from llmkit.checkpoint.quantized_formats import format_of
 from llmkit.checkpoint.quantized_weight import PackedTensor, QuantizationConfig, Scheme
 from llmkit.checkpoint.safetensors_header import TensorInfo
 from llmkit.common.errors import InputError
-from llmkit.model.parameter_table import Parameter, is_carried, is_redundant, parameters
+from llmkit.model.parameter import Parameter
+from llmkit.model.parameter_table import is_carried, is_redundant, parameters
 from llmkit.model.spec import ModelSpec
 
 

@@ -40,12 +40,14 @@ from llmkit.kernels.fused_experts import FusedExperts, stack_experts
 from llmkit.kernels.fused_experts import supports as supports_fused_experts
 from llmkit.kernels.input_quant import InputQuant, LinearInput
 from llmkit.kernels.kv_cache import KVCache
+from llmkit.kernels.latent_cache import LatentCache
 from llmkit.kernels.mxfp4_linear import Mxfp4Linear
 from llmkit.kernels.triton_support import runs_triton
 from llmkit.model.language_model import LayerCache, empty_kv_cache
 from llmkit.model.linear import ActivationQuant, Linear, PackedLinear, common_input_quant
+from llmkit.model.mla import mla_attention
 from llmkit.model.parallel_group import ParallelGroup, mask_padding
-from llmkit.model.parameter_table import XIELU_PARAMETERS
+from llmkit.model.parameter_table import LATENT_LINEARS, XIELU_PARAMETERS
 from llmkit.model.recurrent_mixers import RECURRENT_MIXERS
 from llmkit.model.rope import CosSin, make_rotary_embeddings
 from llmkit.model.router import select_experts
@@ -55,6 +57,19 @@ from llmkit.model.token_embedding import TokenEmbedding
 SINGLE_RANK = ParallelGroup()
 # The tables that are looked up by token. They may have another dtype than the model.
 TABLES = ("embed.weight", "per_layer.embed.weight")
+# The norms of mixers' outputs: their weight has no offset (`ModelSpec.norm_offset`).
+MIXER_NORMS = ("gdn.norm", "mamba.norm")
+# The linears that read the norm before a mixer.
+MIXER_INPUTS = (
+    "attn.qkv",
+    "attn.qkv_a",
+    "attn.gate",
+    "gdn.qkvz",
+    "gdn.ba",
+    "mamba.in_proj",
+    "conv.in_proj",
+)
+MIXER_OUTPUTS = ("attn.o", "gdn.out", "mamba.out", "conv.out")
 
 _Value = TypeVar("_Value")
 
@@ -103,10 +118,15 @@ class DecoderLayer:
                 if kind == "bias":
                     self.norm_biases[module] = tensor
                 else:
-                    self.norms[module] = _norm_weight(tensor, spec)
+                    is_plain = module in MIXER_NORMS
+                    self.norms[module] = tensor if is_plain else norm_weight(tensor, spec)
+            elif module.endswith(".conv"):  # [channels, 1, width] of a convolution
+                self.vectors[name] = tensor.flatten(1) if kind == "weight" else tensor
             elif kind == "weight":
                 bias = tensors.get(f"{module}.bias")
-                self.linears[module] = Linear(tensor, bias, self.activation_quant.get(module))
+                # The inputs of kv_b are latents, which are not rounded (see mla.py).
+                quant = None if module == "attn.kv_b" else self.activation_quant.get(module)
+                self.linears[module] = Linear(tensor, bias, quant)
             elif kind != "bias":
                 self.vectors[name] = tensor
 
@@ -164,6 +184,19 @@ class DecoderLayer:
         residual, x = self._add_norm(residual, update, "attn_norm")
         return residual, self._mix_tokens(x, cos_sin, batch, cache)
 
+    def attend(
+        self,
+        x: LinearInput,
+        cos_sin: Mapping[str, CosSin],
+        batch: AttentionBatch,
+        cache: LayerCache,
+    ) -> torch.Tensor:
+        """What attention adds to the residual, [T, H]. x: its input [T, C], already normalized.
+
+        For the others see `attention_block`.
+        """
+        return self._mix_tokens(x, cos_sin, batch, cache)
+
     def mlp_block(
         self,
         residual: torch.Tensor,
@@ -219,6 +252,9 @@ class DecoderLayer:
         """
         if isinstance(cache, KVCache):
             return self._attention(x, cos_sin, batch, cache)
+        if isinstance(cache, LatentCache):
+            update = self.parallel_group.all_reduce(mla_attention(self, x, cos_sin, batch, cache))
+            return self._norm(update, "attn_post_norm")
         mix = RECURRENT_MIXERS[self.layer.mixer]
         update = self.parallel_group.all_reduce(mix(self, x, batch.recurrent, cache))
         return self._norm(update, "attn_post_norm")
@@ -234,6 +270,12 @@ class DecoderLayer:
         spec = self.spec
         metadata = batch.metadata(self.layer.sliding_window)
         qkv = self.linears["attn.qkv"](x).view(len(x), -1, spec.head_dim)  # [T, N + 2K, D]
+        gate = None
+        if spec.fused_q_gate:
+            gate = qkv[:, -spec.num_heads :]
+            qkv = qkv[:, : -spec.num_heads]
+        elif spec.attention_gate != "none":
+            gate = self.linears["attn.gate"](x)
         if self.layer.k_eq_v:
             qkv = cat_heads((qkv, qkv[:, spec.num_heads :]))
         if spec.v_norm and not self.layer.kv_shared_layer_offset:
@@ -272,8 +314,8 @@ class DecoderLayer:
             spec.attn_logit_softcapping,
             self.vectors.get("attn.sinks"),
         )
-        if spec.attention_gate != "none":
-            out = self._gated(out, x)
+        if gate is not None:
+            out = self._gated(out, gate)
         update = self.parallel_group.all_reduce(self.linears["attn.o"](out.flatten(1)))
         return self._norm(update, "attn_post_norm")
 
@@ -295,12 +337,15 @@ class DecoderLayer:
         """Weights [D] of a norm that has none."""
         return torch.ones(self.spec.head_dim)
 
-    def _gated(self, out: torch.Tensor, x: LinearInput) -> torch.Tensor:
-        """Attention's output [T, N, D], multiplied by the gate that its input x [T, H] computes."""
-        heads = out.flatten(0, 1)
-        # One value for each element, or one for each head.
-        gate = self.linears["attn.gate"](x).view(len(heads), -1)
-        return apply_gate(heads, gate, self.spec.attention_gate_activation).view_as(out)
+    def _gated(self, out: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+        """Attention's output [T, N, D], multiplied by the gate.
+
+        gate: one value for each element, [T, N, D] or [T, N * D], or one for each head, [T, N].
+        """
+        activation = self.spec.attention_gate_activation
+        if self.spec.attention_gate == "head":
+            return apply_gate(out.flatten(0, 1), gate.view(-1, 1), activation).view_as(out)
+        return apply_gate(out.flatten(1), gate.flatten(1), activation).view_as(out)
 
     def _mlp_or_moe(self, x: LinearInput, residual: torch.Tensor) -> torch.Tensor:
         """x: [T, H], the residual normalized. Returns the update of the residual, [T, H]."""
@@ -364,10 +409,14 @@ class DecoderLayer:
         topk_weights, topk_ids = select_experts(
             router(x.to(router.weight.dtype)), moe, self.vectors.get("mlp.router.correction_bias")
         )
-        if moe.shared_intermediate_size:
+        if moe.latent_size:
+            before, after = (self.linears[f"mlp.{module}"] for module in LATENT_LINEARS)
+            experts = after(self._experts(before(x), topk_ids, topk_weights))
+        else:
             experts = self._experts(x, topk_ids, topk_weights)
-            return add_residual(experts, self._shared_expert(x), 1.0)
-        return self._experts(x, topk_ids, topk_weights)
+        if not moe.shared_intermediate_size:
+            return experts
+        return add_residual(experts, self._shared_expert(x), 1.0)
 
     def _shared_expert(self, x: torch.Tensor) -> torch.Tensor:
         """The output of the expert that every token uses, [T, H]."""
@@ -579,7 +628,7 @@ class DecoderLayer:
     def _input_quant(self, norm: str) -> InputQuant | None:
         """How the linear layers that read a norm's output quantize it, if all do it alike."""
         moe = self.spec.moe
-        names = ["attn.qkv", "attn.gate"] if norm == "attn_norm" else []
+        names = list(MIXER_INPUTS) if norm == "attn_norm" else []
         if norm == "mlp_norm" or self.spec.parallel_block:
             if self.layer.is_moe and not (moe is not None and moe.parallel_mlp):
                 return None  # router and experts read it as it is
@@ -623,7 +672,7 @@ class Decoder:
                 weight = tensors.pop("lm_head.weight", missing)
             head = Linear(weight, None, activation_quant.get("lm_head"))
         self.head = head
-        self.final_norm = _norm_weight(tensors.pop("norm.weight", missing), spec)
+        self.final_norm = norm_weight(tensors.pop("norm.weight", missing), spec)
         self.final_norm_bias = tensors.pop("norm.bias", None)
         self.layers = []
         for index in range(len(spec.layers)):
@@ -643,6 +692,10 @@ class Decoder:
             )
         assert not tensors, f"tensors that no module takes: {sorted(tensors)[:5]}"
         self.ropes = make_rotary_embeddings(spec, self.device)
+        # The layers whose inputs a draft head reads (`DraftHeadSpec.aux_layers`), set by it; and
+        # these inputs in the last step, [T, H] each.
+        self.aux_layers: tuple[int, ...] = ()
+        self.aux_hidden_states: list[torch.Tensor] = []
 
     def __call__(
         self,
@@ -676,11 +729,17 @@ class Decoder:
         """
         residual = hidden
         update = None
+        aux_hidden_states: list[torch.Tensor] = []
         for index, (layer, cache) in enumerate(zip(self.layers, caches, strict=True)):
+            if index in self.aux_layers:
+                aux_hidden_states.append(_copied_sum(layer, residual, update))
             own_input = None if per_layer_inputs is None else per_layer_inputs[:, index]
             residual, update = layer.forward_with_residual(
                 residual, update, cos_sin, batch, cache, own_input
             )
+        if len(self.layers) in self.aux_layers:
+            aux_hidden_states.append(_copied_sum(self.layers[-1], residual, update))
+        self.aux_hidden_states = aux_hidden_states
         return self.normalize(residual, update)
 
     def normalize(self, residual: torch.Tensor, update: torch.Tensor | None = None) -> torch.Tensor:
@@ -688,6 +747,10 @@ class Decoder:
         final_norm = self.final_norm if self.spec.is_last_stage else None
         _, hidden = _add_norm(self.spec, residual, update, final_norm, self.final_norm_bias)
         return hidden
+
+    def draft_inputs(self, hidden: torch.Tensor) -> torch.Tensor:
+        """What a draft head reads of the last step, [T, C]. hidden: [T, H], the step's result."""
+        return torch.cat(self.aux_hidden_states, dim=1) if self.aux_layers else hidden
 
     @property
     def embedding(self) -> torch.Tensor:
@@ -770,7 +833,14 @@ class Decoder:
         )
 
 
-def _norm_weight(weight: torch.Tensor, spec: ModelSpec) -> torch.Tensor:
+def _copied_sum(
+    layer: DecoderLayer, residual: torch.Tensor, update: torch.Tensor | None
+) -> torch.Tensor:
+    """The hidden states [T, H] between two layers, which later layers do not overwrite."""
+    return residual.clone() if update is None else layer.add_update(residual, update)
+
+
+def norm_weight(weight: torch.Tensor, spec: ModelSpec) -> torch.Tensor:
     """What a norm multiplies by. A sum with the offset is in float32, where it is exact."""
     return weight.float() + spec.norm_offset if spec.norm_offset else weight
 

@@ -12,7 +12,8 @@ from llmkit.checkpoint.quantized_formats import format_of
 from llmkit.checkpoint.safetensors_header import TensorInfo, byte_count
 from llmkit.common.errors import InputError
 from llmkit.model.checkpoint_tensors import packed_name, scheme_of
-from llmkit.model.parameter_table import Parameter, SourceTensor, parameters
+from llmkit.model.parameter import Parameter, SourceTensor
+from llmkit.model.parameter_table import parameters
 from llmkit.model.spec import ModelSpec
 from llmkit.model.weight_loader import read_source
 

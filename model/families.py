@@ -26,9 +26,13 @@ from llmkit.model.family_fields import (
     rope_parameters,
 )
 from llmkit.model.gemma4_family import gemma4
+from llmkit.model.hybrid_families import HYBRID_FAMILIES
+from llmkit.model.mla_families import MLA_FAMILIES
 from llmkit.model.moe_families import MOE_FAMILIES
-from llmkit.model.spec import ModelSpec
-from llmkit.model.wrappers import WRAPPERS, mtp_prefixes, text_model
+from llmkit.model.parameter_table import embedding_tensor
+from llmkit.model.qwen3_next_families import QWEN3_NEXT_FAMILIES
+from llmkit.model.spec import ExpertStack, ModelSpec
+from llmkit.model.wrappers import WRAPPERS, find_mtp_head, mtp_prefixes, text_model
 
 if TYPE_CHECKING:
     from llmkit.checkpoint.checkpoint import Checkpoint
@@ -37,9 +41,22 @@ if TYPE_CHECKING:
 SUPPORTED: dict[str, tuple[str, FamilyFunction]] = {
     **DENSE_FAMILIES,
     **MOE_FAMILIES,
+    **QWEN3_NEXT_FAMILIES,
+    **HYBRID_FAMILIES,
+    **MLA_FAMILIES,
     "Gemma4ForCausalLM": ("gemma4_text", gemma4),
 }
-
+# Architectures that transformers' modeling code does not run here either, and why.
+_INDEXER = "an indexer chooses the tokens that each token attends to (sparse attention)"
+NOT_SUPPORTED = {
+    "DeepseekV32ForCausalLM": _INDEXER,
+    "GlmMoeDsaForCausalLM": _INDEXER,
+    "DeepseekV4ForCausalLM": "its attention reads compressed parts of the context",
+}
+# What config.json of some checkpoints of a family says as its model_type.
+OTHER_MODEL_TYPES = ("kimi_k2",)
+# The prefix that some checkpoints of an architecture have in place of the family's.
+OTHER_PREFIXES = {"NemotronHForCausalLM": "model"}
 
 NO_TENSORS: Mapping[str, tuple[int, ...]] = MappingProxyType({})
 
@@ -77,11 +94,17 @@ def model_spec(
             "lm_head_name": text.names.lm_head,
             "carried": text.carried,
         }
+    elif architecture in NOT_SUPPORTED:
+        raise InputError(
+            f"unsupported architecture ({architecture}): {NOT_SUPPORTED[architecture]}",
+            "A model whose layers attend to all tokens of the context or of a window",
+            "DeepseekV3ForCausalLM is the nearest architecture that runs",
+        )
     elif architecture not in SUPPORTED:
         return _fallback_spec(config, tensors)
     else:
         model_type, family = SUPPORTED[architecture]
-        if config.get("model_type") not in FAMILIES:
+        if config.get("model_type") not in (*FAMILIES, *OTHER_MODEL_TYPES):
             raise InputError(
                 f"config.json has model_type {config.get('model_type')!r}",
                 f"{model_type}, as its architecture says",
@@ -107,13 +130,18 @@ def model_spec(
         values["ropes"] = {"global": rope(completed, rope_parameters(completed))}
     if "activation" not in differences:
         values["activation"] = activation(completed.hidden_act)
-    spec = ModelSpec(architecture=architecture, **(values | names | differences))
+    spec = ModelSpec(architecture=architecture, **(values | differences | names))
+    if text is None:
+        spec = replace(spec, tensor_prefix=_stored_prefix(spec, tensors))
     if text is not None and text.expert_stack is not None and spec.moe is not None:
         spec = replace(spec, moe=replace(spec.moe, expert_stack=text.expert_stack))
     if _stores_experts_one_by_one(spec, tensors):
         spec = unstack_experts(spec)
-    mtp = mtp_prefixes(config, spec.tensor_prefix, len(spec.layers))
-    spec = replace(spec, carried=(*spec.carried, *mtp))
+    elif spec.moe is not None and spec.moe.expert_stack is None:
+        stack = stored_expert_stack(spec, tensors)
+        spec = replace(spec, moe=replace(spec.moe, expert_stack=stack))
+    mtp = mtp_prefixes(config, spec.tensor_prefix, len(spec.layers), tensors)
+    spec = replace(spec, carried=(*spec.carried, *mtp), mtp=find_mtp_head(spec, tensors))
     if spec.num_heads % spec.num_kv_heads:
         raise InputError(
             f"{spec.num_heads} heads and {spec.num_kv_heads} KV heads",
@@ -121,6 +149,16 @@ def model_spec(
         )
     _check_values(spec)
     return spec
+
+
+def _stored_prefix(spec: ModelSpec, tensors: Collection[str]) -> str:
+    """What the names of a checkpoint's tensors begin with (see `ModelSpec.tensor_prefix`)."""
+    other = OTHER_PREFIXES.get(spec.architecture)
+    embedding = embedding_tensor(spec)
+    if other is None or embedding in tensors:
+        return spec.tensor_prefix
+    is_other = other + embedding.removeprefix(spec.tensor_prefix) in tensors
+    return other if is_other else spec.tensor_prefix
 
 
 def unstack_experts(spec: ModelSpec) -> ModelSpec:
@@ -140,6 +178,24 @@ def _stores_experts_one_by_one(spec: ModelSpec, tensors: Collection[str]) -> boo
     experts = re.compile(rf"\.{re.escape(spec.moe.experts)}\.\d+\.")
     prefix = f"{spec.tensor_prefix}.layers."
     return any(name.startswith(prefix) and experts.search(name) for name in tensors)
+
+
+def stored_expert_stack(
+    spec: ModelSpec, tensors: Mapping[str, tuple[int, ...]]
+) -> ExpertStack | None:
+    """How a checkpoint stores all experts of a layer in one tensor; None: it has no such tensor.
+
+    transformers writes them so where it is not told to write the names of the hub.
+    """
+    moe = spec.moe
+    assert moe is not None
+    stack = ExpertStack()
+    layer = next((index for index, layer in enumerate(spec.layers) if layer.is_moe), 0)
+    shape = tensors.get(f"{spec.tensor_prefix}.layers.{layer}.{moe.module}.{stack.down}")
+    if shape is None:
+        return None
+    # Some files of the hub have [experts, in, out].
+    return replace(stack, transposed=shape[-2:-1] != (spec.hidden_size,))
 
 
 def _check_values(spec: ModelSpec) -> None:

@@ -10,7 +10,9 @@ import torch
 
 from llmkit.kernels.attention_metadata import AttentionBatch
 from llmkit.kernels.cpu.packed_cache import can_pack
-from llmkit.kernels.kv_cache import KV_CACHE_DTYPES, KVCache
+from llmkit.kernels.kv_cache import KV_CACHE_DTYPES, QUANTIZED_KV_CACHE_DTYPES, KVCache
+from llmkit.kernels.latent_cache import LatentCache
+from llmkit.kernels.latent_cache import can_pack as can_pack_latents
 from llmkit.kernels.recurrent_state import RecurrentState
 from llmkit.model.device import lazy_zeros
 from llmkit.model.linear import Linear
@@ -18,7 +20,7 @@ from llmkit.model.parallel_group import ParallelGroup
 from llmkit.model.spec import LayerSpec, ModelSpec
 
 # What a layer keeps of the past. A layer without a mixer has an empty state.
-LayerCache = KVCache | RecurrentState
+LayerCache = KVCache | LatentCache | RecurrentState
 
 
 class LanguageModel(Protocol):
@@ -90,6 +92,23 @@ def empty_kv_cache(
     return replace(cache, scales=lazy_zeros((*shape, 1), torch.float32, model.device))
 
 
+def empty_latent_cache(
+    model: LanguageModel, num_blocks: int, block_size: int, kv_cache_dtype: str | None = None
+) -> LatentCache:
+    """A layer's empty cache of latents on the model's device.
+
+    kv_cache_dtype: as in `LanguageModel.new_kv_cache`, but not one of 8 bits.
+    """
+    mla = model.spec.mla
+    assert mla is not None and kv_cache_dtype not in QUANTIZED_KV_CACHE_DTYPES
+    dtype = KV_CACHE_DTYPES[kv_cache_dtype] if kv_cache_dtype else model.dtype
+    shape = (1, num_blocks, block_size, mla.latent_dim)
+    is_packed = model.dtype == torch.float32 and can_pack_latents(
+        block_size, mla.latent_dim, dtype, model.device
+    )
+    return LatentCache(lazy_zeros(shape, dtype, model.device), is_packed)
+
+
 def empty_recurrent_state(
     model: LanguageModel, spec: ModelSpec, index: int, num_rows: int
 ) -> RecurrentState:
@@ -118,7 +137,10 @@ def new_layer_caches(
     """
     caches: list[LayerCache] = []
     for index, layer in enumerate(model.spec.layers):
-        if layer.mixer != "attention":
+        if layer.mixer == "mla":
+            blocks = num_blocks(layer)
+            caches.append(empty_latent_cache(model, blocks, block_size, kv_cache_dtype))
+        elif layer.mixer != "attention":
             caches.append(empty_recurrent_state(model, model.spec, index, num_state_rows))
         elif layer.kv_shared_layer_offset:
             caches.append(caches[index - layer.kv_shared_layer_offset])
@@ -144,7 +166,12 @@ def scratch_layer_caches(
     is_read = spec.kv_source_layers
     caches: list[LayerCache] = []
     shared: dict[tuple[int, int], KVCache] = {}
+    latents: LatentCache | None = None
     for index, layer in enumerate(spec.layers):
+        if layer.mixer == "mla":
+            latents = latents or empty_latent_cache(model, num_blocks, block_size, kv_cache_dtype)
+            caches.append(latents)
+            continue
         if layer.mixer != "attention":
             caches.append(empty_recurrent_state(model, spec, index, 0))
             continue

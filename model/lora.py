@@ -19,7 +19,8 @@ from llmkit.kernels.input_quant import InputQuant, LinearInput
 from llmkit.model.decoder import Decoder, DecoderLayer
 from llmkit.model.language_model import LanguageModel
 from llmkit.model.linear import Linear
-from llmkit.model.parameter_table import Parameter, parameters
+from llmkit.model.parameter import Parameter
+from llmkit.model.parameter_table import parameters
 from llmkit.model.spec import ModelSpec, RankSpec
 from llmkit.model.wrappers import checkpoint_name
 
@@ -119,8 +120,7 @@ def _place_rows(row: Parameter, tensor: str, b: torch.Tensor) -> torch.Tensor:
     start = 0
     for part in row.sources:
         if part.name == tensor:
-            rows = b[part.first_row : part.first_row + part.shape[0]]
-            placed[start : start + part.shape[0]] = rows
+            placed[start : start + part.shape[0]] = part.rows_of(b)
         start += part.shape[0]
     return placed
 

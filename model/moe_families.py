@@ -46,12 +46,12 @@ def _qwen3_moe(config: Any) -> dict[str, Any]:
         "qk_norm": "head",
         "qkv_bias": config.attention_bias,
         "o_proj_bias": config.attention_bias,
-        "layers": _qwen_layers(config, equal_layers(config, window)),
+        "layers": qwen_layers(config, equal_layers(config, window)),
         "moe": moe,
     }
 
 
-def _qwen_layers(config: Any, layers: Sequence[LayerSpec]) -> tuple[LayerSpec, ...]:
+def qwen_layers(config: Any, layers: Sequence[LayerSpec]) -> tuple[LayerSpec, ...]:
     is_moe = [
         (index + 1) % config.decoder_sparse_step == 0
         and index not in (config.mlp_only_layers or ())
@@ -78,7 +78,7 @@ def _qwen2_moe(config: Any) -> dict[str, Any]:
     layers = mixed_layers(config, has_window, config.sliding_window)
     return {
         "qkv_bias": config.qkv_bias,
-        "layers": _qwen_layers(config, layers),
+        "layers": qwen_layers(config, layers),
         "moe": moe,
     }
 
@@ -107,7 +107,7 @@ def _flex_olmo(config: Any) -> dict[str, Any]:
 def _mellum(config: Any) -> dict[str, Any]:
     num_layers = config.num_hidden_layers
     layers = mixed_layers(config, [False] * num_layers, config.sliding_window)
-    layers = with_experts(layers, _sparse_layers(config, [True] * num_layers))
+    layers = with_experts(layers, sparse_layers(config, [True] * num_layers))
     rope_theta = {"full_attention": 5e5, "sliding_attention": 1e4}
     moe = experts(
         config,
@@ -161,7 +161,7 @@ def _exaone_moe(config: Any) -> dict[str, Any]:
     moe = sigmoid_router(config, config.num_shared_experts)
     return {
         "qk_norm": "head",
-        "layers": with_experts(layers, _sparse_layers(config, is_moe)),
+        "layers": with_experts(layers, sparse_layers(config, is_moe)),
         "moe": replace(moe, correction_bias="e_score_correction_bias"),
     }
 
@@ -241,7 +241,7 @@ def _hunyuan_moe(config: Any) -> dict[str, Any]:
 
 def _hy_v3(config: Any) -> dict[str, Any]:
     num_layers = config.num_hidden_layers
-    is_moe = _sparse_layers(config, [index > 0 for index in range(num_layers)])
+    is_moe = sparse_layers(config, [index > 0 for index in range(num_layers)])
     moe = replace(
         sigmoid_router(config, config.num_shared_experts),
         norm_topk_prob=True,
@@ -362,7 +362,7 @@ def _laguna(config: Any) -> dict[str, Any]:
         )
     num_layers = config.num_hidden_layers
     layers = mixed_layers(config, [False] * num_layers, config.sliding_window)
-    is_moe = _sparse_layers(config, [index > 0 for index in range(num_layers)])
+    is_moe = sparse_layers(config, [index > 0 for index in range(num_layers)])
     heads = config.num_attention_heads_per_layer or [config.num_attention_heads] * num_layers
     if len(heads) != num_layers or any(count % config.num_key_value_heads for count in heads):
         raise InputError(
@@ -456,7 +456,7 @@ def _dense_first(config: Any, layers: Sequence[LayerSpec]) -> tuple[LayerSpec, .
     return with_experts(layers, [index >= first for index in range(len(layers))])
 
 
-def _sparse_layers(config: Any, default: list[bool]) -> list[bool]:
+def sparse_layers(config: Any, default: list[bool]) -> list[bool]:
     """Which layers have experts: the config's `mlp_layer_types`, or `default`."""
     layer_types = config.mlp_layer_types
     if layer_types is None:

@@ -39,6 +39,7 @@ def rank_spec(
         vocab_size=Split("vocab", 0, full_model.vocab_size).padded_rows(tp),
         layers=tuple(_layer_of_rank(layer, tp) for layer in full_model.layers[first:end]),
         moe=moe,
+        recurrent=None if full_model.recurrent is None else full_model.recurrent.of_rank(tp),
         rank=RankSpec(full_model, rank, tp, ep, first, end),
     )
 

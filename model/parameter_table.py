@@ -27,9 +27,21 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import replace
 
+from llmkit.model.draft_head_rows import draft_head_rows
+from llmkit.model.mla_rows import mla_rows
+from llmkit.model.parameter import (
+    ExpertSlice,
+    Parameter,
+    SourceTensor,
+    fused_linear_rows,
+    linear_rows,
+    module_name,
+    source_layer,
+    source_module,
+)
+from llmkit.model.recurrent_rows import recurrent_rows
 from llmkit.model.spec import (
     ExpertStack,
     ModelSpec,
@@ -45,118 +57,11 @@ XIELU_PARAMETERS = ("alpha_p", "alpha_n", "beta", "eps")
 OLD_BUFFERS = r"\.(attn|attention)\.(masked_)?bias$"
 EMBEDDING_STAGE = -1  # in Parameter.layers: the first pipeline stage, with the embedding
 
-# The modules of Llama's checkpoints by runtime module, without the prefix of the layer.
-# `ModelSpec.module_names` has what differs.
-MODULES = {
-    "embed": "embed_tokens",
-    "norm": "norm",
-    "attn_norm": "input_layernorm",
-    "attn.qkv": "self_attn.qkv_proj",  # only with `fused_qkv`
-    "attn.q": "self_attn.q_proj",
-    "attn.k": "self_attn.k_proj",
-    "attn.v": "self_attn.v_proj",
-    "attn.q_norm": "self_attn.q_norm",
-    "attn.k_norm": "self_attn.k_norm",
-    "attn.gate": "self_attn.gate_proj",
-    "attn.o": "self_attn.o_proj",
-    "attn_post_norm": "post_attention_layernorm",
-    "mlp_norm": "post_attention_layernorm",  # "pre_feedforward_layernorm" with `post_norm`
-    "mlp": "mlp",
-    "mlp.gate_up": "mlp.gate_up_proj",  # only with `fused_gate_up`
-    "mlp.gate": "mlp.gate_proj",
-    "mlp.up": "mlp.up_proj",
-    "mlp.down": "mlp.down_proj",
-    "mlp_post_norm": "post_feedforward_layernorm",
-    "mlp.post_mlp_norm": "post_feedforward_layernorm_1",
-    "mlp.pre_experts_norm": "pre_feedforward_layernorm_2",
-    "mlp.post_experts_norm": "post_feedforward_layernorm_2",
-    "per_layer.gate": "per_layer_input_gate",
-    "per_layer.projection": "per_layer_projection",
-    "per_layer.norm": "post_per_layer_input_norm",
-}
 # The norms of a layer whose MLP is beside its experts (`MoeSpec.parallel_mlp`).
 BESIDE_MLP_NORMS = ("mlp.post_mlp_norm", "mlp.pre_experts_norm", "mlp.post_experts_norm")
 
-
-@dataclass(frozen=True)
-class ExpertSlice:
-    """One expert's part of a checkpoint tensor that holds all of a layer's, [experts, ...]."""
-
-    index: int  # in the checkpoint tensor; the tensor of a rank holds the rank's experts
-    num_experts: int  # in the checkpoint tensor
-    transposed: bool = False  # a dense weight is stored as [in, out]
-
-
-@dataclass(frozen=True)
-class SourceTensor:
-    """The rows of a parameter that come from one checkpoint tensor."""
-
-    name: str  # of the dense checkpoint tensor, "model.layers.3.self_attn.q_proj.weight"
-    shape: tuple[int, ...]  # the shape of these rows
-    split: Split = REPLICATED
-    # The first of these rows in the checkpoint tensor. It is 0 unless the checkpoint stores several
-    # projections in one tensor, as Phi-3 does.
-    first_row: int = 0
-    row_step: int = 1  # the distance of these rows in the checkpoint tensor; 2: every second row
-    # Set when the checkpoint tensor holds all experts. The rows are those of this expert's weight.
-    expert: ExpertSlice | None = None
-    start: tuple[int, int] = (0, 0)  # the row and column of the full model where a rank's begin
-
-    @property
-    def rows(self) -> slice:
-        """These rows in the checkpoint tensor."""
-        end_row = self.first_row + (self.shape[0] - 1) * self.row_step + 1
-        return slice(self.first_row, end_row, self.row_step)
-
-
-@dataclass(frozen=True)
-class Parameter:
-    """A row of the table. Its runtime tensor is its sources concatenated along dimension 0."""
-
-    name: str  # of the runtime tensor, "layers.3.attn.qkv.weight"
-    sources: tuple[SourceTensor, ...]
-    # Its layer, which determines the pipeline stage: EMBEDDING_STAGE for the embedding, and
-    # len(spec.layers) for the final norm and lm_head. A tied embedding has both of these.
-    layers: tuple[int, ...]
-    is_linear: bool = False  # the weight of a linear layer that quantization may pack
-    # The norm or linear whose output is its input. None also where scales cannot be moved from one
-    # to the other: others read the output too, or something not linear lies between them.
-    input_from: str | None = None
-    expert: int | None = None  # the expert it belongs to; None outside experts
-    is_float32: bool = False  # kept in float32 whatever the dtype of the model
-    # The bias of a row-parallel linear. Every rank stores it, and only the first one adds it.
-    is_added_once: bool = False
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """The shape of the runtime tensor."""
-        first = self.sources[0].shape
-        if not first:  # a number
-            return ()
-        return (sum(source.shape[0] for source in self.sources), *first[1:])
-
-    @property
-    def module(self) -> str:
-        """The runtime module: the name without `.weight` or `.bias`."""
-        return self.name.rpartition(".")[0]
-
-    @property
-    def is_lm_head(self) -> bool:
-        """Whether it is the output projection, which is quantized only on request."""
-        return self.name == "lm_head.weight"
-
-    @cached_property
-    def source_names(self) -> tuple[str, ...]:
-        """The distinct checkpoint tensors, in order."""
-        return tuple(dict.fromkeys(source.name for source in self.sources))
-
-    def expert_slice(self, tensor: str) -> ExpertSlice | None:
-        """The part of the checkpoint tensor `tensor` that it uses; None: the whole tensor."""
-        return self.sources_in(tensor)[0].expert
-
-    def sources_in(self, tensor: str) -> tuple[SourceTensor, ...]:
-        """The sources in the checkpoint tensor `tensor`, in order. Phi-3's qkv_proj has three."""
-        return tuple(source for source in self.sources if source.name == tensor)
+# The linears before and after experts of another size (`MoeSpec.latent_size`).
+LATENT_LINEARS = ("fc1_latent_proj", "fc2_latent_proj")
 
 
 def parameters(spec: ModelSpec) -> list[Parameter]:
@@ -187,7 +92,7 @@ def _with_starts(row: Parameter, full_row: Parameter, rank: RankSpec) -> Paramet
         tp_rank %= tp
     sources = []
     for source, full in zip(row.sources, full_row.sources, strict=True):
-        first, _ = full.split.interval(tp_rank, tp)
+        first, _ = full.tensor_split.interval(tp_rank, tp)
         is_split = full.split.kind != "replicated"
         start = (0, first) if full.split.dim == 1 else (first, 0)
         sources.append(replace(source, start=start) if is_split else source)
@@ -267,6 +172,9 @@ def _shape_on_rank(tensor: TransformersTensor, rank: RankSpec | None) -> tuple[i
 
 
 def _model_rows(spec: ModelSpec) -> Iterator[Parameter]:
+    if spec.draft_head is not None:
+        yield from draft_head_rows(spec, spec.draft_head, _layer_rows(spec, 0))
+        return
     num_layers = len(spec.layers)
     vocab = Split("vocab", 0, spec.vocab_size)
     shape = (spec.vocab_size, spec.hidden_size)
@@ -279,7 +187,7 @@ def _model_rows(spec: ModelSpec) -> Iterator[Parameter]:
         yield from _layer_rows(spec, index)
     last_linear = f"layers.{num_layers - 1}.mlp.down.weight"
     for kind in ("weight", "bias") if spec.norm_bias else ("weight",):
-        source = f"{spec.tensor_prefix}.{_module(spec, 'norm')}.{kind}"
+        source = f"{spec.tensor_prefix}.{module_name(spec, 'norm')}.{kind}"
         norm = SourceTensor(source, (spec.hidden_size,))
         yield Parameter(f"norm.{kind}", (norm,), (num_layers,), input_from=last_linear)
     if not spec.tie_word_embeddings:
@@ -308,50 +216,90 @@ def embedding_tensor(spec: ModelSpec) -> str:
     """The checkpoint's name of the embedding."""
     if spec.transformers is not None:
         return next(row.source for row in spec.transformers.tensors if row.name == "embed.weight")
-    return f"{spec.tensor_prefix}.{_module(spec, 'embed')}.weight"
-
-
-def _module(spec: ModelSpec, name: str) -> str:
-    """The checkpoint's name of a runtime module of `MODULES`."""
-    return spec.module_names.get(name, MODULES[name])
+    return f"{spec.tensor_prefix}.{module_name(spec, 'embed')}.weight"
 
 
 def _layer_rows(spec: ModelSpec, index: int) -> Iterator[Parameter]:
-    source = _source_layer(spec, index)
     name = f"layers.{index}"
-    layers = (index,)
     layer = spec.layers[index]
-    spec = spec.for_layer(index)
+    layers = (index,)
+    has_mixer = layer.mixer != "none"
+    if has_mixer and spec.pre_norm:
+        yield from _norm_rows(spec, index, "attn_norm", spec.hidden_size)
+    if layer.mixer == "attention":
+        yield from _attention_rows(spec.for_layer(index), index)
+    elif layer.mixer == "mla":
+        yield from mla_rows(spec, index)
+    elif has_mixer:
+        yield from recurrent_rows(spec, index)
+    if has_mixer and spec.post_norm:
+        yield from _norm_rows(spec, index, "attn_post_norm", spec.hidden_size)
+    if layer.has_mlp:
+        yield from _mlp_block_rows(spec.for_layer(index), index)
+    if spec.per_layer_input_size:
+        sizes = (spec.per_layer_input_size, spec.hidden_size)
+        for module, weight_shape in (
+            ("per_layer.gate", sizes),
+            ("per_layer.projection", (sizes[1], sizes[0])),
+        ):
+            yield from linear_rows(
+                f"{name}.{module}",
+                source_module(spec, index, module),
+                weight_shape,
+                REPLICATED,
+                False,
+                layers,
+                None,
+                is_linear=False,
+            )
+        yield from _norm_rows(spec, index, "per_layer.norm", spec.hidden_size)
+    if spec.layer_scalar:
+        scalar = SourceTensor(f"{source_layer(spec, index)}.layer_scalar", (1,))
+        yield Parameter(f"{name}.layer_scalar", (scalar,), layers)
 
-    def norm(module: str, *shape: int, split: Split = REPLICATED) -> Iterator[Parameter]:
-        checkpoint = _module(spec, module)
-        if module == "mlp_norm" and spec.post_norm and module not in spec.module_names:
-            # In Llama, `post_attention_layernorm` is the norm before the MLP. In families that
-            # normalize the output of attention, it is the norm of that output.
-            checkpoint = "pre_feedforward_layernorm"
-        is_qk_norm = module.startswith("attn.")
-        for kind in ("weight", "bias") if spec.norm_bias and not is_qk_norm else ("weight",):
-            tensor = SourceTensor(f"{source}.{checkpoint}.{kind}", shape, split)
-            yield Parameter(f"{name}.{module}.{kind}", (tensor,), layers)
+
+def _norm_rows(
+    spec: ModelSpec, index: int, module: str, *shape: int, split: Split = REPLICATED
+) -> Iterator[Parameter]:
+    """The weight of a norm of a layer, and its bias."""
+    checkpoint = module_name(spec, module)
+    if module == "mlp_norm" and spec.post_norm and module not in spec.module_names:
+        # In Llama, `post_attention_layernorm` is the norm before the MLP. In families that
+        # normalize the output of attention, it is the norm of that output.
+        checkpoint = "pre_feedforward_layernorm"
+    is_qk_norm = module.startswith("attn.")
+    for kind in ("weight", "bias") if spec.norm_bias and not is_qk_norm else ("weight",):
+        tensor = SourceTensor(f"{source_layer(spec, index)}.{checkpoint}.{kind}", shape, split)
+        yield Parameter(f"layers.{index}.{module}.{kind}", (tensor,), (index,))
+
+
+def _attention_rows(spec: ModelSpec, index: int) -> Iterator[Parameter]:
+    """The rows of attention, without the norms before and after it.
+
+    spec: with the layer's sizes.
+    """
+    name = f"layers.{index}"
+    layer = spec.layers[index]
+    layers = (index,)
 
     def linear(module: str) -> str:
-        return f"{source}.{_module(spec, module)}"
+        return source_module(spec, index, module)
 
     heads = Split("heads", 0, spec.num_heads, spec.head_dim)
     kv_heads = Split("kv_heads", 0, spec.num_kv_heads, spec.head_dim)
     q_size = spec.num_heads * spec.head_dim
     kv_size = spec.num_kv_heads * spec.head_dim
-    if spec.pre_norm:
-        yield from norm("attn_norm", spec.hidden_size)
     projections = [(linear("attn.q"), q_size, heads)]
     if not layer.kv_shared_layer_offset:
         projections.append((linear("attn.k"), kv_size, kv_heads))
     if not layer.kv_shared_layer_offset and not layer.k_eq_v:
         projections.append((linear("attn.v"), kv_size, kv_heads))
-    has_gate = spec.attention_gate != "none"
+    has_gate = spec.attention_gate != "none" and not spec.fused_q_gate
     is_only_reader = spec.pre_norm and not spec.parallel_block and not has_gate
-    yield from _fused_linear(
-        spec,
+    head = spec.draft_head
+    reads_both = head is not None and head.method == "eagle3"
+    qkv_rows = fused_linear_rows(
+        replace(spec, hidden_size=2 * spec.hidden_size) if reads_both else spec,
         f"{name}.attn.qkv",
         linear("attn.qkv") if spec.fused_qkv else None,
         projections,
@@ -359,26 +307,30 @@ def _layer_rows(spec: ModelSpec, index: int) -> Iterator[Parameter]:
         layers,
         f"{name}.attn_norm.weight" if is_only_reader else None,
     )
+    for row in qkv_rows:
+        yield _with_gate(row, spec.head_dim) if spec.fused_q_gate else row
     if spec.qk_norm == "full":
-        yield from norm("attn.q_norm", q_size, split=heads)
-        yield from norm("attn.k_norm", kv_size, split=kv_heads)
+        yield from _norm_rows(spec, index, "attn.q_norm", q_size, split=heads)
+        yield from _norm_rows(spec, index, "attn.k_norm", kv_size, split=kv_heads)
     elif spec.qk_norm == "each_head":
         for module, split in (("attn.q_norm", heads), ("attn.k_norm", kv_heads)):
-            yield from norm(module, split.count, spec.head_dim, split=replace(split, unit=1))
+            yield from _norm_rows(
+                spec, index, module, split.count, spec.head_dim, split=replace(split, unit=1)
+            )
     elif spec.qk_norm == "head":
-        yield from norm("attn.q_norm", spec.head_dim)
+        yield from _norm_rows(spec, index, "attn.q_norm", spec.head_dim)
         if not layer.kv_shared_layer_offset:
-            yield from norm("attn.k_norm", spec.head_dim)
+            yield from _norm_rows(spec, index, "attn.k_norm", spec.head_dim)
     if spec.attention_sinks:
         sinks = SourceTensor(
-            f"{source}.self_attn.sinks",
+            f"{source_layer(spec, index)}.self_attn.sinks",
             (spec.num_heads,),
             Split("heads", 0, spec.num_heads, 1),
         )
         yield Parameter(f"{name}.attn.sinks", (sinks,), layers, is_float32=True)
     if has_gate:
         unit = spec.head_dim if spec.attention_gate == "element" else 1
-        yield from _linear(
+        yield from linear_rows(
             f"{name}.attn.gate",
             linear("attn.gate"),
             (spec.num_heads * unit, spec.hidden_size),
@@ -388,7 +340,7 @@ def _layer_rows(spec: ModelSpec, index: int) -> Iterator[Parameter]:
             None,
             is_linear=spec.attention_gate == "element",
         )
-    yield from _linear(
+    yield from linear_rows(
         f"{name}.attn.o",
         linear("attn.o"),
         (spec.hidden_size, q_size),
@@ -397,18 +349,40 @@ def _layer_rows(spec: ModelSpec, index: int) -> Iterator[Parameter]:
         layers,
         None if spec.v_norm else f"{name}.attn.qkv.weight",
     )
-    if spec.post_norm:
-        yield from norm("attn_post_norm", spec.hidden_size)
+
+
+def _with_gate(row: Parameter, head_dim: int) -> Parameter:
+    """The row of queries, keys and values, where q_proj has the gate of each head after its query.
+
+    The runtime tensor has the gates last.
+    """
+    q, *kv = row.sources
+    q = replace(q, block_rows=head_dim, block_step=2 * head_dim)
+    return replace(row, sources=(q, *kv, replace(q, first_row=head_dim)))
+
+
+def _mlp_block_rows(spec: ModelSpec, index: int) -> Iterator[Parameter]:
+    """The rows of an MLP or of experts, and of the norms before and after it.
+
+    spec: with the layer's sizes.
+    """
+    name = f"layers.{index}"
+    layer = spec.layers[index]
+    layers = (index,)
+
+    def linear(module: str) -> str:
+        return source_module(spec, index, module)
+
     has_mlp_norm = spec.pre_norm and not spec.parallel_block
     if has_mlp_norm:
-        yield from norm("mlp_norm", spec.hidden_size)
+        yield from _norm_rows(spec, index, "mlp_norm", spec.hidden_size)
     mlp_input = f"{name}.mlp_norm.weight" if has_mlp_norm else None
     has_mlp = not layer.is_moe or (spec.moe is not None and spec.moe.parallel_mlp)
     if layer.is_moe:
         yield from _moe_rows(spec, index, None if has_mlp else mlp_input)
         if has_mlp:
             for module in BESIDE_MLP_NORMS:
-                yield from norm(module, spec.hidden_size)
+                yield from _norm_rows(spec, index, module, spec.hidden_size)
     if has_mlp:
         yield from _mlp_rows(
             spec,
@@ -421,47 +395,21 @@ def _layer_rows(spec: ModelSpec, index: int) -> Iterator[Parameter]:
         if spec.activation == "xielu":
             for parameter in XIELU_PARAMETERS:
                 shape = (1,) if parameter.startswith("alpha") else ()
-                tensor = SourceTensor(f"{source}.mlp.act_fn.{parameter}", shape)
+                tensor = SourceTensor(f"{source_layer(spec, index)}.mlp.act_fn.{parameter}", shape)
                 yield Parameter(f"{name}.mlp.act.{parameter}", (tensor,), layers, is_float32=True)
     if spec.post_norm:
-        yield from norm("mlp_post_norm", spec.hidden_size)
-    if spec.per_layer_input_size:
-        sizes = (spec.per_layer_input_size, spec.hidden_size)
-        for module, weight_shape in (
-            ("per_layer.gate", sizes),
-            ("per_layer.projection", (sizes[1], sizes[0])),
-        ):
-            yield from _linear(
-                f"{name}.{module}",
-                linear(module),
-                weight_shape,
-                REPLICATED,
-                False,
-                layers,
-                None,
-                is_linear=False,
-            )
-        yield from norm("per_layer.norm", spec.hidden_size)
-    if spec.layer_scalar:
-        scalar = SourceTensor(f"{source}.layer_scalar", (1,))
-        yield Parameter(f"{name}.layer_scalar", (scalar,), layers)
-
-
-def _source_layer(spec: ModelSpec, index: int) -> str:
-    """The prefix of a layer's tensors in the checkpoint. A rank numbers its layers from 0."""
-    first_layer = spec.rank.first_layer if spec.rank else 0
-    return f"{spec.tensor_prefix}.layers.{first_layer + index}"
+        yield from _norm_rows(spec, index, "mlp_post_norm", spec.hidden_size)
 
 
 def _moe_rows(spec: ModelSpec, index: int, input_from: str | None) -> Iterator[Parameter]:
     moe = spec.moe
     assert moe is not None
-    source = _source_layer(spec, index)
+    source = source_layer(spec, index)
     if moe.module:
         source = f"{source}.{moe.module}"
     name = f"layers.{index}.mlp"
     layers = (index,)
-    router = _linear(
+    router = linear_rows(
         f"{name}.router",
         f"{source}.{moe.router}",
         (moe.num_experts, spec.hidden_size),
@@ -489,7 +437,7 @@ def _moe_rows(spec: ModelSpec, index: int, input_from: str | None) -> Iterator[P
         size = moe.shared_intermediate_size
         yield from _mlp_rows(spec, f"{name}.shared_expert", modules, size, layers, None)
     if moe.shared_expert_gate is not None:
-        yield from _linear(
+        yield from linear_rows(
             f"{name}.shared_expert_gate",
             f"{source}.{moe.shared_expert_gate}",
             (1, spec.hidden_size),
@@ -499,7 +447,29 @@ def _moe_rows(spec: ModelSpec, index: int, input_from: str | None) -> Iterator[P
             None,
             is_linear=False,
         )
-    expert_spec = replace(spec, mlp_bias=moe.expert_bias, fused_gate_up=False)
+    if moe.latent_size:
+        sizes = (moe.latent_size, spec.hidden_size)
+        for module, weight_shape in zip(LATENT_LINEARS, (sizes, sizes[::-1]), strict=True):
+            rows = linear_rows(
+                f"{name}.{module}",
+                f"{source}.{module}",
+                weight_shape,
+                REPLICATED,
+                spec.mlp_bias,
+                layers,
+                None,
+                is_linear=False,
+            )
+            # The second one reads a rank's part of the sum of experts.
+            is_last = module == LATENT_LINEARS[1]
+            for row in rows:
+                yield replace(row, is_added_once=is_last and row.name.endswith(".bias"))
+    expert_spec = replace(
+        spec,
+        hidden_size=moe.latent_size or spec.hidden_size,
+        mlp_bias=moe.expert_bias,
+        fused_gate_up=False,
+    )
     for expert in range(moe.num_experts):
         linears = ("", moe.gate, moe.up, moe.down)  # gate and up have tensors of their own
         modules = tuple(f"{source}.{moe.experts}.{expert}.{linear}" for linear in linears)
@@ -535,17 +505,18 @@ def _stacked_sources(
     if row.module.endswith(".down"):
         tensor = stack.down
         first_rows = [0]
-        row_step = 1
+        is_interleaved = False
     else:
         tensor = stack.gate_up
         first_rows = [0, 1 if stack.interleaved else moe.intermediate_size]
-        row_step = 2 if stack.interleaved else 1
+        is_interleaved = stack.interleaved
     return tuple(
         replace(
             own,
             name=f"{source}.{tensor}{stack.bias_suffix if is_bias else ''}",
             first_row=first_row,
-            row_step=row_step,
+            block_rows=int(is_interleaved),
+            block_step=2 * is_interleaved,
             expert=part,
         )
         for own, first_row in zip(row.sources, first_rows, strict=True)
@@ -569,7 +540,7 @@ def _mlp_rows(
     # The output of up is multiplied, unless it is clamped first.
     scales_move = spec.gated_mlp and spec.activation != "swiglu_clamped"
     if spec.gated_mlp:
-        yield from _fused_linear(
+        yield from fused_linear_rows(
             spec,
             f"{name}.gate_up",
             gate_up if spec.fused_gate_up else None,
@@ -580,8 +551,8 @@ def _mlp_rows(
         )
     else:
         shape = (size, spec.hidden_size)
-        yield from _linear(f"{name}.up", up, shape, features, spec.mlp_bias, layers, input_from)
-    yield from _linear(
+        yield from linear_rows(f"{name}.up", up, shape, features, spec.mlp_bias, layers, input_from)
+    yield from linear_rows(
         f"{name}.down",
         down,
         (spec.hidden_size, size),
@@ -590,67 +561,3 @@ def _mlp_rows(
         layers,
         f"{name}.gate_up.weight" if scales_move else None,
     )
-
-
-def _fused_linear(
-    spec: ModelSpec,
-    name: str,
-    fused_source: str | None,
-    linears: list[tuple[str, int, Split]],
-    has_bias: bool,
-    layers: tuple[int, ...],
-    input_from: str | None,
-) -> Iterator[Parameter]:
-    """A runtime linear that concatenates several checkpoint linears of the hidden state.
-
-    fused_source: the checkpoint module that holds all of them, if there is one.
-    linears: for each: its checkpoint module (otherwise), its output size and its split.
-    """
-    for kind in ("weight", "bias") if has_bias else ("weight",):
-        columns = (spec.hidden_size,) if kind == "weight" else ()
-        sources = []
-        first_row = 0
-        for module, size, split in linears:
-            if fused_source is not None:
-                tensor = f"{fused_source}.{kind}"
-                sources.append(SourceTensor(tensor, (size, *columns), split, first_row))
-            else:
-                sources.append(SourceTensor(f"{module}.{kind}", (size, *columns), split))
-            first_row += size
-        yield Parameter(
-            f"{name}.{kind}",
-            tuple(sources),
-            layers,
-            is_linear=kind == "weight",
-            input_from=input_from,
-        )
-
-
-def _linear(
-    name: str,
-    source: str,
-    shape: tuple[int, int],
-    split: Split,
-    has_bias: bool,
-    layers: tuple[int, ...],
-    input_from: str | None,
-    is_linear: bool = True,
-) -> Iterator[Parameter]:
-    """A runtime linear that comes from one checkpoint linear."""
-    yield Parameter(
-        f"{name}.weight",
-        (SourceTensor(f"{source}.weight", shape, split),),
-        layers,
-        is_linear=is_linear,
-        input_from=input_from,
-    )
-    if has_bias:
-        is_row_parallel = split.dim == 1
-        bias = SourceTensor(f"{source}.bias", shape[:1], REPLICATED if is_row_parallel else split)
-        yield Parameter(
-            f"{name}.bias",
-            (bias,),
-            layers,
-            input_from=input_from,
-            is_added_once=is_row_parallel,
-        )

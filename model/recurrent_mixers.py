@@ -2,35 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from llmkit.model.gated_delta_net import gated_delta_net
+from llmkit.model.mamba2 import mamba2
+from llmkit.model.mixer_layer import RecurrentMixer
+from llmkit.model.short_conv import short_conv
+from llmkit.model.spec import Mixer
 
-import torch
-
-from llmkit.kernels.input_quant import LinearInput
-from llmkit.kernels.recurrent_state import RecurrentBatch, RecurrentState
-from llmkit.model.linear import Linear
-from llmkit.model.spec import Mixer, ModelSpec
-
-
-class MixerLayer(Protocol):
-    """What a mixer reads of its `DecoderLayer`. Linear layers may be replaced between steps."""
-
-    spec: ModelSpec
-    linears: dict[str, Linear]
-    norms: dict[str, torch.Tensor]
-    vectors: dict[str, torch.Tensor]
-
-
-class RecurrentMixer(Protocol):
-    """Mixes the tokens of a step with what its state keeps of the tokens before them."""
-
-    def __call__(
-        self, layer: MixerLayer, x: LinearInput, batch: RecurrentBatch, state: RecurrentState
-    ) -> torch.Tensor:
-        """x: [T, H], normalized. Returns the update of the residual, [T, H].
-
-        A rank has some of the heads: its update is a part of the sum over the ranks.
-        """
-
-
-RECURRENT_MIXERS: dict[Mixer, RecurrentMixer] = {}
+RECURRENT_MIXERS: dict[Mixer, RecurrentMixer] = {
+    "gated_delta_net": gated_delta_net,
+    "mamba2": mamba2,
+    "short_conv": short_conv,
+}

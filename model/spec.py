@@ -13,7 +13,8 @@ from llmkit.checkpoint.hf_config import RopeSpec
 from llmkit.model.split import REPLICATED, Split
 
 # What mixes the tokens of a layer. "none": the layer has only an MLP or experts.
-Mixer = Literal["attention", "gated_delta_net", "mamba2", "short_conv", "none"]
+Mixer = Literal["attention", "mla", "gated_delta_net", "mamba2", "short_conv", "none"]
+ATTENTION_MIXERS: tuple[Mixer, ...] = ("attention", "mla")  # they cache something of each token
 Activation = Literal["silu", "gelu_tanh", "gelu", "relu2", "xielu", "swiglu_clamped"]
 
 
@@ -81,6 +82,8 @@ class MoeSpec:
     # The experts form groups. Only those of the `topk_groups` best groups may be chosen.
     num_groups: int = 1
     topk_groups: int = 1
+    # A group is as good as the sum of its two best scores, or as its best one (DeepSeek V2).
+    group_score: Literal["top2", "max"] = "top2"
     routed_scaling_factor: float = 1.0  # multiplies the output of the experts
     # The layer has its MLP, too. Router and experts read the hidden state before the MLP's norm,
     # each with norms of their own, and the outputs of both are added (Gemma 4).
@@ -90,6 +93,31 @@ class MoeSpec:
     shared_gate_up: str = "gate_up_proj"  # its gate and up; only with `ModelSpec.fused_gate_up`
     shared_down: str = "down_proj"
     shared_expert_gate: str | None = None  # a linear whose sigmoid multiplies its output
+    # Experts read and compute vectors of this size: one linear of the layer makes them of its
+    # input, and another the update of their sum (Nemotron 3 Super). 0: they have the hidden size.
+    latent_size: int = 0
+
+
+@dataclass(frozen=True)
+class MlaSpec:
+    """The multi-head latent attention of a model (DeepSeek V2, arXiv 2405.04434, section 2.1)."""
+
+    q_lora_rank: int | None  # of the queries' compressed form; None: one linear computes them
+    kv_lora_rank: int
+    qk_nope_head_dim: int  # of a head's queries and keys, without a position
+    qk_rope_head_dim: int  # of their rotated part, which the keys of all heads share
+    v_head_dim: int
+    norm_eps: float = 1e-6  # of the norms of the compressed forms
+
+    @property
+    def qk_head_dim(self) -> int:
+        """The size of a head's queries and keys."""
+        return self.qk_nope_head_dim + self.qk_rope_head_dim
+
+    @property
+    def latent_dim(self) -> int:
+        """What is cached of each token: the compressed keys and values, and the rotated keys."""
+        return self.kv_lora_rank + self.qk_rope_head_dim
 
 
 @dataclass(frozen=True)
@@ -104,6 +132,10 @@ class GatedDeltaNetSpec:
     # The checkpoint has one linear for queries, keys, values and gates, and one for beta and decay.
     # Their rows are those of one key head after the other (Qwen3-Next).
     fused_projections: bool = False
+
+    def of_rank(self, tp: int) -> GatedDeltaNetSpec:
+        """The share of one of `tp` ranks: key heads, with the value heads that read them."""
+        return replace(self, num_k_heads=self.num_k_heads // tp, num_v_heads=self.num_v_heads // tp)
 
     @property
     def conv_channels(self) -> int:
@@ -131,6 +163,15 @@ class Mamba2Spec:
     gated_norm: bool = True  # the output is normalized after the gate
     norm_groups: int = 1  # the norm is over each of so many equal parts of the output
 
+    def of_rank(self, tp: int) -> Mamba2Spec:
+        """The share of one of `tp` ranks: heads with their group, which ranks may share."""
+        return replace(
+            self,
+            num_heads=self.num_heads // tp,
+            n_groups=max(1, self.n_groups // tp),
+            norm_groups=max(1, self.norm_groups // tp),
+        )
+
     @property
     def intermediate_size(self) -> int:
         """The features of all heads."""
@@ -155,6 +196,10 @@ class ShortConvSpec:
     conv_kernel_size: int
     bias: bool = False
 
+    def of_rank(self, tp: int) -> ShortConvSpec:
+        """The share of one of `tp` ranks."""
+        return replace(self, channels=self.channels // tp)
+
     @property
     def conv_channels(self) -> int:
         """The channels of the convolution."""
@@ -167,6 +212,35 @@ class ShortConvSpec:
 
 
 RecurrentSpec = GatedDeltaNetSpec | Mamba2Spec | ShortConvSpec
+
+
+@dataclass(frozen=True)
+class DraftHeadSpec:
+    """A small head that drafts tokens from the hidden states of a model.
+
+    For each token it reads the model's hidden state of the token before, and the token's embedding.
+    An MTP head (arXiv 2412.19437, section 2.2) is a part of the model: it projects both and runs a
+    decoder layer. An EAGLE-3 head (arXiv 2503.01840) is a checkpoint of its own: it projects hidden
+    states of several layers, and its attention reads both side by side.
+
+    `layer`, `embed_norm`, `hidden_norm`, `fc` and `norm` are modules of the checkpoint.
+    """
+
+    method: Literal["mtp", "eagle3"]
+    layer: str  # its decoder layer: "model.layers.46", "mtp.layers.0" or "midlayer"
+    layer_spec: LayerSpec
+    embed_norm: str
+    hidden_norm: str
+    fc: str  # what projects: embedding and hidden state in "mtp", hidden states in "eagle3"
+    norm: str  # before the output projection
+    # The rest is of "eagle3" only.
+    # The layers of the model whose inputs `fc` reads; the number of layers: the last one's output.
+    aux_layers: tuple[int, ...] = ()
+    target_hidden_size: int = 0  # of the model
+    norm_before_residual: bool = False  # the residual is the normalized hidden state
+    embed: str | None = None  # its own embedding; None: the model's
+    lm_head: str | None = None  # its own output projection; None: the model's
+    draft_vocab_size: int = 0  # rows of its output projection
 
 
 @dataclass(frozen=True)
@@ -245,6 +319,8 @@ class ModelSpec:
     # A linear of attention's input whose activation multiplies attention's output: one value for
     # each element, or one for each head.
     attention_gate: Literal["none", "element", "head"] = "none"
+    # q_proj has the gate of each head's elements after the head's query (Qwen3-Next).
+    fused_q_gate: bool = False
     attention_gate_activation: Literal["sigmoid", "softplus"] = "sigmoid"
     # A learned logit for each query head joins the softmax's sum (see `paged_attention`).
     attention_sinks: bool = False
@@ -259,7 +335,7 @@ class ModelSpec:
     fused_qkv: bool = False  # the checkpoint stores qkv_proj (Phi-3)
     fused_gate_up: bool = False  # the checkpoint stores gate_up_proj (Phi-3, GLM)
     # Names of modules in the checkpoint that differ from Llama's: {"mlp_norm": "ffn_norm"}. The
-    # keys are those of `parameter_table.MODULES`.
+    # keys are those of `parameter.MODULES`.
     module_names: dict[str, str] = field(default_factory=dict, hash=False)
     # What the names of the embedding, the layers and the last norm begin with in the checkpoint.
     tensor_prefix: str = "model"
@@ -280,7 +356,11 @@ class ModelSpec:
     residual_multiplier: float = 1.0
     logit_scale: float = 1.0  # multiplies the logits
     moe: MoeSpec | None = None
+    mla: MlaSpec | None = None  # of the layers whose mixer is "mla"
     recurrent: RecurrentSpec | None = None  # of the layers whose mixer is recurrent
+    mtp: DraftHeadSpec | None = None  # the model's own draft head, whose tensors are carried
+    # Set for a draft head: this is a model of one layer, and the rest is of its model.
+    draft_head: DraftHeadSpec | None = None
     rank: RankSpec | None = None  # None: this is the full model
     # Set for the fallback: the model runs by transformers' own modeling code.
     transformers: TransformersSpec | None = None
@@ -341,6 +421,9 @@ class ModelSpec:
     def kv_elements_of_layer(self, index: int) -> int:
         """The elements of K and V of one token in a layer."""
         layer = self.layers[index]
+        if layer.mixer == "mla":
+            assert self.mla is not None
+            return self.mla.latent_dim
         if layer.kv_shared_layer_offset or layer.mixer != "attention":
             return 0
         spec = self.for_layer(index)
@@ -349,7 +432,7 @@ class ModelSpec:
     @property
     def num_recurrent_layers(self) -> int:
         """How many layers keep a recurrent state of each sequence."""
-        return sum(layer.mixer not in ("attention", "none") for layer in self.layers)
+        return sum(layer.mixer not in (*ATTENTION_MIXERS, "none") for layer in self.layers)
 
     def recurrent_bytes_per_sequence(self, itemsize: int) -> int:
         """The bytes of the recurrent states of a sequence over all layers.
@@ -399,7 +482,7 @@ class ModelSpec:
         Each of them has separate block tables. A model without attention has those of full
         attention, whose blocks hold nothing, so that it has prefixes as others have.
         """
-        windows = (layer.sliding_window for layer in self.layers if layer.mixer == "attention")
+        windows = (layer.sliding_window for layer in self.layers if layer.mixer in ATTENTION_MIXERS)
         return tuple(dict.fromkeys(windows)) or (None,)
 
     def rope_offset(self, total_tokens: int) -> int:

@@ -42,6 +42,8 @@ TEXT_DEFAULTS: dict[str, dict[str, Any]] = {
         "norm_topk_prob": True,  # no field of this config: its router always does so
         "rope_theta": 5e5,
     },
+    "qwen3_5_text": _sizes(248320, 4096, 12288, 32, 16, 32768),
+    "qwen3_5_moe_text": _sizes(248320, 2048, 512, 40, 16, 32768),
     "gemma3_text": _sizes(262208, 2304, 9216, 26, 8, 131072),
     "gemma4_text": _sizes(262144, 2304, 9216, 30, 8, 131072),
     "qwen2_vl_text": _QWEN_VL,

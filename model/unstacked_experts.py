@@ -16,7 +16,8 @@ from llmkit.checkpoint.model_files import without_quantization
 from llmkit.checkpoint.safetensors_header import TensorInfo
 from llmkit.model.checkpoint_tensors import checkpoint_tensors
 from llmkit.model.families import unstack_experts
-from llmkit.model.parameter_table import Parameter, SourceTensor, parameters
+from llmkit.model.parameter import Parameter, SourceTensor
+from llmkit.model.parameter_table import parameters
 from llmkit.model.spec import ModelSpec
 from llmkit.model.weight_loader import read_source
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import NamedTuple
 
 import torch
 
@@ -33,8 +34,10 @@ from llmkit.model.linear import (
     serving_linear,
     supported_on_gpu,
 )
+from llmkit.model.mla import LatentLinear
 from llmkit.model.parallel_group import ParallelGroup
-from llmkit.model.parameter_table import Parameter, SourceTensor, parameters
+from llmkit.model.parameter import Parameter, SourceTensor
+from llmkit.model.parameter_table import LATENT_LINEARS, parameters
 from llmkit.model.spec import ModelSpec
 
 NUM_PACKING_THREADS = 4  # threads that pack weights while the next weights are read
@@ -42,7 +45,9 @@ NUM_PACKING_THREADS = 4  # threads that pack weights while the next weights are 
 SMALL_LINEARS = (
     "mlp.router.weight",
     "mlp.shared_expert_gate.weight",
+    *(f"mlp.{module}.weight" for module in LATENT_LINEARS),
     "attn.gate.weight",
+    "gdn.ba.weight",
     "per_layer.gate.weight",
     "per_layer.projection.weight",
 )
@@ -75,6 +80,34 @@ def load_model(
     if spec is None:
         spec = checkpoint_spec(checkpoint)
         check_checkpoint(checkpoint, spec)
+    weights = load_weights(checkpoint, spec, dtype, device, packed, offloaded, cpu_activations)
+    tensors, activation_quant, linears = weights
+    if spec.transformers is not None:
+        # transformers' modeling code takes seconds to import, and only the fallback needs it.
+        from llmkit.model.transformers_model import TransformersModel
+
+        return TransformersModel(spec, tensors, activation_quant, linears, dtype, parallel_group)
+    return Decoder(spec, tensors, activation_quant, linears, parallel_group)
+
+
+class LoadedWeights(NamedTuple):
+    """The weights of a model, as `Decoder` takes them."""
+
+    tensors: dict[str, torch.Tensor]
+    activation_quant: dict[str, ActivationQuant]
+    linears: dict[str, Linear]
+
+
+def load_weights(
+    checkpoint: Checkpoint,
+    spec: ModelSpec,
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+    packed: bool = False,
+    offloaded: int = 0,
+    cpu_activations: CpuActivations = "float32",
+) -> LoadedWeights:
+    """Load the weights of the parameter table of `spec`; see `load_model`."""
     is_cpu = torch.device(device).type == "cpu"
     num_layers = len(spec.layers)
     offloaded_layers = tuple(
@@ -119,6 +152,13 @@ def load_model(
                         dtype,
                         cpu_activations=cpu_activations,
                     )
+            elif packed and row.name.endswith("attn.kv_b.weight"):
+                (weight,) = _read_stored(checkpoint, row, device)
+                if isinstance(weight, QuantizedWeight):
+                    weight = weight.dequantize()
+                if not is_cpu:
+                    weight = weight.to(dtype)
+                linears[row.module] = pool.submit(LatentLinear, weight, spec)
             elif stays_packed:
                 weights = _read_stored(checkpoint, row, row_device)
                 bias_row = rows.get(f"{row.module}.bias")
@@ -144,12 +184,7 @@ def load_model(
                         expert_stacks, row.name, tensors[row.name], num_experts
                     )
         loaded = {name: linear.result() for name, linear in linears.items()}
-        if spec.transformers is not None:
-            # transformers' modeling code takes seconds to import, and only the fallback needs it.
-            from llmkit.model.transformers_model import TransformersModel
-
-            return TransformersModel(spec, tensors, activation_quant, loaded, dtype, parallel_group)
-        return Decoder(spec, tensors, activation_quant, loaded, parallel_group)
+    return LoadedWeights(tensors, activation_quant, loaded)
 
 
 def _is_added_by_other(spec: ModelSpec, row: Parameter) -> bool:
@@ -182,7 +217,7 @@ def read_parameter(
             dense[name] = quantized.dequantize()
     if not parameter.shape:
         return dense[parameter.source_names[0]].to(dtype)
-    parts = [dense[source.name][source.rows] for source in parameter.sources]
+    parts = [source.rows_of(dense[source.name]) for source in parameter.sources]
     joined = parts[0] if len(parts) == 1 else torch.cat(parts)
     return joined.to(dtype)
 
@@ -191,8 +226,8 @@ def read_source(checkpoint: Checkpoint, parameter: Parameter, source: SourceTens
     """The rows of a parameter that come from one checkpoint tensor, dense, on the CPU."""
     quantized = _read_quantized(checkpoint, parameter, source.name, "cpu")
     if quantized is not None:
-        return quantized.rows(source.rows).dequantize()
-    return _read_part(checkpoint, parameter, source.name, source.name)[source.rows]
+        return quantized.select(source.rows_of).dequantize()
+    return source.rows_of(_read_part(checkpoint, parameter, source.name, source.name))
 
 
 def _read_quantized(
@@ -255,8 +290,10 @@ def _read_stored(
     weights: list[torch.Tensor | QuantizedWeight] = []
     for source in parameter.sources:
         weight = stored[source.name]
-        rows = source.rows
-        weights.append(weight.rows(rows) if isinstance(weight, QuantizedWeight) else weight[rows])
+        if isinstance(weight, QuantizedWeight):
+            weights.append(weight.select(source.rows_of))
+        else:
+            weights.append(source.rows_of(weight))
     return weights
 
 

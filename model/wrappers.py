@@ -8,11 +8,11 @@ tensors of other parts: towers, projectors. The text model runs; the other parts
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from llmkit.common.errors import InputError
-from llmkit.model.spec import ExpertStack, ModelSpec
+from llmkit.model.spec import DraftHeadSpec, ExpertStack, ModelSpec
 from llmkit.model.text_config_defaults import TEXT_DEFAULTS
 
 
@@ -120,6 +120,16 @@ WRAPPERS: dict[str, Wrapper] = {
         families={"qwen3_vl_moe_text": "qwen3_moe"},
         stacks_experts=True,
     ),
+    "Qwen3_5ForConditionalGeneration": Wrapper(
+        "qwen3_5", ("qwen3_5_text",), ("visual",), _QWEN_NAMES[:1]
+    ),
+    "Qwen3_5MoeForConditionalGeneration": Wrapper(
+        "qwen3_5_moe",
+        ("qwen3_5_moe_text",),
+        ("visual",),
+        _QWEN_NAMES[:1],
+        stacks_experts=True,
+    ),
     "Idefics3ForConditionalGeneration": Wrapper(
         "idefics3",
         ("llama", "mistral"),
@@ -137,6 +147,7 @@ WRAPPERS: dict[str, Wrapper] = {
 }
 # config.json's fields that give the number of layers for multi-token prediction.
 _MTP_COUNTS = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers")
+_MTP_MODULE = "mtp"  # in checkpoints whose MTP head is no numbered layer
 
 
 @dataclass(frozen=True)
@@ -221,18 +232,60 @@ def checkpoint_name(spec: ModelSpec, module: str) -> str:
     return module
 
 
-def mtp_prefixes(config: dict[str, Any], prefix: str, num_layers: int) -> tuple[str, ...]:
+def mtp_prefixes(
+    config: dict[str, Any], prefix: str, num_layers: int, tensors: Collection[str] = ()
+) -> tuple[str, ...]:
     """The prefixes of the tensors that predict several tokens at once, as `ModelSpec.carried`.
 
     They are layers after the last one (DeepSeek-V3, GLM-4.5), or in modules of their own. `config`
-    says how many there are.
+    says how many there are, but for Qwen3-Next, where the names of the tensors do.
     """
     counts = [config.get(name) for name in _MTP_COUNTS]
     count = next((count for count in counts if isinstance(count, int) and count > 0), 0)
+    modules = ("mtp.", f"{prefix}.mtp.", f"{prefix}.mtp_")
     if not count:
-        return ()
+        return modules if f"{_MTP_MODULE}.fc.weight" in tensors else ()
     layers = [f"{prefix}.layers.{num_layers + index}." for index in range(count)]
-    return (*layers, "mtp.", f"{prefix}.mtp.", f"{prefix}.mtp_")
+    return (*layers, *modules)
+
+
+def find_mtp_head(spec: ModelSpec, tensors: Collection[str]) -> DraftHeadSpec | None:
+    """The head of a model that predicts the token after the next one; None: there is none.
+
+    It has one of two layouts: a layer after the last one, with norms and a projection of its own
+    (DeepSeek-V3, GLM-4.5), or a module "mtp" (Qwen3-Next, Qwen3.5). A model may have several heads,
+    for later tokens; only the first one drafts.
+    """
+    full = [
+        layer
+        for layer in spec.layers
+        if layer.mixer == "attention" and layer.sliding_window is None and layer.has_mlp
+    ]
+    if not full:
+        return None
+    layer_spec = replace(full[-1], is_moe=spec.moe is not None, kv_shared_layer_offset=0)
+    layer = f"{spec.tensor_prefix}.layers.{len(spec.layers)}"
+    if f"{layer}.eh_proj.weight" in tensors:
+        return DraftHeadSpec(
+            "mtp",
+            layer,
+            layer_spec,
+            embed_norm=f"{layer}.enorm",
+            hidden_norm=f"{layer}.hnorm",
+            fc=f"{layer}.eh_proj",
+            norm=f"{layer}.shared_head.norm",
+        )
+    if f"{_MTP_MODULE}.fc.weight" in tensors:
+        return DraftHeadSpec(
+            "mtp",
+            f"{_MTP_MODULE}.layers.0",
+            layer_spec,
+            embed_norm=f"{_MTP_MODULE}.pre_fc_norm_embedding",
+            hidden_norm=f"{_MTP_MODULE}.pre_fc_norm_hidden",
+            fc=f"{_MTP_MODULE}.fc",
+            norm=f"{_MTP_MODULE}.norm",
+        )
+    return None
 
 
 def _text_config(config: dict[str, Any], wrapper: Wrapper, architecture: str) -> dict[str, Any]:

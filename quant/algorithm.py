@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 
 from llmkit.checkpoint.quantized_weight import QuantizedWeight, Scheme
-from llmkit.model.parameter_table import Parameter
+from llmkit.model.parameter import Parameter
 from llmkit.quant.input_stats import InputStats, StatKind
 from llmkit.quant.smoothing_mappings import SmoothingMapping
 

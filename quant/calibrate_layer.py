@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from llmkit.model.decoder import DecoderLayer
+from llmkit.model.decoder import MIXER_INPUTS, MIXER_OUTPUTS, DecoderLayer
 from llmkit.quant.input_stats import InputStats, StatKind
 from llmkit.quant.layer_stream import LayerInputs, MicroBatch
 
@@ -52,14 +52,14 @@ def sublayers(layer: DecoderLayer) -> tuple[SubLayer, ...]:
     def linears(*endings: str) -> tuple[str, ...]:
         return tuple(name for name in layer.linears if name.endswith(endings))
 
-    attention_groups = (linears("attn.qkv", "attn.gate"), ("attn.o",))
+    mixer_groups = (linears(*MIXER_INPUTS), linears(*MIXER_OUTPUTS))
     mlp_groups = (linears(".gate_up", "mlp.up"), linears(".down"))
     is_moe = layer.layer.is_moe
     if layer.spec.parallel_block:
-        groups = tuple(a + b for a, b in zip(attention_groups, mlp_groups, strict=True))
+        groups = tuple(a + b for a, b in zip(mixer_groups, mlp_groups, strict=True))
         return (SubLayer(both, layer.index, groups, is_moe),)
     return (
-        SubLayer(attention, layer.index, attention_groups, is_moe=False),
+        SubLayer(attention, layer.index, mixer_groups, is_moe=False),
         SubLayer(mlp, layer.index, mlp_groups, is_moe),
     )
 

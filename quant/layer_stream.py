@@ -28,7 +28,8 @@ from llmkit.model.decoder import SINGLE_RANK, TABLES, Decoder, DecoderLayer
 from llmkit.model.full_forward import make_batch
 from llmkit.model.language_model import scratch_layer_caches
 from llmkit.model.linear import ActivationQuant
-from llmkit.model.parameter_table import Parameter, parameters
+from llmkit.model.parameter import Parameter
+from llmkit.model.parameter_table import parameters
 from llmkit.model.rope import CosSin
 from llmkit.model.spec import ModelSpec
 from llmkit.model.token_embedding import TokenEmbedding

@@ -11,7 +11,8 @@ import torch
 
 from llmkit.checkpoint.tensor_reader import CHUNK_BYTES
 from llmkit.common.errors import ShortageError
-from llmkit.model.parameter_table import Parameter, parameters
+from llmkit.model.parameter import Parameter
+from llmkit.model.parameter_table import parameters
 from llmkit.model.spec import ModelSpec
 from llmkit.quant.layer_stream import BATCH_ELEMENTS, BATCH_TOKENS
 

@@ -14,7 +14,8 @@ from llmkit.checkpoint.dtypes import DTYPES
 from llmkit.checkpoint.quantized_formats import FORMATS
 from llmkit.checkpoint.quantized_weight import Format, QuantizationConfig, Scheme
 from llmkit.common.errors import InputError, UsageError
-from llmkit.model.parameter_table import Parameter, parameters
+from llmkit.model.parameter import Parameter
+from llmkit.model.parameter_table import parameters
 from llmkit.model.spec import ModelSpec
 from llmkit.model.wrappers import module_names
 from llmkit.quant.algorithm import Algorithm, AutoRound

@@ -18,7 +18,7 @@ from llmkit.checkpoint.safetensors_header import TensorInfo, read_header
 from llmkit.checkpoint.tensor_reader import CHUNK_BYTES, SafetensorsRows, row_chunks, tensor_bytes
 from llmkit.checkpoint.writer import CheckpointWriter
 from llmkit.model.checkpoint_tensors import carried_tensors, checkpoint_tensors, scheme_of
-from llmkit.model.parameter_table import Parameter
+from llmkit.model.parameter import Parameter
 from llmkit.model.spec import ModelSpec
 
 # A file of the partial output only: the report's entries of the layers that are already written.
@@ -86,7 +86,7 @@ class ParameterWriter:
         }
         if not parameter.shape:
             return stored[parameter.source_names[0]].to(device, torch.float32)
-        parts = [stored[part.name][part.rows] for part in parameter.sources]
+        parts = [part.rows_of(stored[part.name]) for part in parameter.sources]
         return torch.cat(parts).to(device, torch.float32)
 
     def write_value(self, parameter: Parameter, value: torch.Tensor) -> None:
@@ -232,9 +232,9 @@ def _rows_by_tensor(parameter: Parameter) -> dict[str, list[slice]]:
     # The first row within the checkpoint tensor, and the rows of the runtime tensor.
     pieces: dict[str, list[tuple[int, slice]]] = {tensor: [] for tensor in parameter.source_names}
     for part in parameter.sources:
-        rows = slice(first, first + part.shape[0])
-        pieces[part.name].append((part.first_row, rows))
-        first += part.shape[0]
+        for first_row, num_rows in part.blocks:
+            pieces[part.name].append((first_row, slice(first, first + num_rows)))
+            first += num_rows
     return {
         tensor: [rows for _, rows in sorted(found, key=lambda piece: piece[0])]
         for tensor, found in pieces.items()

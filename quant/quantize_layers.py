@@ -21,7 +21,8 @@ from llmkit.kernels.activation_quant import FP8_MAX, INT8_MAX, MIN_SCALE
 from llmkit.model.checkpoint_tensors import kv_scales
 from llmkit.model.decoder import DecoderLayer
 from llmkit.model.linear import ActivationQuant
-from llmkit.model.parameter_table import Parameter, parameters
+from llmkit.model.parameter import Parameter
+from llmkit.model.parameter_table import parameters
 from llmkit.quant.algorithm import (
     Algorithm,
     AutoRound,

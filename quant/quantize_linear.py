@@ -9,7 +9,7 @@ import torch
 
 from llmkit.checkpoint.quantized_weight import QuantizationConfig, QuantizedWeight
 from llmkit.model.checkpoint_tensors import scheme_of
-from llmkit.model.parameter_table import Parameter
+from llmkit.model.parameter import Parameter
 from llmkit.quant.algorithm import QuantizeJob, Quantizer, QuantizeResult, QuantTarget
 from llmkit.quant.grid import FULL_SEARCH
 from llmkit.quant.input_stats import InputStats, lost_fraction, output_energy, sum_of_squares

@@ -18,7 +18,8 @@ from llmkit.common.errors import InputError
 from llmkit.common.progress import Progress
 from llmkit.model.full_forward import make_batch
 from llmkit.model.linear import ActivationQuant, Linear
-from llmkit.model.parameter_table import Parameter, parameters
+from llmkit.model.parameter import Parameter
+from llmkit.model.parameter_table import parameters
 from llmkit.model.transformers_model import TransformersModel
 from llmkit.model.weight_loader import load_model
 from llmkit.quant.algorithm import Algorithm, QuantizeJob, QuantTarget, Solver

@@ -7,7 +7,8 @@ import torch
 from llmkit.checkpoint.quantized_weight import QuantizedWeight
 from llmkit.checkpoint.tensor_reader import row_chunks
 from llmkit.common.progress import Progress
-from llmkit.model.parameter_table import Parameter, parameters
+from llmkit.model.parameter import Parameter
+from llmkit.model.parameter_table import parameters
 from llmkit.quant.algorithm import QuantTarget
 from llmkit.quant.grid import RangeSearch, round_to_nearest
 from llmkit.quant.input_stats import sum_of_squares

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from llmkit.model.decoder import DecoderLayer
-from llmkit.model.parameter_table import Parameter
+from llmkit.model.parameter import Parameter
 
 
 @dataclass(frozen=True)

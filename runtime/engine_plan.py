@@ -25,6 +25,7 @@ from llmkit.runtime.engine.draft_model import MAX_KNOWN_TOKENS
 from llmkit.runtime.engine.engine_options import EngineOptions
 from llmkit.runtime.memory_plan import (
     MemoryPlan,
+    StateMemory,
     estimate_workspace,
     free_bytes,
     plan_memory,
@@ -167,8 +168,17 @@ def plan_part(
         kv_cache_memory=options.kv_cache_memory,
         cuda_graph_bytes=graph_bytes,
         block_size=BLOCK_SIZE,
+        states=state_memory(spec, dtype, options),
     )
     return EnginePlan(device, dtype, kv_cache_dtype, max_num_batched_tokens, memory, offload)
+
+
+def state_memory(spec: ModelSpec, dtype: torch.dtype, options: EngineOptions) -> StateMemory:
+    """What an engine keeps of the recurrent states of a model."""
+    checkpoint_bytes = options.state_cache_memory if options.prefix_cache else 0
+    return StateMemory(
+        spec.recurrent_bytes_per_sequence(dtype.itemsize), 1 + options.speculate, checkpoint_bytes
+    )
 
 
 def resolve_dtype(name: str, checkpoint: Checkpoint, device: torch.device) -> torch.dtype:
@@ -216,6 +226,13 @@ def open_draft_model(reference: str, spec: ModelSpec) -> Checkpoint:
             "A draft model with the same tokenizer was expected",
             "Choose a smaller model of the same family, or leave out --draft-model to draft from "
             "the text itself",
+        )
+    if draft_spec.recurrent is not None:
+        raise InputError(
+            f"the draft model {reference} has recurrent layers, whose states it could not take "
+            "back when tokens are rejected",
+            "A draft model with attention in all layers was expected",
+            "Choose another one, or leave out --draft-model to draft from the text itself",
         )
     if None not in spec.sliding_windows:
         raise InputError(

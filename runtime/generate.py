@@ -74,7 +74,7 @@ def _engine_options(
     dtype = resolve_dtype("auto", checkpoint, resolve_device(device))
     elements_per_token = checkpoint_spec(checkpoint).kv_elements_per_token
     sequence_bytes = max_model_len * elements_per_token * dtype.itemsize
-    num_sequences = min(num_prompts, MAX_SEQUENCES, MAX_KV_CACHE_BYTES // sequence_bytes)
+    num_sequences = min(num_prompts, MAX_SEQUENCES, MAX_KV_CACHE_BYTES // max(1, sequence_bytes))
     return EngineOptions(
         device=device,
         threads=torch.get_num_threads(),  # those of the command that generates

@@ -22,12 +22,14 @@ from llmkit.model.checkpoint_tensors import scheme_of
 from llmkit.model.full_forward import hidden_states
 from llmkit.model.language_model import LanguageModel
 from llmkit.model.linear import PackedLinear, keeps_weights_packed
-from llmkit.model.parameter_table import Parameter, parameters
+from llmkit.model.parameter import Parameter
+from llmkit.model.parameter_table import parameters
 from llmkit.model.spec import ModelSpec
 from llmkit.model.weight_loader import can_stay_packed
 
 __all__ = [
     "MemoryPlan",
+    "StateMemory",
     "estimate_workspace",
     "free_bytes",
     "is_out_of_memory",
@@ -43,6 +45,10 @@ CPU_KV_CACHE_SHARE = 0.5
 # On a CPU, the default size of the KV cache unless one request needs more. Unused pages take no
 # memory.
 CPU_KV_CACHE_BYTES = 640 << 20
+# On a CPU, the default size of the recurrent states that are kept for cached prefixes.
+CPU_STATE_CHECKPOINT_BYTES = 512 << 20
+CHECKPOINTS_PER_REQUEST = 8  # recurrent states that are kept, at most, for each running request
+EMPTY_CACHE_TOKENS = 1 << 20  # the size of a KV cache of a model without attention
 # The shortest context that is chosen without --max-model-len: a chat template, a question and an
 # answer of a few sentences.
 MIN_CONTEXT_TOKENS = 512
@@ -67,6 +73,11 @@ class MemoryPlan:
     max_model_len: int  # tokens of one request
     model_limit: int  # tokens of one request that the model itself allows
     cuda_graph_bytes: int = 0
+    # Recurrent states; of models without recurrent layers they need no memory.
+    max_num_seqs: int = 0  # requests that run at the same time; their states must fit
+    bytes_per_state: int = 0  # over all layers
+    num_state_rows: int = 0  # states in memory, checkpoints included
+    num_state_checkpoints: int = 0  # states at the ends of cached prefixes
 
     @property
     def kv_cache_bytes(self) -> int:
@@ -90,10 +101,33 @@ class MemoryPlan:
             "kv_block_tokens": self.block_size,
             "kv_bytes_per_token": self.bytes_per_block // self.block_size,
             "kv_cache_tokens": self.num_blocks * self.block_size,
+            **self._states_as_dict(),
             "max_model_len": self.max_model_len,
             "model_limit": self.model_limit,
             "requests": {str(length): self.num_requests(length) for length in lengths},
         }
+
+    def _states_as_dict(self) -> dict[str, int]:
+        if not self.bytes_per_state:
+            return {}
+        return {
+            "max_num_seqs": self.max_num_seqs,
+            "state_bytes_per_request": self.bytes_per_state,
+            "state_bytes": self.num_state_rows * self.bytes_per_state,
+            "state_checkpoints": self.num_state_checkpoints,
+        }
+
+
+@dataclass(frozen=True)
+class StateMemory:
+    """What an engine wants to keep of recurrent states."""
+
+    bytes_per_state: int = 0  # over all layers; 0: the model has no recurrent layers
+    states_per_request: int = 1  # one, and one more for each draft token
+    checkpoint_bytes: int | None = None  # for cached prefixes; None: a share of the free memory
+
+
+NO_STATES = StateMemory()
 
 
 def plan_memory(
@@ -109,8 +143,12 @@ def plan_memory(
     kv_cache_memory: int | None,
     cuda_graph_bytes: int = 0,
     block_size: int = 16,
+    states: StateMemory = NO_STATES,
 ) -> MemoryPlan:
     """Divide the free memory of a "cpu" or "cuda" device.
+
+    Where the recurrent states of max_num_seqs requests need more than half of what the caches get,
+    fewer requests run at the same time.
 
     kv_cache_memory: bytes of the KV cache; None: what is left on CUDA, a share of it on a CPU.
     max_model_len: None means the model's own limit, or the longest request that fits, but at least
@@ -139,6 +177,9 @@ def plan_memory(
             f"Weights and workspace leave {_exact(left_bytes + cuda_graph_bytes)}",
             "Use a smaller --max-cudagraph-capture-size or --max-num-seqs",
         )
+    planned_seqs, num_checkpoints = _plan_states(states, device, left_bytes, max_num_seqs)
+    num_state_rows = planned_seqs * states.states_per_request + num_checkpoints
+    left_bytes -= num_state_rows * states.bytes_per_state
     if kv_cache_memory is not None and kv_cache_memory > left_bytes:
         raise ShortageError(
             f"--kv-cache-memory {_exact(kv_cache_memory)} does not fit on {device}",
@@ -153,7 +194,10 @@ def plan_memory(
         one_request_bytes = -(-(max_model_len or limit) // block_size) * bytes_per_block
         wanted_bytes = max(CPU_KV_CACHE_BYTES, one_request_bytes)
         cache_bytes = min(wanted_bytes, int(left_bytes * CPU_KV_CACHE_SHARE))
-    num_blocks = cache_bytes // bytes_per_block
+    if bytes_per_block:
+        num_blocks = cache_bytes // bytes_per_block
+    else:  # without attention, blocks only name prefixes
+        num_blocks = max(limit, EMPTY_CACHE_TOKENS) // block_size
     cache_tokens = num_blocks * block_size
     request_tokens = min(limit, cache_tokens) if max_model_len is None else max_model_len
     least_tokens = max_model_len or min(limit, MIN_CONTEXT_TOKENS)
@@ -168,7 +212,7 @@ def plan_memory(
         )
     if kv_cache_memory is None:
         # No more than max_num_seqs requests of full length can use.
-        num_blocks = min(num_blocks, max_num_seqs * -(-request_tokens // block_size))
+        num_blocks = min(num_blocks, planned_seqs * -(-request_tokens // block_size))
     return MemoryPlan(
         free_bytes=free_bytes,
         weight_bytes=weight_bytes,
@@ -179,7 +223,44 @@ def plan_memory(
         max_model_len=request_tokens,
         model_limit=limit,
         cuda_graph_bytes=cuda_graph_bytes,
+        max_num_seqs=planned_seqs,
+        bytes_per_state=states.bytes_per_state,
+        num_state_rows=num_state_rows if states.bytes_per_state else 0,
+        num_state_checkpoints=num_checkpoints,
     )
+
+
+def _plan_states(
+    states: StateMemory, device: str, left_bytes: int, max_num_seqs: int
+) -> tuple[int, int]:
+    """How many requests can have their recurrent states in memory, and how many checkpoints.
+
+    left_bytes: what weights and workspace leave.
+    """
+    if not states.bytes_per_state:
+        return max_num_seqs, 0
+    cache_bytes = left_bytes if device == "cuda" else int(left_bytes * CPU_KV_CACHE_SHARE)
+    checkpoint_bytes = states.checkpoint_bytes
+    if checkpoint_bytes is None:
+        checkpoint_bytes = cache_bytes // 8
+        if device != "cuda":
+            checkpoint_bytes = min(checkpoint_bytes, CPU_STATE_CHECKPOINT_BYTES)
+    elif checkpoint_bytes > cache_bytes // 2:
+        raise ShortageError(
+            f"--state-cache-memory {_exact(checkpoint_bytes)} does not fit on {device}",
+            f"At most {_exact(cache_bytes // 2)}, half of what the caches get",
+            "Use a smaller one",
+        )
+    request_bytes = states.bytes_per_state * states.states_per_request
+    planned_seqs = min(max_num_seqs, cache_bytes // 2 // request_bytes)
+    if not planned_seqs:
+        raise ShortageError(
+            f"the recurrent states of one request need {_exact(request_bytes)} on {device}",
+            f"At most {_exact(cache_bytes // 2)}, half of what the caches get",
+            "Use a smaller model or a larger device, or --speculate with fewer tokens",
+        )
+    most_useful = CHECKPOINTS_PER_REQUEST * max_num_seqs
+    return planned_seqs, min(most_useful, checkpoint_bytes // states.bytes_per_state)
 
 
 def _too_small_cache(

@@ -31,7 +31,7 @@ from llmkit.runtime.engine.engine import Engine
 from llmkit.runtime.engine.engine_config import EngineConfig
 from llmkit.runtime.engine.engine_options import EngineOptions
 from llmkit.runtime.engine.grammar_matcher import GrammarMatcher
-from llmkit.runtime.engine_plan import EnginePlan, open_draft_model, plan_part
+from llmkit.runtime.engine_plan import EnginePlan, open_draft_model, plan_part, state_memory
 from llmkit.runtime.memory_plan import loaded_bytes, measure_workspace, plan_memory
 from llmkit.runtime.weight_offload import WeightOffload
 
@@ -77,6 +77,12 @@ class LoadedPart:
         report.fast_paths += fast_paths(plan.device, options)
         if self.model.spec.transformers is not None:
             report.fast_paths.append(FALLBACK)
+        if plan.memory.max_num_seqs < options.max_num_seqs:
+            report.fast_paths.append(
+                f"requests at the same time: {plan.memory.max_num_seqs} of --max-num-seqs "
+                f"{options.max_num_seqs}, as the recurrent states of each need "
+                f"{bytes_text(plan.memory.bytes_per_state * (1 + options.speculate))}"
+            )
         if plan.offload.num_layers:
             report.fast_paths.append(
                 f"CUDA graphs: off, the weights of {plan.offload.num_layers} layers come from host "
@@ -87,7 +93,8 @@ class LoadedPart:
             num_blocks=plan.memory.num_blocks,
             device=plan.device,
             dtype=plan.dtype,
-            max_num_seqs=options.max_num_seqs,
+            max_num_seqs=plan.memory.max_num_seqs,
+            num_state_checkpoints=plan.memory.num_state_checkpoints,
             max_num_batched_tokens=plan.max_num_batched_tokens,
             kv_cache_dtype=plan.kv_cache_dtype,
             enable_prefix_caching=options.prefix_cache,
@@ -222,6 +229,7 @@ def load_part(
             max_num_seqs=options.max_num_seqs,
             kv_cache_memory=options.kv_cache_memory,
             cuda_graph_bytes=memory.cuda_graph_bytes,
+            states=state_memory(model.spec, plan.dtype, options),
         )
     return LoadedPart(checkpoint, options, model, draft, replace(plan, memory=memory))
 

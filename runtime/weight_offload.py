@@ -20,7 +20,8 @@ from llmkit.common.formatting import bytes_text
 from llmkit.kernels.humming_linear import HummingLinear
 from llmkit.model.decoder import DecoderLayer
 from llmkit.model.linear import PackedLinear
-from llmkit.model.parameter_table import Parameter, parameters
+from llmkit.model.parameter import Parameter
+from llmkit.model.parameter_table import parameters
 from llmkit.model.spec import ModelSpec
 from llmkit.runtime.memory_plan import free_bytes, weight_bytes
 

@@ -13,12 +13,8 @@ from llmkit.checkpoint.quantized_weight import QuantizationConfig
 from llmkit.checkpoint.safetensors_header import TensorInfo
 from llmkit.common.errors import InputError, UsageError
 from llmkit.model.checkpoint_tensors import checkpoint_tensors
-from llmkit.model.parameter_table import (
-    EMBEDDING_STAGE,
-    Parameter,
-    embedding_tensor,
-    is_carried,
-)
+from llmkit.model.parameter import Parameter
+from llmkit.model.parameter_table import EMBEDDING_STAGE, embedding_tensor, is_carried
 from llmkit.model.spec import ModelSpec
 from llmkit.model.split import Split
 from llmkit.shard.pipeline_stages import balanced_stages, explicit_stages

@@ -9,7 +9,7 @@ from llmkit.checkpoint.manifest import tensor_key
 from llmkit.checkpoint.quantized_weight import PackedTensor
 from llmkit.checkpoint.safetensors_header import TensorInfo, byte_count
 from llmkit.common.errors import InputError
-from llmkit.model.parameter_table import Parameter
+from llmkit.model.parameter import Parameter
 from llmkit.model.split import REPLICATED
 
 Intervals = tuple[tuple[int, int], ...]
@@ -186,11 +186,11 @@ def _dense_intervals(
         return ((0, packed.source_shape[split.dim]),), 0
     intervals: list[tuple[int, int]] = []
     for source in sources:
-        first_row = source.first_row if source.split.dim == 0 else 0
-        for start, stop in source.split.intervals(rank, tp):
+        # Projections whose rows alternate share an interval.
+        is_first = source.split.dim == 1 or source.block_step > 0
+        first_row = 0 if is_first else source.first_row
+        for start, stop in source.tensor_split.intervals(rank, tp):
             interval = first_row + start, first_row + stop
-            if source.row_step > 1:  # rows of several projections alternate: they share an interval
-                interval = start * source.row_step, stop * source.row_step
             is_empty = start == stop  # the last ranks of a small vocabulary hold only padding
             if not is_empty and interval not in intervals:
                 intervals.append(interval)

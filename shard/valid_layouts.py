@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from llmkit.checkpoint.quantized_weight import QuantizationConfig
 from llmkit.model.checkpoint_tensors import checkpoint_tensors
-from llmkit.model.parameter_table import SourceTensor
+from llmkit.model.parameter import SourceTensor
 from llmkit.model.spec import ModelSpec
 from llmkit.model.split import VOCAB_MULTIPLE, Split
 
@@ -130,7 +130,7 @@ def _split_rules(spec: ModelSpec, quantization: QuantizationConfig | None) -> li
         for source in parameter.sources_in(packed.source_name):
             rule = _SplitRule(
                 source.name.removesuffix(".weight").removesuffix(".bias").rpartition(".")[2],
-                source.split,
+                source.tensor_split,
                 packed.out,
                 packed.in_,
                 packed.is_quantized,
@@ -148,6 +148,8 @@ def _second_start(source: SourceTensor) -> int:
 
     A source after the first says where it begins itself.
     """
+    if source.block_step:  # slices have whole blocks of all projections
+        return 0
     split = source.split
     return split.count * split.unit if split.parts > 1 else source.first_row
 

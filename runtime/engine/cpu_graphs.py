@@ -18,6 +18,7 @@ from llmkit.model.decoder import Decoder
 from llmkit.model.language_model import LayerCache
 from llmkit.runtime.engine.sampling_tensors import SamplingTensors
 from llmkit.runtime.engine.slot_block_tables import BlockTables, SlotBlockTables
+from llmkit.runtime.engine.state_scheduler import StateRows
 from llmkit.runtime.engine.static_batch import StaticDecodeBatch
 
 # Rows times hidden size of a step that is replayed. In larger steps Python is a small part.
@@ -64,7 +65,14 @@ class CpuGraph(StaticDecodeBatch):
         self, model: Decoder, num_rows: int, block_tables: SlotBlockTables, block_size: int
     ) -> None:
         padding_blocks = dict.fromkeys(model.spec.sliding_windows, 0)
-        super().__init__(num_rows, block_tables, block_size, padding_blocks)
+        padding_state_row = None if model.spec.recurrent is None else 0  # no row is unused
+        super().__init__(
+            num_rows,
+            block_tables,
+            block_size,
+            padding_blocks,
+            padding_state_row=padding_state_row,
+        )
         self.input = torch.zeros(num_rows, model.spec.hidden_size)
         self.per_layer_inputs: torch.Tensor | None = None  # [rows, layers, P]
         if model.spec.per_layer_input_size:
@@ -72,6 +80,7 @@ class CpuGraph(StaticDecodeBatch):
             # A layer's inputs lie together, because the kernels take rows that do.
             self.per_layer_inputs = torch.zeros(shape).transpose(0, 1)
         self.output = self.input  # [rows, H], after the last norm
+        self.aux_hidden_states: list[torch.Tensor] = []  # see `Decoder.aux_hidden_states`
         self.cos_sin = model.cos_sin(self.positions)
         self._program = b""
         self._allocated: list[torch.Tensor] = []  # tensors that the program reads and writes
@@ -94,6 +103,7 @@ class CpuGraph(StaticDecodeBatch):
             self.output = model.run_layers(
                 self.input, self.cos_sin, self.batch, kv_caches, self.per_layer_inputs
             )
+        self.aux_hidden_states = model.aux_hidden_states
         if watcher.computed:
             return False
         self._program = recorder.program()
@@ -132,6 +142,8 @@ class CpuGraphRunner:
         self._block_size = block_size
         self._graphs: OrderedDict[int, CpuGraph] = OrderedDict()
         self._last_num_rows = 0  # sequences of the decode step before
+        # What a draft head reads of the tokens of the last step, [T, C].
+        self.hidden_states = torch.empty(0)
         # Other collective operations than those of the compiled kernels are not recorded.
         group = model.parallel_group
         has_recorded_group = group.reduces_in_kernels and group.pp_size == 1
@@ -163,6 +175,7 @@ class CpuGraphRunner:
         sampling: SamplingTensors,
         num_sampled: Sequence[int],
         slots: Sequence[int] | None = None,
+        state_rows: Sequence[StateRows] = (),
     ) -> tuple[torch.Tensor, None]:
         """The logits [rows, V] after `token_ids` [rows].
 
@@ -173,7 +186,7 @@ class CpuGraphRunner:
         is_recorded = graph is not None
         if graph is None:
             graph = CpuGraph(self._model, num_rows, self._block_tables, self._block_size)
-        graph.fill(positions, seq_lens, block_tables, slots=slots)
+        graph.fill(positions, seq_lens, block_tables, slots=slots, state_rows=state_rows)
         graph.embed(self._model, token_ids)
         if is_recorded:
             graph.replay()
@@ -185,4 +198,7 @@ class CpuGraphRunner:
         else:  # this step's result is valid, but no step of this model can be replayed
             self.enabled = False
             self._graphs.clear()
+        self.hidden_states = graph.output
+        if graph.aux_hidden_states:
+            self.hidden_states = torch.cat(graph.aux_hidden_states, dim=1)
         return self._model.logits(graph.output), None

@@ -17,9 +17,11 @@ import torch
 
 from llmkit.kernels.kv_cache import KVCache
 from llmkit.kernels.paged_attention import supports_cache
+from llmkit.kernels.recurrent_state import RecurrentState
 from llmkit.kernels.sampling_triton import sample
 from llmkit.kernels.triton_support import tl
 from llmkit.model.decoder import Decoder
+from llmkit.model.draft_head import DraftHead
 from llmkit.model.language_model import LayerCache
 from llmkit.model.lora import LoraManager
 from llmkit.model.spec import ModelSpec
@@ -29,6 +31,7 @@ from llmkit.runtime.engine.sampling_tensors import (
     packed_views,
 )
 from llmkit.runtime.engine.slot_block_tables import BlockTables, SlotBlockTables
+from llmkit.runtime.engine.state_scheduler import StateRows
 from llmkit.runtime.engine.static_batch import StaticDecodeBatch
 
 SMALL_SIZES = (1, 2, 4)  # rows of a graph; larger graphs have multiples of SIZE_STEP
@@ -122,7 +125,7 @@ class DecodeGraph(StaticDecodeBatch):
 
     def __init__(
         self,
-        model: Decoder,
+        model: Decoder | DraftHead,
         kv_caches: Sequence[LayerCache],
         num_rows: int,
         block_tables: SlotBlockTables,
@@ -133,10 +136,12 @@ class DecodeGraph(StaticDecodeBatch):
         max_query_len: int = 1,
         adapters: LoraManager | None = None,
         is_mixed: bool = False,
+        hidden_buffer: torch.Tensor | None = None,
     ) -> None:
         """logits_buffer: [sampled tokens or more, V], shared by all graphs; None: this graph has
         its own logits. max_query_len: the most tokens of a sequence; of a mixed step, those of all
-        sequences. adapters: those that the step applies.
+        sequences. adapters: those that the step applies. hidden_buffer: [tokens or more, C], shared
+        by all graphs: gets what a draft head reads of each token; None: there is no draft head.
         """
         key = GraphKey(num_rows, max_query_len, adapters is not None, is_mixed)
         self._num_sampled = key.num_sampled
@@ -152,12 +157,14 @@ class DecodeGraph(StaticDecodeBatch):
             num_extra=num_packed_values(key.num_sampled) + num_more,
             max_query_len=max_query_len,
             max_num_tokens=key.num_tokens if is_mixed else None,
+            padding_state_row=padding_state_row_of(kv_caches),
         )
         self._is_mixed = is_mixed
         self._model = model
         self._kv_caches = kv_caches
         self._sampler = sampler
         self._logits_buffer = logits_buffer
+        self._hidden_buffer = hidden_buffer
         self._adapters = adapters
         self._host_sampling: SamplingTensors | None = None  # those in `host_extra`
         _, integers = packed_views(self.host_extra, self._num_sampled)
@@ -183,6 +190,8 @@ class DecodeGraph(StaticDecodeBatch):
             self.logits = hidden
             self.sampled_token_ids = self.token_ids
             return
+        if self._hidden_buffer is not None:
+            self._hidden_buffer[: len(hidden)] = self._model.draft_inputs(hidden)
         if self._is_mixed:
             hidden = hidden[more]
         dtype = torch.float32
@@ -244,7 +253,7 @@ class CudaGraphRunner:
 
     def __init__(
         self,
-        model: Decoder,
+        model: Decoder | DraftHead,
         kv_caches: Sequence[LayerCache],
         max_blocks: int,
         block_size: int,
@@ -257,12 +266,14 @@ class CudaGraphRunner:
         max_capture_size: int | None = None,
         max_mixed_tokens: int = 0,
         adapters: LoraManager | None = None,
+        hidden_size: int = 0,
     ) -> None:
         """max_blocks: blocks of the longest request. sampler: used only when this rank has the
         whole vocabulary. max_query_len: tokens of a sequence in a step that verifies drafts.
         max_capture_size: the most tokens of a graph; None: those of `max_num_seqs` sequences.
         max_mixed_tokens: the most tokens of a step with prompts beside decodes; 0: they have no
-        graphs.
+        graphs. hidden_size: the columns of what a draft head reads of each token (`hidden_states`);
+        0: there is no draft head.
         """
         self._model = model
         self._kv_caches = kv_caches
@@ -283,7 +294,9 @@ class CudaGraphRunner:
             query_len: capture_sizes(max_num_seqs, query_len, max_capture_size)
             for query_len in {1, max_query_len}
         }
-        self._mixed_keys = mixed_keys(max_num_seqs, max_mixed_tokens, max_capture_size)
+        self._mixed_keys: list[GraphKey] = []
+        if model.spec.recurrent is None:  # their kernels for prompts need the lengths on the host
+            self._mixed_keys = mixed_keys(max_num_seqs, max_mixed_tokens, max_capture_size)
         self.graphs: dict[GraphKey, DecodeGraph] = {}
         # Experts can be captured only when the host need not see which ones the router selects.
         moe_layers = [layer for layer in model.layers if layer.layer.is_moe]
@@ -303,6 +316,12 @@ class CudaGraphRunner:
             if self.samples_tokens:
                 dtype = logits_dtype(model.spec, model.dtype)
             self._logits_buffer = torch.empty(shape, device=model.device, dtype=dtype)
+        # What a draft head reads of the tokens of the last step, [T, hidden_size].
+        self.hidden_states = torch.empty(0, device=model.device, dtype=model.dtype)
+        self._hidden_buffer = None
+        if hidden_size and self.enabled:
+            num_tokens = max(key.num_tokens for key in self._keys())
+            self._hidden_buffer = self.hidden_states.new_empty(num_tokens, hidden_size)
 
     @torch.inference_mode()
     def capture_all(self, captured: Callable[[int, int], None] = lambda *_: None) -> None:
@@ -358,6 +377,7 @@ class CudaGraphRunner:
         query_lens: Sequence[int] | None = None,
         adapter_ids: Sequence[int] = (),
         slots: Sequence[int] | None = None,
+        state_rows: Sequence[StateRows] = (),
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """One decode step: the logits [tokens, V] and the sampled token ids [tokens].
 
@@ -365,7 +385,7 @@ class CudaGraphRunner:
         tokens of each sequence, those included. sampling, num_sampled: of each token; the output
         tokens before the one that is sampled. query_lens: tokens of each sequence in this step;
         None: one each. adapter_ids: the adapter of each token, 0 for none; (): no token has one.
-        slots: of each sequence, see `StaticDecodeBatch.fill`.
+        slots, state_rows: of each sequence, see `StaticDecodeBatch.fill`.
         """
         adapters = self._adapters if any(adapter_ids) else None
         query_len = 1 if query_lens is None else max(query_lens)
@@ -377,8 +397,9 @@ class CudaGraphRunner:
         if adapters is not None:
             slot_of = {id_: adapters.slot(id_) or 0 for id_ in set(adapter_ids)}
             graph.fill_more([slot_of[adapter_id] for adapter_id in adapter_ids])
-        graph.fill(positions, seq_lens, block_tables, query_lens, slots)
+        graph.fill(positions, seq_lens, block_tables, query_lens, slots, state_rows)
         graph.run(token_ids)
+        self._keep_hidden_states(len(token_ids))
         return graph.logits[: len(token_ids)], graph.sampled_token_ids[: len(token_ids)]
 
     def should_run_mixed(self, num_rows: int, num_tokens: int) -> bool:
@@ -409,7 +430,12 @@ class CudaGraphRunner:
         graph.fill_more([end - 1 for end in accumulate(query_lens)])
         graph.fill(positions, seq_lens, block_tables, query_lens, slots)
         graph.run(token_ids)
+        self._keep_hidden_states(len(token_ids))
         return graph.logits[:num_rows], graph.sampled_token_ids[:num_rows]
+
+    def _keep_hidden_states(self, num_tokens: int) -> None:
+        if self._hidden_buffer is not None:
+            self.hidden_states = self._hidden_buffer[:num_tokens]
 
     def _mixed_key(self, num_rows: int, num_tokens: int) -> GraphKey | None:
         """The smallest mixed graph for a step; None: there is none."""
@@ -449,6 +475,7 @@ class CudaGraphRunner:
                 key.max_query_len,
                 self._adapters if key.has_adapters else None,
                 key.is_mixed,
+                self._hidden_buffer,
             )
         return self.graphs[key]
 
@@ -460,6 +487,17 @@ def padding_blocks_of(spec: ModelSpec, kv_caches: Sequence[LayerCache]) -> dict[
         if isinstance(cache, KVCache):
             paddings[layer.sliding_window] = cache.kv.shape[1] - 1
     return paddings
+
+
+def padding_state_row_of(caches: Sequence[LayerCache]) -> int | None:
+    """The row of recurrent states that unused rows of a graph read and write: the last one.
+
+    None: the model has no recurrent layers.
+    """
+    for cache in caches:
+        if isinstance(cache, RecurrentState) and cache.conv.numel():
+            return len(cache.conv) - 1
+    return None
 
 
 def capture_sizes(

@@ -9,6 +9,7 @@ import torch
 
 from llmkit.kernels.sampling import sample
 from llmkit.model.decoder import Decoder
+from llmkit.model.draft_head import DraftHead
 from llmkit.model.language_model import LanguageModel, new_layer_caches
 from llmkit.runtime.engine.cuda_graphs import CudaGraphRunner
 from llmkit.runtime.engine.engine_config import EngineConfig
@@ -35,7 +36,16 @@ class DraftModelProposer:
     model.
     """
 
-    def __init__(self, model: LanguageModel, config: EngineConfig) -> None:
+    def __init__(
+        self,
+        model: LanguageModel | DraftHead,
+        config: EngineConfig,
+        max_query_len: int = MAX_KNOWN_TOKENS,
+        hidden_size: int = 0,
+    ) -> None:
+        """max_query_len: the most tokens of a sequence in a step without prompts. hidden_size: see
+        `CudaGraphRunner`.
+        """
         self._config = config
         on_gpu = config.device.type == "cuda"
         num_padding_blocks = int(on_gpu)  # unused rows of a CUDA graph write to it
@@ -48,7 +58,9 @@ class DraftModelProposer:
         self._sampling_tensors = SamplingTensorCache()
         self._graph_sampling_tensors = SamplingTensorCache()  # of all tokens of a graph's step
         self.graph_runner: CudaGraphRunner | NoGraphRunner = NoGraphRunner()
-        if on_gpu and isinstance(model, Decoder):
+        # After `_compute`: the hidden states of its tokens.
+        self._hidden_states = torch.empty(0)
+        if on_gpu and isinstance(model, Decoder | DraftHead):
             self.graph_runner = CudaGraphRunner(
                 model,
                 kv_caches,
@@ -56,8 +68,9 @@ class DraftModelProposer:
                 config.block_size,
                 config.max_num_seqs,
                 enabled=not config.enforce_eager,
-                max_query_len=MAX_KNOWN_TOKENS,
+                max_query_len=max_query_len,
                 max_capture_size=config.max_cudagraph_capture_size,
+                hidden_size=hidden_size,
             )
 
     def propose(self, sequence: Sequence, max_tokens: int) -> list[int]:
@@ -90,10 +103,26 @@ class DraftModelProposer:
             if request.num_draft_tokens:
                 drafting.append(request)
                 rows.append(end - 1)
-        rounds: list[torch.Tensor] = []  # the draft tokens of each round
         draft_token_ids = self._compute(
-            self._to_device(token_ids), spans, step.requests, drafting, rows, 0
+            self._to_device(token_ids),
+            spans,
+            rows,
+            [request.sequence for request in drafting],
+            [request.num_sampled for request in drafting],
         )
+        return self._draft(step.requests, drafting, draft_token_ids)
+
+    def _draft(
+        self,
+        requests: list[ScheduledRequest],
+        drafting: list[ScheduledRequest],
+        draft_token_ids: torch.Tensor,
+    ) -> torch.Tensor | None:
+        """All draft tokens of a step, see `run`.
+
+        drafting: those of the requests that have drafts. draft_token_ids: the first one of each.
+        """
+        rounds: list[torch.Tensor] = []  # the draft tokens of each round
         while drafting:
             num_rounds = len(rounds)
             rounds.append(draft_token_ids)
@@ -105,35 +134,38 @@ class DraftModelProposer:
             if not left:
                 break
             drafting = [drafting[index] for index in left]
-            spans = []
-            for request in drafting:
-                position = request.stop - request.num_draft_tokens + num_rounds
-                spans.append((request.sequence, position, position + 1))
             draft_token_ids = self._compute(
-                draft_token_ids[self._to_device(left)],
-                spans,
-                drafting,
-                drafting,
-                list(range(len(spans))),
-                num_rounds + 1,
+                self._continued(draft_token_ids, left),
+                [self._draft_span(request, num_rounds) for request in drafting],
+                list(range(len(drafting))),
+                [request.sequence for request in drafting],
+                [request.num_sampled + num_rounds + 1 for request in drafting],
             )
         if not rounds:
             return None
-        return torch.cat(rounds)[self._to_device(_order_by_request(step.requests))]
+        return torch.cat(rounds)[self._to_device(_order_by_request(requests))]
+
+    def _continued(self, draft_token_ids: torch.Tensor, left: list[int]) -> torch.Tensor:
+        """The tokens that the next round computes: the last drafts of the requests `left`."""
+        return draft_token_ids[self._to_device(left)]
+
+    def _draft_span(self, request: ScheduledRequest, index: int) -> Span:
+        """Where the draft model computes a draft token of a request."""
+        position = request.stop - request.num_draft_tokens + index
+        return request.sequence, position, position + 1
 
     def _compute(
         self,
         token_ids: torch.Tensor,
         spans: list[Span],
-        requests: list[ScheduledRequest],
-        drafting: list[ScheduledRequest],
         rows: list[int],
-        num_drafted: int,
+        sequences: list[Sequence],
+        counters: list[int],
     ) -> torch.Tensor:
-        """Compute the spans of `requests`, and sample a draft token after each of `rows`.
+        """Compute spans, and sample a draft token after each of `rows`.
 
-        token_ids: int64 [T] of all spans. drafting: the request of each row. num_drafted: the
-        drafts before. Returns int64 [rows].
+        token_ids: int64 [T] of all spans. sequences, counters: of each row, its sequence and the
+        output tokens before the sampled one. Returns int64 [rows].
         """
         inputs = self.paged_model.forward_inputs(spans)
         model = self.paged_model.model
@@ -141,51 +173,49 @@ class DraftModelProposer:
         if not isinstance(graph_runner, CudaGraphRunner) or not graph_runner.should_run(
             len(spans), max(inputs.query_lens)
         ):
-            hidden = self.paged_model.forward(token_ids, inputs)
+            self._hidden_states = self.paged_model.forward(token_ids, inputs)
             if not rows:
                 return token_ids[:0]
-            logits = model.logits(hidden[self._to_device(rows)])
-            return self._sample(logits, drafting, num_drafted)
+            logits = model.logits(self._hidden_states[self._to_device(rows)])
+            return self._sample(logits, sequences, counters)
 
-        of_tokens = [
-            request
-            for request, query_len in zip(requests, inputs.query_lens, strict=True)
-            for _ in range(query_len)
-        ]
-        sequences = [request.sequence for request in of_tokens]
+        of_tokens = [sequence for sequence, start, stop in spans for _ in range(start, stop)]
+        counters_of_tokens = [0] * len(of_tokens)  # a graph samples after each token
+        for row, counter in zip(rows, counters, strict=True):
+            counters_of_tokens[row] = counter
         logits, sampled = graph_runner.run(
             token_ids,
             inputs.positions,
             inputs.seq_lens,
             inputs.block_tables,
-            self._graph_sampling_tensors.get(sequences),
-            [request.num_sampled + num_drafted for request in of_tokens],
+            self._graph_sampling_tensors.get(of_tokens),
+            counters_of_tokens,
             inputs.query_lens,
             slots=inputs.slots,
         )
+        self._hidden_states = graph_runner.hidden_states
         chosen = self._to_device(rows)
         if not graph_runner.samples_tokens:
-            return self._sample(logits[chosen].float(), drafting, num_drafted)
+            return self._sample(logits[chosen].float(), sequences, counters)
         # -1, where logits are not finite, is no token; the large model does not accept another.
         return sampled[chosen].clamp_min(0)
 
     def _sample(
-        self, logits: torch.Tensor, requests: list[ScheduledRequest], num_drafted: int
+        self, logits: torch.Tensor, sequences: list[Sequence], counters: list[int]
     ) -> torch.Tensor:
         """Sample with the seeds and counters of the large model.
 
         The same random draws make both models agree more often.
         """
-        sampling = self._sampling_tensors.get([request.sequence for request in requests])
-        num_sampled = [request.num_sampled + num_drafted for request in requests]
+        sampling = self._sampling_tensors.get(sequences)
         sampler = self.graph_runner.sampler
         if sampler is not None:
             device = self._config.device
-            arguments = sampling_tensors_on_device(sampling, num_sampled, device)
+            arguments = sampling_tensors_on_device(sampling, counters, device)
             # -1, where logits are not finite, is no token; see `_compute`.
             return sampler(logits, *arguments).clamp_min(0)
-        counters = torch.tensor(num_sampled)
-        return sample(logits, *sampling, counters, self.paged_model.model.parallel_group)
+        group = self.paged_model.model.parallel_group
+        return sample(logits, *sampling, torch.tensor(counters), group)
 
     def _to_device(self, values: list[int]) -> torch.Tensor:
         return int64_tensor(values, self._config.device)

@@ -10,9 +10,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from llmkit.common.errors import InputError, LlmkitError, ShortageError, is_out_of_memory
+from llmkit.model.draft_head import DraftHead
 from llmkit.model.families import require_native
 from llmkit.model.language_model import LanguageModel
 from llmkit.model.lora import load_adapter
+from llmkit.runtime.engine.draft_head_proposer import DraftHeadProposer
 from llmkit.runtime.engine.draft_model import DraftModelProposer
 from llmkit.runtime.engine.drafting import DraftProposer, NgramProposer
 from llmkit.runtime.engine.engine_config import EngineConfig
@@ -24,6 +26,13 @@ from llmkit.runtime.engine.model_runner import InFlightStep, ModelRunner
 from llmkit.runtime.engine.sampling_params import SamplingParams
 from llmkit.runtime.engine.scheduler import Scheduler
 from llmkit.runtime.engine.sequence import Sequence
+from llmkit.runtime.engine.suffix_drafting import SuffixProposer
+
+# What proposes draft tokens from text, by `EngineConfig.draft_method`.
+TEXT_PROPOSERS: dict[str, Callable[[], DraftProposer]] = {
+    "ngram": NgramProposer,
+    "suffix": SuffixProposer,
+}
 
 
 class Engine:
@@ -34,17 +43,22 @@ class Engine:
         model: LanguageModel,
         config: EngineConfig,
         eos_token_ids: tuple[int, ...] = (),
-        draft: LanguageModel | None = None,
+        draft: LanguageModel | DraftHead | None = None,
     ) -> None:
         config = replace(
             config,
             sliding_windows=model.spec.full_model.sliding_windows,
+            has_recurrent_states=model.spec.full_model.recurrent is not None,
             pipeline_parallel_size=model.parallel_group.pp_size,
         )
-        draft_model = None if draft is None else DraftModelProposer(draft, config)
-        draft_proposer: DraftProposer | None = draft_model
-        if draft_model is None and config.num_speculative_tokens:
-            draft_proposer = NgramProposer()
+        draft_model: DraftModelProposer | None = None
+        draft_proposer: DraftProposer | None = None
+        if isinstance(draft, DraftHead):
+            draft_model = draft_proposer = DraftHeadProposer(draft, config)
+        elif draft is not None:
+            draft_model = draft_proposer = DraftModelProposer(draft, config)
+        elif config.num_speculative_tokens:
+            draft_proposer = TEXT_PROPOSERS[config.draft_method]()
         self.model = model
         self.config = config
         self.scheduler = Scheduler(config, eos_token_ids, draft_proposer)

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import lcm
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import torch
+
+
+GPU_STATE_CHUNK = 64
 
 
 @dataclass(frozen=True)
@@ -30,9 +34,33 @@ class EngineConfig:
     async_scheduling: bool = False  # launch the next step before this one's tokens are known
     pipeline_parallel_size: int = 1  # stages, and the steps in flight; set by Engine
     num_speculative_tokens: int = 0  # draft tokens per sequence; not with async_scheduling
+    # Where draft tokens come from without a draft model or head: "ngram" or "suffix".
+    draft_method: str = "ngram"
     enforce_eager: bool = False  # never replay decode steps from a graph
+    # Recurrent states. Whether the model has any is set by Engine.
+    has_recurrent_states: bool = False
+    num_state_checkpoints: int = 0  # rows for the states at the ends of cached prefixes
     # The most tokens of a CUDA graph; None: those of max_num_seqs sequences, drafts included.
     max_cudagraph_capture_size: int | None = None
+
+    @property
+    def state_alignment(self) -> int:
+        """Prompts are cut, and recurrent states kept, after multiples of so many tokens.
+
+        A GPU computes the recurrent layers of prompts in chunks of GPU_STATE_CHUNK tokens. A prompt
+        that were cut within one would give slightly other results.
+        """
+        return lcm(self.block_size, GPU_STATE_CHUNK if str(self.device).startswith("cuda") else 1)
+
+    @property
+    def num_state_rows(self) -> int:
+        """The rows of each layer's recurrent states: of running sequences, then checkpoints.
+
+        A sequence has one and, for each draft token that a step verifies, one more.
+        """
+        if not self.has_recurrent_states:
+            return 0
+        return self.max_num_seqs * (1 + self.num_speculative_tokens) + self.num_state_checkpoints
 
     def num_blocks_for(self, window: int | None) -> int:
         """The number of KV cache blocks for the layers with this attention window."""

@@ -116,6 +116,17 @@ class EngineOptions:
             panel=MEMORY_PANEL,
         ),
     ] = None
+    state_cache_memory: Annotated[
+        int | None,
+        Option(
+            "Memory of the recurrent states that are kept for cached prefixes, like 1GiB; for "
+            "models with recurrent layers.",
+            metavar="SIZE",
+            format=SIZE,
+            unset="an eighth of the free memory, on the CPU at most 512 MiB",
+            panel=MEMORY_PANEL,
+        ),
+    ] = None
     kv_cache_dtype: Annotated[
         str,
         Option(

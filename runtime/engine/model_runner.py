@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 
 import torch
@@ -21,6 +21,7 @@ from llmkit.model.lora import LoraManager
 from llmkit.model.parallel_group import Waitable
 from llmkit.runtime.engine.cpu_graphs import CpuGraphRunner
 from llmkit.runtime.engine.cuda_graphs import CudaGraphRunner
+from llmkit.runtime.engine.draft_head_proposer import DraftHeadProposer
 from llmkit.runtime.engine.draft_model import DraftModelProposer
 from llmkit.runtime.engine.drafting import accepted_tokens
 from llmkit.runtime.engine.engine_config import EngineConfig
@@ -102,6 +103,9 @@ class StepResult:
     token_ids: torch.Tensor | None = None  # int64 [sampled rows], when a graph has sampled them
     prompt_logprobs: tuple[LogprobsTensors, ...] = ()
     embeddings: tuple[torch.Tensor, ...] = ()  # float32 [H] of each request that returns one
+    hidden_states: torch.Tensor | None = (
+        None  # [T, C], what a draft head reads; None: there is none
+    )
 
 
 @dataclass(frozen=True)
@@ -181,6 +185,7 @@ class ModelRunner:
         self.model = model
         self.config = config
         self.draft_model = draft_model
+        self.draft_head = draft_model if isinstance(draft_model, DraftHeadProposer) else None
         self.eos_token_ids = eos_token_ids
         on_gpu = config.device.type == "cuda"
         self.adapters = LoraManager(model, uses_slots=on_gpu and not config.enforce_eager)
@@ -191,6 +196,7 @@ class ModelRunner:
             lambda layer: config.num_blocks_for(layer.sliding_window) + num_padding_blocks,
             config.block_size,
             config.kv_cache_dtype,
+            config.num_state_rows + num_padding_blocks,
         )
         table_of_window = {
             window: config.sliding_windows.index(window) for window in model.spec.sliding_windows
@@ -213,6 +219,7 @@ class ModelRunner:
                 max_capture_size=config.max_cudagraph_capture_size,
                 max_mixed_tokens=config.max_num_batched_tokens,
                 adapters=self.adapters,
+                hidden_size=0 if self.draft_head is None else self.draft_head.input_size,
             )
         else:
             self.graph_runner = CpuGraphRunner(
@@ -232,6 +239,7 @@ class ModelRunner:
             and config.dtype == torch.float32
             and not any(layer.is_moe for layer in model.spec.layers)
         )
+        self._is_recurrent = config.has_recurrent_states
         self._sampling_tensors = SamplingTensorCache()
         self._sampled_rows: SampledRows | None = None  # of the last step
         # On the CPU, the host knows all tokens and changes few logits.
@@ -260,6 +268,8 @@ class ModelRunner:
             return self._receive_results(inputs)
         token_ids, logprobs = self.sample(inputs, result)
         in_flight = self._copy_to_host(inputs, result, token_ids, logprobs)
+        if self.draft_head is not None and result.hidden_states is not None:
+            self.draft_head.observe(step, inputs.token_ids, token_ids, result.hidden_states)
         if self.model.parallel_group.pp_size > 1:
             in_flight.synchronize()
             self.model.parallel_group.broadcast_results(in_flight.tensors)
@@ -289,7 +299,8 @@ class ModelRunner:
             token_ids=token_ids,
             draft_token_ids=draft_token_ids,
             forward=self.paged_model.forward_inputs(
-                [(request.sequence, request.start, request.stop) for request in requests]
+                [(request.sequence, request.start, request.stop) for request in requests],
+                [request.state_rows for request in requests] if self._is_recurrent else (),
             ),
             rows=rows,
             num_sampled=num_sampled,
@@ -331,7 +342,10 @@ class ModelRunner:
 
     def _execute(self, inputs: StepInputs) -> StepResult:
         if inputs.use_graph:
-            return self._run_graph(inputs)
+            result = self._run_graph(inputs)
+            if self.draft_head is None or isinstance(self.graph_runner, NoGraphRunner):
+                return result
+            return replace(result, hidden_states=self.graph_runner.hidden_states)
 
         requests = inputs.step.requests
         adapter_rows = [(request.sequence.adapter_id, request.num_tokens) for request in requests]
@@ -339,6 +353,9 @@ class ModelRunner:
             hidden = self.paged_model.forward(inputs.token_ids, inputs.forward)
         if not self.model.spec.is_last_stage:
             return StepResult(hidden)
+        hidden_states = None
+        if self.draft_head is not None:
+            hidden_states = self.draft_head.draft_inputs(hidden)
         embeddings = self._pool(requests, hidden) if inputs.rows.has_pooling else ()
         prompt_logprobs: list[LogprobsTensors] = []
         if inputs.wants_prompt_logprobs:
@@ -350,6 +367,7 @@ class ModelRunner:
             logits=self.model.logits(hidden),
             prompt_logprobs=tuple(prompt_logprobs),
             embeddings=embeddings,
+            hidden_states=hidden_states,
         )
 
     def _run_graph(self, inputs: StepInputs) -> StepResult:
@@ -363,13 +381,17 @@ class ModelRunner:
             inputs.num_sampled,
         )
         if isinstance(self.graph_runner, CpuGraphRunner | NoGraphRunner):
-            return StepResult(*self.graph_runner.run(*for_all, forward.slots))
+            return StepResult(*self.graph_runner.run(*for_all, forward.slots, forward.state_rows))
         query_lens = forward.query_lens
         if len(inputs.token_ids) > len(inputs.rows.sequences):
             mixed = self.graph_runner.run_mixed(*for_all, query_lens, forward.slots)
             return StepResult(*mixed)
         adapter_ids = inputs.rows.adapter_ids if inputs.rows.has_adapters else ()
-        return StepResult(*self.graph_runner.run(*for_all, query_lens, adapter_ids, forward.slots))
+        return StepResult(
+            *self.graph_runner.run(
+                *for_all, query_lens, adapter_ids, forward.slots, forward.state_rows
+            )
+        )
 
     def capture_graphs(self, captured: Callable[[int, int], None] = lambda *_: None) -> None:
         """Capture all CUDA graphs. captured: see `CudaGraphRunner.capture_all`."""

@@ -11,11 +11,12 @@ import torch
 
 from llmkit.kernels.attention_metadata import AttentionBatch, BlockTable, Int64Array
 from llmkit.kernels.device_copy import to_device
-from llmkit.kernels.recurrent_state import RecurrentState
+from llmkit.kernels.recurrent_state import RecurrentBatch, RecurrentState
 from llmkit.model.language_model import LanguageModel, LayerCache
 from llmkit.runtime.engine.engine_config import EngineConfig
 from llmkit.runtime.engine.sequence import Sequence
 from llmkit.runtime.engine.slot_block_tables import BlockTables, SlotBlockTables
+from llmkit.runtime.engine.state_scheduler import StateRows
 
 Span = tuple[Sequence, int, int]  # the positions [start, stop) of a sequence
 
@@ -29,6 +30,7 @@ class ForwardInputs:
     positions: list[int]  # of all tokens, for the rotary embeddings
     block_tables: BlockTables
     slots: list[int]  # of each sequence
+    state_rows: list[StateRows]  # of each sequence; empty without recurrent layers
 
 
 class PagedModel:
@@ -56,8 +58,10 @@ class PagedModel:
         # Whether a request can be so long that its positions have an offset.
         self._has_rope_offsets = model.spec.rope_offset(config.max_model_len) != 0
 
-    def forward_inputs(self, spans: SequenceOf[Span]) -> ForwardInputs:
-        """The inputs for these spans."""
+    def forward_inputs(
+        self, spans: SequenceOf[Span], state_rows: SequenceOf[StateRows] = ()
+    ) -> ForwardInputs:
+        """The inputs for these spans. state_rows: of each, if the model has recurrent layers."""
         positions: list[int] = []
         for sequence, start, stop in spans:
             offset = 0
@@ -73,6 +77,7 @@ class PagedModel:
                 for window, table in self._table_of_window.items()
             },
             slots=[sequence.slot for sequence, _, _ in spans],
+            state_rows=list(state_rows),
         )
 
     def forward(self, token_ids: torch.Tensor, inputs: ForwardInputs) -> torch.Tensor:
@@ -80,6 +85,14 @@ class PagedModel:
         tables = self._slot_tables
         tables.update(inputs.slots, inputs.block_tables)
         starts = np.array(inputs.slots, dtype=np.int64) * tables.width
+        recurrent = None
+        if inputs.state_rows:
+            recurrent = RecurrentBatch.build(
+                inputs.query_lens,
+                [rows.initial_row for rows in inputs.state_rows],
+                [rows.writes for rows in inputs.state_rows],
+                self._config.device,
+            )
         batch = AttentionBatch(
             np.array(inputs.query_lens, dtype=np.int64),
             np.array(inputs.seq_lens, dtype=np.int64),
@@ -89,6 +102,7 @@ class PagedModel:
             },
             self._config.block_size,
             self._config.device,
+            recurrent=recurrent,
         )
         positions = int64_tensor(inputs.positions, self._config.device)
         return self.model(token_ids, positions, batch, self.kv_caches)

@@ -25,6 +25,7 @@ from llmkit.runtime.engine.scheduler_output import (
     SchedulerOutput,
 )
 from llmkit.runtime.engine.sequence import NULL_BLOCK, Sequence
+from llmkit.runtime.engine.state_scheduler import NO_STATE_ROWS, StateScheduler
 
 MAX_SKIPS = 16  # how often later sequences may be admitted before one that does not fit
 MAX_ADMISSION_ATTEMPTS = 64  # waiting sequences that one step looks at
@@ -46,6 +47,7 @@ class Scheduler:
         self.config = config
         self.eos_token_ids = frozenset(eos_token_ids)
         self.pools = [BlockPool(config.num_blocks_for(w)) for w in config.sliding_windows]
+        self.states = StateScheduler(config) if config.has_recurrent_states else None
         self.waiting: list[Sequence] = []  # in the order of their priority keys
         self.running: list[Sequence] = []  # in the order of their priority keys
         # Unused blocks of each pool that hold values that are not finite; see take_blocks_to_zero.
@@ -112,6 +114,8 @@ class Scheduler:
 
     def schedule(self) -> SchedulerOutput:
         """Choose the tokens of the next step, and allocate KV cache blocks for them."""
+        if self.states is not None:
+            self.states.begin_step()
         if self._has_sliding_window:
             for sequence in self.running:
                 self._free_out_of_window(sequence)
@@ -170,6 +174,8 @@ class Scheduler:
             sequence.num_in_flight -= request.samples_next_token
             for pool, table in zip(self.pools, sequence.block_tables, strict=True):
                 pool.evict(_real_blocks(table))
+            if self.states is not None:
+                self.states.forget(sequence)
             if sequence is not largest and not sequence.is_finished:
                 self._preempt(sequence)
         self._finish(largest)
@@ -203,6 +209,8 @@ class Scheduler:
         self.num_draft_tokens += num_drafts
         self.num_accepted_tokens += num_accepted
         sequence.num_computed_tokens = request.start + len(token_ids)
+        if self.states is not None:
+            self.states.accept(sequence, len(token_ids))
         # The draft model has computed every known token and every draft token except the last.
         num_known = request.stop - num_drafts
         sequence.num_draft_computed_tokens = num_known + min(num_drafts - 1, num_accepted)
@@ -314,7 +322,7 @@ class Scheduler:
         starts: dict[Sequence, int] = {}  # the first position that the step computes of a prompt
         for sequence in prompts:
             starts[sequence] = sequence.num_computed_tokens
-            num_tokens = min(sequence.num_uncomputed_tokens, chunk_size, budget)
+            num_tokens = self._chunk_of(sequence, min(chunk_size, budget))
             budget -= self._reserve(sequence, num_tokens)
 
         skipped: list[Sequence] = []
@@ -329,12 +337,12 @@ class Scheduler:
             for other in skipped:
                 other.skip_count += 1
             starts[sequence] = sequence.num_computed_tokens
-            num_tokens = min(sequence.num_uncomputed_tokens, chunk_size, budget)
+            num_tokens = self._chunk_of(sequence, min(chunk_size, budget))
             budget -= self._reserve(sequence, num_tokens)
             prompts.append(sequence)
 
         for sequence in prompts:  # the rest of the budget, in the same order
-            budget -= self._reserve(sequence, min(sequence.num_uncomputed_tokens, budget))
+            budget -= self._reserve(sequence, self._chunk_of(sequence, budget))
 
         for sequence, start in starts.items():
             if sequence.num_computed_tokens > start:
@@ -342,6 +350,16 @@ class Scheduler:
         if starts or self._draft_proposer is not None:
             requests.sort(key=lambda request: request.num_tokens > 1)
         return requests
+
+    def _chunk_of(self, sequence: Sequence, limit: int) -> int:
+        """How many tokens of a prompt to compute in a step, at most `limit`."""
+        num_uncomputed = sequence.num_uncomputed_tokens
+        if self.states is None or num_uncomputed <= limit:
+            return min(num_uncomputed, limit)
+        alignment = self.config.state_alignment
+        stop = (sequence.num_computed_tokens + limit) // alignment * alignment
+        aligned = stop - sequence.num_computed_tokens
+        return aligned if aligned > 0 else limit
 
     def _has_tokens_in_flight(self) -> bool:
         return any(sequence.num_in_flight for sequence in self.running)
@@ -396,6 +414,9 @@ class Scheduler:
         num_tokens = sequence.num_tokens
         samples_next_token = stop - len(draft) == num_tokens
         token_ids = sequence.token_ids[start:stop]
+        state_rows = NO_STATE_ROWS
+        if self.states is not None:
+            state_rows = self.states.schedule(sequence, start, stop, len(draft))
         # Values are passed by their order, because names would take twice as long.
         request = ScheduledRequest(
             sequence,
@@ -405,6 +426,7 @@ class Scheduler:
             num_tokens - sequence.num_prompt_tokens,
             token_ids + draft if draft else token_ids,
             len(draft),
+            state_rows,
         )
         if samples_next_token:
             sequence.num_in_flight += 1
@@ -422,7 +444,7 @@ class Scheduler:
         """
         block_size = self.config.block_size
         num_tokens = sequence.num_tokens
-        tables = self._find_cached_prefix(sequence)
+        tables, num_matching_tokens = self._find_cached_prefix(sequence)
         num_cached_tokens = len(tables[0]) * block_size
         missing = []
         for window, table in zip(self.config.sliding_windows, tables, strict=True):
@@ -443,6 +465,8 @@ class Scheduler:
         sequence.num_computed_tokens = num_cached_tokens
         sequence.num_draft_computed_tokens = num_cached_tokens
         sequence.num_hashed_blocks = num_cached_tokens // block_size
+        if self.states is not None:
+            self.states.start(sequence, num_cached_tokens, num_matching_tokens)
         if sequence.num_cached_tokens is None:
             sequence.num_cached_tokens = num_cached_tokens
             self.num_prefix_queries += num_tokens
@@ -451,8 +475,11 @@ class Scheduler:
         insort(self.running, sequence, key=lambda s: s.priority_key)
         return True
 
-    def _find_cached_prefix(self, sequence: Sequence) -> list[list[int]]:
-        """The block tables of the longest cached prefix.
+    def _find_cached_prefix(self, sequence: Sequence) -> tuple[list[list[int]], int]:
+        """The block tables of the longest cached prefix, and the tokens of cached blocks.
+
+        These are more than those of the prefix where a model has recurrent layers: a prefix ends
+        where their states were kept.
 
         Blocks behind a sliding window are NULL_BLOCK. The prefix never includes the last token,
         because the next token is sampled from that token's logits.
@@ -466,6 +493,7 @@ class Scheduler:
 
         # Blocks of the longest prefix for which every window has cached the blocks that it sees.
         longest = 0
+        num_matching = 0
         consecutive = [0] * len(self.pools)  # cached blocks in a row, up to the current one
         for count, block_hash in enumerate(hashes, start=1):
             for index, pool in enumerate(self.pools):
@@ -478,7 +506,9 @@ class Scheduler:
                     num_visible = min(count, -(-(window - 1) // block_size))
                 visible.append(num_visible)
             if all(run >= needed for run, needed in zip(consecutive, visible, strict=True)):
-                longest = count
+                num_matching = count
+                if self.states is None or self.states.find_checkpoint(block_hash) is not None:
+                    longest = count
             elif None in windows and consecutive[windows.index(None)] < count:
                 break
 
@@ -489,7 +519,7 @@ class Scheduler:
                 first = max(0, longest * block_size - window + 1) // block_size
             found = [pool.get_cached_block(block_hash) for block_hash in hashes[first:longest]]
             tables.append([NULL_BLOCK] * first + [block for block in found if block is not None])
-        return tables
+        return tables, num_matching * block_size
 
     def _preempt(self, sequence: Sequence) -> None:
         """Free a running sequence's blocks and let it wait; its tokens are computed again later."""
@@ -516,6 +546,8 @@ class Scheduler:
         if zero_blocks:
             for pool, table in zip(self.pools, sequence.block_tables, strict=True):
                 pool.evict(_real_blocks(table))
+            if self.states is not None:
+                self.states.forget(sequence)
         unused = self._free_sequence(sequence)
         if zero_blocks:
             for blocks, more in zip(self._blocks_to_zero, unused, strict=True):
@@ -604,6 +636,8 @@ class Scheduler:
             pool.free(_real_blocks(table))
             for pool, table in zip(self.pools, sequence.block_tables, strict=True)
         ]
+        if self.states is not None:
+            self.states.stop(sequence)
         sequence.block_tables = []
         sequence.num_block_tokens = 0
         self._free_slots.append(sequence.slot)

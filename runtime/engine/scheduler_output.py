@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from llmkit.runtime.engine.engine_outputs import Logprobs
 from llmkit.runtime.engine.sequence import Sequence
+from llmkit.runtime.engine.state_scheduler import NO_STATE_ROWS, StateRows
 
 
 class ScheduledRequest(NamedTuple):
@@ -22,6 +23,7 @@ class ScheduledRequest(NamedTuple):
     # The tokens to compute. The last one is missing when only the device knows it yet.
     token_ids: list[int]
     num_draft_tokens: int = 0  # how many of the last tokens are drafts
+    state_rows: StateRows = NO_STATE_ROWS  # of a model with recurrent layers
 
     @property
     def stop(self) -> int:

@@ -8,8 +8,10 @@ from itertools import accumulate, pairwise
 import numpy as np
 import torch
 
-from llmkit.kernels.attention_metadata import AttentionBatch, BlockTable
+from llmkit.kernels.attention_metadata import AttentionBatch, BlockTable, Int64Array
+from llmkit.kernels.recurrent_state import DeviceRows, RecurrentBatch
 from llmkit.runtime.engine.slot_block_tables import BlockTables, SlotBlockTables
+from llmkit.runtime.engine.state_scheduler import StateRows
 
 
 class StaticDecodeBatch:
@@ -17,9 +19,10 @@ class StaticDecodeBatch:
 
     host: one int64 tensor on the CPU, of `num_extra` values for a subclass, context lengths [rows],
     positions [tokens], the slot of each row in `block_tables` [rows], for each window the KV cache
-    slots of the tokens [tokens], and where each row's tokens begin [rows + 1] if rows can have
-    several. device: the same on the device; on a CPU it is `host` itself. A step copies these to
-    the device, and the blocks that are new.
+    slots of the tokens [tokens], with recurrent layers the rows of states that are read [rows] and
+    written [tokens], and the place after each token in its sequence [tokens], and where each row's
+    tokens begin [rows + 1] if rows can have several. device: the same on the device; on a CPU it is
+    `host` itself. A step copies these to the device, and the blocks that are new.
     The tokens of a sequence follow those of the sequence before; unused tokens are the last ones.
     """
 
@@ -33,10 +36,12 @@ class StaticDecodeBatch:
         num_extra: int = 0,
         max_query_len: int = 1,
         max_num_tokens: int | None = None,
+        padding_state_row: int | None = None,
     ) -> None:
         """block_tables: those of all slots. padding_blocks: by window, the block that unused rows
-        write to. max_query_len: the most new tokens of a sequence. max_num_tokens: see
-        `AttentionBatch`; None: all sequences can have as many.
+        write to. padding_state_row: the row of recurrent states that they read and write; None:
+        there are no recurrent layers. max_query_len: the most new tokens of a sequence.
+        max_num_tokens: see `AttentionBatch`; None: all sequences can have as many.
         """
         self.num_rows = num_rows
         self.num_tokens = max_num_tokens or num_rows * max_query_len
@@ -46,20 +51,33 @@ class StaticDecodeBatch:
         self.padding_blocks = padding_blocks
         num_starts = num_rows + 1 if max_query_len > 1 else 0
         slot_mappings = (self.num_tokens,) * len(padding_blocks)
-        sizes = (num_extra, num_rows, self.num_tokens, num_rows, *slot_mappings, num_starts)
+        is_recurrent = padding_state_row is not None
+        sizes = (
+            num_extra,
+            num_rows,
+            self.num_tokens,
+            num_rows,
+            *slot_mappings,
+            num_rows * is_recurrent,
+            self.num_tokens * is_recurrent,
+            self.num_tokens * is_recurrent,
+            num_starts,
+        )
         self.host = torch.zeros(sum(sizes), dtype=torch.int64)
+        bounds = list(pairwise([0, *accumulate(sizes)]))
+        host_parts = [self.host[start:stop].numpy() for start, stop in bounds]
+        host_parts[-2][:] = 1  # each sequence has one token, unless `fill` says otherwise
         self.device = self.host
         if torch.device(device).type != "cpu":
             self.device = self.host.to(device)
-
-        bounds = list(pairwise([0, *accumulate(sizes)]))
-        host_parts = [self.host[start:stop].numpy() for start, stop in bounds]
         device_parts = [self.device[start:stop] for start, stop in bounds]
         self.extra, self.seq_lens, self.positions, self.slots = device_parts[:4]
         self.query_start_loc = device_parts[-1] if num_starts else None
         self.host_extra = self.host[:num_extra]
         self._host_seq_lens, self._host_positions, self._host_slots = host_parts[1:4]
-        self._host_slot_mappings = host_parts[4:-1]
+        self._host_slot_mappings = host_parts[4:-4]
+        self._host_initial_rows, self._host_write_rows, self._host_write_ends = host_parts[-4:-1]
+        self._padding_state_row = padding_state_row
         self._host_query_start_loc = host_parts[-1]
 
         self._slots: Sequence[int] | None = None  # of the last step
@@ -70,8 +88,12 @@ class StaticDecodeBatch:
             num_rows, block_tables.padding_slot * block_tables.width, dtype=np.int64
         )
         table_sizes = np.full(num_rows, block_tables.width, dtype=np.int64)
+        query_lens = np.full(num_rows, 0 if num_starts else 1, dtype=np.int64)
+        recurrent = None
+        if is_recurrent:
+            recurrent = self._recurrent_batch(query_lens, *device_parts[-4:-1])
         self.batch = AttentionBatch(
-            np.full(num_rows, 0 if num_starts else 1, dtype=np.int64),
+            query_lens,
             self._host_seq_lens,
             {
                 window: BlockTable(rows, self._table_starts, table_sizes)
@@ -81,9 +103,39 @@ class StaticDecodeBatch:
             torch.device(device),
             max_query_len,
             max_num_tokens,
+            recurrent,
         )
-        for window, slot_mapping in zip(padding_blocks, device_parts[4:-1], strict=True):
+        for window, slot_mapping in zip(padding_blocks, device_parts[4:-4], strict=True):
             self.batch.metadata(window).slot_mapping = slot_mapping
+
+    def _recurrent_batch(
+        self,
+        query_lens: Int64Array,
+        initial_rows: torch.Tensor,
+        write_rows: torch.Tensor,
+        write_ends: torch.Tensor,
+    ) -> RecurrentBatch:
+        """The rows of recurrent states; each token has one write. The tensors are on the device."""
+        starts = np.arange(self.num_rows + 1, dtype=np.int64)
+        if self.query_start_loc is not None:
+            starts = self._host_query_start_loc
+        recurrent = RecurrentBatch(
+            query_lens,
+            self._host_initial_rows,
+            starts,
+            self._host_write_ends,
+            self._host_write_rows,
+            self.device.device,
+            self.max_query_len,
+        )
+        if self.device is not self.host:
+            starts_on_device = self.query_start_loc
+            if starts_on_device is None:
+                starts_on_device = torch.from_numpy(starts).to(self.device.device)
+            recurrent.device_rows = DeviceRows(
+                starts_on_device, initial_rows, starts_on_device, write_ends, write_rows
+            )
+        return recurrent
 
     def fill(
         self,
@@ -92,11 +144,13 @@ class StaticDecodeBatch:
         block_tables: BlockTables,
         query_lens: Sequence[int] | None = None,
         slots: Sequence[int] | None = None,
+        state_rows: Sequence[StateRows] = (),
     ) -> None:
         """Write the inputs of the next step and copy them to the device.
 
         query_lens: the new tokens of each sequence; None: one each. slots: the slot of each
-        sequence; None: sequence i has slot i.
+        sequence; None: sequence i has slot i. state_rows: of each sequence, if the model has
+        recurrent layers.
         """
         num_seqs = len(seq_lens)
         num_tokens = len(positions)
@@ -110,6 +164,11 @@ class StaticDecodeBatch:
             np.multiply(self._host_slots, self.block_tables.width, out=self._table_starts)
         self._host_seq_lens[:num_seqs] = seq_lens
         self._host_positions[:num_tokens] = positions
+        if self._padding_state_row is not None:
+            self._host_initial_rows[:num_seqs] = [rows.initial_row for rows in state_rows]
+            self._host_write_rows[:num_tokens] = [
+                row for rows in state_rows for _, row in rows.writes
+            ]
 
         # The place of each token in its sequence, and where the sequence's block table begins.
         places = self._host_seq_lens[:num_seqs] - 1
@@ -120,7 +179,12 @@ class StaticDecodeBatch:
             lens.cumsum(out=self._host_query_start_loc[1:])
             of_sequence = np.repeat(np.arange(num_seqs), lens[:num_seqs])
             ends = self._host_query_start_loc[1:][of_sequence]
-            places = places[of_sequence] + 1 - ends + np.arange(num_tokens)
+            places_in_step = np.arange(num_tokens) - ends  # from the sequence's end
+            if self._padding_state_row is not None:
+                self._host_write_ends[:num_tokens] = (
+                    lens[:num_seqs][of_sequence] + places_in_step + 1
+                )
+            places = places[of_sequence] + 1 + places_in_step
             table_starts = table_starts[of_sequence]
         blocks, offsets = np.divmod(places, self.block_size)
         blocks += table_starts
@@ -135,6 +199,9 @@ class StaticDecodeBatch:
         self._host_seq_lens[num_seqs:] = int(self.query_start_loc is None)
         self._host_slots[num_seqs:] = self.block_tables.padding_slot
         self._host_positions[num_tokens:] = 0
+        if self._padding_state_row is not None:
+            self._host_initial_rows[num_seqs:] = self._padding_state_row
+            self._host_write_rows[num_tokens:] = self._padding_state_row
         if self.query_start_loc is not None:
             self.batch.query_lens[num_seqs:] = 0
         paddings = self.padding_blocks.values()

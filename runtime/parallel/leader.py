@@ -244,6 +244,8 @@ def _load_leader(
             num_blocks=min(message.num_blocks for message in loaded),
             max_model_len=min(message.max_model_len for message in loaded),
             store_path=f"{folder}/store",
+            max_num_seqs=min(message.max_num_seqs for message in loaded),
+            num_state_checkpoints=min(message.num_state_checkpoints for message in loaded),
         )
         for rank in ranks:
             rank.channel.send(sizes)

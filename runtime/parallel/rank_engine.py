@@ -13,7 +13,7 @@ from llmkit.model.device import resolve_device
 from llmkit.runtime.engine.engine import Engine
 from llmkit.runtime.engine.engine_options import EngineOptions
 from llmkit.runtime.parallel.distributed_group import DistributedGroup
-from llmkit.runtime.parallel.rank_messages import Connect, PartLoaded
+from llmkit.runtime.parallel.rank_messages import ANY_NUMBER, Connect, PartLoaded
 from llmkit.runtime.part_loader import LoadedPart, StartupReport, load_part
 from llmkit.shard.rank_part import RankPart
 
@@ -39,6 +39,8 @@ class LoadedRank:
             self.part.plan.memory,
             num_blocks=sizes.num_blocks,
             max_model_len=sizes.max_model_len,
+            max_num_seqs=sizes.max_num_seqs,
+            num_state_checkpoints=sizes.num_state_checkpoints,
         )
         part = replace(self.part, plan=replace(self.part.plan, memory=memory))
         return part.make_engine(report, engine_class)
@@ -65,11 +67,16 @@ def load_rank(
     group = DistributedGroup(part.spec, rank, num_stages)
     seconds_before = sum(report.seconds.values())
     loaded = load_part(part.checkpoint, part.spec, options, report, group, len(parts))
+    memory = loaded.plan.memory
     message = PartLoaded(
-        num_blocks=loaded.plan.memory.num_blocks,
-        max_model_len=loaded.plan.memory.max_model_len,
+        num_blocks=memory.num_blocks,
+        max_model_len=memory.max_model_len,
         file=part.file,
         nbytes=part.nbytes,
         seconds=sum(report.seconds.values()) - seconds_before,
+        max_num_seqs=memory.max_num_seqs,
+        num_state_checkpoints=memory.num_state_checkpoints
+        if memory.bytes_per_state
+        else ANY_NUMBER,
     )
     return LoadedRank(loaded, group, message)

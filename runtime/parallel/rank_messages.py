@@ -11,6 +11,8 @@ from llmkit.runtime.engine.engine_options import EngineOptions
 from llmkit.runtime.engine.engine_request import EngineRequest
 from llmkit.runtime.process_channel import Failed
 
+ANY_NUMBER = 1 << 40
+
 
 class LoadPart(msgspec.Struct, tag=True):
     """The first message to a rank: load your part of the model."""
@@ -29,6 +31,9 @@ class PartLoaded(msgspec.Struct, tag=True):
     file: str  # of the part; "" when it was sliced from the whole model
     nbytes: int  # of its tensors
     seconds: float
+    max_num_seqs: int = 0
+    # Of recurrent states; ANY_NUMBER for a stage without recurrent layers.
+    num_state_checkpoints: int = 0
 
 
 class Connect(msgspec.Struct, tag=True):
@@ -37,6 +42,8 @@ class Connect(msgspec.Struct, tag=True):
     num_blocks: int
     max_model_len: int
     store_path: str
+    max_num_seqs: int = 0
+    num_state_checkpoints: int = 0
 
 
 class RunStep(msgspec.Struct, tag=True):

@@ -65,7 +65,8 @@ def plan(spec: ModelSpec, free: int, device: str = "cpu", **given: Any) -> Memor
 
 def test_kv_cache_gets_what_weights_and_workspace_leave(spec: ModelSpec) -> None:
     half = plan(spec, 1100 + 40 * BLOCK + 1)
-    assert half == MemoryPlan(1100 + 40 * BLOCK + 1, 1000, 100, 20, BLOCK, 16, 256, 256)
+    size = 1100 + 40 * BLOCK + 1
+    assert half == MemoryPlan(size, 1000, 100, 20, BLOCK, 16, 256, 256, max_num_seqs=256)
     assert (half.kv_cache_bytes, half.num_requests(256), half.num_requests(33)) == (
         20 * BLOCK,
         1,

@@ -445,7 +445,7 @@ def test_rank_loads_its_part_beside_the_others(
         for n in range(6)
     ]
     report = StartupReport(seconds={"before": 10.0})
-    memory = SimpleNamespace(num_blocks=30, max_model_len=500)
+    memory = MemoryPlan(0, 0, 0, 30, 64, 16, 500, 900, 0, 8, 100, 12, 4)
     seen: list[Any] = []
 
     def load(*arguments: Any) -> Any:
@@ -464,7 +464,7 @@ def test_rank_loads_its_part_beside_the_others(
     assert (checkpoint, of_rank, asked, same, num_parts) == ("part 3", spec, options, report, 6)
     assert group is rank.group
     assert (group.rank, group.tp_size, group.pp_size, group.vocab_start) == (3, 2, 3, 64)
-    assert rank.message == PartLoaded(30, 500, "file 3", 3, 2.0)
+    assert rank.message == PartLoaded(30, 500, "file 3", 3, 2.0, 8, 4)
     with pytest.raises(FrozenInstanceError):
         rank.group = group  # type: ignore[misc]
 

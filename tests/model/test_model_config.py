@@ -18,6 +18,7 @@ from llmkit.checkpoint.config_defaults import ALIASES, FAMILIES, NULLABLE, REQUI
 from llmkit.checkpoint.config_defaults import COMMON as COMMON_DEFAULTS
 from llmkit.common.errors import InputError
 from llmkit.model.families import SUPPORTED, model_spec
+from llmkit.model.hybrid_families import HYBRID_FAMILIES
 
 SIZES: dict[str, Any] = {
     "vocab_size": 128,
@@ -54,6 +55,7 @@ GEMMA3_ROPE = {
     "sliding_attention": {"rope_type": "default", "rope_theta": 12345.0},
     "full_attention": {"rope_type": "linear", "rope_theta": 54321.0, "factor": 8.0},
 }
+HYBRIDS = [kind for kind, _ in HYBRID_FAMILIES.values()]
 NEEDED: dict[str, dict[str, Any]] = {
     "helium": {"num_key_value_heads": 4},
     "hunyuan_v1_moe": {"moe_intermediate_size": 48},
@@ -61,11 +63,12 @@ NEEDED: dict[str, dict[str, Any]] = {
 # What a config of each family may say beside its sizes.
 VARIANTS: list[tuple[str, dict[str, Any]]] = [
     # Helium has 20 KV heads by default. Hunyuan's experts have the intermediate_size. Gemma 4 has a
-    # test of its own. Each layer of a Granite with sliding windows has a rope_theta of its own.
+    # test of its own, and hybrid models have test_hybrid_families.py. Each layer of a Granite with
+    # sliding windows has a rope_theta of its own.
     *(
         (kind, NEEDED.get(kind, {}))
         for kind in FAMILIES
-        if kind not in ("gemma4_text", "granite_swa", "granitemoe_swa")
+        if kind not in ("gemma4_text", "granite_swa", "granitemoe_swa", *HYBRIDS)
     ),
     (
         "llama",
@@ -368,7 +371,7 @@ def test_model_spec_does_not_import_transformers() -> None:
 
 
 # Fields that transformers' modeling code reads and that change nothing here: dropout and losses of
-# training, tokens, towers beside the text model, and how sums are rounded.
+# training, tokens, towers beside the text model, which logits are computed, how sums are rounded.
 UNREAD = {
     "_attn_implementation",
     "_experts_implementation",
@@ -390,7 +393,20 @@ UNREAD = {
     "text_config",
     "vision_config",
     "audio_config",
+    "chunk_size",
+    "mamba_chunk_size",
+    "num_logits_to_keep",
+    "output_hidden_states",
+    "rescale_prenorm_residual",
+    "residual_in_fp32",
+    "return_dict",
+    "time_step_floor",
+    "time_step_max",
+    "use_mamba_kernels",
+    "z_loss_coefficient",
 }
+# Nemotron-H has a least time step; of Mamba 2, only the first weights depend on it.
+UNREAD_OF_FAMILY = {"mamba2": {"time_step_min", "time_step_rank"}}
 
 
 @pytest.mark.parametrize("kind", FAMILIES)
@@ -406,5 +422,6 @@ def test_families_know_every_field_that_transformers_code_reads(kind: str) -> No
     used |= set(re.findall(r"getattr\((?:self\.)?config, \"(\w+)\"", source))
     fields = used & config.to_dict().keys()  # not methods, nor fields of a vision tower
     known = {*REQUIRED_SIZES, *COMMON_DEFAULTS, *NULLABLE, *FAMILIES[kind], *UNREAD}
+    known |= UNREAD_OF_FAMILY.get(kind, set())
     known |= {alias for names in ALIASES.values() for alias in names}
     assert fields <= known

@@ -117,8 +117,9 @@ def test_check_checkpoint_allows_a_repeated_tied_head(tmp_path: Path) -> None:
     [
         ("LLaMAForCausalLM", "LlamaForCausalLM"),
         ("Gemma9ForConditionalGeneration", "GemmaForCausalLM"),
-        ("NemotronHForCausalLM", "NemotronForCausalLM"),
-        ("MambaForCausalLM", None),
+        ("NemotronXForCausalLM", "NemotronForCausalLM"),
+        ("MambaForCausalLM", "Mamba2ForCausalLM"),
+        ("RwkvForCausalLM", None),
     ],
 )
 def test_model_spec_names_the_nearest_architecture(

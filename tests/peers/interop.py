@@ -481,12 +481,7 @@ def compressed(work: Path, only: str) -> tuple[list[list[str]], list[str]]:
         alike = sum(
             torch.equal(
                 read_parameter(checkpoint, row, torch.float32),
-                torch.cat(
-                    [
-                        dense[part.name][part.first_row : part.first_row + part.shape[0]]
-                        for part in row.sources
-                    ]
-                ),
+                torch.cat([part.rows_of(dense[part.name]) for part in row.sources]),
             )
             for row in linears
         )

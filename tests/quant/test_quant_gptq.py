@@ -10,7 +10,7 @@ import torch
 
 from llmkit.checkpoint.quantized_weight import QuantizedWeight, Scheme
 from llmkit.kernels.activation_quant import FP8
-from llmkit.model.parameter_table import Parameter, SourceTensor
+from llmkit.model.parameter import Parameter, SourceTensor
 from llmkit.quant.algorithm import QuantizeResult, QuantTarget
 from llmkit.quant.gptq import GptqQuantizer, gptq
 from llmkit.quant.grid import ERROR_NORM, FULL_SEARCH, Grid, fit_grid, round_to_nearest

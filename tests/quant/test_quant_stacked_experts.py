@@ -137,7 +137,7 @@ def restacked(quantized: Checkpoint, source: Path, path: Path) -> Path:
                 stored = stored[part.expert.index]
                 stored = stored.T if part.expert.transposed else stored
             start, end = end, end + part.shape[0]
-            stored[part.rows] = value[start:end]
+            part.rows_of(stored)[:] = value[start:end]
     path.mkdir()
     save_file(tensors, path / "model.safetensors", {"format": "pt"})
     config = json.loads((source / "config.json").read_text())

@@ -7,7 +7,7 @@ import torch
 
 from llmkit.checkpoint.quantized_weight import Scheme
 from llmkit.kernels.activation_quant import fake_quantize_per_token, fake_quantize_static
-from llmkit.model.parameter_table import Parameter, SourceTensor
+from llmkit.model.parameter import Parameter, SourceTensor
 from llmkit.quant.algorithm import QuantTarget
 from llmkit.quant.awq import AwqSmoother, ClippingQuantizer, clip_grid, num_unclipped_rows
 from llmkit.quant.grid import fit_grid, round_to_nearest

@@ -27,8 +27,6 @@ NEEDED: dict[str, dict[str, Any]] = {
         "n_routed_experts": 4,
         "num_experts_per_tok": 2,
     },
-    "lfm2": {"layer_types": ["conv", "full_attention"] * 2},
-    "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
 }
 # The beginnings of the fallback's reasons, some of which name sizes of the tiny model, in words.
 REASONS = {

@@ -76,6 +76,15 @@ MODEL_NAMES = {
     "GraniteMoeSharedForCausalLM": "Granite MoE with a shared expert",
     "GraniteMoeSWAForCausalLM": "Granite Swash 3B-A600M",
     "LagunaForCausalLM": "Laguna",
+    "Qwen3NextForCausalLM": "Qwen3-Next 80B-A3B, Qwen3-Coder-Next",
+    "Qwen3_5ForCausalLM": "Qwen 3.5, text only",
+    "Qwen3_5MoeForCausalLM": "Qwen 3.5 MoE, text only",
+    "Mamba2ForCausalLM": "Mamba 2, Mamba-Codestral 7B",
+    "NemotronHForCausalLM": "Nemotron-H, Nemotron Nano 2, Nemotron 3",
+    "BambaForCausalLM": "Bamba 9B",
+    "GraniteMoeHybridForCausalLM": "Granite 4.0, 4.0-H",
+    "Lfm2ForCausalLM": "LFM2 350M to 2.6B",
+    "Lfm2MoeForCausalLM": "LFM2 8B-A1B",
     "Gemma4ForCausalLM": "Gemma 4, text only",
     "Gemma3ForConditionalGeneration": "Gemma 3 4B, 12B, 27B",
     "Gemma4ForConditionalGeneration": "Gemma 4",
@@ -88,6 +97,8 @@ MODEL_NAMES = {
     "Qwen2_5_VLForConditionalGeneration": "Qwen2.5-VL",
     "Qwen3VLForConditionalGeneration": "Qwen3-VL",
     "Qwen3VLMoeForConditionalGeneration": "Qwen3-VL 30B-A3B, 235B-A22B",
+    "Qwen3_5ForConditionalGeneration": "Qwen 3.5 9B, 27B",
+    "Qwen3_5MoeForConditionalGeneration": "Qwen 3.5 35B-A3B",
     "Idefics3ForConditionalGeneration": "Idefics 3",
     "SmolVLMForConditionalGeneration": "SmolVLM 1 and 2",
 }
@@ -96,6 +107,11 @@ MODELS_OF_TEST = {
     "gemma4": "E2B, E4B",
     "gemma4-moe": "26B-A4B",
     "gemma4-dense": "31B",
+    "nemotron-h": "H, Nano 2",
+    "nemotron-3": "3 Nano",
+    "nemotron-3-latent": "3 Super",
+    "granite-hybrid": "350M, 1B, Micro",
+    "granite-hybrid-moe": "Tiny, Small",
 }
 
 HEAD = """# Models

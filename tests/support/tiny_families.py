@@ -40,6 +40,28 @@ GEMMA3_ROPE = {
     "full_attention": {"rope_type": "linear", "rope_theta": 1000000.0, "factor": 8.0},
 }
 GEMMA_LAYERS = ["sliding_attention", "full_attention"] * 2
+MAMBA2_LAYERS = {"mamba_n_heads": 8, "mamba_d_state": 16, "mamba_n_groups": 2}
+NEMOTRON_H = {
+    "head_dim": 16,
+    "mamba_num_heads": 8,
+    "mamba_head_dim": 8,
+    "ssm_state_size": 16,
+    "n_groups": 2,
+}
+GATED_DELTA_NET = {
+    "head_dim": 16,
+    "linear_num_key_heads": 4,
+    "linear_num_value_heads": 8,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 16,
+    "layer_types": ["linear_attention", "linear_attention", "full_attention", "linear_attention"],
+}
+SHARED_EXPERT = {
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24,
+    "shared_expert_intermediate_size": 40,
+}
 # name: (model_type, what differs from COMMON)
 FAMILIES = {
     "llama": ("llama", {}),
@@ -434,6 +456,107 @@ FAMILIES = {
             "shared_expert_intermediate_size": 40,
             "head_dim": 16,
             "gating": "per-element",
+        },
+    ),
+    "qwen3-next": ("qwen3_next", GATED_DELTA_NET | SHARED_EXPERT | {"mlp_only_layers": [1]}),
+    "qwen3.5": ("qwen3_5_text", GATED_DELTA_NET | {"attention_bias": True}),
+    "qwen3.5-moe": ("qwen3_5_moe_text", GATED_DELTA_NET | SHARED_EXPERT),
+    "mamba2": ("mamba2", {"num_heads": 8, "head_dim": 8, "state_size": 16, "n_groups": 2}),
+    "mamba2-tied": (
+        "mamba2",
+        {
+            "num_heads": 8,
+            "head_dim": 8,
+            "state_size": 12,
+            "n_groups": 1,
+            "use_bias": True,
+            "use_conv_bias": False,
+            "time_step_limit": (0.01, 0.5),
+            "tie_word_embeddings": True,
+        },
+    ),
+    "nemotron-h": ("nemotron_h", NEMOTRON_H | {"hybrid_override_pattern": "M-*M-"}),
+    "nemotron-3": (
+        "nemotron_h",
+        NEMOTRON_H
+        | {
+            "hybrid_override_pattern": "MEM*EM",
+            "n_routed_experts": 8,
+            "n_group": 4,
+            "topk_group": 2,
+            "num_experts_per_tok": 3,
+            "moe_intermediate_size": 24,
+            "moe_shared_expert_intermediate_size": 40,
+            "routed_scaling_factor": 1.5,
+        },
+    ),
+    "nemotron-3-latent": (
+        "nemotron_h",
+        NEMOTRON_H
+        | {
+            "hybrid_override_pattern": "ME*E",
+            "n_routed_experts": 4,
+            "moe_intermediate_size": 24,
+            "moe_shared_expert_intermediate_size": 40,
+            "moe_latent_size": 16,
+        },
+    ),
+    "bamba": ("bamba", MAMBA2_LAYERS | {"attn_layer_indices": [1, 3]}),
+    "granite-hybrid": (
+        "granitemoehybrid",
+        MAMBA2_LAYERS
+        | {
+            "mamba_n_groups": 1,
+            "num_local_experts": 0,
+            "num_experts_per_tok": 0,
+            "shared_intermediate_size": 40,
+            "layer_types": ["linear_attention", "full_attention"] * 2,
+            "embedding_multiplier": 6.0,
+            "attention_multiplier": 0.2,
+            "residual_multiplier": 0.4,
+            "logits_scaling": 3.0,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "granite-hybrid-moe": (
+        "granitemoehybrid",
+        MAMBA2_LAYERS
+        | {
+            "mamba_n_groups": 1,
+            "num_local_experts": 4,
+            "shared_intermediate_size": 24,
+            "layer_types": ["linear_attention", "full_attention"] * 2,
+            "attention_multiplier": 0.2,
+            "residual_multiplier": 0.4,
+            "position_embedding_type": "rope",
+        },
+    ),
+    "lfm2": (
+        "lfm2",
+        {
+            "layer_types": ["conv", "full_attention", "conv", "conv"],
+            "block_multiple_of": 16,
+        },
+    ),
+    "lfm2-bias": (
+        "lfm2",
+        {
+            "full_attn_idxs": [1, 3],
+            "conv_bias": True,
+            "conv_L_cache": 4,
+            "block_auto_adjust_ff_dim": False,
+            "tie_word_embeddings": False,
+        },
+    ),
+    "lfm2-moe": (
+        "lfm2_moe",
+        {
+            "layer_types": ["conv", "full_attention", "conv", "full_attention"],
+            "num_dense_layers": 1,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 24,
+            "routed_scaling_factor": 1.5,
         },
     ),
 }

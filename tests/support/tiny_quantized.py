@@ -105,7 +105,12 @@ def dense_checkpoint(checkpoint: Checkpoint, path: Path) -> Path:
             start = end
             end += source.shape[0] if source.shape else 1
             part = value[start:end] if value.dim() else value
-            pieces.setdefault(source.name, []).append((source.first_row, part))
+            if source.shape:
+                for first_row, num_rows in source.blocks:
+                    pieces.setdefault(source.name, []).append((first_row, part[:num_rows]))
+                    part = part[num_rows:]
+            else:
+                pieces[source.name] = [(0, part)]
     dense = {}
     for name, parts in pieces.items():
         rows = [part for _, part in sorted(parts, key=lambda found: found[0])]

@@ -44,6 +44,20 @@ GEMMA3: dict[str, Any] = {
     "layer_types": ["sliding_attention", "full_attention"],
 }
 MROPE: dict[str, Any] = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 2, 2]}
+GATED_DELTA_NET = {
+    "head_dim": 16,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+    "layer_types": ["linear_attention", "full_attention"],
+}
+SHARED_EXPERT = {
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "shared_expert_intermediate_size": 32,
+}
 CLIP = VISION | {"model_type": "clip_vision_model"}
 # name: model_type, text_config, vision_config
 WRAPPERS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
@@ -130,6 +144,16 @@ WRAPPERS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
             "rope_parameters": MROPE | {"mrope_interleaved": True},
         },
         QWEN_VISION | {"deepstack_visual_indexes": [0], "num_position_embeddings": 16},
+    ),
+    "qwen3.5": (
+        "qwen3_5",
+        GATED_DELTA_NET | {"rope_parameters": MROPE | {"partial_rotary_factor": 0.5}},
+        QWEN_VISION | {"num_position_embeddings": 16},
+    ),
+    "qwen3.5-moe": (
+        "qwen3_5_moe",
+        GATED_DELTA_NET | SHARED_EXPERT,
+        QWEN_VISION | {"num_position_embeddings": 16},
     ),
     "idefics3": ("idefics3", {"model_type": "llama"}, VISION),
     "smolvlm": ("smolvlm", {"model_type": "llama"}, VISION),

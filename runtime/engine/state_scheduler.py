@@ -1,0 +1,201 @@
+"""Decides which rows of the recurrent states a step reads and writes.
+
+A running sequence has a row for its state, and with speculative decoding one more for each draft
+token: a step that verifies drafts writes the state after each token, and the next step begins with
+that of the last accepted one.
+
+Checkpoints are kept where a later request may begin: at the last block boundary of a prompt; where
+the cached blocks of a prompt end for which no state was kept, since two requests part there, as
+after a shared system prompt; and at the last block boundary of the answer so far, for the next turn
+of a conversation and for a sequence that was preempted.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from llmkit.runtime.engine.engine_config import EngineConfig
+from llmkit.runtime.engine.sequence import Sequence
+from llmkit.runtime.engine.state_cache import StateCache
+
+
+NO_ROW = -1  # that of kernels/recurrent_state.py, which needs torch
+
+
+class StateRows(NamedTuple):
+    """The rows that a sequence reads and writes in a step; see `RecurrentBatch`."""
+
+    initial_row: int
+    writes: tuple[tuple[int, int], ...]  # pairs of (tokens of the step, row)
+
+
+NO_STATE_ROWS = StateRows(NO_ROW, ())
+
+
+@dataclass
+class _SequenceStates:
+    """The rows of a running sequence."""
+
+    row: int  # with the state after its computed tokens; NO_ROW: none is computed
+    checkpoints: list[int]  # numbers of prompt tokens after which the state shall be kept
+    # In a step with drafts: the row with the state after each of its tokens.
+    draft_rows: list[int] = field(default_factory=list)
+    answer_hash: bytes | None = None  # of its last checkpoint within the answer
+
+
+@dataclass(frozen=True)
+class _Unnamed:
+    """A checkpoint that a step writes, and whose tokens were not all known then."""
+
+    sequence: Sequence
+    num_tokens: int
+    row: int
+    has_drafts: bool  # draft tokens may be among them
+
+
+class StateScheduler:
+    """The rows of running sequences, and the checkpoints of cached prefixes."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        self._config = config
+        self._rows_per_sequence = 1 + config.num_speculative_tokens
+        first_checkpoint = config.max_num_seqs * self._rows_per_sequence
+        num_checkpoints = config.num_state_checkpoints if config.enable_prefix_caching else 0
+        self.cache = StateCache(first_checkpoint, num_checkpoints)
+        self._states: dict[Sequence, _SequenceStates] = {}  # of running sequences
+        self._unnamed: list[_Unnamed] = []
+
+    def begin_step(self) -> None:
+        """Name the checkpoints of earlier steps whose tokens are known by now."""
+        self.cache.begin_step()
+        still_unnamed = []
+        for checkpoint in self._unnamed:
+            sequence = checkpoint.sequence
+            if checkpoint.num_tokens > len(sequence.token_ids) and sequence.num_in_flight:
+                still_unnamed.append(checkpoint)
+                continue
+            num_right = len(sequence.token_ids)
+            if checkpoint.has_drafts:
+                num_right = min(num_right, sequence.num_computed_tokens)
+            if checkpoint.num_tokens <= num_right:
+                self._name(checkpoint)
+            self.cache.release(checkpoint.row)
+        self._unnamed = still_unnamed
+
+    def find_checkpoint(self, block_hash: bytes) -> int | None:
+        """The row with the state after a prefix, given the hash of its last block."""
+        return self.cache.get(block_hash)
+
+    def start(self, sequence: Sequence, num_cached_tokens: int, num_matching_tokens: int) -> None:
+        """A sequence begins to run.
+
+        num_cached_tokens: those that it does not compute, at whose end there is a checkpoint.
+        num_matching_tokens: those whose blocks are cached.
+        """
+        row = NO_ROW
+        if num_cached_tokens:
+            found = self.cache.get(self._hash_after(sequence, num_cached_tokens))
+            assert found is not None
+            row = found
+            self.cache.hold(row)
+        last_boundary = self._boundary(sequence.num_prompt_tokens - 1)
+        wanted = {last_boundary, min(last_boundary, self._boundary(num_matching_tokens))}
+        checkpoints = sorted(position for position in wanted if position > num_cached_tokens)
+        self._states[sequence] = _SequenceStates(row, checkpoints)
+
+    def schedule(self, sequence: Sequence, start: int, stop: int, num_drafts: int) -> StateRows:
+        """The rows of a step that computes the positions [start, stop), drafts included."""
+        states = self._states[sequence]
+        initial_row = states.row
+        own_row = sequence.slot * self._rows_per_sequence
+        writes: dict[int, int] = {}
+        if num_drafts:
+            writes = {1 + index: own_row + index for index in range(stop - start)}
+        else:
+            writes[stop - start] = own_row
+        for position in self._checkpoints_within(sequence, start, stop):
+            row = self.cache.allocate()
+            if row is None:
+                break
+            writes[position - start] = row
+            self._unnamed.append(_Unnamed(sequence, position, row, num_drafts > 0))
+        rows = [writes[end] for end in sorted(writes)]
+        if num_drafts:
+            states.draft_rows = rows
+            for row in rows:
+                self._hold_checkpoint(row)
+        else:
+            states.row = rows[-1]
+            self._hold_checkpoint(rows[-1])
+        self._release_checkpoint(initial_row)
+        return StateRows(initial_row, tuple(sorted(writes.items())))
+
+    def accept(self, sequence: Sequence, num_tokens: int) -> None:
+        """So many tokens of the sequence's step with drafts are right."""
+        states = self._states[sequence]
+        states.row = states.draft_rows[num_tokens - 1]
+        self._hold_checkpoint(states.row)
+        for row in states.draft_rows:
+            self._release_checkpoint(row)
+        states.draft_rows = []
+
+    def stop(self, sequence: Sequence) -> None:
+        """A sequence ends or is preempted."""
+        states = self._states.pop(sequence)
+        for row in (states.row, *states.draft_rows):
+            self._release_checkpoint(row)
+
+    def forget(self, sequence: Sequence) -> None:
+        """The sequence's states may be wrong: no other sequence shall begin with them."""
+        kept = []
+        for checkpoint in self._unnamed:
+            if checkpoint.sequence is sequence:
+                self.cache.release(checkpoint.row)
+            else:
+                kept.append(checkpoint)
+        self._unnamed = kept
+        num_blocks = len(sequence.token_ids) // self._config.block_size
+        for block_hash in sequence.block_hashes(num_blocks, self._config.block_size):
+            self.cache.evict(block_hash)
+
+    def _checkpoints_within(self, sequence: Sequence, start: int, stop: int) -> list[int]:
+        """The numbers of tokens, in (start, stop], after which the state shall be kept."""
+        states = self._states[sequence]
+        found = [position for position in states.checkpoints if start < position <= stop]
+        # Checkpoints of answers must not push out those of prompts.
+        keeps_answers = self.cache.num_rows >= 2 * len(self._states)
+        boundary = self._boundary(stop)
+        if boundary > max(start, sequence.num_prompt_tokens) and keeps_answers:
+            found.append(boundary)
+        return found
+
+    def _boundary(self, num_tokens: int) -> int:
+        """The last position up to `num_tokens` where a checkpoint can be."""
+        alignment = self._config.state_alignment
+        return max(0, num_tokens) // alignment * alignment
+
+    def _name(self, checkpoint: _Unnamed) -> None:
+        """Make a checkpoint known to later requests."""
+        sequence = checkpoint.sequence
+        block_hash = self._hash_after(sequence, checkpoint.num_tokens)
+        self.cache.cache_row(checkpoint.row, block_hash)
+        states = self._states.get(sequence)
+        if states is None or checkpoint.num_tokens <= sequence.num_prompt_tokens:
+            return
+        if states.answer_hash is not None:
+            self.cache.evict(states.answer_hash)
+        states.answer_hash = block_hash
+
+    def _hash_after(self, sequence: Sequence, num_tokens: int) -> bytes:
+        """The hash of the block that ends after so many tokens."""
+        block_size = self._config.block_size
+        return sequence.block_hashes(num_tokens // block_size, block_size)[-1]
+
+    def _hold_checkpoint(self, row: int) -> None:
+        if self.cache.is_checkpoint(row):
+            self.cache.hold(row)
+
+    def _release_checkpoint(self, row: int) -> None:
+        if self.cache.is_checkpoint(row):
+            self.cache.release(row)
