@@ -125,7 +125,7 @@ def apply_rotary_emb(
     x_stride: int,
     num_tokens: int,
     num_heads: int,
-    head_dim: int,
+    head_stride: int,
     cos: int,
     sin: int,
     half: int,

@@ -289,8 +289,7 @@ static void amx_values(const float *weights, const float *values, int64_t end, i
 }
 #endif
 
-/* scores[i, t] = the products of rows i of q with rows t of tokens, along the rows. VECTORS_AT_ONCE
- * tokens. */
+/* scores[i, t] = the product of row i of q with row t of VECTORS_AT_ONCE tokens, along the rows. */
 INLINE void score_row_block(int n_rows, const float *q, int64_t size, const float *const *rows,
                             float *scores) {
     vfloat sums[ROWS_AT_ONCE][VECTORS_AT_ONCE];

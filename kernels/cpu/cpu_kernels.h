@@ -175,7 +175,7 @@ typedef struct {
     int64_t x_stride;
     int64_t n_tokens;
     int64_t n_heads;
-    int64_t head_dim;
+    int64_t head_stride; /* from head to head */
     const float *cos; /* [n_tokens, 2 half] */
     const float *sin; /* the same; the caller has negated the first half */
     int64_t half;

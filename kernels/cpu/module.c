@@ -222,7 +222,7 @@ KERNEL(apply_rotary_emb, 9, 0) {
         .x_stride = ints[1],
         .n_tokens = ints[2],
         .n_heads = ints[3],
-        .head_dim = ints[4],
+        .head_stride = ints[4],
         .cos = ADDRESS(const float, 5),
         .sin = ADDRESS(const float, 6),
         .half = ints[7],
