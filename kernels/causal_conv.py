@@ -13,6 +13,7 @@ from collections.abc import Iterator
 import torch
 from torch.nn.functional import silu as torch_silu
 
+from llmkit.kernels.cpu import cpu_causal_conv
 from llmkit.kernels.recurrent_state import NO_ROW, RecurrentBatch, RecurrentState
 
 
@@ -30,6 +31,8 @@ def causal_conv(
     through SiLU. Reads and writes the rows of `state.conv` that `batch` names. Returns x's shape
     and dtype.
     """
+    if cpu_causal_conv.supports(x, weight, bias, state):
+        return cpu_causal_conv.causal_conv(x, weight, bias, state, batch, silu=silu, gated=False)
     return causal_conv_torch(x, weight, bias, state, batch, silu)
 
 
@@ -44,6 +47,8 @@ def gated_short_conv(
 
     bcx: [T, 3C]: b, c, then x. The state holds the products b * x. Returns [T, C].
     """
+    if cpu_causal_conv.supports(bcx, weight, bias, state):
+        return cpu_causal_conv.causal_conv(bcx, weight, bias, state, batch, silu=False, gated=True)
     return gated_short_conv_torch(bcx, weight, bias, state, batch)
 
 

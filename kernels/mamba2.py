@@ -12,6 +12,7 @@ import torch
 from torch.nn.functional import silu, softplus
 
 from llmkit.kernels.causal_conv import sequence_writes
+from llmkit.kernels.cpu import cpu_mamba2
 from llmkit.kernels.recurrent_state import NO_ROW, RecurrentBatch, RecurrentState
 
 CHUNK_TOKENS = 64  # of a prompt that are computed by matrix products
@@ -37,9 +38,10 @@ def mamba2_scan(
     Reads and writes the rows of `state.state`, [R, H, N, P], that `batch` names.
     Returns [T, H, P] in the dtype of xbc.
     """
-    return mamba2_scan_torch(
-        xbc, dt, A_log, D, dt_bias, n_groups, time_step_limit, state, batch, CHUNK_TOKENS
-    )
+    inputs = (xbc, dt, A_log, D, dt_bias)
+    if cpu_mamba2.supports(*inputs, state):
+        return cpu_mamba2.mamba2_scan(*inputs, n_groups, time_step_limit, state, batch)
+    return mamba2_scan_torch(*inputs, n_groups, time_step_limit, state, batch, CHUNK_TOKENS)
 
 
 def gated_group_rms_norm(
@@ -55,6 +57,10 @@ def gated_group_rms_norm(
     With norm_before_gate: norm(x) * weight * silu(gate). Without a weight: x * silu(gate).
     x, gate: [T, size]; weight: [size]. Computes in float32. Returns x's shape and dtype.
     """
+    if cpu_mamba2.supports_norm(x, gate, weight):
+        return cpu_mamba2.gated_group_rms_norm(
+            x, gate, weight, eps, num_groups, norm_before_gate=norm_before_gate
+        )
     gated = silu(gate.float())
     y = x.float()
     if weight is None:
@@ -100,16 +106,19 @@ def mamba2_scan_torch(
         current = x.new_zeros(heads, state_size, head_dim)
         if row != NO_ROW:
             current.copy_(state.state[row])
-        rows = dict(sequence_writes(batch, sequence))
+        writes = list(sequence_writes(batch, sequence))
         done = 0
-        for end in sorted({*range(chunk_tokens, length, chunk_tokens), length, *rows}):
+        chunk_ends = range(chunk_tokens, length, chunk_tokens)
+        ends = {*chunk_ends, length, *(write_end for write_end, _ in writes)} - {0}
+        for end in sorted(ends):
             piece = slice(start + done, start + end)
             scan = _scan_chunk if end - done >= MIN_CHUNK_TOKENS else _scan_tokens
             y, current = scan(current, log_decay[piece], B[piece], C[piece], dt_x[piece])
             outputs.append(y)
             done = end
-            if end in rows:
-                state.state[rows[end]] = current.detach()
+            for write_end, row in writes:
+                if write_end == end:
+                    state.state[row] = current.detach()
         start += length
     return (torch.cat(outputs) + D.float()[:, None] * x).to(xbc.dtype)
 

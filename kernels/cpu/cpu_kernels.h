@@ -22,6 +22,7 @@ enum {
     INT4_ZERO = 8,                  /* the code of 0 */
     MAX_HEAD_DIM = 576,             /* the largest head_dim of attention */
     MAX_EXPERTS = 1024,             /* of a layer */
+    MAX_CONV_WIDTH = 8,             /* of the convolutions of recurrent layers */
     PARALLEL_MIN_ELEMENTS = 1 << 14 /* operations on at most this many elements use one thread */
 };
 
@@ -243,6 +244,90 @@ typedef struct {
     int64_t size;
 } RowCopy;
 
+/* The rows of states that a step reads and writes, see RecurrentBatch in recurrent_state.py. */
+typedef struct {
+    int64_t n_sequences;
+    const int64_t *query_lens;   /* [n_sequences]: tokens of this step */
+    const int64_t *initial_rows; /* [n_sequences]; -1: a state of zeros */
+    const int64_t *write_starts; /* [n_sequences + 1]: the first write of each sequence */
+    const int64_t *write_ends;   /* a write comes after so many tokens of the sequence */
+    const int64_t *write_rows;   /* where to */
+} RecurrentRows;
+
+/* y = bias + the sum over k of weight[:, k] x[token - width + 1 + k], or SiLU of it. With `gated`,
+ * c conv(b x). */
+typedef struct {
+    const float *x; /* [n_tokens, n_channels], a token every x_stride elements; gated: b, c, x */
+    int64_t x_stride;
+    const float *weight; /* [n_channels, width] */
+    const float *bias;   /* [n_channels], or NULL */
+    float *state;        /* [rows, width - 1, n_channels]: the last inputs, the oldest first */
+    float *y;            /* [n_tokens, n_channels] */
+    int64_t n_tokens;
+    int64_t n_channels;
+    int64_t width; /* from 1 to MAX_CONV_WIDTH */
+    int silu;
+    int gated;
+    RecurrentRows rows;
+} CausalConv;
+
+/* Mamba 2's recurrence over the tokens of each sequence. */
+typedef struct {
+    const float *xbc; /* x [n_heads, head_dim], B and C [n_groups, state_size] of each token */
+    int64_t xbc_stride;
+    const float *dt; /* [n_heads] of each token */
+    int64_t dt_stride;
+    const float *A_log;   /* [n_heads] */
+    const float *D;       /* the same */
+    const float *dt_bias; /* the same */
+    float *state;         /* [rows, n_heads, state_size, head_dim] */
+    float *y;             /* [n_tokens, n_heads, head_dim] */
+    int64_t n_tokens;
+    int64_t n_heads;
+    int64_t head_dim;
+    int64_t state_size;
+    int64_t n_groups;
+    float min_dt; /* of the time steps, after softplus */
+    float max_dt;
+    RecurrentRows rows;
+    /* ---- the rest is derived in mamba2.h ---- */
+    float *steps;  /* [n_tokens, n_heads]: the time steps */
+    float *decays; /* the same */
+} Mamba2Scan;
+
+/* The gated delta rule over the tokens of each sequence. */
+typedef struct {
+    const float *qkv; /* queries and keys [n_k_heads, k_dim], then values [n_v_heads, v_dim] */
+    int64_t qkv_stride;
+    const float *ba; /* [n_v_heads]: b, then a */
+    int64_t ba_stride;
+    const float *A_log;   /* [n_v_heads] */
+    const float *dt_bias; /* [n_v_heads] */
+    float *out;           /* [n_tokens, n_v_heads, v_dim] */
+    float *state;         /* [n_v_heads, k_dim, v_dim], a row every row_stride elements */
+    int64_t row_stride;
+    int64_t n_k_heads;
+    int64_t n_v_heads;
+    int64_t k_dim;
+    int64_t v_dim;
+    RecurrentRows rows;
+} GatedDeltaRule;
+
+/* y = norm(x silu(gate)) weight, with an RMS norm of each group, or norm(x) weight silu(gate). */
+typedef struct {
+    const float *x;    /* [rows, size] */
+    const float *gate; /* a row every gate_stride elements */
+    int64_t gate_stride;
+    const float *weight; /* [size]; NULL: y = x silu(gate) */
+    float *y;            /* [rows, size] */
+    int64_t rows;
+    int64_t size;
+    int64_t n_groups;
+    int64_t weight_stride; /* from group to group; 0: all groups have the same weight */
+    int norm_before_gate;
+    float eps;
+} GatedGroupNorm;
+
 /* The experts of each token, and their weights. */
 typedef struct {
     const float *logits;          /* [n_tokens, n_experts] */
@@ -324,6 +409,10 @@ typedef struct {
     int (*copy_rows)(const RowCopy *);
     int (*select_experts)(const Router *);
     int (*experts)(const Experts *);
+    int (*causal_conv)(const CausalConv *);
+    int (*mamba2_scan)(const Mamba2Scan *);
+    int (*gated_delta_rule)(const GatedDeltaRule *);
+    int (*gated_group_rms_norm)(const GatedGroupNorm *);
     int (*argmax)(const Argmax *);
 } Kernels;
 

@@ -18,6 +18,10 @@
 #include "elementwise.h"
 #include "experts.h"
 
+#include "causal_conv.h"
+#include "gated_delta_net.h"
+#include "mamba2.h"
+
 const Kernels LEVEL_TABLE = {
     .name = LEVEL_NAME,
 #if defined(LEVEL_BF16)
@@ -39,5 +43,9 @@ const Kernels LEVEL_TABLE = {
     .copy_rows = copy_rows,
     .select_experts = select_experts,
     .experts = experts,
+    .causal_conv = causal_conv,
+    .mamba2_scan = mamba2_scan,
+    .gated_delta_rule = gated_delta_rule,
+    .gated_group_rms_norm = gated_group_rms_norm,
     .argmax = argmax,
 };

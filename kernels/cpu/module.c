@@ -16,7 +16,7 @@
 static const Kernels *kernels = NULL;
 
 /* Every kernel takes integers (some of them addresses), then floats. */
-enum { MAX_INTS = 19, MAX_FLOATS = 2 };
+enum { MAX_INTS = 20, MAX_FLOATS = 2 };
 
 /* Returns 1, 0 when out of memory, or COLLECTIVE_STOPPED. */
 typedef int (*KernelFunction)(const int64_t *ints, const double *floats);
@@ -348,6 +348,93 @@ KERNEL(experts, 12, 2) {
     });
 }
 
+/* Six integers: a RecurrentBatch's host_addresses. */
+#define RECURRENT_ROWS(I)                                                                          \
+    ((RecurrentRows){                                                                              \
+        .n_sequences = ints[I],                                                                    \
+        .query_lens = ADDRESS(const int64_t, I + 1),                                               \
+        .initial_rows = ADDRESS(const int64_t, I + 2),                                             \
+        .write_starts = ADDRESS(const int64_t, I + 3),                                             \
+        .write_ends = ADDRESS(const int64_t, I + 4),                                               \
+        .write_rows = ADDRESS(const int64_t, I + 5),                                               \
+    })
+
+KERNEL(causal_conv, 17, 0) {
+    (void)floats;
+    return kernels->causal_conv(&(CausalConv){
+        .x = ADDRESS(const float, 0),
+        .x_stride = ints[1],
+        .weight = ADDRESS(const float, 2),
+        .bias = ADDRESS(const float, 3),
+        .state = ADDRESS(float, 4),
+        .y = ADDRESS(float, 5),
+        .n_tokens = ints[6],
+        .n_channels = ints[7],
+        .width = ints[8],
+        .silu = (int)ints[9],
+        .gated = (int)ints[10],
+        .rows = RECURRENT_ROWS(11),
+    });
+}
+
+KERNEL(mamba2_scan, 20, 2) {
+    return kernels->mamba2_scan(&(Mamba2Scan){
+        .xbc = ADDRESS(const float, 0),
+        .xbc_stride = ints[1],
+        .dt = ADDRESS(const float, 2),
+        .dt_stride = ints[3],
+        .A_log = ADDRESS(const float, 4),
+        .D = ADDRESS(const float, 5),
+        .dt_bias = ADDRESS(const float, 6),
+        .state = ADDRESS(float, 7),
+        .y = ADDRESS(float, 8),
+        .n_tokens = ints[9],
+        .n_heads = ints[10],
+        .head_dim = ints[11],
+        .state_size = ints[12],
+        .n_groups = ints[13],
+        .rows = RECURRENT_ROWS(14),
+        .min_dt = (float)floats[0],
+        .max_dt = (float)floats[1],
+    });
+}
+
+KERNEL(gated_delta_rule, 19, 0) {
+    (void)floats;
+    return kernels->gated_delta_rule(&(GatedDeltaRule){
+        .qkv = ADDRESS(const float, 0),
+        .qkv_stride = ints[1],
+        .ba = ADDRESS(const float, 2),
+        .ba_stride = ints[3],
+        .A_log = ADDRESS(const float, 4),
+        .dt_bias = ADDRESS(const float, 5),
+        .out = ADDRESS(float, 6),
+        .state = ADDRESS(float, 7),
+        .row_stride = ints[8],
+        .n_k_heads = ints[9],
+        .n_v_heads = ints[10],
+        .k_dim = ints[11],
+        .v_dim = ints[12],
+        .rows = RECURRENT_ROWS(13),
+    });
+}
+
+KERNEL(gated_group_rms_norm, 10, 1) {
+    return kernels->gated_group_rms_norm(&(GatedGroupNorm){
+        .x = ADDRESS(const float, 0),
+        .gate = ADDRESS(const float, 1),
+        .gate_stride = ints[2],
+        .weight = ADDRESS(const float, 3),
+        .y = ADDRESS(float, 4),
+        .rows = ints[5],
+        .size = ints[6],
+        .n_groups = ints[7],
+        .weight_stride = ints[8],
+        .norm_before_gate = (int)ints[9],
+        .eps = (float)floats[0],
+    });
+}
+
 KERNEL(all_reduce, 5, 0) {
     (void)floats;
     return all_reduce_shared(&(SharedGroup){ADDRESS(char, 0), ints[1], ints[2]}, ADDRESS(float, 3),
@@ -390,6 +477,10 @@ KERNEL(argmax, 6, 0) {
     DO(copy_rows)                                                                                  \
     DO(select_experts)                                                                             \
     DO(experts)                                                                                    \
+    DO(causal_conv)                                                                                \
+    DO(mamba2_scan)                                                                                \
+    DO(gated_delta_rule)                                                                           \
+    DO(gated_group_rms_norm)                                                                       \
     DO(argmax)                                                                                     \
     DO(all_reduce)                                                                                 \
     DO(all_gather)

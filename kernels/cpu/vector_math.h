@@ -80,4 +80,22 @@ INLINE vfloat sigmoid_ps(vfloat x) {
     return v_div(v_select(v_is_negative(x), e, one), v_add(one, e));
 }
 
+/* log(1 + e^x) = max(x, 0) + log(1 + e) with e = e^(-|x|), to 3 units in the last place.
+ * log(1 + e) = 2 artanh(s) with s = e / (2 + e), at most 1/3: the first terms of its series. */
+INLINE vfloat softplus_ps(vfloat x) {
+    vfloat e = exp_nonpositive(v_sub(v_zero(), v_abs(x)));
+    vfloat s = v_div(e, v_add(v_set(2.0f), e));
+    vfloat square = v_mul(s, s);
+    vfloat sum = v_set(1.0f / 15);
+    sum = v_fma(sum, square, v_set(1.0f / 13));
+    sum = v_fma(sum, square, v_set(1.0f / 11));
+    sum = v_fma(sum, square, v_set(1.0f / 9));
+    sum = v_fma(sum, square, v_set(1.0f / 7));
+    sum = v_fma(sum, square, v_set(1.0f / 5));
+    sum = v_fma(sum, square, v_set(1.0f / 3));
+    sum = v_fma(sum, square, v_set(1.0f));
+    vfloat logarithm = v_mul(v_add(s, s), sum);
+    return v_add(v_max(v_zero(), x), logarithm); /* in this order, NaN stays NaN */
+}
+
 #endif
