@@ -9,6 +9,10 @@
  * level has bfloat16 products, a bfloat16 cache is multiplied as it is, and queries and
  * probabilities are rounded to bfloat16.
  *
+ * A latent cache (multi-head latent attention) has one head, which all query heads read: groups of
+ * query heads have the place of key-value heads. A token's row holds its key, and the first part of
+ * it is its value. Rows lie as those of values, so scores are products along them.
+ *
  * The tokens of a sequence are divided into segments. Each row of a tile gets the softmax's sums of
  * each segment, and these are merged in the order of the segments. So the segments may run on
  * different threads (one long sequence uses all of them) or one after the other: the result is the
@@ -46,6 +50,11 @@ INLINE int products_of(int kv_type) {
     return PRODUCTS_F32;
 }
 #endif
+
+/* A latent cache is multiplied as float32. */
+INLINE int attention_products(const PagedAttention *a) {
+    return a->is_latent ? PRODUCTS_F32 : products_of(a->kv_type);
+}
 
 /* The words of a row of probabilities. */
 INLINE int64_t words_of_chunk(int products) {
@@ -305,6 +314,52 @@ static void amx_values(const float *weights, const float *values, int64_t end, i
 }
 #endif
 
+/* scores[i, t] = the product of row i of q with row t of VECTORS_AT_ONCE tokens, along the rows. */
+INLINE void score_row_block(int n_rows, const float *q, int64_t size, const float *const *rows,
+                            float *scores) {
+    vfloat sums[ROWS_AT_ONCE][VECTORS_AT_ONCE];
+#pragma GCC unroll 3
+    for (int i = 0; i < n_rows; i++)
+#pragma GCC unroll 4
+        for (int t = 0; t < VECTORS_AT_ONCE; t++)
+            sums[i][t] = v_zero();
+    for (int64_t d = 0; d < size; d += VECTOR_WIDTH) {
+        vfloat keys[VECTORS_AT_ONCE];
+#pragma GCC unroll 4
+        for (int t = 0; t < VECTORS_AT_ONCE; t++)
+            keys[t] = load_of_row(rows[t], d, size);
+#pragma GCC unroll 3
+        for (int i = 0; i < n_rows; i++) {
+            vfloat factor = load_of_row(q + i * size, d, size);
+#pragma GCC unroll 4
+            for (int t = 0; t < VECTORS_AT_ONCE; t++)
+                sums[i][t] = v_fma(factor, keys[t], sums[i][t]);
+        }
+    }
+#pragma GCC unroll 3
+    for (int i = 0; i < n_rows; i++)
+#pragma GCC unroll 4
+        for (int t = 0; t < VECTORS_AT_ONCE; t++)
+            scores[i * KV_CHUNK + t] = v_sum(sums[i][t]);
+}
+
+/* The scores of all rows for the tokens [begin, end) of a chunk, whose keys are rows. */
+INLINE void score_latents(int64_t n_rows, const float *q, int64_t size, const float *const *rows,
+                          int64_t begin, int64_t end, float *scores) {
+    for (int64_t t = begin / VECTORS_AT_ONCE * VECTORS_AT_ONCE; t < end; t += VECTORS_AT_ONCE) {
+        const float *tokens[VECTORS_AT_ONCE]; /* others are masked later */
+        for (int64_t j = 0; j < VECTORS_AT_ONCE; j++)
+            tokens[j] = rows[t + j < begin ? begin : t + j < end ? t + j : end - 1];
+        int64_t i = 0;
+        for (; i + 3 <= n_rows; i += 3)
+            score_row_block(3, q + i * size, size, tokens, scores + i * KV_CHUNK + t);
+        if (n_rows - i == 2)
+            score_row_block(2, q + i * size, size, tokens, scores + i * KV_CHUNK + t);
+        if (n_rows - i == 1)
+            score_row_block(1, q + i * size, size, tokens, scores + i * KV_CHUNK + t);
+    }
+}
+
 /* ---- chunks of the cache ---- */
 
 /* The tokens [begin, end) of a chunk in the cache. */
@@ -489,7 +544,7 @@ INLINE void softmax_rows(int is_masked, int products, const SoftmaxChunk *chunk,
     Scratch *s = chunk->scratch;
     const int64_t group = a->n_heads / a->n_kv_heads;
     for (; row < end_row; row++) {
-        float *sums = chunk->sums + row * (SUMS_VALUES + a->head_dim);
+        float *sums = chunk->sums + row * (SUMS_VALUES + a->value_dim);
         float *scores = s->scores + row * KV_CHUNK;
         float *exp_sums = s->exp_sums + row * VECTOR_WIDTH;
         vfloat x[SCORE_VECTORS];
@@ -511,9 +566,9 @@ INLINE void softmax_rows(int is_masked, int products, const SoftmaxChunk *chunk,
             vfloat rescale = exp_nonpositive(v_set(sums[SUMS_MAX] - largest));
             sums[SUMS_MAX] = largest;
             exp_sum = v_mul(exp_sum, rescale);
-            for (int64_t d = 0; d < a->head_dim; d += VECTOR_WIDTH) {
-                vfloat values = load_of_row(sums + SUMS_VALUES, d, a->head_dim);
-                store_of_row(sums + SUMS_VALUES, d, a->head_dim, v_mul(values, rescale));
+            for (int64_t d = 0; d < a->value_dim; d += VECTOR_WIDTH) {
+                vfloat values = load_of_row(sums + SUMS_VALUES, d, a->value_dim);
+                store_of_row(sums + SUMS_VALUES, d, a->value_dim, v_mul(values, rescale));
             }
         }
         const vfloat reference = v_set(sums[SUMS_MAX]);
@@ -555,12 +610,21 @@ INLINE void attend_chunk_as(const PagedAttention *a, Scratch *s, const QueryTile
     const int64_t value_head = a->n_kv_heads + kv_head;
     const float *panels[CHUNK_PANELS] = {NULL};
     const float *rows[KV_CHUNK];
-    load_keys(a, kv_head, chunk, s->keys, panels, kv_type);
-    prefetch_chunk(a, kv_head, next, kv_type);
     const int64_t last_query = tile->position + tile->n_queries - 1;
     const int is_masked = first_token + KV_CHUNK > tile->position + 1 ||
                           (a->window && first_token <= last_query - a->window);
     const SoftmaxChunk softmax = {a, s, tile->position, first_token, is_masked, sums};
+    if (a->is_latent) {
+        load_values(a, kv_head, chunk, s->values, rows, kv_type);
+        prefetch_chunk(a, kv_head, next, kv_type);
+        score_latents(n_rows, s->q, head_dim, rows, chunk->begin, chunk->end, s->scores);
+        online_softmax(PRODUCTS_F32, &softmax, 0, n_rows);
+        add_values(PRODUCTS_F32, n_rows, s->scores, rows, chunk->begin, chunk->end, a->value_dim,
+                   sums);
+        return;
+    }
+    load_keys(a, kv_head, chunk, s->keys, panels, kv_type);
+    prefetch_chunk(a, kv_head, next, kv_type);
 #if defined(LEVEL_AMX)
     if (uses_amx(products, head_dim)) {
         /* The tiles multiply the next rows while vectors compute the exponentials. */
@@ -615,11 +679,11 @@ static void attend_chunk(const PagedAttention *a, Scratch *s, const QueryTile *t
 /* The sums of a tile over the tokens of a segment. */
 static void attend_segment(const PagedAttention *a, Scratch *s, const QueryTile *tile,
                            int64_t kv_head, int64_t segment, float *sums) {
-    int64_t head_dim = a->head_dim;
+    int64_t value_dim = a->value_dim;
     int64_t n_rows = tile->n_queries * (a->n_heads / a->n_kv_heads);
     for (int64_t row = 0; row < n_rows; row++) {
-        float *of_row = sums + row * (SUMS_VALUES + head_dim);
-        memset(of_row, 0, (SUMS_VALUES + head_dim) * sizeof(float));
+        float *of_row = sums + row * (SUMS_VALUES + value_dim);
+        memset(of_row, 0, (SUMS_VALUES + value_dim) * sizeof(float));
         of_row[SUMS_MAX] = NO_SCORE;
         v_store(s->exp_sums + row * VECTOR_WIDTH, v_zero());
     }
@@ -631,7 +695,7 @@ static void attend_segment(const PagedAttention *a, Scratch *s, const QueryTile 
     if (oldest > first)
         first = oldest / KV_CHUNK * KV_CHUNK;
 #if defined(LEVEL_AMX)
-    if (uses_amx(products_of(a->kv_type), head_dim))
+    if (uses_amx(attention_products(a), a->head_dim))
         configure_attention_tiles(n_rows);
 #endif
     Chunk chunks[2];
@@ -645,19 +709,19 @@ static void attend_segment(const PagedAttention *a, Scratch *s, const QueryTile 
         attend_chunk(a, s, tile, kv_head, token, &chunks[i], next, sums);
     }
     for (int64_t row = 0; row < n_rows; row++)
-        sums[row * (SUMS_VALUES + head_dim) + SUMS_EXP] =
+        sums[row * (SUMS_VALUES + value_dim) + SUMS_EXP] =
             v_sum(v_load(s->exp_sums + row * VECTOR_WIDTH));
 #if defined(LEVEL_AMX)
-    if (uses_amx(products_of(a->kv_type), head_dim))
+    if (uses_amx(attention_products(a), a->head_dim))
         _tile_release();
 #endif
 }
 
 /* total += the sums of a segment. A segment without any score changes nothing. */
-static void merge_sums(int64_t n_rows, int64_t head_dim, const float *segment, float *total) {
+static void merge_sums(int64_t n_rows, int64_t value_dim, const float *segment, float *total) {
     for (int64_t row = 0; row < n_rows; row++) {
-        const float *part = segment + row * (SUMS_VALUES + head_dim);
-        float *sums = total + row * (SUMS_VALUES + head_dim);
+        const float *part = segment + row * (SUMS_VALUES + value_dim);
+        float *sums = total + row * (SUMS_VALUES + value_dim);
         if (part[SUMS_EXP] == 0)
             continue;
         float largest = part[SUMS_MAX] > sums[SUMS_MAX] ? part[SUMS_MAX] : sums[SUMS_MAX];
@@ -668,11 +732,11 @@ static void merge_sums(int64_t n_rows, int64_t head_dim, const float *segment, f
         v_store(exp_sum, v_fma(v_set(part[SUMS_EXP]), new_weight, old_sum));
         sums[SUMS_MAX] = largest;
         sums[SUMS_EXP] = exp_sum[0];
-        for (int64_t d = 0; d < head_dim; d += VECTOR_WIDTH) {
-            vfloat old = load_of_row(sums + SUMS_VALUES, d, head_dim);
-            vfloat new = load_of_row(part + SUMS_VALUES, d, head_dim);
+        for (int64_t d = 0; d < value_dim; d += VECTOR_WIDTH) {
+            vfloat old = load_of_row(sums + SUMS_VALUES, d, value_dim);
+            vfloat new = load_of_row(part + SUMS_VALUES, d, value_dim);
             vfloat sum = v_fma(new, new_weight, v_mul(old, old_weight));
-            store_of_row(sums + SUMS_VALUES, d, head_dim, sum);
+            store_of_row(sums + SUMS_VALUES, d, value_dim, sum);
         }
     }
 }
@@ -688,7 +752,7 @@ static void load_queries(const PagedAttention *a, Scratch *s, const QueryTile *t
         for (int64_t d = 0; d < head_dim; d += VECTOR_WIDTH) {
             vfloat scaled = v_mul(load_of_row(q, d, head_dim), v_set(a->scale));
 #if defined(LEVEL_BF16)
-            if (products_of(a->kv_type) == PRODUCTS_BF16) {
+            if (attention_products(a) == PRODUCTS_BF16) {
                 uint16_t *to = (uint16_t *)s->q + row * head_dim + d;
                 uint16_t edge[VECTOR_WIDTH];
                 v_store_bf16(head_dim - d < VECTOR_WIDTH ? edge : to, scaled);
@@ -708,8 +772,8 @@ static void start_total(const PagedAttention *a, Scratch *s, const QueryTile *ti
     int64_t group = a->n_heads / a->n_kv_heads;
     for (int64_t row = 0; row < tile->n_queries * group; row++) {
         int64_t head = kv_head * group + row % group;
-        float *sums = s->total + row * (SUMS_VALUES + a->head_dim);
-        memset(sums, 0, (SUMS_VALUES + a->head_dim) * sizeof(float));
+        float *sums = s->total + row * (SUMS_VALUES + a->value_dim);
+        memset(sums, 0, (SUMS_VALUES + a->value_dim) * sizeof(float));
         sums[SUMS_MAX] = a->sinks && a->sinks[head] > NO_SCORE ? a->sinks[head] : NO_SCORE;
         sums[SUMS_EXP] = a->sinks ? 1 : 0;
     }
@@ -721,12 +785,12 @@ static void write_outputs(const PagedAttention *a, const Scratch *s, const Query
     for (int64_t row = 0; row < tile->n_queries * group; row++) {
         int64_t token = tile->first_token + tile->first_query + row / group;
         int64_t head = kv_head * group + row % group;
-        const float *sums = s->total + row * (SUMS_VALUES + a->head_dim);
-        float *out = a->out + (token * a->n_heads + head) * a->head_dim;
+        const float *sums = s->total + row * (SUMS_VALUES + a->value_dim);
+        float *out = a->out + (token * a->n_heads + head) * a->value_dim;
         const vfloat exp_sum = v_set(sums[SUMS_EXP]);
-        for (int64_t d = 0; d < a->head_dim; d += VECTOR_WIDTH) {
-            vfloat values = load_of_row(sums + SUMS_VALUES, d, a->head_dim);
-            store_of_row(out, d, a->head_dim, v_div(values, exp_sum));
+        for (int64_t d = 0; d < a->value_dim; d += VECTOR_WIDTH) {
+            vfloat values = load_of_row(sums + SUMS_VALUES, d, a->value_dim);
+            store_of_row(out, d, a->value_dim, v_div(values, exp_sum));
         }
     }
 }
@@ -748,7 +812,7 @@ static void attend_tile(const PagedAttention *a, Scratch *s, const QueryTile *ti
     start_total(a, s, tile, kv_head);
     for (int64_t i = 0; i < tile->n_segments; i++) {
         attend_segment(a, s, tile, kv_head, tile->first_segment + i, s->segment);
-        merge_sums(n_rows, a->head_dim, s->segment, s->total);
+        merge_sums(n_rows, a->value_dim, s->segment, s->total);
     }
     write_outputs(a, s, tile, kv_head);
 }
@@ -762,7 +826,7 @@ static int64_t part_rows(int64_t rows) {
 static void attend_part(const PagedAttention *a, Scratch *s, const QueryTile *tile,
                         int64_t kv_head, int64_t segment) {
     int64_t n_rows = tile->n_queries * (a->n_heads / a->n_kv_heads);
-    int64_t part_size = part_rows(n_rows) * (SUMS_VALUES + a->head_dim);
+    int64_t part_size = part_rows(n_rows) * (SUMS_VALUES + a->value_dim);
     float *parts = tile->parts + kv_head * tile->n_segments * part_size;
     load_queries(a, s, tile, kv_head);
     attend_segment(a, s, tile, kv_head, tile->first_segment + segment,
@@ -771,7 +835,7 @@ static void attend_part(const PagedAttention *a, Scratch *s, const QueryTile *ti
         return;
     start_total(a, s, tile, kv_head);
     for (int64_t i = 0; i < tile->n_segments; i++)
-        merge_sums(n_rows, a->head_dim, parts + i * part_size, s->total);
+        merge_sums(n_rows, a->value_dim, parts + i * part_size, s->total);
     write_outputs(a, s, tile, kv_head);
 }
 
@@ -844,7 +908,7 @@ static int64_t divide_tiles(const PagedAttention *a, QueryTile *tiles, int64_t n
         n_pieces += a->n_kv_heads * (tile->is_divided ? tile->n_segments : 1);
         if (tile->is_divided) {
             int64_t rows = a->n_kv_heads * tile->n_segments * part_rows(tile->n_queries * group);
-            bytes += rows * (SUMS_VALUES + a->head_dim) * sizeof(float);
+            bytes += rows * (SUMS_VALUES + a->value_dim) * sizeof(float);
             bytes += a->n_kv_heads * sizeof(atomic_int);
         }
     }
@@ -859,7 +923,7 @@ static int64_t divide_tiles(const PagedAttention *a, QueryTile *tiles, int64_t n
             continue;
         int64_t rows = a->n_kv_heads * tile->n_segments * part_rows(tile->n_queries * group);
         tile->parts = (float *)memory;
-        memory += rows * (SUMS_VALUES + a->head_dim) * sizeof(float);
+        memory += rows * (SUMS_VALUES + a->value_dim) * sizeof(float);
         tile->left = (atomic_int *)memory;
         memory += a->n_kv_heads * sizeof(atomic_int);
         for (int64_t head = 0; head < a->n_kv_heads; head++)

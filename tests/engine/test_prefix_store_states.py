@@ -96,21 +96,25 @@ def copied(folder: Path, tmp_path: Path) -> Path:
     return copy
 
 
-@pytest.mark.parametrize("family", ["qwen3.5", "mamba2", "lfm2"])
+@pytest.mark.parametrize(
+    ("family", "speculate"),
+    [("qwen3.5", 0), ("qwen3.5", "suffix:3"), ("mamba2", 0), ("lfm2", 0)],
+)
 def test_second_turn_continues_from_states_on_disk_after_a_restart(
-    family: str, tmp_path: Path
+    family: str, speculate: int | str, tmp_path: Path
 ) -> None:
+    options = replace(OPTIONS, speculate=speculate)
     model = tmp_path / "model"
     family_oracle(family, model, max_position_embeddings=2048)
     first = TOKENS[: 2 * PAGE_TOKENS + 30]
-    engine = engine_with_store(model, tmp_path / "kept")
+    engine = engine_with_store(model, tmp_path / "kept", options)
     answer, _ = run(engine, first)
     second = first + answer + TOKENS[1000:1300]
     expected = without_cache(model, second)
     assert run(engine, second) == (expected, (len(first) + len(answer) - 1) // 16 * 16)
     close(engine)
 
-    restarted = engine_with_store(model, tmp_path / "kept")
+    restarted = engine_with_store(model, tmp_path / "kept", options)
     assert run(restarted, second) == (expected, 2 * PAGE_TOKENS)
     stats = restarted.stats()
     assert (stats.store_hits_total, stats.store_damaged_total) == (2 * PAGE_TOKENS, 0)
