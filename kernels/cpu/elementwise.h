@@ -187,21 +187,93 @@ INLINE void store_head(const float *x, int64_t slot, int64_t head_dim, int is_ke
     }
 }
 
+/* A row of elements of a token, with room for whole vectors. */
+typedef float TokenElements[MAX_HEAD_DIM + VECTOR_WIDTH];
+
+/* Write a panel of keys: the words of PANEL_WIDTH tokens, transposed. */
+INLINE void store_key_panel(const TokenElements *tokens, int64_t n_words, float *to) {
+    int64_t word = 0;
+    for (; word + VECTOR_WIDTH <= n_words; word += VECTOR_WIDTH)
+        for (int64_t t = 0; t < PANEL_WIDTH; t += VECTOR_WIDTH) {
+            vfloat square[VECTOR_WIDTH];
+#pragma GCC unroll 16
+            for (int i = 0; i < VECTOR_WIDTH; i++)
+                square[i] = v_load(tokens[t + i] + word);
+            v_transpose(square);
+#pragma GCC unroll 16
+            for (int i = 0; i < VECTOR_WIDTH; i++)
+                v_store(to + (word + i) * PANEL_WIDTH + t, square[i]);
+        }
+    for (; word < n_words; word++)
+        for (int64_t t = 0; t < PANEL_WIDTH; t++)
+            memcpy(to + word * PANEL_WIDTH + t, tokens[t] + word, sizeof *to);
+}
+
+/* Write the values of PANEL_WIDTH tokens: of each word's tokens, one dimension after the other. */
+INLINE void store_value_panel(const TokenElements *tokens, int64_t head_dim, char *to,
+                              int kv_type) {
+    const int values = kv_word_values(kv_type);
+    for (int64_t t = 0; t < PANEL_WIDTH; t += values, to += head_dim * 4)
+        if (kv_type == KV_F32)
+            memcpy(to, tokens[t], head_dim * 4);
+        else
+            for (int64_t d = 0; d < head_dim; d++)
+#pragma GCC unroll 4
+                for (int k = 0; k < values; k++)
+                    if (kv_element_size(kv_type) == 2)
+                        ((uint16_t *)to)[d * values + k] = ((const uint16_t *)tokens[t + k])[d];
+                    else
+                        ((uint8_t *)to)[d * values + k] = ((const uint8_t *)tokens[t + k])[d];
+}
+
+/* The scale of a token of a head; a new one is written to the cache. */
+INLINE float store_scale(const StoreKv *o, const float *x, int64_t head, int64_t slot,
+                         int kv_type) {
+    if (!kv_is_quantized(kv_type))
+        return 1;
+    if (o->static_scales)
+        return o->scales[head];
+    float scale = token_scale(x, o->head_dim, kv_type == KV_INT8 ? 127.0f : 448.0f);
+    o->scales[head * (o->head_stride / o->head_dim) + slot] = scale;
+    return scale;
+}
+
+/* Whether PANEL_WIDTH tokens take the slots of a panel. */
+static int is_panel(const int64_t *slots, int64_t n_tokens) {
+    if (n_tokens < PANEL_WIDTH || slots[0] % PANEL_WIDTH != 0)
+        return 0;
+    for (int64_t t = 1; t < PANEL_WIDTH; t++)
+        if (slots[t] != slots[0] + t)
+            return 0;
+    return 1;
+}
+
 INLINE void store_tokens_as(const StoreKv *o, int64_t begin, int64_t end, int kv_type) {
     for (int64_t head = 0; head < o->n_heads; head++) {
         char *cache = o->cache + head * o->head_stride * kv_element_size(kv_type);
-        int64_t n_slots = o->head_stride / o->head_dim;
-        for (int64_t token = begin; token < end; token++) {
+        const int is_key = head < o->n_heads / 2;
+        for (int64_t token = begin; token < end;) {
             const float *x = o->kv + token * o->kv_stride + head * o->head_dim;
             int64_t slot = o->slot_mapping[token];
-            float scale = 1;
-            if (kv_is_quantized(kv_type) && o->static_scales) {
-                scale = o->scales[head];
-            } else if (kv_is_quantized(kv_type)) {
-                scale = token_scale(x, o->head_dim, kv_type == KV_INT8 ? 127.0f : 448.0f);
-                o->scales[head * n_slots + slot] = scale;
+            if (!is_panel(o->slot_mapping + token, end - token)) {
+                float scale = store_scale(o, x, head, slot, kv_type);
+                store_head(x, slot, o->head_dim, is_key, scale, cache, kv_type);
+                token++;
+                continue;
             }
-            store_head(x, slot, o->head_dim, head < o->n_heads / 2, scale, cache, kv_type);
+            TokenElements tokens[PANEL_WIDTH];
+            for (int64_t t = 0; t < PANEL_WIDTH; t++, x += o->kv_stride) {
+                float scale = store_scale(o, x, head, slot + t, kv_type);
+                for (int64_t d = 0; d < o->head_dim; d += VECTOR_WIDTH)
+                    store_elements((char *)tokens[t] + d * kv_element_size(kv_type),
+                                   load_of_row(x, d, o->head_dim), kv_type, scale);
+            }
+            char *to = cache + slot * o->head_dim * kv_element_size(kv_type);
+            if (is_key)
+                store_key_panel(tokens, o->head_dim / kv_word_values(kv_type), (float *)to);
+            else
+                store_value_panel(tokens, o->head_dim, to, kv_type);
+            token += PANEL_WIDTH;
         }
     }
 }
