@@ -48,6 +48,7 @@ def mtp_model_spec(spec: ModelSpec, tensors: Mapping[str, tuple[int, ...]]) -> M
         moe=moe,
         carried=(),
         per_layer_input_size=0,
+        recurrent=None,
         mtp=None,
         draft_head=head,
     )
@@ -117,7 +118,10 @@ def eagle3_model_spec(checkpoint: Checkpoint, target: ModelSpec) -> ModelSpec:
             f"{checkpoint.reference} has no tensor d2t",
             f"The model's token of each of its {head.draft_vocab_size} tokens was expected",
         )
-    return replace(spec, architecture=target.architecture, draft_head=head)
+    # The output projection is a row of the table of its own, which the embedding is not tied to.
+    return replace(
+        spec, architecture=target.architecture, draft_head=head, tie_word_embeddings=False
+    )
 
 
 def check_draft_head(checkpoint: Checkpoint, spec: ModelSpec) -> None:

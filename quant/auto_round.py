@@ -17,6 +17,7 @@ import torch
 from llmkit.checkpoint.quantized_weight import QuantizedWeight
 from llmkit.kernels.cpu.packed_cache import unpack_blocks
 from llmkit.kernels.kv_cache import KVCache
+from llmkit.kernels.recurrent_state import RecurrentState
 from llmkit.model.decoder import DecoderLayer
 from llmkit.quant.algorithm import AutoRound
 from llmkit.quant.layer_stream import LayerInputs, LayerStream, MicroBatch
@@ -122,18 +123,19 @@ class TuningWindows:
     def layer_inputs(self, index: int, chosen: Sequence[int]) -> LayerInputs:
         """What a layer reads of the chosen windows besides the hidden states.
 
-        The cache is a new one in each call, because gradients pass through it. It is not packed,
+        A KV cache is a new one in each call, because gradients pass through it. It is not packed,
         because torch computes with it.
         """
         context = self.context
         cache = context.caches[index]
+        per_layer_input = self._per_layer_input(index, chosen)
+        if isinstance(cache, RecurrentState):
+            return LayerInputs(context.cos_sin, context.batch, cache, per_layer_input)
         kv = torch.zeros_like(cache.kv)
         blocks_per_window = kv.shape[1] // self.count
-        per_layer_inputs = []
         for position, window in enumerate(chosen):
             batch, start = self.positions[window]
-            micro_batch = self.inputs[batch]
-            kept = micro_batch.kept_kv(index)
+            kept = self.inputs[batch].kept_kv(index)
             if kept is not None:
                 kept = unpack_blocks(kept) if cache.is_packed else kept
                 first = position * blocks_per_window
@@ -141,11 +143,17 @@ class TuningWindows:
                 kv[:, first : first + blocks_per_window] = kept[
                     :, kept_first : kept_first + blocks_per_window
                 ]
-            per_layer_input = micro_batch.per_layer_input(index)
+        return LayerInputs(context.cos_sin, context.batch, KVCache(kv), per_layer_input)
+
+    def _per_layer_input(self, index: int, chosen: Sequence[int]) -> torch.Tensor | None:
+        """What a layer reads of each token of the chosen windows, [count * L, P]."""
+        parts = []
+        for window in chosen:
+            batch, start = self.positions[window]
+            per_layer_input = self.inputs[batch].per_layer_input(index)
             if per_layer_input is not None:
-                per_layer_inputs.append(per_layer_input[start : start + self.length])
-        joined = torch.cat(per_layer_inputs).to(context.device) if per_layer_inputs else None
-        return LayerInputs(context.cos_sin, context.batch, KVCache(kv), joined)
+                parts.append(per_layer_input[start : start + self.length])
+        return torch.cat(parts).to(self.context.device) if parts else None
 
 
 def tune_rounding(

@@ -86,7 +86,7 @@ def num_unclipped_rows(target: QuantTarget) -> int:
     They are those of q and k: the products of queries and keys amplify clipping errors.
     """
     parts = target.parameter.sources
-    if target.name == "attn.qkv" and len(parts) == 3:
+    if target.name == "attn.qkv" and len(parts) >= 3:  # Qwen3-Next has the gate's rows, too
         return sum(part.shape[0] for part in parts[:2])
     return 0
 

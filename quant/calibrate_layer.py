@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from llmkit.kernels.kv_cache import KVCache
 from llmkit.model.decoder import MIXER_INPUTS, MIXER_OUTPUTS, DecoderLayer
 from llmkit.quant.input_stats import InputStats, StatKind
 from llmkit.quant.layer_stream import LayerInputs, MicroBatch
@@ -119,6 +120,7 @@ def max_abs_kv(
     for micro_batch in batches:
         inputs = micro_batch.layer_inputs(layer.index)
         attention.run(micro_batch.hidden.to(micro_batch.context.device), inputs)
+        assert isinstance(inputs.cache, KVCache), "only attention has keys and values"
         keys, values = inputs.cache.kv.chunk(2)
         max_key.clamp_(min=keys.abs().max().item())
         max_value.clamp_(min=values.abs().max().item())

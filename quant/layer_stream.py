@@ -26,7 +26,7 @@ from llmkit.kernels.attention_metadata import AttentionBatch
 from llmkit.kernels.kv_cache import KVCache
 from llmkit.model.decoder import SINGLE_RANK, TABLES, Decoder, DecoderLayer
 from llmkit.model.full_forward import make_batch
-from llmkit.model.language_model import scratch_layer_caches
+from llmkit.model.language_model import LayerCache, scratch_layer_caches
 from llmkit.model.linear import ActivationQuant
 from llmkit.model.parameter import Parameter
 from llmkit.model.parameter_table import parameters
@@ -46,17 +46,17 @@ EMBEDDED_TOKENS = 1024
 
 @dataclass(frozen=True)
 class BatchContext:
-    """What micro-batches of one size share: positions, attention inputs, scratch KV caches."""
+    """What micro-batches of one size share: positions, attention inputs, scratch caches."""
 
     spec: ModelSpec
     cos_sin: Mapping[str, CosSin]
     batch: AttentionBatch
-    caches: Sequence[KVCache]  # one for each layer
+    caches: Sequence[LayerCache]  # one for each layer
 
     @property
     def device(self) -> torch.device:
         """The device of the layers."""
-        return self.caches[0].kv.device
+        return self.batch.device
 
     def kv_source(self, index: int) -> int:
         """The layer whose keys and values a layer reads."""
@@ -68,7 +68,7 @@ class LayerInputs(NamedTuple):
 
     cos_sin: Mapping[str, CosSin]
     batch: AttentionBatch
-    cache: KVCache
+    cache: LayerCache
     per_layer_input: torch.Tensor | None  # [T, P]
 
 
@@ -145,7 +145,7 @@ class MicroBatch:
         context = self.context
         cache = context.caches[index]
         kv = self.kept_kv(index)
-        if kv is not None:
+        if kv is not None and isinstance(cache, KVCache):
             cache.kv.copy_(kv)
         per_layer_input = self.per_layer_input(index)
         if per_layer_input is not None:
@@ -170,7 +170,7 @@ class MicroBatch:
         """
         inputs = self.layer_inputs(index)
         self.hidden = run(self.hidden.to(self.context.device), inputs).cpu()
-        if index in self.context.spec.kv_source_layers:
+        if isinstance(inputs.cache, KVCache) and index in self.context.spec.kv_source_layers:
             file = self._file
             if file is not None:
                 file = file.with_name(f"{file.name}.kv-{index}")

@@ -62,8 +62,9 @@ def find_mapping(layer: DecoderLayer, parameter: Parameter) -> SmoothingMapping 
     if source.endswith("attn.qkv"):
         spec = layer.spec  # the sizes of this layer
         first_v_row = (spec.num_heads + spec.num_kv_heads) * spec.head_dim
+        v_rows = slice(first_v_row, first_v_row + spec.num_kv_heads * spec.head_dim)
         kv_group = (spec.num_heads // spec.num_kv_heads, spec.head_dim)
-        return SmoothingMapping(source, linear, slice(first_v_row, None), kv_group)
+        return SmoothingMapping(source, linear, v_rows, kv_group)
     if source.endswith(".gate_up"):
         first_up_row = layer.linears[source].weight.shape[0] // 2
         return SmoothingMapping(source, linear, slice(first_up_row, None))

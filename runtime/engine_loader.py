@@ -10,9 +10,10 @@ from llmkit.common.errors import InputError
 from llmkit.common.formatting import bytes_text
 from llmkit.kernels.cpu import cpu_kernels
 from llmkit.model.families import checkpoint_spec
+from llmkit.runtime.draft_source import open_draft
 from llmkit.runtime.engine.engine import Engine
 from llmkit.runtime.engine.engine_options import EngineOptions
-from llmkit.runtime.engine_plan import open_draft_model, uses_several_ranks
+from llmkit.runtime.engine_plan import uses_several_ranks
 from llmkit.runtime.part_loader import StartupReport, load_part
 from llmkit.runtime.prefix_engine import PrefixStoreEngine
 from llmkit.runtime.prefix_folder import private_folder
@@ -64,8 +65,9 @@ def _load_with_prefix_store(
     part = load_part(checkpoint, spec, options, report)
     engine = part.make_engine(report, PrefixStoreEngine)
     checkpoints = [checkpoint]
-    if options.draft_model is not None:
-        checkpoints.append(open_draft_model(options.draft_model, spec))
+    draft = open_draft(checkpoint, spec, options)
+    if draft is not None:
+        checkpoints.append(draft.checkpoint)
     with report.stage("prefix cache on disk"):
         engine.open_store(folder, limit_bytes, checkpoints)
     report.fast_paths.append(f"prefix cache on disk: up to {bytes_text(limit_bytes)}")

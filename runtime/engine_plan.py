@@ -10,7 +10,6 @@ from dataclasses import dataclass
 import torch
 
 from llmkit.checkpoint.checkpoint import Checkpoint
-from llmkit.checkpoint.open_checkpoint import open_checkpoint
 from llmkit.common.errors import InputError
 from llmkit.common.options import CpuActivations
 from llmkit.kernels.cpu import cpu_kernels
@@ -20,6 +19,7 @@ from llmkit.model.device import resolve_device
 from llmkit.model.families import checkpoint_spec, require_native
 from llmkit.model.linear import MIN_FP8_CAPABILITY, gpu_capability
 from llmkit.model.spec import ModelSpec
+from llmkit.runtime.draft_source import open_draft
 from llmkit.runtime.engine.cuda_graphs import estimate_graph_bytes
 from llmkit.runtime.engine.draft_model import MAX_KNOWN_TOKENS
 from llmkit.runtime.engine.engine_options import EngineOptions
@@ -104,10 +104,9 @@ def plan_part(
     offload = plan_offload(checkpoint, spec, dtype, device, options.cpu_offload)
     weights = weight_bytes(checkpoint, spec, dtype, device)
     weights += offload.buffer_bytes - offload.weight_bytes
-    draft = None
-    if options.draft_model is not None:
-        draft = open_draft_model(options.draft_model, spec)
-        weights += weight_bytes(draft, checkpoint_spec(draft), dtype, device)
+    draft = open_draft(checkpoint, spec, options)
+    if draft is not None:
+        weights += weight_bytes(draft.checkpoint, draft.spec, dtype, device)
     require_weights_fit(weights, free, dtype, device)
 
     max_num_batched_tokens = options.max_num_batched_tokens or DEFAULT_BATCHED_TOKENS[device.type]
@@ -137,15 +136,17 @@ def plan_part(
         per_token_head_scales=is_quantized and kv_cache_dtype != checkpoint_kv_dtype,
     )
     if draft is not None:
-        kv_bytes_per_token += checkpoint_spec(draft).kv_bytes_per_token(dtype.itemsize)
+        kv_bytes_per_token += draft.spec.kv_bytes_per_token(dtype.itemsize)
     max_graph_tokens = options.max_cudagraph_capture_size
     if device.type != "cuda" or offload.num_layers or spec.transformers is not None:
         max_graph_tokens = 0
     max_blocks = -(-(options.max_model_len or spec.max_position_embeddings) // BLOCK_SIZE)
     graph_bytes = 0
-    planned = [(spec, 1 + options.speculate, max_num_batched_tokens)]
+    query_len = 1 + options.speculation.num_tokens
+    planned = [(spec, query_len, max_num_batched_tokens)]
     if draft is not None:
-        planned.append((checkpoint_spec(draft), MAX_KNOWN_TOKENS, 0))
+        is_head = draft.spec.draft_head is not None
+        planned.append((draft.spec, query_len if is_head else MAX_KNOWN_TOKENS, 0))
     for graph_spec, query_len, max_mixed_tokens in planned:
         graph_bytes += estimate_graph_bytes(
             graph_spec,
@@ -177,7 +178,9 @@ def state_memory(spec: ModelSpec, dtype: torch.dtype, options: EngineOptions) ->
     """What an engine keeps of the recurrent states of a model."""
     checkpoint_bytes = options.state_cache_memory if options.prefix_cache else 0
     return StateMemory(
-        spec.recurrent_bytes_per_sequence(dtype.itemsize), 1 + options.speculate, checkpoint_bytes
+        spec.recurrent_bytes_per_sequence(dtype.itemsize),
+        1 + options.speculation.num_tokens,
+        checkpoint_bytes,
     )
 
 
@@ -208,36 +211,3 @@ def _cpu_kv_cache_dtype(checkpoint: Checkpoint, activations: CpuActivations) -> 
     is_bfloat16 = _own_dtype(checkpoint) == "bfloat16"
     wanted = activations != "float32" and is_bfloat16 and cpu_kernels.has_bfloat16()
     return "bfloat16" if wanted else None
-
-
-def open_draft_model(reference: str, spec: ModelSpec) -> Checkpoint:
-    """Open a draft model's checkpoint.
-
-    Raises InputError when it cannot draft for a model of `spec`.
-    """
-    draft = open_checkpoint(reference, warn_of_edits=False)
-    draft.require_unsharded()
-    draft_spec = checkpoint_spec(draft)
-    check_checkpoint(draft, draft_spec)
-    if draft_spec.vocab_size != spec.vocab_size:
-        raise InputError(
-            f"the draft model {reference} has {draft_spec.vocab_size} tokens and the model "
-            f"{spec.vocab_size}",
-            "A draft model with the same tokenizer was expected",
-            "Choose a smaller model of the same family, or leave out --draft-model to draft from "
-            "the text itself",
-        )
-    if draft_spec.recurrent is not None:
-        raise InputError(
-            f"the draft model {reference} has recurrent layers, whose states it could not take "
-            "back when tokens are rejected",
-            "A draft model with attention in all layers was expected",
-            "Choose another one, or leave out --draft-model to draft from the text itself",
-        )
-    if None not in spec.sliding_windows:
-        raise InputError(
-            "--draft-model is not possible with a model whose layers all have a sliding window",
-            "A model with full attention was expected",
-            "Leave out --draft-model to draft from the text itself",
-        )
-    return draft

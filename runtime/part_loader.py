@@ -21,17 +21,19 @@ from llmkit.common.options import CpuActivations
 from llmkit.kernels.cpu import cpu_kernels
 from llmkit.model.checkpoint_tensors import checkpoint_tensors
 from llmkit.model.decoder import SINGLE_RANK, Decoder
-from llmkit.model.families import FALLBACK, checkpoint_spec
+from llmkit.model.draft_head import DraftHead, load_draft_head
+from llmkit.model.families import FALLBACK
 from llmkit.model.language_model import LanguageModel
 from llmkit.model.parallel_group import ParallelGroup
 from llmkit.model.spec import ModelSpec
 from llmkit.model.weight_loader import load_model
+from llmkit.runtime.draft_source import open_draft
 from llmkit.runtime.engine.cuda_graphs import CudaGraphRunner
 from llmkit.runtime.engine.engine import Engine
 from llmkit.runtime.engine.engine_config import EngineConfig
 from llmkit.runtime.engine.engine_options import EngineOptions
 from llmkit.runtime.engine.grammar_matcher import GrammarMatcher
-from llmkit.runtime.engine_plan import EnginePlan, open_draft_model, plan_part, state_memory
+from llmkit.runtime.engine_plan import EnginePlan, plan_part, state_memory
 from llmkit.runtime.memory_plan import loaded_bytes, measure_workspace, plan_memory
 from llmkit.runtime.weight_offload import WeightOffload
 
@@ -66,7 +68,7 @@ class LoadedPart:
     checkpoint: Checkpoint
     options: EngineOptions
     model: LanguageModel
-    draft: LanguageModel | None
+    draft: LanguageModel | DraftHead | None
     plan: EnginePlan
 
     def make_engine(self, report: StartupReport, engine_class: type[E]) -> E:
@@ -81,7 +83,7 @@ class LoadedPart:
             report.fast_paths.append(
                 f"requests at the same time: {plan.memory.max_num_seqs} of --max-num-seqs "
                 f"{options.max_num_seqs}, as the recurrent states of each need "
-                f"{bytes_text(plan.memory.bytes_per_state * (1 + options.speculate))}"
+                f"{bytes_text(plan.memory.bytes_per_state * (1 + options.speculation.num_tokens))}"
             )
         if plan.offload.num_layers:
             report.fast_paths.append(
@@ -101,10 +103,11 @@ class LoadedPart:
             prefill_chunk_size=max(MIN_PREFILL_CHUNK, plan.max_num_batched_tokens // 4),
             async_scheduling=(
                 plan.device.type == "cuda"
-                and not options.speculate
+                and not options.speculation.num_tokens
                 and self.model.parallel_group.pp_size == 1
             ),
-            num_speculative_tokens=options.speculate,
+            num_speculative_tokens=options.speculation.num_tokens,
+            draft_method=options.speculation.method,
             enforce_eager=bool(plan.offload.num_layers),
             max_cudagraph_capture_size=options.max_cudagraph_capture_size,
         )
@@ -192,13 +195,22 @@ def load_part(
         plan.offload.num_layers,
         options.cpu_activations,
     )
-    draft = None
-    if options.draft_model is not None:
-        draft_checkpoint = open_draft_model(options.draft_model, spec)
-        draft_spec = checkpoint_spec(draft_checkpoint)
+    draft: LanguageModel | DraftHead | None = None
+    source = open_draft(checkpoint, spec, options)
+    if source is not None and source.spec.draft_head is not None:
+        assert isinstance(model, Decoder), "open_draft refuses it"
+        with report.stage("building"):
+            draft = load_draft_head(
+                source.checkpoint,
+                source.spec,
+                model,
+                packed=True,
+                cpu_activations=options.cpu_activations,
+            )
+    elif source is not None:
         draft = load_weights(
-            draft_checkpoint,
-            draft_spec,
+            source.checkpoint,
+            source.spec,
             plan.dtype,
             device,
             report,

@@ -14,6 +14,12 @@ from llmkit.common.options import (
     Option,
     ValueFormat,
 )
+from llmkit.runtime.engine.speculation import (
+    SPECULATION,
+    Speculation,
+    check_speculation,
+    parse_speculation,
+)
 
 MODEL_PANEL = "Model"
 MEMORY_PANEL = "Memory"
@@ -196,11 +202,13 @@ class EngineOptions:
         ),
     ] = True
     speculate: Annotated[
-        int,
+        int | str,
         Option(
-            "Draft N tokens ahead for each request and verify them in one step.",
-            metavar="N",
-            check=within(0, 64),
+            "Draft tokens ahead for each request and verify them in one step: how many, and how: "
+            "ngram or suffix (from earlier text), or mtp (the model's own head), as in mtp:2.",
+            metavar="N|METHOD[:N]",
+            format=SPECULATION,
+            check=check_speculation,
             follows="response_cache",
             panel=PERFORMANCE_PANEL,
         ),
@@ -208,7 +216,8 @@ class EngineOptions:
     draft_model: Annotated[
         str | None,
         Option(
-            "A small model that drafts tokens for --speculate (4 tokens where that is not given).",
+            "A small model or an EAGLE-3 head that drafts tokens for --speculate (4 tokens where "
+            "that is not given).",
             metavar="MODEL",
             unset="tokens are looked up in the earlier text",
             follows="speculate",
@@ -237,3 +246,8 @@ class EngineOptions:
             panel=PERFORMANCE_PANEL,
         ),
     ] = 1
+
+    @property
+    def speculation(self) -> Speculation:
+        """What `speculate` means."""
+        return parse_speculation(self.speculate)

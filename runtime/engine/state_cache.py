@@ -41,6 +41,11 @@ class StateCache:
         """How many rows are held or cached."""
         return self.num_rows - len(self._free)
 
+    @property
+    def num_held_rows(self) -> int:
+        """How many rows sequences hold."""
+        return len(self._hold_counts)
+
     def is_checkpoint(self, row: int) -> bool:
         """Whether the row is one of the cache, and not of a running sequence."""
         return row >= self._first_row

@@ -214,9 +214,10 @@ def load_on_ranks(checkpoint: Checkpoint, options: EngineOptions, report: Startu
 
 
 def _check_ranks(options: EngineOptions, device: torch.device, num_ranks: int) -> None:
-    if options.draft_model:
+    drafts = "--speculate mtp" if options.speculation.method == "mtp" else ""
+    if options.draft_model or drafts:
         raise InputError(
-            f"--draft-model on {num_ranks} ranks is not possible",
+            f"{drafts or '--draft-model'} on {num_ranks} ranks is not possible",
             todo="Leave it out, or serve on one rank",
         )
     if device.type == "cuda" and torch.cuda.device_count() < num_ranks:

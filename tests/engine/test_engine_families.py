@@ -61,7 +61,12 @@ def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 
 def engine(model: Decoder, *, draft: Decoder | None = None, **chosen: object) -> Engine:
-    sizes = {"max_model_len": 64, "num_blocks": 120, "block_size": 16}
+    sizes = {
+        "max_model_len": 64,
+        "num_blocks": 120,
+        "block_size": 16,
+        "num_state_checkpoints": 100,  # of recurrent layers, for the prefix cache
+    }
     config = EngineConfig(device=torch.device("cpu"), dtype=torch.float32, **(sizes | chosen))
     return Engine(model, config, draft=draft)
 
@@ -145,6 +150,8 @@ def test_draft_model_changes_only_the_number_of_steps(family: Family) -> None:
         pytest.skip(
             "a draft model needs the blocks of all tokens, which a model of windows gives back"
         )
+    if family.model.spec.recurrent is not None:
+        pytest.skip("a draft model cannot take back its recurrent states")
     running = engine(family.model, draft=family.model, num_speculative_tokens=3)
     assert running.generate(family.prompts, GREEDY) == family.expected
     stats = running.stats()

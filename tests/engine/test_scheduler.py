@@ -23,6 +23,7 @@ from llmkit.runtime.engine.scheduler_output import (
     SchedulerOutput,
 )
 from llmkit.runtime.engine.sequence import NULL_BLOCK, Sequence
+from llmkit.runtime.engine.state_scheduler import NO_ROW
 
 EOS = 1
 FAILS = 999  # a prompt that starts so gets logits that are not finite
@@ -75,6 +76,7 @@ class FakeRunner:
         self.config = config
         self.slots: dict[tuple[int, int, int], object] = {}  # by pool, block and offset
         self.last_token_ids: dict[int, int] = {}  # by sequence slot
+        self.states: dict[int, object] = {}  # the prefix of the recurrent state in each row
 
     def launch(self, step: SchedulerOutput) -> ModelRunnerOutput:
         size = self.config.block_size
@@ -91,6 +93,8 @@ class FakeRunner:
                     assert block != NULL_BLOCK, "a token is written into a block that was freed"
                     slot = (pool, block, position % size)
                     self.slots[slot] = self.prefix_of(request, context, position)
+        if self.config.has_recurrent_states:
+            self.run_recurrent_layer(step.requests, contexts)
         token_ids = []
         for request, context in zip(step.requests, contexts, strict=True):
             for pool, window in enumerate(self.config.sliding_windows):
@@ -105,6 +109,30 @@ class FakeRunner:
             self.last_token_ids[request.sequence.slot] = sampled[-1]
             token_ids.append(accepted_tokens(context[known:], sampled))
         return output_of(token_ids)
+
+    def run_recurrent_layer(
+        self, requests: list[ScheduledRequest], contexts: list[list[int]]
+    ) -> None:
+        reads = Counter(request.state_rows.initial_row for request in requests)
+        written: set[int] = set()
+        for request, context in zip(requests, contexts, strict=True):
+            initial_row, writes = request.state_rows
+            assert (initial_row == NO_ROW) == (request.start == 0)
+            if request.start:
+                state = self.states[initial_row]
+                assert state == self.prefix_of(request, context, request.start - 1), "another state"
+            ends = [end for end, _ in writes]
+            assert ends == sorted(set(ends)) and ends[-1] == request.num_tokens
+            if request.num_draft_tokens:
+                assert ends == list(range(1, request.num_tokens + 1)), "any draft may be rejected"
+            for _, row in writes:
+                others = reads[row] - (row == initial_row)
+                assert row not in written and not others, "two sequences use a row"
+                assert 0 <= row < self.config.num_state_rows
+                written.add(row)
+        for request, context in zip(requests, contexts, strict=True):
+            for end, row in request.state_rows.writes:
+                self.states[row] = self.prefix_of(request, context, request.start + end - 1)
 
     @staticmethod
     def prefix_of(request: ScheduledRequest, context: list[int], position: int) -> object:
@@ -146,6 +174,8 @@ def check(state: Scheduler, requests: list[ScheduledRequest]) -> None:
         held = Counter(block for table in tables for block in table if block != NULL_BLOCK)
         references = {block: count for block, count in enumerate(pool._ref_counts) if count}
         assert references == held, "a reference for each holder"
+    if state.states is not None:
+        state.states.cache.check_invariants()
     assert all(not s.block_tables and s.num_computed_tokens == 0 for s in state.waiting)
     assert len({s.slot for s in state.running}) == len(state.running) <= state.config.max_num_seqs
     num_tokens = sum(request.num_tokens for request in requests)
@@ -167,6 +197,7 @@ class RandomRequests(RuleBasedStateMachine):
         chunk=st.sampled_from([3, 8, 100]),
         mode=st.sampled_from(["plain", "async", "speculate"]),
         prefix_cache=st.booleans(),
+        checkpoints=st.sampled_from([None, None, 0, 2, 5, 20]),
     )
     def start(
         self,
@@ -176,7 +207,9 @@ class RandomRequests(RuleBasedStateMachine):
         chunk: int,
         mode: str,
         prefix_cache: bool,
+        checkpoints: int | None,
     ) -> None:
+        """checkpoints: of recurrent states; None: the model has no recurrent layers."""
         self.driver = Driver(
             scheduler(
                 max_num_batched_tokens=budget,
@@ -186,6 +219,8 @@ class RandomRequests(RuleBasedStateMachine):
                 async_scheduling=mode == "async",
                 num_speculative_tokens=3 if mode == "speculate" else 0,
                 enable_prefix_caching=prefix_cache,
+                has_recurrent_states=checkpoints is not None,
+                num_state_checkpoints=checkpoints or 0,
             )
         )
         self.asked: dict[str, tuple[list[int], int]] = {}
@@ -241,6 +276,9 @@ class RandomRequests(RuleBasedStateMachine):
         state = self.driver.state
         assert not self.driver.has_work, "it never ends"
         assert all(pool.num_used_blocks == 0 for pool in state.pools)
+        if state.states is not None:
+            state.states.begin_step()
+            assert not state.states.cache.num_held_rows
         assert self.ended.keys() == self.asked.keys()
         for name, (prompt, max_tokens) in self.asked.items():
             expected = alone(prompt, max_tokens)

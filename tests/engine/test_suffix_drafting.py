@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import pytest
-from hypothesis import given
+import torch
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from llmkit.checkpoint.open_checkpoint import open_checkpoint
+from llmkit.model.decoder import Decoder
+from llmkit.model.weight_loader import load_model
+from llmkit.runtime.engine.engine import Engine
+from llmkit.runtime.engine.engine_config import EngineConfig
 from llmkit.runtime.engine.engine_request import EngineRequest
 from llmkit.runtime.engine.sampling_params import SamplingParams
 from llmkit.runtime.engine.sequence import Sequence
@@ -19,6 +28,7 @@ from llmkit.runtime.engine.suffix_drafting import (
     SuffixProposer,
 )
 
+MODEL = {"dtype": "float32"}
 TOKENS = st.integers(0, 2)
 TEXTS = st.lists(st.lists(TOKENS, max_size=40), min_size=1, max_size=3)
 CONTEXT = st.lists(TOKENS, max_size=20)
@@ -183,6 +193,7 @@ def test_suffix_proposer_keeps_clients_and_adapters_apart(other: dict[str, objec
     assert proposer.propose(sequence([5, 6], **other), 4) == []  # type: ignore[arg-type]
 
 
+@settings(max_examples=30)
 @given(
     st.lists(
         st.tuples(st.integers(0, 40), st.integers(0, 3000)), min_size=1, max_size=20, unique=True
@@ -198,3 +209,28 @@ def test_suffix_proposer_drops_the_namespaces_that_were_not_used_last(
     salt, length = finished[-1]
     expected = [2, 3] if length > 3 else list(range(2, length))
     assert proposer.propose(sequence([0, 1], salt=str(salt)), 4) == expected
+
+
+def engine(decoder: Decoder, **chosen: Any) -> Engine:
+    sizes = {"max_model_len": 256, "num_blocks": 200} | chosen
+    config = EngineConfig(device=torch.device("cpu"), dtype=torch.float32, **sizes)
+    return Engine(decoder, config)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.3])
+def test_engine_answers_the_same_with_suffix_decoding(model: Path, temperature: float) -> None:
+    decoder = load_model(open_checkpoint(model), torch.float32)
+    prompts = [[5, 9, 11, 300] * 6, [7, 8] * 9, [40 + i * i % 7 for i in range(50)]]
+    params = SamplingParams(temperature=temperature, seed=3, max_tokens=40, ignore_eos=True)
+    expected = engine(decoder).generate(prompts, params)
+    suffix = {"num_speculative_tokens": 8, "draft_method": "suffix"}
+    drafting = engine(decoder, **suffix)
+    accepted = []
+    for _ in range(2):
+        assert drafting.generate(prompts, params) == expected
+        accepted.append(drafting.stats().accepted_total)
+    # The second time it knows the whole answers.
+    assert 0 < accepted[0] < accepted[1] - accepted[0]
+    preempted = engine(decoder, **suffix, num_blocks=9)
+    assert preempted.generate(prompts, params) == expected
+    assert preempted.stats().preemptions_total > 0

@@ -101,8 +101,8 @@ def test_nemotron_h_checkpoint_may_have_the_prefix_of_transformers(tmp_path: Pat
 
 def test_granite_hybrid_config_names_layers_as_the_hub_does() -> None:
     """Their position_embedding_type is "nope", where transformers writes null."""
-    types = ["mamba", "attention"] * 2
-    spec = spec_of("granite-hybrid", layer_types=types, position_embedding_type="nope")
+    hub = {"layer_types": ["mamba", "attention"] * 2, "position_embedding_type": "nope"}
+    spec = spec_of("granite-hybrid", **hub, num_experts_per_tok=0)
     assert spec == spec_of("granite-hybrid")
     assert all(layer.rope is None for layer in spec.layers)
     assert spec_of("granite-hybrid-moe").layers[1].rope == "global"

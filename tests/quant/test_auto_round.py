@@ -46,12 +46,21 @@ def test_learned_rounding_has_gradients_for_rounding_and_scales() -> None:
     assert learned.dense().square().sum() < before
 
 
-@pytest.mark.parametrize("architecture", ["llama", "gemma3_text", "phi3"])
+GATED_DELTA_NET = {
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 2,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 32,
+}
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma3_text", "phi3", "qwen3_5_text"])
 @pytest.mark.parametrize("steps", [0, 60])
 def test_tune_rounding_lowers_the_layers_error(
     tmp_path: Path, architecture: str, steps: int
 ) -> None:
-    checkpoint = open_checkpoint(tiny.tiny_checkpoint(tmp_path / "model", architecture))
+    sizes = GATED_DELTA_NET if architecture == "qwen3_5_text" else {}
+    checkpoint = open_checkpoint(tiny.tiny_checkpoint(tmp_path / "model", architecture, **sizes))
     stream = LayerStream.from_checkpoint(checkpoint, model_spec(checkpoint.config))
     windows = torch.randint(0, tiny.VOCAB, (48, 32), generator=torch.Generator().manual_seed(0))
     inputs = stream.embed(windows, 128)

@@ -41,12 +41,15 @@ METHODS = {
 }
 # How far a method may move the logits of these models, relative to the logits.
 MAX_ERROR = {"gptq": 0.5, "awq": 0.4, "fp8": 0.2, "int8": 0.1}
+# A gated delta net normalizes its output: small errors of small outputs are large afterwards.
+ERROR_FACTORS = {"gated delta net, gate beside each query": 2.0, "projections by key head": 2.0}
 # Every piece takes AWQ, which moves scales between layers; these take all methods. The other pairs
 # are slow tests.
 ALL_METHODS = (
     "norms with offset and bias",
     "groups of experts, shared expert",
     "shared keys, input of each layer",
+    "gated delta net, gate beside each query",
 )
 CASES = [
     pytest.param(
@@ -115,7 +118,7 @@ def test_quantized_model_is_close_and_equals_transformers_with_its_dense_weights
     before = load_model(open_checkpoint(source), torch.float32)
     reference = torch.stack(list(window_logits(before, tokens)))
     error = (streamed - reference).norm() / reference.norm()
-    assert 0 < error < MAX_ERROR[method]
+    assert 0 < error < MAX_ERROR[method] * ERROR_FACTORS.get(piece, 1.0)
 
 
 def smoothable(stream: LayerStream, index: int) -> list[SmoothingMapping]:
@@ -147,6 +150,13 @@ MAPPINGS = {
         "mlp.shared_expert.down",
     },
     "bias that chooses experts": {
+        "attn.qkv",
+        "attn.o",
+        "mlp.experts.3.down",
+        "mlp.shared_expert.down",
+    },
+    "gated delta net, gate beside each query": {"attn.qkv", "attn.o", "mlp.gate_up", "mlp.down"},
+    "projections by key head": {
         "attn.qkv",
         "attn.o",
         "mlp.experts.3.down",

@@ -141,6 +141,12 @@ def test_shard_any_chain_of_layouts_loses_nothing(data: st.DataObject) -> None:
         **MOE,
         "num_local_experts": experts,
         "num_experts": experts,
+        "shared_expert_intermediate_size": 64,
+        "linear_num_key_heads": kv_heads,
+        "linear_num_value_heads": heads,
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 16,
+        "full_attention_interval": 2,
     }
     config["model_type"], _ = SUPPORTED[config["architectures"][0]]
     if config["model_type"] == "apertus":

@@ -496,6 +496,7 @@ FAMILIES = {
         | {
             "hybrid_override_pattern": "ME*E",
             "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
             "moe_intermediate_size": 24,
             "moe_shared_expert_intermediate_size": 40,
             "moe_latent_size": 16,
@@ -508,7 +509,6 @@ FAMILIES = {
         | {
             "mamba_n_groups": 1,
             "num_local_experts": 0,
-            "num_experts_per_tok": 0,
             "shared_intermediate_size": 40,
             "layer_types": ["linear_attention", "full_attention"] * 2,
             "embedding_multiplier": 6.0,
@@ -524,6 +524,7 @@ FAMILIES = {
         | {
             "mamba_n_groups": 1,
             "num_local_experts": 4,
+            "num_experts_per_tok": 2,
             "shared_intermediate_size": 24,
             "layer_types": ["linear_attention", "full_attention"] * 2,
             "attention_multiplier": 0.2,
@@ -587,6 +588,10 @@ REPRESENTATIVES = (
     "gemma4-moe",
     "gpt-oss",
     "laguna",
+    "mamba2",
+    "nemotron-3",
+    "granite-hybrid",
+    "lfm2-moe",
 )
 
 

@@ -61,6 +61,31 @@ PIECES: dict[str, tuple[str, dict[str, Any]]] = {
             "moe_num_shared_experts": 1,
         },
     ),
+    "gated delta net, gate beside each query": (
+        "qwen3_5_text",
+        {
+            "head_dim": 16,
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 4,
+            "linear_key_head_dim": 16,
+            "linear_value_head_dim": 16,
+            "layer_types": ["linear_attention", "full_attention"],
+        },
+    ),
+    "projections by key head": (
+        "qwen3_next",
+        EXPERTS
+        | {
+            "shared_expert_intermediate_size": 32,
+            "mlp_only_layers": [0],
+            "head_dim": 16,
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 4,
+            "linear_key_head_dim": 16,
+            "linear_value_head_dim": 16,
+            "layer_types": ["linear_attention", "full_attention"],
+        },
+    ),
     "sizes by layer": (
         "gemma4_text",
         {
