@@ -13,6 +13,11 @@ from llmkit.common.formatting import bytes_text, count_text
 if TYPE_CHECKING:
     from rich.console import Console
 
+MIXER_NAMES = {
+    "gated_delta_net": "gated delta net",
+    "mamba2": "Mamba 2",
+    "short_conv": "gated short convolution",
+}
 # Tokens of KV cache in the memory table.
 CONTEXT_TOKENS = 4096
 
@@ -58,7 +63,7 @@ def _show(console: Console, facts: dict[str, Any]) -> None:
         carried_bytes = facts["carried"]["bytes"] if facts["carried"] else 0
         sizes["as stored"] = facts["disk_bytes"] - carried_bytes
     for precision, weights in sizes.items():
-        cache = _kv_cache_bytes(facts, tokens, itemsize=4 if precision == "fp32" else 2)
+        cache = _cache_bytes(facts, tokens, "fp32" if precision == "fp32" else "bf16")
         memory.add_row(
             precision, bytes_text(weights), bytes_text(cache), bytes_text(weights + cache)
         )
@@ -87,7 +92,8 @@ def _lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
             "layers",
             f"{facts['layers']} of hidden {facts['hidden']:,}, MLP {facts['intermediate']:,}",
         ),
-        *zip_longest(["attention"], _attention_lines(facts), fillvalue=""),
+        *zip_longest(["attention"], _attention_lines(facts) or ["none"], fillvalue=""),
+        *([("recurrent", _recurrent_text(facts["recurrent"]))] if facts["recurrent"] else []),
         *([("experts", _experts_text(facts["moe"], facts["layers"]))] if facts["moe"] else []),
         ("vocabulary", _vocabulary_text(facts)),
         ("context", f"{facts['max_positions']:,} tokens"),
@@ -121,10 +127,10 @@ def _lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
 
 def _attention_lines(facts: dict[str, Any]) -> list[str]:
     """A line for each kind of attention layers."""
-    kinds = facts["attention"]
     lines = []
-    for kind in kinds:
-        layers = f"{count_text(kind['layers'], 'layers')}: " if len(kinds) > 1 else ""
+    for kind in facts["attention"]:
+        is_everywhere = kind["layers"] == facts["layers"]
+        layers = "" if is_everywhere else f"{count_text(kind['layers'], 'layers')}: "
         window = f", window of {kind['sliding_window']:,}" if kind["sliding_window"] else ""
         heads = f"{kind['heads']} query heads, {kind['kv_heads']} KV, of {kind['head_dim']}"
         lines.append(layers + heads + window)
@@ -134,12 +140,27 @@ def _attention_lines(facts: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _kv_cache_bytes(facts: dict[str, Any], tokens: int, itemsize: int) -> int:
-    """The bytes of one sequence's keys and values."""
-    return sum(
+def _recurrent_text(recurrent: dict[str, Any]) -> str:
+    """The layers with recurrent states, and the sizes of these."""
+    text = f"{count_text(recurrent['layers'], 'layers')}: {MIXER_NAMES[recurrent['mixer']]}"
+    if recurrent["heads"]:
+        sizes = f"{recurrent['key_dim']} x {recurrent['value_dim']}"
+        text += f", {recurrent['heads']} heads with states of {sizes}"
+    return (
+        f"{text}, convolution of {recurrent['conv_kernel_size']} tokens"
+        f" over {recurrent['conv_channels']:,} channels"
+    )
+
+
+def _cache_bytes(facts: dict[str, Any], tokens: int, dtype: str) -> int:
+    """The bytes of one sequence's keys, values and recurrent states."""
+    itemsize = 4 if dtype == "fp32" else 2
+    keys_and_values: int = sum(
         kind["kv_elements_per_token"] * min(tokens, kind["sliding_window"] or tokens) * itemsize
         for kind in facts["attention"]
     )
+    states: int = facts["recurrent"]["bytes_per_sequence"][dtype] if facts["recurrent"] else 0
+    return keys_and_values + states
 
 
 def _kv_cache_text(facts: dict[str, Any]) -> str:
@@ -149,6 +170,9 @@ def _kv_cache_text(facts: dict[str, Any]) -> str:
         in_windows = 2 * sum(kind["kv_elements_per_token"] for kind in windows)
         beyond = facts["kv_bytes_per_token"]["bf16"] - in_windows
         text += f", {bytes_text(beyond)} beyond the sliding windows"
+    if facts["recurrent"]:
+        states = facts["recurrent"]["bytes_per_sequence"]["bf16"]
+        text += f", and {bytes_text(states)} of recurrent states a sequence"
     return text
 
 

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch.nn.functional import pad, silu, softplus
 
+from llmkit.kernels.cpu import cpu_gated_delta_net, cpu_mamba2
 from llmkit.kernels.recurrent_state import NO_ROW, RecurrentBatch, RecurrentState
 
 CHUNK_TOKENS = 64  # of the chunkwise form
@@ -58,7 +59,10 @@ def gated_delta_rule(
     then a. A_log, dt_bias: float32 [Hv]. state.state: float32 [R, Hv, K, V]; the rows' number may
     be 0 where `batch` reads and writes none. Returns [T, Hv, V] in the dtype of qkv.
     """
-    return gated_delta_rule_torch(qkv, ba, A_log, dt_bias, num_k_heads, state, batch)
+    run = gated_delta_rule_torch
+    if cpu_gated_delta_net.supports(qkv, ba, state):
+        run = cpu_gated_delta_net.gated_delta_rule
+    return run(qkv, ba, A_log, dt_bias, num_k_heads, state, batch)
 
 
 def gated_rms_norm(
@@ -66,8 +70,15 @@ def gated_rms_norm(
 ) -> torch.Tensor:
     """The norm of each head, times a gate: x / rms(x) * weight * silu(z).
 
-    x, z: [..., D]; weight: [D]. Computed in float32. Returns x's shape and dtype.
+    x, z: [N, D] or [T, N, D]; weight: [D]. Computed in float32. Returns x's shape and dtype.
     """
+    rows, gates = x.flatten(1), z.flatten(1)
+    if cpu_mamba2.supports_norm(rows, gates, weight):
+        num_groups = x.shape[1] if x.dim() == 3 else 1
+        y = cpu_mamba2.gated_group_rms_norm(
+            rows, gates, weight, eps, num_groups, norm_before_gate=True
+        )
+        return y.view_as(x)
     wide = x.float()
     normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     weighted = weight * normed.to(x.dtype)

@@ -41,6 +41,11 @@ class KVCache:
     is_packed: bool = False
 
     @property
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """All tensors with a part for each token, [2K, blocks, block_size, D or 1]."""
+        return (self.kv,) if self.scales is None else (self.kv, self.scales)
+
+    @property
     def quantized(self) -> bool:
         """Whether keys and values are 8-bit."""
         return self.kv.dtype in QUANTIZED_KV_CACHE_DTYPES.values()

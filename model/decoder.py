@@ -455,8 +455,10 @@ class DecoderLayer:
 
         With this kernel, the host does not wait for the ids of the chosen experts.
         """
-        moe = self.spec.moe
-        if moe is None:
+        spec = self.spec
+        moe = spec.moe
+        activations = ("silu", "gelu_tanh", "swiglu_clamped")
+        if moe is None or not spec.gated_mlp or spec.activation not in activations:
             return None
         modules = [f"mlp.experts.{expert}" for expert in range(moe.num_experts)]
         is_local = [f"{module}.down" in self.linears for module in modules]
@@ -490,9 +492,6 @@ class DecoderLayer:
             gate_up_stack = stack_experts([linear.weight for linear in gate_up])
             down_stack = stack_experts([linear.weight for linear in down])
         if gate_up_stack is None or down_stack is None or not supports_fused_experts(gate_up_stack):
-            return None
-        spec = self.spec
-        if not spec.gated_mlp or spec.activation not in ("silu", "gelu_tanh", "swiglu_clamped"):
             return None
         is_clamped = spec.activation == "swiglu_clamped"
         return FusedExperts(
@@ -692,10 +691,10 @@ class Decoder:
             )
         assert not tensors, f"tensors that no module takes: {sorted(tensors)[:5]}"
         self.ropes = make_rotary_embeddings(spec, self.device)
-        # The layers whose inputs a draft head reads (`DraftHeadSpec.aux_layers`), set by it; and
-        # these inputs in the last step, [T, H] each.
+        # The layers whose inputs a draft head reads (`DraftHeadSpec.aux_layers`), set by it; and by
+        # layer these inputs in the last step, [T, H] each.
         self.aux_layers: tuple[int, ...] = ()
-        self.aux_hidden_states: list[torch.Tensor] = []
+        self.aux_hidden_states: dict[int, torch.Tensor] = {}
 
     def __call__(
         self,
@@ -729,16 +728,16 @@ class Decoder:
         """
         residual = hidden
         update = None
-        aux_hidden_states: list[torch.Tensor] = []
+        aux_hidden_states: dict[int, torch.Tensor] = {}
         for index, (layer, cache) in enumerate(zip(self.layers, caches, strict=True)):
             if index in self.aux_layers:
-                aux_hidden_states.append(_copied_sum(layer, residual, update))
+                aux_hidden_states[index] = _copied_sum(layer, residual, update)
             own_input = None if per_layer_inputs is None else per_layer_inputs[:, index]
             residual, update = layer.forward_with_residual(
                 residual, update, cos_sin, batch, cache, own_input
             )
         if len(self.layers) in self.aux_layers:
-            aux_hidden_states.append(_copied_sum(self.layers[-1], residual, update))
+            aux_hidden_states[len(self.layers)] = _copied_sum(self.layers[-1], residual, update)
         self.aux_hidden_states = aux_hidden_states
         return self.normalize(residual, update)
 
@@ -750,7 +749,9 @@ class Decoder:
 
     def draft_inputs(self, hidden: torch.Tensor) -> torch.Tensor:
         """What a draft head reads of the last step, [T, C]. hidden: [T, H], the step's result."""
-        return torch.cat(self.aux_hidden_states, dim=1) if self.aux_layers else hidden
+        if not self.aux_layers:
+            return hidden
+        return torch.cat([self.aux_hidden_states[layer] for layer in self.aux_layers], dim=1)
 
     @property
     def embedding(self) -> torch.Tensor:

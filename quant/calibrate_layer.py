@@ -54,7 +54,7 @@ def sublayers(layer: DecoderLayer) -> tuple[SubLayer, ...]:
         return tuple(name for name in layer.linears if name.endswith(endings))
 
     mixer_groups = (linears(*MIXER_INPUTS), linears(*MIXER_OUTPUTS))
-    mlp_groups = (linears(".gate_up", "mlp.up"), linears(".down"))
+    mlp_groups = (linears(".gate_up", ".up"), linears(".down"))
     is_moe = layer.layer.is_moe
     if layer.spec.parallel_block:
         groups = tuple(a + b for a, b in zip(mixer_groups, mlp_groups, strict=True))

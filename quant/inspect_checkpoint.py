@@ -45,6 +45,7 @@ def inspect_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
         "head_dim": spec.head_dim,
         "intermediate": spec.intermediate_size,
         "attention": _attention_entries(spec),
+        "recurrent": _recurrent_entry(spec),
         "shared_kv_layers": sum(layer.kv_shared_layer_offset > 0 for layer in spec.layers),
         "per_layer_input_size": spec.per_layer_input_size,
         "experts": spec.moe.num_experts if spec.moe else None,
@@ -75,6 +76,8 @@ def _attention_entries(spec: ModelSpec) -> list[dict[str, Any]]:
     layers: Counter[tuple[int, int, int, int | None]] = Counter()
     kv_elements: Counter[tuple[int, int, int, int | None]] = Counter()
     for index, layer in enumerate(spec.layers):
+        if layer.mixer != "attention":
+            continue
         sizes = spec.for_layer(index)
         kind = (sizes.num_heads, sizes.num_kv_heads, sizes.head_dim, layer.sliding_window)
         layers[kind] += 1
@@ -90,6 +93,31 @@ def _attention_entries(spec: ModelSpec) -> list[dict[str, Any]]:
         }
         for kind, count in layers.items()
     ]
+
+
+def _recurrent_entry(spec: ModelSpec) -> dict[str, Any] | None:
+    """The layers that keep a recurrent state; None when there are none.
+
+    The state of a sequence has `heads` matrices of `key_dim` x `value_dim`, and the last inputs of
+    the convolution.
+    """
+    layers = [layer.mixer for layer in spec.layers if layer.mixer not in ("attention", "none")]
+    if spec.recurrent is None or not layers:
+        return None
+    heads, key_dim, value_dim = spec.recurrent.state_shape
+    return {
+        "layers": len(layers),
+        "mixer": layers[0],
+        "heads": heads,
+        "key_dim": key_dim,
+        "value_dim": value_dim,
+        "conv_channels": spec.recurrent.conv_channels,
+        "conv_kernel_size": spec.recurrent.conv_kernel_size,
+        "bytes_per_sequence": {
+            "fp32": spec.recurrent_bytes_per_sequence(4),
+            "bf16": spec.recurrent_bytes_per_sequence(2),
+        },
+    }
 
 
 def _moe_entry(spec: ModelSpec) -> dict[str, Any] | None:

@@ -5,6 +5,9 @@ most one page in each direction while requests run. Other threads read, hash and
 page is written when its prefix is requested for the second time. A request whose prefix is in files
 waits for its pages; other requests continue meanwhile. A page that is not read within
 PAGE_TIMEOUT_S is computed instead.
+
+A prefix of a model with recurrent layers can be used only up to a position whose states were kept.
+So the scheduler keeps those at the last page's end within each prompt. They are files of their own.
 """
 
 from __future__ import annotations
@@ -13,10 +16,9 @@ import os
 import threading
 import time
 from collections import OrderedDict, deque
-from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import takewhile
 from pathlib import Path
 
@@ -30,6 +32,7 @@ from llmkit.runtime.engine.engine import Engine
 from llmkit.runtime.engine.engine_outputs import EngineOutput, EngineStats
 from llmkit.runtime.engine.engine_request import EngineRequest
 from llmkit.runtime.engine.sequence import Sequence
+from llmkit.runtime.prefix_pages import CopiedPage, Page, PageCopier
 from llmkit.runtime.prefix_store import PAGE_TOKENS, PrefixStore, model_identity
 
 PAGE_TIMEOUT_S = 2.0
@@ -37,26 +40,6 @@ _IDLE_WAIT_S = 0.005  # for a file, before the engine looks for new requests aga
 _MAX_READS = 2  # pages that are being read
 _MAX_WRITES = 4  # pages that are being copied or written
 _MAX_REQUESTED_KEYS = 1 << 16  # remembered pages that were requested once
-
-
-@dataclass(eq=False)
-class Page:
-    """A page of a request's prompt."""
-
-    block_hashes: list[bytes]
-    key: str  # in the store
-    used_ns: int  # when it was requested; later pages of a prompt count as older
-    read: Future[torch.Tensor | None] | None = None  # its bytes, set when reading begins
-    read_since: float = 0.0  # monotonic seconds, set when reading begins
-
-
-@dataclass(frozen=True)
-class CopiedPage:
-    """A page on its way from the KV cache to a file."""
-
-    page: Page
-    data: torch.Tensor  # uint8 [page_bytes], on the host once `copied` is done
-    copied: torch.cuda.Event | None  # None: the data is on the host already
 
 
 class PrefixStoreEngine(Engine):
@@ -74,33 +57,31 @@ class PrefixStoreEngine(Engine):
                 "A model with full attention in all layers was expected",
                 "Leave out --prefix-cache-dir; prefixes are cached in memory anyway",
             )
-        kv_caches = list(self.runner.paged_model.kv_caches)
+        caches = list(self.runner.paged_model.kv_caches)
         if self.runner.draft_model is not None:
-            kv_caches += self.runner.draft_model.paged_model.kv_caches
-        # Every tensor of the caches as int64 [2K, blocks, bytes of a block / 8]; K: KV heads.
-        self._cache_tensors: list[torch.Tensor] = []
-        for cache in kv_caches:
+            caches += self.runner.draft_model.paged_model.kv_caches
+        block_tensors: list[torch.Tensor] = []  # [A, blocks, ...]; A: heads, or 1 for latents
+        state_tensors: list[torch.Tensor] = []  # [1, rows, ...]
+        for cache in caches:
             if isinstance(cache, RecurrentState):
-                raise InputError(
-                    "--prefix-cache-dir is not possible with a model that has recurrent layers",
-                    "A model with full attention in all layers was expected",
-                    "Leave out --prefix-cache-dir; prefixes are cached in memory anyway",
-                )
-            for tensor in (cache.kv, cache.scales):
-                if tensor is not None:
-                    self._cache_tensors.append(tensor.flatten(2).view(torch.int64))
+                state_tensors += [cache.conv[None], cache.state[None]]
+            else:
+                block_tensors += cache.tensors
         self._blocks_per_page = PAGE_TOKENS // self.config.block_size
-        page_bytes = 0
-        for tensor in self._cache_tensors:
-            page_bytes += 8 * tensor.shape[0] * self._blocks_per_page * tensor.shape[2]
+        device = self.config.device
+        self._block_copier = PageCopier(block_tensors, self._blocks_per_page, device)
+        self._state_copier = PageCopier(state_tensors, 1, device)
+        page_bytes = self._block_copier.num_bytes + self._state_copier.num_bytes
         if limit_bytes < page_bytes:
             raise InputError(
                 f"--prefix-cache-size ({bytes_text(limit_bytes)}) is less than {PAGE_TOKENS} "
                 "tokens need",
                 f"At least {page_bytes} bytes ({bytes_text(page_bytes)}) were expected",
             )
+        if self.scheduler.states is not None:
+            self.scheduler.states.page_tokens = PAGE_TOKENS
         identity = model_identity(checkpoints, self.config)
-        self._store = PrefixStore(folder, limit_bytes, identity, page_bytes)
+        self._store = PrefixStore(folder, limit_bytes, identity)
         self._read_threads = ThreadPoolExecutor(_MAX_READS, "prefix-read")
         self._write_thread = ThreadPoolExecutor(1, "prefix-write", _lower_thread_priority)
 
@@ -133,9 +114,8 @@ class PrefixStoreEngine(Engine):
         if request.sampling_params.prompt_logprobs is not None or request.pooling == "mean":
             return  # the whole prompt is computed anyway
         pages = self._pages(sequence, sequence.num_tokens - 1)
-        missing = [page for page in pages if not self._is_in_memory(page)]
-        in_store = list(takewhile(lambda page: self._store.has(page.key), missing))
-        self._num_queries += PAGE_TOKENS * len(missing)
+        self._num_queries += PAGE_TOKENS * sum(not self._is_in_memory(page) for page in pages)
+        in_store = self._pages_to_load(sequence, pages)
         if in_store:
             self.scheduler.hold(sequence)
             self._waiting_for_pages[sequence] = in_store
@@ -151,8 +131,9 @@ class PrefixStoreEngine(Engine):
         """See `Engine.step`."""
         is_idle = not super().has_work
         self._load_pages(is_idle)
-        self._save_pages(is_idle)
         outputs = super().step()
+        # The step has named the states that the step before has written.
+        self._save_pages(is_idle)
         for output in outputs:
             sequence = self._awaiting_first_token.pop(output.request_id, None)
             if sequence is not None and output.error is None:
@@ -182,13 +163,50 @@ class PrefixStoreEngine(Engine):
             pages.append(Page(page_hashes, self._store.key(page_hashes[-1]), now - index))
         return pages
 
+    def _state_after(self, page: Page) -> Page:
+        """The recurrent states at the end of a page."""
+        last = page.block_hashes[-1]
+        return Page([last], self._store.key(last, "state"), page.used_ns, is_state=True)
+
+    def _rows(self, page: Page) -> list[int] | None:
+        """The blocks in memory of a page, or the row of the states; None when one is missing."""
+        rows = []
+        for block_hash in page.block_hashes:
+            if page.is_state:
+                assert self.scheduler.states is not None
+                row = self.scheduler.states.find_checkpoint(block_hash)
+            else:
+                row = self.scheduler.pools[0].get_cached_block(block_hash)
+            if row is None:
+                return None
+            rows.append(row)
+        return rows
+
     def _is_in_memory(self, page: Page) -> bool:
-        pool = self.scheduler.pools[0]
-        return all(
-            pool.get_cached_block(block_hash) is not None for block_hash in page.block_hashes
-        )
+        return self._rows(page) is not None
+
+    def _copier(self, page: Page) -> PageCopier:
+        return self._state_copier if page.is_state else self._block_copier
 
     # From files to the KV cache
+
+    def _pages_to_load(self, sequence: Sequence, pages: list[Page]) -> list[Page]:
+        """The pages that memory lacks of the longest prefix that is in memory and in files.
+
+        With recurrent layers, also the states at its end.
+        """
+
+        def is_available(page: Page) -> bool:
+            return self._is_in_memory(page) or self._store.has(page.key)
+
+        prefix = list(takewhile(is_available, pages))
+        if self.scheduler.states is not None:
+            while prefix and not is_available(self._state_after(prefix[-1])):
+                prefix.pop()
+            if len(prefix) * PAGE_TOKENS <= self.scheduler.num_reusable_tokens(sequence):
+                return []
+            prefix.append(self._state_after(prefix[-1]))
+        return [page for page in prefix if not self._is_in_memory(page)]
 
     def _load_pages(self, is_idle: bool) -> None:
         """Restore a page that was read, release requests with all pages, start the next reads."""
@@ -217,7 +235,9 @@ class PrefixStoreEngine(Engine):
         for pages in self._waiting_for_pages.values():
             for page in pages:
                 if len(self._reading) < _MAX_READS and page.key not in self._reading:
-                    page.read = self._read_threads.submit(self._store.read, page.key, page.used_ns)
+                    page.read = self._read_threads.submit(
+                        self._store.read, page.key, self._copier(page).num_bytes, page.used_ns
+                    )
                     page.read_since = time.monotonic()
                     self._reading[page.key] = page
 
@@ -226,25 +246,36 @@ class PrefixStoreEngine(Engine):
         del self._waiting_for_pages[sequence]
         self.scheduler.release(sequence)
 
-    @torch.inference_mode()
     def _restore(self, page: Page, read: Future[torch.Tensor | None]) -> bool:
         """Put a page into the prefix cache.
 
-        Returns False when its data could not be read or when there are too few blocks.
+        Returns False when its data could not be read or when there is too little memory.
         """
-        pool = self.scheduler.pools[0]
         data = None if read.exception() else read.result()
-        if data is None or len(page.block_hashes) > pool.num_available_blocks:
+        if data is None:
+            return False
+        if page.is_state:
+            return self._restore_state(page, data)
+        pool = self.scheduler.pools[0]
+        if len(page.block_hashes) > pool.num_available_blocks:
             return False
         blocks = pool.allocate(len(page.block_hashes))
-        index = torch.tensor(blocks).to(self.config.device)
-        data = data.view(torch.int64).to(self.config.device)
-        for tensor, piece in self._split(data):
-            tensor.index_copy_(1, index, piece)
+        self._block_copier.restore(blocks, data)
         for block, block_hash in zip(blocks, page.block_hashes, strict=True):
             pool.cache_block(block, block_hash)
         pool.free(blocks)
         self._num_hits += PAGE_TOKENS
+        return True
+
+    def _restore_state(self, page: Page, data: torch.Tensor) -> bool:
+        assert self.scheduler.states is not None
+        cache = self.scheduler.states.cache
+        row = cache.allocate()
+        if row is None:
+            return False
+        self._state_copier.restore([row], data)
+        cache.cache_row(row, page.block_hashes[0])
+        cache.release(row)
         return True
 
     # From the KV cache to files
@@ -252,12 +283,15 @@ class PrefixStoreEngine(Engine):
     def _note_prompt(self, sequence: Sequence) -> None:
         """Note the pages of a computed prompt, and copy those that were requested before."""
         for page in self._pages(sequence, sequence.num_prompt_tokens):
-            if self._store.has(page.key):
-                continue
-            if self._requested_keys.pop(page.key, False):
+            if not self._store.has(page.key):
+                if not self._requested_keys.pop(page.key, False):
+                    self._requested_keys[page.key] = True
+                    continue
                 self._to_copy.append(page)
-            else:
-                self._requested_keys[page.key] = True
+            if self.scheduler.states is not None:
+                state = self._state_after(page)
+                if not self._store.has(state.key):
+                    self._to_copy.append(state)  # if it was kept
         while len(self._requested_keys) > _MAX_REQUESTED_KEYS:
             self._requested_keys.popitem(last=False)
 
@@ -274,40 +308,14 @@ class PrefixStoreEngine(Engine):
             page = first.page
             write = self._write_thread.submit(self._store.write, page.key, first.data, page.used_ns)
             self._writing.append(write)
-        if self._to_copy and len(self._writing) + len(self._copied) < _MAX_WRITES:
+        if len(self._writing) + len(self._copied) >= _MAX_WRITES:
+            return
+        while self._to_copy:
             page = self._to_copy.popleft()
-            if self._is_in_memory(page):
-                self._copied.append(self._copy(page))
-
-    @torch.inference_mode()
-    def _copy(self, page: Page) -> CopiedPage:
-        """Start copying a page to the host; on a GPU the copy runs after the steps in flight."""
-        pool = self.scheduler.pools[0]
-        blocks = [pool.get_cached_block(block_hash) for block_hash in page.block_hashes]
-        device = self.config.device
-        index = torch.tensor([block for block in blocks if block is not None]).to(device)
-        data = torch.empty(self._store.page_bytes // 8, dtype=torch.int64, device=device)
-        for tensor, piece in self._split(data):
-            torch.index_select(tensor, 1, index, out=piece)
-        if device.type == "cpu":
-            return CopiedPage(page, data.view(torch.uint8), None)
-        host = torch.empty(data.shape, dtype=data.dtype, pin_memory=True)
-        host.copy_(data, non_blocking=True)
-        copied = torch.cuda.Event()
-        copied.record()
-        return CopiedPage(page, host.view(torch.uint8), copied)
-
-    def _split(self, data: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Each cache tensor, and its part of a page's data.
-
-        The parts are int64 [2K, blocks of a page, bytes of a block / 8].
-        """
-        start = 0
-        for tensor in self._cache_tensors:
-            shape = (tensor.shape[0], self._blocks_per_page, tensor.shape[2])
-            stop = start + shape[0] * shape[1] * shape[2]
-            yield tensor, data[start:stop].view(shape)
-            start = stop
+            rows = self._rows(page)
+            if rows is not None:
+                self._copied.append(self._copier(page).copy(page, rows))
+                break
 
 
 def _lower_thread_priority() -> None:

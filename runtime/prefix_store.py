@@ -1,9 +1,10 @@
 """The files of the prefix cache on disk: pages of the KV cache that outlive the engine.
 
-A page holds the keys and values of PAGE_TOKENS prompt tokens in all layers. Its file name is a hash
-of the model and of the page's last block hash, which covers all tokens up to there and the client's
-salt. Only clients who may share the prefix can compute it. A file is a SHA-256 of its name and its
-bytes, followed by the bytes; a file that does not match is removed.
+A page holds the keys and values of PAGE_TOKENS prompt tokens in all layers, or the states of all
+recurrent layers at the end of such a page. Its file name is a hash of the model and of the page's
+last block hash, which covers all tokens up to there and the client's salt. Only clients who may
+share the prefix can compute it. A file is a SHA-256 of its name and its bytes, followed by the
+bytes; a file that does not match is removed.
 """
 
 from __future__ import annotations
@@ -39,30 +40,29 @@ class PrefixStore:
     engine's. Several processes may use one folder.
     """
 
-    def __init__(self, folder: Path, limit_bytes: int, identity: bytes, page_bytes: int) -> None:
+    def __init__(self, folder: Path, limit_bytes: int, identity: bytes) -> None:
         """identity: what a page's bytes depend on besides tokens and salt; see `model_identity`."""
         self.folder = folder
         self.limit_bytes = limit_bytes
-        self.page_bytes = page_bytes
         self.num_damaged = 0  # files that did not match their digest and were removed
         self._identity = identity
         self._known_keys: set[str] = set()
         self._remove_old_files()
 
-    def key(self, block_hash: bytes) -> str:
-        """The key of the page that ends with this block."""
-        return hashlib.sha256(self._identity + block_hash).hexdigest()
+    def key(self, block_hash: bytes, kind: str = "") -> str:
+        """The key of the page that ends with this block. kind: of another page that ends there."""
+        return hashlib.sha256(self._identity + block_hash + kind.encode()).hexdigest()
 
     def has(self, key: str) -> bool:
         """Whether the page was there when the folder was last listed."""
         return key in self._known_keys
 
-    def read(self, key: str, used_ns: int) -> torch.Tensor | None:
-        """The bytes of a page, uint8 [page_bytes]; None when it is missing or damaged.
+    def read(self, key: str, num_bytes: int, used_ns: int) -> torch.Tensor | None:
+        """The bytes of a page, uint8 [num_bytes]; None when it is missing or damaged.
 
         A damaged page is removed. used_ns: the time of last use to record.
         """
-        data = torch.empty(_DIGEST_BYTES + self.page_bytes, dtype=torch.uint8)
+        data = torch.empty(_DIGEST_BYTES + num_bytes, dtype=torch.uint8)
         view = tensor_bytes(data)
         path = self._path(key)
         with suppress(OSError):
@@ -78,7 +78,7 @@ class PrefixStore:
         return None
 
     def write(self, key: str, page: torch.Tensor, used_ns: int) -> None:
-        """Store a page, uint8 [page_bytes], and remove the least recently used ones over the limit.
+        """Store a page, uint8 [n], and remove the least recently used ones over the limit.
 
         Errors, such as a full disk, are ignored: then the page is not stored.
         """

@@ -283,6 +283,24 @@ typedef struct {
     float *decays; /* the same */
 } Mamba2Scan;
 
+/* The gated delta rule over the tokens of each sequence. */
+typedef struct {
+    const float *qkv; /* queries and keys [n_k_heads, k_dim], then values [n_v_heads, v_dim] */
+    int64_t qkv_stride;
+    const float *ba; /* [n_v_heads]: b, then a */
+    int64_t ba_stride;
+    const float *A_log;   /* [n_v_heads] */
+    const float *dt_bias; /* [n_v_heads] */
+    float *out;           /* [n_tokens, n_v_heads, v_dim] */
+    float *state;         /* [n_v_heads, k_dim, v_dim], a row every row_stride elements */
+    int64_t row_stride;
+    int64_t n_k_heads;
+    int64_t n_v_heads;
+    int64_t k_dim;
+    int64_t v_dim;
+    RecurrentRows rows;
+} GatedDeltaRule;
+
 /* y = norm(x silu(gate)) weight, with an RMS norm of each group, or norm(x) weight silu(gate). */
 typedef struct {
     const float *x;    /* [rows, size] */
@@ -293,6 +311,7 @@ typedef struct {
     int64_t rows;
     int64_t size;
     int64_t n_groups;
+    int64_t weight_stride; /* from group to group; 0: all groups have the same weight */
     int norm_before_gate;
     float eps;
 } GatedGroupNorm;
@@ -378,6 +397,7 @@ typedef struct {
     int (*experts)(const Experts *);
     int (*causal_conv)(const CausalConv *);
     int (*mamba2_scan)(const Mamba2Scan *);
+    int (*gated_delta_rule)(const GatedDeltaRule *);
     int (*gated_group_rms_norm)(const GatedGroupNorm *);
     int (*argmax)(const Argmax *);
 } Kernels;

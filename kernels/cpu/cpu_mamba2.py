@@ -87,9 +87,10 @@ def gated_group_rms_norm(
     *,
     norm_before_gate: bool,
 ) -> torch.Tensor:
-    """See `mamba2.gated_group_rms_norm`."""
+    """See `mamba2.gated_group_rms_norm`. weight: also that of one group, which all groups have."""
     assert cpu_kernels.library is not None
     rows, size = x.shape
+    is_shared = weight is not None and len(weight) < size
     y = torch.empty(rows, size)
     cpu_kernels.library.gated_group_rms_norm(
         x.data_ptr(),
@@ -100,6 +101,7 @@ def gated_group_rms_norm(
         rows,
         size,
         num_groups,
+        0 if is_shared else size // num_groups,
         norm_before_gate,
         eps,
     )

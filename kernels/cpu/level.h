@@ -19,6 +19,7 @@
 #include "experts.h"
 
 #include "causal_conv.h"
+#include "gated_delta_net.h"
 #include "mamba2.h"
 
 const Kernels LEVEL_TABLE = {
@@ -43,6 +44,7 @@ const Kernels LEVEL_TABLE = {
     .experts = experts,
     .causal_conv = causal_conv,
     .mamba2_scan = mamba2_scan,
+    .gated_delta_rule = gated_delta_rule,
     .gated_group_rms_norm = gated_group_rms_norm,
     .argmax = argmax,
 };

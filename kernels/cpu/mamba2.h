@@ -297,7 +297,8 @@ static void gated_norm_groups(const void *operation, int64_t begin, int64_t end)
     int64_t size = o->size / o->n_groups;
     for (int64_t item = begin; item < end; item++) {
         int64_t row = item / o->n_groups;
-        int64_t column = item % o->n_groups * size;
+        int64_t group = item % o->n_groups;
+        int64_t column = group * size;
         const float *x = o->x + row * o->size + column;
         const float *gate = o->gate + row * o->gate_stride + column;
         float *y = o->y + row * o->size + column;
@@ -311,10 +312,11 @@ static void gated_norm_groups(const void *operation, int64_t begin, int64_t end)
         }
         if (o->weight == NULL)
             continue;
+        const float *weight = o->weight + group * o->weight_stride;
         vfloat factor = v_set(1.0f / sqrtf(v_sum(squares) / (float)size + o->eps));
         for (int64_t d = 0; d < size; d += VECTOR_WIDTH) {
             vfloat value = v_mul(load_of_row(y, d, size), factor);
-            value = v_mul(value, load_of_row(o->weight + column, d, size));
+            value = v_mul(value, load_of_row(weight, d, size));
             if (o->norm_before_gate)
                 value = v_mul(value, activate(load_of_row(gate, d, size), ACT_SILU));
             store_of_row(y, d, size, value);

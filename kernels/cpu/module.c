@@ -352,7 +352,27 @@ KERNEL(mamba2_scan, 20, 2) {
     });
 }
 
-KERNEL(gated_group_rms_norm, 9, 1) {
+KERNEL(gated_delta_rule, 19, 0) {
+    (void)floats;
+    return kernels->gated_delta_rule(&(GatedDeltaRule){
+        .qkv = ADDRESS(const float, 0),
+        .qkv_stride = ints[1],
+        .ba = ADDRESS(const float, 2),
+        .ba_stride = ints[3],
+        .A_log = ADDRESS(const float, 4),
+        .dt_bias = ADDRESS(const float, 5),
+        .out = ADDRESS(float, 6),
+        .state = ADDRESS(float, 7),
+        .row_stride = ints[8],
+        .n_k_heads = ints[9],
+        .n_v_heads = ints[10],
+        .k_dim = ints[11],
+        .v_dim = ints[12],
+        .rows = RECURRENT_ROWS(13),
+    });
+}
+
+KERNEL(gated_group_rms_norm, 10, 1) {
     return kernels->gated_group_rms_norm(&(GatedGroupNorm){
         .x = ADDRESS(const float, 0),
         .gate = ADDRESS(const float, 1),
@@ -362,7 +382,8 @@ KERNEL(gated_group_rms_norm, 9, 1) {
         .rows = ints[5],
         .size = ints[6],
         .n_groups = ints[7],
-        .norm_before_gate = (int)ints[8],
+        .weight_stride = ints[8],
+        .norm_before_gate = (int)ints[9],
         .eps = (float)floats[0],
     });
 }
@@ -409,6 +430,7 @@ KERNEL(argmax, 6, 0) {
     DO(experts)                                                                                    \
     DO(causal_conv)                                                                                \
     DO(mamba2_scan)                                                                                \
+    DO(gated_delta_rule)                                                                           \
     DO(gated_group_rms_norm)                                                                       \
     DO(argmax)                                                                                     \
     DO(all_reduce)                                                                                 \

@@ -104,6 +104,11 @@ class Scheduler:
         self._finish(sequence)
         return True
 
+    def num_reusable_tokens(self, sequence: Sequence) -> int:
+        """The tokens of a waiting sequence that it would find in the prefix cache now."""
+        tables, _ = self._find_cached_prefix(sequence)
+        return len(tables[0]) * self.config.block_size
+
     def hold(self, sequence: Sequence) -> None:
         """Take a sequence out of the queue until `release`."""
         self.waiting.remove(sequence)

@@ -19,7 +19,6 @@ from llmkit.runtime.engine.engine_config import EngineConfig
 from llmkit.runtime.engine.sequence import Sequence
 from llmkit.runtime.engine.state_cache import StateCache
 
-
 NO_ROW = -1  # that of kernels/recurrent_state.py, which needs torch
 
 
@@ -63,6 +62,8 @@ class StateScheduler:
         first_checkpoint = config.max_num_seqs * self._rows_per_sequence
         num_checkpoints = config.num_state_checkpoints if config.enable_prefix_caching else 0
         self.cache = StateCache(first_checkpoint, num_checkpoints)
+        # The tokens of a page of the prefix cache on disk; states at ends of pages are kept then.
+        self.page_tokens = 0
         self._states: dict[Sequence, _SequenceStates] = {}  # of running sequences
         self._unnamed: list[_Unnamed] = []
 
@@ -99,8 +100,12 @@ class StateScheduler:
             assert found is not None
             row = found
             self.cache.hold(row)
-        last_boundary = self._boundary(sequence.num_prompt_tokens - 1)
-        wanted = {last_boundary, min(last_boundary, self._boundary(num_matching_tokens))}
+        last_token = sequence.num_prompt_tokens - 1
+        wanted: set[int] = set()
+        for num_tokens in (last_token, min(last_token, num_matching_tokens)):
+            wanted.add(self._boundary(num_tokens))
+            if self.page_tokens:
+                wanted.add(num_tokens // self.page_tokens * self.page_tokens)
         checkpoints = sorted(position for position in wanted if position > num_cached_tokens)
         self._states[sequence] = _SequenceStates(row, checkpoints)
 

@@ -92,6 +92,39 @@ def test_inspect_shows_each_kind_of_attention(
     assert "vocabulary 128, embeddings tied, 8 more embedding dimensions for each layer" in lines
 
 
+def test_inspect_shows_recurrent_layers(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    oracle = family_oracle("qwen3.5", tmp_path)
+    facts = document(capsys, tmp_path)
+    assert facts["parameters"] == sum(p.numel() for p in oracle.parameters())
+    channels = 2 * 4 * 8 + 8 * 16  # queries, keys, values
+    state = 8 * 8 * 16 * 4  # heads, keys, values, float32
+    assert facts["recurrent"] == {
+        "layers": 3,
+        "mixer": "gated_delta_net",
+        "heads": 8,
+        "key_dim": 8,
+        "value_dim": 16,
+        "conv_channels": channels,
+        "conv_kernel_size": 4,
+        "bytes_per_sequence": {
+            "fp32": 3 * (state + 3 * channels * 4),
+            "bf16": 3 * (state + 3 * channels * 2),
+        },
+    }
+    assert [kind["layers"] for kind in facts["attention"]] == [1]
+    lines = shown(capsys, monkeypatch, tmp_path)
+    first = lines.index("attention 1 layer: 4 query heads, 2 KV, of 16")
+    assert lines[first + 1] == (
+        "recurrent 3 layers: gated delta net, 8 heads with states of 8 x 16,"
+        " convolution of 4 tokens over 192 channels"
+    )
+    assert "KV cache 128 B a token in bf16, and 15.4 KiB of recurrent states a sequence" in lines
+    (row,) = [line for line in lines if line.startswith("│ bf16")]
+    assert f"│ {(3 * (state + 3 * channels * 2) + 128 * 128) / 1024:.1f} KiB │" in row
+
+
 def test_inspect_shows_the_precisions_that_there_are(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -127,7 +160,7 @@ def test_inspect_shows_a_multimodal_model(
             "JambaForCausalLM",
             "jamba",
             "its layers keep a recurrent state besides keys and values",
-            "",
+            " The supported architecture with the most similar name is BambaForCausalLM.",
         ),
         (
             "Gemma9ForCausalLM",

@@ -236,22 +236,22 @@ def test_prefix_store_keeps_recent_pages_and_the_begin_of_a_prompt_longest(
     tmp_path: Path,
 ) -> None:
     page = torch.arange(64, dtype=torch.uint8)
-    store = PrefixStore(private_folder(str(tmp_path / "kept")), 3 * 96, b"model", 64)
+    store = PrefixStore(private_folder(str(tmp_path / "kept")), 3 * 96, b"model")
     old = [store.key(bytes([index])) for index in range(3)]
     new = [store.key(bytes([9, index])) for index in range(2)]
     for index, key in enumerate(old):
         store.write(key, page, 1000 - index)
     assert sum(size for _, size, _ in files_in(store.folder, PAGE_SUFFIX)) == 3 * 96
-    assert store.read(old[2], 3000 - 2) is not None
-    assert torch.equal(store.read(old[2], 3000 - 2), page)  # type: ignore[arg-type]
+    assert store.read(old[2], 64, 3000 - 2) is not None
+    assert torch.equal(store.read(old[2], 64, 3000 - 2), page)  # type: ignore[arg-type]
     for index, key in enumerate(new):
         store.write(key, page, 2000 - index)
     assert [store.has(key) for key in (*old, *new)] == [False, False, True, True, True]
-    assert store.read(old[0], 0) is None
-    again = PrefixStore(store.folder, 96, b"model", 64)
+    assert store.read(old[0], 64, 0) is None
+    again = PrefixStore(store.folder, 96, b"model")
     assert [again.has(key) for key in (*old, *new)] == [False, False, True, False, False]
-    assert not PrefixStore(store.folder, 96, b"another", 64).has(
-        PrefixStore(store.folder, 96, b"another", 64).key(b"x")
+    assert not PrefixStore(store.folder, 96, b"another").has(
+        PrefixStore(store.folder, 96, b"another").key(b"x")
     )
 
 

@@ -670,8 +670,19 @@ static void check_gated_group_norm(int64_t size, int64_t n_groups, int norm_befo
     float *gate = random_floats(ROWS * (size + 1), 4.0f);
     float *weight = random_floats(size, 1.0f);
     float *y = allocate(ROWS * size * sizeof *y);
-    kernels->gated_group_rms_norm(&(GatedGroupNorm){x, gate, size + 1, weight, y, ROWS, size,
-                                                    n_groups, norm_before_gate, 1e-5f});
+    kernels->gated_group_rms_norm(&(GatedGroupNorm){
+        .x = x,
+        .gate = gate,
+        .gate_stride = size + 1,
+        .weight = weight,
+        .y = y,
+        .rows = ROWS,
+        .size = size,
+        .n_groups = n_groups,
+        .weight_stride = group_size,
+        .norm_before_gate = norm_before_gate,
+        .eps = 1e-5f,
+    });
     for (int64_t i = 0; i < ROWS * size; i++) {
         int64_t column = i % size;
         const float *gates = gate + i / size * (size + 1);
@@ -690,6 +701,138 @@ static void check_gated_group_norm(int64_t size, int64_t n_groups, int norm_befo
     }
     free(x);
     free(gate);
+/* ---- the gated delta rule ---- */
+
+enum { DELTA_K_HEADS = 2, DELTA_V_HEADS = 4, DELTA_SEQUENCES = 3, DELTA_ROWS = 4 };
+
+/* Compute a token of a value head, from the state [k_dim, v_dim] of the tokens before it. */
+static void check_delta_token(const GatedDeltaRule *r, int64_t token, int64_t head,
+                              double *state) {
+    const float *q = r->qkv + token * r->qkv_stride + head / 2 * r->k_dim;
+    const float *k = q + DELTA_K_HEADS * r->k_dim;
+    const float *v = r->qkv + token * r->qkv_stride + 2 * DELTA_K_HEADS * r->k_dim +
+                     head * r->v_dim;
+    double b = r->ba[token * r->ba_stride + head];
+    double a = r->ba[token * r->ba_stride + DELTA_V_HEADS + head];
+    double decay = exp(-exp(r->A_log[head]) * log1p(exp(a + r->dt_bias[head])));
+    double q_squares = 1e-6;
+    double k_squares = 1e-6;
+    for (int64_t i = 0; i < r->k_dim; i++) {
+        q_squares += (double)q[i] * q[i];
+        k_squares += (double)k[i] * k[i];
+    }
+    for (int64_t d = 0; d < r->v_dim; d++) {
+        double held = 0;
+        double out = 0;
+        for (int64_t i = 0; i < r->k_dim; i++)
+            held += decay * state[i * r->v_dim + d] * k[i] / sqrt(k_squares);
+        for (int64_t i = 0; i < r->k_dim; i++) {
+            double *value = &state[i * r->v_dim + d];
+            *value = decay * *value + k[i] / sqrt(k_squares) * sigmoid(b) * (v[d] - held);
+            out += *value * q[i] / sqrt(q_squares * (double)r->k_dim);
+        }
+        expect_close(r->out[(token * DELTA_V_HEADS + head) * r->v_dim + d], out, 4,
+                     "gated_delta_rule");
+    }
+}
+
+static void check_gated_delta_rule(int64_t k_dim, int64_t v_dim) {
+    static const int64_t query_lens[DELTA_SEQUENCES] = {1, 3, 20};
+    static const int64_t initial_rows[DELTA_SEQUENCES] = {2, 3, -1};
+    static const int64_t write_starts[DELTA_SEQUENCES + 1] = {0, 1, 1, 3};
+    static const int64_t write_ends[] = {1, 5, 20};
+    static const int64_t write_rows[] = {2, 0, 1};
+    int64_t qkv_size = 2 * DELTA_K_HEADS * k_dim + DELTA_V_HEADS * v_dim;
+    int64_t row_size = DELTA_V_HEADS * k_dim * v_dim;
+    float *qkv = random_floats(24 * qkv_size, 1.0f);
+    float *ba = random_floats(24 * 2 * DELTA_V_HEADS, 2.0f);
+    float *A_log = random_floats(DELTA_V_HEADS, 1.0f);
+    float *dt_bias = random_floats(DELTA_V_HEADS, 1.0f);
+    float *state = random_floats(DELTA_ROWS * row_size, 1.0f);
+    float *before = allocate(DELTA_ROWS * row_size * sizeof *before);
+    memcpy(before, state, DELTA_ROWS * row_size * sizeof *before);
+    GatedDeltaRule r = {
+        .qkv = qkv,
+        .qkv_stride = qkv_size,
+        .ba = ba,
+        .ba_stride = 2 * DELTA_V_HEADS,
+        .A_log = A_log,
+        .dt_bias = dt_bias,
+        .out = allocate(24 * DELTA_V_HEADS * v_dim * sizeof *r.out),
+        .state = state,
+        .row_stride = row_size,
+        .n_k_heads = DELTA_K_HEADS,
+        .n_v_heads = DELTA_V_HEADS,
+        .k_dim = k_dim,
+        .v_dim = v_dim,
+        .rows = {DELTA_SEQUENCES, query_lens, initial_rows, write_starts, write_ends, write_rows},
+    };
+    expect(kernels->gated_delta_rule(&r), "gated_delta_rule", "out of memory");
+    double *expected = allocate(k_dim * v_dim * sizeof *expected);
+    int64_t first_token = 0;
+    for (int64_t sequence = 0; sequence < DELTA_SEQUENCES; sequence++) {
+        for (int64_t head = 0; head < DELTA_V_HEADS; head++) {
+            int64_t head_state = head * k_dim * v_dim;
+            int64_t write = write_starts[sequence];
+            for (int64_t i = 0; i < k_dim * v_dim; i++)
+                expected[i] = initial_rows[sequence] < 0
+                                  ? 0
+                                  : before[initial_rows[sequence] * row_size + head_state + i];
+            for (int64_t token = 0; token < query_lens[sequence]; token++) {
+                check_delta_token(&r, first_token + token, head, expected);
+                if (write == write_starts[sequence + 1] || write_ends[write] != token + 1)
+                    continue;
+                const float *written = state + write_rows[write++] * row_size + head_state;
+                for (int64_t i = 0; i < k_dim * v_dim; i++)
+                    expect_close(written[i], expected[i], 4, "a state of gated_delta_rule");
+            }
+        }
+        first_token += query_lens[sequence];
+    }
+    expect(memcmp(state + 3 * row_size, before + 3 * row_size, row_size * sizeof *state) == 0,
+           "gated_delta_rule", "a row without a write changed");
+    free(qkv);
+    free(ba);
+    free(A_log);
+    free(dt_bias);
+    free(state);
+    free(before);
+    free(r.out);
+    free(expected);
+}
+
+static void check_gated_norm(int64_t size) {
+    enum { TOKENS = 3, HEADS = 2 };
+    int64_t gate_stride = HEADS * size + 5;
+    float *x = random_floats(TOKENS * HEADS * size, 2.0f);
+    float *gates = random_floats(TOKENS * gate_stride, 5.0f);
+    float *weight = random_floats(size, 1.0f);
+    float *y = allocate(TOKENS * HEADS * size * sizeof *y);
+    kernels->gated_group_rms_norm(&(GatedGroupNorm){
+        .x = x,
+        .gate = gates,
+        .gate_stride = gate_stride,
+        .weight = weight,
+        .y = y,
+        .rows = TOKENS,
+        .size = HEADS * size,
+        .n_groups = HEADS,
+        .norm_before_gate = 1,
+        .eps = 1e-5f,
+    });
+    for (int64_t i = 0; i < TOKENS * HEADS; i++) {
+        double squares = 0;
+        for (int64_t d = 0; d < size; d++)
+            squares += (double)x[i * size + d] * x[i * size + d];
+        double rms = sqrt(squares / (double)size + 1e-5);
+        for (int64_t d = 0; d < size; d++) {
+            double gate = gates[i / HEADS * gate_stride + i % HEADS * size + d];
+            double expected = x[i * size + d] / rms * weight[d] * gate * sigmoid(gate);
+            expect_close(y[i * size + d], expected, fabs(expected) + 1, "gated_group_rms_norm");
+        }
+    }
+    free(x);
+    free(gates);
     free(weight);
     free(y);
 }
@@ -841,9 +984,12 @@ static void check_level(void) {
         check_rotary(sizes[i], 1);
         check_activations(sizes[i]);
         check_xielu(sizes[i]);
+        check_gated_norm(sizes[i]);
     }
     check_residual(3 * PARALLEL_MIN_ELEMENTS + 1); /* several threads */
     check_xielu(PARALLEL_MIN_ELEMENTS + 1);
+    check_gated_delta_rule(7, 5);
+    check_gated_delta_rule(16, 40);
     check_store_kv();
     check_recurrent_layers();
     check_attention(64, KV_F32, 0, 0, 0.0f, 0);

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import torch
 from transformers.models.qwen3_next import modeling_qwen3_next
 
 from llmkit.kernels import gated_delta_net
+from llmkit.kernels.cpu import cpu_kernels
 from llmkit.kernels.gated_delta_net import (
     gated_delta_rule_reference,
     gated_delta_rule_torch,
@@ -19,8 +21,40 @@ from llmkit.kernels.gated_delta_net import (
 from llmkit.kernels.recurrent_state import NO_ROW, RecurrentBatch, RecurrentState
 
 GatedDeltaRule = Callable[..., torch.Tensor]
-FORMS = [gated_delta_rule_reference, gated_delta_rule_torch]
 NUM_ROWS = 8
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A function at one level of the compiled kernels."""
+
+    level: str
+    run: GatedDeltaRule = gated_delta_net.gated_delta_rule
+
+    def __call__(self, *arguments: Any) -> torch.Tensor:
+        assert cpu_kernels.library is not None
+        cpu_kernels.library.set_level(self.level)
+        try:
+            return self.run(*arguments)
+        finally:
+            cpu_kernels.library.set_level(cpu_kernels.levels()[-1])
+
+    @property
+    def __name__(self) -> str:
+        return self.level
+
+
+COMPILED = [Compiled(level) for level in cpu_kernels.levels()]
+FORMS = [gated_delta_rule_reference, gated_delta_rule_torch, *COMPILED]
+
+
+@pytest.fixture(params=[1, 3], ids=["one thread", "threads"])
+def num_threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    assert cpu_kernels.library is not None
+    before = cpu_kernels.library.num_threads()
+    cpu_kernels.library.set_num_threads(request.param)
+    yield request.param
+    cpu_kernels.library.set_num_threads(before)
 
 
 @dataclass(frozen=True)
@@ -172,6 +206,80 @@ def test_gated_delta_rule_keeps_nan_in_its_sequence(rule: GatedDeltaRule) -> Non
         assert torch.equal(state.state[row], clean.state[row])
 
 
+LAYERS = [Layer(), Layer(3, 3, 17, 37), Layer(1, 2, 128, 128)]
+
+
+@pytest.mark.parametrize("rule", COMPILED)
+@pytest.mark.parametrize("layer", LAYERS)
+@torch.inference_mode()
+def test_gated_delta_rule_compiled_does_not_depend_on_steps(
+    rule: GatedDeltaRule, layer: Layer, num_threads: int
+) -> None:
+    qkv, ba = layer.inputs(100)
+    expected, final = layer.oracle(qkv, ba)
+    found = []
+    for step in (100, 1, 7, 64):
+        state = layer.state()
+        out = run_in_steps(rule, layer, qkv, ba, state, step)
+        found.append((out, state.state[3]))
+    close(found[0][0], expected)
+    close(found[0][1], final)
+    for out, last in found[1:]:
+        assert torch.equal(out, found[0][0])
+        assert torch.equal(last, found[0][1])
+
+
+@pytest.mark.parametrize("rule", COMPILED)
+@torch.inference_mode()
+def test_gated_delta_rule_compiled_does_not_depend_on_the_batch(
+    rule: GatedDeltaRule, num_threads: int
+) -> None:
+    layer = Layer()
+    state = layer.state()
+    state.state.normal_(generator=torch.Generator().manual_seed(2))
+    alone = RecurrentState(state.conv, state.state.clone())
+    out, qkv, ba = mixed_batch(rule, layer, state)
+    parts = [
+        (slice(0, 70), NO_ROW, [(64, 0), (70, 1)]),
+        (slice(70, 71), 2, [(1, 2)]),
+        (slice(71, 74), 3, [(1, 3), (2, 4), (3, 5)]),
+        (slice(74, 79), 6, []),
+    ]
+    for tokens, initial_row, writes in parts:
+        num_tokens = tokens.stop - tokens.start
+        batch = RecurrentBatch.build([num_tokens], [initial_row], [writes])
+        found = rule(qkv[tokens], ba[tokens], *layer.parameters(), alone, batch)
+        assert torch.equal(found, out[tokens])
+    assert torch.equal(alone.state, state.state)
+
+
+@pytest.mark.skipif(not COMPILED, reason=f"compiled kernels: {cpu_kernels.status()}")
+@torch.inference_mode()
+def test_gated_delta_rule_and_norm_are_recorded() -> None:
+    """What a decode step replays reads rows and inputs anew."""
+    layer = Layer()
+    parameters = layer.parameters()
+    state = layer.state()
+    batch = RecurrentBatch.build([1, 1], [0, 1], [[(1, 0)], [(1, 1)]])
+    qkv, ba = layer.inputs(2)
+    z, weight = torch.randn(2, layer.v_heads, layer.v_dim), torch.randn(layer.v_dim)
+    with cpu_kernels.recording() as recorder:
+        out = gated_delta_net.gated_delta_rule(qkv, ba, *parameters, state, batch)
+        normed = gated_rms_norm(out, z, weight, 1e-6)
+    program = recorder.program()
+    qkv.copy_(layer.inputs(2, seed=5)[0])
+    batch.initial_rows[1] = NO_ROW
+    batch.write_rows[:] = [2, 3]
+    again = RecurrentState(state.conv, state.state.clone())
+    assert cpu_kernels.library is not None
+    cpu_kernels.library.run(program)
+    expected = gated_delta_net.gated_delta_rule(qkv, ba, *parameters, again, batch)
+    assert torch.equal(out, expected)
+    assert torch.equal(normed, gated_rms_norm(expected, z, weight, 1e-6))
+    assert torch.equal(state.state, again.state)
+    assert state.state[2].any()
+
+
 @pytest.mark.parametrize("lens", [[9], [5, 4], [1] * 9])
 def test_gated_delta_rule_has_gradients(lens: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gated_delta_net, "CHUNK_TOKENS", 4)
@@ -192,11 +300,29 @@ def test_gated_delta_rule_has_gradients(lens: list[int], monkeypatch: pytest.Mon
         close(found, expected, 1e-4)
 
 
+def norm_case(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.nn.Module]:
+    generator = torch.Generator().manual_seed(0)
+    x, z = torch.randn(2, 10, 3, 24, generator=generator).to(dtype)
+    module = modeling_qwen3_next.Qwen3NextRMSNormGated(24, eps=1e-6).to(dtype)
+    module.weight.copy_(torch.randn(24, generator=generator))
+    return x, z, module
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @torch.inference_mode()
 def test_gated_rms_norm_equals_transformers(dtype: torch.dtype) -> None:
-    generator = torch.Generator().manual_seed(0)
-    x, z = torch.randn(2, 10, 24, generator=generator).to(dtype)
-    module = modeling_qwen3_next.Qwen3NextRMSNormGated(24, eps=1e-6).to(dtype)
-    module.weight.copy_(torch.randn(24, generator=generator))
+    x, z, module = norm_case(dtype)
     close(gated_rms_norm(x, z, module.weight, 1e-6), module(x, z), 1e-6)
+    x, z = x.flatten(0, 1), z.flatten(0, 1)
+    close(gated_rms_norm(x, z, module.weight, 1e-6), module(x, z), 1e-6)
+
+
+@pytest.mark.parametrize("level", cpu_kernels.levels())
+@torch.inference_mode()
+def test_gated_rms_norm_reads_a_part_of_rows(level: str) -> None:
+    """The gate is a part of a projection's output."""
+    x, z, module = norm_case(torch.float32)
+    projected = torch.cat((torch.full((10, 7), torch.nan), z.flatten(1)), 1)
+    gate = projected[:, 7:].unflatten(1, (3, 24))
+    norm = Compiled(level, gated_rms_norm)
+    close(norm(x, gate, module.weight, 1e-6), module(x, z), 1e-6)

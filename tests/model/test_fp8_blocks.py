@@ -147,6 +147,20 @@ def test_fp8_blocks_of_compressed_tensors(tmp_path: Path) -> None:
     torch.testing.assert_close(logits_of(model), oracle, atol=1e-4, rtol=0)
 
 
+def test_fp8_blocks_of_alternating_projections(tmp_path: Path) -> None:
+    """Qwen3-Next stores projections head by head, and blocks here begin inside of heads."""
+    family_oracle("qwen3-next", tmp_path / "dense")
+    linears = r"\.(in_proj_qkvz|out_proj|[qkvo]_proj|gate_proj|up_proj|down_proj)\.weight$"
+    write_fp8(tmp_path / "dense", tmp_path / "fp8", (48, 32), linears=linears)
+    model = load_model(open_checkpoint(tmp_path / "fp8"), torch.float32, packed=True)
+    rounded = [linear for linear in all_linears(model) if linear.activation_quant is not None]
+    assert model.layers[0].linears["gdn.qkvz"] in rounded
+    for linear in rounded:
+        linear.activation_quant = None
+    oracle = oracle_logits(dense_oracle(tmp_path / "dense"), tokens())
+    torch.testing.assert_close(logits_of(model), oracle, atol=1e-4, rtol=0)
+
+
 def test_fp8_with_one_scale_per_weight(tmp_path: Path) -> None:
     """As Ministral 3 is released: scalars for the weight and for the inputs, in bfloat16."""
     save_wrapper(tiny_wrapper("ministral3"), tmp_path / "dense", hub_names=False)

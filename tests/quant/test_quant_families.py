@@ -50,6 +50,8 @@ ALL_METHODS = (
     "groups of experts, shared expert",
     "shared keys, input of each layer",
     "gated delta net, gate beside each query",
+    "one block each layer, experts without gate",
+    "short convolutions",
 )
 CASES = [
     pytest.param(
@@ -162,6 +164,8 @@ MAPPINGS = {
         "mlp.experts.3.down",
         "mlp.shared_expert.down",
     },
+    "one block each layer, experts without gate": {"mlp.up"},
+    "short convolutions": {"attn.qkv", "attn.o", "mlp.gate_up", "mlp.down"},
     "sizes by layer": {"attn.qkv", "mlp.gate_up", "mlp.down"},
     "shared keys, input of each layer": {"attn.qkv", "mlp.gate_up", "mlp.down"},
 }
@@ -184,9 +188,11 @@ def test_apply_scales_keeps_the_layers_output(pieces: Callable[[str], Path], pie
         layer = stream.layer(index)
         mappings = smoothable(stream, index)
         for mapping in mappings:
-            rows = mapping.rows
-            smooth = layer.linears.get(mapping.smooth_layer)
-            size = len(smooth.weight[rows]) if rows and smooth else spec.hidden_size
+            norm = layer.norms.get(mapping.smooth_layer)
+            if norm is None:
+                size = len(layer.linears[mapping.smooth_layer].weight[mapping.rows])
+            else:
+                size = len(norm)
             scales = torch.rand(size, generator=generator) * 1.5 + 0.5
             names = (f"{mapping.smooth_layer}.{kind}" for kind in ("weight", "bias"))
             apply_scales(layer, mapping, scales, dict.fromkeys(names, torch.float32))

@@ -12,6 +12,8 @@ import pytest
 from support.engine_requests import engine_request
 from support.openai_client import openai_client
 from support.server_process import LlmkitServer, serving, wait_for
+from support.tiny_families import family_oracle
+from support.tiny_models import VOCAB, write_tokenizer
 
 from llmkit.runtime.engine.engine_outputs import EngineOutput
 from llmkit.runtime.server.response_cache import ResponseCache
@@ -222,3 +224,44 @@ def test_prefix_store_survives_a_restart_for_its_client(
         assert restarted.metric("external_prefix_cache_hits_total") == 256 * kept
         assert restarted.metric("external_prefix_cache_queries_total") >= 2 * 256 * kept
         assert restarted.metric("prefix_store_damaged_total") == 0
+
+
+def test_second_turn_of_a_hybrid_model_finds_the_first_after_the_server_was_killed(
+    tmp_path: Path,
+) -> None:
+    model = tmp_path / "hybrid"
+    family_oracle("qwen3.5", model, vocab_size=VOCAB, max_position_embeddings=4096)
+    write_tokenizer(model)
+    prefixes = tmp_path / "prefixes"
+    options = {
+        "served_model_name": "tiny",
+        "prefix_cache_dir": str(prefixes),
+        "kv_cache_memory": 1 << 23,
+        "max_num_seqs": 4,
+    }
+    conversation = [{"role": "user", "content": LONG}]
+    body: dict[str, Any] = {"model": "tiny", "temperature": 0, "max_tokens": 8}
+
+    def answer(server: LlmkitServer) -> tuple[str, dict[str, Any]]:
+        with server.client() as client:
+            answered = client.post("/v1/chat/completions", json=body | {"messages": conversation})
+        document = answered.raise_for_status().json()
+        return document["choices"][0]["message"]["content"], document["usage"]
+
+    def cached_tokens(usage: dict[str, Any]) -> int:
+        cached: int = usage["prompt_tokens_details"]["cached_tokens"]
+        return cached
+
+    with serving(tmp_path / "log", model, **options) as server:
+        text, first_usage = answer(server)
+        num_pages = first_usage["prompt_tokens"] // 256
+        assert num_pages >= 2
+        conversation.append({"role": "assistant", "content": text})
+        conversation.append({"role": "user", "content": "And then?"})
+        text, usage = answer(server)
+        assert cached_tokens(usage) >= first_usage["prompt_tokens"] // 16 * 16
+        # The pages of the first turn, and the states after the last of them.
+        wait_for(lambda: len(list(prefixes.glob("*.kv"))) == num_pages + 1)
+    with serving(tmp_path / "log2", model, **options) as restarted:
+        text_again, usage = answer(restarted)
+        assert (text_again, cached_tokens(usage)) == (text, 256 * num_pages)

@@ -86,6 +86,24 @@ PIECES: dict[str, tuple[str, dict[str, Any]]] = {
             "layer_types": ["linear_attention", "full_attention"],
         },
     ),
+    "one block each layer, experts without gate": (
+        "nemotron_h",
+        {
+            "hybrid_override_pattern": "M*E-",
+            "n_routed_experts": 4,
+            "moe_intermediate_size": 32,
+            "head_dim": 16,
+            "mamba_num_heads": 8,
+            "mamba_head_dim": 16,
+            "ssm_state_size": 16,
+            "n_groups": 2,
+            "moe_shared_expert_intermediate_size": 32,
+        },
+    ),
+    "short convolutions": (
+        "lfm2",
+        {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False},
+    ),
     "sizes by layer": (
         "gemma4_text",
         {
