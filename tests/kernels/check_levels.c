@@ -701,6 +701,10 @@ static void check_gated_group_norm(int64_t size, int64_t n_groups, int norm_befo
     }
     free(x);
     free(gate);
+    free(weight);
+    free(y);
+}
+
 /* ---- the gated delta rule ---- */
 
 enum { DELTA_K_HEADS = 2, DELTA_V_HEADS = 4, DELTA_SEQUENCES = 3, DELTA_ROWS = 4 };
