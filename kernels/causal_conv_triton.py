@@ -129,7 +129,8 @@ def _causal_conv_kernel(
     # The inputs before the sequence's first token: number i is that of position i - (WIDTH - 1).
     row = tl.load(initial_rows + sequence).to(tl.int64)
     i = tl.arange(0, STATE_TILE)
-    is_old = (i < WIDTH - 1)[:, None] & has_channel[None, :] & (row >= 0) & (first == 0)
+    first_inputs = tl.where((row >= 0) & (first == 0), WIDTH - 1, 0)
+    is_old = (i < first_inputs)[:, None] & has_channel[None, :]
     at = conv + row * row_size + i[:, None] * num_channels + c[None, :]
     old = tl.load(at, mask=is_old, other=0.0).to(tl.float32)
     sums = tl.zeros((TOKENS, CHANNELS), tl.float32)
@@ -163,11 +164,11 @@ def _causal_conv_kernel(
             end = tl.load(write_ends + write)
             to = conv + tl.load(write_rows + write).to(tl.int64) * row_size
             for k in tl.static_range(WIDTH - 1):
-                position = end - (WIDTH - 1) + k
-                mask = has_channel & (position >= 0)
-                values = _load_inputs(x + position * x_stride, c, num_channels, mask, GATED)
-                older = tl.sum(tl.where((i == end + k)[:, None], old, 0.0), 0)
-                values = tl.where(position < 0, older, values)
+                at_input = end - (WIDTH - 1) + k
+                has_input = c < tl.where(at_input >= 0, num_channels, 0)
+                written = _load_inputs(x + at_input * x_stride, c, num_channels, has_input, GATED)
+                held = tl.sum(tl.where((i == end + k)[:, None], old, 0.0), 0)
+                written = tl.where(at_input < 0, held, written)
                 tl.store(
-                    to + k * num_channels + c, values.to(conv.dtype.element_ty), mask=has_channel
+                    to + k * num_channels + c, written.to(conv.dtype.element_ty), mask=has_channel
                 )

@@ -174,7 +174,8 @@ def _scan_tokens_kernel(
     at = (head * STATE_SIZE + n[:, None]) * HEAD_DIM + p[None, :]
     row_size: tl.constexpr = HEADS * STATE_SIZE * HEAD_DIM
     row = tl.load(initial_rows + sequence).to(tl.int64)
-    state = tl.load(states + row * row_size + at, mask=in_state & (row >= 0), other=0.0)
+    is_held = in_state & (n < tl.where(row >= 0, STATE_SIZE, 0))[:, None]
+    state = tl.load(states + row * row_size + at, mask=is_held, other=0.0)
     tl.debug_barrier()  # all threads have read the initial row
     first_write = tl.load(write_starts + sequence)
     end_of_writes = tl.load(write_starts + sequence + 1)
@@ -248,7 +249,8 @@ def _scan_chunks_kernel(
     at = (head * STATE_SIZE + n[:, None]) * HEAD_DIM + p[None, :]
     row_size: tl.constexpr = HEADS * STATE_SIZE * HEAD_DIM
     row = tl.load(initial_rows + sequence).to(tl.int64)
-    state = tl.load(states + row * row_size + at, mask=in_state & (row >= 0), other=0.0)
+    is_held = in_state & (n < tl.where(row >= 0, STATE_SIZE, 0))[:, None]
+    state = tl.load(states + row * row_size + at, mask=is_held, other=0.0)
     tl.debug_barrier()  # all threads have read the initial row
     write = tl.load(write_starts + sequence)
     end_of_writes = tl.load(write_starts + sequence + 1)
