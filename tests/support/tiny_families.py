@@ -481,6 +481,7 @@ FAMILIES = {
         NEMOTRON_H
         | {
             "hybrid_override_pattern": "MEM*EM",
+            "n_groups": 1,  # that ranks share
             "n_routed_experts": 8,
             "n_group": 4,
             "topk_group": 2,
@@ -590,7 +591,6 @@ REPRESENTATIVES = (
     "laguna",
     "mamba2",
     "nemotron-3",
-    "granite-hybrid",
     "lfm2-moe",
 )
 
