@@ -151,16 +151,12 @@ def _causal_conv_kernel(
     out = sums.to(y.dtype.element_ty)
     mask = (t < length)[:, None] & has_channel[None, :]
     if GATED:
-        gates = tl.load(
-            x + t[:, None] * x_stride + num_channels + c[None, :], mask=mask, other=0.0
-        )
+        gates = tl.load(x + t[:, None] * x_stride + num_channels + c[None, :], mask=mask, other=0.0)
         out = (out.to(tl.float32) * gates.to(tl.float32)).to(y.dtype.element_ty)
     tl.store(y + (start + t[:, None]) * num_channels + c[None, :], out, mask=mask)
     if first == 0:
         tl.debug_barrier()  # all threads have read the initial row
-        for write in range(
-            tl.load(write_starts + sequence), tl.load(write_starts + sequence + 1)
-        ):
+        for write in range(tl.load(write_starts + sequence), tl.load(write_starts + sequence + 1)):
             end = tl.load(write_ends + write)
             to = conv + tl.load(write_rows + write).to(tl.int64) * row_size
             for k in tl.static_range(WIDTH - 1):

@@ -1,20 +1,26 @@
 """Mamba 2's scan and the gated norm of its output as Triton kernels.
 
-Sequences with a few new tokens (decodes, draft tokens) run through the recurrence, those with more
-through the chunkwise form. Which of the two depends only on the sequence.
+Decodes and draft tokens run through the recurrence. Longer sequences are cut into chunks, which
+are computed by products of matrices (arXiv 2405.21060, section 6): one kernel goes from chunk to
+chunk of a sequence with the state in registers, and a second one computes the outputs of all chunks
+at once.
 
-Legend: T tokens, H heads, P head_dim, N state_size, G groups, S sequences.
+Legend: see `mamba2`; S sequences, C chunks.
 """
 
 from __future__ import annotations
 
 import torch
 
-from llmkit.kernels.recurrent_state import RecurrentBatch, RecurrentState
+from llmkit.kernels.recurrent_state import (
+    CHUNK_TOKENS,
+    MAX_TOKENS_ONE_BY_ONE,
+    RecurrentBatch,
+    RecurrentState,
+)
 from llmkit.kernels.triton_support import is_amd, jit, jit_without_specializing, tl
 
-FEW_TOKENS = 16  # new tokens of a sequence, at most, that run through the recurrence
-CHUNK_TOKENS = 64
+ANY_NUMBER = 1 << 30  # of tokens
 MAX_STATE_TILE = 4096  # elements of a state that a program holds
 MAX_GROUP_SIZE = 1 << 15  # elements that a program of the gated norm holds
 
@@ -33,43 +39,77 @@ def mamba2_scan_triton(
     """`mamba2.mamba2_scan`. xbc, dt: their last dimensions are contiguous."""
     _, num_heads, state_size, head_dim = state.state.shape
     y = xbc.new_empty(len(xbc), num_heads, head_dim)
-    num_sequences = len(batch.query_lens)
     padded_size = max(16, 1 << (state_size - 1).bit_length())
-    columns = min(1 << (head_dim - 1).bit_length(), MAX_STATE_TILE // padded_size)
-    columns = max(16, columns)
-    # A CUDA graph runs with other lengths than those it is captured with.
-    has_few = batch.max_query_len is not None or bool((batch.query_lens <= FEW_TOKENS).any())
-    precision = "ieee" if is_amd() else "tf32" if xbc.element_size() == 2 else "tf32x3"
-    grid = (-(-head_dim // columns), num_heads, num_sequences)
-    arguments = (
-        xbc,
-        dt,
-        A_log,
-        D,
-        dt_bias,
-        state.state,
-        y,
-        *batch.device_rows,
-        xbc.stride(0),
-        dt.stride(0),
-        *time_step_limit,
-    )
+    padded_dim = max(16, 1 << (head_dim - 1).bit_length())
+    columns = max(16, min(padded_dim, MAX_STATE_TILE // padded_size))
+    rows = batch.device_rows
+    chunks = batch.device_chunks
+    strides_and_limit = (xbc.stride(0), dt.stride(0), *time_step_limit)
     sizes = {
         "HEADS": num_heads,
         "HEAD_DIM": head_dim,
         "STATE_SIZE": state_size,
         "GROUPS": n_groups,
-        "PADDED_SIZE": padded_size,
-        "COLUMNS": columns,
-        "FEW": FEW_TOKENS,
     }
+    column_blocks = -(-head_dim // columns)
     with torch.cuda.device_of(xbc):
-        if has_few:
-            _scan_tokens_kernel[grid](*arguments, **sizes)
-        if batch.longest_query > FEW_TOKENS:
-            _scan_chunks_kernel[grid](
-                *arguments, **sizes, CHUNK=CHUNK_TOKENS, PRECISION=precision
-            )
+        _scan_tokens_kernel[column_blocks, num_heads, len(batch.query_lens)](
+            xbc,
+            dt,
+            A_log,
+            D,
+            dt_bias,
+            state.state,
+            y,
+            *rows,
+            *strides_and_limit,
+            PADDED_SIZE=padded_size,
+            COLUMNS=columns,
+            MAX_TOKENS=ANY_NUMBER if chunks is None else MAX_TOKENS_ONE_BY_ONE,
+            **sizes,
+        )
+        if chunks is None:
+            return y
+        # Products are those of bfloat16, with sums in float32, or of float32.
+        is_bfloat16 = xbc.dtype == torch.bfloat16
+        precision = "tf32" if xbc.dtype == torch.float16 and not is_amd() else "ieee"
+        before = xbc.new_empty(
+            (len(chunks.first_tokens), num_heads, state_size, head_dim),
+            dtype=torch.bfloat16 if is_bfloat16 else torch.float32,
+        )
+        common = sizes | {"CHUNK": CHUNK_TOKENS, "PRECISION": precision}
+        _chunk_states_kernel[column_blocks, num_heads, len(chunks.sequences)](
+            xbc,
+            dt,
+            A_log,
+            dt_bias,
+            state.state,
+            before,
+            rows.initial_rows,
+            rows.write_rows,
+            *chunks,
+            *strides_and_limit,
+            PADDED_SIZE=padded_size,
+            COLUMNS=columns,
+            **common,
+        )
+        columns = min(padded_dim, 64 if is_bfloat16 else 32)
+        _chunk_outputs_kernel[len(chunks.first_tokens), num_heads, -(-head_dim // columns)](
+            xbc,
+            dt,
+            A_log,
+            D,
+            dt_bias,
+            before,
+            y,
+            chunks.first_tokens,
+            chunks.num_tokens,
+            *strides_and_limit,
+            STATE_TILE=min(padded_size, 64 if is_bfloat16 else 32),
+            COLUMNS=columns,
+            **common,
+            num_warps=8,
+        )
     return y
 
 
@@ -124,9 +164,7 @@ def _softplus(x: tl.tensor) -> tl.tensor:
 
 
 @jit
-def _time_steps(
-    raw: tl.tensor, bias: tl.tensor, min_dt: tl.tensor, max_dt: tl.tensor
-) -> tl.tensor:
+def _time_steps(raw: tl.tensor, bias: tl.tensor, min_dt: tl.tensor, max_dt: tl.tensor) -> tl.tensor:
     """NaN stays NaN."""
     steps = _softplus(raw.to(tl.float32) + bias)
     steps = tl.where(steps < min_dt, min_dt, steps)
@@ -157,14 +195,17 @@ def _scan_tokens_kernel(
     GROUPS: tl.constexpr,
     PADDED_SIZE: tl.constexpr,
     COLUMNS: tl.constexpr,
-    FEW: tl.constexpr,
+    MAX_TOKENS: tl.constexpr,
 ) -> None:
-    """The recurrence. A program computes COLUMNS columns of a head, in sequences of FEW tokens."""
+    """The recurrence, in sequences of at most MAX_TOKENS tokens.
+
+    A program computes COLUMNS columns of a head.
+    """
     head = tl.program_id(1)
     sequence = tl.program_id(2)
     start = tl.load(query_start_loc + sequence).to(tl.int64)
     length = tl.load(query_start_loc + sequence + 1).to(tl.int64) - start
-    if length > FEW:
+    if length > MAX_TOKENS:
         return
     n = tl.arange(0, PADDED_SIZE)
     p = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
@@ -201,19 +242,22 @@ def _scan_tokens_kernel(
 
 
 @jit_without_specializing("min_dt", "max_dt")
-def _scan_chunks_kernel(
+def _chunk_states_kernel(
     xbc: tl.tensor,
     dt: tl.tensor,
     A_log: tl.tensor,
-    D: tl.tensor,
     dt_bias: tl.tensor,
     states: tl.tensor,
-    y: tl.tensor,
-    query_start_loc: tl.tensor,
+    before: tl.tensor,
     initial_rows: tl.tensor,
-    write_starts: tl.tensor,
-    write_ends: tl.tensor,
     write_rows: tl.tensor,
+    sequences: tl.tensor,
+    segment_starts: tl.tensor,
+    first_writes: tl.tensor,
+    num_writes: tl.tensor,
+    chunk_starts: tl.tensor,
+    first_tokens: tl.tensor,
+    num_tokens: tl.tensor,
     xbc_stride: tl.tensor,
     dt_stride: tl.tensor,
     min_dt: tl.tensor,
@@ -224,22 +268,16 @@ def _scan_chunks_kernel(
     GROUPS: tl.constexpr,
     PADDED_SIZE: tl.constexpr,
     COLUMNS: tl.constexpr,
-    FEW: tl.constexpr,
     CHUNK: tl.constexpr,
     PRECISION: tl.constexpr,
 ) -> None:
-    """The chunkwise form, in sequences of more than FEW tokens.
+    """The states before each chunk, and those that are written to rows.
 
-    A program computes COLUMNS columns of a head, chunk after chunk, with their state in registers.
-    States at writes within a chunk are computed from that before the chunk, so that outputs do not
-    depend on writes.
+    before: [C, H, N, P]. A program goes from chunk to chunk of a long sequence, with COLUMNS
+    columns of a head's state in registers.
     """
     head = tl.program_id(1)
-    sequence = tl.program_id(2)
-    start = tl.load(query_start_loc + sequence).to(tl.int64)
-    length = tl.load(query_start_loc + sequence + 1).to(tl.int64) - start
-    if length <= FEW:
-        return
+    long = tl.program_id(2)
     n = tl.arange(0, PADDED_SIZE)
     p = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     i = tl.arange(0, CHUNK)
@@ -248,73 +286,110 @@ def _scan_chunks_kernel(
     in_state = has_n[:, None] & has_p[None, :]
     at = (head * STATE_SIZE + n[:, None]) * HEAD_DIM + p[None, :]
     row_size: tl.constexpr = HEADS * STATE_SIZE * HEAD_DIM
-    row = tl.load(initial_rows + sequence).to(tl.int64)
+    row = tl.load(initial_rows + tl.load(sequences + long)).to(tl.int64)
     is_held = in_state & (n < tl.where(row >= 0, STATE_SIZE, 0))[:, None]
     state = tl.load(states + row * row_size + at, mask=is_held, other=0.0)
     tl.debug_barrier()  # all threads have read the initial row
-    write = tl.load(write_starts + sequence)
-    end_of_writes = tl.load(write_starts + sequence + 1)
-    write_end = tl.load(write_ends + write, mask=write < end_of_writes, other=-1)
     A = -tl.exp(tl.load(A_log + head))
-    skip = tl.load(D + head)
     bias = tl.load(dt_bias + head)
     B_at = HEADS * HEAD_DIM + head // (HEADS // GROUPS) * STATE_SIZE + n
-    for begin in range(0, length, CHUNK):
-        has_token = begin + i < length
-        token = start + begin + i
-        raw = tl.load(dt + token * dt_stride + head, mask=has_token, other=0.0)
-        step = tl.where(has_token, _time_steps(raw, bias, min_dt, max_dt), 0.0)
-        log_decay = tl.cumsum(A * step, 0)
-        rows = xbc + token[:, None] * xbc_stride
-        in_x = has_token[:, None] & has_p[None, :]
-        in_B = has_token[:, None] & has_n[None, :]
-        x = tl.load(rows + head * HEAD_DIM + p[None, :], mask=in_x, other=0.0).to(tl.float32)
-        B = tl.load(rows + B_at[None, :], mask=in_B, other=0.0)
-        C = tl.load(rows + GROUPS * STATE_SIZE + B_at[None, :], mask=in_B, other=0.0)
-        step_x = step[:, None] * x
-        between = log_decay[:, None] - log_decay[None, :]
-        decay = tl.exp(tl.where(i[:, None] >= i[None, :], between, float("-inf")))
-        scores = tl.dot(C, tl.trans(B), input_precision=PRECISION) * decay
-        B = B.to(tl.float32)
-        out = tl.dot(C.to(tl.float32), state, input_precision=PRECISION)
-        out = out * tl.exp(log_decay)[:, None] + skip * x
-        out = tl.dot(scores, step_x, out, input_precision=PRECISION)
-        out_at = y + (token[:, None] * HEADS + head) * HEAD_DIM + p[None, :]
-        tl.store(out_at, out.to(y.dtype.element_ty), mask=in_x)
-        end = tl.minimum(begin + CHUNK, length)
-        while (write_end > 0) & (write_end < end):
-            kept = begin + i < write_end
-            before = _state_after(state, B, step_x, log_decay, A * step, kept, PRECISION)
-            to = tl.load(write_rows + write).to(tl.int64) * row_size
-            tl.store(states + to + at, before, mask=in_state)
-            write += 1
-            write_end = tl.load(write_ends + write, mask=write < end_of_writes, other=-1)
-        state = _state_after(state, B, step_x, log_decay, A * step, has_token, PRECISION)
-        while write_end == end:
+    dtype: tl.constexpr = before.dtype.element_ty
+    first_segment = tl.load(segment_starts + long)
+    before += tl.load(chunk_starts + first_segment).to(tl.int64) * row_size
+    for segment in range(first_segment, tl.load(segment_starts + long + 1)):
+        for chunk in range(tl.load(chunk_starts + segment), tl.load(chunk_starts + segment + 1)):
+            tl.store(before + at, state.to(dtype), mask=in_state)
+            before += row_size
+            has_token = i < tl.load(num_tokens + chunk)
+            token = tl.load(first_tokens + chunk).to(tl.int64) + i
+            raw = tl.load(dt + token * dt_stride + head, mask=has_token, other=0.0)
+            step = tl.where(has_token, _time_steps(raw, bias, min_dt, max_dt), 0.0)
+            sums = tl.cumsum(A * step, 0)
+            total = tl.sum(A * step, 0)
+            rows = xbc + token[:, None] * xbc_stride
+            in_x = has_token[:, None] & has_p[None, :]
+            in_B = has_token[:, None] & has_n[None, :]
+            x = tl.load(rows + head * HEAD_DIM + p[None, :], mask=in_x, other=0.0)
+            B = tl.load(rows + B_at[None, :], mask=in_B, other=0.0).to(tl.float32)
+            B *= (step * tl.exp(total - sums))[:, None]
+            state = tl.dot(
+                tl.trans(B.to(dtype)), x.to(dtype), state * tl.exp(total), input_precision=PRECISION
+            )
+        first_write = tl.load(first_writes + segment)
+        for write in range(first_write, first_write + tl.load(num_writes + segment)):
             to = tl.load(write_rows + write).to(tl.int64) * row_size
             tl.store(states + to + at, state, mask=in_state)
-            write += 1
-            write_end = tl.load(write_ends + write, mask=write < end_of_writes, other=-1)
 
 
-@jit
-def _state_after(
-    state: tl.tensor,
-    B: tl.tensor,
-    step_x: tl.tensor,
-    log_decay: tl.tensor,
-    log_decays: tl.tensor,
-    kept: tl.tensor,
+@jit_without_specializing("min_dt", "max_dt")
+def _chunk_outputs_kernel(
+    xbc: tl.tensor,
+    dt: tl.tensor,
+    A_log: tl.tensor,
+    D: tl.tensor,
+    dt_bias: tl.tensor,
+    before: tl.tensor,
+    y: tl.tensor,
+    first_tokens: tl.tensor,
+    num_tokens: tl.tensor,
+    xbc_stride: tl.tensor,
+    dt_stride: tl.tensor,
+    min_dt: tl.tensor,
+    max_dt: tl.tensor,
+    HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    STATE_SIZE: tl.constexpr,
+    GROUPS: tl.constexpr,
+    STATE_TILE: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    CHUNK: tl.constexpr,
     PRECISION: tl.constexpr,
-) -> tl.tensor:
-    """The state after those tokens of a chunk that are kept.
+) -> None:
+    """The outputs of the tokens of a chunk, in COLUMNS columns of a head.
 
-    log_decays: of each token; log_decay: their sum up to it.
+    They are a sum over the chunk's own tokens, as in attention, with the decay between two tokens
+    as mask, and a part of the state before the chunk.
     """
-    total = tl.sum(tl.where(kept, log_decays, 0.0), 0)
-    to_end = tl.exp(tl.where(kept, total - log_decay, float("-inf")))
-    added = tl.where(kept[:, None], to_end[:, None] * step_x, 0.0)
-    return tl.dot(tl.trans(B), added, state * tl.exp(total), input_precision=PRECISION)
+    chunk = tl.program_id(0)
+    head = tl.program_id(1)
+    p = tl.program_id(2) * COLUMNS + tl.arange(0, COLUMNS)
+    i = tl.arange(0, CHUNK)
+    has_p = p < HEAD_DIM
+    has_token = i < tl.load(num_tokens + chunk)
+    token = tl.load(first_tokens + chunk).to(tl.int64) + i
+    A = -tl.exp(tl.load(A_log + head))
+    raw = tl.load(dt + token * dt_stride + head, mask=has_token, other=0.0)
+    step = _time_steps(raw, tl.load(dt_bias + head), min_dt, max_dt)
+    step = tl.where(has_token, step, 0.0)
+    sums = tl.cumsum(A * step, 0)
+    dtype: tl.constexpr = before.dtype.element_ty
+    rows = xbc + token[:, None] * xbc_stride
+    B_at = HEADS * HEAD_DIM + head // (HEADS // GROUPS) * STATE_SIZE
+    before += (chunk.to(tl.int64) * HEADS + head) * STATE_SIZE * HEAD_DIM
+    scores = tl.zeros((CHUNK, CHUNK), tl.float32)
+    out = tl.zeros((CHUNK, COLUMNS), tl.float32)
+    for first in range(0, STATE_SIZE, STATE_TILE):
+        n = first + tl.arange(0, STATE_TILE)
+        has_n = n < STATE_SIZE
+        in_B = has_token[:, None] & has_n[None, :]
+        B = tl.load(rows + B_at + n[None, :], mask=in_B, other=0.0).to(dtype)
+        C_at = rows + GROUPS * STATE_SIZE + B_at
+        C = tl.load(C_at + n[None, :], mask=in_B, other=0.0).to(dtype)
+        in_state = has_n[:, None] & has_p[None, :]
+        at = before + n[:, None] * HEAD_DIM + p[None, :]
+        state = tl.load(at, mask=in_state, other=0.0)
+        scores = tl.dot(C, tl.trans(B), scores, input_precision=PRECISION)
+        out = tl.dot(C, state, out, input_precision=PRECISION)
+    between = sums[:, None] - sums[None, :]
+    decay = tl.exp(tl.where(i[:, None] >= i[None, :], between, float("-inf")))
+    scores *= decay * step[None, :]
+    out *= tl.exp(sums)[:, None]
+    in_x = has_token[:, None] & has_p[None, :]
+    x = tl.load(rows + head * HEAD_DIM + p[None, :], mask=in_x, other=0.0)
+    out += tl.load(D + head) * x.to(tl.float32)
+    out = tl.dot(scores.to(dtype), x.to(dtype), out, input_precision=PRECISION)
+    out_at = y + (token[:, None] * HEADS + head) * HEAD_DIM + p[None, :]
+    tl.store(out_at, out.to(y.dtype.element_ty), mask=in_x)
 
 
 @jit
