@@ -160,7 +160,7 @@ def _mix_sequences(
         else:
             current = state.state[initial_row].clone()
         begin = 0
-        for end in sorted({*ends, num_tokens}):
+        for end in sorted({*ends, num_tokens} - {0}):
             tokens = slice(first_token + begin, first_token + end)
             out, current = recurrence(DeltaInputs(*(part[tokens] for part in inputs)), current)
             outputs.append(out)
