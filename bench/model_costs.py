@@ -33,17 +33,19 @@ class ModelCosts:
     dense_bytes: int  # weights that every step reads
     expert_bytes: int  # weights of all experts
     expert_share: float  # the share of the experts that one token uses
-    token_flops: float  # linear layers without the LM head, for each token
+    token_flops: float  # linear layers without the LM head, and states, for each token
     head_flops: float  # the LM head, for each sampled token
     context_flops: float  # attention, for each token and each token that it attends to
     kv_bytes: int  # keys and values, for each token
     inputs: str = "float32"  # the dtype of the linear layers' inputs: whose peak the products have
+    state_bytes: int = 0  # the recurrent states of a request
 
     def step_bytes(self, num_requests: float, context_tokens: float) -> float:
-        """Bytes that a decode step reads. All experts are taken to be equally likely."""
+        """Bytes that a decode step moves. All experts are taken to be equally likely."""
         used_experts: float = 1 - (1 - self.expert_share) ** num_requests
         kv_bytes = num_requests * context_tokens * self.kv_bytes
-        return self.dense_bytes + self.expert_bytes * used_experts + kv_bytes
+        state_bytes = 2 * num_requests * self.state_bytes  # read and written
+        return self.dense_bytes + self.expert_bytes * used_experts + kv_bytes + state_bytes
 
     def flops(self, start: int, stop: int) -> float:
         """Operations of a request's tokens [start, stop). Each attends to itself and all before."""
@@ -91,6 +93,7 @@ def count_model_costs(
         4.0 * sum(attention_elements(spec, index) for index in range(len(spec.layers))),
         plan.memory.bytes_per_block // plan.memory.block_size,
         inputs,
+        spec.recurrent_bytes_per_sequence(dtype.itemsize),
     )
 
 
@@ -144,19 +147,28 @@ def _cpu_read_bytes(checkpoint: Checkpoint, rows: Sequence[Parameter]) -> int:
 
 
 def attention_elements(spec: ModelSpec, layer: int) -> int:
-    """The elements of a token's queries in a layer."""
+    """The elements of a token's queries in a layer; 0 without attention."""
+    if spec.layers[layer].mixer != "attention":
+        return 0
     own = spec.for_layer(layer)
     return own.num_heads * own.head_dim
 
 
 def token_flops(spec: ModelSpec) -> float:
-    """Operations of the linear layers for one token, without the LM head."""
+    """Operations of the linear layers and of recurrent states for one token, without the LM head.
+
+    An element of a state has three multiply-adds: it is read for the key and for the query, and
+    written.
+    """
     rows = parameters(spec)
     elements = sum(math.prod(row.shape) for row in rows if row.is_linear and row.expert is None)
     elements += round(
         _expert_share(spec) * sum(math.prod(row.shape) for row in rows if row.expert is not None)
     )
-    return 2.0 * elements
+    states = 0
+    if spec.recurrent is not None:
+        states = spec.num_recurrent_layers * math.prod(spec.recurrent.state_shape)
+    return 2.0 * (elements + 3 * states)
 
 
 def _expert_share(spec: ModelSpec) -> float:

@@ -340,6 +340,18 @@ def _show_plan(console: Console, document: dict[str, Any]) -> None:
     console.print(table)
 
 
+def _state_rows(plan: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The rows about recurrent states, if the model has any."""
+    if "state_bytes" not in plan:
+        return []
+    states = f"{bytes_text(plan['state_bytes'])} ({plan['state_checkpoints']:,} of cached prefixes)"
+    return [
+        ("recurrent states", states),
+        ("recurrent state of a request", bytes_text(plan["state_bytes_per_request"])),
+        ("requests at the same time", f"{plan['max_num_seqs']:,}"),
+    ]
+
+
 def memory_rows(plan: Mapping[str, Any]) -> list[tuple[str, str]]:
     """The rows of the memory table: each part's name and size."""
     rows = [
@@ -354,6 +366,7 @@ def memory_rows(plan: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("KV cache", bytes_text(plan["kv_cache_bytes"])),
         ("KV cache of a token", bytes_text(plan["kv_bytes_per_token"])),
         ("tokens in the KV cache", f"{plan['kv_cache_tokens']:,} ({plan['kv_blocks']:,} blocks)"),
+        *_state_rows(plan),
         (
             "tokens of a request",
             f"{plan['max_model_len']:,} of the model's {plan['model_limit']:,}",

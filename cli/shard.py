@@ -204,6 +204,9 @@ def _show_plan(console: Console, title: str, report: dict[str, Any]) -> None:
     if expert:
         columns.append("experts")
     columns += ["tensors", "size", "also elsewhere", "padding", "KV a token"]
+    has_states = any(rank["state_bytes_per_request"] for rank in report["ranks"])
+    if has_states:
+        columns.append("state a request")
     if "tokens" in report:
         columns.append("tokens that fit")
     for column in columns:
@@ -218,6 +221,7 @@ def _show_plan(console: Console, title: str, report: dict[str, Any]) -> None:
             bytes_text(rank["replicated_bytes"]),
             bytes_text(rank["padding_bytes"]),
             bytes_text(rank["kv_bytes_per_token"]),
+            *([bytes_text(rank["state_bytes_per_request"])] if has_states else []),
             *([f"{rank['tokens']:,}"] if "tokens" in report else []),
         )
     console.print(table)

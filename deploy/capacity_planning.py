@@ -171,6 +171,7 @@ def engines(source: ShardSource, gpu: str, tps: Sequence[int], limits: Limits) -
             tp,
             flops,
             bandwidth,
+            largest["state_bytes_per_request"],
         )
         fitting.append(Engine(f"TP {tp}", tp, step, replace(limits, kv_tokens=report["tokens"])))
     if not fitting:
@@ -204,6 +205,7 @@ def cpu_engine(source: ShardSource, limits: Limits) -> Engine:
         1,
         EFFICIENCY * peaks.flops_per_s,
         EFFICIENCY * peaks.bytes_per_s,
+        spec.recurrent_bytes_per_sequence(torch.float32.itemsize),
     )
     return Engine("CPU", 0, step, replace(limits, kv_tokens=memory.num_blocks * memory.block_size))
 

@@ -50,10 +50,13 @@ class RooflineStepTime:
     tp: int
     flops_per_s: float
     bytes_per_s: float
+    state_bytes: float = 0.0  # of a request's recurrent state, on one rank
 
     def seconds(self, requests: int, context: int, prompt: int) -> float:
         """See StepTime."""
-        read = (self.weight_bytes + (context + prompt) * self.kv_bytes) / self.bytes_per_s
+        moved = self.weight_bytes + (context + prompt) * self.kv_bytes
+        moved += 2 * requests * self.state_bytes  # read and written
+        read = moved / self.bytes_per_s
         computed = (requests + prompt) * self.token_flops / self.flops_per_s
         all_reduces = 2 * self.layers * ALL_REDUCE_S if self.tp > 1 else 0.0
         return STEP_OVERHEAD_S + all_reduces + max(read, computed)

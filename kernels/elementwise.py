@@ -43,8 +43,7 @@ def apply_rotary_emb_(
     Pair i is made of the dimensions i and i + R / 2, or 2 i and 2 i + 1 if `interleaved`.
     """
     rotary_dim = cos.shape[-1]
-    compact = x.stride()[1:] == (x.shape[2], 1)
-    if compact and cpu_kernels.supports(x):
+    if x.stride(2) == 1 and cpu_kernels.supports(x):
         cpu_kernels.apply_rotary_emb_(x, cos, sin, interleaved)
         return
     x = x[..., :rotary_dim]

@@ -40,6 +40,11 @@ class RecurrentState:
     conv: torch.Tensor
     state: torch.Tensor
 
+    @property
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """All tensors of the states, [R, ...]."""
+        return self.conv, self.state
+
     def clear(self, rows: Sequence[int]) -> None:
         """Set rows to zero that may hold NaN."""
         self.conv[list(rows)] = 0

@@ -18,12 +18,10 @@ from llmkit.kernels.kv_cache import KVCache
 from llmkit.model.decoder import Decoder, DecoderLayer, norm_weight
 from llmkit.model.language_model import LayerCache
 from llmkit.model.linear import Linear
-from llmkit.model.parallel_group import ParallelGroup
+from llmkit.model.parallel_group import MASKED_LOGIT, ParallelGroup
 from llmkit.model.spec import DraftHeadSpec, ModelSpec
 from llmkit.model.token_embedding import TokenEmbedding
 from llmkit.model.weight_loader import LoadedWeights, load_weights
-
-MASKED_LOGIT = float("-inf")  # of the tokens that a head never drafts
 
 
 class DraftHead:
@@ -44,6 +42,7 @@ class DraftHead:
         self.spec = spec
         self.head: DraftHeadSpec = spec.draft_head
         self.target = target
+        target.aux_layers = self.head.aux_layers
         self.device = target.device
         self.dtype = target.dtype
         tensors, activation_quant, linears = weights
@@ -129,7 +128,9 @@ class DraftHead:
         own = self._decoder.head(hidden).to(dtype)
         if self._token_ids is None:
             return own
-        logits = own.new_full((len(own), self.spec.vocab_size), MASKED_LOGIT)
+        # Samplers take a logit that is not finite for an error.
+        masked = max(MASKED_LOGIT, torch.finfo(own.dtype).min)
+        logits = own.new_full((len(own), self.spec.vocab_size), masked)
         return logits.index_copy_(1, self._token_ids, own)
 
     def new_kv_cache(

@@ -42,7 +42,7 @@ def _gated_delta_net_rows(spec: ModelSpec, index: int) -> Iterator[Parameter]:
         sources = []
         first_row = 0
         for size in sizes:
-            split = Split("heads", 0, heads, size)
+            split = Split("key_heads", 0, heads, size)
             sources.append(SourceTensor(tensor, (heads * size, *columns), split, first_row))
             first_row += heads * size
         return sources
@@ -52,7 +52,7 @@ def _gated_delta_net_rows(spec: ModelSpec, index: int) -> Iterator[Parameter]:
         sources = []
         first_row = 0
         for size in sizes:
-            split = Split("heads", 0, heads, size)
+            split = Split("key_heads", 0, heads, size)
             shape = (heads * size, spec.hidden_size)
             sources.append(SourceTensor(tensor, shape, split, first_row, size, sum(sizes)))
             first_row += size
@@ -83,7 +83,7 @@ def _gated_delta_net_rows(spec: ModelSpec, index: int) -> Iterator[Parameter]:
         f"{name}.out",
         source("out"),
         (spec.hidden_size, heads * v_size),
-        Split("heads", 1, heads, v_size),
+        Split("key_heads", 1, heads, v_size),
         False,
         layers,
         None,  # the norm's weight is that of all heads

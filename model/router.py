@@ -36,6 +36,7 @@ def select_experts(
             topk_groups=moe.topk_groups,
             scoring=moe.scoring,
             normalize=moe.norm_topk_prob,
+            group_max=moe.group_score == "max",
             softcap=moe.router_logit_softcapping,
             scaling_factor=moe.routed_scaling_factor,
         )
@@ -60,10 +61,11 @@ def select_experts(
 def _within_best_groups(choice: torch.Tensor, moe: MoeSpec) -> torch.Tensor:
     """The scores [T, num_experts], minus infinity outside each token's best groups.
 
-    A group's score is the sum of its two best experts' (DeepSeek-V3, arXiv 2412.19437).
+    A group's score is the sum of its two best experts' (DeepSeek-V3, arXiv 2412.19437), or that of
+    its best one (DeepSeek-V2, arXiv 2405.04434).
     """
     groups = choice.unflatten(-1, (moe.num_groups, -1))
-    group_scores = groups.topk(2, dim=-1).values.sum(-1)
+    group_scores = groups.topk(2 if moe.group_score == "top2" else 1, dim=-1).values.sum(-1)
     best = group_scores.topk(moe.topk_groups, dim=-1).indices
     is_best = torch.zeros_like(group_scores, dtype=torch.bool).scatter_(-1, best, True)
     allowed: torch.Tensor = groups.masked_fill(~is_best[..., None], float("-inf"))

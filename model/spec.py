@@ -37,6 +37,11 @@ class LayerSpec:
     mixer: Mixer = "attention"
     has_mlp: bool = True  # or experts
 
+    @property
+    def is_recurrent(self) -> bool:
+        """Whether it keeps a recurrent state of each sequence."""
+        return self.mixer not in (*ATTENTION_MIXERS, "none")
+
 
 @dataclass(frozen=True)
 class ExpertStack:
@@ -432,18 +437,24 @@ class ModelSpec:
     @property
     def num_recurrent_layers(self) -> int:
         """How many layers keep a recurrent state of each sequence."""
-        return sum(layer.mixer not in (*ATTENTION_MIXERS, "none") for layer in self.layers)
+        return sum(layer.is_recurrent for layer in self.layers)
 
     def recurrent_bytes_per_sequence(self, itemsize: int) -> int:
         """The bytes of the recurrent states of a sequence over all layers.
 
         itemsize: bytes of an element of the model. State matrices are in float32.
         """
-        if self.recurrent is None:
+        return sum(
+            self.recurrent_bytes_of_layer(index, itemsize) for index in range(len(self.layers))
+        )
+
+    def recurrent_bytes_of_layer(self, index: int, itemsize: int) -> int:
+        """The bytes of the recurrent state of a sequence in a layer."""
+        if self.recurrent is None or not self.layers[index].is_recurrent:
             return 0
         conv = (self.recurrent.conv_kernel_size - 1) * self.recurrent.conv_channels
         heads, keys, values = self.recurrent.state_shape
-        return self.num_recurrent_layers * (conv * itemsize + heads * keys * values * 4)
+        return conv * itemsize + heads * keys * values * 4
 
     def for_layer(self, index: int) -> ModelSpec:
         """The spec with the sizes of a layer, if they differ from those of the model."""

@@ -7,7 +7,7 @@ from typing import Literal
 
 VOCAB_MULTIPLE = 64  # the vocabulary rows of a rank are padded to a multiple of this
 
-SplitKind = Literal["replicated", "heads", "kv_heads", "features", "vocab"]
+SplitKind = Literal["replicated", "heads", "kv_heads", "key_heads", "features", "vocab"]
 
 
 @dataclass(frozen=True)

@@ -64,7 +64,7 @@ class PrefixStoreEngine(Engine):
         state_tensors: list[torch.Tensor] = []  # [1, rows, ...]
         for cache in caches:
             if isinstance(cache, RecurrentState):
-                state_tensors += [cache.conv[None], cache.state[None]]
+                state_tensors += [tensor[None] for tensor in cache.tensors]
             else:
                 block_tensors += cache.tensors
         self._blocks_per_page = PAGE_TOKENS // self.config.block_size

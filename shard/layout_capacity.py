@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from llmkit.common.errors import InputError, UsageError
@@ -12,6 +12,8 @@ from llmkit.shard.valid_layouts import valid_layouts
 
 MIB = 2**20
 NODE_TOKENS = 65_536  # tokens of KV cache that a node must have room for
+STATE_REQUESTS = 256  # whose recurrent states are in memory; the default of --max-num-seqs
+NO_LIMIT = 1 << 30  # tokens that fit where no layer keeps keys and values
 # The share of GPU memory for weights and KV cache. `llmkit serve` and vLLM have the same default.
 UTILIZATION = 0.9
 
@@ -119,11 +121,23 @@ def layout_figures(
         return {"tp": tp, "pp": pp, "ep": ep, "refusal": refusal}
     if memory is not None:
         for rank in figures["ranks"]:
-            kv_cache_bytes = max(0, int(memory * UTILIZATION) - rank["bytes"])
-            rank["tokens"] = kv_cache_bytes // rank["kv_bytes_per_token"]
+            rank["tokens"] = _tokens_that_fit(
+                rank, max(0, int(memory * UTILIZATION) - rank["bytes"])
+            )
         tokens = min(rank["tokens"] for rank in figures["ranks"])
         figures |= {"tokens": tokens, "memory_bytes": memory, "utilization": UTILIZATION}
     return {**figures, "refusal": None}
+
+
+def _tokens_that_fit(rank: Mapping[str, int], cache_bytes: int) -> int:
+    """The tokens of a KV cache beside the recurrent states of STATE_REQUESTS requests.
+
+    The states get at most half of the memory.
+    """
+    states = min(cache_bytes // 2, STATE_REQUESTS * rank["state_bytes_per_request"])
+    if rank["kv_bytes_per_token"]:
+        return (cache_bytes - states) // rank["kv_bytes_per_token"]
+    return NO_LIMIT if states < cache_bytes // 2 or not states else 0
 
 
 def nodes_report(source: ShardSource, memory: int, gpus_per_node: int) -> dict[str, Any]:

@@ -13,10 +13,10 @@ from llmkit.checkpoint.quantized_weight import QuantizationConfig
 from llmkit.checkpoint.safetensors_header import TensorInfo
 from llmkit.common.errors import InputError, UsageError
 from llmkit.model.checkpoint_tensors import checkpoint_tensors
+from llmkit.model.parallel_group import rank_spec
 from llmkit.model.parameter import Parameter
 from llmkit.model.parameter_table import EMBEDDING_STAGE, embedding_tensor, is_carried
 from llmkit.model.spec import ModelSpec
-from llmkit.model.split import Split
 from llmkit.shard.pipeline_stages import balanced_stages, explicit_stages
 from llmkit.shard.tensor_slice import (
     TensorSlice,
@@ -62,6 +62,7 @@ class ShardPlan:
     left_out: tuple[str, ...]  # source tensors that repeat others and are not stored
     # The bytes of K and V of one token in each layer, on one rank.
     kv_bytes_per_layer: tuple[int, ...]
+    state_bytes_per_layer: tuple[int, ...]  # of a request
 
     @cached_property
     def replicas(self) -> dict[TensorSlice, tuple[int, ...]]:
@@ -144,7 +145,7 @@ class ShardPlan:
         `bytes` is the size of the tensors in the rank's file. `replicated_bytes` of them are stored
         by another rank, too; `padding_bytes` are zeros that the source does not have.
         `kv_bytes_per_token` is in the embedding's dtype, or in 8 bits where the checkpoint
-        quantizes keys and values.
+        quantizes keys and values. `state_bytes_per_request` is of recurrent layers.
         """
         files = self.files()
         sizes = {file: sum(tensor.nbytes for tensor in tensors) for file, tensors in files.items()}
@@ -174,6 +175,9 @@ class ShardPlan:
                     "padding_bytes": sum(piece.padding_bytes for piece in rank.slices),
                     "kv_bytes_per_token": sum(
                         self.kv_bytes_per_layer[layer] for layer in self.stages[rank.pp]
+                    ),
+                    "state_bytes_per_request": sum(
+                        self.state_bytes_per_layer[layer] for layer in self.stages[rank.pp]
                     ),
                 }
                 for rank in self.ranks
@@ -283,6 +287,7 @@ def plan_shards(
         carried=carried,
         left_out=tuple(name for name in source_tensors if name not in kept),
         kv_bytes_per_layer=_kv_bytes_per_layer(spec, quantization, source_tensors, tp),
+        state_bytes_per_layer=_state_bytes_per_layer(spec, source_tensors, tp),
     )
 
 
@@ -322,13 +327,19 @@ def _kv_bytes_per_layer(
         itemsize = 1
     else:
         itemsize = DTYPES[source_tensors[embedding_tensor(spec)].dtype].itemsize
-    sizes = []
-    for index, layer in enumerate(spec.layers):
-        own = spec.for_layer(index)
-        split = Split("kv_heads", 0, own.num_kv_heads, own.head_dim)
-        start, stop = split.interval(0, tp if spec.splits_attention else 1)
-        sizes.append(0 if layer.kv_shared_layer_offset else 2 * (stop - start) * itemsize)
-    return tuple(sizes)
+    rank = rank_spec(spec, 0, tp)
+    return tuple(rank.kv_elements_of_layer(index) * itemsize for index in range(len(rank.layers)))
+
+
+def _state_bytes_per_layer(
+    spec: ModelSpec, source_tensors: Mapping[str, TensorInfo], tp: int
+) -> tuple[int, ...]:
+    """The bytes of a request's recurrent state in each layer, on one rank."""
+    itemsize = DTYPES[source_tensors[embedding_tensor(spec)].dtype].itemsize
+    rank = rank_spec(spec, 0, tp)
+    return tuple(
+        rank.recurrent_bytes_of_layer(index, itemsize) for index in range(len(rank.layers))
+    )
 
 
 def _layout_entry(piece: TensorSlice, replicas: tuple[int, ...]) -> dict[str, Any]:

@@ -10,7 +10,12 @@ from llmkit.model.parameter import SourceTensor
 from llmkit.model.spec import ModelSpec
 from llmkit.model.split import VOCAB_MULTIPLE, Split
 
-UNIT_NAMES = {"heads": "heads", "kv_heads": "KV heads", "features": "features"}
+UNIT_NAMES = {
+    "heads": "heads",
+    "kv_heads": "KV heads",
+    "key_heads": "key heads",
+    "features": "features",
+}
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from math import prod
 
 from llmkit.bench.gpu.model_shapes import WEIGHT_SCHEMES
+from llmkit.bench.model_costs import attention_elements
 from llmkit.model.parameter_table import parameters
 from llmkit.model.spec import ModelSpec
 
@@ -85,7 +86,7 @@ def step_cost(
             flops[inputs] += 2.0 * size * tokens
     num_bytes += num_sequences * context * spec.kv_elements_per_token * kv_element_bytes
     attended = query_len * context - query_len * (query_len - 1) // 2  # pairs of a sequence
-    flops["bf16"] += (
-        4.0 * num_sequences * attended * spec.num_heads * spec.head_dim * len(spec.layers)
-    )
+    queries = sum(attention_elements(spec, index) for index in range(len(spec.layers)))
+    flops["bf16"] += 4.0 * num_sequences * attended * queries
+    num_bytes += 2 * num_sequences * spec.recurrent_bytes_per_sequence(DENSE_BYTES)
     return StepCost(num_bytes, flops)

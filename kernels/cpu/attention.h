@@ -9,6 +9,10 @@
  * level has bfloat16 products, a bfloat16 cache is multiplied as it is, and queries and
  * probabilities are rounded to bfloat16.
  *
+ * A latent cache (multi-head latent attention) has one head, which all query heads read: groups of
+ * query heads have the place of key-value heads. A token's row holds its key, and the first part of
+ * it is its value. Rows lie as those of values, so scores are products along them.
+ *
  * The tokens of a sequence are divided into segments. Each row of a tile gets the softmax's sums of
  * each segment, and these are merged in the order of the segments. So the segments may run on
  * different threads (one long sequence uses all of them) or one after the other: the result is the
@@ -45,6 +49,11 @@ INLINE int products_of(int kv_type) {
     return PRODUCTS_F32;
 }
 #endif
+
+/* A latent cache is multiplied as float32. */
+INLINE int attention_products(const PagedAttention *a) {
+    return a->is_latent ? PRODUCTS_F32 : products_of(a->kv_type);
+}
 
 /* The words of a row of probabilities. */
 INLINE int64_t words_of_chunk(int products) {
@@ -280,6 +289,52 @@ static void amx_values(const float *weights, const float *values, int64_t end, i
 }
 #endif
 
+/* scores[i, t] = the product of row i of q with row t of VECTORS_AT_ONCE tokens, along the rows. */
+INLINE void score_row_block(int n_rows, const float *q, int64_t size, const float *const *rows,
+                            float *scores) {
+    vfloat sums[ROWS_AT_ONCE][VECTORS_AT_ONCE];
+#pragma GCC unroll 3
+    for (int i = 0; i < n_rows; i++)
+#pragma GCC unroll 4
+        for (int t = 0; t < VECTORS_AT_ONCE; t++)
+            sums[i][t] = v_zero();
+    for (int64_t d = 0; d < size; d += VECTOR_WIDTH) {
+        vfloat keys[VECTORS_AT_ONCE];
+#pragma GCC unroll 4
+        for (int t = 0; t < VECTORS_AT_ONCE; t++)
+            keys[t] = load_of_row(rows[t], d, size);
+#pragma GCC unroll 3
+        for (int i = 0; i < n_rows; i++) {
+            vfloat factor = load_of_row(q + i * size, d, size);
+#pragma GCC unroll 4
+            for (int t = 0; t < VECTORS_AT_ONCE; t++)
+                sums[i][t] = v_fma(factor, keys[t], sums[i][t]);
+        }
+    }
+#pragma GCC unroll 3
+    for (int i = 0; i < n_rows; i++)
+#pragma GCC unroll 4
+        for (int t = 0; t < VECTORS_AT_ONCE; t++)
+            scores[i * KV_CHUNK + t] = v_sum(sums[i][t]);
+}
+
+/* The scores of all rows for the tokens [begin, end) of a chunk, whose keys are rows. */
+INLINE void score_latents(int64_t n_rows, const float *q, int64_t size, const float *const *rows,
+                          int64_t begin, int64_t end, float *scores) {
+    for (int64_t t = begin / VECTORS_AT_ONCE * VECTORS_AT_ONCE; t < end; t += VECTORS_AT_ONCE) {
+        const float *tokens[VECTORS_AT_ONCE]; /* others are masked later */
+        for (int64_t j = 0; j < VECTORS_AT_ONCE; j++)
+            tokens[j] = rows[t + j < begin ? begin : t + j < end ? t + j : end - 1];
+        int64_t i = 0;
+        for (; i + 3 <= n_rows; i += 3)
+            score_row_block(3, q + i * size, size, tokens, scores + i * KV_CHUNK + t);
+        if (n_rows - i == 2)
+            score_row_block(2, q + i * size, size, tokens, scores + i * KV_CHUNK + t);
+        if (n_rows - i == 1)
+            score_row_block(1, q + i * size, size, tokens, scores + i * KV_CHUNK + t);
+    }
+}
+
 /* ---- chunks of the cache ---- */
 
 /* The tokens [begin, end) of a chunk in the cache. */
@@ -436,7 +491,7 @@ static void online_softmax(const PagedAttention *a, float *chunk_scores, int64_t
                            int64_t group, int64_t position, int64_t first_token, float *sums) {
     const vfloat lanes = v_indices();
     const vfloat minus_infinity = v_set(-INFINITY);
-    for (int64_t row = 0; row < n_rows; row++, sums += SUMS_VALUES + a->head_dim) {
+    for (int64_t row = 0; row < n_rows; row++, sums += SUMS_VALUES + a->value_dim) {
         float *scores = chunk_scores + row * KV_CHUNK;
         int64_t query = position + row / group; /* it attends to (query - window, query] */
         float last = (float)(query - first_token);
@@ -471,7 +526,7 @@ static void online_softmax(const PagedAttention *a, float *chunk_scores, int64_t
         sums[SUMS_EXP] = sums[SUMS_EXP] * rescale + v_sum(exp_sum);
         sums[SUMS_MAX] = largest;
         if (rescale != 1.0f)
-            for (int64_t d = 0; d < a->head_dim; d++)
+            for (int64_t d = 0; d < a->value_dim; d++)
                 sums[SUMS_VALUES + d] *= rescale;
     }
 }
@@ -488,6 +543,15 @@ INLINE void attend_chunk_as(const PagedAttention *a, Scratch *s, const QueryTile
     const int64_t value_head = a->n_kv_heads + kv_head;
     const float *panels[CHUNK_PANELS] = {NULL};
     const float *rows[KV_CHUNK];
+    if (a->is_latent) {
+        load_values(a, kv_head, chunk, s->values, rows, kv_type);
+        prefetch_chunk(a, kv_head, next, kv_type);
+        score_latents(n_rows, s->q, head_dim, rows, chunk->begin, chunk->end, s->scores);
+        online_softmax(a, s->scores, n_rows, group, tile->position, first_token, sums);
+        add_values(PRODUCTS_F32, n_rows, s->scores, rows, chunk->begin, chunk->end, a->value_dim,
+                   sums);
+        return;
+    }
     load_keys(a, kv_head, chunk, s->keys, panels, kv_type);
     prefetch_chunk(a, kv_head, next, kv_type);
 #if defined(LEVEL_AMX)
@@ -545,11 +609,11 @@ static void attend_chunk(const PagedAttention *a, Scratch *s, const QueryTile *t
 /* The sums of a tile over the tokens of a segment. */
 static void attend_segment(const PagedAttention *a, Scratch *s, const QueryTile *tile,
                            int64_t kv_head, int64_t segment, float *sums) {
-    int64_t head_dim = a->head_dim;
+    int64_t value_dim = a->value_dim;
     int64_t n_rows = tile->n_queries * (a->n_heads / a->n_kv_heads);
     for (int64_t row = 0; row < n_rows; row++) {
-        float *of_row = sums + row * (SUMS_VALUES + head_dim);
-        memset(of_row, 0, (SUMS_VALUES + head_dim) * sizeof(float));
+        float *of_row = sums + row * (SUMS_VALUES + value_dim);
+        memset(of_row, 0, (SUMS_VALUES + value_dim) * sizeof(float));
         of_row[SUMS_MAX] = NO_SCORE;
     }
     const int64_t *block_table = a->block_tables + a->table_starts[tile->sequence];
@@ -570,16 +634,16 @@ static void attend_segment(const PagedAttention *a, Scratch *s, const QueryTile 
         attend_chunk(a, s, tile, kv_head, token, &chunks[i], next, sums);
     }
 #if defined(LEVEL_AMX)
-    if (uses_amx(products_of(a->kv_type), head_dim))
+    if (uses_amx(attention_products(a), a->head_dim))
         _tile_release();
 #endif
 }
 
 /* total += the sums of a segment. A segment without any score changes nothing. */
-static void merge_sums(int64_t n_rows, int64_t head_dim, const float *segment, float *total) {
+static void merge_sums(int64_t n_rows, int64_t value_dim, const float *segment, float *total) {
     for (int64_t row = 0; row < n_rows; row++) {
-        const float *part = segment + row * (SUMS_VALUES + head_dim);
-        float *sums = total + row * (SUMS_VALUES + head_dim);
+        const float *part = segment + row * (SUMS_VALUES + value_dim);
+        float *sums = total + row * (SUMS_VALUES + value_dim);
         if (part[SUMS_EXP] == 0)
             continue;
         float largest = part[SUMS_MAX] > sums[SUMS_MAX] ? part[SUMS_MAX] : sums[SUMS_MAX];
@@ -587,11 +651,11 @@ static void merge_sums(int64_t n_rows, int64_t head_dim, const float *segment, f
         float new_weight = expf(part[SUMS_MAX] - largest);
         sums[SUMS_MAX] = largest;
         sums[SUMS_EXP] = fmaf(part[SUMS_EXP], new_weight, sums[SUMS_EXP] * old_weight);
-        for (int64_t d = 0; d < head_dim; d += VECTOR_WIDTH) {
-            vfloat old = load_of_row(sums + SUMS_VALUES, d, head_dim);
-            vfloat new = load_of_row(part + SUMS_VALUES, d, head_dim);
+        for (int64_t d = 0; d < value_dim; d += VECTOR_WIDTH) {
+            vfloat old = load_of_row(sums + SUMS_VALUES, d, value_dim);
+            vfloat new = load_of_row(part + SUMS_VALUES, d, value_dim);
             vfloat sum = v_fma(new, v_set(new_weight), v_mul(old, v_set(old_weight)));
-            store_of_row(sums + SUMS_VALUES, d, head_dim, sum);
+            store_of_row(sums + SUMS_VALUES, d, value_dim, sum);
         }
     }
 }
@@ -606,7 +670,7 @@ static void load_queries(const PagedAttention *a, Scratch *s, const QueryTile *t
         float *scaled = s->q + row * a->head_dim;
 #if defined(LEVEL_BF16)
         float of_row[MAX_HEAD_DIM];
-        if (products_of(a->kv_type) == PRODUCTS_BF16)
+        if (attention_products(a) == PRODUCTS_BF16)
             scaled = of_row;
 #endif
         for (int64_t d = 0; d < a->head_dim; d++)
@@ -624,8 +688,8 @@ static void start_total(const PagedAttention *a, Scratch *s, const QueryTile *ti
     int64_t group = a->n_heads / a->n_kv_heads;
     for (int64_t row = 0; row < tile->n_queries * group; row++) {
         int64_t head = kv_head * group + row % group;
-        float *sums = s->total + row * (SUMS_VALUES + a->head_dim);
-        memset(sums, 0, (SUMS_VALUES + a->head_dim) * sizeof(float));
+        float *sums = s->total + row * (SUMS_VALUES + a->value_dim);
+        memset(sums, 0, (SUMS_VALUES + a->value_dim) * sizeof(float));
         sums[SUMS_MAX] = a->sinks && a->sinks[head] > NO_SCORE ? a->sinks[head] : NO_SCORE;
         sums[SUMS_EXP] = a->sinks ? 1 : 0;
     }
@@ -637,9 +701,9 @@ static void write_outputs(const PagedAttention *a, const Scratch *s, const Query
     for (int64_t row = 0; row < tile->n_queries * group; row++) {
         int64_t token = tile->first_token + tile->first_query + row / group;
         int64_t head = kv_head * group + row % group;
-        const float *sums = s->total + row * (SUMS_VALUES + a->head_dim);
-        float *out = a->out + (token * a->n_heads + head) * a->head_dim;
-        for (int64_t d = 0; d < a->head_dim; d++)
+        const float *sums = s->total + row * (SUMS_VALUES + a->value_dim);
+        float *out = a->out + (token * a->n_heads + head) * a->value_dim;
+        for (int64_t d = 0; d < a->value_dim; d++)
             out[d] = sums[SUMS_VALUES + d] / sums[SUMS_EXP];
     }
 }
@@ -661,7 +725,7 @@ static void attend_tile(const PagedAttention *a, Scratch *s, const QueryTile *ti
     start_total(a, s, tile, kv_head);
     for (int64_t i = 0; i < tile->n_segments; i++) {
         attend_segment(a, s, tile, kv_head, tile->first_segment + i, s->segment);
-        merge_sums(n_rows, a->head_dim, s->segment, s->total);
+        merge_sums(n_rows, a->value_dim, s->segment, s->total);
     }
     write_outputs(a, s, tile, kv_head);
 }
@@ -670,7 +734,7 @@ static void attend_tile(const PagedAttention *a, Scratch *s, const QueryTile *ti
 static void attend_part(const PagedAttention *a, Scratch *s, const QueryTile *tile,
                         int64_t kv_head, int64_t segment) {
     int64_t n_rows = tile->n_queries * (a->n_heads / a->n_kv_heads);
-    int64_t part_size = n_rows * (SUMS_VALUES + a->head_dim);
+    int64_t part_size = n_rows * (SUMS_VALUES + a->value_dim);
     float *parts = tile->parts + kv_head * tile->n_segments * part_size;
     load_queries(a, s, tile, kv_head);
     attend_segment(a, s, tile, kv_head, tile->first_segment + segment,
@@ -679,7 +743,7 @@ static void attend_part(const PagedAttention *a, Scratch *s, const QueryTile *ti
         return;
     start_total(a, s, tile, kv_head);
     for (int64_t i = 0; i < tile->n_segments; i++)
-        merge_sums(n_rows, a->head_dim, parts + i * part_size, s->total);
+        merge_sums(n_rows, a->value_dim, parts + i * part_size, s->total);
     write_outputs(a, s, tile, kv_head);
 }
 
@@ -752,7 +816,7 @@ static int64_t divide_tiles(const PagedAttention *a, QueryTile *tiles, int64_t n
         n_pieces += a->n_kv_heads * (tile->is_divided ? tile->n_segments : 1);
         if (tile->is_divided) {
             int64_t rows = a->n_kv_heads * tile->n_segments * tile->n_queries * group;
-            bytes += rows * (SUMS_VALUES + a->head_dim) * sizeof(float);
+            bytes += rows * (SUMS_VALUES + a->value_dim) * sizeof(float);
             bytes += a->n_kv_heads * sizeof(atomic_int);
         }
     }
@@ -767,7 +831,7 @@ static int64_t divide_tiles(const PagedAttention *a, QueryTile *tiles, int64_t n
             continue;
         int64_t rows = a->n_kv_heads * tile->n_segments * tile->n_queries * group;
         tile->parts = (float *)memory;
-        memory += rows * (SUMS_VALUES + a->head_dim) * sizeof(float);
+        memory += rows * (SUMS_VALUES + a->value_dim) * sizeof(float);
         tile->left = (atomic_int *)memory;
         memory += a->n_kv_heads * sizeof(atomic_int);
         for (int64_t head = 0; head < a->n_kv_heads; head++)

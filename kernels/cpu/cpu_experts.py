@@ -27,6 +27,7 @@ def select_experts(
     topk_groups: int,
     scoring: str,
     normalize: bool,
+    group_max: bool,
     softcap: float | None,
     scaling_factor: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -48,6 +49,7 @@ def select_experts(
         topk_groups,
         scoring == "sigmoid",
         normalize,
+        group_max,
         softcap or 0.0,
         scaling_factor,
     )

@@ -20,7 +20,7 @@ enum {
     PANEL_WIDTH = 16,               /* columns of a panel of packed weights */
     DEPTH_MULTIPLE = 64,            /* panels of weights below 32 bits have so many steps */
     INT4_ZERO = 8,                  /* the code of 0 */
-    MAX_HEAD_DIM = 512,             /* the largest head_dim of attention */
+    MAX_HEAD_DIM = 576,             /* the largest head_dim of attention */
     MAX_EXPERTS = 1024,             /* of a layer */
     MAX_CONV_WIDTH = 8,             /* of the convolutions of recurrent layers */
     PARALLEL_MIN_ELEMENTS = 1 << 14 /* operations on at most this many elements use one thread */
@@ -84,10 +84,18 @@ typedef struct {
     int32_t *int_input_sums; /* [rows, n_groups]: sums of int8 inputs */
 } Linear;
 
+/* For each head its own linear layer: y[:, head] = x[:, head] w[head]. */
+typedef struct {
+    Linear first;          /* of the first head; inputs in float32, without scales and bias */
+    int64_t n_heads;
+    int64_t x_head_stride; /* from head to head, in elements */
+    int64_t y_head_stride;
+} HeadLinear;
+
 /* softmax(softcap(scale q k')) v over a paged KV cache, causal, within the window. */
 typedef struct {
     const float *q;              /* [n_tokens, n_heads, head_dim], a token every q_stride */
-    float *out;                  /* [n_tokens, n_heads, head_dim] */
+    float *out;                  /* [n_tokens, n_heads, value_dim] */
     int64_t q_stride;
     int kv_type;
     const char *kv;              /* [2 n_kv_heads, n_blocks, block_size, head_dim]: first the heads
@@ -98,6 +106,10 @@ typedef struct {
     int64_t head_stride;
     int64_t block_size;
     int64_t head_dim;
+    int64_t value_dim;           /* of `out`: head_dim, or less with is_latent */
+    int is_latent;               /* all heads read one head of the cache, [n_blocks, block_size,
+                                    head_dim] as values lie; the first value_dim elements of a token
+                                    are its value. n_kv_heads: groups of query heads */
     int64_t n_heads;
     int64_t n_kv_heads;
     int64_t n_sequences;
@@ -164,7 +176,7 @@ typedef struct {
     int64_t x_stride;
     int64_t n_tokens;
     int64_t n_heads;
-    int64_t head_dim;
+    int64_t head_stride; /* from head to head */
     const float *cos; /* [n_tokens, 2 half] */
     const float *sin; /* the same; the caller has negated the first half */
     int64_t half;
@@ -328,6 +340,7 @@ typedef struct {
     int64_t n_chosen;
     int64_t n_groups;
     int64_t topk_groups; /* experts of so many groups may be chosen */
+    int group_max;       /* a group's value is its largest one, otherwise the sum of two */
     int sigmoid;         /* scores are sigmoids, otherwise a softmax */
     int normalize;       /* weights are scaled to a sum of one */
     float softcap;       /* of the logits; 0: none */
@@ -381,6 +394,7 @@ typedef struct {
     const char *name;
     int has_bfloat16; /* `linear` takes INPUTS_BF16 */
     int (*linear)(const Linear *);
+    int (*head_linear)(const HeadLinear *);
     int (*paged_attention)(const PagedAttention *);
     int (*norm)(const Norm *);
     int (*norm_heads)(const HeadNorm *);

@@ -445,15 +445,15 @@ def scale_tokens_(x: torch.Tensor, factors: torch.Tensor) -> None:
 def apply_rotary_emb_(
     x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool
 ) -> None:
-    """See `elementwise.apply_rotary_emb_`. x: [T, N, D]; its last two dimensions are contiguous."""
+    """See `elementwise.apply_rotary_emb_`. x: [T, N, D]; its last dimension is contiguous."""
     assert library is not None
-    num_tokens, num_heads, head_dim = x.shape
+    num_tokens, num_heads, _ = x.shape
     library.apply_rotary_emb(
         x.data_ptr(),
         x.stride(0),
         num_tokens,
         num_heads,
-        head_dim,
+        x.stride(1),
         cos.data_ptr(),
         sin.data_ptr(),
         cos.shape[-1] // 2,

@@ -141,14 +141,14 @@ static void rotate_tokens(const void *operation, int64_t begin, int64_t end) {
         float *heads = o->x + token * o->x_stride;
         for (int64_t head = 0; head < o->n_heads; head++)
             if (o->interleaved)
-                rotate_pairs(heads + head * o->head_dim, c, s, o->half);
+                rotate_pairs(heads + head * o->head_stride, c, s, o->half);
             else
-                rotate_halves(heads + head * o->head_dim, c, s, o->half);
+                rotate_halves(heads + head * o->head_stride, c, s, o->half);
     }
 }
 
 static int apply_rotary_emb(const Rotary *o) {
-    int64_t elements = o->n_heads * o->head_dim;
+    int64_t elements = o->n_heads * 2 * o->half;
     run_ranges(o->n_tokens, 1 + PARALLEL_MIN_ELEMENTS / elements, rotate_tokens, o);
     return 1;
 }

@@ -59,7 +59,7 @@ static void router_scores(const Router *o, const float *logits, float *scores) {
 }
 
 /* Minus infinity for the experts outside the best groups. A group has two or more. Its
- * value is the sum of its two largest. */
+ * value is the sum of its two largest, or the largest one. */
 static void keep_best_groups(const Router *o, float *choice) {
     float group_values[MAX_EXPERTS];
     uint8_t group_taken[MAX_EXPERTS] = {0};
@@ -69,7 +69,9 @@ static void keep_best_groups(const Router *o, float *choice) {
         const float *values = choice + group * size;
         int64_t first = largest_index(values, taken, size);
         taken[first] = 1;
-        group_values[group] = values[first] + values[largest_index(values, taken, size)];
+        group_values[group] = values[first];
+        if (!o->group_max)
+            group_values[group] += values[largest_index(values, taken, size)];
     }
     for (int64_t i = 0; i < o->topk_groups; i++)
         group_taken[largest_index(group_values, group_taken, o->n_groups)] = 1;

@@ -28,6 +28,7 @@ const Kernels LEVEL_TABLE = {
     .has_bfloat16 = 1,
 #endif
     .linear = linear,
+    .head_linear = head_linear,
     .paged_attention = paged_attention,
     .norm = norm,
     .norm_heads = norm_heads,

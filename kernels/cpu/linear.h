@@ -1009,3 +1009,37 @@ static int linear(const Linear *layer) {
     run_pieces(divide_layer(&o, num_threads() * PIECES_OF_THREAD), linear_piece, &o);
     return 1;
 }
+
+/* ---- a layer for each head ---- */
+
+/* The heads have equal sizes, and so equal pieces. */
+typedef struct {
+    const HeadLinear *heads;
+    LinearOperation first;
+    int64_t n_pieces; /* of a head */
+} HeadLinearOperation;
+
+static void head_linear_piece(const void *operation, int64_t piece) {
+    const HeadLinearOperation *o = operation;
+    const HeadLinear *heads = o->heads;
+    LinearOperation own = o->first;
+    Linear *p = &own.layer;
+    int64_t head = piece / o->n_pieces;
+    p->x += head * heads->x_head_stride;
+    p->float_inputs = p->x;
+    p->weight += head * p->padded_cols / PANEL_WIDTH * p->panel_bytes;
+    p->y += head * heads->y_head_stride;
+    linear_piece(&own, piece % o->n_pieces);
+}
+
+static int head_linear(const HeadLinear *heads) {
+    HeadLinearOperation o = {.heads = heads, .first = {.layer = heads->first}};
+    Linear *p = &o.first.layer;
+    if (p->rows == 0)
+        return 1;
+    derive_sizes(p);
+    use_input_memory(p, NULL); /* the caller promises that inputs need none */
+    o.n_pieces = divide_layer(&o.first, num_threads() * PIECES_OF_THREAD / heads->n_heads + 1);
+    run_pieces(o.n_pieces * heads->n_heads, head_linear_piece, &o);
+    return 1;
+}

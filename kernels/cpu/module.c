@@ -92,6 +92,29 @@ KERNEL(linear, 14, 0) {
     });
 }
 
+KERNEL(head_linear, 12, 0) {
+    (void)floats;
+    return kernels->head_linear(&(HeadLinear){
+        .first =
+            {
+                .weight_type = (int)ints[0],
+                .inputs = INPUTS_F32,
+                .x = ADDRESS(const float, 1),
+                .x_stride = ints[2],
+                .weight = ADDRESS(const char, 4),
+                .y = ADDRESS(float, 5),
+                .y_stride = ints[6],
+                .rows = ints[8],
+                .cols = ints[9],
+                .depth = ints[10],
+                .group_size = ints[10],
+            },
+        .x_head_stride = ints[3],
+        .y_head_stride = ints[7],
+        .n_heads = ints[11],
+    });
+}
+
 KERNEL(paged_attention, 19, 2) {
     return kernels->paged_attention(&(PagedAttention){
         .q = ADDRESS(const float, 0),
@@ -104,6 +127,7 @@ KERNEL(paged_attention, 19, 2) {
         .head_stride = ints[7],
         .block_size = ints[8],
         .head_dim = ints[9],
+        .value_dim = ints[9],
         .n_heads = ints[10],
         .n_kv_heads = ints[11],
         .n_sequences = ints[12],
@@ -115,6 +139,28 @@ KERNEL(paged_attention, 19, 2) {
         .sinks = ADDRESS(const float, 18),
         .scale = (float)floats[0],
         .softcap = (float)floats[1],
+    });
+}
+
+KERNEL(latent_attention, 15, 1) {
+    return kernels->paged_attention(&(PagedAttention){
+        .q = ADDRESS(const float, 0),
+        .out = ADDRESS(float, 1),
+        .q_stride = ints[2],
+        .kv_type = (int)ints[3],
+        .kv = ADDRESS(const char, 4),
+        .block_size = ints[5],
+        .head_dim = ints[6],
+        .value_dim = ints[7],
+        .is_latent = 1,
+        .n_heads = ints[8],
+        .n_kv_heads = ints[9],
+        .n_sequences = ints[10],
+        .query_lens = ADDRESS(const int64_t, 11),
+        .seq_lens = ADDRESS(const int64_t, 12),
+        .block_tables = ADDRESS(const int64_t, 13),
+        .table_starts = ADDRESS(const int64_t, 14),
+        .scale = (float)floats[0],
     });
 }
 
@@ -176,7 +222,7 @@ KERNEL(apply_rotary_emb, 9, 0) {
         .x_stride = ints[1],
         .n_tokens = ints[2],
         .n_heads = ints[3],
-        .head_dim = ints[4],
+        .head_stride = ints[4],
         .cos = ADDRESS(const float, 5),
         .sin = ADDRESS(const float, 6),
         .half = ints[7],
@@ -263,7 +309,7 @@ KERNEL(copy_rows, 6, 0) {
     });
 }
 
-KERNEL(select_experts, 12, 2) {
+KERNEL(select_experts, 13, 2) {
     return kernels->select_experts(&(Router){
         .logits = ADDRESS(const float, 0),
         .correction_bias = ADDRESS(const float, 1),
@@ -277,6 +323,7 @@ KERNEL(select_experts, 12, 2) {
         .topk_groups = ints[9],
         .sigmoid = (int)ints[10],
         .normalize = (int)ints[11],
+        .group_max = (int)ints[12],
         .softcap = (float)floats[0],
         .scaling_factor = (float)floats[1],
     });
@@ -414,7 +461,9 @@ KERNEL(argmax, 6, 0) {
 
 #define FOR_EACH_KERNEL(DO)                                                                        \
     DO(linear)                                                                                     \
+    DO(head_linear)                                                                                \
     DO(paged_attention)                                                                            \
+    DO(latent_attention)                                                                           \
     DO(norm)                                                                                       \
     DO(norm_heads)                                                                                 \
     DO(add_residual)                                                                               \

@@ -80,7 +80,7 @@ class CpuGraph(StaticDecodeBatch):
             # A layer's inputs lie together, because the kernels take rows that do.
             self.per_layer_inputs = torch.zeros(shape).transpose(0, 1)
         self.output = self.input  # [rows, H], after the last norm
-        self.aux_hidden_states: list[torch.Tensor] = []  # see `Decoder.aux_hidden_states`
+        self.aux_hidden_states: dict[int, torch.Tensor] = {}  # see `Decoder.aux_hidden_states`
         self.cos_sin = model.cos_sin(self.positions)
         self._program = b""
         self._allocated: list[torch.Tensor] = []  # tensors that the program reads and writes
@@ -198,7 +198,6 @@ class CpuGraphRunner:
         else:  # this step's result is valid, but no step of this model can be replayed
             self.enabled = False
             self._graphs.clear()
-        self.hidden_states = graph.output
-        if graph.aux_hidden_states:
-            self.hidden_states = torch.cat(graph.aux_hidden_states, dim=1)
+        self._model.aux_hidden_states = graph.aux_hidden_states
+        self.hidden_states = self._model.draft_inputs(graph.output)
         return self._model.logits(graph.output), None

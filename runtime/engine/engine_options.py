@@ -206,7 +206,7 @@ class EngineOptions:
         Option(
             "Draft tokens ahead for each request and verify them in one step: how many, and how: "
             "ngram or suffix (from earlier text), or mtp (the model's own head), as in mtp:2.",
-            metavar="N|METHOD[:N]",
+            metavar="N|HOW",
             format=SPECULATION,
             check=check_speculation,
             follows="response_cache",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Literal, NamedTuple
 
 FinishReason = Literal["stop", "length", "error"]
@@ -46,8 +47,16 @@ class EngineStats:
     steps_total: int = 0
     prefix_queries_total: int = 0  # prompt tokens looked up in the prefix cache
     prefix_hits_total: int = 0  # prompt tokens found there
+    # Recurrent states that are kept at the ends of cached prefixes.
+    state_checkpoints: int = 0
+    state_checkpoint_bytes: int = 0
+    state_total_checkpoints: int = 0
+    # Prompt tokens whose blocks were cached, but that were computed: no state was kept after them.
+    prefix_stateless_total: int = 0
+    drafts_total: int = 0  # steps of a sequence that verified draft tokens
     drafted_total: int = 0  # draft tokens proposed
     accepted_total: int = 0  # draft tokens accepted
+    accepted_per_pos_total: tuple[int, ...] = ()  # by place in the draft
     # The prefix cache on disk; set by PrefixStoreEngine only.
     store_queries_total: int = 0  # prompt tokens looked up, after a miss in memory
     store_hits_total: int = 0  # prompt tokens found
@@ -60,4 +69,11 @@ class EngineStats:
 
     def __add__(self, other: EngineStats) -> EngineStats:
         theirs = vars(other)
-        return EngineStats(**{name: value + theirs[name] for name, value in vars(self).items()})
+        per_pos = [self.accepted_per_pos_total, other.accepted_per_pos_total]
+        sums = {
+            name: value + theirs[name] for name, value in vars(self).items() if type(value) is int
+        }
+        return EngineStats(
+            **sums,
+            accepted_per_pos_total=tuple(map(sum, zip_longest(*per_pos, fillvalue=0))),
+        )

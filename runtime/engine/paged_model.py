@@ -55,6 +55,13 @@ class PagedModel:
             -(-config.max_model_len // config.block_size),
             dict.fromkeys(table_of_window, 0),
         )
+        # Of one sequence, in all layers of this rank.
+        self.bytes_per_state = sum(
+            tensor[:1].nbytes
+            for cache in kv_caches
+            if isinstance(cache, RecurrentState)
+            for tensor in cache.tensors
+        )
         # Whether a request can be so long that its positions have an offset.
         self._has_rope_offsets = model.spec.rope_offset(config.max_model_len) != 0
 

@@ -65,8 +65,11 @@ class Scheduler:
         self.num_preemptions = 0
         self.num_prefix_queries = 0
         self.num_prefix_hits = 0
+        self.num_prefix_stateless = 0
+        self.num_drafts = 0
         self.num_draft_tokens = 0
         self.num_accepted_tokens = 0
+        self.num_accepted_tokens_per_pos = [0] * config.num_speculative_tokens
 
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence. Raises RequestError when it can never finish."""
@@ -211,8 +214,11 @@ class Scheduler:
         sequence = request.sequence
         num_drafts = request.num_draft_tokens
         num_accepted = len(token_ids) - 1
+        self.num_drafts += 1
         self.num_draft_tokens += num_drafts
         self.num_accepted_tokens += num_accepted
+        for position in range(num_accepted):
+            self.num_accepted_tokens_per_pos[position] += 1
         sequence.num_computed_tokens = request.start + len(token_ids)
         if self.states is not None:
             self.states.accept(sequence, len(token_ids))
@@ -476,6 +482,8 @@ class Scheduler:
             sequence.num_cached_tokens = num_cached_tokens
             self.num_prefix_queries += num_tokens
             self.num_prefix_hits += num_cached_tokens
+            if self.states is not None:
+                self.num_prefix_stateless += num_matching_tokens - num_cached_tokens
         self.waiting.remove(sequence)
         insort(self.running, sequence, key=lambda s: s.priority_key)
         return True

@@ -10,7 +10,7 @@ structure grows with the text, and the oldest text can be dropped.
 from __future__ import annotations
 
 from array import array
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from collections.abc import Sequence as SequenceOf
 from typing import NamedTuple
 
@@ -209,21 +209,30 @@ class SuffixIndex:
         probability = 1.0
         score = 0.0
         while len(token_ids) < max_tokens:
-            following = [
-                (position, tokens[position & mask])
+            positions = [
+                position
                 for position in positions
                 if position < self.num_appended and tokens[position & mask] != _END_OF_TEXT
             ]
-            if not following:
+            if not positions:
                 break
-            # Of equally frequent tokens, the one that occurred last.
-            ((token_id, count),) = Counter(token for _, token in following).most_common(1)
+            following = [tokens[position & mask] for position in positions]
+            # Of equally frequent tokens, the one that occurred last. Mostly they are all equal.
+            token_id = following[0]
+            count = following.count(token_id)
+            if 2 * count < len(following):
+                token_id = max(following, key=following.count)
+                count = following.count(token_id)
             probability *= count / len(following)
             if probability < MIN_TOKEN_PROB:
                 break
             token_ids.append(token_id)
             score += probability
-            positions = [position + 1 for position, token in following if token == token_id]
+            positions = [
+                position + 1
+                for position, token in zip(positions, following, strict=True)
+                if token == token_id
+            ]
         return SuffixDraft(token_ids, score)
 
     def _reserve(self, num_tokens: int) -> None:

@@ -218,6 +218,27 @@ class _EngineCollector(Collector):
             stats.prefix_hits_total,
         )
         yield CounterMetricFamily(
+            "llmkit:prefix_cache_without_state",
+            "Prompt tokens with cached keys and values that were computed, because no recurrent "
+            "state was kept after them.",
+            stats.prefix_stateless_total,
+        )
+        yield GaugeMetricFamily(
+            "llmkit:state_cache_checkpoints",
+            "Recurrent states kept at the ends of cached prefixes.",
+            stats.state_checkpoints,
+        )
+        yield GaugeMetricFamily(
+            "llmkit:state_cache_max_checkpoints",
+            "The most recurrent states that can be kept.",
+            stats.state_total_checkpoints,
+        )
+        yield GaugeMetricFamily(
+            "llmkit:state_cache_bytes",
+            "Memory of the recurrent states kept at the ends of cached prefixes.",
+            stats.state_checkpoint_bytes,
+        )
+        yield CounterMetricFamily(
             "llmkit:external_prefix_cache_queries",
             "Prompt tokens looked up in the prefix cache on disk, those that memory did not have.",
             stats.store_queries_total,
@@ -233,11 +254,24 @@ class _EngineCollector(Collector):
             stats.store_damaged_total,
         )
         yield CounterMetricFamily(
+            "llmkit:spec_decode_num_drafts",
+            "Steps of a request that verified draft tokens.",
+            stats.drafts_total,
+        )
+        yield CounterMetricFamily(
             "llmkit:spec_decode_num_draft_tokens", "Draft tokens proposed.", stats.drafted_total
         )
         yield CounterMetricFamily(
             "llmkit:spec_decode_num_accepted_tokens", "Draft tokens accepted.", stats.accepted_total
         )
+        per_pos = CounterMetricFamily(
+            "llmkit:spec_decode_num_accepted_tokens_per_pos",
+            "Draft tokens accepted, by their place in the draft.",
+            labels=["position"],
+        )
+        for position, count in enumerate(stats.accepted_per_pos_total):
+            per_pos.add_metric([str(position)], count)
+        yield per_pos
 
 
 class _UsageCollector(Collector):

@@ -51,6 +51,29 @@ def test_costs_of_experts_grow_with_the_batch(tmp_path: Path) -> None:
     assert alone < costs.step_bytes(4, 0) - costs.dense_bytes < costs.expert_bytes
 
 
+def test_costs_of_recurrent_layers_do_not_depend_on_the_context(tmp_path: Path) -> None:
+    sizes = {
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 16,
+        "layer_types": ["linear_attention", "full_attention"],
+        "head_dim": 16,
+    }
+    costs = costs_of(tiny_checkpoint(tmp_path / "tiny", "qwen3_5_text", dtype="float32", **sizes))
+    state = 4 * 8 * 16  # heads, keys, values
+    conv = 3 * (2 * 2 * 8 + 4 * 16)  # inputs, channels
+    assert costs.state_bytes == 4 * (state + conv)
+    assert costs.context_flops == 4 * 4 * 16, "of one layer"
+    assert costs.step_bytes(3, 10) == (
+        costs.dense_bytes + 30 * costs.kv_bytes + 2 * 3 * costs.state_bytes
+    )
+    mixer = (2 * 2 * 8 + 2 * 4 * 16) * 64 + 64 * 4 * 16
+    attention = (2 * 4 + 2 * 2) * 16 * 64 + 64 * 64  # queries and gates, keys, values
+    linears = mixer + attention + 2 * 3 * 64 * 128
+    assert costs.token_flops == 2 * (linears + 3 * state)
+
+
 @pytest.mark.skipif(cpu_kernels.library is None, reason="no compiled kernels")
 @pytest.mark.parametrize(
     ("method", "row_bytes", "activations", "inputs"),

@@ -9,12 +9,14 @@ from typing import Any
 import pytest
 import torch
 from support.tiny_adapters import write_adapter
+from support.tiny_draft_heads import llama_with_eagle3, text_tokens
 from support.tiny_models import tiny_checkpoint
 
 from llmkit.common.errors import ShortageError
 from llmkit.kernels.kv_cache import KVCache
 from llmkit.kernels.sampling import sample
 from llmkit.model.decoder import Decoder
+from llmkit.model.draft_head import DraftHead
 from llmkit.model.language_model import LanguageModel
 from llmkit.model.lora import LoraManager, LoraSlots
 from llmkit.runtime.engine.cuda_graphs import CudaGraphRunner, Sampler, capture_sizes, mixed_keys
@@ -88,9 +90,11 @@ def graphed(
         max_query_len=1 + one.config.num_speculative_tokens,
         max_mixed_tokens=max_mixed_tokens,
         adapters=runner.adapters,
+        hidden_size=0 if runner.draft_head is None else runner.draft_head.input_size,
     )
     draft = runner.draft_model
     if draft is not None:
+        is_head = runner.draft_head is not None
         draft.graph_runner = CudaGraphRunner(
             decoder(draft.paged_model.model),
             with_spare_blocks(one, draft.paged_model),
@@ -99,13 +103,14 @@ def graphed(
             most,
             Rerun,
             sampler,
-            max_query_len=MAX_KNOWN_TOKENS,
+            max_query_len=(1 + one.config.num_speculative_tokens if is_head else MAX_KNOWN_TOKENS),
+            hidden_size=one.model.spec.hidden_size if is_head else 0,
         )
     return one
 
 
-def decoder(model: LanguageModel) -> Decoder:
-    assert isinstance(model, Decoder)
+def decoder(model: LanguageModel | DraftHead) -> Decoder | DraftHead:
+    assert isinstance(model, Decoder | DraftHead)
     return model
 
 
@@ -209,9 +214,16 @@ def test_cuda_graphs_over_the_option_are_never_captured(tmp_path: Path, limit: i
 LOOPING = [[5, 6, 7, 8] * 6, [9] * 20, [11, 12, 11, 12, 11], [3], [4, 4], [8, 9, 10] * 9]
 
 
-@pytest.mark.parametrize("drafter", ["n-gram", "draft model", "the model itself"])
+DRAFTED = [("llama", {}), ("gemma2", {"sliding_window": 24})]
+
+
 @pytest.mark.parametrize(
-    ("architecture", "config"), [("llama", {}), ("gemma2", {"sliding_window": 24})]
+    ("architecture", "config", "drafter"),
+    [
+        *((*model, drafter) for model in DRAFTED for drafter in ("n-gram", "draft model")),
+        *((*model, "the model itself") for model in DRAFTED),
+        ("llama", {}, "EAGLE-3 head"),
+    ],
 )
 def test_cuda_graphs_verify_drafts_as_eager_steps_do(
     tmp_path: Path,
@@ -220,18 +232,24 @@ def test_cuda_graphs_verify_drafts_as_eager_steps_do(
     config: dict[str, Any],
     drafter: str,
 ) -> None:
-    model = tiny_checkpoint(tmp_path / "model", architecture, **config)
     options: dict[str, Any] = {"speculate": 3}
-    if drafter != "n-gram":
+    prompts = LOOPING
+    if drafter == "EAGLE-3 head":
+        model, head, _, _ = llama_with_eagle3(tmp_path, steps=40)
+        prompts = [text_tokens(10 + 3 * n, 7 * n) for n in range(len(LOOPING))]
+        options["draft_model"] = str(head)
+    else:
+        model = tiny_checkpoint(tmp_path / "model", architecture, **config)
+    if drafter == "the model itself":
         options["draft_model"] = str(model)
-    if drafter == "draft model":  # its drafts are often wrong
+    elif drafter == "draft model":  # its drafts are often wrong
         draft = tiny_checkpoint(tmp_path / "draft", "llama", seed=5)
         options["draft_model"] = str(draft)
     asked = [
         SamplingParams(temperature=0.5 * (n % 2), seed=n, max_tokens=9 + 4 * n, ignore_eos=True)
         for n in range(len(LOOPING))
     ]
-    expected = plain(model).generate(LOOPING, asked)
+    expected = plain(model).generate(prompts, asked)
     one = graphed(model, **options)
     one.runner.capture_graphs()
     eager: list[int] = []
@@ -243,7 +261,7 @@ def test_cuda_graphs_verify_drafts_as_eager_steps_do(
 
     monkeypatch.setattr(PagedModel, "forward", counted)
     before = Rerun.made
-    assert one.generate(LOOPING, asked) == expected
+    assert one.generate(prompts, asked) == expected
     assert Rerun.made == before
     stats = one.stats()
     assert stats.drafted_total > stats.accepted_total or drafter == "the model itself"

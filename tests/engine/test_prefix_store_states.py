@@ -9,6 +9,7 @@ import pytest
 from support.tiny_families import family_oracle
 
 from llmkit.common.errors import InputError
+from llmkit.kernels.recurrent_state import RecurrentState
 from llmkit.runtime.engine.engine import Engine
 from llmkit.runtime.engine.engine_options import EngineOptions
 from llmkit.runtime.engine.engine_request import EngineRequest
@@ -95,21 +96,25 @@ def copied(folder: Path, tmp_path: Path) -> Path:
     return copy
 
 
-@pytest.mark.parametrize("family", ["qwen3.5", "mamba2", "lfm2"])
+@pytest.mark.parametrize(
+    ("family", "speculate"),
+    [("qwen3.5", 0), ("qwen3.5", "suffix:3"), ("mamba2", 0), ("lfm2", 0)],
+)
 def test_second_turn_continues_from_states_on_disk_after_a_restart(
-    family: str, tmp_path: Path
+    family: str, speculate: int | str, tmp_path: Path
 ) -> None:
+    options = replace(OPTIONS, speculate=speculate)
     model = tmp_path / "model"
     family_oracle(family, model, max_position_embeddings=2048)
     first = TOKENS[: 2 * PAGE_TOKENS + 30]
-    engine = engine_with_store(model, tmp_path / "kept")
+    engine = engine_with_store(model, tmp_path / "kept", options)
     answer, _ = run(engine, first)
     second = first + answer + TOKENS[1000:1300]
     expected = without_cache(model, second)
     assert run(engine, second) == (expected, (len(first) + len(answer) - 1) // 16 * 16)
     close(engine)
 
-    restarted = engine_with_store(model, tmp_path / "kept")
+    restarted = engine_with_store(model, tmp_path / "kept", options)
     assert run(restarted, second) == (expected, 2 * PAGE_TOKENS)
     stats = restarted.stats()
     assert (stats.store_hits_total, stats.store_damaged_total) == (2 * PAGE_TOKENS, 0)
@@ -177,3 +182,26 @@ def test_prefix_store_must_hold_a_page_and_its_states(hybrid: Path, folder: Path
     engine_with_store(hybrid, folder, limit=limit)
     with pytest.raises(InputError, match="is less than 256 tokens need"):
         engine_with_store(hybrid, folder, limit=limit - 1)
+
+
+def test_engine_stats_count_states_and_tokens_without_one(hybrid: Path) -> None:
+    engine = load_engine(hybrid, OPTIONS)
+    assert engine.stats().state_checkpoints == 0
+    run(engine, SYSTEM + TOKENS[700:798])
+    stats = engine.stats()
+    assert stats.state_checkpoints == 1  # at the end of the prompt
+    assert stats.prefix_stateless_total == 0
+    # The blocks of the system prompt are cached, but no state is kept after them before this.
+    run(engine, SYSTEM + TOKENS[900:998])
+    stats = engine.stats()
+    assert stats.prefix_stateless_total == len(SYSTEM) // 16 * 16
+    assert run(engine, SYSTEM + TOKENS[1100:1198])[1] == len(SYSTEM) // 16 * 16
+    more = engine.stats()
+    assert more.prefix_stateless_total == stats.prefix_stateless_total
+    assert more.state_checkpoints == 4
+    states = engine.runner.paged_model.kv_caches[0]
+    assert isinstance(states, RecurrentState)
+    rows, width, channels = states.conv.shape
+    bytes_of_layer = 4 * (width * channels + states.state[0].numel())
+    assert more.state_checkpoint_bytes == 4 * 3 * bytes_of_layer  # three of four layers
+    assert more.state_total_checkpoints == rows - OPTIONS.max_num_seqs

@@ -245,6 +245,53 @@ static void check_linears(void) {
             }
 }
 
+/* A layer for each head gives the bits of as many layers. depth: even. */
+static void check_head_linear(int type, int64_t rows, int64_t cols, int64_t depth) {
+    enum { LAYERS = 3 };
+    int64_t padded_cols = (cols + PANEL_WIDTH - 1) / PANEL_WIDTH * PANEL_WIDTH;
+    int64_t padded_depth = (depth + DEPTH_MULTIPLE - 1) / DEPTH_MULTIPLE * DEPTH_MULTIPLE;
+    int64_t words = padded_cols * (type == WEIGHT_F32 ? depth : padded_depth / 2);
+    float *weight = random_floats(LAYERS * words, 1.0f);
+    for (int64_t i = 0; type == WEIGHT_BF16 && i < 2 * LAYERS * words; i++)
+        ((uint16_t *)weight)[i] = float_to_bf16(random_float());
+    int64_t x_stride = LAYERS * (depth + 3) + 5;
+    int64_t y_stride = LAYERS * (cols + 2);
+    float *x = random_floats(rows * x_stride, 1.0f);
+    float *together = random_floats(rows * y_stride, 1.0f);
+    float *one_by_one = allocate(rows * y_stride * sizeof *one_by_one);
+    memcpy(one_by_one, together, rows * y_stride * sizeof *one_by_one);
+    HeadLinear heads = {
+        .first = {.weight_type = type,
+                  .inputs = INPUTS_F32,
+                  .x = x,
+                  .x_stride = x_stride,
+                  .weight = (const char *)weight,
+                  .y = together,
+                  .y_stride = y_stride,
+                  .rows = rows,
+                  .cols = cols,
+                  .depth = depth,
+                  .group_size = depth},
+        .n_heads = LAYERS,
+        .x_head_stride = depth + 3,
+        .y_head_stride = cols + 2,
+    };
+    expect(kernels->head_linear(&heads), "head_linear", "out of memory");
+    for (int64_t head = 0; head < LAYERS; head++) {
+        Linear layer = heads.first;
+        layer.x += head * heads.x_head_stride;
+        layer.weight = (const char *)(weight + head * words);
+        layer.y = one_by_one + head * heads.y_head_stride;
+        kernels->linear(&layer);
+    }
+    expect(memcmp(together, one_by_one, rows * y_stride * sizeof *together) == 0, "head_linear",
+           "other bits than those of `linear`");
+    free(weight);
+    free(x);
+    free(together);
+    free(one_by_one);
+}
+
 static void check_not_finite_inputs(void) {
     const float bad[] = {NAN, INFINITY, -INFINITY};
     for (int i = 0; i < 3; i++) {
@@ -364,7 +411,7 @@ static void check_rotary(int64_t half, int interleaved) {
                                         .x_stride = stride,
                                         .n_tokens = TOKENS,
                                         .n_heads = HEADS,
-                                        .head_dim = head_dim,
+                                        .head_stride = head_dim,
                                         .cos = cos,
                                         .sin = sin,
                                         .half = half,
@@ -638,7 +685,7 @@ enum {
 static double cached(const PagedAttention *a, int64_t head, int64_t slot, int64_t d) {
     int64_t width = a->kv_type == KV_F32 ? 1 : a->kv_type <= KV_F16 ? 2 : 4; /* of a word */
     int64_t element = head * a->head_stride + slot / 16 * 16 * a->head_dim;
-    if (head < N_KV_HEADS)
+    if (head < N_KV_HEADS && !a->is_latent)
         element += (d / width * 16 + slot % 16) * width + d % width;
     else
         element += (slot % 16 / width * a->head_dim + d) * width + slot % width;
@@ -657,7 +704,9 @@ static double cached(const PagedAttention *a, int64_t head, int64_t slot, int64_
 static void check_query(const PagedAttention *a, int64_t sequence, int64_t token, int64_t position,
                         int64_t head) {
     int64_t kv_head = head / (N_HEADS / N_KV_HEADS);
-    int rounds = a->kv_type == KV_BF16 && kernels->has_bfloat16; /* queries and probabilities */
+    /* queries and probabilities */
+    int rounds = a->kv_type == KV_BF16 && kernels->has_bfloat16 && !a->is_latent;
+    int64_t value_head = a->is_latent ? kv_head : N_KV_HEADS + kv_head;
     const float *q = a->q + token * a->q_stride + head * a->head_dim;
     double *out = allocate(a->head_dim * sizeof *out);
     double total = a->sinks ? exp(a->sinks[head]) : 0;
@@ -675,17 +724,18 @@ static void check_query(const PagedAttention *a, int64_t sequence, int64_t token
         if (a->softcap != 0)
             score = a->softcap * tanh(score / a->softcap);
         total += exp(score);
-        for (int64_t d = 0; d < a->head_dim; d++)
-            out[d] += exp(score) * cached(a, N_KV_HEADS + kv_head, slot, d);
+        for (int64_t d = 0; d < a->value_dim; d++)
+            out[d] += exp(score) * cached(a, value_head, slot, d);
     }
-    for (int64_t d = 0; d < a->head_dim; d++)
-        expect_close(a->out[(token * N_HEADS + head) * a->head_dim + d], out[d] / total,
+    for (int64_t d = 0; d < a->value_dim; d++)
+        expect_close(a->out[(token * N_HEADS + head) * a->value_dim + d], out[d] / total,
                      rounds ? 3000 : 2, "paged_attention");
     free(out);
 }
 
-static void check_attention(int64_t head_dim, int kv_type, int static_scales, int64_t window,
-                            float softcap, int has_sinks) {
+/* latent_dim: of the values of a latent cache; 0: the cache has keys and values. */
+static void check_attention(int64_t head_dim, int64_t latent_dim, int kv_type, int static_scales,
+                            int64_t window, float softcap, int has_sinks) {
     static const int64_t query_lens[N_SEQUENCES] = {1, 19, 5};
     static const int64_t seq_lens[N_SEQUENCES] = {131, 19, 70};
     static const int64_t table_starts[N_SEQUENCES] = {0, 12, 20};
@@ -719,7 +769,9 @@ static void check_attention(int64_t head_dim, int kv_type, int static_scales, in
         .kv = (const char *)kv,
         .scales = quantized ? scales : NULL,
         .static_scales = static_scales,
-        .head_stride = SLOTS * head_dim,
+        .head_stride = latent_dim ? 0 : SLOTS * head_dim,
+        .value_dim = latent_dim ? latent_dim : head_dim,
+        .is_latent = latent_dim != 0,
         .block_size = BLOCK_SIZE,
         .head_dim = head_dim,
         .n_heads = N_HEADS,
@@ -750,6 +802,10 @@ static void check_attention(int64_t head_dim, int kv_type, int static_scales, in
 static void check_level(void) {
     static const int64_t sizes[] = {1, 2, 3, 4, 7, 8, 16, 33, 100};
     check_linears();
+    check_head_linear(WEIGHT_F32, 1, 20, 6);
+    check_head_linear(WEIGHT_F32, 40, 33, 70);
+    check_head_linear(WEIGHT_BF16, 1, 64, 16);
+    check_head_linear(WEIGHT_BF16, 13, 48, 130);
     check_not_finite_inputs();
     check_norms();
     for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++) {
@@ -765,14 +821,18 @@ static void check_level(void) {
     check_gated_delta_rule(7, 5);
     check_gated_delta_rule(16, 40);
     check_store_kv();
-    check_attention(64, KV_F32, 0, 0, 0.0f, 0);
-    check_attention(30, KV_F32, 0, 33, 5.0f, 1);
-    check_attention(20, KV_INT8, 0, 0, 0.0f, 0);
-    check_attention(48, KV_INT8, 1, 70, 0.0f, 1);
-    check_attention(18, KV_BF16, 0, 0, 0.0f, 0);
-    check_attention(64, KV_BF16, 0, 50, 0.0f, 1);
-    check_attention(22, KV_F16, 0, 0, 0.0f, 0);
-    check_attention(24, KV_FP8, 0, 0, 0.0f, 0);
+    check_attention(64, 0, KV_F32, 0, 0, 0.0f, 0);
+    check_attention(30, 0, KV_F32, 0, 33, 5.0f, 1);
+    check_attention(20, 0, KV_INT8, 0, 0, 0.0f, 0);
+    check_attention(48, 0, KV_INT8, 1, 70, 0.0f, 1);
+    check_attention(18, 0, KV_BF16, 0, 0, 0.0f, 0);
+    check_attention(64, 0, KV_BF16, 0, 50, 0.0f, 1);
+    check_attention(22, 0, KV_F16, 0, 0, 0.0f, 0);
+    check_attention(24, 0, KV_FP8, 0, 0, 0.0f, 0);
+    check_attention(72, 64, KV_F32, 0, 0, 0.0f, 0);
+    check_attention(29, 20, KV_F32, 0, 0, 0.0f, 0);
+    check_attention(40, 24, KV_BF16, 0, 0, 0.0f, 0);
+    check_attention(24, 16, KV_F16, 0, 0, 0.0f, 0);
 }
 
 int main(void) {

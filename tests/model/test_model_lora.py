@@ -70,6 +70,8 @@ def same_as_merged(base: Path, adapter: Path, path: Path, scale: Callable[[str],
         "qwen2-moe",
         "ernie4.5-moe",
         "gemma4",
+        "qwen3-next",
+        "qwen3.5",
     ],
 )
 @pytest.mark.parametrize("wanted", ["", r"layers\.[12].*(v_proj|qkv_proj|up_proj|w3)"])

@@ -262,6 +262,11 @@ def test_second_turn_of_a_hybrid_model_finds_the_first_after_the_server_was_kill
         assert cached_tokens(usage) >= first_usage["prompt_tokens"] // 16 * 16
         # The pages of the first turn, and the states after the last of them.
         wait_for(lambda: len(list(prefixes.glob("*.kv"))) == num_pages + 1)
+        num_states = server.metric("state_cache_checkpoints")
+        assert 2 <= num_states <= server.metric("state_cache_max_checkpoints")
+        assert server.metric("state_cache_bytes") % num_states == 0 < num_states
+        # The second turn continued where the first one ended.
+        assert server.metric("prefix_cache_without_state_total") == 0
     with serving(tmp_path / "log2", model, **options) as restarted:
         text_again, usage = answer(restarted)
         assert (text_again, cached_tokens(usage)) == (text, 256 * num_pages)

@@ -90,6 +90,10 @@ def test_metrics_of_request_times_add_up(server: LlmkitServer) -> None:
         after["llmkit:spec_decode_num_draft_tokens_total"]
         >= after["llmkit:spec_decode_num_accepted_tokens_total"]
     )
+    per_pos = "llmkit:spec_decode_num_accepted_tokens_per_pos_total"
+    by_position = [after[f'{per_pos}{{position="{position}"}}'] for position in (0, 1)]
+    assert sum(by_position) == after["llmkit:spec_decode_num_accepted_tokens_total"]
+    assert after["llmkit:spec_decode_num_drafts_total"] >= by_position[0] >= by_position[1]
 
 
 def test_metrics_report_queue_times(server: LlmkitServer) -> None:
@@ -191,8 +195,10 @@ def test_metrics_have_vllms_names(server: LlmkitServer) -> None:
                 "prompt_tokens",
                 "generation_tokens",
                 "request_success",
+                "spec_decode_num_drafts",
                 "spec_decode_num_draft_tokens",
                 "spec_decode_num_accepted_tokens",
+                "spec_decode_num_accepted_tokens_per_pos",
             )
         ),
         *(

@@ -16,7 +16,7 @@ from llmkit.common.errors import InputError, OutputError, ShortageError, UsageEr
 from llmkit.model.checkpoint_tensors import checkpoint_tensors
 from llmkit.model.families import model_spec
 from llmkit.model.parameter_table import parameters
-from llmkit.model.spec import LayerSpec, ModelSpec
+from llmkit.model.spec import GatedDeltaNetSpec, LayerSpec, ModelSpec
 from llmkit.shard.layout_capacity import gpu_bytes, plan_report
 from llmkit.shard.pipeline_stages import balanced_stages
 from llmkit.shard.shard_checkpoint import open_source, shard
@@ -182,6 +182,61 @@ def test_explain_tp_shows_the_arithmetic(changes, quantization, tp: int, text: s
     for works in valid_tp(model, quantization):
         assert explain_tp(model, quantization, works) is None
         plan_of(model, quantization, works, 1)
+
+
+GATED_DELTA_NET = {
+    "num_attention_heads": 12,
+    "num_key_value_heads": 6,
+    "head_dim": 16,
+    "intermediate_size": 96,
+    "num_local_experts": 2,
+    "num_experts_per_tok": 1,
+    "mlp_only_layers": [0, 1],
+    "linear_num_key_heads": 4,
+    "linear_num_value_heads": 8,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 16,
+    "layer_types": ["linear_attention", "full_attention"],
+}
+
+
+def hybrid(architecture: str, model_type: str) -> ModelSpec:
+    names = {"architectures": [architecture], "model_type": model_type}
+    return model_spec(LLAMA | GATED_DELTA_NET | names)
+
+
+def test_explain_tp_counts_key_heads_of_a_gated_delta_net() -> None:
+    qwen3_next = hybrid("Qwen3NextForCausalLM", "qwen3_next")
+    assert explain_tp(qwen3_next, None, 3) == "in_proj_qkvz: 4/3 = 1.333 key heads; TP 1, 2 work"
+    groups = QuantizationConfig("gptq", Scheme(4, 64))
+    assert isinstance(qwen3_next.recurrent, GatedDeltaNetSpec)
+    small = replace(qwen3_next, recurrent=replace(qwen3_next.recurrent, head_v_dim=8))
+    assert explain_tp(small, groups, 2) == "out_proj: 64/2 = 0.5 groups of 64; TP 1 works"
+
+
+def test_plan_gives_a_rank_the_value_heads_of_its_key_heads() -> None:
+    """In Qwen3.5 parts follow one another; in Qwen3-Next a key head has a part of each."""
+    rank_rows = {}
+    for architecture, model_type in (
+        ("Qwen3_5ForCausalLM", "qwen3_5_text"),
+        ("Qwen3NextForCausalLM", "qwen3_next"),
+    ):
+        plan = plan_of(hybrid(architecture, model_type), None, 2, 1)
+        rank_rows |= {piece.name.removeprefix("model."): piece for piece in plan.ranks[1].slices}
+    rows = {name: piece.intervals for name, piece in rank_rows.items()}
+    qkv = ((16, 32), (48, 64), (128, 192))  # queries, keys, values
+    assert rows["layers.0.linear_attn.in_proj_qkv.weight"] == qkv
+    assert rows["layers.0.linear_attn.conv1d.weight"] == qkv
+    assert rank_rows["layers.0.linear_attn.conv1d.weight"].shape == (96, 1, 4)
+    assert rows["layers.0.linear_attn.in_proj_z.weight"] == ((64, 128),)
+    assert rows["layers.0.linear_attn.in_proj_b.weight"] == ((4, 8),)
+    assert rows["layers.0.linear_attn.A_log"] == ((4, 8),)
+    assert rows["layers.0.linear_attn.norm.weight"] == ((0, 16),)
+    assert rank_rows["layers.0.linear_attn.out_proj.weight"].dim == 1
+    assert rows["layers.0.linear_attn.out_proj.weight"] == ((64, 128),)
+    assert rows["layers.0.linear_attn.in_proj_qkvz.weight"] == ((160, 320),)
+    assert rows["layers.0.linear_attn.in_proj_ba.weight"] == ((8, 16),)
+    assert rows["layers.1.self_attn.q_proj.weight"] == ((192, 384),), "queries and gates"
 
 
 def test_valid_tp_needs_whole_groups_along_the_input_only() -> None:

@@ -147,8 +147,22 @@ def test_shard_any_chain_of_layouts_loses_nothing(data: st.DataObject) -> None:
         "linear_key_head_dim": 8,
         "linear_value_head_dim": 16,
         "full_attention_interval": 2,
+        # Eight Mamba heads of two features for each head of attention.
+        **dict.fromkeys(("mamba_n_heads", "mamba_num_heads", "num_heads"), 8 * heads),
+        **dict.fromkeys(("mamba_n_groups", "n_groups"), kv_heads),
+        **dict.fromkeys(("mamba_d_state", "ssm_state_size", "state_size"), 8),
+        "mamba_head_dim": 2,
+        "moe_shared_expert_intermediate_size": 64,
+        "moe_latent_size": data.draw(st.sampled_from([None, 16]), "latent"),
+        "attn_layer_indices": [1],
+        "full_attn_idxs": [1],
     }
     config["model_type"], _ = SUPPORTED[config["architectures"][0]]
+    if config["model_type"] == "mamba2":
+        config["head_dim"] = 2
+    if config["model_type"] == "granitemoehybrid":
+        types = ["linear_attention", "full_attention"] * 2
+        config["layer_types"] = types[: config["num_hidden_layers"]]
     if config["model_type"] == "apertus":
         config["hidden_act"] = "xielu"
     if config["model_type"] == "hunyuan_v1_moe":

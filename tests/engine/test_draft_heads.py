@@ -1,0 +1,240 @@
+"""MTP and EAGLE-3 heads in the engine: answers stay what they are, and drafts are accepted."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.tiny_draft_heads import glm_with_mtp, llama_with_eagle3, text_tokens
+
+from llmkit.checkpoint.open_checkpoint import open_checkpoint
+from llmkit.common.errors import InputError, UsageError
+from llmkit.common.progress import SilentProgress
+from llmkit.quant.quantize_checkpoint import quantize
+from llmkit.quant.quantize_options import QuantizeOptions
+from llmkit.runtime.engine.draft_head_proposer import DraftHeadProposer
+from llmkit.runtime.engine.engine import Engine
+from llmkit.runtime.engine.engine_options import EngineOptions
+from llmkit.runtime.engine.engine_request import EngineRequest
+from llmkit.runtime.engine.sampling_params import SamplingParams
+from llmkit.runtime.engine_loader import load_engine
+from llmkit.runtime.engine_plan import plan_engine
+
+TRAINING_STEPS = 40
+OPTIONS = EngineOptions(device="cpu", max_model_len=160, max_num_seqs=6)
+SAMPLED = [
+    SamplingParams(temperature=t, top_k=k, top_p=p, seed=seed, max_tokens=24, ignore_eos=True)
+    for seed, (t, k, p) in enumerate(
+        [(0.0, 0, 1.0), (0.7, 0, 1.0), (1.0, 40, 1.0), (1.3, 0, 0.8), (0.2, 0, 1.0)]
+    )
+]
+GREEDY = SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True)
+HEADS = ("mtp", "eagle3")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Both models and heads, trained."""
+    folder = tmp_path_factory.mktemp("heads")
+    glm_with_mtp(folder / "mtp", steps=TRAINING_STEPS, dtype="bfloat16")
+    llama_with_eagle3(folder, steps=TRAINING_STEPS)
+    return folder
+
+
+def loaded(folder: Path, head: str, count: int, **options: Any) -> Engine:
+    """An engine with a head that drafts `count` tokens; 0: without one."""
+    speculation: dict[str, Any] = {}
+    if count and head == "mtp":
+        speculation = {"speculate": f"mtp:{count}"}
+    elif count:
+        speculation = {"speculate": count, "draft_model": str(folder / "head")}
+    path = folder / ("mtp" if head == "mtp" else "target")
+    return load_engine(open_checkpoint(path), replace(OPTIONS, **(speculation | options)))
+
+
+def prompts() -> list[list[int]]:
+    """Parts of the text, and random tokens."""
+    generator = torch.Generator().manual_seed(3)
+    random = [torch.randint(3, 512, (n,), generator=generator).tolist() for n in (3, 40)]
+    return [text_tokens(20), random[0], text_tokens(33, 5), random[1], text_tokens(16, 30)]
+
+
+@pytest.fixture(scope="module")
+def plain(folder: Path) -> dict[str, list[list[int]]]:
+    return {head: loaded(folder, head, 0).generate(prompts(), SAMPLED) for head in HEADS}
+
+
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("count", [1, 4])
+def test_draft_heads_change_no_sampled_token(
+    folder: Path, plain: dict[str, list[list[int]]], head: str, count: int
+) -> None:
+    running = loaded(folder, head, count)
+    assert isinstance(running.runner.draft_model, DraftHeadProposer)
+    assert running.generate(prompts(), SAMPLED) == plain[head]
+    stats = running.stats()
+    assert 0 < stats.accepted_total <= stats.drafted_total
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_draft_heads_of_the_text_they_know_are_accepted(folder: Path, head: str) -> None:
+    known = [text_tokens(20, start) for start in (0, 9, 30)]
+    running = loaded(folder, head, 1)
+    assert running.generate(known, GREEDY) == [text_tokens(24, start + 20) for start in (0, 9, 30)]
+    stats = running.stats()
+    assert stats.accepted_total >= 0.9 * stats.drafted_total
+    assert stats.accepted_per_pos_total == (stats.accepted_total,)
+    assert stats.drafts_total == stats.drafted_total
+    assert running.num_steps <= 15, "two tokens in most steps"
+
+
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize(
+    ("options", "preempts"),
+    [
+        ({"kv_cache_memory": 9}, True),
+        ({"max_num_batched_tokens": 7}, False),
+        ({"max_num_seqs": 2}, False),
+        ({"prefix_cache": False}, False),
+    ],
+)
+def test_draft_heads_draft_beside_preempted_and_chunked_prompts(
+    folder: Path,
+    plain: dict[str, list[list[int]]],
+    head: str,
+    options: dict[str, Any],
+    preempts: bool,
+) -> None:
+    if preempts:
+        sizes = loaded(folder, head, 3, kv_cache_memory=1 << 22)
+        per_block = (1 << 22) // sizes.config.num_blocks
+        options = {"kv_cache_memory": (options["kv_cache_memory"] + 1) * per_block}
+        options |= {"max_model_len": 96}
+    running = loaded(folder, head, 3, **options)
+    assert running.generate(prompts(), SAMPLED) == plain[head]
+    stats = running.stats()
+    assert stats.accepted_total > 0
+    assert (stats.preemptions_total > 0) == preempts
+    assert all(pool.num_used_blocks == 0 for pool in running.scheduler.pools)
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_draft_heads_know_cached_prefixes(folder: Path, head: str) -> None:
+    running = loaded(folder, head, 1)
+    first = running.generate([text_tokens(64)], GREEDY)[0]
+    drafted, accepted = (running.stats().drafted_total, running.stats().accepted_total)
+    # A second turn, and one whose prompt ends with a block: its last token alone is computed.
+    turns = [text_tokens(64) + first + text_tokens(9, 88), text_tokens(65)]
+    answers = running.generate(turns, GREEDY)
+    assert running.stats().prefix_hits_total >= 64 + 80
+    assert answers == loaded(folder, head, 0).generate(turns, GREEDY)
+    stats = running.stats()
+    again = (stats.accepted_total - accepted) / (stats.drafted_total - drafted)
+    assert again >= accepted / drafted - 0.1 > 0.5
+
+
+def test_draft_heads_draft_for_requests_that_come_and_go(folder: Path) -> None:
+    running = loaded(folder, "mtp", 2)
+    for index, prompt in enumerate(prompts() * 3):
+        running.add(EngineRequest(str(index), prompt, SAMPLED[index % 5]))
+    outputs = [output for _ in range(4) for output in running.step()]
+    for name in ("1", "4", "8"):
+        running.cancel(name)
+    while running.has_work:
+        outputs += running.step()
+    expected = loaded(folder, "mtp", 0).generate(prompts(), SAMPLED)
+    for index in set(range(15)) - {1, 4, 8}:
+        tokens = [t for output in outputs if output.request_id == str(index) for t in output[1]]
+        assert tokens == expected[index % 5]
+    proposer = running.runner.draft_model
+    assert isinstance(proposer, DraftHeadProposer)
+    assert not proposer._rows_of_slot
+
+
+def test_draft_heads_leave_requests_with_penalties_alone(folder: Path) -> None:
+    params = replace(GREEDY, frequency_penalty=0.5)
+    beside = [text_tokens(20), text_tokens(20, 8)]
+    expected = loaded(folder, "mtp", 0).generate(beside, [params, GREEDY])
+    assert loaded(folder, "mtp", 1).generate(beside, [params, GREEDY]) == expected
+
+
+def acceptance(path: Path) -> tuple[int, int]:
+    engine = load_engine(open_checkpoint(path), replace(OPTIONS, speculate="mtp:2"))
+    engine.generate([text_tokens(20, start) for start in range(0, 40, 8)], GREEDY)
+    stats = engine.stats()
+    return stats.accepted_total, stats.drafted_total
+
+
+@pytest.mark.parametrize("method", ["bf16", "rtn"])
+def test_mtp_heads_carried_through_quantize_are_accepted_as_before(
+    folder: Path, tmp_path: Path, method: str
+) -> None:
+    options = QuantizeOptions(method, device="cpu", evaluate=False)
+    if method == "rtn":
+        options = replace(options, group_size=32)
+    quantize(str(folder / "mtp"), str(tmp_path / "out"), options, SilentProgress())
+    before = acceptance(folder / "mtp")
+    after = acceptance(tmp_path / "out")
+    if method == "bf16":
+        assert after == before
+    assert after[0] / after[1] >= 0.8 * before[0] / before[1] > 0.3
+
+
+def test_draft_heads_are_part_of_the_memory_plan(folder: Path) -> None:
+    checkpoint = open_checkpoint(folder / "mtp")
+    options = replace(OPTIONS, kv_cache_dtype="float32")
+    alone = plan_engine(checkpoint, options).memory
+    with_head = plan_engine(checkpoint, replace(options, speculate="mtp")).memory
+    assert with_head.weight_bytes > alone.weight_bytes
+    assert with_head.bytes_per_block == alone.bytes_per_block * 3 // 2, "a third layer"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"speculate": "mtp", "tp": 2}, "--speculate mtp on 2 ranks is not possible"),
+        ({"speculate": "mtp", "pp": 2}, "--speculate mtp on 2 ranks is not possible"),
+        ({"speculate": "mtp:2", "draft_model": "x"}, "both say what drafts"),
+    ],
+)
+def test_mtp_heads_are_refused_where_they_cannot_draft(
+    folder: Path, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(InputError, match=message):
+        load_engine(open_checkpoint(folder / "mtp"), replace(OPTIONS, **options))
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        (3, ("ngram", 3)),
+        ("3", ("ngram", 3)),
+        (0, ("ngram", 0)),
+        ("ngram", ("ngram", 4)),
+        ("suffix:12", ("suffix", 12)),
+        ("mtp", ("mtp", 1)),
+        ("mtp:3", ("mtp", 3)),
+    ],
+)
+def test_speculation_is_a_number_a_method_or_both(
+    value: int | str, expected: tuple[str, int]
+) -> None:
+    assert EngineOptions(speculate=value).speculation == expected
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("eagle", "'eagle' is not understood.*ngram, suffix or mtp"),
+        ("mtp:", "is not understood"),
+        ("mtp:0", "0 is out of range"),
+        (65, "65 is out of range"),
+        (-1, "-1 is out of range"),
+    ],
+)
+def test_speculation_of_another_form_is_refused(value: int | str, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        _ = EngineOptions(speculate=value).speculation

@@ -1,0 +1,307 @@
+"""Tiny models with a draft head, trained for a moment on one text, so that drafts are accepted.
+
+The heads are transformers' own `MtpModel`, and an EAGLE-3 head in plain torch.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.nn.functional import cross_entropy
+from transformers.cache_utils import MtpCache
+from transformers.modeling_layers import MtpModel
+
+from support.tiny_models import tiny_checkpoint
+
+HIDDEN = 64
+LAYERS = 2
+VOCAB = 512
+AUX_LAYERS = (1, 2, 3)  # of the Llama, whose inputs the EAGLE-3 head reads
+PERIOD = 48  # tokens of the text, which repeats
+GLM: dict[str, Any] = {
+    "n_routed_experts": 4,
+    "n_group": 1,
+    "topk_group": 1,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "first_k_dense_replace": 1,
+    "num_nextn_predict_layers": 1,
+    "use_qk_norm": True,
+}
+
+
+def text_tokens(num_tokens: int, start: int = 0) -> list[int]:
+    """A part of the text that the models are trained on."""
+    generator = torch.Generator().manual_seed(11)
+    period = torch.randint(3, VOCAB, (PERIOD,), generator=generator).tolist()
+    return [period[(start + index) % PERIOD] for index in range(num_tokens)]
+
+
+def _windows(count: int, length: int, generator: torch.Generator) -> torch.Tensor:
+    starts = torch.randint(0, PERIOD, (count,), generator=generator).tolist()
+    return torch.tensor([text_tokens(length, start) for start in starts])
+
+
+def _train(
+    modules: list[nn.Module], loss: Callable[[torch.Tensor], torch.Tensor], steps: int
+) -> None:
+    parameters = [weight for module in modules for weight in module.parameters()]
+    unique = list({id(weight): weight for weight in parameters}.values())
+    optimizer = torch.optim.AdamW(unique, lr=5e-3, weight_decay=0.0)
+    generator = torch.Generator().manual_seed(5)
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # threads of such small operators wait for each other
+    try:
+        with torch.enable_grad():
+            for _ in range(steps):
+                optimizer.zero_grad()
+                loss(_windows(4, 24, generator)).backward()
+                optimizer.step()
+    finally:
+        torch.set_num_threads(num_threads)
+
+
+def mtp_hidden(head: MtpModel, hidden: torch.Tensor, next_token_ids: torch.Tensor) -> torch.Tensor:
+    """What transformers' MTP head computes. hidden: [B, L, H], next_token_ids: [B, L]."""
+    positions = torch.arange(1, 1 + hidden.shape[1])[None]
+    cache = MtpCache(config=head.config)
+    result = head.forward_layer(0, hidden, positions, cache, input_ids=next_token_ids)
+    assert isinstance(result, torch.Tensor)
+    return result
+
+
+def load_mtp(path: Path) -> tuple[Any, MtpModel]:
+    """A checkpoint's model and MTP head, in transformers."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    # transformers knows the layer's number of each published checkpoint only.
+    model._keys_to_ignore_on_load_unexpected = [rf"model\.layers\.{LAYERS}\..*"]
+    return model, MtpModel.from_pretrained(model).eval()
+
+
+def glm_with_mtp(path: Path, *, steps: int = 0, dtype: str = "float32") -> Path:
+    """A tiny GLM-4.5 with an MTP head, trained on the text in so many steps."""
+    tiny_checkpoint(path, "glm4_moe", dtype="float32", **GLM)
+    file = path / "model.safetensors"
+    tensors = load_file(file)
+    generator = torch.Generator().manual_seed(7)
+    layer = f"model.layers.{LAYERS}"
+    last = f"model.layers.{LAYERS - 1}."
+    head = {
+        name.replace(last, f"{layer}."): tensor
+        + torch.randn(tensor.shape, generator=generator) / 50
+        for name, tensor in tensors.items()
+        if name.startswith(last)
+    }
+    head[f"{layer}.eh_proj.weight"] = torch.randn(HIDDEN, 2 * HIDDEN, generator=generator) / 10
+    for norm in ("enorm", "hnorm", "shared_head.norm"):
+        weight = 1 + torch.randn(HIDDEN, generator=generator) / 10
+        head[f"{layer}.{norm}.weight"] = weight
+    save_file(tensors | head, file, {"format": "pt"})
+    if steps:
+        _train_mtp(path, steps)
+    tensors = load_file(file)
+    cast = {name: tensor.to(getattr(torch, dtype)) for name, tensor in tensors.items()}
+    save_file(cast, file, {"format": "pt"})
+    config = json.loads((path / "config.json").read_text()) | {"dtype": dtype}
+    (path / "config.json").write_text(json.dumps(config))
+    return path
+
+
+def _train_mtp(path: Path, steps: int) -> None:
+    model, head = load_mtp(path)
+
+    def loss(windows: torch.Tensor) -> torch.Tensor:
+        output = model(windows[:, :-2], output_hidden_states=True)
+        drafted = head.shared_head(mtp_hidden(head, output.hidden_states[-1], windows[:, 1:-1]))
+        return cross_entropy(output.logits.flatten(0, 1), windows[:, 1:-1].flatten()) + (
+            cross_entropy(drafted.flatten(0, 1), windows[:, 2:].flatten())
+        )
+
+    _train([model, head], loss, steps)
+    trained = _stored(model.state_dict(), "model.layers.")
+    of_head = {
+        name.removeprefix("layers.0.").removeprefix("mtp_block."): tensor
+        for name, tensor in head.state_dict().items()
+        if name.startswith("layers.0.")
+    }
+    renamed = {
+        f"model.layers.{LAYERS}.{name.replace('post_norm', 'shared_head.norm')}": tensor
+        for name, tensor in of_head.items()
+    }
+    file = path / "model.safetensors"
+    old = load_file(file)
+    new = trained | _stored(renamed, "model.layers.")
+    assert new.keys() == old.keys(), new.keys() ^ old.keys()
+    save_file({name: tensor.detach().contiguous() for name, tensor in new.items()}, file)
+
+
+def _stored(state: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    """The names of checkpoints: experts one by one."""
+    stored: dict[str, torch.Tensor] = {}
+    for name, tensor in state.items():
+        module, _, kind = name.rpartition(".experts.")
+        if kind not in ("gate_up_proj", "down_proj"):
+            stored[name] = tensor
+            continue
+        for expert, weight in enumerate(tensor):
+            into = f"{module}.experts.{expert}"
+            if kind == "down_proj":
+                stored[f"{into}.down_proj.weight"] = weight
+            else:
+                gate, up = weight.chunk(2)
+                stored[f"{into}.gate_proj.weight"] = gate
+                stored[f"{into}.up_proj.weight"] = up
+    return stored
+
+
+class Eagle3Head(nn.Module):
+    """An EAGLE-3 head, written after the paper's figures.
+
+    token_ids: the model's token of each of its own.
+    """
+
+    def __init__(self, config: Any, token_ids: torch.Tensor, norm_before_residual: bool) -> None:
+        super().__init__()
+        size = config.hidden_size
+        self.num_heads = config.num_attention_heads
+        self.num_kv_heads = config.num_key_value_heads
+        self.head_dim = config.head_dim
+        self.norm_before_residual = norm_before_residual
+        self.token_ids = token_ids
+        q_size = self.num_heads * self.head_dim
+        kv_size = self.num_kv_heads * self.head_dim
+        self.fc = nn.Linear(3 * size, size, bias=False)
+        self.q_proj = nn.Linear(2 * size, q_size, bias=False)
+        self.k_proj = nn.Linear(2 * size, kv_size, bias=False)
+        self.v_proj = nn.Linear(2 * size, kv_size, bias=False)
+        self.o_proj = nn.Linear(q_size, size, bias=False)
+        self.gate_proj = nn.Linear(size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, size, bias=False)
+        self.lm_head = nn.Linear(size, len(token_ids), bias=False)
+        for name in ("input_layernorm", "hidden_norm", "post_attention_layernorm", "norm"):
+            norm = nn.RMSNorm(size, eps=config.rms_norm_eps)
+            nn.init.normal_(norm.weight, 1.0, 0.1)
+            setattr(self, name, norm)
+        inverse = 1.0 / config.rope_parameters["rope_theta"] ** (
+            torch.arange(0, self.head_dim, 2) / self.head_dim
+        )
+        self.inv_freq = inverse
+
+    def forward(self, embedded: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+        """embedded: [B, L, H] of the next tokens; hidden: [B, L, H], projected by `fc`."""
+        normed = self.hidden_norm(hidden)
+        x = torch.cat((self.input_layernorm(embedded), normed), -1)
+        batch, length, _ = x.shape
+        shape = (batch, length, -1, self.head_dim)
+        q, k, v = (
+            projection(x).view(shape).transpose(1, 2)
+            for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        angles = torch.outer(torch.arange(length).float(), self.inv_freq).repeat(1, 2)
+        q, k = (self._rotate(heads, angles) for heads in (q, k))
+        attended = nn.functional.scaled_dot_product_attention(
+            q, k, v, is_causal=True, enable_gqa=True
+        )
+        residual = normed if self.norm_before_residual else hidden
+        residual = residual + self.o_proj(attended.transpose(1, 2).flatten(2))
+        y = self.post_attention_layernorm(residual)
+        gated = nn.functional.silu(self.gate_proj(y)) * self.up_proj(y)
+        return residual + self.down_proj(gated)
+
+    def logits(self, output: torch.Tensor) -> torch.Tensor:
+        """Of its own tokens."""
+        return self.lm_head(self.norm(output))
+
+    @staticmethod
+    def _rotate(heads: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
+        first, second = heads.chunk(2, -1)
+        return heads * angles.cos() + torch.cat((-second, first), -1) * angles.sin()
+
+    def save(self, path: Path, target: Path, layout: str) -> None:
+        """Write it as a checkpoint. layout: "original", or that of "speculators"."""
+        config = json.loads((target / "config.json").read_text()) | {"num_hidden_layers": 1}
+        layer = {"original": "midlayer", "speculators": "layers.0"}[layout]
+        tensors: dict[str, torch.Tensor] = {}
+        for name, tensor in self.state_dict().items():
+            module = name.split(".")[0]
+            if module in ("q_proj", "k_proj", "v_proj", "o_proj"):
+                name = f"{layer}.self_attn.{name}"
+            elif module in ("gate_proj", "up_proj", "down_proj"):
+                name = f"{layer}.mlp.{name}"
+            elif module not in ("fc", "norm", "lm_head"):
+                name = f"{layer}.{name}"
+            tensors[name] = tensor.contiguous()
+        num_tokens = len(self.token_ids)
+        tensors["d2t"] = self.token_ids - torch.arange(num_tokens)
+        known = torch.zeros(config["vocab_size"], dtype=torch.bool)
+        known[self.token_ids] = True
+        tensors["t2d"] = known
+        own = {
+            "draft_vocab_size": num_tokens,
+            "eagle_aux_hidden_state_layer_ids": list(AUX_LAYERS),
+        }
+        if layout == "speculators":
+            own = own | {
+                "architectures": ["Eagle3Speculator"],
+                "speculators_model_type": "eagle3",
+                "norm_before_residual": self.norm_before_residual,
+                "transformer_layer_config": config,
+            }
+        else:
+            own = config | own | {"architectures": ["LlamaForCausalLMEagle3"]}
+        path.mkdir()
+        (path / "config.json").write_text(json.dumps(own))
+        save_file(tensors, path / "model.safetensors", {"format": "pt"})
+
+
+def llama_with_eagle3(
+    folder: Path,
+    *,
+    layout: str = "original",
+    steps: int = 0,
+    norm_before_residual: bool = False,
+) -> tuple[Path, Path, Any, Eagle3Head]:
+    """A tiny Llama and an EAGLE-3 head for it, trained on the text in so many steps.
+
+    Returns both checkpoints, and both in torch.
+    """
+    target = tiny_checkpoint(folder / "target", dtype="float32", num_hidden_layers=4)
+    model = transformers.AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32).eval()
+    known = torch.cat((torch.tensor(sorted(set(text_tokens(PERIOD)))), torch.arange(500, 512)))
+    state = torch.random.get_rng_state()
+    torch.manual_seed(3)
+    head = Eagle3Head(model.config, known.unique(), norm_before_residual)
+    torch.random.set_rng_state(state)
+    own_ids = torch.zeros(VOCAB, dtype=torch.int64)
+    own_ids[head.token_ids] = torch.arange(len(head.token_ids))
+
+    def loss(windows: torch.Tensor) -> torch.Tensor:
+        output = model(windows[:, :-2], output_hidden_states=True)
+        drafted = eagle3_output(model, head, output.hidden_states, windows[:, 1:-1])
+        return cross_entropy(output.logits.flatten(0, 1), windows[:, 1:-1].flatten()) + (
+            cross_entropy(head.logits(drafted).flatten(0, 1), own_ids[windows[:, 2:]].flatten())
+        )
+
+    if steps:
+        _train([model, head], loss, steps)
+        model.save_pretrained(target)
+    head.save(folder / "head", target, layout)
+    return target, folder / "head", model, head
+
+
+def eagle3_output(
+    model: Any, head: Eagle3Head, hidden_states: Any, next_token_ids: torch.Tensor
+) -> torch.Tensor:
+    """What the head computes. hidden_states: as transformers returns them."""
+    projected = head.fc(torch.cat([hidden_states[layer] for layer in AUX_LAYERS], -1))
+    output = head(model.get_input_embeddings()(next_token_ids), projected)
+    assert isinstance(output, torch.Tensor)
+    return output
