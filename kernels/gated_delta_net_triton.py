@@ -18,7 +18,7 @@ from llmkit.kernels.recurrent_state import (
     RecurrentBatch,
     RecurrentState,
 )
-from llmkit.kernels.triton_support import device_capability, interprets, jit, tl
+from llmkit.kernels.triton_support import is_amd, jit, tl
 
 L2_NORM_EPS = 1e-6  # added to the sum of squares of a query and of a key
 BLOCK_V = 32  # columns of a state that a program computes
@@ -33,15 +33,20 @@ def gated_delta_rule_triton(
     num_k_heads: int,
     state: RecurrentState,
     batch: RecurrentBatch,
+    *,
+    in_chunks: bool | None = None,
 ) -> torch.Tensor:
     """See `gated_delta_net.gated_delta_rule`.
 
-    The last dimensions of qkv and ba, and each row of the states, are contiguous.
+    The last dimensions of qkv and ba, and each row of the states, are contiguous. in_chunks:
+    whether long sequences are computed in chunks; None: where the inputs have 16 bits, because the
+    registers do not suffice for exact products of float32.
     """
     num_v_heads, k_dim, v_dim = state.state.shape[1:]
     out = qkv.new_empty(len(qkv), num_v_heads, v_dim)
     rows = batch.device_rows
-    chunks = batch.device_chunks
+    in_chunks = qkv.element_size() == 2 if in_chunks is None else in_chunks
+    chunks = batch.device_chunks if in_chunks else None
     v_blocks = -(-v_dim // BLOCK_V)
     sizes = {
         "K": k_dim,
@@ -93,8 +98,7 @@ def _mix_chunks(
     attention = qkv.new_empty(num_tokens, num_v_heads, CHUNK_TOKENS)
     decays = torch.empty(num_tokens, num_v_heads, device=qkv.device)
     padded_v = max(16, 1 << (v_dim - 1).bit_length())
-    # Products of float32 keep its precision.
-    precision = "ieee" if qkv.dtype == torch.float32 else "tf32"
+    precision = "ieee" if qkv.dtype == torch.float32 else "tf32"  # of products of float32
     _delta_chunks_kernel[len(chunks.first_tokens), num_v_heads](
         qkv,
         ba,
@@ -113,10 +117,9 @@ def _mix_chunks(
         PADDED_V=padded_v,
         CHUNK=CHUNK_TOKENS,
         PRECISION=precision,
+        num_warps=8,
         **sizes,
     )
-    # Only GPUs with much shared memory load a chunk while they compute the one before.
-    is_hopper = not interprets and device_capability(qkv.device)[0] >= 9
     _delta_states_kernel[len(chunks.sequences), num_v_heads, -(-v_dim // BLOCK_V)](
         qkv,
         of_state,
@@ -134,7 +137,7 @@ def _mix_chunks(
         num_v_heads,
         CHUNK=CHUNK_TOKENS,
         PRECISION=precision,
-        num_stages=2 if is_hopper and qkv.element_size() == 2 else 1,
+        num_stages=1 if is_amd() else 2,  # AMD GPUs have too little shared memory
         **sizes,
     )
 

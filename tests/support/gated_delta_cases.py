@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 
 from llmkit.kernels import gated_delta_net, gated_delta_net_triton
@@ -18,7 +20,7 @@ def run_delta_rule(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The outputs, and the states [R, Hv, K, V] afterwards."""
     rules = {
-        "triton": gated_delta_net_triton.gated_delta_rule_triton,
+        "triton": partial(gated_delta_net_triton.gated_delta_rule_triton, in_chunks=True),
         "reference": gated_delta_net.gated_delta_rule_reference,
     }
     batch = RecurrentBatch.build(*steps)
