@@ -21,6 +21,7 @@ from typing import Protocol
 import torch
 from torch.nn.functional import linear, scaled_dot_product_attention
 
+from llmkit.kernels import latent_attention_triton as triton_attention
 from llmkit.kernels.attention_metadata import AttentionMetadata
 from llmkit.kernels.cpu import cpu_kernels, cpu_latent
 from llmkit.kernels.cpu.cpu_latent import CpuLatentProjection
@@ -87,6 +88,8 @@ def latent_attention(
     """
     if cpu_latent.supports(q, cache, rank):
         return cpu_latent.attention(q, cache, metadata, scale, rank)
+    if triton_attention.supports(q, cache, rank):
+        return triton_attention.attention(q, cache, metadata, scale, rank)
     return latent_attention_reference(q, cache, metadata, scale, rank)
 
 

@@ -134,7 +134,7 @@ def _attend(
     tile_tokens, warps, stages, per_core = TILE.config(
         (head_dim, group, rows, q.dtype, cache.kv.dtype), default, q.device
     )
-    programs = _num_programs(q.device, num_kv_heads, per_core)
+    programs = num_programs(q.device, num_kv_heads, per_core)
     if tiles.max_tokens <= MIN_UNIT_TILES * tile_tokens or (
         tiles.total_tokens is not None and tiles.max_tokens * programs <= tiles.total_tokens
     ):
@@ -185,7 +185,7 @@ def _attend(
     )
     TILE.notify_observer(compiled)
     if unit_lse is not None:
-        _combine_units_kernel[tiles.num_tiles, num_kv_heads * rows_used](
+        combine_units_kernel[tiles.num_tiles, num_kv_heads * rows_used](
             unit_out,
             unit_lse,
             parts,
@@ -201,7 +201,7 @@ def _attend(
         )
 
 
-def _num_programs(device: torch.device, num_kv_heads: int, per_core: int) -> int:
+def num_programs(device: torch.device, num_kv_heads: int, per_core: int) -> int:
     """Into how many shares the work of a KV head is cut: `per_core` programs per multiprocessor."""
     num_cores = torch.cuda.get_device_properties(device).multi_processor_count
     return max(1, per_core * num_cores // num_kv_heads)
@@ -519,7 +519,7 @@ def _convert(values: tl.tensor, dtype: tl.constexpr) -> tl.tensor:
 
 
 @jit
-def _combine_units_kernel(
+def combine_units_kernel(
     unit_out: tl.tensor,
     unit_lse: tl.tensor,
     parts: tl.tensor,

@@ -1,8 +1,8 @@
 """Makes a `ModelSpec` from a Hugging Face config: a table of families, with a function for each.
 
-A family's function returns only what differs from Llama. To add a family: a function in
-dense_families.py or moe_families.py, its defaults in checkpoint/config_defaults.py, and a parity
-test against transformers.
+A family's function returns only what differs from Llama. To add a family: a function in one of the
+modules of families that are imported here, its defaults in checkpoint/config_defaults.py, and a
+parity test against transformers.
 """
 
 from __future__ import annotations

@@ -105,7 +105,7 @@ class SourceTensor:
         """These rows of the checkpoint tensor, or of one with a row for each of its rows."""
         if not self.block_step:
             return tensor[self.first_row : self.first_row + self.shape[0]]
-        blocks = tensor.unflatten(0, (-1, self.block_step))
+        blocks: torch.Tensor = tensor.unflatten(0, (-1, self.block_step))
         return blocks[:, self.first_row : self.first_row + self.block_rows].flatten(0, 1)
 
     @property

@@ -8,7 +8,7 @@ from typing import Any
 from llmkit.common.errors import InputError
 from llmkit.model.family_fields import FamilyFunction, experts
 from llmkit.model.moe_families import qwen_layers
-from llmkit.model.spec import GatedDeltaNetSpec, LayerSpec
+from llmkit.model.spec import GatedDeltaNetSpec, LayerSpec, MoeSpec
 
 LAYERS = {
     "linear_attention": LayerSpec(rope=None, mixer="gated_delta_net"),
@@ -45,7 +45,7 @@ def _qwen3_5_moe(config: Any) -> dict[str, Any]:
     return differences | {"layers": layers, "moe": _experts(config, norm_topk_prob=True)}
 
 
-def _experts(config: Any, norm_topk_prob: bool) -> Any:
+def _experts(config: Any, norm_topk_prob: bool) -> MoeSpec:
     return experts(
         config,
         config.moe_intermediate_size,

@@ -11,9 +11,11 @@ from typing import Any
 
 import pytest
 import torch
+from support.tiny_families import family_oracle
 from support.tiny_models import tiny_checkpoint
 
 from llmkit.common.errors import InputError, ShortageError, UsageError
+from llmkit.kernels.latent_cache import LatentCache
 from llmkit.runtime.engine.engine import Engine
 from llmkit.runtime.engine.engine_options import EngineOptions
 from llmkit.runtime.engine.engine_request import EngineRequest
@@ -145,6 +147,18 @@ def test_prefix_store_pages_of_an_8_bit_cache_and_of_a_draft_model(
         answers[0],
         3 * PAGE_TOKENS,
     )
+    assert answers[0] == answers[1]
+
+
+def test_prefix_store_keeps_latents(tmp_path: Path) -> None:
+    family_oracle("deepseek-v3", tmp_path / "model", max_position_embeddings=2048)
+    prompt = [token % 128 for token in PROMPT]
+    engine = engine_with_store(tmp_path / "model", tmp_path / "kept")
+    assert isinstance(engine.runner.paged_model.kv_caches[0], LatentCache)
+    answers = [run(engine, prompt)[0] for _ in range(2)]
+    close(engine)
+    restarted = engine_with_store(tmp_path / "model", tmp_path / "kept")
+    assert run(restarted, prompt) == (answers[0], 3 * PAGE_TOKENS)
     assert answers[0] == answers[1]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from pathlib import Path
 
@@ -96,21 +97,25 @@ def copied(folder: Path, tmp_path: Path) -> Path:
     return copy
 
 
-@pytest.mark.parametrize("family", ["qwen3.5", "mamba2", "lfm2"])
+@pytest.mark.parametrize(
+    ("family", "speculate"),
+    [("qwen3.5", 0), ("qwen3.5", "suffix:3"), ("mamba2", 0), ("lfm2", 0)],
+)
 def test_second_turn_continues_from_states_on_disk_after_a_restart(
-    family: str, tmp_path: Path
+    family: str, speculate: int | str, tmp_path: Path
 ) -> None:
+    options = replace(OPTIONS, speculate=speculate)
     model = tmp_path / "model"
     family_oracle(family, model, max_position_embeddings=2048)
     first = TOKENS[: 2 * PAGE_TOKENS + 30]
-    engine = engine_with_store(model, tmp_path / "kept")
+    engine = engine_with_store(model, tmp_path / "kept", options)
     answer, _ = run(engine, first)
     second = first + answer + TOKENS[1000:1300]
     expected = without_cache(model, second)
     assert run(engine, second) == (expected, (len(first) + len(answer) - 1) // 16 * 16)
     close(engine)
 
-    restarted = engine_with_store(model, tmp_path / "kept")
+    restarted = engine_with_store(model, tmp_path / "kept", options)
     assert run(restarted, second) == (expected, 2 * PAGE_TOKENS)
     stats = restarted.stats()
     assert (stats.store_hits_total, stats.store_damaged_total) == (2 * PAGE_TOKENS, 0)
@@ -201,3 +206,33 @@ def test_engine_stats_count_states_and_tokens_without_one(hybrid: Path) -> None:
     bytes_of_layer = 4 * (width * channels + states.state[0].numel())
     assert more.state_checkpoint_bytes == 4 * 3 * bytes_of_layer  # three of four layers
     assert more.state_total_checkpoints == rows - OPTIONS.max_num_seqs
+
+
+@pytest.mark.parametrize("has_store", [False, True])
+def test_turns_of_conversations_find_nine_tenths_of_the_possible_blocks(
+    hybrid: Path, tmp_path: Path, has_store: bool
+) -> None:
+    if has_store:
+        engine: Engine = engine_with_store(hybrid, tmp_path / "kept")
+    else:
+        engine = load_engine(hybrid, OPTIONS)
+    lengths = itertools.cycle((23, 70, 41, 113))  # of what a user adds
+    num_found = 0
+    num_possible = 0
+    for conversation in range(3):
+        num_known = 0  # tokens that an earlier request shares
+        prompt = SYSTEM + TOKENS[500 + conversation : 600 + conversation]
+        for turn in range(6):
+            if turn == 0 and conversation:
+                num_known = len(SYSTEM)
+            answer, cached = run(engine, prompt)
+            num_found += cached
+            num_possible += num_known // 16 * 16
+            num_known = len(prompt) + len(answer) - 1  # the last token was never computed
+            start = next(lengths) + 10 * turn + conversation
+            prompt = [*prompt, *answer, *TOKENS[start : start + next(lengths)]]
+    assert 0.9 * num_possible < num_found <= num_possible
+    stats = engine.stats()
+    assert stats.prefix_hits_total == num_found
+    # Where two conversations part is known when the second arrives: the third finds its state.
+    assert stats.prefix_stateless_total == len(SYSTEM) // 16 * 16 - (PAGE_TOKENS * has_store)

@@ -79,7 +79,7 @@ def test_paged_attention_on_gpu(
 ) -> None:
     inputs = inputs_of(case, dtype)
     assert_close(inputs.run_kernel("cuda"), inputs.expected(), dtype)
-    monkeypatch.setattr(paged, "_num_programs", lambda *_: case.programs)
+    monkeypatch.setattr(paged, "num_programs", lambda *_: case.programs)
     assert_close(inputs.run_kernel("cuda"), inputs.expected(), dtype)
 
 

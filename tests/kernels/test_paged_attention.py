@@ -82,7 +82,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[[tuple[int, int]], tuple[La
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
         properties = SimpleNamespace(multi_processor_count=132)
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
-        names = ("_paged_attention_kernel", "_combine_units_kernel", "_schedule_kernel")
+        names = ("_paged_attention_kernel", "combine_units_kernel", "_schedule_kernel")
         launches = tuple(Launches(getattr(paged, name)) for name in names)
         for name, noted in zip(names, launches, strict=True):
             monkeypatch.setattr(paged, name, noted)

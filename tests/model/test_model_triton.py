@@ -54,7 +54,7 @@ def both(path: str, kv_cache_dtype: str | None) -> tuple[torch.Tensor, torch.Ten
         for module in (elementwise, decoder):
             patch.setattr(module, "runs_triton", lambda _: True)
         patch.setattr(paged, "runs_triton", lambda _: not asked.append(True))
-        patch.setattr(paged, "_num_programs", lambda *_: 4)
+        patch.setattr(paged, "num_programs", lambda *_: 4)
         patch.setattr(decoder, "supports_fused_experts", lambda _: True)
         patch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
         for layer in model.layers:

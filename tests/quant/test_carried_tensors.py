@@ -200,7 +200,7 @@ def load_in_transformers(path: Path) -> Any:
     return loaded
 
 
-@pytest.mark.parametrize("name", ["gemma3", "qwen2-vl"])
+@pytest.mark.parametrize("name", ["gemma3", "qwen2-vl", "qwen3.5-moe"])
 def test_carried_model_loads_in_transformers_as_the_same_class(name: str, tmp_path: Path) -> None:
     """The cast of a bfloat16 model changes nothing: also the merged result has equal logits."""
     model = tiny_wrapper(name, torch.bfloat16)

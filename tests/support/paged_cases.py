@@ -250,7 +250,7 @@ def use_programs(case: Case) -> None:
     def choose(_: Shape, default: Config) -> Config:
         return (case.tile_tokens or default[0], *default[1:])
 
-    paged._num_programs = lambda *_: case.programs
+    paged.num_programs = lambda *_: case.programs
     paged.MIN_UNIT_TILES = 1
     tuned_configs.trials["attention"] = choose
 

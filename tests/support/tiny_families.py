@@ -62,6 +62,27 @@ SHARED_EXPERT = {
     "moe_intermediate_size": 24,
     "shared_expert_intermediate_size": 40,
 }
+MLA = {
+    "num_key_value_heads": 4,
+    "q_lora_rank": 24,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 24,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 24,
+}
+MLA_YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+    "original_max_position_embeddings": 32,
+}
 # name: (model_type, what differs from COMMON)
 FAMILIES = {
     "llama": ("llama", {}),
@@ -410,6 +431,40 @@ FAMILIES = {
             "num_global_key_value_heads": 1,
         },
     ),
+    "deepseek-v2-lite": (
+        "deepseek_v2",
+        MLA
+        | {
+            "q_lora_rank": None,
+            "first_k_dense_replace": 1,
+            "rope_parameters": MLA_YARN | {"mscale": 0.707, "mscale_all_dim": 0.707},
+        },
+    ),
+    "deepseek-v2": (
+        "deepseek_v2",
+        MLA
+        | {
+            "n_group": 4,
+            "topk_group": 2,
+            "topk_method": "group_limited_greedy",
+            "routed_scaling_factor": 2.0,
+        },
+    ),
+    "deepseek-v3": (
+        "deepseek_v3",
+        MLA
+        | {
+            "n_group": 4,
+            "topk_group": 2,
+            "first_k_dense_replace": 1,
+            "rope_parameters": MLA_YARN,
+        },
+    ),
+    "glm4-moe-lite": ("glm4_moe_lite", MLA | {"attention_bias": True, "rms_norm_eps": 1e-3}),
+    "mistral4": (
+        "mistral4",
+        MLA | {"rope_parameters": MLA_YARN | {"llama_4_scaling_beta": 0.1}},
+    ),
     "cohere-qk-norm": ("cohere", {"use_qk_norm": True}),
     "granite-swa": (
         "granite_swa",
@@ -589,9 +644,11 @@ REPRESENTATIVES = (
     "gemma4-moe",
     "gpt-oss",
     "laguna",
+    "deepseek-v3",
     "mamba2",
     "nemotron-3",
     "lfm2-moe",
+    "qwen3-next",
 )
 
 
@@ -602,6 +659,9 @@ def family_oracle(name: str, path: Path, **changes: Any) -> torch.nn.Module:
     """
     kind, differences = FAMILIES[name]
     config = transformers.AutoConfig.for_model(kind, **(COMMON | differences | changes))
+    if kind == "mistral4":  # it is only known as the text model of multimodal models
+        own = transformers.models.mistral4.modeling_mistral4.Mistral4ForCausalLM
+        transformers.AutoModelForCausalLM.register(type(config), own, exist_ok=True)
     torch.manual_seed(0)
     oracle = (
         transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
