@@ -216,7 +216,7 @@ def test_turns_of_conversations_find_nine_tenths_of_the_possible_blocks(
         engine: Engine = engine_with_store(hybrid, tmp_path / "kept")
     else:
         engine = load_engine(hybrid, OPTIONS)
-    lengths = itertools.cycle((23, 70, 41, 113))  # of what a user adds
+    lengths = itertools.cycle((23, 70, 41, 112))  # of what a user adds
     num_found = 0
     num_possible = 0
     for conversation in range(3):
