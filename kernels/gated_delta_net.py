@@ -23,10 +23,9 @@ import torch
 from torch.nn.functional import pad, silu, softplus
 
 from llmkit.kernels.cpu import cpu_gated_delta_net, cpu_mamba2
-from llmkit.kernels.recurrent_state import NO_ROW, RecurrentBatch, RecurrentState
-
-CHUNK_TOKENS = 64  # of the chunkwise form
-L2_NORM_EPS = 1e-6  # added to the sum of squares of a query and of a key
+from llmkit.kernels.gated_delta_net_triton import L2_NORM_EPS, gated_delta_rule_triton
+from llmkit.kernels.recurrent_state import CHUNK_TOKENS, NO_ROW, RecurrentBatch, RecurrentState
+from llmkit.kernels.triton_support import runs_triton
 
 
 class DeltaInputs(NamedTuple):
@@ -60,8 +59,10 @@ def gated_delta_rule(
     be 0 where `batch` reads and writes none. Returns [T, Hv, V] in the dtype of qkv.
     """
     run = gated_delta_rule_torch
-    if cpu_gated_delta_net.supports(qkv, ba, state):
+    if cpu_gated_delta_net.supports(qkv, ba, A_log, dt_bias, state):
         run = cpu_gated_delta_net.gated_delta_rule
+    elif runs_triton(qkv):
+        run = gated_delta_rule_triton
     return run(qkv, ba, A_log, dt_bias, num_k_heads, state, batch)
 
 
@@ -160,7 +161,7 @@ def _mix_sequences(
         else:
             current = state.state[initial_row].clone()
         begin = 0
-        for end in sorted({*ends, num_tokens}):
+        for end in sorted({*ends, num_tokens} - {0}):
             tokens = slice(first_token + begin, first_token + end)
             out, current = recurrence(DeltaInputs(*(part[tokens] for part in inputs)), current)
             outputs.append(out)

@@ -24,6 +24,8 @@ from llmkit.kernels.device_copy import to_device
 
 Int64Array = np.ndarray[tuple[int, ...], np.dtype[np.int64]]
 NO_ROW = -1  # as an initial row: the sequence begins with a state of zeros
+CHUNK_TOKENS = 64  # of a prompt that GPU kernels compute together, by products of matrices
+MAX_TOKENS_ONE_BY_ONE = 16  # GPU kernels compute longer sequences in chunks
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,22 @@ class DeviceRows(NamedTuple):
     write_starts: torch.Tensor  # [S + 1]: the first write of each sequence, then the total
     write_ends: torch.Tensor  # [W]
     write_rows: torch.Tensor  # [W]
+
+
+class DeviceChunks(NamedTuple):
+    """The long sequences of a step, cut into segments and chunks: int32 tensors on the device.
+
+    A segment ends before writes or at the end of its sequence. It is cut into chunks of
+    CHUNK_TOKENS tokens; its last chunk may have fewer.
+    """
+
+    sequences: torch.Tensor  # [L]: which sequences are long
+    segment_starts: torch.Tensor  # [L + 1]: the first segment of each, then the total
+    first_writes: torch.Tensor  # [G]: the first of the writes after a segment
+    num_writes: torch.Tensor  # [G]
+    chunk_starts: torch.Tensor  # [G + 1]: the first chunk of each segment, then the total
+    first_tokens: torch.Tensor  # [C]
+    num_tokens: torch.Tensor  # [C]
 
 
 @dataclass(eq=False)
@@ -137,6 +155,40 @@ class RecurrentBatch:
         )
         return DeviceRows(
             *(to_device(torch.from_numpy(array.astype(np.int32)), self.device) for array in arrays)
+        )
+
+    @cached_property
+    def device_chunks(self) -> DeviceChunks | None:
+        """The chunks of sequences longer than MAX_TOKENS_ONE_BY_ONE; None if there are none.
+
+        A CUDA graph has none: it computes all tokens one by one.
+        """
+        if self.longest_query <= MAX_TOKENS_ONE_BY_ONE or self.max_query_len is not None:
+            return None
+        sequences = np.flatnonzero(self.query_lens > MAX_TOKENS_ONE_BY_ONE)
+        segment_starts = [0]
+        writes: list[tuple[int, int]] = []
+        chunk_starts = [0]
+        chunks: list[tuple[int, int]] = []
+        starts = self.query_lens.cumsum() - self.query_lens
+        for sequence in sequences.tolist():
+            start = int(starts[sequence])
+            first_write, end_write = self.write_starts[sequence : sequence + 2].tolist()
+            ends = self.write_ends[first_write:end_write].tolist()
+            begin = 0
+            for end in sorted({*ends, int(self.query_lens[sequence])}):
+                writes.append((first_write + sum(e < end for e in ends), ends.count(end)))
+                chunks += [
+                    (start + first_token, min(CHUNK_TOKENS, end - first_token))
+                    for first_token in range(begin, end, CHUNK_TOKENS)
+                ]
+                chunk_starts.append(len(chunks))
+                begin = end
+            segment_starts.append(len(writes))
+        columns = (sequences, segment_starts, *zip(*writes, strict=True), chunk_starts)
+        arrays = (*columns, *zip(*chunks, strict=True))
+        return DeviceChunks(
+            *(to_device(torch.tensor(array, dtype=torch.int32), self.device) for array in arrays)
         )
 
     @property

@@ -11,13 +11,20 @@ from llmkit.kernels.cpu import cpu_kernels
 from llmkit.kernels.recurrent_state import RecurrentBatch, RecurrentState
 
 
-def supports(qkv: torch.Tensor, ba: torch.Tensor, state: RecurrentState) -> bool:
+def supports(
+    qkv: torch.Tensor,
+    ba: torch.Tensor,
+    A_log: torch.Tensor,
+    dt_bias: torch.Tensor,
+    state: RecurrentState,
+) -> bool:
     """Whether `gated_delta_rule` takes these tensors."""
     return (
         cpu_kernels.supports(qkv)
         and qkv.stride(1) == 1
         and cpu_kernels.supports(ba)
         and ba.stride(1) == 1
+        and all(x.dtype is torch.float32 and x.is_contiguous() for x in (A_log, dt_bias))
         and state.state.is_cpu
         and (state.state.shape[0] == 0 or state.state[0].is_contiguous())
     )

@@ -4,21 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from support.gated_delta_cases import Inputs, Steps, run_delta_rule
+from support.triton_checks import SHARED_BYTES, compiled_for, interpreted
 from transformers.models.qwen3_next import modeling_qwen3_next
 
-from llmkit.kernels import gated_delta_net
+from llmkit.kernels import gated_delta_net, gated_delta_net_triton
 from llmkit.kernels.cpu import cpu_kernels
 from llmkit.kernels.gated_delta_net import (
     gated_delta_rule_reference,
     gated_delta_rule_torch,
     gated_rms_norm,
 )
-from llmkit.kernels.recurrent_state import NO_ROW, RecurrentBatch, RecurrentState
+from llmkit.kernels.recurrent_state import CHUNK_TOKENS, NO_ROW, RecurrentBatch, RecurrentState
 
 GatedDeltaRule = Callable[..., torch.Tensor]
 NUM_ROWS = 8
@@ -298,6 +301,128 @@ def test_gated_delta_rule_has_gradients(lens: list[int], monkeypatch: pytest.Mon
         assert found is not None
         assert expected.any() or max(lens) == 1  # one token from zeros has no decay
         close(found, expected, 1e-4)
+
+
+# A decode, draft tokens, a prompt with a checkpoint and two copies of its end, a prompt that is not
+# kept, and a sequence without tokens.
+MIXED: Steps = (
+    [1, 3, 70, 20, 0],
+    [0, 1, 2, NO_ROW, NO_ROW],
+    [[(1, 0)], [(1, 1), (3, 3)], [(65, 4), (70, 2), (70, 5)], [], []],
+)
+LONG: Steps = ([150], [NO_ROW], [[(40, 0), (150, 1)]])
+IN_GRAPH: Steps = ([1, 18, 0], [0, 2, NO_ROW], [[(1, 0)], [(5, 3), (18, 2)], []])
+TritonCall = tuple[str, Inputs, torch.Tensor, Steps, bool]
+
+
+def triton_call(
+    layer: Layer,
+    steps: Steps,
+    dtype: torch.dtype = torch.float32,
+    *,
+    in_graph: bool = False,
+    equal_keys: bool = False,
+) -> TritonCall:
+    """Arguments of `run_delta_rule`. equal_keys: and betas near 1, decays near 1."""
+    qkv, ba = layer.inputs(sum(steps[0]))
+    if equal_keys:
+        qkv[:] = qkv[:1]
+        ba[:, : layer.v_heads] = 6
+        ba[:, layer.v_heads :] = -6
+    states = layer.state().state.normal_(generator=torch.Generator().manual_seed(2))
+    return "triton", (qkv.to(dtype), ba.to(dtype), *layer.parameters()), states, steps, in_graph
+
+
+def with_nan(call: TritonCall) -> TritonCall:
+    """The same with NaN in rows of states, of which only row 0 is read, and in a prompt."""
+    function, (qkv, *rest), states, *steps = call
+    qkv = qkv.clone()
+    qkv[30] = torch.nan
+    states = states.clone()
+    states[[0, 3, 4, 5, 7]] = torch.nan
+    return function, (qkv, *rest), states, *steps
+
+
+@pytest.fixture(scope="module")
+def triton_results(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> list[tuple[TritonCall, tuple[torch.Tensor, torch.Tensor]]]:
+    """Calls of the kernels, and what they returned; the last one is the first one with NaN."""
+    small = Layer(1, 2, 16, 20)
+    calls = [
+        triton_call(small, MIXED),
+        triton_call(small, MIXED, torch.float16),
+        triton_call(small, IN_GRAPH, in_graph=True),
+        triton_call(Layer(1, 1, 24, 33), LONG),
+        triton_call(Layer(1, 1, 24, 33), LONG, equal_keys=True),
+        with_nan(triton_call(small, MIXED)),
+    ]
+    folder = tmp_path_factory.mktemp("triton")
+    results = interpreted("support.gated_delta_cases", "run_delta_rule", calls, folder)
+    return list(zip(calls, results, strict=True))
+
+
+def test_gated_delta_rule_kernels_equal_the_reference(triton_results: list[Any]) -> None:
+    for (_, inputs, states, steps, _), (out, after) in triton_results[:-1]:
+        expected, expected_after = run_delta_rule("reference", inputs, states, steps)
+        limit = 2e-5 if out.dtype == torch.float32 else 2e-3
+        close(out.float(), expected.float(), limit)
+        close(after, expected_after, limit)
+        assert torch.equal(after[6:], states[6:])
+
+
+def test_gated_delta_rule_kernels_keep_nan_in_their_sequence(triton_results: list[Any]) -> None:
+    _, (expected, expected_after) = triton_results[0]
+    _, (out, after) = triton_results[-1]
+    has_nan = torch.zeros(len(out), dtype=torch.bool)
+    has_nan[0] = True  # the decode that reads row 0
+    has_nan[4:74] = True  # the prompt with token 30
+    assert torch.equal(out[~has_nan], expected[~has_nan])
+    assert out[0].isnan().all()
+    assert out[30:74].isnan().all()
+    for row in (1, 3):
+        assert torch.equal(after[row], expected_after[row])
+
+
+DELTA_SIZES = {"K": 128, "V": 128, "PADDED_K": 128, "BLOCK_V": 32, "EPS": 1e-6}
+CHUNK_SIZES = DELTA_SIZES | {"CHUNK": CHUNK_TOKENS, "PRECISION": "tf32"}
+DELTA_KERNELS: dict[str, tuple[dict[str, Any], dict[str, int]]] = {
+    "_delta_tokens_kernel": (DELTA_SIZES | {"MAX_TOKENS": 16}, {}),
+    "_delta_chunks_kernel": (CHUNK_SIZES | {"PADDED_V": 128}, {"num_warps": 8}),
+    "_delta_states_kernel": (CHUNK_SIZES, {"num_stages": 2}),
+}
+FLOATS = {"A_log", "dt_bias", "state", "decays"}
+MODEL_DTYPE = {"qkv", "ba", "out", "of_state", "added", "attention"}
+INTEGERS = {"qkv_stride", "ba_stride", "row_stride", "num_k_heads", "num_v_heads"}
+
+
+@pytest.mark.parametrize("capability", [90, pytest.param(80, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "_delta_chunks_kernel",
+        "_delta_states_kernel",
+        pytest.param("_delta_tokens_kernel", marks=pytest.mark.slow),
+    ],
+)
+def test_gated_delta_rule_kernel_compiles(name: str, capability: int, tmp_path: Path) -> None:
+    kernel = getattr(gated_delta_net_triton, name)
+    constants, options = DELTA_KERNELS[name]
+
+    def kind(argument: str) -> str:
+        if argument in FLOATS:
+            return "*fp32"
+        if argument in MODEL_DTYPE:
+            return "*bf16"
+        return "i32" if argument in INTEGERS else "*i32"
+
+    names = set(kernel.arg_names) - constants.keys()
+    arguments = {name: kind(name) for name in sorted(names, key=kernel.arg_names.index)}
+    compiled = compiled_for(capability, kernel, arguments, constants, tmp_path, **options)
+    assert compiled.stack_bytes == 0
+    assert compiled.shared_bytes <= SHARED_BYTES[89]  # that of all GPUs from sm_80 on
+    if capability == 90:
+        assert ("HGMMA" in compiled.code) == (name != "_delta_tokens_kernel")
 
 
 def norm_case(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.nn.Module]:

@@ -19,6 +19,7 @@ from llmkit.checkpoint.config_defaults import COMMON as COMMON_DEFAULTS
 from llmkit.common.errors import InputError
 from llmkit.model.families import SUPPORTED, model_spec
 from llmkit.model.hybrid_families import HYBRID_FAMILIES
+from llmkit.model.mla_families import MLA_FAMILIES
 
 SIZES: dict[str, Any] = {
     "vocab_size": 128,
@@ -56,6 +57,7 @@ GEMMA3_ROPE = {
     "full_attention": {"rope_type": "linear", "rope_theta": 54321.0, "factor": 8.0},
 }
 HYBRIDS = [kind for kind, _ in HYBRID_FAMILIES.values()]
+LATENTS = [kind for kind, _ in MLA_FAMILIES.values()]
 NEEDED: dict[str, dict[str, Any]] = {
     "helium": {"num_key_value_heads": 4},
     "hunyuan_v1_moe": {"moe_intermediate_size": 48},
@@ -63,12 +65,12 @@ NEEDED: dict[str, dict[str, Any]] = {
 # What a config of each family may say beside its sizes.
 VARIANTS: list[tuple[str, dict[str, Any]]] = [
     # Helium has 20 KV heads by default. Hunyuan's experts have the intermediate_size. Gemma 4 has a
-    # test of its own, and hybrid models have test_hybrid_families.py. Each layer of a Granite with
-    # sliding windows has a rope_theta of its own.
+    # test of its own; hybrid models have test_hybrid_families.py, and those with latent attention
+    # test_mla_families.py. Each layer of a Granite with sliding windows has its own rope_theta.
     *(
         (kind, NEEDED.get(kind, {}))
         for kind in FAMILIES
-        if kind not in ("gemma4_text", "granite_swa", "granitemoe_swa", *HYBRIDS)
+        if kind not in ("gemma4_text", "granite_swa", "granitemoe_swa", *HYBRIDS, *LATENTS)
     ),
     (
         "llama",
@@ -162,6 +164,25 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("internlm3", {"qkv_bias": True, "bias": True}),
     ("qwen3_moe", {"norm_topk_prob": True, "mlp_only_layers": [1], "decoder_sparse_step": 2}),
     ("qwen3_moe", {"use_sliding_window": True, "sliding_window": 12, "attention_bias": True}),
+    # As released: Qwen3-Next and Qwen3.5 say how often full attention comes.
+    (
+        "qwen3_next",
+        {
+            "full_attention_interval": 4,
+            "partial_rotary_factor": 0.25,
+            "rope_theta": 1e7,
+            "decoder_sparse_step": 2,
+            "mlp_only_layers": [3],
+        },
+    ),
+    (
+        "qwen3_5_text",
+        {
+            "full_attention_interval": 3,
+            "attn_output_gate": True,
+            "rope_parameters": {"rope_theta": 1e7, "rope_type": "default"},
+        },
+    ),
 ]
 
 
@@ -217,6 +238,8 @@ def test_model_spec_agrees_with_transformers(kind: str, values: dict[str, Any]) 
         for name in types
     ]
     assert [layer.sliding_window for layer in spec.layers] == windows
+    is_linear = [layer.mixer == "gated_delta_net" for layer in spec.layers]
+    assert is_linear == [name == "linear_attention" for name in types]
     if kind == "smollm3":
         assert [layer.rope is not None for layer in spec.layers] == [
             bool(rotary) for rotary in theirs.no_rope_layers
@@ -312,6 +335,12 @@ def test_model_spec_refuses_contradictions_of_gemma4(values: dict[str, Any], mes
         ("qwen2", {"layer_types": HALF[:3]}, "for 3 layers"),
         ("qwen2", {"layer_types": ["linear_attention"] * 8}, "the layer_types linear_attention"),
         ("smollm3", {"no_rope_layers": [1]}, "1 no_rope_layers"),
+        ("qwen3_5_text", {"layer_types": HALF}, "the layer_types sliding_attention, full_att"),
+        ("qwen3_5_text", {"layer_types": FULL[:3]}, "full_attention for 3 layers. linear_att"),
+        ("qwen3_5_text", {"full_attention_interval": 0}, "full_attention_interval 0. A positive"),
+        ("qwen3_5_text", {"linear_num_value_heads": 24}, "16 key heads of 128, 24 value heads"),
+        ("qwen3_next", {"linear_conv_kernel_dim": 0}, "convolutions of 0. Positive"),
+        ("qwen3_next", {"attn_output_gate": False}, "attn_output_gate 'False'. One of True"),
         ("llama", {"model_type": "gpt2"}, "model_type 'gpt2'. llama"),
         ("glm4_moe", {"scoring_func": "softmax"}, "scoring_func 'softmax'. One of sigmoid"),
         ("minimax_m2", {"scoring_func": "sqrtsoftplus"}, "scoring_func 'sqrtsoftplus'"),
