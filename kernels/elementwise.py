@@ -270,6 +270,13 @@ def add_norm_quantized(
         return add_norm_quantized_triton(
             residual, update.contiguous(), scale, weight, bias, eps, quant, subtract_mean
         )
+    added = residual if update is None else update
+    is_bfloat16 = quant.dtype == torch.bfloat16
+    if is_bfloat16 and weight is not None and _has_cpu_kernel(residual, added, weight):
+        total, rounded = cpu_kernels.add_norm_rounded(
+            residual, update, scale, weight, bias, eps, subtract_mean=subtract_mean
+        )
+        return total, QuantizedInput(rounded, torch.empty(0), len(residual), residual.dtype)
     return _add_norm(residual, update, scale, weight, bias, eps, subtract_mean=subtract_mean)
 
 

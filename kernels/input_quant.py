@@ -20,7 +20,7 @@ MIN_INT8_ROWS = 32  # `torch._int_mm` takes more than 16 rows, a multiple of 8
 
 @dataclass(frozen=True)
 class QuantizedInput:
-    """Inputs [M, K] of linear layers in 8 bits.
+    """Inputs [M, K] of linear layers in 8 bits; on a CPU in bfloat16, without scales.
 
     Values and scales may have more rows than M, as many as the matrix product wants. Those after
     M are uninitialized.
@@ -40,9 +40,9 @@ LinearInput = torch.Tensor | QuantizedInput
 
 @dataclass(frozen=True)
 class InputQuant:
-    """How a linear layer on a GPU quantizes its inputs."""
+    """How a linear layer quantizes its inputs."""
 
-    dtype: torch.dtype  # int8 or e4m3
+    dtype: torch.dtype  # int8 or e4m3 on a GPU, bfloat16 on a CPU
     group_size: int = 0  # inputs of a row that share a scale; 0: all
     # float32 [1], the stored scale of all inputs; None: scales come from the inputs.
     scale: torch.Tensor | None = field(default=None, compare=False)

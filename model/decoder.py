@@ -383,15 +383,9 @@ class DecoderLayer:
         activation = self.spec.activation
         down = self.linears[f"{module}.down"]
         y: LinearInput
-        if (
-            isinstance(x, torch.Tensor)
-            and cpu_kernels.supports(x)
-            and cpu_kernels.has_compact_rows(x)
-            and not self.has_lora_rows
-        ):
-            cpu_mlp = self._cpu_mlp(module)
-            if cpu_mlp is not None:
-                return cpu_mlp(x)
+        cpu_mlp = None if self.has_lora_rows else self._cpu_mlp(module)
+        if cpu_mlp is not None and cpu_mlp.takes(x):
+            return cpu_mlp(x)
         if self.spec.gated_mlp:
             y = self._act_and_mul(self.linears[f"{module}.gate_up"](x), down.input_quant)
         elif activation == "xielu":

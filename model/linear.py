@@ -30,7 +30,8 @@ from llmkit.kernels.w8a8_linear import W8A8Linear, scales_rows
 
 MIN_CAPABILITY = (8, 0)  # of GPUs that the kernels of quantized weights run on
 MIN_FP8_CAPABILITY = (8, 9)  # of GPUs that multiply 8-bit floats
-QUANTIZING_KERNELS = (W8A8Linear, fp8_block_linear.Fp8BlockLinear)  # they quantize their inputs
+# They may quantize their inputs.
+QUANTIZING_KERNELS = (W8A8Linear, fp8_block_linear.Fp8BlockLinear, CpuLinear)
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,7 @@ enum {
 
 /* What the inputs of a linear layer are rounded to: nothing, bfloat16, or int8 with a scale for
  * each row and group of the weight. The numbers are those of INPUT_TYPES in cpu_kernels.py. */
-enum { INPUTS_F32, INPUTS_BF16, INPUTS_INT8 };
+enum { INPUTS_F32, INPUTS_BF16, INPUTS_INT8, INPUTS_ROUNDED /* x is bfloat16 already */ };
 
 /* The types of a KV cache. The numbers are those of KV_TYPES in cpu_kernels.py. FP8 is e4m3,
  * without infinities. */
@@ -59,7 +59,8 @@ enum { GATE_IDENTITY, GATE_SIGMOID, GATE_SOFTPLUS };
 typedef struct {
     int weight_type;
     int inputs;     /* what x is rounded to */
-    const float *x; /* a row every x_stride elements */
+    const float *x; /* a row every x_stride elements. INPUTS_ROUNDED: bfloat16, rows of a multiple of
+                       DEPTH_MULTIPLE without gaps, and memory for whole tiles of 32 rows */
     int64_t x_stride;
     const char *weight;   /* panels of PANEL_WIDTH columns */
     const float *scales;  /* [depth / group_size, columns of all panels]; NULL: w = q */
@@ -85,6 +86,7 @@ typedef struct {
     int64_t n_groups;
     const float *float_inputs; /* x, or a copy whose depth is padded */
     int64_t float_stride;
+    int x_is_rounded;
     char *rounded_inputs;    /* [rows, padded_depth]: bfloat16 or int8 */
     float *input_scales;     /* [rows, n_groups]: x = scale * int8 */
     float *input_sums;       /* [rows, n_groups]: sums of x, where there are offsets */
@@ -143,6 +145,7 @@ typedef struct {
     int64_t rows;
     int64_t hidden_size;
     int subtract_mean;
+    int rounds; /* y is bfloat16; hidden_size is a multiple of DEPTH_MULTIPLE */
     float eps;
 } Norm;
 
@@ -389,7 +392,8 @@ typedef struct {
 typedef struct {
     const float *x; /* a row every x_stride elements */
     int64_t x_stride;
-    float *y; /* [rows, columns of down] */
+    int x_is_rounded; /* x is as INPUTS_ROUNDED says */
+    float *y;         /* [rows, columns of down] */
     int64_t rows;
     const ExpertLinear *linears; /* gate_up, whose halves are whole panels, and down */
     int activation;

@@ -59,6 +59,9 @@ GATE_ACTIVATIONS = {"identity": 0, "sigmoid": 1, "softplus": 2}
 # token and group of the weight.
 InputType = Literal["float32", "bfloat16", "int8"]
 INPUT_TYPES: dict[InputType, int] = {"float32": 0, "bfloat16": 1, "int8": 2}
+# Inputs that are bfloat16 already, as `add_norm_rounded` writes them.
+ROUNDED_INPUTS = 3
+TILE_ROWS = 32  # rounded inputs have memory for a multiple of so many rows
 # What `--cpu-activations auto` rounds inputs to, by the weight's type.
 # int8 is no default: what it costs has been measured with one model only (docs/benchmarks.md).
 AUTO_INPUTS: dict[torch.dtype, InputType] = {torch.bfloat16: "bfloat16"}
@@ -316,13 +319,15 @@ def linear(
 
     x: [R, K], whose last dimension is contiguous; y: [R, columns], contiguous; bias: padded to
     whole panels. inputs: what x is rounded to. `supports_inputs` says which weights take which.
+    x in bfloat16: the result of `add_norm_rounded`.
     """
     assert library is not None
     rows, y_stride = y.shape
+    input_type = ROUNDED_INPUTS if x.dtype == torch.bfloat16 else INPUT_TYPES[inputs]
     weight_type, q, scales, offsets, cols, depth, group_size = weight.kernel_arguments
     library.linear(
         weight_type,
-        INPUT_TYPES[inputs],
+        input_type,
         x.data_ptr(),
         x.stride(0),
         q,
@@ -383,9 +388,44 @@ def add_norm(
 
     x, update: contiguous, of one shape.
     """
+    y = torch.empty_like(x)
+    return _add_norm(x, update, scale, weight, bias, eps, y, subtract_mean=subtract_mean), y
+
+
+def add_norm_rounded(
+    x: torch.Tensor,
+    update: torch.Tensor | None,
+    scale: float,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    eps: float,
+    *,
+    subtract_mean: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`add_norm` of x [R, K], with the norm in bfloat16, as linear layers round their inputs.
+
+    K: a multiple of DEPTH_MULTIPLE. The norm has R rounded up to TILE_ROWS rows; those after R are
+    uninitialized. The level must have bfloat16.
+    """
+    rows, size = x.shape
+    y = torch.empty(rows + -rows % TILE_ROWS, size, dtype=torch.bfloat16)
+    return _add_norm(x, update, scale, weight, bias, eps, y, subtract_mean=subtract_mean), y
+
+
+def _add_norm(
+    x: torch.Tensor,
+    update: torch.Tensor | None,
+    scale: float,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    eps: float,
+    y: torch.Tensor,
+    *,
+    subtract_mean: bool,
+) -> torch.Tensor:
+    """Write the norm to y and return the sum."""
     assert library is not None
     total = x if update is None else torch.empty_like(x)
-    y = torch.empty_like(x)
     size = x.shape[-1]
     library.norm(
         x.data_ptr(),
@@ -397,10 +437,11 @@ def add_norm(
         subtract_mean,
         address(update),
         total.data_ptr(),
+        y.dtype == torch.bfloat16,
         eps,
         scale,
     )
-    return total, y
+    return total
 
 
 def norm_heads_(x: torch.Tensor, weight: torch.Tensor, eps: float, subtract_mean: bool) -> None:

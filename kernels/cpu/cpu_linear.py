@@ -14,10 +14,12 @@ from torch.nn.functional import pad
 from llmkit.common.options import CpuActivations
 from llmkit.kernels.cpu import cpu_kernels
 from llmkit.kernels.cpu.cpu_kernels import (
+    DEPTH_MULTIPLE,
     PANEL_WIDTH,
     InputType,
     PackedWeight,
 )
+from llmkit.kernels.input_quant import InputQuant, LinearInput, QuantizedInput
 
 
 class CpuLinear:
@@ -49,6 +51,10 @@ class CpuLinear:
             self._segments.append((weight, padded_bias, first, rounded_to))
             self.out_features += rows
         self.nbytes = sum(weight.nbytes for weight in weights)
+        # How the norm before may round the inputs; None: it must not.
+        self.input_quant: InputQuant | None = None
+        if all(_takes_rounded(weight, rounded_to) for weight, _, _, rounded_to in self._segments):
+            self.input_quant = InputQuant(torch.bfloat16)
 
     @property
     def only_segment(self) -> tuple[PackedWeight, torch.Tensor | None, InputType] | None:
@@ -75,11 +81,23 @@ class CpuLinear:
             group_size,
         ]
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """See `LinearKernel`."""
+    def __call__(self, x: LinearInput) -> torch.Tensor:
+        """See `LinearKernel`. x: also as `input_quant` says."""
+        if isinstance(x, QuantizedInput):
+            y = torch.empty(len(x), self.out_features)
+            for weight, bias, first, inputs in self._segments:
+                cpu_kernels.linear(x.values, weight, bias, y, first, inputs)
+            return y
         is_plain = x.dtype is torch.float32 and x.dim() == 2 and x.stride(1) == 1
         rows = x if is_plain else x.reshape(-1, x.shape[-1]).float().contiguous()
         y = torch.empty(rows.shape[0], self.out_features)
         for weight, bias, first, inputs in self._segments:
             cpu_kernels.linear(rows, weight, bias, y, first, inputs)
         return y if is_plain else y.view(*x.shape[:-1], self.out_features).to(x.dtype)
+
+
+def _takes_rounded(weight: PackedWeight, rounded_to: InputType) -> bool:
+    """Whether a weight is multiplied by inputs that the norm before has rounded to bfloat16."""
+    whole_rows = weight.shape[1] % DEPTH_MULTIPLE == 0
+    one_group = weight.scales is None or len(weight.scales) == 1
+    return rounded_to == "bfloat16" and whole_rows and one_group and weight.offsets is None

@@ -10,6 +10,7 @@ import torch
 from llmkit.kernels.cpu import cpu_kernels
 from llmkit.kernels.cpu.cpu_kernels import ACTIVATIONS, PANEL_WIDTH, SWIGLU_CLAMPED
 from llmkit.kernels.cpu.cpu_linear import CpuLinear
+from llmkit.kernels.input_quant import LinearInput, QuantizedInput
 
 
 class CpuMlp:
@@ -36,17 +37,27 @@ class CpuMlp:
         has_panels = gate_up.out_features % (2 * PANEL_WIDTH) == 0
         return has_panels and gate_up.only_segment is not None and down.only_segment is not None
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """x: float32 [T, H], whose last dimension is contiguous. Returns [T, H]."""
+    @staticmethod
+    def takes(x: LinearInput) -> bool:
+        """Whether `__call__` takes these inputs."""
+        if isinstance(x, QuantizedInput):
+            return True
+        return cpu_kernels.supports(x) and cpu_kernels.has_compact_rows(x)
+
+    def __call__(self, x: LinearInput) -> torch.Tensor:
+        """x: float32 [T, H], or as gate_up's `input_quant` says. Returns [T, H]."""
         assert cpu_kernels.library is not None
         y = torch.empty(len(x), self._hidden_size)
+        is_rounded = isinstance(x, QuantizedInput)
+        values = x.values if isinstance(x, QuantizedInput) else x
         cpu_kernels.library.gated_mlp(
-            x.data_ptr(),
-            x.stride(0),
+            values.data_ptr(),
+            values.stride(0),
             y.data_ptr(),
             len(x),
             self._linears.data_ptr(),
             self._activation,
+            is_rounded,
             *self._swiglu,
         )
         return y

@@ -29,9 +29,10 @@ static float square_sum(const float *row, int64_t size, float mean) {
     return v_sum(squares) + rest;
 }
 
-/* y = (x - mean) / sqrt(mean((x - mean)^2) + eps) * weight + bias. bias: NULL: none. */
-INLINE void norm_row(const float *x, const float *weight, const float *bias, float *y,
-                     int64_t size, int subtract_mean, float eps) {
+/* y = (x - mean) / sqrt(mean((x - mean)^2) + eps) * weight + bias. bias: NULL: none. rounds: y is
+ * bfloat16, of whole vectors. */
+INLINE void norm_row_as(int rounds, const float *x, const float *weight, const float *bias,
+                        void *y, int64_t size, int subtract_mean, float eps) {
     float mean = subtract_mean ? row_sum(x, size) / (float)size : 0.0f;
     float variance = square_sum(x, size, mean) / (float)size;
     vfloat factor = v_set(1.0f / sqrtf(variance + eps));
@@ -40,8 +41,20 @@ INLINE void norm_row(const float *x, const float *weight, const float *bias, flo
         vfloat scaled = v_mul(v_mul(centered, factor), load_of_row(weight, d, size));
         if (bias)
             scaled = v_add(scaled, load_of_row(bias, d, size));
+#if defined(LEVEL_BF16)
+        if (rounds) {
+            v_store_bf16((uint16_t *)y + d, scaled);
+            continue;
+        }
+#endif
+        (void)rounds;
         store_of_row(y, d, size, scaled);
     }
+}
+
+INLINE void norm_row(const float *x, const float *weight, const float *bias, float *y,
+                     int64_t size, int subtract_mean, float eps) {
+    norm_row_as(0, x, weight, bias, y, size, subtract_mean, eps);
 }
 
 /* y = x + scale * update. */
@@ -61,7 +74,11 @@ static void norm_rows(const void *operation, int64_t begin, int64_t end) {
             add_scaled(x, o->update + row * size, o->scale, o->sum + row * size, size);
             x = o->sum + row * size;
         }
-        norm_row(x, o->weight, o->bias, o->y + row * size, size, o->subtract_mean, o->eps);
+        if (o->rounds)
+            norm_row_as(1, x, o->weight, o->bias, (uint16_t *)o->y + row * size, size,
+                        o->subtract_mean, o->eps);
+        else
+            norm_row(x, o->weight, o->bias, o->y + row * size, size, o->subtract_mean, o->eps);
     }
 }
 

@@ -14,6 +14,7 @@ static int gated_mlp_part(const GatedMlp *o, const float *x, float *y, int64_t r
     /* The activation's results are rounded when they are stored, unless their sums are wanted. */
     int rounds = down->inputs == INPUTS_BF16 && down->offsets == NULL;
     size_t intermediate_bytes = rounds ? 0 : whole_lines(rows * down->depth * sizeof(float));
+    gate_up->x_is_rounded = o->x_is_rounded;
     size_t input_bytes = input_memory_bytes(gate_up);
     size_t down_input_bytes = input_memory_bytes(down);
     char *memory = NULL;
@@ -57,9 +58,12 @@ static int gated_mlp_part(const GatedMlp *o, const float *x, float *y, int64_t r
 
 static int gated_mlp(const GatedMlp *o) {
     int64_t part_rows = max_int64(MLP_BYTES / (o->linears[1].depth * (int64_t)sizeof(float)), 1);
-    for (int64_t row = 0; row < o->rows; row += part_rows)
-        if (!gated_mlp_part(o, o->x + row * o->x_stride, o->y + row * o->linears[1].cols,
+    int64_t element_size = o->x_is_rounded ? 2 : 4;
+    for (int64_t row = 0; row < o->rows; row += part_rows) {
+        const char *x = (const char *)o->x + row * o->x_stride * element_size;
+        if (!gated_mlp_part(o, (const float *)x, o->y + row * o->linears[1].cols,
                             min_int64(part_rows, o->rows - row)))
             return 0;
+    }
     return 1;
 }

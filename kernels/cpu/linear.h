@@ -1046,6 +1046,7 @@ static int copies_inputs(const Linear *p) {
     return p->inputs == INPUTS_F32 && p->depth % word_values(p->weight_type) != 0;
 }
 
+/* Rows of memory for inputs. */
 static int64_t padded_rows(const Linear *p) {
     return (p->rows + 31) / 32 * 32; /* AMX reads whole tiles */
 }
@@ -1053,6 +1054,8 @@ static int64_t padded_rows(const Linear *p) {
 /* Bytes of rounded or copied inputs. */
 static size_t rounded_input_bytes(const Linear *p) {
     size_t bytes = 0;
+    if (p->x_is_rounded)
+        return 0;
     if (p->inputs != INPUTS_F32)
         bytes = padded_rows(p) * p->padded_depth * (p->inputs == INPUTS_BF16 ? 2 : 1);
     else if (copies_inputs(p))
@@ -1073,6 +1076,8 @@ static void use_input_memory(Linear *p, char *memory) {
     size_t per_group = padded_rows(p) * p->n_groups * sizeof(float);
     p->float_inputs = p->x;
     p->float_stride = p->x_stride;
+    if (p->x_is_rounded)
+        p->rounded_inputs = (char *)p->x;
     if (memory == NULL)
         return;
     p->rounded_inputs = memory;
@@ -1114,6 +1119,10 @@ static BlockFunction block_function(const Linear *p) {
 
 /* Set the fields that follow from the layer's sizes. */
 static void derive_sizes(Linear *p) {
+    if (p->inputs == INPUTS_ROUNDED) {
+        p->inputs = INPUTS_BF16;
+        p->x_is_rounded = 1;
+    }
     p->padded_cols = (p->cols + PANEL_WIDTH - 1) / PANEL_WIDTH * PANEL_WIDTH;
     p->padded_depth = (p->depth + DEPTH_MULTIPLE - 1) / DEPTH_MULTIPLE * DEPTH_MULTIPLE;
     p->panel_bytes = (p->weight_type == WEIGHT_F32 ? p->depth : p->padded_depth) /

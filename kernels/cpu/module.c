@@ -164,7 +164,7 @@ KERNEL(latent_attention, 15, 1) {
     });
 }
 
-KERNEL(norm, 9, 2) {
+KERNEL(norm, 10, 2) {
     return kernels->norm(&(Norm){
         .x = ADDRESS(const float, 0),
         .update = ADDRESS(const float, 7),
@@ -176,6 +176,7 @@ KERNEL(norm, 9, 2) {
         .rows = ints[4],
         .hidden_size = ints[5],
         .subtract_mean = (int)ints[6],
+        .rounds = (int)ints[9],
         .eps = (float)floats[0],
     });
 }
@@ -348,7 +349,7 @@ KERNEL(experts, 12, 2) {
     });
 }
 
-KERNEL(gated_mlp, 6, 2) {
+KERNEL(gated_mlp, 7, 2) {
     return kernels->gated_mlp(&(GatedMlp){
         .x = ADDRESS(const float, 0),
         .x_stride = ints[1],
@@ -356,6 +357,7 @@ KERNEL(gated_mlp, 6, 2) {
         .rows = ints[3],
         .linears = ADDRESS(const ExpertLinear, 4),
         .activation = (int)ints[5],
+        .x_is_rounded = (int)ints[6],
         .limit = (float)floats[0],
         .alpha = (float)floats[1],
     });

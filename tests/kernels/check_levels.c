@@ -560,7 +560,14 @@ static void check_gated_mlp(int inputs, int activation, int64_t rows) {
     kernels->act_and_mul(
         &(Activation){gate_up, activated, rows, INTERMEDIATE, activation, limit, alpha});
     multiply(&layers[1], activated, expected, rows);
-    expect(kernels->gated_mlp(&(GatedMlp){x, HIDDEN, y, rows, layers, activation, limit, alpha}),
+    expect(kernels->gated_mlp(&(GatedMlp){.x = x,
+                                          .x_stride = HIDDEN,
+                                          .y = y,
+                                          .rows = rows,
+                                          .linears = layers,
+                                          .activation = activation,
+                                          .limit = limit,
+                                          .alpha = alpha}),
            "gated_mlp", "out of memory");
     expect(memcmp(y, expected, rows * HIDDEN * sizeof *y) == 0, "gated_mlp",
            "other bits than its parts");

@@ -20,16 +20,19 @@ from llmkit.kernels.attention_metadata import AttentionBatch
 from llmkit.kernels.cpu import cpu_attention, cpu_kernels
 from llmkit.kernels.cpu.cpu_kernels import InputType, PackedWeight
 from llmkit.kernels.cpu.cpu_linear import CpuLinear
+from llmkit.kernels.cpu.cpu_mlp import CpuMlp
 from llmkit.kernels.cpu.packed_cache import pack_blocks, unpack_blocks
 from llmkit.kernels.elementwise import (
     act_and_mul,
     add_layer_norm,
+    add_norm_quantized,
     add_residual,
     add_rms_norm,
     apply_rotary_emb_,
     layer_norm,
     rms_norm,
 )
+from llmkit.kernels.input_quant import QuantizedInput
 from llmkit.kernels.kv_cache import KV_CACHE_DTYPES, KVCache
 from llmkit.kernels.sampling import FULL_VOCAB
 from llmkit.model.linear import pack_weight, supports_w8a8
@@ -229,6 +232,41 @@ def test_cpu_linear_w8a8_quantizes_each_token() -> None:
     y = packed_linear([weight], inputs="int8")(x)
     assert y[2].isnan().all()
     assert y[[0, 1, 3]].isfinite().all()
+
+
+@pytest.mark.parametrize("rows", [1, 5, 40])
+@pytest.mark.parametrize("has_update", [False, True])
+@needs_library
+def test_cpu_norm_rounds_for_linear_layers(rows: int, has_update: bool) -> None:
+    if not cpu_kernels.has_bfloat16():
+        pytest.skip("a level without products of bfloat16")
+    linear = packed_linear([random(48, 128).bfloat16()], inputs="bfloat16")
+    assert linear.input_quant is not None
+    residual = random(rows, 128, seed=1)
+    update = random(rows, 128, seed=2) if has_update else None
+    weight = random(128, seed=3)
+    total, rounded = add_norm_quantized(
+        residual, update, 0.5, weight, None, 1e-5, linear.input_quant, subtract_mean=False
+    )
+    expected_total, normed = add_rms_norm(residual, update, 0.5, weight, 1e-5)
+    assert isinstance(rounded, QuantizedInput)
+    assert torch.equal(total, expected_total)
+    assert torch.equal(rounded.values[:rows], normed.bfloat16())
+    assert torch.equal(linear(rounded), linear(normed))
+    gate_up = packed_linear([random(64, 128).bfloat16()], inputs="bfloat16")
+    mlp = CpuMlp(gate_up, packed_linear([random(128, 32).bfloat16()], inputs="bfloat16"), "silu")
+    assert mlp.takes(rounded) and torch.equal(mlp(rounded), mlp(normed))
+
+
+@needs_library
+def test_cpu_linear_takes_rounded_inputs_of_whole_words_and_one_group() -> None:
+    inputs: InputType = "bfloat16" if cpu_kernels.has_bfloat16() else "float32"
+    weight = random(16, 128).bfloat16()
+    takes_rounded = cpu_kernels.has_bfloat16()
+    assert (packed_linear([weight], inputs=inputs).input_quant is not None) == takes_rounded
+    assert packed_linear([weight], inputs="float32").input_quant is None
+    assert packed_linear([random(16, 72).bfloat16()], inputs=inputs).input_quant is None
+    assert packed_linear([weight, random(16, 128)], inputs=inputs).input_quant is None
 
 
 def test_supports_w8a8_refuses_other_schemes() -> None:
@@ -780,4 +818,4 @@ def test_cpu_kernels_refuse_wrong_arguments() -> None:
     with pytest.raises(TypeError, match="14 numbers were expected, 1 were given"):
         cpu_kernels.library.linear(1)
     with pytest.raises(TypeError):
-        cpu_kernels.library.norm(0, 0, 0, 0, 0, "0", 0, 0, 0, 1.0, 1.0)
+        cpu_kernels.library.norm(0, 0, 0, 0, 0, "0", 0, 0, 0, 0, 1.0, 1.0)
