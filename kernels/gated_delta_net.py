@@ -243,4 +243,4 @@ def _cut_into_chunks(values: torch.Tensor, size: int) -> torch.Tensor:
     """
     missing = -len(values) % size
     padded = pad(values.transpose(0, 1), (0, 0) * (values.dim() - 2) + (0, missing))
-    return padded.unflatten(1, (-1, size))
+    return padded.reshape(len(padded), -1, size, *padded.shape[2:])
