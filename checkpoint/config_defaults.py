@@ -539,6 +539,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "first_k_dense_replace": 0,
         "moe_layer_freq": 1,
         "topk_method": "greedy",
+        "mlp_bias": (False,),
     },
     "deepseek_v3": _DEEPSEEK_V3,
     "glm4_moe_lite": _SIGMOID_ROUTER

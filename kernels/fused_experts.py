@@ -35,6 +35,8 @@ class FusedExperts:
     inputs of FP8 weights are quantized by token and group.
     gate_up_bias: [E, 2I]; down_bias: [E, H].
     swiglu: limit and alpha of `elementwise.swiglu_clamped`, in place of silu and gelu.
+    relu2: the activation of experts without a gate, relu(x)^2. `gate_up` and what belongs to it
+    then have I rows in place of 2I.
     """
 
     gate_up: torch.Tensor
@@ -49,6 +51,7 @@ class FusedExperts:
     swiglu: tuple[float, float] | None = None
     group_size: int = 0
     quantize_inputs: bool = False
+    relu2: bool = False
 
     def __call__(
         self, x: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor
@@ -63,6 +66,8 @@ class FusedExperts:
         first_activation = 2 if self.gelu else 1
         if self.swiglu is not None:
             first_activation = 3
+        if self.relu2:
+            first_activation = 4
         limit, alpha = self.swiglu or (0.0, 0.0)
         num_choices = topk_ids.numel()
         x = x.contiguous()
@@ -93,7 +98,8 @@ class FusedExperts:
                 ),
                 (activated, self.down, self.down_scales, self.down_bias, outputs, 0),
             ):
-                tile_outputs = BN // 2 if activation else BN
+                is_gated = activation > 0 and not self.relu2
+                tile_outputs = BN // 2 if is_gated else BN
                 row_scales = None
                 if self.quantize_inputs:
                     quantized = quantize_input(rows, InputQuant(FP8, self.group_size))
@@ -119,6 +125,7 @@ class FusedExperts:
                     rows.shape[1],
                     TOP_K=topk_ids.shape[1],
                     ACTIVATION=activation,
+                    GATED=is_gated,
                     PADDED_EXPERTS=padded_experts,
                     BM=BM,
                     BN=tile_outputs,
@@ -229,6 +236,7 @@ def _fused_moe_kernel(
     K: tl.tensor,
     TOP_K: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    GATED: tl.constexpr,
     PADDED_EXPERTS: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
@@ -237,8 +245,9 @@ def _fused_moe_kernel(
 ) -> None:
     """A program computes BN outputs for BM choices of one expert.
 
-    ACTIVATION 1 (silu), 2 (gelu) or 3 (clamped SwiGLU): the first product. x has a row per token, w
-    is gate_up, and the rows of y are in the order of `order`.
+    ACTIVATION 1 (silu), 2 (gelu), 3 (clamped SwiGLU) or 4 (squared ReLU): the first product. x has
+    a row per token, w is gate_up, and the rows of y are in the order of `order`. GATED: w has the
+    rows of the gate, then those of up; not with ACTIVATION 4.
     ACTIVATION 0: the second product. The rows of x are in the order of `order`, w is down, and y
     has a row per choice, weighted by the router.
     scales: of a weight in MXFP4, whose bytes hold two columns each. They are multiplied by even and
@@ -262,13 +271,13 @@ def _fused_moe_kernel(
     n = (tl.program_id(1) * BN + tl.arange(0, BN))[None, :]
     k = tl.arange(0, BK)
     row = choice // TOP_K if ACTIVATION else position.to(tl.int64)[:, None]
-    expert_row = expert.to(tl.int64) * (N * 2 if ACTIVATION else N)
+    expert_row = expert.to(tl.int64) * (N * 2 if GATED else N)
     weight = w + expert.to(tl.int64) * expert_stride
     total = tl.zeros((BM, BN), tl.float32)  # of the gate, or of down
     up = tl.zeros((BM, BN), tl.float32)
     if GROUP > 0:
         num_groups = tl.cdiv(K, GROUP)
-        num_rows = N * 2 if ACTIVATION else N
+        num_rows = N * 2 if GATED else N
         scale_at = scales + expert_row * num_groups + n
         for group in tl.range(0, num_groups):
             column = group * GROUP + tl.arange(0, GROUP)
@@ -281,7 +290,7 @@ def _fused_moe_kernel(
                 factor = tl.load(row_scales + row * num_groups + group, mask=valid, other=0.0)
             group_at = scale_at + group * num_rows
             total += _fp8_product(part, at, group_at, inside, n < N) * factor
-            if ACTIVATION:
+            if GATED:
                 up += _fp8_product(part, at + N * K, group_at + N, inside, n < N) * factor
     elif scales is not None:
         pair = tl.arange(0, BK // 2)
@@ -297,7 +306,7 @@ def _fused_moe_kernel(
             low, high = _load_mxfp4(weight + at, scale_at, inside, even.dtype)
             total = tl.dot(even, low, total, input_precision="ieee")
             total = tl.dot(odd, high, total, input_precision="ieee")
-            if ACTIVATION:
+            if GATED:
                 up_at = weight + at + N * (K // 2)
                 low, high = _load_mxfp4(up_at, scale_at + N * (K // 32), inside, even.dtype)
                 up = tl.dot(even, low, up, input_precision="ieee")
@@ -310,19 +319,21 @@ def _fused_moe_kernel(
             at = weight + n.to(tl.int64) * K + column[:, None]
             inside = (column < K)[:, None] & (n < N)
             total = tl.dot(part, tl.load(at, mask=inside, other=0.0), total, input_precision="ieee")
-            if ACTIVATION:
+            if GATED:
                 up_weight = tl.load(at + N * K, mask=inside, other=0.0)
                 up = tl.dot(part, up_weight, up, input_precision="ieee")
     if bias is not None:
         total += tl.load(bias + expert_row + n, mask=n < N, other=0.0).to(tl.float32)
-        if ACTIVATION:
+        if GATED:
             up += tl.load(bias + expert_row + N + n, mask=n < N, other=0.0).to(tl.float32)
     if ACTIVATION:
         dtype: tl.constexpr = y.dtype.element_ty
         gate = total.to(dtype).to(tl.float32)  # rounded like the output of a linear layer
         row = position.to(tl.int64)[:, None]
         up = up.to(dtype).to(tl.float32)
-        if ACTIVATION == 3:
+        if ACTIVATION == 4:
+            total = tl.maximum(gate, 0.0) * tl.maximum(gate, 0.0)
+        elif ACTIVATION == 3:
             total = clamped_swiglu(gate, up, limit, alpha)
         else:
             inner = gate

@@ -13,9 +13,8 @@ from torch.nn.functional import silu, softplus
 
 from llmkit.kernels.causal_conv import sequence_writes
 from llmkit.kernels.cpu import cpu_mamba2
-from llmkit.kernels.recurrent_state import NO_ROW, RecurrentBatch, RecurrentState
+from llmkit.kernels.recurrent_state import CHUNK_TOKENS, NO_ROW, RecurrentBatch, RecurrentState
 
-CHUNK_TOKENS = 64  # of a prompt that are computed by matrix products
 # Fewer tokens are computed one by one.
 MIN_CHUNK_TOKENS = 9
 

@@ -457,15 +457,16 @@ class DecoderLayer:
         """
         spec = self.spec
         moe = spec.moe
-        activations = ("silu", "gelu_tanh", "swiglu_clamped")
-        if moe is None or not spec.gated_mlp or spec.activation not in activations:
+        activations = ("silu", "gelu_tanh", "swiglu_clamped") if spec.gated_mlp else ("relu2",)
+        if moe is None or spec.activation not in activations:
             return None
         modules = [f"mlp.experts.{expert}" for expert in range(moe.num_experts)]
         is_local = [f"{module}.down" in self.linears for module in modules]
         local = [expert for expert in range(moe.num_experts) if is_local[expert]]
         if not local:
             return None
-        gate_up = [self.linears[f"{modules[expert]}.gate_up"] for expert in local]
+        first = "gate_up" if spec.gated_mlp else "up"
+        gate_up = [self.linears[f"{modules[expert]}.{first}"] for expert in local]
         down = [self.linears[f"{modules[expert]}.down"] for expert in local]
         if any(linear.activation_quant for linear in gate_up + down):
             return None
@@ -506,6 +507,7 @@ class DecoderLayer:
             swiglu=(spec.swiglu_limit, spec.swiglu_alpha) if is_clamped else None,
             group_size=group_size,
             quantize_inputs=quantize_inputs,
+            relu2=spec.activation == "relu2",
         )
 
     @cached_property

@@ -17,7 +17,6 @@ import torch
 from llmkit.checkpoint.quantized_weight import QuantizedWeight
 from llmkit.kernels.cpu.packed_cache import unpack_blocks
 from llmkit.kernels.kv_cache import KVCache
-from llmkit.kernels.recurrent_state import RecurrentState
 from llmkit.model.decoder import DecoderLayer
 from llmkit.quant.algorithm import AutoRound
 from llmkit.quant.layer_stream import LayerInputs, LayerStream, MicroBatch
@@ -129,7 +128,7 @@ class TuningWindows:
         context = self.context
         cache = context.caches[index]
         per_layer_input = self._per_layer_input(index, chosen)
-        if isinstance(cache, RecurrentState):
+        if not isinstance(cache, KVCache):
             return LayerInputs(context.cos_sin, context.batch, cache, per_layer_input)
         kv = torch.zeros_like(cache.kv)
         blocks_per_window = kv.shape[1] // self.count

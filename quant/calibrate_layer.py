@@ -1,8 +1,8 @@
 """Runs a decoder layer on the calibration text and collects the inputs of its linears.
 
 A decoder layer has two sublayers, attention and MLP. A layer that computes both from the same input
-is one sublayer. The linears of a sublayer form two groups: the inputs of the second group depend on
-the outputs of the first.
+is one sublayer. The linears of a sublayer form two groups, or three with latent attention: the
+inputs of a group depend on the outputs of the group before.
 """
 
 from __future__ import annotations
@@ -54,6 +54,9 @@ def sublayers(layer: DecoderLayer) -> tuple[SubLayer, ...]:
         return tuple(name for name in layer.linears if name.endswith(endings))
 
     mixer_groups = (linears(*MIXER_INPUTS), linears(*MIXER_OUTPUTS))
+    from_latents = linears("attn.q_b", "attn.kv_b")
+    if from_latents:
+        mixer_groups = (mixer_groups[0], from_latents, mixer_groups[1])
     mlp_groups = (linears(".gate_up", ".up"), linears(".down"))
     is_moe = layer.layer.is_moe
     if layer.spec.parallel_block:

@@ -14,15 +14,26 @@ typedef struct {
     float inputs[MAX_CONV_WIDTH][CONV_BLOCK];
 } ConvBlock;
 
+INLINE void load_taps(const float *weight, ConvBlock *block, int64_t width) {
+    for (int64_t k = 0; k < width; k++)
+        for (int64_t d = 0; d < block->n_channels; d++)
+            block->taps[k][d] = weight[d * width + k];
+}
+
 static void load_filters(const CausalConv *o, int64_t first_channel, ConvBlock *block) {
     block->first_channel = first_channel;
     block->n_channels = min_int64(o->n_channels - first_channel, CONV_BLOCK);
     const float *weight = o->weight + first_channel * o->width;
-    for (int64_t d = 0; d < block->n_channels; d++) {
-        for (int64_t k = 0; k < o->width; k++)
-            block->taps[k][d] = weight[d * o->width + k];
-        block->bias[d] = o->bias ? o->bias[first_channel + d] : 0.0f;
-    }
+    if (o->width == 4)
+        load_taps(weight, block, 4);
+    else if (o->width == 3)
+        load_taps(weight, block, 3);
+    else
+        load_taps(weight, block, o->width);
+    if (o->bias)
+        memcpy(block->bias, o->bias + first_channel, block->n_channels * sizeof(float));
+    else
+        memset(block->bias, 0, sizeof block->bias);
 }
 
 /* The inputs before a sequence's first new token. They are copied: the row may be written before

@@ -8,9 +8,12 @@
 
 enum {
     SCAN_TOKENS = VECTOR_WIDTH == 8 ? 2 : 4, /* that share a pass: AVX2 has 16 registers */
-    SCAN_VECTORS = 4,                        /* of a panel: columns that a thread computes */
+    BLOCK_VECTORS = 4 / SCAN_TOKENS,         /* of columns that share it, too */
+    BLOCK_COLUMNS = BLOCK_VECTORS * VECTOR_WIDTH,
+    SCAN_VECTORS = 4, /* of a panel: columns that a thread computes */
     SCAN_COLUMNS = SCAN_VECTORS * VECTOR_WIDTH,
-    SCAN_TILE = 32 /* tokens whose B and C stay in the cache while the columns come one by one */
+    SCAN_TILE = 32,      /* tokens whose B and C stay in the cache while the blocks follow */
+    MIN_BLOCK_TOKENS = 8 /* that are worth the copies */
 };
 
 /* Columns of the states of a sequence's head. */
@@ -51,9 +54,10 @@ static void scan_steps(const void *operation, int64_t begin, int64_t end) {
 }
 
 /* n_tokens tokens from `token` on, in n_vectors vectors of columns from d on, counted in the panel.
- * is_whole: the vectors have no columns beyond the head's. */
-INLINE void scan_pass(const ScanPanel *p, StateRows from, StateRows to, int64_t token, int64_t d,
-                      int n_tokens, int n_vectors, int is_whole) {
+ * from, to: the rows of these columns. n_stored: how many of their columns are in memory. is_whole:
+ * all are, and the head has them all. */
+INLINE void scan_pass(const ScanPanel *p, StateRows from, StateRows to, int64_t n_stored,
+                      int64_t token, int64_t d, int n_tokens, int n_vectors, int is_whole) {
     const Mamba2Scan *o = p->scan;
     const float *B[SCAN_TOKENS];
     const float *C[SCAN_TOKENS];
@@ -76,14 +80,14 @@ INLINE void scan_pass(const ScanPanel *p, StateRows from, StateRows to, int64_t 
             y[t][v] = v_zero();
         }
     }
-    const float *old_row = from.rows + d;
-    float *new_row = to.rows + d;
+    const float *old_row = from.rows;
+    float *new_row = to.rows;
     for (int64_t n = 0; n < o->state_size; n++) {
         vfloat state[SCAN_VECTORS];
 #pragma GCC unroll 4
         for (int v = 0; v < n_vectors; v++) {
             int64_t at = v * VECTOR_WIDTH;
-            state[v] = is_whole ? v_load(old_row + at) : load_of_row(old_row, at, p->n_columns - d);
+            state[v] = is_whole ? v_load(old_row + at) : load_of_row(old_row, at, n_stored);
         }
 #pragma GCC unroll 4
         for (int t = 0; t < n_tokens; t++)
@@ -98,7 +102,7 @@ INLINE void scan_pass(const ScanPanel *p, StateRows from, StateRows to, int64_t 
             if (is_whole)
                 v_store(new_row + at, state[v]);
             else
-                store_of_row(new_row, at, p->n_columns - d, state[v]);
+                store_of_row(new_row, at, n_stored, state[v]);
         }
         old_row += from.row_stride;
         new_row += to.row_stride;
@@ -120,44 +124,69 @@ INLINE void scan_pass(const ScanPanel *p, StateRows from, StateRows to, int64_t 
     }
 }
 
-/* One token, in all columns of the panel. */
+static StateRows columns_from(StateRows states, int64_t d) {
+    return (StateRows){states.rows + d, states.row_stride};
+}
+
+/* One token, in all columns of the panel, from row to row of the states. */
 static void scan_token(const ScanPanel *p, StateRows from, StateRows to, int64_t token) {
     if (p->n_columns == SCAN_COLUMNS) {
-        scan_pass(p, from, to, token, 0, 1, SCAN_VECTORS, 1);
+        scan_pass(p, from, to, SCAN_COLUMNS, token, 0, 1, SCAN_VECTORS, 1);
         return;
     }
-    int64_t d = 0;
-    for (; d + VECTOR_WIDTH <= p->n_columns; d += VECTOR_WIDTH)
-        scan_pass(p, from, to, token, d, 1, 1, 1);
-    if (d < p->n_columns)
-        scan_pass(p, from, to, token, d, 1, 1, 0);
+    for (int64_t d = 0; d < p->n_columns; d += VECTOR_WIDTH) {
+        int64_t n_stored = p->n_columns - d;
+        if (n_stored >= VECTOR_WIDTH)
+            scan_pass(p, columns_from(from, d), columns_from(to, d), n_stored, token, d, 1, 1, 1);
+        else
+            scan_pass(p, columns_from(from, d), columns_from(to, d), n_stored, token, d, 1, 1, 0);
+    }
 }
 
-/* The tokens [begin, end), a multiple of SCAN_TOKENS. */
-static void scan_tile(const ScanPanel *p, StateRows from, StateRows to, int64_t begin,
-                      int64_t end) {
-    for (int64_t d = 0; d < p->n_columns; d += VECTOR_WIDTH)
-        for (int64_t token = begin; token < end; token += SCAN_TOKENS) {
-            StateRows before = token == begin ? from : to;
-            if (d + VECTOR_WIDTH <= p->n_columns)
-                scan_pass(p, before, to, token, d, SCAN_TOKENS, 1, 1);
-            else
-                scan_pass(p, before, to, token, d, SCAN_TOKENS, 1, 0);
+/* The tokens [begin, end) in BLOCK_COLUMNS columns from d on, whose state is a block. */
+INLINE void scan_block(const ScanPanel *p, float *block, int64_t begin, int64_t end, int64_t d,
+                       int is_whole) {
+    StateRows rows = {block, BLOCK_COLUMNS};
+    int64_t token = begin;
+    for (; token + SCAN_TOKENS <= end; token += SCAN_TOKENS)
+        scan_pass(p, rows, rows, BLOCK_COLUMNS, token, d, SCAN_TOKENS, BLOCK_VECTORS, is_whole);
+    for (; token < end; token++)
+        scan_pass(p, rows, rows, BLOCK_COLUMNS, token, d, 1, BLOCK_VECTORS, is_whole);
+}
+
+/* The tokens [begin, end) in all columns of the panel.
+ *
+ * The columns are copied to blocks, [state_size, BLOCK_COLUMNS] each: the rows of states are so far
+ * from each other that the processor takes some for the same. */
+static void scan_blocks(const ScanPanel *p, StateRows from, StateRows to, float *blocks,
+                        int64_t begin, int64_t end) {
+    int64_t state_size = p->scan->state_size;
+    int64_t block_size = state_size * BLOCK_COLUMNS;
+    for (int64_t n = 0; n < state_size; n++)
+        for (int64_t d = 0; d < p->n_columns; d += BLOCK_COLUMNS) {
+            float *row = blocks + d / BLOCK_COLUMNS * block_size + n * BLOCK_COLUMNS;
+            for (int64_t i = 0; i < BLOCK_COLUMNS; i += VECTOR_WIDTH)
+                v_store(row + i, d + i < p->n_columns
+                                     ? load_of_row(from.rows + n * from.row_stride, d + i,
+                                                   p->n_columns)
+                                     : v_zero());
         }
-}
-
-/* The tokens [begin, end). The state before them is in `from`, that after them in `to`. */
-static void scan_tokens(const ScanPanel *p, StateRows from, StateRows to, int64_t begin,
-                        int64_t end) {
-    int64_t end_of_tiles = end - (end - begin) % SCAN_TOKENS;
-    for (int64_t token = begin; token < end_of_tiles; token += SCAN_TILE) {
-        scan_tile(p, from, to, token, min_int64(token + SCAN_TILE, end_of_tiles));
-        from = to;
+    for (int64_t token = begin; token < end; token += SCAN_TILE) {
+        int64_t end_of_tile = min_int64(token + SCAN_TILE, end);
+        for (int64_t d = 0; d < p->n_columns; d += BLOCK_COLUMNS) {
+            float *block = blocks + d / BLOCK_COLUMNS * block_size;
+            if (d + BLOCK_COLUMNS <= p->n_columns)
+                scan_block(p, block, token, end_of_tile, d, 1);
+            else
+                scan_block(p, block, token, end_of_tile, d, 0);
+        }
     }
-    for (int64_t token = end_of_tiles; token < end; token++) {
-        scan_token(p, from, to, token);
-        from = to;
-    }
+    for (int64_t n = 0; n < state_size; n++)
+        for (int64_t d = 0; d < p->n_columns; d += BLOCK_COLUMNS) {
+            const float *row = blocks + d / BLOCK_COLUMNS * block_size + n * BLOCK_COLUMNS;
+            memcpy(to.rows + n * to.row_stride + d, row,
+                   min_int64(p->n_columns - d, BLOCK_COLUMNS) * sizeof *row);
+        }
 }
 
 /* The panel's columns in a row of states. */
@@ -168,9 +197,10 @@ static StateRows panel_state(const ScanPanel *p, int64_t row) {
 }
 
 /* All new tokens of a sequence. The state goes from write to write in the rows themselves.
- * scratch: for the state after the last write, [state_size, SCAN_COLUMNS]. */
+ * scratch: two times [state_size, SCAN_COLUMNS]: for blocks, and the state after the last write. */
 static void scan_sequence(const ScanPanel *p, int64_t sequence, int64_t first_token,
                           float *scratch) {
+    StateRows not_kept = {scratch + p->scan->state_size * SCAN_COLUMNS, SCAN_COLUMNS};
     static float zeros[SCAN_COLUMNS]; /* every row of a state of zeros; only read */
     const RecurrentRows *rows = &p->scan->rows;
     int64_t n_tokens = rows->query_lens[sequence];
@@ -180,12 +210,15 @@ static void scan_sequence(const ScanPanel *p, int64_t sequence, int64_t first_to
     StateRows from = initial_row < 0 ? (StateRows){zeros, 0} : panel_state(p, initial_row);
     for (int64_t begin = 0; begin < n_tokens;) {
         int64_t end = n_tokens;
-        StateRows to = {scratch, SCAN_COLUMNS};
+        StateRows to = not_kept;
         if (write < end_of_writes) {
             end = rows->write_ends[write];
             to = panel_state(p, rows->write_rows[write++]);
         }
-        scan_tokens(p, from, to, first_token + begin, first_token + end);
+        if (end - begin >= MIN_BLOCK_TOKENS)
+            scan_blocks(p, from, to, scratch, first_token + begin, first_token + end);
+        for (; end - begin < MIN_BLOCK_TOKENS && begin < end; begin++, from = to)
+            scan_token(p, from, to, first_token + begin);
         for (; write < end_of_writes && rows->write_ends[write] == end; write++) {
             StateRows copy = panel_state(p, rows->write_rows[write]);
             for (int64_t n = 0; n < p->scan->state_size; n++)
@@ -208,7 +241,7 @@ static void scan_items(const void *operation, int64_t begin, int64_t end) {
     const ScanOperation *operation_of_scan = operation;
     const Mamba2Scan *o = operation_of_scan->scan;
     float *scratch =
-        thread_scratch(SCRATCH_RECURRENCE, o->state_size * SCAN_COLUMNS * sizeof(float));
+        thread_scratch(SCRATCH_RECURRENCE, 2 * o->state_size * SCAN_COLUMNS * sizeof(float));
     if (scratch == NULL) {
         atomic_store(operation_of_scan->out_of_memory, 1);
         return;

@@ -171,7 +171,7 @@ class StateScheduler:
         # Checkpoints of answers must not push out those of prompts.
         keeps_answers = self.cache.num_rows >= 2 * len(self._states)
         boundary = self._boundary(stop)
-        if boundary > max(start, sequence.num_prompt_tokens) and keeps_answers:
+        if boundary > start and boundary >= sequence.num_prompt_tokens and keeps_answers:
             found.append(boundary)
         return found
 

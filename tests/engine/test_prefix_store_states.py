@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from pathlib import Path
 
@@ -205,3 +206,33 @@ def test_engine_stats_count_states_and_tokens_without_one(hybrid: Path) -> None:
     bytes_of_layer = 4 * (width * channels + states.state[0].numel())
     assert more.state_checkpoint_bytes == 4 * 3 * bytes_of_layer  # three of four layers
     assert more.state_total_checkpoints == rows - OPTIONS.max_num_seqs
+
+
+@pytest.mark.parametrize("has_store", [False, True])
+def test_turns_of_conversations_find_nine_tenths_of_the_possible_blocks(
+    hybrid: Path, tmp_path: Path, has_store: bool
+) -> None:
+    if has_store:
+        engine: Engine = engine_with_store(hybrid, tmp_path / "kept")
+    else:
+        engine = load_engine(hybrid, OPTIONS)
+    lengths = itertools.cycle((23, 70, 41, 112))  # of what a user adds
+    num_found = 0
+    num_possible = 0
+    for conversation in range(3):
+        num_known = 0  # tokens that an earlier request shares
+        prompt = SYSTEM + TOKENS[500 + conversation : 600 + conversation]
+        for turn in range(6):
+            if turn == 0 and conversation:
+                num_known = len(SYSTEM)
+            answer, cached = run(engine, prompt)
+            num_found += cached
+            num_possible += num_known // 16 * 16
+            num_known = len(prompt) + len(answer) - 1  # the last token was never computed
+            start = next(lengths) + 10 * turn + conversation
+            prompt = [*prompt, *answer, *TOKENS[start : start + next(lengths)]]
+    assert 0.9 * num_possible < num_found <= num_possible
+    stats = engine.stats()
+    assert stats.prefix_hits_total == num_found
+    # Where two conversations part is known when the second arrives: the third finds its state.
+    assert stats.prefix_stateless_total == len(SYSTEM) // 16 * 16 - (PAGE_TOKENS * has_store)

@@ -534,6 +534,224 @@ static void check_xielu(int64_t size) {
     free(y);
 }
 
+/* ---- recurrent layers ---- */
+
+enum { STATE_ROWS = 6, STEP_TOKENS = 12 };
+
+/* A prompt with a checkpoint, a token whose state stays in its row, and draft tokens. */
+static const int64_t STEP_LENS[] = {8, 1, 3};
+static const int64_t INITIAL_ROWS[] = {-1, 1, 2};
+static const int64_t WRITE_STARTS[] = {0, 3, 4, 6};
+static const int64_t WRITE_ENDS[] = {2, 7, 8, 1, 1, 3};
+static const int64_t WRITE_ROWS[] = {3, 0, 0, 1, 4, 2};
+static const RecurrentRows STEP_ROWS = {3,          STEP_LENS,  INITIAL_ROWS,
+                                        WRITE_STARTS, WRITE_ENDS, WRITE_ROWS};
+
+static float sum_of_inputs(const CausalConv *o, const float *states, int64_t sequence,
+                           int64_t first_token, int64_t t, int64_t d, double *magnitude) {
+    double sum = o->bias ? o->bias[d] : 0;
+    *magnitude = fabs(sum) + 1;
+    for (int64_t k = 0; k < o->width; k++) {
+        int64_t at = t - o->width + 1 + k;
+        const float *x = o->x + (first_token + at) * o->x_stride + d;
+        int64_t row = INITIAL_ROWS[sequence];
+        double input = 0;
+        if (at >= 0)
+            input = o->gated ? x[0] * x[2 * o->n_channels] : x[0];
+        else if (row >= 0)
+            input = states[(row * (o->width - 1) + o->width - 1 + at) * o->n_channels + d];
+        sum += o->weight[d * o->width + k] * input;
+        *magnitude += fabs(o->weight[d * o->width + k] * input);
+    }
+    return (float)sum;
+}
+
+static void check_causal_conv(int64_t n_channels, int64_t width, int gated) {
+    int64_t x_stride = (gated ? 3 : 1) * n_channels + 5;
+    int64_t state_size = STATE_ROWS * (width - 1) * n_channels;
+    float *x = random_floats(STEP_TOKENS * x_stride, 2.0f);
+    float *weight = random_floats(n_channels * width, 1.0f);
+    float *bias = random_floats(n_channels, 1.0f);
+    float *state = random_floats(state_size, 1.0f);
+    float *before = allocate(state_size * sizeof *before);
+    memcpy(before, state, state_size * sizeof *before);
+    float *y = allocate(STEP_TOKENS * n_channels * sizeof *y);
+    CausalConv o = {
+        .x = x,
+        .x_stride = x_stride,
+        .weight = weight,
+        .bias = gated ? NULL : bias,
+        .state = state,
+        .y = y,
+        .n_tokens = STEP_TOKENS,
+        .n_channels = n_channels,
+        .width = width,
+        .silu = !gated,
+        .gated = gated,
+        .rows = STEP_ROWS,
+    };
+    expect(kernels->causal_conv(&o), "causal_conv", "out of memory");
+    int64_t first_token = 0;
+    for (int64_t sequence = 0; sequence < 3; first_token += STEP_LENS[sequence++])
+        for (int64_t t = 0; t < STEP_LENS[sequence]; t++)
+            for (int64_t d = 0; d < n_channels; d++) {
+                double magnitude;
+                double sum = sum_of_inputs(&o, before, sequence, first_token, t, d, &magnitude);
+                double c = x[(first_token + t) * x_stride + n_channels + d];
+                double expected = gated ? c * sum : sum * sigmoid(sum);
+                expect_close(y[(first_token + t) * n_channels + d], expected, 3 * magnitude,
+                             "causal_conv");
+            }
+    /* The last input of the state after the prompt, and an older one from the initial row. */
+    for (int64_t d = 0; d < n_channels; d++) {
+        const float *last = x + (STEP_LENS[0] - 1) * x_stride + d;
+        double input = gated ? last[0] * last[2 * n_channels] : last[0];
+        expect_close(state[(width - 2) * n_channels + d], input, 2, "causal_conv's state");
+        const float *older = before + (2 * (width - 1) + 1) * n_channels + d;
+        expect(state[4 * (width - 1) * n_channels + d] == *older, "causal_conv's state",
+               "an older input was expected");
+    }
+    free(x);
+    free(weight);
+    free(bias);
+    free(state);
+    free(before);
+    free(y);
+}
+
+/* One column of a head's state, token by token in double. */
+static void check_scan_column(const Mamba2Scan *o, const float *before, int64_t sequence,
+                              int64_t first_token, int64_t head, int64_t column) {
+    double state[64] = {0};
+    double largest = 1;
+    int64_t row = INITIAL_ROWS[sequence];
+    int64_t offset = head * o->state_size * o->head_dim + column;
+    int64_t row_size = o->n_heads * o->state_size * o->head_dim;
+    for (int64_t n = 0; row >= 0 && n < o->state_size; n++)
+        state[n] = before[row * row_size + offset + n * o->head_dim];
+    int64_t write = WRITE_STARTS[sequence];
+    for (int64_t t = 0; t < STEP_LENS[sequence]; t++) {
+        const float *xbc = o->xbc + (first_token + t) * o->xbc_stride;
+        double x = xbc[head * o->head_dim + column];
+        const float *B = xbc + o->n_heads * o->head_dim +
+                         head / (o->n_heads / o->n_groups) * o->state_size;
+        const float *C = B + o->n_groups * o->state_size;
+        double raw = o->dt[(first_token + t) * o->dt_stride + head] + o->dt_bias[head];
+        double dt = fmin(fmax(log1p(exp(raw)), o->min_dt), o->max_dt);
+        double decay = exp(-exp(o->A_log[head]) * dt);
+        double y = o->D[head] * x;
+        double magnitude = fabs(y);
+        for (int64_t n = 0; n < o->state_size; n++) {
+            state[n] = decay * state[n] + B[n] * dt * x;
+            y += C[n] * state[n];
+            magnitude += fabs(C[n] * state[n]);
+            largest = fmax(largest, fabs(state[n]));
+        }
+        expect_close(o->y[((first_token + t) * o->n_heads + head) * o->head_dim + column], y,
+                     3 * (magnitude + largest), "mamba2_scan");
+        for (; write < WRITE_STARTS[sequence + 1] && WRITE_ENDS[write] == t + 1; write++) {
+            int is_last = 1; /* of the writes to this row */
+            for (int64_t other = write + 1; other < WRITE_STARTS[sequence + 1]; other++)
+                is_last &= WRITE_ROWS[other] != WRITE_ROWS[write];
+            const float *written = o->state + WRITE_ROWS[write] * row_size + offset;
+            for (int64_t n = 0; is_last && n < o->state_size; n++)
+                expect_close(written[n * o->head_dim], state[n], 3 * largest,
+                             "mamba2_scan's state");
+        }
+    }
+}
+
+static void check_mamba2_scan(int64_t n_heads, int64_t head_dim, int64_t state_size,
+                              int64_t n_groups) {
+    int64_t xbc_stride = n_heads * head_dim + 2 * n_groups * state_size + 3;
+    int64_t dt_stride = n_heads + 2;
+    int64_t all_states = STATE_ROWS * n_heads * state_size * head_dim;
+    float *xbc = random_floats(STEP_TOKENS * xbc_stride, 1.0f);
+    float *dt = random_floats(STEP_TOKENS * dt_stride, 3.0f);
+    float *A_log = random_floats(n_heads, 2.0f);
+    float *D = random_floats(n_heads, 1.0f);
+    float *dt_bias = random_floats(n_heads, 1.0f);
+    float *state = random_floats(all_states, 1.0f);
+    float *before = allocate(all_states * sizeof *before);
+    memcpy(before, state, all_states * sizeof *before);
+    float *y = allocate(STEP_TOKENS * n_heads * head_dim * sizeof *y);
+    Mamba2Scan o = {
+        .xbc = xbc,
+        .xbc_stride = xbc_stride,
+        .dt = dt,
+        .dt_stride = dt_stride,
+        .A_log = A_log,
+        .D = D,
+        .dt_bias = dt_bias,
+        .state = state,
+        .y = y,
+        .n_tokens = STEP_TOKENS,
+        .n_heads = n_heads,
+        .head_dim = head_dim,
+        .state_size = state_size,
+        .n_groups = n_groups,
+        .min_dt = 0.1f,
+        .max_dt = 2.0f,
+        .rows = STEP_ROWS,
+    };
+    expect(kernels->mamba2_scan(&o), "mamba2_scan", "out of memory");
+    int64_t first_token = 0;
+    for (int64_t sequence = 0; sequence < 3; first_token += STEP_LENS[sequence++])
+        for (int64_t head = 0; head < n_heads; head++)
+            for (int64_t column = 0; column < head_dim; column++)
+                check_scan_column(&o, before, sequence, first_token, head, column);
+    free(xbc);
+    free(dt);
+    free(A_log);
+    free(D);
+    free(dt_bias);
+    free(state);
+    free(before);
+    free(y);
+}
+
+static void check_gated_group_norm(int64_t size, int64_t n_groups, int norm_before_gate) {
+    enum { ROWS = 3 };
+    int64_t group_size = size / n_groups;
+    float *x = random_floats(ROWS * size, 2.0f);
+    float *gate = random_floats(ROWS * (size + 1), 4.0f);
+    float *weight = random_floats(size, 1.0f);
+    float *y = allocate(ROWS * size * sizeof *y);
+    kernels->gated_group_rms_norm(&(GatedGroupNorm){
+        .x = x,
+        .gate = gate,
+        .gate_stride = size + 1,
+        .weight = weight,
+        .y = y,
+        .rows = ROWS,
+        .size = size,
+        .n_groups = n_groups,
+        .weight_stride = group_size,
+        .norm_before_gate = norm_before_gate,
+        .eps = 1e-5f,
+    });
+    for (int64_t i = 0; i < ROWS * size; i++) {
+        int64_t column = i % size;
+        const float *gates = gate + i / size * (size + 1);
+        int64_t first = column / group_size * group_size;
+        double squares = 0;
+        for (int64_t d = first; d < first + group_size; d++) {
+            double value = x[i - column + d];
+            if (!norm_before_gate)
+                value *= gates[d] * sigmoid(gates[d]);
+            squares += value * value;
+        }
+        double gated = x[i] * (gates[column] * sigmoid(gates[column]));
+        double factor = weight[column] / sqrt(squares / group_size + 1e-5);
+        expect_close(y[i], gated * factor, 5 * fabs(gated * factor) + 1e-3,
+                     "gated_group_rms_norm");
+    }
+    free(x);
+    free(gate);
+    free(weight);
+    free(y);
+}
+
 /* ---- the gated delta rule ---- */
 
 enum { DELTA_K_HEADS = 2, DELTA_V_HEADS = 4, DELTA_SEQUENCES = 3, DELTA_ROWS = 4 };
@@ -668,6 +886,18 @@ static void check_gated_norm(int64_t size) {
     free(gates);
     free(weight);
     free(y);
+}
+
+static void check_recurrent_layers(void) {
+    check_causal_conv(300, 4, 0);
+    check_causal_conv(75, 3, 1);
+    check_causal_conv(33, 6, 1);
+    check_mamba2_scan(2, 64, 32, 1);
+    check_mamba2_scan(6, 20, 9, 2);
+    check_mamba2_scan(3, 100, 16, 3);
+    check_gated_group_norm(96, 1, 0);
+    check_gated_group_norm(75, 3, 0);
+    check_gated_group_norm(64, 4, 1);
 }
 
 /* ---- attention ---- */
@@ -821,6 +1051,7 @@ static void check_level(void) {
     check_gated_delta_rule(7, 5);
     check_gated_delta_rule(16, 40);
     check_store_kv();
+    check_recurrent_layers();
     check_attention(64, 0, KV_F32, 0, 0, 0.0f, 0);
     check_attention(30, 0, KV_F32, 0, 33, 5.0f, 1);
     check_attention(20, 0, KV_INT8, 0, 0, 0.0f, 0);

@@ -143,6 +143,7 @@ COMPILED = [
     for gate in (0, 1)
 ]
 COMPILED += [(90, tile, gate, True) for tile in TILES for gate in (0, 3)]
+COMPILED += [(90, TILES[-1], 4, False)]
 
 
 @pytest.mark.parametrize(("capability", "tile", "gate", "is_mxfp4"), COMPILED)
@@ -150,6 +151,7 @@ def test_fused_moe_kernel_compiles(
     capability: int, tile: tuple[int, ...], gate: int, is_mxfp4: bool, tmp_path: Path
 ) -> None:
     _, BM, BN, BK, warps, stages = tile
+    is_gated = gate in (1, 2, 3)
     kinds = dict.fromkeys(("x", "w", "y"), "*bf16") | {
         "order": "*i32",
         "counts": "*i32",
@@ -165,9 +167,10 @@ def test_fused_moe_kernel_compiles(
         "GROUP": 0,
         "TOP_K": 8,
         "ACTIVATION": gate,
+        "GATED": is_gated,
         "PADDED_EXPERTS": 128,
         "BM": BM,
-        "BN": BN // 2 if gate else BN,
+        "BN": BN // 2 if is_gated else BN,
         "BK": BK,
     }
     compiled = compiled_for(

@@ -19,6 +19,7 @@ from llmkit.checkpoint.config_defaults import COMMON as COMMON_DEFAULTS
 from llmkit.common.errors import InputError
 from llmkit.model.families import SUPPORTED, model_spec
 from llmkit.model.hybrid_families import HYBRID_FAMILIES
+from llmkit.model.mla_families import MLA_FAMILIES
 
 SIZES: dict[str, Any] = {
     "vocab_size": 128,
@@ -56,6 +57,7 @@ GEMMA3_ROPE = {
     "full_attention": {"rope_type": "linear", "rope_theta": 54321.0, "factor": 8.0},
 }
 HYBRIDS = [kind for kind, _ in HYBRID_FAMILIES.values()]
+LATENTS = [kind for kind, _ in MLA_FAMILIES.values()]
 NEEDED: dict[str, dict[str, Any]] = {
     "helium": {"num_key_value_heads": 4},
     "hunyuan_v1_moe": {"moe_intermediate_size": 48},
@@ -63,12 +65,12 @@ NEEDED: dict[str, dict[str, Any]] = {
 # What a config of each family may say beside its sizes.
 VARIANTS: list[tuple[str, dict[str, Any]]] = [
     # Helium has 20 KV heads by default. Hunyuan's experts have the intermediate_size. Gemma 4 has a
-    # test of its own, and hybrid models have test_hybrid_families.py. Each layer of a Granite with
-    # sliding windows has a rope_theta of its own.
+    # test of its own; hybrid models have test_hybrid_families.py, and those with latent attention
+    # test_mla_families.py. Each layer of a Granite with sliding windows has its own rope_theta.
     *(
         (kind, NEEDED.get(kind, {}))
         for kind in FAMILIES
-        if kind not in ("gemma4_text", "granite_swa", "granitemoe_swa", *HYBRIDS)
+        if kind not in ("gemma4_text", "granite_swa", "granitemoe_swa", *HYBRIDS, *LATENTS)
     ),
     (
         "llama",

@@ -33,6 +33,7 @@ def results(path: str) -> dict[str, torch.Tensor]:
     )
     for layer in model.layers:
         stack_layer_experts(layer)
+        assert layer.layer.is_moe == (layer.fused_experts is not None)
     found["together"] = torch.cat(list(window_logits(model, WINDOWS)))
     for layer in model.layers:
         layer.has_lora_rows = True
@@ -65,6 +66,26 @@ def test_decoder_fused_experts_match_single_experts(architecture: str, tmp_path:
         found["0"] + found["123"], found["all"], atol=1e-5, rtol=1e-5
     )  # two ranks'
     assert found["0"].any() and found["123"].any()
+
+
+def test_decoder_fused_experts_without_gate_match_single_experts(tmp_path: Path) -> None:
+    """Those of Nemotron 3, which read and compute vectors of another size than the hidden one."""
+    path = tiny_checkpoint(
+        tmp_path,
+        "nemotron_h",
+        dtype="float32",
+        hybrid_override_pattern="EM",
+        n_routed_experts=4,
+        moe_intermediate_size=48,
+        moe_latent_size=32,
+        moe_shared_expert_intermediate_size=32,
+        mamba_num_heads=8,
+        mamba_head_dim=16,
+        n_groups=2,
+        ssm_state_size=16,
+    )
+    (found,) = interpreted("model.test_model_experts", "results", [(str(path),)], tmp_path)
+    torch.testing.assert_close(found["together"], found["apart"], atol=1e-4, rtol=1e-4)
 
 
 def test_experts_have_no_biases_where_other_mlps_have(tmp_path: Path) -> None:

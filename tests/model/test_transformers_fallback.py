@@ -132,7 +132,7 @@ def test_fallback_spec_has_the_checkpoints_name_of_the_output_projection() -> No
         ("t5", "T5ForConditionalGeneration", {}, "not as a causal language model"),
         ("bloom", "BloomForCausalLM", {}, "takes no position_ids"),
         ("gptj", "GPTJForCausalLM", {}, "registry of attention functions"),
-        ("deepseek_v3", "DeepseekV3ForCausalLM", {}, "its keys have 192 and its values 128"),
+        ("youtu", "YoutuForCausalLM", {}, "its keys have 192 and its values 128"),
         ("lfm2", "Lfm2ForCausalLM", {"layer_types": ["conv"] * 4}, "layers of the type conv"),
         ("llama4_text", "Llama4ForCausalLM", {}, "more than causal attention within a window"),
         ("bert", "BertLMHeadModel", {}, "its attention is not causal"),

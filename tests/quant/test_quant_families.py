@@ -50,6 +50,7 @@ ALL_METHODS = (
     "groups of experts, shared expert",
     "shared keys, input of each layer",
     "gated delta net, gate beside each query",
+    "latent attention",
     "one block each layer, experts without gate",
     "short convolutions",
 )
@@ -161,6 +162,13 @@ MAPPINGS = {
     "projections by key head": {
         "attn.qkv",
         "attn.o",
+        "mlp.experts.3.down",
+        "mlp.shared_expert.down",
+    },
+    "latent attention": {
+        "attn.qkv_a",
+        "attn.q_b",
+        "attn.kv_b",
         "mlp.experts.3.down",
         "mlp.shared_expert.down",
     },

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from llmkit.kernels.elementwise import act_and_mul
+from llmkit.kernels.elementwise import Activation, act, act_and_mul
 from llmkit.kernels.fused_experts import FusedExperts, copy_to_expert_stack, stack_experts
 from llmkit.model.decoder import DecoderLayer
 
@@ -23,14 +23,15 @@ class MoeCase:
     inner: int
     first: int = 0
     held: int = 0  # 0: all
-    gelu: bool = False
+    activation: Activation = "silu"  # "relu2": of experts without a gate
     spread: bool = True  # or all tokens choose the same
 
     @property
     def label(self) -> str:
         """The name of the test."""
         part = f", {self.held} from {self.first}" if self.held else ""
-        flags = f"{', gelu' * self.gelu}{', one place' * (not self.spread)}"
+        activation = "" if self.activation == "silu" else f", {self.activation}"
+        flags = f"{activation}{', one place' * (not self.spread)}"
         experts = f"{self.per} of {self.count}{part}"
         return f"{self.tokens} tokens, {experts}, {self.hidden} x {self.inner}{flags}"
 
@@ -41,7 +42,8 @@ MOE_CASES = [
     MoeCase(1, 2, 8, 64, 96),
     MoeCase(5, 8, 20, 96, 72),
     MoeCase(3, 1, 1, 64, 64),
-    MoeCase(40, 2, 4, 72, 40, gelu=True),
+    MoeCase(40, 2, 4, 72, 40, activation="gelu_tanh"),
+    MoeCase(150, 2, 4, 72, 40, activation="relu2"),
     MoeCase(33, 2, 3, 128, 130, spread=False),
     MoeCase(300, 4, 6, 64, 48),
     MoeCase(700, 2, 8, 48, 32, first=2, held=3),
@@ -49,7 +51,7 @@ MOE_CASES = [
 ]
 
 Arguments = tuple[
-    torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, int, int, bool
+    torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, int, int, Activation
 ]
 
 
@@ -62,7 +64,8 @@ def moe_arguments(case: MoeCase, dtype: torch.dtype, seed: int = 0) -> Arguments
         case.tokens, -1
     )
     weights, chosen = scores.topk(case.per)
-    gate_up = torch.randn(held, 2 * case.inner, case.hidden, generator=draw) / case.hidden**0.5
+    rows = case.inner if case.activation == "relu2" else 2 * case.inner
+    gate_up = torch.randn(held, rows, case.hidden, generator=draw) / case.hidden**0.5
     down = torch.randn(held, case.hidden, case.inner, generator=draw) / case.inner**0.5
     return (
         x.to(dtype),
@@ -72,7 +75,7 @@ def moe_arguments(case: MoeCase, dtype: torch.dtype, seed: int = 0) -> Arguments
         down.to(dtype),
         case.first,
         case.count,
-        case.gelu,
+        case.activation,
     )
 
 
@@ -84,7 +87,7 @@ def run_fused_experts(
     down: torch.Tensor,
     first: int,
     count: int,
-    gelu: bool,
+    activation: Activation,
 ) -> torch.Tensor:
     """By the kernels."""
     names = [
@@ -100,7 +103,14 @@ def run_fused_experts(
     ]
     stacks = stack_experts(put[::2]), stack_experts(put[1::2])
     assert stacks[0] is not None and stacks[1] is not None
-    return FusedExperts(stacks[0], stacks[1], first, count, gelu)(x, chosen, weights)
+    experts = FusedExperts(
+        *stacks,
+        first,
+        count,
+        gelu=activation == "gelu_tanh",
+        relu2=activation == "relu2",
+    )
+    return experts(x, chosen, weights)
 
 
 def expected(
@@ -111,7 +121,7 @@ def expected(
     down: torch.Tensor,
     first: int,
     count: int,
-    gelu: bool,
+    activation: Activation,
 ) -> torch.Tensor:
     """In float64, choice by choice."""
     out = torch.zeros(x.shape, dtype=torch.float64)
@@ -119,7 +129,9 @@ def expected(
         expert = int(chosen[token, place]) - first
         if 0 <= expert < len(down):
             both = (x[token].double() @ gate_up[expert].double().T)[None]
-            inner = act_and_mul(both, "gelu_tanh" if gelu else "silu")
+            inner = (
+                act(both, activation) if activation == "relu2" else act_and_mul(both, activation)
+            )
             out[token] += weights[token, place].double() * (inner @ down[expert].double().T)[0]
     return out
 

@@ -648,6 +648,7 @@ REPRESENTATIVES = (
     "mamba2",
     "nemotron-3",
     "lfm2-moe",
+    "qwen3-next",
 )
 
 
