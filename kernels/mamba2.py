@@ -13,7 +13,9 @@ from torch.nn.functional import silu, softplus
 
 from llmkit.kernels.causal_conv import sequence_writes
 from llmkit.kernels.cpu import cpu_mamba2
+from llmkit.kernels.mamba2_triton import gated_group_rms_norm_triton, mamba2_scan_triton
 from llmkit.kernels.recurrent_state import CHUNK_TOKENS, NO_ROW, RecurrentBatch, RecurrentState
+from llmkit.kernels.triton_support import runs_triton
 
 # Fewer tokens are computed one by one.
 MIN_CHUNK_TOKENS = 9
@@ -40,6 +42,8 @@ def mamba2_scan(
     inputs = (xbc, dt, A_log, D, dt_bias)
     if cpu_mamba2.supports(*inputs, state):
         return cpu_mamba2.mamba2_scan(*inputs, n_groups, time_step_limit, state, batch)
+    if runs_triton(xbc) and xbc.stride(1) == dt.stride(1) == 1:
+        return mamba2_scan_triton(*inputs, n_groups, time_step_limit, state, batch)
     return mamba2_scan_torch(*inputs, n_groups, time_step_limit, state, batch, CHUNK_TOKENS)
 
 
@@ -58,6 +62,10 @@ def gated_group_rms_norm(
     """
     if cpu_mamba2.supports_norm(x, gate, weight):
         return cpu_mamba2.gated_group_rms_norm(
+            x, gate, weight, eps, num_groups, norm_before_gate=norm_before_gate
+        )
+    if runs_triton(x) and x.is_contiguous() and gate.stride(1) == 1:
+        return gated_group_rms_norm_triton(
             x, gate, weight, eps, num_groups, norm_before_gate=norm_before_gate
         )
     gated = silu(gate.float())
