@@ -10,6 +10,7 @@ from itertools import pairwise
 from statistics import fmean, median
 from typing import Literal
 
+from llmkit.bench.draft_counts import DraftCounts
 from llmkit.common.errors import InputError, UsageError
 
 
@@ -76,6 +77,7 @@ class RunResult:
     wall_s: float
     timelines: list[RequestTimeline]  # in the order of the requests, failed ones included
     client_cpu_s: float | None = None  # processor time of the load client; None: no client
+    draft_counts: DraftCounts | None = None  # of speculative decoding; None: not known
 
 
 _LATENCY_STATISTICS = {"mean": None, "p50": 50.0, "p90": 90.0, "p95": 95.0, "p99": 99.0}
@@ -105,6 +107,8 @@ SPEED_METRICS = _by_name(
     Metric("request_rate", "request rate", "1/s", "higher"),
     *_latency_metrics(),
     Metric("goodput", "goodput", "1/s", "higher"),
+    Metric("acceptance", "draft tokens accepted", "share", "higher"),
+    Metric("acceptance_length", "tokens of a step with drafts", "tokens", "higher"),
     Metric("mbu", "memory bandwidth used (MBU)", "share", "higher"),
     Metric("mfu", "operations used (MFU)", "share", "higher"),
     Metric("gpu_power_w", "GPU power", "W", "lower"),
@@ -171,6 +175,8 @@ _LOWER_IS_BETTER = {
 
 CONDITIONAL_SPEED_METRICS = {
     "goodput",
+    "acceptance",
+    "acceptance_length",
     "mbu",
     "mfu",
     "gpu_power_w",
@@ -180,7 +186,7 @@ CONDITIONAL_SPEED_METRICS = {
     "client_busy",
     "client_late_ms",
 }
-"""The metrics of SPEED_METRICS that need an option, a GPU, measured peaks or a load client."""
+"""The metrics of SPEED_METRICS that need an option, a GPU, measured peaks, a client or drafts."""
 
 
 def find_metric(name: str) -> Metric | None:

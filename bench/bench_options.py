@@ -19,6 +19,7 @@ from llmkit.common.options import (
     CpuActivations,
     Option,
 )
+from llmkit.runtime.engine.speculation import SPECULATION, check_speculation
 
 LOAD_PANEL = "Load"
 QUALITY_PANEL = "Quality"
@@ -353,6 +354,23 @@ class BenchOptions:
             "Maximum tokens of a request, for checkpoints.",
             metavar="N|auto",
             format=count_or_auto(),
+        ),
+    ] = None
+    speculate: Annotated[
+        int | str,
+        Option(
+            "How checkpoints draft tokens, as --speculate of `llmkit serve`.",
+            metavar="N|METHOD[:N]",
+            format=SPECULATION,
+            check=check_speculation,
+        ),
+    ] = 0
+    draft_model: Annotated[
+        str | None,
+        Option(
+            "The draft model or EAGLE-3 head of checkpoints, as --draft-model of `llmkit serve`.",
+            metavar="MODEL",
+            unset="none",
         ),
     ] = None
     tokenizer: Annotated[

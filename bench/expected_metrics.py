@@ -13,12 +13,14 @@ from llmkit.bench.bench_metrics import (
     STARTUP_METRICS,
     TASK_PREFIX,
 )
+from llmkit.bench.bench_options import BenchOptions
 from llmkit.bench.bench_plan import BenchPlan, Target
 from llmkit.bench.bench_report import require_single_target
 from llmkit.bench.gates import require_gate_metrics
 from llmkit.bench.server_quality import PromptLogprobsClient
 from llmkit.bench.startup import STARTUP_STAGES, stage_metric_name
 from llmkit.common.errors import UsageError
+from llmkit.runtime.engine.speculation import parse_speculation
 
 # By the kind of a target: the metrics of starting and stopping it.
 _LIFECYCLE_METRICS = {
@@ -27,6 +29,7 @@ _LIFECYCLE_METRICS = {
 }
 _CLIENT_METRICS = ("client_us", "client_busy", "client_late_ms")
 _GPU_ENERGY_METRICS = ("gpu_power_w", "energy_per_token_j")
+_DRAFT_METRICS = ("acceptance", "acceptance_length")
 
 
 def check_gates_are_measurable(plan: BenchPlan) -> None:
@@ -103,10 +106,17 @@ def _has_conditional_metric(plan: BenchPlan, target: Target, metric: str) -> boo
         return plan.has_utilization(target)
     if metric in _GPU_ENERGY_METRICS:
         return target.checkpoint is not None and plan.gpus.energy_j() is not None
+    if metric in _DRAFT_METRICS:
+        return target.checkpoint is not None and drafts_always(plan.options)
     if metric == "goodput":
         return bool(plan.slo)
     assert metric == "cost_per_million"
     return plan.options.price_per_hour is not None
+
+
+def drafts_always(options: BenchOptions) -> bool:
+    """Whether checkpoints surely draft tokens, which no text decides."""
+    return options.draft_model is not None or parse_speculation(options.speculate).method == "mtp"
 
 
 def missing_metrics(plan: BenchPlan, target: Target) -> dict[str, str]:
@@ -157,6 +167,10 @@ def missing_metrics(plan: BenchPlan, target: Target) -> dict[str, str]:
         (("mbu", "mfu"), no_speed or no_utilization),
         ((*_GPU_ENERGY_METRICS, "peak_gpu_bytes"), no_speed or no_gpu),
         (_CLIENT_METRICS, "--offline has no client" if offline else no_speed),
+        (
+            _DRAFT_METRICS,
+            no_speed or "no --draft-model and no --speculate mtp; other drafts may find nothing",
+        ),
         (("goodput",), "no --slo" if options.speed else no_speed),
         (("cost_per_million",), "no --price-per-hour" if options.speed else no_speed),
         (("perplexity",), no_perplexity),

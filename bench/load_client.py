@@ -20,6 +20,7 @@ from typing import Any
 import aiohttp
 
 from llmkit.bench.bench_metrics import RequestTimeline, RunResult
+from llmkit.bench.draft_counts import DraftCounts, parse_draft_counts
 from llmkit.bench.workload import WorkloadRequest, group_conversations
 from llmkit.common.errors import InputError, ShortageError
 from llmkit.common.sse import EventParser
@@ -74,13 +75,33 @@ def run_load(
     A client sends its next request when the last one is answered and the scheduled time has come.
     """
     bodies = [_request_body(server, request) for request in requests]
+    counts_before = read_draft_counts(server)
     wall_s, client_cpu_s, records = asyncio.run(
         _run_clients(server, requests, bodies, max_concurrency)
     )
+    counts = read_draft_counts(server) if counts_before is not None else None
     timelines = [
         parse_record(record, request) for record, request in zip(records, requests, strict=True)
     ]
-    return RunResult(wall_s, timelines, client_cpu_s)
+    if counts is not None and counts_before is not None:
+        counts = counts.since(counts_before)
+    return RunResult(wall_s, timelines, client_cpu_s, counts)
+
+
+def read_draft_counts(server: Server) -> DraftCounts | None:
+    """A server's counters of speculative decoding; None when it has no /metrics."""
+    with suppress(aiohttp.ClientError, OSError, TimeoutError):
+        return asyncio.run(_read_draft_counts(server.url))
+    return None
+
+
+async def _read_draft_counts(url: str) -> DraftCounts | None:
+    async with (
+        open_session(CONNECT_TIMEOUT_S) as session,
+        session.get(f"{url}/metrics", allow_redirects=False) as response,
+    ):
+        text = await response.text(errors="replace")
+    return parse_draft_counts(text) if response.status == 200 else None
 
 
 def parse_record(record: RequestRecord, request: WorkloadRequest) -> RequestTimeline:

@@ -19,6 +19,7 @@ from llmkit.bench.bench_metrics import (
 )
 from llmkit.bench.bench_plan import BenchPlan, Target
 from llmkit.bench.bench_report import BenchReport, RequestMetrics
+from llmkit.bench.draft_counts import acceptance_metrics
 from llmkit.bench.gpu_monitor import energy_metrics
 from llmkit.bench.load_modes import is_saturated
 from llmkit.bench.model_costs import count_model_costs, utilization
@@ -149,6 +150,7 @@ def _measure_run(
     require_complete(run.timelines, target.name, scenario.name)
     metrics = calculate_metrics(run.timelines, run.wall_s, plan.slo)
     metrics |= calculate_client_metrics(run)
+    metrics |= acceptance_metrics(run.draft_counts)
     if plan.options.price_per_hour is not None:
         price_per_s = plan.options.price_per_hour / 3600
         metrics["cost_per_million"] = price_per_s * 1e6 / metrics["output_tps"]
@@ -222,7 +224,9 @@ def _make_backend(plan: BenchPlan, target: Target) -> Backend:
             max_model_len=options.max_model_len,
             threads=options.threads,
             cpu_activations=options.cpu_activations,
-        )
+            speculate=options.speculate,
+            draft_model=options.draft_model,
+        ).with_draft_tokens()
         return OfflineBackend(target.name, reference, context_tokens, engine_options)
     arguments = ["--device", plan.device, "--dtype", options.dtype]
     arguments += ["--cpu-activations", options.cpu_activations]
@@ -230,6 +234,10 @@ def _make_backend(plan: BenchPlan, target: Target) -> Backend:
         arguments += ["--threads", str(options.threads)]
     if options.max_model_len is not None:
         arguments += ["--max-model-len", str(options.max_model_len)]
+    if options.speculate:
+        arguments += ["--speculate", str(options.speculate)]
+    if options.draft_model is not None:
+        arguments += ["--draft-model", options.draft_model]
     return ServedBackend(target.name, reference, context_tokens, arguments)
 
 

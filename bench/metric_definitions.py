@@ -12,6 +12,9 @@ DEFINITIONS: dict[str, str] = {
     "p50, p90, p95, p99": "percentiles over requests (ITL: over gaps), linearly interpolated"
     " between ranks",
     "goodput": "requests a second that meet every bound of --slo",
+    "acceptance": "of speculative decoding: accepted draft tokens over proposed ones, and the mean"
+    " tokens that a step with drafts adds to a request, the model's own included; from the server's"
+    " counters before and after each run",
     "repetitions": "figures are medians over repetitions of the same lengths with other text"
     " (recorded conversations: other ones, while there are any); intervals are 95 % of their mean"
     " by Student's t; targets that took turns are compared by a paired t test, others by Welch's,"

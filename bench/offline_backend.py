@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import torch
 
 from llmkit.bench.bench_metrics import RequestTimeline, RunResult
+from llmkit.bench.draft_counts import DraftCounts
 from llmkit.bench.host_memory import ProcessMemoryTracker
 from llmkit.bench.workload import WorkloadRequest, group_conversations
 from llmkit.runtime.engine.engine import Engine
@@ -109,6 +110,7 @@ def run_engine(
     states: dict[str, _RequestState] = {}  # by request id
     waiting = deque(deque(conversation) for conversation in group_conversations(requests))
     num_running = 0
+    counts_before = _draft_counts(engine)
     start_s = time.perf_counter()
 
     def add_next(conversation: deque[WorkloadRequest]) -> None:
@@ -150,4 +152,10 @@ def run_engine(
         else:
             error = "the request before it in its conversation failed"
             timelines.append(RequestTimeline(request.id, 0.0, error=error))
-    return RunResult(wall_s, timelines)
+    counts = _draft_counts(engine).since(counts_before)
+    return RunResult(wall_s, timelines, draft_counts=counts)
+
+
+def _draft_counts(engine: Engine) -> DraftCounts:
+    stats = engine.stats()
+    return DraftCounts(stats.drafts_total, stats.drafted_total, stats.accepted_total)

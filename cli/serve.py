@@ -25,9 +25,6 @@ from llmkit.runtime.server.serve_options import SERVER_PANEL, ServeOptions, defa
 if TYPE_CHECKING:
     from rich.console import Console
 
-# Draft tokens of a draft model without --speculate.
-DRAFT_TOKENS = 4
-
 
 @dataclass(frozen=True, kw_only=True)
 class ServeArguments:
@@ -151,11 +148,9 @@ def server_options(arguments: ServeArguments, debug: bool = False) -> ServeOptio
                 f"--lora {name}={directory}: {directory} is not a directory",
                 "An adapter as peft saves it was expected",
             )
-    if engine.draft_model and not engine.speculate:
-        engine = replace(engine, speculate=DRAFT_TOKENS)
     return replace(
         options,
-        engine=engine,
+        engine=engine.with_draft_tokens(),
         served_model_name=names[0] if names else None,
         aliases=names[1:],
         debug=debug,

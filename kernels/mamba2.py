@@ -58,7 +58,8 @@ def gated_group_rms_norm(
     """norm(x * silu(gate)) * weight, with an RMS norm of each of num_groups equal parts of a row.
 
     With norm_before_gate: norm(x) * weight * silu(gate). Without a weight: x * silu(gate).
-    x, gate: [T, size]; weight: [size]. Computes in float32. Returns x's shape and dtype.
+    x, gate: [T, size]; weight: [size], or [size / num_groups], which all groups share. Computes in
+    float32. Returns x's shape and dtype.
     """
     if cpu_mamba2.supports_norm(x, gate, weight):
         return cpu_mamba2.gated_group_rms_norm(
@@ -76,7 +77,8 @@ def gated_group_rms_norm(
         y = y * gated
     groups = y.unflatten(1, (num_groups, -1))
     variance = groups.square().mean(-1, keepdim=True)
-    y = (groups * torch.rsqrt(variance + eps)).flatten(1) * weight.float()
+    weights = weight.float().view(-1, groups.shape[2])
+    y = (groups * torch.rsqrt(variance + eps) * weights).flatten(1)
     return (y * gated if norm_before_gate else y).to(x.dtype)
 
 

@@ -139,9 +139,10 @@ def gated_group_rms_norm_triton(
             eps,
             SIZE=size,
             GROUP_SIZE=group_size,
+            WEIGHT_STRIDE=0 if weight is not None and len(weight) < size else group_size,
             NORM_BEFORE_GATE=norm_before_gate,
             TILE=tile,
-            num_warps=min(16, max(4, tile // 1024)),
+            num_warps=max(1, min(16, tile // 1024)),
         )
     return y
 
@@ -399,13 +400,18 @@ def _gated_group_norm_kernel(
     eps: tl.tensor,
     SIZE: tl.constexpr,
     GROUP_SIZE: tl.constexpr,
+    WEIGHT_STRIDE: tl.constexpr,
     NORM_BEFORE_GATE: tl.constexpr,
     TILE: tl.constexpr,
 ) -> None:
-    """A program computes a group of a row."""
+    """A program computes a group of a row.
+
+    WEIGHT_STRIDE: from the weight of a group to that of the next; 0: all groups share one.
+    """
     row = tl.program_id(0).to(tl.int64)
     d = tl.arange(0, TILE)
     inside = d < GROUP_SIZE
+    in_weight = tl.program_id(1) * WEIGHT_STRIDE + d
     d += tl.program_id(1) * GROUP_SIZE
     values = tl.load(x + row * SIZE + d, mask=inside, other=0.0).to(tl.float32)
     gates = tl.load(gate + row * gate_stride + d, mask=inside, other=0.0).to(tl.float32)
@@ -414,7 +420,7 @@ def _gated_group_norm_kernel(
         values *= gates
     if weight is not None:
         variance = tl.sum(values * values, 0) / GROUP_SIZE
-        factors = tl.load(weight + d, mask=inside, other=0.0).to(tl.float32)
+        factors = tl.load(weight + in_weight, mask=inside, other=0.0).to(tl.float32)
         values = values * tl.rsqrt(variance + eps) * factors
     if NORM_BEFORE_GATE:
         values *= gates

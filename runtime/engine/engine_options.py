@@ -1,6 +1,6 @@
 """The options of an engine. No torch here: the API process and the command line use them, too."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated
 
 from llmkit.common.errors import UsageError
@@ -23,6 +23,7 @@ from llmkit.runtime.engine.speculation import (
 
 MODEL_PANEL = "Model"
 MEMORY_PANEL = "Memory"
+DRAFT_TOKENS = 4  # of a draft model without --speculate
 
 
 def parse_adapters(option: str, values: list[str]) -> dict[str, str]:
@@ -246,6 +247,12 @@ class EngineOptions:
             panel=PERFORMANCE_PANEL,
         ),
     ] = 1
+
+    def with_draft_tokens(self) -> "EngineOptions":
+        """These options, with a number of draft tokens where only the draft model is given."""
+        if self.draft_model is None or self.speculate:
+            return self
+        return replace(self, speculate=DRAFT_TOKENS)
 
     @property
     def speculation(self) -> Speculation:

@@ -164,6 +164,25 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("internlm3", {"qkv_bias": True, "bias": True}),
     ("qwen3_moe", {"norm_topk_prob": True, "mlp_only_layers": [1], "decoder_sparse_step": 2}),
     ("qwen3_moe", {"use_sliding_window": True, "sliding_window": 12, "attention_bias": True}),
+    # As released: Qwen3-Next and Qwen3.5 say how often full attention comes.
+    (
+        "qwen3_next",
+        {
+            "full_attention_interval": 4,
+            "partial_rotary_factor": 0.25,
+            "rope_theta": 1e7,
+            "decoder_sparse_step": 2,
+            "mlp_only_layers": [3],
+        },
+    ),
+    (
+        "qwen3_5_text",
+        {
+            "full_attention_interval": 3,
+            "attn_output_gate": True,
+            "rope_parameters": {"rope_theta": 1e7, "rope_type": "default"},
+        },
+    ),
 ]
 
 
@@ -219,6 +238,8 @@ def test_model_spec_agrees_with_transformers(kind: str, values: dict[str, Any]) 
         for name in types
     ]
     assert [layer.sliding_window for layer in spec.layers] == windows
+    is_linear = [layer.mixer == "gated_delta_net" for layer in spec.layers]
+    assert is_linear == [name == "linear_attention" for name in types]
     if kind == "smollm3":
         assert [layer.rope is not None for layer in spec.layers] == [
             bool(rotary) for rotary in theirs.no_rope_layers
@@ -314,6 +335,12 @@ def test_model_spec_refuses_contradictions_of_gemma4(values: dict[str, Any], mes
         ("qwen2", {"layer_types": HALF[:3]}, "for 3 layers"),
         ("qwen2", {"layer_types": ["linear_attention"] * 8}, "the layer_types linear_attention"),
         ("smollm3", {"no_rope_layers": [1]}, "1 no_rope_layers"),
+        ("qwen3_5_text", {"layer_types": HALF}, "the layer_types sliding_attention, full_att"),
+        ("qwen3_5_text", {"layer_types": FULL[:3]}, "full_attention for 3 layers. linear_att"),
+        ("qwen3_5_text", {"full_attention_interval": 0}, "full_attention_interval 0. A positive"),
+        ("qwen3_5_text", {"linear_num_value_heads": 24}, "16 key heads of 128, 24 value heads"),
+        ("qwen3_next", {"linear_conv_kernel_dim": 0}, "convolutions of 0. Positive"),
+        ("qwen3_next", {"attn_output_gate": False}, "attn_output_gate 'False'. One of True"),
         ("llama", {"model_type": "gpt2"}, "model_type 'gpt2'. llama"),
         ("glm4_moe", {"scoring_func": "softmax"}, "scoring_func 'softmax'. One of sigmoid"),
         ("minimax_m2", {"scoring_func": "sqrtsoftplus"}, "scoring_func 'sqrtsoftplus'"),

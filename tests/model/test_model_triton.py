@@ -11,12 +11,14 @@ from support.tiny_families import family_oracle
 from support.triton_checks import interpreted
 
 from llmkit.checkpoint.open_checkpoint import open_checkpoint
-from llmkit.kernels import elementwise
+from llmkit.kernels import elementwise, gated_delta_net
 from llmkit.kernels import paged_attention as paged
 from llmkit.kernels.attention_metadata import AttentionBatch
 from llmkit.kernels.cpu import cpu_kernels
+from llmkit.kernels.recurrent_state import NO_ROW, RecurrentBatch
 from llmkit.model import decoder
 from llmkit.model.decoder import Decoder
+from llmkit.model.language_model import new_layer_caches
 from llmkit.model.weight_loader import load_model
 
 BLOCK = 16
@@ -27,12 +29,18 @@ def chunks(model: Decoder, kv_cache_dtype: str | None) -> torch.Tensor:
     """The logits of two sequences: their prompts, and a step after them."""
     draw = torch.Generator().manual_seed(2)
     tokens = torch.randint(3, model.spec.vocab_size, (2, 18), generator=draw)
-    caches = [model.new_kv_cache(6, BLOCK, kv_cache_dtype) for _ in model.layers]
+    caches = new_layer_caches(model, lambda _: 6, BLOCK, kv_cache_dtype, num_state_rows=2)
+    rows = [NO_ROW, NO_ROW]  # of recurrent states
     found = []
     done = [0, 0]
     for counts in ([5, 17], [1, 1]):
         stops = [start + count for start, count in zip(done, counts, strict=True)]
-        batch = AttentionBatch.build(counts, stops, {None: [[4, 1], [0, 3]]}, BLOCK)
+        writes = [[(count, row)] for row, count in enumerate(counts)]
+        recurrent = RecurrentBatch.build(counts, rows, writes)
+        batch = AttentionBatch.build(
+            counts, stops, {None: [[4, 1], [0, 3]]}, BLOCK, recurrent=recurrent
+        )
+        rows = [0, 1]
         places = torch.cat(
             [torch.arange(start, stop) for start, stop in zip(done, stops, strict=True)]
         )
@@ -51,7 +59,7 @@ def both(path: str, kv_cache_dtype: str | None) -> tuple[torch.Tensor, torch.Ten
     model = load_model(open_checkpoint(Path(path)), torch.float32)
     by_torch = chunks(model, kv_cache_dtype)
     with pytest.MonkeyPatch.context() as patch:
-        for module in (elementwise, decoder):
+        for module in (elementwise, decoder, gated_delta_net):
             patch.setattr(module, "runs_triton", lambda _: True)
         patch.setattr(paged, "runs_triton", lambda _: not asked.append(True))
         patch.setattr(paged, "num_programs", lambda *_: 4)
@@ -72,6 +80,7 @@ CASES = [
     ("mixtral", None),
     ("gpt-oss", None),
     ("qwen3-moe", None),
+    ("qwen3-next", None),
     ("qwen3", "int8"),
     ("llama", "fp8"),
 ]
@@ -97,7 +106,8 @@ def test_decoder_triton_matches_torch(
     family: str, kv_cache_dtype: str | None, logits: list[tuple[torch.Tensor, torch.Tensor, int]]
 ) -> None:
     by_torch, by_kernels, asked = logits[CASES.index((family, kv_cache_dtype))]
-    assert asked == 2 * 2 * 4, "in two steps, for each layer's place and attention"
+    attention_layers = 1 if family == "qwen3-next" else 4
+    assert asked == 2 * 2 * attention_layers, "in two steps, for each layer's place and attention"
     error = 2e-4 if kv_cache_dtype is None else 5e-2  # a code may be its neighbour
     torch.testing.assert_close(by_kernels, by_torch, atol=error, rtol=error)
     assert not torch.equal(by_kernels, by_torch)
