@@ -75,7 +75,7 @@ def gated_group_rms_norm(
         return (y * gated).to(x.dtype)
     if not norm_before_gate:
         y = y * gated
-    groups = y.unflatten(1, (num_groups, -1))
+    groups = y.reshape(len(y), num_groups, -1)
     variance = groups.square().mean(-1, keepdim=True)
     weights = weight.float().view(-1, groups.shape[2])
     y = (groups * torch.rsqrt(variance + eps) * weights).flatten(1)
@@ -102,7 +102,7 @@ def mamba2_scan_torch(
     _, heads, state_size, head_dim = state.state.shape
     sizes = (heads * head_dim, n_groups * state_size, n_groups * state_size)
     x, B, C = xbc.float().split(sizes, dim=1)
-    x = x.unflatten(1, (heads, head_dim))
+    x = x.view(-1, heads, head_dim)
     B = _for_heads(B, n_groups, heads)
     C = _for_heads(C, n_groups, heads)
     dt = softplus(dt.float() + dt_bias.float()).clamp(*time_step_limit)
@@ -134,7 +134,8 @@ def mamba2_scan_torch(
 
 def _for_heads(values: torch.Tensor, n_groups: int, heads: int) -> torch.Tensor:
     """[T, G * N] -> [T, H, N]: each head has the values of its group."""
-    return values.unflatten(1, (n_groups, -1)).repeat_interleave(heads // n_groups, dim=1)
+    groups = values.view(len(values), n_groups, -1)
+    return groups.repeat_interleave(heads // n_groups, dim=1)
 
 
 def _scan_tokens(

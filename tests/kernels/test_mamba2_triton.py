@@ -160,7 +160,13 @@ def test_recurrent_kernels_compile(capability: int, tmp_path: Path) -> None:
     sizes |= {"MAX_TOKENS": 16, "COLUMNS": 32, "CHUNK": 64, "PRECISION": "ieee"}
     outputs = sizes | {"COLUMNS": 64, "STATE_TILE": 64}
     conv = {"WIDTH": 4, "STATE_TILE": 4, "SILU": True, "GATED": False, "CHANNELS": 128}
-    norm = {"SIZE": 8192, "GROUP_SIZE": 8192, "NORM_BEFORE_GATE": False, "TILE": 8192}
+    norm = {
+        "SIZE": 8192,
+        "GROUP_SIZE": 8192,
+        "WEIGHT_STRIDE": 8192,
+        "NORM_BEFORE_GATE": False,
+        "TILE": 8192,
+    }
     gpu = mamba2_triton
     for kernel, constants, warps in (
         (causal_conv_triton._causal_conv_kernel, conv | {"TOKENS": 16}, 4),
