@@ -121,6 +121,7 @@ SPEED_METRICS = _by_name(
     Metric("requests", "requests", "", "neither", headline=False),
     Metric("prompt_tokens", "prompt tokens", "tokens", "neither", headline=False),
     Metric("cached_tokens", "prompt tokens from the cache", "tokens", "neither", headline=False),
+    Metric("cache_hit_rate", "prompt tokens from the cache", "share", "higher", headline=False),
     Metric("output_tokens", "output tokens", "tokens", "neither", headline=False),
 )
 """Measured once for each scenario. In a gate, `online.output_tps` selects one scenario."""
@@ -250,6 +251,7 @@ def calculate_metrics(
         timeline.error is None and timeline.arrivals_s for timeline in timelines
     )
     prompt_tokens = sum(timeline.prompt_tokens for timeline in timelines)
+    cached_tokens = sum(timeline.cached_tokens for timeline in timelines)
     output_tokens = sum(timeline.output_tokens for timeline in timelines)
     metrics: dict[str, float] = {
         "output_tps": output_tokens / wall_s,
@@ -276,7 +278,8 @@ def calculate_metrics(
         "wall_s": wall_s,
         "requests": len(timelines),
         "prompt_tokens": prompt_tokens,
-        "cached_tokens": sum(timeline.cached_tokens for timeline in timelines),
+        "cached_tokens": cached_tokens,
+        "cache_hit_rate": cached_tokens / max(1, prompt_tokens),
         "output_tokens": output_tokens,
     }
 

@@ -12,6 +12,8 @@ DEFINITIONS: dict[str, str] = {
     "p50, p90, p95, p99": "percentiles over requests (ITL: over gaps), linearly interpolated"
     " between ranks",
     "goodput": "requests a second that meet every bound of --slo",
+    "cache hit rate": "prompt tokens that the target took from its prefix cache, by each request's"
+    " usage, over all prompt tokens",
     "acceptance": "of speculative decoding: accepted draft tokens over proposed ones, and the mean"
     " tokens that a step with drafts adds to a request, the model's own included; from the server's"
     " counters before and after each run",

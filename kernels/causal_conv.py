@@ -13,8 +13,10 @@ from collections.abc import Iterator
 import torch
 from torch.nn.functional import silu as torch_silu
 
+from llmkit.kernels.causal_conv_triton import causal_conv_triton
 from llmkit.kernels.cpu import cpu_causal_conv
 from llmkit.kernels.recurrent_state import NO_ROW, RecurrentBatch, RecurrentState
+from llmkit.kernels.triton_support import runs_triton
 
 
 def causal_conv(
@@ -33,6 +35,8 @@ def causal_conv(
     """
     if cpu_causal_conv.supports(x, weight, bias, state):
         return cpu_causal_conv.causal_conv(x, weight, bias, state, batch, silu=silu, gated=False)
+    if runs_triton(x) and x.stride(1) == 1:
+        return causal_conv_triton(x, weight, bias, state, batch, silu=silu, gated=False)
     return causal_conv_torch(x, weight, bias, state, batch, silu)
 
 
@@ -49,6 +53,8 @@ def gated_short_conv(
     """
     if cpu_causal_conv.supports(bcx, weight, bias, state):
         return cpu_causal_conv.causal_conv(bcx, weight, bias, state, batch, silu=False, gated=True)
+    if runs_triton(bcx) and bcx.stride(1) == 1:
+        return causal_conv_triton(bcx, weight, bias, state, batch, silu=False, gated=True)
     return gated_short_conv_torch(bcx, weight, bias, state, batch)
 
 

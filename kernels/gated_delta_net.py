@@ -20,10 +20,11 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch.nn.functional import pad, silu, softplus
+from torch.nn.functional import pad, softplus
 
-from llmkit.kernels.cpu import cpu_gated_delta_net, cpu_mamba2
+from llmkit.kernels.cpu import cpu_gated_delta_net
 from llmkit.kernels.gated_delta_net_triton import L2_NORM_EPS, gated_delta_rule_triton
+from llmkit.kernels.mamba2 import gated_group_rms_norm
 from llmkit.kernels.recurrent_state import CHUNK_TOKENS, NO_ROW, RecurrentBatch, RecurrentState
 from llmkit.kernels.triton_support import runs_triton
 
@@ -73,17 +74,11 @@ def gated_rms_norm(
 
     x, z: [N, D] or [T, N, D]; weight: [D]. Computed in float32. Returns x's shape and dtype.
     """
-    rows, gates = x.flatten(1), z.flatten(1)
-    if cpu_mamba2.supports_norm(rows, gates, weight):
-        num_groups = x.shape[1] if x.dim() == 3 else 1
-        y = cpu_mamba2.gated_group_rms_norm(
-            rows, gates, weight, eps, num_groups, norm_before_gate=True
-        )
-        return y.view_as(x)
-    wide = x.float()
-    normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-    weighted = weight * normed.to(x.dtype)
-    return (weighted * silu(z.float())).to(x.dtype)
+    num_groups = x.shape[1] if x.dim() == 3 else 1
+    y = gated_group_rms_norm(
+        x.flatten(1), z.flatten(1), weight, eps, num_groups, norm_before_gate=True
+    )
+    return y.view_as(x)
 
 
 def gated_delta_rule_torch(
@@ -243,4 +238,4 @@ def _cut_into_chunks(values: torch.Tensor, size: int) -> torch.Tensor:
     """
     missing = -len(values) % size
     padded = pad(values.transpose(0, 1), (0, 0) * (values.dim() - 2) + (0, missing))
-    return padded.unflatten(1, (-1, size))
+    return padded.reshape(len(padded), -1, size, *padded.shape[2:])

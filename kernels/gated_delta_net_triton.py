@@ -98,7 +98,8 @@ def _mix_chunks(
     attention = qkv.new_empty(num_tokens, num_v_heads, CHUNK_TOKENS)
     decays = torch.empty(num_tokens, num_v_heads, device=qkv.device)
     padded_v = max(16, 1 << (v_dim - 1).bit_length())
-    precision = "ieee" if qkv.dtype == torch.float32 else "tf32"  # of products of float32
+    # Of products of float32. Not all AMD GPUs have TF32.
+    precision = "ieee" if qkv.dtype == torch.float32 or is_amd() else "tf32"
     _delta_chunks_kernel[len(chunks.first_tokens), num_v_heads](
         qkv,
         ba,
@@ -117,7 +118,7 @@ def _mix_chunks(
         PADDED_V=padded_v,
         CHUNK=CHUNK_TOKENS,
         PRECISION=precision,
-        num_warps=8,
+        num_warps=4 if is_amd() else 8,  # a thread of an AMD GPU has more registers
         **sizes,
     )
     _delta_states_kernel[len(chunks.sequences), num_v_heads, -(-v_dim // BLOCK_V)](

@@ -13,7 +13,9 @@ from torch.nn.functional import silu, softplus
 
 from llmkit.kernels.causal_conv import sequence_writes
 from llmkit.kernels.cpu import cpu_mamba2
+from llmkit.kernels.mamba2_triton import gated_group_rms_norm_triton, mamba2_scan_triton
 from llmkit.kernels.recurrent_state import CHUNK_TOKENS, NO_ROW, RecurrentBatch, RecurrentState
+from llmkit.kernels.triton_support import runs_triton
 
 # Fewer tokens are computed one by one.
 MIN_CHUNK_TOKENS = 9
@@ -40,6 +42,8 @@ def mamba2_scan(
     inputs = (xbc, dt, A_log, D, dt_bias)
     if cpu_mamba2.supports(*inputs, state):
         return cpu_mamba2.mamba2_scan(*inputs, n_groups, time_step_limit, state, batch)
+    if runs_triton(xbc) and xbc.stride(1) == dt.stride(1) == 1:
+        return mamba2_scan_triton(*inputs, n_groups, time_step_limit, state, batch)
     return mamba2_scan_torch(*inputs, n_groups, time_step_limit, state, batch, CHUNK_TOKENS)
 
 
@@ -54,10 +58,15 @@ def gated_group_rms_norm(
     """norm(x * silu(gate)) * weight, with an RMS norm of each of num_groups equal parts of a row.
 
     With norm_before_gate: norm(x) * weight * silu(gate). Without a weight: x * silu(gate).
-    x, gate: [T, size]; weight: [size]. Computes in float32. Returns x's shape and dtype.
+    x, gate: [T, size]; weight: [size], or [size / num_groups], which all groups share. Computes in
+    float32. Returns x's shape and dtype.
     """
     if cpu_mamba2.supports_norm(x, gate, weight):
         return cpu_mamba2.gated_group_rms_norm(
+            x, gate, weight, eps, num_groups, norm_before_gate=norm_before_gate
+        )
+    if runs_triton(x) and x.is_contiguous() and gate.stride(1) == 1:
+        return gated_group_rms_norm_triton(
             x, gate, weight, eps, num_groups, norm_before_gate=norm_before_gate
         )
     gated = silu(gate.float())
@@ -66,9 +75,10 @@ def gated_group_rms_norm(
         return (y * gated).to(x.dtype)
     if not norm_before_gate:
         y = y * gated
-    groups = y.unflatten(1, (num_groups, -1))
+    groups = y.reshape(len(y), num_groups, -1)
     variance = groups.square().mean(-1, keepdim=True)
-    y = (groups * torch.rsqrt(variance + eps)).flatten(1) * weight.float()
+    weights = weight.float().view(-1, groups.shape[2])
+    y = (groups * torch.rsqrt(variance + eps) * weights).flatten(1)
     return (y * gated if norm_before_gate else y).to(x.dtype)
 
 
@@ -92,7 +102,7 @@ def mamba2_scan_torch(
     _, heads, state_size, head_dim = state.state.shape
     sizes = (heads * head_dim, n_groups * state_size, n_groups * state_size)
     x, B, C = xbc.float().split(sizes, dim=1)
-    x = x.unflatten(1, (heads, head_dim))
+    x = x.view(-1, heads, head_dim)
     B = _for_heads(B, n_groups, heads)
     C = _for_heads(C, n_groups, heads)
     dt = softplus(dt.float() + dt_bias.float()).clamp(*time_step_limit)
@@ -124,7 +134,8 @@ def mamba2_scan_torch(
 
 def _for_heads(values: torch.Tensor, n_groups: int, heads: int) -> torch.Tensor:
     """[T, G * N] -> [T, H, N]: each head has the values of its group."""
-    return values.unflatten(1, (n_groups, -1)).repeat_interleave(heads // n_groups, dim=1)
+    groups = values.view(len(values), n_groups, -1)
+    return groups.repeat_interleave(heads // n_groups, dim=1)
 
 
 def _scan_tokens(

@@ -18,11 +18,10 @@ from llmkit.kernels.recurrent_state import (
     RecurrentBatch,
     RecurrentState,
 )
-from llmkit.kernels.triton_support import is_amd, jit, jit_without_specializing, tl
+from llmkit.kernels.triton_support import interprets, is_amd, jit, jit_without_specializing, tl
 
 ANY_NUMBER = 1 << 30  # of tokens
 MAX_STATE_TILE = 4096  # elements of a state that a program holds
-MAX_GROUP_SIZE = 1 << 15  # elements that a program of the gated norm holds
 
 
 def mamba2_scan_triton(
@@ -70,8 +69,8 @@ def mamba2_scan_triton(
         )
         if chunks is None:
             return y
-        # Products are those of bfloat16, with sums in float32, or of float32.
-        is_bfloat16 = xbc.dtype == torch.bfloat16
+        # Products are those of bfloat16, which the interpreter does not have, or of float32.
+        is_bfloat16 = xbc.dtype == torch.bfloat16 and not interprets
         precision = "tf32" if xbc.dtype == torch.float16 and not is_amd() else "ieee"
         before = xbc.new_empty(
             (len(chunks.first_tokens), num_heads, state_size, head_dim),
@@ -113,11 +112,6 @@ def mamba2_scan_triton(
     return y
 
 
-def supports_norm(x: torch.Tensor, num_groups: int) -> bool:
-    """Whether a program of `gated_group_rms_norm_triton` holds a group."""
-    return x.shape[1] // num_groups <= MAX_GROUP_SIZE
-
-
 def gated_group_rms_norm_triton(
     x: torch.Tensor,
     gate: torch.Tensor,
@@ -127,7 +121,10 @@ def gated_group_rms_norm_triton(
     *,
     norm_before_gate: bool,
 ) -> torch.Tensor:
-    """`mamba2.gated_group_rms_norm`. x: contiguous; the last dimension of gate is contiguous."""
+    """`mamba2.gated_group_rms_norm`. x: contiguous; the last dimension of gate is contiguous.
+
+    A program holds a group, of at most 1 << 15 elements or so.
+    """
     rows, size = x.shape
     y = torch.empty_like(x)
     group_size = size // num_groups
@@ -142,9 +139,10 @@ def gated_group_rms_norm_triton(
             eps,
             SIZE=size,
             GROUP_SIZE=group_size,
+            WEIGHT_STRIDE=0 if weight is not None and len(weight) < size else group_size,
             NORM_BEFORE_GATE=norm_before_gate,
             TILE=tile,
-            num_warps=min(16, max(4, tile // 1024)),
+            num_warps=max(1, min(16, tile // 1024)),
         )
     return y
 
@@ -402,13 +400,18 @@ def _gated_group_norm_kernel(
     eps: tl.tensor,
     SIZE: tl.constexpr,
     GROUP_SIZE: tl.constexpr,
+    WEIGHT_STRIDE: tl.constexpr,
     NORM_BEFORE_GATE: tl.constexpr,
     TILE: tl.constexpr,
 ) -> None:
-    """A program computes a group of a row."""
+    """A program computes a group of a row.
+
+    WEIGHT_STRIDE: from the weight of a group to that of the next; 0: all groups share one.
+    """
     row = tl.program_id(0).to(tl.int64)
     d = tl.arange(0, TILE)
     inside = d < GROUP_SIZE
+    in_weight = tl.program_id(1) * WEIGHT_STRIDE + d
     d += tl.program_id(1) * GROUP_SIZE
     values = tl.load(x + row * SIZE + d, mask=inside, other=0.0).to(tl.float32)
     gates = tl.load(gate + row * gate_stride + d, mask=inside, other=0.0).to(tl.float32)
@@ -417,7 +420,7 @@ def _gated_group_norm_kernel(
         values *= gates
     if weight is not None:
         variance = tl.sum(values * values, 0) / GROUP_SIZE
-        factors = tl.load(weight + d, mask=inside, other=0.0).to(tl.float32)
+        factors = tl.load(weight + in_weight, mask=inside, other=0.0).to(tl.float32)
         values = values * tl.rsqrt(variance + eps) * factors
     if NORM_BEFORE_GATE:
         values *= gates

@@ -844,7 +844,11 @@ class Decoder:
         uses the checkpoint's scales if there are any for this dtype, otherwise a scale per token
         and head.
         """
-        has_static_scales = all(layer.has_kv_scales(kv_cache_dtype) for layer in self.layers)
+        has_static_scales = all(
+            layer.has_kv_scales(kv_cache_dtype)
+            for layer in self.layers
+            if layer.layer.mixer == "attention"
+        )
         return empty_kv_cache(
             self,
             layer_spec or self.spec,

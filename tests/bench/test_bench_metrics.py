@@ -43,6 +43,7 @@ def test_metrics_of_a_run() -> None:
         64,
         8,
     )
+    assert figures["cache_hit_rate"] == 64 / 150
     assert (figures["requests"], figures["wall_s"]) == (2, 4.0)
     assert figures["ttft_mean_ms"] == 750.0
     assert figures["ttft_p50_ms"] == 750.0

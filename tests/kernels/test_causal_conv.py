@@ -7,6 +7,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 from support.recurrent_cases import (
+    TOKENS,
+    Conv,
     StateShape,
     assert_same,
     copy_of,
@@ -25,7 +27,6 @@ from llmkit.kernels.recurrent_state import RecurrentBatch, RecurrentState
 needs_library = pytest.mark.skipif(
     cpu_kernels.library is None, reason=f"compiled kernels: {cpu_kernels.status()}"
 )
-TOKENS = 90
 WIDTHS = (4, 3, 6)
 
 
@@ -42,27 +43,6 @@ def level(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> It
         yield level
     if library is not None:
         library.set_level(cpu_kernels.levels()[-1])
-
-
-class Conv:
-    """A convolution and its inputs: 300 channels, of which some fill no vector or block."""
-
-    def __init__(self, width: int = 4, *, bias: bool = True, gated: bool = False) -> None:
-        draw = torch.Generator().manual_seed(width)
-        channels = 300
-        self.shape = StateShape(width, channels)
-        self.weight = torch.randn(channels, width, generator=draw)
-        self.bias = torch.randn(channels, generator=draw) if bias else None
-        self.gated = gated
-        columns = 3 * channels if gated else channels
-        # Its rows are part of longer ones, as those of a fused projection are.
-        self.x = torch.randn(TOKENS, columns + 40, generator=draw)[:, 8 : columns + 8]
-
-    def __call__(self, tokens: slice, state: RecurrentState, batch: RecurrentBatch) -> torch.Tensor:
-        x = self.x[tokens]
-        if self.gated:
-            return gated_short_conv(x, self.weight, self.bias, state, batch)
-        return causal_conv(x, self.weight, self.bias, state, batch, silu=True)
 
 
 @pytest.mark.parametrize("width", WIDTHS)

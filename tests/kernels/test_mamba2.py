@@ -7,7 +7,9 @@ from collections.abc import Iterator
 import pytest
 import torch
 from support.recurrent_cases import (
-    StateShape,
+    SIZES,
+    TOKENS,
+    Scan,
     assert_same,
     copy_of,
     ragged_batch,
@@ -26,15 +28,12 @@ from transformers.models.mamba2.modeling_mamba2 import (
 from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHRMSNormGated
 
 from llmkit.kernels.cpu import cpu_kernels
-from llmkit.kernels.mamba2 import gated_group_rms_norm, mamba2_scan, mamba2_scan_torch
-from llmkit.kernels.recurrent_state import RecurrentBatch, RecurrentState
+from llmkit.kernels.mamba2 import gated_group_rms_norm
+from llmkit.kernels.recurrent_state import RecurrentBatch
 
 needs_library = pytest.mark.skipif(
     cpu_kernels.library is None, reason=f"compiled kernels: {cpu_kernels.status()}"
 )
-TOKENS = 90
-# Heads, head_dim, state_size, groups: usual sizes, and such that fill no vectors or passes.
-SIZES = ((4, 64, 32, 1), (6, 20, 9, 2), (3, 100, 16, 3))
 
 
 @pytest.fixture(autouse=True, params=[*cpu_kernels.levels(), "torch"])
@@ -50,48 +49,6 @@ def level(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> It
         yield level
     if library is not None:
         library.set_level(cpu_kernels.levels()[-1])
-
-
-class Scan:
-    """A layer's parameters and inputs."""
-
-    def __init__(self, sizes: tuple[int, int, int, int] = SIZES[0]) -> None:
-        self.heads, self.head_dim, self.state_size, self.n_groups = sizes
-        draw = torch.Generator().manual_seed(self.heads)
-        x_size = self.heads * self.head_dim
-        bc_size = self.n_groups * self.state_size
-        channels = x_size + 2 * bc_size
-        self.shape = StateShape(4, channels, self.heads, self.state_size, self.head_dim)
-        # Rows of both are part of longer ones.
-        wide = torch.randn(TOKENS, channels + 2 * self.heads + 5, generator=draw)
-        self.xbc = wide[:, 2 : channels + 2]
-        self.dt = wide[:, channels + 3 : channels + 3 + self.heads] * 2 - 1
-        self.A_log = torch.rand(self.heads, generator=draw) * 4 - 1
-        self.D = torch.randn(self.heads, generator=draw)
-        self.dt_bias = torch.randn(self.heads, generator=draw)
-        self.limit = (0.1, 1.5)
-
-    @property
-    def parts(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """x, B and C by heads and groups."""
-        x_size = self.heads * self.head_dim
-        x, B, C = self.xbc.split([x_size, *2 * [self.n_groups * self.state_size]], 1)
-        return (
-            x.unflatten(1, (self.heads, self.head_dim)),
-            B.unflatten(1, (self.n_groups, self.state_size)),
-            C.unflatten(1, (self.n_groups, self.state_size)),
-        )
-
-    def __call__(self, tokens: slice, state: RecurrentState, batch: RecurrentBatch) -> torch.Tensor:
-        inputs = (self.xbc[tokens], self.dt[tokens], self.A_log, self.D, self.dt_bias)
-        return mamba2_scan(*inputs, self.n_groups, self.limit, state, batch)
-
-    def reference(
-        self, tokens: slice, state: RecurrentState, batch: RecurrentBatch
-    ) -> torch.Tensor:
-        """Token by token."""
-        inputs = (self.xbc[tokens], self.dt[tokens], self.A_log, self.D, self.dt_bias)
-        return mamba2_scan_torch(*inputs, self.n_groups, self.limit, state, batch)
 
 
 def assert_close(actual: torch.Tensor, expected: torch.Tensor) -> None:

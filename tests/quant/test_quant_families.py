@@ -29,6 +29,9 @@ from llmkit.quant.quantize_options import QuantizeOptions
 from llmkit.quant.quantize_report import Report
 from llmkit.quant.smoothing_mappings import SmoothingMapping, apply_scales, find_mapping
 from llmkit.quant.token_windows import calibration_windows
+from llmkit.runtime.engine.engine_options import EngineOptions
+from llmkit.runtime.engine.sampling_params import SamplingParams
+from llmkit.runtime.engine_loader import load_engine
 
 pytestmark = pytest.mark.usefixtures("short_builtin_text")
 
@@ -280,6 +283,24 @@ def test_smoothquant_writes_the_weight_and_the_bias_of_a_norm(
                     after = dense[name] * new
                     assert (after - before).norm() < 0.05 * before.norm(), name
         assert changed == [True, True]
+
+
+def test_static_kv_scales_of_a_hybrid_serve(pieces: Callable[[str], Path], tmp_path: Path) -> None:
+    """Its recurrent layers have no keys and values, and so no scales."""
+    kept = replace(BASE, method="fp8", static_activations=True, kv="fp8")
+    run(pieces("gated delta net, gate beside each query"), tmp_path / "out", kept)
+    checkpoint = open_checkpoint(tmp_path / "out")
+    scales = [name for name in checkpoint.tensors if name.endswith(("k_scale", "v_scale"))]
+    assert [name.split(".")[2] for name in scales] == ["1", "1"]
+    engine = load_engine(
+        tmp_path / "out",
+        EngineOptions(device="cpu", kv_cache_memory=1 << 20, kv_cache_dtype="fp8"),
+    )
+    assert engine.model.new_kv_cache(1, kv_cache_dtype="fp8").scales is None
+    (answer,) = engine.generate(
+        [[5, 6, 7, 8] * 8], SamplingParams(temperature=0.0, max_tokens=4, ignore_eos=True)
+    )
+    assert len(answer) == 4
 
 
 def test_biases_that_choose_experts_stay_in_float32(tmp_path: Path) -> None:

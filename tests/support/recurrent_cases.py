@@ -4,12 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
+from llmkit.kernels.causal_conv import causal_conv, gated_short_conv
+from llmkit.kernels.causal_conv_triton import causal_conv_triton
+from llmkit.kernels.mamba2 import mamba2_scan, mamba2_scan_torch
+from llmkit.kernels.mamba2_triton import gated_group_rms_norm_triton, mamba2_scan_triton
 from llmkit.kernels.recurrent_state import NO_ROW, RecurrentBatch, RecurrentState
 
 NUM_ROWS = 12
+TOKENS = 90
+# Heads, head_dim, state_size, groups: usual sizes, and such that fill no vectors or passes.
+SIZES = ((4, 64, 32, 1), (6, 20, 9, 2), (3, 100, 16, 3))
+# The lengths of sequences, their initial rows, and the ends and rows of their writes.
+Steps = tuple[list[int], list[int], list[list[tuple[int, int]]]]
 # Computes the outputs of the tokens of all sequences, and writes states.
 Step = Callable[[slice, RecurrentState, RecurrentBatch], torch.Tensor]
 
@@ -60,10 +70,10 @@ def run_in_pieces(
     return torch.cat(outputs)
 
 
-def ragged_batch(total: int) -> RecurrentBatch:
+def ragged_steps(total: int) -> Steps:
     """A prompt with checkpoints, a decode, draft tokens and a sequence that is not kept."""
     rest = total - 6
-    return RecurrentBatch.build(
+    return (
         [rest, 1, 4, 1],
         [NO_ROW, 4, 5, NO_ROW],
         [
@@ -73,6 +83,10 @@ def ragged_batch(total: int) -> RecurrentBatch:
             [],
         ],
     )
+
+
+def ragged_batch(total: int) -> RecurrentBatch:
+    return RecurrentBatch.build(*ragged_steps(total))
 
 
 def sequences_of(batch: RecurrentBatch) -> list[tuple[slice, RecurrentBatch]]:
@@ -88,3 +102,89 @@ def sequences_of(batch: RecurrentBatch) -> list[tuple[slice, RecurrentBatch]]:
         alone.append((slice(begin, begin + length), own))
         begin += length
     return alone
+
+
+class Conv:
+    """A convolution and its inputs: 300 channels, of which some fill no vector or block."""
+
+    def __init__(self, width: int = 4, *, bias: bool = True, gated: bool = False) -> None:
+        draw = torch.Generator().manual_seed(width)
+        channels = 300
+        self.shape = StateShape(width, channels)
+        self.weight = torch.randn(channels, width, generator=draw)
+        self.bias = torch.randn(channels, generator=draw) if bias else None
+        self.gated = gated
+        columns = 3 * channels if gated else channels
+        # Its rows are part of longer ones, as those of a fused projection are.
+        self.x = torch.randn(TOKENS, columns + 40, generator=draw)[:, 8 : columns + 8]
+
+    def __call__(self, tokens: slice, state: RecurrentState, batch: RecurrentBatch) -> torch.Tensor:
+        x = self.x[tokens]
+        if self.gated:
+            return gated_short_conv(x, self.weight, self.bias, state, batch)
+        return causal_conv(x, self.weight, self.bias, state, batch, silu=True)
+
+
+class Scan:
+    """A layer's parameters and inputs."""
+
+    def __init__(self, sizes: tuple[int, int, int, int] = SIZES[0]) -> None:
+        self.heads, self.head_dim, self.state_size, self.n_groups = sizes
+        draw = torch.Generator().manual_seed(self.heads)
+        x_size = self.heads * self.head_dim
+        bc_size = self.n_groups * self.state_size
+        channels = x_size + 2 * bc_size
+        self.shape = StateShape(4, channels, self.heads, self.state_size, self.head_dim)
+        # Rows of both are part of longer ones.
+        wide = torch.randn(TOKENS, channels + 2 * self.heads + 5, generator=draw)
+        self.xbc = wide[:, 2 : channels + 2]
+        self.dt = wide[:, channels + 3 : channels + 3 + self.heads] * 2 - 1
+        self.A_log = torch.rand(self.heads, generator=draw) * 4 - 1
+        self.D = torch.randn(self.heads, generator=draw)
+        self.dt_bias = torch.randn(self.heads, generator=draw)
+        self.limit = (0.1, 1.5)
+
+    @property
+    def parts(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """x, B and C by heads and groups."""
+        x_size = self.heads * self.head_dim
+        x, B, C = self.xbc.split([x_size, *2 * [self.n_groups * self.state_size]], 1)
+        return (
+            x.unflatten(1, (self.heads, self.head_dim)),
+            B.unflatten(1, (self.n_groups, self.state_size)),
+            C.unflatten(1, (self.n_groups, self.state_size)),
+        )
+
+    def __call__(self, tokens: slice, state: RecurrentState, batch: RecurrentBatch) -> torch.Tensor:
+        inputs = (self.xbc[tokens], self.dt[tokens], self.A_log, self.D, self.dt_bias)
+        return mamba2_scan(*inputs, self.n_groups, self.limit, state, batch)
+
+    def reference(
+        self, tokens: slice, state: RecurrentState, batch: RecurrentBatch
+    ) -> torch.Tensor:
+        """Token by token."""
+        inputs = (self.xbc[tokens], self.dt[tokens], self.A_log, self.D, self.dt_bias)
+        return mamba2_scan_torch(*inputs, self.n_groups, self.limit, state, batch)
+
+
+def run_triton(
+    kernel: str,
+    arguments: tuple[Any, ...],
+    states: tuple[torch.Tensor, torch.Tensor],
+    steps: Steps,
+    in_graph: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The outputs and the states afterwards of a kernel in Triton's interpreter."""
+    batch = RecurrentBatch.build(*steps)
+    if in_graph:
+        batch.max_query_len = max(steps[0])
+    state = RecurrentState(*states)
+    with torch.no_grad():
+        if kernel == "mamba2_scan":
+            y = mamba2_scan_triton(*arguments, state, batch)
+        elif kernel == "gated_group_rms_norm":
+            y = gated_group_rms_norm_triton(*arguments[:-1], norm_before_gate=arguments[-1])
+        else:
+            gated = kernel == "gated_short_conv"
+            y = causal_conv_triton(*arguments, state, batch, silu=not gated, gated=gated)
+    return y, state.conv, state.state
