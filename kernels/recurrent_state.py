@@ -12,6 +12,7 @@ Legend: S sequences of a step, R rows, W writes of a step.
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -177,7 +178,8 @@ class RecurrentBatch:
             ends = self.write_ends[first_write:end_write].tolist()
             begin = 0
             for end in sorted({*ends, int(self.query_lens[sequence])}):
-                writes.append((first_write + sum(e < end for e in ends), ends.count(end)))
+                before = bisect_left(ends, end)
+                writes.append((first_write + before, bisect_right(ends, end) - before))
                 chunks += [
                     (start + first_token, min(CHUNK_TOKENS, end - first_token))
                     for first_token in range(begin, end, CHUNK_TOKENS)

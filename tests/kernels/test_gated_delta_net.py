@@ -209,6 +209,18 @@ def test_gated_delta_rule_keeps_nan_in_its_sequence(rule: GatedDeltaRule) -> Non
         assert torch.equal(state.state[row], clean.state[row])
 
 
+@pytest.mark.parametrize("rule", FORMS)
+@torch.inference_mode()
+def test_gated_delta_rule_needs_no_rows_for_fresh_batches(rule: GatedDeltaRule) -> None:
+    """As in calibration; a sequence may have no tokens."""
+    layer = Layer()
+    qkv, ba = layer.inputs(13)
+    batch = RecurrentBatch.fresh(np.array([9, 0, 4]), torch.device("cpu"))
+    out = rule(qkv, ba, *layer.parameters(), layer.state(num_rows=0), batch)
+    close(out[:9], layer.oracle(qkv[:9], ba[:9])[0])
+    close(out[9:], layer.oracle(qkv[9:], ba[9:])[0])
+
+
 LAYERS = [Layer(), Layer(3, 3, 17, 37), Layer(1, 2, 128, 128)]
 
 
