@@ -147,7 +147,13 @@ def _cpu_read_bytes(checkpoint: Checkpoint, rows: Sequence[Parameter]) -> int:
 
 
 def attention_elements(spec: ModelSpec, layer: int) -> int:
-    """The elements of a token's queries in a layer; 0 without attention."""
+    """The elements of a token's queries in a layer; 0 without attention.
+
+    With latent attention, of its queries and outputs on average: they attend to latents.
+    """
+    if spec.layers[layer].mixer == "mla":
+        assert spec.mla is not None
+        return spec.num_heads * (spec.mla.latent_dim + spec.mla.kv_lora_rank) // 2
     if spec.layers[layer].mixer != "attention":
         return 0
     own = spec.for_layer(layer)

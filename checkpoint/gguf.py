@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 # The tensors of a layer that gpt-oss stores in two, gate and up.
 _STACKED_EXPERTS = ("ffn_gate_exps", "ffn_up_exps", "ffn_down_exps")
 # Tensors without the ending ".weight" in Hugging Face's names.
-_BARE = ("self_attn.sinks", "e_score_correction_bias", "layer_scalar")
+_BARE = ("self_attn.sinks", "e_score_correction_bias", "expert_bias", "layer_scalar")
 # What Hugging Face's gpt-oss has in config.json. The modules are not in MXFP4.
 _MXFP4_CONFIG = {
     "quant_method": "mxfp4",
@@ -173,7 +173,9 @@ class GgufModel:
         return self._dequantize(tensor, 0, tensor.shape[0])
 
     def _add_tensor(self, tensor: TensorInfo) -> None:
-        match = re.fullmatch(r"(?:blk\.(\d+)\.)?((?:nextn\.)?\w+)\.(weight|bias)", tensor.name)
+        match = re.fullmatch(
+            r"(?:blk\.(\d+)\.)?((?:nextn\.|shortconv\.)?\w+)\.(weight|bias)", tensor.name
+        )
         if match is None:
             raise self._unknown(tensor.name)
         layer, part, kind = match.groups()
@@ -205,6 +207,8 @@ class GgufModel:
             needs_all_rows = True
         elif self._architecture.norm_offset and module.endswith("norm"):
             arrange = _minus(self._architecture.norm_offset)
+        elif module.endswith("conv.conv") and len(tensor.shape) == 2:
+            tensor = replace(tensor, shape=(tensor.shape[0], 1, tensor.shape[1]))
         elif module.endswith(_ONE_ROW):
             tensor = replace(tensor, shape=(1, math.prod(tensor.shape)))
         self._add(name, tensor.shape, _Source((tensor,), arrange, needs_all_rows))

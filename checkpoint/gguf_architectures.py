@@ -30,6 +30,7 @@ TOP_MODULES = {
     "token_embd": "model.embed_tokens",
     "output_norm": "model.norm",
     "output": "lm_head",
+    "token_embd_norm": "model.embedding_norm",  # LFM2's norm before the output projection
     "per_layer_token_embd": "model.embed_tokens_per_layer",
     "per_layer_model_proj": "model.per_layer_model_projection",
     "per_layer_proj_norm": "model.per_layer_projection_norm",
@@ -87,6 +88,27 @@ _MIXTRAL_EXPERTS = {
     "ffn_up_exps": "block_sparse_moe.experts.{}.w3",
     "ffn_down_exps": "block_sparse_moe.experts.{}.w2",
 }
+_LFM2 = {
+    "attn_norm": "operator_norm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.out_proj",
+    "attn_q_norm": "self_attn.q_layernorm",
+    "attn_k_norm": "self_attn.k_layernorm",
+    "shortconv.conv": "conv.conv",
+    "shortconv.in_proj": "conv.in_proj",
+    "shortconv.out_proj": "conv.out_proj",
+    "ffn_norm": "ffn_norm",
+    "ffn_gate": "feed_forward.w1",
+    "ffn_up": "feed_forward.w3",
+    "ffn_down": "feed_forward.w2",
+}
+_LFM2_EXPERTS = {
+    "ffn_gate_exps": "feed_forward.experts.{}.w1",
+    "ffn_up_exps": "feed_forward.experts.{}.w3",
+    "ffn_down_exps": "feed_forward.experts.{}.w2",
+}
 # Of a layer that predicts several tokens at once.
 _PREDICTION = {
     "nextn.eh_proj": "eh_proj",
@@ -116,14 +138,15 @@ class GgufArchitecture:
     modules: Mapping[str, str]  # of a layer: from GGUF names to Hugging Face ones
     # The field of config.json for the epsilon of norms. RMS norms and layer norms have different
     # keys in GGUF.
-    epsilon: Literal["rms_norm_eps", "layer_norm_eps", "norm_epsilon"] = "rms_norm_eps"
+    epsilon: Literal["rms_norm_eps", "norm_eps", "layer_norm_eps", "norm_epsilon"] = "rms_norm_eps"
     # The rows of q and k are stored so that RoPE rotates neighbouring rows of a head.
     interleaved_qk: bool = False
     norm_offset: float = 0.0  # stored norms are larger by this
     partial_rotary: bool = False  # RoPE may rotate a part of a head
     sliding_window: bool = False  # the family has sliding windows
-    # Sizes of the MLP and numbers of KV heads may be lists with a value for each layer, and
-    # rope_freqs says which pairs of a head RoPE rotates (Gemma 4).
+    # Sizes of the MLP and numbers of KV heads may be lists with a value for each layer. In Gemma 4,
+    # rope_freqs says which pairs of a head RoPE rotates; in LFM2, layers with 0 KV heads are
+    # convolutions.
     differs_by_layer: bool = False
     # Modules of one expert, for families that store each expert in tensors of its own.
     experts: Mapping[str, str] | None = None
@@ -184,7 +207,7 @@ def gguf_config(metadata: GgufMetadata, architecture: GgufArchitecture) -> dict[
             "num_key_value_heads": metadata.integer("attention.head_count_kv", num_heads),
         }
         scaling = _rope_scaling(metadata, head_dim)
-    is_rms = architecture.epsilon == "rms_norm_eps"
+    is_rms = architecture.epsilon in ("rms_norm_eps", "norm_eps")
     config: dict[str, Any] = {
         "architectures": [architecture.architecture],
         "model_type": architecture.model_type,
@@ -652,6 +675,38 @@ def _arcee(metadata: GgufMetadata) -> dict[str, Any]:
     return _biases(metadata) | {"hidden_act": "relu2"}
 
 
+def _lfm2(metadata: GgufMetadata) -> dict[str, Any]:
+    num_layers = metadata.integer("block_count")
+    kv_heads = metadata.get("attention.head_count_kv")
+    counts = kv_heads if isinstance(kv_heads, list) else [kv_heads] * num_layers
+    of_attention = {count for count in counts if count != 0}
+    are_numbers = all(type(count) is int and count >= 0 for count in counts)
+    if len(counts) != num_layers or len(of_attention) > 1 or not are_numbers:
+        raise metadata.error(
+            "attention.head_count_kv", f"{num_layers} numbers, 0 or the same one, were expected"
+        )
+    metadata.expect("rope.scaling.type", "none")
+    return {
+        "intermediate_size": metadata.integer("feed_forward_length"),
+        "block_auto_adjust_ff_dim": False,  # it is the size of the tensors
+        "num_key_value_heads": max(of_attention, default=metadata.integer("attention.head_count")),
+        "layer_types": ["full_attention" if count else "conv" for count in counts],
+        "conv_L_cache": metadata.integer("shortconv.l_cache"),
+        "conv_bias": any(name.endswith("shortconv.conv.bias") for name in metadata.tensors),
+    }
+
+
+def _lfm2_moe(metadata: GgufMetadata) -> dict[str, Any]:
+    _expect_sigmoid(metadata)
+    return _lfm2(metadata) | {
+        **_experts(metadata, size="moe_intermediate_size"),
+        "num_dense_layers": metadata.get("leading_dense_block_count"),
+        "use_expert_bias": any(name.endswith("exp_probs_b.bias") for name in metadata.tensors),
+        "norm_topk_prob": True,
+        "block_auto_adjust_ff_dim": _ABSENT,
+    }
+
+
 # By GGUF architecture.
 ARCHITECTURES = {
     "llama": GgufArchitecture("LlamaForCausalLM", "llama", _biases, _LLAMA, interleaved_qk=True),
@@ -833,6 +888,23 @@ ARCHITECTURES = {
             "exp_probs_b": "mlp.moe_statics.e_score_correction_bias",
         },
         experts=_EXPERTS,
+    ),
+    "lfm2": GgufArchitecture(
+        "Lfm2ForCausalLM",
+        "lfm2",
+        _lfm2,
+        _LFM2,
+        epsilon="norm_eps",
+        differs_by_layer=True,
+    ),
+    "lfm2moe": GgufArchitecture(
+        "Lfm2MoeForCausalLM",
+        "lfm2_moe",
+        _lfm2_moe,
+        _LFM2 | {"ffn_gate_inp": "feed_forward.gate", "exp_probs_b": "feed_forward.expert_bias"},
+        epsilon="norm_eps",
+        differs_by_layer=True,
+        experts=_LFM2_EXPERTS,
     ),
     "hunyuan-moe": GgufArchitecture(
         "HunYuanMoEV1ForCausalLM",

@@ -94,6 +94,7 @@ PRE_TOKENIZERS = {
     "default": _GPT2,
     "llama-bpe": _LLAMA3,
     "llama3": _LLAMA3,
+    "lfm2": _LLAMA3,
     "qwen2": _QWEN2,
     "deepseek-r1-qwen": _QWEN2,
     "gpt-4o": _PreTokenizer((_GPT_4O,)),

@@ -133,6 +133,9 @@ def _attention_lines(facts: dict[str, Any]) -> list[str]:
         layers = "" if is_everywhere else f"{count_text(kind['layers'], 'layers')}: "
         window = f", window of {kind['sliding_window']:,}" if kind["sliding_window"] else ""
         heads = f"{kind['heads']} query heads, {kind['kv_heads']} KV, of {kind['head_dim']}"
+        if kind["latent_dim"]:
+            size = f"{kind['latent_dim']} elements of each token are cached"
+            heads = f"{kind['heads']} heads of {kind['head_dim']}, latent: {size}"
         lines.append(layers + heads + window)
     if facts["shared_kv_layers"]:
         layers = count_text(facts["shared_kv_layers"], "layers")

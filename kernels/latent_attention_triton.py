@@ -19,18 +19,18 @@ from llmkit.kernels.paged_attention import (
 )
 from llmkit.kernels.triton_support import jit, runs_triton, tl
 
-MAX_RANK = 512
+MAX_LATENT_DIM = 576
 NO_WINDOW = 1 << 30
 
 
 def supports(q: torch.Tensor, cache: LatentCache, rank: int) -> bool:
     """Whether `attention` takes these queries [T, N, L + R] and this cache."""
-    return runs_triton(q) and q.is_contiguous() and rank <= MAX_RANK and supports_cache(cache)
+    return runs_triton(q) and q.is_contiguous() and rank <= 512 and supports_cache(cache)
 
 
 def supports_cache(cache: LatentCache) -> bool:
     """Whether `attention` takes this cache on its GPU."""
-    return cache.kv.is_cuda and tl is not None
+    return cache.kv.is_cuda and tl is not None and cache.kv.shape[3] <= MAX_LATENT_DIM
 
 
 def attention(

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 
 from llmkit.checkpoint.lora_files import AdapterFiles
+from llmkit.common.errors import InputError
 from llmkit.kernels.input_quant import InputQuant, LinearInput
 from llmkit.model.decoder import Decoder, DecoderLayer
 from llmkit.model.language_model import LanguageModel
@@ -82,6 +83,12 @@ def load_adapter(
                 a, b = pair
                 lora_a.append(a)
                 lora_b.append(_place_rows(row, tensor, b))
+        if lora_a and row.module.endswith("attn.kv_b"):
+            raise InputError(
+                f"{directory}: the adapter changes {row.source_names[0]}",
+                "An adapter of other linear layers: this one is computed together with attention",
+                "Merge the adapter into the model",
+            )
         if lora_a:
             a = torch.cat(lora_a)
             b = torch.cat(lora_b, dim=1)
@@ -106,6 +113,8 @@ def _shard(
     first_row = 0
     for part in row.sources:
         start, stop = part.split.interval(rank.tp_rank % tp, tp)
+        if part.split.kind == "replicated":
+            start, stop = 0, part.shape[0]
         rows.append(b[first_row + start : first_row + stop])
         first_row += part.shape[0]
     return a, torch.cat(rows)

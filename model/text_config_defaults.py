@@ -24,11 +24,14 @@ _QWEN_VL = _sizes(152064, 8192, 29568, 80, 64, 32768) | {
     "max_window_layers": 80,
     "rope_theta": 1e6,
 }
+_DEEPSEEK_V3 = _sizes(129280, 7168, 18432, 61, 128, 4096) | {"n_routed_experts": 256}
 # By the model_type of the text_config. The other fields have their family's defaults.
 TEXT_DEFAULTS: dict[str, dict[str, Any]] = {
     "llama": _sizes(32000, 4096, 11008, 32, 32, 2048),
     "mistral": _sizes(32000, 4096, 14336, 32, 32, 131072),
     "ministral3": _sizes(131072, 4096, 14336, 34, 32, 262144),
+    "mistral4": _sizes(131072, 4096, 12288, 36, 32, 1048576) | {"n_routed_experts": 128},
+    "deepseek_v3": _DEEPSEEK_V3,
     "qwen2": _sizes(151936, 4096, 22016, 32, 32, 32768),
     "qwen3": _sizes(151936, 4096, 22016, 32, 32, 32768),
     "qwen3_moe": _sizes(151936, 2048, 6144, 24, 32, 32768)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from llmkit.common.errors import InputError
-from llmkit.model.spec import DraftHeadSpec, ExpertStack, ModelSpec
+from llmkit.model.spec import ATTENTION_MIXERS, DraftHeadSpec, ExpertStack, ModelSpec
 from llmkit.model.text_config_defaults import TEXT_DEFAULTS
 
 
@@ -70,7 +70,11 @@ WRAPPERS: dict[str, Wrapper] = {
         tie_word_embeddings=True,
     ),
     "Mistral3ForConditionalGeneration": Wrapper(
-        "mistral3", ("mistral", "ministral3"), _TOWER, _LLAVA_NAMES, tie_word_embeddings=True
+        "mistral3",
+        ("mistral", "ministral3", "mistral4"),
+        _TOWER,
+        _LLAVA_NAMES,
+        tie_word_embeddings=True,
     ),
     "LlavaForConditionalGeneration": Wrapper("llava", _LLAVA_TEXT, _TOWER, _LLAVA_NAMES),
     "LlavaNextForConditionalGeneration": Wrapper(
@@ -145,6 +149,16 @@ WRAPPERS: dict[str, Wrapper] = {
         vllm=_IDEFICS_NAMES[0],
     ),
 }
+_KIMI = Wrapper(
+    "kimi_k25",
+    ("deepseek_v3", "kimi_k2"),
+    ("vision_tower", "mm_projector"),
+    _LLAVA_NAMES,
+    tie_word_embeddings=True,
+    families={"kimi_k2": "deepseek_v3"},
+)
+WRAPPERS["KimiK25ForConditionalGeneration"] = _KIMI  # in files of the hub
+WRAPPERS["Kimi_K25ForConditionalGeneration"] = _KIMI
 # config.json's fields that give the number of layers for multi-token prediction.
 _MTP_COUNTS = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers")
 _MTP_MODULE = "mtp"  # in checkpoints whose MTP head is no numbered layer
@@ -259,7 +273,7 @@ def find_mtp_head(spec: ModelSpec, tensors: Collection[str]) -> DraftHeadSpec | 
     full = [
         layer
         for layer in spec.layers
-        if layer.mixer == "attention" and layer.sliding_window is None and layer.has_mlp
+        if layer.mixer in ATTENTION_MIXERS and layer.sliding_window is None and layer.has_mlp
     ]
     if not full:
         return None

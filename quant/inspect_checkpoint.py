@@ -13,7 +13,7 @@ from llmkit.checkpoint.safetensors_header import byte_count
 from llmkit.model.checkpoint_tensors import carried_summary, checkpoint_tensors
 from llmkit.model.families import checkpoint_spec, support, unstack_experts
 from llmkit.model.parameter_table import parameters
-from llmkit.model.spec import ModelSpec
+from llmkit.model.spec import ATTENTION_MIXERS, ModelSpec
 
 # INT4 is estimated with the largest of these group sizes that divides every layer, else per row.
 GROUP_SIZES = (128, 64, 32)
@@ -76,7 +76,7 @@ def _attention_entries(spec: ModelSpec) -> list[dict[str, Any]]:
     layers: Counter[tuple[int, int, int, int | None]] = Counter()
     kv_elements: Counter[tuple[int, int, int, int | None]] = Counter()
     for index, layer in enumerate(spec.layers):
-        if layer.mixer != "attention":
+        if layer.mixer not in ATTENTION_MIXERS:
             continue
         sizes = spec.for_layer(index)
         kind = (sizes.num_heads, sizes.num_kv_heads, sizes.head_dim, layer.sliding_window)
@@ -88,6 +88,7 @@ def _attention_entries(spec: ModelSpec) -> list[dict[str, Any]]:
             "heads": kind[0],
             "kv_heads": kind[1],
             "head_dim": kind[2],
+            "latent_dim": spec.mla.latent_dim if spec.mla else None,
             "sliding_window": kind[3],
             "kv_elements_per_token": kv_elements[kind],
         }
@@ -101,7 +102,8 @@ def _recurrent_entry(spec: ModelSpec) -> dict[str, Any] | None:
     The state of a sequence has `heads` matrices of `key_dim` x `value_dim`, and the last inputs of
     the convolution.
     """
-    layers = [layer.mixer for layer in spec.layers if layer.mixer not in ("attention", "none")]
+    others = (*ATTENTION_MIXERS, "none")
+    layers = [layer.mixer for layer in spec.layers if layer.mixer not in others]
     if spec.recurrent is None or not layers:
         return None
     heads, key_dim, value_dim = spec.recurrent.state_shape

@@ -220,6 +220,12 @@ def make_plan(source: str, out: Path, options: QuantizeOptions, progress: Progre
     checkpoint.require_unsharded()
     spec = checkpoint_spec(checkpoint)
     _check_fallback(spec, options)
+    if options.kv and spec.mla is not None:
+        raise InputError(
+            f"--kv {options.kv} is not possible with {spec.architecture}",
+            "A model that caches keys and values: this one caches a latent for each token",
+            "Leave out --kv",
+        )
     check_checkpoint(checkpoint, spec)
     if _is_fp8(checkpoint):
         checkpoint = dequantized_checkpoint(checkpoint, spec)

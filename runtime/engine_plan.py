@@ -122,6 +122,14 @@ def plan_part(
             kv_cache_dtype = None  # a CPU converts FP8 slowly, and older GPUs have none
         if kv_cache_dtype is None and device.type == "cpu" and dtype == torch.float32:
             kv_cache_dtype = _cpu_kv_cache_dtype(checkpoint, options.cpu_activations)
+    if spec.mla is not None and kv_cache_dtype in QUANTIZED_KV_CACHE_DTYPES:
+        if options.kv_cache_dtype != "auto":
+            raise InputError(
+                f"--kv-cache-dtype {kv_cache_dtype} is not possible with {spec.architecture}",
+                "A type of 16 or 32 bits: its attention caches one latent for each token",
+                "Leave out --kv-cache-dtype",
+            )
+        kv_cache_dtype = None
     kv_dtype = KV_CACHE_DTYPES[kv_cache_dtype] if kv_cache_dtype else dtype
     is_quantized = kv_cache_dtype in QUANTIZED_KV_CACHE_DTYPES
     if device.type != "cpu" and not is_quantized and kv_dtype != dtype:

@@ -15,7 +15,9 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
+from llmkit.kernels import latent_attention_triton
 from llmkit.kernels.kv_cache import KVCache
+from llmkit.kernels.latent_cache import LatentCache
 from llmkit.kernels.paged_attention import supports_cache
 from llmkit.kernels.recurrent_state import RecurrentState
 from llmkit.kernels.sampling_triton import sample
@@ -305,6 +307,11 @@ class CudaGraphRunner:
         self.can_capture_attention = model.device.type != "cuda" or (
             tl is not None
             and all(supports_cache(cache) for cache in kv_caches if isinstance(cache, KVCache))
+            and all(
+                latent_attention_triton.supports_cache(cache)
+                for cache in kv_caches
+                if isinstance(cache, LatentCache)
+            )
         )
         can_capture = can_capture and self.can_capture_attention
         self.enabled = enabled and can_capture and any(self.sizes.values())
@@ -484,7 +491,7 @@ def padding_blocks_of(spec: ModelSpec, kv_caches: Sequence[LayerCache]) -> dict[
     """By attention window, the block that unused rows of a graph write to: the last one."""
     paddings = dict.fromkeys(spec.sliding_windows, 0)  # without attention, nothing is written
     for layer, cache in zip(spec.layers, kv_caches, strict=True):
-        if isinstance(cache, KVCache):
+        if isinstance(cache, KVCache | LatentCache):
             paddings[layer.sliding_window] = cache.kv.shape[1] - 1
     return paddings
 

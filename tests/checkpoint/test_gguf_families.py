@@ -69,6 +69,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "minimax-m2": TWO,
     "ernie4.5-moe": TWO,
     "hunyuan-moe": TWO,
+    "lfm2": {},
+    "lfm2-bias": {},
+    "lfm2-moe": {"routed_scaling_factor": 1.0},
 }
 
 
@@ -352,6 +355,9 @@ def test_gguf_gemma_27b_scales_queries_by_hidden_size_and_heads(
         ("olmo2", {"rope__dimension_count": 4}, "rope.dimension_count is 4. 8 was expected"),
         ("llama-yarn", {"rope__scaling__yarn_ext_factor": 0.5}, "ext_factor is 0.5. 1.0 was exp"),
         ("phi3-longrope", {"rope__dimension_count": 4}, "short.weight has 4 values. 2 were exp"),
+        ("lfm2", {"without": ("shortconv.l_cache",)}, "lacks lfm2.shortconv.l_cache"),
+        ("lfm2", {"attention__head_count_kv": [0, 2, 1, 0]}, "4 numbers, 0 or the same one"),
+        ("lfm2-moe", {"expert_gating_func": 1}, "expert_gating_func is 1. 2 was expected"),
     ],
 )
 def test_gguf_family_refuses_metadata(

@@ -105,6 +105,7 @@ RULES: dict[str, tuple[str | None, list[dict[str, Any]], bool, bool]] = {
     "default": GPT2,
     "llama-bpe": LLAMA3,
     "llama3": LLAMA3,
+    "lfm2": LLAMA3,
     "qwen2": QWEN2,
     "deepseek-r1-qwen": QWEN2,
     "gpt-4o": (None, split_by(GPT4O), False, False),

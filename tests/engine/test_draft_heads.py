@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.tiny_draft_heads import glm_with_mtp, llama_with_eagle3, text_tokens
+from support.tiny_draft_heads import family_with_mtp, glm_with_mtp, llama_with_eagle3, text_tokens
 
 from llmkit.checkpoint.open_checkpoint import open_checkpoint
 from llmkit.common.errors import InputError, UsageError
@@ -159,6 +159,20 @@ def test_draft_heads_leave_requests_with_penalties_alone(folder: Path) -> None:
     beside = [text_tokens(20), text_tokens(20, 8)]
     expected = loaded(folder, "mtp", 0).generate(beside, [params, GREEDY])
     assert loaded(folder, "mtp", 1).generate(beside, [params, GREEDY]) == expected
+
+
+@pytest.mark.parametrize("name", ["deepseek-v3", "qwen3-next"])
+def test_mtp_heads_draft_for_latent_attention_and_recurrent_layers(
+    tmp_path: Path, name: str
+) -> None:
+    family_with_mtp(name, tmp_path)
+    options = replace(OPTIONS, max_model_len=96)
+    asked = [[token % 128 for token in prompt] for prompt in prompts()]
+    expected = load_engine(open_checkpoint(tmp_path), options).generate(asked, SAMPLED)
+    running = load_engine(open_checkpoint(tmp_path), replace(options, speculate="mtp:2"))
+    assert running.generate(asked, SAMPLED) == expected
+    assert running.stats().drafted_total > 100
+    assert running.generate(asked, SAMPLED) == expected, "with cached prefixes"
 
 
 def acceptance(path: Path) -> tuple[int, int]:

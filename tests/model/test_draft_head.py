@@ -14,6 +14,7 @@ from support.tiny_draft_heads import (
     AUX_LAYERS,
     VOCAB,
     eagle3_output,
+    family_with_mtp,
     glm_with_mtp,
     llama_with_eagle3,
     load_mtp,
@@ -78,6 +79,26 @@ def test_mtp_head_computes_what_transformers_computes(glm: Path, packed: bool) -
     output = outputs(ours, hidden_states(target, [TOKENS[:-1]]), TOKENS[1:])
     torch.testing.assert_close(output, wanted[0], rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(ours.logits(output), wanted_logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "name", ["deepseek-v3", "glm4-moe-lite", "qwen3-next", "qwen3.5", "qwen3.5-moe"]
+)
+def test_mtp_heads_of_families_compute_what_transformers_computes(
+    tmp_path: Path, name: str
+) -> None:
+    model, head = family_with_mtp(name, tmp_path)
+    tokens = TOKENS % 128
+    with torch.no_grad():
+        states = model(tokens[None, :-1], output_hidden_states=True).hidden_states[-1]
+        wanted = mtp_hidden(head, states, tokens[None, 1:])[0]
+    checkpoint = open_checkpoint(tmp_path)
+    target = decoder(checkpoint, packed=True)
+    draft = open_draft(checkpoint, target.spec, EngineOptions(device="cpu", speculate="mtp"))
+    assert draft is not None
+    ours = load_draft_head(checkpoint, draft.spec, target, packed=True)
+    output = outputs(ours, hidden_states(target, [tokens[:-1]]), tokens[1:])
+    torch.testing.assert_close(output, wanted, rtol=1e-4, atol=1e-4)
 
 
 def renamed(glm: Path, path: Path) -> Path:

@@ -50,6 +50,8 @@ ARCHITECTURES = {
     "minimax_m2": Arch.MINIMAXM2,
     "ernie4_5_moe": Arch.ERNIE4_5_MOE,
     "hunyuan_v1_moe": Arch.HUNYUAN_MOE,
+    "lfm2": Arch.LFM2,
+    "lfm2_moe": Arch.LFM2MOE,
 }
 PERMUTED = {"llama", "mixtral", "granite", "smollm3", "arcee"}
 NORM_PLUS_ONE = {"gemma", "gemma2", "gemma3_text"}
@@ -141,6 +143,9 @@ def family_metadata(config: dict[str, Any]) -> dict[str, Any]:
     }
     for field, key in (
         ("rms_norm_eps", "attention.layer_norm_rms_epsilon"),
+        ("norm_eps", "attention.layer_norm_rms_epsilon"),
+        ("conv_L_cache", "shortconv.l_cache"),
+        ("num_dense_layers", "leading_dense_block_count"),
         ("layer_norm_eps", "attention.layer_norm_epsilon"),
         ("norm_epsilon", "attention.layer_norm_epsilon"),
         ("sliding_window", "attention.sliding_window"),
@@ -194,6 +199,19 @@ def family_metadata(config: dict[str, Any]) -> dict[str, Any]:
         ]
     if kind == "gemma4_text":
         metadata |= _gemma4_metadata(config)
+    if kind in ("lfm2", "lfm2_moe"):
+        metadata["attention.head_count_kv"] = [
+            config["num_key_value_heads"] if layer == "full_attention" else 0
+            for layer in config["layer_types"]
+        ]
+        del metadata["attention.key_length"], metadata["attention.value_length"]
+    if config.get("block_auto_adjust_ff_dim"):
+        multiple = config["block_multiple_of"]
+        metadata["feed_forward_length"] = -(-(2 * config["intermediate_size"] // 3) // multiple)
+        metadata["feed_forward_length"] *= multiple
+    if kind == "lfm2_moe":
+        metadata["expert_gating_func"] = 2  # sigmoid
+        metadata.pop("expert_weights_scale")  # the converter does not write it
     if "sliding_attention" in rope:
         metadata["rope.freq_base_swa"] = float(rope["sliding_attention"]["rope_theta"])
     if full["rope_type"] in ("linear", "yarn"):
@@ -275,6 +293,8 @@ def _tensors(weights: dict[str, Array], config: dict[str, Any]) -> Iterator[tupl
             yield from _gpt_oss_experts(name, values)
         elif name.endswith("e_score_correction_bias"):
             yield name.removesuffix("_bias") + ".bias", values
+        elif name.endswith(".expert_bias"):
+            yield f"{name}.bias", values
         elif name.endswith((".sinks", ".layer_scalar")):
             yield f"{name}.weight", values
         elif expert:
@@ -282,7 +302,7 @@ def _tensors(weights: dict[str, Array], config: dict[str, Any]) -> Iterator[tupl
             merged = f"model.{layer}mlp.experts.{part}.weight"
             if kind == "minimax_m2":
                 merged = f"model.{layer}block_sparse_moe.experts.{part}.weight"
-            if kind == "mixtral":
+            if kind in ("mixtral", "lfm2_moe"):
                 merged = f"{layer}feed_forward.experts.{part}.weight"
             stack = experts.setdefault(merged, [])
             assert len(stack) == int(index), "experts come in order"

@@ -18,6 +18,7 @@ from torch.nn.functional import cross_entropy
 from transformers.cache_utils import MtpCache
 from transformers.modeling_layers import MtpModel
 
+from support.tiny_families import family_oracle
 from support.tiny_models import tiny_checkpoint
 
 HIDDEN = 64
@@ -25,6 +26,13 @@ LAYERS = 2
 VOCAB = 512
 AUX_LAYERS = (1, 2, 3)  # of the Llama, whose inputs the EAGLE-3 head reads
 PERIOD = 48  # tokens of the text, which repeats
+# Modules of transformers' `MtpModel` in checkpoints of Qwen3-Next and Qwen3.5.
+QWEN_NAMES = {
+    "eh_proj": "mtp.fc",
+    "enorm": "mtp.pre_fc_norm_embedding",
+    "hnorm": "mtp.pre_fc_norm_hidden",
+    "post_norm": "mtp.norm",
+}
 GLM: dict[str, Any] = {
     "n_routed_experts": 4,
     "n_group": 1,
@@ -125,7 +133,7 @@ def _train_mtp(path: Path, steps: int) -> None:
         )
 
     _train([model, head], loss, steps)
-    trained = _stored(model.state_dict(), "model.layers.")
+    trained = _stored(model.state_dict())
     of_head = {
         name.removeprefix("layers.0.").removeprefix("mtp_block."): tensor
         for name, tensor in head.state_dict().items()
@@ -137,12 +145,12 @@ def _train_mtp(path: Path, steps: int) -> None:
     }
     file = path / "model.safetensors"
     old = load_file(file)
-    new = trained | _stored(renamed, "model.layers.")
+    new = trained | _stored(renamed)
     assert new.keys() == old.keys(), new.keys() ^ old.keys()
     save_file({name: tensor.detach().contiguous() for name, tensor in new.items()}, file)
 
 
-def _stored(state: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+def _stored(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The names of checkpoints: experts one by one."""
     stored: dict[str, torch.Tensor] = {}
     for name, tensor in state.items():
@@ -159,6 +167,44 @@ def _stored(state: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tens
                 stored[f"{into}.gate_proj.weight"] = gate
                 stored[f"{into}.up_proj.weight"] = up
     return stored
+
+
+def family_with_mtp(name: str, path: Path) -> tuple[Any, MtpModel]:
+    """A row of FAMILIES with a random MTP head, as a checkpoint at `path`; and both of them."""
+    is_qwen = name.startswith("qwen")
+    changes = {"layer_types": ["linear_attention", "full_attention"] * 2} if is_qwen else {}
+    model: Any = family_oracle(name, path, **changes)
+    config = model.config
+    config.num_mtp_layers = 1
+    if is_qwen:
+        config.mtp_layer_types = ["full_attention"]
+        config.mlp_only_layers = []
+    elif getattr(config, "mlp_layer_types", None) is not None:
+        config.mtp_mlp_layer_types = ["sparse"]
+    head = MtpModel(model, 1).eval()
+    generator = torch.Generator().manual_seed(1)
+    stored: dict[str, torch.Tensor] = {}
+    prefix = "mtp.layers.0" if is_qwen else f"model.layers.{len(model.model.layers)}"
+    own = QWEN_NAMES if is_qwen else {"post_norm": f"{prefix}.shared_head.norm"}
+    with torch.no_grad():
+        for key, tensor in head.state_dict().items():
+            module, _, kind = key.removeprefix("layers.0.").rpartition(".")
+            if key.startswith("layers.0."):
+                is_norm = "norm" in module and not is_qwen  # Qwen's add one to the weight
+                tensor.copy_(torch.randn(tensor.shape, generator=generator) * 0.1 + is_norm)
+                new = own.get(module) or f"{prefix}.{module.removeprefix('mtp_block.')}"
+                stored[f"{new}.{kind}"] = tensor.clone()
+    file = path / "model.safetensors"
+    tensors = load_file(file)
+    if not any(key.endswith("experts.gate_up_proj") for key in tensors):
+        stored = _stored(stored)
+    save_file(
+        {key: t.contiguous() for key, t in (tensors | stored).items()}, file, {"format": "pt"}
+    )
+    written = json.loads((path / "config.json").read_text())
+    if not is_qwen:
+        (path / "config.json").write_text(json.dumps(written | {"num_nextn_predict_layers": 1}))
+    return model, head
 
 
 class Eagle3Head(nn.Module):

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 from support.tiny_models import write_tokenizer
 
@@ -59,6 +60,17 @@ SHARED_EXPERT = {
     "shared_expert_intermediate_size": 32,
 }
 CLIP = VISION | {"model_type": "clip_vision_model"}
+LATENT_ATTENTION = {
+    "num_key_value_heads": 4,
+    "q_lora_rank": 32,
+    "kv_lora_rank": 32,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 16,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+}
 # name: model_type, text_config, vision_config
 WRAPPERS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "gemma3": ("gemma3", GEMMA3, VISION),
@@ -66,6 +78,35 @@ WRAPPERS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         "mistral3",
         {"model_type": "mistral", "sliding_window": None, "head_dim": 8},
         VISION | {"model_type": "pixtral", "head_dim": 8},
+    ),
+    "mistral4": (
+        "mistral3",
+        LATENT_ATTENTION
+        | {
+            "model_type": "mistral4",
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 10000.0,
+                "factor": 4.0,
+                "original_max_position_embeddings": 16,
+                "mscale": 1.0,
+                "mscale_all_dim": 1.0,
+                "llama_4_scaling_beta": 0.1,
+            },
+        },
+        VISION | {"model_type": "pixtral", "head_dim": 8},
+    ),
+    "kimi-k2.5": (
+        "kimi_k25",
+        LATENT_ATTENTION
+        | {
+            "model_type": "deepseek_v3",
+            "n_group": 1,
+            "topk_group": 1,
+            "first_k_dense_replace": 1,
+            "tie_word_embeddings": False,
+        },
+        VISION | {"model_type": "kimi_k25_vision"},
     ),
     "ministral3": (
         "mistral3",
@@ -186,6 +227,14 @@ def save_wrapper(model: Any, path: Path, hub_names: bool) -> Path:
     hub_names: with the names that files of the hub have, rather than those of transformers 5.
     """
     model.save_pretrained(path, save_original_format=hub_names)
+    if hub_names and model.config.model_type == "kimi_k25":
+        # transformers gives the text model's layers the name that the tower's have in such files.
+        file = path / "model.safetensors"
+        tensors = {
+            name.replace("model.blocks.", "model.layers."): tensor
+            for name, tensor in load_file(file).items()
+        }
+        save_file(tensors, file, {"format": "pt"})
     write_tokenizer(path)
     (path / "preprocessor_config.json").write_text('{"size": 28}')
     (path / "processor_config.json").write_text('{"image_seq_length": 4}')
