@@ -43,6 +43,7 @@ class DraftHead:
         self.head: DraftHeadSpec = spec.draft_head
         self.target = target
         target.aux_layers = self.head.aux_layers
+        self.parallel_group: ParallelGroup = target.parallel_group
         self.device = target.device
         self.dtype = target.dtype
         tensors, activation_quant, linears = weights
@@ -64,11 +65,6 @@ class DraftHead:
         # The hidden states [T, H] that the next step reads: `__call__` takes no more inputs than
         # other models do, so that the same graphs run it.
         self.hidden_states = torch.zeros(0, spec.hidden_size, dtype=self.dtype, device=self.device)
-
-    @property
-    def parallel_group(self) -> ParallelGroup:
-        """The ranks of the model."""
-        return self.target.parallel_group
 
     @property
     def layers(self) -> list[DecoderLayer]:
@@ -101,7 +97,17 @@ class DraftHead:
         Returns what the head reads in their place for the next drafts, [T, H].
         """
         hidden = self.hidden_states[: len(tokens)]
-        embedded = self._embed(tokens)
+        return self.forward_embedded(self._embed(tokens), hidden, positions, batch, caches)
+
+    def forward_embedded(
+        self,
+        embedded: torch.Tensor,
+        hidden: torch.Tensor,
+        positions: torch.Tensor,
+        batch: AttentionBatch,
+        caches: Sequence[LayerCache],
+    ) -> torch.Tensor:
+        """`__call__` on the embeddings [T, H] of the tokens and on hidden states [T, H]."""
         cos_sin = self._decoder.cos_sin(positions)
         normed = self._norm(hidden, self._norms["hidden_norm"])
         if self.head.method == "mtp":
