@@ -32,7 +32,13 @@ from llmkit.model.moe_families import MOE_FAMILIES
 from llmkit.model.parameter_table import embedding_tensor
 from llmkit.model.qwen3_next_families import QWEN3_NEXT_FAMILIES
 from llmkit.model.spec import ExpertStack, ModelSpec
-from llmkit.model.wrappers import WRAPPERS, find_mtp_head, mtp_prefixes, text_model
+from llmkit.model.wrappers import (
+    WRAPPERS,
+    architecture_of,
+    find_mtp_head,
+    mtp_prefixes,
+    text_model,
+)
 
 if TYPE_CHECKING:
     from llmkit.checkpoint.checkpoint import Checkpoint
@@ -82,7 +88,7 @@ def model_spec(
     Raises InputError for an unsupported architecture, and for values that its family does not
     allow.
     """
-    architecture = _architecture(config)
+    architecture = architecture_of(config)
     text = text_model(config, tensors)
     names: dict[str, Any] = {}  # the fields of ModelSpec about the checkpoint's names
     if text is not None:
@@ -265,7 +271,7 @@ def _fallback_spec(config: dict[str, Any], tensors: Collection[str]) -> ModelSpe
     # transformers' modeling code takes seconds to import, and only the fallback needs it.
     from llmkit.model.transformers_spec import UnsupportedError, transformers_spec
 
-    architecture = _architecture(config)
+    architecture = architecture_of(config)
     try:
         return transformers_spec(config, tensors)
     except UnsupportedError as error:
@@ -279,10 +285,6 @@ def _fallback_spec(config: dict[str, Any], tensors: Collection[str]) -> ModelSpe
             _nearest(architecture),
             f"docs/models.md lists the {len(SUPPORTED) + len(WRAPPERS)} supported architectures",
         ) from error
-
-
-def _architecture(config: dict[str, Any]) -> str:
-    return str((config.get("architectures") or ["(none)"])[0])
 
 
 def _nearest(architecture: str) -> str:
