@@ -73,6 +73,8 @@ class DraftHead:
 
     def reserve(self, num_tokens: int) -> None:
         """Make `hidden_states` large enough for steps of so many tokens."""
+        if len(self.hidden_states) == num_tokens:
+            return
         shape = (num_tokens, self.spec.hidden_size)
         self.hidden_states = torch.zeros(shape, dtype=self.dtype, device=self.device)
 
