@@ -146,6 +146,12 @@ def _show(console: Console, report: dict[str, Any]) -> None:
         table.add_row("KL divergence, mean", "", f"{quality['mean_kl']:.4f} nats a token")
         table.add_row("KL divergence, 99th percentile", "", f"{quality['p99_kl']:.4f}")
         table.add_row("same most likely token", "", f"{quality['top1']:.1%}")
+        if "acceptance" in quality:
+            table.add_row(
+                "drafts of the MTP head accepted",
+                f"{quality['reference_acceptance']:.1%}",
+                f"{quality['acceptance']:.1%}",
+            )
     earlier = report["seconds"].get("earlier runs")
     note = f" ({seconds_text(earlier)} of it in interrupted runs)" if earlier else ""
     table.add_row("time", "", seconds_text(sum(report["seconds"].values())) + note)

@@ -157,7 +157,7 @@ def _causal_conv_kernel(
     if first == 0:
         tl.debug_barrier()  # all threads have read the initial row
         for write in range(tl.load(write_starts + sequence), tl.load(write_starts + sequence + 1)):
-            end = tl.load(write_ends + write)
+            end = tl.load(write_ends + write).to(tl.int64)
             to = conv + tl.load(write_rows + write).to(tl.int64) * row_size
             for k in tl.static_range(WIDTH - 1):
                 at_input = end - (WIDTH - 1) + k

@@ -129,7 +129,8 @@ def mamba2_scan_torch(
                 if write_end == end:
                     state.state[row] = current.detach()
         start += length
-    return (torch.cat(outputs) + D.float()[:, None] * x).to(xbc.dtype)
+    y: torch.Tensor = torch.cat(outputs) + D.float()[:, None] * x
+    return y.to(xbc.dtype)
 
 
 def _for_heads(values: torch.Tensor, n_groups: int, heads: int) -> torch.Tensor:

@@ -10,6 +10,8 @@ Legend: see `mamba2`; S sequences, C chunks.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 
 from llmkit.kernels.recurrent_state import (
@@ -21,7 +23,36 @@ from llmkit.kernels.recurrent_state import (
 from llmkit.kernels.triton_support import interprets, is_amd, jit, jit_without_specializing, tl
 
 ANY_NUMBER = 1 << 30  # of tokens
-MAX_STATE_TILE = 4096  # elements of a state that a program holds
+MAX_STATE_ELEMENTS = 4096  # that a program of the recurrence holds
+
+
+class ChunkTiles(NamedTuple):
+    """How the kernels of chunks multiply inputs of a dtype. Sums are float32."""
+
+    dtype: torch.dtype  # of the factors, and of the states before chunks
+    precision: str  # of factors in float32
+    state_elements: int  # that a program of the first kernel holds
+    state_warps: int  # of the first kernel
+    output_columns: int  # that a program of the second kernel computes
+    state_tile: int  # rows of a state that it multiplies at once
+
+
+CHUNK_TILES = {
+    torch.bfloat16: ChunkTiles(torch.bfloat16, "ieee", 4096, 4, 64, 64),
+    # States may be beyond the range of float16.
+    torch.float16: ChunkTiles(torch.float32, "tf32", 4096, 4, 32, 32),
+    torch.float32: ChunkTiles(torch.float32, "ieee", 2048, 8, 16, 32),
+}
+
+
+def chunk_tiles(dtype: torch.dtype) -> ChunkTiles:
+    """The tiles for inputs of this dtype.
+
+    The interpreter has no products of bfloat16, and not all AMD GPUs have those of TF32.
+    """
+    if (dtype == torch.bfloat16 and interprets) or (dtype == torch.float16 and is_amd()):
+        dtype = torch.float32
+    return CHUNK_TILES[dtype]
 
 
 def mamba2_scan_triton(
@@ -40,7 +71,7 @@ def mamba2_scan_triton(
     y = xbc.new_empty(len(xbc), num_heads, head_dim)
     padded_size = max(16, 1 << (state_size - 1).bit_length())
     padded_dim = max(16, 1 << (head_dim - 1).bit_length())
-    columns = max(16, min(padded_dim, MAX_STATE_TILE // padded_size))
+    columns = max(16, min(padded_dim, MAX_STATE_ELEMENTS // padded_size))
     rows = batch.device_rows
     chunks = batch.device_chunks
     strides_and_limit = (xbc.stride(0), dt.stride(0), *time_step_limit)
@@ -50,9 +81,8 @@ def mamba2_scan_triton(
         "STATE_SIZE": state_size,
         "GROUPS": n_groups,
     }
-    column_blocks = -(-head_dim // columns)
     with torch.cuda.device_of(xbc):
-        _scan_tokens_kernel[column_blocks, num_heads, len(batch.query_lens)](
+        _scan_tokens_kernel[-(-head_dim // columns), num_heads, len(batch.query_lens)](
             xbc,
             dt,
             A_log,
@@ -69,15 +99,13 @@ def mamba2_scan_triton(
         )
         if chunks is None:
             return y
-        # Products are those of bfloat16, which the interpreter does not have, or of float32.
-        is_bfloat16 = xbc.dtype == torch.bfloat16 and not interprets
-        precision = "tf32" if xbc.dtype == torch.float16 and not is_amd() else "ieee"
+        tiles = chunk_tiles(xbc.dtype)
         before = xbc.new_empty(
-            (len(chunks.first_tokens), num_heads, state_size, head_dim),
-            dtype=torch.bfloat16 if is_bfloat16 else torch.float32,
+            (len(chunks.first_tokens), num_heads, state_size, head_dim), dtype=tiles.dtype
         )
-        common = sizes | {"CHUNK": CHUNK_TOKENS, "PRECISION": precision}
-        _chunk_states_kernel[column_blocks, num_heads, len(chunks.sequences)](
+        common = sizes | {"CHUNK": CHUNK_TOKENS, "PRECISION": tiles.precision}
+        columns = max(16, min(padded_dim, tiles.state_elements // padded_size))
+        _chunk_states_kernel[-(-head_dim // columns), num_heads, len(chunks.sequences)](
             xbc,
             dt,
             A_log,
@@ -91,8 +119,9 @@ def mamba2_scan_triton(
             PADDED_SIZE=padded_size,
             COLUMNS=columns,
             **common,
+            num_warps=tiles.state_warps,
         )
-        columns = min(padded_dim, 64 if is_bfloat16 else 32)
+        columns = min(padded_dim, tiles.output_columns)
         _chunk_outputs_kernel[len(chunks.first_tokens), num_heads, -(-head_dim // columns)](
             xbc,
             dt,
@@ -104,7 +133,7 @@ def mamba2_scan_triton(
             chunks.first_tokens,
             chunks.num_tokens,
             *strides_and_limit,
-            STATE_TILE=min(padded_size, 64 if is_bfloat16 else 32),
+            STATE_TILE=min(padded_size, tiles.state_tile),
             COLUMNS=columns,
             **common,
             num_warps=8,

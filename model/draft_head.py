@@ -43,6 +43,7 @@ class DraftHead:
         self.head: DraftHeadSpec = spec.draft_head
         self.target = target
         target.aux_layers = self.head.aux_layers
+        self.parallel_group: ParallelGroup = target.parallel_group
         self.device = target.device
         self.dtype = target.dtype
         tensors, activation_quant, linears = weights
@@ -66,17 +67,14 @@ class DraftHead:
         self.hidden_states = torch.zeros(0, spec.hidden_size, dtype=self.dtype, device=self.device)
 
     @property
-    def parallel_group(self) -> ParallelGroup:
-        """The ranks of the model."""
-        return self.target.parallel_group
-
-    @property
     def layers(self) -> list[DecoderLayer]:
         """Its decoder layer."""
         return self._decoder.layers
 
     def reserve(self, num_tokens: int) -> None:
         """Make `hidden_states` large enough for steps of so many tokens."""
+        if len(self.hidden_states) == num_tokens:
+            return
         shape = (num_tokens, self.spec.hidden_size)
         self.hidden_states = torch.zeros(shape, dtype=self.dtype, device=self.device)
 
@@ -101,7 +99,17 @@ class DraftHead:
         Returns what the head reads in their place for the next drafts, [T, H].
         """
         hidden = self.hidden_states[: len(tokens)]
-        embedded = self._embed(tokens)
+        return self.forward_embedded(self._embed(tokens), hidden, positions, batch, caches)
+
+    def forward_embedded(
+        self,
+        embedded: torch.Tensor,
+        hidden: torch.Tensor,
+        positions: torch.Tensor,
+        batch: AttentionBatch,
+        caches: Sequence[LayerCache],
+    ) -> torch.Tensor:
+        """`__call__` on the embeddings [T, H] of the tokens and on hidden states [T, H]."""
         cos_sin = self._decoder.cos_sin(positions)
         normed = self._norm(hidden, self._norms["hidden_norm"])
         if self.head.method == "mtp":

@@ -32,7 +32,13 @@ from llmkit.model.moe_families import MOE_FAMILIES
 from llmkit.model.parameter_table import embedding_tensor
 from llmkit.model.qwen3_next_families import QWEN3_NEXT_FAMILIES
 from llmkit.model.spec import ExpertStack, ModelSpec
-from llmkit.model.wrappers import WRAPPERS, find_mtp_head, mtp_prefixes, text_model
+from llmkit.model.wrappers import (
+    WRAPPERS,
+    architecture_of,
+    find_mtp_head,
+    mtp_prefixes,
+    text_model,
+)
 
 if TYPE_CHECKING:
     from llmkit.checkpoint.checkpoint import Checkpoint
@@ -55,8 +61,12 @@ NOT_SUPPORTED = {
 }
 # What config.json of some checkpoints of a family says as its model_type.
 OTHER_MODEL_TYPES = ("kimi_k2",)
-# The prefix that some checkpoints of an architecture have in place of the family's.
-OTHER_PREFIXES = {"NemotronHForCausalLM": "model"}
+# Other prefixes and names of the output projection in checkpoints of an architecture: those of
+# transformers' modules, and of Mamba-Codestral.
+OTHER_NAMES = {
+    "NemotronHForCausalLM": ("model", "lm_head"),
+    "Mamba2ForCausalLM": ("model.backbone", "model.lm_head"),
+}
 
 NO_TENSORS: Mapping[str, tuple[int, ...]] = MappingProxyType({})
 
@@ -82,7 +92,7 @@ def model_spec(
     Raises InputError for an unsupported architecture, and for values that its family does not
     allow.
     """
-    architecture = _architecture(config)
+    architecture = architecture_of(config)
     text = text_model(config, tensors)
     names: dict[str, Any] = {}  # the fields of ModelSpec about the checkpoint's names
     if text is not None:
@@ -132,7 +142,7 @@ def model_spec(
         values["activation"] = activation(completed.hidden_act)
     spec = ModelSpec(architecture=architecture, **(values | differences | names))
     if text is None:
-        spec = replace(spec, tensor_prefix=_stored_prefix(spec, tensors))
+        spec = _with_stored_names(spec, tensors)
     if text is not None and text.expert_stack is not None and spec.moe is not None:
         spec = replace(spec, moe=replace(spec.moe, expert_stack=text.expert_stack))
     if _stores_experts_one_by_one(spec, tensors):
@@ -151,14 +161,13 @@ def model_spec(
     return spec
 
 
-def _stored_prefix(spec: ModelSpec, tensors: Collection[str]) -> str:
-    """What the names of a checkpoint's tensors begin with (see `ModelSpec.tensor_prefix`)."""
-    other = OTHER_PREFIXES.get(spec.architecture)
-    embedding = embedding_tensor(spec)
-    if other is None or embedding in tensors:
-        return spec.tensor_prefix
-    is_other = other + embedding.removeprefix(spec.tensor_prefix) in tensors
-    return other if is_other else spec.tensor_prefix
+def _with_stored_names(spec: ModelSpec, tensors: Collection[str]) -> ModelSpec:
+    """The spec with the names of OTHER_NAMES, if a checkpoint's tensors have them."""
+    if spec.architecture not in OTHER_NAMES:
+        return spec
+    prefix, lm_head = OTHER_NAMES[spec.architecture]
+    other = replace(spec, tensor_prefix=prefix, lm_head_name=lm_head)
+    return other if embedding_tensor(other) in tensors else spec
 
 
 def unstack_experts(spec: ModelSpec) -> ModelSpec:
@@ -195,7 +204,8 @@ def stored_expert_stack(
     if shape is None:
         return None
     # Some files of the hub have [experts, in, out].
-    return replace(stack, transposed=shape[-2:-1] != (spec.hidden_size,))
+    out_features = moe.latent_size or spec.hidden_size
+    return replace(stack, transposed=shape[-2:-1] != (out_features,))
 
 
 def _check_values(spec: ModelSpec) -> None:
@@ -265,7 +275,7 @@ def _fallback_spec(config: dict[str, Any], tensors: Collection[str]) -> ModelSpe
     # transformers' modeling code takes seconds to import, and only the fallback needs it.
     from llmkit.model.transformers_spec import UnsupportedError, transformers_spec
 
-    architecture = _architecture(config)
+    architecture = architecture_of(config)
     try:
         return transformers_spec(config, tensors)
     except UnsupportedError as error:
@@ -279,10 +289,6 @@ def _fallback_spec(config: dict[str, Any], tensors: Collection[str]) -> ModelSpe
             _nearest(architecture),
             f"docs/models.md lists the {len(SUPPORTED) + len(WRAPPERS)} supported architectures",
         ) from error
-
-
-def _architecture(config: dict[str, Any]) -> str:
-    return str((config.get("architectures") or ["(none)"])[0])
 
 
 def _nearest(architecture: str) -> str:

@@ -507,8 +507,8 @@ def _stacked_sources(
         first_rows = [0]
         is_interleaved = False
     else:
-        tensor = stack.gate_up
-        first_rows = [0, 1 if stack.interleaved else moe.intermediate_size]
+        tensor = stack.gate_up if spec.gated_mlp else stack.up
+        first_rows = [0, 1 if stack.interleaved else moe.intermediate_size][: len(row.sources)]
         is_interleaved = stack.interleaved
     return tuple(
         replace(

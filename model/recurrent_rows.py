@@ -120,8 +120,8 @@ def _mamba2_rows(spec: ModelSpec, index: int) -> Iterator[Parameter]:
         sources = []
         first_row = 0
         for _, rows, split in xbc:
-            tensor = f"{source('conv')}.{kind}"
-            sources.append(SourceTensor(tensor, (rows, *columns), split, first_row))
+            name_of_all = f"{source('conv')}.{kind}"
+            sources.append(SourceTensor(name_of_all, (rows, *columns), split, first_row))
             first_row += rows
         yield Parameter(f"{name}.conv.{kind}", tuple(sources), layers)
     for vector in ("A_log", "D", "dt_bias"):

@@ -51,6 +51,7 @@ class ExpertStack:
     """
 
     gate_up: str = "experts.gate_up_proj"  # the tensors, without the module of the MoE
+    up: str = "experts.up_proj"  # in place of `gate_up`, of experts without a gate
     down: str = "experts.down_proj"
     bias_suffix: str = "_bias"
     interleaved: bool = False  # rows of gate and up alternate; otherwise all of gate come first

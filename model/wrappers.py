@@ -76,6 +76,14 @@ WRAPPERS: dict[str, Wrapper] = {
         _LLAVA_NAMES,
         tie_word_embeddings=True,
     ),
+    "Kimi_K25ForConditionalGeneration": Wrapper(
+        "kimi_k25",
+        ("deepseek_v3", "kimi_k2"),
+        ("vision_tower", "mm_projector"),
+        _LLAVA_NAMES,
+        tie_word_embeddings=True,
+        families={"kimi_k2": "deepseek_v3"},
+    ),
     "LlavaForConditionalGeneration": Wrapper("llava", _LLAVA_TEXT, _TOWER, _LLAVA_NAMES),
     "LlavaNextForConditionalGeneration": Wrapper(
         "llava_next", _LLAVA_TEXT, (*_TOWER, "image_newline"), _LLAVA_NAMES
@@ -149,16 +157,8 @@ WRAPPERS: dict[str, Wrapper] = {
         vllm=_IDEFICS_NAMES[0],
     ),
 }
-_KIMI = Wrapper(
-    "kimi_k25",
-    ("deepseek_v3", "kimi_k2"),
-    ("vision_tower", "mm_projector"),
-    _LLAVA_NAMES,
-    tie_word_embeddings=True,
-    families={"kimi_k2": "deepseek_v3"},
-)
-WRAPPERS["KimiK25ForConditionalGeneration"] = _KIMI  # in files of the hub
-WRAPPERS["Kimi_K25ForConditionalGeneration"] = _KIMI
+# The names in files of the hub of architectures that have another name in transformers.
+_OTHER_ARCHITECTURES = {"KimiK25ForConditionalGeneration": "Kimi_K25ForConditionalGeneration"}
 # config.json's fields that give the number of layers for multi-token prediction.
 _MTP_COUNTS = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers")
 _MTP_MODULE = "mtp"  # in checkpoints whose MTP head is no numbered layer
@@ -175,6 +175,12 @@ class TextModel:
     expert_stack: ExpertStack | None  # see MoeSpec; None: as in the family
 
 
+def architecture_of(config: dict[str, Any]) -> str:
+    """The architecture that a config.json names; "(none)" without one."""
+    name = str((config.get("architectures") or ["(none)"])[0])
+    return _OTHER_ARCHITECTURES.get(name, name)
+
+
 def text_model(config: dict[str, Any], tensors: Mapping[str, tuple[int, ...]]) -> TextModel | None:
     """The text model of a config.json; None when its architecture is no wrapper.
 
@@ -183,7 +189,7 @@ def text_model(config: dict[str, Any], tensors: Mapping[str, tuple[int, ...]]) -
     Raises InputError for a config without a text model, or with one that does not belong to the
     architecture, and for tensors of several namings.
     """
-    architecture = (config.get("architectures") or [""])[0]
+    architecture = architecture_of(config)
     wrapper = WRAPPERS.get(architecture)
     if wrapper is None:
         return None

@@ -38,6 +38,7 @@ MODEL = "model"  # the recipe's model, when a stage names it beside others
 RESERVED_NAMES = (MODEL, "source", "state")
 # The quality metrics that gates on a quantize stage may use.
 QUANTIZE_METRICS = ("perplexity", "mean_kl", "p99_kl", "top1")
+ACCEPTANCE = "acceptance"  # of the MTP head, where the source has one
 PACKAGE = "package:"  # prefix of a model reference: the .gguf file in an installed Python package
 KeyPath = tuple[str | int, ...]  # keys and list indices from the root of the file
 # Locates a key path for a message: "recipe.yaml:12", or the --set that changed it.
@@ -275,7 +276,8 @@ def _check_gate_metrics(recipe: Recipe, stage: Stage, locate: Locator) -> None:
     judged = recipe.stages[stage.settings["of"]]
     settings = judged.settings
     if judged.run == "quantize":
-        metrics = [*(QUANTIZE_METRICS if settings["eval"] else ()), "checkpoint_bytes"]
+        evaluated = (*QUANTIZE_METRICS, ACCEPTANCE) if settings["eval"] else ()
+        metrics = [*evaluated, "checkpoint_bytes"]
     else:
         quality = {"perplexity", *QUALITY_METRICS, *QUALITY_BOUND_METRICS}
         metrics = [

@@ -35,6 +35,7 @@ from llmkit.common.formatting import finite
 from llmkit.common.version import version
 from llmkit.model.device import resolve_device
 from llmkit.pipeline.recipe import (
+    ACCEPTANCE,
     GATE,
     MODEL,
     QUANTIZE_METRICS,
@@ -309,6 +310,9 @@ def _quantize_report(name: str, path: Path) -> BenchReport:
     if quality:
         before["perplexity"] = quality["reference_perplexity"]
         after |= {metric: quality[metric] for metric in QUANTIZE_METRICS}
+    if ACCEPTANCE in quality:
+        before[ACCEPTANCE] = quality[f"reference_{ACCEPTANCE}"]
+        after[ACCEPTANCE] = quality[ACCEPTANCE]
 
     def target(name: str, reference: str, metrics: Mapping[str, Any]) -> TargetReport:
         values = {metric: math.nan if value is None else value for metric, value in metrics.items()}

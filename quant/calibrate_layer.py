@@ -53,6 +53,7 @@ def sublayers(layer: DecoderLayer) -> tuple[SubLayer, ...]:
     def linears(*endings: str) -> tuple[str, ...]:
         return tuple(name for name in layer.linears if name.endswith(endings))
 
+    mixer_groups: tuple[tuple[str, ...], ...]
     mixer_groups = (linears(*MIXER_INPUTS), linears(*MIXER_OUTPUTS))
     from_latents = linears("attn.q_b", "attn.kv_b")
     if from_latents:

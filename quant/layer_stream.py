@@ -34,6 +34,7 @@ from llmkit.model.rope import CosSin
 from llmkit.model.spec import ModelSpec
 from llmkit.model.token_embedding import TokenEmbedding
 from llmkit.model.weight_loader import read_activation_quant, read_parameter
+from llmkit.quant.draft_acceptance import DraftAcceptance
 
 # A micro-batch has at most this many tokens, unless one window is longer.
 BATCH_TOKENS = 4096
@@ -314,20 +315,31 @@ class LayerStream:
 
     @torch.no_grad()
     def logits(
-        self, windows: torch.Tensor, advance: Callable[[], None] = lambda: None
+        self,
+        windows: torch.Tensor,
+        advance: Callable[[], None] = lambda: None,
+        acceptance: DraftAcceptance | None = None,
     ) -> Iterator[torch.Tensor]:
         """The logits, float32 [L, vocab], of each token window of [n, L].
 
-        `advance` is called after every layer, to report progress.
+        `advance` is called after every layer, to report progress. acceptance: counts the drafts of
+        the model's MTP head.
         """
         batches = self.embed(windows)
+        # A layer may write to its input.
+        embedded = [batch.hidden.clone() if acceptance else batch.hidden[:0] for batch in batches]
         for index in range(len(self.spec.layers)):
             self.run_layer(self.layer(index), batches)
             advance()
         decoder = self.decoder_without_layers(with_head=True)
-        for micro_batch in batches:
-            for hidden in micro_batch.hidden.split(windows.shape[1]):
-                yield decoder.logits(decoder.normalize(hidden.to(self.device)))
+        for micro_batch, of_batch in zip(batches, embedded, strict=True):
+            of_windows = of_batch.split(windows.shape[1])
+            for index, hidden in enumerate(micro_batch.hidden.split(windows.shape[1])):
+                normed = decoder.normalize(hidden.to(self.device))
+                logits = decoder.logits(normed)
+                if acceptance is not None:
+                    acceptance.count(decoder, of_windows[index], normed, logits)
+                yield logits
 
     def decoder_without_layers(self, with_head: bool) -> Decoder:
         """The decoder with neither layers nor embedding; with the output projection if asked."""

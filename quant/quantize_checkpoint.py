@@ -30,6 +30,7 @@ from llmkit.quant.bit_search import BitSearch
 from llmkit.quant.calibration_data import CalibrationData, load_calibration_data
 from llmkit.quant.calibration_text import windows_sha256
 from llmkit.quant.check_finite import check_finite
+from llmkit.quant.draft_acceptance import DraftAcceptance, measurable_head
 from llmkit.quant.generated_text import GenerateFn, compare_answers
 from llmkit.quant.grid import FULL_SEARCH
 from llmkit.quant.layer_sensitivity import LayerSensitivity, measure_sensitivity
@@ -114,6 +115,16 @@ def check_gates(report: Report, options: QuantizeOptions) -> None:
     if not quality:
         return
     failures = []
+    least = options.min_acceptance
+    if least is not None:
+        before, after = (quality.get(f"{prefix}acceptance") for prefix in ("reference_", ""))
+        if before is None or after is None:
+            failures.append("the source has no MTP head whose acceptance could be measured")
+        elif not after >= least * before:
+            failures.append(
+                f"the MTP head's acceptance is {after:.3f} after {before:.3f}, which is less than"
+                f" {least:g} of it"
+            )
     ratio = quality["perplexity"] / quality["reference_perplexity"]
     for name, value, limit in (
         ("mean KL", quality["mean_kl"], options.max_kl),
@@ -348,12 +359,16 @@ def _output_stream(plan: QuantizePlan, writer: ParameterWriter) -> LayerStream:
 
 
 def _logits(
-    checkpoint: Checkpoint, plan: QuantizePlan, windows: torch.Tensor, progress: Progress
+    checkpoint: Checkpoint,
+    plan: QuantizePlan,
+    windows: torch.Tensor,
+    progress: Progress,
+    acceptance: DraftAcceptance | None = None,
 ) -> Iterator[torch.Tensor]:
     """The logits, float32 [L, vocab], of each token window of [n, L]."""
     if plan.spec.transformers is None:
         stream = LayerStream.from_checkpoint(checkpoint, plan.spec, plan.device)
-        return stream.logits(windows, progress.advance)
+        return stream.logits(windows, progress.advance, acceptance)
     # The layers of the fallback cannot be read one at a time.
     model = load_model(checkpoint, torch.float32, plan.device, spec=plan.spec)
     for _ in plan.spec.layers:
@@ -368,8 +383,11 @@ def _evaluate(
     window_tokens = plan.eval_window_tokens
     windows = evaluation_windows(tokenizer, plan.options.eval_windows, window_tokens)
     progress.start("evaluate", 2 * len(plan.spec.layers), "layers")
-    output_logits = _logits(_output_checkpoint(plan, writer), plan, windows, progress)
-    source_logits = _logits(plan.source, plan, windows, progress)
+    head = measurable_head(plan.source, plan.spec)
+    # The output has the source's own head, byte for byte.
+    after, before = (None if head is None else DraftAcceptance(plan.source, head) for _ in "12")
+    output_logits = _logits(_output_checkpoint(plan, writer), plan, windows, progress, after)
+    source_logits = _logits(plan.source, plan, windows, progress, before)
     quality: Quality = score_logits(output_logits, source_logits, windows)
     progress.finish()
     if quality.reference_perplexity is None or not math.isfinite(quality.reference_perplexity):
@@ -378,8 +396,12 @@ def _evaluate(
             "Weights that give finite activations were expected",
             "Use --no-eval to write the output all the same",
         )
+    acceptance = {}
+    if before is not None and after is not None:
+        acceptance = {"acceptance": after.rate, "reference_acceptance": before.rate}
     return {
         **dataclasses.asdict(quality),
+        **acceptance,
         "text": "the part of pydoc_data.topics that is never calibrated with",
         "windows": len(windows),
         "window_tokens": window_tokens,

@@ -220,6 +220,16 @@ class QuantizeOptions:
             panel=OUTPUT_PANEL,
         ),
     ] = None
+    min_acceptance: Annotated[
+        float | None,
+        Option(
+            "Exit with 1 if the MTP head's acceptance falls below this share of the source's.",
+            metavar="X",
+            unset="off",
+            in_recipes=False,
+            panel=OUTPUT_PANEL,
+        ),
+    ] = None
     # For the command line that an interrupted run prints. A run also resumes without it.
     resume: Annotated[
         bool,

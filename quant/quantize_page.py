@@ -94,11 +94,16 @@ def _quality_rows(quality: Entry) -> list[Sequence[str]]:
     mean_kl = _formatted(quality.get("mean_kl"), ".4f")
     p99_kl = _formatted(quality.get("p99_kl"), ".4f")
     top1 = _formatted(quality.get("top1"), ".1%")
+    of_head: list[Sequence[str]] = []
+    if "acceptance" in quality:
+        shares = [_formatted(quality.get(f"{of}acceptance"), ".1%") for of in ("reference_", "")]
+        of_head.append(("Drafts of the MTP head accepted", *shares, "of the first draft tokens"))
     return [
         ("Perplexity", _formatted(before, ".3f"), _formatted(after, ".3f"), change),
         ("KL divergence, mean", NONE, mean_kl, "nats a token"),
         ("KL divergence, 99th percentile", NONE, p99_kl, "nats a token"),
         ("Same most likely token", NONE, top1, "of the tokens"),
+        *of_head,
     ]
 
 

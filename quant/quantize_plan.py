@@ -88,6 +88,7 @@ def check_options(options: QuantizeOptions) -> None:
         ("target-kl", options.target_kl),
         ("max-kl", options.max_kl),
         ("max-ppl-ratio", options.max_ppl_ratio),
+        ("min-acceptance", options.min_acceptance),
     ):
         if bound is None:
             continue

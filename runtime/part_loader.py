@@ -207,6 +207,7 @@ def load_part(
                 packed=True,
                 cpu_activations=options.cpu_activations,
             )
+            draft.reserve(plan.max_num_batched_tokens)  # before the memory is measured
     elif source is not None:
         draft = load_weights(
             source.checkpoint,

@@ -132,11 +132,11 @@ def run_in_steps(
 
 
 @pytest.mark.parametrize("rule", FORMS)
-@pytest.mark.parametrize("step", [1, 7, 64, 150])
+@pytest.mark.parametrize("step", [1, 7, 64, 130])
 @torch.inference_mode()
 def test_gated_delta_rule_equals_transformers(rule: GatedDeltaRule, step: int) -> None:
     layer = Layer()
-    qkv, ba = layer.inputs(150)
+    qkv, ba = layer.inputs(130)
     state = layer.state()
     expected, final = layer.oracle(qkv, ba)
     close(run_in_steps(rule, layer, qkv, ba, state, step), expected)
@@ -230,10 +230,10 @@ LAYERS = [Layer(), Layer(3, 3, 17, 37), Layer(1, 2, 128, 128)]
 def test_gated_delta_rule_compiled_does_not_depend_on_steps(
     rule: GatedDeltaRule, layer: Layer, num_threads: int
 ) -> None:
-    qkv, ba = layer.inputs(100)
+    qkv, ba = layer.inputs(70)
     expected, final = layer.oracle(qkv, ba)
     found = []
-    for step in (100, 1, 7, 64):
+    for step in (70, 1, 7, 64):
         state = layer.state()
         out = run_in_steps(rule, layer, qkv, ba, state, step)
         found.append((out, state.state[3]))
@@ -366,9 +366,8 @@ def triton_results(
     small = Layer(1, 2, 16, 20)
     calls = [
         triton_call(small, MIXED),
-        triton_call(small, MIXED, torch.float16),
+        triton_call(Layer(1, 1, 16, 16), MIXED, torch.float16),
         triton_call(small, IN_GRAPH, in_graph=True),
-        triton_call(Layer(1, 1, 24, 33), LONG),
         triton_call(Layer(1, 1, 24, 33), LONG, equal_keys=True),
         with_nan(triton_call(small, MIXED)),
     ]

@@ -152,37 +152,45 @@ NUMBERS = {"min_dt": "fp32", "max_dt": "fp32", "eps": "fp32"} | dict.fromkeys(
 
 
 @pytest.mark.parametrize(
-    "capability",
-    [90, pytest.param(80, marks=pytest.mark.slow), pytest.param(89, marks=pytest.mark.slow)],
+    ("capability", "dtype"),
+    [
+        (90, torch.bfloat16),
+        pytest.param(80, torch.bfloat16, marks=pytest.mark.slow),
+        pytest.param(89, torch.float16, marks=pytest.mark.slow),
+        pytest.param(80, torch.float32, marks=pytest.mark.slow),
+    ],
 )
-def test_recurrent_kernels_compile(capability: int, tmp_path: Path) -> None:
-    sizes = {"HEADS": 48, "HEAD_DIM": 64, "STATE_SIZE": 128, "GROUPS": 1, "PADDED_SIZE": 128}
-    sizes |= {"MAX_TOKENS": 16, "COLUMNS": 32, "CHUNK": 64, "PRECISION": "ieee"}
-    outputs = sizes | {"COLUMNS": 64, "STATE_TILE": 64}
-    conv = {"WIDTH": 4, "STATE_TILE": 4, "SILU": True, "GATED": False, "CHANNELS": 128}
-    norm = {
-        "SIZE": 8192,
-        "GROUP_SIZE": 8192,
-        "WEIGHT_STRIDE": 8192,
-        "NORM_BEFORE_GATE": False,
-        "TILE": 8192,
+def test_recurrent_kernels_compile(capability: int, dtype: torch.dtype, tmp_path: Path) -> None:
+    tiles = mamba2_triton.chunk_tiles(dtype)
+    names_of_dtypes = {
+        torch.bfloat16: "*bf16",
+        torch.float16: "*fp16",
+        torch.float32: "*fp32",
     }
+    kinds = NUMBERS | {name: kind for kind, names in POINTERS.items() for name in names}
+    kinds["before"] = names_of_dtypes[tiles.dtype]
+    sizes = {"HEADS": 48, "HEAD_DIM": 64, "STATE_SIZE": 128, "GROUPS": 1, "PADDED_SIZE": 128}
+    sizes |= {"MAX_TOKENS": 16, "COLUMNS": 32, "CHUNK": 64, "PRECISION": tiles.precision}
+    states = sizes | {"COLUMNS": tiles.state_elements // 128}
+    outputs = sizes | {"COLUMNS": tiles.output_columns, "STATE_TILE": tiles.state_tile}
+    conv = {"WIDTH": 4, "STATE_TILE": 4, "SILU": True, "GATED": False, "CHANNELS": 128}
+    norm = {"SIZE": 8192, "GROUP_SIZE": 8192, "WEIGHT_STRIDE": 8192}
+    norm |= {"NORM_BEFORE_GATE": False, "TILE": 8192}
     gpu = mamba2_triton
     for kernel, constants, warps in (
         (causal_conv_triton._causal_conv_kernel, conv | {"TOKENS": 16}, 4),
         (causal_conv_triton._causal_conv_kernel, conv | {"TOKENS": 1}, 4),
         (gpu._scan_tokens_kernel, sizes, 4),
-        (gpu._chunk_states_kernel, sizes, 4),
+        (gpu._chunk_states_kernel, states, tiles.state_warps),
         (gpu._chunk_outputs_kernel, outputs, 8),
         (gpu._gated_group_norm_kernel, norm, 8),
     ):
-        kinds = NUMBERS | {name: kind for kind, names in POINTERS.items() for name in names}
-        names = kernel.arg_names
+        arguments = [name for name in kernel.arg_names if not name.isupper() or name == "D"]
         compiled = compiled_for(
             capability,
             kernel,
-            {name: kinds.get(name, "*bf16") for name in names if not name.isupper() or name == "D"},
-            {name: constants[name] for name in names if name.isupper() and name != "D"},
+            {name: kinds.get(name, names_of_dtypes[dtype]) for name in arguments},
+            {name: constants[name] for name in kernel.arg_names if name not in arguments},
             tmp_path,
             num_warps=warps,
         )

@@ -87,16 +87,29 @@ def test_nemotron_h_config_of_the_first_releases_names_the_head_dim_otherwise() 
     assert spec_of("nemotron-h", "head_dim", attention_head_dim=24).head_dim == 24
 
 
-def test_nemotron_h_checkpoint_may_have_the_prefix_of_transformers(tmp_path: Path) -> None:
-    oracle = family_oracle("nemotron-h", tmp_path)
-    file = tmp_path / "model.safetensors"
-    tensors = {
-        name.replace("backbone.", "model.", 1): tensor for name, tensor in load_file(file).items()
-    }
-    save_file(tensors, file, {"format": "pt"})
-    model = load_model(open_checkpoint(tmp_path), torch.float32)
+def check_logits(path: Path, oracle: torch.nn.Module) -> None:
+    model = load_model(open_checkpoint(path), torch.float32)
     tokens = tokens_of(20, 1)
     close(next(window_logits(model, tokens[None])), oracle_logits(oracle, tokens))
+
+
+@pytest.mark.parametrize("name", ["nemotron-h", "nemotron-3-latent"])
+def test_nemotron_h_checkpoint_may_have_the_names_of_transformers_modules(
+    name: str, tmp_path: Path
+) -> None:
+    """All experts of a layer are in one tensor then."""
+    oracle = family_oracle(name, tmp_path)
+    oracle.save_pretrained(tmp_path, save_original_format=False)
+    assert "model.embeddings.weight" in open_checkpoint(tmp_path).tensors
+    check_logits(tmp_path, oracle)
+
+
+def test_mamba2_checkpoint_may_have_the_names_of_codestral(tmp_path: Path) -> None:
+    oracle = family_oracle("mamba2", tmp_path)
+    file = tmp_path / "model.safetensors"
+    tensors = {f"model.{name}": tensor for name, tensor in load_file(file).items()}
+    save_file(tensors, file, {"format": "pt"})
+    check_logits(tmp_path, oracle)
 
 
 def test_granite_hybrid_config_names_layers_as_the_hub_does() -> None:

@@ -100,6 +100,18 @@ def test_mla_spec_of_published_configs() -> None:
     assert kimi.moe.num_groups == 1
 
 
+def test_kimi_k25_has_the_architecture_of_its_files() -> None:
+    """Files of the hub have another name of the architecture than transformers."""
+    config = {
+        "architectures": ["KimiK25ForConditionalGeneration"],
+        "model_type": "kimi_k25",
+        "text_config": config_of("DeepseekV3ForCausalLM") | {"model_type": "kimi_k2"},
+    }
+    spec = model_spec(config)
+    assert spec.architecture == "Kimi_K25ForConditionalGeneration"
+    assert spec.mla is not None
+
+
 @pytest.mark.parametrize(
     ("architecture", "values", "message"),
     [

@@ -107,7 +107,14 @@ def sequences_of(batch: RecurrentBatch) -> list[tuple[slice, RecurrentBatch]]:
 class Conv:
     """A convolution and its inputs: 300 channels, of which some fill no vector or block."""
 
-    def __init__(self, width: int = 4, *, bias: bool = True, gated: bool = False) -> None:
+    def __init__(
+        self,
+        width: int = 4,
+        *,
+        bias: bool = True,
+        gated: bool = False,
+        num_tokens: int = TOKENS,
+    ) -> None:
         draw = torch.Generator().manual_seed(width)
         channels = 300
         self.shape = StateShape(width, channels)
@@ -116,7 +123,7 @@ class Conv:
         self.gated = gated
         columns = 3 * channels if gated else channels
         # Its rows are part of longer ones, as those of a fused projection are.
-        self.x = torch.randn(TOKENS, columns + 40, generator=draw)[:, 8 : columns + 8]
+        self.x = torch.randn(num_tokens, columns + 40, generator=draw)[:, 8 : columns + 8]
 
     def __call__(self, tokens: slice, state: RecurrentState, batch: RecurrentBatch) -> torch.Tensor:
         x = self.x[tokens]
@@ -128,7 +135,9 @@ class Conv:
 class Scan:
     """A layer's parameters and inputs."""
 
-    def __init__(self, sizes: tuple[int, int, int, int] = SIZES[0]) -> None:
+    def __init__(
+        self, sizes: tuple[int, int, int, int] = SIZES[0], num_tokens: int = TOKENS
+    ) -> None:
         self.heads, self.head_dim, self.state_size, self.n_groups = sizes
         draw = torch.Generator().manual_seed(self.heads)
         x_size = self.heads * self.head_dim
@@ -136,7 +145,7 @@ class Scan:
         channels = x_size + 2 * bc_size
         self.shape = StateShape(4, channels, self.heads, self.state_size, self.head_dim)
         # Rows of both are part of longer ones.
-        wide = torch.randn(TOKENS, channels + 2 * self.heads + 5, generator=draw)
+        wide = torch.randn(num_tokens, channels + 2 * self.heads + 5, generator=draw)
         self.xbc = wide[:, 2 : channels + 2]
         self.dt = wide[:, channels + 3 : channels + 3 + self.heads] * 2 - 1
         self.A_log = torch.rand(self.heads, generator=draw) * 4 - 1
