@@ -129,8 +129,8 @@ def mamba2_scan_torch(
                 if write_end == end:
                     state.state[row] = current.detach()
         start += length
-    y: torch.Tensor = torch.cat(outputs) + D.float()[:, None] * x
-    return y.to(xbc.dtype)
+    skipped: torch.Tensor = D.float()[:, None] * x
+    return (torch.cat(outputs) + skipped).to(xbc.dtype)
 
 
 def _for_heads(values: torch.Tensor, n_groups: int, heads: int) -> torch.Tensor:
