@@ -69,9 +69,11 @@ def _gated_delta_net_rows(spec: ModelSpec, index: int) -> Iterator[Parameter]:
         qkvz_sources += projections(f"{source('z')}.weight", (v_size,), columns)
         ba_sources = projections(f"{source('b')}.weight", ba[:1], columns)
         ba_sources += projections(f"{source('a')}.weight", ba[1:], columns)
-    # Both linears read the norm before them: scales cannot move from it to one of them.
-    yield Parameter(f"{name}.qkvz.weight", tuple(qkvz_sources), layers, is_linear=True)
-    yield Parameter(f"{name}.ba.weight", tuple(ba_sources), layers)
+    before = f"layers.{index}.attn_norm.weight" if spec.pre_norm else None
+    yield Parameter(
+        f"{name}.qkvz.weight", tuple(qkvz_sources), layers, is_linear=True, input_from=before
+    )
+    yield Parameter(f"{name}.ba.weight", tuple(ba_sources), layers, input_from=before)
     conv = projections(f"{source('conv')}.weight", qkv, (1, gdn.conv_kernel_size))
     yield Parameter(f"{name}.conv.weight", tuple(conv), layers)
     for vector in ("A_log", "dt_bias"):

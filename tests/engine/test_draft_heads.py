@@ -22,6 +22,8 @@ from llmkit.runtime.engine.engine_request import EngineRequest
 from llmkit.runtime.engine.sampling_params import SamplingParams
 from llmkit.runtime.engine_loader import load_engine
 from llmkit.runtime.engine_plan import plan_engine
+from llmkit.runtime.prefix_engine import PrefixStoreEngine
+from llmkit.runtime.prefix_store import PAGE_TOKENS
 
 TRAINING_STEPS = 40
 OPTIONS = EngineOptions(device="cpu", max_model_len=160, max_num_seqs=6)
@@ -173,6 +175,28 @@ def test_mtp_heads_draft_for_latent_attention_and_recurrent_layers(
     assert running.generate(asked, SAMPLED) == expected
     assert running.stats().drafted_total > 100
     assert running.generate(asked, SAMPLED) == expected, "with cached prefixes"
+
+
+@pytest.mark.parametrize("name", ["glm4-moe-lite", "qwen3-next"])
+def test_mtp_heads_have_their_part_of_prefixes_on_disk(tmp_path: Path, name: str) -> None:
+    family_with_mtp(name, tmp_path / "model", max_position_embeddings=1024)
+    options = EngineOptions(device="cpu", max_num_seqs=2, speculate="mtp:2")
+    prompt = [3 + (i * 7 + i * i // 5) % 120 for i in range(2 * PAGE_TOKENS + 40)]
+
+    def started() -> PrefixStoreEngine:
+        store = (str(tmp_path / "kept"), 1 << 28)
+        engine = load_engine(tmp_path / "model", options, prefix_store=store)
+        assert isinstance(engine, PrefixStoreEngine)
+        return engine
+
+    first = started()
+    answers = [first.generate([prompt], GREEDY)[0] for _ in range(2)]
+    first._write_thread.shutdown()
+    again = started()
+    assert again.generate([prompt], GREEDY) == [answers[0]] == answers[1:]
+    assert again.stats().store_hits_total == 2 * PAGE_TOKENS
+    plain = load_engine(tmp_path / "model", replace(options, speculate=0))
+    assert plain.generate([prompt], GREEDY) == [answers[0]]
 
 
 def acceptance(path: Path) -> tuple[int, int]:

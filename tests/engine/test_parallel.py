@@ -356,10 +356,42 @@ def test_ranks_load_adapters(family: str, layout: dict[str, int], tmp_path: Path
     assert run(**layout) == expected
 
 
-@pytest.mark.parametrize("method", ["gptq", "awq", "int8"])
-def test_ranks_load_quantized_parts(method: str, tmp_path: Path) -> None:
+QUANTIZED_SIZES: dict[str, dict[str, Any]] = {
+    "llama": {"head_dim": 32},
+    "nemotron_h": {
+        "head_dim": 32,
+        "hybrid_override_pattern": "M*E-",
+        "mamba_num_heads": 16,
+        "mamba_head_dim": 16,
+        "ssm_state_size": 16,
+        "n_groups": 2,
+        "n_routed_experts": 4,
+        "moe_intermediate_size": 128,
+        "moe_shared_expert_intermediate_size": 128,
+    },
+    "lfm2": {
+        "head_dim": 32,
+        "layer_types": ["conv", "full_attention"],
+        "block_auto_adjust_ff_dim": False,
+    },
+}
+
+
+@pytest.mark.parametrize(
+    ("architecture", "method"),
+    [
+        pytest.param(name, method, marks=() if name == "llama" else pytest.mark.slow)
+        for name in QUANTIZED_SIZES
+        for method in ("gptq", "awq", "int8")
+    ],
+)
+def test_ranks_load_quantized_parts(architecture: str, method: str, tmp_path: Path) -> None:
     source = tiny_checkpoint(
-        tmp_path / "source", hidden_size=128, intermediate_size=256, head_dim=32
+        tmp_path / "source",
+        architecture,
+        hidden_size=128,
+        intermediate_size=256,
+        **QUANTIZED_SIZES[architecture],
     )
     size = None if method == "int8" else 64
     options = QuantizeOptions(

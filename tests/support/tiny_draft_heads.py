@@ -169,10 +169,14 @@ def _stored(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return stored
 
 
-def family_with_mtp(name: str, path: Path) -> tuple[Any, MtpModel]:
-    """A row of FAMILIES with a random MTP head, as a checkpoint at `path`; and both of them."""
+def family_with_mtp(name: str, path: Path, **changes: Any) -> tuple[Any, MtpModel]:
+    """A row of FAMILIES with a random MTP head, as a checkpoint at `path`; and both of them.
+
+    changes: values of its config that differ from the row.
+    """
     is_qwen = name.startswith("qwen")
-    changes = {"layer_types": ["linear_attention", "full_attention"] * 2} if is_qwen else {}
+    if is_qwen:
+        changes["layer_types"] = ["linear_attention", "full_attention"] * 2
     model: Any = family_oracle(name, path, **changes)
     config = model.config
     config.num_mtp_layers = 1
