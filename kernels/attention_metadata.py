@@ -53,6 +53,7 @@ class AttentionBatch:
         self._block_tables = block_tables  # by window
         self._metadata: dict[int | None, AttentionMetadata] = {}  # by window, made on first use
         self._recurrent = recurrent
+        self._split: dict[int, SplitBatch | None] = {}  # by the least number of queries
 
     @classmethod
     def build(
@@ -122,12 +123,74 @@ class AttentionBatch:
         """The number of blocks that a cache needs for a batch of `for_sequences`."""
         return int((-(-self.seq_lens // self.block_size)).sum())
 
+    def split_prompts(self, min_queries: int) -> SplitBatch | None:
+        """The sequences with at least so many new tokens, and the others.
+
+        None where no sequence has as many, and in a batch that a CUDA graph reads again. All layers
+        get the same result.
+        """
+        if min_queries not in self._split:
+            self._split[min_queries] = self._make_split(min_queries)
+        return self._split[min_queries]
+
+    def _make_split(self, min_queries: int) -> SplitBatch | None:
+        is_prompt = self.query_lens >= min_queries
+        if self.is_fixed or not is_prompt.any():
+            return None
+        table = self._block_tables[None]
+        ends = self.query_lens.cumsum()
+        prompts = []
+        for index in is_prompt.nonzero()[0]:
+            num_queries, num_tokens = int(self.query_lens[index]), int(self.seq_lens[index])
+            num_blocks = -(-num_tokens // self.block_size)
+            start = table.starts[index]
+            blocks = to_device(
+                torch.from_numpy(table.blocks[start : start + num_blocks].copy()), self.device
+            )
+            copied = AttentionBatch.build(
+                [num_queries],
+                [num_tokens],
+                {None: [range(num_blocks)]},
+                self.block_size,
+                self.device,
+            )
+            end = int(ends[index])
+            prompts.append(Prompt(slice(end - num_queries, end), blocks, copied))
+        others = (~is_prompt).nonzero()[0]
+        if not len(others):
+            return SplitBatch(prompts, None, None)
+        rows = np.concatenate([np.arange(ends[i] - self.query_lens[i], ends[i]) for i in others])
+        batch = AttentionBatch(
+            self.query_lens[others],
+            self.seq_lens[others],
+            {None: BlockTable(table.blocks, table.starts[others], table.sizes[others])},
+            self.block_size,
+            self.device,
+        )
+        return SplitBatch(prompts, batch, to_device(torch.from_numpy(rows), self.device))
+
     def metadata(self, window: int | None) -> AttentionMetadata:
         """The metadata for all layers with this sliding window."""
         if window not in self._metadata:
             block_table = self._block_tables.get(window) or self._block_tables[None]
             self._metadata[window] = AttentionMetadata(self, window, block_table)
         return self._metadata[window]
+
+
+class Prompt(NamedTuple):
+    """A sequence with many new tokens, on its own."""
+
+    rows: slice  # its new tokens among those of the step
+    blocks: torch.Tensor  # int64, of its tokens, on the device
+    batch: AttentionBatch  # of this sequence, for a cache into which these blocks were copied
+
+
+class SplitBatch(NamedTuple):
+    """The sequences of a step in two parts."""
+
+    prompts: list[Prompt]
+    others: AttentionBatch | None  # None: there are none
+    other_rows: torch.Tensor | None  # int64: the new tokens of the others among those of the step
 
 
 @dataclass(frozen=True)

@@ -22,10 +22,17 @@ import torch
 from torch.nn.functional import linear, scaled_dot_product_attention
 
 from llmkit.kernels import latent_attention_triton as triton_attention
-from llmkit.kernels.attention_metadata import AttentionMetadata
+from llmkit.kernels.attention import paged_attention
+from llmkit.kernels.attention_metadata import AttentionBatch, AttentionMetadata, Prompt
 from llmkit.kernels.cpu import cpu_kernels, cpu_latent
 from llmkit.kernels.cpu.cpu_latent import CpuLatentProjection
+from llmkit.kernels.kv_cache import KVCache
 from llmkit.kernels.latent_cache import LatentCache
+
+# New tokens of a sequence from which a GPU computes the expanded form, and the most memory that the
+# keys and values of some heads may take.
+MIN_EXPANDED_QUERIES = 128
+EXPANDED_BYTES = 1 << 26
 
 
 class LatentProjection(Protocol):
@@ -47,11 +54,11 @@ class DenseLatentProjection:
 
     def __init__(self, weight: torch.Tensor, num_heads: int, value_dim: int) -> None:
         """weight: [N * (P + V), L]."""
-        self.weight = weight
         self.nbytes = weight.nbytes
-        by_head = weight.unflatten(0, (num_heads, -1))
-        self._no_position = by_head.shape[1] - value_dim
-        self._keys, self._values = by_head.split((self._no_position, value_dim), dim=1)
+        self.value_dim = value_dim
+        self._by_head = weight.unflatten(0, (num_heads, -1))
+        self._no_position = self._by_head.shape[1] - value_dim
+        self._keys, self._values = self._by_head.split((self._no_position, value_dim), dim=1)
 
     def absorb(self, q: torch.Tensor) -> torch.Tensor:
         """See `LatentProjection`."""
@@ -63,9 +70,10 @@ class DenseLatentProjection:
         """See `LatentProjection`."""
         return torch.bmm(latents.transpose(0, 1), self._values.mT).transpose(0, 1).contiguous()
 
-    def expand(self, latents: torch.Tensor) -> torch.Tensor:
-        """Latents [n, L] as keys and values [n, N * (P + V)]."""
-        return linear(latents, self.weight)
+    def expand(self, latents: torch.Tensor, first: int, end: int) -> torch.Tensor:
+        """Latents [n, L] as keys without a position and values of some heads, [n, heads, P + V]."""
+        weight = self._by_head[first:end]
+        return linear(latents, weight.flatten(0, 1)).unflatten(1, (len(weight), -1))
 
 
 def latent_projection(weight: torch.Tensor, num_heads: int, value_dim: int) -> LatentProjection:
@@ -91,6 +99,76 @@ def latent_attention(
     if triton_attention.supports(q, cache, rank):
         return triton_attention.attention(q, cache, metadata, scale, rank)
     return latent_attention_reference(q, cache, metadata, scale, rank)
+
+
+def mla_attention(
+    q: torch.Tensor,
+    projection: LatentProjection,
+    cache: LatentCache,
+    batch: AttentionBatch,
+    scale: float,
+    rank: int,
+    value_dim: int,
+) -> torch.Tensor:
+    """Attention of queries [T, N, P + R] to a cache that holds this step's latents: [T, N, V].
+
+    With a dense projection (on a GPU), a sequence with many new tokens is computed in the expanded
+    form; others in the absorbed one. Compiled CPU kernels compute all in the absorbed form, so that
+    a result does not depend on how a prompt was cut. What else is in the batch changes no form.
+    """
+    split = None
+    if isinstance(projection, DenseLatentProjection) and value_dim <= q.shape[2]:
+        split = batch.split_prompts(MIN_EXPANDED_QUERIES)
+
+    def absorbed(rows: torch.Tensor, own: AttentionBatch) -> torch.Tensor:
+        metadata = own.metadata(None)
+        sums = latent_attention(projection.absorb(rows), cache, metadata, scale, rank)
+        return projection.project(sums)
+
+    if split is None:
+        return absorbed(q, batch)
+    assert isinstance(projection, DenseLatentProjection)
+    out = q.new_empty(*q.shape[:2], value_dim)
+    if split.others is not None and split.other_rows is not None:
+        out[split.other_rows] = absorbed(q[split.other_rows], split.others)
+    for prompt in split.prompts:
+        out[prompt.rows] = _expanded_prompt(q[prompt.rows], projection, cache, prompt, scale, rank)
+    return out
+
+
+def _expanded_prompt(
+    q: torch.Tensor,
+    projection: DenseLatentProjection,
+    cache: LatentCache,
+    prompt: Prompt,
+    scale: float,
+    rank: int,
+) -> torch.Tensor:
+    """The expanded form for one sequence. q: [queries, N, P + R]. Returns [queries, N, V].
+
+    Keys and values of some heads at a time are in memory, as a paged cache of their own, whose
+    values are padded to the size of keys.
+    """
+    num_heads, head_dim = q.shape[1:]
+    latents = cache.gather(prompt.blocks, q.dtype)  # [n, L + R], to the end of the last block
+    num_tokens = len(latents)
+    bytes_of_head = 2 * num_tokens * head_dim * q.element_size()
+    group = max(1, min(num_heads, EXPANDED_BYTES // bytes_of_head))
+    block_size = cache.kv.shape[2]
+    outputs = []
+    for first in range(0, num_heads, group):
+        kv = projection.expand(latents[:, :rank], first, first + group)  # [n, g, P + V]
+        keys, values = kv.split((kv.shape[2] - projection.value_dim, projection.value_dim), dim=2)
+        heads = kv.shape[1]
+        both = q.new_zeros(2, heads, num_tokens, head_dim)
+        both[0, :, :, : keys.shape[2]] = keys.transpose(0, 1)
+        both[0, :, :, keys.shape[2] :] = latents[:, rank:]
+        both[1, :, :, : projection.value_dim] = values.transpose(0, 1)
+        expanded = KVCache(both.view(2 * heads, -1, block_size, head_dim))
+        own = q[:, first : first + heads].contiguous()
+        sums = paged_attention(own, expanded, prompt.batch.metadata(None), scale)
+        outputs.append(sums[:, :, : projection.value_dim])
+    return torch.cat(outputs, dim=1)
 
 
 def latent_attention_reference(

@@ -1,8 +1,8 @@
 """Multi-head latent attention in a decoder layer (DeepSeek V2 and V3; kernels/latent_attention.py).
 
-A model that is loaded for serving computes the absorbed form, whatever the length of a prompt's
-part: so a result does not depend on how a prompt was cut. Where linear layers are dense (for
-calibration and learned rounding), the expanded form runs: there `kv_b` is a linear layer like
+A model that is loaded for serving computes the absorbed form, and long parts of prompts on a GPU in
+the expanded one (see `kernels.latent_attention.mla_attention`). Where linear layers are dense, for
+calibration and learned rounding, the expanded form runs: there `kv_b` is a linear layer like
 others, whose inputs can be observed. Inputs of `kv_b` are never rounded.
 
 Legend: T tokens, H hidden, N heads; the others are those of kernels/latent_attention.py.
@@ -21,9 +21,9 @@ from llmkit.kernels.input_quant import LinearInput
 from llmkit.kernels.latent_attention import (
     LatentProjection,
     expanded_attention,
-    latent_attention,
     latent_projection,
 )
+from llmkit.kernels.latent_attention import mla_attention as served_attention
 from llmkit.kernels.latent_cache import LatentCache
 from llmkit.model.linear import Linear
 from llmkit.model.mixer_layer import MixerLayer
@@ -74,9 +74,9 @@ def mla_attention(
     kv_b = layer.linears["attn.kv_b"]
     rank = mla.kv_lora_rank
     if isinstance(kv_b, LatentLinear):
-        absorbed = kv_b.projection.absorb(q)
-        sums = latent_attention(absorbed, cache, metadata, spec.attention_scale, rank)
-        out = kv_b.projection.project(sums)
+        out = served_attention(
+            q, kv_b.projection, cache, batch, spec.attention_scale, rank, mla.v_head_dim
+        )
     else:
         out = expanded_attention(
             q, kv_b, latents, cache, metadata, spec.attention_scale, rank, mla.v_head_dim

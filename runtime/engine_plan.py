@@ -24,6 +24,7 @@ from llmkit.runtime.engine.cuda_graphs import estimate_graph_bytes
 from llmkit.runtime.engine.draft_model import MAX_KNOWN_TOKENS
 from llmkit.runtime.engine.engine_options import EngineOptions
 from llmkit.runtime.memory_plan import (
+    EXPANDED_WORKSPACE,
     MemoryPlan,
     StateMemory,
     estimate_workspace,
@@ -111,6 +112,8 @@ def plan_part(
 
     max_num_batched_tokens = options.max_num_batched_tokens or DEFAULT_BATCHED_TOKENS[device.type]
     workspace = estimate_workspace(spec, dtype, max_num_batched_tokens, options.max_num_seqs)
+    if spec.mla is not None and device.type != "cpu":
+        workspace += EXPANDED_WORKSPACE
     checkpoint_kv_dtype = None  # the dtype for which the checkpoint has scales
     if checkpoint.quantization is not None:
         checkpoint_kv_dtype = checkpoint.quantization.kv or None

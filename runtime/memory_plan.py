@@ -18,10 +18,12 @@ from llmkit.common.errors import InputError, ShortageError, is_out_of_memory
 from llmkit.common.formatting import bytes_text
 from llmkit.common.option_values import format_size
 from llmkit.kernels.cpu.cpu_kernels import DEPTH_MULTIPLE
+from llmkit.kernels.latent_attention import EXPANDED_BYTES
 from llmkit.model.checkpoint_tensors import scheme_of
 from llmkit.model.full_forward import hidden_states
 from llmkit.model.language_model import LanguageModel
 from llmkit.model.linear import PackedLinear, keeps_weights_packed
+from llmkit.model.mla import LatentLinear
 from llmkit.model.parameter import Parameter
 from llmkit.model.parameter_table import parameters
 from llmkit.model.spec import ModelSpec
@@ -55,6 +57,8 @@ MIN_CONTEXT_TOKENS = 512
 MEBIBYTE = 1 << 20
 # For each logit of a step while it is sampled. CPU: float32, its sorted copy and the int64 indices.
 # GPU: the model's dtype, float32, a copy for log probabilities, and the table for penalties.
+# Keys and values of long prompts with latent attention, while they are made and read.
+EXPANDED_WORKSPACE = 3 * EXPANDED_BYTES
 BYTES_PER_LOGIT = 16
 CGROUP = Path("/sys/fs/cgroup")
 UNLIMITED = 1 << 62
@@ -324,7 +328,8 @@ def weight_bytes(
         for tensor in row.source_names:
             scheme = scheme_of(row, tensor, checkpoint.quantization)
             shapes = [part.shape for part in row.sources if part.name == tensor]
-            if checkpoint.quantization and scheme:
+            is_dequantized = row.name.endswith("attn.kv_b.weight")  # see mla.LatentLinear
+            if checkpoint.quantization and scheme and not is_dequantized:
                 stays_packed = cpu_packs or gpu_packs
                 if stays_packed:
                     quantized_format = format_of(checkpoint.quantization)
@@ -357,7 +362,10 @@ def loaded_bytes(model: LanguageModel) -> int:
     """Bytes of the weights of a loaded model."""
     linears, others = model.weights()
     packed = sum(linear.kernel.nbytes for linear in linears if isinstance(linear, PackedLinear))
-    dense = [linear.weight for linear in linears if not isinstance(linear, PackedLinear)]
+    latent = [linear for linear in linears if isinstance(linear, LatentLinear)]
+    packed += sum(linear.projection.nbytes for linear in latent)
+    without_weight = (PackedLinear, LatentLinear)
+    dense = [linear.weight for linear in linears if not isinstance(linear, without_weight)]
     held = {tensor.data_ptr(): tensor.nbytes for tensor in (*dense, *others)}
     return packed + sum(held.values())
 
@@ -418,6 +426,11 @@ def estimate_workspace(
     if spec.moe is not None:
         widest = max(widest, spec.moe.num_experts_per_tok * spec.moe.intermediate_size)
     activations = step_tokens * (2 * spec.hidden_size + 3 * widest) * dtype.itemsize
+    if spec.mla is not None:  # queries and outputs of both forms
+        sizes = spec.mla.qk_head_dim + spec.mla.v_head_dim
+        sizes += spec.mla.latent_dim + spec.mla.kv_lora_rank
+        latents = step_tokens * spec.num_heads * sizes * dtype.itemsize
+        activations = max(activations, latents)
     return activations + max_num_seqs * spec.vocab_size * BYTES_PER_LOGIT
 
 
@@ -437,6 +450,8 @@ def measure_workspace(model: LanguageModel, step_tokens: int, max_num_seqs: int)
     torch.cuda.synchronize(model.device)
     peak = torch.cuda.max_memory_allocated(model.device) - before
     torch.cuda.empty_cache()
+    if model.spec.mla is not None:  # these prompts are short
+        peak += EXPANDED_WORKSPACE
     # The peak includes the float32 logits.
     return peak + num_prompts * model.spec.vocab_size * (BYTES_PER_LOGIT - 4)
 

@@ -54,7 +54,8 @@ def plan_offload(
         )
     matrices: dict[int, list[Parameter]] = {index: [] for index in range(len(spec.layers))}
     for row in parameters(spec):
-        if row.name.startswith("layers.") and len(row.shape) == 2:
+        stays = row.name.endswith("attn.kv_b.weight")  # attention reads it in another form
+        if row.name.startswith("layers.") and len(row.shape) == 2 and not stays:
             matrices[int(row.name.split(".")[1])].append(row)
     # From the last layer to the first.
     layer_bytes = [
@@ -156,7 +157,7 @@ def _weights(layer: DecoderLayer) -> Iterator[tuple[object, str, torch.Tensor]]:
         if isinstance(owner, HummingLinear):
             owner = owner.layer
         for name, value in list(vars(owner).items()):
-            if isinstance(value, torch.Tensor) and value.dim() > 1:
+            if isinstance(value, torch.Tensor) and value.dim() > 1 and not value.is_meta:
                 yield owner, name, value
 
 

@@ -297,7 +297,8 @@ class CudaGraphRunner:
             for query_len in {1, max_query_len}
         }
         self._mixed_keys: list[GraphKey] = []
-        if model.spec.recurrent is None:  # their kernels for prompts need the lengths on the host
+        # The kernels for prompts of these layers need the lengths on the host.
+        if model.spec.recurrent is None and model.spec.mla is None:
             self._mixed_keys = mixed_keys(max_num_seqs, max_mixed_tokens, max_capture_size)
         self.graphs: dict[GraphKey, DecodeGraph] = {}
         # Experts can be captured only when the host need not see which ones the router selects.

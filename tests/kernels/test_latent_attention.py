@@ -10,15 +10,16 @@ from support.latent_cases import CASES, REPLAYED, Case
 from support.paged_cases import assert_close
 from support.triton_checks import SHARED_BYTES, compiled_for, interpreted
 
+from llmkit.kernels import latent_attention as latent_attention_module
 from llmkit.kernels import latent_attention_triton as triton_attention
 from llmkit.kernels.attention_metadata import AttentionBatch
 from llmkit.kernels.cpu import cpu_kernels
 from llmkit.kernels.latent_attention import (
-    DenseLatentProjection,
     expanded_attention,
     latent_attention,
     latent_attention_reference,
     latent_projection,
+    mla_attention,
 )
 from llmkit.kernels.latent_cache import LatentCache
 
@@ -149,9 +150,25 @@ def test_latent_attention_forms_agree(monkeypatch: pytest.MonkeyPatch) -> None:
     step = Step()
     absorbed = step.absorbed(QUERY_LENS, SEQ_LENS, step.q)
     torch.testing.assert_close(absorbed, step.expanded(), atol=1e-5, rtol=1e-5)
-    dense = DenseLatentProjection(step.weight, HEADS, VALUE)
-    expanded = dense.expand(step.latents[:, :RANK])
-    torch.testing.assert_close(expanded, step.latents[:, :RANK] @ step.weight.T)
+
+
+@pytest.mark.parametrize("min_queries", [2, 30, 1000])
+@torch.inference_mode()
+def test_latent_attention_expands_long_prompts(
+    min_queries: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each sequence by its own number of new tokens; some heads at a time."""
+    monkeypatch.setattr(cpu_kernels, "library", None)
+    monkeypatch.setattr(latent_attention_module, "MIN_EXPANDED_QUERIES", min_queries)
+    monkeypatch.setattr(latent_attention_module, "EXPANDED_BYTES", 4 * 2 * 96 * 18 * 4)
+    step = Step()
+    projection = latent_projection(step.weight, HEADS, VALUE)
+    batch = step.batch(QUERY_LENS, SEQ_LENS)
+    answer = mla_attention(step.q, projection, step.cache, batch, SCALE, RANK, VALUE)
+    torch.testing.assert_close(answer, step.expanded(), atol=1e-5, rtol=1e-5)
+    split = batch.split_prompts(min_queries)
+    found = 0 if split is None else len(split.prompts)
+    assert found == sum(new >= min_queries for new in QUERY_LENS)
 
 
 @needs_kernels
