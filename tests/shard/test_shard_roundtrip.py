@@ -45,6 +45,8 @@ MOE: dict[str, Any] = {
     "num_experts_per_tok": 2,
     "moe_intermediate_size": 64,
     "n_shared_experts": 1,
+    "n_group": 1,
+    "topk_group": 1,
     "hidden_size_per_layer_input": 8,
     "pad_token_id": 0,
 }
