@@ -14,6 +14,7 @@ from llmkit.checkpoint.dtypes import FLOATS
 from llmkit.common.errors import InputError
 from llmkit.model.checkpoint_tensors import checkpoint_tensors
 from llmkit.model.families import model_spec
+from llmkit.model.parameter_table import parameters
 from llmkit.model.spec import DraftHeadSpec, ExpertStack, ModelSpec
 
 EAGLE3_ARCHITECTURES = (
@@ -52,6 +53,25 @@ def mtp_model_spec(spec: ModelSpec, tensors: Mapping[str, tuple[int, ...]]) -> M
         mtp=None,
         draft_head=head,
     )
+
+
+def with_dense_modules(checkpoint: Checkpoint, spec: ModelSpec) -> Checkpoint:
+    """The same checkpoint, whose quantization leaves out what it stores of a head as it was.
+
+    Configs seldom say which parts of an MTP head are not quantized: DeepSeek-V3's projection is
+    none of the modules that its config lists, and other checkpoints have a whole head in 16 bits.
+    """
+    quantization = checkpoint.quantization
+    if quantization is None:
+        return checkpoint
+    dense: list[str] = []
+    for row in parameters(spec):
+        for name in row.source_names if row.is_linear or row.is_lm_head else ():
+            info = checkpoint.tensors.get(name)
+            if info is not None and info.dtype in FLOATS and name.endswith(".weight"):
+                dense.append(name.removesuffix(".weight"))
+    ignore = (*quantization.ignore, *dense)
+    return replace(checkpoint, quantization=replace(quantization, ignore=ignore))
 
 
 def is_eagle3(config: Mapping[str, Any]) -> bool:

@@ -13,7 +13,7 @@ from llmkit.checkpoint.checkpoint import Checkpoint
 from llmkit.common.errors import InputError
 from llmkit.model.decoder import Decoder
 from llmkit.model.draft_head import DraftHead, load_draft_head
-from llmkit.model.draft_head_spec import check_draft_head, mtp_model_spec
+from llmkit.model.draft_head_spec import check_draft_head, mtp_model_spec, with_dense_modules
 from llmkit.model.full_forward import make_batch
 from llmkit.model.language_model import scratch_layer_caches
 from llmkit.model.spec import ModelSpec
@@ -58,15 +58,16 @@ class DraftAcceptance:
         self._num_drafts += len(drafts)
 
 
-def measurable_head(checkpoint: Checkpoint, spec: ModelSpec) -> ModelSpec | None:
-    """The spec of the MTP head of a checkpoint; None when it has none that is complete."""
+def measurable_head(checkpoint: Checkpoint, spec: ModelSpec) -> tuple[Checkpoint, ModelSpec] | None:
+    """The MTP head of a checkpoint and its spec; None when it has none that is complete."""
     if spec.transformers is not None:
         return None
     head = mtp_model_spec(spec, checkpoint.tensor_shapes)
     if head is None:
         return None
+    checkpoint = with_dense_modules(checkpoint, head)
     try:
         check_draft_head(checkpoint, head)
     except InputError:  # it is carried all the same
         return None
-    return head
+    return checkpoint, head

@@ -385,7 +385,7 @@ def _evaluate(
     progress.start("evaluate", 2 * len(plan.spec.layers), "layers")
     head = measurable_head(plan.source, plan.spec)
     # The output has the source's own head, byte for byte.
-    after, before = (None if head is None else DraftAcceptance(plan.source, head) for _ in "12")
+    after, before = (None if head is None else DraftAcceptance(*head) for _ in "12")
     output_logits = _logits(_output_checkpoint(plan, writer), plan, windows, progress, after)
     source_logits = _logits(plan.source, plan, windows, progress, before)
     quality: Quality = score_logits(output_logits, source_logits, windows)

@@ -13,6 +13,7 @@ from llmkit.model.draft_head_spec import (
     eagle3_model_spec,
     is_eagle3,
     mtp_model_spec,
+    with_dense_modules,
 )
 from llmkit.model.families import checkpoint_spec, require_native
 from llmkit.model.spec import ModelSpec
@@ -62,6 +63,7 @@ def _open_mtp_head(checkpoint: Checkpoint, spec: ModelSpec) -> DraftSource:
             "A layer with eh_proj after the last one, or modules named mtp were expected",
             others,
         )
+    checkpoint = with_dense_modules(checkpoint, head)
     check_draft_head(checkpoint, head)
     return DraftSource(checkpoint, head)
 
@@ -72,6 +74,7 @@ def _open_draft_model(reference: str, spec: ModelSpec) -> DraftSource:
     if is_eagle3(draft.config):
         require_native(spec, f"the EAGLE-3 head {reference}")
         head = eagle3_model_spec(draft, spec)
+        draft = with_dense_modules(draft, head)
         check_draft_head(draft, head)
         return DraftSource(draft, head)
     draft_spec = checkpoint_spec(draft)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.fp8_files import write_fp8
 from support.tiny_draft_heads import family_with_mtp, glm_with_mtp, llama_with_eagle3, text_tokens
 
 from llmkit.checkpoint.open_checkpoint import open_checkpoint
@@ -218,6 +219,20 @@ def test_mtp_heads_carried_through_quantize_are_accepted_as_before(
     after = acceptance(tmp_path / "out")
     if method == "bf16":
         assert after == before
+    assert after[0] / after[1] >= 0.8 * before[0] / before[1] > 0.3
+
+
+def test_mtp_heads_of_fp8_checkpoints_are_read_as_they_are_stored(
+    folder: Path, tmp_path: Path
+) -> None:
+    glm_with_mtp(tmp_path / "dense", steps=TRAINING_STEPS)
+    write_fp8(tmp_path / "dense", tmp_path / "fp8", (32, 32))
+    stored = open_checkpoint(tmp_path / "fp8").tensors
+    head = "model.layers.2."
+    assert stored[f"{head}self_attn.q_proj.weight"].dtype == "F8_E4M3"
+    assert stored[f"{head}eh_proj.weight"].dtype == "F32", "which no entry of the config says"
+    after = acceptance(tmp_path / "fp8")
+    before = acceptance(tmp_path / "dense")
     assert after[0] / after[1] >= 0.8 * before[0] / before[1] > 0.3
 
 

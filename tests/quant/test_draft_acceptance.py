@@ -45,7 +45,7 @@ def test_draft_acceptance_is_what_transformers_computes(model: Path) -> None:
     spec = checkpoint_spec(checkpoint)
     head = measurable_head(checkpoint, spec)
     assert head is not None
-    acceptance = DraftAcceptance(checkpoint, head)
+    acceptance = DraftAcceptance(*head)
     stream = LayerStream.from_checkpoint(checkpoint, spec)
     logits = torch.stack(list(stream.logits(windows(), acceptance=acceptance)))
 
