@@ -35,7 +35,7 @@ def scheduler(draft_proposer: DraftProposer | None = None, **sizes: object) -> S
         "has_recurrent_states": True,
         "num_state_checkpoints": 20,
     }
-    config: EngineConfig = EngineConfig(device=None, dtype=None, **(chosen | sizes))  # type: ignore[arg-type]
+    config: EngineConfig = EngineConfig(device=None, dtype=None, **(chosen | sizes))
     return Scheduler(config, (), draft_proposer)
 
 
