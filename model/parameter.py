@@ -138,7 +138,7 @@ class Parameter:
     layers: tuple[int, ...]
     is_linear: bool = False  # the weight of a linear layer that quantization may pack
     # The norm or linear whose output is its input. None also where scales cannot be moved from one
-    # to the other: a router reads the output too, or something not linear lies between them.
+    # to the other: others read the output too, or something not linear lies between them.
     input_from: str | None = None
     expert: int | None = None  # the expert it belongs to; None outside experts
     is_float32: bool = False  # kept in float32 whatever the dtype of the model

@@ -69,11 +69,10 @@ def _gated_delta_net_rows(spec: ModelSpec, index: int) -> Iterator[Parameter]:
         qkvz_sources += projections(f"{source('z')}.weight", (v_size,), columns)
         ba_sources = projections(f"{source('b')}.weight", ba[:1], columns)
         ba_sources += projections(f"{source('a')}.weight", ba[1:], columns)
-    before = f"layers.{index}.attn_norm.weight" if spec.pre_norm else None
-    yield Parameter(
-        f"{name}.qkvz.weight", tuple(qkvz_sources), layers, is_linear=True, input_from=before
-    )
-    yield Parameter(f"{name}.ba.weight", tuple(ba_sources), layers, input_from=before)
+    # No scales move from the norm before: beta and decay read it, too, and stay in 16 bits, where
+    # rounding them once more costs as much as INT8 does.
+    yield Parameter(f"{name}.qkvz.weight", tuple(qkvz_sources), layers, is_linear=True)
+    yield Parameter(f"{name}.ba.weight", tuple(ba_sources), layers)
     conv = projections(f"{source('conv')}.weight", qkv, (1, gdn.conv_kernel_size))
     yield Parameter(f"{name}.conv.weight", tuple(conv), layers)
     for vector in ("A_log", "dt_bias"):

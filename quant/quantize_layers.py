@@ -62,8 +62,8 @@ class LayerState:
     targets: dict[str, QuantTarget]  # the linears to quantize, by name within the layer
     # The linears that are quantized, by name within the layer.
     results: dict[str, tuple[QuantizeResult, Entry]] = field(default_factory=dict)
-    # What smoothing changed besides them (norms, biases, other readers), by name within the layer.
-    smoothed: set[str] = field(default_factory=set)
+    # The vectors (norms, biases) that smoothing changed, by name within the layer.
+    smoothed_vectors: set[str] = field(default_factory=set)
     # The scales of an 8-bit KV cache, by checkpoint tensor.
     kv_scales: dict[str, torch.Tensor] = field(default_factory=dict)
     # For learned rounding: the smoothed weights before quantization, and their input statistics.
@@ -241,10 +241,10 @@ def _smooth(
     input_stats = collect_input_stats(
         state.layer, sublayer, names, batches, algorithm.required_stats
     )
-    stored_dtypes = {
+    vector_dtypes = {
         parameter.name.removeprefix(state.prefix): writer.dtypes[parameter.source_names[0]]
         for parameter in state.parameters
-        if not parameter.is_linear
+        if len(parameter.shape) == 1
     }
     for name in names:
         target = state.targets[name]
@@ -258,11 +258,10 @@ def _smooth(
         scales = smoother.scales(target, mapping, weight, input_stats[name])
         if scales is None:
             continue
-        used = apply_scales(state.layer, mapping, scales, stored_dtypes)
+        used = apply_scales(state.layer, mapping, scales, vector_dtypes)
         input_stats[name].divide_inputs(used)
         smoothed = ("bias",) if mapping.rows is not None else ("weight", "bias")
-        state.smoothed.update(f"{mapping.smooth_layer}.{vector}" for vector in smoothed)
-        state.smoothed.update(f"{reader}.weight" for reader in mapping.other_readers)
+        state.smoothed_vectors.update(f"{mapping.smooth_layer}.{vector}" for vector in smoothed)
     return input_stats
 
 
@@ -387,14 +386,12 @@ def _write_layer(state: LayerState, writer: ParameterWriter) -> None:
         if module in state.results and name.endswith(".weight"):
             result, _ = state.results[module]
             writer.write_quantized(parameter, result.weight)
-        elif name not in state.smoothed:
+        elif name not in state.smoothed_vectors:
             writer.write_cast(parameter)
         elif module in state.layer.norms and name.endswith(".bias"):
             writer.write_value(parameter, state.layer.norm_biases[module])
         elif module in state.layer.norms:
             writer.write_value(parameter, state.layer.norms[module] - writer.spec.norm_offset)
-        elif name.endswith(".weight"):
-            writer.write_value(parameter, state.layer.linears[module].weight)
         else:
             bias = state.layer.linears[module].bias
             assert bias is not None

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from llmkit.model.decoder import MIXER_INPUTS, DecoderLayer
+from llmkit.model.decoder import DecoderLayer
 from llmkit.model.parameter import Parameter
 
 
@@ -27,8 +27,6 @@ class SmoothingMapping:
     rows: slice | None
     # From v to o: the query heads per KV head and head_dim. None: every output is used once.
     kv_group: tuple[int, int] | None = None
-    # Linears that are not quantized and read the same norm. Their columns are multiplied, too.
-    other_readers: tuple[str, ...] = ()
 
     def max_over_kv_group(self, values: torch.Tensor) -> torch.Tensor:
         """Magnitudes [in] of the linear's inputs as magnitudes of the smooth layer's outputs.
@@ -60,11 +58,7 @@ def find_mapping(layer: DecoderLayer, parameter: Parameter) -> SmoothingMapping 
     source = parameter.input_from.rpartition(".")[0].removeprefix(prefix)
     linear = parameter.module.removeprefix(prefix)
     if source in layer.norms:
-        others = [name for name in MIXER_INPUTS if name in layer.linears and name != linear]
-        is_mixer_input = linear in MIXER_INPUTS
-        return SmoothingMapping(
-            source, linear, None, other_readers=tuple(others) if is_mixer_input else ()
-        )
+        return SmoothingMapping(source, linear, None)
     if source.endswith("attn.qkv"):
         spec = layer.spec  # the sizes of this layer
         first_v_row = (spec.num_heads + spec.num_kv_heads) * spec.head_dim
@@ -85,10 +79,9 @@ def apply_scales(
 ) -> torch.Tensor:
     """Divide the smooth layer by `scales`, one per output, and multiply the linear's columns.
 
-    dtypes: the stored dtype of the smooth layer's vectors (a norm's weight, a linear's bias) and of
-    the other readers' weights, by name within the decoder layer. They are rounded to it. The linear
-    compensates for a norm's rounding. Returns the scales that were used, one per input of the
-    linear.
+    dtypes: the stored dtype of the smooth layer's vectors (a norm's weight, a linear's bias), by
+    name within the decoder layer. The vectors are rounded to it. The linear compensates for a
+    norm's rounding. Returns the scales that were used, one per input of the linear.
     """
     linear = layer.linears[mapping.linear]
     if mapping.rows is None:
@@ -112,7 +105,4 @@ def apply_scales(
             stored = dtypes[f"{mapping.smooth_layer}.bias"]
             smooth.bias[mapping.rows] = (smooth.bias[mapping.rows] / scales).to(stored).float()
     linear.weight *= used
-    for name in mapping.other_readers:
-        reader = layer.linears[name]
-        reader.weight = (reader.weight * used).to(dtypes[f"{name}.weight"]).float()
     return used
