@@ -346,8 +346,8 @@ class ModelSpec:
     # What the names of the embedding, the layers and the last norm begin with in the checkpoint.
     tensor_prefix: str = "model"
     lm_head_name: str = "lm_head"  # the output projection's module in the checkpoint
-    # What the names of carried tensors begin with: parts that do not run, such as a vision tower or
-    # layers that predict several tokens. Outputs get them byte for byte.
+    # What the names of carried tensors begin with: parts that this model does not run, such as a
+    # vision tower or an MTP head (`mtp`). Outputs get them byte for byte.
     carried: tuple[str, ...] = ()
     tie_word_embeddings: bool = False
     # A second embedding gives every layer a vector of this size for each token (Gemma 4); 0: none.
