@@ -636,6 +636,9 @@ static void configure_tiles(int n_left, int n_tiles, int64_t rows) {
         config.row_bytes[tile] = 64;
         config.rows[tile] = (uint8_t)(tile < n_left ? min_int64(rows, AMX_ROWS) : AMX_ROWS);
     }
+    /* GCC's intrinsic names only the first bytes as its input: without this the stores to the
+       others may be left out. */
+    __asm__ volatile("" : : "m"(config));
     _tile_loadconfig(&config);
 }
 
