@@ -73,7 +73,8 @@ class DenseLatentProjection:
     def expand(self, latents: torch.Tensor, first: int, end: int) -> torch.Tensor:
         """Latents [n, L] as keys without a position and values of some heads, [n, heads, P + V]."""
         weight = self._by_head[first:end]
-        return linear(latents, weight.flatten(0, 1)).unflatten(1, (len(weight), -1))
+        kv: torch.Tensor = linear(latents, weight.flatten(0, 1)).unflatten(1, (len(weight), -1))
+        return kv
 
 
 def latent_projection(weight: torch.Tensor, num_heads: int, value_dim: int) -> LatentProjection:
