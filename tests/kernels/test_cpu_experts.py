@@ -51,6 +51,11 @@ ROUTERS: dict[str, tuple[dict[str, Any], bool, bool]] = {  # with a correction b
     "softmax, bias": ({}, True, False),
     "softcap": ({"scoring": "sigmoid", "router_logit_softcapping": 1.5}, True, False),
     "groups": ({"scoring": "sigmoid", "num_groups": 4, "topk_groups": 2}, True, False),
+    "groups by their best": (
+        {"num_groups": 4, "topk_groups": 2, "group_score": "max"},
+        False,
+        False,
+    ),
     "scales": ({}, False, True),
     "odd": ({"num_experts": 37, "num_experts_per_tok": 37}, False, False),
     "one": ({"num_experts": 1, "num_experts_per_tok": 1}, False, False),

@@ -21,6 +21,7 @@ from llmkit.common.progress import SilentProgress
 from llmkit.model.decoder import Decoder, DecoderLayer
 from llmkit.model.families import checkpoint_spec
 from llmkit.model.full_forward import window_logits
+from llmkit.model.mla import LatentLinear
 from llmkit.model.weight_loader import load_model
 from llmkit.quant.calibration_text import load_text
 from llmkit.quant.layer_stream import LayerStream
@@ -125,6 +126,19 @@ def test_quantized_model_is_close_and_equals_transformers_with_its_dense_weights
     reference = torch.stack(list(window_logits(before, tokens)))
     error = (streamed - reference).norm() / reference.norm()
     assert 0 < error < MAX_ERROR[method] * ERROR_FACTORS.get(piece, 1.0)
+
+
+def test_quantized_latent_attention_is_served_in_the_absorbed_form(
+    pieces: Callable[[str], Path], tmp_path: Path
+) -> None:
+    run(pieces("latent attention"), tmp_path / "out", METHODS["gptq"])
+    checkpoint = open_checkpoint(tmp_path / "out")
+    dense, served = (load_model(checkpoint, torch.float32, packed=kind) for kind in (False, True))
+    assert isinstance(served, Decoder)
+    assert isinstance(served.layers[0].linears["attn.kv_b"], LatentLinear)
+    tokens = windows()
+    expected, answer = (torch.stack(list(window_logits(m, tokens))) for m in (dense, served))
+    torch.testing.assert_close(answer, expected, atol=1e-4, rtol=1e-4)
 
 
 def smoothable(stream: LayerStream, index: int) -> list[SmoothingMapping]:
