@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from llmkit.model.gated_delta_net import gated_delta_net
-from llmkit.model.mamba2 import mamba2
+from llmkit.model.gated_delta_net_mixer import gated_delta_net
+from llmkit.model.mamba2_mixer import mamba2
 from llmkit.model.mixer_layer import RecurrentMixer
-from llmkit.model.short_conv import short_conv
+from llmkit.model.short_conv_mixer import short_conv
 from llmkit.model.spec import Mixer
 
 RECURRENT_MIXERS: dict[Mixer, RecurrentMixer] = {
