@@ -59,8 +59,9 @@ enum { GATE_IDENTITY, GATE_SIGMOID, GATE_SOFTPLUS };
 typedef struct {
     int weight_type;
     int inputs;     /* what x is rounded to */
-    const float *x; /* a row every x_stride elements. INPUTS_ROUNDED: bfloat16, rows of a multiple of
-                       DEPTH_MULTIPLE without gaps, and memory for whole tiles of 32 rows */
+    /* A row every x_stride elements. INPUTS_ROUNDED: bfloat16, rows of a multiple of
+       DEPTH_MULTIPLE without gaps, and memory for whole tiles of 32 rows. */
+    const float *x;
     int64_t x_stride;
     const char *weight;   /* panels of PANEL_WIDTH columns */
     const float *scales;  /* [depth / group_size, columns of all panels]; NULL: w = q */
