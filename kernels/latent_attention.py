@@ -77,14 +77,17 @@ class DenseLatentProjection:
         return kv
 
 
-def latent_projection(weight: torch.Tensor, num_heads: int, value_dim: int) -> LatentProjection:
-    """The form of a weight [N * (P + V), L] for its device.
+def latent_projection(
+    weight: torch.Tensor, num_heads: int, value_dim: int, dtype: torch.dtype
+) -> LatentProjection:
+    """The form of a weight [N * (P + V), L] for its device and for queries of `dtype`.
 
-    On a CPU with compiled kernels, the weight keeps its dtype.
+    For compiled CPU kernels, the weight keeps its dtype.
     """
-    if cpu_kernels.library is not None and weight.device.type == "cpu":
+    on_cpu = weight.device.type == "cpu" and dtype == torch.float32
+    if on_cpu and cpu_kernels.library is not None:
         return CpuLatentProjection(weight, num_heads, value_dim)
-    return DenseLatentProjection(weight, num_heads, value_dim)
+    return DenseLatentProjection(weight.to(dtype), num_heads, value_dim)
 
 
 def latent_attention(

@@ -46,7 +46,7 @@ from llmkit.kernels.mxfp4_linear import Mxfp4Linear
 from llmkit.kernels.triton_support import runs_triton
 from llmkit.model.language_model import LayerCache, empty_kv_cache
 from llmkit.model.linear import ActivationQuant, Linear, PackedLinear, common_input_quant
-from llmkit.model.mla import mla_attention
+from llmkit.model.mla import mla_mixer
 from llmkit.model.parallel_group import ParallelGroup, mask_padding
 from llmkit.model.parameter_table import LATENT_LINEARS, XIELU_PARAMETERS
 from llmkit.model.recurrent_mixers import RECURRENT_MIXERS
@@ -255,7 +255,7 @@ class DecoderLayer:
         if isinstance(cache, KVCache):
             return self._attention(x, cos_sin, batch, cache)
         if isinstance(cache, LatentCache):
-            update = self.parallel_group.all_reduce(mla_attention(self, x, cos_sin, batch, cache))
+            update = self.parallel_group.all_reduce(mla_mixer(self, x, cos_sin, batch, cache))
             return self._norm(update, "attn_post_norm")
         mix = RECURRENT_MIXERS[self.layer.mixer]
         update = self.parallel_group.all_reduce(mix(self, x, batch.recurrent, cache))

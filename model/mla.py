@@ -22,8 +22,8 @@ from llmkit.kernels.latent_attention import (
     LatentProjection,
     expanded_attention,
     latent_projection,
+    mla_attention,
 )
-from llmkit.kernels.latent_attention import mla_attention as served_attention
 from llmkit.kernels.latent_cache import LatentCache
 from llmkit.model.linear import Linear
 from llmkit.model.mixer_layer import MixerLayer
@@ -37,16 +37,16 @@ class LatentLinear(Linear):
     `weight` is on the meta device: it has a shape but no values.
     """
 
-    def __init__(self, weight: torch.Tensor, spec: ModelSpec) -> None:
-        """weight: [N * (P + V), L]."""
+    def __init__(self, weight: torch.Tensor, spec: ModelSpec, dtype: torch.dtype) -> None:
+        """weight: [N * (P + V), L]. dtype: of the model."""
         assert spec.mla is not None
         super().__init__(torch.empty(weight.shape, device="meta"))
         self.projection: LatentProjection = latent_projection(
-            weight, spec.num_heads, spec.mla.v_head_dim
+            weight, spec.num_heads, spec.mla.v_head_dim, dtype
         )
 
 
-def mla_attention(
+def mla_mixer(
     layer: MixerLayer,
     x: LinearInput,
     cos_sin: Mapping[str, CosSin],
@@ -74,7 +74,7 @@ def mla_attention(
     kv_b = layer.linears["attn.kv_b"]
     rank = mla.kv_lora_rank
     if isinstance(kv_b, LatentLinear):
-        out = served_attention(
+        out = mla_attention(
             q, kv_b.projection, cache, batch, spec.attention_scale, rank, mla.v_head_dim
         )
     else:

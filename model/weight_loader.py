@@ -156,9 +156,7 @@ def load_weights(
                 (weight,) = _read_stored(checkpoint, row, device)
                 if isinstance(weight, QuantizedWeight):
                     weight = weight.dequantize()
-                if not is_cpu:
-                    weight = weight.to(dtype)
-                linears[row.module] = pool.submit(LatentLinear, weight, spec)
+                linears[row.module] = pool.submit(LatentLinear, weight, spec, dtype)
             elif stays_packed:
                 weights = _read_stored(checkpoint, row, row_device)
                 bias_row = rows.get(f"{row.module}.bias")

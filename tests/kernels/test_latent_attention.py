@@ -125,7 +125,7 @@ class Step:
         return AttentionBatch.build(query_lens, seq_lens, {None: self.tables}, 16)
 
     def absorbed(self, query_lens: list[int], seq_lens: list[int], q: torch.Tensor) -> torch.Tensor:
-        projection = latent_projection(self.weight, HEADS, VALUE)
+        projection = latent_projection(self.weight, HEADS, VALUE, torch.float32)
         metadata = self.batch(query_lens, seq_lens).metadata(None)
         sums = latent_attention(projection.absorb(q), self.cache, metadata, SCALE, RANK)
         return projection.project(sums)
@@ -162,7 +162,7 @@ def test_latent_attention_expands_long_prompts(
     monkeypatch.setattr(latent_attention_module, "MIN_EXPANDED_QUERIES", min_queries)
     monkeypatch.setattr(latent_attention_module, "EXPANDED_BYTES", 4 * 2 * 96 * 18 * 4)
     step = Step()
-    projection = latent_projection(step.weight, HEADS, VALUE)
+    projection = latent_projection(step.weight, HEADS, VALUE, torch.float32)
     batch = step.batch(QUERY_LENS, SEQ_LENS)
     answer = mla_attention(step.q, projection, step.cache, batch, SCALE, RANK, VALUE)
     torch.testing.assert_close(answer, step.expanded(), atol=1e-5, rtol=1e-5)
@@ -182,7 +182,7 @@ def test_compiled_latent_attention_matches_the_reference(
     monkeypatch.setattr(cpu_kernels, "library", None)
     rows = step.cache.gather(torch.tensor(step.tables[1]), torch.float32)[: SEQ_LENS[1]]
     assert torch.equal(rows, step.latents.split(SEQ_LENS)[1]), "torch reads the same cache"
-    projection = latent_projection(step.weight, HEADS, VALUE)
+    projection = latent_projection(step.weight, HEADS, VALUE, torch.float32)
     metadata = step.batch(QUERY_LENS, SEQ_LENS).metadata(None)
     sums = latent_attention_reference(projection.absorb(step.q), step.cache, metadata, SCALE, RANK)
     torch.testing.assert_close(answer, projection.project(sums), atol=1e-5, rtol=1e-5)

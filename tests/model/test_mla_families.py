@@ -204,6 +204,21 @@ def test_mla_weights_of_16_bits_stay_so_on_a_cpu(tmp_path: Path) -> None:
     assert kv_b.weight.shape == (heads * (nope + value), rank)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_mla_forms_agree_in_16_bits(
+    deepseek: tuple[Path, torch.nn.Module], dtype: torch.dtype
+) -> None:
+    """Of which the compiled kernels take none."""
+    path, oracle = deepseek
+    tokens = tokens_of(40, 1)
+    expected = oracle_logits(oracle, tokens)
+    for packed in (False, True):
+        model = load_model(open_checkpoint(path), dtype, packed=packed)
+        with torch.inference_mode():
+            logits = next(window_logits(model, tokens[None])).float()
+        assert (logits - expected).abs().mean() < 0.05 * expected.std()
+
+
 def test_mla_refuses_caches_of_8_bits(deepseek: tuple[Path, torch.nn.Module]) -> None:
     path, _ = deepseek
     options = EngineOptions(device="cpu", kv_cache_memory=1 << 20, kv_cache_dtype="int8")
