@@ -59,10 +59,18 @@ class _TorchWatcher(TorchDispatchMode):
 
 
 class CpuGraph(StaticDecodeBatch):
-    """The layers of a model for `num_rows` sequences with one new token each."""
+    """The layers of a model for `num_rows` sequences with `num_tokens` new tokens.
+
+    Each has one token, or several where drafts are verified.
+    """
 
     def __init__(
-        self, model: Decoder, num_rows: int, block_tables: SlotBlockTables, block_size: int
+        self,
+        model: Decoder,
+        num_rows: int,
+        num_tokens: int,
+        block_tables: SlotBlockTables,
+        block_size: int,
     ) -> None:
         padding_blocks = dict.fromkeys(model.spec.sliding_windows, 0)
         padding_state_row = None if model.spec.recurrent is None else 0  # no row is unused
@@ -71,15 +79,17 @@ class CpuGraph(StaticDecodeBatch):
             block_tables,
             block_size,
             padding_blocks,
+            max_query_len=1 + num_tokens - num_rows,
+            max_num_tokens=num_tokens if num_tokens > num_rows else None,
             padding_state_row=padding_state_row,
         )
-        self.input = torch.zeros(num_rows, model.spec.hidden_size)
-        self.per_layer_inputs: torch.Tensor | None = None  # [rows, layers, P]
+        self.input = torch.zeros(num_tokens, model.spec.hidden_size)
+        self.per_layer_inputs: torch.Tensor | None = None  # [tokens, layers, P]
         if model.spec.per_layer_input_size:
-            shape = len(model.layers), num_rows, model.spec.per_layer_input_size
+            shape = len(model.layers), num_tokens, model.spec.per_layer_input_size
             # A layer's inputs lie together, because the kernels take rows that do.
             self.per_layer_inputs = torch.zeros(shape).transpose(0, 1)
-        self.output = self.input  # [rows, H], after the last norm
+        self.output = self.input  # [tokens, H], after the last norm
         self.aux_hidden_states: dict[int, torch.Tensor] = {}  # see `Decoder.aux_hidden_states`
         self.cos_sin = model.cos_sin(self.positions)
         self._program = b""
@@ -117,9 +127,10 @@ class CpuGraph(StaticDecodeBatch):
 
 
 class CpuGraphRunner:
-    """The recorded decode steps of a model, by number of sequences.
+    """The recorded decode steps of a model, by numbers of sequences and tokens.
 
-    A step is recorded when the decode step before had as many sequences.
+    A step is recorded when the decode step before had as many of both. A step that verifies drafts
+    is a decode step, too.
     """
 
     samples_tokens = False  # `run` returns logits only
@@ -140,8 +151,9 @@ class CpuGraphRunner:
         padding_blocks = dict.fromkeys(model.spec.sliding_windows, 0)
         self._block_tables = SlotBlockTables(max_num_seqs, max_blocks, padding_blocks)
         self._block_size = block_size
-        self._graphs: OrderedDict[int, CpuGraph] = OrderedDict()
-        self._last_num_rows = 0  # sequences of the decode step before
+        # By the sequences and tokens of a step.
+        self._graphs: OrderedDict[tuple[int, int], CpuGraph] = OrderedDict()
+        self._last_key = (0, 0)  # of the decode step before
         # What a draft head reads of the tokens of the last step, [T, C].
         self.hidden_states = torch.empty(0)
         # Other collective operations than those of the compiled kernels are not recorded.
@@ -155,15 +167,16 @@ class CpuGraphRunner:
         """How many recordings are in memory."""
         return len(self._graphs)
 
-    def should_run(self, num_rows: int) -> bool:
-        """Whether `run` shall run a decode step of this many sequences. Call it once a step.
+    def should_run(self, num_rows: int, num_tokens: int) -> bool:
+        """Whether `run` shall run a decode step of this size. Call it once a step.
 
         The step must be small, and either recorded already or as large as the step before,
         whose size this method remembers.
         """
-        repeats = num_rows == self._last_num_rows or num_rows in self._graphs
-        self._last_num_rows = num_rows
-        is_small = num_rows * self._model.spec.hidden_size <= MAX_HIDDEN_ELEMENTS
+        key = (num_rows, num_tokens)
+        repeats = key == self._last_key or key in self._graphs
+        self._last_key = key
+        is_small = num_tokens * self._model.spec.hidden_size <= MAX_HIDDEN_ELEMENTS
         return repeats and self.enabled and is_small
 
     def run(
@@ -174,25 +187,26 @@ class CpuGraphRunner:
         block_tables: BlockTables,
         sampling: SamplingTensors,
         num_sampled: Sequence[int],
+        query_lens: Sequence[int] | None = None,
         slots: Sequence[int] | None = None,
         state_rows: Sequence[StateRows] = (),
     ) -> tuple[torch.Tensor, None]:
-        """The logits [rows, V] after `token_ids` [rows].
+        """The logits [tokens, V] after `token_ids` [tokens].
 
         See `CudaGraphRunner.run` for the arguments.
         """
-        num_rows = len(seq_lens)
-        graph = self._graphs.get(num_rows)
+        key = (len(seq_lens), len(positions))
+        graph = self._graphs.get(key)
         is_recorded = graph is not None
         if graph is None:
-            graph = CpuGraph(self._model, num_rows, self._block_tables, self._block_size)
-        graph.fill(positions, seq_lens, block_tables, slots=slots, state_rows=state_rows)
+            graph = CpuGraph(self._model, *key, self._block_tables, self._block_size)
+        graph.fill(positions, seq_lens, block_tables, query_lens, slots, state_rows)
         graph.embed(self._model, token_ids)
         if is_recorded:
             graph.replay()
-            self._graphs.move_to_end(num_rows)
+            self._graphs.move_to_end(key)
         elif graph.record(self._model, self._kv_caches):
-            self._graphs[num_rows] = graph
+            self._graphs[key] = graph
             if len(self._graphs) > MAX_RECORDINGS:
                 self._graphs.popitem(last=False)
         else:  # this step's result is valid, but no step of this model can be replayed

@@ -315,7 +315,7 @@ class ModelRunner:
     ) -> bool:
         """Whether a graph can run the step.
 
-        It is a decode or, on a GPU, the verification of drafts or few tokens of prompts.
+        It is a decode or the verification of drafts or, on a GPU, has few tokens of prompts.
         """
         if rows.has_pooling or not self._graphs_enabled:
             return False
@@ -327,8 +327,9 @@ class ModelRunner:
                 return False
             return self.graph_runner.should_run_mixed(len(requests), num_tokens)
         if isinstance(self.graph_runner, CpuGraphRunner | NoGraphRunner):
-            is_plain_decode = len(rows.sequences) == len(requests) and not rows.has_adapters
-            return is_plain_decode and self.graph_runner.should_run(len(requests))
+            if rows.has_adapters:
+                return False
+            return self.graph_runner.should_run(len(requests), num_tokens)
         query_len = max(request.num_tokens for request in requests)
         adapter_ids = set(rows.adapter_ids) if rows.has_adapters else ()
         return self.graph_runner.should_run(len(requests), query_len, adapter_ids)
@@ -381,7 +382,9 @@ class ModelRunner:
             inputs.num_sampled,
         )
         if isinstance(self.graph_runner, CpuGraphRunner | NoGraphRunner):
-            return StepResult(*self.graph_runner.run(*for_all, forward.slots, forward.state_rows))
+            run = self.graph_runner.run
+            of_requests = (forward.query_lens, forward.slots, forward.state_rows)
+            return StepResult(*run(*for_all, *of_requests))
         query_lens = forward.query_lens
         if len(inputs.token_ids) > len(inputs.rows.sequences):
             mixed = self.graph_runner.run_mixed(*for_all, query_lens, forward.slots)

@@ -11,8 +11,8 @@ class NoGraphRunner:
     samples_tokens = False
     sampler = None
 
-    def should_run(self, num_rows: int) -> bool:
-        """Whether `run` shall run a decode step of this many sequences."""
+    def should_run(self, num_rows: int, num_tokens: int) -> bool:
+        """Whether `run` shall run a decode step of this size."""
         return False
 
     def run(self, *_: Any) -> NoReturn:

@@ -112,6 +112,27 @@ def test_cpu_graphs_give_the_same_logits_bit_for_bit(
 
 
 @needs_library
+@pytest.mark.parametrize("architecture", ["llama", "gemma2"])
+def test_cpu_graphs_verify_drafts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layers_run: list[int], architecture: str
+) -> None:
+    config = {"sliding_window": 24} if architecture == "gemma2" else {}
+    model = tiny_checkpoint(tmp_path, architecture, **config)
+    greedy = SamplingParams(temperature=0.0, max_tokens=40, ignore_eos=True)
+    prompts = [[9, 8, 7, 6] * 5, [5, 6, 7] * 4]
+    recorded = engine(model, speculate=3)
+    first = recorded.generate(prompts, greedy)
+    few = len(layers_run)
+    layers_run.clear()
+    graphs = recorded.runner.graph_runner._graphs
+    assert any(num_tokens > num_rows for num_rows, num_tokens in graphs), "with drafts"
+    monkeypatch.setattr(cpu_graphs, "MAX_HIDDEN_ELEMENTS", 0)
+    assert engine(model, speculate=3).generate(prompts, greedy) == first
+    assert few < len(layers_run)
+    assert engine(model).generate(prompts, greedy) == first
+
+
+@needs_library
 @pytest.mark.parametrize("kv_cache_dtype", KV_CACHE_DTYPES)
 def test_cpu_graphs_replay_steps_with_a_cache_of_another_dtype(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kv_cache_dtype: str
@@ -162,7 +183,7 @@ def test_recording_that_fails_restores_the_library(
 
     monkeypatch.setattr(one.model, "run_layers", fail)
     tables = SlotBlockTables(1, 8, dict.fromkeys(one.model.spec.sliding_windows, 0))
-    recording = cpu_graphs.CpuGraph(one.model, 1, tables, 16)
+    recording = cpu_graphs.CpuGraph(one.model, 1, 1, tables, 16)
     with pytest.raises(MemoryError):
         recording.record(one.model, one.runner.paged_model.kv_caches)
     assert cpu_kernels.library is library
