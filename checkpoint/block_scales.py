@@ -21,6 +21,21 @@ def block_scale_shape(scheme: Scheme, out: int, in_: int) -> tuple[int, int]:
     return rows, scheme.groups(in_)
 
 
+def covered_block_shape(
+    scheme: Scheme, start: tuple[int, int], shape: tuple[int, int]
+) -> tuple[int, int]:
+    """The shape of the scales of all blocks that a slice covers, wholly or in part.
+
+    start: the slice's first row and column in the whole weight; it may lie within a block.
+    """
+    sizes = (scheme.block_rows, scheme.group_size)
+    rows, columns = (
+        -(-(first + count) // size) - first // size
+        for first, count, size in zip(start, shape, sizes, strict=True)
+    )
+    return rows, columns
+
+
 def expand_block_scales(scales: torch.Tensor, scheme: Scheme, out: int) -> torch.Tensor:
     """The scales of every row, float32 [out, G], from those of blocks."""
     rows = out if scheme.block_rows == -1 else scheme.block_rows

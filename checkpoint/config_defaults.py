@@ -576,7 +576,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
         # It has no such sizes. Its memory does not depend on the number of tokens.
         "intermediate_size": 1,
         "num_attention_heads": 1,
-        "max_position_embeddings": 2**20,
+        "max_position_embeddings": 2**18,
         "head_dim": 64,
         "num_heads": 128,
         "state_size": 128,
@@ -601,7 +601,6 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "mamba_hidden_act": ("silu",),
         "n_groups": 8,
         "conv_kernel": 4,
-        "time_step_min": 0.001,
         "use_bias": False,
         "use_conv_bias": True,
         "num_local_experts": 8,
@@ -624,6 +623,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "granitemoehybrid": _MAMBA2_LAYERS | _GRANITE | {"shared_intermediate_size": 1024},
     "lfm2": _LFM2
     | {
+        "intermediate_size": 12288,  # `block_ff_dim` of the first releases has its place
         "block_multiple_of": 256,
         "block_ffn_dim_multiplier": 1.0,
         "block_auto_adjust_ff_dim": True,

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from llmkit.checkpoint.block_scales import covered_block_shape
 from llmkit.checkpoint.checkpoint import Checkpoint
 from llmkit.checkpoint.dtypes import FLOATS
 from llmkit.checkpoint.quantized_formats import format_of
@@ -74,6 +75,10 @@ def _stored_tensors(
         return [replace(dense, name=source_name, source_name=source_name, source_shape=shape)]
     stored = []
     for packed in format_of(quantization).tensors(scheme, shape[0], shape[1]):
+        if packed.covers and scheme.block_rows > 0 and len(sources) == 1:
+            # A rank's slice may begin within a block: it covers one more then.
+            covered = covered_block_shape(scheme, sources[0].start, (shape[0], shape[1]))
+            packed = replace(packed, shape=covered)
         if part is not None:
             packed = packed.over_experts(part.num_experts)
         stored.append(

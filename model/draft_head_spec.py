@@ -12,7 +12,7 @@ from typing import Any
 from llmkit.checkpoint.checkpoint import Checkpoint
 from llmkit.checkpoint.dtypes import FLOATS
 from llmkit.common.errors import InputError
-from llmkit.model.checkpoint_tensors import checkpoint_tensors
+from llmkit.model.checkpoint_tensors import checkpoint_tensors, kv_scales
 from llmkit.model.families import model_spec
 from llmkit.model.parameter_table import parameters
 from llmkit.model.spec import DraftHeadSpec, ExpertStack, ModelSpec
@@ -26,6 +26,8 @@ EAGLE3_ARCHITECTURES = (
 # Where checkpoints have the decoder layer of an EAGLE-3 head: the layout of the paper's
 # checkpoints, and that of the `speculators` library.
 EAGLE3_LAYERS = ("midlayer", "layers.0", "model.midlayer", "model.layers.0")
+# What heads that compute something else say in their configs.
+EAGLE3_VARIANTS = ("norm_before_fc", "fc_norm", "norm_output")
 
 
 def mtp_model_spec(spec: ModelSpec, tensors: Mapping[str, tuple[int, ...]]) -> ModelSpec | None:
@@ -71,7 +73,11 @@ def with_dense_modules(checkpoint: Checkpoint, spec: ModelSpec) -> Checkpoint:
             if info is not None and info.dtype in FLOATS and name.endswith(".weight"):
                 dense.append(name.removesuffix(".weight"))
     ignore = (*quantization.ignore, *dense)
-    return replace(checkpoint, quantization=replace(quantization, ignore=ignore))
+    kv = quantization.kv
+    for row in parameters(spec):
+        if any(name not in checkpoint.tensors for name in kv_scales(row, quantization).values()):
+            kv = ""  # the head is as it was; its cache has the model's dtype
+    return replace(checkpoint, quantization=replace(quantization, ignore=ignore, kv=kv))
 
 
 def is_eagle3(config: Mapping[str, Any]) -> bool:
@@ -91,6 +97,7 @@ def eagle3_model_spec(checkpoint: Checkpoint, target: ModelSpec) -> ModelSpec:
     """
     config = checkpoint.config
     own = config.get("transformer_layer_config", config)  # of `speculators`
+    _refuse_eagle3_variants(checkpoint, config | (config.get("eagle_config") or {}), own)
     tensors = checkpoint.tensor_shapes
     layer = next((name for name in EAGLE3_LAYERS if f"{name}.hidden_norm.weight" in tensors), None)
     if layer is None:
@@ -144,6 +151,26 @@ def eagle3_model_spec(checkpoint: Checkpoint, target: ModelSpec) -> ModelSpec:
     )
 
 
+def _refuse_eagle3_variants(
+    checkpoint: Checkpoint, config: Mapping[str, Any], layer_config: Mapping[str, Any]
+) -> None:
+    """Raises InputError for a head that computes something else than the paper's."""
+    variants = [name for name in EAGLE3_VARIANTS if config.get(name)]
+    if config.get("use_aux_hidden_state") is False:
+        variants.append("use_aux_hidden_state false")
+    if layer_config.get("num_hidden_layers", 1) != 1:
+        variants.append(f"num_hidden_layers {layer_config['num_hidden_layers']}")
+    norms = [
+        name for name in checkpoint.tensors if name.endswith((".q_norm.weight", ".k_norm.weight"))
+    ]
+    if variants or norms:
+        raise InputError(
+            f"the EAGLE-3 head {checkpoint.reference} has {', '.join(variants + norms[:2])}",
+            "One layer as Llama's that reads three layers of the model was expected",
+            "Choose another head, or draft in another way, such as --speculate suffix",
+        )
+
+
 def check_draft_head(checkpoint: Checkpoint, spec: ModelSpec) -> None:
     """Raises InputError unless a checkpoint has all tensors of a draft head. No tensor is read."""
     for name, (_, packed) in checkpoint_tensors(spec, checkpoint.quantization).items():
@@ -168,9 +195,8 @@ def check_draft_head(checkpoint: Checkpoint, spec: ModelSpec) -> None:
 def _aux_layers(config: Mapping[str, Any], num_layers: int) -> tuple[int, ...]:
     """The layers of the model whose inputs an EAGLE-3 head reads."""
     ids = config.get("eagle_aux_hidden_state_layer_ids")
-    if ids is None:
-        ids = (config.get("eagle_config") or {}).get("eagle_aux_hidden_state_layer_ids")
-    if ids is None:  # those of the paper's code
+    ids = ids or (config.get("eagle_config") or {}).get("eagle_aux_hidden_state_layer_ids")
+    if not ids:  # those of the paper's code
         ids = (min(2, num_layers), num_layers // 2, max(0, num_layers - 3))
     if not _are_layers(ids, num_layers):
         raise InputError(

@@ -141,6 +141,8 @@ def model_spec(
     if "activation" not in differences:
         values["activation"] = activation(completed.hidden_act)
     spec = ModelSpec(architecture=architecture, **(values | differences | names))
+    if not spec.num_recurrent_layers:  # Granite 4 Micro is of a hybrid's architecture
+        spec = replace(spec, recurrent=None)
     if text is None:
         spec = _with_stored_names(spec, tensors)
     if text is not None and text.expert_stack is not None and spec.moe is not None:

@@ -84,7 +84,7 @@ def _nemotron_h(config: Any) -> dict[str, Any]:
         "gated_mlp": False,
         "mlp_bias": config.mlp_bias,
         "moe": _nemotron_h_moe(config) if any(layer.is_moe for layer in layers) else None,
-        "recurrent": replace(recurrent, time_step_limit=(config.time_step_min, math.inf)),
+        "recurrent": recurrent,
         "tensor_prefix": "backbone",
         "module_names": {
             "embed": "embeddings",

@@ -30,7 +30,7 @@ def _deepseek_v2(config: Any) -> dict[str, Any]:
             "greedy or group_limited_greedy",
         )
     moe = replace(
-        _softmax_router(config, config.n_group if is_limited else 1, config.topk_group or 1),
+        _softmax_router(config, (config.n_group or 1) if is_limited else 1, config.topk_group or 1),
         norm_topk_prob=False,
         group_score="max",
         float32_router=True,

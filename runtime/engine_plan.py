@@ -154,7 +154,8 @@ def plan_part(
     max_blocks = -(-(options.max_model_len or spec.max_position_embeddings) // BLOCK_SIZE)
     graph_bytes = 0
     query_len = 1 + options.speculation.num_tokens
-    planned = [(spec, query_len, max_num_batched_tokens)]
+    has_mixed_graphs = spec.recurrent is None and spec.mla is None
+    planned = [(spec, query_len, max_num_batched_tokens if has_mixed_graphs else 0)]
     if draft is not None:
         is_head = draft.spec.draft_head is not None
         planned.append((draft.spec, query_len if is_head else MAX_KNOWN_TOKENS, 0))

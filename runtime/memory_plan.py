@@ -28,6 +28,7 @@ from llmkit.model.parameter import Parameter
 from llmkit.model.parameter_table import parameters
 from llmkit.model.spec import ModelSpec
 from llmkit.model.weight_loader import can_stay_packed
+from llmkit.runtime.engine.engine_config import GPU_STATE_CHUNK
 
 __all__ = [
     "MemoryPlan",
@@ -50,7 +51,7 @@ CPU_KV_CACHE_BYTES = 640 << 20
 # On a CPU, the default size of the recurrent states that are kept for cached prefixes.
 CPU_STATE_CHECKPOINT_BYTES = 512 << 20
 CHECKPOINTS_PER_REQUEST = 8  # recurrent states that are kept, at most, for each running request
-EMPTY_CACHE_TOKENS = 1 << 20  # the size of a KV cache of a model without attention
+EMPTY_CACHE_TOKENS = 1 << 22  # the size of a KV cache of a model without attention
 # The shortest context that is chosen without --max-model-len: a chat template, a question and an
 # answer of a few sentences.
 MIN_CONTEXT_TOKENS = 512
@@ -181,15 +182,15 @@ def plan_memory(
             f"Weights and workspace leave {_exact(left_bytes + cuda_graph_bytes)}",
             "Use a smaller --max-cudagraph-capture-size or --max-num-seqs",
         )
-    planned_seqs, num_checkpoints = _plan_states(states, device, left_bytes, max_num_seqs)
+    if states.bytes_per_state and (kv_cache_memory or 0) > left_bytes:
+        raise _kv_cache_does_not_fit(kv_cache_memory or 0, left_bytes, device)
+    planned_seqs, num_checkpoints = _plan_states(
+        states, device, left_bytes, kv_cache_memory, max_num_seqs
+    )
     num_state_rows = planned_seqs * states.states_per_request + num_checkpoints
     left_bytes -= num_state_rows * states.bytes_per_state
     if kv_cache_memory is not None and kv_cache_memory > left_bytes:
-        raise ShortageError(
-            f"--kv-cache-memory {_exact(kv_cache_memory)} does not fit on {device}",
-            f"Weights and workspace leave {_exact(left_bytes)}",
-            "Use a smaller one",
-        )
+        raise _kv_cache_does_not_fit(kv_cache_memory, left_bytes, device)
     if kv_cache_memory is not None:
         cache_bytes = kv_cache_memory
     elif device == "cuda":
@@ -234,35 +235,47 @@ def plan_memory(
     )
 
 
+def _kv_cache_does_not_fit(kv_cache_memory: int, left_bytes: int, device: str) -> ShortageError:
+    return ShortageError(
+        f"--kv-cache-memory {_exact(kv_cache_memory)} does not fit on {device}",
+        f"Weights and workspace leave {_exact(left_bytes)}",
+        "Use a smaller one",
+    )
+
+
 def _plan_states(
-    states: StateMemory, device: str, left_bytes: int, max_num_seqs: int
+    states: StateMemory,
+    device: str,
+    left_bytes: int,
+    kv_cache_memory: int | None,
+    max_num_seqs: int,
 ) -> tuple[int, int]:
     """How many requests can have their recurrent states in memory, and how many checkpoints.
 
-    left_bytes: what weights and workspace leave.
+    left_bytes: what weights and workspace leave. States get what the size of the KV cache leaves,
+    and without such a size half of what the caches get.
     """
     if not states.bytes_per_state:
         return max_num_seqs, 0
-    cache_bytes = left_bytes if device == "cuda" else int(left_bytes * CPU_KV_CACHE_SHARE)
+    if kv_cache_memory is not None:
+        state_bytes = left_bytes - kv_cache_memory
+    else:
+        share = 1 if device == "cuda" else CPU_KV_CACHE_SHARE
+        state_bytes = int(left_bytes * share) // 2
     checkpoint_bytes = states.checkpoint_bytes
     if checkpoint_bytes is None:
-        checkpoint_bytes = cache_bytes // 8
+        checkpoint_bytes = state_bytes // 4
         if device != "cuda":
             checkpoint_bytes = min(checkpoint_bytes, CPU_STATE_CHECKPOINT_BYTES)
-    elif checkpoint_bytes > cache_bytes // 2:
-        raise ShortageError(
-            f"--state-cache-memory {_exact(checkpoint_bytes)} does not fit on {device}",
-            f"At most {_exact(cache_bytes // 2)}, half of what the caches get",
-            "Use a smaller one",
-        )
     request_bytes = states.bytes_per_state * states.states_per_request
-    planned_seqs = min(max_num_seqs, cache_bytes // 2 // request_bytes)
-    if not planned_seqs:
+    if checkpoint_bytes + request_bytes > state_bytes:
         raise ShortageError(
-            f"the recurrent states of one request need {_exact(request_bytes)} on {device}",
-            f"At most {_exact(cache_bytes // 2)}, half of what the caches get",
-            "Use a smaller model or a larger device, or --speculate with fewer tokens",
+            f"the recurrent states of one request ({_exact(request_bytes)}) and of cached prefixes "
+            f"({_exact(checkpoint_bytes)}) do not fit on {device}",
+            f"Weights, workspace and KV cache leave {_exact(state_bytes)}",
+            "Use a smaller --state-cache-memory or --kv-cache-memory, or a smaller model",
         )
+    planned_seqs = min(max_num_seqs, (state_bytes - checkpoint_bytes) // request_bytes)
     most_useful = CHECKPOINTS_PER_REQUEST * max_num_seqs
     return planned_seqs, min(most_useful, checkpoint_bytes // states.bytes_per_state)
 
@@ -431,6 +444,12 @@ def estimate_workspace(
         sizes += spec.mla.latent_dim + spec.mla.kv_lora_rank
         latents = step_tokens * spec.num_heads * sizes * dtype.itemsize
         activations = max(activations, latents)
+    if spec.recurrent is not None:  # projections, and on a GPU the states between chunks
+        heads, keys, values = spec.recurrent.state_shape
+        projected = 2 * spec.recurrent.conv_channels + 2 * heads * values
+        chunk_states = heads * keys * values // GPU_STATE_CHUNK
+        mixed = step_tokens * (projected + chunk_states) * dtype.itemsize
+        activations = max(activations, mixed)
     return activations + max_num_seqs * spec.vocab_size * BYTES_PER_LOGIT
 
 
@@ -442,6 +461,8 @@ def measure_workspace(model: LanguageModel, step_tokens: int, max_num_seqs: int)
     torch.OutOfMemoryError.
     """
     num_prompts = max(1, min(max_num_seqs, step_tokens))
+    if model.spec.recurrent is not None:  # their kernels compute longer prompts in chunks
+        num_prompts = max(1, min(num_prompts, step_tokens // (2 * GPU_STATE_CHUNK)))
     prompt = torch.zeros(step_tokens // num_prompts, dtype=torch.int64)
     torch.cuda.reset_peak_memory_stats(model.device)
     before = torch.cuda.memory_allocated(model.device)
@@ -453,7 +474,9 @@ def measure_workspace(model: LanguageModel, step_tokens: int, max_num_seqs: int)
     if model.spec.mla is not None:  # these prompts are short
         peak += EXPANDED_WORKSPACE
     # The peak includes the float32 logits.
-    return peak + num_prompts * model.spec.vocab_size * (BYTES_PER_LOGIT - 4)
+    other_logits = max_num_seqs - num_prompts
+    counted = num_prompts * (BYTES_PER_LOGIT - 4) + max(0, other_logits) * BYTES_PER_LOGIT
+    return peak + counted * model.spec.vocab_size
 
 
 def _exact(count: int) -> str:

@@ -57,7 +57,10 @@ static int gated_mlp_part(const GatedMlp *o, const float *x, float *y, int64_t r
 }
 
 static int gated_mlp(const GatedMlp *o) {
-    int64_t part_rows = max_int64(MLP_BYTES / (o->linears[1].depth * (int64_t)sizeof(float)), 1);
+    int64_t part_rows = MLP_BYTES / (o->linears[1].depth * (int64_t)sizeof(float));
+    /* Tiles read whole blocks of rows: a part that began within one would read past the memory of
+       rounded inputs (see INPUTS_ROUNDED). */
+    part_rows = max_int64(part_rows / ROW_BLOCK, 1) * ROW_BLOCK;
     int64_t element_size = o->x_is_rounded ? 2 : 4;
     for (int64_t row = 0; row < o->rows; row += part_rows) {
         const char *x = (const char *)o->x + row * o->x_stride * element_size;

@@ -36,7 +36,8 @@ NO_STATE_ROWS = StateRows(NO_ROW, ())
 class _SequenceStates:
     """The rows of a running sequence."""
 
-    row: int  # with the state after its computed tokens; NO_ROW: none is computed
+    # With the state after its computed tokens; NO_ROW: none is computed, or drafts are verified.
+    row: int
     checkpoints: list[int]  # numbers of prompt tokens after which the state shall be kept
     # In a step with drafts: the row with the state after each of its tokens.
     draft_rows: list[int] = field(default_factory=list)
@@ -73,7 +74,8 @@ class StateScheduler:
         still_unnamed = []
         for checkpoint in self._unnamed:
             sequence = checkpoint.sequence
-            if checkpoint.num_tokens > len(sequence.token_ids) and sequence.num_in_flight:
+            is_running = sequence.num_in_flight and not sequence.is_finished
+            if checkpoint.num_tokens > len(sequence.token_ids) and is_running:
                 still_unnamed.append(checkpoint)
                 continue
             num_right = len(sequence.token_ids)
@@ -128,6 +130,7 @@ class StateScheduler:
         rows = [writes[end] for end in sorted(writes)]
         if num_drafts:
             states.draft_rows = rows
+            states.row = NO_ROW  # `accept` says which it is
             for row in rows:
                 self._hold_checkpoint(row)
         else:
@@ -138,7 +141,9 @@ class StateScheduler:
 
     def accept(self, sequence: Sequence, num_tokens: int) -> None:
         """So many tokens of the sequence's step with drafts are right."""
-        states = self._states[sequence]
+        states = self._states.get(sequence)
+        if states is None or not states.draft_rows:  # preempted while the step was in flight
+            return
         states.row = states.draft_rows[num_tokens - 1]
         self._hold_checkpoint(states.row)
         for row in states.draft_rows:
@@ -187,6 +192,8 @@ class StateScheduler:
         self.cache.cache_row(checkpoint.row, block_hash)
         states = self._states.get(sequence)
         if states is None or checkpoint.num_tokens <= sequence.num_prompt_tokens:
+            return
+        if self.cache.get(block_hash) != checkpoint.row:  # another sequence's has that name
             return
         if states.answer_hash is not None:
             self.cache.evict(states.answer_hash)

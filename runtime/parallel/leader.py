@@ -44,6 +44,7 @@ from llmkit.runtime.engine.engine_request import EngineRequest
 from llmkit.runtime.parallel.distributed_group import DistributedGroup
 from llmkit.runtime.parallel.rank_engine import load_rank
 from llmkit.runtime.parallel.rank_messages import (
+    ANY_NUMBER,
     Connect,
     FromRank,
     LoadPart,
@@ -241,8 +242,11 @@ def _load_leader(
         tempfile.TemporaryDirectory(prefix="llmkit-") as folder,
         report.stage("connecting the ranks"),
     ):
+        num_blocks = min(message.num_blocks for message in loaded)
+        if num_blocks == ANY_NUMBER:  # no stage has attention
+            num_blocks = leader.part.plan.memory.num_blocks
         sizes = Connect(
-            num_blocks=min(message.num_blocks for message in loaded),
+            num_blocks=num_blocks,
             max_model_len=min(message.max_model_len for message in loaded),
             store_path=f"{folder}/store",
             max_num_seqs=min(message.max_num_seqs for message in loaded),

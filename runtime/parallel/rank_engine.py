@@ -69,7 +69,7 @@ def load_rank(
     loaded = load_part(part.checkpoint, part.spec, options, report, group, len(parts))
     memory = loaded.plan.memory
     message = PartLoaded(
-        num_blocks=memory.num_blocks,
+        num_blocks=memory.num_blocks if memory.bytes_per_block else ANY_NUMBER,
         max_model_len=memory.max_model_len,
         file=part.file,
         nbytes=part.nbytes,

@@ -26,7 +26,7 @@ class LoadPart(msgspec.Struct, tag=True):
 class PartLoaded(msgspec.Struct, tag=True):
     """A rank has loaded its part. The sizes are what its memory allows."""
 
-    num_blocks: int
+    num_blocks: int  # ANY_NUMBER for a stage without attention
     max_model_len: int
     file: str  # of the part; "" when it was sliced from the whole model
     nbytes: int  # of its tensors

@@ -67,7 +67,7 @@ def test_inspect_shows_each_kind_of_attention(
     """Gemma 4: heads of two sizes, layers without keys and values, per-layer embeddings."""
     family_oracle("gemma4", tmp_path)
     facts = document(capsys, tmp_path)
-    heads = {"layers": 3, "heads": 4, "kv_heads": 2}
+    heads = {"layers": 3, "heads": 4, "kv_heads": 2, "latent_dim": None}
     assert facts["attention"] == [
         heads | {"head_dim": 16, "sliding_window": 12, "kv_elements_per_token": 128},
         heads | {"head_dim": 32, "sliding_window": None, "kv_elements_per_token": 256},

@@ -34,6 +34,7 @@ from llmkit.runtime.engine_loader import load_engine
 from llmkit.runtime.engine_plan import plan_engine
 from llmkit.runtime.memory_plan import (
     MemoryPlan,
+    StateMemory,
     estimate_workspace,
     free_bytes,
     loaded_bytes,
@@ -481,3 +482,22 @@ def test_workspace_on_cuda_is_measured(model: Path) -> None:
     assert plan.workspace_bytes >= 1024 * 2 * spec.intermediate_size * 2  # gate and up alone
     assert plan.weight_bytes + plan.workspace_bytes + plan.kv_cache_bytes <= plan.free_bytes
     assert torch.cuda.memory_allocated() >= plan.kv_cache_bytes
+
+
+def test_recurrent_states_leave_the_kv_cache_its_size(spec: ModelSpec) -> None:
+    """Fewer requests run at the same time where the states of all do not fit."""
+    states = StateMemory(bytes_per_state=1000)
+    free = 1100 + 100 * BLOCK + 100_000
+    sized = plan(spec, free, "cuda", kv_cache_memory=100 * BLOCK, states=states)
+    assert sized.num_blocks == 100
+    assert (sized.max_num_seqs, sized.num_state_checkpoints) == (75, 25)
+    assert sized.num_state_rows == 100
+    halves = plan(spec, 1100 + 400_000, "cuda", states=states)
+    assert (halves.max_num_seqs, halves.num_state_checkpoints) == (150, 50)
+    assert 0 < halves.kv_cache_bytes <= 200_000
+    given = replace(states, checkpoint_bytes=90_000, states_per_request=2)
+    few = plan(spec, free, "cuda", kv_cache_memory=100 * BLOCK, states=given)
+    assert (few.max_num_seqs, few.num_state_checkpoints, few.num_state_rows) == (5, 90, 100)
+    assert plan(spec, free, "cpu", states=states).as_dict()["state_bytes_per_request"] == 1000
+    with pytest.raises(ShortageError, match="states of one request"):
+        plan(spec, 1100 + 1000, "cuda", states=states)

@@ -174,3 +174,62 @@ def test_state_cache_gives_away_the_least_recently_used_row_that_no_step_reads()
     cache.begin_step()
     assert cache.allocate() == 10
     cache.check_invariants()
+
+
+def test_a_step_with_drafts_that_is_undone_drops_each_hold_once() -> None:
+    """As when it runs out of memory, after a step that ended at a checkpoint."""
+    for undo in ("abort", "cancel"):
+        state = scheduler(WrongDrafts(), num_speculative_tokens=3)
+        sequence = Sequence(
+            EngineRequest("a", list(range(10, 18)), SamplingParams(max_tokens=40, ignore_eos=True)),
+            seed=0,
+        )
+        state.add(sequence)
+        assert state.states is not None
+        for _ in range(9):
+            step(state)
+            scheduled = state.schedule()
+            states = state.states._states[sequence]
+            assert states.draft_rows
+            if state.states.cache.is_checkpoint(scheduled.requests[0].state_rows.initial_row):
+                break
+            state.update(scheduled, ModelRunnerOutput([[NEXT_TOKEN] * 2], None, None, {}))
+        else:
+            raise AssertionError("no step began at a checkpoint")
+        if undo == "abort":
+            state.abort_step(scheduled, "out of memory")
+        else:
+            state.cancel("a")
+        state.states.begin_step()
+        state.states.cache.check_invariants()
+        assert state.states.cache.num_held_rows == 0
+
+
+def test_verified_drafts_of_a_preempted_sequence_change_nothing() -> None:
+    """With several pipeline stages, a sequence may be preempted while its step is in flight."""
+    state = scheduler(WrongDrafts(), num_speculative_tokens=3, pipeline_parallel_size=2)
+    sequence = Sequence(
+        EngineRequest("a", list(range(10, 17)), SamplingParams(max_tokens=40)), seed=0
+    )
+    state.add(sequence)
+    step(state)
+    scheduled = state.schedule()
+    assert scheduled.requests[0].num_draft_tokens
+    state._preempt(sequence)
+    state.update(scheduled, ModelRunnerOutput([[NEXT_TOKEN] * 2], None, None, {}))
+    assert state.states is not None
+    state.states.begin_step()
+    assert state.states.cache.num_held_rows == 0
+
+
+def test_checkpoints_of_a_step_whose_result_never_comes_are_dropped() -> None:
+    state = scheduler(async_scheduling=True)
+    sequence = Sequence(
+        EngineRequest("a", list(range(10, 17)), SamplingParams(max_tokens=9)), seed=0
+    )
+    state.add(sequence)
+    for _ in range(3):
+        state.schedule()
+    state.cancel("a")
+    state.schedule()
+    assert state.states is not None and state.states.cache.num_held_rows == 0

@@ -16,6 +16,7 @@ import torch
 from llmkit.kernels.attention_metadata import AttentionBatch
 from llmkit.kernels.kv_cache import KVCache
 from llmkit.model.parallel_group import ParallelGroup
+from llmkit.model.spec import LayerSpec
 from llmkit.runtime.engine.draft_model import DraftModelProposer
 from llmkit.runtime.engine.drafting import NgramProposer, accepted_tokens
 from llmkit.runtime.engine.engine_config import EngineConfig
@@ -476,7 +477,7 @@ class CountingModel:
     parallel_group = ParallelGroup()
 
     def __init__(self) -> None:
-        layer = SimpleNamespace(sliding_window=4, kv_shared_layer_offset=0)
+        layer = LayerSpec(sliding_window=4)
         self.spec = SimpleNamespace(
             layers=[layer],
             sliding_windows=(4,),

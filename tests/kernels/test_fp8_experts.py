@@ -96,7 +96,8 @@ def test_fp8_experts_kernel_compiles(
     kinds |= {"topk_weights": "*fp32", "scales": "*fp32"}
     kinds |= dict.fromkeys(("limit", "alpha"), "fp32")
     kinds |= dict.fromkeys(("expert_stride", "num_experts", "N", "K"), "i32")
-    constants |= {"TOP_K": 8, "ACTIVATION": gate, "PADDED_EXPERTS": 256, "BM": BM}
+    constants |= {"TOP_K": 8, "ACTIVATION": gate, "GATED": bool(gate), "BM": BM}
+    constants |= {"PADDED_EXPERTS": 256}
     constants |= {"BN": BN // 2 if gate else BN, "BK": BK, "GROUP": 128}
     compiled = compiled_for(
         capability,

@@ -211,7 +211,7 @@ def eagle3(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 def test_eagle3_head_reads_the_papers_layers_by_default(
     eagle3: tuple[Path, Path], tmp_path: Path
 ) -> None:
-    head = copied(eagle3[1], tmp_path, lambda config, _: config.pop(LAYER_IDS))
+    head = copied(eagle3[1], tmp_path, lambda config, _: config.update({LAYER_IDS: []}))
     spec = checkpoint_spec(open_checkpoint(eagle3[0]))
     deep = replace(spec, layers=spec.layers * 8)
     found = eagle3_model_spec(open_checkpoint(head), deep).draft_head
@@ -252,6 +252,18 @@ BROKEN: dict[str, tuple[Change, str]] = {
     "another size": (
         lambda _, tensors: tensors.update({"fc.weight": torch.zeros(64, 128)}),
         r"fc.weight of the draft head has shape \[64, 128\]",
+    ),
+    "another form": (
+        lambda config, _: config.update(eagle_config={"norm_before_fc": True}),
+        "has norm_before_fc. One layer as Llama's",
+    ),
+    "norms of queries": (
+        lambda _, tensors: tensors.update({"midlayer.self_attn.q_norm.weight": torch.ones(16)}),
+        "has midlayer.self_attn.q_norm.weight",
+    ),
+    "two layers": (
+        lambda config, _: config.update(num_hidden_layers=2),
+        "has num_hidden_layers 2",
     ),
     "no norm": (
         lambda _, tensors: tensors.pop("midlayer.hidden_norm.weight"),

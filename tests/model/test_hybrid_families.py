@@ -155,8 +155,11 @@ def test_mamba2_time_step_limit_may_be_infinite(limit: Any, expected: tuple[floa
     assert mamba(spec_of("mamba2", time_step_limit=limit)).time_step_limit == expected
 
 
-def test_nemotron_h_time_steps_have_a_least_value_only() -> None:
-    assert mamba(spec_of("nemotron-h")).time_step_limit == (0.001, math.inf)
+def test_nemotron_h_time_steps_have_the_limits_of_the_config() -> None:
+    """`time_step_min` is for the first weights."""
+    assert mamba(spec_of("nemotron-h")).time_step_limit == (0.0, math.inf)
+    limited = mamba(spec_of("nemotron-h", time_step_limit=[0.01, 0.5]))
+    assert limited.time_step_limit == (0.01, 0.5)
 
 
 @pytest.mark.parametrize("head_dim", ["auto", None, 8])

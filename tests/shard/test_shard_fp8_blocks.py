@@ -13,6 +13,7 @@ from support.tiny_families import family_oracle
 
 from llmkit.checkpoint.open_checkpoint import open_checkpoint
 from llmkit.common.errors import InputError
+from llmkit.model.checkpoint_tensors import check_checkpoint
 from llmkit.model.parameter_table import parameters
 from llmkit.model.weight_loader import read_activation_quant, read_parameter
 from llmkit.runtime.engine.engine_options import EngineOptions
@@ -45,6 +46,8 @@ def write_pair(folder: Path, family: str, block: tuple[int, int], **config: Any)
         ("minimax-m2", MINIMAX, (32, 32), (4, 1, 2)),
         ("qwen3", QWEN3 | {"num_key_value_heads": 1}, (32, 64), (4, 2, 1)),
         ("phi3", {"hidden_size": 64, "intermediate_size": 64}, (16, 16), (2, 1, 1)),
+        # Halves of 24 features: the second one begins within a block, and covers two.
+        ("glm4-moe", {}, (16, 16), (2, 1, 1)),
     ],
 )
 def test_shard_fp8_blocks_of_ranks_have_the_values_of_the_whole(
@@ -66,6 +69,7 @@ def test_shard_fp8_blocks_of_ranks_have_the_values_of_the_whole(
         for row in parameters(dense.spec):
             expected = read_parameter(dense.checkpoint, row, torch.float32)
             for part in (stored, sliced):
+                check_checkpoint(part.checkpoint, part.spec)
                 found = read_parameter(part.checkpoint, row, torch.float32)
                 assert torch.equal(found, expected), row.name
             num_compared += row.is_linear

@@ -668,6 +668,10 @@ def family_oracle(name: str, path: Path, **changes: Any) -> torch.nn.Module:
         .float()
         .eval()
     )
+    if kind == "nemotron_h":  # transformers 5.23 reads `time_step_min` in its place
+        for module in oracle.modules():
+            if hasattr(module, "time_step_limit"):
+                module.time_step_limit = tuple(config.time_step_limit)
     with torch.no_grad():
         for parameter in oracle.parameters():  # norms and biases too, which start as ones and zeros
             parameter.add_(torch.randn_like(parameter) * 0.1)
