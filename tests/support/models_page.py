@@ -156,6 +156,8 @@ NOTES = """The words of the table:
 - **Tool calls** depend on the chat template, not on the architecture. Three formats are parsed:
   Hermes (`<tool_call>` with JSON), Mistral (`[TOOL_CALLS]` with JSON) and Llama 3. See
   [serve](serve.md).
+- **Nemotron-H**: time steps have the limits that the config names, as in NVIDIA's code.
+  transformers 5.23 clamps them to `time_step_min` in prompts.
 - **The stored format** is another matter ([formats](formats.md)): checkpoints in NVFP4 are not read
   yet.
 """
