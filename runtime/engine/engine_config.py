@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     import torch
 
 
-GPU_STATE_CHUNK = 64
+GPU_STATE_CHUNK = 64  # CHUNK_TOKENS of kernels/recurrent_state.py, which needs torch
 
 
 @dataclass(frozen=True)

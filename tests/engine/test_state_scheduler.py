@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from llmkit.kernels import recurrent_state
+from llmkit.runtime.engine import engine_config, state_scheduler
 from llmkit.runtime.engine.drafting import DraftProposer
 from llmkit.runtime.engine.engine_config import EngineConfig
 from llmkit.runtime.engine.engine_request import EngineRequest
@@ -79,6 +81,11 @@ def step(state: Scheduler, sampled: int = NEXT_TOKEN, rows: Rows | None = None) 
 def cached(sequence: Sequence) -> int:
     assert sequence.num_cached_tokens is not None
     return sequence.num_cached_tokens
+
+
+def test_constants_are_those_of_the_kernels() -> None:
+    assert engine_config.GPU_STATE_CHUNK == recurrent_state.CHUNK_TOKENS
+    assert state_scheduler.NO_ROW == recurrent_state.NO_ROW
 
 
 def test_the_same_prompt_begins_at_its_last_block_boundary() -> None:
