@@ -182,15 +182,17 @@ def plan_memory(
             f"Weights and workspace leave {_exact(left_bytes + cuda_graph_bytes)}",
             "Use a smaller --max-cudagraph-capture-size or --max-num-seqs",
         )
-    if states.bytes_per_state and (kv_cache_memory or 0) > left_bytes:
-        raise _kv_cache_does_not_fit(kv_cache_memory or 0, left_bytes, device)
+    if kv_cache_memory is not None and kv_cache_memory > left_bytes:
+        raise ShortageError(
+            f"--kv-cache-memory {_exact(kv_cache_memory)} does not fit on {device}",
+            f"Weights and workspace leave {_exact(left_bytes)}",
+            "Use a smaller one",
+        )
     planned_seqs, num_checkpoints = _plan_states(
         states, device, left_bytes, kv_cache_memory, max_num_seqs
     )
     num_state_rows = planned_seqs * states.states_per_request + num_checkpoints
     left_bytes -= num_state_rows * states.bytes_per_state
-    if kv_cache_memory is not None and kv_cache_memory > left_bytes:
-        raise _kv_cache_does_not_fit(kv_cache_memory, left_bytes, device)
     if kv_cache_memory is not None:
         cache_bytes = kv_cache_memory
     elif device == "cuda":
@@ -232,14 +234,6 @@ def plan_memory(
         bytes_per_state=states.bytes_per_state,
         num_state_rows=num_state_rows if states.bytes_per_state else 0,
         num_state_checkpoints=num_checkpoints,
-    )
-
-
-def _kv_cache_does_not_fit(kv_cache_memory: int, left_bytes: int, device: str) -> ShortageError:
-    return ShortageError(
-        f"--kv-cache-memory {_exact(kv_cache_memory)} does not fit on {device}",
-        f"Weights and workspace leave {_exact(left_bytes)}",
-        "Use a smaller one",
     )
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from support.cpu_levels import computing_at
 from support.recurrent_cases import (
     TOKENS,
     Conv,
@@ -31,18 +32,10 @@ WIDTHS = (4, 3, 6)
 
 
 @pytest.fixture(autouse=True, params=[*cpu_kernels.levels(), "torch"])
-def level(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+def level(request: pytest.FixtureRequest) -> Iterator[str]:
     """Run each test in torch, and at every level that this processor has."""
-    level: str = request.param
-    library = cpu_kernels.library
-    if level == "torch":
-        monkeypatch.setattr(cpu_kernels, "library", None)
-    elif library is not None:
-        library.set_level(level)
-    with torch.no_grad():
-        yield level
-    if library is not None:
-        library.set_level(cpu_kernels.levels()[-1])
+    with computing_at(request.param), torch.no_grad():
+        yield request.param
 
 
 @pytest.mark.parametrize("width", WIDTHS)

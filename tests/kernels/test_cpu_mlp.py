@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from support.cpu_levels import computing_at
 
 from llmkit.checkpoint.quantized_weight import Scheme
 from llmkit.kernels.cpu import cpu_kernels
@@ -26,14 +27,8 @@ TOKENS = 229  # two blocks of rows of the AMX kernel, the last with a part of a 
 @pytest.fixture(autouse=True, params=cpu_kernels.levels() or ["none"])
 def level(request: pytest.FixtureRequest) -> Iterator[None]:
     """Run each test at every level that this processor has."""
-    if cpu_kernels.library is None:
+    with computing_at(request.param), torch.inference_mode():
         yield
-        return
-    library = cpu_kernels.library
-    library.set_level(request.param)
-    with torch.inference_mode():
-        yield
-    library.set_level(cpu_kernels.levels()[-1])
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:
