@@ -43,7 +43,7 @@ from llmkit.common.errors import InputError
 WEIGHT_ONLY_SCALE_DTYPE = "BF16"
 W8A8_SCALE_DTYPE = "F32"
 MIXED = "mixed-precision"
-KV_CACHE_TYPES = {"fp8": "float", "int8": "int"}  # the type of a quantized KV cache
+_KV_TYPES = {"fp8": "float", "int8": "int"}  # the `type` of a quantized KV cache
 
 
 def compression_format(scheme: Scheme) -> str:
@@ -342,7 +342,7 @@ def _parse_inputs(
 def _kv_scheme(kv: str) -> dict[str, Any]:
     return {
         "num_bits": 8,
-        "type": KV_CACHE_TYPES[kv],
+        "type": _KV_TYPES[kv],
         "symmetric": True,
         "strategy": "tensor",
         "dynamic": False,

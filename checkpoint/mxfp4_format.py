@@ -29,7 +29,7 @@ from llmkit.common.errors import InputError
 BLOCK_SIZE = 32  # values that share a scale
 SCALE_BIAS = 127
 NAN_SCALE = 255
-SCHEME = Scheme(4, BLOCK_SIZE, kind="float")
+SCHEME = Scheme(4, BLOCK_SIZE, kind="float", scale_format="e8m0")
 # The tensors that are stored in MXFP4; other linear layers are dense.
 EXPERTS = r"re:.*\.experts\.(gate_up_proj|down_proj)$"
 

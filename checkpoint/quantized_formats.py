@@ -6,7 +6,7 @@ How a weight is quantized is the subject of `llmkit.quant`.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -63,16 +63,29 @@ METHODS: dict[str, QuantizedFormat] = {
 }
 FORMATS: dict[str, QuantizedFormat] = METHODS | {"autofp8": _AUTOFP8}
 # What the stored scale of inputs is called, by format.
-INPUT_SCALES = {
+_INPUT_SCALES = {
     "compressed-tensors": "input_scale",
     "fp8": _FP8.input_scale,
     "autofp8": _AUTOFP8.input_scale,
+    "modelopt": "input_scale",
 }
 
 
 def format_of(config: QuantizationConfig) -> QuantizedFormat:
     """The format that `config` is stored in."""
     return FORMATS[config.format]
+
+
+def read_input_scale(
+    name: str, scheme: Scheme, read: Callable[[str], torch.Tensor]
+) -> torch.Tensor:
+    """The stored scale of a linear layer's inputs, float32 [1].
+
+    name: of the format. read: returns the layer's stored tensor by suffix.
+    """
+    if scheme.inputs == "group" and name == "compressed-tensors":  # it stores the divisor
+        return 1.0 / read("input_global_scale").float().reshape(1)
+    return read(_INPUT_SCALES[name]).float().reshape(1)
 
 
 def parse_quantization(d: object, tensors: Collection[str] = ()) -> QuantizationConfig:

@@ -14,7 +14,15 @@ from typing import Literal
 
 import torch
 
-Format = Literal["gptq", "awq", "compressed-tensors", "mxfp4", "fp8", "autofp8"]
+Format = Literal["gptq", "awq", "compressed-tensors", "mxfp4", "fp8", "autofp8", "modelopt"]
+# What quantized values are: integers of `bits`, or floats (FP8 is e4m3, FP4 is E2M1).
+ValueKind = Literal["int", "float"]
+# How a checkpoint stores the scales of groups.
+# float: in 16 or 32 bits. e8m0: as powers of two in a byte (MXFP4, MXFP8). e4m3: in a byte, to be
+# multiplied with one float32 scale of the whole weight (NVFP4).
+ScaleFormat = Literal["float", "e8m0", "e4m3"]
+# What the inputs of a linear layer are quantized to.
+InputType = Literal["int8", "fp8", "fp4"]
 KV_SCALES = ("k_scale", "v_scale")
 _TEXT_MODELS = ("language_model", "text_model")
 # What names of the text model's modules begin with, in multimodal models of all versions of
@@ -36,11 +44,24 @@ class Scheme:
     bits: int
     group_size: int = -1  # along `in`; -1: one scale per output row
     symmetric: bool = True
-    kind: Literal["int", "float"] = "int"  # float: FP8 e4m3, or with 4 bits MXFP4
+    kind: ValueKind = "int"  # float: FP8 e4m3, or with 4 bits FP4 E2M1
     # none: not quantized; token: a dynamic scale per token; group: a dynamic scale per token and
-    # group of `group_size` inputs; tensor: one stored scale.
+    # group of `group_size` inputs, in `scale_format`; tensor: one stored scale.
     inputs: Literal["none", "token", "group", "tensor"] = "none"
     block_rows: int = 1  # output rows that share their scales; -1: all rows
+    scale_format: ScaleFormat = "float"
+    # What inputs are quantized to; None when they are not. The default is the type of the weights,
+    # in 8 bits for integers.
+    input_type: InputType | None = None
+
+    def __post_init__(self) -> None:
+        input_type = self.input_type
+        if self.inputs == "none":
+            input_type = None
+        elif input_type is None:
+            float_type: InputType = "fp4" if self.bits == 4 else "fp8"
+            input_type = float_type if self.kind == "float" else "int8"
+        object.__setattr__(self, "input_type", input_type)
 
     def groups(self, in_features: int) -> int:
         """The number of groups in a row of `in_features` weights."""
@@ -51,18 +72,22 @@ class Scheme:
         """A description for people: "INT4 in groups of 64", "INT8, inputs too"."""
         name = f"INT{self.bits}"
         if self.kind == "float":
-            name = "FP8" if self.bits == 8 else "MXFP4"
-        group_text = "" if self.group_size == -1 else f" in groups of {self.group_size}"
+            prefix = {"float": "", "e8m0": "MX", "e4m3": "NV"}[self.scale_format]
+            name = f"{prefix}FP{self.bits}"
+        has_own_groups = self.group_size == -1 or self.scale_format != "float"
+        group_text = "" if has_own_groups else f" in groups of {self.group_size}"
         if self.block_rows == -1:
             group_text = " with one scale per weight"
         elif self.block_rows > 1:
             group_text = f" in blocks of {self.block_rows}x{self.group_size}"
         zeros = "" if self.symmetric else " with zero points"
+        is_same_type = self.input_type == ("int8" if self.kind == "int" else f"fp{self.bits}")
+        inputs = "inputs too" if is_same_type else f"inputs in {str(self.input_type).upper()}"
         input_texts = {
             "none": "",
-            "token": ", inputs too",
-            "group": f", inputs too in groups of {self.group_size}",
-            "tensor": ", inputs too by a fixed scale",
+            "token": f", {inputs}",
+            "group": f", {inputs}" + ("" if has_own_groups else f" in groups of {self.group_size}"),
+            "tensor": f", {inputs} by a fixed scale",
         }
         return name + group_text + zeros + input_texts[self.inputs]
 
@@ -77,8 +102,14 @@ class Scheme:
         return self.kind == "float" and self.bits == 4
 
     @property
+    def has_input_scale(self) -> bool:
+        """Whether the checkpoint stores a scale of the inputs."""
+        has_global_scale = self.inputs == "group" and self.scale_format == "e4m3"
+        return self.inputs == "tensor" or has_global_scale
+
+    @property
     def half(self) -> int:
-        """The quantized value of zero for a symmetric scheme. FP8 has no offset."""
+        """The quantized value of zero for a symmetric scheme. Floats have no offset."""
         return 1 << (self.bits - 1) if self.kind == "int" else 0
 
 
@@ -178,11 +209,14 @@ def _matches_any(entries: Iterable[str], modules: Sequence[str]) -> bool:
 class QuantizedWeight:
     """W[o, i] = scales[o, g(i)] * (q[o, i] - zeros[o, g(i)]), with g(i) = i // group_size.
 
-    q: uint8 [out, in], 0 .. 2^bits - 1; float8_e4m3fn for FP8. In MXFP4, q is a code that stands
-    for one of FP4_VALUES.
-    scales: float16, bfloat16 or float32 [out, G]. The rows of a block have equal scales.
+    q: uint8 [out, in], 0 .. 2^bits - 1; float8_e4m3fn for FP8. In FP4, q is a code that stands for
+    one of FP4_VALUES.
+    scales: float16, bfloat16 or float32 [out, G]. The rows of a block have equal scales. With
+    `scheme.scale_format` e8m0 they are powers of two, with e4m3 e4m3 values times `global_scale`.
     zeros: uint8 [out, G]; `scheme.half` everywhere when symmetric.
-    input_scale: float32 [1] when the inputs have a stored scale (`scheme.inputs` is "tensor").
+    input_scale: float32 [1] when the inputs have a stored scale: `scheme.inputs` is "tensor", or
+    "group" with the scale format e4m3, where each group's scale is e4m3 times this.
+    global_scale: float32 [1] with the scale format e4m3, otherwise None.
     """
 
     q: torch.Tensor
@@ -190,6 +224,7 @@ class QuantizedWeight:
     zeros: torch.Tensor
     scheme: Scheme
     input_scale: torch.Tensor | None = None
+    global_scale: torch.Tensor | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -227,7 +262,7 @@ class QuantizedWeight:
     def select(self, rows_of: Callable[[torch.Tensor], torch.Tensor]) -> QuantizedWeight:
         """The weight of the rows that `rows_of` returns of a tensor [out, ...]."""
         q, scales, zeros = (rows_of(values) for values in (self.q, self.scales, self.zeros))
-        return QuantizedWeight(q, scales, zeros, self.scheme, self.input_scale)
+        return replace(self, q=q, scales=scales, zeros=zeros)
 
     def with_even_groups(self) -> QuantizedWeight:
         """The same weight with groups that divide the columns. Scales are repeated for that."""
@@ -238,15 +273,25 @@ class QuantizedWeight:
         smaller = math.gcd(columns, size)
         index = torch.arange(0, columns, smaller, device=self.scales.device) // size
         scheme = replace(self.scheme, group_size=smaller)
-        return QuantizedWeight(
-            self.q, self.scales[:, index], self.zeros[:, index], scheme, self.input_scale
-        )
+        scales, zeros = self.scales[:, index], self.zeros[:, index]
+        return replace(self, scales=scales, zeros=zeros, scheme=scheme)
 
     def to(self, device: torch.device | str) -> QuantizedWeight:
         """The same weight on another device."""
-        scale = None if self.input_scale is None else self.input_scale.to(device)
+        found = {
+            name: None if values is None else values.to(device)
+            for name, values in (
+                ("input_scale", self.input_scale),
+                ("global_scale", self.global_scale),
+            )
+        }
         return QuantizedWeight(
-            self.q.to(device), self.scales.to(device), self.zeros.to(device), self.scheme, scale
+            self.q.to(device),
+            self.scales.to(device),
+            self.zeros.to(device),
+            self.scheme,
+            found["input_scale"],
+            found["global_scale"],
         )
 
 

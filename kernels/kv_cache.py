@@ -60,12 +60,12 @@ class KVCache:
             return
         kv = kv.transpose(0, 1)
         if self.quantized:
-            kind = "int" if self.kv.dtype == torch.int8 else "float"
+            value_type = "int8" if self.kv.dtype == torch.int8 else "fp8"
             if self.scales is None:
                 assert self.static_scales is not None
-                q = quantize_static(kv.float(), self.static_scales, kind)
+                q = quantize_static(kv.float(), self.static_scales, value_type)
             else:
-                q, scale = quantize_per_token(kv, kind)
+                q, scale = quantize_per_token(kv, value_type)
                 self.scales.flatten(1, 2).index_copy_(1, slot_mapping, scale)
             kv = q
         kv = _view_fp8_as_bytes(kv.to(self.kv.dtype))

@@ -557,10 +557,9 @@ class DecoderLayer:
 
     def has_kv_scales(self, kv_cache_dtype: str | None) -> bool:
         """Whether the checkpoint has scales for a cache of this dtype in this layer."""
-        kind = {"int8": "int", "fp8": "float"}.get(kv_cache_dtype or "")
         for name in ("attn.k", "attn.v"):
             quant = self.activation_quant.get(name)
-            if quant is None or quant.kind != kind or quant.scale is None:
+            if quant is None or quant.value_type != kv_cache_dtype or quant.scale is None:
                 return False
         return True
 

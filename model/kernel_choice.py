@@ -19,7 +19,7 @@ SCHEMES = {
     "W8A8": Scheme(8, inputs="token"),
     "FP8": Scheme(8, kind="float", inputs="token"),
     "FP8 blocks": Scheme(8, 128, kind="float", inputs="group", block_rows=128),
-    "MXFP4": Scheme(4, 32, kind="float"),
+    "MXFP4": Scheme(4, 32, kind="float", scale_format="e8m0"),
 }
 WORKS = ("attention", *SCHEMES, "sampler")
 SHAPE = (4096, 4096)  # of a weight; odd shapes may have another kernel

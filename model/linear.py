@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn.functional import linear
 
-from llmkit.checkpoint.quantized_weight import QuantizedWeight, Scheme
+from llmkit.checkpoint.quantized_weight import QuantizedWeight, ScaleFormat, Scheme
 from llmkit.common.options import CpuActivations
 from llmkit.kernels import fp8_block_linear, humming_linear
 from llmkit.kernels.activation_quant import (
@@ -36,22 +36,41 @@ QUANTIZING_KERNELS = (W8A8Linear, fp8_block_linear.Fp8BlockLinear, CpuLinear)
 
 @dataclass(frozen=True)
 class ActivationQuant:
-    """8-bit fake quantization of activations.
+    """Fake quantization of activations.
 
     With a stored scale, or with one for each token, or for each token and group of channels.
     """
 
-    kind: str  # "int" or "float"
-    scale: torch.Tensor | None = None  # float32 [1]; None: each token has its own
+    value_type: str  # "int8", "fp8" or "fp4"
+    # float32 [1]; None: each token has its own. With groups: the scale of their e4m3 scales.
+    scale: torch.Tensor | None = None
     group_size: int = 0  # channels that share a token's scale; 0: all
+    scale_format: ScaleFormat = "float"  # of groups
+
+    @classmethod
+    def of(
+        cls, scheme: Scheme, scale: torch.Tensor | None = None, group_size: int | None = None
+    ) -> ActivationQuant | None:
+        """How a linear layer of this scheme quantizes its inputs; None when it does not.
+
+        scale: the stored scale. group_size: where it is not the scheme's.
+        """
+        if scheme.input_type is None:
+            return None
+        if scheme.inputs != "group":
+            return cls(scheme.input_type, scale)
+        size = scheme.group_size if group_size is None else group_size
+        return cls(scheme.input_type, scale, size, scheme.scale_format)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """x: [..., C] in and out."""
         if self.group_size:
-            return fake_quantize_per_group(x, self.kind, self.group_size)
+            return fake_quantize_per_group(
+                x, self.value_type, self.group_size, self.scale_format, self.scale
+            )
         if self.scale is None:
-            return fake_quantize_per_token(x, self.kind)
-        return fake_quantize_static(x, self.scale, self.kind)
+            return fake_quantize_per_token(x, self.value_type)
+        return fake_quantize_static(x, self.scale, self.value_type)
 
 
 class Linear(nn.Module):

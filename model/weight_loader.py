@@ -10,8 +10,7 @@ import torch
 
 from llmkit.checkpoint.block_scales import realign_block_scales, realigned_scheme
 from llmkit.checkpoint.checkpoint import Checkpoint
-from llmkit.checkpoint.compressed_tensors import KV_CACHE_TYPES
-from llmkit.checkpoint.quantized_formats import INPUT_SCALES, format_of
+from llmkit.checkpoint.quantized_formats import format_of, read_input_scale
 from llmkit.checkpoint.quantized_weight import QuantizationConfig, QuantizedWeight, Scheme
 from llmkit.checkpoint.tensor_reader import CHUNK_BYTES, row_chunks
 from llmkit.common.errors import InputError
@@ -345,33 +344,49 @@ def read_activation_quant(
     if quantization is not None:
         for name, tensor in kv_scales(parameter, quantization).items():
             scale = checkpoint.read(tensor).float().reshape(1).to(device)
-            found[name] = ActivationQuant(KV_CACHE_TYPES[quantization.kv], scale)
+            found[name] = ActivationQuant(quantization.kv, scale)
     schemes = {name: scheme_of(parameter, name, quantization) for name in parameter.source_names}
     # All sources read the same columns.
     start = parameter.sources[0].start
-    inputs = {_input_quantization(scheme, start) for scheme in schemes.values()}
+    inputs = {_with_inputs_only(scheme, start) for scheme in schemes.values()}
     if len(inputs) > 1:
         raise InputError(
             f"{checkpoint.reference}: the inputs of {', '.join(schemes)}"
             " are rounded in different ways",
             "Linears that read the same inputs were expected to round them alike",
         )
-    ((kind, granularity, group_size),) = inputs
-    if granularity in ("token", "group"):
-        found[parameter.module] = ActivationQuant(kind, group_size=group_size)
-    elif granularity == "tensor":
-        assert quantization is not None
-        suffix = INPUT_SCALES[quantization.format]
-        names = [packed_name(name, suffix) for name in parameter.source_names]
-        scales = torch.cat([checkpoint.read(name).float().reshape(1) for name in names])
-        found[parameter.module] = ActivationQuant(kind, scales.amax(dim=0, keepdim=True).to(device))
+    (scheme,) = inputs
+    if scheme is None:
+        return found
+    input_scale: torch.Tensor | None = None
+    if scheme.has_input_scale:
+        scales = [_read_input_scale(checkpoint, name, scheme) for name in schemes]
+        input_scale = torch.cat(scales).amax(dim=0, keepdim=True).to(device)
+    activation_quant = ActivationQuant.of(scheme, input_scale)
+    if activation_quant is not None:
+        found[parameter.module] = activation_quant
     return found
 
 
-def _input_quantization(scheme: Scheme | None, start: tuple[int, int]) -> tuple[str, str, int]:
-    """How the inputs of a weight that begins at `start` are quantized: kind, `inputs`, group."""
-    if scheme is None:
-        return "", "none", 0
-    if scheme.inputs != "group":
-        return scheme.kind, scheme.inputs, 0
-    return scheme.kind, scheme.inputs, realigned_scheme(scheme, start).group_size
+def _read_input_scale(checkpoint: Checkpoint, name: str, scheme: Scheme) -> torch.Tensor:
+    """The stored scale of the inputs of the weight `name`, float32 [1]."""
+    assert checkpoint.quantization is not None
+    return read_input_scale(
+        checkpoint.quantization.format,
+        scheme,
+        lambda suffix: checkpoint.read(packed_name(name, suffix)),
+    )
+
+
+def _with_inputs_only(scheme: Scheme | None, start: tuple[int, int]) -> Scheme | None:
+    """What the scheme of a weight that begins at `start` says of inputs; None: nothing."""
+    if scheme is None or scheme.input_type is None:
+        return None
+    has_groups = scheme.inputs == "group"
+    return Scheme(
+        8,
+        realigned_scheme(scheme, start).group_size if has_groups else -1,
+        inputs=scheme.inputs,
+        scale_format=scheme.scale_format,
+        input_type=scheme.input_type,
+    )

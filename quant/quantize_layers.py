@@ -14,10 +14,9 @@ from pathlib import Path
 
 import torch
 
-from llmkit.checkpoint.compressed_tensors import KV_CACHE_TYPES
 from llmkit.common.errors import InputError
 from llmkit.common.progress import Progress
-from llmkit.kernels.activation_quant import FP8_MAX, INT8_MAX, MIN_SCALE
+from llmkit.kernels.activation_quant import MAX_VALUES, MIN_SCALE
 from llmkit.model.checkpoint_tensors import kv_scales
 from llmkit.model.decoder import DecoderLayer
 from llmkit.model.linear import ActivationQuant
@@ -313,8 +312,7 @@ def _take_result(
     if algorithm.auto_round is not None:
         state.dense_weights[name] = linear.weight
     linear.weight = result.weight.dequantize()
-    if target.scheme.inputs != "none":
-        linear.activation_quant = ActivationQuant(target.scheme.kind, result.weight.input_scale)
+    linear.activation_quant = ActivationQuant.of(target.scheme, result.weight.input_scale)
     result.weight = result.weight.to("cpu")
     state.results[name] = (result, entry)
 
@@ -367,15 +365,14 @@ def _calibrate_kv(
         names = kv_scales(parameter, quantization)
         if not names or quantization is None:
             continue
-        kind = KV_CACHE_TYPES[quantization.kv]
-        max_value = FP8_MAX if kind == "float" else INT8_MAX
+        max_value = MAX_VALUES[quantization.kv]
         max_abs = max_abs_kv(state.layer, attention, batches)
         for (name, tensor), magnitude in zip(names.items(), max_abs, strict=True):
             scale = (magnitude / max_value).clamp(min=MIN_SCALE)
             state.kv_scales[tensor] = scale
             device_scale = scale.to(batches[0].context.device)
             module = name.removeprefix(state.prefix)
-            state.layer.activation_quant[module] = ActivationQuant(kind, device_scale)
+            state.layer.activation_quant[module] = ActivationQuant(quantization.kv, device_scale)
 
 
 def _write_layer(state: LayerState, writer: ParameterWriter) -> None:

@@ -154,9 +154,7 @@ def quantize_transformers_layers(
                     "Weights that give finite activations were expected",
                 )
             module = target.parameter.module
-            quant = None
-            if target.scheme.inputs != "none":
-                quant = ActivationQuant(target.scheme.kind, result.weight.input_scale)
+            quant = ActivationQuant.of(target.scheme, result.weight.input_scale)
             bias = model.linear(module).bias
             dense = result.weight.dequantize()
             model.replace_linear(module, Linear(dense, bias, quant))

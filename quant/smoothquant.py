@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from llmkit.kernels.activation_quant import fake_quantize_per_token
+from llmkit.model.linear import ActivationQuant
 from llmkit.quant.algorithm import QuantTarget
 from llmkit.quant.grid import round_to_nearest
 from llmkit.quant.input_stats import InputStats, StatKind
@@ -36,11 +36,12 @@ class SmoothQuant:
         """The scales with the smallest output error; None when they do not beat no scaling."""
         inputs = input_stats.sample
         exact = inputs @ weight.T
+        round_inputs = ActivationQuant.of(target.scheme)
+        assert round_inputs is not None
 
         def output_error(scales: torch.Tensor) -> float:
             quantized = round_to_nearest(weight * scales, target.scheme, target.scale_dtype)
-            rounded_inputs = fake_quantize_per_token(inputs / scales, target.scheme.kind)
-            output = rounded_inputs @ quantized.dequantize().T
+            output = round_inputs(inputs / scales) @ quantized.dequantize().T
             return (output - exact).square().sum().item()
 
         input_magnitudes = mapping.max_over_kv_group(input_stats.max_abs)

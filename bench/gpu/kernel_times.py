@@ -158,7 +158,7 @@ def _layer(setting: Setting, size: tuple[int, int], weights: str) -> Any:
     if scheme is None:
         return Linear(setting.randn(*size))
     weight = random_weight(size, scheme, setting.device)
-    activation_quant = None if scheme.inputs == "none" else ActivationQuant(scheme.kind)
+    activation_quant = ActivationQuant.of(scheme)
     return serving_linear([weight], None, activation_quant, setting.dtype, setting.device)
 
 

@@ -144,7 +144,7 @@ def random_model(
     linears: dict[str, Linear] = {}
     for row in rows:
         if scheme and row.is_linear and row.expert is None:
-            activation_quant = None if scheme.inputs == "none" else ActivationQuant(scheme.kind)
+            activation_quant = ActivationQuant.of(scheme)
             linears[row.module] = serving_linear(
                 [random_weight(row.shape, scheme, device)], None, activation_quant, dtype, device
             )

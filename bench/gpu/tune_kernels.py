@@ -384,7 +384,7 @@ def tune_weight(
     kind = gpu_kernel_type(scheme, shape, dtype, gpu_capability(device))
     if kind is not WeightOnlyLinear and not (kind is W8A8Linear and scheme.is_fp8):
         return []  # its kernel has no configurations
-    quant = None if scheme.inputs == "none" else ActivationQuant(scheme.kind)
+    quant = ActivationQuant.of(scheme)
     with _override_config(LIBRARY, lambda shape, default: (OURS,)):
         layer = serving_linear([random_weight(shape, scheme, device)], None, quant, dtype, device)
     assert isinstance(layer, PackedLinear)
@@ -467,7 +467,7 @@ def tune_fp8_rows(
     """Find whether few FP8 rows are padded. Products of 1 and of 16 rows are timed together."""
     inputs = [torch.randn(rows, len(kernel.q), device=device).to(dtype) for rows in (1, 16)]
     weight = (kernel.q.float() * kernel.scales).T
-    quantized = fake_quantize_per_token(torch.cat(inputs).float(), "float")
+    quantized = fake_quantize_per_token(torch.cat(inputs).float(), "fp8")
     search = ConfigSearch(
         MIN_FP8_ROWS,
         lambda: torch.cat([kernel(x) for x in inputs]),

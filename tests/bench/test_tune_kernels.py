@@ -341,7 +341,7 @@ def test_tuner_selects_weights_with_tuned_kernels(monkeypatch: pytest.MonkeyPatc
         (Scheme(8, kind="float", inputs="token"), (32, 64), (8, 0)),
         (Scheme(8, kind="float", inputs="token"), (40, 64), (9, 0)),
         (Scheme(8, kind="float"), (32, 64), (9, 0)),
-        (Scheme(4, 32, kind="float"), (32, 64), (9, 0)),
+        (Scheme(4, 32, kind="float", scale_format="e8m0"), (32, 64), (9, 0)),
         (Scheme(8, inputs="token"), (32, 64), (9, 0)),
     ],
 )
@@ -365,14 +365,14 @@ def test_tuner_measures_whether_few_fp8_rows_are_padded(
 ) -> None:
     def quantize(x: torch.Tensor, quant: InputQuant) -> QuantizedInput:
         empty = quant.empty(*x.shape, x)
-        values, scales = quantize_per_token(x, "float")
+        values, scales = quantize_per_token(x, "fp8")
         empty.values.zero_()[: len(x)] = values.to(FP8)
         empty.scales.zero_()[: len(x)] = scales
         return empty
 
     monkeypatch.setattr(w8a8_linear, "quantize_input", quantize)
     weight = torch.randn(32, 64, generator=torch.Generator().manual_seed(0))
-    q, scales = quantize_per_token(weight, "float")
+    q, scales = quantize_per_token(weight, "fp8")
     kernel = W8A8Linear(q.to(FP8), scales, None)
     asked = []
 

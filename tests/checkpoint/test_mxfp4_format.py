@@ -74,7 +74,7 @@ def test_mxfp4_stores_two_tensors_for_an_expert() -> None:
     assert blocks.out == scales.out == (0, 1) and blocks.in_ == scales.in_ == (1, 32)
     with pytest.raises(InputError, match=r"\[10, 80\] weight.*multiple of 32"):
         MXFP4.tensors(SCHEME, 10, 80)
-    assert SCHEME.label == "MXFP4 in groups of 32"
+    assert SCHEME.label == "MXFP4"
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,7 @@ FLOAT8 = Scheme(8, kind="float", inputs="tensor")
         (Scheme(8, 96, symmetric=False), "INT8 in groups of 96 with zero points", 128, 1),
         (Scheme(8, inputs="token"), "INT8, inputs too", 128, 1),
         (FLOAT8, "FP8, inputs too by a fixed scale", 0, 1),
-        (Scheme(4, 32, kind="float"), "MXFP4 in groups of 32", 0, 3),
+        (Scheme(4, 32, kind="float", scale_format="e8m0"), "MXFP4", 0, 3),
     ],
 )
 def test_scheme_describes_itself(scheme: Scheme, label: str, half: int, groups: int) -> None:

@@ -103,18 +103,22 @@ def test_weight_only_linear_on_gpu(
 
 
 @pytest.mark.parametrize("dtype", [BRAIN, HALF, FLOAT], ids=str)
-@pytest.mark.parametrize("kind", ["int", "float"])
+@pytest.mark.parametrize("kind", ["int8", "fp8"])
 @pytest.mark.parametrize("shape", [(4096, 4096), (1024, 576), (80, 14336)], ids=str)
 @pytest.mark.parametrize("given", [None, 0.011])
 def test_w8a8_linear_on_gpu(
     kind: str, shape: tuple[int, int], dtype: torch.dtype, given: float | None
 ) -> None:
-    if kind == "float":
+    if kind == "fp8":
         needs_fp8()
-    if (kind, dtype) == ("float", FLOAT) or (kind == "int" and given):
+    if (kind, dtype) == ("fp8", FLOAT) or (kind == "int8" and given):
         pytest.skip("dense" if dtype == FLOAT else "no format stores it")
     generator = torch.Generator().manual_seed(shape[1])
-    scheme = Scheme(8, kind=kind, inputs="tensor" if given else "token")  # type: ignore[arg-type]
+    scheme = Scheme(
+        8,
+        kind="int" if kind == "int8" else "float",
+        inputs="tensor" if given else "token",
+    )
     parts = [
         round_to_nearest(torch.randn(rows, shape[1], generator=generator) * 0.05, scheme, FLOAT)
         for rows in (shape[0] - 16, 16)

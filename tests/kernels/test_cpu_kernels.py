@@ -226,7 +226,7 @@ def test_cpu_linear_w8a8_quantizes_each_token() -> None:
         for tokens in TOKENS:
             x = random(tokens, columns, seed=tokens)
             x[0] *= tokens % 2  # a token of zeros stays zeros
-            expected = fake_quantize_per_token(x, "int").double() @ dense.T + bias.double()
+            expected = fake_quantize_per_token(x, "int8").double() @ dense.T + bias.double()
             close(packed_linear([weight], bias, inputs="int8")(x), expected)
     x[2, 3] = torch.nan
     y = packed_linear([weight], inputs="int8")(x)
@@ -288,7 +288,7 @@ def test_supports_w8a8_refuses_other_schemes() -> None:
 def quantized_by_group(x: torch.Tensor, group_size: int) -> torch.Tensor:
     """x [T, K] rounded to int8 with a scale for each token and group, as float64."""
     groups = x.unflatten(1, (-1, group_size))
-    return fake_quantize_per_token(groups, "int").flatten(1).double()
+    return fake_quantize_per_token(groups, "int8").flatten(1).double()
 
 
 @needs_library
@@ -640,7 +640,7 @@ def test_cpu_linear_with_mxfp4(out: int, columns: int) -> None:
         codes.to(torch.uint8),
         scales,
         torch.zeros_like(scales).to(torch.uint8),
-        Scheme(4, 32, kind="float"),
+        Scheme(4, 32, kind="float", scale_format="e8m0"),
     )
     assert torch.equal(weight.dequantize().double(), dense)
     bias = random(out, seed=2)

@@ -78,7 +78,7 @@ def test_fp8_block_linear_quantizes_groups_as_the_reference(tmp_path: Path) -> N
     calls = [(x, 128), (x.half(), 64), (x[:, :40].contiguous(), 32)]
     results = interpreted("support.fp8_block_cases", "run_quantize_groups", calls, tmp_path)
     for (inputs, size), (q, scales) in zip(calls, results, strict=True):
-        expected = fake_quantize_per_group(inputs.float(), "float", size)
+        expected = fake_quantize_per_group(inputs.float(), "fp8", size)
         found = q.float() * scales.repeat_interleave(size, dim=1)[:, : inputs.shape[1]]
         assert torch.equal(found, expected)
         assert torch.equal(expected, round_inputs(inputs.float(), size))
@@ -151,7 +151,7 @@ def test_fp8_blocks_on_a_gpu_round_inputs_where_it_multiplies_fp8(
     q = torch.zeros(64, 128, dtype=torch.float8_e4m3fn)
     zeros = torch.zeros(64, 2, dtype=torch.uint8)
     weight = QuantizedWeight(q, torch.ones(64, 2), zeros, scheme)
-    quant = ActivationQuant("float", None, 64)
+    quant = ActivationQuant("fp8", None, 64)
     layer = serving_linear([weight], None, quant, torch.bfloat16, "cuda")
     assert isinstance(layer, PackedLinear) and isinstance(layer.kernel, Fp8BlockLinear)
     assert layer.activation_quant is None

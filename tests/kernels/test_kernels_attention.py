@@ -25,7 +25,6 @@ from llmkit.model.weight_loader import load_model
 BLOCK = 16
 DIM = 8
 SCALE = 0.3
-KINDS = {"int8": "int", "fp8": "float"}
 MIXED = ([1, 7, 1, 33, 5, 5, 1, 20], [30, 7, 1, 50, 9, 61, 64, 21])  # new tokens, contexts
 
 
@@ -301,10 +300,10 @@ def test_kv_cache_quantizes_as_fake_quantize(name: str, stored: bool) -> None:
         coded.cache = packed(KVCache(kv, static_scales=static_scales))
         for values in plain.kv:
             for part, one in zip(values.chunk(2, 1), scale.split(1), strict=True):
-                part.copy_(fake_quantize_static(part, one, KINDS[name]))
+                part.copy_(fake_quantize_static(part, one, name))
     else:
         coded.cache = packed(KVCache(kv, torch.zeros(*kv.shape[:3], 1)))
-        plain.kv = [fake_quantize_per_token(values, KINDS[name]) for values in plain.kv]
+        plain.kv = [fake_quantize_per_token(values, name) for values in plain.kv]
     coded.fill()
     plain.fill()
     assert not torch.equal(plain.kv[0], coded.kv[0])
@@ -363,7 +362,7 @@ def test_kv_cache_with_static_scales(decoder: Decoder, name: str) -> None:
     try:
         for layer in decoder.layers:
             layer.activation_quant = before[0] | {
-                key: ActivationQuant(KINDS[name], scale) for key, scale in scales.items()
+                key: ActivationQuant(name, scale) for key, scale in scales.items()
             }
         caches = [decoder.new_kv_cache(4, kv_cache_dtype=name) for _ in decoder.layers]
         assert all(

@@ -125,7 +125,7 @@ ROWS = [
 def test_quantize_input_matches_the_reference(tmp_path: Path) -> None:
     results = interpreted("support.quantized_linear_cases", "run_quantize_rows", ROWS, tmp_path)
     for (x, dtype, scale), (quantized, scales) in zip(ROWS, results, strict=True):
-        kind = "int" if dtype == torch.int8 else "float"
+        kind = "int8" if dtype == torch.int8 else "fp8"
         expected, own = quantize_per_token(x, kind)
         if scale is not None:
             expected = quantize_static(x.float(), scale, kind)
@@ -159,9 +159,9 @@ def test_w8a8_linear_matches_dequantized(tmp_path: Path) -> None:
         x = torch.randn(rows, columns, generator=generator).to(dtype)
         bias = torch.randn(outputs, generator=generator).to(dtype) if rows != 33 else None
         calls.append((x, quantized, scales, bias, scale, case not in SEPARATE_SCALES))
-        steps, own = quantize_per_token(x, "int" if kind == torch.int8 else "float")
+        steps, own = quantize_per_token(x, "int8" if kind == torch.int8 else "fp8")
         if scale is not None:
-            steps = quantize_static(x.float(), scale, "float")
+            steps = quantize_static(x.float(), scale, "fp8")
             own = scale
         exact = (steps.double() @ quantized.double().T) * own * scales.T
         wanted.append(exact if bias is None else exact + bias)
@@ -195,7 +195,7 @@ def test_fp8_rows_are_scaled_by_torch_where_graphs_capture_it(
     scheme = Scheme(8, kind="float", inputs="token")
     q = torch.ones(16, 32).to(FP8)
     weight = QuantizedWeight(q, torch.ones(16, 1), torch.zeros(16, 1, dtype=torch.uint8), scheme)
-    quant = ActivationQuant("float")
+    quant = ActivationQuant("fp8")
     layer = serving_linear([weight], None, quant, BRAIN, "cuda")
     assert isinstance(layer, PackedLinear) and isinstance(layer.kernel, W8A8Linear)
     given = []
@@ -410,9 +410,9 @@ def test_fp8_weights_keep_their_bits_on_gpus_without_fp8_products(
 ) -> None:
     assert gpu_kernel_type(scheme, (32, 144), dtype, capability) is expected
     monkeypatch.setattr(linear, "gpu_capability", lambda _: capability)
-    q, scales = quantize_per_token(torch.randn(32, 144), "float")
+    q, scales = quantize_per_token(torch.randn(32, 144), "fp8")
     weight = QuantizedWeight(q.to(FP8), scales, torch.zeros(32, 1, dtype=torch.uint8), scheme)
-    quant = ActivationQuant("float") if scheme.inputs != "none" else None
+    quant = ActivationQuant("fp8") if scheme.inputs != "none" else None
     layer = serving_linear([weight], None, quant, dtype, "cuda")
     assert isinstance(layer, PackedLinear) and type(layer.kernel) is expected
     if isinstance(layer.kernel, Fp8BlockLinear):

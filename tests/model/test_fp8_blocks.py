@@ -79,7 +79,7 @@ def test_fp8_blocks_agree_with_transformers(models: tuple[str, Path, Path], pack
     rounded = [linear for linear in all_linears(model) if linear.activation_quant is not None]
     assert rounded
     for linear in rounded:
-        assert linear.activation_quant == ActivationQuant("float", None, BLOCK[name][1])
+        assert linear.activation_quant == ActivationQuant("fp8", None, BLOCK[name][1])
         linear.activation_quant = None
     oracle = oracle_logits(dense_oracle(dense), tokens())
     torch.testing.assert_close(logits_of(model), oracle, atol=1e-4, rtol=0)
@@ -141,7 +141,7 @@ def test_fp8_blocks_of_compressed_tensors(tmp_path: Path) -> None:
     write_fp8(tmp_path / "dense", tmp_path / "fp8", compressed_tensors=True)
     model = load_model(open_checkpoint(tmp_path / "fp8"), torch.float32, packed=True)
     for linear in all_linears(model):
-        assert linear.activation_quant == ActivationQuant("float", None, 128)
+        assert linear.activation_quant == ActivationQuant("fp8", None, 128)
         linear.activation_quant = None
     oracle = oracle_logits(dense_oracle(tmp_path / "dense"), tokens())
     torch.testing.assert_close(logits_of(model), oracle, atol=1e-4, rtol=0)

@@ -84,7 +84,7 @@ def test_serving_linear_form_and_output(
     )
     bias = random(len(dense), seed=8).to(dtype) if biased else None
     scheme = parts[0].scheme if isinstance(parts[0], QuantizedWeight) else None
-    how = ActivationQuant(scheme.kind) if scheme and scheme.inputs != "none" else None
+    how = ActivationQuant.of(scheme) if scheme else None
     served = serving_linear(parts, bias, how, dtype)
     assert form(served) == expected
     assert served.weight.shape == dense.shape

@@ -39,14 +39,14 @@ LAUNCHES = {"dense": (7, 7), "fp8": (11, 8), "int8": (15, 12), "fp8 blocks": (11
 
 
 def w8a8(weight: torch.Tensor, dtype: torch.dtype) -> W8A8Linear:
-    q, scales = quantize_per_token(weight, "int" if dtype == torch.int8 else "float")
+    q, scales = quantize_per_token(weight, "int8" if dtype == torch.int8 else "fp8")
     return W8A8Linear(q.to(dtype), scales, None)
 
 
 def fp8_blocks(weight: torch.Tensor) -> Fp8BlockLinear:
     columns = weight.shape[1]
     groups = pad(weight, (0, -columns % GROUP)).unflatten(1, (-1, GROUP))
-    q, scales = quantize_per_token(groups, "float")
+    q, scales = quantize_per_token(groups, "fp8")
     return Fp8BlockLinear(q.flatten(1)[:, :columns].to(FP8), scales.squeeze(-1), GROUP)
 
 

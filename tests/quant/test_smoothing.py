@@ -137,7 +137,7 @@ def test_smoothquant_lowers_the_error_of_rounded_products() -> None:
     def lost(s: torch.Tensor) -> float:
         rounded = round_to_nearest(weight * s, W8A8, torch.float32).dequantize()
         return (
-            (fake_quantize_per_token(inputs / s, "int") @ rounded.T - inputs @ weight.T)
+            (fake_quantize_per_token(inputs / s, "int8") @ rounded.T - inputs @ weight.T)
             .square()
             .sum()
             .item()
@@ -153,7 +153,7 @@ def test_normalize_scales_centers_them_around_one() -> None:
     assert scales.max() * scales.min() == pytest.approx(1)
 
 
-@pytest.mark.parametrize("kind", ["int", "float"])
+@pytest.mark.parametrize("kind", ["int8", "fp8"])
 def test_fake_quantize_per_token_keeps_tokens_apart(kind: str) -> None:
     x = (
         torch.randn(5, 64, generator=torch.Generator().manual_seed(0))
@@ -169,4 +169,4 @@ def test_fake_quantize_per_token_keeps_tokens_apart(kind: str) -> None:
     largest = x.abs().amax(dim=1, keepdim=True)
     torch.testing.assert_close(rounded.abs().amax(dim=1, keepdim=True), largest, rtol=1e-2, atol=0)
     fixed = fake_quantize_static(torch.tensor([[1e9, -1e9]]), torch.tensor([0.5]), kind)
-    assert fixed.tolist() == ([[63.5, -64.0]] if kind == "int" else [[224.0, -224.0]])
+    assert fixed.tolist() == ([[63.5, -64.0]] if kind == "int8" else [[224.0, -224.0]])

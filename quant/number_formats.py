@@ -1,0 +1,58 @@
+"""What weights and inputs are quantized to, by name: the values of `llmkit quantize --scheme`.
+
+The names are those of compressed-tensors' presets, in lower case. How the values are chosen is the
+subject of --method, how they are stored that of --format.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from llmkit.checkpoint.quantized_weight import Format, Scheme
+
+
+@dataclass(frozen=True)
+class NumberFormat:
+    """One value of --scheme. The first of `formats` is the default."""
+
+    scheme: Scheme
+    formats: tuple[Format, ...]
+    # Whether --group-size chooses the size of groups; otherwise the scheme has it.
+    has_group_option: bool = False
+    # Whether weights may have zero points (--asymmetric).
+    may_be_asymmetric: bool = False
+
+
+NUMBER_FORMATS: dict[str, NumberFormat] = {
+    "w2a16": NumberFormat(Scheme(2), ("gptq", "compressed-tensors"), True, True),
+    "w3a16": NumberFormat(Scheme(3), ("gptq",), True, True),
+    "w4a16": NumberFormat(Scheme(4), ("compressed-tensors", "gptq", "awq"), True, True),
+    "w8a16": NumberFormat(Scheme(8), ("compressed-tensors", "gptq"), True, True),
+    "w8a8": NumberFormat(Scheme(8, inputs="token"), ("compressed-tensors",)),
+    "w4afp8": NumberFormat(
+        Scheme(4, inputs="token", input_type="fp8"), ("compressed-tensors",), True
+    ),
+    "fp8": NumberFormat(Scheme(8, kind="float", inputs="token"), ("compressed-tensors",)),
+    "fp8-static": NumberFormat(
+        Scheme(8, kind="float", inputs="tensor", block_rows=-1), ("compressed-tensors", "modelopt")
+    ),
+    "fp8-block": NumberFormat(
+        Scheme(8, 128, kind="float", inputs="group", block_rows=128), ("compressed-tensors", "fp8")
+    ),
+    "mxfp8": NumberFormat(
+        Scheme(8, 32, kind="float", inputs="group", scale_format="e8m0"), ("compressed-tensors",)
+    ),
+    "mxfp4": NumberFormat(
+        Scheme(4, 32, kind="float", inputs="group", scale_format="e8m0"), ("compressed-tensors",)
+    ),
+    "mxfp4a16": NumberFormat(
+        Scheme(4, 32, kind="float", scale_format="e8m0"), ("compressed-tensors",)
+    ),
+    "nvfp4": NumberFormat(
+        Scheme(4, 16, kind="float", inputs="group", scale_format="e4m3"),
+        ("compressed-tensors", "modelopt"),
+    ),
+    "nvfp4a16": NumberFormat(
+        Scheme(4, 16, kind="float", scale_format="e4m3"), ("compressed-tensors", "modelopt")
+    ),
+}
