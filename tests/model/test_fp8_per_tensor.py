@@ -156,7 +156,7 @@ def test_autofp8_scales_of_the_kv_cache_are_read(tmp_path: Path, names: tuple[st
     quants = read_activation_quant(checkpoint, rows["layers.1.attn.qkv.weight"])
     for index, name in enumerate(("k", "v")):
         quant = quants[f"layers.1.attn.{name}"]
-        assert quant.scale is not None and quant.kind == "float"
+        assert quant.scale is not None and quant.value_type == "fp8"
         assert quant.scale.tolist() == [0.5 + index * (len(names) > 1)]
     assert logits_of(load_model(checkpoint, torch.float32, packed=True)).isfinite().all()
 
