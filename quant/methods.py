@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -22,6 +22,7 @@ from llmkit.quant.algorithm import Algorithm, AutoRound
 from llmkit.quant.awq import AwqSmoother, ClippingQuantizer
 from llmkit.quant.gptq import GptqQuantizer
 from llmkit.quant.grid import FULL_SEARCH
+from llmkit.quant.number_formats import NUMBER_FORMATS, NumberFormat
 from llmkit.quant.quantize_options import Effort
 from llmkit.quant.round_to_nearest import RtnQuantizer
 from llmkit.quant.smoothquant import SmoothQuant
@@ -33,30 +34,42 @@ FAST_AWQ_GRID = 5  # ratios that AWQ tries with --effort fast
 
 @dataclass(frozen=True)
 class Method:
-    """One value of --method. The first of `bits` and of `formats` is the default."""
+    """One value of --method: how values are chosen."""
 
-    bits: tuple[int, ...]
-    formats: tuple[Format, ...] = ()  # empty: a cast, nothing is quantized
+    # The values of --scheme that it can choose values for; the first is the default. Empty: a cast,
+    # nothing is quantized.
+    schemes: tuple[str, ...] = ()
+    format: Format = "compressed-tensors"  # the default, where it can store the scheme
     calibrated: bool = False
-    grouped: bool = False  # one scale per group of columns; otherwise one per row
-    symmetric: bool = True  # the default of a format that supports both
-    kind: Literal["int", "float"] = "int"
+    grouped: bool = True  # False: integers have one scale per row, whatever the scheme allows
+    symmetric: bool = True  # the default where weights may have zero points
     dtype: torch.dtype | None = None  # of a cast
+    cast_bits: int = 16
+
+    @property
+    def bits(self) -> tuple[int, ...]:
+        """The values of --bits that go with it."""
+        if not self.schemes:
+            return (self.cast_bits,)
+        return tuple(sorted({NUMBER_FORMATS[name].scheme.bits for name in self.schemes}))
 
 
+_ALL_SCHEMES = ("w4a16", *(name for name in NUMBER_FORMATS if name != "w4a16"))
 METHODS: dict[str, Method] = {
-    "bf16": Method((16,), dtype=torch.bfloat16),
-    "fp16": Method((16,), dtype=torch.float16),
-    "int8": Method((8,), ("compressed-tensors",)),
-    "fp8": Method((8,), ("compressed-tensors",), kind="float"),
-    "gptq": Method((4, 8), ("gptq", "awq", "compressed-tensors"), calibrated=True, grouped=True),
-    "awq": Method(
-        (4,), ("awq", "gptq", "compressed-tensors"), calibrated=True, grouped=True, symmetric=False
-    ),
-    "rtn": Method((4, 8), ("compressed-tensors", "gptq", "awq"), grouped=True),
+    "bf16": Method(dtype=torch.bfloat16),
+    "fp16": Method(dtype=torch.float16),
+    # Short names of rtn.
+    "int8": Method(("w8a16", "w8a8"), grouped=False),
+    "fp8": Method(("fp8", "fp8-static", "fp8-block")),
+    "gptq": Method(_ALL_SCHEMES, "gptq", calibrated=True),
+    "awq": Method(("w4a16", "w4afp8"), "awq", calibrated=True, symmetric=False),
+    "rtn": Method(_ALL_SCHEMES),
 }
 # Whether weights are symmetric in the formats that support only one kind (see docs/formats.md).
 FORMAT_SYMMETRY: dict[str, bool] = {"gptq": True, "awq": False}
+# The formats that can store schemes of different layers, and an integer output projection beside
+# other schemes.
+MIXED_FORMAT = "compressed-tensors"
 
 
 @dataclass(frozen=True)
@@ -74,6 +87,7 @@ class MethodOptions:
     mixed: bool = False  # linears of different bits in one checkpoint
     effort: Effort = "normal"
     lm_head: int | None = None  # bits of the output projection; None: it is not quantized
+    scheme_name: str | None = None  # --scheme
 
     @property
     def method_row(self) -> Method:
@@ -81,32 +95,89 @@ class MethodOptions:
         return METHODS[self.method]
 
     @property
+    def chosen_scheme(self) -> str | None:
+        """The name of the scheme in NUMBER_FORMATS; None for a cast."""
+        schemes = self.method_row.schemes
+        if not schemes:
+            return None
+        name = self.scheme_name or schemes[0]
+        if self.scheme_name is None and f"w{self.bits}a16" in schemes:
+            name = f"w{self.bits}a16"
+        if name == "w8a16" and self.activations:
+            return "w8a8"
+        if name == "fp8" and self.static_activations:
+            return "fp8-static"
+        return name
+
+    @property
+    def number_format(self) -> NumberFormat | None:
+        """The row of `chosen_scheme`; None for a cast."""
+        return None if self.chosen_scheme is None else NUMBER_FORMATS[self.chosen_scheme]
+
+    @property
+    def grouped(self) -> bool:
+        """Whether --group-size chooses the groups that share a scale."""
+        number_format = self.number_format
+        return (
+            number_format is not None and number_format.has_group_option and self.method_row.grouped
+        )
+
+    @property
+    def may_be_asymmetric(self) -> bool:
+        """Whether weights may have zero points."""
+        number_format = self.number_format
+        return self.grouped and number_format is not None and number_format.may_be_asymmetric
+
+    @property
     def chosen_format(self) -> str | None:
         """The format on disk; None for a cast.
 
-        The default is the method's first, and compressed-tensors for mixed precision.
+        The default is the method's where it can store the scheme, otherwise the scheme's first, and
+        compressed-tensors for mixed precision.
         """
         if self.format is not None:
             return self.format
         if self.mixed:
-            return "compressed-tensors"
-        formats = self.method_row.formats
-        return formats[0] if formats else None
+            return MIXED_FORMAT
+        if self.number_format is None:
+            return None
+        preferred = self.method_row.format
+        formats = self.number_format.formats
+        return preferred if preferred in formats else formats[0]
 
     @property
     def chosen_bits(self) -> int:
-        """The bits of a weight; the default is the method's first."""
-        return self.bits or self.method_row.bits[0]
+        """The bits of a weight."""
+        number_format = self.number_format
+        return self.method_row.cast_bits if number_format is None else number_format.scheme.bits
 
     @property
     def calibrated(self) -> bool:
         """Whether the model runs on calibration text."""
-        method = self.method_row
-        if method.calibrated or self.static_activations or self.kv:
+        number_format = self.number_format
+        if self.method_row.calibrated or self.kv:
             return True
-        if self.method == "int8" and self.activations:
+        if number_format is None:
+            return False
+        if number_format.scheme.has_input_scale or self.smooths_inputs:
             return True
-        return bool(method.formats) and self.method != "rtn" and self.effort == "max"
+        return self.method in ("int8", "fp8") and self.effort == "max"
+
+    @property
+    def searches(self) -> bool:
+        """Whether the ranges of groups are searched."""
+        return self.effort != "fast" and (self.grouped or self._has_coarse_scales)
+
+    @property
+    def _has_coarse_scales(self) -> bool:
+        """Whether the scales of groups have few values, so that the nearest is not the best."""
+        number_format = self.number_format
+        return number_format is not None and number_format.scheme.scale_format != "float"
+
+    @property
+    def smooths_inputs(self) -> bool:
+        """Whether SmoothQuant moves outliers of inputs into the weights."""
+        return self.chosen_scheme == "w8a8" and self.method != "awq"
 
     def check(self) -> None:
         """Raises UsageError, naming the values that are supported, for conflicting options."""
@@ -115,23 +186,42 @@ class MethodOptions:
             raise UsageError(
                 f"--method {self.method} is not known", f"One of {', '.join(METHODS)} was expected"
             )
+        self._check_scheme(method)
         self._check_grid(method)
-        self._check_format(method)
-        self._check_symmetry(method)
         self._check_activations()
+        self._check_format()
+        self._check_symmetry()
         if self.kv and self.chosen_format not in (None, "compressed-tensors"):
             raise UsageError(
                 f"--format {self.chosen_format} has no place for the scales of a KV cache",
                 todo="Use --format compressed-tensors",
             )
-        if self.mixed and (self.chosen_format != "compressed-tensors" or not method.grouped):
+        if self.mixed and (self.chosen_format != MIXED_FORMAT or not self.may_be_asymmetric):
             raise UsageError(
                 "--target-kl and --target-bits mix layers of 4, 8 and 16 bits, "
                 "which one setting for all cannot",
-                f"They go with {_methods_where(_is_grouped)} and --format compressed-tensors",
+                f"They go with {_grouped_methods()} and --format compressed-tensors",
             )
         if self.lm_head is not None:
             self._check_lm_head(self.lm_head)
+
+    def _check_scheme(self, method: Method) -> None:
+        name = self.scheme_name
+        if name is None:
+            return
+        if name not in NUMBER_FORMATS:
+            raise UsageError(
+                f"--scheme {name} is not known", f"One of {', '.join(NUMBER_FORMATS)} was expected"
+            )
+        if name not in method.schemes:
+            others = [other for other, row in METHODS.items() if name in row.schemes]
+            raise UsageError(
+                f"--method {self.method} and --scheme {name} do not go together",
+                ", ".join(method.schemes) + " goes with the method"
+                if method.schemes
+                else "A cast was asked for, and no --scheme was expected",
+                f"Use --method {' or '.join(others)}",
+            )
 
     def _check_grid(self, method: Method) -> None:
         if self.bits is not None and self.bits not in method.bits:
@@ -142,30 +232,53 @@ class MethodOptions:
                 f"--method {self.method} and --bits {self.bits} do not go together",
                 f"The pairs that do: {pairs}",
             )
-        if self.group_size is not None and not method.grouped:
+        if self.bits is not None and self.bits != self.chosen_bits:
             raise UsageError(
-                f"--method {self.method} has no groups, and --group-size is {self.group_size}",
-                f"Groups go with {_methods_where(_is_grouped)}",
+                f"--scheme {self.scheme_name} has {self.chosen_bits} bits, and --bits is"
+                f" {self.bits}",
+                todo="Leave out --bits",
+            )
+        if self.group_size is not None and not self.grouped:
+            of_scheme = self.scheme_name is not None and method.grouped
+            asked = f"--scheme {self.scheme_name}" if of_scheme else f"--method {self.method}"
+            found = self.number_format.scheme.group_size if self.number_format else -1
+            has = "no groups" if found == -1 else f"groups of {found}"
+            expected = f"Groups go with {_grouped_methods()}"
+            if of_scheme:
+                expected = f"--group-size goes with {', '.join(_GROUPED_SCHEMES)}"
+            raise UsageError(f"{asked} has {has}, and --group-size is {self.group_size}", expected)
+
+    def _check_format(self) -> None:
+        if self.format is None:
+            return
+        number_format = self.number_format
+        asked = f"--method {self.method}"
+        if self.scheme_name is not None:
+            asked = f"--scheme {self.scheme_name}"
+        formats = number_format.formats if number_format else ()
+        if self.format not in formats:
+            if self.format == "awq" and self.grouped:
+                raise UsageError(
+                    "--format awq holds 4 bits only"
+                    if self.chosen_bits != 4
+                    else f"--format awq has no place for inputs that are quantized ({asked})",
+                    todo="Use --format compressed-tensors"
+                    + (f" for {self.chosen_bits} bits" if self.chosen_bits != 4 else ""),
+                )
+            expected = ", ".join(formats) or "safetensors only, and no --format"
+            raise UsageError(
+                f"{asked} and --format {self.format} do not go together", f"Expected {expected}"
             )
 
-    def _check_format(self, method: Method) -> None:
-        if self.format is not None and self.format not in method.formats:
-            formats = ", ".join(method.formats) or "safetensors only, and no --format"
-            raise UsageError(
-                f"--method {self.method} and --format {self.format} do not go together",
-                f"Expected {formats}",
-            )
-        if self.chosen_format == "awq" and self.chosen_bits != 4:
-            raise UsageError(
-                "--format awq holds 4 bits only", todo="Use --format compressed-tensors for 8 bits"
-            )
-
-    def _check_symmetry(self, method: Method) -> None:
+    def _check_symmetry(self) -> None:
         if self.symmetric is None:
             return
-        if not method.grouped:
+        if not self.may_be_asymmetric:
+            asked = f"--method {self.method}"
+            if self.scheme_name is not None:
+                asked = f"--scheme {self.scheme_name}"
             raise UsageError(
-                f"--method {self.method} has a symmetric grid",
+                f"{asked} has a symmetric grid",
                 "No --symmetric or --asymmetric was expected",
             )
         supported = FORMAT_SYMMETRY.get(self.chosen_format or "", self.symmetric)
@@ -179,14 +292,20 @@ class MethodOptions:
             )
 
     def _check_activations(self) -> None:
-        if self.activations and self.method not in ("int8", "fp8"):
+        number_format = self.number_format
+        has_inputs = number_format is not None and number_format.scheme.inputs != "none"
+        if self.activations and not (has_inputs and self.method in ("int8", "fp8", "rtn", "gptq")):
             raise UsageError(
                 f"--method {self.method} rounds no activations",
                 "--activations goes with int8 (fp8 has it always)",
+                "Choose a --scheme that has them",
             )
-        if self.static_activations and self.method != "fp8":
+        if self.static_activations and self.chosen_scheme != "fp8-static":
             raise UsageError(
-                f"--method {self.method} has no fixed activation scales", "--static goes with fp8"
+                f"--method {self.method} has no fixed activation scales"
+                if self.scheme_name is None
+                else f"--scheme {self.scheme_name} has no fixed activation scales",
+                "--static goes with fp8",
             )
 
     def _check_lm_head(self, lm_head: int) -> None:
@@ -194,14 +313,17 @@ class MethodOptions:
             raise UsageError(
                 f"--lm-head {lm_head}: --method {self.method} is a cast", todo="Leave out --lm-head"
             )
-        if self.chosen_format == "awq":
+        if self.chosen_format not in ("gptq", MIXED_FORMAT):
             raise UsageError(
-                f"--lm-head {lm_head}: the awq format has no place for a quantized one",
+                f"--lm-head {lm_head}: the {self.chosen_format} format has no place for a quantized"
+                " one",
                 todo="Leave out --lm-head",
             )
         supported: tuple[int, ...] = (4, 8)
-        if self.chosen_format == "gptq" or not self.method_row.grouped:
+        if self.chosen_format == "gptq":
             supported = (self.chosen_bits,)
+        elif not self.grouped:
+            supported = (8,)
         if lm_head not in supported:
             raise UsageError(
                 f"--lm-head is {lm_head}",
@@ -209,50 +331,51 @@ class MethodOptions:
             )
 
     def scheme(self, group_size: int) -> Scheme | None:
-        """How linear layers are stored; None for a cast."""
-        method = self.method_row
-        if not method.formats:
+        """How linear layers are stored; None for a cast.
+
+        group_size: of schemes that leave it open.
+        """
+        number_format = self.number_format
+        if number_format is None:
             return None
-        symmetric = method.symmetric if self.symmetric is None else self.symmetric
-        symmetric = FORMAT_SYMMETRY.get(self.chosen_format or "", symmetric)
-        inputs: Literal["none", "token", "tensor"] = "none"
-        if method.kind == "float" or self.activations:
-            inputs = "tensor" if self.static_activations else "token"
-        return Scheme(
-            self.chosen_bits,
-            group_size if method.grouped else -1,
-            symmetric or not method.grouped,
-            method.kind,
-            inputs,
-        )
+        scheme = number_format.scheme_in(self.chosen_format)
+        if not self.grouped:
+            return scheme
+        symmetric = True
+        if self.may_be_asymmetric:
+            symmetric = self.method_row.symmetric if self.symmetric is None else self.symmetric
+            symmetric = FORMAT_SYMMETRY.get(self.chosen_format or "", symmetric)
+        return replace(scheme, group_size=group_size, symmetric=symmetric)
 
     def lm_head_scheme(self, scheme: Scheme | None) -> Scheme | None:
         """How the output projection is stored when the other linears have `scheme`.
 
-        None when it is not quantized.
+        None when it is not quantized. It has integers, in the groups that the others have if theirs
+        are integers too.
         """
         if scheme is None or self.lm_head is None:
             return None
-        return replace(scheme, bits=self.lm_head, kind="int", inputs="none")
+        group_size = scheme.group_size if scheme.kind == "int" else -1
+        return Scheme(self.lm_head, group_size, scheme.symmetric)
 
     def algorithm(self, dampening_frac: float) -> Algorithm:
         """How a calibrated run quantizes the layers."""
         best = self.effort == "max"
         fast = self.effort == "fast"
-        search = FULL_SEARCH if self.method_row.grouped and not fast else None
+        search = FULL_SEARCH if self.searches else None
         gptq = GptqQuantizer(dampening_frac, search)
-        if self.method in ("gptq", "awq") and best:
-            return Algorithm(gptq, AwqSmoother(), AutoRound())
-        if self.method == "gptq":
-            return Algorithm(gptq)
+        smoother = SmoothQuant() if self.smooths_inputs else None
+        number_format = self.number_format
+        is_int = number_format is not None and number_format.scheme.kind == "int"
         if self.method == "awq" and fast:
             return Algorithm(RtnQuantizer(), AwqSmoother(FAST_AWQ_GRID))
-        if self.method == "awq":
+        if self.method == "awq" and not best:
             return Algorithm(ClippingQuantizer(), AwqSmoother())
-        smoother = SmoothQuant() if self.method == "int8" and self.activations else None
-        if self.method in ("int8", "fp8") and best:
+        if self.method in ("gptq", "awq") and best and self.grouped and is_int:
+            return Algorithm(gptq, AwqSmoother(), AutoRound())
+        if self.method == "gptq" or (self.method in ("int8", "fp8") and best):
             return Algorithm(gptq, smoother)
-        if self.static_activations:
+        if number_format is not None and number_format.scheme.has_input_scale:
             return Algorithm(RtnQuantizer(required_stats=frozenset({"magnitudes"})), smoother)
         return Algorithm(RtnQuantizer(), smoother)
 
@@ -270,15 +393,17 @@ def build_quantization_config(
         format_name = "compressed-tensors"
     if format_name is None:
         return None
+    linears = [
+        parameter
+        for parameter in parameters(spec)
+        if parameter.is_linear and not set(checkpoint_modules(parameter)) <= set(ignore)
+    ]
     group_size = -1
-    if options.method_row.grouped:
-        linears = [
-            parameter
-            for parameter in parameters(spec)
-            if parameter.is_linear and not set(checkpoint_modules(parameter)) <= set(ignore)
-        ]
+    if options.grouped:
         group_size = resolve_group_size(linears, options.group_size)
     scheme = options.scheme(group_size)
+    if scheme is not None and options.chosen_scheme is not None:
+        check_groups(linears, options.chosen_scheme, scheme)
     lm_head_scheme = options.lm_head_scheme(scheme)
     ignored: list[str] = []
     head_names = list(dict.fromkeys(["lm_head", *module_names(spec, spec.lm_head_name)]))
@@ -363,10 +488,12 @@ def ignored_modules(spec: ModelSpec, pattern: str | None, layers: range | None) 
 
 
 def scale_dtype(format_name: str, scheme: Scheme) -> torch.dtype:
-    """The dtype that a format stores a scheme's scales in."""
+    """The dtype of a scheme's scales in a `QuantizedWeight` that a format stores exactly."""
+    if scheme.scale_format != "float":
+        return torch.float32
     columns = 128 if scheme.group_size == -1 else scheme.group_size
     for packed in FORMATS[format_name].tensors(scheme, 128, columns):
-        if packed.suffix in ("scales", "weight_scale"):
+        if packed.suffix in ("scales", "weight_scale", "weight_scale_inv"):
             return DTYPES[packed.dtype]
     raise AssertionError(f"format {format_name} stores no scales")
 
@@ -393,6 +520,25 @@ def resolve_group_size(linears: list[Parameter], group_size: int | None) -> int:
     return group_size
 
 
+def check_groups(linears: Sequence[Parameter], name: str, scheme: Scheme) -> None:
+    """Raises InputError, with the layer, for groups of a fixed size that do not divide every layer.
+
+    Scales of blocks of rows and columns may belong to smaller blocks at the end.
+    """
+    size = scheme.group_size
+    if size == -1 or scheme.block_rows != 1:
+        return
+    for parameter in linears:
+        in_features = parameter.shape[1]
+        if in_features % size:
+            raise InputError(
+                f"--scheme {name} has groups of {size}, which do not divide {parameter.module} with"
+                f" {in_features} in_features",
+                todo=f"Leave such layers out (--keep {parameter.name.split('.')[-2]}), or choose"
+                " another --scheme",
+            )
+
+
 def _router_modules(spec: ModelSpec) -> list[str]:
     """The modules of the layers' matrices that are never quantized: the routers of experts."""
     modules: list[str] = []
@@ -405,15 +551,20 @@ def _router_modules(spec: ModelSpec) -> list[str]:
 
 def _known_format(name: str) -> Format:
     """`name` as the literal type."""
-    for known in ("gptq", "awq", "compressed-tensors"):
-        if name == known:
-            return known
+    for number_format in NUMBER_FORMATS.values():
+        for known in number_format.formats:
+            if name == known:
+                return known
     raise AssertionError(name)
 
 
-def _is_grouped(method: Method) -> bool:
-    return method.grouped
+_GROUPED_SCHEMES = [name for name, row in NUMBER_FORMATS.items() if row.has_group_option]
 
 
-def _methods_where(condition: Callable[[Method], bool]) -> str:
-    return ", ".join(name for name, method in METHODS.items() if condition(method))
+def _grouped_methods() -> str:
+    """The methods whose default scheme has groups of a size to choose."""
+    return ", ".join(
+        name
+        for name, method in METHODS.items()
+        if method.grouped and method.schemes and method.schemes[0] in _GROUPED_SCHEMES
+    )

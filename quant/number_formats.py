@@ -6,7 +6,7 @@ subject of --method, how they are stored that of --format.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from llmkit.checkpoint.quantized_weight import Format, Scheme
 
@@ -22,6 +22,12 @@ class NumberFormat:
     # Whether weights may have zero points (--asymmetric).
     may_be_asymmetric: bool = False
 
+    def scheme_in(self, format_name: str | None) -> Scheme:
+        """The scheme as a format stores it: Model-Optimizer has one FP8 scale for a weight."""
+        if format_name == "modelopt" and self.scheme.inputs == "tensor":
+            return replace(self.scheme, block_rows=-1)
+        return self.scheme
+
 
 NUMBER_FORMATS: dict[str, NumberFormat] = {
     "w2a16": NumberFormat(Scheme(2), ("gptq", "compressed-tensors"), True, True),
@@ -34,7 +40,7 @@ NUMBER_FORMATS: dict[str, NumberFormat] = {
     ),
     "fp8": NumberFormat(Scheme(8, kind="float", inputs="token"), ("compressed-tensors",)),
     "fp8-static": NumberFormat(
-        Scheme(8, kind="float", inputs="tensor", block_rows=-1), ("compressed-tensors", "modelopt")
+        Scheme(8, kind="float", inputs="tensor"), ("compressed-tensors", "modelopt")
     ),
     "fp8-block": NumberFormat(
         Scheme(8, 128, kind="float", inputs="group", block_rows=128), ("compressed-tensors", "fp8")

@@ -12,6 +12,23 @@ CALIBRATION_PANEL = "Calibration"
 OUTPUT_PANEL = "Output"
 
 Effort = Literal["fast", "normal", "max"]
+# The names of NUMBER_FORMATS (quant/number_formats.py).
+SCHEMES = (
+    "w2a16",
+    "w3a16",
+    "w4a16",
+    "w8a16",
+    "w8a8",
+    "w4afp8",
+    "fp8",
+    "fp8-static",
+    "fp8-block",
+    "mxfp8",
+    "mxfp4",
+    "mxfp4a16",
+    "nvfp4",
+    "nvfp4a16",
+)
 
 
 @dataclass(frozen=True)
@@ -21,20 +38,35 @@ class QuantizeOptions:
     method: Annotated[
         str,
         Option(
-            "bf16, fp16: cast; int8, fp8, rtn: round to nearest; gptq, awq: calibrate 4 (gptq: or "
-            "8) bits.",
+            "How values are chosen. bf16, fp16: cast; rtn, int8, fp8: round to nearest; gptq: any "
+            "scheme, calibrated; awq: 4-bit integers, calibrated.",
             choices=("bf16", "fp16", "int8", "fp8", "gptq", "awq", "rtn"),
             metavar="METHOD",
         ),
     ]
+    scheme: Annotated[
+        str | None,
+        Option(
+            "What weights and inputs (a16: they stay in 16 bits) are quantized to: "
+            + ", ".join(SCHEMES),
+            choices=SCHEMES,
+            metavar="NAME",
+            unset="the method's own: w4a16, with int8 w8a16, with fp8 fp8",
+        ),
+    ] = None
     bits: Annotated[
         int | None,
-        Option("Bits of a quantized weight.", metavar="N", unset="4, 8 with int8 and fp8"),
+        Option(
+            "Bits of an integer weight, instead of --scheme.",
+            metavar="N",
+            unset="the scheme's",
+        ),
     ] = None
     group_size: Annotated[
         int | None,
         Option(
-            "Weights that share a scale; -1: a row; auto: the largest of 128, 64, 32 that fits.",
+            "Integer weights that share a scale; -1: a row; auto: the largest of 128, 64, 32 that "
+            "fits.",
             metavar="N|auto",
             format=count_or_auto(-1),
         ),
@@ -42,10 +74,11 @@ class QuantizeOptions:
     format: Annotated[
         str | None,
         Option(
-            "gptq, awq or compressed-tensors on disk.",
-            choices=("gptq", "awq", "compressed-tensors"),
+            "How weights are stored: gptq, awq, compressed-tensors, fp8 (DeepSeek's blocks) or "
+            "modelopt (Model-Optimizer, for TensorRT-LLM).",
+            choices=("gptq", "awq", "compressed-tensors", "fp8", "modelopt"),
             metavar="FORMAT",
-            unset="the method's own",
+            unset="the method's own if it stores the scheme, otherwise compressed-tensors",
             panel=METHOD_PANEL,
         ),
     ] = None
@@ -68,7 +101,8 @@ class QuantizeOptions:
     static_activations: Annotated[
         bool,
         Option(
-            "fp8: one fixed scale for a layer's inputs instead of one for each token.",
+            "fp8: one fixed scale for a layer's inputs instead of one for each token (the scheme "
+            "fp8-static).",
             flags=("--static",),
             panel=METHOD_PANEL,
         ),

@@ -44,6 +44,7 @@ from llmkit.quant.methods import (
 )
 from llmkit.quant.output_layout import carried_modules, planned_tensors, unquantized_dtype
 from llmkit.quant.quantize_options import QuantizeOptions
+from llmkit.quant.quantized_source import QuantizedSource, quantized_source_of
 from llmkit.quant.target_engines import check_engine
 from llmkit.quant.time_estimate import Work, estimate_seconds, measure_speed
 from llmkit.quant.token_windows import EVALUATION_TOKENS
@@ -65,6 +66,7 @@ def method_options(options: QuantizeOptions) -> MethodOptions:
         options.mixed,
         options.effort,
         options.lm_head,
+        options.scheme,
     )
 
 
@@ -118,6 +120,7 @@ class QuantizePlan:
     files: dict[str, list[TensorInfo]]  # the output's tensors by safetensors file
     device: torch.device
     seq_len: int  # tokens of a calibration window
+    quantized_source: QuantizedSource | None = None  # None: the source is not quantized
 
     @property
     def method(self) -> Method:
@@ -207,17 +210,7 @@ def make_plan(source: str, out: Path, options: QuantizeOptions, progress: Progre
     check_options(options)
     device = resolve_device(options.device)
     checkpoint = open_checkpoint(source, dequantize_gguf=True)
-    is_mxfp4 = checkpoint.quantization is not None and checkpoint.quantization.format == "mxfp4"
     method = method_options(options)
-    is_dequantized = (is_mxfp4 and method.chosen_format) or _is_fp8(checkpoint)
-    if checkpoint.quantization is not None and not is_dequantized:
-        found = checkpoint.quantization
-        labels = ", ".join(scheme.label for scheme in found.schemes)
-        raise InputError(
-            f"{source} is already quantized ({found.method or found.format}, {labels})",
-            "A checkpoint of 16 or 32 bits was expected",
-            "Quantize the original model",
-        )
     checkpoint.require_unsharded()
     spec = checkpoint_spec(checkpoint)
     _check_fallback(spec, options)
@@ -228,22 +221,17 @@ def make_plan(source: str, out: Path, options: QuantizeOptions, progress: Progre
             "Leave out --kv",
         )
     check_checkpoint(checkpoint, spec)
-    if _is_fp8(checkpoint):
+    quantized_source = quantized_source_of(checkpoint)
+    if checkpoint.quantization is not None:
         checkpoint = dequantized_checkpoint(checkpoint, spec)
-        progress.message(
-            "the source is FP8: its weights are dequantized layer by layer, and the output is"
-            " compared with them, without rounding inputs"
-        )
+    if quantized_source is not None:
+        for text in quantized_source.messages(method.chosen_format is None, options.kv):
+            progress.message(text)
     stored = checkpoint
     if method.chosen_format is not None:
         checkpoint = with_unstacked_experts(checkpoint, spec)
         spec = checkpoint_spec(checkpoint)
     unstacks_experts = checkpoint is not stored
-    if is_mxfp4:
-        progress.message(
-            f"the experts of {source} are in MXFP4: they are dequantized when they are read, and"
-            " the output is compared with them"
-        )
     if options.lm_head is not None and spec.tie_word_embeddings:
         # The output projection gets separate tensors; the embedding is not quantized.
         checkpoint = checkpoint.with_untied_embeddings(
@@ -265,7 +253,9 @@ def make_plan(source: str, out: Path, options: QuantizeOptions, progress: Progre
     seq_len = min(wanted_seq_len, spec.max_position_embeddings)
     if options.samples is None and (method.calibrated or options.mixed):
         options = dataclasses.replace(options, samples=default_windows(spec, seq_len, device))
-    plan = QuantizePlan(checkpoint, spec, out, options, None, [], {}, device, seq_len)
+    plan = QuantizePlan(
+        checkpoint, spec, out, options, None, [], {}, device, seq_len, quantized_source
+    )
     plan = _with_quantization(plan, quantization)
     check_output(plan.out, checkpoint.path, planned_bytes(plan.files))
     if spec.transformers is not None:
@@ -277,14 +267,6 @@ def make_plan(source: str, out: Path, options: QuantizeOptions, progress: Progre
             f"calibration windows have {seq_len} tokens: the model has no more positions"
         )
     return plan
-
-
-def _is_fp8(checkpoint: Checkpoint) -> bool:
-    """Whether all that is quantized are weights in FP8, which keep most of the model's quality."""
-    quantization = checkpoint.quantization
-    if quantization is None or quantization.kv:
-        return False
-    return all(scheme.is_fp8 for scheme in quantization.schemes)
 
 
 def _check_fallback(spec: ModelSpec, options: QuantizeOptions) -> None:
@@ -304,7 +286,7 @@ def _check_fallback(spec: ModelSpec, options: QuantizeOptions) -> None:
     ):
         if is_used:
             require_native(spec, name)
-    if method.method_row.formats and not any(row.is_linear for row in parameters(spec)):
+    if method.method_row.schemes and not any(row.is_linear for row in parameters(spec)):
         raise InputError(
             f"{spec.architecture} has no linear layers of the class nn.Linear to quantize",
             todo="Cast it with --method bf16 or fp16",
@@ -374,7 +356,7 @@ def _work(plan: QuantizePlan) -> Work:
         plan.source.weight_bytes,
         plan.samples * plan.seq_len,
         plan.algorithm,
-        searches=plan.method.grouped and options.effort != "fast",
+        searches=method_options(options).searches,
         eval_windows=eval_windows,
     )
 

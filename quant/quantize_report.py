@@ -23,7 +23,7 @@ from llmkit.common.version import version
 from llmkit.model.checkpoint_tensors import carried_summary, scheme_of
 from llmkit.model.parameter_table import parameters
 from llmkit.quant.output_layout import with_stored_dtypes
-from llmkit.quant.quantize_plan import QuantizePlan
+from llmkit.quant.quantize_plan import QuantizePlan, method_options
 
 Report = dict[str, Any]
 # Among a report's seconds: the time of the interrupted runs that this run continued.
@@ -56,9 +56,11 @@ def build_report(plan: QuantizePlan, watch: Stopwatch, results: dict[str, Any]) 
         "versions": versions(),
         "command_line": plan.options.command_line(plan.source.reference, str(plan.out)),
         "source": plan.source.reference,
+        "source_weights": (plan.quantized_source.label or None) if plan.quantized_source else None,
         "output": str(plan.out),
         "architecture": plan.spec.architecture,
         "method": plan.options.method,
+        "scheme": method_options(plan.options).chosen_scheme,
         "format": quantization.format if quantization else None,
         "bits": plan.bits,
         "group_size": scheme.group_size if scheme else None,
@@ -95,6 +97,7 @@ def manifest_entries(plan: QuantizePlan, calibration: dict[str, Any] | None) -> 
     recipe: dict[str, Any] = {
         "command": "quantize",
         "method": plan.options.method,
+        "scheme": method_options(plan.options).chosen_scheme,
         "effort": plan.options.effort,
     }
     if plan.quantization is not None:

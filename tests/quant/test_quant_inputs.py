@@ -73,23 +73,8 @@ def test_group_size_that_does_not_divide_is_refused(llama: Path, text: str, tmp_
     refused(llama, tmp_path / "out", message, InputError, 3, group_size=128, method="rtn")
 
 
-def test_quantized_source_is_refused_with_its_method(
-    llama: Path, text: str, tmp_path: Path
-) -> None:
-    quantize(
-        str(llama),
-        str(tmp_path / "int4"),
-        dataclasses.replace(OPTIONS, calibration=text),
-        SilentProgress(),
-    )
-    refused(
-        tmp_path / "int4",
-        tmp_path / "out",
-        r"int4 is already quantized \(gptq, INT4 in groups of 64\)",
-        InputError,
-        3,
-    )
-    source = copy(llama, tmp_path / "fp8")
+def test_source_of_an_unknown_method_is_refused(llama: Path, tmp_path: Path) -> None:
+    source = copy(llama, tmp_path / "bnb")
     config = json.loads((source / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "bitsandbytes"}
     (source / "config.json").write_text(json.dumps(config))
@@ -97,14 +82,15 @@ def test_quantized_source_is_refused_with_its_method(
 
 
 @pytest.mark.parametrize(
-    ("method", "bits"), [("int8", 4), ("gptq", 3), ("bf16", 4), ("rtn", 16), ("fp16", 8)]
+    ("method", "bits"), [("int8", 4), ("gptq", 5), ("bf16", 4), ("rtn", 16), ("fp16", 8)]
 )
 def test_conflicting_options_are_refused(
     llama: Path, tmp_path: Path, method: str, bits: int
 ) -> None:
     message = (
         rf"--method {method} and --bits {bits} do not go together\. "
-        r"The pairs that do: bf16 16, fp16 16, int8 8, fp8 8, gptq 4, gptq 8, awq 4, rtn 4, rtn 8"
+        r"The pairs that do: bf16 16, fp16 16, int8 8, fp8 8, gptq 2, gptq 3, gptq 4, gptq 8,"
+        r" awq 4, rtn 2, rtn 3, rtn 4, rtn 8"
     )
     refused(llama, tmp_path / "out", message, UsageError, 2, method=method, bits=bits)
 
@@ -155,6 +141,34 @@ def test_conflicting_options_are_refused(
             {"method": "int8", "target_bits": 5.0},
             "--target-kl and --target-bits mix.*go with gptq, awq, rtn",
         ),
+        ({"scheme": "fp7"}, "--scheme fp7 is not known.*nvfp4"),
+        (
+            {"method": "bf16", "scheme": "nvfp4"},
+            "--method bf16 and --scheme nvfp4 do not go together. A cast.*--method gptq or rtn",
+        ),
+        (
+            {"method": "awq", "scheme": "nvfp4"},
+            "--method awq and --scheme nvfp4 do not go together. w4a16, w4afp8 goes with",
+        ),
+        ({"scheme": "nvfp4", "bits": 8}, "--scheme nvfp4 has 4 bits, and --bits is 8"),
+        (
+            {"scheme": "mxfp4", "group_size": 64},
+            "--scheme mxfp4 has groups of 32, and --group-size is 64. --group-size goes with w2a16",
+        ),
+        (
+            {"scheme": "mxfp4", "format": "gptq"},
+            "--scheme mxfp4 and --format gptq do not go together. Expected compressed-tensors",
+        ),
+        ({"scheme": "fp8-block", "symmetric": False}, "--scheme fp8-block has a symmetric grid"),
+        (
+            {"scheme": "nvfp4", "static_activations": True},
+            "--scheme nvfp4 has no fixed activation scales",
+        ),
+        (
+            {"scheme": "fp8-block", "format": "fp8", "kv": "fp8"},
+            "--format fp8 has no place for the scales of a KV cache",
+        ),
+        ({"scheme": "nvfp4", "target_bits": 5.0}, "--target-kl and --target-bits mix"),
         ({"target_bits": 3.0}, r"--target-bits is 3\.0.*4 to 16"),
         ({"target_kl": 0.1}, "--target-kl needs the evaluation"),
         ({"max_kl": 0.1}, "--max-kl needs the evaluation that --no-eval leaves out"),
