@@ -12,7 +12,6 @@ from dataclasses import replace
 import torch
 
 from llmkit.checkpoint.checkpoint import Checkpoint
-from llmkit.checkpoint.model_files import without_quantization
 from llmkit.checkpoint.safetensors_header import TensorInfo
 from llmkit.model.checkpoint_tensors import checkpoint_tensors
 from llmkit.model.families import unstack_experts
@@ -21,23 +20,20 @@ from llmkit.model.parameter_table import parameters
 from llmkit.model.spec import ModelSpec
 from llmkit.model.weight_loader import read_source
 
-DEQUANTIZED = "BF16"  # has every value of MXFP4
-
 
 def with_unstacked_experts(checkpoint: Checkpoint, spec: ModelSpec) -> Checkpoint:
     """The checkpoint, with tensors for each expert in place of those of all experts.
 
-    Experts in MXFP4 are dequantized when they are read, without a loss. The checkpoint itself is
-    returned when it stores experts one by one.
+    The checkpoint is not quantized. It is returned itself when it stores experts one by one.
     """
     if spec.moe is None or spec.moe.expert_stack is None:
         return checkpoint
     tensors = dict(checkpoint.tensors)
     dtypes: dict[str, str] = {}  # of the dense experts, by the name that stands for all of them
-    for name, (_, packed) in checkpoint_tensors(spec, checkpoint.quantization).items():
+    for name, (_, packed) in checkpoint_tensors(spec, None).items():
         if packed.num_experts:
             info = tensors.pop(name)
-            dtypes[packed.source_name] = DEQUANTIZED if packed.is_quantized else info.dtype
+            dtypes[packed.source_name] = info.dtype
     experts: dict[str, tuple[Parameter, SourceTensor]] = {}
     rows = zip(parameters(spec), parameters(unstack_experts(spec)), strict=True)
     for row, unstacked in rows:
@@ -48,9 +44,7 @@ def with_unstacked_experts(checkpoint: Checkpoint, spec: ModelSpec) -> Checkpoin
             experts[own.name] = row, source
     return replace(
         checkpoint,
-        config=without_quantization(checkpoint.config),
         tensors=tensors,
-        quantization=None,
         manifest=None,  # `_UnstackedRows` reads through the checkpoint, which verifies the bytes
         row_reader=_UnstackedRows(checkpoint, experts),
     )

@@ -44,6 +44,7 @@ def report_page(report: Mapping[str, Any]) -> bytes:
         name=name,
         lead=[fact for fact in lead if fact],
         source=report.get("source"),
+        source_weights=report.get("source_weights"),
         output=report.get("output"),
         headline=_headline(report),
         stages=_stages(report),

@@ -361,9 +361,14 @@ def test_mxfp4_source_is_quantized_like_its_dense_values(
     )
 
 
-def test_mxfp4_source_is_not_cast(mxfp4: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"already quantized \(mxfp4"):
-        run(mxfp4 / "packed", tmp_path / "out", replace(BASE, method="bf16"))
+def test_mxfp4_source_is_cast_to_its_dense_values(mxfp4: Path, tmp_path: Path) -> None:
+    run(mxfp4 / "packed", tmp_path / "out", replace(BASE, method="bf16"))
+    run(mxfp4 / "dense", tmp_path / "expected", replace(BASE, method="bf16"))
+    expected = stored_tensors(tmp_path / "expected")
+    found = stored_tensors(tmp_path / "out")
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    assert "quantization_config" not in open_checkpoint(tmp_path / "out").config
 
 
 def test_unstacked_view_reads_what_the_stack_holds(

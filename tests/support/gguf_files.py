@@ -73,10 +73,25 @@ def converters_permutation(weights: np.ndarray[Any, Any], heads: int) -> np.ndar
     )
 
 
+def random_q4_k(values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """Blocks of Q4_K of the size of `values` with random contents: gguf only reads this type."""
+    generator = np.random.default_rng(values.size)
+    blocks = generator.integers(0, 256, (values.size // 256, 144), dtype=np.uint8)
+    # The two float16 numbers at the start: the scale of the scales, and that of the minima.
+    scales = generator.uniform(0.0001, 0.0004, (len(blocks), 2)).astype(np.float16)
+    blocks[:, :4] = scales.view(np.uint8)
+    return blocks.reshape(len(values), -1)
+
+
 def convert(
-    source: Checkpoint, path: Path, architecture: str, pre: str = "gpt-2", **metadata: Any
+    source: Checkpoint,
+    path: Path,
+    architecture: str,
+    pre: str = "gpt-2",
+    kind: gguf.GGMLQuantizationType = gguf.GGMLQuantizationType.Q8_0,
+    **metadata: Any,
 ) -> Path:
-    """Write an HF checkpoint as GGUF with the gguf package: Q8_0 matrices, float32 vectors."""
+    """Write an HF checkpoint as GGUF with the gguf package: float32 vectors, matrices of `kind`."""
     config = source.config
     writer = gguf.GGUFWriter(path, architecture)
     writer.add_context_length(config["max_position_embeddings"])
@@ -97,8 +112,9 @@ def convert(
             if architecture == "llama" and f".{part}." in name:
                 values = converters_permutation(values, config[heads])
         if values.ndim == 2:
-            quantized = gguf.quants.quantize(values, gguf.GGMLQuantizationType.Q8_0)
-            writer.add_tensor(gguf_name(name), quantized, raw_dtype=gguf.GGMLQuantizationType.Q8_0)
+            is_q4_k = kind == gguf.GGMLQuantizationType.Q4_K
+            quantized = random_q4_k(values) if is_q4_k else gguf.quants.quantize(values, kind)
+            writer.add_tensor(gguf_name(name), quantized, raw_dtype=kind)
         else:
             writer.add_tensor(gguf_name(name), values)
     writer.write_header_to_file()
