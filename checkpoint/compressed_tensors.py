@@ -1,4 +1,4 @@
-"""The compressed-tensors format: INT4 and INT8 weights, and 8-bit weights with quantized inputs.
+"""The compressed-tensors format: packed integers, INT8 and FP8 as they are, FP4 and MX formats.
 
 For W[out, in] of `b` bits with G groups:
 
@@ -7,11 +7,19 @@ For W[out, in] of `b` bits with G groups:
                      weight_shape       int64 [2]
                      weight_zero_point  int32 [ceil(out*b/32), G]   if asymmetric; along `out`
     int-quantized    weight             int8 [out, in]
-                     weight_scale       [out, 1]
-    float-quantized  weight             e4m3 [out, in]
+                     weight_scale       [out, G] or [1]
+                     input_scale        [1]                         if inputs are static
+    float-quantized, naive-quantized
+                     weight             e4m3 [out, in]
                      weight_scale       [out, 1], or [ceil(out/R), ceil(in/C)] in blocks of R x C,
                                         or [1]
                      input_scale        [1]                         if inputs are static
+    nvfp4-pack-quantized, mxfp4-pack-quantized
+                     weight_packed      uint8 [out, in/2]           see `microscaling`
+                     weight_scale       [out, G]                    e4m3; MXFP4: uint8, e8m0
+                     weight_global_scale, input_global_scale [1]    NVFP4: both stored as 1 / scale
+    mxfp8-quantized  weight             e4m3 [out, in]
+                     weight_scale       uint8 [out, G], e8m0
 
 (https://github.com/vllm-project/compressed-tensors)
 """
@@ -30,6 +38,15 @@ from llmkit.checkpoint.block_scales import (
     expand_block_scales,
     gather_block_scales,
 )
+from llmkit.checkpoint.compressed_tensors_groups import (
+    MIXED,
+    compression_format,
+    group_dict,
+    parse_group,
+    readable_formats,
+    unsupported,
+)
+from llmkit.checkpoint.microscaling import MicroscalingLayout
 from llmkit.checkpoint.packing import pack, unpack
 from llmkit.checkpoint.quantized_weight import (
     PackedTensor,
@@ -42,27 +59,33 @@ from llmkit.common.errors import InputError
 # Engines use 16-bit scales for weight-only schemes, and float32 scales for 8-bit matrix products.
 WEIGHT_ONLY_SCALE_DTYPE = "BF16"
 W8A8_SCALE_DTYPE = "F32"
-MIXED = "mixed-precision"
 _KV_TYPES = {"fp8": "float", "int8": "int"}  # the `type` of a quantized KV cache
-
-
-def compression_format(scheme: Scheme) -> str:
-    """The `format` of a scheme: "pack-quantized", "int-quantized" or "float-quantized"."""
-    if scheme.kind == "float":
-        return "float-quantized"
-    return "pack-quantized" if scheme.inputs == "none" else "int-quantized"
+# Where transforms may lie that are merged into the stored weights.
+_MERGED_TRANSFORMS = ("weight_input", "weight_output")
+_MICROSCALING = MicroscalingLayout(
+    "weight_packed",
+    "weight_global_scale",
+    "input_global_scale",
+    stores_inverse=True,
+    scalar_shape=(1,),
+)
 
 
 class CompressedTensorsFormat:
     """Reads and writes compressed-tensors checkpoints."""
 
     def tensors(self, scheme: Scheme, out: int, in_: int) -> tuple[PackedTensor, ...]:
-        """The stored tensors of an [out, in_] weight."""
+        """The stored tensors of an [out, in_] weight.
+
+        Raises InputError for FP4 and MX groups that do not divide the columns.
+        """
+        if scheme.scale_format != "float":
+            return _MICROSCALING.tensors(scheme, out, in_)
         along = None if scheme.group_size == -1 else (1, scheme.group_size)
         groups = scheme.groups(in_)
         storage = compression_format(scheme)
         if storage != "pack-quantized":
-            dtype = "F8_E4M3" if storage == "float-quantized" else "I8"
+            dtype = "F8_E4M3" if scheme.kind == "float" else "I8"
             weight_scale = PackedTensor("weight_scale", W8A8_SCALE_DTYPE, (1,), None, None)
             if scheme.block_rows != -1:
                 weight_scale = PackedTensor(
@@ -94,8 +117,11 @@ class CompressedTensorsFormat:
     def pack(self, scheme: Scheme, weight: QuantizedWeight) -> dict[str, torch.Tensor]:
         """The stored tensors by suffix.
 
-        Raises InputError for an asymmetric weight and a symmetric scheme.
+        Raises InputError for an asymmetric weight and a symmetric scheme, and for scales that do
+        not fit.
         """
+        if scheme.scale_format != "float":
+            return _MICROSCALING.pack(scheme, weight)
         if scheme.symmetric and not bool((weight.zeros == scheme.half).all()):
             raise InputError(
                 "Asymmetric values cannot be stored here", "Symmetric values were expected"
@@ -124,7 +150,12 @@ class CompressedTensorsFormat:
         return stored
 
     def unpack(self, scheme: Scheme, tensors: Mapping[str, torch.Tensor]) -> QuantizedWeight:
-        """The weight from its stored tensors by suffix. Raises InputError when shapes disagree."""
+        """The weight from its stored tensors by suffix.
+
+        Raises InputError when shapes disagree and for scales that are no scales.
+        """
+        if scheme.scale_format != "float":
+            return _MICROSCALING.unpack(scheme, tensors)
         is_packed = compression_format(scheme) == "pack-quantized"
         shape = tensors["weight_shape"].tolist() if is_packed else list(tensors["weight"].shape)
         if len(shape) != 2 or min(shape) < 1:
@@ -174,35 +205,35 @@ class CompressedTensorsFormat:
             ],
             "kv_cache_scheme": None if not config.kv else _kv_scheme(config.kv),
             "config_groups": {
-                f"group_{index}": _group(scheme, names)
+                f"group_{index}": group_dict(scheme, names)
                 for index, (scheme, names) in enumerate(targets.items())
             },
         }
 
     def parse(self, d: Mapping[str, Any]) -> QuantizationConfig:
         """Parse a `quantization_config`. Raises InputError, naming the field, for other schemes."""
+        _check_options(d)
         kv = _parse_kv(d.get("kv_cache_scheme"))
         groups = d.get("config_groups")
         if not isinstance(groups, dict) or (not groups and not kv):
-            raise _unsupported("config_groups", groups, "at least one group")
+            raise unsupported("config_groups", groups, "at least one group")
         default_scheme: Scheme | None = None
         overrides: list[tuple[str, Scheme]] = []
+        formats: dict[str, None] = {}
         for group in groups.values():
-            scheme = _parse_group(group)
+            scheme = parse_group(group, d.get("format"))
+            formats |= dict.fromkeys(readable_formats(scheme))
             targets = group.get("targets")
             if not isinstance(targets, list) or not targets:
-                raise _unsupported("targets", targets, "'Linear' or names of modules")
+                raise unsupported("targets", targets, "'Linear' or names of modules")
             for target in targets:
                 if target == "Linear":
                     default_scheme = scheme
                 else:
                     overrides.append((str(target), scheme))
-        storages = {compression_format(scheme) for _, scheme in overrides}
-        if default_scheme is not None:
-            storages.add(compression_format(default_scheme))
-        if storages and d.get("format") not in (*storages, MIXED):
-            raise _unsupported(
-                "format", d.get("format"), " or ".join(sorted(storages)) + ", as its groups say"
+        if formats and d.get("format") not in (*formats, MIXED):
+            raise unsupported(
+                "format", d.get("format"), " or ".join(sorted(formats)) + ", as its groups say"
             )
         ignore = tuple(str(name) for name in d.get("ignore") or ())
         return QuantizationConfig(
@@ -214,129 +245,25 @@ class CompressedTensorsFormat:
         return {}
 
 
-def _group(scheme: Scheme, targets: list[str]) -> dict[str, Any]:
-    channel = scheme.group_size == -1
-    weights: dict[str, Any] = {
-        "num_bits": scheme.bits,
-        "type": scheme.kind,
-        "symmetric": scheme.symmetric,
-        "strategy": "channel" if channel else "group",
-        "group_size": None if channel else scheme.group_size,
-        "dynamic": False,
-        "actorder": None,
-    }
-    if scheme.block_rows > 1:
-        weights |= {
-            "strategy": "block",
-            "group_size": None,
-            "block_structure": [scheme.block_rows, scheme.group_size],
-        }
-    if scheme.block_rows == -1:
-        weights["strategy"] = "tensor"
-    inputs = None
-    if scheme.inputs != "none":
-        inputs = {
-            "num_bits": 8,
-            "type": scheme.kind,
-            "symmetric": True,
-            "strategy": scheme.inputs,
-            "group_size": scheme.group_size if scheme.inputs == "group" else None,
-            "dynamic": scheme.inputs != "tensor",
-            "actorder": None,
-        }
-    return {
-        "targets": targets,
-        "weights": weights,
-        "input_activations": inputs,
-        "output_activations": None,
-        "format": compression_format(scheme),
-    }
-
-
-def _parse_group(group: object) -> Scheme:
-    weights = group.get("weights") if isinstance(group, dict) else None
-    if not isinstance(group, dict) or not isinstance(weights, dict):
-        raise _unsupported("config_groups", group, "groups with weights")
-    if group.get("output_activations"):
-        raise _unsupported("output_activations", "set", "none")
-    kind: Literal["int", "float"] = "float" if weights.get("type") == "float" else "int"
-    block_rows = 1
-    size: object = -1
-    if kind == "float" and weights.get("strategy") == "tensor":
-        block_rows = -1
-    if kind == "float" and weights.get("strategy") == "block":
-        block_rows, size = _parse_blocks(weights.get("block_structure"))
-    inputs = _parse_inputs(group.get("input_activations"), kind, size if block_rows > 1 else None)
-    is_w8a8 = kind == "float" or inputs != "none"
-    strategies: tuple[str, ...] = ("group", "channel")
-    if is_w8a8:
-        strategies = ("channel", "block", "tensor") if kind == "float" else ("channel",)
-    for name, allowed in (
-        ("num_bits", (8,) if is_w8a8 else (4, 8)),
-        ("type", ("int", "float", None)),
-        ("symmetric", (True, None) if is_w8a8 else (True, False, None)),
-        ("dynamic", (False, None)),
-        ("strategy", strategies),
-        ("actorder", (None, False, "weight", "static")),
-    ):
-        if weights.get(name) not in allowed:
-            raise _unsupported(
-                name, weights.get(name), " or ".join(str(value) for value in allowed)
-            )
-    if weights["strategy"] == "group":
-        size = weights.get("group_size")
-    if type(size) is not int or (size < 1 and size != -1):
-        raise _unsupported("group_size", size, "a positive number")
-    return Scheme(
-        weights["num_bits"], size, weights.get("symmetric") is not False, kind, inputs, block_rows
-    )
-
-
-def _parse_blocks(structure: object) -> tuple[int, int]:
-    """The rows and columns of a block; a block of one row is not known."""
-    if (
-        not isinstance(structure, (list, tuple))
-        or len(structure) != 2
-        or any(type(size) is not int or size < 1 for size in structure)
-        or structure[0] == 1
-    ):
-        raise _unsupported("block_structure", structure, "two numbers such as [128, 128]")
-    return structure[0], structure[1]
-
-
-def _parse_inputs(
-    inputs: object, kind: str, block_columns: object
-) -> Literal["none", "token", "group", "tensor"]:
-    """How inputs are quantized. block_columns: of the weight's blocks; None when it has none."""
-    if not inputs:
-        if kind == "float":
-            raise _unsupported("input_activations", "none", "8 bits, for weights of the type float")
-        return "none"
-    if not isinstance(inputs, dict):
-        raise _unsupported("input_activations", inputs, "an object")
-    for name, allowed in (("num_bits", (8,)), ("type", (kind,)), ("symmetric", (True, None))):
-        if inputs.get(name) not in allowed:
-            raise _unsupported(
-                f"input_activations {name}", inputs.get(name), " or ".join(map(str, allowed))
-            )
-    if block_columns is not None:
-        found = inputs.get("strategy"), inputs.get("group_size")
-        if inputs.get("dynamic") is True and found == ("group", block_columns):
-            return "group"
-        raise _unsupported(
-            "input_activations strategy",
-            f"{found[0]} with group_size {found[1]}",
-            f"group with group_size {block_columns} and dynamic true, as weights are in blocks",
-        )
-    strategies = ("token", "tensor") if kind == "float" else ("token",)
-    if inputs.get("dynamic") is True and inputs.get("strategy") in strategies:
-        return "token"  # vLLM, too, gives each token a scale where config.json says one for all
-    if not inputs.get("dynamic") and inputs.get("strategy") == "tensor" and kind == "float":
-        return "tensor"
-    expected = "token with dynamic true"
-    if kind == "float":
-        expected += ", or tensor with dynamic false"
-    raise _unsupported("input_activations strategy", inputs.get("strategy"), expected)
+def _check_options(d: Mapping[str, Any]) -> None:
+    """Raises InputError for sparse weights, and for transforms that are computed at run time."""
+    sparsity = d.get("sparsity_config") or {}
+    if not isinstance(sparsity, dict) or sparsity.get("format", "dense") != "dense":
+        raise unsupported("sparsity_config", sparsity, "dense weights")
+    transforms = d.get("transform_config") or {}
+    groups = transforms.get("config_groups") or {} if isinstance(transforms, dict) else None
+    if not isinstance(groups, dict):
+        raise unsupported("transform_config", transforms, "an object")
+    for group in groups.values():
+        applied = group.get("apply") if isinstance(group, dict) else None
+        for part in applied if isinstance(applied, list) else [None]:
+            location = part.get("location") if isinstance(part, dict) else None
+            if location not in _MERGED_TRANSFORMS:
+                raise unsupported(
+                    "transform_config with the location",
+                    location,
+                    f"{' or '.join(_MERGED_TRANSFORMS)}, as others are computed at run time",
+                )
 
 
 def _kv_scheme(kv: str) -> dict[str, Any]:
@@ -353,7 +280,7 @@ def _parse_kv(scheme: object) -> Literal["", "fp8", "int8"]:
     if not scheme:
         return ""
     if not isinstance(scheme, dict):
-        raise _unsupported("kv_cache_scheme", scheme, "an object")
+        raise unsupported("kv_cache_scheme", scheme, "an object")
     for name, allowed in (
         ("num_bits", (8,)),
         ("type", ("float", "int")),
@@ -362,13 +289,7 @@ def _parse_kv(scheme: object) -> Literal["", "fp8", "int8"]:
         ("symmetric", (True, None)),
     ):
         if scheme.get(name) not in allowed:
-            raise _unsupported(
+            raise unsupported(
                 f"kv_cache_scheme {name}", scheme.get(name), " or ".join(map(str, allowed))
             )
     return "fp8" if scheme["type"] == "float" else "int8"
-
-
-def _unsupported(field: str, value: object, expected: str) -> InputError:
-    return InputError(
-        f"This compressed-tensors checkpoint has {field} {str(value)[:200]}", f"Expected {expected}"
-    )

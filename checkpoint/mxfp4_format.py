@@ -18,6 +18,13 @@ from typing import Any
 
 import torch
 
+from llmkit.checkpoint.microscaling import (
+    GROUP_SIZES,
+    decode_e8m0,
+    encode_e8m0,
+    pack_fp4,
+    unpack_fp4,
+)
 from llmkit.checkpoint.quantized_weight import (
     PackedTensor,
     QuantizationConfig,
@@ -26,9 +33,7 @@ from llmkit.checkpoint.quantized_weight import (
 )
 from llmkit.common.errors import InputError
 
-BLOCK_SIZE = 32  # values that share a scale
-SCALE_BIAS = 127
-NAN_SCALE = 255
+BLOCK_SIZE = GROUP_SIZES["e8m0"]  # values that share a scale
 SCHEME = Scheme(4, BLOCK_SIZE, kind="float", scale_format="e8m0")
 # The tensors that are stored in MXFP4; other linear layers are dense.
 EXPERTS = r"re:.*\.experts\.(gate_up_proj|down_proj)$"
@@ -55,16 +60,9 @@ class Mxfp4Format:
 
     def pack(self, scheme: Scheme, weight: QuantizedWeight) -> dict[str, torch.Tensor]:
         """The stored tensors by suffix. Raises InputError for scales that are no powers of two."""
-        mantissa, exponent = torch.frexp(weight.scales.float())  # scale = mantissa * 2^exponent
-        scales = exponent - 1 + SCALE_BIAS
-        if bool(((mantissa != 0.5) | (scales < 0) | (scales >= NAN_SCALE)).any()):
-            raise InputError(
-                "A scale does not fit into MXFP4", "Powers of two from 2^-127 to 2^127"
-            )
-        blocks = weight.q[:, 0::2] | weight.q[:, 1::2] << 4
         return {
-            "blocks": blocks.view(len(blocks), -1, BLOCK_SIZE // 2),
-            "scales": scales.to(torch.uint8),
+            "blocks": pack_fp4(weight.q).view(len(weight.q), -1, BLOCK_SIZE // 2),
+            "scales": encode_e8m0(weight.scales),
         }
 
     def unpack(self, scheme: Scheme, tensors: Mapping[str, torch.Tensor]) -> QuantizedWeight:
@@ -84,16 +82,8 @@ class Mxfp4Format:
                 f"scales has shape {list(scales.shape)}",
                 f"{list(blocks.shape[:2])} was expected, a scale for each block",
             )
-        num_bad = int((scales == NAN_SCALE).sum())
-        if num_bad:
-            raise InputError(
-                f"{num_bad} of {scales.numel()} MXFP4 scales are {NAN_SCALE}, not a number",
-                f"Scales from 0 to {NAN_SCALE - 1} were expected",
-                "Download the checkpoint again",
-            )
-        q = torch.stack((blocks & 15, blocks >> 4), dim=-1).view(len(blocks), -1)
-        ones = torch.ones_like(scales, dtype=torch.float32)
-        powers = torch.ldexp(ones, scales.int() - SCALE_BIAS)
+        q = unpack_fp4(blocks).view(len(blocks), -1)
+        powers = decode_e8m0("scales", scales)
         return QuantizedWeight(q, powers, torch.zeros_like(scales), scheme)
 
     def config_dict(self, config: QuantizationConfig) -> dict[str, Any]:

@@ -83,7 +83,10 @@ def test_mxfp4_stores_two_tensors_for_an_expert() -> None:
         ({"blocks": torch.zeros(6, 3, 8, dtype=torch.uint8)}, r"blocks has shape \[6, 3, 8\]"),
         ({"blocks": torch.zeros(6, 48, dtype=torch.uint8)}, r"blocks has shape \[6, 48\]"),
         ({"scales": torch.zeros(6, 4, dtype=torch.uint8)}, r"scales has shape.*\[6, 3\]"),
-        ({"scales": torch.full((6, 3), 255, dtype=torch.uint8)}, "18 of 18 MXFP4 scales are 255"),
+        (
+            {"scales": torch.full((6, 3), 255, dtype=torch.uint8)},
+            "18 of 18 e8m0 scales of scales are 255",
+        ),
     ],
 )
 def test_mxfp4_refuses_what_does_not_fit(change: dict[str, torch.Tensor], message: str) -> None:

@@ -152,6 +152,16 @@ def test_packed_tensor_of_several_experts_has_them_in_its_first_dimension() -> N
             ],
         ),
         (
+            "gptq_v2",
+            Scheme(2, 32),
+            [
+                ("qweight", "I32", (6, 16), (1, 1), (0, 16), ""),
+                ("qzeros", "I32", (3, 1), (1, 16), (0, 32), ""),
+                ("scales", "F16", (3, 16), (1, 1), (0, 32), ""),
+                ("g_idx", "I32", (96,), None, (0, 1), "group_index"),
+            ],
+        ),
+        (
             "awq",
             AWQ,
             [
@@ -187,14 +197,17 @@ def test_formats_describe_the_tensors_they_store(
     assert FORMATS[form].tensors(scheme, 16, 96) == tuple(PackedTensor(*row) for row in expected)
 
 
-@pytest.mark.parametrize(("bits", "size", "multiple"), [(4, 12, 8), (8, 6, 4)])
+@pytest.mark.parametrize(
+    ("bits", "size", "multiple"), [(4, 12, 8), (8, 6, 4), (2, 24, 16), (3, 48, 32)]
+)
 def test_gptq_says_which_features_cannot_be_packed(bits: int, size: int, multiple: int) -> None:
     form = FORMATS["gptq"]
     with pytest.raises(InputError, match=f"multiple of {multiple} input features"):
-        form.tensors(Scheme(bits), 16, size)
+        form.tensors(Scheme(bits), 32, size)
     with pytest.raises(InputError, match=f"multiple of {multiple} output features"):
-        form.tensors(Scheme(bits), size, 16)
-    assert form.tensors(Scheme(bits), multiple, multiple)[0].shape == (1, multiple)
+        form.tensors(Scheme(bits), size, 32)
+    words = multiple * bits // 32
+    assert form.tensors(Scheme(bits), multiple, multiple)[0].shape == (words, multiple)
 
 
 @pytest.mark.parametrize("shape", [[16], [16, 96, 1], [16, 0], [-1, 96]])
@@ -272,13 +285,21 @@ def test_awq_config_dict_is_what_autoawq_reads() -> None:
     }
 
 
-@pytest.mark.parametrize("form", ["gptq", "awq"])
 @pytest.mark.parametrize(
-    "values", [{"scheme": None}, {"overrides": (("a", Scheme(8)),)}, {"kv": "fp8"}]
+    ("form", "values", "message"),
+    [
+        ("gptq", {"scheme": None}, "GPTQ quantizes weights"),
+        ("gptq_v2", {"kv": "fp8"}, "GPTQ quantizes weights"),
+        ("awq", {"scheme": None}, "AWQ has one scheme"),
+        ("awq", {"overrides": (("a", Scheme(8)),)}, "AWQ has one scheme"),
+        ("awq", {"kv": "fp8"}, "AWQ has one scheme"),
+    ],
 )
-def test_formats_of_one_scheme_write_no_other(form: Format, values: dict[str, Any]) -> None:
+def test_formats_write_no_config_that_they_cannot_hold(
+    form: Format, values: dict[str, Any], message: str
+) -> None:
     config = QuantizationConfig(form, **({"scheme": AWQ} | values))
-    with pytest.raises(AssertionError, match=f"{form.upper()} has one scheme"):
+    with pytest.raises(AssertionError, match=message):
         FORMATS[form].config_dict(config)
 
 
@@ -416,11 +437,11 @@ def test_parse_refuses_group_sizes_that_are_not_positive_integers(
 @pytest.mark.parametrize(
     ("document", "message"),
     [
-        (gptq(bits=None), "has None bits. 4 or 8 were expected"),
+        (gptq(bits=None), "has None bits. 2, 3, 4 or 8 were expected"),
         (gptq(bits=5), "has 5 bits"),
         (gptq(desc_act=True, group_size=1), "activation order"),
-        (gptq(dynamic=["-:a"]), "options per module"),
-        (gptq(dynamic={"-:a": {}, "a": {}}), "options per module"),
+        (gptq(dynamic=["-:a"]), "dynamic .'-:a'.. An object of patterns"),
+        (gptq(dynamic={"-:a": {}, "a": None}), "dynamic a: None. Options such as bits"),
         (awq(bits=3), "has 3 bits. 4 were expected"),
         (awq(zero_point=None), "no zero points"),
         (awq(version=None), "version none"),
@@ -496,7 +517,7 @@ def test_compressed_tensors_parses_groups(group: dict[str, Any], scheme: Scheme)
         ({"weights": [4]}, "config_groups .* Expected groups with weights"),
         ({"weights": WEIGHTS, "targets": "Linear"}, "targets Linear"),
         ({"weights": WEIGHTS, "targets": None}, "targets None"),
-        ({"weights": WEIGHTS | {"num_bits": 5}}, "num_bits 5. Expected 4 or 8"),
+        ({"weights": WEIGHTS | {"num_bits": 5}}, "num_bits 5. Expected 2 or 3 or 4 or 8"),
         ({"weights": WEIGHTS | {"num_bits": 7}}, "num_bits 7"),
         ({"weights": WEIGHTS | {"type": "text"}}, "type text. Expected int or float or None"),
         ({"weights": WEIGHTS | {"symmetric": "no"}}, "symmetric no"),
@@ -506,26 +527,34 @@ def test_compressed_tensors_parses_groups(group: dict[str, Any], scheme: Scheme)
         ({"weights": WEIGHTS | {"strategy": "group", "group_size": -2}}, "group_size -2"),
         ({"weights": WEIGHTS | {"strategy": "group", "group_size": True}}, "group_size True"),
         (INT_GROUP | {"input_activations": "x"}, "input_activations x. Expected an object"),
-        (changed(INT_GROUP, "weights", num_bits=4), "num_bits 4. Expected 8"),
+        (changed(INT_GROUP, "weights", num_bits=5), "num_bits 5. Expected 2 or 3 or 4 or 8"),
         (changed(FLOAT_GROUP, "weights", num_bits=9), "num_bits 9"),
         (changed(INT_GROUP, "weights", symmetric=False), "symmetric False. Expected True or None"),
         (changed(INT_GROUP, "input_activations", num_bits=7), "input_activations num_bits 7"),
-        (changed(INT_GROUP, "input_activations", type="float"), "type float. Expected int"),
         (changed(FLOAT_GROUP, "input_activations", type="int"), "type int. Expected float"),
         (changed(INT_GROUP, "input_activations", symmetric=False), "symmetric False"),
         (
             changed(INT_GROUP, "input_activations", dynamic=False),
-            r"strategy token. Expected token with dynamic true\.$",
+            r"strategy token. Expected token with dynamic true, or tensor with dynamic false\.$",
         ),
         (
-            changed(INT_GROUP, "input_activations", strategy="tensor", dynamic=False),
-            r"strategy tensor. Expected token with dynamic true\.$",
+            changed(INT_GROUP, "input_activations", strategy="tensor"),
+            "strategy tensor. Expected token with dynamic true, or tensor with dynamic false",
         ),
+        (
+            {
+                "weights": WEIGHTS,
+                "input_activations": INT_GROUP["input_activations"] | {"dynamic": False},
+                "format": "pack-quantized",
+            },
+            r"strategy token. Expected token with dynamic true\.$",
+        ),
+        (INT_GROUP | {"format": "pack-quantized"}, "format pack-quantized. Expected int-quantized"),
         (
             changed(FLOAT_GROUP, "input_activations", strategy="group"),
             "strategy group. Expected token with dynamic true, or tensor with dynamic false",
         ),
-        (changed(INT_GROUP, "weights", strategy="tensor"), "strategy tensor. Expected channel"),
+        (changed(INT_GROUP, "weights", strategy="block"), "strategy block. Expected group or chan"),
         (changed(FLOAT_GROUP, "input_activations", dynamic=False), "strategy token"),
         (changed(FLOAT_GROUP, "input_activations", strategy="channel"), "strategy channel"),
     ],
@@ -540,7 +569,7 @@ def test_compressed_tensors_parse_compares_the_format_with_its_groups() -> None:
     for group in (FLOAT_GROUP, FLOAT_GROUP | {"targets": ["a.b"]}):
         with pytest.raises(
             InputError,
-            match=r"format int-quantized. Expected float-quantized, as its groups say\.$",
+            match=r"format int-quantized. Expected float-quantized or naive-quantized, as its gr",
         ):
             parse_group(group, "int-quantized")
     groups = {
@@ -548,7 +577,9 @@ def test_compressed_tensors_parse_compares_the_format_with_its_groups() -> None:
         "b": INT_GROUP | {"targets": ["a.c"]},
     }
     document: dict[str, Any] = {"config_groups": groups, "ignore": None}
-    with pytest.raises(InputError, match="Expected int-quantized or pack-quantized, as its groups"):
+    with pytest.raises(
+        InputError, match=r"Expected int-quantized or naive-.* or pack-quantized, as"
+    ):
         FORMATS["compressed-tensors"].parse(document)
     found = FORMATS["compressed-tensors"].parse(document | {"format": "pack-quantized"})
     overrides = (("a.b", Scheme(4)), ("a.c", Scheme(8, inputs="token")))
