@@ -1,19 +1,26 @@
-"""The GPTQ v1 format, as AutoGPTQ defined it and vLLM, SGLang and transformers read it.
+"""The GPTQ formats, as AutoGPTQ and GPTQModel defined them and vLLM and transformers read them.
 
-For W[out, in] of `b` bits with G groups:
+For W[out, in] of 2, 3, 4 or 8 bits (`b`) with G groups:
 
     qweight  int32   [in*b/32, out]  packed along `in`
-    qzeros   int32   [G, out*b/32]   packed along `out`; each zero point is stored minus one
+    qzeros   int32   [G, out*b/32]   packed along `out`
     scales   float16 [G, out]
     g_idx    int32   [in]            the group of each column
+
+With 3 bits three words hold 32 values, some of which lie in two words. In v1 (`checkpoint_format`
+gptq) each zero point is stored minus one, in v2 (gptq_v2) as it is. A config may have other bits
+and groups for some modules (`dynamic`, GPTQModel's mixed precision).
 """
 
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any, Literal
 
 import torch
 
@@ -26,30 +33,44 @@ from llmkit.checkpoint.quantized_weight import (
 )
 from llmkit.common.errors import InputError
 
+BITS = (2, 3, 4, 8)
 
+
+@dataclass(frozen=True)
 class GptqFormat:
-    """Reads and writes GPTQ v1.
+    """Reads and writes GPTQ v1 or v2.
 
-    It writes symmetric weights only: v1 cannot hold a zero point of 0.
+    v1 cannot hold a zero point of 0: other readers add one to whole words, so that the stored -1
+    would change its neighbour. It is read all the same.
     """
+
+    name: Literal["gptq", "gptq_v2"] = "gptq"
+
+    @property
+    def _zero_offset(self) -> int:
+        """What is added to a stored zero point."""
+        return 1 if self.name == "gptq" else 0
 
     def tensors(self, scheme: Scheme, out: int, in_: int) -> tuple[PackedTensor, ...]:
         """The stored tensors of an [out, in_] weight.
 
         Raises InputError for sizes that do not pack.
         """
-        per_word = 32 // scheme.bits
+        bits = scheme.bits
+        per_word = Fraction(32, bits) if 32 % bits else 32 // bits  # 3 bits: ten and two thirds
+        multiple = 32 // math.gcd(32, bits)  # values that fill whole words
         for name, size in (("input", in_), ("output", out)):
-            if size % per_word:
+            if size % multiple:
                 raise InputError(
-                    f"GPTQ with {scheme.bits} bits cannot store a [{out}, {in_}] weight",
-                    f"A multiple of {per_word} {name} features was expected",
+                    f"GPTQ with {bits} bits cannot store a [{out}, {in_}] weight",
+                    f"A multiple of {multiple} {name} features was expected",
                 )
         groups = scheme.groups(in_)
         along = None if scheme.group_size == -1 else (0, scheme.group_size)
+        zeros_shape = (groups, out * bits // 32)
         return (
-            PackedTensor("qweight", "I32", (in_ // per_word, out), (1, 1), (0, per_word)),
-            PackedTensor("qzeros", "I32", (groups, out // per_word), (1, per_word), along),
+            PackedTensor("qweight", "I32", (in_ * bits // 32, out), (1, 1), (0, per_word)),
+            PackedTensor("qzeros", "I32", zeros_shape, (1, per_word), along),
             PackedTensor("scales", "F16", (groups, out), (1, 1), along),
             PackedTensor("g_idx", "I32", (in_,), None, (0, 1), "group_index"),
         )
@@ -57,13 +78,21 @@ class GptqFormat:
     def pack(self, scheme: Scheme, weight: QuantizedWeight) -> dict[str, torch.Tensor]:
         """The stored tensors by suffix.
 
-        Raises InputError for an asymmetric weight and for scales beyond float16.
+        Raises InputError for zero points that the scheme or v1 cannot hold, and for scales beyond
+        float16.
         """
         bits = scheme.bits
         in_ = weight.shape[1]
-        if not bool((weight.zeros == 1 << (bits - 1)).all()):
+        if scheme.symmetric and not bool((weight.zeros == scheme.half).all()):
             raise InputError(
-                "Asymmetric values cannot be stored as GPTQ v1", "Symmetric values were expected"
+                "Asymmetric values cannot be stored as symmetric GPTQ",
+                "Symmetric values were expected",
+            )
+        if self._zero_offset and not bool(weight.zeros.all()):
+            raise InputError(
+                "A zero point of 0 cannot be stored as GPTQ v1",
+                "Zero points of at least 1 were expected",
+                "Choose gptq_v2, awq or compressed-tensors",
             )
         scales = weight.scales.to(torch.float16)
         if not bool(torch.isfinite(scales).all()):
@@ -72,9 +101,10 @@ class GptqFormat:
                 f"At most {torch.finfo(torch.float16).max:g}",
             )
         size = in_ if scheme.group_size == -1 else scheme.group_size
+        qzeros = pack((weight.zeros - self._zero_offset).t(), bits, across_words=True)
         return {
-            "qweight": pack(weight.q, bits).t().contiguous(),
-            "qzeros": pack((weight.zeros - 1).t(), bits),
+            "qweight": pack(weight.q, bits, across_words=True).t().contiguous(),
+            "qzeros": qzeros,
             "scales": scales.t().contiguous(),
             "g_idx": (torch.arange(in_) // size).to(torch.int32),
         }
@@ -105,24 +135,23 @@ class GptqFormat:
             g_idx.long(), torch.arange(in_, device=g_idx.device) // size
         ):
             raise _act_order_error()
-        # A zero point z is stored as z - 1 modulo 2^bits, so that all bits set means 0.
-        zeros = (unpack(qzeros, bits, out) + 1) & ((1 << bits) - 1)
-        return QuantizedWeight(
-            unpack(qweight.t(), bits, in_), scales.t().contiguous(), zeros.t().contiguous(), scheme
-        )
+        # In v1 a zero point z is stored as z - 1 modulo 2^bits, so that all bits set means 0.
+        zeros = unpack(qzeros, bits, out, across_words=True) + self._zero_offset
+        zeros &= (1 << bits) - 1
+        q = unpack(qweight.t(), bits, in_, across_words=True)
+        return QuantizedWeight(q, scales.t().contiguous(), zeros.t().contiguous(), scheme)
 
     def config_dict(self, config: QuantizationConfig) -> dict[str, Any]:
         """The `quantization_config` of config.json.
 
-        Modules that are not quantized are in `dynamic`, as GPTQModel and vLLM read it.
+        Modules that are not quantized, and those with other schemes, are in `dynamic`, as GPTQModel
+        and vLLM read it.
         """
-        assert config.scheme is not None and not config.overrides and not config.kv, (
-            "GPTQ has one scheme"
-        )
+        assert config.scheme is not None and not config.kv, "GPTQ quantizes weights"
         ignored = [entry for entry in config.ignore if entry != "lm_head"]
         document: dict[str, Any] = {
             "quant_method": "gptq",
-            "checkpoint_format": "gptq",
+            "checkpoint_format": self.name,
             "bits": config.scheme.bits,
             "group_size": config.scheme.group_size,
             "sym": config.scheme.symmetric,
@@ -133,47 +162,44 @@ class GptqFormat:
             "lm_head": "lm_head" not in config.ignore,
         }
         ignored += [f"re:{re.escape(prefix)}.*" for prefix in config.carried]
-        if ignored:
-            document["dynamic"] = {_to_dynamic(entry): {} for entry in ignored}
+        dynamic: dict[str, dict[str, Any]] = {_to_dynamic("-:", entry): {} for entry in ignored}
+        for entry, scheme in config.overrides:
+            dynamic[_to_dynamic("+:", entry)] = {
+                "bits": scheme.bits,
+                "group_size": scheme.group_size,
+                "sym": scheme.symmetric,
+            }
+        if dynamic:
+            document["dynamic"] = dynamic
         document["meta"] = {"quantizer": ["llmkit"], "method": config.method}
         return document
 
     def parse(self, d: Mapping[str, Any]) -> QuantizationConfig:
-        """Parse a `quantization_config`.
+        """Parse a `quantization_config`; its `checkpoint_format` says the version.
 
-        Raises InputError for GPTQ v2, act-order and options per module.
+        Raises InputError for other formats and for act-order.
         """
-        bits = d.get("bits")
-        size = d.get("group_size", -1)
-        if bits not in (4, 8):
-            raise InputError(f"This GPTQ checkpoint has {bits} bits", "4 or 8 were expected")
-        if type(size) is not int or (size < 1 and size != -1):
-            raise InputError(
-                f"This GPTQ checkpoint has the group size {size}",
-                "-1 or a positive number was expected",
-            )
+        scheme = _parse_scheme(d)
         checkpoint_format = d.get("checkpoint_format") or "gptq"
-        if checkpoint_format != "gptq":
+        if checkpoint_format not in ("gptq", "gptq_v2"):
             raise InputError(
                 f"This GPTQ checkpoint has checkpoint_format {checkpoint_format}",
-                "gptq (v1) was expected",
+                "gptq (v1) or gptq_v2 was expected",
             )
-        if d.get("desc_act") and size != -1:
-            raise _act_order_error()
-        dynamic = d.get("dynamic") or {}
-        if not isinstance(dynamic, dict) or any(
-            not str(pattern).startswith("-:") for pattern in dynamic
-        ):
+        name: Literal["gptq", "gptq_v2"] = "gptq_v2" if checkpoint_format == "gptq_v2" else "gptq"
+        pack_dtype = d.get("pack_dtype") or "int32"
+        if pack_dtype != "int32":
             raise InputError(
-                "This GPTQ checkpoint sets options per module (dynamic)", "One setting was expected"
+                f"This GPTQ checkpoint has pack_dtype {pack_dtype}", "int32 was expected"
             )
+        ignored, overrides = _parse_dynamic(d.get("dynamic") or {}, scheme)
         method = (d.get("meta") or {}).get("method", "gptq")
         ignore = [] if d.get("lm_head") else ["lm_head"]
-        ignore += [_from_dynamic(str(pattern)) for pattern in dynamic]
         damp = d.get("damp_percent")
         damp = damp if isinstance(damp, float) else QuantizationConfig.damp
-        scheme = Scheme(bits, size, bool(d.get("sym", True)))
-        return QuantizationConfig("gptq", scheme, tuple(ignore), method=str(method), damp=damp)
+        return QuantizationConfig(
+            name, scheme, (*ignore, *ignored), overrides, method=str(method), damp=damp
+        )
 
     def extra_files(self, config: QuantizationConfig) -> dict[str, bytes]:
         """quantize_config.json, which AutoGPTQ and old engines read."""
@@ -182,12 +208,69 @@ class GptqFormat:
         }
 
 
-def _to_dynamic(entry: str) -> str:
-    """The key of GPTQModel's `dynamic` for an ignored module or "re:" pattern.
+def _parse_scheme(d: Mapping[str, Any], default: Scheme | None = None) -> Scheme:
+    """The scheme of a config, or of an entry of `dynamic` where the config has `default`.
 
-    The key is "-:" followed by a regular expression.
+    Raises InputError for other bits and group sizes, and for act-order.
     """
-    return "-:" + (entry[3:] if entry.startswith("re:") else re.escape(entry) + "$")
+    bits = d.get("bits", default.bits if default else None)
+    size = d.get("group_size", default.group_size if default else -1)
+    if type(bits) is not int or bits not in BITS:
+        raise InputError(f"This GPTQ checkpoint has {bits} bits", "2, 3, 4 or 8 were expected")
+    if type(size) is not int or (size < 1 and size != -1):
+        raise InputError(
+            f"This GPTQ checkpoint has the group size {size}",
+            "-1 or a positive number was expected",
+        )
+    if d.get("desc_act") and size != -1:
+        raise _act_order_error()
+    return Scheme(bits, size, bool(d.get("sym", default.symmetric if default else True)))
+
+
+def _parse_dynamic(
+    dynamic: object, default: Scheme
+) -> tuple[list[str], tuple[tuple[str, Scheme], ...]]:
+    """The ignored modules and the schemes of others, from GPTQModel's `dynamic`.
+
+    It has regular expressions: "-:" for modules that are not quantized, "+:" or no prefix for those
+    with other options. The first that matches the beginning of a name counts.
+    """
+    if not isinstance(dynamic, Mapping):
+        raise InputError(
+            f"This GPTQ checkpoint has dynamic {str(dynamic)[:200]}",
+            "An object of patterns of modules was expected",
+        )
+    ignored: list[str] = []
+    overrides: list[tuple[str, Scheme]] = []
+    for key, options in dynamic.items():
+        if key.startswith("-:"):
+            entry = _from_dynamic(key)
+            if overrides:  # which win, and `ignore` wins over them
+                earlier = "|".join(f"(?:{_expression(entry)})" for entry, _ in overrides)
+                entry = f"re:(?!{earlier}){_expression(entry)}"
+            ignored.append(entry)
+            continue
+        if not isinstance(options, Mapping):
+            raise InputError(
+                f"This GPTQ checkpoint has dynamic {key}: {str(options)[:200]}",
+                "Options such as bits were expected",
+            )
+        entry = _from_dynamic(key if key.startswith("+:") else f"+:{key}")
+        overrides.append((entry, _parse_scheme(options, default)))
+    return ignored, tuple(overrides)
+
+
+def _to_dynamic(sign: str, entry: str) -> str:
+    """The key of GPTQModel's `dynamic` for a module or a "re:" pattern.
+
+    The key is the sign followed by a regular expression.
+    """
+    return sign + _expression(entry)
+
+
+def _expression(entry: str) -> str:
+    """The regular expression of an entry of `QuantizationConfig`."""
+    return entry[3:] if entry.startswith("re:") else re.escape(entry) + "$"
 
 
 def _from_dynamic(key: str) -> str:

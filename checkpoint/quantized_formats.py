@@ -61,7 +61,10 @@ METHODS: dict[str, QuantizedFormat] = {
     "mxfp4": Mxfp4Format(),
     "fp8": _FP8,
 }
-FORMATS: dict[str, QuantizedFormat] = METHODS | {"autofp8": _AUTOFP8}
+FORMATS: dict[str, QuantizedFormat] = METHODS | {
+    "gptq_v2": GptqFormat("gptq_v2"),
+    "autofp8": _AUTOFP8,
+}
 # What the stored scale of inputs is called, by format.
 _INPUT_SCALES = {
     "compressed-tensors": "input_scale",

@@ -9,12 +9,15 @@ import math
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from functools import cache, cached_property
 from typing import Literal
 
 import torch
 
-Format = Literal["gptq", "awq", "compressed-tensors", "mxfp4", "fp8", "autofp8", "modelopt"]
+Format = Literal[
+    "gptq", "gptq_v2", "awq", "compressed-tensors", "mxfp4", "fp8", "autofp8", "modelopt"
+]
 # What quantized values are: integers of `bits`, or floats (FP8 is e4m3, FP4 is E2M1).
 ValueKind = Literal["int", "float"]
 # How a checkpoint stores the scales of groups.
@@ -276,6 +279,12 @@ class QuantizedWeight:
         scales, zeros = self.scales[:, index], self.zeros[:, index]
         return replace(self, scales=scales, zeros=zeros, scheme=scheme)
 
+    def with_bits(self, bits: int) -> QuantizedWeight:
+        """The same weight in integers of more bits; a symmetric one stays symmetric."""
+        scheme = replace(self.scheme, bits=bits)
+        offset = scheme.half - self.scheme.half
+        return replace(self, q=self.q + offset, zeros=self.zeros + offset, scheme=scheme)
+
     def to(self, device: torch.device | str) -> QuantizedWeight:
         """The same weight on another device."""
         found = {
@@ -306,14 +315,15 @@ class PackedTensor:
     the number of dense rows (columns) in one element. It is None when the tensor does not extend
     along them. The dense interval [a, b) is the interval [a / per_element, b / per_element) of this
     tensor, and both ends must be multiples of `per_element`. Example: GPTQ's INT4 qweight packs 8
-    columns of the dense weight into one int32, so out = (1, 1) and in_ = (0, 8).
+    columns of the dense weight into one int32, so out = (1, 1) and in_ = (0, 8). With 3 bits a word
+    has a fraction of 32/3 columns, and ends are multiples of 32.
     """
 
     suffix: str  # "qweight", "weight_scale", ...
     dtype: str  # as in a safetensors header; "": a dense tensor of any float dtype
     shape: tuple[int, ...]
-    out: tuple[int, int] | None
-    in_: tuple[int, int] | None
+    out: tuple[int, int | Fraction] | None
+    in_: tuple[int, int | Fraction] | None
     # How a slice gets its values, when they are not copied.
     # group_index: group numbers, counted from the first group of the slice (GPTQ's g_idx).
     # shape: the shape of the dense slice (compressed-tensors' weight_shape).

@@ -162,7 +162,7 @@ def serving_linear(
     cpu_activations: what a CPU rounds inputs to, where the weight's stored type allows it.
     """
     shape = (sum(part.shape[0] for part in parts), parts[0].shape[1])
-    parts = _merge_parts(parts)
+    parts = _merge_parts([_in_kernel_bits(part) for part in parts])
     on_cpu = torch.device(device).type == "cpu"
     if len(parts) == 1 and isinstance(parts[0], QuantizedWeight):
         weight = parts[0]
@@ -299,6 +299,13 @@ def _merge_parts(
             schemes[0],
         )
     ]
+
+
+def _in_kernel_bits(part: torch.Tensor | QuantizedWeight) -> torch.Tensor | QuantizedWeight:
+    """The weight in the bits of a kernel: integers of 2 and 3 bits are held in 4."""
+    if isinstance(part, QuantizedWeight) and part.scheme.bits < 4:
+        return part.with_bits(4)
+    return part
 
 
 def supports_w8a8(weight: QuantizedWeight) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from fractions import Fraction
 
 from llmkit.checkpoint.quantized_weight import QuantizationConfig
 from llmkit.model.checkpoint_tensors import checkpoint_tensors
@@ -24,8 +25,8 @@ class _SplitRule:
 
     module: str  # the last part of the module's name in the checkpoint, "q_proj"
     split: Split
-    out: tuple[int, int] | None  # see PackedTensor
-    in_: tuple[int, int] | None
+    out: tuple[int, int | Fraction] | None  # see PackedTensor
+    in_: tuple[int, int | Fraction] | None
     is_quantized: bool
     group_size: int
     is_expert: bool
@@ -200,11 +201,14 @@ def _explain_rule(rule: _SplitRule, tp: int) -> str | None:
     is_group = split.dim == 1 and dense_per_element == rule.group_size
     unit = "groups" if is_group else "blocks" if rule.covers else "packed words"
     elements = f"{_format_number((stop - start) / dense_per_element)} {unit} of {dense_per_element}"
+    if isinstance(dense_per_element, Fraction):
+        size = dense_per_element.numerator  # values that fill whole words
+        elements = f"{_format_number((stop - start) / size)} times {size} packed values"
     if has_replicated_kv_heads:
         return f"{rule.module}: one KV head of {split.unit} = {elements}"
     return f"{rule.module}: {split.count * split.unit}/{tp} = {elements}"
 
 
-def _format_number(value: float) -> str:
+def _format_number(value: float | Fraction) -> str:
     """At most three decimals, without trailing zeros: "115.5", "170.667", "16"."""
-    return f"{value:.3f}".rstrip("0").rstrip(".")
+    return f"{float(value):.3f}".rstrip("0").rstrip(".")

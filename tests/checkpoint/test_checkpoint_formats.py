@@ -28,11 +28,12 @@ FLOAT8 = Scheme(8, kind="float", inputs="token")
 FIXED8 = Scheme(8, kind="float", inputs="tensor")
 # Every way of storing a weight, [format, scheme].
 STORED: list[tuple[Format, Scheme]] = [
-    *(("gptq", Scheme(bits, size)) for bits in (4, 8) for size in (32, 96, -1)),
+    *(("gptq", Scheme(bits, size)) for bits in (2, 3, 4, 8) for size in (32, 96, -1)),
+    *(("gptq_v2", Scheme(bits, 32, symmetric=False)) for bits in (2, 3, 4, 8)),
     *(("awq", Scheme(4, size, symmetric=False)) for size in (32, 96, -1)),
     *(
         ("compressed-tensors", Scheme(bits, size, symmetric))
-        for bits in (4, 8)
+        for bits in (2, 3, 4, 8)
         for size in (32, -1)
         for symmetric in (True, False)
     ),
@@ -41,7 +42,7 @@ STORED: list[tuple[Format, Scheme]] = [
 BY_LABEL = {"ids": lambda value: value.label if isinstance(value, Scheme) else value}
 
 
-def random_weight(scheme: Scheme, out: int = 16, in_: int = 96) -> QuantizedWeight:
+def random_weight(scheme: Scheme, out: int = 32, in_: int = 96) -> QuantizedWeight:
     source = torch.Generator().manual_seed(scheme.bits * 1000 + scheme.group_size)
     groups = scheme.groups(in_)
     q = torch.randint(0, 1 << scheme.bits, (out, in_), generator=source, dtype=torch.uint8)
@@ -62,21 +63,28 @@ def field(word: int, index: int, bits: int) -> int:
     return (word & 0xFFFFFFFF) >> (bits * index) & ((1 << bits) - 1)
 
 
-def gptq_by_definition(tensors: dict[str, torch.Tensor], bits: int) -> npt.NDArray[np.float64]:
-    """W[o, i] = s * (q - z), one element at a time, z stored minus one."""
-    per_word = 32 // bits
+def bits_at(words: npt.NDArray[Any], index: int, bits: int) -> int:
+    """Value `index` of words without gaps, as one long number."""
+    number = sum((int(word) & 0xFFFFFFFF) << (32 * at) for at, word in enumerate(words))
+    return number >> (bits * index) & ((1 << bits) - 1)
+
+
+def gptq_by_definition(
+    tensors: dict[str, torch.Tensor], bits: int, offset: int = 1
+) -> npt.NDArray[np.float64]:
+    """W[o, i] = s * (q - z), one element at a time, z stored minus `offset`."""
     qweight = tensors["qweight"].numpy()
     qzeros = tensors["qzeros"].numpy()
     scales = tensors["scales"].double().numpy()
     g_idx = tensors["g_idx"].numpy()
     out = qweight.shape[1]
-    in_ = qweight.shape[0] * per_word
+    in_ = qweight.shape[0] * 32 // bits
     dense = np.zeros((out, in_))
     for o in range(out):
         for i in range(in_):
             group = g_idx[i]
-            code = field(int(qweight[i // per_word, o]), i % per_word, bits)
-            zero = field(int(qzeros[group, o // per_word]), o % per_word, bits) + 1
+            code = bits_at(qweight[:, o], i, bits)
+            zero = bits_at(qzeros[group], o, bits) + offset
             dense[o, i] = scales[group, o] * (code - zero)
     return dense
 
@@ -127,20 +135,20 @@ def compressed_by_definition(
     return dense
 
 
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_gptq_reads_a_zero_point_of_0_which_is_stored_as_all_bits(bits: int) -> None:
     """Asymmetric files of other programs hold it: 0 - 1 wraps, and so must the sum with one."""
     scheme = Scheme(bits, 32, symmetric=False)
     stored = FORMATS["gptq"].pack(Scheme(bits, 32), random_weight(Scheme(bits, 32)))
     stored["qzeros"] = torch.full_like(stored["qzeros"], -1)
     weight = FORMATS["gptq"].unpack(scheme, stored)
-    assert weight.zeros.tolist() == [[0] * 3] * 16
+    assert weight.zeros.tolist() == [[0] * 3] * 32
     scales = stored["scales"].t().repeat_interleave(32, dim=1).float()
-    q = unpack(stored["qweight"].t(), bits, 96)
+    q = unpack(stored["qweight"].t(), bits, 96, across_words=True)
     assert torch.equal(weight.dequantize().float(), q.float() * scales)
 
 
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("count", [1, 7, 8, 33, 64])
 def test_pack_agrees_with_a_loop_over_words(bits: int, count: int) -> None:
     q = torch.randint(
@@ -157,6 +165,20 @@ def test_pack_agrees_with_a_loop_over_words(bits: int, count: int) -> None:
             )
     assert torch.equal(unpack(words, bits, count), q)
     assert torch.equal(unpack(words.t().contiguous().t(), bits, count), q)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_pack_across_words_leaves_no_gaps(bits: int) -> None:
+    q = torch.randint(
+        0, 1 << bits, (3, 96), dtype=torch.uint8, generator=torch.Generator().manual_seed(bits)
+    )
+    words = pack(q, bits, across_words=True)
+    assert words.shape == (3, 3 * bits)
+    for row in range(3):
+        found = [bits_at(words[row].numpy(), index, bits) for index in range(96)]
+        assert found == q[row].tolist()
+    assert torch.equal(unpack(words, bits, 96, across_words=True), q)
+    assert torch.equal(unpack(words.t().contiguous().t(), bits, 96, across_words=True), q)
 
 
 @pytest.mark.parametrize(("form", "scheme"), STORED, **BY_LABEL)
@@ -176,7 +198,7 @@ def test_formats_unpack_what_they_pack(form: Format, scheme: Scheme) -> None:
     assert (again.input_scale is None) == (weight.input_scale is None)
 
 
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("size", [32, 96, -1, 40])
 def test_gptq_agrees_with_a_loop_over_words(bits: int, size: int) -> None:
     scheme = Scheme(bits, size)
@@ -192,23 +214,27 @@ def test_gptq_agrees_with_a_loop_over_words(bits: int, size: int) -> None:
 
 def test_gptq_stores_symmetric_zero_points_as_sevens() -> None:
     stored = FORMATS["gptq"].pack(Scheme(4, 32), random_weight(Scheme(4, 32)))
-    assert torch.equal(stored["qzeros"], torch.full((3, 2), 0x77777777, dtype=torch.int32))
+    assert torch.equal(stored["qzeros"], torch.full((3, 4), 0x77777777, dtype=torch.int32))
 
 
-@pytest.mark.parametrize("bits", [4, 8])
-def test_gptq_reads_asymmetric_zero_points(bits: int) -> None:
-    weight = random_weight(Scheme(bits, 32))
-    stored = FORMATS["gptq"].pack(weight.scheme, weight)
-    weight.zeros = torch.randint(
-        1, 1 << bits, weight.zeros.shape, generator=torch.Generator().manual_seed(0)
-    ).byte()
-    stored["qzeros"] = pack((weight.zeros - 1).t(), bits)
+@pytest.mark.parametrize(("form", "offset"), [("gptq", 1), ("gptq_v2", 0)])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_gptq_stores_asymmetric_zero_points(form: Format, offset: int, bits: int) -> None:
+    """v1 minus one, v2 as they are."""
+    weight = random_weight(Scheme(bits, 32, symmetric=False))
+    weight.zeros.clamp_(min=offset)
+    stored = FORMATS[form].pack(weight.scheme, weight)
     np.testing.assert_array_equal(
-        gptq_by_definition(stored, bits), weight.dequantize(torch.float64).numpy()
+        gptq_by_definition(stored, bits, offset), weight.dequantize(torch.float64).numpy()
     )
-    assert torch.equal(
-        FORMATS["gptq"].unpack(Scheme(bits, 32, symmetric=False), stored).zeros, weight.zeros
-    )
+    assert torch.equal(FORMATS[form].unpack(weight.scheme, stored).zeros, weight.zeros)
+
+
+def test_gptq_v1_refuses_a_zero_point_of_0() -> None:
+    weight = random_weight(Scheme(4, 32, symmetric=False))
+    weight.zeros[3, 1] = 0
+    with pytest.raises(InputError, match=r"zero point of 0 .* GPTQ v1. .* Choose gptq_v2"):
+        FORMATS["gptq"].pack(weight.scheme, weight)
 
 
 @pytest.mark.parametrize("form", ["gptq", "compressed-tensors"])
@@ -232,7 +258,7 @@ def test_gptq_refuses_act_order_and_wrong_shapes() -> None:
     stored = FORMATS["gptq"].pack(scheme, random_weight(scheme))
     with pytest.raises(InputError, match="activation order"):
         FORMATS["gptq"].unpack(scheme, stored | {"g_idx": stored["g_idx"].flip(0)})
-    with pytest.raises(InputError, match=r"scales has shape \[2, 16\]. \[3, 16\] was expected"):
+    with pytest.raises(InputError, match=r"scales has shape \[2, 32\]. \[3, 32\] was expected"):
         FORMATS["gptq"].unpack(scheme, stored | {"scales": stored["scales"][:2]})
 
 
@@ -258,7 +284,7 @@ def test_awq_refuses_wrong_sizes_and_shapes() -> None:
     with pytest.raises(InputError, match=r"\[12, 16\] weight. A multiple of 8 output features"):
         FORMATS["awq"].tensors(scheme, 12, 16)
     stored = FORMATS["awq"].pack(scheme, random_weight(scheme))
-    with pytest.raises(InputError, match=r"qzeros has shape \[2, 2\]. \[3, 2\] was expected"):
+    with pytest.raises(InputError, match=r"qzeros has shape \[2, 4\]. \[3, 4\] was expected"):
         FORMATS["awq"].unpack(scheme, stored | {"qzeros": stored["qzeros"][:2]})
 
 
@@ -296,7 +322,7 @@ def test_compressed_tensors_refuses_wrong_shapes() -> None:
     scheme = Scheme(4, 32)
     stored = FORMATS["compressed-tensors"].pack(scheme, random_weight(scheme))
     with pytest.raises(
-        InputError, match=r"weight_packed has shape \[16, 11\]. \[16, 12\] was expected"
+        InputError, match=r"weight_packed has shape \[32, 11\]. \[32, 12\] was expected"
     ):
         FORMATS["compressed-tensors"].unpack(
             scheme, stored | {"weight_packed": stored["weight_packed"][:, 1:]}
@@ -312,9 +338,9 @@ def test_packed_tensors_slice_like_the_dense_weight(form: Format, scheme: Scheme
     """Slicing the stored tensors by `out` and `in_` gives what packing the slice of the weight
     gives.
     """
-    weight = random_weight(scheme, out=32, in_=192)
+    weight = random_weight(scheme, out=320, in_=960)
     stored = FORMATS[form].pack(scheme, weight)
-    for dimension, (start, stop) in ((0, (8, 24)), (1, (96, 192))):
+    for dimension, (start, stop) in ((0, (160, 320)), (1, (480, 960))):
         sliced = QuantizedWeight(weight.q, weight.scales, weight.zeros, scheme, weight.input_scale)
         sliced.q = weight.q.narrow(dimension, start, stop - start)
         if dimension == 0 or scheme.group_size != -1:
@@ -322,7 +348,7 @@ def test_packed_tensors_slice_like_the_dense_weight(form: Format, scheme: Scheme
             sliced.scales = weight.scales.narrow(dimension, start // per, (stop - start) // per)
             sliced.zeros = weight.zeros.narrow(dimension, start // per, (stop - start) // per)
         expected = FORMATS[form].pack(scheme, sliced)
-        for part in FORMATS[form].tensors(scheme, 32, 192):
+        for part in FORMATS[form].tensors(scheme, 320, 960):
             if part.derived:
                 continue
             tensor = stored[part.suffix]
@@ -335,12 +361,12 @@ def test_packed_tensors_slice_like_the_dense_weight(form: Format, scheme: Scheme
 
 @pytest.mark.parametrize(("form", "scheme"), STORED, **BY_LABEL)
 def test_config_dict_is_inverted_by_parse(form: Format, scheme: Scheme) -> None:
-    method = {"gptq": "rtn", "awq": "awq"}.get(form, "")
+    method = {"gptq": "rtn", "gptq_v2": "gptq", "awq": "awq"}.get(form, "")
     kept = ("model.layers.0.mlp.down_proj", "model.layers.1.self_attn.q_proj")
     for ignore in (("lm_head",), ("lm_head", *kept)):
         settings = QuantizationConfig(form, scheme, ignore, method=method)
         written = json.loads(json.dumps(format_of(settings).config_dict(settings)))
-        assert written["quant_method"] == form
+        assert written["quant_method"] == form.removesuffix("_v2")
         assert parse_quantization(written) == settings
 
 
@@ -456,11 +482,15 @@ INPUTS = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", 
         (awq(group_size=0), "group size 0"),
         (awq(version="gemv"), "version gemv"),
         (awq(zero_point=False), "no zero points"),
-        (gptq(bits=3), "has 3 bits"),
+        (gptq(bits=5), "has 5 bits. 2, 3, 4 or 8 were expected"),
         (gptq(group_size=0), "group size 0"),
         (gptq(desc_act=True), "desc_act"),
-        (gptq(checkpoint_format="gptq_v2"), "checkpoint_format gptq_v2"),
-        (gptq(dynamic={"+:.*": {"bits": 8}}), "options per module"),
+        (gptq(checkpoint_format="marlin"), "checkpoint_format marlin. gptq .v1. or gptq_v2 was"),
+        (gptq(pack_dtype="int64"), "pack_dtype int64. int32 was expected"),
+        (gptq(dynamic={"+:.*": {"bits": 7}}), "has 7 bits"),
+        (gptq(dynamic={"+:.*": {"group_size": 0}}), "the group size 0"),
+        (gptq(dynamic={"+:.*": {"desc_act": True}}), "desc_act"),
+        (gptq(dynamic={"+:.*": 8}), r"dynamic \+:\.\*: 8. Options such as bits"),
         (compressed(format="float-quantized"), "format float-quantized"),
         (compressed(kv_cache_scheme={"num_bits": 4}), "kv_cache_scheme num_bits 4"),
         (
@@ -468,8 +498,8 @@ INPUTS = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", 
             "kv_cache_scheme strategy channel",
         ),
         (compressed(config_groups={}), "config_groups {}"),
-        (compressed({"num_bits": 3}), "num_bits 3"),
-        (compressed({"type": "float"}), "input_activations none"),
+        (compressed({"num_bits": 6}), "num_bits 6"),
+        (compressed({"type": "float"}), "group_size 128. Expected 32"),
         (compressed({"actorder": "group"}), "actorder group"),
         (compressed({"group_size": None}), "group_size None"),
         (compressed({"strategy": "block"}), "strategy block"),
@@ -481,7 +511,7 @@ INPUTS = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", 
             compressed(group={"input_activations": INPUTS | {"strategy": "tensor"}}),
             "input_activations strategy tensor",
         ),
-        (compressed({"num_bits": 8}, {"input_activations": INPUTS}), "strategy group"),
+        (compressed({"num_bits": 8}, {"input_activations": INPUTS}), "format pack-quantized"),
     ],
 )
 def test_parse_refuses_unsupported_configs(settings: object, message: str) -> None:
@@ -491,6 +521,50 @@ def test_parse_refuses_unsupported_configs(settings: object, message: str) -> No
 
 def test_gptq_parses_act_order_with_a_single_group() -> None:
     assert parse_quantization(gptq(desc_act=True, group_size=-1)).scheme == Scheme(4)
+
+
+def test_gptq_parses_options_per_module() -> None:
+    """GPTQModel's mixed precision: the first pattern that matches a name's beginning counts."""
+    found = parse_quantization(
+        gptq(
+            checkpoint_format="gptq_v2",
+            dynamic={
+                r"-:.*\.o_proj": {},
+                r"+:.*\.1\..*down": {"bits": 8, "group_size": 32, "damp_percent": 0.1},
+                r".*\.(gate|up)_proj": {"bits": 2, "sym": False},
+                r"-:.*\.[1-3]\.mlp": {},
+            },
+        )
+    )
+    assert found.format == "gptq_v2"
+    schemes = {
+        name: found.scheme_of(f"model.layers.{name}")
+        for name in (
+            "0.mlp.down_proj",
+            "1.mlp.down_proj",
+            "2.mlp.down_proj",
+            "2.mlp.up_proj",
+            "1.self_attn.o_proj",
+        )
+    }
+    assert schemes == {
+        "0.mlp.down_proj": Scheme(4, 128),
+        "1.mlp.down_proj": Scheme(8, 32),
+        "2.mlp.down_proj": None,
+        "2.mlp.up_proj": Scheme(2, 128, symmetric=False),
+        "1.self_attn.o_proj": None,
+    }
+
+
+def test_gptq_config_dict_of_mixed_schemes_is_inverted_by_parse() -> None:
+    settings = QuantizationConfig(
+        "gptq",
+        Scheme(4, 32),
+        ("lm_head", "model.layers.0.mlp.up_proj"),
+        (("model.layers.0.mlp.down_proj", Scheme(3, 64, symmetric=False)),),
+        method="gptq",
+    )
+    assert parse_quantization(FORMATS["gptq"].config_dict(settings)) == settings
 
 
 def test_parse_reads_configs_of_other_tools() -> None:

@@ -67,6 +67,8 @@ CASES = [
     ([rounded(GROUPS, 32, 64, torch.float16)], FLOAT, PACKED),
     ([rounded(UNEVEN, 30, 64, torch.float16)], torch.float16, PACKED),
     ([SHORT], FLOAT, PACKED),
+    ([rounded(Scheme(2, 32), 32, 64), rounded(Scheme(3, 32), 16, 64, seed=1)], FLOAT, PACKED),
+    ([rounded(Scheme(3, 32, symmetric=False), 30, 64, torch.float16)], FLOAT, PACKED),
     ([rounded(GROUPS, 32, 64), rounded(Scheme(4, 64), 32, 64)], BRAIN, PACKED),
     ([rounded(PER_ROW, 33, 70), rounded(PER_ROW, 3, 70, seed=1)], FLOAT, PACKED),
     ([rounded(TOKENS, 33, 70, FLOAT), rounded(TOKENS, 3, 70, FLOAT, seed=1)], FLOAT, PACKED),
@@ -97,6 +99,22 @@ def test_serving_linear_form_and_output(
         wanted = linear(inputs.double(), dense.double(), None if bias is None else bias.double())
         limit = 2e-6 if dtype == FLOAT else 0.008
         assert (y.double() - wanted).abs().max() <= limit * wanted.abs().max()
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("bits", [2, 3])
+def test_serving_linear_holds_2_and_3_bits_exactly_in_4(bits: int, symmetric: bool) -> None:
+    weight = rounded(Scheme(bits, 32, symmetric), 32, 64)
+    wider = weight.with_bits(4)
+    assert torch.equal(wider.dequantize(), weight.dequantize())
+    assert wider.q.max() < 16
+    assert wider.zeros.max() < 16
+    assert bool((wider.zeros == 8).all()) == symmetric
+    served = serving_linear([weight], None, None, FLOAT)
+    if isinstance(served, PackedLinear):
+        in_4_bits = serving_linear([wider], None, None, FLOAT)
+        assert isinstance(in_4_bits, PackedLinear)
+        assert served.kernel.nbytes == in_4_bits.kernel.nbytes
 
 
 def test_serving_linear_is_dense_without_compiled_kernels(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -52,6 +52,10 @@ CASES = (
     Case(8, 64, 192, 96, sym=False),
     Case(4, 128, 128, 64, sym=True),
     Case(4, 32, 128, 64, sym=True, desc_act=True),
+    Case(2, 32, 64, 32, sym=True),
+    Case(2, 32, 64, 64, sym=False),
+    Case(3, 32, 64, 32, sym=True),
+    Case(3, 32, 96, 64, sym=False),
 )
 
 

@@ -15,6 +15,8 @@ from llmkit.shard.rank_part import RankPart, rank_parts
 from llmkit.shard.shard_checkpoint import shard
 
 GPTQ = QuantizationConfig("gptq", Scheme(4, 8))
+GPTQ_3 = QuantizationConfig("gptq_v2", Scheme(3, 32, symmetric=False))
+WIDE = {"hidden_size": 128, "head_dim": 32, "intermediate_size": 192}
 PACKED = QuantizationConfig("compressed-tensors", Scheme(4, 8))
 PHI3 = {"architectures": ["Phi3ForCausalLM"], "model_type": "phi3", "pad_token_id": 0}
 MIXTRAL = {
@@ -47,8 +49,10 @@ def check_rows(part: RankPart, name: str, expected: torch.Tensor) -> None:
         (None, MIXTRAL | {"num_hidden_layers": 3}, (4, 2, 2), ("1.block_sparse_moe.experts.1",)),
         (GPTQ, {}, (2, 2, 1), ("0.mlp.down_proj", "0.mlp.gate")),
         (PACKED, {}, (2, 1, 1), ("0.mlp.down_proj", "1.mlp.up_proj")),
+        # Three words hold 32 values, some of which lie in two words.
+        (GPTQ_3, WIDE, (2, 1, 1), ("0.mlp.down_proj", "1.mlp.up_proj", "0.self_attn.k_proj")),
     ],
-    ids=["dense", "fused", "experts", "gptq", "compressed-tensors"],
+    ids=["dense", "fused", "experts", "gptq", "compressed-tensors", "gptq of 3 bits"],
 )
 def test_rank_parts_are_the_same_with_and_without_shards(
     quantization: QuantizationConfig | None,

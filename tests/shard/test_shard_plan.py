@@ -150,6 +150,12 @@ REFUSALS = [
         "k_proj: 16/4 = 0.5 packed words of 8; TP 1, 2 work",
     ),
     (
+        {"num_heads": 16, "num_kv_heads": 8, "head_dim": 8, "intermediate_size": 256},
+        QuantizationConfig("gptq", Scheme(3, 8)),
+        4,
+        "k_proj: 64/4 = 0.5 times 32 packed values; TP 1, 2 work",
+    ),
+    (
         {"num_heads": 24, "num_kv_heads": 8, "head_dim": 8, "intermediate_size": 96},
         None,
         12,
