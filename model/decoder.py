@@ -778,12 +778,16 @@ class Decoder:
         """The embedding table, [vocabulary rows, H]; empty on stages that do not hold it."""
         return self.embed_tokens.table
 
+    def embed(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The first layer's input [T, H], and per-layer inputs [T, layers, P] or None."""
+        hidden = self.embed_tokens(tokens)
+        return hidden, self.embed_tokens.per_layer_inputs(tokens, hidden)
+
     def _embed_or_receive(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The stage's input: hidden states [T, H], and per-layer inputs [T, layers, P] or None."""
         spec = self.spec
         if spec.is_first_stage:
-            hidden = self.embed_tokens(tokens)
-            return hidden, self.embed_tokens.per_layer_inputs(tokens, hidden)
+            return self.embed(tokens)
         assert spec.rank is not None
         # Those of this stage's layers and of the later stages' layers.
         num_layers = len(spec.full_model.layers) - spec.rank.first_layer
