@@ -5,7 +5,7 @@ Legend: T tokens of a step, H hidden size of the head, V vocabulary size of the 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -13,12 +13,13 @@ from llmkit.checkpoint.checkpoint import Checkpoint
 from llmkit.common.errors import InputError
 from llmkit.common.options import CpuActivations
 from llmkit.kernels.attention_metadata import AttentionBatch
-from llmkit.kernels.elementwise import rms_norm
+from llmkit.kernels.elementwise import cat_heads, rms_norm
 from llmkit.kernels.kv_cache import KVCache
 from llmkit.model.decoder import Decoder, DecoderLayer, norm_weight
 from llmkit.model.language_model import LayerCache
 from llmkit.model.linear import Linear
 from llmkit.model.parallel_group import MASKED_LOGIT, ParallelGroup
+from llmkit.model.rope import CosSin
 from llmkit.model.spec import DraftHeadSpec, ModelSpec
 from llmkit.model.token_embedding import TokenEmbedding
 from llmkit.model.weight_loader import LoadedWeights, load_weights
@@ -57,11 +58,12 @@ class DraftHead:
             fc = Linear(tensors.pop("mtp.fc.weight"), None, activation_quant.get("mtp.fc"))
         self._fc = fc
         self._has_own_head = "lm_head" in linears or "lm_head.weight" in tensors
-        self._embed = target.embed_tokens
+        self.embed_tokens = target.embed_tokens
         if "embed.weight" in tensors:
-            self._embed = TokenEmbedding(spec, tensors, self.dtype, target.parallel_group)
+            self.embed_tokens = TokenEmbedding(spec, tensors, self.dtype, target.parallel_group)
         self._decoder = Decoder(spec, tensors, activation_quant, linears, target.parallel_group)
         self._token_ids = None if token_ids is None else token_ids.to(self.device)
+        self.aux_hidden_states: dict[int, torch.Tensor] = {}  # no head reads this one's layer
         # The hidden states [T, H] that the next step reads: `__call__` takes no more inputs than
         # other models do, so that the same graphs run it.
         self.hidden_states = torch.zeros(0, spec.hidden_size, dtype=self.dtype, device=self.device)
@@ -98,8 +100,28 @@ class DraftHead:
         tokens: for each hidden state the token after it. positions: those of the hidden states.
         Returns what the head reads in their place for the next drafts, [T, H].
         """
-        hidden = self.hidden_states[: len(tokens)]
-        return self.forward_embedded(self._embed(tokens), hidden, positions, batch, caches)
+        embedded, _ = self.embed(tokens)
+        return self.run_layers(embedded, self.cos_sin(positions), batch, caches)
+
+    def embed(self, tokens: torch.Tensor) -> tuple[torch.Tensor, None]:
+        """The embeddings [T, H] of tokens; see `Decoder.embed`."""
+        return self.embed_tokens(tokens), None
+
+    def cos_sin(self, positions: torch.Tensor) -> dict[str, CosSin]:
+        """See `Decoder.cos_sin`."""
+        return self._decoder.cos_sin(positions)
+
+    def run_layers(
+        self,
+        embedded: torch.Tensor,
+        cos_sin: Mapping[str, CosSin],
+        batch: AttentionBatch,
+        caches: Sequence[LayerCache],
+        per_layer_inputs: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """See `Decoder.run_layers`. embedded: [T, H], from `embed`; no head has other inputs."""
+        hidden = self.hidden_states[: len(embedded)]
+        return self._run(embedded, hidden, cos_sin, batch, caches)
 
     def forward_embedded(
         self,
@@ -110,17 +132,26 @@ class DraftHead:
         caches: Sequence[LayerCache],
     ) -> torch.Tensor:
         """`__call__` on the embeddings [T, H] of the tokens and on hidden states [T, H]."""
-        cos_sin = self._decoder.cos_sin(positions)
+        return self._run(embedded, hidden, self.cos_sin(positions), batch, caches)
+
+    def _run(
+        self,
+        embedded: torch.Tensor,
+        hidden: torch.Tensor,
+        cos_sin: Mapping[str, CosSin],
+        batch: AttentionBatch,
+        caches: Sequence[LayerCache],
+    ) -> torch.Tensor:
         normed = self._norm(hidden, self._norms["hidden_norm"])
         if self.head.method == "mtp":
             embedded = self._norm(embedded, self._norms["embed_norm"])
-            projected = self._fc(torch.cat((embedded, normed), dim=1))
+            projected = self._fc(_side_by_side(embedded, normed))
             return self._decoder.run_layers(projected, cos_sin, batch, caches)
         (layer,) = self.layers
         embedded = self._norm(embedded, layer.norms["attn_norm"])
-        update = layer.attend(torch.cat((embedded, normed), dim=1), cos_sin, batch, caches[0])
+        update = layer.attend(_side_by_side(embedded, normed), cos_sin, batch, caches[0])
         # Kernels may add to the residual in place, and the hidden states are an input.
-        residual = normed if self.head.norm_before_residual else hidden.clone()
+        residual = normed if self.head.norm_before_residual else _side_by_side(hidden)
         return layer.add_update(*layer.mlp_block(residual, update, None))
 
     def draft_inputs(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -157,12 +188,17 @@ class DraftHead:
         if not self._has_own_head:
             linears.remove(self._decoder.head)
         others += self._norms.values()
-        if self._embed is not self.target.embed_tokens:
-            others.append(self._embed.table)
+        if self.embed_tokens is not self.target.embed_tokens:
+            others.append(self.embed_tokens.table)
         return [*linears, self._fc], others
 
     def _norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return rms_norm(x, weight, self.spec.rms_norm_eps)
+
+
+def _side_by_side(*parts: torch.Tensor) -> torch.Tensor:
+    """A copy of [T, C] each, joined along C, by a kernel that can be recorded."""
+    return cat_heads([part[:, None] for part in parts]).flatten(1)
 
 
 def load_draft_head(

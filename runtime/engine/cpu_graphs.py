@@ -7,7 +7,7 @@ of sequences and then replayed without Python.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -15,11 +15,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from llmkit.kernels.cpu import cpu_kernels
 from llmkit.model.decoder import Decoder
+from llmkit.model.draft_head import DraftHead
 from llmkit.model.language_model import LayerCache
+from llmkit.runtime.engine.graph_runner import NoMixedGraphs, Sampler
 from llmkit.runtime.engine.sampling_tensors import SamplingTensors
 from llmkit.runtime.engine.slot_block_tables import BlockTables, SlotBlockTables
 from llmkit.runtime.engine.state_scheduler import StateRows
-from llmkit.runtime.engine.static_batch import StaticDecodeBatch
+from llmkit.runtime.engine.static_batch import StaticDecodeBatch, has_recurrent_states
 
 # Rows times hidden size of a step that is replayed. In larger steps Python is a small part.
 MAX_HIDDEN_ELEMENTS = 1 << 15
@@ -66,14 +68,15 @@ class CpuGraph(StaticDecodeBatch):
 
     def __init__(
         self,
-        model: Decoder,
+        model: Decoder | DraftHead,
+        kv_caches: Sequence[LayerCache],
         num_rows: int,
         num_tokens: int,
         block_tables: SlotBlockTables,
         block_size: int,
     ) -> None:
         padding_blocks = dict.fromkeys(model.spec.sliding_windows, 0)
-        padding_state_row = None if model.spec.recurrent is None else 0  # no row is unused
+        padding_state_row = 0 if has_recurrent_states(kv_caches) else None  # no row is unused
         super().__init__(
             num_rows,
             block_tables,
@@ -91,29 +94,30 @@ class CpuGraph(StaticDecodeBatch):
             self.per_layer_inputs = torch.zeros(shape).transpose(0, 1)
         self.output = self.input  # [tokens, H], after the last norm
         self.aux_hidden_states: dict[int, torch.Tensor] = {}  # see `Decoder.aux_hidden_states`
+        self._model = model
+        self._kv_caches = kv_caches
         self.cos_sin = model.cos_sin(self.positions)
         self._program = b""
         self._allocated: list[torch.Tensor] = []  # tensors that the program reads and writes
 
-    def embed(self, model: Decoder, token_ids: torch.Tensor) -> None:
+    def embed(self, token_ids: torch.Tensor) -> None:
         """Write the input of the first layer. Call `fill` before."""
-        hidden = model.embed_tokens(token_ids)
+        hidden, per_layer_inputs = self._model.embed(token_ids)
         self.input.copy_(hidden)
-        per_layer_inputs = model.embed_tokens.per_layer_inputs(token_ids, hidden)
         if self.per_layer_inputs is not None and per_layer_inputs is not None:
             self.per_layer_inputs.copy_(per_layer_inputs)
-        for name, cos_sin in model.cos_sin(self.positions).items():
+        for name, cos_sin in self._model.cos_sin(self.positions).items():
             for recorded, value in zip(self.cos_sin[name], cos_sin, strict=True):
                 if recorded is not None and value is not None:
                     recorded.copy_(value)
 
-    def record(self, model: Decoder, kv_caches: Sequence[LayerCache]) -> bool:
+    def record(self) -> bool:
         """Run the layers and record them. Returns False when they cannot be replayed."""
         with cpu_kernels.recording() as recorder, _TorchWatcher() as watcher:
-            self.output = model.run_layers(
-                self.input, self.cos_sin, self.batch, kv_caches, self.per_layer_inputs
+            self.output = self._model.run_layers(
+                self.input, self.cos_sin, self.batch, self._kv_caches, self.per_layer_inputs
             )
-        self.aux_hidden_states = model.aux_hidden_states
+        self.aux_hidden_states = self._model.aux_hidden_states
         if watcher.computed:
             return False
         self._program = recorder.program()
@@ -126,19 +130,19 @@ class CpuGraph(StaticDecodeBatch):
         cpu_kernels.library.run(self._program)
 
 
-class CpuGraphRunner:
-    """The recorded decode steps of a model, by numbers of sequences and tokens.
+class CpuGraphRunner(NoMixedGraphs):
+    """The recorded decode steps of a model, by numbers of sequences and tokens (`GraphRunner`).
 
     A step is recorded when the decode step before had as many of both. A step that verifies drafts
     is a decode step, too.
     """
 
     samples_tokens = False  # `run` returns logits only
-    sampler = None
+    sampler: Sampler | None = None
 
     def __init__(
         self,
-        model: Decoder,
+        model: Decoder | DraftHead,
         kv_caches: Sequence[LayerCache],
         max_blocks: int,
         block_size: int,
@@ -167,13 +171,16 @@ class CpuGraphRunner:
         """How many recordings are in memory."""
         return len(self._graphs)
 
-    def should_run(self, num_rows: int, num_tokens: int) -> bool:
-        """Whether `run` shall run a decode step of this size. Call it once a step.
+    def should_run(self, query_lens: Sequence[int], adapter_ids: Collection[int] = ()) -> bool:
+        """See `GraphRunner.should_run`.
 
         The step must be small, and either recorded already or as large as the step before,
-        whose size this method remembers.
+        whose size this method remembers. Adapters are applied by torch.
         """
-        key = (num_rows, num_tokens)
+        if any(adapter_ids):
+            return False
+        num_tokens = sum(query_lens)
+        key = (len(query_lens), num_tokens)
         repeats = key == self._last_key or key in self._graphs
         self._last_key = key
         is_small = num_tokens * self._model.spec.hidden_size <= MAX_HIDDEN_ELEMENTS
@@ -188,24 +195,24 @@ class CpuGraphRunner:
         sampling: SamplingTensors,
         num_sampled: Sequence[int],
         query_lens: Sequence[int] | None = None,
+        adapter_ids: Sequence[int] = (),
         slots: Sequence[int] | None = None,
         state_rows: Sequence[StateRows] = (),
     ) -> tuple[torch.Tensor, None]:
-        """The logits [tokens, V] after `token_ids` [tokens].
-
-        See `CudaGraphRunner.run` for the arguments.
-        """
+        """See `GraphRunner.run`."""
         key = (len(seq_lens), len(positions))
         graph = self._graphs.get(key)
         is_recorded = graph is not None
         if graph is None:
-            graph = CpuGraph(self._model, *key, self._block_tables, self._block_size)
+            graph = CpuGraph(
+                self._model, self._kv_caches, *key, self._block_tables, self._block_size
+            )
         graph.fill(positions, seq_lens, block_tables, query_lens, slots, state_rows)
-        graph.embed(self._model, token_ids)
+        graph.embed(token_ids)
         if is_recorded:
             graph.replay()
             self._graphs.move_to_end(key)
-        elif graph.record(self._model, self._kv_caches):
+        elif graph.record():
             self._graphs[key] = graph
             if len(self._graphs) > MAX_RECORDINGS:
                 self._graphs.popitem(last=False)

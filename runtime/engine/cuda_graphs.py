@@ -27,6 +27,7 @@ from llmkit.model.draft_head import DraftHead
 from llmkit.model.language_model import LayerCache
 from llmkit.model.lora import LoraManager
 from llmkit.model.spec import ModelSpec
+from llmkit.runtime.engine.graph_runner import Sampler
 from llmkit.runtime.engine.sampling_tensors import (
     SamplingTensors,
     num_packed_values,
@@ -45,7 +46,6 @@ MIXED_SIZES = (16, *range(32, 256, 32), *range(256, MAX_MIXED_TOKENS, 64))
 # Memory of the driver for each kernel of a graph: estimated, not measured.
 BYTES_PER_KERNEL = 8 << 10
 KERNELS_PER_LAYER = 14
-Sampler = Callable[..., torch.Tensor]
 TRITON_SAMPLER: Sampler | None = None if tl is None else sample
 
 
@@ -248,7 +248,7 @@ class DecodeGraph(StaticDecodeBatch):
 
 
 class CudaGraphRunner:
-    """The CUDA graphs of a model.
+    """The CUDA graphs of a model (`GraphRunner`).
 
     The KV caches must have one block more than the scheduler allocates: the padding block.
     """
@@ -361,18 +361,13 @@ class CudaGraphRunner:
         if self._captures_all:
             self.capture_all()
 
-    def should_run(
-        self, num_rows: int, query_len: int = 1, adapter_ids: Collection[int] = ()
-    ) -> bool:
-        """Whether `run` can run a step of this many sequences.
-
-        query_len: the most tokens of a sequence. adapter_ids: those of the sequences.
-        """
+    def should_run(self, query_lens: Sequence[int], adapter_ids: Collection[int] = ()) -> bool:
+        """See `GraphRunner.should_run`."""
         adapters = self._adapters
         for adapter_id in adapter_ids:
             if adapter_id and (adapters is None or adapters.slot(adapter_id) is None):
                 return False
-        return self.enabled and self._size(num_rows, query_len) is not None
+        return self.enabled and self._size(len(query_lens), max(query_lens)) is not None
 
     def run(
         self,
@@ -387,14 +382,7 @@ class CudaGraphRunner:
         slots: Sequence[int] | None = None,
         state_rows: Sequence[StateRows] = (),
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """One decode step: the logits [tokens, V] and the sampled token ids [tokens].
-
-        token_ids: int64 [tokens], the last known token of each sequence and its drafts. seq_lens:
-        tokens of each sequence, those included. sampling, num_sampled: of each token; the output
-        tokens before the one that is sampled. query_lens: tokens of each sequence in this step;
-        None: one each. adapter_ids: the adapter of each token, 0 for none; (): no token has one.
-        slots, state_rows: of each sequence, see `StaticDecodeBatch.fill`.
-        """
+        """See `GraphRunner.run`."""
         adapters = self._adapters if any(adapter_ids) else None
         query_len = 1 if query_lens is None else max(query_lens)
         size = self._size(len(seq_lens), query_len)
@@ -411,7 +399,7 @@ class CudaGraphRunner:
         return graph.logits[: len(token_ids)], graph.sampled_token_ids[: len(token_ids)]
 
     def should_run_mixed(self, num_rows: int, num_tokens: int) -> bool:
-        """Whether `run_mixed` can run a step of this many sequences and tokens."""
+        """See `GraphRunner.should_run_mixed`."""
         return self.enabled and self._mixed_key(num_rows, num_tokens) is not None
 
     def run_mixed(
@@ -425,11 +413,7 @@ class CudaGraphRunner:
         query_lens: Sequence[int],
         slots: Sequence[int] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """A step with prompts beside decodes: logits [rows, V] and sampled token ids [rows].
-
-        token_ids: int64 [tokens], those of each sequence after those of the one before. sampling,
-        num_sampled: of each sequence, after whose last token is sampled. For the others see `run`.
-        """
+        """See `GraphRunner.run_mixed`."""
         num_rows = len(seq_lens)
         key = self._mixed_key(num_rows, len(token_ids))
         assert key is not None, "a step that should_run_mixed refuses"

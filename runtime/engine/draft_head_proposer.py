@@ -76,8 +76,8 @@ class DraftHeadProposer(DraftModelProposer):
         if rows is not None and rows.sequence is sequence:
             del self._rows_of_slot[sequence.slot]
 
-    def run(self, step: SchedulerOutput) -> torch.Tensor | None:
-        """The draft tokens of all requests in their order: int64 [n] on the device, or None."""
+    def _run(self, step: SchedulerOutput) -> torch.Tensor | None:
+        """See `DraftModelProposer.run`."""
         drafting = [request for request in step.requests if request.num_draft_tokens]
         if not drafting:
             return None
@@ -97,6 +97,17 @@ class DraftHeadProposer(DraftModelProposer):
         token_ids: int64 [T], of the step. sampled_token_ids: int64 [sampled rows], -1 for none.
         hidden: [T, C], what `draft_inputs` returned for the step.
         """
+        with self._few_threads():
+            self._observe(step, token_ids, sampled_token_ids, hidden)
+
+    def _observe(
+        self,
+        step: SchedulerOutput,
+        token_ids: torch.Tensor,
+        sampled_token_ids: torch.Tensor,
+        hidden: torch.Tensor,
+    ) -> None:
+        """See `observe`."""
         sampled_rows: list[int] = []  # those of the step's tokens
         known_rows: list[int] = []  # whose next token is in the prompt
         known_token_ids: list[int] = []

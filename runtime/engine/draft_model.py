@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
+from contextlib import AbstractContextManager, nullcontext
 from itertools import accumulate
 
 import torch
 
+from llmkit.kernels.cpu import cpu_kernels
 from llmkit.kernels.sampling import sample
 from llmkit.model.decoder import Decoder
 from llmkit.model.draft_head import DraftHead
 from llmkit.model.language_model import LanguageModel, new_layer_caches
+from llmkit.runtime.engine.cpu_graphs import CpuGraphRunner
 from llmkit.runtime.engine.cuda_graphs import CudaGraphRunner
 from llmkit.runtime.engine.engine_config import EngineConfig
-from llmkit.runtime.engine.no_graphs import NoGraphRunner
+from llmkit.runtime.engine.graph_runner import GraphRunner, NoGraphRunner
 from llmkit.runtime.engine.paged_model import PagedModel, Span, int64_tensor
 from llmkit.runtime.engine.sampling_tensors import (
     SamplingTensorCache,
@@ -57,20 +61,34 @@ class DraftModelProposer:
         self.paged_model = PagedModel(model, kv_caches, config, table_of_window)
         self._sampling_tensors = SamplingTensorCache()
         self._graph_sampling_tensors = SamplingTensorCache()  # of all tokens of a graph's step
-        self.graph_runner: CudaGraphRunner | NoGraphRunner = NoGraphRunner()
+        self.graph_runner: GraphRunner = NoGraphRunner()
+        max_blocks = -(-config.max_model_len // config.block_size)
+        # What torch does beside compiled kernels is too little for several threads.
+        self._few_threads: Callable[[], AbstractContextManager[None]] = nullcontext
+        if self.paged_model.is_compiled:
+            self._few_threads = cpu_kernels.torch_on_one_thread
         # After `_compute`: the hidden states of its tokens.
         self._hidden_states = torch.empty(0)
         if on_gpu and isinstance(model, Decoder | DraftHead):
             self.graph_runner = CudaGraphRunner(
                 model,
                 kv_caches,
-                -(-config.max_model_len // config.block_size),
+                max_blocks,
                 config.block_size,
                 config.max_num_seqs,
                 enabled=not config.enforce_eager,
                 max_query_len=max_query_len,
                 max_capture_size=config.max_cudagraph_capture_size,
                 hidden_size=hidden_size,
+            )
+        elif isinstance(model, Decoder | DraftHead):
+            self.graph_runner = CpuGraphRunner(
+                model,
+                kv_caches,
+                max_blocks,
+                config.block_size,
+                config.max_num_seqs,
+                enabled=not config.enforce_eager,
             )
 
     def propose(self, sequence: Sequence, max_tokens: int) -> list[int]:
@@ -81,7 +99,12 @@ class DraftModelProposer:
         """See `DraftProposer.forget`; nothing is stored."""
 
     def run(self, step: SchedulerOutput) -> torch.Tensor | None:
-        """The draft tokens of all requests in their order: int64 [n] on the device, or None.
+        """The draft tokens of all requests in their order: int64 [n] on the device, or None."""
+        with self._few_threads():
+            return self._run(step)
+
+    def _run(self, step: SchedulerOutput) -> torch.Tensor | None:
+        """See `run`.
 
         First the draft model computes the known tokens of each sequence that its cache does not
         have yet. Then each round samples one draft token for every request that has drafts left and
@@ -170,9 +193,7 @@ class DraftModelProposer:
         inputs = self.paged_model.forward_inputs(spans)
         model = self.paged_model.model
         graph_runner = self.graph_runner
-        if not isinstance(graph_runner, CudaGraphRunner) or not graph_runner.should_run(
-            len(spans), max(inputs.query_lens)
-        ):
+        if not graph_runner.should_run(inputs.query_lens):
             self._hidden_states = self.paged_model.forward(token_ids, inputs)
             if not rows:
                 return token_ids[:0]
@@ -194,9 +215,12 @@ class DraftModelProposer:
             slots=inputs.slots,
         )
         self._hidden_states = graph_runner.hidden_states
+        if not rows:
+            return token_ids[:0]
         chosen = self._to_device(rows)
         if not graph_runner.samples_tokens:
             return self._sample(logits[chosen].float(), sequences, counters)
+        assert sampled is not None
         # -1, where logits are not finite, is no token; the large model does not accept another.
         return sampled[chosen].clamp_min(0)
 

@@ -25,11 +25,11 @@ from llmkit.runtime.engine.draft_head_proposer import DraftHeadProposer
 from llmkit.runtime.engine.draft_model import DraftModelProposer
 from llmkit.runtime.engine.drafting import accepted_tokens
 from llmkit.runtime.engine.engine_config import EngineConfig
+from llmkit.runtime.engine.graph_runner import GraphRunner, NoGraphRunner
 from llmkit.runtime.engine.logits_processors import (
     TokenTables,
     apply_logits_processors,
 )
-from llmkit.runtime.engine.no_graphs import NoGraphRunner
 from llmkit.runtime.engine.paged_model import ForwardInputs, PagedModel, int64_tensor
 from llmkit.runtime.engine.sampling_tensors import (
     SamplingTensorCache,
@@ -204,7 +204,7 @@ class ModelRunner:
         self.paged_model = PagedModel(model, kv_caches, config, table_of_window)
 
         max_blocks = -(-config.max_model_len // config.block_size)
-        self.graph_runner: CpuGraphRunner | CudaGraphRunner | NoGraphRunner
+        self.graph_runner: GraphRunner
         if not isinstance(model, Decoder):
             self.graph_runner = NoGraphRunner()
         elif on_gpu:
@@ -231,14 +231,6 @@ class ModelRunner:
                 enabled=not config.enforce_eager,
             )
         self._graphs_enabled = True
-        # Whether compiled CPU kernels compute a step; torch has little to do beside them.
-        self._is_compiled = (
-            isinstance(model, Decoder)
-            and cpu_kernels.library is not None
-            and not on_gpu
-            and config.dtype == torch.float32
-            and not any(layer.is_moe for layer in model.spec.layers)
-        )
         self._is_recurrent = config.has_recurrent_states
         self._sampling_tensors = SamplingTensorCache()
         self._sampled_rows: SampledRows | None = None  # of the last step
@@ -323,20 +315,15 @@ class ModelRunner:
             has_drafts = len(rows.sequences) > len(requests)
             if has_drafts or rows.has_adapters:
                 return False
-            if isinstance(self.graph_runner, CpuGraphRunner | NoGraphRunner):
-                return False
             return self.graph_runner.should_run_mixed(len(requests), num_tokens)
-        if isinstance(self.graph_runner, CpuGraphRunner | NoGraphRunner):
-            if rows.has_adapters:
-                return False
-            return self.graph_runner.should_run(len(requests), num_tokens)
-        query_len = max(request.num_tokens for request in requests)
         adapter_ids = set(rows.adapter_ids) if rows.has_adapters else ()
-        return self.graph_runner.should_run(len(requests), query_len, adapter_ids)
+        query_lens = [request.num_tokens for request in requests]
+        return self.graph_runner.should_run(query_lens, adapter_ids)
 
     def execute(self, inputs: StepInputs) -> StepResult:
         """Compute the logits of all sampled rows."""
-        if not self._is_compiled or inputs.rows.has_adapters or inputs.wants_prompt_logprobs:
+        uses_torch = inputs.rows.has_adapters or inputs.wants_prompt_logprobs
+        if uses_torch or not self.paged_model.is_compiled:
             return self._execute(inputs)
         with cpu_kernels.torch_on_one_thread():
             return self._execute(inputs)
@@ -344,7 +331,7 @@ class ModelRunner:
     def _execute(self, inputs: StepInputs) -> StepResult:
         if inputs.use_graph:
             result = self._run_graph(inputs)
-            if self.draft_head is None or isinstance(self.graph_runner, NoGraphRunner):
+            if self.draft_head is None:
                 return result
             return replace(result, hidden_states=self.graph_runner.hidden_states)
 
@@ -381,10 +368,6 @@ class ModelRunner:
             inputs.rows.sampling,
             inputs.num_sampled,
         )
-        if isinstance(self.graph_runner, CpuGraphRunner | NoGraphRunner):
-            run = self.graph_runner.run
-            of_requests = (forward.query_lens, forward.slots, forward.state_rows)
-            return StepResult(*run(*for_all, *of_requests))
         query_lens = forward.query_lens
         if len(inputs.token_ids) > len(inputs.rows.sequences):
             mixed = self.graph_runner.run_mixed(*for_all, query_lens, forward.slots)
@@ -397,16 +380,15 @@ class ModelRunner:
         )
 
     def capture_graphs(self, captured: Callable[[int, int], None] = lambda *_: None) -> None:
-        """Capture all CUDA graphs. captured: see `CudaGraphRunner.capture_all`."""
+        """Capture all CUDA graphs. captured: see `GraphRunner.capture_all`."""
         draft = None if self.draft_model is None else self.draft_model.graph_runner
         for runner in (self.graph_runner, draft):
-            if runner is not None and not isinstance(runner, CpuGraphRunner | NoGraphRunner):
+            if runner is not None:
                 runner.capture_all(captured)
 
     def update_adapter_graphs(self) -> None:
         """Capture graphs for the adapters as they are now. Call it after they have changed."""
-        if not isinstance(self.graph_runner, CpuGraphRunner | NoGraphRunner):
-            self.graph_runner.update_adapters()
+        self.graph_runner.update_adapters()
 
     def sample(
         self, inputs: StepInputs, result: StepResult

@@ -10,8 +10,11 @@ import numpy as np
 import torch
 
 from llmkit.kernels.attention_metadata import AttentionBatch, BlockTable, Int64Array
+from llmkit.kernels.cpu import cpu_kernels
 from llmkit.kernels.device_copy import to_device
 from llmkit.kernels.recurrent_state import RecurrentBatch, RecurrentState
+from llmkit.model.decoder import Decoder
+from llmkit.model.draft_head import DraftHead
 from llmkit.model.language_model import LanguageModel, LayerCache
 from llmkit.runtime.engine.engine_config import EngineConfig
 from llmkit.runtime.engine.sequence import Sequence
@@ -38,7 +41,7 @@ class PagedModel:
 
     def __init__(
         self,
-        model: LanguageModel,
+        model: LanguageModel | DraftHead,
         kv_caches: list[LayerCache],
         config: EngineConfig,
         table_of_window: Mapping[int | None, int],
@@ -61,6 +64,14 @@ class PagedModel:
             for cache in kv_caches
             if isinstance(cache, RecurrentState)
             for tensor in cache.tensors
+        )
+        # Whether compiled CPU kernels compute a step; torch has little to do beside them.
+        self.is_compiled = (
+            isinstance(model, Decoder | DraftHead)
+            and cpu_kernels.library is not None
+            and config.device.type == "cpu"
+            and model.dtype == torch.float32
+            and not any(layer.layer.is_moe and not layer.cpu_experts for layer in model.layers)
         )
         # Whether a request can be so long that its positions have an offset.
         self._has_rope_offsets = model.spec.rope_offset(config.max_model_len) != 0

@@ -9,7 +9,8 @@ import numpy as np
 import torch
 
 from llmkit.kernels.attention_metadata import AttentionBatch, BlockTable, Int64Array
-from llmkit.kernels.recurrent_state import DeviceRows, RecurrentBatch
+from llmkit.kernels.recurrent_state import DeviceRows, RecurrentBatch, RecurrentState
+from llmkit.model.language_model import LayerCache
 from llmkit.runtime.engine.slot_block_tables import BlockTables, SlotBlockTables
 from llmkit.runtime.engine.state_scheduler import StateRows
 
@@ -207,3 +208,8 @@ class StaticDecodeBatch:
         paddings = self.padding_blocks.values()
         for slot_mapping, padding in zip(self._host_slot_mappings, paddings, strict=True):
             slot_mapping[num_tokens:] = padding * self.block_size
+
+
+def has_recurrent_states(caches: Sequence[LayerCache]) -> bool:
+    """Whether a layer keeps a recurrent state."""
+    return any(isinstance(cache, RecurrentState) and cache.conv.numel() for cache in caches)

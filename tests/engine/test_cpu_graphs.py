@@ -183,7 +183,8 @@ def test_recording_that_fails_restores_the_library(
 
     monkeypatch.setattr(one.model, "run_layers", fail)
     tables = SlotBlockTables(1, 8, dict.fromkeys(one.model.spec.sliding_windows, 0))
-    recording = cpu_graphs.CpuGraph(one.model, 1, 1, tables, 16)
+    caches = one.runner.paged_model.kv_caches
+    recording = cpu_graphs.CpuGraph(one.model, caches, 1, 1, tables, 16)
     with pytest.raises(MemoryError):
-        recording.record(one.model, one.runner.paged_model.kv_caches)
+        recording.record()
     assert cpu_kernels.library is library

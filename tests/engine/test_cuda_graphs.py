@@ -177,7 +177,7 @@ def test_cuda_graphs_of_all_sizes_are_captured_at_the_start(tmp_path: Path) -> N
     assert [key.num_rows for key in graphs.graphs] == sizes[::-1], "the largest first"
     assert progress == [(number, 9) for number in range(1, 10)]
     assert Rerun.made == before + 9
-    assert graphs.should_run(44) and not graphs.should_run(45)
+    assert graphs.should_run([1] * 44) and not graphs.should_run([1] * 45)
     asked = SamplingParams(temperature=0, max_tokens=3, ignore_eos=True)
     one.generate([[5, 6 + number] for number in range(44)], asked)
     answers(one)
@@ -206,9 +206,9 @@ def test_cuda_graphs_over_the_option_are_never_captured(tmp_path: Path, limit: i
     graphs.capture_all()
     # For one token each 1, 2, 4, 8 and 9 sequences; for four tokens 1 and 2.
     assert Rerun.made - before == (7 if limit else 0)
-    assert [graphs.should_run(rows) for rows in (1, 9, 10)] == [limit > 0, limit > 0, False]
-    assert [graphs.should_run(rows, 4) for rows in (1, 2, 3)] == [limit > 0, limit > 0, False]
-    assert not graphs.should_run(1, 5)
+    assert [graphs.should_run([1] * rows) for rows in (1, 9, 10)] == [limit > 0, limit > 0, False]
+    assert [graphs.should_run([4] * rows) for rows in (1, 2, 3)] == [limit > 0, limit > 0, False]
+    assert not graphs.should_run([5])
 
 
 LOOPING = [[5, 6, 7, 8] * 6, [9] * 20, [11, 12, 11, 12, 11], [3], [4, 4], [8, 9, 10] * 9]
@@ -399,8 +399,8 @@ def test_cuda_graphs_are_not_used_for_prompts(tmp_path: Path) -> None:
     one = graphed(tiny_checkpoint(tmp_path))
     asked: list[int] = []
     should_run = one.runner.graph_runner.should_run
-    one.runner.graph_runner.should_run = lambda rows, *more: (  # type: ignore[method-assign]
-        asked.append(rows) or should_run(rows, *more)
+    one.runner.graph_runner.should_run = lambda lens, *more: (  # type: ignore[method-assign]
+        asked.append(len(lens)) or should_run(lens, *more)
     )
     one.generate([[5] * 40], SamplingParams(temperature=0, max_tokens=5, ignore_eos=True))
     assert asked == [1] * 4, "not for the prompt"

@@ -26,8 +26,8 @@ from llmkit.runtime.engine.engine_config import EngineConfig
 from llmkit.runtime.engine.engine_errors import RequestError
 from llmkit.runtime.engine.engine_outputs import EngineOutput, EngineStats, Logprobs
 from llmkit.runtime.engine.engine_request import EngineRequest
+from llmkit.runtime.engine.graph_runner import NoGraphRunner
 from llmkit.runtime.engine.model_runner import InFlightStep, StepInputs, StepResult
-from llmkit.runtime.engine.no_graphs import NoGraphRunner
 from llmkit.runtime.engine.paged_model import ForwardInputs
 from llmkit.runtime.engine.sampling_params import SamplingParams
 from llmkit.runtime.engine.scheduler_output import (
@@ -118,15 +118,15 @@ def test_model_runner_records_requests_of_the_whole_length(
 
 def test_model_runner_replays_plain_decode_steps_only(decoder: Decoder) -> None:
     """The graph runner is asked once a step, with its number of requests, unless it is too much."""
-    asked: list[tuple[int, int]] = []
+    asked: list[list[int]] = []
     running = engine(decoder, prefill_chunk_size=1, max_num_batched_tokens=3)
-    running.runner.graph_runner.should_run = lambda *key: asked.append(key) or True  # type: ignore
+    running.runner.graph_runner.should_run = lambda lens, _: asked.append(lens) or True  # type: ignore
     plain = EngineRequest("plain", [5], GREEDY)
     assert inputs_of(running, plain).use_graph
-    assert asked == [(1, 1)]
+    assert asked == [[1]]
     with running.runner.without_graphs():
         assert not running.runner.prepare_inputs(running.scheduler.schedule()).use_graph
-    assert asked == [(1, 1)]
+    assert asked == [[1]]
     for other in (
         EngineRequest("adapter", [5], GREEDY, adapter="it"),
         EngineRequest("pooled", [5], replace(GREEDY, max_tokens=1), pooling="last"),
@@ -134,7 +134,7 @@ def test_model_runner_replays_plain_decode_steps_only(decoder: Decoder) -> None:
     ):
         running = engine(decoder)
         running.runner.adapters.adapter_ids["it"] = 1
-        running.runner.graph_runner.should_run = lambda *_: True  # type: ignore[method-assign]
+        running.runner.graph_runner.should_run = lambda _, ids: not any(ids)  # type: ignore
         inputs = inputs_of(running, plain, other)
         assert not inputs.use_graph, other.request_id
         assert not inputs.wants_prompt_logprobs
@@ -457,7 +457,7 @@ def test_engine_generates_on_an_idle_engine_only(decoder: Decoder) -> None:
 
 def test_model_that_cannot_be_recorded_runs_every_step() -> None:
     runner = NoGraphRunner()
-    assert [runner.should_run(rows, rows) for rows in (1, 1)] == [False, False]
+    assert [runner.should_run([1] * rows) for rows in (1, 1)] == [False, False]
     assert not runner.samples_tokens
     assert not CpuGraphRunner.samples_tokens
     with pytest.raises(AssertionError):
@@ -478,16 +478,17 @@ def graph_runner(
 def test_cpu_graphs_run_a_step_as_large_as_the_one_before() -> None:
     runner = graph_runner()
     assert runner.num_graphs == 0
-    assert [runner.should_run(rows, rows) for rows in (0, 2, 2, 3, 2, 2)] == [
+    assert [runner.should_run([1] * rows) for rows in (0, 2, 2, 3, 2, 2)] == [
         True, False, True, False, False, True
     ]  # fmt: skip
     runner._graphs[5, 5] = None  # type: ignore[assignment]
-    assert [runner.should_run(rows, rows) for rows in (5, 5, 4, 4)] == [True, True, False, True]
+    assert [runner.should_run([1] * rows) for rows in (5, 5, 4, 4)] == [True, True, False, True]
     assert runner.num_graphs == 1
     assert cpu_graphs.MAX_HIDDEN_ELEMENTS == 32768
-    assert [runner.should_run(rows, rows) for rows in (8, 8, 9, 9)] == [False, True, False, False]
+    assert [runner.should_run([1] * rows) for rows in (8, 8, 9, 9)] == [False, True, False, False]
+    assert runner.should_run([1] * 5) and not runner.should_run([1] * 5, {0, 3}), "an adapter"
     runner.enabled = False
-    assert [runner.should_run(rows, rows) for rows in (5, 2, 2)] == [False] * 3
+    assert [runner.should_run([1] * rows) for rows in (5, 2, 2)] == [False] * 3
 
 
 @needs_library
