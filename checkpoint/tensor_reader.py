@@ -141,13 +141,16 @@ def read_into(path: Path, start: int, view: memoryview) -> None:
         raise InputError(f"{path} cannot be read ({error.strerror})") from error
 
 
-def row_chunks(info: TensorInfo, limit: int = CHUNK_BYTES) -> Iterator[tuple[int, int]]:
-    """Intervals of a tensor's rows. Each has at most about `limit` bytes, and at least one row.
+def row_chunks(
+    info: TensorInfo, limit: int = CHUNK_BYTES, block_rows: int = 1
+) -> Iterator[tuple[int, int]]:
+    """Intervals of a tensor's rows: blocks of `block_rows` rows, at least one of them.
 
-    A number, which has no dimensions, is one row.
+    Each has at most about `limit` bytes. A number, which has no dimensions, is one row.
     """
     count = info.shape[0] if info.shape else 1
-    step = max(1, limit * count // max(1, info.nbytes))
+    step = limit * count // max(1, info.nbytes)
+    step = max(1, step // block_rows) * block_rows
     for start in range(0, count, step):
         yield start, min(start + step, count)
 

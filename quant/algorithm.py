@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -16,6 +17,7 @@ import torch
 from llmkit.checkpoint.quantized_weight import QuantizedWeight, Scheme
 from llmkit.model.parameter import Parameter
 from llmkit.quant.input_stats import InputStats, StatKind
+from llmkit.quant.parameter_writer import rows_by_tensor
 from llmkit.quant.smoothing_mappings import SmoothingMapping
 
 
@@ -27,6 +29,23 @@ class QuantTarget:
     name: str  # within its decoder layer: "attn.qkv"
     scheme: Scheme
     scale_dtype: torch.dtype  # the dtype that the output format stores scales in
+
+    @cached_property
+    def row_blocks(self) -> torch.Tensor | None:
+        """The number of each row's block [out]; None where blocks have one row or all rows.
+
+        Blocks begin with each checkpoint tensor, not with the runtime tensor.
+        """
+        size = self.scheme.block_rows
+        if size in (1, -1):
+            return None
+        blocks = torch.empty(self.parameter.shape[0], dtype=torch.int64)
+        first = 0
+        for pieces in rows_by_tensor(self.parameter).values():
+            rows = torch.cat([torch.arange(piece.start, piece.stop) for piece in pieces])
+            blocks[rows] = first + torch.arange(len(rows)) // size
+            first += -(-len(rows) // size)
+        return blocks
 
 
 @dataclass

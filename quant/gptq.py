@@ -13,9 +13,8 @@ from dataclasses import dataclass
 import torch
 
 from llmkit.checkpoint.quantized_weight import QuantizedWeight
-from llmkit.kernels.activation_quant import FP8
 from llmkit.quant.algorithm import QuantizeResult, QuantTarget
-from llmkit.quant.gptq_block import quantize_block
+from llmkit.quant.gptq_block import FP4_VALUES, FP8_VALUES, quantize_block
 from llmkit.quant.grid import FULL_SEARCH, Grid, RangeSearch, fit_grid
 from llmkit.quant.input_stats import (
     InputStats,
@@ -57,7 +56,9 @@ class GptqQuantizer:
         # Measured on SmolLM2: the importance lowers the output error of q, k and v by 5 to 9 %,
         # and that of the other linears by 0.3 %. sqrt makes a copy, so the Hessian can be freed.
         importance = input_stats.hessian.diagonal().clamp(min=0).sqrt()
-        grid = fit_grid(weight, target.scheme, target.scale_dtype, self.search, importance)
+        grid = fit_grid(
+            weight, target.scheme, target.scale_dtype, self.search, importance, target.row_blocks
+        )
         energy = output_energy(weight, input_stats.hessian)
         # Free the buffers of the search before there are two matrices of the Hessian's size.
         trim_heap()
@@ -108,10 +109,7 @@ def gptq(
     q, lost = _quantize_columns(
         _permuted_columns(weight, perm), hinv, grid, group_index, block_size
     )
-    q = torch.empty_like(q).index_copy_(0, perm, q).T.contiguous()
-    if grid.scheme.kind == "float":
-        q = q.view(FP8)
-    quantized = QuantizedWeight(q, grid.scales, grid.zeros, grid.scheme)
+    quantized = grid.weight_of(torch.empty_like(q).index_copy_(0, perm, q).T.contiguous())
     # The loop measures the loss against the dampened H. Subtract the dampening's part.
     lost = max(0.0, lost - added * squared_distance(weight, quantized))
     return quantized, used_frac, lost
@@ -188,8 +186,9 @@ def _quantize_columns(
     group_index [in]: the group of each row. Returns the quantized values as bytes [in, out], and
     the sum of all squared errors over Hinv's diagonal.
     """
-    is_float = grid.scheme.kind == "float"
-    max_q = 0 if is_float else (1 << grid.scheme.bits) - 1
+    max_q = (1 << grid.scheme.bits) - 1
+    if grid.scheme.kind == "float":
+        max_q = FP4_VALUES if grid.scheme.is_fp4 else FP8_VALUES
     scales = grid.scales.T.float().contiguous()
     zeros = grid.zeros.T.float().contiguous()
     q = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
@@ -205,7 +204,7 @@ def _quantize_columns(
         block_q, errors = quantize_block(
             weight[start:stop], hinv_block, scales[groups], zeros[groups], max_q
         )
-        q[start:stop] = block_q.to(FP8).view(torch.uint8) if is_float else block_q
+        q[start:stop] = grid.codes(block_q)
         weight[stop:].addmm_(hinv_after.T, errors, alpha=-1)
         lost += errors.square().sum(dtype=torch.float64)
     return q, lost.item()

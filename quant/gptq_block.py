@@ -2,19 +2,22 @@
 
 Legend: B columns of a weight in the block, `out` its rows. Everything is transposed, [B, out], so
 that a column of the weight is a contiguous row. A quantized value q is 0 .. max_q and represents
-(q - zero) * scale. With max_q 0 the values are FP8 numbers.
+(q - zero) * scale. With max_q FP8_VALUES or FP4_VALUES they are numbers of these types.
 """
 
 from __future__ import annotations
 
 import torch
 
-from llmkit.kernels.activation_quant import FP8, FP8_MAX
+from llmkit.kernels.activation_quant import FP8, FP8_MAX, round_to_fp4
 from llmkit.kernels.triton_support import jit, runs_triton, tl
 
 # Outputs of one program: the width of a warp. 4,096 outputs give 128 programs, about one for each
 # multiprocessor.
 _TILE = 32
+# Values of `max_q` for floats.
+FP8_VALUES = 0
+FP4_VALUES = -1
 
 
 def quantize_block(
@@ -29,7 +32,7 @@ def quantize_block(
     weight: float32 [B, out], B up to 128; it is consumed.
     hinv: float32 [B, B], the block's part of the upper triangular Hinv with inverse(H) = Hinv'Hinv.
     scales, zeros: float32 [B, out], those of each column's group.
-    max_q: the largest quantized value, or 0 for FP8 e4m3, whose zeros are 0.
+    max_q: the largest quantized value, or FP8_VALUES (e4m3) or FP4_VALUES (E2M1) with zeros of 0.
     All are contiguous, except for hinv.
 
     Returns the quantized values as numbers, and the errors divided by Hinv's diagonal, both float32
@@ -54,8 +57,10 @@ def quantize_block_reference(
         column_q = q[i]
         error = errors[i]
         torch.div(weight[i], scales[i], out=column_q)
-        if max_q:
+        if max_q > 0:
             column_q.round_().add_(zeros[i]).clamp_(0, max_q)
+        elif max_q == FP4_VALUES:
+            column_q.copy_(round_to_fp4(column_q))
         else:
             column_q.copy_(column_q.clamp_(-FP8_MAX, FP8_MAX).to(FP8))
         torch.sub(column_q, zeros[i], out=centered)
@@ -140,6 +145,11 @@ def _quantize_block(
             step = tl.clamp(step, -448.0, 448.0)
             leading = (step.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
             shift = tl.maximum(leading, 0.015625) * 1572864.0
+            step = (step + shift) - shift
+        elif MAX_Q == -1:  # E2M1 keeps 1 bit after the leading one, which is 1 or more
+            step = tl.clamp(step, -6.0, 6.0)
+            leading = (step.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
+            shift = tl.maximum(leading, 1.0) * 6291456.0
             step = (step + shift) - shift
         else:
             # The clamp keeps the value small enough for the rounding above.

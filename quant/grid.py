@@ -2,7 +2,7 @@
 
 Legend: `out` rows, `in` columns, `G` groups along `in`, `g` columns of a group. A quantized value q
 is 0 .. 2^bits - 1 and represents (q - zero) * scale; zero is 2^(bits-1) on a symmetric grid. FP8
-values are e4m3 numbers.
+values are e4m3 numbers and FP4 values codes of E2M1; `float_scales` chooses their scales.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import torch
 
 from llmkit.checkpoint.quantized_weight import QuantizedWeight, Scheme
-from llmkit.kernels.activation_quant import FP8, FP8_MAX
+from llmkit.kernels.activation_quant import FP8, quantize_static
+from llmkit.quant.float_scales import fit_float_scales, fp4_codes
 
 # The exponent of the range search's loss: a little more than 2 protects outliers. GPTQ uses 2.4.
 ERROR_NORM = 2.4
@@ -27,27 +28,48 @@ class Grid:
     scales: torch.Tensor  # [out, G], in the stored dtype
     zeros: torch.Tensor  # uint8 [out, G]
     scheme: Scheme
+    global_scale: torch.Tensor | None = None  # float32 [1], of e4m3 scales
 
     def round(self, weight: torch.Tensor) -> QuantizedWeight:
         """Round a float32 weight [out, in] to the nearest values of the grid."""
         rows, columns = weight.shape
-        groups = self.scales.shape[1]
-        max_q = (1 << self.scheme.bits) - 1
         q = torch.empty(rows, columns, dtype=torch.uint8, device=weight.device)
         chunk = max(1, _DEVICE_CHUNK // columns)
         for start in range(0, rows, chunk):
             part = slice(start, start + chunk)
-            scaled = weight[part].reshape(-1, groups, columns // groups)
-            scaled = scaled / self.scales[part].float().unsqueeze(2)
             if self.scheme.kind == "float":
-                scaled = scaled.clamp_(-FP8_MAX, FP8_MAX).to(FP8).view(torch.uint8)
+                q[part] = self._float_codes(weight[part], self.scales[part])
             else:
-                zeros = self.zeros[part].float().unsqueeze(2)
-                scaled.round_().add_(zeros).clamp_(0, max_q)
-            q[part] = scaled.view(-1, columns)
-        if self.scheme.kind == "float":
+                q[part] = self._integers(weight[part], part)
+        return self.weight_of(q)
+
+    def weight_of(self, q: torch.Tensor) -> QuantizedWeight:
+        """The weight of quantized values, given as bytes [out, in]."""
+        if self.scheme.is_fp8:
             q = q.view(FP8)
-        return QuantizedWeight(q, self.scales, self.zeros, self.scheme)
+        return QuantizedWeight(
+            q, self.scales, self.zeros, self.scheme, global_scale=self.global_scale
+        )
+
+    def codes(self, values: torch.Tensor) -> torch.Tensor:
+        """The bytes of quantized values that are given as numbers."""
+        if self.scheme.is_fp8:
+            return values.to(FP8).view(torch.uint8)
+        return fp4_codes(values) if self.scheme.is_fp4 else values.to(torch.uint8)
+
+    def _integers(self, weight: torch.Tensor, part: slice) -> torch.Tensor:
+        groups = weight.reshape(len(weight), self.scales.shape[1], -1)
+        steps = groups / self.scales[part].float().unsqueeze(2)
+        steps.round_().add_(self.zeros[part].float().unsqueeze(2))
+        return steps.clamp_(0, (1 << self.scheme.bits) - 1).view(weight.shape)
+
+    def _float_codes(self, weight: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+        scales = scales.float()
+        if scales.shape[1] > 1:  # the last group may be smaller
+            scales = scales.repeat_interleave(self.scheme.group_size, dim=1)
+            scales = scales[:, : weight.shape[1]]
+        value_type = "fp4" if self.scheme.is_fp4 else "fp8"
+        return self.codes(quantize_static(weight, scales, value_type))
 
 
 @dataclass(frozen=True)
@@ -72,6 +94,8 @@ def fit_grid(
     dtype: torch.dtype,
     search: RangeSearch | None = None,
     importance: torch.Tensor | None = None,
+    row_blocks: torch.Tensor | None = None,
+    max_abs: torch.Tensor | None = None,
 ) -> Grid:
     """The grid of a float32 weight [out, in], its scales rounded to the stored `dtype`.
 
@@ -79,38 +103,53 @@ def fit_grid(
     extended to zero otherwise. With `search` the range is shrunk by the factor with the smallest
     sum of |error|^2.4, weighted by `importance` [in] when given. `in` is a multiple of the group
     size (-1: the whole row). The scale of a group of zeros is the smallest normal number, never 0.
+    Float grids: see `fit_float_scales`, also for `row_blocks` and `max_abs`.
     """
     rows, columns = weight.shape
+    if scheme.kind == "float":
+        scales, global_scale = fit_float_scales(
+            weight,
+            scheme,
+            is_searched=search is not None,
+            importance=importance,
+            row_blocks=row_blocks,
+            max_abs=max_abs,
+        )
+        if scheme.scale_format == "float":
+            scales = _round_scales(scales, dtype).to(dtype)
+        return Grid(scales, torch.zeros_like(scales, dtype=torch.uint8), scheme, global_scale)
     group_size = columns if scheme.group_size == -1 else scheme.group_size
     assert columns % group_size == 0, (columns, group_size)
     groups = weight.reshape(-1, group_size)
-    if scheme.kind == "float":
-        scales = _round_scales(groups.abs().amax(dim=1, keepdim=True) / FP8_MAX, dtype)
-        zeros = torch.zeros_like(scales)
-    else:
-        scales = torch.empty(len(groups), 1, dtype=torch.float32, device=weight.device)
-        zeros = torch.empty_like(scales)
-        chunk_elements = _CPU_CHUNK if weight.device.type == "cpu" else _DEVICE_CHUNK
-        chunk = max(1, chunk_elements // group_size)
-        for start in range(0, len(groups), chunk):
-            part = slice(start, start + chunk)
-            group_importance = None
-            if importance is not None:
-                index = torch.arange(start, start + len(groups[part]), device=weight.device)
-                group_in_row = index % (columns // group_size)
-                group_importance = importance.view(-1, group_size)[group_in_row]
-            scales[part], zeros[part] = _search_range(
-                groups[part], group_importance, scheme, search, dtype
-            )
+    scales = torch.empty(len(groups), 1, dtype=torch.float32, device=weight.device)
+    zeros = torch.empty_like(scales)
+    chunk_elements = _CPU_CHUNK if weight.device.type == "cpu" else _DEVICE_CHUNK
+    chunk = max(1, chunk_elements // group_size)
+    for start in range(0, len(groups), chunk):
+        part = slice(start, start + chunk)
+        group_importance = None
+        if importance is not None:
+            index = torch.arange(start, start + len(groups[part]), device=weight.device)
+            group_in_row = index % (columns // group_size)
+            group_importance = importance.view(-1, group_size)[group_in_row]
+        scales[part], zeros[part] = _search_range(
+            groups[part], group_importance, scheme, search, dtype
+        )
     return Grid(scales.to(dtype).view(rows, -1), zeros.to(torch.uint8).view(rows, -1), scheme)
 
 
 def round_to_nearest(
-    weight: torch.Tensor, scheme: Scheme, dtype: torch.dtype, search: RangeSearch | None = None
+    weight: torch.Tensor,
+    scheme: Scheme,
+    dtype: torch.dtype,
+    search: RangeSearch | None = None,
+    row_blocks: torch.Tensor | None = None,
+    max_abs: torch.Tensor | None = None,
 ) -> QuantizedWeight:
     """Quantize a weight [out, in] without calibration data: fit the grid, then round."""
     weight = weight.float()
-    return fit_grid(weight, scheme, dtype, search).round(weight)
+    grid = fit_grid(weight, scheme, dtype, search, row_blocks=row_blocks, max_abs=max_abs)
+    return grid.round(weight)
 
 
 def full_range(groups: torch.Tensor, scheme: Scheme) -> tuple[torch.Tensor, torch.Tensor]:

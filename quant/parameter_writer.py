@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import torch
@@ -91,7 +92,7 @@ class ParameterWriter:
 
     def write_value(self, parameter: Parameter, value: torch.Tensor) -> None:
         """Write an unquantized parameter with a new value, given as the runtime tensor."""
-        for name, rows in _rows_by_tensor(parameter).items():
+        for name, rows in rows_by_tensor(parameter).items():
             stored, overflowed = self._cast(name, _gather(value, rows).cpu())
             self._write(name, stored)
             self._record_overflow(name, overflowed)
@@ -215,18 +216,12 @@ class ParameterWriter:
 def split_rows(parameter: Parameter, weight: QuantizedWeight) -> dict[str, QuantizedWeight]:
     """Split a fused parameter's quantized weight into its checkpoint tensors."""
     return {
-        tensor: QuantizedWeight(
-            _gather(weight.q, rows),
-            _gather(weight.scales, rows),
-            _gather(weight.zeros, rows),
-            weight.scheme,
-            weight.input_scale,
-        )
-        for tensor, rows in _rows_by_tensor(parameter).items()
+        tensor: weight.select(partial(_gather, rows=rows))
+        for tensor, rows in rows_by_tensor(parameter).items()
     }
 
 
-def _rows_by_tensor(parameter: Parameter) -> dict[str, list[slice]]:
+def rows_by_tensor(parameter: Parameter) -> dict[str, list[slice]]:
     """The rows of the runtime tensor that each checkpoint tensor holds, in its order."""
     first = 0
     # The first row within the checkpoint tensor, and the rows of the runtime tensor.

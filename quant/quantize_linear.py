@@ -43,8 +43,8 @@ def quantize_linear(quantizer: Quantizer, job: QuantizeJob) -> QuantizeResult:
         result.fallback = job.fallback
     else:
         result = quantizer.quantize(job.target, job.weight, job.input_stats)
-    if job.target.scheme.inputs == "tensor":
-        result.weight.input_scale = static_input_scale(job.input_stats)
+    if job.target.scheme.has_input_scale:
+        result.weight.input_scale = static_input_scale(job.input_stats, job.target.scheme)
     if result.error is None:
         result.error = output_error(job.weight, result.weight, job.input_stats)
     result.num_tokens = job.input_stats.num_tokens

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 
-from llmkit.checkpoint.quantized_weight import QuantizedWeight
+from llmkit.checkpoint.quantized_weight import QuantizedWeight, Scheme
 from llmkit.checkpoint.tensor_reader import row_chunks
 from llmkit.common.progress import Progress
 from llmkit.model.parameter import Parameter
@@ -60,11 +62,15 @@ def _round_parameter(
     """Round a parameter's tensors, a chunk of rows at a time, and write them."""
     lost = 0.0
     energy = 0.0
+    max_abs = None
+    if _needs_max_abs(target.scheme):
+        max_abs = _max_abs(target, writer, device)
     for tensor in target.parameter.source_names:
         chunks: list[QuantizedWeight] = []
-        for rows in row_chunks(writer.source.tensors[tensor]):
-            dense = writer.source.read_slice(tensor, [rows], 0).to(device, torch.float32)
-            quantized = round_to_nearest(dense, target.scheme, target.scale_dtype, search)
+        for dense in _row_chunks(tensor, target, writer, device):
+            quantized = round_to_nearest(
+                dense, target.scheme, target.scale_dtype, search, max_abs=max_abs
+            )
             lost += sum_of_squares(dense - quantized.dequantize())
             energy += sum_of_squares(dense)
             chunks.append(quantized.to("cpu"))
@@ -73,6 +79,31 @@ def _round_parameter(
             torch.cat([chunk.scales for chunk in chunks]),
             torch.cat([chunk.zeros for chunk in chunks]),
             target.scheme,
+            global_scale=chunks[0].global_scale,
         )
         writer.write_quantized_tensor(tensor, weight)
     return report_entry(target, "rtn", lost / energy if energy else 0.0)
+
+
+def _needs_max_abs(scheme: Scheme) -> bool:
+    """Whether scales depend on the whole weight. Tensors that a model fuses then share a scale."""
+    return scheme.block_rows == -1 or scheme.scale_format == "e4m3"
+
+
+def _max_abs(target: QuantTarget, writer: ParameterWriter, device: torch.device) -> torch.Tensor:
+    """The largest magnitude of all tensors of a parameter."""
+    found = [
+        dense.abs().max()
+        for tensor in target.parameter.source_names
+        for dense in _row_chunks(tensor, target, writer, device)
+    ]
+    return torch.stack(found).max()
+
+
+def _row_chunks(
+    tensor: str, target: QuantTarget, writer: ParameterWriter, device: torch.device
+) -> Iterator[torch.Tensor]:
+    """A dense tensor in float32, in chunks of whole blocks of rows."""
+    block_rows = max(1, target.scheme.block_rows)
+    for rows in row_chunks(writer.source.tensors[tensor], block_rows=block_rows):
+        yield writer.source.read_slice(tensor, [rows], 0).to(device, torch.float32)

@@ -6,8 +6,10 @@ from dataclasses import dataclass
 
 import torch
 
+from llmkit.checkpoint.quantized_weight import Scheme
 from llmkit.kernels.activation_quant import FP8_MAX, MIN_SCALE
 from llmkit.quant.algorithm import QuantizeResult, QuantTarget
+from llmkit.quant.float_scales import nvfp4_global_scale
 from llmkit.quant.grid import RangeSearch, round_to_nearest
 from llmkit.quant.input_stats import InputStats, StatKind
 
@@ -24,11 +26,20 @@ class RtnQuantizer:
         self, target: QuantTarget, weight: torch.Tensor, input_stats: InputStats
     ) -> QuantizeResult:
         """Round to nearest."""
-        quantized = round_to_nearest(weight, target.scheme, target.scale_dtype, self.search)
+        quantized = round_to_nearest(
+            weight, target.scheme, target.scale_dtype, self.search, target.row_blocks
+        )
         return QuantizeResult(quantized, "rtn")
 
 
-def static_input_scale(input_stats: InputStats) -> torch.Tensor:
-    """The static scale [1] of FP8 inputs that covers the largest one observed; 1 without inputs."""
-    max_abs = input_stats.max_abs.max() if input_stats.num_tokens else torch.tensor(FP8_MAX)
+def static_input_scale(input_stats: InputStats, scheme: Scheme) -> torch.Tensor:
+    """The stored scale [1] of inputs that covers the largest one observed; 1 without inputs.
+
+    Of FP8 inputs it is their scale, of FP4 ones the scale of their groups' e4m3 scales.
+    """
+    if not input_stats.num_tokens:
+        return torch.ones(1, device=input_stats.max_abs.device)
+    max_abs = input_stats.max_abs.max()
+    if scheme.inputs == "group":
+        return nvfp4_global_scale(max_abs)
     return (max_abs / FP8_MAX).clamp(min=MIN_SCALE).reshape(1)

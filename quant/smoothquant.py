@@ -40,7 +40,12 @@ class SmoothQuant:
         assert round_inputs is not None
 
         def output_error(scales: torch.Tensor) -> float:
-            quantized = round_to_nearest(weight * scales, target.scheme, target.scale_dtype)
+            quantized = round_to_nearest(
+                weight * scales,
+                target.scheme,
+                target.scale_dtype,
+                row_blocks=target.row_blocks,
+            )
             output = round_inputs(inputs / scales) @ quantized.dequantize().T
             return (output - exact).square().sum().item()
 

@@ -19,9 +19,21 @@ from support.gptq_blocks import (
 from support.triton_checks import HOPPER_SHARED_BYTES, compiled_for_hopper, interpreted
 
 from llmkit.quant import gptq_block as gptq
-from llmkit.quant.gptq_block import quantize_block, quantize_block_reference
+from llmkit.quant.gptq_block import (
+    FP4_VALUES,
+    FP8_VALUES,
+    quantize_block,
+    quantize_block_reference,
+)
 
-TOPS = [15, 255, 0]
+TOPS = [15, 255, FP8_VALUES, FP4_VALUES]
+
+
+def nearest_fp4(number: float) -> float:
+    """The nearest number of E2M1; between two, the one whose mantissa is even."""
+    magnitudes = (0.0, 1.0, 2.0, 4.0, 0.5, 1.5, 3.0, 6.0)  # those with even mantissas first
+    magnitude = min(magnitudes, key=lambda value: abs(abs(number) - value))
+    return -magnitude if number < 0 else magnitude
 
 
 def plain_loop(
@@ -39,8 +51,11 @@ def plain_loop(
         value = weight[i] - sum(
             (factor[j, i] * errors[j] for j in range(i)), torch.zeros_like(weight[i])
         )
-        if max_q:
+        if max_q > 0:
             steps[i] = ((value / scales[i]).round() + zeros[i]).clamp(0, max_q)
+        elif max_q == FP4_VALUES:
+            numbers = (value / scales[i]).tolist()
+            steps[i] = torch.tensor([nearest_fp4(number) for number in numbers])
         else:
             steps[i] = (value / scales[i]).float().clamp(-448, 448).to(FP8).double()
         errors[i] = (value - (steps[i] - zeros[i]) * scales[i]) / factor[i, i]

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
+from llmkit.checkpoint.quantized_weight import FP4_VALUES
+
 FP8 = torch.float8_e4m3fn
 # The arguments of `quantize_block`.
 BlockArguments = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, int]
@@ -17,7 +19,7 @@ BlockResult = tuple[torch.Tensor, torch.Tensor]
 class BlockCase:
     columns: int
     width: int
-    max_q: int  # 15, 255, or 0 for FP8
+    max_q: int  # 15, 255, 0 for FP8, or -1 for FP4
     symmetric: bool = True
 
     @property
@@ -45,8 +47,9 @@ class BlockCase:
         groups = torch.arange(self.columns) // group
         shape = (int(groups[-1]) + 1, self.width)
         largest = torch.rand(shape, generator=generator) * 0.05 + 0.1
-        if self.max_q == 0:
-            return weight, factor, (largest / 448)[groups], torch.zeros_like(weight), 0
+        if self.max_q <= 0:
+            scales = (largest / (448 if self.max_q == 0 else 6))[groups]
+            return weight, factor, scales, torch.zeros_like(weight), self.max_q
         middle = torch.full(shape, (self.max_q + 1) / 2)
         if not self.symmetric:
             middle = torch.randint(0, self.max_q + 1, shape, generator=generator).float()
@@ -59,14 +62,17 @@ CASES = [
     BlockCase(37, 100, 255),
     BlockCase(64, 32, 255, symmetric=False),
     BlockCase(96, 45, 0),
+    BlockCase(48, 41, -1),
     BlockCase(1, 5, 15),
 ]
 
 
 def rounding_block(max_q: int) -> BlockArguments:
     """One column with scale 1: values on, between and just beside the grid, beyond it, and tiny."""
-    if max_q:
+    if max_q > 0:
         grid = torch.arange(-300, 300).float()
+    elif max_q == -1:
+        grid = torch.tensor([*(-value for value in FP4_VALUES[:0:-1]), *FP4_VALUES])
     else:
         grid = torch.arange(256, dtype=torch.uint8).view(FP8).float()
         grid = grid[grid.isfinite()].sort().values
@@ -84,7 +90,7 @@ def rounding_block(max_q: int) -> BlockArguments:
         torch.rand(4096, generator=generator) * 24 - 12
     )
     values = torch.cat((exact, *beside, sizes))[None]
-    zeros = torch.full_like(values, (max_q + 1) // 2 if max_q else 0)
+    zeros = torch.full_like(values, (max_q + 1) // 2 if max_q > 0 else 0)
     return values, torch.ones(1, 1), torch.ones_like(values), zeros, max_q
 
 
