@@ -21,7 +21,9 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
 
 from llmkit.checkpoint.gguf_architectures import (
+    BARE_MODULES,
     CONFIG_TENSORS,
+    ONE_ROW_MODULES,
     TOP_MODULES,
     gguf_architecture,
     gguf_config,
@@ -38,8 +40,6 @@ if TYPE_CHECKING:
 
 # The tensors of a layer that gpt-oss stores in two, gate and up.
 _STACKED_EXPERTS = ("ffn_gate_exps", "ffn_up_exps", "ffn_down_exps")
-# Tensors without the ending ".weight" in Hugging Face's names.
-_BARE = ("self_attn.sinks", "e_score_correction_bias", "expert_bias", "layer_scalar")
 # What Hugging Face's gpt-oss has in config.json. The modules are not in MXFP4.
 _MXFP4_CONFIG = {
     "quant_method": "mxfp4",
@@ -50,8 +50,6 @@ _MXFP4_CONFIG = {
         "lm_head",
     ],
 }
-# Of one dimension in GGUF files and of two in Hugging Face's.
-_ONE_ROW = ("mlp.shared_expert_gate", "moe_statics.e_score_correction_bias")
 
 
 @dataclass(frozen=True)
@@ -126,6 +124,22 @@ class GgufModel:
             return tensor.contiguous()
         return tensor[start:stop].clone()
 
+    def blocks(self, name: str) -> torch.Tensor:
+        """The stored blocks of the matrix `name`, uint8 [out, blocks of a row, bytes of a block].
+
+        Rows are in the order of Hugging Face.
+        """
+        import torch  # keeps torch off the path that reads configs and tokenizers
+
+        source = self._sources[name]
+        (part,) = source.parts
+        blocks = torch.from_numpy(self._read_stored(part, 0, part.shape[0]))
+        if source.arrange is None:
+            return blocks
+        assert source.needs_all_rows, f"{name}: only its rows may be moved"
+        moved: torch.Tensor = source.arrange(blocks)
+        return moved
+
     def side_files(self) -> dict[str, bytes]:
         """Tokenizer, chat template and generation config as Hugging Face files.
 
@@ -196,7 +210,7 @@ class GgufModel:
             raise self._unknown(tensor.name)
 
     def _add_module(self, tensor: TensorInfo, module: str, kind: str) -> None:
-        name = module if module.endswith(_BARE) else f"{module}.{kind}"
+        name = module if module.endswith(BARE_MODULES) else f"{module}.{kind}"
         arrange: Callable[..., torch.Tensor] | None = None
         needs_all_rows = False
         if self._architecture.interleaved_qk and module.endswith((".q_proj", ".k_proj")):
@@ -209,7 +223,7 @@ class GgufModel:
             arrange = _minus(self._architecture.norm_offset)
         elif module.endswith("conv.conv") and len(tensor.shape) == 2:
             tensor = replace(tensor, shape=(tensor.shape[0], 1, tensor.shape[1]))
-        elif module.endswith(_ONE_ROW):
+        elif module.endswith(ONE_ROW_MODULES):
             tensor = replace(tensor, shape=(1, math.prod(tensor.shape)))
         self._add(name, tensor.shape, _Source((tensor,), arrange, needs_all_rows))
 

@@ -78,7 +78,7 @@ _GLM4 = (
 )
 _QWEN_MOE = _ATTENTION | _QK_NORM | _FFN_NORM | {"ffn_gate_inp": "mlp.gate"}
 # Of one expert, by the name of the GGUF tensor that holds all of a layer.
-_EXPERTS = {
+EXPERTS = {
     "ffn_gate_exps": "mlp.experts.{}.gate_proj",
     "ffn_up_exps": "mlp.experts.{}.up_proj",
     "ffn_down_exps": "mlp.experts.{}.down_proj",
@@ -109,6 +109,10 @@ _LFM2_EXPERTS = {
     "ffn_up_exps": "feed_forward.experts.{}.w3",
     "ffn_down_exps": "feed_forward.experts.{}.w2",
 }
+# Hugging Face's names of tensors without the ending ".weight".
+BARE_MODULES = ("self_attn.sinks", "e_score_correction_bias", "expert_bias", "layer_scalar")
+# Of one dimension in GGUF files and of two in Hugging Face's.
+ONE_ROW_MODULES = ("mlp.shared_expert_gate", "moe_statics.e_score_correction_bias")
 # Of a layer that predicts several tokens at once.
 _PREDICTION = {
     "nextn.eh_proj": "eh_proj",
@@ -235,7 +239,9 @@ def gguf_config(metadata: GgufMetadata, architecture: GgufArchitecture) -> dict[
     return {name: value for name, value in config.items() if value is not _ABSENT}
 
 
-_SIGMOID = 2  # of expert_gating_func
+# Of expert_gating_func.
+SOFTMAX = 1
+SIGMOID = 2
 # The value of a field of config.json that a family does not have.
 _ABSENT = object()
 
@@ -420,7 +426,7 @@ def _glm4_moe(metadata: GgufMetadata) -> dict[str, Any]:
 
 def _expect_sigmoid(metadata: GgufMetadata) -> None:
     """Raises InputError for a router whose scores are not sigmoids."""
-    metadata.expect("expert_gating_func", _SIGMOID)
+    metadata.expect("expert_gating_func", SIGMOID)
 
 
 def _minimax_m2(metadata: GgufMetadata) -> dict[str, Any]:
@@ -832,7 +838,7 @@ ARCHITECTURES = {
         interleaved_qk=True,
     ),
     "qwen3moe": GgufArchitecture(
-        "Qwen3MoeForCausalLM", "qwen3_moe", _qwen3_moe, _QWEN_MOE, experts=_EXPERTS
+        "Qwen3MoeForCausalLM", "qwen3_moe", _qwen3_moe, _QWEN_MOE, experts=EXPERTS
     ),
     "qwen2moe": GgufArchitecture(
         "Qwen2MoeForCausalLM",
@@ -841,9 +847,9 @@ ARCHITECTURES = {
         _QWEN_MOE
         | {"ffn_gate_inp_shexp": "mlp.shared_expert_gate"}
         | _shared_expert("mlp.shared_expert"),
-        experts=_EXPERTS,
+        experts=EXPERTS,
     ),
-    "olmoe": GgufArchitecture("OlmoeForCausalLM", "olmoe", _olmoe, _QWEN_MOE, experts=_EXPERTS),
+    "olmoe": GgufArchitecture("OlmoeForCausalLM", "olmoe", _olmoe, _QWEN_MOE, experts=EXPERTS),
     "glm4moe": GgufArchitecture(
         "Glm4MoeForCausalLM",
         "glm4_moe",
@@ -859,7 +865,7 @@ ARCHITECTURES = {
             "exp_probs_b": "mlp.gate.e_score_correction_bias",
         },
         partial_rotary=True,
-        experts=_EXPERTS,
+        experts=EXPERTS,
     ),
     "minimax-m2": GgufArchitecture(
         "MiniMaxM2ForCausalLM",
@@ -887,7 +893,7 @@ ARCHITECTURES = {
             "ffn_gate_inp": "mlp.gate",
             "exp_probs_b": "mlp.moe_statics.e_score_correction_bias",
         },
-        experts=_EXPERTS,
+        experts=EXPERTS,
     ),
     "lfm2": GgufArchitecture(
         "Lfm2ForCausalLM",
@@ -918,7 +924,7 @@ ARCHITECTURES = {
             "attn_k_norm": "self_attn.key_layernorm",
             "ffn_gate_inp": "mlp.gate.wg",
         },
-        experts=_EXPERTS,
+        experts=EXPERTS,
     ),
 }
 # By GGUF architecture: a key, and the family of files in which it is not 0.

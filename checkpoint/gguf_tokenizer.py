@@ -52,6 +52,11 @@ class _PreTokenizer:
     ignore_merges: bool = False  # a word in the vocabulary is one token, without merges
     adds_bos: bool = False  # used when the file has no add_bos_token
 
+    @property
+    def normalizer(self) -> normalizers.Normalizer | None:
+        """What happens to text before it is split."""
+        return normalizers.NFC() if self.nfc else None
+
 
 _THREE_DIGITS = _WORD_PATTERN.replace("DIGITS", r"\p{N}{1,3}")
 _ONE_DIGIT = _WORD_PATTERN.replace("DIGITS", r"\p{N}")
@@ -115,9 +120,9 @@ PRE_TOKENIZERS = {
     "seed-coder": _PreTokenizer((_SEED,)),
 }
 # The models in tokenizer.ggml.model.
-_BYTE_LEVEL = "gpt2"
-_SENTENCEPIECE = "llama"
-_GEMMA4 = "gemma4"  # SentencePiece with a list of merges in place of scores
+BYTE_LEVEL = "gpt2"
+SENTENCEPIECE = "llama"
+GEMMA4 = "gemma4"  # SentencePiece with a list of merges in place of scores
 _OTHER_TOKENIZER = (
     "Take the tokenizer from the original model: convert the GGUF file or use that model"
 )
@@ -132,17 +137,17 @@ def tokenizer_files(path: Path, metadata: Mapping[str, Any], max_tokens: int) ->
     model = metadata.get("tokenizer.ggml.model")
     tokens = metadata.get("tokenizer.ggml.tokens")
     types = metadata.get("tokenizer.ggml.token_type")
-    if model not in (_BYTE_LEVEL, _SENTENCEPIECE, _GEMMA4):
+    if model not in (BYTE_LEVEL, SENTENCEPIECE, GEMMA4):
         raise InputError(
             f"{path} has the tokenizer {model}",
-            f"{_BYTE_LEVEL} (byte-level BPE), {_SENTENCEPIECE} (SentencePiece) or {_GEMMA4} was"
+            f"{BYTE_LEVEL} (byte-level BPE), {SENTENCEPIECE} (SentencePiece) or {GEMMA4} was"
             " expected",
             _OTHER_TOKENIZER,
         )
-    if model == _SENTENCEPIECE:
+    if model == SENTENCEPIECE:
         ranking = "scores"
         adds_bos = True
-    elif model == _GEMMA4:
+    elif model == GEMMA4:
         ranking = "merges"
         adds_bos = True
     else:
@@ -165,8 +170,8 @@ def tokenizer_files(path: Path, metadata: Mapping[str, Any], max_tokens: int) ->
     if metadata.get("tokenizer.ggml.add_bos_token", adds_bos) and "bos_token" in special_tokens:
         bos = special_tokens["bos_token"], metadata["tokenizer.ggml.bos_token_id"]
     try:
-        if model in (_SENTENCEPIECE, _GEMMA4):
-            by_score = model == _SENTENCEPIECE
+        if model in (SENTENCEPIECE, GEMMA4):
+            by_score = model == SENTENCEPIECE
             tokenizer = sentencepiece_tokenizer(
                 tokens,
                 types,
@@ -196,6 +201,16 @@ def tokenizer_files(path: Path, metadata: Mapping[str, Any], max_tokens: int) ->
         files["chat_template.jinja"] = template.encode()
     files["tokenizer_config.json"] = _json(config)
     return files
+
+
+def pre_tokenizer(rules: _PreTokenizer) -> pre_tokenizers.PreTokenizer:
+    """What splits text into words."""
+    steps: list[pre_tokenizers.PreTokenizer] = []
+    if rules.single_digits:
+        steps.append(pre_tokenizers.Digits(individual_digits=True))
+    steps += [pre_tokenizers.Split(Regex(split), behavior="isolated") for split in rules.splits]
+    steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=not rules.splits))
+    return pre_tokenizers.Sequence(steps)
 
 
 def _strips_after(metadata: Mapping[str, Any], tokens: list[str]) -> list[str]:
@@ -243,14 +258,9 @@ def _build_tokenizer(
     tokenizer = Tokenizer(
         models.BPE(vocab=vocabulary, merges=_pairs(merges), ignore_merges=rules.ignore_merges)
     )
-    if rules.nfc:
-        tokenizer.normalizer = normalizers.NFC()
-    steps: list[pre_tokenizers.PreTokenizer] = []
-    if rules.single_digits:
-        steps.append(pre_tokenizers.Digits(individual_digits=True))
-    steps += [pre_tokenizers.Split(Regex(split), behavior="isolated") for split in rules.splits]
-    steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=not rules.splits))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
+    if rules.normalizer is not None:
+        tokenizer.normalizer = rules.normalizer
+    tokenizer.pre_tokenizer = pre_tokenizer(rules)
     tokenizer.decoder = decoders.ByteLevel()
     if bos:
         tokenizer.post_processor = processors.TemplateProcessing(

@@ -1,0 +1,189 @@
+"""The metadata of a model's GGUF file, without the tokenizer: the reverse of the reader's configs.
+
+What a file cannot say about a model shows when the metadata is read back: see gguf_export.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from llmkit.checkpoint.gguf_architectures import (
+    ROPE_FACTORS_LONG,
+    ROPE_FACTORS_SHORT,
+    ROPE_FREQS,
+    SIGMOID,
+    SOFTMAX,
+    GgufArchitecture,
+)
+from llmkit.model.family_fields import rope_parameters
+from llmkit.model.spec import ModelSpec, MoeSpec
+
+# Fields of config.json, and the keys that hold the same number.
+_SAME_NUMBERS = {
+    "attention_multiplier": "attention.scale",
+    "embedding_multiplier": "embedding_scale",
+    "residual_multiplier": "residual_scale",
+    "logits_scaling": "logit_scale",
+    "logit_scale": "logit_scale",
+    "attn_logit_softcapping": "attn_logit_softcapping",
+    "final_logit_softcapping": "final_logit_softcapping",
+    "conv_L_cache": "shortconv.l_cache",
+    "moe_layer_interval": "interleave_moe_layer_step",
+}
+# The frequency of pairs of dimensions that do not rotate, as a divisor.
+_NEVER = 1e30
+
+
+@dataclass(frozen=True)
+class GgufKeys:
+    """Metadata by key, without the architecture's name, and the tensors that belong to it."""
+
+    values: dict[str, Any]
+    tensors: dict[str, torch.Tensor]  # float32, of one dimension
+
+
+def gguf_keys(row: GgufArchitecture, spec: ModelSpec, config: Any) -> GgufKeys:
+    """The metadata of a model. config: completed (`complete_config`)."""
+    of_layers = [spec.for_layer(index) for index in range(len(spec.layers))]
+    kv_heads = [
+        each.num_kv_heads if layer.mixer == "attention" else 0
+        for each, layer in zip(of_layers, spec.layers, strict=True)
+    ]
+    full = [
+        each.head_dim
+        for each, layer in zip(of_layers, spec.layers, strict=True)
+        if layer.sliding_window is None
+    ]
+    head_dim = full[0] if full else spec.head_dim
+    epsilon = "layer_norm_rms_epsilon" if spec.norm == "rms" else "layer_norm_epsilon"
+    values: dict[str, Any] = {
+        "block_count": len(spec.layers),
+        "context_length": spec.max_position_embeddings,
+        "embedding_length": spec.hidden_size,
+        "vocab_size": spec.vocab_size,
+        "feed_forward_length": _one_or_all([each.intermediate_size for each in of_layers]),
+        "attention.head_count": spec.num_heads,
+        "attention.head_count_kv": _one_or_all(kv_heads),
+        "attention.key_length": head_dim,
+        "attention.value_length": head_dim,
+        f"attention.{epsilon}": spec.rms_norm_eps,
+    }
+    for field, key in _SAME_NUMBERS.items():
+        if getattr(config, field, None) is not None:
+            values[key] = getattr(config, field)
+    windows = [layer.sliding_window for layer in spec.layers]
+    used_windows = {window for window in windows if window is not None}
+    if used_windows:
+        values["attention.sliding_window"] = max(used_windows)
+        if None in windows:
+            pattern = [window is not None for window in windows]
+            values["attention.sliding_window_pattern"] = pattern
+    elif row.model_type == "phi3":
+        values["attention.sliding_window"] = 0  # required
+    if spec.moe is not None:
+        values |= _moe_keys(spec, spec.moe)
+    tensors: dict[str, torch.Tensor] = {}
+    if row.model_type == "gemma4_text":
+        values |= _gemma4_keys(spec, head_dim)
+    rope_values, tensors = _rope_keys(row, spec, config, head_dim)
+    return GgufKeys(values | rope_values, tensors)
+
+
+def _one_or_all(numbers: Sequence[int]) -> int | list[int]:
+    """One number when all are equal."""
+    return numbers[0] if len(set(numbers)) == 1 else list(numbers)
+
+
+def _moe_keys(spec: ModelSpec, moe: MoeSpec) -> dict[str, Any]:
+    is_moe = [layer.is_moe for layer in spec.layers]
+    values: dict[str, Any] = {
+        "expert_count": moe.num_experts,
+        "expert_used_count": moe.num_experts_per_tok,
+        "expert_feed_forward_length": moe.intermediate_size,
+        "expert_weights_norm": moe.norm_topk_prob,
+        "expert_gating_func": SIGMOID if moe.scoring == "sigmoid" else SOFTMAX,
+        "leading_dense_block_count": is_moe.index(True) if True in is_moe else len(is_moe),
+    }
+    if moe.scoring == "sigmoid" or moe.routed_scaling_factor != 1:
+        values["expert_weights_scale"] = moe.routed_scaling_factor
+    if moe.shared_intermediate_size:
+        values["expert_shared_feed_forward_length"] = moe.shared_intermediate_size
+        values["expert_shared_count"] = max(
+            1, moe.shared_intermediate_size // moe.intermediate_size
+        )
+    if moe.num_groups > 1:
+        values["expert_group_count"] = moe.num_groups
+        values["expert_group_used_count"] = moe.topk_groups
+    return values
+
+
+def _gemma4_keys(spec: ModelSpec, head_dim: int) -> dict[str, Any]:
+    return {
+        "attention.shared_kv_layers": sum(
+            bool(layer.kv_shared_layer_offset) for layer in spec.layers
+        ),
+        "embedding_length_per_layer_input": spec.per_layer_input_size,
+        "attention.key_length_swa": spec.head_dim,
+        "attention.value_length_swa": spec.head_dim,
+        "rope.dimension_count": head_dim,
+        "rope.dimension_count_swa": spec.head_dim,
+    }
+
+
+def _rope_keys(
+    row: GgufArchitecture, spec: ModelSpec, config: Any, head_dim: int
+) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    if {"full_attention", "sliding_attention"} & spec.ropes.keys():
+        by_type = config.rope_parameters or {}
+        full = {"rope_theta": config.rope_theta, **(config.rope_scaling or {})}
+        parameters = full | by_type.get("full_attention", {})
+        sliding = by_type.get("sliding_attention", {})
+        local = getattr(config, "rope_local_base_freq", None)
+        values: dict[str, Any] = {
+            "rope.freq_base_swa": float(sliding.get("rope_theta", local or 1e4))
+        }
+        rope = spec.ropes.get("full_attention") or next(iter(spec.ropes.values()))
+    else:
+        parameters = rope_parameters(config)
+        rope = next(iter(spec.ropes.values()))
+        values = {}
+    rope_type = parameters.get("rope_type") or parameters.get("type") or "default"
+    theta = float(parameters["rope_theta"])
+    tensors: dict[str, torch.Tensor] = {}
+    if row.partial_rotary or not row.differs_by_layer:
+        values["rope.dimension_count"] = 2 * len(rope.inv_freq)
+    if rope_type == "dynamic" and parameters.get("alpha"):
+        theta *= parameters["alpha"] ** (head_dim / (head_dim - 2))
+    values["rope.freq_base"] = theta
+    original = parameters.get("original_max_position_embeddings")
+    if rope_type in ("linear", "yarn"):
+        values["rope.scaling.type"] = rope_type
+        values["rope.scaling.factor"] = float(parameters["factor"])
+    if rope_type in ("yarn", "longrope") or row.model_type == "phi3":
+        values["rope.scaling.original_context_length"] = original or spec.max_position_embeddings
+    if rope_type == "yarn":
+        for field, key in (
+            ("beta_fast", "yarn_beta_fast"),
+            ("beta_slow", "yarn_beta_slow"),
+            ("attention_factor", "yarn_attn_factor"),
+        ):
+            if parameters.get(field) is not None:
+                values[f"rope.scaling.{key}"] = float(parameters[field])
+    if rope_type == "llama3":
+        plain = theta ** (torch.arange(0, head_dim, 2).float() / head_dim)
+        tensors[ROPE_FREQS] = 1 / (plain * torch.tensor(rope.inv_freq))
+    if rope_type == "proportional":
+        divisors = [1.0 if frequency else _NEVER for frequency in rope.inv_freq]
+        tensors[ROPE_FREQS] = torch.tensor(divisors)
+    if rope_type == "longrope":
+        tensors[ROPE_FACTORS_LONG] = torch.tensor(parameters["long_factor"]).float()
+        tensors[ROPE_FACTORS_SHORT] = torch.tensor(parameters["short_factor"]).float()
+        values["rope.scaling.type"] = "longrope"
+        values["rope.scaling.attn_factor"] = rope.attention_scaling
+    if row.model_type == "lfm2" or row.model_type == "lfm2_moe":
+        values.pop("rope.dimension_count", None)
+    return values, tensors
