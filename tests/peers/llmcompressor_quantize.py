@@ -42,12 +42,14 @@ PACKAGES = ("llmcompressor", "compressed-tensors", "auto-round", "transformers",
 
 
 class Numbers(NamedTuple):
-    """What is stored: int4 weights in groups, or one of llm-compressor's presets, which have no
-    groups.
+    """What is stored: integer weights in groups, or one of compressed-tensors' presets.
+
+    A preset has groups of its own size.
     """
 
-    preset: Literal["W8A8", "FP8_DYNAMIC"] | None = None
+    preset: str | None = None
     symmetric: bool = True
+    bits: int = 4
     observer: Literal["memoryless_minmax", "mse"] = "memoryless_minmax"
 
     def config(self, group_size: int) -> dict[str, QuantizationScheme]:
@@ -55,7 +57,7 @@ class Numbers(NamedTuple):
         if self.preset:
             return {"group_0": preset_name_to_scheme(self.preset, ["Linear"])}
         weights = QuantizationArgs(
-            num_bits=4,
+            num_bits=self.bits,
             type="int",
             strategy="group",
             group_size=group_size,
@@ -107,6 +109,16 @@ def autoround(groups: dict[str, QuantizationScheme]) -> list[Modifier]:
     ]
 
 
+def rtn_with_inputs(groups: dict[str, QuantizationScheme]) -> list[Modifier]:
+    """Round to nearest, with scales of the inputs from the calibration text (NVFP4)."""
+    return rtn(groups)
+
+
+def awq_gptq(groups: dict[str, QuantizationScheme]) -> list[Modifier]:
+    """AWQ's scales, then GPTQ."""
+    return [*awq(groups)[:-1], *gptq(groups)]
+
+
 DATA_FREE = (rtn,)
 SCHEMES: dict[str, tuple[Method, Numbers]] = {
     "rtn-sym": (rtn, Numbers()),
@@ -118,9 +130,25 @@ SCHEMES: dict[str, tuple[Method, Numbers]] = {
     "awq-sym": (awq, Numbers()),
     "awq-asym": (awq, Numbers(symmetric=False)),
     "autoround-sym": (autoround, Numbers()),
+    "awq-gptq-sym": (awq_gptq, Numbers()),
+    "int3-gptq-sym-mse": (gptq, Numbers(bits=3, observer="mse")),
+    "int2-gptq-sym-mse": (gptq, Numbers(bits=2, observer="mse")),
     "w8a8-int8": (smoothquant_gptq, Numbers("W8A8")),
     "w8a8-int8-rtn": (rtn, Numbers("W8A8")),
     "fp8-dynamic": (rtn, Numbers("FP8_DYNAMIC")),
+    "fp8-block": (rtn, Numbers("FP8_BLOCK")),
+    "mxfp8": (rtn, Numbers("MXFP8")),
+    "nvfp4": (rtn_with_inputs, Numbers("NVFP4")),
+    "nvfp4-gptq": (gptq, Numbers("NVFP4")),
+    "nvfp4a16": (rtn, Numbers("NVFP4A16")),
+    "nvfp4a16-gptq": (gptq, Numbers("NVFP4A16")),
+    "nvfp4a16-autoround": (autoround, Numbers("NVFP4A16")),
+    "mxfp4": (rtn, Numbers("MXFP4")),
+    "mxfp4-gptq": (gptq, Numbers("MXFP4")),
+    "mxfp4a16": (rtn, Numbers("MXFP4A16")),
+    "mxfp4a16-gptq": (gptq, Numbers("MXFP4A16")),
+    "mxfp4a16-autoround": (autoround, Numbers("MXFP4A16")),
+    "w4afp8-gptq": (gptq, Numbers("W4AFP8")),
 }
 
 

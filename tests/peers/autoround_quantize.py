@@ -1,0 +1,85 @@
+"""Quantize a checkpoint with AutoRound, from given calibration tokens.
+
+A rival of the quantization benchmark. It runs in the environment of `llmcompressor.txt`, which has
+auto-round, and imports nothing of llmkit. The options are those of its README; a comment explains
+every difference.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import shutil
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from auto_round import AutoRound
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+# Name of the scheme, and the format it is exported in.
+SCHEMES = {
+    "W4A16": "auto_gptq",
+    "W3A16": "auto_gptq",
+    "W2A16": "auto_gptq",
+    "NVFP4": "llm_compressor",
+    "MXFP4": "llm_compressor",
+}
+
+
+def quantize(
+    model_dir: Path, tokens_file: Path, scheme: str, group_size: int, out: Path
+) -> dict[str, object]:
+    """Quantize `model_dir` into `out` and return what it took; imports are left out."""
+    tokens = load_file(tokens_file)["tokens"]
+    started = time.perf_counter()
+    # float32: a CPU without bfloat16 instructions is many times slower in it.
+    model = AutoModelForCausalLM.from_pretrained(
+        model_dir, dtype=torch.float32, local_files_only=True
+    )
+    tokenizer = AutoTokenizer.from_pretrained(model_dir, local_files_only=True)
+    groups = {"group_size": group_size} if scheme.endswith("A16") else {}
+    rounder = AutoRound(
+        model,
+        tokenizer,
+        scheme=scheme,
+        # The windows that the others calibrate on; its own data set is on a hub.
+        dataset=[{"input_ids": window[None]} for window in tokens],
+        seqlen=tokens.shape[1],
+        nsamples=len(tokens),
+        batch_size=min(8, len(tokens)),
+        # Its default compiled loop needs a C++ compiler.
+        enable_torch_compile=shutil.which("g++") is not None,
+        device_map="cpu",
+        **groups,
+    )
+    loaded = time.perf_counter()
+    rounder.quantize_and_save(str(out), format=SCHEMES[scheme])
+    saved = time.perf_counter()
+    return {
+        "load_s": loaded - started,
+        "quantize_s": saved - loaded,
+        "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "versions": {name: version(name) for name in ("auto-round", "transformers", "torch")},
+    }
+
+
+def main() -> None:
+    """Read the command line, quantize, write the result file."""
+    parser = argparse.ArgumentParser(description="Quantize a checkpoint with AutoRound.")
+    parser.add_argument("--model", type=Path, required=True, help="checkpoint directory")
+    parser.add_argument("--tokens", type=Path, required=True, help="safetensors file: tokens")
+    parser.add_argument("--scheme", choices=SCHEMES, default="W4A16")
+    parser.add_argument("--group-size", type=int, default=64)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--result", type=Path, required=True)
+    args = parser.parse_args()
+    result = quantize(args.model, args.tokens, args.scheme, args.group_size, args.out)
+    args.result.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
