@@ -213,7 +213,32 @@ class DecoderLayer:
         if not self.layer.has_mlp:
             return residual, update
         residual, x = self._add_norm(residual, update, "mlp_norm")
-        update = self._mlp_or_moe(x, residual)
+        return self._after_mlp(residual, self._mlp_or_moe(x, residual), per_layer_input)
+
+    def finish_attention(self, residual: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """The hidden states [T, H] after the layer's first half.
+
+        residual: its input, [T, H]. x: [T, in], what its last linear reads.
+        """
+        (output,) = [name for name in MIXER_OUTPUTS if name in self.linears]
+        update = self.parallel_group.all_reduce(self.linears[output](x))
+        return self.add_update(residual, self._norm(update, "attn_post_norm"))
+
+    def finish_mlp(
+        self, residual: torch.Tensor, x: torch.Tensor, per_layer_input: torch.Tensor | None
+    ) -> torch.Tensor:
+        """The hidden states [T, H] after the layer's second half, which is not a mixture.
+
+        residual: its input, [T, H]. x: [T, in], what its last linear reads.
+        """
+        update = self.parallel_group.all_reduce(self.linears["mlp.down"](x))
+        update = self._norm(update, "mlp_post_norm")
+        return self.add_update(*self._after_mlp(residual, update, per_layer_input))
+
+    def _after_mlp(
+        self, residual: torch.Tensor, update: torch.Tensor, per_layer_input: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The results of `mlp_block`. update: [T, H], the output of the MLP or the mixture."""
         if not self.spec.layer_scalar:
             return residual, update
         hidden = self.add_update(residual, update)

@@ -3,10 +3,14 @@
 A decoder layer has two sublayers, attention and MLP. A layer that computes both from the same input
 is one sublayer. The linears of a sublayer form two groups, or three with latent attention: the
 inputs of a group depend on the outputs of the group before.
+
+What the last linear of a sublayer reads is recorded where it fits in memory. The sublayer's output
+is then computed from it, instead of from the beginning.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Sequence, Set
 from contextlib import suppress
 from dataclasses import dataclass
@@ -19,6 +23,9 @@ from llmkit.model.decoder import MIXER_INPUTS, MIXER_OUTPUTS, DecoderLayer
 from llmkit.quant.input_stats import InputStats, StatKind
 from llmkit.quant.layer_stream import LayerInputs, MicroBatch
 
+# The recorded inputs of a sublayer's last linear have at most this many bytes.
+RECORDED_BYTES = 256 * 2**20
+
 
 @dataclass(frozen=True)
 class SubLayer:
@@ -30,11 +37,51 @@ class SubLayer:
     # Its linears by name within the layer, in the order in which they run.
     linear_groups: tuple[tuple[str, ...], ...]
     is_moe: bool  # a micro-batch may send no token to some linear
+    # The same as `run`, computed from the sublayer's input [T, H] and what its last linear reads,
+    # [T, in]. None where more than one linear reads it or something else is computed, too.
+    finish: Callable[[torch.Tensor, torch.Tensor, LayerInputs], torch.Tensor] | None = None
 
-    def advance(self, batches: Sequence[MicroBatch]) -> None:
-        """Run micro-batches through the sublayer."""
+    @property
+    def last_linear(self) -> str | None:
+        """The linear that `finish` begins with; None where there is no `finish`."""
+        last_group = self.linear_groups[-1]
+        return last_group[0] if self.finish is not None and len(last_group) == 1 else None
+
+    def advance(self, batches: Sequence[MicroBatch], recorded: RecordedInputs) -> None:
+        """Run micro-batches through the sublayer, from its last linear on where that is possible.
+
+        recorded: what this linear reads, with the weights that the sublayer has now.
+        """
         for micro_batch in batches:
-            micro_batch.advance(self.layer_index, self.run)
+            run = self.run
+            x = recorded.pop()
+            if x is not None and self.finish is not None:
+                run = _from_last_linear(self.finish, x)
+            micro_batch.advance(self.layer_index, run)
+
+
+def _from_last_linear(
+    finish: Callable[[torch.Tensor, torch.Tensor, LayerInputs], torch.Tensor], x: torch.Tensor
+) -> Callable[[torch.Tensor, LayerInputs], torch.Tensor]:
+    return lambda hidden, inputs: finish(hidden, x, inputs)
+
+
+class RecordedInputs:
+    """What a linear reads, by micro-batch: the first ones that fit in RECORDED_BYTES."""
+
+    def __init__(self) -> None:
+        self._inputs: deque[torch.Tensor] = deque()
+        self._bytes = 0
+
+    def add(self, x: torch.Tensor) -> None:
+        """Keep what the linear reads of the next micro-batch, [T, in], if there is room."""
+        self._bytes += x.nbytes
+        if self._bytes <= RECORDED_BYTES:
+            self._inputs.append(x)
+
+    def pop(self) -> torch.Tensor | None:
+        """What was kept of the next micro-batch. It is not kept any longer."""
+        return self._inputs.popleft() if self._inputs else None
 
 
 def sublayers(layer: DecoderLayer) -> tuple[SubLayer, ...]:
@@ -63,9 +110,26 @@ def sublayers(layer: DecoderLayer) -> tuple[SubLayer, ...]:
     if layer.spec.parallel_block:
         groups = tuple(a + b for a, b in zip(mixer_groups, mlp_groups, strict=True))
         return (SubLayer(both, layer.index, groups, is_moe),)
+
+    def finish_attention(
+        hidden: torch.Tensor, x: torch.Tensor, _inputs: LayerInputs
+    ) -> torch.Tensor:
+        return layer.finish_attention(hidden, x)
+
+    def finish_mlp(hidden: torch.Tensor, x: torch.Tensor, inputs: LayerInputs) -> torch.Tensor:
+        return layer.finish_mlp(hidden, x, inputs.per_layer_input)
+
+    # Keys and values that later layers read are those of a whole run.
+    keeps_kv = layer.index in layer.spec.kv_source_layers
     return (
-        SubLayer(attention, layer.index, mixer_groups, is_moe=False),
-        SubLayer(mlp, layer.index, mlp_groups, is_moe),
+        SubLayer(
+            attention,
+            layer.index,
+            mixer_groups,
+            is_moe=False,
+            finish=None if keeps_kv else finish_attention,
+        ),
+        SubLayer(mlp, layer.index, mlp_groups, is_moe, None if is_moe else finish_mlp),
     )
 
 
@@ -79,10 +143,12 @@ def collect_input_stats(
     names: Sequence[str],
     batches: Sequence[MicroBatch],
     required_stats: Set[StatKind],
+    recorded: RecordedInputs | None = None,
 ) -> dict[str, InputStats]:
     """The input statistics of the named linears over all micro-batches, which are not changed.
 
     The sublayer runs no further than these linears, and not at all when no statistics are required.
+    recorded: receives what the sublayer's last linear reads, if its statistics are collected.
     """
     stats: dict[str, InputStats] = {}
     for name in names:
@@ -96,6 +162,8 @@ def collect_input_stats(
     def hook(name: str) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
         def collect(_module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
             stats[name].add(inputs[0])
+            if recorded is not None and name == sublayer.last_linear:
+                recorded.add(inputs[0])
             waiting.discard(name)
             if not waiting and not sublayer.is_moe:
                 raise _AllCollected

@@ -14,6 +14,7 @@ from llmkit.common.errors import ShortageError
 from llmkit.model.parameter import Parameter
 from llmkit.model.parameter_table import parameters
 from llmkit.model.spec import ModelSpec
+from llmkit.quant.calibrate_layer import RECORDED_BYTES
 from llmkit.quant.layer_stream import BATCH_ELEMENTS, BATCH_TOKENS
 
 FLOAT_BYTES = 4  # everything is computed in float32
@@ -106,6 +107,12 @@ def hidden_bytes(spec: ModelSpec, samples: int, seq_len: int) -> int:
     kv = sum(spec.kv_elements_of_layer(index) for index in spec.kv_source_layers)
     per_layer_inputs = len(spec.layers) * spec.per_layer_input_size // TOKENS_PER_DISTINCT_TOKEN
     return FLOAT_BYTES * samples * seq_len * (spec.hidden_size + kv + per_layer_inputs)
+
+
+def recorded_bytes(spec: ModelSpec, samples: int, seq_len: int) -> int:
+    """The inputs of a sublayer's last linear, as far as they are recorded."""
+    widest = max(parameter.shape[1] for parameter in parameters(spec) if parameter.is_linear)
+    return min(RECORDED_BYTES, FLOAT_BYTES * samples * seq_len * widest)
 
 
 def available_bytes(device: torch.device) -> int:

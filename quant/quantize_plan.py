@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 from llmkit.checkpoint.checkpoint import Checkpoint
 from llmkit.checkpoint.open_checkpoint import open_checkpoint
 from llmkit.checkpoint.output_directory import check_output
-from llmkit.checkpoint.quantized_weight import QuantizationConfig
+from llmkit.checkpoint.quantized_weight import QuantizationConfig, Scheme
 from llmkit.checkpoint.safetensors_header import TensorInfo
 from llmkit.checkpoint.writer import plan_files, planned_bytes
 from llmkit.common.errors import InputError, UsageError
@@ -40,12 +41,21 @@ from llmkit.quant.methods import (
     MethodOptions,
     build_quantization_config,
     ignored_modules,
-    with_mixed_bits,
+    with_mixed_schemes,
 )
+from llmkit.quant.number_formats import NUMBER_FORMATS
 from llmkit.quant.output_layout import carried_modules, planned_tensors, unquantized_dtype
 from llmkit.quant.quantize_options import QuantizeOptions
 from llmkit.quant.quantized_source import QuantizedSource, quantized_source_of
-from llmkit.quant.target_engines import check_engine
+from llmkit.quant.round_to_nearest import RtnQuantizer
+from llmkit.quant.scheme_candidates import LinearUnit, check_target_bits, linear_units
+from llmkit.quant.target_engines import (
+    ANYWHERE,
+    Target,
+    check_engine,
+    fast_schemes,
+    parse_target,
+)
 from llmkit.quant.time_estimate import Work, estimate_seconds, measure_speed
 from llmkit.quant.token_windows import EVALUATION_TOKENS
 
@@ -101,9 +111,9 @@ def check_options(options: QuantizeOptions) -> None:
                 f"--{name} needs the evaluation that --no-eval leaves out",
                 todo="Leave out --no-eval",
             )
-    if options.target_bits is not None and not 4 <= options.target_bits <= 16:
+    if options.target_bits is not None and not 1 <= options.target_bits <= 16:
         raise UsageError(
-            f"--target-bits is {options.target_bits}", "4 to 16 bits per weight were expected"
+            f"--target-bits is {options.target_bits:g}", "1 to 16 bits per weight were expected"
         )
 
 
@@ -121,6 +131,7 @@ class QuantizePlan:
     device: torch.device
     seq_len: int  # tokens of a calibration window
     quantized_source: QuantizedSource | None = None  # None: the source is not quantized
+    candidates: tuple[str, ...] = ()  # the schemes that mixed precision chooses from
 
     @property
     def method(self) -> Method:
@@ -140,7 +151,9 @@ class QuantizePlan:
     @property
     def algorithm(self) -> Algorithm:
         """How a calibrated run quantizes the layers."""
-        return method_options(self.options).algorithm(self.options.damp)
+        return _with_input_stats(
+            method_options(self.options).algorithm(self.options.damp), self.candidates
+        )
 
     @property
     def samples(self) -> int:
@@ -158,10 +171,17 @@ class QuantizePlan:
         """The tokens of an evaluation window."""
         return min(EVALUATION_TOKENS, self.spec.max_position_embeddings)
 
-    def with_bits(self, bits: Mapping[str, int]) -> QuantizePlan:
-        """The plan with other bits for some linears, by runtime module."""
+    @cached_property
+    def units(self) -> list[LinearUnit]:
+        """The linears that mixed precision chooses schemes for."""
         assert self.quantization is not None
-        return _with_quantization(self, with_mixed_bits(self.quantization, self.spec, bits))
+        options = method_options(self.options)
+        return linear_units(self.spec, self.quantization, self.candidates, options)
+
+    def with_schemes(self, schemes: Mapping[str, Scheme | None]) -> QuantizePlan:
+        """The plan with other schemes for some linears, by runtime module; None: 16 bits."""
+        assert self.quantization is not None
+        return _with_quantization(self, with_mixed_schemes(self.quantization, self.spec, schemes))
 
     def memory_bytes(self, offload: bool = False) -> int:
         """The peak memory of the run. offload: the hidden states lie on disk."""
@@ -190,6 +210,8 @@ class QuantizePlan:
                 auto_round=algorithm.auto_round is not None,
                 prefetch=self.device.type == "cuda",
             )
+            if algorithm.quantizer.true_sequential and self.device.type == "cpu":
+                layer += memory.recorded_bytes(self.spec, self.samples, self.seq_len)
             # With the hidden states on disk, one window at a time is in memory.
             windows = 1 if offload else self.samples
             peak = max(peak, layer + memory.hidden_bytes(self.spec, windows, self.seq_len))
@@ -208,6 +230,8 @@ def make_plan(source: str, out: Path, options: QuantizeOptions, progress: Progre
     Raises UsageError, InputError, ShortageError (disk, device) and OutputError as `quantize` does.
     """
     check_options(options)
+    target = parse_target(options.engine)
+    candidates = _candidates(options, target)
     device = resolve_device(options.device)
     checkpoint = open_checkpoint(source, dequantize_gguf=True)
     method = method_options(options)
@@ -246,7 +270,7 @@ def make_plan(source: str, out: Path, options: QuantizeOptions, progress: Progre
         quantization = dataclasses.replace(quantization, carried=carried)
     if quantization is not None and options.method == "gptq":
         quantization = dataclasses.replace(quantization, damp=options.damp)
-    check_engine(options.engine, quantization, spec, unstacks_experts)
+    check_engine(target, quantization, spec, unstacks_experts)
     out = out.expanduser().absolute()
     wanted_seq_len = options.seq_len or default_seq_len(options.samples, device)
     options = dataclasses.replace(options, seq_len=wanted_seq_len)
@@ -254,9 +278,11 @@ def make_plan(source: str, out: Path, options: QuantizeOptions, progress: Progre
     if options.samples is None and (method.calibrated or options.mixed):
         options = dataclasses.replace(options, samples=default_windows(spec, seq_len, device))
     plan = QuantizePlan(
-        checkpoint, spec, out, options, None, [], {}, device, seq_len, quantized_source
+        checkpoint, spec, out, options, None, [], {}, device, seq_len, quantized_source, candidates
     )
     plan = _with_quantization(plan, quantization)
+    if options.target_bits is not None:
+        check_target_bits(plan.units, options.target_bits)
     check_output(plan.out, checkpoint.path, planned_bytes(plan.files))
     if spec.transformers is not None:
         progress.message(FALLBACK)
@@ -267,6 +293,36 @@ def make_plan(source: str, out: Path, options: QuantizeOptions, progress: Progre
             f"calibration windows have {seq_len} tokens: the model has no more positions"
         )
     return plan
+
+
+def _candidates(options: QuantizeOptions, target: Target | None) -> tuple[str, ...]:
+    """The schemes that mixed precision chooses from; none without it.
+
+    Raises UsageError when the method can choose values for none of them.
+    """
+    if not options.mixed:
+        return ()
+    method = method_options(options).method_row
+    fast = fast_schemes(target, options.activations)
+    names = tuple(name for name in fast if name in method.schemes or name in ANYWHERE)
+    if not names:
+        raise UsageError(
+            f"--method {options.method} chooses values for none of {', '.join(fast)}, which"
+            f" {options.engine} runs fast",
+            todo="Use --method gptq or rtn",
+        )
+    return names
+
+
+def _with_input_stats(algorithm: Algorithm, candidates: Sequence[str]) -> Algorithm:
+    """The algorithm, which collects what stored scales of inputs need, if a candidate has one."""
+    needs_scale = any(NUMBER_FORMATS[name].scheme.has_input_scale for name in candidates)
+    if isinstance(algorithm.quantizer, RtnQuantizer) and needs_scale:
+        quantizer = dataclasses.replace(
+            algorithm.quantizer, required_stats=frozenset({"magnitudes"})
+        )
+        return dataclasses.replace(algorithm, quantizer=quantizer)
+    return algorithm
 
 
 def _check_fallback(spec: ModelSpec, options: QuantizeOptions) -> None:

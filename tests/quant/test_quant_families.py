@@ -23,6 +23,7 @@ from llmkit.model.families import checkpoint_spec
 from llmkit.model.full_forward import window_logits
 from llmkit.model.mla import LatentLinear
 from llmkit.model.weight_loader import load_model
+from llmkit.quant import calibrate_layer
 from llmkit.quant.calibration_text import load_text
 from llmkit.quant.layer_stream import LayerStream
 from llmkit.quant.quantize_checkpoint import quantize
@@ -126,6 +127,36 @@ def test_quantized_model_is_close_and_equals_transformers_with_its_dense_weights
     reference = torch.stack(list(window_logits(before, tokens)))
     error = (streamed - reference).norm() / reference.norm()
     assert 0 < error < MAX_ERROR[method] * ERROR_FACTORS.get(piece, 1.0)
+
+
+@pytest.mark.parametrize(
+    "piece",
+    [
+        "norms before and after, fused gate_up",
+        "shared keys, input of each layer",
+        "groups of experts, shared expert",
+    ],
+)
+def test_recorded_inputs_of_last_linears_change_no_byte(
+    pieces: Callable[[str], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    piece: str,
+) -> None:
+    finished: list[object] = []
+    finish = calibrate_layer._from_last_linear
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            calibrate_layer,
+            "_from_last_linear",
+            lambda *arguments: finished.append(arguments) or finish(*arguments),
+        )
+        run(pieces(piece), tmp_path / "recorded", METHODS["gptq"])
+    assert finished
+    monkeypatch.setattr(calibrate_layer, "RECORDED_BYTES", 0)
+    run(pieces(piece), tmp_path / "computed again", METHODS["gptq"])
+    one, two = (stored_tensors(tmp_path / name) for name in ("recorded", "computed again"))
+    assert all(one[name].equal(two[name]) for name in one.keys() | two.keys())
 
 
 def test_quantized_latent_attention_is_served_in_the_absorbed_form(
