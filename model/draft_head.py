@@ -19,7 +19,7 @@ from llmkit.model.decoder import Decoder, DecoderLayer, norm_weight
 from llmkit.model.language_model import LayerCache
 from llmkit.model.linear import Linear
 from llmkit.model.parallel_group import MASKED_LOGIT, ParallelGroup
-from llmkit.model.rope import CosSin
+from llmkit.model.rope import CosSin, RotaryEmbedding
 from llmkit.model.spec import DraftHeadSpec, ModelSpec
 from llmkit.model.token_embedding import TokenEmbedding
 from llmkit.model.weight_loader import LoadedWeights, load_weights
@@ -67,6 +67,11 @@ class DraftHead:
         # The hidden states [T, H] that the next step reads: `__call__` takes no more inputs than
         # other models do, so that the same graphs run it.
         self.hidden_states = torch.zeros(0, spec.hidden_size, dtype=self.dtype, device=self.device)
+
+    @property
+    def ropes(self) -> dict[str, RotaryEmbedding]:
+        """See `Decoder.ropes`."""
+        return self._decoder.ropes
 
     @property
     def layers(self) -> list[DecoderLayer]:

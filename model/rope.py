@@ -55,6 +55,33 @@ class RotaryEmbedding:
         return CosSin(torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1), scale)
 
 
+class CosSinTable:
+    """The cosines and sines of a rotary embedding's first positions, computed once."""
+
+    MAX_BYTES = 8 << 20
+
+    def __init__(self, rope: RotaryEmbedding, num_positions: int) -> None:
+        """num_positions: those that steps may have. The table has as many as are in MAX_BYTES."""
+        self._rope = rope
+        bytes_per_position = sum(part.nbytes for part in rope(torch.zeros(1)) if part is not None)
+        self.num_positions = min(num_positions, self.MAX_BYTES // bytes_per_position)
+        self._rows = rope(torch.arange(self.num_positions))
+
+    def write(self, positions: torch.Tensor, largest: int, out: CosSin) -> None:
+        """Write what the embedding computes for positions, int64 [T], to the tensors of `out`.
+
+        largest: the largest of the positions.
+        """
+        if largest < self.num_positions:
+            for rows, written in zip(self._rows, out, strict=True):
+                if rows is not None and written is not None:
+                    torch.index_select(rows, 0, positions, out=written)
+            return
+        for computed, written in zip(self._rope(positions), out, strict=True):
+            if computed is not None and written is not None:
+                written.copy_(computed)
+
+
 def make_rotary_embeddings(spec: ModelSpec, device: torch.device) -> dict[str, RotaryEmbedding]:
     """The model's rotary embeddings by name (see `LayerSpec.rope`)."""
     return {

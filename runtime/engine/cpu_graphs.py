@@ -7,7 +7,8 @@ of sequences and then replayed without Python.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from llmkit.kernels.cpu import cpu_kernels
 from llmkit.model.decoder import Decoder
 from llmkit.model.draft_head import DraftHead
 from llmkit.model.language_model import LayerCache
+from llmkit.model.rope import CosSinTable
 from llmkit.runtime.engine.graph_runner import NoMixedGraphs, Sampler
 from llmkit.runtime.engine.sampling_tensors import SamplingTensors
 from llmkit.runtime.engine.slot_block_tables import BlockTables, SlotBlockTables
@@ -74,6 +76,7 @@ class CpuGraph(StaticDecodeBatch):
         num_tokens: int,
         block_tables: SlotBlockTables,
         block_size: int,
+        cos_sin_tables: Mapping[str, CosSinTable],
     ) -> None:
         padding_blocks = dict.fromkeys(model.spec.sliding_windows, 0)
         padding_state_row = 0 if has_recurrent_states(kv_caches) else None  # no row is unused
@@ -96,20 +99,19 @@ class CpuGraph(StaticDecodeBatch):
         self.aux_hidden_states: dict[int, torch.Tensor] = {}  # see `Decoder.aux_hidden_states`
         self._model = model
         self._kv_caches = kv_caches
+        self._cos_sin_tables = cos_sin_tables
         self.cos_sin = model.cos_sin(self.positions)
         self._program = b""
         self._allocated: list[torch.Tensor] = []  # tensors that the program reads and writes
 
-    def embed(self, token_ids: torch.Tensor) -> None:
+    def embed(self, token_ids: torch.Tensor, largest_position: int) -> None:
         """Write the input of the first layer. Call `fill` before."""
         hidden, per_layer_inputs = self._model.embed(token_ids)
         self.input.copy_(hidden)
         if self.per_layer_inputs is not None and per_layer_inputs is not None:
             self.per_layer_inputs.copy_(per_layer_inputs)
-        for name, cos_sin in self._model.cos_sin(self.positions).items():
-            for recorded, value in zip(self.cos_sin[name], cos_sin, strict=True):
-                if recorded is not None and value is not None:
-                    recorded.copy_(value)
+        for name, table in self._cos_sin_tables.items():
+            table.write(self.positions, largest_position, self.cos_sin[name])
 
     def record(self) -> bool:
         """Run the layers and record them. Returns False when they cannot be replayed."""
@@ -133,8 +135,8 @@ class CpuGraph(StaticDecodeBatch):
 class CpuGraphRunner(NoMixedGraphs):
     """The recorded decode steps of a model, by numbers of sequences and tokens (`GraphRunner`).
 
-    A step is recorded when the decode step before had as many of both. A step that verifies drafts
-    is a decode step, too.
+    A step is recorded when the last step had as many of both. Steps that verify drafts are counted
+    apart from those with one token of each sequence.
     """
 
     samples_tokens = False  # `run` returns logits only
@@ -155,9 +157,11 @@ class CpuGraphRunner(NoMixedGraphs):
         padding_blocks = dict.fromkeys(model.spec.sliding_windows, 0)
         self._block_tables = SlotBlockTables(max_num_seqs, max_blocks, padding_blocks)
         self._block_size = block_size
+        self._max_positions = max_blocks * block_size
         # By the sequences and tokens of a step.
         self._graphs: OrderedDict[tuple[int, int], CpuGraph] = OrderedDict()
-        self._last_key = (0, 0)  # of the decode step before
+        # By whether sequences have several tokens: the size of the last such step.
+        self._last_keys: dict[bool, tuple[int, int]] = {}
         # What a draft head reads of the tokens of the last step, [T, C].
         self.hidden_states = torch.empty(0)
         # Other collective operations than those of the compiled kernels are not recorded.
@@ -165,6 +169,13 @@ class CpuGraphRunner(NoMixedGraphs):
         has_recorded_group = group.reduces_in_kernels and group.pp_size == 1
         has_kernels = cpu_kernels.library is not None and model.dtype == torch.float32
         self.enabled = enabled and has_recorded_group and has_kernels
+
+    @cached_property
+    def _cos_sin_tables(self) -> dict[str, CosSinTable]:
+        """Of each rotary embedding of the model."""
+        return {
+            name: CosSinTable(rope, self._max_positions) for name, rope in self._model.ropes.items()
+        }
 
     @property
     def num_graphs(self) -> int:
@@ -174,15 +185,17 @@ class CpuGraphRunner(NoMixedGraphs):
     def should_run(self, query_lens: Sequence[int], adapter_ids: Collection[int] = ()) -> bool:
         """See `GraphRunner.should_run`.
 
-        The step must be small, and either recorded already or as large as the step before,
-        whose size this method remembers. Adapters are applied by torch.
+        The step must be small, and either recorded already or as large as the last step of its
+        kind, whose size this method remembers: steps of draft heads for one token and for several
+        take turns. Adapters are applied by torch.
         """
         if any(adapter_ids):
             return False
         num_tokens = sum(query_lens)
         key = (len(query_lens), num_tokens)
-        repeats = key == self._last_key or key in self._graphs
-        self._last_key = key
+        has_drafts = num_tokens > len(query_lens)
+        repeats = key == self._last_keys.get(has_drafts) or key in self._graphs
+        self._last_keys[has_drafts] = key
         is_small = num_tokens * self._model.spec.hidden_size <= MAX_HIDDEN_ELEMENTS
         return repeats and self.enabled and is_small
 
@@ -205,10 +218,15 @@ class CpuGraphRunner(NoMixedGraphs):
         is_recorded = graph is not None
         if graph is None:
             graph = CpuGraph(
-                self._model, self._kv_caches, *key, self._block_tables, self._block_size
+                self._model,
+                self._kv_caches,
+                *key,
+                self._block_tables,
+                self._block_size,
+                self._cos_sin_tables,
             )
         graph.fill(positions, seq_lens, block_tables, query_lens, slots, state_rows)
-        graph.embed(token_ids)
+        graph.embed(token_ids, max(positions))
         if is_recorded:
             graph.replay()
             self._graphs.move_to_end(key)

@@ -133,8 +133,11 @@ class DraftHeadProposer(DraftModelProposer):
                 start = request.stop - num_sampled
                 self._rows_of_slot[sequence.slot] = SlotRows(sequence, start, request.stop)
 
-        next_token_ids = token_ids.roll(-1)
-        next_token_ids[self._to_device(sampled_rows)] = sampled_token_ids.clamp_min(0)
+        next_token_ids = sampled_token_ids.clamp_min(0)
+        if len(sampled_rows) < len(token_ids):
+            of_sampled = next_token_ids
+            next_token_ids = token_ids.roll(-1)
+            next_token_ids[self._to_device(sampled_rows)] = of_sampled
         if known_rows:
             next_token_ids[self._to_device(known_rows)] = self._to_device(known_token_ids)
         self._next_hidden = self.head.project(hidden)
@@ -142,8 +145,9 @@ class DraftHeadProposer(DraftModelProposer):
         first_drafts = self._compute(next_token_ids, spans, rows, sequences, counters)
         if rows:
             kept = self._to_device(places)
-            self._first_drafts[kept] = first_drafts
-            self._outputs[kept] = self._hidden_states[self._to_device(rows)]
+            self._first_drafts.index_copy_(0, kept, first_drafts)
+            outputs = self._rows_of(self._hidden_states, rows)
+            self._outputs.index_copy_(0, kept, outputs)
 
     def _row(self, request: ScheduledRequest) -> int:
         """The row of `_first_drafts` and `_outputs` for the position before a request's first."""
@@ -166,7 +170,7 @@ class DraftHeadProposer(DraftModelProposer):
 
     def _continued(self, draft_token_ids: torch.Tensor, left: list[int]) -> torch.Tensor:
         """See `DraftModelProposer._continued`."""
-        self._next_hidden = self._next_hidden[self._to_device(left)]
+        self._next_hidden = self._rows_of(self._next_hidden, left)
         return super()._continued(draft_token_ids, left)
 
     def _draft_span(self, request: ScheduledRequest, index: int) -> Span:

@@ -29,6 +29,7 @@ from llmkit.runtime.engine.sequence import Sequence
 # Known tokens of a sequence that the draft model computes in a step: the last one, and the last
 # draft token where all were accepted.
 MAX_KNOWN_TOKENS = 2
+CPU = torch.device("cpu")
 PLACEHOLDER = 0  # the draft token that is scheduled before the draft model has run
 
 
@@ -170,7 +171,7 @@ class DraftModelProposer:
 
     def _continued(self, draft_token_ids: torch.Tensor, left: list[int]) -> torch.Tensor:
         """The tokens that the next round computes: the last drafts of the requests `left`."""
-        return draft_token_ids[self._to_device(left)]
+        return self._rows_of(draft_token_ids, left)
 
     def _draft_span(self, request: ScheduledRequest, index: int) -> Span:
         """Where the draft model computes a draft token of a request."""
@@ -197,7 +198,7 @@ class DraftModelProposer:
             self._hidden_states = self.paged_model.forward(token_ids, inputs)
             if not rows:
                 return token_ids[:0]
-            logits = model.logits(self._hidden_states[self._to_device(rows)])
+            logits = model.logits(self._rows_of(self._hidden_states, rows))
             return self._sample(logits, sequences, counters)
 
         of_tokens = [sequence for sequence, start, stop in spans for _ in range(start, stop)]
@@ -217,12 +218,10 @@ class DraftModelProposer:
         self._hidden_states = graph_runner.hidden_states
         if not rows:
             return token_ids[:0]
-        chosen = self._to_device(rows)
-        if not graph_runner.samples_tokens:
-            return self._sample(logits[chosen].float(), sequences, counters)
-        assert sampled is not None
+        if sampled is None or not graph_runner.samples_tokens:
+            return self._sample(self._rows_of(logits, rows).float(), sequences, counters)
         # -1, where logits are not finite, is no token; the large model does not accept another.
-        return sampled[chosen].clamp_min(0)
+        return self._rows_of(sampled, rows).clamp_min(0)
 
     def _sample(
         self, logits: torch.Tensor, sequences: list[Sequence], counters: list[int]
@@ -239,7 +238,11 @@ class DraftModelProposer:
             # -1, where logits are not finite, is no token; see `_compute`.
             return sampler(logits, *arguments).clamp_min(0)
         group = self.paged_model.model.parallel_group
-        return sample(logits, *sampling, torch.tensor(counters), group)
+        return sample(logits, *sampling, int64_tensor(counters, CPU), group)
+
+    def _rows_of(self, values: torch.Tensor, rows: list[int]) -> torch.Tensor:
+        """values[rows]. rows: in rising order."""
+        return values if len(rows) == len(values) else values[self._to_device(rows)]
 
     def _to_device(self, values: list[int]) -> torch.Tensor:
         return int64_tensor(values, self._config.device)

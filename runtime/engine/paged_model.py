@@ -144,4 +144,5 @@ def _sizes(rows: SequenceOf[SequenceOf[int]]) -> Int64Array:
 
 def int64_tensor(values: list[int], device: torch.device) -> torch.Tensor:
     """An int64 tensor on the device."""
-    return to_device(torch.tensor(values, dtype=torch.int64), device)
+    # For short lists, numpy takes a third of the time of `torch.tensor`.
+    return to_device(torch.from_numpy(np.array(values, dtype=np.int64)), device)

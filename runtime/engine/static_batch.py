@@ -81,8 +81,13 @@ class StaticDecodeBatch:
         self._padding_state_row = padding_state_row
         self._host_query_start_loc = host_parts[-1]
 
-        self._slots: Sequence[int] | None = None  # of the last step
+        # Of the last step, whose values most steps have, too:
+        self._slots: Sequence[int] | None = None
         self._num_tokens = 0
+        self._query_lens: Sequence[int] | None = None
+        # The sequence of each token, and its place after the tokens that the sequence had before.
+        self._sequence_of_token = np.empty(0, dtype=np.int64)
+        self._places_in_step = np.empty(0, dtype=np.int64)
         self._host_tables = [block_tables.rows(window) for window in padding_blocks]
         # Where the row of each sequence begins in the block tables of all slots.
         self._table_starts = np.full(
@@ -161,6 +166,7 @@ class StaticDecodeBatch:
             self._slots = list(slots)
             self._num_tokens = num_tokens
             self._fill_unused(num_seqs, num_tokens)
+            self._query_lens = None
             self._host_slots[:num_seqs] = slots
             np.multiply(self._host_slots, self.block_tables.width, out=self._table_starts)
         self._host_seq_lens[:num_seqs] = seq_lens
@@ -175,24 +181,30 @@ class StaticDecodeBatch:
         places = self._host_seq_lens[:num_seqs] - 1
         table_starts = self._table_starts[:num_seqs]
         if self.query_start_loc is not None:
-            lens = self.batch.query_lens
-            lens[:num_seqs] = 1 if query_lens is None else query_lens
-            lens.cumsum(out=self._host_query_start_loc[1:])
-            of_sequence = np.repeat(np.arange(num_seqs), lens[:num_seqs])
-            ends = self._host_query_start_loc[1:][of_sequence]
-            places_in_step = np.arange(num_tokens) - ends  # from the sequence's end
-            if self._padding_state_row is not None:
-                self._host_write_ends[:num_tokens] = (
-                    lens[:num_seqs][of_sequence] + places_in_step + 1
-                )
-            places = places[of_sequence] + 1 + places_in_step
-            table_starts = table_starts[of_sequence]
+            query_lens = [1] * num_seqs if query_lens is None else query_lens
+            if query_lens != self._query_lens:
+                self._query_lens = list(query_lens)
+                self._fill_query_lens(num_seqs, num_tokens)
+            lens = self.batch.query_lens[:num_seqs]
+            places = (places - lens)[self._sequence_of_token] + self._places_in_step
+            table_starts = table_starts[self._sequence_of_token]
         blocks, offsets = np.divmod(places, self.block_size)
         blocks += table_starts
         for slot_mapping, rows in zip(self._host_slot_mappings, self._host_tables, strict=True):
             slot_mapping[:num_tokens] = rows[blocks] * self.block_size + offsets
         if self.device is not self.host:
             self.device.copy_(self.host.pin_memory(), non_blocking=True)
+
+    def _fill_query_lens(self, num_seqs: int, num_tokens: int) -> None:
+        """Write what follows from `_query_lens`."""
+        lens = self.batch.query_lens
+        lens[:num_seqs] = self._query_lens
+        lens.cumsum(out=self._host_query_start_loc[1:])
+        self._sequence_of_token = np.repeat(np.arange(num_seqs), lens[:num_seqs])
+        starts = self._host_query_start_loc[self._sequence_of_token]
+        self._places_in_step = np.arange(num_tokens) - starts + 1
+        if self._padding_state_row is not None:
+            self._host_write_ends[:num_tokens] = self._places_in_step
 
     def _fill_unused(self, num_seqs: int, num_tokens: int) -> None:
         """Write the rows and tokens after these."""

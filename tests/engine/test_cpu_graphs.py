@@ -9,9 +9,11 @@ import pytest
 import torch
 from support.tiny_models import tiny_checkpoint
 
+from llmkit.checkpoint.hf_config import RopeSpec
 from llmkit.kernels.cpu import cpu_experts, cpu_kernels
 from llmkit.kernels.kv_cache import KV_CACHE_DTYPES
 from llmkit.model.decoder import DecoderLayer
+from llmkit.model.rope import CosSin, CosSinTable, RotaryEmbedding
 from llmkit.runtime.engine import cpu_graphs
 from llmkit.runtime.engine.engine import Engine
 from llmkit.runtime.engine.engine_options import EngineOptions
@@ -184,7 +186,27 @@ def test_recording_that_fails_restores_the_library(
     monkeypatch.setattr(one.model, "run_layers", fail)
     tables = SlotBlockTables(1, 8, dict.fromkeys(one.model.spec.sliding_windows, 0))
     caches = one.runner.paged_model.kv_caches
-    recording = cpu_graphs.CpuGraph(one.model, caches, 1, 1, tables, 16)
+    recording = cpu_graphs.CpuGraph(one.model, caches, 1, 1, tables, 16, {})
     with pytest.raises(MemoryError):
         recording.record()
     assert cpu_kernels.library is library
+
+
+@pytest.mark.parametrize("scales_queries", [False, True])
+def test_cos_sin_tables_have_the_values_of_the_embedding_bit_for_bit(
+    monkeypatch: pytest.MonkeyPatch, scales_queries: bool
+) -> None:
+    inv_freq = tuple((1e4 ** (-torch.arange(0, 36, 2) / 36)).tolist())
+    spec = RopeSpec(inv_freq, 1.2, (), 64, query_scale_beta=0.1 * scales_queries)
+    rope = RotaryEmbedding(spec, 512, torch.device("cpu"))
+    monkeypatch.setattr(CosSinTable, "MAX_BYTES", 100 * (2 * 36 * 4 + 4 * scales_queries))
+    table = CosSinTable(rope, 512)
+    assert table.num_positions == 100
+    assert CosSinTable(rope, 7).num_positions == 7
+    for positions in ([5], [99, 3, 0], [100, 2], [511] * 9):
+        expected = rope(torch.tensor(positions))
+        written = CosSin(*(None if part is None else part * torch.nan for part in expected))
+        table.write(torch.tensor(positions), max(positions), written)
+        for mine, value in zip(written, expected, strict=True):
+            assert (mine is None) == (value is None)
+            assert mine is None or value is None or torch.equal(mine, value)

@@ -14,8 +14,10 @@ from support.tiny_draft_heads import family_with_mtp, glm_with_mtp, llama_with_e
 from llmkit.checkpoint.open_checkpoint import open_checkpoint
 from llmkit.common.errors import InputError, UsageError
 from llmkit.common.progress import SilentProgress
+from llmkit.kernels.cpu import cpu_kernels
 from llmkit.quant.quantize_checkpoint import quantize
 from llmkit.quant.quantize_options import QuantizeOptions
+from llmkit.runtime.engine import cpu_graphs
 from llmkit.runtime.engine.draft_head_proposer import DraftHeadProposer
 from llmkit.runtime.engine.engine import Engine
 from llmkit.runtime.engine.engine_options import EngineOptions
@@ -36,6 +38,9 @@ SAMPLED = [
 ]
 GREEDY = SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True)
 HEADS = ("mtp", "eagle3")
+needs_library = pytest.mark.skipif(
+    cpu_kernels.library is None, reason=f"compiled kernels: {cpu_kernels.status()}"
+)
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +85,26 @@ def test_draft_heads_change_no_sampled_token(
     assert running.generate(prompts(), SAMPLED) == plain[head]
     stats = running.stats()
     assert 0 < stats.accepted_total <= stats.drafted_total
+
+
+@needs_library
+@pytest.mark.parametrize("head", HEADS)
+def test_draft_heads_draft_the_same_in_recorded_steps(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, head: str
+) -> None:
+    known = [text_tokens(20, start) for start in (0, 9, 30)]
+    recorded = loaded(folder, head, 3)
+    answers = recorded.generate(known, GREEDY)
+    proposer = recorded.runner.draft_model
+    assert proposer is not None
+    graphs = proposer.graph_runner._graphs  # type: ignore[attr-defined]
+    assert {(3, 12), (3, 3)} <= graphs.keys(), "of all tokens of a step, and of one draft each"
+    monkeypatch.setattr(cpu_graphs, "MAX_HIDDEN_ELEMENTS", 0)
+    eager = loaded(folder, head, 3)
+    assert eager.generate(known, GREEDY) == answers
+    for stats in (recorded.stats(), eager.stats()):
+        assert stats.accepted_per_pos_total == eager.stats().accepted_per_pos_total
+        assert stats.accepted_total > 0.3 * stats.drafted_total > 10
 
 
 @pytest.mark.parametrize("head", HEADS)

@@ -478,9 +478,11 @@ def graph_runner(
 def test_cpu_graphs_run_a_step_as_large_as_the_one_before() -> None:
     runner = graph_runner()
     assert runner.num_graphs == 0
-    assert [runner.should_run([1] * rows) for rows in (0, 2, 2, 3, 2, 2)] == [
-        True, False, True, False, False, True
+    assert [runner.should_run([1] * rows) for rows in (2, 2, 3, 2, 2)] == [
+        False, True, False, False, True
     ]  # fmt: skip
+    assert [runner.should_run([drafts]) for drafts in (3, 3, 4)] == [False, True, False]
+    assert runner.should_run([1, 1]), "steps with several tokens of a sequence count apart"
     runner._graphs[5, 5] = None  # type: ignore[assignment]
     assert [runner.should_run([1] * rows) for rows in (5, 5, 4, 4)] == [True, True, False, True]
     assert runner.num_graphs == 1
