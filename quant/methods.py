@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -21,7 +22,8 @@ from llmkit.model.wrappers import module_names
 from llmkit.quant.algorithm import Algorithm, AutoRound
 from llmkit.quant.awq import AwqSmoother, ClippingQuantizer
 from llmkit.quant.gptq import GptqQuantizer
-from llmkit.quant.grid import FULL_SEARCH
+from llmkit.quant.grid import FULL_SEARCH, RangeSearch
+from llmkit.quant.input_stats import StatKind
 from llmkit.quant.number_formats import NUMBER_FORMATS, NumberFormat
 from llmkit.quant.quantize_options import Effort
 from llmkit.quant.round_to_nearest import RtnQuantizer
@@ -70,6 +72,8 @@ FORMAT_SYMMETRY: dict[str, bool] = {"gptq": True, "awq": False}
 # The formats that can store schemes of different layers, and an integer output projection beside
 # other schemes.
 MIXED_FORMAT = "compressed-tensors"
+GGUF_SCHEME = "q4_k_m"  # the default of --format gguf
+CAST_FORMATS: tuple[Format, ...] = ("gguf",)  # that tensors in 16 bits may be written in
 
 
 @dataclass(frozen=True)
@@ -101,6 +105,8 @@ class MethodOptions:
         if not schemes:
             return None
         name = self.scheme_name or schemes[0]
+        if self.scheme_name is None and self.format == "gguf" and GGUF_SCHEME in schemes:
+            return GGUF_SCHEME
         if self.scheme_name is None and f"w{self.bits}a16" in schemes:
             name = f"w{self.bits}a16"
         if name == "w8a16" and self.activations:
@@ -169,6 +175,11 @@ class MethodOptions:
         return self.effort != "fast" and (self.grouped or self._has_coarse_scales)
 
     @property
+    def rounding_search(self) -> RangeSearch | None:
+        """The search where values are rounded to nearest: only among scales with few values."""
+        return FULL_SEARCH if self.searches and self._has_coarse_scales else None
+
+    @property
     def _has_coarse_scales(self) -> bool:
         """Whether the scales of groups have few values, so that the nearest is not the best."""
         number_format = self.number_format
@@ -196,14 +207,25 @@ class MethodOptions:
                 f"--format {self.chosen_format} has no place for the scales of a KV cache",
                 todo="Use --format compressed-tensors",
             )
-        if self.mixed and (self.chosen_format != MIXED_FORMAT or not self.may_be_asymmetric):
+        if self.mixed:
+            self._check_mixed()
+        if self.lm_head is not None:
+            self._check_lm_head(self.lm_head)
+
+    def _check_mixed(self) -> None:
+        if self.chosen_format != MIXED_FORMAT or not self.may_be_asymmetric:
             raise UsageError(
-                "--target-kl and --target-bits mix layers of 4, 8 and 16 bits, "
+                "--target-kl and --target-bits choose a scheme for each layer, "
                 "which one setting for all cannot",
                 f"They go with {_grouped_methods()} and --format compressed-tensors",
             )
-        if self.lm_head is not None:
-            self._check_lm_head(self.lm_head)
+        if self.scheme_name is not None or self.bits is not None:
+            option = "scheme" if self.scheme_name is not None else "bits"
+            raise UsageError(
+                f"--{option} is one scheme for all layers, and --target-kl and --target-bits choose"
+                " one for each",
+                todo=f"Leave out --{option}, and name the engine and the GPU: --for vllm@h100",
+            )
 
     def _check_scheme(self, method: Method) -> None:
         name = self.scheme_name
@@ -255,7 +277,7 @@ class MethodOptions:
         asked = f"--method {self.method}"
         if self.scheme_name is not None:
             asked = f"--scheme {self.scheme_name}"
-        formats = number_format.formats if number_format else ()
+        formats = number_format.formats if number_format else CAST_FORMATS
         if self.format not in formats:
             if self.format == "awq" and self.grouped:
                 raise UsageError(
@@ -265,7 +287,9 @@ class MethodOptions:
                     todo="Use --format compressed-tensors"
                     + (f" for {self.chosen_bits} bits" if self.chosen_bits != 4 else ""),
                 )
-            expected = ", ".join(formats) or "safetensors only, and no --format"
+            expected = ", ".join(formats)
+            if number_format is None:
+                expected += ", or safetensors only, and no --format"
             raise UsageError(
                 f"{asked} and --format {self.format} do not go together", f"Expected {expected}"
             )
@@ -294,6 +318,8 @@ class MethodOptions:
     def _check_activations(self) -> None:
         number_format = self.number_format
         has_inputs = number_format is not None and number_format.scheme.inputs != "none"
+        if self.mixed and self.method in ("rtn", "gptq"):
+            return  # --activations limits the candidates
         if self.activations and not (has_inputs and self.method in ("int8", "fp8", "rtn", "gptq")):
             raise UsageError(
                 f"--method {self.method} rounds no activations",
@@ -375,9 +401,10 @@ class MethodOptions:
             return Algorithm(gptq, AwqSmoother(), AutoRound())
         if self.method == "gptq" or (self.method in ("int8", "fp8") and best):
             return Algorithm(gptq, smoother)
+        required_stats: frozenset[StatKind] = frozenset()
         if number_format is not None and number_format.scheme.has_input_scale:
-            return Algorithm(RtnQuantizer(required_stats=frozenset({"magnitudes"})), smoother)
-        return Algorithm(RtnQuantizer(), smoother)
+            required_stats = frozenset({"magnitudes"})
+        return Algorithm(RtnQuantizer(self.rounding_search, required_stats), smoother)
 
 
 def build_quantization_config(
@@ -391,7 +418,7 @@ def build_quantization_config(
     format_name = options.chosen_format
     if format_name is None and options.kv:
         format_name = "compressed-tensors"
-    if format_name is None:
+    if format_name is None or (format_name == "gguf" and options.number_format is None):
         return None
     linears = [
         parameter
@@ -402,7 +429,7 @@ def build_quantization_config(
     if options.grouped:
         group_size = resolve_group_size(linears, options.group_size)
     scheme = options.scheme(group_size)
-    if scheme is not None and options.chosen_scheme is not None:
+    if scheme is not None and options.chosen_scheme is not None and not scheme.preset:
         check_groups(linears, options.chosen_scheme, scheme)
     lm_head_scheme = options.lm_head_scheme(scheme)
     ignored: list[str] = []
@@ -426,24 +453,27 @@ def build_quantization_config(
     )
 
 
-def with_mixed_bits(
-    quantization: QuantizationConfig, spec: ModelSpec, bits: Mapping[str, int]
+def with_mixed_schemes(
+    quantization: QuantizationConfig, spec: ModelSpec, schemes: Mapping[str, Scheme | None]
 ) -> QuantizationConfig:
-    """`quantization` with other bits for some linears, by runtime module; 16: not quantized."""
-    assert quantization.scheme is not None
+    """`quantization` with other schemes for some linears, by runtime module; None: not quantized.
+
+    The scheme of most linears becomes that of the whole config, which keeps it short.
+    """
+    counts = Counter(scheme for scheme in schemes.values() if scheme is not None)
+    common = counts.most_common(1)[0][0] if counts else quantization.scheme
     ignore = list(quantization.ignore)
     overrides = list(quantization.overrides)
     for parameter in parameters(spec):
-        module_bits = bits.get(parameter.module) if parameter.is_linear else None
-        if module_bits is None or module_bits == quantization.scheme.bits:
+        if not parameter.is_linear or parameter.module not in schemes:
             continue
+        scheme = schemes[parameter.module]
         modules = config_modules(spec, parameter)
-        if module_bits == 16:
+        if scheme is None:
             ignore += modules
-        else:
-            scheme = replace(quantization.scheme, bits=module_bits)
+        elif scheme != common:
             overrides += [(module, scheme) for module in modules]
-    return replace(quantization, ignore=tuple(ignore), overrides=tuple(overrides))
+    return replace(quantization, scheme=common, ignore=tuple(ignore), overrides=tuple(overrides))
 
 
 def checkpoint_modules(parameter: Parameter) -> list[str]:
@@ -489,7 +519,7 @@ def ignored_modules(spec: ModelSpec, pattern: str | None, layers: range | None) 
 
 def scale_dtype(format_name: str, scheme: Scheme) -> torch.dtype:
     """The dtype of a scheme's scales in a `QuantizedWeight` that a format stores exactly."""
-    if scheme.scale_format != "float":
+    if scheme.scale_format != "float" or format_name == "gguf":
         return torch.float32
     columns = 128 if scheme.group_size == -1 else scheme.group_size
     for packed in FORMATS[format_name].tensors(scheme, 128, columns):

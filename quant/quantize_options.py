@@ -28,6 +28,14 @@ SCHEMES = (
     "mxfp4a16",
     "nvfp4",
     "nvfp4a16",
+    "q4_0",
+    "q4_1",
+    "q5_0",
+    "q5_1",
+    "q8_0",
+    "q4_k_m",
+    "q5_k_m",
+    "q6_k",
 )
 
 
@@ -76,7 +84,7 @@ class QuantizeOptions:
         Option(
             "How weights are stored: gptq, awq, compressed-tensors, fp8 (DeepSeek's blocks) or "
             "modelopt (Model-Optimizer, for TensorRT-LLM).",
-            choices=("gptq", "awq", "compressed-tensors", "fp8", "modelopt"),
+            choices=("gptq", "awq", "compressed-tensors", "fp8", "modelopt", "gguf"),
             metavar="FORMAT",
             unset="the method's own if it stores the scheme, otherwise compressed-tensors",
             panel=METHOD_PANEL,
@@ -127,7 +135,8 @@ class QuantizeOptions:
     target_kl: Annotated[
         float | None,
         Option(
-            "Mix 4, 8 and 16 bits: the smallest checkpoint of at most this mean KL.",
+            "Choose a scheme for each layer, of those that --for runs fast: the smallest "
+            "checkpoint of at most this mean KL.",
             metavar="X",
             unset="off",
             panel=METHOD_PANEL,
@@ -136,7 +145,8 @@ class QuantizeOptions:
     target_bits: Annotated[
         float | None,
         Option(
-            "Mix 4, 8 and 16 bits: the best checkpoint of at most B bits a weight.",
+            "Choose a scheme for each layer, of those that --for runs fast: the best checkpoint of "
+            "at most B bits a weight, with the scales.",
             metavar="B",
             unset="off",
             panel=METHOD_PANEL,
@@ -172,10 +182,10 @@ class QuantizeOptions:
     engine: Annotated[
         str | None,
         Option(
-            "Refuse what this engine cannot load.",
+            "Refuse what this engine (vllm, sglang, transformers, llmkit) cannot load. With a GPU "
+            "(vllm@h200) or cpu, --target-kl and --target-bits choose from what runs fast there.",
             flags=("--for",),
-            choices=("vllm", "sglang", "transformers"),
-            metavar="ENGINE",
+            metavar="ENGINE[@GPU]",
             unset="any engine",
             panel=METHOD_PANEL,
         ),

@@ -1,26 +1,128 @@
-"""`--for ENGINE`: refuses, before any work, what an engine cannot load.
+"""`--for ENGINE[@GPU]`: what an engine runs fast, and what it cannot load.
 
-The rules were tested with transformers 5.23 and vLLM 0.32. SGLang's come from reading its source.
-See docs/formats.md.
+What an engine cannot load is refused before any work. What it runs fast are the candidates of
+--target-kl and --target-bits. The rules were tested with transformers 5.23 and vLLM 0.32. SGLang's,
+and what runs fast on GPUs, come from reading the source. See docs/formats.md.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 from llmkit.checkpoint.quantized_weight import QuantizationConfig, Scheme
 from llmkit.common.errors import UsageError
 from llmkit.model.checkpoint_tensors import scheme_of
 from llmkit.model.parameter_table import parameters
 from llmkit.model.spec import ModelSpec
+from llmkit.quant.number_formats import NUMBER_FORMATS
 
-ENGINES = ("vllm", "sglang", "transformers")
+ENGINES = ("vllm", "sglang", "transformers", "llmkit")
+# The generation of each GPU, and of the CPU.
+GENERATIONS: dict[str, str] = {
+    **dict.fromkeys(("a100", "a800", "a10", "a40", "a6000", "rtx3090"), "ampere"),
+    **dict.fromkeys(("l4", "l40", "l40s", "rtx4090"), "ada"),
+    **dict.fromkeys(("h100", "h200", "h20", "h800", "gh200"), "hopper"),
+    **dict.fromkeys(("b200", "b300", "gb200", "gb300", "rtx5090", "rtx6000"), "blackwell"),
+    "cpu": "cpu",
+}
+# What an engine runs fast, the candidates without --for: all that read the format have kernels.
+ANYWHERE = ("w4a16", "w8a16")
+_MARLIN = ("w4a16", "w8a16")  # weights alone, by Marlin or Machete
+_FP4_WEIGHTS = ("nvfp4a16", "mxfp4a16")  # by Marlin, too
+_FP8 = ("fp8", "fp8-block")
+# GPUs of this generation multiply 4-bit floats: weights alone are no faster there.
+_BLACKWELL = ("nvfp4", "mxfp4", "mxfp8", *_FP8)
+# The schemes that an engine has fast kernels for, by generation; "" without a GPU.
+# vLLM 0.32: get_scheme of compressed_tensors.py chooses the class, kernels/linear/ the kernel by
+# capability. Marlin runs from 7.5 on, FP8 products from 8.9 on, CUTLASS' W4A8 on 9.0 only,
+# FlashInfer's MXFP4 and MXFP8 from 10.0 on. On Hopper it runs NVFP4 and MXFP4 by Marlin, without
+# rounding inputs, and on Ampere FP8. Its CPU kernels of weights alone are of 4 bits.
+# SGLang: the classes of srt/layers/quantization/compressed_tensors/schemes/. W4A8 is of experts.
+# llmkit: `gpu_kernel_type` and `pack_weight` of model/linear.py.
+FAST_SCHEMES: dict[str, dict[str, tuple[str, ...]]] = {
+    "vllm": {
+        "": ANYWHERE,
+        "ampere": (*_MARLIN, "w8a8", *_FP4_WEIGHTS),
+        "ada": (*_MARLIN, *_FP8, "w8a8", *_FP4_WEIGHTS),
+        "hopper": (*_MARLIN, *_FP8, "w8a8", "w4afp8", *_FP4_WEIGHTS),
+        "blackwell": _BLACKWELL,
+        "cpu": ("w4a16", "w8a8"),
+    },
+    "sglang": {
+        "": ANYWHERE,
+        "ampere": (*_MARLIN, "w8a8"),
+        "ada": (*_MARLIN, *_FP8, "w8a8"),
+        "hopper": (*_MARLIN, *_FP8, "w8a8", *_FP4_WEIGHTS),
+        "blackwell": ("nvfp4", "mxfp8", *_FP8),
+        "cpu": ("w8a8",),
+    },
+    "transformers": {"": ANYWHERE},
+    "llmkit": {
+        "": ANYWHERE,
+        "ampere": (*_MARLIN, "w8a8"),
+        "ada": (*_MARLIN, *_FP8, "w8a8"),
+        "hopper": (*_MARLIN, *_FP8, "w8a8"),
+        "blackwell": (*_MARLIN, *_FP8),
+        "cpu": (*_MARLIN, "w8a8"),
+    },
+}
+# Integer products with 8-bit inputs need smoothing to be good: only on request (--activations).
+ON_REQUEST = ("w8a8",)
 MARLIN_GROUP_SIZES = (-1, 32, 64, 128)
 # vLLM looks for gate_proj and up_proj among the quantized modules of these families, whose
 # checkpoints have gate_up_proj.
 VLLM_SPLITS_GATE_UP = ("GlmForCausalLM", "Glm4ForCausalLM")
 
 
+@dataclass(frozen=True)
+class Target:
+    """A value of --for."""
+
+    engine: str
+    generation: str  # of the GPU, or "cpu"; "" when none was named
+
+
+def parse_target(text: str | None) -> Target | None:
+    """The target of "vllm" or "vllm@h200"; None for None.
+
+    Raises UsageError for engines and GPUs that are not known.
+    """
+    if text is None:
+        return None
+    engine, at, gpu = text.lower().partition("@")
+    if engine not in ENGINES:
+        raise UsageError(f"--for {text} is not known", f"One of {', '.join(ENGINES)} was expected")
+    if not at:
+        return Target(engine, "")
+    generation = GENERATIONS.get(gpu)
+    known = [name for name, found in GENERATIONS.items() if found in FAST_SCHEMES[engine]]
+    if generation not in FAST_SCHEMES[engine]:
+        expected = f"{engine}@ and one of {', '.join(known)} was expected" if known else engine
+        raise UsageError(f"--for {text} is not known", expected)
+    return Target(engine, generation)
+
+
+def fast_schemes(target: Target | None, rounds_inputs: bool) -> tuple[str, ...]:
+    """The names of the schemes that mixed precision chooses from.
+
+    rounds_inputs: only those whose inputs are rounded too, which makes prompts faster.
+    Raises UsageError when there are none.
+    """
+    names = ANYWHERE if target is None else FAST_SCHEMES[target.engine][target.generation]
+    if not rounds_inputs:
+        return tuple(name for name in names if name not in ON_REQUEST) or names
+    rounding = tuple(name for name in names if NUMBER_FORMATS[name].scheme.inputs != "none")
+    if not rounding:
+        raise UsageError(
+            "--activations: no candidate of --target-kl and --target-bits rounds its inputs",
+            "An engine and a GPU that multiply rounded inputs were expected",
+            "Add --for vllm@h100, for example",
+        )
+    return rounding
+
+
 def check_engine(
-    engine: str | None,
+    target: Target | None,
     quantization: QuantizationConfig | None,
     spec: ModelSpec,
     unstacks_experts: bool = False,
@@ -29,12 +131,9 @@ def check_engine(
 
     unstacks_experts: the output stores experts one by one, unlike other models of the family.
     """
-    if engine is None or quantization is None:
+    if target is None or quantization is None or target.engine == "llmkit":
         return
-    if engine not in ENGINES:
-        raise UsageError(
-            f"--for {engine} is not known", f"One of {', '.join(ENGINES)} was expected"
-        )
+    engine = target.engine
     if unstacks_experts:
         _check_unstacked_experts(engine, spec)
     for scheme in quantization.schemes:
