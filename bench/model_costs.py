@@ -107,12 +107,22 @@ def _cpu_inputs(
             stored, scheme = _cpu_weight_type(checkpoint, row, source.name)
             inputs: InputType = "float32"
             if scheme is not None and scheme.inputs != "none":  # rounded by the checkpoint's rule
-                inputs = "int8" if stored == torch.int8 and scheme.inputs == "token" else inputs
+                inputs = _multiplied_inputs(stored, scheme)
             else:
                 empty_weight = PackedWeight(torch.empty(0, dtype=stored), (0, 0))
                 inputs = cpu_kernels.inputs_for(empty_weight, cpu_activations)
             elements[inputs] += math.prod(source.shape)
     return elements.most_common(1)[0][0] if elements else "float32"
+
+
+def _multiplied_inputs(stored: torch.dtype, scheme: Scheme) -> InputType:
+    """As what the compiled kernels multiply inputs that the checkpoint's scheme quantizes."""
+    if scheme.input_type == "int8":
+        is_w8a8 = stored == torch.int8 and scheme.inputs == "token"
+        return "int8" if is_w8a8 else "float32"
+    if scheme.input_type == "fp4":
+        return "int8" if scheme.is_fp4 else "float32"
+    return "bfloat16" if scheme.is_fp8 and cpu_kernels.has_bfloat16() else "float32"
 
 
 def _cpu_weight_type(
@@ -123,7 +133,7 @@ def _cpu_weight_type(
     if scheme is None:
         return checkpoint.tensors[tensor].torch_dtype, None
     if scheme.is_fp8:
-        return torch.bfloat16, scheme  # which represents every FP8 value
+        return torch.float8_e4m3fn, scheme
     return (torch.int8 if scheme.bits == 8 else torch.uint8), scheme
 
 

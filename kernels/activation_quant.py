@@ -68,7 +68,7 @@ def fake_quantize_per_group(
         groups = groups.float()
         max_abs = groups.abs().amax(dim=-1, keepdim=True)
         scales = group_scales(max_abs, value_type, scale_format, global_scale)
-        divisors = torch.where(scales > 0, scales, 1.0)
+        divisors = torch.where(scales == 0, 1.0, scales)
         rounded = quantize_static(groups, divisors, value_type).mul_(scales).to(x.dtype)
     return rounded.flatten(-2)[..., : x.shape[-1]]
 
@@ -84,16 +84,19 @@ def group_scales(
     e8m0: the power of two that OCP MX 1.0 takes: that of the largest magnitude over that of the
     type's largest value. Magnitudes between are clamped when they are rounded.
     e4m3: max_abs / the type's largest value, rounded to e4m3 times `global_scale`, float32 [1].
+    The scale of a group with NaN or infinity is NaN.
     """
     if scale_format == "e8m0":
         # frexp: max_abs = mantissa * 2^exponent with a mantissa of at least 0.5.
         largest_exponent = {"fp8": 8, "fp4": 2}[value_type]
         exponents = torch.frexp(max_abs.float()).exponent - 1 - largest_exponent
         exponents = exponents.clamp_(*_E8M0_EXPONENTS)
-        return torch.ldexp(torch.ones_like(max_abs, dtype=torch.float32), exponents)
-    assert scale_format == "e4m3" and global_scale is not None
-    steps = max_abs.float() / (MAX_VALUES[value_type] * global_scale)
-    return steps.clamp_(max=FP8_MAX).to(FP8).float() * global_scale
+        scales = torch.ldexp(torch.ones_like(max_abs, dtype=torch.float32), exponents)
+    else:
+        assert scale_format == "e4m3" and global_scale is not None
+        steps = max_abs.float() / (MAX_VALUES[value_type] * global_scale)
+        scales = steps.clamp_(max=FP8_MAX).to(FP8).float() * global_scale
+    return torch.where(max_abs.isfinite(), scales, torch.nan)
 
 
 def quantize_static(x: torch.Tensor, scale: torch.Tensor, value_type: str) -> torch.Tensor:

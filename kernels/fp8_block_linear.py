@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 
 from llmkit.kernels.activation_quant import FP8
+from llmkit.kernels.float_bits import e4m3_times_2_to_minus_8
 from llmkit.kernels.input_quant import InputQuant, LinearInput, QuantizedInput, quantize_input
 from llmkit.kernels.quantized_linear import epilogue
 from llmkit.kernels.triton_support import jit, tl
@@ -170,14 +171,3 @@ def _fp8_block_linear_kernel(
         total += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
     at = (tl.program_id(2) * M + m[None, :]).to(tl.int64) * N + n[:, None]
     tl.store(y + at, total.to(y.dtype.element_ty), mask=(m < M)[None, :] & (n < N)[:, None])
-
-
-@jit
-def e4m3_times_2_to_minus_8(bits: tl.tensor) -> tl.tensor:
-    """The values of e4m3 bits, int16, divided by 256, as float16, exactly; NaN is not kept.
-
-    With its exponent and mantissa in the upper bits of those of a float16, a value is 2^8 times
-    smaller, because the biases of the exponents are 7 and 15.
-    """
-    half = ((bits & 0x80) << 8) | ((bits & 0x7F) << 7)
-    return half.to(tl.float16, bitcast=True)

@@ -3,7 +3,7 @@
 The results agree with `QuantizedWeight.dequantize`.
 Legend: M rows of x, N outputs, K inputs, G groups of inputs.
 
-`WeightOnlyLinear` packs quantized values into 16-bit words of F = 16 / bits fields. A block of W
+Quantized values are packed into 16-bit words of F = 16 / bits fields. A block of W
 words holds F * W inputs of one output: field f of word [b, n, w] is for output n and input
 (b * F + f) * W + w. One field of a tile of words is therefore a tile of the weight, already in the
 registers that a tensor core reads. `unpack_ptx` takes a field out of two words at once.
@@ -17,6 +17,8 @@ from collections.abc import Mapping
 import torch
 from torch.nn.functional import linear, pad
 
+from llmkit.kernels.activation_quant import FP8
+from llmkit.kernels.float_bits import E4M3_DIVISOR, e2m1, scale_of_byte
 from llmkit.kernels.triton_support import (
     device_capability,
     interprets,
@@ -26,7 +28,7 @@ from llmkit.kernels.triton_support import (
     tl,
 )
 from llmkit.kernels.tuned_configs import Tunable
-from llmkit.kernels.unpack_ptx import field_offsets, unpack_ptx
+from llmkit.kernels.unpack_ptx import field_offsets, unpack_fp4_ptx, unpack_ptx
 
 MAX_FUSED_ROWS = 512  # with more rows, dequantizing W first is faster on every GPU
 # Each entry: the largest number of rows, then rows and outputs of a tile, warps, stages, and
@@ -48,48 +50,42 @@ TILE = Tunable(
 )
 # With more rows than this, W is dequantized first; measured for each GPU.
 FUSED_ROWS = Tunable("grouped_rows", ((32, 64, 128, 256, MAX_FUSED_ROWS),))
+SCALE_BIAS = 127  # of the exponents of e8m0 scales
 
 
-class WeightOnlyLinear:
-    """W = (q - zeros) * scales, with inputs in the model's dtype.
+def pack_words(q: torch.Tensor, bits: int, width: int) -> torch.Tensor:
+    """Words of a weight's quantized values, uint8 [N, K]: int16 [blocks, N, width]."""
+    N, K = q.shape
+    fields = 16 // bits
+    q = pad(q, (0, -K % (width * fields))).view(N, -1, fields, width)
+    if bits == 4:
+        q = q[:, :, ::2] | q[:, :, 1::2] << 4
+    return q.permute(1, 0, 3, 2).contiguous().view(torch.int16)
 
-    q: uint8 [N, K], with `bits` 4 or 8; scales: float [N, G], rounded to 16 bits of mantissa;
-    zeros: uint8 [N, G]; group_size: inputs per group, a multiple of 32, or -1 for whole rows;
-    bias: [N].
+
+class WordsLinear:
+    """A weight in words, with inputs in the model's dtype.
+
+    words: of `pack_words`. scales: [G, N], as the kernel's SCALES says. factors: float32 [N], what
+    outputs are multiplied with; None: nothing. constants: of the kernel. power: see `LARGE`.
     """
 
     def __init__(
         self,
-        q: torch.Tensor,
+        words: torch.Tensor,
         scales: torch.Tensor,
-        zeros: torch.Tensor,
-        bits: int,
-        group_size: int,
-        bias: torch.Tensor | None = None,
+        factors: torch.Tensor | None,
+        constants: Mapping[str, int | str],
+        bias: torch.Tensor | None,
+        power: float = 1.0,
     ) -> None:
-        N, K = q.shape
-        fields = 16 // bits
-        symmetric = bool((zeros == 1 << (bits - 1)).all())
-        width = 32 if group_size % 64 == 32 or K % (64 * fields) else 64
-        q = pad(q, (0, -K % (width * fields))).view(N, -1, fields, width)
-        if bits == 4:
-            q = q[:, :, ::2] | q[:, :, 1::2] << 4
-        self.words = q.permute(1, 0, 3, 2).contiguous().view(torch.int16)
-        # The zero point replaces the lowest 8 bits of the float32 scale, so that one load reads
-        # both.
-        scale_bits = (scales.float().view(torch.int32) + 128) & -256
-        # Weights that are scaled in float16 stay below 2^14, and above the subnormal numbers.
-        largest = math.frexp(float(scales.abs().max()))[1] if scales.numel() else 0
-        self._power = 2.0 ** (14 - bits - largest)
-        self.scales_and_zeros = (scale_bits | zeros).T.contiguous()
-        self._constants = {
-            "BITS": bits,
-            "GROUP": group_size if group_size > 0 else 1 << 30,
-            "SYMMETRIC": symmetric,
-            "W": width,
-        }
+        self.words = words
+        self.scales = scales
+        self.factors = factors
+        self._constants = dict(constants)
         self._bias = bias
-        self.nbytes = self.words.nbytes + self.scales_and_zeros.nbytes
+        self._power = power
+        self.nbytes = words.nbytes + scales.nbytes + (0 if factors is None else factors.nbytes)
 
     def __call__(self, x: torch.Tensor, splits: int = 0) -> torch.Tensor:
         """x: [..., K]. Returns [..., N] in x's dtype.
@@ -99,13 +95,8 @@ class WeightOnlyLinear:
         rows = x.reshape(-1, x.shape[-1]).contiguous()
         num_blocks, N = self.words.shape[:2]
         M, K = rows.shape
-        shape: tuple[object, ...] = (
-            self._constants["BITS"],
-            self._constants["GROUP"],
-            N,
-            K,
-            x.dtype,
-        )
+        kind = self._constants["BITS"] if self._constants["SCALES"] == "float" else "fp4"
+        shape: tuple[object, ...] = (kind, self._constants["GROUP"], N, K, x.dtype)
         if M > MAX_FUSED_ROWS or FUSED_ROWS.config(shape, (MAX_FUSED_ROWS,), x.device)[0] < M:
             return linear(x, self.dequantize(K, x.dtype), self._bias)
         major = gpu_major(x.device)
@@ -125,7 +116,8 @@ class WeightOnlyLinear:
             compiled = _weight_only_linear_kernel[(*tiles, splits)](
                 rows,
                 self.words,
-                self.scales_and_zeros,
+                self.scales,
+                self.factors,
                 None if splits > 1 else self._bias,
                 y,
                 self._power if BM >= LARGE_ROWS else 1.0,
@@ -152,7 +144,8 @@ class WeightOnlyLinear:
         with torch.cuda.device_of(weight):
             _dequantize_kernel[(num_blocks, -(-N // 64))](
                 self.words,
-                self.scales_and_zeros,
+                self.scales,
+                self.factors,
                 weight,
                 N,
                 columns,
@@ -160,6 +153,99 @@ class WeightOnlyLinear:
                 BN=64,
             )
         return weight
+
+
+class WeightOnlyLinear(WordsLinear):
+    """W = (q - zeros) * scales, with inputs in the model's dtype.
+
+    q: uint8 [N, K], with `bits` 4 or 8; scales: float [N, G], rounded to 16 bits of mantissa;
+    zeros: uint8 [N, G]; group_size: inputs per group, a multiple of 32, or -1 for whole rows;
+    bias: [N].
+    """
+
+    def __init__(
+        self,
+        q: torch.Tensor,
+        scales: torch.Tensor,
+        zeros: torch.Tensor,
+        bits: int,
+        group_size: int,
+        bias: torch.Tensor | None = None,
+    ) -> None:
+        symmetric = bool((zeros == 1 << (bits - 1)).all())
+        width = 32 if group_size % 64 == 32 or q.shape[1] % (64 * 16 // bits) else 64
+        # The zero point replaces the lowest 8 bits of the float32 scale, so that one load reads
+        # both.
+        scale_bits = (scales.float().view(torch.int32) + 128) & -256
+        # Weights that are scaled in float16 stay below 2^14, and above the subnormal numbers.
+        largest = math.frexp(float(scales.abs().max()))[1] if scales.numel() else 0
+        super().__init__(
+            pack_words(q, bits, width),
+            (scale_bits | zeros).T.contiguous(),
+            None,
+            {
+                "BITS": bits,
+                "GROUP": group_size if group_size > 0 else 1 << 30,
+                "SYMMETRIC": symmetric,
+                "W": width,
+                "SCALES": "float",
+            },
+            bias,
+            2.0 ** (14 - bits - largest),
+        )
+
+
+class Fp4Linear(WordsLinear):
+    """W = value(codes) * scales in FP4 (E2M1), with inputs in the model's dtype.
+
+    codes: uint8 [N, K], of 4 bits; scales: float [N, G]; group_size: 32 for powers of two (MXFP4),
+    16 or a multiple of 32; global_scale: of NVFP4, see `scale_bytes`; bias: [N].
+    """
+
+    def __init__(
+        self,
+        codes: torch.Tensor,
+        scales: torch.Tensor,
+        group_size: int,
+        bias: torch.Tensor | None = None,
+        global_scale: torch.Tensor | None = None,
+    ) -> None:
+        scale_bytes, factors = fp4_scale_bytes(scales, global_scale)
+        super().__init__(
+            pack_words(codes, 4, 16 if group_size == 16 else 32),
+            scale_bytes.T.contiguous(),
+            factors,
+            {
+                "BITS": 4,
+                "GROUP": group_size,
+                "SYMMETRIC": True,
+                "W": 16 if group_size == 16 else 32,
+                "SCALES": "e8m0" if global_scale is None else "e4m3",
+            },
+            bias,
+        )
+
+
+def fp4_scale_bytes(
+    scales: torch.Tensor, global_scale: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scales [N, G] of FP4 as bytes, uint8 [N, G], and a factor for each output, float32 [N].
+
+    global_scale: float32 [1] or [N], of scales that are e4m3 times it; the bytes are e4m3, and the
+    kernels' values 256 times smaller. None: scales are powers of two; the bytes are e8m0, with the
+    largest scale as 1, so that float16 holds what they are multiplied with.
+    """
+    N = len(scales)
+    scales = scales.float()
+    if global_scale is not None:
+        factors = global_scale.float().reshape(-1).expand(N)
+        steps = scales / factors[:, None].where(factors[:, None] != 0, 1.0)
+        return steps.to(FP8).view(torch.uint8), factors * E4M3_DIVISOR
+    exponents = torch.frexp(scales).exponent - 1
+    largest = exponents.amax() if scales.numel() else 0
+    relative = (exponents - largest + SCALE_BIAS).clamp_(min=0)
+    one = torch.ones(N, device=scales.device)
+    return relative.to(torch.uint8), torch.ldexp(one, one.int() * largest)
 
 
 def compiler_options(tile_rows: int) -> dict[str, int]:
@@ -193,18 +279,20 @@ def default_tile(rows: int, dtype: torch.dtype, major: int) -> tuple[int, ...]:
 
 
 def tile_constants(
-    constants: Mapping[str, int], dtype: torch.dtype, columns: int, tile_rows: int, major: int
+    constants: Mapping[str, int | str], dtype: torch.dtype, columns: int, tile_rows: int, major: int
 ) -> dict[str, object]:
     """The kernel's constants that depend on the inputs, on their columns and on the tile's rows.
 
     constants: of the weight. major: of the GPU's compute capability.
     """
-    bits, width = constants["BITS"], constants["W"]
+    bits, width = int(constants["BITS"]), int(constants["W"])
     large = tile_rows >= LARGE_ROWS
     packs = dtype != torch.float32 and runs_ptx()
     texts: tuple[str | None, ...] = (None,) * 4
     offsets = [0.0] * 4
-    if packs:
+    if packs and constants["SCALES"] != "float":
+        texts = unpack_fp4_ptx(dtype, large)
+    elif packs:
         # Words of 8-bit values have only two fields.
         texts = unpack_ptx(bits, dtype, bool(constants["SYMMETRIC"]), large) * 2
         offsets = field_offsets(bits, dtype)
@@ -249,6 +337,7 @@ def _unpack_field(
     FIELD: tl.constexpr,
     BITS: tl.constexpr,
     SYMMETRIC: tl.constexpr,
+    SCALES: tl.constexpr,
     dtype: tl.constexpr,
 ) -> tl.tensor:
     """q - zero for one field of the words, exact in any dtype.
@@ -256,6 +345,8 @@ def _unpack_field(
     The conversion from integer to float is free: q is written into the lowest mantissa bits of a
     power of two, which gives the float power + q.
     """
+    if SCALES != "float":
+        return e2m1((word.to(tl.int32) >> (FIELD * BITS)) & 15).to(dtype)
     is_short: tl.constexpr = BITS == 4 and dtype != tl.float32
     kind: tl.constexpr = dtype if is_short else tl.float32
     power: tl.constexpr = (128.0 if dtype == tl.bfloat16 else 1024.0) if is_short else 8388608.0
@@ -269,6 +360,7 @@ def _unpack_field(
 def _dequantize_kernel(
     words: tl.tensor,
     scales_and_zeros: tl.tensor,
+    factors: tl.tensor,
     weight: tl.tensor,
     N: tl.tensor,
     K: tl.tensor,
@@ -276,6 +368,7 @@ def _dequantize_kernel(
     GROUP: tl.constexpr,
     SYMMETRIC: tl.constexpr,
     W: tl.constexpr,
+    SCALES: tl.constexpr,
     BN: tl.constexpr,
 ) -> None:
     """A program dequantizes BN outputs of one block."""
@@ -288,11 +381,44 @@ def _dequantize_kernel(
         k = (block * (16 // BITS) + field) * W
         scale_and_zero_at = scales_and_zeros + tl.minimum(k, K - 1) // GROUP * N + n
         scale_and_zero = tl.load(scale_and_zero_at, mask=n < N, other=0)
-        scale = (scale_and_zero & -256).to(tl.float32, bitcast=True)[:, None]
-        values = _unpack_field(word, scale_and_zero, field, BITS, SYMMETRIC, tl.float32) * scale
+        scale = _scale(scale_and_zero, SCALES)
+        if factors is not None:
+            scale *= tl.load(factors + n, mask=n < N, other=0.0)
+        values = _unpack_field(word, scale_and_zero, field, BITS, SYMMETRIC, SCALES, tl.float32)
+        values *= scale[:, None]
         at = n.to(tl.int64)[:, None] * K + k + w[None, :]
         inside = (n < N)[:, None] & (k + w < K)[None, :]
         tl.store(weight + at, values.to(weight.dtype.element_ty), mask=inside)
+
+
+@jit
+def _scale(stored: tl.tensor, SCALES: tl.constexpr) -> tl.tensor:
+    """Scales as float32. SCALES: see `_weight_only_linear_kernel`."""
+    if SCALES == "float":
+        scale = (stored & -256).to(tl.float32, bitcast=True)
+    else:
+        scale = scale_of_byte(stored, SCALES)
+    return scale
+
+
+@jit
+def _unpack_fp4_pairs(
+    word: tl.tensor,
+    scale: tl.tensor,
+    dtype: tl.constexpr,
+    PTX: tl.constexpr,
+    LARGE: tl.constexpr,
+) -> tl.tensor:
+    """The values of one field of the words, or values * scale if LARGE, by `unpack_fp4_ptx`.
+
+    Scales and products have few digits: `dtype` holds them exactly.
+    """
+    scale = scale.to(dtype)[:, None]
+    if LARGE:
+        q = tl.inline_asm_elementwise(PTX, "=r,r,r", [word, scale], scale.dtype, True, 2)
+    else:
+        q = tl.inline_asm_elementwise(PTX, "=r,r", [word], scale.dtype, True, 2)
+    return q
 
 
 @jit
@@ -331,6 +457,7 @@ def _weight_only_linear_kernel(
     x: tl.tensor,
     words: tl.tensor,
     scales_and_zeros: tl.tensor,
+    factors: tl.tensor,
     bias: tl.tensor,
     y: tl.tensor,
     power: tl.tensor,
@@ -342,6 +469,7 @@ def _weight_only_linear_kernel(
     GROUP: tl.constexpr,
     SYMMETRIC: tl.constexpr,
     W: tl.constexpr,
+    SCALES: tl.constexpr,
     COLUMNS: tl.constexpr,
     EVEN: tl.constexpr,
     X_FIRST: tl.constexpr,
@@ -361,6 +489,8 @@ def _weight_only_linear_kernel(
     With few rows it computes W x': then tensor cores take W from registers, and each group's sum
     is scaled. LARGE: W is scaled instead, times `power`. X_FIRST: it computes x W', for which the
     warps put what they unpacked into shared memory.
+    SCALES: "float": scales and zero points in one word, of integers. "e8m0" or "e4m3": scales in a
+    byte, of FP4, see `scale_of_byte`; `factors` then has one for each output.
     """
     F: tl.constexpr = 16 // BITS
     PARTS: tl.constexpr = W // COLUMNS
@@ -387,7 +517,7 @@ def _weight_only_linear_kernel(
             if field * W % SPAN == 0:
                 scale_and_zero_at = scales_and_zeros + tl.minimum(k, K - 1) // GROUP * N + n_inside
                 scale_and_zero = tl.load(scale_and_zero_at)
-                scale = (scale_and_zero & -256).to(tl.float32, bitcast=True)
+                scale = _scale(scale_and_zero, SCALES)
                 if LARGE:
                     scale *= power
                 else:
@@ -395,9 +525,17 @@ def _weight_only_linear_kernel(
             inside = x_inside if EVEN else x_inside & (k + column + w < K)[:, None]
             x_transposed = tl.load(x_at + (k + column), mask=inside, other=0.0)
             if PTX0 is None:
-                values = _unpack_field(word, scale_and_zero, field, BITS, SYMMETRIC, dtype)
+                values = _unpack_field(word, scale_and_zero, field, BITS, SYMMETRIC, SCALES, dtype)
                 if LARGE:
                     values = (values.to(tl.float32) * scale[:, None]).to(dtype)
+            elif SCALES != "float":
+                values = _unpack_fp4_pairs(
+                    word,
+                    scale,
+                    dtype,
+                    PTX0 if field == 0 else PTX1 if field == 1 else PTX2 if field == 2 else PTX3,
+                    LARGE,
+                )
             else:
                 values = _unpack_pairs(
                     word,
@@ -421,6 +559,8 @@ def _weight_only_linear_kernel(
         total = tl.trans(total)
     if LARGE:
         total /= power
+    if factors is not None:
+        total *= tl.load(factors + n, mask=n < N, other=0.0)[:, None]
     if bias is not None:
         total += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
     at = (tl.program_id(2) * M + m[None, :]) * N + n[:, None]

@@ -68,6 +68,40 @@ def unpack_ptx(bits: int, dtype: torch.dtype, symmetric: bool, scaled: bool) -> 
     return tuple(texts)
 
 
+def unpack_fp4_ptx(dtype: torch.dtype, scaled: bool) -> tuple[str, ...]:
+    """For each field of 4 bits: PTX from two words to the values of both codes of E2M1.
+
+    The operands are the result, the words, and if `scaled` the scales, which the values are
+    multiplied with.
+    A code's exponent and mantissa become the upper bits of those of a wider float, whose exponent
+    has another bias: one multiplication mends that, exactly, also of subnormal numbers.
+    """
+    is_brain = dtype == torch.bfloat16
+    fma = "fma.rn.bf16x2" if is_brain else "fma.rn.f16x2"
+    mask = "01c0" if is_brain else "0e00"
+    texts = []
+    for field in range(4):
+        lines = [".reg .b32 top, sign, size, factor, zero, q;"]
+        source = "$1"
+        if field < 3:  # the code to the top of its half
+            lines.append(f"shl.b32 top, $1, {12 - 4 * field};")
+            source = "top"
+        lines += [
+            "mov.b32 zero, 0x00000000;",
+            f"lop3.b32 sign, {source}, 0x80008000, zero, {AND_OR};",
+            f"shr.u32 size, {source}, {6 if is_brain else 3};",
+            f"lop3.b32 q, size, 0x{mask * 2}, sign, {AND_OR};",
+            f"mov.b32 factor, {_pair(2.0**126 if is_brain else 2.0**14, dtype)};",
+            f"mov.b32 zero, {_pair(-0.0, dtype)};",
+            f"{fma} q, q, factor, zero;",
+        ]
+        if scaled:
+            lines.append(f"{fma} q, q, $2, zero;")
+        lines.append("mov.b32 $0, q;")
+        texts.append("{ " + " ".join(lines) + " }")
+    return tuple(texts)
+
+
 def _pair(value: float, dtype: torch.dtype) -> str:
     """A register with a number in both halves."""
     pattern = int(torch.tensor(value, dtype=dtype).view(torch.int16).item()) & 0xFFFF

@@ -116,8 +116,8 @@ def cpu_kernel_choices() -> list[KernelChoice]:
         "attention": "the cache is read in place",
         "W4A16": "weights stay in 4 bits; --cpu-activations chooses the products",
         "W8A8": "int8 products",
-        "FP8": "weights are stored as bfloat16, which holds every FP8 value",
-        "FP8 blocks": "weights are stored as bfloat16, which holds every FP8 value",
+        "FP8": "weights stay in 8 bits and are widened in registers",
+        "FP8 blocks": "weights stay in 8 bits and are widened in registers",
         "MXFP4": "weights stay in 4 bits",
         "sampler": "compiled for greedy requests, torch for others",
     }

@@ -30,6 +30,13 @@ from llmkit.kernels.w8a8_linear import W8A8Linear, scales_rows
 
 MIN_CAPABILITY = (8, 0)  # of GPUs that the kernels of quantized weights run on
 MIN_FP8_CAPABILITY = (8, 9)  # of GPUs that multiply 8-bit floats
+# How the compiled CPU kernels quantize inputs by token and group.
+CPU_GROUP_INPUTS: dict[tuple[str, ScaleFormat], cpu_kernels.InputType] = {
+    ("fp8", "float"): "fp8_group",
+    ("fp8", "e8m0"): "fp8_e8m0",
+    ("fp4", "e8m0"): "fp4_e8m0",
+    ("fp4", "e4m3"): "fp4_e4m3",
+}
 # They may quantize their inputs.
 QUANTIZING_KERNELS = (W8A8Linear, fp8_block_linear.Fp8BlockLinear, CpuLinear)
 
@@ -168,16 +175,22 @@ def serving_linear(
         weight = parts[0]
         if not on_cpu:
             return PackedLinear(_gpu_kernel(weight, bias, activation_quant, dtype, device), shape)
-        is_w8a8 = weight.scheme.inputs == "token" and supports_w8a8(weight)
+        is_w8a8 = weight.scheme.inputs == "token" and weight.scheme.input_type == "int8"
+        is_w8a8 = is_w8a8 and supports_w8a8(weight)
         if is_w8a8 and keeps_weights_packed():
             return PackedLinear(CpuLinear([pack_weight(weight)], bias, inputs="int8"), shape)
     if on_cpu and keeps_weights_packed():
         if dtype == torch.bfloat16:  # inputs are rounded already
             cpu_activations = "bfloat16"
-        # Inputs that are quantized already stay as they are.
-        inputs: CpuActivations = "float32" if activation_quant is not None else cpu_activations
-        kernel = CpuLinear([pack_weight(part) for part in parts], bias, inputs=inputs)
-        return PackedLinear(kernel, shape, activation_quant)
+        weights = [pack_weight(part) for part in parts]
+        if activation_quant is None:
+            return PackedLinear(CpuLinear(weights, bias, inputs=cpu_activations), shape)
+        input_type = cpu_input_type(activation_quant, weights)
+        if input_type is None:  # inputs that are quantized already stay as they are
+            return PackedLinear(CpuLinear(weights, bias), shape, activation_quant)
+        input_scale = activation_quant.scale
+        kernel = CpuLinear(weights, bias, inputs=input_type, input_scale=input_scale)
+        return PackedLinear(kernel, shape)
     dense = [part.dequantize() if isinstance(part, QuantizedWeight) else part for part in parts]
     joined = dense[0] if len(dense) == 1 else torch.cat(dense)
     return Linear(joined.to(dtype), bias, activation_quant)
@@ -319,24 +332,41 @@ def supports_w8a8(weight: QuantizedWeight) -> bool:
     )
 
 
+def cpu_input_type(
+    quant: ActivationQuant, weights: Sequence[PackedWeight]
+) -> cpu_kernels.InputType | None:
+    """How the compiled CPU kernels quantize the inputs of these weights; None: they do not."""
+    if quant.value_type == "fp8" and not quant.group_size:
+        return "fp8_token" if quant.scale is None else "fp8_static"
+    found = CPU_GROUP_INPUTS.get((quant.value_type, quant.scale_format))
+    for weight in weights:
+        num_groups = 1 if weight.scales is None else len(weight.scales)
+        has_groups = weight.shape[1] == num_groups * quant.group_size
+        if found is None or not has_groups or not cpu_kernels.supports_inputs(weight, found):
+            return None
+    return found
+
+
 def pack_weight(weight: torch.Tensor | QuantizedWeight) -> PackedWeight:
     """Pack a weight [rows, in] for the compiled CPU kernels; its values stay exact."""
     if isinstance(weight, torch.Tensor):
         return PackedWeight.pack(
             weight if weight.dtype in cpu_kernels.WEIGHT_TYPES else weight.float()
         )
-    weight = weight.with_even_groups() if weight.scheme.is_fp8 else weight
+    weight = weight.with_even_groups() if weight.scheme.kind == "float" else weight
     scheme = weight.scheme
     scales = weight.scales.float()
     columns = weight.shape[1]
     group_size = columns if scheme.group_size == -1 else scheme.group_size
-    values_per_word = 8 if scheme.bits == 4 else 2 if scheme.kind == "float" else 4
+    values_per_word = 8 if scheme.bits == 4 else 4
     if group_size != columns and (columns % group_size or group_size % values_per_word):
         return PackedWeight.pack(weight.dequantize().float())
     if scheme.is_fp4:
         return PackedWeight.pack(weight.q, scales, four_bit_type="fp4")
-    if scheme.kind == "float":  # bfloat16 represents every FP8 value exactly
-        return PackedWeight.pack(weight.q.to(torch.bfloat16), scales)
+    if scheme.is_fp8:
+        has_nan = bool(((weight.q.view(torch.uint8) & 0x7F) == 0x7F).any())
+        # The kernels' FP8 has no NaN. bfloat16 represents every FP8 value exactly.
+        return PackedWeight.pack(weight.q.to(torch.bfloat16) if has_nan else weight.q, scales)
     if scheme.bits == 4 and bool((weight.zeros == 8).all()):
         return PackedWeight.pack(weight.q, scales, four_bit_type="int4")
     if scheme.bits == 4:

@@ -10,6 +10,7 @@ from pathlib import Path
 import psutil
 import torch
 
+from llmkit.checkpoint.block_scales import realigned_scheme
 from llmkit.checkpoint.checkpoint import Checkpoint
 from llmkit.checkpoint.quantized_formats import format_of
 from llmkit.checkpoint.quantized_weight import Scheme
@@ -338,12 +339,14 @@ def weight_bytes(
             is_dequantized = row.name.endswith("attn.kv_b.weight")  # see mla.LatentLinear
             if checkpoint.quantization and scheme and not is_dequantized:
                 stays_packed = cpu_packs or gpu_packs
+                num_rows, columns = sum(shape[0] for shape in shapes), shapes[0][1]
+                if stays_packed and scheme.kind == "float":
+                    held = realigned_scheme(scheme, row.sources[0].start)
+                    total += _float_bytes(held, num_rows, columns, on_cpu)
+                    continue
                 if stays_packed:
-                    quantized_format = format_of(checkpoint.quantization)
-                    num_rows = sum(shape[0] for shape in shapes)
-                    stored = quantized_format.tensors(scheme, num_rows, shapes[0][1])
+                    stored = format_of(checkpoint.quantization).tensors(scheme, num_rows, columns)
                     total += sum(byte_count(tensor.dtype, tensor.shape) for tensor in stored)
-                    total += _unpacked_bytes(scheme, num_rows, shapes[0][1], on_cpu)
                     continue
             itemsize = dtype.itemsize
             if keeps_small_dtype and not scheme:
@@ -352,17 +355,19 @@ def weight_bytes(
     return total
 
 
-def _unpacked_bytes(scheme: Scheme, rows: int, columns: int, on_cpu: bool) -> int:
-    """Bytes that a weight [rows, columns] needs in memory beyond those in the checkpoint."""
+def _float_bytes(scheme: Scheme, rows: int, columns: int, on_cpu: bool) -> int:
+    """Bytes that the kernels hold of a weight [rows, columns] in FP8 or FP4."""
     groups = scheme.groups(columns)
-    if scheme.is_fp4:  # a CPU's kernel pads the columns; its scales are float32, not a byte
-        padding = rows * (-columns % DEPTH_MULTIPLE) // 2
-        return padding + 3 * rows * groups if on_cpu else 0
-    if not scheme.is_fp8:
-        return 0
-    # A CPU holds FP8 values as bfloat16. Every row has the scales of its block.
-    values = rows * columns if on_cpu else 0
-    return values if scheme.block_rows == 1 else values + 4 * rows * groups
+    if not on_cpu:
+        values = rows * columns * scheme.bits // 8
+        return values + (1 if scheme.is_fp4 else 4) * rows * groups
+    # The groups of `QuantizedWeight.with_even_groups`; see `pack_weight`.
+    size = columns if scheme.group_size == -1 else math.gcd(columns, scheme.group_size)
+    groups = columns // size
+    if groups > 1 and size % (8 if scheme.is_fp4 else 4):
+        return 4 * rows * columns
+    padded_columns = columns + -columns % DEPTH_MULTIPLE
+    return rows * padded_columns * scheme.bits // 8 + 4 * rows * groups
 
 
 def loaded_bytes(model: LanguageModel) -> int:

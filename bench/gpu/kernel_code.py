@@ -74,20 +74,29 @@ def weight_only_case(
     dtype: str = "bf16",
     split: bool = True,
     columns: int = 4096,
+    scales: str = "float",
 ) -> KernelCase:
-    """The product with packed weights, for a tile as in `quantized_linear.TILES`."""
+    """The product with packed weights, for a tile as in `quantized_linear.TILES`.
+
+    scales: the kernel's SCALES; other than "float": of a weight in FP4.
+    """
     import torch
 
     from llmkit.kernels.quantized_linear import compiler_options, tile_constants
 
     kinds = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
     _, rows, outputs, warps, stages, _ = tile
-    arguments = {"x": f"*{dtype}", "words": "*i16", "scales_and_zeros": "*i32"}
+    has_bytes = scales != "float"
+    arguments = {"x": f"*{dtype}", "words": "*i16"}
+    arguments |= {"scales_and_zeros": "*u8" if has_bytes else "*i32"}
+    arguments |= {"factors": "*fp32"} if has_bytes else {}
     arguments |= {"y": "*fp32"} if split else {"bias": f"*{dtype}", "y": f"*{dtype}"}
     arguments |= {"power": "fp32"} | dict.fromkeys(("M", "N", "K", "blocks_per_split"), "i32")
-    weight = {"BITS": bits, "GROUP": group, "SYMMETRIC": symmetric, "W": 32 if group == 32 else 64}
+    width = group if group < 64 else 64
+    weight = {"BITS": bits, "GROUP": group, "SYMMETRIC": symmetric, "W": width, "SCALES": scales}
     constants = weight | tile_constants(weight, kinds[dtype], columns, rows, capability // 10)
     constants |= {"BM": rows, "BN": outputs, "STAGES": stages} | ({"bias": None} if split else {})
+    constants |= {} if has_bytes else {"factors": None}
     units = outputs / 64 * int(str(constants["COLUMNS"])) * 16 / bits / 256
     return KernelCase(
         name,
@@ -117,7 +126,18 @@ def weight_only_cases(capability: int) -> list[KernelCase]:
     tile = default_tile(1, torch.bfloat16, capability // 10)
     zeros = weight_only_case("w4-1-zeros", tile, capability=capability, symmetric=False)
     half = weight_only_case("w4-1-fp16", tile, capability=capability, dtype="fp16")
-    return [*cases, zeros, half]
+    floats = [
+        weight_only_case(
+            f"{name}-{rows}",
+            default_tile(rows, torch.bfloat16, capability // 10),
+            capability=capability,
+            group=group,
+            scales=scales,
+        )
+        for name, group, scales in (("mxfp4", 32, "e8m0"), ("nvfp4", 16, "e4m3"))
+        for rows in (1, 16, 128, 256)
+    ]
+    return [*cases, zeros, half, *floats]
 
 
 def sampler_cases() -> list[KernelCase]:

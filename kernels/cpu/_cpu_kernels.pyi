@@ -32,6 +32,7 @@ def linear(
     cols: int,
     depth: int,
     group_size: int,
+    input_scale: int,
     /,
 ) -> None: ...
 def head_linear(

@@ -14,7 +14,7 @@ from llmkit.kernels.cpu.cpu_kernels import ACTIVATIONS, SWIGLU_CLAMPED, address
 from llmkit.kernels.cpu.cpu_linear import CpuLinear
 
 MAX_EXPERTS = 1024  # of a layer
-LINEAR_FIELDS = 9  # of a linear layer of an expert; see ExpertLinear in cpu_kernels.h
+LINEAR_FIELDS = 10  # of a linear layer of an expert; see ExpertLinear in cpu_kernels.h
 
 
 def select_experts(
@@ -85,7 +85,7 @@ class CpuExperts:
                 if linear is None:
                     continue
                 self._linears[expert, which] = torch.tensor(linear.fields)
-                self._kept.append(linear.only_segment)
+                self._kept.append(linear)
                 if which == 1:
                     self._intermediate_size = linear.in_features
 

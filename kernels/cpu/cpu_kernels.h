@@ -20,6 +20,7 @@ enum {
     PANEL_WIDTH = 16,               /* columns of a panel of packed weights */
     DEPTH_MULTIPLE = 64,            /* panels of weights below 32 bits have so many steps */
     INT4_ZERO = 8,                  /* the code of 0 */
+    FP8_DIVISOR = 256,              /* see WEIGHT_FP8 */
     MAX_HEAD_DIM = 576,             /* the largest head_dim of attention */
     MAX_EXPERTS = 1024,             /* of a layer */
     MAX_CONV_WIDTH = 8,             /* of the convolutions of recurrent layers */
@@ -34,12 +35,25 @@ enum {
     WEIGHT_INT8,
     WEIGHT_UINT4, /* codes 0 .. 15 */
     WEIGHT_INT4,  /* codes minus INT4_ZERO */
-    WEIGHT_FP4    /* codes of E2M1, which stand for twice their values */
+    WEIGHT_FP4,   /* codes of E2M1, which stand for twice their values */
+    WEIGHT_FP8    /* e4m3 without NaN, which stands for its value / FP8_DIVISOR */
 };
 
 /* What the inputs of a linear layer are rounded to: nothing, bfloat16, or int8 with a scale for
- * each row and group of the weight. The numbers are those of INPUT_TYPES in cpu_kernels.py. */
-enum { INPUTS_F32, INPUTS_BF16, INPUTS_INT8, INPUTS_ROUNDED /* x is bfloat16 already */ };
+ * each row and group of the weight; or, as activation_quant.py does it, FP8 (e4m3) or FP4 (E2M1)
+ * with a scale for each row or group. The numbers are those of INPUT_TYPES in cpu_kernels.py. */
+enum {
+    INPUTS_F32,
+    INPUTS_BF16,
+    INPUTS_INT8,
+    INPUTS_ROUNDED,    /* x is bfloat16 already */
+    INPUTS_FP8_TOKEN,  /* a scale for each row */
+    INPUTS_FP8_STATIC, /* the scale at `input_scale` */
+    INPUTS_FP8_GROUP,  /* a scale for each row and group of the weight */
+    INPUTS_FP8_E8M0,   /* the same, a power of two */
+    INPUTS_FP4_E8M0,   /* the same; weights are FP4 */
+    INPUTS_FP4_E4M3    /* the same, an e4m3 value times the scale at `input_scale` */
+};
 
 /* The types of a KV cache. The numbers are those of KV_TYPES in cpu_kernels.py. FP8 is e4m3,
  * without infinities. */
@@ -67,6 +81,7 @@ typedef struct {
     const float *scales;  /* [depth / group_size, columns of all panels]; NULL: w = q */
     const float *offsets; /* the same; NULL: 0 */
     const float *bias;    /* [columns of all panels], or NULL */
+    const float *input_scale; /* one number; see INPUTS_FP8_STATIC and INPUTS_FP4_E4M3 */
     float *y;             /* a row every y_stride elements */
     int64_t y_stride;
     int64_t rows;
@@ -85,11 +100,12 @@ typedef struct {
     int64_t padded_cols;
     int64_t padded_depth;
     int64_t n_groups;
+    int input_quant; /* INPUTS_FP8_TOKEN or one after it; `inputs` is then the type of the values */
     const float *float_inputs; /* x, or a copy whose depth is padded */
     int64_t float_stride;
     int x_is_rounded;
     char *rounded_inputs;    /* [rows, padded_depth]: bfloat16 or int8 */
-    float *input_scales;     /* [rows, n_groups]: x = scale * int8 */
+    float *input_scales;     /* [rows, n_groups]: x = scale * int8, or scale * FP8 */
     float *input_sums;       /* [rows, n_groups]: sums of x, where there are offsets */
     int32_t *int_input_sums; /* [rows, n_groups]: sums of int8 inputs */
 } Linear;
@@ -366,6 +382,7 @@ typedef struct {
     const float *scales;
     const float *offsets;
     const float *bias;
+    const float *input_scale;
     int64_t cols; /* 0: the expert is on another rank */
     int64_t depth;
     int64_t group_size;

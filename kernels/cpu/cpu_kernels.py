@@ -39,6 +39,7 @@ WEIGHT_TYPES = {
     torch.bfloat16: 1,
     torch.float16: 2,
     torch.int8: 3,
+    torch.float8_e4m3fn: 7,
 }
 # 4-bit values, which are uint8 until packing puts two in a byte: codes 0 to 15, codes minus 8, and
 # 4-bit floats (E2M1).
@@ -55,16 +56,41 @@ ACTIVATIONS = {"silu": 0, "gelu_tanh": 1, "gelu": 2, "relu2": 3}
 SWIGLU_CLAMPED = 4
 # What a gate goes through before the product.
 GATE_ACTIVATIONS = {"identity": 0, "sigmoid": 1, "softplus": 2}
+FP8_DIVISOR = 256  # the kernels' values of FP8 weights are so much smaller
 # What the inputs of a linear layer are rounded to: nothing, bfloat16, or int8 with a scale for each
-# token and group of the weight.
-InputType = Literal["float32", "bfloat16", "int8"]
-INPUT_TYPES: dict[InputType, int] = {"float32": 0, "bfloat16": 1, "int8": 2}
+# token and group of the weight; or, as `activation_quant` has it, FP8 or FP4 with a scale for each
+# token, one stored scale, or a scale for each token and group of the weight, in a format of scales.
+InputType = Literal[
+    "float32",
+    "bfloat16",
+    "int8",
+    "fp8_token",
+    "fp8_static",
+    "fp8_group",
+    "fp8_e8m0",
+    "fp4_e8m0",
+    "fp4_e4m3",
+]
+INPUT_TYPES: dict[InputType, int] = {
+    "float32": 0,
+    "bfloat16": 1,
+    "int8": 2,
+    "fp8_token": 4,
+    "fp8_static": 5,
+    "fp8_group": 6,
+    "fp8_e8m0": 7,
+    "fp4_e8m0": 8,
+    "fp4_e4m3": 9,
+}
 # Inputs that are bfloat16 already, as `add_norm_rounded` writes them.
 ROUNDED_INPUTS = 3
 TILE_ROWS = 32  # rounded inputs have memory for a multiple of so many rows
 # What `--cpu-activations auto` rounds inputs to, by the weight's type.
 # int8 is no default: what it costs has been measured with one model only (docs/benchmarks.md).
-AUTO_INPUTS: dict[torch.dtype, InputType] = {torch.bfloat16: "bfloat16"}
+AUTO_INPUTS: dict[torch.dtype, InputType] = {
+    torch.bfloat16: "bfloat16",
+    torch.float8_e4m3fn: "bfloat16",
+}
 LEVEL_VARIABLE = "LLMKIT_CPU_LEVEL"
 # Weights below 32 bits are padded with zeros to a multiple of so many inputs.
 DEPTH_MULTIPLE = 64
@@ -244,8 +270,9 @@ class PackedWeight:
     ) -> PackedWeight:
         """Pack a weight.
 
-        q: [C, K], floats, int8, or 4-bit values in uint8. With several groups, a group has a
-        multiple of 2 inputs (16 bits), 4 (int8) or 8 (4 bits).
+        q: [C, K], floats, int8, or 4-bit values in uint8. FP8 (e4m3) must have scales and no NaN.
+        With several groups, a group has a multiple of 2 inputs (16 bits), 4 (8 bits) or 8 (4
+        bits).
         scales, offsets: [C, G].
         four_bit_type: what q stands for if it has 4 bits: codes 0 to 15; "int4": codes minus 8;
         "fp4": codes of E2M1, which must have scales.
@@ -253,6 +280,11 @@ class PackedWeight:
         if four_bit_type == "fp4":  # the kernel multiplies by twice the values, which are integers
             assert scales is not None
             scales = scales.float() / 2
+        is_fp8 = q.dtype == torch.float8_e4m3fn
+        if is_fp8:
+            assert scales is not None
+            scales = scales.float() * FP8_DIVISOR
+            q = q.view(torch.int8)
         cols, depth = q.shape
         num_panels = -(-cols // PANEL_WIDTH)
         # A word of 32 bits holds consecutive inputs of a column.
@@ -263,6 +295,8 @@ class PackedWeight:
         words = words.transpose(1, 2)
         if q.dtype == torch.uint8:  # a byte holds inputs k and k + 4
             words = words[..., :4] | words[..., 4:] << 4
+        if is_fp8:  # the columns of an input lie together
+            words = words.transpose(2, 3).contiguous().view(torch.float8_e4m3fn)
         return cls(
             words.contiguous(),
             (cols, depth),
@@ -314,12 +348,14 @@ def linear(
     y: torch.Tensor,
     first_column: int,
     inputs: InputType = "float32",
+    input_scale: torch.Tensor | None = None,
 ) -> None:
     """y[:, first_column : first_column + C] = x W' + bias.
 
     x: [R, K], whose last dimension is contiguous; y: [R, columns], contiguous; bias: padded to
     whole panels. inputs: what x is rounded to. `supports_inputs` says which weights take which.
-    x in bfloat16: the result of `add_norm_rounded`.
+    x in bfloat16: the result of `add_norm_rounded`. input_scale: float32 [1], the stored scale of
+    the inputs, with "fp8_static" and "fp4_e4m3".
     """
     assert library is not None
     rows, y_stride = y.shape
@@ -340,6 +376,7 @@ def linear(
         cols,
         depth,
         group_size,
+        address(input_scale),
     )
 
 
@@ -348,7 +385,9 @@ def supports_inputs(weight: PackedWeight, inputs: InputType) -> bool:
     if inputs == "int8":
         return weight.q.dtype in (torch.int8, torch.uint8)
     if inputs == "bfloat16":
-        return weight.q.dtype == torch.bfloat16 and has_bfloat16()
+        return weight.q.dtype in (torch.bfloat16, torch.float8_e4m3fn) and has_bfloat16()
+    if inputs.startswith("fp4"):
+        return weight.q.dtype == torch.uint8 and weight.four_bit_type == "fp4"
     return True
 
 

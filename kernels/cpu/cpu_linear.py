@@ -27,7 +27,8 @@ class CpuLinear:
 
     weights: parts of the weight, [rows, in] each, in the order of their rows. bias: [out].
     inputs: what inputs are rounded to before the product with a weight that supports it; auto: the
-    type that suits the weight (`cpu_kernels.AUTO_INPUTS`).
+    type that suits the weight (`cpu_kernels.AUTO_INPUTS`). input_scale: float32 [1], where `inputs`
+    has a stored scale.
     """
 
     def __init__(
@@ -35,19 +36,21 @@ class CpuLinear:
         weights: Sequence[PackedWeight],
         bias: torch.Tensor | None = None,
         *,
-        inputs: CpuActivations = "float32",
+        inputs: CpuActivations | InputType = "float32",
+        input_scale: torch.Tensor | None = None,
     ) -> None:
         # For each part: its weight, its padded bias, its first output, and its inputs.
         self._segments: list[tuple[PackedWeight, torch.Tensor | None, int, InputType]] = []
         self.in_features = weights[0].shape[1]
         self.out_features = 0
+        self._input_scale = None if input_scale is None else input_scale.float().contiguous()
         for weight in weights:
             first = self.out_features
             rows = weight.shape[0]
             padded_bias = None
             if bias is not None:
                 padded_bias = pad(bias[first : first + rows].float(), (0, -rows % PANEL_WIDTH))
-            rounded_to = cpu_kernels.inputs_for(weight, inputs)
+            rounded_to = _rounded_to(weight, inputs)
             self._segments.append((weight, padded_bias, first, rounded_to))
             self.out_features += rows
         self.nbytes = sum(weight.nbytes for weight in weights)
@@ -76,6 +79,7 @@ class CpuLinear:
             input_type,
             *addresses,
             cpu_kernels.address(bias),
+            cpu_kernels.address(self._input_scale),
             cols,
             depth,
             group_size,
@@ -92,8 +96,16 @@ class CpuLinear:
         rows = x if is_plain else x.reshape(-1, x.shape[-1]).float().contiguous()
         y = torch.empty(rows.shape[0], self.out_features)
         for weight, bias, first, inputs in self._segments:
-            cpu_kernels.linear(rows, weight, bias, y, first, inputs)
+            cpu_kernels.linear(rows, weight, bias, y, first, inputs, self._input_scale)
         return y if is_plain else y.view(*x.shape[:-1], self.out_features).to(x.dtype)
+
+
+def _rounded_to(weight: PackedWeight, inputs: CpuActivations | InputType) -> InputType:
+    """What the inputs of a weight are rounded to."""
+    if inputs == "auto" or inputs in ("float32", "bfloat16", "int8"):
+        return cpu_kernels.inputs_for(weight, inputs)
+    assert cpu_kernels.supports_inputs(weight, inputs)
+    return inputs
 
 
 def _takes_rounded(weight: PackedWeight, rounded_to: InputType) -> bool:

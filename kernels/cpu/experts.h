@@ -147,6 +147,7 @@ static Linear expert_layer(const ExpertLinear *linear, int64_t rows) {
         .scales = linear->scales,
         .offsets = linear->offsets,
         .bias = linear->bias,
+        .input_scale = linear->input_scale,
         .rows = rows,
         .cols = linear->cols,
         .depth = linear->depth,

@@ -12,7 +12,7 @@ static int gated_mlp_part(const GatedMlp *o, const float *x, float *y, int64_t r
     Linear *gate_up = &first.layer;
     Linear *down = &second.layer;
     /* The activation's results are rounded when they are stored, unless their sums are wanted. */
-    int rounds = down->inputs == INPUTS_BF16 && down->offsets == NULL;
+    int rounds = down->inputs == INPUTS_BF16 && !down->input_quant && down->offsets == NULL;
     size_t intermediate_bytes = rounds ? 0 : whole_lines(rows * down->depth * sizeof(float));
     gate_up->x_is_rounded = o->x_is_rounded;
     size_t input_bytes = input_memory_bytes(gate_up);

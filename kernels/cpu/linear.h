@@ -3,9 +3,12 @@
  * A weight is packed into panels of PANEL_WIDTH columns. A panel is a sequence of words of 32 bits,
  * PANEL_WIDTH of them for each step over depth, one a column. A word holds as many consecutive
  * values of its column as fit: one float32, two bfloat16, four int8 or eight 4-bit values. Steps
- * read memory sequentially, and integer and bfloat16 instructions take words as they are.
+ * read memory sequentially, and integer and bfloat16 instructions take words as they are. FP8 has
+ * no such instructions: PANEL_WIDTH bytes are the columns of one input.
  *
- * Inputs are float32, or rounded to bfloat16 or to int8 before the product (`Linear.inputs`).
+ * Inputs are float32, or rounded to bfloat16 or to int8 before the product (`Linear.inputs`). FP8
+ * inputs are multiplied as bfloat16 or float32, and FP4 inputs as int8, all of which hold them
+ * exactly.
  * Integer sums are exact: every level gives the same bits. In other cases, an output is one chain
  * of additions in the order of depth, group by group, in every tile. Results therefore do not
  * depend on the number of rows or threads. They do depend on the level.
@@ -58,6 +61,7 @@ INLINE int word_values(int weight_type) {
     return weight_type == WEIGHT_F32    ? 1
            : weight_type <= WEIGHT_F16  ? 2
            : weight_type == WEIGHT_INT8 ? 4
+           : weight_type == WEIGHT_FP8  ? 4
                                         : 8;
 }
 
@@ -80,6 +84,13 @@ INLINE vfloat word_value(int weight_type, vint words, int i) {
         return vi_to_float(vi_sub(codes, vi_set(INT4_ZERO)));
     vint bytes = vi_lookup(TWICE_FP4, codes);
     return vi_to_float(vi_shift_right_signed(vi_shift_left(bytes, 24), 24));
+}
+
+/* Value i of the words of a step that vector v holds, as floats. */
+INLINE vfloat step_value(int weight_type, const char *step, vint words, int i, int v) {
+    if (weight_type == WEIGHT_FP8)
+        return v_load_fp8(step + i * PANEL_WIDTH + v * VECTOR_WIDTH);
+    return word_value(weight_type, words, i);
 }
 
 /* The bytes of 4-bit values 0 .. 3 (half 0) or 4 .. 7 (half 1) of each word: codes of integers,
@@ -188,7 +199,7 @@ INLINE void float_tile(int weight_type, int n_rows, int n_panels, const Linear *
                     vfloat weights[VECTORS];
 #pragma GCC unroll 4
                     for (int v = 0; v < VECTORS; v++)
-                        weights[v] = word_value(weight_type, words[v], k);
+                        weights[v] = step_value(weight_type, step, words[v], k, v);
 #pragma GCC unroll 16
                     for (int i = 0; i < n_rows; i++) {
                         vfloat input = v_set(x[i * p->float_stride + word * values + k]);
@@ -236,11 +247,13 @@ DEFINE_FEW_ROWS(few_rows_int8, WEIGHT_INT8)
 DEFINE_FEW_ROWS(few_rows_uint4, WEIGHT_UINT4)
 DEFINE_FEW_ROWS(few_rows_int4, WEIGHT_INT4)
 DEFINE_FEW_ROWS(few_rows_fp4, WEIGHT_FP4)
+DEFINE_FEW_ROWS(few_rows_fp8, WEIGHT_FP8)
 
 typedef void (*RowsFunction)(const Linear *, int64_t row, int64_t n_rows, int64_t panel,
                              int64_t end_panel);
 static const RowsFunction few_rows[] = {few_rows_f32,   few_rows_bf16, few_rows_f16, few_rows_int8,
-                                        few_rows_uint4, few_rows_int4, few_rows_fp4};
+                                        few_rows_uint4, few_rows_int4, few_rows_fp4,
+                                        few_rows_fp8};
 
 /* Up to FLOAT_ROWS rows of one or FLOAT_PANELS panels of float32. */
 #define FLOAT_CASE(N)                                                                              \
@@ -273,10 +286,11 @@ static void float32_rows(const Linear *p, int64_t row, int64_t n_rows, int64_t p
         const int values = word_values(WEIGHT_TYPE);                                               \
         for (int64_t word = 0; word * values < depth; word++)                                      \
             for (int v = 0; v < VECTORS; v++) {                                                    \
-                vint words = vi_load(panel + (word * PANEL_WIDTH + v * VECTOR_WIDTH) * 4);         \
+                const char *step = panel + word * PANEL_WIDTH * 4;                                 \
+                vint words = vi_load(step + v * VECTOR_WIDTH * 4);                                 \
                 for (int k = 0; k < values; k++)                                                   \
                     v_store(to + (word * values + k) * PANEL_WIDTH + v * VECTOR_WIDTH,             \
-                            word_value(WEIGHT_TYPE, words, k));                                    \
+                            step_value(WEIGHT_TYPE, step, words, k, v));                           \
             }                                                                                      \
     }
 DEFINE_UNPACK(unpack_bf16, WEIGHT_BF16)
@@ -285,9 +299,11 @@ DEFINE_UNPACK(unpack_int8, WEIGHT_INT8)
 DEFINE_UNPACK(unpack_uint4, WEIGHT_UINT4)
 DEFINE_UNPACK(unpack_int4, WEIGHT_INT4)
 DEFINE_UNPACK(unpack_fp4, WEIGHT_FP4)
+DEFINE_UNPACK(unpack_fp8, WEIGHT_FP8)
 typedef void (*UnpackFunction)(const char *panel, int64_t depth, float *to);
 static const UnpackFunction unpack_panel[] = {
-    NULL, unpack_bf16, unpack_f16, unpack_int8, unpack_uint4, unpack_int4, unpack_fp4,
+    NULL,         unpack_bf16, unpack_f16, unpack_int8,
+    unpack_uint4, unpack_int4, unpack_fp4, unpack_fp8,
 };
 
 static void float_block(const Linear *p, int64_t row, int64_t end_row, int64_t panel,
@@ -469,6 +485,110 @@ static void quantize_row(const Linear *p, int64_t row) {
     memset(q + p->depth, 0, p->padded_depth - p->depth);
 }
 
+/* ---- inputs as FP8 and FP4 ---- */
+
+/* x rounded to a float of fewer digits, to the nearest, ties to even. smallest: the smallest normal
+ * number. shift: 1.5 * 2^23 quanta of the numbers from 1 to 2. */
+INLINE vfloat round_digits(vfloat x, float smallest, float shift) {
+    vfloat leading = vi_as_float(vi_and(v_bits(x), vi_set(0x7f800000)));
+    vfloat shifts = v_mul(v_max(leading, v_set(smallest)), v_set(shift));
+    return v_sub(v_add(x, shifts), shifts);
+}
+
+/* Numbers of at most 448 rounded to FP8 (e4m3). */
+INLINE vfloat round_to_fp8(vfloat x) {
+    return round_digits(x, 0.015625f, 1572864.0f);
+}
+
+/* Numbers of at most 6 rounded to FP4 (E2M1). */
+INLINE vfloat round_to_fp4(vfloat x) {
+    return round_digits(x, 1.0f, 6291456.0f);
+}
+
+/* The scale of inputs whose largest magnitude is `largest`, as activation_quant.py has it. */
+static float float_input_scale(const Linear *p, float largest) {
+    if (p->input_quant == INPUTS_FP8_STATIC)
+        return *p->input_scale;
+    if (p->input_quant == INPUTS_FP8_E8M0 || p->input_quant == INPUTS_FP4_E8M0) {
+        int exponent;
+        frexpf(largest, &exponent);
+        exponent -= p->input_quant == INPUTS_FP8_E8M0 ? 9 : 3; /* of 448 and 6, and one more */
+        return ldexpf(1.0f, exponent < -127 ? -127 : exponent > 127 ? 127 : exponent);
+    }
+    if (p->input_quant == INPUTS_FP4_E4M3) {
+        float lanes[VECTOR_WIDTH];
+        float steps = largest / (6.0f * *p->input_scale);
+        v_store(lanes, round_to_fp8(v_set(steps < 448.0f ? steps : 448.0f)));
+        return lanes[0] * *p->input_scale;
+    }
+    float scale = largest / 448.0f;
+    return scale > 1e-12f ? scale : 1e-12f; /* avoids a division by zero */
+}
+
+/* Quantize one row to FP8, or to FP4, whose int8 are twice the values. The scale of a group with
+ * NaN or infinity is NaN, so that its outputs are NaN; with one stored scale NaN stays NaN. */
+static void quantize_row_to_float(const Linear *p, int64_t row) {
+    const float *x = p->x + row * p->x_stride;
+    char *values = p->rounded_inputs;
+    const int is_fp4 = p->input_quant >= INPUTS_FP4_E8M0;
+    const int is_static = p->input_quant == INPUTS_FP8_STATIC;
+    const int has_groups = !is_static && p->input_quant != INPUTS_FP8_TOKEN;
+    const int64_t size = has_groups ? p->group_size : p->depth; /* inputs that share a scale */
+    const int64_t value_bytes = p->inputs == INPUTS_INT8 ? 1 : p->inputs == INPUTS_F32 ? 4 : 2;
+    const vfloat limit = v_set(is_fp4 ? 6.0f : 448.0f);
+    values += row * p->padded_depth * value_bytes;
+    for (int64_t begin = 0; begin < p->depth; begin += size) {
+        const int64_t end = min_int64(begin + size, p->depth);
+        vfloat largest = v_zero();
+        vfloat not_finite = v_zero(); /* 0 * x: 0 where x is finite, else NaN */
+        for (int64_t k = begin; k < end && !is_static; k += VECTOR_WIDTH) {
+            vfloat v = end - k < VECTOR_WIDTH ? v_load_first(x + k, end - k) : v_load(x + k);
+            largest = v_max(largest, v_abs(v));
+            not_finite = v_fma(v, v_zero(), not_finite);
+        }
+        float scale = float_input_scale(p, v_largest(largest)) + v_sum(not_finite);
+        const vfloat divisor = v_set(scale != 0.0f ? scale : 1.0f);
+        const float kept = is_fp4 ? 0.5f * scale : scale; /* of what is multiplied */
+        for (int64_t k = begin; k < end; k += VECTOR_WIDTH) {
+            const int64_t valid = min_int64(end - k, VECTOR_WIDTH);
+            vfloat v = valid < VECTOR_WIDTH ? v_load_first(x + k, valid) : v_load(x + k);
+            v = v_div(v, divisor);
+            v = v_max(v_sub(v_zero(), limit), v_min(limit, v)); /* in this order, NaN stays NaN */
+            if (p->inputs == INPUTS_INT8) {
+                int8_t edge[VECTOR_WIDTH];
+                v = round_to_fp4(v);
+                v_store_int8(edge, v_add(v, v));
+                memcpy(values + k, edge, valid);
+            } else if (p->inputs == INPUTS_F32) {
+                store_of_row((float *)values, k, end, round_to_fp8(v));
+            } else {
+#if defined(LEVEL_BF16)
+                uint16_t edge[VECTOR_WIDTH];
+                v_store_bf16(edge, round_to_fp8(v));
+                memcpy(values + 2 * k, edge, 2 * valid);
+#endif
+            }
+        }
+        /* Groups of the weight within these inputs. */
+        for (int64_t first = begin; first < end; first += p->group_size) {
+            const int64_t at = row * p->n_groups + first / p->group_size;
+            p->input_scales[at] = kept;
+            if (p->inputs == INPUTS_INT8) {
+                int32_t sum = 0;
+                for (int64_t k = first; k < first + p->group_size; k++)
+                    sum += ((const int8_t *)values)[k];
+                p->int_input_sums[at] = sum;
+            } else if (p->offsets && p->inputs == INPUTS_F32) {
+                float sum = 0;
+                for (int64_t k = first; k < first + p->group_size; k++)
+                    sum += ((const float *)values)[k];
+                p->input_sums[at] = kept * sum;
+            }
+        }
+    }
+    memset(values + p->depth * value_bytes, 0, (p->padded_depth - p->depth) * value_bytes);
+}
+
 /* ---- inputs as bfloat16 ---- */
 
 #if defined(LEVEL_BF16)
@@ -491,8 +611,28 @@ static void round_row_to_bf16(const Linear *p, int64_t row) {
 }
 #endif
 
+#if defined(LEVEL_BF16)
+/* The inputs 2 i and 2 i + 1 of a panel of FP8, of the columns of vector v, as words of two
+ * bfloat16. */
+INLINE vint bf16_of_fp8(const char *panel, int64_t i, int v) {
+    const char *two = panel + 2 * i * PANEL_WIDTH + v * VECTOR_WIDTH;
+    vint low = vi_shift_right(v_bits(v_load_fp8(two)), 16);
+    return vi_add(low, vi_and(v_bits(v_load_fp8(two + PANEL_WIDTH)), vi_set((int)0xffff0000)));
+}
+
+/* Convert the words [begin, end) of a panel of FP8 to words of two bfloat16. */
+INLINE void unpack_fp8_to_bf16(const char *panel, int64_t begin, int64_t end, char *to) {
+    for (int64_t word = begin; word < end; word++, to += PANEL_WIDTH * 4)
+#pragma GCC unroll 4
+        for (int v = 0; v < VECTORS; v++)
+            vi_store(to + v * VECTOR_WIDTH * 4, bf16_of_fp8(panel, word, v));
+}
+#endif
+
 #if defined(LEVEL_BF16) && !defined(LEVEL_AMX)
-INLINE void bf16_tile(int n_rows, int n_panels, const Linear *p, int64_t row, int64_t panel) {
+/* weight_type: bfloat16 or FP8. */
+INLINE void bf16_tile(int weight_type, int n_rows, int n_panels, const Linear *p, int64_t row,
+                      int64_t panel) {
     const uint16_t *inputs = (const uint16_t *)p->rounded_inputs + row * p->padded_depth;
     vfloat acc[FEW_ROWS_PANELS][INT8_ROWS][VECTORS];
     for (int64_t group = 0; group < p->n_groups; group++) {
@@ -509,14 +649,16 @@ INLINE void bf16_tile(int n_rows, int n_panels, const Linear *p, int64_t row, in
         for (int64_t word = begin; word < end; word++)
 #pragma GCC unroll 16
             for (int j = 0; j < n_panels; j++) {
-                const char *step =
-                    p->weight + (panel + j) * p->panel_bytes + word * PANEL_WIDTH * 4;
+                const char *weights = p->weight + (panel + j) * p->panel_bytes;
+                const int64_t step_bytes = weight_type == WEIGHT_FP8 ? 2 : 4;
+                const char *step = weights + word * PANEL_WIDTH * step_bytes;
                 if (n_rows <= FEW_ROWS)
                     __builtin_prefetch(step + PREFETCH_BYTES);
                 vint words[VECTORS];
 #pragma GCC unroll 4
                 for (int v = 0; v < VECTORS; v++)
-                    words[v] = vi_load(step + v * VECTOR_WIDTH * 4);
+                    words[v] = weight_type == WEIGHT_FP8 ? bf16_of_fp8(weights, word, v)
+                                                         : vi_load(step + v * VECTOR_WIDTH * 4);
 #pragma GCC unroll 16
                 for (int i = 0; i < n_rows; i++) {
                     int32_t two;
@@ -534,24 +676,50 @@ INLINE void bf16_tile(int n_rows, int n_panels, const Linear *p, int64_t row, in
     }
 }
 
-INLINE void bf16_rows(int n_rows, int n_panels, const Linear *p, int64_t row, int64_t panel,
-                      int64_t end_panel) {
+INLINE void bf16_rows(int weight_type, int n_rows, int n_panels, const Linear *p, int64_t row,
+                      int64_t panel, int64_t end_panel) {
     for (; panel + n_panels <= end_panel; panel += n_panels)
-        bf16_tile(n_rows, n_panels, p, row, panel);
+        bf16_tile(weight_type, n_rows, n_panels, p, row, panel);
     for (; panel < end_panel; panel++)
-        bf16_tile(n_rows, 1, p, row, panel);
+        bf16_tile(weight_type, n_rows, 1, p, row, panel);
 }
 
-static void bf16_block(const Linear *p, int64_t row, int64_t end_row, int64_t panel,
-                       int64_t end_panel) {
-    for (; end_row - row >= INT8_ROWS; row += INT8_ROWS)
-        bf16_rows(INT8_ROWS, INT8_PANELS, p, row, panel, end_panel);
-    for (; end_row - row >= 4; row += 4)
-        bf16_rows(4, INT8_PANELS, p, row, panel, end_panel);
-    for (; end_row - row >= 2; row += 2)
-        bf16_rows(2, FEW_ROWS_PANELS, p, row, panel, end_panel);
-    if (end_row - row == 1)
-        bf16_rows(1, FEW_ROWS_PANELS, p, row, panel, end_panel);
+#define DEFINE_BF16_BLOCK(NAME, WEIGHT_TYPE)                                                       \
+    static void NAME(const Linear *p, int64_t row, int64_t end_row, int64_t panel,                 \
+                     int64_t end_panel) {                                                          \
+        for (; end_row - row >= INT8_ROWS; row += INT8_ROWS)                                       \
+            bf16_rows(WEIGHT_TYPE, INT8_ROWS, INT8_PANELS, p, row, panel, end_panel);              \
+        for (; end_row - row >= 4; row += 4)                                                       \
+            bf16_rows(WEIGHT_TYPE, 4, INT8_PANELS, p, row, panel, end_panel);                      \
+        for (; end_row - row >= 2; row += 2)                                                       \
+            bf16_rows(WEIGHT_TYPE, 2, FEW_ROWS_PANELS, p, row, panel, end_panel);                  \
+        if (end_row - row == 1)                                                                    \
+            bf16_rows(WEIGHT_TYPE, 1, FEW_ROWS_PANELS, p, row, panel, end_panel);                  \
+    }
+DEFINE_BF16_BLOCK(bf16_block, WEIGHT_BF16)
+DEFINE_BF16_BLOCK(few_rows_fp8_as_bf16, WEIGHT_FP8)
+
+/* Weights in FP8: with many rows, a few panels of bfloat16 are made first. */
+static void fp8_as_bf16_block(const Linear *p, int64_t row, int64_t end_row, int64_t panel,
+                              int64_t end_panel) {
+    Linear unpacked = *p;
+    char *panels = NULL;
+    unpacked.panel_bytes = 2 * p->panel_bytes;
+    if (end_row - row > INT8_ROWS)
+        panels = thread_scratch(SCRATCH_PANELS, INT8_PANELS * unpacked.panel_bytes);
+    if (panels == NULL) { /* the same results */
+        few_rows_fp8_as_bf16(p, row, end_row, panel, end_panel);
+        return;
+    }
+    for (; panel < end_panel; panel += INT8_PANELS) {
+        int64_t n_panels = min_int64(end_panel - panel, INT8_PANELS);
+        for (int64_t j = 0; j < n_panels; j++)
+            unpack_fp8_to_bf16(p->weight + (panel + j) * p->panel_bytes, 0, p->padded_depth / 2,
+                               panels + j * unpacked.panel_bytes);
+        /* So that the panel's number stays that of its columns. */
+        unpacked.weight = panels - panel * unpacked.panel_bytes;
+        bf16_block(&unpacked, row, end_row, panel, panel + n_panels);
+    }
 }
 #endif
 
@@ -653,9 +821,12 @@ typedef struct {
     int64_t n_panels; /* 1: the second panel is not there, and the first is multiplied twice */
     int64_t distance; /* of the second panel from the first: 1, or from gate to up */
     int64_t group;
-    const char *panels;     /* of weights that tiles take */
+    const char *panels;     /* of weights that tiles take, or of FP8 */
     int64_t distance_bytes; /* from the first panel to the second */
 } AmxStep;
+
+/* What tiles multiply. AMX_FP8: weights are FP8, and become bfloat16 a tile at a time. */
+enum { AMX_INT8, AMX_BF16, AMX_FP8 };
 
 /* How weights come into the cache before the tiles load them. */
 typedef struct {
@@ -701,8 +872,9 @@ INLINE void amx_prefetch(const Linear *p, AmxPrefetch *prefetch, int64_t word) {
 
 /* Multiply the words of a step's group, and finish the step before. Tiles 0 .. 3 hold the sums, 4
  * and 5 inputs, 6 and 7 weights. */
-INLINE void amx_multiply(int is_bf16, int two_row_blocks, const Linear *p, const AmxStep *step,
+INLINE void amx_multiply(int type, int two_row_blocks, const Linear *p, const AmxStep *step,
                          AmxPrefetch *prefetch, AmxPending *pending) {
+    const int is_bf16 = type != AMX_INT8;
     const int64_t row_bytes = p->padded_depth * (is_bf16 ? 2 : 1);
     int64_t begin;
     int64_t end;
@@ -717,10 +889,27 @@ INLINE void amx_multiply(int is_bf16, int two_row_blocks, const Linear *p, const
         _tile_zero(3);
     }
     for (int64_t word = begin; word < end; word += AMX_WORDS) {
-        const char *weights = step->panels + word * PANEL_WIDTH * 4;
-        amx_prefetch(p, prefetch, word);
-        _tile_loadd(6, weights, 64);
-        _tile_loadd(7, weights + step->distance_bytes, 64);
+        if (type == AMX_FP8) {
+            char tiles[2][AMX_TILE_BYTES] __attribute__((aligned(64)));
+            const char *second = step->panels + step->distance_bytes;
+            const int64_t ahead = (word / 2 + AMX_PREFETCH_WORDS) * PANEL_WIDTH * 4;
+#pragma GCC unroll 8
+            for (int line = 0; line < AMX_TILE_BYTES / 2; line += 64) {
+                __builtin_prefetch(step->panels + ahead + line);
+                __builtin_prefetch(second + ahead + line);
+            }
+            unpack_fp8_to_bf16(step->panels, word, word + AMX_WORDS, tiles[0]);
+            if (step->distance_bytes)
+                unpack_fp8_to_bf16(second, word, word + AMX_WORDS, tiles[1]);
+            __asm__ volatile("" : : "m"(tiles)); /* see `configure_tiles` */
+            _tile_loadd(6, tiles[0], 64);
+            _tile_loadd(7, tiles[step->distance_bytes != 0], 64);
+        } else {
+            const char *weights = step->panels + word * PANEL_WIDTH * 4;
+            amx_prefetch(p, prefetch, word);
+            _tile_loadd(6, weights, 64);
+            _tile_loadd(7, weights + step->distance_bytes, 64);
+        }
         /* The inputs do not fit into the first cache beside two panels, which return sooner. */
         _tile_stream_loadd(4, inputs + word * 4, row_bytes);
         if (is_bf16) {
@@ -776,10 +965,9 @@ INLINE vfloat amx_outputs(int is_bf16, int form, const Linear *p, AmxPending *pe
     const int32_t *sums = pending->sums[i / AMX_ROWS][j][i % AMX_ROWS];
     const int64_t of_row = (step->row + i) * p->n_groups + step->group;
     vfloat sum;
-    if (is_bf16)
-        sum = v_load((const float *)sums);
-    else
-        sum = v_mul(vi_to_float(vi_load(sums)), v_set(p->input_scales[of_row]));
+    sum = is_bf16 ? v_load((const float *)sums) : vi_to_float(vi_load(sums));
+    if (!is_bf16 || p->input_scales)
+        sum = v_mul(sum, v_set(p->input_scales[of_row]));
     if (form >= SUMS_SCALED)
         sum = v_mul(sum, columns->scales);
     if (form == SUMS_WITH_OFFSETS)
@@ -861,14 +1049,14 @@ INLINE int next_amx_step(const Linear *p, int64_t end_row, AmxStep *step) {
 }
 
 /* All rows of one or two panels, beginning with `step`. */
-INLINE void amx_rows(int is_bf16, const Linear *p, int64_t end_row, AmxStep step,
+INLINE void amx_rows(int type, const Linear *p, int64_t end_row, AmxStep step,
                      AmxPrefetch prefetch, AmxPending *pending) {
     int more;
     do {
         if (step.n_rows > AMX_ROWS)
-            amx_multiply(is_bf16, 1, p, &step, &prefetch, pending);
+            amx_multiply(type, 1, p, &step, &prefetch, pending);
         else
-            amx_multiply(is_bf16, 0, p, &step, &prefetch, pending);
+            amx_multiply(type, 0, p, &step, &prefetch, pending);
         _tile_stored(0, pending->sums[0][0], 64);
         _tile_stored(1, pending->sums[0][1], 64);
         if (step.n_rows > AMX_ROWS) {
@@ -903,6 +1091,10 @@ DEFINE_UNPACK_TO_INT8(unpack_uint4_to_int8, WEIGHT_UINT4)
 DEFINE_UNPACK_TO_INT8(unpack_int4_to_int8, WEIGHT_INT4)
 DEFINE_UNPACK_TO_INT8(unpack_fp4_to_int8, WEIGHT_FP4)
 
+static void unpack_panel_of_fp8(const char *panel, int64_t padded_depth, char *to) {
+    unpack_fp8_to_bf16(panel, 0, padded_depth / 2, to);
+}
+
 /* Whether groups consist of whole tiles. */
 static int amx_supports(const Linear *p) {
     int values = p->inputs == INPUTS_BF16 ? 2 : 4;
@@ -916,9 +1108,21 @@ static void amx_block(const Linear *p, int64_t row, int64_t end_row, int64_t pan
         : p->weight_type == WEIGHT_INT4 ? unpack_int4_to_int8
         : p->weight_type == WEIGHT_FP4  ? unpack_fp4_to_int8
                                         : NULL;
-    int64_t int8_bytes = p->padded_depth * PANEL_WIDTH;
-    char *unpacked = unpack ? thread_scratch(SCRATCH_PANELS, 2 * int8_bytes) : NULL;
-    if (unpack && unpacked == NULL) { /* the same results */
+    int type = p->inputs == INPUTS_BF16 ? AMX_BF16 : AMX_INT8;
+    int64_t tile_bytes = p->padded_depth * PANEL_WIDTH; /* of a panel for the tiles */
+    char *unpacked = NULL;
+    if (p->weight_type == WEIGHT_FP8) {
+        type = AMX_FP8;
+        if (end_row - row > 2 * AMX_ROWS) { /* tiles take each panel several times */
+            unpack = unpack_panel_of_fp8;
+            tile_bytes *= 2;
+        }
+    }
+    if (unpack)
+        unpacked = thread_scratch(SCRATCH_PANELS, 2 * tile_bytes);
+    if (unpacked && type == AMX_FP8)
+        type = AMX_BF16;
+    if (unpack && unpacked == NULL && type == AMX_INT8) { /* the same results */
         if (p->is_gated)
             gated_block(int8_block(p->weight_type), p, row, end_row, panel, end_panel);
         else
@@ -943,9 +1147,9 @@ static void amx_block(const Linear *p, int64_t row, int64_t end_row, int64_t pan
         AmxPrefetch prefetch = {.own = NULL};
         if (unpacked) {
             for (int64_t j = 0; j < n_panels; j++)
-                unpack(panels + j * distance_bytes, p->padded_depth, unpacked + j * int8_bytes);
+                unpack(panels + j * distance_bytes, p->padded_depth, unpacked + j * tile_bytes);
             panels = unpacked;
-            distance_bytes = int8_bytes;
+            distance_bytes = tile_bytes;
         } else {
             prefetch.distance_bytes = distance_bytes;
             prefetch.next = panels + pair * p->panel_bytes;
@@ -963,10 +1167,12 @@ static void amx_block(const Linear *p, int64_t row, int64_t end_row, int64_t pan
             .panels = panels,
             .distance_bytes = n_panels == 1 ? 0 : distance_bytes,
         };
-        if (p->inputs == INPUTS_BF16)
-            amx_rows(1, p, end_row, step, prefetch, &pending);
+        if (type == AMX_FP8)
+            amx_rows(AMX_FP8, p, end_row, step, prefetch, &pending);
+        else if (type == AMX_BF16)
+            amx_rows(AMX_BF16, p, end_row, step, prefetch, &pending);
         else
-            amx_rows(0, p, end_row, step, prefetch, &pending);
+            amx_rows(AMX_INT8, p, end_row, step, prefetch, &pending);
     }
     pending.finish_rows(p, &pending, pending.step.n_rows);
     _tile_release();
@@ -1009,6 +1215,10 @@ static void linear_piece(const void *operation, int64_t piece) {
 }
 
 static void prepare_row(const Linear *p, int64_t row) {
+    if (p->input_quant) {
+        quantize_row_to_float(p, row);
+        return;
+    }
     if (p->inputs == INPUTS_INT8) {
         quantize_row(p, row);
         return;
@@ -1044,9 +1254,11 @@ static void prepare_rows(const void *operation, int64_t begin, int64_t end) {
         prepare_row(operation, row);
 }
 
-/* Whether `prepare_row` copies inputs of float32: those whose depth must be padded. */
+/* Whether `prepare_row` writes inputs of float32: values of FP8, and a copy where the depth must be
+ * padded. */
 static int copies_inputs(const Linear *p) {
-    return p->inputs == INPUTS_F32 && p->depth % word_values(p->weight_type) != 0;
+    return p->inputs == INPUTS_F32 &&
+           (p->input_quant || p->depth % word_values(p->weight_type) != 0);
 }
 
 /* Rows of memory for inputs. */
@@ -1086,10 +1298,11 @@ static void use_input_memory(Linear *p, char *memory) {
     p->rounded_inputs = memory;
     memory += rounded_input_bytes(p);
     p->input_sums = (float *)memory;
-    if (p->inputs == INPUTS_INT8) {
+    if (p->inputs == INPUTS_INT8 || p->input_quant) {
         p->input_scales = (float *)(memory + per_group);
         p->int_input_sums = (int32_t *)(memory + 2 * per_group);
-    } else if (copies_inputs(p)) {
+    }
+    if (copies_inputs(p)) {
         p->float_inputs = (float *)p->rounded_inputs;
         p->float_stride = p->padded_depth;
     }
@@ -1115,7 +1328,7 @@ static BlockFunction block_function(const Linear *p) {
 #endif
 #if defined(LEVEL_BF16) && !defined(LEVEL_AMX)
     if (p->inputs == INPUTS_BF16)
-        return bf16_block;
+        return p->weight_type == WEIGHT_FP8 ? fp8_as_bf16_block : bf16_block;
 #endif
     return p->inputs == INPUTS_INT8 ? int8_block(p->weight_type) : float_block;
 }
@@ -1125,6 +1338,16 @@ static void derive_sizes(Linear *p) {
     if (p->inputs == INPUTS_ROUNDED) {
         p->inputs = INPUTS_BF16;
         p->x_is_rounded = 1;
+    } else if (p->inputs >= INPUTS_FP4_E8M0) {
+        p->input_quant = p->inputs;
+        p->inputs = INPUTS_INT8;
+    } else if (p->inputs >= INPUTS_FP8_TOKEN) {
+        p->input_quant = p->inputs;
+        p->inputs = INPUTS_F32;
+#if defined(LEVEL_BF16)
+        if (p->weight_type == WEIGHT_FP8 || p->weight_type == WEIGHT_BF16)
+            p->inputs = INPUTS_BF16;
+#endif
     }
     p->padded_cols = (p->cols + PANEL_WIDTH - 1) / PANEL_WIDTH * PANEL_WIDTH;
     p->padded_depth = (p->depth + DEPTH_MULTIPLE - 1) / DEPTH_MULTIPLE * DEPTH_MULTIPLE;

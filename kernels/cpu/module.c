@@ -72,7 +72,7 @@ static PyObject *run_calls(const Call *calls, int64_t n_calls) {
 /* Integer argument I as an address. */
 #define ADDRESS(TYPE, I) ((TYPE *)(intptr_t)ints[I])
 
-KERNEL(linear, 14, 0) {
+KERNEL(linear, 15, 0) {
     (void)floats;
     return kernels->linear(&(Linear){
         .weight_type = (int)ints[0],
@@ -89,6 +89,7 @@ KERNEL(linear, 14, 0) {
         .cols = ints[11],
         .depth = ints[12],
         .group_size = ints[13],
+        .input_scale = ADDRESS(const float, 14),
     });
 }
 

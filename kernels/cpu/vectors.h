@@ -89,6 +89,12 @@ INLINE vfloat v_load_bf16(const uint16_t *p) {
 INLINE vfloat v_load_f16(const uint16_t *p) {
     return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p));
 }
+/* FP8 (e4m3) divided by 256, without NaN: a float16 of the same digits. */
+INLINE vfloat v_load_fp8(const void *p) {
+    __m256i words = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)p));
+    words = _mm256_slli_epi16(words, 7); /* bits 14 and 15 are the sign */
+    return _mm512_cvtph_ps(_mm256_and_si256(words, _mm256_set1_epi16((short)0xbfff)));
+}
 INLINE void v_store_f16(uint16_t *p, vfloat x) {
     _mm256_storeu_si256((__m256i *)p, _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
 }
@@ -233,6 +239,11 @@ INLINE vfloat v_load_bf16(const uint16_t *p) {
 INLINE vfloat v_load_f16(const uint16_t *p) {
     return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p));
 }
+INLINE vfloat v_load_fp8(const void *p) {
+    __m128i words = _mm_cvtepi8_epi16(_mm_loadl_epi64((const __m128i *)p));
+    words = _mm_slli_epi16(words, 7);
+    return _mm256_cvtph_ps(_mm_and_si128(words, _mm_set1_epi16((short)0xbfff)));
+}
 INLINE void v_store_f16(uint16_t *p, vfloat x) {
     _mm_storeu_si128((__m128i *)p, _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
 }
@@ -362,6 +373,13 @@ INLINE vfloat v_load_bf16(const uint16_t *p) {
 }
 INLINE vfloat v_load_f16(const uint16_t *p) {
     return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p)));
+}
+INLINE vfloat v_load_fp8(const void *p) {
+    int32_t four;
+    memcpy(&four, p, sizeof four);
+    int16x8_t words = vmovl_s8(vreinterpret_s8_s32(vdup_n_s32(four)));
+    int16x4_t bits = vshl_n_s16(vget_low_s16(words), 7);
+    return vcvt_f32_f16(vreinterpret_f16_s16(vand_s16(bits, vdup_n_s16((int16_t)0xbfff))));
 }
 INLINE void v_store_int8(int8_t *p, vfloat x) {
     int16x4_t words = vqmovn_s32(vcvtnq_s32_f32(x));

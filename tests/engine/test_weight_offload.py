@@ -145,7 +145,7 @@ def packed_layer(
     }
     return layer, [
         (grouped, "words"),
-        (grouped, "scales_and_zeros"),
+        (grouped, "scales"),
         (rounded, "q"),
         (rounded, "scales"),
         (layer.linears["mlp.down"], "weight"),

@@ -321,7 +321,15 @@ OTHERS: list[tuple[str, dict[str, str], dict[str, Any]]] = [
     (
         "_dequantize_kernel",
         {"words": "*i16", "scales_and_zeros": "*i32", "weight": "*bf16", "N": "i32", "K": "i32"},
-        {"BITS": 4, "GROUP": 128, "SYMMETRIC": False, "W": 64, "BN": 64},
+        {
+            "factors": None,
+            "BITS": 4,
+            "GROUP": 128,
+            "SYMMETRIC": False,
+            "W": 64,
+            "SCALES": "float",
+            "BN": 64,
+        },
     ),
     (
         "_epilogue_kernel",

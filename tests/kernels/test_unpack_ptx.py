@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from llmkit.kernels.unpack_ptx import field_offsets, unpack_ptx
+from llmkit.checkpoint.quantized_weight import FP4_VALUES
+from llmkit.kernels.unpack_ptx import field_offsets, unpack_fp4_ptx, unpack_ptx
 
 FLOATS = {"bf16x2": torch.bfloat16, "f16x2": torch.float16}
 WORDS = np.arange(1 << 16, dtype=np.uint32)
@@ -31,6 +32,8 @@ def run_ptx(text: str, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         assert target.startswith("$") or target in declared
         if name == "mov.b32":
             registers[target] = np.broadcast_to(values[0], PAIRS.shape)
+        elif name == "shl.b32":
+            registers[target] = values[0] << values[1]
         elif name == "shr.u32":
             registers[target] = values[0] >> values[1]
         elif name == "lop3.b32":
@@ -107,3 +110,16 @@ def test_unpack_ptx_rounds_scaled_weights_once(dtype: torch.dtype, symmetric: bo
         got = halves(run_ptx(text, {"$1": PAIRS, **inputs})["$0"], dtype)
         exact = ((q - zero) * scale).to(dtype)
         assert torch.equal(got, exact)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_unpack_fp4_ptx_is_exact_for_every_word(dtype: torch.dtype) -> None:
+    values = torch.tensor(FP4_VALUES, dtype=torch.float64)
+    values = torch.cat((values, -values))
+    scale = torch.tensor(1.625, dtype=dtype)  # e4m3; products have at most 6 digits
+    plain, scaled = (unpack_fp4_ptx(dtype, has_scales) for has_scales in (False, True))
+    for q, text, scaled_text in zip(fields(4), plain, scaled, strict=True):
+        got = run_ptx(text, {"$1": PAIRS})["$0"]
+        assert torch.equal(halves(got, dtype).double(), values[q.long()])
+        got = run_ptx(scaled_text, {"$1": PAIRS, "$2": register(scale)})["$0"]
+        assert torch.equal(halves(got, dtype).double(), values[q.long()] * 1.625)
