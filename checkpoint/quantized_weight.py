@@ -16,7 +16,7 @@ from typing import Literal
 import torch
 
 Format = Literal[
-    "gptq", "gptq_v2", "awq", "compressed-tensors", "mxfp4", "fp8", "autofp8", "modelopt"
+    "gptq", "gptq_v2", "awq", "compressed-tensors", "mxfp4", "fp8", "autofp8", "modelopt", "gguf"
 ]
 # What quantized values are: integers of `bits`, or floats (FP8 is e4m3, FP4 is E2M1).
 ValueKind = Literal["int", "float"]
@@ -56,6 +56,9 @@ class Scheme:
     # What inputs are quantized to; None when they are not. The default is the type of the weights,
     # in 8 bits for integers.
     input_type: InputType | None = None
+    # GGUF's name of the types of a model's tensors ("Q4_K_M"); the other fields are those of the
+    # most common one. "": another format.
+    preset: str = ""
 
     def __post_init__(self) -> None:
         input_type = self.input_type
@@ -73,6 +76,8 @@ class Scheme:
     @property
     def label(self) -> str:
         """A description for people: "INT4 in groups of 64", "INT8, inputs too"."""
+        if self.preset:
+            return self.preset
         name = f"INT{self.bits}"
         if self.kind == "float":
             prefix = {"float": "", "e8m0": "MX", "e4m3": "NV"}[self.scale_format]
@@ -239,7 +244,7 @@ class QuantizedWeight:
         """The dense weight [out, in], computed in float32 and cast to `dtype`."""
         rows, columns = self.shape
         size = columns if self.scheme.group_size == -1 else self.scheme.group_size
-        dense = self._values()
+        dense = self.values()
         if columns % size:  # the last group is smaller
             index = torch.arange(columns, device=dense.device) // size
             return (
@@ -251,7 +256,7 @@ class QuantizedWeight:
         groups.sub_(self.zeros.float().unsqueeze(2)).mul_(self.scales.float().unsqueeze(2))
         return dense.to(dtype)
 
-    def _values(self) -> torch.Tensor:
+    def values(self) -> torch.Tensor:
         """q as float32, a new tensor."""
         if not self.scheme.is_fp4:
             return self.q.float()

@@ -11,14 +11,18 @@ Legend: `out` rows, `in` columns, `G` groups along `in`, L tokens of a window, H
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
-from llmkit.checkpoint.quantized_weight import QuantizedWeight
+from llmkit.checkpoint.quantized_weight import FP4_VALUES, QuantizedWeight
+from llmkit.kernels.activation_quant import FP4_MAX, round_to_fp4
 from llmkit.kernels.cpu.packed_cache import unpack_blocks
 from llmkit.kernels.kv_cache import KVCache
 from llmkit.model.decoder import DecoderLayer
+from llmkit.model.linear import ActivationQuant
 from llmkit.quant.algorithm import AutoRound
+from llmkit.quant.float_scales import fp4_codes, round_to_e4m3
 from llmkit.quant.layer_stream import LayerInputs, LayerStream, MicroBatch
 
 HELD_OUT_STEPS = 2  # the result is judged on the windows of this many steps
@@ -30,8 +34,11 @@ MAX_START_DISTANCE = 0.45
 class LearnedRounding:
     """One weight [out, in] while its rounding is learned.
 
-    q = round(weight / scale + rounding_offset) + zero
+    q = round(weight / scale + rounding_offset * step) + zero
     scale = start scale * (1 + scale_delta)
+
+    Integers are one step apart. For FP4, a step is half the distance between the values on both
+    sides of the start value. Scales that are powers of two stay what they are.
     """
 
     def __init__(self, weight: torch.Tensor, start: QuantizedWeight) -> None:
@@ -41,21 +48,58 @@ class LearnedRounding:
         self.weight = weight.detach().clone().view(rows, groups, -1)
         self.scales = start.scales.float().unsqueeze(2)
         self.zeros = start.zeros.float().unsqueeze(2)
-        start_values = start.q.float().view_as(self.weight) - self.zeros
-        distance = start_values - self.weight / self.scales
+        start_values = start.values().view_as(self.weight) - self.zeros
+        self.steps, below, above = self._distances(start_values)
         # No larger than needed for the weight to round to its start value.
-        max_distance = distance.clamp(-MAX_START_DISTANCE, MAX_START_DISTANCE)
-        self.rounding_offset = (distance - max_distance).requires_grad_()
+        nearest = self.weight / self.scales
+        nearest = torch.maximum(nearest, start_values - MAX_START_DISTANCE * below)
+        nearest = torch.minimum(nearest, start_values + MAX_START_DISTANCE * above)
+        offset = (nearest - self.weight / self.scales) / self.steps
+        self.rounding_offset = offset.requires_grad_()
         self.scale_delta = torch.zeros_like(self.scales).requires_grad_()
+
+    def _distances(
+        self, values: torch.Tensor
+    ) -> tuple[torch.Tensor | float, torch.Tensor | float, torch.Tensor | float]:
+        """Half the distance between the neighbours of `values`, and that to each neighbour."""
+        if not self.scheme.is_fp4:
+            return 1.0, 1.0, 1.0
+        magnitudes = torch.tensor([*FP4_VALUES, 2 * FP4_VALUES[-1] - FP4_VALUES[-2]])
+        magnitudes = magnitudes.to(values.device)
+        index = torch.searchsorted(magnitudes, values.abs())
+        outward = magnitudes[index + 1] - magnitudes[index]
+        inward = magnitudes[index] - magnitudes[(index - 1).clamp(min=0)]
+        inward = torch.where(index == 0, outward, inward)
+        is_negative = values < 0
+        below = torch.where(is_negative, outward, inward)
+        above = torch.where(is_negative, inward, outward)
+        return (below + above) / 2, below, above
+
+    def _stored_scales(self) -> torch.Tensor:
+        """The current scales as the format stores them; gradients pass through the rounding."""
+        if self.scheme.scale_format == "e8m0":
+            return self.scales
+        scales = self.scales * (1 + self.scale_delta)
+        if self.scheme.scale_format == "float":
+            return _straight_through(scales, scales.to(self.start.scales.dtype).float())
+        global_scale = self.start.global_scale
+        assert global_scale is not None
+        return _straight_through(scales, round_to_e4m3(scales.detach(), global_scale))
+
+    def _rounded(self, scales: torch.Tensor) -> torch.Tensor:
+        """The rounded weights in units of `scales`, without zero points."""
+        values = self.weight / scales + self.rounding_offset * self.steps
+        if self.scheme.is_fp4:
+            values = values.clamp(-FP4_MAX, FP4_MAX)
+            return _straight_through(values, round_to_fp4(values.detach()))
+        max_q = (1 << self.scheme.bits) - 1
+        q = (_straight_through(values, values.round()) + self.zeros).clamp(0, max_q)
+        return q - self.zeros
 
     def dense(self) -> torch.Tensor:
         """The dequantized weight [out, in], differentiable with a straight-through estimator."""
-        max_q = (1 << self.scheme.bits) - 1
-        scales = self.scales * (1 + self.scale_delta)
-        scales = _straight_through(scales, scales.to(self.start.scales.dtype).float())
-        values = self.weight / scales + self.rounding_offset
-        q = (_straight_through(values, values.round()) + self.zeros).clamp(0, max_q)
-        return ((q - self.zeros) * scales).view(self.start.q.shape)
+        scales = self._stored_scales()
+        return (self._rounded(scales) * scales).view(self.start.q.shape)
 
     @torch.no_grad()
     def descend(self, settings: AutoRound, rate_factor: float) -> None:
@@ -64,25 +108,35 @@ class LearnedRounding:
             (self.rounding_offset, settings.rounding_rate),
             (self.scale_delta, settings.scale_rate),
         ):
-            assert values.grad is not None
+            if values.grad is None:  # scales that stay
+                continue
             values.sub_(values.grad.sign_(), alpha=rate * rate_factor / settings.steps)
             values.grad = None
 
     @torch.no_grad()
     def result(self) -> QuantizedWeight:
         """The weight quantized with the current rounding and scales."""
-        max_q = (1 << self.scheme.bits) - 1
-        scales = (self.scales * (1 + self.scale_delta)).to(self.start.scales.dtype)
-        q = (self.weight / scales.float() + self.rounding_offset).round_().add_(self.zeros)
-        q = q.clamp_(0, max_q).to(torch.uint8).view(self.start.q.shape)
-        return QuantizedWeight(
-            q, scales.squeeze(2), self.start.zeros, self.scheme, self.start.input_scale
-        )
+        scales = self._stored_scales()
+        values = self._rounded(scales).view(self.start.q.shape)
+        scales = scales.squeeze(2).to(self.start.scales.dtype)
+        if self.scheme.is_fp4:
+            return replace(self.start, q=fp4_codes(values), scales=scales)
+        zeros = self.zeros.expand_as(self.weight).reshape(values.shape)
+        return replace(self.start, q=(values + zeros).to(torch.uint8), scales=scales)
 
 
 def _straight_through(values: torch.Tensor, rounded: torch.Tensor) -> torch.Tensor:
     """`rounded`, with the gradient of `values`."""
-    return values + (rounded - values).detach()
+    return rounded.detach() + (values - values.detach())
+
+
+@dataclass(frozen=True)
+class StraightThroughQuant(ActivationQuant):
+    """Quantizes a linear's inputs and passes gradients to the layers before it."""
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """x: [..., C] in and out."""
+        return _straight_through(x, super().__call__(x.detach()))
 
 
 class TuningWindows:
@@ -170,6 +224,10 @@ def tune_rounding(
     not help. `note` receives a line of progress every ten steps.
     """
     learned = {name: LearnedRounding(weights[name], weight) for name, weight in start.items()}
+    input_quants = {name: layer.linears[name].activation_quant for name in start}
+    for name, quant in input_quants.items():
+        if quant is not None:
+            layer.linears[name].activation_quant = StraightThroughQuant(**vars(quant))
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(windows.positions), generator=generator).tolist()
     num_judged = HELD_OUT_STEPS * windows.count
@@ -191,6 +249,8 @@ def tune_rounding(
             rounding.descend(settings, 1 - index / settings.steps)
         if index % 10 == 0:
             note(f"learning, step {index} of {settings.steps}, error {loss.item():.2e}")
+    for name, quant in input_quants.items():
+        layer.linears[name].activation_quant = quant
     results = {name: rounding.result() for name, rounding in learned.items()}
     _set_weights(layer, results)
     if _total_loss(layer, windows, judged) < start_loss:

@@ -107,9 +107,14 @@ def _neighbor(
     if scheme.scale_format == "e8m0":
         return (scales * 2.0**steps).clamp_(_MIN_E8M0, _MAX_E8M0)
     assert global_scale is not None
-    codes = (scales / global_scale).to(FP8).view(torch.uint8).int() + steps
-    stored = codes.clamp_(1, _MAX_E4M3_CODE).to(torch.uint8).view(FP8)
-    return stored.float() * global_scale
+    return round_to_e4m3(scales, global_scale, steps)
+
+
+def round_to_e4m3(scales: torch.Tensor, global_scale: torch.Tensor, steps: int = 0) -> torch.Tensor:
+    """Positive scales rounded to e4m3 times `global_scale`, or `steps` numbers above; never 0."""
+    stored = (scales / global_scale).clamp(max=FP8_MAX).to(FP8)
+    codes = stored.view(torch.uint8).int().add_(steps)
+    return codes.clamp_(1, _MAX_E4M3_CODE).to(torch.uint8).view(FP8).float() * global_scale
 
 
 def _search_neighbors(

@@ -393,12 +393,15 @@ class MethodOptions:
         smoother = SmoothQuant() if self.smooths_inputs else None
         number_format = self.number_format
         is_int = number_format is not None and number_format.scheme.kind == "int"
+        is_fp4 = number_format is not None and number_format.scheme.is_fp4
         if self.method == "awq" and fast:
             return Algorithm(RtnQuantizer(), AwqSmoother(FAST_AWQ_GRID))
         if self.method == "awq" and not best:
             return Algorithm(ClippingQuantizer(), AwqSmoother())
         if self.method in ("gptq", "awq") and best and self.grouped and is_int:
             return Algorithm(gptq, AwqSmoother(), AutoRound())
+        if self.method == "gptq" and best and is_fp4:
+            return Algorithm(gptq, auto_round=AutoRound())
         if self.method == "gptq" or (self.method in ("int8", "fp8") and best):
             return Algorithm(gptq, smoother)
         required_stats: frozenset[StatKind] = frozenset()

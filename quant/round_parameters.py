@@ -11,26 +11,33 @@ from llmkit.checkpoint.tensor_reader import row_chunks
 from llmkit.common.progress import Progress
 from llmkit.model.parameter import Parameter
 from llmkit.model.parameter_table import parameters
+from llmkit.model.weight_loader import read_parameter
 from llmkit.quant.algorithm import QuantTarget
+from llmkit.quant.gguf_parameter_writer import GgufParameterWriter
+from llmkit.quant.gguf_quantizer import GgufQuantizer
 from llmkit.quant.grid import RangeSearch, round_to_nearest
-from llmkit.quant.input_stats import sum_of_squares
+from llmkit.quant.input_stats import InputStats, sum_of_squares
 from llmkit.quant.parameter_writer import ParameterWriter
 from llmkit.quant.quantize_linear import Entry, quant_target, report_entry
 
 
 @torch.no_grad()
 def round_parameters(
-    writer: ParameterWriter, device: torch.device, progress: Progress
+    writer: ParameterWriter,
+    device: torch.device,
+    progress: Progress,
+    search: RangeSearch | None = None,
 ) -> list[Entry]:
     """Write all parameters: quantized ones are rounded to nearest, the others cast.
 
+    search: as of `write_parameter`.
     Returns the report's entries of the linears. Their error is that of the weights themselves.
     """
     rows = parameters(writer.spec)
     entries: list[Entry] = []
     progress.start("write", len(rows), "tensors")
     for parameter in rows:
-        entries += write_parameter(parameter, writer, device)
+        entries += write_parameter(parameter, writer, device, search)
         writer.commit()
         progress.advance(1, parameter.name)
     progress.finish()
@@ -45,15 +52,29 @@ def write_parameter(
 ) -> list[Entry]:
     """Write one parameter, rounded or cast, and return the report's entry if it was rounded.
 
-    search: the range search for schemes of fewer than 8 bits.
+    search: the range search for schemes of fewer than 8 bits, and of scales with few values.
     """
     target = quant_target(parameter, writer.quantization)
     if target is None:
         writer.write_cast(parameter)
         return []
-    if target.scheme.bits >= 8:
+    if isinstance(writer, GgufParameterWriter):
+        return [_round_gguf_parameter(target, writer, device)]
+    if target.scheme.bits >= 8 and target.scheme.scale_format == "float":
         search = None
     return [_round_parameter(target, writer, device, search)]
+
+
+def _round_gguf_parameter(
+    target: QuantTarget, writer: GgufParameterWriter, device: torch.device
+) -> Entry:
+    """Quantize a parameter to GGUF's types without calibration, and write it."""
+    quantizer = GgufQuantizer(writer.gguf.tensor_types, calibrated=False)
+    weight = read_parameter(writer.source, target.parameter, torch.float32, device)
+    result = quantizer.quantize(target, weight, InputStats(weight.shape[1], frozenset()))
+    assert result.error is not None
+    writer.write_quantized(target.parameter, result.weight.to("cpu"))
+    return report_entry(target, result.method, result.error)
 
 
 def _round_parameter(

@@ -11,10 +11,17 @@ from support import tiny_models as tiny
 from llmkit.checkpoint.open_checkpoint import open_checkpoint
 from llmkit.checkpoint.quantized_weight import QuantizedWeight, Scheme
 from llmkit.model.families import model_spec
+from llmkit.model.linear import ActivationQuant
 from llmkit.quant.algorithm import AutoRound
-from llmkit.quant.auto_round import LearnedRounding, TuningWindows, tune_rounding
+from llmkit.quant.auto_round import (
+    LearnedRounding,
+    StraightThroughQuant,
+    TuningWindows,
+    tune_rounding,
+)
 from llmkit.quant.grid import FULL_SEARCH, round_to_nearest
 from llmkit.quant.layer_stream import LayerStream
+from llmkit.quant.number_formats import NUMBER_FORMATS
 
 
 @pytest.mark.parametrize(
@@ -33,6 +40,41 @@ def test_learned_rounding_starts_from_the_given_values(scheme: Scheme) -> None:
     assert torch.equal(learned.result().q, start.q)
     assert torch.equal(learned.result().scales, start.scales)
     torch.testing.assert_close(learned.dense(), start.dequantize())
+
+
+@pytest.mark.parametrize("name", ["nvfp4", "mxfp4"])
+def test_learned_rounding_starts_from_the_given_fp4_values(name: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(16, 64, generator=generator)
+    start = round_to_nearest(weight, NUMBER_FORMATS[name].scheme, torch.float32, FULL_SEARCH)
+    moved = start.q ^ (torch.rand(start.q.shape, generator=generator) < 0.3).to(torch.uint8)
+    start.q = moved  # a neighbour of some values
+    learned = LearnedRounding(weight, start)
+    assert torch.equal(learned.result().dequantize(), start.dequantize())
+    assert torch.equal(learned.dense(), start.dequantize())
+    with torch.no_grad():
+        learned.rounding_offset += 1  # a step up
+        learned.scale_delta += 0.2
+    result = learned.result()
+    assert (result.values() >= start.values()).all()
+    assert (result.values() > start.values()).float().mean() > 0.7
+    if name == "nvfp4":  # scales are still e4m3 times the global scale
+        assert result.global_scale is not None
+        steps = result.scales / result.global_scale
+        torch.testing.assert_close(steps.to(torch.float8_e4m3fn).float(), steps, rtol=1e-6, atol=0)
+        assert (result.scales > start.scales).float().mean() > 0.95
+    else:
+        assert torch.equal(result.scales, start.scales)
+
+
+def test_straight_through_quant_passes_gradients_to_inputs() -> None:
+    quant = ActivationQuant.of(NUMBER_FORMATS["mxfp4"].scheme)
+    assert quant is not None
+    x = torch.randn(4, 64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    rounded = StraightThroughQuant(**vars(quant))(x)
+    assert torch.equal(rounded, quant(x.detach()))
+    rounded.sum().backward()
+    assert torch.equal(x.grad, torch.ones_like(x))
 
 
 def test_learned_rounding_has_gradients_for_rounding_and_scales() -> None:
