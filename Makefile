@@ -73,7 +73,7 @@ gpu: ## measure and test on a GPU, in parts of at most 8 minutes (PART="steps ke
 gpu-page: ## write docs/gpu.md and kernels/tuned.json from the figures in RESULTS
 	@$(GPU_PYTHON) -m llmkit.bench.gpu.gpu_page --results $(RESULTS) --tuned kernels/tuned.json
 
-bench-quant: $(VENV)/.dev .venv-llmcompressor/.ready ## quality and time beside llm-compressor (an hour or more on 2 cores)
+bench-quant: $(VENV)/.dev .venv-llmcompressor/.ready .venv-transformers/.ready ## quality and time beside llm-compressor, GPTQModel and AutoRound (hours on 2 cores)
 	@HF_HUB_OFFLINE=1 $(BIN)/python tests/peers/bench_quant.py
 
 bench-memory: $(VENV)/.dev ## peak memory of quantizing a model of Llama-3-8B's shape (40 GB of disk)

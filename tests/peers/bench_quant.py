@@ -1,8 +1,7 @@
-"""`make bench-quant`: llmkit beside llm-compressor, with the same tokens and the same evaluation.
+"""`make bench-quant`: llmkit beside llm-compressor, GPTQModel and AutoRound.
 
-Both quantize SmolLM2-135M-Instruct with the same calibration windows and group size, one after the
-other, each in its own process. llmkit scores both outputs on text that was not used for
-calibration.
+All quantize SmolLM2-135M-Instruct with the same calibration windows and group size, one after the
+other, each in its own process. llmkit scores all outputs on text that was not used for calibration.
 
     python tests/peers/bench_quant.py [--windows 8] [--length 1024] [--only REGEX] [--work DIR]
 """
@@ -15,6 +14,8 @@ import json
 import re
 import shutil
 import time
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,15 +42,33 @@ OURS: dict[str, tuple[str, ...]] = {
     "gptq, asymmetric": ("--method", "gptq", "--format", "awq"),
     "awq, asymmetric": ("--method", "awq"),
     "awq, symmetric": ("--method", "awq", *CT, "--symmetric"),
+    "auto, symmetric": ("--method", "auto"),
+    "auto max, symmetric": ("--method", "auto", "--effort", "max"),
     "gptq max, symmetric": ("--method", "gptq", "--effort", "max"),
     "gptq max, asymmetric": ("--method", "gptq", "--format", "awq", "--effort", "max"),
+    "int3 gptq, symmetric": ("--method", "gptq", "--bits", "3"),
+    "int2 gptq, symmetric": ("--method", "gptq", "--bits", "2"),
     "int8 weights": ("--method", "int8"),
     "int8 W8A8": ("--method", "int8", "--activations"),
     "fp8": ("--method", "fp8"),
     "fp8 max": ("--method", "fp8", "--effort", "max"),
+    "fp8 blocks": ("--method", "rtn", "--scheme", "fp8-block"),
+    "mxfp8": ("--method", "rtn", "--scheme", "mxfp8"),
+    "nvfp4": ("--method", "rtn", "--scheme", "nvfp4"),
+    "nvfp4 gptq": ("--method", "gptq", "--scheme", "nvfp4"),
+    "nvfp4 max": ("--method", "auto", "--scheme", "nvfp4", "--effort", "max"),
+    "nvfp4a16": ("--method", "rtn", "--scheme", "nvfp4a16"),
+    "nvfp4a16 gptq": ("--method", "gptq", "--scheme", "nvfp4a16"),
+    "nvfp4a16 max": ("--method", "auto", "--scheme", "nvfp4a16", "--effort", "max"),
+    "mxfp4": ("--method", "rtn", "--scheme", "mxfp4"),
+    "mxfp4 gptq": ("--method", "gptq", "--scheme", "mxfp4"),
+    "mxfp4a16": ("--method", "rtn", "--scheme", "mxfp4a16"),
+    "mxfp4a16 gptq": ("--method", "gptq", "--scheme", "mxfp4a16"),
+    "mxfp4a16 max": ("--method", "auto", "--scheme", "mxfp4a16", "--effort", "max"),
+    "w4afp8 gptq": ("--method", "gptq", "--scheme", "w4afp8"),
 }
 # Name, scheme of llmcompressor_quantize.py.
-THEIRS: dict[str, str] = {
+LLM_COMPRESSOR: dict[str, str] = {
     "rtn, symmetric": "rtn-sym",
     "rtn, asymmetric": "rtn-asym",
     "gptq, symmetric": "gptq-sym",
@@ -57,20 +76,42 @@ THEIRS: dict[str, str] = {
     "gptq, asymmetric": "gptq-asym",
     "gptq mse, asymmetric": "gptq-asym-mse",
     "awq, asymmetric": "awq-asym",
+    "awq, then gptq, symmetric": "awq-gptq-sym",
+    "autoround, symmetric": "autoround-sym",
+    "int3 gptq mse, symmetric": "int3-gptq-sym-mse",
+    "int2 gptq mse, symmetric": "int2-gptq-sym-mse",
     "int8 W8A8": "w8a8-int8",
     "int8 W8A8, rtn": "w8a8-int8-rtn",
     "fp8": "fp8-dynamic",
+    "fp8 blocks": "fp8-block",
+    "mxfp8": "mxfp8",
+    "nvfp4": "nvfp4",
+    "nvfp4 gptq": "nvfp4-gptq",
+    "nvfp4a16": "nvfp4a16",
+    "nvfp4a16 gptq": "nvfp4a16-gptq",
+    "mxfp4": "mxfp4",
+    "mxfp4 gptq": "mxfp4-gptq",
+    "mxfp4a16": "mxfp4a16",
+    "mxfp4a16 gptq": "mxfp4a16-gptq",
+    "w4afp8 gptq": "w4afp8-gptq",
 }
-GROUPED = ("rtn", "gptq", "awq")
+# Name, bits.
+GPTQMODEL = {"int4, symmetric": 4, "int3, symmetric": 3}
+# Name, scheme of autoround_quantize.py.
+AUTOROUND = {"int4, symmetric": "W4A16", "nvfp4": "NVFP4", "mxfp4": "MXFP4"}
+# The schemes whose groups have the size GROUP.
+GROUPED = ("rtn", "gptq", "awq", "auto")
+OWN_GROUPS = ("nvfp4", "nvfp4a16", "mxfp4", "mxfp4a16", "mxfp8", "fp8-block")
 
 
 def run_llmkit(
-    source: Path, out: Path, options: tuple[str, ...], windows: int, length: int
+    source: Path, options: Sequence[str], windows: int, length: int, out: Path
 ) -> dict[str, Any]:
-    """Quantize with llmkit; seconds of the whole process and of quantizing alone."""
-    group = ("--group-size", str(GROUP)) if options[1] in GROUPED else ()
+    """Quantize with llmkit; seconds of the whole process and of quantizing, and peak memory."""
+    is_grouped = options[1] in GROUPED and not set(options) & set(OWN_GROUPS)
+    group = ("--group-size", str(GROUP)) if is_grouped else ()
     started = time.perf_counter()
-    llmkit(
+    peak = llmkit(
         "quantize",
         source,
         *options,
@@ -88,31 +129,21 @@ def run_llmkit(
     return {
         "wall_s": wall,
         "quantize_s": json.loads((out / "llmkit_report.json").read_text())["seconds"]["quantize"],
+        "peak_rss_bytes": peak,
     }
 
 
-def run_llmcompressor(source: Path, out: Path, scheme: str, tokens: Path) -> dict[str, Any]:
-    """Quantize with llm-compressor; the same seconds."""
+def run_rival(
+    environment: str, script: str, source: Path, options: Sequence[object], out: Path
+) -> dict[str, Any]:
+    """Quantize with another tool; the same figures."""
     result = out.with_suffix(".json")
     started = time.perf_counter()
-    run_peer(
-        "llmcompressor",
-        "llmcompressor_quantize.py",
-        "--model",
-        source,
-        "--tokens",
-        tokens,
-        "--scheme",
-        scheme,
-        "--group-size",
-        GROUP,
-        "--out",
-        out,
-        "--result",
-        result,
-    )
+    run_peer(environment, script, "--model", source, *options, "--out", out, "--result", result)
     wall = time.perf_counter() - started
-    return {"wall_s": wall, "quantize_s": json.loads(result.read_text())["quantize_s"]}
+    figures = json.loads(result.read_text())
+    names = ("quantize_s", "peak_rss_bytes")
+    return {"wall_s": wall} | {name: figures[name] for name in names}
 
 
 def score(out: Path, source: Checkpoint, windows: torch.Tensor) -> Quality:
@@ -149,27 +180,37 @@ def main() -> None:
     tokens = arguments.work / "tokens.safetensors"
     save_file({"tokens": chosen}, tokens)
     held_out = evaluation_windows(tokenizer, 8)
-    rows = [(f"ours: {name}", "ours", options) for name, options in OURS.items()]
-    rows += [(f"llm-compressor: {name}", "theirs", (scheme,)) for name, scheme in THEIRS.items()]
+    rows: list[tuple[str, Callable[[Path], dict[str, Any]]]] = []
+    for name, options in OURS.items():
+        size = arguments.windows, arguments.length
+        rows.append((f"ours: {name}", partial(run_llmkit, source, options, *size)))
+    rivals = [
+        ("llm-compressor", LLM_COMPRESSOR, "llmcompressor", "--scheme"),
+        ("GPTQModel", GPTQMODEL, "transformers", "--bits"),
+        ("AutoRound", AUTOROUND, "llmcompressor", "--scheme"),
+    ]
+    for rival, choices, environment, option in rivals:
+        script = rival.lower().replace("-", "") + "_quantize.py"
+        for name, choice in choices.items():
+            given = ("--tokens", tokens, "--group-size", GROUP, option, choice)
+            run = partial(run_rival, environment, script, source, given)
+            rows.append((f"{rival}: {name}", run))
     file = arguments.work / "results.json"
     results = json.loads(file.read_text()) if file.exists() and arguments.only else []
-    for name, side, options in rows:
+    for name, run in rows:
         if not re.search(arguments.only, name):
             continue
         out = arguments.work / re.sub(r"[^\w]+", "-", name)
         shutil.rmtree(out, ignore_errors=True)
-        if side == "ours":
-            timing = run_llmkit(source, out, options, arguments.windows, arguments.length)
-        else:
-            timing = run_llmcompressor(source, out, options[0], tokens)
+        figures = run(out)
         quality = dataclasses.asdict(score(out, opened, held_out))
         results = [result for result in results if result["name"] != name]
-        results.append({"name": name, "options": options, **timing, **quality})
+        results.append({"name": name, **figures, **quality})
         file.write_text(json.dumps(results, indent=2) + "\n")
         shutil.rmtree(out)
         scores = f"KL {quality['mean_kl']:.4f}, perplexity {quality['perplexity']:.3f}"
-        print(f"{name}: {scores}, {timing['wall_s']:.0f} s", flush=True)
-    head = ("", "mean KL", "99 % KL", "top-1", "perplexity", "quantizing, s", "whole command, s")
+        print(f"{name}: {scores}, {figures['wall_s']:.0f} s", flush=True)
+    head = ("", "mean KL", "99 % KL", "top-1", "perplexity", "quantizing, s", "in all, s", "GiB")
     lines = [
         [
             one["name"],
@@ -179,6 +220,7 @@ def main() -> None:
             f"{one['perplexity']:.3f}",
             f"{one['quantize_s']:.0f}",
             f"{one['wall_s']:.0f}",
+            f"{one['peak_rss_bytes'] / (1 << 30):.1f}",
         ]
         for one in results
     ]

@@ -6,6 +6,7 @@ They run in llmkit's own environment.
 from __future__ import annotations
 
 import importlib.util
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -34,12 +35,18 @@ def run_peer(
     return process
 
 
-def llmkit(*arguments: object) -> None:
-    """Run an llmkit command in a subprocess. Its messages go to stderr."""
+def llmkit(*arguments: object) -> int:
+    """Run an llmkit command in a subprocess. Its messages go to stderr.
+
+    Returns the most memory, in bytes, that the process held.
+    """
     command = [sys.executable, "-m", "llmkit.cli.main", *map(str, arguments)]
-    process = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         raise SystemExit(f"{' '.join(command)} exited with {process.returncode}")
+    return usage.ru_maxrss * 1024
 
 
 def real_model(folder: Path) -> Path:
