@@ -26,7 +26,8 @@ _OPERATORS: dict[str, Callable[[float, float], bool]] = {
 _NUMBER = r"[0-9]+(?:\.[0-9]*)?(?:[eE][+-]?[0-9]+)?|\.[0-9]+(?:[eE][+-]?[0-9]+)?"
 _GATE = re.compile(
     rf"(?P<metric>[A-Za-z0-9_.-]+)(?P<operator><=|>=|<|>)"
-    rf"(?:(?P<number>{_NUMBER})|(?:(?P<before>{_NUMBER})\*)?baseline(?:\*(?P<after>{_NUMBER}))?)"
+    rf"(?:(?P<number>{_NUMBER})|(?P<share>{_NUMBER})x"
+    rf"|(?:(?P<before>{_NUMBER})\*)?baseline(?:\*(?P<after>{_NUMBER}))?)"
 )
 
 
@@ -40,12 +41,20 @@ class Gate:
     number: float
     relative_to_baseline: bool = False  # the limit is `number` times the baseline's value
 
+    @property
+    def canonical(self) -> str:
+        """The form that reports have: "mean_kl<=0.02", "output_tps>=0.9*baseline"."""
+        limit = f"{self.number:.12g}"
+        if self.relative_to_baseline:
+            limit = "baseline" if self.number == 1 else f"{limit}*baseline"
+        return f"{self.metric}{self.operator}{limit}"
+
 
 @dataclass(frozen=True)
 class GateResult:
     """The result of a gate for one metric of one target."""
 
-    gate: str
+    gate: str  # see `Gate.canonical`
     target: str
     metric: str  # the full name, with the scenario: "online.output_tps"
     value: float
@@ -56,13 +65,15 @@ class GateResult:
 def parse_gate(text: str) -> Gate:
     """Parse "mean_kl<=0.02", "output_tps>=0.9*baseline" or "online.ttft_p99_ms<baseline".
 
-    Blanks are ignored. Raises UsageError for another form and for an unknown metric.
+    "output_tps>=0.9x" means the same as "output_tps>=0.9*baseline". Blanks are ignored.
+    Raises UsageError for another form and for an unknown metric.
     """
     match = _GATE.fullmatch("".join(text.split()))
     if match is None:
         raise UsageError(
             f"gate {text!r} is not understood",
-            'Expected "metric<=number" or "metric>=factor*baseline", with <= >= < or >',
+            'Expected "metric<=number", "metric>=factor*baseline" or the short form'
+            ' "metric>=factorx" of the latter, with <= >= < or >',
         )
     metric = match["metric"]
     if find_metric(metric) is None:
@@ -73,7 +84,7 @@ def parse_gate(text: str) -> Gate:
         )
     if match["number"] is not None:
         return Gate(text, metric, match["operator"], float(match["number"]))
-    factor = float(match["before"] or 1) * float(match["after"] or 1)
+    factor = float(match["share"] or match["before"] or 1) * float(match["after"] or 1)
     return Gate(text, metric, match["operator"], factor, relative_to_baseline=True)
 
 
@@ -110,7 +121,7 @@ def check_gates(
                     limit *= _baseline_value(gate, metric, baseline)
                 value = measured[metric]
                 passed = _OPERATORS[gate.operator](value, limit)
-                results.append(GateResult(gate.text, target, metric, value, limit, passed))
+                results.append(GateResult(gate.canonical, target, metric, value, limit, passed))
     return results
 
 

@@ -198,7 +198,7 @@ class StaticDecodeBatch:
     def _fill_query_lens(self, num_seqs: int, num_tokens: int) -> None:
         """Write what follows from `_query_lens`."""
         lens = self.batch.query_lens
-        lens[:num_seqs] = self._query_lens
+        lens[:num_seqs] = np.array(self._query_lens)
         lens.cumsum(out=self._host_query_start_loc[1:])
         self._sequence_of_token = np.repeat(np.arange(num_seqs), lens[:num_seqs])
         starts = self._host_query_start_loc[self._sequence_of_token]

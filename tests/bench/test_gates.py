@@ -15,6 +15,8 @@ from llmkit.common.errors import UsageError
         (" perplexity < 1.5e1 ", "perplexity", "<", 15.0, False),
         ("output_tps>=0.9*baseline", "output_tps", ">=", 0.9, True),
         ("online.ttft_p99_ms <= baseline * 1.1", "online.ttft_p99_ms", "<=", 1.1, True),
+        ("acceptance>=0.9x", "acceptance", ">=", 0.9, True),
+        ("online.ttft_p99_ms <= 1.5e0 x", "online.ttft_p99_ms", "<=", 1.5, True),
         ("checkpoint_bytes<baseline", "checkpoint_bytes", "<", 1.0, True),
         ("top1>.9", "top1", ">", 0.9, False),
     ],
@@ -37,12 +39,34 @@ def test_gate_is_parsed(
         "mean_kl<=0.2 GiB",
         "mean_kl<=0.9*base",
         "mean_kl<=-1",
+        "mean_kl<=x",
+        "mean_kl<=x0.9",
+        "mean_kl<=0.9x*baseline",
+        "mean_kl<=0.9x2",
         "mean_kl<=0.02<=1",
     ],
 )
 def test_gate_with_a_syntax_error_is_refused(text: str) -> None:
     with pytest.raises(UsageError, match=r"is not understood. Expected"):
         parse_gate(text)
+
+
+@pytest.mark.parametrize(
+    ("texts", "canonical"),
+    [
+        (("mean_kl<=0.020", " mean_kl <= 2e-2"), "mean_kl<=0.02"),
+        (("top1>=0.97x", "top1 >= 0.97 * baseline", "top1>=baseline*.97"), "top1>=0.97*baseline"),
+        (("top1>=1x", "top1>=baseline", "top1 >= 1.0*baseline"), "top1>=baseline"),
+        (("checkpoint_bytes<1234567890",), "checkpoint_bytes<1234567890"),
+    ],
+)
+def test_gate_has_one_form_in_reports(texts: tuple[str, ...], canonical: str) -> None:
+    base = {"mean_kl": 1.0, "top1": 1.0, "checkpoint_bytes": 1.0}
+    for text in texts:
+        assert parse_gate(text).canonical == canonical
+        assert parse_gate(canonical).canonical == canonical
+        (result,) = check_gates([parse_gate(text)], {"x": base}, base)
+        assert result.gate == canonical
 
 
 @pytest.mark.parametrize(
