@@ -107,6 +107,9 @@ class DecoderLayer:
         # The rows of the step that the current expert computes. `_moe` sets them for the expert's
         # `LinearWithLora`.
         self.expert_rows = torch.empty(0, dtype=torch.int64)
+        # Calibration sets it to see what experts compute: it is called with an expert's number, its
+        # outputs [n, H] and their weights [n, 1]. Kernels of several experts do not run then.
+        self.expert_observer: Callable[[int, torch.Tensor, torch.Tensor], None] | None = None
         self._cpu_mlps: dict[str, CpuMlp | None] = {}  # by module; see `_cpu_mlp`
         # The layer runs inside this context. Weight offloading replaces it with one that copies the
         # layer's weights to the device.
@@ -472,12 +475,13 @@ class DecoderLayer:
         self, x: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor
     ) -> torch.Tensor:
         """The sum of the chosen experts' outputs of each token, [T, H]."""
-        if runs_triton(x) and not self.has_lora_rows and self.fused_experts is not None:
+        may_fuse = not self.has_lora_rows and self.expert_observer is None
+        if runs_triton(x) and may_fuse and self.fused_experts is not None:
             return self.fused_experts(x, topk_ids, topk_weights)
         if (
             cpu_kernels.supports(x)
             and x.is_contiguous()
-            and not self.has_lora_rows
+            and may_fuse
             and self.cpu_experts is not None
         ):
             return self.cpu_experts(x, topk_ids, topk_weights)
@@ -490,6 +494,8 @@ class DecoderLayer:
             self.expert_rows = tokens
             expert_out = self._mlp(x[tokens], module)
             weights = topk_weights[tokens, choice, None].to(x.dtype)
+            if self.expert_observer is not None:
+                self.expert_observer(expert, expert_out, weights)
             out.index_add_(0, tokens, expert_out * weights)
         return out
 
