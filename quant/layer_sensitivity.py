@@ -4,35 +4,40 @@ Each linear is quantized alone, as it will be at run time, and the divergence of
 is measured. All these variants of the model run through the layers together, so the model is read
 once, or a few times where the hidden states of all variants do not fit in memory.
 
+Schemes that cannot be worth their bits are not measured: within a linear, the KL is about
+proportional to the squared error of its output, which is known before the variant runs.
+
 Legend: T tokens of the text.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
-from llmkit.checkpoint.quantized_weight import Scheme
+from llmkit.checkpoint.quantized_weight import QuantizedWeight, Scheme
 from llmkit.common.progress import Progress
 from llmkit.model.decoder import DecoderLayer
 from llmkit.model.linear import ActivationQuant
 from llmkit.quant.algorithm import QuantizeJob, Quantizer
 from llmkit.quant.calibrate_layer import collect_input_stats, sublayers
-from llmkit.quant.input_stats import InputStats
+from llmkit.quant.input_stats import InputStats, sum_of_squares
 from llmkit.quant.layer_stream import LayerStream, MicroBatch
 from llmkit.quant.quantize_linear import quantize_linear
 from llmkit.quant.scheme_candidates import UNQUANTIZED, LinearUnit
 
-MAX_TOKENS = 512  # of the calibration text, for the measurement
+MAX_TOKENS = 256  # of the calibration text, for the measurement
 MAX_WINDOW_TOKENS = 128
 MAX_VARIANT_BYTES = 2**30  # of the hidden states of all variants that run together
+# A scheme is measured if its error is at most this much above the line through the errors of better
+# choices of fewer and of more bits.
+SLACK = 1.25
 NAME_UNIFORM = ""  # the variants that quantize all linears, among the names of units
 
 _Variant = tuple[str, str]  # the name of a unit, or NAME_UNIFORM, and that of a choice
-# What stands for a linear while a variant runs: its weight, and how its inputs are rounded.
-_Replacements = dict[str, tuple[torch.Tensor, ActivationQuant | None]]
+_Weights = dict[str, QuantizedWeight]  # of linears, by name
 
 
 @dataclass(frozen=True)
@@ -51,7 +56,17 @@ class LayerSensitivity:
     name: str
     modules: tuple[str, ...]  # runtime modules
     num_weights: int
-    costs: Mapping[str, SchemeCost]  # by the name of the choice; UNQUANTIZED has a KL of 0
+    # By the name of the choice, of those that were measured; UNQUANTIZED has a KL of 0.
+    costs: Mapping[str, SchemeCost]
+
+
+@dataclass(frozen=True)
+class UniformCost:
+    """What one scheme costs at all linears. Linears that cannot have it stay as they are."""
+
+    name: str
+    stored_bits: int
+    kl: float
 
 
 @dataclass(frozen=True)
@@ -59,19 +74,7 @@ class Sensitivity:
     """The result of `measure_sensitivity`."""
 
     layers: list[LayerSensitivity]
-    # The KL of the model in which all linears have one scheme, by its name. A linear that cannot
-    # have it stays as it is.
-    uniform_kl: dict[str, float]
-
-
-@dataclass
-class _Pass:
-    """The variants that run through the layers together."""
-
-    # The choices that are tried for the units of each layer.
-    choices: dict[int, list[str]] = field(default_factory=dict)
-    uniform: list[str] = field(default_factory=list)
-    num_variants: int = 0
+    uniform: list[UniformCost]
 
 
 @torch.no_grad()
@@ -89,42 +92,32 @@ def measure_sensitivity(
     """
     text = windows[:, : min(MAX_WINDOW_TOKENS, windows.shape[1])]
     text = text[: max(1, MAX_TOKENS // text.shape[1])]
-    variant_bytes = text.numel() * source.spec.hidden_size * 4
-    passes = _passes(units, max(1, MAX_VARIANT_BYTES // variant_bytes))
-    progress.start("sensitivity", len(passes) * len(source.spec.layers), "layers")
+    max_variants = max(1, MAX_VARIANT_BYTES // (text.numel() * source.spec.hidden_size * 4))
     kl: dict[_Variant, float] = {}
-    for one_pass in passes:
-        kl |= _run_pass(source, units, quantizer, (windows, text), one_pass, progress)
-    progress.finish()
+    first_layer: int | None = 0
+    while first_layer is not None:
+        progress.start("sensitivity", len(source.spec.layers), "layers")
+        found, first_layer = _run_pass(
+            source, units, quantizer, (windows, text), (first_layer, max_variants), progress
+        )
+        kl |= found
+        progress.finish()
     layers = []
     for unit in units:
         costs = {
             choice: SchemeCost(unit.stored_bits(choice), kl[unit.name, choice], scheme)
             for choice, scheme in unit.schemes.items()
+            if (unit.name, choice) in kl
         }
         costs[UNQUANTIZED] = SchemeCost(unit.stored_bits(UNQUANTIZED), 0.0, None)
         layers.append(LayerSensitivity(unit.name, unit.modules, unit.num_weights, costs))
-    uniform = {choice: value for (name, choice), value in kl.items() if name == NAME_UNIFORM}
+    uniform = []
+    for (name, choice), value in kl.items():
+        if name == NAME_UNIFORM:
+            chosen = [choice if choice in unit.schemes else UNQUANTIZED for unit in units]
+            bits = sum(map(LinearUnit.stored_bits, units, chosen))
+            uniform.append(UniformCost(choice, bits, value))
     return Sensitivity(layers, uniform)
-
-
-def _passes(units: Sequence[LinearUnit], max_variants: int) -> list[_Pass]:
-    """All variants, in passes of at most `max_variants`, or the variants of one layer."""
-    passes: list[_Pass] = []
-    names = dict.fromkeys(choice for unit in units for choice in unit.schemes)
-    for choice in names:
-        is_first = True
-        for layer in dict.fromkeys(unit.layer for unit in units):
-            num_variants = sum(choice in unit.schemes for unit in units if unit.layer == layer)
-            num_variants += is_first
-            if not passes or passes[-1].num_variants + num_variants > max_variants:
-                passes.append(_Pass())
-            if is_first:
-                passes[-1].uniform.append(choice)
-                is_first = False
-            passes[-1].choices.setdefault(layer, []).append(choice)
-            passes[-1].num_variants += num_variants
-    return passes
 
 
 def _run_pass(
@@ -132,39 +125,87 @@ def _run_pass(
     units: Sequence[LinearUnit],
     quantizer: Quantizer,
     windows: tuple[torch.Tensor, torch.Tensor],
-    one_pass: _Pass,
+    limits: tuple[int, int],
     progress: Progress,
-) -> dict[_Variant, float]:
-    """The KL of the variants of one pass. windows: for statistics, and for the measurement."""
+) -> tuple[dict[_Variant, float], int | None]:
+    """The KL of the variants of some layers, and the first layer that is left; None: none.
+
+    windows: for statistics, and for the measurement. limits: the first layer whose linears are
+    measured, and how many variants there may be.
+    The first pass also has the variants that quantize all linears.
+    """
+    first_layer, max_variants = limits
     (base,) = source.embed(windows[1], windows[1].numel())
     needs_text = "hessian" in quantizer.required_stats
     calibration = source.embed(windows[0]) if needs_text else [base.snapshot()]
-    variants = {(NAME_UNIFORM, choice): base.snapshot() for choice in one_pass.uniform}
+    names = dict.fromkeys(choice for unit in units for choice in unit.schemes)
+    uniform = {choice: base.snapshot() for choice in names if first_layer == 0}
     singles: dict[_Variant, MicroBatch] = {}
+    left: int | None = None
     for index in range(len(source.spec.layers)):
         layer = source.layer(index)
         source.run_layer(layer, list(singles.values()))
         of_layer = [unit for unit in units if unit.layer == index]
-        choices = list(dict.fromkeys([*one_pass.uniform, *one_pass.choices.get(index, ())]))
-        stats = _input_stats(layer, of_layer if choices else (), quantizer, calibration)
-        for choice in choices:
-            replaced: dict[str, _Replacements] = {}
+        if left is None and index >= first_layer and len(singles) >= max_variants and of_layer:
+            left = index
+        is_measured = index >= first_layer and left is None
+        is_quantized = is_measured or bool(uniform)
+        stats = _input_stats(layer, of_layer if is_quantized else (), quantizer, calibration)
+        quantized: dict[_Variant, _Weights] = {}
+        for unit in of_layer if is_quantized else ():
+            for choice in unit.schemes:
+                weights = _quantize_unit(layer, unit, choice, quantizer, stats)
+                quantized[unit.name, choice] = weights
+        for choice, variant in uniform.items():
+            everything: _Weights = {}
             for unit in of_layer:
-                if choice in unit.schemes:
-                    replaced[unit.name] = _quantize_unit(layer, unit, choice, quantizer, stats)
-            if choice in one_pass.uniform:
-                everything = {name: new for unit in replaced.values() for name, new in unit.items()}
-                _run_with(source, layer, everything, variants[NAME_UNIFORM, choice])
-            if choice not in one_pass.choices.get(index, ()):
-                continue
-            for name, replacements in replaced.items():
+                everything |= quantized.get((unit.name, choice), {})
+            _run_with(source, layer, everything, variant)
+        for unit in of_layer if is_measured else ():
+            errors = {
+                choice: _output_error(layer, quantized[unit.name, choice], stats)
+                for choice in unit.schemes
+            }
+            for choice in _worth_measuring(unit, errors):
                 variant = base.snapshot()
-                _run_with(source, layer, replacements, variant)
-                singles[name, choice] = variant
+                _run_with(source, layer, quantized[unit.name, choice], variant)
+                singles[unit.name, choice] = variant
         source.run_layer(layer, [base])
         progress.advance(1, f"{len(singles)} variants")
-    variants |= singles
-    return dict(zip(variants, _kl_divergences(source, base, variants.values()), strict=True))
+    variants = {(NAME_UNIFORM, choice): variant for choice, variant in uniform.items()} | singles
+    divergences = _kl_divergences(source, base, variants.values())
+    return dict(zip(variants, divergences, strict=True)), left
+
+
+def _output_error(layer: DecoderLayer, weights: _Weights, stats: Mapping[str, InputStats]) -> float:
+    """The squared error of the outputs of linears with these weights, on sampled inputs."""
+    total = 0.0
+    for name, weight in weights.items():
+        if not stats[name].has_sample:  # an expert that no token chose
+            continue
+        x = stats[name].sample
+        rounded = ActivationQuant.of(weight.scheme, weight.input_scale)
+        output = (x if rounded is None else rounded(x)) @ weight.dequantize().T
+        total += sum_of_squares(output - x @ layer.linears[name].weight.T)
+    return total
+
+
+def _worth_measuring(unit: LinearUnit, errors: Mapping[str, float]) -> list[str]:
+    """The choices whose errors are not far above the lower convex hull of errors by bits."""
+    points = [(unit.stored_bits(choice), error) for choice, error in errors.items()]
+    points.append((unit.stored_bits(UNQUANTIZED), 0.0))
+    found = []
+    for choice, error in errors.items():
+        bits = unit.stored_bits(choice)
+        lines = [
+            left[1] + (right[1] - left[1]) * (bits - left[0]) / max(1, right[0] - left[0])
+            for left in points
+            for right in points
+            if left[0] <= bits <= right[0]
+        ]
+        if error <= SLACK * min(lines):
+            found.append(choice)
+    return found
 
 
 def _input_stats(
@@ -181,7 +222,7 @@ def _input_stats(
         for target in unit.targets(choice)
     }
     stats: dict[str, InputStats] = {}
-    required = quantizer.required_stats | {"magnitudes"}
+    required = quantizer.required_stats | {"sample"}
     for sublayer in sublayers(layer):
         names = [name for group in sublayer.linear_groups for name in group if name in linears]
         stats |= collect_input_stats(layer, sublayer, names, batches, required)
@@ -196,36 +237,33 @@ def _quantize_unit(
     choice: str,
     quantizer: Quantizer,
     stats: Mapping[str, InputStats],
-) -> _Replacements:
+) -> _Weights:
     """The linears of a unit as a checkpoint with this choice has them."""
-    replacements: _Replacements = {}
+    weights: _Weights = {}
     for target in unit.targets(choice):
-        weight = layer.linears[target.name].weight
         found = stats[target.name]
         fallback = None
         if quantizer.required_stats and not found.num_tokens:
-            fallback = "an expert without tokens"
-        job = QuantizeJob(target, weight, found.clone(), fallback)
-        quantized = quantize_linear(quantizer, job).weight
-        inputs = ActivationQuant.of(target.scheme, quantized.input_scale)
-        replacements[target.name] = quantized.dequantize(), inputs
-    return replacements
+            fallback = "an expert that no token chose"
+        job = QuantizeJob(target, layer.linears[target.name].weight, found.clone(), fallback)
+        weights[target.name] = quantize_linear(quantizer, job).weight
+    return weights
 
 
 def _run_with(
-    source: LayerStream, layer: DecoderLayer, replacements: _Replacements, variant: MicroBatch
+    source: LayerStream, layer: DecoderLayer, weights: _Weights, variant: MicroBatch
 ) -> None:
-    """Run a variant through the layer with some other linears."""
+    """Run a variant through the layer with some of its linears quantized."""
     original = {}
-    for name, (weight, activation_quant) in replacements.items():
+    for name, weight in weights.items():
         linear = layer.linears[name]
-        original[name] = linear.weight, linear.activation_quant
-        linear.weight = weight
-        linear.activation_quant = activation_quant
+        original[name] = linear.weight
+        linear.weight = weight.dequantize()
+        linear.activation_quant = ActivationQuant.of(weight.scheme, weight.input_scale)
     source.run_layer(layer, [variant])
-    for name, (weight, activation_quant) in original.items():
-        layer.linears[name].weight = weight
-        layer.linears[name].activation_quant = activation_quant
+    for name, dense in original.items():
+        layer.linears[name].weight = dense
+        layer.linears[name].activation_quant = None
 
 
 def _kl_divergences(

@@ -15,6 +15,7 @@ from typing import Any
 from llmkit.common.formatting import bytes_text
 from llmkit.common.html_page import render_page
 from llmkit.quant.quantize_charts import Entry, bits_chart, error_chart, error_legend, number
+from llmkit.quant.scheme_charts import scheme_chart, scheme_legend
 
 TEMPLATES = Path(__file__).parent / "templates"
 NONE = "\N{EN DASH}"
@@ -51,12 +52,16 @@ def report_page(report: Mapping[str, Any]) -> bytes:
         command_line=str(report.get("command_line") or ""),
         **_errors(linears),
         bits_chart=bits_chart(linears),
+        scheme_chart=scheme_chart(report),
+        scheme_legend=scheme_legend(),
+        scheme_shares=_scheme_shares(report),
         fallbacks=_fallbacks(report, linears),
         overflows=_overflows(report),
         dtype=report.get("dtype"),
         samples_note=report.get("samples_note"),
         samples=[_sample(sample) for sample in report.get("samples") or []],
         calibration=_calibration(report),
+        sensitivity_head=_sensitivity_head(report),
         sensitivity=_sensitivity(report),
         linears_head=LINEARS_HEAD,
         linears=[_linear(entry) for entry in linears],
@@ -207,9 +212,39 @@ def _calibration(report: Entry) -> list[tuple[str, str]]:
     return rows
 
 
+def _scheme_shares(report: Entry) -> list[Sequence[str]]:
+    """The rows of the table of chosen schemes: name, linears, share of the weights, bits."""
+    found: dict[str, list[Entry]] = {}
+    for entry in report.get("sensitivity") or []:
+        found.setdefault(str(entry.get("scheme")), []).append(entry)
+    total = sum(entry["weights"] for entries in found.values() for entry in entries) or 1
+    rows: list[Sequence[str]] = []
+    for name, entries in sorted(found.items()):
+        weights = sum(entry["weights"] for entry in entries)
+        bits = sum(entry["weights"] * entry["bits"] for entry in entries) / weights
+        rows.append((name, f"{len(entries):,}", f"{weights / total:.1%}", f"{bits:.2f}"))
+    return rows
+
+
+def _candidates(report: Entry) -> list[str]:
+    """The names of the schemes that were measured."""
+    names = [name for entry in report.get("sensitivity") or [] for name in entry.get("kl") or {}]
+    return list(dict.fromkeys(names))
+
+
+def _sensitivity_head(report: Entry) -> Sequence[str]:
+    return ("Linear layer", "Scheme", "Bits", *(f"KL, {name}" for name in _candidates(report)))
+
+
 def _sensitivity(report: Entry) -> list[Sequence[str]]:
+    candidates = _candidates(report)
     return [
-        (str(entry.get("name")), _fact(entry.get("bits")), _formatted(entry.get("kl"), ".3e"))
+        (
+            str(entry.get("name")),
+            _fact(entry.get("scheme")),
+            _formatted(entry.get("bits"), ".2f"),
+            *(_formatted((entry.get("kl") or {}).get(name), ".2e") for name in candidates),
+        )
         for entry in report.get("sensitivity") or []
     ]
 

@@ -19,7 +19,7 @@ from typing import Any
 
 from llmkit.checkpoint.output_directory import write_errors
 from llmkit.checkpoint.quantized_weight import Scheme
-from llmkit.quant.layer_sensitivity import LayerSensitivity, SchemeCost, Sensitivity
+from llmkit.quant.layer_sensitivity import LayerSensitivity, SchemeCost, Sensitivity, UniformCost
 from llmkit.quant.scheme_candidates import UNQUANTIZED
 
 # After this many attempts the smallest one within the target KL is used. The search continues if
@@ -46,8 +46,8 @@ class SchemeSearch:
     # Holds the sensitivity and the attempts, for a run that continues this one.
     file: Path | None = None
     key: str = ""  # identifies the run in `file`
-    # The measured KL where all linears have the same scheme.
-    uniform_kl: Mapping[str, float] = field(default_factory=dict)
+    # What one scheme for all linears costs.
+    uniform: Sequence[UniformCost] = ()
     # The KL of a choice over the sum of its linears' KL, from the last attempt.
     kl_correction: float = 1.0
     attempts: list[tuple[Choice, float]] = field(default_factory=list)
@@ -57,10 +57,12 @@ class SchemeSearch:
 
     def __post_init__(self) -> None:
         ratios = []
-        for choice, kl in self.uniform_kl.items():
-            predicted = self._predicted_kl(self.uniform_choice(choice))
-            if predicted > 0 and kl > 0:
-                ratios.append(kl / predicted)
+        for cost in self.uniform:
+            if not all(cost.name in layer.costs for layer in self.layers):
+                continue
+            predicted = self._predicted_kl({layer.name: cost.name for layer in self.layers})
+            if predicted > 0 and cost.kl > 0:
+                ratios.append(cost.kl / predicted)
         if ratios:
             self.kl_correction = statistics.median(ratios)
 
@@ -81,13 +83,13 @@ class SchemeSearch:
             saved = json.loads(file.read_text())
             if saved["key"] == key:
                 layers = [_layer_from_json(entry) for entry in saved["units"]]
-                uniform = saved["uniform"]
+                uniform = [UniformCost(**entry) for entry in saved["uniform"]]
                 search = cls(layers, target_bits, target_kl, file, key, uniform)
                 for choice, kl in saved["attempts"]:
                     search.record_attempt(choice, kl)
                 return search
         found = measure()
-        search = cls(found.layers, target_bits, target_kl, file, key, found.uniform_kl)
+        search = cls(found.layers, target_bits, target_kl, file, key, found.uniform)
         search.save()
         return search
 
@@ -102,7 +104,7 @@ class SchemeSearch:
         document = {
             "key": self.key,
             "units": [dataclasses.asdict(layer) for layer in self.layers],
-            "uniform": self.uniform_kl,
+            "uniform": [dataclasses.asdict(cost) for cost in self.uniform],
             "attempts": self.attempts,
         }
         with write_errors(self.file):
@@ -156,10 +158,6 @@ class SchemeSearch:
         """The mean bits per weight of a choice, with the scales."""
         return self.total_bits(choice) / self.num_weights
 
-    def uniform_choice(self, name: str) -> Choice:
-        """One scheme for all linears. Those that cannot have it stay as they are."""
-        return {layer.name: name if name in layer.costs else UNQUANTIZED for layer in self.layers}
-
     def schemes_by_module(self, choice: Mapping[str, str]) -> dict[str, Scheme | None]:
         """The schemes of a choice by runtime module; None: not quantized."""
         return {
@@ -189,8 +187,12 @@ class SchemeSearch:
                 {"mean_bits": self.mean_bits(tried), "mean_kl": kl} for tried, kl in self.attempts
             ],
             "uniform": [
-                {"scheme": name, "mean_bits": self.mean_bits(self.uniform_choice(name)), "kl": kl}
-                for name, kl in self.uniform_kl.items()
+                {
+                    "scheme": cost.name,
+                    "mean_bits": cost.stored_bits / self.num_weights,
+                    "mean_kl": cost.kl,
+                }
+                for cost in self.uniform
             ],
             "frontier": self._frontier(),
         }
