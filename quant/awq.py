@@ -15,9 +15,9 @@ from llmkit.quant.input_stats import InputStats, StatKind
 from llmkit.quant.smoothing_mappings import SmoothingMapping
 from llmkit.quant.smoothquant import normalize_scales
 
-# The scale search measures this many rows of a weight, evenly spread; the clip search works on this
-# many at a time.
-SEARCH_ROWS = 512
+# The scale search measures at most this many rows of a weight, evenly spread.
+SCALE_SEARCH_ROWS = 256
+CLIP_SEARCH_ROWS = 512  # rows that the clip search works on at a time
 CLIP_FACTORS = tuple(1.0 - 0.05 * step for step in range(10))
 
 
@@ -39,7 +39,7 @@ class AwqSmoother:
         """The scales with the smallest output error; None when they do not beat no scaling."""
         assert input_stats.hessian is not None
         hessian = input_stats.hessian
-        rows = weight[:: max(1, len(weight) // SEARCH_ROWS)]
+        rows = weight[:: -(-len(weight) // SCALE_SEARCH_ROWS)]
 
         def output_error(scales: torch.Tensor) -> float:
             scaled = rows * scales
@@ -49,6 +49,7 @@ class AwqSmoother:
 
         input_magnitudes = mapping.max_over_kv_group(input_stats.mean_abs)
         weight_magnitudes = mapping.max_over_kv_group(_normalized_weight_mean(weight, target))
+
         best_scales = None
         best_error = output_error(torch.ones_like(input_stats.mean_abs))
         for step in range(self.n_grid):
@@ -103,8 +104,8 @@ def clip_grid(weight: torch.Tensor, hessian: torch.Tensor, grid: Grid, num_uncli
     blocks = torch.stack([hessian[i : i + size, i : i + size] for i in range(0, columns, size)])
     scales = grid.scales.clone()
     zeros = grid.zeros.clone()
-    for start in range(num_unclipped, len(weight), SEARCH_ROWS):
-        rows = slice(start, start + SEARCH_ROWS)
+    for start in range(num_unclipped, len(weight), CLIP_SEARCH_ROWS):
+        rows = slice(start, start + CLIP_SEARCH_ROWS)
         scales[rows], zeros[rows] = _search_clip(weight[rows], blocks, grid)
     return Grid(scales, zeros, scheme)
 

@@ -80,12 +80,14 @@ class RangeSearch:
     factors around each group's best one, `fine_step` apart.
     """
 
+    # With 4 bits and more, where SmolLM2's best factors are 0.6 and more (at 2 bits 0.2).
     min_factor: float
+    min_factor_of_few_bits: float  # with 2 and 3 bits
     coarse_step: float
     fine_step: float
 
 
-FULL_SEARCH = RangeSearch(0.2, 0.04, 0.01)
+FULL_SEARCH = RangeSearch(0.52, 0.2, 0.04, 0.01)
 
 
 def fit_grid(
@@ -197,18 +199,23 @@ def _search_range(
     best_scale, best_zero = scales_and_zeros(low, high, scheme, dtype)
     best_factor = torch.ones_like(low)
     best_loss = torch.full_like(low, torch.inf)
-    buffer = torch.empty_like(groups)
+    steps = torch.empty_like(groups)
+    errors = torch.empty_like(groups)
 
     def try_factor(factor: torch.Tensor | float) -> None:
         nonlocal best_scale, best_zero, best_factor, best_loss
         scale, zero = scales_and_zeros(low * factor, high * factor, scheme, dtype)
-        torch.div(groups, scale, out=buffer)
-        buffer.round_().add_(zero).clamp_(0, max_q).sub_(zero).mul_(scale).sub_(groups).abs_()
+        torch.div(groups, scale, out=steps)
+        torch.round(steps, out=errors)
+        if scheme.symmetric:
+            errors.clamp_(-scheme.half, max_q - scheme.half)
+        else:
+            errors.add_(zero).clamp_(0, max_q).sub_(zero)
         # |error|^ERROR_NORM in a third of the time of pow; 0 stays 0.
-        buffer.log2_().mul_(ERROR_NORM).exp2_()
+        errors.sub_(steps).abs_().log2_().mul_(ERROR_NORM).exp2_()
         if importance is not None:
-            buffer.mul_(importance)
-        loss = buffer.sum(dim=1, keepdim=True)
+            errors.mul_(importance)
+        loss = errors.sum(dim=1, keepdim=True) * scale.pow(ERROR_NORM)
         better = loss < best_loss
         best_scale = torch.where(better, scale, best_scale)
         best_zero = torch.where(better, zero, best_zero)
@@ -219,7 +226,8 @@ def _search_range(
         # The symmetric grid ends half a step below the largest positive weight. This factor
         # reaches it.
         try_factor(max_q / (max_q - 1))
-    for step in range(round((1.0 - search.min_factor) / search.coarse_step) + 1):
+    min_factor = search.min_factor if scheme.bits >= 4 else search.min_factor_of_few_bits
+    for step in range(round((1.0 - min_factor) / search.coarse_step) + 1):
         try_factor(1.0 - search.coarse_step * step)
     coarse_best = best_factor
     for step in range(1, round(search.coarse_step / search.fine_step) // 2 + 1):
