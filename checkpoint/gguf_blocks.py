@@ -10,8 +10,10 @@ Legend: `out` rows, `in` columns, B blocks of a row, G groups of a row.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import accumulate, pairwise
 
 import torch
 
@@ -84,6 +86,12 @@ class GgufBlocks:
         """The same scales with other values, uint8 [out, in]."""
         return replace(self, q=q)
 
+    def split(self, sizes: list[int]) -> list[GgufBlocks]:
+        """The weights of consecutive rows, so many each."""
+        ends = list(accumulate(sizes, initial=0))
+        pieces = [slice(*pair) for pair in pairwise(ends)]
+        return [self._map(operator.itemgetter(piece)) for piece in pieces]
+
     def to_bytes(self) -> torch.Tensor:
         """The stored bytes, uint8 [out, bytes of a row]."""
         blocks = self.q.unflatten(1, (-1, self.type.block))
@@ -91,15 +99,13 @@ class GgufBlocks:
 
     def to(self, device: torch.device | str) -> GgufBlocks:
         """The same weight on another device."""
-        moved = {
-            name: None if value is None else value.to(device)
-            for name, value in (
-                ("d_min", self.d_min),
-                ("scales", self.scales),
-                ("minima", self.minima),
-            )
-        }
-        return replace(self, q=self.q.to(device), d=self.d.to(device), **moved)
+        return self._map(lambda values: values.to(device))
+
+    def _map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> GgufBlocks:
+        """The weight with a function of each of its tensors."""
+        optional = (self.d_min, self.scales, self.minima)
+        mapped = [None if values is None else function(values) for values in optional]
+        return GgufBlocks(self.type, function(self.q), function(self.d), *mapped)
 
 
 def concatenate(parts: list[GgufBlocks]) -> GgufBlocks:

@@ -55,6 +55,9 @@ from llmkit.common.errors import LlmkitError, OutputError
 from llmkit.common.formatting import bytes_text, count_text
 from llmkit.common.version import version
 
+# From the tensors of a file to its header, and the tensors with their byte ranges.
+HeaderFunction = Callable[[Sequence[TensorInfo]], tuple[bytes, dict[str, TensorInfo]]]
+
 # A write of at least this size bypasses the page cache, and threads hash it at the same time.
 LARGE_WRITE_BYTES = 2**20
 DIRECT_IO_BYTES = 8 * 2**20  # the size of one write that bypasses the page cache
@@ -85,12 +88,19 @@ def plan_files(
     }
 
 
-def planned_bytes(files: Mapping[str, Sequence[TensorInfo]]) -> int:
+def safetensors_header(tensors: Sequence[TensorInfo]) -> tuple[bytes, dict[str, TensorInfo]]:
+    """The header of a safetensors file, and its tensors in an order that aligns them."""
+    return write_header(_wide_dtypes_first(tensors))
+
+
+def planned_bytes(
+    files: Mapping[str, Sequence[TensorInfo]], headers: HeaderFunction = safetensors_header
+) -> int:
     """The size of the weight files of a plan, including headers."""
     total = 0
     for tensors in files.values():
-        header, _ = write_header(_wide_dtypes_first(tensors))
-        total += len(header) + sum(tensor.nbytes for tensor in tensors)
+        header, placed = headers(tensors)
+        total += len(header) + sum(tensor.nbytes for tensor in placed.values())
     return total
 
 
@@ -111,6 +121,8 @@ class CheckpointWriter:
     partial output of the same identity and plan is continued, any other is replaced. An exception
     or a kill keeps the partial output, and tensors that were committed need not be written again.
 
+    headers: the format of the weight files.
+
     Entering raises OutputError when `out` exists and is not empty, lies in the source or is being
     written by another run, and ShortageError when the disk is too small or not writable.
     """
@@ -122,6 +134,7 @@ class CheckpointWriter:
         source: Checkpoint | None = None,
         identity: Mapping[str, Any] | None = None,
         clock: RunClock | None = None,
+        headers: HeaderFunction = safetensors_header,
     ) -> None:
         assert all(is_plain_name(file) for file in files)
         self.out = Path(out).expanduser().absolute()
@@ -131,7 +144,7 @@ class CheckpointWriter:
         self._tensors: dict[Key, TensorInfo] = {}
         self._files_of: dict[str, list[str]] = {}
         for file, tensors in files.items():
-            self._headers[file], infos = write_header(_wide_dtypes_first(tensors))
+            self._headers[file], infos = headers(tensors)
             for name, info in infos.items():
                 self._tensors[file, name] = info
                 self._files_of.setdefault(name, []).append(file)
@@ -293,12 +306,13 @@ class CheckpointWriter:
 
     def finish(
         self,
-        config: Mapping[str, Any],
+        config: Mapping[str, Any] | None,
         side_files: Mapping[str, bytes],
         manifest: Mapping[str, Any],
     ) -> None:
         """Write the other files, the manifest last, and rename the directory to `out`.
 
+        config: None writes no config.json, because the weight file holds the config.
         manifest: further entries of the manifest ("recipe", "seed", "layout", ...).
         An index is written when there are several weight files and no "layout".
         Raises ValueError when a planned tensor was not written, OutputError when the data of an
@@ -319,7 +333,8 @@ class CheckpointWriter:
         assert not {CONFIG, INDEX, MANIFEST, *self._headers} & texts.keys(), (
             "a side file has a reserved name"
         )
-        texts[CONFIG] = _json(config)
+        if config is not None:
+            texts[CONFIG] = _json(config)
         if len(self._headers) > 1 and manifest.get("layout") is None:
             texts[INDEX] = self._index()
         with write_errors(self._partial):
@@ -346,7 +361,7 @@ class CheckpointWriter:
         tensors = {
             tensor_key(name, file, sharded): {
                 "file": file,
-                "dtype": info.dtype,
+                "dtype": info.ggml_type or info.dtype,
                 "shape": list(info.shape),
                 "sha256": self._journal.entries[file, name],
             }
