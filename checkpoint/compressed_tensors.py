@@ -138,10 +138,12 @@ class CompressedTensorsFormat:
             if weight.input_scale is not None:
                 stored["input_scale"] = weight.input_scale
             return stored
-        # pack-quantized
+        # pack-quantized. Scales in float16, of a converted checkpoint, stay as they are.
+        is_half = weight.scales.dtype == torch.float16
+        scales = weight.scales if is_half else weight.scales.to(torch.bfloat16)
         stored = {
             "weight_packed": pack(weight.q, scheme.bits),
-            "weight_scale": weight.scales.to(torch.bfloat16).contiguous(),
+            "weight_scale": scales.contiguous(),
         }
         if not scheme.symmetric:
             zeros = pack(weight.zeros.t(), scheme.bits).t().contiguous()

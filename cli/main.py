@@ -20,6 +20,7 @@ from llmkit.cli import (
     bench,
     chat,
     checkpoints_list,
+    convert,
     deploy,
     doctor,
     inspect,
@@ -80,6 +81,7 @@ COMMANDS = {
     command.name: command
     for command in (
         Command("quantize", quantize.quantize, quantize.QuantizeArguments),
+        Command("convert", convert.convert, convert.ConvertArguments),
         Command("shard", shard.shard, shard.ShardArguments, SHARD_EPILOG),
         Command("shard plan", shard.plan, shard.ShardPlanArguments),
         Command("shard verify", shard.verify, shard.VerifyArguments),
@@ -207,7 +209,7 @@ def _resume_command(command: str, arguments: list[str]) -> str:
         return shlex.join(["llmkit", *arguments, *resume])
     if command == "batch" and "-" in arguments:
         return ""  # stdin cannot be read again, and stdout not be continued
-    if command in ("shard", "shard merge", "batch", "run", "pull", "push"):
+    if command in ("convert", "shard", "shard merge", "batch", "run", "pull", "push"):
         return shlex.join(["llmkit", *arguments])
     return ""
 

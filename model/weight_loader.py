@@ -207,7 +207,7 @@ def read_parameter(
         dtype = torch.float32
     dense: dict[str, torch.Tensor] = {}
     for name in parameter.source_names:
-        quantized = _read_quantized(checkpoint, parameter, name, device)
+        quantized = read_quantized(checkpoint, parameter, name, device)
         if quantized is None:
             dense[name] = _read_cast(checkpoint, parameter, name, dtype, device)
         else:
@@ -221,13 +221,13 @@ def read_parameter(
 
 def read_source(checkpoint: Checkpoint, parameter: Parameter, source: SourceTensor) -> torch.Tensor:
     """The rows of a parameter that come from one checkpoint tensor, dense, on the CPU."""
-    quantized = _read_quantized(checkpoint, parameter, source.name, "cpu")
+    quantized = read_quantized(checkpoint, parameter, source.name, "cpu")
     if quantized is not None:
         return quantized.select(source.rows_of).dequantize()
     return source.rows_of(_read_part(checkpoint, parameter, source.name, source.name))
 
 
-def _read_quantized(
+def read_quantized(
     checkpoint: Checkpoint, parameter: Parameter, tensor: str, device: torch.device | str
 ) -> QuantizedWeight | None:
     """The quantized weight of a source tensor; None when it is not quantized."""
@@ -279,7 +279,7 @@ def _read_stored(
     """The sources of a runtime weight in their stored form, dense or quantized."""
     stored: dict[str, torch.Tensor | QuantizedWeight] = {}
     for name in parameter.source_names:
-        quantized = _read_quantized(checkpoint, parameter, name, device)
+        quantized = read_quantized(checkpoint, parameter, name, device)
         if quantized is None:
             stored[name] = upload(_read_part(checkpoint, parameter, name, name), device)
         else:
