@@ -338,12 +338,12 @@ def _learn_rounding(
 ) -> None:
     """Improve the rounding of the layer's linears together and run `batches` through it again.
 
-    Experts and FP8 weights keep their values.
+    Experts and weights in FP8 keep their values.
     """
     start = {
         name: result.weight
         for name, (result, _) in state.results.items()
-        if result.weight.scheme.kind == "int" and ".experts." not in name
+        if not result.weight.scheme.is_fp8 and ".experts." not in name
     }
     if not start:
         return
