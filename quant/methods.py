@@ -32,6 +32,8 @@ from llmkit.quant.smoothquant import SmoothQuant
 # The group sizes that every engine has kernels for. The largest gives the smallest checkpoint.
 GROUP_SIZES = (128, 64, 32)
 FAST_AWQ_GRID = 5  # ratios that AWQ tries with --effort fast
+# The steps of learned rounding by --effort; the others do not learn.
+LEARNING_STEPS: dict[str, int] = {"high": 30, "max": 100}
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,8 @@ METHODS: dict[str, Method] = {
     # Short names of rtn.
     "int8": Method(("w8a16", "w8a8"), grouped=False),
     "fp8": Method(("fp8", "fp8-static", "fp8-block")),
+    # AWQ's scales and then GPTQ for integers, GPTQ for the others.
+    "auto": Method(_ALL_SCHEMES, calibrated=True),
     "gptq": Method(_ALL_SCHEMES, "gptq", calibrated=True),
     "awq": Method(("w4a16", "w4afp8"), "awq", calibrated=True, symmetric=False),
     "rtn": Method(_ALL_SCHEMES),
@@ -167,7 +171,7 @@ class MethodOptions:
             return False
         if number_format.scheme.has_input_scale or self.smooths_inputs:
             return True
-        return self.method in ("int8", "fp8") and self.effort == "max"
+        return self.method in ("int8", "fp8") and self.effort in LEARNING_STEPS
 
     @property
     def searches(self) -> bool:
@@ -320,7 +324,9 @@ class MethodOptions:
         has_inputs = number_format is not None and number_format.scheme.inputs != "none"
         if self.mixed and self.method in ("rtn", "gptq"):
             return  # --activations limits the candidates
-        if self.activations and not (has_inputs and self.method in ("int8", "fp8", "rtn", "gptq")):
+        if self.activations and not (
+            has_inputs and self.method in ("int8", "fp8", "rtn", "gptq", "auto")
+        ):
             raise UsageError(
                 f"--method {self.method} rounds no activations",
                 "--activations goes with int8 (fp8 has it always)",
@@ -384,9 +390,13 @@ class MethodOptions:
         group_size = scheme.group_size if scheme.kind == "int" else -1
         return Scheme(self.lm_head, group_size, scheme.symmetric)
 
-    def algorithm(self, dampening_frac: float) -> Algorithm:
-        """How a calibrated run quantizes the layers."""
-        best = self.effort == "max"
+    def algorithm(self, dampening_frac: float, *, is_native: bool = True) -> Algorithm:
+        """How a calibrated run quantizes the layers.
+
+        is_native: whether the model's family is native, without which nothing can be smoothed.
+        """
+        steps = LEARNING_STEPS.get(self.effort)
+        auto_round = None if steps is None else AutoRound(steps)
         fast = self.effort == "fast"
         search = FULL_SEARCH if self.searches else None
         gptq = GptqQuantizer(dampening_frac, search)
@@ -394,15 +404,17 @@ class MethodOptions:
         number_format = self.number_format
         is_int = number_format is not None and number_format.scheme.kind == "int"
         is_fp4 = number_format is not None and number_format.scheme.is_fp4
+        if self.method == "auto" and self.grouped and is_int and is_native:
+            return Algorithm(gptq, AwqSmoother(), auto_round)
         if self.method == "awq" and fast:
             return Algorithm(RtnQuantizer(), AwqSmoother(FAST_AWQ_GRID))
-        if self.method == "awq" and not best:
+        if self.method == "awq" and auto_round is None:
             return Algorithm(ClippingQuantizer(), AwqSmoother())
-        if self.method in ("gptq", "awq") and best and self.grouped and is_int:
-            return Algorithm(gptq, AwqSmoother(), AutoRound())
-        if self.method == "gptq" and best and is_fp4:
-            return Algorithm(gptq, auto_round=AutoRound())
-        if self.method == "gptq" or (self.method in ("int8", "fp8") and best):
+        if self.method in ("gptq", "awq") and auto_round is not None and self.grouped and is_int:
+            return Algorithm(gptq, AwqSmoother(), auto_round)
+        if self.method in ("gptq", "auto") and is_fp4:
+            return Algorithm(gptq, auto_round=auto_round)
+        if self.method in ("gptq", "auto") or (self.method in ("int8", "fp8") and auto_round):
             return Algorithm(gptq, smoother)
         required_stats: frozenset[StatKind] = frozenset()
         if number_format is not None and number_format.scheme.has_input_scale:

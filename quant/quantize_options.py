@@ -11,7 +11,7 @@ METHOD_PANEL = "Method"
 CALIBRATION_PANEL = "Calibration"
 OUTPUT_PANEL = "Output"
 
-Effort = Literal["fast", "normal", "max"]
+Effort = Literal["fast", "normal", "high", "max"]
 # The names of NUMBER_FORMATS (quant/number_formats.py).
 SCHEMES = (
     "w2a16",
@@ -46,9 +46,10 @@ class QuantizeOptions:
     method: Annotated[
         str,
         Option(
-            "How values are chosen. bf16, fp16: cast; rtn, int8, fp8: round to nearest; gptq: any "
-            "scheme, calibrated; awq: 4-bit integers, calibrated.",
-            choices=("bf16", "fp16", "int8", "fp8", "gptq", "awq", "rtn"),
+            "How values are chosen. auto: the best measured for the scheme, calibrated; bf16, "
+            "fp16: cast; rtn, int8, fp8: round to nearest; gptq: any scheme, calibrated; awq: "
+            "4-bit integers, calibrated.",
+            choices=("auto", "bf16", "fp16", "int8", "fp8", "gptq", "awq", "rtn"),
             metavar="METHOD",
         ),
     ]
@@ -128,8 +129,8 @@ class QuantizeOptions:
     effort: Annotated[
         Effort,
         Option(
-            "fast: no range search; max: learned rounding too, much slower.",
-            metavar="fast|normal|max",
+            "fast: no range search; high: learned rounding too; max: more of it, much slower.",
+            metavar="fast|normal|high|max",
         ),
     ] = "normal"
     target_kl: Annotated[

@@ -102,7 +102,7 @@ def manifest_entries(plan: QuantizePlan, calibration: dict[str, Any] | None) -> 
     }
     if plan.quantization is not None:
         recipe |= {"format": plan.quantization.format, "schemes": scheme_entries(plan)}
-    if plan.options.method == "gptq":
+    if plan.options.method in ("gptq", "auto"):
         recipe["damp"] = plan.options.damp
     return {"recipe": recipe, "seed": plan.options.seed, "calibration": calibration}
 
