@@ -16,7 +16,7 @@ from llmkit.checkpoint.model_files import (
     INDEX,
     PICKLE_SUFFIXES,
     load_json,
-    quantization_entry,
+    read_quantization_entry,
 )
 from llmkit.checkpoint.safetensors_header import read_header
 from llmkit.common.errors import InputError
@@ -154,12 +154,8 @@ def _architecture(config: dict[str, Any]) -> str | None:
 
 
 def _quantization(path: Path, config: dict[str, Any]) -> str | None:
-    entry = quantization_entry(config)
+    entry = read_quantization_entry(path, config)
     if not isinstance(entry, dict):
-        # Old versions of AutoGPTQ wrote only this file.
-        legacy = path / "quantize_config.json"
-        entry = {"quant_method": "gptq", **load_json(legacy)} if legacy.is_file() else None
-    if entry is None:
         return None
     method = str(entry.get("quant_method") or "unknown")
     bits = entry.get("bits") or entry.get("w_bit")

@@ -19,6 +19,10 @@ CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _QUANTIZATION_KEYS = ("quantization_config", "compression_config")
+# What describes quantized weights beside config.json.
+GPTQ_FILE = "quantize_config.json"
+MODELOPT_FILE = "hf_quant_config.json"
+QUANTIZATION_FILES = (GPTQ_FILE, MODELOPT_FILE)
 # The files beside the weights that an output copies from its source.
 SIDE_FILE_PATTERNS = (
     "tokenizer.json",
@@ -38,7 +42,7 @@ SIDE_FILE_PATTERNS = (
     "tokenizer.model",
     "spiece.model",
     "*.tiktoken",
-    "quantize_config.json",
+    *QUANTIZATION_FILES,
     "LICENSE*",
     "NOTICE*",
     "USE_POLICY*",
@@ -81,6 +85,18 @@ def quantization_entry(config: Mapping[str, Any]) -> Any:
             if isinstance(part, Mapping) and part.get(key) is not None:
                 return part[key]
     return None
+
+
+def read_quantization_entry(path: Path, config: Mapping[str, Any]) -> Any:
+    """What a model directory says about quantized weights; None: nothing.
+
+    Old versions of AutoGPTQ and Model-Optimizer wrote only a file of their own.
+    """
+    entry = quantization_entry(config)
+    for method, name in (("gptq", GPTQ_FILE), ("modelopt", MODELOPT_FILE)):
+        if entry is None and (path / name).is_file():
+            entry = {"quant_method": method, **load_json(path / name)}
+    return entry
 
 
 def without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -11,14 +11,17 @@ from llmkit.checkpoint.manifest import check_files, is_plain_name, load_manifest
 from llmkit.checkpoint.model_files import (
     CONFIG,
     INDEX,
+    MODELOPT_FILE,
     PICKLE_SUFFIXES,
     list_names,
     load_json,
     pickle_error,
     quantization_entry,
     read_generation_config,
+    read_quantization_entry,
     read_side_files,
 )
+from llmkit.checkpoint.modelopt_format import check_same_config
 from llmkit.checkpoint.open_model_files import resolve_model
 from llmkit.checkpoint.quantized_formats import parse_quantization
 from llmkit.checkpoint.quantized_weight import QuantizationConfig
@@ -101,13 +104,22 @@ def _source_tensors(layout: object) -> list[str]:
 def _quantization(
     path: Path, config: Mapping[str, Any], tensors: Collection[str]
 ) -> QuantizationConfig | None:
-    entry = quantization_entry(config)
-    legacy = path / "quantize_config.json"
-    if entry is None and legacy.is_file():  # old versions of AutoGPTQ wrote only this file
-        entry = {"quant_method": "gptq", **load_json(legacy)}
+    entry = read_quantization_entry(path, config)
     if entry is None:
         return None
-    return parse_quantization(entry, tensors)
+    quantization = parse_quantization(entry, tensors)
+    modelopt_file = path / MODELOPT_FILE
+    if modelopt_file.is_file() and quantization_entry(config) is not None:
+        if quantization.format != "modelopt":
+            raise InputError(
+                f"{modelopt_file} is of Model-Optimizer, and {CONFIG} has the quant_method"
+                f" {entry['quant_method']}",
+                "modelopt in both was expected",
+                "Remove the one that does not belong to the weights",
+            )
+        of_file = {"quant_method": "modelopt", **load_json(modelopt_file)}
+        check_same_config(parse_quantization(of_file, tensors), quantization, tensors)
+    return quantization
 
 
 def _find_tensors(path: Path) -> tuple[tuple[str, ...], dict[str, TensorInfo]]:

@@ -15,6 +15,7 @@ from llmkit.checkpoint.awq_format import AwqFormat
 from llmkit.checkpoint.compressed_tensors import CompressedTensorsFormat
 from llmkit.checkpoint.fp8_format import Fp8Format, has_autofp8_names, with_kv_scales
 from llmkit.checkpoint.gptq_format import GptqFormat
+from llmkit.checkpoint.modelopt_format import ModeloptFormat, with_stored_scales
 from llmkit.checkpoint.mxfp4_format import Mxfp4Format
 from llmkit.checkpoint.quantized_weight import (
     PackedTensor,
@@ -60,6 +61,7 @@ METHODS: dict[str, QuantizedFormat] = {
     "compressed-tensors": CompressedTensorsFormat(),
     "mxfp4": Mxfp4Format(),
     "fp8": _FP8,
+    "modelopt": ModeloptFormat(),
 }
 FORMATS: dict[str, QuantizedFormat] = METHODS | {
     "gptq_v2": GptqFormat("gptq_v2"),
@@ -98,6 +100,8 @@ def parse_quantization(d: object, tensors: Collection[str] = ()) -> Quantization
     Raises InputError for unknown methods and options.
     """
     method = d.get("quant_method") if isinstance(d, dict) else None
+    if str(method).startswith("modelopt"):  # vLLM's names of its parts: modelopt_fp4, ...
+        method = "modelopt"
     if not isinstance(d, dict) or method not in METHODS:
         raise InputError(
             f"This checkpoint is quantized with {method or 'a method it does not name'}",
@@ -107,6 +111,8 @@ def parse_quantization(d: object, tensors: Collection[str] = ()) -> Quantization
         config = with_kv_scales(_AUTOFP8.parse(d), tensors)
     else:
         config = METHODS[method].parse(d)
+    if method == "modelopt":
+        config = with_stored_scales(config, tensors)
     for entry in (*config.ignore, *(entry for entry, _ in config.overrides)):
         try:
             re.compile(entry[3:] if entry.startswith("re:") else "")

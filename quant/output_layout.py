@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from llmkit.checkpoint.checkpoint import Checkpoint
 from llmkit.checkpoint.dtypes import DTYPE_NAMES, DTYPES
-from llmkit.checkpoint.model_files import without_quantization
+from llmkit.checkpoint.model_files import QUANTIZATION_FILES, without_quantization
 from llmkit.checkpoint.quantized_formats import format_of
 from llmkit.checkpoint.quantized_weight import QuantizationConfig
 from llmkit.checkpoint.safetensors_header import TensorInfo
@@ -19,6 +20,7 @@ from llmkit.model.parameter_table import parameters
 from llmkit.model.spec import ModelSpec
 from llmkit.model.wrappers import module_names
 
+LICENSE_FILES = ("LICENSE", "NOTICE", "USE_POLICY")
 HALF_DTYPES = ("BF16", "F16")
 
 
@@ -100,6 +102,7 @@ def output_config(
         config["text_config"] = text_config | dict.fromkeys(nested_keys, dtype_name)
     if quantization is None:
         return config
+    quantization = _with_module_names(source, quantization)
     quantization_config = format_of(quantization).config_dict(quantization)
     if "dynamic" in quantization_config:
         # transformers does not read "dynamic": it needs the names of the quantized modules.
@@ -116,9 +119,33 @@ def output_config(
     return config
 
 
-def output_files(source: Checkpoint, quantization: QuantizationConfig | None) -> dict[str, bytes]:
-    """The output's other files: the source's tokenizer and licenses, and those of the format."""
+def output_files(
+    source: Checkpoint, quantization: QuantizationConfig | None, is_gguf: bool = False
+) -> dict[str, bytes]:
+    """The output's other files: the source's tokenizer and licenses, and those of the format.
+
+    is_gguf: the output is a GGUF file, which holds the tokenizer itself.
+    """
     files = source.side_files()
+    if is_gguf:
+        return {name: data for name, data in files.items() if name.startswith(LICENSE_FILES)}
+    files = {name: data for name, data in files.items() if name not in QUANTIZATION_FILES}
     if quantization is not None:
-        files = files | format_of(quantization).extra_files(quantization)
+        quantization = _with_module_names(source, quantization)
+        files |= format_of(quantization).extra_files(quantization)
     return files
+
+
+def _with_module_names(source: Checkpoint, quantization: QuantizationConfig) -> QuantizationConfig:
+    """The config as its format writes it: Model-Optimizer names each module of a mixed model."""
+    if quantization.format != "modelopt" or not quantization.overrides:
+        return quantization
+    spec = checkpoint_spec(source)
+    overrides = [
+        (module, scheme)
+        for parameter in parameters(spec)
+        for name in parameter.source_names
+        if (scheme := scheme_of(parameter, name, quantization)) is not None
+        for module in module_names(spec, name.removesuffix(".weight"))
+    ]
+    return replace(quantization, scheme=None, overrides=tuple(overrides))

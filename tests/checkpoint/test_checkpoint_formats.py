@@ -476,7 +476,7 @@ INPUTS = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", 
         ([], "quantized with a method it does not name"),
         (
             {"quant_method": "bitsandbytes"},
-            "with bitsandbytes. One of gptq, awq, compressed-tensors, mxfp4, fp8 was expected",
+            "with bitsandbytes. One of gptq, awq, compressed-tensors, mxfp4, fp8, modelopt was",
         ),
         (awq(bits=8), "has 8 bits"),
         (awq(group_size=0), "group size 0"),

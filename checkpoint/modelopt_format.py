@@ -1,0 +1,393 @@
+"""The format of NVIDIA's Model-Optimizer, which TensorRT-LLM, vLLM and SGLang read.
+
+For W[out, in], by `quant_algo`:
+
+    FP8                        weight          e4m3 [out, in]
+                               weight_scale    float32 []
+                               input_scale     float32 []
+    FP8_PER_CHANNEL_PER_TOKEN  weight          e4m3 [out, in]
+                               weight_scale    float32 [out]
+    FP8_PB_WO                  weight          e4m3 [out, in]
+                               weight_scale    float32 [ceil(out/128), 1, ceil(in/128), 1]
+    NVFP4, W4A16_NVFP4         weight          uint8 [out, in/2], see `microscaling`
+                               weight_scale    e4m3 [out, in/16]
+                               weight_scale_2  float32 []
+                               input_scale     float32 [], not with W4A16_NVFP4
+    MXFP8                      weight          e4m3 [out, in]
+                               weight_scale    uint8 [out, in/32], e8m0
+
+MIXED_PRECISION names the algorithm of each module in `quantized_layers`. Scales of a KV cache are
+`k_proj.k_scale` and `v_proj.v_scale`.
+
+hf_quant_config.json describes this ({"producer": ..., "quantization": {...}}), and in newer files
+config.json does too, as a `quantization_config` of `quant_method` modelopt with other names for the
+same fields. Both are written.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+
+from llmkit.checkpoint.block_scales import (
+    block_scale_shape,
+    check_block_scales,
+    expand_block_scales,
+    gather_block_scales,
+)
+from llmkit.checkpoint.compressed_tensors_groups import group_dict
+from llmkit.checkpoint.microscaling import GROUP_SIZES, MicroscalingLayout
+from llmkit.checkpoint.model_files import MODELOPT_FILE
+from llmkit.checkpoint.quantized_weight import (
+    KV_SCALES,
+    PackedTensor,
+    QuantizationConfig,
+    QuantizedWeight,
+    Scheme,
+)
+from llmkit.common.errors import InputError
+
+MIXED = "MIXED_PRECISION"
+ALGORITHMS = {
+    "FP8": Scheme(8, kind="float", inputs="tensor", block_rows=-1),
+    "FP8_PER_CHANNEL_PER_TOKEN": Scheme(8, kind="float", inputs="token"),
+    "FP8_PB_WO": Scheme(8, 128, kind="float", inputs="group", block_rows=128),
+    "NVFP4": Scheme(4, GROUP_SIZES["e4m3"], kind="float", inputs="group", scale_format="e4m3"),
+    "W4A16_NVFP4": Scheme(4, GROUP_SIZES["e4m3"], kind="float", scale_format="e4m3"),
+    "MXFP8": Scheme(8, GROUP_SIZES["e8m0"], kind="float", inputs="group", scale_format="e8m0"),
+}
+# They scale inputs channel by channel before a layer, which no layer here does.
+_SMOOTHED = ("NVFP4_AWQ", "NVFP4_SVD", "W4A16_AWQ", "W4A8_AWQ", "W8A8_SQ_PER_CHANNEL")
+# The names of KV scales in Model-Optimizer's files; vLLM also reads those beside the projections.
+_KV_SCALES = ("k_proj.k_scale", "v_proj.v_scale")
+_MICROSCALING = MicroscalingLayout(
+    "weight", "weight_scale_2", "input_scale", stores_inverse=False, scalar_shape=()
+)
+_PRODUCER = {"name": "modelopt"}  # engines know the format by this name
+_WRITTEN_NAMES = {"FP8_PB_WO": "fp8_pb_wo"}  # TensorRT-LLM knows it in lower case only
+
+
+class ModeloptFormat:
+    """Reads and writes checkpoints whose `quant_method` is modelopt."""
+
+    def tensors(self, scheme: Scheme, out: int, in_: int) -> tuple[PackedTensor, ...]:
+        """The stored tensors of an [out, in_] weight.
+
+        Raises InputError for FP4 and MX groups that do not divide the columns.
+        """
+        if scheme.scale_format != "float":
+            return _MICROSCALING.tensors(scheme, out, in_)
+        weight = PackedTensor("weight", "F8_E4M3", (out, in_), (0, 1), (1, 1))
+        scale = PackedTensor("weight_scale", "F32", (out,), (0, 1), None)
+        if scheme.block_rows == -1:
+            scale = PackedTensor("weight_scale", "F32", (), None, None)
+        elif scheme.block_rows > 1:
+            rows, columns = block_scale_shape(scheme, out, in_)
+            along = (0, scheme.block_rows), (2, scheme.group_size)
+            scale = PackedTensor("weight_scale", "F32", (rows, 1, columns, 1), *along)
+        if scheme.inputs == "tensor":
+            return weight, scale, PackedTensor("input_scale", "F32", (), None, None)
+        return weight, scale
+
+    def pack(self, scheme: Scheme, weight: QuantizedWeight) -> dict[str, torch.Tensor]:
+        """The stored tensors by suffix. Raises InputError for scales that do not fit."""
+        if scheme.scale_format != "float":
+            return _MICROSCALING.pack(scheme, weight)
+        scales = gather_block_scales(weight.scales.float(), scheme)
+        shape = self.tensors(scheme, *weight.shape)[1].shape
+        stored = {"weight": weight.q.contiguous(), "weight_scale": scales.reshape(shape)}
+        if weight.input_scale is not None:
+            stored["input_scale"] = weight.input_scale.float().reshape(())
+        return stored
+
+    def unpack(self, scheme: Scheme, tensors: Mapping[str, torch.Tensor]) -> QuantizedWeight:
+        """The weight from its stored tensors by suffix.
+
+        Raises InputError for shapes that disagree and for scales that are no scales.
+        """
+        if scheme.scale_format != "float":
+            return _MICROSCALING.unpack(scheme, tensors)
+        q = tensors["weight"]
+        if q.ndim != 2:
+            raise InputError(f"weight has shape {list(q.shape)}", "Two sizes were expected")
+        out, in_ = q.shape
+        for expected in self.tensors(scheme, out, in_):
+            found = tensors[expected.suffix]
+            if not expected.accepts(tuple(found.shape)):
+                raise InputError(
+                    f"{expected.suffix} has shape {list(found.shape)}",
+                    f"{list(expected.shape)} was expected",
+                )
+            if expected.suffix != "weight":
+                is_input = expected.suffix == "input_scale"
+                check_block_scales(expected.suffix, found.float(), may_be_zero=not is_input)
+        stored = tensors["weight_scale"].reshape(block_scale_shape(scheme, out, in_))
+        scales = expand_block_scales(stored, scheme, out)
+        zeros = torch.zeros(scales.shape, dtype=torch.uint8, device=scales.device)
+        input_scale = None
+        if scheme.inputs == "tensor":
+            input_scale = tensors["input_scale"].float().reshape(1)
+        return QuantizedWeight(q, scales, zeros, scheme, input_scale)
+
+    def config_dict(self, config: QuantizationConfig) -> dict[str, Any]:
+        """The `quantization_config` of config.json. Raises InputError as `hf_quant_config`."""
+        quantization = _quantization(config)
+        document: dict[str, Any] = {"quant_method": "modelopt"}
+        targets: dict[Scheme, list[str]] = {config.scheme: ["Linear"]} if config.scheme else {}
+        for module, scheme in config.overrides:
+            targets.setdefault(scheme, []).append(module)
+        groups = {}
+        for index, (scheme, names) in enumerate(targets.items()):
+            group = group_dict(scheme, names)
+            groups[f"group_{index}"] = {
+                key: value
+                for key, value in group.items()
+                if key in ("weights", "targets") or (key == "input_activations" and value)
+            }
+        document["config_groups"] = groups
+        for name in ("quant_algo", "group_size", "quantized_layers"):
+            if name in quantization:
+                document[name] = quantization[name]
+        document["ignore"] = quantization["exclude_modules"]
+        if config.kv:
+            document["kv_cache_scheme"] = {"dynamic": False, "num_bits": 8, "type": "float"}
+        document["producer"] = _PRODUCER
+        return document
+
+    def parse(self, d: Mapping[str, Any]) -> QuantizationConfig:
+        """Parse a `quantization_config` or a hf_quant_config.json.
+
+        Raises InputError, naming the field, for other algorithms. Whether inputs of NVFP4 and the
+        KV cache are quantized depends on the tensors, too: see `with_stored_scales`.
+        """
+        fields = _Fields.of(d)
+        overrides: tuple[tuple[str, Scheme], ...] = ()
+        default_scheme: Scheme | None = None
+        if fields.algorithm == MIXED:
+            if not fields.layers:
+                raise _unsupported("quantized_layers", "none", "the algorithm of each module")
+            overrides = tuple(
+                (str(name), _scheme(layer.get("quant_algo"), layer.get("group_size")))
+                for name, layer in fields.layers.items()
+            )
+        else:
+            default_scheme = _scheme(fields.algorithm, fields.group_size)
+        ignore = tuple(dict.fromkeys(_ignore_entry(name) for name in fields.excluded))
+        return QuantizationConfig(
+            "modelopt",
+            default_scheme,
+            ignore,
+            overrides,
+            kv=fields.kv,
+            kv_scales=_KV_SCALES,
+            method="modelopt",
+        )
+
+    def extra_files(self, config: QuantizationConfig) -> dict[str, bytes]:
+        """hf_quant_config.json, which TensorRT-LLM reads."""
+        document = {"producer": _PRODUCER, "quantization": _quantization(config)}
+        return {MODELOPT_FILE: (json.dumps(document, indent=2) + "\n").encode()}
+
+
+@dataclass(frozen=True)
+class _Fields:
+    """What both files say, by one set of names."""
+
+    algorithm: object
+    group_size: object
+    kv: Literal["", "fp8"]
+    excluded: tuple[str, ...]
+    layers: dict[str, dict[str, Any]]
+
+    @classmethod
+    def of(cls, d: Mapping[str, Any]) -> _Fields:
+        """Raises InputError for values of a wrong type, and for KV caches other than FP8."""
+        details = d.get("quantization")
+        if isinstance(details, dict):
+            excluded = details.get("exclude_modules")
+            kv_algorithm = details.get("kv_cache_quant_algo")
+        else:
+            details = d
+            excluded = d.get("ignore", d.get("exclude_modules"))
+            kv_algorithm = d.get("kv_cache_scheme") or d.get("kv_cache_quant_algo")
+            if isinstance(kv_algorithm, dict):
+                is_fp8 = kv_algorithm.get("num_bits") == 8 and kv_algorithm.get("type") == "float"
+                kv_algorithm = "FP8" if is_fp8 else kv_algorithm
+        if kv_algorithm not in (None, "", "FP8"):
+            raise _unsupported("kv_cache_quant_algo", kv_algorithm, "FP8 or none")
+        excluded = [] if excluded is None else excluded
+        if not isinstance(excluded, list) or not all(isinstance(name, str) for name in excluded):
+            raise _unsupported("exclude_modules", excluded, "a list of module names")
+        layers = details.get("quantized_layers") or {}
+        if not isinstance(layers, dict) or not all(isinstance(v, dict) for v in layers.values()):
+            raise _unsupported("quantized_layers", layers, "an object of modules")
+        algorithm = details.get("quant_algo")
+        return cls(
+            algorithm.upper() if isinstance(algorithm, str) else algorithm,
+            details.get("group_size"),
+            "fp8" if kv_algorithm else "",
+            tuple(excluded),
+            layers,
+        )
+
+
+def with_stored_scales(config: QuantizationConfig, tensors: Collection[str]) -> QuantizationConfig:
+    """The config of a checkpoint with these tensors.
+
+    Checkpoints without any `input_scale` say NVFP4, too, and quantize weights alone. Those without
+    scales of keys and values keep the KV cache in 16 bits here.
+    """
+    if not tensors:
+        return config
+    has_scales = {
+        suffix: any(name.endswith(f".{suffix}") for name in tensors)
+        for suffix in ("input_scale", *KV_SCALES, *_KV_SCALES)
+    }
+    if not has_scales["input_scale"]:
+        changed = {ALGORITHMS["NVFP4"]: ALGORITHMS["W4A16_NVFP4"]}
+        config = replace(
+            config,
+            scheme=changed.get(config.scheme, config.scheme) if config.scheme else None,
+            overrides=tuple((name, changed.get(s, s)) for name, s in config.overrides),
+        )
+    if not has_scales[KV_SCALES[0]]:
+        return replace(config, kv="")
+    return config if has_scales[_KV_SCALES[0]] else replace(config, kv_scales=KV_SCALES)
+
+
+def check_same_config(
+    first: QuantizationConfig, second: QuantizationConfig, tensors: Iterable[str]
+) -> None:
+    """Raises InputError when hf_quant_config.json (`first`) and config.json (`second`) disagree.
+
+    They agree when they mean the same for every module that has a weight among `tensors`.
+    """
+    names = f"{MODELOPT_FILE} and config.json"
+    todo = "Download both again, or remove the one that does not belong to the weights"
+    if first.kv != second.kv:
+        kv = [config.kv.upper() or "not quantized" for config in (first, second)]
+        raise InputError(
+            f"{names} disagree about the KV cache: {kv[0]} and {kv[1]}",
+            "The same in both was expected",
+            todo,
+        )
+    if (first.scheme, set(first.ignore), dict(first.overrides)) == (
+        second.scheme,
+        set(second.ignore),
+        dict(second.overrides),
+    ):
+        return
+    for name in tensors:
+        module, _, suffix = name.rpartition(".")
+        if suffix != "weight":
+            continue
+        schemes = [config.scheme_of(module) for config in (first, second)]
+        if schemes[0] != schemes[1]:
+            found = ["not quantized" if s is None else s.label for s in schemes]
+            raise InputError(
+                f"{names} disagree about {module}: {found[0]} and {found[1]}",
+                "The same in both was expected",
+                todo,
+            )
+
+
+def _quantization(config: QuantizationConfig) -> dict[str, Any]:
+    """The `quantization` of hf_quant_config.json.
+
+    Raises InputError for schemes and names of modules that the format has no words for.
+    """
+    excluded = [_wildcard(entry) for entry in config.ignore]
+    excluded += [f"{prefix.removesuffix('.')}*" for prefix in config.carried]
+    document: dict[str, Any] = {}
+    if config.overrides:
+        assert config.scheme is None, "quantized_layers names every module"
+        document["quant_algo"] = MIXED
+        layers = {name: _layer(scheme) for name, scheme in config.overrides}
+        patterns = [name for name in layers if name.startswith("re:")]
+        if patterns:
+            raise InputError(
+                f"modelopt has no place for {patterns[0]}", "Names of modules were expected"
+            )
+        document["quantized_layers"] = layers
+    else:
+        assert config.scheme is not None, "modelopt quantizes weights"
+        document |= _layer(config.scheme)
+    if config.kv == "int8":
+        raise InputError("modelopt has no place for an INT8 KV cache", "FP8 was expected")
+    document["kv_cache_quant_algo"] = "FP8" if config.kv else None
+    document["exclude_modules"] = excluded
+    return document
+
+
+def _layer(scheme: Scheme) -> dict[str, Any]:
+    """The fields of a scheme."""
+    for name, known in ALGORITHMS.items():
+        if scheme == known:
+            has_groups = scheme.scale_format != "float"
+            fields: dict[str, Any] = {"quant_algo": _WRITTEN_NAMES.get(name, name)}
+            return fields | ({"group_size": scheme.group_size} if has_groups else {})
+    labels = ", ".join(known.label for known in ALGORITHMS.values())
+    raise InputError(f"modelopt has no name for {scheme.label}", f"One of {labels} was expected")
+
+
+def _scheme(algorithm: object, group_size: object) -> Scheme:
+    """The scheme of a `quant_algo`. Raises InputError for another, or for other groups."""
+    name = algorithm.upper() if isinstance(algorithm, str) else algorithm
+    expected = f"{', '.join(ALGORITHMS)} or {MIXED}"
+    if name in _SMOOTHED:
+        raise _unsupported("quant_algo", f"{name}, whose inputs have a pre_quant_scale", expected)
+    scheme = ALGORITHMS.get(name) if isinstance(name, str) else None
+    if scheme is None:
+        raise _unsupported("quant_algo", algorithm or "none", expected)
+    # FP8 has no groups, and some files say 0 or 16 all the same.
+    if scheme.scale_format != "float" and group_size not in (None, 0, scheme.group_size):
+        raise _unsupported("group_size", group_size, f"{scheme.group_size} for {name}")
+    return scheme
+
+
+# A pattern without a star excludes a module and those inside it, as in vLLM.
+_INSIDE = r"(\..*)?$"
+
+
+def _ignore_entry(name: str) -> str:
+    """An entry of `exclude_modules` as an entry of `QuantizationConfig.ignore`."""
+    if name == "lm_head":
+        return name
+    pattern = "".join(_WILDCARDS.get(sign, re.escape(sign)) for sign in name)
+    return f"re:{pattern}{_INSIDE}"
+
+
+_WILDCARDS = {"*": ".*", "?": "."}
+
+
+def _wildcard(entry: str) -> str:
+    """The inverse of `_ignore_entry`; a name stays what it is.
+
+    Raises InputError for a regular expression that is no wildcard.
+    """
+    if not entry.startswith("re:"):
+        return entry
+    pattern = entry[3:].removesuffix(_INSIDE)
+    if not entry.endswith("$") and not pattern.endswith(".*"):
+        pattern += ".*"  # without an end, it matches the beginning of names
+    pattern = pattern.removesuffix("$")
+    name = re.sub(
+        r"\\(.)|\.\*|\.", lambda found: found[1] or ("*" if found[0] == ".*" else "?"), pattern
+    )
+    if _ignore_entry(name) != f"re:{pattern}{_INSIDE}":
+        raise InputError(
+            f"modelopt has no place for the regular expression {entry[3:]}",
+            "Names of modules or wildcards were expected",
+        )
+    return name
+
+
+def _unsupported(field: str, value: object, expected: str) -> InputError:
+    return InputError(
+        f"This Model-Optimizer checkpoint has {field} {str(value)[:200]}", f"Expected {expected}"
+    )
