@@ -16,6 +16,7 @@ import torch
 
 from llmkit.checkpoint.quantized_weight import QuantizedWeight, Scheme
 from llmkit.model.parameter import Parameter
+from llmkit.quant.gguf_weight import GgufWeight
 from llmkit.quant.input_stats import InputStats, StatKind
 from llmkit.quant.parameter_writer import rows_by_tensor
 from llmkit.quant.smoothing_mappings import SmoothingMapping
@@ -52,7 +53,7 @@ class QuantTarget:
 class QuantizeResult:
     """A quantized weight and how it was made."""
 
-    weight: QuantizedWeight
+    weight: QuantizedWeight | GgufWeight
     method: str
     # GPTQ only: what was added to the Hessian's diagonal, as a fraction of its mean.
     dampening_frac: float | None = None

@@ -1,7 +1,7 @@
 """What weights and inputs are quantized to, by name: the values of `llmkit quantize --scheme`.
 
-The names are those of compressed-tensors' presets, in lower case. How the values are chosen is the
-subject of --method, how they are stored that of --format.
+The names are those of presets of compressed-tensors and llama.cpp, in lower case. How the values
+are chosen is the subject of --method, how they are stored that of --format.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class NumberFormat:
 
 NUMBER_FORMATS: dict[str, NumberFormat] = {
     "w2a16": NumberFormat(Scheme(2), ("gptq", "compressed-tensors"), True, True),
-    "w3a16": NumberFormat(Scheme(3), ("gptq",), True, True),
+    "w3a16": NumberFormat(Scheme(3), ("gptq", "compressed-tensors"), True, True),
     "w4a16": NumberFormat(Scheme(4), ("compressed-tensors", "gptq", "awq"), True, True),
     "w8a16": NumberFormat(Scheme(8), ("compressed-tensors", "gptq"), True, True),
     "w8a8": NumberFormat(Scheme(8, inputs="token"), ("compressed-tensors",)),
@@ -61,4 +61,12 @@ NUMBER_FORMATS: dict[str, NumberFormat] = {
     "nvfp4a16": NumberFormat(
         Scheme(4, 16, kind="float", scale_format="e4m3"), ("compressed-tensors", "modelopt")
     ),
+    "q4_0": NumberFormat(Scheme(4, 32, preset="Q4_0"), ("gguf",)),
+    "q4_1": NumberFormat(Scheme(4, 32, symmetric=False, preset="Q4_1"), ("gguf",)),
+    "q5_0": NumberFormat(Scheme(5, 32, preset="Q5_0"), ("gguf",)),
+    "q5_1": NumberFormat(Scheme(5, 32, symmetric=False, preset="Q5_1"), ("gguf",)),
+    "q8_0": NumberFormat(Scheme(8, 32, preset="Q8_0"), ("gguf",)),
+    "q4_k_m": NumberFormat(Scheme(4, 32, symmetric=False, preset="Q4_K_M"), ("gguf",)),
+    "q5_k_m": NumberFormat(Scheme(5, 32, symmetric=False, preset="Q5_K_M"), ("gguf",)),
+    "q6_k": NumberFormat(Scheme(6, 16, preset="Q6_K"), ("gguf",)),
 }

@@ -21,6 +21,7 @@ from llmkit.checkpoint.writer import CheckpointWriter
 from llmkit.model.checkpoint_tensors import carried_tensors, checkpoint_tensors, scheme_of
 from llmkit.model.parameter import Parameter
 from llmkit.model.spec import ModelSpec
+from llmkit.quant.gguf_weight import GgufWeight
 
 # A file of the partial output only: the report's entries of the layers that are already written.
 LAYER_RECORDS = "linears.jsonl"
@@ -76,8 +77,11 @@ class ParameterWriter:
     def write_cast(self, parameter: Parameter) -> None:
         """Write an unquantized parameter in its planned dtypes, a chunk of rows at a time."""
         for name in parameter.source_names:
-            if self._checkpoint_writer.is_written(name):
-                continue
+            self.write_cast_tensor(name)
+
+    def write_cast_tensor(self, name: str) -> None:
+        """Write an unquantized tensor in its planned dtype, a chunk of rows at a time."""
+        if not self._checkpoint_writer.is_written(name):
             self._write_in_chunks(name)
 
     def read_as_stored(self, parameter: Parameter, device: torch.device) -> torch.Tensor:
@@ -97,8 +101,9 @@ class ParameterWriter:
             self._write(name, stored)
             self._record_overflow(name, overflowed)
 
-    def write_quantized(self, parameter: Parameter, weight: QuantizedWeight) -> None:
+    def write_quantized(self, parameter: Parameter, weight: QuantizedWeight | GgufWeight) -> None:
         """Write a quantized parameter, each of its checkpoint tensors in the output's format."""
+        assert isinstance(weight, QuantizedWeight), "a GGUF file has a writer of its own"
         for tensor, rows in split_rows(parameter, weight).items():
             self.write_quantized_tensor(tensor, rows)
 

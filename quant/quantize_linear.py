@@ -11,6 +11,7 @@ from llmkit.checkpoint.quantized_weight import QuantizationConfig, QuantizedWeig
 from llmkit.model.checkpoint_tensors import scheme_of
 from llmkit.model.parameter import Parameter
 from llmkit.quant.algorithm import QuantizeJob, Quantizer, QuantizeResult, QuantTarget
+from llmkit.quant.gguf_quantizer import GgufQuantizer
 from llmkit.quant.grid import FULL_SEARCH
 from llmkit.quant.input_stats import InputStats, lost_fraction, output_energy, sum_of_squares
 from llmkit.quant.methods import scale_dtype
@@ -38,7 +39,9 @@ def quantize_linear(quantizer: Quantizer, job: QuantizeJob) -> QuantizeResult:
     A job with a fallback reason is rounded to nearest, with a range search.
     """
     if job.fallback is not None:
-        rtn = RtnQuantizer(FULL_SEARCH)
+        rtn: Quantizer = RtnQuantizer(FULL_SEARCH)
+        if isinstance(quantizer, GgufQuantizer):
+            rtn = quantizer.without_calibration()
         result = rtn.quantize(job.target, job.weight, job.input_stats)
         result.fallback = job.fallback
     else:
@@ -46,6 +49,7 @@ def quantize_linear(quantizer: Quantizer, job: QuantizeJob) -> QuantizeResult:
     if job.target.scheme.has_input_scale:
         result.weight.input_scale = static_input_scale(job.input_stats, job.target.scheme)
     if result.error is None:
+        assert isinstance(result.weight, QuantizedWeight), "GgufQuantizer measures its errors"
         result.error = output_error(job.weight, result.weight, job.input_stats)
     result.num_tokens = job.input_stats.num_tokens
     return result
