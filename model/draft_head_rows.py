@@ -1,4 +1,4 @@
-"""The rows of the parameter table for a draft head, beside those of its decoder layer."""
+"""The rows of the parameter table for a draft head, beside those of its decoder layers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A draft head as a model of one layer: the MTP head of a checkpoint, or an EAGLE-3 head.
+"""A draft head as a model of its layers: the MTP head of a checkpoint, or an EAGLE-3 head.
 
 `wrappers.find_mtp_head` recognizes MTP heads by their tensors.
 """
@@ -31,7 +31,7 @@ EAGLE3_VARIANTS = ("norm_before_fc", "fc_norm", "norm_output")
 
 
 def mtp_model_spec(spec: ModelSpec, tensors: Mapping[str, tuple[int, ...]]) -> ModelSpec | None:
-    """The MTP head of a model as a model of one layer; None when it has none that can draft.
+    """The MTP head of a model as a model of its layers; None when it has none that can draft.
 
     tensors: the shapes of the checkpoint's tensors.
     """
@@ -39,15 +39,18 @@ def mtp_model_spec(spec: ModelSpec, tensors: Mapping[str, tuple[int, ...]]) -> M
     if head is None:
         return None
     moe = spec.moe
-    if moe is not None and head.layer_spec.is_moe:
+    moe_layers = [
+        name for name, layer in zip(head.layers, head.layer_specs, strict=True) if layer.is_moe
+    ]
+    if moe is not None and moe_layers:
         # The layers of the model and that of the head may store experts differently.
         stack = moe.expert_stack or ExpertStack()
-        module = ".".join(filter(None, (head.layer, moe.module)))
+        module = ".".join(filter(None, (moe_layers[0], moe.module)))
         is_stacked = f"{module}.{stack.down}" in tensors
         moe = replace(moe, expert_stack=stack if is_stacked else None)
     return replace(
         spec,
-        layers=(head.layer_spec,),
+        layers=head.layer_specs,
         moe=moe,
         carried=(),
         per_layer_input_size=0,
@@ -121,8 +124,8 @@ def eagle3_model_spec(checkpoint: Checkpoint, target: ModelSpec) -> ModelSpec:
         )
     head = DraftHeadSpec(
         "eagle3",
-        layer,
-        spec.layers[0],
+        (layer,),
+        spec.layers[:1],
         embed_norm=f"{layer}.input_layernorm",
         hidden_norm=f"{layer}.hidden_norm",
         fc=f"{prefix}fc",

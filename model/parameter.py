@@ -185,7 +185,7 @@ def module_name(spec: ModelSpec, name: str) -> str:
 def source_layer(spec: ModelSpec, index: int) -> str:
     """The prefix of a layer's tensors in the checkpoint. A rank numbers its layers from 0."""
     if spec.draft_head is not None:
-        return spec.draft_head.layer
+        return spec.draft_head.layers[index]
     first_layer = spec.rank.first_layer if spec.rank else 0
     return f"{spec.tensor_prefix}.layers.{first_layer + index}"
 

@@ -173,7 +173,8 @@ def _shape_on_rank(tensor: TransformersTensor, rank: RankSpec | None) -> tuple[i
 
 def _model_rows(spec: ModelSpec) -> Iterator[Parameter]:
     if spec.draft_head is not None:
-        yield from draft_head_rows(spec, spec.draft_head, _layer_rows(spec, 0))
+        layer_rows = (row for index in range(len(spec.layers)) for row in _layer_rows(spec, index))
+        yield from draft_head_rows(spec, spec.draft_head, layer_rows)
         return
     num_layers = len(spec.layers)
     vocab = Split("vocab", 0, spec.vocab_size)

@@ -229,12 +229,14 @@ class DraftHeadSpec:
     decoder layer. An EAGLE-3 head (arXiv 2503.01840) is a checkpoint of its own: it projects hidden
     states of several layers, and its attention reads both side by side.
 
-    `layer`, `embed_norm`, `hidden_norm`, `fc` and `norm` are modules of the checkpoint.
+    `layers`, `embed_norm`, `hidden_norm`, `fc` and `norm` are modules of the checkpoint.
     """
 
     method: Literal["mtp", "eagle3"]
-    layer: str  # its decoder layer: "model.layers.46", "mtp.layers.0" or "midlayer"
-    layer_spec: LayerSpec
+    # Its decoder layers: "model.layers.46", "mtp.layers.0" or "midlayer". There is one but for
+    # Nemotron-H, whose layers have one block each.
+    layers: tuple[str, ...]
+    layer_specs: tuple[LayerSpec, ...]
     embed_norm: str
     hidden_norm: str
     fc: str  # what projects: embedding and hidden state in "mtp", hidden states in "eagle3"
@@ -365,7 +367,7 @@ class ModelSpec:
     mla: MlaSpec | None = None  # of the layers whose mixer is "mla"
     recurrent: RecurrentSpec | None = None  # of the layers whose mixer is recurrent
     mtp: DraftHeadSpec | None = None  # the model's own draft head, whose tensors are carried
-    # Set for a draft head: this is a model of one layer, and the rest is of its model.
+    # Set for a draft head: this is a model of its layers, and the rest is of its model.
     draft_head: DraftHeadSpec | None = None
     rank: RankSpec | None = None  # None: this is the full model
     # Set for the fallback: the model runs by transformers' own modeling code.

@@ -12,7 +12,13 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from llmkit.common.errors import InputError
-from llmkit.model.spec import ATTENTION_MIXERS, DraftHeadSpec, ExpertStack, ModelSpec
+from llmkit.model.spec import (
+    ATTENTION_MIXERS,
+    DraftHeadSpec,
+    ExpertStack,
+    LayerSpec,
+    ModelSpec,
+)
 from llmkit.model.text_config_defaults import TEXT_DEFAULTS
 
 
@@ -272,10 +278,13 @@ def mtp_prefixes(
 def find_mtp_head(spec: ModelSpec, tensors: Collection[str]) -> DraftHeadSpec | None:
     """The head of a model that predicts the token after the next one; None: there is none.
 
-    It has one of two layouts: a layer after the last one, with norms and a projection of its own
-    (DeepSeek-V3, GLM-4.5), or a module "mtp" (Qwen3-Next, Qwen3.5). A model may have several heads,
-    for later tokens; only the first one drafts.
+    It has one of three layouts: a layer after the last one, with norms and a projection of its own
+    (DeepSeek-V3, GLM-4.5), a module "mtp" (Qwen3-Next, Qwen3.5), or layers of "mtp" that have one
+    block each (Nemotron-H). A model may have several heads, for later tokens; only the first one
+    drafts.
     """
+    if f"{_MTP_MODULE}.layers.0.eh_proj.weight" in tensors:
+        return _head_of_blocks(spec, tensors)
     full = [
         layer
         for layer in spec.layers
@@ -288,8 +297,8 @@ def find_mtp_head(spec: ModelSpec, tensors: Collection[str]) -> DraftHeadSpec | 
     if f"{layer}.eh_proj.weight" in tensors:
         return DraftHeadSpec(
             "mtp",
-            layer,
-            layer_spec,
+            (layer,),
+            (layer_spec,),
             embed_norm=f"{layer}.enorm",
             hidden_norm=f"{layer}.hnorm",
             fc=f"{layer}.eh_proj",
@@ -298,14 +307,50 @@ def find_mtp_head(spec: ModelSpec, tensors: Collection[str]) -> DraftHeadSpec | 
     if f"{_MTP_MODULE}.fc.weight" in tensors:
         return DraftHeadSpec(
             "mtp",
-            f"{_MTP_MODULE}.layers.0",
-            layer_spec,
+            (f"{_MTP_MODULE}.layers.0",),
+            (layer_spec,),
             embed_norm=f"{_MTP_MODULE}.pre_fc_norm_embedding",
             hidden_norm=f"{_MTP_MODULE}.pre_fc_norm_hidden",
             fc=f"{_MTP_MODULE}.fc",
             norm=f"{_MTP_MODULE}.norm",
         )
     return None
+
+
+def _head_of_blocks(spec: ModelSpec, tensors: Collection[str]) -> DraftHeadSpec | None:
+    """The MTP head whose layers have one block each: attention, experts or an MLP.
+
+    The first layer has the projection, and the last one the norm. None where a layer is something
+    else, such as Mamba 2, whose states would have to be taken back with rejected tokens.
+    """
+    attention = next((layer for layer in spec.layers if layer.mixer == "attention"), None)
+    experts = next((layer for layer in spec.layers if layer.is_moe), None)
+    mlp = next((layer for layer in spec.layers if layer.has_mlp and not layer.is_moe), None)
+    known = {"q_proj": attention, "experts": experts, "up_proj": mlp}
+    layers: list[str] = []
+    layer_specs: list[LayerSpec] = []
+    while True:
+        layer = f"{_MTP_MODULE}.layers.{len(layers)}"
+        mixer = f"{layer}.mixer."
+        modules = {
+            name.removeprefix(mixer).split(".")[0] for name in tensors if name.startswith(mixer)
+        }
+        block = next((known[module] for module in known if module in modules), None)
+        if block is None:
+            return None
+        layers.append(layer)
+        layer_specs.append(block)
+        if f"{layer}.final_layernorm.weight" in tensors:
+            break
+    return DraftHeadSpec(
+        "mtp",
+        tuple(layers),
+        tuple(layer_specs),
+        embed_norm=f"{layers[0]}.enorm",
+        hidden_norm=f"{layers[0]}.hnorm",
+        fc=f"{layers[0]}.eh_proj",
+        norm=f"{layers[-1]}.final_layernorm",
+    )
 
 
 def _text_config(config: dict[str, Any], wrapper: Wrapper, architecture: str) -> dict[str, Any]:

@@ -9,7 +9,13 @@ from typing import Any
 import pytest
 import torch
 from support.fp8_files import write_fp8
-from support.tiny_draft_heads import family_with_mtp, glm_with_mtp, llama_with_eagle3, text_tokens
+from support.tiny_draft_heads import (
+    family_with_mtp,
+    glm_with_mtp,
+    llama_with_eagle3,
+    nemotron_with_mtp,
+    text_tokens,
+)
 
 from llmkit.checkpoint.open_checkpoint import open_checkpoint
 from llmkit.common.errors import InputError, UsageError
@@ -189,11 +195,19 @@ def test_draft_heads_leave_requests_with_penalties_alone(folder: Path) -> None:
     assert loaded(folder, "mtp", 1).generate(beside, [params, GREEDY]) == expected
 
 
-@pytest.mark.parametrize("name", ["deepseek-v3", "qwen3-next"])
+def with_mtp(name: str, path: Path, **changes: Any) -> None:
+    """A row of FAMILIES with a random MTP head, as a checkpoint at `path`."""
+    if name.startswith("nemotron"):
+        nemotron_with_mtp(path, name, **changes)
+    else:
+        family_with_mtp(name, path, **changes)
+
+
+@pytest.mark.parametrize("name", ["deepseek-v3", "qwen3-next", "nemotron-3"])
 def test_mtp_heads_draft_for_latent_attention_and_recurrent_layers(
     tmp_path: Path, name: str
 ) -> None:
-    family_with_mtp(name, tmp_path)
+    with_mtp(name, tmp_path)
     options = replace(OPTIONS, max_model_len=96)
     asked = [[token % 128 for token in prompt] for prompt in prompts()]
     expected = load_engine(open_checkpoint(tmp_path), options).generate(asked, SAMPLED)
@@ -203,9 +217,9 @@ def test_mtp_heads_draft_for_latent_attention_and_recurrent_layers(
     assert running.generate(asked, SAMPLED) == expected, "with cached prefixes"
 
 
-@pytest.mark.parametrize("name", ["glm4-moe-lite", "qwen3-next"])
+@pytest.mark.parametrize("name", ["glm4-moe-lite", "qwen3-next", "nemotron-3"])
 def test_mtp_heads_have_their_part_of_prefixes_on_disk(tmp_path: Path, name: str) -> None:
-    family_with_mtp(name, tmp_path / "model", max_position_embeddings=1024)
+    with_mtp(name, tmp_path / "model", max_position_embeddings=1024)
     options = EngineOptions(device="cpu", max_num_seqs=2, speculate="mtp:2")
     prompt = [3 + (i * 7 + i * i // 5) % 120 for i in range(2 * PAGE_TOKENS + 40)]
 

@@ -19,6 +19,7 @@ from support.tiny_draft_heads import (
     llama_with_eagle3,
     load_mtp,
     mtp_hidden,
+    nemotron_with_mtp,
 )
 from support.tiny_models import tiny_checkpoint
 
@@ -99,6 +100,40 @@ def test_mtp_heads_of_families_compute_what_transformers_computes(
     ours = load_draft_head(checkpoint, draft.spec, target, packed=True)
     output = outputs(ours, hidden_states(target, [tokens[:-1]]), tokens[1:])
     torch.testing.assert_close(output, wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["nemotron-3", "nemotron-3-latent"])
+def test_mtp_head_of_single_blocks_computes_what_their_modules_do(
+    tmp_path: Path, name: str
+) -> None:
+    model, head = nemotron_with_mtp(tmp_path, name)
+    tokens = TOKENS % model.config.vocab_size
+    with torch.no_grad():
+        states = model.model(tokens[None, :-1]).last_hidden_state
+        wanted = head(states, tokens[None, 1:])[0]
+    checkpoint = open_checkpoint(tmp_path)
+    target = decoder(checkpoint, packed=True)
+    spec = mtp_model_spec(target.spec, checkpoint.tensor_shapes)
+    assert spec is not None
+    assert [layer.mixer for layer in spec.layers] == ["attention", "none"]
+    check_draft_head(checkpoint, spec)
+    ours = load_draft_head(checkpoint, spec, target, packed=True)
+    output = outputs(ours, hidden_states(target, [tokens[:-1]]), tokens[1:])
+    torch.testing.assert_close(output, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_mtp_head_with_recurrent_layers_is_carried_and_does_not_draft(tmp_path: Path) -> None:
+    nemotron_with_mtp(tmp_path)
+    file = tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    for name in [name for name in tensors if name.startswith("mtp.layers.0.mixer.")]:
+        del tensors[name]
+    tensors["mtp.layers.0.mixer.in_proj.weight"] = torch.zeros(168, 32)
+    save_file(tensors, file, {"format": "pt"})
+    checkpoint = open_checkpoint(tmp_path)
+    spec = checkpoint_spec(checkpoint)
+    assert spec.mtp is None and "mtp." in spec.carried
+    decoder(checkpoint, packed=False)
 
 
 def renamed(glm: Path, path: Path) -> Path:

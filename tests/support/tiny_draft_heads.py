@@ -5,6 +5,7 @@ The heads are transformers' own `MtpModel`, and an EAGLE-3 head in plain torch.
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -355,3 +356,75 @@ def eagle3_output(
     output = head(model.get_input_embeddings()(next_token_ids), projected)
     assert isinstance(output, torch.Tensor)
     return output
+
+
+class NemotronMtp(nn.Module):
+    """Nemotron 3's MTP head: layers with one block each, written after vLLM's description.
+
+    transformers ignores its tensors. model: the model whose blocks the head's are copies of, with
+    other weights. kinds: of each layer, as in the model's `layers_block_type`.
+    """
+
+    def __init__(self, model: Any, kinds: tuple[str, ...] = ("full_attention", "moe")) -> None:
+        super().__init__()
+        config = model.config
+        self.embedding = model.get_input_embeddings()
+        self.blocks = nn.ModuleList(
+            copy.deepcopy(model.model.layers[config.layers_block_type.index(kind)])
+            for kind in kinds
+        )
+        size = config.hidden_size
+        self.enorm, self.hnorm, self.final_layernorm = (
+            nn.RMSNorm(size, eps=config.layer_norm_epsilon) for _ in range(3)
+        )
+        self.eh_proj = nn.Linear(2 * size, size, bias=False)
+        generator = torch.Generator().manual_seed(4)
+        with torch.no_grad():
+            for parameter in (*self.parameters(), *self.buffers()):
+                if parameter is not self.embedding.weight:
+                    parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
+
+    def forward(self, hidden: torch.Tensor, next_token_ids: torch.Tensor) -> torch.Tensor:
+        """hidden: [B, L, H], next_token_ids: [B, L]."""
+        normed = self.enorm(self.embedding(next_token_ids)), self.hnorm(hidden)
+        x = self.eh_proj(torch.cat(normed, -1))
+        length = x.shape[1]
+        mask = torch.full((1, 1, length, length), float("-inf")).triu(1)
+        for block in self.blocks:
+            x = block(x, attention_mask=mask)
+        return self.final_layernorm(x)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """As checkpoints have them."""
+        stored = {
+            f"mtp.layers.0.{name}.weight": getattr(self, name).weight
+            for name in ("enorm", "hnorm", "eh_proj")
+        }
+        last = len(self.blocks) - 1
+        stored[f"mtp.layers.{last}.final_layernorm.weight"] = self.final_layernorm.weight
+        for index, block in enumerate(self.blocks):
+            for name, tensor in block.state_dict().items():
+                module, _, kind = name.rpartition(".")
+                if module.endswith("experts"):
+                    for expert, weight in enumerate(tensor):
+                        stored[f"mtp.layers.{index}.{module}.{expert}.{kind}.weight"] = weight
+                else:
+                    stored[f"mtp.layers.{index}.{name}"] = tensor
+        return {name: tensor.detach().clone() for name, tensor in stored.items()}
+
+
+def nemotron_with_mtp(
+    path: Path, name: str = "nemotron-3", **changes: Any
+) -> tuple[Any, NemotronMtp]:
+    """A row of FAMILIES with a random MTP head, as a checkpoint at `path`; and both of them.
+
+    changes: values of its config that differ from the row.
+    """
+    model: Any = family_oracle(name, path, **changes)
+    head = NemotronMtp(model).eval()
+    file = path / "model.safetensors"
+    save_file(load_file(file) | head.tensors(), file, {"format": "pt"})
+    written = json.loads((path / "config.json").read_text())
+    written |= {"num_nextn_predict_layers": 1, "mtp_hybrid_override_pattern": "*E"}
+    (path / "config.json").write_text(json.dumps(written))
+    return model, head
