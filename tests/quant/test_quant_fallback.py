@@ -48,8 +48,9 @@ def logits_of(path: Path) -> torch.Tensor:
         ("fp8", 0.3, {}),
         ("fp8", 0.3, {"static_activations": True}),
         ("gptq", 0.5, {"group_size": 32}),
+        ("auto", 0.5, {"group_size": 32}),
     ],
-    ids=["rtn", "int8", "fp8", "fp8 static", "gptq"],
+    ids=["rtn", "int8", "fp8", "fp8 static", "gptq", "auto"],
 )
 def test_quantize_fallback_keeps_the_logits_close(
     model: Path, tmp_path: Path, method: str, limit: float, options: dict[str, Any]

@@ -474,6 +474,8 @@ METHODS = [
         replace(GRID, symmetric=False),
     ),
     (QuantizeOptions("awq", format="gptq", effort="fast"), "gptq", GRID),
+    (QuantizeOptions("auto"), "compressed-tensors", GRID),
+    (QuantizeOptions("auto", format="awq", effort="high"), "awq", replace(GRID, symmetric=False)),
     (
         QuantizeOptions("fp8", kv="fp8"),
         "compressed-tensors",

@@ -1,0 +1,62 @@
+"""--method auto and --effort: which algorithm they choose."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from llmkit.quant.algorithm import Algorithm, AutoRound
+from llmkit.quant.awq import AwqSmoother
+from llmkit.quant.gptq import GptqQuantizer
+from llmkit.quant.grid import FULL_SEARCH
+from llmkit.quant.methods import MethodOptions
+from llmkit.quant.quantize_options import Effort
+from llmkit.quant.smoothquant import SmoothQuant
+
+DAMP = 0.02
+GPTQ = GptqQuantizer(DAMP, FULL_SEARCH)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "expected"),
+    [
+        ("w4a16", Algorithm(GPTQ, AwqSmoother())),
+        ("w8a8", Algorithm(replace(GPTQ, search=None), SmoothQuant())),
+        ("fp8", Algorithm(replace(GPTQ, search=None))),
+        ("nvfp4", Algorithm(GPTQ)),
+    ],
+)
+def test_auto_method_chooses_by_scheme(scheme: str, expected: Algorithm) -> None:
+    options = MethodOptions("auto", scheme_name=scheme)
+    options.check()
+    assert options.calibrated
+    assert options.algorithm(DAMP) == expected
+
+
+def test_auto_method_does_not_smooth_the_fallback() -> None:
+    assert MethodOptions("auto").algorithm(DAMP, is_native=False) == Algorithm(GPTQ)
+
+
+def test_auto_method_writes_symmetric_compressed_tensors_unless_told_otherwise() -> None:
+    formats = {}
+    for name in (None, "gptq", "awq"):
+        options = MethodOptions("auto", format=name)
+        options.check()
+        scheme = options.scheme(64)
+        assert scheme is not None
+        formats[options.chosen_format] = scheme.symmetric
+    assert formats == {"compressed-tensors": True, "gptq": True, "awq": False}
+
+
+@pytest.mark.parametrize(
+    ("effort", "steps"), [("fast", None), ("normal", None), ("high", 30), ("max", 100)]
+)
+@pytest.mark.parametrize("method", ["auto", "gptq", "awq"])
+def test_effort_chooses_the_steps_of_learned_rounding(
+    method: str, effort: Effort, steps: int | None
+) -> None:
+    algorithm = MethodOptions(method, effort=effort).algorithm(DAMP)
+    assert algorithm.auto_round == (None if steps is None else AutoRound(steps))
+    if steps is not None:
+        assert (algorithm.quantizer, algorithm.smoother) == (GPTQ, AwqSmoother())
