@@ -41,7 +41,12 @@ def with_pruned_experts(checkpoint: Checkpoint, spec: ModelSpec, kept: KeptExper
     assert spec.moe is not None and spec.moe.expert_stack is None
     (num_experts,) = {len(experts) for experts in kept.values()}
     config = _with_num_experts(checkpoint.config, spec.moe.num_experts, num_experts)
-    pruned_spec = replace(spec, moe=replace(spec.moe, num_experts=num_experts))
+    bias_shape = [
+        num_experts if size == spec.moe.num_experts else size
+        for size in spec.moe.correction_bias_shape
+    ]
+    moe = replace(spec.moe, num_experts=num_experts, correction_bias_shape=tuple(bias_shape))
+    pruned_spec = replace(spec, moe=moe)
     originals = {row.name: row for row in parameters(spec)}
     sources: dict[str, _Source] = {}
     for row in parameters(pruned_spec):
@@ -67,8 +72,8 @@ def with_pruned_experts(checkpoint: Checkpoint, spec: ModelSpec, kept: KeptExper
         manifest=None,  # `_PrunedRows` reads through the checkpoint, which verifies the bytes
         row_reader=_PrunedRows(checkpoint, sources, spec.moe.num_experts),
     )
-    moe = checkpoint_spec(pruned).moe
-    if moe is None or moe.num_experts != num_experts:
+    found = checkpoint_spec(pruned).moe
+    if found is None or found.num_experts != num_experts:
         raise InputError(
             f"The config.json of {checkpoint.reference} does not say how many experts there are in"
             f" a field that llmkit can change ({', '.join(_NUM_EXPERTS)})",

@@ -63,8 +63,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--result", type=Path, required=True)
     args = parser.parse_args()
-    result = quantize(args.model, args.tokens, args.bits, args.group_size, args.out)
-    args.result.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    model, tokens, out = (path.resolve() for path in (args.model, args.tokens, args.out))
+    result_file = args.result.resolve()
+    os.chdir(out.parent)  # it writes a folder of logs
+    result = quantize(model, tokens, args.bits, args.group_size, out)
+    result_file.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
