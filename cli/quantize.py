@@ -165,9 +165,22 @@ def _show(console: Console, report: dict[str, Any]) -> None:
         notes.append(f"scored on {quality['text']}, {quality['tokens']:,} tokens")
     if report["carried"]:
         notes.append(f"copied as they were: {carried_text(report['carried'])}")
+    if report["pruned_experts"]:
+        notes.append(_pruned(report["pruned_experts"]))
     if report["fallbacks"]:
         notes.append(f"rounded to the nearest instead: {', '.join(report['fallbacks'])}")
     console.print("\n".join(notes), markup=False, highlight=False, soft_wrap=True)
+
+
+def _pruned(layers: list[dict[str, Any]]) -> str:
+    """What dropped experts gave: "4 of 16 experts of each layer dropped: ..."."""
+    first = layers[0]
+    dropped = len(first["dropped"])
+    shares = [layer["dropped_share"] for layer in layers]
+    return (
+        f"{dropped} of {dropped + len(first['kept'])} experts of each layer dropped: they gave"
+        f" {min(shares):.1%} to {max(shares):.1%} of what a layer's experts add"
+    )
 
 
 def _show_plan(console: Console, report: dict[str, Any]) -> None:

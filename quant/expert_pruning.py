@@ -133,7 +133,7 @@ def report_entries(
                 "layer": layer,
                 "kept": list(kept[layer]),
                 "dropped": dropped,
-                "dropped_saliency": [measured.saliency[expert] for expert in dropped],
+                "saliency": list(measured.saliency),
                 "dropped_share": sum(added[expert] for expert in dropped) / total if total else 0.0,
                 "dropped_tokens": sum(measured.tokens[expert] for expert in dropped),
                 "tokens": sum(measured.tokens),

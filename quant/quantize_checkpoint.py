@@ -21,25 +21,28 @@ from llmkit.checkpoint.tokenizer import Tokenizer, check_copied_tokenizer, load_
 from llmkit.checkpoint.writer import CheckpointWriter, planned_bytes
 from llmkit.common.errors import GateError, InputError
 from llmkit.common.progress import Progress
+from llmkit.model.families import checkpoint_spec
 from llmkit.model.full_forward import window_logits
 from llmkit.model.parameter_table import parameters
+from llmkit.model.spec import ModelSpec
 from llmkit.model.weight_loader import load_model
 from llmkit.quant import memory_estimate as memory
-from llmkit.quant.algorithm import QuantTarget, Solver
-from llmkit.quant.bit_search import BitSearch
+from llmkit.quant.algorithm import Solver
 from llmkit.quant.calibration_data import CalibrationData, load_calibration_data
 from llmkit.quant.calibration_text import windows_sha256
 from llmkit.quant.check_finite import check_finite
 from llmkit.quant.draft_acceptance import DraftAcceptance, measurable_head
+from llmkit.quant.expert_pruning import choose_experts, measure_saliency, report_entries
 from llmkit.quant.generated_text import GenerateFn, compare_answers
+from llmkit.quant.gguf_parameter_writer import GgufParameterWriter
 from llmkit.quant.grid import FULL_SEARCH
-from llmkit.quant.layer_sensitivity import LayerSensitivity, measure_sensitivity
+from llmkit.quant.layer_sensitivity import Sensitivity, measure_sensitivity
 from llmkit.quant.layer_stream import LayerStream
 from llmkit.quant.output_layout import output_config, output_files
 from llmkit.quant.output_quality import Quality, score_logits
 from llmkit.quant.parameter_writer import ParameterWriter
 from llmkit.quant.quantize_layers import quantize_layers
-from llmkit.quant.quantize_linear import Entry, quant_target, solve_locally
+from llmkit.quant.quantize_linear import Entry, solve_locally
 from llmkit.quant.quantize_options import QuantizeOptions
 from llmkit.quant.quantize_page import report_page
 from llmkit.quant.quantize_plan import QuantizePlan, make_plan, plan_summary
@@ -52,11 +55,12 @@ from llmkit.quant.quantize_report import (
     report_json,
 )
 from llmkit.quant.round_parameters import round_parameters, write_parameter
+from llmkit.quant.scheme_search import SchemeSearch
 from llmkit.quant.token_windows import evaluation_windows
 
 REPORT_FILE = "llmkit_report.json"
 PAGE_FILE = "report.html"
-# The suffix of a file beside the output: the state of a bit search that is not finished.
+# The suffix of a file beside the output: the state of a search of schemes that is not finished.
 SEARCH_SUFFIX = ".partial.search"
 # In the partial output only: the hidden states of the calibration text, when they lie on disk.
 HIDDEN_FOLDER = "hidden"
@@ -93,13 +97,19 @@ def quantize(
         progress.message(f"nothing of {plan.out} was written yet: starting from the beginning")
     calibration = None
     with watch("read"):
-        if plan.calibrated and tokenizer is not None:
+        if plan.needs_text and tokenizer is not None:
             calibration = load_calibration_data(plan, tokenizer, generate, progress)
     with watch("check"):
-        check_finite(plan.source, _source_tensors(plan), progress)
+        check_finite(plan.reference[0], _source_tensors(plan), progress)
     with watch("hash"):
         plan.source.source_hashes()
-    run = _Run(plan, watch, tokenizer, calibration, generate, progress, solver, clock)
+    pruning = None
+    if plan.whole_source is not None and calibration is not None:
+        with watch("experts"):
+            plan, pruning = _prune_experts(plan, calibration, progress)
+        if not plan.calibrated:
+            calibration = None
+    run = _Run(plan, watch, tokenizer, calibration, generate, progress, solver, clock, pruning)
     if options.mixed:
         return _quantize_mixed(run)
     report = run.write_output(plan)
@@ -147,7 +157,7 @@ def _load_tokenizer(plan: QuantizePlan) -> Tokenizer | None:
 
     Raises InputError when it is malformed, or absent and calibration or evaluation needs it.
     """
-    if plan.calibrated or plan.options.evaluate:
+    if plan.needs_text or plan.options.evaluate:
         return load_tokenizer(plan.source)
     return check_copied_tokenizer(plan.source)
 
@@ -163,33 +173,54 @@ def _check_memory(plan: QuantizePlan) -> None:
 
 def _source_tensors(plan: QuantizePlan) -> list[str]:
     """The source's tensors that the run reads, each once."""
-    names = [tensor for parameter in parameters(plan.spec) for tensor in parameter.source_names]
+    spec = plan.reference[1]
+    names = [tensor for parameter in parameters(spec) for tensor in parameter.source_names]
     return list(dict.fromkeys(names))
 
 
+def _prune_experts(
+    plan: QuantizePlan, calibration: CalibrationData, progress: Progress
+) -> tuple[QuantizePlan, list[dict[str, Any]]]:
+    """The plan without the experts that add least, and the report's entries.
+
+    The same text gives the same experts, so that an interrupted run resumes with them.
+    """
+    whole = plan.whole_source
+    assert whole is not None and whole.spec.moe is not None
+    stream = LayerStream.from_checkpoint(whole.checkpoint, whole.spec, plan.device)
+    saliency = measure_saliency(stream, calibration.windows, progress)
+    kept = choose_experts(saliency, whole.spec.moe, whole.num_kept)
+    return plan.with_kept_experts(kept), report_entries(saliency, kept)
+
+
 def _quantize_mixed(run: _Run) -> Report:
-    """Write outputs with different bits per linear until the search accepts one."""
+    """Write outputs with different schemes of linears until the search accepts one."""
     with run.watch("sensitivity"):
         search = _start_search(run)
     while True:
-        bits = search.bits_by_module(search.next_bits())
-        report = run.write_output(run.plan.with_bits(bits), search)
+        schemes = search.schemes_by_module(search.next_choice())
+        report = run.write_output(run.plan.with_schemes(schemes), search)
         if report is not None:
             search.remove_file()
             return report
         search.save()
 
 
-def _start_search(run: _Run) -> BitSearch:
-    """A new bit search, or that of an interrupted run with the same options."""
+def _start_search(run: _Run) -> SchemeSearch:
+    """A new search of schemes, or that of an interrupted run with the same options."""
     options = run.plan.options
-    target = {"target_bits": options.target_bits, "target_kl": options.target_kl}
+    target = {
+        "target_bits": options.target_bits,
+        "target_kl": options.target_kl,
+        "candidates": run.plan.candidates,
+        "eval_windows": options.eval_windows,
+    }
     identity = json.dumps([run.identity(run.plan), target], sort_keys=True)
     key = hashlib.sha256(identity.encode()).hexdigest()
     file = sibling(run.plan.out, SEARCH_SUFFIX)
     with write_errors(file):
         file.parent.mkdir(parents=True, exist_ok=True)
-    return BitSearch.resume(
+    return SchemeSearch.resume(
         file, key, options.target_bits, options.target_kl, run.measure_sensitivity
     )
 
@@ -206,6 +237,7 @@ class _Run:
     progress: Progress
     solver: Solver
     clock: RunClock
+    pruning: list[dict[str, Any]] | None = None  # what the report says about dropped experts
     num_attempts: int = 0
 
     def identity(self, plan: QuantizePlan) -> dict[str, Any]:
@@ -220,36 +252,30 @@ class _Run:
             # The order of float additions depends on the number of threads.
             "number of threads": torch.get_num_threads() if calibration else None,
             "source": plan.source.source_hashes(),
+            "dropped experts": [entry["dropped"] for entry in self.pruning or ()],
         }
 
-    def measure_sensitivity(self) -> list[LayerSensitivity]:
-        """The KL divergence that quantizing each linear costs, on the calibration text."""
+    def measure_sensitivity(self) -> Sensitivity:
+        """The KL divergence that each scheme costs at each linear, on the calibration text."""
         plan = self.plan
-        assert self.calibration is not None and plan.quantization is not None
-        targets: dict[int, list[QuantTarget]] = {}
-        for parameter in parameters(plan.spec):
-            if not parameter.is_linear:
-                continue
-            target = quant_target(parameter, plan.quantization)
-            if target is not None:
-                targets.setdefault(parameter.layers[0], []).append(target)
+        assert self.calibration is not None
         stream = _source_stream(plan)
-        return measure_sensitivity(stream, targets, self.calibration.windows, self.progress)
+        return measure_sensitivity(
+            stream, plan.units, plan.algorithm.quantizer, self.calibration.windows, self.progress
+        )
 
-    def write_output(self, plan: QuantizePlan, search: BitSearch | None = None) -> Report | None:
+    def write_output(self, plan: QuantizePlan, search: SchemeSearch | None = None) -> Report | None:
         """Write the output of `plan`. Returns None when `search` needs another attempt instead."""
         with CheckpointWriter(
-            plan.out, plan.files, plan.source, self.identity(plan), self.clock
+            plan.out, plan.files, plan.source, self.identity(plan), self.clock, plan.headers
         ) as checkpoint_writer:
-            # A later attempt of a bit search replaces the one before it, which is no news.
+            # A later attempt of a search of schemes replaces the one before it, which is no news.
             if checkpoint_writer.resume_note and not self.num_attempts:
                 self.progress.message(checkpoint_writer.resume_note)
             self.num_attempts += 1
             if self.clock.earlier_s:
                 self.watch.seconds[EARLIER_RUNS] = round(self.clock.earlier_s, 3)
-            writer = ParameterWriter(
-                plan.source, plan.spec, plan.quantization, plan.tensors, checkpoint_writer
-            )
+            writer = _parameter_writer(plan, checkpoint_writer)
             with self.watch("quantize" if plan.quantization else "cast"):
                 writer.write_carried()
                 linears = self._write_parameters(plan, writer)
@@ -261,23 +287,27 @@ class _Run:
                 return None
             calibration_info = self.calibration.info if self.calibration else None
             results = _results(plan, writer, calibration_info, linears, quality)
+            results["pruned_experts"] = self.pruning
             if search is not None:
                 results |= search.report_entries()
             if self.tokenizer is not None and plan.options.evaluate:
                 with self.watch("samples"):
                     results |= self._compare_samples(plan, writer, self.tokenizer)
             report = build_report(plan, self.watch, results)
-            files = output_files(plan.source, plan.quantization)
+            files = output_files(plan.source, plan.quantization, plan.gguf is not None)
             files[REPORT_FILE] = report_json(report)
             files[PAGE_FILE] = report_page(report)
-            config = output_config(plan.source, plan.quantization, plan.dtype)
+            config = None
+            if plan.gguf is None:
+                config = output_config(plan.source, plan.quantization, plan.dtype)
             checkpoint_writer.finish(config, files, manifest_entries(plan, calibration_info))
         return report
 
     def _write_parameters(self, plan: QuantizePlan, writer: ParameterWriter) -> list[Entry]:
         """Write all tensors. Returns the report's entries of the linears."""
         if self.calibration is None:
-            return round_parameters(writer, plan.device, self.progress)
+            search = plan.rounding_search
+            return round_parameters(writer, plan.device, self.progress, search)
         head_entries: list[Entry] = []
         for parameter in parameters(plan.spec):
             if not parameter.name.startswith("layers."):
@@ -317,14 +347,14 @@ class _Run:
             shutil.rmtree(hidden_folder)
         return layer_entries + head_entries
 
-    def _accepts(self, search: BitSearch, quality: dict[str, Any] | None) -> bool:
+    def _accepts(self, search: SchemeSearch, quality: dict[str, Any] | None) -> bool:
         """Whether the attempt that was just written is the search's final one."""
-        bits = search.next_bits()
+        choice = search.next_choice()
         kl = quality["mean_kl"] if quality else 0.0
-        if search.record_attempt(bits, kl):
+        if search.record_attempt(choice, kl):
             return True
         self.progress.message(
-            f"{search.mean_bits(bits):.2f} bits a weight give a mean KL of {kl:.4f}; "
+            f"{search.mean_bits(choice):.2f} bits a weight give a mean KL of {kl:.4f}; "
             "trying another mix"
         )
         return False
@@ -336,7 +366,7 @@ class _Run:
         if self.generate is None:
             return {"samples": [], "samples_note": "no engine was given to write them with"}
         self.progress.start("samples", 1, "comparison")
-        source = plan.source
+        source = plan.reference[0]
         if source.file_format == "gguf":
             source = source.with_dtype(plan.dtype)
         samples, note = compare_answers(
@@ -346,16 +376,36 @@ class _Run:
         return {"samples": samples, "samples_note": note}
 
 
+def _parameter_writer(plan: QuantizePlan, checkpoint_writer: CheckpointWriter) -> ParameterWriter:
+    if plan.gguf is not None:
+        return GgufParameterWriter(
+            plan.source, plan.spec, plan.quantization, plan.gguf, checkpoint_writer
+        )
+    return ParameterWriter(
+        plan.source, plan.spec, plan.quantization, plan.tensors, checkpoint_writer
+    )
+
+
 def _source_stream(plan: QuantizePlan) -> LayerStream:
     return LayerStream.from_checkpoint(plan.source, plan.spec, plan.device)
 
 
 def _output_checkpoint(plan: QuantizePlan, writer: ParameterWriter) -> Checkpoint:
-    return writer.as_checkpoint(output_config(plan.source, plan.quantization, plan.dtype))
+    config = {} if plan.gguf else output_config(plan.source, plan.quantization, plan.dtype)
+    return writer.as_checkpoint(config)
 
 
 def _output_stream(plan: QuantizePlan, writer: ParameterWriter) -> LayerStream:
-    return LayerStream.from_checkpoint(_output_checkpoint(plan, writer), plan.spec, plan.device)
+    output = _output_checkpoint(plan, writer)
+    return LayerStream.from_checkpoint(output, _spec_of(plan, output), plan.device)
+
+
+def _spec_of(plan: QuantizePlan, checkpoint: Checkpoint) -> ModelSpec:
+    """The spec of the source or the output. A GGUF file has names of its own for some tensors."""
+    reference, spec = plan.reference
+    if checkpoint is reference:
+        return spec
+    return plan.spec if plan.gguf is None else checkpoint_spec(checkpoint)
 
 
 def _logits(
@@ -367,7 +417,7 @@ def _logits(
 ) -> Iterator[torch.Tensor]:
     """The logits, float32 [L, vocab], of each token window of [n, L]."""
     if plan.spec.transformers is None:
-        stream = LayerStream.from_checkpoint(checkpoint, plan.spec, plan.device)
+        stream = LayerStream.from_checkpoint(checkpoint, _spec_of(plan, checkpoint), plan.device)
         return stream.logits(windows, progress.advance, acceptance)
     # The layers of the fallback cannot be read one at a time.
     model = load_model(checkpoint, torch.float32, plan.device, spec=plan.spec)
@@ -387,7 +437,7 @@ def _evaluate(
     # The output has the source's own head, byte for byte.
     after, before = (None if head is None else DraftAcceptance(*head) for _ in "12")
     output_logits = _logits(_output_checkpoint(plan, writer), plan, windows, progress, after)
-    source_logits = _logits(plan.source, plan, windows, progress, before)
+    source_logits = _logits(plan.reference[0], plan, windows, progress, before)
     quality: Quality = score_logits(output_logits, source_logits, windows)
     progress.finish()
     if quality.reference_perplexity is None or not math.isfinite(quality.reference_perplexity):
@@ -417,16 +467,18 @@ def _results(
     quality: dict[str, Any] | None,
 ) -> dict[str, Any]:
     """The measured part of the report."""
-    checkpoint_bytes = planned_bytes(plan.files)
+    checkpoint_bytes = planned_bytes(plan.files, plan.headers)
+    source_bytes = plan.reference[0].weight_bytes
     return {
         "calibration": calibration_info,
         "quality": quality,
         "sizes": {
-            "source_bytes": plan.source.weight_bytes,
+            "source_bytes": source_bytes,
             "checkpoint_bytes": checkpoint_bytes,
-            "ratio": checkpoint_bytes / max(1, plan.source.weight_bytes),
+            "ratio": checkpoint_bytes / max(1, source_bytes),
         },
         "fallbacks": [entry["name"] for entry in linears if entry["fallback"]],
         "overflows": writer.overflows,
+        "gguf": plan.gguf.report_entries() if plan.gguf else None,
         "linears": linears,
     }

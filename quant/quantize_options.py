@@ -171,6 +171,16 @@ class QuantizeOptions:
             panel=METHOD_PANEL,
         ),
     ] = None
+    prune_experts: Annotated[
+        float | None,
+        Option(
+            "Drop this share of each layer's experts: those that add least on the calibration text "
+            "(REAP).",
+            metavar="SHARE",
+            unset="none",
+            panel=METHOD_PANEL,
+        ),
+    ] = None
     layers: Annotated[
         str | None,
         Option(

@@ -18,14 +18,21 @@ from llmkit.checkpoint.open_checkpoint import open_checkpoint
 from llmkit.checkpoint.output_directory import check_output
 from llmkit.checkpoint.quantized_weight import QuantizationConfig, Scheme
 from llmkit.checkpoint.safetensors_header import TensorInfo
-from llmkit.checkpoint.writer import plan_files, planned_bytes
+from llmkit.checkpoint.writer import (
+    HeaderFunction,
+    plan_files,
+    planned_bytes,
+    safetensors_header,
+)
 from llmkit.common.errors import InputError, UsageError
 from llmkit.common.progress import Progress
 from llmkit.model.checkpoint_tensors import check_checkpoint, scheme_of
 from llmkit.model.dequantized_checkpoint import dequantized_checkpoint
 from llmkit.model.device import resolve_device
+from llmkit.model.draft_head_spec import mtp_model_spec
 from llmkit.model.families import FALLBACK, checkpoint_spec, require_native
 from llmkit.model.parameter_table import embedding_tensor, parameters
+from llmkit.model.pruned_experts import KeptExperts, with_pruned_experts
 from llmkit.model.spec import ModelSpec
 from llmkit.model.unstacked_experts import with_unstacked_experts
 from llmkit.quant import memory_estimate as memory
@@ -36,6 +43,10 @@ from llmkit.quant.calibration_size import (
     default_seq_len,
     default_windows,
 )
+from llmkit.quant.expert_pruning import num_kept_experts
+from llmkit.quant.gguf_plan import GgufPlan, make_gguf_plan
+from llmkit.quant.gguf_quantizer import GgufQuantizer
+from llmkit.quant.grid import RangeSearch
 from llmkit.quant.methods import (
     Method,
     MethodOptions,
@@ -118,6 +129,24 @@ def check_options(options: QuantizeOptions) -> None:
 
 
 @dataclass(frozen=True)
+class WholeSource:
+    """A source of which some experts are dropped."""
+
+    checkpoint: Checkpoint
+    spec: ModelSpec
+    num_kept: int  # experts of a layer that stay
+
+    def pruned(self, kept: KeptExperts) -> Checkpoint:
+        """The source with the experts `kept` of each layer."""
+        return with_pruned_experts(self.checkpoint, self.spec, kept)
+
+    def first_experts(self) -> dict[int, range]:
+        """The first experts of each layer, until it is known which ones stay."""
+        layers = enumerate(self.spec.layers)
+        return {index: range(self.num_kept) for index, layer in layers if layer.is_moe}
+
+
+@dataclass(frozen=True)
 class QuantizePlan:
     """A checked run: what is read, how it is quantized and what is written."""
 
@@ -132,6 +161,10 @@ class QuantizePlan:
     seq_len: int  # tokens of a calibration window
     quantized_source: QuantizedSource | None = None  # None: the source is not quantized
     candidates: tuple[str, ...] = ()  # the schemes that mixed precision chooses from
+    gguf: GgufPlan | None = None  # None: the output is in safetensors files
+    # The source with all of its experts, where some are dropped. `source` has those that stay, or
+    # the first ones, until the calibration text tells which ones stay.
+    whole_source: WholeSource | None = None
 
     @property
     def method(self) -> Method:
@@ -149,11 +182,40 @@ class QuantizePlan:
         return method_options(self.options).calibrated or self.options.mixed
 
     @property
+    def needs_text(self) -> bool:
+        """Whether calibration text is read."""
+        return self.calibrated or self.whole_source is not None
+
+    @property
+    def reference(self) -> tuple[Checkpoint, ModelSpec]:
+        """What the output is compared with: the source with all of its experts."""
+        if self.whole_source is not None:
+            return self.whole_source.checkpoint, self.whole_source.spec
+        return self.source, self.spec
+
+    def with_kept_experts(self, kept: KeptExperts) -> QuantizePlan:
+        """The plan for the experts `kept` of each layer."""
+        assert self.whole_source is not None
+        return dataclasses.replace(self, source=self.whole_source.pruned(kept))
+
+    @property
+    def headers(self) -> HeaderFunction:
+        """What makes the headers of the weight files."""
+        return safetensors_header if self.gguf is None else self.gguf.headers
+
+    @property
     def algorithm(self) -> Algorithm:
         """How a calibrated run quantizes the layers."""
-        return _with_input_stats(
-            method_options(self.options).algorithm(self.options.damp), self.candidates
-        )
+        if self.gguf is not None:
+            return Algorithm(
+                GgufQuantizer(self.gguf.tensor_types, dampening_frac=self.options.damp)
+            )
+        return _with_input_stats(_algorithm(self.options, self.spec), self.candidates)
+
+    @property
+    def rounding_search(self) -> RangeSearch | None:
+        """The search of a run without calibration."""
+        return method_options(self.options).rounding_search
 
     @property
     def samples(self) -> int:
@@ -252,7 +314,7 @@ def make_plan(source: str, out: Path, options: QuantizeOptions, progress: Progre
         for text in quantized_source.messages(method.chosen_format is None, options.kv):
             progress.message(text)
     stored = checkpoint
-    if method.chosen_format is not None:
+    if method.chosen_format is not None or options.prune_experts is not None:
         checkpoint = with_unstacked_experts(checkpoint, spec)
         spec = checkpoint_spec(checkpoint)
     unstacks_experts = checkpoint is not stored
@@ -262,33 +324,44 @@ def make_plan(source: str, out: Path, options: QuantizeOptions, progress: Progre
             embedding_tensor(spec), f"{spec.lm_head_name}.weight"
         )
         spec = checkpoint_spec(checkpoint)
+    whole_source = None
+    if options.prune_experts is not None:
+        whole_source = _whole_source(checkpoint, spec, options.prune_experts)
+        checkpoint = whole_source.pruned(whole_source.first_experts())
+        spec = checkpoint_spec(checkpoint)
     layers = _layer_range(options.layers, len(spec.layers))
     ignore = ignored_modules(spec, options.keep, layers)
     quantization = build_quantization_config(spec, method, ignore)
     if quantization is not None:
         carried = carried_modules(checkpoint, spec)
         quantization = dataclasses.replace(quantization, carried=carried)
-    if quantization is not None and options.method == "gptq":
+    if quantization is not None and options.method in ("gptq", "auto"):
         quantization = dataclasses.replace(quantization, damp=options.damp)
     check_engine(target, quantization, spec, unstacks_experts)
     out = out.expanduser().absolute()
     wanted_seq_len = options.seq_len or default_seq_len(options.samples, device)
     options = dataclasses.replace(options, seq_len=wanted_seq_len)
     seq_len = min(wanted_seq_len, spec.max_position_embeddings)
-    if options.samples is None and (method.calibrated or options.mixed):
+    needs_text = method.calibrated or options.mixed or whole_source is not None
+    if options.samples is None and needs_text:
         options = dataclasses.replace(options, samples=default_windows(spec, seq_len, device))
     plan = QuantizePlan(
         checkpoint, spec, out, options, None, [], {}, device, seq_len, quantized_source, candidates
     )
+    plan = dataclasses.replace(plan, whole_source=whole_source)
+    if method.chosen_format == "gguf":
+        plan = dataclasses.replace(plan, gguf=_gguf_plan(plan, quantization, ignore))
     plan = _with_quantization(plan, quantization)
     if options.target_bits is not None:
         check_target_bits(plan.units, options.target_bits)
-    check_output(plan.out, checkpoint.path, planned_bytes(plan.files))
+    check_output(plan.out, checkpoint.path, planned_bytes(plan.files, plan.headers))
+    if plan.gguf is not None and (note := plan.gguf.replaced_note()):
+        progress.message(note)
     if spec.transformers is not None:
         progress.message(FALLBACK)
     if options.device == "auto" and device.type == "cpu":
         progress.message("no CUDA device: running on the CPU")
-    if plan.calibrated and seq_len < wanted_seq_len:
+    if plan.needs_text and seq_len < wanted_seq_len:
         progress.message(
             f"calibration windows have {seq_len} tokens: the model has no more positions"
         )
@@ -325,15 +398,35 @@ def _with_input_stats(algorithm: Algorithm, candidates: Sequence[str]) -> Algori
     return algorithm
 
 
+def _algorithm(options: QuantizeOptions, spec: ModelSpec) -> Algorithm:
+    is_native = spec.transformers is None
+    return method_options(options).algorithm(options.damp, is_native=is_native)
+
+
+def _whole_source(checkpoint: Checkpoint, spec: ModelSpec, share: float) -> WholeSource:
+    """The source, of which a share of the experts is dropped. Raises as `num_kept_experts` does."""
+    whole = WholeSource(checkpoint, spec, num_kept_experts(spec.moe, share))
+    head = mtp_model_spec(spec, checkpoint.tensor_shapes)
+    if head is not None and any(layer.is_moe for layer in head.layers):
+        raise InputError(
+            f"{checkpoint.reference} has an MTP head with experts of its own, and config.json has"
+            " one number of experts for both",
+            "A model without such a head was expected",
+            "Leave out --prune-experts",
+        )
+    return whole
+
+
 def _check_fallback(spec: ModelSpec, options: QuantizeOptions) -> None:
     """Raises InputError for options that need a native family, when the model has none."""
     method = method_options(options)
-    algorithm = method.algorithm(options.damp) if method.calibrated else None
+    algorithm = _algorithm(options, spec) if method.calibrated else None
     for name, is_used in (
         ("--require-native", options.require_native),
         ("--kv", bool(options.kv)),
         ("--target-kl or --target-bits", options.mixed),
-        ("--effort max", algorithm is not None and algorithm.auto_round is not None),
+        ("--prune-experts", options.prune_experts is not None),
+        (f"--effort {options.effort}", algorithm is not None and algorithm.auto_round is not None),
         ("smoothing of inputs", algorithm is not None and algorithm.smoother is not None),
         (
             "--lm-head with a tied embedding",
@@ -349,8 +442,24 @@ def _check_fallback(spec: ModelSpec, options: QuantizeOptions) -> None:
         )
 
 
+def _gguf_plan(
+    plan: QuantizePlan, quantization: QuantizationConfig | None, ignore: Sequence[str]
+) -> GgufPlan:
+    """The GGUF file of a run. Raises InputError for models that it cannot hold."""
+    require_native(plan.spec, "--format gguf")
+    preset = plan.dtype
+    if quantization is not None and quantization.scheme is not None:
+        preset = quantization.scheme.preset
+    return make_gguf_plan(plan.source, plan.spec, preset, plan.dtype, ignore)
+
+
 def _with_quantization(plan: QuantizePlan, quantization: QuantizationConfig | None) -> QuantizePlan:
     """The plan with a quantization, and the tensors and files that follow from it."""
+    if plan.gguf is not None:
+        infos = list(plan.gguf.infos)
+        return dataclasses.replace(
+            plan, quantization=quantization, tensors=infos, files={plan.gguf.file: infos}
+        )
     tensors = planned_tensors(plan.source, plan.spec, quantization, plan.method.dtype)
     return dataclasses.replace(
         plan, quantization=quantization, tensors=tensors, files=plan_files(tensors)
@@ -383,7 +492,10 @@ def plan_summary(plan: QuantizePlan) -> dict[str, Any]:
         (words, estimate_seconds(plan.spec, _work(other), speed))
         for words, other in _cheaper_plans(plan)
     ]
-    files = {file: sum(tensor.nbytes for tensor in tensors) for file, tensors in plan.files.items()}
+    files = {
+        file: sum(tensor.nbytes for tensor in plan.headers(tensors)[1].values())
+        for file, tensors in plan.files.items()
+    }
     return {
         "files": files,
         "tensors": len(plan.tensors),
@@ -391,9 +503,9 @@ def plan_summary(plan: QuantizePlan) -> dict[str, Any]:
         "memory_bytes": plan.memory_bytes(plan.offloads()),
         "offload": plan.offloads(),
         "memory_available_bytes": memory.available_bytes(plan.device),
-        "disk_bytes": planned_bytes(plan.files),
-        "samples": plan.samples if plan.calibrated else None,
-        "seq_len": plan.seq_len if plan.calibrated else None,
+        "disk_bytes": planned_bytes(plan.files, plan.headers),
+        "samples": plan.samples if plan.needs_text else None,
+        "seq_len": plan.seq_len if plan.needs_text else None,
         "seconds": seconds,
         # Only what saves a tenth of the time or more.
         "cheaper": [
@@ -421,7 +533,7 @@ def _cheaper_plans(plan: QuantizePlan) -> Iterator[tuple[str, QuantizePlan]]:
     """Plans that take less time, with the options that lead to them; the best quality first."""
     if not plan.calibrated:
         return
-    efforts = ["max", "normal", "fast"]
+    efforts = ["max", "high", "normal", "fast"]
     lower_efforts = efforts[efforts.index(plan.options.effort) + 1 :]
     fewer = min(plan.samples, math.ceil(MIN_TOKENS / plan.seq_len))
     fewer = max(fewer, min(plan.samples, MIN_WINDOWS))

@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers
 from support.tiny_families import family_oracle, oracle_logits
+from support.tiny_models import tiny_checkpoint
 
 from llmkit.checkpoint.checkpoint import Checkpoint
 from llmkit.checkpoint.open_checkpoint import open_checkpoint
@@ -30,6 +31,8 @@ from llmkit.quant.expert_pruning import (
     report_entries,
 )
 from llmkit.quant.layer_stream import LayerStream
+from llmkit.quant.quantize_checkpoint import quantize
+from llmkit.quant.quantize_options import QuantizeOptions
 
 TOKENS = torch.randint(3, 60, (11,), generator=torch.Generator().manual_seed(5))
 GROUPED = ("glm4-moe", "deepseek-v3", "nemotron-3")
@@ -169,5 +172,51 @@ def test_choose_experts_takes_the_best_of_each_group() -> None:
 def test_report_entries_say_what_dropped_experts_added() -> None:
     measured = ExpertSaliency((0.25, 0.5, 1.0), (4, 2, 2))
     (entry,) = report_entries({1: measured}, {1: [1, 2]})
-    assert entry["dropped"] == [0] and entry["dropped_saliency"] == [0.25]
+    assert entry["dropped"] == [0] and entry["saliency"] == [0.25, 0.5, 1.0]
     assert entry["dropped_share"] == pytest.approx(0.25) and entry["dropped_tokens"] == 4
+
+
+@pytest.mark.usefixtures("short_builtin_text")
+@pytest.mark.parametrize("method", ["bf16", "rtn"])
+def test_quantize_prunes_experts_and_compares_with_the_whole_source(
+    method: str, tmp_path: Path
+) -> None:
+    source = tiny_checkpoint(tmp_path / "source", "qwen3_moe", dtype="float32")
+    options = QuantizeOptions(
+        method, samples=4, seq_len=64, prune_experts=0.5, device="cpu", eval_windows=1
+    )
+    report = quantize(str(source), str(tmp_path / "out"), options, SilentProgress())
+    checkpoint, spec = one_by_one(source)
+    assert spec.moe is not None
+    num_kept = spec.moe.num_experts // 2
+    layers = report["pruned_experts"]
+    assert [layer["layer"] for layer in layers] == [0, 1]
+    written = open_checkpoint(tmp_path / "out")
+    written_spec = checkpoint_spec(written)
+    assert written_spec.moe is not None and written_spec.moe.num_experts == num_kept
+    check_checkpoint(written, written_spec)
+    assert report["quality"]["mean_kl"] > 0.001, "the reference has all experts"
+    assert report["sizes"]["source_bytes"] == checkpoint.weight_bytes
+    for layer in layers:
+        assert sorted(layer["kept"] + layer["dropped"]) == list(range(spec.moe.num_experts))
+        saliency = layer["saliency"]
+        least = min(saliency[expert] for expert in layer["kept"])
+        assert all(saliency[expert] <= least for expert in layer["dropped"])
+        prefix = f"model.layers.{layer['layer']}.mlp"
+        gate = checkpoint.read(f"{prefix}.gate.weight")[layer["kept"]]
+        assert torch.equal(written.read(f"{prefix}.gate.weight").float(), gate.bfloat16().float())
+    if method == "bf16":
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            tmp_path / "out", dtype=torch.float32
+        ).eval()
+        ours = load_model(written, torch.float32)
+        logits = next(iter(window_logits(ours, TOKENS[None])))
+        assert torch.allclose(logits, oracle_logits(model, TOKENS), atol=1e-4, rtol=1e-4)
+
+
+def test_prune_experts_refuses_models_without_experts(tmp_path: Path) -> None:
+    source = tiny_checkpoint(tmp_path / "source")
+    options = QuantizeOptions("rtn", prune_experts=0.5, device="cpu")
+    with pytest.raises(InputError, match="has no experts"):
+        quantize(str(source), str(tmp_path / "out"), options, SilentProgress())
+    assert not (tmp_path / "out").exists()
