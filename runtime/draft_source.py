@@ -18,6 +18,7 @@ from llmkit.model.draft_head_spec import (
 from llmkit.model.families import checkpoint_spec, require_native
 from llmkit.model.spec import ModelSpec
 from llmkit.runtime.engine.engine_options import EngineOptions
+from llmkit.shard.rank_part import draft_head_part
 
 LEAVE_OUT = "Leave out --draft-model to draft from the text itself"
 
@@ -32,8 +33,10 @@ class DraftSource(NamedTuple):
 def open_draft(
     checkpoint: Checkpoint, spec: ModelSpec, options: EngineOptions
 ) -> DraftSource | None:
-    """What drafts for a model; None without speculation, and where its text does.
+    """What drafts for a model or a rank's part of it; None without speculation, and where its text
+    does.
 
+    checkpoint: the whole model's; of a sharded one with the tensors that no rank loads.
     Raises InputError when it cannot draft for the model.
     """
     if options.draft_model is not None:
@@ -53,10 +56,14 @@ def open_draft(
 def _open_mtp_head(checkpoint: Checkpoint, spec: ModelSpec) -> DraftSource:
     require_native(spec, "--speculate mtp")
     others = "Use --speculate ngram or suffix, or --draft-model"
-    if spec.rank is not None or checkpoint.layout is not None:
-        raise InputError("--speculate mtp on several ranks is not possible", todo=others)
+    if not (spec.is_first_stage and spec.is_last_stage):
+        # The last stage drafts, and the first one embeds the drafts of the next step.
+        raise InputError(
+            "--speculate mtp in several pipeline stages is not possible",
+            todo=f"Use --tp in place of --pp. {others}",
+        )
     _require_full_attention(spec, "--speculate mtp", others)
-    head = mtp_model_spec(spec, checkpoint.tensor_shapes)
+    head = mtp_model_spec(spec.full_model, checkpoint.tensor_shapes)
     if head is None:
         raise InputError(
             f"--speculate mtp: {checkpoint.reference} has no MTP head",
@@ -65,7 +72,10 @@ def _open_mtp_head(checkpoint: Checkpoint, spec: ModelSpec) -> DraftSource:
         )
     checkpoint = with_dense_modules(checkpoint, head)
     check_draft_head(checkpoint, head)
-    return DraftSource(checkpoint, head)
+    if spec.rank is None:
+        return DraftSource(checkpoint, head)
+    part = draft_head_part(checkpoint, head, spec.rank)
+    return DraftSource(part.checkpoint, part.spec)
 
 
 def _open_draft_model(reference: str, spec: ModelSpec) -> DraftSource:

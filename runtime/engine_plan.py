@@ -76,7 +76,9 @@ def plan_engine(checkpoint: Checkpoint, options: EngineOptions) -> EnginePlan:
     if not uses_several_ranks(checkpoint, options):
         return plan_part(checkpoint, checkpoint_spec(checkpoint), options)
     parts = rank_parts(checkpoint, options.tp, options.pp, options.ep)
-    plans = [plan_part(part.checkpoint, part.spec, options, len(parts)) for part in parts]
+    plans = [
+        plan_part(part.checkpoint, part.spec, options, len(parts), part.whole) for part in parts
+    ]
     return min(plans, key=lambda plan: plan.memory.num_blocks)
 
 
@@ -86,9 +88,16 @@ def uses_several_ranks(checkpoint: Checkpoint, options: EngineOptions) -> bool:
 
 
 def plan_part(
-    checkpoint: Checkpoint, spec: ModelSpec, options: EngineOptions, num_parts: int = 1
+    checkpoint: Checkpoint,
+    spec: ModelSpec,
+    options: EngineOptions,
+    num_parts: int = 1,
+    whole: Checkpoint | None = None,
 ) -> EnginePlan:
-    """The plan of a whole model, or of one of its parts; the parts share the memory of a CPU."""
+    """The plan of a whole model, or of one of its parts; the parts share the memory of a CPU.
+
+    whole: of a part, see `RankPart.whole`.
+    """
     check_checkpoint(checkpoint, spec)
     for name, is_used in (
         ("--require-native", options.require_native),
@@ -105,7 +114,7 @@ def plan_part(
     offload = plan_offload(checkpoint, spec, dtype, device, options.cpu_offload)
     weights = weight_bytes(checkpoint, spec, dtype, device)
     weights += offload.buffer_bytes - offload.weight_bytes
-    draft = open_draft(checkpoint, spec, options)
+    draft = open_draft(whole or checkpoint, spec, options)
     if draft is not None:
         weights += weight_bytes(draft.checkpoint, draft.spec, dtype, device)
     require_weights_fit(weights, free, dtype, device)

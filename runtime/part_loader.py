@@ -177,13 +177,14 @@ def load_part(
     report: StartupReport,
     parallel_group: ParallelGroup = SINGLE_RANK,
     num_parts: int = 1,
+    whole: Checkpoint | None = None,
 ) -> LoadedPart:
     """Plan and load a whole model, or one of its `num_parts` parts.
 
-    The ranks of all parts form the `parallel_group`.
+    The ranks of all parts form the `parallel_group`. whole: of a part, see `RankPart.whole`.
     """
     with report.stage("memory plan"):
-        plan = plan_part(checkpoint, spec, options, num_parts)
+        plan = plan_part(checkpoint, spec, options, num_parts, whole)
     device = plan.device
     model = load_weights(
         checkpoint,
@@ -196,7 +197,7 @@ def load_part(
         options.cpu_activations,
     )
     draft: LanguageModel | DraftHead | None = None
-    source = open_draft(checkpoint, spec, options)
+    source = open_draft(whole or checkpoint, spec, options)
     if source is not None and source.spec.draft_head is not None:
         assert isinstance(model, Decoder), "open_draft refuses it"
         with report.stage("building"):

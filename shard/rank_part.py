@@ -16,10 +16,10 @@ from llmkit.checkpoint.dtypes import DTYPES
 from llmkit.checkpoint.safetensors_header import TensorInfo, read_header
 from llmkit.checkpoint.tensor_reader import CHUNK_BYTES, row_chunks, tensor_bytes
 from llmkit.common.errors import InputError, UsageError
-from llmkit.model.checkpoint_tensors import check_checkpoint
+from llmkit.model.checkpoint_tensors import check_checkpoint, checkpoint_tensors
 from llmkit.model.families import checkpoint_spec, require_tp_plan
 from llmkit.model.parallel_group import rank_spec
-from llmkit.model.spec import ModelSpec
+from llmkit.model.spec import ModelSpec, RankSpec
 from llmkit.shard.copy_slices import derived_values
 from llmkit.shard.shard_plan import plan_shards
 from llmkit.shard.shard_source import ShardSource
@@ -34,6 +34,8 @@ class RankPart:
     checkpoint: Checkpoint  # the rank's tensors, with the full model's names and the rank's shapes
     spec: ModelSpec  # of the rank
     file: str  # the rank's file; "" when its slices are cut out of an unsharded checkpoint
+    # What the parts are cut out of, or of a sharded checkpoint the tensors that no rank loads.
+    whole: Checkpoint
 
     @property
     def nbytes(self) -> int:
@@ -63,6 +65,10 @@ def rank_parts(checkpoint: Checkpoint, tp: int = 1, pp: int = 1, ep: int = 1) ->
             "Leave them out, or shard it again:"
             f" llmkit shard {checkpoint.reference} --tp {tp} --pp {pp} -o DIR",
         )
+    whole = checkpoint
+    for file in layout.carried_files:  # one or none
+        tensors = read_header(checkpoint.path / file)
+        whole = replace(checkpoint, tensors=tensors, weight_files=(file,), stamps={})
     parts = []
     for index, file in enumerate(layout.files):
         layers = layout.stages[index // layout.tp]
@@ -71,7 +77,7 @@ def rank_parts(checkpoint: Checkpoint, tp: int = 1, pp: int = 1, ep: int = 1) ->
         )
         tensors = read_header(checkpoint.path / file)
         rank_checkpoint = replace(checkpoint, tensors=tensors, weight_files=(file,), stamps={})
-        parts.append(RankPart(rank_checkpoint, spec, file))
+        parts.append(RankPart(rank_checkpoint, spec, file, whole))
     return parts
 
 
@@ -93,6 +99,23 @@ def _slice_checkpoint(
     checkpoint: Checkpoint, full_spec: ModelSpec, tp: int, pp: int, ep: int
 ) -> list[RankPart]:
     check_checkpoint(checkpoint, full_spec)
+    return _cut(checkpoint, full_spec, tp, pp, ep)
+
+
+def draft_head_part(checkpoint: Checkpoint, head: ModelSpec, rank: RankSpec) -> RankPart:
+    """The part of a draft head that the ranks of a model's only stage serve.
+
+    checkpoint: has the whole head. head: its spec. rank: that of the model's part.
+    Raises InputError when the head cannot be split over as many ranks.
+    """
+    names = checkpoint_tensors(head, checkpoint.quantization)
+    tensors = {name: checkpoint.tensors[name] for name in names}
+    of_head = replace(checkpoint, tensors=tensors)
+    return _cut(of_head, head, rank.tp_size, 1, rank.ep_size)[rank.tp_rank]
+
+
+def _cut(checkpoint: Checkpoint, full_spec: ModelSpec, tp: int, pp: int, ep: int) -> list[RankPart]:
+    """The parts of a checkpoint that was checked."""
     plan = plan_shards(full_spec, checkpoint.quantization, checkpoint.tensors, tp, pp, ep)
     parts = []
     for rank in plan.ranks:
@@ -106,7 +129,7 @@ def _slice_checkpoint(
             checkpoint, tensors=tensors, manifest=None, row_reader=_SliceReader(checkpoint, slices)
         )
         spec = rank_spec(full_spec, rank.tp, tp, ep, (layers[0], layers[-1] + 1))
-        parts.append(RankPart(rank_checkpoint, spec, ""))
+        parts.append(RankPart(rank_checkpoint, spec, "", checkpoint))
     return parts
 
 

@@ -317,6 +317,13 @@ def _balanced_stages(
     )
 
 
+def _itemsize(spec: ModelSpec, source_tensors: Mapping[str, TensorInfo]) -> int:
+    """Bytes of a value in the dtype of the model."""
+    head = spec.draft_head  # it reads the model's embedding
+    name = embedding_tensor(spec) if head is None else f"{head.norm}.weight"
+    return DTYPES[source_tensors[name].dtype].itemsize
+
+
 def _kv_bytes_per_layer(
     spec: ModelSpec,
     quantization: QuantizationConfig | None,
@@ -326,7 +333,7 @@ def _kv_bytes_per_layer(
     if quantization is not None and quantization.kv:
         itemsize = 1
     else:
-        itemsize = DTYPES[source_tensors[embedding_tensor(spec)].dtype].itemsize
+        itemsize = _itemsize(spec, source_tensors)
     rank = rank_spec(spec, 0, tp)
     return tuple(rank.kv_elements_of_layer(index) * itemsize for index in range(len(rank.layers)))
 
@@ -335,7 +342,7 @@ def _state_bytes_per_layer(
     spec: ModelSpec, source_tensors: Mapping[str, TensorInfo], tp: int
 ) -> tuple[int, ...]:
     """The bytes of a request's recurrent state in each layer, on one rank."""
-    itemsize = DTYPES[source_tensors[embedding_tensor(spec)].dtype].itemsize
+    itemsize = _itemsize(spec, source_tensors)
     rank = rank_spec(spec, 0, tp)
     return tuple(
         rank.recurrent_bytes_of_layer(index, itemsize) for index in range(len(rank.layers))

@@ -215,10 +215,9 @@ def load_on_ranks(checkpoint: Checkpoint, options: EngineOptions, report: Startu
 
 
 def _check_ranks(options: EngineOptions, device: torch.device, num_ranks: int) -> None:
-    drafts = "--speculate mtp" if options.speculation.method == "mtp" else ""
-    if options.draft_model or drafts:
+    if options.draft_model:
         raise InputError(
-            f"{drafts or '--draft-model'} on {num_ranks} ranks is not possible",
+            f"--draft-model on {num_ranks} ranks is not possible",
             todo="Leave it out, or serve on one rank",
         )
     if device.type == "cuda" and torch.cuda.device_count() < num_ranks:

@@ -66,7 +66,7 @@ def load_rank(
     num_stages = len(parts) // part.spec.rank.tp_size
     group = DistributedGroup(part.spec, rank, num_stages)
     seconds_before = sum(report.seconds.values())
-    loaded = load_part(part.checkpoint, part.spec, options, report, group, len(parts))
+    loaded = load_part(part.checkpoint, part.spec, options, report, group, len(parts), part.whole)
     memory = loaded.plan.memory
     message = PartLoaded(
         num_blocks=memory.num_blocks if memory.bytes_per_block else ANY_NUMBER,

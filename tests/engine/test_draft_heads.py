@@ -33,6 +33,7 @@ from llmkit.runtime.engine_loader import load_engine
 from llmkit.runtime.engine_plan import plan_engine
 from llmkit.runtime.prefix_engine import PrefixStoreEngine
 from llmkit.runtime.prefix_store import PAGE_TOKENS
+from llmkit.shard.shard_checkpoint import shard
 
 TRAINING_STEPS = 40
 OPTIONS = EngineOptions(device="cpu", max_model_len=160, max_num_seqs=6)
@@ -287,8 +288,8 @@ def test_draft_heads_are_part_of_the_memory_plan(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"speculate": "mtp", "tp": 2}, "--speculate mtp on 2 ranks is not possible"),
-        ({"speculate": "mtp", "pp": 2}, "--speculate mtp on 2 ranks is not possible"),
+        ({"speculate": "mtp", "pp": 2}, "--speculate mtp in several pipeline stages is not"),
+        ({"draft_model": "x", "tp": 2}, "--draft-model on 2 ranks is not possible"),
         ({"speculate": "mtp:2", "draft_model": "x"}, "both say what drafts"),
     ],
 )
@@ -330,3 +331,39 @@ def test_speculation_is_a_number_a_method_or_both(
 def test_speculation_of_another_form_is_refused(value: int | str, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         _ = EngineOptions(speculate=value).speculation
+
+
+@pytest.mark.parametrize(("name", "ep", "is_sharded"), [("glm", 1, True), ("nemotron-3", 2, False)])
+def test_mtp_heads_are_split_over_ranks_as_their_model_is(
+    folder: Path, tmp_path: Path, name: str, ep: int, is_sharded: bool
+) -> None:
+    path = folder / "mtp"
+    if name != "glm":
+        path = tmp_path / "model"
+        with_mtp(name, path)
+    asked = [[token % 128 for token in prompt] for prompt in prompts()]
+    sampling = SAMPLED
+    if name == "glm":
+        asked = [text_tokens(20, start) for start in (0, 9, 30)]
+        sampling = [GREEDY] * 3
+    options = replace(OPTIONS, max_model_len=96)
+    alone = load_engine(open_checkpoint(path), replace(options, speculate="mtp:2"))
+    expected = alone.generate(asked, sampling)
+    source: Path = path
+    if is_sharded:
+        shard(path, tmp_path / "ranks", 2)
+        source = tmp_path / "ranks"
+        options = replace(options, tp=1)
+    else:
+        options = replace(options, tp=2, ep=ep)
+    running = load_engine(open_checkpoint(source), replace(options, speculate="mtp:2"))
+    try:
+        assert running.generate(asked, sampling) == expected
+        stats = running.stats()
+        assert abs(stats.accepted_total - alone.stats().accepted_total) <= 2
+        assert stats.drafted_total > 20
+        plan = plan_engine(open_checkpoint(source), replace(options, speculate="mtp:2"))
+        without = plan_engine(open_checkpoint(source), options)
+        assert plan.memory.weight_bytes > without.memory.weight_bytes
+    finally:
+        running.close()
