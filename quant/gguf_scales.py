@@ -127,12 +127,13 @@ def _search_with_minimum(
         inverse = torch.where(is_solvable, 1 / determinant, 0.0)
         fitted = (total * sum_xq - sum_x * sum_q) * inverse
         new_offset = (sum_qq * sum_x - sum_q * sum_xq) * inverse
-        alone = torch.where(sum_qq > _TINY, sum_xq / sum_qq, 0.0)
-        without = torch.logical_not(is_solvable)
-        if kind.max_scale:
-            without = without | (new_offset > 0)
-        fitted = torch.where(without, alone, fitted)
-        new_offset = torch.where(without, torch.zeros_like(new_offset), new_offset)
+        mean = torch.where(total > _TINY, sum_x / total, lowest)
+        new_offset = torch.where(is_solvable, new_offset, mean)
+        if kind.max_scale:  # no offset above zero: the scale alone
+            alone = torch.where(sum_qq > _TINY, sum_xq / sum_qq, 0.0)
+            is_above = new_offset > 0
+            fitted = torch.where(is_above, alone, fitted)
+            new_offset = torch.where(is_above, torch.zeros_like(new_offset), new_offset)
         error = (q.mul_(fitted).add_(new_offset).sub_(x).square_().mul_(cost)).sum(2, keepdim=True)
         is_better = (error < best_error) & (fitted >= 0)
         best_scale = torch.where(is_better, fitted, best_scale)
