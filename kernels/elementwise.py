@@ -463,6 +463,7 @@ def _launch_add_norm(
             SUBTRACT_MEAN=subtract_mean,
             GROUP=0 if quant is None else quant.group_size,
             MAX_VALUE=0.0 if quant is None else quant.max_value,
+            E8M0=quant is not None and quant.scale_format == "e8m0",
             TILE=tile,
             num_warps=max(1, min(16, tile // 512)),
         )
@@ -506,6 +507,7 @@ def act_and_mul_quantized_triton(
             ACTIVATION=activation,
             GROUP=quant.group_size,
             MAX_VALUE=quant.max_value,
+            E8M0=quant.scale_format == "e8m0",
             IS_ONE_TILE=not one_scale_per_row or tiles == 1,
             TILE=tile,
             num_warps=min(16, max(4, tile // 512)),
@@ -565,6 +567,7 @@ def _add_norm_kernel(
     SUBTRACT_MEAN: tl.constexpr,
     GROUP: tl.constexpr,
     MAX_VALUE: tl.constexpr,
+    E8M0: tl.constexpr,
     TILE: tl.constexpr,
 ) -> None:
     """A program computes one row: an RMS norm, or a layer norm with SUBTRACT_MEAN.
@@ -598,6 +601,7 @@ def _add_norm_kernel(
             size,
             GROUP,
             MAX_VALUE,
+            E8M0,
             TILE,
         )
 
@@ -635,6 +639,7 @@ def _act_and_mul_quantize_kernel(
     ACTIVATION: tl.constexpr,
     GROUP: tl.constexpr,
     MAX_VALUE: tl.constexpr,
+    E8M0: tl.constexpr,
     IS_ONE_TILE: tl.constexpr,
     TILE: tl.constexpr,
 ) -> None:
@@ -652,7 +657,8 @@ def _act_and_mul_quantize_kernel(
         out = _activated_tile(gate_up, first + d, size, ACTIVATION).to(tl.float32)
         if GROUP:
             scales += first // GROUP
-        store_quantized(out, q + first, scales, static_scale, size - first, GROUP, MAX_VALUE, TILE)
+        left = size - first
+        store_quantized(out, q + first, scales, static_scale, left, GROUP, MAX_VALUE, E8M0, TILE)
     else:
         bits = 0
         for first in tl.range(0, size, TILE):

@@ -12,7 +12,13 @@ import torch
 
 from llmkit.kernels.activation_quant import FP8
 from llmkit.kernels.float_bits import e4m3_times_2_to_minus_8
-from llmkit.kernels.input_quant import InputQuant, LinearInput, QuantizedInput, quantize_input
+from llmkit.kernels.input_quant import (
+    InputQuant,
+    LinearInput,
+    QuantizedInput,
+    ScaleFormat,
+    quantize_input,
+)
 from llmkit.kernels.quantized_linear import epilogue
 from llmkit.kernels.triton_support import jit, tl
 
@@ -28,7 +34,7 @@ class Fp8BlockLinear:
 
     q: e4m3 [N, K]; scales: float [N, G], one for each group of `group_size` inputs, which is in
     GROUP_SIZES; bias: [N]. quantize_inputs: whether the GPU multiplies FP8 values (sm_89 and
-    later); otherwise inputs keep their dtype.
+    later); otherwise inputs keep their dtype. scale_format: of the inputs' groups.
     """
 
     def __init__(
@@ -39,18 +45,22 @@ class Fp8BlockLinear:
         bias: torch.Tensor | None = None,
         *,
         quantize_inputs: bool = True,
+        scale_format: ScaleFormat = "float",
     ) -> None:
         self.q = q.contiguous()
         self.scales = scales.float().T.contiguous()  # [G, N]: the scales of a group lie together
         self.group_size = group_size
         self.bias = bias
         self.quantize_inputs = quantize_inputs
+        self.scale_format = scale_format
         self.nbytes = self.q.nbytes + self.scales.nbytes
 
     @property
     def input_quant(self) -> InputQuant | None:
         """How inputs are quantized; None if they keep their dtype."""
-        return InputQuant(FP8, self.group_size) if self.quantize_inputs else None
+        if not self.quantize_inputs:
+            return None
+        return InputQuant(FP8, self.group_size, self.scale_format)
 
     def __call__(self, x: LinearInput, splits: int = 0) -> torch.Tensor:
         """x: [..., K], or quantized. Returns [..., N] in x's dtype.

@@ -14,7 +14,7 @@ import torch
 
 from llmkit.kernels.activation_quant import FP8
 from llmkit.kernels.elementwise import clamped_swiglu
-from llmkit.kernels.fp8_block_linear import e4m3_times_2_to_minus_8
+from llmkit.kernels.float_bits import e2m1, e4m3_times_2_to_minus_8, scale_of_byte
 from llmkit.kernels.input_quant import InputQuant, quantize_input
 from llmkit.kernels.triton_support import device_capability, is_amd, jit, tl
 
@@ -28,11 +28,13 @@ MAX_AMD_STAGES = 3  # the shared memory of a compute unit of gfx90a and gfx942 i
 class FusedExperts:
     """The experts [first, first + E) of a layer with `count` experts.
 
-    gate_up: [E, 2I, H] and down: [E, H, I], each expert's weight contiguous; or in MXFP4: uint8
-    [E, 2I, H / 2] and [E, H, I / 2], with their scales, uint8 [E, 2I, H / 32] and [E, H, I / 32];
-    or in FP8: e4m3 with scales, float32 [E, groups of H, 2I] and [E, groups of I, H].
-    group_size: of FP8, as `Fp8BlockLinear` takes it; 0 for others. quantize_inputs: whether the
-    inputs of FP8 weights are quantized by token and group.
+    gate_up: [E, 2I, H] and down: [E, H, I], each expert's weight contiguous; or in FP4: uint8
+    [E, 2I, H / 2] and [E, H, I / 2], with their scales, uint8 [E, 2I, groups of H] and [E, H,
+    groups of I]; or in FP8: e4m3 with scales, float32 [E, groups of H, 2I] and [E, groups of I, H].
+    group_size: of FP8, as `Fp8BlockLinear` takes it; 0 for others. input_quant: how the inputs of
+    FP8 weights are quantized; None: they are not.
+    gate_up_factors, down_factors: of FP4 whose scales are e4m3, float32 [E, 2I] and [E, H], see
+    `Fp4Expert`; None: scales are e8m0.
     gate_up_bias: [E, 2I]; down_bias: [E, H].
     swiglu: limit and alpha of `elementwise.swiglu_clamped`, in place of silu and gelu.
     relu2: the activation of experts without a gate, relu(x)^2. `gate_up` and what belongs to it
@@ -50,8 +52,10 @@ class FusedExperts:
     down_scales: torch.Tensor | None = None
     swiglu: tuple[float, float] | None = None
     group_size: int = 0
-    quantize_inputs: bool = False
+    input_quant: InputQuant | None = None
     relu2: bool = False
+    gate_up_factors: torch.Tensor | None = None
+    down_factors: torch.Tensor | None = None
 
     def __call__(
         self, x: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor
@@ -87,22 +91,31 @@ class FusedExperts:
             _sort_by_expert_kernel[(num_experts,)](
                 topk_ids, order, counts, num_choices, self.first, CHUNK=1024
             )
-            for rows, weight, scales, bias, y, activation in (
+            for rows, weight, scales, factors, bias, y, activation in (
                 (
                     x,
                     self.gate_up,
                     self.gate_up_scales,
+                    self.gate_up_factors,
                     self.gate_up_bias,
                     activated,
                     first_activation,
                 ),
-                (activated, self.down, self.down_scales, self.down_bias, outputs, 0),
+                (
+                    activated,
+                    self.down,
+                    self.down_scales,
+                    self.down_factors,
+                    self.down_bias,
+                    outputs,
+                    0,
+                ),
             ):
                 is_gated = activation > 0 and not self.relu2
                 tile_outputs = BN // 2 if is_gated else BN
                 row_scales = None
-                if self.quantize_inputs:
-                    quantized = quantize_input(rows, InputQuant(FP8, self.group_size))
+                if self.input_quant is not None:
+                    quantized = quantize_input(rows, self.input_quant)
                     rows = quantized.values
                     row_scales = quantized.scales
                 elif self.group_size:
@@ -115,6 +128,7 @@ class FusedExperts:
                     counts,
                     topk_weights,
                     scales,
+                    factors,
                     row_scales,
                     bias,
                     limit,
@@ -130,11 +144,17 @@ class FusedExperts:
                     BM=BM,
                     BN=tile_outputs,
                     BK=BK,
-                    GROUP=self.group_size,
+                    GROUP=self.group_size or _fp4_group(weight, scales),
+                    FP4=scales is not None and not self.group_size,
                     num_warps=warps,
                     num_stages=stages,
                 )
         return outputs.view(*topk_ids.shape, hidden).sum(1)
+
+
+def _fp4_group(weight: torch.Tensor, scales: torch.Tensor | None) -> int:
+    """The size of groups of a weight in FP4, whose bytes hold two values; 0 for dense ones."""
+    return 0 if scales is None else 2 * weight.shape[2] // scales.shape[2]
 
 
 def _tile(choices_per_expert: float, capability: tuple[int, int]) -> tuple[int, ...]:
@@ -185,7 +205,7 @@ def stack_experts(weights: Sequence[torch.Tensor]) -> torch.Tensor | None:
 
 
 def supports(weight: torch.Tensor) -> bool:
-    """Whether `FusedExperts` takes these weights: 16-bit, MXFP4 or FP8, on a GPU."""
+    """Whether `FusedExperts` takes these weights: 16-bit, FP4 or FP8, on a GPU."""
     is_known = weight.element_size() == 2 or weight.dtype in (torch.uint8, FP8)
     return tl is not None and weight.is_cuda and is_known
 
@@ -226,6 +246,7 @@ def _fused_moe_kernel(
     counts: tl.tensor,
     topk_weights: tl.tensor,
     scales: tl.tensor,
+    factors: tl.tensor,
     row_scales: tl.tensor,
     bias: tl.tensor,
     limit: tl.tensor,
@@ -242,6 +263,7 @@ def _fused_moe_kernel(
     BN: tl.constexpr,
     BK: tl.constexpr,
     GROUP: tl.constexpr,
+    FP4: tl.constexpr,
 ) -> None:
     """A program computes BN outputs for BM choices of one expert.
 
@@ -250,10 +272,11 @@ def _fused_moe_kernel(
     rows of the gate, then those of up; not with ACTIVATION 4.
     ACTIVATION 0: the second product. The rows of x are in the order of `order`, w is down, and y
     has a row per choice, weighted by the router.
-    scales: of a weight in MXFP4, whose bytes hold two columns each. They are multiplied by even and
-    odd columns of x in two products.
-    GROUP: of a weight in FP8; 0 for others. row_scales: of x in FP8. Without them, x has the
-    model's dtype and w holds the bits of e4m3.
+    GROUP: of a weight in FP8, or with FP4 in FP4; 0 for others.
+    FP8: scales are float32. row_scales: of x in FP8. Without them, x has the model's dtype and w
+    holds the bits of e4m3.
+    FP4: scales are bytes: e8m0, or with `factors` e4m3. The bytes of w hold two columns each. They
+    are multiplied by even and odd columns of x in two products.
     """
     e = tl.arange(0, PADDED_EXPERTS)
     tile = tl.program_id(0)
@@ -275,7 +298,7 @@ def _fused_moe_kernel(
     weight = w + expert.to(tl.int64) * expert_stride
     total = tl.zeros((BM, BN), tl.float32)  # of the gate, or of down
     up = tl.zeros((BM, BN), tl.float32)
-    if GROUP > 0:
+    if GROUP > 0 and not FP4:
         num_groups = tl.cdiv(K, GROUP)
         num_rows = N * 2 if GATED else N
         scale_at = scales + expert_row * num_groups + n
@@ -292,7 +315,8 @@ def _fused_moe_kernel(
             total += _fp8_product(part, at, group_at, inside, n < N) * factor
             if GATED:
                 up += _fp8_product(part, at + N * K, group_at + N, inside, n < N) * factor
-    elif scales is not None:
+    elif FP4:
+        SCALES: tl.constexpr = "e8m0" if factors is None else "e4m3"
         pair = tl.arange(0, BK // 2)
         for start in tl.range(0, K // 2, BK // 2):
             byte = start + pair
@@ -302,15 +326,20 @@ def _fused_moe_kernel(
             even = tl.load(part_at, mask=part_mask, other=0.0)
             odd = tl.load(part_at + 1, mask=part_mask, other=0.0)
             at = n.to(tl.int64) * (K // 2) + byte[:, None]
-            scale_at = scales + (expert_row + n) * (K // 32) + (byte // 16)[:, None]
-            low, high = _load_mxfp4(weight + at, scale_at, inside, even.dtype)
+            scale_at = scales + (expert_row + n) * (K // GROUP) + (byte // (GROUP // 2))[:, None]
+            low, high = _load_fp4(weight + at, scale_at, inside, SCALES, even.dtype)
             total = tl.dot(even, low, total, input_precision="ieee")
             total = tl.dot(odd, high, total, input_precision="ieee")
             if GATED:
                 up_at = weight + at + N * (K // 2)
-                low, high = _load_mxfp4(up_at, scale_at + N * (K // 32), inside, even.dtype)
+                up_scale_at = scale_at + N * (K // GROUP)
+                low, high = _load_fp4(up_at, up_scale_at, inside, SCALES, even.dtype)
                 up = tl.dot(even, low, up, input_precision="ieee")
                 up = tl.dot(odd, high, up, input_precision="ieee")
+        if factors is not None:
+            total *= tl.load(factors + expert_row + n, mask=n < N, other=0.0)
+            if GATED:
+                up *= tl.load(factors + expert_row + N + n, mask=n < N, other=0.0)
     else:
         for start in tl.range(0, K, BK):
             column = start + k
@@ -363,25 +392,16 @@ def _fp8_product(
 
 
 @jit
-def _load_mxfp4(
-    at: tl.tensor, scale_at: tl.tensor, inside: tl.tensor, dtype: tl.constexpr
+def _load_fp4(
+    at: tl.tensor,
+    scale_at: tl.tensor,
+    inside: tl.tensor,
+    SCALES: tl.constexpr,
+    dtype: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor]:
-    """The weights in the low and in the high halves of bytes, times their scales.
-
-    The scale 0, which stands for 2^-127, counts as 0.
-    """
+    """The weights in the low and in the high halves of bytes, times their scales."""
     packed = tl.load(at, mask=inside, other=0).to(tl.int32)
-    exponent = tl.load(scale_at, mask=inside, other=0).to(tl.int32)
-    scale = (exponent << 23).to(tl.float32, bitcast=True)
-    low = (_e2m1(packed & 15) * scale).to(dtype)
-    high = (_e2m1(packed >> 4) * scale).to(dtype)
+    scale = scale_of_byte(tl.load(scale_at, mask=inside, other=0), SCALES)
+    low = (e2m1(packed & 15) * scale).to(dtype)
+    high = (e2m1(packed >> 4) * scale).to(dtype)
     return low, high
-
-
-@jit
-def _e2m1(code: tl.tensor) -> tl.tensor:
-    """The values of 4-bit floats: sign, two bits of exponent, one bit of mantissa."""
-    mantissa = code & 1
-    exponent = (code >> 1) & 3
-    size = tl.where(exponent == 0, 2 * mantissa, (2 + mantissa) << exponent).to(tl.float32) * 0.25
-    return tl.where(code >= 8, -size, size)

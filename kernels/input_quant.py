@@ -9,11 +9,14 @@ Legend: M rows, K inputs, G groups of inputs.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 
 from llmkit.kernels.activation_quant import FP8, FP8_MAX, INT8_MAX
 from llmkit.kernels.triton_support import jit, tl
+
+ScaleFormat = Literal["float", "e8m0"]
 
 MIN_INT8_ROWS = 32  # `torch._int_mm` takes more than 16 rows, a multiple of 8
 
@@ -44,6 +47,7 @@ class InputQuant:
 
     dtype: torch.dtype  # int8 or e4m3 on a GPU, bfloat16 on a CPU
     group_size: int = 0  # inputs of a row that share a scale; 0: all
+    scale_format: ScaleFormat = "float"  # of groups: float, or e8m0, powers of two
     # float32 [1], the stored scale of all inputs; None: scales come from the inputs.
     scale: torch.Tensor | None = field(default=None, compare=False)
     # Rows that the matrix product wants at least. Every layer takes any number of them.
@@ -89,6 +93,7 @@ def quantize_input(x: torch.Tensor, quant: InputQuant) -> QuantizedInput:
             result.scales.shape[1],
             GROUP=group_size,
             MAX_VALUE=quant.max_value,
+            E8M0=quant.scale_format == "e8m0",
             TILE=tile,
             num_warps=min(16, max(4, tile // 1024)),
         )
@@ -119,6 +124,19 @@ def scale_of_largest(bits: tl.tensor, MAX_VALUE: tl.constexpr) -> tl.tensor:
 
 
 @jit
+def power_of_two_scale(x: tl.tensor) -> tl.tensor:
+    """The e8m0 scale of each row for FP8, as `activation_quant.group_scales` computes it.
+
+    That of a row with NaN or infinity is NaN.
+    """
+    bits = largest_bits(x)
+    exponent = (bits >> 23) - 8  # 448 is 1.75 * 2^8
+    scale_bits = tl.where(exponent > 0, exponent << 23, 0x00400000)  # at least 2^-127
+    scale_bits = tl.where(bits < 0x7F800000, scale_bits, 0x7FC00000)
+    return scale_bits.to(tl.float32, bitcast=True)
+
+
+@jit
 def quantize(x: tl.tensor, scale: tl.tensor, MAX_VALUE: tl.constexpr) -> tl.tensor:
     """The 8-bit values of x, as `activation_quant.quantize_static` computes them, as float32.
 
@@ -144,16 +162,18 @@ def store_quantized(
     size: tl.tensor,
     GROUP: tl.constexpr,
     MAX_VALUE: tl.constexpr,
+    E8M0: tl.constexpr,
     TILE: tl.constexpr,
 ) -> None:
     """Quantize and store x, float32 [TILE]: a row, or some groups of one, or any part if static.
 
-    q, scales: where they begin. size: how many of x's values exist; the others are 0.
+    q, scales: where they begin. size: how many of x's values exist; the others are 0. E8M0: the
+    scales of groups are powers of two.
     """
     k = tl.arange(0, TILE)
     if GROUP:
         groups = tl.reshape(x, (TILE // GROUP, GROUP))
-        scale = row_scale(groups, MAX_VALUE)
+        scale = power_of_two_scale(groups) if E8M0 else row_scale(groups, MAX_VALUE)
         values = tl.reshape(quantize(groups, scale[:, None], MAX_VALUE), (TILE,))
         g = tl.arange(0, TILE // GROUP)
         tl.store(scales + g, scale, mask=g * GROUP < size)
@@ -174,6 +194,7 @@ def _quantize_input_kernel(
     num_scales: tl.tensor,
     GROUP: tl.constexpr,
     MAX_VALUE: tl.constexpr,
+    E8M0: tl.constexpr,
     TILE: tl.constexpr,
 ) -> None:
     """A program quantizes one row, or TILE / GROUP groups of one."""
@@ -185,5 +206,5 @@ def _quantize_input_kernel(
     if GROUP:
         scale_at += first // GROUP
     store_quantized(
-        values, q + m * K + first, scale_at, static_scale, K - first, GROUP, MAX_VALUE, TILE
+        values, q + m * K + first, scale_at, static_scale, K - first, GROUP, MAX_VALUE, E8M0, TILE
     )

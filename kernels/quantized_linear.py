@@ -235,17 +235,24 @@ def fp4_scale_bytes(
     kernels' values 256 times smaller. None: scales are powers of two; the bytes are e8m0, with the
     largest scale as 1, so that float16 holds what they are multiplied with.
     """
-    N = len(scales)
-    scales = scales.float()
     if global_scale is not None:
-        factors = global_scale.float().reshape(-1).expand(N)
-        steps = scales / factors[:, None].where(factors[:, None] != 0, 1.0)
-        return steps.to(FP8).view(torch.uint8), factors * E4M3_DIVISOR
-    exponents = torch.frexp(scales).exponent - 1
+        return e4m3_scale_bytes(scales, global_scale)
+    N = len(scales)
+    exponents = torch.frexp(scales.float()).exponent - 1
     largest = exponents.amax() if scales.numel() else 0
     relative = (exponents - largest + SCALE_BIAS).clamp_(min=0)
     one = torch.ones(N, device=scales.device)
     return relative.to(torch.uint8), torch.ldexp(one, one.int() * largest)
+
+
+def e4m3_scale_bytes(
+    scales: torch.Tensor, global_scale: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`fp4_scale_bytes` of scales that are e4m3 times `global_scale`."""
+    factors = global_scale.float().reshape(-1).expand(len(scales))
+    divisors = torch.where(factors == 0, 1.0, factors)
+    steps = scales.float() / divisors[:, None]
+    return steps.to(FP8).view(torch.uint8), factors * E4M3_DIVISOR
 
 
 def compiler_options(tile_rows: int) -> dict[str, int]:

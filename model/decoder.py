@@ -36,13 +36,13 @@ from llmkit.kernels.elementwise import (
     swiglu_clamped,
     xielu,
 )
+from llmkit.kernels.fp4_expert import Fp4Expert
 from llmkit.kernels.fp8_block_linear import Fp8BlockLinear
 from llmkit.kernels.fused_experts import FusedExperts, stack_experts
 from llmkit.kernels.fused_experts import supports as supports_fused_experts
 from llmkit.kernels.input_quant import InputQuant, LinearInput
 from llmkit.kernels.kv_cache import KVCache
 from llmkit.kernels.latent_cache import LatentCache
-from llmkit.kernels.mxfp4_linear import Mxfp4Linear
 from llmkit.kernels.triton_support import runs_triton
 from llmkit.model.language_model import LayerCache, empty_kv_cache
 from llmkit.model.linear import ActivationQuant, Linear, PackedLinear, common_input_quant
@@ -520,17 +520,19 @@ class DecoderLayer:
         down = [self.linears[f"{modules[expert]}.down"] for expert in local]
         if any(linear.activation_quant for linear in gate_up + down):
             return None
-        mxfp4 = _stack_mxfp4(gate_up), _stack_mxfp4(down)
+        fp4 = _stack_fp4(gate_up), _stack_fp4(down)
         fp8 = _stack_fp8(gate_up), _stack_fp8(down)
         group_size = 0
-        quantize_inputs = False
+        input_quant: InputQuant | None = None
         scales: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None)
+        factors: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None)
         gate_up_stack: torch.Tensor | None
         down_stack: torch.Tensor | None
-        if mxfp4[0] is not None and mxfp4[1] is not None:
-            gate_up_stack = mxfp4[0].blocks
-            down_stack = mxfp4[1].blocks
-            scales = mxfp4[0].scales, mxfp4[1].scales
+        if fp4[0] is not None and fp4[1] is not None:
+            gate_up_stack = fp4[0].blocks
+            down_stack = fp4[1].blocks
+            scales = fp4[0].scales, fp4[1].scales
+            factors = fp4[0].factors, fp4[1].factors
         elif fp8[0] is not None and fp8[1] is not None:
             if fp8[0].group_size != fp8[1].group_size:
                 return None
@@ -538,7 +540,7 @@ class DecoderLayer:
             down_stack = fp8[1].q
             scales = fp8[0].scales, fp8[1].scales
             group_size = fp8[0].group_size
-            quantize_inputs = fp8[0].quantize_inputs
+            input_quant = fp8[0].input_quant
         else:
             gate_up_stack = stack_experts([linear.weight for linear in gate_up])
             down_stack = stack_experts([linear.weight for linear in down])
@@ -556,8 +558,10 @@ class DecoderLayer:
             *scales,
             swiglu=(spec.swiglu_limit, spec.swiglu_alpha) if is_clamped else None,
             group_size=group_size,
-            quantize_inputs=quantize_inputs,
+            input_quant=input_quant,
             relu2=spec.activation == "relu2",
+            gate_up_factors=factors[0],
+            down_factors=factors[1],
         )
 
     @cached_property
@@ -921,7 +925,7 @@ def _add_norm(
 
 def _stack_biases(linears: Sequence[Linear]) -> torch.Tensor | None:
     """The biases of experts as one tensor [E, out]; None where they have none."""
-    owners = [_mxfp4_kernel(linear) or _fp8_kernel(linear) or linear for linear in linears]
+    owners = [_fp4_kernel(linear) or _fp8_kernel(linear) or linear for linear in linears]
     biases = [owner.bias for owner in owners if owner.bias is not None]
     return torch.stack(biases) if biases else None
 
@@ -933,10 +937,10 @@ def _cpu_kernel(linear: Linear) -> CpuLinear | None:
     return linear.kernel if isinstance(linear.kernel, CpuLinear) else None
 
 
-def _mxfp4_kernel(linear: Linear) -> Mxfp4Linear | None:
-    """The kernel of a linear layer with a weight in MXFP4; None for others."""
+def _fp4_kernel(linear: Linear) -> Fp4Expert | None:
+    """The kernel of an expert's linear layer with a weight in FP4 on a GPU; None for others."""
     kernel = linear.kernel if isinstance(linear, PackedLinear) else None
-    return kernel if isinstance(kernel, Mxfp4Linear) else None
+    return kernel if isinstance(kernel, Fp4Expert) else None
 
 
 def _fp8_kernel(linear: Linear) -> Fp8BlockLinear | None:
@@ -945,29 +949,35 @@ def _fp8_kernel(linear: Linear) -> Fp8BlockLinear | None:
     return kernel if isinstance(kernel, Fp8BlockLinear) else None
 
 
-class _Mxfp4Stack(NamedTuple):
-    """The weights of experts in MXFP4, [E, ...]; see `FusedExperts`."""
+class _Fp4Stack(NamedTuple):
+    """The weights of experts in FP4, [E, ...]; see `FusedExperts`."""
 
     blocks: torch.Tensor
     scales: torch.Tensor
+    factors: torch.Tensor | None
 
 
-def _stack_mxfp4(linears: Sequence[Linear]) -> _Mxfp4Stack | None:
-    """Put the weights of experts next to each other; None unless all are in MXFP4.
+def _stack_fp4(linears: Sequence[Linear]) -> _Fp4Stack | None:
+    """Put the weights of experts next to each other; None unless all are in the same FP4.
 
     Afterwards the linear layers use the copies, so that no weight is in memory twice.
     """
-    found = [_mxfp4_kernel(linear) for linear in linears]
+    found = [_fp4_kernel(linear) for linear in linears]
     kernels = [kernel for kernel in found if kernel is not None]
-    if len(kernels) < len(linears):
+    forms = {(kernel.group_size, kernel.factors is None) for kernel in kernels}
+    if len(kernels) < len(linears) or len(forms) > 1:
         return None
-    stack = _Mxfp4Stack(
+    factors = [kernel.factors for kernel in kernels if kernel.factors is not None]
+    stack = _Fp4Stack(
         torch.stack([kernel.blocks for kernel in kernels]),
         torch.stack([kernel.scales for kernel in kernels]),
+        torch.stack(factors) if factors else None,
     )
     for index, kernel in enumerate(kernels):
         kernel.blocks = stack.blocks[index]
         kernel.scales = stack.scales[index]
+        if stack.factors is not None:
+            kernel.factors = stack.factors[index]
     return stack
 
 
@@ -977,7 +987,7 @@ class _Fp8Stack(NamedTuple):
     q: torch.Tensor
     scales: torch.Tensor
     group_size: int
-    quantize_inputs: bool
+    input_quant: InputQuant | None
 
 
 def _stack_fp8(linears: Sequence[Linear]) -> _Fp8Stack | None:
@@ -987,13 +997,14 @@ def _stack_fp8(linears: Sequence[Linear]) -> _Fp8Stack | None:
     """
     found = [_fp8_kernel(linear) for linear in linears]
     kernels = [kernel for kernel in found if kernel is not None]
-    if len(kernels) < len(linears) or len({kernel.group_size for kernel in kernels}) > 1:
+    forms = {(kernel.group_size, kernel.input_quant) for kernel in kernels}
+    if len(kernels) < len(linears) or len(forms) > 1:
         return None
     stack = _Fp8Stack(
         torch.stack([kernel.q for kernel in kernels]),
         torch.stack([kernel.scales for kernel in kernels]),
         kernels[0].group_size,
-        kernels[0].quantize_inputs,
+        kernels[0].input_quant,
     )
     for index, kernel in enumerate(kernels):
         kernel.q = stack.q[index]

@@ -9,8 +9,7 @@ import torch
 from llmkit.checkpoint.quantized_weight import Scheme
 from llmkit.kernels.cpu import cpu_kernels
 from llmkit.kernels.fp8_block_linear import Fp8BlockLinear
-from llmkit.kernels.mxfp4_linear import Mxfp4Linear
-from llmkit.kernels.quantized_linear import WeightOnlyLinear
+from llmkit.kernels.quantized_linear import Fp4Linear, WeightOnlyLinear
 from llmkit.kernels.w8a8_linear import W8A8Linear, scales_rows
 from llmkit.model.linear import MIN_CAPABILITY, MIN_FP8_CAPABILITY, gpu_kernel_type
 
@@ -19,7 +18,10 @@ SCHEMES = {
     "W8A8": Scheme(8, inputs="token"),
     "FP8": Scheme(8, kind="float", inputs="token"),
     "FP8 blocks": Scheme(8, 128, kind="float", inputs="group", block_rows=128),
-    "MXFP4": Scheme(4, 32, kind="float", scale_format="e8m0"),
+    "MXFP8": Scheme(8, 32, kind="float", inputs="group", scale_format="e8m0"),
+    "MXFP4": Scheme(4, 32, kind="float", inputs="group", scale_format="e8m0"),
+    "NVFP4": Scheme(4, 16, kind="float", inputs="group", scale_format="e4m3"),
+    "W4AFP8": Scheme(4, 128, inputs="token", input_type="fp8"),
 }
 WORKS = ("attention", *SCHEMES, "sampler")
 SHAPE = (4096, 4096)  # of a weight; odd shapes may have another kernel
@@ -80,9 +82,11 @@ def _linear_choice(work: str, scheme: Scheme, gpu: Gpu) -> KernelChoice:
     elif kind is WeightOnlyLinear:
         kernel = "Triton, weight-only"
         why = "16-bit products; weights are dequantized in registers"
-    elif kind is Mxfp4Linear:
+        if scheme.inputs != "none":
+            why = "16-bit products; inputs stay as they are"
+    elif kind is Fp4Linear:
         kernel = "Triton, weight-only"
-        why = "16-bit products; experts of a layer in one kernel"
+        why = "16-bit products; inputs stay as they are; experts of a layer in one kernel"
     elif kind is Fp8BlockLinear and gpu.capability < MIN_FP8_CAPABILITY:
         kernel = "Triton, weight-only"
         why = no_fp8
@@ -101,7 +105,7 @@ def _linear_choice(work: str, scheme: Scheme, gpu: Gpu) -> KernelChoice:
             f"row scales on {gpu.name} break CUDA graphs with torch "
             f"{gpu.torch_version.partition('+')[0]} (pytorch#177651); torch 2.12 mends it"
         )
-    assert kind in (WeightOnlyLinear, Mxfp4Linear, Fp8BlockLinear, W8A8Linear)
+    assert kind in (WeightOnlyLinear, Fp4Linear, Fp8BlockLinear, W8A8Linear)
     return KernelChoice(work, kernel, why)
 
 
@@ -118,7 +122,10 @@ def cpu_kernel_choices() -> list[KernelChoice]:
         "W8A8": "int8 products",
         "FP8": "weights stay in 8 bits and are widened in registers",
         "FP8 blocks": "weights stay in 8 bits and are widened in registers",
-        "MXFP4": "weights stay in 4 bits",
+        "MXFP8": "weights stay in 8 bits and are widened in registers",
+        "MXFP4": "weights stay in 4 bits; products of integers where inputs are FP4 too",
+        "NVFP4": "weights stay in 4 bits; products of integers where inputs are FP4 too",
+        "W4AFP8": "weights stay in 4 bits; inputs are rounded to FP8",
         "sampler": "compiled for greedy requests, torch for others",
     }
     kernel = f"compiled, level {cpu_kernels.level()}"

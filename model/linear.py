@@ -21,10 +21,10 @@ from llmkit.kernels.activation_quant import (
 from llmkit.kernels.cpu import cpu_kernels
 from llmkit.kernels.cpu.cpu_kernels import PackedWeight
 from llmkit.kernels.cpu.cpu_linear import CpuLinear
+from llmkit.kernels.fp4_expert import Fp4Expert
 from llmkit.kernels.input_quant import InputQuant, LinearInput, QuantizedInput
 from llmkit.kernels.linear_kernel import LinearKernel
-from llmkit.kernels.mxfp4_linear import Mxfp4Linear
-from llmkit.kernels.quantized_linear import WeightOnlyLinear
+from llmkit.kernels.quantized_linear import Fp4Linear, WeightOnlyLinear
 from llmkit.kernels.triton_support import device_capability, tl
 from llmkit.kernels.w8a8_linear import W8A8Linear, scales_rows
 
@@ -158,15 +158,18 @@ def serving_linear(
     dtype: torch.dtype,
     device: torch.device | str = "cpu",
     cpu_activations: CpuActivations = "float32",
+    is_expert: bool = False,
 ) -> Linear:
     """The linear layer that serves a weight, for inputs of `dtype`.
 
     Its outputs equal those of a dense layer in float32, up to the order of summation and, on a GPU,
-    rounding to `dtype`.
+    rounding to `dtype`. A GPU quantizes inputs only where it multiplies their type with that of the
+    weights: with a weight-only kernel they stay as they are.
     parts: the weight in parts of some rows each: float tensors [rows, in], or quantized weights. On
     a GPU, their scheme must be `supported_on_gpu`.
     bias: [out], of `dtype`.
     cpu_activations: what a CPU rounds inputs to, where the weight's stored type allows it.
+    is_expert: whether it is a layer of an expert; a GPU then runs all experts in one kernel.
     """
     shape = (sum(part.shape[0] for part in parts), parts[0].shape[1])
     parts = _merge_parts([_in_kernel_bits(part) for part in parts])
@@ -174,7 +177,8 @@ def serving_linear(
     if len(parts) == 1 and isinstance(parts[0], QuantizedWeight):
         weight = parts[0]
         if not on_cpu:
-            return PackedLinear(_gpu_kernel(weight, bias, activation_quant, dtype, device), shape)
+            kernel = _gpu_kernel(weight, bias, activation_quant, dtype, device, is_expert)
+            return PackedLinear(kernel, shape)
         is_w8a8 = weight.scheme.inputs == "token" and weight.scheme.input_type == "int8"
         is_w8a8 = is_w8a8 and supports_w8a8(weight)
         if is_w8a8 and keeps_weights_packed():
@@ -209,21 +213,38 @@ def gpu_capability(device: torch.device | str) -> tuple[int, int]:
 
 
 def supported_on_gpu(
-    scheme: Scheme, shape: tuple[int, ...], dtype: torch.dtype, capability: tuple[int, int]
+    scheme: Scheme,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    capability: tuple[int, int],
+    is_expert: bool = False,
 ) -> bool:
     """Whether a weight [out, in] stays quantized on a CUDA device, for inputs of `dtype`."""
-    return gpu_kernel_type(scheme, shape, dtype, capability) is not None
+    return gpu_kernel_type(scheme, shape, dtype, capability, is_expert) is not None
 
 
 def gpu_kernel_type(
-    scheme: Scheme, shape: tuple[int, ...], dtype: torch.dtype, capability: tuple[int, int]
+    scheme: Scheme,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    capability: tuple[int, int],
+    is_expert: bool = False,
 ) -> type[LinearKernel] | None:
     """The kernel of a quantized weight [out, in] on a GPU; None: the weight is dequantized."""
     if capability < MIN_CAPABILITY:
         return None
+    has_fp8_groups = scheme.is_fp8 and scheme.inputs == "group"
+    if is_expert and not (scheme.is_fp4 or has_fp8_groups):
+        return None
     if scheme.is_fp4:
-        return Mxfp4Linear if dtype.itemsize == 2 else None
-    if scheme.inputs == "group":
+        has_groups = shape[-1] % scheme.group_size == 0
+        has_kernel = scheme.group_size == 16 or scheme.group_size % 32 == 0
+        if not has_groups or not has_kernel:
+            return None
+        if is_expert:
+            return Fp4Expert if dtype.itemsize == 2 else None
+        return Fp4Linear
+    if has_fp8_groups:
         fits = scheme.group_size in fp8_block_linear.GROUP_SIZES
         return fp8_block_linear.Fp8BlockLinear if fits else None
     if scheme.is_fp8:
@@ -231,11 +252,13 @@ def gpu_kernel_type(
         if aligned and scheme.inputs != "none" and capability >= MIN_FP8_CAPABILITY:
             return W8A8Linear
         # Inputs keep their dtype.
-        return fp8_block_linear.Fp8BlockLinear if scheme.group_size == -1 else None
-    if scheme.inputs == "none":
+        fits = scheme.group_size in (-1, *fp8_block_linear.GROUP_SIZES)
+        return fp8_block_linear.Fp8BlockLinear if fits else None
+    if scheme.inputs == "none" or scheme.input_type == "fp8":
         return WeightOnlyLinear if max(scheme.group_size, 0) % 32 == 0 else None
     aligned = all(size % 8 == 0 for size in shape)
-    return W8A8Linear if aligned and scheme.inputs == "token" else None
+    is_w8a8 = scheme.bits == 8 and scheme.inputs == "token"
+    return W8A8Linear if aligned and is_w8a8 else None
 
 
 def _gpu_kernel(
@@ -244,11 +267,12 @@ def _gpu_kernel(
     activation_quant: ActivationQuant | None,
     dtype: torch.dtype,
     device: torch.device | str,
+    is_expert: bool,
 ) -> LinearKernel:
     """The kernel that `gpu_kernel_type` names."""
     scheme = weight.scheme
     capability = gpu_capability(device)
-    kind = gpu_kernel_type(scheme, weight.shape, dtype, capability)
+    kind = gpu_kernel_type(scheme, weight.shape, dtype, capability, is_expert)
     if kind is fp8_block_linear.Fp8BlockLinear:
         group_size = scheme.group_size
         scales = weight.scales
@@ -261,9 +285,13 @@ def _gpu_kernel(
             group_size,
             bias,
             quantize_inputs=scheme.inputs == "group" and capability >= MIN_FP8_CAPABILITY,
+            scale_format="e8m0" if scheme.scale_format == "e8m0" else "float",
         )
-    if kind is Mxfp4Linear:
-        return Mxfp4Linear(weight.q, weight.scales, bias)
+    if kind is Fp4Expert:
+        return Fp4Expert(weight.q, weight.scales, bias, weight.global_scale)
+    if kind is Fp4Linear:
+        size = scheme.group_size
+        return Fp4Linear(weight.q, weight.scales, size, bias, weight.global_scale)
     if kind is WeightOnlyLinear:
         sizes = (weight.shape, scheme.bits, scheme.group_size)
         if humming_linear.is_chosen(*sizes, scheme.symmetric, dtype, device):
@@ -304,12 +332,19 @@ def _merge_parts(
     dtypes = [weight.scales.dtype for weight in weights]
     if len(set(zip(schemes, dtypes, strict=True))) > 1:
         return parts
+    # Each part has a global scale of its own: here one for each row.
+    global_scales = [
+        weight.global_scale.expand(len(weight.q))
+        for weight in weights
+        if weight.global_scale is not None
+    ]
     return [
         QuantizedWeight(
             torch.cat([weight.q for weight in weights]),
             torch.cat([weight.scales for weight in weights]),
             torch.cat([weight.zeros for weight in weights]),
             schemes[0],
+            global_scale=torch.cat(global_scales) if global_scales else None,
         )
     ]
 

@@ -168,6 +168,7 @@ def load_weights(
                     dtype,
                     device,
                     "float32" if is_small else cpu_activations,
+                    row.expert is not None,
                 )
                 packing.append(linears[row.module])
                 if len(packing) > NUM_PACKING_THREADS:
@@ -260,17 +261,16 @@ def can_stay_packed(
 ) -> bool:
     """Whether a GPU multiplies with the packed weight as it is stored.
 
-    Experts that are neither in MXFP4 nor in FP8 blocks, and weights whose sources have different
+    Experts that are neither in FP4 nor in FP8 with groups, and weights whose sources have different
     schemes, are dequantized.
     """
     schemes = {scheme_of(parameter, name, quantization) for name in parameter.source_names}
     scheme = next(iter(schemes))
     if scheme is None or len(schemes) > 1:
         return False
-    if ".experts." in parameter.name and not (scheme.is_fp4 or scheme.inputs == "group"):
-        return False
     scheme = realigned_scheme(scheme, parameter.sources[0].start)
-    return supported_on_gpu(scheme, parameter.shape, dtype, gpu_capability(gpu))
+    is_expert = parameter.expert is not None
+    return supported_on_gpu(scheme, parameter.shape, dtype, gpu_capability(gpu), is_expert)
 
 
 def _read_stored(

@@ -19,11 +19,20 @@ from llmkit.common.errors import InputError, ShortageError, is_out_of_memory
 from llmkit.common.formatting import bytes_text
 from llmkit.common.option_values import format_size
 from llmkit.kernels.cpu.cpu_kernels import DEPTH_MULTIPLE
+from llmkit.kernels.fp4_expert import Fp4Expert
+from llmkit.kernels.fp8_block_linear import GROUP_SIZES, Fp8BlockLinear
 from llmkit.kernels.latent_attention import EXPANDED_BYTES
+from llmkit.kernels.linear_kernel import LinearKernel
+from llmkit.kernels.quantized_linear import Fp4Linear
 from llmkit.model.checkpoint_tensors import scheme_of
 from llmkit.model.full_forward import hidden_states
 from llmkit.model.language_model import LanguageModel
-from llmkit.model.linear import PackedLinear, keeps_weights_packed
+from llmkit.model.linear import (
+    PackedLinear,
+    gpu_capability,
+    gpu_kernel_type,
+    keeps_weights_packed,
+)
 from llmkit.model.mla import LatentLinear
 from llmkit.model.parameter import Parameter
 from llmkit.model.parameter_table import parameters
@@ -342,7 +351,12 @@ def weight_bytes(
                 num_rows, columns = sum(shape[0] for shape in shapes), shapes[0][1]
                 if stays_packed and scheme.kind == "float":
                     held = realigned_scheme(scheme, row.sources[0].start)
-                    total += _float_bytes(held, num_rows, columns, on_cpu)
+                    kernel = None
+                    if not on_cpu:
+                        capability = gpu_capability(device)
+                        is_expert = row.expert is not None
+                        kernel = gpu_kernel_type(held, row.shape, dtype, capability, is_expert)
+                    total += _float_bytes(held, num_rows, columns, kernel)
                     continue
                 if stays_packed:
                     stored = format_of(checkpoint.quantization).tensors(scheme, num_rows, columns)
@@ -355,12 +369,21 @@ def weight_bytes(
     return total
 
 
-def _float_bytes(scheme: Scheme, rows: int, columns: int, on_cpu: bool) -> int:
-    """Bytes that the kernels hold of a weight [rows, columns] in FP8 or FP4."""
+def _float_bytes(scheme: Scheme, rows: int, columns: int, kernel: type[LinearKernel] | None) -> int:
+    """Bytes that a kernel holds of a weight [rows, columns] in FP8 or FP4.
+
+    kernel: of a GPU; None: the compiled CPU kernels.
+    """
     groups = scheme.groups(columns)
-    if not on_cpu:
-        values = rows * columns * scheme.bits // 8
-        return values + (1 if scheme.is_fp4 else 4) * rows * groups
+    if kernel is Fp4Linear:  # words of whole blocks, scales in a byte, and a factor for each row
+        columns += -columns % (64 if scheme.group_size == 16 else 128)
+        return rows * (columns // 2 + groups + 4)
+    if kernel is Fp4Expert:
+        return rows * (columns // 2 + groups + (4 if scheme.scale_format == "e4m3" else 0))
+    if kernel is Fp8BlockLinear and scheme.group_size == -1:
+        groups = -(-columns // max(GROUP_SIZES))
+    if kernel is not None:
+        return rows * (columns + 4 * groups)
     # The groups of `QuantizedWeight.with_even_groups`; see `pack_weight`.
     size = columns if scheme.group_size == -1 else math.gcd(columns, scheme.group_size)
     groups = columns // size

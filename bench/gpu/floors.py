@@ -6,13 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import prod
 
-from llmkit.bench.gpu.model_shapes import WEIGHT_SCHEMES
+from llmkit.bench.gpu.model_shapes import WEIGHT_SCHEMES, product_type, scale_bytes
 from llmkit.bench.model_costs import attention_elements
 from llmkit.model.parameter_table import parameters
 from llmkit.model.spec import ModelSpec
 
 DENSE_BYTES = 2  # of a weight, key or value that is not quantized
-SCALE_BYTES = 4  # of a quantized row or group: its scale, and its zero point
 
 
 @dataclass(frozen=True)
@@ -67,7 +66,7 @@ def step_cost(
         experts_per_token = spec.moe.num_experts_per_tok / spec.moe.num_experts
         experts_read = 1 - (1 - experts_per_token) ** tokens
     num_bytes = float(spec.vocab_size * spec.hidden_size * DENSE_BYTES)
-    inputs = weights if scheme is not None and scheme.inputs != "none" else "bf16"
+    inputs = product_type(weights)
     flops = {"bf16": 0.0, inputs: 0.0}
     flops["bf16"] = 2.0 * num_sequences * spec.vocab_size * spec.hidden_size
     for row in parameters(spec):
@@ -82,7 +81,7 @@ def step_cost(
             flops["bf16"] += 2.0 * size * tokens
         else:
             num_bytes += size * scheme.bits / 8
-            num_bytes += row.shape[0] * scheme.groups(row.shape[1]) * SCALE_BYTES
+            num_bytes += row.shape[0] * scheme.groups(row.shape[1]) * scale_bytes(scheme)
             flops[inputs] += 2.0 * size * tokens
     num_bytes += num_sequences * context * spec.kv_elements_per_token * kv_element_bytes
     attended = query_len * context - query_len * (query_len - 1) // 2  # pairs of a sequence

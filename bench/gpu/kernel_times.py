@@ -17,7 +17,13 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from llmkit.bench.gpu.figure_log import FigureLog, NotInstalledError, PartOptions, is_installed
-from llmkit.bench.gpu.model_shapes import BLOCK_SIZE, WEIGHT_SCHEMES, random_weight
+from llmkit.bench.gpu.model_shapes import (
+    BLOCK_SIZE,
+    WEIGHT_SCHEMES,
+    product_type,
+    random_weight,
+    scale_bytes,
+)
 from llmkit.bench.gpu.timing import kernel_ms
 from llmkit.kernels import flash_attention, sampling, sampling_triton
 from llmkit.kernels import paged_attention as triton_attention
@@ -36,6 +42,7 @@ KV_HEADS = 8
 DIM = 128
 GROUP_SIZE = 128
 LLMKIT = "llmkit"
+FLOAT_FORMATS = ("fp8-blocks", "mxfp8", "mxfp4", "nvfp4")  # of WEIGHT_SCHEMES
 UNPADDED = "not padded to 17 rows"
 # [out, in] of the linear layers, by model and layer.
 LINEAR_SHAPES: dict[tuple[str, str], tuple[int, int]] = {
@@ -117,31 +124,38 @@ def kernel_cases(setting: Setting) -> Iterator[KernelCase]:
     yield from attention_cases(setting)
     yield from linear_cases(setting, "Qwen3-0.6B", (1, 64))
     yield from linear_cases(setting, "Llama-3.1-8B", (2048,), layers=("gate_up", "o_proj"))
+    yield from linear_cases(
+        setting, "Llama-3.1-8B", (1, 16, 256), ("gate_up", "o_proj"), FLOAT_FORMATS
+    )
     yield from elementwise_cases(setting)
     yield from sampling_cases(setting, "Qwen3-0.6B", (64,))
     yield from expert_cases(setting)
 
 
 def linear_cases(
-    setting: Setting, model: str, all_rows: tuple[int, ...], layers: tuple[str, ...] = ()
+    setting: Setting,
+    model: str,
+    all_rows: tuple[int, ...],
+    layers: tuple[str, ...] = (),
+    all_weights: tuple[str, ...] = ("int4", "fp8", "bf16"),
 ) -> Iterator[KernelCase]:
     """Linear layers of a model. `lm_head` is never quantized.
 
-    layers: only these; (): all.
+    layers: only these; (): all. all_weights: keys of WEIGHT_SCHEMES.
     """
     for (of_model, layer), shape in LINEAR_SHAPES.items():
         if of_model != model or (layers and layer not in layers):
             continue
         out_features, in_features = (size // setting.scale for size in shape)
         for rows in all_rows:
-            for weights in ("bf16",) if layer == "lm_head" else ("int4", "fp8", "bf16"):
+            for weights in ("bf16",) if layer == "lm_head" else all_weights:
                 scheme = WEIGHT_SCHEMES[weights]
                 bits = 16 if scheme is None else scheme.bits
-                groups = 0 if scheme is None else out_features * scheme.groups(in_features)
-                num_bytes = out_features * in_features * bits // 8 + 4 * groups
+                num_bytes = out_features * in_features * bits // 8
+                if scheme is not None:
+                    num_bytes += out_features * scheme.groups(in_features) * scale_bytes(scheme)
                 num_bytes += 2 * rows * (in_features + out_features)
-                inputs = "fp8" if weights == "fp8" else "bf16"
-                flops = {inputs: 2.0 * rows * out_features * in_features}
+                flops = {product_type(weights): 2.0 * rows * out_features * in_features}
                 case = f"{model} {layer} [{out_features}, {in_features}], {weights}, {rows} rows"
                 size = (out_features, in_features)
                 for name, make in LINEAR_IMPLEMENTATIONS[weights].items():
@@ -215,6 +229,7 @@ LINEAR_IMPLEMENTATIONS: dict[str, dict[str, Callable[[Setting, tuple[int, int], 
         "tinygemm": _tinygemm,
         "Humming": _humming,
     },
+    **{weights: {LLMKIT: partial(_llmkit_linear, weights)} for weights in FLOAT_FORMATS},
 }
 
 

@@ -118,7 +118,25 @@ WEIGHT_SCHEMES: dict[str, Scheme | None] = {
     "fp8": Scheme(8, kind="float", inputs="token"),
     "int8": Scheme(8, inputs="token"),
     "int4": Scheme(4, 128),
+    "fp8-blocks": Scheme(8, 128, kind="float", inputs="group", block_rows=128),
+    "mxfp8": Scheme(8, 32, kind="float", inputs="group", scale_format="e8m0"),
+    "mxfp4": Scheme(4, 32, kind="float", scale_format="e8m0"),
+    "nvfp4": Scheme(4, 16, kind="float", scale_format="e4m3"),
 }
+
+
+def product_type(weights: str) -> str:
+    """The type whose products a GPU computes with these weights: "bf16", "fp8" or "int8".
+
+    weights: a key of WEIGHT_SCHEMES.
+    """
+    scheme = WEIGHT_SCHEMES[weights]
+    return "bf16" if scheme is None or scheme.input_type is None else scheme.input_type
+
+
+def scale_bytes(scheme: Scheme) -> int:
+    """Bytes of a scale as GPU kernels hold it."""
+    return 1 if scheme.is_fp4 else 4
 
 
 def random_model(
@@ -166,7 +184,10 @@ def random_weight(shape: tuple[int, ...], scheme: Scheme, device: torch.device) 
     out_features, in_features = shape
     q = torch.randint(0, 1 << scheme.bits, (out_features, in_features), device=device)
     # FP8 bit patterns below 120 are finite.
-    q = (q % 120).to(torch.uint8).view(FP8) if scheme.kind == "float" else q.to(torch.uint8)
-    scales = torch.full((out_features, scheme.groups(in_features)), 1e-3, device=device)
+    q = (q % 120).to(torch.uint8).view(FP8) if scheme.is_fp8 else q.to(torch.uint8)
+    scale = 2.0**-10 if scheme.scale_format == "e8m0" else 1e-3
+    scales = torch.full((out_features, scheme.groups(in_features)), scale, device=device)
     zeros = torch.full(scales.shape, scheme.half, dtype=torch.uint8, device=device)
-    return QuantizedWeight(q, scales, zeros, scheme)
+    has_global_scale = scheme.scale_format == "e4m3"
+    global_scale = torch.full((1,), scale, device=device) if has_global_scale else None
+    return QuantizedWeight(q, scales, zeros, scheme, None, global_scale)

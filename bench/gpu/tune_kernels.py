@@ -46,7 +46,7 @@ from llmkit.kernels.attention_metadata import AttentionBatch
 from llmkit.kernels.attention_reference import paged_attention_reference
 from llmkit.kernels.humming_linear import HUMMING, LIBRARY, OURS, HummingLinear
 from llmkit.kernels.kv_cache import KVCache
-from llmkit.kernels.quantized_linear import WeightOnlyLinear
+from llmkit.kernels.quantized_linear import Fp4Linear, WeightOnlyLinear, WordsLinear
 from llmkit.kernels.tuned_configs import Config, Shape, Tunable
 from llmkit.kernels.w8a8_linear import MIN_FP8_ROWS, W8A8Linear
 from llmkit.model.checkpoint_tensors import scheme_of
@@ -227,7 +227,9 @@ class TuningTarget:
             for query_len in (1, CONTEXT)
         ]
         for scheme, shape in self.weights:
-            kind = "FP8" if scheme.is_fp8 else f"{scheme.bits} bits, groups of {scheme.group_size}"
+            kind = f"{scheme.bits} bits, groups of {scheme.group_size}"
+            if scheme.kind == "float":
+                kind = "FP8" if scheme.scale_format == "float" else scheme.label.split(",")[0]
             name = f"linear {list(shape)}, {kind}"
             problems.append((name, partial(tune_weight, scheme, shape)))
             # After the weight's own problem, whose best tiles are used by then.
@@ -382,7 +384,7 @@ def tune_weight(
 ) -> list[TuningResult]:
     """Tune the linear layer of a weight of this scheme and shape [out, in]."""
     kind = gpu_kernel_type(scheme, shape, dtype, gpu_capability(device))
-    if kind is not WeightOnlyLinear and not (kind is W8A8Linear and scheme.is_fp8):
+    if kind not in (WeightOnlyLinear, Fp4Linear) and not (kind is W8A8Linear and scheme.is_fp8):
         return []  # its kernel has no configurations
     quant = ActivationQuant.of(scheme)
     with _override_config(LIBRARY, lambda shape, default: (OURS,)):
@@ -390,7 +392,7 @@ def tune_weight(
     assert isinstance(layer, PackedLinear)
     if isinstance(layer.kernel, W8A8Linear):
         return tune_fp8_rows(layer.kernel, dtype, device, clock, is_over)
-    assert isinstance(layer.kernel, WeightOnlyLinear)
+    assert isinstance(layer.kernel, WordsLinear)
     return tune_weight_only_linear(layer.kernel, shape[1], dtype, device, clock, is_over)
 
 
@@ -499,7 +501,7 @@ def tuned_weights(
 
 
 def tune_weight_only_linear(
-    kernel: WeightOnlyLinear,
+    kernel: WordsLinear,
     in_features: int,
     dtype: torch.dtype,
     device: torch.device,

@@ -56,6 +56,13 @@ INLINE int64_t max_int64(int64_t a, int64_t b) {
 
 static const int8_t TWICE_FP4[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};
 
+#if defined(LEVEL_AVX512)
+/* The values of 4-bit codes, as `word_value` has them. */
+static const float FLOATS_OF_UINT4[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+static const float FLOATS_OF_INT4[16] = {-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7};
+static const float FLOATS_OF_FP4[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};
+#endif
+
 /* Values of a word. */
 INLINE int word_values(int weight_type) {
     return weight_type == WEIGHT_F32    ? 1
@@ -77,6 +84,12 @@ INLINE vfloat word_value(int weight_type, vint words, int i) {
         return vi_to_float(vi_shift_right_signed(vi_shift_left(words, 24 - 8 * i), 24));
     /* Of byte b: the low half is value b, the high half value b + 4. */
     vint codes = vi_shift_right(words, i < 4 ? 8 * i : 8 * (i - 4) + 4);
+#if defined(LEVEL_AVX512)
+    return v_lookup(weight_type == WEIGHT_UINT4  ? FLOATS_OF_UINT4
+                    : weight_type == WEIGHT_INT4 ? FLOATS_OF_INT4
+                                                 : FLOATS_OF_FP4,
+                    codes);
+#endif
     codes = vi_and(codes, vi_set(15));
     if (weight_type == WEIGHT_UINT4)
         return vi_to_float(codes);

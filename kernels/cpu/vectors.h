@@ -161,6 +161,10 @@ INLINE vfloat vi_f16_to_float(vint words) {
     return _mm512_cvtph_ps(_mm512_cvtepi32_epi16(words));
 }
 INLINE vint v_bits(vfloat x) { return _mm512_castps_si512(x); }
+/* Of the lowest 4 bits of each word: table[bits]. */
+INLINE vfloat v_lookup(const float *table, vint x) {
+    return _mm512_permutexvar_ps(x, _mm512_loadu_ps(table));
+}
 /* Of each byte, from 0 to 15: table[byte]. */
 INLINE vint vi_lookup(const int8_t *table, vint x) {
     __m128i entries = _mm_loadu_si128((const __m128i *)table);

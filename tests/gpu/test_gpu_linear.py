@@ -8,12 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.float_format_cases import INPUT_SCALE, SCHEMES, random_quantized
 from support.quantized_linear_cases import Case, assert_close
 from support.tiny_models import tiny_checkpoint
 
 from llmkit.checkpoint.open_checkpoint import open_checkpoint
 from llmkit.checkpoint.quantized_weight import QuantizedWeight, Scheme
 from llmkit.common.progress import SilentProgress
+from llmkit.kernels.fp8_block_linear import Fp8BlockLinear
 from llmkit.kernels.quantized_linear import MAX_FUSED_ROWS, WeightOnlyLinear
 from llmkit.kernels.w8a8_linear import W8A8Linear
 from llmkit.model.full_forward import window_logits
@@ -138,6 +140,30 @@ def test_w8a8_linear_on_gpu(
         assert torch.equal(y, captured(served, x.cuda()))
         x[0, 3] = torch.nan  # must not be lost: an answer with it is refused
         assert not served(x.cuda())[0].isfinite().any()
+
+
+@pytest.mark.parametrize("dtype", [BRAIN, HALF, FLOAT], ids=str)
+@pytest.mark.parametrize("shape", [(4096, 4096), (1000, 576), (72, 14336)], ids=str)
+@pytest.mark.parametrize("name", ["mxfp4", "nvfp4", "mxfp8", "fp8 blocks", "w4afp8"])
+def test_float_format_linear_on_gpu(name: str, shape: tuple[int, int], dtype: torch.dtype) -> None:
+    """Inputs stay as they are where weights are FP4 or INT4."""
+    scheme = SCHEMES[name]
+    if scheme.is_fp8:
+        needs_fp8()
+    weight = random_quantized(scheme, *shape)
+    quant = ActivationQuant.of(scheme, INPUT_SCALE.cuda() if scheme.has_input_scale else None)
+    served = serving_linear([weight.to("cuda")], None, quant, dtype, "cuda")
+    assert isinstance(served, PackedLinear) and served.activation_quant is None
+    is_quantizing = isinstance(served.kernel, Fp8BlockLinear)
+    assert is_quantizing == scheme.is_fp8
+    dense = weight.dequantize().double()
+    generator = torch.Generator().manual_seed(shape[1])
+    for rows in ROWS:
+        x = torch.randn(rows, shape[1], generator=generator).to(dtype)
+        inputs = quant(x.float()) if is_quantizing and quant is not None else x
+        y = served(x.cuda())
+        assert y.dtype == dtype
+        assert_close(y, inputs.double() @ dense.T, max(LIMITS[dtype], 1e-4))
 
 
 def test_serving_linear_parts_of_different_schemes_are_dense() -> None:

@@ -84,6 +84,20 @@ def test_fp8_block_linear_quantizes_groups_as_the_reference(tmp_path: Path) -> N
         assert torch.equal(expected, round_inputs(inputs.float(), size))
 
 
+def test_mxfp8_quantizes_groups_as_the_reference(tmp_path: Path) -> None:
+    draw = torch.Generator().manual_seed(4)
+    x = torch.randn(7, 224, generator=draw) * torch.logspace(-40, 30, 7)[:, None]
+    x[2, :32] = 0
+    x[3, 40] = torch.nan
+    x[4, 100] = torch.inf
+    calls = [(x, 32, "e8m0")]
+    ((q, scales),) = interpreted("support.fp8_block_cases", "run_quantize_groups", calls, tmp_path)
+    expected = fake_quantize_per_group(x, "fp8", 32, "e8m0")
+    found = q.float() * scales.repeat_interleave(32, dim=1)
+    assert found[3, 32:64].isnan().all() and found[4, 96:128].isnan().all()
+    torch.testing.assert_close(found, expected, rtol=0.0, atol=0.0, equal_nan=True)
+
+
 @pytest.mark.parametrize(
     ("tile", "group_size"),
     zip(TILES, (128, 64, 128), strict=True),

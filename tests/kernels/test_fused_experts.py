@@ -16,10 +16,12 @@ from support.expert_cases import (
     expected,
     moe_arguments,
 )
+from support.float_format_cases import SCHEMES, random_quantized
 from support.mxfp4_files import pack_mxfp4
 from support.triton_checks import SHARED_BYTES, compiled_for, interpreted
 
 from llmkit.kernels import fused_experts as experts
+from llmkit.kernels.fp4_expert import Fp4Expert
 from llmkit.kernels.fused_experts import TILES, copy_to_expert_stack, stack_experts
 
 LIMITS = {torch.float32: 1e-5, torch.float16: 3e-3}
@@ -48,8 +50,25 @@ def test_fused_experts_match_float64(
 
 
 GPT_OSS = [
-    (kind, dtype, size) for kind in ("dense", "mxfp4") for dtype in LIMITS for size in (1, 70)
+    (kind, dtype, size)
+    for kind in ("dense", "mxfp4", "nvfp4")
+    for dtype in LIMITS
+    for size in (1, 70)
 ]
+
+
+def nvfp4_experts(out: int, columns: int) -> tuple[list[Fp4Expert], torch.Tensor]:
+    """Three experts, and their dense weights [3, out, columns]."""
+    weights = [random_quantized(SCHEMES["nvfp4a16"], out, columns, seed) for seed in range(3)]
+    for index, weight in enumerate(weights):  # each has a global scale of its own
+        assert weight.global_scale is not None
+        weight.scales = weight.scales * (index + 1)
+        weight.global_scale = weight.global_scale * (index + 1)
+    kernels = [Fp4Expert(weight.q, weight.scales, None, weight.global_scale) for weight in weights]
+    dense = torch.stack([weight.dequantize() for weight in weights])
+    found = torch.stack([kernel.dequantize() for kernel in kernels])
+    torch.testing.assert_close(found, dense, rtol=1e-6, atol=0.0)
+    return kernels, dense
 
 
 @pytest.fixture(scope="module")
@@ -63,20 +82,33 @@ def gpt_oss(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[torch.Tensor
     for kind, dtype, tokens in GPT_OSS:
         draw = torch.Generator().manual_seed(tokens)
         weights, chosen = torch.rand(tokens, 5, generator=draw).topk(2)
+        scales: list[torch.Tensor | None]
         x = torch.randn(tokens, 64, generator=draw).to(dtype)
         packed = [
             pack_mxfp4(torch.randn(3, out, columns, generator=draw) / columns**0.5)
             for out, columns in ((2 * 96, 64), (64, 96))
         ]
         biases = tuple(torch.randn(3, out, generator=draw).to(dtype) for out in (2 * 96, 64))
-        if kind == "dense":
+        denses = [weight.dense.double() for weight in packed]
+        factors: list[torch.Tensor | None] = [None, None]
+        if kind == "nvfp4":
+            found = [nvfp4_experts(2 * 96, 64), nvfp4_experts(64, 96)]
+            kernels = [kernels for kernels, _ in found]
+            denses = [dense.double() for _, dense in found]
+            stacks = [torch.stack([one.blocks for one in own]) for own in kernels]
+            scales = [torch.stack([one.scales for one in own]) for own in kernels]
+            rows = [[one.factors for one in own if one.factors is not None] for own in kernels]
+            factors = [torch.stack(own) for own in rows]
+        elif kind == "dense":
             stacks = [weight.dense.to(dtype) for weight in packed]
-            scales: list[torch.Tensor | None] = [None, None]
+            scales = [None, None]
         else:
             stacks = [weight.blocks.flatten(-2) for weight in packed]
             scales = [weight.scales for weight in packed]
-        calls.append((x, chosen, weights, tuple(stacks), tuple(scales), biases, 1, 5))
-        gate_up, down = (weight.dense.double() for weight in packed)
+        calls.append(
+            (x, chosen, weights, tuple(stacks), tuple(scales), biases, 1, 5, tuple(factors))
+        )
+        gate_up, down = denses
         out = torch.zeros(tokens, 64, dtype=torch.float64)
         for token, place in product(range(tokens), range(2)):
             expert = int(chosen[token, place]) - 1
@@ -138,17 +170,18 @@ def test_stack_experts_views_neighbouring_weights() -> None:
 
 
 COMPILED = [
-    (capability, tile, gate, False)
+    (capability, tile, gate, "")
     for capability, tile in [(90, tile) for tile in TILES] + [(80, tile) for tile in TILES[:-1]]
     for gate in (0, 1)
 ]
-COMPILED += [(90, tile, gate, True) for tile in TILES for gate in (0, 3)]
-COMPILED += [(90, TILES[-1], 4, False)]
+COMPILED += [(90, tile, gate, "mxfp4") for tile in TILES for gate in (0, 3)]
+COMPILED += [(90, TILES[1], 1, "nvfp4"), (80, TILES[0], 0, "nvfp4")]
+COMPILED += [(90, TILES[-1], 4, "")]
 
 
-@pytest.mark.parametrize(("capability", "tile", "gate", "is_mxfp4"), COMPILED)
+@pytest.mark.parametrize(("capability", "tile", "gate", "fp4"), COMPILED)
 def test_fused_moe_kernel_compiles(
-    capability: int, tile: tuple[int, ...], gate: int, is_mxfp4: bool, tmp_path: Path
+    capability: int, tile: tuple[int, ...], gate: int, fp4: str, tmp_path: Path
 ) -> None:
     _, BM, BN, BK, warps, stages = tile
     is_gated = gate in (1, 2, 3)
@@ -159,12 +192,17 @@ def test_fused_moe_kernel_compiles(
     }
     kinds |= dict.fromkeys(("limit", "alpha"), "fp32")
     kinds |= dict.fromkeys(("expert_stride", "num_experts", "N", "K"), "i32")
-    constants: dict[str, Any] = {} if is_mxfp4 else {"scales": None, "bias": None}
-    if is_mxfp4:
+    constants: dict[str, Any] = {} if fp4 else {"scales": None, "bias": None}
+    if fp4:
         kinds |= {"w": "*u8", "scales": "*u8", "bias": "*bf16"}
+    if fp4 == "nvfp4":
+        kinds["factors"] = "*fp32"
+    else:
+        constants["factors"] = None
     constants |= {
         "row_scales": None,
-        "GROUP": 0,
+        "GROUP": {"": 0, "mxfp4": 32, "nvfp4": 16}[fp4],
+        "FP4": bool(fp4),
         "TOP_K": 8,
         "ACTIVATION": gate,
         "GATED": is_gated,
@@ -182,8 +220,8 @@ def test_fused_moe_kernel_compiles(
         num_warps=warps,
         num_stages=stages,
     )
-    # Unpacking MXFP4 takes registers: some 8 to 72 bytes are spilled.
-    assert compiled.stack_bytes <= (128 if is_mxfp4 else 0)
+    # Unpacking FP4 takes registers: some 8 to 72 bytes are spilled.
+    assert compiled.stack_bytes <= (128 if fp4 else 0)
     assert compiled.shared_bytes <= SHARED_BYTES[capability]
     assert ("HGMMA" if capability == 90 and BM >= 64 else "HMMA") in compiled.code
 

@@ -173,7 +173,7 @@ def typed_arguments(
     kinds = pointers | {
         name: kind for name, kind in scale_kinds.items() if name in kernel.arg_names
     }
-    constants = constants | {"MAX_VALUE": 127.0 if dtype == "*i8" else 448.0}
+    constants = constants | {"MAX_VALUE": 127.0 if dtype == "*i8" else 448.0, "E8M0": False}
     if "ACTIVATION" in kernel.arg_names:
         constants["ACTIVATION"] = "silu"
     return kinds, constants

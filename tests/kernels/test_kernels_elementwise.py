@@ -328,7 +328,13 @@ def test_add_norm_kernel_compiles(
     kinds |= {"scale": "fp32", "eps": "fp32", "size": "i32"}
     kinds["num_scales"] = "i32"
     constants: dict[str, object] = {"TILE": tile, "SUBTRACT_MEAN": subtract_mean}
-    constants |= {"normed_scales": None, "static_scale": None, "GROUP": 0, "MAX_VALUE": 0.0}
+    constants |= {
+        "normed_scales": None,
+        "static_scale": None,
+        "GROUP": 0,
+        "MAX_VALUE": 0.0,
+        "E8M0": False,
+    }
     if biased:
         kinds["bias"] = "*bf16"
     else:

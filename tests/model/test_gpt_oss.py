@@ -24,7 +24,7 @@ from llmkit.common.errors import InputError
 from llmkit.common.progress import SilentProgress
 from llmkit.kernels.cpu import cpu_kernels
 from llmkit.kernels.cpu.cpu_kernels import DEPTH_MULTIPLE
-from llmkit.kernels.mxfp4_linear import Mxfp4Linear
+from llmkit.kernels.fp4_expert import Fp4Expert
 from llmkit.model import decoder, weight_loader
 from llmkit.model.families import checkpoint_spec, model_spec
 from llmkit.model.full_forward import window_logits
@@ -142,7 +142,7 @@ def test_mxfp4_experts_stay_packed_on_a_gpu(
             weight = torch.cat([part.q for part in parts])  # type: ignore[union-attr]
             scales = torch.cat([part.scales for part in parts])  # type: ignore[union-attr]
             linear = layer.linears[name]
-            kernel = Mxfp4Linear(weight, scales, linear.bias)
+            kernel = Fp4Expert(weight, scales, linear.bias)
             assert torch.equal(kernel.dequantize(), linear.weight)
             layer.linears[name] = PackedLinear(kernel, (linear.weight.shape[0], weight.shape[1]))
     oracle = oracle_logits(gpt_oss.oracle, tokens())

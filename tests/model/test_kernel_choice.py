@@ -29,29 +29,30 @@ def choices(gpu: Gpu) -> dict[str, KernelChoice]:
 
 DEQUANTIZED = "torch, dequantized when loaded"
 WEIGHT_ONLY = "Triton, weight-only"
+FP8_PRODUCTS = ("Triton, FP8 products", "Triton, FP8 products")  # of blocks and of MXFP8
 SCALED_AFTER = "torch._scaled_mm, scales in a Triton kernel after it"
 
 
 @pytest.mark.parametrize(
     ("capability", "version", "expected"),
     [
-        ((7, 5), "2.13.0", [DEQUANTIZED] * 5),
-        ((8, 0), "2.13.0", [WEIGHT_ONLY, "torch._int_mm", WEIGHT_ONLY, WEIGHT_ONLY, WEIGHT_ONLY]),
-        ((8, 6), "2.11.0", [WEIGHT_ONLY, "torch._int_mm", WEIGHT_ONLY, WEIGHT_ONLY, WEIGHT_ONLY]),
+        ((7, 5), "2.13.0", [DEQUANTIZED] * 8),
+        ((8, 0), "2.13.0", [WEIGHT_ONLY, "torch._int_mm", *[WEIGHT_ONLY] * 6]),
+        ((8, 6), "2.11.0", [WEIGHT_ONLY, "torch._int_mm", *[WEIGHT_ONLY] * 6]),
         (
             (8, 9),
             "2.11.0+cu130",
-            [WEIGHT_ONLY, "torch._int_mm", SCALED_AFTER, "Triton, FP8 products", WEIGHT_ONLY],
+            [WEIGHT_ONLY, "torch._int_mm", SCALED_AFTER, *FP8_PRODUCTS, *[WEIGHT_ONLY] * 3],
         ),
         (
             (8, 9),
             "2.12.0",
-            [WEIGHT_ONLY, "torch._int_mm", "torch._scaled_mm", "Triton, FP8 products", WEIGHT_ONLY],
+            [WEIGHT_ONLY, "torch._int_mm", "torch._scaled_mm", *FP8_PRODUCTS, *[WEIGHT_ONLY] * 3],
         ),
         (
             (9, 0),
             "2.11.0",
-            [WEIGHT_ONLY, "torch._int_mm", "torch._scaled_mm", "Triton, FP8 products", WEIGHT_ONLY],
+            [WEIGHT_ONLY, "torch._int_mm", "torch._scaled_mm", *FP8_PRODUCTS, *[WEIGHT_ONLY] * 3],
         ),
     ],
 )

@@ -145,11 +145,20 @@ def run_gpt_oss_experts(
     biases: tuple[torch.Tensor, torch.Tensor],
     first: int,
     count: int,
+    factors: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None),
 ) -> torch.Tensor:
-    """By the kernels, with the tiles of a Hopper GPU. scales: of stacks in MXFP4."""
+    """By the kernels, with the tiles of a Hopper GPU. scales: of stacks in FP4."""
     torch.cuda.get_device_capability = lambda *_: (9, 0)
     experts = FusedExperts(
-        *stacks, first, count, False, *biases, *scales, swiglu=(GPT_OSS_LIMIT, GPT_OSS_ALPHA)
+        *stacks,
+        first,
+        count,
+        False,
+        *biases,
+        *scales,
+        swiglu=(GPT_OSS_LIMIT, GPT_OSS_ALPHA),
+        gate_up_factors=factors[0],
+        down_factors=factors[1],
     )
     return experts(x, chosen, weights)
 

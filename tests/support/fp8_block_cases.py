@@ -7,7 +7,7 @@ import torch
 from llmkit.kernels.activation_quant import FP8
 from llmkit.kernels.fp8_block_linear import Fp8BlockLinear
 from llmkit.kernels.fused_experts import FusedExperts
-from llmkit.kernels.input_quant import InputQuant, quantize_input
+from llmkit.kernels.input_quant import InputQuant, ScaleFormat, quantize_input
 
 
 def run_fp8_block_linear(
@@ -24,8 +24,10 @@ def run_fp8_block_linear(
     return linear(x, splits), linear.dequantize()
 
 
-def run_quantize_groups(x: torch.Tensor, group_size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    got = quantize_input(x, InputQuant(FP8, group_size))
+def run_quantize_groups(
+    x: torch.Tensor, group_size: int, scale_format: ScaleFormat = "float"
+) -> tuple[torch.Tensor, torch.Tensor]:
+    got = quantize_input(x, InputQuant(FP8, group_size, scale_format))
     return got.values, got.scales
 
 
@@ -50,6 +52,6 @@ def run_fp8_experts(
         None,
         *scales,
         group_size=group_size,
-        quantize_inputs=quantize_inputs,
+        input_quant=InputQuant(FP8, group_size) if quantize_inputs else None,
     )
     return experts(x, chosen, weights)
