@@ -294,7 +294,7 @@ def test_default_configs_are_among_the_choices() -> None:
     classes = [rows_class(rows) for rows in range(1, MAX_FUSED_ROWS + 1)]
     assert [rows_class(rows) for rows in tune.ROWS] == sorted(set(classes))
     assert all(fused in tune.ROWS for fused in FUSED_ROWS.choices[0])
-    assert "TILE.notify_observer(compiled)" in inspect.getsource(quantized_linear.WeightOnlyLinear)
+    assert "TILE.notify_observer(compiled)" in inspect.getsource(quantized_linear.WordsLinear)
     assert "TILE.notify_observer(compiled)" in inspect.getsource(paged)
 
 
