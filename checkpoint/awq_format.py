@@ -2,7 +2,7 @@
 
 For W[out, in] of 4 bits with G groups:
 
-    qweight  int32   [in, out/8]  packed along `out` in the order of PACK_ORDER
+    qweight  int32   [in, out/8]  packed along `out` in the order 0, 2, 4, 6, 1, 3, 5, 7
     qzeros   int32   [G, out/8]   packed in the same way
     scales   float16 [G, out]
 
@@ -28,9 +28,6 @@ from llmkit.common.errors import InputError
 
 BITS = 4
 PACK_FACTOR = 32 // BITS  # quantized values in a word
-# Nibble n of a word (0 is the lowest) holds value PACK_ORDER[n] of a group of eight.
-PACK_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
-UNPACK_ORDER = tuple(PACK_ORDER.index(value) for value in range(PACK_FACTOR))
 
 
 class AwqFormat:
@@ -63,8 +60,8 @@ class AwqFormat:
                 f"At most {torch.finfo(torch.float16).max:g}",
             )
         return {
-            "qweight": pack(_reorder(weight.q.t(), PACK_ORDER), BITS),
-            "qzeros": pack(_reorder(weight.zeros.t(), PACK_ORDER), BITS),
+            "qweight": pack(_evens_first(weight.q.t()), BITS),
+            "qzeros": pack(_evens_first(weight.zeros.t()), BITS),
             "scales": scales.t().contiguous(),
         }
 
@@ -82,8 +79,8 @@ class AwqFormat:
                     f"{expected.suffix} has shape {list(shape)}",
                     f"{list(expected.shape)} was expected",
                 )
-        q = _reorder(unpack(qweight, BITS, out), UNPACK_ORDER)
-        zeros = _reorder(unpack(qzeros, BITS, out), UNPACK_ORDER)
+        q = _in_order(unpack(qweight, BITS, out))
+        zeros = _in_order(unpack(qzeros, BITS, out))
         return QuantizedWeight(
             q.t().contiguous(), scales.t().contiguous(), zeros.t().contiguous(), scheme
         )
@@ -141,6 +138,11 @@ class AwqFormat:
         return {}
 
 
-def _reorder(q: torch.Tensor, order: tuple[int, ...]) -> torch.Tensor:
-    """Reorder uint8 [n, out]: `order` is applied to each group of eight values of a row."""
-    return q.reshape(len(q), -1, PACK_FACTOR)[:, :, list(order)].reshape(q.shape)
+def _evens_first(q: torch.Tensor) -> torch.Tensor:
+    """Reorder uint8 [n, out] as words hold it: of each eight values the even ones come first."""
+    return q.reshape(len(q), -1, PACK_FACTOR // 2, 2).transpose(2, 3).reshape(q.shape)
+
+
+def _in_order(q: torch.Tensor) -> torch.Tensor:
+    """The inverse of `_evens_first`."""
+    return q.reshape(len(q), -1, 2, PACK_FACTOR // 2).transpose(2, 3).reshape(q.shape)

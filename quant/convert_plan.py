@@ -160,14 +160,11 @@ def _value_reason(target: Format, scheme: Scheme, weight: QuantizedWeight) -> st
         found = form.unpack(scheme, stored)
     except LlmkitError as error:
         return f"{error.what}. {error.expected}"
-    return difference(weight, found)
+    return stored_difference(weight, found)
 
 
-def difference(weight: QuantizedWeight, other: QuantizedWeight) -> str:
-    """What differs between two quantized weights, and an example; "" when nothing does.
-
-    The dense values are compared bit for bit in float32, and codes, scales and zero points too.
-    """
+def stored_difference(weight: QuantizedWeight, other: QuantizedWeight) -> str:
+    """What differs in codes, scales and zero points, and an example; "" when nothing does."""
     for name, one, two in (
         ("scale of inputs", weight.input_scale, other.input_scale),
         ("global scale", weight.global_scale, other.global_scale),
@@ -185,6 +182,17 @@ def difference(weight: QuantizedWeight, other: QuantizedWeight) -> str:
         return "quantized values differ"
     if not torch.equal(weight.zeros, other.zeros):
         return "zero points differ"
+    return ""
+
+
+def difference(weight: QuantizedWeight, other: QuantizedWeight) -> str:
+    """What differs between two quantized weights; "" when nothing does.
+
+    Beside what is stored, the dequantized values are compared, bit for bit in float32.
+    """
+    reason = stored_difference(weight, other)
+    if reason:
+        return reason
     rows, columns = weight.shape
     step = max(1, _CHUNK_VALUES // columns)
     for start in range(0, rows, step):
