@@ -34,6 +34,8 @@ GROUP_SIZES = (128, 64, 32)
 FAST_AWQ_GRID = 5  # ratios that AWQ tries with --effort fast
 # The steps of learned rounding by --effort; the others do not learn.
 LEARNING_STEPS: dict[str, int] = {"high": 30, "max": 100}
+# The share of the earlier layers' errors that a weight corrects (see `asymmetric_target`).
+ASYMMETRY = 0.5
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,8 @@ class Method:
         """The values of --bits that go with it."""
         if not self.schemes:
             return (self.cast_bits,)
-        return tuple(sorted({NUMBER_FORMATS[name].scheme.bits for name in self.schemes}))
+        schemes = [NUMBER_FORMATS[name].scheme for name in self.schemes]
+        return tuple(sorted({scheme.bits for scheme in schemes if not scheme.preset}))
 
 
 _ALL_SCHEMES = ("w4a16", *(name for name in NUMBER_FORMATS if name != "w4a16"))
@@ -65,7 +68,7 @@ METHODS: dict[str, Method] = {
     # Short names of rtn.
     "int8": Method(("w8a16", "w8a8"), grouped=False),
     "fp8": Method(("fp8", "fp8-static", "fp8-block")),
-    # AWQ's scales and then GPTQ for integers, GPTQ for the others.
+    # GPTQ, where values have few bits with the correction of the earlier layers' errors.
     "auto": Method(_ALL_SCHEMES, calibrated=True),
     "gptq": Method(_ALL_SCHEMES, "gptq", calibrated=True),
     "awq": Method(("w4a16", "w4afp8"), "awq", calibrated=True, symmetric=False),
@@ -217,18 +220,18 @@ class MethodOptions:
             self._check_lm_head(self.lm_head)
 
     def _check_mixed(self) -> None:
-        if self.chosen_format != MIXED_FORMAT or not self.may_be_asymmetric:
-            raise UsageError(
-                "--target-kl and --target-bits choose a scheme for each layer, "
-                "which one setting for all cannot",
-                f"They go with {_grouped_methods()} and --format compressed-tensors",
-            )
         if self.scheme_name is not None or self.bits is not None:
             option = "scheme" if self.scheme_name is not None else "bits"
             raise UsageError(
                 f"--{option} is one scheme for all layers, and --target-kl and --target-bits choose"
                 " one for each",
                 todo=f"Leave out --{option}, and name the engine and the GPU: --for vllm@h100",
+            )
+        if self.chosen_format != MIXED_FORMAT or not self.may_be_asymmetric:
+            raise UsageError(
+                "--target-kl and --target-bits choose a scheme for each layer, "
+                "which one setting for all cannot",
+                f"They go with {_grouped_methods()} and --format compressed-tensors",
             )
 
     def _check_scheme(self, method: Method) -> None:
@@ -404,8 +407,8 @@ class MethodOptions:
         number_format = self.number_format
         is_int = number_format is not None and number_format.scheme.kind == "int"
         is_fp4 = number_format is not None and number_format.scheme.is_fp4
-        if self.method == "auto" and self.grouped and is_int and is_native:
-            return Algorithm(gptq, AwqSmoother(), auto_round)
+        if self.method == "auto" and is_native and not fast and (self.grouped or is_fp4):
+            return Algorithm(gptq.asymmetric(ASYMMETRY), smoother, auto_round)
         if self.method == "awq" and fast:
             return Algorithm(RtnQuantizer(), AwqSmoother(FAST_AWQ_GRID))
         if self.method == "awq" and auto_round is None:

@@ -134,7 +134,7 @@ def _schemes(
         for row in rows
         for name in row.source_names
     ]
-    if scheme.input_type is not None and math.gcd(columns, *heights) % TILE:
+    if scheme.input_type is not None and math.gcd(columns, *(row.shape[0] for row in rows)) % TILE:
         return {}
     if candidate == "w4afp8":
         fits = columns % W4AFP8_GROUP == 0 and math.gcd(*heights) % W4AFP8_GROUP == 0

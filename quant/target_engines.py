@@ -97,8 +97,8 @@ def parse_target(text: str | None) -> Target | None:
     generation = GENERATIONS.get(gpu)
     known = [name for name, found in GENERATIONS.items() if found in FAST_SCHEMES[engine]]
     if generation not in FAST_SCHEMES[engine]:
-        expected = f"{engine}@ and one of {', '.join(known)} was expected" if known else engine
-        raise UsageError(f"--for {text} is not known", expected)
+        expected = f"{engine}@ and one of {', '.join(known)}" if known else f"{engine} alone"
+        raise UsageError(f"--for {text} is not known", f"{expected} was expected")
     return Target(engine, generation)
 
 
@@ -146,6 +146,8 @@ def check_engine(
         _check_transformers_experts(quantization, spec)
     if engine == "vllm" and quantization.format == "gptq":
         _check_vllm_gptq_modules(spec)
+    if engine == "vllm":
+        _check_vllm_blocks(quantization, spec)
     if quantization.kv == "int8":
         raise UsageError(f"{engine} knows no INT8 KV cache", "FP8 was expected", "Use --kv fp8")
     if quantization.kv and engine == "transformers":
@@ -184,6 +186,25 @@ def _check_vllm_gptq_modules(spec: ModelSpec) -> None:
             f"vLLM {problem} in the gptq format of a {spec.architecture}",
             todo="Use --format awq or compressed-tensors",
         )
+
+
+def _check_vllm_blocks(quantization: QuantizationConfig, spec: ModelSpec) -> None:
+    """vLLM concatenates linears only where the next one begins with a block of rows.
+
+    Its function is `validate_fp8_block_shape`.
+    """
+    for parameter in parameters(spec):
+        for source in parameter.sources[:-1]:
+            scheme = scheme_of(parameter, source.name, quantization)
+            if scheme is None or scheme.block_rows < 2 or source.shape[0] % scheme.block_rows == 0:
+                continue
+            raise UsageError(
+                f"vLLM does not load blocks of {scheme.block_rows} rows of"
+                f" {source.name.removesuffix('.weight')}, which has {source.shape[0]} rows and is"
+                " concatenated with others",
+                "Multiples of the block were expected",
+                "Use --scheme fp8, or leave out --for",
+            )
 
 
 def _check_transformers_scheme(quantization: QuantizationConfig, scheme: Scheme) -> None:

@@ -24,7 +24,7 @@ from llmkit.quant.methods import MethodOptions, build_quantization_config
 from llmkit.quant.quantize_checkpoint import quantize
 from llmkit.quant.quantize_options import QuantizeOptions
 from llmkit.quant.quantize_report import Report
-from llmkit.quant.target_engines import check_engine
+from llmkit.quant.target_engines import check_engine, parse_target
 from llmkit.runtime.engine.engine_options import EngineOptions
 from llmkit.runtime.engine.sampling_params import SamplingParams
 from llmkit.runtime.engine_loader import load_engine
@@ -187,7 +187,7 @@ def test_check_engine_refuses_a_gptq_lm_head_for_transformers(source: Path) -> N
     )
 
     def check(engine: str, options: MethodOptions) -> None:
-        check_engine(engine, build_quantization_config(spec, options), spec)
+        check_engine(parse_target(engine), build_quantization_config(spec, options), spec)
 
     with pytest.raises(UsageError, match="lm_head"):
         check("transformers", MethodOptions("gptq", lm_head=4))

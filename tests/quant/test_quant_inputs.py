@@ -89,8 +89,8 @@ def test_conflicting_options_are_refused(
 ) -> None:
     message = (
         rf"--method {method} and --bits {bits} do not go together\. "
-        r"The pairs that do: bf16 16, fp16 16, int8 8, fp8 8, gptq 2, gptq 3, gptq 4, gptq 8,"
-        r" awq 4, rtn 2, rtn 3, rtn 4, rtn 8"
+        r"The pairs that do: bf16 16, fp16 16, int8 8, fp8 8, auto 2, auto 3, auto 4, auto 8,"
+        r" gptq 2, gptq 3, gptq 4, gptq 8, awq 4, rtn 2, rtn 3, rtn 4, rtn 8"
     )
     refused(llama, tmp_path / "out", message, UsageError, 2, method=method, bits=bits)
 
@@ -135,11 +135,11 @@ def test_conflicting_options_are_refused(
         ),
         (
             {"target_kl": 0.1, "evaluate": True, "format": "awq"},
-            "--target-kl and --target-bits mix.*compressed-tensors",
+            "--target-kl and --target-bits choose a scheme.*compressed-tensors",
         ),
         (
             {"method": "int8", "target_bits": 5.0},
-            "--target-kl and --target-bits mix.*go with gptq, awq, rtn",
+            "--target-kl and --target-bits choose a scheme.*go with .*gptq, awq, rtn",
         ),
         ({"scheme": "fp7"}, "--scheme fp7 is not known.*nvfp4"),
         (
@@ -168,8 +168,12 @@ def test_conflicting_options_are_refused(
             {"scheme": "fp8-block", "format": "fp8", "kv": "fp8"},
             "--format fp8 has no place for the scales of a KV cache",
         ),
-        ({"scheme": "nvfp4", "target_bits": 5.0}, "--target-kl and --target-bits mix"),
-        ({"target_bits": 3.0}, r"--target-bits is 3\.0.*4 to 16"),
+        (
+            {"scheme": "fp8-block", "engine": "vllm"},
+            "vLLM does not load blocks of 128 rows of .*q_proj, which has 64 rows.*--scheme fp8",
+        ),
+        ({"scheme": "nvfp4", "target_bits": 5.0}, "--scheme is one scheme for all layers"),
+        ({"target_bits": 0.5}, r"--target-bits is 0\.5.*1 to 16"),
         ({"target_kl": 0.1}, "--target-kl needs the evaluation"),
         ({"max_kl": 0.1}, "--max-kl needs the evaluation that --no-eval leaves out"),
         ({"max_kl": -1.0, "evaluate": True}, r"--max-kl is -1\.0"),

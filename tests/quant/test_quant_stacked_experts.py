@@ -275,8 +275,13 @@ def test_mixed_bits_of_stacked_experts(sources: Callable[[str], Path], tmp_path:
         BASE, method="rtn", group_size=32, samples=2, evaluate=True, eval_windows=1, target_bits=6.0
     )
     report = run(sources("granite-moe-shared"), tmp_path / "out", options)
-    bits = {entry["bits"] for entry in report["linears"] if ".experts." in entry["name"]}
-    assert len(bits) > 1
+    schemes = {entry["name"]: entry["scheme"] for entry in report["sensitivity"]}
+    assert len(set(schemes.values())) > 1
+    for layer in range(2):  # all linears of a layer's experts have one scheme
+        of_layer = [e for e in report["linears"] if f"layers.{layer}.mlp.experts." in e["name"]]
+        expected = {"w4a16": {4}, "w8a16": {8}, "16-bit": set()}
+        chosen = schemes[f"layers.{layer}.mlp.experts"]
+        assert {entry["bits"] for entry in of_layer} == expected[chosen]
     assert 0 < report["quality"]["mean_kl"] < 1
     assert logits_of(tmp_path / "out", tokens()).isfinite().all()
 
