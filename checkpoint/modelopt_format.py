@@ -265,7 +265,7 @@ def check_same_config(
 ) -> None:
     """Raises InputError when hf_quant_config.json (`first`) and config.json (`second`) disagree.
 
-    They agree when they mean the same for every module that has a weight among `tensors`.
+    They agree when they mean the same for every module that has scales among `tensors`.
     """
     names = f"{MODELOPT_FILE} and config.json"
     todo = "Download both again, or remove the one that does not belong to the weights"
@@ -284,7 +284,7 @@ def check_same_config(
         return
     for name in tensors:
         module, _, suffix = name.rpartition(".")
-        if suffix != "weight":
+        if suffix != "weight_scale":
             continue
         schemes = [config.scheme_of(module) for config in (first, second)]
         if schemes[0] != schemes[1]:

@@ -107,18 +107,19 @@ def _quantization(
     entry = read_quantization_entry(path, config)
     if entry is None:
         return None
-    quantization = parse_quantization(entry, tensors)
     modelopt_file = path / MODELOPT_FILE
-    if modelopt_file.is_file() and quantization_entry(config) is not None:
-        if quantization.format != "modelopt":
-            raise InputError(
-                f"{modelopt_file} is of Model-Optimizer, and {CONFIG} has the quant_method"
-                f" {entry['quant_method']}",
-                "modelopt in both was expected",
-                "Remove the one that does not belong to the weights",
-            )
-        of_file = {"quant_method": "modelopt", **load_json(modelopt_file)}
-        check_same_config(parse_quantization(of_file, tensors), quantization, tensors)
+    if not modelopt_file.is_file() or quantization_entry(config) is None:
+        return parse_quantization(entry, tensors)
+    method = entry.get("quant_method") if isinstance(entry, dict) else None
+    if not str(method).startswith("modelopt"):
+        raise InputError(
+            f"{modelopt_file} is of Model-Optimizer, and {CONFIG} has the quant_method {method}",
+            "modelopt in both was expected",
+            "Remove the one that does not belong to the weights",
+        )
+    quantization = parse_quantization(entry, tensors)
+    of_file = {"quant_method": "modelopt", **load_json(modelopt_file)}
+    check_same_config(parse_quantization(of_file, tensors), quantization, tensors)
     return quantization
 
 
