@@ -29,9 +29,10 @@ from llmkit.model.gemma4_family import gemma4
 from llmkit.model.hybrid_families import HYBRID_FAMILIES
 from llmkit.model.mla_families import MLA_FAMILIES
 from llmkit.model.moe_families import MOE_FAMILIES
+from llmkit.model.parameter import source_module
 from llmkit.model.parameter_table import embedding_tensor
 from llmkit.model.qwen3_next_families import QWEN3_NEXT_FAMILIES
-from llmkit.model.spec import ExpertStack, ModelSpec
+from llmkit.model.spec import ExpertStack, GatedDeltaNetSpec, ModelSpec
 from llmkit.model.wrappers import (
     WRAPPERS,
     architecture_of,
@@ -145,6 +146,7 @@ def model_spec(
         spec = replace(spec, recurrent=None)
     if text is None:
         spec = _with_stored_names(spec, tensors)
+    spec = _with_stored_gates(spec, tensors)
     if text is not None and text.expert_stack is not None and spec.moe is not None:
         spec = replace(spec, moe=replace(spec.moe, expert_stack=text.expert_stack))
     if _stores_experts_one_by_one(spec, tensors):
@@ -170,6 +172,17 @@ def _with_stored_names(spec: ModelSpec, tensors: Collection[str]) -> ModelSpec:
     prefix, lm_head = OTHER_NAMES[spec.architecture]
     other = replace(spec, tensor_prefix=prefix, lm_head_name=lm_head)
     return other if embedding_tensor(other) in tensors else spec
+
+
+def _with_stored_gates(spec: ModelSpec, tensors: Collection[str]) -> ModelSpec:
+    """The spec with `quantized_gates`, if a checkpoint has scales for beta and decay."""
+    gdn = spec.recurrent
+    if not isinstance(gdn, GatedDeltaNetSpec):
+        return spec
+    index = next(i for i, layer in enumerate(spec.layers) if layer.mixer == "gated_delta_net")
+    module = source_module(spec, index, "gdn.ba" if gdn.fused_projections else "gdn.b")
+    stored = {name.removeprefix(f"{module}.") for name in tensors if name.startswith(f"{module}.")}
+    return replace(spec, recurrent=replace(gdn, quantized_gates=bool(stored - {"weight"})))
 
 
 def unstack_experts(spec: ModelSpec) -> ModelSpec:

@@ -72,7 +72,8 @@ def _gated_delta_net_rows(spec: ModelSpec, index: int) -> Iterator[Parameter]:
     # No scales move from the norm before: beta and decay read it, too, and stay in 16 bits, where
     # rounding them once more costs as much as INT8 does.
     yield Parameter(f"{name}.qkvz.weight", tuple(qkvz_sources), layers, is_linear=True)
-    yield Parameter(f"{name}.ba.weight", tuple(ba_sources), layers)
+    gates = Parameter(f"{name}.ba.weight", tuple(ba_sources), layers)
+    yield replace(gates, is_linear=gdn.quantized_gates)
     conv = projections(f"{source('conv')}.weight", qkv, (1, gdn.conv_kernel_size))
     yield Parameter(f"{name}.conv.weight", tuple(conv), layers)
     for vector in ("A_log", "dt_bias"):

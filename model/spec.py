@@ -138,6 +138,8 @@ class GatedDeltaNetSpec:
     # The checkpoint has one linear for queries, keys, values and gates, and one for beta and decay.
     # Their rows are those of one key head after the other (Qwen3-Next).
     fused_projections: bool = False
+    # The checkpoint has beta and decay quantized. llmkit's quantizers leave them in 16 bits.
+    quantized_gates: bool = False
 
     def of_rank(self, tp: int) -> GatedDeltaNetSpec:
         """The share of one of `tp` ranks: key heads, with the value heads that read them."""

@@ -33,7 +33,7 @@ from llmkit.model.draft_head_spec import mtp_model_spec
 from llmkit.model.families import FALLBACK, checkpoint_spec, require_native
 from llmkit.model.parameter_table import embedding_tensor, parameters
 from llmkit.model.pruned_experts import KeptExperts, with_pruned_experts
-from llmkit.model.spec import ModelSpec
+from llmkit.model.spec import ATTENTION_MIXERS, ModelSpec
 from llmkit.model.unstacked_experts import with_unstacked_experts
 from llmkit.quant import memory_estimate as memory
 from llmkit.quant.algorithm import Algorithm
@@ -271,11 +271,13 @@ class QuantizePlan:
                 hessians="hessian" in algorithm.required_stats,
                 auto_round=algorithm.auto_round is not None,
                 prefetch=self.device.type == "cuda",
+                asymmetric=algorithm.is_asymmetric,
             )
             if algorithm.quantizer.true_sequential and self.device.type == "cpu":
                 layer += memory.recorded_bytes(self.spec, self.samples, self.seq_len)
             # With the hidden states on disk, one window at a time is in memory.
             windows = 1 if offload else self.samples
+            windows *= 1 + algorithm.runs_dense_model
             peak = max(peak, layer + memory.hidden_bytes(self.spec, windows, self.seq_len))
         return peak
 
@@ -300,6 +302,12 @@ def make_plan(source: str, out: Path, options: QuantizeOptions, progress: Progre
     checkpoint.require_unsharded()
     spec = checkpoint_spec(checkpoint)
     _check_fallback(spec, options)
+    if options.kv and not any(layer.mixer in ATTENTION_MIXERS for layer in spec.layers):
+        raise InputError(
+            f"--kv {options.kv} is not possible with {spec.architecture}",
+            "A model that caches keys and values: this one has no attention",
+            "Leave out --kv",
+        )
     if options.kv and spec.mla is not None:
         raise InputError(
             f"--kv {options.kv} is not possible with {spec.architecture}",

@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
+import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import transformers
 from safetensors.torch import save_file
-from support.tiny_models import VOCAB
+from support.tiny_models import VOCAB, tiny_checkpoint
 from support.tiny_quantized import PIECES, dense_checkpoint, piece_checkpoint, stored_tensors
 
 from llmkit.checkpoint.open_checkpoint import open_checkpoint
 from llmkit.checkpoint.tokenizer import load_tokenizer
-from llmkit.common.errors import UsageError
+from llmkit.common.errors import InputError, UsageError
 from llmkit.common.progress import SilentProgress
+from llmkit.model import families
 from llmkit.model.decoder import Decoder, DecoderLayer
 from llmkit.model.families import checkpoint_spec
 from llmkit.model.full_forward import window_logits
 from llmkit.model.mla import LatentLinear
+from llmkit.model.spec import GatedDeltaNetSpec, ModelSpec
 from llmkit.model.weight_loader import load_model
 from llmkit.quant import calibrate_layer
 from llmkit.quant.calibration_text import load_text
@@ -432,3 +436,52 @@ def test_check_engine_refuses_what_engines_do_not_load_of_a_family(
     run(glm4, tmp_path / "out", awq)
     kept = replace(METHODS["int8"], engine="transformers", keep=r"\.experts\.", dry_run=True)
     run(moe, tmp_path / "out", kept)
+
+
+@pytest.mark.parametrize(
+    "piece", ["projections by key head", "gated delta net, gate beside each query"]
+)
+def test_gates_of_a_delta_net_that_others_quantized_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, piece: str
+) -> None:
+    """llmkit's quantizers leave them in 16 bits; here they do not."""
+    source = piece_checkpoint(piece, tmp_path / "source", dtype="float32")
+    read_as_stored = families._with_stored_gates
+    with monkeypatch.context() as patch:
+
+        def quantized(spec: ModelSpec, tensors: Collection[str]) -> ModelSpec:
+            spec = read_as_stored(spec, tensors)
+            assert isinstance(spec.recurrent, GatedDeltaNetSpec)
+            return replace(spec, recurrent=replace(spec.recurrent, quantized_gates=True))
+
+        patch.setattr(families, "_with_stored_gates", quantized)
+        quantize(str(source), str(tmp_path / "out"), replace(BASE, group_size=16), SilentProgress())
+    checkpoint = open_checkpoint(tmp_path / "out")
+    gates = [name for name in checkpoint.tensors if re.search(r"in_proj_b?a?\.", name)]
+    assert gates and not any(name.endswith(".weight") for name in gates)
+    recurrent = checkpoint_spec(checkpoint).recurrent
+    assert isinstance(recurrent, GatedDeltaNetSpec) and recurrent.quantized_gates
+    dense = dense_checkpoint(checkpoint, tmp_path / "dense")
+    assert "quantized_gates=False" in str(checkpoint_spec(open_checkpoint(dense)).recurrent)
+    answers = [
+        load_engine(path, EngineOptions(device="cpu", max_model_len=64)).generate(
+            [[5, 6, 7], [9] * 20], SamplingParams(temperature=0.0, max_tokens=8)
+        )
+        for path in (tmp_path / "out", dense)
+    ]
+    assert answers[0] == answers[1]
+
+
+@pytest.mark.parametrize(
+    ("kind", "config", "message"),
+    [
+        ("mamba2", {"num_heads": 8, "head_dim": 16, "expand": 2}, "this one has no attention"),
+        ("deepseek_v3", PIECES["latent attention"][1], "caches a latent for each token"),
+    ],
+)
+def test_quantized_kv_cache_of_a_model_without_keys_and_values_is_refused(
+    tmp_path: Path, kind: str, config: dict[str, Any], message: str
+) -> None:
+    source = tiny_checkpoint(tmp_path / "source", kind, **config)
+    with pytest.raises(InputError, match=rf"--kv int8 is not possible .* {message}.* Leave out"):
+        run(source, tmp_path / "out", replace(BASE, kv="int8"))
