@@ -22,6 +22,7 @@ from llmkit.model.parameter_table import parameters
 from llmkit.model.weight_loader import read_parameter
 from llmkit.quant.quantize_checkpoint import quantize
 from llmkit.quant.quantize_options import QuantizeOptions
+from llmkit.quant.quantized_source import quantized_source_of
 
 pytestmark = pytest.mark.usefixtures("short_builtin_text")
 BASE = QuantizeOptions("rtn", samples=4, seq_len=32, evaluate=False, device="cpu")
@@ -43,6 +44,18 @@ SOURCES: dict[str, tuple[dict[str, Any], str]] = {
     "a quantized head of other bits": (
         {"format": "compressed-tensors", "lm_head": 8, "group_size": 32},
         "INT4 in groups of 32 and INT8 in groups of 32 (compressed-tensors)",
+    ),
+    "nvfp4 with its inputs": ({"scheme": "nvfp4"}, "NVFP4 (compressed-tensors)"),
+    "nvfp4 of Model-Optimizer": (
+        {"scheme": "nvfp4a16", "format": "modelopt"},
+        "NVFP4 (modelopt)",
+    ),
+    "mxfp4": ({"scheme": "mxfp4"}, "MXFP4 (compressed-tensors)"),
+    "mxfp8": ({"scheme": "mxfp8"}, "MXFP8 (compressed-tensors)"),
+    "fp8 blocks": ({"scheme": "fp8-block", "format": "fp8"}, "FP8 in blocks of 128x128 (fp8)"),
+    "schemes by layer": (
+        {"target_bits": 8.0, "evaluate": True, "eval_windows": 1},
+        "",
     ),
     "some layers": ({"method": "gptq", "layers": "1"}, "INT4 in groups of 64 (gptq)"),
 }
@@ -92,6 +105,9 @@ def test_requantize_gives_the_bytes_of_the_dense_source(
     source = tmp_path / "source"
     run(llama, source, **options)
     dense = as_dense(source, tmp_path / "dense")
+    if kind == "schemes by layer":  # whatever they are
+        label = quantized_source_of(open_checkpoint(source)).label
+        assert label.count("INT") > 1
     report, texts = run(source, tmp_path / "out", group_size=16)
     expected, quiet = run(dense, tmp_path / "expected", group_size=16)
     check_same(tmp_path / "out", tmp_path / "expected")
@@ -99,7 +115,8 @@ def test_requantize_gives_the_bytes_of_the_dense_source(
     assert expected["source_weights"] is None
     wanted = f"the source is {label}: its weights are dequantized layer by layer, and the output"
     assert sum(text.startswith(wanted) for text in texts) == 1
-    assert any(LOST_TWICE in text for text in texts) is ("INT4" in label)
+    has_few_bits = any(word in label for word in ("INT4", "FP4"))
+    assert any(LOST_TWICE in text for text in texts) is has_few_bits
     assert any("KV cache are left out: --kv fp8" in text for text in texts) is ("KV" in kind)
     assert not any("the source" in text for text in quiet)
     assert label in (tmp_path / "out" / "report.html").read_text()
