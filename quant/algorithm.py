@@ -138,6 +138,16 @@ class Algorithm:
     auto_round: AutoRound | None = None
 
     @property
+    def is_asymmetric(self) -> bool:
+        """Whether weights correct the errors of earlier layers."""
+        return "residual" in self.quantizer.required_stats
+
+    @property
+    def runs_dense_model(self) -> bool:
+        """Whether the unquantized model runs beside the quantized one."""
+        return self.auto_round is not None or self.is_asymmetric
+
+    @property
     def required_stats(self) -> frozenset[StatKind]:
         """The statistics of the inputs that the quantizer and the smoother need."""
         if self.smoother is None:

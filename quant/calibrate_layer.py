@@ -11,7 +11,7 @@ is then computed from it, instead of from the beginning.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -137,6 +137,35 @@ class _AllCollected(Exception):  # noqa: N818
     """Skips the rest of a sublayer once every linear has its inputs of a micro-batch."""
 
 
+@dataclass(frozen=True)
+class DenseSubLayer:
+    """The sublayer of the unquantized model, on the hidden states that it has there."""
+
+    layer: DecoderLayer
+    sublayer: SubLayer
+    batches: Sequence[MicroBatch]
+    # The scales [in] that smoothing divided the inputs of the quantized layer's linears by.
+    input_scales: Mapping[str, torch.Tensor]
+    recorded: RecordedInputs
+
+    def inputs(self, batch: int, names: Sequence[str]) -> dict[str, torch.Tensor]:
+        """What the named linears read of micro-batch `batch`, [T, in] each."""
+        found: dict[str, torch.Tensor] = {}
+
+        def receive(name: str, x: torch.Tensor) -> None:
+            if name == self.sublayer.last_linear:
+                self.recorded.add(x)
+            scales = self.input_scales.get(name)
+            found[name] = x if scales is None else x / scales
+
+        _run_to_linears(self.layer, self.sublayer, names, self.batches[batch], receive)
+        return found
+
+    def advance(self) -> None:
+        """Run the micro-batches through the sublayer."""
+        self.sublayer.advance(self.batches, self.recorded)
+
+
 def collect_input_stats(
     layer: DecoderLayer,
     sublayer: SubLayer,
@@ -144,26 +173,53 @@ def collect_input_stats(
     batches: Sequence[MicroBatch],
     required_stats: Set[StatKind],
     recorded: RecordedInputs | None = None,
+    dense: DenseSubLayer | None = None,
 ) -> dict[str, InputStats]:
     """The input statistics of the named linears over all micro-batches, which are not changed.
 
     The sublayer runs no further than these linears, and not at all when no statistics are required.
     recorded: receives what the sublayer's last linear reads, if its statistics are collected.
+    dense: needed for residuals, without which they are not collected.
     """
+    if dense is None:
+        required_stats = required_stats - {"residual"}
     stats: dict[str, InputStats] = {}
     for name in names:
         weight = layer.linears[name].weight
         stats[name] = InputStats(weight.shape[1], required_stats, weight.device)
     if not required_stats or not names:
         return stats
-    # The linears that have not yet received their inputs of the current micro-batch.
-    waiting: set[str] = set()
+    for index, micro_batch in enumerate(batches):
+        dense_inputs = {} if dense is None else dense.inputs(index, names)
+
+        def receive(
+            name: str, x: torch.Tensor, dense_inputs: dict[str, torch.Tensor] = dense_inputs
+        ) -> None:
+            stats[name].add(x, dense_inputs.pop(name, None))
+            if recorded is not None and name == sublayer.last_linear:
+                recorded.add(x)
+
+        _run_to_linears(layer, sublayer, names, micro_batch, receive)
+    return stats
+
+
+def _run_to_linears(
+    layer: DecoderLayer,
+    sublayer: SubLayer,
+    names: Sequence[str],
+    micro_batch: MicroBatch,
+    receive: Callable[[str, torch.Tensor], None],
+) -> None:
+    """Run a micro-batch through a sublayer, no further than the named linears need.
+
+    `receive` is called with each of their names and its inputs.
+    """
+    # The linears that have not yet received their inputs.
+    waiting = set(names)
 
     def hook(name: str) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
         def collect(_module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-            stats[name].add(inputs[0])
-            if recorded is not None and name == sublayer.last_linear:
-                recorded.add(inputs[0])
+            receive(name, inputs[0])
             waiting.discard(name)
             if not waiting and not sublayer.is_moe:
                 raise _AllCollected
@@ -172,15 +228,12 @@ def collect_input_stats(
 
     handles = [layer.linears[name].register_forward_pre_hook(hook(name)) for name in names]
     try:
-        for micro_batch in batches:
-            waiting.update(names)
-            hidden = micro_batch.hidden.to(micro_batch.context.device)
-            with suppress(_AllCollected):
-                sublayer.run(hidden, micro_batch.layer_inputs(layer.index))
+        hidden = micro_batch.hidden.to(micro_batch.context.device)
+        with suppress(_AllCollected):
+            sublayer.run(hidden, micro_batch.layer_inputs(layer.index))
     finally:
         for handle in handles:
             handle.remove()
-    return stats
 
 
 def max_abs_kv(

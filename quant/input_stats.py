@@ -18,13 +18,15 @@ _CHUNK_ROWS = 1024  # rows processed at a time
 # Columns of a Hessian's blocks. Those below the diagonal are copied, which saves a CPU a quarter.
 _HESSIAN_BLOCK = 384
 
-StatKind = Literal["magnitudes", "hessian", "sample"]
+StatKind = Literal["magnitudes", "hessian", "residual", "sample"]
 
 
 class InputStats:
     """Statistics of all the inputs [..., in] added so far, in float32 on the inputs' device.
 
     hessian: 2/n X'X [in, in], the Hessian of the squared output error; None unless it is required.
+    residual: 2/n (X_dense - X)'X [in, in], with the inputs X_dense that the linear has in the
+    unquantized model; None unless it is required.
     max_abs, mean_abs: the largest and the mean magnitude of each feature [in].
     sample: up to MAX_SAMPLE_ROWS input rows [r, in], when they are required.
     """
@@ -39,20 +41,30 @@ class InputStats:
         self.hessian: torch.Tensor | None = None
         if "hessian" in required_stats:
             self.hessian = torch.zeros(features, features, dtype=torch.float32, device=device)
+        self.residual: torch.Tensor | None = None
+        if "residual" in required_stats:
+            self.residual = torch.zeros(features, features, dtype=torch.float32, device=device)
         self.max_abs = torch.zeros(features, dtype=torch.float32, device=device)
         self.mean_abs = torch.zeros(features, dtype=torch.float32, device=device)
         self._needs_sample = "sample" in required_stats
         self._sample_parts: list[torch.Tensor] = []
         self._num_sampled = 0
 
-    def add(self, inputs: torch.Tensor) -> None:
-        """Update the statistics with inputs [..., in]."""
+    def add(self, inputs: torch.Tensor, dense_inputs: torch.Tensor | None = None) -> None:
+        """Update the statistics with inputs [..., in].
+
+        dense_inputs: those of the same tokens in the unquantized model, for the residual.
+        """
         rows = inputs.reshape(-1, inputs.shape[-1]).float()
         if not len(rows):
             return
         total = self.num_tokens + len(rows)
         if self.hessian is not None:
             _add_product(self.hessian, rows, self.num_tokens / total, 2.0 / total)
+        if self.residual is not None:
+            assert dense_inputs is not None
+            moved = dense_inputs.reshape(rows.shape).float() - rows
+            self.residual.addmm_(moved.T, rows, beta=self.num_tokens / total, alpha=2.0 / total)
         self.mean_abs.mul_(self.num_tokens / total)
         for chunk in rows.split(_CHUNK_ROWS):
             magnitudes = chunk.abs()
@@ -72,6 +84,12 @@ class InputStats:
         self.hessian = None
         return hessian
 
+    def take_residual(self) -> torch.Tensor | None:
+        """Return the residual, if there is one, and drop it here."""
+        residual = self.residual
+        self.residual = None
+        return residual
+
     def clone(self) -> InputStats:
         """A copy that stays valid when a quantizer consumes this one."""
         copy = InputStats(len(self.max_abs), frozenset(), self.max_abs.device)
@@ -79,6 +97,7 @@ class InputStats:
         copy.max_abs = self.max_abs
         copy.mean_abs = self.mean_abs
         copy.hessian = None if self.hessian is None else self.hessian.clone()
+        copy.residual = self.residual
         copy._sample_parts = self._sample_parts
         return copy
 
@@ -90,6 +109,7 @@ class InputStats:
         copy.max_abs = self.max_abs.to(device)
         copy.mean_abs = self.mean_abs.to(device)
         copy.hessian = None if self.hessian is None else self.hessian.to(device)
+        copy.residual = None if self.residual is None else self.residual.to(device)
         copy._sample_parts = [rows.to(device) for rows in self._sample_parts]
         return copy
 
@@ -108,6 +128,8 @@ class InputStats:
         """Turn these into the statistics of the same inputs divided by `scales` [in]."""
         if self.hessian is not None:
             self.hessian.div_(scales).div_(scales[:, None])
+        if self.residual is not None:
+            self.residual.div_(scales).div_(scales[:, None])
         self.max_abs.div_(scales)
         self.mean_abs.div_(scales)
         self._sample_parts = [rows / scales for rows in self._sample_parts]

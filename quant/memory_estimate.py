@@ -52,7 +52,13 @@ def evaluation_bytes(spec: ModelSpec, seq_len: int) -> int:
 
 
 def calibration_bytes(
-    spec: ModelSpec, seq_len: int, *, hessians: bool, auto_round: bool, prefetch: bool
+    spec: ModelSpec,
+    seq_len: int,
+    *,
+    hessians: bool,
+    auto_round: bool,
+    prefetch: bool,
+    asymmetric: bool = False,
 ) -> int:
     """The peak of quantizing a layer at a time. Hidden states are not included.
 
@@ -62,6 +68,7 @@ def calibration_bytes(
     hessians: the Hessians of one sublayer's linears are in memory too.
     auto_round: the Hessians of all its linears and several copies of its weights are in memory too.
     prefetch: the next layer is in memory too.
+    asymmetric: the unquantized layer and a residual for each Hessian are in memory too.
     """
     embedding = [row for row in parameters(spec) if row.name == "embed.weight"]
     peak = FLOAT_BYTES * _total_elements(embedding)
@@ -73,15 +80,16 @@ def calibration_bytes(
         for parameter in linears:
             sublayer = parameter.module.split(".")[2]
             hessian = hessians * parameter.shape[1] ** 2
-            hessian_elements[sublayer] = hessian_elements.get(sublayer, 0) + hessian
-            working = max(working, hessian, _num_elements(parameter))
+            kept = (1 + asymmetric) * hessian
+            hessian_elements[sublayer] = hessian_elements.get(sublayer, 0) + kept
+            working = max(working, (1 + asymmetric) * hessian, _num_elements(parameter))
         activations = _activation_elements(spec, seq_len)
         rounding = max(hessian_elements.values()) + max(working, activations)
         quantized = _total_elements(linears)
         learning = 0
         if auto_round:
             learning = sum(hessian_elements.values()) + _AUTO_ROUND_COPIES * quantized
-        layers = (1 + prefetch) * _total_elements(layer)
+        layers = (1 + prefetch + asymmetric) * _total_elements(layer)
         peak = max(peak, quantized + FLOAT_BYTES * (layers + max(rounding, learning)))
     return _BASE_BYTES + 2 * CHUNK_BYTES + peak
 

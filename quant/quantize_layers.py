@@ -33,6 +33,7 @@ from llmkit.quant.algorithm import (
 )
 from llmkit.quant.auto_round import TuningWindows, tune_rounding
 from llmkit.quant.calibrate_layer import (
+    DenseSubLayer,
     RecordedInputs,
     SubLayer,
     collect_input_stats,
@@ -71,6 +72,8 @@ class LayerState:
     smoothed_vectors: set[str] = field(default_factory=set)
     # The scales of an 8-bit KV cache, by checkpoint tensor.
     kv_scales: dict[str, torch.Tensor] = field(default_factory=dict)
+    # The scales that smoothing divided the inputs of linears by, by name within the layer.
+    input_scales: dict[str, torch.Tensor] = field(default_factory=dict)
     # For learned rounding: the smoothed weights before quantization, and their input statistics.
     dense_weights: dict[str, torch.Tensor] = field(default_factory=dict)
     input_stats: dict[str, InputStats] = field(default_factory=dict)
@@ -113,16 +116,20 @@ def quantize_layers(
     layers = _layers_to_quantize(source, writer, [index for index in todo if index <= last])
     progress.start("quantize", num_layers, "layers")
     auto_round = algorithm.auto_round
-    # The hidden states of the quantized model and, for learned rounding, of the unquantized one.
+    # The hidden states of the quantized model and, where it is compared, of the unquantized one.
     batches = written.embed(windows, folder=offload)
     target_batches: list[MicroBatch] = []
-    if auto_round is not None:
+    if algorithm.runs_dense_model:
         target_batches = source.embed(windows, folder=offload / "targets" if offload else None)
     entries: list[Entry] = []
     for index in range(num_layers):
         started = time.perf_counter()
-        if auto_round is not None and index <= last:
-            source.run_layer(source.layer(index), target_batches)
+        dense_layer = None
+        if algorithm.runs_dense_model and index <= last:
+            dense_layer = source.layer(index)
+            if index not in todo or not algorithm.is_asymmetric:
+                source.run_layer(dense_layer, target_batches)
+                dense_layer = None
         if index not in todo:
             # An interrupted run has written this layer.
             layer_entries = recorded[index]
@@ -137,7 +144,9 @@ def quantize_layers(
             layer_inputs: list[MicroBatch] = []
             if auto_round is not None:
                 layer_inputs = [micro_batch.snapshot() for micro_batch in batches]
-            _quantize_layer(state, batches, writer, algorithm, progress, solver)
+            dense = None if dense_layer is None else (dense_layer, target_batches)
+            _quantize_layer(state, batches, writer, algorithm, progress, solver, dense)
+            del dense, dense_layer
             if auto_round is not None:
                 tuning_windows = TuningWindows(
                     layer_inputs, target_batches, windows.shape[1], auto_round, source
@@ -202,11 +211,18 @@ def _quantize_layer(
     algorithm: Algorithm,
     progress: Progress,
     solver: Solver,
+    dense: tuple[DecoderLayer, Sequence[MicroBatch]] | None = None,
 ) -> None:
-    """Quantize a layer's linears in place and run `batches` through the quantized layer."""
+    """Quantize a layer's linears in place and run `batches` through the quantized layer.
+
+    dense: for residuals, the unquantized layer and its inputs, which are run through it.
+    """
     layer_parts = sublayers(state.layer)
+    dense_parts = _dense_sublayers(state, dense)
     _calibrate_kv(state, layer_parts[0], batches, writer)
-    for sublayer in layer_parts:
+    for sublayer, dense_sublayer in zip(layer_parts, dense_parts, strict=True):
+        # The two models send different tokens to an expert.
+        compared = None if sublayer.is_moe else dense_sublayer
         input_stats: dict[str, InputStats] = {}
         recorded = RecordedInputs()
         if algorithm.smoother is not None:
@@ -214,9 +230,15 @@ def _quantize_layer(
         for position, group in enumerate(sublayer.linear_groups):
             names = [name for name in group if name in state.targets]
             collects_again = algorithm.quantizer.true_sequential and position > 0
-            if algorithm.smoother is None or collects_again:
+            if algorithm.smoother is None or collects_again or compared is not None:
                 input_stats |= collect_input_stats(
-                    state.layer, sublayer, names, batches, algorithm.required_stats, recorded
+                    state.layer,
+                    sublayer,
+                    names,
+                    batches,
+                    algorithm.required_stats,
+                    recorded,
+                    compared,
                 )
             # Free the memory of the forward passes before a Hessian is factorized.
             trim_heap()
@@ -227,11 +249,26 @@ def _quantize_layer(
                 _, entry = state.results[name]
                 progress.advance(0, f"{entry['name']} error {entry['error']:.2e}")
         sublayer.advance(batches, recorded)
+        if dense_sublayer is not None:
+            dense_sublayer.advance()
         if not all(_all_finite(micro_batch.hidden) for micro_batch in batches):
             raise InputError(
                 f"the output of layer {state.index} is not finite: its values overflow float32",
                 "Weights that give finite activations were expected",
             )
+
+
+def _dense_sublayers(
+    state: LayerState, dense: tuple[DecoderLayer, Sequence[MicroBatch]] | None
+) -> Sequence[DenseSubLayer | None]:
+    """The unquantized model's sublayers of a layer; None for each without `dense`."""
+    if dense is None:
+        return [None] * len(sublayers(state.layer))
+    layer, batches = dense
+    return [
+        DenseSubLayer(layer, sublayer, batches, state.input_scales, RecordedInputs())
+        for sublayer in sublayers(layer)
+    ]
 
 
 def _all_finite(values: torch.Tensor) -> bool:
@@ -271,6 +308,7 @@ def _smooth(
             continue
         used = apply_scales(state.layer, mapping, scales, vector_dtypes)
         input_stats[name].divide_inputs(used)
+        state.input_scales[name] = used
         smoothed = ("bias",) if mapping.rows is not None else ("weight", "bias")
         state.smoothed_vectors.update(f"{mapping.smooth_layer}.{vector}" for vector in smoothed)
     return input_stats
@@ -286,6 +324,7 @@ def _job(
     """The job of a linear. It falls back to rounding for an expert with too few tokens."""
     if algorithm.auto_round is not None:
         state.input_stats[name] = input_stats.clone()
+        state.input_stats[name].residual = None
     min_tokens: float = 1
     if ".experts." in name:
         num_tokens = sum(micro_batch.num_tokens for micro_batch in batches)

@@ -71,6 +71,8 @@ def estimate_seconds(spec: ModelSpec, work: Work, speed: Speed) -> float:
             flops += CALIBRATION_PASSES * 2 * rows * columns * tokens
             if "hessian" in algorithm.required_stats:
                 flops += 2 * tokens * columns**2 + 2 * rows * columns**2
+            if algorithm.is_asymmetric:
+                flops += CALIBRATION_PASSES * 2 * rows * columns * tokens + 2 * tokens * columns**2
             if algorithm.smoother is not None:
                 flops += 20 * 2 * min(512, rows) * columns**2
         if work.searches:

@@ -10,7 +10,7 @@ from llmkit.quant.algorithm import Algorithm, AutoRound
 from llmkit.quant.awq import AwqSmoother
 from llmkit.quant.gptq import GptqQuantizer
 from llmkit.quant.grid import FULL_SEARCH
-from llmkit.quant.methods import MethodOptions
+from llmkit.quant.methods import ASYMMETRY, MethodOptions
 from llmkit.quant.quantize_options import Effort
 from llmkit.quant.smoothquant import SmoothQuant
 
@@ -21,10 +21,10 @@ GPTQ = GptqQuantizer(DAMP, FULL_SEARCH)
 @pytest.mark.parametrize(
     ("scheme", "expected"),
     [
-        ("w4a16", Algorithm(GPTQ, AwqSmoother())),
+        ("w4a16", Algorithm(GPTQ.asymmetric(ASYMMETRY))),
         ("w8a8", Algorithm(replace(GPTQ, search=None), SmoothQuant())),
         ("fp8", Algorithm(replace(GPTQ, search=None))),
-        ("nvfp4", Algorithm(GPTQ)),
+        ("nvfp4", Algorithm(GPTQ.asymmetric(ASYMMETRY))),
     ],
 )
 def test_auto_method_chooses_by_scheme(scheme: str, expected: Algorithm) -> None:
@@ -34,7 +34,9 @@ def test_auto_method_chooses_by_scheme(scheme: str, expected: Algorithm) -> None
     assert options.algorithm(DAMP) == expected
 
 
-def test_auto_method_does_not_smooth_the_fallback() -> None:
+def test_auto_method_does_not_compare_with_the_dense_model_in_the_fallback_or_a_hurry() -> None:
+    fast = MethodOptions("auto", effort="fast").algorithm(DAMP)
+    assert fast == Algorithm(replace(GPTQ, search=None))
     assert MethodOptions("auto").algorithm(DAMP, is_native=False) == Algorithm(GPTQ)
 
 
@@ -58,5 +60,5 @@ def test_effort_chooses_the_steps_of_learned_rounding(
 ) -> None:
     algorithm = MethodOptions(method, effort=effort).algorithm(DAMP)
     assert algorithm.auto_round == (None if steps is None else AutoRound(steps))
-    if steps is not None:
+    if steps is not None and method != "auto":
         assert (algorithm.quantizer, algorithm.smoother) == (GPTQ, AwqSmoother())

@@ -12,7 +12,7 @@ from llmkit.checkpoint.quantized_weight import QuantizedWeight, Scheme
 from llmkit.kernels.activation_quant import FP8
 from llmkit.model.parameter import Parameter, SourceTensor
 from llmkit.quant.algorithm import QuantizeResult, QuantTarget
-from llmkit.quant.gptq import GptqQuantizer, gptq
+from llmkit.quant.gptq import GptqQuantizer, asymmetric_target, gptq
 from llmkit.quant.grid import ERROR_NORM, FULL_SEARCH, Grid, fit_grid, round_to_nearest
 from llmkit.quant.input_stats import MAX_SAMPLE_ROWS, InputStats
 
@@ -338,3 +338,35 @@ def test_fp8_rounds_as_torch_does() -> None:
     scale = weight.abs().amax(1, keepdim=True) / 448
     assert rounded.q.dtype == FP8
     torch.testing.assert_close(rounded.dequantize(), (weight / scale).to(FP8).float() * scale)
+
+
+def test_asymmetric_target_is_the_least_squares_solution() -> None:
+    """The weight whose output on the inputs is closest to the dense output on the dense inputs."""
+    generator = torch.Generator().manual_seed(2)
+    inputs = torch.randn(500, 32, generator=generator)
+    dense_inputs = inputs + torch.randn(500, 32, generator=generator)
+    weight = torch.randn(16, 32, generator=generator)
+    seen = InputStats(32, {"hessian", "residual"})
+    for rows in (slice(0, 100), slice(100, 350), slice(350, 500)):
+        seen.add(inputs[rows], dense_inputs[rows])
+    hessian = seen.hessian
+    residual = seen.take_residual()
+    assert hessian is not None and residual is not None
+    expected = torch.linalg.lstsq(inputs, dense_inputs @ weight.T).solution.T
+    target = asymmetric_target(weight, hessian, residual, 1.0, 1e-7)
+    torch.testing.assert_close(target, expected, atol=1e-3, rtol=0)
+    assert (target - weight).abs().max() > 0.5
+    half = asymmetric_target(weight, hessian, residual, 0.5, 1e-7)
+    torch.testing.assert_close(half, (weight + target) / 2)
+
+
+def test_residual_follows_scaled_inputs() -> None:
+    generator = torch.Generator().manual_seed(3)
+    inputs, dense_inputs = torch.randn(2, 60, 8, generator=generator)
+    scales = torch.rand(8, generator=generator) + 0.5
+    scaled, seen = (InputStats(8, {"hessian", "residual"}) for _ in "12")
+    scaled.add(inputs / scales, dense_inputs / scales)
+    seen.add(inputs, dense_inputs)
+    seen.divide_inputs(scales)
+    assert seen.residual is not None and scaled.residual is not None
+    torch.testing.assert_close(seen.residual, scaled.residual)

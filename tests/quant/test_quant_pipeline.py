@@ -20,7 +20,7 @@ from llmkit.checkpoint.quantized_weight import QuantizedWeight, Scheme
 from llmkit.checkpoint.tokenizer import load_tokenizer
 from llmkit.common.errors import GateError
 from llmkit.common.progress import SilentProgress
-from llmkit.model.families import model_spec
+from llmkit.model.families import checkpoint_spec, model_spec
 from llmkit.model.full_forward import hidden_states, make_batch, window_logits
 from llmkit.model.parameter_table import parameters
 from llmkit.model.weight_loader import load_model, read_parameter
@@ -287,11 +287,42 @@ def test_calibration_uses_outputs_of_quantized_layers(llama: Path, llama_int4: P
     assert share == pytest.approx(report["linears"][-1]["error"], rel=1e-3)
 
 
-@pytest.mark.parametrize(("stage", "units"), [("quantize", 1), ("quantize", 2), ("evaluate", 4)])
+@pytest.mark.parametrize("num_experts", [0, 4])
+def test_auto_method_brings_the_output_closer_than_gptq(tmp_path: Path, num_experts: int) -> None:
+    """Its weights correct the earlier layers' errors on the calibration text."""
+    experts = {"num_local_experts": num_experts} if num_experts else {}
+    architecture = "mixtral" if num_experts else "llama"
+    source = tiny.tiny_checkpoint(tmp_path / "source", architecture, num_hidden_layers=4, **experts)
+    options = replace(OPTIONS, samples=16, format="compressed-tensors")
+    checkpoint = open_checkpoint(source)
+    windows = calibration_windows(
+        load_tokenizer(checkpoint), text.load_text("builtin"), True, 16, 64, 0
+    )
+    spec = checkpoint_spec(checkpoint)
+    wanted = torch.stack(list(LayerStream.from_checkpoint(checkpoint, spec).logits(windows)))
+    lost = {}
+    for method in ("gptq", "auto"):
+        report = run(source, tmp_path / method, replace(options, method=method))
+        assert {entry["method"] for entry in report["linears"]} == {"gptq"}
+        stream = LayerStream.from_checkpoint(open_checkpoint(tmp_path / method), spec)
+        logits = torch.stack(list(stream.logits(windows)))
+        lost[method] = ((logits - wanted).norm() / wanted.norm()).item()
+    assert 0 < lost["auto"] < 0.95 * lost["gptq"]
+
+
+@pytest.mark.parametrize(
+    ("stage", "units", "method"),
+    [
+        ("quantize", 1, "gptq"),
+        ("quantize", 2, "gptq"),
+        ("evaluate", 4, "gptq"),
+        ("quantize", 2, "auto"),
+    ],
+)
 def test_resume_of_a_calibrated_run_gives_the_same_bytes(
-    llama: Path, tmp_path: Path, stage: str, units: int
+    llama: Path, tmp_path: Path, stage: str, units: int, method: str
 ) -> None:
-    options = dataclasses.replace(OPTIONS, evaluate=True, eval_windows=2)
+    options = dataclasses.replace(OPTIONS, method=method, evaluate=True, eval_windows=2)
     run(llama, tmp_path / "whole", options)
     out = tmp_path / "resumed"
     with pytest.raises(InterruptedRunError):
