@@ -214,21 +214,29 @@ def _calibration(report: Entry) -> list[tuple[str, str]]:
 
 def _scheme_shares(report: Entry) -> list[Sequence[str]]:
     """The rows of the table of chosen schemes: name, linears, share of the weights, bits."""
-    found: dict[str, list[Entry]] = {}
+    found: dict[str, list[tuple[float, float]]] = {}
     for entry in report.get("sensitivity") or []:
-        found.setdefault(str(entry.get("scheme")), []).append(entry)
-    total = sum(entry["weights"] for entries in found.values() for entry in entries) or 1
+        size = number(entry.get("weights")), number(entry.get("bits"))
+        if all(map(math.isfinite, size)) and size[0] > 0:
+            found.setdefault(str(entry.get("scheme")), []).append(size)
+    total = sum(weights for sizes in found.values() for weights, _ in sizes)
     rows: list[Sequence[str]] = []
-    for name, entries in sorted(found.items()):
-        weights = sum(entry["weights"] for entry in entries)
-        bits = sum(entry["weights"] * entry["bits"] for entry in entries) / weights
-        rows.append((name, f"{len(entries):,}", f"{weights / total:.1%}", f"{bits:.2f}"))
+    for name, sizes in sorted(found.items()):
+        weights = sum(count for count, _ in sizes)
+        bits = sum(count * bits for count, bits in sizes) / weights
+        rows.append((name, f"{len(sizes):,}", f"{weights / total:.1%}", f"{bits:.2f}"))
     return rows
+
+
+def _kl_by_scheme(entry: Entry) -> Mapping[str, Any]:
+    """The KL of each scheme that was measured at a linear."""
+    kl = entry.get("kl")
+    return kl if isinstance(kl, dict) else {}
 
 
 def _candidates(report: Entry) -> list[str]:
     """The names of the schemes that were measured."""
-    names = [name for entry in report.get("sensitivity") or [] for name in entry.get("kl") or {}]
+    names = [name for entry in report.get("sensitivity") or [] for name in _kl_by_scheme(entry)]
     return list(dict.fromkeys(names))
 
 
@@ -243,7 +251,7 @@ def _sensitivity(report: Entry) -> list[Sequence[str]]:
             str(entry.get("name")),
             _fact(entry.get("scheme")),
             _formatted(entry.get("bits"), ".2f"),
-            *(_formatted((entry.get("kl") or {}).get(name), ".2e") for name in candidates),
+            *(_formatted(_kl_by_scheme(entry).get(name), ".2e") for name in candidates),
         )
         for entry in report.get("sensitivity") or []
     ]

@@ -11,6 +11,7 @@ from support.html_parser import Page
 
 from llmkit.quant.quantize_charts import KINDS, bits_chart, error_chart, error_legend
 from llmkit.quant.quantize_page import report_page
+from llmkit.quant.scheme_charts import scheme_chart
 
 SHAPES = {
     "attn.qkv": (192, 64),
@@ -230,12 +231,84 @@ def test_page_names_fallbacks_and_overflows() -> None:
     assert marks == ["mark down hollow", "mark o"]
 
 
-def test_page_lists_the_sensitivity() -> None:
-    page = Page(
-        report_page(report(sensitivity=[{"name": "layers.0.attn.o", "bits": 4, "kl": 0.25}]))
-    )
-    assert "Measurements: 1" in page.within("summary")
-    assert "2.500e-01" in page.within("td")
+MIXED: dict[str, Any] = {
+    "sensitivity": [
+        {
+            "name": "layers.0.attn.o",
+            "weights": 300,
+            "scheme": "fp8",
+            "bits": 8.0,
+            "kl": {"w4a16": 0.25, "fp8": 0.0125},
+        },
+        {
+            "name": "layers.0.mlp.down",
+            "weights": 100,
+            "scheme": "16-bit",
+            "bits": 16.0,
+            "kl": {"w4a16": 0.5},
+        },
+    ],
+    "mean_bits": 10.0,
+    "attempts": [{"mean_bits": 8.0, "mean_kl": 0.06}, {"mean_bits": 10.0, "mean_kl": 0.03}],
+    "uniform": [
+        {"scheme": "w4a16", "mean_bits": 4.25, "mean_kl": 0.9},
+        {"scheme": "fp8", "mean_bits": 8.0, "mean_kl": 0.02},
+        {"scheme": "w8a16", "mean_bits": 8.25, "mean_kl": 0.018},
+    ],
+    "frontier": [
+        {"mean_bits": 4.25, "mean_kl": 0.8},
+        {"mean_bits": 8.0, "mean_kl": 0.05},
+        {"mean_bits": 12.0, "mean_kl": 0.02},
+        {"mean_bits": 16.0, "mean_kl": 0.0},
+    ],
+    "options": {"method": "rtn", "target_kl": 0.04},
+}
+
+
+def test_page_lists_the_sensitivity_of_each_scheme() -> None:
+    page = Page(report_page(report(**MIXED)))
+    assert "Measurements: 2" in page.within("summary")
+    assert {"KL, w4a16", "KL, fp8", "Chosen schemes"} <= {
+        *page.within("th"),
+        *(attributes.get("aria-label") for _, attributes in page.tags),
+    }
+    cells = page.within("td")
+    assert {"2.50e-01", "1.25e-02", "5.00e-01", "75.0%", "25.0%"} <= set(cells)
+
+
+def test_scheme_chart_places_choices_by_bits_and_kl() -> None:
+    figure = scheme_chart(report(**MIXED))
+    marks = places(figure)
+    assert len(marks) == 5
+    uniform, attempts = marks[:3], marks[3:]
+    # More bits lie further right, a lower KL lower; bits are linear, KL is logarithmic.
+    assert uniform[0][0] < uniform[1][0] == pytest.approx(attempts[0][0], abs=0.1)
+    assert uniform[0][1] < attempts[0][1] < attempts[1][1] < uniform[1][1] < uniform[2][1]
+    step = (attempts[1][0] - attempts[0][0]) / 2
+    assert uniform[0][0] == pytest.approx(attempts[0][0] - 3.75 * step, abs=0.2)
+    halving = attempts[1][1] - attempts[0][1]
+    assert uniform[0][1] == pytest.approx(attempts[0][1] - math.log2(0.9 / 0.06) * halving, abs=0.3)
+    for words in ("target", "w4a16 for all layers: 4.25 bits, KL 0.9", "attempt 2: 10.00 bits"):
+        assert words in figure
+    (ring,) = re.findall(r'class="ring" cx="([\d.]+)" cy="([\d.]+)"', figure)
+    assert tuple(map(float, ring)) == attempts[1]
+    # The labels of close marks do not cover each other.
+    labels = [
+        float(y)
+        for y, name in re.findall(r'y="([\d.]+)" text-anchor="start">([^<]+)<', figure)
+        if name in ("fp8", "w8a16")
+    ]
+    assert abs(labels[0] - labels[1]) >= 13
+
+
+def test_scheme_chart_needs_measurements() -> None:
+    assert scheme_chart(report()) == ""
+    assert "<h2>Schemes" not in report_page(report()).decode()
+    assert "<h2>Schemes" in report_page(report(**MIXED)).decode()
+    broken = {"attempts": [{"mean_bits": None, "mean_kl": math.nan}], "frontier": [{}]}
+    assert scheme_chart(report(**(MIXED | broken))) == ""
+    bits = scheme_chart(report(**(MIXED | {"options": {"target_bits": 10.0}})))
+    assert 'class="target"' in bits
 
 
 def places(figure: str) -> list[tuple[float, float]]:
