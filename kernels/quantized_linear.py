@@ -67,7 +67,7 @@ class WordsLinear:
     """A weight in words, with inputs in the model's dtype.
 
     words: of `pack_words`. scales: [G, N], as the kernel's SCALES says. factors: float32 [N], what
-    outputs are multiplied with; None: nothing. constants: of the kernel. power: see `LARGE`.
+    outputs are multiplied with; None: nothing. constants: of the kernel. power: see `SCALED`.
     """
 
     def __init__(
@@ -131,7 +131,7 @@ class WordsLinear:
                 BN=BN,
                 STAGES=stages,
                 num_warps=warps,
-                **compiler_options(BM),
+                **compiler_options(BM, is_fp4=kind == "fp4", major=major),
             )
         TILE.notify_observer(compiled)
         result = epilogue(y, M, x.dtype, self._bias) if splits > 1 else y[0]
@@ -255,13 +255,17 @@ def e4m3_scale_bytes(
     return steps.to(FP8).view(torch.uint8), factors * E4M3_DIVISOR
 
 
-def compiler_options(tile_rows: int) -> dict[str, int]:
+def compiler_options(tile_rows: int, *, is_fp4: bool = False, major: int = 9) -> dict[str, int]:
     """Triton's options for a tile.
 
-    Without a limit, ptxas spills registers of small tiles to fit more programs. AMD's compiler has
-    no such option.
+    Without a limit, ptxas spills registers of small tiles, and of FP4's large ones on GPUs before
+    9.0, to fit more programs. AMD's compiler has no such option.
     """
-    return {"maxnreg": 168} if tile_rows <= 16 and not is_amd() else {}
+    if is_amd():
+        return {}
+    if is_fp4 and major < 9 and tile_rows >= LARGE_ROWS:
+        return {"maxnreg": 255}
+    return {"maxnreg": 168} if tile_rows <= 16 else {}
 
 
 def rows_class(rows: int) -> int:
@@ -293,12 +297,14 @@ def tile_constants(
     constants: of the weight. major: of the GPU's compute capability.
     """
     bits, width = int(constants["BITS"]), int(constants["W"])
+    is_fp4 = constants["SCALES"] != "float"
     large = tile_rows >= LARGE_ROWS
+    scaled = large or constants["SCALES"] == "e4m3"  # groups of 16 have many sums
     packs = dtype != torch.float32 and runs_ptx()
     texts: tuple[str | None, ...] = (None,) * 4
     offsets = [0.0] * 4
-    if packs and constants["SCALES"] != "float":
-        texts = unpack_fp4_ptx(dtype, large)
+    if packs and is_fp4:
+        texts = unpack_fp4_ptx(dtype, scaled)
     elif packs:
         # Words of 8-bit values have only two fields.
         texts = unpack_ptx(bits, dtype, bool(constants["SYMMETRIC"]), large) * 2
@@ -308,7 +314,7 @@ def tile_constants(
         "COLUMNS": width // 2 if large and width == 64 else width,
         "EVEN": columns % (16 // bits * width) == 0,
         "X_FIRST": large and major >= 9,
-        "LARGE": large,
+        "SCALED": scaled,
         **{f"PTX{field}": texts[field] for field in range(4)},
         "OFFSET_EVEN": offsets[0],
         "OFFSET_ODD": offsets[1],
@@ -414,14 +420,14 @@ def _unpack_fp4_pairs(
     scale: tl.tensor,
     dtype: tl.constexpr,
     PTX: tl.constexpr,
-    LARGE: tl.constexpr,
+    SCALED: tl.constexpr,
 ) -> tl.tensor:
-    """The values of one field of the words, or values * scale if LARGE, by `unpack_fp4_ptx`.
+    """The values of one field of the words, or values * scale if SCALED, by `unpack_fp4_ptx`.
 
-    Scales and products have few digits: `dtype` holds them exactly.
+    `dtype` holds the scales and the products exactly.
     """
     scale = scale.to(dtype)[:, None]
-    if LARGE:
+    if SCALED:
         q = tl.inline_asm_elementwise(PTX, "=r,r,r", [word, scale], scale.dtype, True, 2)
     else:
         q = tl.inline_asm_elementwise(PTX, "=r,r", [word], scale.dtype, True, 2)
@@ -480,7 +486,7 @@ def _weight_only_linear_kernel(
     COLUMNS: tl.constexpr,
     EVEN: tl.constexpr,
     X_FIRST: tl.constexpr,
-    LARGE: tl.constexpr,
+    SCALED: tl.constexpr,
     PTX0: tl.constexpr,
     PTX1: tl.constexpr,
     PTX2: tl.constexpr,
@@ -494,7 +500,7 @@ def _weight_only_linear_kernel(
     """A program computes one tile of one split, COLUMNS words of a block at a time.
 
     With few rows it computes W x': then tensor cores take W from registers, and each group's sum
-    is scaled. LARGE: W is scaled instead, times `power`. X_FIRST: it computes x W', for which the
+    is scaled. SCALED: W is scaled instead, times `power`. X_FIRST: it computes x W', for which the
     warps put what they unpacked into shared memory.
     SCALES: "float": scales and zero points in one word, of integers. "e8m0" or "e4m3": scales in a
     byte, of FP4, see `scale_of_byte`; `factors` then has one for each output.
@@ -525,7 +531,7 @@ def _weight_only_linear_kernel(
                 scale_and_zero_at = scales_and_zeros + tl.minimum(k, K - 1) // GROUP * N + n_inside
                 scale_and_zero = tl.load(scale_and_zero_at)
                 scale = _scale(scale_and_zero, SCALES)
-                if LARGE:
+                if SCALED:
                     scale *= power
                 else:
                     part = tl.zeros((BN, BM), tl.float32)
@@ -533,7 +539,7 @@ def _weight_only_linear_kernel(
             x_transposed = tl.load(x_at + (k + column), mask=inside, other=0.0)
             if PTX0 is None:
                 values = _unpack_field(word, scale_and_zero, field, BITS, SYMMETRIC, SCALES, dtype)
-                if LARGE:
+                if SCALED:
                     values = (values.to(tl.float32) * scale[:, None]).to(dtype)
             elif SCALES != "float":
                 values = _unpack_fp4_pairs(
@@ -541,7 +547,7 @@ def _weight_only_linear_kernel(
                     scale,
                     dtype,
                     PTX0 if field == 0 else PTX1 if field == 1 else PTX2 if field == 2 else PTX3,
-                    LARGE,
+                    SCALED,
                 )
             else:
                 values = _unpack_pairs(
@@ -552,19 +558,19 @@ def _weight_only_linear_kernel(
                     PTX0 if field == 0 else PTX1 if field == 1 else PTX2 if field == 2 else PTX3,
                     OFFSET_ODD if field % 2 else OFFSET_EVEN,
                     SYMMETRIC,
-                    LARGE,
+                    SCALED,
                 )
             if X_FIRST:
                 total = tl.dot(tl.trans(x_transposed), tl.trans(values), total)
-            elif LARGE:
-                total = tl.dot(values, x_transposed, total)
+            elif SCALED:
+                total = tl.dot(values, x_transposed, total, input_precision="ieee")
             else:
                 part = tl.dot(values, x_transposed, part, input_precision="ieee")
                 if (field + 1) * W % SPAN == 0:
                     total += part * scale[:, None]
     if X_FIRST:
         total = tl.trans(total)
-    if LARGE:
+    if SCALED:
         total /= power
     if factors is not None:
         total *= tl.load(factors + n, mask=n < N, other=0.0)[:, None]

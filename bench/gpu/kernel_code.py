@@ -107,7 +107,7 @@ def weight_only_case(
         unit="64 x 256 weights",
         units=units,
         warps=warps,
-        options=compiler_options(rows),
+        options=compiler_options(rows, is_fp4=has_bytes, major=capability // 10),
     )
 
 

@@ -7,15 +7,19 @@ from typing import Any
 
 import pytest
 import torch
+from support.float_format_cases import SCHEMES
 from support.tiny_models import tiny_checkpoint
 
+from llmkit.bench.gpu.model_shapes import MODEL_CONFIGS, random_model, tiny_config
 from llmkit.checkpoint.hf_config import RopeSpec
 from llmkit.kernels.cpu import cpu_experts, cpu_kernels
 from llmkit.kernels.kv_cache import KV_CACHE_DTYPES
 from llmkit.model.decoder import DecoderLayer
+from llmkit.model.families import model_spec
 from llmkit.model.rope import CosSin, CosSinTable, RotaryEmbedding
 from llmkit.runtime.engine import cpu_graphs
 from llmkit.runtime.engine.engine import Engine
+from llmkit.runtime.engine.engine_config import EngineConfig
 from llmkit.runtime.engine.engine_options import EngineOptions
 from llmkit.runtime.engine.sampling_params import SamplingParams
 from llmkit.runtime.engine.slot_block_tables import SlotBlockTables
@@ -210,3 +214,27 @@ def test_cos_sin_tables_have_the_values_of_the_embedding_bit_for_bit(
         for mine, value in zip(written, expected, strict=True):
             assert (mine is None) == (value is None)
             assert mine is None or value is None or torch.equal(mine, value)
+
+
+@needs_library
+@pytest.mark.parametrize("name", ["fp8 token", "fp8 blocks", "mxfp8", "mxfp4", "nvfp4a16"])
+def test_cpu_graphs_replay_steps_with_inputs_in_float_formats(
+    monkeypatch: pytest.MonkeyPatch, layers_run: list[int], name: str
+) -> None:
+    """The compiled kernels quantize inputs: torch would have to compute again in each step."""
+    config = tiny_config(MODEL_CONFIGS["SmolLM2-135M"])
+
+    def made() -> Engine:
+        torch.manual_seed(3)  # of quantized weights
+        cpu = torch.device("cpu")
+        model = random_model(model_spec(config), torch.float32, cpu, SCHEMES[name])
+        return Engine(model, EngineConfig(64, 40, torch.device("cpu"), torch.float32))
+
+    recorded = made()
+    first = answers(recorded)
+    few = len(layers_run)
+    layers_run.clear()
+    monkeypatch.setattr(cpu_graphs, "MAX_HIDDEN_ELEMENTS", 0)
+    assert answers(made()) == first
+    assert few < len(layers_run) / 2
+    assert recorded.runner.graph_runner.num_graphs > 0

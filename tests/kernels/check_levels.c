@@ -90,13 +90,19 @@ static float fp8_to_float(uint8_t byte) {
 /* ---- linear layers ---- */
 
 static const int TWICE_FP4[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};
-static const char *const WEIGHT_NAMES[] = {"f32", "bf16", "f16", "int8", "uint4", "int4", "fp4"};
-static const char *const INPUT_NAMES[] = {"f32", "bf16", "int8"};
+static const char *const WEIGHT_NAMES[] = {"f32",   "bf16", "f16", "int8",
+                                           "uint4", "int4", "fp4", "fp8"};
+static const char *const INPUT_NAMES[] = {
+    "f32",       "bf16",     "int8",     "rounded",  "fp8 token", "fp8 static",
+    "fp8 group", "fp8 e8m0", "fp4 e8m0", "fp4 e4m3",
+};
+static const float INPUT_SCALE = 0.003f;
 
 static int values_of_word(int weight_type) {
     return weight_type == WEIGHT_F32    ? 1
            : weight_type <= WEIGHT_F16  ? 2
            : weight_type == WEIGHT_INT8 ? 4
+           : weight_type == WEIGHT_FP8  ? 4
                                         : 8;
 }
 
@@ -123,6 +129,12 @@ static double put_random_value(int weight_type, uint32_t *words, int64_t depth_w
         *word |= (uint32_t)x << 16 * i;
         return f16_to_float(x);
     }
+    if (weight_type == WEIGHT_FP8) { /* the columns of an input lie together */
+        uint8_t x = (uint8_t)(random_bits() % 127 | (random_bits() & 0x80));
+        uint8_t *step = (uint8_t *)(words + (panel * depth_words + k / values) * PANEL_WIDTH);
+        step[i * PANEL_WIDTH + column % PANEL_WIDTH] = x;
+        return fp8_to_float(x) / FP8_DIVISOR;
+    }
     if (weight_type == WEIGHT_INT8) {
         uint8_t x = (uint8_t)random_bits();
         *word |= (uint32_t)x << 8 * i;
@@ -135,11 +147,49 @@ static double put_random_value(int weight_type, uint32_t *words, int64_t depth_w
                                         : TWICE_FP4[code];
 }
 
+/* x, at most the largest value, rounded to a float with so many bits after the leading one. */
+static double round_digits(double x, int bits, int smallest_exponent) {
+    int exponent;
+    frexp(x, &exponent);
+    exponent = exponent - 1 < smallest_exponent ? smallest_exponent : exponent - 1;
+    return ldexp(nearbyint(ldexp(x, bits - exponent)), exponent - bits);
+}
+
+/* What the inputs of a row that share a scale are rounded to: FP8 or FP4. */
+static void round_to_floats(const float *x, int inputs, int64_t size, double *to) {
+    int is_fp4 = inputs >= INPUTS_FP4_E8M0;
+    double limit = is_fp4 ? 6 : 448;
+    float largest = 0;
+    for (int64_t k = 0; k < size; k++)
+        largest = fmaxf(largest, fabsf(x[k]));
+    float scale = fmaxf(largest / 448.0f, 1e-12f);
+    if (inputs == INPUTS_FP8_STATIC)
+        scale = INPUT_SCALE;
+    if (inputs == INPUTS_FP8_E8M0 || inputs == INPUTS_FP4_E8M0)
+        scale = ldexpf(1.0f, ilogbf(largest) - (is_fp4 ? 2 : 8));
+    if (inputs == INPUTS_FP4_E4M3) {
+        double steps = fminf(largest / (6.0f * INPUT_SCALE), 448.0f);
+        scale = (float)round_digits(steps, 3, -6) * INPUT_SCALE;
+    }
+    for (int64_t k = 0; k < size; k++) {
+        double steps = fmin(fmax(x[k] / scale, -limit), limit);
+        to[k] = scale * (is_fp4 ? round_digits(steps, 1, 0) : round_digits(steps, 3, -6));
+    }
+}
+
 /* What the inputs of a row are rounded to. */
 static void round_inputs(const float *x, int inputs, int64_t depth, int64_t group_size,
                          double *to) {
+    if (inputs == INPUTS_FP8_TOKEN || inputs == INPUTS_FP8_STATIC) {
+        round_to_floats(x, inputs, depth, to);
+        return;
+    }
     for (int64_t begin = 0; begin < depth; begin += group_size) {
         float largest = 0;
+        if (inputs > INPUTS_FP8_STATIC) {
+            round_to_floats(x + begin, inputs, group_size, to + begin);
+            continue;
+        }
         for (int64_t k = begin; k < begin + group_size; k++)
             largest = fmaxf(largest, fabsf(x[k]));
         float scale = fmaxf(largest / 127.0f, 1e-12f);
@@ -185,6 +235,7 @@ static void check_linear(int weight_type, int inputs, int64_t rows, int64_t cols
         .scales = has_scales ? scales : NULL,
         .offsets = has_offsets ? offsets : NULL,
         .bias = bias,
+        .input_scale = &INPUT_SCALE,
         .y = y,
         .y_stride = y_stride,
         .rows = rows,
@@ -232,16 +283,24 @@ static void check_linears(void) {
                                        {1, 7, 5},   {2, 33, 70},  {3, 64, 96},  {4, 40, 64},
                                        {5, 17, 48}, {7, 100, 72}, {13, 16, 130}, {97, 36, 64}};
     for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++)
-        for (int type = WEIGHT_F32; type <= WEIGHT_FP4; type++)
-            for (int inputs = INPUTS_F32; inputs <= INPUTS_INT8; inputs++) {
+        for (int type = WEIGHT_F32; type <= WEIGHT_FP8; type++)
+            for (int inputs = INPUTS_F32; inputs <= INPUTS_FP4_E4M3; inputs++) {
                 int64_t depth = sizes[i][2];
-                if (inputs == INPUTS_BF16 && (type != WEIGHT_BF16 || !kernels->has_bfloat16))
+                int is_bf16 = type == WEIGHT_BF16 || type == WEIGHT_FP8;
+                if (inputs == INPUTS_ROUNDED)
                     continue;
-                if (inputs == INPUTS_INT8 && type < WEIGHT_INT8)
+                if (inputs == INPUTS_BF16 && (!is_bf16 || !kernels->has_bfloat16))
                     continue;
+                if (inputs == INPUTS_INT8 && (type < WEIGHT_INT8 || type == WEIGHT_FP8))
+                    continue;
+                if (inputs >= INPUTS_FP4_E8M0 && type != WEIGHT_FP4)
+                    continue;
+                /* Floats of 8 bits, and FP4 by FP4, have no offsets. */
+                int has_offsets = type != WEIGHT_FP8 && inputs < INPUTS_FP4_E8M0;
                 check_linear(type, inputs, sizes[i][0], sizes[i][1], depth, 1, 0);
                 if (type >= WEIGHT_INT8 && depth % 24 == 0)
-                    check_linear(type, inputs, sizes[i][0], sizes[i][1], depth, depth / 24, 1);
+                    check_linear(type, inputs, sizes[i][0], sizes[i][1], depth, depth / 24,
+                                 has_offsets);
             }
 }
 
