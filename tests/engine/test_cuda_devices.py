@@ -18,6 +18,7 @@ from support.fake_cuda import GPU, Device, MixedError
 from support.fake_cuda_api import stand_in_cuda, stand_in_triton
 from support.tiny_adapters import write_adapter
 from support.tiny_models import tiny_checkpoint
+from support.tiny_quantized import PIECES, piece_checkpoint
 from support.triton_checks import interpreted
 
 from llmkit.bench.gpu.model_shapes import MODEL_CONFIGS, WEIGHT_SCHEMES, random_model
@@ -80,6 +81,18 @@ LOADED: dict[str, tuple[str, dict[str, Any], set[str], set[tuple[str, str]]]] = 
     ),
     "adapter": ("llama", {}, {"_act_and_mul_kernel", "_choose_kernel"}, set()),
     "host weights": ("llama", {"cpu_offload": 1 << 30}, {"_act_and_mul_kernel"}, set()),
+    "delta net": (
+        "gated delta net, gate beside each query",
+        {"speculate": 3},
+        {"_causal_conv_kernel", "_delta_tokens_kernel", "_delta_chunks_kernel"},
+        set(),
+    ),
+    "mamba": (
+        "one block each layer, experts without gate",
+        {},
+        {"_causal_conv_kernel", "_scan_tokens_kernel", "_chunk_states_kernel"},
+        set(),
+    ),
 }
 MADE = {
     "fp8": "_act_and_mul_quantize_kernel",
@@ -199,11 +212,20 @@ def _log_eager_steps(engine: Engine, device: Device) -> None:
         paged_model.forward = logged  # type: ignore[method-assign]
 
 
+def loaded_checkpoint(path: Path, name: str) -> None:
+    """Write the model of a row of LOADED."""
+    architecture = LOADED[name][0]
+    if architecture in PIECES:
+        piece_checkpoint(architecture, path)
+    else:
+        tiny_checkpoint(path, architecture)
+
+
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("models")
-    for architecture in {architecture for architecture, *_ in LOADED.values()}:
-        tiny_checkpoint(folder / architecture, architecture)
+    for architecture, name in {row[0]: name for name, row in LOADED.items()}.items():
+        loaded_checkpoint(folder / architecture, name)
     write_adapter(folder / "llama", folder / "llama-adapter")
     calls = [(name, str(folder / row[0])) for name, row in LOADED.items()] + [
         (name, "") for name in MADE

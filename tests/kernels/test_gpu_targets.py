@@ -17,10 +17,9 @@ from typing import Any
 
 import pytest
 import torch
-from engine.test_cuda_devices import MADE, _loaded, _steps
+from engine.test_cuda_devices import LOADED, MADE, _loaded, _steps, loaded_checkpoint
 from support.fake_cuda import GPU, Device
 from support.fake_cuda_api import stand_in_cuda, stand_in_triton
-from support.tiny_models import tiny_checkpoint
 from support.triton_checks import SHARED_BYTES, interpreted
 
 from llmkit.bench.gpu.model_shapes import MODEL_CONFIGS, WEIGHT_SCHEMES, random_model
@@ -32,7 +31,7 @@ from llmkit.runtime.engine.engine import Engine
 from llmkit.runtime.engine.engine_config import EngineConfig
 
 FP8_BLOCKS = Scheme(8, 64, kind="float", inputs="group", block_rows=64)
-ENGINES = ("plain", "experts", "fp8 cache", *MADE, "fp8 blocks")
+ENGINES = ("plain", "experts", "fp8 cache", "delta net", "mamba", *MADE, "fp8 blocks")
 
 
 @dataclass(frozen=True)
@@ -195,11 +194,10 @@ def test_gpu_targets_take_kernels_of_8_bit_weights(tmp_path: Path) -> None:
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("target", TARGETS)
 def test_gpu_target_takes_every_kernel(target: str, tmp_path: Path) -> None:
-    architectures = {"plain": "llama", "experts": "mixtral", "fp8 cache": "qwen3"}
     for engine in ENGINES:
         model = tmp_path / engine
-        if engine in architectures:
-            tiny_checkpoint(model, architectures[engine])
+        if engine in LOADED:
+            loaded_checkpoint(model, engine)
         calls = [(engine, str(model), target)]
         (rows,) = interpreted(
             "kernels.test_gpu_targets", "compile_launches", calls, tmp_path, interpret=False
