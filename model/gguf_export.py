@@ -54,6 +54,32 @@ _NAMES = (
 )
 
 
+# What llama.cpp cannot load, by GGUF's architecture: tensors that its families have not.
+_NO_OUTPUT_BIAS = r"blk\.\d+\.attn_output\.bias"
+_NOT_LOADED = {
+    **dict.fromkeys(
+        (
+            "gemma",
+            "gemma2",
+            "gemma3",
+            "gemma4",
+            "glm4",
+            "olmo2",
+            "exaone4",
+            "hunyuan-dense",
+            "olmoe",
+            "glm4moe",
+            "minimax-m2",
+        ),
+        _NO_OUTPUT_BIAS,
+    ),
+    **dict.fromkeys(("ernie4_5", "ernie4_5-moe"), r"blk\.\d+\.ffn_\w+\.bias"),
+    **dict.fromkeys(("lfm2", "lfm2moe"), r"blk\.\d+\.shortconv\.\w+\.bias"),
+}
+# The only EXAONE 4 whose windows llama.cpp applies: the layers and the window of the 32B model.
+_EXAONE4_WINDOWS = (64, 4096)
+
+
 @dataclass(frozen=True)
 class GgufPlace:
     """Where a checkpoint tensor goes.
@@ -127,6 +153,7 @@ def gguf_export(checkpoint: Checkpoint, spec: ModelSpec) -> GgufExport:
         metadata[f"{name}.nextn_predict_layers"] = num_layers - len(spec.layers)
     export = GgufExport(name, metadata, places, keys.tensors)
     _check(checkpoint.reference, export, spec)
+    _check_llama_cpp(checkpoint.reference, export, spec)
     return export
 
 
@@ -252,6 +279,30 @@ def _check(reference: str, export: GgufExport, spec: ModelSpec) -> None:
             f"{reference} cannot be described by a GGUF file: its architecture"
             f" {export.architecture} does not hold {', '.join(differences[:5])}",
             "A model of the family's usual settings was expected",
+            "Use another --format",
+        )
+
+
+def _check_llama_cpp(reference: str, export: GgufExport, spec: ModelSpec) -> None:
+    """Raises InputError for models of a family that llama.cpp cannot load, or computes otherwise.
+
+    Tried with its sources of 2026; the reader of this project has no such limits.
+    """
+    name = export.architecture
+    pattern = _NOT_LOADED.get(name)
+    unknown = [tensor for tensor in export.shapes if pattern and re.fullmatch(pattern, tensor)]
+    problem = f"the tensor {unknown[0]}" if unknown else ""
+    windows = {layer.sliding_window for layer in spec.layers if layer.sliding_window}
+    if name == "exaone4" and windows and (len(spec.layers), max(windows)) != _EXAONE4_WINDOWS:
+        problem = f"windows of {max(windows)} tokens in {len(spec.layers)} layers"
+    elif name == "olmoe" and spec.num_kv_heads != spec.num_heads:
+        problem = f"{spec.num_kv_heads} KV heads of {spec.num_heads} heads"
+    elif name == "phi3" and spec.num_heads * spec.head_dim != spec.hidden_size:
+        problem = f"{spec.num_heads} heads of {spec.head_dim} in {spec.hidden_size} features"
+    if problem:
+        raise InputError(
+            f"{reference}: llama.cpp's {name} does not support {problem}",
+            "A model that llama.cpp runs was expected",
             "Use another --format",
         )
 
