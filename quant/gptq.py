@@ -44,7 +44,10 @@ class GptqQuantizer:
 
     def asymmetric(self, asymmetry: float) -> GptqQuantizer:
         """The same quantizer, which corrects this share of the earlier layers' errors."""
-        required_stats = self.required_stats | {"residual"}
+        residual: frozenset[StatKind] = frozenset({"residual"})
+        required_stats = self.required_stats - residual
+        if asymmetry > 0:
+            required_stats |= residual
         return replace(self, required_stats=required_stats, asymmetry=asymmetry)
 
     def quantize(

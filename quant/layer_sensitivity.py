@@ -25,12 +25,11 @@ from llmkit.quant.algorithm import QuantizeJob, Quantizer
 from llmkit.quant.calibrate_layer import collect_input_stats, sublayers
 from llmkit.quant.input_stats import InputStats, sum_of_squares
 from llmkit.quant.layer_stream import LayerStream, MicroBatch
+from llmkit.quant.memory_estimate import SENSITIVITY_TOKENS, VARIANT_BYTES
 from llmkit.quant.quantize_linear import quantize_linear
 from llmkit.quant.scheme_candidates import UNQUANTIZED, LinearUnit
 
-MAX_TOKENS = 256  # of the calibration text, for the measurement
 MAX_WINDOW_TOKENS = 128
-MAX_VARIANT_BYTES = 2**30  # of the hidden states of all variants that run together
 # A scheme is measured if its error is at most this much above the line through the errors of better
 # choices of fewer and of more bits.
 SLACK = 1.25
@@ -91,8 +90,8 @@ def measure_sensitivity(
     measured on a few of them.
     """
     text = windows[:, : min(MAX_WINDOW_TOKENS, windows.shape[1])]
-    text = text[: max(1, MAX_TOKENS // text.shape[1])]
-    max_variants = max(1, MAX_VARIANT_BYTES // (text.numel() * source.spec.hidden_size * 4))
+    text = text[: max(1, SENSITIVITY_TOKENS // text.shape[1])]
+    max_variants = max(1, VARIANT_BYTES // (text.numel() * source.spec.hidden_size * 4))
     kl: dict[_Variant, float] = {}
     first_layer: int | None = 0
     while first_layer is not None:

@@ -22,6 +22,9 @@ FLOAT_BYTES = 4  # everything is computed in float32
 # repeats its tokens at least as often as this.
 TOKENS_PER_DISTINCT_TOKEN = 4
 _BASE_BYTES = 512 * 2**20  # libraries, the tokenizer and small buffers
+# The tokens that sensitivities are measured on, and the hidden states of all variants of the model.
+SENSITIVITY_TOKENS = 256
+VARIANT_BYTES = 2**30
 # Copies of a layer's weights in learned rounding: the weights, gradients and what autograd keeps.
 _AUTO_ROUND_COPIES = 10
 
@@ -92,6 +95,28 @@ def calibration_bytes(
         layers = (1 + prefetch + asymmetric) * _total_elements(layer)
         peak = max(peak, quantized + FLOAT_BYTES * (layers + max(rounding, learning)))
     return _BASE_BYTES + 2 * CHUNK_BYTES + peak
+
+
+def sensitivity_bytes(spec: ModelSpec, num_candidates: int, hessians: bool) -> int:
+    """The peak of measuring what each of some schemes costs at each linear.
+
+    A layer is in memory with the quantized values of all schemes, and then the logits of two models
+    on the measured tokens; and the hidden states of all variants.
+    """
+    layer_bytes = 0
+    for layer in _layers(spec):
+        linears = [parameter for parameter in layer if parameter.is_linear]
+        # A quantizer consumes a copy of one of them.
+        squares = [parameter.shape[1] ** 2 for parameter in linears]
+        statistics = hessians * (sum(squares) + 2 * max(squares, default=0))
+        quantized = num_candidates * 2 * _total_elements(linears)
+        dense = (
+            2 * _total_elements(layer) + statistics + _activation_elements(spec, SENSITIVITY_TOKENS)
+        )
+        layer_bytes = max(layer_bytes, quantized + FLOAT_BYTES * dense)
+    head = [row for row in parameters(spec) if row.name in ("embed.weight", "lm_head.weight")]
+    logits_bytes = FLOAT_BYTES * (_total_elements(head) + 4 * SENSITIVITY_TOKENS * spec.vocab_size)
+    return _BASE_BYTES + 2 * CHUNK_BYTES + VARIANT_BYTES + max(layer_bytes, logits_bytes)
 
 
 def fallback_bytes(spec: ModelSpec, num_models: int, seq_len: int) -> int:

@@ -261,7 +261,7 @@ class _Run:
         assert self.calibration is not None
         stream = _source_stream(plan)
         return measure_sensitivity(
-            stream, plan.units, plan.algorithm.quantizer, self.calibration.windows, self.progress
+            stream, plan.units, plan.sensitivity_quantizer, self.calibration.windows, self.progress
         )
 
     def write_output(self, plan: QuantizePlan, search: SchemeSearch | None = None) -> Report | None:

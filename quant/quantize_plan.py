@@ -36,7 +36,7 @@ from llmkit.model.pruned_experts import KeptExperts, with_pruned_experts
 from llmkit.model.spec import ATTENTION_MIXERS, ModelSpec
 from llmkit.model.unstacked_experts import with_unstacked_experts
 from llmkit.quant import memory_estimate as memory
-from llmkit.quant.algorithm import Algorithm
+from llmkit.quant.algorithm import Algorithm, Quantizer
 from llmkit.quant.calibration_size import (
     MIN_TOKENS,
     MIN_WINDOWS,
@@ -46,6 +46,7 @@ from llmkit.quant.calibration_size import (
 from llmkit.quant.expert_pruning import num_kept_experts
 from llmkit.quant.gguf_plan import GgufPlan, make_gguf_plan
 from llmkit.quant.gguf_quantizer import GgufQuantizer
+from llmkit.quant.gptq import GptqQuantizer
 from llmkit.quant.grid import RangeSearch
 from llmkit.quant.methods import (
     Method,
@@ -240,6 +241,12 @@ class QuantizePlan:
         options = method_options(self.options)
         return linear_units(self.spec, self.quantization, self.candidates, options)
 
+    @property
+    def sensitivity_quantizer(self) -> Quantizer:
+        """What quantizes a linear alone. The layers before it have no errors to correct."""
+        quantizer = self.algorithm.quantizer
+        return quantizer.asymmetric(0.0) if isinstance(quantizer, GptqQuantizer) else quantizer
+
     def with_schemes(self, schemes: Mapping[str, Scheme | None]) -> QuantizePlan:
         """The plan with other schemes for some linears, by runtime module; None: 16 bits."""
         assert self.quantization is not None
@@ -263,6 +270,12 @@ class QuantizePlan:
             return peak
         if self.options.evaluate:
             peak = max(peak, memory.evaluation_bytes(self.spec, self.eval_window_tokens))
+        if self.candidates:
+            hessians = "hessian" in self.sensitivity_quantizer.required_stats
+            sensitivity = memory.sensitivity_bytes(self.spec, len(self.candidates), hessians)
+            if hessians:
+                sensitivity += memory.hidden_bytes(self.spec, self.samples, self.seq_len)
+            peak = max(peak, sensitivity)
         if self.calibrated:
             algorithm = self.algorithm
             layer = memory.calibration_bytes(

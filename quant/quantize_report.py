@@ -60,7 +60,7 @@ def build_report(plan: QuantizePlan, watch: Stopwatch, results: dict[str, Any]) 
         "output": str(plan.out),
         "architecture": plan.spec.architecture,
         "method": plan.options.method,
-        "scheme": method_options(plan.options).chosen_scheme,
+        "scheme": "mixed" if plan.options.mixed else method_options(plan.options).chosen_scheme,
         "format": quantization.format if quantization else None,
         "bits": plan.bits,
         "group_size": scheme.group_size if scheme else None,
@@ -97,7 +97,7 @@ def manifest_entries(plan: QuantizePlan, calibration: dict[str, Any] | None) -> 
     recipe: dict[str, Any] = {
         "command": "quantize",
         "method": plan.options.method,
-        "scheme": method_options(plan.options).chosen_scheme,
+        "scheme": "mixed" if plan.options.mixed else method_options(plan.options).chosen_scheme,
         "effort": plan.options.effort,
     }
     if plan.quantization is not None:

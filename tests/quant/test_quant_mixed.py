@@ -72,7 +72,7 @@ def test_sensitivity_is_the_kl_of_quantizing_one_unit(
     quantizer = RtnQuantizer(FULL_SEARCH)
     windows = torch.randint(0, tiny.VOCAB, (3, 40), generator=torch.Generator().manual_seed(0))
     # The hidden states of few variants fit: the model is read several times.
-    monkeypatch.setattr(layer_sensitivity, "MAX_VARIANT_BYTES", 7 * 120 * 64 * 4)
+    monkeypatch.setattr(layer_sensitivity, "VARIANT_BYTES", 7 * 120 * 64 * 4)
     if architecture == "llama":
         monkeypatch.setattr(layer_sensitivity, "SLACK", math.inf)  # everything is measured
     found = measure_sensitivity(stream, units, quantizer, windows, SilentProgress())

@@ -157,12 +157,14 @@ def test_targets_that_nothing_reaches_are_refused(
         plan(**options)
 
 
-@pytest.mark.parametrize("engine", ["vllm@b200", "vllm@h100"])
+@pytest.mark.parametrize(
+    ("engine", "method"), [("vllm@b200", "rtn"), ("vllm@h100", "rtn"), ("llmkit@h100", "auto")]
+)
 def test_target_bits_over_float_schemes_is_one_checkpoint(
-    wide: Path, tmp_path: Path, engine: str
+    wide: Path, tmp_path: Path, engine: str, method: str
 ) -> None:
     options = QuantizeOptions(
-        "rtn", target_bits=6.5, engine=engine, samples=4, seq_len=64, eval_windows=1, device="cpu"
+        method, target_bits=6.5, engine=engine, samples=4, seq_len=64, eval_windows=1, device="cpu"
     )
     report = quantize(str(wide), str(tmp_path / "out"), options, SilentProgress())
     assert 5.5 < report["mean_bits"] <= 6.5
