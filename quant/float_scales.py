@@ -21,9 +21,6 @@ from llmkit.kernels.activation_quant import (
 # Scales beside the first choice that the search tries, in steps of the scales' format. e8m0: a step
 # is a factor of 2. e4m3: eight steps are.
 SEARCH_STEPS = {"e8m0": (1,), "e4m3": (-2, -1, 1, 2, 3, 4, 5, 6)}
-# The exponent of the search's loss. Larger ones protect the largest values of a group, which the
-# grid's coarse end rounds worst anyway.
-ERROR_NORM = 2.0
 _MAX_E4M3_CODE = 126  # 448; 127 is not a number
 _MIN_E8M0 = 2.0**-127
 _MAX_E8M0 = 2.0**127
@@ -141,7 +138,7 @@ def _search_neighbors(
             tried = _neighbor(scales[part], steps, scheme, global_scale)
             divisors = tried.unsqueeze(2)
             errors = quantize_static(groups, divisors, value_type).mul_(divisors).sub_(groups)
-            errors = errors.square_() if ERROR_NORM == 2.0 else errors.abs_().pow_(ERROR_NORM)
+            errors.square_()
             if group_importance is not None:
                 errors.mul_(group_importance)
             loss = errors.sum(dim=2)

@@ -34,7 +34,7 @@ def test_number_formats_are_the_choices_of_the_option() -> None:
         (MethodOptions("awq"), "w4a16", "awq"),
         (MethodOptions("awq", scheme_name="w4afp8"), "w4afp8", "compressed-tensors"),
         (MethodOptions("rtn"), "w4a16", "compressed-tensors"),
-        (MethodOptions("rtn", scheme_name="w3a16"), "w3a16", "gptq"),
+        (MethodOptions("rtn", scheme_name="w3a16"), "w3a16", "compressed-tensors"),
         (MethodOptions("rtn", scheme_name="fp8-block", format="fp8"), "fp8-block", "fp8"),
         (MethodOptions("bf16"), None, None),
     ],
