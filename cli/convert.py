@@ -20,7 +20,7 @@ class ConvertArguments:
 
     model: Annotated[str, MODEL]
     format: Annotated[
-        Literal["gptq", "gptq_v2", "awq", "compressed-tensors", "modelopt", "fp8"],
+        Literal["gptq", "gptq_v2", "awq", "compressed-tensors", "modelopt", "fp8", "gguf"],
         Option("How the quantized weights are stored in the output."),
     ]
     output: Annotated[str, replace(OUTPUT_DIRECTORY, follows="format")]

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
-import torch
-
+from llmkit.checkpoint.checkpoint import Checkpoint
 from llmkit.checkpoint.dtypes import DTYPE_NAMES
 from llmkit.checkpoint.gptq_format import BITS as GPTQ_BITS
 from llmkit.checkpoint.modelopt_format import ALGORITHMS
@@ -20,27 +20,33 @@ from llmkit.checkpoint.quantized_weight import (
     Scheme,
 )
 from llmkit.checkpoint.safetensors_header import TensorInfo
+from llmkit.checkpoint.writer import (
+    CheckpointWriter,
+    HeaderFunction,
+    plan_files,
+    safetensors_header,
+)
 from llmkit.common.errors import InputError, LlmkitError
 from llmkit.common.progress import Progress
-from llmkit.model.checkpoint_tensors import carried_tensors, checkpoint_tensors, scheme_of
+from llmkit.model.checkpoint_tensors import (
+    carried_tensors,
+    checkpoint_tensors,
+    packed_name,
+    scheme_of,
+)
 from llmkit.model.parameter_table import parameters
 from llmkit.model.wrappers import module_names
+from llmkit.quant.convert_difference import does_not_carry_over, stored_difference
 from llmkit.quant.convert_source import ConvertSource, StoredWeight
-from llmkit.quant.output_layout import carried_modules
+from llmkit.quant.output_layout import carried_modules, output_config, unquantized_dtype
+from llmkit.quant.parameter_writer import ParameterWriter
 
-TARGETS: tuple[Format, ...] = (
-    "gptq",
-    "gptq_v2",
-    "awq",
-    "compressed-tensors",
-    "modelopt",
-    "fp8",
-)
+# The files beside the weights that describe the source's format.
+_FORMAT_FILES = ("quantize_config.json", "hf_quant_config.json")
 # The integers that formats of weight-only quantization hold.
 _INTEGER_BITS: dict[str, tuple[int, ...]] = {"gptq": GPTQ_BITS, "gptq_v2": GPTQ_BITS, "awq": (4,)}
 # Formats whose readers take every linear layer as quantized that is not under `ignore`.
 _NAMES_ROUTERS = ("compressed-tensors", "modelopt", "fp8")
-_CHUNK_VALUES = 1 << 24  # values that are compared at a time
 
 
 @dataclass(frozen=True)
@@ -52,9 +58,25 @@ class ConvertPlan:
     tensors: list[TensorInfo]  # of the output
     written: dict[str, Scheme]  # the output's scheme of each weight
 
-    def packed_tensors(self, weight: StoredWeight) -> tuple[PackedTensor, ...]:
-        """What the output stores in place of a weight."""
-        return format_of(self.quantization).tensors(self.written[weight.name], *weight.shape)
+    @property
+    def format(self) -> str:
+        """The output's format."""
+        return self.quantization.format
+
+    @property
+    def files(self) -> dict[str, list[TensorInfo]]:
+        """The output's tensors by safetensors file."""
+        return plan_files(self.tensors)
+
+    @property
+    def headers(self) -> HeaderFunction:
+        """What makes the headers of files."""
+        return safetensors_header
+
+    @property
+    def identity(self) -> dict[str, object]:
+        """What decides the bytes, beside the source."""
+        return {"quantization": asdict(self.quantization)}
 
     @property
     def float32_tensors(self) -> list[str]:
@@ -68,27 +90,81 @@ class ConvertPlan:
             if info.dtype == "F32" and info.name in stored and stored[info.name].ggml_type != "F32"
         ]
 
+    @property
+    def config(self) -> dict[str, Any]:
+        """The output's config.json."""
+        checkpoint = self.source.checkpoint
+        return output_config(checkpoint, self.quantization, _config_dtype(checkpoint))
+
+    def side_files(self) -> dict[str, bytes]:
+        """The output's other files: the source's, with those of the new format for the old."""
+        stored = self.source.checkpoint.side_files()
+        kept = {name: data for name, data in stored.items() if name not in _FORMAT_FILES}
+        return kept | format_of(self.quantization).extra_files(self.quantization)
+
+    def output(self, writer: CheckpointWriter) -> CheckpointOutput:
+        """What writes the weights."""
+        return CheckpointOutput(self, writer)
+
+    def packed_tensors(self, weight: StoredWeight) -> tuple[PackedTensor, ...]:
+        """What the output stores in place of a weight."""
+        return format_of(self.quantization).tensors(self.written[weight.name], *weight.shape)
+
+
+class CheckpointOutput:
+    """Writes the tensors of a plan, and reads weights back."""
+
+    def __init__(self, plan: ConvertPlan, writer: CheckpointWriter) -> None:
+        self._plan = plan
+        self._writer = writer
+        source = plan.source
+        self.parameters = ParameterWriter(
+            source.checkpoint, source.spec, plan.quantization, plan.tensors, writer
+        )
+        self._sizes = {info.name: info.nbytes for info in plan.tensors}
+
+    def write_weight(self, weight: StoredWeight, values: QuantizedWeight) -> None:
+        """Write a weight in the target's format."""
+        scheme = self._plan.written[weight.name]
+        self.parameters.write_quantized_tensor(weight.name, replace(values, scheme=scheme))
+
+    def read_back(self, weight: StoredWeight) -> QuantizedWeight:
+        """A weight that was written."""
+        stored = {
+            row.suffix: self._writer.read_back(packed_name(weight.name, row.suffix))
+            for row in self._plan.packed_tensors(weight)
+        }
+        form = format_of(self._plan.quantization)
+        return form.unpack(self._plan.written[weight.name], stored)
+
+    def stored_bytes(self, name: str) -> int:
+        """The size of a dense tensor, or of what is stored in place of it."""
+        weight = self._plan.source.weights.get(name)
+        if weight is None:
+            return self._sizes[name]
+        rows = self._plan.packed_tensors(weight)
+        return sum(self._sizes[packed_name(name, row.suffix)] for row in rows)
+
+
+def _config_dtype(checkpoint: Checkpoint) -> str:
+    """The dtype of the output's config.json: that of the source's, where it says one."""
+    for config in (checkpoint.config, checkpoint.text_config):
+        for key in ("dtype", "torch_dtype"):
+            for dtype, name in DTYPE_NAMES.items():
+                if config.get(key) == str(dtype).removeprefix("torch."):
+                    return name
+    return unquantized_dtype(checkpoint, None)
+
 
 def plan_conversion(source: ConvertSource, target: Format, progress: Progress) -> ConvertPlan:
     """Read all weights, and plan their output in the format `target`. Nothing is written.
 
     Raises InputError, naming the tensor and what would be lost, when a weight does not carry over.
     """
-    if source.format == target:
-        raise InputError(
-            f"{source.checkpoint.reference} is in the format {target} already",
-            "Another --format was expected",
-        )
-    if source.kv and target not in ("compressed-tensors", "modelopt"):
-        raise InputError(
-            f"{source.checkpoint.reference} has scales of an {source.kv.upper()} KV cache, and"
-            f" {target} has no place for them",
-            "compressed-tensors or modelopt was expected",
-        )
     for weight in source.weights.values():
         reason = _scheme_reason(target, weight)
         if reason:
-            raise _does_not_carry_over(source, weight.name, reason)
+            raise does_not_carry_over(source, weight.name, reason)
     written: dict[str, Scheme] = {}
     scale_dtypes: dict[str, str] = {}
     progress.start("check", len(source.weights), "weights")
@@ -97,7 +173,7 @@ def plan_conversion(source: ConvertSource, target: Format, progress: Progress) -
         scheme = _exact_scheme(target, weight.scheme, values)
         reason = _value_reason(target, scheme, values)
         if reason:
-            raise _does_not_carry_over(source, weight.name, reason)
+            raise does_not_carry_over(source, weight.name, reason)
         written[weight.name] = scheme
         scale_dtypes[weight.name] = DTYPE_NAMES[values.scales.dtype]
         progress.advance(1, weight.name)
@@ -106,14 +182,6 @@ def plan_conversion(source: ConvertSource, target: Format, progress: Progress) -
     quantization = _readable(source, _config(source, target, written), written)
     tensors = _planned_tensors(source, quantization, scale_dtypes)
     return ConvertPlan(source, quantization, tensors, written)
-
-
-def _does_not_carry_over(source: ConvertSource, name: str, reason: str) -> InputError:
-    return InputError(
-        f"{source.checkpoint.reference}: {name} does not carry over: {reason}",
-        "Values that the other format holds bit for bit were expected",
-        "Choose another --format, or quantize the original model: llmkit quantize",
-    )
 
 
 def _scheme_reason(target: Format, weight: StoredWeight) -> str:
@@ -161,46 +229,6 @@ def _value_reason(target: Format, scheme: Scheme, weight: QuantizedWeight) -> st
     except LlmkitError as error:
         return f"{error.what}. {error.expected}"
     return stored_difference(weight, found)
-
-
-def stored_difference(weight: QuantizedWeight, other: QuantizedWeight) -> str:
-    """What differs in codes, scales and zero points, and an example; "" when nothing does."""
-    for name, one, two in (
-        ("scale of inputs", weight.input_scale, other.input_scale),
-        ("global scale", weight.global_scale, other.global_scale),
-    ):
-        if (one is None) != (two is None):
-            return f"only one of the formats has a {name}"
-        if one is not None and two is not None and not torch.equal(one.float(), two.float()):
-            return f"its {name} {one.item()!r} would be {two.item()!r}"
-    before, after = weight.scales.float(), other.scales.float()
-    wrong = before != after
-    if bool(wrong.any()):
-        example = f"{before[wrong][0].item()!r} would be {after[wrong][0].item()!r}"
-        return f"{int(wrong.sum())} of {before.numel()} scales are not exact there ({example})"
-    if not torch.equal(weight.q.view(torch.uint8), other.q.view(torch.uint8)):
-        return "quantized values differ"
-    if not torch.equal(weight.zeros, other.zeros):
-        return "zero points differ"
-    return ""
-
-
-def difference(weight: QuantizedWeight, other: QuantizedWeight) -> str:
-    """What differs between two quantized weights; "" when nothing does.
-
-    Beside what is stored, the dequantized values are compared, bit for bit in float32.
-    """
-    reason = stored_difference(weight, other)
-    if reason:
-        return reason
-    rows, columns = weight.shape
-    step = max(1, _CHUNK_VALUES // columns)
-    for start in range(0, rows, step):
-        part = slice(start, start + step)
-        dense = [values.rows(part).dequantize().view(torch.int32) for values in (weight, other)]
-        if not torch.equal(*dense):
-            return "dequantized values differ"
-    return ""
 
 
 def _with_common_symmetry(schemes: dict[str, Scheme]) -> dict[str, Scheme]:
@@ -274,7 +302,7 @@ def _readable(
             found = scheme_of(parameter, name, parsed)
             if found != schemes.get(name):
                 labels = [s.label if s else "not quantized" for s in (schemes.get(name), found)]
-                raise _does_not_carry_over(
+                raise does_not_carry_over(
                     source, name, f"{config.format} would say {labels[1]}, and it is {labels[0]}"
                 )
     return replace(config, kv_scales=parsed.kv_scales)

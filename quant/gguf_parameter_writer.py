@@ -53,10 +53,9 @@ class GgufParameterWriter(ParameterWriter):
             for parameter, names in self._tensor_names.items()
         }
 
-    def write_cast(self, parameter: Parameter) -> None:
-        """Write a parameter without calibration in the types of its tensors."""
-        for name in parameter.source_names:
-            self._write_from_source(name)
+    def write_cast_tensor(self, name: str) -> None:
+        """Write a tensor without calibration in its type."""
+        self._write_from_source(name)
 
     def read_as_stored(self, parameter: Parameter, device: torch.device) -> torch.Tensor:
         """A parameter in float32, rounded as the file stores it."""

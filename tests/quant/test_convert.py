@@ -11,7 +11,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from support import gguf_files
 from support.quantized_files import Change, quantized_checkpoint, quantized_weights
 from support.synthetic_checkpoint import synthetic_checkpoint
@@ -298,8 +298,6 @@ def test_convert_refuses_what_it_would_change_and_writes_nothing(
 
 
 def poison(path: Path, name: str) -> None:
-    from safetensors.torch import save_file
-
     tensors = load_file(path / "model.safetensors")
     tensors[name][0, 0] = float("nan")
     save_file(tensors, path / "model.safetensors", {"format": "pt"})
@@ -454,6 +452,94 @@ def test_convert_refuses_gguf_types_whose_values_do_not_carry_over(
         message = r"q_proj\.weight: .* minima of Q4_1 blocks are no integer times the scale"
     with pytest.raises(InputError, match=message):
         convert(file, tmp_path / "out", "gptq")
+    assert not list(tmp_path.glob("out*"))
+
+
+def gguf_tensors(path: Path) -> dict[str, tuple[str, bytes]]:
+    """The type and the bytes of each tensor, as the gguf package reads them."""
+    return {
+        tensor.name: (tensor.tensor_type.name, tensor.data.tobytes())
+        for tensor in gguf.GGUFReader(path).tensors
+    }
+
+
+@pytest.mark.parametrize("kind", ["Q4_0", "Q8_0"])
+def test_convert_to_gguf_gives_the_blocks_again(kind: str, llama: Path, tmp_path: Path) -> None:
+    """q and k are in the order of llama.cpp, and other tensors stay what they are."""
+    file = gguf_files.convert(
+        open_checkpoint(llama),
+        tmp_path / "model.gguf",
+        "llama",
+        kind=gguf.GGMLQuantizationType[kind],
+    )
+    convert(file, tmp_path / "gptq", "gptq")
+    report = convert(tmp_path / "gptq", tmp_path / "out", "gguf")
+    assert report["verified"]["weights"] == 14
+    (written,) = (tmp_path / "out").glob("*.gguf")
+    assert written.name == f"model-{kind}.gguf"
+    before, after = gguf_tensors(file), gguf_tensors(written)
+    assert before.keys() == after.keys()
+    for name, stored in before.items():
+        if name.startswith("blk.") or stored[0] == "F32":
+            assert after[name] == stored, name
+    assert after["token_embd.weight"][0] == "F32"
+    source, out = open_checkpoint(file), open_checkpoint(written)
+    for name in source.tensors:
+        assert torch.equal(source.read(name), out.read(name)), name
+
+
+def test_convert_to_gguf_keeps_groups_and_zero_points_that_float16_holds(
+    llama: Path, tmp_path: Path
+) -> None:
+    file = gguf_files.convert(
+        open_checkpoint(llama),
+        tmp_path / "model.gguf",
+        "llama",
+        kind=gguf.GGMLQuantizationType.Q4_0,
+    )
+    convert(file, tmp_path / "awq", "awq")
+    tensors = load_file(tmp_path / "awq" / "model.safetensors")
+    for name, tensor in tensors.items():
+        if name.endswith("qzeros"):
+            tensors[name] = torch.full_like(tensor, 0x44444444)
+    path = tmp_path / "other"
+    path.mkdir()
+    for side_file in (tmp_path / "awq").iterdir():
+        if side_file.name not in ("llmkit.json", "model.safetensors"):
+            (path / side_file.name).write_bytes(side_file.read_bytes())
+    save_file(tensors, path / "model.safetensors", {"format": "pt"})
+    report = convert(path, tmp_path / "out", "gguf")
+    assert [row["label"] for row in report["schemes"]] == ["INT4 in groups of 32 with zero points"]
+    (written,) = (tmp_path / "out").glob("*.gguf")
+    found = open_checkpoint(written)
+    for name, weight in quantized_weights(path).items():
+        assert found.tensors[name].ggml_type == "Q4_1"
+        assert torch.equal(found.read(name), weight.dequantize())
+    # 13 times a scale of bfloat16's 8 bits has more bits than float16.
+    for name, tensor in tensors.items():
+        if name.endswith("qzeros"):
+            tensors[name] = torch.full_like(tensor, 0xDDDDDDDD - 2**32)
+    save_file(tensors, path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(InputError, match=r"q_proj\.weight does not carry over: .* minima of Q4_1"):
+        convert(path, tmp_path / "refused", "gguf")
+    assert not list(tmp_path.glob("refused*"))
+
+
+@pytest.mark.parametrize(
+    ("form", "scheme", "message"),
+    [
+        ("gptq", Scheme(3, 32), "integers of 4 or 8 bits, and this is INT3"),
+        ("compressed-tensors", NVFP4, "integers of 4 or 8 bits, and this is NVFP4"),
+        ("gptq", Scheme(4, 16), "blocks have 32 values, and groups of 16 in 64 are not made of"),
+        ("gptq_v2", Scheme(8, 32, symmetric=False), "Q8_0 has no zero points"),
+    ],
+)
+def test_convert_to_gguf_refuses_what_blocks_do_not_hold(
+    form: Format, scheme: Scheme, message: str, tmp_path: Path
+) -> None:
+    source = source_checkpoint(tmp_path / "source", form, scheme)
+    with pytest.raises(InputError, match=rf"q_proj\.weight does not carry over: .*{message}"):
+        convert(source, tmp_path / "out", "gguf")
     assert not list(tmp_path.glob("out*"))
 
 
