@@ -18,6 +18,7 @@ from llmkit.quant.float_scales import fit_float_scales, fp4_codes
 # The exponent of the range search's loss: a little more than 2 protects outliers. GPTQ uses 2.4.
 ERROR_NORM = 2.4
 _CPU_CHUNK = 1 << 17  # elements searched at a time: they stay in a core's cache
+_ROUNDING_CHUNK = 1 << 21  # elements rounded at a time: temporary tensors stay small
 _DEVICE_CHUNK = 1 << 24
 
 
@@ -34,7 +35,8 @@ class Grid:
         """Round a float32 weight [out, in] to the nearest values of the grid."""
         rows, columns = weight.shape
         q = torch.empty(rows, columns, dtype=torch.uint8, device=weight.device)
-        chunk = max(1, _DEVICE_CHUNK // columns)
+        chunk_elements = _ROUNDING_CHUNK if weight.device.type == "cpu" else _DEVICE_CHUNK
+        chunk = max(1, chunk_elements // columns)
         for start in range(0, rows, chunk):
             part = slice(start, start + chunk)
             if self.scheme.kind == "float":
