@@ -32,10 +32,9 @@ from llmkit.quant.smoothquant import SmoothQuant
 # The group sizes that every engine has kernels for. The largest gives the smallest checkpoint.
 GROUP_SIZES = (128, 64, 32)
 FAST_AWQ_GRID = 5  # ratios that AWQ tries with --effort fast
-# The steps of learned rounding by --effort; the others do not learn.
-LEARNING_STEPS: dict[str, int] = {"high": 30, "max": 100}
+HIGH_EFFORT_STEPS = 30  # of learned rounding with --effort high
 # The share of the earlier layers' errors that a weight corrects (see `asymmetric_target`).
-ASYMMETRY = 0.5
+ASYMMETRY = 0.25
 
 
 @dataclass(frozen=True)
@@ -174,7 +173,7 @@ class MethodOptions:
             return False
         if number_format.scheme.has_input_scale or self.smooths_inputs:
             return True
-        return self.method in ("int8", "fp8") and self.effort in LEARNING_STEPS
+        return self.method in ("int8", "fp8") and self.effort in ("high", "max")
 
     @property
     def searches(self) -> bool:
@@ -398,8 +397,9 @@ class MethodOptions:
 
         is_native: whether the model's family is native, without which nothing can be smoothed.
         """
-        steps = LEARNING_STEPS.get(self.effort)
-        auto_round = None if steps is None else AutoRound(steps)
+        auto_round = AutoRound() if self.effort == "max" else None
+        if self.effort == "high":
+            auto_round = AutoRound(steps=HIGH_EFFORT_STEPS)
         fast = self.effort == "fast"
         search = FULL_SEARCH if self.searches else None
         gptq = GptqQuantizer(dampening_frac, search)

@@ -122,11 +122,12 @@ def test_embed_reads_rows_of_the_texts_tokens_only(
     "options",
     [
         replace(BASE, effort="max"),
+        replace(BASE, method="auto"),
         replace(BASE, method="awq"),
         replace(BASE, method="fp8", group_size=None, static_activations=True, kv="fp8"),
         replace(BASE, target_bits=6.0),
     ],
-    ids=["gptq, learned rounding", "awq", "static fp8", "mixed precision"],
+    ids=["gptq, learned rounding", "auto", "awq", "static fp8", "mixed precision"],
 )
 def test_quantize_measures_what_the_loaded_output_computes(
     source: Path, tmp_path: Path, short_learning: None, options: QuantizeOptions
