@@ -18,5 +18,8 @@ class EngineRequest:
     cache_salt: str = ""  # only requests with the same salt share cached prefixes
     adapter: str | None = None  # a name given to `Engine.add_adapter`; None: the base model
     grammar: str | None = None  # constrains the output; compiled by `Engine.compile_grammar`
+    # How many of the prompt's first tokens other conversations are likely to begin with, too: the
+    # system prompt and the tools. A model with recurrent layers keeps its state after them.
+    num_shared_tokens: int = 0
     # Return the pooled hidden states of the prompt and no tokens; max_tokens is 1 then.
     pooling: Pooling | None = None

@@ -4,10 +4,10 @@ A running sequence has a row for its state, and with speculative decoding one mo
 token: a step that verifies drafts writes the state after each token, and the next step begins with
 that of the last accepted one.
 
-Checkpoints are kept where a later request may begin: at the last block boundary of a prompt; where
-the cached blocks of a prompt end for which no state was kept, since two requests part there, as
-after a shared system prompt; and at the last block boundary of the answer so far, for the next turn
-of a conversation and for a sequence that was preempted.
+Checkpoints are kept where a later request may begin: at the last block boundary of a prompt; after
+its system prompt and tools (`EngineRequest.num_shared_tokens`); where the cached blocks of a prompt
+end for which no state was kept, since two requests part there; and at the last block boundary of
+the answer so far, for the next turn of a conversation and for a sequence that was preempted.
 """
 
 from __future__ import annotations
@@ -104,7 +104,12 @@ class StateScheduler:
             self.cache.hold(row)
         last_token = sequence.num_prompt_tokens - 1
         wanted: set[int] = set()
-        for num_tokens in (last_token, min(last_token, num_matching_tokens)):
+        shared = sequence.request.num_shared_tokens
+        for num_tokens in (
+            last_token,
+            min(last_token, num_matching_tokens),
+            min(last_token, shared),
+        ):
             wanted.add(self._boundary(num_tokens))
             if self.page_tokens:
                 wanted.add(num_tokens // self.page_tokens * self.page_tokens)

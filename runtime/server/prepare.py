@@ -65,6 +65,7 @@ class Prompt:
     new_parser: Callable[[], OutputParser] = OutputParser  # called for each answer
     echo: Echo | None = None
     grammar: str | None = None
+    num_shared_tokens: int = 0  # see EngineRequest
 
 
 async def prepare_completion(
@@ -162,8 +163,49 @@ async def prepare_chat(
     new_detokenizer = functools.partial(
         tokenizer.stream, request.skip_special_tokens is not False, shown_marks
     )
-    prompt = Prompt(token_ids, "messages", new_detokenizer, new_parser, grammar=grammar)
+    num_shared_tokens = 0
+    if "state_bytes" in state.engine_info.plan:
+        num_shared_tokens = await _num_shared_tokens(
+            tokenizer, text, token_ids, request.conversation, bool(request.add_special_tokens)
+        )
+    prompt = Prompt(
+        token_ids,
+        "messages",
+        new_detokenizer,
+        new_parser,
+        grammar=grammar,
+        num_shared_tokens=num_shared_tokens,
+    )
     return _choices(state, request, request_id, [prompt], max_tokens, cache_salt)
+
+
+async def _num_shared_tokens(
+    tokenizer: Tokenizer,
+    text: str,
+    token_ids: list[int],
+    conversation: Sequence[dict[str, Any]],
+    add_special_tokens: bool,
+) -> int:
+    """The tokens of a chat's prompt before the first message that is not a system message.
+
+    text, token_ids: the prompt. They are system messages and tools, as the chat template writes
+    them, which other conversations share.
+    """
+    end = 0
+    for message in conversation:
+        content = message.get("content")
+        place = text.find(content, end) if isinstance(content, str) and content else -1
+        if message["role"] != "system":
+            end = place
+            break
+        if place >= 0:
+            end = place + len(content)
+    if end <= 0:
+        return 0
+    shared = await tokenize_text(tokenizer, text[:end], add_special_tokens)
+    # The text goes on, so its last tokens may differ from those of the part.
+    pairs = enumerate(zip(shared, token_ids, strict=False))
+    return next((index for index, (a, b) in pairs if a != b), min(len(shared), len(token_ids)))
 
 
 async def encode_chat(
@@ -347,6 +389,7 @@ def _choices(
             cache_salt=cache_salt,
             adapter=adapter,
             grammar=prompt.grammar,
+            num_shared_tokens=prompt.num_shared_tokens,
         )
         choices.append(
             Choice(

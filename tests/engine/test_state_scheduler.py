@@ -50,11 +50,12 @@ def run(
     prompt: list[int],
     max_tokens: int = 1,
     rows: Rows | None = None,
+    num_shared_tokens: int = 0,
 ) -> Sequence:
     """Run a request to its end."""
-    sequence = Sequence(
-        EngineRequest(name, prompt, SamplingParams(max_tokens=max_tokens, ignore_eos=True)), seed=0
-    )
+    sampling = SamplingParams(max_tokens=max_tokens, ignore_eos=True)
+    request = EngineRequest(name, prompt, sampling, num_shared_tokens=num_shared_tokens)
+    sequence = Sequence(request, seed=0)
     state.add(sequence)
     while not sequence.is_finished:
         step(state, rows=rows)
@@ -111,6 +112,19 @@ def test_requests_part_after_a_shared_system_prompt_whose_state_is_kept_with_the
     assert cached(run(state, "a", [*system, *[50] * 9])) == 0
     assert cached(run(state, "b", [*system, *[51] * 9])) == 0, "it keeps the state where they part"
     assert cached(run(state, "c", [*system, *[52] * 9])) == 16
+
+
+def test_the_state_after_a_shared_part_of_the_prompt_is_kept_with_the_first_request() -> None:
+    state = scheduler()
+    system = list(range(10, 28))  # 18 tokens: 16 in whole blocks
+    rows: Rows = {}
+    first = run(state, "a", [*system, *[50] * 9], rows=rows, num_shared_tokens=18)
+    assert cached(first) == 0
+    assert tuple(system[:16]) in rows.values()
+    assert cached(run(state, "b", [*system, *[51] * 9], num_shared_tokens=18)) == 16
+    assert cached(run(state, "c", [*system, *[52] * 9])) == 16
+    # More than the prompt has, as after a client's truncation, does no harm.
+    assert cached(run(state, "d", [*system, 53], num_shared_tokens=90)) == 16
 
 
 def test_a_state_after_rejected_draft_tokens_is_never_found() -> None:

@@ -267,6 +267,17 @@ def test_second_turn_of_a_hybrid_model_finds_the_first_after_the_server_was_kill
         assert server.metric("state_cache_bytes") % num_states == 0 < num_states
         # The second turn continued where the first one ended.
         assert server.metric("prefix_cache_without_state_total") == 0
+        # The second conversation with a system prompt finds the state after it.
+        system = {"role": "system", "content": LONG[::-1]}
+        num_system_tokens = 0
+        two_turns = conversation
+        for question in ("a?", "Something else?"):
+            conversation = [system, {"role": "user", "content": question}]
+            _, usage = answer(server)
+            assert cached_tokens(usage) >= num_system_tokens
+            num_system_tokens = (usage["prompt_tokens"] - 20) // 16 * 16
+        assert cached_tokens(usage) > 256
+        conversation = two_turns
     with serving(tmp_path / "log2", model, **options) as restarted:
         text_again, usage = answer(restarted)
         assert (text_again, cached_tokens(usage)) == (text, 256 * num_pages)
