@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.float_format_cases import INPUT_SCALE, SCHEMES, random_quantized
 from support.tiny_models import tiny_checkpoint
 
 from llmkit.checkpoint.checkpoint import Checkpoint
@@ -21,9 +22,16 @@ from llmkit.checkpoint.open_checkpoint import open_checkpoint
 from llmkit.checkpoint.quantized_weight import QuantizationConfig, Scheme
 from llmkit.common.errors import InputError, ShortageError, is_out_of_memory
 from llmkit.kernels.cpu import cpu_kernels
+from llmkit.model import linear
 from llmkit.model.device import lazy_zeros
 from llmkit.model.families import model_spec
-from llmkit.model.linear import PackedLinear
+from llmkit.model.linear import (
+    ActivationQuant,
+    PackedLinear,
+    gpu_kernel_type,
+    pack_weight,
+    serving_linear,
+)
 from llmkit.model.spec import ModelSpec
 from llmkit.model.weight_loader import load_model
 from llmkit.quant.inspect_checkpoint import parameter_count
@@ -501,3 +509,41 @@ def test_recurrent_states_leave_the_kv_cache_its_size(spec: ModelSpec) -> None:
     assert plan(spec, free, "cpu", states=states).as_dict()["state_bytes_per_request"] == 1000
     with pytest.raises(ShortageError, match="states of one request"):
         plan(spec, 1100 + 1000, "cuda", states=states)
+
+
+FLOAT_SHAPES = [(64, 256), (48, 320), (32, 130)]
+
+
+@pytest.mark.skipif(cpu_kernels.library is None, reason="without the compiled kernels")
+@pytest.mark.parametrize("name", [name for name in SCHEMES if SCHEMES[name].kind == "float"])
+def test_memory_plan_counts_float_weights_as_a_cpu_holds_them(name: str) -> None:
+    scheme = SCHEMES[name]
+    for rows, columns in FLOAT_SHAPES:
+        if scheme.is_fp4 and columns % scheme.group_size:
+            continue
+        held = pack_weight(random_quantized(scheme, rows, columns)).nbytes
+        assert memory._float_bytes(scheme, rows, columns, None) == held
+
+
+@pytest.mark.parametrize("is_expert", [False, True])
+@pytest.mark.parametrize("name", [name for name in SCHEMES if SCHEMES[name].kind == "float"])
+def test_memory_plan_counts_float_weights_as_a_gpu_holds_them(
+    name: str, is_expert: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scheme = SCHEMES[name]
+    monkeypatch.setattr(linear, "gpu_capability", lambda _: (9, 0))
+    for shape in FLOAT_SHAPES:
+        kernel = gpu_kernel_type(scheme, shape, torch.bfloat16, (9, 0), is_expert)
+        if kernel is None:
+            continue
+        quant = ActivationQuant.of(scheme, INPUT_SCALE)
+        served = serving_linear(
+            [random_quantized(scheme, *shape)],
+            None,
+            quant,
+            torch.bfloat16,
+            "cuda",
+            is_expert=is_expert,
+        )
+        assert isinstance(served, PackedLinear) and isinstance(served.kernel, kernel)
+        assert memory._float_bytes(scheme, *shape, kernel) == served.kernel.nbytes
