@@ -10,6 +10,7 @@ from llmkit.checkpoint.quantized_weight import Scheme
 from llmkit.kernels.cpu import cpu_kernels
 from llmkit.kernels.fp8_block_linear import Fp8BlockLinear
 from llmkit.kernels.quantized_linear import Fp4Linear, WeightOnlyLinear
+from llmkit.kernels.w4a4_linear import W4A4Linear
 from llmkit.kernels.w8a8_linear import W8A8Linear, scales_rows
 from llmkit.model.linear import MIN_CAPABILITY, MIN_FP8_CAPABILITY, gpu_kernel_type
 
@@ -84,6 +85,9 @@ def _linear_choice(work: str, scheme: Scheme, gpu: Gpu) -> KernelChoice:
         why = "16-bit products; weights are dequantized in registers"
         if scheme.inputs != "none":
             why = "16-bit products; inputs stay as they are"
+    elif kind is W4A4Linear:
+        kernel = "Triton, FP4 products"
+        why = f"{gpu.name} multiplies FP4; inputs are quantized by token and group"
     elif kind is Fp4Linear:
         kernel = "Triton, weight-only"
         why = "16-bit products; inputs stay as they are; experts of a layer in one kernel"
@@ -105,7 +109,7 @@ def _linear_choice(work: str, scheme: Scheme, gpu: Gpu) -> KernelChoice:
             f"row scales on {gpu.name} break CUDA graphs with torch "
             f"{gpu.torch_version.partition('+')[0]} (pytorch#177651); torch 2.12 mends it"
         )
-    assert kind in (WeightOnlyLinear, Fp4Linear, Fp8BlockLinear, W8A8Linear)
+    assert kind in (WeightOnlyLinear, Fp4Linear, W4A4Linear, Fp8BlockLinear, W8A8Linear)
     return KernelChoice(work, kernel, why)
 
 

@@ -12,7 +12,7 @@ from torch.nn.functional import linear
 
 from llmkit.checkpoint.quantized_weight import QuantizedWeight, ScaleFormat, Scheme
 from llmkit.common.options import CpuActivations
-from llmkit.kernels import fp8_block_linear, humming_linear
+from llmkit.kernels import fp8_block_linear, humming_linear, w4a4_linear
 from llmkit.kernels.activation_quant import (
     fake_quantize_per_group,
     fake_quantize_per_token,
@@ -26,10 +26,12 @@ from llmkit.kernels.input_quant import InputQuant, LinearInput, QuantizedInput
 from llmkit.kernels.linear_kernel import LinearKernel
 from llmkit.kernels.quantized_linear import Fp4Linear, WeightOnlyLinear
 from llmkit.kernels.triton_support import device_capability, tl
+from llmkit.kernels.w4a4_linear import W4A4Linear
 from llmkit.kernels.w8a8_linear import W8A8Linear, scales_rows
 
 MIN_CAPABILITY = (8, 0)  # of GPUs that the kernels of quantized weights run on
 MIN_FP8_CAPABILITY = (8, 9)  # of GPUs that multiply 8-bit floats
+MIN_FP4_CAPABILITY = (10, 0)  # of GPUs that multiply 4-bit floats
 # How the compiled CPU kernels quantize inputs by token and group.
 CPU_GROUP_INPUTS: dict[tuple[str, ScaleFormat], cpu_kernels.InputType] = {
     ("fp8", "float"): "fp8_group",
@@ -243,7 +245,9 @@ def gpu_kernel_type(
             return None
         if is_expert:
             return Fp4Expert if dtype.itemsize == 2 else None
-        return Fp4Linear
+        has_products = capability >= MIN_FP4_CAPABILITY and scheme.input_type == "fp4"
+        fits = w4a4_linear.GROUP_SIZES.get(scheme.scale_format) == scheme.group_size
+        return W4A4Linear if has_products and fits and dtype.itemsize == 2 else Fp4Linear
     if has_fp8_groups:
         fits = scheme.group_size in fp8_block_linear.GROUP_SIZES
         return fp8_block_linear.Fp8BlockLinear if fits else None
@@ -289,6 +293,9 @@ def _gpu_kernel(
         )
     if kind is Fp4Expert:
         return Fp4Expert(weight.q, weight.scales, bias, weight.global_scale)
+    if kind is W4A4Linear:
+        input_scale = None if activation_quant is None else activation_quant.scale
+        return W4A4Linear(weight.q, weight.scales, bias, weight.global_scale, input_scale)
     if kind is Fp4Linear:
         size = scheme.group_size
         return Fp4Linear(weight.q, weight.scales, size, bias, weight.global_scale)

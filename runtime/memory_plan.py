@@ -24,6 +24,7 @@ from llmkit.kernels.fp8_block_linear import GROUP_SIZES, Fp8BlockLinear
 from llmkit.kernels.latent_attention import EXPANDED_BYTES
 from llmkit.kernels.linear_kernel import LinearKernel
 from llmkit.kernels.quantized_linear import Fp4Linear
+from llmkit.kernels.w4a4_linear import W4A4Linear
 from llmkit.model.checkpoint_tensors import scheme_of
 from llmkit.model.full_forward import hidden_states
 from llmkit.model.language_model import LanguageModel
@@ -378,7 +379,7 @@ def _float_bytes(scheme: Scheme, rows: int, columns: int, kernel: type[LinearKer
     if kernel is Fp4Linear:  # words of whole blocks, scales in a byte, and a factor for each row
         columns += -columns % (64 if scheme.group_size == 16 else 128)
         return rows * (columns // 2 + groups + 4)
-    if kernel is Fp4Expert:
+    if kernel in (Fp4Expert, W4A4Linear):
         return rows * (columns // 2 + groups + (4 if scheme.scale_format == "e4m3" else 0))
     if kernel is Fp8BlockLinear and scheme.group_size == -1:
         groups = -(-columns // max(GROUP_SIZES))

@@ -525,15 +525,17 @@ def test_memory_plan_counts_float_weights_as_a_cpu_holds_them(name: str) -> None
         assert memory._float_bytes(scheme, rows, columns, None) == held
 
 
-@pytest.mark.parametrize("is_expert", [False, True])
+@pytest.mark.parametrize(
+    ("capability", "is_expert"), [((9, 0), False), ((9, 0), True), ((10, 0), False)]
+)
 @pytest.mark.parametrize("name", [name for name in SCHEMES if SCHEMES[name].kind == "float"])
 def test_memory_plan_counts_float_weights_as_a_gpu_holds_them(
-    name: str, is_expert: bool, monkeypatch: pytest.MonkeyPatch
+    name: str, capability: tuple[int, int], is_expert: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scheme = SCHEMES[name]
-    monkeypatch.setattr(linear, "gpu_capability", lambda _: (9, 0))
+    monkeypatch.setattr(linear, "gpu_capability", lambda _: capability)
     for shape in FLOAT_SHAPES:
-        kernel = gpu_kernel_type(scheme, shape, torch.bfloat16, (9, 0), is_expert)
+        kernel = gpu_kernel_type(scheme, shape, torch.bfloat16, capability, is_expert)
         if kernel is None:
             continue
         quant = ActivationQuant.of(scheme, INPUT_SCALE)

@@ -17,9 +17,16 @@ from llmkit.checkpoint.quantized_weight import QuantizedWeight, Scheme
 from llmkit.common.progress import SilentProgress
 from llmkit.kernels.fp8_block_linear import Fp8BlockLinear
 from llmkit.kernels.quantized_linear import MAX_FUSED_ROWS, WeightOnlyLinear
+from llmkit.kernels.w4a4_linear import W4A4Linear
 from llmkit.kernels.w8a8_linear import W8A8Linear
 from llmkit.model.full_forward import window_logits
-from llmkit.model.linear import ActivationQuant, PackedLinear, gpu_capability, serving_linear
+from llmkit.model.linear import (
+    MIN_FP4_CAPABILITY,
+    ActivationQuant,
+    PackedLinear,
+    gpu_capability,
+    serving_linear,
+)
 from llmkit.model.weight_loader import load_model
 from llmkit.quant.grid import round_to_nearest
 from llmkit.quant.quantize_checkpoint import quantize
@@ -146,7 +153,7 @@ def test_w8a8_linear_on_gpu(
 @pytest.mark.parametrize("shape", [(4096, 4096), (1000, 576), (72, 14336)], ids=str)
 @pytest.mark.parametrize("name", ["mxfp4", "nvfp4", "mxfp8", "fp8 blocks", "w4afp8"])
 def test_float_format_linear_on_gpu(name: str, shape: tuple[int, int], dtype: torch.dtype) -> None:
-    """Inputs stay as they are where weights are FP4 or INT4."""
+    """Inputs stay as they are where weights are INT4, or FP4 without products of FP4."""
     scheme = SCHEMES[name]
     if scheme.is_fp8:
         needs_fp8()
@@ -154,13 +161,16 @@ def test_float_format_linear_on_gpu(name: str, shape: tuple[int, int], dtype: to
     quant = ActivationQuant.of(scheme, INPUT_SCALE.cuda() if scheme.has_input_scale else None)
     served = serving_linear([weight.to("cuda")], None, quant, dtype, "cuda")
     assert isinstance(served, PackedLinear) and served.activation_quant is None
-    is_quantizing = isinstance(served.kernel, Fp8BlockLinear)
-    assert is_quantizing == scheme.is_fp8
+    is_quantizing = isinstance(served.kernel, Fp8BlockLinear | W4A4Linear)
+    has_fp4 = gpu_capability("cuda") >= MIN_FP4_CAPABILITY and dtype != FLOAT
+    assert is_quantizing == (scheme.is_fp8 or (scheme.is_fp4 and has_fp4))
     dense = weight.dequantize().double()
     generator = torch.Generator().manual_seed(shape[1])
     for rows in ROWS:
         x = torch.randn(rows, shape[1], generator=generator).to(dtype)
-        inputs = quant(x.float()) if is_quantizing and quant is not None else x
+        inputs: torch.Tensor = x
+        if is_quantizing and quant is not None:
+            inputs = quant(x.float().cuda()).cpu()
         y = served(x.cuda())
         assert y.dtype == dtype
         assert_close(y, inputs.double() @ dense.T, max(LIMITS[dtype], 1e-4))

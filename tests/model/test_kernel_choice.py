@@ -64,6 +64,12 @@ def test_kernel_choice_by_capability(
     assert found["attention"].kernel == found["sampler"].kernel == "Triton"
 
 
+def test_kernel_choice_has_products_of_fp4_from_blackwell_on() -> None:
+    blackwell = choices(Gpu(capability=(10, 0), torch_version="2.13.0"))
+    assert blackwell["NVFP4"].kernel == blackwell["MXFP4"].kernel == "Triton, FP4 products"
+    assert blackwell["W4AFP8"].kernel == WEIGHT_ONLY
+
+
 def test_kernel_choice_says_why() -> None:
     ampere = choices(Gpu(capability=(8, 0)))
     assert ampere["FP8"].why == "sm_80 has no products of this FP8"
