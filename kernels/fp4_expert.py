@@ -61,4 +61,5 @@ class Fp4Expert:
             return torch.ldexp(values, exponents).flatten(-2)
         scales = self.scales.view(torch.float8_e4m3fn).float()
         scales *= (self.factors / E4M3_DIVISOR)[:, None]
-        return (values * scales.unsqueeze(-1)).flatten(-2)
+        values *= scales.unsqueeze(-1)
+        return values.flatten(-2)

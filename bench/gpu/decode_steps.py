@@ -81,6 +81,7 @@ STEP_MODELS = (
     StepModel("Llama-3.1-8B", "int4"),
     StepModel("Qwen3-0.6B", "bf16"),
     StepModel("Llama-3.1-8B", "fp8", "fp8", (64, 256), has_prefill=False),
+    StepModel("Llama-3.1-8B", "nvfp4", batches=(1, 64), has_prefill=False),
 )
 
 

@@ -93,6 +93,7 @@ def weight_only_case(
     arguments |= {"y": "*fp32"} if split else {"bias": f"*{dtype}", "y": f"*{dtype}"}
     arguments |= {"power": "fp32"} | dict.fromkeys(("M", "N", "K", "blocks_per_split"), "i32")
     width = group if group < 64 else 64
+    weight: dict[str, int | str]
     weight = {"BITS": bits, "GROUP": group, "SYMMETRIC": symmetric, "W": width, "SCALES": scales}
     constants = weight | tile_constants(weight, kinds[dtype], columns, rows, capability // 10)
     constants |= {"BM": rows, "BN": outputs, "STAGES": stages} | ({"bias": None} if split else {})
