@@ -59,11 +59,11 @@ FAST_SCHEMES: dict[str, dict[str, tuple[str, ...]]] = {
     "transformers": {"": ANYWHERE},
     "llmkit": {
         "": ANYWHERE,
-        "ampere": (*_MARLIN, "w8a8"),
-        "ada": (*_MARLIN, *_FP8, "w8a8"),
-        "hopper": (*_MARLIN, *_FP8, "w8a8"),
-        "blackwell": (*_MARLIN, *_FP8),
-        "cpu": (*_MARLIN, "w8a8"),
+        "ampere": (*_MARLIN, "w8a8", *_FP4_WEIGHTS),
+        "ada": (*_MARLIN, *_FP8, "w8a8", *_FP4_WEIGHTS),
+        "hopper": (*_MARLIN, *_FP8, "w8a8", *_FP4_WEIGHTS),
+        "blackwell": ("nvfp4", "mxfp4", *_FP8),
+        "cpu": (*_MARLIN, "w8a8", *_FP4_WEIGHTS),
     },
 }
 # Integer products with 8-bit inputs need smoothing to be good: only on request (--activations).
