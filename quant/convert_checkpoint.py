@@ -62,8 +62,8 @@ def convert(
     report = _report(plan, str(source), str(output), num_bytes)
     if dry_run:
         return report | {"output": None, "verified": None}
-    identity = {"command": "convert", "format": target, "source": checkpoint.stamps}
-    identity |= plan.identity
+    identity: dict[str, Any] = {"command": "convert", "format": target}
+    identity |= {"source": checkpoint.stamps, **plan.identity}
     with CheckpointWriter(out, plan.files, checkpoint, identity, headers=plan.headers) as writer:
         if writer.resume_note:
             progress.message(writer.resume_note)
