@@ -6,7 +6,7 @@ Legend: `in` input features.
 from __future__ import annotations
 
 import math
-from collections.abc import Set
+from collections.abc import Mapping, Set
 from typing import Literal
 
 import torch
@@ -143,6 +143,24 @@ def _add_product(hessian: torch.Tensor, rows: torch.Tensor, beta: float, alpha: 
         part = slice(start, start + block)
         hessian[part, start:].addmm_(rows[:, part].T, rows[:, start:], beta=beta, alpha=alpha)
         hessian[start + block :, part] = hessian[part, start + block :].T
+
+
+def fill_unseen_experts(input_stats: Mapping[str, InputStats]) -> None:
+    """Give experts without tokens the largest inputs of the layer's other experts.
+
+    The stored scale of their inputs then is one that engines can share among experts.
+    input_stats: by linear, such as "mlp.experts.3.down".
+    """
+    experts: dict[str, list[InputStats]] = {}
+    for name, stats in input_stats.items():
+        if ".experts." in name:
+            kind = name.rpartition(".")[2]
+            experts.setdefault(kind, []).append(stats)
+    for found in experts.values():
+        max_abs = torch.stack([stats.max_abs for stats in found]).amax(dim=0)
+        for stats in found:
+            if not stats.num_tokens:
+                stats.max_abs = max_abs
 
 
 def output_energy(weight: torch.Tensor, hessian: torch.Tensor) -> float:

@@ -40,7 +40,7 @@ from llmkit.quant.calibrate_layer import (
     max_abs_kv,
     sublayers,
 )
-from llmkit.quant.input_stats import InputStats
+from llmkit.quant.input_stats import InputStats, fill_unseen_experts
 from llmkit.quant.layer_stream import LayerStream, MicroBatch, prefetch_layers
 from llmkit.quant.memory_estimate import trim_heap
 from llmkit.quant.parameter_writer import ParameterWriter
@@ -240,6 +240,7 @@ def _quantize_layer(
                     recorded,
                     compared,
                 )
+            fill_unseen_experts(input_stats)
             # Free the memory of the forward passes before a Hessian is factorized.
             trim_heap()
             jobs = (_job(state, name, input_stats.pop(name), batches, algorithm) for name in names)

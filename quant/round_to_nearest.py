@@ -33,13 +33,13 @@ class RtnQuantizer:
 
 
 def static_input_scale(input_stats: InputStats, scheme: Scheme) -> torch.Tensor:
-    """The stored scale [1] of inputs that covers the largest one observed; 1 without inputs.
+    """The stored scale [1] of inputs that covers the largest one observed; 1 if none but 0 was.
 
     Of FP8 inputs it is their scale, of FP4 ones the scale of their groups' e4m3 scales.
     """
-    if not input_stats.num_tokens:
-        return torch.ones(1, device=input_stats.max_abs.device)
     max_abs = input_stats.max_abs.max()
+    if not max_abs > 0:
+        return torch.ones(1, device=max_abs.device)
     if scheme.inputs == "group":
         return nvfp4_global_scale(max_abs)
     return (max_abs / FP8_MAX).clamp(min=MIN_SCALE).reshape(1)

@@ -13,7 +13,7 @@ from llmkit.quant.algorithm import QuantizeJob, QuantTarget
 from llmkit.quant.float_scales import fp4_codes, nvfp4_global_scale
 from llmkit.quant.gptq import GptqQuantizer
 from llmkit.quant.grid import FULL_SEARCH, Grid, fit_grid, round_to_nearest
-from llmkit.quant.input_stats import InputStats
+from llmkit.quant.input_stats import InputStats, fill_unseen_experts
 from llmkit.quant.number_formats import NUMBER_FORMATS
 from llmkit.quant.quantize_linear import quantize_linear
 from llmkit.quant.round_to_nearest import RtnQuantizer, static_input_scale
@@ -205,3 +205,20 @@ def test_nvfp4_inputs_get_a_scale_from_calibration() -> None:
     assert scale.item() == pytest.approx(stats.max_abs.max().item() / (448 * 6))
     unseen = InputStats(columns, frozenset())
     assert static_input_scale(unseen, target.scheme).item() == 1
+
+
+def test_experts_without_tokens_get_the_scale_of_the_others_inputs() -> None:
+    columns = 32
+    stats = {f"mlp.experts.{i}.down": correlated_stats(columns, seed=i) for i in range(3)}
+    stats["mlp.experts.3.down"] = InputStats(columns, frozenset())
+    stats["mlp.experts.3.gate_up"] = InputStats(columns, frozenset())
+    stats["attn.o"] = InputStats(columns, frozenset())
+    fill_unseen_experts(stats)
+    largest = max(stats[f"mlp.experts.{i}.down"].max_abs.max().item() for i in range(3))
+    scheme = scheme_of("nvfp4")
+    scale = static_input_scale(stats["mlp.experts.3.down"], scheme).item()
+    assert scale == pytest.approx(largest / (448 * 6))
+    seen = static_input_scale(stats["mlp.experts.0.down"], scheme).item()
+    assert seen == pytest.approx(stats["mlp.experts.0.down"].max_abs.max().item() / (448 * 6))
+    for name in ("mlp.experts.3.gate_up", "attn.o"):
+        assert static_input_scale(stats[name], scheme).item() == 1
