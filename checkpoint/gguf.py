@@ -38,6 +38,8 @@ from llmkit.common.errors import InputError
 if TYPE_CHECKING:
     import torch
 
+# Of one dimension in Hugging Face's files; GGUF's may have more.
+_FLAT_MODULES = (".A_log", "mixer.D", "linear_attn.norm", "mixer.norm")
 # The tensors of a layer that gpt-oss stores in two, gate and up.
 _STACKED_EXPERTS = ("ffn_gate_exps", "ffn_up_exps", "ffn_down_exps")
 # What Hugging Face's gpt-oss has in config.json. The modules are not in MXFP4.
@@ -136,7 +138,12 @@ class GgufModel:
         blocks = torch.from_numpy(self._read_stored(part, 0, part.shape[0]))
         if source.arrange is None:
             return blocks
-        assert source.needs_all_rows, f"{name}: only its rows may be moved"
+        if not source.needs_all_rows:
+            raise InputError(
+                f"{self._path}: the stored values of {part.name} are in another order",
+                "A weight whose rows alone are moved was expected",
+                "Quantize the file anew: llmkit quantize",
+            )
         moved: torch.Tensor = source.arrange(blocks)
         return moved
 
@@ -188,15 +195,17 @@ class GgufModel:
 
     def _add_tensor(self, tensor: TensorInfo) -> None:
         match = re.fullmatch(
-            r"(?:blk\.(\d+)\.)?((?:nextn\.|shortconv\.)?\w+)\.(weight|bias)", tensor.name
+            r"(?:blk\.(\d+)\.)?((?:nextn\.|shortconv\.)?\w+?)(?:\.(weight|bias)|(?<=ssm_[ad]))",
+            tensor.name,
         )
         if match is None:
             raise self._unknown(tensor.name)
         layer, part, kind = match.groups()
         if layer is None:
-            if part not in TOP_MODULES:
+            modules = TOP_MODULES | (self._architecture.top_modules or {})
+            if part not in modules:
                 raise self._unknown(tensor.name)
-            self._add_module(tensor, TOP_MODULES[part], kind)
+            self._add_module(tensor, modules[part], kind)
             return
         prefix = f"model.layers.{int(layer)}"
         experts = self._architecture.experts or {}
@@ -219,13 +228,37 @@ class GgufModel:
                 head_count = self._metadata.integer("attention.head_count_kv", head_count)
             arrange = _by_halves(head_count)
             needs_all_rows = True
+        elif module.endswith(_FLAT_MODULES):
+            tensor = replace(tensor, shape=(math.prod(tensor.shape),))
+            if module.endswith(".A_log"):
+                arrange = _log_of_negative
         elif self._architecture.norm_offset and module.endswith("norm"):
             arrange = _minus(self._architecture.norm_offset)
-        elif module.endswith("conv.conv") and len(tensor.shape) == 2:
+        elif module.endswith(("conv.conv", ".conv1d")) and len(tensor.shape) == 2:
             tensor = replace(tensor, shape=(tensor.shape[0], 1, tensor.shape[1]))
-        elif module.endswith(ONE_ROW_MODULES):
+        if self._architecture.tiled_value_heads and "linear_attn." in module:
+            arrange = _then(arrange, self._by_key_head(module))
+            needs_all_rows = not module.endswith(".out_proj")
+        if module.endswith(ONE_ROW_MODULES):
             tensor = replace(tensor, shape=(1, math.prod(tensor.shape)))
         self._add(name, tensor.shape, _Source((tensor,), arrange, needs_all_rows))
+
+    def _by_key_head(self, module: str) -> Callable[[torch.Tensor], torch.Tensor] | None:
+        """Undoes what llama.cpp's converter does to the value heads of a gated delta net.
+
+        It puts the first value head of each key head first, then the second ones, and so on. None:
+        the module has no value heads.
+        """
+        heads = self.config["linear_num_key_heads"], self.config["linear_num_value_heads"]
+        value_size = self.config["linear_value_head_dim"]
+        num_keys = 2 * heads[0] * self.config["linear_key_head_dim"]  # rows of queries and keys
+        if module.endswith((".in_proj_qkv", ".conv1d")):
+            return _value_heads(*heads, value_size, first_row=num_keys)
+        if module.endswith(".in_proj_z"):
+            return _value_heads(*heads, value_size)
+        if module.endswith(".out_proj"):
+            return _value_columns(*heads, value_size)
+        return None if module.endswith(".norm") else _value_heads(*heads, 1)
 
     def _add_experts(self, tensor: TensorInfo, name: str) -> None:
         """Each expert of a [experts, out, in] tensor as a tensor of its own."""
@@ -396,6 +429,51 @@ def _by_halves(num_heads: int) -> Callable[[torch.Tensor], torch.Tensor]:
         return interleaved.transpose(1, 2).reshape(tensor.shape)
 
     return arrange
+
+
+def _value_heads(
+    num_key_heads: int, num_value_heads: int, size: int, first_row: int = 0
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    """From tiled value heads to those of one key head after the other.
+
+    size: the rows of a head. first_row: of the first value head.
+    """
+
+    def arrange(tensor: torch.Tensor) -> torch.Tensor:
+        import torch
+
+        values = tensor[first_row:]
+        tiled = values.reshape(-1, num_key_heads, size, *tensor.shape[1:])
+        if len(tiled) * num_key_heads != num_value_heads:
+            raise InputError(
+                f"a linear attention has {len(values)} rows of values",
+                f"{num_value_heads} heads of {size} were expected",
+            )
+        by_key_head = tiled.transpose(0, 1).reshape(values.shape)
+        return torch.cat((tensor[:first_row], by_key_head)) if first_row else by_key_head
+
+    return arrange
+
+
+def _value_columns(
+    num_key_heads: int, num_value_heads: int, size: int
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    """`_value_heads` of columns [out, value heads * size]."""
+    arrange = _value_heads(num_key_heads, num_value_heads, size)
+    return lambda tensor: arrange(tensor.mT).mT
+
+
+def _log_of_negative(tensor: torch.Tensor) -> torch.Tensor:
+    """A_log; files have A = -exp(A_log)."""
+    return tensor.neg().log()
+
+
+def _then(
+    first: Callable[..., torch.Tensor] | None, second: Callable[..., torch.Tensor] | None
+) -> Callable[..., torch.Tensor] | None:
+    if first is None or second is None:
+        return first or second
+    return lambda tensor: second(first(tensor))
 
 
 def _minus(offset: float) -> Callable[[torch.Tensor], torch.Tensor]:

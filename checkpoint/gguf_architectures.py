@@ -104,13 +104,54 @@ _LFM2 = {
     "ffn_up": "feed_forward.w3",
     "ffn_down": "feed_forward.w2",
 }
+# The layers of a hybrid that have a gated delta net in place of attention.
+_DELTA_NET = {
+    "attn_qkv": "linear_attn.in_proj_qkv",
+    "attn_gate": "linear_attn.in_proj_z",
+    "ssm_alpha": "linear_attn.in_proj_a",
+    "ssm_beta": "linear_attn.in_proj_b",
+    "ssm_a": "linear_attn.A_log",
+    "ssm_dt": "linear_attn.dt_bias",
+    "ssm_conv1d": "linear_attn.conv1d",
+    "ssm_norm": "linear_attn.norm",
+    "ssm_out": "linear_attn.out_proj",
+}
+_QWEN3_5 = _ATTENTION | _QK_NORM | _DELTA_NET | {"post_attention_norm": "post_attention_layernorm"}
+# Mamba 2 layers, whose block is named "mixer".
+_MAMBA2 = {
+    "attn_norm": "norm",
+    "ssm_in": "mixer.in_proj",
+    "ssm_a": "mixer.A_log",
+    "ssm_d": "mixer.D",
+    "ssm_dt": "mixer.dt_bias",
+    "ssm_conv1d": "mixer.conv1d",
+    "ssm_norm": "mixer.norm",
+    "ssm_out": "mixer.out_proj",
+}
+_MAMBA2_TOP = {"token_embd": "model.embeddings", "output_norm": "model.norm_f"}
+_NEMOTRON_H = _MAMBA2 | {
+    "attn_q": "mixer.q_proj",
+    "attn_k": "mixer.k_proj",
+    "attn_v": "mixer.v_proj",
+    "attn_output": "mixer.o_proj",
+    "ffn_up": "mixer.up_proj",
+    "ffn_down": "mixer.down_proj",
+}
 _LFM2_EXPERTS = {
     "ffn_gate_exps": "feed_forward.experts.{}.w1",
     "ffn_up_exps": "feed_forward.experts.{}.w3",
     "ffn_down_exps": "feed_forward.experts.{}.w2",
 }
 # Hugging Face's names of tensors without the ending ".weight".
-BARE_MODULES = ("self_attn.sinks", "e_score_correction_bias", "expert_bias", "layer_scalar")
+BARE_MODULES = (
+    "self_attn.sinks",
+    "e_score_correction_bias",
+    "expert_bias",
+    "layer_scalar",
+    ".A_log",
+    ".dt_bias",
+    "mixer.D",
+)
 # Of one dimension in GGUF files and of two in Hugging Face's.
 ONE_ROW_MODULES = ("mlp.shared_expert_gate", "moe_statics.e_score_correction_bias")
 # Of a layer that predicts several tokens at once.
@@ -156,6 +197,11 @@ class GgufArchitecture:
     experts: Mapping[str, str] | None = None
     # gpt-oss stores the experts of a layer in one tensor, gate and up rows in turn, transposed.
     stacked_experts: bool = False
+    # The value heads of a gated delta net are stored so that those of one key head lie apart.
+    tiled_value_heads: bool = False
+    is_written: bool = True  # model/gguf_export.py writes such files, too
+    # Modules outside layers that have other names than those of TOP_MODULES.
+    top_modules: Mapping[str, str] | None = None
 
     @property
     def has_experts(self) -> bool:
@@ -702,6 +748,99 @@ def _lfm2(metadata: GgufMetadata) -> dict[str, Any]:
     }
 
 
+def _qwen3_5(metadata: GgufMetadata) -> dict[str, Any]:
+    num_layers = _num_layers(metadata)
+    key = "attention.recurrent_layers"
+    pattern = metadata.optional(key)
+    if pattern is None:
+        interval = metadata.integer("full_attention_interval", 4)
+        pattern = [(index + 1) % interval != 0 for index in range(num_layers)]
+    if not isinstance(pattern, list) or len(pattern) < num_layers or not set(pattern) <= {0, 1}:
+        raise metadata.error(key, f"True or False for each of {num_layers} layers was expected")
+    num_value_heads = metadata.integer("ssm.time_step_rank")
+    return {
+        "layer_types": [
+            "linear_attention" if is_recurrent else "full_attention"
+            for is_recurrent in pattern[:num_layers]
+        ],
+        "attention_bias": metadata.has_tensor("attn_output.bias"),
+        "linear_conv_kernel_dim": metadata.integer("ssm.conv_kernel"),
+        "linear_key_head_dim": metadata.integer("ssm.state_size"),
+        "linear_num_key_heads": metadata.integer("ssm.group_count"),
+        "linear_num_value_heads": num_value_heads,
+        "linear_value_head_dim": metadata.integer("ssm.inner_size") // num_value_heads,
+        "num_nextn_predict_layers": metadata.get("nextn_predict_layers", 0),
+    }
+
+
+def _qwen3_5_moe(metadata: GgufMetadata) -> dict[str, Any]:
+    return _qwen3_5(metadata) | {
+        **_experts(metadata, size="moe_intermediate_size"),
+        "shared_expert_intermediate_size": metadata.integer("expert_shared_feed_forward_length"),
+    }
+
+
+def _counts(metadata: GgufMetadata, key: str) -> list[int]:
+    """A number for each layer, 0 where it has none of what is counted."""
+    num_layers = _num_layers(metadata)
+    counts = metadata.get(key)
+    are_numbers = isinstance(counts, list) and all(
+        type(count) is int and count >= 0 for count in counts
+    )
+    if not are_numbers or len(counts) != num_layers:
+        raise metadata.error(key, f"{num_layers} numbers were expected, one for each layer")
+    return list(counts)
+
+
+def _nemotron_h(metadata: GgufMetadata) -> dict[str, Any]:
+    kv_heads = _counts(metadata, "attention.head_count_kv")
+    mlp_sizes = _counts(metadata, "feed_forward_length")
+    num_experts = metadata.get("expert_count", 0)
+    types = [
+        "full_attention"
+        if heads
+        else ("moe" if num_experts else "mlp")
+        if size
+        else "linear_attention"
+        for heads, size in zip(kv_heads, mlp_sizes, strict=True)
+    ]
+    num_mamba_heads = metadata.integer("ssm.time_step_rank")
+    return {
+        "layers_block_type": types,
+        "num_key_value_heads": max(kv_heads) or metadata.integer("attention.head_count"),
+        "intermediate_size": max(mlp_sizes),
+        "layer_norm_epsilon": metadata.number("attention.layer_norm_rms_epsilon"),
+        "mamba_num_heads": num_mamba_heads,
+        "mamba_head_dim": metadata.integer("ssm.inner_size") // num_mamba_heads,
+        "ssm_state_size": metadata.integer("ssm.state_size"),
+        "n_groups": metadata.integer("ssm.group_count"),
+        "conv_kernel": metadata.integer("ssm.conv_kernel"),
+        "use_conv_bias": any(name.endswith("ssm_conv1d.bias") for name in metadata.tensors),
+        "use_bias": any(name.endswith("ssm_in.bias") for name in metadata.tensors),
+        "attention_bias": any(name.endswith("attn_q.bias") for name in metadata.tensors),
+        "mlp_bias": any(name.endswith("ffn_up.bias") for name in metadata.tensors),
+        "mlp_hidden_act": "relu2",
+        "hidden_act": _ABSENT,
+        "rms_norm_eps": _ABSENT,
+        "rope_theta": _ABSENT,
+    }
+
+
+def _nemotron_h_moe(metadata: GgufMetadata) -> dict[str, Any]:
+    return _nemotron_h(metadata) | {
+        **_experts(metadata, "n_routed_experts", size="moe_intermediate_size"),
+        "n_shared_experts": metadata.integer("expert_shared_count"),
+        "moe_shared_expert_intermediate_size": metadata.integer(
+            "expert_shared_feed_forward_length"
+        ),
+        "norm_topk_prob": metadata.get("expert_weights_norm"),
+        "routed_scaling_factor": metadata.number("expert_weights_scale"),
+        "n_group": metadata.integer("expert_group_count", 1),
+        "topk_group": metadata.integer("expert_group_used_count", 1),
+        "moe_latent_size": metadata.optional("moe_latent_size"),
+    }
+
+
 def _lfm2_moe(metadata: GgufMetadata) -> dict[str, Any]:
     _expect_sigmoid(metadata)
     return _lfm2(metadata) | {
@@ -911,6 +1050,62 @@ ARCHITECTURES = {
         epsilon="norm_eps",
         differs_by_layer=True,
         experts=_LFM2_EXPERTS,
+    ),
+    "qwen35": GgufArchitecture(
+        "Qwen3_5ForCausalLM",
+        "qwen3_5_text",
+        _qwen3_5,
+        _QWEN3_5 | _MLP | _PREDICTION,
+        norm_offset=1.0,
+        partial_rotary=True,
+        tiled_value_heads=True,
+        is_written=False,
+    ),
+    "qwen35moe": GgufArchitecture(
+        "Qwen3_5MoeForCausalLM",
+        "qwen3_5_moe_text",
+        _qwen3_5_moe,
+        _QWEN3_5
+        | _PREDICTION
+        | _shared_expert("mlp.shared_expert")
+        | {"ffn_gate_inp": "mlp.gate", "ffn_gate_inp_shexp": "mlp.shared_expert_gate"},
+        norm_offset=1.0,
+        partial_rotary=True,
+        tiled_value_heads=True,
+        experts=EXPERTS,
+        is_written=False,
+    ),
+    "nemotron_h": GgufArchitecture(
+        "NemotronHForCausalLM",
+        "nemotron_h",
+        _nemotron_h,
+        _NEMOTRON_H,
+        differs_by_layer=True,
+        partial_rotary=True,  # RoPE is not used; files may have any size
+        is_written=False,
+        top_modules=_MAMBA2_TOP,
+    ),
+    "nemotron_h_moe": GgufArchitecture(
+        "NemotronHForCausalLM",
+        "nemotron_h",
+        _nemotron_h_moe,
+        _NEMOTRON_H
+        | {
+            "ffn_gate_inp": "mixer.gate",
+            "exp_probs_b": "mixer.gate.e_score_correction_bias",
+            "ffn_up_shexp": "mixer.shared_experts.up_proj",
+            "ffn_down_shexp": "mixer.shared_experts.down_proj",
+            "ffn_latent_down": "mixer.fc1_latent_proj",
+            "ffn_latent_up": "mixer.fc2_latent_proj",
+        },
+        differs_by_layer=True,
+        partial_rotary=True,
+        experts={
+            "ffn_up_exps": "mixer.experts.{}.up_proj",
+            "ffn_down_exps": "mixer.experts.{}.down_proj",
+        },
+        is_written=False,
+        top_modules=_MAMBA2_TOP,
     ),
     "hunyuan-moe": GgufArchitecture(
         "HunYuanMoEV1ForCausalLM",

@@ -77,6 +77,9 @@ _GPT_4O = _CASED_WORD_PATTERN.replace("SUFFIX", r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
 )
 _TEKKEN = _CASED_WORD_PATTERN.replace("SUFFIX", "").replace("DIGITS", r"\p{N}")
 _SEED = _ONE_DIGIT.replace(r"| ?[^\s\p{L}\p{N}]+[\r\n]*", r"| ?[^\s\p{L}\p{N}\r\n]+")
+_QWEN35 = _ONE_DIGIT.replace(r"\p{L}+", r"[\p{L}\p{M}]+").replace(
+    r"[^\s\p{L}\p{N}]+", r"[^\s\p{L}\p{M}\p{N}]+"
+)
 _DEEPSEEK3 = (
     r"\p{N}{1,3}",
     "[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+",
@@ -102,6 +105,7 @@ PRE_TOKENIZERS = {
     "lfm2": _LLAMA3,
     "qwen2": _QWEN2,
     "deepseek-r1-qwen": _QWEN2,
+    "qwen35": _PreTokenizer((_QWEN35,), nfc=True),
     "gpt-4o": _PreTokenizer((_GPT_4O,)),
     "llama4": _PreTokenizer((_GPT_4O,)),
     "tekken": _PreTokenizer((_TEKKEN,), ignore_merges=True, adds_bos=True),

@@ -161,13 +161,13 @@ def _architecture(reference: str, model_type: str, spec: ModelSpec) -> tuple[str
     """GGUF's name of a family, and its row."""
     wanted = _SAME_DECODER.get(model_type, model_type)
     for name, row in ARCHITECTURES.items():
-        if row.model_type == wanted:
+        if row.model_type == wanted and row.is_written:
             return name, row
     for name, variants in VARIANTS.items():
         for row in variants.values():
             if row.model_type == wanted:
                 return name, row
-    known = [row.model_type for row in ARCHITECTURES.values()]
+    known = [row.model_type for row in ARCHITECTURES.values() if row.is_written]
     known += [row.model_type for rows in VARIANTS.values() for row in rows.values()]
     raise InputError(
         f"{reference} is a {spec.architecture} ({model_type}), which is not written as GGUF",

@@ -90,6 +90,10 @@ SEED = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}\r\n]+"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+QWEN35 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}"
+    r"| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 DEEPSEEK3 = (
     r"\p{N}{1,3}",
     "[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+",
@@ -108,6 +112,7 @@ RULES: dict[str, tuple[str | None, list[dict[str, Any]], bool, bool]] = {
     "lfm2": LLAMA3,
     "qwen2": QWEN2,
     "deepseek-r1-qwen": QWEN2,
+    "qwen35": ("NFC", split_by(QWEN35), False, False),
     "gpt-4o": (None, split_by(GPT4O), False, False),
     "llama4": (None, split_by(GPT4O), False, False),
     "tekken": (None, split_by(TEKKEN), True, True),

@@ -52,10 +52,14 @@ ARCHITECTURES = {
     "hunyuan_v1_moe": Arch.HUNYUAN_MOE,
     "lfm2": Arch.LFM2,
     "lfm2_moe": Arch.LFM2MOE,
+    "nemotron_h": Arch.NEMOTRON_H,
+    "nemotron_h_moe": Arch.NEMOTRON_H_MOE,
+    "qwen3_5_text": Arch.QWEN35,
+    "qwen3_5_moe_text": Arch.QWEN35MOE,
 }
 PERMUTED = {"llama", "mixtral", "granite", "smollm3", "arcee"}
-NORM_PLUS_ONE = {"gemma", "gemma2", "gemma3_text"}
-PARTIAL_ROTARY = {"glm4", "phi3", "glm4_moe", "minimax_m2"}
+NORM_PLUS_ONE = {"gemma", "gemma2", "gemma3_text", "qwen3_5_text", "qwen3_5_moe_text"}
+PARTIAL_ROTARY = {"glm4", "phi3", "glm4_moe", "minimax_m2", "qwen3_5_text", "qwen3_5_moe_text"}
 # Where the converter writes which layers have a window.
 WINDOW_PATTERN = {"olmo3", "exaone4", "gemma3_text", "gemma4_text"}
 
@@ -80,7 +84,11 @@ def convert_family(
     """
     config = json.loads((source / "config.json").read_text(encoding="utf-8"))
     kind = config["model_type"]
+    if kind == "nemotron_h" and "moe" in config["layers_block_type"]:
+        kind = config["model_type"] = "nemotron_h_moe"
     arch = ARCHITECTURES[kind]
+    if kind.startswith("nemotron_h"):
+        config["num_hidden_layers"] = len(config["layers_block_type"])
     names = gguf.get_tensor_name_map(arch, config["num_hidden_layers"] + 1)
     writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[arch], split_max_tensors=tensors_per_file)
     metadata = family_metadata(config) | {key.replace("__", "."): keys[key] for key in keys}
@@ -93,8 +101,9 @@ def convert_family(
     }
     weights |= extra or {}
     for name, values in [*_tensors(weights, config), *_rope_tensors(config)]:
-        values = np.squeeze(values) if values.size > 1 else values
         stored_as = names.get_name(name, try_suffixes=(".weight", ".bias")) or name
+        if values.size > 1 and not stored_as.endswith(("ssm_a", "ssm_d")):
+            values = np.squeeze(values)
         if stored_as in without:
             continue
         stored_type = (experts_qtype or qtype) if "_exps" in stored_as else qtype
@@ -128,7 +137,7 @@ def family_metadata(config: dict[str, Any]) -> dict[str, Any]:
     kind = config["model_type"]
     heads = config["num_attention_heads"]
     head_dim = config.get("head_dim") or config["hidden_size"] // heads
-    rope = config["rope_parameters"]
+    rope = config.get("rope_parameters") or {"rope_theta": 1e4, "rope_type": "default"}
     full = rope.get("full_attention", rope)
     metadata = {
         "block_count": config["num_hidden_layers"],
@@ -173,6 +182,11 @@ def family_metadata(config: dict[str, Any]) -> dict[str, Any]:
         ("num_experts_per_tok", "expert_used_count"),
         ("moe_intermediate_size", "expert_feed_forward_length"),
         ("shared_expert_intermediate_size", "expert_shared_feed_forward_length"),
+        ("linear_conv_kernel_dim", "ssm.conv_kernel"),
+        ("linear_key_head_dim", "ssm.state_size"),
+        ("linear_num_key_heads", "ssm.group_count"),
+        ("linear_num_value_heads", "ssm.time_step_rank"),
+        ("num_mtp_layers", "nextn_predict_layers"),
     ):
         if config.get(field) is not None:
             metadata[key] = config[field]
@@ -209,6 +223,16 @@ def family_metadata(config: dict[str, Any]) -> dict[str, Any]:
         multiple = config["block_multiple_of"]
         metadata["feed_forward_length"] = -(-(2 * config["intermediate_size"] // 3) // multiple)
         metadata["feed_forward_length"] *= multiple
+    if kind.startswith("nemotron_h"):
+        metadata |= _nemotron_h_metadata(config)
+    if kind == "nemotron_h":  # of dense models the config has experts, too
+        metadata = {key: metadata[key] for key in metadata if not key.startswith("expert_")}
+    if "linear_value_head_dim" in config:
+        value_size = config["linear_value_head_dim"] * config["linear_num_value_heads"]
+        metadata["ssm.inner_size"] = value_size
+        metadata["attention.recurrent_layers"] = [
+            layer == "linear_attention" for layer in config["layer_types"]
+        ]
     if kind == "lfm2_moe":
         metadata["expert_gating_func"] = 2  # sigmoid
         metadata.pop("expert_weights_scale")  # the converter does not write it
@@ -228,6 +252,32 @@ def family_metadata(config: dict[str, Any]) -> dict[str, Any]:
         metadata["rope.freq_base"] = full["rope_theta"] * full["alpha"] ** exponent
         metadata["rope.scaling.type"] = "none"
         metadata["rope.scaling.factor"] = 1.0
+    return metadata
+
+
+def _nemotron_h_metadata(config: dict[str, Any]) -> dict[str, Any]:
+    """What the converter writes of Nemotron-H, whose layers have one block each."""
+    types = config["layers_block_type"]
+    size = config["moe_intermediate_size" if "moe" in types else "intermediate_size"]
+    metadata: dict[str, Any] = {
+        "attention.head_count_kv": [
+            config["num_key_value_heads"] if kind == "full_attention" else 0 for kind in types
+        ],
+        "feed_forward_length": [size if kind in ("mlp", "moe") else 0 for kind in types],
+        "attention.layer_norm_rms_epsilon": config["layer_norm_epsilon"],
+        "ssm.conv_kernel": config["conv_kernel"],
+        "ssm.state_size": config["ssm_state_size"],
+        "ssm.group_count": config["n_groups"],
+        "ssm.time_step_rank": config["mamba_num_heads"],
+        "ssm.inner_size": config["mamba_num_heads"] * config["mamba_head_dim"],
+        "rope.dimension_count": config["head_dim"] // 2,
+    }
+    if "moe" in types:
+        metadata["expert_weights_norm"] = config["norm_topk_prob"]
+        shared = config["moe_shared_expert_intermediate_size"]
+        metadata["expert_shared_feed_forward_length"] = shared
+        if config["moe_latent_size"]:
+            metadata["moe_latent_size"] = config["moe_latent_size"]
     return metadata
 
 
@@ -287,8 +337,20 @@ def _tensors(weights: dict[str, Array], config: dict[str, Any]) -> Iterator[tupl
         if kind in PERMUTED and ".k_proj." in name:
             values = converters_permutation(values, kv_heads)
         if kind in NORM_PLUS_ONE and name.endswith("norm.weight"):
-            values = values + 1
-        expert = re.fullmatch(r"model\.(layers\.\d+\.)(\w+)\.experts\.(\d+)\.(\w+)\.weight", name)
+            values = values if "linear_attn." in name else values + 1
+        if ".linear_attn." in name:
+            values = _tiled(name, values, config)
+        if kind.startswith("nemotron_h") and name.endswith((".A_log", ".D")):
+            values = values[:, None]
+        if kind.startswith("nemotron_h") and name.endswith("mixer.norm.weight"):
+            values = values.reshape(config["n_groups"], -1)
+        if name.endswith(".A_log"):
+            values = -np.exp(values)
+        if name.endswith(".dt_bias"):
+            name = name.replace(".dt_bias", ".dt_proj.bias")
+        expert = re.fullmatch(
+            r"(?:model|backbone)\.(layers\.\d+\.)(\w+)\.experts\.(\d+)\.(\w+)\.weight", name
+        )
         if kind == "gpt_oss" and ".experts." in name:
             yield from _gpt_oss_experts(name, values)
         elif name.endswith("e_score_correction_bias"):
@@ -313,6 +375,24 @@ def _tensors(weights: dict[str, Array], config: dict[str, Any]) -> Iterator[tupl
         yield name, np.stack(stack)
 
 
+def _tiled(name: str, values: Array, config: dict[str, Any]) -> Array:
+    """The value heads of a gated delta net, the first one of each key head first."""
+    num_key_heads = config["linear_num_key_heads"]
+    size = config["linear_value_head_dim"]
+    num_first = 0  # rows of queries and keys
+    if ".norm." in name:
+        return values
+    if ".out_proj." in name:
+        return _tiled("", values.T, config).T
+    if ".in_proj_qkv." in name or ".conv1d." in name:
+        num_first = 2 * num_key_heads * config["linear_key_head_dim"]
+    elif name and ".in_proj_z." not in name:
+        size = 1
+    grouped = values[num_first:].reshape(num_key_heads, -1, size, *values.shape[1:])
+    tiled = grouped.swapaxes(0, 1).reshape(-1, *values.shape[1:])
+    return np.concatenate((values[:num_first], tiled))
+
+
 def _gpt_oss_experts(name: str, values: Array) -> Iterator[tuple[str, Array]]:
     """gate and up are stored in turn, and weights are transposed."""
     if name.endswith("_bias"):
@@ -328,7 +408,7 @@ def _gpt_oss_experts(name: str, values: Array) -> Iterator[tuple[str, Array]]:
 
 
 def _rope_tensors(config: dict[str, Any]) -> Iterator[tuple[str, Array]]:
-    rope = config["rope_parameters"]
+    rope = config.get("rope_parameters") or {}
     if config["model_type"] == "gemma4_text":
         num_pairs = next(iter(config["per_layer_config"].values()))["head_dim"] // 2
         num_rotated = int(num_pairs * rope["full_attention"]["partial_rotary_factor"])
