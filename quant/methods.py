@@ -454,8 +454,8 @@ def build_quantization_config(
     head_names = list(dict.fromkeys(["lm_head", *module_names(spec, spec.lm_head_name)]))
     if lm_head_scheme is None:
         ignored += head_names
-    if format_name == "compressed-tensors" and scheme is not None:
-        # Readers of this format take every linear layer as quantized that is not under `ignore`.
+    if format_name in ("compressed-tensors", "fp8", "modelopt") and scheme is not None:
+        # Readers of these formats take every linear layer as quantized that is not under `ignore`.
         ignored += _router_modules(spec)
     ignored += ignore
     overrides: tuple[tuple[str, Scheme], ...] = ()
