@@ -44,6 +44,8 @@ OURS: dict[str, tuple[str, ...]] = {
     "awq, symmetric": ("--method", "awq", *CT, "--symmetric"),
     "auto, symmetric": ("--method", "auto"),
     "auto max, symmetric": ("--method", "auto", "--effort", "max"),
+    "auto fast, symmetric": ("--method", "auto", "--effort", "fast"),
+    "auto high, symmetric": ("--method", "auto", "--effort", "high"),
     "gptq max, symmetric": ("--method", "gptq", "--effort", "max"),
     "gptq max, asymmetric": ("--method", "gptq", "--format", "awq", "--effort", "max"),
     "int3 gptq, symmetric": ("--method", "gptq", "--bits", "3"),
@@ -93,7 +95,6 @@ LLM_COMPRESSOR: dict[str, str] = {
     "mxfp4 gptq": "mxfp4-gptq",
     "mxfp4a16": "mxfp4a16",
     "mxfp4a16 gptq": "mxfp4a16-gptq",
-    "w4afp8 gptq": "w4afp8-gptq",
 }
 # Name, bits.
 GPTQMODEL = {"int4, symmetric": 4, "int3, symmetric": 3}
