@@ -76,7 +76,7 @@ class GgufBlocks:
 
     def dequantize(self) -> torch.Tensor:
         """The weight, float32 [out, in], bit by bit what readers compute."""
-        groups = self.q.float().unflatten(1, (-1, self.type.group))
+        groups: torch.Tensor = self.q.float().unflatten(1, (-1, self.type.group))
         groups.sub_(self.type.zero).mul_(self.group_scales.unsqueeze(2))
         if self.d_min is not None:
             groups.sub_(self.group_minima.unsqueeze(2))
@@ -129,7 +129,8 @@ def concatenate(parts: list[GgufBlocks]) -> GgufBlocks:
 def _of_groups(d: torch.Tensor, units: torch.Tensor | None) -> torch.Tensor:
     if units is None:
         return d
-    return (units.unflatten(1, (d.shape[1], -1)).float() * d.unsqueeze(2)).flatten(1)
+    by_block: torch.Tensor = units.unflatten(1, (d.shape[1], -1))
+    return (by_block.float() * d.unsqueeze(2)).flatten(1)
 
 
 def _half(values: torch.Tensor) -> torch.Tensor:
@@ -151,9 +152,9 @@ def _nibbles(q: torch.Tensor) -> torch.Tensor:
 
 def _bits(values: torch.Tensor) -> torch.Tensor:
     """Bytes of 8 bits each, along the last dimension; the first is the lowest."""
-    bits = values.unflatten(-1, (-1, 8)).int()
+    bits: torch.Tensor = values.unflatten(-1, (-1, 8))
     weights = 1 << torch.arange(8, device=values.device, dtype=torch.int32)
-    return (bits * weights).sum(-1).to(torch.uint8)
+    return (bits.int() * weights).sum(-1).to(torch.uint8)
 
 
 def _q4_0(weight: GgufBlocks, q: torch.Tensor) -> torch.Tensor:

@@ -148,8 +148,8 @@ class CheckpointWriter:
             for name, info in infos.items():
                 self._tensors[file, name] = info
                 self._files_of.setdefault(name, []).append(file)
-        headers = b"".join(file.encode() + header for file, header in self._headers.items())
-        plan = hashlib.sha256(headers).hexdigest()
+        planned = b"".join(file.encode() + header for file, header in self._headers.items())
+        plan = hashlib.sha256(planned).hexdigest()
         self._clock = clock or RunClock()
         self._journal = Journal(
             sibling(self.out, ".partial.journal"),

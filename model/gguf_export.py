@@ -105,7 +105,7 @@ class GgufPlace:
         """The rows [out, ...] in the order of the file."""
         if not self.num_heads:
             return rows
-        halves = rows.unflatten(0, (self.num_heads, 2, -1))
+        halves: torch.Tensor = rows.unflatten(0, (self.num_heads, 2, -1))
         return halves.transpose(1, 2).flatten(0, 2)
 
 
@@ -329,7 +329,7 @@ def _differences(path: str, found: Any, expected: Any) -> list[str]:
     if isinstance(expected, (tuple, list)) and isinstance(found, (tuple, list)):
         if len(found) != len(expected):
             return [path]
-        pairs = zip(found, expected, strict=True)
+        pairs = list(zip(found, expected, strict=True))
         return list(dict.fromkeys(name for pair in pairs for name in _differences(path, *pair)))
     if isinstance(expected, dict) and isinstance(found, dict):
         if found.keys() != expected.keys():

@@ -58,7 +58,7 @@ def _cost(x: torch.Tensor, importance: torch.Tensor | None) -> torch.Tensor:
     mean_square = x.square().mean((1, 2), keepdim=True)
     if importance is None:
         return x.square() + mean_square
-    weights = importance.float().unflatten(0, (-1, x.shape[2]))
+    weights: torch.Tensor = importance.float().unflatten(0, (-1, x.shape[2]))
     return weights * (x.square() + mean_square).sqrt()
 
 
@@ -268,26 +268,29 @@ def _quantize_groups(x: torch.Tensor, weight: GgufBlocks) -> torch.Tensor:
 
 def _group_errors(x: torch.Tensor, cost: torch.Tensor, weight: GgufBlocks) -> torch.Tensor:
     """What the errors of each group cost, [R, G]."""
-    error = weight.dequantize().unflatten(1, (-1, weight.type.group)).sub_(x)
-    return error.square_().mul_(cost).sum(2)
+    dense: torch.Tensor = weight.dequantize().unflatten(1, (-1, weight.type.group))
+    return dense.sub_(x).square_().mul_(cost).sum(2)
 
 
 def _errors(x: torch.Tensor, cost: torch.Tensor, weight: GgufBlocks) -> torch.Tensor:
     """What the errors of each block cost, [R, B]."""
     groups = weight.type.block // weight.type.group
-    return _group_errors(x, cost, weight).unflatten(1, (-1, groups)).sum(2)
+    errors: torch.Tensor = _group_errors(x, cost, weight).unflatten(1, (-1, groups))
+    return errors.sum(2)
 
 
 def _block_sums(values: torch.Tensor, groups: int) -> torch.Tensor:
     """The sums of blocks [R, B] of values [R, G, g]."""
-    return values.sum(2).unflatten(1, (-1, groups)).sum(2)
+    sums: torch.Tensor = values.sum(2).unflatten(1, (-1, groups))
+    return sums.sum(2)
 
 
 def _units(
     values: torch.Tensor, d: torch.Tensor, groups: int, lowest: int, highest: int
 ) -> torch.Tensor:
     """Values [R, G] in units of d [R, B]."""
-    units = (values.unflatten(1, (-1, groups)) * _inverse(d).unsqueeze(2)).round_()
+    by_block: torch.Tensor = values.unflatten(1, (-1, groups))
+    units = (by_block * _inverse(d).unsqueeze(2)).round_()
     return units.clamp_(lowest, highest).flatten(1)
 
 

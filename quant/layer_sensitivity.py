@@ -23,7 +23,7 @@ from llmkit.model.decoder import DecoderLayer
 from llmkit.model.linear import ActivationQuant
 from llmkit.quant.algorithm import QuantizeJob, Quantizer
 from llmkit.quant.calibrate_layer import collect_input_stats, sublayers
-from llmkit.quant.input_stats import InputStats, sum_of_squares
+from llmkit.quant.input_stats import InputStats, StatKind, sum_of_squares
 from llmkit.quant.layer_stream import LayerStream, MicroBatch
 from llmkit.quant.memory_estimate import SENSITIVITY_TOKENS, VARIANT_BYTES
 from llmkit.quant.quantize_linear import quantize_linear
@@ -221,7 +221,8 @@ def _input_stats(
         for target in unit.targets(choice)
     }
     stats: dict[str, InputStats] = {}
-    required = quantizer.required_stats | {"sample"}
+    sample: frozenset[StatKind] = frozenset({"sample"})
+    required = quantizer.required_stats | sample
     for sublayer in sublayers(layer):
         names = [name for group in sublayer.linear_groups for name in group if name in linears]
         stats |= collect_input_stats(layer, sublayer, names, batches, required)
@@ -245,7 +246,9 @@ def _quantize_unit(
         if quantizer.required_stats and not found.num_tokens:
             fallback = "an expert that no token chose"
         job = QuantizeJob(target, layer.linears[target.name].weight, found.clone(), fallback)
-        weights[target.name] = quantize_linear(quantizer, job).weight
+        weight = quantize_linear(quantizer, job).weight
+        assert isinstance(weight, QuantizedWeight), "mixed precision has no GGUF presets"
+        weights[target.name] = weight
     return weights
 
 

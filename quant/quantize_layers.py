@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from llmkit.checkpoint.quantized_weight import QuantizedWeight
 from llmkit.common.errors import InputError
 from llmkit.common.progress import Progress
 from llmkit.kernels.activation_quant import MAX_VALUES, MIN_SCALE
@@ -383,7 +384,9 @@ def _learn_rounding(
     start = {
         name: result.weight
         for name, (result, _) in state.results.items()
-        if not result.weight.scheme.is_fp8 and ".experts." not in name
+        if isinstance(result.weight, QuantizedWeight)
+        and not result.weight.scheme.is_fp8
+        and ".experts." not in name
     }
     if not start:
         return

@@ -83,8 +83,8 @@ class QuantizeOptions:
     format: Annotated[
         str | None,
         Option(
-            "How weights are stored: gptq, awq, compressed-tensors, fp8 (DeepSeek's blocks) or "
-            "modelopt (Model-Optimizer, for TensorRT-LLM).",
+            "How weights are stored: gptq, awq, compressed-tensors, fp8 (DeepSeek's blocks), "
+            "modelopt (Model-Optimizer, for TensorRT-LLM) or gguf (one file, for llama.cpp).",
             choices=("gptq", "awq", "compressed-tensors", "fp8", "modelopt", "gguf"),
             metavar="FORMAT",
             unset="the method's own if it stores the scheme, otherwise compressed-tensors",
