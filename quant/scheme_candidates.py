@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from llmkit.checkpoint.quantized_formats import format_of
+from llmkit.checkpoint.quantized_formats import FORMATS
 from llmkit.checkpoint.quantized_weight import QuantizationConfig, Scheme
 from llmkit.checkpoint.safetensors_header import byte_count
 from llmkit.common.errors import UsageError
@@ -39,7 +39,6 @@ class LinearUnit:
     parameters: tuple[Parameter, ...]
     # The schemes that fit the linears, by name; without UNQUANTIZED.
     schemes: Mapping[str, Scheme]
-    format: str = MIXED_FORMAT
 
     @property
     def layer(self) -> int:
@@ -60,7 +59,7 @@ class LinearUnit:
         """The bits of all tensors that a checkpoint stores for the linears, with the scales."""
         if choice == UNQUANTIZED:
             return UNQUANTIZED_BITS * self.num_weights
-        packing = format_of(QuantizationConfig(MIXED_FORMAT, None))
+        packing = FORMATS[MIXED_FORMAT]
         scheme = self.schemes[choice]
         num_bytes = 0
         for parameter in self.parameters:
@@ -74,7 +73,7 @@ class LinearUnit:
         """The linears, each to be quantized to a choice."""
         scheme = self.schemes[choice]
         prefix = f"layers.{self.layer}."
-        dtype = scale_dtype(self.format, scheme)
+        dtype = scale_dtype(MIXED_FORMAT, scheme)
         return [
             QuantTarget(row, row.module.removeprefix(prefix), scheme, dtype)
             for row in self.parameters
