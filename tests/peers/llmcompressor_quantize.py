@@ -148,7 +148,6 @@ SCHEMES: dict[str, tuple[Method, Numbers]] = {
     "mxfp4a16": (rtn, Numbers("MXFP4A16")),
     "mxfp4a16-gptq": (gptq, Numbers("MXFP4A16")),
     "mxfp4a16-autoround": (autoround, Numbers("MXFP4A16")),
-    "w4afp8-gptq": (gptq, Numbers("W4AFP8")),
 }
 
 
