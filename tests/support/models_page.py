@@ -131,8 +131,8 @@ HEAD = """# Models
 
 - **Native**: one decoder runs the families of the first table, and everything works with each of
   them: `serve`, `bench`, prefix cache, speculative decoding, and what the table says.
-  MTP heads draft (`serve --speculate mtp`) for DeepSeek V3, GLM-4.5 and later, Qwen3-Next and
-  Qwen3.5.
+  MTP heads draft (`serve --speculate mtp`) for DeepSeek V3, GLM-4.5 and later, Qwen3-Next,
+  Qwen3.5 and Nemotron 3.
 - **Multimodal**: the text model of the architectures of the second table is native. Towers and
   projectors do not run. `quantize`, `shard` and `shard merge` carry them byte for byte, so that
   the result is the multimodal model that it was. A request with an image is refused.
