@@ -180,10 +180,12 @@ class GptqFormat:
         Raises InputError for other formats and for act-order.
         """
         scheme = _parse_scheme(d)
-        checkpoint_format = d.get("checkpoint_format") or "gptq"
+        # GPTQModel calls it `format` too.
+        field = "checkpoint_format" if d.get("checkpoint_format") else "format"
+        checkpoint_format = d.get(field) or "gptq"
         if checkpoint_format not in ("gptq", "gptq_v2"):
             raise InputError(
-                f"This GPTQ checkpoint has checkpoint_format {checkpoint_format}",
+                f"This GPTQ checkpoint has {field} {checkpoint_format}",
                 "gptq (v1) or gptq_v2 was expected",
             )
         name: Literal["gptq", "gptq_v2"] = "gptq_v2" if checkpoint_format == "gptq_v2" else "gptq"

@@ -6,6 +6,7 @@ from collections import Counter
 from dataclasses import dataclass, replace
 
 import torch
+from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from llmkit.checkpoint.gguf import GgufModel
 from llmkit.checkpoint.gguf_blocks import GGUF_TYPES, GgufBlocks
@@ -107,8 +108,11 @@ class GgufOutput:
 
     def stored_bytes(self, name: str) -> int:
         """About the size of a tensor in the file."""
-        info = self._plan.source.checkpoint.tensors.get(name)
-        return info.nbytes if info else 0
+        weight = self._plan.source.weights.get(name)
+        if weight is None:
+            return self._plan.source.checkpoint.tensors[name].nbytes
+        block, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType[self._plan.types[name]]]
+        return weight.shape[0] * weight.shape[1] // block * block_bytes
 
 
 def plan_gguf(source: ConvertSource, progress: Progress) -> GgufConvertPlan:
@@ -122,6 +126,7 @@ def plan_gguf(source: ConvertSource, progress: Progress) -> GgufConvertPlan:
         reason = _scheme_reason(weight)
         if reason:
             raise does_not_carry_over(source, weight.name, reason)
+    _gguf_plan(source, dict.fromkeys(source.weights, "Q8_0"))  # refuses models and tokenizers
     types: dict[str, str] = {}
     progress.start("check", len(source.weights), "weights")
     for weight in source.weights.values():

@@ -486,6 +486,7 @@ INPUTS = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", 
         (gptq(group_size=0), "group size 0"),
         (gptq(desc_act=True), "desc_act"),
         (gptq(checkpoint_format="marlin"), "checkpoint_format marlin. gptq .v1. or gptq_v2 was"),
+        (gptq(bits=3, format="gptq_p"), "has format gptq_p. gptq .v1. or gptq_v2 was"),
         (gptq(pack_dtype="int64"), "pack_dtype int64. int32 was expected"),
         (gptq(dynamic={"+:.*": {"bits": 7}}), "has 7 bits"),
         (gptq(dynamic={"+:.*": {"group_size": 0}}), "the group size 0"),
@@ -517,6 +518,11 @@ INPUTS = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", 
 def test_parse_refuses_unsupported_configs(settings: object, message: str) -> None:
     with pytest.raises(InputError, match=message):
         parse_quantization(settings)
+
+
+@pytest.mark.parametrize("field", ["checkpoint_format", "format"])
+def test_gptq_parses_v2_under_both_names_of_the_field(field: str) -> None:
+    assert parse_quantization(gptq(**{field: "gptq_v2"})).format == "gptq_v2"
 
 
 def test_gptq_parses_act_order_with_a_single_group() -> None:

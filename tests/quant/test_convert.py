@@ -488,41 +488,54 @@ def test_convert_to_gguf_gives_the_blocks_again(kind: str, llama: Path, tmp_path
         assert torch.equal(source.read(name), out.read(name)), name
 
 
-def test_convert_to_gguf_keeps_groups_and_zero_points_that_float16_holds(
-    llama: Path, tmp_path: Path
-) -> None:
-    file = gguf_files.convert(
-        open_checkpoint(llama),
-        tmp_path / "model.gguf",
-        "llama",
-        kind=gguf.GGMLQuantizationType.Q4_0,
-    )
-    convert(file, tmp_path / "awq", "awq")
-    tensors = load_file(tmp_path / "awq" / "model.safetensors")
+def with_zero_points(source: Path, path: Path, word: int) -> Path:
+    """The checkpoint with other words of zero points, from -2^31 to 2^31 - 1."""
+    tensors = load_file(source / "model.safetensors")
     for name, tensor in tensors.items():
         if name.endswith("qzeros"):
-            tensors[name] = torch.full_like(tensor, 0x44444444)
-    path = tmp_path / "other"
+            tensors[name] = torch.full_like(tensor, word)
     path.mkdir()
-    for side_file in (tmp_path / "awq").iterdir():
-        if side_file.name not in ("llmkit.json", "model.safetensors"):
-            (path / side_file.name).write_bytes(side_file.read_bytes())
+    for file in source.iterdir():
+        if file.name not in ("llmkit.json", "model.safetensors"):
+            (path / file.name).write_bytes(file.read_bytes())
     save_file(tensors, path / "model.safetensors", {"format": "pt"})
-    report = convert(path, tmp_path / "out", "gguf")
+    return path
+
+
+def test_convert_to_gguf_keeps_zero_points_that_float16_holds(llama: Path, tmp_path: Path) -> None:
+    kind = gguf.GGMLQuantizationType.Q4_0
+    file = gguf_files.convert(open_checkpoint(llama), tmp_path / "model.gguf", "llama", kind=kind)
+    convert(file, tmp_path / "awq", "awq")
+    four = with_zero_points(tmp_path / "awq", tmp_path / "four", 0x44444444)
+    report = convert(four, tmp_path / "out", "gguf")
     assert [row["label"] for row in report["schemes"]] == ["INT4 in groups of 32 with zero points"]
     (written,) = (tmp_path / "out").glob("*.gguf")
     found = open_checkpoint(written)
-    for name, weight in quantized_weights(path).items():
+    for name, weight in quantized_weights(four).items():
         assert found.tensors[name].ggml_type == "Q4_1"
         assert torch.equal(found.read(name), weight.dequantize())
     # 13 times a scale of bfloat16's 8 bits has more bits than float16.
-    for name, tensor in tensors.items():
-        if name.endswith("qzeros"):
-            tensors[name] = torch.full_like(tensor, 0xDDDDDDDD - 2**32)
-    save_file(tensors, path / "model.safetensors", {"format": "pt"})
+    thirteen = with_zero_points(tmp_path / "awq", tmp_path / "13", 0xDDDDDDDD - 2**32)
     with pytest.raises(InputError, match=r"q_proj\.weight does not carry over: .* minima of Q4_1"):
-        convert(path, tmp_path / "refused", "gguf")
+        convert(thirteen, tmp_path / "refused", "gguf")
     assert not list(tmp_path.glob("refused*"))
+
+
+def test_convert_to_gguf_refuses_zero_points_of_8_bits(llama: Path, tmp_path: Path) -> None:
+    kind = gguf.GGMLQuantizationType.Q8_0
+    file = gguf_files.convert(open_checkpoint(llama), tmp_path / "model.gguf", "llama", kind=kind)
+    convert(file, tmp_path / "gptq", "gptq_v2")
+    other = with_zero_points(tmp_path / "gptq", tmp_path / "other", 0x01020304)
+    with pytest.raises(InputError, match=r"q_proj\.weight .*: Q8_0 has no zero points"):
+        convert(other, tmp_path / "out", "gguf")
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_convert_to_gguf_needs_a_tokenizer(tmp_path: Path) -> None:
+    source = source_checkpoint(tmp_path / "source", "gptq", INT4)
+    with pytest.raises(InputError, match="tokenizer"):
+        convert(source, tmp_path / "out", "gguf")
+    assert not list(tmp_path.glob("out*"))
 
 
 @pytest.mark.parametrize(
@@ -531,7 +544,6 @@ def test_convert_to_gguf_keeps_groups_and_zero_points_that_float16_holds(
         ("gptq", Scheme(3, 32), "integers of 4 or 8 bits, and this is INT3"),
         ("compressed-tensors", NVFP4, "integers of 4 or 8 bits, and this is NVFP4"),
         ("gptq", Scheme(4, 16), "blocks have 32 values, and groups of 16 in 64 are not made of"),
-        ("gptq_v2", Scheme(8, 32, symmetric=False), "Q8_0 has no zero points"),
     ],
 )
 def test_convert_to_gguf_refuses_what_blocks_do_not_hold(
