@@ -378,7 +378,8 @@ def cpu_input_type(
     quant: ActivationQuant, weights: Sequence[PackedWeight]
 ) -> cpu_kernels.InputType | None:
     """How the compiled CPU kernels quantize the inputs of these weights; None: they do not."""
-    if quant.value_type == "fp8" and not quant.group_size:
+    has_one_group = quant.scale_format == "float" and quant.group_size >= weights[0].shape[1]
+    if quant.value_type == "fp8" and (has_one_group or not quant.group_size):
         return "fp8_token" if quant.scale is None else "fp8_static"
     found = CPU_GROUP_INPUTS.get((quant.value_type, quant.scale_format))
     for weight in weights:

@@ -12,9 +12,7 @@ import torch
 
 from llmkit.checkpoint.block_scales import realigned_scheme
 from llmkit.checkpoint.checkpoint import Checkpoint
-from llmkit.checkpoint.quantized_formats import format_of
 from llmkit.checkpoint.quantized_weight import Scheme
-from llmkit.checkpoint.safetensors_header import byte_count
 from llmkit.common.errors import InputError, ShortageError, is_out_of_memory
 from llmkit.common.formatting import bytes_text
 from llmkit.common.option_values import format_size
@@ -23,7 +21,7 @@ from llmkit.kernels.fp4_expert import Fp4Expert
 from llmkit.kernels.fp8_block_linear import GROUP_SIZES, Fp8BlockLinear
 from llmkit.kernels.latent_attention import EXPANDED_BYTES
 from llmkit.kernels.linear_kernel import LinearKernel
-from llmkit.kernels.quantized_linear import Fp4Linear
+from llmkit.kernels.quantized_linear import Fp4Linear, WeightOnlyLinear
 from llmkit.kernels.w4a4_linear import W4A4Linear
 from llmkit.model.checkpoint_tensors import scheme_of
 from llmkit.model.full_forward import hidden_states
@@ -350,18 +348,14 @@ def weight_bytes(
             if checkpoint.quantization and scheme and not is_dequantized:
                 stays_packed = cpu_packs or gpu_packs
                 num_rows, columns = sum(shape[0] for shape in shapes), shapes[0][1]
-                if stays_packed and scheme.kind == "float":
+                if stays_packed:
                     held = realigned_scheme(scheme, row.sources[0].start)
                     kernel = None
                     if not on_cpu:
                         capability = gpu_capability(device)
                         is_expert = row.expert is not None
                         kernel = gpu_kernel_type(held, row.shape, dtype, capability, is_expert)
-                    total += _float_bytes(held, num_rows, columns, kernel)
-                    continue
-                if stays_packed:
-                    stored = format_of(checkpoint.quantization).tensors(scheme, num_rows, columns)
-                    total += sum(byte_count(tensor.dtype, tensor.shape) for tensor in stored)
+                    total += _packed_bytes(held, num_rows, columns, kernel)
                     continue
             itemsize = dtype.itemsize
             if keeps_small_dtype and not scheme:
@@ -370,28 +364,42 @@ def weight_bytes(
     return total
 
 
-def _float_bytes(scheme: Scheme, rows: int, columns: int, kernel: type[LinearKernel] | None) -> int:
-    """Bytes that a kernel holds of a weight [rows, columns] in FP8 or FP4.
+def _packed_bytes(
+    scheme: Scheme, rows: int, columns: int, kernel: type[LinearKernel] | None
+) -> int:
+    """Bytes that a kernel holds of a quantized weight [rows, columns].
 
     kernel: of a GPU; None: the compiled CPU kernels.
     """
+    bits = 8 if scheme.bits > 4 else 4
     groups = scheme.groups(columns)
+    if kernel is None:
+        return _cpu_bytes(scheme, bits, rows, columns)
     if kernel is Fp4Linear:  # words of whole blocks, scales in a byte, and a factor for each row
         columns += -columns % (64 if scheme.group_size == 16 else 128)
         return rows * (columns // 2 + groups + 4)
     if kernel in (Fp4Expert, W4A4Linear):
         return rows * (columns // 2 + groups + (4 if scheme.scale_format == "e4m3" else 0))
+    if kernel is WeightOnlyLinear:
+        block = (32 if scheme.group_size % 64 == 32 else 64) * 16 // bits
+        if columns % block:
+            block = 32 * 16 // bits
+        columns += -columns % block
     if kernel is Fp8BlockLinear and scheme.group_size == -1:
         groups = -(-columns // max(GROUP_SIZES))
-    if kernel is not None:
-        return rows * (columns + 4 * groups)
-    # The groups of `QuantizedWeight.with_even_groups`; see `pack_weight`.
-    size = columns if scheme.group_size == -1 else math.gcd(columns, scheme.group_size)
-    groups = columns // size
-    if groups > 1 and size % (8 if scheme.is_fp4 else 4):
+    return rows * (columns * bits // 8 + 4 * groups)
+
+
+def _cpu_bytes(scheme: Scheme, bits: int, rows: int, columns: int) -> int:
+    """Bytes of a weight that `pack_weight` packs: whole words, scales and offsets in float32."""
+    size = columns if scheme.group_size == -1 else scheme.group_size
+    if scheme.kind == "float":  # see `QuantizedWeight.with_even_groups`
+        size = math.gcd(columns, size)
+    if size != columns and (columns % size or size % (8 if bits == 4 else 4)):
         return 4 * rows * columns
     padded_columns = columns + -columns % DEPTH_MULTIPLE
-    return rows * padded_columns * scheme.bits // 8 + 4 * rows * groups
+    of_group = 4 if scheme.symmetric else 8
+    return rows * (padded_columns * bits // 8 + of_group * (columns // size))
 
 
 def loaded_bytes(model: LanguageModel) -> int:

@@ -170,8 +170,7 @@ def test_weight_bytes_are_those_in_memory(
     assert weight_bytes(stored, spec, torch.bfloat16, cuda) == count * 2
     layer = (64 + 32 + 32) * 64 + 64 * 64 + 2 * 128 * 64 + 64 * 128  # qkv, o, gate_up, down
     rows = (64 + 32 + 32) + 64 + 2 * 128 + 64
-    shapes = 2 * 7 * 2 * 8  # of the dense tensors, which are stored with the packed ones
-    packed = 2 * layer + 4 * rows + 2 * (count - 2 * layer) + shapes
+    packed = 2 * (layer + 4 * rows) + 2 * (count - 2 * layer)
     assert weight_bytes(stored, spec, torch.bfloat16, cpu) == (packed if packs else count * 2)
     tied = replace(spec, tie_word_embeddings=True)
     more = 512 * 64 * 2 if packs else 0  # looked up, and multiplied with
@@ -511,30 +510,30 @@ def test_recurrent_states_leave_the_kv_cache_its_size(spec: ModelSpec) -> None:
         plan(spec, 1100 + 1000, "cuda", states=states)
 
 
-FLOAT_SHAPES = [(64, 256), (48, 320), (32, 130)]
+PACKED_SHAPES = [(64, 256), (48, 320), (32, 130), (16, 64)]
 
 
 @pytest.mark.skipif(cpu_kernels.library is None, reason="without the compiled kernels")
-@pytest.mark.parametrize("name", [name for name in SCHEMES if SCHEMES[name].kind == "float"])
-def test_memory_plan_counts_float_weights_as_a_cpu_holds_them(name: str) -> None:
+@pytest.mark.parametrize("name", SCHEMES)
+def test_memory_plan_counts_quantized_weights_as_a_cpu_holds_them(name: str) -> None:
     scheme = SCHEMES[name]
-    for rows, columns in FLOAT_SHAPES:
-        if scheme.is_fp4 and columns % scheme.group_size:
+    for rows, columns in PACKED_SHAPES:
+        if scheme.bits == 4 and columns % scheme.group_size:
             continue
         held = pack_weight(random_quantized(scheme, rows, columns)).nbytes
-        assert memory._float_bytes(scheme, rows, columns, None) == held
+        assert memory._packed_bytes(scheme, rows, columns, None) == held
 
 
 @pytest.mark.parametrize(
     ("capability", "is_expert"), [((9, 0), False), ((9, 0), True), ((10, 0), False)]
 )
-@pytest.mark.parametrize("name", [name for name in SCHEMES if SCHEMES[name].kind == "float"])
-def test_memory_plan_counts_float_weights_as_a_gpu_holds_them(
+@pytest.mark.parametrize("name", SCHEMES)
+def test_memory_plan_counts_quantized_weights_as_a_gpu_holds_them(
     name: str, capability: tuple[int, int], is_expert: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scheme = SCHEMES[name]
     monkeypatch.setattr(linear, "gpu_capability", lambda _: capability)
-    for shape in FLOAT_SHAPES:
+    for shape in PACKED_SHAPES:
         kernel = gpu_kernel_type(scheme, shape, torch.bfloat16, capability, is_expert)
         if kernel is None:
             continue
@@ -548,4 +547,4 @@ def test_memory_plan_counts_float_weights_as_a_gpu_holds_them(
             is_expert=is_expert,
         )
         assert isinstance(served, PackedLinear) and isinstance(served.kernel, kernel)
-        assert memory._float_bytes(scheme, *shape, kernel) == served.kernel.nbytes
+        assert memory._packed_bytes(scheme, *shape, kernel) == served.kernel.nbytes

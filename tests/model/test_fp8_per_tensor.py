@@ -88,7 +88,7 @@ def test_fp8_per_tensor_agrees_with_transformers(tmp_path: Path, name: str, stat
     assert quantization.scheme == dataclasses.replace(
         STATIC, inputs="tensor" if static else "token"
     )
-    model = load_model(open_checkpoint(fp8), torch.float32, packed=True)
+    model = load_model(open_checkpoint(fp8), torch.float32)
     rounded = [linear for linear in all_linears(model) if linear.activation_quant is not None]
     assert len(rounded) == 8
     for linear in rounded:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 
 from llmkit.checkpoint.quantized_weight import QuantizedWeight, Scheme
+from llmkit.kernels.cpu.cpu_linear import CpuLinear
+from llmkit.model.linear import Linear
 
 SCHEMES = {
     "fp8": Scheme(8, kind="float"),
@@ -43,3 +45,13 @@ def random_quantized(scheme: Scheme, out: int, columns: int, seed: int = 0) -> Q
     else:
         q = torch.randint(1 << scheme.bits, (out, columns), generator=generator).byte()
     return QuantizedWeight(q, scales, zeros, scheme, None, global_scale)
+
+
+def keep_inputs(linear: Linear) -> None:
+    """Let a linear layer take its inputs as they are, not in FP8 or FP4."""
+    linear.activation_quant = None
+    kernel = getattr(linear, "kernel", None)
+    if isinstance(kernel, CpuLinear):
+        kernel._segments = [
+            (weight, bias, first, "float32") for weight, bias, first, _ in kernel._segments
+        ]
