@@ -252,10 +252,8 @@ def _check(source: _Source, tokenizer: Tokenizer, metadata: dict[str, Any]) -> N
         expected_ids = tokenizer.encode(text, add_special_tokens=False).ids
         found_ids = found.encode(text, add_special_tokens=False).ids
         if found_ids != expected_ids:
-            index = next(
-                (at for at, pair in enumerate(zip(found_ids, expected_ids)) if pair[0] != pair[1]),  # noqa: B905
-                0,
-            )
+            pairs = zip(found_ids, expected_ids, strict=False)
+            index = next((at for at, pair in enumerate(pairs) if pair[0] != pair[1]), 0)
             raise source.error(
                 "gives other tokens when a reader makes it of a GGUF vocabulary"
                 f" (from token {index} of a test on)"

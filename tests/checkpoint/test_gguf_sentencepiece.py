@@ -16,6 +16,7 @@ from transformers import AutoTokenizer
 
 from llmkit.checkpoint.detokenizer import Detokenizer, TokenBytes
 from llmkit.checkpoint.gguf_tokenizer import tokenizer_files
+from llmkit.checkpoint.gguf_vocabulary import vocabulary_metadata
 from llmkit.common.errors import InputError
 
 SPACE = "\u2581"
@@ -165,6 +166,35 @@ def test_sentencepiece_ids_are_those_of_merging_by_score(
         assert decoded == text
     detokenizer = Detokenizer(TokenBytes(tokenizer, json.loads(tokenizer.to_str())["decoder"]))
     assert detokenizer.add(ids) + detokenizer.flush() == decoded
+
+
+@pytest.mark.parametrize("prefix", [True, False])
+def test_sentencepiece_vocabulary_is_written_back(trained: Vocabulary, prefix: bool) -> None:
+    """A tokenizer.json has merges; the scores that are made of them give the same tokens."""
+    files = tokenizer_files(Path("a.gguf"), trained.metadata(add_space_prefix=prefix), 77)
+    ids = {"bos_token_id": 1, "eos_token_id": [2, 3], "pad_token_id": None}
+    count = len(trained.tokens)
+    found = vocabulary_metadata("a", files, ids, count + 2, "llama")
+    assert found["tokenizer.ggml.model"] == "llama"
+    assert found["tokenizer.ggml.tokens"][:count] == trained.tokens
+    assert found["tokenizer.ggml.add_space_prefix"] is prefix
+    assert found["tokenizer.ggml.add_bos_token"] is True
+    assert found["tokenizer.ggml.add_eos_token"] is False
+    assert found["tokenizer.ggml.eot_token_id"] == 3
+    types = found["tokenizer.ggml.token_type"]
+    assert types[:4] == [UNKNOWN, CONTROL, CONTROL, CONTROL]
+    assert types[4:6] == [USER_DEFINED, BYTE]
+    assert types[count:] == [UNUSED, UNUSED]
+    again = Tokenizer.from_str(
+        tokenizer_files(Path("b.gguf"), found, 77)["tokenizer.json"].decode()
+    )
+    tokenizer = trained.tokenizer(add_space_prefix=prefix)
+    for text in TEXTS:
+        assert again.encode(text).ids == tokenizer.encode(text).ids
+    # Gemma 4's files have the merges themselves.
+    merges = vocabulary_metadata("a", files, ids, count, "gemma4")
+    assert merges["tokenizer.ggml.model"] == "gemma4"
+    assert "tokenizer.ggml.scores" not in merges
 
 
 def test_sentencepiece_ids_of_many_random_texts() -> None:
