@@ -202,7 +202,7 @@ class GgufModel:
             raise self._unknown(tensor.name)
         layer, part, kind = match.groups()
         if layer is None:
-            modules = TOP_MODULES | (self._architecture.top_modules or {})
+            modules = TOP_MODULES | dict(self._architecture.top_modules or {})
             if part not in modules:
                 raise self._unknown(tensor.name)
             self._add_module(tensor, modules[part], kind)

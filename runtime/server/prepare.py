@@ -193,8 +193,8 @@ async def _num_shared_tokens(
     """
     end = 0
     for message in conversation:
-        content = message.get("content")
-        place = text.find(content, end) if isinstance(content, str) and content else -1
+        content = str(message.get("content") or "")
+        place = text.find(content, end) if content else -1
         if message["role"] != "system":
             end = place
             break
