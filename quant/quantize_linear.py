@@ -47,7 +47,7 @@ def quantize_linear(quantizer: Quantizer, job: QuantizeJob) -> QuantizeResult:
     else:
         result = quantizer.quantize(job.target, job.weight, job.input_stats)
     if job.target.scheme.has_input_scale:
-        result.weight.input_scale = static_input_scale(job.input_stats, job.target.scheme)
+        result.weight.input_scale = static_input_scale(job.input_stats.max_abs, job.target.scheme)
     if result.error is None:
         assert isinstance(result.weight, QuantizedWeight), "GgufQuantizer measures its errors"
         result.error = output_error(job.weight, result.weight, job.input_stats)

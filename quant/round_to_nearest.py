@@ -32,14 +32,14 @@ class RtnQuantizer:
         return QuantizeResult(quantized, "rtn")
 
 
-def static_input_scale(input_stats: InputStats, scheme: Scheme) -> torch.Tensor:
-    """The stored scale [1] of inputs that covers the largest one observed; 1 if none but 0 was.
+def static_input_scale(max_abs: torch.Tensor, scheme: Scheme) -> torch.Tensor:
+    """The stored scale [1] of inputs with these largest magnitudes; 1 if all of them are 0.
 
     Of FP8 inputs it is their scale, of FP4 ones the scale of their groups' e4m3 scales.
     """
-    max_abs = input_stats.max_abs.max()
-    if not max_abs > 0:
-        return torch.ones(1, device=max_abs.device)
+    largest = max_abs.max()
+    if not largest > 0:
+        return torch.ones(1, device=largest.device)
     if scheme.inputs == "group":
-        return nvfp4_global_scale(max_abs)
-    return (max_abs / FP8_MAX).clamp(min=MIN_SCALE).reshape(1)
+        return nvfp4_global_scale(largest)
+    return (largest / FP8_MAX).clamp(min=MIN_SCALE).reshape(1)

@@ -1,6 +1,6 @@
 """SmoothQuant (Xiao et al., 2022, arXiv 2211.10438).
 
-It moves outliers of 8-bit inputs into the weights. The published rule is s = max|x|^a /
+It moves outliers of quantized inputs into the weights. The published rule is s = max|x|^a /
 max|w|^(1-a) with one `a` for the whole model. Here every mapping gets the `a` with the smallest
 output error on sampled inputs, or no scaling when that is better.
 """
@@ -13,8 +13,9 @@ import torch
 
 from llmkit.model.linear import ActivationQuant
 from llmkit.quant.algorithm import QuantTarget
-from llmkit.quant.grid import round_to_nearest
+from llmkit.quant.grid import FULL_SEARCH, round_to_nearest
 from llmkit.quant.input_stats import InputStats, StatKind
+from llmkit.quant.round_to_nearest import static_input_scale
 from llmkit.quant.smoothing_mappings import SmoothingMapping
 
 ALPHAS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
@@ -22,7 +23,10 @@ ALPHAS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 
 @dataclass(frozen=True)
 class SmoothQuant:
-    """The smoother of `int8 --activations`."""
+    """The smoother of quantized inputs.
+
+    FP8 inputs hardly gain from it: a float's rounding error is relative to its own value.
+    """
 
     required_stats: frozenset[StatKind] = frozenset({"sample"})
 
@@ -36,15 +40,20 @@ class SmoothQuant:
         """The scales with the smallest output error; None when they do not beat no scaling."""
         inputs = input_stats.sample
         exact = inputs @ weight.T
-        round_inputs = ActivationQuant.of(target.scheme)
-        assert round_inputs is not None
+        scheme = target.scheme
 
         def output_error(scales: torch.Tensor) -> float:
+            input_scale = None
+            if scheme.has_input_scale:
+                input_scale = static_input_scale(input_stats.max_abs / scales, scheme)
+            round_inputs = ActivationQuant.of(scheme, input_scale)
+            assert round_inputs is not None
             quantized = round_to_nearest(
                 weight * scales,
-                target.scheme,
+                scheme,
                 target.scale_dtype,
-                row_blocks=target.row_blocks,
+                FULL_SEARCH if scheme.scale_format != "float" else None,
+                target.row_blocks,
             )
             output = round_inputs(inputs / scales) @ quantized.dequantize().T
             return (output - exact).square().sum().item()
