@@ -149,7 +149,7 @@ def _cpu_read_bytes(checkpoint: Checkpoint, rows: Sequence[Parameter]) -> int:
             num_rows, columns = math.prod(source.shape[:-1]), source.shape[-1]
             value_bytes = min(4.0, stored.itemsize)
             if scheme is not None:
-                value_bytes = 0.5 if scheme.bits == 4 else value_bytes
+                value_bytes = 0.5 if scheme.bits <= 4 else value_bytes  # 2 and 3 bits are held in 4
                 scales = num_rows * scheme.groups(columns)
                 total += 4 * scales * (1 if scheme.symmetric else 2)
             total += value_bytes * num_rows * columns
