@@ -55,11 +55,12 @@ class Fp4Expert:
         """The weight, float32 [out, in]."""
         positive = torch.tensor(E2M1_VALUES, device=self.blocks.device)
         codes = torch.stack((self.blocks & 15, self.blocks >> 4), dim=-1).flatten(-2)
-        values = torch.cat((positive, -positive))[codes.int()].unflatten(-1, (-1, self.group_size))
+        values: torch.Tensor = torch.cat((positive, -positive))[codes.int()]
+        shape = (len(values), -1, self.group_size)
+        values = values.view(shape)
         if self.factors is None:
             exponents = self.scales.int().unsqueeze(-1) - SCALE_BIAS
             return torch.ldexp(values, exponents).flatten(-2)
         scales = self.scales.view(torch.float8_e4m3fn).float()
         scales *= (self.factors / E4M3_DIVISOR)[:, None]
-        values *= scales.unsqueeze(-1)
-        return values.flatten(-2)
+        return (values * scales.unsqueeze(-1)).flatten(-2)

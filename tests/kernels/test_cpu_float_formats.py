@@ -19,7 +19,7 @@ from llmkit.model.linear import ActivationQuant, PackedLinear, pack_weight, serv
 pytestmark = pytest.mark.skipif(
     cpu_kernels.library is None, reason=f"compiled kernels: {cpu_kernels.status()}"
 )
-TOKENS = (1, 2, 3, 5, 9, 17, 33, 97)
+TOKENS = (1, 3, 5, 33, 97)
 
 
 @pytest.fixture(autouse=True, params=cpu_kernels.levels() or ["none"])
@@ -57,13 +57,12 @@ def assert_close(y: torch.Tensor, expected: torch.Tensor) -> None:
 @pytest.mark.parametrize("name", SCHEMES)
 def test_cpu_linear_equals_the_product_with_quantized_inputs(name: str) -> None:
     scheme = SCHEMES[name]
-    for out, columns in ((33, 128), (70, 384)):
-        kernel, dense = served(scheme, out, columns)
-        for tokens in TOKENS:
-            x = random(tokens, columns, seed=tokens)
-            x[0] *= tokens % 2  # a token of zeros stays zeros
-            x[-1] *= 1e-3
-            assert_close(kernel(x), expected_product(scheme, x, dense))
+    kernel, dense = served(scheme, 70, 384)
+    for tokens in TOKENS:
+        x = random(tokens, 384, seed=tokens)
+        x[1:2] = 0  # a token of zeros stays zeros
+        x[-1] *= 1e-3
+        assert_close(kernel(x), expected_product(scheme, x, dense))
 
 
 @pytest.mark.parametrize("name", ["fp8 token", "fp8 static", "fp8"])

@@ -134,8 +134,16 @@ def compiled_product(target: str, tile: tuple[int, ...], group: int, dtype: str)
     return kernel_code(case, target)
 
 
-@pytest.mark.parametrize("tile", [TILES[0], TILES[1], LARGE_TILES[1], LARGE_TILES[2]])
-@pytest.mark.parametrize(("group", "dtype"), [(16, "bf16"), (32, "fp16")])
+@pytest.mark.parametrize(
+    ("tile", "group", "dtype"),
+    [
+        (TILES[0], 16, "bf16"),
+        (LARGE_TILES[1], 32, "fp16"),
+        pytest.param(TILES[1], 32, "bf16", marks=pytest.mark.slow),
+        pytest.param(LARGE_TILES[1], 16, "bf16", marks=pytest.mark.slow),
+        pytest.param(LARGE_TILES[2], 16, "bf16", marks=pytest.mark.slow),
+    ],
+)
 def test_fp4_linear_kernel_compiles_for_hopper(
     tile: tuple[int, ...], group: int, dtype: str
 ) -> None:
@@ -148,6 +156,7 @@ def test_fp4_linear_kernel_compiles_for_hopper(
     assert "LOP3" in opcodes and "I2F" not in opcodes  # no code is converted from an integer
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tile", [TILES[1], LARGE_TILES_8[1]])
 @pytest.mark.parametrize("group", [16, 32])
 def test_fp4_linear_kernel_compiles_for_older_gpus(tile: tuple[int, ...], group: int) -> None:
@@ -156,5 +165,6 @@ def test_fp4_linear_kernel_compiles_for_older_gpus(tile: tuple[int, ...], group:
     assert code.shared_bytes <= SHARED_80
 
 
+@pytest.mark.slow
 def test_fp4_linear_kernel_compiles_for_float32() -> None:
     assert compiled_product("sm_90a", FLOAT32_TILE, 16, "fp32").spill_bytes == 0

@@ -92,10 +92,19 @@ def test_w4a4_linear_quantizes_inputs_as_the_reference(tmp_path: Path) -> None:
         torch.testing.assert_close(found, expected, rtol=0.0, atol=0.0, equal_nan=True)
 
 
+ON_BLACKWELL = r"tcgen05\.mma\S*mxf4"
+ON_SMALLER_BLACKWELL = r"mma\.sync\S*mxf4"
+
+
 @pytest.mark.parametrize(
-    ("capability", "product"), [(100, r"tcgen05\.mma\S*mxf4"), (120, r"mma\.sync\S*mxf4")]
+    ("capability", "product", "group"),
+    [
+        (100, ON_BLACKWELL, 16),
+        pytest.param(100, ON_BLACKWELL, 32, marks=pytest.mark.slow),
+        pytest.param(120, ON_SMALLER_BLACKWELL, 16, marks=pytest.mark.slow),
+        pytest.param(120, ON_SMALLER_BLACKWELL, 32, marks=pytest.mark.slow),
+    ],
 )
-@pytest.mark.parametrize("group", [16, 32])
 def test_w4a4_linear_kernel_compiles_to_products_of_fp4(
     capability: int, product: str, group: int
 ) -> None:

@@ -19,7 +19,12 @@ from llmkit.quant.quantize_checkpoint import quantize
 from llmkit.quant.quantize_options import QuantizeOptions
 from llmkit.runtime.memory_plan import loaded_bytes, weight_bytes
 
-SCHEMES = ("fp8", "fp8-static", "fp8-block", "mxfp8", "mxfp4", "nvfp4", "nvfp4a16", "w4afp8")
+QUICK_SCHEMES = ("mxfp8", "nvfp4", "w4afp8")
+SLOW_SCHEMES = ("fp8", "fp8-static", "fp8-block", "mxfp4", "nvfp4a16")
+SCHEMES = [
+    *QUICK_SCHEMES,
+    *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW_SCHEMES),
+]
 
 
 @pytest.fixture(scope="module", params=SCHEMES)
