@@ -407,6 +407,9 @@ class MethodOptions:
         number_format = self.number_format
         is_int = number_format is not None and number_format.scheme.kind == "int"
         is_fp4 = number_format is not None and number_format.scheme.is_fp4
+        rounds_to_fp4 = number_format is not None and number_format.scheme.input_type == "fp4"
+        if rounds_to_fp4 and is_native and not fast and self.method in ("gptq", "auto"):
+            smoother = SmoothQuant()
         if self.method == "auto" and is_native and not fast and (self.grouped or is_fp4):
             return Algorithm(gptq.asymmetric(ASYMMETRY), smoother, auto_round)
         if self.method == "awq" and fast:
@@ -416,7 +419,7 @@ class MethodOptions:
         if self.method in ("gptq", "awq") and auto_round is not None and self.grouped and is_int:
             return Algorithm(gptq, AwqSmoother(), auto_round)
         if self.method in ("gptq", "auto") and is_fp4:
-            return Algorithm(gptq, auto_round=auto_round)
+            return Algorithm(gptq, smoother, auto_round)
         if self.method in ("gptq", "auto") or (self.method in ("int8", "fp8") and auto_round):
             return Algorithm(gptq, smoother)
         required_stats: frozenset[StatKind] = frozenset()

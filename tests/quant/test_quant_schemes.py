@@ -159,9 +159,13 @@ def test_rounding_in_chunks_of_rows_gives_the_same_file(
         assert whole == chunks
 
 
-@pytest.mark.parametrize(("name", "effort"), [("mxfp4", "normal"), ("nvfp4", "max")])
-def test_gptq_quantizes_to_fp4(model: Path, tmp_path: Path, name: str, effort: str) -> None:
-    report = run(model, tmp_path / "out", name, method="gptq", effort=effort)
+@pytest.mark.parametrize(
+    ("name", "method", "effort"), [("mxfp4", "gptq", "normal"), ("nvfp4", "auto", "max")]
+)
+def test_calibrated_methods_quantize_to_fp4(
+    model: Path, tmp_path: Path, name: str, method: str, effort: str
+) -> None:
+    report = run(model, tmp_path / "out", name, method=method, effort=effort)
     methods = {entry["method"] for entry in report["linears"]}
     assert methods <= ({"gptq", "gptq, learned"} if effort == "max" else {"gptq"})
     written = decoder(tmp_path / "out")

@@ -7,11 +7,13 @@ import torch
 
 from llmkit.checkpoint.quantized_weight import Scheme
 from llmkit.kernels.activation_quant import fake_quantize_per_token, fake_quantize_static
+from llmkit.model.linear import ActivationQuant
 from llmkit.model.parameter import Parameter, SourceTensor
 from llmkit.quant.algorithm import QuantTarget
 from llmkit.quant.awq import AwqSmoother, ClippingQuantizer, clip_grid, num_unclipped_rows
-from llmkit.quant.grid import fit_grid, round_to_nearest
+from llmkit.quant.grid import FULL_SEARCH, fit_grid, round_to_nearest
 from llmkit.quant.input_stats import InputStats
+from llmkit.quant.number_formats import NUMBER_FORMATS
 from llmkit.quant.smoothing_mappings import SmoothingMapping
 from llmkit.quant.smoothquant import SmoothQuant, normalize_scales
 
@@ -144,6 +146,25 @@ def test_smoothquant_lowers_the_error_of_rounded_products() -> None:
         )
 
     assert lost(scales) < 0.2 * lost(torch.ones(64))
+
+
+@pytest.mark.parametrize("name", ["nvfp4", "mxfp4"])
+def test_smoothquant_lowers_the_error_of_fp4_inputs(name: str) -> None:
+    scheme = NUMBER_FORMATS[name].scheme
+    weight, inputs, seen = example(outliers=50.0)
+    scales = SmoothQuant().scales(quant_target(scheme, *weight.shape), NORM, weight, seen)
+    assert scales is not None
+
+    def lost(s: torch.Tensor) -> float:
+        scale = None
+        if scheme.has_input_scale:
+            scale = ((inputs / s).abs().max() / (448 * 6)).reshape(1)
+        rounded = round_to_nearest(weight * s, scheme, torch.float32, FULL_SEARCH).dequantize()
+        quant = ActivationQuant.of(scheme, scale)
+        assert quant is not None
+        return (quant(inputs / s) @ rounded.T - inputs @ weight.T).square().sum().item()
+
+    assert lost(scales) < 0.95 * lost(torch.ones(64))
 
 
 def test_normalize_scales_centers_them_around_one() -> None:
