@@ -114,7 +114,13 @@ class Fp8Format:
         return QuantizedWeight(q, scales, zeros, scheme, input_scale)
 
     def config_dict(self, config: QuantizationConfig) -> dict[str, Any]:
-        """The `quantization_config` of config.json."""
+        """The `quantization_config` of config.json. Raises InputError for a quantized KV cache."""
+        assert not config.overrides, "FP8 has one scheme"
+        if config.kv and self.has_blocks:
+            raise InputError(
+                f"The fp8 format has no place for the scales of a {config.kv.upper()} KV cache",
+                todo="Use --format compressed-tensors",
+            )
         scheme = config.scheme
         blocks = None
         if scheme is not None and scheme.block_rows != -1:

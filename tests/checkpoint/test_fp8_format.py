@@ -152,6 +152,11 @@ def test_fp8_blocks_are_packed_as_they_are_unpacked(name: Format) -> None:
         FORMATS[name].pack(BLOCKS, unpacked)
 
 
+def test_fp8_has_no_place_for_kv_scales() -> None:
+    with pytest.raises(InputError, match="no place for the scales of a FP8 KV cache"):
+        Fp8Format().config_dict(QuantizationConfig("fp8", BLOCKS, kv="fp8"))
+
+
 def test_fp8_with_one_scale_is_packed_as_it_is_unpacked() -> None:
     packed = pack_fp8(torch.randn(24, 40, generator=torch.Generator().manual_seed(0)), None)
     stored = {
