@@ -396,6 +396,22 @@ def broken(source: Path, folder: Path, change: dict[str, torch.Tensor | None]) -
     return folder
 
 
+def test_e8m0_scales_may_be_stored_with_their_own_dtype(folder: Path, tmp_path: Path) -> None:
+    scales: dict[str, torch.Tensor | None] = {
+        name: tensor.view(torch.float8_e8m0fnu)
+        for name, tensor in load_file(folder / "mxfp4" / "model.safetensors").items()
+        if name.endswith("weight_scale")
+    }
+    checkpoint = open_checkpoint(broken(folder / "mxfp4", tmp_path / "e8m0", scales))
+    assert checkpoint.tensors[f"{Q_PROJ}.weight_scale"].dtype == "F8_E8M0"
+    spec = checkpoint_spec(checkpoint)
+    check_checkpoint(checkpoint, spec)
+    original = open_checkpoint(folder / "mxfp4")
+    for row in parameters(spec):
+        expected = read_parameter(original, row, torch.float32)
+        assert torch.equal(read_parameter(checkpoint, row, torch.float32), expected)
+
+
 @pytest.mark.parametrize(
     ("name", "change", "message"),
     [
