@@ -91,7 +91,7 @@ class MemoryPlan:
     max_num_seqs: int = 0  # requests that run at the same time; their states must fit
     bytes_per_state: int = 0  # over all layers
     num_state_rows: int = 0  # states in memory, checkpoints included
-    num_state_checkpoints: int = 0  # states at the ends of cached prefixes
+    num_state_snapshots: int = 0  # states at the ends of cached prefixes
 
     @property
     def kv_cache_bytes(self) -> int:
@@ -128,7 +128,7 @@ class MemoryPlan:
             "max_num_seqs": self.max_num_seqs,
             "state_bytes_per_request": self.bytes_per_state,
             "state_bytes": self.num_state_rows * self.bytes_per_state,
-            "state_checkpoints": self.num_state_checkpoints,
+            "state_checkpoints": self.num_state_snapshots,
         }
 
 
@@ -242,7 +242,7 @@ def plan_memory(
         max_num_seqs=planned_seqs,
         bytes_per_state=states.bytes_per_state,
         num_state_rows=num_state_rows if states.bytes_per_state else 0,
-        num_state_checkpoints=num_checkpoints,
+        num_state_snapshots=num_checkpoints,
     )
 
 

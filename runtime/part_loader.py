@@ -96,7 +96,7 @@ class LoadedPart:
             device=plan.device,
             dtype=plan.dtype,
             max_num_seqs=plan.memory.max_num_seqs,
-            num_state_checkpoints=plan.memory.num_state_checkpoints,
+            num_state_snapshots=plan.memory.num_state_snapshots,
             max_num_batched_tokens=plan.max_num_batched_tokens,
             kv_cache_dtype=plan.kv_cache_dtype,
             enable_prefix_caching=options.prefix_cache,

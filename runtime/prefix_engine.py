@@ -174,7 +174,7 @@ class PrefixStoreEngine(Engine):
         for block_hash in page.block_hashes:
             if page.is_state:
                 assert self.scheduler.states is not None
-                row = self.scheduler.states.find_checkpoint(block_hash)
+                row = self.scheduler.states.find_snapshot(block_hash)
             else:
                 row = self.scheduler.pools[0].get_cached_block(block_hash)
             if row is None:

@@ -148,7 +148,7 @@ class DecodeGraph(StaticDecodeBatch):
         key = GraphKey(num_rows, max_query_len, adapters is not None, is_mixed)
         self._num_sampled = key.num_sampled
         # After the sampling parameters: the rows of sampled tokens, or the adapters of tokens.
-        num_more = key.num_rows if is_mixed else key.num_tokens * key.has_adapters
+        num_token_values = key.num_rows if is_mixed else key.num_tokens * key.has_adapters
         padding_blocks = padding_blocks_of(model.spec, kv_caches)
         super().__init__(
             num_rows,
@@ -156,7 +156,7 @@ class DecodeGraph(StaticDecodeBatch):
             block_size,
             padding_blocks,
             model.device,
-            num_extra=num_packed_values(key.num_sampled) + num_more,
+            num_graph_inputs=num_packed_values(key.num_sampled) + num_token_values,
             max_query_len=max_query_len,
             max_num_tokens=key.num_tokens if is_mixed else None,
             padding_state_row=padding_state_row_of(kv_caches),
@@ -168,8 +168,8 @@ class DecodeGraph(StaticDecodeBatch):
         self._logits_buffer = logits_buffer
         self._hidden_buffer = hidden_buffer
         self._adapters = adapters
-        self._host_sampling: SamplingTensors | None = None  # those in `host_extra`
-        _, integers = packed_views(self.host_extra, self._num_sampled)
+        self._host_sampling: SamplingTensors | None = None  # those in `host_graph_inputs`
+        _, integers = packed_views(self.host_graph_inputs, self._num_sampled)
         self._host_counters = integers[2].numpy()
         self.token_ids = torch.zeros(self.num_tokens, dtype=torch.int64, device=model.device)
         self.fill([], [], {window: [] for window in padding_blocks})
@@ -185,8 +185,8 @@ class DecodeGraph(StaticDecodeBatch):
                 self.slots,
             )
         adapters = self._adapters
-        more = self.extra[num_packed_values(self._num_sampled) :]
-        with nullcontext() if adapters is None else adapters.activate_slots(more):
+        token_values = self.graph_inputs[num_packed_values(self._num_sampled) :]
+        with nullcontext() if adapters is None else adapters.activate_slots(token_values):
             hidden = self._model(self.token_ids, self.positions, self.batch, self._kv_caches)
         if not self._model.spec.is_last_stage:
             self.logits = hidden
@@ -195,7 +195,7 @@ class DecodeGraph(StaticDecodeBatch):
         if self._hidden_buffer is not None:
             self._hidden_buffer[: len(hidden)] = self._model.draft_inputs(hidden)
         if self._is_mixed:
-            hidden = hidden[more]
+            hidden = hidden[token_values]
         dtype = torch.float32
         if self._sampler is not None:
             dtype = logits_dtype(self._model.spec, self._model.dtype)
@@ -204,7 +204,7 @@ class DecodeGraph(StaticDecodeBatch):
             logits = self._logits_buffer[: self._num_sampled].copy_(logits)
         self.logits = logits
         if self._sampler is not None:
-            floats, integers = packed_views(self.extra, self._num_sampled)
+            floats, integers = packed_views(self.graph_inputs, self._num_sampled)
             temperature, top_p, min_p = floats
             top_k, seeds, counters = integers
             self.sampled_token_ids = self._sampler(
@@ -221,7 +221,7 @@ class DecodeGraph(StaticDecodeBatch):
         count = len(num_sampled)
         if sampling is not self._host_sampling:  # most steps have those of the step before
             self._host_sampling = sampling
-            floats, integers = packed_views(self.host_extra, self._num_sampled)
+            floats, integers = packed_views(self.host_graph_inputs, self._num_sampled)
             floats.zero_()  # unused rows are greedy
             integers.zero_()
             floats[0][:count] = sampling.temperature
@@ -231,13 +231,13 @@ class DecodeGraph(StaticDecodeBatch):
             integers[1][:count] = sampling.seeds
         self._host_counters[:count] = num_sampled
 
-    def fill_more(self, values: Sequence[int]) -> None:
+    def fill_token_values(self, values: Sequence[int]) -> None:
         """Write the adapter slot of each token (see `LoraManager.activate_slots`) or, for a mixed
         step, the rows of the sampled tokens.
 
         Call it after `fill_sampling` and before `fill`.
         """
-        host = self.host_extra[num_packed_values(self._num_sampled) :]
+        host = self.host_graph_inputs[num_packed_values(self._num_sampled) :]
         host[: len(values)] = torch.tensor(values)
         host[len(values) :] = 0
 
@@ -392,7 +392,7 @@ class CudaGraphRunner:
         graph.fill_sampling(sampling, num_sampled)
         if adapters is not None:
             slot_of = {id_: adapters.slot(id_) or 0 for id_ in set(adapter_ids)}
-            graph.fill_more([slot_of[adapter_id] for adapter_id in adapter_ids])
+            graph.fill_token_values([slot_of[adapter_id] for adapter_id in adapter_ids])
         graph.fill(positions, seq_lens, block_tables, query_lens, slots, state_rows)
         graph.run(token_ids)
         self._keep_hidden_states(len(token_ids))
@@ -419,7 +419,7 @@ class CudaGraphRunner:
         assert key is not None, "a step that should_run_mixed refuses"
         graph = self._graph(key)
         graph.fill_sampling(sampling, num_sampled)
-        graph.fill_more([end - 1 for end in accumulate(query_lens)])
+        graph.fill_token_values([end - 1 for end in accumulate(query_lens)])
         graph.fill(positions, seq_lens, block_tables, query_lens, slots)
         graph.run(token_ids)
         self._keep_hidden_states(len(token_ids))

@@ -192,7 +192,7 @@ class Engine:
         """The statistics of this moment."""
         scheduler = self.scheduler
         states = None if scheduler.states is None else scheduler.states.cache
-        num_checkpoints = 0 if states is None else states.num_used_rows
+        num_snapshots = 0 if states is None else states.num_used_rows
         return EngineStats(
             running=len(scheduler.running),
             waiting=len(scheduler.waiting),
@@ -205,9 +205,9 @@ class Engine:
             steps_total=self.num_steps,
             prefix_queries_total=scheduler.num_prefix_queries,
             prefix_hits_total=scheduler.num_prefix_hits,
-            state_checkpoints=num_checkpoints,
-            state_checkpoint_bytes=num_checkpoints * self.runner.paged_model.bytes_per_state,
-            state_total_checkpoints=0 if states is None else states.num_rows,
+            state_snapshots=num_snapshots,
+            state_snapshot_bytes=num_snapshots * self.runner.paged_model.bytes_per_state,
+            state_total_snapshots=0 if states is None else states.num_rows,
             prefix_stateless_total=scheduler.num_prefix_stateless,
             drafts_total=scheduler.num_drafts,
             drafted_total=scheduler.num_draft_tokens,

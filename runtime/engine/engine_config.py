@@ -39,7 +39,7 @@ class EngineConfig:
     enforce_eager: bool = False  # never replay decode steps from a graph
     # Recurrent states. Whether the model has any is set by Engine.
     has_recurrent_states: bool = False
-    num_state_checkpoints: int = 0  # rows for the states at the ends of cached prefixes
+    num_state_snapshots: int = 0  # rows for the states at the ends of cached prefixes
     # The most tokens of a CUDA graph; None: those of max_num_seqs sequences, drafts included.
     max_cudagraph_capture_size: int | None = None
 
@@ -54,13 +54,13 @@ class EngineConfig:
 
     @property
     def num_state_rows(self) -> int:
-        """The rows of each layer's recurrent states: of running sequences, then checkpoints.
+        """The rows of each layer's recurrent states: of running sequences, then snapshots.
 
         A sequence has one and, for each draft token that a step verifies, one more.
         """
         if not self.has_recurrent_states:
             return 0
-        return self.max_num_seqs * (1 + self.num_speculative_tokens) + self.num_state_checkpoints
+        return self.max_num_seqs * (1 + self.num_speculative_tokens) + self.num_state_snapshots
 
     def num_blocks_for(self, window: int | None) -> int:
         """The number of KV cache blocks for the layers with this attention window."""

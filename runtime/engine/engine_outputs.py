@@ -48,9 +48,9 @@ class EngineStats:
     prefix_queries_total: int = 0  # prompt tokens looked up in the prefix cache
     prefix_hits_total: int = 0  # prompt tokens found there
     # Recurrent states that are kept at the ends of cached prefixes.
-    state_checkpoints: int = 0
-    state_checkpoint_bytes: int = 0
-    state_total_checkpoints: int = 0
+    state_snapshots: int = 0
+    state_snapshot_bytes: int = 0
+    state_total_snapshots: int = 0
     # Prompt tokens whose blocks were cached, but that were computed: no state was kept after them.
     prefix_stateless_total: int = 0
     drafts_total: int = 0  # steps of a sequence that verified draft tokens

@@ -520,7 +520,7 @@ class Scheduler:
                 visible.append(num_visible)
             if all(run >= needed for run, needed in zip(consecutive, visible, strict=True)):
                 num_matching = count
-                if self.states is None or self.states.find_checkpoint(block_hash) is not None:
+                if self.states is None or self.states.find_snapshot(block_hash) is not None:
                     longest = count
             elif None in windows and consecutive[windows.index(None)] < count:
                 break

@@ -1,10 +1,10 @@
-"""The rows of recurrent states: those of running sequences, and checkpoints at prefixes' ends.
+"""The rows of recurrent states: those of running sequences, and snapshots at prefixes' ends.
 
 A recurrent layer keeps one state of a sequence, not one for each token. So a cached prefix can be
-used only up to a position whose state was kept: a checkpoint. Checkpoints are at the ends of
+used only up to a position whose state was kept: a snapshot. Snapshots are at the ends of
 blocks, and are named by the hash of the last block, as blocks are.
 
-A checkpoint's row is in one of three states:
+A snapshot's row is in one of three states:
 
 - held: a sequence writes it in a step whose tokens are not all known yet, or reads it next;
 - cached: it has a hash, and a sequence with that prefix can begin with it;
@@ -21,7 +21,7 @@ from itertools import chain
 
 
 class StateCache:
-    """The checkpoints: which rows are in use, and which prefix each belongs to.
+    """The snapshots: which rows are in use, and which prefix each belongs to.
 
     It allocates free rows first, then cached ones that nobody holds, the least recently used first.
     """
@@ -46,7 +46,7 @@ class StateCache:
         """How many rows sequences hold."""
         return len(self._hold_counts)
 
-    def is_checkpoint(self, row: int) -> bool:
+    def is_snapshot(self, row: int) -> bool:
         """Whether the row is one of the cache, and not of a running sequence."""
         return row >= self._first_row
 

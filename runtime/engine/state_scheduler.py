@@ -4,7 +4,7 @@ A running sequence has a row for its state, and with speculative decoding one mo
 token: a step that verifies drafts writes the state after each token, and the next step begins with
 that of the last accepted one.
 
-Checkpoints are kept where a later request may begin: at the last block boundary of a prompt; after
+Snapshots are kept where a later request may begin: at the last block boundary of a prompt; after
 its system prompt and tools (`EngineRequest.num_shared_tokens`); where the cached blocks of a prompt
 end for which no state was kept, since two requests part there; and at the last block boundary of
 the answer so far, for the next turn of a conversation and for a sequence that was preempted.
@@ -38,15 +38,15 @@ class _SequenceStates:
 
     # With the state after its computed tokens; NO_ROW: none is computed, or drafts are verified.
     row: int
-    checkpoints: list[int]  # numbers of prompt tokens after which the state shall be kept
+    snapshots: list[int]  # numbers of prompt tokens after which the state shall be kept
     # In a step with drafts: the row with the state after each of its tokens.
     draft_rows: list[int] = field(default_factory=list)
-    answer_hash: bytes | None = None  # of its last checkpoint within the answer
+    answer_hash: bytes | None = None  # of its last snapshot within the answer
 
 
 @dataclass(frozen=True)
 class _Unnamed:
-    """A checkpoint that a step writes, and whose tokens were not all known then."""
+    """A snapshot that a step writes, and whose tokens were not all known then."""
 
     sequence: Sequence
     num_tokens: int
@@ -55,45 +55,45 @@ class _Unnamed:
 
 
 class StateScheduler:
-    """The rows of running sequences, and the checkpoints of cached prefixes."""
+    """The rows of running sequences, and the snapshots of cached prefixes."""
 
     def __init__(self, config: EngineConfig) -> None:
         self._config = config
         self._rows_per_sequence = 1 + config.num_speculative_tokens
-        first_checkpoint = config.max_num_seqs * self._rows_per_sequence
-        num_checkpoints = config.num_state_checkpoints if config.enable_prefix_caching else 0
-        self.cache = StateCache(first_checkpoint, num_checkpoints)
+        first_snapshot = config.max_num_seqs * self._rows_per_sequence
+        num_snapshots = config.num_state_snapshots if config.enable_prefix_caching else 0
+        self.cache = StateCache(first_snapshot, num_snapshots)
         # The tokens of a page of the prefix cache on disk; states at ends of pages are kept then.
         self.page_tokens = 0
         self._states: dict[Sequence, _SequenceStates] = {}  # of running sequences
         self._unnamed: list[_Unnamed] = []
 
     def begin_step(self) -> None:
-        """Name the checkpoints of earlier steps whose tokens are known by now."""
+        """Name the snapshots of earlier steps whose tokens are known by now."""
         self.cache.begin_step()
         still_unnamed = []
-        for checkpoint in self._unnamed:
-            sequence = checkpoint.sequence
+        for snapshot in self._unnamed:
+            sequence = snapshot.sequence
             is_running = sequence.num_in_flight and not sequence.is_finished
-            if checkpoint.num_tokens > len(sequence.token_ids) and is_running:
-                still_unnamed.append(checkpoint)
+            if snapshot.num_tokens > len(sequence.token_ids) and is_running:
+                still_unnamed.append(snapshot)
                 continue
             num_right = len(sequence.token_ids)
-            if checkpoint.has_drafts:
+            if snapshot.has_drafts:
                 num_right = min(num_right, sequence.num_computed_tokens)
-            if checkpoint.num_tokens <= num_right:
-                self._name(checkpoint)
-            self.cache.release(checkpoint.row)
+            if snapshot.num_tokens <= num_right:
+                self._name(snapshot)
+            self.cache.release(snapshot.row)
         self._unnamed = still_unnamed
 
-    def find_checkpoint(self, block_hash: bytes) -> int | None:
+    def find_snapshot(self, block_hash: bytes) -> int | None:
         """The row with the state after a prefix, given the hash of its last block."""
         return self.cache.get(block_hash)
 
     def start(self, sequence: Sequence, num_cached_tokens: int, num_matching_tokens: int) -> None:
         """A sequence begins to run.
 
-        num_cached_tokens: those that it does not compute, at whose end there is a checkpoint.
+        num_cached_tokens: those that it does not compute, at whose end there is a snapshot.
         num_matching_tokens: those whose blocks are cached.
         """
         row = NO_ROW
@@ -113,8 +113,8 @@ class StateScheduler:
             wanted.add(self._boundary(num_tokens))
             if self.page_tokens:
                 wanted.add(num_tokens // self.page_tokens * self.page_tokens)
-        checkpoints = sorted(position for position in wanted if position > num_cached_tokens)
-        self._states[sequence] = _SequenceStates(row, checkpoints)
+        snapshots = sorted(position for position in wanted if position > num_cached_tokens)
+        self._states[sequence] = _SequenceStates(row, snapshots)
 
     def schedule(self, sequence: Sequence, start: int, stop: int, num_drafts: int) -> StateRows:
         """The rows of a step that computes the positions [start, stop), drafts included."""
@@ -126,7 +126,7 @@ class StateScheduler:
             writes = {1 + index: own_row + index for index in range(stop - start)}
         else:
             writes[stop - start] = own_row
-        for position in self._checkpoints_within(sequence, start, stop):
+        for position in self._snapshots_within(sequence, start, stop):
             row = self.cache.allocate()
             if row is None:
                 break
@@ -137,11 +137,11 @@ class StateScheduler:
             states.draft_rows = rows
             states.row = NO_ROW  # `accept` says which it is
             for row in rows:
-                self._hold_checkpoint(row)
+                self._hold_snapshot(row)
         else:
             states.row = rows[-1]
-            self._hold_checkpoint(rows[-1])
-        self._release_checkpoint(initial_row)
+            self._hold_snapshot(rows[-1])
+        self._release_snapshot(initial_row)
         return StateRows(initial_row, tuple(sorted(writes.items())))
 
     def accept(self, sequence: Sequence, num_tokens: int) -> None:
@@ -150,35 +150,35 @@ class StateScheduler:
         if states is None or not states.draft_rows:  # preempted while the step was in flight
             return
         states.row = states.draft_rows[num_tokens - 1]
-        self._hold_checkpoint(states.row)
+        self._hold_snapshot(states.row)
         for row in states.draft_rows:
-            self._release_checkpoint(row)
+            self._release_snapshot(row)
         states.draft_rows = []
 
     def stop(self, sequence: Sequence) -> None:
         """A sequence ends or is preempted."""
         states = self._states.pop(sequence)
         for row in (states.row, *states.draft_rows):
-            self._release_checkpoint(row)
+            self._release_snapshot(row)
 
     def forget(self, sequence: Sequence) -> None:
         """The sequence's states may be wrong: no other sequence shall begin with them."""
         kept = []
-        for checkpoint in self._unnamed:
-            if checkpoint.sequence is sequence:
-                self.cache.release(checkpoint.row)
+        for snapshot in self._unnamed:
+            if snapshot.sequence is sequence:
+                self.cache.release(snapshot.row)
             else:
-                kept.append(checkpoint)
+                kept.append(snapshot)
         self._unnamed = kept
         num_blocks = len(sequence.token_ids) // self._config.block_size
         for block_hash in sequence.block_hashes(num_blocks, self._config.block_size):
             self.cache.evict(block_hash)
 
-    def _checkpoints_within(self, sequence: Sequence, start: int, stop: int) -> list[int]:
+    def _snapshots_within(self, sequence: Sequence, start: int, stop: int) -> list[int]:
         """The numbers of tokens, in (start, stop], after which the state shall be kept."""
         states = self._states[sequence]
-        found = [position for position in states.checkpoints if start < position <= stop]
-        # Checkpoints of answers must not push out those of prompts.
+        found = [position for position in states.snapshots if start < position <= stop]
+        # Snapshots of answers must not push out those of prompts.
         keeps_answers = self.cache.num_rows >= 2 * len(self._states)
         boundary = self._boundary(stop)
         if boundary > start and boundary >= sequence.num_prompt_tokens and keeps_answers:
@@ -186,19 +186,19 @@ class StateScheduler:
         return found
 
     def _boundary(self, num_tokens: int) -> int:
-        """The last position up to `num_tokens` where a checkpoint can be."""
+        """The last position up to `num_tokens` where a snapshot can be."""
         alignment = self._config.state_alignment
         return max(0, num_tokens) // alignment * alignment
 
-    def _name(self, checkpoint: _Unnamed) -> None:
-        """Make a checkpoint known to later requests."""
-        sequence = checkpoint.sequence
-        block_hash = self._hash_after(sequence, checkpoint.num_tokens)
-        self.cache.cache_row(checkpoint.row, block_hash)
+    def _name(self, snapshot: _Unnamed) -> None:
+        """Make a snapshot known to later requests."""
+        sequence = snapshot.sequence
+        block_hash = self._hash_after(sequence, snapshot.num_tokens)
+        self.cache.cache_row(snapshot.row, block_hash)
         states = self._states.get(sequence)
-        if states is None or checkpoint.num_tokens <= sequence.num_prompt_tokens:
+        if states is None or snapshot.num_tokens <= sequence.num_prompt_tokens:
             return
-        if self.cache.get(block_hash) != checkpoint.row:  # another sequence's has that name
+        if self.cache.get(block_hash) != snapshot.row:  # another sequence's has that name
             return
         if states.answer_hash is not None:
             self.cache.evict(states.answer_hash)
@@ -209,10 +209,10 @@ class StateScheduler:
         block_size = self._config.block_size
         return sequence.block_hashes(num_tokens // block_size, block_size)[-1]
 
-    def _hold_checkpoint(self, row: int) -> None:
-        if self.cache.is_checkpoint(row):
+    def _hold_snapshot(self, row: int) -> None:
+        if self.cache.is_snapshot(row):
             self.cache.hold(row)
 
-    def _release_checkpoint(self, row: int) -> None:
-        if self.cache.is_checkpoint(row):
+    def _release_snapshot(self, row: int) -> None:
+        if self.cache.is_snapshot(row):
             self.cache.release(row)

@@ -18,12 +18,13 @@ from llmkit.runtime.engine.state_scheduler import StateRows
 class StaticDecodeBatch:
     """An attention batch of sequences with a few new tokens each, in buffers that never move.
 
-    host: one int64 tensor on the CPU, of `num_extra` values for a subclass, context lengths [rows],
-    positions [tokens], the slot of each row in `block_tables` [rows], for each window the KV cache
-    slots of the tokens [tokens], with recurrent layers the rows of states that are read [rows] and
-    written [tokens], and the place after each token in its sequence [tokens], and where each row's
-    tokens begin [rows + 1] if rows can have several. device: the same on the device; on a CPU it is
-    `host` itself. A step copies these to the device, and the blocks that are new.
+    host: one int64 tensor on the CPU: `num_graph_inputs` values of a subclass, context lengths
+    [rows], positions [tokens], the slot of each row in `block_tables` [rows], for each window the
+    KV cache slots of the tokens [tokens], with recurrent layers the rows of states that are read
+    [rows] and written [tokens], and the place after each token in its sequence [tokens], and where
+    each row's tokens begin [rows + 1] if rows can have several.
+    device: the same on the device; on a CPU it is `host` itself. A step copies these to the device,
+    and the blocks that are new.
     The tokens of a sequence follow those of the sequence before; unused tokens are the last ones.
     """
 
@@ -34,7 +35,7 @@ class StaticDecodeBatch:
         block_size: int,
         padding_blocks: Mapping[int | None, int],
         device: torch.device | str = "cpu",
-        num_extra: int = 0,
+        num_graph_inputs: int = 0,
         max_query_len: int = 1,
         max_num_tokens: int | None = None,
         padding_state_row: int | None = None,
@@ -54,7 +55,7 @@ class StaticDecodeBatch:
         slot_mappings = (self.num_tokens,) * len(padding_blocks)
         is_recurrent = padding_state_row is not None
         sizes = (
-            num_extra,
+            num_graph_inputs,
             num_rows,
             self.num_tokens,
             num_rows,
@@ -72,9 +73,9 @@ class StaticDecodeBatch:
         if torch.device(device).type != "cpu":
             self.device = self.host.to(device)
         device_parts = [self.device[start:stop] for start, stop in bounds]
-        self.extra, self.seq_lens, self.positions, self.slots = device_parts[:4]
+        self.graph_inputs, self.seq_lens, self.positions, self.slots = device_parts[:4]
         self.query_start_loc = device_parts[-1] if num_starts else None
-        self.host_extra = self.host[:num_extra]
+        self.host_graph_inputs = self.host[:num_graph_inputs]
         self._host_seq_lens, self._host_positions, self._host_slots = host_parts[1:4]
         self._host_slot_mappings = host_parts[4:-4]
         self._host_initial_rows, self._host_write_rows, self._host_write_ends = host_parts[-4:-1]

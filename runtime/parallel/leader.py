@@ -249,7 +249,7 @@ def _load_leader(
             max_model_len=min(message.max_model_len for message in loaded),
             store_path=f"{folder}/store",
             max_num_seqs=min(message.max_num_seqs for message in loaded),
-            num_state_checkpoints=min(message.num_state_checkpoints for message in loaded),
+            num_state_snapshots=min(message.num_state_snapshots for message in loaded),
         )
         for rank in ranks:
             rank.channel.send(sizes)

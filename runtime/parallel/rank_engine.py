@@ -40,7 +40,7 @@ class LoadedRank:
             num_blocks=sizes.num_blocks,
             max_model_len=sizes.max_model_len,
             max_num_seqs=sizes.max_num_seqs,
-            num_state_checkpoints=sizes.num_state_checkpoints,
+            num_state_snapshots=sizes.num_state_snapshots,
         )
         part = replace(self.part, plan=replace(self.part.plan, memory=memory))
         return part.make_engine(report, engine_class)
@@ -75,8 +75,6 @@ def load_rank(
         nbytes=part.nbytes,
         seconds=sum(report.seconds.values()) - seconds_before,
         max_num_seqs=memory.max_num_seqs,
-        num_state_checkpoints=memory.num_state_checkpoints
-        if memory.bytes_per_state
-        else ANY_NUMBER,
+        num_state_snapshots=memory.num_state_snapshots if memory.bytes_per_state else ANY_NUMBER,
     )
     return LoadedRank(loaded, group, message)

@@ -33,7 +33,7 @@ class PartLoaded(msgspec.Struct, tag=True):
     seconds: float
     max_num_seqs: int = 0
     # Of recurrent states; ANY_NUMBER for a stage without recurrent layers.
-    num_state_checkpoints: int = 0
+    num_state_snapshots: int = 0
 
 
 class Connect(msgspec.Struct, tag=True):
@@ -43,7 +43,7 @@ class Connect(msgspec.Struct, tag=True):
     max_model_len: int
     store_path: str
     max_num_seqs: int = 0
-    num_state_checkpoints: int = 0
+    num_state_snapshots: int = 0
 
 
 class RunStep(msgspec.Struct, tag=True):

@@ -226,17 +226,17 @@ class _EngineCollector(Collector):
         yield GaugeMetricFamily(
             "llmkit:state_cache_checkpoints",
             "Recurrent states kept at the ends of cached prefixes.",
-            stats.state_checkpoints,
+            stats.state_snapshots,
         )
         yield GaugeMetricFamily(
             "llmkit:state_cache_max_checkpoints",
             "The most recurrent states that can be kept.",
-            stats.state_total_checkpoints,
+            stats.state_total_snapshots,
         )
         yield GaugeMetricFamily(
             "llmkit:state_cache_bytes",
             "Memory of the recurrent states kept at the ends of cached prefixes.",
-            stats.state_checkpoint_bytes,
+            stats.state_snapshot_bytes,
         )
         yield CounterMetricFamily(
             "llmkit:external_prefix_cache_queries",

@@ -65,7 +65,7 @@ def engine(model: Decoder, *, draft: Decoder | None = None, **chosen: object) ->
         "max_model_len": 64,
         "num_blocks": 120,
         "block_size": 16,
-        "num_state_checkpoints": 100,  # of recurrent layers, for the prefix cache
+        "num_state_snapshots": 100,  # of recurrent layers, for the prefix cache
     }
     config = EngineConfig(device=torch.device("cpu"), dtype=torch.float32, **(sizes | chosen))
     return Engine(model, config, draft=draft)

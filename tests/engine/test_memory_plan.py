@@ -497,14 +497,14 @@ def test_recurrent_states_leave_the_kv_cache_its_size(spec: ModelSpec) -> None:
     free = 1100 + 100 * BLOCK + 100_000
     sized = plan(spec, free, "cuda", kv_cache_memory=100 * BLOCK, states=states)
     assert sized.num_blocks == 100
-    assert (sized.max_num_seqs, sized.num_state_checkpoints) == (75, 25)
+    assert (sized.max_num_seqs, sized.num_state_snapshots) == (75, 25)
     assert sized.num_state_rows == 100
     halves = plan(spec, 1100 + 400_000, "cuda", states=states)
-    assert (halves.max_num_seqs, halves.num_state_checkpoints) == (150, 50)
+    assert (halves.max_num_seqs, halves.num_state_snapshots) == (150, 50)
     assert 0 < halves.kv_cache_bytes <= 200_000
     given = replace(states, checkpoint_bytes=90_000, states_per_request=2)
     few = plan(spec, free, "cuda", kv_cache_memory=100 * BLOCK, states=given)
-    assert (few.max_num_seqs, few.num_state_checkpoints, few.num_state_rows) == (5, 90, 100)
+    assert (few.max_num_seqs, few.num_state_snapshots, few.num_state_rows) == (5, 90, 100)
     assert plan(spec, free, "cpu", states=states).as_dict()["state_bytes_per_request"] == 1000
     with pytest.raises(ShortageError, match="states of one request"):
         plan(spec, 1100 + 1000, "cuda", states=states)

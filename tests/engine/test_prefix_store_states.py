@@ -187,10 +187,10 @@ def test_prefix_store_must_hold_a_page_and_its_states(hybrid: Path, folder: Path
 
 def test_engine_stats_count_states_and_tokens_without_one(hybrid: Path) -> None:
     engine = load_engine(hybrid, OPTIONS)
-    assert engine.stats().state_checkpoints == 0
+    assert engine.stats().state_snapshots == 0
     run(engine, SYSTEM + TOKENS[700:798])
     stats = engine.stats()
-    assert stats.state_checkpoints == 1  # at the end of the prompt
+    assert stats.state_snapshots == 1  # at the end of the prompt
     assert stats.prefix_stateless_total == 0
     # The blocks of the system prompt are cached, but no state is kept after them before this.
     run(engine, SYSTEM + TOKENS[900:998])
@@ -199,13 +199,13 @@ def test_engine_stats_count_states_and_tokens_without_one(hybrid: Path) -> None:
     assert run(engine, SYSTEM + TOKENS[1100:1198])[1] == len(SYSTEM) // 16 * 16
     more = engine.stats()
     assert more.prefix_stateless_total == stats.prefix_stateless_total
-    assert more.state_checkpoints == 4
+    assert more.state_snapshots == 4
     states = engine.runner.paged_model.kv_caches[0]
     assert isinstance(states, RecurrentState)
     rows, width, channels = states.conv.shape
     bytes_of_layer = 4 * (width * channels + states.state[0].numel())
-    assert more.state_checkpoint_bytes == 4 * 3 * bytes_of_layer  # three of four layers
-    assert more.state_total_checkpoints == rows - OPTIONS.max_num_seqs
+    assert more.state_snapshot_bytes == 4 * 3 * bytes_of_layer  # three of four layers
+    assert more.state_total_snapshots == rows - OPTIONS.max_num_seqs
 
 
 @pytest.mark.parametrize("has_store", [False, True])

@@ -441,7 +441,7 @@ def test_rank_loads_its_part_beside_the_others(
 ) -> None:
     spec = SimpleNamespace(rank=SimpleNamespace(tp_size=2, tp_rank=1), vocab_size=64)
     parts: Any = [
-        SimpleNamespace(spec=spec, checkpoint=f"part {n}", file=f"file {n}", nbytes=n)
+        SimpleNamespace(spec=spec, checkpoint=f"part {n}", file=f"file {n}", nbytes=n, whole="all")
         for n in range(6)
     ]
     report = StartupReport(seconds={"before": 10.0})
@@ -459,7 +459,8 @@ def test_rank_loads_its_part_beside_the_others(
     monkeypatch.setattr(torch.cuda, "set_device", lambda n: seen.append(f"GPU {n}"))
     options = replace(OPTIONS, device=device)
     rank = load_rank(parts, 3, options, report, 4)
-    where, (checkpoint, of_rank, asked, same, group, num_parts) = seen
+    where, (checkpoint, of_rank, asked, same, group, num_parts, whole) = seen
+    assert whole == "all"
     assert where == ("4 threads" if device == "cpu" else "GPU 3")
     assert (checkpoint, of_rank, asked, same, num_parts) == ("part 3", spec, options, report, 6)
     assert group is rank.group

@@ -220,7 +220,7 @@ class RandomRequests(RuleBasedStateMachine):
                 num_speculative_tokens=3 if mode == "speculate" else 0,
                 enable_prefix_caching=prefix_cache,
                 has_recurrent_states=checkpoints is not None,
-                num_state_checkpoints=checkpoints or 0,
+                num_state_snapshots=checkpoints or 0,
             )
         )
         self.asked: dict[str, tuple[list[int], int]] = {}

@@ -35,7 +35,7 @@ def scheduler(draft_proposer: DraftProposer | None = None, **sizes: object) -> S
         "max_num_seqs": 4,
         "max_num_batched_tokens": 64,
         "has_recurrent_states": True,
-        "num_state_checkpoints": 20,
+        "num_state_snapshots": 20,
     }
     config: EngineConfig = EngineConfig(device=None, dtype=None, **(chosen | sizes))
     return Scheduler(config, (), draft_proposer)
@@ -141,7 +141,7 @@ def test_a_state_after_rejected_draft_tokens_is_never_found() -> None:
     assert state.states.cache.num_held_rows == 0
     kept = []
     for count, block_hash in enumerate(first.block_hashes(5, BLOCK), start=1):
-        row = state.states.find_checkpoint(block_hash)
+        row = state.states.find_snapshot(block_hash)
         if row is not None:
             kept.append(count * BLOCK)
             assert rows[row] == tuple(first.token_ids[: count * BLOCK])
@@ -160,8 +160,8 @@ def test_states_of_a_sequence_whose_logits_are_not_finite_are_forgotten() -> Non
     state.states.cache.check_invariants()
 
 
-def test_checkpoints_of_answers_do_not_push_out_those_of_prompts() -> None:
-    state = scheduler(num_state_checkpoints=1)
+def test_snapshots_of_answers_do_not_push_out_those_of_prompts() -> None:
+    state = scheduler(num_state_snapshots=1)
     prompt = list(range(10, 23))
     run(state, "a", prompt, max_tokens=20)
     assert cached(run(state, "b", prompt)) == 12, "one row, and it still has the prompt's state"
@@ -198,7 +198,7 @@ def test_state_cache_gives_away_the_least_recently_used_row_that_no_step_reads()
 
 
 def test_a_step_with_drafts_that_is_undone_drops_each_hold_once() -> None:
-    """As when it runs out of memory, after a step that ended at a checkpoint."""
+    """As when it runs out of memory, after a step that ended at a snapshot."""
     for undo in ("abort", "cancel"):
         state = scheduler(WrongDrafts(), num_speculative_tokens=3)
         sequence = Sequence(
@@ -212,11 +212,11 @@ def test_a_step_with_drafts_that_is_undone_drops_each_hold_once() -> None:
             scheduled = state.schedule()
             states = state.states._states[sequence]
             assert states.draft_rows
-            if state.states.cache.is_checkpoint(scheduled.requests[0].state_rows.initial_row):
+            if state.states.cache.is_snapshot(scheduled.requests[0].state_rows.initial_row):
                 break
             state.update(scheduled, ModelRunnerOutput([[NEXT_TOKEN] * 2], None, None, {}))
         else:
-            raise AssertionError("no step began at a checkpoint")
+            raise AssertionError("no step began at a snapshot")
         if undo == "abort":
             state.abort_step(scheduled, "out of memory")
         else:
@@ -243,7 +243,7 @@ def test_verified_drafts_of_a_preempted_sequence_change_nothing() -> None:
     assert state.states.cache.num_held_rows == 0
 
 
-def test_checkpoints_of_a_step_whose_result_never_comes_are_dropped() -> None:
+def test_snapshots_of_a_step_whose_result_never_comes_are_dropped() -> None:
     state = scheduler(async_scheduling=True)
     sequence = Sequence(
         EngineRequest("a", list(range(10, 17)), SamplingParams(max_tokens=9)), seed=0

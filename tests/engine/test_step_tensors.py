@@ -306,18 +306,20 @@ def test_prompt_logprobs_are_computed_a_few_positions_at_a_time(length: int) -> 
     assert sizes == [64] * ((length - 1) // 64) + [(length - 1) % 64] * ((length - 1) % 64 > 0)
 
 
-@pytest.mark.parametrize("num_extra", [0, 3])
+@pytest.mark.parametrize("num_graph_inputs", [0, 3])
 @pytest.mark.parametrize("device", ["cpu", "meta"])
-def test_static_batch_has_the_slots_and_blocks_of_each_row(num_extra: int, device: str) -> None:
+def test_static_batch_has_the_slots_and_blocks_of_each_row(
+    num_graph_inputs: int, device: str
+) -> None:
     padding = {None: 9, 8: 5}
     slot_tables = SlotBlockTables(6, 3, padding)
-    batch = StaticDecodeBatch(4, slot_tables, 4, padding, device, num_extra)
-    assert len(batch.host) == 4 * (3 + 2) + num_extra
+    batch = StaticDecodeBatch(4, slot_tables, 4, padding, device, num_graph_inputs)
+    assert len(batch.host) == 4 * (3 + 2) + num_graph_inputs
     assert batch.host.dtype == torch.int64
     assert (batch.device is batch.host) == (device == "cpu")
     assert batch.device.device.type == device
-    assert len(batch.extra) == len(batch.host_extra) == num_extra
-    batch.host_extra.fill_(77)
+    assert len(batch.graph_inputs) == len(batch.host_graph_inputs) == num_graph_inputs
+    batch.host_graph_inputs.fill_(77)
     if device != "cpu":
         return
     tables = {None: [[3, 4], [6, 7, 8]], 8: [[1, 2], [-1, 0, 4]]}
@@ -325,7 +327,7 @@ def test_static_batch_has_the_slots_and_blocks_of_each_row(num_extra: int, devic
     assert batch.seq_lens.tolist() == [8, 9, 1, 1]
     assert batch.positions.tolist() == [107, 108, 0, 0]
     assert batch.slots.tolist() == [5, 2, 6, 6]
-    assert batch.extra.tolist() == [77] * num_extra
+    assert batch.graph_inputs.tolist() == [77] * num_graph_inputs
     assert batch.batch.query_lens.tolist() == [1] * 4
     assert batch.batch.seq_lens.tolist() == [8, 9, 1, 1]
     assert batch.batch.metadata(None).slot_mapping.tolist() == [19, 32, 36, 36]
