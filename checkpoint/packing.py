@@ -30,7 +30,7 @@ def pack(values: torch.Tensor, bits: int, across_words: bool = False) -> torch.T
     if missing:
         values = torch.nn.functional.pad(values, (0, missing))
     if bits == 3:
-        fields = values.unflatten(-1, (-1, per_word)).int()
+        fields: torch.Tensor = values.unflatten(-1, (-1, per_word)).int()
         return (fields << _shifts(fields)).sum(-1, dtype=torch.int32)
     if bits == 2:
         values = values[..., 0::2] | (values[..., 1::2] << 2)
@@ -69,7 +69,7 @@ def _pack_3_bits_across_words(values: torch.Tensor) -> torch.Tensor:
 
 def _triples(words: torch.Tensor) -> torch.Tensor:
     """int32 [..., w] to the numbers of three bytes that they hold, int32 [..., w * 4 / 3, 1]."""
-    data = words.view(torch.uint8).unflatten(-1, (-1, 3)).int()
+    data: torch.Tensor = words.view(torch.uint8).unflatten(-1, (-1, 3)).int()
     return (data[..., 0] | data[..., 1] << 8 | data[..., 2] << 16).unsqueeze(-1)
 
 

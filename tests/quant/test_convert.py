@@ -615,3 +615,20 @@ def test_convert_command_reports_wrong_input(
     assert error.startswith("llmkit convert: error: ")
     assert message in error
     assert not list(tmp_path.glob("out*"))
+
+
+def test_convert_command_says_how_to_continue(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = source_checkpoint(tmp_path / "source", "gptq", INT4)
+    arguments = ["convert", str(source), "-o", str(tmp_path / "out"), "--format", "awq"]
+
+    def interrupted(*weights: QuantizedWeight) -> str:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(convert_checkpoint, "difference", interrupted)
+        assert main.run(arguments) == 130
+    assert f"llmkit {' '.join(arguments)}" in capsys.readouterr().err
+    assert main.run(arguments) == 0
+    assert is_same(source, tmp_path / "out")
