@@ -157,7 +157,7 @@ def check_checkpoint(checkpoint: Checkpoint, spec: ModelSpec) -> None:
                 f"Shape {list(packed.shape)} was expected",
             )
         is_float = not packed.dtype or packed.dtype in FLOATS
-        dtypes = FLOATS if is_float else (packed.dtype,)
+        dtypes: tuple[str, ...] = FLOATS if is_float else (packed.dtype,)
         if packed.dtype == "U8" and packed.suffix.endswith("scale"):
             dtypes = ("U8", "F8_E8M0")  # powers of two, which newer writers store with their type
         if info.dtype not in dtypes:
