@@ -24,7 +24,8 @@ GPTQ = GptqQuantizer(DAMP, FULL_SEARCH)
         ("w4a16", Algorithm(GPTQ.asymmetric(ASYMMETRY))),
         ("w8a8", Algorithm(replace(GPTQ, search=None), SmoothQuant())),
         ("fp8", Algorithm(replace(GPTQ, search=None))),
-        ("nvfp4", Algorithm(GPTQ.asymmetric(ASYMMETRY))),
+        ("nvfp4", Algorithm(GPTQ.asymmetric(ASYMMETRY), SmoothQuant())),
+        ("nvfp4a16", Algorithm(GPTQ.asymmetric(ASYMMETRY))),
     ],
 )
 def test_auto_method_chooses_by_scheme(scheme: str, expected: Algorithm) -> None:
