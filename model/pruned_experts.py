@@ -58,10 +58,10 @@ def with_pruned_experts(checkpoint: Checkpoint, spec: ModelSpec, kept: KeptExper
                 sources[own.name] = _Source(source.name, list(kept[row.layers[0]]))
     gone = {name for row in parameters(spec) if row.expert is not None for name in row.source_names}
     tensors = {name: info for name, info in checkpoint.tensors.items() if name not in gone}
-    for name, source in sources.items():
-        info = checkpoint.tensors[source.name]
+    for name, stored in sources.items():
+        info = checkpoint.tensors[stored.name]
         shape = list(info.shape)
-        if source.experts is not None:
+        if stored.experts is not None:
             shape[_experts_dim(shape, spec.moe.num_experts)] = num_experts
         nbytes = byte_count(info.dtype, tuple(shape))
         tensors[name] = TensorInfo(name, info.dtype, tuple(shape), end=nbytes)
@@ -129,7 +129,7 @@ def _experts_dim(shape: Sequence[int], num_experts: int) -> int:
 
 def _with_num_experts(config: dict[str, Any], old: int, new: int) -> dict[str, Any]:
     """config.json with another number of experts, also in the config of its text model."""
-    changed = {name: new for name in _NUM_EXPERTS if config.get(name) == old}
+    changed: dict[str, Any] = {name: new for name in _NUM_EXPERTS if config.get(name) == old}
     text_config = config.get("text_config")
     if isinstance(text_config, dict):
         changed["text_config"] = _with_num_experts(text_config, old, new)
