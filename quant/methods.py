@@ -324,11 +324,9 @@ class MethodOptions:
     def _check_activations(self) -> None:
         number_format = self.number_format
         has_inputs = number_format is not None and number_format.scheme.inputs != "none"
-        if self.mixed and self.method in ("rtn", "gptq"):
-            return  # --activations limits the candidates
-        if self.activations and not (
-            has_inputs and self.method in ("int8", "fp8", "rtn", "gptq", "auto")
-        ):
+        rounds_inputs = has_inputs and self.method in ("int8", "fp8", "rtn", "gptq", "auto")
+        # With --target-kl and --target-bits, --activations limits the candidates.
+        if self.activations and not self.mixed and not rounds_inputs:
             raise UsageError(
                 f"--method {self.method} rounds no activations",
                 "--activations goes with int8 (fp8 has it always)",

@@ -19,6 +19,7 @@ from typing import Any
 
 from llmkit.checkpoint.output_directory import write_errors
 from llmkit.checkpoint.quantized_weight import Scheme
+from llmkit.common.errors import GateError
 from llmkit.quant.layer_sensitivity import LayerSensitivity, SchemeCost, Sensitivity, UniformCost
 from llmkit.quant.scheme_candidates import UNQUANTIZED
 
@@ -123,7 +124,10 @@ class SchemeSearch:
         return self._final or self._smallest_within_kl(self.target_kl)
 
     def record_attempt(self, choice: Choice, kl: float) -> bool:
-        """Record the KL of a choice. Returns whether the choice is final."""
+        """Record the KL of a choice. Returns whether the choice is final.
+
+        Raises GateError when even the choice of the lowest KL is above the target.
+        """
         if self.target_kl is None:
             self.attempts.append((dict(choice), kl))
             return True
@@ -138,6 +142,13 @@ class SchemeSearch:
         following = self._smallest_within_kl(self.target_kl)
         best = self._smallest_good_attempt()
         if best is None:
+            if predicted == 0:  # there is nothing left that would lower the KL
+                raise GateError(
+                    f"with every linear layer in {UNQUANTIZED} the mean KL is {kl:.4g}, and"
+                    f" --target-kl is {self.target_kl:g}",
+                    todo="Choose a larger one, or leave out what else changes the model: --lm-head,"
+                    " --kv or --prune-experts",
+                )
             if following == choice:
                 self.kl_correction *= 1.2
             return False

@@ -16,6 +16,7 @@ from support import tiny_models as tiny
 from llmkit.checkpoint.open_checkpoint import open_checkpoint
 from llmkit.checkpoint.quantized_weight import Scheme
 from llmkit.checkpoint.tokenizer import load_tokenizer
+from llmkit.common.errors import GateError
 from llmkit.common.progress import SilentProgress
 from llmkit.model.checkpoint_tensors import scheme_of
 from llmkit.model.families import model_spec
@@ -211,6 +212,19 @@ def test_scheme_search_accepts_no_larger_choice_than_a_good_one_it_tried(bound: 
 def run(source: Path, out: Path, **options: object) -> dict[str, object]:
     settings = QuantizeOptions(samples=8, seq_len=64, eval_windows=1, device="cpu", **options)
     return quantize(str(source), str(out), settings, SilentProgress())
+
+
+def test_scheme_search_ends_with_an_error_if_no_choice_is_within_the_target_kl() -> None:
+    """As with --lm-head or --kv, which change the model whatever the linears have."""
+    search = SchemeSearch(layers(0.4, 0.01, 0.2), target_kl=0.05)
+    choice = search.next_choice()
+    for _ in range(100):
+        if set(choice.values()) == {UNQUANTIZED}:
+            break
+        assert not search.record_attempt(choice, 0.06 + predicted(search, choice))
+        choice = search.next_choice()
+    with pytest.raises(GateError, match=r"in 16-bit the mean KL is 0.06, and --target-kl is 0.05"):
+        search.record_attempt(choice, 0.06)
 
 
 def test_target_bits_is_kept_and_the_checkpoint_says_which(llama: Path, tmp_path: Path) -> None:

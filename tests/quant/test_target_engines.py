@@ -122,6 +122,9 @@ def test_candidates_fit_the_linears(plan: Plan) -> None:
     rounding = plan(engine="vllm@h100", activations=True)
     assert rounding.candidates == ("fp8", "fp8-block", "w8a8", "w4afp8")
     assert rounding.units[0].schemes["w4afp8"].group_size == 128
+    calibrated = plan(engine="vllm@h100", activations=True, method="auto")
+    assert calibrated.candidates == rounding.candidates
+    assert plan(engine="vllm@h100", activations=True, method="awq").candidates == ("w4afp8",)
     assert plan(engine="vllm@h100", group_size=64).units[0].schemes["w4a16"].group_size == 64
 
 
@@ -146,6 +149,7 @@ def test_candidates_leave_out_what_does_not_fit(tmp_path: Path) -> None:
             {"method": "awq", "engine": "vllm@b200"},
             r"--method awq chooses values for none of nvfp4",
         ),
+        ({"static_activations": True}, r"--method gptq has no fixed activation scales"),
         ({"format": "gptq"}, r"They go with .*gptq, awq, .*and --format compressed-tensors"),
         ({"target_kl": 0.1}, r"--target-kl and --target-bits were both given"),
     ],
