@@ -1,17 +1,20 @@
-"""Hybrid models beside transformers' own modeling code, and a conversation's second turn.
+"""Hybrid models beside transformers' own modeling code and vLLM, and a conversation's second turn.
 
     python tests/peers/bench_hybrid.py [--work DIR] [--rounds 3] [--threads N]
 
 The models have random weights and about 100 million parameters: a Qwen3.5 (gated delta nets) and a
 Granite 4 hybrid (Mamba 2) in bfloat16, and for the second turns a Llama of the same sizes. llmkit
 runs in this process as `llmkit serve` would; transformers runs the checkpoint in bfloat16 and,
-since that is slow on some processors, in float32: the faster one counts. They take turns, in
-reverse order on odd rounds.
+since that is slow on some processors, in float32: the faster one counts. vLLM's CPU build runs the
+Granite, where its environment (`make .venv-vllm/.ready`) exists; its Qwen3.5 needs torchvision,
+which has no CPU build. They take turns, in reverse order on odd rounds.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import subprocess
 import time
 from pathlib import Path
 from statistics import median
@@ -20,7 +23,7 @@ from typing import Any
 import torch
 import transformers
 
-from common import table
+from common import PEERS, ROOT, table
 from llmkit.checkpoint.open_checkpoint import open_checkpoint
 from llmkit.model.families import checkpoint_spec
 from llmkit.runtime.engine.engine import Engine
@@ -66,6 +69,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "Llama": ("llama", {}),
 }
+OF_VLLM = ("Granite 4",)
 # By name: the number of requests, the tokens of a prompt and of an answer.
 SCENARIOS = {
     "decode, 1 request": (1, 16, 48),
@@ -124,9 +128,45 @@ def run_transformers(model: Any, prompts: list[list[int]], output_tokens: int) -
     return time.perf_counter() - start
 
 
+class Vllm:
+    """The checkpoint in vLLM's CPU build, in a process and an environment of its own."""
+
+    def __init__(self, path: Path) -> None:
+        python = ROOT / ".venv-vllm" / "bin" / "python"
+        command = [str(python), str(PEERS / "vllm_speed.py"), str(path.resolve())]
+        pipe = subprocess.PIPE
+        self._process = subprocess.Popen(
+            command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True
+        )
+        while self._line() != "loaded":
+            pass
+
+    def run(self, prompts: list[list[int]], output_tokens: int) -> float:
+        """The seconds until all answers are complete."""
+        assert self._process.stdin is not None
+        request = {"prompts": prompts, "output_tokens": output_tokens}
+        self._process.stdin.write(json.dumps(request) + "\n")
+        self._process.stdin.flush()
+        return float(self._line())
+
+    def close(self) -> None:
+        """End the process."""
+        self._process.kill()
+        self._process.wait()
+
+    def _line(self) -> str:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            raise SystemExit("vllm_speed.py ended")
+        return line.strip()
+
+
 def speeds_of(name: str, path: Path, rounds: int) -> list[list[str]]:
     """The rows of one model."""
     engine = load_engine(path)
+    has_vllm = name in OF_VLLM and (ROOT / ".venv-vllm" / ".ready").exists()
+    vllm = Vllm(path) if has_vllm else None
     oracles = {
         dtype: transformers.AutoModelForCausalLM.from_pretrained(path, dtype=dtype).eval()
         for dtype in (torch.bfloat16, torch.float32)
@@ -138,6 +178,8 @@ def speeds_of(name: str, path: Path, rounds: int) -> list[list[str]]:
             runners[str(dtype).removeprefix("torch.")] = lambda p, n=output_tokens, oracle=oracle: (
                 run_transformers(oracle, p, n)
             )
+        if vllm is not None:
+            runners["vllm"] = lambda p, n=output_tokens, vllm=vllm: vllm.run(p, n)
         seconds: dict[str, list[float]] = {runner: [] for runner in runners}
         for number in range(-1, rounds):  # the first round warms up
             for runner in list(runners)[:: -1 if number % 2 else 1]:
@@ -149,11 +191,16 @@ def speeds_of(name: str, path: Path, rounds: int) -> list[list[str]]:
         tokens = requests * (output_tokens if output_tokens > 1 else prompt_tokens)
         speeds = {runner: tokens / median(spent) for runner, spent in seconds.items()}
         rival = max(("bfloat16", "float32"), key=lambda dtype: speeds[dtype])
-        ratio = median(
-            theirs / ours for ours, theirs in zip(seconds["llmkit"], seconds[rival], strict=True)
-        )
-        cells = [f"{speeds['llmkit']:.1f}", f"{speeds[rival]:.1f} ({rival})", f"{ratio:.1f}"]
+
+        def times(of: str, seconds: dict[str, list[float]] = seconds) -> str:
+            pairs = zip(seconds["llmkit"], seconds[of], strict=True)
+            return f"{median(theirs / ours for ours, theirs in pairs):.1f}"
+
+        cells = [f"{speeds['llmkit']:.1f}", f"{speeds[rival]:.1f} ({rival})", times(rival)]
+        cells += [f"{speeds['vllm']:.1f}", times("vllm")] if vllm is not None else ["", ""]
         rows.append([name, scenario, *cells])
+    if vllm is not None:
+        vllm.close()
     return rows
 
 
@@ -201,6 +248,7 @@ def main() -> None:
     for name in ("Qwen3.5", "Granite 4"):
         rows += speeds_of(name, paths[name], arguments.rounds)
     header = ["model", "scenario", "llmkit, tokens/s", "transformers, tokens/s", "times"]
+    header += ["vLLM bf16, tokens/s", "times"]
     print(table(header, rows))
     turns = [second_turns(name, path, arguments.rounds) for name, path in paths.items()]
     header = ["model", "first turn, ms", "second turn, ms", "times", "of the possible blocks"]
