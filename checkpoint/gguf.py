@@ -23,6 +23,7 @@ from gguf.quants import dequantize
 from llmkit.checkpoint.gguf_architectures import (
     BARE_MODULES,
     CONFIG_TENSORS,
+    EXPERTS,
     ONE_ROW_MODULES,
     TOP_MODULES,
     gguf_architecture,
@@ -133,7 +134,7 @@ class GgufModel:
         """
         import torch  # keeps torch off the path that reads configs and tokenizers
 
-        source = self._sources[name]
+        source = self._sources.get(name) or self._stacked_expert(name)
         (part,) = source.parts
         blocks = torch.from_numpy(self._read_stored(part, 0, part.shape[0]))
         if source.arrange is None:
@@ -262,12 +263,19 @@ class GgufModel:
 
     def _add_experts(self, tensor: TensorInfo, name: str) -> None:
         """Each expert of a [experts, out, in] tensor as a tensor of its own."""
-        num_experts = tensor.shape[0]
-        expert_bytes = (tensor.end - tensor.start) // max(1, num_experts)
-        for index in range(num_experts):
-            start = tensor.start + index * expert_bytes
-            part = replace(tensor, shape=tensor.shape[1:], start=start, end=start + expert_bytes)
+        for index in range(tensor.shape[0]):
+            part = _expert_part(tensor, index)
             self._add(name.format(index), part.shape, _Source((part,)))
+
+    def _stacked_expert(self, name: str) -> _Source:
+        """One expert of a family whose experts `rows` returns together."""
+        for part, pattern in EXPERTS.items():
+            module = re.escape(pattern).replace(r"\{\}", r"(\d+)")
+            match = re.fullmatch(rf"model\.layers\.(\d+)\.{module}\.weight", name)
+            if match is not None:
+                tensor = self._metadata.tensors[f"blk.{match[1]}.{part}.weight"]
+                return _Source((_expert_part(tensor, int(match[2])),))
+        raise KeyError(name)
 
     def _add_stacked_experts(self, tensor: TensorInfo, layer: int, part: str, kind: str) -> None:
         """The experts of a layer as gpt-oss has them: [experts, in, out], or [experts, out]."""
@@ -414,6 +422,13 @@ def _check_tensor_count(path: Path, values: dict[str, Any], tensors: dict[str, T
             f"{path} and its other files have {len(tensors)} tensors",
             f"{expected} were expected, as its metadata says",
         )
+
+
+def _expert_part(tensor: TensorInfo, expert: int) -> TensorInfo:
+    """One expert of a tensor [experts, out, in]."""
+    expert_bytes = (tensor.end - tensor.start) // max(1, tensor.shape[0])
+    start = tensor.start + expert * expert_bytes
+    return replace(tensor, shape=tensor.shape[1:], start=start, end=start + expert_bytes)
 
 
 def _by_halves(num_heads: int) -> Callable[[torch.Tensor], torch.Tensor]:

@@ -116,22 +116,24 @@ class ConvertSource:
 
     def _gguf_weights(self) -> dict[str, StoredWeight]:
         found = {}
-        refused: list[str] = []
+        refused: dict[str, str] = {}
         for parameter in parameters(self.spec):
             if not parameter.is_linear:  # the output projection is dequantized, as others expect it
                 continue
             for name in parameter.source_names:
                 ggml_type = self.checkpoint.tensors[name].ggml_type
-                if ggml_type in INTEGER_TYPES and parameter.expert_slice(name) is None:
+                is_stacked = parameter.expert_slice(name) is not None
+                if ggml_type in INTEGER_TYPES and not is_stacked:
                     scheme = INTEGER_TYPES[ggml_type]
                     found[name] = StoredWeight(parameter, name, scheme, _shape(parameter, name))
                 elif ggml_type not in _FLOAT_TYPES:
-                    refused.append(f"{name} in {ggml_type}")
+                    experts = ", all experts of a layer" if is_stacked else ""
+                    refused[name] = f"{name} in {ggml_type}{experts}"
         if refused:
             raise InputError(
-                f"{self.checkpoint.reference} has {len(refused)} linear weights in types whose"
-                f" values no other format holds ({', '.join(refused[:5])})",
-                f"{', '.join(INTEGER_TYPES)} and floats were expected",
+                f"{self.checkpoint.reference} has {len(refused)} linear weights whose values no"
+                f" other format holds ({', '.join(list(refused.values())[:5])})",
+                f"Matrices in {', '.join(INTEGER_TYPES)} and floats were expected",
                 "Quantize the original model, or this file: llmkit quantize",
             )
         return found

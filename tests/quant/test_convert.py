@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 from support import gguf_files
 from support.quantized_files import Change, quantized_checkpoint, quantized_weights
 from support.synthetic_checkpoint import synthetic_checkpoint
-from support.tiny_models import tiny_checkpoint
+from support.tiny_families import family_oracle
+from support.tiny_models import VOCAB, tiny_checkpoint, write_tokenizer
 
 from llmkit.checkpoint.gguf_integers import unpack_blocks
 from llmkit.checkpoint.open_checkpoint import open_checkpoint
@@ -27,6 +28,8 @@ from llmkit.model.full_forward import window_logits
 from llmkit.model.weight_loader import load_model
 from llmkit.quant import convert_checkpoint
 from llmkit.quant.convert_checkpoint import convert
+from llmkit.quant.quantize_checkpoint import quantize
+from llmkit.quant.quantize_options import QuantizeOptions
 from llmkit.shard.shard_checkpoint import shard
 
 INT4 = Scheme(4, 32)
@@ -447,7 +450,7 @@ def test_convert_refuses_gguf_types_whose_values_do_not_carry_over(
     file = gguf_files.convert(
         open_checkpoint(llama), tmp_path / "model.gguf", "llama", kind=ggml_type
     )
-    message = rf"14 linear weights in types .*q_proj\.weight in {kind}.*Q4_0, Q4_1, Q8_0 and floats"
+    message = rf"14 linear weights whose .*q_proj\.weight in {kind}.*Q4_0, Q4_1, Q8_0 and floats"
     if kind == "Q4_1":
         message = r"q_proj\.weight: .* minima of Q4_1 blocks are no integer times the scale"
     with pytest.raises(InputError, match=message):
@@ -486,6 +489,30 @@ def test_convert_to_gguf_gives_the_blocks_again(kind: str, llama: Path, tmp_path
     source, out = open_checkpoint(file), open_checkpoint(written)
     for name in source.tensors:
         assert torch.equal(source.read(name), out.read(name)), name
+
+
+def test_convert_to_gguf_reads_experts_back_that_the_family_has_in_one_tensor(
+    tmp_path: Path,
+) -> None:
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "head_dim": 16}
+    family_oracle("gpt-oss", tmp_path / "dense", **sizes, vocab_size=VOCAB, swiglu_limit=7.0)
+    write_tokenizer(tmp_path / "dense")
+    options = QuantizeOptions(
+        "rtn", "w4a16", format="gptq", group_size=32, evaluate=False, device="cpu"
+    )
+    quantize(tmp_path / "dense", tmp_path / "source", options, SilentProgress())
+    report = convert(tmp_path / "source", tmp_path / "out", "gguf")
+    assert report["verified"]["weights"] == report["weights"] == 2 * (4 + 3 * 4)
+    (written,) = (tmp_path / "out").glob("*.gguf")
+    windows = torch.arange(3, 15)[None]
+    logits = [
+        torch.cat(list(window_logits(load_model(open_checkpoint(path), torch.float32), windows)))
+        for path in (tmp_path / "source", written)
+    ]
+    assert torch.allclose(*logits, rtol=1e-5, atol=1e-5)
+    refused = r"has 4 linear weights .*gate_up_proj in Q4_0, all experts of a layer, "
+    with pytest.raises(InputError, match=refused):
+        convert(written, tmp_path / "back", "gptq")
 
 
 def with_zero_points(source: Path, path: Path, word: int) -> Path:
