@@ -405,9 +405,6 @@ class MethodOptions:
         number_format = self.number_format
         is_int = number_format is not None and number_format.scheme.kind == "int"
         is_fp4 = number_format is not None and number_format.scheme.is_fp4
-        rounds_to_fp4 = number_format is not None and number_format.scheme.input_type == "fp4"
-        if rounds_to_fp4 and is_native and not fast and self.method in ("gptq", "auto"):
-            smoother = SmoothQuant()
         if self.method == "auto" and is_native and not fast and (self.grouped or is_fp4):
             return Algorithm(gptq.asymmetric(ASYMMETRY), smoother, auto_round)
         if self.method == "awq" and fast:
