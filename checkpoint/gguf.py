@@ -359,9 +359,9 @@ class GgufModel:
 
     def _token_ids(self) -> dict[str, Any]:
         values = self._metadata.values
-        eos = values.get("tokenizer.ggml.eos_token_id")
-        end_of_turn = values.get("tokenizer.ggml.eot_token_id")
-        ends = [token for token in dict.fromkeys((eos, end_of_turn)) if token is not None]
+        # The end of a text, of a turn, and of a message that a tool answers.
+        found = [values.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
+        ends = [token for token in dict.fromkeys(found) if token is not None]
         return {
             "bos_token_id": values.get("tokenizer.ggml.bos_token_id"),
             "eos_token_id": ends if len(ends) > 1 else next(iter(ends), None),

@@ -215,8 +215,9 @@ def _special_tokens(
         if type(index) is int and index >= 0:
             metadata[f"tokenizer.ggml.{name}_token_id"] = index
         others = [number for number in numbers if type(number) is int and number != index]
-        if role == "eos" and others:
-            metadata["tokenizer.ggml.eot_token_id"] = others[0]
+        if role == "eos":  # a file has a place for three of them
+            keys = ("tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id")
+            metadata |= zip(keys, others, strict=False)
     ids = tokenizer.encode("").ids
     bos = metadata.get("tokenizer.ggml.bos_token_id")
     eos = metadata.get("tokenizer.ggml.eos_token_id")

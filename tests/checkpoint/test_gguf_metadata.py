@@ -324,6 +324,7 @@ def test_gguf_config_of_biases_and_an_own_head(
         ({"eot": 2}, {"eos_token_id": 2}),
         ({"eos": 1, "eot": 1}, {"eos_token_id": 1}),
         ({"eos": 2, "eot": 0}, {"eos_token_id": [2, 0]}),
+        ({"eos": 2, "eot": 0, "eom": 1}, {"eos_token_id": [2, 0, 1]}),
         ({"bos": 0, "padding": 2}, {"bos_token_id": 0, "pad_token_id": 2}),
     ],
 )

@@ -172,7 +172,7 @@ def test_sentencepiece_ids_are_those_of_merging_by_score(
 def test_sentencepiece_vocabulary_is_written_back(trained: Vocabulary, prefix: bool) -> None:
     """A tokenizer.json has merges; the scores that are made of them give the same tokens."""
     files = tokenizer_files(Path("a.gguf"), trained.metadata(add_space_prefix=prefix), 77)
-    ids = {"bos_token_id": 1, "eos_token_id": [2, 3], "pad_token_id": None}
+    ids = {"bos_token_id": 1, "eos_token_id": [2, 3, 4], "pad_token_id": None}
     count = len(trained.tokens)
     found = vocabulary_metadata("a", files, ids, count + 2, "llama")
     assert found["tokenizer.ggml.model"] == "llama"
@@ -181,6 +181,7 @@ def test_sentencepiece_vocabulary_is_written_back(trained: Vocabulary, prefix: b
     assert found["tokenizer.ggml.add_bos_token"] is True
     assert found["tokenizer.ggml.add_eos_token"] is False
     assert found["tokenizer.ggml.eot_token_id"] == 3
+    assert found["tokenizer.ggml.eom_token_id"] == 4  # Llama 3.1 and GLM-4.5 have three
     types = found["tokenizer.ggml.token_type"]
     assert types[:4] == [UNKNOWN, CONTROL, CONTROL, CONTROL]
     assert types[4:6] == [USER_DEFINED, BYTE]
