@@ -199,7 +199,8 @@ def _explain_rule(rule: _SplitRule, tp: int) -> str | None:
     if (stop - start) % dense_per_element == 0:
         return None
     is_group = split.dim == 1 and dense_per_element == rule.group_size
-    unit = "groups" if is_group else "blocks" if rule.covers else "packed words"
+    # A word has 2 to 16 values, and a block more rows.
+    unit = "groups" if is_group else "packed words" if dense_per_element <= 16 else "blocks"
     elements = f"{_format_number((stop - start) / dense_per_element)} {unit} of {dense_per_element}"
     if isinstance(dense_per_element, Fraction):
         size = dense_per_element.numerator  # values that fill whole words

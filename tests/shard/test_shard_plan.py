@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from support.synthetic_checkpoint import LLAMA, synthetic_checkpoint
 
+from llmkit.checkpoint.modelopt_format import ALGORITHMS
 from llmkit.checkpoint.open_checkpoint import open_checkpoint
 from llmkit.checkpoint.quantized_weight import QuantizationConfig, Scheme
 from llmkit.checkpoint.safetensors_header import TensorInfo, byte_count, read_header
@@ -148,6 +149,12 @@ REFUSALS = [
         QuantizationConfig("gptq", Scheme(4, 8)),
         4,
         "k_proj: 16/4 = 0.5 packed words of 8; TP 1, 2 work",
+    ),
+    (
+        {"num_heads": 8, "num_kv_heads": 8, "head_dim": 16, "intermediate_size": 256},
+        QuantizationConfig("modelopt", ALGORITHMS["FP8_PB_WO"]),
+        2,
+        "q_proj: 128/2 = 0.5 blocks of 128; TP 1 works",
     ),
     (
         {"num_heads": 16, "num_kv_heads": 8, "head_dim": 8, "intermediate_size": 256},
