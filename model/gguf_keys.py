@@ -22,8 +22,9 @@ from llmkit.checkpoint.gguf_architectures import (
 from llmkit.model.family_fields import rope_parameters
 from llmkit.model.spec import ModelSpec, MoeSpec
 
-# Fields of config.json, and the keys that hold the same number.
-_SAME_NUMBERS = {
+# Fields of config.json, and the keys that hold the same number. llama.cpp wants floats as floats,
+# where config.json may have 12 for 12.0.
+_SAME_FLOATS = {
     "attention_multiplier": "attention.scale",
     "embedding_multiplier": "embedding_scale",
     "residual_multiplier": "residual_scale",
@@ -31,6 +32,8 @@ _SAME_NUMBERS = {
     "logit_scale": "logit_scale",
     "attn_logit_softcapping": "attn_logit_softcapping",
     "final_logit_softcapping": "final_logit_softcapping",
+}
+_SAME_INTEGERS = {
     "conv_L_cache": "shortconv.l_cache",
     "moe_layer_interval": "interleave_moe_layer_step",
 }
@@ -70,11 +73,12 @@ def gguf_keys(row: GgufArchitecture, spec: ModelSpec, config: Any) -> GgufKeys:
         "attention.head_count_kv": _one_or_all(kv_heads),
         "attention.key_length": head_dim,
         "attention.value_length": head_dim,
-        f"attention.{epsilon}": spec.rms_norm_eps,
+        f"attention.{epsilon}": float(spec.rms_norm_eps),
     }
-    for field, key in _SAME_NUMBERS.items():
-        if getattr(config, field, None) is not None:
-            values[key] = getattr(config, field)
+    for kind, table in ((float, _SAME_FLOATS), (int, _SAME_INTEGERS)):
+        for field, key in table.items():
+            if getattr(config, field, None) is not None:
+                values[key] = kind(getattr(config, field))
     windows = [layer.sliding_window for layer in spec.layers]
     used_windows = {window for window in windows if window is not None}
     if used_windows:
@@ -109,7 +113,7 @@ def _moe_keys(spec: ModelSpec, moe: MoeSpec) -> dict[str, Any]:
         "leading_dense_block_count": is_moe.index(True) if True in is_moe else len(is_moe),
     }
     if moe.scoring == "sigmoid" or moe.routed_scaling_factor != 1:
-        values["expert_weights_scale"] = moe.routed_scaling_factor
+        values["expert_weights_scale"] = float(moe.routed_scaling_factor)
     if moe.shared_intermediate_size:
         values["expert_shared_feed_forward_length"] = moe.shared_intermediate_size
         values["expert_shared_count"] = max(
@@ -183,7 +187,7 @@ def _rope_keys(
         tensors[ROPE_FACTORS_LONG] = torch.tensor(parameters["long_factor"]).float()
         tensors[ROPE_FACTORS_SHORT] = torch.tensor(parameters["short_factor"]).float()
         values["rope.scaling.type"] = "longrope"
-        values["rope.scaling.attn_factor"] = rope.attention_scaling
+        values["rope.scaling.attn_factor"] = float(rope.attention_scaling)
     if row.model_type == "lfm2" or row.model_type == "lfm2_moe":
         values.pop("rope.dimension_count", None)
     return values, tensors

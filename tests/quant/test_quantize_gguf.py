@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
+import gguf
 import pytest
 import torch
 from support.tiny_families import FAMILIES as ALL_FAMILIES
@@ -184,6 +186,31 @@ def test_gguf_export_has_the_special_tokens_and_the_chat_template(tmp_path: Path
     assert (types[0], types[3], types[595]) == (3, 1, 5)
     assert tensors["token_embd.weight"].ggml_type == "F16"
     assert tensors["output_norm.weight"].ggml_type == "F32"
+
+
+@pytest.mark.parametrize(
+    ("name", "numbers"),
+    [
+        ("granite", {"embedding_multiplier": 12, "logits_scaling": 8, "residual_multiplier": 1}),
+        ("gemma2", {"attn_logit_softcapping": 50, "final_logit_softcapping": 30}),
+        ("glm4-moe", {"routed_scaling_factor": 2}),
+    ],
+)
+def test_gguf_export_stores_floats_that_config_json_has_as_integers(
+    name: str, numbers: dict[str, int], tmp_path: Path
+) -> None:
+    """llama.cpp refuses a file whose floats have another type."""
+    family(name, tmp_path / "source")
+    config = json.loads((tmp_path / "source/config.json").read_text())
+    (tmp_path / "source/config.json").write_text(json.dumps(config | numbers))
+    fields = gguf.GGUFReader(export(tmp_path / "source", tmp_path / "out")).fields
+    floats = {
+        key: field
+        for key, field in fields.items()
+        if key.endswith(("scale", "_softcapping", "epsilon"))
+    }
+    assert {field.types[0] for field in floats.values()} == {gguf.GGUFValueType.FLOAT32}
+    assert set(numbers.values()) <= {field.contents() for field in floats.values()}
 
 
 # Quantized
