@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer
+from tokenizers.normalizers import Normalizer
+from tokenizers.pre_tokenizers import PreTokenizer
 
 from llmkit.checkpoint.gguf_sentencepiece import CONTROL, NORMAL, UNKNOWN, USER_DEFINED
 from llmkit.checkpoint.gguf_tokenizer import (
@@ -24,6 +26,7 @@ from llmkit.checkpoint.gguf_tokenizer import (
     pre_tokenizer,
     tokenizer_files,
 )
+from llmkit.checkpoint.tokenizer import chat_templates
 from llmkit.common.errors import InputError
 
 _UNUSED = 5
@@ -105,7 +108,7 @@ def vocabulary_metadata(
     if not is_byte_level:
         metadata["tokenizer.ggml.add_space_prefix"] = _adds_space_prefix(source)
     metadata |= _special_tokens(source, tokenizer, token_ids)
-    template = _chat_template(source)
+    template = chat_templates(Path(reference), files, source.config).get("default")
     if template is not None:
         metadata["tokenizer.chat_template"] = template
     _check(source, tokenizer, metadata)
@@ -166,14 +169,11 @@ def _scores(tokens: list[str], merges: list[str]) -> list[float]:
 
 def _pre_tokenizer_name(source: _Source, tokenizer: Tokenizer) -> str:
     """GGUF's name of how the tokenizer splits text into words."""
-    splits = _splits(tokenizer)
+    splits = _splits(tokenizer.normalizer, tokenizer.pre_tokenizer)
     ignores_merges = bool(source.model.get("ignore_merges"))
     found = []
     for name, rules in PRE_TOKENIZERS.items():
-        other = Tokenizer.from_str(json.dumps(source.tokenizer))
-        other.normalizer = rules.normalizer
-        other.pre_tokenizer = pre_tokenizer(rules)
-        if _splits(other) == splits:
+        if _splits(rules.normalizer, pre_tokenizer(rules)) == splits:
             found.append((rules.ignore_merges != ignores_merges, name))
     if not found:
         raise source.error("splits text into words in a way that has no name in GGUF")
@@ -181,11 +181,11 @@ def _pre_tokenizer_name(source: _Source, tokenizer: Tokenizer) -> str:
     return min(found, key=lambda pair: pair[0])[1]
 
 
-def _splits(tokenizer: Tokenizer) -> list[str]:
-    text = _PROBE if tokenizer.normalizer is None else tokenizer.normalizer.normalize_str(_PROBE)
-    if tokenizer.pre_tokenizer is None:
+def _splits(normalizer: Normalizer | None, splitter: PreTokenizer | None) -> list[str]:
+    text = _PROBE if normalizer is None else normalizer.normalize_str(_PROBE)
+    if splitter is None:
         return [text]
-    return [word for word, _ in tokenizer.pre_tokenizer.pre_tokenize_str(text)]
+    return [word for word, _ in splitter.pre_tokenize_str(text)]
 
 
 def _adds_space_prefix(source: _Source) -> bool:
@@ -226,16 +226,6 @@ def _special_tokens(
         eos is not None and ids[-1:] == [eos] and (len(ids) > 1 or bos != eos)
     )
     return metadata
-
-
-def _chat_template(source: _Source) -> str | None:
-    if "chat_template.jinja" in source.files:
-        return source.files["chat_template.jinja"].decode()
-    template = source.config.get("chat_template")
-    if isinstance(template, list):
-        named = {each.get("name"): each.get("template") for each in template}
-        template = named.get("default")
-    return template if isinstance(template, str) else None
 
 
 def _check(source: _Source, tokenizer: Tokenizer, metadata: dict[str, Any]) -> None:

@@ -213,7 +213,7 @@ def load_tokenizer(model: ModelFiles, chat_template: Path | None = None) -> Toke
     )
     # Last, because a nested config may repeat its class's defaults, whatever the tokenizer.
     eos_token_ids = eos_token_ids or _to_ids(model.text_config.get("eos_token_id"))
-    templates = _chat_templates(model, files, settings)
+    templates = chat_templates(model.path, files, settings)
     if chat_template is not None:
         templates = {"default": read_chat_template(chat_template)}
     return Tokenizer(
@@ -239,7 +239,7 @@ def check_chat_templates(model: ModelFiles) -> None:
     from llmkit.common.chat_template import check_chat_template
 
     files = model.side_files()
-    for template in _chat_templates(model, files, _settings(model, files)).values():
+    for template in chat_templates(model.path, files, _settings(model, files)).values():
         try:
             check_chat_template(template)
         except ChatTemplateError as error:
@@ -253,8 +253,8 @@ def check_chat_templates(model: ModelFiles) -> None:
 def _settings(model: ModelFiles, files: Mapping[str, bytes]) -> dict[str, Any]:
     """The settings of a model's tokenizer."""
     return {
-        **_read_object(model, files, "special_tokens_map.json"),
-        **_read_object(model, files, "tokenizer_config.json"),
+        **_read_object(model.path, files, "special_tokens_map.json"),
+        **_read_object(model.path, files, "tokenizer_config.json"),
     }
 
 
@@ -282,18 +282,19 @@ def read_chat_template(path: Path) -> str:
         raise InputError(f"the chat template is not UTF-8 ({path})") from None
 
 
-def _chat_templates(
-    model: ModelFiles, files: Mapping[str, bytes], settings: Mapping[str, Any]
+def chat_templates(
+    path: Path, files: Mapping[str, bytes], settings: Mapping[str, Any]
 ) -> dict[str, str]:
     """The chat templates by name ("default", "tool_use").
 
-    Several places have held them over time; the newest one wins.
+    path: of the model. settings: its tokenizer_config.json. Several places have held templates over
+    time; the newest one wins. Raises InputError for a malformed file.
     """
     if "chat_template.jinja" in files:
         return {"default": files["chat_template.jinja"].decode(errors="replace")}
     template = settings.get("chat_template")
     if not template:
-        template = _read_object(model, files, "chat_template.json").get("chat_template")
+        template = _read_object(path, files, "chat_template.json").get("chat_template")
     if isinstance(template, str):
         return {"default": template}
     entries: Iterable[Any] = template if isinstance(template, list) else ()
@@ -304,13 +305,13 @@ def _chat_templates(
     }
 
 
-def _read_object(model: ModelFiles, files: Mapping[str, bytes], name: str) -> dict[str, Any]:
+def _read_object(path: Path, files: Mapping[str, bytes], name: str) -> dict[str, Any]:
     if name not in files:
         return {}
     try:
         value = json.loads(files[name])
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{model.path / name} is not valid JSON ({error})") from error
+        raise InputError(f"{path / name} is not valid JSON ({error})") from error
     return value if isinstance(value, dict) else {}
 
 

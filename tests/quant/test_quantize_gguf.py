@@ -188,6 +188,14 @@ def test_gguf_export_has_the_special_tokens_and_the_chat_template(tmp_path: Path
     assert tensors["output_norm.weight"].ggml_type == "F32"
 
 
+def test_gguf_export_finds_the_chat_template_of_chat_template_json(tmp_path: Path) -> None:
+    source = tiny_checkpoint(tmp_path / "source", "llama")
+    write_tokenizer(source, chat_template=None)
+    (source / "chat_template.json").write_text(json.dumps({"chat_template": CHAT_TEMPLATE}))
+    values, _ = read_gguf_header(export(source, tmp_path / "out"))
+    assert values["tokenizer.chat_template"] == CHAT_TEMPLATE
+
+
 @pytest.mark.parametrize(
     ("name", "numbers"),
     [
