@@ -64,7 +64,7 @@ ALGORITHMS = {
 # They scale inputs channel by channel before a layer, which no layer here does.
 _SMOOTHED = ("NVFP4_AWQ", "NVFP4_SVD", "W4A16_AWQ", "W4A8_AWQ", "W8A8_SQ_PER_CHANNEL")
 # The names of KV scales in Model-Optimizer's files; vLLM also reads those beside the projections.
-_KV_SCALES = ("k_proj.k_scale", "v_proj.v_scale")
+MODELOPT_KV_SCALES = ("k_proj.k_scale", "v_proj.v_scale")
 _MICROSCALING = MicroscalingLayout(
     "weight", "weight_scale_2", "input_scale", stores_inverse=False, scalar_shape=()
 )
@@ -184,7 +184,7 @@ class ModeloptFormat:
             ignore,
             overrides,
             kv=fields.kv,
-            kv_scales=_KV_SCALES,
+            kv_scales=MODELOPT_KV_SCALES,
             method="modelopt",
         )
 
@@ -246,7 +246,7 @@ def with_stored_scales(config: QuantizationConfig, tensors: Collection[str]) -> 
         return config
     has_scales = {
         suffix: any(name.endswith(f".{suffix}") for name in tensors)
-        for suffix in ("input_scale", *KV_SCALES, *_KV_SCALES)
+        for suffix in ("input_scale", *KV_SCALES, *MODELOPT_KV_SCALES)
     }
     if not has_scales["input_scale"]:
         changed = {ALGORITHMS["NVFP4"]: ALGORITHMS["W4A16_NVFP4"]}
@@ -257,7 +257,7 @@ def with_stored_scales(config: QuantizationConfig, tensors: Collection[str]) -> 
         )
     if not has_scales[KV_SCALES[0]]:
         return replace(config, kv="")
-    return config if has_scales[_KV_SCALES[0]] else replace(config, kv_scales=KV_SCALES)
+    return config if has_scales[MODELOPT_KV_SCALES[0]] else replace(config, kv_scales=KV_SCALES)
 
 
 def check_same_config(

@@ -12,8 +12,9 @@ from typing import Literal
 import torch
 
 from llmkit.checkpoint.dtypes import DTYPES
+from llmkit.checkpoint.modelopt_format import MODELOPT_KV_SCALES
 from llmkit.checkpoint.quantized_formats import FORMATS
-from llmkit.checkpoint.quantized_weight import Format, QuantizationConfig, Scheme
+from llmkit.checkpoint.quantized_weight import KV_SCALES, Format, QuantizationConfig, Scheme
 from llmkit.common.errors import InputError, UsageError
 from llmkit.model.parameter import Parameter
 from llmkit.model.parameter_table import parameters
@@ -78,6 +79,8 @@ FORMAT_SYMMETRY: dict[str, bool] = {"gptq": True, "awq": False}
 # The formats that can store schemes of different layers, and an integer output projection beside
 # other schemes.
 MIXED_FORMAT = "compressed-tensors"
+# The 8-bit KV caches whose scales a format holds.
+_KV_CACHES = {"compressed-tensors": ("fp8", "int8"), "modelopt": ("fp8",)}
 GGUF_SCHEME = "q4_k_m"  # the default of --format gguf
 CAST_FORMATS: tuple[Format, ...] = ("gguf",)  # that tensors in 16 bits may be written in
 
@@ -208,11 +211,15 @@ class MethodOptions:
         self._check_activations()
         self._check_format()
         self._check_symmetry()
-        if self.kv and self.chosen_format not in (None, "compressed-tensors"):
-            raise UsageError(
-                f"--format {self.chosen_format} has no place for the scales of a KV cache",
-                todo="Use --format compressed-tensors",
-            )
+        if self.kv and self.chosen_format is not None:
+            known = _KV_CACHES.get(self.chosen_format, ())
+            if self.kv not in known:
+                which = f"an {self.kv.upper()}" if known else "a"
+                raise UsageError(
+                    f"--format {self.chosen_format} has no place for the scales of {which} KV"
+                    " cache",
+                    todo="Use --format compressed-tensors",
+                )
         if self.mixed:
             self._check_mixed()
         if self.lm_head is not None:
@@ -465,6 +472,7 @@ def build_quantization_config(
         tuple(ignored),
         overrides,
         kv=options.kv,
+        kv_scales=MODELOPT_KV_SCALES if format_name == "modelopt" else KV_SCALES,
         method=options.method,
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -95,3 +96,23 @@ def test_written_fp8_blocks_have_the_config_of_deepseek(source: Path, tmp_path: 
     tensors = open_checkpoint(tmp_path / "out").tensors
     assert tensors["model.layers.0.mlp.gate_proj.weight_scale_inv"].shape == (2, 2)
     assert tensors["model.layers.0.mlp.down_proj.weight"].dtype == "BF16"
+
+
+def test_written_modelopt_files_have_the_scales_of_an_fp8_kv_cache(
+    source: Path, tmp_path: Path
+) -> None:
+    options = QuantizeOptions(
+        "rtn", scheme="nvfp4", format="modelopt", kv="fp8", evaluate=False, device="cpu"
+    )
+    out = tmp_path / "out"
+    quantize(str(source), str(out), replace(options, samples=2, seq_len=32), SilentProgress())
+    document = json.loads((out / "hf_quant_config.json").read_text())["quantization"]
+    assert document["kv_cache_quant_algo"] == "FP8"
+    checkpoint = open_checkpoint(out)
+    check_checkpoint(checkpoint, checkpoint_spec(checkpoint))
+    assert checkpoint.quantization is not None and checkpoint.quantization.kv == "fp8"
+    for name in ("k_proj.k_scale", "v_proj.v_scale"):
+        assert checkpoint.read(f"model.layers.0.self_attn.{name}").item() > 0
+    shard(out, tmp_path / "ranks", 2)
+    for part in rank_parts(open_checkpoint(tmp_path / "ranks")):
+        check_checkpoint(part.checkpoint, part.spec)

@@ -169,6 +169,10 @@ def test_conflicting_options_are_refused(
             "--format fp8 has no place for the scales of a KV cache",
         ),
         (
+            {"scheme": "nvfp4", "format": "modelopt", "kv": "int8"},
+            "--format modelopt has no place for the scales of an INT8 KV cache",
+        ),
+        (
             {"scheme": "fp8-block", "engine": "vllm"},
             "vLLM does not load blocks of 128 rows of .*q_proj, which has 64 rows.*--scheme fp8",
         ),
