@@ -38,11 +38,14 @@ from llmkit.model.parameter_table import parameters
 from llmkit.model.wrappers import module_names
 from llmkit.quant.convert_difference import does_not_carry_over, stored_difference
 from llmkit.quant.convert_source import ConvertSource, StoredWeight
-from llmkit.quant.output_layout import carried_modules, output_config, unquantized_dtype
+from llmkit.quant.output_layout import (
+    carried_modules,
+    output_config,
+    output_files,
+    unquantized_dtype,
+)
 from llmkit.quant.parameter_writer import ParameterWriter
 
-# The files beside the weights that describe the source's format.
-_FORMAT_FILES = ("quantize_config.json", "hf_quant_config.json")
 # The integers that formats of weight-only quantization hold.
 _INTEGER_BITS: dict[str, tuple[int, ...]] = {"gptq": GPTQ_BITS, "gptq_v2": GPTQ_BITS, "awq": (4,)}
 # Formats whose readers take every linear layer as quantized that is not under `ignore`.
@@ -98,9 +101,7 @@ class ConvertPlan:
 
     def side_files(self) -> dict[str, bytes]:
         """The output's other files: the source's, with those of the new format for the old."""
-        stored = self.source.checkpoint.side_files()
-        kept = {name: data for name, data in stored.items() if name not in _FORMAT_FILES}
-        return kept | format_of(self.quantization).extra_files(self.quantization)
+        return output_files(self.source.checkpoint, self.quantization)
 
     def output(self, writer: CheckpointWriter) -> CheckpointOutput:
         """What writes the weights."""
