@@ -60,6 +60,8 @@ SINGLE_RANK = ParallelGroup()
 TABLES = ("embed.weight", "per_layer.embed.weight")
 # The norms of mixers' outputs: their weight has no offset (`ModelSpec.norm_offset`).
 MIXER_NORMS = ("gdn.norm", "mamba.norm")
+# The linear whose inputs, latents, are never rounded (see mla.py).
+UNROUNDED_INPUTS = "attn.kv_b"
 # The linears that read the norm before a mixer.
 MIXER_INPUTS = (
     "attn.qkv",
@@ -129,8 +131,8 @@ class DecoderLayer:
                 self.vectors[name] = tensor.flatten(1) if kind == "weight" else tensor
             elif kind == "weight":
                 bias = tensors.get(f"{module}.bias")
-                # The inputs of kv_b are latents, which are not rounded (see mla.py).
-                quant = None if module == "attn.kv_b" else self.activation_quant.get(module)
+                is_rounded = module != UNROUNDED_INPUTS
+                quant = self.activation_quant.get(module) if is_rounded else None
                 self.linears[module] = Linear(tensor, bias, quant)
             elif kind != "bias":
                 self.vectors[name] = tensor

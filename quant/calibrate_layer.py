@@ -18,8 +18,10 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from llmkit.checkpoint.quantized_weight import QuantizedWeight
 from llmkit.kernels.kv_cache import KVCache
-from llmkit.model.decoder import MIXER_INPUTS, MIXER_OUTPUTS, DecoderLayer
+from llmkit.model.decoder import MIXER_INPUTS, MIXER_OUTPUTS, UNROUNDED_INPUTS, DecoderLayer
+from llmkit.model.linear import ActivationQuant
 from llmkit.quant.input_stats import InputStats, StatKind
 from llmkit.quant.layer_stream import LayerInputs, MicroBatch
 
@@ -131,6 +133,13 @@ def sublayers(layer: DecoderLayer) -> tuple[SubLayer, ...]:
         ),
         SubLayer(mlp, layer.index, mlp_groups, is_moe, None if is_moe else finish_mlp),
     )
+
+
+def input_quant(name: str, weight: QuantizedWeight) -> ActivationQuant | None:
+    """How a quantized linear of a decoder layer rounds its inputs, as when it is loaded."""
+    if name == UNROUNDED_INPUTS:
+        return None
+    return ActivationQuant.of(weight.scheme, weight.input_scale)
 
 
 class _AllCollected(Exception):  # noqa: N818

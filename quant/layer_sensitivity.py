@@ -20,9 +20,8 @@ import torch
 from llmkit.checkpoint.quantized_weight import QuantizedWeight, Scheme
 from llmkit.common.progress import Progress
 from llmkit.model.decoder import DecoderLayer
-from llmkit.model.linear import ActivationQuant
 from llmkit.quant.algorithm import QuantizeJob, Quantizer
-from llmkit.quant.calibrate_layer import collect_input_stats, sublayers
+from llmkit.quant.calibrate_layer import collect_input_stats, input_quant, sublayers
 from llmkit.quant.input_stats import InputStats, StatKind, sum_of_squares
 from llmkit.quant.layer_stream import LayerStream, MicroBatch
 from llmkit.quant.memory_estimate import SENSITIVITY_TOKENS, VARIANT_BYTES
@@ -183,7 +182,7 @@ def _output_error(layer: DecoderLayer, weights: _Weights, stats: Mapping[str, In
         if not stats[name].has_sample:  # an expert that no token chose
             continue
         x = stats[name].sample
-        rounded = ActivationQuant.of(weight.scheme, weight.input_scale)
+        rounded = input_quant(name, weight)
         output = (x if rounded is None else rounded(x)) @ weight.dequantize().T
         total += sum_of_squares(output - x @ layer.linears[name].weight.T)
     return total
@@ -261,7 +260,7 @@ def _run_with(
         linear = layer.linears[name]
         original[name] = linear.weight
         linear.weight = weight.dequantize()
-        linear.activation_quant = ActivationQuant.of(weight.scheme, weight.input_scale)
+        linear.activation_quant = input_quant(name, weight)
     source.run_layer(layer, [variant])
     for name, dense in original.items():
         layer.linears[name].weight = dense

@@ -38,6 +38,7 @@ from llmkit.quant.calibrate_layer import (
     RecordedInputs,
     SubLayer,
     collect_input_stats,
+    input_quant,
     max_abs_kv,
     sublayers,
 )
@@ -365,7 +366,8 @@ def _take_result(
     if algorithm.auto_round is not None:
         state.dense_weights[name] = linear.weight
     linear.weight = result.weight.dequantize()
-    linear.activation_quant = ActivationQuant.of(target.scheme, result.weight.input_scale)
+    if isinstance(result.weight, QuantizedWeight):
+        linear.activation_quant = input_quant(name, result.weight)
     result.weight = result.weight.to("cpu")
     state.results[name] = (result, entry)
 

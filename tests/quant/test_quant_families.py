@@ -27,7 +27,7 @@ from llmkit.model.full_forward import window_logits
 from llmkit.model.mla import LatentLinear
 from llmkit.model.spec import GatedDeltaNetSpec, ModelSpec
 from llmkit.model.weight_loader import load_model
-from llmkit.quant import calibrate_layer
+from llmkit.quant import calibrate_layer, quantize_layers
 from llmkit.quant.calibration_text import load_text
 from llmkit.quant.layer_stream import LayerStream
 from llmkit.quant.quantize_checkpoint import quantize
@@ -131,6 +131,28 @@ def test_quantized_model_is_close_and_equals_transformers_with_its_dense_weights
     reference = torch.stack(list(window_logits(before, tokens)))
     error = (streamed - reference).norm() / reference.norm()
     assert 0 < error < MAX_ERROR[method] * ERROR_FACTORS.get(piece, 1.0)
+
+
+def test_resume_of_latent_attention_with_rounded_inputs_gives_the_same_bytes(
+    pieces: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The inputs of kv_b are not rounded, neither while its layer is quantized nor afterwards."""
+    source = pieces("latent attention")
+    run(source, tmp_path / "whole", METHODS["int8"])
+    write_layer = quantize_layers._write_layer
+
+    def stop_in_the_second_layer(state: Any, writer: Any) -> None:
+        if state.index == 1:
+            raise KeyboardInterrupt
+        write_layer(state, writer)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(quantize_layers, "_write_layer", stop_in_the_second_layer)
+        with pytest.raises(KeyboardInterrupt):
+            run(source, tmp_path / "out", METHODS["int8"])
+    run(source, tmp_path / "out", METHODS["int8"])
+    name = "model.safetensors"
+    assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
 @pytest.mark.parametrize(
