@@ -211,6 +211,7 @@ class MethodOptions:
         self._check_activations()
         self._check_format()
         self._check_symmetry()
+        self._check_effort()
         if self.kv and self.chosen_format is not None:
             known = _KV_CACHES.get(self.chosen_format, ())
             if self.kv not in known:
@@ -224,6 +225,21 @@ class MethodOptions:
             self._check_mixed()
         if self.lm_head is not None:
             self._check_lm_head(self.lm_head)
+
+    def _check_effort(self) -> None:
+        """More effort learns the rounding of calibrated methods; others would ignore it."""
+        if self.effort not in ("high", "max"):
+            return
+        if self.method in ("bf16", "fp16", "rtn"):
+            raise UsageError(
+                f"--effort {self.effort} does nothing with --method {self.method}",
+                "fast or normal",
+                "Choose a calibrated method, such as --method auto",
+            )
+        if self.chosen_format == "gguf":
+            raise UsageError(
+                f"--effort {self.effort} does nothing with --format gguf", "fast or normal"
+            )
 
     def _check_mixed(self) -> None:
         if self.scheme_name is not None or self.bits is not None:

@@ -65,10 +65,10 @@ EMPTY_CACHE_TOKENS = 1 << 22  # the size of a KV cache of a model without attent
 # answer of a few sentences.
 MIN_CONTEXT_TOKENS = 512
 MEBIBYTE = 1 << 20
-# For each logit of a step while it is sampled. CPU: float32, its sorted copy and the int64 indices.
-# GPU: the model's dtype, float32, a copy for log probabilities, and the table for penalties.
 # Keys and values of long prompts with latent attention, while they are made and read.
 EXPANDED_WORKSPACE = 3 * EXPANDED_BYTES
+# For each logit of a step while it is sampled. CPU: float32, its sorted copy and the int64 indices.
+# GPU: the model's dtype, float32, a copy for log probabilities, and the table for penalties.
 BYTES_PER_LOGIT = 16
 CGROUP = Path("/sys/fs/cgroup")
 UNLIMITED = 1 << 62

@@ -24,7 +24,7 @@ GPTQ = GptqQuantizer(DAMP, FULL_SEARCH)
         ("w4a16", Algorithm(GPTQ.asymmetric(ASYMMETRY))),
         ("w8a8", Algorithm(replace(GPTQ, search=None), SmoothQuant())),
         ("fp8", Algorithm(replace(GPTQ, search=None))),
-        ("nvfp4", Algorithm(GPTQ.asymmetric(ASYMMETRY), SmoothQuant())),
+        ("nvfp4", Algorithm(GPTQ.asymmetric(ASYMMETRY))),
         ("nvfp4a16", Algorithm(GPTQ.asymmetric(ASYMMETRY))),
     ],
 )

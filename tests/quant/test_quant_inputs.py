@@ -99,6 +99,12 @@ def test_conflicting_options_are_refused(
     ("changes", "message"),
     [
         ({"method": "int3"}, "--method int3 is not known"),
+        ({"method": "rtn", "effort": "max"}, "--effort max does nothing with --method rtn"),
+        ({"method": "bf16", "effort": "high"}, "--effort high does nothing with --method bf16"),
+        (
+            {"method": "gptq", "scheme": "q4_k_m", "format": "gguf", "effort": "max"},
+            "--effort max does nothing with --format gguf",
+        ),
         (
             {"method": "int8", "group_size": 64},
             "--method int8 has no groups, and --group-size is 64.*gptq, awq, rtn",
