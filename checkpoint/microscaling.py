@@ -59,7 +59,7 @@ def decode_e8m0(name: str, encoded: torch.Tensor) -> torch.Tensor:
     num_bad = int((encoded == E8M0_NAN).sum())
     if num_bad:
         raise InputError(
-            f"{num_bad} of {encoded.numel()} e8m0 scales of {name} are {E8M0_NAN}, not a number",
+            f"{num_bad} of {encoded.numel()} values of {name} are {E8M0_NAN}, not a number",
             f"Scales from 0 to {E8M0_NAN - 1} were expected",
             "Download the checkpoint again or get it from its maker",
         )

@@ -46,9 +46,8 @@ class QuantizeOptions:
     method: Annotated[
         str,
         Option(
-            "How values are chosen. auto: the best measured for the scheme, calibrated; bf16, "
-            "fp16: cast; rtn, int8, fp8: round to nearest; gptq: any scheme, calibrated; awq: "
-            "4-bit integers, calibrated.",
+            "How values are chosen. auto, gptq, awq: calibrated; rtn, int8, fp8: rounded to "
+            "nearest; bf16, fp16: a cast.",
             choices=("auto", "bf16", "fp16", "int8", "fp8", "gptq", "awq", "rtn"),
             metavar="METHOD",
         ),
@@ -56,8 +55,8 @@ class QuantizeOptions:
     scheme: Annotated[
         str | None,
         Option(
-            "What weights and inputs (a16: they stay in 16 bits) are quantized to: "
-            + ", ".join(SCHEMES),
+            "What weights and inputs are quantized to, such as w4a16, fp8 or nvfp4. "
+            "docs/quantize.md has them all.",
             choices=SCHEMES,
             metavar="NAME",
             unset="the method's own: w4a16, with int8 w8a16, with fp8 fp8",
@@ -69,6 +68,7 @@ class QuantizeOptions:
             "Bits of an integer weight, instead of --scheme.",
             metavar="N",
             unset="the scheme's",
+            panel=METHOD_PANEL,
         ),
     ] = None
     group_size: Annotated[
@@ -129,8 +129,8 @@ class QuantizeOptions:
     effort: Annotated[
         Effort,
         Option(
-            "fast: no range search; high: learned rounding too; max: more of it, much slower.",
-            metavar="fast|normal|high|max",
+            "fast: no range search; normal; high: learned rounding too; max: more of it.",
+            metavar="LEVEL",
         ),
     ] = "normal"
     target_kl: Annotated[

@@ -85,7 +85,7 @@ def test_mxfp4_stores_two_tensors_for_an_expert() -> None:
         ({"scales": torch.zeros(6, 4, dtype=torch.uint8)}, r"scales has shape.*\[6, 3\]"),
         (
             {"scales": torch.full((6, 3), 255, dtype=torch.uint8)},
-            "18 of 18 e8m0 scales of scales are 255",
+            "18 of 18 values of scales are 255",
         ),
     ],
 )

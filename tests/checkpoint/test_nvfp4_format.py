@@ -463,13 +463,13 @@ def e4m3_scales(code: int) -> torch.Tensor:
             "mxfp4",
             "weight_scale",
             torch.full((64, 1), 255, dtype=torch.uint8),
-            "64 of 64 e8m0 scales of weight_scale are 255, not a number",
+            "64 of 64 values of weight_scale are 255, not a number",
         ),
         (
             "mxfp8",
             "weight_scale",
             torch.full((64, 1), 255, dtype=torch.uint8),
-            "64 of 64 e8m0 scales of weight_scale are 255, not a number",
+            "64 of 64 values of weight_scale are 255, not a number",
         ),
     ],
 )

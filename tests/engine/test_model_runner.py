@@ -120,7 +120,8 @@ def test_model_runner_replays_plain_decode_steps_only(decoder: Decoder) -> None:
     """The graph runner is asked once a step, with its number of requests, unless it is too much."""
     asked: list[list[int]] = []
     running = engine(decoder, prefill_chunk_size=1, max_num_batched_tokens=3)
-    running.runner.graph_runner.should_run = lambda lens, _: asked.append(lens) or True  # type: ignore
+    graph_runner = running.runner.graph_runner
+    graph_runner.should_run = lambda lens, _: asked.append(lens) or True  # type: ignore
     plain = EngineRequest("plain", [5], GREEDY)
     assert inputs_of(running, plain).use_graph
     assert asked == [[1]]

@@ -307,7 +307,7 @@ def replaced(
         ),
         (
             replaced(f"{GATE_UP}_scales", lambda scales: torch.full_like(scales, 255)),
-            "MXFP4 scales are 255, not a number",
+            "values of scales are 255, not a number",
         ),
     ],
 )
