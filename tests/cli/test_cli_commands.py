@@ -189,6 +189,9 @@ def test_inspect_shows_what_llmkit_wrote(
                 "kind": "int",
                 "inputs": "none",
                 "block_rows": 1,
+                "scale_format": "float",
+                "input_type": None,
+                "preset": "",
                 "label": "INT4 in groups of 32",
             }
         ],

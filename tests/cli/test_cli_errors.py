@@ -166,8 +166,9 @@ def test_sigterm_unwinds_the_command() -> None:
         (["quantise"], "llmkit: error: no such command: quantise. The nearest is quantize."),
         (
             ["xyzzy"],
-            "no such command: xyzzy. Commands are quantize, shard, bench, serve, chat, ps, plan, "
-            "deploy, batch, run, recipes, pull, push, sign, verify, list, inspect, doctor.",
+            "no such command: xyzzy. Commands are quantize, convert, shard, bench, serve, chat, "
+            "ps, plan, deploy, batch, run, recipes, pull, push, sign, verify, list, inspect, "
+            "doctor.",
         ),
         (
             ["shard", "verfy", "d"],
@@ -187,7 +188,7 @@ def test_sigterm_unwinds_the_command() -> None:
         (["inspect", "a", "b"], "llmkit inspect: error: got unexpected extra argument"),
         (
             ["quantize", "m", "-o", "x", "--method", "int3"],
-            "invalid value for '--method': 'int3' is not one of 'bf16',",
+            "invalid value for '--method': 'int3' is not one of 'auto', 'bf16',",
         ),
         (["serve", "m", "--port", "x"], "llmkit serve: error: invalid value for '--port'"),
         (

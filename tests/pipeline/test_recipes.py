@@ -104,7 +104,7 @@ def test_recipes_that_are_shipped_are_valid(name: str, capsys: pytest.CaptureFix
         ),
         (
             ("method: rtn", "method: rnt"),
-            "r.yaml:5: stages.int4.method is 'rnt'. Expected 'bf16', 'fp16',",
+            "r.yaml:5: stages.int4.method is 'rnt'. Expected 'auto', 'bf16', 'fp16',",
         ),
         (("method: rtn", "bits: 4"), "r.yaml:3: stages.int4 lacks 'method'."),
         (
@@ -373,7 +373,7 @@ def test_run_stops_at_a_failed_gate(
     assert main.run(["run", str(file), "-o", str(tmp_path / "w")]) == 1
     captured = capsys.readouterr()
     table = " ".join(captured.out.split())
-    assert "│ mean_kl <= 1e-9 │ int4" in table and "FAIL │" in table and "pass │" in table
+    assert "│ mean_kl<=1e-09 │ int4" in table and "FAIL │" in table and "pass │" in table
     assert "llmkit run: error: 1 of 2 gate checks failed: int4: mean_kl is " in captured.err
     assert not (tmp_path / "w" / "tp2").exists()
 

@@ -480,7 +480,7 @@ def test_compressed_tensors_ignores_the_routers_of_experts(tmp_path: Path) -> No
 GRID = Scheme(4, 64)
 METHODS = [
     (QuantizeOptions("rtn"), "compressed-tensors", GRID),
-    (QuantizeOptions("rtn", 8, format="gptq"), "gptq", replace(GRID, bits=8)),
+    (QuantizeOptions("rtn", bits=8, format="gptq"), "gptq", replace(GRID, bits=8)),
     (QuantizeOptions("rtn", format="awq"), "awq", replace(GRID, symmetric=False)),
     (QuantizeOptions("rtn", symmetric=False), "compressed-tensors", replace(GRID, symmetric=False)),
     (QuantizeOptions("int8"), "compressed-tensors", Scheme(8)),
@@ -491,7 +491,7 @@ METHODS = [
         "compressed-tensors",
         Scheme(8, kind="float", inputs="tensor"),
     ),
-    (QuantizeOptions("gptq", 8), "gptq", replace(GRID, bits=8)),
+    (QuantizeOptions("gptq", bits=8), "gptq", replace(GRID, bits=8)),
     (QuantizeOptions("gptq", format="awq"), "awq", replace(GRID, symmetric=False)),
     (
         QuantizeOptions("gptq", format="compressed-tensors", effort="fast"),
