@@ -7,11 +7,12 @@ be smaller. The formats that store such scales are `fp8_format` and `compressed_
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import torch
 
-from llmkit.checkpoint.quantized_weight import Scheme
+from llmkit.checkpoint.quantized_weight import PackedTensor, QuantizedWeight, Scheme
 from llmkit.common.errors import InputError
 
 
@@ -69,6 +70,46 @@ def check_block_scales(name: str, scales: torch.Tensor, *, may_be_zero: bool = T
             f"Finite numbers {'of at least' if may_be_zero else 'above'} 0 were expected",
             "Download the checkpoint again or get it from its maker",
         )
+
+
+def check_shape(expected: PackedTensor, found: torch.Tensor) -> None:
+    """Raises InputError for a stored tensor of another shape."""
+    if not expected.accepts(tuple(found.shape)):
+        raise InputError(
+            f"{expected.suffix} has shape {list(found.shape)}",
+            f"{list(expected.shape)} was expected",
+        )
+
+
+def unpack_fp8(
+    scheme: Scheme,
+    tensors: Mapping[str, torch.Tensor],
+    expected_tensors: Callable[[Scheme, int, int], tuple[PackedTensor, ...]],
+    scale: str,
+    input_scale: str,
+) -> QuantizedWeight:
+    """An FP8 weight from its stored tensors by suffix.
+
+    expected_tensors: `QuantizedFormat.tensors`. scale, input_scale: the suffixes of the scales.
+    Raises InputError for shapes that disagree and for scales that are no scales.
+    """
+    q = tensors["weight"]
+    if q.ndim != 2:
+        raise InputError(f"weight has shape {list(q.shape)}", "Two sizes were expected")
+    out, in_ = q.shape
+    for expected in expected_tensors(scheme, out, in_):
+        found = tensors[expected.suffix]
+        check_shape(expected, found)
+        if expected.suffix != "weight":
+            is_input = expected.suffix == input_scale
+            check_block_scales(expected.suffix, found.float(), may_be_zero=not is_input)
+    stored = tensors[scale].reshape(block_scale_shape(scheme, out, in_))
+    scales = expand_block_scales(stored, scheme, out)
+    zeros = torch.zeros(scales.shape, dtype=torch.uint8, device=scales.device)
+    static_scale = None
+    if scheme.inputs == "tensor":
+        static_scale = tensors[input_scale].float().reshape(1)
+    return QuantizedWeight(q, scales, zeros, scheme, static_scale)
 
 
 def realigned_scheme(scheme: Scheme, start: tuple[int, int]) -> Scheme:

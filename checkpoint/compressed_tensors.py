@@ -35,6 +35,7 @@ import torch
 from llmkit.checkpoint.block_scales import (
     block_scale_shape,
     check_block_scales,
+    check_shape,
     expand_block_scales,
     gather_block_scales,
 )
@@ -164,12 +165,7 @@ class CompressedTensorsFormat:
             raise InputError(f"weight_shape is {shape}", "Two positive sizes were expected")
         out, in_ = shape
         for expected in self.tensors(scheme, out, in_):
-            found = tuple(tensors[expected.suffix].shape)
-            if not expected.accepts(found):
-                raise InputError(
-                    f"{expected.suffix} has shape {list(found)}",
-                    f"{list(expected.shape)} was expected",
-                )
+            check_shape(expected, tensors[expected.suffix])
         scales = tensors["weight_scale"]
         if scheme.block_rows != 1:
             check_block_scales("weight_scale", scales.float())

@@ -31,9 +31,8 @@ import torch
 
 from llmkit.checkpoint.block_scales import (
     block_scale_shape,
-    check_block_scales,
-    expand_block_scales,
     gather_block_scales,
+    unpack_fp8,
 )
 from llmkit.checkpoint.quantized_weight import (
     KV_SCALES,
@@ -91,27 +90,7 @@ class Fp8Format:
 
         Raises InputError for shapes that disagree and for scales that are no scales.
         """
-        q = tensors["weight"]
-        if q.ndim != 2:
-            raise InputError(f"weight has shape {list(q.shape)}", "Two sizes were expected")
-        out, in_ = q.shape
-        for expected in self.tensors(scheme, out, in_):
-            found = tensors[expected.suffix]
-            if not expected.accepts(tuple(found.shape)):
-                raise InputError(
-                    f"{expected.suffix} has shape {list(found.shape)}",
-                    f"{list(expected.shape)} was expected",
-                )
-            if expected.suffix != "weight":
-                is_input = expected.suffix == self.input_scale
-                check_block_scales(expected.suffix, found.float(), may_be_zero=not is_input)
-        stored = tensors[self.scale].reshape(block_scale_shape(scheme, out, in_))
-        scales = expand_block_scales(stored, scheme, out)
-        zeros = torch.zeros(scales.shape, dtype=torch.uint8, device=scales.device)
-        input_scale = None
-        if scheme.inputs == "tensor":
-            input_scale = tensors[self.input_scale].float().reshape(1)
-        return QuantizedWeight(q, scales, zeros, scheme, input_scale)
+        return unpack_fp8(scheme, tensors, self.tensors, self.scale, self.input_scale)
 
     def config_dict(self, config: QuantizationConfig) -> dict[str, Any]:
         """The `quantization_config` of config.json. Raises InputError for a quantized KV cache."""

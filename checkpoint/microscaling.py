@@ -20,7 +20,7 @@ from dataclasses import dataclass
 
 import torch
 
-from llmkit.checkpoint.block_scales import check_block_scales
+from llmkit.checkpoint.block_scales import check_block_scales, check_shape
 from llmkit.checkpoint.quantized_weight import PackedTensor, QuantizedWeight, Scheme
 from llmkit.common.errors import InputError
 
@@ -145,12 +145,7 @@ class MicroscalingLayout:
             raise InputError(f"{name} has shape {list(values.shape)}", "Two sizes were expected")
         out, columns = values.shape
         for expected in self.tensors(scheme, out, columns * 2 if scheme.is_fp4 else columns):
-            found = tuple(tensors[expected.suffix].shape)
-            if not expected.accepts(found):
-                raise InputError(
-                    f"{expected.suffix} has shape {list(found)}",
-                    f"{list(expected.shape)} was expected",
-                )
+            check_shape(expected, tensors[expected.suffix])
         scalars = {suffix: self._read_scalar(tensors, suffix) for suffix in self._scalars(scheme)}
         global_scale = scalars.get(self.global_scale)
         if global_scale is None:

@@ -367,9 +367,19 @@ def make_plan(source: str, out: Path, options: QuantizeOptions, progress: Progre
     if options.samples is None and needs_text:
         options = dataclasses.replace(options, samples=default_windows(spec, seq_len, device))
     plan = QuantizePlan(
-        checkpoint, spec, out, options, None, [], {}, device, seq_len, quantized_source, candidates
+        checkpoint,
+        spec,
+        out,
+        options,
+        None,
+        [],
+        {},
+        device,
+        seq_len,
+        quantized_source,
+        candidates,
+        whole_source=whole_source,
     )
-    plan = dataclasses.replace(plan, whole_source=whole_source)
     if method.chosen_format == "gguf":
         plan = dataclasses.replace(plan, gguf=_gguf_plan(plan, quantization, ignore))
     plan = _with_quantization(plan, quantization)
