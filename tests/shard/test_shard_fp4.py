@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
+from support.compare_ranks import compare_ranks
 from support.fp4_files import (
     MXFP4A16,
     MXFP8,
@@ -15,20 +15,14 @@ from support.fp4_files import (
     write_fp4,
     write_hf_quant_config,
 )
-from support.synthetic_checkpoint import stored_bytes
 from support.tiny_families import family_oracle
 
 from llmkit.checkpoint.open_checkpoint import open_checkpoint
 from llmkit.checkpoint.quantized_formats import FORMATS
 from llmkit.checkpoint.quantized_weight import Format, QuantizationConfig, Scheme
 from llmkit.common.errors import InputError
-from llmkit.model.checkpoint_tensors import check_checkpoint
-from llmkit.model.parameter_table import parameters
-from llmkit.model.weight_loader import read_activation_quant, read_parameter
-from llmkit.shard.merge import merge
-from llmkit.shard.rank_part import rank_parts
+from llmkit.model.weight_loader import read_activation_quant
 from llmkit.shard.shard_checkpoint import shard
-from llmkit.shard.verify import verify
 
 SIZES = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2}
 
@@ -60,26 +54,9 @@ def test_shard_fp4_ranks_have_the_values_of_the_whole(
     layout: tuple[int, int, int],
 ) -> None:
     packed = write_pair(tmp_path, family, scheme, form, **sizes)
-    tp, pp, ep = layout
-    shard(packed, tmp_path / "ranks", tp, pp, ep)
-    assert not verify(tmp_path / "ranks").problems
-    dense_parts = rank_parts(open_checkpoint(tmp_path / "dense"), tp, pp, ep)
-    stored_parts = rank_parts(open_checkpoint(tmp_path / "ranks"))
-    sliced_parts = rank_parts(open_checkpoint(packed), tp, pp, ep)
-    num_compared = 0
-    for dense, stored, sliced in zip(dense_parts, stored_parts, sliced_parts, strict=True):
-        for row in parameters(dense.spec):
-            expected = read_parameter(dense.checkpoint, row, torch.float32)
-            for part in (stored, sliced):
-                check_checkpoint(part.checkpoint, part.spec)
-                found = read_parameter(part.checkpoint, row, torch.float32)
-                assert torch.equal(found, expected), row.name
-                quant = read_activation_quant(part.checkpoint, row).get(row.module)
-                assert (quant is None) is not (row.is_linear and scheme.inputs == "group")
-            num_compared += row.is_linear
-    assert num_compared >= 8
-    merge(tmp_path / "ranks", tmp_path / "merged")
-    assert stored_bytes(tmp_path / "merged") == stored_bytes(packed)
+    for checkpoint, row in compare_ranks(packed, tmp_path, layout, min_linears=8):
+        quant = read_activation_quant(checkpoint, row).get(row.module)
+        assert (quant is None) is not (row.is_linear and scheme.inputs == "group")
 
 
 @pytest.mark.parametrize(
