@@ -161,6 +161,19 @@ STARTUP_METRICS = _by_name(
 )
 """Measured at each start of `--mode startup`, with one `stage_*_s` for each stage of the start."""
 
+ROUTE_METRICS = _by_name(
+    Metric("route_gap", "gap kept, first tokens", "share", "higher"),
+    Metric("route_gap_whole", "gap kept, whole answer", "share", "higher"),
+    Metric("route_gap_learned", "gap kept, learned router", "share", "higher"),
+    Metric("route_large", "large calls", "share", "lower"),
+    Metric("route_quality", "quality of the route", "", "higher"),
+    Metric("route_cost", "cost of the route", "share", "lower"),
+    Metric("route_auc", "good answers surer than bad ones", "share", "higher"),
+    Metric("small_quality", "quality of the small tier", "", "higher"),
+    Metric("large_quality", "quality of the large tier", "", "higher"),
+)
+"""Measured by `llmkit bench route`."""
+
 STARTUP = "startup"  # the mode, and the scenario's name in the report
 TASK_PREFIX = "task."  # of metrics of evaluation tasks: "task.arc_easy.acc"
 STAGE_PREFIX = "stage_"  # of metrics of startup stages: "stage_building_s"
@@ -206,7 +219,10 @@ def find_metric(name: str) -> Metric | None:
         stage = short_name.removeprefix(STAGE_PREFIX).removesuffix("_s").replace("_", " ")
         return Metric(short_name, f"of it: {stage}", "s", "lower")
     return (
-        TARGET_METRICS.get(name) or SPEED_METRICS.get(short_name) or STARTUP_METRICS.get(short_name)
+        TARGET_METRICS.get(name)
+        or SPEED_METRICS.get(short_name)
+        or STARTUP_METRICS.get(short_name)
+        or ROUTE_METRICS.get(name)
     )
 
 

@@ -13,9 +13,9 @@ from pydantic import TypeAdapter, ValidationError
 
 from llmkit.bench.bench_metrics import tpot
 from llmkit.bench.confidence_intervals import STDERR_SUFFIX, Z_95, confidence_interval, means_differ
-from llmkit.bench.gates import Gate, GateResult, check_gates
+from llmkit.bench.gates import Gate, GateResult, check_gates, require_passed
 from llmkit.bench.metric_definitions import DEFINITIONS
-from llmkit.common.errors import GateError, InputError
+from llmkit.common.errors import InputError
 
 FORMAT_VERSION = 1
 # Of the environment; reports of earlier versions do not have them.
@@ -122,13 +122,7 @@ class BenchReport:
 
     def require_gates(self) -> None:
         """Raises GateError, which lists the failed gate checks."""
-        failed = [result for result in self.gates if not result.passed]
-        if failed:
-            details = "; ".join(
-                f"{r.target}: {r.metric} is {r.value:.6g} ({r.gate}, limit {r.limit:.6g})"
-                for r in failed
-            )
-            raise GateError(f"{len(failed)} of {len(self.gates)} gate checks failed: {details}")
+        require_passed(self.gates)
 
     def to_json(self) -> dict[str, Any]:
         """A document for JSON. Infinities and NaN become strings such as "Infinity" and "NaN"."""

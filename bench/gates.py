@@ -8,13 +8,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from llmkit.bench.bench_metrics import (
+    ROUTE_METRICS,
     SPEED_METRICS,
     STARTUP_METRICS,
     TARGET_METRICS,
     TASK_PREFIX,
     find_metric,
 )
-from llmkit.common.errors import UsageError
+from llmkit.common.errors import GateError, UsageError
 from llmkit.common.formatting import nearest
 
 _OPERATORS: dict[str, Callable[[float, float], bool]] = {
@@ -77,7 +78,13 @@ def parse_gate(text: str) -> Gate:
         )
     metric = match["metric"]
     if find_metric(metric) is None:
-        known = [*TARGET_METRICS, *SPEED_METRICS, *STARTUP_METRICS, "task.NAME.METRIC"]
+        known = [
+            *TARGET_METRICS,
+            *SPEED_METRICS,
+            *STARTUP_METRICS,
+            *ROUTE_METRICS,
+            "task.NAME.METRIC",
+        ]
         raise UsageError(
             f"gate {text!r} names no metric",
             nearest(metric.rpartition(".")[2], known, "Metrics are"),
@@ -123,6 +130,17 @@ def check_gates(
                 passed = _OPERATORS[gate.operator](value, limit)
                 results.append(GateResult(gate.canonical, target, metric, value, limit, passed))
     return results
+
+
+def require_passed(results: Sequence[GateResult]) -> None:
+    """Raises GateError, which lists the failed gate checks."""
+    failed = [result for result in results if not result.passed]
+    if failed:
+        details = "; ".join(
+            f"{r.target}: {r.metric} is {r.value:.6g} ({r.gate}, limit {r.limit:.6g})"
+            for r in failed
+        )
+        raise GateError(f"{len(failed)} of {len(results)} gate checks failed: {details}")
 
 
 def _baseline_value(gate: Gate, metric: str, baseline: Mapping[str, float] | None) -> float:

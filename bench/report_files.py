@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -76,6 +77,12 @@ def write_report(report: BenchReport, outputs: ReportOutputs) -> list[Path]:
             files[Path(outputs.charts) / f"{name}.svg"] = content
             if outputs.png:
                 files[Path(outputs.charts) / f"{name}.png"] = png(content)
+    write_files(files)
+    return list(files)
+
+
+def write_files(files: Mapping[Path, bytes]) -> None:
+    """Write files and replace existing ones. Raises ShortageError when one cannot be written."""
     for path, content in files.items():
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -84,7 +91,6 @@ def write_report(report: BenchReport, outputs: ReportOutputs) -> list[Path]:
             raise ShortageError(
                 f"{path} cannot be written ({error.strerror})", todo="Choose another place"
             ) from error
-    return list(files)
 
 
 def png(drawing: bytes) -> bytes:

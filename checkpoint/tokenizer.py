@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -106,6 +107,28 @@ class Tokenizer:
             encoding, add_special_tokens=add_special_tokens
         ).ids
         return kept
+
+    def encode_pairs(
+        self, pairs: Iterable[tuple[str, str]], max_tokens: int | None = None
+    ) -> Iterator[list[int]]:
+        """Yield the ids of pairs of texts, with the special tokens that are put around a pair.
+
+        Of more than `max_tokens`, the first ones are kept. A text that many pairs have in common is
+        tokenized once.
+        """
+
+        @functools.lru_cache(maxsize=2)  # a query stays, its documents go
+        def encoding_of(text: str) -> Any:
+            encoding = self._tokenizer.encode(text, add_special_tokens=False)
+            if max_tokens is not None:
+                encoding.truncate(max_tokens)
+            return encoding
+
+        for first, second in pairs:
+            ids: list[int] = self._tokenizer.post_process(
+                encoding_of(first), encoding_of(second)
+            ).ids
+            yield ids[:max_tokens]
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of `ids`."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from llmkit.bench.bench_options import (
@@ -12,10 +14,12 @@ from llmkit.bench.bench_options import (
     LoadOptions,
     ReportOutputs,
 )
+from llmkit.bench.routing.route_options import RouteBenchOptions
 from llmkit.cli.output import Output
 from llmkit.common.errors import UsageError
 from llmkit.common.option_values import require_url
-from llmkit.common.options import Argument, ExcludeFields, Option
+from llmkit.common.options import DEVICE, Argument, ExcludeFields, Option
+from llmkit.runtime.engine.sampling_params import Pooling
 
 if TYPE_CHECKING:
     from llmkit.bench.bench_report import BenchReport
@@ -77,6 +81,54 @@ class ShowArguments:
     outputs: Annotated[ReportOutputs, ExcludeFields(("json",))]
 
 
+@dataclass(frozen=True, kw_only=True)
+class RouteArguments:
+    """What `llmkit bench route` takes."""
+
+    tiers: Annotated[
+        tuple[str, ...],
+        Argument(
+            "Two tiers, the cheap one first: checkpoints, or URLs of OpenAI-compatible servers.",
+            metavar="NAME=MODEL",
+            completes_models=True,
+        ),
+    ] = ()
+    outputs: Annotated[ReportOutputs, ExcludeFields(("csv", "charts", "png", "junit", "summary"))]
+    options: RouteBenchOptions
+
+
+@dataclass(frozen=True, kw_only=True)
+class SemanticCacheArguments:
+    """What `llmkit bench semantic-cache` takes."""
+
+    model: Annotated[
+        str,
+        Argument(
+            "The checkpoint that embeds the questions.", metavar="MODEL", completes_models=True
+        ),
+    ]
+    pairs: Annotated[
+        str,
+        Option(
+            'Your pairs of questions: JSONL of {"first", "second", "same"}, or JSON with "pairs"; '
+            "builtin: 270 pairs in English.",
+            metavar="FILE|builtin",
+        ),
+    ] = "builtin"
+    pooling: Annotated[Pooling, Option("last or mean, as serve's --pooling.", metavar="KIND")] = (
+        "last"
+    )
+    device: Annotated[str, DEVICE] = "auto"
+    chart: Annotated[
+        Path | None,
+        Option("Write the curve of right and wrong hits as SVG.", metavar="FILE", unset="none"),
+    ] = None
+    outputs: Annotated[
+        ReportOutputs,
+        ExcludeFields(("csv", "charts", "png", "junit", "summary", "html")),
+    ]
+
+
 def bench(output: Output, arguments: BenchArguments) -> None:
     """Measure speed and quality of checkpoints and servers, side by side."""
     from llmkit.bench import run_bench
@@ -114,6 +166,62 @@ def show(output: Output, arguments: ShowArguments) -> None:
     from llmkit.bench.bench_report import read_report
 
     _print(output, read_report(arguments.file), arguments.outputs)
+
+
+def route(output: Output, arguments: RouteArguments) -> None:
+    """Calibrate a route of two tiers on your prompts, and draw its cost against the agreement with
+    the large tier's answers.
+    """
+    from llmkit.bench.report_files import check_outputs, write_files
+    from llmkit.bench.routing import route_report
+    from llmkit.bench.routing.calibrate_route import calibrate_route, parse_tiers, write_route
+
+    outputs = arguments.outputs
+    options = arguments.options
+    check_outputs(outputs)
+    tiers = parse_tiers(arguments.tiers)
+    report, content = calibrate_route(tiers, options, output.progress())
+    files = {}
+    if outputs.json:
+        files[Path(outputs.json)] = route_report.json_text(report)
+    if outputs.html:
+        files[Path(outputs.html)] = route_report.report_page(report)
+    write_files(files)
+    written = [*files]
+    if options.route_file is not None:
+        write_route(options.route_file, content, report)
+        written.append(options.route_file)
+    for path in written:
+        output.message(f"written: {path}")
+    output.result(
+        report.to_json(), lambda console: console.print(route_report.render_report(report))
+    )
+    report.require_gates()
+
+
+def semantic_cache(output: Output, arguments: SemanticCacheArguments) -> None:
+    """Count right and wrong hits of serve's --semantic-cache at each threshold, on pairs of
+    questions that have the same answer or not.
+    """
+    from llmkit.bench.report_files import check_outputs, write_files
+    from llmkit.bench.semantic import cache_report
+
+    outputs = arguments.outputs
+    check_outputs(outputs)
+    report = cache_report.semantic_report(
+        arguments.model, arguments.pairs, arguments.pooling, arguments.device
+    )
+    files = {}
+    if outputs.json:
+        files[Path(outputs.json)] = f"{json.dumps(report.to_json(), indent=1)}\n".encode()
+    if arguments.chart is not None:
+        files[arguments.chart] = cache_report.chart(report).encode()
+    write_files(files)
+    for path in files:
+        output.message(f"written: {path}")
+    output.result(
+        report.to_json(), lambda console: console.print(cache_report.render_report(report))
+    )
 
 
 def _load(arguments: BenchArguments) -> LoadOptions | None:

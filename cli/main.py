@@ -73,7 +73,9 @@ def _root(
 
 
 SHARD_EPILOG = "Also: llmkit shard plan | verify | merge, each with its own --help."
-BENCH_EPILOG = "Also: llmkit bench compare | show, each with its own --help."
+BENCH_EPILOG = (
+    "Also: llmkit bench compare | show | route | semantic-cache, each with its own --help."
+)
 RECIPES_EPILOG = "Also: llmkit recipes list | show | copy | validate | schema."
 
 # In the order of `llmkit --help`.
@@ -89,6 +91,8 @@ COMMANDS = {
         Command("bench", bench.bench, bench.BenchArguments, BENCH_EPILOG),
         Command("bench compare", bench.compare, bench.CompareArguments),
         Command("bench show", bench.show, bench.ShowArguments),
+        Command("bench route", bench.route, bench.RouteArguments),
+        Command("bench semantic-cache", bench.semantic_cache, bench.SemanticCacheArguments),
         Command("serve", serve.serve, serve.ServeArguments),
         Command("chat", chat.chat, chat.ChatArguments),
         Command("ps", servers_list.ps, recipes.NoArguments),

@@ -19,11 +19,22 @@ from llmkit.common.errors import InputError, UsageError
 from llmkit.common.formatting import bytes_text
 from llmkit.common.option_values import within
 from llmkit.common.options import Argument, Option
-from llmkit.runtime.engine.engine_options import EngineOptions, duplicate_adapter
+from llmkit.runtime.engine.engine_options import NO_KV_OFFLOAD, EngineOptions, duplicate_adapter
 from llmkit.runtime.server.serve_options import SERVER_PANEL, ServeOptions, default_name
+from llmkit.runtime.server.tiers.upstream_urls import is_upstream
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+    from llmkit.runtime.server.tiers.route_config import Routing
+
+
+ROUTES_PANEL = "Routes"
+
+
+def _at_least_one(option: str, value: int | None) -> None:
+    if value is not None:
+        within(1)(option, value)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,17 +61,41 @@ class ServeArguments:
             follows="ep",
         ),
     ] = ()
+    route: Annotated[
+        tuple[str, ...],
+        Option(
+            "A name that several models answer, the cheapest first: a model that is not sure of "
+            "its answer leaves it to the next; repeat for more (docs/routing.md).",
+            metavar="NAME=TIER,TIER[:RULE]",
+            unset="none",
+            follows="dp",
+            in_recipes=False,
+            panel=ROUTES_PANEL,
+        ),
+    ] = ()
+    route_config: Annotated[
+        Path | None,
+        Option(
+            "A YAML file of routes and of tiers at URLs, as `llmkit bench route` writes it.",
+            metavar="FILE",
+            unset="none",
+            follows="route",
+            in_recipes=False,
+            panel=ROUTES_PANEL,
+        ),
+    ] = None
     max_loaded: Annotated[
-        int,
+        int | None,
         Option(
             "With several models: the maximum that are loaded at a time.",
             metavar="N",
-            check=within(1),
+            unset="1, or as many as one route has",
+            check=_at_least_one,
             follows="dp",
             in_recipes=False,
             panel=SERVER_PANEL,
         ),
-    ] = 1
+    ] = None
     idle_timeout: Annotated[
         float,
         Option(
@@ -99,6 +134,11 @@ def serve(output: Output, arguments: ServeArguments) -> int:
     models = named_models(arguments.options.model, arguments.more)
     if models:
         _refuse_options_of_one_model(arguments)
+    elif arguments.route or arguments.route_config is not None:
+        raise UsageError(
+            "--route and --route-config are for several models, and there is one",
+            "NAME=MODEL or NAME=https://HOST/v1 for each tier was expected",
+        )
     options = server_options(arguments, output.debug)
     if arguments.plan:
         return _plan(output, options.model, options.engine)
@@ -110,6 +150,7 @@ def serve(output: Output, arguments: ServeArguments) -> int:
     if models:
         from llmkit.runtime.server.router.check_models import ModelCheck
 
+        models, routing = _routing(arguments, models)
         with ModelCheck(options, models) as check:
             # Imported here, while the process checks the models.
             from llmkit.runtime.server.router.run_models import run_models
@@ -117,12 +158,13 @@ def serve(output: Output, arguments: ServeArguments) -> int:
             return run_models(
                 options,
                 models,
-                arguments.max_loaded,
+                _max_loaded(arguments, models, routing),
                 arguments.idle_timeout,
                 lambda text: output.message(f"llmkit serve: {text}"),
                 lambda facts: output.result(facts, lambda console: None),
                 started_at,
                 check.wait,
+                routing,
             )
     return run_server(
         options,
@@ -130,6 +172,31 @@ def serve(output: Output, arguments: ServeArguments) -> int:
         lambda facts: _ready(output, facts),
         started_at,
     )
+
+
+def _routing(arguments: ServeArguments, models: dict[str, str]) -> tuple[dict[str, str], Routing]:
+    """The local models, and the routes over them and over URLs. Raises UsageError."""
+    # Keeps pydantic off the start path of servers of one model.
+    from llmkit.runtime.server.http.api_keys import load_api_keys
+    from llmkit.runtime.server.tiers.route_config import load_routing, split_upstreams
+
+    local, upstreams = split_upstreams(models)
+    key_names = [client.name for client in load_api_keys(arguments.options) if client.name]
+    words = arguments.route
+    return local, load_routing(words, arguments.route_config, local, upstreams, key_names)
+
+
+def _max_loaded(arguments: ServeArguments, models: Mapping[str, str], routing: Routing) -> int:
+    """The models that are loaded at a time. Raises UsageError where a route needs more."""
+    needed = max(1, routing.num_local(models))
+    given = arguments.max_loaded
+    if given is not None and given < needed:
+        raise UsageError(
+            f"--max-loaded {given}: a route has {needed} models of this server as tiers",
+            "All tiers of a route are loaded at the same time",
+            f"Give --max-loaded {needed}",
+        )
+    return given or needed
 
 
 def server_options(arguments: ServeArguments, debug: bool = False) -> ServeOptions:
@@ -230,6 +297,8 @@ def _refuse_options_of_one_model(arguments: ServeArguments) -> None:
     given = {
         "--lora": options.engine.adapters,
         "--lora-dir": options.lora_dir,
+        "--reload-dir": options.reload_dir,
+        "--enable-sleep-mode": options.enable_sleep_mode or None,
         "--served-model-name": arguments.served_model_name,
         "--plan": arguments.plan,
         "--grpc-port": options.grpc_port is not None,
@@ -270,6 +339,8 @@ def _with_local_models(output: Output, arguments: ServeArguments) -> ServeArgume
 def _local_argument(output: Output, argument: str) -> str:
     """[NAME=]MODEL with a local copy in the place of a URL; a URL without a name gets one."""
     name, equals, reference = argument.partition("=")
+    if equals and is_upstream(reference):
+        return argument
     if equals and is_url(reference):
         return f"{name}={_local_copy(output, reference)}"
     if is_url(argument):
@@ -347,6 +418,16 @@ def _state_rows(plan: Mapping[str, Any]) -> list[tuple[str, str]]:
     ]
 
 
+def _host_rows(plan: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The row about --kv-offload, if it was given."""
+    if "kv_offload_bytes" not in plan:
+        return []
+    text = NO_KV_OFFLOAD
+    if plan["kv_offload_bytes"]:
+        text = f"{bytes_text(plan['kv_offload_bytes'])} ({plan['kv_offload_tokens']:,} tokens)"
+    return [("KV cache in host memory", text)]
+
+
 def memory_rows(plan: Mapping[str, Any]) -> list[tuple[str, str]]:
     """The rows of the memory table: each part's name and size."""
     rows = [
@@ -359,6 +440,7 @@ def memory_rows(plan: Mapping[str, Any]) -> list[tuple[str, str]]:
     rows += [
         ("workspace of a step, at most", bytes_text(plan["workspace_bytes"])),
         ("KV cache", bytes_text(plan["kv_cache_bytes"])),
+        *_host_rows(plan),
         ("KV cache of a token", bytes_text(plan["kv_bytes_per_token"])),
         ("tokens in the KV cache", f"{plan['kv_cache_tokens']:,} ({plan['kv_blocks']:,} blocks)"),
         *_state_rows(plan),

@@ -11,9 +11,9 @@ import json
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from functools import lru_cache
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
-from jinja2 import Template, TemplateError, TemplateSyntaxError, nodes
+from jinja2 import Template, TemplateError, TemplateSyntaxError, meta, nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -70,6 +70,24 @@ def check_chat_template(template: str) -> None:
         raise ChatTemplateError(f"line {error.lineno}: {error.message}") from error
     except RecursionError as error:
         raise ChatTemplateError("it is nested too deeply") from error
+
+
+class TemplateFacts(NamedTuple):
+    """What the text of a template says about it."""
+
+    variables: frozenset[str]  # that it reads and does not set before
+    texts: frozenset[str]  # its string constants
+
+
+@lru_cache(maxsize=16)
+def template_facts(template: str) -> TemplateFacts:
+    """Return the facts of a template that compiles. Nothing of it is computed."""
+    tree = _environment(optimized=False).parse(template)
+    constants = (node.value for node in tree.find_all(nodes.Const))
+    return TemplateFacts(
+        frozenset(meta.find_undeclared_variables(tree)),
+        frozenset(value for value in constants if isinstance(value, str)),
+    )
 
 
 @lru_cache(maxsize=16)

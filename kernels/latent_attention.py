@@ -26,19 +26,21 @@ from llmkit.kernels.attention import paged_attention
 from llmkit.kernels.attention_metadata import AttentionBatch, AttentionMetadata, Prompt
 from llmkit.kernels.cpu import cpu_kernels, cpu_latent
 from llmkit.kernels.cpu.cpu_latent import CpuLatentProjection
+from llmkit.kernels.cpu.packed_cache import can_pack
 from llmkit.kernels.kv_cache import KVCache
 from llmkit.kernels.latent_cache import LatentCache
 
-# New tokens of a sequence from which a GPU computes the expanded form, and the most memory that the
-# keys and values of some heads may take.
-MIN_EXPANDED_QUERIES = 128
+# New tokens of a sequence from which it is computed in the expanded form, and the most memory that
+# the keys and values of some heads may take.
+MIN_EXPANDED_QUERIES = 256
 EXPANDED_BYTES = 1 << 26
 
 
 class LatentProjection(Protocol):
-    """The weight of kv_b, [N * (P + V), L], for the absorbed form."""
+    """The weight of kv_b, [N * (P + V), L], in both forms."""
 
     nbytes: int
+    value_dim: int  # V
 
     def absorb(self, q: torch.Tensor) -> torch.Tensor:
         """Queries [T, N, P + R] as queries of the latents, [T, N, L + R]. q: contiguous."""
@@ -46,6 +48,13 @@ class LatentProjection(Protocol):
 
     def project(self, latents: torch.Tensor) -> torch.Tensor:
         """Weighted sums of latents [T, N, L] as those of values, [T, N, V]."""
+        ...
+
+    def expand(self, latents: torch.Tensor, heads: range, head_dim: int) -> torch.Tensor:
+        """The keys and values of some heads, for latents [n, L + R]: [n, 2 * heads, head_dim].
+
+        The keys come first. A value ends with zeros: head_dim is P + R, which V does not exceed.
+        """
         ...
 
 
@@ -70,11 +79,17 @@ class DenseLatentProjection:
         """See `LatentProjection`."""
         return torch.bmm(latents.transpose(0, 1), self._values.mT).transpose(0, 1).contiguous()
 
-    def expand(self, latents: torch.Tensor, first: int, end: int) -> torch.Tensor:
-        """Latents [n, L] as keys without a position and values of some heads, [n, heads, P + V]."""
-        weight = self._by_head[first:end]
-        kv: torch.Tensor = linear(latents, weight.flatten(0, 1)).unflatten(1, (len(weight), -1))
-        return kv
+    def expand(self, latents: torch.Tensor, heads: range, head_dim: int) -> torch.Tensor:
+        """See `LatentProjection`."""
+        weight = self._by_head[heads.start : heads.stop]
+        rank = weight.shape[2]
+        kv = linear(latents[:, :rank], weight.flatten(0, 1)).unflatten(1, (len(heads), -1))
+        keys, values = kv.split((self._no_position, self.value_dim), dim=2)
+        both = latents.new_zeros(len(latents), 2 * len(heads), head_dim)
+        both[:, : len(heads), : self._no_position] = keys
+        both[:, : len(heads), self._no_position :] = latents[:, None, rank:]
+        both[:, len(heads) :, : self.value_dim] = values
+        return both
 
 
 def latent_projection(
@@ -112,16 +127,15 @@ def mla_attention(
     batch: AttentionBatch,
     scale: float,
     rank: int,
-    value_dim: int,
 ) -> torch.Tensor:
     """Attention of queries [T, N, P + R] to a cache that holds this step's latents: [T, N, V].
 
-    With a dense projection (on a GPU), a sequence with many new tokens is computed in the expanded
-    form; others in the absorbed one. Compiled CPU kernels compute all in the absorbed form, so that
-    a result does not depend on how a prompt was cut. What else is in the batch changes no form.
+    A sequence with many new tokens is computed in the expanded form; others in the absorbed one.
+    What else is in the batch changes no form.
     """
     split = None
-    if isinstance(projection, DenseLatentProjection) and value_dim <= q.shape[2]:
+    value_dim = projection.value_dim
+    if value_dim <= q.shape[2]:
         split = batch.split_prompts(MIN_EXPANDED_QUERIES)
 
     def absorbed(rows: torch.Tensor, own: AttentionBatch) -> torch.Tensor:
@@ -131,46 +145,41 @@ def mla_attention(
 
     if split is None:
         return absorbed(q, batch)
-    assert isinstance(projection, DenseLatentProjection)
     out = q.new_empty(*q.shape[:2], value_dim)
     if split.others is not None and split.other_rows is not None:
         out[split.other_rows] = absorbed(q[split.other_rows], split.others)
     for prompt in split.prompts:
-        out[prompt.rows] = _expanded_prompt(q[prompt.rows], projection, cache, prompt, scale, rank)
+        out[prompt.rows] = _expanded_prompt(q[prompt.rows], projection, cache, prompt, scale)
     return out
 
 
 def _expanded_prompt(
     q: torch.Tensor,
-    projection: DenseLatentProjection,
+    projection: LatentProjection,
     cache: LatentCache,
     prompt: Prompt,
     scale: float,
-    rank: int,
 ) -> torch.Tensor:
     """The expanded form for one sequence. q: [queries, N, P + R]. Returns [queries, N, V].
 
-    Keys and values of some heads at a time are in memory, as a paged cache of their own, whose
-    values are padded to the size of keys.
+    Keys and values of some heads at a time are in memory, as a paged cache of their own.
     """
     num_heads, head_dim = q.shape[1:]
     latents = cache.gather(prompt.blocks, q.dtype)  # [n, L + R], to the end of the last block
     num_tokens = len(latents)
+    block_size = cache.kv.shape[2]
     bytes_of_head = 2 * num_tokens * head_dim * q.element_size()
     group = max(1, min(num_heads, EXPANDED_BYTES // bytes_of_head))
-    block_size = cache.kv.shape[2]
+    is_packed = can_pack(block_size, head_dim, q.dtype, q.device)
+    slots = torch.arange(num_tokens, device=q.device)
     outputs = []
     for first in range(0, num_heads, group):
-        kv = projection.expand(latents[:, :rank], first, first + group)  # [n, g, P + V]
-        keys, values = kv.split((kv.shape[2] - projection.value_dim, projection.value_dim), dim=2)
-        heads = kv.shape[1]
-        both = q.new_zeros(2, heads, num_tokens, head_dim)
-        both[0, :, :, : keys.shape[2]] = keys.transpose(0, 1)
-        both[0, :, :, keys.shape[2] :] = latents[:, rank:]
-        both[1, :, :, : projection.value_dim] = values.transpose(0, 1)
-        expanded = KVCache(both.view(2 * heads, -1, block_size, head_dim))
-        own = q[:, first : first + heads].contiguous()
-        sums = paged_attention(own, expanded, prompt.batch.metadata(None), scale)
+        heads = range(first, min(first + group, num_heads))
+        shape = 2 * len(heads), num_tokens // block_size, block_size, head_dim
+        expanded = KVCache(q.new_empty(shape), is_packed=is_packed)
+        expanded.store(projection.expand(latents, heads, head_dim), slots)
+        own = q[:, heads.start : heads.stop]
+        sums = paged_attention(own.contiguous(), expanded, prompt.batch.metadata(None), scale)
         outputs.append(sums[:, :, : projection.value_dim])
     return torch.cat(outputs, dim=1)
 

@@ -721,7 +721,9 @@ class Decoder:
         missing = example.new_empty(0)  # stands for tensors that only other pipeline stages hold
         self.embed_tokens = TokenEmbedding(spec, tensors, self.dtype, parallel_group)
         head = linears.get("lm_head")
-        if head is None:
+        if spec.num_labels:
+            head = Linear(tensors.pop("score.weight", missing), None)
+        elif head is None:
             if spec.tie_word_embeddings:
                 weight = self.embedding
             else:
@@ -850,8 +852,13 @@ class Decoder:
         return {name: rope(positions) for name, rope in self.ropes.items()}
 
     def logits(self, hidden: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """[n, H] -> [n, vocab] of `dtype`; a rank computes only its part of the vocabulary."""
+        """[n, H] -> [n, vocab] of `dtype`; a rank computes only its part of the vocabulary.
+
+        A model with a classification head computes the logits of all labels, [n, num_labels].
+        """
         spec = self.spec
+        if spec.num_labels:  # its weight is float32
+            return self.head(hidden.float()).to(dtype)
         logits = self.head(hidden).to(dtype)
         if spec.logit_scale != 1.0:
             logits = logits * spec.logit_scale

@@ -17,6 +17,12 @@ from typing import TYPE_CHECKING, Any
 from llmkit.checkpoint.config_defaults import FAMILIES
 from llmkit.checkpoint.hf_config import complete_config
 from llmkit.common.errors import InputError
+from llmkit.model.classifiers import (
+    is_classifier,
+    not_supported,
+    num_labels,
+    text_architecture,
+)
 from llmkit.model.dense_families import DENSE_FAMILIES
 from llmkit.model.family_fields import (
     FamilyFunction,
@@ -94,6 +100,8 @@ def model_spec(
     allow.
     """
     architecture = architecture_of(config)
+    if is_classifier(architecture):
+        return _classifier_spec(config, tensors)
     text = text_model(config, tensors)
     names: dict[str, Any] = {}  # the fields of ModelSpec about the checkpoint's names
     if text is not None:
@@ -163,6 +171,25 @@ def model_spec(
         )
     _check_values(spec)
     return spec
+
+
+def _classifier_spec(config: dict[str, Any], tensors: Mapping[str, tuple[int, ...]]) -> ModelSpec:
+    """The spec of a model with a classification head: its text model's, with another head."""
+    architecture = architecture_of(config)
+    text = text_architecture(architecture)
+    if text not in SUPPORTED:
+        raise not_supported(architecture)
+    spec = model_spec({**config, "architectures": [text]}, tensors)
+    return replace(
+        spec,
+        architecture=architecture,
+        num_labels=num_labels(config),
+        tie_word_embeddings=False,
+        # Neither a head that drafts tokens nor changes to a token's logits have a meaning here.
+        mtp=None,
+        logit_scale=1.0,
+        final_logit_softcapping=None,
+    )
 
 
 def _with_stored_names(spec: ModelSpec, tensors: Collection[str]) -> ModelSpec:

@@ -1,9 +1,9 @@
 """Multi-head latent attention in a decoder layer (DeepSeek V2 and V3; kernels/latent_attention.py).
 
-A model that is loaded for serving computes the absorbed form, and long parts of prompts on a GPU in
-the expanded one (see `kernels.latent_attention.mla_attention`). Where linear layers are dense, for
-calibration and learned rounding, the expanded form runs: there `kv_b` is a linear layer like
-others, whose inputs can be observed. Inputs of `kv_b` are never rounded.
+A model that is loaded for serving computes long parts of prompts in the expanded form, and other
+tokens in the absorbed one (see `kernels.latent_attention.mla_attention`). Where linear layers are
+dense, for calibration and learned rounding, the expanded form runs: there `kv_b` is a linear layer
+like others, whose inputs can be observed. Inputs of `kv_b` are never rounded.
 
 Legend: T tokens, H hidden, N heads; the others are those of kernels/latent_attention.py.
 """
@@ -32,7 +32,7 @@ from llmkit.model.spec import MlaSpec, ModelSpec
 
 
 class LatentLinear(Linear):
-    """`kv_b` for serving, in the absorbed form.
+    """`kv_b` for serving, in both forms.
 
     `weight` is on the meta device: it has a shape but no values.
     """
@@ -74,9 +74,7 @@ def mla_mixer(
     kv_b = layer.linears["attn.kv_b"]
     rank = mla.kv_lora_rank
     if isinstance(kv_b, LatentLinear):
-        out = mla_attention(
-            q, kv_b.projection, cache, batch, spec.attention_scale, rank, mla.v_head_dim
-        )
+        out = mla_attention(q, kv_b.projection, cache, batch, spec.attention_scale, rank)
     else:
         out = expanded_attention(
             q, kv_b, latents, cache, metadata, spec.attention_scale, rank, mla.v_head_dim

@@ -29,6 +29,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import replace
 
+from llmkit.model.classifiers import HEAD_MODULE
 from llmkit.model.draft_head_rows import draft_head_rows
 from llmkit.model.mla_rows import mla_rows
 from llmkit.model.parameter import (
@@ -191,7 +192,10 @@ def _model_rows(spec: ModelSpec) -> Iterator[Parameter]:
         source = f"{spec.tensor_prefix}.{module_name(spec, 'norm')}.{kind}"
         norm = SourceTensor(source, (spec.hidden_size,))
         yield Parameter(f"norm.{kind}", (norm,), (num_layers,), input_from=last_linear)
-    if not spec.tie_word_embeddings:
+    if spec.num_labels:
+        score = SourceTensor(f"{HEAD_MODULE}.weight", (spec.num_labels, spec.hidden_size))
+        yield Parameter("score.weight", (score,), (num_layers,), is_float32=True)
+    elif not spec.tie_word_embeddings:
         head = SourceTensor(f"{spec.lm_head_name}.weight", shape, vocab)
         yield Parameter("lm_head.weight", (head,), (num_layers,), input_from="norm.weight")
 

@@ -354,6 +354,9 @@ class ModelSpec:
     # vision tower or an MTP head (`mtp`). Outputs get them byte for byte.
     carried: tuple[str, ...] = ()
     tie_word_embeddings: bool = False
+    # Rows of the classification head, which such a model has in place of the output projection; 0:
+    # the model generates text (see classifiers.py).
+    num_labels: int = 0
     # A second embedding gives every layer a vector of this size for each token (Gemma 4); 0: none.
     per_layer_input_size: int = 0
     layer_scalar: bool = False  # a number multiplies the output of each layer

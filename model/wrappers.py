@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from llmkit.common.errors import InputError
+from llmkit.model.classifiers import HEAD_MODULE
 from llmkit.model.spec import (
     ATTENTION_MIXERS,
     DraftHeadSpec,
@@ -242,6 +243,15 @@ def module_names(spec: ModelSpec, module: str) -> list[str]:
         return list(dict.fromkeys([module, *(name.lm_head for name in names)]))
     rest = module.removeprefix(spec.tensor_prefix)
     return list(dict.fromkeys([module, *(name.prefix + rest for name in names)]))
+
+
+def head_modules(spec: ModelSpec) -> list[str]:
+    """The names of the output projection, or of the classification head, in such a config.
+
+    Configs say "lm_head", whatever the name of the module.
+    """
+    heads = ["lm_head", *module_names(spec, spec.lm_head_name)]
+    return list(dict.fromkeys([*heads, *([HEAD_MODULE] if spec.num_labels else [])]))
 
 
 def checkpoint_name(spec: ModelSpec, module: str) -> str:

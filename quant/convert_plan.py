@@ -35,7 +35,7 @@ from llmkit.model.checkpoint_tensors import (
     scheme_of,
 )
 from llmkit.model.parameter_table import parameters
-from llmkit.model.wrappers import module_names
+from llmkit.model.wrappers import head_modules, module_names
 from llmkit.quant.convert_difference import does_not_carry_over, stored_difference
 from llmkit.quant.convert_source import ConvertSource, StoredWeight
 from llmkit.quant.output_layout import (
@@ -253,14 +253,14 @@ def _config(
     common = Counter(schemes.values()).most_common(1)[0][0]
     ignore: dict[str, None] = {}
     overrides: dict[str, Scheme] = {}
-    head_names = dict.fromkeys(["lm_head", *module_names(spec, spec.lm_head_name)])
+    head_names = head_modules(spec)
     # Mixed schemes of modelopt have no default: it names every module.
     has_default = target != "modelopt" or len(set(schemes.values())) == 1
     for parameter in parameters(spec):
         for name in parameter.source_names:
             module = name.removesuffix(".weight")
             is_head = parameter.is_lm_head
-            modules = list(head_names) if is_head else module_names(spec, module)
+            modules = head_names if is_head else module_names(spec, module)
             scheme = schemes.get(name)
             is_router = len(parameter.shape) == 2 and parameter.name.startswith("layers.")
             is_router = is_router and target in _NAMES_ROUTERS

@@ -1,11 +1,12 @@
 """Measures how much KL divergence each scheme costs at each linear, for mixed precision.
 
-Each linear is quantized alone, as it will be at run time, and the divergence of the model's output
-is measured. All these variants of the model run through the layers together, so the model is read
-once, or a few times where the hidden states of all variants do not fit in memory.
+Each linear is quantized alone, as it will be at run time, to one scheme, and the divergence of the
+model's output is measured. All these variants of the model run through the layers together, so the
+model is read once, or a few times where the hidden states of all variants do not fit in memory.
 
-Schemes that cannot be worth their bits are not measured: within a linear, the KL is about
-proportional to the squared error of its output, which is known before the variant runs.
+Within a linear, the KL is about proportional to the squared error of its output. That error is
+known for every scheme without running the layers that follow, so the KL of the other schemes is
+computed from it. Schemes that cannot be worth their bits are left out.
 
 Legend: T tokens of the text.
 """
@@ -29,7 +30,7 @@ from llmkit.quant.quantize_linear import quantize_linear
 from llmkit.quant.scheme_candidates import UNQUANTIZED, LinearUnit
 
 MAX_WINDOW_TOKENS = 128
-# A scheme is measured if its error is at most this much above the line through the errors of better
+# A scheme is a choice if its error is at most this much above the line through the errors of better
 # choices of fewer and of more bits.
 SLACK = 1.25
 NAME_UNIFORM = ""  # the variants that quantize all linears, among the names of units
@@ -54,7 +55,7 @@ class LayerSensitivity:
     name: str
     modules: tuple[str, ...]  # runtime modules
     num_weights: int
-    # By the name of the choice, of those that were measured; UNQUANTIZED has a KL of 0.
+    # By the name of the choice, of those that may be worth their bits; UNQUANTIZED has a KL of 0.
     costs: Mapping[str, SchemeCost]
 
 
@@ -138,7 +139,9 @@ def _run_pass(
     calibration = source.embed(windows[0]) if needs_text else [base.snapshot()]
     names = dict.fromkeys(choice for unit in units for choice in unit.schemes)
     uniform = {choice: base.snapshot() for choice in names if first_layer == 0}
-    singles: dict[_Variant, MicroBatch] = {}
+    singles: dict[str, MicroBatch] = {}  # by name of the unit
+    # By choice, over that of the unit's variant in `singles`.
+    relative_errors: dict[str, dict[str, float]] = {}
     left: int | None = None
     for index in range(len(source.spec.layers)):
         layer = source.layer(index)
@@ -164,15 +167,26 @@ def _run_pass(
                 choice: _output_error(layer, quantized[unit.name, choice], stats)
                 for choice in unit.schemes
             }
-            for choice in _worth_measuring(unit, errors):
-                variant = base.snapshot()
-                _run_with(source, layer, quantized[unit.name, choice], variant)
-                singles[unit.name, choice] = variant
+            choices = _worth_their_bits(unit, errors)
+            if not choices:  # no scheme fits
+                continue
+            measured = max(choices, key=lambda choice: errors[choice])
+            largest = errors[measured] or 1.0  # all errors are 0 then
+            relative_errors[unit.name] = {choice: errors[choice] / largest for choice in choices}
+            variant = base.snapshot()
+            _run_with(source, layer, quantized[unit.name, measured], variant)
+            singles[unit.name] = variant
         source.run_layer(layer, [base])
         progress.advance(1, f"{len(singles)} variants")
-    variants = {(NAME_UNIFORM, choice): variant for choice, variant in uniform.items()} | singles
-    divergences = _kl_divergences(source, base, variants.values())
-    return dict(zip(variants, divergences, strict=True)), left
+    variants = [*uniform.values(), *singles.values()]
+    divergences = _kl_divergences(source, base, variants)
+    kl = {
+        (NAME_UNIFORM, choice): value for choice, value in zip(uniform, divergences, strict=False)
+    }
+    for name, value in zip(singles, divergences[len(uniform) :], strict=True):
+        for choice, error in relative_errors[name].items():
+            kl[name, choice] = value * error
+    return kl, left
 
 
 def _output_error(layer: DecoderLayer, weights: _Weights, stats: Mapping[str, InputStats]) -> float:
@@ -188,7 +202,7 @@ def _output_error(layer: DecoderLayer, weights: _Weights, stats: Mapping[str, In
     return total
 
 
-def _worth_measuring(unit: LinearUnit, errors: Mapping[str, float]) -> list[str]:
+def _worth_their_bits(unit: LinearUnit, errors: Mapping[str, float]) -> list[str]:
     """The choices whose errors are not far above the lower convex hull of errors by bits."""
     points = [(unit.stored_bits(choice), error) for choice, error in errors.items()]
     points.append((unit.stored_bits(UNQUANTIZED), 0.0))

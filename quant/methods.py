@@ -19,7 +19,7 @@ from llmkit.common.errors import InputError, UsageError
 from llmkit.model.parameter import Parameter
 from llmkit.model.parameter_table import parameters
 from llmkit.model.spec import ModelSpec
-from llmkit.model.wrappers import module_names
+from llmkit.model.wrappers import head_modules, module_names
 from llmkit.quant.algorithm import Algorithm, AutoRound
 from llmkit.quant.awq import AwqSmoother, ClippingQuantizer
 from llmkit.quant.gptq import GptqQuantizer
@@ -472,7 +472,7 @@ def build_quantization_config(
         check_groups(linears, options.chosen_scheme, scheme)
     lm_head_scheme = options.lm_head_scheme(scheme)
     ignored: list[str] = []
-    head_names = list(dict.fromkeys(["lm_head", *module_names(spec, spec.lm_head_name)]))
+    head_names = head_modules(spec)
     if lm_head_scheme is None:
         ignored += head_names
     if format_name in ("compressed-tensors", "fp8", "modelopt") and scheme is not None:

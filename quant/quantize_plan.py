@@ -315,6 +315,7 @@ def make_plan(source: str, out: Path, options: QuantizeOptions, progress: Progre
     checkpoint.require_unsharded()
     spec = checkpoint_spec(checkpoint)
     _check_fallback(spec, options)
+    _check_classifier(spec, options)
     if options.kv and not any(layer.mixer in ATTENTION_MIXERS for layer in spec.layers):
         raise InputError(
             f"--kv {options.kv} is not possible with {spec.architecture}",
@@ -471,6 +472,24 @@ def _check_fallback(spec: ModelSpec, options: QuantizeOptions) -> None:
             f"{spec.architecture} has no linear layers of the class nn.Linear to quantize",
             todo="Cast it with --method bf16 or fp16",
         )
+
+
+def _check_classifier(spec: ModelSpec, options: QuantizeOptions) -> None:
+    """Raises InputError for options that need a model that generates text, when it classifies."""
+    if not spec.num_labels:
+        return
+    for name, is_used, todo in (
+        ("measuring the quality of", options.evaluate, "Add --no-eval"),
+        ("--target-bits for", options.target_bits is not None, "Leave it out"),
+        ("--lm-head for", options.lm_head is not None, "Leave it out"),
+    ):
+        if is_used:
+            raise InputError(
+                f"{name} a {spec.architecture} is not possible: it has a classification head in"
+                " place of an output projection",
+                "A model that generates text",
+                todo,
+            )
 
 
 def _gguf_plan(

@@ -23,6 +23,7 @@ from llmkit.runtime.draft_source import open_draft
 from llmkit.runtime.engine.cuda_graphs import estimate_graph_bytes
 from llmkit.runtime.engine.draft_model import MAX_KNOWN_TOKENS
 from llmkit.runtime.engine.engine_options import EngineOptions
+from llmkit.runtime.kv_offload_memory import staging_bytes, with_host_memory
 from llmkit.runtime.memory_plan import (
     EXPANDED_WORKSPACE,
     MemoryPlan,
@@ -52,6 +53,7 @@ class EnginePlan:
     max_num_batched_tokens: int
     memory: MemoryPlan
     offload: OffloadPlan
+    uses_kv_offload: bool = False  # --kv-offload was given
 
     def as_dict(self) -> dict[str, str | int | dict[str, int]]:
         """The plan as one JSON-ready document."""
@@ -65,6 +67,9 @@ class EnginePlan:
         if self.offload.num_layers:
             document["host_layers"] = self.offload.num_layers
             document["host_weight_bytes"] = self.offload.weight_bytes
+        if self.uses_kv_offload:  # of one rank; 0 on a CPU
+            document["kv_offload_bytes"] = self.memory.host_bytes
+            document["kv_offload_tokens"] = self.memory.num_host_blocks * self.memory.block_size
         return document | self.memory.as_dict()
 
 
@@ -123,6 +128,7 @@ def plan_part(
     workspace = estimate_workspace(spec, dtype, max_num_batched_tokens, options.max_num_seqs)
     if spec.mla is not None and device.type != "cpu":
         workspace += EXPANDED_WORKSPACE
+    workspace += staging_bytes(spec, device, options)
     checkpoint_kv_dtype = None  # the dtype for which the checkpoint has scales
     if checkpoint.quantization is not None:
         checkpoint_kv_dtype = checkpoint.quantization.kv or None
@@ -192,7 +198,15 @@ def plan_part(
         block_size=BLOCK_SIZE,
         states=state_memory(spec, dtype, options),
     )
-    return EnginePlan(device, dtype, kv_cache_dtype, max_num_batched_tokens, memory, offload)
+    return EnginePlan(
+        device,
+        dtype,
+        kv_cache_dtype,
+        max_num_batched_tokens,
+        with_host_memory(memory, device, options, num_parts),
+        offload,
+        uses_kv_offload=bool(options.kv_offload),
+    )
 
 
 def state_memory(spec: ModelSpec, dtype: torch.dtype, options: EngineOptions) -> StateMemory:

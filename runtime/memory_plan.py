@@ -92,6 +92,10 @@ class MemoryPlan:
     bytes_per_state: int = 0  # over all layers
     num_state_rows: int = 0  # states in memory, checkpoints included
     num_state_snapshots: int = 0  # states at the ends of cached prefixes
+    # Host memory for what leaves the prefix cache (--kv-offload)
+    num_host_blocks: int = 0
+    num_host_states: int = 0
+    host_bytes: int = 0
 
     @property
     def kv_cache_bytes(self) -> int:
@@ -474,7 +478,7 @@ def estimate_workspace(
         sizes = spec.mla.qk_head_dim + spec.mla.v_head_dim
         sizes += spec.mla.latent_dim + spec.mla.kv_lora_rank
         latents = step_tokens * spec.num_heads * sizes * dtype.itemsize
-        activations = max(activations, latents)
+        activations = max(activations, latents + EXPANDED_WORKSPACE)
     if spec.recurrent is not None:  # projections, and on a GPU the states between chunks
         heads, keys, values = spec.recurrent.state_shape
         projected = 2 * spec.recurrent.conv_channels + 2 * heads * values

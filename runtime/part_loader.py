@@ -31,10 +31,11 @@ from llmkit.runtime.draft_source import open_draft
 from llmkit.runtime.engine.cuda_graphs import CudaGraphRunner
 from llmkit.runtime.engine.engine import Engine
 from llmkit.runtime.engine.engine_config import EngineConfig
-from llmkit.runtime.engine.engine_options import EngineOptions
+from llmkit.runtime.engine.engine_options import NO_KV_OFFLOAD, EngineOptions
 from llmkit.runtime.engine.grammar_matcher import GrammarMatcher
 from llmkit.runtime.engine_plan import EnginePlan, plan_part, state_memory
-from llmkit.runtime.memory_plan import loaded_bytes, measure_workspace, plan_memory
+from llmkit.runtime.kv_offload_memory import staging_bytes, with_host_memory
+from llmkit.runtime.memory_plan import MemoryPlan, loaded_bytes, measure_workspace, plan_memory
 from llmkit.runtime.weight_offload import WeightOffload
 
 if TYPE_CHECKING:
@@ -85,6 +86,8 @@ class LoadedPart:
                 f"{options.max_num_seqs}, as the recurrent states of each need "
                 f"{bytes_text(plan.memory.bytes_per_state * (1 + options.speculation.num_tokens))}"
             )
+        if plan.uses_kv_offload:
+            report.fast_paths.append(f"KV cache in host memory: {host_memory_text(plan.memory)}")
         if plan.offload.num_layers:
             report.fast_paths.append(
                 f"CUDA graphs: off, the weights of {plan.offload.num_layers} layers come from host "
@@ -100,6 +103,8 @@ class LoadedPart:
             max_num_batched_tokens=plan.max_num_batched_tokens,
             kv_cache_dtype=plan.kv_cache_dtype,
             enable_prefix_caching=options.prefix_cache,
+            num_host_blocks=plan.memory.num_host_blocks,
+            num_host_states=plan.memory.num_host_states,
             prefill_chunk_size=max(MIN_PREFILL_CHUNK, plan.max_num_batched_tokens // 4),
             async_scheduling=(
                 plan.device.type == "cuda"
@@ -159,6 +164,14 @@ class LoadedPart:
 
     def _compile_grammar(self, grammar: str) -> GrammarMatcher:
         return self._grammar_backend.compile(grammar)
+
+
+def host_memory_text(memory: MemoryPlan) -> str:
+    """What host memory keeps of the KV cache with --kv-offload."""
+    if not memory.num_host_blocks:
+        return NO_KV_OFFLOAD
+    num_tokens = memory.num_host_blocks * memory.block_size
+    return f"{bytes_text(memory.host_bytes)}, {num_tokens:,} tokens"
 
 
 def show_captured(number: int, total: int) -> None:
@@ -232,6 +245,7 @@ def load_part(
                 workspace = measure_workspace(
                     model, plan.max_num_batched_tokens, options.max_num_seqs
                 )
+                workspace += staging_bytes(spec, device, options)
         memory = plan_memory(
             model.spec,
             device.type,
@@ -245,6 +259,7 @@ def load_part(
             cuda_graph_bytes=memory.cuda_graph_bytes,
             states=state_memory(model.spec, plan.dtype, options),
         )
+        memory = with_host_memory(memory, device, options, num_parts)
     return LoadedPart(checkpoint, options, model, draft, replace(plan, memory=memory))
 
 

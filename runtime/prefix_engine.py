@@ -27,7 +27,6 @@ import torch
 from llmkit.checkpoint.checkpoint import Checkpoint
 from llmkit.common.errors import InputError
 from llmkit.common.formatting import bytes_text
-from llmkit.kernels.recurrent_state import RecurrentState
 from llmkit.runtime.engine.engine import Engine
 from llmkit.runtime.engine.engine_outputs import EngineOutput, EngineStats
 from llmkit.runtime.engine.engine_request import EngineRequest
@@ -57,20 +56,8 @@ class PrefixStoreEngine(Engine):
                 "A model with full attention in all layers was expected",
                 "Leave out --prefix-cache-dir; prefixes are cached in memory anyway",
             )
-        caches = list(self.runner.paged_model.kv_caches)
-        if self.runner.draft_model is not None:
-            caches += self.runner.draft_model.paged_model.kv_caches
-        block_tensors: list[torch.Tensor] = []  # [A, blocks, ...]; A: heads, or 1 for latents
-        state_tensors: list[torch.Tensor] = []  # [1, rows, ...]
-        for cache in caches:
-            if isinstance(cache, RecurrentState):
-                state_tensors += [tensor[None] for tensor in cache.tensors]
-            else:
-                block_tensors += cache.tensors
         self._blocks_per_page = PAGE_TOKENS // self.config.block_size
-        device = self.config.device
-        self._block_copier = PageCopier(block_tensors, self._blocks_per_page, device)
-        self._state_copier = PageCopier(state_tensors, 1, device)
+        self._attach_caches()
         page_bytes = self._block_copier.num_bytes + self._state_copier.num_bytes
         if limit_bytes < page_bytes:
             raise InputError(
@@ -78,8 +65,6 @@ class PrefixStoreEngine(Engine):
                 "tokens need",
                 f"At least {page_bytes} bytes ({bytes_text(page_bytes)}) were expected",
             )
-        if self.scheduler.states is not None:
-            self.scheduler.states.page_tokens = PAGE_TOKENS
         identity = model_identity(checkpoints, self.config)
         self._store = PrefixStore(folder, limit_bytes, identity)
         self._read_threads = ThreadPoolExecutor(_MAX_READS, "prefix-read")
@@ -96,6 +81,27 @@ class PrefixStoreEngine(Engine):
         self._writing: list[Future[None]] = []
         self._num_queries = 0
         self._num_hits = 0
+
+    def _attach_caches(self) -> None:
+        """Copy pages from and to the engine's caches as they are now."""
+        device = self.config.device
+        block_tensors = self.runner.block_tensors(0)
+        self._block_copier = PageCopier(block_tensors, self._blocks_per_page, device)
+        self._state_copier = PageCopier(self.runner.state_tensors(), 1, device)
+        if self.scheduler.states is not None:
+            self.scheduler.states.page_tokens = PAGE_TOKENS
+
+    def sleep(self) -> None:
+        """See `Engine.sleep`. The files of prefixes stay."""
+        super().sleep()
+        self._block_copier = PageCopier([], self._blocks_per_page, self.config.device)
+        self._state_copier = PageCopier([], 1, self.config.device)
+
+    def wake_up(self) -> None:
+        """See `Engine.wake_up`."""
+        if self.is_sleeping:
+            super().wake_up()
+            self._attach_caches()
 
     @property
     def has_work(self) -> bool:
@@ -183,7 +189,11 @@ class PrefixStoreEngine(Engine):
         return rows
 
     def _is_in_memory(self, page: Page) -> bool:
-        return self._rows(page) is not None
+        """Whether the scheduler finds the page, on the device or in host memory."""
+        if page.is_state:
+            assert self.scheduler.states is not None
+            return self.scheduler.states.has_snapshot(page.block_hashes[0])
+        return all(map(self.scheduler.pools[0].has_block, page.block_hashes))
 
     def _copier(self, page: Page) -> PageCopier:
         return self._state_copier if page.is_state else self._block_copier
@@ -260,6 +270,7 @@ class PrefixStoreEngine(Engine):
         if len(page.block_hashes) > pool.num_available_blocks:
             return False
         blocks = pool.allocate(len(page.block_hashes))
+        self.copy_host_blocks()  # saves what was in these blocks
         self._block_copier.restore(blocks, data)
         for block, block_hash in zip(blocks, page.block_hashes, strict=True):
             pool.cache_block(block, block_hash)
@@ -273,6 +284,7 @@ class PrefixStoreEngine(Engine):
         row = cache.allocate()
         if row is None:
             return False
+        self.copy_host_blocks()  # saves the state that was in this row
         self._state_copier.restore([row], data)
         cache.cache_row(row, page.block_hashes[0])
         cache.release(row)

@@ -15,8 +15,10 @@ PAGE_SUFFIX = ".kv"
 PARTIAL_SUFFIX = ".part"  # of a page that is being written
 
 
-def private_folder(path: str) -> Path:
+def private_folder(path: str, what: str = "the prefix cache's folder") -> Path:
     """Create the folder if it is missing, readable by its owner only.
+
+    what: its name in errors.
 
     Raises InputError when it is a file or other users can read it, ShortageError when it cannot be
     created or written.
@@ -26,23 +28,19 @@ def private_folder(path: str) -> Path:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         info = folder.stat()
     except FileExistsError:
-        raise InputError(
-            f"the prefix cache's folder is a file ({folder})", "A folder was expected"
-        ) from None
+        raise InputError(f"{what} is a file ({folder})", "A folder was expected") from None
     except OSError as error:
-        raise ShortageError(
-            f"the prefix cache's folder cannot be made ({folder}: {error.strerror})"
-        ) from None
+        raise ShortageError(f"{what} cannot be made ({folder}: {error.strerror})") from None
     if info.st_uid != os.geteuid() or info.st_mode & 0o077:
         raise InputError(
-            f"others may look into the prefix cache's folder ({folder}: "
+            f"others may look into {what} ({folder}: "
             f"mode {info.st_mode & 0o777:o}, owner {info.st_uid})",
             "A folder of your own with mode 700 was expected: "
             "prompts can be worked out from what is in it",
             f"chmod 700 {folder}, or name a folder that does not exist yet",
         )
     if not os.access(folder, os.W_OK | os.X_OK):
-        raise ShortageError(f"the prefix cache's folder cannot be written to ({folder})")
+        raise ShortageError(f"{what} cannot be written to ({folder})")
     return folder
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-_WORD_BYTES = 8
+from llmkit.runtime.engine.host_block_store import padded_bytes, word_rows
 
 
 @dataclass(eq=False)
@@ -44,13 +44,8 @@ class PageCopier:
         for tensor in tensors:
             if not tensor.numel():
                 continue
-            assert tensor.is_contiguous()
-            rows = tensor.flatten(2).view(torch.uint8)
-            page_bytes = rows.shape[0] * num_rows * rows.shape[2]
-            if rows.shape[2] % _WORD_BYTES == 0:  # larger elements are copied faster
-                rows = rows.view(torch.int64)
-            self._tensors.append((rows, page_bytes))
-        self.num_bytes = sum(_padded(page_bytes) for _, page_bytes in self._tensors)
+            self._tensors.append((word_rows(tensor), num_rows * tensor[:, :1].nbytes))
+        self.num_bytes = sum(padded_bytes(page_bytes) for _, page_bytes in self._tensors)
 
     @torch.inference_mode()
     def copy(self, page: Page, rows: list[int]) -> CopiedPage:
@@ -80,9 +75,4 @@ class PageCopier:
         for tensor, page_bytes in self._tensors:
             piece = data[start : start + page_bytes].view(tensor.dtype)
             yield tensor, piece.view(tensor.shape[0], self._num_rows, tensor.shape[2])
-            start += _padded(page_bytes)
-
-
-def _padded(num_bytes: int) -> int:
-    """The next multiple of a word's bytes: a view as words must begin at one."""
-    return -(-num_bytes // _WORD_BYTES) * _WORD_BYTES
+            start += padded_bytes(page_bytes)

@@ -1,4 +1,4 @@
-"""Multi-head latent attention by the compiled CPU kernels, in the absorbed form.
+"""Multi-head latent attention by the compiled CPU kernels: `kv_b`, and the absorbed form.
 
 Legend: T tokens of this step, N heads, P and R the parts of a head's query that have no position
 and a rotated one, L the rank of the latents, V the size of a head's values.
@@ -20,18 +20,18 @@ class CpuHeadLinear:
     """A linear layer of its own for each head. weights: [N, out, in], in even."""
 
     def __init__(self, weights: torch.Tensor) -> None:
-        self.num_heads, self.out_features, self.in_features = weights.shape
+        _, self.out_features, self.in_features = weights.shape
         assert self.in_features % 2 == 0
         weights = weights if weights.dtype in WEIGHT_TYPES else weights.float()
         self._weight_type = WEIGHT_TYPES[weights.dtype]
         self._packed = torch.stack([PackedWeight.pack(weight).q for weight in weights])
         self.nbytes = self._packed.nbytes
 
-    def __call__(self, x: torch.Tensor, y: torch.Tensor) -> None:
-        """y[:, :, :out] = x[:, :, :in] W' for each head.
+    def __call__(self, x: torch.Tensor, y: torch.Tensor, first_head: int = 0) -> None:
+        """y[:, :, :out] = x[:, :, :in] W' for each head from `first_head`.
 
-        x: float32 [T, N, in or more]; y: float32 [T, N, out or more]. Their last dimensions are
-        contiguous.
+        x: float32 [T, heads, in or more]; y: float32 [T, heads, out or more]. Their last dimensions
+        are contiguous.
         """
         assert cpu_kernels.library is not None
         cpu_kernels.library.head_linear(
@@ -39,27 +39,29 @@ class CpuHeadLinear:
             x.data_ptr(),
             x.stride(0),
             x.stride(1),
-            self._packed.data_ptr(),
+            self._packed[first_head].data_ptr(),
             y.data_ptr(),
             y.stride(0),
             y.stride(1),
             len(x),
             self.out_features,
             self.in_features,
-            self.num_heads,
+            y.shape[1],
         )
 
 
 class CpuLatentProjection:
-    """The weight of kv_b, for the absorbed form; see `latent_attention.LatentProjection`."""
+    """The weight of kv_b; see `latent_attention.LatentProjection`."""
 
     def __init__(self, weight: torch.Tensor, num_heads: int, value_dim: int) -> None:
         """weight: [N * (P + V), L], in the dtype in which it is stored."""
         by_head = weight.unflatten(0, (num_heads, -1))
         keys, values = by_head.split((by_head.shape[1] - value_dim, value_dim), dim=1)
+        self.value_dim = value_dim
         self._absorb = CpuHeadLinear(keys.transpose(1, 2))
-        self._project = CpuHeadLinear(values)
-        self.nbytes = self._absorb.nbytes + self._project.nbytes
+        self._keys = CpuHeadLinear(keys)
+        self._values = CpuHeadLinear(values)
+        self.nbytes = self._absorb.nbytes + self._keys.nbytes + self._values.nbytes
 
     def absorb(self, q: torch.Tensor) -> torch.Tensor:
         """[T, N, P + R] -> [T, N, L + R]; see `LatentProjection`. q: contiguous."""
@@ -74,9 +76,19 @@ class CpuLatentProjection:
 
     def project(self, latents: torch.Tensor) -> torch.Tensor:
         """[T, N, L] -> [T, N, V]; see `LatentProjection`."""
-        out = torch.empty(*latents.shape[:2], self._project.out_features)
-        self._project(latents, out)
+        out = torch.empty(*latents.shape[:2], self.value_dim)
+        self._values(latents, out)
         return out
+
+    def expand(self, latents: torch.Tensor, heads: range, head_dim: int) -> torch.Tensor:
+        """See `LatentProjection`. latents: contiguous [n, L + R]."""
+        both = torch.zeros(len(latents), 2 * len(heads), head_dim)
+        keys, values = both.chunk(2, dim=1)
+        of_all_heads = latents[:, None].expand(-1, len(heads), -1)
+        self._keys(of_all_heads, keys, heads.start)
+        keys[:, :, self._keys.out_features :] = of_all_heads[:, :, self._keys.in_features :]
+        self._values(of_all_heads, values, heads.start)
+        return both
 
 
 def supports(q: torch.Tensor, cache: LatentCache, rank: int) -> bool:

@@ -5,12 +5,16 @@ A block is in one of three states:
 - used: one or more sequences hold it;
 - cached: no sequence holds it, but it has a hash, and a sequence with that prefix can reuse it;
 - free: no sequence holds it and it has no hash.
+
+A cached block that is allocated for something else may go on in host memory; see host_cache.py.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterable
+
+from llmkit.runtime.engine.host_cache import HostCache
 
 
 class BlockPool:
@@ -19,8 +23,10 @@ class BlockPool:
     It allocates free blocks first, then cached ones, oldest first.
     """
 
-    def __init__(self, num_blocks: int) -> None:
+    def __init__(self, num_blocks: int, host: HostCache | None = None) -> None:
+        """host: where blocks go that leave the cache; None: nowhere."""
         self.num_blocks = num_blocks
+        self.host = host
         self._free = OrderedDict.fromkeys(range(num_blocks))
         self._cached: OrderedDict[int, None] = OrderedDict()
         self._ref_counts = [0] * num_blocks
@@ -53,12 +59,26 @@ class BlockPool:
             block, _ = (self._free or self._cached).popitem(last=False)
             self._ref_counts[block] = 1
             blocks.append(block)
+            if self.host is not None and block in self._hash_of_block:
+                self.host.save(self._hash_of_block[block], block)
         self.evict(blocks)
         return blocks
 
     def get_cached_block(self, block_hash: bytes) -> int | None:
         """The used or cached block with this hash."""
         return self._block_of_hash.get(block_hash)
+
+    def has_block(self, block_hash: bytes) -> bool:
+        """Whether a block with this hash is used or cached, or in host memory."""
+        if block_hash in self._block_of_hash:
+            return True
+        return self.host is not None and self.host.has(block_hash)
+
+    def load_block(self, block: int, block_hash: bytes) -> None:
+        """Fill a block that was just allocated from host memory, before the next step."""
+        assert self.host is not None
+        self.cache_block(block, block_hash)
+        self.host.load(block_hash, block)
 
     def is_cached(self, block: int) -> bool:
         """Whether no sequence holds this block, so that `touch` makes one block less available."""
@@ -80,6 +100,12 @@ class BlockPool:
             if block in self._cached:
                 del self._cached[block]
                 self._free[block] = None
+
+    def forget(self, block_hashes: Iterable[bytes]) -> None:
+        """Remove these blocks from host memory: their values may be wrong."""
+        if self.host is not None:
+            for block_hash in block_hashes:
+                self.host.remove(block_hash)
 
     def touch(self, blocks: Iterable[int]) -> None:
         """Add a reference to used or cached blocks."""
@@ -116,3 +142,5 @@ class BlockPool:
         assert not self._free.keys() & self._hash_of_block.keys()
         inverse = {block_hash: block for block, block_hash in self._hash_of_block.items()}
         assert inverse == self._block_of_hash
+        if self.host is not None:
+            self.host.check_invariants()

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import gc
 import secrets
 from collections import deque
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+
+import torch
 
 from llmkit.common.errors import InputError, LlmkitError, ShortageError, is_out_of_memory
 from llmkit.model.draft_head import DraftHead
 from llmkit.model.families import require_native
 from llmkit.model.language_model import LanguageModel
-from llmkit.model.lora import load_adapter
+from llmkit.model.lora import LoraManager, load_adapter
+from llmkit.model.spec import ModelSpec
+from llmkit.runtime.engine.cuda_graphs import CudaGraph, CudaGraphRunner
 from llmkit.runtime.engine.draft_head_proposer import DraftHeadProposer
 from llmkit.runtime.engine.draft_model import DraftModelProposer
 from llmkit.runtime.engine.drafting import DraftProposer, NgramProposer
@@ -27,12 +32,21 @@ from llmkit.runtime.engine.sampling_params import SamplingParams
 from llmkit.runtime.engine.scheduler import Scheduler
 from llmkit.runtime.engine.sequence import Sequence
 from llmkit.runtime.engine.suffix_drafting import SuffixProposer
+from llmkit.runtime.engine.weight_storages import HostWeights
 
 # What proposes draft tokens from text, by `EngineConfig.draft_method`.
 TEXT_PROPOSERS: dict[str, Callable[[], DraftProposer]] = {
     "ngram": NgramProposer,
     "suffix": SuffixProposer,
 }
+
+
+@dataclass
+class _Sleep:
+    """What is kept of an engine that sleeps, beside the model."""
+
+    adapters: LoraManager
+    weights: HostWeights | None = None  # None on a CPU: the model keeps them
 
 
 class Engine:
@@ -51,6 +65,28 @@ class Engine:
             has_recurrent_states=model.spec.full_model.recurrent is not None,
             pipeline_parallel_size=model.parallel_group.pp_size,
         )
+        self.model = model
+        self.config = config
+        self._draft = draft
+        self._eos_token_ids = eos_token_ids
+        self._allocate()
+        self.num_steps = 0
+        self._sleep: _Sleep | None = None
+        self._counters_before_sleep: EngineStats | None = None
+        # Compiles the grammars of requests; None: requests with a grammar are refused.
+        self.compile_grammar: Callable[[str], GrammarMatcher] | None = None
+        self._in_flight: deque[InFlightStep] = deque()  # launched, results not recorded yet
+        # Steps that may stay in flight after `step` returns: one with async scheduling, otherwise
+        # one less than there are pipeline stages.
+        self._max_in_flight = max(int(config.async_scheduling), config.pipeline_parallel_size - 1)
+
+    def _allocate(self, adapters: LoraManager | None = None) -> None:
+        """Make what needs memory beside the weights: caches, and recorded or captured steps.
+
+        adapters: those that are loaded.
+        """
+        config = self.config
+        draft = self._draft
         draft_model: DraftModelProposer | None = None
         draft_proposer: DraftProposer | None = None
         if isinstance(draft, DraftHead):
@@ -59,17 +95,53 @@ class Engine:
             draft_model = draft_proposer = DraftModelProposer(draft, config)
         elif config.num_speculative_tokens:
             draft_proposer = TEXT_PROPOSERS[config.draft_method]()
-        self.model = model
-        self.config = config
-        self.scheduler = Scheduler(config, eos_token_ids, draft_proposer)
-        self.runner = ModelRunner(model, config, draft_model, eos_token_ids)
+        self.scheduler = Scheduler(config, self._eos_token_ids, draft_proposer)
+        self.runner = ModelRunner(self.model, config, draft_model, self._eos_token_ids, adapters)
+
+    @property
+    def is_sleeping(self) -> bool:
+        """Whether the memory of the caches is free; see `sleep`."""
+        return self._sleep is not None
+
+    def sleep(self) -> None:
+        """Free the memory of the caches, and with it all cached prefixes; keep the weights.
+
+        On a GPU the weights move to host memory. Call it without work, and add no request before
+        `wake_up`. Raises RequestError when the engine cannot sleep. A sleeping engine goes on
+        sleeping.
+        """
+        if self._sleep is not None:
+            return
+        assert not self.has_work, "sleep() of an engine that has requests under way"
+        counters = self.stats().counters()
+        self._sleep = _Sleep(self.runner.adapters)
+        self._counters_before_sleep = counters
         self.num_steps = 0
-        # Compiles the grammars of requests; None: requests with a grammar are refused.
-        self.compile_grammar: Callable[[str], GrammarMatcher] | None = None
-        self._in_flight: deque[InFlightStep] = deque()  # launched, results not recorded yet
-        # Steps that may stay in flight after `step` returns: one with async scheduling, otherwise
-        # one less than there are pipeline stages.
-        self._max_in_flight = max(int(config.async_scheduling), config.pipeline_parallel_size - 1)
+        # Requests that were cancelled late ask a scheduler, and statistics too.
+        self.scheduler = Scheduler(self.config, self._eos_token_ids)
+        del self.runner  # only `wake_up` and `stats` are called without it
+        if self.config.device.type == "cuda":
+            CudaGraph.release_shared()
+            gc.collect()  # graphs are in cycles
+            self._sleep.weights = HostWeights([self.model, self._draft], self.config.device)
+            torch.cuda.empty_cache()
+
+    def wake_up(self) -> None:
+        """Be as before `sleep`, except that no prefix is cached.
+
+        Raises RuntimeError when there is not enough memory; then it sleeps on. An engine that does
+        not sleep stays as it is.
+        """
+        if self._sleep is None:
+            return
+        if self._sleep.weights is not None:
+            self._sleep.weights.restore()
+        self._allocate(self._sleep.adapters)
+        graph_runner = self.runner.graph_runner
+        if isinstance(graph_runner, CudaGraphRunner) and graph_runner.enabled:
+            self.runner.capture_graphs()
+            self.runner.update_adapter_graphs()
+        self._sleep = None
 
     @property
     def has_work(self) -> bool:
@@ -86,6 +158,7 @@ class Engine:
 
         Raises RequestError when the request can never finish or its adapter is not loaded.
         """
+        _check_task(request, self.model.spec)
         seed = request.sampling_params.seed
         adapter_id = 0 if request.adapter is None else self._adapter_id(request.adapter)
         grammar_matcher = None
@@ -170,6 +243,7 @@ class Engine:
         """
         outputs: list[EngineOutput] = []
         step = self.scheduler.schedule()
+        self.copy_host_blocks()
         if step.requests:
             self.num_steps += 1
             try:
@@ -188,10 +262,26 @@ class Engine:
                 self.runner.zero_blocks(blocks)
         return outputs
 
+    def copy_host_blocks(self) -> None:
+        """Start the copies between device and host memory that allocations have asked for.
+
+        Call it before anything else writes blocks that were allocated.
+        """
+        if self.runner.host_stores:
+            self.runner.copy_host_blocks(self.scheduler.take_host_copies())
+
     def stats(self) -> EngineStats:
         """The statistics of this moment."""
+        before = self._counters_before_sleep
+        if before is None:
+            return self._stats_since_sleep()
+        return before if self.is_sleeping else before + self._stats_since_sleep()
+
+    def _stats_since_sleep(self) -> EngineStats:
         scheduler = self.scheduler
         states = None if scheduler.states is None else scheduler.states.cache
+        hosts = scheduler.host_caches
+        stores = self.runner.host_stores
         num_snapshots = 0 if states is None else states.num_used_rows
         return EngineStats(
             running=len(scheduler.running),
@@ -205,6 +295,13 @@ class Engine:
             steps_total=self.num_steps,
             prefix_queries_total=scheduler.num_prefix_queries,
             prefix_hits_total=scheduler.num_prefix_hits,
+            host_used_blocks=sum(host.num_used_rows for host in hosts),
+            host_total_blocks=sum(host.num_rows for host in hosts),
+            host_hits_total=scheduler.num_host_hits,
+            host_saves_total=sum(host.num_saves for host in hosts),
+            host_loads_total=sum(host.num_loads for host in hosts),
+            host_saved_bytes_total=sum(store.saved_bytes for store in stores),
+            host_loaded_bytes_total=sum(store.loaded_bytes for store in stores),
             state_snapshots=num_snapshots,
             state_snapshot_bytes=num_snapshots * self.runner.paged_model.bytes_per_state,
             state_total_snapshots=0 if states is None else states.num_rows,
@@ -253,3 +350,13 @@ class Engine:
             known = f"there are {', '.join(self.adapters)}" if self.adapters else "none is loaded"
             raise RequestError("model_not_found", f"there is no adapter {name!r}; {known}", "model")
         return adapter_id
+
+
+def _check_task(request: EngineRequest, spec: ModelSpec) -> None:
+    """Raise RequestError for a request that a model of this kind has no answer to."""
+    labels = request.label_token_ids
+    if spec.num_labels and (request.pooling != "classify" or labels is not None):
+        message = f"a model with a classification head ({spec.architecture}) only classifies"
+        raise RequestError("not_supported", message, "model")
+    if request.pooling == "classify" and not spec.num_labels and not labels:
+        raise RequestError("not_supported", "the model has no classification head", "model")

@@ -30,6 +30,9 @@ class EngineConfig:
     num_window_blocks: int | None = None  # KV cache blocks of each sliding window; None: num_blocks
     kv_cache_dtype: str | None = None  # a name in KV_CACHE_DTYPES; None: `dtype`
     enable_prefix_caching: bool = True
+    # Host memory (`--kv-offload`) for what leaves the prefix cache. 0: none.
+    num_host_blocks: int = 0  # KV cache blocks, of each attention window
+    num_host_states: int = 0  # recurrent states at the ends of prefixes
     prefill_chunk_size: int = 2048  # tokens of one prompt in a step while other prompts wait
     async_scheduling: bool = False  # launch the next step before this one's tokens are known
     pipeline_parallel_size: int = 1  # stages, and the steps in flight; set by Engine

@@ -23,6 +23,7 @@ from llmkit.runtime.engine.speculation import (
 
 MODEL_PANEL = "Model"
 MEMORY_PANEL = "Memory"
+NO_KV_OFFLOAD = "off, the KV cache of a CPU is in host memory"  # what --kv-offload does there
 DRAFT_TOKENS = 4  # of a draft model without --speculate
 
 
@@ -123,6 +124,17 @@ class EngineOptions:
             panel=MEMORY_PANEL,
         ),
     ] = None
+    kv_offload: Annotated[
+        int,
+        Option(
+            "Host memory for blocks that leave the GPU's prefix cache, of all ranks and replicas "
+            "together, like 32GiB; a CPU has no use for it.",
+            metavar="SIZE",
+            format=SIZE,
+            unset="none",
+            panel=MEMORY_PANEL,
+        ),
+    ] = 0
     state_cache_memory: Annotated[
         int | None,
         Option(

@@ -29,7 +29,9 @@ class EngineOutput(NamedTuple):
     logprobs: list[Logprobs] | None = None  # one for each new token
     # With the first tokens: one for each prompt token except the first.
     prompt_logprobs: list[Logprobs] | None = None
-    embedding: bytes | None = None  # pooled hidden states, float32 [H], with finish_reason "stop"
+    # Of a pooled request, with finish_reason "stop": pooled hidden states, float32 [H], or the
+    # logits of labels, float32 [labels].
+    embedding: bytes | None = None
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,15 @@ class EngineStats:
     preemptions_total: int = 0
     steps_total: int = 0
     prefix_queries_total: int = 0  # prompt tokens looked up in the prefix cache
-    prefix_hits_total: int = 0  # prompt tokens found there
+    prefix_hits_total: int = 0  # prompt tokens found there, in host memory too
+    # Host memory behind the prefix cache (--kv-offload): blocks, and recurrent states.
+    host_used_blocks: int = 0
+    host_total_blocks: int = 0
+    host_hits_total: int = 0  # prompt tokens found in host memory and not on the device
+    host_saves_total: int = 0  # blocks copied to host memory
+    host_loads_total: int = 0  # blocks copied back
+    host_saved_bytes_total: int = 0  # of this rank
+    host_loaded_bytes_total: int = 0  # of this rank
     # Recurrent states that are kept at the ends of cached prefixes.
     state_snapshots: int = 0
     state_snapshot_bytes: int = 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from llmkit.runtime.engine.sampling_params import Pooling, SamplingParams
+from llmkit.runtime.engine.sampling_params import PoolingTask, SamplingParams
 
 
 @dataclass(frozen=True)
@@ -21,5 +21,9 @@ class EngineRequest:
     # How many of the prompt's first tokens other conversations are likely to begin with, too: the
     # system prompt and the tools. A model with recurrent layers keeps its state after them.
     num_shared_tokens: int = 0
-    # Return the pooled hidden states of the prompt and no tokens; max_tokens is 1 then.
-    pooling: Pooling | None = None
+    # Return no tokens, but the pooled hidden states of the prompt or, with "classify", the logits
+    # of labels after its last token; max_tokens is 1 then.
+    pooling: PoolingTask | None = None
+    # With "classify": the tokens whose logits are returned, in this order. None: the labels of the
+    # model's classification head.
+    label_token_ids: tuple[int, ...] | None = None

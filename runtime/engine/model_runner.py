@@ -26,6 +26,8 @@ from llmkit.runtime.engine.draft_model import DraftModelProposer
 from llmkit.runtime.engine.drafting import accepted_tokens
 from llmkit.runtime.engine.engine_config import EngineConfig
 from llmkit.runtime.engine.graph_runner import GraphRunner, NoGraphRunner
+from llmkit.runtime.engine.host_block_store import HostBlockStore
+from llmkit.runtime.engine.host_cache import HostCopies
 from llmkit.runtime.engine.logits_processors import (
     TokenTables,
     apply_logits_processors,
@@ -52,6 +54,7 @@ from llmkit.runtime.engine.step_logprobs import (
     sampled_logprob_rows,
     split_logprobs,
 )
+from llmkit.runtime.engine.thinking_budget import forced_rows
 
 # Logits of a step that one thread samples from: starting and ending the parallel loops of torch's
 # operators takes longer than a thread saves.
@@ -102,7 +105,7 @@ class StepResult:
     logits: torch.Tensor
     token_ids: torch.Tensor | None = None  # int64 [sampled rows], when a graph has sampled them
     prompt_logprobs: tuple[LogprobsTensors, ...] = ()
-    embeddings: tuple[torch.Tensor, ...] = ()  # float32 [H] of each request that returns one
+    embeddings: tuple[torch.Tensor, ...] = ()  # float32, of each request that returns one
     hidden_states: torch.Tensor | None = (
         None  # [T, C], what a draft head reads; None: there is none
     )
@@ -181,14 +184,18 @@ class ModelRunner:
         config: EngineConfig,
         draft_model: DraftModelProposer | None = None,
         eos_token_ids: tuple[int, ...] = (),
+        adapters: LoraManager | None = None,
     ) -> None:
+        """adapters: those that the model has; None: it has none yet."""
         self.model = model
         self.config = config
         self.draft_model = draft_model
         self.draft_head = draft_model if isinstance(draft_model, DraftHeadProposer) else None
         self.eos_token_ids = eos_token_ids
         on_gpu = config.device.type == "cuda"
-        self.adapters = LoraManager(model, uses_slots=on_gpu and not config.enforce_eager)
+        self.adapters = adapters or LoraManager(
+            model, uses_slots=on_gpu and not config.enforce_eager
+        )
 
         num_padding_blocks = int(on_gpu)  # unused rows of a CUDA graph write to it
         kv_caches = new_layer_caches(
@@ -202,10 +209,12 @@ class ModelRunner:
             window: config.sliding_windows.index(window) for window in model.spec.sliding_windows
         }
         self.paged_model = PagedModel(model, kv_caches, config, table_of_window)
+        # Of each block table, and then of the recurrent states; empty without --kv-offload.
+        self.host_stores = self._make_host_stores() if config.num_host_blocks else []
 
         max_blocks = -(-config.max_model_len // config.block_size)
         self.graph_runner: GraphRunner
-        if not isinstance(model, Decoder):
+        if not isinstance(model, Decoder) or model.spec.num_labels:
             self.graph_runner = NoGraphRunner()
         elif on_gpu:
             self.graph_runner = CudaGraphRunner(
@@ -344,15 +353,17 @@ class ModelRunner:
         hidden_states = None
         if self.draft_head is not None:
             hidden_states = self.draft_head.draft_inputs(hidden)
-        embeddings = self._pool(requests, hidden) if inputs.rows.has_pooling else ()
+        step_hidden = hidden
         prompt_logprobs: list[LogprobsTensors] = []
         if inputs.wants_prompt_logprobs:
             prompt_logprobs = compute_prompt_logprobs(self.model, requests, hidden)
         rows = _sampled_rows(requests)
         if len(rows) < len(hidden):
             hidden = hidden[self._to_device(rows)]
+        logits = self.model.logits(hidden)
+        embeddings = self._pool(requests, step_hidden, logits) if inputs.rows.has_pooling else ()
         return StepResult(
-            logits=self.model.logits(hidden),
+            logits=logits,
             prompt_logprobs=tuple(prompt_logprobs),
             embeddings=embeddings,
             hidden_states=hidden_states,
@@ -378,6 +389,39 @@ class ModelRunner:
                 *for_all, query_lens, adapter_ids, forward.slots, forward.state_rows
             )
         )
+
+    def block_tensors(self, table: int) -> list[torch.Tensor]:
+        """See `PagedModel.block_tensors`; those of the draft model too."""
+        return [tensor for model in self._paged_models for tensor in model.block_tensors(table)]
+
+    def state_tensors(self) -> list[torch.Tensor]:
+        """See `PagedModel.state_tensors`; those of the draft model too."""
+        return [tensor for model in self._paged_models for tensor in model.state_tensors()]
+
+    def copy_host_blocks(self, copies: list[HostCopies]) -> None:
+        """Start copies between device and host memory. Later steps find and may overwrite blocks.
+
+        copies: see `Scheduler.take_host_copies`.
+        """
+        for store, of_store in zip(self.host_stores, copies, strict=True):
+            if of_store:
+                store.copy(of_store)
+
+    @property
+    def _paged_models(self) -> list[PagedModel]:
+        draft = [] if self.draft_model is None else [self.draft_model.paged_model]
+        return [self.paged_model, *draft]
+
+    def _make_host_stores(self) -> list[HostBlockStore]:
+        config = self.config
+        stores = [
+            HostBlockStore(self.block_tensors(table), config.num_host_blocks, config.device)
+            for table in range(len(config.sliding_windows))
+        ]
+        if config.has_recurrent_states:
+            states = self.state_tensors()
+            stores.append(HostBlockStore(states, config.num_host_states, config.device))
+        return stores
 
     def capture_graphs(self, captured: Callable[[int, int], None] = lambda *_: None) -> None:
         """Capture all CUDA graphs. captured: see `GraphRunner.capture_all`."""
@@ -413,6 +457,9 @@ class ModelRunner:
             token_ids = result.token_ids
         else:
             token_ids = self._sample_eagerly(inputs, logits)
+        token_ids = self._force_tokens(inputs.step.requests, token_ids)
+        if rows.needs_logits_processors and self._token_tables is not None:
+            self._token_tables.count(token_ids)
 
         tables = list(result.prompt_logprobs)
         if logprob_rows:
@@ -452,10 +499,22 @@ class ModelRunner:
                 group.vocab_start,
                 self.eos_token_ids,
             )
-        token_ids = torch.where(is_finite, self._draw(inputs, logits), -1)
-        if rows.needs_logits_processors and self._token_tables is not None:
-            self._token_tables.count(token_ids)
-        return token_ids
+        return torch.where(is_finite, self._draw(inputs, logits), -1)
+
+    def _force_tokens(
+        self, requests: list[ScheduledRequest], token_ids: torch.Tensor
+    ) -> torch.Tensor:
+        """Put forced tokens in place of sampled ones, int64 [rows]; -1 stays."""
+        if all(request.forced_token_id is None for request in requests):
+            return token_ids
+        rows, forced = forced_rows(
+            (request.num_sampled_rows, request.forced_token_id) for request in requests
+        )
+        at = self._to_device(rows)
+        sampled = token_ids[at]
+        changed = token_ids.clone()  # a graph may own `token_ids`
+        changed[at] = torch.where(sampled < 0, sampled, self._to_device(forced))
+        return changed
 
     def _draw(self, inputs: StepInputs, logits: torch.Tensor) -> torch.Tensor:
         """Sample from logits [rows, V] as they are."""
@@ -540,14 +599,23 @@ class ModelRunner:
         return on_device
 
     def _pool(
-        self, requests: list[ScheduledRequest], hidden: torch.Tensor
+        self, requests: list[ScheduledRequest], hidden: torch.Tensor, logits: torch.Tensor
     ) -> tuple[torch.Tensor, ...]:
-        """Pool the hidden states [T, H] of a step; return the embeddings that are complete."""
+        """Return what is complete of the pooled requests of a step, float32 each.
+
+        hidden: [T, H], all hidden states of the step. logits: [sampled rows, V] or, of a model with
+        a classification head, [sampled rows, labels].
+        """
         embeddings = []
         of_requests = hidden.split([request.num_tokens for request in requests])
-        for request, rows in zip(requests, of_requests, strict=True):
+        last_rows = accumulate(request.num_sampled_rows for request in requests)
+        for request, rows, end in zip(requests, of_requests, last_rows, strict=True):
             sequence = request.sequence
-            if sequence.request.pooling == "mean":
+            if sequence.request.pooling == "classify":
+                if request.returns_embedding:
+                    label_token_ids = sequence.request.label_token_ids
+                    embeddings.append(self._label_logits(logits[end - 1], label_token_ids))
+            elif sequence.request.pooling == "mean":
                 embedding = rows.sum(0, dtype=torch.float32) / sequence.num_prompt_tokens
                 if request.start:
                     embedding = self._partial_means[sequence.slot] + embedding
@@ -558,16 +626,44 @@ class ModelRunner:
                 embeddings.append(rows[-1].float())
         return tuple(embeddings)
 
+    def _label_logits(
+        self, logits: torch.Tensor, label_token_ids: tuple[int, ...] | None
+    ) -> torch.Tensor:
+        """The logits of a row [V] that a request asks for, float32 [labels], as a copy.
+
+        label_token_ids: None: all of them, as the row is that of a classification head.
+        """
+        if label_token_ids is None:
+            return logits.to(torch.float32, copy=True)
+        # Each rank has a part of the vocabulary.
+        group = self.model.parallel_group
+        places = self._to_device(list(label_token_ids)) - group.vocab_start
+        is_here = (places >= 0) & (places < len(logits))
+        own = logits[places.clamp(0, len(logits) - 1)].float()
+        return group.all_reduce(own.where(is_here, torch.zeros_like(own)))
+
     def _receive_results(self, inputs: StepInputs) -> InFlightStep:
         """Start receiving the results of a step from the last pipeline stage."""
         requests = inputs.step.requests
-        hidden_size = self.model.spec.hidden_size
         token_ids = torch.zeros(len(inputs.rows.sequences), dtype=torch.int64)
         logprobs = empty_logprobs(requests)
-        embeddings = tuple(torch.zeros(hidden_size) for r in requests if r.returns_embedding)
+        embeddings = tuple(
+            torch.zeros(self._pooled_size(request))
+            for request in requests
+            if request.returns_embedding
+        )
         tensors = [token_ids, *(logprobs or ()), *embeddings]
         done = self.model.parallel_group.receive_results(tensors)
         return InFlightStep(inputs.step, token_ids, None, logprobs, embeddings, done)
+
+    def _pooled_size(self, request: ScheduledRequest) -> int:
+        """How many numbers a pooled request returns."""
+        engine_request = request.sequence.request
+        if engine_request.pooling != "classify":
+            return self.model.spec.hidden_size
+        if engine_request.label_token_ids is None:
+            return self.model.spec.num_labels
+        return len(engine_request.label_token_ids)
 
     def _copy_to_host(
         self,

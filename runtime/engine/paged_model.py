@@ -125,6 +125,25 @@ class PagedModel:
         positions = int64_tensor(inputs.positions, self._config.device)
         return self.model(token_ids, positions, batch, self.kv_caches)
 
+    def block_tensors(self, table: int) -> list[torch.Tensor]:
+        """The cache tensors whose blocks this block table names, each [A, blocks, ...]."""
+        return [
+            tensor
+            for layer, cache in zip(self.model.spec.layers, self.kv_caches, strict=True)
+            if not isinstance(cache, RecurrentState)
+            and self._table_of_window[layer.sliding_window] == table
+            for tensor in cache.tensors
+        ]
+
+    def state_tensors(self) -> list[torch.Tensor]:
+        """The tensors of the recurrent states, each [1, rows, ...]."""
+        return [
+            tensor[None]
+            for cache in self.kv_caches
+            if isinstance(cache, RecurrentState)
+            for tensor in cache.tensors
+        ]
+
     def zero_blocks(self, blocks: SequenceOf[list[int]]) -> None:
         """Zero blocks that may hold NaN.
 

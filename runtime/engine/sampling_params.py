@@ -5,7 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-Pooling = Literal["last", "mean"]
+from llmkit.runtime.engine.thinking_budget import ThinkingBudget
+
+Pooling = Literal["last", "mean"]  # of an embedding
+# What a request returns in place of tokens: an embedding, or the logits of labels.
+PoolingTask = Literal["last", "mean", "classify"]
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,7 @@ class SamplingParams:
     # no logprobs.
     logprobs: int | None = None
     prompt_logprobs: int | None = None  # the same for the tokens of the prompt
+    thinking_budget: ThinkingBudget | None = None  # None: thoughts have no limit of their own
 
     @property
     def has_penalties(self) -> bool:

@@ -19,12 +19,13 @@ from llmkit.runtime.engine.drafting import DraftProposer
 from llmkit.runtime.engine.engine_config import EngineConfig
 from llmkit.runtime.engine.engine_errors import RequestError
 from llmkit.runtime.engine.engine_outputs import EngineOutput, FinishReason, Logprobs
+from llmkit.runtime.engine.host_cache import HostCache, HostCopies
 from llmkit.runtime.engine.scheduler_output import (
     ModelRunnerOutput,
     ScheduledRequest,
     SchedulerOutput,
 )
-from llmkit.runtime.engine.sequence import NULL_BLOCK, Sequence
+from llmkit.runtime.engine.sequence import HOST_BLOCK, NULL_BLOCK, Sequence
 from llmkit.runtime.engine.state_scheduler import NO_STATE_ROWS, StateScheduler
 
 MAX_SKIPS = 16  # how often later sequences may be admitted before one that does not fit
@@ -46,7 +47,10 @@ class Scheduler:
         )
         self.config = config
         self.eos_token_ids = frozenset(eos_token_ids)
-        self.pools = [BlockPool(config.num_blocks_for(w)) for w in config.sliding_windows]
+        self.pools = [
+            BlockPool(config.num_blocks_for(window), _host_cache(config))
+            for window in config.sliding_windows
+        ]
         self.states = StateScheduler(config) if config.has_recurrent_states else None
         self.waiting: list[Sequence] = []  # in the order of their priority keys
         self.running: list[Sequence] = []  # in the order of their priority keys
@@ -66,6 +70,7 @@ class Scheduler:
         self.num_prefix_queries = 0
         self.num_prefix_hits = 0
         self.num_prefix_stateless = 0
+        self.num_host_hits = 0
         self.num_drafts = 0
         self.num_draft_tokens = 0
         self.num_accepted_tokens = 0
@@ -182,8 +187,7 @@ class Scheduler:
             sequence.num_in_flight -= request.samples_next_token
             for pool, table in zip(self.pools, sequence.block_tables, strict=True):
                 pool.evict(_real_blocks(table))
-            if self.states is not None:
-                self.states.forget(sequence)
+            self._forget(sequence)
             if sequence is not largest and not sequence.is_finished:
                 self._preempt(sequence)
         self._finish(largest)
@@ -195,6 +199,26 @@ class Scheduler:
             prompt_tokens=largest.num_prompt_tokens,
             cached_tokens=largest.num_cached_tokens or 0,
         )
+
+    def take_host_copies(self) -> list[HostCopies]:
+        """The copies from and to host memory that must be made before the next step.
+
+        For each pool, and then for the recurrent states where the model has any.
+        """
+        hosts = self._hosts
+        return [HostCopies() if host is None else host.take_copies() for host in hosts]
+
+    @property
+    def host_caches(self) -> list[HostCache]:
+        """What is in host memory: of each pool, and of the recurrent states."""
+        return [host for host in self._hosts if host is not None]
+
+    @property
+    def _hosts(self) -> list[HostCache | None]:
+        hosts = [pool.host for pool in self.pools]
+        if self.states is not None:
+            hosts.append(self.states.cache.host)
+        return hosts
 
     def take_blocks_to_zero(self) -> list[list[int]] | None:
         """The blocks of each pool that the runner must zero before the next allocation; or None."""
@@ -263,6 +287,8 @@ class Scheduler:
             else:
                 sequence.token_ids.append(token_id)
                 new_token_ids.append(token_id)
+                if sequence.thinking is not None:
+                    sequence.thinking.append(token_id)
                 finish_reason = self._finish_reason(sequence, token_id)
             if finish_reason is not None:
                 break
@@ -316,6 +342,10 @@ class Scheduler:
             # A step in flight may still be sampling its last token, which only the device knows
             # then.
             if sequence.num_in_flight and (num_stages > 1 or sequence.waits_for_last_token):
+                continue
+            # The token in flight decides whether the next one is forced.
+            thinking = sequence.thinking
+            if thinking is not None and 0 < sequence.num_in_flight >= thinking.num_free_tokens:
                 continue
             num_decodes += 1
             draft: list[int] = []
@@ -387,6 +417,9 @@ class Scheduler:
             budget,
             sequence.request.sampling_params.max_tokens - sequence.num_output_tokens - 1,
         )
+        if sequence.thinking is not None:
+            # The token after the drafts must be free, too.
+            max_tokens = min(max_tokens, sequence.thinking.num_free_tokens - 1)
         if max_tokens <= 0 or sequence.needs_known_tokens:
             return []
         draft = draft_proposer.propose(sequence, max_tokens)
@@ -428,6 +461,9 @@ class Scheduler:
         state_rows = NO_STATE_ROWS
         if self.states is not None:
             state_rows = self.states.schedule(sequence, start, stop, len(draft))
+        forced_token_id = None
+        if sequence.thinking is not None and samples_next_token:
+            forced_token_id = sequence.thinking.forced_token_id
         # Values are passed by their order, because names would take twice as long.
         request = ScheduledRequest(
             sequence,
@@ -438,6 +474,7 @@ class Scheduler:
             token_ids + draft if draft else token_ids,
             len(draft),
             state_rows,
+            forced_token_id,
         )
         if samples_next_token:
             sequence.num_in_flight += 1
@@ -464,11 +501,14 @@ class Scheduler:
                 needed = min(num_tokens, num_cached_tokens + self.config.prefill_chunk_size)
             missing.append(-(-needed // block_size) - len(table))
         for pool, table, count in zip(self.pools, tables, missing, strict=True):
+            count += table.count(HOST_BLOCK)
             if count + sum(map(pool.is_cached, table)) > pool.num_available_blocks:
                 return False
 
+        num_host_blocks = sum(HOST_BLOCK in blocks for blocks in zip(*tables, strict=True))
         for pool, table, count in zip(self.pools, tables, missing, strict=True):
             pool.touch(_real_blocks(table))
+            self._load_blocks(sequence, pool, table)
             table += pool.allocate(count)
         sequence.block_tables = tables
         sequence.num_block_tokens = min(map(len, tables)) * block_size
@@ -482,6 +522,7 @@ class Scheduler:
             sequence.num_cached_tokens = num_cached_tokens
             self.num_prefix_queries += num_tokens
             self.num_prefix_hits += num_cached_tokens
+            self.num_host_hits += num_host_blocks * block_size
             if self.states is not None:
                 self.num_prefix_stateless += num_matching_tokens - num_cached_tokens
         self.waiting.remove(sequence)
@@ -494,8 +535,8 @@ class Scheduler:
         These are more than those of the prefix where a model has recurrent layers: a prefix ends
         where their states were kept.
 
-        Blocks behind a sliding window are NULL_BLOCK. The prefix never includes the last token,
-        because the next token is sampled from that token's logits.
+        Blocks behind a sliding window are NULL_BLOCK, those in host memory HOST_BLOCK. The prefix
+        never includes the last token, because the next token is sampled from that token's logits.
         """
         block_size = self.config.block_size
         windows = self.config.sliding_windows
@@ -510,7 +551,7 @@ class Scheduler:
         consecutive = [0] * len(self.pools)  # cached blocks in a row, up to the current one
         for count, block_hash in enumerate(hashes, start=1):
             for index, pool in enumerate(self.pools):
-                is_cached = pool.get_cached_block(block_hash) is not None
+                is_cached = pool.has_block(block_hash)
                 consecutive[index] = consecutive[index] + 1 if is_cached else 0
             visible = []  # blocks that each window sees from the end of this prefix
             for window in windows:
@@ -520,7 +561,7 @@ class Scheduler:
                 visible.append(num_visible)
             if all(run >= needed for run, needed in zip(consecutive, visible, strict=True)):
                 num_matching = count
-                if self.states is None or self.states.find_snapshot(block_hash) is not None:
+                if self.states is None or self.states.has_snapshot(block_hash):
                     longest = count
             elif None in windows and consecutive[windows.index(None)] < count:
                 break
@@ -531,8 +572,23 @@ class Scheduler:
             if window is not None:
                 first = max(0, longest * block_size - window + 1) // block_size
             found = [pool.get_cached_block(block_hash) for block_hash in hashes[first:longest]]
-            tables.append([NULL_BLOCK] * first + [block for block in found if block is not None])
+            tables.append(
+                [NULL_BLOCK] * first + [HOST_BLOCK if block is None else block for block in found]
+            )
         return tables, num_matching * block_size
+
+    def _load_blocks(self, sequence: Sequence, pool: BlockPool, table: list[int]) -> None:
+        """Allocate blocks for those of a table that are in host memory, and load them."""
+        places = [index for index, block in enumerate(table) if block == HOST_BLOCK]
+        if not places:
+            return
+        assert pool.host is not None
+        hashes = sequence.block_hashes(len(table), self.config.block_size)
+        # What is allocated may push other blocks out of host memory, but not these.
+        pool.host.lock(hashes[index] for index in places)
+        for index, block in zip(places, pool.allocate(len(places)), strict=True):
+            pool.load_block(block, hashes[index])
+            table[index] = block
 
     def _preempt(self, sequence: Sequence) -> None:
         """Free a running sequence's blocks and let it wait; its tokens are computed again later."""
@@ -551,6 +607,8 @@ class Scheduler:
         """
         del self._sequences[sequence.request.request_id]
         sequence.is_finished = True
+        if zero_blocks:
+            self._forget(sequence)
         if self._draft_proposer is not None:
             self._draft_proposer.forget(sequence)
         if not sequence.block_tables:
@@ -559,12 +617,20 @@ class Scheduler:
         if zero_blocks:
             for pool, table in zip(self.pools, sequence.block_tables, strict=True):
                 pool.evict(_real_blocks(table))
-            if self.states is not None:
-                self.states.forget(sequence)
         unused = self._free_sequence(sequence)
         if zero_blocks:
             for blocks, more in zip(self._blocks_to_zero, unused, strict=True):
                 blocks += more
+
+    def _forget(self, sequence: Sequence) -> None:
+        """Drop what other memory than its blocks has of a sequence whose values may be wrong."""
+        if self.states is not None:
+            self.states.forget(sequence)
+        if self.config.num_host_blocks:
+            num_blocks = len(sequence.token_ids) // self.config.block_size
+            hashes = sequence.block_hashes(num_blocks, self.config.block_size)
+            for pool in self.pools:
+                pool.forget(hashes)
 
     # KV cache blocks
 
@@ -659,8 +725,14 @@ class Scheduler:
         return unused
 
 
+def _host_cache(config: EngineConfig) -> HostCache | None:
+    if not config.num_host_blocks or not config.enable_prefix_caching:
+        return None
+    return HostCache(config.num_host_blocks)
+
+
 def _real_blocks(table: list[int]) -> list[int]:
-    return [block for block in table if block != NULL_BLOCK]
+    return [block for block in table if block >= 0]
 
 
 def _must_compute_prompt(sequence: Sequence) -> bool:

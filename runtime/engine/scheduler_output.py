@@ -24,6 +24,7 @@ class ScheduledRequest(NamedTuple):
     token_ids: list[int]
     num_draft_tokens: int = 0  # how many of the last tokens are drafts
     state_rows: StateRows = NO_STATE_ROWS  # of a model with recurrent layers
+    forced_token_id: int | None = None  # takes the place of the sampled token
 
     @property
     def stop(self) -> int:

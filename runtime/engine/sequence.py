@@ -9,8 +9,10 @@ from dataclasses import dataclass, field
 from llmkit.runtime.engine.engine_outputs import Logprobs
 from llmkit.runtime.engine.engine_request import EngineRequest
 from llmkit.runtime.engine.grammar_matcher import GrammarMatcher
+from llmkit.runtime.engine.thinking_budget import ThinkingState
 
 NULL_BLOCK = -1  # in a block table: the block was freed because it left a sliding window
+HOST_BLOCK = -2  # in a table that is being made: the block is in host memory
 
 
 @dataclass(eq=False)
@@ -34,8 +36,9 @@ class Sequence:
     max_num_tokens: int = field(init=False)  # the most that it can have, prompt and output
     # Whether the host must know all tokens before it can sample the next one.
     needs_known_tokens: bool = field(init=False)
-    # Whether it wants tokens only: no logprobs, no pooling and no grammar.
+    # Whether it wants tokens only: no logprobs, no pooling, no grammar and no thinking budget.
     is_plain: bool = field(init=False)
+    thinking: ThinkingState | None = field(init=False)  # None: it has no thinking budget
 
     token_ids: list[int] = field(init=False)  # the prompt and the known output tokens
     # Tokens whose keys and values are in the KV cache once the steps in flight are done.
@@ -66,7 +69,12 @@ class Sequence:
         )
         self.needs_known_tokens = self.grammar_matcher is not None or params.has_penalties
         wants_logprobs = params.logprobs is not None or params.prompt_logprobs is not None
-        self.is_plain = not (wants_logprobs or self.request.pooling or self.grammar_matcher)
+        self.thinking = None
+        if params.thinking_budget is not None:
+            self.thinking = ThinkingState(params.thinking_budget)
+        self.is_plain = not (
+            wants_logprobs or self.request.pooling or self.grammar_matcher or self.thinking
+        )
 
     @property
     def num_tokens(self) -> int:

@@ -19,6 +19,8 @@ from __future__ import annotations
 from collections import OrderedDict
 from itertools import chain
 
+from llmkit.runtime.engine.host_cache import HostCache
+
 
 class StateCache:
     """The snapshots: which rows are in use, and which prefix each belongs to.
@@ -26,9 +28,13 @@ class StateCache:
     It allocates free rows first, then cached ones that nobody holds, the least recently used first.
     """
 
-    def __init__(self, first_row: int, num_rows: int) -> None:
-        """first_row: the rows before it belong to running sequences."""
+    def __init__(self, first_row: int, num_rows: int, host: HostCache | None = None) -> None:
+        """first_row: the rows before it belong to running sequences.
+
+        host: where cached states go whose rows are allocated for others; None: nowhere.
+        """
         self.num_rows = num_rows
+        self.host = host
         self._first_row = first_row
         self._free = dict.fromkeys(range(first_row, first_row + num_rows))
         self._hold_counts: dict[int, int] = {}
@@ -56,12 +62,13 @@ class StateCache:
 
     def allocate(self) -> int | None:
         """A row, held once; None when all are held or busy. A cached one loses its hash."""
-        candidates = chain(self._free, self._row_of_hash.values())
-        row = next((row for row in candidates if self._can_take(row)), None)
+        row = self._next_row()
         if row is None:
             return None
         block_hash = self._hash_of_row.get(row)
         if block_hash is not None:
+            if self.host is not None:
+                self.host.save(block_hash, row)
             self.evict(block_hash)
         del self._free[row]
         self._busy.add(row)
@@ -71,6 +78,31 @@ class StateCache:
     def get(self, block_hash: bytes) -> int | None:
         """The row with the state after this block."""
         return self._row_of_hash.get(block_hash)
+
+    def can_load(self, block_hash: bytes) -> bool:
+        """Whether the state is in host memory and there is a row for it."""
+        if self.host is None or not self.host.has(block_hash):
+            return False
+        return self._next_row() is not None
+
+    def load(self, block_hash: bytes) -> int:
+        """The row, held once, that has the state from host memory before the next step.
+
+        Only for a state for which `can_load` is true.
+        """
+        assert self.host is not None
+        self.host.lock([block_hash])
+        row = self.allocate()
+        assert row is not None
+        self.cache_row(row, block_hash)
+        self.host.load(block_hash, row)
+        return row
+
+    def forget(self, block_hash: bytes) -> None:
+        """Remove a state everywhere: it may be wrong."""
+        self.evict(block_hash)
+        if self.host is not None:
+            self.host.remove(block_hash)
 
     def hold(self, row: int) -> None:
         """Add a hold of a held or cached row, for a sequence that reads it next."""
@@ -104,6 +136,10 @@ class StateCache:
         if row not in self._hold_counts:
             self._free[row] = None
 
+    def _next_row(self) -> int | None:
+        candidates = chain(self._free, self._row_of_hash.values())
+        return next((row for row in candidates if self._can_take(row)), None)
+
     def _can_take(self, row: int) -> bool:
         return row not in self._hold_counts and row not in self._busy
 
@@ -115,3 +151,5 @@ class StateCache:
         assert all(count > 0 for count in self._hold_counts.values())
         inverse = {row: block_hash for block_hash, row in self._row_of_hash.items()}
         assert inverse == self._hash_of_row
+        if self.host is not None:
+            self.host.check_invariants()

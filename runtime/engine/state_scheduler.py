@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from llmkit.runtime.engine.engine_config import EngineConfig
+from llmkit.runtime.engine.host_cache import HostCache
 from llmkit.runtime.engine.sequence import Sequence
 from llmkit.runtime.engine.state_cache import StateCache
 
@@ -62,7 +63,10 @@ class StateScheduler:
         self._rows_per_sequence = 1 + config.num_speculative_tokens
         first_snapshot = config.max_num_seqs * self._rows_per_sequence
         num_snapshots = config.num_state_snapshots if config.enable_prefix_caching else 0
-        self.cache = StateCache(first_snapshot, num_snapshots)
+        host = None
+        if num_snapshots and config.num_host_states:
+            host = HostCache(config.num_host_states)
+        self.cache = StateCache(first_snapshot, num_snapshots, host)
         # The tokens of a page of the prefix cache on disk; states at ends of pages are kept then.
         self.page_tokens = 0
         self._states: dict[Sequence, _SequenceStates] = {}  # of running sequences
@@ -90,18 +94,26 @@ class StateScheduler:
         """The row with the state after a prefix, given the hash of its last block."""
         return self.cache.get(block_hash)
 
+    def has_snapshot(self, block_hash: bytes) -> bool:
+        """Whether a sequence that is admitted now could begin after this block."""
+        return self.cache.get(block_hash) is not None or self.cache.can_load(block_hash)
+
     def start(self, sequence: Sequence, num_cached_tokens: int, num_matching_tokens: int) -> None:
         """A sequence begins to run.
 
-        num_cached_tokens: those that it does not compute, at whose end there is a snapshot.
+        num_cached_tokens: those that it does not compute, at whose end there is a snapshot, in
+        memory or in host memory.
         num_matching_tokens: those whose blocks are cached.
         """
         row = NO_ROW
         if num_cached_tokens:
-            found = self.cache.get(self._hash_after(sequence, num_cached_tokens))
-            assert found is not None
-            row = found
-            self.cache.hold(row)
+            block_hash = self._hash_after(sequence, num_cached_tokens)
+            found = self.cache.get(block_hash)
+            if found is None:
+                row = self.cache.load(block_hash)
+            else:
+                row = found
+                self.cache.hold(row)
         last_token = sequence.num_prompt_tokens - 1
         wanted: set[int] = set()
         shared = sequence.request.num_shared_tokens
@@ -172,7 +184,7 @@ class StateScheduler:
         self._unnamed = kept
         num_blocks = len(sequence.token_ids) // self._config.block_size
         for block_hash in sequence.block_hashes(num_blocks, self._config.block_size):
-            self.cache.evict(block_hash)
+            self.cache.forget(block_hash)
 
     def _snapshots_within(self, sequence: Sequence, start: int, stop: int) -> list[int]:
         """The numbers of tokens, in (start, stop], after which the state shall be kept."""

@@ -50,6 +50,8 @@ from llmkit.runtime.parallel.rank_messages import (
     LoadPart,
     PartLoaded,
     RunStep,
+    Sleep,
+    WakeUp,
     from_rank_decoder,
 )
 from llmkit.runtime.part_loader import StartupReport, load_part
@@ -175,6 +177,27 @@ class LeadEngine(Engine):
                 raise error from None
             raise death from error
 
+    def sleep(self) -> None:
+        """See `Engine.sleep`. Raises RequestError on GPUs: their graphs hold NCCL's operations."""
+        if self.config.device.type == "cuda":
+            message = "ranks on several GPUs cannot sleep without ending"
+            raise RequestError("not_supported", message, "level")
+        if self._events:  # cancelled requests, which the other ranks still have
+            self.step()
+        self._send_to_ranks(Sleep())
+        super().sleep()
+
+    def wake_up(self) -> None:
+        """See `Engine.wake_up`."""
+        self._send_to_ranks(WakeUp())
+        super().wake_up()
+
+    def _send_to_ranks(self, message: Sleep | WakeUp) -> None:
+        """Send a message. A rank that has ended is reported by the thread that watches it."""
+        for rank in self._ranks:
+            with contextlib.suppress(OSError):
+                rank.channel.send(message)
+
     def close(self) -> None:
         """End the other ranks."""
         self._close()
@@ -244,12 +267,17 @@ def _load_leader(
         num_blocks = min(message.num_blocks for message in loaded)
         if num_blocks == ANY_NUMBER:  # no stage has attention
             num_blocks = leader.part.plan.memory.num_blocks
+        num_host_blocks = min(message.num_host_blocks for message in loaded)
+        if num_host_blocks == ANY_NUMBER:
+            num_host_blocks = leader.part.plan.memory.num_host_blocks
         sizes = Connect(
             num_blocks=num_blocks,
             max_model_len=min(message.max_model_len for message in loaded),
             store_path=f"{folder}/store",
             max_num_seqs=min(message.max_num_seqs for message in loaded),
             num_state_snapshots=min(message.num_state_snapshots for message in loaded),
+            num_host_blocks=num_host_blocks,
+            num_host_states=min(message.num_host_states for message in loaded),
         )
         for rank in ranks:
             rank.channel.send(sizes)

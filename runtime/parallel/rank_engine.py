@@ -41,6 +41,8 @@ class LoadedRank:
             max_model_len=sizes.max_model_len,
             max_num_seqs=sizes.max_num_seqs,
             num_state_snapshots=sizes.num_state_snapshots,
+            num_host_blocks=sizes.num_host_blocks,
+            num_host_states=sizes.num_host_states,
         )
         part = replace(self.part, plan=replace(self.part.plan, memory=memory))
         return part.make_engine(report, engine_class)
@@ -76,5 +78,7 @@ def load_rank(
         seconds=sum(report.seconds.values()) - seconds_before,
         max_num_seqs=memory.max_num_seqs,
         num_state_snapshots=memory.num_state_snapshots if memory.bytes_per_state else ANY_NUMBER,
+        num_host_blocks=memory.num_host_blocks if memory.bytes_per_block else ANY_NUMBER,
+        num_host_states=memory.num_host_states if memory.bytes_per_state else ANY_NUMBER,
     )
     return LoadedRank(loaded, group, message)

@@ -34,6 +34,9 @@ class PartLoaded(msgspec.Struct, tag=True):
     max_num_seqs: int = 0
     # Of recurrent states; ANY_NUMBER for a stage without recurrent layers.
     num_state_snapshots: int = 0
+    # In host memory (--kv-offload)
+    num_host_blocks: int = 0
+    num_host_states: int = 0
 
 
 class Connect(msgspec.Struct, tag=True):
@@ -44,6 +47,8 @@ class Connect(msgspec.Struct, tag=True):
     store_path: str
     max_num_seqs: int = 0
     num_state_snapshots: int = 0
+    num_host_blocks: int = 0
+    num_host_states: int = 0
 
 
 class RunStep(msgspec.Struct, tag=True):
@@ -55,7 +60,15 @@ class RunStep(msgspec.Struct, tag=True):
     events: list[EngineRequest | str]
 
 
-ToRank = LoadPart | Connect | RunStep
+class Sleep(msgspec.Struct, tag=True):
+    """Free the memory of the caches; see `Engine.sleep`."""
+
+
+class WakeUp(msgspec.Struct, tag=True):
+    """Be as before the sleep; see `Engine.wake_up`."""
+
+
+ToRank = LoadPart | Connect | RunStep | Sleep | WakeUp
 FromRank = PartLoaded | Failed
 
 to_rank_decoder = msgspec.msgpack.Decoder(ToRank)

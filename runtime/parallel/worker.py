@@ -16,7 +16,9 @@ from llmkit.runtime.parallel.rank_messages import (
     Connect,
     LoadPart,
     RunStep,
+    Sleep,
     ToRank,
+    WakeUp,
     to_rank_decoder,
 )
 from llmkit.runtime.part_loader import StartupReport
@@ -43,8 +45,13 @@ def run_worker(channel: Channel[ToRank]) -> None:
     engine = rank.make_engine(sizes, report, Engine)
     while True:
         for step in steps:
-            assert isinstance(step, RunStep)
-            _run_step(engine, step)
+            match step:
+                case RunStep():
+                    _run_step(engine, step)
+                case Sleep():
+                    engine.sleep()
+                case WakeUp():
+                    engine.wake_up()
         steps = channel.receive(wait=True)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
@@ -14,31 +15,37 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from llmkit.common.version import version
 from llmkit.runtime.server.embedding_requests import EmbeddingResponseBuilder, prepare_embeddings
+from llmkit.runtime.server.engine_change_routes import add_engine_change_routes
 from llmkit.runtime.server.http.api_keys import Client
 from llmkit.runtime.server.http.assets import page_routes
-from llmkit.runtime.server.http.http_errors import ApiError, unknown_model
-from llmkit.runtime.server.http.request_body import read_json_body
+from llmkit.runtime.server.http.http_errors import ApiError
 from llmkit.runtime.server.http.security_middleware import SecurityMiddleware
 from llmkit.runtime.server.http_response import respond, respond_full
 from llmkit.runtime.server.kserve.kserve_routes import add_kserve_routes
 from llmkit.runtime.server.lora_adapters import LoraAdapterRoutes
+from llmkit.runtime.server.ollama.ollama_routes import add_ollama_routes
 from llmkit.runtime.server.openapi import openapi
 from llmkit.runtime.server.prepare import (
-    check_reasoning_controls,
     check_token_ids,
     encode_chat,
     prepare_chat,
     prepare_completion,
+    template_variables,
     tokenize_text,
 )
+from llmkit.runtime.server.read_request import (
+    check_model,
+    check_ready,
+    client_salt,
+    read_request,
+)
+from llmkit.runtime.server.refused_routes import add_refused_routes
 from llmkit.runtime.server.responses.messages_response import MessagesResponseBuilder
 from llmkit.runtime.server.responses.openai_response import (
     ChatCompletionResponseBuilder,
     CompletionResponseBuilder,
 )
 from llmkit.runtime.server.responses.response_builder import ResponseBuilder
-from llmkit.runtime.server.responses.responses_response import ResponsesResponseBuilder
-from llmkit.runtime.server.schemas.base_request import RequestT, parse_request
 from llmkit.runtime.server.schemas.chat_request import ChatCompletionRequest, tool_dicts
 from llmkit.runtime.server.schemas.completion_request import CompletionRequest
 from llmkit.runtime.server.schemas.embedding_request import EmbeddingRequest
@@ -46,11 +53,21 @@ from llmkit.runtime.server.schemas.ignored_fields import HEADER, IgnoredFields
 from llmkit.runtime.server.schemas.messages_request import CountTokensRequest, MessagesRequest
 from llmkit.runtime.server.schemas.responses_request import ResponsesRequest
 from llmkit.runtime.server.schemas.tokenize_request import DetokenizeRequest, TokenizeRequest
+from llmkit.runtime.server.score_routes import add_score_routes
+from llmkit.runtime.server.semantic.semantic_question import HEADER as SEMANTIC_HEADER
+from llmkit.runtime.server.semantic.semantic_question import semantic_question
 from llmkit.runtime.server.server_metrics import CONTENT_TYPE
-from llmkit.runtime.server.server_state import ServerState
+from llmkit.runtime.server.server_state import Phase, ServerState
+from llmkit.runtime.server.stored_responses.background_runs import BACKGROUND_HEADER
+from llmkit.runtime.server.stored_responses.response_routes import (
+    StoredResponses,
+    add_response_routes,
+)
+from llmkit.runtime.server.tgi.tgi_routes import add_tgi_routes, tgi_info
+from llmkit.runtime.server.websockets.socket_routes import serve_socket
 
 
-def build_app(state: ServerState, clients: tuple[Client, ...]) -> ASGIApp:
+def build_app(state: ServerState, clients: Sequence[Client]) -> ASGIApp:
     """Return the ASGI application of one model's server.
 
     With `clients`, every route except the health checks and the web page needs an API key of one of
@@ -71,7 +88,7 @@ def build_app(state: ServerState, clients: tuple[Client, ...]) -> ASGIApp:
         ("/v1/models", "GET", routes.models),
         ("/v1/models/{name:path}", "GET", routes.model),
         ("/health", "GET", routes.health),
-        ("/ready", "GET", routes.health),
+        ("/ready", "GET", routes.ready),
         ("/metrics", "GET", routes.metrics),
         ("/version", "GET", routes.version),
         ("/info", "GET", routes.info),
@@ -85,7 +102,13 @@ def build_app(state: ServerState, clients: tuple[Client, ...]) -> ASGIApp:
             ("/v1/unload_lora_adapter", adapters.unload),
         ):
             app.add_api_route(path, adapter_endpoint, methods=["POST"], response_model=None)
+    add_response_routes(app, routes.stored_responses)
+    add_score_routes(app, state)
+    add_engine_change_routes(app, state)
     add_kserve_routes(app, state)
+    add_ollama_routes(app, state)
+    add_tgi_routes(app, state)
+    add_refused_routes(app)
     for path, page_endpoint in page_routes().items():
         app.add_api_route(path, page_endpoint, methods=["GET"], response_model=None)
 
@@ -123,75 +146,92 @@ class ApiRoutes:
 
     def __init__(self, state: ServerState) -> None:
         self._state = state
+        self.stored_responses = StoredResponses(state)
 
     async def health(self) -> Response:
-        self._check_ready()
+        if self._state.phase is Phase.SLEEPING:  # it is well, and needs no restart
+            return _json_response({"status": "sleeping"})
+        response = await self.ready()
+        if self._state.options.behind_router:
+            response.headers[BACKGROUND_HEADER] = str(self._state.num_background_responses)
+        return response
+
+    async def ready(self) -> Response:
+        check_ready(self._state)
         return _json_response({"status": "ok"})
 
     async def version(self) -> Response:
         return _json_response({"version": version()})
 
     async def info(self) -> Response:
-        self._check_ready()
-        return _json_response(self._state.info)
+        check_ready(self._state)
+        return _json_response(self._state.info | tgi_info(self._state))
 
     async def metrics(self) -> Response:
         text = await asyncio.to_thread(self._state.metrics.render)
         return Response(text, media_type=CONTENT_TYPE)
 
     async def models(self) -> Response:
-        self._check_ready()
+        check_ready(self._state)
         entries = [self._model_entry(name) for name in self._state.models]
         return _json_response({"object": "list", "data": entries})
 
     async def model(self, name: str) -> Response:
-        self._check_ready()
-        self._check_model(name)
+        check_ready(self._state)
+        check_model(self._state, name)
         return _json_response(self._model_entry(name))
 
     async def completions(self, request: Request) -> Response:
-        body = await self._read(CompletionRequest, request)
+        body = await read_request(self._state, CompletionRequest, request)
         builder = CompletionResponseBuilder(body, self._state.text.tokenizer)
-        choices = await prepare_completion(self._state, body, builder.id, _cache_salt(request))
-        self._check_ready()  # again: the engine may have ended while this request was prepared
+        choices = await prepare_completion(self._state, body, builder.id, client_salt(request))
+        check_ready(self._state)  # again: the engine may have ended while this request was prepared
         return await respond(
             self._state, request, builder, choices, bool(body.stream), body.timeout
         )
 
     async def chat_completions(self, request: Request) -> Response:
-        body = await self._read(ChatCompletionRequest, request)
+        body = await read_request(self._state, ChatCompletionRequest, request)
         builder = ChatCompletionResponseBuilder(body, self._state.text.tokenizer)
         return await self._chat(request, body, builder)
 
     async def responses(self, request: Request) -> Response:
-        body = await self._read(ResponsesRequest, request)
-        return await self._chat(request, body.chat, ResponsesResponseBuilder(body))
+        body = await read_request(self._state, ResponsesRequest, request)
+        if body.background:
+            return await self.stored_responses.start_in_background(request, body)
+        builder = await self.stored_responses.builder(request, body)
+        return await self._chat(request, body.chat, builder)
 
     async def embeddings(self, request: Request) -> Response:
-        body = await self._read(EmbeddingRequest, request)
+        body = await read_request(self._state, EmbeddingRequest, request)
         builder = EmbeddingResponseBuilder(body)
-        choices = await prepare_embeddings(self._state, body, builder.id, _cache_salt(request))
-        self._check_ready()
+        choices = await prepare_embeddings(self._state, body, builder.id, client_salt(request))
+        check_ready(self._state)
         return await respond_full(self._state, request, builder, choices, body.timeout)
 
     async def messages(self, request: Request) -> Response:
-        body = await self._read(MessagesRequest, request)
+        body = await read_request(self._state, MessagesRequest, request)
+        if not self._state.options.keep_client_nonce:
+            body.strip_client_nonces()
         return await self._chat(request, body.chat, MessagesResponseBuilder(body.model))
 
     async def count_tokens(self, request: Request) -> Response:
-        chat = (await self._read(CountTokensRequest, request)).chat
+        body = await read_request(self._state, CountTokensRequest, request)
+        if not self._state.options.keep_client_nonce:
+            body.strip_client_nonces()
+        chat = body.chat
         token_ids, _ = await encode_chat(
             self._state,
             chat.conversation,
             chat.offered_tools,
-            {},
+            template_variables(self._state.text, chat),
             chat.adds_generation_prompt,
             continue_final_message=bool(chat.continue_final_message),
         )
         return _json_response({"input_tokens": len(token_ids)})
 
     async def tokenize(self, request: Request) -> Response:
-        body = await self._read(TokenizeRequest, request)
+        body = await read_request(self._state, TokenizeRequest, request)
         tokenizer = self._state.text.tokenizer
         if body.messages is None:
             add_special_tokens = body.add_special_tokens is not False
@@ -219,15 +259,15 @@ class ApiRoutes:
         )
 
     async def detokenize(self, request: Request) -> Response:
-        body = await self._read(DetokenizeRequest, request)
+        body = await read_request(self._state, DetokenizeRequest, request)
         check_token_ids(body.tokens, self._state.engine_info.vocab_size, "tokens")
         prompt = self._state.text.tokenizer.decode(body.tokens, skip_special_tokens=False)
         return _json_response({"prompt": prompt})
 
     async def tokenizer_info(self, model: str = "") -> Response:
         """Return the tokenizer's config with the chat template, as vLLM does."""
-        self._check_ready()
-        self._check_model(model or self._state.model_name)
+        check_ready(self._state)
+        check_model(self._state, model or self._state.model_name)
         tokenizer = self._state.text.tokenizer
         return _json_response(
             {
@@ -240,34 +280,26 @@ class ApiRoutes:
             }
         )
 
-    async def _read(self, schema: type[RequestT], request: Request) -> RequestT:
-        """Read and check the body of a request to a model of this server."""
-        self._check_ready()
-        options = self._state.options
-        data = await read_json_body(request, options.max_body_bytes, options.body_timeout)
-        body = parse_request(schema, data, options.strict_fields, self._state.model_name)
-        request.scope["llmkit.ignored_fields"].append(body.ignored)
-        check_reasoning_controls(body, self._state.text.tokenizer)
-        self._check_model(body.model)
-        return body
-
     async def _chat(
         self, request: Request, body: ChatCompletionRequest, builder: ResponseBuilder
     ) -> Response:
-        choices = await prepare_chat(self._state, body, builder.id, _cache_salt(request))
-        self._check_ready()  # again: the engine may have ended while this request was prepared
+        state = self._state
+        choices = await prepare_chat(state, body, builder.id, client_salt(request))
+        check_ready(state)  # again: the engine may have ended while this request was prepared
+        question = None
+        if state.semantic is not None:
+            question = semantic_question(
+                body,
+                request.headers.get(SEMANTIC_HEADER),
+                choices,
+                state.options.semantic_cache_requests,
+                state.options.engine.adapters,
+            )
+        elif body.semantic_cache:
+            body.ignored.add(("semantic_cache",))
         return await respond(
-            self._state, request, builder, choices, bool(body.stream), body.timeout
+            state, request, builder, choices, bool(body.stream), body.timeout, question
         )
-
-    def _check_ready(self) -> None:
-        error = self._state.unavailable_error
-        if error is not None:
-            raise error
-
-    def _check_model(self, name: str) -> None:
-        if name not in self._state.models:
-            raise unknown_model(name, self._state.models)
 
     def _model_entry(self, name: str) -> dict[str, Any]:
         state = self._state
@@ -277,18 +309,9 @@ class ApiRoutes:
             "created": state.created,
             "owned_by": "llmkit",
             "max_model_len": state.engine_info.max_model_len,
-            "root": state.adapter_paths.get(name, state.options.model),
+            "root": state.adapter_paths.get(name, state.root),
             "parent": None if name in state.base_model_names else state.model_name,
         }
-
-
-def _cache_salt(request: Request) -> str:
-    """Return the salt that keeps this client's cached prefixes to itself.
-
-    SecurityMiddleware sets it.
-    """
-    cache_salt: str = request.scope["llmkit.cache_salt"]
-    return cache_salt
 
 
 def _with_request_tracking(app: ASGIApp, state: ServerState) -> ASGIApp:
@@ -298,6 +321,13 @@ def _with_request_tracking(app: ASGIApp, state: ServerState) -> ASGIApp:
     """
 
     async def tracked_app(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "websocket":  # its requests are counted, not the connection
+            state.num_open_sockets += 1
+            try:
+                await serve_socket(scope, receive, send)
+            finally:
+                state.num_open_sockets -= 1
+            return
         scope["llmkit.arrival_time"] = time.perf_counter()
         with state.track_request():
             await app(scope, receive, _with_ignored_fields(scope, send, state))

@@ -5,15 +5,16 @@ An HTTP request has one or more choices; each is one request of the engine.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 
 from llmkit.checkpoint.tokenizer import Detokenizer
 from llmkit.runtime.engine.engine_outputs import EngineOutput, Logprobs
 from llmkit.runtime.engine.engine_request import EngineRequest
 from llmkit.runtime.server.request_times import RequestTimes
-from llmkit.runtime.server.text.output_parser import OutputParser, OutputPart
+from llmkit.runtime.server.text.output_parser import OutputParser, PlainParser
+from llmkit.runtime.server.text.output_parts import OutputPart, TextPart
 from llmkit.runtime.server.text.stop_strings import StopStringBuffer
-from llmkit.runtime.server.text.tool_calls import TextPart
 
 
 @dataclass(slots=True)
@@ -84,9 +85,11 @@ class Choice:
         self._detokenizer = detokenizer
         self._include_stop = include_stop
         self._stop_buffer = StopStringBuffer(stop_strings, include_stop)
-        self._parser = parser or OutputParser()
+        self._parser = parser or PlainParser()
         self._has_output = False
         self._empty = empty
+        self._on_logprobs: Callable[[Logprobs], None] | None = None
+        self._shows_logprobs = True
 
     @property
     def skipped_token_ids(self) -> frozenset[int]:
@@ -97,6 +100,18 @@ class Choice:
     def matched_stop_string(self) -> str | None:
         """The stop string that ended the answer."""
         return self._stop_buffer.matched
+
+    def watch_logprobs(self, on_logprobs: Callable[[Logprobs], None], count: int) -> None:
+        """Call `on_logprobs` for each token of the text, with `count` alternatives at least.
+
+        Call it before the request is added to the engine. Deltas have log probabilities only if the
+        request had asked for them.
+        """
+        params = self.request.sampling_params
+        self._on_logprobs = on_logprobs
+        self._shows_logprobs = params.logprobs is not None
+        params = replace(params, logprobs=max(count, params.logprobs or 0))
+        self.request = replace(self.request, sampling_params=params)
 
     def process_output(self, output: EngineOutput, stop_token_ids: frozenset[int]) -> Delta:
         """Add an output of the engine and return the delta.
@@ -121,6 +136,11 @@ class Choice:
         )
         if ends_with_stop_token and not self._include_stop:
             text_ids = token_ids[:-1]
+        if self._on_logprobs is not None and logprobs is not None:
+            for token_logprobs in logprobs[: len(text_ids)]:
+                self._on_logprobs(token_logprobs)
+        if not self._shows_logprobs:
+            logprobs = None
         text = self._detokenizer.add(text_ids)
         if engine_finish is not None:
             text += self._detokenizer.flush()
@@ -128,7 +148,8 @@ class Choice:
         if self.completion_tokens > self.request.sampling_params.min_tokens:
             text = self._stop_buffer.feed(text, final=engine_finish is not None)
         final = self._stop_buffer.stopped or engine_finish is not None
-        parts = self._parser.feed(text, final=final)
+        is_cut = self._stop_buffer.stopped or engine_finish != "stop"
+        parts = self._parser.feed(text, final=final, is_cut=is_cut)
         if self._parser.is_reasoning:
             self.reasoning_tokens += len(token_ids)
 
@@ -142,7 +163,7 @@ class Choice:
             prompt_logprobs=output.prompt_logprobs,
             embedding=output.embedding,
         )
-        if self.finish_reason == "stop" and self._parser.num_tool_calls:
+        if self.finish_reason == "stop" and self._has_calls():
             delta.finish_reason = "tool_calls"
         if self.echo is not None and not self._has_output:
             delta.parts = [TextPart(self.echo.text), *parts]
@@ -156,3 +177,13 @@ class Choice:
             delta.tokens += zip(text_ids, logprobs, strict=False)
         self._has_output = True
         return delta
+
+    def _has_calls(self) -> bool:
+        """Whether the client must answer calls.
+
+        A call that the model itself left incomplete is one: it was sent. One that only a stop
+        string cut is not.
+        """
+        if self._stop_buffer.stopped:
+            return self._parser.num_tool_calls > 0
+        return self._parser.num_begun_calls > 0

@@ -12,7 +12,7 @@ from llmkit.runtime.server.engines.engine_messages import Refused
 from llmkit.runtime.server.engines.replicas import Replicas
 from llmkit.runtime.server.http.http_errors import ApiError
 from llmkit.runtime.server.request_times import RequestTimes
-from llmkit.runtime.server.response_cache import CachedResponses, ResponseCache
+from llmkit.runtime.server.response_cache import CachedResponses
 from llmkit.runtime.server.server_metrics import ServerMetrics
 
 ENGINE_DEAD = "The engine process has ended."
@@ -33,15 +33,15 @@ class Generation:
         eos_token_ids: Sequence[int],
         arrival_time: float,
         timeout: float | None = None,
-        cache: ResponseCache | None = None,
+        cached: CachedResponses | None = None,
     ) -> None:
         """Create the generation of a request that arrived at `arrival_time` (perf_counter).
 
-        It fails `timeout` seconds after its arrival. Answers in `cache` are not computed again.
+        It fails `timeout` seconds after its arrival. Answers in `cached` are not computed again.
         """
         self.choices = choices
         self.disconnected = False  # the client is gone
-        self.cached = CachedResponses(cache, choices)
+        self.cached = cached or CachedResponses(None, choices)
         self._engines = engines
         self._metrics = metrics
         self._unfinished = {choice.request.request_id: choice for choice in choices}

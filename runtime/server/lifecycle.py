@@ -20,24 +20,33 @@ from starlette.types import ASGIApp
 
 from llmkit.common.errors import InputError, ShortageError
 from llmkit.common.formatting import count_text
+from llmkit.runtime.prefix_folder import private_folder
 from llmkit.runtime.server.app import build_app
 from llmkit.runtime.server.async_waits import StopSignals, run_in_thread, wait_first
+from llmkit.runtime.server.engine_changes import EngineChanges
 from llmkit.runtime.server.engines.engine_client import EngineClient
 from llmkit.runtime.server.engines.engine_messages import EngineReady
 from llmkit.runtime.server.engines.replicas import Replicas
 from llmkit.runtime.server.engines.restarts import supervise_engines
-from llmkit.runtime.server.http.api_keys import Client
 from llmkit.runtime.server.http.http_errors import ApiError
+from llmkit.runtime.server.http.key_ring import KeyRing
 from llmkit.runtime.server.http.protocol import LimitedHttpProtocol
 from llmkit.runtime.server.http.tls import tls_context
 from llmkit.runtime.server.response_cache import ResponseCache
 from llmkit.runtime.server.sandbox import SandboxError
 from llmkit.runtime.server.sandbox_process import CheckTemplate
+from llmkit.runtime.server.semantic.semantic_options import new_semantic_answers
 from llmkit.runtime.server.serve_options import ServeOptions, default_name, template_error
 from llmkit.runtime.server.server_metrics import ServerMetrics
 from llmkit.runtime.server.server_state import Phase, ServerState, TextResources
 from llmkit.runtime.server.state_metrics import StateCollector
+from llmkit.runtime.server.stored_responses.response_store import ResponseStore, store_path
 from llmkit.runtime.server.tracing import Tracing
+from llmkit.runtime.server.websockets.socket_protocol import (
+    PING_INTERVAL_S,
+    PING_TIMEOUT_S,
+    LimitedWebSocketProtocol,
+)
 
 # How long /health answers 503 after the engine's death before the process exits, so that a probe
 # sees it.
@@ -61,17 +70,19 @@ EngineProcess = tuple[subprocess.Popen[bytes], socket.socket]
 
 async def serve(
     options: ServeOptions,
-    clients: tuple[Client, ...],
+    clients: KeyRing,
     listener: socket.socket,
     engines: Sequence[EngineProcess],
-    start_engine: Callable[[int], EngineProcess],
+    embedder: EngineProcess | None,
+    start_engine: Callable[[int, str], EngineProcess],
     start_time: float,
     log: Log,
     on_ready: OnReady,
 ) -> int:
     """Serve on `listener` and return the exit code; see run_server.
 
-    engines: the started engine processes, each with its socket. start_engine: starts a process for
+    engines: the started engine processes, each with its socket. embedder: the one of
+    --semantic-cache-model. start_engine: starts a process for
     a replica whose process has ended. start_time: time.perf_counter() at the start.
     """
     api_seconds = {"python and imports": _seconds_since(start_time)}
@@ -91,12 +102,19 @@ async def serve(
         metrics.register(StateCollector(state))
         if options.response_cache:
             state.response_cache = ResponseCache(options.response_cache, options.engine.adapters)
+        embedding_engine = None
+        if embedder is not None:
+            who = "the model of --semantic-cache-model: "
+            client = await EngineClient.connect(*embedder, who, options.engine_timeout)
+            embedding_engine = Replicas([client])
+        state.response_store = _response_store(options, model_name)
         if options.otlp_traces_endpoint is not None:
             state.tracing = Tracing(options.otlp_traces_endpoint)
         app = build_app(state, clients)
         http_server = HttpServer(app, options)
         serving = asyncio.create_task(http_server.serve(sockets=[listener]))
-        text = run_in_thread(lambda: _load_text(options, api_seconds))
+        watching_keys = asyncio.create_task(clients.watch())
+        text = run_in_thread(lambda: _load_text(options, options.model, api_seconds))
         # Done when an engine process has ended for good.
         engine_lost: asyncio.Future[EngineClient] | None = None
         grpc_server = None
@@ -108,6 +126,17 @@ async def serve(
             if not loaded.done():
                 loaded.cancel()
                 return 128 + stop.first.result()
+            state.semantic = await new_semantic_answers(
+                options, replicas, *loaded.result(), embedding_engine
+            )
+            state.engine_changes = EngineChanges(
+                state,
+                lambda replica, root: connect(replica, start_engine(replica, root)),
+                lambda root: _checked_text(
+                    state, run_in_thread(lambda: _load_text(options, root, {}))
+                ),
+                log,
+            )
             info = _become_ready(state, *loaded.result(), log)
             info |= {
                 "url": server_url(options, listener),
@@ -124,7 +153,7 @@ async def serve(
             on_ready(info)
             engine_lost = asyncio.ensure_future(
                 supervise_engines(
-                    state, lambda replica: connect(replica, start_engine(replica)), log
+                    state, lambda replica: connect(replica, start_engine(replica, state.root)), log
                 )
             )
             await wait_first(engine_lost, stop.first)
@@ -141,17 +170,36 @@ async def serve(
             state.fail_all(ApiError(503, "The server is shutting down.", code="shutting_down"))
             if engine_lost is not None:
                 engine_lost.cancel()
+            watching_keys.cancel()
+            if state.engine_changes is not None:
+                state.engine_changes.close()
             http_server.should_exit = True
             await serving
             if grpc_server is not None:
                 await grpc_server.stop(_LAST_BYTES_S)
             replicas.close()
+            if embedding_engine is not None:
+                embedding_engine.close()
             if state.tracing is not None:
                 await wait_first(run_in_thread(state.tracing.close), timeout=_LAST_SPANS_S)
             await wait_first(text, timeout=_TEXT_WAIT_S)
             if text.done():
                 text.exception()  # read, so that asyncio does not report it as never retrieved
             state.close_sandboxes()
+            if state.response_store is not None:
+                state.response_store.close()
+
+
+def _response_store(options: ServeOptions, model_name: str) -> ResponseStore | None:
+    if options.response_store is None:
+        if not options.store_responses:
+            return None
+        path = None
+    else:
+        path = store_path(
+            private_folder(str(options.response_store), "the folder of responses"), model_name
+        )
+    return ResponseStore(path, options.response_store_size, options.response_store_ttl)
 
 
 def stopping_text(num_requests: int) -> str:
@@ -190,6 +238,8 @@ def _become_ready(
         log(f"warning: {text.edit_warning}")
     for setting in text.not_applied:
         log(f"generation_config.json has {setting}, which is not applied")
+    if text.dialect.tools is not None or text.dialect.has_reasoning:
+        log(text.dialect.description)
     return {
         "model": state.model_name,
         "device": engine.device,
@@ -204,9 +254,15 @@ def _become_ready(
     }
 
 
-def _load_text(options: ServeOptions, api_seconds: dict[str, float]) -> TextResources:
+def _load_text(options: ServeOptions, model: str, api_seconds: dict[str, float]) -> TextResources:
     start_time = time.perf_counter()
-    text = TextResources.load(options.model, options.chat_template)
+    text = TextResources.load(
+        model,
+        options.chat_template,
+        options.label_tokens,
+        options.tool_parser,
+        options.reasoning_parser,
+    )
     api_seconds["tokenizer"] = _seconds_since(start_time)
     return text
 
@@ -223,7 +279,8 @@ async def _checked_text(state: ServerState, text: asyncio.Future[TextResources])
         try:
             await state.templates.run(CheckTemplate(template))
         except SandboxError as error:
-            what = f"the chat template of {options.model}"
+            files = resources.files
+            what = f"the chat template of {options.model if files is None else files.reference}"
             if options.chat_template is not None:
                 what = f"--chat-template {options.chat_template}"
             raise template_error(what, error) from None
@@ -256,12 +313,21 @@ class HttpServer(uvicorn.Server):
             "drop_timeout_s": options.body_timeout,
         }
         protocol_class = type("Protocol", (LimitedHttpProtocol,), limits)
+        socket_class = type(
+            "SocketProtocol",
+            (LimitedWebSocketProtocol,),
+            {"write_timeout_s": options.write_timeout},
+        )
         super().__init__(
             uvicorn.Config(
                 app,
                 loop="none",
                 http=protocol_class,
-                ws="none",
+                ws=socket_class,
+                ws_max_size=options.max_body_bytes,
+                ws_ping_interval=PING_INTERVAL_S,
+                ws_ping_timeout=PING_TIMEOUT_S,
+                ws_per_message_deflate=False,  # a small message could be a huge one
                 lifespan="off",
                 log_config=None,
                 access_log=False,

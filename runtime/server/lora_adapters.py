@@ -97,7 +97,7 @@ class LoraAdapterRoutes:
         """Load an adapter in every replica, or in none: raises ApiError when one refuses."""
         clients = self._clients
         answers = await asyncio.gather(
-            *(client.change_adapter(LoadAdapter(uuid4().hex, name, path)) for client in clients)
+            *(client.change(LoadAdapter(uuid4().hex, name, path)) for client in clients)
         )
         refusals = [answer for answer in answers if answer is not None]
         if not refusals:
@@ -146,7 +146,7 @@ class LoraAdapterRoutes:
 async def _unload(client: EngineClient, name: str) -> Refused | None:
     """Unload an adapter in one replica, as soon as no request uses it."""
     while True:
-        refused = await client.change_adapter(UnloadAdapter(uuid4().hex, name))
+        refused = await client.change(UnloadAdapter(uuid4().hex, name))
         if refused is None or refused.code != "in_use":
             return refused
         await asyncio.sleep(_POLL_S)

@@ -10,10 +10,20 @@ from fastapi.routing import APIRoute
 from pydantic.json_schema import models_json_schema
 
 from llmkit.common.version import version
+from llmkit.runtime.server.engine_change_routes import ReloadRequest
 from llmkit.runtime.server.http.assets import PAGE_PATHS
-from llmkit.runtime.server.http.security_middleware import OPEN_PATHS
+from llmkit.runtime.server.http.http_errors import TGI_PATHS, is_inference_protocol, is_ollama
+from llmkit.runtime.server.http.security_middleware import needs_no_key
 from llmkit.runtime.server.kserve.kserve_request import InferRequest
 from llmkit.runtime.server.lora_adapters import LoadLoraAdapterRequest, UnloadLoraAdapterRequest
+from llmkit.runtime.server.ollama.ollama_request import (
+    OllamaChatRequest,
+    OllamaEmbeddingsRequest,
+    OllamaEmbedRequest,
+    OllamaGenerateRequest,
+    OllamaShowRequest,
+)
+from llmkit.runtime.server.responses.response_builder import JSON_LINES, SERVER_SENT_EVENTS
 from llmkit.runtime.server.schemas.base_request import BaseRequest
 from llmkit.runtime.server.schemas.chat_request import ChatCompletionRequest
 from llmkit.runtime.server.schemas.completion_request import CompletionRequest
@@ -22,8 +32,18 @@ from llmkit.runtime.server.schemas.ignored_fields import HEADER as IGNORED_FIELD
 from llmkit.runtime.server.schemas.ignored_fields import MAX_HEADER_CHARS
 from llmkit.runtime.server.schemas.messages_request import CountTokensRequest, MessagesRequest
 from llmkit.runtime.server.schemas.responses_request import ResponsesRequest
+from llmkit.runtime.server.schemas.score_request import (
+    ClassifyRequest,
+    RerankRequest,
+    ScoreRequest,
+)
 from llmkit.runtime.server.schemas.tokenize_request import DetokenizeRequest, TokenizeRequest
 from llmkit.runtime.server.server_metrics import CONTENT_TYPE
+from llmkit.runtime.server.tgi.tgi_request import (
+    TgiCompatRequest,
+    TgiGenerateRequest,
+    TgiStreamRequest,
+)
 
 REQUEST_SCHEMAS: dict[str, type[BaseRequest]] = {
     "/v1/completions": CompletionRequest,
@@ -32,8 +52,23 @@ REQUEST_SCHEMAS: dict[str, type[BaseRequest]] = {
     "/v1/embeddings": EmbeddingRequest,
     "/v1/messages": MessagesRequest,
     "/v1/messages/count_tokens": CountTokensRequest,
+    "/reload": ReloadRequest,
     "/v1/load_lora_adapter": LoadLoraAdapterRequest,
     "/v1/unload_lora_adapter": UnloadLoraAdapterRequest,
+    "/score": ScoreRequest,
+    "/v1/score": ScoreRequest,
+    "/rerank": RerankRequest,
+    "/v1/rerank": RerankRequest,
+    "/v2/rerank": RerankRequest,
+    "/classify": ClassifyRequest,
+    "/api/chat": OllamaChatRequest,
+    "/api/generate": OllamaGenerateRequest,
+    "/api/embed": OllamaEmbedRequest,
+    "/api/embeddings": OllamaEmbeddingsRequest,
+    "/api/show": OllamaShowRequest,
+    "/generate": TgiGenerateRequest,
+    "/generate_stream": TgiStreamRequest,
+    "/": TgiCompatRequest,
     "/tokenize": TokenizeRequest,
     "/detokenize": DetokenizeRequest,
     "/v2/models/{name}/infer": InferRequest,
@@ -87,8 +122,33 @@ _GENERATE = {
         "parameters": {"type": ["object", "null"]},
     },
 }
+
+
+def _query(name: str, description: str, schema: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "name": name,
+        "in": "query",
+        "required": False,
+        "description": description,
+        "schema": schema,
+    }
+
+
 # Query parameters by path. The others have none.
 _QUERY_PARAMETERS = {
+    "/v1/responses/{response_id}": [
+        _query("stream", "true: the events of a background response.", {"type": "boolean"}),
+        _query(
+            "starting_after",
+            "With stream: the number of the event after which they begin.",
+            {"type": "integer"},
+        ),
+    ],
+    "/v1/responses/{response_id}/input_items": [
+        _query("limit", "Items of a page.", {"type": "integer", "minimum": 1, "maximum": 100}),
+        _query("order", "asc, or desc: the last item first.", {"enum": ["asc", "desc"]}),
+        _query("after", "The item before the page.", {"type": "string"}),
+    ],
     "/tokenizer_info": [
         {
             "name": "model",
@@ -97,13 +157,17 @@ _QUERY_PARAMETERS = {
             "description": "The model's name; it may be left out where one model is served.",
             "schema": {"type": "string"},
         }
-    ]
+    ],
 }
-# Errors of /v2, in the format of the Open Inference Protocol.
+# Errors of /v2, /api (Ollama's) and TGI's routes.
 _FLAT_ERROR = {
     "type": "object",
     "required": ["error", "type", "param", "code"],
-    "properties": _ERROR_FIELDS | {"error": {"type": "string"}},
+    "properties": _ERROR_FIELDS
+    | {
+        "error": {"type": "string"},
+        "error_type": {"type": "string", "description": "Of TGI's routes only."},
+    },
 }
 
 
@@ -117,8 +181,8 @@ _IGNORED_FIELDS = {
 def openapi(routes: Iterable[Any], needs_key: bool, strict_fields: bool = False) -> dict[str, Any]:
     """Return the document of `routes`, without those that are not an APIRoute.
 
-    needs_key: whether all routes except OPEN_PATHS need an API key. strict_fields: whether unknown
-    fields of a request are refused.
+    needs_key: whether requests need an API key, unless `needs_no_key`. strict_fields: whether
+    unknown fields of a request are refused.
     """
     api_routes = [route for route in routes if isinstance(route, APIRoute)]
     request_schemas = {
@@ -137,11 +201,12 @@ def openapi(routes: Iterable[Any], needs_key: bool, strict_fields: bool = False)
     definitions = _with_schema_names(definitions)
     paths: dict[str, dict[str, Any]] = {}
     for route in api_routes:
-        operation = _operation(route.path_format, request_schemas.get(route.path_format))
-        if needs_key and route.path_format not in OPEN_PATHS:
-            operation["security"] = [{"bearer": []}, {"key": []}]
+        path = route.path_format
         for method in route.methods or ():
-            paths.setdefault(route.path_format, {})[method.lower()] = operation
+            operation = _operation(method, path, request_schemas.get(path))
+            if needs_key and not needs_no_key(method, path):
+                operation["security"] = [{"bearer": []}, {"key": []}]
+            paths.setdefault(path, {})[method.lower()] = operation
     security_schemes = {
         "bearer": {"type": "http", "scheme": "bearer"},
         "key": {"type": "apiKey", "in": "header", "name": "x-api-key"},
@@ -157,19 +222,23 @@ def openapi(routes: Iterable[Any], needs_key: bool, strict_fields: bool = False)
     }
 
 
-def _operation(path: str, request_schema: type[BaseRequest] | None) -> dict[str, Any]:
+def _operation(method: str, path: str, request_schema: type[BaseRequest] | None) -> dict[str, Any]:
     content: dict[str, Any] = {"application/json": {}}
+    if method == "GET":
+        request_schema = None
     if request_schema is not None and "stream" in request_schema.model_fields:
-        content["text/event-stream"] = {}
+        form = JSON_LINES if is_ollama(path) else SERVER_SENT_EVENTS
+        content[form.media_type] = {}
     elif path == "/metrics":
         content = {CONTENT_TYPE: {}}
-    elif path in PAGE_PATHS:
+    elif path in PAGE_PATHS and method == "GET":
         content = {"*/*": {}}
     elif path.endswith("/generate_stream"):
         content = {"text/event-stream": {}}
     elif path.endswith("/infer"):
         content["application/octet-stream"] = {}
-    error_schema = "FlatError" if path == "/v2" or path.startswith("/v2/") else "Error"
+    is_flat = is_inference_protocol(path) or is_ollama(path) or path in TGI_PATHS
+    error_schema = "FlatError" if is_flat else "Error"
     error_content = {"application/json": {"schema": {"$ref": _REF_PREFIX + error_schema}}}
     operation: dict[str, Any] = {
         "responses": {
@@ -189,7 +258,7 @@ def _operation(path: str, request_schema: type[BaseRequest] | None) -> dict[str,
         if request_schema.model_config.get("extra") == "allow":
             operation["responses"]["200"]["headers"] = {IGNORED_FIELDS_HEADER: _IGNORED_FIELDS}
         schema = {"$ref": _REF_PREFIX + _schema_name(request_schema.__name__)}
-    elif path.endswith(("/generate", "/generate_stream")):
+    elif is_inference_protocol(path) and path.endswith(("/generate", "/generate_stream")):
         schema = _GENERATE
     if schema is not None:
         operation["requestBody"] = {

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import hashlib
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from llmkit.checkpoint.tokenizer import Detokenizer, Tokenizer
 from llmkit.runtime.engine.engine_request import EngineRequest
 from llmkit.runtime.engine.sampling_params import SamplingParams
+from llmkit.runtime.engine.thinking_budget import ThinkingBudget
 from llmkit.runtime.server.choice import Choice, Echo
 from llmkit.runtime.server.engines.engine_messages import EngineReady
 from llmkit.runtime.server.http.http_errors import ApiError, invalid
@@ -22,28 +24,33 @@ from llmkit.runtime.server.schemas.base_request import (
     INT64,
     BaseRequest,
     GenerationRequest,
+    Wish,
 )
 from llmkit.runtime.server.schemas.chat_request import ChatCompletionRequest
 from llmkit.runtime.server.schemas.completion_request import CompletionRequest
+from llmkit.runtime.server.schemas.reasoning_options import ThinkingPlan, plan_thinking
 from llmkit.runtime.server.schemas.structured_output import (
     check_grammar,
     combined_grammar,
     constraint_grammar,
-    lark_string,
-    tool_call_grammars,
 )
-from llmkit.runtime.server.server_state import SamplingDefaults, ServerState
+from llmkit.runtime.server.server_state import SamplingDefaults, ServerState, TextResources
+from llmkit.runtime.server.text.call_history import (
+    has_calls,
+    messages_for_template,
+    with_arguments_as_text,
+)
+from llmkit.runtime.server.text.dialect_detection import dialect_names
+from llmkit.runtime.server.text.lark_grammar import lark_mark, lark_string
 from llmkit.runtime.server.text.output_parser import (
-    THINK_END,
-    THINK_START,
     OutputParser,
-    has_reasoning,
+    PlainParser,
+    new_output_parser,
 )
-from llmkit.runtime.server.text.tool_calls import (
-    ToolCallFormat,
-    ToolCallParser,
-    detect_tool_call_format,
-)
+from llmkit.runtime.server.text.tool_call_grammar import tool_call_grammar
+from llmkit.runtime.server.text.tool_dialects import ChannelCall, ReasoningMarks, ToolDialect
+
+Result = TypeVar("Result")
 
 AS_MANY_AS_FIT = -1  # of max_tokens and truncate_prompt_tokens
 COMPLETION_MAX_TOKENS = 16  # OpenAI's default for completions; a chat answer may fill the context
@@ -62,16 +69,18 @@ class Prompt:
     token_ids: list[int]
     param: str  # the request's field that it comes from
     new_detokenizer: Callable[[], Detokenizer]  # called for each answer
-    new_parser: Callable[[], OutputParser] = OutputParser  # called for each answer
+    new_parser: Callable[[], OutputParser] = PlainParser  # called for each answer
     echo: Echo | None = None
     grammar: str | None = None
     num_shared_tokens: int = 0  # see EngineRequest
+    thinking_budget: ThinkingBudget | None = None
 
 
 async def prepare_completion(
     state: ServerState, request: CompletionRequest, request_id: str, cache_salt: str = ""
 ) -> list[Choice]:
     """Return `n` choices for each prompt. Raises ApiError 400 for a request that can never run."""
+    state.require_text_model()
     given_prompts = request.prompts
     state.check_queue_capacity(len(given_prompts) * (request.n or 1))
     tokenizer = state.text.tokenizer
@@ -86,12 +95,13 @@ async def prepare_completion(
     if constraint is not None:
         answer = constraint_grammar(constraint)
         grammar = combined_grammar(
-            answer, [], may_reason=False, starts_in_reasoning=False, lark=lark_string
+            answer, None, reasoning=None, starts_in_reasoning=False, mark=lark_string
         )
         await check_grammar(state.grammars, grammar, constraint.param)
     new_detokenizer = functools.partial(tokenizer.stream, request.skip_special_tokens is not False)
     prompts = []
     for prompt in given_prompts:
+        await asyncio.sleep(0)  # other requests go on between many short prompts
         if isinstance(prompt, str):
             token_ids = await tokenize_text(
                 tokenizer, prompt, request.add_special_tokens is not False, max_prompt_tokens
@@ -113,10 +123,13 @@ async def prepare_chat(
 
     Raises ApiError 400 for a request that can never run or that the chat template refuses.
     """
+    state.require_text_model()
     state.check_queue_capacity(request.n or 1)
     tokenizer = state.text.tokenizer
     tools = request.offered_tools
-    call_format = _tool_call_format(tokenizer) if tools else None
+    dialect = _tool_dialect(state.text, bool(tools))
+    marks = state.text.dialect.reasoning
+    thinking = _thinking_plan(state.text, request)
     max_tokens = request.max_new_tokens
     if max_tokens == AS_MANY_AS_FIT:
         max_tokens = None
@@ -124,42 +137,39 @@ async def prepare_chat(
         state,
         request.conversation,
         tools,
-        request.template_variables,
+        template_variables(state.text, request),
         request.adds_generation_prompt,
         continue_final_message=bool(request.continue_final_message),
         add_special_tokens=bool(request.add_special_tokens),
         max_prompt_tokens=prompt_limit(state, request.truncate_prompt_tokens, max_tokens or 1),
     )
-    template = tokenizer.template(bool(tools)) or ""
-    if request.enable_thinking is not None and "enable_thinking" not in template:
-        request.ignored.add(("enable_thinking",))
-    may_reason = THINK_START in template
-    starts_in_reasoning = text.rstrip().endswith(THINK_START)
+    may_reason = marks is not None
+    starts_in_reasoning = marks is not None and text.rstrip().endswith(marks.start.rstrip())
     begun_answer = request.conversation[-1]["content"] if request.continue_final_message else ""
-    if begun_answer:
+    if begun_answer and marks is not None:
         # What is begun may be reasoning without an end; after an answer none follows.
-        starts_in_reasoning = begun_answer.rfind(THINK_START) > begun_answer.rfind(THINK_END)
+        starts_in_reasoning = begun_answer.rfind(marks.start) > begun_answer.rfind(marks.end)
         may_reason = starts_in_reasoning
-    grammar = await _chat_grammar(state, request, call_format, may_reason, starts_in_reasoning)
-    tool_names = [tool["function"]["name"] for tool in request.callable_tools]
+    thoughts = marks if may_reason or starts_in_reasoning else None
+    grammar = await _chat_grammar(state, request, dialect, thoughts, starts_in_reasoning)
 
     def new_parser() -> OutputParser:
-        calls = None
-        if call_format is not None:
-            calls = ToolCallParser(
-                call_format,
-                tool_names,
-                parallel=request.allows_parallel_calls,
-                required=request.requires_tool_call,
-                strict=_strict_calls(request, call_format),
-            )
-        return OutputParser(may_reason, starts_in_reasoning, calls)
+        return new_output_parser(
+            dialect,
+            request.callable_tools,
+            parallel=request.allows_parallel_calls,
+            required=request.requires_tool_call,
+            strict=dialect is not None and _strict_calls(request, dialect),
+            may_reason=may_reason,
+            starts_in_reasoning=starts_in_reasoning,
+            reasoning=marks,
+        )
 
     shown_marks: list[str] = []  # special tokens that the parser needs to see
-    if call_format is not None:
-        shown_marks += [call_format.opener, call_format.closer]
-    if may_reason:
-        shown_marks += [THINK_START, THINK_END]
+    if dialect is not None:
+        shown_marks += dialect.special_tokens
+    if marks is not None:
+        shown_marks += marks.special_tokens
     new_detokenizer = functools.partial(
         tokenizer.stream, request.skip_special_tokens is not False, shown_marks
     )
@@ -175,6 +185,11 @@ async def prepare_chat(
         new_parser,
         grammar=grammar,
         num_shared_tokens=num_shared_tokens,
+        thinking_budget=(
+            _thinking_budget(tokenizer, thoughts, thinking.max_tokens, starts_in_reasoning)
+            if thoughts is not None
+            else None
+        ),
     )
     return _choices(state, request, request_id, [prompt], max_tokens, cache_salt)
 
@@ -244,15 +259,26 @@ async def encode_chat(
             *conversation[:-1],
             {**final_message, "content": final_message["content"] + end_mark},
         ]
-    variables = tokenizer.chat_variables(
-        conversation, tools or None, add_generation_prompt, **template_kwargs
-    )
+    conversation = messages_for_template(conversation, state.text.dialect.tools, template, tools)
+
+    async def render(messages: Sequence[dict[str, Any]]) -> str:
+        variables = tokenizer.chat_variables(
+            messages, tools or None, add_generation_prompt, **template_kwargs
+        )
+        return await state.templates.run(RenderTemplate(template, variables))
+
     try:
-        text = await state.templates.run(RenderTemplate(template, variables))
+        text = await render(conversation)
     except SandboxError as error:
-        raise invalid(
-            "messages", f"The chat template refuses the messages: {error}", "chat_template"
-        ) from None
+        rendered = None
+        if has_calls(conversation):
+            with contextlib.suppress(SandboxError):
+                rendered = await render(with_arguments_as_text(conversation))
+        if rendered is None:
+            raise invalid(
+                "messages", f"The chat template refuses the messages: {error}", "chat_template"
+            ) from None
+        text = rendered
     if continue_final_message:
         if text.count(end_mark) != 1:
             message = "The model's chat template cannot leave the last message open."
@@ -273,9 +299,14 @@ async def tokenize_text(
 
     max_tokens, keep: see `Tokenizer.encode`.
     """
-    if len(text) < _LONG_TEXT_CHARS:
-        return tokenizer.encode(text, add_special_tokens, max_tokens, keep)
-    return await asyncio.to_thread(tokenizer.encode, text, add_special_tokens, max_tokens, keep)
+    return await in_thread_if_long(
+        len(text), lambda: tokenizer.encode(text, add_special_tokens, max_tokens, keep)
+    )
+
+
+async def in_thread_if_long(num_chars: int, tokenize: Callable[[], Result]) -> Result:
+    """Return what `tokenize` makes of `num_chars` characters; many are tokenized in a thread."""
+    return tokenize() if num_chars < _LONG_TEXT_CHARS else await asyncio.to_thread(tokenize)
 
 
 def prompt_limit(
@@ -288,27 +319,70 @@ def prompt_limit(
     return max(1, state.engine_info.max_model_len - num_new_tokens)
 
 
-def check_reasoning_controls(request: BaseRequest, tokenizer: Tokenizer) -> None:
-    """Settle the fields that control how much the model reasons.
-
-    They have no effect where the chat template has no reasoning, and are added to the request's
-    ignored fields. Raises ApiError 400 where it has, unless the value means the default.
-    """
+def check_reasoning_controls(request: BaseRequest, text: TextResources) -> None:
+    """Add the fields that control reasoning and have no effect to the request's ignored fields."""
     controls = request.reasoning_controls
     if not controls:
         return
-    templates = [tokenizer.template(tools) or "" for tools in (False, True)]
-    can_reason = request.uses_chat_template and any(map(has_reasoning, templates))
+    met: set[Wish] = set()
+    if request.uses_chat_template:
+        can_close = _thought_tokens(text.tokenizer, text.dialect.reasoning) is not None
+        for template in {text.tokenizer.template(tools) or "" for tools in (False, True)}:
+            met |= plan_thinking(request.thinking_wishes, template, can_close).met
     for control in controls:
-        if can_reason and not control.is_default:
-            param = ".".join(map(str, control.path))
-            raise invalid(
-                param,
-                f"{param} is not supported with this value for a model that reasons: leave it out. "
-                "chat_template_kwargs sets what its chat template has.",
-                "unsupported",
-            )
-        request.ignored.add(control.path)
+        if control.wish not in met:
+            request.ignored.add(control.path)
+
+
+def template_variables(text: TextResources, request: ChatCompletionRequest) -> dict[str, Any]:
+    """Return the variables of the chat template that a request sets.
+
+    Those of `chat_template_kwargs` are as they are given. Raises ApiError 400.
+    """
+    return _thinking_plan(text, request).variables | request.template_variables
+
+
+def _thinking_plan(text: TextResources, request: ChatCompletionRequest) -> ThinkingPlan:
+    """Return how the chat template and the engine meet what a request says of thinking.
+
+    Raises ApiError 400 for a budget that cannot be kept although the model thinks.
+    """
+    template = text.tokenizer.template(bool(request.offered_tools)) or ""
+    can_close = _thought_tokens(text.tokenizer, text.dialect.reasoning) is not None
+    plan = plan_thinking(request.thinking_wishes, template, can_close)
+    if plan.unlimitable and text.dialect.has_reasoning:
+        raise invalid(
+            "thinking_token_budget",
+            "A thinking budget needs a mark that ends a thought and is one token; this model has "
+            "none. Leave the budget out.",
+            "unsupported",
+        )
+    if request.enable_thinking is not None and "enabled" not in plan.met:
+        request.ignored.add(("enable_thinking",))
+    return plan
+
+
+def _thought_tokens(
+    tokenizer: Tokenizer, marks: ReasoningMarks | None
+) -> tuple[tuple[int, ...], int] | None:
+    """Return the tokens before a thought and the one after it; None: there is no such token."""
+    if marks is None:
+        return None
+    end = tokenizer.encode(marks.end, add_special_tokens=False)
+    if len(end) != 1:
+        return None
+    return tuple(tokenizer.encode(marks.start, add_special_tokens=False)), end[0]
+
+
+def _thinking_budget(
+    tokenizer: Tokenizer, marks: ReasoningMarks, max_tokens: int | None, starts_open: bool
+) -> ThinkingBudget | None:
+    """Return the budget that the engine keeps; None: thoughts have no limit."""
+    tokens = _thought_tokens(tokenizer, marks)
+    if max_tokens is None or tokens is None:
+        return None
+    start, end = tokens
+    return ThinkingBudget(max_tokens, start, end, (end,), starts_open)
 
 
 def check_token_ids(token_ids: list[int], vocab_size: int, param: str) -> None:
@@ -384,6 +458,7 @@ def _choices(
                 seed=_choice_seed(request.seed, index % n),
                 logprobs=request.num_logprobs,
                 prompt_logprobs=_num_prompt_logprobs(request, prompt),
+                thinking_budget=prompt.thinking_budget,
             ),
             priority=request.priority or 0,
             cache_salt=cache_salt,
@@ -475,58 +550,57 @@ def _echo(
 async def _chat_grammar(
     state: ServerState,
     request: ChatCompletionRequest,
-    call_format: ToolCallFormat | None,
-    may_reason: bool,
+    dialect: ToolDialect | None,
+    reasoning: ReasoningMarks | None,
     starts_in_reasoning: bool,
 ) -> str | None:
     """The grammar that the answer must follow; None when it may be any text."""
     constraint = request.output_constraint
     if not (request.requires_tool_call or constraint is not None or request.strict_tool_calls):
         return None
-    lark = functools.partial(_lark_mark, state.text.tokenizer)
-    calls = []
-    if call_format is not None:
-        calls = tool_call_grammars(
-            call_format,
-            request.callable_tools,
-            parallel=request.allows_parallel_calls,
-            optional=not request.requires_tool_call and constraint is None,
-            lark=lark,
-        )
+    mark = functools.partial(lark_mark, special_id=state.text.tokenizer.special_id)
+    calls = None
+    channels = None
+    if dialect is not None:
+        channels = dialect.syntax if isinstance(dialect.syntax, ChannelCall) else None
+        if request.callable_tools:
+            calls = tool_call_grammar(
+                dialect,
+                request.callable_tools,
+                parallel=request.allows_parallel_calls,
+                optional=not request.requires_tool_call and constraint is None,
+                mark=mark,
+            )
     answer = constraint_grammar(constraint) if constraint is not None else None
-    grammar = combined_grammar(answer, calls, may_reason, starts_in_reasoning, lark)
+    grammar = combined_grammar(answer, calls, reasoning, starts_in_reasoning, mark, channels)
     param = constraint.param if constraint is not None else "tools"
     await check_grammar(state.grammars, grammar, param)
     return grammar
 
 
-def _strict_calls(request: ChatCompletionRequest, call_format: ToolCallFormat) -> bool:
+def _strict_calls(request: ChatCompletionRequest, dialect: ToolDialect) -> bool:
     """Whether the grammar of `_chat_grammar` lets only a call begin as calls do."""
     if request.output_constraint is None:
         return request.strict_tool_calls
     # A call without an opener may look like an answer in JSON.
-    return not call_format.whole_answer
+    return not dialect.whole_answer
 
 
-def _lark_mark(tokenizer: Tokenizer, text: str) -> str:
-    """Return a Lark expression that matches `text`; a special token is written as its id."""
-    special_id = tokenizer.special_id(text)
-    return lark_string(text) if special_id is None else f"<[{special_id}]>"
+def _tool_dialect(text: TextResources, has_tools: bool) -> ToolDialect | None:
+    """Return how the answer is read; None: it has no calls, and no channels.
 
-
-def _tool_call_format(tokenizer: Tokenizer) -> ToolCallFormat:
-    """Return the format of the model's tool calls.
-
-    Raises ApiError 400 when the chat template has no tools, or when the format is unknown.
+    Raises ApiError 400 when there are tools and the chat template has none, or the dialect is
+    unknown.
     """
-    template = tokenizer.template(tools=True) or ""
-    call_format = detect_tool_call_format(template)
-    if "tools" not in template:
+    dialect = text.dialect.tools
+    if not has_tools:
+        return dialect if dialect and isinstance(dialect.syntax, ChannelCall) else None
+    if "tools" not in (text.tokenizer.template(tools=True) or ""):
         raise invalid("tools", "The model's chat template has no place for tools.", "unsupported")
-    if call_format is None:
+    if dialect is None:
         message = (
-            "How this model writes calls is not known: its chat template names no format that "
-            "llmkit can read."
+            "How this model writes calls is not known: its chat template has the marks of no "
+            f"dialect. Start the server with --tool-parser NAME: {', '.join(dialect_names())}."
         )
         raise invalid("tools", message, "unsupported")
-    return call_format
+    return dialect

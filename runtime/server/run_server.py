@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from llmkit.common.errors import ShortageError, UsageError
@@ -18,8 +18,13 @@ from llmkit.runtime.prefix_folder import private_folder
 from llmkit.runtime.process_channel import API_KEY_VARIABLE, end_process, spawn
 from llmkit.runtime.server.engines.engine_messages import LoadModel
 from llmkit.runtime.server.engines.resource_shares import replica_environments
-from llmkit.runtime.server.http.api_keys import Client, load_api_keys
+from llmkit.runtime.server.http.api_keys import Client
 from llmkit.runtime.server.http.hosts import is_loopback
+from llmkit.runtime.server.http.key_ring import KeyRing
+from llmkit.runtime.server.semantic.semantic_options import (
+    check_semantic_options,
+    embedder_message,
+)
 from llmkit.runtime.server.serve_options import ServeOptions
 from llmkit.runtime.server.tracing import require_tracing
 from llmkit.runtime.server_files import server_file
@@ -52,7 +57,7 @@ def run_server(
     engine processes, so that a port in use is reported before a model is loaded.
     """
     start_time = time.perf_counter() if start_time is None else start_time
-    clients = load_api_keys(options)
+    clients = KeyRing(options, log)
     check_exposure(options, clients)
     if listener is None:  # otherwise the router has warned
         log_open_doors(options, clients, log)
@@ -63,6 +68,7 @@ def run_server(
 
         tls_context(options)  # reports wrong files before the model is loaded
     prefix_store = _prefix_store(options)
+    check_semantic_options(options)
     if options.otlp_traces_endpoint is not None:
         require_tracing(options.otlp_traces_endpoint)
     if listener is None:
@@ -77,13 +83,18 @@ def run_server(
             file.write(facts)
             on_ready(facts)
 
-        def start_engine(replica: int) -> tuple[subprocess.Popen[bytes], socket.socket]:
-            message = LoadModel(options.model, options.engine, options.debug, prefix_store)
+        def start_engine(replica: int, model: str) -> tuple[subprocess.Popen[bytes], socket.socket]:
+            message = LoadModel(model, options.engine, options.debug, prefix_store)
             engines.append(spawn(_ENGINE_MODULE, message, environments[replica]))
             return engines[-1]
 
         try:
-            first_engines = [start_engine(replica) for replica in range(len(environments))]
+            replica_indexes = range(len(environments))
+            first_engines = [start_engine(index, options.model) for index in replica_indexes]
+            embedder = None
+            if options.semantic_cache_model is not None:
+                embedder = spawn(_ENGINE_MODULE, embedder_message(options), {})
+                engines.append(embedder)
             # Imported here, while the engine processes load the model.
             from llmkit.runtime.server.http.tls import new_event_loop
             from llmkit.runtime.server.lifecycle import serve
@@ -95,6 +106,7 @@ def run_server(
                         clients,
                         listener,
                         first_engines,
+                        embedder,
                         start_engine,
                         start_time,
                         log,
@@ -128,7 +140,7 @@ def _prefix_store(options: ServeOptions) -> tuple[str, int] | None:
     return str(private_folder(str(options.prefix_cache_dir))), options.prefix_cache_size
 
 
-def check_exposure(options: ServeOptions, clients: tuple[Client, ...]) -> None:
+def check_exposure(options: ServeOptions, clients: Sequence[Client]) -> None:
     """Raise UsageError when other machines could use the server without a key."""
     if not clients and not is_loopback(options.host):
         raise UsageError(
@@ -139,7 +151,7 @@ def check_exposure(options: ServeOptions, clients: tuple[Client, ...]) -> None:
 
 
 def log_open_doors(
-    options: ServeOptions, clients: tuple[Client, ...], log: Callable[[str], None]
+    options: ServeOptions, clients: Sequence[Client], log: Callable[[str], None]
 ) -> None:
     """Log a warning for each option that lets every web page use a server without a key."""
     if clients:

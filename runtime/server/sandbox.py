@@ -7,6 +7,8 @@ import signal
 import socket
 import subprocess
 
+import msgspec
+
 from llmkit.runtime.process_channel import FrameReader, end_process, frame, spawn
 from llmkit.runtime.server.http.http_errors import ApiError
 from llmkit.runtime.server.sandbox_process import (
@@ -49,6 +51,10 @@ class Sandbox:
         self._job_lock = asyncio.Lock()
         self.process: subprocess.Popen[bytes] | None = None
         self._socket: socket.socket | None = None
+
+    def use_model(self, model: str) -> None:
+        """Compile grammars for `model` from the next start on; its tokenizer is the same."""
+        self._setup = msgspec.structs.replace(self._setup, model=model)
 
     def start(self) -> None:
         """Start the process. It ends with the thread that calls this."""

@@ -2,17 +2,24 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
-from llmkit.common.errors import ChatTemplateError, InputError
+from llmkit.common.errors import ChatTemplateError, InputError, UsageError
 from llmkit.common.option_values import SIZE, within, zero_or_at_least
 from llmkit.common.options import PERFORMANCE_PANEL, Argument, Option
 from llmkit.runtime.engine.engine_options import MODEL_PANEL, EngineOptions
 from llmkit.runtime.engine.sampling_params import Pooling
 from llmkit.runtime.server.http.hosts import check_allowed_host
 from llmkit.runtime.server.http.origins import check_allowed_origin
+from llmkit.runtime.server.text.dialect_detection import (
+    REASONING_MARKS,
+    check_reasoning_parser,
+    check_tool_parser,
+    dialect_names,
+)
 
 SERVER_PANEL = "Server"
+RESPONSES_PANEL = "Stored responses"
 SECURITY_PANEL = "Security"
 # Options of servers of several kinds.
 ALLOWED_HOSTS = Option(
@@ -53,6 +60,11 @@ def _compiles(option: str, path: Path) -> None:
         check_chat_template(read_chat_template(path))
     except ChatTemplateError as error:
         raise template_error(f"{option} {path}", error) from None
+
+
+def _is_two_tokens(option: str, tokens: str) -> None:
+    if len(tokens.split(",")) != 2 or not all(tokens.split(",")):
+        raise UsageError(f"{option} is {tokens!r}", "Two tokens with a comma between them")
 
 
 def template_error(what: str, error: Exception) -> InputError:
@@ -212,6 +224,26 @@ class ServeOptions:
             panel=MODEL_PANEL,
         ),
     ] = None
+    tool_parser: Annotated[
+        str | None,
+        Option(
+            f"How the model writes tool calls: {', '.join(dialect_names())}.",
+            metavar="NAME",
+            unset="found by response_template or the chat template",
+            check=check_tool_parser,
+            panel=MODEL_PANEL,
+        ),
+    ] = None
+    reasoning_parser: Annotated[
+        str | None,
+        Option(
+            f"How the model marks reasoning: {', '.join(sorted(REASONING_MARKS))}.",
+            metavar="NAME",
+            unset="found by response_template or the chat template",
+            check=check_reasoning_parser,
+            panel=MODEL_PANEL,
+        ),
+    ] = None
     pooling: Annotated[
         Pooling | None,
         Option(
@@ -219,6 +251,17 @@ class ServeOptions:
             "tokens'.",
             metavar="KIND",
             unset="the checkpoint's, else last",
+            panel=MODEL_PANEL,
+        ),
+    ] = None
+    classifier_from_token: Annotated[
+        str | None,
+        Option(
+            "The two tokens whose logits after a pair of texts score it in /score and /rerank, the "
+            "negative one first, such as no,yes for Qwen3-Reranker.",
+            metavar="NO,YES",
+            unset="the checkpoint's",
+            check=_is_two_tokens,
             panel=MODEL_PANEL,
         ),
     ] = None
@@ -251,6 +294,88 @@ class ServeOptions:
             panel=PERFORMANCE_PANEL,
         ),
     ] = 0
+    semantic_cache: Annotated[
+        float | None,
+        Option(
+            "Answer a question with the answer to an earlier one whose embedding is this similar "
+            "(cosine); read docs/semantic-cache.md first.",
+            metavar="SIMILARITY",
+            unset="off",
+            check=within(0.01, 1),
+            panel=PERFORMANCE_PANEL,
+        ),
+    ] = None
+    semantic_cache_model: Annotated[
+        str | None,
+        Option(
+            "A small model that embeds the questions, in a process of its own on the CPU.",
+            metavar="MODEL",
+            unset="the served model",
+            panel=PERFORMANCE_PANEL,
+        ),
+    ] = None
+    semantic_cache_requests: Annotated[
+        Literal["asked", "all"],
+        Option(
+            "asked: only requests with semantic_cache: true or the header x-llmkit-semantic-cache: "
+            "on use it; all: those of temperature 0, too.",
+            metavar="WHICH",
+            panel=PERFORMANCE_PANEL,
+        ),
+    ] = "asked"
+    semantic_cache_size: Annotated[
+        int,
+        Option(
+            "Memory for --semantic-cache; the answers used last stay.",
+            metavar="SIZE",
+            format=SIZE,
+            panel=PERFORMANCE_PANEL,
+        ),
+    ] = 64 << 20
+    semantic_cache_ttl: Annotated[
+        float,
+        Option(
+            "How long an answer of --semantic-cache is used; 0: until memory is short.",
+            metavar="SECONDS",
+            check=within(0),
+            panel=PERFORMANCE_PANEL,
+        ),
+    ] = 3600.0
+    store_responses: Annotated[
+        bool,
+        Option(
+            "Keep responses of /v1/responses in memory for previous_response_id, background and "
+            "GET, unless a request says store: false.",
+            panel=RESPONSES_PANEL,
+        ),
+    ] = False
+    response_store: Annotated[
+        Path | None,
+        Option(
+            "Keep them in SQLite files in this private folder, also over a restart.",
+            metavar="DIR",
+            unset="memory, with --store-responses",
+            panel=RESPONSES_PANEL,
+        ),
+    ] = None
+    response_store_size: Annotated[
+        int,
+        Option(
+            "Maximum size of all stored responses; those used last stay.",
+            metavar="SIZE",
+            format=SIZE,
+            panel=RESPONSES_PANEL,
+        ),
+    ] = 256 << 20
+    response_store_ttl: Annotated[
+        float,
+        Option(
+            "How long a response is stored; the default is 30 days.",
+            metavar="SECONDS",
+            check=within(1),
+            panel=RESPONSES_PANEL,
+        ),
+    ] = 2_592_000.0
     lora_dir: Annotated[
         Path | None,
         Option(
@@ -261,11 +386,37 @@ class ServeOptions:
             panel=MODEL_PANEL,
         ),
     ] = None
+    reload_dir: Annotated[
+        Path | None,
+        Option(
+            "Let clients with an admin key load other weights of the model, from this folder.",
+            metavar="DIR",
+            unset="none",
+            check=_is_directory,
+            panel=MODEL_PANEL,
+        ),
+    ] = None
+    enable_sleep_mode: Annotated[
+        bool,
+        Option(
+            "Let clients with an admin key free the memory of the KV cache or of the engine, "
+            "and get it again (/sleep, /wake_up).",
+            panel=SERVER_PANEL,
+        ),
+    ] = False
     strict_fields: Annotated[
         bool,
         Option(
             "Refuse requests with unknown fields; without it these are ignored and named in the "
             "header x-llmkit-ignored.",
+            panel=SERVER_PANEL,
+        ),
+    ] = False
+    keep_client_nonce: Annotated[
+        bool,
+        Option(
+            "Leave what Claude Code changes in each system prompt; without it, it is removed, so "
+            "that prefixes are cached, and the header x-llmkit-ignored names it.",
             panel=SERVER_PANEL,
         ),
     ] = False
@@ -286,11 +437,18 @@ class ServeOptions:
         ),
     ] = None
     # Not on the command line.
+    behind_router: bool = False  # only a router, which gives orders in headers, can connect
+    usage_file: str | None = None  # of keys' limits, which the processes of a router share
     max_body_bytes: int = 8 * 1024 * 1024
     body_timeout: float = 30.0
     write_timeout: float = 30.0  # the longest time that a client may leave its answer unread
     stream_keep_alive: float = 10.0  # the longest time that a stream is silent
     debug: bool = False
+
+    @property
+    def label_tokens(self) -> tuple[str, ...]:
+        """The tokens of `classifier_from_token`; (): it is not given."""
+        return tuple(self.classifier_from_token.split(",")) if self.classifier_from_token else ()
 
     def to_dict(self) -> dict[str, Any]:
         """The options as JSON values; see `from_dict`."""

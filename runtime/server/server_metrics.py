@@ -217,6 +217,37 @@ class _EngineCollector(Collector):
             "Prompt tokens found in the prefix cache.",
             stats.prefix_hits_total,
         )
+        yield GaugeMetricFamily(
+            "llmkit:kv_offload_blocks",
+            "Blocks and recurrent states in host memory (--kv-offload).",
+            stats.host_used_blocks,
+        )
+        yield GaugeMetricFamily(
+            "llmkit:kv_offload_max_blocks",
+            "The most blocks and recurrent states that host memory can have.",
+            stats.host_total_blocks,
+        )
+        yield CounterMetricFamily(
+            "llmkit:kv_offload_hits",
+            "Prompt tokens found in host memory; llmkit:prefix_cache_hits counts them, too.",
+            stats.host_hits_total,
+        )
+        copied_blocks = CounterMetricFamily(
+            "llmkit:kv_offload_blocks_copied",
+            "Blocks and recurrent states copied to host memory (save) and back (load).",
+            labels=["direction"],
+        )
+        copied_blocks.add_metric(["save"], stats.host_saves_total)
+        copied_blocks.add_metric(["load"], stats.host_loads_total)
+        yield copied_blocks
+        copied_bytes = CounterMetricFamily(
+            "llmkit:kv_offload_bytes",
+            "Bytes copied to host memory (save) and back (load) by the first rank.",
+            labels=["direction"],
+        )
+        copied_bytes.add_metric(["save"], stats.host_saved_bytes_total)
+        copied_bytes.add_metric(["load"], stats.host_loaded_bytes_total)
+        yield copied_bytes
         yield CounterMetricFamily(
             "llmkit:prefix_cache_without_state",
             "Prompt tokens with cached keys and values that were computed, because no recurrent "

@@ -11,11 +11,15 @@ from dataclasses import dataclass, field
 from enum import Enum
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from llmkit.checkpoint.classifier_config import ClassifierConfig, read_classifier_config
 from llmkit.checkpoint.embedding_config import PoolingConfig, read_pooling_config
+from llmkit.checkpoint.model_files import ModelFiles
 from llmkit.checkpoint.tokenizer import Tokenizer
+from llmkit.common.errors import InputError
 from llmkit.common.version import version
+from llmkit.runtime.server.engine_control import EngineControl
 from llmkit.runtime.server.engines.engine_messages import EngineReady
 from llmkit.runtime.server.engines.replicas import Replicas
 from llmkit.runtime.server.generation import Generation
@@ -25,8 +29,14 @@ from llmkit.runtime.server.sandbox import Sandbox
 from llmkit.runtime.server.schemas.ignored_fields import IgnoredFieldsLog
 from llmkit.runtime.server.serve_options import ServeOptions
 from llmkit.runtime.server.server_metrics import ServerMetrics
+from llmkit.runtime.server.stored_responses.response_store import ResponseStore
+from llmkit.runtime.server.text.dialect_detection import ChatDialect, detect_chat_dialect
 from llmkit.runtime.server.throughput import Throughput
 from llmkit.runtime.server.tracing import Tracing
+
+if TYPE_CHECKING:
+    # It needs numpy, without which the API process starts.
+    from llmkit.runtime.server.semantic.semantic_lookup import SemanticAnswers
 
 MAX_RETRY_AFTER_S = 60
 
@@ -41,6 +51,7 @@ class Phase(Enum):
     LOADING = "loading"
     READY = "ready"
     RESTARTING = "restarting"
+    SLEEPING = "sleeping"
     DRAINING = "draining"
     DEAD = "engine_dead"
 
@@ -48,6 +59,7 @@ class Phase(Enum):
 _PHASE_MESSAGES = {
     Phase.LOADING: "The model is being loaded.",
     Phase.RESTARTING: "The engine process has ended and is being restarted.",
+    Phase.SLEEPING: "The server sleeps; POST /wake_up wakes it up.",
     Phase.DRAINING: "The server is shutting down.",
     Phase.DEAD: "The engine process has ended; the server is going down.",
 }
@@ -95,12 +107,25 @@ class TextResources:
     not_applied: tuple[str, ...] = ()
     embeddings: PoolingConfig = field(default_factory=PoolingConfig)
     edit_warning: str | None = None  # about files that were edited since llmkit wrote them
+    classifier: ClassifierConfig = field(default_factory=ClassifierConfig)
+    # The ids of `classifier.label_tokens`; None: there are none.
+    label_token_ids: tuple[int, ...] | None = None
+    files: ModelFiles | None = None  # of the checkpoint; None only in tests
+    dialect: ChatDialect = field(default_factory=ChatDialect)
 
     @staticmethod
-    def load(model: str, chat_template: Path | None = None) -> TextResources:
+    def load(
+        model: str,
+        chat_template: Path | None = None,
+        label_tokens: tuple[str, ...] = (),
+        tool_parser: str | None = None,
+        reasoning_parser: str | None = None,
+    ) -> TextResources:
         """Read the tokenizer and generation config of `model`.
 
-        chat_template: a file to use in place of its own chat templates. Raises LlmkitError.
+        chat_template: a file to use in place of its own chat templates. label_tokens: the tokens
+        that stand for labels, if the checkpoint does not name them. tool_parser, reasoning_parser:
+        see `detect_chat_dialect`. Raises LlmkitError.
         """
         # Imported in the thread that loads them, while the event loop starts.
         from llmkit.checkpoint.manifest import edit_warning, load_manifest
@@ -115,13 +140,37 @@ class TextResources:
             if config.get(name) not in (None, neutral)
         ]
         manifest = load_manifest(files.path) if files.path.is_dir() else None
+        tokenizer = load_tokenizer(files, chat_template)
+        classifier = read_classifier_config(files).with_label_tokens(label_tokens)
         return TextResources(
-            load_tokenizer(files, chat_template),
+            tokenizer,
             SamplingDefaults.from_generation_config(config),
             tuple(not_applied),
             read_pooling_config(files),
             None if manifest is None else edit_warning(files.path, manifest),
+            classifier,
+            _label_token_ids(tokenizer, classifier.label_tokens),
+            files,
+            detect_chat_dialect(
+                tokenizer.chat_templates, tokenizer.settings, tool_parser, reasoning_parser
+            ),
         )
+
+
+def _label_token_ids(tokenizer: Tokenizer, label_tokens: tuple[str, ...]) -> tuple[int, ...] | None:
+    """The ids of the tokens that stand for labels. Raises InputError for one that is no token."""
+    if not label_tokens:
+        return None
+    found = []
+    for text in label_tokens:
+        token_ids = tokenizer.encode(text, add_special_tokens=False)
+        if len(token_ids) != 1:
+            raise InputError(
+                f"classifier_from_token has {text!r}, which is {len(token_ids)} tokens",
+                "Two words that are one token each",
+            )
+        found += token_ids
+    return tuple(found)
 
 
 @dataclass
@@ -138,7 +187,13 @@ class ServerState:
     # Paths of the adapters that clients have loaded, by name; changed by LoraAdapterRoutes.
     loaded_adapters: dict[str, str] = field(default_factory=dict)
     response_cache: ResponseCache | None = None  # set by `serve` if the option is on
+    response_store: ResponseStore | None = None  # set by `serve` if the option is on
+    semantic: SemanticAnswers | None = None  # set by `serve` if the option is on
     tracing: Tracing | None = None  # set by `serve` if the option is on
+    engine_changes: EngineControl | None = None  # set by `serve`
+    num_background_responses: int = 0  # that run; changed by BackgroundRuns
+    num_open_sockets: int = 0  # WebSockets; changed by the application
+    root: str = ""  # the model's directory or hub id; another one after /reload
     templates: Sandbox = field(default_factory=Sandbox)  # renders chat templates
     ignored_fields_log: IgnoredFieldsLog = field(default_factory=IgnoredFieldsLog)
     _engine_info: EngineReady | None = None  # set by `become_ready`
@@ -148,6 +203,9 @@ class ServerState:
     _finished_tokens: Throughput = field(default_factory=Throughput)
     _active_requests: int = 0  # HTTP requests being answered
     _idle: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def __post_init__(self) -> None:
+        self.root = self.root or self.options.model
 
     def become_ready(self, engine_info: EngineReady, text: TextResources) -> None:
         """Accept requests from now on."""
@@ -160,6 +218,12 @@ class ServerState:
         """Replace what the engine reported about the model, after a restart."""
         self._engine_info = engine_info
 
+    def use_weights(self, root: str, text: TextResources) -> None:
+        """Serve the weights of the directory `root`, whose tokenizer is the same, from now on."""
+        self.root = root
+        self._text = text
+        self.grammars.use_model(root)
+
     @property
     def engine_info(self) -> EngineReady:
         """What the engine reported about the model. Only once ready."""
@@ -169,7 +233,7 @@ class ServerState:
     @cached_property
     def grammars(self) -> Sandbox:
         """Checks clients' grammars. Only once ready."""
-        return Sandbox(self.options.model, self.engine_info.vocab_size)
+        return Sandbox(self.root, self.engine_info.vocab_size)
 
     def close_sandboxes(self) -> None:
         """End the sandbox processes that have been started."""
@@ -213,6 +277,7 @@ class ServerState:
             "replicas": engine.dp,
             "defaults": vars(self.text.defaults),
             "paths": engine_info.fast_paths,
+            "dialect": self.text.dialect.description,
             "version": version(),
         }
 
@@ -231,6 +296,15 @@ class ServerState:
                 return None
             phase = Phase.RESTARTING
         return ApiError(503, _PHASE_MESSAGES[phase], code=phase.value, headers={"retry-after": "1"})
+
+    def require_text_model(self) -> None:
+        """Raise ApiError 400 when the model has a classification head and generates nothing."""
+        if self.text.classifier.labels:
+            message = (
+                "The model has a classification head and generates no text; use /classify, /score "
+                "or /rerank."
+            )
+            raise ApiError(400, message, code="not_supported", param="model")
 
     def check_queue_capacity(self, requests: int, tokens: int = 0, param: str = "prompt") -> None:
         """Raise ApiError 429 when `requests` more requests would make the queue too long.

@@ -38,10 +38,56 @@ class StateCollector(Collector):
         yield CounterMetricFamily(
             "llmkit:response_cache_hits", "Answers found in the response cache.", cache.hits
         )
+        yield from self._semantic_cache()
+        yield from self._stored_responses()
+        if not self._state.options.behind_router:  # which has the sockets
+            yield GaugeMetricFamily(
+                "llmkit:open_websockets", "WebSockets that are open.", self._state.num_open_sockets
+            )
         folder = self._state.options.prefix_cache_dir
         size = 0 if folder is None else sum(size for _, size, _ in files_in(folder, PAGE_SUFFIX))
         yield GaugeMetricFamily(
             "llmkit:prefix_store_bytes", "Size of the prefix cache on disk.", size
+        )
+
+    def _stored_responses(self) -> Iterable[Metric]:
+        store = self._state.response_store
+        if store is None:
+            return
+        count, size = store.usage
+        yield GaugeMetricFamily("llmkit:stored_responses", "Responses that are stored.", count)
+        yield GaugeMetricFamily(
+            "llmkit:stored_responses_bytes", "Size of the stored responses.", size
+        )
+        yield GaugeMetricFamily(
+            "llmkit:background_responses",
+            "Background responses that run or wait.",
+            self._state.num_background_responses,
+        )
+
+    def _semantic_cache(self) -> Iterable[Metric]:
+        answers = self._state.semantic
+        if answers is None:
+            return
+        cache = answers.cache
+        yield GaugeMetricFamily(
+            "llmkit:semantic_cache_bytes", "Size of the semantic cache.", cache.bytes
+        )
+        yield GaugeMetricFamily(
+            "llmkit:semantic_cache_entries", "Answers in the semantic cache.", len(cache)
+        )
+        yield CounterMetricFamily(
+            "llmkit:semantic_cache_queries",
+            "Questions looked up in the semantic cache.",
+            cache.queries,
+        )
+        yield CounterMetricFamily(
+            "llmkit:semantic_cache_hits", "Questions answered by the semantic cache.", cache.hits
+        )
+        yield CounterMetricFamily(
+            "llmkit:semantic_cache_rejected",
+            "Similar questions that are not the same in their numbers, names or other facts.",
+            cache.rejected,
         )
 
     def _adapters_in_use(self) -> Metric:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.draft_models import similar_decoder
 
 from llmkit.checkpoint.open_checkpoint import open_checkpoint
 from llmkit.model.decoder import Decoder
@@ -33,11 +34,7 @@ def decoder(model: Path) -> Decoder:
 
 @pytest.fixture(scope="module")
 def similar(model: Path) -> Decoder:
-    """A draft model that often agrees: the same weights, disturbed."""
-    other = load_model(open_checkpoint(model), torch.float32)
-    generator = torch.Generator().manual_seed(1)
-    other.final_norm.add_(torch.randn(other.final_norm.shape, generator=generator) * 0.2)
-    return other
+    return similar_decoder(model)
 
 
 def engine(

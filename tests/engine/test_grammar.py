@@ -27,8 +27,8 @@ from llmkit.runtime.server.schemas.structured_output import (
     OutputConstraint,
     combined_grammar,
     constraint_grammar,
-    lark_string,
 )
+from llmkit.runtime.server.text.lark_grammar import lark_string
 
 SCHEMA = {
     "type": "object",
@@ -130,9 +130,7 @@ def test_invalid_grammar_is_refused_and_other_requests_continue(model: Path) -> 
 def json_grammar() -> str:
     """The grammar of a request whose answer follows SCHEMA."""
     answer = constraint_grammar(OutputConstraint("json", SCHEMA, "guided_json"))
-    return combined_grammar(
-        answer, [], may_reason=False, starts_in_reasoning=False, lark=lark_string
-    )
+    return combined_grammar(answer, None, None, starts_in_reasoning=False, mark=lark_string)
 
 
 @pytest.fixture(scope="module")

@@ -15,6 +15,7 @@ from llmkit.runtime.engine.block_pool import BlockPool
 from llmkit.runtime.engine.drafting import NgramIndex, NgramProposer, accepted_tokens
 from llmkit.runtime.engine.engine_config import EngineConfig
 from llmkit.runtime.engine.engine_request import EngineRequest
+from llmkit.runtime.engine.host_cache import HostCopies
 from llmkit.runtime.engine.sampling_params import SamplingParams
 from llmkit.runtime.engine.scheduler import MAX_SKIPS, Scheduler
 from llmkit.runtime.engine.scheduler_output import (
@@ -77,6 +78,26 @@ class FakeRunner:
         self.slots: dict[tuple[int, int, int], object] = {}  # by pool, block and offset
         self.last_token_ids: dict[int, int] = {}  # by sequence slot
         self.states: dict[int, object] = {}  # the prefix of the recurrent state in each row
+        # Of each pool, and then of the states: what each row of host memory has.
+        self.host = [dict[int, object]() for _ in (*config.sliding_windows, "states")]
+
+    def copy(self, copies: list[HostCopies]) -> None:
+        """All saves of the device's rows as they are, then all loads."""
+        num_pools = len(self.config.sliding_windows)
+        for pool, (of_pool, host) in enumerate(zip(copies, self.host, strict=False)):
+            for row, host_row in of_pool.saves:
+                host[host_row] = self.states[row] if pool == num_pools else self.block(pool, row)
+            for host_row, row in of_pool.loads:
+                if pool == num_pools:
+                    self.states[row] = host[host_row]
+                else:
+                    self.slots |= {
+                        (pool, row, offset): prefix for offset, prefix in host[host_row].items()
+                    }
+
+    def block(self, pool: int, block: int) -> dict[int, object]:
+        size = self.config.block_size
+        return {offset: self.slots[pool, block, offset] for offset in range(size)}
 
     def launch(self, step: SchedulerOutput) -> ModelRunnerOutput:
         size = self.config.block_size
@@ -158,6 +179,7 @@ class Driver:
     def step(self) -> list[tuple[str, list[int], str | None]]:
         step = self.state.schedule()
         assert step.requests or self.in_flight or not self.has_work, "work without progress"
+        self.runner.copy(self.state.take_host_copies())
         check(self.state, step.requests)
         finished = (step, self.runner.launch(step)) if step.requests else None
         if self.state.config.async_scheduling:
@@ -198,6 +220,7 @@ class RandomRequests(RuleBasedStateMachine):
         mode=st.sampled_from(["plain", "async", "speculate"]),
         prefix_cache=st.booleans(),
         checkpoints=st.sampled_from([None, None, 0, 2, 5, 20]),
+        host_blocks=st.sampled_from([0, 1, 3, 10, 60]),
     )
     def start(
         self,
@@ -208,6 +231,7 @@ class RandomRequests(RuleBasedStateMachine):
         mode: str,
         prefix_cache: bool,
         checkpoints: int | None,
+        host_blocks: int,
     ) -> None:
         """checkpoints: of recurrent states; None: the model has no recurrent layers."""
         self.driver = Driver(
@@ -221,6 +245,8 @@ class RandomRequests(RuleBasedStateMachine):
                 enable_prefix_caching=prefix_cache,
                 has_recurrent_states=checkpoints is not None,
                 num_state_snapshots=checkpoints or 0,
+                num_host_blocks=host_blocks,
+                num_host_states=host_blocks // 2,
             )
         )
         self.asked: dict[str, tuple[list[int], int]] = {}

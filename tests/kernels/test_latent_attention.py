@@ -23,7 +23,7 @@ from llmkit.kernels.latent_attention import (
 )
 from llmkit.kernels.latent_cache import LatentCache
 
-HEADS, NOPE, ROPE, RANK, VALUE = 6, 10, 8, 24, 14
+HEADS, NOPE, ROPE, RANK, VALUE = 6, 16, 8, 24, 14
 QUERY_LENS = [1, 23, 70, 5]
 SEQ_LENS = [300, 23, 90, 64]
 SCALE = 0.2
@@ -153,18 +153,20 @@ def test_latent_attention_forms_agree(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("min_queries", [2, 30, 1000])
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=needs_kernels)])
 @torch.inference_mode()
 def test_latent_attention_expands_long_prompts(
-    min_queries: int, monkeypatch: pytest.MonkeyPatch
+    min_queries: int, compiled: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each sequence by its own number of new tokens; some heads at a time."""
-    monkeypatch.setattr(cpu_kernels, "library", None)
+    if not compiled:
+        monkeypatch.setattr(cpu_kernels, "library", None)
     monkeypatch.setattr(latent_attention_module, "MIN_EXPANDED_QUERIES", min_queries)
-    monkeypatch.setattr(latent_attention_module, "EXPANDED_BYTES", 4 * 2 * 96 * 18 * 4)
-    step = Step()
+    monkeypatch.setattr(latent_attention_module, "EXPANDED_BYTES", 4 * 2 * 96 * 24 * 4)
+    step = Step(is_packed=compiled)
     projection = latent_projection(step.weight, HEADS, VALUE, torch.float32)
     batch = step.batch(QUERY_LENS, SEQ_LENS)
-    answer = mla_attention(step.q, projection, step.cache, batch, SCALE, RANK, VALUE)
+    answer = mla_attention(step.q, projection, step.cache, batch, SCALE, RANK)
     torch.testing.assert_close(answer, step.expanded(), atol=1e-5, rtol=1e-5)
     split = batch.split_prompts(min_queries)
     found = 0 if split is None else len(split.prompts)

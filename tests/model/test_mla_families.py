@@ -201,7 +201,7 @@ def test_mla_weights_of_16_bits_stay_so_on_a_cpu(tmp_path: Path) -> None:
     assert isinstance(kv_b, LatentLinear)
     heads, nope, rank, value = 4, 16, 16, 24
     # Inputs are padded to 64, outputs to 16.
-    assert kv_b.projection.nbytes == 2 * heads * 64 * (rank + 32)
+    assert kv_b.projection.nbytes == 2 * heads * 64 * (rank + nope + 32)
     assert kv_b.weight.shape == (heads * (nope + value), rank)
 
 

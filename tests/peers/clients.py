@@ -2,9 +2,9 @@
 
     python tests/peers/clients.py [--only REGEX] [--work DIR]
 
-Serves SmolLM2-135M-Instruct on a CPU with a chat template that has tools, and runs each client in
-its own environment, without a network. Prints a table of what each did. Exit code 1 when a client
-fails.
+Serves SmolLM2-135M-Instruct on a CPU with a chat template that has tools, and a scripted model for
+agents of several turns. Runs each client in its own environment, without a network. Prints a table
+of what each did. Exit code 1 when a client fails.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -24,7 +25,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from support.scripted_model import trigger
 from support.server_process import wait_for
+from support.thinking_model import thinking_checkpoint
 
 from common import PEERS, ROOT, peer_python, real_model, table
 
@@ -87,6 +90,7 @@ class Setup:
     """What every client gets."""
 
     url: str
+    scripted_url: str  # of a model that thinks and calls tools
     tokenizer: Path  # the checkpoint that is served
     work: Path
 
@@ -106,10 +110,10 @@ class ClientError(Exception):
 
 
 @contextlib.contextmanager
-def serve(model: Path, template: Path, log: Path) -> Iterator[str]:
+def serve(model: Path, log: Path, *options: str) -> Iterator[str]:
     """Run `llmkit serve` and yield its address when it is ready."""
     command = [sys.executable, "-m", "llmkit.cli.main", "serve", str(model)]
-    command += ["--served-model-name", MODEL, "--chat-template", str(template)]
+    command += ["--served-model-name", MODEL, *options]
     with log.open("w") as stream:
         server = subprocess.Popen(
             [*command, "--device", "cpu", "--port", "0"], stdout=stream, stderr=stream
@@ -163,6 +167,16 @@ def call_library(setup: Setup, client: Client) -> str:
         MODEL,
     )
     return str(json.loads(output.splitlines()[-1])["done"])
+
+
+def call_and_run_agent(setup: Setup, client: Client) -> str:
+    """Run call_clients.py, then agent_loops.py."""
+    done = call_library(setup, client)
+    script = PEERS / "agent_loops.py"
+    options = ("--url", setup.scripted_url, "--model", MODEL, "--prompt", trigger("agent"))
+    results = ("--results", trigger("sum"), trigger("final"))
+    output = run_program(client, setup, script, client.distribution, *options, *results)
+    return f"{done}; {json.loads(output.splitlines()[-1])['done']}"
 
 
 def run_guidellm(setup: Setup, client: Client) -> str:
@@ -296,10 +310,10 @@ CLIENTS = [
         "guidellm run --backend kind=openai_http,target=URL,request_format=/v1/chat/completions",
         run_guidellm,
     ),
-    Client("openai-agents", "clients", 'AsyncOpenAI(base_url="URL/v1")', call_library),
+    Client("openai-agents", "clients", 'AsyncOpenAI(base_url="URL/v1")', call_and_run_agent),
     Client("litellm", "loadclients", 'completion("openai/NAME", api_base="URL/v1")', call_library),
     Client("langchain", "clients", 'ChatOpenAI(base_url="URL/v1")', call_library),
-    Client("pydantic-ai", "clients", 'OpenAIProvider(base_url="URL/v1")', call_library),
+    Client("pydantic-ai", "clients", 'OpenAIProvider(base_url="URL/v1")', call_and_run_agent),
     Client(
         "lm-eval",
         "loadclients",
@@ -342,8 +356,13 @@ def main() -> int:
     template.write_text(TEMPLATE)
     rows = []
     failed = False
-    with serve(model, template, work / "server.log") as url:
-        setup = Setup(url, model, work)
+    shutil.rmtree(work / "thinking", ignore_errors=True)
+    scripted = thinking_checkpoint(work / "thinking")
+    with (
+        serve(model, work / "server.log", "--chat-template", str(template)) as url,
+        serve(scripted, work / "scripted.log", "--kv-cache-memory", "64MiB") as scripted_url,
+    ):
+        setup = Setup(url, scripted_url, model, work)
         for client in CLIENTS:
             if not re.search(arguments.only, client.distribution):
                 continue

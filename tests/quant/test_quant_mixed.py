@@ -67,7 +67,10 @@ def units_of(path: Path, *names: str, **options: object) -> tuple[list[LinearUni
 def test_sensitivity_is_the_kl_of_quantizing_one_unit(
     tmp_path: Path, architecture: str, names: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Against a model in which only that unit is quantized, with its inputs as at run time."""
+    """Against a model in which only that unit is quantized, with its inputs as at run time.
+
+    One choice of each unit is measured; the others follow from the error of the unit's outputs.
+    """
     path = tiny.tiny_checkpoint(tmp_path / "model", architecture)
     units, stream = units_of(path, *names)
     quantizer = RtnQuantizer(FULL_SEARCH)
@@ -75,7 +78,7 @@ def test_sensitivity_is_the_kl_of_quantizing_one_unit(
     # The hidden states of few variants fit: the model is read several times.
     monkeypatch.setattr(layer_sensitivity, "VARIANT_BYTES", 7 * 120 * 64 * 4)
     if architecture == "llama":
-        monkeypatch.setattr(layer_sensitivity, "SLACK", math.inf)  # everything is measured
+        monkeypatch.setattr(layer_sensitivity, "SLACK", math.inf)  # every scheme is a choice
     found = measure_sensitivity(stream, units, quantizer, windows, SilentProgress())
     rows = {row.module: row for row in parameters(stream.spec) if row.is_linear}
     assert sorted(module for unit in found.layers for module in unit.modules) == sorted(rows)
@@ -118,13 +121,17 @@ def test_sensitivity_is_the_kl_of_quantizing_one_unit(
     by_name = {unit.name: unit for unit in units}
     for layer in (found.layers[0], found.layers[-1]):
         unit = by_name[layer.name]
+        num_measured = 0
         for choice, cost in layer.costs.items():
             if choice == UNQUANTIZED:
                 assert cost.kl == 0
                 assert cost.stored_bits == 16 * layer.num_weights
                 continue
             assert cost.scheme == unit.schemes[choice]
-            assert cost.kl == pytest.approx(kl_of([unit], choice), rel=0.02, abs=3e-7), choice
+            measured = kl_of([unit], choice)
+            assert cost.kl == pytest.approx(measured, rel=0.6, abs=2e-6), choice
+            num_measured += cost.kl == pytest.approx(measured, rel=0.02, abs=3e-7)
+        assert num_measured >= 1
     assert [cost.name for cost in found.uniform] == list(units[0].schemes)
     for cost in found.uniform[:2]:
         able = [unit for unit in units if cost.name in unit.schemes]

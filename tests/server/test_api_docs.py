@@ -8,13 +8,32 @@ from pathlib import Path
 import pytest
 
 from llmkit.runtime.server.kserve.kserve_tensors import INPUTS, OUTPUTS
-from llmkit.runtime.server.schemas.base_request import BaseRequest
+from llmkit.runtime.server.ollama.ollama_options import OllamaOptions
+from llmkit.runtime.server.ollama.ollama_request import (
+    OllamaChatRequest,
+    OllamaEmbeddingsRequest,
+    OllamaEmbedRequest,
+    OllamaGenerateRequest,
+    OllamaShowRequest,
+)
+from llmkit.runtime.server.schemas.base_request import BaseRequest, StrictModel
 from llmkit.runtime.server.schemas.chat_request import ChatCompletionRequest
 from llmkit.runtime.server.schemas.completion_request import CompletionRequest
 from llmkit.runtime.server.schemas.embedding_request import EmbeddingRequest
 from llmkit.runtime.server.schemas.messages_request import MessagesRequest
 from llmkit.runtime.server.schemas.responses_request import ResponsesRequest
+from llmkit.runtime.server.schemas.score_request import (
+    ClassifyRequest,
+    RerankRequest,
+    ScoreRequest,
+)
 from llmkit.runtime.server.schemas.tokenize_request import DetokenizeRequest, TokenizeRequest
+from llmkit.runtime.server.tgi.tgi_request import (
+    TgiCompatRequest,
+    TgiGenerateRequest,
+    TgiParameters,
+    TgiStreamRequest,
+)
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs/api.md").read_text(encoding="utf-8")
@@ -67,6 +86,42 @@ def test_api_docs_list_the_fields_of_embeddings_and_tensors() -> None:
     assert named == set(EmbeddingRequest.model_fields)
     section = PAGE.split("## Open Inference Protocol\n")[1].split("\n## ")[0]
     assert set(INPUTS) | set(OUTPUTS) <= set(re.findall(r"`(\w+)`", section))
+
+
+@pytest.mark.parametrize("kind", [RerankRequest, ScoreRequest, ClassifyRequest])
+def test_api_docs_list_the_fields_of_scores(kind: type[BaseRequest]) -> None:
+    section = "Rerank, score and classify"
+    named = {name for row in rows(section) for name in re.findall(r"`(\w+)`", row[0])}
+    assert kind.model_fields.keys() <= named
+
+
+@pytest.mark.parametrize(
+    ("heading", "kinds"),
+    [
+        (
+            "Ollama",
+            (
+                OllamaChatRequest,
+                OllamaGenerateRequest,
+                OllamaEmbedRequest,
+                OllamaEmbeddingsRequest,
+                OllamaShowRequest,
+                OllamaOptions,
+            ),
+        ),
+        ("TGI", (TgiGenerateRequest, TgiStreamRequest, TgiCompatRequest, TgiParameters)),
+    ],
+)
+def test_api_docs_list_a_test_for_every_field_of_other_apis(
+    heading: str, kinds: tuple[type[StrictModel], ...]
+) -> None:
+    named: set[str] = set()
+    for row in rows(heading):
+        named |= {name for cell in row[:2] for name in re.findall(r"`(\w+)`", cell)}
+        assert row[2].startswith("test_") or row[1] == "below"
+    for kind in kinds:
+        shown = {name for name in kind.neutral_values if not name.startswith("_")}
+        assert kind.model_fields.keys() | shown <= named
 
 
 def test_api_docs_name_tests_that_exist() -> None:

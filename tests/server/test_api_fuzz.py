@@ -13,15 +13,25 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support.scripted_model import TOOLS, start_scripted_server, trigger
 
+from llmkit.runtime.server.ollama.ollama_request import (
+    OllamaChatRequest,
+    OllamaEmbeddingsRequest,
+    OllamaEmbedRequest,
+    OllamaGenerateRequest,
+    OllamaShowRequest,
+)
 from llmkit.runtime.server.schemas.base_request import BaseRequest
 from llmkit.runtime.server.schemas.chat_request import ChatCompletionRequest
 from llmkit.runtime.server.schemas.completion_request import CompletionRequest
 from llmkit.runtime.server.schemas.embedding_request import EmbeddingRequest
 from llmkit.runtime.server.schemas.messages_request import MessagesRequest
 from llmkit.runtime.server.schemas.responses_request import ResponsesRequest
+from llmkit.runtime.server.schemas.score_request import RerankRequest, ScoreRequest
 from llmkit.runtime.server.schemas.tokenize_request import DetokenizeRequest, TokenizeRequest
+from llmkit.runtime.server.tgi.tgi_request import TgiCompatRequest, TgiGenerateRequest
 
 SAY: list[Any] = [{"role": "user", "content": trigger("call")}]
+OLLAMA_LIMIT = {"num_predict": 12}
 ENDPOINTS: list[tuple[str, type[BaseRequest], dict[str, Any]]] = [
     ("/v1/completions", CompletionRequest, {"prompt": "x", "max_tokens": 3}),
     (
@@ -32,8 +42,17 @@ ENDPOINTS: list[tuple[str, type[BaseRequest], dict[str, Any]]] = [
     ("/v1/messages", MessagesRequest, {"messages": SAY, "max_tokens": 12}),
     ("/v1/responses", ResponsesRequest, {"input": trigger("call"), "max_output_tokens": 12}),
     ("/v1/embeddings", EmbeddingRequest, {"input": "x"}),
+    ("/rerank", RerankRequest, {"query": "x", "documents": ["y", "z"]}),
+    ("/score", ScoreRequest, {"text_1": "x", "text_2": "y"}),
     ("/tokenize", TokenizeRequest, {"prompt": "x"}),
     ("/detokenize", DetokenizeRequest, {"tokens": [5]}),
+    ("/api/chat", OllamaChatRequest, {"messages": SAY, "options": OLLAMA_LIMIT, "tools": TOOLS}),
+    ("/api/generate", OllamaGenerateRequest, {"prompt": "x", "options": OLLAMA_LIMIT}),
+    ("/api/embed", OllamaEmbedRequest, {"input": "x"}),
+    ("/api/embeddings", OllamaEmbeddingsRequest, {"prompt": "x"}),
+    ("/api/show", OllamaShowRequest, {}),
+    ("/generate", TgiGenerateRequest, {"inputs": "x", "parameters": {"max_new_tokens": 3}}),
+    ("/", TgiCompatRequest, {"inputs": "x", "parameters": {"max_new_tokens": 3}}),
 ]
 TEXTS = [
     "",
@@ -107,7 +126,7 @@ def test_fuzz_any_value_of_any_field(
     assert answer.status_code in (200, 400, 504 if "timeout" in fields else 200), answer.text
     if answer.status_code == 400:
         assert len(answer.content) <= 16 * 1024
-        assert {"message", "type", "param", "code"} <= answer.json()["error"].keys()
+        assert {"type", "param", "code"} <= error_of(answer).keys()
     elif fields.get("stream") and "timeout" not in fields:
         assert '"error"' not in answer.text
 
@@ -145,6 +164,13 @@ LITERALS = {
     "empty": "[]",
     "nulls": "[null,null]",
 }
+
+
+def error_of(answer: httpx.Response) -> dict[str, Any]:
+    """The object with the code and the parameter, in any form of errors."""
+    document: dict[str, Any] = answer.json()
+    error = document["error"]
+    return document if isinstance(error, str) else error
 
 
 def past_the_limits(schema: dict[str, Any]) -> Iterator[str]:
@@ -189,10 +215,14 @@ def test_fuzz_every_field_at_and_past_its_limits(
             path, content=content, headers={"content-type": "application/json"}
         )
         said = f"{name}={literal[:80]}: {answer.status_code} {answer.text[:300]}"
-        assert answer.status_code in (200, 400, {"model": 404, "timeout": 504}.get(name)), said
+        assert answer.status_code in (
+            200,
+            400,
+            {"model": 404, "name": 404, "timeout": 504}.get(name),
+        ), said
         if answer.status_code in (400, 404):
             assert len(answer.content) <= 16 * 1024, said
-            error = answer.json()["error"]
+            error = error_of(answer)
             assert error["code"] in ("invalid_json", "too_many_errors") or error["param"], said
     assert fuzzed_http.get("/health").status_code == 200
 

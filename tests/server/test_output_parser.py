@@ -1,4 +1,4 @@
-"""ToolCallParser and thoughts in the text of answers, however the text is cut."""
+"""Tool calls as JSON objects, and thoughts, in the text of answers, however the text is cut."""
 
 from __future__ import annotations
 
@@ -10,28 +10,38 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from llmkit.runtime.server.text.output_parser import OutputParser, OutputPart, ReasoningPart
-from llmkit.runtime.server.text.tool_calls import (
-    HERMES,
-    LLAMA,
-    MAX_CALL_CHARS,
-    MISTRAL,
+from llmkit.runtime.server.text.output_parser import new_output_parser
+from llmkit.runtime.server.text.output_parts import (
+    OutputPart,
+    ReasoningPart,
     TextPart,
-    ToolCallFormat,
-    ToolCallParser,
     ToolCallPart,
-    detect_tool_call_format,
+    join_parts,
+)
+from llmkit.runtime.server.text.text_cursor import MAX_HELD_CHARS
+from llmkit.runtime.server.text.tool_dialects import (
+    HERMES,
+    KIMI_K2,
+    LLAMA3_JSON,
+    MISTRAL_V3,
+    THINK,
+    JsonObjectCall,
+    ToolDialect,
 )
 
 NAMES = ["get_weather", "add"]
 CITY = '{"name": "get_weather", "arguments": {"city": "Paris"}}'
 SUM = '{"name": "add", "parameters": {"a": 1, "b": [2, "}]"]}}'
-FORMATS = [HERMES, MISTRAL, LLAMA]
+FORMATS = [HERMES, MISTRAL_V3, LLAMA3_JSON]
+
+
+def tools(names: list[str]) -> list[dict[str, Any]]:
+    return [{"type": "function", "function": {"name": name}} for name in names]
 
 
 def read(
     pieces: list[str],
-    call_format: ToolCallFormat | None = None,
+    call_format: ToolDialect | None = None,
     parallel: bool = True,
     may_reason: bool = False,
     starts_in_reasoning: bool = False,
@@ -42,20 +52,24 @@ def read(
 
     The arguments of a complete call are parsed; those of another stay text.
     """
-    parser = OutputParser(
+    parser = new_output_parser(
+        call_format,
+        tools(NAMES),
+        parallel,
+        required,
+        strict,
         may_reason,
         starts_in_reasoning,
-        ToolCallParser(call_format, NAMES, parallel, required, strict) if call_format else None,
+        THINK,
     )
     parts: list[OutputPart] = [part for piece in pieces for part in parser.feed(piece)]
     parts += parser.feed("", final=True)
     found: list[Any] = []
-    for part in parts:
+    for part in join_parts(parts):
         if isinstance(part, ToolCallPart):
-            arguments = json.loads(part.arguments) if part.complete else part.arguments
+            assert part.is_first
+            arguments = json.loads(part.arguments) if part.is_complete else part.arguments
             found.append((part.name, arguments))
-        elif found and type(found[-1]) is type(part):
-            found[-1] = type(part)(found[-1].text + part.text)
         else:
             assert part.text
             found.append(part)
@@ -81,47 +95,71 @@ CALLED = [
         [("add", {"a": '</tool_call>\\"'})],
     ),
     (HERMES, '<tool_call>{"name": "add"}</tool_call>', [("add", {})]),
-    (MISTRAL, f"[TOOL_CALLS][{CITY}, {SUM}]", [PARIS, ADD]),
-    (MISTRAL, f"Well. [TOOL_CALLS] [{CITY}]", [TextPart("Well."), PARIS]),
-    (LLAMA, CITY, [PARIS]),
-    (LLAMA, f"<|python_tag|>{CITY}; {SUM} \n", [PARIS, ADD]),
+    (MISTRAL_V3, f"[TOOL_CALLS][{CITY}, {SUM}]", [PARIS, ADD]),
+    (MISTRAL_V3, f"Well. [TOOL_CALLS] [{CITY}]", [TextPart("Well."), PARIS]),
+    (LLAMA3_JSON, CITY, [PARIS]),
+    (LLAMA3_JSON, f"<|python_tag|>{CITY}; {SUM} \n", [PARIS, ADD]),
 ]
 NOT_CALLED = [
     (HERMES, "<tool_call>"),
     (HERMES, "a <tool_call b"),
-    (HERMES, f"<tool_call>{CITY[:-1]}"),
-    (HERMES, f"<tool_call>{CITY} and more</tool_call>"),
-    (HERMES, f"<tool_call>{CITY}</tool_cal"),
+    (HERMES, f"<tool_call>{CITY[:36]}"),
+    (HERMES, '<tool_call>{"name": "add"} and more</tool_call>'[:25]),
     (HERMES, '<tool_call>{"name": "unknown", "arguments": {}}</tool_call>'),
     (HERMES, '<tool_call>{"name": "add", "arguments": [1]}</tool_call>'),
-    (HERMES, '<tool_call>{"name": "add", "arguments": {"a": NaN}}</tool_call> '),
     (HERMES, '<tool_call>{"name": 5, "arguments": {}}</tool_call>'),
     (HERMES, f"{CITY}\n"),
     (HERMES, "<tool_call>[]</tool_call>"),
-    (
-        HERMES,
-        '<tool_call>{"name": "add", "arguments": ' + "[" * 3000 + "]" * 3000 + "}</tool_call>",
-    ),
-    (MISTRAL, "[TOOL_CALLS] none"),
-    (MISTRAL, "[TOOL_CALLS][]"),
-    (LLAMA, f"{CITY} is how to ask."),
-    (LLAMA, f" {CITY};"),
-    (LLAMA, '{"name": "other", "parameters": {}}'),
-    (LLAMA, '{"answer": 42}\n'),
-    (LLAMA, f"I say {CITY}"),
-    (LLAMA, "<|python_tag|>print(1)"),
-    (LLAMA, " "),
+    (MISTRAL_V3, "[TOOL_CALLS] none"),
+    (MISTRAL_V3, "[TOOL_CALLS][]"),
+    (LLAMA3_JSON, '{"name": "add"} is how to ask.'),
+    (LLAMA3_JSON, '{"name": "other", "parameters": {}}'),
+    (LLAMA3_JSON, '{"answer": 42}\n'),
+    (LLAMA3_JSON, f"I say {CITY}"),
+    (LLAMA3_JSON, "<|python_tag|>print(1)"),
+    (LLAMA3_JSON, " "),
 ]
 
 
-@pytest.mark.parametrize(("call_format", "text", "parts"), CALLED)
-def test_parser_finds_tool_calls(call_format: ToolCallFormat, text: str, parts: list[Any]) -> None:
+# Calls that have begun when the model goes on with something else.
+BEGUN = [
+    (HERMES, f"<tool_call>{CITY[:-1]}", [PARIS]),
+    (HERMES, f"<tool_call>{CITY} and more</tool_call>", [PARIS, TextPart("and more</tool_call>")]),
+    (HERMES, f"<tool_call>{CITY}</tool_cal", [PARIS]),
+    (
+        HERMES,
+        '<tool_call>{"name": "add", "arguments": {"a": NaN}}</tool_call> ',
+        [("add", '{"a": '), TextPart("NaN}}</tool_call> ")],
+    ),
+    (
+        HERMES,
+        '<tool_call>{"name": "add", "arguments": {"a": "b" "c"}}</tool_call> '
+        f"<tool_call>{CITY}</tool_call>",
+        [("add", '{"a": "b" '), TextPart('"c"}}</tool_call>'), PARIS],
+    ),
+    (
+        HERMES,
+        '<tool_call>{"name": "add", "arguments": {"a": ' + "[" * 3000 + "]" * 3000 + "}}",
+        [("add", '{"a": ' + "[" * 127), TextPart("[" * 2873 + "]" * 3000 + "}}")],
+    ),
+    (LLAMA3_JSON, f"{CITY} is how to ask.", [PARIS, TextPart("is how to ask.")]),
+    (LLAMA3_JSON, f" {CITY};", [PARIS]),
+    (
+        MISTRAL_V3,
+        f'[TOOL_CALLS][{CITY}, {{"name": "sub"}}]',
+        [PARIS, TextPart(', {"name": "sub"}]')],
+    ),
+]
+
+
+@pytest.mark.parametrize(("call_format", "text", "parts"), [*CALLED, *BEGUN])
+def test_parser_finds_tool_calls(call_format: ToolDialect, text: str, parts: list[Any]) -> None:
     assert read([text], call_format) == parts
     assert read(list(text), call_format) == parts
 
 
 @pytest.mark.parametrize(("call_format", "text"), NOT_CALLED)
-def test_parser_keeps_lookalikes_unchanged(call_format: ToolCallFormat, text: str) -> None:
+def test_parser_keeps_lookalikes_unchanged(call_format: ToolDialect, text: str) -> None:
     assert read([text], call_format) == [TextPart(text)]
     assert read(list(text), call_format) == [TextPart(text)]
 
@@ -154,7 +192,7 @@ def test_parser_ignores_calls_in_reasoning() -> None:
 def test_parser_stops_after_one_call_without_parallel() -> None:
     for call_format, text in (
         (HERMES, f"a<tool_call>{CITY}</tool_call><tool_call>{SUM}</tool_call>b"),
-        (LLAMA, f"{CITY};{SUM}"),
+        (LLAMA3_JSON, f"{CITY};{SUM}"),
     ):
         for pieces in ([text], list(text)):
             assert [
@@ -164,8 +202,17 @@ def test_parser_stops_after_one_call_without_parallel() -> None:
             ] == [PARIS]
 
 
-def written_call(call_format: ToolCallFormat, name: str, arguments: str) -> str:
-    return call_format.call_head(name) + arguments + "}"
+def opener(call_format: ToolDialect) -> str:
+    return call_format.section_start or call_format.call_start
+
+
+def call_head(call_format: ToolDialect, name: str) -> str:
+    assert isinstance(call_format.syntax, JsonObjectCall)
+    return f'{{"name": "{name}", "{call_format.syntax.arguments_key}": '
+
+
+def written_call(call_format: ToolDialect, name: str, arguments: str) -> str:
+    return call_head(call_format, name) + arguments + "}"
 
 
 OSLO = '{"city": "Oslo \\"<tool_call>\\"", "days": [1, {"x": "}; {"}]}'
@@ -173,8 +220,8 @@ TOTAL = '{"a": 1}'
 # Two required calls as each format's grammar lets a model write them.
 REQUIRED = {
     HERMES: "<tool_call>\n{}\n</tool_call>\n<tool_call>{}</tool_call>",
-    MISTRAL: "[TOOL_CALLS][{}, {}]",
-    LLAMA: "<|python_tag|>{}; {}",
+    MISTRAL_V3: "[TOOL_CALLS][{}, {}]",
+    LLAMA3_JSON: "<|python_tag|>{}; {}",
 }
 
 
@@ -187,13 +234,13 @@ REQUIRED = {
 )
 @settings(max_examples=400)
 def test_parser_required_call_cut_anywhere_is_a_call(
-    call_format: ToolCallFormat, length: int, cuts: list[int], reasons: bool, opener: bool
+    call_format: ToolDialect, length: int, cuts: list[int], reasons: bool, has_opener: bool
 ) -> None:
     first = written_call(call_format, "get_weather", OSLO)
     text = REQUIRED[call_format].format(first, written_call(call_format, "add", TOTAL))
-    if call_format is LLAMA and not opener:
-        text = text.removeprefix(LLAMA.opener)
-    begins = text.index(first) + len(call_format.call_head("get_weather"))
+    if call_format is LLAMA3_JSON and not has_opener:
+        text = text.removeprefix(opener(call_format))
+    begins = text.index(first) + len(call_head(call_format, "get_weather"))
     second = text.index(TOTAL)
     text = text[: min(length, len(text))]
     thought = "<think>hm</think>\n" if reasons else ""
@@ -206,11 +253,11 @@ def test_parser_required_call_cut_anywhere_is_a_call(
         assert found.pop(0) == ReasoningPart("hm")
     expected: list[Any] = []
     # The name is known before it is complete: only one tool begins with "g", and one with "a".
-    if len(text) > begins + len(OSLO):
+    if len(text) >= begins + len(OSLO):
         expected.append(("get_weather", json.loads(OSLO)))
     elif '{"name": "g' in text:
         expected.append(("get_weather", text[begins:]))
-    if len(text) > second + len(TOTAL):
+    if len(text) >= second + len(TOTAL):
         expected.append(("add", json.loads(TOTAL)))
     elif '{"name": "a' in text:
         expected.append(("add", text[second:]))
@@ -218,11 +265,11 @@ def test_parser_required_call_cut_anywhere_is_a_call(
 
 
 @pytest.mark.parametrize("call_format", FORMATS)
-def test_parser_strict_call_cut_anywhere_is_a_call(call_format: ToolCallFormat) -> None:
-    before = "" if call_format is LLAMA else "Sure. \n"
+def test_parser_strict_call_cut_anywhere_is_a_call(call_format: ToolDialect) -> None:
+    before = "" if call_format is LLAMA3_JSON else "Sure. \n"
     first = written_call(call_format, "get_weather", OSLO)
     text = REQUIRED[call_format].format(first, written_call(call_format, "add", TOTAL))
-    opener_end = len(before) + len(call_format.opener)
+    opener_end = len(before) + len(opener(call_format))
     text = before + text
     for length in range(len(text) + 1):
         cut = text[:length]
@@ -237,31 +284,31 @@ def test_parser_strict_call_cut_anywhere_is_a_call(call_format: ToolCallFormat) 
         if found != expected:  # the same before the second opener
             assert call_format is HERMES
             assert found.pop() == TextPart(cut[cut.rindex("<") :])
-            assert HERMES.opener.startswith(cut[cut.rindex("<") :])
+            assert opener(HERMES).startswith(cut[cut.rindex("<") :])
         assert found == expected
-    other = before + call_format.opener + "other"
+    other = before + opener(call_format) + "other"
     assert read([other], call_format, strict=True) == [TextPart(other)]
 
 
 @pytest.mark.parametrize("call_format", FORMATS)
-def test_parser_names_the_only_tool_before_the_model_does(call_format: ToolCallFormat) -> None:
-    for text in (call_format.opener[:2], call_format.opener, call_format.opener + '{"na'):
-        if call_format is MISTRAL:
+def test_parser_names_the_only_tool_before_the_model_does(call_format: ToolDialect) -> None:
+    for text in (opener(call_format)[:2], opener(call_format), opener(call_format) + '{"na'):
+        if call_format is MISTRAL_V3:
             text = text.replace("{", "[{")
-        parser = OutputParser(tool_calls=ToolCallParser(call_format, ["add"], required=True))
+        parser = new_output_parser(call_format, tools(["add"]), required=True)
         (part,) = parser.feed(text, final=True)
         assert isinstance(part, ToolCallPart)
-        assert (part.name, part.arguments, part.complete) == ("add", "", False)
+        assert (part.name, part.arguments, part.is_complete) == ("add", "", False)
         assert parser.num_tool_calls == 0  # which would make the finish reason tool_calls
         assert not parser.stopped
-    empty = OutputParser(tool_calls=ToolCallParser(call_format, ["add"], required=True))
+    empty = new_output_parser(call_format, tools(["add"]), required=True)
     assert empty.feed("", final=True) == []
 
 
 @pytest.mark.parametrize("call_format", FORMATS)
-def test_parser_keeps_unfinished_calls_that_nothing_requires(call_format: ToolCallFormat) -> None:
+def test_parser_keeps_unfinished_calls_that_nothing_requires(call_format: ToolDialect) -> None:
     text = REQUIRED[call_format].format(written_call(call_format, "add", "{"), "")
-    text = text[: text.index('{"name"') + 30]
+    text = text[: text.index('{"name"') + 28]
     assert read([text], call_format) == [TextPart(text)]
     other = text.replace("add", "sub")
     assert read([other], call_format, required=True) == [TextPart(other)]
@@ -312,7 +359,7 @@ FRAGMENTS = [
 def test_parser_result_is_independent_of_cuts(
     text: str,
     cuts: list[int],
-    call_format: ToolCallFormat | None,
+    call_format: ToolDialect | None,
     parallel: bool,
     may_reason: bool,
     starts_in_reasoning: bool,
@@ -334,42 +381,42 @@ def test_parser_result_is_independent_of_cuts(
         assert "".join(part.text for part in whole) == text
 
 
-def test_parser_returns_an_unfinished_call_as_text() -> None:
-    text = '<tool_call>{"name": "add", "arguments": {"a": "' + "x" * (MAX_CALL_CHARS + 1000)
-    calls = ToolCallParser(HERMES, NAMES)
-    shown = ""
-    for start in range(0, len(text), 64):
-        shown += "".join(
-            part.text
-            for part in calls.feed(text[start : start + 64], False)
-            if isinstance(part, TextPart)
-        )
-        assert start < MAX_CALL_CHARS + 64 or shown
-    assert shown == text
+def test_parser_returns_a_call_that_is_too_long_before_its_name_as_text() -> None:
+    text = '<tool_call>{"arguments": {"a": "' + "x" * (MAX_HELD_CHARS + 1000) + '"}, "name": "add"}'
+    for size in (64, len(text)):
+        parser = new_output_parser(HERMES, tools(NAMES))
+        shown = ""
+        for start in range(0, len(text), size):
+            for part in parser.feed(text[start : start + size]):
+                assert isinstance(part, TextPart)
+                shown += part.text
+            assert start < MAX_HELD_CHARS + 64 or shown
+        assert shown == text
 
 
-@pytest.mark.parametrize(
-    ("template", "call_format"),
-    [
-        ("... <tool_call>{{ x }}</tool_call>", HERMES),
-        ("... <tool_call><function={{ x }}>", None),
-        ("... [AVAILABLE_TOOLS] ... [TOOL_CALLS]", MISTRAL),
-        ("... [TOOL_CALLS]{{ name }}[ARGS]", None),
-        (
-            'Respond in the format {"name": function name, "parameters": dictionary of '
-            "argument name}",
-            LLAMA,
-        ),
-        ("{{ messages }}", None),
-    ],
-)
-def test_tool_call_format_is_detected_from_the_template(
-    template: str, call_format: ToolCallFormat | None
-) -> None:
-    assert detect_tool_call_format(template) == call_format
+def test_parser_passes_a_call_on_as_it_comes() -> None:
+    parser = new_output_parser(HERMES, tools(NAMES))
+    assert parser.feed('<tool_call>{"name": "add", "arguments": ') == []
+    (first,) = parser.feed('{"a": "')
+    assert isinstance(first, ToolCallPart)
+    assert first[1:] == ("add", '{"a": "', True, False)
+    (piece,) = parser.feed("x" * 100)
+    assert piece == ToolCallPart(first.id, "add", "x" * 100, False, False)
+    assert parser.num_tool_calls == 0
+    assert parser.feed('"}') == [ToolCallPart(first.id, "add", '"}', False, True)]
+    assert parser.num_tool_calls == 1
 
 
 def test_tool_call_ids_fit_the_models_templates() -> None:
-    assert len({MISTRAL.new_id() for _ in range(100)}) == 100
-    assert MISTRAL.new_id().isalnum() and len(MISTRAL.new_id()) == 9
-    assert HERMES.new_id().startswith("call_")
+    def ids(dialect: ToolDialect, text: str) -> list[str]:
+        parts = new_output_parser(dialect, tools(["add"])).feed(text, final=True)
+        return [part.id for part in parts if isinstance(part, ToolCallPart)]
+
+    call = '{"name": "add", "arguments": {}}'
+    short = ids(MISTRAL_V3, "[TOOL_CALLS][" + ", ".join([call] * 100) + "]")
+    assert len(set(short)) == 100
+    assert all(one.isalnum() and len(one) == 9 for one in short)
+    assert ids(HERMES, f"<tool_call>{call}</tool_call>")[0].startswith("call_")
+    kimi = "<|tool_call_begin|>functions.add:{}<|tool_call_argument_begin|>{{}}<|tool_call_end|>"
+    text = "<|tool_calls_section_begin|>" + "".join(kimi.format(index) for index in (3, 3, "x"))
+    assert ids(KIMI_K2, text) == ["functions.add:3", "functions.add:4", "functions.add:0"]

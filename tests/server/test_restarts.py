@@ -33,7 +33,7 @@ class FakeEngine:
     def death_error(self) -> LlmkitError:
         return LlmkitError("it died.")
 
-    async def change_adapter(self, message: LoadAdapter | UnloadAdapter) -> Refused | None:
+    async def change(self, message: LoadAdapter | UnloadAdapter) -> Refused | None:
         if isinstance(message, UnloadAdapter):
             assert self.adapters.pop(message.name, None) is not None
             return None

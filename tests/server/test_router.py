@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gzip
 import json
+import math
 import shutil
 import signal
 import subprocess
@@ -14,16 +15,20 @@ from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from concurrent.futures import Future
 from concurrent.futures import ThreadPoolExecutor as Threads
 from contextlib import asynccontextmanager
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import httpx
+import ollama
 import openai
 import psutil
 import pytest
+from huggingface_hub.errors import ValidationError
 from support.router_process import LlmkitRouter, UncheckedRouter
 from support.server_process import wait_for
-from support.tiny_models import tiny_checkpoint
+from support.tgi_client import inference_client
+from support.tiny_models import never_ends, tiny_checkpoint
 
 from llmkit.checkpoint.open_checkpoint import open_checkpoint
 from llmkit.cli import main
@@ -32,6 +37,7 @@ from llmkit.common.errors import InputError, LlmkitError
 from llmkit.runtime.engine.engine_options import EngineOptions
 from llmkit.runtime.engine.sampling_params import SamplingParams
 from llmkit.runtime.engine_loader import load_engine
+from llmkit.runtime.server.router import model_pool
 from llmkit.runtime.server.router.check_models import check_models
 from llmkit.runtime.server.router.model_pool import ModelPool, PooledModel
 from llmkit.runtime.server.run_server import bind
@@ -193,6 +199,68 @@ def test_pool_unloads_idle_models_and_keeps_busy_ones() -> None:
     asyncio.run(run())
 
 
+def test_pool_keeps_a_model_that_works_on_without_a_request(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(model_pool, "_BUSY_POLL_S", 0.001)
+
+    async def run() -> None:
+        case = Case("ab", max_loaded=1)
+        model = case.pool.models["a"]
+        works = True
+        num_asked = 0
+
+        async def is_busy(server: Any) -> bool:
+            nonlocal num_asked
+            num_asked += 1
+            if num_asked > 20:
+                raise OSError("the server does not answer")
+            return works
+
+        async with case.use("a"):
+            case.pool.keep_loaded(model, is_busy)
+            case.pool.keep_loaded(model, is_busy)
+        case.pool.unload_when_idle(model)
+        other = asyncio.create_task(case.ask("b"))
+        await until(lambda: num_asked > 5)
+        assert (case.states(), model.num_running) == ("loaded unloaded", 1)
+        works = False
+        await case.pool.wait_until_done()
+        await other
+        assert (case.states(), model.num_running) == ("unloaded loaded", 0)
+        works = True
+        async with case.use("a"):
+            case.pool.keep_loaded(model, is_busy)
+        await case.pool.wait_until_done()  # an error ends it
+        assert num_asked > 20 and model.num_running == 0
+
+    asyncio.run(run())
+
+
+def test_pool_keeps_a_model_as_long_as_its_last_request_says() -> None:
+    async def run() -> None:
+        case = Case("ab", max_loaded=2, idle_s=0.05)
+        pool = case.pool
+        model = pool.models["a"]
+        async with pool.acquire(model, idle_s=math.inf):
+            assert pool.seconds_to_unload(model) is None
+        await case.ask("b")
+        await until(lambda: case.states() == "loaded unloaded")
+        async with pool.acquire(model, idle_s=60):
+            pool.unload_when_idle(model)
+            await asyncio.sleep(0.02)
+            assert model.state == "loaded", "a running request keeps it"
+        await until(lambda: model.state == "unloaded")
+        pool.unload_when_idle(model)  # has no effect on a model that is not loaded
+        async with pool.acquire(model, idle_s=1e300):
+            assert pool.seconds_to_unload(model) > 86_400 * 364
+        async with pool.acquire(model):
+            assert pool.seconds_to_unload(model) == pytest.approx(0.05)
+        await until(lambda: model.state == "unloaded")
+
+    asyncio.run(run())
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -228,6 +296,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models")
     for seed, name in enumerate(("one", "two")):
         tiny_checkpoint(folder / name, dtype="float32", seed=seed, max_position_embeddings=4096)
+        never_ends(folder / name)
     (folder / "late").symlink_to(folder / "one")
     (folder / "keys").write_text("key-one\nkey-two\n")
     return folder
@@ -237,14 +306,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def router(folder: Path) -> Iterator[LlmkitRouter]:
     models = {"one": folder / "one", "team/two": folder / "two", "late": folder / "late"}
     options = ("--max-loaded", "2", "--api-key-file", str(folder / "keys"), "--max-num-seqs", "8")
+    options += ("--store-responses",)
     options += ("--allowed-hosts", "llm.example.com", "--allowed-origins", "app://obsidian.md")
-    running = LlmkitRouter(folder / "log", models, *options, key="key-one")
-    try:
+    with LlmkitRouter(folder / "log", models, *options, key="key-one") as running:
         running.wait_ready()
         yield running
-    finally:
-        running.process.kill()
-        running.process.wait()
 
 
 @pytest.fixture
@@ -392,6 +458,61 @@ def test_router_forwards_the_header_of_ignored_fields(client: openai.OpenAI) -> 
         assert raw.headers["x-llmkit-ignored"] == "unheard"
 
 
+def test_router_serves_ollamas_clients(router: LlmkitRouter, http: httpx.Client) -> None:
+    client = ollama.Client(host=router.url, headers={"authorization": "Bearer key-one"})
+    before = states(http)
+    listed = {entry.model: entry.details for entry in client.list().models}
+    assert set(listed) == {"one:latest", "team/two:latest", "late:latest"}
+    assert listed["one:latest"].parameter_size == "139.58K"
+    for name in ("one", "team/two:latest"):
+        assert client.show(name).modelinfo["llama.embedding_length"] == 64
+    assert states(http) == before, "lists load nothing"
+    options = {"num_predict": 3, "temperature": 0}
+    whole = client.generate("one:latest", "a b", options=options, keep_alive="30m")
+    assert whole.model == "one:latest"
+    parts = list(client.generate("one", "a b", options=options, stream=True, keep_alive=-1))
+    assert "".join(part.response for part in parts) == whole.response
+    (entry,) = (entry for entry in client.ps().models if entry.model == "one:latest")
+    assert entry.expires_at.year == 9999
+    assert entry.context_length == 4096
+    client.generate("one", "", keep_alive="20s")
+    (entry,) = (entry for entry in client.ps().models if entry.model == "one:latest")
+    assert entry.expires_at - datetime.now(UTC) < timedelta(seconds=21)
+    assert client.generate("one", "", keep_alive=0).done_reason == "unload"
+    wait_for(lambda: states(http)["one"] == "unloaded")
+    assert client.chat("one", [], keep_alive="0s").done_reason == "unload"
+    assert states(http)["one"] == "unloaded", "an unloaded model is not loaded to unload it"
+    assert client.chat("one", []).done_reason == "load"
+    client.generate("one", "a", options=options, keep_alive=0)
+    wait_for(lambda: states(http)["one"] == "unloaded")
+    assert len(client.embed("one", ["a", "b"]).embeddings) == 2
+    for call in (
+        lambda: client.generate("three", "a"),
+        lambda: client.show("three"),
+        lambda: client.generate("one", "a", keep_alive="soon"),
+        lambda: client.pull("one"),
+    ):
+        with pytest.raises(ollama.ResponseError) as raised:
+            call()
+        assert raised.value.status_code in (400, 404)
+
+
+def test_router_serves_tgis_client(router: LlmkitRouter) -> None:
+    asked: dict[str, Any] = {"max_new_tokens": 4, "adapter_id": "one"}
+    with inference_client(router.url, "key-one") as client:
+        whole = client.text_generation("a b", details=True, **asked)
+        assert whole.details is not None
+        assert 0 < whole.details.generated_tokens <= 4
+        streamed = client.text_generation("a b", stream=True, **asked)
+        assert "".join(streamed) == whole.generated_text
+        with pytest.raises(ValidationError, match="three"):
+            client.text_generation("a b", adapter_id="three")
+        with pytest.raises(ValidationError, match="Name one of"):
+            client.text_generation("a b")
+    assert httpx.post(router.url, json={"inputs": "a"}).status_code == 401
+    assert httpx.get(router.url).status_code == 200, "the web page needs no key"
+
+
 def test_router_accepts_hosts_and_origins_by_option(
     router: LlmkitRouter, http: httpx.Client
 ) -> None:
@@ -468,17 +589,39 @@ def test_router_reports_why_a_model_cannot_load_and_retries(
     assert states(http)["late"] == "loaded"
 
 
+def test_router_keeps_a_model_loaded_for_a_background_response(
+    router: LlmkitRouter, http: httpx.Client
+) -> None:
+    def state() -> str:
+        entries = {model["id"]: model for model in http.get("/v1/models").json()["data"]}
+        return str(entries["one"]["state"])
+
+    client = openai.OpenAI(base_url=f"{router.url}/v1", api_key="key-one", max_retries=0)
+    response = client.responses.create(
+        model="one",
+        input="a",
+        background=True,
+        max_output_tokens=3500,
+        temperature=0,
+    )
+    http.post("/api/generate", json={"model": "one", "keep_alive": 0}).raise_for_status()
+    for _ in range(5):
+        assert client.responses.retrieve(response.id).status in ("queued", "in_progress")
+        http.post("/api/generate", json={"model": "one", "keep_alive": 0}).raise_for_status()
+        assert state() == "loaded"
+    assert router.of_model("one", "background_responses") == 1
+    assert client.responses.cancel(response.id).status == "cancelled"
+    http.post("/api/generate", json={"model": "one", "keep_alive": 0}).raise_for_status()
+    wait_for(lambda: state() == "unloaded")
+
+
 @pytest.fixture
 def eager_router(folder: Path, tmp_path: Path) -> Iterator[UncheckedRouter]:
     """A server whose streams get comments long before a model is loaded."""
     models = {"one": folder / "one", "absent": tmp_path / "absent"}
-    running = UncheckedRouter(tmp_path / "log", models, stream_keep_alive=0.2)
-    try:
+    with UncheckedRouter(tmp_path / "log", models, stream_keep_alive=0.2) as running:
         running.wait_ready()
         yield running
-    finally:
-        running.process.kill()
-        running.process.wait()
 
 
 def test_router_stream_gets_comments_while_its_model_loads(eager_router: UncheckedRouter) -> None:
@@ -543,13 +686,13 @@ def test_router_refuses_a_wrong_model_before_it_listens(folder: Path, tmp_path: 
 def test_router_checks_tokenizers_and_options_of_every_model(folder: Path, tmp_path: Path) -> None:
     models = {"a": str(folder / "one"), "b": str(shutil.copytree(folder / "two", tmp_path / "b"))}
     options = ServeOptions("", engine=EngineOptions(device="cpu"))
-    assert check_models(options, models) is None
+    assert check_models(options, models).failed is None
     (tmp_path / "b" / "tokenizer.json").write_text('{"model"')
-    failed = check_models(options, models)
+    failed = check_models(options, models).failed
     assert failed is not None
     assert failed.what.startswith(f"the model b: {tmp_path / 'b' / 'tokenizer.json'} is malformed")
     long = ServeOptions("", engine=EngineOptions(device="cpu", max_model_len=5000))
-    failed = check_models(long, models)
+    failed = check_models(long, models).failed
     assert failed is not None
     assert failed.what == "the model a: --max-model-len 5000 is over the model's limit"
     assert isinstance(failed.error(), InputError)
@@ -558,12 +701,8 @@ def test_router_checks_tokenizers_and_options_of_every_model(folder: Path, tmp_p
 @pytest.fixture
 def fresh_router(folder: Path, tmp_path: Path) -> Iterator[LlmkitRouter]:
     """A server of one model, which is loaded when asked for."""
-    running = LlmkitRouter(tmp_path / "log", {"one": folder / "one"})
-    try:
+    with LlmkitRouter(tmp_path / "log", {"one": folder / "one"}) as running:
         yield running.wait_ready()  # type: ignore[misc]
-    finally:
-        running.process.kill()
-        running.process.wait()
 
 
 def test_router_finishes_streams_after_sigterm_and_leaves_no_process(

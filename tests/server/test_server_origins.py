@@ -103,7 +103,7 @@ def test_allowed_origin_gets_cors_headers_and_a_preflight(
     answered = cors(asked)
     exposed = answered.pop("expose-headers")
     assert answered == expected | {
-        "allow-methods": "GET, HEAD, POST, OPTIONS",
+        "allow-methods": "GET, HEAD, POST, DELETE, OPTIONS",
         "allow-headers": "authorization, content-type, x-stainless-lang",
         "allow-private-network": "true",
         "max-age": "600",

@@ -27,7 +27,7 @@ from llmkit.runtime.engine.engine_request import EngineRequest
 from llmkit.runtime.grammar_compiler import compile_grammar, grammar_tokenizer
 from llmkit.runtime.server.choice import Choice
 from llmkit.runtime.server.engines.pending_grammars import PendingGrammars
-from llmkit.runtime.server.http import api_keys
+from llmkit.runtime.server.http import api_keys, key_usage
 from llmkit.runtime.server.http.api_keys import Admission, Client, find_client, load_api_keys
 from llmkit.runtime.server.http.http_errors import ApiError
 from llmkit.runtime.server.sandbox import Sandbox, SandboxError
@@ -337,7 +337,7 @@ def test_key_over_its_tokens_per_minute_is_a_429(server: LlmkitServer) -> None:
 
 def test_tokens_per_minute_come_back_with_time(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [1000.0]
-    monkeypatch.setattr(api_keys.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(key_usage.time, "monotonic", lambda: now[0])
     client = Client(max_tokens_per_minute=120)
     admission = client.admit()
     running = Choice(engine_request("1", [1, 2], max_tokens=200), 0, None)  # type: ignore[arg-type]
@@ -363,7 +363,7 @@ def test_tokens_per_minute_are_refused_from_the_last_one_on(
     monkeypatch: pytest.MonkeyPatch, used: int, retry_after: str | None
 ) -> None:
     """120 tokens a minute are two a second: a wait is rounded up, and never 0."""
-    monkeypatch.setattr(api_keys.time, "monotonic", lambda: 1000.0)
+    monkeypatch.setattr(key_usage.time, "monotonic", lambda: 1000.0)
     client = Client(max_tokens_per_minute=120)
     admission = client.admit()
     choice = Choice(engine_request("1", [1, 2], max_tokens=200), 0, None)  # type: ignore[arg-type]
@@ -380,7 +380,7 @@ def test_tokens_per_minute_are_refused_from_the_last_one_on(
 
 def test_tokens_per_minute_are_not_saved_up(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [1000.0]
-    monkeypatch.setattr(api_keys.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(key_usage.time, "monotonic", lambda: now[0])
     client = Client(max_tokens_per_minute=120)
     client.admit()
     now[0] += 3600

@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
+from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 from uvicorn.server import ServerState
 
 PROJECT = Path(__file__).parents[2] / "pyproject.toml"
@@ -54,6 +55,16 @@ CYCLE_ATTRIBUTES = {
     "expected_content_length": 0,
 }
 REQUEST = b"POST /path HTTP/1.1\r\nHost: a\r\nContent-Length: 4\r\n\r\n"
+# What LimitedWebSocketProtocol overrides or calls.
+SOCKET_METHODS = {
+    "connection_lost": ["exc"],
+    "pause_writing": [],
+    "resume_writing": [],
+    "data_received": ["data"],
+    "handle_cont": ["event"],
+    "handle_parser_exception": [],
+}
+SOCKET_ATTRIBUTES = ("loop", "queue", "conn", "frames", "close_sent", "close_timer", "read_paused")
 
 
 def check(condition: bool, what: str) -> None:
@@ -121,6 +132,26 @@ def test_uvicorn_protocol_has_the_methods_that_are_overridden(name: str) -> None
         parameters == PROTOCOL_METHODS[name],
         f"HttpToolsProtocol.{name} takes {parameters} and not {PROTOCOL_METHODS[name]}",
     )
+
+
+@pytest.mark.parametrize("name", SOCKET_METHODS)
+def test_uvicorn_socket_has_the_methods_that_are_overridden(name: str) -> None:
+    method = getattr(WebSocketsSansIOProtocol, name, None)
+    check(callable(method), f"WebSocketsSansIOProtocol.{name} is missing")
+    parameters = list(inspect.signature(getattr(WebSocketsSansIOProtocol, name)).parameters)[1:]
+    check(parameters == SOCKET_METHODS[name], f"WebSocketsSansIOProtocol.{name} takes {parameters}")
+
+
+def test_uvicorn_socket_has_the_attributes_that_are_used() -> None:
+    config = uvicorn.Config(app, loop="none", lifespan="off", log_config=None)
+    config.load()
+    loop = asyncio.new_event_loop()
+    protocol = WebSocketsSansIOProtocol(config, ServerState(), {}, loop)
+    loop.close()
+    for name in SOCKET_ATTRIBUTES:
+        check(hasattr(protocol, name), f"WebSocketsSansIOProtocol.{name} is missing")
+    for name in ("_should_upgrade", "handle_websocket_upgrade"):
+        check(hasattr(HttpToolsProtocol, name), f"HttpToolsProtocol.{name} is missing")
 
 
 def test_uvicorn_protocol_has_the_attributes_and_the_life_that_are_expected() -> None:

@@ -308,6 +308,9 @@ def _lines(rng: random.Random, key: str) -> bytes:
             b"http://[::1/",
             b"/health%",
             b"/a b",
+            b"/api/blobs/sha256:%00",
+            b"/api/tags/..",
+            b"/v1/audio/\xff",
             b"/v1/completions;x=1",
         ]
     )

@@ -19,8 +19,10 @@ class LateStream:
         self.work: list[Callable[[], object] | LateEvent] = []
 
     def wait_event(self, event: LateEvent) -> None:
-        assert self.current, "only the current stream waits for single events here"
-        event.synchronize()
+        if self.current:
+            event.synchronize()
+        else:  # what is given to this stream now happens after the event
+            assert event.done or event.stream is self, "events of a third stream are unknown here"
 
     def wait_stream(self, other: LateStream) -> None:
         assert other.current
@@ -45,9 +47,10 @@ class LateEvent:
         self.stream = None
 
     def record(self, stream: LateStream) -> None:
-        self.done = False
         self.stream = stream
-        stream.work.append(self)
+        self.done = stream.current
+        if not stream.current:
+            stream.work.append(self)
 
     def synchronize(self) -> None:
         if not self.done and self.stream is not None:

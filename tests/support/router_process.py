@@ -8,7 +8,7 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import psutil
 from prometheus_client.parser import text_string_to_metric_families
@@ -28,7 +28,7 @@ def log(text):
 sys.exit(
     run_models(
         options, json.loads(sys.argv[1]), 2, 0.0, log, lambda facts: None, time.perf_counter(),
-        lambda: None,
+        dict,
     )
 )
 """
@@ -47,6 +47,13 @@ class LlmkitRouter(LlmkitServer):
         command += ["--port", "0", "--device", "cpu", "--kv-cache-memory", "32MiB", *options]
         with log.open("w") as stream:
             self.process = subprocess.Popen(command, stdout=stream, stderr=stream, env=os.environ)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.process.kill()
+        self.process.wait()
 
     def family(self) -> list[psutil.Process]:
         """Return all descendants of the router's process."""

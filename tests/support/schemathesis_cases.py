@@ -34,6 +34,14 @@ BASES: dict[str, dict[str, Any]] = {
     },
     "/tokenize": {"prompt": "x"},
     "/detokenize": {"tokens": [5]},
+    "/api/chat": {"messages": SAY, "options": {"num_predict": 2}},
+    "/api/generate": {"prompt": "x", "options": {"num_predict": 2}},
+    "/api/embed": {"input": "x"},
+    "/api/embeddings": {"prompt": "x"},
+    "/api/show": {"verbose": True},
+    "/generate": {"inputs": "x", "parameters": {"max_new_tokens": 2}},
+    "/generate_stream": {"inputs": "x", "parameters": {"max_new_tokens": 2}},
+    "/": {"inputs": "x", "parameters": {"max_new_tokens": 2}},
 }
 
 

@@ -7,7 +7,7 @@ is the script's trigger starts it.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from support.server_process import serving
 from support.tiny_models import SPECIAL_TOKENS, tiny_checkpoint
 
 PIECE = 3  # characters of a token, at first
+_UNSURE_WEIGHT = 0.1  # gives the next token a few times the probability of any other
 TEMPLATE = (
     "{% if tools %}<|im_start|>system\n{{ tools | tojson }}\nCall them as FORMAT.<|im_end|>\n"
     "{% endif %}"
@@ -91,9 +92,20 @@ def trigger(name: str) -> str:
 
 
 def scripted_checkpoint(
-    path: Path, scripts: Mapping[str, str], template: str, special: tuple[str, ...] = ()
+    path: Path,
+    scripts: Mapping[str, str],
+    template: str,
+    special: tuple[str, ...] = (),
+    unsure: Collection[str] = (),
+    endless: Collection[str] = (),
+    special_in: Collection[str] | None = None,
 ) -> Path:
-    """Write a model that knows `scripts`; texts in `special` become special tokens."""
+    """Write a model that knows `scripts`; texts in `special` become special tokens.
+
+    Greedy, it writes the scripts in `unsure` too, but other tokens are about as probable. The last
+    token of scripts in `endless` follows itself. special_in: the scripts in which texts of
+    `special` are these tokens; they are spelled in the others. None: all.
+    """
     import torch
     from safetensors.torch import load_file, save_file
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
@@ -104,9 +116,15 @@ def scripted_checkpoint(
     }
     vocabulary = {token: index for index, token in enumerate(SPECIAL_TOKENS)} | alphabet
     follows: dict[str, str] = {}
+    doubted: set[str] = set()  # tokens after which the model is not sure
     for name, text in scripts.items():
-        pieces = _pieces(text, set(follows), special)
+        is_spelled = special_in is not None and name not in special_in
+        pieces = _pieces(text, set(follows), () if is_spelled else special)
         follows |= dict(zip([trigger(name), *pieces], [*pieces, SPECIAL_TOKENS[2]], strict=True))
+        if name in endless:
+            follows[pieces[-1]] = pieces[-1]
+        if name in unsure:
+            doubted |= {trigger(name), *pieces}
     tokenizer = Tokenizer(models.BPE(vocabulary, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -132,7 +150,7 @@ def scripted_checkpoint(
     for token, following in follows.items():
         weights["lm_head.weight"][
             tokenizer.token_to_id(following), tokenizer.token_to_id(token)
-        ] = 2
+        ] = _UNSURE_WEIGHT if token in doubted else 2
     save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
     (path / "tokenizer.json").write_text(tokenizer.to_str())
     settings = json.loads((path / "tokenizer_config.json").read_text())

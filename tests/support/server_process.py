@@ -66,13 +66,13 @@ class LlmkitServer:
         return httpx.Client(base_url=self.url, headers=headers, timeout=60)
 
     def engines(self) -> list[psutil.Process]:
-        """Return the engine processes."""
-        children = psutil.Process(self.process.pid).children()
-        return [
-            child
-            for child in children
-            if "llmkit.runtime.server.sandbox_process" not in child.cmdline()
-        ]
+        """Return the engine processes that have not ended."""
+        found = []
+        for child in psutil.Process(self.process.pid).children():
+            with contextlib.suppress(psutil.NoSuchProcess):  # a ZombieProcess, too
+                if "llmkit.runtime.server.sandbox_process" not in child.cmdline():
+                    found.append(child)
+        return found
 
     def engine(self) -> psutil.Process:
         (child,) = self.engines()

@@ -85,7 +85,7 @@ def right(rng: random.Random) -> tuple[str, dict[str, Any]]:
             {"top_k": 5},
         ]
     )
-    match rng.randrange(8):
+    match rng.randrange(10):
         case 0:
             more = rng.choice(
                 [
@@ -139,6 +139,12 @@ def right(rng: random.Random) -> tuple[str, dict[str, Any]]:
         case 6:
             body = {"model": "said", "input": text, "max_output_tokens": tokens, "stream": stream}
             return "/v1/responses", body
+        case 7:
+            return _of_ollama(rng, text, say, tokens, stream)
+        case 8:
+            parameters = {"max_new_tokens": tokens, "details": rng.random() < 0.5}
+            path = rng.choice(["/generate", "/generate_stream", "/"])
+            return path, {"inputs": text, "parameters": parameters}
         case _:
             return rng.choice(
                 [
@@ -148,6 +154,24 @@ def right(rng: random.Random) -> tuple[str, dict[str, Any]]:
                     ("/v1/messages/count_tokens", {"model": "said", "messages": say}),
                 ]
             )
+
+
+def _of_ollama(
+    rng: random.Random, text: str, say: list[dict[str, str]], tokens: int, stream: bool
+) -> tuple[str, dict[str, Any]]:
+    """A path and a body of Ollama's API."""
+    options = {"num_predict": tokens, "num_ctx": rng.choice([256, 512])}
+    common = {"model": rng.choice(["said", "said:latest"]), "stream": stream, "options": options}
+    return rng.choice(
+        [
+            ("/api/chat", common | {"messages": say}),
+            ("/api/chat", common | {"messages": say, "tools": TOOLS[: rng.randrange(3)]}),
+            ("/api/chat", common | {"messages": say, "format": _SCHEMA}),
+            ("/api/generate", common | {"prompt": text, "raw": rng.random() < 0.5}),
+            ("/api/embed", {"model": "said", "input": [text, "y"]}),
+            ("/api/show", {"model": "said"}),
+        ]
+    )
 
 
 def malformed(rng: random.Random) -> tuple[str, bytes, dict[str, str]]:
@@ -161,11 +185,12 @@ def malformed(rng: random.Random) -> tuple[str, bytes, dict[str, str]]:
         case 1:
             data = json.dumps(body | {"model": "unheard"}).encode()
         case 2:
-            data = json.dumps(body | {rng.choice(["temperatur", "x", ""]): 1}).encode()
+            data = json.dumps([body]).encode()
         case 3:
             headers = {"content-type": "text/plain"}
         case 4:
-            wrong = {"prompt": {}, "messages": 5, "input": [5], "tokens": ["x"], "model": 2**64}
+            wrong = {"prompt": {}, "messages": 5, "input": [5], "tokens": ["x"]}
+            wrong |= {"inputs": 5, "model": 2**64}
             data = json.dumps(
                 {name: wrong.get(name, value) for name, value in ({"model": ""} | body).items()}
             ).encode()
@@ -247,7 +272,11 @@ def _judge(
     tally: Tally, path: str, data: bytes, status: int, got: bytes, expected: tuple[int, ...]
 ) -> None:
     tally.statuses[status] += 1
-    broken = b'"error":{' in got if status == 200 else len(got) > MAX_ERROR_BYTES
+    broken = (
+        (b'"error":{' in got or b'"error":"' in got)
+        if status == 200
+        else len(got) > MAX_ERROR_BYTES
+    )
     if status not in expected or broken:
         tally.wrong.append(f"{path} {data[:300]!r}: {status} {got[:300]!r}")
 

@@ -66,22 +66,30 @@ def tiny_checkpoint(
     seed: int = 0,
     dtype: str = "bfloat16",
     max_shard_size: str = "5GB",
+    classifier: bool = False,
     **config: Any,
 ) -> Path:
     """Write a random model of `architecture` (a transformers model_type) with its tokenizer.
+
+    classifier: with a classification head; `num_labels` in `config` says how many labels it has.
 
     `config` overrides fields of the HF config. Norm weights and biases are random too, so that a
     decoder that forgets one is found out.
     """
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import (
+        AutoConfig,
+        AutoModelForCausalLM,
+        AutoModelForSequenceClassification,
+    )
 
+    auto_model = AutoModelForSequenceClassification if classifier else AutoModelForCausalLM
     values = _SIZES | _FAMILY.get(architecture, {}) | config
     model_config = AutoConfig.for_model(architecture, **values)
     state = torch.random.get_rng_state()
     try:
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(model_config)
+        model = auto_model.from_config(model_config)
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 if parameter.ndim > 1:
@@ -93,6 +101,20 @@ def tiny_checkpoint(
         torch.random.set_rng_state(state)
     model.to(getattr(torch, dtype)).save_pretrained(path, max_shard_size=max_shard_size)
     write_tokenizer(path, vocab=model_config.vocab_size)
+    return path
+
+
+def never_ends(path: Path) -> Path:
+    """Change a checkpoint of one file so that greedy answers never end before their limit.
+
+    The end token's logit is always 0, which some other token's logit exceeds.
+    """
+    from safetensors.torch import load_file, save_file
+
+    file = path / "model.safetensors"
+    tensors = load_file(file)
+    tensors["lm_head.weight"][EOS_ID] = 0
+    save_file(tensors, file, {"format": "pt"})
     return path
 
 

@@ -20,14 +20,13 @@ from llmkit.runtime.process_channel import Failed, FrameReader, end_process, exi
 from llmkit.runtime.server.engines.engine_messages import (
     AbortRequest,
     AddRequest,
+    Change,
     Done,
     EngineOutputs,
     EngineReady,
-    LoadAdapter,
     Refused,
     StatsUpdate,
     ToEngine,
-    UnloadAdapter,
     from_engine_decoder,
 )
 from llmkit.runtime.server.process_usage import cpu_seconds
@@ -69,12 +68,13 @@ class EngineClient(asyncio.Protocol):
         # Called with the statistics before and after each step; set by the lifecycle.
         self.on_step: Callable[[EngineStats, EngineStats], None] = lambda before, after: None
         self.label = label
+        self.is_retired = False  # its end is intended; set by `Replicas`
         self._process = process
         self._connection = connection
         self._frames = FrameReader()
         self._receivers: dict[str, OutputReceiver] = {}  # by request id
         self._queued: dict[str, int] = {}  # prompt tokens, by id of a request without output
-        self._adapter_changes: dict[str, asyncio.Future[Refused | None]] = {}  # by message id
+        self._changes: dict[str, asyncio.Future[Refused | None]] = {}  # by message id
         self._received_data = True  # since `_kill_when_hung` last cleared it
         self._transport: asyncio.Transport | None = None
         self._watchdog: asyncio.Task[None] | None = None
@@ -121,12 +121,12 @@ class EngineClient(asyncio.Protocol):
         if self._forget(request_id) is not None:
             self._send(AbortRequest(request_id))
 
-    async def change_adapter(self, message: LoadAdapter | UnloadAdapter) -> Refused | None:
-        """Load or unload an adapter between two steps. Returns Refused if the engine refuses."""
+    async def change(self, message: Change) -> Refused | None:
+        """Change adapters or sleep between two steps. Returns Refused if the engine refuses."""
         if self.dead.is_set():
             return Refused(message.id, "engine_dead", _DEAD_MESSAGE)
         answer: asyncio.Future[Refused | None] = asyncio.get_running_loop().create_future()
-        self._adapter_changes[message.id] = answer
+        self._changes[message.id] = answer
         self._send(message)
         return await answer
 
@@ -140,6 +140,10 @@ class EngineClient(asyncio.Protocol):
             self._connection.shutdown(socket.SHUT_RDWR)
         if self._transport is not None:
             self._transport.abort()
+
+    def end(self) -> None:
+        """Wait for the end of a process whose connection was closed."""
+        end_process(self._process)
 
     def death_error(self) -> LlmkitError:
         """Wait for the end of a dead process; return why it ended."""
@@ -171,7 +175,7 @@ class EngineClient(asyncio.Protocol):
                 case StatsUpdate(stats):
                     self.stats = stats
                 case Done(id):
-                    self._adapter_changes.pop(id).set_result(None)
+                    self._changes.pop(id).set_result(None)
                 case Refused() as refused:
                     self._deliver_refused(refused)
                 case EngineReady() as ready:
@@ -190,9 +194,9 @@ class EngineClient(asyncio.Protocol):
         if not self.ready.done():
             self.ready.set_exception(self._startup_error())
             self.ready.exception()  # retrieved here in case nothing awaits it any more
-        for message_id, answer in self._adapter_changes.items():
+        for message_id, answer in self._changes.items():
             answer.set_result(Refused(message_id, "engine_dead", _DEAD_MESSAGE))
-        self._adapter_changes.clear()
+        self._changes.clear()
         for request_id in list(self._receivers):
             # A receiver that is notified may abort its other requests, which are in this list, too.
             receiver = self._forget(request_id)
@@ -209,7 +213,7 @@ class EngineClient(asyncio.Protocol):
         receiver.on_output(output, queue_time_s)
 
     def _deliver_refused(self, refused: Refused) -> None:
-        answer = self._adapter_changes.pop(refused.id, None)
+        answer = self._changes.pop(refused.id, None)
         if answer is not None:
             answer.set_result(refused)
             return
@@ -234,7 +238,7 @@ class EngineClient(asyncio.Protocol):
         while True:
             self._received_data = False
             await asyncio.sleep(interval_s)
-            has_work = bool(self._receivers or self._adapter_changes)
+            has_work = bool(self._receivers or self._changes)
             if has_work and not self._received_data:
                 silent_s += interval_s
             else:

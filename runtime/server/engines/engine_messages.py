@@ -55,6 +55,21 @@ class UnloadAdapter(msgspec.Struct, tag=True):
     name: str
 
 
+class Sleep(msgspec.Struct, tag=True):
+    """Free the memory of the caches, and of the weights on a GPU. Answered with Done or Refused.
+
+    No request may follow before WakeUp.
+    """
+
+    id: str
+
+
+class WakeUp(msgspec.Struct, tag=True):
+    """Be as before Sleep. Answered with Done or Refused; when refused, it sleeps on."""
+
+    id: str
+
+
 # From the engine process
 
 
@@ -92,13 +107,13 @@ class StatsUpdate(msgspec.Struct, tag=True):
 
 
 class Done(msgspec.Struct, tag=True):
-    """The adapter change with this `id` is done."""
+    """The change with this `id`, of an adapter or of sleep, is done."""
 
     id: str
 
 
 class Refused(msgspec.Struct, tag=True):
-    """The engine refuses the request or the adapter change with this `id`."""
+    """The engine refuses the request or the change with this `id`."""
 
     id: str
     code: str
@@ -106,7 +121,8 @@ class Refused(msgspec.Struct, tag=True):
     param: str | None = None
 
 
-ToEngine = LoadModel | AddRequest | AbortRequest | LoadAdapter | UnloadAdapter
+Change = LoadAdapter | UnloadAdapter | Sleep | WakeUp
+ToEngine = LoadModel | AddRequest | AbortRequest | Change
 FromEngine = EngineReady | Failed | StatsUpdate | EngineOutputs | Done | Refused
 
 to_engine_decoder = msgspec.msgpack.Decoder(ToEngine)

@@ -18,7 +18,7 @@ import traceback
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from llmkit.common.errors import LlmkitError
+from llmkit.common.errors import LlmkitError, is_out_of_memory
 from llmkit.runtime.engine.engine_errors import RequestError
 from llmkit.runtime.engine.engine_request import EngineRequest
 from llmkit.runtime.process_channel import Channel, Failed, parent_socket
@@ -31,9 +31,11 @@ from llmkit.runtime.server.engines.engine_messages import (
     LoadAdapter,
     LoadModel,
     Refused,
+    Sleep,
     StatsUpdate,
     ToEngine,
     UnloadAdapter,
+    WakeUp,
     to_engine_decoder,
 )
 from llmkit.runtime.server.engines.pending_grammars import PendingGrammars
@@ -96,6 +98,10 @@ class _EngineServer:
                     self._pending_grammars.remove(request_id)
                 case LoadAdapter() | UnloadAdapter():
                     self._change_adapter(message)
+                case Sleep(id):
+                    self._sleep(id)
+                case WakeUp(id):
+                    self._wake_up(id)
 
     def _step(self) -> None:
         started_at = time.perf_counter()
@@ -128,6 +134,31 @@ class _EngineServer:
             self._channel.send(Refused(message.id, "invalid_adapter", str(error), "lora_path"))
         else:
             self._channel.send(Done(message.id))
+
+    def _sleep(self, message_id: str) -> None:
+        while self._engine.has_work:  # steps in flight of cancelled requests
+            self._step()
+        try:
+            self._engine.sleep()
+        except RequestError as error:
+            self._channel.send(Refused(message_id, error.code, error.message, error.param))
+            return
+        gc.unfreeze()  # recorded steps are in cycles
+        gc.collect()
+        _return_memory()
+        self._channel.send(Done(message_id))
+
+    def _wake_up(self, message_id: str) -> None:
+        try:
+            self._engine.wake_up()
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            message = "there is not enough memory for the weights and the KV cache"
+            self._channel.send(Refused(message_id, "out_of_memory", message))
+            return
+        gc.freeze()
+        self._channel.send(Done(message_id))
 
     def _compile_grammar(self, grammar: str) -> object:
         """Compile `grammar` in the calling thread; the engine then finds it in its cache."""
@@ -178,6 +209,12 @@ class QueueTimes:
         self._waited_s.pop(request_id, None)
 
 
+def _return_memory() -> None:
+    """Return to the system the memory that the C library keeps."""
+    with contextlib.suppress(OSError, AttributeError):  # a C library other than glibc
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def _load(message: LoadModel, channel: EngineChannel) -> tuple[Engine, EngineReady]:
     # These modules import torch: loading them is the first stage of the start-up.
     from llmkit.checkpoint.open_checkpoint import open_checkpoint
@@ -193,9 +230,7 @@ def _load(message: LoadModel, channel: EngineChannel) -> tuple[Engine, EngineRea
         card = model_card(checkpoint)
     engine = load_engine(checkpoint, message.engine, report, message.prefix_store)
     gc.freeze()  # loaded objects stay alive: the garbage collector need not visit them again
-    with contextlib.suppress(OSError, AttributeError):  # a C library other than glibc
-        # Return to the system the memory that reading and casting has freed.
-        ctypes.CDLL(None).malloc_trim(0)
+    _return_memory()  # that reading and casting has freed
     assert report.plan is not None
     engine.on_death(lambda error: _give_up(error, channel))
     config = engine.config

@@ -30,6 +30,8 @@ class Replicas:
         self._prefix_caching = prefix_caching and len(clients) > 1
         self._num_requests = 0  # added so far
         self._replaced_stats = EngineStats()  # of engine processes that were replaced
+        self._finishing: list[EngineClient] = []  # replaced ones with running requests
+        self._changed = asyncio.Event()  # a replica was retired or replaced
 
     async def ready(self) -> EngineReady:
         """Return what the slowest replica reported, with the capacity of all of them.
@@ -52,19 +54,39 @@ class Replicas:
         )
 
     async def wait_for_death(self) -> int:
-        """Wait until a replica has died; return the index of the first one."""
-        waits = [asyncio.ensure_future(client.dead.wait()) for client in self.clients]
-        try:
-            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            for wait in waits:
-                wait.cancel()
-        return next(index for index, client in enumerate(self.clients) if client.dead.is_set())
+        """Wait until a replica has died; return the index of the first one.
+
+        Those that were retired do not count.
+        """
+        while True:
+            self._changed.clear()
+            serving = [client for client in self.clients if not client.is_retired]
+            events = [self._changed, *(client.dead for client in serving)]
+            waits = [asyncio.ensure_future(event.wait()) for event in events]
+            try:
+                await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                for wait in waits:
+                    wait.cancel()
+            for index, client in enumerate(self.clients):
+                if client.dead.is_set() and not client.is_retired:
+                    return index
 
     def replace(self, index: int, client: EngineClient) -> None:
-        """Put `client` in the place of the dead replica `index`."""
-        self._replaced_stats += self._replicas[index].client.stats
+        """Put `client` in the place of the replica `index`, which is dead or retired."""
+        old = self._replicas[index].client
+        if old.in_flight:  # it goes on with them
+            self._finishing = [one for one in self._finishing if one.in_flight] + [old]
+        self._replaced_stats += old.stats.counters()
         self._replicas[index] = _Replica(client)
+        self._changed.set()
+
+    def retire_all(self) -> list[EngineClient]:
+        """Expect the end of all replicas; return their clients, which the caller closes."""
+        for client in self.clients:
+            client.is_retired = True
+        self._changed.set()
+        return self.clients
 
     @property
     def serving(self) -> bool:
@@ -74,7 +96,7 @@ class Replicas:
     @property
     def in_flight(self) -> int:
         """Requests that were added and have not finished."""
-        return sum(replica.client.in_flight for replica in self._replicas)
+        return sum(client.in_flight for client in (*self.clients, *self._finishing))
 
     @property
     def stats(self) -> EngineStats:
@@ -114,8 +136,8 @@ class Replicas:
 
     def abort(self, request_id: str) -> None:
         """Drop a request; its receiver gets no more outputs."""
-        for replica in self._replicas:
-            replica.client.abort(request_id)
+        for client in (*self.clients, *self._finishing):
+            client.abort(request_id)
 
     @property
     def clients(self) -> list[EngineClient]:
@@ -124,8 +146,8 @@ class Replicas:
 
     def close(self) -> None:
         """Close all connections; see `EngineClient.close`."""
-        for replica in self._replicas:
-            replica.client.close()
+        for client in (*self.clients, *self._finishing):
+            client.close()
 
 
 class _Replica:

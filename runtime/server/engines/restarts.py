@@ -47,7 +47,7 @@ async def supervise_engines(
             engine = await start(index)
             try:
                 await asyncio.wait([engine.ready])
-                await _reload_adapters(state, engine, message)
+                await reload_adapters(state, engine, message)
             except asyncio.CancelledError:
                 engine.close()
                 raise
@@ -57,7 +57,7 @@ async def supervise_engines(
         message(f"{engine.label}the engine process is back after {seconds:.1f} s")
 
 
-async def _reload_adapters(
+async def reload_adapters(
     state: ServerState, engine: EngineClient, message: Callable[[str], None]
 ) -> None:
     """Load the adapters into the new process that clients had loaded into the old one.
@@ -67,10 +67,10 @@ async def _reload_adapters(
     for name, path in list(state.loaded_adapters.items()):
         if name not in state.loaded_adapters:
             continue
-        refused = await engine.change_adapter(LoadAdapter(uuid4().hex, name, path))
+        refused = await engine.change(LoadAdapter(uuid4().hex, name, path))
         if name not in state.loaded_adapters:
             if refused is None:
-                await engine.change_adapter(UnloadAdapter(uuid4().hex, name))
+                await engine.change(UnloadAdapter(uuid4().hex, name))
         elif refused is not None and not engine.dead.is_set():
             del state.loaded_adapters[name]
             message(f"the adapter {name} is gone: {refused.message}")

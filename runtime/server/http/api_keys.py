@@ -7,7 +7,6 @@ import hmac
 import math
 import os
 import re
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING
 from llmkit.common.errors import InputError
 from llmkit.runtime.process_channel import API_KEY_VARIABLE
 from llmkit.runtime.server.http.http_errors import ApiError
+from llmkit.runtime.server.http.key_usage import KeyUsage
 from llmkit.runtime.server.serve_options import ServeOptions
 
 if TYPE_CHECKING:
@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 _LIMITS = ("max_requests", "max_tokens_per_minute")
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 _LIMIT = re.compile(r"[1-9][0-9]{0,11}")
-_LINE_FORMAT = f"KEY [name=NAME] {' '.join(f'[{limit}=N]' for limit in _LIMITS)}"
+_ADMIN = "admin"  # the word that lets a key change the server
+_LINE_FORMAT = f"KEY [name=NAME] {' '.join(f'[{limit}=N]' for limit in _LIMITS)} [{_ADMIN}]"
 
 
 @dataclass(eq=False)
@@ -40,11 +41,13 @@ class Client:
     max_requests: int | None = None
     # Prompt and completion tokens together. None: no limit.
     max_tokens_per_minute: int | None = None
-    # The running requests.
+    is_admin: bool = False  # it may let the server sleep and load other weights
+    # The running requests of this process.
     admissions: set[Admission] = field(default_factory=set)
-    # A token bucket: the tokens used, minus the tokens that were refilled until `_charge_time`.
-    _charged_tokens: float = 0.0
-    _charge_time: float = 0.0  # time.monotonic() of the last update
+    usage: KeyUsage = field(default_factory=KeyUsage)
+    # A router has admitted the request already, and counts it as one answer.
+    is_behind_router: bool = False
+    num_sockets: int = 0  # open WebSockets
 
     @staticmethod
     def of(key: str) -> Client:
@@ -53,30 +56,74 @@ class Client:
 
     def admit(self) -> Admission:
         """Admit a new request. Raises ApiError 429 when a limit is reached."""
-        self._charge()
-        rate = self.max_tokens_per_minute
-        if rate and self._charged_tokens >= rate:
-            wait_s = max(1, math.ceil((self._charged_tokens - rate) * 60 / rate))
-            raise _limit_reached(
-                f"This key has used its {rate} tokens of this minute.",
-                "tokens_per_minute_exceeded",
-                wait_s,
-            )
         admission = Admission(self)
-        self.check_max_requests(admission.num_answers)
-        self.admissions.add(admission)
+        with self.usage.locked():
+            charged_tokens = self._charge()
+            rate = self.max_tokens_per_minute
+            if rate and charged_tokens >= rate and not self.is_behind_router:
+                wait_s = max(1, math.ceil((charged_tokens - rate) * 60 / rate))
+                raise _limit_reached(
+                    f"This key has used its {rate} tokens of this minute.",
+                    "tokens_per_minute_exceeded",
+                    wait_s,
+                )
+            self._check_max_requests(admission.num_answers)
+            self.admissions.add(admission)
+            self._count_running()
         return admission
+
+    def reserve(self, admission: Admission, choices: Sequence[Choice]) -> None:
+        """Count the answers of an admitted request; see `Admission.reserve`."""
+        with self.usage.locked():
+            self._check_max_requests(admission.num_answers_of(choices) - admission.num_answers)
+            admission.choices = choices
+            self._count_running()
 
     def release(self, admission: Admission) -> None:
         """Remove a request that is complete or cancelled."""
-        self._charge()
-        self.admissions.remove(admission)
+        with self.usage.locked():
+            self._charge()
+            self.admissions.remove(admission)
+            self._count_running()
 
-    def check_max_requests(self, num_new_answers: int) -> None:
+    def hand_over(self, admission: Admission) -> Admission:
+        """Return an admission for work that goes on after its request, in place of `admission`."""
+        with self.usage.locked():
+            self._charge()
+            successor = admission.successor()
+            self.admissions.add(successor)
+            self._count_running()
+        return successor
+
+    def charge(self) -> None:
+        """Count the tokens that the running requests have used so far."""
+        if self.admissions and self.max_tokens_per_minute is not None:
+            with self.usage.locked():
+                self._charge()
+
+    def take_settings(self, other: Client) -> None:
+        """Take the name, limits and rights of the same key in a newer file."""
+        self.name = other.name
+        self.max_requests = other.max_requests
+        self.max_tokens_per_minute = other.max_tokens_per_minute
+        self.is_admin = other.is_admin
+
+    @property
+    def has_limits(self) -> bool:
+        """Whether any limit is set."""
+        return self.max_requests is not None or self.max_tokens_per_minute is not None
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether it has no running request and no used tokens that are not refilled."""
+        with self.usage.locked():
+            return not self.admissions and not self._charge()
+
+    def _check_max_requests(self, num_new_answers: int) -> None:
         """Raise ApiError 429 when `num_new_answers` more would exceed `max_requests`."""
-        if self.max_requests is None:
+        if self.max_requests is None or num_new_answers <= 0:
             return
-        num_answers = sum(admission.num_answers for admission in self.admissions)
+        num_answers = self._num_running + self.usage.running_elsewhere()
         if num_answers + num_new_answers > self.max_requests:
             raise _limit_reached(
                 f"This key may have {self.max_requests} running answers, and has {num_answers}.",
@@ -84,18 +131,25 @@ class Client:
                 wait_s=1,
             )
 
-    def _charge(self) -> None:
-        """Add the tokens used since the last call, and subtract those refilled since then."""
+    @property
+    def _num_running(self) -> int:
+        """The running answers of this process."""
+        return sum(admission.num_answers for admission in self.admissions)
+
+    def _count_running(self) -> None:
+        if self.max_requests is not None:
+            self.usage.set_running(self._num_running)
+
+    def _charge(self) -> float:
+        """Count the tokens used since the last call; return those that are not refilled."""
         if self.max_tokens_per_minute is None:
-            return
+            return 0.0
+        num_new_tokens = 0
         for admission in self.admissions:
             num_tokens = admission.num_tokens
-            self._charged_tokens += num_tokens - admission.num_charged_tokens
+            num_new_tokens += num_tokens - admission.num_charged_tokens
             admission.num_charged_tokens = num_tokens
-        now = time.monotonic()
-        given_back = (now - self._charge_time) * self.max_tokens_per_minute / 60
-        self._charged_tokens = max(0.0, self._charged_tokens - given_back)
-        self._charge_time = now
+        return self.usage.charge(num_new_tokens, self.max_tokens_per_minute)
 
 
 class Admission:
@@ -104,7 +158,20 @@ class Admission:
     def __init__(self, client: Client) -> None:
         self.client = client
         self.num_charged_tokens = 0  # set by the client
-        self._choices: Sequence[Choice] = ()
+        self.choices: Sequence[Choice] = ()  # set by the client
+        self._has_successor = False
+        self._num_counted_elsewhere = int(client.is_behind_router)  # answers
+
+    def successor(self) -> Admission:
+        """Return an admission that takes over what this one has reserved and is charged."""
+        other = Admission(self.client)
+        other.num_charged_tokens = self.num_charged_tokens
+        other.choices = self.choices
+        other._num_counted_elsewhere = 0  # the router's request ends before it
+        self.choices = ()
+        self.num_charged_tokens = 0
+        self._has_successor = True
+        return other
 
     def reserve(self, choices: Sequence[Choice]) -> None:
         """Reserve quota for `choices`.
@@ -118,20 +185,23 @@ class Admission:
                 f"this key may have {max_requests} under way."
             )
             raise ApiError(400, message, code="too_many_prompts", param="prompt")
-        self.client.check_max_requests(len(choices) - self.num_answers)
-        self._choices = choices
+        self.client.reserve(self, choices)
 
     @property
     def num_answers(self) -> int:
         """The number of answers that this request counts as."""
-        return max(1, len(self._choices))
+        return 0 if self._has_successor else self.num_answers_of(self.choices)
+
+    def num_answers_of(self, choices: Sequence[Choice]) -> int:
+        """What `num_answers` is with these choices. A router counts the first answer itself."""
+        return max(1, len(choices)) - self._num_counted_elsewhere
 
     @property
     def num_tokens(self) -> int:
         """The prompt and completion tokens so far."""
         return sum(
             len(choice.request.prompt_token_ids) + choice.completion_tokens
-            for choice in self._choices
+            for choice in self.choices
         )
 
 
@@ -181,7 +251,7 @@ def _parse_line(words: list[str], location: str) -> Client:
     seen: set[str] = set()
     for word_number, word in enumerate(words[1:], 2):
         name, _, value = word.partition("=")
-        if name not in ("name", *_LIMITS):
+        if name not in ("name", *_LIMITS) and word != _ADMIN:
             # The word may be a part of a key, so the message does not repeat it.
             raise InputError(
                 f"{location}: word {word_number} is not a field", f"A line is {_LINE_FORMAT}"
@@ -189,7 +259,9 @@ def _parse_line(words: list[str], location: str) -> Client:
         if name in seen:
             raise InputError(f"{location}: {name} is given twice")
         seen.add(name)
-        if name == "name":
+        if word == _ADMIN:
+            client.is_admin = True
+        elif name == "name":
             if not _NAME.fullmatch(value):
                 raise InputError(
                     f"{location}: {name} is wrong ({value[:80]!r})",

@@ -20,11 +20,16 @@ _TYPES = {
     503: "service_unavailable_error",
     504: "timeout_error",
 }
+# The routes of TGI (text-generation-inference).
+TGI_PATHS = frozenset({"/", "/generate", "/generate_stream"})
 _ANTHROPIC_TYPES = {413: "request_too_large", 500: "api_error", 503: "overloaded_error"}
 
 
 class ApiError(Exception):
-    """An HTTP error. `param` is the wrong field; `code` is a stable word for programs."""
+    """An HTTP error. `param` is the wrong field; `code` is a stable word for programs.
+
+    `details` are the fields of `error.details` in Anthropic's form, which its clients look at.
+    """
 
     def __init__(
         self,
@@ -34,8 +39,10 @@ class ApiError(Exception):
         code: str | None = None,
         param: str | None = None,
         headers: dict[str, str] | None = None,
+        details: dict[str, Any] | None = None,
     ) -> None:
         self.status = status
+        self.details = details
         self.message = message
         self.code = code
         self.param = param
@@ -48,22 +55,38 @@ class ApiError(Exception):
         Anthropic's form also has a `type` beside `error`.
         """
         types = _TYPES | _ANTHROPIC_TYPES if anthropic else _TYPES
-        error = {
+        error: dict[str, Any] = {
             "message": _shorten(self.message, MAX_MESSAGE_CHARS),
             "type": types.get(self.status, "invalid_request_error"),
             "param": None if self.param is None else _shorten(self.param, MAX_PARAM_CHARS),
             "code": self.code,
         }
-        return {"type": "error", "error": error} if anthropic else {"error": error}
+        if not anthropic:
+            return {"error": error}
+        if self.details is not None:
+            error["details"] = self.details
+        return {"type": "error", "error": error}
 
     def flat_envelope(self) -> dict[str, Any]:
-        """Return the Open Inference Protocol's form: `error` is the message, all else beside it."""
+        """Return the form of the Open Inference Protocol and of Ollama.
+
+        `error` is the message; all else stands beside it.
+        """
         error: dict[str, Any] = self.envelope()["error"]
         return {"error": error.pop("message"), **error}
 
+    def tgi_envelope(self) -> dict[str, Any]:
+        """Return TGI's form: the flat one with an `error_type`, which its clients look at."""
+        error_type = "generation" if self.status >= 500 else "validation"
+        if self.status in (429, 503):
+            error_type = "overloaded"
+        return {**self.flat_envelope(), "error_type": error_type}
+
     def body(self, path: str = "") -> bytes:
         """Return the error as JSON, in the form that the API of `path` uses."""
-        if path == "/v2" or path.startswith("/v2/"):
+        if path in TGI_PATHS:
+            return msgspec.json.encode(self.tgi_envelope())
+        if is_inference_protocol(path) or is_ollama(path):
             return msgspec.json.encode(self.flat_envelope())
         return msgspec.json.encode(self.envelope(is_anthropic(path)))
 
@@ -71,6 +94,16 @@ class ApiError(Exception):
 def is_anthropic(path: str) -> bool:
     """Return whether a path belongs to Anthropic's API."""
     return path == "/v1/messages" or path.startswith("/v1/messages/")
+
+
+def is_ollama(path: str) -> bool:
+    """Return whether a path belongs to Ollama's API."""
+    return path.startswith("/api/")
+
+
+def is_inference_protocol(path: str) -> bool:
+    """Return whether a path belongs to the Open Inference Protocol. Cohere has one under /v2."""
+    return path == "/v2" or (path.startswith("/v2/") and path != "/v2/rerank")
 
 
 def invalid(param: str, message: str, code: str = "invalid_value") -> ApiError:

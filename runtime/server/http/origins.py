@@ -20,7 +20,7 @@ _WEB_ORIGIN = re.compile(r"https?://([a-z0-9_.-]+|\[[0-9a-f:.]+\])(:[0-9]{1,5})?
 # Applications have schemes of their own: app://obsidian.md, vscode-webview://ID, file://.
 _APP_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[a-z0-9_.:-]*")
 _ANY_HOST = "://*"
-_METHODS = b"GET, HEAD, POST, OPTIONS"
+_METHODS = b"GET, HEAD, POST, DELETE, OPTIONS"
 # Response headers that a page may read, beside those that are always readable.
 _EXPOSED = (
     b"x-request-id, request-id, retry-after, x-should-retry, x-llmkit-cache, x-llmkit-ignored"

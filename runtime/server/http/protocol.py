@@ -22,6 +22,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResp
 from llmkit.runtime.server.http import request_ids
 from llmkit.runtime.server.http.http_errors import ApiError
 from llmkit.runtime.server.http.security_middleware import MAX_HEADER_BYTES, headers_too_large
+from llmkit.runtime.server.http.socket_paths import SOCKET_PATHS
 
 HEADER_TIMEOUT_S = 20.0
 WRITE_TIMEOUT_S = 30.0
@@ -220,12 +221,25 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         try:
             self.parser.feed_data(data)
         except HttpParserUpgrade as upgrade:
+            if self._should_upgrade():
+                self._last_response = True
+                self._stop_header_timer()
+                self.handle_websocket_upgrade()
+                return
             offset = upgrade.args[0]
             self._ignore_upgrade(data[offset:])
         except HttpParserError as error:
             if not self._last_response:
                 message = self._refusal or f"The request is not valid HTTP: {error}."
                 self._refuse(ApiError(400, message, code="invalid_http"))
+
+    def _should_upgrade(self) -> bool:
+        """Whether the request opens a WebSocket where there is one."""
+        return (
+            super()._should_upgrade()
+            and self.scope["method"] == "GET"
+            and self.url.partition(b"?")[0].decode("latin-1") in SOCKET_PATHS
+        )
 
     def _ignore_upgrade(self, rest: bytes) -> None:
         """Answer a request with an Upgrade header as if it had none; Java's client sends them.

@@ -11,7 +11,7 @@ from starlette.requests import ClientDisconnect, Request
 
 from llmkit.runtime.server.http.http_errors import ApiError
 
-_JSON = "application/json"
+JSON_MEDIA_TYPE = "application/json"
 _GZIP_WINDOW_BITS = 31  # zlib's: gzip's header and checksum
 _PIECE_BYTES = 64 * 1024  # the most that is decoded at a time
 
@@ -20,7 +20,7 @@ async def read_json_body(
     request: Request,
     max_bytes: int,
     timeout_s: float,
-    media_types: Collection[str] = (_JSON,),
+    media_types: Collection[str] = (JSON_MEDIA_TYPE,),
 ) -> bytes:
     """Return the body of `request`, decoded if its content encoding is gzip.
 

@@ -13,6 +13,7 @@ from llmkit.runtime.server.http.api_keys import Admission, Client, find_client
 from llmkit.runtime.server.http.assets import PAGE_PATHS
 from llmkit.runtime.server.http.hosts import AllowedHosts, name_without_port
 from llmkit.runtime.server.http.http_errors import ApiError, is_anthropic
+from llmkit.runtime.server.http.key_ring import KeyRing
 from llmkit.runtime.server.http.origins import (
     AllowedOrigins,
     Headers,
@@ -21,13 +22,22 @@ from llmkit.runtime.server.http.origins import (
     preflight_headers,
     value_that_allows,
 )
+from llmkit.runtime.server.http.socket_paths import HTTP_APP, SOCKET_HEADERS, SUBPROTOCOL
 
 MAX_HEADER_BYTES = 64 * 1024
+MAX_SOCKETS = 256  # open WebSockets of a key
+KEY_SUBPROTOCOL = "openai-insecure-api-key."
 # What load balancers and containers ask, by any name of the machine. The answers hold no secret.
 _PROBE_PATHS = frozenset({"/health", "/ready", "/v2/health/live", "/v2/health/ready"})
-# Paths that need no API key.
-OPEN_PATHS = _PROBE_PATHS | PAGE_PATHS
 _ANTHROPIC_ID_HEADER = b"request-id"  # where Anthropic's clients look for the request's id
+
+
+def needs_no_key(method: str, path: str) -> bool:
+    """Whether a request needs no API key: it is a health check, or reads the web page.
+
+    A POST to "/" is no page: it generates, in TGI's API.
+    """
+    return path in _PROBE_PATHS or (path in PAGE_PATHS and method != "POST")
 
 
 class SecurityMiddleware:
@@ -37,7 +47,8 @@ class SecurityMiddleware:
     key's limits count its POST requests only: other requests are cheap and report the server's
     state. HEAD is answered as GET is, without the body.
 
-    A route finds in its scope "llmkit.cache_salt", which keeps the prefix caches of keys apart,
+    A route finds in its scope "llmkit.is_admin", whether it may change the server: always where no
+    key is needed. It also finds "llmkit.cache_salt", which keeps the prefix caches of keys apart,
     "llmkit.admission", the request's Admission (None unless it is a POST), and
     "llmkit.request_id". The last is also the request's only `x-request-id` header there, so that
     it is forwarded.
@@ -60,7 +71,7 @@ class SecurityMiddleware:
         besides the server's own; see ServeOptions.
         """
         self._app = app
-        self._open_paths = OPEN_PATHS | {"/metrics"} if open_metrics else OPEN_PATHS
+        self._open_metrics = open_metrics
         self._hosts = AllowedHosts(host, allowed_hosts)
         self._origins = AllowedOrigins(allowed_origins)
         self._clients = clients
@@ -68,8 +79,8 @@ class SecurityMiddleware:
         self._debug = debug
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
+        if scope["type"] == "websocket":
+            await self._open_socket(dict(scope), receive, send)
             return
         request_id = request_ids.request_id(scope["headers"])
         if self._debug:
@@ -101,11 +112,44 @@ class SecurityMiddleware:
         if scope["method"] == "HEAD":
             scope["method"] = "GET"
             send = _without_body(send)
+        if admission is not None:
+            send = _with_charge(admission, send)
         try:
             await self._app(scope, receive, send)
         finally:
             if admission is not None:
                 admission.client.release(admission)
+
+    async def _open_socket(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Check a WebSocket's handshake. A refused one is answered as an HTTP request is.
+
+        A browser cannot send a header with a key, but a subprotocol of KEY_SUBPROTOCOL and the key.
+        """
+        headers = dict(scope["headers"])
+        offered: list[str] = scope["subprotocols"]
+        keys = [name for name in offered if name.startswith(KEY_SUBPROTOCOL)]
+        if keys and b"authorization" not in headers:
+            key = keys[0].removeprefix(KEY_SUBPROTOCOL).encode("latin-1", "replace")
+            headers[b"authorization"] = b"Bearer " + key
+        try:
+            self._check_source(scope, headers)
+            client = self._authenticate(headers)
+            if client.num_sockets >= MAX_SOCKETS:
+                message = f"A key may have {MAX_SOCKETS} open WebSockets."
+                raise ApiError(429, message, code="too_many_connections")
+        except ApiError as error:
+            await send_error(error, send, scope["path"], "websocket.http.response")
+            return
+        scope[HTTP_APP] = self
+        scope[SOCKET_HEADERS] = [
+            (name, headers[name]) for name in (b"authorization", b"x-api-key") if name in headers
+        ]
+        scope[SUBPROTOCOL] = next((name for name in offered if name not in keys), None)
+        client.num_sockets += 1
+        try:
+            await self._app(scope, receive, send)
+        finally:
+            client.num_sockets -= 1
 
     def _check_source(self, scope: Scope, headers: Mapping[bytes, bytes]) -> Headers:
         """Check the headers' size, Host and Origin. Raises ApiError for a request that is refused.
@@ -140,30 +184,48 @@ class SecurityMiddleware:
 
     def _admit(self, scope: Scope, headers: Mapping[bytes, bytes]) -> Admission | None:
         """Check the key and its limits. Raises ApiError for a request that is refused."""
+        path = scope["path"]
+        is_open = needs_no_key(scope["method"], path) or (self._open_metrics and path == "/metrics")
+        client = self._authenticate(headers, is_open)
+        # Each key has its own prefix cache. Otherwise a short response time would show that another
+        # client has sent the same prompt.
+        scope["llmkit.cache_salt"] = client.digest.hex()
+        admission = client.admit() if _is_limited(scope) else None
+        scope["llmkit.admission"] = admission
+        scope["llmkit.is_admin"] = client.is_admin or not self._clients
+        return admission
+
+    def _authenticate(self, headers: Mapping[bytes, bytes], is_open: bool = False) -> Client:
+        """Return the client of a request. Raises ApiError 401, unless `is_open`."""
         client = self._find_client(
             headers.get(b"authorization", b""), headers.get(b"x-api-key", b"")
         )
-        if self._clients and client is None and scope["path"] not in self._open_paths:
+        if self._clients and client is None and not is_open:
             raise ApiError(
                 401,
                 "A valid API key is needed: Authorization: Bearer KEY, or x-api-key: KEY.",
                 code="invalid_api_key",
                 headers={"www-authenticate": "Bearer"},
             )
-        client = client or self._anonymous
-        # Each key has its own prefix cache. Otherwise a short response time would show that another
-        # client has sent the same prompt.
-        scope["llmkit.cache_salt"] = client.digest.hex()
-        admission = client.admit() if scope["method"] == "POST" else None
-        scope["llmkit.admission"] = admission
-        return admission
+        return client or self._anonymous
 
     def _find_client(self, authorization: bytes, x_api_key: bytes) -> Client | None:
         """Return the client whose key is in OpenAI's header, else in Anthropic's."""
         scheme, _, key = authorization.partition(b" ")
         if scheme.lower() != b"bearer":
             key = x_api_key
-        return find_client(self._clients, key.strip())
+        client = find_client(self._clients, key.strip())
+        # The key may be new in the file.
+        if client is None and isinstance(self._clients, KeyRing) and self._clients.refresh():
+            client = find_client(self._clients, key.strip())
+        return client
+
+
+def _is_limited(scope: Scope) -> bool:
+    """Whether a request counts for the limits of its key. One that cancels another does not."""
+    path: str = scope["path"]
+    cancels = path.startswith("/v1/responses/") and path.endswith("/cancel")
+    return scope["method"] == "POST" and not cancels
 
 
 def headers_too_large() -> ApiError:
@@ -172,8 +234,10 @@ def headers_too_large() -> ApiError:
     return ApiError(431, message, code="headers_too_large", headers={"connection": "close"})
 
 
-async def send_error(error: ApiError, send: Send, path: str) -> None:
-    """Answer a request to `path` with `error`."""
+async def send_error(
+    error: ApiError, send: Send, path: str, message_type: str = "http.response"
+) -> None:
+    """Answer a request to `path` with `error`. message_type: of the ASGI messages."""
     body = error.body(path)
     headers = {
         "content-type": "application/json",
@@ -183,8 +247,8 @@ async def send_error(error: ApiError, send: Send, path: str) -> None:
     raw_headers = [
         (name.encode("latin-1"), value.encode("latin-1")) for name, value in headers.items()
     ]
-    await send({"type": "http.response.start", "status": error.status, "headers": raw_headers})
-    await send({"type": "http.response.body", "body": body})
+    await send({"type": f"{message_type}.start", "status": error.status, "headers": raw_headers})
+    await send({"type": f"{message_type}.body", "body": body})
 
 
 def _with_headers(headers: Headers, send: Send) -> Send:
@@ -198,6 +262,20 @@ def _with_headers(headers: Headers, send: Send) -> Send:
         await send(message)
 
     return send_with_headers
+
+
+def _with_charge(admission: Admission, send: Send) -> Send:
+    """Return `send` that counts a request's tokens before its last byte.
+
+    The client's next request may reach another process of the server.
+    """
+
+    async def charging_send(message: Message) -> None:
+        if message["type"] == "http.response.body" and not message.get("more_body"):
+            admission.client.charge()
+        await send(message)
+
+    return charging_send
 
 
 def _without_body(send: Send) -> Send:

@@ -24,7 +24,7 @@ from tritonclient.grpc.service_pb2_grpc import (
 
 from llmkit.common.errors import ShortageError
 from llmkit.runtime.server.http.http_errors import ApiError, invalid
-from llmkit.runtime.server.kserve.internal_request import Headers, InternalRequest
+from llmkit.runtime.server.http.internal_request import Headers, InternalRequest
 from llmkit.runtime.server.kserve.kserve_response import VERSION
 from llmkit.runtime.server.kserve.kserve_tensors import (
     OUTPUTS,

@@ -12,7 +12,7 @@ from llmkit.runtime.server.choice import Choice, Delta
 from llmkit.runtime.server.http.http_errors import ApiError
 from llmkit.runtime.server.kserve.kserve_request import KserveRequest
 from llmkit.runtime.server.kserve.kserve_tensors import OUTPUTS, pack_values
-from llmkit.runtime.server.responses.response_builder import sse_event
+from llmkit.runtime.server.responses.response_builder import SERVER_SENT_EVENTS, sse_event
 
 VERSION = "1"  # of every model
 
@@ -57,6 +57,8 @@ class GenerateResponseBuilder:
 
     With one answer each output is a value; with several answers it is a list.
     """
+
+    stream_format = SERVER_SENT_EVENTS
 
     def __init__(self, request: KserveRequest) -> None:
         self.id = f"generate-{uuid.uuid4().hex}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Sequence
 from typing import Any
 
@@ -32,6 +33,65 @@ def chat_logprobs(tokenizer: Tokenizer, tokens: TokenLogprobs, count: int) -> di
             alternatives = [entry(*alternative) for alternative in logprobs.top[:count]]
             content.append({**entry(token_id, logprobs.logprob), "top_logprobs": alternatives})
     return {"content": content, "refusal": None}
+
+
+class TextLogprobs:
+    """Finds the tokens of a response's text among all tokens that the model wrote.
+
+    Reasoning, calls and the marks around them have tokens, too, and text may be held back. So the
+    parts of the answer are looked up in the text of the tokens, in their order.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, count: int) -> None:
+        self._tokenizer = tokenizer
+        self._count = count  # alternatives for each token
+        self._detokenizer = tokenizer.stream(skip_special_tokens=True)
+        self._text = ""  # of all tokens
+        self._tokens: list[tuple[int, Logprobs | None]] = []
+        self._ends: list[int] = []  # of the tokens in `_text`
+        self._offset = 0  # in `_text`, of what no part has yet
+        self._num_passed = 0  # tokens that belong to a part, or stand before one
+
+    def add(self, tokens: TokenLogprobs) -> None:
+        """Add the next tokens."""
+        for token_id, logprobs in tokens:
+            self._text += self._detokenizer.add([token_id])
+            self._tokens.append((token_id, logprobs))
+            self._ends.append(len(self._text))
+
+    def take(self, text: str) -> list[dict[str, Any]]:
+        """Return the entries of the tokens of `text`, the next part of the answer."""
+        start = self._text.find(text, self._offset)
+        if start < 0 and self._ends:
+            # The end of an answer may be bytes that are no complete character.
+            self._text += self._detokenizer.flush()
+            self._ends[-1] = len(self._text)
+            start = self._text.find(text, self._offset)
+        if start < 0:
+            return []
+        first = self._num_passed
+        if start > self._offset:
+            first = max(first, bisect.bisect_right(self._ends, start))
+            # Tokens without a text of their own begin the character that the next one completes.
+            while first > self._num_passed and self._width(first - 1) == 0:
+                first -= 1
+        self._offset = start + len(text)
+        # A token that `text` has a piece of only belongs to it.
+        last = bisect.bisect_left(self._ends, self._offset)
+        self._num_passed = max(first, min(last + 1, len(self._tokens)))
+        tokens = self._tokens[first : self._num_passed]
+        entries: list[dict[str, Any]] = chat_logprobs(self._tokenizer, tokens, self._count)[
+            "content"
+        ]
+        return entries
+
+    def _width(self, index: int) -> int:
+        """The number of characters that a token adds to the text."""
+        return self._ends[index] - (self._ends[index - 1] if index else 0)
+
+    def skip(self, text: str) -> None:
+        """Pass the tokens of `text`, a part without log probabilities."""
+        self.take(text)
 
 
 class CompletionLogprobs:

@@ -7,19 +7,28 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import msgspec
-from pydantic_core import from_json, to_json
 
 from llmkit.runtime.server.choice import Choice, Delta
 from llmkit.runtime.server.http.http_errors import ApiError
-from llmkit.runtime.server.responses.response_builder import sse_event
-from llmkit.runtime.server.text.output_parser import OutputPart, ReasoningPart
-from llmkit.runtime.server.text.tool_calls import TextPart, ToolCallPart
+from llmkit.runtime.server.responses.call_arguments import whole_arguments
+from llmkit.runtime.server.responses.response_builder import SERVER_SENT_EVENTS, sse_event
+from llmkit.runtime.server.text.output_parts import (
+    OutputPart,
+    ReasoningPart,
+    TextPart,
+    ToolCallPart,
+    join_parts,
+)
 
+# Clients drop thinking without a signature instead of sending it back. It says nothing more.
+THINKING_SIGNATURE = "bGxta2l0LnRoaW5raW5nLjE="
 _STOP_REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
 
 
 class MessagesResponseBuilder:
     """Builds a response of /v1/messages, which has one choice. A ResponseBuilder."""
+
+    stream_format = SERVER_SENT_EVENTS
 
     def __init__(self, model: str) -> None:
         self.id = f"msg_{uuid.uuid4().hex}"
@@ -31,15 +40,15 @@ class MessagesResponseBuilder:
 
     def full_response(self, choices: Sequence[Choice], answers: Sequence[Delta]) -> bytes:
         blocks: list[dict[str, Any]] = []
-        for part in answers[0].parts:
+        for part in join_parts(answers[0].parts):
             block, text = _new_block(part)
             if isinstance(part, ToolCallPart):
-                block["input"] = msgspec.Raw(_tool_input(part))
-                blocks.append(block)
-                continue
-            if not blocks or blocks[-1]["type"] != block["type"]:
-                blocks.append(block)
-            blocks[-1][block["type"]] += text
+                block["input"] = msgspec.Raw(whole_arguments(part))
+            else:
+                block[block["type"]] = text
+            if isinstance(part, ReasoningPart):
+                block["signature"] = THINKING_SIGNATURE
+            blocks.append(block)
         return msgspec.json.encode(self._message(choices[0], blocks, answers[0].finish_reason))
 
     def stream_events(self, choices: Sequence[Choice], deltas: Iterable[Delta]) -> bytes:
@@ -70,7 +79,8 @@ class MessagesResponseBuilder:
     def _part_events(self, part: OutputPart) -> list[bytes]:
         block, text = _new_block(part)
         events: list[bytes] = []
-        if isinstance(part, ToolCallPart) or type(part) is not self._open_kind:
+        begins_call = isinstance(part, ToolCallPart) and part.is_first
+        if begins_call or type(part) is not self._open_kind:
             events = self._close_block()
             self._block_index += 1
             self._open_kind = type(part)
@@ -86,8 +96,12 @@ class MessagesResponseBuilder:
     def _close_block(self) -> list[bytes]:
         if self._open_kind is None:
             return []
+        events = []
+        if self._open_kind is ReasoningPart:
+            delta = {"type": "signature_delta", "signature": THINKING_SIGNATURE}
+            events.append(_event("content_block_delta", index=self._block_index, delta=delta))
         self._open_kind = None
-        return [_event("content_block_stop", index=self._block_index)]
+        return [*events, _event("content_block_stop", index=self._block_index)]
 
     def _message(
         self, choice: Choice, content: list[dict[str, Any]], finish_reason: str | None
@@ -120,20 +134,6 @@ def _new_block(part: OutputPart) -> tuple[dict[str, Any], str]:
             return {"type": "thinking", "thinking": "", "signature": ""}, text
         case ToolCallPart(id=call_id, name=name):
             return {"type": "tool_use", "id": call_id, "name": name, "input": {}}, ""
-
-
-def _tool_input(call: ToolCallPart) -> bytes:
-    """Return the JSON object of a call's arguments.
-
-    Of an unfinished call it has what is certain, as in Anthropic's clients, which complete the
-    JSON of a stream: whole members, and no text that was cut.
-    """
-    if call.complete:
-        return call.arguments.encode()
-    try:
-        return to_json(from_json(call.arguments, allow_partial=True, allow_inf_nan=False))
-    except ValueError:  # nothing of the object was written
-        return b"{}"
 
 
 def _usage(choice: Choice) -> dict[str, int]:

@@ -18,10 +18,14 @@ from llmkit.runtime.server.responses.logprobs_response import (
     chat_logprobs,
     prompt_logprobs,
 )
-from llmkit.runtime.server.responses.response_builder import sse_event
+from llmkit.runtime.server.responses.response_builder import SERVER_SENT_EVENTS, sse_event
 from llmkit.runtime.server.schemas.base_request import GenerationRequest
-from llmkit.runtime.server.text.output_parser import OutputPart, ReasoningPart
-from llmkit.runtime.server.text.tool_calls import ToolCallPart
+from llmkit.runtime.server.text.output_parts import (
+    OutputPart,
+    ReasoningPart,
+    ToolCallPart,
+    join_parts,
+)
 
 DONE = b"data: [DONE]\n\n"
 
@@ -29,6 +33,7 @@ DONE = b"data: [DONE]\n\n"
 class CompletionResponseBuilder:
     """Builds responses of /v1/completions. A ResponseBuilder."""
 
+    stream_format = SERVER_SENT_EVENTS
     id_prefix = "cmpl"
     full_object = "text_completion"  # the field `object` of a full response
     chunk_object = "text_completion"  # the field `object` of a chunk of a stream
@@ -144,7 +149,8 @@ class ChatCompletionResponseBuilder(CompletionResponseBuilder):
         return chat_logprobs(self._tokenizer, delta.tokens, count)
 
     def _full_content(self, answer: Delta) -> dict[str, Any]:
-        calls = [_tool_call(part) for part in answer.parts if isinstance(part, ToolCallPart)]
+        parts = join_parts(answer.parts)
+        calls = [_tool_call(part) for part in parts if isinstance(part, ToolCallPart)]
         text = answer.text
         message: dict[str, Any] = {
             "role": "assistant",
@@ -153,33 +159,38 @@ class ChatCompletionResponseBuilder(CompletionResponseBuilder):
         }
         reasoning = _reasoning(answer.parts)
         if reasoning:
-            message["reasoning_content"] = reasoning
+            message |= _reasoning_fields(reasoning)
         if calls:
             message["tool_calls"] = calls
         return {"message": message}
 
     def _delta_content(self, delta: Delta) -> dict[str, Any]:
         first = delta.index not in self._num_tool_calls
-        num_earlier_calls = self._num_tool_calls.setdefault(delta.index, 0)
+        self._num_tool_calls.setdefault(delta.index, 0)
         message: dict[str, Any] = {"role": "assistant"} if first else {}
         text = delta.text
         reasoning = _reasoning(delta.parts)
         if text or (first and not reasoning):
             message["content"] = text
         if reasoning:
-            message["reasoning_content"] = reasoning
-        calls = [part for part in delta.parts if isinstance(part, ToolCallPart)]
+            message |= _reasoning_fields(reasoning)
+        calls = []
+        for part in join_parts(delta.parts):
+            if isinstance(part, ToolCallPart):
+                self._num_tool_calls[delta.index] += part.is_first
+                calls.append(_tool_call_delta(self._num_tool_calls[delta.index] - 1, part))
         if calls:
-            message["tool_calls"] = [
-                {"index": index, **_tool_call(call)}
-                for index, call in enumerate(calls, start=num_earlier_calls)
-            ]
-            self._num_tool_calls[delta.index] += len(calls)
+            message["tool_calls"] = calls
         return {"delta": message}
 
 
 def _reasoning(parts: Sequence[OutputPart]) -> str:
     return "".join(part.text for part in parts if isinstance(part, ReasoningPart))
+
+
+def _reasoning_fields(reasoning: str) -> dict[str, Any]:
+    """Both names of a message's reasoning: vLLM's clients read one or the other."""
+    return {"reasoning": reasoning, "reasoning_content": reasoning}
 
 
 def _tool_call(call: ToolCallPart) -> dict[str, Any]:
@@ -188,6 +199,13 @@ def _tool_call(call: ToolCallPart) -> dict[str, Any]:
         "type": "function",
         "function": {"name": call.name, "arguments": call.arguments},
     }
+
+
+def _tool_call_delta(index: int, call: ToolCallPart) -> dict[str, Any]:
+    """A piece of call `index` of a choice, in a stream. Only the first piece has id and name."""
+    if call.is_first:
+        return {"index": index, **_tool_call(call)}
+    return {"index": index, "function": {"arguments": call.arguments}}
 
 
 def _usage(choices: Sequence[Choice], n: int) -> dict[str, Any]:

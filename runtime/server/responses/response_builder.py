@@ -5,7 +5,8 @@ One object builds one response. The formats of the APIs are in the other modules
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import msgspec
@@ -18,6 +19,38 @@ KEEP_ALIVE_COMMENT = b": keep-alive\n\n"
 # Goes before the event that follows comments, in the same part of the body. A client that strips
 # each part, as vLLM's bench client does, would take the event for the rest of the comment.
 END_OF_COMMENTS = b":\n\n"
+
+
+def sse_event(document: Any, name: str | None = None) -> bytes:
+    """Return one server-sent event with `document` as JSON."""
+    head = b"" if name is None else b"event: " + name.encode() + b"\n"
+    return head + b"data: " + msgspec.json.encode(document) + b"\n\n"
+
+
+def json_line(document: Any, name: str | None = None) -> bytes:
+    """Return one line of newline-delimited JSON, whose lines have no names."""
+    return msgspec.json.encode(document) + b"\n"
+
+
+@dataclass(frozen=True)
+class StreamFormat:
+    """How the events of a stream are written."""
+
+    media_type: str
+    # From a document and the event's name to bytes.
+    event: Callable[[Any, str | None], bytes]
+    # Sent during silence; empty: the format has nothing that clients ignore.
+    keep_alive: bytes = b""
+    # Goes before the event that follows `keep_alive`, in the same part of the body.
+    end_of_keep_alive: bytes = b""
+
+
+SERVER_SENT_EVENTS = StreamFormat(
+    "text/event-stream", sse_event, KEEP_ALIVE_COMMENT, END_OF_COMMENTS
+)
+# https://github.com/ndjson/ndjson-spec: a client may refuse empty lines, so there is no keep-alive.
+JSON_LINES = StreamFormat("application/x-ndjson", json_line)
+STREAM_FORMATS = {form.media_type: form for form in (SERVER_SENT_EVENTS, JSON_LINES)}
 
 
 class FullResponseBuilder(Protocol):
@@ -33,6 +66,8 @@ class FullResponseBuilder(Protocol):
 class ResponseBuilder(FullResponseBuilder, Protocol):
     """Builds a response, streamed or not."""
 
+    stream_format: StreamFormat
+
     def stream_events(self, choices: Sequence[Choice], deltas: Iterable[Delta]) -> bytes:
         """Return the events for new deltas; empty while their text is held back."""
         ...
@@ -44,9 +79,3 @@ class ResponseBuilder(FullResponseBuilder, Protocol):
     def error_event(self, error: ApiError) -> bytes:
         """Return the event that ends a stream with an error."""
         ...
-
-
-def sse_event(document: Any, name: str | None = None) -> bytes:
-    """Return one server-sent event with `document` as JSON."""
-    head = b"" if name is None else b"event: " + name.encode() + b"\n"
-    return head + b"data: " + msgspec.json.encode(document) + b"\n\n"

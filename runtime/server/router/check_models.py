@@ -15,6 +15,7 @@ import msgspec
 
 from llmkit.common.errors import ChatTemplateError, LlmkitError
 from llmkit.runtime.process_channel import Channel, Failed, end_process, parent_socket, spawn
+from llmkit.runtime.server.ollama.model_facts import ModelFacts
 from llmkit.runtime.server.serve_options import ServeOptions, template_error
 
 if TYPE_CHECKING:
@@ -31,9 +32,10 @@ class CheckModels(msgspec.Struct, tag=True):
 
 
 class Checked(msgspec.Struct, tag=True):
-    """The result: the first error, if there is one."""
+    """The result: the first error, or what Ollama's API tells of each model, by name."""
 
     failed: Failed | None
+    facts: dict[str, ModelFacts] = {}
 
 
 class ModelCheck:
@@ -55,8 +57,11 @@ class ModelCheck:
     ) -> None:
         self._end()
 
-    def wait(self) -> None:
-        """Wait for the result. Raises the LlmkitError that loading the first wrong model would."""
+    def wait(self) -> Mapping[str, ModelFacts]:
+        """Return the facts about each model, by name.
+
+        Raises the LlmkitError that loading the first wrong model would.
+        """
         try:
             (result,) = self._channel.receive(wait=True)
         except EOFError:
@@ -65,31 +70,48 @@ class ModelCheck:
             self._end()
         if result.failed is not None:
             raise result.failed.error()
+        return result.facts
 
     def _end(self) -> None:
         self._channel.close()
         end_process(self._process)
 
 
-def check_models(options: ServeOptions, models: Mapping[str, str]) -> Failed | None:
-    """The first error of opening the models and planning their memory; no tensor is read."""
+def check_models(options: ServeOptions, models: Mapping[str, str]) -> Checked:
+    """Open the models and plan their memory; no tensor is read."""
     # Imported here, because the parent process imports this module without torch.
     from llmkit.checkpoint.open_checkpoint import open_checkpoint
     from llmkit.checkpoint.tokenizer import load_tokenizer
     from llmkit.runtime.engine_plan import plan_engine
+    from llmkit.runtime.model_card import model_card
+    from llmkit.runtime.server.server_state import SamplingDefaults
+    from llmkit.runtime.server.text.dialect_detection import detect_chat_dialect
 
+    facts = {}
     for name, reference in models.items():
         try:
             checkpoint = open_checkpoint(reference, warn_of_edits=False)
-            plan_engine(checkpoint, options.engine)
-            _check_templates(load_tokenizer(checkpoint, options.chat_template), reference)
+            dtype = str(plan_engine(checkpoint, options.engine).as_dict()["dtype"])
+            tokenizer = load_tokenizer(checkpoint, options.chat_template)
+            _check_templates(tokenizer, reference)
+            defaults = SamplingDefaults.from_generation_config(checkpoint.generation_config)
+            card = model_card(checkpoint)
+            dialect = detect_chat_dialect(
+                tokenizer.chat_templates,
+                tokenizer.settings,
+                options.tool_parser,
+                options.reasoning_parser,
+            )
+            facts[name] = ModelFacts.read(
+                checkpoint, tokenizer, dialect, card, dtype, vars(defaults)
+            )
         except Exception as error:
             if options.debug or not isinstance(error, LlmkitError):
                 traceback.print_exc()
             failed = Failed.of(error)
             failed.what = f"the model {name}: {failed.what}"
-            return failed
-    return None
+            return Checked(failed)
+    return Checked(None, facts)
 
 
 def _check_templates(tokenizer: Tokenizer, reference: str) -> None:
@@ -110,7 +132,7 @@ def main() -> int:
         (message,) = channel.receive(wait=True)
     except EOFError:  # the parent has ended before it sent the message
         return 0
-    channel.send(Checked(check_models(ServeOptions.from_dict(message.options), message.models)))
+    channel.send(check_models(ServeOptions.from_dict(message.options), message.models))
     return 0
 
 

@@ -4,49 +4,31 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Mapping
-from typing import Any, Literal
+from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
+from typing import Any
 
 import aiohttp
-import msgspec
 from fastapi import Request, Response
 from starlette.types import Receive, Scope, Send
 from yarl import URL
 
 from llmkit.common.errors import LlmkitError
-from llmkit.runtime.server.http.http_errors import ApiError, is_anthropic
-from llmkit.runtime.server.responses.response_builder import (
-    END_OF_COMMENTS,
-    KEEP_ALIVE_COMMENT,
-    sse_event,
+from llmkit.runtime.server.http.http_errors import ApiError
+from llmkit.runtime.server.router.background_work import has_background_work
+from llmkit.runtime.server.router.client_stream import (
+    CONNECTION_HEADERS,
+    ClientStream,
+    UpstreamAnswer,
 )
 from llmkit.runtime.server.router.model_pool import ModelPool, PooledModel
+from llmkit.runtime.server.tiers.confidence import GATE_HEADER
 
-# Headers of one connection only, and headers that aiohttp or the HTTP server sets itself.
-_NOT_FORWARDED = frozenset(
-    (
-        b"connection",
-        b"keep-alive",
-        b"proxy-authenticate",
-        b"proxy-authorization",
-        b"proxy-connection",
-        b"te",
-        b"trailer",
-        b"transfer-encoding",
-        b"upgrade",
-        b"expect",
-        b"content-length",
-        b"date",
-    )
-)
+# Orders to a model's server, which clients may not give.
+_ORDERS = frozenset({GATE_HEADER.encode()})
 
 
 class ForwardedResponse(Response):
-    """The response of a model's server. The model is loaded first, if needed.
-
-    A stream gets keep-alive comments while it waits for the load. The status 200 is sent with the
-    first one, so a later error is an event.
-    """
+    """The response of a model's server. The model is loaded first, if needed."""
 
     def __init__(
         self,
@@ -55,136 +37,88 @@ class ForwardedResponse(Response):
         request: Request,
         data: bytes | None,
         keep_alive_s: float | None,
+        idle_s: float | None = None,
+        starts_background: bool = False,
     ) -> None:
         """data: the body of `request`; None for GET.
 
-        keep_alive_s: the interval of comments; None: the response is not a stream.
+        keep_alive_s: see `ClientStream`. idle_s: see `ModelPool.acquire`. starts_background: work
+        goes on after the response.
         """
         self._pool = pool
         self._model = model
         self._request = request
         self._data = data
         self._keep_alive_s = keep_alive_s
-        # What the client has begun to receive.
-        self._started: Literal["", "full", "events"] = ""
-        self._has_answer = False  # the server's response has begun
-        self._end_of_comments = b""  # sent before the next part of the body
+        self._idle_s = idle_s
+        self._starts_background = starts_background
         self.background = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        disconnect = asyncio.ensure_future(_wait_for_disconnect(receive))
-        work = asyncio.ensure_future(self._respond(send))
+        client = ClientStream(send, scope["path"], self._keep_alive_s)
         try:
-            await asyncio.wait((disconnect, work), return_when=asyncio.FIRST_COMPLETED)
-            if work.done():
-                work.result()
+            await until_disconnect(self._respond(client), receive)
         except (aiohttp.ClientError, OSError) as error:
-            server_ended = ApiError(
-                503,
-                f"The server of {self._model.name!r} has ended ({type(error).__name__}).",
-                code="lost",
-            )
-            await self._send_error(server_ended, scope["path"], send)
+            await client.send_error(server_ended(self._model.name, error))
         except LlmkitError as error:
-            message = f"The model {self._model.name!r} could not be loaded: {error}"
-            not_loaded = ApiError(503, message, code="model_failed", headers={"retry-after": "10"})
-            await self._send_error(not_loaded, scope["path"], send)
-        finally:
-            disconnect.cancel()
-            # When the client has disconnected, this closes the connection to the model's server,
-            # which then cancels the request.
-            work.cancel()
-            with contextlib.suppress(BaseException):
-                await work
+            await client.send_error(not_loaded(self._model.name, error))
 
-    async def _respond(self, send: Send) -> None:
+    async def _respond(self, client: ClientStream) -> None:
         server = None
         try:
-            async with self._acquire(send) as server:
-                await self._forward(server, send)
+            async with self._acquire(client) as server:
+                await self._forward(server, client)
         except aiohttp.ClientConnectionError:
             # The server has ended, and the pool has not noticed yet. A new one can answer.
-            if self._has_answer:
+            if client.has_answer:
                 raise
             await self._pool.wait_until_removed(self._model, server)
-            async with self._acquire(send) as server:
-                await self._forward(server, send)
+            async with self._acquire(client) as server:
+                await self._forward(server, client)
 
     @contextlib.asynccontextmanager
-    async def _acquire(self, send: Send) -> AsyncIterator[Any]:
+    async def _acquire(self, client: ClientStream) -> AsyncIterator[Any]:
         """Yield the model's server, as the pool's `acquire` does. Send comments meanwhile."""
         async with contextlib.AsyncExitStack() as stack:
-            acquired = self._pool.acquire(self._model)
-            acquiring = asyncio.ensure_future(stack.enter_async_context(acquired))
-            try:
-                while not (await asyncio.wait((acquiring,), timeout=self._keep_alive_s))[0]:
-                    await self._send_comment(send)
-            finally:
-                acquiring.cancel()  # has no effect when it is done
-                await asyncio.wait((acquiring,))
-            yield acquiring.result()
+            acquired = self._pool.acquire(self._model, self._idle_s)
+            yield await client.wait(stack.enter_async_context(acquired))
 
-    async def _send_comment(self, send: Send) -> None:
-        if not self._started:
-            self._started = "events"
-            headers = [
-                (b"content-type", b"text/event-stream; charset=utf-8"),
-                (b"cache-control", b"no-cache"),
-            ]
-            await send({"type": "http.response.start", "status": 200, "headers": headers})
-        await send({"type": "http.response.body", "body": KEEP_ALIVE_COMMENT, "more_body": True})
-        self._end_of_comments = END_OF_COMMENTS
-
-    async def _forward(self, server: Any, send: Send) -> None:
-        path = _path_and_query(self._request)
+    async def _forward(self, server: Any, client: ClientStream) -> None:
+        path = path_and_query(self._request)
         async with upstream_request(server, self._request, path, self._data) as response:
-            is_stream = response.content_type == "text/event-stream"
-            if self._started:  # with comments, so the status of an error cannot be sent any more
-                await self._forward_events(response, is_stream, send)
-                return
-            headers = [
-                (name.lower(), value)
-                for name, value in response.raw_headers
-                if name.lower() == b"content-length" or name.lower() not in _NOT_FORWARDED
-            ]
-            await send(
-                {"type": "http.response.start", "status": response.status, "headers": headers}
-            )
-            self._started = "events" if is_stream else "full"
-            await self._forward_body(response, send)
+            if self._starts_background and response.status == 200:
+                self._pool.keep_loaded(self._model, has_background_work)
+            await client.forward(UpstreamAnswer.of(response))
 
-    async def _forward_body(self, response: aiohttp.ClientResponse, send: Send) -> None:
-        self._has_answer = True
-        async for chunk in response.content.iter_any():
-            body = self._end_of_comments + chunk
-            self._end_of_comments = b""
-            await send({"type": "http.response.body", "body": body, "more_body": True})
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
 
-    async def _forward_events(
-        self, response: aiohttp.ClientResponse, is_stream: bool, send: Send
-    ) -> None:
-        """Continue a stream that has begun with comments."""
-        if is_stream:
-            await self._forward_body(response, send)
-            return
-        error = await response.read()
-        self._has_answer = True
-        await self._send_last_event(error, self._request.scope["path"], send)
+def server_ended(name: str, error: Exception) -> ApiError:
+    """The 503 for a model whose server has ended."""
+    message = f"The server of {name!r} has ended ({type(error).__name__})."
+    return ApiError(503, message, code="lost")
 
-    async def _send_error(self, error: ApiError, path: str, send: Send) -> None:
-        if not self._started:
-            raise error
-        if self._started == "events":
-            await self._send_last_event(error.body(path), path, send)
-        # Otherwise the connection closes before the declared length, so the client sees that the
-        # response is incomplete.
 
-    async def _send_last_event(self, error: bytes, path: str, send: Send) -> None:
-        """End a stream with `error`, the JSON that `path` answers with."""
-        name = "error" if is_anthropic(path) else None
-        event = self._end_of_comments + sse_event(msgspec.Raw(error), name)
-        await send({"type": "http.response.body", "body": event, "more_body": False})
+def not_loaded(name: str, error: LlmkitError) -> ApiError:
+    """The 503 for a model that could not be loaded."""
+    message = f"The model {name!r} could not be loaded: {error}"
+    return ApiError(503, message, code="model_failed", headers={"retry-after": "10"})
+
+
+async def until_disconnect(work: Coroutine[Any, Any, None], receive: Receive) -> None:
+    """Run `work`, and cancel it when the client disconnects.
+
+    That closes the connection to the model's server, which then cancels the request.
+    """
+    disconnect = asyncio.ensure_future(_wait_for_disconnect(receive))
+    task = asyncio.ensure_future(work)
+    try:
+        await asyncio.wait((disconnect, task), return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            task.result()
+    finally:
+        disconnect.cancel()
+        task.cancel()
+        with contextlib.suppress(BaseException):
+            await task
 
 
 async def _wait_for_disconnect(receive: Receive) -> None:
@@ -192,7 +126,7 @@ async def _wait_for_disconnect(receive: Receive) -> None:
         pass
 
 
-def _path_and_query(request: Request) -> str:
+def path_and_query(request: Request) -> str:
     """Return the path and the query exactly as the client sent them."""
     raw_path: bytes = request.scope.get("raw_path") or request.scope["path"].encode()
     query: bytes = request.scope["query_string"]
@@ -204,16 +138,20 @@ def _path_and_query(request: Request) -> str:
 
 @contextlib.asynccontextmanager
 async def upstream_request(
-    server: Any, request: Request, path: str, data: bytes | None
+    server: Any,
+    request: Request,
+    path: str,
+    data: bytes | None,
+    orders: Sequence[tuple[str, str]] = (),
 ) -> AsyncIterator[aiohttp.ClientResponse]:
     """Yield a response of a model's server, to a request with the headers of `request`.
 
-    data: the body of a POST; None for a GET.
+    data: the body of a POST; None for a GET. orders: more headers, which clients may not send.
     """
     headers = [
         (name.decode("latin-1"), value.decode("utf-8", "replace"))
         for name, value in request.scope["headers"]
-        if name not in _NOT_FORWARDED
+        if name not in CONNECTION_HEADERS and name not in _ORDERS
     ]
     no_default_headers: Mapping[str, Any] = {
         "skip_auto_headers": ("user-agent", "accept", "accept-encoding", "content-type")
@@ -225,9 +163,16 @@ async def upstream_request(
     async with aiohttp.ClientSession(
         connector=connector, timeout=timeout, auto_decompress=False
     ) as session:
-        method = "GET" if data is None else "POST"
+        method = "POST"
+        if data is None:
+            method = "DELETE" if request.method == "DELETE" else "GET"
         url = URL(server.url + path, encoded=True)
         async with session.request(
-            method, url, data=data, headers=headers, allow_redirects=False, **no_default_headers
+            method,
+            url,
+            data=data,
+            headers=[*headers, *orders],
+            allow_redirects=False,
+            **no_default_headers,
         ) as response:
             yield response

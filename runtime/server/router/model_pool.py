@@ -11,17 +11,24 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import math
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Mapping
 from concurrent.futures import Future
 from typing import Any, Protocol
 
 from llmkit.common.errors import LlmkitError
 from llmkit.runtime.server.async_waits import run_in_thread, wait_first
+from llmkit.runtime.server.ollama.model_facts import ModelFacts
 
 PATIENCE_S = 5.0
 _STOP_S = 5.0  # for a server without requests to end by itself
 _POLL_S = 0.01
+_BUSY_POLL_S = 0.5  # between questions whether a server has work
+_MAX_IDLE_S = 86_400.0 * 365  # an event loop has no timers for longer ones than its clock can hold
+
+
+IsBusy = Callable[[Any], Awaitable[bool]]
 
 
 class Server(Protocol):
@@ -49,6 +56,8 @@ class PooledModel:
         self.info: Mapping[str, Any] = {}
         self.num_running = 0  # requests that the server answers
         self.num_waiting = 0  # requests that wait for the model
+        # Calls of `ModelPool.keep_loaded` whose work may not be done.
+        self.num_kept = 0
         # loop.time() when a request last started or ended.
         self.last_used = 0.0
         self.num_loads = 0
@@ -59,6 +68,10 @@ class PooledModel:
         self.load_result: asyncio.Future[None] | None = None
         # Unloads the model when it has been idle for long enough.
         self.idle_timer: asyncio.TimerHandle | None = None
+        # How long it stays loaded after its last request, if the request said so.
+        self.idle_s: float | None = None
+        # What Ollama's API tells of it; None if it was not read.
+        self.facts: ModelFacts | None = None
 
 
 class ModelPool:
@@ -87,6 +100,7 @@ class ModelPool:
         # Set when a request ends, or no longer waits.
         self._changed = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
+        self._kept: dict[str, asyncio.Task[None]] = {}  # by model; see `keep_loaded`
 
     @property
     def num_waiting(self) -> int:
@@ -100,9 +114,11 @@ class ModelPool:
         return sorted(loaded, key=lambda model: -model.last_used)
 
     @contextlib.asynccontextmanager
-    async def acquire(self, model: PooledModel) -> AsyncIterator[Any]:
+    async def acquire(self, model: PooledModel, idle_s: float | None = None) -> AsyncIterator[Any]:
         """Yield the model's server, for one request; load the model first if needed.
 
+        idle_s: how long the model then stays loaded without another request; inf: until another
+        model needs its place; None: as long as the pool's models do.
         Raises the LlmkitError of a failed load. The next request tries again.
         """
         model.num_waiting += 1
@@ -113,6 +129,7 @@ class ModelPool:
                     self._start_task(self._load(model, model.load_result))
                 await asyncio.shield(model.load_result)
             model.num_running += 1
+            model.idle_s = idle_s
         finally:
             model.num_waiting -= 1
             self._changed.set()
@@ -123,6 +140,53 @@ class ModelPool:
             model.num_running -= 1
             self._mark_used(model)
             self._changed.set()
+
+    def keep_loaded(self, model: PooledModel, is_busy: IsBusy) -> None:
+        """Count `model` as running until its server has no work that goes on without a request.
+
+        Call it within `acquire`. is_busy: asks the server; an error counts as False.
+        """
+        model.num_kept += 1
+        if model.num_kept == 1:
+            model.num_running += 1
+            self._kept[model.name] = self._start_task(self._release_when_done(model, is_busy))
+
+    async def wait_until_done(self) -> None:
+        """Wait until no model is kept loaded by `keep_loaded`."""
+        while self._kept:
+            await asyncio.wait(self._kept.values())
+
+    async def _release_when_done(self, model: PooledModel, is_busy: IsBusy) -> None:
+        server = model.server
+        num_kept = 0
+        try:
+            # Work that begins while the server answers may not be in its answer.
+            while model.server is server and num_kept != model.num_kept:
+                num_kept = model.num_kept
+                with contextlib.suppress(Exception):
+                    while model.server is server and await is_busy(server):
+                        await asyncio.sleep(_BUSY_POLL_S)
+        finally:
+            del self._kept[model.name]
+            model.num_kept = 0
+            model.num_running -= 1
+            self._mark_used(model)
+            self._changed.set()
+
+    def unload_when_idle(self, model: PooledModel) -> None:
+        """Unload `model` once none of its requests runs, unless another one comes."""
+        if model.state == "loaded":
+            model.idle_s = 0.0
+            self._mark_used(model)
+
+    def seconds_to_unload(self, model: PooledModel) -> float | None:
+        """Seconds until an idle model is unloaded; None: there is no such time."""
+        limit = self._idle_limit(model)
+        if limit is None:
+            return None
+        loop = asyncio.get_running_loop()
+        idle_s = 0.0 if model.num_running else loop.time() - model.last_used
+        return max(0.0, limit - idle_s)
 
     async def wait_until_removed(self, model: PooledModel, server: Any) -> None:
         """Wait until the pool has noticed the end of `server`, which refuses connections."""
@@ -223,15 +287,23 @@ class ModelPool:
         if model.idle_timer is not None:
             model.idle_timer.cancel()
             model.idle_timer = None
-        if self._idle_s > 0 and not model.num_running:
+        limit = self._idle_limit(model)
+        if limit is not None and not model.num_running:
             model.idle_timer = loop.call_later(
-                self._idle_s, lambda: self._start_task(self._unload_if_idle(model))
+                limit, lambda: self._start_task(self._unload_if_idle(model))
             )
+
+    def _idle_limit(self, model: PooledModel) -> float | None:
+        """Seconds for which an idle model stays loaded; None: until its place is needed."""
+        limit = (self._idle_s or math.inf) if model.idle_s is None else model.idle_s
+        return None if math.isinf(limit) else min(limit, _MAX_IDLE_S)
 
     async def _unload_if_idle(self, model: PooledModel) -> None:
         async with self._load_lock:
             idle_s = asyncio.get_running_loop().time() - model.last_used
-            if model.state == "loaded" and not model.num_running and idle_s >= self._idle_s:
+            limit = self._idle_limit(model)
+            is_idle = not model.num_running and limit is not None and idle_s >= limit
+            if model.state == "loaded" and is_idle:
                 await self._unload(model)
 
     async def _watch(self, model: PooledModel, server: Server) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
@@ -15,7 +16,6 @@ from typing import Any
 import aiohttp
 import msgspec
 from fastapi import Request, Response
-from pydantic import ConfigDict
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from llmkit.common.errors import LlmkitError
@@ -23,29 +23,67 @@ from llmkit.common.version import version
 from llmkit.runtime.server.app import new_app
 from llmkit.runtime.server.http.api_keys import Client
 from llmkit.runtime.server.http.assets import page_routes
-from llmkit.runtime.server.http.http_errors import ApiError, unknown_model
+from llmkit.runtime.server.http.http_errors import (
+    TGI_PATHS,
+    ApiError,
+    unknown_model,
+)
 from llmkit.runtime.server.http.request_body import read_json_body
 from llmkit.runtime.server.http.security_middleware import SecurityMiddleware
 from llmkit.runtime.server.kserve.kserve_response import VERSION
+from llmkit.runtime.server.ollama.keep_alive import keep_alive_seconds
+from llmkit.runtime.server.ollama.ollama_response import empty_response
+from llmkit.runtime.server.ollama.ollama_routes import ollama_version
 from llmkit.runtime.server.openapi import REQUEST_SCHEMAS, openapi
-from llmkit.runtime.server.router.forward import ForwardedResponse, upstream_request
+from llmkit.runtime.server.refused_routes import add_refused_routes
+from llmkit.runtime.server.router.background_work import starts_background
+from llmkit.runtime.server.router.forward import (
+    ForwardedResponse,
+    path_and_query,
+    upstream_request,
+)
 from llmkit.runtime.server.router.model_pool import ModelPool, PooledModel
+from llmkit.runtime.server.router.ollama_models import running_models, show_model, tags
+from llmkit.runtime.server.router.routed_request import (
+    RoutedOllamaRequest,
+    media_types,
+    routed_schema,
+)
 from llmkit.runtime.server.router.router_metrics import merge_metrics
-from llmkit.runtime.server.schemas.base_request import BaseRequest, parse_request
+from llmkit.runtime.server.schemas.base_request import parse_request
+from llmkit.runtime.server.score_routes import SCORE_PATHS
 from llmkit.runtime.server.serve_options import ServeOptions
 from llmkit.runtime.server.server_metrics import CONTENT_TYPE
 from llmkit.runtime.server.server_state import SamplingDefaults
+from llmkit.runtime.server.stored_responses.response_routes import (
+    CANCEL_PATH,
+    INPUT_ITEMS_PATH,
+    RESPONSE_PATH,
+    response_not_found,
+)
+from llmkit.runtime.server.stored_responses.response_store import model_hash, model_hash_in
+from llmkit.runtime.server.tiers.named_routes import NamedRoutes
+from llmkit.runtime.server.tiers.routed_response import RoutedResponse
+from llmkit.runtime.server.tiers.tier import TierRequest
+from llmkit.runtime.server.websockets.socket_routes import serve_socket
 
 # Routes whose body has the model's name.
 ROUTED_BY_BODY = (
     "/v1/completions",
     "/v1/chat/completions",
     "/v1/embeddings",
+    *SCORE_PATHS,
     "/v1/responses",
     "/v1/messages",
     "/v1/messages/count_tokens",
     "/tokenize",
     "/detokenize",
+    "/api/chat",
+    "/api/generate",
+    "/api/embed",
+    "/api/embeddings",
+    "/api/show",
+    *sorted(TGI_PATHS),
 )
 _STREAMING_PATHS = frozenset(
     path for path in ROUTED_BY_BODY if "stream" in REQUEST_SCHEMAS[path].model_fields
@@ -56,22 +94,19 @@ _KSERVE_MEDIA_TYPES = frozenset({"", "application/json", "application/octet-stre
 _SCRAPE_TIMEOUT_S = 5.0
 
 
-class RoutedRequest(BaseRequest):
-    """What the router needs of a request's body. The model's server checks all fields."""
-
-    model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False)
-
-    stream: Any = None
-
-
 class Router:
     """One method per route."""
 
-    def __init__(self, pool: ModelPool, options: ServeOptions) -> None:
+    def __init__(
+        self, pool: ModelPool, options: ServeOptions, routes: NamedRoutes | None = None
+    ) -> None:
+        """routes: names that several models or a URL answer, beside the pool's models."""
         self.pool = pool
+        self.routes = routes or NamedRoutes({}, {}, pool)
         self.draining = False  # set by the lifecycle at the first signal
         self._options = options
         self._created = int(time.time())
+        self._num_open_sockets = 0
         self._num_active = 0  # requests without a complete response
         self._idle = asyncio.Event()  # set while there are none
         self._idle.set()
@@ -103,6 +138,9 @@ class Router:
             "/metrics": self.metrics,
             "/version": self.version,
             "/info": self.info,
+            "/api/tags": self.ollama_tags,
+            "/api/ps": self.ollama_ps,
+            "/api/version": ollama_version,
             "/openapi.json": openapi_endpoint,
         }
         for path, endpoint in (get_routes | page_routes()).items():
@@ -110,8 +148,22 @@ class Router:
         app.add_api_route(
             _ROUTED_BY_PATH, self.by_path, methods=["GET", "POST"], response_model=None
         )
+        for path, methods in (
+            (RESPONSE_PATH, ["GET", "DELETE"]),
+            (CANCEL_PATH, ["POST"]),
+            (INPUT_ITEMS_PATH, ["GET"]),
+        ):
+            app.add_api_route(path, self.by_response_id, methods=methods, response_model=None)
+        add_refused_routes(app)
 
         async def tracked_app(scope: Scope, receive: Receive, send: Send) -> None:
+            if scope["type"] == "websocket":  # its requests are counted, not the connection
+                self._num_open_sockets += 1
+                try:
+                    await serve_socket(scope, receive, send)
+                finally:
+                    self._num_open_sockets -= 1
+                return
             self._num_active += 1
             self._idle.clear()
             try:
@@ -138,8 +190,9 @@ class Router:
         return self._num_active
 
     async def wait_until_idle(self) -> None:
-        """Wait until every response is complete."""
+        """Wait until every response is complete, and all background responses too."""
         await self._idle.wait()
+        await self.pool.wait_until_done()
 
     async def health(self) -> Response:
         return _json_response({"status": "ok"})
@@ -165,6 +218,8 @@ class Router:
         return _json_response({"object": "list", "data": self._model_entries()})
 
     async def model(self, name: str) -> Response:
+        if name in self.routes:
+            return _json_response(self._route_entry(name))
         return _json_response(self._model_entry(self._find(name)))
 
     async def model_ready(self, rest: str) -> Response:
@@ -195,17 +250,60 @@ class Router:
             return model.name, ""
 
         texts = dict(await asyncio.gather(*map(scrape, self.pool.loaded)))
-        merged = merge_metrics(list(self.pool.models.values()), texts)
-        return Response(merged, media_type=CONTENT_TYPE)
+        models = list(self.pool.models.values())
+        merged = merge_metrics(models, texts, self._num_open_sockets)
+        return Response(merged + self.routes.metrics.render(), media_type=CONTENT_TYPE)
 
     async def by_body(self, request: Request) -> Response:
         """Forward a request to the model that its body names."""
         self._check_ready()
         options = self._options
-        data = await read_json_body(request, options.max_body_bytes, options.body_timeout)
-        body = parse_request(RoutedRequest, data)
-        streams = body.stream is True and request.scope["path"] in _STREAMING_PATHS
-        return self._forward(request, self._named_or_only(body.model), data, streams)
+        path = request.scope["path"]
+        data = await read_json_body(
+            request, options.max_body_bytes, options.body_timeout, media_types(path)
+        )
+        body = parse_request(routed_schema(path), data)
+        name = self._named_or_only(body.model_name(self.pool.models))
+        if isinstance(body, RoutedOllamaRequest):
+            return self._ollama(request, name, body, data)
+        generates = path in _STREAMING_PATHS
+        streams = (body.stream is True and generates) or path == "/generate_stream"
+        if name in self.routes and path not in TGI_PATHS:
+            return self._route(request, name, data, streams, generates)
+        background = path == "/v1/responses" and starts_background(path, json.loads(data))
+        return self._forward(request, name, data, streams, background=background)
+
+    def _ollama(
+        self, request: Request, name: str, body: RoutedOllamaRequest, data: bytes
+    ) -> Response:
+        """The response to a request of Ollama's API, whose `keep_alive` unloads models."""
+        path = request.scope["path"]
+        model = self._find(name)
+        if path == "/api/show" and model.facts is not None:
+            return _json_response(show_model(model))
+        idle_s = keep_alive_seconds(body.keep_alive)
+        if idle_s == 0 and body.is_empty:
+            self.pool.unload_when_idle(model)
+            return _json_response(empty_response(path, body.model or name, "unload"))
+        # Lines of JSON have no keep-alive comments.
+        return self._forward(request, name, data, idle_s=idle_s)
+
+    async def ollama_tags(self) -> Response:
+        return _json_response({"models": tags(self.pool.models.values(), self._created)})
+
+    async def ollama_ps(self) -> Response:
+        return _json_response({"models": running_models(self.pool, self._created)})
+
+    def _route(
+        self, request: Request, name: str, data: bytes, streams: bool, generates: bool
+    ) -> Response:
+        """The response of a route's tiers."""
+        self._check_ready()  # again: draining may have begun while the body was read
+        self._check_waiting()
+        asked = TierRequest(request, path_and_query(request), json.loads(data), streams)
+        keep_alive_s = self._options.stream_keep_alive if streams else None
+        key_name = request.scope["llmkit.admission"].client.name
+        return RoutedResponse(self.routes[name], asked, key_name, generates, keep_alive_s)
 
     async def by_path(self, request: Request, rest: str) -> Response:
         """Forward a request to the model that its path names."""
@@ -220,16 +318,27 @@ class Router:
             )
         return self._forward(request, name, data, streams=rest.endswith("/generate_stream"))
 
+    async def by_response_id(self, request: Request, response_id: str) -> Response:
+        """Forward a request to the model whose response it is about."""
+        self._check_ready()
+        hashed = model_hash_in(response_id)
+        for name in self.pool.models:
+            if model_hash(name) == hashed:
+                data = b"" if request.method == "POST" else None
+                return self._forward(request, name, data)
+        raise response_not_found(response_id)
+
     def _named_or_only(self, name: str) -> str:
         """Return `name`; if it is empty, the name of the only model."""
-        if not name and len(self.pool.models) > 1:
+        known = [*self.pool.models, *self.routes.names]
+        if not name and len(known) > 1:
             raise ApiError(
                 400,
-                f"model is missing. Name one of {', '.join(self.pool.models)}.",
+                f"model is missing. Name one of {', '.join(known)}.",
                 code="missing_required_parameter",
                 param="model",
             )
-        return name or next(iter(self.pool.models))
+        return name or known[0]
 
     def _find_loaded(self, rest: str) -> PooledModel:
         """Return the loaded model of a path, NAME or NAME/versions/1."""
@@ -248,21 +357,33 @@ class Router:
         segments = rest.split("/")
         for count in range(len(segments), 0, -1):
             name = "/".join(segments[:count])
-            if name in self.pool.models:
+            if name in self.pool.models or name in self.routes:
                 return name
         return rest
 
     def _forward(
-        self, request: Request, name: str, data: bytes | None, streams: bool = False
+        self,
+        request: Request,
+        name: str,
+        data: bytes | None,
+        streams: bool = False,
+        idle_s: float | None = None,
+        background: bool = False,
     ) -> Response:
+        """Forward a request. idle_s: see `ModelPool.acquire`. background: its work goes on after
+        the response.
+        """
         model = self._find(name)
         self._check_ready()  # again: draining may have begun while the body was read
+        self._check_waiting()
+        keep_alive_s = self._options.stream_keep_alive if streams else None
+        return ForwardedResponse(self.pool, model, request, data, keep_alive_s, idle_s, background)
+
+    def _check_waiting(self) -> None:
         num_waiting = self.pool.num_waiting
         if num_waiting >= self._options.max_waiting:
             message = f"{num_waiting} requests wait for their models. Try again later."
             raise ApiError(429, message, code="queue_full", headers={"retry-after": "1"})
-        keep_alive_s = self._options.stream_keep_alive if streams else None
-        return ForwardedResponse(self.pool, model, request, data, keep_alive_s)
 
     def _check_ready(self) -> None:
         if self.draining:
@@ -272,12 +393,28 @@ class Router:
 
     def _find(self, name: str) -> PooledModel:
         model = self.pool.models.get(name)
+        if model is None and name in self.routes:
+            message = f"{name!r} is a route, and this request needs a model of this server."
+            raise ApiError(404, message, code="model_not_found", param="model")
         if model is None:
-            raise unknown_model(name, self.pool.models)
+            raise unknown_model(name, [*self.pool.models, *self.routes.names])
         return model
 
     def _model_entries(self) -> list[dict[str, Any]]:
-        return [self._model_entry(model) for model in self.pool.models.values()]
+        entries = [self._model_entry(model) for model in self.pool.models.values()]
+        return entries + [self._route_entry(name) for name in self.routes.names]
+
+    def _route_entry(self, name: str) -> dict[str, Any]:
+        return {
+            "id": name,
+            "object": "model",
+            "created": self._created,
+            "owned_by": "llmkit",
+            "max_model_len": None,
+            "root": None,
+            "parent": None,
+            "tiers": [tier.name for tier in self.routes[name].tiers],
+        }
 
     def _model_entry(self, model: PooledModel) -> dict[str, Any]:
         return {

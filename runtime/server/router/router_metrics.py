@@ -37,8 +37,13 @@ _POOL_METRICS: tuple[tuple[str, str, str, Callable[[PooledModel], int]], ...] = 
 )
 
 
-def merge_metrics(models: Sequence[PooledModel], texts: Mapping[str, str]) -> bytes:
-    """Return the Prometheus text. texts: from each loaded model's server, by model name."""
+def merge_metrics(
+    models: Sequence[PooledModel], texts: Mapping[str, str], num_open_sockets: int = 0
+) -> bytes:
+    """Return the Prometheus text. texts: from each loaded model's server, by model name.
+
+    num_open_sockets: WebSockets, which the router has for all models.
+    """
     samples: dict[str, list[str]] = {}
     comments: dict[str, list[str]] = {}
     for model_name, text in texts.items():
@@ -60,8 +65,13 @@ def merge_metrics(models: Sequence[PooledModel], texts: Mapping[str, str]) -> by
             else:
                 labels_and_value = f"{{{model_label}}}{rest}"
             samples.setdefault(family, []).append(match[0] + labels_and_value)
+    sockets = [
+        "# HELP llmkit:open_websockets WebSockets that are open.",
+        "# TYPE llmkit:open_websockets gauge",
+        f"llmkit:open_websockets {num_open_sockets}",
+    ]
     families = ["\n".join([*comments[family], *lines]) for family, lines in samples.items()]
-    return "\n".join([*families, *_pool_metrics(models), ""]).encode()
+    return "\n".join([*families, *_pool_metrics(models), *sockets, ""]).encode()
 
 
 def _pool_metrics(models: Sequence[PooledModel]) -> list[str]:

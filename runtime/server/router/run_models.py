@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from llmkit.runtime.server.async_waits import StopSignals, wait_first
-from llmkit.runtime.server.http.api_keys import Client, load_api_keys
+from llmkit.runtime.server.http.key_ring import KeyRing
 from llmkit.runtime.server.http.tls import new_event_loop, tls_context
 from llmkit.runtime.server.lifecycle import HttpServer, server_url, stopping_text
+from llmkit.runtime.server.ollama.model_facts import ModelFacts
 from llmkit.runtime.server.router.model_pool import ModelPool, PooledModel
 from llmkit.runtime.server.router.router_app import Router
 from llmkit.runtime.server.run_server import bind, check_exposure, log_open_doors
 from llmkit.runtime.server.serve_options import ServeOptions
+from llmkit.runtime.server.tiers.named_routes import NamedRoutes
+from llmkit.runtime.server.tiers.route_config import Route, Routing
+from llmkit.runtime.server.tiers.url_tier import UrlTier
 from llmkit.runtime.server_files import server_file
 from llmkit.runtime.server_process import ServerProcess
 
@@ -34,20 +39,30 @@ def run_models(
     log: Log,
     on_ready: OnReady,
     start_time: float,
-    check_models: Callable[[], None],
+    check_models: Callable[[], Mapping[str, ModelFacts]],
+    routing: Routing | None = None,
 ) -> int:
     """Serve until a signal and return the exit code, as `run_server` does.
 
     options: for every model; `options.model` is ignored. models: directories or hub ids, by
     name. max_loaded, idle_s: see `ModelPool`. log, on_ready, start_time: see `run_server`.
-    check_models: raises the LlmkitError of a wrong model; called before the server listens.
+    check_models: returns the facts about models, by name, and raises the LlmkitError of a wrong
+    one; called before the server listens.
+    routing: names that several models or URLs answer. Raises InputError when a key or a
+    certificate of a URL is not there.
     """
-    clients = load_api_keys(options)
+    folder = tempfile.TemporaryDirectory(prefix="llmkit-")
+    # The router and the models' servers count what keys use of their limits together.
+    options = replace(options, usage_file=f"{folder.name}/key-usage")
+    clients = KeyRing(options, log)
     check_exposure(options, clients)
     log_open_doors(options, clients, log)
     tls_context(options)  # reports wrong files at once
-    check_models()
+    routing = routing or Routing({}, {})
+    url_tiers = [UrlTier(name, upstream) for name, upstream in routing.upstreams.items()]
+    facts_of_models = check_models()
     with (
+        folder,
         bind(options.host, options.port) as listener,
         asyncio.Runner(loop_factory=lambda: new_event_loop(options)) as runner,
         server_file() as file,
@@ -59,7 +74,18 @@ def run_models(
 
         return runner.run(
             _serve(
-                options, models, max_loaded, idle_s, clients, listener, log, announce, start_time
+                options,
+                models,
+                max_loaded,
+                idle_s,
+                clients,
+                listener,
+                log,
+                announce,
+                start_time,
+                routing.routes,
+                url_tiers,
+                facts_of_models,
             )
         )
 
@@ -69,14 +95,19 @@ async def _serve(
     models: Mapping[str, str],
     max_loaded: int,
     idle_s: float,
-    clients: tuple[Client, ...],
+    clients: KeyRing,
     listener: socket.socket,
     log: Log,
     on_ready: OnReady,
     start_time: float,
+    routes: Mapping[str, Route],
+    url_tiers: Sequence[UrlTier],
+    facts_of_models: Mapping[str, ModelFacts],
 ) -> int:
     def pooled_model(name: str, reference: str) -> PooledModel:
-        model_options = replace(options, model=reference, served_model_name=name)
+        model_options = replace(
+            options, model=reference, served_model_name=name, behind_router=True
+        )
 
         def start() -> ServerProcess:
             return ServerProcess(model_options, message=lambda text: log(f"{name}: {text}"))
@@ -85,18 +116,25 @@ async def _serve(
 
     with StopSignals() as stop:
         pooled_models = [pooled_model(name, reference) for name, reference in models.items()]
+        for model in pooled_models:
+            model.facts = facts_of_models.get(model.name)
         pool = ModelPool(pooled_models, max_loaded, idle_s, log)
-        router = Router(pool, options)
+        named_routes = NamedRoutes(routes, {tier.name: tier for tier in url_tiers}, pool)
+        router = Router(pool, options, named_routes)
         http_server = HttpServer(router.app(clients), options)
         serving = asyncio.create_task(http_server.serve(sockets=[listener]))
+        watching_keys = asyncio.create_task(clients.watch())
         try:
             url = server_url(options, listener)
             ready_s = round(time.perf_counter() - start_time, 3)
             log(
-                f"{', '.join(models)}: loaded when asked for; "
+                f"{', '.join([*models, *named_routes.names])}: loaded when asked for; "
                 f"the server is ready at {url} after {ready_s:.1f} s"
             )
-            on_ready({"models": dict(models), "url": url, "ready_s": ready_s})
+            facts = {"models": dict(models), "url": url, "ready_s": ready_s}
+            if routes:
+                facts["routes"] = {name: route.tiers for name, route in routes.items()}
+            on_ready(facts)
             await wait_first(stop.first, serving)
             router.draining = True
             log(stopping_text(router.num_active_requests))
@@ -106,6 +144,9 @@ async def _serve(
                 return 128 + stop.second.result()
             return 0
         finally:
+            watching_keys.cancel()
             await pool.close(0.0 if stop.second.done() else _STOP_S)
+            for tier in url_tiers:
+                await tier.close()
             http_server.should_exit = True
             await serving

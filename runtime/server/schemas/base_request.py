@@ -38,6 +38,9 @@ INT64 = 2**63  # one more than the largest int64
 # pydantic takes seconds to describe the first of a million errors.
 _MAX_DESCRIBED_ERRORS = 10_000
 
+# What huggingface_hub and users of TGI send where they do not name the server's only model.
+PLACEHOLDER_MODELS = frozenset({"dummy", "tgi"})
+
 NonNegativeInt = Annotated[int, Field(ge=0, lt=2**31)]
 LogprobCount = Annotated[int, Field(ge=0, le=MAX_LOGPROBS)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
@@ -47,6 +50,10 @@ CacheSalt = Annotated[str, Field(min_length=1, max_length=1024)]
 MaxTokens = Annotated[int, Field(ge=-1, lt=2**31)]  # -1: as many as fit into the context
 # How many tokens of a prompt are kept; -1: as many as fit into the context.
 TruncatePromptTokens = Annotated[int, Field(ge=-1, lt=2**31)]
+StopStrings = Annotated[
+    list[Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]],
+    Field(max_length=MAX_STOPS),
+]
 RepetitionPenalty = Annotated[float, Field(gt=0, le=10)]
 Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 Verbosity = Literal["low", "medium", "high"]
@@ -108,11 +115,24 @@ ModelName = Annotated[
 ]
 
 
+NO_LIMIT = -1  # as a thinking budget
+Wish = Literal["enabled", "effort", "budget"]
+
+
+class ThinkingWishes(NamedTuple):
+    """What a request says of thinking; None: nothing. See `reasoning_options.py`."""
+
+    enabled: bool | None = None
+    effort: Effort | None = None
+    budget: int | None = None  # tokens; NO_LIMIT: as many as the model wants
+
+
 class ReasoningControl(NamedTuple):
     """A field that asks the model to reason, or to write, more or less than it does by itself."""
 
     path: FieldPath
-    is_default: bool  # whether its value means the same as leaving it out
+    # Which of the `ThinkingWishes` it is; None: it never has an effect.
+    wish: Wish | None
 
 
 class BaseRequest(StrictModel):
@@ -135,6 +155,11 @@ class BaseRequest(StrictModel):
     def reasoning_controls(self) -> list[ReasoningControl]:
         """The fields given that control how much the model reasons."""
         return []
+
+    @property
+    def thinking_wishes(self) -> ThinkingWishes:
+        """What these fields say together."""
+        return ThinkingWishes()
 
     def check(self) -> None:
         """Check what the types of single fields cannot express. Raises ApiError."""
@@ -301,18 +326,16 @@ class GenerationRequest(BaseRequest):
     @property
     def reasoning_controls(self) -> list[ReasoningControl]:
         return given_controls(
-            (("reasoning_effort",), self.reasoning_effort, "medium"),
-            (("verbosity",), self.verbosity, "medium"),
+            (("reasoning_effort",), self.reasoning_effort, "effort"),
+            (("verbosity",), self.verbosity, None),
         )
 
 
-def given_controls(*controls: tuple[FieldPath, Any, Any]) -> list[ReasoningControl]:
-    """Return the controls among (path, value, default value) whose value is not null."""
-    return [
-        ReasoningControl(path, value == default)
-        for path, value, default in controls
-        if value is not None
-    ]
+def given_controls(
+    *controls: tuple[FieldPath, Any, Wish | None],
+) -> list[ReasoningControl]:
+    """Return the controls among (path, value, wish) whose value is not null."""
+    return [ReasoningControl(path, wish) for path, value, wish in controls if value is not None]
 
 
 def take_alias(request: BaseModel, alias: str, name: str) -> None:
@@ -345,7 +368,7 @@ def parse_request(
     """Parse a request's body. Raises ApiError 400 that names the field at fault.
 
     strict_fields: whether an unknown field is an error; otherwise it is in the request's `ignored`.
-    default_model: the model of a request that names none.
+    default_model: the model of a request that names none, or one of PLACEHOLDER_MODELS.
     """
     try:
         request = kind.model_validate_json(data)
@@ -353,7 +376,8 @@ def parse_request(
         raise _validation_error(error) from None
     except RecursionError:
         raise ApiError(400, "The JSON is nested too deeply.", code="invalid_json") from None
-    request.model = request.model or default_model
+    if not request.model or request.model in PLACEHOLDER_MODELS:
+        request.model = default_model or request.model
     return _checked(request, strict_fields)
 
 

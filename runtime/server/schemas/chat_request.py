@@ -16,11 +16,22 @@ from llmkit.common.formatting import shortened
 from llmkit.runtime.server.http.http_errors import invalid
 from llmkit.runtime.server.schemas.base_request import (
     LogprobCount,
+    ReasoningControl,
     StrictModel,
+    ThinkingWishes,
     any_of_schema,
     check_extra_fields,
+    given_controls,
+    take_alias,
 )
 from llmkit.runtime.server.schemas.ignored_fields import FieldPath, IgnoredFields
+from llmkit.runtime.server.schemas.reasoning_options import (
+    BUDGET_VARIABLE,
+    EFFORT_VARIABLE,
+    EFFORTS,
+    SWITCHES,
+    contradiction,
+)
 from llmkit.runtime.server.schemas.structured_output import (
     StructuredOutputRequest,
     check_schema_size,
@@ -130,8 +141,12 @@ class ChatCompletionRequest(StructuredOutputRequest):
     parallel_tool_calls: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     enable_thinking: bool | None = None
+    # Tokens of thoughts, vLLM's name and Qwen's; -1: no limit.
+    thinking_token_budget: Annotated[int, Field(ge=-1, lt=2**31)] | None = None
+    thinking_budget: Annotated[int, Field(ge=-1, lt=2**31)] | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
+    semantic_cache: bool | None = None
 
     def check(self) -> None:
         super().check()
@@ -139,10 +154,8 @@ class ChatCompletionRequest(StructuredOutputRequest):
         if self.top_logprobs and not self.logprobs:
             raise invalid("top_logprobs", "top_logprobs can be given with logprobs: true only.")
         check_template_kwargs(self.chat_template_kwargs)
-        thinking = (self.chat_template_kwargs or {}).get("enable_thinking")
-        if None not in (thinking, self.enable_thinking) and thinking != self.enable_thinking:
-            message = "enable_thinking differs from chat_template_kwargs.enable_thinking; give one."
-            raise invalid("enable_thinking", message)
+        take_alias(self, "thinking_budget", "thinking_token_budget")
+        self._check_thinking()
         check_continuation(
             self.conversation, self.continue_final_message, self.add_generation_prompt
         )
@@ -204,11 +217,56 @@ class ChatCompletionRequest(StructuredOutputRequest):
 
     @property
     def template_variables(self) -> dict[str, Any]:
-        """Further variables of the chat template."""
+        """Variables of the chat template that the request sets itself."""
         variables = dict(self.chat_template_kwargs or {})
         if self.enable_thinking is not None:
             variables["enable_thinking"] = self.enable_thinking
         return variables
+
+    @property
+    def thinking_wishes(self) -> ThinkingWishes:
+        """What the fields of the request, or else variables of its template, say of thinking."""
+        variables = self.chat_template_kwargs or {}
+        enabled = self.enable_thinking
+        for name in sorted(SWITCHES):
+            if enabled is None and isinstance(variables.get(name), bool):
+                enabled = variables[name]
+        effort = self.reasoning_effort
+        if effort is None and variables.get(EFFORT_VARIABLE) in EFFORTS:
+            effort = variables[EFFORT_VARIABLE]
+        return ThinkingWishes(enabled, effort, self.thinking_token_budget)
+
+    @property
+    def reasoning_controls(self) -> list[ReasoningControl]:
+        return [
+            *super().reasoning_controls,
+            *given_controls(
+                (("enable_thinking",), self.enable_thinking, "enabled"),
+                (("thinking_budget",), self.thinking_budget, "budget"),
+            ),
+            *(
+                [ReasoningControl(("thinking_token_budget",), "budget")]
+                if self.thinking_token_budget is not None and self.thinking_budget is None
+                else []
+            ),
+        ]
+
+    def _check_thinking(self) -> None:
+        """Raise ApiError where fields and variables say different things of thinking."""
+        given = {
+            "enable_thinking": self.enable_thinking,
+            "thinking": self.enable_thinking,
+            EFFORT_VARIABLE: self.reasoning_effort,
+            BUDGET_VARIABLE: self.thinking_token_budget,
+        }
+        for name, value in given.items():
+            other = (self.chat_template_kwargs or {}).get(name)
+            if None not in (value, other) and value != other:
+                param = "enable_thinking" if name in SWITCHES else name
+                raise invalid(param, f"{param} differs from chat_template_kwargs.{name}; give one.")
+        message = contradiction(self.thinking_wishes)
+        if message is not None:
+            raise invalid("reasoning_effort", message)
 
     @property
     def adds_generation_prompt(self) -> bool:

@@ -19,21 +19,19 @@ def _array_of(schema: dict[str, Any]) -> dict[str, Any]:
 
 _TEXT_SCHEMA = {"type": "string", "minLength": 1}
 _TOKEN_IDS_SCHEMA = _array_of({"type": "integer", "minimum": 0})
+PROMPTS_SCHEMA = any_of_schema(
+    _TEXT_SCHEMA,
+    _TOKEN_IDS_SCHEMA,
+    _array_of(_TEXT_SCHEMA),
+    _array_of(_TOKEN_IDS_SCHEMA),
+    null=False,
+)
 
 
 class CompletionRequest(StructuredOutputRequest):
     """POST /v1/completions."""
 
-    prompt: Annotated[
-        Any,
-        any_of_schema(
-            _TEXT_SCHEMA,
-            _TOKEN_IDS_SCHEMA,
-            _array_of(_TEXT_SCHEMA),
-            _array_of(_TOKEN_IDS_SCHEMA),
-            null=False,
-        ),
-    ]
+    prompt: Annotated[Any, PROMPTS_SCHEMA]
     best_of: Annotated[int, Field(ge=1, le=MAX_N)] | None = None
     echo: bool | None = None
     logprobs: LogprobCount | None = None

@@ -9,15 +9,15 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from llmkit.runtime.server.http.http_errors import invalid
+from llmkit.runtime.server.http.http_errors import ApiError, invalid
 from llmkit.runtime.server.schemas.base_request import (
-    MAX_STOP_CHARS,
-    MAX_STOPS,
     BaseRequest,
     CacheSalt,
     Effort,
     ReasoningControl,
+    StopStrings,
     StrictModel,
+    ThinkingWishes,
     TimeoutSeconds,
     any_of_schema,
     build_request,
@@ -31,8 +31,10 @@ from llmkit.runtime.server.schemas.chat_request import (
     ChatCompletionRequest,
     content_parts_schema,
 )
+from llmkit.runtime.server.schemas.client_nonces import strip_client_nonces
 from llmkit.runtime.server.schemas.ignored_fields import FieldPath, IgnoredFields
 
+MAX_EDITS = 64  # of the context
 # Fields of content blocks without effect: prefixes are cached anyway, and a result that is an error
 # says so in its text.
 _NO_EFFECT_BLOCK_FIELDS = frozenset(
@@ -42,7 +44,9 @@ _NO_EFFECT_BLOCK_FIELDS = frozenset(
 _BLOCKS: dict[str, tuple[set[str], dict[str, type]]] = {
     "text": ({"user", "assistant", "system"}, {"text": str}),
     "tool_use": ({"assistant"}, {"id": str, "name": str, "input": dict}),
+    # Its signature means nothing here: clients send it back, and may send another.
     "thinking": ({"assistant"}, {"thinking": str}),
+    "redacted_thinking": ({"assistant"}, {"data": str}),
     "tool_result": ({"user"}, {"tool_use_id": str}),
 }
 
@@ -95,22 +99,39 @@ class ThinkingConfig(StrictModel):
     no_effect_fields = frozenset({"display"})
 
     type: Literal["disabled", "adaptive", "enabled"]
-    budget_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
+    budget_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = None
 
 
-# An edit of the context that leaves it as it is.
-_KEEP_ALL_THINKING = {"type": "clear_thinking_20251015", "keep": "all"}
+CLEAR_THINKING = "clear_thinking_20251015"
 
 
 class ContextManagement(StrictModel):
-    """`context_management`."""
+    """`context_management`: edits of the context. Those of other types have no effect."""
 
-    edits: list[dict[str, Any]] | None = None
+    edits: Annotated[list[dict[str, Any]], Field(max_length=MAX_EDITS)] | None = None
 
-    @property
-    def changes_nothing(self) -> bool:
-        """Whether the context stays as it is."""
-        return all(edit == _KEEP_ALL_THINKING for edit in self.edits or [])
+    def kept_thinking_turns(self, ignored: IgnoredFields) -> int | None:
+        """Return how many of the last turns with thinking keep it; None: all.
+
+        Edits without effect are added to `ignored`. Raises ApiError for a wrong one.
+        """
+        kept = None
+        for index, edit in enumerate(self.edits or []):
+            path = ("context_management", "edits", index)
+            if edit.get("type") != CLEAR_THINKING:
+                ignored.add(path)
+                continue
+            match edit.get("keep", {"type": "thinking_turns", "value": 1}):
+                case "all" | {"type": "all"}:
+                    kept = None
+                case {"type": "thinking_turns", "value": int(value)} if value > 0:
+                    kept = value
+                case _:
+                    raise invalid(
+                        ".".join(map(str, (*path, "keep"))),
+                        'keep must be "all" or {"type": "thinking_turns", "value": N}, N above 0.',
+                    )
+        return kept
 
 
 class CountTokensRequest(BaseRequest):
@@ -146,25 +167,58 @@ class CountTokensRequest(BaseRequest):
     context_management: ContextManagement | None = None
 
     def check(self) -> None:
+        thinking = self.thinking
+        if thinking and thinking.type != "enabled" and thinking.budget_tokens is not None:
+            message = f"budget_tokens goes with the type enabled, not {thinking.type}."
+            raise invalid("thinking.budget_tokens", message)
+        effort = self.output_config.effort if self.output_config else None
+        if thinking and thinking.type == "enabled" and effort == "none":
+            message = "The effort is none, and thinking is enabled: leave one of them out."
+            raise invalid("output_config.effort", message)
         _ = self.chat  # raises ApiError when it cannot be converted
 
     @property
     def reasoning_controls(self) -> list[ReasoningControl]:
         effort = self.output_config.effort if self.output_config else None
-        controls = given_controls((("output_config", "effort"), effort, "high"))
-        if self.thinking is not None:
-            # `disabled` is what leaving it out means; `adaptive` lets the model decide.
-            controls.append(ReasoningControl(("thinking",), self.thinking.type != "enabled"))
-        if self.context_management is not None:
-            is_default = self.context_management.changes_nothing
-            controls.append(ReasoningControl(("context_management",), is_default))
-        return controls
+        thinking = self.thinking
+        budget = None if thinking is None else thinking.budget_tokens
+        return given_controls(
+            (("output_config", "effort"), effort, "effort"),
+            (("thinking", "type"), None if thinking is None else thinking.type, "enabled"),
+            (("thinking", "budget_tokens"), budget, "budget"),
+        )
+
+    @property
+    def thinking_wishes(self) -> ThinkingWishes:
+        effort = self.output_config.effort if self.output_config else None
+        thinking = self.thinking
+        if thinking is None:
+            return ThinkingWishes(effort=effort)
+        # Clients send an effort with `disabled`, too: it is about the answer then.
+        enabled = thinking.type != "disabled"
+        return ThinkingWishes(enabled, effort if enabled else None, thinking.budget_tokens)
 
     @cached_property
     def chat(self) -> ChatCompletionRequest:
         """The same request for /v1/chat/completions. Raises ApiError if it cannot be converted."""
         fields = {name: value for name, value in self._chat_fields().items() if value is not None}
         return build_request(ChatCompletionRequest, fields)
+
+    def strip_client_nonces(self) -> None:
+        """Remove from the system prompt what its client changes in each request.
+
+        It is named in `ignored`. See `client_nonces.py`.
+        """
+        if self.system is None:
+            return
+        conversation = self.chat.conversation
+        text, names = strip_client_nonces(conversation[0]["content"])
+        for name in names:
+            self.ignored.add(("system", name))
+        if names and text:
+            conversation[0]["content"] = text
+        elif names and len(conversation) > 1:
+            del conversation[0]
 
     def _chat_fields(self) -> dict[str, Any]:
         messages: list[dict[str, Any]] = []
@@ -173,6 +227,8 @@ class CountTokensRequest(BaseRequest):
             messages.append({"role": "system", "content": text})
         for index, message in enumerate(self.messages):
             messages += _chat_messages(message, ("messages", index, "content"), self.ignored)
+        if self.context_management is not None:
+            _clear_thinking(messages, self.context_management.kept_thinking_turns(self.ignored))
         # The answer continues an assistant's message at the end.
         continues = self.messages[-1].role == "assistant"
         if continues and "tool_calls" in messages[-1]:
@@ -184,6 +240,7 @@ class CountTokensRequest(BaseRequest):
         forced_tool = {"type": "function", "function": {"name": choice.name or ""}}
         tool_choices = {"auto": "auto", "any": "required", "tool": forced_tool, "none": "none"}
         output_format = self.output_config.format if self.output_config else None
+        wishes = self.thinking_wishes
         response_format = None
         if output_format is not None:
             json_schema = {"name": "answer", "schema": output_format.schema_}
@@ -207,6 +264,9 @@ class CountTokensRequest(BaseRequest):
             "response_format": response_format,
             "parallel_tool_calls": not choice.disable_parallel_tool_use,
             "continue_final_message": continues or None,
+            "enable_thinking": wishes.enabled,
+            "reasoning_effort": wishes.effort,
+            "thinking_token_budget": wishes.budget,
         }
 
 
@@ -214,19 +274,27 @@ class MessagesRequest(CountTokensRequest):
     """POST /v1/messages."""
 
     max_tokens: Annotated[int, Field(ge=1, lt=2**31)]
-    stop_sequences: (
-        Annotated[
-            list[Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]],
-            Field(max_length=MAX_STOPS),
-        ]
-        | None
-    ) = None
+    stop_sequences: StopStrings | None = None
+    thread: dict[str, Any] | None = None
     stream: bool | None = None
     temperature: Annotated[float, Field(ge=0, le=1)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=0, lt=2**31)] | None = None
     cache_salt: CacheSalt | None = None
     timeout: TimeoutSeconds | None = None
+
+    def check(self) -> None:
+        if self.thread is not None:
+            # A request that continues a thread has only its new messages. The client's tool runner
+            # sends the whole conversation once it sees these details.
+            raise ApiError(
+                400,
+                "thread is not supported: no conversation is stored. Send all messages.",
+                code="unsupported",
+                param="thread",
+                details={"error_code": "thread_unsupported_request", "unsupported": ["thread"]},
+            )
+        super().check()
 
     def _chat_fields(self) -> dict[str, Any]:
         return {
@@ -240,6 +308,25 @@ class MessagesRequest(CountTokensRequest):
             "cache_salt": self.cache_salt,
             "timeout": self.timeout,
         }
+
+
+def _clear_thinking(messages: list[dict[str, Any]], num_kept: int | None) -> None:
+    """Remove the thoughts of all turns that have some except the last `num_kept`; None: of none.
+
+    A turn is what an assistant says, calls of tools included, until the user speaks again.
+    """
+    if num_kept is None:
+        return
+    num_turns = 0  # with thoughts, from the end
+    is_counted = False  # whether the current turn is one of them
+    for message in reversed(messages):
+        if message["role"] == "user":
+            is_counted = False
+        elif "reasoning_content" in message:
+            num_turns += not is_counted
+            is_counted = True
+            if num_turns > num_kept:
+                del message["reasoning_content"]
 
 
 def _chat_messages(
@@ -271,6 +358,8 @@ def _chat_messages(
                 calls.append({"id": block["id"], "function": function})
             case "thinking":
                 thoughts.append(block["thinking"])
+            case "redacted_thinking":
+                ignored.add((*path, index))  # another server's, which only that one can read
     if not (texts or calls or thoughts):
         return results
     chat_message: dict[str, Any] = {"role": message.role, "content": "\n".join(texts)}

@@ -1,22 +1,26 @@
 """The schema of OpenAI's /v1/responses, and its conversion to a chat completion request.
 
-Nothing is stored between requests.
+The items of an earlier response that a request continues are put before its own: see
+`ResponsesRequest.continue_from`.
 """
 
 from __future__ import annotations
 
+import uuid
 from functools import cached_property
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, PrivateAttr
 
 from llmkit.runtime.server.http.http_errors import invalid
 from llmkit.runtime.server.schemas.base_request import (
     BaseRequest,
     CacheSalt,
     Effort,
+    LogprobCount,
     ReasoningControl,
     StrictModel,
+    ThinkingWishes,
     TimeoutSeconds,
     Verbosity,
     any_of_schema,
@@ -24,6 +28,7 @@ from llmkit.runtime.server.schemas.base_request import (
     check_extra_fields,
     given_controls,
 )
+from llmkit.runtime.server.schemas.carried_reasoning import carried_reasoning
 from llmkit.runtime.server.schemas.chat_request import (
     MAX_MESSAGES,
     MAX_TOOLS,
@@ -49,6 +54,7 @@ _EMPTY_INCLUDES = frozenset(
     }
 )
 _ENCRYPTED_REASONING = "reasoning.encrypted_content"
+_LOGPROBS = "message.output_text.logprobs"
 
 _TOOL_CHOICE_SCHEMA = {
     "type": "object",
@@ -110,21 +116,18 @@ class ResponsesRequest(BaseRequest):
 
     uses_chat_template = True
     neutral_values = {  # noqa: RUF012
-        "previous_response_id": (),
         "conversation": (),
         "prompt": (),
-        "background": (False,),
-        "max_tool_calls": (),
-        "top_logprobs": (0,),
+        "background_options": (),
         "truncation": ("disabled",),
         "moderation": (),
         "image": (),
         "access_programs": (),
     }
-    # `store: true` is accepted: the response says that it is not stored.
+    # max_tool_calls limits calls of built-in tools, and there are none here.
     no_effect_fields = frozenset(
         {
-            "store",
+            "max_tool_calls",
             "service_tier",
             "safety_identifier",
             "prompt_cache_key",
@@ -150,43 +153,74 @@ class ResponsesRequest(BaseRequest):
     include: list[str] | None = None
     context_management: list[dict[str, Any]] | None = None
     metadata: dict[str, str] | None = None
+    # Without --store-responses, `store: true` has no effect: the response says that it is not
+    # stored. With it, null means true.
+    store: bool | None = None
+    previous_response_id: Annotated[str, Field(min_length=1, max_length=128)] | None = None
+    background: bool | None = None
+    top_logprobs: LogprobCount | None = None
     cache_salt: CacheSalt | None = None
     user: str | None = None
     timeout: TimeoutSeconds | None = None
 
+    _history: list[dict[str, Any]] = PrivateAttr(default_factory=list)
+
     def check(self) -> None:
+        if self.background and self.store is False:
+            raise invalid("background", "A background response must be stored: leave out store.")
         if self.stream_options is not None and not self.stream:
             raise invalid("stream_options", "stream_options can be given with stream: true only.")
         for index, name in enumerate(self.include or []):
-            if name not in _EMPTY_INCLUDES | {_ENCRYPTED_REASONING}:
+            known = _EMPTY_INCLUDES | {_ENCRYPTED_REASONING, _LOGPROBS}
+            if name not in known:
                 raise invalid(
                     f"include.{index}",
-                    f"{name[:80]!r} is not supported; "
-                    f"{', '.join(sorted(_EMPTY_INCLUDES))} and {_ENCRYPTED_REASONING} are.",
+                    f"{name[:80]!r} is not supported; {', '.join(sorted(known))} are.",
                     "unsupported",
                 )
-        _ = self.chat  # raises ApiError when it cannot be converted
+        if self.top_logprobs and not self.includes_logprobs:
+            raise invalid("top_logprobs", f"top_logprobs needs {_LOGPROBS!r} in include.")
+        if self.previous_response_id is None:
+            _ = self.chat  # raises ApiError when it cannot be converted
+        else:
+            self._check_items()
+
+    @property
+    def includes_logprobs(self) -> bool:
+        """Whether the text has log probabilities."""
+        return _LOGPROBS in (self.include or [])
+
+    def continue_from(self, history: list[dict[str, Any]]) -> None:
+        """Put the items of an earlier conversation before the input. Raises ApiError."""
+        self._history = history
+        _ = self.chat
+
+    @property
+    def items(self) -> list[dict[str, Any]]:
+        """The items of the request's own input, complete, each with an id."""
+        if isinstance(self.input, str):
+            return [complete_item({"role": "user", "content": self.input})]
+        return [complete_item(item) for item in self.input]
 
     @property
     def reasoning_controls(self) -> list[ReasoningControl]:
         reasoning = self.reasoning or ReasoningOptions()
-        controls = given_controls(
-            (("reasoning", "effort"), reasoning.effort, "medium"),
-            (("reasoning", "summary"), reasoning.summary, reasoning.summary),
-            (
-                ("reasoning", "generate_summary"),
-                reasoning.generate_summary,
-                reasoning.generate_summary,
-            ),
-            (("text", "verbosity"), self.text.verbosity if self.text else None, "medium"),
+        return given_controls(
+            (("reasoning", "effort"), reasoning.effort, "effort"),
+            (("reasoning", "summary"), reasoning.summary, None),
+            (("reasoning", "generate_summary"), reasoning.generate_summary, None),
+            (("text", "verbosity"), self.text.verbosity if self.text else None, None),
+            (("context_management",), self.context_management or None, None),
         )
-        if self.include:
-            controls.append(
-                ReasoningControl(("include",), _ENCRYPTED_REASONING not in self.include)
-            )
-        if self.context_management:
-            controls.append(ReasoningControl(("context_management",), is_default=False))
-        return controls
+
+    @property
+    def thinking_wishes(self) -> ThinkingWishes:
+        return ThinkingWishes(effort=self.reasoning.effort if self.reasoning else None)
+
+    @property
+    def includes_encrypted_reasoning(self) -> bool:
+        """Whether reasoning items have `encrypted_content`."""
+        return _ENCRYPTED_REASONING in (self.include or [])
 
     @cached_property
     def chat(self) -> ChatCompletionRequest:
@@ -210,7 +244,10 @@ class ResponsesRequest(BaseRequest):
             "tools": tools,
             "tool_choice": choice,
             "parallel_tool_calls": self.parallel_tool_calls,
+            "reasoning_effort": self.thinking_wishes.effort,
             "response_format": self._response_format(),
+            "logprobs": self.includes_logprobs or None,
+            "top_logprobs": self.top_logprobs,
         }
         return build_request(
             ChatCompletionRequest,
@@ -230,23 +267,26 @@ class ResponsesRequest(BaseRequest):
         messages: list[dict[str, Any]] = []
         if self.instructions is not None:
             messages.append({"role": "system", "content": self.instructions})
+        self._check_items()
         items = self.input
         if isinstance(items, str):
             items = [{"role": "user", "content": items}]
-        if not isinstance(items, list) or not 1 <= len(items) <= MAX_MESSAGES:
-            code = "invalid_value" if isinstance(items, list) else "invalid_type"
+        if len(self._history) + len(items) > MAX_MESSAGES:
             raise invalid(
-                "input", f"input must be a string or a list of 1 to {MAX_MESSAGES} items.", code
+                "previous_response_id",
+                f"The conversation has {len(self._history) + len(items)} items; at most "
+                f"{MAX_MESSAGES} are possible.",
             )
         thought: str | None = None  # reasoning that waits for the assistant's next message
-        for index, item in enumerate(items):
+        # Items of the history, which were checked before, have negative numbers.
+        for index, item in enumerate([*self._history, *items], -len(self._history)):
             param = f"input.{index}"
-            if not isinstance(item, dict):
-                raise invalid(param, "An item of the input must be an object.", "invalid_type")
             content_path = ("input", index, "content")
             kind = item.get("type", "message")
             if kind == "reasoning":
-                content = self._item_fields(item, index, "content")["content"] or ""
+                content = self._item_fields(item, index, "content")["content"]
+                if not content:
+                    content = carried_reasoning(item.get("encrypted_content")) or ""
                 thought = _text(content, content_path, self.ignored, "reasoning_text")
                 continue
             if kind == "message":
@@ -277,6 +317,21 @@ class ResponsesRequest(BaseRequest):
             messages.append(message)
         return messages
 
+    def _check_items(self) -> None:
+        """Raise ApiError unless the input is a string or a list of objects."""
+        items = self.input
+        if isinstance(items, str):
+            return
+        if not isinstance(items, list) or not 1 <= len(items) <= MAX_MESSAGES:
+            code = "invalid_value" if isinstance(items, list) else "invalid_type"
+            raise invalid(
+                "input", f"input must be a string or a list of 1 to {MAX_MESSAGES} items.", code
+            )
+        for index, item in enumerate(items):
+            if not isinstance(item, dict):
+                message = "An item of the input must be an object."
+                raise invalid(f"input.{index}", message, "invalid_type")
+
     def _chat_message(self, item: dict[str, Any], index: int) -> dict[str, Any]:
         """Convert an item of the type message."""
         fields = self._item_fields(item, index, "role", "content")
@@ -292,9 +347,10 @@ class ResponsesRequest(BaseRequest):
         """Return the fields `names` of an item. Raises ApiError when one is missing or wrong."""
         param = f"input.{index}"
         extra = {name: value for name, value in item.items() if name not in names}
-        check_extra_fields(
-            extra, ("input", index), self.ignored, no_effect_fields=_NO_EFFECT_ITEM_FIELDS
-        )
+        if index >= 0:  # those of the history were reported before
+            check_extra_fields(
+                extra, ("input", index), self.ignored, no_effect_fields=_NO_EFFECT_ITEM_FIELDS
+            )
         for name in names:
             if name not in item and item.get("type") != "reasoning":
                 raise invalid(
@@ -305,6 +361,31 @@ class ResponsesRequest(BaseRequest):
                     f"{param}.{name}", f"{param}.{name} must be a string.", "invalid_type"
                 )
         return {name: item.get(name) for name in names}
+
+
+_ID_PREFIXES = {
+    "message": "msg",
+    "reasoning": "rs",
+    "function_call": "fc",
+    "function_call_output": "fco",
+}
+
+
+def complete_item(item: dict[str, Any]) -> dict[str, Any]:
+    """Return an item of an input as OpenAI lists it: with its type, an id and a list of parts."""
+    kind = item.get("type", "message")
+    # A socket completes items before they are checked.
+    prefix = _ID_PREFIXES.get(kind, "item") if isinstance(kind, str) else "item"
+    complete: dict[str, Any] = {"id": f"{prefix}_{uuid.uuid4().hex}", "type": kind}
+    if kind != "reasoning":
+        complete["status"] = "completed"
+    complete |= {name: value for name, value in item.items() if value is not None}
+    if kind == "message" and isinstance(complete.get("content"), str):
+        part: dict[str, Any] = {"type": "input_text", "text": complete["content"]}
+        if complete.get("role") == "assistant":
+            part = {"type": "output_text", "text": complete["content"], "annotations": []}
+        complete["content"] = [part]
+    return complete
 
 
 def _text(content: Any, path: FieldPath, ignored: IgnoredFields, *part_types: str) -> str:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import ConfigDict, Field
@@ -16,16 +16,13 @@ from llmkit.runtime.server.http.http_errors import invalid
 from llmkit.runtime.server.sandbox import Sandbox, SandboxError
 from llmkit.runtime.server.sandbox_process import CompileGrammar
 from llmkit.runtime.server.schemas.base_request import GenerationRequest, StrictModel, any_of_schema
-from llmkit.runtime.server.text.output_parser import THINK_END, THINK_START
-from llmkit.runtime.server.text.tool_calls import ToolCallFormat
+from llmkit.runtime.server.text.lark_grammar import WHITE_SPACE, Mark, lark_string
+from llmkit.runtime.server.text.tool_call_grammar import answer_frame, final_message
+from llmkit.runtime.server.text.tool_dialects import ChannelCall, ReasoningMarks
 
 MAX_GRAMMAR_BYTES = 64 * 1024  # of a schema, a regular expression or a grammar, as JSON
 MAX_COMBINED_GRAMMAR_BYTES = 256 * 1024  # of the grammar that is built, with all tools
 MAX_DEPTH = 64  # of a schema
-# White space between JSON tokens: a space, or a line feed and its indentation. A model that cannot
-# stop writing white space would fill the answer with it.
-_WHITE_SPACE = {"x-guidance": {"whitespace_pattern": r" |\n(?: {0,16}|\t{0,8})"}}
-
 _SCHEMA = any_of_schema({"type": "object"}, {"type": "string"})  # a JSON schema, or the text of one
 
 # An entry of llguidance's list: {"json_schema": ...} or {"lark_grammar": ...}.
@@ -196,18 +193,13 @@ def constraint_grammar(constraint: OutputConstraint) -> Grammar:
     """Return the grammar of an answer that follows `constraint`."""
     match constraint.kind:
         case "json":
-            return {"json_schema": _WHITE_SPACE | constraint.value}
+            return {"json_schema": WHITE_SPACE | constraint.value}
         case "choice":
             return {"lark_grammar": "start: " + " | ".join(map(lark_string, constraint.value))}
         case "regex":
             return {"lark_grammar": f"start: /{_escape_slashes(constraint.value)}/"}
         case "lark":
             return {"lark_grammar": constraint.value}
-
-
-def lark_string(text: str) -> str:
-    """Return `text` as a string of a Lark grammar."""
-    return json.dumps(text, ensure_ascii=False)
 
 
 def _escape_slashes(regex: str) -> str:
@@ -221,97 +213,29 @@ def _escape_slashes(regex: str) -> str:
     )
 
 
-def tool_call_grammars(
-    call_format: ToolCallFormat,
-    tools: Sequence[dict[str, Any]],
-    parallel: bool,
-    optional: bool,
-    lark: Callable[[str], str],
-) -> list[Grammar]:
-    """Return the grammar of tool calls in `call_format`, and the grammars that it refers to.
-
-    `parallel`: there may be several calls. `optional`: there may be other text and no call, but
-    text that begins like a call must be one. `lark` converts a text to a Lark expression.
-    """
-    rules = []
-    for index, tool in enumerate(tools):
-        head = call_format.call_head(tool["function"]["name"])
-        rules.append(f"c{index}: {lark_string(head)} @args_{index} " + '"}"')
-    call = "(" + " | ".join(f"c{index}" for index in range(len(tools))) + ")"
-    opener = lark(call_format.opener)
-    opener_is_token = not opener.startswith('"')
-    if optional:
-        rules.append("TEXT: /(.|\\n)*/")
-        rules.append("NO_JSON: /([^{](.|\\n)*)?/")
-        if opener_is_token:
-            rules.append("lead: TEXT " + opener)
-        else:
-            rules.append(f"lead[lazy]: /(.|\\n)*{re.escape(call_format.opener)}/")
-    if call_format.closer:
-        rules.append(f'one: "\\n"? {call} "\\n"? {lark(call_format.closer)}')
-        if optional:
-            start = "(lead one)* TEXT"
-        else:
-            more = f'("\\n"? {opener} one)*' if parallel else ""
-            start = f"{opener} one {more}"
-    elif call_format.whole_answer:
-        start = f"{opener}? {call}"
-        if parallel:
-            start += f' ("; " {call})*'
-        if optional:
-            start += " | NO_JSON"
-    else:
-        more = f' (", " {call})*' if parallel else ""
-        call_list = f'"[" {call}{more} "]"'
-        if not optional:
-            start = f"{opener} {call_list}"
-        elif opener_is_token:
-            start = f"TEXT ({opener} {call_list})?"
-        else:
-            start = f"(lead {call_list})? TEXT"
-    schemas = []
-    for index, tool in enumerate(tools):
-        parameters = tool["function"].get("parameters", {})
-        schema = _WHITE_SPACE | {"type": "object"} | parameters
-        schemas.append({"name": f"args_{index}", "json_schema": schema})
-    return [{"lark_grammar": "\n".join([f"start: {start}", *rules])}, *schemas]
-
-
 def combined_grammar(
     answer: Grammar | None,
-    calls: Sequence[Grammar],
-    may_reason: bool,
+    calls: str | None,
+    reasoning: ReasoningMarks | None,
     starts_in_reasoning: bool,
-    lark: Callable[[str], str],
+    mark: Mark,
+    channels: ChannelCall | None = None,
 ) -> str:
     """Return the grammar of everything that the model may write, as llguidance's JSON.
 
-    The model writes `calls` or `answer`. Reasoning may come first if `may_reason`, and
-    must come first if the prompt has begun it (`starts_in_reasoning`).
+    The model writes `calls`, a Lark grammar, or `answer`. See `answer_frame` for the others.
     """
     named: list[Grammar] = []
     alternatives = []
     if answer:
         named.append({"name": "answer", **answer})
-        alternatives.append("@answer")
-    if calls:
-        named += [{"name": "calls", **calls[0]}, *calls[1:]]
+        shown = "@answer"
+        alternatives.append(final_message(channels, shown, mark) if channels else shown)
+    if calls is not None:
+        named.append({"name": "calls", "lark_grammar": calls})
         alternatives.append("@calls")
-    body = " | ".join(alternatives)
-    lines = [f"start: {body}"]
-    if may_reason or starts_in_reasoning:
-        end = lark(THINK_END)
-        thought = "thought /\\n{0,2}/"
-        if not starts_in_reasoning:
-            thought = f"({lark(THINK_START)} {thought})?"
-        end_is_string = end.startswith('"')
-        if end_is_string:
-            rule = f"thought[suffix={end}]: /(.|\\n)*/"
-        else:
-            rule = f"thought: /(.|\\n)*/ {end}"
-        lines = [f"start: {thought} ({body})", rule]
-    top = {"name": "top", "lark_grammar": "\n".join(lines)}
-    return json.dumps({"grammars": [top, *named]})
+    frame = answer_frame(channels, alternatives, reasoning, starts_in_reasoning, mark)
+    return json.dumps({"grammars": [{"name": "top", "lark_grammar": frame}, *named]})
 
 
 async def check_grammar(sandbox: Sandbox, grammar: str, param: str) -> None:

@@ -56,7 +56,12 @@ class InternalRequest:
 
     async def __aenter__(self) -> InternalRequest:
         self._task = asyncio.create_task(self._run())
-        start = await self._messages.get()
+        try:
+            start = await self._messages.get()
+        except BaseException:
+            # A context that was not entered is not left, either.
+            await self._end(self._task)
+            raise
         if start is not None:
             self.status = start["status"]
         return self
@@ -68,9 +73,15 @@ class InternalRequest:
         trace: TracebackType | None,
     ) -> None:
         assert self._task is not None
+        await self._end(self._task)
+
+    async def _end(self, task: asyncio.Task[None]) -> None:
         self._disconnected.set()
-        self._task.cancel()
-        await asyncio.wait([self._task])
+        task.cancel()
+        # The application may go on after the cancellation: it must not wait for a reader.
+        if not self._messages.empty():
+            self._messages.get_nowait()
+        await asyncio.wait([task])
 
     async def chunks(self) -> AsyncIterator[bytes]:
         """Yield the parts of the response's body as they arrive."""
@@ -90,10 +101,15 @@ class InternalRequest:
 
     async def _run(self) -> None:
         try:
-            await self._app(self._scope, self._receive, self._messages.put)
+            await self._app(self._scope, self._receive, self._send)
         except Exception as error:  # the application has sent the 500, or the body is cut off
             traceback.print_exception(error, file=sys.stderr)
-        await self._messages.put(None)
+        await self._send(None)
+
+    async def _send(self, message: Message | None) -> None:
+        """Pass on a message of the application; after the end, drop it."""
+        if not self._disconnected.is_set():
+            await self._messages.put(message)
 
     async def _receive(self) -> Message:
         if self._unread_body:

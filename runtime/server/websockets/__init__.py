@@ -1,0 +1,1 @@
+"""WebSockets: the protocol's limits, OpenAI's Responses over a socket, and streams of tokens."""
