@@ -98,7 +98,8 @@ def test_sleep_at_level_1_frees_the_cache_and_keeps_the_process(server: LlmkitSe
     assert (slept["status"], slept["level"]) == ("sleeping", 1)
     assert is_sleeping(server)
     freed = awake_bytes - engine.memory_info().rss
-    assert KV_BYTES * 0.85 < freed < KV_BYTES * 1.5, f"{freed / MIB} MiB are free"
+    # Buffers of earlier steps are freed as well, so there is no upper limit.
+    assert freed > KV_BYTES * 0.85, f"{freed / MIB} MiB are free"
     refused = ask(server)
     assert (refused.status_code, refused.json()["error"]["code"]) == (503, "sleeping")
     assert post(server, "/sleep", level=1).json()["level"] == 1, "it sleeps already"

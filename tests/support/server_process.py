@@ -39,12 +39,15 @@ class LlmkitServer:
         self.log = log
         self.key = key
         arguments = json.dumps({"model": str(model), "port": 0, "device": "cpu", **options})
+        environment = dict(os.environ)
+        # The id of the test that starts the server may contain a key.
+        environment.pop("PYTEST_CURRENT_TEST", None)
         with log.open("w") as stream:
             self.process = subprocess.Popen(
                 [sys.executable, "-c", _LAUNCHER, arguments],
                 stdout=stream,
                 stderr=stream,
-                env=os.environ,
+                env=environment,
             )
 
     @property
