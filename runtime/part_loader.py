@@ -113,6 +113,7 @@ class LoadedPart:
             ),
             num_speculative_tokens=options.speculation.num_tokens,
             draft_method=options.speculation.method,
+            synthetic_acceptance_rates=options.acceptance_rates,
             enforce_eager=bool(plan.offload.num_layers),
             max_cudagraph_capture_size=options.max_cudagraph_capture_size,
         )

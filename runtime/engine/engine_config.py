@@ -39,6 +39,8 @@ class EngineConfig:
     num_speculative_tokens: int = 0  # draft tokens per sequence; not with async_scheduling
     # Where draft tokens come from without a draft model or head: "ngram" or "suffix".
     draft_method: str = "ngram"
+    # See `acceptance_rates`; (): a draft token is accepted when the model samples it.
+    synthetic_acceptance_rates: tuple[float, ...] = ()
     enforce_eager: bool = False  # never replay decode steps from a graph
     # Recurrent states. Whether the model has any is set by Engine.
     has_recurrent_states: bool = False

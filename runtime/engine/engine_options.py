@@ -4,7 +4,15 @@ from dataclasses import dataclass, field, replace
 from typing import Annotated
 
 from llmkit.common.errors import UsageError
-from llmkit.common.option_values import DTYPE, NEGATED, SIZE, THREADS, count_or_auto, within
+from llmkit.common.option_values import (
+    DTYPE,
+    NEGATED,
+    NUMBERS,
+    SIZE,
+    THREADS,
+    count_or_auto,
+    within,
+)
 from llmkit.common.options import (
     CPU_ACTIVATIONS,
     DEVICE,
@@ -20,6 +28,7 @@ from llmkit.runtime.engine.speculation import (
     check_speculation,
     parse_speculation,
 )
+from llmkit.runtime.engine.synthetic_acceptance import acceptance_rates
 
 MODEL_PANEL = "Model"
 MEMORY_PANEL = "Memory"
@@ -237,6 +246,28 @@ class EngineOptions:
             panel=PERFORMANCE_PANEL,
         ),
     ] = None
+    synthetic_acceptance_rates: Annotated[
+        tuple[float, ...],
+        Option(
+            "To measure speed only: accept this share of the draft tokens, or the share at each "
+            "place of a draft, by a draw; the answers are not the model's.",
+            metavar="SHARE,...",
+            format=NUMBERS,
+            unset="the model accepts",
+            follows="draft_model",
+            panel=PERFORMANCE_PANEL,
+        ),
+    ] = ()
+    synthetic_acceptance_length: Annotated[
+        float | None,
+        Option(
+            "The same by the mean tokens of a step with drafts, the model's own included.",
+            metavar="TOKENS",
+            unset="the model accepts",
+            follows="synthetic_acceptance_rates",
+            panel=PERFORMANCE_PANEL,
+        ),
+    ] = None
     adapters: Annotated[
         dict[str, str],
         Option(
@@ -245,7 +276,7 @@ class EngineOptions:
             metavar="NAME=DIR",
             format=ADAPTERS,
             unset="none",
-            follows="draft_model",
+            follows="synthetic_acceptance_length",
             panel=MODEL_PANEL,
         ),
     ] = field(default_factory=dict)
@@ -270,3 +301,15 @@ class EngineOptions:
     def speculation(self) -> Speculation:
         """What `speculate` means."""
         return parse_speculation(self.speculate)
+
+    @property
+    def acceptance_rates(self) -> tuple[float, ...]:
+        """See `acceptance_rates`; () unless draft tokens are accepted by a draw.
+
+        Raises UsageError for rates that do not fit the draft tokens.
+        """
+        return acceptance_rates(
+            self.synthetic_acceptance_rates,
+            self.synthetic_acceptance_length,
+            self.speculation.num_tokens,
+        )

@@ -54,6 +54,7 @@ from llmkit.runtime.engine.step_logprobs import (
     sampled_logprob_rows,
     split_logprobs,
 )
+from llmkit.runtime.engine.synthetic_acceptance import synthetic_tokens
 from llmkit.runtime.engine.thinking_budget import forced_rows
 
 # Logits of a step that one thread samples from: starting and ending the parallel loops of torch's
@@ -121,6 +122,7 @@ class InFlightStep:
     logprobs: LogprobsTensors | None
     embeddings: tuple[torch.Tensor, ...]  # float32 [H] of each request that returns one
     done: Waitable | None  # None: the tensors are on the host already
+    synthetic_acceptance_rates: tuple[float, ...] = ()  # see `EngineConfig`
 
     @property
     def tensors(self) -> list[torch.Tensor]:
@@ -171,7 +173,17 @@ class InFlightStep:
                 num_drafts += request.num_draft_tokens
             rows = sampled[row : row + request.num_sampled_rows]
             row += request.num_sampled_rows
-            accepted.append(accepted_tokens(drafts, rows))
+            if self.synthetic_acceptance_rates:
+                tokens = synthetic_tokens(
+                    self.synthetic_acceptance_rates,
+                    drafts,
+                    rows,
+                    request.sequence.arrival,
+                    request.num_sampled,
+                )
+            else:
+                tokens = accepted_tokens(drafts, rows)
+            accepted.append(tokens)
         return accepted
 
 
@@ -654,7 +666,15 @@ class ModelRunner:
         )
         tensors = [token_ids, *(logprobs or ()), *embeddings]
         done = self.model.parallel_group.receive_results(tensors)
-        return InFlightStep(inputs.step, token_ids, None, logprobs, embeddings, done)
+        return InFlightStep(
+            inputs.step,
+            token_ids,
+            None,
+            logprobs,
+            embeddings,
+            done,
+            self.config.synthetic_acceptance_rates,
+        )
 
     def _pooled_size(self, request: ScheduledRequest) -> int:
         """How many numbers a pooled request returns."""
@@ -685,7 +705,15 @@ class ModelRunner:
             embeddings = tuple(map(_to_host, embeddings))
             done = torch.cuda.Event()
             done.record()
-        return InFlightStep(inputs.step, token_ids, draft_token_ids, logprobs, embeddings, done)
+        return InFlightStep(
+            inputs.step,
+            token_ids,
+            draft_token_ids,
+            logprobs,
+            embeddings,
+            done,
+            self.config.synthetic_acceptance_rates,
+        )
 
     def _to_device(self, values: list[int]) -> torch.Tensor:
         return int64_tensor(values, self.config.device)

@@ -14,6 +14,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from llmkit.common.version import version
+from llmkit.runtime.engine.synthetic_acceptance import HEADER as SYNTHETIC_HEADER
 from llmkit.runtime.server.embedding_requests import EmbeddingResponseBuilder, prepare_embeddings
 from llmkit.runtime.server.engine_change_routes import add_engine_change_routes
 from llmkit.runtime.server.http.api_keys import Client
@@ -121,7 +122,7 @@ def build_app(state: ServerState, clients: Sequence[Client]) -> ASGIApp:
         return openapi_response()
 
     app.add_api_route("/openapi.json", openapi_endpoint, methods=["GET"], response_model=None)
-    return SecurityMiddleware(
+    guarded = SecurityMiddleware(
         _with_request_tracking(app, state),
         options.host,
         clients,
@@ -130,6 +131,8 @@ def build_app(state: ServerState, clients: Sequence[Client]) -> ASGIApp:
         options.allowed_hosts,
         options.allowed_origins,
     )
+    rates = options.engine.acceptance_rates
+    return _with_synthetic_acceptance(guarded, rates) if rates else guarded
 
 
 def new_app() -> FastAPI:
@@ -333,6 +336,21 @@ def _with_request_tracking(app: ASGIApp, state: ServerState) -> ASGIApp:
             await app(scope, receive, _with_ignored_fields(scope, send, state))
 
     return tracked_app
+
+
+def _with_synthetic_acceptance(app: ASGIApp, rates: Sequence[float]) -> ASGIApp:
+    """Return `app` with a header in each response that says that answers are not the model's."""
+    header = (SYNTHETIC_HEADER.encode(), ",".join(f"{rate:g}" for rate in rates).encode())
+
+    async def marking_app(scope: Scope, receive: Receive, send: Send) -> None:
+        async def marking_send(message: Message) -> None:
+            if message["type"] in ("http.response.start", "websocket.accept"):
+                message = message | {"headers": [*message.get("headers", ()), header]}
+            await send(message)
+
+        await app(scope, receive, marking_send)
+
+    return marking_app
 
 
 def _with_ignored_fields(scope: Scope, send: Send, state: ServerState) -> Send:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from llmkit.common.errors import ShortageError, UsageError
+from llmkit.runtime.engine.synthetic_acceptance import HEADER
 from llmkit.runtime.prefix_folder import private_folder
 from llmkit.runtime.process_channel import API_KEY_VARIABLE, end_process, spawn
 from llmkit.runtime.server.engines.engine_messages import LoadModel
@@ -61,6 +62,7 @@ def run_server(
     check_exposure(options, clients)
     if listener is None:  # otherwise the router has warned
         log_open_doors(options, clients, log)
+    check_synthetic_acceptance(options, log)
     _raise_open_files_limit()
     if options.ssl_certfile or options.ssl_keyfile or options.ssl_ca_certs:
         # Imported here, as uvloop would delay the start of the engine processes.
@@ -165,6 +167,34 @@ def log_open_doors(
                 f"warning: with {option} '*' and no API key, every web page that a browser on this "
                 f"machine opens can use the server. Name what you need, or give --api-key-file"
             )
+
+
+def check_synthetic_acceptance(options: ServeOptions, log: Callable[[str], None]) -> None:
+    """Log a warning when draft tokens are accepted by a draw: the answers are not the model's.
+
+    Raises UsageError for what would keep such answers or hide where they come from.
+    """
+    rates = options.engine.acceptance_rates
+    if not rates:
+        return
+    for option, is_used in (
+        ("--response-cache", bool(options.response_cache)),
+        ("--semantic-cache", bool(options.semantic_cache)),
+        ("--response-store", options.response_store is not None),
+        ("--grpc-port", options.grpc_port is not None),
+    ):
+        if is_used:
+            raise UsageError(
+                f"{option} with synthetic acceptance, whose answers are not the model's",
+                f"They are neither stored nor sent without the header {HEADER}",
+                "Leave out one of them",
+            )
+    shares = ", ".join(f"{rate:.0%}" for rate in rates)
+    log(
+        "warning: SYNTHETIC ACCEPTANCE: draft tokens are accepted by a draw"
+        f" ({shares} at their places), so that the answers are NOT THE MODEL'S. This server is"
+        f" for measuring speed only; each response has the header {HEADER}"
+    )
 
 
 def bind(host: str, port: int) -> socket.socket:
