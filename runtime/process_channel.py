@@ -36,6 +36,8 @@ _READ_BYTES = 1 << 18
 _PR_SET_PDEATHSIG = 1
 _SOCKET_BUFFER_BYTES = 1 << 20
 API_KEY_VARIABLE = "LLMKIT_API_KEY"  # a secret, which child processes do not inherit
+# The key of a router's own requests to the servers of its models, which only these get.
+ROUTER_KEY_VARIABLE = "LLMKIT_ROUTER_KEY"
 _encoder = msgspec.msgpack.Encoder()
 _ERROR_CLASSES: dict[int, type[LlmkitError]] = {
     error_class.exit_code: error_class
@@ -156,12 +158,13 @@ def spawn(
 ) -> tuple[subprocess.Popen[bytes], socket.socket]:
     """Start `python -m module` and send its first message.
 
-    Returns the process and the parent's socket. variables: added to the environment, from which the
-    API key is removed. The module must call `parent_socket`. After that call the process may be
+    Returns the process and the parent's socket. variables: added to the environment, from which
+    keys are removed. The module must call `parent_socket`. After that call the process may be
     killed when the thread that called `spawn` ends.
     """
     environment = dict(os.environ)
-    environment.pop(API_KEY_VARIABLE, None)
+    for secret in (API_KEY_VARIABLE, ROUTER_KEY_VARIABLE):
+        environment.pop(secret, None)
     environment.update(variables)
     parent_end, child_end = socket.socketpair()
     for end in (parent_end, child_end):

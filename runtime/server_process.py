@@ -28,6 +28,7 @@ import psutil
 from llmkit.common.errors import LlmkitError
 from llmkit.runtime.process_channel import (
     API_KEY_VARIABLE,
+    ROUTER_KEY_VARIABLE,
     Channel,
     Failed,
     end_process,
@@ -68,7 +69,7 @@ class ServerProcess:
 
     key: the only API key that it accepts; None: the keys in the options. message: receives its
     lines for the user, on another thread. tcp: listen on a free loopback port instead of a Unix
-    socket.
+    socket. router_key: a key that it accepts beside the others; None: no other.
     """
 
     def __init__(
@@ -77,6 +78,7 @@ class ServerProcess:
         key: str | None = None,
         message: Callable[[str], None] = lambda text: None,
         tcp: bool = False,
+        router_key: str | None = None,
     ) -> None:
         self.key = key
         # What `run_server` reports, or the LlmkitError with which the start failed.
@@ -107,7 +109,8 @@ class ServerProcess:
         start = StartServer(options.to_dict(), self.socket_path)
         # The environment of a process can be read by this user only.
         api_key = key or os.environ.get(API_KEY_VARIABLE)
-        variables = {API_KEY_VARIABLE: api_key} if api_key else {}
+        keys = {API_KEY_VARIABLE: api_key, ROUTER_KEY_VARIABLE: router_key}
+        variables = {variable: value for variable, value in keys.items() if value}
         self._process, self._socket = spawn(_PROCESS, start, variables)
         threading.Thread(target=self._listen, name="server-process", daemon=True).start()
 

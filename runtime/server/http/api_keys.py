@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llmkit.common.errors import InputError
-from llmkit.runtime.process_channel import API_KEY_VARIABLE
+from llmkit.runtime.process_channel import API_KEY_VARIABLE, ROUTER_KEY_VARIABLE
 from llmkit.runtime.server.http.http_errors import ApiError
 from llmkit.runtime.server.http.key_usage import KeyUsage
 from llmkit.runtime.server.serve_options import ServeOptions
@@ -218,8 +218,17 @@ def find_client(clients: Sequence[Client], key: bytes) -> Client | None:
 def load_api_keys(options: ServeOptions) -> tuple[Client, ...]:
     """Return the clients of the key file, else the one of LLMKIT_API_KEY, else none.
 
-    Raises InputError for a wrong file. Its message never contains a key.
+    Behind a router with shadows, the router itself is one more. Raises InputError for a wrong file.
+    Its message never contains a key.
     """
+    clients = _load_client_keys(options)
+    router_key = os.environ.get(ROUTER_KEY_VARIABLE, "")
+    if clients and router_key and options.behind_router:
+        return (*clients, Client.of(router_key))
+    return clients
+
+
+def _load_client_keys(options: ServeOptions) -> tuple[Client, ...]:
     if options.api_key_file is None:
         key = os.environ.get(API_KEY_VARIABLE, "").strip()
         return (Client.of(key),) if key else ()

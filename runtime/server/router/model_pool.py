@@ -17,7 +17,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Itera
 from concurrent.futures import Future
 from typing import Any, Protocol
 
-from llmkit.common.errors import LlmkitError
+from llmkit.common.errors import LlmkitError, ShortageError
 from llmkit.runtime.server.async_waits import run_in_thread, wait_first
 from llmkit.runtime.server.ollama.model_facts import ModelFacts
 
@@ -113,6 +113,10 @@ class ModelPool:
         loaded = [model for model in self.models.values() if model.state == "loaded"]
         return sorted(loaded, key=lambda model: -model.last_used)
 
+    def has_place(self, model: PooledModel) -> bool:
+        """Whether `acquire` would unload no other model, as things are now."""
+        return model.server is not None or self._num_servers() < self._max_loaded
+
     @contextlib.asynccontextmanager
     async def acquire(self, model: PooledModel, idle_s: float | None = None) -> AsyncIterator[Any]:
         """Yield the model's server, for one request; load the model first if needed.
@@ -140,6 +144,38 @@ class ModelPool:
             model.num_running -= 1
             self._mark_used(model)
             self._changed.set()
+
+    async def add(self, model: PooledModel) -> None:
+        """Add a model and load it. No other model is unloaded for it.
+
+        Raises ShortageError when all places are taken, and the LlmkitError of a failed load. The
+        model is not in the pool then.
+        """
+        if len(self.models) >= self._max_loaded:
+            raise ShortageError(
+                f"{len(self.models)} models are loaded (--max-loaded {self._max_loaded})",
+                todo="Unload one first",
+            )
+        self.models[model.name] = model
+        try:
+            async with self.acquire(model):
+                pass
+        except BaseException:
+            if self.models.get(model.name) is model:
+                del self.models[model.name]
+            raise
+
+    async def remove(self, model: PooledModel, timeout_s: float) -> None:
+        """Remove a model and unload it, after its running requests or `timeout_s` seconds."""
+        del self.models[model.name]
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                while model.num_running or model.num_waiting:
+                    self._changed.clear()
+                    await self._changed.wait()
+        async with self._load_lock:
+            if model.server is not None:
+                await self._unload(model)
 
     def keep_loaded(self, model: PooledModel, is_busy: IsBusy) -> None:
         """Count `model` as running until its server has no work that goes on without a request.

@@ -22,6 +22,7 @@ class NamedRoutes:
             name: LocalTier(pool, model) for name, model in pool.models.items()
         }
         tiers |= url_tiers
+        self.tiers = tiers  # by name
         self._routes: dict[str, NamedRoute] = {}
         for name in url_tiers:
             self._routes[name] = NamedRoute(name, Route(tiers=[name]), tiers, self.metrics)
