@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from statistics import fmean, median
 from typing import Literal
 
-from llmkit.bench.draft_counts import DraftCounts
+from llmkit.bench.draft_counts import POSITION_PREFIX, DraftCounts
+from llmkit.bench.server_samples import QueueCounts
+from llmkit.bench.tool_accuracy.tool_results import category_of_metric
 from llmkit.common.errors import InputError, UsageError
 
 
@@ -41,11 +43,18 @@ class RequestTimeline:
     output_tokens: int = 0
     error: str | None = None  # why the request failed; None: it is complete
     schedule_lag_s: float = 0.0  # from its scheduled time to its sending; 0 without a schedule
+    # Arrival of the first token that is no reasoning; None: there was none, or it is not known.
+    first_output_s: float | None = None
 
     @property
     def ttft_s(self) -> float:
         """Time to first token: from sending to the first arrival."""
         return self.arrivals_s[0] - self.sent_s
+
+    @property
+    def ttfo_s(self) -> float | None:
+        """Time to first output token, which is no reasoning; None: there was none."""
+        return None if self.first_output_s is None else self.first_output_s - self.sent_s
 
     @property
     def e2e_s(self) -> float:
@@ -78,6 +87,10 @@ class RunResult:
     timelines: list[RequestTimeline]  # in the order of the requests, failed ones included
     client_cpu_s: float | None = None  # processor time of the load client; None: no client
     draft_counts: DraftCounts | None = None  # of speculative decoding; None: not known
+    queue_counts: QueueCounts | None = None  # of the server's queue; None: not known
+    # The AGENT_METRICS and what to know about them; empty when no sessions were played.
+    session_metrics: dict[str, float] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
 
 _LATENCY_STATISTICS = {"mean": None, "p50": 50.0, "p90": 90.0, "p95": 95.0, "p99": 99.0}
@@ -109,11 +122,22 @@ SPEED_METRICS = _by_name(
     Metric("goodput", "goodput", "1/s", "higher"),
     Metric("acceptance", "draft tokens accepted", "share", "higher"),
     Metric("acceptance_length", "tokens of a step with drafts", "tokens", "higher"),
+    Metric("drafts", "steps with drafts", "", "neither", headline=False),
     Metric("mbu", "memory bandwidth used (MBU)", "share", "higher"),
     Metric("mfu", "operations used (MFU)", "share", "higher"),
     Metric("gpu_power_w", "GPU power", "W", "lower"),
     Metric("energy_per_token_j", "GPU energy of an output token", "J", "lower"),
-    Metric("cost_per_million", "cost of a million output tokens", "", "lower"),
+    Metric("cpu_power_w", "CPU power", "W", "lower"),
+    Metric("cpu_energy_per_token_j", "CPU energy of an output token", "J", "lower"),
+    Metric("kwh_per_million", "energy of a million output tokens", "kWh", "lower"),
+    Metric("cost_per_million", "all cost, of a million output tokens", "", "lower"),
+    Metric("cost_per_million_total", "all cost, of a million tokens", "", "lower"),
+    Metric("cost_per_million_input", "prefill's cost, of a million prompt tokens", "", "lower"),
+    Metric("cost_per_million_output", "decode's cost, of a million output tokens", "", "lower"),
+    Metric("input_cost_share", "prefill's share of the cost", "share", "neither", headline=False),
+    Metric("queue_mean_ms", "wait in the server's queue, mean", "ms", "lower", headline=False),
+    Metric("kv_cache_usage_max", "KV cache in use, at most", "share", "lower", headline=False),
+    Metric("requests_waiting_max", "requests waiting, at most", "", "lower", headline=False),
     Metric("client_us", "client's time for a token", "us", "neither", headline=False),
     Metric("client_busy", "client's share of a core", "share", "neither", headline=False),
     Metric("client_late_ms", "client behind its schedule, p99", "ms", "neither", headline=False),
@@ -144,6 +168,12 @@ TARGET_METRICS = _by_name(
     Metric("mean_kl_bound", f"{_KL}, mean, at least", "nats/token", "lower"),
     Metric("p99_kl_bound", f"{_KL}, p99, at least", "nats/token", "lower"),
     Metric("max_kl_bound", f"{_KL}, largest, at least", "nats/token", "lower"),
+    Metric("tool_accuracy", "tool cases answered right", "share", "higher"),
+    Metric("tool_well_formed", "tool answers well formed", "share", "higher"),
+    Metric("tool_name", "calls of offered tools", "share", "higher"),
+    Metric("tool_schema", "calls that keep the schema", "share", "higher"),
+    Metric("tool_equal", "calls equal to the reference", "share", "higher"),
+    Metric("tool_no_call", "no call where none is right", "share", "higher"),
     Metric("checkpoint_bytes", "checkpoint", "bytes", "lower"),
     Metric("load_s", "loading the model", "s", "lower"),
     Metric("ready_s", "from start to ready", "s", "lower"),
@@ -153,6 +183,36 @@ TARGET_METRICS = _by_name(
     Metric("saturation_load", "load at saturation", "", "higher"),
 )
 """Measured once for each target."""
+
+AGENT_METRICS = _by_name(
+    *(
+        Metric(
+            f"ttfo_{statistic}_ms",
+            f"time to first output token, {statistic}",
+            "ms",
+            "lower",
+            headline=statistic in ("p50", "p99"),
+        )
+        for statistic in _LATENCY_STATISTICS
+    ),
+    Metric("ttfo_share", "requests with output, not reasoning alone", "share", "higher"),
+    *(
+        Metric(
+            f"session_{statistic}_s",
+            f"session latency, {statistic}",
+            "s",
+            "lower",
+            headline=statistic in ("p50", "p99"),
+        )
+        for statistic in _LATENCY_STATISTICS
+    ),
+    Metric("session_rate", "sessions", "1/s", "higher"),
+    Metric("sessions", "sessions", "", "neither", headline=False),
+    Metric("ideal_cached_tokens", "ideal prefix hits", "tokens", "neither", headline=False),
+    Metric("ideal_hit_rate", "prompt tokens that an infinite cache has", "share", "higher"),
+    Metric("prefix_hits_of_ideal", "prefix hits, of those possible", "share", "higher"),
+)
+"""Measured for each load of `--mode agentic`, beside the SPEED_METRICS."""
 
 STARTUP_METRICS = _by_name(
     TARGET_METRICS["ready_s"],
@@ -191,11 +251,22 @@ CONDITIONAL_SPEED_METRICS = {
     "goodput",
     "acceptance",
     "acceptance_length",
+    "drafts",
     "mbu",
     "mfu",
     "gpu_power_w",
     "energy_per_token_j",
+    "cpu_power_w",
+    "cpu_energy_per_token_j",
+    "kwh_per_million",
     "cost_per_million",
+    "cost_per_million_total",
+    "cost_per_million_input",
+    "cost_per_million_output",
+    "input_cost_share",
+    "queue_mean_ms",
+    "kv_cache_usage_max",
+    "requests_waiting_max",
     "client_us",
     "client_busy",
     "client_late_ms",
@@ -206,7 +277,8 @@ CONDITIONAL_SPEED_METRICS = {
 def find_metric(name: str) -> Metric | None:
     """The metric with a full name; None for an unknown name.
 
-    Full names are "perplexity", "online.output_tps" or "task.arc_easy.acc".
+    Full names are "perplexity", "online.output_tps", "task.arc_easy.acc" or
+    "tool.parallel.accuracy".
     """
     if name.startswith(TASK_PREFIX):
         words = name.removeprefix(TASK_PREFIX).split(".")
@@ -214,13 +286,24 @@ def find_metric(name: str) -> Metric | None:
             return None
         lower = bool(_LOWER_IS_BETTER & set(words))
         return Metric(name, ", ".join(words), "", "lower" if lower else "higher")
+    category = category_of_metric(name)
+    if category is not None:
+        title = f"tool cases answered right: {category}"
+        return Metric(name, title, "share", "higher")
     short_name = name.rpartition(".")[2]
     if short_name.startswith(STAGE_PREFIX):
         stage = short_name.removeprefix(STAGE_PREFIX).removesuffix("_s").replace("_", " ")
         return Metric(short_name, f"of it: {stage}", "s", "lower")
+    if short_name.startswith(POSITION_PREFIX):
+        place = short_name.removeprefix(POSITION_PREFIX)
+        if not place.isdecimal():
+            return None
+        title = f"drafts accepted up to place {place}"
+        return Metric(short_name, title, "share", "higher", headline=False)
     return (
         TARGET_METRICS.get(name)
         or SPEED_METRICS.get(short_name)
+        or AGENT_METRICS.get(short_name)
         or STARTUP_METRICS.get(short_name)
         or ROUTE_METRICS.get(name)
     )
@@ -282,11 +365,7 @@ def calculate_metrics(
         "e2e": [timeline.e2e_s for timeline in timelines],
     }
     for latency, seconds in samples.items():
-        if not seconds:
-            continue
-        for statistic, percent in _LATENCY_STATISTICS.items():
-            value = fmean(seconds) if percent is None else percentile(seconds, percent)
-            metrics[f"{latency}_{statistic}_ms"] = 1000 * value
+        metrics |= latency_statistics(latency, seconds)
     if slo:
         good_requests = sum(_meets_slo(timeline, slo) for timeline in timelines)
         metrics["goodput"] = good_requests / wall_s
@@ -298,6 +377,15 @@ def calculate_metrics(
         "cache_hit_rate": cached_tokens / max(1, prompt_tokens),
         "output_tokens": output_tokens,
     }
+
+
+def latency_statistics(latency: str, seconds: Sequence[float]) -> dict[str, float]:
+    """Mean and percentiles of a latency in milliseconds, by metric name; {} without a sample."""
+    metrics = {}
+    for statistic, percent in _LATENCY_STATISTICS.items() if seconds else ():
+        value = fmean(seconds) if percent is None else percentile(seconds, percent)
+        metrics[f"{latency}_{statistic}_ms"] = 1000 * value
+    return metrics
 
 
 def _meets_slo(timeline: RequestTimeline, slo: Mapping[str, float]) -> bool:

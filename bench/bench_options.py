@@ -1,8 +1,10 @@
 """The options of `llmkit bench`. Nothing heavy is imported: the command line imports them."""
 
+import math
 from dataclasses import dataclass
 from typing import Annotated
 
+from llmkit.common.errors import UsageError
 from llmkit.common.option_values import (
     DTYPE,
     INTEGERS,
@@ -10,6 +12,7 @@ from llmkit.common.option_values import (
     THREADS,
     TOKEN_RANGE,
     count_or_auto,
+    within,
 )
 from llmkit.common.options import (
     CPU_ACTIVATIONS,
@@ -18,12 +21,32 @@ from llmkit.common.options import (
     SEED,
     CpuActivations,
     Option,
+    ValueFormat,
 )
 from llmkit.runtime.engine.speculation import SPECULATION, check_speculation
 
 LOAD_PANEL = "Load"
 QUALITY_PANEL = "Quality"
 RESULTS_PANEL = "Results"
+MEASURED = "measured"  # of --power
+
+
+def _parse_power(option: str, text: str) -> float | str:
+    if text == MEASURED:
+        return MEASURED
+    try:
+        watts = float(text)
+    except ValueError:
+        watts = math.nan
+    if not 0 < watts < math.inf:
+        raise UsageError(
+            f"{option}: {text!r} is not a power", f"Watts above 0, or {MEASURED}, were expected"
+        )
+    return watts
+
+
+# Watts, or `measured`.
+POWER = ValueFormat(_parse_power, yaml_type=float | str)
 
 
 @dataclass(frozen=True)
@@ -148,6 +171,44 @@ class EvalTaskOptions:
             panel=QUALITY_PANEL,
         ),
     ] = False
+
+
+@dataclass(frozen=True)
+class ToolCaseOptions:
+    """The cases with tools that a server is asked, and whose calls are checked."""
+
+    sources: Annotated[
+        tuple[str, ...],
+        Option(
+            "Ask cases with tools, and check the calls in the answers: builtin, or a file in our "
+            "format or BFCL's; may be repeated.",
+            flags=("--tool-cases",),
+            metavar="builtin|FILE",
+            unset="none",
+            panel=QUALITY_PANEL,
+        ),
+    ] = ()
+    limit: Annotated[
+        int | None,
+        Option(
+            "Tool cases, at most, as many of each category as possible.",
+            flags=("--tool-limit",),
+            metavar="N",
+            min=1,
+            unset="all",
+            panel=QUALITY_PANEL,
+        ),
+    ] = None
+    max_tokens: Annotated[
+        int,
+        Option(
+            "Tokens of an answer to a tool case, thoughts included, at most.",
+            flags=("--tool-max-tokens",),
+            metavar="N",
+            min=1,
+            panel=QUALITY_PANEL,
+        ),
+    ] = 1024
 
 
 @dataclass(frozen=True)
@@ -278,6 +339,42 @@ class BenchOptions:
             panel=LOAD_PANEL,
         ),
     ] = None
+    utilization: Annotated[
+        float,
+        Option(
+            "Share of the paid hours in which the machine has this load, for the cost.",
+            metavar="SHARE",
+            check=within(0.001, 1),
+            panel=LOAD_PANEL,
+        ),
+    ] = 1.0
+    power: Annotated[
+        float | str | None,
+        Option(
+            "Watts of the machine under this load, or measured: by the counters of GPUs and "
+            "processors; for the energy of a million tokens.",
+            metavar="WATTS|measured",
+            format=POWER,
+            unset="none",
+            panel=LOAD_PANEL,
+        ),
+    ] = None
+    price_per_kwh: Annotated[
+        float | None,
+        Option(
+            "Price of a kWh, added to the cost with --power.",
+            metavar="PRICE",
+            unset="none",
+            panel=LOAD_PANEL,
+        ),
+    ] = None
+    server_metrics: Annotated[
+        bool,
+        Option(
+            "Read the KV cache use and the waiting requests at a server's /metrics each second.",
+            panel=LOAD_PANEL,
+        ),
+    ] = False
     warmup: Annotated[
         bool,
         Option("Send a few requests first that do not count.", flags=("--warmup/--no-warmup",)),
@@ -302,6 +399,7 @@ class BenchOptions:
         ),
     ] = True
     tasks: EvalTaskOptions | None = None
+    tool_cases: ToolCaseOptions | None = None
     offline: Annotated[
         bool, Option("Run checkpoints in this process instead of behind `llmkit serve`.")
     ] = False
@@ -371,6 +469,25 @@ class BenchOptions:
             "The draft model or EAGLE-3 head of checkpoints, as --draft-model of `llmkit serve`.",
             metavar="MODEL",
             unset="none",
+        ),
+    ] = None
+    synthetic_acceptance_rates: Annotated[
+        tuple[float, ...],
+        Option(
+            "Shares of draft tokens that checkpoints accept by a draw, as "
+            "--synthetic-acceptance-rates of `llmkit serve`.",
+            metavar="SHARE,...",
+            format=NUMBERS,
+            unset="the model accepts",
+        ),
+    ] = ()
+    synthetic_acceptance_length: Annotated[
+        float | None,
+        Option(
+            "Mean tokens of their steps with drafts, as --synthetic-acceptance-length of `llmkit "
+            "serve`.",
+            metavar="TOKENS",
+            unset="the model accepts",
         ),
     ] = None
     tokenizer: Annotated[

@@ -20,7 +20,8 @@ from llmkit.bench.bench_charts import (
     timeline_chart,
 )
 from llmkit.bench.metric_definitions import DEFINITIONS
-from llmkit.bench.report_tables import number_text, sections
+from llmkit.bench.report_tables import drafting_rows, number_text, sections
+from llmkit.bench.tool_accuracy.tool_report import FAILURES_HEAD, MAX_FAILURES, failure_rows
 from llmkit.common.html_page import render_page
 
 if TYPE_CHECKING:
@@ -50,6 +51,7 @@ def report_page(report: BenchReport) -> bytes:
         notes=report.notes,
         metrics_head=_metrics_head(report),
         metric_tables=_metric_tables(report),
+        speculation=drafting_rows(report),
         is_repeated=_is_repeated(report),
         legend=target_legend(report),
         pareto_chart=pareto_chart(report),
@@ -57,6 +59,9 @@ def report_page(report: BenchReport) -> bytes:
         start_chart=start_chart(report),
         latency_charts=_latency_charts(report),
         timeline_charts=_timeline_charts(report)[:MAX_TIMELINES],
+        tool_failures_head=FAILURES_HEAD,
+        tool_failures=failure_rows(report.targets)[:MAX_FAILURES],
+        num_tool_failures=len(failure_rows(report.targets)),
         details=_details(report),
     )
 
@@ -168,6 +173,7 @@ def _details(report: BenchReport) -> list[tuple[str, str]]:
         ("workload", report.workload),
         ("evaluation", report.evaluation),
         ("tasks", report.tasks),
+        ("tool cases", report.tool_cases),
     ):
         for key, value in document.items():
             rows.append((f"{name}: {key}", value if isinstance(value, str) else json.dumps(value)))

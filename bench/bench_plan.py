@@ -9,6 +9,7 @@ import torch
 from llmkit.bench.bench_metrics import STARTUP
 from llmkit.bench.bench_options import BenchOptions
 from llmkit.bench.bench_report import BenchReport, TargetReport
+from llmkit.bench.cpu_energy import CpuEnergyMonitor
 from llmkit.bench.eval_tasks import EvalTasks
 from llmkit.bench.gates import Gate
 from llmkit.bench.gpu_monitor import GpuMonitor
@@ -16,6 +17,7 @@ from llmkit.bench.load_client import Server
 from llmkit.bench.model_costs import ModelCosts
 from llmkit.bench.peak_performance import PeakPerformance
 from llmkit.bench.server_quality import PromptLogprobsClient
+from llmkit.bench.tool_accuracy.tool_case import ToolCase
 from llmkit.bench.workload import Scenario
 from llmkit.checkpoint.checkpoint import Checkpoint
 from llmkit.model.spec import ModelSpec
@@ -33,6 +35,8 @@ class Target:
     server: Server | None = None
     # Set for a server that returns the log probabilities of prompts.
     prompt_logprobs: PromptLogprobsClient | None = None
+    # Why it cannot be asked tool cases; "": it can.
+    tools_refusal: str = ""
     # Set before the target is started, if `BenchPlan.has_utilization`.
     costs: ModelCosts | None = None
 
@@ -64,7 +68,9 @@ class BenchPlan:
     slo: dict[str, float]  # upper bounds in seconds by latency
     peaks: PeakPerformance | None  # None: not measured on this device
     gpus: GpuMonitor  # monitors no device on a CPU
+    cpus: CpuEnergyMonitor
     tasks: EvalTasks | None
+    tool_cases: list[ToolCase] = field(default_factory=list)  # []: tool accuracy is not measured
     notes: list[str] = field(default_factory=list)  # of the report
 
     @property
@@ -79,6 +85,13 @@ class BenchPlan:
             target.name: target.checkpoint or target.prompt_logprobs for target in self.targets
         }
         return {name: target for name, target in found.items() if target is not None}
+
+    @property
+    def tool_targets(self) -> list[Target]:
+        """The targets that are asked tool cases."""
+        if not self.tool_cases:
+            return []
+        return [target for target in self.targets if not target.tools_refusal]
 
     @property
     def measures_startup(self) -> bool:

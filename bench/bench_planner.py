@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -12,6 +11,9 @@ from llmkit.bench.bench_metrics import STARTUP, parse_slo
 from llmkit.bench.bench_options import BenchOptions
 from llmkit.bench.bench_plan import SAVED_BASELINE, BenchPlan, Target
 from llmkit.bench.bench_report import TargetReport, read_report, require_single_target
+from llmkit.bench.cost_metrics import check_cost_options, check_power
+from llmkit.bench.cpu_energy import CpuEnergyMonitor
+from llmkit.bench.engine_settings import bench_engine_options
 from llmkit.bench.eval_tasks import EvalTasks
 from llmkit.bench.expected_metrics import check_gates_are_measurable, missing_metrics
 from llmkit.bench.gates import parse_gate
@@ -21,6 +23,8 @@ from llmkit.bench.load_modes import load_scenarios
 from llmkit.bench.page_cache import PAGE_CACHE_STATES
 from llmkit.bench.peak_performance import PeakPerformance, load_peaks, measure_peaks
 from llmkit.bench.server_quality import PromptLogprobsClient, detect_prompt_logprobs_api
+from llmkit.bench.tool_accuracy.load_tool_cases import load_tool_cases
+from llmkit.bench.tool_accuracy.tool_support import why_no_tools
 from llmkit.bench.workload import Scenario, select_scenarios
 from llmkit.checkpoint.open_checkpoint import open_checkpoint
 from llmkit.common.errors import UsageError
@@ -39,11 +43,7 @@ def make_plan(references: Sequence[str], options: BenchOptions) -> BenchPlan:
     """
     scenarios = _check_options(references, options)
     slo = parse_slo(options.slo) if options.slo else {}
-    if options.price_per_hour is not None and not 0 < options.price_per_hour < math.inf:
-        raise UsageError(
-            f"a price of {options.price_per_hour:g} per hour is not a valid price",
-            "More than 0 was expected",
-        )
+    check_cost_options(options)
     gates = [parse_gate(text) for text in options.gates]
     device = resolve_device(options.device).type
     dtype = _resolve_dtype(options.dtype, device)
@@ -73,7 +73,11 @@ def make_plan(references: Sequence[str], options: BenchOptions) -> BenchPlan:
     serves = options.speed and (options.load is None or options.load.mode != STARTUP)
     has_checkpoints = any(target.checkpoint for target in targets)
     peaks = _peaks(device, dtype, is_used=serves and has_checkpoints)
+    synthetic_notes = _synthetic_acceptance_notes(targets, options)
     tasks = EvalTasks(options.tasks) if options.tasks else None
+    tool_cases = []
+    if options.tool_cases:
+        tool_cases = load_tool_cases(options.tool_cases.sources, options.tool_cases.limit)
     plan = BenchPlan(
         options,
         targets,
@@ -86,7 +90,20 @@ def make_plan(references: Sequence[str], options: BenchOptions) -> BenchPlan:
         slo,
         peaks,
         GpuMonitor(None if device == "cuda" else ()),
+        CpuEnergyMonitor(),
         tasks,
+        tool_cases,
+    )
+    for target in targets:
+        if tool_cases:
+            source = target.checkpoint or target.server
+            assert source is not None
+            target.tools_refusal = why_no_tools(source, tool_cases)
+    plan.notes += synthetic_notes
+    check_power(
+        options,
+        has_servers=any(target.server for target in targets),
+        has_counters=plan.gpus.energy_j() is not None or plan.cpus.energy_j() is not None,
     )
     if options.quality:
         for target in targets:
@@ -95,7 +112,19 @@ def make_plan(references: Sequence[str], options: BenchOptions) -> BenchPlan:
             api = detect_prompt_logprobs_api(target.server)
             if api:
                 target.prompt_logprobs = PromptLogprobsClient(target.server, api)
-    if options.quality and not plan.quality_targets and not options.speed and not tasks:
+    if (
+        plan.tool_cases
+        and not plan.tool_targets
+        and not (options.speed or options.quality or tasks)
+    ):
+        reasons = "; ".join(f"{target.name}: {target.tools_refusal}" for target in targets)
+        raise UsageError(
+            f"no target can be asked tool cases ({reasons})",
+            "A chat template with tools and a known dialect of calls were expected",
+            "Start `llmkit serve` with --chat-template and --tool-parser, and give its --url",
+        )
+    has_others = options.speed or tasks or plan.tool_targets
+    if options.quality and not plan.quality_targets and not has_others:
         raise UsageError(
             "no target's quality can be measured: the servers return no log probabilities of a"
             " prompt's tokens"
@@ -106,6 +135,33 @@ def make_plan(references: Sequence[str], options: BenchOptions) -> BenchPlan:
     for target in targets:
         target.report.absent = missing_metrics(plan, target)
     return plan
+
+
+def _synthetic_acceptance_notes(targets: Sequence[Target], options: BenchOptions) -> list[str]:
+    """A note for each target whose draft tokens are accepted by a draw.
+
+    Raises UsageError for tasks, which would score answers that are not the model's.
+    """
+    own_rates = ",".join(f"{rate:g}" for rate in bench_engine_options(options).acceptance_rates)
+    notes = []
+    for target in targets:
+        rates = own_rates
+        if target.server is not None:
+            rates = target.server.synthetic_acceptance or ""
+        if not rates:
+            continue
+        if options.tasks:
+            raise UsageError(
+                f"{target.name} accepts draft tokens by a draw, and --tasks would score its"
+                " answers",
+                "They are not the model's",
+                "Drop --tasks or synthetic acceptance",
+            )
+        notes.append(
+            f"{target.name} accepts draft tokens by a draw ({rates} at their places): its speed is"
+            " that of this acceptance, and its answers are not the model's"
+        )
+    return notes
 
 
 def _peaks(device: str, dtype: torch.dtype, is_used: bool) -> PeakPerformance | None:
@@ -124,10 +180,10 @@ def _check_options(references: Sequence[str], options: BenchOptions) -> tuple[Sc
     """Raises UsageError for options that exclude each other. Returns the scenarios."""
     if not references:
         raise UsageError("there is nothing to bench", "Give a model or --url")
-    if not options.speed and not options.quality and not options.tasks:
+    if not (options.speed or options.quality or options.tasks or options.tool_cases):
         raise UsageError(
             "neither speed nor quality is to be measured",
-            todo="Leave one of them on, or give --tasks",
+            todo="Leave one of them on, or give --tasks or --tool-cases",
         )
     if options.windows < 1:
         raise UsageError(
@@ -146,8 +202,9 @@ def _check_options(references: Sequence[str], options: BenchOptions) -> tuple[Sc
             f"no such state of the page cache: {options.page_cache}",
             f"One of {', '.join(PAGE_CACHE_STATES)}",
         )
-    if options.tasks and options.offline:
-        raise UsageError("--tasks asks a server, and --offline has none", todo="Drop one of them")
+    if options.offline and (options.tasks or options.tool_cases):
+        option = "--tasks" if options.tasks else "--tool-cases"
+        raise UsageError(f"{option} asks a server, and --offline has none", todo="Drop one of them")
     return scenarios
 
 
@@ -156,7 +213,7 @@ def _open_target(reference: str, name: str, options: BenchOptions) -> Target:
         server = query_server(reference, options.model)
         return Target(TargetReport(name, reference, "url"), server=server)
     checkpoint = open_checkpoint(reference)
-    if not options.speed and not options.tasks:
+    if not (options.speed or options.tasks or options.tool_cases):
         kind = "checkpoint"
     elif options.offline:
         kind = "offline"

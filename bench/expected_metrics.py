@@ -16,9 +16,12 @@ from llmkit.bench.bench_metrics import (
 from llmkit.bench.bench_options import BenchOptions
 from llmkit.bench.bench_plan import BenchPlan, Target
 from llmkit.bench.bench_report import require_single_target
+from llmkit.bench.draft_counts import POSITION_PREFIX
+from llmkit.bench.engine_settings import bench_engine_options
 from llmkit.bench.gates import require_gate_metrics
 from llmkit.bench.server_quality import PromptLogprobsClient
 from llmkit.bench.startup import STARTUP_STAGES, stage_metric_name
+from llmkit.bench.tool_accuracy.tool_results import TOOL_METRICS, TOOL_PREFIX, tool_metrics
 from llmkit.common.errors import UsageError
 from llmkit.runtime.engine.speculation import parse_speculation
 
@@ -29,7 +32,16 @@ _LIFECYCLE_METRICS = {
 }
 _CLIENT_METRICS = ("client_us", "client_busy", "client_late_ms")
 _GPU_ENERGY_METRICS = ("gpu_power_w", "energy_per_token_j")
-_DRAFT_METRICS = ("acceptance", "acceptance_length")
+_CPU_ENERGY_METRICS = ("cpu_power_w", "cpu_energy_per_token_j")
+_DRAFT_METRICS = ("acceptance", "acceptance_length", "drafts")
+_COST_METRICS = (
+    "cost_per_million",
+    "cost_per_million_total",
+    "cost_per_million_input",
+    "cost_per_million_output",
+    "input_cost_share",
+)
+_GAUGE_METRICS = ("kv_cache_usage_max", "requests_waiting_max")
 
 
 def check_gates_are_measurable(plan: BenchPlan) -> None:
@@ -64,11 +76,13 @@ def expected_metrics(plan: BenchPlan, target: Target) -> list[str]:
         names += _expected_comparison_metrics(plan, target)
     if plan.tasks:
         names += plan.tasks.metrics
+    if target in plan.tool_targets:
+        names += tool_metrics([case.right_result() for case in plan.tool_cases])
     if plan.measures_startup:
         stages = [stage_metric_name(stage) for stage in STARTUP_STAGES]
         names.append("peak_memory_bytes")
         names += [f"{STARTUP}.{metric}" for metric in (*STARTUP_METRICS, *stages)]
-    elif plan.options.speed or plan.tasks:
+    elif plan.options.speed or plan.tasks or plan.tool_targets:
         names += _LIFECYCLE_METRICS.get(target.report.kind, ())
     if plan.options.speed and not plan.measures_startup:
         if plan.is_sweep:
@@ -80,6 +94,9 @@ def expected_metrics(plan: BenchPlan, target: Target) -> list[str]:
             for name in SPEED_METRICS
             if name not in CONDITIONAL_SPEED_METRICS or _has_conditional_metric(plan, target, name)
         ]
+        if _has_conditional_metric(plan, target, "drafts"):
+            num_drafts = bench_engine_options(plan.options).speculation.num_tokens
+            speed_metrics += [f"{POSITION_PREFIX}{place}" for place in range(num_drafts)]
         for scenario in plan.scenarios:
             names += [f"{scenario.name}.{metric}" for metric in speed_metrics]
     return list(dict.fromkeys(names))
@@ -106,12 +123,21 @@ def _has_conditional_metric(plan: BenchPlan, target: Target, metric: str) -> boo
         return plan.has_utilization(target)
     if metric in _GPU_ENERGY_METRICS:
         return target.checkpoint is not None and plan.gpus.energy_j() is not None
+    if metric in _CPU_ENERGY_METRICS:
+        return target.checkpoint is not None and plan.cpus.energy_j() is not None
+    if metric in _COST_METRICS:
+        return plan.options.price_per_hour is not None or plan.options.price_per_kwh is not None
+    if metric == "kwh_per_million":
+        return plan.options.power is not None
+    # Of servers that run already it is not known before what their /metrics has.
+    if metric == "queue_mean_ms":
+        return target.report.kind == "served"
+    if metric in _GAUGE_METRICS:
+        return target.report.kind == "served" and plan.options.server_metrics
     if metric in _DRAFT_METRICS:
         return target.checkpoint is not None and drafts_always(plan.options)
-    if metric == "goodput":
-        return bool(plan.slo)
-    assert metric == "cost_per_million"
-    return plan.options.price_per_hour is not None
+    assert metric == "goodput"
+    return bool(plan.slo)
 
 
 def drafts_always(options: BenchOptions) -> bool:
@@ -128,7 +154,7 @@ def missing_metrics(plan: BenchPlan, target: Target) -> dict[str, str]:
     is_server = target.server is not None
     offline = target.report.kind == "offline"
     expected = {
-        name if name.startswith(TASK_PREFIX) else name.rpartition(".")[2]
+        name if name.startswith((TASK_PREFIX, TOOL_PREFIX)) else name.rpartition(".")[2]
         for name in expected_metrics(plan, target)
     }
     no_server_metric = "of a server that runs already" if is_server else ""
@@ -160,6 +186,9 @@ def missing_metrics(plan: BenchPlan, target: Target) -> dict[str, str]:
     else:
         no_comparison = "no baseline with log probabilities"
     no_ready = "--offline starts no server" if offline else "nothing was served"
+    no_tools = "no --tool-cases"
+    if plan.tool_cases:
+        no_tools = target.tools_refusal or "no such cases"
     reasons = (
         (("checkpoint_bytes", "peak_memory_bytes"), not_served),
         (("ready_s",), no_server_metric or no_ready),
@@ -172,9 +201,14 @@ def missing_metrics(plan: BenchPlan, target: Target) -> dict[str, str]:
             no_speed or "no --draft-model and no --speculate mtp; other drafts may find nothing",
         ),
         (("goodput",), "no --slo" if options.speed else no_speed),
-        (("cost_per_million",), "no --price-per-hour" if options.speed else no_speed),
+        (_CPU_ENERGY_METRICS, no_speed or "no readable counters in /sys/class/powercap"),
+        (_COST_METRICS, "no --price-per-hour" if options.speed else no_speed),
+        (("kwh_per_million",), "no --power" if options.speed else no_speed),
+        (("queue_mean_ms",), "--offline has no server" if offline else no_speed),
+        (_GAUGE_METRICS, no_speed or "no --server-metrics, or no server"),
         (("perplexity",), no_perplexity),
         (QUALITY_METRICS, no_comparison),
+        (TOOL_METRICS, no_tools),
     )
     missing = {}
     for names, reason in reasons:

@@ -19,19 +19,24 @@ from llmkit.bench.bench_metrics import (
 )
 from llmkit.bench.bench_plan import BenchPlan, Target
 from llmkit.bench.bench_report import BenchReport, RequestMetrics
+from llmkit.bench.cost_metrics import cost_metrics
+from llmkit.bench.cpu_energy import cpu_energy_metrics
 from llmkit.bench.draft_counts import acceptance_metrics
+from llmkit.bench.engine_settings import bench_engine_options
 from llmkit.bench.gpu_monitor import energy_metrics
 from llmkit.bench.load_modes import is_saturated
 from llmkit.bench.model_costs import count_model_costs, utilization
 from llmkit.bench.offline_backend import OfflineBackend
 from llmkit.bench.peak_performance import load_peaks
+from llmkit.bench.server_samples import GaugeSampler
 from llmkit.bench.startup import measure_startup
+from llmkit.bench.tool_accuracy.ask_tool_cases import ask_tool_cases
+from llmkit.bench.tool_accuracy.tool_results import tool_metrics
 from llmkit.bench.workload import WARMUP, Scenario, Workload, WorkloadRequest, check_context_length
 from llmkit.checkpoint.checkpoint import Checkpoint
 from llmkit.checkpoint.open_checkpoint import open_checkpoint
 from llmkit.common.errors import UsageError
 from llmkit.common.progress import Progress
-from llmkit.runtime.engine.engine_options import EngineOptions
 
 T = TypeVar("T")
 RunningTarget = tuple[Target, Backend]
@@ -83,6 +88,9 @@ def measure_running_targets(
             if plan.tasks:
                 for target, backend in running:
                     _run_tasks(plan, target, backend, report, progress)
+            for target, backend in running:
+                if target in plan.tool_targets:
+                    _ask_tool_cases(plan, target, backend, progress)
 
 
 def _run_tasks(
@@ -95,6 +103,21 @@ def _run_tasks(
     metrics, description = plan.tasks.run(backend.server, tokenizer, plan.options.seed)
     target.report.metrics |= metrics
     report.tasks = description
+
+
+def _ask_tool_cases(plan: BenchPlan, target: Target, backend: Backend, progress: Progress) -> None:
+    """Ask one target the tool cases and check its calls."""
+    assert isinstance(backend, (UrlBackend, ServedBackend)) and backend.server
+    assert plan.options.tool_cases
+    results = ask_tool_cases(
+        backend.server,
+        plan.tool_cases,
+        plan.options.tool_cases.max_tokens,
+        progress,
+        target.name,
+    )
+    target.report.tool_results = results
+    target.report.metrics |= tool_metrics(results)
 
 
 def _measure_speed(
@@ -142,18 +165,27 @@ def _measure_run(
     requests: Sequence[WorkloadRequest],
 ) -> None:
     """Run a scenario once and add its metrics to the target's report."""
-    energy_before_j = plan.gpus.energy_j()
-    start_s = time.perf_counter()
-    run = backend.run(requests, scenario.max_concurrency)
-    energy_after_j = plan.gpus.energy_j()
-    energy_span_s = time.perf_counter() - start_s
+    sampler: GaugeSampler | None = None
+    if plan.options.server_metrics and isinstance(backend, (UrlBackend, ServedBackend)):
+        assert backend.server
+        sampler = GaugeSampler(backend.server.url)
+    with sampler or contextlib.nullcontext():
+        cpu_before_j = plan.cpus.energy_j()
+        energy_before_j = plan.gpus.energy_j()
+        start_s = time.perf_counter()
+        run = backend.run(requests, scenario.max_concurrency)
+        energy_after_j = plan.gpus.energy_j()
+        energy_span_s = time.perf_counter() - start_s
+        cpu_after_j = plan.cpus.energy_j()
     require_complete(run.timelines, target.name, scenario.name)
     metrics = calculate_metrics(run.timelines, run.wall_s, plan.slo)
     metrics |= calculate_client_metrics(run)
     metrics |= acceptance_metrics(run.draft_counts)
-    if plan.options.price_per_hour is not None:
-        price_per_s = plan.options.price_per_hour / 3600
-        metrics["cost_per_million"] = price_per_s * 1e6 / metrics["output_tps"]
+    queue = run.queue_counts
+    if queue is not None and queue.requests > 0:
+        metrics["queue_mean_ms"] = 1000 * queue.seconds / queue.requests
+    if sampler is not None:
+        metrics |= sampler.metrics()
     if target.costs and plan.peaks:
         peaks = load_peaks(plan.device, target.costs.inputs) or plan.peaks
         metrics |= utilization(target.costs, peaks, run.timelines, run.wall_s)
@@ -161,11 +193,16 @@ def _measure_run(
         metrics |= energy_metrics(
             energy_before_j, energy_after_j, energy_span_s, int(metrics["output_tokens"])
         )
+        metrics |= cpu_energy_metrics(
+            cpu_before_j, cpu_after_j, energy_span_s, int(metrics["output_tokens"])
+        )
         used_bytes = plan.gpus.memory_bytes()
         if used_bytes is not None:
             target_metrics = target.report.metrics
             peak_bytes = max(target_metrics.get("peak_gpu_bytes", 0.0), used_bytes)
             target_metrics["peak_gpu_bytes"] = peak_bytes
+    queue_s = None if queue is None else queue.seconds
+    metrics |= cost_metrics(plan.options, metrics, run.timelines, queue_s)
     target.report.rounds.setdefault(scenario.name, []).append(metrics)
     target.report.requests[scenario.name] = _request_metrics(run)
 
@@ -218,15 +255,7 @@ def _make_backend(plan: BenchPlan, target: Target) -> Backend:
     reference = target.report.reference
     context_tokens = target.spec.max_position_embeddings
     if options.offline:
-        engine_options = EngineOptions(
-            dtype=options.dtype,
-            device=plan.device,
-            max_model_len=options.max_model_len,
-            threads=options.threads,
-            cpu_activations=options.cpu_activations,
-            speculate=options.speculate,
-            draft_model=options.draft_model,
-        ).with_draft_tokens()
+        engine_options = bench_engine_options(options, plan.device)
         return OfflineBackend(target.name, reference, context_tokens, engine_options)
     arguments = ["--device", plan.device, "--dtype", options.dtype]
     arguments += ["--cpu-activations", options.cpu_activations]
@@ -238,6 +267,12 @@ def _make_backend(plan: BenchPlan, target: Target) -> Backend:
         arguments += ["--speculate", str(options.speculate)]
     if options.draft_model is not None:
         arguments += ["--draft-model", options.draft_model]
+    if options.synthetic_acceptance_rates:
+        rates = ",".join(f"{rate:g}" for rate in options.synthetic_acceptance_rates)
+        arguments += ["--synthetic-acceptance-rates", rates]
+    if options.synthetic_acceptance_length is not None:
+        length = f"{options.synthetic_acceptance_length:g}"
+        arguments += ["--synthetic-acceptance-length", length]
     return ServedBackend(target.name, reference, context_tokens, arguments)
 
 

@@ -158,4 +158,9 @@ def run_engine(
 
 def _draft_counts(engine: Engine) -> DraftCounts:
     stats = engine.stats()
-    return DraftCounts(stats.drafts_total, stats.drafted_total, stats.accepted_total)
+    return DraftCounts(
+        stats.drafts_total,
+        stats.drafted_total,
+        stats.accepted_total,
+        stats.accepted_per_pos_total,
+    )

@@ -17,7 +17,9 @@ from llmkit.bench.bench_metrics import (
     Metric,
     find_metric,
 )
-from llmkit.bench.confidence_intervals import STDERR_SUFFIX, Z_95, confidence_interval
+from llmkit.bench.confidence_intervals import STDERR_SUFFIX
+from llmkit.bench.draft_counts import POSITION_PREFIX
+from llmkit.bench.tool_accuracy.tool_results import TOOL_PREFIX
 from llmkit.common.formatting import count_text, same_decimals
 
 if TYPE_CHECKING:
@@ -29,9 +31,10 @@ _ORDER = {name: index for index, name in enumerate(SPEED_METRICS)}  # other metr
 
 def render_report(report: BenchReport) -> Group:
     """The table of metrics, the gates if there are any, and the notes."""
+    speculation = [] if not drafting_rows(report) else [speculation_table(report)]
     gates = [gate_table(report)] if report.gates else []
     notes = [escape(f"Note: {note}.") for note in report.notes]
-    return Group(metric_table(report), *gates, *notes)
+    return Group(metric_table(report), *speculation, *gates, *notes)
 
 
 def metric_table(report: BenchReport) -> Table:
@@ -84,6 +87,47 @@ def gate_table(report: BenchReport) -> Table:
     return table
 
 
+def speculation_table(report: BenchReport) -> Table:
+    """A row for each load and target with drafts: how many are accepted, at each place."""
+    head, *rows = drafting_rows(report)
+    table = Table(title="speculation", title_justify="left")
+    for index, column in enumerate(head):
+        table.add_column(escape(column), justify="left" if index < 2 else "right")
+    for row in rows:
+        table.add_row(*map(escape, row))
+    return table
+
+
+def drafting_rows(report: BenchReport) -> list[list[str]]:
+    """The table of speculation, its head first; [] where no target drafts."""
+    drafting = [
+        (scenario, target.name, values)
+        for target in report.targets
+        for scenario, values in target.scenarios.items()
+        if values.get("drafts")
+    ]
+    if not drafting:
+        return []
+    num_places = max(
+        sum(name.startswith(POSITION_PREFIX) for name in values) for _, _, values in drafting
+    )
+    places = [f"place {place}" for place in range(num_places)]
+    rows = [["load", "target", "steps", "tokens of a step", "accepted", *places]]
+    for scenario, target, values in drafting:
+        shares = [values.get(f"{POSITION_PREFIX}{place}") for place in range(num_places)]
+        rows.append(
+            [
+                scenario,
+                target,
+                f"{values['drafts']:,.0f}",
+                f"{values['acceptance_length']:.2f}",
+                f"{values['acceptance']:.1%}",
+                *("-" if share is None else f"{share:.1%}" for share in shares),
+            ]
+        )
+    return rows
+
+
 class Cell(NamedTuple):
     """A target's value of a metric, as text."""
 
@@ -107,7 +151,9 @@ def sections(report: BenchReport) -> Iterator[tuple[str, list[Row]]]:
     tasks = sorted(
         key for key in present if key.startswith(TASK_PREFIX) and not key.endswith(STDERR_SUFFIX)
     )
-    yield "", _rows(report, [name for name in (*TARGET_METRICS, *tasks) if name in present])
+    categories = sorted(key for key in present if key.startswith(TOOL_PREFIX))
+    names = (*TARGET_METRICS, *categories, *tasks)
+    yield "", _rows(report, [name for name in names if name in present])
     for scenario in dict.fromkeys(name for target in report.targets for name in target.scenarios):
         present_names = dict.fromkeys(
             name for target in report.targets for name in target.scenarios.get(scenario, ())
@@ -205,8 +251,8 @@ def _ratio(report: BenchReport, target: TargetReport, key: str, metric: Metric) 
 
 def spread_text(target: TargetReport, key: str, scale: float) -> str:
     """Half the width of a metric's confidence interval; empty without one."""
-    low, high = confidence_interval(target.repetitions(key)) or (0.0, 0.0)
-    half = ((high - low) / 2 + Z_95 * target.metrics.get(f"{key}{STDERR_SUFFIX}", 0.0)) / scale
+    low, high = target.interval(key) or (0.0, 0.0)
+    half = (high - low) / 2 / scale
     if half >= 100:
         return f" ±{half:,.0f}"
     return f" ±{half:.2g}" if half > 0 else ""

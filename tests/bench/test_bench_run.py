@@ -289,7 +289,7 @@ class TestLoads:
         }
         for figures in target.scenarios.values():
             assert figures["goodput"] == pytest.approx(figures["request_rate"], rel=0.5)
-            assert len(figures.keys() & CONDITIONAL_SPEED_METRICS) == 4
+            assert len(figures.keys() & CONDITIONAL_SPEED_METRICS) == 8  # five of the cost
         one = target.rounds["batch3"][0]
         assert one["cost_per_million"] == pytest.approx(2.0 / 3600 * 1e6 / one["output_tps"])
         assert len(report.gates) == 9 and all(result.passed for result in report.gates)
@@ -605,17 +605,17 @@ def test_memory_tracker_counts_freed_memory_in_the_peak() -> None:
 class TestServed:
     @pytest.fixture(scope="class")
     def served(self, folder: Path) -> BenchReport:
-        options = replace(OFFLINE, offline=False, quality=False, rounds=1, gates=("ready_s<600",))
+        gates = ("ready_s<600", "queue_mean_ms<600000")
+        options = replace(OFFLINE, offline=False, quality=False, rounds=1, gates=gates)
         return run(folder / "a", options=options)
 
     def test_speed_is_measured(self, served: BenchReport) -> None:
         (target,) = served.targets
         assert target.kind == "served"
         assert target.scenarios["quick"]["output_tokens"] == 96
-        assert (
-            target.scenarios["quick"].keys()
-            == SPEED_METRICS.keys() - CONDITIONAL_SPEED_METRICS | CLIENT
-        )
+        assert target.scenarios[
+            "quick"
+        ].keys() == SPEED_METRICS.keys() - CONDITIONAL_SPEED_METRICS | CLIENT | {"queue_mean_ms"}
         assert 0 < target.scenarios["quick"]["client_busy"] < 1
         assert (
             target.scenarios["quick"]["prompt_tokens"]
