@@ -131,6 +131,10 @@ class TritonArguments:
         str | None,
         Option("The model's name in Triton.", metavar="NAME", unset="MODEL's last part"),
     ] = None
+    ensemble: Annotated[
+        bool,
+        Option("Write a tokenizer, a model from ids to ids, a detokenizer, and their ensemble."),
+    ] = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -230,7 +234,8 @@ def triton(output: Output, arguments: TritonArguments) -> None:
 
     name = arguments.name or default_name(arguments.model)
     options = serve_options(_absolute(arguments.model), name, list(arguments.serve_words), None)
-    files = [str(file) for file in write_repository(Path(arguments.output), name, options)]
+    written = write_repository(Path(arguments.output), name, options, arguments.ensemble)
+    files = [str(file) for file in written]
     document = {"name": name, "repository": arguments.output, "files": files}
     output.result(
         document, lambda console: console.print("\n".join(files), markup=False, highlight=False)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
+from collections.abc import AsyncIterator, Iterable, Mapping
 from concurrent.futures import Future
 from typing import Any
 
@@ -25,10 +26,20 @@ _DTYPES = {"BYTES": np.object_, "UINT32": np.uint32}
 _CANCEL_CHECK_S = 0.2
 # The longest time that running requests may take when Triton unloads the model.
 _DRAIN_TIMEOUT_S = 30.0
+_DONE = b"[DONE]"  # the last event of a stream of completions
 
 
-class TritonPythonModel:
-    """The class that Triton's Python backend looks for."""
+def model_options(args: Mapping[str, str]) -> ServeOptions:
+    """The options that `llmkit deploy triton` wrote into a model's configuration.
+
+    args: Triton's description of the model, the argument of `initialize`.
+    """
+    parameters = json.loads(args["model_config"])["parameters"]
+    return ServeOptions.from_dict(json.loads(parameters["options"]["string_value"]))
+
+
+class ServerModel:
+    """A model whose requests a server process answers, in Triton's decoupled mode."""
 
     def initialize(self, args: dict[str, str]) -> None:
         """Start the server.
@@ -38,10 +49,7 @@ class TritonPythonModel:
         import triton_python_backend_utils as utils
 
         self._utils = utils
-        options = json.loads(
-            json.loads(args["model_config"])["parameters"]["options"]["string_value"]
-        )
-        self._server = ServerProcess(ServeOptions.from_dict(options))
+        self._server = ServerProcess(model_options(args))
         self._model = self._server.ready.result()["model"]
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="llmkit", daemon=True)
@@ -89,25 +97,45 @@ class TritonPythonModel:
             sender.send(flags=self._utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
 
     async def _stream(self, request: Any, sender: Any) -> None:
+        """Send the responses to a request. An exception becomes the response's error."""
+        raise NotImplementedError
+
+    async def _documents(self, path: str, body: Mapping[str, Any]) -> AsyncIterator[dict[str, Any]]:
+        """Post a request to the server, and yield its response or the events of its stream.
+
+        Raises RuntimeError with the server's message for an error.
+        """
+        async with self._session.post(path, json=body) as response:
+            if response.content_type == "application/json":  # a complete response, or an error
+                yield _checked(await response.json())
+            async for line in response.content:
+                data = line.removeprefix(b"data: ").strip()
+                if line.startswith(b"data: ") and data != _DONE:
+                    yield _checked(msgspec.json.decode(data))
+
+    def _inputs(self, request: Any, names: Iterable[str]) -> dict[str, Any]:
+        """The values of a request's input tensors; those that it has not are absent."""
         fields: dict[str, Any] = {}
-        for name in INPUTS:
+        for name in names:
             tensor = self._utils.get_input_tensor_by_name(request, name)
             if tensor is not None:
                 fields[name] = _value(tensor)
+        return fields
+
+
+class TritonPythonModel(ServerModel):
+    """The class that Triton's Python backend looks for: text to text."""
+
+    async def _stream(self, request: Any, sender: Any) -> None:
+        fields = self._inputs(request, INPUTS)
         if request.request_id():
             fields["id"] = request.request_id()
-        parameters = json.loads(request.parameters() or "{}")
+        fields["parameters"] = json.loads(request.parameters() or "{}")
         path = f"/v2/models/{self._model}/generate{'_stream' if fields.get('stream') else ''}"
-        async with self._session.post(path, json=fields | {"parameters": parameters}) as response:
-            if response.content_type == "application/json":  # a complete response, or an error
-                sender.send(self._response(await response.json()))
-            async for line in response.content:
-                if line.startswith(b"data: "):
-                    sender.send(self._response(msgspec.json.decode(line.removeprefix(b"data: "))))
+        async for document in self._documents(path, fields):
+            sender.send(self._response(document))
 
     def _response(self, document: dict[str, Any]) -> Any:
-        if "error" in document:
-            raise RuntimeError(_message(document))
         tensors = []
         for name, kind in OUTPUTS.items():
             if name in document:
@@ -127,6 +155,9 @@ def _value(tensor: Any) -> Any:
     return values[0] if len(values) == 1 else values
 
 
-def _message(document: dict[str, Any]) -> str:
-    error = document.get("error")
-    return str(error.get("message")) if isinstance(error, dict) else str(error)
+def _checked(document: dict[str, Any]) -> dict[str, Any]:
+    """A response of the server. Raises RuntimeError when it is an error."""
+    if "error" not in document:
+        return document
+    error = document["error"]
+    raise RuntimeError(str(error.get("message")) if isinstance(error, dict) else str(error))

@@ -4,101 +4,17 @@ documented interface.
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import queue
-import sys
-import types
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import pytest
 from support.tiny_models import tiny_checkpoint
+from support.triton_python_backend import Request, loaded_model, model_config
 
 from llmkit.cli.main import run
-
-FINAL = 1
-
-
-@dataclass
-class Tensor:
-    """`triton_python_backend_utils.Tensor`."""
-
-    name: str
-    values: np.ndarray
-
-    def as_numpy(self) -> np.ndarray:
-        return self.values
-
-
-@dataclass
-class TritonError:
-    text: str
-
-
-@dataclass
-class InferenceResponse:
-    output_tensors: list[Tensor] = field(default_factory=list)
-    error: TritonError | None = None
-
-
-class Sender:
-    """What `get_response_sender` gives: here, into a queue."""
-
-    def __init__(self) -> None:
-        self.sent: queue.Queue[InferenceResponse | None] = queue.Queue()
-        self.cancelled = False
-
-    def send(self, response: InferenceResponse | None = None, flags: int = 0) -> None:
-        if response is not None:
-            self.sent.put(response)
-        if flags == FINAL:
-            self.sent.put(None)
-
-    def is_cancelled(self) -> bool:
-        return self.cancelled
-
-    def responses(self) -> list[InferenceResponse]:
-        """All, until it is complete."""
-        return list(iter(lambda: self.sent.get(timeout=120), None))
-
-    def text(self) -> str:
-        return "".join(
-            value.decode()
-            for response in self.responses()
-            for tensor in response.output_tensors
-            if tensor.name == "text_output"
-            for value in tensor.as_numpy()
-        )
-
-
-class Request:
-    """`InferenceRequest`: tensors by name."""
-
-    def __init__(self, parameters: dict[str, Any] | None = None, **inputs: Any) -> None:
-        self.inputs = {
-            name: Tensor(
-                name, np.array([one.encode() if isinstance(one, str) else one], dtype=object)
-            )
-            if isinstance(one, str)
-            else Tensor(name, np.array([one]))
-            for name, one in inputs.items()
-        }
-        self.sender = Sender()
-        self._parameters = parameters
-
-    def get_response_sender(self) -> Sender:
-        return self.sender
-
-    def request_id(self) -> str:
-        return "7"
-
-    def parameters(self) -> str:
-        return json.dumps(self._parameters or {})
 
 
 @pytest.fixture(scope="module")
@@ -122,52 +38,12 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def triton_model(repository: Path) -> Iterator[Any]:
-    """The written model.py, imported and initialized as Triton does it."""
-    utils = types.ModuleType("triton_python_backend_utils")
-    for name, value in {
-        "Tensor": Tensor,
-        "TritonError": TritonError,
-        "InferenceResponse": InferenceResponse,
-        "TRITONSERVER_RESPONSE_COMPLETE_FINAL": FINAL,
-        "get_input_tensor_by_name": lambda request, name: request.inputs.get(name),
-    }.items():
-        setattr(utils, name, value)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(sys.modules, "triton_python_backend_utils", utils)
-        spec = importlib.util.spec_from_file_location(
-            "model", repository / "chat" / "1" / "model.py"
-        )
-        assert spec is not None and spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        loaded = module.TritonPythonModel()
-        loaded.initialize({"model_config": json.dumps(_config(repository)), "model_name": "chat"})
-        yield loaded
-        children = psutil.Process().children(recursive=True)
-        loaded.finalize()
-        assert not [
-            child
-            for child in children
-            if child.is_running() and "serve_process" in " ".join(child.cmdline())
-        ]
-
-
-def _config(repository: Path) -> dict[str, Any]:
-    """config.pbtxt as Triton hands it to the model: parsed by its own message."""
-    from google.protobuf import json_format, text_format
-
-    messages = pytest.importorskip(
-        "tritonclient.grpc.model_config_pb2", reason="tritonclient[grpc] is not installed"
-    )
-    parsed = text_format.Parse(
-        (repository / "chat" / "config.pbtxt").read_text(), messages.ModelConfig()
-    )
-    document: dict[str, Any] = json_format.MessageToDict(parsed, preserving_proto_field_name=True)
-    return document
+    with loaded_model(repository, "chat") as model:
+        yield model
 
 
 def test_triton_parses_the_configuration(repository: Path) -> None:
-    config = _config(repository)
+    config = model_config(repository, "chat")
     assert config["backend"] == "python" and config["model_transaction_policy"] == {
         "decoupled": True
     }

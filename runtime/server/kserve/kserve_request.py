@@ -181,7 +181,7 @@ def _completion_of(
     if stream and echo:
         message = "A stream has no prompt in it; leave exclude_input_in_output out."
         raise invalid("exclude_input_in_output", message, "unsupported")
-    fields = _sampling_fields(single_value("sampling_parameters", "{}"), parameters)
+    fields = sampling_fields(single_value("sampling_parameters", "{}"), parameters)
     fields |= {"model": model, "prompt": list(inputs["text_input"]), "stream": stream, "echo": echo}
     for name in outputs:
         if name not in OUTPUTS:
@@ -199,7 +199,7 @@ def _completion_of(
     return KserveRequest(completion, request_id, ("text_output", *extra_outputs))
 
 
-def _sampling_fields(text: str, parameters: Mapping[str, Any]) -> dict[str, Any]:
+def sampling_fields(text: str, parameters: Mapping[str, Any]) -> dict[str, Any]:
     """Return a completion's fields from the input sampling_parameters and from `parameters`."""
     try:
         sampling = msgspec.json.decode(text)
