@@ -22,7 +22,13 @@ from llmkit.runtime.server.tiers.route_config import (
     split_upstreams,
 )
 from llmkit.runtime.server.tiers.routed_response import embedding_in
-from llmkit.runtime.server.tiers.signals import AnswerSignals, logistic, sigmoid, token_entropy
+from llmkit.runtime.server.tiers.signals import (
+    AnswerSignals,
+    logistic,
+    sigmoid,
+    token_entropy,
+    token_margin,
+)
 from llmkit.runtime.server.tiers.uncertainty import Calibration, Uncertainty
 from llmkit.runtime.server.tiers.url_logprobs import LogprobsFilter, UrlConfidence, num_choices
 from llmkit.runtime.server.tiers.url_tier import UrlTier
@@ -184,6 +190,9 @@ def test_signals_are_those_of_the_definition() -> None:
     entropy = 0.5 * math.log(2) + 2 * 0.25 * math.log(4)
     assert token_entropy([math.log(0.5), math.log(0.25)]) == pytest.approx(entropy)
     assert values["first_entropy"] == pytest.approx(entropy / 2, abs=1e-6)
+    assert values["min_margin"] == pytest.approx(math.log(2))
+    assert token_margin([-0.5, -0.1, -3.0]) == pytest.approx(0.4)
+    assert (token_margin([-0.1]), token_margin([]), token_margin([0.0, -90.0])) == (20, 20, 20)
     assert logistic(1.0, {"mean_logprob": 2.0}, {"mean_logprob": -0.5}) == 0.5
     assert (sigmoid(-1000), sigmoid(1000)) == (0.0, 1.0)
 

@@ -15,7 +15,10 @@ ENTROPY_TOKENS = 4  # tokens at an answer's start whose entropy is a signal
 MEAN_LOGPROB = "mean_logprob"  # of the tokens, in nats
 MIN_LOGPROB = "min_logprob"  # of the least probable token, in nats
 FIRST_ENTROPY = "first_entropy"  # mean of the first ENTROPY_TOKENS tokens, in nats
-SIGNALS = (MEAN_LOGPROB, MIN_LOGPROB, FIRST_ENTROPY)
+# The least difference between the log probabilities of the two most probable tokens, in nats.
+# A model that differs from another by small errors chooses another token where this is small.
+MIN_MARGIN = "min_margin"
+SIGNALS = (MEAN_LOGPROB, MIN_LOGPROB, FIRST_ENTROPY, MIN_MARGIN)
 _LOWEST_LOGPROB = -20.0  # a token that was forced, or a rounding to zero, counts as this
 _LEAST_REST = 1e-9  # probability of all tokens that are not among the alternatives
 
@@ -27,14 +30,17 @@ class AnswerSignals:
         self.num_tokens = 0
         self._sum = 0.0
         self._lowest = 0.0
+        self._least_margin = -_LOWEST_LOGPROB
         self._entropies: list[float] = []
 
     def add(self, logprob: float, top_logprobs: Iterable[float]) -> None:
         """Add the next token. top_logprobs: of the most probable tokens at its position."""
+        top_logprobs = tuple(top_logprobs)
         logprob = max(logprob, _LOWEST_LOGPROB)
         self.num_tokens += 1
         self._sum += logprob
         self._lowest = min(self._lowest, logprob)
+        self._least_margin = min(self._least_margin, token_margin(top_logprobs))
         if len(self._entropies) < ENTROPY_TOKENS:
             self._entropies.append(token_entropy(top_logprobs))
 
@@ -46,6 +52,7 @@ class AnswerSignals:
             MEAN_LOGPROB: self._sum / self.num_tokens,
             MIN_LOGPROB: self._lowest,
             FIRST_ENTROPY: sum(self._entropies) / len(self._entropies),
+            MIN_MARGIN: self._least_margin,
         }
 
 
@@ -60,6 +67,17 @@ def token_entropy(top_logprobs: Iterable[float]) -> float:
     rest = max(1.0 - sum(probabilities), _LEAST_REST)
     terms = [-p * math.log(p) for p in (*probabilities, rest) if p > 0]
     return max(0.0, sum(terms))
+
+
+def token_margin(top_logprobs: Iterable[float]) -> float:
+    """How far the most probable token is ahead of the second, in nats; at most 20.
+
+    Fewer than two tokens leave nothing to choose: the highest margin.
+    """
+    highest = sorted(top_logprobs, reverse=True)[:2]
+    if len(highest) < 2:
+        return -_LOWEST_LOGPROB
+    return min(highest[0] - max(highest[1], _LOWEST_LOGPROB), -_LOWEST_LOGPROB)
 
 
 def logistic(bias: float, weights: Mapping[Any, float], values: Mapping[str, float]) -> float:

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from llmkit.runtime.server.tiers.signals import logistic
 
 Probability = Annotated[float, Field(ge=0, le=1)]
-SignalName = Literal["mean_logprob", "min_logprob", "first_entropy"]
+SignalName = Literal["mean_logprob", "min_logprob", "first_entropy", "min_margin"]
 
 
 class Settings(BaseModel):
