@@ -29,6 +29,7 @@ LOAD_PANEL = "Load"
 QUALITY_PANEL = "Quality"
 RESULTS_PANEL = "Results"
 MEASURED = "measured"  # of --power
+AGENTIC = "agentic"  # the mode
 
 
 def _parse_power(option: str, text: str) -> float | str:
@@ -118,12 +119,32 @@ class LoadOptions:
     trace: Annotated[
         str | None,
         Option(
-            "Replay the times and lengths of a trace (JSONL or CSV).",
+            "Replay the times and lengths of a trace (JSONL or CSV); with --mode agentic: its "
+            "sessions (JSONL).",
             metavar="FILE",
             unset="none",
             panel=LOAD_PANEL,
         ),
     ] = None
+    history: Annotated[
+        str,
+        Option(
+            "Answers in the prompts of later turns of --mode agentic: the server's own, or the "
+            "trace's.",
+            choices=("server", "trace"),
+            metavar="server|trace",
+            panel=LOAD_PANEL,
+        ),
+    ] = "server"
+    hash_block_tokens: Annotated[
+        int,
+        Option(
+            "Tokens of a block of hash_ids, of --mode agentic.",
+            metavar="N",
+            min=1,
+            panel=LOAD_PANEL,
+        ),
+    ] = 512
 
 
 @dataclass(frozen=True)

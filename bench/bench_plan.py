@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from llmkit.bench.agentic.agent_trace import AgentTrace
 from llmkit.bench.bench_metrics import STARTUP
 from llmkit.bench.bench_options import BenchOptions
 from llmkit.bench.bench_report import BenchReport, TargetReport
@@ -71,6 +72,7 @@ class BenchPlan:
     cpus: CpuEnergyMonitor
     tasks: EvalTasks | None
     tool_cases: list[ToolCase] = field(default_factory=list)  # []: tool accuracy is not measured
+    agent_trace: AgentTrace | None = None  # None: no sessions are played
     notes: list[str] = field(default_factory=list)  # of the report
 
     @property

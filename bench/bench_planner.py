@@ -6,9 +6,10 @@ from collections.abc import Sequence
 
 import torch
 
+from llmkit.bench.agentic.agent_modes import agentic_scenarios
 from llmkit.bench.backends import is_url, short_name
 from llmkit.bench.bench_metrics import STARTUP, parse_slo
-from llmkit.bench.bench_options import BenchOptions
+from llmkit.bench.bench_options import AGENTIC, BenchOptions
 from llmkit.bench.bench_plan import SAVED_BASELINE, BenchPlan, Target
 from llmkit.bench.bench_report import TargetReport, read_report, require_single_target
 from llmkit.bench.cost_metrics import check_cost_options, check_power
@@ -42,6 +43,9 @@ def make_plan(references: Sequence[str], options: BenchOptions) -> BenchPlan:
     a server that cannot be reached.
     """
     scenarios = _check_options(references, options)
+    agent_trace = None
+    if options.load is not None and options.load.mode == AGENTIC:
+        scenarios, agent_trace = agentic_scenarios(options.load)
     slo = parse_slo(options.slo) if options.slo else {}
     check_cost_options(options)
     gates = [parse_gate(text) for text in options.gates]
@@ -93,6 +97,7 @@ def make_plan(references: Sequence[str], options: BenchOptions) -> BenchPlan:
         CpuEnergyMonitor(),
         tasks,
         tool_cases,
+        agent_trace,
     )
     for target in targets:
         if tool_cases:
@@ -196,6 +201,10 @@ def _check_options(references: Sequence[str], options: BenchOptions) -> tuple[Sc
             raise UsageError(
                 "only a checkpoint that is served can be started",
                 todo="Drop --offline or the address",
+            )
+        if options.load.mode == AGENTIC and options.offline:
+            raise UsageError(
+                "--mode agentic asks a server, and --offline has none", todo="Drop one of them"
             )
     if options.page_cache not in PAGE_CACHE_STATES:
         raise UsageError(

@@ -12,9 +12,16 @@ from typing import Any, NamedTuple
 from pydantic import TypeAdapter, ValidationError
 
 from llmkit.bench.bench_metrics import tpot
-from llmkit.bench.confidence_intervals import STDERR_SUFFIX, Z_95, confidence_interval, means_differ
+from llmkit.bench.confidence_intervals import (
+    STDERR_SUFFIX,
+    Z_95,
+    confidence_interval,
+    means_differ,
+    share_interval,
+)
 from llmkit.bench.gates import Gate, GateResult, check_gates, require_passed
 from llmkit.bench.metric_definitions import DEFINITIONS
+from llmkit.bench.tool_accuracy.tool_results import ToolCaseResult, mcnemar_differs, outcomes
 from llmkit.common.errors import InputError
 
 FORMAT_VERSION = 1
@@ -54,11 +61,26 @@ class TargetReport:
     requests: dict[str, list[RequestMetrics]] = field(default_factory=dict)
     # Why metrics are missing. A key holds one or more names, separated by ", ".
     absent: dict[str, str] = field(default_factory=dict)
+    # The checked answers to tool cases; empty when none were asked.
+    tool_results: list[ToolCaseResult] = field(default_factory=list)
 
     def repetitions(self, key: str) -> list[float]:
         """The value of each round of the metric with this full name; empty for other metrics."""
         scenario, _, metric = key.rpartition(".")
         return [values[metric] for values in self.rounds.get(scenario, ()) if metric in values]
+
+    def interval(self, key: str) -> tuple[float, float] | None:
+        """The 95 % confidence interval of the metric with this full name; None: not known.
+
+        It comes from repetitions, from the answers to tool cases, or from a standard error.
+        """
+        passed = outcomes(self.tool_results, key)
+        if passed:
+            return share_interval(sum(passed.values()), len(passed))
+        if f"{key}{STDERR_SUFFIX}" in self.metrics:
+            half = Z_95 * self.metrics[f"{key}{STDERR_SUFFIX}"]
+            return self.metrics[key] - half, self.metrics[key] + half
+        return confidence_interval(self.repetitions(key))
 
     def all_metrics(self) -> dict[str, float]:
         """All metrics by full name: "perplexity", "online.output_tps"."""
@@ -84,6 +106,8 @@ class BenchReport:
     evaluation: dict[str, Any] = field(default_factory=dict)
     # Of lm-evaluation-harness: versions and questions; empty without tasks.
     tasks: dict[str, Any] = field(default_factory=dict)
+    # Of tool cases: sources, categories, sha256; empty when none were asked.
+    tool_cases: dict[str, Any] = field(default_factory=dict)
     gates: list[GateResult] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     # Whether the targets took no turns: they are from several runs, or ran one after the other on
@@ -103,6 +127,9 @@ class BenchReport:
         if self.baseline is None:
             return None
         baseline = self.target(self.baseline)
+        passed = outcomes(target.tool_results, key)
+        if passed:
+            return mcnemar_differs(passed, outcomes(baseline.tool_results, key))
         error_key = f"{key}{STDERR_SUFFIX}"
         if error_key in target.metrics and error_key in baseline.metrics:
             error = math.hypot(target.metrics[error_key], baseline.metrics[error_key])
@@ -128,9 +155,11 @@ class BenchReport:
         """A document for JSON. Infinities and NaN become strings such as "Infinity" and "NaN"."""
         document: dict[str, Any] = _json_safe({"format_version": FORMAT_VERSION, **asdict(self)})
         for target, entry in zip(self.targets, document["targets"], strict=True):
-            keys = [key for key in target.all_metrics() if len(target.repetitions(key)) > 1]
+            intervals = {key: target.interval(key) for key in target.all_metrics()}
             entry["intervals"] = {
-                key: _json_safe(confidence_interval(target.repetitions(key))) for key in keys
+                key: _json_safe(interval)
+                for key, interval in intervals.items()
+                if interval is not None
             }
         return document | {"definitions": DEFINITIONS}
 
@@ -207,6 +236,7 @@ def compare_reports(a: BenchReport, b: BenchReport) -> BenchReport:
         workload=a.workload if same_workload else {},
         evaluation=a.evaluation if a.evaluation == b.evaluation else {},
         tasks=a.tasks if a.tasks == b.tasks else {},
+        tool_cases=a.tool_cases if a.tool_cases == b.tool_cases else {},
         notes=comparability_notes(a, b),
         joined=True,
     )
@@ -221,6 +251,8 @@ def comparability_notes(a: BenchReport, b: BenchReport) -> list[str]:
         notes.append("the evaluation windows differ: quality does not compare")
     if a.tasks and b.tasks and a.tasks != b.tasks:
         notes.append("the tasks, or their versions and sizes, differ: their figures do not compare")
+    if a.tool_cases and b.tool_cases and a.tool_cases["sha256"] != b.tool_cases["sha256"]:
+        notes.append("the tool cases differ: tool accuracy does not compare")
     for name in ("cpu", "cores", "gpu", "torch", "dtype", "device", *_CPU_SETTINGS):
         value_a = a.environment.get(name)
         value_b = b.environment.get(name)

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 from xml.etree import ElementTree as Xml
 
 from llmkit.bench.bench_metrics import TASK_PREFIX, find_metric
-from llmkit.bench.confidence_intervals import confidence_interval
 from llmkit.bench.gates import GateResult
 from llmkit.bench.report_tables import number_text, sections
+from llmkit.bench.tool_accuracy.tool_results import TOOL_PREFIX
 
 if TYPE_CHECKING:
     from llmkit.bench.bench_report import BenchReport
@@ -88,14 +88,14 @@ def csv_text(report: BenchReport) -> str:
     writer.writerow(CSV_COLUMNS)
     for target in report.targets:
         for key, value in target.all_metrics().items():
-            if key.startswith(TASK_PREFIX):
+            if key.startswith((TASK_PREFIX, TOOL_PREFIX)):
                 scenario = ""
                 name = key
             else:
                 scenario, _, name = key.rpartition(".")
             metric = find_metric(key)
             repetitions = target.repetitions(key)
-            low, high = confidence_interval(repetitions) or ("", "")
+            low, high = target.interval(key) or ("", "")
             unit = metric.unit if metric else ""
             writer.writerow(
                 (target.name, scenario, name, unit, value, low, high, len(repetitions) or 1)

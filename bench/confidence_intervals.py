@@ -38,6 +38,18 @@ def confidence_interval(values: Sequence[float]) -> tuple[float, float] | None:
     return mean - half, mean + half
 
 
+def share_interval(passed: int, total: int) -> tuple[float, float]:
+    """The 95 % confidence interval of a share of 1 or more cases, by Wilson's score.
+
+    Unlike one of standard errors, it has a width when all cases passed or none.
+    """
+    share = passed / total
+    z2 = Z_95**2 / total
+    middle = (share + z2 / 2) / (1 + z2)
+    half = Z_95 * math.sqrt((share * (1 - share) + z2 / 4) / total) / (1 + z2)
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
 def means_differ(a: Sequence[float], b: Sequence[float], paired: bool = False) -> bool | None:
     """Whether two means differ at the 5 % level; None when either has fewer than two repetitions.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from llmkit.bench.bench_metrics import (
+    AGENT_METRICS,
     CONDITIONAL_SPEED_METRICS,
     QUALITY_BOUND_METRICS,
     QUALITY_METRICS,
@@ -97,6 +98,8 @@ def expected_metrics(plan: BenchPlan, target: Target) -> list[str]:
         if _has_conditional_metric(plan, target, "drafts"):
             num_drafts = bench_engine_options(plan.options).speculation.num_tokens
             speed_metrics += [f"{POSITION_PREFIX}{place}" for place in range(num_drafts)]
+        if plan.agent_trace is not None:
+            speed_metrics += AGENT_METRICS
         for scenario in plan.scenarios:
             names += [f"{scenario.name}.{metric}" for metric in speed_metrics]
     return list(dict.fromkeys(names))

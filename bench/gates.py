@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from llmkit.bench.bench_metrics import (
+    AGENT_METRICS,
     ROUTE_METRICS,
     SPEED_METRICS,
     STARTUP_METRICS,
@@ -81,9 +82,11 @@ def parse_gate(text: str) -> Gate:
         known = [
             *TARGET_METRICS,
             *SPEED_METRICS,
+            *AGENT_METRICS,
             *STARTUP_METRICS,
             *ROUTE_METRICS,
             "task.NAME.METRIC",
+            "tool.CATEGORY.accuracy",
         ]
         raise UsageError(
             f"gate {text!r} names no metric",

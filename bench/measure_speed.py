@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
 
+from llmkit.bench.agentic.agent_workload import AgentWorkload
 from llmkit.bench.backends import Backend, ServedBackend, UrlBackend
 from llmkit.bench.bench_metrics import (
     STARTUP,
@@ -32,7 +33,7 @@ from llmkit.bench.server_samples import GaugeSampler
 from llmkit.bench.startup import measure_startup
 from llmkit.bench.tool_accuracy.ask_tool_cases import ask_tool_cases
 from llmkit.bench.tool_accuracy.tool_results import tool_metrics
-from llmkit.bench.workload import WARMUP, Scenario, Workload, WorkloadRequest, check_context_length
+from llmkit.bench.workload import WARMUP, Scenario, Workload, check_context_length
 from llmkit.checkpoint.checkpoint import Checkpoint
 from llmkit.checkpoint.open_checkpoint import open_checkpoint
 from llmkit.common.errors import UsageError
@@ -124,7 +125,7 @@ def _measure_speed(
     plan: BenchPlan, workload: Workload, running: list[RunningTarget], progress: Progress
 ) -> None:
     """Run each scenario and round on every target in turn, in reverse order on odd rounds."""
-    progress.start("speed", len(running) * len(workload.rounds) * len(workload.scenarios), "runs")
+    progress.start("speed", len(running) * workload.num_rounds * len(workload.scenarios), "runs")
     for target, backend in running:
         if backend.context_tokens is not None:
             check_context_length(workload, backend.context_tokens, target.name)
@@ -133,9 +134,9 @@ def _measure_speed(
             require_complete(run.timelines, target.name, WARMUP.name)
     unsaturated = running
     for scenario in workload.scenarios:
-        for round_number, requests in enumerate(workload.rounds):
+        for round_number in range(workload.num_rounds):
             for target, backend in _alternate(unsaturated, round_number):
-                _measure_run(plan, target, backend, scenario, requests[scenario.name])
+                _measure_run(plan, target, backend, scenario, workload, round_number)
                 progress.advance(1, f"{scenario.name}, {target.name}")
         for target, _ in unsaturated:
             report = target.report
@@ -162,7 +163,8 @@ def _measure_run(
     target: Target,
     backend: Backend,
     scenario: Scenario,
-    requests: Sequence[WorkloadRequest],
+    workload: Workload,
+    round_number: int,
 ) -> None:
     """Run a scenario once and add its metrics to the target's report."""
     sampler: GaugeSampler | None = None
@@ -173,13 +175,15 @@ def _measure_run(
         cpu_before_j = plan.cpus.energy_j()
         energy_before_j = plan.gpus.energy_j()
         start_s = time.perf_counter()
-        run = backend.run(requests, scenario.max_concurrency)
+        run = _run_scenario(backend, scenario, workload, round_number)
         energy_after_j = plan.gpus.energy_j()
         energy_span_s = time.perf_counter() - start_s
         cpu_after_j = plan.cpus.energy_j()
     require_complete(run.timelines, target.name, scenario.name)
     metrics = calculate_metrics(run.timelines, run.wall_s, plan.slo)
     metrics |= calculate_client_metrics(run)
+    metrics |= run.session_metrics
+    plan.notes += [note for note in run.notes if note not in plan.notes]
     metrics |= acceptance_metrics(run.draft_counts)
     queue = run.queue_counts
     if queue is not None and queue.requests > 0:
@@ -205,6 +209,17 @@ def _measure_run(
     metrics |= cost_metrics(plan.options, metrics, run.timelines, queue_s)
     target.report.rounds.setdefault(scenario.name, []).append(metrics)
     target.report.requests[scenario.name] = _request_metrics(run)
+
+
+def _run_scenario(
+    backend: Backend, scenario: Scenario, workload: Workload, round_number: int
+) -> RunResult:
+    """Send the requests of a round, or play its sessions."""
+    if isinstance(workload, AgentWorkload):
+        assert isinstance(backend, (UrlBackend, ServedBackend))
+        return backend.run_sessions(workload.loads[round_number][scenario.name])
+    requests = workload.rounds[round_number][scenario.name]
+    return backend.run(requests, scenario.max_concurrency)
 
 
 def _request_metrics(run: RunResult) -> list[RequestMetrics]:

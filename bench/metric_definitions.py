@@ -15,8 +15,9 @@ DEFINITIONS: dict[str, str] = {
     "cache hit rate": "prompt tokens that the target took from its prefix cache, by each request's"
     " usage, over all prompt tokens",
     "acceptance": "of speculative decoding: accepted draft tokens over proposed ones, and the mean"
-    " tokens that a step with drafts adds to a request, the model's own included; from the server's"
-    " counters before and after each run",
+    " tokens that a step with drafts adds to a request, the model's own included; at a place, the"
+    " share of drafts whose tokens up to there are all accepted (places count from 0); from the"
+    " server's counters before and after each run",
     "repetitions": "figures are medians over repetitions of the same lengths with other text"
     " (recorded conversations: other ones, while there are any); intervals are 95 % of their mean"
     " by Student's t; targets that took turns are compared by a paired t test, others by Welch's,"
@@ -29,10 +30,17 @@ DEFINITIONS: dict[str, str] = {
     " and its addition) over the wall time, as a share of the measured rate of a large matrix"
     " product; on a CPU with compiled kernels that of their product in the cache, with inputs of"
     " the same dtype",
-    "GPU energy": "the GPUs' own counters over a run, idle power included, divided by output"
+    "energy": "GPUs: their own counters over a run; CPU: RAPL's counters of all packages and their"
+    " memory, of everything that runs on the machine. Idle power is included. A million tokens:"
+    " --power, or both counters, over the wall time, divided by output tokens",
+    "cost": "(--price-per-hour / --utilization + power * --price-per-kwh) over the wall time, in"
+    " the prices' currency. All of it for a million output tokens, and for a million tokens of"
+    " prompts and outputs (blended). Prefill's share is the requests' time until their first"
+    " tokens, without the wait in the server's queue, over all their time without that wait; it is"
+    " the cost of the prompt tokens, cached ones included, and the rest is the cost of the output"
     " tokens",
-    "cost": "--price-per-hour over the wall time, for a million output tokens, in the price's"
-    " currency",
+    "queue, KV cache": "the server's request_queue_time_seconds over a run; the largest"
+    " kv_cache_usage_perc and num_requests_waiting of one sample a second (--server-metrics)",
     "client": "processor time of the load client's thread over output tokens, and over the wall"
     " time",
     "memory": "host: proportional set size of the server and its children, sampled while it starts"
@@ -56,6 +64,12 @@ DEFINITIONS: dict[str, str] = {
     " same token are exact",
     "tasks": "figures of EleutherAI's lm-evaluation-harness, asked through the server; ± is 1.96"
     " standard errors",
+    "tool cases": "conversations with tools, asked of the chat API with temperature 0 and tool"
+    " choice auto. Right: exactly the expected calls, in any order, with accepted arguments, or no"
+    " call where none is expected. Well formed: arguments are JSON objects, and no call is left in"
+    " the text. Offered tools, schema, equal: of cases that expect calls, those that pass this"
+    " check and the ones before it. ± is half of Wilson's 95 % interval; targets are compared by"
+    " McNemar's exact test on the same cases, at 5 %",
     "quality": "models run as they are served: packed weights, serving kernels and the dtype of the"
     " KV cache",
 }

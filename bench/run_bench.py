@@ -7,8 +7,14 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 
+from llmkit.bench.agentic.agent_trace import AgentTrace
+from llmkit.bench.agentic.agent_workload import (
+    AgentWorkload,
+    build_agent_workload,
+    keep_fitting,
+)
 from llmkit.bench.bench_options import BenchOptions
-from llmkit.bench.bench_plan import BenchPlan
+from llmkit.bench.bench_plan import BenchPlan, Target
 from llmkit.bench.bench_planner import make_plan
 from llmkit.bench.bench_report import BenchReport, comparability_notes, require_single_target
 from llmkit.bench.environment import describe_environment
@@ -20,6 +26,7 @@ from llmkit.bench.measure_speed import (
 from llmkit.bench.model_quality import make_evaluation, score_targets
 from llmkit.bench.prompt_dataset import drop_long_conversations, load_prompt_dataset
 from llmkit.bench.startup import describe_startup
+from llmkit.bench.tool_accuracy.tool_report import describe_tool_cases, tool_notes
 from llmkit.bench.workload import Workload, build_workload, check_context_length
 from llmkit.checkpoint.checkpoint import Checkpoint
 from llmkit.checkpoint.tokenizer import load_tokenizer
@@ -81,9 +88,17 @@ def bench(targets: Sequence[str], options: BenchOptions, progress: Progress) -> 
         _check_same_sha256(
             plan, "workload", workload.sha256, "load, data, rounds, limit, seed and tokenizer"
         )
-    if workload or plan.tasks:
+    if plan.tool_targets and options.tool_cases:
+        report.tool_cases = describe_tool_cases(
+            options.tool_cases.sources, plan.tool_cases, options.tool_cases.max_tokens
+        )
+        _check_same_sha256(
+            plan, "tool_cases", report.tool_cases["sha256"], "tool cases, limit and max tokens"
+        )
+    if workload or plan.tasks or plan.tool_targets:
         measure_running_targets(plan, workload, report, progress)
         report.notes += _client_warnings(report)
+        report.notes += tool_notes(report.targets, report.baseline)
     if options.quality and plan.quality_targets:
         report.evaluation = _measure_quality(plan, progress)
     if plan.saved_baseline is not None and plan.baseline is not None:
@@ -102,6 +117,8 @@ def _build_workload(plan: BenchPlan, tokenizer: Checkpoint) -> Workload:
     Raises InputError when a target's context is too short or its vocabulary too small for them.
     """
     options = plan.options
+    if plan.agent_trace is not None:
+        return _build_agent_workload(plan, tokenizer, plan.agent_trace)
     data = load_prompt_dataset(options.data, load_tokenizer(tokenizer), options.seed)
     max_tokens = {target.name: plan.max_request_tokens(target) for target in plan.targets}
     limits = [limit for limit in max_tokens.values() if limit is not None]
@@ -130,14 +147,50 @@ def _build_workload(plan: BenchPlan, tokenizer: Checkpoint) -> Workload:
         limit = max_tokens[target.name]
         if limit is not None:
             check_context_length(workload, limit, target.name)
-        if target.spec is not None and max_token_id >= target.spec.vocab_size:
-            raise InputError(
-                f"prompts have token ids up to {max_token_id} and {target.name} has a vocabulary"
-                f" of {target.spec.vocab_size}",
-                "All targets get the same prompts",
-                "Bench models of one tokenizer together",
-            )
+        _check_vocabulary(target, max_token_id)
     return workload
+
+
+def _build_agent_workload(
+    plan: BenchPlan, checkpoint: Checkpoint, trace: AgentTrace
+) -> AgentWorkload:
+    """The sessions that every target gets. Raises InputError when none fits a target."""
+    options = plan.options
+    assert options.load
+    tokenizer = load_tokenizer(checkpoint)
+    data = load_prompt_dataset(options.data, tokenizer, options.seed)
+    num_sessions = len(trace.roots)
+    for target in plan.targets:
+        limit = plan.max_request_tokens(target)
+        if limit is not None:
+            trace = keep_fitting(trace, limit, target.name)
+        _check_vocabulary(target, max(data.tokens))
+    if len(trace.roots) < num_sessions:
+        plan.notes.append(
+            f"{num_sessions - len(trace.roots)} of {num_sessions} sessions are longer than a"
+            " target's context and were left out"
+        )
+    return build_agent_workload(
+        trace,
+        plan.scenarios,
+        data,
+        tokenizer,
+        options.load.hash_block_tokens,
+        options.load.history == "trace",
+        options.rounds,
+        options.seed,
+    )
+
+
+def _check_vocabulary(target: Target, max_token_id: int) -> None:
+    """Raises InputError when a target has not the tokens of the prompts."""
+    if target.spec is not None and max_token_id >= target.spec.vocab_size:
+        raise InputError(
+            f"prompts have token ids up to {max_token_id} and {target.name} has a vocabulary"
+            f" of {target.spec.vocab_size}",
+            "All targets get the same prompts",
+            "Bench models of one tokenizer together",
+        )
 
 
 def _client_warnings(report: BenchReport) -> list[str]:

@@ -7,12 +7,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
+from llmkit.bench.agentic.trace_options import TraceOptions
 from llmkit.bench.bench_options import (
     LOAD_PANEL,
     BenchOptions,
     EvalTaskOptions,
     LoadOptions,
     ReportOutputs,
+    ToolCaseOptions,
 )
 from llmkit.bench.routing.route_options import RouteBenchOptions
 from llmkit.cli.output import Output
@@ -51,8 +53,9 @@ class BenchArguments:
         Option(
             "A load instead of scenarios: serve (--concurrency or --rate), latency (batches of "
             "--concurrency), throughput (all at once; implies --offline for checkpoints), sweep "
-            "(until saturated), startup (from the command to the first token, --repeats times).",
-            choices=("serve", "latency", "throughput", "sweep", "startup"),
+            "(until saturated), startup (from the command to the first token, --repeats times), "
+            "agentic (the sessions of --trace).",
+            choices=("serve", "latency", "throughput", "sweep", "startup", "agentic"),
             metavar="MODE",
             unset="scenarios",
             panel=LOAD_PANEL,
@@ -60,6 +63,7 @@ class BenchArguments:
     ] = None
     load: LoadOptions
     tasks: EvalTaskOptions
+    tool_cases: ToolCaseOptions
     outputs: ReportOutputs
     options: BenchOptions
 
@@ -79,6 +83,13 @@ class ShowArguments:
 
     file: Annotated[str, REPORT]
     outputs: Annotated[ReportOutputs, ExcludeFields(("json",))]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TraceArguments:
+    """What `llmkit bench trace` takes."""
+
+    options: TraceOptions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,6 +155,7 @@ def bench(output: Output, arguments: BenchArguments) -> None:
         options,
         load=_load(arguments),
         tasks=arguments.tasks if arguments.tasks.names else None,
+        tool_cases=arguments.tool_cases if arguments.tool_cases.sources else None,
     )
     check_outputs(arguments.outputs)
     report = run_bench.bench([*arguments.models, *arguments.url], options, output.progress())
@@ -224,6 +236,33 @@ def semantic_cache(output: Output, arguments: SemanticCacheArguments) -> None:
     )
 
 
+def trace(output: Output, arguments: TraceArguments) -> None:
+    """Make a trace of agents' sessions for --mode agentic: turns, tools, think time, sub-agents."""
+    from llmkit.bench.agentic.generate_trace import generate_trace
+    from llmkit.bench.report_files import write_files
+
+    options = arguments.options
+    made = generate_trace(options)
+    write_files({options.output: made.to_jsonl()})
+    document = {
+        "file": str(options.output),
+        "sessions": made.num_sessions,
+        "branches": made.num_branches,
+        "requests": made.num_turns,
+        "output_tokens": made.output_tokens,
+    }
+    output.result(
+        document,
+        lambda console: console.print(
+            f"{options.output}: {made.num_sessions:,} sessions, {made.num_branches:,} branches,"
+            f" {made.num_turns:,} requests, {made.output_tokens:,} output tokens",
+            markup=False,
+            highlight=False,
+            soft_wrap=True,
+        ),
+    )
+
+
 def _load(arguments: BenchArguments) -> LoadOptions | None:
     """The load that replaces the scenarios, if an option chooses one. Raises UsageError."""
     load = arguments.load
@@ -235,6 +274,8 @@ def _load(arguments: BenchArguments) -> LoadOptions | None:
         or load.requests is not None
         or load.turns > 1
         or load.prefix_tokens
+        or load.history != LoadOptions.history
+        or load.hash_block_tokens != LoadOptions.hash_block_tokens
     )
     if not chosen:
         return None

@@ -1,0 +1,1 @@
+"""Tool accuracy: cases with tools, asked of a chat API, and their answers checked."""
