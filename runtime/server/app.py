@@ -47,6 +47,10 @@ from llmkit.runtime.server.responses.openai_response import (
     CompletionResponseBuilder,
 )
 from llmkit.runtime.server.responses.response_builder import ResponseBuilder
+from llmkit.runtime.server.sagemaker.invocations import (
+    add_adapter_routes,
+    add_invocation_routes,
+)
 from llmkit.runtime.server.schemas.chat_request import ChatCompletionRequest, tool_dicts
 from llmkit.runtime.server.schemas.completion_request import CompletionRequest
 from llmkit.runtime.server.schemas.embedding_request import EmbeddingRequest
@@ -103,12 +107,14 @@ def build_app(state: ServerState, clients: Sequence[Client]) -> ASGIApp:
             ("/v1/unload_lora_adapter", adapters.unload),
         ):
             app.add_api_route(path, adapter_endpoint, methods=["POST"], response_model=None)
+        add_adapter_routes(app, options)
     add_response_routes(app, routes.stored_responses)
     add_score_routes(app, state)
     add_engine_change_routes(app, state)
     add_kserve_routes(app, state)
     add_ollama_routes(app, state)
     add_tgi_routes(app, state)
+    add_invocation_routes(app, options, routes.ready)
     add_refused_routes(app)
     for path, page_endpoint in page_routes().items():
         app.add_api_route(path, page_endpoint, methods=["GET"], response_model=None)

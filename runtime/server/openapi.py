@@ -24,6 +24,12 @@ from llmkit.runtime.server.ollama.ollama_request import (
     OllamaShowRequest,
 )
 from llmkit.runtime.server.responses.response_builder import JSON_LINES, SERVER_SENT_EVENTS
+from llmkit.runtime.server.sagemaker.invocations import INVOCATIONS, ROUTES_BY_FIELD
+from llmkit.runtime.server.sagemaker.multi_model_routes import (
+    INVOKE_MODEL,
+    MODELS,
+    LoadModelRequest,
+)
 from llmkit.runtime.server.schemas.base_request import BaseRequest
 from llmkit.runtime.server.schemas.chat_request import ChatCompletionRequest
 from llmkit.runtime.server.schemas.completion_request import CompletionRequest
@@ -71,9 +77,12 @@ REQUEST_SCHEMAS: dict[str, type[BaseRequest]] = {
     "/": TgiCompatRequest,
     "/tokenize": TokenizeRequest,
     "/detokenize": DetokenizeRequest,
+    MODELS: LoadModelRequest,
     "/v2/models/{name}/infer": InferRequest,
     "/v2/models/{name}/versions/{version}/infer": InferRequest,
 }
+# A body is a request of another route.
+_INVOCATIONS = frozenset({INVOCATIONS, INVOKE_MODEL.replace(":path", "")})
 _REF_PREFIX = "#/components/schemas/"
 # Schema names in the document are an interface, because clients are generated from them. So a class
 # that is renamed keeps its name in the document.
@@ -87,6 +96,7 @@ _SCHEMA_NAMES = {
     "FunctionDefinition": "Function",
     "InferRequest": "InferBody",
     "LoadLoraAdapterRequest": "LoadBody",
+    "LoadModelRequest": "LoadModelBody",
     "MessageParam": "Turn",
     "MessagesRequest": "MessagesBody",
     "MessagesToolChoice": "MessagesChoice",
@@ -233,6 +243,8 @@ def _operation(method: str, path: str, request_schema: type[BaseRequest] | None)
         content = {CONTENT_TYPE: {}}
     elif path in PAGE_PATHS and method == "GET":
         content = {"*/*": {}}
+    elif path in _INVOCATIONS:
+        content[SERVER_SENT_EVENTS.media_type] = {}
     elif path.endswith("/generate_stream"):
         content = {"text/event-stream": {}}
     elif path.endswith("/infer"):
@@ -260,6 +272,10 @@ def _operation(method: str, path: str, request_schema: type[BaseRequest] | None)
         schema = {"$ref": _REF_PREFIX + _schema_name(request_schema.__name__)}
     elif is_inference_protocol(path) and path.endswith(("/generate", "/generate_stream")):
         schema = _GENERATE
+    elif path in _INVOCATIONS:
+        invoked = dict.fromkeys(REQUEST_SCHEMAS[route].__name__ for _, route in ROUTES_BY_FIELD)
+        references = [{"$ref": _REF_PREFIX + _schema_name(name)} for name in invoked]
+        schema = {"anyOf": references}
     if schema is not None:
         operation["requestBody"] = {
             "required": True,

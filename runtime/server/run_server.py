@@ -143,7 +143,18 @@ def _prefix_store(options: ServeOptions) -> tuple[str, int] | None:
 
 
 def check_exposure(options: ServeOptions, clients: Sequence[Client]) -> None:
-    """Raise UsageError when other machines could use the server without a key."""
+    """Raise UsageError when other machines could use the server without a key.
+
+    SageMaker's endpoint authenticates its callers, and sends no key to the container.
+    """
+    if options.sagemaker is not None:
+        if clients:
+            raise UsageError(
+                f"an API key and --sagemaker {options.sagemaker} exclude each other",
+                "SageMaker sends no key: the endpoint itself checks who may call it",
+                f"Leave out --sagemaker, or --api-key-file and {API_KEY_VARIABLE}",
+            )
+        return
     if not clients and not is_loopback(options.host):
         raise UsageError(
             f"other machines could use the server without a key (--host {options.host})",
@@ -155,9 +166,14 @@ def check_exposure(options: ServeOptions, clients: Sequence[Client]) -> None:
 def log_open_doors(
     options: ServeOptions, clients: Sequence[Client], log: Callable[[str], None]
 ) -> None:
-    """Log a warning for each option that lets every web page use a server without a key."""
+    """Log a warning for each option that lets others use a server without a key."""
     if clients:
         return
+    if options.sagemaker is not None and not is_loopback(options.host):
+        log(
+            f"warning: with --sagemaker, whoever reaches {options.host} can use the server without "
+            "a key. Only SageMaker's endpoint may reach it"
+        )
     for option, values in (
         ("--allowed-origins", options.allowed_origins),
         ("--allowed-hosts", options.allowed_hosts),

@@ -420,6 +420,17 @@ class ServeOptions:
             panel=SERVER_PANEL,
         ),
     ] = False
+    sagemaker: Annotated[
+        Literal["single-model", "multi-model"] | None,
+        Option(
+            "For a container of Amazon SageMaker, which sends no API key: other addresses than "
+            "loopback need none. multi-model: MODEL is a folder of models, which requests to "
+            "/models load and unload.",
+            metavar="MODE",
+            unset="off",
+            panel=SERVER_PANEL,
+        ),
+    ] = None
     log_requests: Annotated[
         bool,
         Option(

@@ -19,6 +19,7 @@ _TYPES = {
     500: "server_error",
     503: "service_unavailable_error",
     504: "timeout_error",
+    507: "server_error",
 }
 # The routes of TGI (text-generation-inference).
 TGI_PATHS = frozenset({"/", "/generate", "/generate_stream"})

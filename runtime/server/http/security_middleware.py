@@ -28,7 +28,7 @@ MAX_HEADER_BYTES = 64 * 1024
 MAX_SOCKETS = 256  # open WebSockets of a key
 KEY_SUBPROTOCOL = "openai-insecure-api-key."
 # What load balancers and containers ask, by any name of the machine. The answers hold no secret.
-_PROBE_PATHS = frozenset({"/health", "/ready", "/v2/health/live", "/v2/health/ready"})
+_PROBE_PATHS = frozenset({"/health", "/ready", "/ping", "/v2/health/live", "/v2/health/ready"})
 _ANTHROPIC_ID_HEADER = b"request-id"  # where Anthropic's clients look for the request's id
 
 

@@ -153,7 +153,8 @@ class ModelPool:
         """
         if len(self.models) >= self._max_loaded:
             raise ShortageError(
-                f"{len(self.models)} models are loaded (--max-loaded {self._max_loaded})",
+                f"all {len(self.models)} places for models are taken "
+                f"(--max-loaded {self._max_loaded})",
                 todo="Unload one first",
             )
         self.models[model.name] = model
