@@ -21,6 +21,8 @@ from typing import Protocol
 
 import psutil
 
+from llmkit.bench.agentic.play_sessions import AgentLoad
+from llmkit.bench.agentic.run_sessions import run_sessions
 from llmkit.bench.bench_metrics import RunResult
 from llmkit.bench.host_memory import memory_bytes, process_tree
 from llmkit.bench.load_client import Server, query_server, run_load
@@ -85,6 +87,10 @@ class UrlBackend(Backend):
     def run(self, requests: Sequence[WorkloadRequest], max_concurrency: int) -> RunResult:
         """See `Backend.run`."""
         return run_load(self.server, requests, max_concurrency)
+
+    def run_sessions(self, load: AgentLoad) -> RunResult:
+        """Play the sessions of a trace."""
+        return run_sessions(self.server, load)
 
 
 class ServedBackend:
@@ -160,11 +166,16 @@ class ServedBackend:
 
     def run(self, requests: Sequence[WorkloadRequest], max_concurrency: int) -> RunResult:
         """See `Backend.run`. Raises the server's own error when it ended during the run."""
-        assert self.server and self.process
+        assert self.server
         result = run_load(self.server, requests, max_concurrency)
-        if self.process.poll() is not None:
-            raise self._exit_error()
-        self._sample_memory()
+        self._check_after_run()
+        return result
+
+    def run_sessions(self, load: AgentLoad) -> RunResult:
+        """Play the sessions of a trace. Raises as `run` does."""
+        assert self.server
+        result = run_sessions(self.server, load)
+        self._check_after_run()
         return result
 
     def stop(self) -> dict[str, float]:
@@ -192,6 +203,13 @@ class ServedBackend:
         self._stdout_file.seek(0)
         stages: dict[str, float] = json.loads(self._stdout_file.read())["engine_seconds"]
         return stages
+
+    def _check_after_run(self) -> None:
+        """Sample the memory. Raises the server's own error when it has ended."""
+        assert self.process
+        if self.process.poll() is not None:
+            raise self._exit_error()
+        self._sample_memory()
 
     def _sample_memory(self) -> None:
         """Call it only between runs: reading a process's memory map pauses the process."""

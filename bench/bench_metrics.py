@@ -145,7 +145,7 @@ SPEED_METRICS = _by_name(
     Metric("requests", "requests", "", "neither", headline=False),
     Metric("prompt_tokens", "prompt tokens", "tokens", "neither", headline=False),
     Metric("cached_tokens", "prompt tokens from the cache", "tokens", "neither", headline=False),
-    Metric("cache_hit_rate", "prompt tokens from the cache", "share", "higher", headline=False),
+    Metric("cache_hit_rate", "prompt tokens from the cache", "share", "higher"),
     Metric("output_tokens", "output tokens", "tokens", "neither", headline=False),
 )
 """Measured once for each scenario. In a gate, `online.output_tps` selects one scenario."""
@@ -206,7 +206,7 @@ AGENT_METRICS = _by_name(
         )
         for statistic in _LATENCY_STATISTICS
     ),
-    Metric("session_rate", "sessions", "1/s", "higher"),
+    Metric("session_rate", "session rate", "1/s", "higher"),
     Metric("sessions", "sessions", "", "neither", headline=False),
     Metric("ideal_cached_tokens", "ideal prefix hits", "tokens", "neither", headline=False),
     Metric("ideal_hit_rate", "prompt tokens that an infinite cache has", "share", "higher"),

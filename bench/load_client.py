@@ -12,23 +12,29 @@ import errno
 import json
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import aiohttp
 
+from llmkit.bench.answer_stream import (
+    RequestRecord,
+    StreamedAnswer,
+    printable,
+    read_answer,
+)
 from llmkit.bench.bench_metrics import RequestTimeline, RunResult
 from llmkit.bench.draft_counts import DraftCounts, parse_draft_counts
+from llmkit.bench.server_samples import QueueCounts, parse_queue_counts
 from llmkit.bench.workload import WorkloadRequest, group_conversations
 from llmkit.common.errors import InputError, ShortageError
-from llmkit.common.sse import EventParser
+from llmkit.runtime.engine.synthetic_acceptance import HEADER as SYNTHETIC_HEADER
 from llmkit.runtime.process_channel import API_KEY_VARIABLE
 
 CONNECT_TIMEOUT_S = 10.0
 READ_TIMEOUT_S = 600.0  # without any data, after which a request has failed
-_MAX_ERROR_CHARS = 300  # of a server's error message
 
 
 @dataclass(frozen=True)
@@ -39,17 +45,7 @@ class Server:
     model: str
     root: str | None = None  # where the model was loaded from; None: not in the entry
     context_tokens: int | None = None  # None: not in the entry
-
-
-@dataclass
-class RequestRecord:
-    """The response to one request as it was read. Times are `time.perf_counter()` seconds."""
-
-    sent_s: float = 0.0
-    status: int = 0
-    reads: list[tuple[float, bytes]] = field(default_factory=list)  # (time, data)
-    error: str | None = None
-    schedule_lag_s: float = 0.0  # from its scheduled time to its sending; 0 without a schedule
+    synthetic_acceptance: str | None = None  # rates, of a server that accepts drafts by a draw
 
 
 def base_url(url: str) -> str:
@@ -75,101 +71,81 @@ def run_load(
     A client sends its next request when the last one is answered and the scheduled time has come.
     """
     bodies = [_request_body(server, request) for request in requests]
-    counts_before = read_draft_counts(server)
+    text_before = read_metrics(server)
     wall_s, client_cpu_s, records = asyncio.run(
         _run_clients(server, requests, bodies, max_concurrency)
     )
-    counts = read_draft_counts(server) if counts_before is not None else None
+    text = read_metrics(server) if text_before is not None else None
     timelines = [
         parse_record(record, request) for record, request in zip(records, requests, strict=True)
     ]
-    if counts is not None and counts_before is not None:
-        counts = counts.since(counts_before)
-    return RunResult(wall_s, timelines, client_cpu_s, counts)
+    return RunResult(wall_s, timelines, client_cpu_s, *run_counts(text_before, text))
 
 
-def read_draft_counts(server: Server) -> DraftCounts | None:
-    """A server's counters of speculative decoding; None when it has no /metrics."""
+def run_counts(
+    before: str | None, after: str | None
+) -> tuple[DraftCounts | None, QueueCounts | None]:
+    """What a server counted between two answers of /metrics; None when it has none."""
+    if before is None or after is None:
+        return None, None
+    return (
+        parse_draft_counts(after).since(parse_draft_counts(before)),
+        parse_queue_counts(after).since(parse_queue_counts(before)),
+    )
+
+
+def read_metrics(server: Server) -> str | None:
+    """A server's answer to /metrics; None when it has none."""
     with suppress(aiohttp.ClientError, OSError, TimeoutError):
-        return asyncio.run(_read_draft_counts(server.url))
+        return asyncio.run(_read_metrics(server.url))
     return None
 
 
-async def _read_draft_counts(url: str) -> DraftCounts | None:
+async def _read_metrics(url: str) -> str | None:
     async with (
         open_session(CONNECT_TIMEOUT_S) as session,
         session.get(f"{url}/metrics", allow_redirects=False) as response,
     ):
         text = await response.text(errors="replace")
-    return parse_draft_counts(text) if response.status == 200 else None
+    return text if response.status == 200 else None
 
 
 def parse_record(record: RequestRecord, request: WorkloadRequest) -> RequestTimeline:
     """Parse a recorded response: token arrivals, usage, or the reason of a failure."""
-    error = record.error
-    token_ids = 0
-    done = False
-    arrivals: list[float] = []
-    final_event_s: list[float] = []  # of an event that has a finish reason and no text
-    usage: dict[str, Any] = {}
-    if not error and record.status != 200:
-        content = b"".join(data for _, data in record.reads)
-        error = f"HTTP {record.status}: {server_error_message(content)}"
-    for arrival_s, data in _events(record.reads) if not error else ():
-        if data.strip() == "[DONE]":
-            done = True
-            continue
-        try:
-            event = json.loads(data)
-            if event.get("error"):
-                error = f"the stream broke off: {server_error_message(data.encode())}"
-                break
-            if isinstance(event.get("usage"), dict):
-                usage = event["usage"]
-            for choice in event.get("choices") or ():
-                token_ids += len(choice.get("token_ids") or ())
-                # Any event carries tokens, with text or without. Only the last one may carry
-                # nothing but the finish reason.
-                if choice.get("text") or choice.get("token_ids") or not choice.get("finish_reason"):
-                    arrivals.append(arrival_s)
-                else:
-                    final_event_s = [arrival_s]
-        except (ValueError, AttributeError, TypeError, RecursionError):
-            error = f"an event is not a completion: {_printable(data)}"
-            break
-    output_tokens = _usage_count(usage, "completion_tokens") or token_ids or len(arrivals)
-    if len(arrivals) < output_tokens:
-        arrivals += final_event_s  # it carried a token without text
-    if not error and not done:
-        error = "the stream ended without [DONE]"
-    if not error and (output_tokens != request.max_tokens or not arrivals):
-        error = f"{output_tokens} tokens came, {request.max_tokens} were asked for with ignore_eos"
+    answer = read_answer(record)
+    return answer_timeline(request.id, record, answer, len(request.prompt), request.max_tokens)
+
+
+def answer_timeline(
+    request_id: str,
+    record: RequestRecord,
+    answer: StreamedAnswer,
+    prompt_tokens: int,
+    max_tokens: int | None,
+) -> RequestTimeline:
+    """The timeline of an answer.
+
+    prompt_tokens: used when the server does not count them. max_tokens: how many tokens the answer
+    must have, or it failed; None: any number.
+    """
+    error = answer.error
+    is_complete = max_tokens is None or answer.output_tokens == max_tokens
+    if not error and not (is_complete and answer.arrivals_s):
+        error = (
+            f"{answer.output_tokens} tokens came, {max_tokens or 'some'} were asked for"
+            f"{' with ignore_eos' if max_tokens else ''}"
+        )
     return RequestTimeline(
-        request.id,
+        request_id,
         record.sent_s,
-        tuple(arrivals),
-        _usage_count(usage, "prompt_tokens") or len(request.prompt),
-        _usage_count(usage.get("prompt_tokens_details"), "cached_tokens"),
-        output_tokens,
+        tuple(answer.arrivals_s),
+        answer.prompt_tokens or prompt_tokens,
+        answer.cached_tokens or 0,
+        answer.output_tokens,
         error,
         record.schedule_lag_s,
+        answer.first_output_s,
     )
-
-
-def _events(reads: Sequence[tuple[float, bytes]]) -> Iterator[tuple[float, str]]:
-    """Each event's data, with the time of the read that completed it."""
-    parser = EventParser()
-    for arrival_s, read in reads:
-        for data in parser.feed(read):
-            yield arrival_s, data
-    for data in parser.close():
-        yield reads[-1][0], data
-
-
-def _usage_count(usage: Any, name: str) -> int:
-    """A count of the server's usage; 0 when it is missing."""
-    value = usage.get(name) if isinstance(usage, dict) else None
-    return value if isinstance(value, int) else 0
 
 
 def _request_body(server: Server, request: WorkloadRequest) -> bytes:
@@ -222,7 +198,7 @@ async def _run_clients(
                     due_s = start_s + request.send_at_s
                     await asyncio.sleep(due_s - time.perf_counter())
                     record.schedule_lag_s = time.perf_counter() - due_s
-                await _send(session, f"{server.url}/v1/completions", body, record)
+                await send_request(session, f"{server.url}/v1/completions", body, record)
 
     async with open_session(READ_TIMEOUT_S) as session:
         start_s = time.perf_counter()
@@ -234,9 +210,10 @@ async def _run_clients(
         return time.perf_counter() - start_s, time.thread_time() - start_cpu_s, records
 
 
-async def _send(
+async def send_request(
     session: aiohttp.ClientSession, url: str, body: bytes, record: RequestRecord
 ) -> None:
+    """Send a request and record its answer, or why there is none."""
     reads = record.reads
     record.sent_s = time.perf_counter()
     try:
@@ -246,7 +223,7 @@ async def _send(
             async for read in response.content.iter_any():
                 reads.append((time.perf_counter(), read))
     except (aiohttp.ClientError, OSError) as error:
-        record.error = _printable(f"{type(error).__name__}: {error}")
+        record.error = printable(f"{type(error).__name__}: {error}")
 
 
 async def _query_server(url: str, model: str | None, key: str | None) -> Server:
@@ -258,6 +235,7 @@ async def _query_server(url: str, model: str | None, key: str | None) -> Server:
         ):
             status = response.status
             content = await response.read()
+            synthetic_acceptance = response.headers.get(SYNTHETIC_HEADER)
     except aiohttp.InvalidURL as error:
         raise InputError(
             f"{url} is not a URL", "Something like http://127.0.0.1:8000 was expected"
@@ -282,7 +260,7 @@ async def _query_server(url: str, model: str | None, key: str | None) -> Server:
     name = model or next(iter(entries))
     if name not in entries:
         raise InputError(
-            f"{url} does not serve {name}", f"It serves {', '.join(map(_printable, entries))}"
+            f"{url} does not serve {name}", f"It serves {', '.join(map(printable, entries))}"
         )
     context_tokens = entries[name].get("max_model_len")
     root = entries[name].get("root")
@@ -291,6 +269,7 @@ async def _query_server(url: str, model: str | None, key: str | None) -> Server:
         name,
         root if isinstance(root, str) else None,
         context_tokens if isinstance(context_tokens, int) else None,
+        None if synthetic_acceptance is None else printable(synthetic_acceptance),
     )
 
 
@@ -302,20 +281,6 @@ def _unreachable(url: str, number: int | None, reason: str) -> ShortageError:
         reason = os.strerror(number)
         suffix = f" (errno {number}, {errno.errorcode[number]})"
     return ShortageError(
-        f"{url} cannot be reached: {_printable(reason)}{suffix}",
+        f"{url} cannot be reached: {printable(reason)}{suffix}",
         todo="Start the server, or check the address",
     )
-
-
-def server_error_message(content: bytes) -> str:
-    """The message of a server's error response, or the beginning of an unknown response."""
-    text = content.decode("utf-8", "replace")
-    with suppress(ValueError, KeyError, TypeError, RecursionError):
-        error = json.loads(text)["error"]
-        text = str(error["message"] if isinstance(error, dict) else error)
-    return _printable(text)
-
-
-def _printable(text: str) -> str:
-    """A server's text, made fit for a terminal: one short line without control characters."""
-    return "".join(c if c.isprintable() else " " for c in text[:_MAX_ERROR_CHARS]).strip()

@@ -6,18 +6,18 @@ import csv
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from datetime import datetime
+from datetime import UTC, datetime
 from itertools import accumulate
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Any, NamedTuple
 
 from llmkit.bench.bench_metrics import STARTUP
-from llmkit.bench.bench_options import LoadOptions
+from llmkit.bench.bench_options import AGENTIC, LoadOptions
 from llmkit.bench.workload import Lengths, Scenario
 from llmkit.common.errors import InputError, UsageError
 
-MODES = ("serve", "latency", "throughput", "sweep", STARTUP)
+MODES = ("serve", "latency", "throughput", "sweep", STARTUP, AGENTIC)
 DEFAULT_CONCURRENCY = {
     "serve": (8,),
     "latency": (1, 4, 16),
@@ -34,12 +34,20 @@ _OUTPUT_COLUMNS = ("output_length", "GeneratedTokens", "output_tokens")
 
 
 def load_scenarios(load: LoadOptions) -> tuple[Scenario, ...]:
-    """The scenarios of a load, from the lowest level to the highest; none for `--mode startup`.
+    """The scenarios of a load, from the lowest level to the highest.
+
+    There are none for `--mode startup`, and none for `--mode agentic`, whose trace makes them.
 
     Raises UsageError for options that exclude each other.
     """
     if load.mode not in MODES:
         raise UsageError(f"no such mode: {load.mode}", f"Modes are {', '.join(MODES)}")
+    if load.mode == AGENTIC:
+        return ()
+    for name in ("history", "hash_block_tokens"):
+        if getattr(load, name) != getattr(LoadOptions, name):
+            flag = name.replace("_", "-")
+            raise UsageError(f"--{flag} belongs to --mode {AGENTIC}", "A trace of sessions")
     if load.mode == STARTUP:
         if load.concurrency or load.rates or load.trace or load.requests or load.turns > 1:
             raise UsageError(
@@ -120,6 +128,25 @@ def read_trace(path: str) -> list[tuple[float, int, int]]:
     `ContextTokens`, `GeneratedTokens`) or llmkit's own (`at_s`, `prompt_tokens`, `output_tokens`).
     The result is sorted by time. Raises InputError for any other file.
     """
+    rows = read_trace_rows(path)
+    start_s = rows[0].time_s
+    return [(row.time_s - start_s, row.prompt_tokens, row.output_tokens) for row in rows]
+
+
+class TraceRow(NamedTuple):
+    """A request of a trace."""
+
+    time_s: float  # since 1970 for dates, or since the trace's own begin
+    prompt_tokens: int
+    output_tokens: int
+    is_dated: bool
+
+
+def read_trace_rows(path: str) -> list[TraceRow]:
+    """The requests of a trace with their times as the file has them; see `read_trace`.
+
+    Dates without a time zone are in UTC.
+    """
     try:
         text = Path(path).read_text(encoding="utf-8")
         lines = [line for line in text.splitlines() if line.strip()]
@@ -129,10 +156,11 @@ def read_trace(path: str) -> list[tuple[float, int, int]]:
         else:
             records = list(csv.DictReader(lines))
         rows = sorted(
-            (
+            TraceRow(
                 _record_time_s(record),
                 int(_first_column(record, _PROMPT_COLUMNS)),
                 int(_first_column(record, _OUTPUT_COLUMNS)),
+                "TIMESTAMP" in record,
             )
             for record in records
         )
@@ -142,13 +170,13 @@ def read_trace(path: str) -> list[tuple[float, int, int]]:
             "JSON lines or CSV with timestamp, input_length and output_length were expected",
         ) from error
     if not rows or any(
-        min(prompt, output) < 1 or not math.isfinite(time_s) for time_s, prompt, output in rows
+        min(row.prompt_tokens, row.output_tokens) < 1 or not math.isfinite(row.time_s)
+        for row in rows
     ):
         raise InputError(
             f"trace {path} is empty, or has a request without tokens or without a time"
         )
-    start_s = rows[0][0]
-    return [(time_s - start_s, prompt, output) for time_s, prompt, output in rows]
+    return rows
 
 
 def _first_column(record: Mapping[str, Any], names: Sequence[str]) -> Any:
@@ -161,7 +189,8 @@ def _first_column(record: Mapping[str, Any], names: Sequence[str]) -> Any:
 
 def _record_time_s(record: Mapping[str, Any]) -> float:
     if "TIMESTAMP" in record:
-        return datetime.fromisoformat(record["TIMESTAMP"]).timestamp()
+        date = datetime.fromisoformat(record["TIMESTAMP"])
+        return (date if date.tzinfo else date.replace(tzinfo=UTC)).timestamp()
     time = float(_first_column(record, _TIME_COLUMNS))
     return time / 1000 if "timestamp" in record else time
 

@@ -20,13 +20,9 @@ from typing import Any
 import aiohttp
 import torch
 
+from llmkit.bench.answer_stream import server_error_message
 from llmkit.bench.bench_metrics import QUALITY_BOUND_METRICS
-from llmkit.bench.load_client import (
-    READ_TIMEOUT_S,
-    Server,
-    open_session,
-    server_error_message,
-)
+from llmkit.bench.load_client import READ_TIMEOUT_S, Server, open_session
 from llmkit.common.errors import InputError, ShortageError
 
 TOP_LOGPROBS = 20  # at each position; servers allow this many by default

@@ -78,6 +78,11 @@ class Workload:
     rounds: tuple[dict[str, tuple[WorkloadRequest, ...]], ...]  # by scenario name
 
     @property
+    def num_rounds(self) -> int:
+        """How often each scenario runs."""
+        return len(self.rounds)
+
+    @property
     def sha256(self) -> str:
         """Hash of the token ids, lengths, order, arrival times and concurrency, without warm-up."""
         content = []
@@ -204,7 +209,7 @@ def build_workload(
 
 def check_context_length(workload: Workload, context_tokens: int, target: str) -> None:
     """Raises InputError when a request is longer than the context of the target."""
-    for scenario in workload.scenarios:
+    for scenario in workload.scenarios if workload.rounds else ():
         longest = max(
             request.total_tokens
             for requests in workload.rounds

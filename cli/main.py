@@ -74,7 +74,7 @@ def _root(
 
 SHARD_EPILOG = "Also: llmkit shard plan | verify | merge, each with its own --help."
 BENCH_EPILOG = (
-    "Also: llmkit bench compare | show | route | semantic-cache, each with its own --help."
+    "Also: llmkit bench compare | show | trace | route | semantic-cache, each with its own --help."
 )
 RECIPES_EPILOG = "Also: llmkit recipes list | show | copy | validate | schema."
 
@@ -91,6 +91,7 @@ COMMANDS = {
         Command("bench", bench.bench, bench.BenchArguments, BENCH_EPILOG),
         Command("bench compare", bench.compare, bench.CompareArguments),
         Command("bench show", bench.show, bench.ShowArguments),
+        Command("bench trace", bench.trace, bench.TraceArguments),
         Command("bench route", bench.route, bench.RouteArguments),
         Command("bench semantic-cache", bench.semantic_cache, bench.SemanticCacheArguments),
         Command("serve", serve.serve, serve.ServeArguments),
@@ -98,6 +99,7 @@ COMMANDS = {
         Command("ps", servers_list.ps, recipes.NoArguments),
         Command("plan", plan.plan, plan.PlanArguments),
         Command("deploy ray", deploy.ray, deploy.RayArguments),
+        Command("deploy gateway", deploy.gateway, deploy.GatewayArguments),
         Command("deploy triton", deploy.triton, deploy.TritonArguments),
         Command("deploy vllm", deploy.vllm, deploy.VllmArguments),
         Command("batch", batch.batch, batch.BatchArguments),

@@ -14,7 +14,8 @@ from typing import Any, TypeVar
 
 import aiohttp
 
-from llmkit.bench.load_client import READ_TIMEOUT_S, Server, open_session, server_error_message
+from llmkit.bench.answer_stream import server_error_message
+from llmkit.bench.load_client import READ_TIMEOUT_S, Server, open_session
 from llmkit.bench.routing.route_prompts import RoutePrompt
 from llmkit.common.errors import InputError, ShortageError
 from llmkit.common.progress import Progress

@@ -16,11 +16,11 @@ import pytest
 from aiohttp import web
 from support.tiny_models import tiny_checkpoint
 
+from llmkit.bench.answer_stream import RequestRecord
 from llmkit.bench.backends import UrlBackend
 from llmkit.bench.bench_metrics import RunResult, require_complete
 from llmkit.bench.bench_options import BenchOptions
 from llmkit.bench.load_client import (
-    RequestRecord,
     Server,
     base_url,
     parse_record,

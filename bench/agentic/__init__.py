@@ -1,0 +1,1 @@
+"""`llmkit bench --mode agentic` replays traces of agents' sessions; `bench trace` makes them."""
