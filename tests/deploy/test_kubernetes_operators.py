@@ -9,7 +9,6 @@ import copy
 import functools
 import importlib.util
 import operator
-import os
 import re
 from ast import literal_eval
 from collections.abc import Iterator
@@ -23,11 +22,9 @@ import yaml
 from kubernetes_validate.utils import schema_contents
 from referencing import Registry, Resource
 from support.kubernetes_manifests import is_core, kind, objects
+from support.operator_definitions import DOCUMENTS, compare
 
-CRDS = os.environ.get(
-    "LLMKIT_CRDS"
-)  # a folder of CustomResourceDefinitions, of the operators' releases
-OURS = yaml.safe_load((Path(__file__).parents[1] / "data" / "operators.yaml").read_text())
+SOURCES, OURS = DOCUMENTS
 OBJECTS = [one for one in objects() if not is_core(one)]
 FREE = re.compile(
     r"(annotations|labels|matchLabels|requests|limits|rayStartParams|triggers\.\d+\.metadata)$"
@@ -155,36 +152,57 @@ def test_operator_object_with_a_wrong_field_or_type_is_refused(document: dict[st
             assert not check.is_valid(wrong), (path, f"{last}x")
 
 
-def agree(description: Any, official: Any, where: str) -> None:
-    """Check that a description agrees with the official schema, for the fields that it has."""
-    # A reference is to an object of Kubernetes itself.
-    assert official["type"] == description.get("type", "object"), where
-    for word in ("enum", "minimum", "maximum", "minItems", "maxItems"):
-        assert official.get(word) == description.get(word), f"{where}: {word}"
-    if "properties" in description:
-        assert set(official.get("required", ())) == set(description.get("required", ())), where
-    for name, one in description.get("properties", {}).items():
-        assert name in official["properties"], f"{where}.{name}"
-        agree(one, official["properties"][name], f"{where}.{name}")
-    for word in ("items", "additionalProperties"):
-        if isinstance(description.get(word), dict):
-            agree(description[word], official[word], f"{where}.{word}")
+def definition(version: str, kinds: dict[str, Any]) -> str:
+    """Descriptions in the form of CustomResourceDefinitions."""
+    group, _, name = version.rpartition("/")
+    return yaml.safe_dump_all(
+        {
+            "kind": "CustomResourceDefinition",
+            "spec": {
+                "group": group,
+                "names": {"kind": kind_name},
+                "versions": [{"name": name, "schema": {"openAPIV3Schema": resolved(schema)}}],
+            },
+        }
+        for kind_name, schema in kinds.items()
+    )
 
 
-@pytest.mark.scale
-@pytest.mark.skipif(not CRDS, reason="LLMKIT_CRDS names no folder of CustomResourceDefinitions")
-def test_operator_objects_and_descriptions_follow_the_definitions() -> None:
-    definitions: dict[Key, Any] = {}
-    for path in Path(str(CRDS)).glob("*.yaml"):
-        for one in filter(None, yaml.safe_load_all(path.read_text())):
-            for version in one["spec"]["versions"]:
-                key = f"{one['spec']['group']}/{version['name']}", one["spec"]["names"]["kind"]
-                definitions[key] = version["schema"]["openAPIV3Schema"]
-    in_clusters = [one for one in OBJECTS if one["kind"] != "EndpointPickerConfig"]
-    for document in in_clusters:
-        schema = strict(definitions[document["apiVersion"], document["kind"]])
-        schema["properties"] |= {"metadata": {"type": "object"}, "apiVersion": {}, "kind": {}}
-        jsonschema.validate(document, schema)
-    for version, name in {(one["apiVersion"], one["kind"]) for one in in_clusters}:
-        if name in OURS.get(version, {}):
-            agree(OURS[version][name], definitions[version, name], name)
+def resolved(schema: Any) -> Any:
+    """A schema with an object in the place of each reference to Kubernetes' own."""
+    if isinstance(schema, list):
+        return [resolved(one) for one in schema]
+    if not isinstance(schema, dict):
+        return schema
+    return {"type": "object"} if "$ref" in schema else {k: resolved(v) for k, v in schema.items()}
+
+
+def test_operator_descriptions_name_their_sources() -> None:
+    without_definition = {"llm-d.ai/v1alpha1"}  # a file, which no cluster stores
+    assert set(SOURCES) == set(OURS) - without_definition
+    for sources in SOURCES.values():
+        for source in sources:
+            assert set(source) == {"project", "version", "file", "sha256"}
+            assert re.fullmatch(r"v[0-9.]+", source["version"])
+            assert re.fullmatch(r"[0-9a-f]{64}", source["sha256"])
+
+
+def test_operator_descriptions_are_compared_with_definitions(tmp_path: Path) -> None:
+    for version in SOURCES:
+        (tmp_path / f"{version.replace('/', '_')}.yaml").write_text(
+            definition(version, OURS[version])
+        )
+    assert compare(tmp_path) == []
+    wrong = resolved(OURS["leaderworkerset.x-k8s.io/v1"])
+    spec = wrong["LeaderWorkerSet"]["properties"]["spec"]
+    spec["properties"]["replicas"]["maximum"] = 10
+    spec["properties"]["template"] = spec["properties"].pop("leaderWorkerTemplate")
+    path = tmp_path / "leaderworkerset.x-k8s.io_v1.yaml"
+    path.write_text(definition("leaderworkerset.x-k8s.io/v1", wrong))
+    differences = compare(tmp_path)
+    assert differences == [
+        "leaderworkerset.x-k8s.io/v1 LeaderWorkerSet.spec.replicas: maximum",
+        "leaderworkerset.x-k8s.io/v1 LeaderWorkerSet.spec.leaderWorkerTemplate: unknown",
+    ]
+    path.unlink()
+    assert compare(tmp_path) == ["leaderworkerset.x-k8s.io/v1 LeaderWorkerSet: no definition"]

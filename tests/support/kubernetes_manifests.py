@@ -8,12 +8,14 @@ from typing import Any
 
 import yaml
 
+from llmkit.deploy.gateway_route import RouteTemplate, Traffic, new_route
 from llmkit.deploy.vllm_on_ray import VllmDeployment, render_deployment
 
 FOLDER = Path(__file__).parents[2] / "recipes" / "kubernetes"
 PATCHES = {
     FOLDER / "components/spot/deployment.yaml",
     FOLDER / "components/hub/deployment.yaml",
+    FOLDER / "next/configmap.yaml",
     FOLDER / "llm-d/deployment.yaml",
 }
 
@@ -24,6 +26,7 @@ def objects() -> Iterator[dict[str, Any]]:
     for nodes in (1, 2):
         deployment = VllmDeployment("big", "/models/big", 8, nodes, 32_768, 8)
         texts += [render_deployment(deployment, "lws"), render_deployment(deployment, "kserve")]
+    texts.append(new_route(RouteTemplate("chat", "llmkit", 80, 10), Traffic("a", "b", 0.01)))
     for text in texts:
         for document in yaml.safe_load_all(text):
             if document and "kustomize" not in document.get("apiVersion", "kustomize"):
@@ -33,8 +36,9 @@ def objects() -> Iterator[dict[str, Any]]:
 def is_core(document: dict[str, Any]) -> bool:
     """Whether Kubernetes itself defines the object's kind."""
     group = document["apiVersion"].rpartition("/")[0]
+    others = ("x-k8s", "inference", "gateway")
     return "." not in group or (
-        group.endswith(".k8s.io") and "x-k8s" not in group and "inference" not in group
+        group.endswith(".k8s.io") and not any(other in group for other in others)
     )
 
 
