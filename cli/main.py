@@ -22,6 +22,7 @@ from llmkit.cli import (
     checkpoints_list,
     convert,
     deploy,
+    deploy_functions,
     doctor,
     inspect,
     plan,
@@ -102,6 +103,12 @@ COMMANDS = {
         Command("deploy gateway", deploy.gateway, deploy.GatewayArguments),
         Command("deploy triton", deploy.triton, deploy.TritonArguments),
         Command("deploy vllm", deploy.vllm, deploy.VllmArguments),
+        Command("deploy lambda", deploy_functions.aws_lambda, deploy_functions.LambdaArguments),
+        Command("deploy modal", deploy_functions.modal, deploy_functions.ModalArguments),
+        Command("deploy runpod", deploy_functions.runpod, deploy_functions.RunpodArguments),
+        Command(
+            "deploy replicate", deploy_functions.replicate, deploy_functions.ReplicateArguments
+        ),
         Command("batch", batch.batch, batch.BatchArguments),
         Command("run", run_recipe.run, run_recipe.RunArguments),
         Command("recipes", recipes.recipes, recipes.NoArguments, RECIPES_EPILOG),

@@ -73,13 +73,17 @@ class EnginePlan:
         return document | self.memory.as_dict()
 
 
-def plan_engine(checkpoint: Checkpoint, options: EngineOptions) -> EnginePlan:
+def plan_engine(
+    checkpoint: Checkpoint, options: EngineOptions, free_memory: int | None = None
+) -> EnginePlan:
     """The plan that `load_engine` would follow. Raises as `load_engine` does.
 
     For a model on several ranks, it is the plan of the rank with the smallest KV cache.
+    free_memory: of another machine, for a whole model; None: what is free on this one.
     """
     if not uses_several_ranks(checkpoint, options):
-        return plan_part(checkpoint, checkpoint_spec(checkpoint), options)
+        spec = checkpoint_spec(checkpoint)
+        return plan_part(checkpoint, spec, options, free_memory=free_memory)
     parts = rank_parts(checkpoint, options.tp, options.pp, options.ep)
     plans = [
         plan_part(part.checkpoint, part.spec, options, len(parts), part.whole) for part in parts
@@ -98,10 +102,11 @@ def plan_part(
     options: EngineOptions,
     num_parts: int = 1,
     whole: Checkpoint | None = None,
+    free_memory: int | None = None,
 ) -> EnginePlan:
     """The plan of a whole model, or of one of its parts; the parts share the memory of a CPU.
 
-    whole: of a part, see `RankPart.whole`.
+    whole: of a part, see `RankPart.whole`. free_memory: as for `plan_engine`.
     """
     check_checkpoint(checkpoint, spec)
     for name, is_used in (
@@ -113,7 +118,9 @@ def plan_part(
             require_native(spec, name)
     device = resolve_device(options.device)
     dtype = resolve_dtype(options.dtype, checkpoint, device)
-    free = free_bytes(device, options.gpu_memory_utilization)
+    free = free_memory
+    if free is None:
+        free = free_bytes(device, options.gpu_memory_utilization)
     if device.type == "cpu":
         free //= num_parts * options.dp
     offload = plan_offload(checkpoint, spec, dtype, device, options.cpu_offload)

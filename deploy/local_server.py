@@ -1,0 +1,107 @@
+"""A server beside a platform's own Python library, as RunPod's workers and Replicate's models have.
+
+The library owns the container's process, its port and its queue. It calls a function for each job,
+and the function sends the job to `llmkit serve` on a Unix socket.
+"""
+
+from __future__ import annotations
+
+import atexit
+import json
+import os
+import secrets
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import aiohttp
+
+from llmkit.common.errors import LlmkitError
+from llmkit.common.sse import EventParser
+from llmkit.deploy.local_request import LocalRequest, RequestError, log_line
+from llmkit.runtime.server.serve_options import ServeOptions
+from llmkit.runtime.server_client import Server, open_session
+from llmkit.runtime.server_process import ServerProcess
+
+_DONE = "[DONE]"
+
+
+class LocalServer:
+    """A server process that starts with this object and ends with this process.
+
+    Its key is known here only: the platform has checked who sends a job.
+    """
+
+    def __init__(self, options: ServeOptions) -> None:
+        self._process = ServerProcess(options, key=secrets.token_hex(16), message=log_line)
+        self._server = Server(process=self._process)
+        self._stopping = False
+        self.model = ""  # the model's name in the API, known once the server is ready
+        atexit.register(self.stop)
+
+    def wait_ready(self) -> None:
+        """Wait until the server accepts requests. Raises the LlmkitError of a failed start.
+
+        From then on, the end of the server ends this process too: a container without a server
+        would only fail jobs, and the platform starts another one.
+        """
+        self.model = str(self._process.ready.result()["model"])
+        self._process.ended.add_done_callback(lambda ended: self._exit(ended.result()))
+
+    def stop(self) -> None:
+        """End the server. The platforms wait for running jobs before."""
+        self._stopping = True
+        self._process.stop()
+
+    async def parts(self, request: LocalRequest) -> AsyncGenerator[str | dict[str, Any]]:
+        """The response: whole server-sent events as text, as they arrive, or one JSON document.
+
+        Raises RequestError, also when the server is lost.
+        """
+        async with self._open(request) as response:
+            if not request.is_stream:
+                yield await response.json()
+                return
+            held = b""
+            async for read in response.content.iter_any():
+                # A read may end inside an event, even inside a character.
+                events, blank_line, held = (held + read).rpartition(b"\n\n")
+                if blank_line:
+                    yield (events + blank_line).decode()
+
+    async def texts(self, request: LocalRequest) -> AsyncGenerator[str]:
+        """The text of a streamed chat, as it arrives. Raises RequestError."""
+        parser = EventParser()
+        async with self._open(request) as response:
+            async for read in response.content.iter_any():
+                for data in parser.feed(read):
+                    if data == _DONE:
+                        return
+                    document = json.loads(data)
+                    if "error" in document:  # after the stream began
+                        raise RequestError(500, document)
+                    for choice in document["choices"]:
+                        text = choice["delta"].get("content")
+                        if text:
+                            yield text
+
+    @asynccontextmanager
+    async def _open(self, request: LocalRequest) -> AsyncIterator[aiohttp.ClientResponse]:
+        """Send a request. The server drops it when the context ends early."""
+        url = self._server.base_url + request.path
+        try:
+            async with (
+                open_session(self._server) as session,
+                session.request(request.method, url, json=request.body) as response,
+            ):
+                if response.status >= 400:
+                    raise RequestError(response.status, await response.json(content_type=None))
+                yield response
+        except aiohttp.ClientError as error:
+            lost = f"the server of this container was lost ({error})"
+            raise RequestError(502, {"error": {"message": lost, "type": "server_error"}}) from error
+
+    def _exit(self, reason: LlmkitError) -> None:
+        if not self._stopping:
+            log_line(f"{reason} The container ends.")
+            os._exit(1)
