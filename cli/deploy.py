@@ -1,9 +1,9 @@
-"""`llmkit deploy`: a checkpoint on Ray Serve, on Triton, or on vLLM on several machines."""
+"""`llmkit deploy`: a checkpoint on Ray Serve, Triton, vLLM on several machines, or a Gateway."""
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -138,6 +138,57 @@ class TritonArguments:
 
 
 @dataclass(frozen=True, kw_only=True)
+class GatewayArguments:
+    """What `llmkit deploy gateway` takes."""
+
+    route: Annotated[str, Argument("The HTTPRoute's name.", metavar="NAME")]
+    output: Annotated[
+        str,
+        Option(
+            "The file of the HTTPRoute: changed if it is there, else written.",
+            flags=("--output", "-o"),
+            metavar="FILE",
+        ),
+    ]
+    next: Annotated[
+        str | None,
+        Option(
+            "The Service of the new version. After --promote, the version after that.",
+            metavar="SERVICE",
+            unset="the file's, or NAME-next",
+        ),
+    ] = None
+    share: Annotated[
+        float | None,
+        Option(
+            "Share of the traffic for the new version.",
+            metavar="PERCENT",
+            format=SHARE,
+            unset="as it is, or none",
+        ),
+    ] = None
+    promote: Annotated[bool, Option("Send all traffic to the new version.")] = False
+    rollback: Annotated[bool, Option("Send all traffic to the old version.")] = False
+    gateway: Annotated[
+        str,
+        Option("In a new file: the Gateway of the route.", metavar="NAME"),
+    ] = "llmkit"
+    port: Annotated[
+        int, Option("In a new file: the port of both Services.", metavar="N", min=1, max=65535)
+    ] = 80
+    mirror: Annotated[
+        int,
+        Option(
+            "In a new file: percent of the requests that the new version gets as a copy, too; the "
+            "Gateway drops its answers.",
+            metavar="N",
+            min=0,
+            max=100,
+        ),
+    ] = 0
+
+
+@dataclass(frozen=True, kw_only=True)
 class VllmArguments:
     """What `llmkit deploy vllm` takes."""
 
@@ -150,9 +201,27 @@ class VllmArguments:
         ),
     ]
     gpu: Annotated[
-        str, Option("Each node's GPUs: h100-80, h200 ..., or a size like 48GiB.", metavar="NAME")
+        str,
+        Option(
+            "Each node's GPUs: h100-80, h200 ..., trn2, v6e, gaudi3 ..., or a size like 48GiB "
+            "(of a rank).",
+            metavar="NAME",
+        ),
     ]
-    gpus_per_node: Annotated[int, Option("GPUs of a node.", metavar="N", min=1)] = 8
+    device: Annotated[
+        Literal["cuda", "neuron", "tpu", "hpu"] | None,
+        Option(
+            "vLLM's plugin: neuron for Inferentia and Trainium, tpu, hpu for Gaudi.",
+            choices=("cuda", "neuron", "tpu", "hpu"),
+            unset="that of --gpu",
+        ),
+    ] = None
+    gpus_per_node: Annotated[
+        int, Option("GPUs of a node; of other devices the chips or cards.", metavar="N", min=1)
+    ] = 8
+    image: Annotated[
+        str | None, Option("Container image.", metavar="NAME", unset="the device's")
+    ] = None
     form: Annotated[
         Literal["command", "ray", "lws", "kserve"],
         Option(
@@ -242,21 +311,89 @@ def triton(output: Output, arguments: TritonArguments) -> None:
     )
 
 
+def gateway(output: Output, arguments: GatewayArguments) -> None:
+    """Divide a model's traffic on Kubernetes between two versions: write the weights of a Gateway
+    API HTTPRoute, for canary releases and blue/green.
+
+    `kubectl apply -f FILE`, or a commit, brings them to the cluster.
+    """
+    from llmkit.deploy.gateway_route import RouteFile, RouteTemplate, Traffic, new_route
+
+    if arguments.promote + arguments.rollback + (arguments.share is not None) > 1:
+        raise UsageError("one of --share, --promote and --rollback can be given at a time")
+    path = Path(arguments.output)
+    file = RouteFile(path, arguments.route) if path.exists() else None
+    if file is not None:
+        if arguments.mirror:
+            raise UsageError(
+                f"--mirror is for a new file, and {path} exists",
+                todo="Change the filter RequestMirror in the file",
+            )
+        traffic = file.traffic
+        if arguments.next is not None:
+            traffic = traffic.with_new(arguments.next)
+    else:
+        traffic = Traffic(arguments.route, arguments.next or f"{arguments.route}-next", 0.0)
+    share = arguments.share
+    if arguments.promote or arguments.rollback:
+        share = 1.0 if arguments.promote else 0.0
+    if share is not None:
+        traffic = replace(traffic, share=share)
+    if file is not None:
+        text = file.with_traffic(traffic)
+    else:
+        text = new_route(
+            RouteTemplate(arguments.route, arguments.gateway, arguments.port, arguments.mirror),
+            traffic,
+        )
+    with write_errors(path):
+        path.write_text(text, encoding="utf-8")
+    shares = {traffic.old: round(1 - traffic.share, 4), traffic.new: round(traffic.share, 4)}
+
+    def show(console: Console) -> None:
+        parts = [f"{service} {part:.2%}" for service, part in shares.items()]
+        console.print(f"{path}: {', '.join(parts)}", markup=False, highlight=False)
+
+    output.result(
+        {
+            "route": arguments.route,
+            "output": arguments.output,
+            "old": traffic.old,
+            "new": traffic.new,
+            "shares": shares,
+        },
+        show,
+    )
+
+
 def vllm(output: Output, arguments: VllmArguments) -> None:
     """Write the files that start vLLM on the fewest nodes that hold a model, for a model that does
-    not fit on one node.
+    not fit on one node, or for Inferentia, Trainium, TPUs and Gaudi.
 
     Quantize with `llmkit quantize` first: vLLM reads its formats.
     """
     from llmkit.cli.shard import gpu_memory
+    from llmkit.deploy.loadable_checkpoints import check_loads
+    from llmkit.deploy.vllm_devices import (
+        CUDA,
+        GIB,
+        accelerator_of,
+        require_one_node,
+        static_batch,
+    )
     from llmkit.deploy.vllm_on_ray import VllmDeployment, render_deployment
     from llmkit.shard.layout_capacity import smallest_layout
     from llmkit.shard.shard_checkpoint import open_source, validated_spec
 
     model = arguments.model
+    device, accelerator = accelerator_of(arguments.gpu, arguments.device)
     source = open_source(model)
-    memory = gpu_memory(arguments.gpu)
-    tp, pp = smallest_layout(source, memory, arguments.gpus_per_node, arguments.tokens)
+    loadable = None if device == CUDA else check_loads(device.engine, model, source.checkpoint)
+    cores = accelerator.cores if accelerator else 1
+    memory = accelerator.memory_gib * GIB if accelerator else gpu_memory(arguments.gpu)
+    ranks_per_node = arguments.gpus_per_node * cores
+    tp, pp = smallest_layout(source, memory, ranks_per_node, arguments.tokens)
+    require_one_node(device, pp, arguments.tokens)
     max_model_len = arguments.max_model_len
     if not max_model_len:
         max_model_len = min(arguments.tokens, validated_spec(source).max_position_embeddings)
@@ -270,9 +407,16 @@ def vllm(output: Output, arguments: VllmArguments) -> None:
         replicas=arguments.replicas,
         port=arguments.port,
         uri=arguments.uri,
+        device=device,
+        cores=cores,
+        node_selector=accelerator.node_selector(arguments.gpus_per_node) if accelerator else {},
+        image=arguments.image,
+        format_arguments=loadable.arguments if loadable else (),
+        format_environment=loadable.environment if loadable else (),
+        max_num_seqs=static_batch(device, arguments.tokens, max_model_len),
     )
     text = render_deployment(deployment, arguments.form)
-    if deployment.nodes == 1:
+    if deployment.nodes == 1 and device == CUDA:
         output.message(
             f"it fits on one node with --tp {tp}: `llmkit serve {model} --tp {tp}` needs no other "
             "engine"
@@ -285,6 +429,7 @@ def vllm(output: Output, arguments: VllmArguments) -> None:
         "pp": pp,
         "nodes": deployment.nodes,
         "max_model_len": max_model_len,
+        "device": device.name,
         "form": arguments.form,
         "output": arguments.output,
         "text": text,

@@ -1,14 +1,19 @@
-"""`llmkit deploy vllm`: files that start vLLM for a model that does not fit on one node."""
+"""`llmkit deploy vllm`: files that start vLLM for a model that does not fit on one node, or on
+accelerators other than CUDA's.
+"""
 
 from __future__ import annotations
 
 import shlex
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import yaml
 
-IMAGE = "vllm/vllm-openai:latest"
+from llmkit.common.errors import UsageError
+from llmkit.deploy.vllm_devices import CUDA, Device
+
 RAY_PORT = 6379
 # Servers listen on loopback only, because they need no key.
 HOST = "127.0.0.1"
@@ -29,22 +34,52 @@ class VllmDeployment:
     port: int = 8000
     # Where pods find the model: hf://…, s3://… or pvc://…; None: hf:// and the model.
     uri: str | None = None
+    device: Device = CUDA
+    cores: int = 1  # of each GPU; each is a rank
+    node_selector: Mapping[str, str] = field(default_factory=dict)
+    image: str | None = None  # None: the device's
+    # What the checkpoint's format needs.
+    format_arguments: tuple[str, ...] = ()
+    format_environment: tuple[tuple[str, str], ...] = ()
+    max_num_seqs: int | None = None
 
     @property
     def nodes(self) -> int:
         """The nodes that the GPUs of one replica need."""
-        return max(1, -(-self.tp * self.pp // self.gpus_per_node))
+        return max(1, -(-self.tp * self.pp // (self.gpus_per_node * self.cores)))
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """The environment variables of the server."""
+        return dict((*self.device.environment, *self.format_environment))
+
+    @property
+    def resources(self) -> dict[str, Any]:
+        """The resources of a pod."""
+        return {"limits": {self.device.resource: str(self.gpus_per_node)}}
 
     def arguments(self) -> list[str]:
         """The arguments of `vllm serve`."""
         sizes = ["--tensor-parallel-size", str(self.tp), "--pipeline-parallel-size", str(self.pp)]
         backend = ["--distributed-executor-backend", "ray"] if self.nodes > 1 else []
         named = ["--served-model-name", self.name, "--max-model-len", str(self.max_model_len)]
-        return [self.model, *named, *sizes, *backend, "--port", str(self.port)]
+        batch = ["--max-num-seqs", str(self.max_num_seqs)] if self.max_num_seqs else []
+        if self.device.max_static_batch:
+            batch.append("--no-enable-prefix-caching")
+        options = [*named, *sizes, *backend, *batch, *self.format_arguments]
+        return [self.model, *options, "--port", str(self.port)]
 
 
 def render_deployment(deployment: VllmDeployment, form: DeploymentForm) -> str:
-    """The text of a file: a shell script, a Serve config file, or Kubernetes objects."""
+    """The text of a file: a shell script, a Serve config file, or Kubernetes objects.
+
+    Raises UsageError for a form that the device does not have.
+    """
+    if form == "ray" and deployment.device != CUDA:
+        raise UsageError(
+            "--form ray: Ray Serve LLM places models on GPUs of CUDA only",
+            "One of command, lws and kserve was expected",
+        )
     if form == "command":
         return _script(deployment)
     renderers = {
@@ -58,14 +93,18 @@ def render_deployment(deployment: VllmDeployment, form: DeploymentForm) -> str:
 
 def _script(deployment: VllmDeployment) -> str:
     serve = shlex.join(["vllm", "serve", *deployment.arguments(), "--host", HOST])
+    exports = "".join(
+        f"export {name}={shlex.quote(value)}\n" for name, value in deployment.environment.items()
+    )
     if deployment.nodes == 1:
-        return f"#!/bin/sh\nexec {serve}\n"
+        return f"#!/bin/sh\n{exports}exec {serve}\n"
     return (
         "#!/bin/sh\n"
         f"# On {deployment.nodes} nodes of {deployment.gpus_per_node} GPUs, with vLLM, Ray and the "
         "checkpoint at the same path:\n"
         f"# without an argument on the first, with the first one's address on each of the others.\n"
         "set -e\n"
+        f"{exports}"
         f'if [ -n "$1" ]; then exec ray start --block --address "$1:{RAY_PORT}"; fi\n'
         f"ray start --head --port {RAY_PORT}\n"
         f"{_wait(deployment.nodes)}\n"
@@ -107,11 +146,13 @@ def _serve_config(deployment: VllmDeployment) -> list[dict[str, Any]]:
 def _pod(deployment: VllmDeployment, script: str, port: bool) -> dict[str, Any]:
     container: dict[str, Any] = {
         "name": "vllm",
-        "image": IMAGE,
+        "image": deployment.image or deployment.device.image,
         "command": ["sh", "-c", script],
-        "resources": {"limits": {"nvidia.com/gpu": str(deployment.gpus_per_node)}},
+        "resources": deployment.resources,
         "volumeMounts": [{"name": "shm", "mountPath": "/dev/shm"}],  # noqa: S108
     }
+    if deployment.environment:
+        container["env"] = _environment(deployment)
     volumes: list[dict[str, Any]] = [
         {"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": "16Gi"}}
     ]
@@ -131,7 +172,15 @@ def _pod(deployment: VllmDeployment, script: str, port: bool) -> dict[str, Any]:
             "httpGet": {"path": "/health", "port": deployment.port},
             "periodSeconds": 10,
         }
-    return {"containers": [container], "volumes": volumes}
+    pod = {"containers": [container], "volumes": volumes}
+    if deployment.node_selector:
+        pod["nodeSelector"] = dict(deployment.node_selector)
+    return pod
+
+
+def _environment(deployment: VllmDeployment) -> list[dict[str, str]]:
+    """A container's `env`."""
+    return [{"name": name, "value": value} for name, value in deployment.environment.items()]
 
 
 def _leader_worker_set(deployment: VllmDeployment) -> list[dict[str, Any]]:
@@ -172,8 +221,14 @@ def _leader_worker_set(deployment: VllmDeployment) -> list[dict[str, Any]]:
 
 def _llm_inference_service(deployment: VllmDeployment) -> list[dict[str, Any]]:
     """KServe's object; with a worker, KServe makes a LeaderWorkerSet of it."""
-    gpus = {"limits": {"nvidia.com/gpu": str(deployment.gpus_per_node)}}
-    pod = {"containers": [{"name": "main", "resources": gpus}]}
+    container: dict[str, Any] = {"name": "main", "resources": deployment.resources}
+    if deployment.device != CUDA or deployment.image:  # KServe's own image is for CUDA
+        container["image"] = deployment.image or deployment.device.image
+    if deployment.environment:
+        container["env"] = _environment(deployment)
+    pod: dict[str, Any] = {"containers": [container]}
+    if deployment.node_selector:
+        pod["nodeSelector"] = dict(deployment.node_selector)
     spec: dict[str, Any] = {
         "model": {"uri": deployment.uri or f"hf://{deployment.model}", "name": deployment.name},
         "replicas": deployment.replicas,

@@ -20,6 +20,7 @@ from llmkit.model.spec import ModelSpec
 from llmkit.shard.pipeline_stages import balanced_stages, explicit_stages
 from llmkit.shard.tensor_slice import (
     TensorSlice,
+    length_along,
     slice_for_expert_group,
     slice_for_rank,
     whole_slice,
@@ -92,7 +93,7 @@ class ShardPlan:
             for start, stop in piece.intervals
             if self._interval_counts[piece.name, (start, stop)] > 1
         )
-        return piece.nbytes // piece.shape[piece.dim] * shared
+        return piece.nbytes // length_along(piece.shape, piece.dim) * shared
 
     def files(self) -> dict[str, list[TensorInfo]]:
         """The tensors that a CheckpointWriter writes into each file."""

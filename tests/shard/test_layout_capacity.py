@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file, save_file
+from support.quantized_files import SIZES, quantized_checkpoint
 from support.synthetic_checkpoint import synthetic_checkpoint
 
 from llmkit.checkpoint.quantized_weight import QuantizationConfig, Scheme
@@ -93,6 +94,19 @@ def test_layout_figures_count_the_tokens_that_fit_beside_the_weights(source: Sha
     assert figures["tokens"] == min(tokens) > 0
     assert (figures["memory_bytes"], figures["utilization"]) == (100_000, 0.9)
     assert layout_figures(source, 2, 2, memory=0)["tokens"] == 0
+
+
+def test_plan_counts_scalar_scales_as_replicated(tmp_path: Path) -> None:
+    """Model-Optimizer stores the one scale of a weight, and that of its inputs, without a shape."""
+    static = Scheme(8, kind="float", inputs="tensor", block_rows=-1)
+    path = quantized_checkpoint(tmp_path / "fp8", QuantizationConfig("modelopt", static))
+    dense = synthetic_checkpoint(tmp_path / "dense", **SIZES)
+    replicated = [
+        {rank["replicated_bytes"] for rank in plan_report(open_source(str(one)), 2)["ranks"]}
+        for one in (path, dense)
+    ]
+    (quantized,), (unquantized,) = replicated
+    assert quantized - unquantized == 7 * 2 * 4  # seven linears, two float32 scales
 
 
 def test_working_sizes_of_a_model_that_cannot_be_split(tmp_path: Path) -> None:

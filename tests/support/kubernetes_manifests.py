@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from llmkit.deploy.gateway_route import RouteTemplate, Traffic, new_route
+from llmkit.deploy.vllm_devices import ACCELERATORS, DEVICES
 from llmkit.deploy.vllm_on_ray import VllmDeployment, render_deployment
 
 FOLDER = Path(__file__).parents[2] / "recipes" / "kubernetes"
@@ -26,11 +27,31 @@ def objects() -> Iterator[dict[str, Any]]:
     for nodes in (1, 2):
         deployment = VllmDeployment("big", "/models/big", 8, nodes, 32_768, 8)
         texts += [render_deployment(deployment, "lws"), render_deployment(deployment, "kserve")]
+    for name in ("gaudi3", "trn2", "v6e"):
+        deployment = _device_deployment(name)
+        texts += [render_deployment(deployment, "lws"), render_deployment(deployment, "kserve")]
     texts.append(new_route(RouteTemplate("chat", "llmkit", 80, 10), Traffic("a", "b", 0.01)))
     for text in texts:
         for document in yaml.safe_load_all(text):
             if document and "kustomize" not in document.get("apiVersion", "kustomize"):
                 yield document
+
+
+def _device_deployment(name: str) -> VllmDeployment:
+    """vLLM on four chips of an accelerator other than CUDA's."""
+    accelerator = ACCELERATORS[name]
+    return VllmDeployment(
+        f"big-{name}",
+        "/models/big",
+        4 * accelerator.cores,
+        1,
+        32_768,
+        4,
+        device=DEVICES[accelerator.device],
+        cores=accelerator.cores,
+        node_selector=accelerator.node_selector(4),
+        format_environment=(("MODEL_IMPL_TYPE", "vllm"),),
+    )
 
 
 def is_core(document: dict[str, Any]) -> bool:
