@@ -28,6 +28,8 @@ class ThinkingBudget:
     # that token before its answer.
     forced_token_ids: tuple[int, ...]
     starts_open: bool = False  # whether the prompt ends inside a thought
+    # What is forced where a further thought begins after the budget; (): no further one is watched.
+    forced_again_token_ids: tuple[int, ...] = ()
 
 
 class ThinkingState:
@@ -38,7 +40,8 @@ class ThinkingState:
         self._num_left = budget.max_tokens  # thinking tokens that are free
         self._is_open = budget.starts_open
         self._is_over = False  # no later token is forced
-        self._num_forced = 0  # tokens of `forced_token_ids` in the output
+        self._closing = budget.forced_token_ids  # what is forced at the budget
+        self._num_forced = 0  # tokens of `_closing` in the output
         self._num_outside = 0  # tokens outside of thoughts
         self._last_token_ids: list[int] = []  # as many as the opening mark has
 
@@ -57,7 +60,7 @@ class ThinkingState:
         """The next token, where it is forced."""
         if self.num_free_tokens:
             return None
-        return self._budget.forced_token_ids[self._num_forced]
+        return self._closing[self._num_forced]
 
     def append(self, token_id: int) -> None:
         """Record the next token of the output."""
@@ -65,14 +68,24 @@ class ThinkingState:
             return
         if self.forced_token_id is not None:
             self._num_forced += 1
-            self._is_over = self._num_forced == len(self._budget.forced_token_ids)
+            if self._num_forced == len(self._closing):
+                self._close()
         elif not self._is_open:
             self._find_start(token_id)
         elif token_id == self._budget.end_token_id:
-            self._is_open = False
-            self._is_over = not self._num_left
+            self._close()
         else:
             self._num_left -= 1
+
+    def _close(self) -> None:
+        """Record the end of a thought."""
+        self._is_open = False
+        if self._num_left:
+            return
+        self._closing = self._budget.forced_again_token_ids
+        self._is_over = not self._closing
+        self._num_forced = 0
+        self._num_outside = 0
 
     def _find_start(self, token_id: int) -> None:
         """Open a thought where the opening mark is complete."""

@@ -186,8 +186,8 @@ async def prepare_chat(
         grammar=grammar,
         num_shared_tokens=num_shared_tokens,
         thinking_budget=(
-            _thinking_budget(tokenizer, thoughts, thinking.max_tokens, starts_in_reasoning)
-            if thoughts is not None
+            _thinking_budget(state.text, thinking.max_tokens, starts_in_reasoning, grammar)
+            if thoughts is not None or state.text.dialect.channels is not None
             else None
         ),
     )
@@ -326,7 +326,7 @@ def check_reasoning_controls(request: BaseRequest, text: TextResources) -> None:
         return
     met: set[Wish] = set()
     if request.uses_chat_template:
-        can_close = _thought_tokens(text.tokenizer, text.dialect.reasoning) is not None
+        can_close = _thought_tokens(text) is not None
         for template in {text.tokenizer.template(tools) or "" for tools in (False, True)}:
             met |= plan_thinking(request.thinking_wishes, template, can_close).met
     for control in controls:
@@ -348,7 +348,7 @@ def _thinking_plan(text: TextResources, request: ChatCompletionRequest) -> Think
     Raises ApiError 400 for a budget that cannot be kept although the model thinks.
     """
     template = text.tokenizer.template(bool(request.offered_tools)) or ""
-    can_close = _thought_tokens(text.tokenizer, text.dialect.reasoning) is not None
+    can_close = _thought_tokens(text) is not None
     plan = plan_thinking(request.thinking_wishes, template, can_close)
     if plan.unlimitable and text.dialect.has_reasoning:
         raise invalid(
@@ -362,27 +362,35 @@ def _thinking_plan(text: TextResources, request: ChatCompletionRequest) -> Think
     return plan
 
 
-def _thought_tokens(
-    tokenizer: Tokenizer, marks: ReasoningMarks | None
-) -> tuple[tuple[int, ...], int] | None:
+def _thought_tokens(text: TextResources) -> tuple[tuple[int, ...], int] | None:
     """Return the tokens before a thought and the one after it; None: there is no such token."""
+    marks = text.dialect.thought_marks
     if marks is None:
         return None
-    end = tokenizer.encode(marks.end, add_special_tokens=False)
+    end = text.tokenizer.encode(marks.end, add_special_tokens=False)
     if len(end) != 1:
         return None
-    return tuple(tokenizer.encode(marks.start, add_special_tokens=False)), end[0]
+    return tuple(text.tokenizer.encode(marks.start, add_special_tokens=False)), end[0]
 
 
 def _thinking_budget(
-    tokenizer: Tokenizer, marks: ReasoningMarks, max_tokens: int | None, starts_open: bool
+    text: TextResources, max_tokens: int | None, starts_open: bool, grammar: str | None
 ) -> ThinkingBudget | None:
-    """Return the budget that the engine keeps; None: thoughts have no limit."""
-    tokens = _thought_tokens(tokenizer, marks)
+    """Return the budget that the engine keeps; None: thoughts have no limit.
+
+    grammar: of the answer; it decides what comes after a thought.
+    """
+    tokens = _thought_tokens(text)
     if max_tokens is None or tokens is None:
         return None
     start, end = tokens
-    return ThinkingBudget(max_tokens, start, end, (end,), starts_open)
+    again: tuple[int, ...] = ()
+    channels = text.dialect.channels
+    if channels is not None:
+        # After a thought comes another message, which may be a thought again.
+        answer = "" if grammar is not None else channels.header(channels.answer_channel)
+        again = (end, *text.tokenizer.encode(answer, add_special_tokens=False))
+    return ThinkingBudget(max_tokens, start, end, (end,), starts_open, again)
 
 
 def check_token_ids(token_ids: list[int], vocab_size: int, param: str) -> None:

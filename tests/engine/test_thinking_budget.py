@@ -83,6 +83,26 @@ def closed(decoder: Decoder) -> list[list[int]]:
     return engine(decoder).generate(prompts(), limited(7))
 
 
+def test_thinking_state_closes_further_thoughts_at_once() -> None:
+    again = (END, 60, 61)
+    state = ThinkingState(ThinkingBudget(2, (START,), END, (END,), True, again))
+
+    def follow(*token_ids: int) -> list[int | None]:
+        forced = []
+        for token_id in token_ids:
+            forced.append(state.forced_token_id)
+            state.append(token_id if forced[-1] is None else forced[-1])
+        return forced
+
+    assert follow(5, 6, 0) == [None, None, END]
+    assert state.num_free_tokens == 1, "the next token may open another thought"
+    assert follow(70, START, 0, 0, 0) == [None, None, *again]
+    assert follow(71, START, 0) == [None, None, END], "each further thought is closed at once"
+    assert follow(0, 0) == [60, 61]
+    assert follow(*[72] * MAX_TOKENS_BEFORE) == [None] * MAX_TOKENS_BEFORE
+    assert state.num_free_tokens == UNLIMITED, "the answer has begun"
+
+
 @pytest.mark.parametrize("max_tokens", [0, 1, 7, 20, 30])
 def test_thinking_budget_is_exact(
     decoder: Decoder, plain: list[list[int]], max_tokens: int

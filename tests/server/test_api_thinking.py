@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import anthropic
@@ -11,7 +12,7 @@ import openai
 import pytest
 from support.scripted_model import trigger
 from support.server_process import LlmkitServer, serving
-from support.thinking_model import thinking_checkpoint
+from support.thinking_model import harmony_checkpoint, thinking_checkpoint
 
 from llmkit.runtime.server.responses.messages_response import THINKING_SIGNATURE
 from llmkit.runtime.server.schemas.client_nonces import strip_client_nonces
@@ -76,6 +77,28 @@ def test_chat_thinking_budget_closes_the_thought(chats: openai.OpenAI, field: st
         assert delta.get("reasoning") == delta.get("reasoning_content")
         streamed += delta.get("reasoning") or ""
     assert streamed == thought["reasoning"]
+
+
+def test_thinking_budget_closes_every_thought_of_a_model_with_channels(tmp_path: Path) -> None:
+    model = harmony_checkpoint(tmp_path / "model")
+    options = {"served_model_name": "said", "kv_cache_memory": 2**26}
+    with serving(tmp_path / "log", model, **options) as server:
+        client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+        body: dict[str, Any] = {
+            "model": "said",
+            "messages": user("endless"),
+            "temperature": 0,
+            "max_tokens": 40,
+        }
+        free = client.chat.completions.create(**body)
+        done = client.chat.completions.create(**body, extra_body={"thinking_token_budget": 3})
+    thought = (done.choices[0].message.model_extra or {})["reasoning"]
+    assert not free.choices[0].message.content and free.choices[0].finish_reason == "length"
+    assert (free.choices[0].message.model_extra or {})["reasoning"].startswith(thought)
+    # The second thought was closed before its first token, and what follows is the answer.
+    assert done.choices[0].message.content is not None
+    assert done.choices[0].message.content.startswith(thought)
+    assert done.usage is not None and done.usage.completion_tokens == 40
 
 
 def test_effort_none_and_disabled_thinking_close_the_thought_at_once(

@@ -99,12 +99,14 @@ def scripted_checkpoint(
     unsure: Collection[str] = (),
     endless: Collection[str] = (),
     special_in: Collection[str] | None = None,
+    continued: Mapping[str, str] | None = None,
 ) -> Path:
     """Write a model that knows `scripts`; texts in `special` become special tokens.
 
     Greedy, it writes the scripts in `unsure` too, but other tokens are about as probable. The last
     token of scripts in `endless` follows itself. special_in: the scripts in which texts of
-    `special` are these tokens; they are spelled in the others. None: all.
+    `special` are these tokens; they are spelled in the others. None: all. continued: scripts after
+    whose end another script begins, which stands before them.
     """
     import torch
     from safetensors.torch import load_file, save_file
@@ -117,12 +119,16 @@ def scripted_checkpoint(
     vocabulary = {token: index for index, token in enumerate(SPECIAL_TOKENS)} | alphabet
     follows: dict[str, str] = {}
     doubted: set[str] = set()  # tokens after which the model is not sure
+    first_pieces: dict[str, str] = {}
     for name, text in scripts.items():
         is_spelled = special_in is not None and name not in special_in
         pieces = _pieces(text, set(follows), () if is_spelled else special)
         follows |= dict(zip([trigger(name), *pieces], [*pieces, SPECIAL_TOKENS[2]], strict=True))
+        first_pieces[name] = pieces[0]
         if name in endless:
             follows[pieces[-1]] = pieces[-1]
+        if continued is not None and name in continued:
+            follows[pieces[-1]] = first_pieces[continued[name]]
         if name in unsure:
             doubted |= {trigger(name), *pieces}
     tokenizer = Tokenizer(models.BPE(vocabulary, []))

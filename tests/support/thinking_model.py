@@ -1,4 +1,4 @@
-"""A scripted model that thinks and calls tools; one of its thoughts never ends."""
+"""Scripted models that think and call tools; some of their thoughts never end."""
 
 from __future__ import annotations
 
@@ -37,4 +37,25 @@ def thinking_checkpoint(folder: Path) -> Path:
         ("<think>", "</think>"),
         endless=("endless",),
         special_in=("endless", "closed"),
+    )
+
+
+def harmony_checkpoint(folder: Path) -> Path:
+    """Write a model whose thoughts never end, and who begins another one after each that is closed.
+
+    It writes messages in channels, as gpt-oss does.
+    """
+    scripts = {
+        "endless": "<|channel|>analysis<|message|>Hm so",
+        "closed": "<|end|><|start|>assistant",
+    }
+    return scripted_checkpoint(
+        folder,
+        scripts,
+        "{% for message in messages %}{{ message.role }}:<|message|>{{ message.content }}<|end|>"
+        "{% endfor %}{% if add_generation_prompt %}{{ messages[-1].content }}{% endif %}"
+        "{# <|channel|> #}",
+        ("<|channel|>", "<|message|>", "<|end|>", "<|start|>"),
+        endless=("endless",),
+        continued={"closed": "endless"},
     )

@@ -72,10 +72,24 @@ class ChatDialect:
     reasoning_source: Source = ""
 
     @property
+    def channels(self) -> ChannelCall | None:
+        """How the model writes messages in channels; None: it writes none."""
+        syntax = self.tools.syntax if self.tools is not None else None
+        return syntax if isinstance(syntax, ChannelCall) else None
+
+    @property
     def has_reasoning(self) -> bool:
         """Whether the model may reason: between marks or in a channel."""
-        channels = self.tools is not None and isinstance(self.tools.syntax, ChannelCall)
-        return self.reasoning is not None or channels
+        return self.thought_marks is not None
+
+    @property
+    def thought_marks(self) -> ReasoningMarks | None:
+        """What stands before and after a thought, in a channel too; None: the model has none."""
+        channels = self.channels
+        if channels is None:
+            return self.reasoning
+        start = f"{channels.channel}{channels.reasoning_channel}{channels.message}"
+        return ReasoningMarks(start, channels.ends[0])
 
     @property
     def description(self) -> str:

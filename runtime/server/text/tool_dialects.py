@@ -93,9 +93,15 @@ class ChannelCall:
     message: str = "<|message|>"  # between the header and the body
     ends: tuple[str, ...] = ("<|end|>", "<|call|>", "<|return|>")  # of a message
     recipient: str = "functions."
-    # The channel of thoughts. Text of the others is shown: "final", and "commentary" before calls.
+    # The channel of thoughts. Text of the others is shown: "commentary" before calls, and the
+    # answer.
     reasoning_channel: str = "analysis"
+    answer_channel: str = "final"
     call_channel: str = "commentary"
+
+    def header(self, channel: str) -> str:
+        """What stands between the end of one message and the text of the next one in `channel`."""
+        return f"{self.start}{self.role}{self.channel}{channel}{self.message}"
 
 
 CallSyntax = JsonObjectCall | NamedJsonCall | ParameterCall | PythonCall | MapCall | ChannelCall
