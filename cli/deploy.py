@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from llmkit.checkpoint.output_directory import write_errors
 from llmkit.cli.output import Output
@@ -27,7 +27,14 @@ NAME = Option("The model's name in the API.", metavar="NAME", unset="MODEL's las
 
 
 def _parse_bounds(option: str, text: str) -> tuple[int, int]:
-    return parse_range(option, text.replace(":", "-"))
+    try:
+        return parse_range(option, text.replace(":", "-"))
+    except UsageError:
+        raise UsageError(
+            f"{option}: {text!r} is not LOW:HIGH",
+            "Two numbers were expected, of which the first is at least 1 and not the larger",
+            "Write it like 1:8",
+        ) from None
 
 
 # The smallest and largest number of replicas: 1:8.
@@ -302,7 +309,9 @@ def triton(output: Output, arguments: TritonArguments) -> None:
     from llmkit.deploy.triton import write_repository
 
     name = arguments.name or default_name(arguments.model)
-    options = serve_options(_absolute(arguments.model), name, list(arguments.serve_words), None)
+    options = serve_options(
+        absolute_model(arguments.model), name, list(arguments.serve_words), None
+    )
     written = write_repository(Path(arguments.output), name, options, arguments.ensemble)
     files = [str(file) for file in written]
     document = {"name": name, "repository": arguments.output, "files": files}
@@ -398,8 +407,8 @@ def vllm(output: Output, arguments: VllmArguments) -> None:
     if not max_model_len:
         max_model_len = min(arguments.tokens, validated_spec(source).max_position_embeddings)
     deployment = VllmDeployment(
-        name=_object_name(arguments.name or default_name(model)),
-        model=_absolute(model),
+        name=object_name(arguments.name or default_name(model)),
+        model=absolute_model(model),
         tp=tp,
         pp=pp,
         max_model_len=max_model_len,
@@ -421,9 +430,6 @@ def vllm(output: Output, arguments: VllmArguments) -> None:
             f"it fits on one node with --tp {tp}: `llmkit serve {model} --tp {tp}` needs no other "
             "engine"
         )
-    if arguments.output is not None:
-        with write_errors(Path(arguments.output)):
-            Path(arguments.output).write_text(text, encoding="utf-8")
     document = {
         "tp": tp,
         "pp": pp,
@@ -435,12 +441,26 @@ def vllm(output: Output, arguments: VllmArguments) -> None:
         "text": text,
     }
 
+    nodes = f"{deployment.nodes} nodes of {arguments.gpus_per_node} {arguments.gpu}"
+    show_file(output, document, f"TP {tp}, PP {pp} on {nodes}")
+
+
+def show_file(output: Output, document: dict[str, Any], summary: str) -> None:
+    """Write `text` of the document to its `output`, or else to stdout.
+
+    summary: of the file that was written. Raises ShortageError when it cannot be written.
+    """
+    path = document["output"]
+    if path is not None:
+        with write_errors(Path(path)):
+            Path(path).write_text(document["text"], encoding="utf-8")
+
     def show(console: Console) -> None:
-        if arguments.output is None:
+        if path is None:
+            text = document["text"]
             console.print(text, markup=False, highlight=False, soft_wrap=True, end="")
         else:
-            nodes = f"{deployment.nodes} nodes of {arguments.gpus_per_node} {arguments.gpu}"
-            console.print(f"{arguments.output}: TP {tp}, PP {pp} on {nodes}", highlight=False)
+            console.print(f"{path}: {summary}", markup=False, highlight=False)
 
     output.result(document, show)
 
@@ -462,13 +482,13 @@ def _check_ray(arguments: RayArguments) -> None:
         )
 
 
-def _absolute(model: str) -> str:
+def absolute_model(model: str) -> str:
     """A path in full, for another working directory; a hub id as it is."""
     path = Path(model)
     return str(path.resolve()) if path.exists() else model
 
 
-def _object_name(text: str) -> str:
+def object_name(text: str) -> str:
     """A name that Kubernetes allows for an object."""
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:63] or "model"
 

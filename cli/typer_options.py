@@ -26,6 +26,28 @@ def parse_words(options: type[T], command: str, words: list[str]) -> T:
 
     Raises UsageError for a bad value, and the command-line parser's own exceptions.
     """
+    return build_options(options, _parse(options, command, words).params)
+
+
+def given_words(options: type, command: str, words: list[str]) -> dict[OptionField, Any]:
+    """The options and arguments that WORDS of `llmkit COMMAND WORDS` have, as they are written.
+
+    Raises as `parse_words` does.
+    """
+    context = _parse(options, command, words)
+    return {
+        field: context.params[field.parameter]
+        for field in option_fields(options)
+        if _is_given(context.get_parameter_source(field.parameter))
+    }
+
+
+def _is_given(source: Any) -> bool:
+    return source is not None and source.name == "COMMANDLINE"
+
+
+def _parse(options: type, command: str, words: list[str]) -> Any:
+    """The command-line parser's context of `llmkit COMMAND WORDS`."""
 
     def ignore(**values: Any) -> None:
         """The parser is used without running a command."""
@@ -33,8 +55,7 @@ def parse_words(options: type[T], command: str, words: list[str]) -> T:
     set_signature(ignore, typer_signature(options))
     app = typer.Typer(add_completion=False)
     app.command(command)(ignore)
-    context = typer.main.get_command(app).make_context(command, list(words))
-    return build_options(options, context.params)
+    return typer.main.get_command(app).make_context(command, list(words))
 
 
 def set_signature(function: Any, signature: inspect.Signature) -> None:
