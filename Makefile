@@ -19,7 +19,7 @@ LLAMACPP ?= .llamacpp
 LLAMACPP_SDIST := llama-cpp-python==0.3.36
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help venv demo test test-slow test-arm test-scale soak lint docs gpu gpu-page bench-quant bench-memory bench-shard bench-serve interop interop-shard coverage-models clients mutants clean
+.PHONY: help venv demo test test-slow test-arm test-scale soak lint docs gpu gpu-page bench-quant bench-memory bench-shard bench-serve bench-agents interop interop-shard coverage-models clients mutants clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' Makefile
@@ -38,7 +38,7 @@ test-slow: $(VENV)/.dev ## more layouts and families than `make test` has time f
 test-arm: $(VENV)/.dev ## the CPU kernels of every level, optimized, also as Arm in qemu (CONTRIBUTING.md)
 	@LLMKIT_TEST_OPTIMIZATION=-O3 $(BIN)/python -m pytest -m "slow or not slow" --timeout 1800 tests/kernels/test_cpu_levels.py
 
-test-scale: $(VENV)/.scale .venv-mlflow/.ready ## the tests beside other engines and servers: Ray, nginx, S3, MLflow
+test-scale: $(VENV)/.scale .venv-airflow/.ready .venv-mlflow/.ready ## the tests beside other engines and servers: Ray, nginx, S3, MLflow, Airflow
 	@$(BIN)/python -m pytest -m scale
 
 soak: $(VENV)/.dev ## five minutes of requests, cancels and attacks against a server
@@ -84,6 +84,9 @@ bench-shard: $(VENV)/.dev ## time and memory of sharding a model of Llama-3-8B's
 
 bench-serve: $(VENV)/.dev .venv-vllm/.ready $(LLAMACPP)/.ready ## serving beside vLLM and llama.cpp (over an hour on 2 cores)
 	@HF_HUB_OFFLINE=1 $(BIN)/python tests/peers/bench_serve.py --llamacpp $(LLAMACPP)
+
+bench-agents: $(VENV)/.dev .venv-vllm/.ready ## 200 sessions of agents on llmkit and vLLM (under 15 minutes on 2 cores)
+	@HF_HUB_OFFLINE=1 $(BIN)/python tests/peers/bench_agents.py
 
 interop: $(VENV)/.dev $(PEERS:%=.venv-%/.ready) ## what llmkit writes in vLLM and transformers; what others write in llmkit
 	@HF_HUB_OFFLINE=1 $(BIN)/python tests/peers/interop.py
@@ -134,7 +137,7 @@ $(LLAMACPP)/.ready: | $(BIN)/python
 	@touch $@
 
 clean: ## remove .venv and everything that was made
-	rm -rf $(VENV) $(PEERS:%=.venv-%) $(CLIENTS:%=.venv-%) .venv-mlflow .venv-mutants .demo .bench-quant .bench-memory .bench-shard .bench-serve .llamacpp .interop .clients build dist llmkit.egg-info gpu-results
+	rm -rf $(VENV) $(PEERS:%=.venv-%) $(CLIENTS:%=.venv-%) .venv-airflow .venv-mlflow .venv-mutants .demo .bench-quant .bench-memory .bench-shard .bench-serve .bench-agents .llamacpp .interop .clients build dist llmkit.egg-info gpu-results
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
@@ -161,7 +164,11 @@ $(VENV)/.scale: pyproject.toml | $(VENV)/.dev
 	.venv-mutants/bin/python -m pip install --quiet --disable-pip-version-check -r $<
 	@touch $@
 
-# Its server needs other versions than llmkit does.
+# Both need other versions than llmkit does.
+.venv-airflow/.ready: | .venv-airflow/bin/python
+	.venv-airflow/bin/python -m pip install --quiet --disable-pip-version-check apache-airflow==3.3.2
+	@touch $@
+
 .venv-mlflow/.ready: | .venv-mlflow/bin/python
 	.venv-mlflow/bin/python -m pip install --quiet --disable-pip-version-check mlflow==3.17.2
 	@touch $@

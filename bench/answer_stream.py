@@ -41,6 +41,7 @@ class StreamedAnswer:
     reasoning: str = ""
     tool_calls: list[dict[str, Any]] = field(default_factory=list)  # as in a message
     token_ids: list[int] = field(default_factory=list)  # empty when the server returns none
+    prompt_token_ids: list[int] = field(default_factory=list)  # vLLM sends a chat's
     error: str | None = None
 
 
@@ -65,6 +66,7 @@ def read_answer(record: RequestRecord) -> StreamedAnswer:
                 message = server_error_message(data.encode())
                 answer.error = f"the stream broke off: {message}"
                 break
+            answer.prompt_token_ids = event.get("prompt_token_ids") or answer.prompt_token_ids
             if isinstance(event.get("usage"), dict):
                 usage = event["usage"]
             for choice in event.get("choices") or ():

@@ -83,11 +83,18 @@ def play_sessions(server: Server, load: AgentLoad) -> PlayedSessions:
 
 
 def tokenize_prompts(server: Server, played: PlayedSessions) -> bool:
-    """Ask the server for the token ids of chats' prompts, after the run.
+    """Set the token ids of chats' prompts, after the run.
 
-    Returns whether it told all of them: llmkit and vLLM have `/tokenize`, others may not.
+    vLLM sends them with the answer. llmkit has `/tokenize`, as vLLM does; other servers may not.
+    Returns whether all are known.
     """
-    return asyncio.run(_tokenize_prompts(server, played.turns))
+    asked = []
+    for turn in played.turns:
+        if turn.answer.prompt_token_ids:
+            turn.prompt = array("q", turn.answer.prompt_token_ids)
+        else:
+            asked.append(turn)
+    return asyncio.run(_tokenize_prompts(server, asked))
 
 
 class _TurnFailedError(Exception):
@@ -114,7 +121,7 @@ class _Player:
 
     async def play(self) -> PlayedSessions:
         load = self._load
-        starts_s = load.starts_s or [None] * len(load.trace.roots)
+        starts_s: Sequence[float | None] = load.starts_s or [None] * len(load.trace.roots)
         waiting = iter(zip(load.trace.roots, starts_s, strict=True))
         async with open_session(READ_TIMEOUT_S) as http:
             self._http = http
