@@ -38,7 +38,7 @@ test-slow: $(VENV)/.dev ## more layouts and families than `make test` has time f
 test-arm: $(VENV)/.dev ## the CPU kernels of every level, optimized, also as Arm in qemu (CONTRIBUTING.md)
 	@LLMKIT_TEST_OPTIMIZATION=-O3 $(BIN)/python -m pytest -m "slow or not slow" --timeout 1800 tests/kernels/test_cpu_levels.py
 
-test-scale: $(VENV)/.scale .venv-airflow/.ready .venv-mlflow/.ready ## the tests beside other engines and servers: Ray, nginx, S3, MLflow, Airflow
+test-scale: $(VENV)/.scale .venv-airflow/.ready .venv-mlflow/.ready .venv-torchserve/.ready ## the tests beside other engines and servers: Ray, nginx, S3, MLflow, Airflow, TorchServe
 	@$(BIN)/python -m pytest -m scale
 
 soak: $(VENV)/.dev ## five minutes of requests, cancels and attacks against a server
@@ -137,7 +137,7 @@ $(LLAMACPP)/.ready: | $(BIN)/python
 	@touch $@
 
 clean: ## remove .venv and everything that was made
-	rm -rf $(VENV) $(PEERS:%=.venv-%) $(CLIENTS:%=.venv-%) .venv-airflow .venv-mlflow .venv-mutants .demo .bench-quant .bench-memory .bench-shard .bench-serve .bench-agents .llamacpp .interop .clients build dist llmkit.egg-info gpu-results
+	rm -rf $(VENV) $(PEERS:%=.venv-%) $(CLIENTS:%=.venv-%) .venv-airflow .venv-mlflow .venv-mutants .venv-torchserve .demo .bench-quant .bench-memory .bench-shard .bench-serve .bench-agents .llamacpp .interop .clients build dist llmkit.egg-info gpu-results
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
@@ -171,6 +171,11 @@ $(VENV)/.scale: pyproject.toml | $(VENV)/.dev
 
 .venv-mlflow/.ready: | .venv-mlflow/bin/python
 	.venv-mlflow/bin/python -m pip install --quiet --disable-pip-version-check mlflow==3.17.2
+	@touch $@
+
+# Its packages alone, which run in llmkit's Python. It also needs Java (default-jre-headless).
+.venv-torchserve/.ready: | .venv-torchserve/bin/python
+	.venv-torchserve/bin/python -m pip install --quiet --disable-pip-version-check --no-deps torchserve==0.12.0 torch-model-archiver==0.12.0
 	@touch $@
 
 $(VENV)/.dev: pyproject.toml $(wildcard kernels/cpu/*.c kernels/cpu/*.h) | $(VENV)/.torch
