@@ -7,6 +7,13 @@ DEFINITIONS: dict[str, str] = {
     "ITL": "inter-token latency: the gaps between messages that bring tokens, pooled over all"
     " requests",
     "e2e": "end-to-end latency: from sending a request to its last token",
+    "TTFO": "time to first output token: from sending a request to the first message that brings"
+    " text or a tool call, not reasoning; over the requests with any",
+    "session latency": "from the time at which a session should start to its last answer, its"
+    " branches and think time included",
+    "infinite cache": "a prefix cache that has all prompts sent before a request and all answers"
+    " that ended before it, in full blocks of the server's size; the last prompt token is always"
+    " computed",
     "throughput": "requests, output tokens, or prompt and output tokens, over the wall time from"
     " the first request sent to the last answered",
     "p50, p90, p95, p99": "percentiles over requests (ITL: over gaps), linearly interpolated"
