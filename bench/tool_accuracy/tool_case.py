@@ -52,13 +52,16 @@ class ToolCase:
         """The result of a right answer."""
         return ToolCaseResult(self.id, self.category, self.expects_call)
 
-    def schema_error(self, name: str, arguments: Any) -> str:
+    def schema_error(self, name: str, arguments: Any, only_required: bool = False) -> str:
         """Why arguments do not keep the schema of an offered tool; "": they keep it.
 
+        only_required: check only that no required argument is missing.
         Raises InputError when the schema refers to something that it does not hold.
         """
         (tool,) = (tool for tool in self.tools if tool["function"]["name"] == name)
         schema = tool["function"].get("parameters") or {"type": "object"}
+        if only_required:
+            schema = {"required": schema.get("required", [])}
         validator = Draft202012Validator(schema, registry=_NO_REMOTE_SCHEMAS)
         try:
             error = next(validator.iter_errors(arguments), None)

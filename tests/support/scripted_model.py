@@ -173,7 +173,7 @@ def _pieces(text: str, taken: set[str], special: tuple[str, ...]) -> list[str]:
             positions = [text.find(mark) for mark in special]
             limit = min([position for position in positions if position > 0], default=len(text))
             size = next((size for size in range(PIECE, limit) if text[:size] not in taken), limit)
-        if text[:size] in taken:  # a short rest
+        while text[:size] in taken and pieces:  # a short rest
             text = pieces[-1] + text
             size = size + len(pieces[-1])
             taken.remove(pieces.pop())
