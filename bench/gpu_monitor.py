@@ -23,8 +23,8 @@ class GpuMonitor:
 
             pynvml.nvmlInit()
             uuids = [torch.cuda.get_device_properties(index).uuid for index in indices]
-            self._handles = [pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}") for uuid in uuids]
             self._nvml = pynvml
+            self._handles = [self._open(str(uuid)) for uuid in uuids]
 
     def energy_j(self) -> float | None:
         """Joules that the devices have used since the driver was loaded."""
@@ -35,6 +35,12 @@ class GpuMonitor:
     def memory_bytes(self) -> float | None:
         """Memory in use on the devices, by all processes."""
         return self._sum(lambda handle: self._nvml.nvmlDeviceGetMemoryInfo(handle).used)
+
+    def _open(self, uuid: str) -> Any:
+        """A GPU, or an instance of one (MIG), whose UUID torch gives without the prefix."""
+        with suppress(self._nvml.NVMLError):
+            return self._nvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
+        return self._nvml.nvmlDeviceGetHandleByUUID(f"MIG-{uuid}")
 
     def _sum(self, read: Any) -> float | None:
         try:

@@ -82,6 +82,7 @@ def examine() -> dict[str, Any]:
 
     from llmkit.common.version import version
     from llmkit.kernels.cpu import cpu_kernels
+    from llmkit.runtime.gpu_sharing import gpu_sharing
 
     threads = cpu_kernels.use_threads()
     gpus = [
@@ -114,6 +115,7 @@ def examine() -> dict[str, Any]:
             "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         },
         "gpus": gpus,
+        "gpu_sharing": gpu_sharing(),
         "paths": [
             *fast_paths(
                 gpus,
@@ -298,6 +300,27 @@ def _cpu_flags() -> set[str]:
     return set(_cpu_info("flags").split())
 
 
+def sharing_rows(sharing: dict[str, Any]) -> list[tuple[str, str]]:
+    """The rows about MPS and MIG."""
+    mps = sharing["mps"]
+    text = f"does not run ({mps['pipe_directory']} has no control pipe)"
+    if mps["running"]:
+        percent = mps["active_thread_percentage"]
+        share = f", {percent} % of the GPU's threads here" if percent else ""
+        text = f"runs ({mps['pipe_directory']}){share}"
+    rows = [("MPS", text)]
+    for gpu in sharing["mig"]:
+        if not gpu["enabled"]:
+            rows.append((f"MIG of GPU {gpu['index']}", "off, or not possible"))
+            continue
+        names = [
+            f"{one['name']}: CUDA_VISIBLE_DEVICES={one['uuid']}, {bytes_text(one['memory_bytes'])}"
+            for one in gpu["instances"]
+        ]
+        rows.append((f"MIG of GPU {gpu['index']}", "; ".join(names) or "on, without an instance"))
+    return rows
+
+
 def _show(console: Console, document: dict[str, Any]) -> None:
     from rich.table import Table
 
@@ -339,6 +362,8 @@ def _show(console: Console, document: dict[str, Any]) -> None:
                 f"{capability}",
             )
         )
+    if document["gpus"] or document["gpu_sharing"]["mig"]:
+        rows += sharing_rows(document["gpu_sharing"])
     missing = [name for name, v in document["packages"].items() if v is None]
     if missing:
         rows.append(("not installed", ", ".join(missing)))

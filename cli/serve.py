@@ -20,12 +20,14 @@ from llmkit.common.formatting import bytes_text
 from llmkit.common.option_values import within
 from llmkit.common.options import Argument, Option
 from llmkit.runtime.engine.engine_options import NO_KV_OFFLOAD, EngineOptions, duplicate_adapter
+from llmkit.runtime.gpu_sharing import parse_mps_shares
 from llmkit.runtime.server.serve_options import SERVER_PANEL, ServeOptions, default_name
 from llmkit.runtime.server.tiers.upstream_urls import is_upstream
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from llmkit.runtime.server.shadow.shadow_options import ShadowOptions
     from llmkit.runtime.server.tiers.route_config import Routing
 
 
@@ -84,12 +86,55 @@ class ServeArguments:
             panel=ROUTES_PANEL,
         ),
     ] = None
+    shadow: Annotated[
+        tuple[str, ...],
+        Option(
+            "Send a share of NAME's requests to another model, too, and compare both answers. "
+            "Clients get NAME's answers only; repeat for more.",
+            metavar="NAME=SHADOW[:SHARE]",
+            unset="none",
+            follows="route_config",
+            in_recipes=False,
+            panel=ROUTES_PANEL,
+        ),
+    ] = ()
+    shadow_judge: Annotated[
+        str | None,
+        Option(
+            "The model of this server, or at a URL, that says which of both answers is better.",
+            metavar="NAME",
+            unset="none",
+            follows="shadow",
+            in_recipes=False,
+            panel=ROUTES_PANEL,
+        ),
+    ] = None
+    shadow_log: Annotated[
+        Path | None,
+        Option(
+            "A file of JSON Lines that gets the result of each comparison.",
+            metavar="FILE",
+            unset="none",
+            follows="shadow_judge",
+            in_recipes=False,
+            panel=ROUTES_PANEL,
+        ),
+    ] = None
+    shadow_log_texts: Annotated[
+        bool,
+        Option(
+            "Write requests and answers to --shadow-log, too.",
+            follows="shadow_log",
+            in_recipes=False,
+            panel=ROUTES_PANEL,
+        ),
+    ] = False
     max_loaded: Annotated[
         int | None,
         Option(
             "With several models: the maximum that are loaded at a time.",
             metavar="N",
-            unset="1, or as many as one route has",
+            unset="1, or as many as one route or shadow needs",
             check=_at_least_one,
             follows="dp",
             in_recipes=False,
@@ -107,6 +152,18 @@ class ServeArguments:
             panel=SERVER_PANEL,
         ),
     ] = 0.0
+    mps_share: Annotated[
+        tuple[str, ...],
+        Option(
+            "With several models on a GPU and MPS: the percent of the GPU's threads that NAME may "
+            "use at most; repeat for more.",
+            metavar="NAME=PERCENT",
+            unset="all of them",
+            follows="idle_timeout",
+            in_recipes=False,
+            panel=SERVER_PANEL,
+        ),
+    ] = ()
     api_key: Annotated[
         str | None,
         Option(
@@ -139,6 +196,19 @@ def serve(output: Output, arguments: ServeArguments) -> int:
             "--route and --route-config are for several models, and there is one",
             "NAME=MODEL or NAME=https://HOST/v1 for each tier was expected",
         )
+    elif arguments.mps_share:
+        raise UsageError(
+            "--mps-share is for several models, and there is one",
+            todo="Set CUDA_MPS_ACTIVE_THREAD_PERCENTAGE in the environment of its server",
+        )
+    elif arguments.shadow:
+        raise UsageError(
+            "--shadow is for several models, and there is one",
+            "NAME=MODEL and SHADOW=MODEL, or a URL in the place of MODEL, were expected",
+        )
+    loads_on_request = arguments.options.sagemaker == "multi-model"
+    if loads_on_request:
+        _check_folder_of_models(arguments, models)
     options = server_options(arguments, output.debug)
     if arguments.plan:
         return _plan(output, options.model, options.engine)
@@ -151,6 +221,9 @@ def serve(output: Output, arguments: ServeArguments) -> int:
         from llmkit.runtime.server.router.check_models import ModelCheck
 
         models, routing = _routing(arguments, models)
+        shadows = _shadows(arguments, models, routing)
+        device = arguments.options.engine.device
+        mps_shares = parse_mps_shares(arguments.mps_share, models, device)
         with ModelCheck(options, models) as check:
             # Imported here, while the process checks the models.
             from llmkit.runtime.server.router.run_models import run_models
@@ -158,14 +231,29 @@ def serve(output: Output, arguments: ServeArguments) -> int:
             return run_models(
                 options,
                 models,
-                _max_loaded(arguments, models, routing),
+                _max_loaded(arguments, models, routing, shadows),
                 arguments.idle_timeout,
                 lambda text: output.message(f"llmkit serve: {text}"),
                 lambda facts: output.result(facts, lambda console: None),
                 started_at,
                 check.wait,
                 routing,
+                shadows,
+                mps_shares,
             )
+    if loads_on_request:
+        from llmkit.runtime.server.router.run_models import run_models
+
+        return run_models(
+            options,
+            {},
+            arguments.max_loaded or sys.maxsize,
+            arguments.idle_timeout,
+            lambda text: output.message(f"llmkit serve: {text}"),
+            lambda facts: output.result(facts, lambda console: None),
+            started_at,
+            dict,
+        )
     return run_server(
         options,
         lambda text: output.message(f"llmkit serve: {text}"),
@@ -186,17 +274,43 @@ def _routing(arguments: ServeArguments, models: dict[str, str]) -> tuple[dict[st
     return local, load_routing(words, arguments.route_config, local, upstreams, key_names)
 
 
-def _max_loaded(arguments: ServeArguments, models: Mapping[str, str], routing: Routing) -> int:
+def _shadows(
+    arguments: ServeArguments, models: Mapping[str, str], routing: Routing
+) -> ShadowOptions:
+    """The shadows of local models and of URLs. Raises UsageError."""
+    # Imported here for the same reason.
+    from llmkit.runtime.server.shadow.shadow_options import shadow_options
+
+    return shadow_options(
+        arguments.shadow,
+        arguments.shadow_judge,
+        arguments.shadow_log,
+        arguments.shadow_log_texts,
+        models,
+        routing.upstreams,
+    )
+
+
+def _max_loaded(
+    arguments: ServeArguments,
+    models: Mapping[str, str],
+    routing: Routing,
+    shadows: ShadowOptions,
+) -> int:
     """The models that are loaded at a time. Raises UsageError where a route needs more."""
-    needed = max(1, routing.num_local(models))
+    needed_by = {
+        "a route has {} models of this server as tiers": routing.num_local(models),
+        "a model, its shadow and the judge are {} models of this server": shadows.num_local(models),
+    }
     given = arguments.max_loaded
-    if given is not None and given < needed:
-        raise UsageError(
-            f"--max-loaded {given}: a route has {needed} models of this server as tiers",
-            "All tiers of a route are loaded at the same time",
-            f"Give --max-loaded {needed}",
-        )
-    return given or needed
+    for what, needed in needed_by.items():
+        if given is not None and given < needed:
+            raise UsageError(
+                f"--max-loaded {given}: {what.format(needed)}",
+                "They are loaded at the same time",
+                f"Give --max-loaded {needed}",
+            )
+    return given or max(1, *needed_by.values())
 
 
 def server_options(arguments: ServeArguments, debug: bool = False) -> ServeOptions:
@@ -309,6 +423,24 @@ def _refuse_options_of_one_model(arguments: ServeArguments) -> None:
                 f"{option} is for one model, and there are several",
                 todo="Write NAME=MODEL for a name",
             )
+
+
+def _check_folder_of_models(arguments: ServeArguments, models: Mapping[str, str]) -> None:
+    """Raise an error unless --sagemaker multi-model can load models from the folder MODEL."""
+    folder = arguments.options.model
+    if models:
+        raise UsageError(
+            "--sagemaker multi-model is for one folder of models, and several models are given",
+            "SageMaker names the models that are loaded",
+            "Give the folder only: llmkit serve /opt/ml/models --sagemaker multi-model",
+        )
+    _refuse_options_of_one_model(arguments)
+    if not Path(folder).is_dir():
+        raise InputError(
+            f"{folder} is not a directory",
+            "With --sagemaker multi-model, MODEL is the folder that SageMaker copies models to",
+            "It is /opt/ml/models in SageMaker's containers",
+        )
 
 
 def _with_local_models(output: Output, arguments: ServeArguments) -> ServeArguments:

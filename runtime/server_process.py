@@ -69,7 +69,8 @@ class ServerProcess:
 
     key: the only API key that it accepts; None: the keys in the options. message: receives its
     lines for the user, on another thread. tcp: listen on a free loopback port instead of a Unix
-    socket. router_key: a key that it accepts beside the others; None: no other.
+    socket. router_key: a key that it accepts beside the others; None: no other. environment: more
+    variables of the process.
     """
 
     def __init__(
@@ -79,6 +80,7 @@ class ServerProcess:
         message: Callable[[str], None] = lambda text: None,
         tcp: bool = False,
         router_key: str | None = None,
+        environment: Mapping[str, str] | None = None,
     ) -> None:
         self.key = key
         # What `run_server` reports, or the LlmkitError with which the start failed.
@@ -111,6 +113,7 @@ class ServerProcess:
         api_key = key or os.environ.get(API_KEY_VARIABLE)
         keys = {API_KEY_VARIABLE: api_key, ROUTER_KEY_VARIABLE: router_key}
         variables = {variable: value for variable, value in keys.items() if value}
+        variables |= environment or {}
         self._process, self._socket = spawn(_PROCESS, start, variables)
         threading.Thread(target=self._listen, name="server-process", daemon=True).start()
 

@@ -82,7 +82,8 @@ class LlmkitBatchOperator(BaseOperator):
         Path(self.output_file).parent.mkdir(parents=True, exist_ok=True)
         code, summary = self._run(command)
         if code == 0:
-            return json.loads(summary)
+            document: dict[str, Any] = json.loads(summary)
+            return document
         if code == OUTPUT_EXISTS and Path(self.output_file).is_file():
             self.log.info("%s is complete already", self.output_file)
             return {"output": self.output_file, "complete_before": True}

@@ -72,7 +72,6 @@ def torchserve(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TorchServe]
         "OMP_NUM_THREADS": "1",
         "TEMP": str(folder),
     }
-    tiny_checkpoint(folder / "weights")
     config = yaml.safe_load((RECIPE / "model-config.yaml").read_text())
     assert config["asyncCommunication"] is True and config["batchSize"] == 1
     config["deviceType"] = "cpu"
@@ -82,16 +81,13 @@ def torchserve(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TorchServe]
     words = ["--model-name", "chat", "--version", "1.0", "--archive-format", "no-archive"]
     words += ["--handler", str(RECIPE / "llmkit_handler.py"), "--export-path", str(folder)]
     words += ["--config-file", str(folder / "model-config.yaml")]
-    words += ["--extra-files", str(folder / "weights")]
     subprocess.run(
         [sys.executable, "-m", "model_archiver.model_packaging", *words],
         env=environment,
         check=True,
         cwd=folder,
     )
-    if not (folder / "chat/weights").exists():  # some versions copy what is in a folder
-        config["handler"]["model"] = "."
-        (folder / "chat/model-config.yaml").write_text(yaml.safe_dump(config))
+    tiny_checkpoint(folder / "chat/weights")  # a folder of the archive
     inference, management, metrics, grpc, grpc_management = free_ports(5)
     (folder / "config.properties").write_text(
         f"inference_address=http://127.0.0.1:{inference}\n"

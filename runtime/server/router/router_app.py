@@ -50,11 +50,17 @@ from llmkit.runtime.server.router.routed_request import (
     routed_schema,
 )
 from llmkit.runtime.server.router.router_metrics import merge_metrics
+from llmkit.runtime.server.sagemaker.invocations import add_invocation_routes
+from llmkit.runtime.server.sagemaker.multi_model_routes import MultiModelRoutes
 from llmkit.runtime.server.schemas.base_request import parse_request
 from llmkit.runtime.server.score_routes import SCORE_PATHS
 from llmkit.runtime.server.serve_options import ServeOptions
 from llmkit.runtime.server.server_metrics import CONTENT_TYPE
 from llmkit.runtime.server.server_state import SamplingDefaults
+from llmkit.runtime.server.shadow.shadow_answer import PATHS as SHADOWED_PATHS
+from llmkit.runtime.server.shadow.shadow_options import ShadowOptions
+from llmkit.runtime.server.shadow.shadow_queue import Shadows
+from llmkit.runtime.server.shadow.shadowed_response import ShadowedResponse
 from llmkit.runtime.server.stored_responses.response_routes import (
     CANCEL_PATH,
     INPUT_ITEMS_PATH,
@@ -98,13 +104,24 @@ class Router:
     """One method per route."""
 
     def __init__(
-        self, pool: ModelPool, options: ServeOptions, routes: NamedRoutes | None = None
+        self,
+        pool: ModelPool,
+        options: ServeOptions,
+        routes: NamedRoutes | None = None,
+        shadows: Shadows | None = None,
+        new_model: Callable[[str, str], PooledModel] | None = None,
     ) -> None:
-        """routes: names that several models or a URL answer, beside the pool's models."""
+        """routes: names that several models or a URL answer, beside the pool's models.
+
+        shadows: models that get copies of requests. new_model: of a name and a folder, for a pool
+        whose models SageMaker loads.
+        """
         self.pool = pool
         self.routes = routes or NamedRoutes({}, {}, pool)
+        self.shadows = shadows or Shadows(ShadowOptions(), {}, pool)
         self.draining = False  # set by the lifecycle at the first signal
         self._options = options
+        self._new_model = new_model
         self._created = int(time.time())
         self._num_open_sockets = 0
         self._num_active = 0  # requests without a complete response
@@ -155,6 +172,9 @@ class Router:
         ):
             app.add_api_route(path, self.by_response_id, methods=methods, response_model=None)
         add_refused_routes(app)
+        add_invocation_routes(app, self._options, self.ready)
+        if self._new_model is not None:
+            MultiModelRoutes(app, self._options, self.pool, self._new_model).add_to_app()
 
         async def tracked_app(scope: Scope, receive: Receive, send: Send) -> None:
             if scope["type"] == "websocket":  # its requests are counted, not the connection
@@ -252,7 +272,8 @@ class Router:
         texts = dict(await asyncio.gather(*map(scrape, self.pool.loaded)))
         models = list(self.pool.models.values())
         merged = merge_metrics(models, texts, self._num_open_sockets)
-        return Response(merged + self.routes.metrics.render(), media_type=CONTENT_TYPE)
+        own = self.routes.metrics.render() + self.shadows.metrics.render()
+        return Response(merged + own, media_type=CONTENT_TYPE)
 
     async def by_body(self, request: Request) -> Response:
         """Forward a request to the model that its body names."""
@@ -266,8 +287,16 @@ class Router:
         name = self._named_or_only(body.model_name(self.pool.models))
         if isinstance(body, RoutedOllamaRequest):
             return self._ollama(request, name, body, data)
+        response = self._respond(request, path, name, data, body.stream is True)
+        queue = self.shadows.queue_of(name) if path in SHADOWED_PATHS else None
+        return response if queue is None else ShadowedResponse(response, queue, request, data)
+
+    def _respond(
+        self, request: Request, path: str, name: str, data: bytes, wants_stream: bool
+    ) -> Response:
+        """The response of the model or of the route `name`."""
         generates = path in _STREAMING_PATHS
-        streams = (body.stream is True and generates) or path == "/generate_stream"
+        streams = (wants_stream and generates) or path == "/generate_stream"
         if name in self.routes and path not in TGI_PATHS:
             return self._route(request, name, data, streams, generates)
         background = path == "/v1/responses" and starts_background(path, json.loads(data))
@@ -331,10 +360,11 @@ class Router:
     def _named_or_only(self, name: str) -> str:
         """Return `name`; if it is empty, the name of the only model."""
         known = [*self.pool.models, *self.routes.names]
-        if not name and len(known) > 1:
+        if not name and len(known) != 1:
+            hint = f"Name one of {', '.join(known)}" if known else "No model is loaded"
             raise ApiError(
                 400,
-                f"model is missing. Name one of {', '.join(known)}.",
+                f"model is missing. {hint}.",
                 code="missing_required_parameter",
                 param="model",
             )
