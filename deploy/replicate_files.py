@@ -75,11 +75,7 @@ class Runner(BaseRunner):
         self,
         prompt: str = Input(description="The user's message.", default=""),
         system_prompt: str = Input(description="Instructions for the model.", default=""),
-        messages: str = Input(
-            description="A conversation as JSON, in place of both: "
-            '[{{"role": "user", "content": "…"}}].',
-            default="",
-        ),
+        messages: str = Input(description="JSON of chat messages, in place of both.", default=""),
         max_tokens: int = Input(description="Most tokens of the answer.", default=512, ge=1),
         temperature: float = Input(description="0: always the same.", default=0.7, ge=0, le=2),
         top_p: float = Input(description="Share of likely tokens.", default=1.0, ge=0, le=1),

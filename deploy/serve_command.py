@@ -19,14 +19,15 @@ _POLL_S = 0.2
 class ServeCommand:
     """The process of `llmkit serve WORDS`. It starts with this object.
 
-    words: MODEL and options. port: of all addresses of the container; the key is LLMKIT_API_KEY.
+    words: MODEL and options; they win. port: of all addresses of the container, so that the server
+    needs a key, LLMKIT_API_KEY.
     """
 
     def __init__(self, words: Sequence[str], port: int) -> None:
         self._ready_url = f"http://127.0.0.1:{port}/ready"
         address = ["--host", "0.0.0.0", "--port", str(port)]  # noqa: S104 the server needs a key
         self._process = subprocess.Popen(  # noqa: S603
-            [sys.executable, "-m", "llmkit", "serve", *words, *address]
+            [sys.executable, "-m", "llmkit", "serve", *address, *words]
         )
 
     def wait_ready(self) -> None:
