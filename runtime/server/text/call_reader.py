@@ -7,7 +7,7 @@ beginning of arguments. Until then a reader that raises MalformedError has passe
 from __future__ import annotations
 
 import json
-from collections.abc import Generator
+from collections.abc import Collection, Generator
 from typing import assert_never
 
 from llmkit.runtime.server.text.argument_types import STRING, argument_json, argument_types
@@ -56,10 +56,11 @@ class CallReader:
         """
         self._parts.read_call()
         match self._dialect.syntax:
-            case JsonObjectCall():
+            case JsonObjectCall(arguments_key):
                 begun = self._parts.num_begun
+                keys = {arguments_key, "arguments", "parameters"}
                 try:
-                    yield from self._json_object(needs_arguments)
+                    yield from self._json_object(keys, needs_arguments)
                 except EndOfTextError:
                     if begun == self._parts.num_begun or self._parts.call is not None:
                         raise
@@ -106,11 +107,13 @@ class CallReader:
         self._parts.check_name(name)
         return name, end
 
-    def _json_object(self, needs_arguments: bool, is_wrapped: bool = False) -> Steps:
+    def _json_object(
+        self, arguments_keys: Collection[str], needs_arguments: bool, is_wrapped: bool = False
+    ) -> Steps:
         """Read `{"name": NAME, "arguments": {...}}`; the keys may be in another order.
 
-        It may be wrapped as in requests: `{"type": "function", "function": {...}}`. is_wrapped:
-        this is the inner object.
+        It may be wrapped as in requests: `{"type": "function", "function": {...}}`. arguments_keys:
+        any of them has the arguments. is_wrapped: this is the inner object.
         """
         cursor, parts = self._cursor, self._parts
         yield from cursor.expect("{")
@@ -135,7 +138,7 @@ class CallReader:
                     parts.begin_call(name)
                     parts.arguments("".join(held))
                     parts.complete_call()
-            elif key in ("arguments", "parameters") and not held and begun == parts.num_begun:
+            elif key in arguments_keys and not held and begun == parts.num_begun:
                 if name:
                     yield from self.read_arguments(name)
                 elif (yield from cursor.peek()) == "{":
@@ -147,7 +150,7 @@ class CallReader:
                 and not (name or held or is_wrapped or begun < parts.num_begun)
                 and (yield from cursor.peek()) == "{"
             ):
-                yield from self._json_object(needs_arguments, is_wrapped=True)
+                yield from self._json_object(arguments_keys, needs_arguments, is_wrapped=True)
             else:
                 yield from pass_json(cursor, _Holder([]))
             yield from cursor.skip_space()

@@ -2,7 +2,8 @@
 
 In this order: the names that the options give, the `response_template` (or the older
 `response_schema`) of its tokenizer_config.json, which transformers parses answers by, and the marks
-in its chat template.
+in its chat template. A known dialect has more data than a response template (ids, what models leave
+out): if all its marks are in there, it is meant. Otherwise the template itself is the data.
 """
 
 from __future__ import annotations
@@ -12,6 +13,10 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from llmkit.common.errors import UsageError
+from llmkit.runtime.server.text.response_template import (
+    dialect_of_response_template,
+    reasoning_of_response_template,
+)
 from llmkit.runtime.server.text.tool_dialects import (
     DIALECTS,
     GEMMA4,
@@ -142,14 +147,15 @@ def detect_chat_dialect(
         tools, tools_source = _named(tool_parser), "option"
     if tools is None and (tools := _dialect_of_response(response)) is not None:
         tools_source = "response_template"
+    if tools is None and (tools := dialect_of_response_template(response)) is not None:
+        tools_source = "response_template"
     if tools is None and (tools := dialect_of_template(template)) is not None:
         tools_source = "chat template"
     if reasoning_parser is not None:
         return ChatDialect(tools, tools_source, REASONING_MARKS[reasoning_parser], "option")
     if tools is not None and isinstance(tools.syntax, ChannelCall):
         return ChatDialect(tools, tools_source)
-    response_text = _text_of(response)
-    reasoning = reasoning_in(response_text)
+    reasoning = reasoning_in(_text_of(response)) or reasoning_of_response_template(response)
     if reasoning is not None:
         return ChatDialect(tools, tools_source, reasoning, "response_template")
     reasoning = reasoning_in("\n".join(templates.values()))

@@ -30,7 +30,8 @@ SHORT_ID = re.compile(r"[A-Za-z0-9]{9}")  # of a call, as Mistral's templates wa
 class JsonObjectCall:
     """`{"name": NAME, "arguments": {...}}`; keys other than these are ignored."""
 
-    arguments_key: str = "arguments"  # as the model was taught; "parameters" is read, too
+    # As the model was taught; "arguments" and "parameters" are read, too.
+    arguments_key: str = "arguments"
 
 
 @dataclass(frozen=True)
