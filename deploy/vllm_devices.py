@@ -169,17 +169,21 @@ def accelerator_of(name: str, device: DeviceName | None) -> tuple[Device, Accele
     if accelerator is None:
         if device in (None, "cuda") or name[:1].isdigit():
             return DEVICES[device or "cuda"], None
-        known = ", ".join(key for key, one in ACCELERATORS.items() if one.device == device)
         raise UsageError(
-            f"--gpu {name} is not known for --device {device}", f"{known}, or a size like 48GiB"
+            f"--gpu {name} is not known for --device {device}",
+            f"{', '.join(_accelerators_of(device))}, or a size like 48GiB",
         )
     if device not in (None, accelerator.device):
-        known = [key for key, one in ACCELERATORS.items() if one.device == device] or list(GPUS)
+        known = list(GPUS) if device == "cuda" else _accelerators_of(device)
         raise UsageError(
             f"--gpu {name} goes with --device {accelerator.device}, not {device}",
             f"For {device}: {', '.join(known)}, or a size like 48GiB",
         )
     return DEVICES[accelerator.device], accelerator
+
+
+def _accelerators_of(device: DeviceName | None) -> list[str]:
+    return [name for name, accelerator in ACCELERATORS.items() if accelerator.device == device]
 
 
 def require_one_node(device: Device, pp: int, tokens: int) -> None:

@@ -9,9 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-import yaml
-
 from llmkit.common.errors import UsageError
+from llmkit.common.yaml_text import yaml_text
 from llmkit.deploy.vllm_devices import CUDA, Device
 
 RAY_PORT = 6379
@@ -88,7 +87,7 @@ def render_deployment(deployment: VllmDeployment, form: DeploymentForm) -> str:
         "kserve": _llm_inference_service,
     }
     objects = renderers[form](deployment)
-    return yaml.safe_dump_all(objects, sort_keys=False, width=120)
+    return yaml_text(objects)
 
 
 def _script(deployment: VllmDeployment) -> str:
@@ -172,7 +171,7 @@ def _pod(deployment: VllmDeployment, script: str, port: bool) -> dict[str, Any]:
             "httpGet": {"path": "/health", "port": deployment.port},
             "periodSeconds": 10,
         }
-    pod = {"containers": [container], "volumes": volumes}
+    pod: dict[str, Any] = {"containers": [container], "volumes": volumes}
     if deployment.node_selector:
         pod["nodeSelector"] = dict(deployment.node_selector)
     return pod

@@ -46,6 +46,10 @@ def test_missing_tensors_are_refused_by_every_kind_of_engine(
             ["deploy", "vllm", "MODEL", "--gpu", "h100", "-o", "DIR"],
             "is not writable (Is a directory)",
         ),
+        (
+            ["deploy", "trtllm", "MODEL", "--gpu", "h100", "-o", "FILE/options.yaml"],
+            "is not writable (Not a directory)",
+        ),
         (["recipes", "copy", "smollm2-cpu", "FILE"], "is not writable (File exists)"),
         (
             ["quantize", "MODEL", "--method", "bf16", "--no-eval", "-o", "FILE/out"],

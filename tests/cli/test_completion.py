@@ -45,8 +45,8 @@ def models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     [
         (["insp"], ["inspect"]),
         (["sha"], ["shard"]),
-        (["deploy", ""], ["ray", "triton", "vllm"]),
-        (["deploy", "t"], ["triton"]),
+        (["deploy", "v"], ["vllm"]),
+        (["deploy", "t"], ["triton", "trtllm"]),
         (["shard", "v"], ["verify"]),
         (["shard", "verify", "--js"], ["--json"]),
         (["quantize", "x", "--method", "g"], ["gptq"]),
