@@ -85,6 +85,24 @@ def test_manifests_build_with_kustomize(part: str, tmp_path: Path) -> None:
     assert claims == names
 
 
+@pytest.mark.skipif(shutil.which("kubectl") is None, reason="no kubectl here")
+def test_manifests_share_a_gpu_by_mps_or_mig(tmp_path: Path) -> None:
+    mps = build("components/mps", tmp_path / "mps")
+    (config,) = (one for one in mps if one["metadata"]["name"] == "llmkit-gpu-sharing")
+    (name,) = config["data"]
+    assert yaml.safe_load(config["data"][name])["sharing"]["mps"]["resources"] == [
+        {"name": "nvidia.com/gpu", "replicas": 4}
+    ]
+    (deployment,) = (one for one in mps if one["kind"] == "Deployment")
+    pod = deployment["spec"]["template"]["spec"]
+    assert pod["nodeSelector"] == {"nvidia.com/device-plugin.config": name}
+    assert pod["containers"][0]["resources"]["limits"]["nvidia.com/gpu"] == "1"
+    mig = build("components/mig", tmp_path / "mig")
+    (deployment,) = (one for one in mig if one["kind"] == "Deployment")
+    limits = deployment["spec"]["template"]["spec"]["containers"][0]["resources"]["limits"]
+    assert limits == {"memory": "32Gi", "nvidia.com/mig-1g.18gb": "1"}
+
+
 def test_manifest_arguments_are_accepted_by_serve(tmp_path: Path) -> None:
     (tmp_path / "keys").write_text("secret\n")
     found = 0

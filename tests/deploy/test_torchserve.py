@@ -119,7 +119,7 @@ def torchserve(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TorchServe]
 
     family: list[psutil.Process] = []
     try:
-        wait_for(is_ready, 120)
+        wait_for(is_ready, 240)
         family = running.process.children(recursive=True)
         yield running
     finally:

@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from llmkit.deploy.gateway_route import RouteTemplate, Traffic, new_route
+from llmkit.deploy.pre_scaling import ReplicaSchedule, scaled_object
 from llmkit.deploy.vllm_devices import ACCELERATORS, DEVICES
 from llmkit.deploy.vllm_on_ray import VllmDeployment, render_deployment
 
@@ -16,6 +17,8 @@ FOLDER = Path(__file__).parents[2] / "recipes" / "kubernetes"
 PATCHES = {
     FOLDER / "components/spot/deployment.yaml",
     FOLDER / "components/hub/deployment.yaml",
+    FOLDER / "components/mps/deployment.yaml",
+    FOLDER / "components/mig/deployment.yaml",
     FOLDER / "next/configmap.yaml",
     FOLDER / "llm-d/deployment.yaml",
 }
@@ -31,6 +34,7 @@ def objects() -> Iterator[dict[str, Any]]:
         deployment = _device_deployment(name)
         texts += [render_deployment(deployment, "lws"), render_deployment(deployment, "kserve")]
     texts.append(new_route(RouteTemplate("chat", "llmkit", 80, 10), Traffic("a", "b", 0.01)))
+    texts.append(yaml.safe_dump(_pre_scaled()))
     for text in texts:
         for document in yaml.safe_load_all(text):
             if document and "kustomize" not in document.get("apiVersion", "kustomize"):
@@ -52,6 +56,13 @@ def _device_deployment(name: str) -> VllmDeployment:
         node_selector=accelerator.node_selector(4),
         format_environment=(("MODEL_IMPL_TYPE", "vllm"),),
     )
+
+
+def _pre_scaled() -> dict[str, Any]:
+    """What `llmkit plan --pre-scale` writes."""
+    recipe = FOLDER / "components/keda/scaledobject.yaml"
+    schedule = ReplicaSchedule("day", "Europe/Berlin", (1,) * 8 + (9,) * 12 + (1,) * 4, 5)
+    return scaled_object(schedule, yaml.safe_load(recipe.read_text()), recipe.name)
 
 
 def is_core(document: dict[str, Any]) -> bool:
